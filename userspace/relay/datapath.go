@@ -1,0 +1,69 @@
+package relay
+
+import (
+	"context"
+	"net"
+	"time"
+)
+
+// Datapath moves a flow's bytes without this package: in the kernel, between the two sockets.
+// The interface lives here, with its consumer, and uses standard library types only, so that an
+// implementation needs no import of this package; the main package asserts that they fit.
+//
+// Implementations must be safe for concurrent use.
+type Datapath interface {
+	// Name is the word that configuration, logs and metrics use for it: "sockmap", "tc".
+	Name() string
+
+	// Splice takes the flow between down and up over, or refuses it. It returns soon: it never waits
+	// for the flow to end, so a flow that was taken over needs no goroutine.
+	//
+	// What the caller promises: both sockets are established and no direction has ended; no byte of
+	// the flow is held in this process (whatever was read from one socket was written to the other);
+	// nobody else reads, writes or closes them, or sets a deadline, until the flow is given back.
+	// The receive queues may hold bytes that nobody has read, and the first skb in them may have been read in part.
+	//
+	// A nil error: the datapath owns both conns and calls exactly one of f.Ended and f.Returned, once,
+	// from any goroutine (possibly before Splice has returned). It keeps the promises of [Relay]:
+	// half-close in both orders, a reset passed on as a reset, f.Buffer, f.Idle, and ctx: when ctx
+	// is canceled it resets both sides and ends the flow promptly. It may dup the descriptors and
+	// close the conns at once, to free them from Go's poller.
+	// count is cheap, safe for concurrent use, and valid also after the end: it gives the bytes
+	// moved each way, f.Up and f.Down included.
+	//
+	// An error: the flow is refused. No byte was read or written, the sockets are in no map and
+	// have their old options, and neither f.Ended nor f.Returned is ever called. The error is the
+	// reason: its text is short, and one of few, since it is counted by its text.
+	Splice(ctx context.Context, down, up *net.TCPConn, f Flow) (count func() (up, down int64), err error)
+}
+
+// Flow is what a [Datapath] is told about a flow, and how it answers. It is an alias of a struct
+// literal so that an implementation in a package that may not import this one can write down the
+// identical type; a difference is a compile error where the two are joined.
+type Flow = struct {
+	// ID and Route name the flow in the datapath's own tables. For people to read; may be empty.
+	ID, Route string
+
+	// Up and Down are the bytes that the flow has moved so far (downstream to upstream, and back):
+	// where the datapath's counts begin.
+	Up, Down int64
+
+	// Buffer bounds in bytes what one direction may hold outside of the sockets' own buffers. > 0.
+	Buffer int64
+
+	// Idle ends the flow when no byte has moved either way for so long; 0 = never. Coarse: a
+	// flow may live up to 1/4 longer.
+	Idle time.Duration
+
+	// Ended reports that the flow is over and that both sockets are closed. end is the text of an
+	// [End]: "eof", "downstream_reset", "upstream_reset", "idle", "canceled" or "error"; err says
+	// more, and is nil with "eof". up and down are the final counts, as from count.
+	// It does not block.
+	Ended func(up, down int64, end string, err error)
+
+	// Returned gives the flow back, to go on in userspace: the sockets are out of every map, each
+	// byte that was taken from one was given to the other's TCP, and no direction has ended
+	// (a FIN may wait in a receive queue, unread). The conns may be other ones than those that Splice was given (a dup by
+	// [net.FileConn]); the relay owns them from here on. It does not block.
+	Returned func(downConn, upConn *net.TCPConn, up, down int64, reason error)
+}

@@ -1,0 +1,136 @@
+// Package flow names flows and keeps the registry of those that live.
+//
+// A flow is one spliced pair of connections (for HTTP: one request and its
+// answer). Its id is made by the first hop and kept by every hop of its path,
+// so that one grep over the hops' logs shows the whole way of a connection.
+package flow
+
+import (
+	"cmp"
+	"crypto/rand"
+	"encoding/hex"
+	"slices"
+	"sync"
+	"time"
+)
+
+// idBytes is the entropy of a path id: 128 bits, so that ids made by hops that
+// do not know each other do not collide.
+const idBytes = 16
+
+// NewID returns a fresh path id: 32 lower-case hex digits.
+func NewID() string {
+	var b [idBytes]byte
+	rand.Read(b[:]) // never fails (crypto/rand, Go 1.24)
+	return hex.EncodeToString(b[:])
+}
+
+// Flow is one live flow. Its fields other than Bytes are fixed before Add.
+type Flow struct {
+	ID         string // the path's id, shared by every hop
+	Listener   string
+	Route      string // how the config writes the route that matched
+	Name       string // server name or host, "" when there is none
+	Client     string // address of the client, as far back as it is believed
+	Downstream string // peer address of the accepted connection
+	Upstream   string // peer address of the dialled connection
+	Target     string // how the config writes the target
+	Datapath   string
+	Started    time.Time
+
+	// Bytes returns what has moved so far: up (from downstream to upstream)
+	// and down. It must be safe to call at any time.
+	Bytes func() (up, down int64)
+}
+
+// Snapshot is a Flow at one moment, as `tailsplice flows --json` prints it.
+type Snapshot struct {
+	ID         string    `json:"id"`
+	Listener   string    `json:"listener"`
+	Route      string    `json:"route"`
+	Name       string    `json:"name,omitempty"`
+	Client     string    `json:"client"`
+	Downstream string    `json:"downstream"`
+	Upstream   string    `json:"upstream"`
+	Target     string    `json:"target"`
+	Datapath   string    `json:"datapath"`
+	Started    time.Time `json:"started"`
+	BytesUp    int64     `json:"bytes_up"`
+	BytesDown  int64     `json:"bytes_down"`
+}
+
+// Registry holds the flows that live. The zero value is not usable: call
+// NewRegistry. All methods are safe for concurrent use.
+type Registry struct {
+	mu    sync.Mutex
+	flows map[*Flow]struct{}
+	empty chan struct{} // closed while there is no flow
+}
+
+// NewRegistry returns an empty registry.
+func NewRegistry() *Registry {
+	r := &Registry{flows: map[*Flow]struct{}{}, empty: make(chan struct{})}
+	close(r.empty)
+	return r
+}
+
+// Add registers f until Remove(f).
+func (r *Registry) Add(f *Flow) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.flows) == 0 {
+		r.empty = make(chan struct{})
+	}
+	r.flows[f] = struct{}{}
+}
+
+// Remove forgets f. Removing it twice is harmless.
+func (r *Registry) Remove(f *Flow) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, ok := r.flows[f]; !ok {
+		return
+	}
+	delete(r.flows, f)
+	if len(r.flows) == 0 {
+		close(r.empty)
+	}
+}
+
+// Len is the number of live flows.
+func (r *Registry) Len() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.flows)
+}
+
+// Empty returns a channel that is closed once no flow lives. Flows added after
+// the call may or may not be waited for.
+func (r *Registry) Empty() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.empty
+}
+
+// Snapshot lists the live flows, oldest first.
+func (r *Registry) Snapshot() []Snapshot {
+	r.mu.Lock()
+	live := make([]*Flow, 0, len(r.flows))
+	for f := range r.flows {
+		live = append(live, f)
+	}
+	r.mu.Unlock()
+	out := make([]Snapshot, 0, len(live))
+	for _, f := range live {
+		s := Snapshot{ID: f.ID, Listener: f.Listener, Route: f.Route, Name: f.Name, Client: f.Client,
+			Downstream: f.Downstream, Upstream: f.Upstream, Target: f.Target, Datapath: f.Datapath, Started: f.Started}
+		if f.Bytes != nil {
+			s.BytesUp, s.BytesDown = f.Bytes()
+		}
+		out = append(out, s)
+	}
+	slices.SortFunc(out, func(a, b Snapshot) int {
+		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.ID, b.ID))
+	})
+	return out
+}

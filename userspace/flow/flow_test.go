@@ -1,0 +1,66 @@
+package flow
+
+import (
+	"sync"
+	"testing"
+	"time"
+)
+
+func TestNewIDIsUnique(t *testing.T) {
+	seen := map[string]bool{}
+	for range 10_000 {
+		id := NewID()
+		if len(id) != 2*idBytes || seen[id] {
+			t.Fatalf("id %q: wrong length or seen before", id)
+		}
+		seen[id] = true
+	}
+}
+
+func TestRegistry(t *testing.T) {
+	r := NewRegistry()
+	select {
+	case <-r.Empty():
+	default:
+		t.Fatal("a new registry is not empty")
+	}
+	t0 := time.Now()
+	older := &Flow{ID: "b", Started: t0, Bytes: func() (int64, int64) { return 1, 2 }}
+	newer := &Flow{ID: "a", Started: t0.Add(time.Second)}
+	r.Add(newer)
+	r.Add(older)
+	empty := r.Empty()
+	got := r.Snapshot()
+	if len(got) != 2 || got[0].ID != "b" || got[0].BytesUp != 1 || got[0].BytesDown != 2 {
+		t.Fatalf("snapshot %+v: want b (1 up, 2 down) before a", got)
+	}
+	r.Remove(older)
+	r.Remove(older)
+	select {
+	case <-empty:
+		t.Fatal("empty while a flow lives")
+	default:
+	}
+	r.Remove(newer)
+	<-empty
+}
+
+func TestRegistryConcurrent(t *testing.T) {
+	r := NewRegistry()
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 500 {
+				f := &Flow{ID: NewID()}
+				r.Add(f)
+				r.Snapshot()
+				r.Remove(f)
+			}
+		})
+	}
+	wg.Wait()
+	if r.Len() != 0 {
+		t.Fatalf("%d flows left", r.Len())
+	}
+	<-r.Empty()
+}

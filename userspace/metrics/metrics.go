@@ -1,0 +1,83 @@
+// Package metrics holds the daemon's counters, in Prometheus' form.
+//
+// Every event that the log mentions per flow is counted here, with labels of
+// bounded cardinality only: names of listeners and fixed reasons, never
+// addresses or server names, which strangers choose.
+package metrics
+
+import (
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
+)
+
+// Set is one daemon's metrics. Make it with New; all fields are safe for
+// concurrent use.
+type Set struct {
+	Accepted  *prometheus.CounterVec // listener
+	Refused   *prometheus.CounterVec // listener, reason
+	Ended     *prometheus.CounterVec // listener, datapath, end
+	Bytes     *prometheus.CounterVec // listener, direction: up | down
+	DialError *prometheus.CounterVec // listener, reason
+	Demoted   *prometheus.CounterVec // datapath, reason
+	Reloads   *prometheus.CounterVec // result: ok | error
+	DialTime  prometheus.Histogram   // seconds
+
+	registry *prometheus.Registry
+}
+
+// New makes a set of its own, so that two daemons in one process (tests) do
+// not share counters. flows is asked for the number of live flows.
+func New(version string, flows func() int) *Set {
+	counter := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tailsplice_" + name, Help: help}, labels)
+	}
+	s := &Set{
+		Accepted:  counter("connections_accepted_total", "Connections accepted, before any check.", "listener"),
+		Refused:   counter("connections_refused_total", "Connections closed before they became a flow, by reason.", "listener", "reason"),
+		Ended:     counter("flows_ended_total", "Flows that ended, by datapath and by how they ended.", "listener", "datapath", "end"),
+		Bytes:     counter("bytes_total", "Bytes of ended flows; up is from downstream to upstream.", "listener", "direction"),
+		DialError: counter("dial_errors_total", "Upstreams that could not be reached, by reason.", "listener", "reason"),
+		Demoted:   counter("flows_demoted_total", "Flows that a datapath gave back to userspace, by reason.", "datapath", "reason"),
+		Reloads:   counter("config_reloads_total", "Configuration reloads, by result.", "result"),
+		DialTime: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "tailsplice_dial_seconds",
+			Help: "Time to resolve and connect to an upstream.", Buckets: prometheus.ExponentialBuckets(0.0005, 2, 15)}),
+		registry: prometheus.NewRegistry(),
+	}
+	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "tailsplice_build_info", Help: "Always 1.",
+		ConstLabels: prometheus.Labels{"version": version}})
+	info.Set(1)
+	live := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_flows", Help: "Flows that live now."},
+		func() float64 { return float64(flows()) })
+	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Bytes, s.DialError, s.Demoted, s.Reloads, s.DialTime, info, live,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return s
+}
+
+// Handler serves the set in the Prometheus text format.
+func (s *Set) Handler() http.Handler {
+	return promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})
+}
+
+// Totals adds a counter up by the values of one of its labels, for
+// `tailsplice status`.
+func Totals(c *prometheus.CounterVec, label string) map[string]int64 {
+	ch := make(chan prometheus.Metric)
+	go func() { c.Collect(ch); close(ch) }()
+	sums := map[string]int64{}
+	for m := range ch {
+		var d dto.Metric
+		if m.Write(&d) != nil {
+			continue
+		}
+		for _, l := range d.GetLabel() {
+			if l.GetName() == label {
+				sums[l.GetValue()] += int64(d.GetCounter().GetValue())
+			}
+		}
+	}
+	return sums
+}

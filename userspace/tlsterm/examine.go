@@ -1,0 +1,107 @@
+package tlsterm
+
+import (
+	"bytes"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// namesOf lists what a certificate is for. A certificate of the old kind, with
+// its name only in the subject, still works for clients that are as old.
+func namesOf(leaf *x509.Certificate) (names, warnings []string) {
+	names = append(names, leaf.DNSNames...)
+	for _, ip := range leaf.IPAddresses {
+		names = append(names, ip.String())
+	}
+	if len(names) > 0 {
+		return names, nil
+	}
+	if cn := leaf.Subject.CommonName; cn != "" {
+		return []string{cn}, []string{fmt.Sprintf("the certificate has the name %s only as its common name, which browsers have stopped to read: make one with subjectAltName", cn)}
+	}
+	return nil, []string{"the certificate is for no name at all: it is served only to clients that name none"}
+}
+
+// examine looks at the whole chain: an error is what no client would accept, a
+// warning is what many would not.
+func examine(chain []*x509.Certificate, now time.Time) (warnings []string, err error) {
+	leaf := chain[0]
+	if err := validity(leaf, now); err != nil {
+		return nil, err
+	}
+	issuerFound := selfIssued(leaf)
+	for i, c := range chain[1:] {
+		if bytes.Equal(leaf.RawIssuer, c.RawSubject) && leaf.CheckSignatureFrom(c) == nil {
+			issuerFound = true
+			if err := validity(c, now); err != nil {
+				return nil, fmt.Errorf("the issuer's certificate (number %d in the file): %w", i+2, err)
+			}
+		} else if err := validity(c, now); err != nil {
+			warnings = append(warnings, fmt.Sprintf("certificate %d in the file: %v", i+2, err))
+		}
+	}
+	if !issuerFound && !publicRoot(leaf) {
+		warnings = append(warnings, fmt.Sprintf("the certificate of the issuer, %s, is not in the file: unless that is a root which your clients trust, many will refuse: append the intermediate certificate (the authority's \"full chain\")", issuerName(leaf)))
+	}
+	if len(leaf.ExtKeyUsage) > 0 && !serverAuth(leaf) {
+		warnings = append(warnings, "the certificate is not made for servers (no serverAuth in its extended key usage): browsers will refuse it")
+	}
+	if left := leaf.NotAfter.Sub(now); left < soon(leaf) {
+		warnings = append(warnings, fmt.Sprintf("the certificate expires on %s: renew it", date(leaf.NotAfter)))
+	}
+	return warnings, nil
+}
+
+func validity(c *x509.Certificate, now time.Time) error {
+	switch {
+	case now.After(c.NotAfter):
+		return &ExpiredError{Subject: subject(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter}
+	case now.Before(c.NotBefore):
+		return &ExpiredError{Subject: subject(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter, Early: true}
+	}
+	return nil
+}
+
+// soon is how long before its end a certificate is worth a warning: a week, or
+// a sixth of its life if that is less (renewal is usual at a third).
+func soon(c *x509.Certificate) time.Duration {
+	return min(7*24*time.Hour, c.NotAfter.Sub(c.NotBefore)/6)
+}
+
+func selfIssued(c *x509.Certificate) bool { return bytes.Equal(c.RawIssuer, c.RawSubject) }
+
+// publicRoot says whether a root of this machine issued leaf directly.
+func publicRoot(leaf *x509.Certificate) bool {
+	_, err := leaf.Verify(x509.VerifyOptions{KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+	var unknown x509.UnknownAuthorityError
+	return !errors.As(err, &unknown)
+}
+
+func serverAuth(c *x509.Certificate) bool {
+	for _, u := range c.ExtKeyUsage {
+		if u == x509.ExtKeyUsageServerAuth || u == x509.ExtKeyUsageAny {
+			return true
+		}
+	}
+	return false
+}
+
+// subject names a certificate in messages.
+func subject(c *x509.Certificate) string {
+	switch {
+	case len(c.DNSNames) > 0:
+		return "for " + c.DNSNames[0]
+	case c.Subject.CommonName != "":
+		return "of " + c.Subject.CommonName
+	}
+	return "with serial " + c.SerialNumber.String()
+}
+
+func issuerName(c *x509.Certificate) string {
+	if c.Issuer.CommonName != "" {
+		return c.Issuer.CommonName
+	}
+	return c.Issuer.String()
+}

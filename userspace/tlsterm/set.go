@@ -1,0 +1,121 @@
+package tlsterm
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// entry is one certificate of a set: read from files (cert and leaf are there),
+// or asked for.
+type entry struct {
+	spec  Spec
+	stamp stamp // the files when they were read
+
+	cert     *tls.Certificate
+	leaf     *x509.Certificate
+	names    []string // as listed for status: DNS names, then IP addresses
+	warnings []string
+}
+
+func (e *entry) source() string {
+	if e.spec.GetCertificate != nil {
+		return e.spec.Name
+	}
+	return e.spec.Cert
+}
+
+func (e *entry) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	if e.spec.GetCertificate != nil {
+		return e.spec.GetCertificate(hello)
+	}
+	return e.cert, nil
+}
+
+func (e *entry) sameLeaf(o *entry) bool {
+	return o.leaf != nil && bytes.Equal(e.leaf.Raw, o.leaf.Raw)
+}
+
+// set is what a store serves at one moment. It is immutable.
+type set struct {
+	entries  []*entry            // in the config's order; the first is the default
+	exact    map[string][]*entry // "example.org", "192.0.2.1"
+	wildcard map[string][]*entry // "example.org" for *.example.org
+	asked    []*entry            // those with a function
+}
+
+func newSet(entries []*entry) *set {
+	s := &set{entries: entries, exact: map[string][]*entry{}, wildcard: map[string][]*entry{}}
+	for _, e := range entries {
+		if e.spec.GetCertificate != nil {
+			s.asked = append(s.asked, e)
+			continue
+		}
+		for _, n := range e.names {
+			m, n := s.exact, canonical(n)
+			if rest, ok := strings.CutPrefix(n, "*."); ok {
+				m, n = s.wildcard, rest
+			}
+			if !slices.Contains(m[n], e) {
+				m[n] = append(m[n], e)
+			}
+		}
+	}
+	return s
+}
+
+// candidates are the entries for a canonical name, best first.
+func (s *set) candidates(name string) []*entry {
+	out := s.exact[name]
+	for _, e := range s.asked {
+		if e.spec.Covers(name) {
+			out = append(out[:len(out):len(out)], e)
+		}
+	}
+	if wild := s.wildcard[parent(name)]; len(wild) > 0 {
+		out = append(out[:len(out):len(out)], wild...)
+	}
+	return out
+}
+
+func (s *set) covers(name string) bool { return name != "" && len(s.candidates(name)) > 0 }
+
+// find returns the entry that serves spec's files, or nil.
+func (s *set) find(spec Spec) *entry {
+	if s == nil || spec.GetCertificate != nil {
+		return nil
+	}
+	for _, e := range s.entries {
+		if e.spec.GetCertificate == nil && e.spec.files() == spec.files() {
+			return e
+		}
+	}
+	return nil
+}
+
+// parent is name without its first label, "" if nothing is left. An IP address
+// has no labels.
+func parent(name string) string {
+	if _, err := netip.ParseAddr(name); err == nil {
+		return ""
+	}
+	first, rest, ok := strings.Cut(name, ".")
+	if !ok || first == "" {
+		return ""
+	}
+	return rest
+}
+
+// canonical is the form that names are compared in: lower case, no trailing
+// dot, IP addresses as netip writes them.
+func canonical(name string) string {
+	name = strings.TrimSuffix(name, ".")
+	bare := strings.TrimSuffix(strings.TrimPrefix(name, "["), "]")
+	if addr, err := netip.ParseAddr(bare); err == nil {
+		return addr.Unmap().WithZone("").String()
+	}
+	return strings.ToLower(name)
+}

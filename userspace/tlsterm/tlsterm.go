@@ -1,0 +1,262 @@
+// Package tlsterm holds the certificates that a listener terminates TLS with:
+// it reads them from PEM files, says in words what is wrong with them, chooses
+// among them by server name, and follows the files when they change.
+//
+// Choice: a certificate that has the exact name, then one whose wildcard covers
+// it (one label, as browsers read it, RFC 6125 6.4.3), each in the order of the
+// config. A hello without a name gets the first certificate. A hello with a
+// name that no certificate covers is refused with the alert unrecognized_name:
+// a wrong certificate would only show its owner's names to a stranger, and
+// people a warning that tells them nothing.
+//
+// A Store is safe for concurrent use. What it serves is one immutable set,
+// swapped as a whole: a handshake never sees a certificate with another's key.
+package tlsterm
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Spec says where one certificate comes from: from files, or from a function.
+type Spec struct {
+	// Cert is a PEM file with the certificate first and its intermediates after
+	// it, Key a PEM file with the unencrypted private key (PKCS #8, PKCS #1 or
+	// SEC 1). Both may name the same file; an empty Key means Cert.
+	Cert, Key string
+
+	// GetCertificate, if not nil, is asked for each handshake whose name it
+	// covers, and Cert and Key are not used. It must be quick or cached. Its
+	// error ends the handshake with internal_error; no certificate and no error
+	// means that it does not have one after all.
+	GetCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+	// Covers says whether GetCertificate answers for a name (lower case, no
+	// trailing dot, never empty). It is needed with GetCertificate: without it
+	// the function would be the judge of every name on the internet.
+	Covers func(name string) bool
+	// Name is how status and messages name what is behind GetCertificate.
+	Name string
+}
+
+func (s Spec) key() string {
+	if s.Key == "" {
+		return s.Cert
+	}
+	return s.Key
+}
+
+func (s Spec) files() [2]string { return [2]string{s.Cert, s.key()} }
+
+// Store serves the certificates of one listener.
+type Store struct {
+	log *slog.Logger
+
+	reload sync.Mutex // one change at a time
+	set    atomic.Pointer[set]
+}
+
+// Load reads all the certificates of specs. It fails as a whole with everything
+// that is wrong with any of them, each by its file's name; *FileError is among
+// what errors.As finds. What is merely doubtful is logged as a warning.
+func Load(specs []Spec, log *slog.Logger) (*Store, error) {
+	s := &Store{log: log}
+	apply, err := s.Prepare(specs)
+	if err != nil {
+		return nil, err
+	}
+	apply()
+	return s, nil
+}
+
+// Prepare reads the certificates of a new config without serving them yet;
+// apply swaps them in and can't fail. It is as strict as Load but for one case:
+// a certificate from the same files that this store already serves may have
+// expired meanwhile, so that a change of something else can still be made.
+func (s *Store) Prepare(specs []Spec) (apply func(), err error) {
+	if len(specs) == 0 {
+		return nil, errors.New("no certificates: an https listener needs at least one")
+	}
+	old := s.set.Load()
+	var errs []error
+	entries := make([]*entry, 0, len(specs))
+	for _, spec := range specs {
+		e, err := s.read(spec)
+		var expired *ExpiredError
+		if err != nil && errors.As(err, &expired) {
+			if served := old.find(spec); served != nil {
+				e, err = served, nil
+			}
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		entries = append(entries, e)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	next := newSet(entries)
+	return func() {
+		s.reload.Lock()
+		defer s.reload.Unlock()
+		for _, e := range next.entries {
+			s.warn(e)
+		}
+		s.set.Store(next)
+	}, nil
+}
+
+// Reload reads all files again. Pairs that are whole are served from then on; a
+// broken pair keeps what was served before, and is in the error.
+func (s *Store) Reload() error {
+	s.reload.Lock()
+	defer s.reload.Unlock()
+	return s.refresh(func(*entry) bool { return true })
+}
+
+// refresh reads again the entries that want says, and swaps in what is good.
+// The caller holds s.reload.
+func (s *Store) refresh(want func(*entry) bool) error {
+	old := s.set.Load()
+	entries := make([]*entry, len(old.entries))
+	copy(entries, old.entries)
+	var errs []error
+	changed := false
+	for i, e := range entries {
+		if e.spec.GetCertificate != nil || !want(e) {
+			continue
+		}
+		fresh, err := s.read(e.spec)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if !fresh.sameLeaf(e) {
+			s.log.Info("certificate changed", "cert", e.spec.Cert, "names", fresh.names, "expires", fresh.leaf.NotAfter)
+			s.warn(fresh)
+		}
+		entries[i] = fresh
+		changed = true
+	}
+	if changed {
+		s.set.Store(newSet(entries))
+	}
+	return errors.Join(errs...)
+}
+
+// Interval is how often Run looks at the files.
+const Interval = time.Second
+
+// Run follows the files until ctx ends: what changed is served within about two
+// intervals. A pair that is broken for longer than one interval (a new
+// certificate whose key is still on its way is not) is logged, once for each
+// state of its files. It also warns of certificates that expire while served.
+func (s *Store) Run(ctx context.Context) {
+	tick := time.NewTicker(Interval)
+	defer tick.Stop()
+	var w watch
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			w.look(s)
+		}
+	}
+}
+
+// Covers says whether some certificate covers host, which may be upper case, an
+// IP address (in brackets or not), and end with a dot; it has no port.
+func (s *Store) Covers(host string) bool { return s.set.Load().covers(canonical(host)) }
+
+// Info describes one certificate, for status.
+type Info struct {
+	Source    string    `json:"source"` // file, or the Spec's Name
+	Names     []string  `json:"names,omitempty"`
+	Issuer    string    `json:"issuer,omitempty"`
+	NotBefore time.Time `json:"not_before,omitzero"`
+	NotAfter  time.Time `json:"not_after,omitzero"`
+	Default   bool      `json:"default"` // served to a hello without a name
+}
+
+// Certificates lists what is served, in the order of the config.
+func (s *Store) Certificates() []Info {
+	set := s.set.Load()
+	out := make([]Info, 0, len(set.entries))
+	for i, e := range set.entries {
+		info := Info{Source: e.source(), Names: e.names, Default: i == 0}
+		if e.leaf != nil {
+			info.Issuer = issuerName(e.leaf)
+			info.NotBefore, info.NotAfter = e.leaf.NotBefore, e.leaf.NotAfter
+		}
+		out = append(out, info)
+	}
+	return out
+}
+
+// Config returns a server configuration that always serves the store's newest
+// certificates: TLS 1.2 and 1.3, crypto/tls's choice of suites and curves,
+// session tickets with keys that crypto/tls rotates. alpn is what the server
+// speaks, best first; none means h2 and http/1.1.
+func (s *Store) Config(alpn ...string) *tls.Config {
+	if len(alpn) == 0 {
+		alpn = []string{"h2", "http/1.1"}
+	}
+	// A configuration with no certificate makes crypto/tls answer
+	// unrecognized_name. It is chosen at the hello, before a session ticket
+	// from another name could spare its holder the choice of a certificate.
+	refuse := &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: alpn, SessionTicketsDisabled: true}
+	return &tls.Config{
+		MinVersion:     tls.VersionTLS12,
+		NextProtos:     alpn,
+		GetCertificate: s.getCertificate,
+		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			if hello.ServerName != "" && !s.set.Load().covers(canonical(hello.ServerName)) {
+				return refuse, nil
+			}
+			return nil, nil
+		},
+	}
+}
+
+// getCertificate chooses the certificate of a handshake. No certificate and no
+// error makes crypto/tls answer unrecognized_name.
+func (s *Store) getCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	set := s.set.Load()
+	name := canonical(hello.ServerName)
+	candidates := set.entries // for a hello without a name: the first that there is
+	if name != "" {
+		candidates = set.candidates(name)
+	}
+	var fallback *tls.Certificate
+	var errs []error
+	for _, e := range candidates {
+		c, err := e.certificate(hello)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("certificate for %q from %s: %w", name, e.source(), err))
+			continue
+		}
+		if c == nil {
+			continue
+		}
+		// Of several for one name (RSA and ECDSA), the first that the client
+		// can verify; if it can none, it shall say itself why not.
+		if len(candidates) == 1 || name == "" || hello.SupportsCertificate(c) == nil {
+			return c, nil
+		}
+		if fallback == nil {
+			fallback = c
+		}
+	}
+	if fallback != nil {
+		return fallback, nil
+	}
+	return nil, errors.Join(errs...)
+}

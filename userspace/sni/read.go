@@ -1,0 +1,98 @@
+package sni
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"time"
+)
+
+// firstRead is the size of the first buffer, bytes: the hello of a browser with a post-quantum key share fits, and an
+// idle connection costs no more than this.
+const firstRead = 2 << 10
+
+// wireFactor says how many bytes of records a hello of one byte may take on average.
+//
+// Record headers are 5 bytes for as little as 1 byte of hello. If they counted in full, a legal hello of 16 KiB in
+// records of one byte (96 KiB) would fail under the default limit of 64 KiB; if they did not count at all, the limit
+// would allow six times the memory that it names. Twice lets that hello pass and is still a bound.
+const wireFactor = 2
+
+// Read reads the ClientHello from c.
+//
+// maxBytes limits the ClientHello message; the records that carry it may take twice as much with their headers, which
+// is also the most that Read reads and keeps in memory. timeout is for all of it together, from now, however the bytes
+// trickle in; 0 or less means no limit.
+//
+// head is every byte that was read from c, in success and in failure; at least Length bytes in success, more when the
+// client sent more at once. It is to be passed on before anything else from c. On success no read deadline is left on
+// c, on failure it stays. c stays open in any case.
+//
+// The error is [ErrNotTLS], [ErrTooLarge], [ErrTimeout], [ErrEOF], a [*RejectError], one that wraps
+// [io.ErrUnexpectedEOF] when c ended within the hello, or what c.Read returned.
+func Read(c net.Conn, maxBytes int, timeout time.Duration) (h Hello, head []byte, err error) {
+	return Continue(c, nil, maxBytes, timeout)
+}
+
+// Continue is [Read] for a stream whose first bytes have been read already, by a parser of PROXY headers, say. They are
+// in head, and come first in the result. Continue takes head over: its spare capacity is written to.
+func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (Hello, []byte, error) {
+	s := scanner{maxMessage: maxBytes, maxWire: wireFactor * maxBytes}
+	// What was read already may be enough: no system call then.
+	h, err := s.next(head)
+	if err != ErrIncomplete {
+		return h, head, err
+	}
+	if timeout > 0 {
+		if err := c.SetReadDeadline(time.Now().Add(timeout)); err != nil {
+			return Hello{}, head, fmt.Errorf("set the deadline for the TLS hello: %w", err)
+		}
+	}
+	for err == ErrIncomplete {
+		head = s.grow(head)
+		n, rerr := c.Read(head[len(head):cap(head)])
+		head = head[:len(head)+n]
+		if n == 0 {
+			if rerr == nil {
+				rerr = io.ErrNoProgress
+			}
+			return Hello{}, head, readError(len(head), rerr)
+		}
+		h, err = s.next(head)
+	}
+	if err == nil && timeout > 0 {
+		if err := c.SetReadDeadline(time.Time{}); err != nil {
+			return h, head, fmt.Errorf("clear the deadline of the TLS hello: %w", err)
+		}
+	}
+	return h, head, err
+}
+
+// grow makes room for at least one byte more. It doubles, so that all copies together are linear, and goes by what has
+// come, not by what a record's header promises.
+func (s *scanner) grow(head []byte) []byte {
+	if len(head) < cap(head) {
+		return head
+	}
+	// An incomplete hello is always shorter than maxWire, or it would be too large.
+	size := min(max(firstRead, 2*len(head)), s.maxWire)
+	bigger := make([]byte, len(head), size)
+	copy(bigger, head)
+	return bigger
+}
+
+// readError says in our terms how a connection failed after n bytes.
+func readError(n int, err error) error {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return ErrTimeout
+	case n == 0 && (err == io.EOF || errors.Is(err, syscall.ECONNRESET)):
+		return ErrEOF
+	case err == io.EOF:
+		return fmt.Errorf("the connection ended after %d bytes of a TLS hello: %w", n, io.ErrUnexpectedEOF)
+	}
+	return fmt.Errorf("read the TLS hello: %w", err)
+}

@@ -1,0 +1,185 @@
+// Package limit counts connections, in all and per source, and says when there are too many.
+//
+// A source is an IPv4 address, or the /64 of an IPv6 address, since that is the least that one customer gets
+// (RFC 6177); an IPv4 address mapped into IPv6 is the IPv4 address. Tailscale's range fd7a:115c:a1e0::/48 is the
+// exception: each of its addresses is a node of its own, and all nodes of a tailnet may share one /64.
+//
+// One mutex guards it all. A call holds it for some 50 ns, which is a small part of what accepting a connection costs
+// anyway; sharding would make the total either inexact or a second shared word. The benchmarks keep that honest.
+package limit
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+)
+
+var (
+	// ErrTotal is what an [*OverError] is when the limit on all connections is reached.
+	ErrTotal = errors.New("too many connections")
+
+	// ErrSource is what an [*OverError] is when the limit on one source's connections is reached.
+	ErrSource = errors.New("too many connections from one source")
+)
+
+// OverError says which limit refused a connection. It matches [ErrTotal] or [ErrSource].
+type OverError struct {
+	Source netip.Prefix // where the refused connection came from, the zero Prefix when that is not known
+	Count  int          // connections that there are: in all, or from Source
+	Limit  int
+	kind   error
+}
+
+func (e *OverError) Error() string {
+	if e.kind == ErrSource {
+		return fmt.Sprintf("%v: %v has %d, the limit is %d (limits.connections_per_source)", e.kind, name(e.Source), e.Count, e.Limit)
+	}
+	return fmt.Sprintf("%v: %d, the limit is %d (limits.connections)", e.kind, e.Count, e.Limit)
+}
+
+func (e *OverError) Unwrap() error { return e.kind }
+
+// Limiter counts connections. Its memory is bounded by the limit on all connections: a source is remembered for as long
+// as it has one. It is safe for concurrent use.
+type Limiter struct {
+	mu        sync.Mutex
+	total     int
+	perSource int
+	held      int            // leases held, those without a source included
+	sources   map[source]int // leases held by each source; never 0
+	peak      int            // most sources since the map was made
+}
+
+// New returns a limiter of total connections, and perSource of them from any one source. 0 or less means no limit.
+func New(total, perSource int) *Limiter {
+	l := &Limiter{sources: make(map[source]int)}
+	l.SetLimits(total, perSource)
+	return l
+}
+
+// SetLimits replaces the limits. Leases that are held stay so, even when there are now too many; new ones are refused
+// until there is room.
+func (l *Limiter) SetLimits(total, perSource int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.total, l.perSource = total, perSource
+}
+
+// Acquire counts one more connection from src. The error is an [*OverError]; there is then nothing to release.
+//
+// The zero Addr is a source that is not known (yet): it counts in all, and is bounded by nothing else. That is for
+// connections of a trusted proxy, which all have its address until [Lease.Move] says whose they are.
+func (l *Limiter) Acquire(src netip.Addr) (*Lease, error) {
+	s := sourceOf(src)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.total > 0 && l.held >= l.total {
+		return nil, &OverError{Source: s.prefix(), Count: l.held, Limit: l.total, kind: ErrTotal}
+	}
+	if err := l.enter(s); err != nil {
+		return nil, err
+	}
+	l.held++
+	return &Lease{limiter: l, source: s}, nil
+}
+
+// enter counts one more for s, leave one less. The caller holds mu.
+func (l *Limiter) enter(s source) error {
+	if s == (source{}) {
+		return nil
+	}
+	n := l.sources[s]
+	if l.perSource > 0 && n >= l.perSource {
+		return &OverError{Source: s.prefix(), Count: n, Limit: l.perSource, kind: ErrSource}
+	}
+	l.sources[s] = n + 1
+	l.peak = max(l.peak, len(l.sources))
+	return nil
+}
+
+func (l *Limiter) leave(s source) {
+	if s == (source{}) {
+		return
+	}
+	if n := l.sources[s]; n > 1 {
+		l.sources[s] = n - 1
+		return
+	}
+	delete(l.sources, s)
+	// A Go map keeps the memory of what was deleted. After a flood from many sources that is worth giving back.
+	if len(l.sources) == 0 && l.peak > 1024 {
+		l.sources, l.peak = make(map[source]int), 0
+	}
+}
+
+// Lease is the right to one connection.
+type Lease struct {
+	limiter  *Limiter
+	source   source // guarded by limiter.mu, as is released
+	released bool
+}
+
+// Move counts the lease for src from now on, because a PROXY header said where the connection really comes from. The
+// total stays the same. When src has too many already the error is an [*OverError] and the lease stays where it was:
+// the caller releases it as ever. Moving a released lease does nothing.
+func (l *Lease) Move(src netip.Addr) error {
+	s := sourceOf(src)
+	l.limiter.mu.Lock()
+	defer l.limiter.mu.Unlock()
+	if l.released || s == l.source {
+		return nil
+	}
+	if err := l.limiter.enter(s); err != nil {
+		return err
+	}
+	l.limiter.leave(l.source)
+	l.source = s
+	return nil
+}
+
+// Release gives the lease back. Only the first call counts.
+func (l *Lease) Release() {
+	l.limiter.mu.Lock()
+	defer l.limiter.mu.Unlock()
+	if l.released {
+		return
+	}
+	l.released = true
+	l.limiter.held--
+	l.limiter.leave(l.source)
+}
+
+// Total returns how many leases are held.
+func (l *Limiter) Total() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.held
+}
+
+// Source is a source of connections, and how many it has.
+type Source struct {
+	Prefix netip.Prefix // an address (/32, /128) or an IPv6 /64
+	Count  int
+}
+
+func (s Source) String() string { return fmt.Sprintf("%s: %d", name(s.Prefix), s.Count) }
+
+// Sources returns the n sources with the most connections, the largest first, equal ones by address. n < 0 means all.
+func (l *Limiter) Sources(n int) []Source {
+	l.mu.Lock()
+	list := make([]Source, 0, len(l.sources))
+	for s, count := range l.sources {
+		list = append(list, Source{s.prefix(), count})
+	}
+	l.mu.Unlock()
+	slices.SortFunc(list, func(a, b Source) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), a.Prefix.Addr().Compare(b.Prefix.Addr()))
+	})
+	if n >= 0 && n < len(list) {
+		list = slices.Clip(list[:n])
+	}
+	return list
+}

@@ -1,0 +1,371 @@
+// Package tailnet asks the local tailscaled who is on the tailnet.
+//
+// It turns node names into addresses ([Client.Resolve]), addresses into
+// identities ([Client.WhoIs]) and tells which addresses are this node's own
+// ([Client.SelfAddrs]). All of it comes from tailscaled's LocalAPI, a unix
+// socket; nothing here opens a connection to a peer.
+//
+// # What is remembered, and for how long
+//
+// One Status answer is kept as an immutable table. While [Client.Run] watches
+// tailscaled's notification bus the table has no age: every change of the
+// netmap replaces it. Without the watch an answer is used for a second, then
+// asked for again. A daemon that is gone is an error at once, for its routes
+// went with it and the kernel would send packets for tailnet addresses to the
+// default gateway. A daemon that is there and doesn't answer in time leaves
+// what it said last in use for [staleFor].
+//
+// Identities are kept only while the watch is on, and every netmap change
+// forgets all of them, so an answer never outlives the assignment of an address
+// by more than the time that tailscaled takes to write the notification.
+//
+// # The socket
+//
+// [New] takes its path; empty means the environment's
+// TAILSPLICE_TAILSCALED_SOCKET, for labs and unusual installations, and else
+// the platform's default. Reading needs no privilege on Linux.
+package tailnet
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+	"tailscale.com/client/local"
+	"tailscale.com/ipn"
+	"tailscale.com/paths"
+)
+
+// SocketEnv is the environment variable that names tailscaled's socket when
+// [New] is given none.
+const SocketEnv = "TAILSPLICE_TAILSCALED_SOCKET"
+
+const (
+	// freshFor is how long a Status answer is good without a watch.
+	freshFor = time.Second
+	// staleFor is how long the last answer of a daemon that hangs is good.
+	staleFor = 30 * time.Second
+	// askTimeout bounds one LocalAPI request.
+	askTimeout = 3 * time.Second
+	// startWait is how long Resolve waits for a tailscaled that is starting.
+	startWait = 5 * time.Second
+)
+
+// Client is the tailnet as this node's tailscaled sees it. Make it with [New].
+// Its methods may be called from any goroutine, with or without [Client.Run].
+type Client struct {
+	lc     *local.Client
+	socket string
+	log    *slog.Logger
+	flight singleflight.Group
+	certs  certCache
+
+	mu        sync.Mutex
+	table     *table    // the last Status, nil before the first
+	asked     time.Time // when the table was asked for; zero once the watch on it ended
+	good      time.Time // when the table was last known to be right
+	seq       uint64    // counts Status requests, in order of their start
+	tableSeq  uint64    // the request that the table came from
+	live      bool      // the watch is on: the table is good until told otherwise
+	dirty     bool      // the netmap changed after the table was asked for
+	notes     uint64    // counts the notifications of that
+	suffix    string    // MagicDNS suffix, from the table or a later notification
+	gen       uint64    // counts what invalidates identities
+	whois     map[netip.Addr]whoisEntry
+	changed   chan struct{} // closed and replaced when the table changes
+	callbacks map[int]func()
+	callback  int  // the next callback's key
+	gone      bool // the last request failed
+	lost      bool // the watch failed, and that was logged
+
+	announced *table // what OnChange was last called for; Run's alone
+}
+
+// New returns a client of the tailscaled at socket. An empty socket means
+// $TAILSPLICE_TAILSCALED_SOCKET, and if that is empty too the platform's
+// default. It connects to nothing yet, and there is nothing to close.
+func New(socket string, log *slog.Logger) *Client {
+	given := cmp.Or(socket, os.Getenv(SocketEnv))
+	c := &Client{
+		socket:    cmp.Or(given, paths.DefaultTailscaledSocket()),
+		log:       log,
+		whois:     map[netip.Addr]whoisEntry{},
+		changed:   make(chan struct{}),
+		callbacks: map[int]func(){},
+	}
+	c.lc = &local.Client{
+		Socket: c.socket,
+		// The graphical macOS client has no socket: there the library finds
+		// its port, unless a socket was asked for.
+		UseSocketOnly: given != "" || runtime.GOOS != "darwin",
+	}
+	if c.lc.UseSocketOnly {
+		c.lc.Dial = c.dialSocket
+	}
+	return c
+}
+
+// Socket returns the path of the socket in use.
+func (c *Client) Socket() string { return c.socket }
+
+// dialSocket reports failures as our own error. The library would run
+// systemctl for a hint each time that the socket is missing.
+func (c *Client) dialSocket(ctx context.Context, _, _ string) (net.Conn, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", c.socket)
+	if err != nil {
+		return nil, socketError(c.socket, err)
+	}
+	return conn, nil
+}
+
+// Contains reports whether a is in the ranges that Tailscale assigns from:
+// 100.64.0.0/10 and fd7a:115c:a1e0::/48. An IPv4-mapped a counts as IPv4.
+// It doesn't say that a node has this address.
+func Contains(a netip.Addr) bool {
+	a = a.Unmap()
+	return tailnet4.Contains(a) || tailnet6.Contains(a)
+}
+
+// Source: https://tailscale.com/kb/1015/100.x-addresses and kb/1033.
+var (
+	tailnet4 = netip.MustParsePrefix("100.64.0.0/10")
+	tailnet6 = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
+)
+
+// Resolve returns the tailnet addresses of node, at least one: IPv4 first if
+// the node has both. node is a name in this node's own tailnet ("home"), a
+// fully qualified name ("home.tail1234.ts.net", trailing dot or not; the only
+// way to name a node that another tailnet shares with this one), or a tailnet
+// address that some node has, which is returned alone. Case doesn't matter.
+//
+// A node that is offline is resolved all the same, see [Client.Presence].
+// All errors but those of ctx are an [*Error]. A tailscaled that is starting is
+// waited for, 5 s at most.
+func (c *Client) Resolve(ctx context.Context, node string) ([]netip.Addr, error) {
+	return c.resolve(ctx, node, false)
+}
+
+// Refresh is Resolve with an answer that tailscaled gave after the call began.
+func (c *Client) Refresh(ctx context.Context, node string) ([]netip.Addr, error) {
+	return c.resolve(ctx, node, true)
+}
+
+func (c *Client) resolve(ctx context.Context, node string, fresh bool) ([]netip.Addr, error) {
+	t, err := c.running(ctx, fresh)
+	if err != nil {
+		return nil, err
+	}
+	addrs, err := t.resolve(node)
+	if err == nil || fresh {
+		return addrs, err
+	}
+	// Unknown: the netmap may have changed since, and the table not yet.
+	c.mu.Lock()
+	behind := c.dirty || !c.live && time.Since(t.asked) > freshFor
+	c.mu.Unlock()
+	if !behind {
+		return nil, err
+	}
+	if t, err = c.running(ctx, true); err != nil {
+		return nil, err
+	}
+	return t.resolve(node)
+}
+
+// SelfAddrs returns this node's own tailnet addresses, at least one, IPv4
+// first. Errors are those of [Client.Resolve].
+func (c *Client) SelfAddrs(ctx context.Context) ([]netip.Addr, error) {
+	t, err := c.running(ctx, false)
+	if err != nil {
+		return nil, err
+	}
+	return slices.Clone(t.self.addrs), nil
+}
+
+// Self returns this node's identity. Errors are those of [Client.Resolve].
+func (c *Client) Self(ctx context.Context) (Identity, error) {
+	t, err := c.running(ctx, false)
+	if err != nil {
+		return Identity{}, err
+	}
+	return t.identity(t.self), nil
+}
+
+// Presence tells what was last heard of node, for messages and for judging how
+// long to wait: whether control has a connection to it, and when it was last
+// seen if not (zero if unknown). It asks nobody; ok is false for a node that
+// isn't in the table.
+func (c *Client) Presence(node string) (online bool, seen time.Time, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.table == nil {
+		return false, time.Time{}, false
+	}
+	n, err := c.table.lookup(node)
+	if err != nil {
+		return false, time.Time{}, false
+	}
+	return n.online, n.seen, true
+}
+
+// CheckPath says whether a connection to remote that the kernel gave the
+// address local goes through the tailnet. It doesn't when tailscaled's routes
+// are missing, and then remote may be anybody's, for 100.64.0.0/10 is also what
+// providers use for their own networks.
+func (c *Client) CheckPath(local, remote netip.Addr) error {
+	if Contains(local) {
+		return nil
+	}
+	return &Error{Kind: KindDown, Socket: c.socket, msg: "the kernel sent " + remote.String() + " out from " + local.String() +
+		", past the tailnet: tailscaled's interface or routes are missing; see `tailscale status` and `ip route show table 52`"}
+}
+
+// OnChange calls f whenever the netmap changed: addresses of this node or of
+// others, nodes added, removed or renamed, and when tailscaled comes or goes.
+// Nodes going online and offline don't count. f runs on a goroutine of
+// [Client.Run], one at a time, so it should be quick; it may call the client.
+// stop ends it; a call under way may still finish.
+func (c *Client) OnChange(f func()) (stop func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	key := c.callback
+	c.callback++
+	c.callbacks[key] = f
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.callbacks, key)
+	}
+}
+
+func (c *Client) notifyChange() {
+	c.mu.Lock()
+	keys := make([]int, 0, len(c.callbacks))
+	for k := range c.callbacks {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	fs := make([]func(), len(keys))
+	for i, k := range keys {
+		fs[i] = c.callbacks[k]
+	}
+	c.mu.Unlock()
+	for _, f := range fs {
+		f()
+	}
+}
+
+// running returns the table of a tailscaled that is up, waiting for one that
+// is just starting.
+func (c *Client) running(ctx context.Context, fresh bool) (*table, error) {
+	deadline := time.Now().Add(startWait)
+	for {
+		t, changed, err := c.current(ctx, fresh)
+		if err != nil {
+			return nil, err
+		}
+		if err = t.usable(c.socket); err == nil {
+			return t, nil
+		}
+		if !t.starting() || !time.Now().Before(deadline) {
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err // "is starting" tells more than a deadline
+		case <-changed:
+		case <-time.After(200 * time.Millisecond): // without a watch nothing is signalled
+		}
+	}
+}
+
+// current returns the table that answers now, and a channel that is closed when
+// another one takes its place.
+func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct{}, error) {
+	c.mu.Lock()
+	t, changed, knownGood := c.table, c.changed, c.good
+	good := t != nil && !fresh && (c.live || time.Since(c.asked) < freshFor)
+	c.mu.Unlock()
+	if good {
+		return t, changed, nil
+	}
+	key := "status"
+	if fresh {
+		// Only what was asked after this call counts. Those who call while
+		// that request runs could have seen an older netmap, so they ask anew.
+		c.flight.Forget(key)
+	}
+	// Not this caller's ctx: others may share the answer.
+	got := c.flight.DoChan(key, func() (any, error) { return c.ask(context.WithoutCancel(ctx)) })
+	select {
+	case <-ctx.Done():
+		return nil, nil, &Error{Kind: KindAbsent, Socket: c.socket, Err: ctx.Err(),
+			msg: "tailscaled at " + c.socket + " did not answer in time"}
+	case r := <-got:
+		if r.Err == nil {
+			return r.Val.(*table), changed, nil
+		}
+		// Hanging is not being gone: what it said a moment ago still holds.
+		var e *Error
+		if errors.As(r.Err, &e) && e.hangs && t != nil && !fresh && time.Since(knownGood) < staleFor {
+			return t, changed, nil
+		}
+		return nil, nil, r.Err
+	}
+}
+
+// ask requests the Status and publishes it. Every error is an *Error.
+func (c *Client) ask(ctx context.Context) (*table, error) {
+	c.mu.Lock()
+	c.seq++
+	seq := c.seq
+	notes := c.notes
+	c.mu.Unlock()
+
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	asked := time.Now()
+	st, err := c.lc.Status(ctx)
+	if err != nil {
+		err = localError(c.socket, err)
+		c.mu.Lock()
+		c.gone = true
+		c.mu.Unlock()
+		return nil, err
+	}
+	t := newTable(st, asked)
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if seq <= c.tableSeq {
+		return t, nil // a later request was quicker; its answer stays
+	}
+	if c.table == nil || c.gone || !t.sameAs(c.table) {
+		close(c.changed)
+		c.changed = make(chan struct{})
+	}
+	if c.table == nil || !t.sameAs(c.table) {
+		c.forgetIdentitiesLocked()
+	}
+	if notes == c.notes {
+		c.dirty = false
+	}
+	c.table, c.tableSeq, c.suffix, c.gone = t, seq, t.suffix, false
+	c.asked, c.good = asked, asked
+	return t, nil
+}
+
+// states that pass by themselves.
+func (t *table) starting() bool {
+	return t.state == ipn.Starting.String() || t.state == ipn.NoState.String()
+}

@@ -1,0 +1,77 @@
+# tailsplice: `make help` lists what there is.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PREFIX      ?= /usr/local
+DESTDIR     ?=
+BUILD       := build
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+# The lab has a module of its own, so that its heavy imports stay out of ours.
+LAB         := test/netns
+# Packages whose tests make namespaces of their own would disturb each other's timing.
+TESTFLAGS   ?=
+# go.mod names the Go version; an older go fetches that one by itself.
+export GOTOOLCHAIN ?= auto
+
+.PHONY: help
+help: ## Show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: provision
+provision: ## Install what build, test and demo need (Debian, root; nothing to do is quick)
+	@scripts/provision
+
+.PHONY: build
+build: ## Build the daemon into build/tailsplice
+	@mkdir -p $(BUILD)
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.buildVersion=$(VERSION)" -o $(BUILD)/tailsplice ./cmd/tailsplice
+
+.PHONY: test
+test: provision test-unit test-lab ## Run all tests (root runs those in namespaces and on a real tailnet too)
+
+.PHONY: test-unit
+test-unit: ## Unit tests with the race detector, and the build for other systems
+	go test -race -timeout 15m $(TESTFLAGS) ./...
+	GOOS=darwin go build ./...
+
+.PHONY: test-lab
+test-lab: ## The path over a real tailnet, in network namespaces (root)
+	cd $(LAB) && go test -timeout 25m $(TESTFLAGS) ./...
+
+.PHONY: demo
+demo: provision build ## Show the whole path at work; KEEP=1 leaves it up
+	cd $(LAB) && CGO_ENABLED=0 go build -o ../../$(BUILD)/demo ./demo
+	KEEP=$(KEEP) $(BUILD)/demo
+
+.PHONY: lint
+lint: ## gofmt, vet and staticcheck, for Linux and macOS
+	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted; exit 1; }
+	go vet ./... && GOOS=darwin go vet ./...
+	go run $(STATICCHECK) ./...
+	cd $(LAB) && go vet ./... && go run $(STATICCHECK) ./...
+	bash -n scripts/* .ci/run
+
+.PHONY: generate
+generate: ## Generate code, schema and BPF objects again
+	go generate ./...
+
+.PHONY: install
+install: build ## Install into PREFIX (default /usr/local): daemon, unit, man pages, completion
+	install -Dm755 $(BUILD)/tailsplice $(DESTDIR)$(PREFIX)/sbin/tailsplice
+	mkdir -p $(BUILD)/man && $(BUILD)/tailsplice man $(BUILD)/man
+	install -d $(DESTDIR)$(PREFIX)/share/man/man8 && install -m644 $(BUILD)/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8/
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	$(BUILD)/tailsplice completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/tailsplice
+	$(BUILD)/tailsplice completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_tailsplice
+	$(BUILD)/tailsplice completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/tailsplice.fish
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's#@PREFIX@#$(PREFIX)#' init/tailsplice.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/tailsplice.service
+	install -d -m755 $(DESTDIR)/etc/tailsplice
+	[ -e $(DESTDIR)/etc/tailsplice/tailsplice.yaml ] || install -m644 examples/edge.yaml $(DESTDIR)/etc/tailsplice/tailsplice.yaml
+
+.PHONY: clean
+clean: ## Remove what was built
+	rm -rf $(BUILD)

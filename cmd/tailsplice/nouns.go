@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tailsplice/tailsplice/userspace/admin"
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/front"
+)
+
+// answerTimeout bounds how long a command waits for the daemon. A reload may
+// have to ask tailscaled.
+const answerTimeout = 15 * time.Second
+
+func newStatus() *cobra.Command {
+	var control string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show what the daemon listens on, where it routes, and what it has done",
+		Example: `  tailsplice status
+  tailsplice status --json | jq .refused`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var s front.Status
+			return ask(cmd, control, "status", asJSON, &s, func(w io.Writer) { printStatus(w, s, time.Now()) })
+		},
+	}
+	controlFlag(cmd, &control)
+	jsonFlag(cmd, &asJSON)
+	return cmd
+}
+
+func newFlows() *cobra.Command {
+	var control string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "flows",
+		Short: "List the live flows",
+		Long: `List the live flows, oldest first. The id is shared by all hops of a flow's path:
+the same id in another hop's list or log is the same connection of the client.`,
+		Example: `  tailsplice flows
+  tailsplice flows --json | jq -r '.[] | [.id, .name, .client] | @tsv'`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var s []flow.Snapshot
+			return ask(cmd, control, "flows", asJSON, &s, func(w io.Writer) { printFlows(w, s, time.Now()) })
+		},
+	}
+	controlFlag(cmd, &control)
+	jsonFlag(cmd, &asJSON)
+	return cmd
+}
+
+// ask reads a noun from the daemon and prints it, as it came or for people.
+func ask(cmd *cobra.Command, control, noun string, asJSON bool, v any, people func(io.Writer)) error {
+	ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
+	defer cancel()
+	if asJSON {
+		var raw json.RawMessage
+		if err := (admin.Client{Socket: control}).Get(ctx, noun, &raw); err != nil {
+			return err
+		}
+		enc := json.NewEncoder(cmd.OutOrStdout())
+		enc.SetIndent("", "  ")
+		return enc.Encode(raw)
+	}
+	if err := (admin.Client{Socket: control}).Get(ctx, noun, v); err != nil {
+		return err
+	}
+	people(cmd.OutOrStdout())
+	return nil
+}
+
+func printStatus(w io.Writer, s front.Status, now time.Time) {
+	fmt.Fprintf(w, "%s: tailsplice %s, up %s, %s\n", s.Node, s.Version, age(s.Started, now), plural(s.Flows, "flow"))
+	fmt.Fprintf(w, "config %s, loaded %s ago\n", s.Config, age(s.Loaded, now))
+	if s.Problem != "" {
+		fmt.Fprintf(w, "problem: %s\n", s.Problem)
+	}
+	for _, l := range s.Listeners {
+		bound := strings.Join(l.Bound, " ")
+		if bound == "" {
+			bound = "not bound yet"
+		}
+		fmt.Fprintf(w, "\n%s (%s) on %s: %s\n", l.Name, l.Mode, strings.Join(l.Listen, " "), bound)
+		if len(l.AcceptProxy) > 0 {
+			fmt.Fprintf(w, "  PROXY headers are believed from %s\n", strings.Join(l.AcceptProxy, ", "))
+		}
+		for _, c := range l.Certificates {
+			fmt.Fprintf(w, "  certificate %s\n", c)
+		}
+		tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		for _, r := range l.Routes {
+			match, to := r.Match, r.Forward
+			if len(r.ALPN) > 0 {
+				match += " alpn " + strings.Join(r.ALPN, ",")
+			}
+			if r.Reject {
+				to = "reject"
+			}
+			if r.SendProxy {
+				to += " (PROXY v2)"
+			}
+			fmt.Fprintf(tw, "  %s\t→ %s\t%s\n", match, to, r.Datapath)
+		}
+		tw.Flush()
+	}
+	fmt.Fprintln(w)
+	printCounts(w, "accepted", s.Accepted)
+	printCounts(w, "flows ended", s.Ended)
+	printCounts(w, "refused", s.Refused)
+	printCounts(w, "dial errors", s.DialErrors)
+	printCounts(w, "demoted", s.Demoted)
+}
+
+func printCounts(w io.Writer, what string, counts map[string]int64) {
+	if len(counts) == 0 {
+		return
+	}
+	var parts []string
+	for _, k := range slices.Sorted(maps.Keys(counts)) {
+		parts = append(parts, fmt.Sprintf("%s %d", k, counts[k]))
+	}
+	fmt.Fprintf(w, "%s: %s\n", what, strings.Join(parts, ", "))
+}
+
+func printFlows(w io.Writer, flows []flow.Snapshot, now time.Time) {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "ID\tNAME\tCLIENT\tUPSTREAM\tDATAPATH\tUP\tDOWN\tAGE")
+	for _, f := range flows {
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", f.ID, f.Name, f.Client, f.Target, f.Datapath, bytes(f.BytesUp), bytes(f.BytesDown), age(f.Started, now))
+	}
+	tw.Flush()
+}
+
+func age(t, now time.Time) string {
+	d := now.Sub(t)
+	if d < time.Minute {
+		return d.Truncate(100 * time.Millisecond).String()
+	}
+	return d.Truncate(time.Second).String()
+}
+
+// bytes gives n with a binary unit and three digits at most.
+func bytes(n int64) string {
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB"}
+	v, i := float64(n), 0
+	for v >= 1000 && i < len(units)-1 {
+		v, i = v/1024, i+1
+	}
+	if i == 0 || v >= 100 {
+		return fmt.Sprintf("%.0f %s", v, units[i])
+	}
+	return fmt.Sprintf("%.1f %s", v, units[i])
+}
+
+func newReload() *cobra.Command {
+	var control string
+	cmd := &cobra.Command{
+		Use:   "reload",
+		Short: "Make the daemon read its configuration again",
+		Long: `Make the daemon read its configuration again. No connection is closed. If the
+configuration can't be used, the daemon goes on with the old one, what is
+wrong is printed, and the exit status is 1.`,
+		Example: `  tailsplice check && tailsplice reload`,
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
+			defer cancel()
+			return admin.Client{Socket: control}.Reload(ctx)
+		},
+	}
+	controlFlag(cmd, &control)
+	return cmd
+}
+
+// buildVersion is set by the Makefile.
+var buildVersion string
+
+func version() string {
+	if buildVersion != "" {
+		return buildVersion
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
+
+func newVersion() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if asJSON {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(map[string]string{
+					"version": version(), "go": runtime.Version(), "os": runtime.GOOS, "arch": runtime.GOARCH})
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "tailsplice %s (%s, %s/%s)\n", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			return nil
+		},
+	}
+	jsonFlag(cmd, &asJSON)
+	return cmd
+}

@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/tailsplice/tailsplice/userspace/admin"
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/front"
+)
+
+type runOptions struct {
+	config    string
+	drain     time.Duration
+	logFormat string
+	logLevel  string
+}
+
+func newRun() *cobra.Command {
+	var o runOptions
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run the daemon",
+		Long: `Run the daemon in the foreground until it is told to end.
+
+Signals: HUP reads the configuration again and changes over to it without
+closing a connection; a configuration that can't be used changes nothing.
+TERM and INT stop accepting, let the connections end, and cut what is left
+after --drain-timeout; a second one ends at once.`,
+		Example: `  tailsplice run --config /etc/tailsplice/tailsplice.yaml
+  tailsplice run -c edge.yaml --log-format text --log-level debug`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd.Context(), o) },
+	}
+	configFlag(cmd, &o.config)
+	cmd.Flags().DurationVar(&o.drain, "drain-timeout", 30*time.Second, "how long connections may take to end after TERM")
+	cmd.Flags().StringVar(&o.logFormat, "log-format", "auto", "text, json, or auto: text on a terminal and JSON elsewhere")
+	cmd.Flags().StringVar(&o.logLevel, "log-level", "info", "debug, info, warn or error")
+	return cmd
+}
+
+// run is the daemon's life from start to end.
+func run(ctx context.Context, o runOptions) error {
+	log, err := newLogger(o)
+	if err != nil {
+		return err
+	}
+	cfg, err := loadConfig(o.config)
+	if err != nil {
+		return err
+	}
+	for _, w := range cfg.Warnings {
+		log.Warn(w)
+	}
+
+	// Signals are ours before anything is bound: a HUP in the first second
+	// must not kill the daemon.
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(signals)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	control, err := admin.Listen(cfg.Control.Socket)
+	if os.IsPermission(err) && os.Getuid() != 0 {
+		log.Warn("no control socket: `tailsplice status` and `reload` will not reach this daemon: set control.socket to a path of your own", "err", err)
+	} else if err != nil {
+		return err
+	}
+	if control != nil {
+		defer control.Close()
+	}
+	var metricsListener net.Listener
+	if cfg.Control.Metrics != "" {
+		if metricsListener, err = net.Listen("tcp", cfg.Control.Metrics); err != nil {
+			return fmt.Errorf("control.metrics: %w: choose another address, or leave it out", err)
+		}
+		defer metricsListener.Close()
+	}
+
+	datapaths, missing, closeDatapaths := loadDatapaths(cfg, log)
+	defer closeDatapaths()
+	f, err := front.New(cfg, front.Options{Log: log, Version: version(), Datapaths: datapaths, Missing: missing})
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+
+	reload := func() error {
+		daemon.SdNotify(false, daemon.SdNotifyReloading)
+		defer daemon.SdNotify(false, daemon.SdNotifyReady)
+		err := reload(f, o.config, log)
+		if err != nil {
+			log.Error("the configuration was not changed", "err", err)
+			return err
+		}
+		log.Info("the configuration was reloaded", "config", o.config)
+		return nil
+	}
+	if control != nil {
+		d := admin.Daemon{
+			Status: func() any { return f.Status() },
+			Flows:  func() any { return f.Flows() },
+			Reload: reload,
+		}
+		go admin.Serve(ctx, control, d.Handler(), log)
+	}
+	if metricsListener != nil {
+		mux := http.NewServeMux()
+		mux.Handle("/metrics", f.Metrics().Handler())
+		go admin.Serve(ctx, metricsListener, mux, log)
+	}
+	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)
+	daemon.SdNotify(false, daemon.SdNotifyReady)
+
+	for {
+		select {
+		case s := <-signals:
+			if s == syscall.SIGHUP {
+				reload()
+				continue
+			}
+			return drain(f, o.drain, signals, log)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// reload brings a changed configuration into force, or says why not. Of the
+// control section nothing changes: its sockets are bound once.
+func reload(f *front.Front, file string, log *slog.Logger) error {
+	cfg, err := config.Load(file)
+	if err != nil {
+		return err
+	}
+	for _, w := range cfg.Warnings {
+		log.Warn(w)
+	}
+	return f.Reload(cfg)
+}
+
+// drain lets the flows end; a second signal or the deadline cuts them.
+func drain(f *front.Front, timeout time.Duration, signals <-chan os.Signal, log *slog.Logger) error {
+	daemon.SdNotify(false, daemon.SdNotifyStopping)
+	log.Info("draining: no new connections; a second signal ends at once", "flows", len(f.Flows()), "deadline", timeout.String())
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	go func() {
+		for s := range signals {
+			if s != syscall.SIGHUP {
+				cancel()
+				return
+			}
+		}
+	}()
+	if err := f.Drain(ctx); err != nil {
+		log.Warn("ended", "err", err)
+		return nil
+	}
+	log.Info("ended: all flows had finished")
+	return nil
+}
+
+// newLogger writes to standard error.
+func newLogger(o runOptions) (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
+		return nil, &usageError{fmt.Errorf("--log-level %q: use debug, info, warn or error", o.logLevel)}
+	}
+	ho := &slog.HandlerOptions{Level: level}
+	switch o.logFormat {
+	case "auto":
+		if term.IsTerminal(int(os.Stderr.Fd())) {
+			return slog.New(slog.NewTextHandler(os.Stderr, ho)), nil
+		}
+		return slog.New(slog.NewJSONHandler(os.Stderr, ho)), nil
+	case "text":
+		return slog.New(slog.NewTextHandler(os.Stderr, ho)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(os.Stderr, ho)), nil
+	}
+	return nil, &usageError{fmt.Errorf("--log-format %q: use text, json or auto", o.logFormat)}
+}

@@ -1,0 +1,159 @@
+// Package admin is how people and scripts talk to a running daemon: HTTP with
+// JSON over a unix socket that only its owner can open, and the client for it
+// that the command line uses. Metrics have a TCP address of their own.
+//
+//	GET  /v1/status   what the daemon is and does
+//	GET  /v1/flows    the live flows
+//	POST /v1/reload   reads the configuration again; 422 with the reason if it can't be used
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Daemon is what the socket shows and does. Status and Flows return values
+// that encoding/json can write.
+type Daemon struct {
+	Status func() any
+	Flows  func() any
+	Reload func() error
+}
+
+// Handler serves d.
+func (d Daemon) Handler() http.Handler {
+	mux := http.NewServeMux()
+	show := func(get func() any) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			json.NewEncoder(w).Encode(get())
+		}
+	}
+	mux.HandleFunc("GET /v1/status", show(d.Status))
+	mux.HandleFunc("GET /v1/flows", show(d.Flows))
+	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, _ *http.Request) {
+		if err := d.Reload(); err != nil {
+			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
+		}
+	})
+	return mux
+}
+
+// Listen binds the control socket at path, readable and writable for its
+// owner only. A socket that a dead daemon left is replaced; that of a live one
+// is an error.
+func Listen(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("control socket %s: another daemon answers there: stop it, or give this one its own control.socket", path)
+	} else if errors.Is(err, syscall.ECONNREFUSED) {
+		os.Remove(path)
+	}
+	// The socket must never be open to others, not even for a moment: it is
+	// made in a directory of its own and then moved to its place.
+	dir, err := os.MkdirTemp(filepath.Dir(path), ".control-")
+	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	defer os.RemoveAll(dir)
+	made := filepath.Join(dir, "s")
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: made, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	ln.SetUnlinkOnClose(false)
+	err = errors.Join(os.Chmod(made, 0o600), os.Rename(made, path))
+	if err != nil {
+		ln.Close()
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	return &socket{ln, path}, nil
+}
+
+// socket removes its file when it is closed.
+type socket struct {
+	*net.UnixListener
+	path string
+}
+
+func (s *socket) Close() error {
+	err := s.UnixListener.Close()
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return errors.Join(err, os.Remove(s.path))
+}
+
+// Serve answers on ln until ctx ends, then closes it.
+func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logger) {
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
+	stop := context.AfterFunc(ctx, func() { srv.Close() })
+	defer stop()
+	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		log.Error("control or metrics server ended", "address", ln.Addr(), "err", err)
+	}
+}
+
+// Client talks to the daemon at a control socket.
+type Client struct {
+	Socket string
+}
+
+func (c Client) do(ctx context.Context, method, path string) ([]byte, error) {
+	t := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", c.Socket)
+	}}
+	req, err := http.NewRequestWithContext(ctx, method, "http://tailsplice"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	res, err := t.RoundTrip(req)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return nil, fmt.Errorf("no daemon answers at %s: is `tailsplice run` up? --control names another socket", c.Socket)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("%s: permission denied: use the account that runs the daemon, or root", c.Socket)
+	case err != nil:
+		return nil, fmt.Errorf("ask the daemon at %s: %w", c.Socket, err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		return nil, fmt.Errorf("read the daemon's answer: %w", err)
+	}
+	if res.StatusCode != http.StatusOK {
+		return nil, errors.New(strings.TrimSpace(string(body)))
+	}
+	return body, nil
+}
+
+// Get reads a noun ("status", "flows") as JSON into v.
+func (c Client) Get(ctx context.Context, noun string, v any) error {
+	body, err := c.do(ctx, http.MethodGet, "/v1/"+noun)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(body, v)
+}
+
+// Reload asks the daemon to read its configuration again. The error is the
+// daemon's reason for keeping the old one.
+func (c Client) Reload(ctx context.Context) error {
+	_, err := c.do(ctx, http.MethodPost, "/v1/reload")
+	return err
+}

@@ -1,0 +1,86 @@
+package admin
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func serve(t *testing.T, d Daemon) Client {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "run", "control.sock")
+	ln, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		Serve(ctx, ln, d.Handler(), slog.New(slog.DiscardHandler))
+		close(done)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+		if _, err := os.Stat(path); err == nil {
+			t.Error("the socket file is left behind")
+		}
+	})
+	return Client{Socket: path}
+}
+
+func TestClient(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	var reload error
+	c := serve(t, Daemon{
+		Status: func() any { return map[string]int{"flows": 7} },
+		Flows:  func() any { return []string{"a"} },
+		Reload: func() error { return reload },
+	})
+	var status map[string]int
+	if err := c.Get(ctx, "status", &status); err != nil || status["flows"] != 7 {
+		t.Errorf("status: %v %v", status, err)
+	}
+	if err := c.Reload(ctx); err != nil {
+		t.Errorf("reload: %v", err)
+	}
+	reload = errors.New("edge.yaml:3:5: unknown key\nedge.yaml:4:5: unknown key")
+	if err := c.Reload(ctx); err == nil || err.Error() != reload.Error() {
+		t.Errorf("reload error: %v", err)
+	}
+	fi, err := os.Stat(c.Socket)
+	if err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v %v: want 0600", fi.Mode(), err)
+	}
+}
+
+func TestListenRefusesALiveDaemonAndReplacesADeadOne(t *testing.T) {
+	c := serve(t, Daemon{})
+	if _, err := Listen(c.Socket); err == nil || !strings.Contains(err.Error(), "another daemon") {
+		t.Errorf("second daemon: %v", err)
+	}
+	path := filepath.Join(t.TempDir(), "dead.sock")
+	ln, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.(*socket).UnixListener.Close() // leaves the file, as a killed daemon does
+	ln, err = Listen(path)
+	if err != nil {
+		t.Fatalf("stale socket: %v", err)
+	}
+	ln.Close()
+}
+
+func TestNoDaemon(t *testing.T) {
+	err := Client{Socket: filepath.Join(t.TempDir(), "none")}.Reload(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "tailsplice run") {
+		t.Errorf("got %v: want a hint", err)
+	}
+}

@@ -1,0 +1,109 @@
+package front
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// accept takes connections from s until it is closed. It never blocks on a
+// peer: whatever waits for bytes has a goroutine of its own.
+func (f *Front) accept(s *socket) {
+	defer close(s.done)
+	for {
+		c, err := s.ln.AcceptTCP()
+		switch {
+		case err == nil:
+		case errors.Is(err, net.ErrClosed):
+			return
+		case outOfResources(err):
+			f.metrics.Refused.WithLabelValues(s.owner.Load().name, "out_of_files").Inc()
+			f.complain.Warn("out_of_files", "out of file descriptors: connections are closed at once: raise LimitNOFILE= or `ulimit -n`, or lower limits.connections", "err", err)
+			f.spare.shed(s.ln)
+			continue
+		default: // the peer was gone before we came (ECONNABORTED), or a passing network error
+			continue
+		}
+		f.admit(s.owner.Load(), c)
+	}
+}
+
+// admit counts c, checks the limits, and starts serving it. It is called on
+// the accept loop: a connection over the limit costs no goroutine.
+func (f *Front) admit(l *listener, c *net.TCPConn) {
+	f.metrics.Accepted.WithLabelValues(l.name).Inc()
+	svc := l.service.Load()
+	peer := addrPort(c.RemoteAddr())
+	src := peer.Addr()
+	if svc.trust != nil {
+		// Who it is isn't known yet; a trusted hop carries many clients, so
+		// here it counts in the total only. identify charges the real source.
+		src = netip.Addr{}
+	}
+	lease, err := f.limiter.Acquire(src)
+	if err != nil {
+		f.overLimit(l, c, err)
+		return
+	}
+	in := &inbound{TCPConn: c, front: f, listener: l, service: svc, peer: peer, client: peer,
+		local: addrPort(c.LocalAddr()), lease: lease, accepted: time.Now()}
+	f.conns.Add(1)
+	go f.serve(in)
+}
+
+// overLimit refuses c at once, with a reset so that nothing lingers.
+func (f *Front) overLimit(l *listener, c *net.TCPConn, err error) {
+	f.metrics.Refused.WithLabelValues(l.name, "over_limit").Inc()
+	f.complain.Warn("over_limit", "connection refused: over the limit", "listener", l.name, "err", err)
+	reset(c)
+}
+
+// reset closes c with a RST.
+func reset(c *net.TCPConn) {
+	c.SetLinger(0)
+	c.Close()
+}
+
+func addrPort(a net.Addr) netip.AddrPort {
+	t, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	ap := t.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
+
+func outOfResources(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) ||
+		errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
+}
+
+// spareFile is a file descriptor held back for the day when there is none
+// left: it is given up to accept, and close, the connection that waits, which
+// would otherwise make accept fail in a busy loop while the client hangs.
+type spareFile struct {
+	mu   sync.Mutex
+	file *os.File
+}
+
+// shedPause keeps a daemon without file descriptors off the CPU.
+const shedPause = 10 * time.Millisecond
+
+func (s *spareFile) shed(ln *net.TCPListener) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.file != nil {
+		s.file.Close()
+		ln.SetDeadline(time.Now().Add(shedPause))
+		if c, err := ln.AcceptTCP(); err == nil {
+			reset(c)
+		}
+		ln.SetDeadline(time.Time{})
+	}
+	s.file, _ = os.Open(os.DevNull)
+	time.Sleep(shedPause)
+}

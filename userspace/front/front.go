@@ -1,0 +1,289 @@
+// Package front is where the parts meet: it accepts connections, checks
+// limits and PROXY headers, finds the route, dials the upstream and hands the
+// pair to a datapath. Data flows one way through its files:
+//
+//	listen.go   addresses are bound, and follow the tailnet's changes
+//	accept.go   a connection is admitted, or refused at once
+//	inbound.go  who it is: PROXY header and trust
+//	service.go  the configuration, compiled: routes, rules, certificates
+//	splice.go   sni and tcp: hello, route, dial, relay, log
+//	http.go     http and https: the same by request
+//	status.go   what can be seen from outside
+//
+// It is the only package that imports its siblings.
+package front
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/container"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/tailnet"
+)
+
+// Options are what the daemon knows beside its configuration.
+type Options struct {
+	Log     *slog.Logger
+	Version string
+
+	// Datapaths are those that work on this machine, best first; userspace is
+	// always there and is not listed.
+	Datapaths []relay.Datapath
+	// Missing says why a datapath that configuration may name is not there.
+	Missing map[string]string
+}
+
+// Front is a running set of listeners. Make it with New, end it with Drain or
+// Close.
+type Front struct {
+	opts Options
+	log  *slog.Logger
+
+	tailnet    *tailnet.Client
+	containers *container.Client
+	dialer     *dial.Dialer
+	limiter    *limit.Limiter
+	flows      *flow.Registry
+	metrics    *metrics.Set
+	complain   *complaints
+	spare      spareFile
+	started    time.Time
+
+	ctx    context.Context // ends when flows must end at once
+	cancel context.CancelFunc
+	conns  sync.WaitGroup // every connection that was accepted
+
+	mu        sync.Mutex // guards what follows, and serialises reloads
+	cfg       *config.Config
+	loaded    time.Time
+	listeners map[string]*listener // by name
+	sockets   map[string]*socket   // by bound address
+	closed    bool
+
+	tailnetAddrs []netip.Addr // this node's, as last known
+	bindErr      error        // of tailnet addresses, while they wait
+
+	nodeName atomic.Pointer[string]
+}
+
+// New binds cfg's addresses and starts serving. What can mend itself (no
+// tailscaled, no dockerd) is logged and tried again; anything else that keeps
+// a listener from working is an error, and nothing is left running.
+func New(cfg *config.Config, opts Options) (*Front, error) {
+	f := &Front{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
+		listeners: map[string]*listener{}, sockets: map[string]*socket{},
+		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}}
+	f.ctx, f.cancel = context.WithCancel(context.Background())
+	f.metrics = metrics.New(opts.Version, f.flows.Len)
+	f.tailnet = tailnet.New("", opts.Log)
+	f.containers = container.New("", opts.Log)
+	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers}
+	f.limiter = limit.New(math.MaxInt, math.MaxInt) // set by apply
+	f.spare.file, _ = os.Open(os.DevNull)
+
+	changed := make(chan struct{}, 1)
+	f.tailnet.OnChange(func() {
+		select {
+		case changed <- struct{}{}:
+		default:
+		}
+	})
+	if err := f.apply(cfg); err != nil {
+		f.Close()
+		return nil, err
+	}
+	go f.tailnet.Run(f.ctx)
+	go f.containers.Run(f.ctx)
+	go f.followTailnet(f.ctx, changed)
+	return f, nil
+}
+
+// Reload changes over to cfg without closing a flow. With an error nothing
+// has changed.
+func (f *Front) Reload(cfg *config.Config) error {
+	err := f.apply(cfg)
+	result := "ok"
+	if err != nil {
+		result = "error"
+	}
+	f.metrics.Reloads.WithLabelValues(result).Inc()
+	return err
+}
+
+// apply compiles cfg, binds what it needs, and only then swaps.
+func (f *Front) apply(cfg *config.Config) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return errors.New("the daemon is shutting down")
+	}
+	listeners := map[string]*listener{}
+	services := map[string]*service{}
+	var errs []error
+	for i := range cfg.Listeners {
+		l := &cfg.Listeners[i]
+		s, err := f.compile(cfg, l)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		services[l.Name] = s
+		if old := f.listeners[l.Name]; old != nil && old.mode == l.Mode {
+			listeners[l.Name] = old
+			continue
+		}
+		fresh := &listener{name: l.Name, mode: l.Mode}
+		fresh.service.Store(s)
+		if l.Mode == "http" || l.Mode == "https" {
+			fresh.http = f.newHTTPServer(fresh)
+		}
+		listeners[l.Name] = fresh
+	}
+	discard := func() {
+		for name, l := range listeners {
+			if f.listeners[name] != l && l.http != nil {
+				l.http.close()
+			}
+		}
+		for _, s := range services {
+			s.close()
+		}
+	}
+	if len(errs) > 0 {
+		discard()
+		return errors.Join(errs...)
+	}
+	connections := f.fitLimits(cfg)
+
+	var waits error
+	if wantsTailnet(cfg) {
+		waits = f.refreshTailnetAddrs(f.ctx)
+	}
+	pending, err := f.rebind(bindings(cfg, listeners, f.tailnetAddrs))
+	if err != nil {
+		discard()
+		return err
+	}
+
+	// From here on nothing fails.
+	for name, l := range listeners {
+		if old := l.service.Swap(services[name]); old != services[name] {
+			old.retire()
+		}
+	}
+	for name, old := range f.listeners {
+		if listeners[name] != old {
+			old.service.Load().retire()
+			if old.http != nil {
+				go old.http.shutdown(f.ctx)
+			}
+		}
+	}
+	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
+	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
+	f.nodeName.Store(&cfg.Node)
+	f.bindErr = errors.Join(append(pending, waits)...)
+	if f.bindErr != nil {
+		f.log.Warn("tailnet listeners wait until the tailnet is up", "err", f.bindErr)
+	}
+	return nil
+}
+
+// fitLimits lowers the limit of connections to what the file descriptors
+// allow, and says so: better to refuse in time than to fail in the middle.
+func (f *Front) fitLimits(cfg *config.Config) int {
+	// A flow has two sockets; the rest is for listeners, pipes, logs, HTTP pools.
+	const filesPerFlow, reserve = 2, 256
+	files, err := raiseFileLimit(uint64(cfg.Limits.Connections*filesPerFlow + reserve))
+	if err != nil || files >= uint64(cfg.Limits.Connections*filesPerFlow+reserve) {
+		return cfg.Limits.Connections
+	}
+	fit := max(1, (int(files)-reserve)/filesPerFlow)
+	f.log.Warn("limits.connections is lowered to what the limit of open files allows: raise LimitNOFILE= (systemd) or `ulimit -n`",
+		"connections", cfg.Limits.Connections, "lowered_to", fit, "open_files", files)
+	return fit
+}
+
+func (f *Front) node() string {
+	if n := f.nodeName.Load(); n != nil {
+		return *n
+	}
+	return ""
+}
+
+// Flows lists the live flows, oldest first.
+func (f *Front) Flows() []flow.Snapshot { return f.flows.Snapshot() }
+
+// Metrics are the daemon's counters.
+func (f *Front) Metrics() *metrics.Set { return f.metrics }
+
+// stopAccepting closes all sockets and waits for their accept loops.
+func (f *Front) stopAccepting() {
+	f.mu.Lock()
+	f.closed = true
+	sockets := f.sockets
+	f.sockets = map[string]*socket{}
+	f.mu.Unlock()
+	for _, s := range sockets {
+		s.ln.Close()
+	}
+	for _, s := range sockets {
+		<-s.done
+	}
+}
+
+// Drain stops accepting and waits until all flows have ended or ctx ends;
+// then it closes. The error says how many flows it had to cut.
+func (f *Front) Drain(ctx context.Context) error {
+	f.stopAccepting()
+	f.mu.Lock()
+	listeners := f.listeners
+	f.mu.Unlock()
+	for _, l := range listeners {
+		if l.http != nil {
+			go l.http.shutdown(ctx)
+		}
+	}
+	done := make(chan struct{})
+	go func() {
+		f.conns.Wait()
+		close(done)
+	}()
+	var err error
+	select {
+	case <-done:
+	case <-ctx.Done():
+		err = fmt.Errorf("%d flows were cut at the deadline", f.flows.Len())
+	}
+	f.Close()
+	return err
+}
+
+// Close ends everything at once.
+func (f *Front) Close() {
+	f.stopAccepting()
+	f.cancel()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, l := range f.listeners {
+		if l.http != nil {
+			l.http.close()
+		}
+		l.service.Load().close()
+	}
+	f.conns.Wait()
+}

@@ -1,0 +1,228 @@
+package front
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+)
+
+// tailnetHost is the word that stands for this node's tailnet addresses in a
+// listen address.
+const tailnetHost = "tailnet"
+
+// rebindEvery is how often a tailnet address that could not be bound is tried
+// again: tailscaled announces an address shortly before the interface has it.
+const rebindEvery = time.Second
+
+// socket is one bound address. Its owner may change at a reload, the socket
+// itself stays, so that no connection is refused meanwhile.
+type socket struct {
+	addr  string // as bound: "host:port"
+	ln    *net.TCPListener
+	owner atomic.Pointer[listener]
+	done  chan struct{} // closed when the accept loop has ended
+}
+
+// binding is one address that should be bound, and for whom.
+type binding struct {
+	addr    string // "host:port" for net.Listen
+	written string // how the config has it
+	owner   *listener
+	tailnet bool // may come and go
+}
+
+// bindings lists what cfg wants bound, given this node's tailnet addresses.
+func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []netip.Addr) []binding {
+	var out []binding
+	for i := range cfg.Listeners {
+		l := &cfg.Listeners[i]
+		for _, written := range l.Listen {
+			host, port, _ := net.SplitHostPort(written) // config has checked it
+			if host != tailnetHost {
+				out = append(out, binding{addr: written, written: written, owner: owners[l.Name]})
+				continue
+			}
+			for _, a := range tailnetAddrs {
+				out = append(out, binding{addr: net.JoinHostPort(a.String(), port), written: written, owner: owners[l.Name], tailnet: true})
+			}
+		}
+	}
+	return out
+}
+
+// wantsTailnet says whether a listener binds tailnet addresses.
+func wantsTailnet(cfg *config.Config) bool {
+	return slices.ContainsFunc(cfg.Listeners, func(l config.Listener) bool {
+		return slices.ContainsFunc(l.Listen, func(a string) bool { return strings.HasPrefix(a, tailnetHost+":") })
+	})
+}
+
+// listen binds addr. MPTCP is off because a real MPTCP socket can not be
+// spliced in the kernel. The error says what to do about it.
+func listen(addr string) (*net.TCPListener, error) {
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	ln, err := lc.Listen(context.Background(), "tcp", addr)
+	if err != nil {
+		return nil, &bindError{addr, err}
+	}
+	return ln.(*net.TCPListener), nil
+}
+
+type bindError struct {
+	addr string
+	err  error
+}
+
+func (e *bindError) Unwrap() error { return e.err }
+
+func (e *bindError) Error() string {
+	host, port, _ := net.SplitHostPort(e.addr)
+	switch {
+	case errors.Is(e.err, syscall.EADDRINUSE):
+		n, _ := strconv.Atoi(port)
+		if who := portOwner(uint16(n)); who != "" {
+			return fmt.Sprintf("listen on %s: the port is in use by %s: stop it, or choose another address", e.addr, who)
+		}
+		return fmt.Sprintf("listen on %s: the port is in use by another program (`ss -ltnp 'sport = :%s'` as root names it): stop it, or choose another address", e.addr, port)
+	case errors.Is(e.err, fs.ErrPermission):
+		return fmt.Sprintf("listen on %s: permission denied: ports below %s need root or CAP_NET_BIND_SERVICE: use the systemd unit, run as root, or choose a higher port", e.addr, firstFreePort())
+	case errors.Is(e.err, syscall.EADDRNOTAVAIL):
+		return fmt.Sprintf("listen on %s: no interface of this machine has the address %s: `ip address` lists them; \":%s\" listens on all", e.addr, host, port)
+	case errors.Is(e.err, syscall.EAFNOSUPPORT):
+		return fmt.Sprintf("listen on %s: this kernel has no support for that address family (is IPv6 disabled?)", e.addr)
+	}
+	return fmt.Sprintf("listen on %s: %v", e.addr, e.err)
+}
+
+func firstFreePort() string {
+	b, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+	if err != nil {
+		return "1024"
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// rebind makes the bound sockets those that want lists: opens what is missing,
+// hands over what stays, closes the rest. Errors of tailnet addresses are
+// returned in pending, since they mend themselves; any other error undoes the
+// sockets that this call opened and changes nothing.
+//
+// f.mu is held.
+func (f *Front) rebind(want []binding) (pending []error, err error) {
+	opened := map[string]*socket{}
+	undo := func() {
+		for _, s := range opened {
+			s.ln.Close()
+		}
+	}
+	var fatal []error
+	keep := map[string]*listener{}
+	for _, b := range want {
+		if f.sockets[b.addr] != nil {
+			keep[b.addr] = b.owner
+			continue
+		}
+		ln, err := listen(b.addr)
+		switch {
+		case err == nil:
+			s := &socket{addr: b.addr, ln: ln, done: make(chan struct{})}
+			s.owner.Store(b.owner)
+			opened[b.addr] = s
+		case b.tailnet:
+			pending = append(pending, err)
+		default:
+			fatal = append(fatal, fmt.Errorf("listener %q: %w", b.owner.name, err))
+		}
+	}
+	if len(fatal) > 0 {
+		undo()
+		return nil, errors.Join(fatal...)
+	}
+	for addr, s := range f.sockets {
+		if owner, ok := keep[addr]; ok {
+			s.owner.Store(owner)
+			continue
+		}
+		s.ln.Close()
+		delete(f.sockets, addr)
+		f.log.Info("stopped listening", "address", addr)
+	}
+	for addr, s := range opened {
+		f.sockets[addr] = s
+		f.log.Info("listening", "address", addr, "listener", s.owner.Load().name, "mode", s.owner.Load().mode)
+		go f.accept(s)
+	}
+	return pending, nil
+}
+
+// followTailnet keeps the tailnet listeners bound to this node's present
+// addresses until ctx ends.
+func (f *Front) followTailnet(ctx context.Context, changed <-chan struct{}) {
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	var lastErr string
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-retry.C:
+		}
+		again, err := f.bindTailnet(ctx)
+		if err != nil && err.Error() != lastErr {
+			f.log.Warn("tailnet listeners wait", "err", err)
+		}
+		lastErr = ""
+		if err != nil {
+			lastErr = err.Error()
+		}
+		if again {
+			retry.Reset(rebindEvery)
+		}
+	}
+}
+
+// bindTailnet brings the sockets in line with the config and the tailnet
+// addresses once. again says that a later try may do better.
+func (f *Front) bindTailnet(ctx context.Context) (again bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed || !wantsTailnet(f.cfg) {
+		return false, nil
+	}
+	if err := f.refreshTailnetAddrs(ctx); err != nil {
+		f.bindErr = err
+		return true, err
+	}
+	pending, err := f.rebind(bindings(f.cfg, f.listeners, f.tailnetAddrs))
+	f.bindErr = errors.Join(append(pending, err)...)
+	return f.bindErr != nil, f.bindErr
+}
+
+// refreshTailnetAddrs asks tailscaled for this node's addresses. With an error
+// the last known ones stay, and so what is bound stays bound: tailscaled may
+// only be restarting.
+//
+// f.mu is held.
+func (f *Front) refreshTailnetAddrs(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	addrs, err := f.tailnet.SelfAddrs(ctx)
+	if err == nil {
+		f.tailnetAddrs = addrs
+	}
+	return err
+}

@@ -1,0 +1,156 @@
+package front
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/route"
+)
+
+// listener is a configured listener while the daemon lives. What it does is
+// its service, which a reload swaps; what it is (name and mode) stays.
+type listener struct {
+	name, mode string
+	service    atomic.Pointer[service]
+	http       *httpServer // http and https only
+}
+
+// service is one listener's configuration, ready to be used. It is immutable:
+// a flow that has begun with one keeps it.
+type service struct {
+	mode     string
+	limits   config.Limits
+	trust    *trust             // nil: a PROXY header is data
+	names    *route.Table[*rule] // sni and http(s): by name, then default
+	fallback *rule              // tcp: the only way
+	rules    []*rule            // in the config's order, for status
+	tls      *certificates      // https only
+}
+
+// rule is one route, or the default.
+type rule struct {
+	name      string // how people find it in the config: "*.vsq.cz", "notes.vsq.cz/api/", "default"
+	patterns  []string
+	alpn      []string
+	path      string
+	reject    bool
+	target    dial.Target
+	written   string // the target as the config has it
+	sendProxy bool
+	datapath  relay.Datapath // nil: userspace
+	via       string         // the datapath's name as chosen, for status
+
+	upstream *upstream // http(s) only
+}
+
+// accepts says whether a hello with these protocols may take the rule.
+func (r *rule) accepts(alpn []string) bool {
+	return len(r.alpn) == 0 || slices.ContainsFunc(alpn, func(p string) bool { return slices.Contains(r.alpn, p) })
+}
+
+// compile makes the service of one listener. Errors carry the config's file
+// and line.
+func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error) {
+	s := &service{mode: l.Mode, limits: cfg.Limits}
+	if l.AcceptProxy != nil {
+		s.trust = newTrust(l.AcceptProxy.From)
+	}
+	var errs []error
+	var table route.Builder[*rule]
+	for i := range l.Routes {
+		c := &l.Routes[i]
+		r, err := f.compileRule(cfg, l, c.Action)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s:%d:%d: %w", cfg.File, c.Pos.Line, c.Pos.Col, err))
+			continue
+		}
+		r.patterns = slices.Concat(c.SNI, c.Host)
+		r.alpn, r.path = c.ALPN, c.Path
+		r.name = strings.Join(r.patterns, ",") + c.Path
+		s.rules = append(s.rules, r)
+	}
+	// Within one name the longest path is tried first.
+	byPath := slices.Clone(s.rules)
+	slices.SortStableFunc(byPath, func(a, b *rule) int { return cmp.Compare(len(b.path), len(a.path)) })
+	for _, r := range byPath {
+		for _, p := range r.patterns {
+			if err := table.Add(p, r); err != nil {
+				errs = append(errs, fmt.Errorf("listener %q: %w", l.Name, err))
+			}
+		}
+	}
+	if l.Default != nil {
+		r, err := f.compileRule(cfg, l, *l.Default)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("listener %q: default: %w", l.Name, err))
+		} else {
+			r.name = "default"
+			s.rules = append(s.rules, r)
+			s.fallback = r
+			table.Default(r)
+		}
+	}
+	s.names = table.Build()
+	if l.Mode == "https" {
+		certs, err := f.loadCertificates(cfg, l)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		s.tls = certs
+	}
+	return s, errors.Join(errs...)
+}
+
+func (f *Front) compileRule(cfg *config.Config, l *config.Listener, a config.Action) (*rule, error) {
+	r := &rule{reject: a.Reject, via: "userspace"}
+	if a.Reject {
+		return r, nil
+	}
+	r.target = dial.Target(a.Forward)
+	r.written = a.Forward.String()
+	r.sendProxy = a.SendProxy != ""
+	wanted := cmp.Or(a.Datapath, cfg.Datapath, "auto")
+	if l.Mode == "http" || l.Mode == "https" {
+		// What is terminated here can't be moved without this process.
+		r.upstream = f.newUpstream(cfg, l, r)
+		return r, nil
+	}
+	var err error
+	r.datapath, err = f.chooseDatapath(wanted)
+	if r.datapath != nil {
+		r.via = r.datapath.Name()
+	}
+	return r, err
+}
+
+// chooseDatapath turns the config's word into a datapath; nil is userspace.
+// Naming a datapath that this machine can't offer is an error: whoever names
+// one wants to know. auto takes the best that there is.
+func (f *Front) chooseDatapath(word string) (relay.Datapath, error) {
+	switch word {
+	case "userspace":
+		return nil, nil
+	case "auto":
+		if len(f.opts.Datapaths) > 0 {
+			return f.opts.Datapaths[0], nil
+		}
+		return nil, nil
+	}
+	for _, d := range f.opts.Datapaths {
+		if d.Name() == word {
+			return d, nil
+		}
+	}
+	reason := f.opts.Missing[word]
+	if reason == "" {
+		reason = "this version does not have it"
+	}
+	return nil, fmt.Errorf("datapath %s is not available: %s: use `datapath: auto` to go on without it", word, reason)
+}

@@ -1,0 +1,157 @@
+package front
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/proxyheader"
+	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/sni"
+)
+
+// serveSNI reads the hello of a connection and sends it where its name says.
+func (f *Front) serveSNI(in *inbound) {
+	hello, head, err := sni.Read(in, in.service.limits.HelloBytes, in.service.limits.HelloTimeout)
+	in.ahead = head
+	if err != nil {
+		f.refuseHello(in, hello, err)
+		return
+	}
+	in.name = hello.ServerName
+	r, ok := in.service.names.Lookup(hello.ServerName, func(r *rule) bool { return r.accepts(hello.ALPN) })
+	if !ok || r.reject {
+		f.refuseHello(in, hello, errNobodyServes)
+		return
+	}
+	f.spliceTo(in, r, &hello)
+}
+
+var errNobodyServes = errors.New("no route and no default takes this name")
+
+// refuseHello ends a connection whose hello leads nowhere, with the alert that
+// TLS has for it.
+func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
+	reason, alert := "", uint8(0)
+	var reject *sni.RejectError
+	switch {
+	case errors.Is(err, errNobodyServes):
+		reason, alert = "unrecognized_name", sni.AlertUnrecognizedName
+	case errors.As(err, &reject):
+		reason, alert = "hello_rejected", reject.Alert
+	case errors.Is(err, sni.ErrNotTLS):
+		reason = "not_tls"
+	case errors.Is(err, sni.ErrTooLarge):
+		reason, alert = "hello_too_large", sni.AlertRecordOverflow
+	case errors.Is(err, sni.ErrTimeout):
+		reason = "hello_timeout"
+	default: // the peer went away
+		reason = "hello_incomplete"
+		if len(in.ahead) == 0 {
+			reason = "empty"
+		}
+	}
+	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
+	if reason != "empty" {
+		f.complain.Warn(reason, "connection refused", "id", in.id, "listener", in.listener.name, "client", in.client, "name", hello.ServerName, "reason", reason, "err", err)
+	}
+	if alert != 0 {
+		sni.Refuse(in.TCPConn, alert)
+		return
+	}
+	reset(in.TCPConn)
+}
+
+// spliceTo dials r's target and relays the connection to it until it ends.
+// It owns in's socket.
+func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
+	if r == nil || r.reject {
+		f.metrics.Refused.WithLabelValues(in.listener.name, "rejected").Inc()
+		reset(in.TCPConn)
+		return
+	}
+	up, err := f.dialRule(f.ctx, in.listener, r, in.client.Addr())
+	if err != nil {
+		f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.name, "target", r.written, "client", in.client, "name", in.name, "err", err)
+		if hello != nil {
+			sni.Refuse(in.TCPConn, sni.AlertInternalError)
+			return
+		}
+		reset(in.TCPConn)
+		return
+	}
+	var preface []byte
+	if r.sendProxy {
+		preface = f.proxyHeader(in, hello).Append(nil)
+	}
+	var counters relay.Counters
+	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.name, Name: in.name,
+		Client: in.client.String(), Downstream: in.peer.String(), Upstream: remoteString(up),
+		Target: r.written, Datapath: r.via, Started: in.accepted, Bytes: counters.Load}
+	rtt := [2]time.Duration{roundTrip(in.TCPConn), roundTrip(up)}
+	f.flows.Add(fl)
+	res := relay.Relay(f.ctx, in.TCPConn, up, relay.Options{
+		Preface: preface, Head: in.takeAhead(), Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
+		Counters: &counters, Datapath: r.datapath, ID: in.id, Route: r.name,
+	})
+	f.flows.Remove(fl)
+	f.ended(fl, res, rtt)
+}
+
+// dialRule connects to r's target and counts how that went.
+func (f *Front) dialRule(ctx context.Context, l *listener, r *rule, client netip.Addr) (net.Conn, error) {
+	started := time.Now()
+	up, err := f.dialer.Dial(ctx, r.target, client)
+	f.metrics.DialTime.Observe(time.Since(started).Seconds())
+	if err != nil {
+		reason := "error"
+		var de *dial.Error
+		if errors.As(err, &de) {
+			reason = string(de.Reason)
+		}
+		f.metrics.DialError.WithLabelValues(l.name, reason).Inc()
+		return nil, err
+	}
+	return up, nil
+}
+
+// proxyHeader says to the next hop what this one knows of the client.
+func (f *Front) proxyHeader(in *inbound, hello *sni.Hello) proxyheader.Header {
+	h := proxyheader.Header{Source: in.client, Destination: in.local, ServerName: in.name, ID: in.id}
+	if hello != nil && len(hello.ALPN) > 0 {
+		h.ALPN = hello.ALPN[0] // the one that the client likes best
+	}
+	return h
+}
+
+// ended writes the one line of a flow that has ended, and counts it.
+func (f *Front) ended(fl *flow.Flow, res relay.Result, rtt [2]time.Duration) {
+	f.metrics.Ended.WithLabelValues(fl.Listener, res.Datapath, string(res.End)).Inc()
+	f.metrics.Bytes.WithLabelValues(fl.Listener, "up").Add(float64(res.Up))
+	f.metrics.Bytes.WithLabelValues(fl.Listener, "down").Add(float64(res.Down))
+	args := []any{"id", fl.ID, "node", f.node(), "listener", fl.Listener, "route", fl.Route, "name", fl.Name,
+		"client", fl.Client, "downstream", fl.Downstream, "upstream", fl.Upstream, "target", fl.Target,
+		"bytes_up", res.Up, "bytes_down", res.Down, "duration", seconds(time.Since(fl.Started)), "datapath", res.Datapath, "end", string(res.End),
+		"downstream_rtt", seconds(rtt[0]), "upstream_rtt", seconds(rtt[1])}
+	if res.Err != nil {
+		args = append(args, "err", res.Err)
+	}
+	f.log.Info("flow ended", args...)
+}
+
+// seconds is how logs and JSON give a duration: seconds, to the microsecond.
+func seconds(d time.Duration) float64 {
+	return float64(d.Round(time.Microsecond)) / float64(time.Second)
+}
+
+func remoteString(c net.Conn) string {
+	if a := addrPort(c.RemoteAddr()); a.IsValid() {
+		return a.String()
+	}
+	return fmt.Sprint(c.RemoteAddr())
+}

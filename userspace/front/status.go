@@ -1,0 +1,112 @@
+package front
+
+import (
+	"net"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/metrics"
+)
+
+// Status is what `tailsplice status --json` prints.
+type Status struct {
+	Version   string           `json:"version"`
+	Node      string           `json:"node"`
+	Config    string           `json:"config"`
+	Started   time.Time        `json:"started"`
+	Loaded    time.Time        `json:"loaded"` // when the present config came into force
+	Flows     int              `json:"flows"`
+	Datapaths []DatapathStatus `json:"datapaths"`
+	Listeners []ListenerStatus `json:"listeners"`
+	Problem   string           `json:"problem,omitempty"` // what keeps a tailnet listener from being bound
+
+	Accepted   map[string]int64 `json:"accepted"`    // connections by listener
+	Refused    map[string]int64 `json:"refused"`     // connections by reason
+	Ended      map[string]int64 `json:"ended"`       // flows by how they ended
+	DialErrors map[string]int64 `json:"dial_errors"` // by reason
+	Demoted    map[string]int64 `json:"demoted"`     // flows given back to userspace, by reason
+	Bytes      map[string]int64 `json:"bytes"`       // of ended flows: up, down
+}
+
+// DatapathStatus says whether a datapath can be used here.
+type DatapathStatus struct {
+	Name      string `json:"name"`
+	Available bool   `json:"available"`
+	Reason    string `json:"reason,omitempty"` // why not
+}
+
+// ListenerStatus is one listener.
+type ListenerStatus struct {
+	Name         string        `json:"name"`
+	Mode         string        `json:"mode"`
+	Listen       []string      `json:"listen"` // as configured
+	Bound        []string      `json:"bound"`  // as bound now
+	AcceptProxy  []string      `json:"accept_proxy,omitempty"`
+	Certificates []string      `json:"certificates,omitempty"`
+	Routes       []RouteStatus `json:"routes"`
+}
+
+// RouteStatus is one route, or the default.
+type RouteStatus struct {
+	Match     string   `json:"match"` // names and path, or "default"
+	ALPN      []string `json:"alpn,omitempty"`
+	Forward   string   `json:"forward,omitempty"`
+	Reject    bool     `json:"reject,omitempty"`
+	SendProxy bool     `json:"send_proxy,omitempty"`
+	Datapath  string   `json:"datapath,omitempty"`
+}
+
+// Status describes the daemon as it is now.
+func (f *Front) Status() Status {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s := Status{Version: f.opts.Version, Node: f.cfg.Node, Config: f.cfg.File, Started: f.started, Loaded: f.loaded,
+		Flows:    f.flows.Len(),
+		Accepted: metrics.Totals(f.metrics.Accepted, "listener"), Refused: metrics.Totals(f.metrics.Refused, "reason"),
+		Ended: metrics.Totals(f.metrics.Ended, "end"), DialErrors: metrics.Totals(f.metrics.DialError, "reason"),
+		Demoted: metrics.Totals(f.metrics.Demoted, "reason"), Bytes: metrics.Totals(f.metrics.Bytes, "direction")}
+	if f.bindErr != nil {
+		s.Problem = f.bindErr.Error()
+	}
+	for _, d := range f.opts.Datapaths {
+		s.Datapaths = append(s.Datapaths, DatapathStatus{Name: d.Name(), Available: true})
+	}
+	s.Datapaths = append(s.Datapaths, DatapathStatus{Name: "userspace", Available: true})
+	for name, why := range f.opts.Missing {
+		s.Datapaths = append(s.Datapaths, DatapathStatus{Name: name, Reason: why})
+	}
+	slices.SortStableFunc(s.Datapaths, func(a, b DatapathStatus) int { return strings.Compare(a.Name, b.Name) })
+	for i := range f.cfg.Listeners {
+		c := &f.cfg.Listeners[i]
+		l := f.listeners[c.Name]
+		svc := l.service.Load()
+		ls := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}, Certificates: svc.certificateNames()}
+		if c.AcceptProxy != nil {
+			ls.AcceptProxy = c.AcceptProxy.From
+		}
+		for addr, sock := range f.sockets {
+			if sock.owner.Load() == l {
+				ls.Bound = append(ls.Bound, boundAddress(addr, sock.ln))
+			}
+		}
+		slices.Sort(ls.Bound)
+		for _, r := range svc.rules {
+			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy}
+			if !r.reject {
+				rs.Datapath = r.via
+			}
+			ls.Routes = append(ls.Routes, rs)
+		}
+		s.Listeners = append(s.Listeners, ls)
+	}
+	return s
+}
+
+// boundAddress shows the port that the kernel chose where the config says 0.
+func boundAddress(addr string, ln net.Listener) string {
+	if strings.HasSuffix(addr, ":0") {
+		return ln.Addr().String()
+	}
+	return addr
+}

@@ -27,11 +27,11 @@ type listener struct {
 type service struct {
 	mode     string
 	limits   config.Limits
-	trust    *trust             // nil: a PROXY header is data
+	trust    *trust              // nil: a PROXY header is data
 	names    *route.Table[*rule] // sni and http(s): by name, then default
-	fallback *rule              // tcp: the only way
-	rules    []*rule            // in the config's order, for status
-	tls      *certificates      // https only
+	fallback *rule               // tcp: the only way
+	rules    []*rule             // in the config's order, for status
+	tls      *certificates       // https only
 }
 
 // rule is one route, or the default.

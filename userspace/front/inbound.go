@@ -109,10 +109,8 @@ func (f *Front) serve(in *inbound) {
 	}
 	switch in.service.mode {
 	case "tcp":
-		defer in.release()
 		f.spliceTo(in, in.service.fallback, nil)
 	case "sni":
-		defer in.release()
 		f.serveSNI(in)
 	default: // http, https
 		in.listener.http.serve(in)
@@ -194,8 +192,10 @@ func refusal(err error) string {
 		return "proxy_from_stranger"
 	case errors.Is(err, errNoHeader):
 		return "proxy_missing"
-	case errors.Is(err, io.EOF):
+	case errors.Is(err, proxyheader.ErrEOF):
 		return "empty"
+	case errors.Is(err, proxyheader.ErrTimeout):
+		return "proxy_timeout"
 	}
 	return "proxy_invalid"
 }

@@ -74,7 +74,15 @@ func wantsTailnet(cfg *config.Config) bool {
 func listen(addr string) (*net.TCPListener, error) {
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
-	ln, err := lc.Listen(context.Background(), "tcp", addr)
+	// "tcp" would make 0.0.0.0 and :: listen on both families.
+	network := "tcp"
+	if ap, err := netip.ParseAddrPort(addr); err == nil {
+		network = "tcp6"
+		if ap.Addr().Is4() {
+			network = "tcp4"
+		}
+	}
+	ln, err := lc.Listen(context.Background(), network, addr)
 	if err != nil {
 		return nil, &bindError{addr, err}
 	}

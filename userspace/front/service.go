@@ -44,10 +44,17 @@ type rule struct {
 	target    dial.Target
 	written   string // the target as the config has it
 	sendProxy bool
-	datapath  relay.Datapath // nil: userspace
-	via       string         // the datapath's name as chosen, for status
+	datapaths []relay.Datapath // to be tried before userspace, best first
 
 	upstream *upstream // http(s) only
+}
+
+// via names the datapath that a flow of this rule begins with.
+func (r *rule) via() string {
+	if len(r.datapaths) > 0 {
+		return r.datapaths[0].Name()
+	}
+	return "userspace"
 }
 
 // accepts says whether a hello with these protocols may take the rule.
@@ -109,7 +116,7 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 }
 
 func (f *Front) compileRule(cfg *config.Config, l *config.Listener, a config.Action) (*rule, error) {
-	r := &rule{reject: a.Reject, via: "userspace"}
+	r := &rule{reject: a.Reject}
 	if a.Reject {
 		return r, nil
 	}
@@ -123,29 +130,23 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, a config.Act
 		return r, nil
 	}
 	var err error
-	r.datapath, err = f.chooseDatapath(wanted)
-	if r.datapath != nil {
-		r.via = r.datapath.Name()
-	}
+	r.datapaths, err = f.chooseDatapaths(wanted)
 	return r, err
 }
 
-// chooseDatapath turns the config's word into a datapath; nil is userspace.
+// chooseDatapaths turns the config's word into what to try before userspace.
 // Naming a datapath that this machine can't offer is an error: whoever names
-// one wants to know. auto takes the best that there is.
-func (f *Front) chooseDatapath(word string) (relay.Datapath, error) {
+// one wants to know. auto takes what there is.
+func (f *Front) chooseDatapaths(word string) ([]relay.Datapath, error) {
 	switch word {
 	case "userspace":
 		return nil, nil
 	case "auto":
-		if len(f.opts.Datapaths) > 0 {
-			return f.opts.Datapaths[0], nil
-		}
-		return nil, nil
+		return f.opts.Datapaths, nil
 	}
-	for _, d := range f.opts.Datapaths {
+	for i, d := range f.opts.Datapaths {
 		if d.Name() == word {
-			return d, nil
+			return f.opts.Datapaths[i : i+1], nil
 		}
 	}
 	reason := f.opts.Missing[word]

@@ -16,8 +16,9 @@ import (
 )
 
 // serveSNI reads the hello of a connection and sends it where its name says.
+// It owns in.
 func (f *Front) serveSNI(in *inbound) {
-	hello, head, err := sni.Read(in, in.service.limits.HelloBytes, in.service.limits.HelloTimeout)
+	hello, head, err := sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, in.service.limits.HelloTimeout)
 	in.ahead = head
 	if err != nil {
 		f.refuseHello(in, hello, err)
@@ -35,48 +36,51 @@ func (f *Front) serveSNI(in *inbound) {
 var errNobodyServes = errors.New("no route and no default takes this name")
 
 // refuseHello ends a connection whose hello leads nowhere, with the alert that
-// TLS has for it.
+// TLS has for it. It owns in.
 func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
-	reason, alert := "", uint8(0)
+	defer in.release() // after Refuse, which takes its time
+	alert, speaksTLS := sni.AlertFor(err)
+	var reason string
 	var reject *sni.RejectError
 	switch {
 	case errors.Is(err, errNobodyServes):
-		reason, alert = "unrecognized_name", sni.AlertUnrecognizedName
+		reason, alert, speaksTLS = "unrecognized_name", sni.AlertUnrecognizedName, true
 	case errors.As(err, &reject):
-		reason, alert = "hello_rejected", reject.Alert
+		reason = "hello_rejected"
 	case errors.Is(err, sni.ErrNotTLS):
 		reason = "not_tls"
 	case errors.Is(err, sni.ErrTooLarge):
-		reason, alert = "hello_too_large", sni.AlertRecordOverflow
+		reason = "hello_too_large"
 	case errors.Is(err, sni.ErrTimeout):
 		reason = "hello_timeout"
-	default: // the peer went away
+	case errors.Is(err, sni.ErrEOF): // a port scan, or a health check
+		reason = "empty"
+	default:
 		reason = "hello_incomplete"
-		if len(in.ahead) == 0 {
-			reason = "empty"
-		}
 	}
 	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
 	if reason != "empty" {
 		f.complain.Warn(reason, "connection refused", "id", in.id, "listener", in.listener.name, "client", in.client, "name", hello.ServerName, "reason", reason, "err", err)
 	}
-	if alert != 0 {
+	if speaksTLS {
 		sni.Refuse(in.TCPConn, alert)
 		return
 	}
 	reset(in.TCPConn)
 }
 
-// spliceTo dials r's target and relays the connection to it until it ends.
-// It owns in's socket.
+// spliceTo dials r's target and relays the connection to it. It owns in, and
+// may return before the flow has ended.
 func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 	if r == nil || r.reject {
+		defer in.release()
 		f.metrics.Refused.WithLabelValues(in.listener.name, "rejected").Inc()
 		reset(in.TCPConn)
 		return
 	}
 	up, err := f.dialRule(f.ctx, in.listener, r, in.client.Addr())
 	if err != nil {
+		defer in.release()
 		f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.name, "target", r.written, "client", in.client, "name", in.name, "err", err)
 		if hello != nil {
 			sni.Refuse(in.TCPConn, sni.AlertInternalError)
@@ -89,18 +93,23 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 	if r.sendProxy {
 		preface = f.proxyHeader(in, hello).Append(nil)
 	}
-	var counters relay.Counters
+	counters := new(relay.Counters)
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.name, Name: in.name,
 		Client: in.client.String(), Downstream: in.peer.String(), Upstream: remoteString(up),
-		Target: r.written, Datapath: r.via, Started: in.accepted, Bytes: counters.Load}
+		Target: r.written, Datapath: r.via(), Started: in.accepted, Bytes: counters.Load}
 	rtt := [2]time.Duration{roundTrip(in.TCPConn), roundTrip(up)}
 	f.flows.Add(fl)
-	res := relay.Relay(f.ctx, in.TCPConn, up, relay.Options{
+	relay.Run(f.ctx, in.TCPConn, up, relay.Options{
 		Preface: preface, Head: in.takeAhead(), Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
-		Counters: &counters, Datapath: r.datapath, ID: in.id, Route: r.name,
+		Counters: counters, ID: in.id, Route: r.name, Datapaths: r.datapaths,
+		Refused: func(datapath string, reason error) {
+			f.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
+		},
+	}, func(res relay.Result) {
+		f.flows.Remove(fl)
+		f.ended(fl, res, rtt)
+		in.release()
 	})
-	f.flows.Remove(fl)
-	f.ended(fl, res, rtt)
 }
 
 // dialRule connects to r's target and counts how that went.
@@ -112,7 +121,7 @@ func (f *Front) dialRule(ctx context.Context, l *listener, r *rule, client netip
 		reason := "error"
 		var de *dial.Error
 		if errors.As(err, &de) {
-			reason = string(de.Reason)
+			reason = de.Reason()
 		}
 		f.metrics.DialError.WithLabelValues(l.name, reason).Inc()
 		return nil, err

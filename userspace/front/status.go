@@ -94,7 +94,7 @@ func (f *Front) Status() Status {
 		for _, r := range svc.rules {
 			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy}
 			if !r.reject {
-				rs.Datapath = r.via
+				rs.Datapath = r.via()
 			}
 			ls.Routes = append(ls.Routes, rs)
 		}

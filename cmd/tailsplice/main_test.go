@@ -1,0 +1,57 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"tailsplice": main})
+}
+
+// TestScripts runs the command line as people do. Commands of our own:
+//
+//	freeport NAME...    sets each variable to a free TCP port of 127.0.0.1
+//	waitfor FILE        waits until the file (or socket) is there
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(e *testscript.Env) error {
+			// A unix socket's path has at most 107 bytes, and the work folder is deep.
+			run, err := os.MkdirTemp("", "ts-cli-")
+			if err != nil {
+				return err
+			}
+			e.Defer(func() { os.RemoveAll(run) })
+			e.Setenv("RUN", run)
+			e.Setenv("TAILSPLICE_TAILSCALED_SOCKET", filepath.Join(run, "no-tailscaled.sock"))
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"freeport": func(ts *testscript.TestScript, neg bool, args []string) {
+				for _, name := range args {
+					ln, err := net.Listen("tcp", "127.0.0.1:0")
+					ts.Check(err)
+					defer ln.Close()
+					ts.Setenv(name, fmt.Sprint(ln.Addr().(*net.TCPAddr).Port))
+				}
+			},
+			"waitfor": func(ts *testscript.TestScript, neg bool, args []string) {
+				for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+					if _, err := os.Stat(args[0]); err == nil {
+						return
+					}
+				}
+				ts.Fatalf("%s did not appear within 10 s", args[0])
+			},
+		},
+	})
+}

@@ -1,6 +1,114 @@
 // Package relay is the userspace datapath: it copies the bytes of a flow between two connections,
 // and hands the flow to a kernel [Datapath] where there is one that takes it.
 //
-// It is always there and is the oracle for every other datapath: package relaytest holds the
-// table of cases that all of them pass.
+// It is always there, needs no privilege, and is the oracle for every other datapath: package
+// relaytest holds the table of cases that all of them pass.
+//
+// On Linux, between TCP and unix sockets, small messages are one read and one write, and bulk goes
+// through a pipe with splice(2). A direction that waits for bytes holds neither a buffer nor a pipe:
+// an idle flow is two parked goroutines and its sockets.
 package relay
+
+import (
+	"context"
+	"net"
+	"sync/atomic"
+	"time"
+)
+
+// DefaultBuffer is Options.Buffer where it is 0, in bytes.
+const DefaultBuffer = 2 << 20
+
+// Options say how a flow is to be relayed. The zero value is a plain relay.
+type Options struct {
+	// Preface is written to upstream before everything else, and is not counted: a PROXY header.
+	Preface []byte
+
+	// Head is what was already read from downstream: it goes to upstream after Preface, in the same
+	// segment where possible, and is counted as the flow's bytes.
+	Head []byte
+
+	// Buffer bounds in bytes what one direction of the flow may hold in this process and its
+	// pipe; the sockets' own buffers are bounded by sysctls. 0 = DefaultBuffer.
+	Buffer int64
+
+	// Idle ends the flow when no byte has moved either way for so long; 0 = never. Coarse: the
+	// flow may live up to 1/4 longer. A flow whose reader has stopped is idle too.
+	Idle time.Duration
+
+	// Counters, when not nil, can be read while the flow lives.
+	Counters *Counters
+
+	// ID and Route name the flow in a kernel datapath's tables.
+	ID, Route string
+
+	// Datapaths are offered the flow, in this order, once Preface and Head are written. The first that
+	// takes it has it. Only flows between two *net.TCPConn are offered.
+	Datapaths []Datapath
+
+	// Refused, when not nil, hears of each datapath that refuses the flow, or gives it back later.
+	// It may be called from any goroutine and must not block.
+	Refused func(datapath string, reason error)
+}
+
+// Counters hold the bytes that a flow has moved so far. The zero value is ready for one flow.
+type Counters struct {
+	up, down atomic.Int64
+	kernel   atomic.Pointer[func() (up, down int64)] // a datapath's own, while it has the flow
+}
+
+// Load gives the bytes that went to upstream and to downstream, without Options.Preface.
+// Safe for concurrent use, also after the flow has ended.
+func (c *Counters) Load() (up, down int64) {
+	if count := c.kernel.Load(); count != nil {
+		return (*count)()
+	}
+	return c.up.Load(), c.down.Load()
+}
+
+// End says how a flow ended. Its values are stable words, fit for logs and metric labels.
+type End string
+
+const (
+	EndEOF             End = "eof"              // both sides had sent all they wanted
+	EndDownstreamReset End = "downstream_reset" // the side that was accepted reset the connection
+	EndUpstreamReset   End = "upstream_reset"   // the side that was dialled did
+	EndIdle            End = "idle"             // Options.Idle passed without a byte
+	EndCanceled        End = "canceled"         // the context was canceled
+	EndError           End = "error"            // a socket failed in another way (timeout, unreachable): see Result.Err
+)
+
+// Result is what there is to say about a flow that has ended.
+type Result struct {
+	Up, Down int64  // bytes given to upstream's and to downstream's TCP, without Options.Preface
+	End      End    //
+	Err      error  // more about End; nil with EndEOF
+	Datapath string // the datapath that had the flow last: "userspace" or the Name of a Datapath
+}
+
+// Relay copies between down and up until the flow ends, and closes both.
+//
+//   - The end of one side's stream is passed on as such (half-close), and the other direction goes on.
+//   - A reset is passed on as a reset, at once also when the direction has already ended, or when the
+//     other side's reader has stopped. What was received before it is still delivered, for up to 2 s.
+//     Other failures of a socket reset the other side too.
+//   - Idle timeout and a canceled ctx reset both sides.
+//   - An urgent byte (MSG_OOB) is dropped; the bytes around it arrive in order.
+//
+// *net.TCPConn and *net.UnixConn must be given bare, not wrapped, for splice(2), and for idle flows
+// to be cheap. Any other net.Conn works; where it has no CloseWrite, the end of the other side's
+// stream closes it, which ends the flow. Only TCP can be reset: a unix socket is closed. On other
+// systems than Linux, and on wrapped connections, a reset that comes after the end of that side's
+// stream is noticed by the next write only.
+func Relay(ctx context.Context, down, up net.Conn, o Options) Result {
+	ended := make(chan Result, 1)
+	Run(ctx, down, up, o, func(r Result) { ended <- r })
+	return <-ended
+}
+
+// Run is [Relay] for callers that don't want to keep a goroutine for a flow that a kernel datapath
+// has taken: it returns when the flow has ended, or as soon as a datapath has it. done is called once in
+// either case, on any goroutine, after both conns are closed; it must not block.
+func Run(ctx context.Context, down, up net.Conn, o Options, done func(Result)) {
+	newFlow(ctx, down, up, o, done).run()
+}

@@ -1,0 +1,352 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// resetGrace bounds how long bytes that were received before a reset may take to reach the other
+// side, before that is reset as well. End to end, TCP would not have waited at all.
+const resetGrace = 2 * time.Second
+
+// past is a deadline that wakes whoever waits.
+var past = time.Unix(1, 0)
+
+// A side is one of the flow's two connections.
+type side struct {
+	flow  *flow
+	conn  net.Conn
+	sock  syscall.RawConn // the socket under conn, or nil
+	bare  bool            // conn is the socket itself, and can be read by way of sock
+	watch uint64          // its id in watches while somebody looks out for a reset, else 0
+	dead  atomic.Bool     // broken: what reads as an end of stream is none
+	shut  atomic.Bool     // its stream from us has ended, or is about to
+}
+
+// A flow is two sides, and a pump each way.
+type flow struct {
+	down, up side
+	counters *Counters
+	o        Options
+	ctx      context.Context
+	done     func(Result)
+
+	uncancel func() bool // unhooks ctx
+	idle     *time.Timer
+
+	mu      sync.Mutex
+	end     End // the first reason wins
+	err     error
+	grace   *time.Timer // until a broken flow is cut off
+	late    time.Time   // when that is
+	settled bool        // no kernel datapath counts any more
+}
+
+func newFlow(ctx context.Context, down, up net.Conn, o Options, done func(Result)) *flow {
+	f := &flow{ctx: ctx, o: o, done: done, counters: o.Counters}
+	if f.counters == nil {
+		f.counters = new(Counters)
+	}
+	if f.o.Buffer <= 0 {
+		f.o.Buffer = DefaultBuffer
+	}
+	f.down.init(f, down)
+	f.up.init(f, up)
+	return f
+}
+
+func (s *side) init(f *flow, c net.Conn) {
+	s.flow, s.conn = f, c
+	s.sock, s.bare = socket(c)
+}
+
+// socket finds the socket under c. bare: there is nothing else in between.
+func socket(c net.Conn) (sock syscall.RawConn, bare bool) {
+	bare = true
+	for {
+		switch s := c.(type) {
+		case *net.TCPConn, *net.UnixConn:
+			sock, err := s.(syscall.Conn).SyscallConn()
+			if err != nil {
+				return nil, false
+			}
+			return sock, bare
+		case interface{ NetConn() net.Conn }: // *tls.Conn
+			c, bare = s.NetConn(), false
+		default:
+			return nil, false
+		}
+	}
+}
+
+func (s *side) other() *side {
+	if s == &s.flow.down {
+		return &s.flow.up
+	}
+	return &s.flow.down
+}
+
+func (s *side) name() string {
+	if s == &s.flow.down {
+		return "downstream"
+	}
+	return "upstream"
+}
+
+func (s *side) resetEnd() End {
+	if s == &s.flow.down {
+		return EndDownstreamReset
+	}
+	return EndUpstreamReset
+}
+
+// run offers the flow to the kernel datapaths, or relays it here until it ends.
+func (f *flow) run() {
+	f.arm()
+	if f.canOffer() {
+		if err := f.writeHead(); err != nil {
+			f.broken(&f.up, err)
+		} else if f.offer() {
+			return
+		}
+	}
+	f.userspace()
+}
+
+// userspace relays until the flow ends. It takes the calling goroutine and one more.
+func (f *flow) userspace() {
+	if !f.ending() {
+		ended := make(chan struct{})
+		go func() {
+			f.pump(&f.up, &f.down, &f.counters.down)
+			close(ended)
+		}()
+		f.pump(&f.down, &f.up, &f.counters.up)
+		<-ended
+	}
+	f.disarm()
+	f.close()
+	up, down := f.counters.Load()
+	f.done(Result{Up: up, Down: down, End: f.end, Err: f.err, Datapath: "userspace"})
+}
+
+// pump moves one direction until it ends, and passes the end on.
+func (f *flow) pump(src, dst *side, moved *atomic.Int64) {
+	if src == &f.down {
+		if err := f.writeHead(); err != nil {
+			f.broken(dst, err)
+			return
+		}
+	}
+	p := pump{src: src, dst: dst, moved: moved, limit: int(min(f.o.Buffer, maxPipe))}
+	if bad, err := p.run(); err != nil {
+		f.broken(bad, err)
+		return
+	}
+	if src.dead.Load() || src.gone() {
+		f.broken(src, &sideError{"read from", src.name(), syscall.ECONNRESET})
+		return
+	}
+	dst.shut.Store(true)
+	if err := dst.closeWrite(); err != nil {
+		f.broken(dst, &sideError{"end the stream to", dst.name(), err})
+		return
+	}
+	watchForReset(src)
+}
+
+// writeHead writes, once, what comes before the first byte that is read.
+func (f *flow) writeHead() error {
+	preface, head := f.o.Preface, f.o.Head
+	if len(preface)+len(head) == 0 {
+		return nil
+	}
+	f.o.Preface, f.o.Head = nil, nil // they need not stay in memory for as long as the flow
+	bufs := net.Buffers{preface, head}
+	n, err := bufs.WriteTo(f.up.conn)
+	f.counters.up.Add(max(0, n-int64(len(preface))))
+	if err != nil {
+		return &sideError{"write to", f.up.name(), err}
+	}
+	return nil
+}
+
+// closeWrite ends our stream to s.
+func (s *side) closeWrite() error {
+	if c, ok := s.conn.(interface{ CloseWrite() error }); ok {
+		return c.CloseWrite()
+	}
+	return s.conn.SetReadDeadline(past) // no half-close: end the other direction too
+}
+
+// broken says that s can't go on. The direction to it stops; the direction from it has until resetGrace
+// to deliver what was received.
+func (f *flow) broken(s *side, err error) {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return // not broken but told to stop, by one who knows why
+	}
+	s.dead.Store(true)
+	f.mu.Lock()
+	if f.end == "" {
+		f.end, f.err = EndError, err
+		if isReset(err) {
+			f.end = s.resetEnd()
+		}
+		f.grace = time.AfterFunc(resetGrace, f.wake)
+		f.late = time.Now().Add(resetGrace)
+	}
+	f.mu.Unlock()
+	s.conn.SetWriteDeadline(past)
+	s.other().conn.SetReadDeadline(past)
+}
+
+// A sideError says what failed on which side.
+type sideError struct {
+	op, side string
+	err      error
+}
+
+func (e *sideError) Error() string {
+	err := e.err
+	if op := (*net.OpError)(nil); errors.As(err, &op) {
+		err = op.Err // without the addresses: the flow's log line has them
+	}
+	return e.op + " " + e.side + ": " + err.Error()
+}
+
+func (e *sideError) Unwrap() error { return e.err }
+
+func isReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN)
+}
+
+// abort ends the flow now.
+func (f *flow) abort(end End, err error) {
+	f.mu.Lock()
+	if f.end == "" {
+		f.end, f.err = end, err
+	}
+	f.late = time.Time{}
+	f.mu.Unlock()
+	f.wake()
+}
+
+// wake makes both pumps return.
+func (f *flow) wake() {
+	f.down.conn.SetDeadline(past)
+	f.up.conn.SetDeadline(past)
+}
+
+// ending reports whether there is a reason for the flow to end, other than that both sides have.
+func (f *flow) ending() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.end != ""
+}
+
+// arm makes ctx and the idle timeout end the flow.
+func (f *flow) arm() {
+	f.down.conn.SetDeadline(time.Time{})
+	f.up.conn.SetDeadline(time.Time{})
+	if f.ctx.Done() != nil {
+		f.uncancel = context.AfterFunc(f.ctx, func() { f.abort(EndCanceled, context.Cause(f.ctx)) })
+	}
+	if f.o.Idle > 0 {
+		f.startIdle()
+	}
+}
+
+func (f *flow) disarm() {
+	if f.uncancel != nil {
+		f.uncancel()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.idle != nil {
+		f.idle.Stop()
+		f.idle = nil
+	}
+	if f.grace != nil {
+		f.grace.Stop()
+	}
+}
+
+// startIdle looks at the counters four times in each Options.Idle: no message has to touch a timer.
+func (f *flow) startIdle() {
+	const looks = 4
+	every := max(f.o.Idle/looks, time.Millisecond)
+	last, quiet := int64(-1), 0
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.idle = time.AfterFunc(every, func() {
+		up, down := f.counters.Load()
+		if now := up + down; now != last {
+			last, quiet = now, 0
+		} else if quiet++; quiet == looks {
+			f.abort(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle))
+			return
+		}
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if f.idle != nil {
+			f.idle.Reset(every)
+		}
+	})
+}
+
+// close closes both sides, in the way that tells them how the flow ended.
+func (f *flow) close() {
+	unwatch(&f.down)
+	unwatch(&f.up)
+	f.mu.Lock()
+	late := f.late
+	if f.end == "" {
+		f.end = EndEOF
+		f.mu.Unlock()
+		f.down.conn.Close()
+		f.up.conn.Close()
+		return
+	}
+	f.mu.Unlock()
+	for _, s := range []*side{&f.down, &f.up} {
+		if !s.dead.Load() {
+			s.drain(f.ctx, late)
+		}
+		s.reset()
+	}
+}
+
+// drain waits until the other end has acknowledged all that it was sent, or until late.
+func (s *side) drain(ctx context.Context, late time.Time) {
+	for wait := time.Millisecond; s.unacked() > 0 && time.Now().Before(late) && ctx.Err() == nil; wait = min(2*wait, 50*time.Millisecond) {
+		time.Sleep(wait)
+	}
+}
+
+// reset closes s so that the other end sees a reset, where there is such a thing.
+func (s *side) reset() {
+	c := s.conn
+	for {
+		switch u := c.(type) {
+		case *net.TCPConn:
+			u.SetLinger(0)
+			u.Close()
+			if c != s.conn {
+				s.conn.Close()
+			}
+			return
+		case interface{ NetConn() net.Conn }:
+			c = u.NetConn()
+		default:
+			s.conn.Close()
+			return
+		}
+	}
+}

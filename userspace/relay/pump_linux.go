@@ -1,0 +1,187 @@
+package relay
+
+import (
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	fullReads  = 2        // so many reads in a row that filled the buffer begin bulk
+	quietReads = 8        // so many splices in a row of less than quietBytes end it
+	quietBytes = 16 << 10 //
+)
+
+// A pump moves the bytes of one direction.
+//
+// The whole run is one call of src.sock.Read: its callback moves all there is and then
+// asks to wait, so that an idle pump is a parked goroutine and nothing else.
+type pump struct {
+	src, dst *side
+	moved    *atomic.Int64
+	limit    int // bytes that may be held here
+
+	bulk  bool // splice instead of copying
+	count int  // reads in a row that speak for the other mode
+
+	flush, drain func(fd uintptr) bool
+	out          []byte // read and not yet written
+	pipe         *pipe  // with bytes in it, or nil
+	inPipe       int    // bytes
+
+	bad *side
+	err error
+}
+
+func (p *pump) run() (bad *side, err error) {
+	if !p.src.bare || !p.dst.bare {
+		return p.copyAny()
+	}
+	p.flush, p.drain = p.flushOut, p.drainPipe
+	if err := p.src.sock.Read(p.turn); err != nil {
+		p.fail("read from", p.src, err)
+	}
+	if p.pipe != nil {
+		p.pipe.close() // there are bytes in it
+	}
+	return p.bad, p.err
+}
+
+func (p *pump) fail(op string, s *side, err error) {
+	if p.err == nil {
+		p.bad, p.err = s, &sideError{op, s.name(), err}
+	}
+}
+
+// turn moves what src has. false: wait for more.
+func (p *pump) turn(fd uintptr) (done bool) {
+	for {
+		var n int
+		var err error
+		if p.bulk {
+			n, err = p.splice(int(fd))
+		} else {
+			n, err = p.copy(int(fd))
+		}
+		switch {
+		case p.err != nil:
+			return true
+		case err == unix.EAGAIN:
+			return false
+		case err != nil:
+			p.fail("read from", p.src, err)
+			return true
+		case n == 0:
+			return true
+		}
+	}
+}
+
+// copy does one read, and writes what it gave.
+func (p *pump) copy(fd int) (n int, err error) {
+	b := buffers.Get().(*[bufferSize]byte)
+	defer buffers.Put(b)
+	buf := b[:min(len(b), p.limit)]
+	n, err = noEINTR(func() (int, error) { return unix.Read(fd, buf) })
+	if n <= 0 {
+		return 0, err
+	}
+	p.out = buf[:n]
+	if err := p.dst.sock.Write(p.flush); err != nil {
+		p.fail("write to", p.dst, err)
+	}
+	p.out = nil
+	if n < len(buf) || p.limit < bufferSize {
+		p.count = 0
+	} else if p.count++; p.count >= fullReads {
+		p.bulk, p.count = true, 0
+	}
+	return n, nil
+}
+
+func (p *pump) flushOut(fd uintptr) (done bool) {
+	for len(p.out) > 0 {
+		n, err := noEINTR(func() (int, error) { return unix.Write(int(fd), p.out) })
+		if err == unix.EAGAIN {
+			watchForReset(p.src)
+			return false
+		}
+		if err != nil {
+			p.fail("write to", p.dst, err)
+			return true
+		}
+		p.moved.Add(int64(n))
+		p.out = p.out[n:]
+	}
+	return true
+}
+
+// splice moves up to a pipe full.
+func (p *pump) splice(fd int) (n int, err error) {
+	pipe := getPipe()
+	if pipe == nil {
+		p.bulk = false
+		return p.copy(fd)
+	}
+	n, err = noEINTR(func() (int, error) {
+		n, err := unix.Splice(fd, nil, pipe.w, nil, min(p.limit, pipe.size), unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+		return int(n), err
+	})
+	if n <= 0 {
+		putPipe(pipe)
+		switch err {
+		case unix.EINVAL, unix.ENOSYS, unix.EOPNOTSUPP:
+			p.bulk = false
+			return p.copy(fd)
+		case unix.EAGAIN:
+			// An urgent byte stops splice(2) for good, and read(2) not.
+			if at, err := unix.IoctlGetInt(fd, unix.SIOCATMARK); err == nil && at != 0 {
+				return p.copy(fd)
+			}
+		}
+		return 0, err
+	}
+	p.pipe, p.inPipe = pipe, n
+	if err := p.dst.sock.Write(p.drain); err != nil {
+		p.fail("write to", p.dst, err)
+	}
+	if p.inPipe == 0 {
+		p.pipe = nil
+		putPipe(pipe)
+	}
+	if n >= quietBytes {
+		p.count = 0
+	} else if p.count++; p.count >= quietReads {
+		p.bulk, p.count = false, 0
+	}
+	return n, nil
+}
+
+func (p *pump) drainPipe(fd uintptr) (done bool) {
+	for p.inPipe > 0 {
+		n, err := noEINTR(func() (int, error) {
+			n, err := unix.Splice(p.pipe.r, nil, int(fd), nil, p.inPipe, unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+			return int(n), err
+		})
+		if err == unix.EAGAIN {
+			watchForReset(p.src)
+			return false
+		}
+		if err != nil {
+			p.fail("write to", p.dst, err)
+			return true
+		}
+		p.moved.Add(int64(n))
+		p.inPipe -= n
+	}
+	return true
+}
+
+func noEINTR(f func() (int, error)) (n int, err error) {
+	for {
+		n, err = f()
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
+}

@@ -1,0 +1,21 @@
+//go:build !linux
+
+package relay
+
+import "sync/atomic"
+
+const maxPipe = 1 << 20
+
+type pump struct {
+	src, dst *side
+	moved    *atomic.Int64
+	limit    int
+}
+
+func (p *pump) run() (bad *side, err error) { return p.copyAny() }
+
+func watchForReset(*side) {}
+func unwatch(*side)       {}
+
+func (s *side) gone() bool   { return false }
+func (s *side) unacked() int { return 0 }

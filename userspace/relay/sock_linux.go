@@ -1,0 +1,31 @@
+package relay
+
+import "golang.org/x/sys/unix"
+
+// gone reports whether TCP has given the connection up, although we haven't ended our stream: then an end of
+// stream that was read is none, but the rest of a reset that somebody else has been told of.
+func (s *side) gone() bool {
+	const tcpClose = 7 // TCP_CLOSE in include/net/tcp_states.h
+	state := 0
+	if s.sock == nil {
+		return false
+	}
+	s.sock.Control(func(fd uintptr) {
+		// The first byte of struct tcp_info is the state.
+		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			state = int(info.State)
+		}
+	})
+	return state == tcpClose && !s.shut.Load()
+}
+
+// unacked is the number of bytes written to s that its other end has not acknowledged.
+func (s *side) unacked() int {
+	n := 0
+	if s.sock != nil {
+		s.sock.Control(func(fd uintptr) {
+			n, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+		})
+	}
+	return n
+}

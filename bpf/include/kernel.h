@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-3-Clause */
+/* The part of the kernel's types that our programs touch: a vmlinux.h cut down to what is read.
+ *
+ * The first half is UAPI: numbers and layouts that never change. The second half is not: its
+ * structs list only the members that we read, in any order, and preserve_access_index makes the
+ * loader look up each member's offset in the running kernel's BTF (CO-RE).
+ */
+#ifndef TAILSPLICE_KERNEL_H
+#define TAILSPLICE_KERNEL_H
+
+typedef unsigned char __u8;
+typedef signed char __s8;
+typedef unsigned short __u16;
+typedef short __s16;
+typedef unsigned int __u32;
+typedef int __s32;
+typedef unsigned long long __u64;
+typedef long long __s64;
+typedef __u16 __be16;
+typedef __u32 __be32;
+typedef __u64 __be64;
+typedef __u16 __sum16;
+typedef __u32 __wsum;
+typedef _Bool bool;
+
+#define true 1
+#define false 0
+
+/* UAPI: include/uapi/linux/bpf.h */
+
+enum bpf_map_type {
+	BPF_MAP_TYPE_HASH = 1,
+	BPF_MAP_TYPE_ARRAY = 2,
+	BPF_MAP_TYPE_SOCKMAP = 15,
+	BPF_MAP_TYPE_RINGBUF = 27,
+};
+
+enum {
+	BPF_F_NO_PREALLOC = 1U << 0,
+	BPF_F_MMAPABLE = 1U << 10,
+	BPF_F_INGRESS = 1U << 0, /* of the redirect helpers */
+};
+
+enum sk_action {
+	SK_DROP = 0,
+	SK_PASS = 1,
+};
+
+/* Numbers of include/net/tcp_states.h, fixed by BPF_TCP_* of the UAPI. */
+enum {
+	TCP_ESTABLISHED = 1,
+	TCP_CLOSE_WAIT = 8,
+};
+
+struct bpf_sock;
+struct bpf_flow_keys;
+
+/* The context of sk_skb programs. The verifier rewrites each access, so it must not be relocated. */
+struct __sk_buff {
+	__u32 len;
+	__u32 pkt_type;
+	__u32 mark;
+	__u32 queue_mapping;
+	__u32 protocol;
+	__u32 vlan_present;
+	__u32 vlan_tci;
+	__u32 vlan_proto;
+	__u32 priority;
+	__u32 ingress_ifindex;
+	__u32 ifindex;
+	__u32 tc_index;
+	__u32 cb[5];
+	__u32 hash;
+	__u32 tc_classid;
+	__u32 data;
+	__u32 data_end;
+	__u32 napi_id;
+	__u32 family;
+	__u32 remote_ip4;
+	__u32 local_ip4;
+	__u32 remote_ip6[4];
+	__u32 local_ip6[4];
+	__u32 remote_port;
+	__u32 local_port;
+	__u32 data_meta;
+	union {
+		struct bpf_flow_keys *flow_keys;
+	} __attribute__((aligned(8)));
+	__u64 tstamp;
+	__u32 wire_len;
+	__u32 gso_segs;
+	union {
+		struct bpf_sock *sk;
+	} __attribute__((aligned(8)));
+	__u32 gso_size;
+};
+
+/* Not UAPI: found by name in the running kernel's BTF. */
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+struct sock_common {
+	volatile unsigned char skc_state;
+};
+
+struct sock {
+	struct sock_common __sk_common;
+	int sk_wmem_queued; /* bytes, true sizes: what the send buffer holds, unacknowledged included */
+	int sk_sndbuf;      /* bytes, true sizes: what it may hold */
+};
+
+struct inet_sock {
+	struct sock sk;
+};
+
+struct inet_connection_sock {
+	struct inet_sock icsk_inet;
+};
+
+struct tcp_sock {
+	struct inet_connection_sock inet_conn;
+	__u32 copied_seq; /* the first byte that nobody has taken from the receive queue */
+	__u32 write_seq;  /* one past the last byte that was written into the send queue */
+};
+
+#pragma clang attribute pop
+
+#endif

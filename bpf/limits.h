@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-3-Clause */
+/* Sizes and types that the programs share with Go. This is their only home: bpf2go generates the Go
+ * side from the BTF of the object, and the loader resizes the maps before it loads them.
+ */
+#ifndef TAILSPLICE_LIMITS_H
+#define TAILSPLICE_LIMITS_H
+
+enum {
+	MAX_FLOWS = 65536,      /* flows at a time; a default, the loader sets what was configured */
+	ID_BYTES = 40,          /* of a flow's id, a text with a zero at its end */
+	ROUTE_BYTES = 64,       /* of a route's name, likewise */
+	ADDRESS_BYTES = 56,     /* of [ADDRESS%ZONE]:PORT as text, likewise */
+	EVENT_BYTES = 262144,   /* of the ring of events: 10,000 of them; a power of two */
+
+	/* bpf_skb_adjust_room refuses more than 0xfff (net/core/filter.c). */
+	TRIM_BYTES_A_CALL = 4095,
+	/* An skb holds at most 512 KiB (GSO_MAX_SIZE), but what overlaps is a few segments. */
+	TRIM_CALLS = 64,
+
+	/* What one redirected skb takes from the peer's send buffer beyond its bytes: the heads of the
+	 * skbs that its fragments are sent in, 1.3 to 2.3 KiB each. Too little here makes the kernel retry
+	 * every jiffy, too much makes userspace copy earlier.
+	 */
+	SKB_OVERHEAD_BYTES = 4096,
+};
+
+/* How a flow is doing; written by userspace only, which writes the counters again when it does. */
+enum flow_state {
+	FLOW_SPLICED = 1,   /* the kernel moves its bytes */
+	FLOW_HALF_CLOSED,   /* one direction has ended */
+	FLOW_ENDING,        /* being reset, what was received is still delivered */
+};
+
+/* Why a half gave up; written by the verdict only, once. Userspace resets both sides then: bytes may be
+ * missing, and neither side may take the stream for whole.
+ */
+enum fault {
+	FAULT_NONE,
+	FAULT_GAP,       /* cb[0] is not the sequence number that we are at: not our kernel's layout */
+	FAULT_TRIM,      /* an overlap could not be cut off */
+	FAULT_PEER,      /* the peer is gone, or takes no more data */
+	FAULT_REDIRECT,  /* the helper refused */
+};
+
+/* What userspace is told through the ring. */
+enum event_kind {
+	EVENT_PASSED = 1, /* a half went from redirecting to passing: its bytes wait in the source's queue */
+	EVENT_FAULT,      /* half.fault was set */
+};
+
+struct event {
+	__u32 half;
+	__u32 kind;
+};
+
+/* One direction of a flow, 64 bytes: the protocol between the verdict and userspace (see splice.bpf.c).
+ * Half 2n of slot n is downstream to upstream; its source socket has index 2n in the sockmaps, its peer 2n+1.
+ * Every field has one writer.
+ */
+struct half {
+	__u64 source;     /* userspace: the source's socket cookie; 0: the slot is free */
+	__u64 redirected; /* verdict: bytes that went to the peer in the kernel */
+	__u64 passed;     /* verdict: bytes that were left to userspace */
+	__u64 consumed;   /* userspace: how many of those it has written to the peer */
+	__u32 limit;      /* userspace: bytes that may wait for the peer's send buffer, flow_buffer */
+	__u32 next_seq;   /* verdict: one past the last sequence number that was handled */
+	__u32 base;       /* verdict: the peer's write_seq before our first byte */
+	__u32 mark;       /* verdict: position in the stream that `older` ends at */
+	__u16 older;      /* verdict: redirected skbs up to mark that may wait for the send buffer */
+	__u16 newer;      /* verdict: those after mark */
+	__u32 trimmed;    /* verdict: bytes cut off, which had been handled before */
+	__u32 seeded;     /* verdict: base, mark and next_seq are valid */
+	enum fault fault; /* verdict */
+};
+
+/* How a cookie is found: the key of `flows`, and which half the socket is the source of. */
+struct place {
+	__u64 flow;
+	__u32 half;
+	__u32 pad;
+};
+
+struct direction {
+	__u64 bytes;      /* handled: redirected + passed */
+	__u64 redirected;
+	__u64 passed;
+	__u64 trimmed;    /* cut off: bytes that the kernel delivered twice */
+};
+
+/* What `bpftool map dump` shows of a flow. The key is downstream's socket cookie, which `ss -e` prints as sk. */
+struct flow {
+	char id[ID_BYTES];
+	char route[ROUTE_BYTES];
+	char downstream[ADDRESS_BYTES];       /* the client's address */
+	char downstream_local[ADDRESS_BYTES]; /* where we accepted it */
+	char upstream_local[ADDRESS_BYTES];   /* where we dialled from */
+	char upstream[ADDRESS_BYTES];         /* the target's */
+	__u64 upstream_cookie;
+	enum flow_state state;
+	__u32 slot;
+	struct direction up;   /* downstream to upstream */
+	struct direction down; /* upstream to downstream */
+};
+
+#endif

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-3-Clause
+/* The splice: a verdict on each skb that a spliced socket receives.
+ *
+ * # The protocol with userspace
+ *
+ * Each direction (struct half) is either redirecting, and then only the kernel moves its bytes, or passing,
+ * and then only userspace does. It is passing while passed != consumed.
+ *
+ *	verdict:    if passed != consumed or the peer can't take the skb now: passed += len, SK_PASS
+ *	            else: redirected += len, redirect
+ *	userspace:  while passed != consumed: read n bytes from the source, wait until the peer's TCP was given
+ *	            redirected + consumed bytes, write the n bytes to it, consumed += n
+ *
+ * Why no byte can overtake another:
+ *  - The verdict of one source runs under that socket's lock, so a half has one writer here.
+ *  - What is passed comes after all that was redirected. Userspace got its bytes out of the source's queue,
+ *    under the lock that the verdict held when it passed them, so it sees every `redirected` that was counted
+ *    before; and none is added until consumed == passed. So it waits for the right number.
+ *  - What is redirected comes after all that was passed: the verdict redirects only when it sees
+ *    consumed == passed, and userspace stores consumed (release) after its write() has returned,
+ *    so the peer's lock, that the backlog worker takes next, was already released by that write.
+ *  - An old value of consumed is too small, and only makes the verdict pass once more.
+ * loader/model_test.go runs all interleavings of small cases against this.
+ */
+
+/* includes */
+#include "kernel.h"
+#include "bpf/bpf_helpers.h"
+#include "limits.h"
+
+/* limits: all in limits.h. Tunables, set before load: each turns off one rule, for the tests that
+ * prove that the rule is needed. */
+const volatile bool rule_bound = true;
+const volatile bool rule_trim = true;
+const volatile bool rule_fin = true;
+
+/* types: all in limits.h. */
+
+/* maps */
+
+/* Every flow, to look at. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, __u64);
+	__type(value, struct flow);
+} flows SEC(".maps");
+
+/* Socket cookie -> where its half is. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 2 * MAX_FLOWS);
+	__type(key, __u64);
+	__type(value, struct place);
+} places SEC(".maps");
+
+/* The protocol's state; userspace has it mapped. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 2 * MAX_FLOWS);
+	__type(key, __u32);
+	__type(value, struct half);
+} halves SEC(".maps");
+
+/* Where to redirect to. It has no program, so that both sockets of a flow can be put here before
+ * the first of them gets a verdict. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, 2 * MAX_FLOWS);
+	__type(key, __u32);
+	__type(value, __u64);
+} peers SEC(".maps");
+
+/* What gets the verdict. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, 2 * MAX_FLOWS);
+	__type(key, __u32);
+	__type(value, __u64);
+} sources SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, EVENT_BYTES);
+} events SEC(".maps");
+
+/* helpers */
+
+/* So that bpf2go finds them in the BTF. */
+const struct event *unused_event __attribute__((unused));
+const enum event_kind *unused_kind __attribute__((unused));
+
+#define READ_ONCE(x) (*(const volatile __typeof__(x) *)&(x))
+#define WRITE_ONCE(x, v) (*(volatile __typeof__(x) *)&(x) = (v))
+
+/* If the ring is full, userspace finds out by its sweep, within a second. */
+static __always_inline void tell(__u32 half, enum event_kind kind)
+{
+	struct event e = { .half = half, .kind = kind };
+
+	bpf_ringbuf_output(&events, &e, sizeof(e), 0);
+}
+
+static __always_inline int give_up(struct half *h, __u32 half, enum fault fault)
+{
+	if (h->fault == FAULT_NONE) {
+		WRITE_ONCE(h->fault, fault);
+		tell(half, EVENT_FAULT);
+	}
+	return SK_DROP; /* the skb is lost, and userspace resets both sides because of it */
+}
+
+/* Cuts off what was handled before. The kernel hands over whole skbs and does not look at copied_seq:
+ * a retransmit that overlaps, or an skb that was read in part before insertion, would be delivered
+ * twice. Returns 0, or a fault. */
+static __always_inline enum fault trim(struct __sk_buff *skb, struct half *h)
+{
+	/* Without a parser, cb[0] is TCP_SKB_CB(skb)->seq. That is no ABI: the self-test proves it. */
+	__s32 over = (__s32)(h->next_seq - skb->cb[0]);
+
+	if (over < 0)
+		return FAULT_GAP;
+	for (int i = 0; i < TRIM_CALLS; i++) {
+		__s32 cut = over;
+
+		if (cut > (__s32)skb->len)
+			cut = skb->len;
+		if (cut > TRIM_BYTES_A_CALL)
+			cut = TRIM_BYTES_A_CALL;
+		if (cut <= 0)
+			return FAULT_NONE;
+		if (bpf_skb_adjust_room(skb, -cut, 0, 0))
+			return FAULT_TRIM;
+		over -= cut;
+		WRITE_ONCE(h->trimmed, h->trimmed + cut);
+	}
+	return over > 0 && skb->len > 0 ? FAULT_TRIM : FAULT_NONE;
+}
+
+/* Does the peer's send buffer take len more bytes now, behind all that waits for it already? A backlog that can't
+ * be written is retried every jiffy, for each flow that has one, so it must not come about. */
+static __always_inline bool fits(struct half *h, struct tcp_sock *peer, __u32 len)
+{
+	__u32 at = (__u32)(h->redirected + h->consumed);
+	__u32 written = peer->write_seq - h->base;
+	__u32 waiting = at - written;
+	__s64 need;
+
+	if ((__s32)(written - h->mark) >= 0) {
+		h->older = h->newer;
+		h->newer = 0;
+		h->mark = at;
+	}
+	if ((__s32)waiting <= 0) {
+		waiting = 0;
+		h->older = 0;
+		h->newer = 0;
+	}
+	if (!rule_bound)
+		return true;
+	if ((__u64)waiting + len > h->limit || h->newer == 0xffff)
+		return false;
+	/* A quarter more, for fragments that come to skbs of their own. */
+	need = (__s64)waiting + len + ((waiting + len) >> 2);
+	need += (__s64)(h->older + h->newer + 1) * SKB_OVERHEAD_BYTES;
+	need += READ_ONCE(peer->inet_conn.icsk_inet.sk.sk_wmem_queued);
+	return need <= READ_ONCE(peer->inet_conn.icsk_inet.sk.sk_sndbuf);
+}
+
+/* programs */
+
+SEC("sk_skb/stream_verdict")
+int splice(struct __sk_buff *skb)
+{
+	__u64 cookie = bpf_get_socket_cookie(skb);
+	struct tcp_sock *tcp;
+	struct bpf_sock *peer;
+	struct direction *d;
+	enum fault fault;
+	struct place *at;
+	struct flow *f;
+	struct half *h;
+	__u32 len, half, other;
+	bool pass;
+
+	/* A FIN alone. Redirecting it would break the peer; userspace sees the end by EPOLLRDHUP. */
+	if (rule_fin && skb->len == 0)
+		return SK_DROP;
+
+	at = bpf_map_lookup_elem(&places, &cookie);
+	if (!at)
+		return SK_PASS; /* not a flow, or no more: charged to its own socket */
+	half = at->half;
+	h = bpf_map_lookup_elem(&halves, &half);
+	if (!h || h->source != cookie)
+		return SK_PASS; /* likewise */
+	if (h->fault != FAULT_NONE)
+		return SK_DROP; /* about to be reset; a hole must not be hidden by what comes after it */
+
+	other = half ^ 1;
+	if (!skb->sk)
+		return give_up(h, half, FAULT_PEER);
+	if (!h->seeded) {
+		tcp = bpf_skc_to_tcp_sock(skb->sk);
+		if (!tcp)
+			return give_up(h, half, FAULT_PEER);
+		h->next_seq = tcp->copied_seq;
+	}
+	if (rule_trim) {
+		fault = trim(skb, h);
+		if (fault != FAULT_NONE)
+			return give_up(h, half, fault);
+		if (rule_fin && skb->len == 0)
+			return SK_DROP; /* all of it was handled before */
+	}
+	len = skb->len;
+
+	peer = bpf_map_lookup_elem(&peers, &other);
+	if (!peer)
+		return give_up(h, half, FAULT_PEER);
+	tcp = bpf_skc_to_tcp_sock(peer);
+	if (!tcp) {
+		bpf_sk_release(peer);
+		return give_up(h, half, FAULT_PEER);
+	}
+	if (tcp->inet_conn.icsk_inet.sk.__sk_common.skc_state != TCP_ESTABLISHED &&
+	    tcp->inet_conn.icsk_inet.sk.__sk_common.skc_state != TCP_CLOSE_WAIT) {
+		bpf_sk_release(peer);
+		return give_up(h, half, FAULT_PEER);
+	}
+	if (!h->seeded) {
+		h->base = tcp->write_seq;
+		h->mark = 0;
+		h->seeded = 1;
+	}
+	pass = h->passed != READ_ONCE(h->consumed);
+	if (!pass && !fits(h, tcp, len)) {
+		pass = true;
+		tell(half, EVENT_PASSED);
+	}
+	bpf_sk_release(peer);
+
+	h->next_seq += len;
+	if (pass) {
+		WRITE_ONCE(h->passed, h->passed + len);
+	} else {
+		h->newer++;
+		WRITE_ONCE(h->redirected, h->redirected + len);
+	}
+
+	f = bpf_map_lookup_elem(&flows, &at->flow);
+	if (f) {
+		d = half & 1 ? &f->down : &f->up;
+		d->trimmed = h->trimmed;
+		d->redirected = h->redirected;
+		d->passed = h->passed;
+		d->bytes = h->redirected + h->passed;
+	}
+
+	if (pass)
+		return SK_PASS; /* charged to the source: its window closes, userspace copies */
+	if (bpf_sk_redirect_map(skb, &peers, other, 0) != SK_PASS)
+		return give_up(h, half, FAULT_REDIRECT);
+	return SK_PASS;
+}
+
+/* license */
+char _license[] SEC("license") = "Dual BSD/GPL";

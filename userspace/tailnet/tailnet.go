@@ -71,23 +71,17 @@ type Client struct {
 
 	mu        sync.Mutex
 	table     *table    // the last Status, nil before the first
-	asked     time.Time // when the table was asked for; zero once the watch on it ended
+	noted     time.Time // when a table older than that became doubtful: a change, or the end of the watch
 	good      time.Time // when the table was last known to be right
-	seq       uint64    // counts Status requests, in order of their start
-	tableSeq  uint64    // the request that the table came from
-	live      bool      // the watch is on: the table is good until told otherwise
-	dirty     bool      // the netmap changed after the table was asked for
-	notes     uint64    // counts the notifications of that
+	live      bool      // the watch is on
+	lost      bool      // the watch failed, and that was logged
 	suffix    string    // MagicDNS suffix, from the table or a later notification
 	gen       uint64    // counts what invalidates identities
 	whois     map[netip.Addr]whoisEntry
-	changed   chan struct{} // closed and replaced when the table changes
+	changed   chan struct{} // closed and replaced with each new table
 	callbacks map[int]func()
-	callback  int  // the next callback's key
-	gone      bool // the last request failed
-	lost      bool // the watch failed, and that was logged
-
-	announced *table // what OnChange was last called for; Run's alone
+	callback  int    // the next callback's key
+	announced *table // what the callbacks were last called for; Run's alone
 }
 
 // New returns a client of the tailscaled at socket. An empty socket means
@@ -169,9 +163,9 @@ func (c *Client) resolve(ctx context.Context, node string, fresh bool) ([]netip.
 	if err == nil || fresh {
 		return addrs, err
 	}
-	// Unknown: the netmap may have changed since, and the table not yet.
+	// Unknown as of that table: it may have come since.
 	c.mu.Lock()
-	behind := c.dirty || !c.live && time.Since(t.asked) > freshFor
+	behind := t.asked.Before(c.noted) || !c.live && time.Since(t.asked) > freshFor
 	c.mu.Unlock()
 	if !behind {
 		return nil, err
@@ -290,78 +284,68 @@ func (c *Client) running(ctx context.Context, fresh bool) (*table, error) {
 }
 
 // current returns the table that answers now, and a channel that is closed when
-// another one takes its place.
+// another one takes its place. While the watch is on, a table that a change has
+// overtaken is good enough: its successor is being asked for.
 func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct{}, error) {
+	now := time.Now()
 	c.mu.Lock()
-	t, changed, knownGood := c.table, c.changed, c.good
-	good := t != nil && !fresh && (c.live || time.Since(c.asked) < freshFor)
+	t, changed, good, need := c.table, c.changed, c.good, c.noted
+	live := c.live
 	c.mu.Unlock()
-	if good {
+	if t != nil && !fresh && (live || !t.asked.Before(need) && now.Sub(t.asked) < freshFor) {
 		return t, changed, nil
 	}
-	key := "status"
 	if fresh {
-		// Only what was asked after this call counts. Those who call while
-		// that request runs could have seen an older netmap, so they ask anew.
-		c.flight.Forget(key)
+		need = now
 	}
-	// Not this caller's ctx: others may share the answer.
-	got := c.flight.DoChan(key, func() (any, error) { return c.ask(context.WithoutCancel(ctx)) })
-	select {
-	case <-ctx.Done():
-		return nil, nil, &Error{Kind: KindAbsent, Socket: c.socket, Err: ctx.Err(),
-			msg: "tailscaled at " + c.socket + " did not answer in time"}
-	case r := <-got:
-		if r.Err == nil {
-			return r.Val.(*table), changed, nil
+	for {
+		// Not this caller's ctx: all who ask now share the answer.
+		got := c.flight.DoChan("status", func() (any, error) { return c.ask(context.WithoutCancel(ctx)) })
+		select {
+		case <-ctx.Done():
+			return nil, nil, &Error{Kind: KindAbsent, Socket: c.socket, Err: ctx.Err(), hangs: true,
+				msg: "tailscaled at " + c.socket + " did not answer in time"}
+		case r := <-got:
+			if r.Err != nil {
+				// Hanging is not being gone: what it said a moment ago still holds.
+				var e *Error
+				if errors.As(r.Err, &e) && e.hangs && t != nil && !fresh && now.Sub(good) < staleFor {
+					return t, changed, nil
+				}
+				return nil, nil, r.Err
+			}
+			if t := r.Val.(*table); !t.asked.Before(need) {
+				return t, changed, nil
+			} // else it was on its way already, the next one is not
 		}
-		// Hanging is not being gone: what it said a moment ago still holds.
-		var e *Error
-		if errors.As(r.Err, &e) && e.hangs && t != nil && !fresh && time.Since(knownGood) < staleFor {
-			return t, changed, nil
-		}
-		return nil, nil, r.Err
 	}
 }
 
 // ask requests the Status and publishes it. Every error is an *Error.
 func (c *Client) ask(ctx context.Context) (*table, error) {
-	c.mu.Lock()
-	c.seq++
-	seq := c.seq
-	notes := c.notes
-	c.mu.Unlock()
-
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	asked := time.Now()
 	st, err := c.lc.Status(ctx)
 	if err != nil {
-		err = localError(c.socket, err)
-		c.mu.Lock()
-		c.gone = true
-		c.mu.Unlock()
-		return nil, err
+		return nil, localError(c.socket, err)
 	}
 	t := newTable(st, asked)
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if seq <= c.tableSeq {
+	if c.table != nil && asked.Before(c.table.asked) {
 		return t, nil // a later request was quicker; its answer stays
-	}
-	if c.table == nil || c.gone || !t.sameAs(c.table) {
-		close(c.changed)
-		c.changed = make(chan struct{})
 	}
 	if c.table == nil || !t.sameAs(c.table) {
 		c.forgetIdentitiesLocked()
 	}
-	if notes == c.notes {
-		c.dirty = false
+	if !asked.Before(c.noted) {
+		c.suffix = t.suffix // else a notification told a newer one
 	}
-	c.table, c.tableSeq, c.suffix, c.gone = t, seq, t.suffix, false
-	c.asked, c.good = asked, asked
+	c.table, c.good = t, asked
+	close(c.changed)
+	c.changed = make(chan struct{})
 	return t, nil
 }
 

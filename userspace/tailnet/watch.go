@@ -64,7 +64,7 @@ func (c *Client) Run(ctx context.Context) {
 func (c *Client) reportLoss(err error) {
 	c.mu.Lock()
 	first := !c.lost
-	c.lost, c.gone = true, true
+	c.lost = true
 	c.mu.Unlock()
 	if first {
 		c.log.Warn("tailnet unavailable", "err", err)
@@ -187,7 +187,7 @@ func (c *Client) watchEnded() {
 	if c.live {
 		c.good = time.Now()
 	}
-	c.live, c.asked = false, time.Time{}
+	c.live, c.noted = false, time.Now()
 	c.forgetIdentitiesLocked()
 }
 
@@ -209,8 +209,7 @@ func (c *Client) heard(n *ipn.Notify) bool {
 	if n.SelfChange != nil {
 		c.suffix = normalName(netmap.MagicDNSSuffixOfNodeName(n.SelfChange.Name))
 	}
-	c.dirty = true
-	c.notes++
+	c.noted = time.Now()
 	c.forgetIdentitiesLocked()
 	return true
 }

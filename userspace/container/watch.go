@@ -1,0 +1,154 @@
+package container
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/moby/moby/api/types/events"
+	"github.com/moby/moby/client"
+)
+
+const (
+	// backoffMin and backoffMax bound the pause before the events are asked
+	// for again. Trying costs one connect(2), and a restart should show soon.
+	backoffMin = 50 * time.Millisecond
+	backoffMax = 2 * time.Second
+	// pulse is how often a quiet stream asks whether the daemon still answers.
+	pulse = 15 * time.Second
+	// settle collects the events that come in one go.
+	settle = 5 * time.Millisecond
+)
+
+// echoes are when the list is asked for once more after an event: the daemon
+// writes a network's event before the list shows its effect.
+var echoes = []time.Duration{150 * time.Millisecond, time.Second}
+
+// watched is what can change a container's name, state or addresses. Asking for
+// these alone spares the events of health checks, one every few seconds.
+var watched = client.Filters{}.
+	Add("type", string(events.ContainerEventType), string(events.NetworkEventType)).
+	Add("event", string(events.ActionCreate), string(events.ActionStart), string(events.ActionDie), string(events.ActionDestroy),
+		string(events.ActionRename), string(events.ActionPause), string(events.ActionUnPause),
+		string(events.ActionConnect), string(events.ActionDisconnect))
+
+// Run follows the daemon's events until ctx is done, through its restarts.
+// Call it once.
+func (c *Client) Run(ctx context.Context) {
+	if c.bad != nil {
+		c.log.Warn("containers unavailable", "err", c.bad)
+		return
+	}
+	pause := backoffMin
+	for {
+		began := time.Now()
+		err := c.watch(ctx)
+		c.watchEnded()
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(began) > backoffMax {
+			pause = backoffMin
+		}
+		c.mu.Lock()
+		first := !c.lost
+		c.lost = true
+		c.mu.Unlock()
+		if first {
+			c.log.Warn("containers unavailable", "err", err)
+		}
+		if !sleep(ctx, pause/2+rand.N(pause)) {
+			return
+		}
+		pause = min(2*pause, backoffMax)
+	}
+}
+
+// watch follows one stream of events until it fails.
+func (c *Client) watch(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// It may be another version of the daemon than last time.
+	api, err := c.newAPI()
+	if err != nil {
+		return err
+	}
+	defer api.Close()
+	asking, stop := context.WithTimeout(ctx, askTimeout)
+	err = c.inform(asking, api)
+	stop()
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	c.api = api
+	c.mu.Unlock()
+	// The stream's header comes before its subscription, so ask from now on.
+	now := time.Now()
+	stream := api.Events(ctx, client.EventsListOptions{Since: fmt.Sprintf("%d.%09d", now.Unix(), now.Nanosecond()), Filters: watched})
+	if _, err := c.ask(ctx); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	c.live, c.lost = true, false
+	n := len(c.table.all)
+	c.mu.Unlock()
+	c.log.Info("containers", "docker", c.host, "api", api.ClientVersion(), "known", n)
+
+	beat := time.NewTicker(pulse)
+	defer beat.Stop()
+	renew := time.NewTimer(0)
+	renew.Stop()
+	defer renew.Stop()
+	echo := len(echoes) // the next of echoes to wait for
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case err := <-stream.Err:
+			return apiError(c.host, "follow events", err)
+		case <-beat.C:
+			asking, stop := context.WithTimeout(ctx, askTimeout)
+			_, err := api.Ping(asking, client.PingOptions{})
+			stop()
+			if err != nil {
+				return apiError(c.host, "ping", err)
+			}
+		case <-stream.Messages:
+			c.mu.Lock()
+			c.noted = time.Now()
+			c.mu.Unlock()
+			renew.Reset(settle)
+			echo = 0
+		case <-renew.C:
+			if _, err := c.ask(ctx); err != nil {
+				return err
+			}
+			if echo < len(echoes) {
+				renew.Reset(echoes[echo])
+				echo++
+			}
+		}
+	}
+}
+
+// watchEnded makes every answer ask again.
+func (c *Client) watchEnded() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.live {
+		c.good = time.Now()
+	}
+	c.live, c.noted = false, time.Now()
+}
+
+// sleep reports whether ctx outlived it.
+func sleep(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}

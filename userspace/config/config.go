@@ -1,0 +1,178 @@
+package config
+
+import (
+	"strconv"
+	"time"
+)
+
+//go:generate go test -run ^TestSchemaIsCurrent$ -update .
+
+// Config is a whole configuration file, checked, with every default filled in.
+type Config struct {
+	Section
+	Node      string     `yaml:"node" kind:"label" doc:"How this hop names itself in logs, headers and error pages. Default: the host name."`
+	Datapath  string     `yaml:"datapath" enum:"auto tc sockmap userspace" default:"auto" doc:"How the bytes of flows move. auto picks the best that kernel, sockets and traffic allow, and changes it when they do."`
+	Listeners []Listener `yaml:"listeners" required:"true" nonempty:"true" noun:"a listener" doc:"Where the daemon accepts connections, and where it sends them."`
+	Limits    Limits     `yaml:"limits" noun:"limits" doc:"Bounds on what strangers can make the daemon spend."`
+	Control   Control    `yaml:"control" noun:"control" doc:"How the daemon is observed and commanded."`
+
+	File     string   `yaml:"-"` // the name that Load or Parse was given
+	Warnings []*Error `yaml:"-"` // what is allowed but looks like a mistake, in the order of the file
+}
+
+// Listener is a set of addresses that share a mode and routes.
+type Listener struct {
+	Section
+	Name         string        `yaml:"name" kind:"label" doc:"The listener's name in logs, metrics and status. Default: the mode and the first port, such as sni-443."`
+	Listen       []string      `yaml:"listen" kind:"listen" required:"true" nonempty:"true" doc:"Addresses to accept on: \":443\" (IPv4 and IPv6), \"192.0.2.1:443\", \"[2001:db8::1]:443\", \"0.0.0.0:443\" (IPv4 only), \"[::]:443\" (IPv6 only), \"tailnet:443\" (this node's tailnet addresses only)."`
+	Mode         string        `yaml:"mode" enum:"sni tcp http https" required:"true" doc:"sni routes by the TLS server name and never decrypts, tcp looks at nothing, https terminates TLS and routes by host and path, http does the same without TLS."`
+	AcceptProxy  *AcceptProxy  `yaml:"accept_proxy" noun:"accept_proxy" doc:"Believe PROXY protocol headers, from these peers only. Without it such bytes are data."`
+	Certificates []Certificate `yaml:"certificates" nonempty:"true" noun:"a certificate" doc:"What an https listener shows, chosen by server name. The first one is shown where none fits."`
+	Routes       []Route       `yaml:"routes" noun:"a route" doc:"Matches and their targets. The most exact name wins: exact, then the longest wildcard, then default."`
+	Default      *Action       `yaml:"default" noun:"default" doc:"Where connections go that no route matched: the next hop."`
+}
+
+// AcceptProxy names the peers whose PROXY headers are believed.
+type AcceptProxy struct {
+	Section
+	// From holds CIDRs (masked), IP addresses, tailnet node names (lower-case), user logins (with an @)
+	// and tags (tag:x).
+	From []string `yaml:"from" kind:"peer" required:"true" nonempty:"true" doc:"Who is believed: a CIDR, an IP address, a tailnet node name, a user's login (with @), or a tag (tag:edge). A header from anyone else closes the connection."`
+}
+
+// Certificate is one source of certificates. Exactly one of its fields is set.
+type Certificate struct {
+	Section
+	Files     *CertFiles `yaml:"files" noun:"files" doc:"A certificate chain and its key in PEM files."`
+	ACME      *ACME      `yaml:"acme" noun:"acme" doc:"Certificates that are obtained and renewed by ACME."`
+	Tailscale bool       `yaml:"tailscale" kind:"true" doc:"The certificate of this node's *.ts.net name, from the local tailscaled."`
+}
+
+// CertFiles names PEM files. Paths are absolute, or relative to the working directory where Parse was given
+// a bare file name.
+type CertFiles struct {
+	Section
+	Cert string `yaml:"cert" kind:"file" required:"true" doc:"The certificate followed by its chain, PEM. A relative path starts at the configuration file's folder."`
+	Key  string `yaml:"key" kind:"file" required:"true" doc:"The private key, PEM. A relative path starts at the configuration file's folder."`
+}
+
+// ACME asks for certificates from an ACME directory. This package only checks the form: whether this
+// version can obtain them is the business of who uses the configuration.
+type ACME struct {
+	Section
+	Names     []string `yaml:"names" kind:"name" required:"true" nonempty:"true" doc:"The names to get certificates for."`
+	Email     string   `yaml:"email" kind:"email" doc:"Whom the authority writes to when something is wrong."`
+	Directory string   `yaml:"directory" kind:"url" default:"https://acme-v02.api.letsencrypt.org/directory" doc:"The authority's ACME directory URL."`
+}
+
+// Route is a match and what happens with what it matches.
+type Route struct {
+	SNI    []string `yaml:"sni" kind:"name" nonempty:"true" doc:"Server names on an sni listener: exact, or *.example.org for one label or more in its place."`
+	ALPN   []string `yaml:"alpn" kind:"alpn" nonempty:"true" doc:"Narrows sni: the client offers one of these protocols."`
+	Host   []string `yaml:"host" kind:"name" nonempty:"true" doc:"Host names on an http or https listener: exact, or *.example.org for one label or more in its place."`
+	Path   string   `yaml:"path" kind:"path" doc:"Narrows host: the request's path begins with this. The longest wins."`
+	Action `yaml:",inline"`
+}
+
+// Action is what happens with a connection: Forward or Reject, never both.
+type Action struct {
+	Section
+	Forward   Target `yaml:"forward" doc:"The target: HOST:PORT, tailnet://NODE:PORT, docker://CONTAINER:PORT or unix:///PATH."`
+	SendProxy string `yaml:"send_proxy" enum:"v2" doc:"Begin the connection to the target with a PROXY protocol header of this version."`
+	Reject    bool   `yaml:"reject" kind:"true" doc:"Refuse the connection."`
+	Datapath  string `yaml:"datapath" enum:"auto tc sockmap userspace" doc:"The datapath of these flows. Default: the configuration's datapath."`
+}
+
+// Limits bounds what strangers can make the daemon spend.
+type Limits struct {
+	Section
+	Connections          int           `yaml:"connections" default:"65536" min:"1" max:"16777216" doc:"Connections at a time, all together."`
+	ConnectionsPerSource int           `yaml:"connections_per_source" default:"256" min:"1" max:"16777216" doc:"Connections at a time from one IPv4 address or one IPv6 /64. It looks at the PROXY address where that is believed."`
+	HelloTimeout         time.Duration `yaml:"hello_timeout" default:"5s" min:"10ms" max:"10m" doc:"How long a client may take for its TLS ClientHello or its PROXY header."`
+	HelloBytes           int           `yaml:"hello_bytes" kind:"size" default:"65536" min:"512" max:"1MiB" doc:"How many bytes of TLS records a ClientHello may take."`
+	IdleTimeout          time.Duration `yaml:"idle_timeout" default:"1h" min:"10ms" max:"8760h" doc:"A flow that moves no byte in either direction for this long is closed."`
+	FlowBuffer           int64         `yaml:"flow_buffer" kind:"size" default:"2MiB" min:"4KiB" max:"1GiB" doc:"How much memory a flow may hold while its reader is slower than its writer."`
+}
+
+// Control is how the daemon is observed and commanded.
+type Control struct {
+	Section
+	Socket  string `yaml:"socket" kind:"socket" default:"/run/tailsplice/control.sock" doc:"The unix socket that the other commands talk to."`
+	Metrics string `yaml:"metrics" kind:"metrics" doc:"IP:PORT where Prometheus metrics are served. Default: nowhere."`
+}
+
+// Pos is a place in the configuration file. Both count from 1; columns count characters. The zero Pos is
+// the place of something that did not come from a file.
+type Pos struct {
+	Line, Col int
+}
+
+// IsValid reports whether p came from a file.
+func (p Pos) IsValid() bool { return p.Line > 0 }
+
+// String returns LINE:COL.
+func (p Pos) String() string {
+	return strconv.Itoa(p.Line) + ":" + strconv.Itoa(p.Col)
+}
+
+// before reports whether p stands before q in the file.
+func (p Pos) before(q Pos) bool {
+	return p.Line < q.Line || p.Line == q.Line && p.Col < q.Col
+}
+
+// Section is where a part of the configuration stands in its file. A Section that was made in Go is empty,
+// and says so with zero positions.
+type Section struct {
+	Pos    Pos `yaml:"-"` // its first key, or its brace
+	places []place
+}
+
+// place is where one value stands: that of a key (index -1), or one item of a list of scalars.
+type place struct {
+	key     string
+	index   int
+	pos     Pos
+	keyPos  Pos
+	unclear bool // present, but not understood: an error was already reported
+}
+
+// At returns where the value of a key of this section stands, such as At("forward"), or one item of a
+// list of scalars, such as At("listen", 0), so that later errors can point there. For a key that the file
+// does not have (a default) it is the section's own position.
+func (s *Section) At(key string, index ...int) Pos {
+	if len(index) > 0 {
+		if p := s.find(key, index[0]); p != nil {
+			return p.pos
+		}
+	}
+	if p := s.find(key, -1); p != nil {
+		return p.pos
+	}
+	return s.Pos
+}
+
+func (s *Section) find(key string, index int) *place {
+	for i := range s.places {
+		if p := &s.places[i]; p.key == key && p.index == index {
+			return p
+		}
+	}
+	return nil
+}
+
+// has reports whether the file has the key here, understood or not.
+func (s *Section) has(key string) bool { return s.find(key, -1) != nil }
+
+// unclear reports whether the file has the key here with a value that was not understood.
+func (s *Section) unclear(key string) bool {
+	p := s.find(key, -1)
+	return p != nil && p.unclear
+}
+
+// keyAt returns where the key itself stands, or else the section.
+func (s *Section) keyAt(key string) Pos {
+	if p := s.find(key, -1); p != nil {
+		return p.keyPos
+	}
+	return s.Pos
+}

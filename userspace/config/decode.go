@@ -1,0 +1,422 @@
+package config
+
+import (
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+)
+
+// field is one key of a section, as its struct field's tags describe it.
+type field struct {
+	key      string
+	index    []int // for reflect.Value.FieldByIndex
+	typ      reflect.Type
+	kind     *kind // of a scalar, or of the items of a list of scalars; nil for sections
+	doc      string
+	noun     string
+	def      string
+	enum     []string
+	min, max string
+	required bool
+	nonempty bool
+}
+
+// fieldsOf lists the keys of a section, those of embedded structs included.
+func fieldsOf(t reflect.Type) []field {
+	var fields []field
+	for i := range t.NumField() {
+		sf := t.Field(i)
+		key, opt, _ := strings.Cut(sf.Tag.Get("yaml"), ",")
+		if opt == "inline" {
+			for _, f := range fieldsOf(sf.Type) {
+				f.index = append([]int{i}, f.index...)
+				fields = append(fields, f)
+			}
+			continue
+		}
+		if key == "" || key == "-" {
+			continue
+		}
+		f := field{
+			key: key, index: []int{i}, typ: sf.Type,
+			doc: sf.Tag.Get("doc"), noun: sf.Tag.Get("noun"), def: sf.Tag.Get("default"),
+			enum: strings.Fields(sf.Tag.Get("enum")), min: sf.Tag.Get("min"), max: sf.Tag.Get("max"),
+			required: sf.Tag.Get("required") == "true", nonempty: sf.Tag.Get("nonempty") == "true",
+		}
+		if !isSection(f.typ) {
+			f.kind = kindOf(sf)
+		}
+		if f.noun == "" {
+			f.noun = key
+		}
+		fields = append(fields, f)
+	}
+	return fields
+}
+
+// isSection reports whether values of t (or its items) are mappings with keys of their own.
+func isSection(t reflect.Type) bool {
+	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
+		t = t.Elem()
+	}
+	return t.Kind() == reflect.Struct && t != targetType
+}
+
+// decoder fills the structs from the tree, and reports all that does not fit.
+type decoder struct {
+	*reporter
+	fields map[reflect.Type][]field
+}
+
+func (d *decoder) fieldsOf(t reflect.Type) []field {
+	f, ok := d.fields[t]
+	if !ok {
+		f = fieldsOf(t)
+		d.fields[t] = f
+	}
+	return f
+}
+
+func (d *decoder) root(n *node, c *Config) {
+	switch n.kind {
+	case kindMapping:
+		d.section(n, reflect.ValueOf(c).Elem(), "the configuration")
+	case kindUnclear:
+	case kindNull:
+		d.errorf(n.pos, "the file is empty: it needs at least listeners, with listen, mode and a target")
+	default:
+		d.errorf(n.pos, "the configuration is a mapping with keys such as listeners:, not %v", n.kind)
+	}
+}
+
+// section fills a struct from a mapping.
+func (d *decoder) section(n *node, out reflect.Value, noun string) {
+	sec := out.FieldByName("Section").Addr().Interface().(*Section)
+	sec.Pos = n.pos
+	fields := d.fieldsOf(out.Type())
+	var unknown []entry
+	for _, e := range n.entries {
+		i := slices.IndexFunc(fields, func(f field) bool { return f.key == e.key })
+		if i < 0 {
+			unknown = append(unknown, e)
+			continue
+		}
+		f := &fields[i]
+		if first := sec.find(f.key, -1); first != nil {
+			d.errorf(e.pos, "duplicate key %q, it is already on line %d", f.key, first.keyPos.Line)
+			continue
+		}
+		at := len(sec.places)
+		sec.places = append(sec.places, place{key: f.key, index: -1, pos: e.value.pos, keyPos: e.pos})
+		if e.value.kind == kindNull {
+			sec.places[at].pos = e.pos
+		}
+		if !d.value(e, f, out.FieldByIndex(f.index), sec) {
+			sec.places[at].unclear = true
+		}
+	}
+	for _, e := range unknown {
+		d.unknownKey(e, sec, fields, noun)
+	}
+	for i := range fields {
+		f := &fields[i]
+		if sec.has(f.key) {
+			continue
+		}
+		if f.required {
+			d.errorf(sec.Pos, "%s is missing in %s: %s", f.key, noun, f.want())
+		}
+		d.setDefault(f, out.FieldByIndex(f.index))
+	}
+}
+
+// setDefault gives an absent key its value. A default that does not parse is our own mistake.
+func (d *decoder) setDefault(f *field, out reflect.Value) {
+	if f.def != "" {
+		v, err := f.parse(&node{kind: kindText, text: f.def})
+		if err != nil {
+			panic(fmt.Sprintf("default of %s: %v", f.key, err))
+		}
+		set(out, v)
+		return
+	}
+	if f.typ.Kind() == reflect.Struct && isSection(f.typ) {
+		for _, inner := range d.fieldsOf(f.typ) {
+			d.setDefault(&inner, out.FieldByIndex(inner.index))
+		}
+	}
+}
+
+// value fills one field, and reports whether all of the value was understood.
+func (d *decoder) value(e entry, f *field, out reflect.Value, sec *Section) bool {
+	n := e.value
+	switch {
+	case n.kind == kindUnclear:
+		return false
+	case n.kind == kindNull:
+		d.errorf(e.pos, "%s has no value: give it %s, or remove the key", f.key, f.want())
+		return false
+	case f.kind != nil && out.Kind() == reflect.Slice:
+		return d.scalars(n, f, out, sec)
+	case f.kind != nil:
+		return d.scalar(n, f, out)
+	case out.Kind() == reflect.Slice:
+		return d.sections(n, f, out)
+	}
+	if n.kind != kindMapping {
+		d.wrongType(n, f)
+		return false
+	}
+	if out.Kind() == reflect.Pointer {
+		out.Set(reflect.New(out.Type().Elem()))
+		out = out.Elem()
+	}
+	before := len(d.errs)
+	d.section(n, out, f.noun)
+	return len(d.errs) == before
+}
+
+// sections fills a list of structs. Items that are no mappings are left out.
+func (d *decoder) sections(n *node, f *field, out reflect.Value) bool {
+	if n.kind != kindList {
+		d.wrongType(n, f)
+		return false
+	}
+	if f.nonempty && len(n.items) == 0 {
+		d.errorf(n.pos, "%s is an empty list: %s", f.key, f.want())
+		return false
+	}
+	ok := true
+	out.Set(reflect.MakeSlice(out.Type(), 0, len(n.items)))
+	for _, item := range n.items {
+		switch item.kind {
+		case kindMapping:
+			before := len(d.errs)
+			v := reflect.New(out.Type().Elem()).Elem()
+			d.section(item, v, f.noun)
+			out.Set(reflect.Append(out, v))
+			ok = ok && len(d.errs) == before
+			continue
+		case kindNull:
+			d.errorf(item.pos, "an item of %s has no value: remove its dash, or write %s behind it", f.key, f.noun)
+		case kindUnclear:
+		default:
+			d.errorf(item.pos, "%s is a mapping with keys, not %v", f.noun, item.kind)
+		}
+		ok = false
+	}
+	return ok
+}
+
+// scalars fills a list of scalars, from a list or from a single scalar. Items that are wrong are left out.
+func (d *decoder) scalars(n *node, f *field, out reflect.Value, sec *Section) bool {
+	items := n.items
+	if n.kind != kindList {
+		items = []*node{n}
+	} else if f.nonempty && len(items) == 0 {
+		d.errorf(n.pos, "%s is an empty list: %s", f.key, f.want())
+		return false
+	}
+	ok := true
+	seen := map[any]int{}
+	for _, item := range items {
+		v := reflect.New(out.Type().Elem()).Elem()
+		if item.kind == kindNull {
+			d.errorf(item.pos, "an item of %s has no value: %s", f.key, f.want())
+			ok = false
+			continue
+		}
+		if !d.scalar(item, f, v) {
+			ok = false
+			continue
+		}
+		if line, dup := seen[v.Interface()]; dup {
+			d.errorf(item.pos, "%s has %q twice, it is already on line %d", f.key, item.text, line)
+			ok = false
+			continue
+		}
+		seen[v.Interface()] = item.pos.Line
+		sec.places = append(sec.places, place{key: f.key, index: out.Len(), pos: item.pos, keyPos: item.pos})
+		out.Set(reflect.Append(out, v))
+	}
+	return ok
+}
+
+func (d *decoder) scalar(n *node, f *field, out reflect.Value) bool {
+	if n.kind == kindUnclear {
+		return false
+	}
+	if !f.kind.takes(n.kind) {
+		d.wrongType(n, f)
+		return false
+	}
+	v, err := f.parse(n)
+	if err != nil {
+		d.errorf(n.pos, "%s %q: %v", f.key, clip(n.text), err)
+		return false
+	}
+	set(out, v)
+	return true
+}
+
+// parse reads a scalar and checks it against the field's values and bounds.
+func (f *field) parse(n *node) (any, error) {
+	if len(f.enum) > 0 && !slices.Contains(f.enum, n.text) {
+		if len(f.enum) == 1 {
+			return nil, fmt.Errorf("the only value is %s", f.enum[0])
+		}
+		return nil, fmt.Errorf("it is one of %s%s", strings.Join(f.enum, ", "), didYouMean(n.text, f.enum))
+	}
+	v, err := f.kind.parse(n.text)
+	if err != nil {
+		return nil, err
+	}
+	if i, ok := v.(int64); ok && f.min != "" {
+		lo, err := f.kind.parse(f.min)
+		if err != nil {
+			panic(fmt.Sprintf("min of %s: %v", f.key, err))
+		}
+		hi, err := f.kind.parse(f.max)
+		if err != nil {
+			panic(fmt.Sprintf("max of %s: %v", f.key, err))
+		}
+		if i < lo.(int64) || i > hi.(int64) {
+			return nil, fmt.Errorf("out of range, it is %s to %s", f.min, f.max)
+		}
+	}
+	return v, nil
+}
+
+// set stores what a kind's parse returned: int64 for every number, duration and size.
+func set(out reflect.Value, v any) {
+	if i, ok := v.(int64); ok {
+		out.SetInt(i)
+		return
+	}
+	out.Set(reflect.ValueOf(v))
+}
+
+// want says what a key's value looks like.
+func (f *field) want() string {
+	switch {
+	case f.kind == nil && f.typ.Kind() == reflect.Slice:
+		return "a list with " + f.noun + " behind each dash"
+	case f.kind == nil:
+		return "a mapping with the keys " + strings.Join(keysOf(fieldsOf(deref(f.typ))), ", ")
+	case len(f.enum) == 1:
+		return f.enum[0]
+	case len(f.enum) > 1:
+		return "one of " + strings.Join(f.enum, ", ")
+	}
+	return f.kind.noun
+}
+
+func (d *decoder) wrongType(n *node, f *field) {
+	if f.kind != nil && f.kind.instead != nil && (n.kind == kindNumber || n.kind == kindBool) {
+		if s := f.kind.instead(n.text); s != "" {
+			d.errorf(n.pos, "%s is %s, not %v: write %s", f.key, f.want(), n.kind, s)
+			return
+		}
+	}
+	help := ""
+	switch {
+	case f.kind != nil && n.kind == kindMapping && len(n.entries) == 1 && n.entries[0].value.kind == kindText:
+		// "- tag: edge" where "- tag:edge" was meant.
+		e := n.entries[0]
+		if _, err := f.kind.parse(e.key + ":" + e.value.text); err == nil {
+			help = fmt.Sprintf(": write %q, without a space", e.key+":"+e.value.text)
+		}
+	case f.kind == nil && f.typ.Kind() == reflect.Slice && n.kind == kindMapping:
+		help = ": begin it with a dash"
+	case deref(f.typ) == actionType && n.kind == kindText:
+		if n.text == "reject" {
+			help = ": write { reject: true }"
+		} else if t, err := parseTarget(n.text); err == nil {
+			help = fmt.Sprintf(": write { forward: %q }", t.String())
+		}
+	}
+	d.errorf(n.pos, "%s is %s, not %v%s", f.key, f.want(), n.kind, help)
+}
+
+// unknownKey reports a key that its section does not have, and the one that was probably meant. That one
+// counts as present, so that it is not reported as missing too.
+func (d *decoder) unknownKey(e entry, sec *Section, fields []field, noun string) {
+	var free []string
+	for _, k := range keysOf(fields) {
+		if !sec.has(k) {
+			free = append(free, k)
+		}
+	}
+	key := clip(e.key)
+	guess := nearest(e.key, free)
+	if guess == "" {
+		if s := synonyms[strings.ToLower(e.key)]; slices.Contains(free, s) {
+			guess = s
+		}
+	}
+	switch owner := ownerOf(e.key); {
+	case guess != "" && owner == "":
+		sec.places = append(sec.places, place{key: guess, index: -1, pos: e.pos, keyPos: e.pos, unclear: true})
+		d.errorf(e.pos, "unknown key %q in %s, did you mean %q?", key, noun, guess)
+	case owner != "" && owner != noun:
+		d.errorf(e.pos, "unknown key %q in %s: it belongs in %s", key, noun, owner)
+	case nearest(e.key, keysOf(fields)) != "":
+		d.errorf(e.pos, "unknown key %q in %s, did you mean %q, which is here already?", key, noun, nearest(e.key, keysOf(fields)))
+	default:
+		d.errorf(e.pos, "unknown key %q in %s, its keys are %s", key, noun, strings.Join(keysOf(fields), ", "))
+	}
+}
+
+// synonyms maps what other software calls things to what they are called here.
+var synonyms = map[string]string{
+	"target": "forward", "to": "forward", "upstream": "forward", "backend": "forward", "proxy_pass": "forward", "proxy": "forward",
+	"deny": "reject", "drop": "reject", "proxy_protocol": "send_proxy",
+	"server_name": "sni", "hostname": "sni", "match": "sni", "domain": "host", "domains": "host", "prefix": "path",
+	"address": "listen", "addresses": "listen", "addr": "listen", "bind": "listen", "port": "listen",
+	"type": "mode", "protocol": "mode", "rules": "routes", "fallback": "default", "tls": "certificates",
+	"servers": "listeners", "admin": "control", "prometheus": "metrics", "key_file": "key", "cert_file": "cert", "domain_names": "names", "ca": "directory",
+}
+
+// ownerOf names the section that has a key, in the order in which sections stand in a file, or "".
+func ownerOf(key string) string {
+	var find func(t reflect.Type, noun string) string
+	find = func(t reflect.Type, noun string) string {
+		fields := fieldsOf(t)
+		for _, f := range fields {
+			if f.key == key {
+				return noun
+			}
+		}
+		for _, f := range fields {
+			if f.kind == nil {
+				if owner := find(deref(f.typ), f.noun); owner != "" {
+					return owner
+				}
+			}
+		}
+		return ""
+	}
+	return find(reflect.TypeFor[Config](), "the configuration")
+}
+
+func keysOf(fields []field) []string {
+	keys := make([]string, len(fields))
+	for i, f := range fields {
+		keys[i] = f.key
+	}
+	return keys
+}
+
+// deref returns the struct behind pointers and slices.
+func deref(t reflect.Type) reflect.Type {
+	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
+		t = t.Elem()
+	}
+	return t
+}
+
+var (
+	targetType = reflect.TypeFor[Target]()
+	actionType = reflect.TypeFor[Action]()
+)

@@ -1,0 +1,23 @@
+// Package config reads tailsplice's YAML configuration.
+//
+// It is strict: every unknown key, wrong type, bad value and unreachable route is an error, all of them
+// come at once, and each says FILE:LINE:COL, what is wrong, and the nearest right name. Anything that may
+// be meant but looks like a mistake is a warning (Config.Warnings).
+//
+// The package only looks at the text. It resolves no name, opens no socket and reads no certificate, so a
+// file can be checked on another machine than the one that runs it. Two things come from outside: the host
+// name (the default of node), and the folder of the file, which relative paths start from.
+//
+// The struct tags of the types here are the only description of the format. The decoder and the JSON
+// schema (Schema) are both driven by them:
+//
+//	yaml:"key"        the key; ",inline" on an embedded struct means its keys stand beside
+//	kind:"listen"     how a scalar is read, see kinds.go; the Go type decides when there is none
+//	doc:"..."         what the key means, for the schema's description
+//	noun:"a route"    what an item or section is called in messages
+//	default:"5s"      what an absent key means, in the form that a user would write
+//	enum:"a b"        the values allowed
+//	min:"" max:""     the bounds, inclusive, in the form that a user would write
+//	required:"true"   an absent key is an error
+//	nonempty:"true"   an empty list is an error
+package config

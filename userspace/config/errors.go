@@ -1,0 +1,84 @@
+package config
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// Error is one thing that is wrong with a configuration file, or (in Config.Warnings) looks wrong.
+type Error struct {
+	File    string
+	Pos     Pos
+	Message string
+}
+
+// Error returns FILE:LINE:COL: MESSAGE, on one line.
+func (e *Error) Error() string {
+	return e.File + ":" + e.Pos.String() + ": " + e.Message
+}
+
+// Errors is everything that is wrong with a configuration file, in the order of the file. It is never
+// empty where it is returned as an error.
+type Errors []*Error
+
+// Error returns one line for each error, without a newline at the end.
+func (e Errors) Error() string {
+	lines := make([]string, len(e))
+	for i, x := range e {
+		lines[i] = x.Error()
+	}
+	return strings.Join(lines, "\n")
+}
+
+// Unwrap lets errors.As find the single errors.
+func (e Errors) Unwrap() []error {
+	all := make([]error, len(e))
+	for i, x := range e {
+		all[i] = x
+	}
+	return all
+}
+
+// Errorf returns an error about this configuration that points at a place in its file, for problems that
+// only show when the configuration is used: an address that cannot be bound, a certificate that does not
+// load. Without a valid position it names the file only.
+func (c *Config) Errorf(at Pos, format string, args ...any) error {
+	msg := fmt.Sprintf(format, args...)
+	if at.IsValid() {
+		return &Error{File: c.File, Pos: at, Message: msg}
+	}
+	if c.File == "" {
+		return fmt.Errorf("configuration: %s", msg)
+	}
+	return fmt.Errorf("%s: %s", c.File, msg)
+}
+
+// reporter collects errors and warnings about one file.
+type reporter struct {
+	file     string
+	errs     Errors
+	warnings []*Error
+}
+
+func (r *reporter) errorf(at Pos, format string, args ...any) {
+	r.errs = append(r.errs, &Error{File: r.file, Pos: at, Message: fmt.Sprintf(format, args...)})
+}
+
+func (r *reporter) warnf(at Pos, format string, args ...any) {
+	r.warnings = append(r.warnings, &Error{File: r.file, Pos: at, Message: fmt.Sprintf(format, args...)})
+}
+
+// sorted orders errors by place. Those of one place keep their order.
+func sorted(errs []*Error) []*Error {
+	slices.SortStableFunc(errs, func(a, b *Error) int {
+		switch {
+		case a.Pos.before(b.Pos):
+			return -1
+		case b.Pos.before(a.Pos):
+			return 1
+		}
+		return 0
+	})
+	return errs
+}

@@ -1,0 +1,434 @@
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"net/url"
+	"reflect"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// kind is how one sort of scalar is read, and how the schema describes it.
+type kind struct {
+	noun  string     // what messages call it, with an example
+	kinds []nodeKind // the YAML scalars that it takes
+	// parse returns a string, a bool, a Target, or an int64 (numbers, nanoseconds, bytes), in the form that
+	// the rest of the program compares and uses. Its errors begin after the value: `listen "x": ERROR`.
+	parse func(text string) (any, error)
+	// instead, if set, says what to write instead of a bare number or true or false; "" is no idea.
+	instead func(text string) string
+	// schema has the JSON schema's keywords. It may allow more than parse, never less.
+	schema map[string]any
+}
+
+func (k *kind) takes(n nodeKind) bool {
+	for _, t := range k.kinds {
+		if t == n {
+			return true
+		}
+	}
+	return false
+}
+
+// kindOf picks the kind of a struct field: by its tag, or else by its Go type.
+func kindOf(sf reflect.StructField) *kind {
+	name := sf.Tag.Get("kind")
+	if name == "" {
+		switch t := sf.Type; {
+		case t == targetType:
+			name = "target"
+		case t == reflect.TypeFor[time.Duration]():
+			name = "duration"
+		case t.Kind() == reflect.Int:
+			name = "count"
+		default:
+			name = "text"
+		}
+	}
+	k, ok := kinds[name]
+	if !ok {
+		panic("no kind " + name + " for " + sf.Name)
+	}
+	return k
+}
+
+var onlyText = []nodeKind{kindText}
+
+func text(pattern string) map[string]any {
+	s := map[string]any{"type": "string"}
+	if pattern != "" {
+		s["pattern"] = pattern
+	}
+	return s
+}
+
+func quoted(s string) string { return strconv.Quote(s) + " in quotes" }
+
+// ifValid offers text only where it would be accepted.
+func ifValid(parse func(string) (any, error), form string) func(string) string {
+	return func(s string) string {
+		s = fmt.Sprintf(form, s)
+		if _, err := parse(s); err != nil {
+			return ""
+		}
+		return strconv.Quote(s)
+	}
+}
+
+var kinds = map[string]*kind{
+	"text": {
+		noun: "text", kinds: onlyText, instead: quoted, schema: text(""),
+		parse: func(s string) (any, error) { return s, nil },
+	},
+	"label": {
+		noun: "a name of letters, digits, '.', '_' and '-'", kinds: onlyText, instead: quoted, parse: parseLabel,
+		schema: text(`^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$`),
+	},
+	"listen": {
+		noun: `an address to listen on such as ":443", "192.0.2.1:443" or "tailnet:443"`, kinds: onlyText, parse: parseListen,
+		instead: ifValid(parseListen, ":%s"),
+		schema:  text(`^(tailnet|[0-9.]+|\[[0-9A-Za-z:.%_-]+\])?:[0-9]{1,5}$`),
+	},
+	"metrics": {
+		noun: `an address such as 127.0.0.1:9464`, kinds: onlyText, parse: parseMetrics,
+		instead: ifValid(parseMetrics, "127.0.0.1:%s"),
+		schema:  text(`^([0-9.]+|\[[0-9A-Za-z:.%_-]+\])?:[0-9]{1,5}$`),
+	},
+	"name": {
+		noun: `a name such as example.org or "*.example.org"`, kinds: onlyText, instead: quoted,
+		parse:  func(s string) (any, error) { return checkPattern(s) },
+		schema: text(`^(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?$`),
+	},
+	"alpn": {
+		noun: "a protocol such as h2, http/1.1 or acme-tls/1", kinds: onlyText, instead: quoted, parse: parseALPN,
+		schema: map[string]any{"type": "string", "minLength": 1, "maxLength": 255, "examples": []string{"h2", "http/1.1", "acme-tls/1"}},
+	},
+	"path": {
+		noun: "a path such as /api/", kinds: onlyText, parse: parsePath,
+		schema: text(`^/[^?#*\s]*$`),
+	},
+	"target": {
+		noun: targetNoun, kinds: onlyText,
+		parse:   func(s string) (any, error) { return parseTarget(s) },
+		instead: ifValid(func(s string) (any, error) { return parseTarget(s) }, "127.0.0.1:%s"),
+		schema:  text(`^((tailnet://)?(\[[0-9A-Za-z:.%_-]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}|docker://[A-Za-z0-9._/-]+:[0-9]{1,5}|unix:///.+)$`),
+	},
+	"peer": {
+		noun: "a CIDR, an IP address, a node's name, a user's login (with @) or a tag (tag:edge)", kinds: onlyText, instead: quoted,
+		parse: parsePeer, schema: map[string]any{"type": "string", "minLength": 1},
+	},
+	"file": {
+		noun: "a file", kinds: onlyText, instead: quoted, parse: parseFile, schema: map[string]any{"type": "string", "minLength": 1},
+	},
+	"socket": {
+		noun: "the path of a unix socket", kinds: onlyText, parse: parseSocket, schema: map[string]any{"type": "string", "minLength": 1},
+	},
+	"email": {
+		noun: "an e-mail address", kinds: onlyText, parse: parseEmail, schema: text(`^[^@\s]+@[^@\s]+$`),
+	},
+	"url": {
+		noun: "an https:// URL", kinds: onlyText, parse: parseURL, schema: text(`^https://.+`),
+	},
+	"true": {
+		noun: "true, or left out", kinds: []nodeKind{kindBool},
+		parse: func(s string) (any, error) {
+			if s != "true" {
+				return nil, fmt.Errorf("it is true, or left out")
+			}
+			return true, nil
+		},
+		schema: map[string]any{"type": "boolean", "const": true},
+	},
+	"count": {
+		noun: "a number", kinds: []nodeKind{kindNumber}, parse: parseCount, schema: map[string]any{"type": "integer"},
+	},
+	"duration": {
+		noun: "a duration such as 5s, 10m or 1h", kinds: onlyText, parse: parseDuration,
+		instead: func(s string) string {
+			if !decimal.MatchString(s) {
+				return ""
+			}
+			return s + "s for seconds"
+		},
+		schema: text(`^([0-9]+(\.[0-9]*)?(ns|us|µs|μs|ms|s|m|h))+$`),
+	},
+	"size": {
+		noun: "a size such as 64KiB, 2MiB or a number of bytes", kinds: []nodeKind{kindNumber, kindText}, parse: parseSize,
+		schema: map[string]any{"type": []string{"integer", "string"}, "pattern": `^[0-9]+(B|KiB|MiB|GiB)?$`},
+	},
+}
+
+var label = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$`)
+
+func parseLabel(s string) (any, error) {
+	switch {
+	case s == "":
+		return nil, fmt.Errorf("it is empty")
+	case len(s) > maxName:
+		return nil, fmt.Errorf("it is longer than %d characters", maxName)
+	case !label.MatchString(s):
+		return nil, fmt.Errorf("it may have letters, digits and, between them, '.', '_' and '-'")
+	}
+	return s, nil
+}
+
+func parseListen(s string) (any, error) {
+	if scheme, _, ok := strings.Cut(s, "://"); ok {
+		return nil, fmt.Errorf("%s:// cannot be listened on, only TCP: \":443\" or \"tailnet:443\"", scheme)
+	}
+	if _, err := parsePort(s); err == nil {
+		return nil, fmt.Errorf("did you mean \":%s\"?", s)
+	}
+	if port, ok := strings.CutPrefix(s, ":"); ok && !strings.Contains(port, ":") {
+		p, err := parsePort(port)
+		return fmt.Sprintf(":%d", p), err
+	}
+	host, port, err := splitHostPort(s, "")
+	if err != nil {
+		return nil, err
+	}
+	switch strings.ToLower(host) {
+	case "tailnet":
+		return fmt.Sprintf("tailnet:%d", port), nil
+	case "*":
+		return nil, fmt.Errorf("did you mean \":%d\"?", port)
+	case "localhost":
+		return nil, fmt.Errorf("names are not looked up for listening, did you mean \"127.0.0.1:%d\" or \"[::1]:%d\"?", port, port)
+	}
+	a, err := netip.ParseAddr(host)
+	switch {
+	case err != nil && nearest(host, []string{"tailnet"}) != "":
+		return nil, fmt.Errorf("did you mean \"tailnet:%d\"?", port)
+	case err != nil:
+		return nil, fmt.Errorf("%q is no IP address, and names are not looked up for listening: it is \":%d\", \"IP:%d\" or \"tailnet:%d\"", host, port, port, port)
+	case a.IsMulticast():
+		return nil, fmt.Errorf("%s is a multicast address, TCP cannot listen on it", host)
+	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
+		return nil, fmt.Errorf("a link-local address needs its interface: \"[%s%%eth0]:%d\"", host, port)
+	}
+	return netip.AddrPortFrom(a.Unmap(), port).String(), nil
+}
+
+func parseMetrics(s string) (any, error) {
+	v, err := parseListen(s)
+	if err != nil {
+		return nil, err
+	}
+	if port, ok := strings.CutPrefix(v.(string), "tailnet:"); ok {
+		return nil, fmt.Errorf("metrics are not served on tailnet:, write this node's tailnet address or \"127.0.0.1:%s\"", port)
+	}
+	return v, nil
+}
+
+func parseALPN(s string) (any, error) {
+	if s == "" || len(s) > 255 {
+		return nil, fmt.Errorf("it has 1 to 255 bytes (RFC 7301)")
+	}
+	return s, nil
+}
+
+func parsePath(s string) (any, error) {
+	switch {
+	case s == "":
+		return nil, fmt.Errorf("it is empty")
+	case s[0] != '/':
+		return nil, fmt.Errorf("it begins with /, did you mean %q?", "/"+s)
+	case strings.Contains(s, "*"):
+		return nil, fmt.Errorf("a path has no wildcards, it matches all that begins with it")
+	case strings.ContainsAny(s, "?#"):
+		return nil, fmt.Errorf("only the path is matched, without ? and #")
+	case strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r == 0x7f }), strings.ContainsRune(s, '\u00a0'):
+		return nil, fmt.Errorf("it has a space in it, write %%20")
+	}
+	if strings.Contains(s, "//") {
+		return nil, fmt.Errorf("it has // in it, which requests are cleaned of")
+	}
+	for part := range strings.SplitSeq(s, "/") {
+		if part == "." || part == ".." {
+			return nil, fmt.Errorf("it has %s in it, which requests are cleaned of", part)
+		}
+	}
+	return s, nil
+}
+
+func parsePeer(s string) (any, error) {
+	if strings.Contains(s, "/") {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return nil, fmt.Errorf("it is no CIDR such as 192.0.2.0/24")
+		}
+		if p != p.Masked() {
+			return nil, fmt.Errorf("it has bits set behind its length, did you mean %s or %s?", p.Masked(), p.Addr())
+		}
+		if p.Addr().Is4In6() {
+			return nil, fmt.Errorf("write it as IPv4")
+		}
+		return p.String(), nil
+	}
+	if a, err := netip.ParseAddr(s); err == nil {
+		if a.Zone() != "" {
+			return nil, fmt.Errorf("an address with an interface cannot be compared, write it without %%%s", a.Zone())
+		}
+		return a.Unmap().String(), nil
+	}
+	if class, rest, ok := strings.Cut(s, ":"); ok {
+		switch {
+		case class == "tag" && tag.MatchString(rest):
+			return s, nil
+		case class == "tag":
+			return nil, fmt.Errorf("a tag has letters, digits and hyphens, and begins with a letter")
+		case class == "autogroup" || class == "group":
+			return nil, fmt.Errorf("groups are not known to a node, name users or tags")
+		case nearest(class, []string{"tag"}) != "" && tag.MatchString(rest):
+			return nil, fmt.Errorf("did you mean %q?", "tag:"+rest)
+		case strings.Contains(rest, ":"):
+			return nil, fmt.Errorf("it is no IP address")
+		}
+		if _, err := parsePort(rest); err == nil {
+			return nil, fmt.Errorf("peers have no port, did you mean %q?", class)
+		}
+		return nil, fmt.Errorf("it is no CIDR, IP address, node name, login or tag:NAME")
+	}
+	if user, domain, ok := strings.Cut(s, "@"); ok {
+		if user == "" || domain == "" || strings.ContainsAny(s, " \t\n") || strings.Contains(domain, "@") {
+			return nil, fmt.Errorf("a login is USER@DOMAIN")
+		}
+		return s, nil
+	}
+	if strings.Contains(s, "*") {
+		return nil, fmt.Errorf("peers have no wildcards, name a CIDR or a tag")
+	}
+	name, err := checkName(s)
+	if err != nil {
+		return nil, err
+	}
+	return name, nil
+}
+
+// tag is Tailscale's rule for the name of a tag.
+var tag = regexp.MustCompile(`^[a-zA-Z][a-zA-Z0-9-]*$`)
+
+func parseFile(s string) (any, error) {
+	if strings.TrimSpace(s) == "" {
+		return nil, fmt.Errorf("it is empty")
+	}
+	if strings.HasPrefix(s, "-----BEGIN") {
+		return nil, fmt.Errorf("it names a file, and is not the PEM text itself")
+	}
+	if strings.HasPrefix(s, "~") {
+		return nil, fmt.Errorf("~ is the shell's, write the whole path")
+	}
+	return s, nil
+}
+
+func parseSocket(s string) (any, error) {
+	if path, ok := strings.CutPrefix(s, "unix://"); ok {
+		return nil, fmt.Errorf("it is a path, did you mean %q?", path)
+	}
+	if _, err := parseFile(s); err != nil {
+		return nil, err
+	}
+	return s, socketPath(s)
+}
+
+func parseEmail(s string) (any, error) {
+	user, domain, ok := strings.Cut(s, "@")
+	if !ok || user == "" || strings.ContainsAny(s, " \t\n<>") {
+		return nil, fmt.Errorf("it is no e-mail address")
+	}
+	if _, err := checkName(domain); err != nil {
+		return nil, fmt.Errorf("it is no e-mail address: %w", err)
+	}
+	return s, nil
+}
+
+func parseURL(s string) (any, error) {
+	u, err := url.Parse(s)
+	switch {
+	case err != nil || u.Host == "" && u.Scheme == "https":
+		return nil, fmt.Errorf("it is no URL")
+	case u.Scheme != "https":
+		return nil, fmt.Errorf("it begins with https://")
+	case u.User != nil:
+		return nil, fmt.Errorf("it has a user or password in it")
+	}
+	return s, nil
+}
+
+func parseCount(s string) (any, error) {
+	if !decimal.MatchString(s) {
+		return nil, fmt.Errorf("it is a whole number in plain digits")
+	}
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil {
+		return nil, fmt.Errorf("it is far too large")
+	}
+	return n, nil
+}
+
+func parseDuration(s string) (any, error) {
+	d, err := time.ParseDuration(s)
+	switch {
+	case err == nil && d < 0, strings.HasPrefix(s, "-"), strings.HasPrefix(s, "+"):
+		return nil, fmt.Errorf("a duration has no sign")
+	case err == nil && decimal.MatchString(s):
+		return nil, fmt.Errorf("the unit is missing, write %ss for seconds", s) // "0"
+	case err == nil:
+		return int64(d), nil
+	}
+	digits := strings.TrimRight(s, " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+	unit := strings.ToLower(strings.TrimSpace(s[len(digits):]))
+	n, numErr := strconv.ParseInt(digits, 10, 32)
+	if numErr == nil {
+		if hours := map[string]int64{"d": 24, "day": 24, "days": 24, "w": 168, "week": 168, "weeks": 168}[unit]; hours > 0 {
+			return nil, fmt.Errorf("days and weeks are not units, did you mean %dh?", n*hours)
+		}
+		if unit == "" {
+			return nil, fmt.Errorf("the unit is missing, write %ss for seconds", digits)
+		}
+		for _, u := range []string{"ms", "us", "ns", "s", "m", "h"} { // sec, min, hours
+			if strings.HasPrefix(unit, u) {
+				return nil, fmt.Errorf("did you mean %d%s?", n, u)
+			}
+		}
+	}
+	return nil, fmt.Errorf("it is no duration such as 5s, 10m or 1h30m")
+}
+
+// sizeUnits are the only ones: MB and M mean different things to different people.
+var sizeUnits = []struct {
+	suffix string
+	bytes  int64
+}{{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"B", 1}}
+
+func parseSize(s string) (any, error) {
+	digits, unit := s, int64(1)
+	for _, u := range sizeUnits {
+		if d, ok := strings.CutSuffix(s, u.suffix); ok {
+			digits, unit = d, u.bytes
+			break
+		}
+	}
+	if decimal.MatchString(digits) {
+		n, err := strconv.ParseInt(digits, 10, 64)
+		if err != nil || n > (1<<62)/unit {
+			return nil, fmt.Errorf("it is far too large")
+		}
+		return n * unit, nil
+	}
+	number := strings.TrimRight(s, " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+	if letters := strings.ToLower(strings.TrimSpace(s[len(number):])); decimal.MatchString(number) && letters != "" {
+		r, _ := utf8.DecodeRuneInString(letters)
+		switch r {
+		case 'k', 'm', 'g':
+			return nil, fmt.Errorf("did you mean %s%siB?", number, strings.ToUpper(string(r)))
+		case 'b':
+			return nil, fmt.Errorf("did you mean %sB?", number)
+		}
+	}
+	return nil, fmt.Errorf("it is no size such as 64KiB, 2MiB or a number of bytes")
+}

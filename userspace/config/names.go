@@ -1,0 +1,112 @@
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"golang.org/x/net/idna"
+)
+
+// maxName is the longest DNS name in presentation form, without a dot at its end (RFC 1035 2.3.4).
+const maxName = 253
+
+// toASCII finds the A-label form that a browser would send for a name typed in Unicode.
+var toASCII = idna.New(idna.MapForLookup(), idna.BidiRule(), idna.Transitional(false), idna.StrictDomainName(false))
+
+// checkPattern checks a server name or host of a route: a name, or "*." and a name.
+func checkPattern(s string) (string, error) {
+	switch rest, wild := strings.CutPrefix(s, "*."); {
+	case s == "*" || wild && rest == "":
+		return "", fmt.Errorf("a wildcard for every name is what default is for")
+	case strings.Contains(rest, "*"):
+		return "", fmt.Errorf("a wildcard is the whole first label, as in \"*.example.org\"")
+	case wild:
+		name, err := checkName(rest)
+		if err != nil {
+			return "", err
+		}
+		if len(name)+2 > maxName {
+			return "", fmt.Errorf("the name is longer than %d characters", maxName)
+		}
+		return "*." + name, nil
+	}
+	return checkName(s)
+}
+
+// checkName checks a DNS name and returns it in the form that server names are compared in: lower-case
+// A-labels without a dot at the end. Underscores are let through: they are no host names, but are used.
+func checkName(s string) (string, error) {
+	if s == "" {
+		return "", fmt.Errorf("the name is empty")
+	}
+	if _, after, ok := strings.Cut(s, "://"); ok {
+		host, _, _ := strings.Cut(after, "/")
+		host, _, _ = strings.Cut(host, ":")
+		return "", fmt.Errorf("it is a URL, write the name alone: %q", host)
+	}
+	if host, _, ok := strings.Cut(s, "/"); ok {
+		return "", fmt.Errorf("it has a path, write the name alone: %q", host)
+	}
+	if _, err := netip.ParseAddr(strings.Trim(s, "[]")); err == nil {
+		return "", fmt.Errorf("it is an IP address, and names never are (RFC 6066)")
+	}
+	if host, port, ok := strings.Cut(s, ":"); ok {
+		if _, err := parsePort(port); err == nil {
+			return "", fmt.Errorf("it has a port, write the name alone: %q", host)
+		}
+		return "", fmt.Errorf("':' cannot be in a name")
+	}
+	name := strings.ToLower(strings.TrimSuffix(s, "."))
+	for _, c := range name {
+		if c >= 0x80 {
+			a, err := toASCII.ToASCII(name)
+			if err != nil || !isASCII(a) {
+				return "", fmt.Errorf("it is no valid internationalised name")
+			}
+			if _, err := checkName(a); err != nil {
+				return "", err
+			}
+			return "", fmt.Errorf("clients send this name as its A-label, write %q", a)
+		}
+	}
+	if len(name) > maxName {
+		return "", fmt.Errorf("the name is longer than %d characters", maxName)
+	}
+	labels := strings.Split(name, ".")
+	for _, l := range labels {
+		switch {
+		case l == "" && len(labels) == 1:
+			return "", fmt.Errorf("the name is empty")
+		case l == "":
+			return "", fmt.Errorf("a label between dots is empty")
+		case len(l) > 63:
+			return "", fmt.Errorf("the label %q is longer than 63 characters", l)
+		case l[0] == '-' || l[len(l)-1] == '-':
+			return "", fmt.Errorf("the label %q begins or ends with a hyphen", l)
+		}
+		for _, c := range l {
+			if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' {
+				return "", fmt.Errorf("%q cannot be in a name", c)
+			}
+		}
+		if strings.HasPrefix(l, "xn--") {
+			if _, err := toASCII.ToUnicode(l); err != nil {
+				return "", fmt.Errorf("%q is no valid A-label", l)
+			}
+		}
+	}
+	if last := labels[len(labels)-1]; len(labels) > 1 && strings.Trim(last, "0123456789") == "" {
+		return "", fmt.Errorf("its last label is a number, as in an IP address")
+	}
+	return name, nil
+}
+
+func isASCII(s string) bool {
+	for i := range len(s) {
+		if s[i] >= 0x80 {
+			return false
+		}
+	}
+	return true
+}

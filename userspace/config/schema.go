@@ -1,0 +1,149 @@
+package config
+
+import (
+	"bytes"
+	"encoding/json"
+	"reflect"
+	"slices"
+)
+
+// Schema returns a JSON schema (draft 7, which editors know best) of the configuration, generated from the
+// types here. It allows everything that Parse accepts; what it cannot say, such as unreachable routes, only
+// Parse refuses. The same text is committed as schema.json.
+func Schema() []byte {
+	s := sectionSchema(reflect.TypeFor[Config]())
+	s["$schema"] = "http://json-schema.org/draft-07/schema#"
+	s["title"] = "tailsplice configuration"
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	if err := enc.Encode(s); err != nil {
+		panic(err) // only maps, slices and strings are in it
+	}
+	return b.Bytes()
+}
+
+func sectionSchema(t reflect.Type) map[string]any {
+	props := map[string]any{}
+	var required []string
+	for _, f := range fieldsOf(t) {
+		props[f.key] = f.schema()
+		if f.required {
+			required = append(required, f.key)
+		}
+	}
+	s := map[string]any{"type": "object", "additionalProperties": false, "properties": props}
+	if len(required) > 0 {
+		s["required"] = required
+	}
+	for key, rule := range rules(t) {
+		s[key] = rule
+	}
+	return s
+}
+
+// rules are what the schema says about the keys of a section together; validator says the same in words.
+func rules(t reflect.Type) map[string]any {
+	need := func(keys ...string) map[string]any { return map[string]any{"required": keys} }
+	no := func(keys ...string) map[string]any {
+		var each []any
+		for _, k := range keys {
+			each = append(each, need(k))
+		}
+		return map[string]any{"not": map[string]any{"anyOf": each}}
+	}
+	obj := func(parts ...map[string]any) map[string]any {
+		all := map[string]any{}
+		for _, p := range parts {
+			for k, v := range p {
+				all[k] = v
+			}
+		}
+		return all
+	}
+	when := func(then map[string]any, modes ...string) map[string]any {
+		return map[string]any{
+			"if":   obj(need("mode"), map[string]any{"properties": map[string]any{"mode": map[string]any{"enum": modes}}}),
+			"then": then,
+		}
+	}
+	routes := func(rule map[string]any) map[string]any {
+		return map[string]any{"properties": map[string]any{"routes": map[string]any{"items": rule}}}
+	}
+	switch t {
+	case reflect.TypeFor[Action](), reflect.TypeFor[Route]():
+		return map[string]any{"oneOf": []any{need("forward"), obj(need("reject"), no("send_proxy", "datapath"))}}
+	case reflect.TypeFor[Certificate]():
+		return map[string]any{"minProperties": 1, "maxProperties": 1}
+	case reflect.TypeFor[Listener]():
+		return map[string]any{"allOf": []any{
+			when(obj(need("default"), no("routes")), "tcp"),
+			when(map[string]any{"anyOf": []any{need("default"), need("routes")}}, "sni", "http", "https"),
+			when(routes(obj(need("sni"), no("host", "path"))), "sni"),
+			when(routes(obj(need("host"), no("sni", "alpn"))), "http", "https"),
+			when(need("certificates"), "https"),
+			when(no("certificates"), "sni", "tcp", "http"),
+		}}
+	}
+	return nil
+}
+
+func (f *field) schema() map[string]any {
+	if f.kind == nil {
+		return f.sectionSchema()
+	}
+	item := map[string]any{}
+	for k, v := range f.kind.schema {
+		item[k] = v
+	}
+	if len(f.enum) > 0 {
+		item["enum"] = f.enum
+	}
+	if f.min != "" && takesInteger(item) {
+		// Bounds only bind numbers, so they may stand beside text such as 2MiB.
+		item["minimum"], item["maximum"] = f.number(f.min), f.number(f.max)
+	}
+	s := item
+	if f.typ.Kind() == reflect.Slice {
+		list := map[string]any{"type": "array", "items": item, "uniqueItems": true}
+		if f.nonempty {
+			list["minItems"] = 1
+		}
+		s = map[string]any{"anyOf": []any{list, item}}
+	}
+	s["description"] = f.doc
+	if f.def != "" {
+		s["default"] = f.def
+		if takesInteger(item) && decimal.MatchString(f.def) {
+			s["default"] = f.number(f.def)
+		}
+	}
+	return s
+}
+
+func (f *field) sectionSchema() map[string]any {
+	s := sectionSchema(deref(f.typ))
+	if f.typ.Kind() == reflect.Slice {
+		s = map[string]any{"type": "array", "items": s}
+		if f.nonempty {
+			s["minItems"] = 1
+		}
+	}
+	s["description"] = f.doc
+	return s
+}
+
+func takesInteger(s map[string]any) bool {
+	types, _ := s["type"].([]string)
+	return s["type"] == "integer" || slices.Contains(types, "integer")
+}
+
+// number reads a bound or a default of the field's own kind.
+func (f *field) number(s string) int64 {
+	v, err := f.kind.parse(s)
+	if err != nil {
+		panic("bound of " + f.key + ": " + err.Error())
+	}
+	return v.(int64)
+}

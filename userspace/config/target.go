@@ -1,0 +1,239 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+)
+
+// Target is where connections are forwarded to. The zero Target is no target.
+type Target struct {
+	// Scheme is tcp (HOST:PORT), tailnet, docker or unix.
+	Scheme string
+	// Host is a host name or IP address (tcp), a node's name or tailnet address (tailnet), or a container,
+	// a compose service, or PROJECT/SERVICE (docker). IPv6 addresses stand without brackets.
+	Host string
+	// Port is never 0, except for unix, which has none.
+	Port uint16
+	// Path is the absolute path of a unix socket.
+	Path string
+}
+
+// IsZero reports whether t is no target.
+func (t Target) IsZero() bool { return t == Target{} }
+
+// String returns the target as it is written in a configuration.
+func (t Target) String() string {
+	switch t.Scheme {
+	case "":
+		return ""
+	case "unix":
+		return "unix://" + t.Path
+	}
+	addr := net.JoinHostPort(t.Host, strconv.Itoa(int(t.Port)))
+	if t.Scheme == "tcp" {
+		return addr
+	}
+	return t.Scheme + "://" + addr
+}
+
+// MarshalText returns what String does.
+func (t Target) MarshalText() ([]byte, error) { return []byte(t.String()), nil }
+
+const targetNoun = `a target such as 127.0.0.1:8080, tailnet://NODE:PORT, docker://CONTAINER:PORT or unix:///PATH`
+
+// maxSocketPath is sun_path of Linux, 108 bytes, less the zero at its end (unix(7)).
+const maxSocketPath = 107
+
+// tailnetRanges are where Tailscale and Headscale number nodes (RFC 6598, and Tailscale's ULA range).
+var tailnetRanges = []netip.Prefix{netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("fd7a:115c:a1e0::/48")}
+
+func inTailnet(a netip.Addr) bool {
+	for _, p := range tailnetRanges {
+		if p.Contains(a.Unmap()) {
+			return true
+		}
+	}
+	return false
+}
+
+func parseTarget(s string) (Target, error) {
+	scheme, rest, found := strings.Cut(s, "://")
+	if !found {
+		for _, known := range []string{"tailnet:", "docker:", "unix:"} {
+			if after, ok := strings.CutPrefix(s, known); ok && (strings.Contains(after, ":") || known == "unix:") {
+				if t, err := parseTarget(known + "//" + strings.TrimLeft(after, "/")); err == nil {
+					return Target{}, fmt.Errorf("did you mean %q?", t)
+				}
+				if t, err := parseTarget(known + "///" + strings.TrimLeft(after, "/")); err == nil {
+					return Target{}, fmt.Errorf("did you mean %q?", t)
+				}
+			}
+		}
+		host, port, err := splitHostPort(s, "127.0.0.1")
+		if err != nil {
+			return Target{}, err
+		}
+		host, err = dialHost(host, port)
+		return Target{Scheme: "tcp", Host: host, Port: port}, err
+	}
+	switch scheme {
+	case "tailnet":
+		host, port, err := splitHostPort(rest, "")
+		if err != nil {
+			return Target{}, inScheme(scheme, "NODE:PORT", err)
+		}
+		host, err = tailnetNode(host)
+		return Target{Scheme: scheme, Host: host, Port: port}, err
+	case "docker":
+		host, port, err := splitHostPort(rest, "")
+		if err != nil {
+			return Target{}, inScheme(scheme, "CONTAINER:PORT", err)
+		}
+		if !container.MatchString(host) {
+			return Target{}, fmt.Errorf("%q is no name of a container, a compose service or PROJECT/SERVICE", host)
+		}
+		return Target{Scheme: scheme, Host: host, Port: port}, nil
+	case "unix":
+		if !strings.HasPrefix(rest, "/") {
+			return Target{}, fmt.Errorf(`the path is absolute, did you mean "unix:///%s"?`, rest)
+		}
+		return Target{Scheme: scheme, Path: rest}, socketPath(rest)
+	case "http", "tcp":
+		return Target{}, withoutScheme(rest, map[string]string{
+			"http": "http and https listeners speak HTTP to every target",
+			"tcp":  "a target without a scheme is TCP",
+		}[scheme])
+	case "https", "tls":
+		return Target{}, withoutScheme(rest, "an sni listener passes TLS on untouched; TLS of our own towards a target is not supported")
+	case "":
+		return Target{}, fmt.Errorf("the scheme before :// is missing")
+	}
+	return Target{}, fmt.Errorf("unknown scheme %q, it is tailnet, docker, unix or none%s", scheme, didYouMean(scheme, []string{"tailnet", "docker", "unix"}))
+}
+
+// container is the Docker engine's rule for names, with an optional compose project before it.
+var container = regexp.MustCompile(`^([a-zA-Z0-9][a-zA-Z0-9_.-]*/)?[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
+
+func inScheme(scheme, form string, err error) error {
+	return fmt.Errorf("%w; it is %s://%s", err, scheme, form)
+}
+
+// withoutScheme teaches to leave a scheme out.
+func withoutScheme(rest, why string) error {
+	rest = strings.TrimRight(rest, "/")
+	if host, _, cut := strings.Cut(rest, "/"); cut {
+		rest = host
+	}
+	if _, err := parseTarget(rest); err == nil {
+		return fmt.Errorf("write %q without a scheme: %s", rest, why)
+	}
+	return fmt.Errorf("write HOST:PORT without a scheme: %s", why)
+}
+
+// splitHostPort splits HOST:PORT. With instead, a missing host is an error that offers that one.
+func splitHostPort(s, instead string) (string, uint16, error) {
+	if strings.Count(s, ":") > 1 && !strings.HasPrefix(s, "[") {
+		if _, err := netip.ParseAddr(s); err == nil {
+			return "", 0, fmt.Errorf(`the port is missing: "[%s]:PORT"`, s)
+		}
+		if i := strings.LastIndex(s, ":"); i > 0 {
+			if _, err := netip.ParseAddr(s[:i]); err == nil {
+				return "", 0, fmt.Errorf(`an IPv6 address needs brackets: "[%s]%s"`, s[:i], s[i:])
+			}
+		}
+	}
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		var ae *net.AddrError
+		if errors.As(err, &ae) && strings.Contains(ae.Err, "missing port") {
+			if _, err := parsePort(s); err == nil && instead != "" {
+				return "", 0, fmt.Errorf("did you mean %q?", instead+":"+s)
+			}
+			if s == "" {
+				return "", 0, fmt.Errorf("it is empty")
+			}
+			return "", 0, fmt.Errorf("the port is missing: %q", s+":PORT")
+		}
+		return "", 0, fmt.Errorf("it is not HOST:PORT")
+	}
+	p, err := parsePort(port)
+	if err != nil {
+		return "", 0, err
+	}
+	if host == "" {
+		if instead != "" {
+			return "", 0, fmt.Errorf("the host is missing, did you mean %q?", instead+":"+port)
+		}
+		return "", 0, fmt.Errorf("the host is missing")
+	}
+	if strings.HasPrefix(s, "[") {
+		if a, err := netip.ParseAddr(host); err != nil || !a.Is6() {
+			return "", 0, fmt.Errorf("%q is no IPv6 address, only those stand in brackets", host)
+		}
+	}
+	return host, p, nil
+}
+
+func parsePort(s string) (uint16, error) {
+	switch {
+	case s == "":
+		return 0, fmt.Errorf("the port is missing")
+	case !decimal.MatchString(s):
+		return 0, fmt.Errorf("port %q is not a number from 1 to 65535", s)
+	}
+	n, err := strconv.ParseUint(s, 10, 16)
+	if err != nil || n == 0 {
+		return 0, fmt.Errorf("port %s is out of range, it is 1 to 65535", s)
+	}
+	return uint16(n), nil
+}
+
+// decimal is a number without sign, leading zeros, underscores or another base: YAML 1.1 and 1.2 read
+// those differently.
+var decimal = regexp.MustCompile(`^(0|[1-9][0-9]*)$`)
+
+// dialHost checks the host of a plain target.
+func dialHost(host string, port uint16) (string, error) {
+	if a, err := netip.ParseAddr(host); err == nil {
+		if a.IsUnspecified() {
+			loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+			if a.Is6() {
+				loopback = netip.IPv6Loopback()
+			}
+			return "", fmt.Errorf("%s is nowhere to connect to, did you mean %q?", host, netip.AddrPortFrom(loopback, port))
+		}
+		if a.IsMulticast() {
+			return "", fmt.Errorf("%s is a multicast address, TCP cannot connect to it", host)
+		}
+		return a.String(), nil
+	}
+	return checkName(host)
+}
+
+// tailnetNode checks the node of a tailnet target.
+func tailnetNode(host string) (string, error) {
+	if a, err := netip.ParseAddr(host); err == nil {
+		if !inTailnet(a) {
+			return "", fmt.Errorf("%s is not a tailnet address (100.64.0.0/10 or fd7a:115c:a1e0::/48): a target without tailnet:// may be any address", host)
+		}
+		return a.Unmap().String(), nil
+	}
+	return checkName(host)
+}
+
+func socketPath(path string) error {
+	switch {
+	case len(path) > maxSocketPath:
+		return fmt.Errorf("the path has %d bytes, a unix socket's has at most %d", len(path), maxSocketPath)
+	case strings.HasSuffix(path, "/"):
+		return fmt.Errorf("it names a folder, not a socket")
+	case strings.HasPrefix(path, "@"):
+		return fmt.Errorf("abstract sockets (@name) are not supported")
+	}
+	return nil
+}

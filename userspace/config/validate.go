@@ -1,0 +1,366 @@
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// validator checks what no single value shows: how keys, routes and listeners fit together. It leaves alone
+// what the decoder has already complained about.
+type validator struct {
+	*reporter
+	bound map[uint16][]bound // by port
+}
+
+// bound is an address that something listens on.
+type bound struct {
+	text string
+	host string     // "" for all, or tailnet
+	ip   netip.Addr // if host is an IP address
+	pos  Pos
+	by   string
+}
+
+func (v *validator) config(c *Config) {
+	if c.Node == "" && !c.has("node") {
+		c.Node = hostName()
+	}
+	v.listenerNames(c.Listeners)
+	for i := range c.Listeners {
+		l := &c.Listeners[i]
+		v.addresses(l)
+		v.listener(l)
+	}
+	v.limits(&c.Limits)
+	v.control(&c.Control)
+	for i := range c.Listeners {
+		l := &c.Listeners[i]
+		for j := range l.Routes {
+			v.loop(c.Node, &l.Routes[j].Action)
+		}
+		if l.Default != nil {
+			v.loop(c.Node, l.Default)
+		}
+	}
+}
+
+// hostName is how a node is called that the configuration does not name.
+func hostName() string {
+	if h, err := os.Hostname(); err == nil && h != "" {
+		return h
+	}
+	return "localhost"
+}
+
+// listenerNames refuses names that are used twice, and names the listeners that have none.
+func (v *validator) listenerNames(ls []Listener) {
+	taken := map[string]Pos{}
+	for i := range ls {
+		l := &ls[i]
+		if l.Name == "" {
+			continue
+		}
+		if first, dup := taken[l.Name]; dup {
+			v.errorf(l.At("name"), "name %q is that of another listener already, on line %d", l.Name, first.Line)
+			continue
+		}
+		taken[l.Name] = l.At("name")
+	}
+	for i := range ls {
+		l := &ls[i]
+		if l.Name != "" || len(l.Listen) == 0 {
+			continue
+		}
+		_, port, _ := cutPort(l.Listen[0])
+		name := fmt.Sprintf("%s-%d", l.Mode, port)
+		for n := 2; ; n++ {
+			if _, dup := taken[name]; !dup {
+				break
+			}
+			name = fmt.Sprintf("%s-%d-%d", l.Mode, port, n)
+		}
+		l.Name, taken[name] = name, l.Pos
+	}
+}
+
+// cutPort splits an address that parseListen returned.
+func cutPort(addr string) (host string, port uint16, ip netip.Addr) {
+	if ap, err := netip.ParseAddrPort(addr); err == nil {
+		return "", ap.Port(), ap.Addr()
+	}
+	host, p, _ := strings.Cut(addr, ":")
+	port, _ = parsePort(p)
+	return host, port, netip.Addr{}
+}
+
+// addresses refuses addresses that the kernel would refuse because another one is in the way.
+func (v *validator) addresses(l *Listener) {
+	for i, addr := range l.Listen {
+		v.bind(addr, l.At("listen", i), fmt.Sprintf("listener %q", l.Name))
+	}
+}
+
+func (v *validator) bind(addr string, pos Pos, by string) {
+	host, port, ip := cutPort(addr)
+	b := bound{text: addr, host: host, ip: ip, pos: pos, by: by}
+	for _, o := range v.bound[port] {
+		if o.text == b.text {
+			v.errorf(pos, "listen address %q is taken by %s already, on line %d", addr, o.by, o.pos.Line)
+			return
+		}
+		if b.covers(o) || o.covers(b) {
+			v.errorf(pos, "listen address %q overlaps %q of %s, on line %d", addr, o.text, o.by, o.pos.Line)
+			return
+		}
+		if b.host == "tailnet" && o.ip.IsValid() && inTailnet(o.ip) || o.host == "tailnet" && b.ip.IsValid() && inTailnet(b.ip) {
+			v.warnf(pos, "listen address %q is in the way of %q of %s, on line %d, if it is this node's", addr, o.text, o.by, o.pos.Line)
+		}
+	}
+	v.bound[port] = append(v.bound[port], b)
+}
+
+// covers reports whether listening on b takes all connections that could reach o.
+func (b bound) covers(o bound) bool {
+	switch {
+	case b.host == "tailnet":
+		return o.host == "tailnet"
+	case !b.ip.IsValid():
+		return true // ":443"
+	case b.ip.IsUnspecified():
+		return o.host == "tailnet" || o.ip.IsValid() && o.ip.Is4() == b.ip.Is4()
+	}
+	return b.ip == o.ip
+}
+
+func (v *validator) listener(l *Listener) {
+	mode := l.Mode
+	if mode == "" {
+		v.routesOf("", l)
+		return // the decoder said so
+	}
+	if mode == "https" {
+		if !l.has("certificates") {
+			v.errorf(l.Pos, "certificates is missing in a listener: mode https needs at least one, mode sni passes TLS on without")
+		}
+	} else if l.has("certificates") && !l.unclear("certificates") {
+		v.errorf(l.keyAt("certificates"), "certificates belongs on an https listener, this one's mode is %s and never decrypts", mode)
+	}
+	for i := range l.Certificates {
+		v.certificate(&l.Certificates[i])
+	}
+	switch {
+	case mode == "tcp":
+		if l.has("routes") {
+			v.errorf(l.keyAt("routes"), "routes on a tcp listener: it looks at nothing that could be matched, use default, or mode sni, http or https")
+		} else if !l.has("default") {
+			v.errorf(l.Pos, "default is missing in a listener: mode tcp sends every connection there")
+		}
+	case !l.has("default") && !l.has("routes"):
+		v.errorf(l.Pos, "a listener without routes and default would refuse everything: add default: { forward: %s }", "HOST:PORT")
+	case !l.has("default") && len(l.Routes) == 0 && !l.unclear("routes"):
+		v.errorf(l.keyAt("routes"), "a listener without routes and default would refuse everything: add default: { forward: %s }", "HOST:PORT")
+	}
+	if l.AcceptProxy != nil {
+		v.acceptProxy(l.AcceptProxy)
+	}
+	v.routesOf(mode, l)
+	if l.Default != nil {
+		v.action(l.Default, "default")
+	}
+}
+
+func (v *validator) acceptProxy(a *AcceptProxy) {
+	for i, from := range a.From {
+		if p, err := netip.ParsePrefix(from); err == nil && p.Bits() == 0 {
+			v.warnf(a.At("from", i), "from %q believes the PROXY header of everyone, who can then claim any address", from)
+		}
+	}
+}
+
+func (v *validator) certificate(c *Certificate) {
+	var set []string
+	for _, key := range []string{"files", "acme", "tailscale"} {
+		if c.has(key) {
+			set = append(set, key)
+		}
+	}
+	switch {
+	case len(set) == 0:
+		v.errorf(c.Pos, "a certificate has one of files, acme and tailscale")
+	case len(set) > 1:
+		v.errorf(c.keyAt(set[1]), "a certificate has one of files, acme and tailscale: make %s an item of its own", set[1])
+	}
+	if f := c.Files; f != nil {
+		f.Cert, f.Key = v.path(f.Cert), v.path(f.Key)
+	}
+}
+
+// path makes a relative path start at the configuration file's folder.
+func (v *validator) path(p string) string {
+	if p == "" || filepath.IsAbs(p) {
+		return p
+	}
+	return filepath.Join(filepath.Dir(v.file), p)
+}
+
+// routesOf checks the routes of a listener. With no mode (it was wrong) only what is so in every mode.
+func (v *validator) routesOf(mode string, l *Listener) {
+	seen := map[match][]taken{}
+	for i := range l.Routes {
+		r := &l.Routes[i]
+		v.action(&r.Action, "a route")
+		switch mode {
+		case "sni":
+			v.foreign(r, "host", "write sni: an sni listener sees only the server name")
+			v.foreign(r, "path", "it is inside TLS, only mode https sees it")
+			if !r.has("sni") && !r.has("host") {
+				v.errorf(r.Pos, "sni is missing in a route: which server names it takes; default takes the rest")
+			}
+		case "http", "https":
+			v.foreign(r, "sni", "write host: an "+mode+" listener routes by host and path")
+			v.foreign(r, "alpn", "it belongs on an sni listener")
+			if !r.has("host") && !r.has("sni") {
+				v.errorf(r.Pos, "host is missing in a route: which host names it takes; default takes the rest")
+			}
+		default:
+			continue
+		}
+		v.reachable(seen, r, "sni", r.SNI)
+		v.reachable(seen, r, "host", r.Host)
+		for j, p := range r.ALPN {
+			if known := []string{"h2", "http/1.1", "http/1.0", "acme-tls/1"}; !slices.Contains(known, p) {
+				if n := nearest(p, known); n != "" {
+					v.warnf(r.At("alpn", j), "alpn %q is no protocol that clients are known to offer, did you mean %q?", p, n)
+				}
+			}
+		}
+	}
+}
+
+// foreign refuses a key of another mode.
+func (v *validator) foreign(r *Route, key, why string) {
+	if r.has(key) && !r.unclear(key) {
+		v.errorf(r.keyAt(key), "%s does not fit the listener's mode: %s", key, why)
+	}
+}
+
+// match is what decides between routes: a name, with a path on http and https.
+type match struct{ key, name, path string }
+
+// taken is an earlier route for the same match.
+type taken struct {
+	alpn []string // nil: whatever the client offers
+	line int
+}
+
+// reachable refuses names for which an earlier route takes every connection.
+func (v *validator) reachable(seen map[match][]taken, r *Route, key string, names []string) {
+	if r.unclear("alpn") || r.unclear("path") {
+		return
+	}
+	for i, name := range names {
+		m := match{key, name, r.Path}
+		if key == "host" && m.path == "" {
+			m.path = "/"
+		}
+		at := r.At(key, i)
+		// What is left of the protocols that this route could see, after the routes before it.
+		left, dup, covered := slices.Clone(r.ALPN), 0, 0
+		for _, t := range seen[m] {
+			if t.alpn == nil {
+				dup = t.line
+				break
+			}
+			if len(left) > 0 {
+				left = slices.DeleteFunc(left, func(p string) bool { return slices.Contains(t.alpn, p) })
+				if len(left) == 0 {
+					covered = t.line
+				}
+			}
+		}
+		switch {
+		case dup > 0 && len(r.ALPN) > 0:
+			v.errorf(at, "this route is unreachable: the one on line %d takes %s %q whatever its alpn, move that one behind this one", dup, key, name)
+		case dup > 0 && r.Path != "":
+			v.errorf(at, "duplicate route: the one on line %d takes host %q with path %q already", dup, name, r.Path)
+		case dup > 0:
+			v.errorf(at, "duplicate route: the one on line %d takes %s %q already", dup, key, name)
+		case covered > 0:
+			v.errorf(at, "this route is unreachable: the routes up to line %d take %s %q with every alpn in it", covered, key, name)
+		default:
+			t := taken{line: at.Line}
+			if key == "sni" {
+				t.alpn = r.ALPN
+			}
+			seen[m] = append(seen[m], t)
+		}
+	}
+}
+
+func (v *validator) action(a *Action, noun string) {
+	forward, reject := a.has("forward"), a.has("reject")
+	switch {
+	case forward && reject:
+		v.errorf(a.keyAt("reject"), "forward and reject in %s: it does one or the other", noun)
+	case !forward && !reject:
+		v.errorf(a.Pos, "forward is missing in %s: %s; or reject: true", noun, targetNoun)
+	case reject:
+		for _, key := range []string{"send_proxy", "datapath"} {
+			if a.has(key) && !a.unclear(key) {
+				v.errorf(a.keyAt(key), "%s has no meaning where connections are rejected", key)
+			}
+		}
+	}
+}
+
+// loop warns of a target that is a listener of this very daemon.
+func (v *validator) loop(node string, a *Action) {
+	t := a.Forward
+	for _, b := range v.bound[t.Port] {
+		var hit bool
+		switch t.Scheme {
+		case "tcp":
+			ip, err := netip.ParseAddr(t.Host)
+			local := t.Host == "localhost" || err == nil && ip.IsLoopback()
+			hit = local && b.host != "tailnet" && (!b.ip.IsValid() || b.ip.IsUnspecified() && (t.Host == "localhost" || ip.Is4() == b.ip.Is4())) ||
+				err == nil && ip == b.ip || t.Host == "localhost" && b.ip.IsValid() && b.ip.IsLoopback()
+		case "tailnet":
+			hit = strings.EqualFold(t.Host, node) && !b.ip.IsValid()
+		}
+		if hit {
+			v.warnf(a.At("forward"), "forward %q is %q of %s itself: connections would go round in circles, unless another route takes them out", t, b.text, b.by)
+			return
+		}
+	}
+}
+
+func (v *validator) limits(l *Limits) {
+	if l.unclear("connections") || l.unclear("connections_per_source") || l.ConnectionsPerSource <= l.Connections {
+		return
+	}
+	if l.has("connections_per_source") {
+		v.warnf(l.At("connections_per_source"), "connections_per_source %d is never reached, connections is %d", l.ConnectionsPerSource, l.Connections)
+	} else {
+		l.ConnectionsPerSource = l.Connections // the default is a bound below a bound, not a mistake
+	}
+}
+
+func (v *validator) control(c *Control) {
+	if c.has("socket") && !c.unclear("socket") {
+		c.Socket = v.path(c.Socket)
+		if err := socketPath(c.Socket); err != nil {
+			v.errorf(c.At("socket"), "socket %q: %v", clip(c.Socket), err)
+		}
+	}
+	if c.Metrics == "" {
+		return
+	}
+	v.bind(c.Metrics, c.At("metrics"), "metrics")
+	if host, _, ip := cutPort(c.Metrics); host == "" && (!ip.IsValid() || ip.IsUnspecified()) {
+		v.warnf(c.At("metrics"), "metrics %q can be read from every network of this host, 127.0.0.1 only from here", c.Metrics)
+	}
+}

@@ -1,0 +1,121 @@
+package vhost
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// body is a request's body on its way up. It counts, bounds how long the client
+// may send nothing, remembers what went wrong on the client's side (which the
+// transport reports as if it were the upstream's), and passes trailers on.
+type body struct {
+	io.ReadCloser
+	stall   time.Duration
+	control *http.ResponseController
+	bytes   atomic.Int64
+	in, out *http.Request
+
+	mu     sync.Mutex // Read is the transport's, Close may come from the handler
+	armed  time.Time
+	ended  bool
+	failed error // what Read returned, other than EOF
+}
+
+func newBody(r *http.Request, w http.ResponseWriter, stall time.Duration) *body {
+	return &body{ReadCloser: r.Body, stall: stall, control: http.NewResponseController(w)}
+}
+
+func (b *body) Read(p []byte) (int, error) {
+	b.arm()
+	n, err := b.ReadCloser.Read(p)
+	b.bytes.Add(int64(n))
+	if err != nil {
+		b.end(err)
+	}
+	return n, err
+}
+
+// arm renews the read deadline once a quarter of it has passed.
+func (b *body) arm() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if now := time.Now(); !b.ended && now.Sub(b.armed) > b.stall/4 {
+		b.armed = now
+		b.control.SetReadDeadline(now.Add(b.stall))
+	}
+}
+
+// end takes the deadline away: past the body, a read that waits is the server
+// watching for the client to leave, and must be able to wait as long as the
+// answer takes.
+func (b *body) end(err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ended {
+		return
+	}
+	b.ended = true
+	if err != io.EOF {
+		b.failed = err
+		return
+	}
+	b.control.SetReadDeadline(time.Time{})
+	if b.out == nil {
+		return
+	}
+	for k, v := range b.in.Trailer {
+		if v != nil && !isForwarding(k) {
+			b.out.Trailer[k] = v
+		}
+	}
+}
+
+// passTrailers makes the trailers of in those of out, once they have come. The
+// transport announces the ones that in announces; HTTP/1 lets others follow.
+func (b *body) passTrailers(in, out *http.Request) {
+	b.in, b.out = in, out
+	out.Trailer = http.Header{}
+	for k := range in.Trailer {
+		if !isForwarding(k) {
+			out.Trailer[k] = nil
+		}
+	}
+	if len(out.Trailer) > 0 {
+		out.ContentLength = -1 // HTTP/1 has trailers only in chunked bodies, HTTP/2 in all
+	}
+}
+
+// fault is the status for a client whose body is wrong or too slow; 0 if it is
+// not the body's fault, or the client is not there to be told.
+func (b *body) fault() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.failed == nil || isGone(b.failed):
+		return 0
+	case errors.Is(b.failed, os.ErrDeadlineExceeded):
+		return http.StatusRequestTimeout
+	}
+	return http.StatusBadRequest
+}
+
+// broken says whether the client's side failed. b may be nil.
+func (b *body) broken() bool {
+	if b == nil {
+		return false
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.failed != nil
+}
+
+// isGone says whether err is that of a connection which has ended.
+func isGone(err error) bool {
+	return errors.Is(err, io.ErrUnexpectedEOF) || isReset(err) || strings.Contains(err.Error(), "client disconnected")
+}

@@ -1,0 +1,191 @@
+package vhost
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// ConnInfo says who is at the other end of a downstream connection.
+type ConnInfo struct {
+	// Client is the client as far back as it is believed: from a PROXY header
+	// if there was one, else Peer. Invalid if unknown (a unix socket).
+	Client netip.AddrPort
+	// Peer is the other end of the socket.
+	Peer netip.AddrPort
+	// Local is what the client connected to.
+	Local netip.AddrPort
+	// Trusted says that the config trusts Peer to speak for others
+	// (accept_proxy.from names it). Whether its forwarding headers are
+	// believed, see believes.
+	Trusted bool
+	// ID is the path's id. Never empty if it comes from Info.
+	ID string
+	// ServerName is the name that the client asked for in TLS: from the PROXY
+	// header of an earlier hop, and where this hop terminates TLS from its
+	// own handshake. On a plain connection a name means that an earlier hop
+	// terminated TLS.
+	ServerName string
+}
+
+// Infoer is what a net.Conn given to ServeConn may have beside. Info is called
+// once, before the first byte is read.
+type Infoer interface{ Info() ConnInfo }
+
+// believes says whether the forwarding headers in the requests of a connection
+// are those of a trusted hop.
+//
+// Being trusted is not enough. A hop that sends a PROXY header may be an edge
+// which passes its client's bytes on: then the client wrote the headers, and
+// the PROXY header has said already what is true. And what comes in TLS was
+// written by whoever made the handshake, which an edge never does.
+func believes(i ConnInfo, overTLS bool) bool {
+	return i.Trusted && !overTLS && i.Client == i.Peer
+}
+
+// conn is one downstream connection, below TLS.
+type conn struct {
+	net.Conn
+	server *Server
+	info   ConnInfo
+	done   chan struct{} // closed with the connection
+
+	closeOnce sync.Once
+	closeErr  error
+
+	own   atomic.Pointer[http.Transport] // for upstreams with a PROXY header
+	ownMu sync.Mutex
+
+	armed   atomic.Int64 // when the write deadline was last set, Unix ns
+	foreign atomic.Bool  // somebody else has set a write deadline
+}
+
+func newConn(c net.Conn, s *Server) *conn {
+	cn := &conn{Conn: c, server: s, done: make(chan struct{})}
+	if i, ok := c.(Infoer); ok {
+		cn.info = i.Info()
+		return cn
+	}
+	cn.info.Peer = addrPort(c.RemoteAddr())
+	cn.info.Client = cn.info.Peer
+	cn.info.Local = addrPort(c.LocalAddr())
+	return cn
+}
+
+// addrPort is a's address; not valid for a unix socket.
+func addrPort(a net.Addr) netip.AddrPort {
+	t, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	ap := t.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
+
+// Close closes the connection and what belongs to it alone.
+func (c *conn) Close() error {
+	c.closeOnce.Do(func() {
+		c.closeErr = c.Conn.Close()
+		c.ownMu.Lock()
+		if t := c.own.Load(); t != nil {
+			t.CloseIdleConnections()
+		}
+		c.ownMu.Unlock()
+		c.server.remove(c)
+		close(c.done)
+	})
+	return c.closeErr
+}
+
+// Write bounds how long a peer that has stopped reading holds the connection.
+// Setting a deadline for each write costs more than it gives: it is renewed
+// when a quarter of it has passed.
+func (c *conn) Write(b []byte) (int, error) {
+	if !c.foreign.Load() {
+		stall := c.server.opts.StallTimeout
+		now := time.Now()
+		if now.UnixNano()-c.armed.Load() > int64(stall/4) {
+			c.armed.Store(now.UnixNano())
+			c.Conn.SetWriteDeadline(now.Add(stall))
+		}
+	}
+	return c.Conn.Write(b)
+}
+
+// SetWriteDeadline gives way to a deadline of net/http or crypto/tls (for the
+// last alert).
+func (c *conn) SetWriteDeadline(t time.Time) error {
+	c.foreign.Store(!t.IsZero())
+	c.armed.Store(0)
+	return c.Conn.SetWriteDeadline(t)
+}
+
+// SetDeadline sets both, as net.Conn says.
+func (c *conn) SetDeadline(t time.Time) error {
+	return errors.Join(c.SetWriteDeadline(t), c.Conn.SetReadDeadline(t))
+}
+
+// CloseWrite passes a half-close on, for upgraded connections.
+func (c *conn) CloseWrite() error {
+	if cw, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return cw.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+// transport is for upstreams whose connections belong to this client.
+func (c *conn) transport() *http.Transport {
+	if t := c.own.Load(); t != nil {
+		return t
+	}
+	c.ownMu.Lock()
+	defer c.ownMu.Unlock()
+	if t := c.own.Load(); t != nil {
+		return t
+	}
+	t := c.server.newTransport(ownIdlePerHost, ownIdleTotal)
+	c.own.Store(t)
+	return t
+}
+
+type connKey struct{}
+
+// connContext gives requests their connection.
+func connContext(ctx context.Context, c net.Conn) context.Context {
+	if tc, ok := c.(*tls.Conn); ok {
+		c = tc.NetConn()
+	}
+	return context.WithValue(ctx, connKey{}, c.(*conn))
+}
+
+// Info returns what is known of the downstream connection of a request; ctx is
+// the request's, or what Upstream.Dial got.
+func Info(ctx context.Context) (ConnInfo, bool) {
+	c, ok := ctx.Value(connKey{}).(*conn)
+	if !ok {
+		return ConnInfo{}, false
+	}
+	return c.info, true
+}
+
+// logBridge turns net/http's log lines into slog's. They are what strangers
+// cause (bad requests, broken connections), but for a panic of our own.
+type logBridge struct{ log *slog.Logger }
+
+func (b logBridge) Write(p []byte) (int, error) {
+	text := string(bytes.TrimSpace(p))
+	if bytes.Contains(p, []byte("panic serving")) {
+		b.log.Error("http: " + text)
+	} else {
+		b.log.Debug("http: " + text)
+	}
+	return len(p), nil
+}

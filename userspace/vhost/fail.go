@@ -1,0 +1,145 @@
+package vhost
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+)
+
+// Reasons why an upstream did not answer, as pages know them.
+const (
+	ReasonRefused     = "refused"     // nothing listens there: 502
+	ReasonReset       = "reset"       // closed before it answered: 502
+	ReasonUnreachable = "unreachable" // no way there: 502
+	ReasonMalformed   = "malformed"   // its answer is not HTTP: 502
+	ReasonAbsent      = "absent"      // known, and not there now: 503
+	ReasonTimeout     = "timeout"     // 504
+)
+
+// Reasoner is an error that knows its reason, one of the Reason constants;
+// Upstream.Dial's errors should. Others are classed by what they wrap.
+type Reasoner interface {
+	error
+	Reason() string
+}
+
+// Fail gives err a reason.
+func Fail(reason string, err error) error { return &failure{reason, err} }
+
+type failure struct {
+	reason string
+	err    error
+}
+
+func (f *failure) Error() string  { return f.err.Error() }
+func (f *failure) Unwrap() error  { return f.err }
+func (f *failure) Reason() string { return f.reason }
+
+// reasonOf classes an error of dialling or of a round trip.
+func reasonOf(err error) string {
+	var known Reasoner
+	var timeout interface{ Timeout() bool }
+	switch {
+	case errors.As(err, &known):
+		return known.Reason()
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT): // ENOENT: no such unix socket
+		return ReasonRefused
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded),
+		errors.As(err, &timeout) && timeout.Timeout():
+		return ReasonTimeout
+	case isReset(err), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), strings.Contains(err.Error(), "server closed idle connection"):
+		return ReasonReset
+	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
+		return ReasonUnreachable
+	case strings.Contains(err.Error(), "malformed") || strings.Contains(err.Error(), "exceeded") || strings.Contains(err.Error(), "net/http: HTTP/1"):
+		return ReasonMalformed
+	}
+	return ReasonUnreachable
+}
+
+func isReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNABORTED)
+}
+
+// fault is what a page says.
+type fault struct {
+	title  string // also plain text's first line
+	text   string // what happened
+	hint   string // what to do
+	target string // the hop that did not answer, "" if the fault is here
+	reason string
+}
+
+// hopFailed answers with the page for an upstream that did not.
+func (s *Server) hopFailed(x *exchange, err error) {
+	reason := reasonOf(err)
+	name := x.up.Name
+	f := fault{target: name, reason: reason}
+	status := http.StatusBadGateway
+	switch reason {
+	case ReasonRefused:
+		f.title = name + " is not answering"
+		f.text = s.opts.Node + " reached " + name + ", and nothing there takes the connection."
+		f.hint = "The service may be starting or stopped. Try again in a moment; if it is yours, see that it runs and listens on the port that the route names."
+	case ReasonReset:
+		f.title = name + " hung up"
+		f.text = name + " closed the connection before it answered " + s.opts.Node + "."
+		f.hint = "Try again. If it is yours, its own log should tell why."
+	case ReasonMalformed:
+		f.title = name + " gave no usable answer"
+		f.text = "What " + name + " answered " + s.opts.Node + " is not HTTP, or its header is too large."
+		f.hint = "If it is yours, see that the route leads to a port that speaks plain HTTP."
+	case ReasonTimeout:
+		status = http.StatusGatewayTimeout
+		f.title = name + " did not answer in time"
+		f.text = s.opts.Node + " waited for " + name + " in vain."
+		f.hint = "It may be busy, asleep, or without a network. Try again in a moment."
+	case ReasonAbsent:
+		status = http.StatusServiceUnavailable
+		f.title = name + " is not there right now"
+		f.text = s.opts.Node + " knows " + name + ", but it is offline or not running."
+		f.hint = "Try again once it is back. If it is yours, start it; then this page goes away by itself."
+		x.resp.Header().Set("Retry-After", "10")
+	default:
+		f.reason = ReasonUnreachable
+		f.title = name + " can't be reached"
+		f.text = s.opts.Node + " found no way to " + name + "."
+		f.hint = "Try again in a moment. If it is yours, see that it is on the network and that the way to it is allowed."
+	}
+	s.page(x, status, f)
+}
+
+// refuse answers a request that has no route.
+func (s *Server) refuse(x *exchange, err error) {
+	x.err = err
+	host := x.host
+	if host == "" {
+		host = "a request without a host"
+	}
+	switch {
+	case errors.Is(err, ErrNoHost) && x.req.TLS != nil:
+		s.page(x, http.StatusMisdirectedRequest, fault{title: "Nothing is served for " + host + " here",
+			text: s.opts.Node + " has no route for " + host + ".",
+			hint: "Check the name. If it is yours, add a route for it, or a default."})
+	case errors.Is(err, ErrNoHost):
+		s.page(x, http.StatusNotFound, fault{title: "Nothing is served for " + host + " here",
+			text: s.opts.Node + " has no route for " + host + ".",
+			hint: "Check the name. If it is yours, add a route for it, or a default."})
+	case errors.Is(err, ErrNoPath):
+		s.page(x, http.StatusNotFound, fault{title: "Nothing is served at this path",
+			text: s.opts.Node + " serves " + host + ", but has no route for this path.",
+			hint: "Check the address. If it is yours, add a route for the path, or one for the whole host."})
+	case errors.Is(err, ErrRejected):
+		s.page(x, http.StatusForbidden, fault{title: "This is not open to you",
+			text: "The configuration of " + s.opts.Node + " rejects requests for " + host + " at this path."})
+	default:
+		s.log.Error("http: routing a request failed", "host", x.host, "path", x.req.URL.Path, "id", x.id, "err", err)
+		s.page(x, http.StatusInternalServerError, fault{title: "Something went wrong here",
+			text: s.opts.Node + " could not find out where this request belongs.",
+			hint: "Its log says why."})
+	}
+}

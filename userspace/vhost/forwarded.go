@@ -1,0 +1,194 @@
+package vhost
+
+import (
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+)
+
+// IDHeader carries the path's id to HTTP upstreams.
+const IDHeader = "X-Tailsplice-Id"
+
+// forwarding are the headers in which a hop says for whom it speaks, with those
+// that X-Forwarded- and Tailscale- begin. Frameworks believe them by default
+// or by one switch, so none may come from a stranger.
+var forwarding = map[string]bool{
+	"forwarded":                true, // RFC 7239
+	"forwarded-for":            true,
+	"x-forwarded":              true,
+	"x-real-ip":                true,
+	"x-client-ip":              true,
+	"client-ip":                true,
+	"true-client-ip":           true,
+	"x-cluster-client-ip":      true,
+	"x-original-forwarded-for": true,
+	"x-original-host":          true,
+	"x-original-url":           true, // some frameworks route by it instead of the path
+	"x-rewrite-url":            true,
+	"x-tailsplice-id":          true,
+}
+
+// isForwarding says whether a header, however it is written, is one of them.
+// CGI and WSGI make one of X_Forwarded_For and X-Forwarded-For.
+func isForwarding(name string) bool {
+	if name == "" || !strings.ContainsRune("cCfFtTxX", rune(name[0])) {
+		return false
+	}
+	n := strings.ReplaceAll(strings.ToLower(name), "_", "-")
+	return forwarding[n] || strings.HasPrefix(n, "x-forwarded-") || strings.HasPrefix(n, "tailscale-")
+}
+
+// setForwarded makes the forwarding headers of the request that goes out, whose
+// header is out. From a hop that is believed, what it sent is kept and this hop
+// added; from anyone else all of it is dropped first.
+func setForwarded(in *http.Request, out http.Header, info ConnInfo, id string) {
+	believed := believes(info, in.TLS != nil)
+	for name := range out {
+		if isForwarding(name) && (!believed || strings.ContainsRune(name, '_')) {
+			delete(out, name)
+		}
+	}
+	proto := "http"
+	if in.TLS != nil || info.ServerName != "" {
+		proto = "https"
+	}
+	client := info.Client.Addr().Unmap().WithZone("")
+
+	var chain, elements []string
+	forHost, forProto := in.Host, proto
+	if believed {
+		chain = splitList(in.Header["X-Forwarded-For"])
+		elements = splitElements(in.Header["Forwarded"])
+		if v := in.Header.Get("X-Forwarded-Host"); v != "" {
+			forHost = v
+		}
+		if v := strings.ToLower(in.Header.Get("X-Forwarded-Proto")); v == "http" || v == "https" {
+			forProto = v
+		}
+		if len(elements) == 0 {
+			elements = elementsOf(chain, forHost, forProto)
+		}
+	}
+	if client.IsValid() {
+		chain = append(chain, client.String())
+	}
+	elements = append(elements, element(client, in.Host, proto))
+
+	if len(chain) > 0 {
+		out.Set("X-Forwarded-For", strings.Join(chain, ", "))
+	}
+	if forHost != "" {
+		out.Set("X-Forwarded-Host", forHost)
+	}
+	out.Set("X-Forwarded-Proto", forProto)
+	out.Set("Forwarded", strings.Join(elements, ", "))
+	if id != "" {
+		out[IDHeader] = []string{id}
+	}
+}
+
+// splitList takes a list apart that may be spread over several lines.
+func splitList(lines []string) []string {
+	var out []string
+	for _, l := range lines {
+		for v := range strings.SplitSeq(l, ",") {
+			if v = strings.TrimSpace(v); v != "" {
+				out = append(out, v)
+			}
+		}
+	}
+	return out
+}
+
+// splitElements keeps each line of Forwarded whole: a comma may be quoted.
+func splitElements(lines []string) []string {
+	var out []string
+	for _, l := range lines {
+		if l = strings.Trim(l, " \t,"); l != "" {
+			out = append(out, l)
+		}
+	}
+	return out
+}
+
+// elementsOf says in Forwarded what a hop said only in X-Forwarded-For. The
+// host and the protocol are those of the first, the client's own request.
+func elementsOf(chain []string, host, proto string) []string {
+	out := make([]string, 0, len(chain))
+	for i, v := range chain {
+		addr, err := netip.ParseAddr(v)
+		if err != nil {
+			addr = netip.Addr{}
+		}
+		if i == 0 {
+			out = append(out, element(addr, host, proto))
+		} else {
+			out = append(out, "for="+nodeName(addr))
+		}
+	}
+	return out
+}
+
+// element is one forwarded-element of RFC 7239 4.
+func element(client netip.Addr, host, proto string) string {
+	s := "for=" + nodeName(client)
+	if host != "" {
+		s += ";host=" + quoted(host)
+	}
+	return s + ";proto=" + proto
+}
+
+// nodeName is RFC 7239 6's: IPv6 in brackets, and so in quotes.
+func nodeName(a netip.Addr) string {
+	switch {
+	case !a.IsValid():
+		return "unknown"
+	case a.Is6():
+		return `"[` + a.String() + `]"`
+	}
+	return a.String()
+}
+
+// quoted is a value as a token (RFC 9110 5.6.2), or in quotes.
+func quoted(v string) string {
+	token := v != ""
+	for i := range len(v) {
+		c := v[i]
+		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0) {
+			token = false
+			break
+		}
+	}
+	if token {
+		return v
+	}
+	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(v) + `"`
+}
+
+// pathID is the id of the path that a request is on: that of the hop before, if
+// it is believed and looks like one, else the connection's.
+func pathID(r *http.Request, info ConnInfo) string {
+	if believes(info, r.TLS != nil) {
+		if id := r.Header.Get(IDHeader); validID(id) {
+			return id
+		}
+	}
+	return info.ID
+}
+
+// validID bounds what is copied from a header into logs and pages.
+func validID(id string) bool {
+	if len(id) < 8 || len(id) > 64 {
+		return false
+	}
+	for i := range len(id) {
+		c := id[i]
+		if !(c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c == '-' || c == '_') {
+			return false
+		}
+	}
+	return true
+}
+
+var _ net.Conn = (*conn)(nil)

@@ -1,0 +1,114 @@
+package vhost
+
+import (
+	"bytes"
+	_ "embed"
+	"encoding/json"
+	"fmt"
+	"html/template"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+)
+
+//go:embed page.html
+var pageHTML string
+
+var pageTemplate = template.Must(template.New("page").Parse(pageHTML))
+
+// page answers with a page of this hop's own, in the form that the client reads.
+func (s *Server) page(x *exchange, status int, f fault) {
+	var buf bytes.Buffer
+	kind := "text/plain; charset=utf-8"
+	switch preferred(x.req) {
+	case "html":
+		kind = "text/html; charset=utf-8"
+		err := pageTemplate.Execute(&buf, map[string]any{"Status": status, "StatusText": http.StatusText(status),
+			"Title": f.title, "Text": f.text, "Hint": f.hint, "Node": s.opts.Node, "Target": f.target, "ID": x.id})
+		if err != nil {
+			s.log.Error("http: making a page failed", "err", err)
+		}
+	case "json":
+		kind = "application/json"
+		enc := json.NewEncoder(&buf)
+		enc.SetEscapeHTML(false)
+		enc.Encode(struct {
+			Status int    `json:"status"`
+			Error  string `json:"error"`
+			Detail string `json:"detail"`
+			Hint   string `json:"hint,omitempty"`
+			Node   string `json:"node"`
+			Target string `json:"target,omitempty"`
+			Reason string `json:"reason,omitempty"`
+			ID     string `json:"id,omitempty"`
+		}{status, f.title, f.text, f.hint, s.opts.Node, f.target, f.reason, x.id})
+	default:
+		fmt.Fprintf(&buf, "%d %s: %s\n\n%s\n", status, http.StatusText(status), f.title, f.text)
+		if f.hint != "" {
+			fmt.Fprintln(&buf, f.hint)
+		}
+		fmt.Fprintln(&buf)
+		if f.target != "" {
+			fmt.Fprintf(&buf, "path: you -> %s -x- %s\n", s.opts.Node, f.target)
+		}
+		if x.id != "" {
+			fmt.Fprintf(&buf, "id:   %s\n", x.id)
+		}
+	}
+	h := x.resp.Header()
+	h.Set("Content-Type", kind)
+	h.Set("Content-Length", strconv.Itoa(buf.Len()))
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'self'")
+	if x.id != "" {
+		h[IDHeader] = []string{x.id}
+	}
+	x.resp.WriteHeader(status)
+	x.resp.Write(buf.Bytes()) // for HEAD net/http sends the header alone
+}
+
+// preferred is the form of page that a client wants most: html, json or text.
+// Who accepts anything is a program, and its user reads a terminal.
+func preferred(r *http.Request) string {
+	best, bestQ := "text", 0.0
+	for _, line := range r.Header["Accept"] {
+		for part := range strings.SplitSeq(line, ",") {
+			kind, params, err := mime.ParseMediaType(part)
+			if err != nil {
+				continue
+			}
+			q := 1.0
+			if v, err := strconv.ParseFloat(params["q"], 64); err == nil {
+				q = v
+			}
+			form := ""
+			switch {
+			case kind == "text/html", kind == "application/xhtml+xml":
+				form = "html"
+			case kind == "application/json", strings.HasSuffix(kind, "+json"):
+				form = "json"
+			case kind == "text/plain":
+				form = "text"
+			}
+			if form != "" && q > bestQ {
+				best, bestQ = form, q
+			}
+		}
+	}
+	if best == "html" && isTerminal(r.UserAgent()) {
+		return "text"
+	}
+	return best
+}
+
+// isTerminal says whether a user agent is one that people read as it comes.
+func isTerminal(agent string) bool {
+	name, _, _ := strings.Cut(strings.ToLower(agent), "/")
+	switch name {
+	case "curl", "wget", "httpie", "xh":
+		return true
+	}
+	return false
+}

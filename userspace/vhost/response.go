@@ -1,0 +1,89 @@
+package vhost
+
+import (
+	"bufio"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"sync/atomic"
+)
+
+// response is a request's http.ResponseWriter: it remembers what was answered.
+type response struct {
+	http.ResponseWriter
+	status   int
+	bytes    int64
+	hijacked *upgraded
+}
+
+// Unwrap lets http.ResponseController flush.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *response) WriteHeader(status int) {
+	if status >= 200 && w.status == 0 {
+		w.status = status
+		// An answer without a type stays one: net/http would guess.
+		if h := w.Header(); h["Content-Type"] == nil {
+			h["Content-Type"] = nil
+		}
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p)
+	w.bytes += int64(n)
+	return n, err
+}
+
+// Hijack hands the connection over to an upgraded protocol. ReverseProxy reads
+// from the connection and not from the buffer that comes with it, in which
+// there is what the client sent early: the connection that it gets from here
+// gives that first.
+func (w *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	c, rw, err := http.NewResponseController(w.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	w.status = http.StatusSwitchingProtocols
+	w.hijacked = &upgraded{Conn: c, early: rw.Reader}
+	return w.hijacked, rw, nil
+}
+
+// upgraded is a downstream connection that speaks another protocol now.
+type upgraded struct {
+	net.Conn
+	early   *bufio.Reader // nil once it is empty; the reader's only
+	in, out atomic.Int64
+}
+
+func (u *upgraded) Read(p []byte) (int, error) {
+	if u.early != nil {
+		if u.early.Buffered() > 0 {
+			n, err := u.early.Read(p[:min(len(p), u.early.Buffered())])
+			u.in.Add(int64(n))
+			return n, err
+		}
+		u.early = nil
+	}
+	n, err := u.Conn.Read(p)
+	u.in.Add(int64(n))
+	return n, err
+}
+
+func (u *upgraded) Write(p []byte) (int, error) {
+	n, err := u.Conn.Write(p)
+	u.out.Add(int64(n))
+	return n, err
+}
+
+// CloseWrite passes a half-close on: of TCP, or TLS's close_notify.
+func (u *upgraded) CloseWrite() error {
+	if cw, ok := u.Conn.(interface{ CloseWrite() error }); ok {
+		return cw.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+var _ io.ReadWriter = (*upgraded)(nil)

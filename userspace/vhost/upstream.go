@@ -1,0 +1,84 @@
+package vhost
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"net"
+	"net/http"
+)
+
+// Upstream is where requests are sent.
+type Upstream struct {
+	// Key tells upstreams apart: connections are reused for every request
+	// whose Upstream has the same Key. The target as the config writes it is
+	// a good one.
+	Key string
+	// Name is how pages call it. Visitors see it: name a node, a container, or
+	// "a local service", not an internal address.
+	Name string
+	// Dial connects to it. ctx carries the values of the request that wants
+	// the connection (Info(ctx) works), not its end: Dial has a timeout of its
+	// own. An error with a reason (see Fail) makes a better page.
+	Dial func(ctx context.Context) (net.Conn, error)
+	// OwnConnections says that a connection speaks for one downstream
+	// connection, because Dial writes a PROXY header: it is never used for
+	// another, and closed with it.
+	OwnConnections bool
+	// Route is the route's name, for OnRequest.
+	Route string
+}
+
+// An own transport serves one client: what HTTP/2 asks for at once.
+const (
+	ownIdlePerHost = 8
+	ownIdleTotal   = 32
+)
+
+type dialKey struct{}
+
+// newTransport makes a transport that dials with the request's own Upstream.
+// Its pool is keyed by the URL's host, which host makes of Upstream.Key.
+func (s *Server) newTransport(idlePerHost, idle int) *http.Transport {
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	return &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			up, ok := ctx.Value(dialKey{}).(*Upstream)
+			if !ok {
+				return nil, errors.New("no upstream in the request's context")
+			}
+			return up.Dial(ctx)
+		},
+		Protocols:              &protocols,
+		DisableCompression:     true, // what the client asked for is what it gets
+		MaxIdleConnsPerHost:    idlePerHost,
+		MaxIdleConns:           idle,
+		IdleConnTimeout:        upstreamIdle,
+		ResponseHeaderTimeout:  s.opts.AnswerTimeout,
+		ExpectContinueTimeout:  expectTimeout,
+		MaxResponseHeaderBytes: answerHeaderBytes,
+		ReadBufferSize:         bufferSize,
+		WriteBufferSize:        bufferSize,
+	}
+}
+
+// bufferSize is of an upstream connection, each way: chunked bodies are read
+// through it, so it is also their largest write downstream, and one TLS record
+// holds 16 KiB.
+const bufferSize = 16 << 10
+
+// host is a host name that stands for an upstream in URLs which only the
+// transport sees: one to one, whatever characters the key has.
+func (u *Upstream) host() string { return hex.EncodeToString([]byte(u.Key)) }
+
+// transports sends a request by the transport that its upstream needs.
+type transports struct{ s *Server }
+
+func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
+	up := r.Context().Value(dialKey{}).(*Upstream)
+	if up.OwnConnections {
+		return r.Context().Value(connKey{}).(*conn).transport().RoundTrip(r)
+	}
+	return t.s.shared.RoundTrip(r)
+}

@@ -1,0 +1,352 @@
+// Package vhost serves HTTP for `http` and `https` listeners: it takes accepted
+// connections, terminates TLS if it is given a configuration for it, and proxies
+// each request to the upstream that its host and path lead to.
+//
+// It is net/http's server and httputil's ReverseProxy with what a hop among
+// hops needs beside them: forwarding headers that can't be forged, upstream
+// connections that are never shared between clients where a PROXY header
+// speaks for one of them, upgrades that lose no byte, trailers both ways, and
+// pages which name the hop that failed.
+//
+// What vhost does not know, it is given in standard types: where a request goes
+// (Options.Route), what a connection's client is (Infoer), how to dial
+// (Upstream.Dial).
+package vhost
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"sync"
+	"time"
+)
+
+// Defaults of Options.
+const (
+	// DefaultHeaderTimeout is for the TLS handshake, and then for each
+	// request's header.
+	DefaultHeaderTimeout = 10 * time.Second
+	// DefaultIdleTimeout is how long a downstream connection may wait for its
+	// next request.
+	DefaultIdleTimeout = 3 * time.Minute
+	// DefaultStallTimeout is how long a body may make no progress at all while
+	// somebody waits for it. Bodies that move may take forever.
+	DefaultStallTimeout = 5 * time.Minute
+	// DefaultAnswerTimeout is how long an upstream may think about a request
+	// that it has received whole. Long polls take minutes.
+	DefaultAnswerTimeout = 5 * time.Minute
+	// DefaultHeaderBytes bounds a request's header. Cookies are what is large:
+	// servers behind us take 8 to 64 KiB.
+	DefaultHeaderBytes = 128 << 10
+)
+
+// Limits that nobody has wanted to set yet.
+const (
+	maxStreams          = 250              // of one HTTP/2 connection; what Go and nginx (128) settled on
+	pingAfter           = 60 * time.Second // of silence on an HTTP/2 connection
+	answerHeaderBytes   = 256 << 10        // of an upstream's answer
+	expectTimeout       = 3 * time.Second  // an upstream's time to say 100 Continue, several slow round trips
+	upstreamIdle        = 30 * time.Second // an unused upstream connection's life; shorter than servers keep theirs
+	upstreamIdlePerHost = 64
+	upstreamIdleTotal   = 1024
+)
+
+// Options says what a Server serves. Route is needed; the rest has defaults.
+type Options struct {
+	// Node is this hop's name, shown on the pages it makes itself.
+	Node string
+
+	// Route says where a request goes. host is lower case, without port and
+	// trailing dot, an IPv6 address without brackets, "" if the client sent
+	// none; path is decoded and has no dot segments. Errors: ErrNoHost,
+	// ErrNoPath, ErrRejected; any other is an internal error (500). Called
+	// for each request, so a reload needs no new Server.
+	Route func(host, path string) (*Upstream, error)
+
+	// TLS terminates TLS on each connection; nil serves plain HTTP/1.1, and
+	// HTTP/2 with prior knowledge. It should offer h2 and http/1.1.
+	TLS *tls.Config
+
+	// OnRequest, if not nil, is called once for each request when it has ended.
+	OnRequest func(Request)
+
+	// Log gets what an administrator should know, and debugging. nil discards.
+	Log *slog.Logger
+
+	HeaderTimeout, IdleTimeout, StallTimeout, AnswerTimeout time.Duration
+	HeaderBytes                                             int
+}
+
+// Route's answers for a request that it leads nowhere.
+var (
+	// ErrNoHost says that the listener has no route for the host: 421 over TLS,
+	// so that a browser which reused a connection for one more name of the
+	// certificate tries again with a fresh one; 404 otherwise.
+	ErrNoHost = errors.New("no route for this host")
+	// ErrNoPath says that the host has routes, and none for the path: 404.
+	ErrNoPath = errors.New("no route for this path")
+	// ErrRejected says that the config rejects such requests: 403.
+	ErrRejected = errors.New("rejected by the configuration")
+)
+
+// Request is what OnRequest learns of a request that has ended.
+type Request struct {
+	Conn     ConnInfo
+	ID       string // the path's id, as the upstream got it
+	Method   string
+	Host     string // as Route got it
+	Path     string // as the client sent it, without the query
+	Proto    string // HTTP/1.0, HTTP/1.1 or HTTP/2.0
+	Status   int    // of the answer; 499 if the client left before it; 101 for upgrades
+	BytesIn  int64  // of the request's body; of everything after an upgrade
+	BytesOut int64  // of the answer's body; of everything after an upgrade
+	Started  time.Time
+	Duration time.Duration
+	Upstream *Upstream // nil if none was found
+	Err      error     // why it did not end well, or nil
+}
+
+// Server serves HTTP on the connections that it is given. Use New.
+type Server struct {
+	opts   Options
+	log    *slog.Logger
+	http   *http.Server
+	proxy  *httputil.ReverseProxy
+	shared *http.Transport
+	feed   *feed
+
+	mu     sync.Mutex
+	conns  map[*conn]struct{}
+	closed bool          // no more connections
+	gone   chan struct{} // closed when closed and conns is empty
+	ctx    context.Context
+	cancel context.CancelFunc
+}
+
+// New returns a server that is ready for connections. Close or Shutdown ends it.
+func New(o Options) *Server {
+	orDefault := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	orDefault(&o.HeaderTimeout, DefaultHeaderTimeout)
+	orDefault(&o.IdleTimeout, DefaultIdleTimeout)
+	orDefault(&o.StallTimeout, DefaultStallTimeout)
+	orDefault(&o.AnswerTimeout, DefaultAnswerTimeout)
+	if o.HeaderBytes == 0 {
+		o.HeaderBytes = DefaultHeaderBytes
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	s := &Server{opts: o, log: o.Log, feed: newFeed(), conns: map[*conn]struct{}{}, gone: make(chan struct{})}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.shared = s.newTransport(upstreamIdlePerHost, upstreamIdleTotal)
+	errorLog := log.New(logBridge{o.Log}, "", 0)
+	s.proxy = s.newProxy(errorLog)
+
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	protocols.SetUnencryptedHTTP2(o.TLS == nil)
+	s.http = &http.Server{
+		Handler:           http.HandlerFunc(s.serveHTTP),
+		Protocols:         &protocols,
+		ReadHeaderTimeout: o.HeaderTimeout,
+		IdleTimeout:       o.IdleTimeout,
+		MaxHeaderBytes:    o.HeaderBytes,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams, SendPingTimeout: pingAfter},
+		ErrorLog:          errorLog,
+		ConnContext:       connContext,
+	}
+	go s.http.Serve(s.feed)
+	return s
+}
+
+// ServeConn serves c until it is closed, by whichever side, and returns then.
+// It owns c. If c has Info (Infoer), that tells who is at its other end. The
+// error says why no request could be served: the TLS handshake failed, or the
+// server is closed (http.ErrServerClosed).
+func (s *Server) ServeConn(c net.Conn) error {
+	cn := newConn(c, s)
+	if !s.add(cn) {
+		c.Close()
+		return http.ErrServerClosed
+	}
+	var served net.Conn = cn
+	if s.opts.TLS != nil {
+		tc, err := s.handshake(cn)
+		if err != nil {
+			cn.Close()
+			return err
+		}
+		served = tc
+	}
+	if !s.feed.push(served) {
+		served.Close()
+		return http.ErrServerClosed
+	}
+	<-cn.done
+	return nil
+}
+
+// handshake terminates TLS on c.
+func (s *Server) handshake(c *conn) (*tls.Conn, error) {
+	ctx, cancel := context.WithTimeout(s.ctx, s.opts.HeaderTimeout)
+	defer cancel()
+	tc := tls.Server(c, s.opts.TLS)
+	if err := tc.HandshakeContext(ctx); err != nil {
+		var header tls.RecordHeaderError
+		if errors.As(err, &header) && header.Conn != nil && looksLikeHTTP(header.RecordHeader) {
+			header.Conn.SetWriteDeadline(time.Now().Add(s.opts.HeaderTimeout))
+			io.WriteString(header.Conn, "HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\nThis port speaks HTTPS: ask for https:// instead of http://.\n")
+			return nil, errors.New("plain HTTP on a TLS port")
+		}
+		return nil, fmt.Errorf("tls handshake: %w", err)
+	}
+	if name := tc.ConnectionState().ServerName; name != "" {
+		c.info.ServerName = name
+	}
+	return tc, nil
+}
+
+// looksLikeHTTP says whether a record header that is none begins a request.
+func looksLikeHTTP(b [5]byte) bool {
+	switch string(b[:]) {
+	case "GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "DELET", "PATCH":
+		return true
+	}
+	return false
+}
+
+// Serve accepts connections from l and serves them until l is closed. It is for
+// whoever has nothing to do between accept and ServeConn.
+func (s *Server) Serve(l net.Listener) error {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go s.ServeConn(c)
+	}
+}
+
+// Shutdown takes no more connections, closes idle ones, and waits for the
+// others, upgraded ones too, to end. When ctx ends first, it closes what is
+// left and returns ctx's error.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.refuseMore()
+	err := s.http.Shutdown(ctx)
+	if err == nil {
+		select {
+		case <-s.gone:
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
+	s.Close()
+	return err
+}
+
+// Close ends all connections at once.
+func (s *Server) Close() error {
+	s.refuseMore()
+	s.cancel()
+	err := s.http.Close()
+	s.feed.Close()
+	s.mu.Lock()
+	left := make([]*conn, 0, len(s.conns))
+	for c := range s.conns {
+		left = append(left, c)
+	}
+	s.mu.Unlock()
+	for _, c := range left {
+		c.Close()
+	}
+	s.shared.CloseIdleConnections()
+	return err
+}
+
+// add registers c until it is closed.
+func (s *Server) add(c *conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.conns[c] = struct{}{}
+	return true
+}
+
+func (s *Server) remove(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.conns, c)
+	s.tellGone()
+}
+
+func (s *Server) refuseMore() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	s.tellGone()
+}
+
+// tellGone closes s.gone when nothing is left. The caller holds s.mu.
+func (s *Server) tellGone() {
+	if !s.closed || len(s.conns) > 0 {
+		return
+	}
+	select {
+	case <-s.gone:
+	default:
+		close(s.gone)
+	}
+}
+
+// feed is the listener that gives http.Server the connections of ServeConn.
+type feed struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func newFeed() *feed { return &feed{conns: make(chan net.Conn), closed: make(chan struct{})} }
+
+func (f *feed) push(c net.Conn) bool {
+	select {
+	case f.conns <- c:
+		return true
+	case <-f.closed:
+		return false
+	}
+}
+
+func (f *feed) Accept() (net.Conn, error) {
+	select {
+	case c := <-f.conns:
+		return c, nil
+	case <-f.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (f *feed) Close() error {
+	f.once.Do(func() { close(f.closed) })
+	return nil
+}
+
+type feedAddr struct{}
+
+func (feedAddr) Network() string { return "tcp" }
+func (feedAddr) String() string  { return "connections" }
+
+func (f *feed) Addr() net.Addr { return feedAddr{} }

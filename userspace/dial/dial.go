@@ -1,0 +1,308 @@
+// Package dial opens the upstream connection of a flow.
+//
+// A [Target] is a TCP host, a tailnet node, a container or a unix socket. Names
+// of nodes and containers are resolved by what the [Dialer] is given, host names
+// by DNS. The connections are plain kernel sockets, *net.TCPConn or
+// *net.UnixConn, so that a datapath may splice them: never Multipath TCP, whose
+// sockets can't be spliced, and always TCP_NODELAY.
+package dial
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	// DefaultTimeout is [Dialer].Timeout if zero.
+	DefaultTimeout = 10 * time.Second
+	// offlineTimeout is all that a node gets which control says is offline:
+	// enough for one that is just coming back, and a quick answer else.
+	offlineTimeout = 4 * time.Second
+	// offlineGrace is how long after a node was last seen it still gets the
+	// whole timeout: it may be moving from one network to another.
+	offlineGrace = time.Minute
+	// fallbackDelay is how long the first address is tried alone before the
+	// second is tried beside it. RFC 8305 says 250 ms for browsers; here the
+	// same path is usual for both, and two connections cost the upstream.
+	fallbackDelay = time.Second
+	// retryDelay is the pause before a quick failure is tried again.
+	retryDelay = 250 * time.Millisecond
+	// quick is what counts as a quick failure.
+	quick = time.Second
+)
+
+// keepAlive notices a dead peer of a silent flow after 5 min. It is that long
+// so that a laptop may sleep or lose its network for a while.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 30 * time.Second, Count: 8}
+
+// The schemes of a [Target].
+const (
+	TCP     = "tcp"
+	Tailnet = "tailnet"
+	Docker  = "docker"
+	Unix    = "unix"
+)
+
+// Target is where to connect. Its fields are those of the configuration's
+// targets, so one converts to the other.
+type Target struct {
+	Scheme string // "tcp", "tailnet", "docker" or "unix"
+	Host   string // host name or address, node, container or service; "" for unix
+	Port   uint16 // 0 for unix
+	Path   string // of the unix socket, else ""
+}
+
+// String returns the form that the configuration uses.
+func (t Target) String() string {
+	switch t.Scheme {
+	case Unix:
+		return "unix://" + t.Path
+	case TCP:
+		return net.JoinHostPort(t.Host, strconv.Itoa(int(t.Port)))
+	}
+	return t.Scheme + "://" + net.JoinHostPort(t.Host, strconv.Itoa(int(t.Port)))
+}
+
+// Resolver turns the name of a node or a container into addresses, at least one
+// if err is nil, in order of preference. Its errors may have the methods
+// Reason() string, one of the [Reason] constants, and Temporary() bool, which
+// says that another try within a second may do.
+//
+// A Resolver may also have the methods of [Refresher], [Presence] and
+// [PathChecker].
+type Resolver interface {
+	Resolve(ctx context.Context, name string) ([]netip.Addr, error)
+}
+
+// Refresher is a [Resolver] that remembers, and can be made to ask anew.
+type Refresher interface {
+	Refresh(ctx context.Context, name string) ([]netip.Addr, error)
+}
+
+// Presence is a [Resolver] that knows whether the machine of that name is
+// connected to its network, and when it was last seen if not (zero if unknown).
+type Presence interface {
+	Presence(name string) (online bool, seen time.Time, ok bool)
+}
+
+// PathChecker is a [Resolver] that can tell from a connection's addresses that
+// it did not take the way it should have.
+type PathChecker interface {
+	CheckPath(local, remote netip.Addr) error
+}
+
+// Dialer opens connections. Its fields must not change once it is in use; its
+// zero value dials TCP and unix targets.
+type Dialer struct {
+	Tailnet   Resolver      // for tailnet targets; nil refuses them
+	Container Resolver      // for docker targets; nil refuses them
+	Timeout   time.Duration // for all of it, names and retries included; 0 is DefaultTimeout
+	DNS       *net.Resolver // for host names; nil is the system's
+}
+
+// Dial connects to t, which the caller then owns: a *net.TCPConn or, for a unix
+// target, a *net.UnixConn. Of several addresses those of prefer's family come
+// first (that of the downstream; an invalid prefer has none).
+//
+// At most two addresses are tried: the second when the first fails, or beside
+// it when that takes more than a second. If there is only one, or both were
+// refused at once, the name is resolved anew and tried once more, for the
+// upstream may just be restarting. Every error is an [*Error]; one whose Reason
+// is [Canceled] says that ctx ended and nothing about the target.
+func (d *Dialer) Dial(ctx context.Context, t Target, prefer netip.Addr) (net.Conn, error) {
+	timeout := cmp.Or(d.Timeout, DefaultTimeout)
+	if presence, ok := d.resolver(t).(Presence); ok {
+		if online, seen, known := presence.Presence(t.Host); known && !online && !seen.IsZero() && time.Since(seen) > offlineGrace {
+			timeout = min(timeout, offlineTimeout)
+		}
+	}
+	began := time.Now()
+	call, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+
+	conn, failure := d.once(call, t, prefer, false)
+	if failure != nil && failure.again && time.Since(began) < quick && call.Err() == nil {
+		select {
+		case <-call.Done():
+		case <-time.After(retryDelay):
+			conn, failure = d.once(call, t, prefer, true)
+		}
+	}
+	if failure == nil {
+		return conn, nil
+	}
+	return nil, d.explain(ctx, t, failure, time.Since(began))
+}
+
+// resolver returns what resolves t's host, or nil.
+func (d *Dialer) resolver(t Target) Resolver {
+	switch t.Scheme {
+	case Tailnet:
+		return d.Tailnet
+	case Docker:
+		return d.Container
+	}
+	return nil
+}
+
+// once resolves t and tries one or two of its addresses.
+func (d *Dialer) once(ctx context.Context, t Target, prefer netip.Addr, fresh bool) (net.Conn, *failure) {
+	if t.Scheme == Unix {
+		c, err := d.connect(ctx, "unix", t.Path)
+		if err != nil {
+			return nil, &failure{err: err, addr: t.Path, again: quickKind(err)}
+		}
+		return c, nil
+	}
+	addrs, err := d.lookup(ctx, t, fresh)
+	if err != nil {
+		var temporary interface{ Temporary() bool }
+		return nil, &failure{err: err, again: errors.As(err, &temporary) && temporary.Temporary()}
+	}
+	addrs = choose(addrs, prefer)
+	check, _ := d.resolver(t).(PathChecker)
+	return d.race(ctx, addrs, t.Port, check)
+}
+
+// lookup returns the addresses of t's host, at least one.
+func (d *Dialer) lookup(ctx context.Context, t Target, fresh bool) ([]netip.Addr, error) {
+	switch t.Scheme {
+	case TCP:
+		if a, err := netip.ParseAddr(strings.Trim(t.Host, "[]")); err == nil {
+			return []netip.Addr{a.Unmap()}, nil
+		}
+		addrs, err := d.dns().LookupNetIP(ctx, "ip", t.Host)
+		if err != nil {
+			return nil, err
+		}
+		for i := range addrs {
+			addrs[i] = addrs[i].Unmap()
+		}
+		return addrs, nil
+	case Tailnet, Docker:
+		r := d.resolver(t)
+		if r == nil {
+			return nil, errNoResolver
+		}
+		if again, ok := r.(Refresher); ok && fresh {
+			return again.Refresh(ctx, t.Host)
+		}
+		return r.Resolve(ctx, t.Host)
+	}
+	return nil, errScheme
+}
+
+func (d *Dialer) dns() *net.Resolver { return cmp.Or(d.DNS, net.DefaultResolver) }
+
+// choose returns the two addresses to try: the first of prefer's family (of the
+// first address's, if prefer is invalid) and the first of the other, or the
+// first two if all are of one family.
+func choose(addrs []netip.Addr, prefer netip.Addr) []netip.Addr {
+	if prefer = prefer.Unmap(); !prefer.IsValid() {
+		prefer = addrs[0]
+	}
+	var same, other []netip.Addr
+	for _, a := range addrs {
+		if a.Is4() == prefer.Is4() {
+			same = append(same, a)
+		} else {
+			other = append(other, a)
+		}
+	}
+	if len(same) == 0 || len(other) == 0 {
+		return addrs[:min(2, len(addrs))]
+	}
+	return []netip.Addr{same[0], other[0]}
+}
+
+// race connects to the first of addrs, and to the second if that fails or takes
+// long. The first connection made is it.
+func (d *Dialer) race(ctx context.Context, addrs []netip.Addr, port uint16, check PathChecker) (net.Conn, *failure) {
+	ctx, cancel := context.WithCancel(ctx) // ends the loser
+	defer cancel()
+	results := make(chan result, len(addrs))
+	try := func(a netip.Addr) {
+		to := netip.AddrPortFrom(a, port)
+		c, err := d.connect(ctx, "tcp", to.String())
+		if err == nil && check != nil {
+			if err = check.CheckPath(addrOf(c.LocalAddr()), a); err != nil {
+				c.Close()
+				results <- result{fail: &failure{err: err, addr: to.String()}}
+				return
+			}
+		}
+		if err != nil {
+			results <- result{fail: &failure{err: err, addr: to.String(), again: quickKind(err)}}
+			return
+		}
+		results <- result{conn: c}
+	}
+	go try(addrs[0])
+	started, ended := 1, 0
+	var first *failure
+	again := true
+	fallback := time.NewTimer(fallbackDelay)
+	defer fallback.Stop()
+	for {
+		select {
+		case <-fallback.C:
+		case r := <-results:
+			ended++
+			if r.fail == nil {
+				if started > ended {
+					go closeLate(results)
+				}
+				return r.conn, nil
+			}
+			again = again && r.fail.again
+			if first == nil || first.lesser(r.fail) {
+				first = r.fail
+			}
+		}
+		switch {
+		case started < len(addrs) && ctx.Err() == nil:
+			go try(addrs[started])
+			started++
+		case ended == started:
+			first.again = again
+			return nil, first
+		}
+	}
+}
+
+// result is what came of one address.
+type result struct {
+	conn net.Conn
+	fail *failure
+}
+
+// closeLate closes the connection of the slower attempt, if it still came to be.
+func closeLate(results <-chan result) {
+	if r := <-results; r.conn != nil {
+		r.conn.Close()
+	}
+}
+
+// connect makes one attempt.
+func (d *Dialer) connect(ctx context.Context, network, addr string) (net.Conn, error) {
+	nd := net.Dialer{KeepAliveConfig: keepAlive}
+	nd.SetMultipathTCP(false)
+	return nd.DialContext(ctx, network, addr)
+}
+
+func addrOf(a net.Addr) netip.Addr {
+	if t, ok := a.(*net.TCPAddr); ok {
+		return t.AddrPort().Addr().Unmap()
+	}
+	return netip.Addr{}
+}
+
+// userID is who to name where permission is missing.
+func userID() int { return os.Getuid() }

@@ -1,0 +1,249 @@
+package dial
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Reason says why a dial failed, for those who count, decide or choose a status
+// code. It may be one that a [Resolver] made up; these are the known ones.
+type Reason string
+
+const (
+	NoTailscaled         Reason = "no_tailscaled"         // tailscaled can't be asked
+	TailscaleDown        Reason = "tailscale_down"        // it runs, but this machine isn't on its tailnet
+	UnknownNode          Reason = "unknown_node"          // no such node
+	NodeOffline          Reason = "node_offline"          // no answer from a node that is offline
+	NoDockerd            Reason = "no_dockerd"            // the Docker daemon can't be asked
+	UnknownContainer     Reason = "unknown_container"     // no such container or service
+	AmbiguousContainer   Reason = "ambiguous_container"   // a service of several projects
+	ContainerStopped     Reason = "container_stopped"     // it is there, and does not run
+	ContainerUnreachable Reason = "container_unreachable" // it has no address that this host can reach
+	DNS                  Reason = "dns"                   // the host name has no address
+	Refused              Reason = "refused"               // nothing listens there
+	Timeout              Reason = "timeout"               // no answer
+	Unreachable          Reason = "unreachable"           // no way there
+	NoSocket             Reason = "no_socket"             // there is no such unix socket
+	Denied               Reason = "denied"                // no permission
+	Exhausted            Reason = "exhausted"             // out of file descriptors, ports or memory here
+	Canceled             Reason = "canceled"              // the caller gave up
+	Failed               Reason = "failed"                // anything else
+)
+
+// Error is why [Dialer.Dial] failed.
+type Error struct {
+	Target Target
+	Addr   string // the address or path tried, the more telling one of two; "" if none was
+	Reason Reason
+	Err    error // the cause
+
+	msg string
+}
+
+// Error returns a message for people, with what to do where that is known.
+func (e *Error) Error() string { return "dial " + e.Target.String() + ": " + e.msg }
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Err }
+
+// Timeout reports whether the upstream, or who resolves its name, did not
+// answer in time: what an HTTP gateway says with a 504.
+func (e *Error) Timeout() bool { return e.Reason == Timeout || e.Reason == NodeOffline }
+
+var (
+	errNoResolver = errors.New("targets of this kind are not set up")
+	errScheme     = errors.New("unknown kind of target")
+)
+
+// failure is what came of one attempt.
+type failure struct {
+	err   error
+	addr  string // what was tried, or ""
+	again bool   // worth another try soon
+}
+
+// lesser reports whether o tells more than f: an answer, even a bad one, says
+// more about the upstream than none or no way there.
+func (f *failure) lesser(o *failure) bool { return rank(reasonOf(f.err)) < rank(reasonOf(o.err)) }
+
+func rank(r Reason) int {
+	switch r {
+	case Unreachable:
+		return 0
+	case Timeout:
+		return 1
+	case Refused:
+		return 3
+	}
+	return 2
+}
+
+// quickKind reports whether err is one that a restart of the upstream causes.
+func quickKind(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EHOSTUNREACH) ||
+		errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.EAGAIN)
+}
+
+// reasonOf translates what the system or a resolver said.
+func reasonOf(err error) Reason {
+	var own interface{ Reason() string }
+	var dns *net.DNSError
+	var timeout net.Error
+	switch {
+	case errors.As(err, &own):
+		return Reason(own.Reason())
+	case errors.Is(err, context.Canceled):
+		return Canceled
+	case errors.As(err, &dns):
+		return DNS
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EAGAIN): // a unix socket's full backlog
+		return Refused
+	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.EHOSTDOWN),
+		errors.Is(err, syscall.ENETDOWN), errors.Is(err, syscall.EADDRNOTAVAIL) && toIPv6(err): // no IPv6 here; else the ports ran out
+		return Unreachable
+	case errors.Is(err, fs.ErrPermission):
+		return Denied
+	case errors.Is(err, fs.ErrNotExist):
+		return NoSocket
+	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.ENOBUFS), errors.Is(err, syscall.ENOMEM),
+		errors.Is(err, syscall.EADDRNOTAVAIL):
+		return Exhausted
+	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+		return Timeout
+	}
+	return Failed
+}
+
+// toIPv6 reports whether err is of a connection to an IPv6 address.
+func toIPv6(err error) bool {
+	var op *net.OpError
+	if !errors.As(err, &op) {
+		return false
+	}
+	to, ok := op.Addr.(*net.TCPAddr)
+	return ok && to.IP.To4() == nil
+}
+
+// explain makes the error that the caller sees.
+func (d *Dialer) explain(ctx context.Context, t Target, f *failure, took time.Duration) *Error {
+	e := &Error{Target: t, Addr: f.addr, Reason: reasonOf(f.err), Err: f.err}
+	if ctx.Err() != nil && errors.Is(ctx.Err(), context.Canceled) {
+		e.Reason, e.msg = Canceled, "given up by the caller"
+		return e
+	}
+	at := ""
+	if f.addr != "" && t.Scheme != Unix && f.addr != t.String() {
+		at = " at " + f.addr
+	}
+	waited := took.Round(100 * time.Millisecond)
+	switch e.Reason {
+	case Timeout:
+		e.msg = fmt.Sprintf("no answer%s within %s", at, waited)
+		if f.addr == "" {
+			e.msg = fmt.Sprintf("%s was not resolved within %s", t.Host, waited)
+		}
+	case Refused:
+		e.msg = fmt.Sprintf("connection refused%s: nothing listens there", at)
+		if errors.Is(f.err, syscall.EAGAIN) {
+			e.msg = "what listens there does not keep up: its queue of new connections is full"
+		}
+	case Unreachable:
+		e.msg = fmt.Sprintf("no route%s: %v", at, cause(f.err))
+	case DNS:
+		e.msg = dnsMessage(t.Host, f.err)
+	case NoSocket:
+		e.msg = "there is no such socket"
+	case Denied:
+		if t.Scheme == Unix {
+			e.msg = fmt.Sprintf("no permission to use the socket as user %d", userID())
+		} else {
+			e.msg = fmt.Sprintf("no permission to connect%s: a firewall rule of this machine forbids it", at)
+		}
+	case Exhausted:
+		e.msg = fmt.Sprintf("this machine is out of files, ports or memory: %v", cause(f.err))
+	case Canceled:
+		e.msg = "given up by the caller"
+	case Failed:
+		e.msg = fmt.Sprintf("failed%s: %v", at, cause(f.err))
+		switch {
+		case errors.Is(f.err, errNoResolver):
+			e.msg = t.Scheme + " targets are not available here"
+		case errors.Is(f.err, errScheme):
+			e.msg = fmt.Sprintf("unknown kind of target %q", t.Scheme)
+		}
+	default: // a resolver's own, which says it all
+		e.msg = f.err.Error()
+	}
+	if e.Reason == Timeout || e.Reason == Unreachable || e.Reason == Refused {
+		d.addPresence(e)
+	}
+	return e
+}
+
+// addPresence adds what is known of a machine that doesn't answer.
+func (d *Dialer) addPresence(e *Error) {
+	presence, ok := d.resolver(e.Target).(Presence)
+	if !ok {
+		return
+	}
+	online, seen, known := presence.Presence(e.Target.Host)
+	switch {
+	case !known, e.Reason == Refused:
+	case online:
+		e.msg += fmt.Sprintf("; %s is online, so look for a firewall or an access rule of the tailnet that drops this port", e.Target.Host)
+	case seen.IsZero():
+		e.Reason = NodeOffline
+		e.msg += fmt.Sprintf("; %s is offline", e.Target.Host)
+	default:
+		e.Reason = NodeOffline
+		e.msg += fmt.Sprintf("; %s is offline, last seen %s ago", e.Target.Host, age(time.Since(seen)))
+	}
+}
+
+// age is d in the unit that people would use.
+func age(d time.Duration) string {
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%d s", max(0, int(d.Seconds())))
+	case d < time.Hour:
+		return fmt.Sprintf("%d min", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%d h", int(d.Hours()))
+	}
+	return fmt.Sprintf("%d days", int(d.Hours()/24))
+}
+
+// cause is the innermost part of what the net package says.
+func cause(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) && op.Err != nil {
+		err = op.Err
+	}
+	var number syscall.Errno
+	if errors.As(err, &number) {
+		return number
+	}
+	return err
+}
+
+func dnsMessage(host string, err error) string {
+	var dns *net.DNSError
+	errors.As(err, &dns)
+	server := ""
+	if dns.Server != "" {
+		server = " (asked " + dns.Server + ")"
+	}
+	switch {
+	case dns.IsNotFound:
+		return fmt.Sprintf("the host name %s has no address%s", host, server)
+	case dns.IsTimeout:
+		return fmt.Sprintf("the name server did not answer for %s%s", host, server)
+	}
+	return fmt.Sprintf("look up %s: %s%s", host, strings.TrimSpace(dns.Err), server)
+}

@@ -91,9 +91,10 @@ func WriteAlert(c net.Conn, desc uint8) error {
 
 // Refuse sends a fatal alert and closes c, always, in a way that lets the alert arrive.
 //
-// A kernel that closes a socket with unread bytes, or gets bytes for a closed one, answers with RST, and a client's
-// kernel that gets RST throws away what the client has not read yet: the alert. So Refuse closes its own direction
-// first, then reads and forgets what still comes until the client closes too, but at most 64 KiB and half a second.
+// A kernel that closes a socket with unread bytes, or gets bytes for a closed one, answers with RST. That fails the
+// client's next write, and on some systems throws away what the client has not read yet: the alert. Either way people
+// see "connection reset" instead of the reason. So Refuse closes its own direction first, then reads and forgets what
+// still comes until the client closes too, but at most 64 KiB and half a second.
 //
 // It blocks for that time at most (one second and a half if the client does not even take the alert) and costs the
 // caller's goroutine, 1 KiB and the file descriptor meanwhile. Under attack that is bounded by the limit on connections

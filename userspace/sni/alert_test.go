@@ -1,0 +1,203 @@
+package sni
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"math/big"
+	"net"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+)
+
+func selfSigned(t *testing.T) tls.Certificate {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"example.org"}, NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// refuser reads hellos on the loopback interface and refuses them all.
+func refuser(t *testing.T, refuse func(net.Conn, uint8) error) (addr string) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				if _, _, err := Read(c, 64<<10, 10*time.Second); err != nil {
+					c.Close()
+					return
+				}
+				if err := refuse(c, AlertUnrecognizedName); err != nil {
+					t.Errorf("refuse: %v", err)
+				}
+			}()
+		}
+	}()
+	return ln.Addr().String()
+}
+
+// TestRefuse: a client of every version must understand why it is sent away.
+func TestRefuse(t *testing.T) {
+	addr := refuser(t, Refuse)
+	for version := uint16(tls.VersionTLS10); version <= tls.VersionTLS13; version++ {
+		t.Run(tls.VersionName(version), func(t *testing.T) {
+			_, err := tls.Dial("tcp", addr, &tls.Config{ServerName: "nobody.example", MinVersion: version, MaxVersion: version})
+			var alert tls.AlertError
+			if err == nil || !strings.Contains(err.Error(), "unrecognized name") {
+				t.Errorf("crypto/tls says %v (%v)", err, errors.As(err, &alert))
+			}
+		})
+	}
+	t.Run("openssl", func(t *testing.T) {
+		openssl := need(t, "openssl")
+		for _, version := range []string{"-tls1", "-tls1_1", "-tls1_2", "-tls1_3"} {
+			args := []string{"s_client", "-connect", addr, "-servername", "nobody.example", version}
+			if version < "-tls1_2" {
+				args = append(args, "-cipher", "ALL:@SECLEVEL=0")
+			}
+			out, _ := run(t, openssl, args...)
+			if !strings.Contains(out, "alert number 112") {
+				t.Errorf("%s: openssl says %s", version, out)
+			}
+		}
+	})
+	t.Run("curl", func(t *testing.T) {
+		curl := need(t, "curl")
+		_, port, _ := net.SplitHostPort(addr)
+		out, err := run(t, curl, "-sS", "--connect-to", "::127.0.0.1:"+port, "https://nobody.example/")
+		if err == nil || !strings.Contains(out, "unrecognized name") {
+			t.Errorf("curl says %s (%v)", out, err)
+		}
+	})
+}
+
+func run(t *testing.T, program string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, program, args...).CombinedOutput()
+	return string(out), err
+}
+
+// chatty sends a hello and goes on sending, as a client with early data does, before it looks for an answer. It returns
+// what it got, and what went wrong on the way: a client whose write fails rarely looks at what it could still read.
+func chatty(t *testing.T, addr string, more int) ([]byte, error) {
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	c.Write(records(message(0x303, builder{}.serverName("a.b")), maxPlaintext))
+	for range 8 {
+		time.Sleep(5 * time.Millisecond) // so that some of it comes after the alert was sent
+		if _, err := c.Write(make([]byte, more/8)); err != nil {
+			return nil, err
+		}
+	}
+	return io.ReadAll(c)
+}
+
+// TestRefuseSurvivesUnreadData: the alert must arrive although the client is still sending. The second half shows that
+// the test can fail: a plain close loses the alert.
+func TestRefuseSurvivesUnreadData(t *testing.T) {
+	got, err := chatty(t, refuser(t, Refuse), 32<<10)
+	if err != nil || !bytes.Equal(got, Alert(AlertUnrecognizedName)) {
+		t.Errorf("got %x, %v; want the alert and a clean end", got, err)
+	}
+	got, err = chatty(t, refuser(t, func(c net.Conn, desc uint8) error {
+		WriteAlert(c, desc)
+		return c.Close()
+	}), 32<<10)
+	if err == nil {
+		t.Errorf("a plain close gave the client %x without an error: this test shows nothing", got)
+	}
+}
+
+// TestRefuseIsBounded: a client that does not close, goes on sending, or does not even read, holds us no longer than
+// documented.
+func TestRefuseIsBounded(t *testing.T) {
+	tests := []struct {
+		name   string
+		client func(*net.TCPConn)
+		limit  time.Duration
+	}{
+		{"closes", func(c *net.TCPConn) { io.Copy(io.Discard, c); c.Close() }, 400 * time.Millisecond},
+		{"does nothing", func(*net.TCPConn) {}, drainTimeout + 400*time.Millisecond},
+		{"trickles", func(c *net.TCPConn) {
+			for {
+				if _, err := c.Write([]byte{0}); err != nil {
+					return
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+		}, drainTimeout + 400*time.Millisecond},
+		{"floods", func(c *net.TCPConn) { io.Copy(c, zeros{}) }, drainTimeout + 400*time.Millisecond},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			client, server := pair(t)
+			go tt.client(client)
+			start := time.Now()
+			if err := Refuse(server, AlertUnrecognizedName); err != nil {
+				t.Error(err)
+			}
+			if d := time.Since(start); d > tt.limit {
+				t.Errorf("took %v, want at most %v", d, tt.limit)
+			}
+			if _, err := server.Write([]byte{0}); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("not closed: %v", err)
+			}
+		})
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
+
+// TestRefuseDead: a client that is gone is no reason to keep the socket.
+func TestRefuseDead(t *testing.T) {
+	client, server := pair(t)
+	client.SetLinger(0)
+	client.Close()
+	time.Sleep(20 * time.Millisecond)
+	if err := Refuse(server, AlertUnrecognizedName); err == nil {
+		t.Error("no error although the client was gone")
+	}
+	if _, err := server.Write([]byte{0}); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("not closed: %v", err)
+	}
+}
+
+func TestAlertFor(t *testing.T) {
+	for _, err := range []error{nil, ErrNotTLS, ErrTimeout, ErrEOF, ErrIncomplete, io.ErrUnexpectedEOF} {
+		if desc, ok := AlertFor(err); ok {
+			t.Errorf("%v: alert %d", err, desc)
+		}
+	}
+	if desc, ok := AlertFor(ErrTooLarge); !ok || desc != AlertInternalError {
+		t.Errorf("ErrTooLarge: %d, %v", desc, ok)
+	}
+}

@@ -1,0 +1,272 @@
+package sni
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestParse(t *testing.T) {
+	many := builder{}.serverName("a.b")
+	for i := range 16000 {
+		if i != extServerName && i != extALPN && i != extSupportedVersions {
+			many = many.ext(i, nil)
+		}
+	}
+	tests := []struct {
+		name string
+		msg  []byte
+		want Hello
+	}{
+		{"ends before the extensions", message(0x303, nil), Hello{Versions: known[1:]}},
+		{"no extensions", message(0x303, builder{}), Hello{Versions: known[1:]}},
+		{"a version of the future without supported_versions is TLS 1.2", message(0x399, nil), Hello{Versions: known[1:]}},
+		{"tls 1.0", message(0x301, nil), Hello{Versions: known[3:]}},
+		{"case", message(0x303, builder{}.serverName("WwW.ExAmPlE.oRg")), Hello{ServerName: "www.example.org", Versions: known[1:]}},
+		{"trailing dot", message(0x303, builder{}.serverName("www.example.org.")), Hello{ServerName: "www.example.org", Versions: known[1:]}},
+		{"a-label", message(0x303, builder{}.serverName("xn--bcher-kva.example")), Hello{ServerName: "xn--bcher-kva.example", Versions: known[1:]}},
+		{"another name type in front", message(0x303, builder{}.ext(extServerName, []byte("\x00\x0b\x01\x00\x02xx\x00\x00\x03a.b"))), Hello{ServerName: "a.b", Versions: known[1:]}},
+		{"only another name type", message(0x303, builder{}.ext(extServerName, []byte("\x00\x05\x01\x00\x02xx"))), Hello{Versions: known[1:]}},
+		{"unknown extensions", message(0x303, builder{}.ext(0x7777, []byte("?")).serverName("a.b").ext(0x8888, nil)), Hello{ServerName: "a.b", Versions: known[1:]}},
+		{"grease", message(0x303, builder{}.ext(0x1a1a, nil).versions(0x2a2a, 0x304, 0x303).serverName("a.b").alpn("\xda\xda", "h2").ext(0xfafa, []byte{0})),
+			Hello{ServerName: "a.b", ALPN: []string{"\xda\xda", "h2"}, Versions: known[:2]}},
+		{"versions in no usual order", message(0x303, builder{}.versions(0x303, 0x304)), Hello{Versions: []uint16{0x303, 0x304}}},
+		{"a version that nobody knows", message(0x303, builder{}.versions(0x305, 0x304, 0x7f1c)), Hello{Versions: []uint16{0x305, 0x304, 0x7f1c}}},
+		{"a version in the middle that nobody knows", message(0x303, builder{}.versions(0x304, 0x7f1c, 0x303)), Hello{Versions: []uint16{0x304, 0x7f1c, 0x303}}},
+		{"versions twice", message(0x303, builder{}.versions(0x301, 0x301)), Hello{Versions: []uint16{0x301, 0x301}}},
+		{"nothing but grease", message(0x303, builder{}.versions(0x2a2a)), Hello{Versions: []uint16{}}},
+		{"ech", message(0x303, builder{}.serverName("public.example").ext(extECH, []byte{0})), Hello{ServerName: "public.example", ECH: true, Versions: known[1:]}},
+		{"16,000 extensions", message(0x303, many), Hello{ServerName: "a.b", Versions: known[1:]}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, n := range []int{maxPlaintext, 1, 5} {
+				stream := records(tt.msg, n)
+				tt.want.Length = len(stream)
+				// Bytes that follow change nothing.
+				for _, more := range []string{"", "\x17\x03\x03\x00\x01x", "garbage"} {
+					h, err := Parse(append(bytes.Clone(stream), more...))
+					if err != nil || !same(h, tt.want) || h.Length != len(stream) || h.Versions == nil {
+						t.Fatalf("records of %d bytes: got %+v, %v; want %+v", n, h, err, tt.want)
+					}
+				}
+			}
+		})
+	}
+}
+
+func TestParseRefuses(t *testing.T) {
+	good := message(0x303, builder{}.serverName("a.b"))
+	ext := func(e builder) []byte { return records(message(0x303, e), maxPlaintext) }
+	cut := func(n int) []byte { return records(handshake(typeClientHello, good[messageHeaderLen:n]), maxPlaintext) }
+	name := func(s string) []byte { return ext(builder{}.serverName(s)) }
+	edit := func(i int, v byte) []byte {
+		b := records(good, maxPlaintext)
+		b[i] = v
+		return b
+	}
+	tests := []struct {
+		name   string
+		stream []byte
+		alert  uint8 // 0: ErrNotTLS
+		reason string
+	}{
+		{"http", []byte("GET / HTTP/1.1\r\n\r\n"), 0, ""},
+		{"ssh", []byte("SSH-2.0-OpenSSH_9.2\r\n"), 0, ""},
+		{"a PROXY header", []byte("PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n"), 0, ""},
+		{"a PROXY header of version 2", []byte("\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"), 0, ""},
+		{"an SSLv2 hello", []byte("\x80\x2e\x01\x03\x01\x00\x15\x00\x00\x00\x10"), 0, ""},
+		{"dtls", []byte("\x16\xfe\xfd\x00\x00"), 0, ""},
+		{"zeros", make([]byte, 10), 0, ""},
+		{"record type 19", edit(0, 19), 0, ""},
+		{"record type 25", edit(0, 25), 0, ""},
+
+		{"an alert", []byte("\x15\x03\x01\x00\x02\x01\x00"), AlertUnexpectedMessage, "first record"},
+		{"application data", []byte("\x17\x03\x03\x00\x01x"), AlertUnexpectedMessage, "first record"},
+		{"an empty record", []byte("\x16\x03\x01\x00\x00"), AlertUnexpectedMessage, "empty"},
+		{"an empty record between two", append(records(good[:20], 20), "\x16\x03\x01\x00\x00"...), AlertUnexpectedMessage, "empty"},
+		{"an alert between two", append(records(good[:20], 20), "\x15\x03\x01\x00\x02\x01\x00"...), AlertUnexpectedMessage, "mixed"},
+		{"change_cipher_spec between two", append(records(good[:20], 20), "\x14\x03\x01\x00\x01\x01"...), AlertUnexpectedMessage, "mixed"},
+		{"a record too long", []byte("\x16\x03\x01\x40\x01"), AlertRecordOverflow, "16384"},
+		{"a ServerHello", records(handshake(2, good[4:]), maxPlaintext), AlertUnexpectedMessage, "no ClientHello"},
+		{"a HelloRequest", records(handshake(0, nil), maxPlaintext), AlertUnexpectedMessage, "no ClientHello"},
+		{"16 MiB", []byte("\x16\x03\x01\x00\x04\x01\xff\xff\xff"), AlertDecodeError, "longer than any"},
+
+		{"no body", cut(4), AlertDecodeError, "version"},
+		{"half a version", cut(5), AlertDecodeError, "version"},
+		{"no random", cut(6), AlertDecodeError, "random"},
+		{"half a random", cut(37), AlertDecodeError, "random"},
+		{"no session id", cut(38), AlertDecodeError, "session id"},
+		{"half a session id", cut(50), AlertDecodeError, "session id"},
+		{"no cipher suites", cut(71), AlertDecodeError, "cipher suites"},
+		{"half the cipher suites", cut(75), AlertDecodeError, "cipher suites"},
+		{"no compression methods", cut(77), AlertDecodeError, "compression"},
+		{"half the length of the extensions", cut(80), AlertDecodeError, "extensions' length"},
+		{"half the extensions", cut(len(good) - 1), AlertDecodeError, "extensions' length"},
+		{"bytes after the extensions", records(handshake(typeClientHello, append(bytes.Clone(good[4:]), 0)), maxPlaintext), AlertDecodeError, "extensions' length"},
+		{"ssl 3.0", records(message(0x300, nil), maxPlaintext), AlertProtocolVersion, "SSL 3.0"},
+		{"ssl 3.0 that says tls 1.3", records(message(0x300, builder{}.versions(0x304)), maxPlaintext), AlertProtocolVersion, "SSL 3.0"},
+		{"version 2", records(message(0x200, nil), maxPlaintext), AlertProtocolVersion, "SSL 3.0"},
+
+		{"half an extension's type", ext(builder{0}), AlertDecodeError, "ends in its type"},
+		{"half an extension's length", ext(builder{0, 0, 0}), AlertDecodeError, "ends in its data"},
+		{"half an extension", ext(builder{0, 0, 0, 9, 0}), AlertDecodeError, "ends in its data"},
+		{"server_name twice", ext(builder{}.serverName("a.b").serverName("a.b")), AlertIllegalParameter, "twice"},
+		{"alpn twice", ext(builder{}.alpn("h2").serverName("a.b").alpn("h2")), AlertIllegalParameter, "twice"},
+		{"an unknown extension twice", ext(builder{}.ext(0x9999, nil).serverName("a.b").ext(0x9999, nil)), AlertIllegalParameter, "twice"},
+		{"the last of 200 again", ext(sequence(300, 500).ext(499, nil)), AlertIllegalParameter, "twice"},
+		{"the first of 200 again", ext(sequence(300, 500).ext(300, nil)), AlertIllegalParameter, "twice"},
+
+		{"server_name without a body", ext(builder{}.ext(extServerName, nil)), AlertDecodeError, "server_name"},
+		{"server_name with an empty list", ext(builder{}.ext(extServerName, []byte{0, 0})), AlertDecodeError, "server_name"},
+		{"server_name list too long", ext(builder{}.ext(extServerName, []byte("\x00\x07\x00\x00\x03a.b"))), AlertDecodeError, "server_name"},
+		{"server_name list too short", ext(builder{}.ext(extServerName, []byte("\x00\x05\x00\x00\x03a.b"))), AlertDecodeError, "server_name"},
+		{"bytes after the server_name list", ext(builder{}.ext(extServerName, []byte("\x00\x06\x00\x00\x03a.b?"))), AlertDecodeError, "server_name"},
+		{"a name type alone", ext(builder{}.ext(extServerName, []byte("\x00\x01\x00"))), AlertDecodeError, "server_name"},
+		{"an empty name", name(""), AlertDecodeError, "empty"},
+		{"two names", ext(builder{}.serverName("a.b", "c.d")), AlertIllegalParameter, "more than one"},
+		{"the same name twice", ext(builder{}.serverName("a.b", "a.b")), AlertIllegalParameter, "more than one"},
+		{"ipv4", name("192.0.2.1"), AlertIllegalParameter, "IP address"},
+		{"ipv6", name("2001:db8::1"), AlertIllegalParameter, "IPv6"},
+
+		{"alpn without a body", ext(builder{}.ext(extALPN, nil)), AlertDecodeError, "ALPN"},
+		{"alpn with an empty list", ext(builder{}.alpn()), AlertDecodeError, "ALPN"},
+		{"alpn with an empty protocol", ext(builder{}.alpn("h2", "")), AlertDecodeError, "ALPN"},
+		{"alpn with half a protocol", ext(builder{}.ext(extALPN, []byte("\x00\x02\x02h"))), AlertDecodeError, "ALPN"},
+		{"bytes after the alpn list", ext(builder{}.ext(extALPN, []byte("\x00\x03\x02h2?"))), AlertDecodeError, "ALPN"},
+
+		{"supported_versions without a body", ext(builder{}.ext(extSupportedVersions, nil)), AlertDecodeError, "supported_versions"},
+		{"supported_versions empty", ext(builder{}.versions()), AlertDecodeError, "supported_versions"},
+		{"half a version in supported_versions", ext(builder{}.ext(extSupportedVersions, []byte{1, 3})), AlertDecodeError, "supported_versions"},
+		{"bytes after supported_versions", ext(builder{}.ext(extSupportedVersions, []byte{2, 3, 4, 0})), AlertDecodeError, "supported_versions"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := Parse(tt.stream)
+			verdict(t, err, tt.alert, tt.reason)
+			// The verdict is the same when bytes come one at a time, and when more of them follow.
+			_, head, err := Read(&script{rest: append(bytes.Clone(tt.stream), make([]byte, 100)...), step: 1}, 64<<10, time.Second)
+			verdict(t, err, tt.alert, tt.reason)
+			if len(head) > len(tt.stream) {
+				t.Errorf("read %d bytes to refuse %d", len(head), len(tt.stream))
+			}
+		})
+	}
+}
+
+func sequence(from, to int) (b builder) {
+	for i := from; i < to; i++ {
+		b = b.ext(i, nil)
+	}
+	return b
+}
+
+func verdict(t *testing.T, err error, alert uint8, reason string) {
+	t.Helper()
+	if alert == 0 {
+		if err != ErrNotTLS {
+			t.Errorf("got %v, want ErrNotTLS", err)
+		}
+		return
+	}
+	var r *RejectError
+	if !errors.As(err, &r) || r.Alert != alert || !strings.Contains(r.Reason, reason) {
+		t.Errorf("got %v, want alert %s for %q", err, alertName(alert), reason)
+	}
+	if got, ok := AlertFor(fmt.Errorf("in front: %w", err)); !ok || got != alert {
+		t.Errorf("AlertFor: %d, %v", got, ok)
+	}
+}
+
+func TestHostName(t *testing.T) {
+	label63 := strings.Repeat("a", 63)
+	good := map[string]string{
+		"a":                     "a",
+		"localhost":             "localhost",
+		"Example.ORG":           "example.org",
+		"example.org.":          "example.org",
+		"a.b.c.d.e.f":           "a.b.c.d.e.f",
+		"1.2.3.4.in-addr.arpa":  "1.2.3.4.in-addr.arpa",
+		"1and1.de":              "1and1.de",
+		"123.example":           "123.example",
+		"a--b.example":          "a--b.example",
+		"XN--BCHER-KVA.example": "xn--bcher-kva.example",
+		"my_app._tcp.example":   "my_app._tcp.example",
+		label63 + ".example":    label63 + ".example",
+		longName:                longName,
+		longName + ".":          longName,
+		"0x7f.example":          "0x7f.example",
+		"4e6.0xzz":              "4e6.0xzz",
+		"1.2.3.4a":              "1.2.3.4a",
+	}
+	for in, want := range good {
+		if got, problem := hostName([]byte(in)); got != want || problem != "" {
+			t.Errorf("%q: got %q, %q; want %q", in, got, problem, want)
+		}
+	}
+	bad := map[string]string{
+		".":                  "empty label",
+		"..":                 "empty label",
+		".a":                 "empty label",
+		"a..b":               "empty label",
+		"a.b..":              "empty label",
+		label63 + "a.b":      "63 bytes",
+		"b." + label63 + "a": "63 bytes",
+		longName + "b":       "253 bytes",
+		"-a.b":               "hyphen",
+		"a-.b":               "hyphen",
+		"a.-b":               "hyphen",
+		"a.b-":               "hyphen",
+		"127.0.0.1":          "IP address",
+		"127.0.0.1.":         "IP address",
+		"127.1":              "IP address",
+		"2130706433":         "IP address",
+		"0x7F000001":         "IP address",
+		"a.0x1F":             "IP address",
+		"0x":                 "IP address",
+		"::1":                "IPv6",
+		"[::1]":              "no host name has",
+		"a.b:443":            "port",
+		"a b":                "no host name has",
+		"a.b\x00":            "no host name has",
+		"a\nb":               "no host name has",
+		"*.a.b":              "no host name has",
+		"a/b":                "no host name has",
+		"bücher.example":     "ASCII",
+		"a.b\xff":            "ASCII",
+	}
+	for in, want := range bad {
+		if got, problem := hostName([]byte(in)); got != "" || !strings.Contains(problem, want) {
+			t.Errorf("%q: got %q, %q; want %q", in, got, problem, want)
+		}
+	}
+}
+
+func TestGrease(t *testing.T) {
+	var got []int
+	for v := range 1 << 16 {
+		if grease(v) {
+			got = append(got, v)
+		}
+	}
+	want := []int{0x0a0a, 0x1a1a, 0x2a2a, 0x3a3a, 0x4a4a, 0x5a5a, 0x6a6a, 0x7a7a, 0x8a8a, 0x9a9a, 0xaaaa, 0xbaba, 0xcaca, 0xdada, 0xeaea, 0xfafa} // RFC 8701 section 2
+	if !slices.Equal(got, want) {
+		t.Errorf("got %x", got)
+	}
+}
+
+// TestShared makes sure that a caller who appends to what Parse returned does not write into the next caller's result.
+func TestShared(t *testing.T) {
+	h, err := Parse(records(message(0x303, builder{}.versions(0x304)), maxPlaintext))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = append(h.Versions, 0xdead)
+	if known != [...]uint16{0x304, 0x303, 0x302, 0x301} {
+		t.Errorf("the shared table became %x", known)
+	}
+}

@@ -100,7 +100,11 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 			fmt.Fprintf(w, "  PROXY headers are believed from %s\n", strings.Join(l.AcceptProxy, ", "))
 		}
 		for _, c := range l.Certificates {
-			fmt.Fprintf(w, "  certificate %s\n", c)
+			fmt.Fprintf(w, "  certificate %s for %s", c.Source, strings.Join(c.Names, ", "))
+			if !c.NotAfter.IsZero() {
+				fmt.Fprintf(w, ", until %s", c.NotAfter.Format(time.DateOnly))
+			}
+			fmt.Fprintln(w)
 		}
 		tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		for _, r := range l.Routes {

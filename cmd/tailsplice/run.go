@@ -61,7 +61,7 @@ func run(ctx context.Context, o runOptions) error {
 		return err
 	}
 	for _, w := range cfg.Warnings {
-		log.Warn(w)
+		log.Warn(w.Error())
 	}
 
 	// Signals are ours before anything is bound: a HUP in the first second
@@ -146,7 +146,7 @@ func reload(f *front.Front, file string, log *slog.Logger) error {
 		return err
 	}
 	for _, w := range cfg.Warnings {
-		log.Warn(w)
+		log.Warn(w.Error())
 	}
 	return f.Reload(cfg)
 }

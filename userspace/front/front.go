@@ -33,6 +33,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
+	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
 // Options are what the daemon knows beside its configuration.
@@ -66,6 +67,8 @@ type Front struct {
 	ctx    context.Context // ends when flows must end at once
 	cancel context.CancelFunc
 	conns  sync.WaitGroup // every connection that was accepted
+
+	watchTailnet, watchContainers sync.Once
 
 	mu        sync.Mutex // guards what follows, and serialises reloads
 	cfg       *config.Config
@@ -106,8 +109,6 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 		f.Close()
 		return nil, err
 	}
-	go f.tailnet.Run(f.ctx)
-	go f.containers.Run(f.ctx)
 	go f.followTailnet(f.ctx, changed)
 	return f, nil
 }
@@ -133,38 +134,29 @@ func (f *Front) apply(cfg *config.Config) error {
 	}
 	listeners := map[string]*listener{}
 	services := map[string]*service{}
+	var swaps []func() // what changes a listener that goes on; can't fail
 	var errs []error
 	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
-		s, err := f.compile(cfg, l)
+		c := &cfg.Listeners[i]
+		l := f.listeners[c.Name]
+		if l == nil || l.mode != c.Mode {
+			l = &listener{name: c.Name, mode: c.Mode}
+		}
+		s, err := f.compile(cfg, c)
+		if err == nil && c.Mode == "https" {
+			var certs *tlsterm.Store
+			var swap func()
+			if certs, swap, err = f.prepareCertificates(cfg, c, l.certs); err == nil {
+				swaps = append(swaps, func() { swap(); l.certs = certs })
+			}
+		}
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		services[l.Name] = s
-		if old := f.listeners[l.Name]; old != nil && old.mode == l.Mode {
-			listeners[l.Name] = old
-			continue
-		}
-		fresh := &listener{name: l.Name, mode: l.Mode}
-		fresh.service.Store(s)
-		if l.Mode == "http" || l.Mode == "https" {
-			fresh.http = f.newHTTPServer(fresh)
-		}
-		listeners[l.Name] = fresh
-	}
-	discard := func() {
-		for name, l := range listeners {
-			if f.listeners[name] != l && l.http != nil {
-				l.http.close()
-			}
-		}
-		for _, s := range services {
-			s.close()
-		}
+		listeners[c.Name], services[c.Name] = l, s
 	}
 	if len(errs) > 0 {
-		discard()
 		return errors.Join(errs...)
 	}
 	connections := f.fitLimits(cfg)
@@ -173,34 +165,67 @@ func (f *Front) apply(cfg *config.Config) error {
 	if wantsTailnet(cfg) {
 		waits = f.refreshTailnetAddrs(f.ctx)
 	}
-	pending, err := f.rebind(bindings(cfg, listeners, f.tailnetAddrs))
+	opened, pending, err := f.bindMissing(bindings(cfg, listeners, f.tailnetAddrs))
 	if err != nil {
-		discard()
 		return err
 	}
 
 	// From here on nothing fails.
+	f.nodeName.Store(&cfg.Node)
+	for _, swap := range swaps {
+		swap()
+	}
 	for name, l := range listeners {
-		if old := l.service.Swap(services[name]); old != services[name] {
-			old.retire()
+		l.service.Store(services[name])
+		if l.http == nil && (l.mode == "http" || l.mode == "https") {
+			l.http = f.newHTTPServer(l, l.certs)
 		}
 	}
+	f.rebind(bindings(cfg, listeners, f.tailnetAddrs), opened)
 	for name, old := range f.listeners {
-		if listeners[name] != old {
-			old.service.Load().retire()
-			if old.http != nil {
-				go old.http.shutdown(f.ctx)
-			}
+		if listeners[name] != old && old.http != nil {
+			go old.http.shutdown(f.ctx)
 		}
 	}
+	f.watchNeeded(cfg)
 	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
 	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
-	f.nodeName.Store(&cfg.Node)
 	f.bindErr = errors.Join(append(pending, waits)...)
 	if f.bindErr != nil {
 		f.log.Warn("tailnet listeners wait until the tailnet is up", "err", f.bindErr)
 	}
 	return nil
+}
+
+// watchNeeded starts what follows the tailnet and the containers, once cfg
+// needs it: a daemon that uses neither doesn't complain that they are missing.
+func (f *Front) watchNeeded(cfg *config.Config) {
+	tailnet, docker := wantsTailnet(cfg), false
+	for i := range cfg.Listeners {
+		l := &cfg.Listeners[i]
+		if l.AcceptProxy != nil && len(newTrust(l.AcceptProxy.From).patterns) > 0 {
+			tailnet = true
+		}
+		for _, c := range l.Certificates {
+			tailnet = tailnet || c.Tailscale
+		}
+		actions := []*config.Action{l.Default}
+		for j := range l.Routes {
+			actions = append(actions, &l.Routes[j].Action)
+		}
+		for _, a := range actions {
+			if a != nil {
+				tailnet = tailnet || a.Forward.Scheme == dial.Tailnet
+				docker = docker || a.Forward.Scheme == dial.Docker
+			}
+		}
+	}
+	if tailnet {
+		f.watchTailnet.Do(func() { go f.tailnet.Run(f.ctx) })
+	}
+	if docker {
+		f.watchContainers.Do(func() { go f.containers.Run(f.ctx) })
+	}
 }
 
 // fitLimits lowers the limit of connections to what the file descriptors
@@ -283,7 +308,6 @@ func (f *Front) Close() {
 		if l.http != nil {
 			l.http.close()
 		}
-		l.service.Load().close()
 	}
 	f.conns.Wait()
 }

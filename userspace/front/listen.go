@@ -123,32 +123,22 @@ func firstFreePort() string {
 	return strings.TrimSpace(string(b))
 }
 
-// rebind makes the bound sockets those that want lists: opens what is missing,
-// hands over what stays, closes the rest. Errors of tailnet addresses are
-// returned in pending, since they mend themselves; any other error undoes the
-// sockets that this call opened and changes nothing.
+// bindMissing opens what want lists and is not bound yet, and accepts nothing
+// there yet. Errors of tailnet addresses are returned in pending, since they
+// mend themselves; with any other error nothing stays open.
 //
 // f.mu is held.
-func (f *Front) rebind(want []binding) (pending []error, err error) {
-	opened := map[string]*socket{}
-	undo := func() {
-		for _, s := range opened {
-			s.ln.Close()
-		}
-	}
+func (f *Front) bindMissing(want []binding) (opened map[string]*socket, pending []error, err error) {
+	opened = map[string]*socket{}
 	var fatal []error
-	keep := map[string]*listener{}
 	for _, b := range want {
 		if f.sockets[b.addr] != nil {
-			keep[b.addr] = b.owner
 			continue
 		}
 		ln, err := listen(b.addr)
 		switch {
 		case err == nil:
-			s := &socket{addr: b.addr, ln: ln, done: make(chan struct{})}
-			s.owner.Store(b.owner)
-			opened[b.addr] = s
+			opened[b.addr] = &socket{addr: b.addr, ln: ln, done: make(chan struct{})}
 		case b.tailnet:
 			pending = append(pending, err)
 		default:
@@ -156,24 +146,38 @@ func (f *Front) rebind(want []binding) (pending []error, err error) {
 		}
 	}
 	if len(fatal) > 0 {
-		undo()
-		return nil, errors.Join(fatal...)
+		for _, s := range opened {
+			s.ln.Close()
+		}
+		return nil, nil, errors.Join(fatal...)
+	}
+	return opened, pending, nil
+}
+
+// rebind makes the sockets those that want lists: hands over what stays,
+// starts what bindMissing has opened, closes the rest.
+//
+// f.mu is held.
+func (f *Front) rebind(want []binding, opened map[string]*socket) {
+	wanted := map[string]bool{}
+	for _, b := range want {
+		wanted[b.addr] = true
+		if s := f.sockets[b.addr]; s != nil {
+			s.owner.Store(b.owner)
+		} else if s := opened[b.addr]; s != nil {
+			s.owner.Store(b.owner)
+			f.sockets[b.addr] = s
+			f.log.Info("listening", "address", boundAddress(b.addr, s.ln), "listener", b.owner.name, "mode", b.owner.mode)
+			go f.accept(s)
+		}
 	}
 	for addr, s := range f.sockets {
-		if owner, ok := keep[addr]; ok {
-			s.owner.Store(owner)
-			continue
+		if !wanted[addr] {
+			s.ln.Close()
+			delete(f.sockets, addr)
+			f.log.Info("stopped listening", "address", addr)
 		}
-		s.ln.Close()
-		delete(f.sockets, addr)
-		f.log.Info("stopped listening", "address", addr)
 	}
-	for addr, s := range opened {
-		f.sockets[addr] = s
-		f.log.Info("listening", "address", addr, "listener", s.owner.Load().name, "mode", s.owner.Load().mode)
-		go f.accept(s)
-	}
-	return pending, nil
 }
 
 // followTailnet keeps the tailnet listeners bound to this node's present
@@ -215,7 +219,11 @@ func (f *Front) bindTailnet(ctx context.Context) (again bool, err error) {
 		f.bindErr = err
 		return true, err
 	}
-	pending, err := f.rebind(bindings(f.cfg, f.listeners, f.tailnetAddrs))
+	want := bindings(f.cfg, f.listeners, f.tailnetAddrs)
+	opened, pending, err := f.bindMissing(want)
+	if err == nil {
+		f.rebind(want, opened)
+	}
 	f.bindErr = errors.Join(append(pending, err)...)
 	return f.bindErr != nil, f.bindErr
 }

@@ -12,6 +12,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/route"
+	"github.com/tailsplice/tailsplice/userspace/tlsterm"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
 // listener is a configured listener while the daemon lives. What it does is
@@ -19,7 +21,8 @@ import (
 type listener struct {
 	name, mode string
 	service    atomic.Pointer[service]
-	http       *httpServer // http and https only
+	http       *httpServer    // http and https only
+	certs      *tlsterm.Store // https only
 }
 
 // service is one listener's configuration, ready to be used. It is immutable:
@@ -31,7 +34,6 @@ type service struct {
 	names    *route.Table[*rule] // sni and http(s): by name, then default
 	fallback *rule               // tcp: the only way
 	rules    []*rule             // in the config's order, for status
-	tls      *certificates       // https only
 }
 
 // rule is one route, or the default.
@@ -46,7 +48,7 @@ type rule struct {
 	sendProxy bool
 	datapaths []relay.Datapath // to be tried before userspace, best first
 
-	upstream *upstream // http(s) only
+	upstream *vhost.Upstream // http(s) only
 }
 
 // via names the datapath that a flow of this rule begins with.
@@ -75,7 +77,7 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 		c := &l.Routes[i]
 		r, err := f.compileRule(cfg, l, c.Action)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s:%d:%d: %w", cfg.File, c.Pos.Line, c.Pos.Col, err))
+			errs = append(errs, fmt.Errorf("%s:%s: %w", cfg.File, c.At("datapath"), err))
 			continue
 		}
 		r.patterns = slices.Concat(c.SNI, c.Host)
@@ -96,7 +98,7 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 	if l.Default != nil {
 		r, err := f.compileRule(cfg, l, *l.Default)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("listener %q: default: %w", l.Name, err))
+			errs = append(errs, fmt.Errorf("%s:%s: %w", cfg.File, l.Default.At("datapath"), err))
 		} else {
 			r.name = "default"
 			s.rules = append(s.rules, r)
@@ -105,13 +107,6 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 		}
 	}
 	s.names = table.Build()
-	if l.Mode == "https" {
-		certs, err := f.loadCertificates(cfg, l)
-		if err != nil {
-			errs = append(errs, err)
-		}
-		s.tls = certs
-	}
 	return s, errors.Join(errs...)
 }
 
@@ -126,7 +121,7 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, a config.Act
 	wanted := cmp.Or(a.Datapath, cfg.Datapath, "auto")
 	if l.Mode == "http" || l.Mode == "https" {
 		// What is terminated here can't be moved without this process.
-		r.upstream = f.newUpstream(cfg, l, r)
+		r.upstream = f.newUpstream(l, r)
 		return r, nil
 	}
 	var err error

@@ -78,7 +78,7 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 		reset(in.TCPConn)
 		return
 	}
-	up, err := f.dialRule(f.ctx, in.listener, r, in.client.Addr())
+	up, err := f.dialRule(f.ctx, in.listener.name, r, in.client.Addr())
 	if err != nil {
 		defer in.release()
 		f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.name, "target", r.written, "client", in.client, "name", in.name, "err", err)
@@ -113,7 +113,7 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 }
 
 // dialRule connects to r's target and counts how that went.
-func (f *Front) dialRule(ctx context.Context, l *listener, r *rule, client netip.Addr) (net.Conn, error) {
+func (f *Front) dialRule(ctx context.Context, listener string, r *rule, client netip.Addr) (net.Conn, error) {
 	started := time.Now()
 	up, err := f.dialer.Dial(ctx, r.target, client)
 	f.metrics.DialTime.Observe(time.Since(started).Seconds())
@@ -121,9 +121,9 @@ func (f *Front) dialRule(ctx context.Context, l *listener, r *rule, client netip
 		reason := "error"
 		var de *dial.Error
 		if errors.As(err, &de) {
-			reason = de.Reason()
+			reason = string(de.Reason)
 		}
-		f.metrics.DialError.WithLabelValues(l.name, reason).Inc()
+		f.metrics.DialError.WithLabelValues(listener, reason).Inc()
 		return nil, err
 	}
 	return up, nil

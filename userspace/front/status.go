@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
 // Status is what `tailsplice status --json` prints.
@@ -38,13 +39,13 @@ type DatapathStatus struct {
 
 // ListenerStatus is one listener.
 type ListenerStatus struct {
-	Name         string        `json:"name"`
-	Mode         string        `json:"mode"`
-	Listen       []string      `json:"listen"` // as configured
-	Bound        []string      `json:"bound"`  // as bound now
-	AcceptProxy  []string      `json:"accept_proxy,omitempty"`
-	Certificates []string      `json:"certificates,omitempty"`
-	Routes       []RouteStatus `json:"routes"`
+	Name         string         `json:"name"`
+	Mode         string         `json:"mode"`
+	Listen       []string       `json:"listen"` // as configured
+	Bound        []string       `json:"bound"`  // as bound now
+	AcceptProxy  []string       `json:"accept_proxy,omitempty"`
+	Certificates []tlsterm.Info `json:"certificates,omitempty"`
+	Routes       []RouteStatus  `json:"routes"`
 }
 
 // RouteStatus is one route, or the default.
@@ -81,9 +82,12 @@ func (f *Front) Status() Status {
 		c := &f.cfg.Listeners[i]
 		l := f.listeners[c.Name]
 		svc := l.service.Load()
-		ls := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}, Certificates: svc.certificateNames()}
+		ls := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}}
 		if c.AcceptProxy != nil {
 			ls.AcceptProxy = c.AcceptProxy.From
+		}
+		if l.certs != nil {
+			ls.Certificates = l.certs.Certificates()
 		}
 		for addr, sock := range f.sockets {
 			if sock.owner.Load() == l {

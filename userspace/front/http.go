@@ -1,0 +1,195 @@
+package front
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/proxyheader"
+	"github.com/tailsplice/tailsplice/userspace/tlsterm"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+// httpServer serves one http or https listener. It lives as long as the
+// listener, over reloads: kept-alive connections go on, with the new routes.
+type httpServer struct {
+	front  *Front
+	server *vhost.Server
+	stop   context.CancelFunc // ends the watch over certificate files
+}
+
+// newHTTPServer starts the server of l, which has its first service. certs is
+// nil for http.
+func (f *Front) newHTTPServer(l *listener, certs *tlsterm.Store) *httpServer {
+	ctx, stop := context.WithCancel(f.ctx)
+	o := vhost.Options{Node: f.node(), Log: f.log, OnRequest: func(r vhost.Request) { f.requestEnded(l, r) },
+		Route: func(host, path string) (*vhost.Upstream, error) { return l.service.Load().routeRequest(host, path) }}
+	if certs != nil {
+		o.TLS = certs.Config()
+		go certs.Run(ctx)
+	}
+	return &httpServer{front: f, server: vhost.New(o), stop: stop}
+}
+
+// routeRequest finds the rule of a request. A host's rules are tried by path,
+// longest first; then shorter wildcards, then the default.
+func (s *service) routeRequest(host, path string) (*vhost.Upstream, error) {
+	known := false
+	r, ok := s.names.Lookup(host, func(r *rule) bool {
+		known = true
+		return vhost.PathMatches(r.path, path)
+	})
+	switch {
+	case ok && r.reject:
+		return nil, vhost.ErrRejected
+	case ok:
+		return r.upstream, nil
+	case known:
+		return nil, vhost.ErrNoPath
+	}
+	return nil, vhost.ErrNoHost
+}
+
+// newUpstream is where the requests of r go.
+func (f *Front) newUpstream(l *config.Listener, r *rule) *vhost.Upstream {
+	return &vhost.Upstream{
+		Key: fmt.Sprintf("%s proxy=%t", r.written, r.sendProxy), Name: publicName(r), Route: r.name, OwnConnections: r.sendProxy,
+		Dial: func(ctx context.Context) (net.Conn, error) {
+			info, _ := vhost.Info(ctx)
+			up, err := f.dialRule(ctx, l.Name, r, info.Client.Addr())
+			if err != nil {
+				f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", info.ID, "listener", l.Name, "route", r.name, "target", r.written, "client", info.Client, "err", err)
+				return nil, pageReason(err)
+			}
+			if r.sendProxy {
+				h := proxyheader.Header{Source: info.Client, Destination: info.Local, ServerName: info.ServerName, ID: info.ID}
+				if _, err := up.Write(h.Append(nil)); err != nil {
+					up.Close()
+					return nil, fmt.Errorf("send the PROXY header: %w", err)
+				}
+			}
+			return up, nil
+		},
+	}
+}
+
+// pageReason gives an error of dialling the reason that chooses its page: what
+// is known and not there now is another thing than what does not answer.
+func pageReason(err error) error {
+	var de *dial.Error
+	if !errors.As(err, &de) {
+		return err
+	}
+	switch de.Reason {
+	case dial.NodeOffline, dial.UnknownNode, dial.ContainerStopped, dial.UnknownContainer, dial.AmbiguousContainer,
+		dial.NoTailscaled, dial.TailscaleDown, dial.NoDockerd, dial.NoSocket, dial.Exhausted:
+		return vhost.Fail(vhost.ReasonAbsent, err)
+	case dial.Timeout:
+		return vhost.Fail(vhost.ReasonTimeout, err)
+	case dial.Refused:
+		return vhost.Fail(vhost.ReasonRefused, err)
+	}
+	return vhost.Fail(vhost.ReasonUnreachable, err)
+}
+
+// publicName is how a visitor may hear of a target: the names of nodes and
+// containers tell which hop failed, addresses are nobody's business.
+func publicName(r *rule) string {
+	switch r.target.Scheme {
+	case "tailnet":
+		return r.target.Host
+	case "docker":
+		return "container " + r.target.Host
+	}
+	return "a local service"
+}
+
+// serve serves in until it is closed. It owns in.
+func (h *httpServer) serve(in *inbound) {
+	f := h.front
+	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: "by request", Name: in.name,
+		Client: in.client.String(), Downstream: in.peer.String(), Target: "by request", Datapath: "userspace",
+		Started: in.accepted, Bytes: func() (up, down int64) { return in.bytesIn.Load(), in.bytesOut.Load() }}
+	f.flows.Add(fl)
+	err := h.server.ServeConn(in)
+	f.flows.Remove(fl)
+	f.metrics.Bytes.WithLabelValues(fl.Listener, "up").Add(float64(in.bytesIn.Load()))
+	f.metrics.Bytes.WithLabelValues(fl.Listener, "down").Add(float64(in.bytesOut.Load()))
+	if err != nil {
+		f.metrics.Refused.WithLabelValues(in.listener.name, "tls_handshake").Inc()
+		f.complain.Warn("tls_handshake", "connection refused", "id", in.id, "listener", in.listener.name, "client", in.client, "reason", "tls_handshake", "err", err)
+	}
+}
+
+// shutdown lets requests end until ctx does.
+func (h *httpServer) shutdown(ctx context.Context) {
+	h.server.Shutdown(ctx)
+	h.stop()
+}
+
+// close ends all connections at once.
+func (h *httpServer) close() {
+	h.server.Close()
+	h.stop()
+}
+
+// Info tells vhost who is at the other end.
+func (in *inbound) Info() vhost.ConnInfo {
+	return vhost.ConnInfo{Client: in.client, Peer: in.peer, Local: in.local, Trusted: in.trusted, ID: in.id, ServerName: in.name}
+}
+
+// requestEnded writes the one line of a request, which is a flow of its own.
+func (f *Front) requestEnded(l *listener, r vhost.Request) {
+	end := "eof"
+	if r.Err != nil {
+		end = "error"
+	}
+	f.metrics.Ended.WithLabelValues(l.name, "userspace", end).Inc()
+	args := []any{"id", r.ID, "node", f.node(), "listener", l.name, "name", r.Host,
+		"client", r.Conn.Client.String(), "downstream", r.Conn.Peer.String(),
+		"method", r.Method, "path", r.Path, "proto", r.Proto, "status", r.Status,
+		"bytes_up", r.BytesIn, "bytes_down", r.BytesOut, "duration", seconds(time.Since(r.Started)), "datapath", "userspace", "end", end}
+	if r.Upstream != nil {
+		target, _, _ := strings.Cut(r.Upstream.Key, " ")
+		args = append(args, "route", r.Upstream.Route, "target", target)
+	}
+	if r.Err != nil {
+		args = append(args, "err", r.Err)
+	}
+	f.log.Info("flow ended", args...)
+}
+
+// prepareCertificates reads what an https listener shows. The store of a
+// listener that goes on is changed by apply, which can't fail; a new listener
+// gets a store of its own.
+func (f *Front) prepareCertificates(cfg *config.Config, l *config.Listener, old *tlsterm.Store) (store *tlsterm.Store, apply func(), err error) {
+	var specs []tlsterm.Spec
+	var errs []error
+	for i := range l.Certificates {
+		c := &l.Certificates[i]
+		switch {
+		case c.Files != nil:
+			specs = append(specs, tlsterm.Spec{Cert: c.Files.Cert, Key: c.Files.Key})
+		case c.Tailscale:
+			specs = append(specs, tlsterm.Spec{Name: "tailscale", GetCertificate: f.tailnet.GetCertificate,
+				Covers: func(name string) bool { return strings.HasSuffix(name, ".ts.net") }})
+		default:
+			errs = append(errs, fmt.Errorf("%s:%s: acme certificates are not in this version: use files, or tailscale: true", cfg.File, c.Pos))
+		}
+	}
+	if len(errs) > 0 {
+		return nil, nil, errors.Join(errs...)
+	}
+	if old != nil {
+		apply, err = old.Prepare(specs)
+		return old, apply, err
+	}
+	store, err = tlsterm.Load(specs, f.log)
+	return store, func() {}, err
+}

@@ -4,8 +4,9 @@
 // (RFC 6177); an IPv4 address mapped into IPv6 is the IPv4 address. Tailscale's range fd7a:115c:a1e0::/48 is the
 // exception: each of its addresses is a node of its own, and all nodes of a tailnet may share one /64.
 //
-// One mutex guards it all. A call holds it for some 50 ns, which is a small part of what accepting a connection costs
-// anyway; sharding would make the total either inexact or a second shared word. The benchmarks keep that honest.
+// One mutex guards it all. Acquire and Release together take 0.2 µs with 65,535 sources, on one CPU as on two, where
+// accepting a connection takes tens of µs; sharding would buy nothing, and make the total inexact or a second shared
+// word. See the benchmarks.
 package limit
 
 import (
@@ -169,12 +170,20 @@ func (s Source) String() string { return fmt.Sprintf("%s: %d", name(s.Prefix), s
 
 // Sources returns the n sources with the most connections, the largest first, equal ones by address. n < 0 means all.
 func (l *Limiter) Sources(n int) []Source {
+	type entry struct {
+		source
+		count int
+	}
 	l.mu.Lock()
-	list := make([]Source, 0, len(l.sources))
+	entries := make([]entry, 0, len(l.sources)) // only what must be done under the lock
 	for s, count := range l.sources {
-		list = append(list, Source{s.prefix(), count})
+		entries = append(entries, entry{s, count})
 	}
 	l.mu.Unlock()
+	list := make([]Source, len(entries))
+	for i, e := range entries {
+		list[i] = Source{e.prefix(), e.count}
+	}
 	slices.SortFunc(list, func(a, b Source) int {
 		return cmp.Or(cmp.Compare(b.Count, a.Count), a.Prefix.Addr().Compare(b.Prefix.Addr()))
 	})

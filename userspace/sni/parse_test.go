@@ -82,6 +82,8 @@ func TestParseRefuses(t *testing.T) {
 		{"an SSLv2 hello", []byte("\x80\x2e\x01\x03\x01\x00\x15\x00\x00\x00\x10"), 0, ""},
 		{"dtls", []byte("\x16\xfe\xfd\x00\x00"), 0, ""},
 		{"zeros", make([]byte, 10), 0, ""},
+		{"version 2 in the record", edit(1, 2), 0, ""},
+		{"version 4 in the record", edit(1, 4), 0, ""},
 		{"record type 19", edit(0, 19), 0, ""},
 		{"record type 25", edit(0, 25), 0, ""},
 

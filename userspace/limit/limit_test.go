@@ -1,0 +1,376 @@
+package limit
+
+import (
+	"errors"
+	"math/rand/v2"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+)
+
+func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
+
+func acquire(t *testing.T, l *Limiter, src string) *Lease {
+	t.Helper()
+	lease, err := l.Acquire(addr(src))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lease
+}
+
+func TestSourceOf(t *testing.T) {
+	tests := []struct{ addr, want string }{
+		{"192.0.2.1", "192.0.2.1/32"},
+		{"::ffff:192.0.2.1", "192.0.2.1/32"},
+		{"2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"},
+		{"2001:db8:1:2::", "2001:db8:1:2::/64"},
+		{"fe80::1%eth0", "fe80::/64"},
+		{"fe80::2%eth1", "fe80::/64"},
+		{"::1", "::/64"},
+		{"::", "::/64"},
+		{"0.0.0.0", "0.0.0.0/32"},
+		{"100.64.0.1", "100.64.0.1/32"},
+		// Two nodes of one tailnet are no one customer.
+		{"fd7a:115c:a1e0::1", "fd7a:115c:a1e0::1/128"},
+		{"fd7a:115c:a1e0:ab12:4843:cd96:6258:b240", "fd7a:115c:a1e0:ab12:4843:cd96:6258:b240/128"},
+		{"fd7a:115c:a1e1::1", "fd7a:115c:a1e1::/64"},
+	}
+	for _, tt := range tests {
+		if got := sourceOf(addr(tt.addr)).prefix(); got != netip.MustParsePrefix(tt.want) {
+			t.Errorf("%s: got %v, want %s", tt.addr, got, tt.want)
+		}
+	}
+	if got := sourceOf(netip.Addr{}).prefix(); got.IsValid() {
+		t.Errorf("the zero Addr: %v", got)
+	}
+}
+
+func TestAcquire(t *testing.T) {
+	l := New(5, 2)
+	a := acquire(t, l, "192.0.2.1")
+	acquire(t, l, "::ffff:192.0.2.1")
+	_, err := l.Acquire(addr("192.0.2.1"))
+	var over *OverError
+	if !errors.Is(err, ErrSource) || errors.Is(err, ErrTotal) || !errors.As(err, &over) ||
+		over.Source != netip.MustParsePrefix("192.0.2.1/32") || over.Count != 2 || over.Limit != 2 {
+		t.Errorf("third from one source: %v", err)
+	}
+	if want := "too many connections from one source: 192.0.2.1 has 2, the limit is 2 (limits.connections_per_source)"; err.Error() != want {
+		t.Errorf("got %q", err)
+	}
+	acquire(t, l, "2001:db8::1")
+	acquire(t, l, "2001:db8::ffff:1")
+	if _, err := l.Acquire(addr("2001:db8::2")); !errors.Is(err, ErrSource) || !strings.Contains(err.Error(), "2001:db8::/64 has 2") {
+		t.Errorf("third from one /64: %v", err)
+	}
+	acquire(t, l, "2001:db8:0:1::1") // the next /64
+	_, err = l.Acquire(addr("198.51.100.1"))
+	if !errors.Is(err, ErrTotal) || errors.Is(err, ErrSource) || !errors.As(err, &over) || over.Count != 5 || over.Limit != 5 {
+		t.Errorf("sixth in all: %v", err)
+	}
+	if got := l.Total(); got != 5 {
+		t.Errorf("total %d: a refused connection counts", got)
+	}
+
+	a.Release()
+	a.Release() // does nothing
+	if got := l.Total(); got != 4 {
+		t.Errorf("total %d after a release, want 4", got)
+	}
+	acquire(t, l, "192.0.2.1")
+	if _, err := l.Acquire(addr("192.0.2.1")); err == nil {
+		t.Error("a second release gave room")
+	}
+}
+
+func TestUnknownSource(t *testing.T) {
+	l := New(3, 1)
+	for range 3 {
+		if _, err := l.Acquire(netip.Addr{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := l.Acquire(netip.Addr{}); !errors.Is(err, ErrTotal) {
+		t.Errorf("fourth in all: %v", err)
+	}
+	if got := l.Sources(-1); len(got) != 0 {
+		t.Errorf("sources %v", got)
+	}
+}
+
+func TestMove(t *testing.T) {
+	l := New(10, 2)
+	a, b := acquire(t, l, "192.0.2.1"), acquire(t, l, "192.0.2.1")
+	if err := a.Move(addr("198.51.100.1")); err != nil {
+		t.Fatal(err)
+	}
+	acquire(t, l, "192.0.2.1") // there is room again
+	acquire(t, l, "198.51.100.1")
+	if err := b.Move(addr("198.51.100.1")); !errors.Is(err, ErrSource) {
+		t.Errorf("a move to a full source: %v", err)
+	}
+	if _, err := l.Acquire(addr("192.0.2.1")); err == nil {
+		t.Error("a failed move gave up its place")
+	}
+	// A move within a full source is none.
+	if err := b.Move(addr("::ffff:192.0.2.1")); err != nil {
+		t.Error(err)
+	}
+	if got := l.Total(); got != 4 {
+		t.Errorf("total %d, want 4", got)
+	}
+	b.Release()
+	if err := b.Move(addr("203.0.113.1")); err != nil || l.Total() != 3 || len(l.Sources(-1)) != 2 {
+		t.Errorf("a released lease moved: %v, %v", err, l.Sources(-1))
+	}
+	// The full total does not stop a move, nor does an unknown source.
+	l.SetLimits(3, 2)
+	if err := a.Move(netip.Addr{}); err != nil {
+		t.Error(err)
+	}
+	if err := a.Move(addr("203.0.113.1")); err != nil {
+		t.Error(err)
+	}
+	if n := testing.AllocsPerRun(100, func() { a.Move(addr("203.0.113.1")); a.Move(addr("203.0.113.2")) }); n > 0 {
+		t.Errorf("Move makes %v allocations", n)
+	}
+}
+
+func TestSetLimits(t *testing.T) {
+	l := New(0, -1) // no limits
+	var leases []*Lease
+	for range 10 {
+		leases = append(leases, acquire(t, l, "192.0.2.1"))
+	}
+	l.SetLimits(20, 3)
+	if _, err := l.Acquire(addr("192.0.2.1")); !errors.Is(err, ErrSource) {
+		t.Errorf("over the new limit: %v", err)
+	}
+	for _, lease := range leases[:8] {
+		lease.Release()
+	}
+	acquire(t, l, "192.0.2.1")
+	l.SetLimits(1, 3)
+	if _, err := l.Acquire(addr("192.0.2.2")); !errors.Is(err, ErrTotal) {
+		t.Errorf("over the new limit in all: %v", err)
+	}
+	l.SetLimits(0, 0)
+	acquire(t, l, "192.0.2.1")
+}
+
+func TestSources(t *testing.T) {
+	l := New(0, 0)
+	for src, n := range map[string]int{"192.0.2.1": 2, "192.0.2.2": 5, "2001:db8::1": 5, "192.0.2.4": 1} {
+		for range n {
+			acquire(t, l, src)
+		}
+	}
+	want := []string{"192.0.2.2: 5", "2001:db8::/64: 5", "192.0.2.1: 2", "192.0.2.4: 1"}
+	for n := -1; n <= 6; n++ {
+		got := l.Sources(n)
+		expect := want
+		if n >= 0 && n < len(want) {
+			expect = want[:n]
+		}
+		if len(got) != len(expect) {
+			t.Fatalf("Sources(%d): %v", n, got)
+		}
+		for i := range got {
+			if got[i].String() != expect[i] {
+				t.Errorf("Sources(%d)[%d]: %v, want %s", n, i, got[i], expect[i])
+			}
+		}
+	}
+}
+
+// TestEndsAtZero lets many goroutines acquire, move and release at random, holds the counts against the limits all the
+// while, and expects nothing to be left in the end.
+func TestEndsAtZero(t *testing.T) {
+	const total, perSource = 60, 7
+	l := New(total, perSource)
+	pick := func(r *rand.Rand) netip.Addr {
+		switch n := r.IntN(12); {
+		case n == 0:
+			return netip.Addr{}
+		case n < 6:
+			return netip.AddrFrom4([4]byte{192, 0, 2, byte(n)})
+		case n < 8: // the same sources, mapped
+			return netip.AddrFrom16(netip.AddrFrom4([4]byte{192, 0, 2, byte(n - 5)}).As16())
+		default: // two /64s
+			return netip.AddrFrom16([16]byte{0x20, 1, 0x0d, 0xb8, 7: byte(n % 2), 15: byte(r.IntN(256))})
+		}
+	}
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		for {
+			if n := l.Total(); n > total || n < 0 {
+				t.Errorf("%d in all", n)
+			}
+			for _, s := range l.Sources(-1) {
+				if s.Count < 1 || s.Count > perSource {
+					t.Errorf("%v", s)
+				}
+			}
+			select {
+			case <-stop:
+				return
+			default:
+			}
+		}
+	}()
+	shared := make(chan *Lease, 16) // leases that two goroutines use at once
+	for g := range 8 {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(1, uint64(g)))
+			var held []*Lease
+			for range 5000 {
+				switch r.IntN(5) {
+				case 0, 1:
+					if lease, err := l.Acquire(pick(r)); err == nil {
+						held = append(held, lease)
+						select {
+						case shared <- lease:
+						default:
+						}
+					} else if !errors.Is(err, ErrTotal) && !errors.Is(err, ErrSource) {
+						t.Error(err)
+					}
+				case 2:
+					if len(held) > 0 {
+						_ = held[r.IntN(len(held))].Move(pick(r))
+					}
+				case 3:
+					if len(held) > 0 {
+						i := r.IntN(len(held))
+						held[i].Release() // stays in held: a later one must not count
+					}
+				case 4:
+					select {
+					case lease := <-shared:
+						if r.IntN(2) == 0 {
+							_ = lease.Move(pick(r))
+						} else {
+							lease.Release()
+						}
+					default:
+					}
+				}
+			}
+			for _, lease := range held {
+				lease.Release()
+			}
+		})
+	}
+	wg.Wait()
+	close(stop)
+	<-watched
+	if n, s := l.Total(), l.Sources(-1); n != 0 || len(s) != 0 {
+		t.Errorf("%d leases and the sources %v are left", n, s)
+	}
+	if len(l.sources) != 0 {
+		t.Errorf("%d entries are left", len(l.sources))
+	}
+}
+
+// TestFloodIsForgotten: after many sources came and went, the map that knew them is gone too.
+func TestFloodIsForgotten(t *testing.T) {
+	l := New(0, 0)
+	var leases []*Lease
+	for i := range 5000 {
+		lease, err := l.Acquire(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		leases = append(leases, lease)
+	}
+	if l.peak != 5000 {
+		t.Errorf("peak %d", l.peak)
+	}
+	for _, lease := range leases {
+		lease.Release()
+	}
+	if l.peak != 0 || len(l.sources) != 0 {
+		t.Errorf("peak %d, %d entries: the map was kept", l.peak, len(l.sources))
+	}
+}
+
+func BenchmarkAcquireRelease(b *testing.B) {
+	b.Run("one source", func(b *testing.B) {
+		l := New(65536, 256)
+		src := addr("192.0.2.1")
+		b.ReportAllocs()
+		for b.Loop() {
+			lease, _ := l.Acquire(src)
+			lease.Release()
+		}
+	})
+	b.Run("65535 others", func(b *testing.B) {
+		l := full(b)
+		src := addr("2001:db8::1")
+		b.ReportAllocs()
+		for b.Loop() {
+			lease, _ := l.Acquire(src)
+			lease.Release()
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		l := full(b)
+		l.SetLimits(0, 256)
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			src := netip.AddrFrom4([4]byte{192, 0, byte(rand.Uint32()), byte(rand.Uint32())})
+			for pb.Next() {
+				lease, _ := l.Acquire(src)
+				lease.Release()
+			}
+		})
+	})
+}
+
+func BenchmarkRefuse(b *testing.B) {
+	l := New(65536, 1)
+	src := addr("192.0.2.1")
+	if _, err := l.Acquire(src); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := l.Acquire(src); err == nil {
+			b.Fatal("not refused")
+		}
+	}
+}
+
+func BenchmarkMove(b *testing.B) {
+	l := full(b)
+	lease, _ := l.Acquire(netip.Addr{})
+	src := [2]netip.Addr{addr("192.0.2.1"), addr("192.0.2.2")}
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		_ = lease.Move(src[i%2])
+	}
+}
+
+// BenchmarkSources is what a status page costs, with the lock held for a part of it.
+func BenchmarkSources(b *testing.B) {
+	l := full(b)
+	for b.Loop() {
+		l.Sources(10)
+	}
+}
+
+// full has 65,535 sources of one connection each.
+func full(b *testing.B) *Limiter {
+	l := New(65536, 256)
+	for i := range 65535 {
+		if _, err := l.Acquire(netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)})); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return l
+}

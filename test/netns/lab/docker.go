@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/moby/moby/api/pkg/stdcopy"
 	"github.com/moby/moby/api/types/build"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/client"
@@ -54,7 +55,7 @@ func (w *World) startDocker(ctx context.Context, blog string) error {
 		"/bin/sh", "-c", dockerInit, "dockerd", "dockerd", "-H", "unix:///run/docker.sock", "--config-file", conf,
 		"--data-root", filepath.Join(h.Dir, "docker"), "--exec-root", "/run/docker", "--pidfile", "/run/docker.pid",
 		"--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", cgroupParent + "/" + w.run.id,
-		"--userland-proxy=false", "--ip6tables=false",
+		"--userland-proxy=false", "--log-level", "warn", "--ip6tables=false",
 	}
 	var err error
 	d.proc, err = h.StartProcess("dockerd", argv, func(c *Cmd) {
@@ -189,6 +190,8 @@ func (d *Docker) logs(lines int) string {
 		return "\n=== laptop: container blog: " + err.Error() + "\n"
 	}
 	defer r.Close()
-	b, _ := io.ReadAll(r)
-	return "\n=== laptop: container blog\n" + strings.ToValidUTF8(string(b), "")
+	var b strings.Builder
+	b.WriteString("\n=== laptop: container blog\n")
+	stdcopy.StdCopy(&b, &b, r)
+	return b.String()
 }

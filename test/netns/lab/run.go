@@ -24,18 +24,23 @@ const registryDir = "/run/tailsplice-lab"
 // cgroupParent is where dockerd of a run puts its containers: cgroupParent/ID in every hierarchy.
 const cgroupParent = "/tailsplice-lab"
 
-// reapScript removes what a run named ID with its files in DIR left. It is idempotent. Processes that PDEATHSIG
-// is only just ending may still write: hence the tries.
+// reapScript removes what a run named ID with its files in DIR left. It is idempotent. Names of namespaces are removed
+// in a private mount namespace: there one sees also those that a later mount over /run/netns hides (the first `ip netns
+// add` on a machine makes one), and removing the file unmounts it everywhere. Processes that PDEATHSIG is only just
+// ending may still write: hence the tries.
 const reapScript = `
 trap "" INT TERM HUP QUIT
 read -r _
 PATH=$PATH:/usr/sbin:/sbin
-for try in 1 2 3 4 5 6 7 8 9 10; do
-	left=
+unshare -m --propagation private /bin/sh -c '
+	while mountpoint -q /run/netns; do umount -l /run/netns; done
 	for ns in /run/netns/"$ID"-*; do
 		[ -e "$ns" ] || continue
-		umount "$ns" 2>/dev/null; rm -f "$ns" 2>/dev/null || left=1
+		umount -l "$ns" 2>/dev/null; rm -f "$ns"
 	done
+'
+for try in 1 2 3 4 5 6 7 8 9 10; do
+	left=
 	rm -rf --one-file-system "$DIR" 2>/dev/null || left=1
 	for cg in /sys/fs/cgroup"$CGROUP/$ID" /sys/fs/cgroup/*"$CGROUP/$ID"; do
 		[ -d "$cg" ] || continue
@@ -64,6 +69,9 @@ func newRun() (_ *run, err error) {
 		return nil, err
 	}
 	if err := sweep(); err != nil {
+		return nil, err
+	}
+	if err := shareNetnsDir(); err != nil {
 		return nil, err
 	}
 	var b [3]byte
@@ -103,6 +111,33 @@ func newRun() (_ *run, err error) {
 		return nil, fmt.Errorf("start the reaper: %w", err)
 	}
 	return r, nil
+}
+
+// shareNetnsDir makes /run/netns a mount of its own, as the first `ip netns add` on a machine does: were that to come
+// later, it would hide the names that we make now.
+func shareNetnsDir() error {
+	const dir = "/run/netns"
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil { // as ip does
+		return fmt.Errorf("lock %s: %w", dir, err)
+	}
+	err = unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
+	if errors.Is(err, unix.EINVAL) { // no mount yet
+		if err = unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err == nil {
+			err = unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("make %s a shared mount: %w", dir, err)
+	}
+	return nil
 }
 
 func reap(id, dir, lock string) *exec.Cmd {

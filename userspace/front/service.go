@@ -75,14 +75,13 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 	var table route.Builder[*rule]
 	for i := range l.Routes {
 		c := &l.Routes[i]
-		r, err := f.compileRule(cfg, l, c.Action)
+		patterns := slices.Concat(c.SNI, c.Host)
+		r, err := f.compileRule(cfg, l, strings.Join(patterns, ",")+c.Path, c.Action)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s:%s: %w", cfg.File, c.At("datapath"), err))
 			continue
 		}
-		r.patterns = slices.Concat(c.SNI, c.Host)
-		r.alpn, r.path = c.ALPN, c.Path
-		r.name = strings.Join(r.patterns, ",") + c.Path
+		r.patterns, r.alpn, r.path = patterns, c.ALPN, c.Path
 		s.rules = append(s.rules, r)
 	}
 	// Within one name the longest path is tried first.
@@ -96,11 +95,10 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 		}
 	}
 	if l.Default != nil {
-		r, err := f.compileRule(cfg, l, *l.Default)
+		r, err := f.compileRule(cfg, l, "default", *l.Default)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s:%s: %w", cfg.File, l.Default.At("datapath"), err))
 		} else {
-			r.name = "default"
 			s.rules = append(s.rules, r)
 			s.fallback = r
 			table.Default(r)
@@ -110,8 +108,9 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 	return s, errors.Join(errs...)
 }
 
-func (f *Front) compileRule(cfg *config.Config, l *config.Listener, a config.Action) (*rule, error) {
-	r := &rule{reject: a.Reject}
+// compileRule makes a rule of what a route, or the default, says to do.
+func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string, a config.Action) (*rule, error) {
+	r := &rule{name: name, reject: a.Reject}
 	if a.Reject {
 		return r, nil
 	}

@@ -86,7 +86,7 @@ func (d *decoder) root(n *node, c *Config) {
 	case kindNull:
 		d.errorf(n.pos, "the file is empty: it needs at least listeners, with listen, mode and a target")
 	default:
-		d.errorf(n.pos, "the configuration is a mapping with keys such as listeners:, not %v", n.kind)
+		d.errorf(n.pos, "the configuration must be a mapping with keys such as listeners:, not %v", n.kind)
 	}
 }
 
@@ -202,7 +202,7 @@ func (d *decoder) sections(n *node, f *field, out reflect.Value) bool {
 			d.errorf(item.pos, "an item of %s has no value: remove its dash, or write %s behind it", f.key, f.noun)
 		case kindUnclear:
 		default:
-			d.errorf(item.pos, "%s is a mapping with keys, not %v", f.noun, item.kind)
+			d.errorf(item.pos, "%s must be a mapping with keys, not %v", f.noun, item.kind)
 		}
 		ok = false
 	}
@@ -266,7 +266,7 @@ func (f *field) parse(n *node) (any, error) {
 		if len(f.enum) == 1 {
 			return nil, fmt.Errorf("the only value is %s", f.enum[0])
 		}
-		return nil, fmt.Errorf("it is one of %s%s", strings.Join(f.enum, ", "), didYouMean(n.text, f.enum))
+		return nil, fmt.Errorf("must be one of %s%s", strings.Join(f.enum, ", "), didYouMean(n.text, f.enum))
 	}
 	v, err := f.kind.parse(n.text)
 	if err != nil {
@@ -282,7 +282,7 @@ func (f *field) parse(n *node) (any, error) {
 			panic(fmt.Sprintf("max of %s: %v", f.key, err))
 		}
 		if i < lo.(int64) || i > hi.(int64) {
-			return nil, fmt.Errorf("out of range, it is %s to %s", f.min, f.max)
+			return nil, fmt.Errorf("out of range: %s to %s", f.min, f.max)
 		}
 	}
 	return v, nil
@@ -313,9 +313,9 @@ func (f *field) want() string {
 }
 
 func (d *decoder) wrongType(n *node, f *field) {
-	if f.kind != nil && f.kind.instead != nil && (n.kind == kindNumber || n.kind == kindBool) {
+	if f.kind != nil && f.kind.instead != nil && len(f.enum) == 0 && (n.kind == kindNumber || n.kind == kindBool) {
 		if s := f.kind.instead(n.text); s != "" {
-			d.errorf(n.pos, "%s is %s, not %v: write %s", f.key, f.want(), n.kind, s)
+			d.errorf(n.pos, "%s must be %s, not %v: write %s", f.key, f.want(), n.kind, s)
 			return
 		}
 	}
@@ -336,7 +336,7 @@ func (d *decoder) wrongType(n *node, f *field) {
 			help = fmt.Sprintf(": write { forward: %q }", t.String())
 		}
 	}
-	d.errorf(n.pos, "%s is %s, not %v%s", f.key, f.want(), n.kind, help)
+	d.errorf(n.pos, "%s must be %s, not %v%s", f.key, f.want(), n.kind, help)
 }
 
 // unknownKey reports a key that its section does not have, and the one that was probably meant. That one
@@ -349,14 +349,24 @@ func (d *decoder) unknownKey(e entry, sec *Section, fields []field, noun string)
 		}
 	}
 	key := clip(e.key)
+	// {reject:true} is, in YAML, a key without a value.
+	if k, _, found := strings.Cut(e.key, ":"); found && slices.Contains(keysOf(fields), k) {
+		if !sec.has(k) {
+			sec.places = append(sec.places, place{key: k, index: -1, pos: e.pos, keyPos: e.pos, unclear: true})
+		}
+		d.errorf(e.pos, "unknown key %q in %s: a space is missing behind %q", key, noun, k+":")
+		return
+	}
 	guess := nearest(e.key, free)
 	if guess == "" {
 		if s := synonyms[strings.ToLower(e.key)]; slices.Contains(free, s) {
 			guess = s
 		}
 	}
-	switch owner := ownerOf(e.key); {
-	case guess != "" && owner == "":
+	// A key that another section has was probably meant for that one, unless it is just one letter off here.
+	owner := ownerOf(e.key)
+	switch {
+	case guess != "" && (owner == "" || distance(strings.ToLower(e.key), guess) <= 1):
 		sec.places = append(sec.places, place{key: guess, index: -1, pos: e.pos, keyPos: e.pos, unclear: true})
 		d.errorf(e.pos, "unknown key %q in %s, did you mean %q?", key, noun, guess)
 	case owner != "" && owner != noun:

@@ -137,7 +137,7 @@ var kinds = map[string]*kind{
 		noun: "true, or left out", kinds: []nodeKind{kindBool},
 		parse: func(s string) (any, error) {
 			if s != "true" {
-				return nil, fmt.Errorf("it is true, or left out")
+				return nil, fmt.Errorf("must be true, or left out")
 			}
 			return true, nil
 		},
@@ -167,7 +167,7 @@ var label = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$`)
 func parseLabel(s string) (any, error) {
 	switch {
 	case s == "":
-		return nil, fmt.Errorf("it is empty")
+		return nil, fmt.Errorf("must not be empty")
 	case len(s) > maxName:
 		return nil, fmt.Errorf("it is longer than %d characters", maxName)
 	case !label.MatchString(s):
@@ -187,7 +187,7 @@ func parseListen(s string) (any, error) {
 		p, err := parsePort(port)
 		return fmt.Sprintf(":%d", p), err
 	}
-	host, port, err := splitHostPort(s, "")
+	host, port, err := splitHostPort("", s, "")
 	if err != nil {
 		return nil, err
 	}
@@ -204,7 +204,7 @@ func parseListen(s string) (any, error) {
 	case err != nil && nearest(host, []string{"tailnet"}) != "":
 		return nil, fmt.Errorf("did you mean \"tailnet:%d\"?", port)
 	case err != nil:
-		return nil, fmt.Errorf("%q is no IP address, and names are not looked up for listening: it is \":%d\", \"IP:%d\" or \"tailnet:%d\"", host, port, port, port)
+		return nil, fmt.Errorf("%q is not an IP address, and names are not looked up for listening: it is \":%d\", \"IP:%d\" or \"tailnet:%d\"", host, port, port, port)
 	case a.IsMulticast():
 		return nil, fmt.Errorf("%s is a multicast address, TCP cannot listen on it", host)
 	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
@@ -214,6 +214,10 @@ func parseListen(s string) (any, error) {
 }
 
 func parseMetrics(s string) (any, error) {
+	switch strings.ToLower(s) {
+	case "off", "no", "none", "disabled", "false":
+		return nil, fmt.Errorf("leave metrics out to serve none")
+	}
 	v, err := parseListen(s)
 	if err != nil {
 		return nil, err
@@ -234,9 +238,9 @@ func parseALPN(s string) (any, error) {
 func parsePath(s string) (any, error) {
 	switch {
 	case s == "":
-		return nil, fmt.Errorf("it is empty")
+		return nil, fmt.Errorf("must not be empty")
 	case s[0] != '/':
-		return nil, fmt.Errorf("it begins with /, did you mean %q?", "/"+s)
+		return nil, fmt.Errorf("must begin with /, did you mean %q?", "/"+s)
 	case strings.Contains(s, "*"):
 		return nil, fmt.Errorf("a path has no wildcards, it matches all that begins with it")
 	case strings.ContainsAny(s, "?#"):
@@ -259,7 +263,7 @@ func parsePeer(s string) (any, error) {
 	if strings.Contains(s, "/") {
 		p, err := netip.ParsePrefix(s)
 		if err != nil {
-			return nil, fmt.Errorf("it is no CIDR such as 192.0.2.0/24")
+			return nil, fmt.Errorf("not a CIDR such as 192.0.2.0/24")
 		}
 		if p != p.Masked() {
 			return nil, fmt.Errorf("it has bits set behind its length, did you mean %s or %s?", p.Masked(), p.Addr())
@@ -286,12 +290,12 @@ func parsePeer(s string) (any, error) {
 		case nearest(class, []string{"tag"}) != "" && tag.MatchString(rest):
 			return nil, fmt.Errorf("did you mean %q?", "tag:"+rest)
 		case strings.Contains(rest, ":"):
-			return nil, fmt.Errorf("it is no IP address")
+			return nil, fmt.Errorf("not an IP address")
 		}
 		if _, err := parsePort(rest); err == nil {
 			return nil, fmt.Errorf("peers have no port, did you mean %q?", class)
 		}
-		return nil, fmt.Errorf("it is no CIDR, IP address, node name, login or tag:NAME")
+		return nil, fmt.Errorf("not a CIDR, IP address, node name, login or tag:NAME")
 	}
 	if user, domain, ok := strings.Cut(s, "@"); ok {
 		if user == "" || domain == "" || strings.ContainsAny(s, " \t\n") || strings.Contains(domain, "@") {
@@ -314,7 +318,7 @@ var tag = regexp.MustCompile(`^[a-zA-Z][a-zA-Z0-9-]*$`)
 
 func parseFile(s string) (any, error) {
 	if strings.TrimSpace(s) == "" {
-		return nil, fmt.Errorf("it is empty")
+		return nil, fmt.Errorf("must not be empty")
 	}
 	if strings.HasPrefix(s, "-----BEGIN") {
 		return nil, fmt.Errorf("it names a file, and is not the PEM text itself")
@@ -338,10 +342,10 @@ func parseSocket(s string) (any, error) {
 func parseEmail(s string) (any, error) {
 	user, domain, ok := strings.Cut(s, "@")
 	if !ok || user == "" || strings.ContainsAny(s, " \t\n<>") {
-		return nil, fmt.Errorf("it is no e-mail address")
+		return nil, fmt.Errorf("not an e-mail address")
 	}
 	if _, err := checkName(domain); err != nil {
-		return nil, fmt.Errorf("it is no e-mail address: %w", err)
+		return nil, fmt.Errorf("not an e-mail address: %w", err)
 	}
 	return s, nil
 }
@@ -350,9 +354,9 @@ func parseURL(s string) (any, error) {
 	u, err := url.Parse(s)
 	switch {
 	case err != nil || u.Host == "" && u.Scheme == "https":
-		return nil, fmt.Errorf("it is no URL")
+		return nil, fmt.Errorf("not a URL")
 	case u.Scheme != "https":
-		return nil, fmt.Errorf("it begins with https://")
+		return nil, fmt.Errorf("must begin with https://")
 	case u.User != nil:
 		return nil, fmt.Errorf("it has a user or password in it")
 	}
@@ -361,7 +365,7 @@ func parseURL(s string) (any, error) {
 
 func parseCount(s string) (any, error) {
 	if !decimal.MatchString(s) {
-		return nil, fmt.Errorf("it is a whole number in plain digits")
+		return nil, fmt.Errorf("must be a whole number in plain digits")
 	}
 	n, err := strconv.ParseInt(s, 10, 64)
 	if err != nil {
@@ -396,7 +400,7 @@ func parseDuration(s string) (any, error) {
 			}
 		}
 	}
-	return nil, fmt.Errorf("it is no duration such as 5s, 10m or 1h30m")
+	return nil, fmt.Errorf("not a duration such as 5s, 10m or 1h30m")
 }
 
 // sizeUnits are the only ones: MB and M mean different things to different people.
@@ -430,5 +434,5 @@ func parseSize(s string) (any, error) {
 			return nil, fmt.Errorf("did you mean %sB?", number)
 		}
 	}
-	return nil, fmt.Errorf("it is no size such as 64KiB, 2MiB or a number of bytes")
+	return nil, fmt.Errorf("not a size such as 64KiB, 2MiB or a number of bytes")
 }

@@ -62,7 +62,7 @@ func checkName(s string) (string, error) {
 		if c >= 0x80 {
 			a, err := toASCII.ToASCII(name)
 			if err != nil || !isASCII(a) {
-				return "", fmt.Errorf("it is no valid internationalised name")
+				return "", fmt.Errorf("not a valid internationalised name")
 			}
 			if _, err := checkName(a); err != nil {
 				return "", err
@@ -92,7 +92,7 @@ func checkName(s string) (string, error) {
 		}
 		if strings.HasPrefix(l, "xn--") {
 			if _, err := toASCII.ToUnicode(l); err != nil {
-				return "", fmt.Errorf("%q is no valid A-label", l)
+				return "", fmt.Errorf("%q is not a valid A-label", l)
 			}
 		}
 	}

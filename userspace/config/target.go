@@ -74,7 +74,7 @@ func parseTarget(s string) (Target, error) {
 				}
 			}
 		}
-		host, port, err := splitHostPort(s, "127.0.0.1")
+		host, port, err := splitHostPort("", s, "127.0.0.1")
 		if err != nil {
 			return Target{}, err
 		}
@@ -83,19 +83,19 @@ func parseTarget(s string) (Target, error) {
 	}
 	switch scheme {
 	case "tailnet":
-		host, port, err := splitHostPort(rest, "")
+		host, port, err := splitHostPort("tailnet://", rest, "")
 		if err != nil {
-			return Target{}, inScheme(scheme, "NODE:PORT", err)
+			return Target{}, err
 		}
 		host, err = tailnetNode(host)
 		return Target{Scheme: scheme, Host: host, Port: port}, err
 	case "docker":
-		host, port, err := splitHostPort(rest, "")
+		host, port, err := splitHostPort("docker://", rest, "")
 		if err != nil {
-			return Target{}, inScheme(scheme, "CONTAINER:PORT", err)
+			return Target{}, err
 		}
 		if !container.MatchString(host) {
-			return Target{}, fmt.Errorf("%q is no name of a container, a compose service or PROJECT/SERVICE", host)
+			return Target{}, fmt.Errorf("%q is not the name of a container, a compose service or PROJECT/SERVICE", host)
 		}
 		return Target{Scheme: scheme, Host: host, Port: port}, nil
 	case "unix":
@@ -113,15 +113,19 @@ func parseTarget(s string) (Target, error) {
 	case "":
 		return Target{}, fmt.Errorf("the scheme before :// is missing")
 	}
-	return Target{}, fmt.Errorf("unknown scheme %q, it is tailnet, docker, unix or none%s", scheme, didYouMean(scheme, []string{"tailnet", "docker", "unix"}))
+	// tailscale and container are near in meaning only.
+	guess := didYouMean(scheme, []string{"tailnet", "docker", "unix"})
+	switch strings.ToLower(scheme) {
+	case "tailscale", "ts":
+		guess = `, did you mean "tailnet"?`
+	case "container", "compose", "podman":
+		guess = `, did you mean "docker"?`
+	}
+	return Target{}, fmt.Errorf("unknown scheme %q, must be tailnet, docker, unix or none%s", scheme, guess)
 }
 
 // container is the Docker engine's rule for names, with an optional compose project before it.
 var container = regexp.MustCompile(`^([a-zA-Z0-9][a-zA-Z0-9_.-]*/)?[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
-
-func inScheme(scheme, form string, err error) error {
-	return fmt.Errorf("%w; it is %s://%s", err, scheme, form)
-}
 
 // withoutScheme teaches to leave a scheme out.
 func withoutScheme(rest, why string) error {
@@ -135,16 +139,17 @@ func withoutScheme(rest, why string) error {
 	return fmt.Errorf("write HOST:PORT without a scheme: %s", why)
 }
 
-// splitHostPort splits HOST:PORT. With instead, a missing host is an error that offers that one.
-func splitHostPort(s, instead string) (string, uint16, error) {
+// splitHostPort splits HOST:PORT. The scheme that stood before it is for messages. With instead, a missing
+// host is an error that offers that one.
+func splitHostPort(scheme, s, instead string) (string, uint16, error) {
 	if strings.Count(s, ":") > 1 && !strings.HasPrefix(s, "[") {
-		if _, err := netip.ParseAddr(s); err == nil {
-			return "", 0, fmt.Errorf(`the port is missing: "[%s]:PORT"`, s)
+		// ::1:443 is an address too, but hardly meant as one.
+		i := strings.LastIndex(s, ":")
+		if _, err := netip.ParseAddr(s[:i]); err == nil {
+			return "", 0, fmt.Errorf(`an IPv6 address needs brackets: "%s[%s]%s"`, scheme, s[:i], s[i:])
 		}
-		if i := strings.LastIndex(s, ":"); i > 0 {
-			if _, err := netip.ParseAddr(s[:i]); err == nil {
-				return "", 0, fmt.Errorf(`an IPv6 address needs brackets: "[%s]%s"`, s[:i], s[i:])
-			}
+		if _, err := netip.ParseAddr(s); err == nil {
+			return "", 0, fmt.Errorf(`the port is missing: "%s[%s]:PORT"`, scheme, s)
 		}
 	}
 	host, port, err := net.SplitHostPort(s)
@@ -155,11 +160,11 @@ func splitHostPort(s, instead string) (string, uint16, error) {
 				return "", 0, fmt.Errorf("did you mean %q?", instead+":"+s)
 			}
 			if s == "" {
-				return "", 0, fmt.Errorf("it is empty")
+				return "", 0, fmt.Errorf("must not be empty")
 			}
-			return "", 0, fmt.Errorf("the port is missing: %q", s+":PORT")
+			return "", 0, fmt.Errorf("the port is missing: %q", scheme+s+":PORT")
 		}
-		return "", 0, fmt.Errorf("it is not HOST:PORT")
+		return "", 0, fmt.Errorf("not HOST:PORT")
 	}
 	p, err := parsePort(port)
 	if err != nil {
@@ -173,7 +178,7 @@ func splitHostPort(s, instead string) (string, uint16, error) {
 	}
 	if strings.HasPrefix(s, "[") {
 		if a, err := netip.ParseAddr(host); err != nil || !a.Is6() {
-			return "", 0, fmt.Errorf("%q is no IPv6 address, only those stand in brackets", host)
+			return "", 0, fmt.Errorf("%q is not an IPv6 address, only those stand in brackets", host)
 		}
 	}
 	return host, p, nil
@@ -188,7 +193,7 @@ func parsePort(s string) (uint16, error) {
 	}
 	n, err := strconv.ParseUint(s, 10, 16)
 	if err != nil || n == 0 {
-		return 0, fmt.Errorf("port %s is out of range, it is 1 to 65535", s)
+		return 0, fmt.Errorf("port %s is out of range: 1 to 65535", s)
 	}
 	return uint16(n), nil
 }

@@ -73,6 +73,9 @@ func parseTree(r *reporter, data []byte) (root *node) {
 	if !t.plain(tokens) {
 		return nil
 	}
+	if tokens = t.joinColons(tokens); tokens == nil {
+		return nil
+	}
 	file, err := parser.Parse(tokens, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
 		t.syntaxError(err)
@@ -135,7 +138,7 @@ type tree struct {
 // when the rest is not worth parsing.
 func (t *tree) plain(tokens token.Tokens) bool {
 	var depth, line, onLine, documents int
-	content := false
+	content, ended := false, false
 	for i, tk := range tokens {
 		switch tk.Type {
 		case token.AnchorType:
@@ -153,15 +156,25 @@ func (t *tree) plain(tokens token.Tokens) bool {
 		case token.MappingKeyType:
 			t.errorf(t.pos(tk), "? keys are not supported: write key: value")
 		case token.DirectiveType:
-			t.errorf(t.pos(tk), "directives (%%) are not supported")
+			if tk.Position.Column == 1 { // elsewhere it is a syntax error
+				t.errorf(t.pos(tk), "directives (%%) are not supported")
+				return false
+			}
 		case token.DocumentHeaderType:
 			if documents++; content || documents > 1 {
 				t.errorf(t.pos(tk), "a second document: a file holds one configuration, without --- in it")
 				return false
 			}
 			continue
-		case token.DocumentEndType, token.CommentType:
+		case token.DocumentEndType:
+			ended = true
 			continue
+		case token.CommentType:
+			continue
+		}
+		if ended {
+			t.errorf(t.pos(tk), "a second document: a file holds one configuration, without ... in it")
+			return false
 		}
 		content = true
 		if tk.Position.Line != line {
@@ -190,6 +203,9 @@ func (t *tree) plain(tokens token.Tokens) bool {
 // bareIPv6 finds an unquoted [::1]:443, which YAML takes for a list and something after it.
 var bareIPv6 = regexp.MustCompile(`(^|[\s,\[:])(\[[0-9A-Fa-f:.%]*:[0-9A-Za-z:.%]*\]:\d+)`)
 
+// noSpace finds mode:sni, which YAML takes for one word.
+var noSpace = regexp.MustCompile(`^[\s-]*[a-z_]+:\S`)
+
 // syntaxError reports an error of the YAML parser, with help for the mistakes that people make most.
 func (t *tree) syntaxError(err error) {
 	var at Pos
@@ -214,6 +230,12 @@ func (t *tree) syntaxError(err error) {
 		msg += ": put the value in quotes"
 	case strings.Contains(msg, "unexpected directive"):
 		msg = "a value that begins with % needs quotes"
+	case noSpace.MatchString(line) && strings.Contains(msg, "non-map value"):
+		msg = "a space is missing behind the ':'"
+	case strings.Contains(msg, "non-map value"):
+		msg = "KEY: VALUE is expected here"
+	case strings.Contains(msg, "value is not allowed in this context") && !strings.Contains(msg, "mapping"):
+		msg += ": check the indentation, or put the value in quotes"
 	case strings.Contains(msg, "mapping value is not allowed"):
 		msg = `": " is not allowed here: check the indentation, or put the value in quotes`
 	}
@@ -316,9 +338,13 @@ func (t *tree) mapping(values []*ast.MappingValueNode, flow bool, start *token.T
 		if v.Key.IsMergeKey() {
 			continue // refused by plain
 		}
-		tk := v.Key.GetToken()
+		var k ast.Node = v.Key
+		if q, ok := k.(*ast.MappingKeyNode); ok && q.Value != nil { // "? key", refused by plain
+			k = q.Value
+		}
+		tk := k.GetToken()
 		key := tk.Value
-		if s, ok := v.Key.(*ast.StringNode); ok {
+		if s, ok := k.(*ast.StringNode); ok {
 			key = s.Value
 		}
 		m.entries = append(m.entries, entry{key: key, pos: t.pos(tk), value: t.node(v.Value)})

@@ -234,7 +234,7 @@ func (v *validator) routesOf(mode string, l *Listener) {
 		for j, p := range r.ALPN {
 			if known := []string{"h2", "http/1.1", "http/1.0", "acme-tls/1"}; !slices.Contains(known, p) {
 				if n := nearest(p, known); n != "" {
-					v.warnf(r.At("alpn", j), "alpn %q is no protocol that clients are known to offer, did you mean %q?", p, n)
+					v.warnf(r.At("alpn", j), "alpn %q is not a protocol that clients are known to offer, did you mean %q?", p, n)
 				}
 			}
 		}

@@ -273,9 +273,9 @@ func asStopped(err error) (*Error, bool) {
 }
 
 // nearest returns the candidate that the fewest edits turn name into, or "" if
-// it would take more than a third of name's length.
+// it would take more than half of name's length, or more than three.
 func nearest(name string, candidates []string) string {
-	best, most := "", max(1, len(name)/3)
+	best, most := "", max(1, min(len(name)/2, 3))
 	for _, c := range candidates {
 		if d := edits(name, c); d <= most {
 			best, most = c, d-1

@@ -1,0 +1,371 @@
+package dial
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// names is a Resolver of fixed addresses.
+type names map[string][]netip.Addr
+
+func (n names) Resolve(_ context.Context, name string) ([]netip.Addr, error) {
+	if a := n[name]; len(a) > 0 {
+		return a, nil
+	}
+	return nil, &told{reason: "unknown_node", msg: `no node "` + name + `"`}
+}
+
+// told is a resolver's error.
+type told struct {
+	reason, msg string
+	temporary   bool
+}
+
+func (e *told) Error() string   { return e.msg }
+func (e *told) Reason() string  { return e.reason }
+func (e *told) Temporary() bool { return e.temporary }
+
+var (
+	v4 = netip.MustParseAddr("127.0.0.1")
+	v6 = netip.MustParseAddr("::1")
+)
+
+// listen serves on addr, and counts the connections that stay.
+func listen(t *testing.T, network, addr string) (net.Listener, *atomic.Int32) {
+	t.Helper()
+	l, err := net.Listen(network, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	var open atomic.Int32
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			open.Add(1)
+			go func() {
+				io.Copy(io.Discard, c)
+				c.Close()
+				open.Add(-1)
+			}()
+		}
+	}()
+	return l, &open
+}
+
+func port(a net.Addr) uint16 { return a.(*net.TCPAddr).AddrPort().Port() }
+
+// freePort is one that nothing listens on.
+func freePort(t *testing.T) uint16 {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return port(l.Addr())
+}
+
+// fails dials, and returns the error that must come, of that reason.
+func fails(t *testing.T, d *Dialer, to Target, want Reason, says ...string) *Error {
+	t.Helper()
+	c, err := d.Dial(t.Context(), to, v4)
+	if err == nil {
+		c.Close()
+		t.Fatalf("%s answered", to)
+	}
+	var e *Error
+	if !errors.As(err, &e) || e.Reason != want {
+		t.Fatalf("%s: %v (%s), want %s", to, err, e.Reason, want)
+	}
+	for _, s := range append(says, to.String()) {
+		if !strings.Contains(err.Error(), s) {
+			t.Errorf("%q does not say %q", err, s)
+		}
+	}
+	return e
+}
+
+func TestKinds(t *testing.T) {
+	l4, _ := listen(t, "tcp4", "127.0.0.1:0")
+	l6, _ := listen(t, "tcp6", "[::1]:0")
+	path := filepath.Join(t.TempDir(), "s")
+	listen(t, "unix", path)
+	d := &Dialer{
+		Tailnet:   names{"home": {v4}, "six": {v6}},
+		Container: names{"shop/api": {v4}},
+		DNS:       serveDNS(t, map[string][]netip.Addr{"both.example.": {v4, v6}}),
+	}
+	for _, c := range []struct {
+		target Target
+		prefer netip.Addr
+		peer   string
+	}{
+		{Target{Scheme: TCP, Host: "127.0.0.1", Port: port(l4.Addr())}, v6, l4.Addr().String()},
+		{Target{Scheme: TCP, Host: "::1", Port: port(l6.Addr())}, v4, l6.Addr().String()},
+		{Target{Scheme: TCP, Host: "::ffff:127.0.0.1", Port: port(l4.Addr())}, v6, l4.Addr().String()},
+		{Target{Scheme: TCP, Host: "both.example", Port: port(l4.Addr())}, v4, l4.Addr().String()},
+		{Target{Scheme: TCP, Host: "both.example", Port: port(l6.Addr())}, v6, l6.Addr().String()},
+		{Target{Scheme: TCP, Host: "both.example", Port: port(l6.Addr())}, v4, l6.Addr().String()}, // refused on the preferred
+		{Target{Scheme: TCP, Host: "both.example", Port: port(l4.Addr())}, netip.Addr{}, l4.Addr().String()},
+		{Target{Scheme: Tailnet, Host: "home", Port: port(l4.Addr())}, v6, l4.Addr().String()},
+		{Target{Scheme: Tailnet, Host: "six", Port: port(l6.Addr())}, v4, l6.Addr().String()},
+		{Target{Scheme: Docker, Host: "shop/api", Port: port(l4.Addr())}, v4, l4.Addr().String()},
+		{Target{Scheme: Unix, Path: path}, v4, path},
+	} {
+		conn, err := d.Dial(t.Context(), c.target, c.prefer)
+		if err != nil {
+			t.Errorf("%s: %v", c.target, err)
+			continue
+		}
+		defer conn.Close()
+		if got := conn.RemoteAddr().String(); got != c.peer {
+			t.Errorf("%s led to %s, want %s", c.target, got, c.peer)
+		}
+		switch conn.(type) {
+		case *net.TCPConn:
+		case *net.UnixConn:
+			if c.target.Scheme != Unix {
+				t.Errorf("%s is a %T", c.target, conn)
+			}
+		default:
+			t.Errorf("%s is a %T, which can't be spliced", c.target, conn)
+		}
+	}
+}
+
+func TestErrors(t *testing.T) {
+	dir := t.TempDir()
+	dead := filepath.Join(dir, "dead")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: dead})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	l.Close()
+	closed := freePort(t)
+	d := &Dialer{
+		Tailnet: names{"home": {v4, v6}},
+		DNS:     serveDNS(t, map[string][]netip.Addr{"silent.example.": nil}),
+		Timeout: 1500 * time.Millisecond,
+	}
+	fails(t, d, Target{Scheme: TCP, Host: "127.0.0.1", Port: closed}, Refused, "nothing listens there")
+	e := fails(t, d, Target{Scheme: Tailnet, Host: "home", Port: closed}, Refused, "127.0.0.1:", "nothing listens there")
+	if e.Timeout() {
+		t.Error("refused counts as a timeout")
+	}
+	fails(t, d, Target{Scheme: Tailnet, Host: "hone", Port: 1}, UnknownNode, `no node "hone"`)
+	fails(t, d, Target{Scheme: Docker, Host: "blog", Port: 1}, Failed, "not available here")
+	fails(t, d, Target{Scheme: "http", Host: "x", Port: 1}, Failed, `unknown kind of target "http"`)
+	fails(t, d, Target{Scheme: TCP, Host: "missing.example", Port: 1}, DNS, "the host name missing.example has no address")
+	fails(t, d, Target{Scheme: TCP, Host: "silent.example", Port: 1}, DNS, "did not answer")
+	fails(t, d, Target{Scheme: Unix, Path: dir + "/none"}, NoSocket, "no such socket")
+	fails(t, d, Target{Scheme: Unix, Path: dead}, Refused, "nothing listens there")
+	fails(t, d, Target{Scheme: TCP, Host: "127.0.0.1", Port: blackHole(t, "tcp4", "127.0.0.1:0")}, Timeout, "no answer", "within 1.5s")
+}
+
+// TestFallback: an address that swallows packets costs a second, not the
+// timeout, and the connection that lost the race does not stay open.
+func TestFallback(t *testing.T) {
+	hole := blackHole(t, "tcp4", "127.0.0.1:0")
+	_, open := listen(t, "tcp6", netip.AddrPortFrom(v6, hole).String())
+	d := &Dialer{Tailnet: names{"home": {v4, v6}}}
+	began := time.Now()
+	c, err := d.Dial(t.Context(), Target{Scheme: Tailnet, Host: "home", Port: hole}, v4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	took := time.Since(began)
+	if took < fallbackDelay || took > 2*fallbackDelay {
+		t.Errorf("the other address came after %s", took)
+	}
+	if got := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(); got != v6 {
+		t.Errorf("it led to %s", got)
+	}
+	if open.Load() != 1 {
+		t.Errorf("%d connections are open", open.Load())
+	}
+	c.Close()
+}
+
+// TestRetry: an upstream that listens again within the pause is reached, with
+// the name resolved anew.
+func TestRetry(t *testing.T) {
+	free := freePort(t)
+	r := &moving{at: []netip.Addr{v6, v4}}
+	go func() {
+		time.Sleep(retryDelay / 2)
+		l, err := net.Listen("tcp4", netip.AddrPortFrom(v4, free).String())
+		if err != nil {
+			return
+		}
+		t.Cleanup(func() { l.Close() })
+	}()
+	c, err := (&Dialer{Container: r}).Dial(t.Context(), Target{Scheme: Docker, Host: "blog", Port: free}, v4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	if r.resolved != 1 || r.refreshed != 1 {
+		t.Errorf("resolved %d times, refreshed %d times", r.resolved, r.refreshed)
+	}
+}
+
+// moving is a Resolver whose answer is the next address each time.
+type moving struct {
+	at                  []netip.Addr
+	resolved, refreshed int
+}
+
+func (m *moving) Resolve(context.Context, string) ([]netip.Addr, error) {
+	m.resolved++
+	return m.at[:1], nil
+}
+
+func (m *moving) Refresh(context.Context, string) ([]netip.Addr, error) {
+	m.refreshed++
+	return m.at[1:2], nil
+}
+
+func TestTemporary(t *testing.T) {
+	for _, temporary := range []bool{true, false} {
+		var asked atomic.Int32
+		r := resolverFunc(func() ([]netip.Addr, error) {
+			asked.Add(1)
+			return nil, &told{reason: "container_stopped", msg: "it stopped", temporary: temporary}
+		})
+		fails(t, &Dialer{Container: r}, Target{Scheme: Docker, Host: "blog", Port: 1}, ContainerStopped, "it stopped")
+		want := int32(1)
+		if temporary {
+			want = 2
+		}
+		if asked.Load() != want {
+			t.Errorf("temporary %v: asked %d times", temporary, asked.Load())
+		}
+	}
+}
+
+type resolverFunc func() ([]netip.Addr, error)
+
+func (f resolverFunc) Resolve(context.Context, string) ([]netip.Addr, error) { return f() }
+
+// known is a Resolver that knows more.
+type known struct {
+	names
+	online bool
+	seen   time.Time
+	path   error
+}
+
+func (k known) Presence(string) (bool, time.Time, bool)  { return k.online, k.seen, true }
+func (k known) CheckPath(local, remote netip.Addr) error { return k.path }
+
+func TestPresence(t *testing.T) {
+	hole := blackHole(t, "tcp4", "127.0.0.1:0")
+	home := Target{Scheme: Tailnet, Host: "home", Port: hole}
+	at := names{"home": {v4}}
+	for _, c := range []struct {
+		name    string
+		r       known
+		timeout time.Duration
+		reason  Reason
+		says    string
+		took    time.Duration
+	}{
+		{"online", known{names: at, online: true}, time.Second, Timeout, "home is online", time.Second},
+		{"offline for long", known{names: at, seen: time.Now().Add(-3 * time.Hour)}, 0, NodeOffline, "home is offline, last seen 3 h ago", offlineTimeout},
+		{"just moving", known{names: at, seen: time.Now().Add(-30 * time.Second)}, offlineTimeout + time.Second, NodeOffline, "last seen 3", offlineTimeout + time.Second},
+		{"offline", known{names: at}, time.Second, NodeOffline, "home is offline", time.Second},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			began := time.Now()
+			e := fails(t, &Dialer{Tailnet: c.r, Timeout: c.timeout}, home, c.reason, c.says)
+			if !e.Timeout() {
+				t.Error("it doesn't count as a timeout")
+			}
+			if took := time.Since(began); took < c.took || took > c.took+time.Second {
+				t.Errorf("it took %s, want %s", took, c.took)
+			}
+		})
+	}
+}
+
+// TestPath: a connection that went the wrong way is closed, not used.
+func TestPath(t *testing.T) {
+	l, open := listen(t, "tcp4", "127.0.0.1:0")
+	r := known{names: names{"home": {v4}}, path: &told{reason: "tailscale_down", msg: "past the tailnet"}}
+	fails(t, &Dialer{Tailnet: r}, Target{Scheme: Tailnet, Host: "home", Port: port(l.Addr())}, TailscaleDown, "past the tailnet")
+	for deadline := time.Now().Add(time.Second); open.Load() != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the connection stays open")
+		}
+	}
+}
+
+func TestCanceled(t *testing.T) {
+	hole := blackHole(t, "tcp4", "127.0.0.1:0")
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(100*time.Millisecond, cancel)
+	began := time.Now()
+	_, err := new(Dialer).Dial(ctx, Target{Scheme: TCP, Host: "127.0.0.1", Port: hole}, v4)
+	var e *Error
+	if !errors.As(err, &e) || e.Reason != Canceled || !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("it took %s", took)
+	}
+}
+
+func TestChoose(t *testing.T) {
+	a := func(s ...string) (out []netip.Addr) {
+		for _, s := range s {
+			out = append(out, netip.MustParseAddr(s))
+		}
+		return out
+	}
+	for _, c := range []struct {
+		addrs  []netip.Addr
+		prefer netip.Addr
+		want   []netip.Addr
+	}{
+		{a("10.0.0.1"), v6, a("10.0.0.1")},
+		{a("10.0.0.1", "fd00::1"), v4, a("10.0.0.1", "fd00::1")},
+		{a("10.0.0.1", "fd00::1"), v6, a("fd00::1", "10.0.0.1")},
+		{a("10.0.0.1", "fd00::1"), netip.MustParseAddr("::ffff:192.0.2.1"), a("10.0.0.1", "fd00::1")},
+		{a("fd00::1", "fd00::2", "10.0.0.1"), netip.Addr{}, a("fd00::1", "10.0.0.1")},
+		{a("10.0.0.1", "10.0.0.2", "10.0.0.3"), v4, a("10.0.0.1", "10.0.0.2")},
+		{a("10.0.0.1", "10.0.0.2", "10.0.0.3"), v6, a("10.0.0.1", "10.0.0.2")},
+	} {
+		got := choose(c.addrs, c.prefer)
+		if len(got) != len(c.want) || got[0] != c.want[0] || got[len(got)-1] != c.want[len(c.want)-1] {
+			t.Errorf("of %s for %s: %s, want %s", c.addrs, c.prefer, got, c.want)
+		}
+	}
+}
+
+func TestTargetString(t *testing.T) {
+	for want, target := range map[string]Target{
+		"127.0.0.1:80":          {Scheme: TCP, Host: "127.0.0.1", Port: 80},
+		"[fd00::1]:80":          {Scheme: TCP, Host: "fd00::1", Port: 80},
+		"tailnet://home:443":    {Scheme: Tailnet, Host: "home", Port: 443},
+		"docker://shop/api:443": {Scheme: Docker, Host: "shop/api", Port: 443},
+		"unix:///run/x.sock":    {Scheme: Unix, Path: "/run/x.sock"},
+	} {
+		if got := target.String(); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}

@@ -1,0 +1,72 @@
+package dial
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// blackHole listens with a queue that is full, so that the kernel drops every
+// further SYN, as an address that swallows packets does.
+func blackHole(t *testing.T, network, addr string) uint16 {
+	t.Helper()
+	lc := net.ListenConfig{}
+	l, err := lc.Listen(context.Background(), network, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	raw, err := l.(*net.TCPListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { err = unix.Listen(int(fd), 0) }) // a queue of one
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		c, err := net.DialTimeout(network, l.Addr().String(), 200*time.Millisecond)
+		if err != nil {
+			return port(l.Addr())
+		}
+		t.Cleanup(func() { c.Close() })
+	}
+}
+
+// TestSocket: what the datapaths rely on, even where the process asks for
+// Multipath TCP.
+func TestSocket(t *testing.T) {
+	t.Setenv("GODEBUG", "multipathtcp=1")
+	l, _ := listen(t, "tcp4", "127.0.0.1:0")
+	c, err := new(Dialer).Dial(t.Context(), Target{Scheme: TCP, Host: "127.0.0.1", Port: port(l.Addr())}, netip.Addr{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range []struct {
+		name          string
+		level, option int
+		want          int
+	}{
+		{"protocol", unix.SOL_SOCKET, unix.SO_PROTOCOL, unix.IPPROTO_TCP},
+		{"TCP_NODELAY", unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
+		{"SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{"TCP_KEEPIDLE (s)", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 60},
+		{"TCP_KEEPINTVL (s)", unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 30},
+		{"TCP_KEEPCNT", unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 8},
+	} {
+		var got int
+		raw.Control(func(fd uintptr) { got, err = unix.GetsockoptInt(int(fd), o.level, o.option) })
+		if err != nil || got != o.want {
+			t.Errorf("%s is %d, %v; want %d", o.name, got, err, o.want)
+		}
+	}
+}

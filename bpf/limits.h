@@ -44,7 +44,7 @@ enum fault {
 
 /* What userspace is told through the ring. */
 enum event_kind {
-	EVENT_PASSED = 1, /* a half went from redirecting to passing: its bytes wait in the source's queue */
+	EVENT_PASSED = 1, /* bytes wait in the source's queue, and userspace may be asleep */
 	EVENT_FAULT,      /* half.fault was set */
 };
 

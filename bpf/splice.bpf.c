@@ -20,6 +20,13 @@
  *    consumed == passed, and userspace stores consumed (release) after its write() has returned,
  *    so the peer's lock, that the backlog worker takes next, was already released by that write.
  *  - An old value of consumed is too small, and only makes the verdict pass once more.
+ *
+ * Why userspace never sleeps while there is something to copy: it sleeps when it finds passed == consumed after it
+ * stored consumed, and the verdict rings when it finds consumed == the old passed after it added to passed.
+ * With a full barrier between the store and the load on both sides, at least one of them sees the other's store.
+ * The atomic add is that barrier on x86. On weakly ordered machines it is not (the variant that is, BPF_FETCH,
+ * needs 5.12), and userspace looks once more a moment later.
+ *
  * loader/model_test.go runs all interleavings of small cases against this.
  */
 
@@ -184,6 +191,7 @@ int splice(struct __sk_buff *skb)
 	struct flow *f;
 	struct half *h;
 	__u32 len, half, other;
+	__u64 was;
 	bool pass;
 
 	/* A FIN alone. Redirecting it would break the peer; userspace sees the end by EPOLLRDHUP. */
@@ -237,15 +245,16 @@ int splice(struct __sk_buff *skb)
 		h->seeded = 1;
 	}
 	pass = h->passed != READ_ONCE(h->consumed);
-	if (!pass && !fits(h, tcp, len)) {
-		pass = true;
-		tell(half, EVENT_PASSED);
-	}
+	if (!pass)
+		pass = !fits(h, tcp, len);
 	bpf_sk_release(peer);
 
 	h->next_seq += len;
 	if (pass) {
-		WRITE_ONCE(h->passed, h->passed + len);
+		was = h->passed;
+		__sync_fetch_and_add(&h->passed, len);
+		if (READ_ONCE(h->consumed) == was)
+			tell(half, EVENT_PASSED);
 	} else {
 		h->newer++;
 		WRITE_ONCE(h->redirected, h->redirected + len);

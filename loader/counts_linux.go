@@ -1,0 +1,95 @@
+package loader
+
+import (
+	"errors"
+	"maps"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A burst of failures that a healthy kernel does not show switches the datapath off.
+const (
+	burstFailures = 16
+	burstWithin   = 10 * time.Second
+)
+
+// counts is what is counted, and the switch.
+type counts struct {
+	generation atomic.Uint32
+	live       atomic.Int64
+	spliced    atomic.Uint64
+	switched   atomic.Uint64
+	off        atomic.Pointer[string]
+
+	mu      sync.Mutex
+	refused map[string]int
+	faults  map[string]int
+	recent  []time.Time
+}
+
+func (c *counts) init() {
+	c.refused, c.faults = make(map[string]int), make(map[string]int)
+}
+
+func (c *counts) isOff() bool { return c.off.Load() != nil }
+
+// splice counts how a Splice went.
+func (c *counts) splice(l *Loader, err error) {
+	if err == nil {
+		c.spliced.Add(1)
+		c.live.Add(1)
+		return
+	}
+	c.mu.Lock()
+	c.refused[err.Error()]++
+	c.mu.Unlock()
+	if errors.Is(err, refusedMaps) || errors.Is(err, refusedInsert) {
+		c.failure(l, err.Error())
+	}
+}
+
+// fault counts a flow that the verdict gave up.
+func (c *counts) fault(l *Loader, name string) {
+	c.mu.Lock()
+	c.faults[name]++
+	c.mu.Unlock()
+	if name != faultName(spliceFaultFAULT_PEER) { // a peer may die at any time
+		c.failure(l, name)
+	}
+}
+
+// failure switches the datapath off if there have been too many lately. Flows that live go on.
+func (c *counts) failure(l *Loader, why string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	c.recent = append(c.recent, now)
+	if len(c.recent) > burstFailures {
+		c.recent = c.recent[1:]
+	}
+	if len(c.recent) < burstFailures || now.Sub(c.recent[0]) > burstWithin {
+		return
+	}
+	if c.off.CompareAndSwap(nil, &why) {
+		l.log.Warn("the sockmap datapath is switched off; new flows go through userspace", "failures", burstFailures, "within", burstWithin, "last", why)
+	}
+}
+
+// Stats counts since New.
+func (l *Loader) Stats() Stats {
+	c := &l.counts
+	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load()}
+	if off := c.off.Load(); off != nil {
+		s.Off = *off
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s.Refused, s.Faults = maps.Clone(c.refused), maps.Clone(c.faults)
+	return s
+}
+
+// isNotEstablished: sock_map_sk_state_allowed said no.
+func isNotEstablished(err error) bool { return errors.Is(err, unix.EOPNOTSUPP) }

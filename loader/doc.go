@@ -1,0 +1,22 @@
+// Package loader is the kernel side of tailsplice: it loads the BPF programs of ../bpf, and splices
+// pairs of TCP sockets so that bytes go from one to the other without passing through this process.
+//
+// # What it promises
+//
+// Bytes arrive exactly once, in order and whole, or the flow is reset. A flow holds at most Flow.Buffer bytes
+// a direction outside of the sockets' own buffers. An idle flow has no goroutine, a stalled one costs no CPU.
+// [New] proves this on loopback before it gives a Loader out, and refuses kernels that are known to lose data.
+//
+// # How a direction works
+//
+// The verdict (bpf/splice.bpf.c) redirects each skb to the peer while the peer's send buffer takes it,
+// and else leaves it in the source's queue, which closes the source's window, and says so through a ring.
+// Then this package copies: it waits until all that was redirected has been written, reads what was
+// passed, writes it to the peer, and publishes how far it is; when it has caught up, the verdict redirects again.
+// File half_linux.go has this half of the protocol, model_test.go checks the whole by exhaustion.
+//
+// # Least kernel
+//
+// Linux 5.10 with BTF (CONFIG_DEBUG_INFO_BTF), CONFIG_BPF_STREAM_PARSER, CAP_BPF + CAP_NET_ADMIN (or
+// CAP_SYS_ADMIN), and CAP_NET_RAW for the self-test. See [Probe]. Elsewhere [New] fails with errors.ErrUnsupported.
+package loader

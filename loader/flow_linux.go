@@ -1,0 +1,207 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// resetGrace bounds how long bytes that came before a reset may take to reach the other side. The same as in userspace/relay.
+const resetGrace = 2 * time.Second
+
+// flow is one spliced pair. It has no goroutine while nothing happens.
+type flow struct {
+	l          *Loader
+	slot       uint32
+	generation uint32 // tells events of this flow from those of an earlier one in its slot
+	sockets    [2]socket
+	cookies    [2]uint64
+	halves     [2]half  // 0: downstream to upstream, whose source is downstream's socket; 1: back
+	before     [2]int64 // bytes that had moved when we got it
+	idle       time.Duration
+	ended      func(up, down int64, end string, err error)
+	stop       atomic.Pointer[func() bool] // unhooks the context
+
+	mu     sync.RWMutex // held for reading while the sockets are used, for writing to close them
+	closed bool
+	also   [2]uint32 // what each socket is watched for besides quiet; under watchMu
+	total  [2]uint64 // the counts when closed
+
+	watchMu sync.Mutex
+	over    atomic.Bool
+	broken  atomic.Pointer[breakage]
+
+	// The sweeper's.
+	moved time.Time
+	seen  uint64
+}
+
+// breakage is the error that a side died of. The other one is reset when it has got what came before.
+type breakage struct {
+	side  uint32
+	err   error
+	until time.Time
+}
+
+func (b *breakage) end() (string, error) {
+	end := endError
+	if isReset(b.err) {
+		end = [2]string{endDownstreamReset, endUpstreamReset}[b.side]
+	}
+	return end, fmt.Errorf("%s: %w", sideName(b.side), b.err)
+}
+
+func sideName(side uint32) string {
+	if side == 0 {
+		return "downstream"
+	}
+	return "upstream"
+}
+
+// count gives the bytes that went each way, also after the end.
+func (f *flow) count() (up, down int64) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	n := f.total
+	if !f.closed {
+		n = [2]uint64{f.halves[0].moved(), f.halves[1].moved()}
+	}
+	return f.before[0] + int64(n[0]), f.before[1] + int64(n[1])
+}
+
+// look finds out whether a side that epoll complains of is broken.
+func (f *flow) look(side uint32) {
+	f.mu.RLock()
+	if f.closed {
+		f.mu.RUnlock()
+		return
+	}
+	err := f.sockets[side].fault()
+	f.mu.RUnlock()
+	if err != nil {
+		f.breakUp(side, err)
+	}
+}
+
+// breakUp ends the flow since a side is dead: what it sent before still goes to the other one, for a while.
+func (f *flow) breakUp(side uint32, err error) {
+	if !f.broken.CompareAndSwap(nil, &breakage{side: side, err: err, until: time.Now().Add(resetGrace)}) {
+		return
+	}
+	f.setState(spliceFlowStateFLOW_ENDING)
+	f.halves[side].wake(0)
+}
+
+// halfDone is told that a direction has ended and that its end was passed on.
+func (f *flow) halfDone() {
+	if f.halves[0].done.Load() && f.halves[1].done.Load() {
+		f.finish(endEOF, nil)
+		return
+	}
+	f.setState(spliceFlowStateFLOW_HALF_CLOSED)
+}
+
+// finish closes both sockets, with a reset unless both streams have ended, and reports the end. Once.
+func (f *flow) finish(end string, err error) {
+	if !f.over.CompareAndSwap(false, true) {
+		return
+	}
+	if stop := f.stop.Load(); stop != nil {
+		(*stop)()
+	}
+	l := f.l
+	l.live[f.slot].Store(nil)
+	f.mu.Lock()
+	for _, s := range f.sockets {
+		l.watch.remove(s)
+		if end == endEOF {
+			s.close()
+		} else {
+			s.reset()
+		}
+	}
+	// The sockets have left the sockmaps, and no verdict runs for them any more.
+	f.total = [2]uint64{f.halves[0].moved(), f.halves[1].moved()}
+	f.closed = true
+	for i := range f.halves {
+		f.halves[i].release()
+	}
+	f.forget()
+	l.give(f.slot)
+	f.mu.Unlock()
+	if f.ended != nil {
+		up, down := f.count()
+		f.ended(up, down, end, err)
+	}
+	l.counts.live.Add(-1)
+}
+
+// watchAlso adds what a socket is watched for, or takes it away. Adding tells at once what is already so.
+func (f *flow) watchAlso(side, events uint32, on bool) {
+	f.watchMu.Lock()
+	defer f.watchMu.Unlock()
+	was := f.also[side]
+	now := was &^ events
+	if on {
+		now = was | events
+	} else if now == was {
+		return
+	}
+	f.also[side] = now
+	f.l.watch.change(f.sockets[side], 2*f.slot+side, f.generation, now)
+}
+
+// setState is for those who look at the flows map. Writing an entry writes its counters too, which the verdict may
+// be changing, so it is repeated until they have not changed meanwhile.
+func (f *flow) setState(state spliceFlowState) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.closed {
+		return
+	}
+	for range 100 {
+		var t spliceFlow
+		if err := f.l.objects.Flows.Lookup(f.cookies[0], &t); err != nil {
+			return
+		}
+		t.State = state
+		a, b := f.halves[0].snapshot(), f.halves[1].snapshot()
+		a.into(&t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed)
+		b.into(&t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed)
+		if err := f.l.objects.Flows.Put(f.cookies[0], t); err != nil {
+			return
+		}
+		if a == f.halves[0].snapshot() && b == f.halves[1].snapshot() {
+			return
+		}
+	}
+}
+
+// fault is told that the verdict gave up: bytes are missing, and both sides have to know.
+func (f *flow) fault(half uint32, why spliceFault) {
+	name := faultName(why)
+	f.l.counts.fault(f.l, name)
+	if why == spliceFaultFAULT_PEER {
+		f.finish((&breakage{side: 1 - half, err: unix.ECONNRESET}).end())
+		return
+	}
+	f.finish(endError, errors.New("the verdict gave up: "+name))
+}
+
+func faultName(why spliceFault) string {
+	switch why {
+	case spliceFaultFAULT_GAP:
+		return "gap in sequence numbers"
+	case spliceFaultFAULT_TRIM:
+		return "overlap could not be trimmed"
+	case spliceFaultFAULT_PEER:
+		return "peer is gone"
+	case spliceFaultFAULT_REDIRECT:
+		return "redirect was refused"
+	}
+	return fmt.Sprintf("fault %d", why)
+}

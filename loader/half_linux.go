@@ -1,0 +1,291 @@
+package loader
+
+import (
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// What a half can be woken for; more than one at a time.
+const (
+	running uint32 = 1 << iota // a goroutine is at it
+	again                      // look again
+	ended                      // the source's stream has ended (EPOLLRDHUP)
+)
+
+// strongOrder: an atomic add in BPF is a full barrier.
+const strongOrder = runtime.GOARCH == "amd64" || runtime.GOARCH == "386"
+
+// chunk is how much is copied at a time, in bytes.
+const chunk = 128 << 10
+
+// chunks are the buffers of halves that copy. A half that redirects has none.
+var chunks = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
+
+// half is one direction: what userspace does for it. The verdict does the rest, see bpf/splice.bpf.c for the protocol.
+//
+// It is an actor without a goroutine of its own: wake starts one, which works until there is nothing to do.
+type half struct {
+	f       *flow
+	i       uint32 // 0: downstream to upstream
+	bits    atomic.Uint32
+	copying atomic.Bool // the source has no verdict: everything is copied
+	done    atomic.Bool // the end was passed on
+
+	read0    uint64 // bytes of the source's stream that were read before
+	written0 uint64 // bytes that the peer's TCP had been given before
+
+	// Only for who is running.
+	buffer   *[]byte
+	rest     []byte // read, not yet written; in buffer
+	held     bool   // rest must wait until what was redirected before it has been written
+	fin      bool
+	eof      bool // a read said so
+	consumed uint64
+	settled  uint64 // what redirected was when it was last found written
+	patience time.Duration
+}
+
+func (h *half) init(f *flow, i uint32, read uint64) { h.f, h.i, h.read0 = f, i, read }
+
+// shared is the half's part of the map. Valid until the flow is closed.
+func (h *half) shared() *spliceHalf { return &h.f.l.halves[2*h.f.slot+h.i] }
+
+func (h *half) source() socket { return h.f.sockets[h.i] }
+func (h *half) peer() socket   { return h.f.sockets[1-h.i] }
+
+// moved is how many bytes were given to the peer.
+func (h *half) moved() uint64 {
+	m := h.shared()
+	return load64(&m.Redirected) + load64(&m.Consumed)
+}
+
+type snapshot struct{ redirected, passed, trimmed uint64 }
+
+func (h *half) snapshot() snapshot {
+	m := h.shared()
+	return snapshot{load64(&m.Redirected), load64(&m.Passed), uint64(atomic.LoadUint32(&m.Trimmed))}
+}
+
+func (s snapshot) into(bytes, redirected, passed, trimmed *uint64) {
+	*bytes, *redirected, *passed, *trimmed = s.redirected+s.passed, s.redirected, s.passed, s.trimmed
+}
+
+// wake makes somebody look at the half soon. It never blocks.
+func (h *half) wake(why uint32) {
+	if h.bits.Or(why|again|running)&running == 0 {
+		go h.run()
+	}
+}
+
+func (h *half) run() {
+	for {
+		bits := h.bits.And(^(again | ended))
+		if bits&ended != 0 {
+			h.fin = true
+		}
+		h.step()
+		if h.bits.CompareAndSwap(running, 0) {
+			return
+		}
+	}
+}
+
+// what a step found out, to be done without the lock
+type outcome struct {
+	fault    spliceFault
+	broken   error // a socket said so, that of side
+	side     uint32
+	finish   bool // a broken flow has nothing more to deliver
+	halfDone bool
+	after    time.Duration // look again then
+}
+
+func (h *half) step() {
+	f := h.f
+	f.mu.RLock()
+	if f.closed {
+		f.mu.RUnlock()
+		return
+	}
+	o := h.work()
+	f.mu.RUnlock()
+	switch {
+	case o.fault != 0:
+		f.fault(h.i, o.fault)
+	case o.broken != nil:
+		f.breakUp(o.side, o.broken)
+	case o.finish:
+		f.finish(f.broken.Load().end())
+	case o.halfDone:
+		h.done.Store(true)
+		f.halfDone()
+	case o.after > 0:
+		time.AfterFunc(o.after, func() { h.wake(0) })
+	default:
+		h.patience = 0
+	}
+}
+
+func (h *half) work() outcome {
+	b := h.f.broken.Load()
+	if b != nil && b.side != h.i { // its reader is dead
+		h.release()
+		return outcome{}
+	}
+	if h.done.Load() && b == nil {
+		return outcome{}
+	}
+	if why := spliceFault(atomic.LoadUint32((*uint32)(&h.shared().Fault))); why != 0 && b == nil {
+		return outcome{fault: why}
+	}
+	if !h.done.Load() {
+		if o, wait := h.copy(); wait {
+			if b != nil && time.Now().After(b.until) {
+				return outcome{finish: true}
+			}
+			if b != nil && o.after == 0 {
+				o.after = h.patient(20 * time.Millisecond)
+			}
+			return o
+		}
+	}
+	if b != nil {
+		if h.delivered() || time.Now().After(b.until) {
+			return outcome{finish: true}
+		}
+		return outcome{after: h.patient(20 * time.Millisecond)}
+	}
+	if !h.fin && !h.eof {
+		return outcome{}
+	}
+	if h.f.l.rules.drain && !h.drained() {
+		return outcome{after: h.patient(20 * time.Millisecond)}
+	}
+	h.peer().closeWrite()
+	return outcome{halfDone: true}
+}
+
+// patient is how long to wait before the next look at something that is about to happen.
+func (h *half) patient(most time.Duration) time.Duration {
+	h.patience = min(max(2*h.patience, 50*time.Microsecond), most)
+	return h.patience
+}
+
+// copy moves what was passed, while there is any. wait: it has to go on later, when woken.
+func (h *half) copy() (o outcome, wait bool) {
+	m, f := h.shared(), h.f
+	for turn := 0; ; turn++ {
+		if turn == 64 {
+			h.bits.Or(again) // who wants to close the flow gets the lock in between
+			return outcome{}, true
+		}
+		if len(h.rest) > 0 {
+			if h.held && !h.redirectedIsWritten() {
+				return outcome{after: h.patient(10 * time.Millisecond)}, true
+			}
+			h.held, h.patience = false, 0
+			n, err := h.peer().write(h.rest)
+			h.rest = h.rest[n:]
+			h.consumed += uint64(n)
+			// A release: the verdict may redirect from here on, behind what was just written.
+			atomic.StoreUint64(&m.Consumed, h.consumed)
+			if isAgain(err) {
+				f.watchAlso(1-h.i, unix.EPOLLOUT, true)
+				return outcome{}, true
+			}
+			if err != nil { // the peer is dead
+				h.rest = nil
+				return outcome{broken: err, side: 1 - h.i}, true
+			}
+			continue
+		}
+		if h.eof {
+			break
+		}
+		if !h.copying.Load() && load64(&m.Passed) == h.consumed {
+			break // the verdict redirects again
+		}
+		if h.buffer == nil {
+			h.buffer = chunks.Get().(*[]byte)
+		}
+		b := *h.buffer
+		if limit := atomic.LoadUint32(&m.Limit); uint32(len(b)) > limit && limit > 0 {
+			b = b[:limit]
+		}
+		n, err := h.source().read(b)
+		if n > 0 {
+			// Only now: the source's lock, which read took, makes all that was redirected before these bytes visible.
+			h.rest, h.held = b[:n], f.l.rules.order && load64(&m.Redirected) != h.settled
+			continue
+		}
+		if isAgain(err) {
+			if h.copying.Load() || load64(&m.Passed) != h.consumed {
+				// Passed, and not in the queue yet.
+				f.watchAlso(h.i, unix.EPOLLIN, true)
+				return outcome{}, true
+			}
+			break
+		}
+		h.eof = true
+		if err != nil && f.broken.Load() == nil {
+			return outcome{broken: err, side: h.i}, true
+		}
+	}
+	if h.buffer != nil && !strongOrder {
+		// The verdict's add to passed may not be visible yet, and it may not have seen our consumed either.
+		time.AfterFunc(time.Millisecond, func() { h.wake(0) })
+	}
+	h.release()
+	f.watchAlso(h.i, unix.EPOLLIN, false)
+	f.watchAlso(1-h.i, unix.EPOLLOUT, false)
+	return outcome{}, false
+}
+
+// redirectedIsWritten: the peer's TCP has all bytes of this half that come before h.rest.
+func (h *half) redirectedIsWritten() bool {
+	redirected := load64(&h.shared().Redirected)
+	n, err := h.peer().written()
+	if err != nil {
+		return true
+	}
+	if int64(n-h.written0-redirected-h.consumed) < 0 {
+		return false
+	}
+	h.settled = redirected
+	return true
+}
+
+// drained: all that the source received before its FIN was given to the peer's TCP.
+func (h *half) drained() bool {
+	m := h.shared()
+	if h.copying.Load() {
+		return h.eof && len(h.rest) == 0
+	}
+	received, err := h.source().received()
+	if err != nil {
+		return true
+	}
+	handled := load64(&m.Redirected) + load64(&m.Passed)
+	return received-h.read0-1 == handled && load64(&m.Passed) == h.consumed && h.redirectedIsWritten()
+}
+
+// delivered: all that a dead source sent has reached the other side, so that a reset can't take it away.
+func (h *half) delivered() bool {
+	if !h.copying.Load() && (load64(&h.shared().Passed) != h.consumed || !h.redirectedIsWritten()) {
+		return false
+	}
+	n, err := h.peer().unacked()
+	return err != nil || n <= 0
+}
+
+// release gives the buffer back.
+func (h *half) release() {
+	if h.buffer != nil && len(h.rest) == 0 {
+		chunks.Put(h.buffer)
+		h.buffer = nil
+	}
+}

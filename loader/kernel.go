@@ -1,0 +1,86 @@
+package loader
+
+import (
+	"fmt"
+	"regexp"
+	"strconv"
+)
+
+// version is a kernel's, as upstream numbers it.
+type version struct{ major, minor, patch int }
+
+func (v version) String() string { return fmt.Sprintf("%d.%d.%d", v.major, v.minor, v.patch) }
+
+func (v version) series() version { return version{major: v.major, minor: v.minor} }
+
+func (v version) less(w version) bool {
+	if v.major != w.major {
+		return v.major < w.major
+	}
+	if v.minor != w.minor {
+		return v.minor < w.minor
+	}
+	return v.patch < w.patch
+}
+
+// least is the first kernel that runs a stream verdict without a parser (ef5659280eb1, v5.10).
+var least = version{major: 5, minor: 10}
+
+// good holds, for each stable series, the first release with the fixes for data that was repeated after a
+// partial send (3b4f14b79428) and lost on EAGAIN (7683167196bd). Series before 6.4 had the bugs by backports.
+// 5.10 and 5.15 were released on the same day as the others, and have not been tried.
+var good = map[version]version{
+	{5, 10, 0}: {5, 10, 239},
+	{5, 15, 0}: {5, 15, 186},
+	{6, 1, 0}:  {6, 1, 142},
+	{6, 6, 0}:  {6, 6, 95},
+	{6, 12, 0}: {6, 12, 35},
+	{6, 15, 0}: {6, 15, 4},
+}
+
+// fixedIn is the first mainline release with those fixes, and with skb_linearize's panic and a use-after-free fixed.
+var fixedIn = version{major: 6, minor: 16}
+
+// badKernel says why a kernel must not splice, or "".
+func badKernel(v version) string {
+	if v.less(least) {
+		return fmt.Sprintf("Linux %v can't run the verdict: it needs %d.%d or newer", v, least.major, least.minor)
+	}
+	if !v.less(fixedIn) {
+		return ""
+	}
+	floor, ok := good[v.series()]
+	if !ok {
+		return fmt.Sprintf("Linux %v repeats or loses spliced data under load, and its series was never fixed; use %v or newer", v, fixedIn)
+	}
+	if v.less(floor) {
+		return fmt.Sprintf("Linux %v repeats or loses spliced data under load; use %v, or %d.%d or newer", v, floor, fixedIn.major, fixedIn.minor)
+	}
+	return ""
+}
+
+var (
+	plainRelease = regexp.MustCompile(`^(\d+)\.(\d+)(?:\.(\d+))?`)
+	// Debian's release is 6.1.0-18-amd64, and its version "#1 SMP PREEMPT_DYNAMIC Debian 6.1.76-1 (2024-02-01)".
+	debianVersion = regexp.MustCompile(`Debian (\d+)\.(\d+)\.(\d+)`)
+	// Ubuntu's /proc/version_signature is "Ubuntu 5.15.0-91.101-generic 5.15.131".
+	ubuntuSignature = regexp.MustCompile(`^Ubuntu \S+ (\d+)\.(\d+)\.(\d+)`)
+)
+
+// parseVersion finds the upstream version behind what a distribution calls its kernel: uname's release and version,
+// and Ubuntu's /proc/version_signature where there is one.
+func parseVersion(release, build, signature string) (version, bool) {
+	for _, try := range []struct {
+		re *regexp.Regexp
+		in string
+	}{{ubuntuSignature, signature}, {debianVersion, build}, {plainRelease, release}} {
+		if m := try.re.FindStringSubmatch(try.in); m != nil {
+			var n [3]int
+			for i, s := range m[1:] {
+				n[i], _ = strconv.Atoi(s) // an absent patch is 0
+			}
+			return version{n[0], n[1], n[2]}, true
+		}
+	}
+	return version{}, false
+}

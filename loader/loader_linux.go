@@ -1,0 +1,278 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/ringbuf"
+	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
+)
+
+// Loader has the programs loaded, and splices flows. Safe for concurrent use. Least kernel: 5.10.
+type Loader struct {
+	log      *slog.Logger
+	rules    rules
+	pins     *pins
+	objects  spliceObjects
+	memory   []byte       // the halves map
+	halves   []spliceHalf // the same
+	watch    *watcher
+	ring     *ringbuf.Reader
+	findings []Finding
+
+	live    []atomic.Pointer[flow] // by slot
+	sweeper *sweeper
+	loops   sync.WaitGroup // watch, ring, sweeper
+
+	mu       sync.Mutex
+	free     []uint32 // slots, the longest free first
+	closed   bool
+	splicing sync.WaitGroup // calls of Splice that have a slot; added to under mu
+
+	counts counts
+}
+
+// rules that a test may turn off, to prove that each is needed. All are on in production.
+type rules struct {
+	bound, trim, fin   bool // in the verdict
+	drain, kick, reset bool
+	quiet              bool // no EPOLLIN for spliced sockets
+	order              bool // copy only when what was redirected is written
+}
+
+var allRules = rules{bound: true, trim: true, fin: true, drain: true, kick: true, reset: true, quiet: true, order: true}
+
+// New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what a dead daemon left there, and
+// proves on loopback that this kernel splices rightly. The caller closes the Loader.
+//
+// It fails with an error that says what is lacking: [ErrKnownBad], a [*SelfTestError], an error that wraps
+// errors.ErrUnsupported where the kernel can't do it at all, or the system's.
+func New(o Options) (*Loader, error) {
+	if err := refuseKnownBad(o); err != nil {
+		return nil, err
+	}
+	l, err := load(o, allRules)
+	if err != nil {
+		return nil, err
+	}
+	l.findings = l.selfTest()
+	if err := failed(l.findings); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// Name is the datapath's name.
+func (l *Loader) Name() string { return Name }
+
+// load is New without the proof.
+func load(o Options, r rules) (_ *Loader, err error) {
+	if o.MaxFlows <= 0 {
+		o.MaxFlows = DefaultMaxFlows
+	}
+	l := &Loader{log: o.Log, rules: r}
+	if l.log == nil {
+		l.log = slog.New(slog.DiscardHandler)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	// Kernels before 5.11 count maps as locked memory. Where it can't be raised and had to be, the maps say so.
+	if err := rlimit.RemoveMemlock(); err != nil {
+		l.log.Debug("raise the locked memory limit", "error", err)
+	}
+	if l.pins, err = claimPins(o.BPFFS, o.Instance); err != nil {
+		return l, err
+	}
+	if err = l.loadObjects(o); err != nil {
+		return l, err
+	}
+	if err = l.mapHalves(o.MaxFlows); err != nil {
+		return l, err
+	}
+	err = link.RawAttachProgram(link.RawAttachProgramOptions{
+		Target: l.objects.Sources.FD(), Program: l.objects.Splice, Attach: ebpf.AttachSkSKBStreamVerdict,
+	})
+	if err != nil {
+		return l, fmt.Errorf("attach the verdict to the sockmap: %w", translate(err))
+	}
+	for name, m := range l.named() {
+		if err = m.Pin(l.pins.path(name)); err != nil {
+			return l, fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	l.live = make([]atomic.Pointer[flow], o.MaxFlows)
+	l.free = make([]uint32, o.MaxFlows)
+	for i := range l.free {
+		l.free[i] = uint32(i)
+	}
+	l.counts.init()
+	return l, l.start()
+}
+
+func (l *Loader) loadObjects(o Options) error {
+	spec, err := loadSplice()
+	if err != nil {
+		return fmt.Errorf("read the BPF object: %w", err)
+	}
+	for name, n := range map[string]int{"flows": 1, "places": 2, "halves": 2, "peers": 2, "sources": 2} {
+		spec.Maps[name].MaxEntries = uint32(n * o.MaxFlows)
+	}
+	for name, on := range map[string]bool{"rule_bound": l.rules.bound, "rule_trim": l.rules.trim, "rule_fin": l.rules.fin} {
+		if err := spec.Variables[name].Set(on); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	if err := spec.LoadAndAssign(&l.objects, nil); err != nil {
+		return fmt.Errorf("load the BPF programs: %w", translate(err))
+	}
+	return nil
+}
+
+func (l *Loader) mapHalves(flows int) error {
+	page := os.Getpagesize()
+	size := (2*flows*int(unsafe.Sizeof(spliceHalf{})) + page - 1) &^ (page - 1)
+	b, err := unix.Mmap(l.objects.Halves.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("map the halves into memory: %w", err)
+	}
+	l.memory = b
+	l.halves = unsafe.Slice((*spliceHalf)(unsafe.Pointer(unsafe.SliceData(b))), 2*flows)
+	return nil
+}
+
+func (l *Loader) start() (err error) {
+	if l.watch, err = newWatcher(); err != nil {
+		return err
+	}
+	if l.ring, err = ringbuf.NewReader(l.objects.Events); err != nil {
+		return fmt.Errorf("open the ring of events: %w", err)
+	}
+	l.sweeper = newSweeper()
+	l.loops.Add(3)
+	go func() { defer l.loops.Done(); l.watch.run(l.event) }()
+	go func() { defer l.loops.Done(); l.readRing() }()
+	go func() { defer l.loops.Done(); l.sweeper.run(l.sweep) }()
+	return nil
+}
+
+func (l *Loader) named() map[string]*ebpf.Map {
+	return map[string]*ebpf.Map{
+		"flows": l.objects.Flows, "places": l.objects.Places, "halves": l.objects.Halves,
+		"peers": l.objects.Peers, "sources": l.objects.Sources,
+	}
+}
+
+// Close resets the flows that live, and removes the programs, maps and pins. It may be called twice.
+func (l *Loader) Close() error {
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return nil
+	}
+	l.closed = true
+	l.mu.Unlock()
+	l.splicing.Wait()
+	for i := range l.live {
+		if f := l.live[i].Load(); f != nil {
+			f.finish(endCanceled, errors.New("the sockmap datapath was closed"))
+		}
+	}
+	var errs []error
+	if l.watch != nil {
+		errs = append(errs, l.watch.close())
+	}
+	if l.ring != nil {
+		errs = append(errs, l.ring.Close())
+	}
+	if l.sweeper != nil {
+		l.sweeper.close()
+	}
+	l.loops.Wait()
+	if l.pins != nil {
+		errs = append(errs, l.pins.release())
+	}
+	if l.memory != nil {
+		l.mu.Lock()
+		l.halves = nil
+		errs = append(errs, unix.Munmap(l.memory))
+		l.memory = nil
+		l.mu.Unlock()
+	}
+	if l.objects.Splice != nil {
+		errs = append(errs, l.objects.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// take reserves a slot.
+func (l *Loader) take() (uint32, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return 0, refusedOff
+	}
+	if len(l.free) == 0 {
+		return 0, refusedFull
+	}
+	slot := l.free[0]
+	l.free = l.free[1:]
+	l.splicing.Add(1)
+	return slot, nil
+}
+
+// give returns a slot. The one that was free longest is taken next, so that whoever still holds a stale
+// number sees an empty slot.
+func (l *Loader) give(slot uint32) {
+	l.halves[2*slot] = spliceHalf{}
+	l.halves[2*slot+1] = spliceHalf{}
+	l.mu.Lock()
+	l.free = append(l.free, slot)
+	l.mu.Unlock()
+}
+
+func (l *Loader) readRing() {
+	var r ringbuf.Record
+	for {
+		if err := l.ring.ReadInto(&r); err != nil {
+			if !errors.Is(err, os.ErrClosed) {
+				l.log.Error("read the ring of events; flows are looked at once a second now", "error", err)
+			}
+			return
+		}
+		if len(r.RawSample) < int(unsafe.Sizeof(spliceEvent{})) {
+			continue
+		}
+		e := *(*spliceEvent)(unsafe.Pointer(unsafe.SliceData(r.RawSample)))
+		if int(e.Half/2) >= len(l.live) {
+			continue
+		}
+		if f := l.live[e.Half/2].Load(); f != nil {
+			if spliceEventKind(e.Kind) == spliceEventKindEVENT_PASSED {
+				l.counts.switched.Add(1)
+			}
+			f.halves[e.Half&1].wake(0)
+		}
+	}
+}
+
+// translate makes cilium/ebpf's notion of what a kernel can't do into the standard library's.
+func translate(err error) error {
+	if errors.Is(err, ebpf.ErrNotSupported) && !errors.Is(err, errors.ErrUnsupported) {
+		return fmt.Errorf("%w (%w)", err, errors.ErrUnsupported)
+	}
+	return err
+}
+
+const sweepEvery = time.Second

@@ -1,0 +1,122 @@
+package loader
+
+import (
+	"errors"
+	"log/slog"
+	"net"
+	"time"
+)
+
+// Name is what configuration, logs and metrics call this datapath.
+const Name = "sockmap"
+
+// DefaultMaxFlows is Options.MaxFlows where it is 0.
+const DefaultMaxFlows = 65536
+
+// Options say how to load. The zero value is good for one daemon on a machine.
+type Options struct {
+	// Instance names the pins, below BPFFS/tailsplice/. Two daemons on one machine need two names; "" = "default".
+	// Characters that bpffs can't have in a name are replaced.
+	Instance string
+
+	// BPFFS is where the BPF file system is or will be mounted; "" = /sys/fs/bpf.
+	BPFFS string
+
+	// MaxFlows bounds the flows at a time; 0 = DefaultMaxFlows. One costs 144 bytes of kernel
+	// memory from the start, and about 700 more while it lives.
+	MaxFlows int
+
+	// KnownBad loads also on kernels whose version is known to lose, repeat or corrupt spliced data.
+	KnownBad bool
+
+	// Log gets what an operator should know; nil = nothing.
+	Log *slog.Logger
+}
+
+// Flow is what Splice is told about a flow, and how it answers. It is identical to userspace/relay's Flow,
+// which explains each field; the two packages may not import each other.
+type Flow = struct {
+	ID, Route string
+	Up, Down  int64
+	Buffer    int64
+	Idle      time.Duration
+	Ended     func(up, down int64, end string, err error)
+	Returned  func(downConn, upConn *net.TCPConn, up, down int64, reason error)
+}
+
+// The ends of a flow, as userspace/relay names them.
+const (
+	endEOF             = "eof"
+	endDownstreamReset = "downstream_reset"
+	endUpstreamReset   = "upstream_reset"
+	endIdle            = "idle"
+	endCanceled        = "canceled"
+	endError           = "error"
+)
+
+// refusal is why Splice took a flow not over. It is counted by its text, so there are few.
+type refusal string
+
+func (r refusal) Error() string { return string(r) }
+
+const (
+	refusedOff         = refusal("sockmap is switched off")
+	refusedFull        = refusal("too many spliced flows")
+	refusedState       = refusal("a side has already ended")
+	refusedDescriptors = refusal("out of file descriptors")
+	refusedSocket      = refusal("a socket could not be read")
+	refusedMaps        = refusal("a BPF map could not be written")
+	refusedInsert      = refusal("the kernel did not take a socket")
+)
+
+// ErrKnownBad is what New fails with on a kernel that is known to damage spliced streams.
+var ErrKnownBad = errors.New("this kernel is known to damage spliced streams")
+
+// State is how a Finding came out.
+type State string
+
+const (
+	StateOK       State = "ok"
+	StateDegraded State = "degraded" // works, but less well, or could not be seen
+	StateMissing  State = "missing"  // the sockmap datapath can't work without it
+)
+
+// Finding is one thing that was looked at, for people: by Probe about the machine, by SelfTest about the splice.
+type Finding struct {
+	Name   string        `json:"name"`
+	State  State         `json:"state"`
+	Detail string        `json:"detail,omitempty"` // what was seen
+	Advice string        `json:"advice,omitempty"` // what to do; empty where nothing has to be done
+	Took   time.Duration `json:"took_ns,omitempty"`
+}
+
+// Info is a spliced flow, live.
+type Info struct {
+	ID               string `json:"id"`
+	Route            string `json:"route"`
+	Downstream       string `json:"downstream"`
+	DownstreamLocal  string `json:"downstream_local"`
+	UpstreamLocal    string `json:"upstream_local"`
+	Upstream         string `json:"upstream"`
+	DownstreamCookie uint64 `json:"downstream_cookie"` // what ss -e prints as sk, and the key in the flows map
+	UpstreamCookie   uint64 `json:"upstream_cookie"`
+	State            string `json:"state"`                // spliced, half_closed, ending
+	Up               int64  `json:"up"`                   // bytes, as from the count that Splice gives
+	Down             int64  `json:"down"`                 //
+	UpCopied         int64  `json:"up_copied"`            // of which userspace copied, since the peer was slower
+	DownCopied       int64  `json:"down_copied"`          //
+	UpTrimmed        int64  `json:"up_trimmed"`           // bytes that the kernel delivered twice, cut off
+	DownTrimmed      int64  `json:"down_trimmed"`         //
+	UpWaiting        int64  `json:"up_waiting,omitempty"` // bytes received that the peer's TCP does not have yet
+	DownWaiting      int64  `json:"down_waiting,omitempty"`
+}
+
+// Stats count since New.
+type Stats struct {
+	Flows    int            `json:"flows"`    // now
+	Spliced  uint64         `json:"spliced"`  // flows taken over
+	Refused  map[string]int `json:"refused"`  // by reason
+	Faults   map[string]int `json:"faults"`   // flows reset since the verdict gave up, by reason
+	Switched uint64         `json:"switched"` // times a direction went from redirecting to copying
+	Off      string         `json:"off"`      // why the datapath is switched off; empty: it is on
+}

@@ -1,0 +1,189 @@
+package loader
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"testing"
+	"time"
+)
+
+// open loads a Loader for one test, with rules, and closes it after.
+func open(t testing.TB, r rules, flows int) *Loader {
+	t.Helper()
+	if os.Getuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("needs root")
+		}
+		t.Skip("needs root")
+	}
+	l, err := load(Options{Instance: fmt.Sprintf("ts-ldr-%d-%s", os.Getpid(), t.Name()), MaxFlows: flows, Log: slog.New(slog.NewTextHandler(testWriter{t}, nil))}, r)
+	if err != nil {
+		t.Fatalf("load: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	})
+	return l
+}
+
+type testWriter struct{ t testing.TB }
+
+func (w testWriter) Write(b []byte) (int, error) { w.t.Logf("%s", b); return len(b), nil }
+
+// result is how a flow ended.
+type result struct {
+	up, down int64
+	end      string
+	err      error
+}
+
+// path is a client and a server with a spliced flow between them.
+type path struct {
+	t              testing.TB
+	client, server *net.TCPConn
+	down, up       *net.TCPConn // the proxy's, before Splice closed them
+	count          func() (up, down int64)
+	ended          chan result
+	cancel         context.CancelFunc
+}
+
+type pathOptions struct {
+	buffer  int64
+	idle    time.Duration
+	network string                                      // "tcp4" or "tcp6"
+	before  func(client, server, down, up *net.TCPConn) // runs before Splice
+}
+
+// connect makes a TCP connection over loopback.
+func connect(t testing.TB, network string) (dialled, accepted *net.TCPConn) {
+	t.Helper()
+	at := "127.0.0.1:0"
+	if network == "tcp6" {
+		at = "[::1]:0"
+	}
+	lc := net.ListenConfig{}
+	lc.SetMultipathTCP(false)
+	ln, err := lc.Listen(context.Background(), network, at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	d := net.Dialer{}
+	d.SetMultipathTCP(false)
+	c, err := d.Dial(network, ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c.(*net.TCPConn), a.(*net.TCPConn)
+}
+
+func splicePath(t testing.TB, l *Loader, o pathOptions) *path {
+	t.Helper()
+	p, err := trySplice(t, l, o)
+	if err != nil {
+		t.Fatalf("splice: %v", err)
+	}
+	return p
+}
+
+func trySplice(t testing.TB, l *Loader, o pathOptions) (*path, error) {
+	t.Helper()
+	if o.network == "" {
+		o.network = "tcp4"
+	}
+	if o.buffer == 0 {
+		o.buffer = 2 << 20
+	}
+	p := &path{t: t, ended: make(chan result, 1)}
+	p.client, p.down = connect(t, o.network)
+	p.up, p.server = connect(t, o.network)
+	if o.before != nil {
+		o.before(p.client, p.server, p.down, p.up)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	p.cancel = cancel
+	var err error
+	p.count, err = l.Splice(ctx, p.down, p.up, Flow{
+		ID: "id-" + t.Name(), Route: "web/" + t.Name(), Buffer: o.buffer, Idle: o.idle,
+		Ended: func(up, down int64, end string, err error) { p.ended <- result{up, down, end, err} },
+	})
+	t.Cleanup(func() {
+		cancel()
+		p.client.Close()
+		p.server.Close()
+		if err != nil {
+			p.down.Close()
+			p.up.Close()
+		}
+	})
+	return p, err
+}
+
+// wait gives the flow's end, or fails.
+func (p *path) wait(within time.Duration) result {
+	p.t.Helper()
+	select {
+	case r := <-p.ended:
+		return r
+	case <-time.After(within):
+		p.t.Fatalf("the flow did not end within %v", within)
+		return result{}
+	}
+}
+
+// stream writes n bytes of a seeded stream to w, and gives its hash.
+func stream(w io.Writer, seed uint64, n int64) ([32]byte, error) {
+	h := sha256.New()
+	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16)})
+	_, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(w, h)}, io.LimitReader(struct{ io.Reader }{readerOf{r}}, n), make([]byte, 64<<10))
+	return [32]byte(h.Sum(nil)), err
+}
+
+type readerOf struct{ r *rand.ChaCha8 }
+
+func (r readerOf) Read(b []byte) (int, error) { return r.r.Read(b) }
+
+// drain reads all, and gives the hash and the number of bytes.
+func drain(r io.Reader) ([32]byte, int64, error) {
+	h := sha256.New()
+	n, err := io.CopyBuffer(struct{ io.Writer }{h}, struct{ io.Reader }{r}, make([]byte, 64<<10))
+	return [32]byte(h.Sum(nil)), n, err
+}
+
+// send writes a stream one way, closes it, and checks that it arrives whole.
+func send(from, to *net.TCPConn, seed uint64, n int64) error {
+	type sum struct {
+		hash [32]byte
+		err  error
+	}
+	sent := make(chan sum, 1)
+	go func() {
+		hash, err := stream(from, seed, n)
+		if err == nil {
+			err = from.CloseWrite()
+		}
+		sent <- sum{hash, err}
+	}()
+	hash, got, err := drain(to)
+	s := <-sent
+	if err := errors.Join(s.err, err); err != nil {
+		return fmt.Errorf("after %d of %d bytes: %w", got, n, err)
+	}
+	if got != n || hash != s.hash {
+		return fmt.Errorf("%d of %d bytes arrived, the same: %v", got, n, hash == s.hash)
+	}
+	return nil
+}

@@ -1,0 +1,158 @@
+package loader
+
+import (
+	"errors"
+	"net"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// As TCP_INFO tells it (include/net/tcp_states.h).
+const tcpEstablished = 1
+
+// socket is a descriptor of a TCP socket, not blocking, closed by its flow.
+type socket int
+
+// dup gives a descriptor of its own for c's socket. c stays usable.
+func dup(c *net.TCPConn) (socket, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	fd, failed := -1, error(nil)
+	if err := raw.Control(func(own uintptr) { fd, failed = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3) }); err != nil {
+		return -1, err
+	}
+	return socket(fd), failed
+}
+
+func (s socket) cookie() (uint64, error) {
+	return unix.GetsockoptUint64(int(s), unix.SOL_SOCKET, unix.SO_COOKIE)
+}
+
+// info is TCP_INFO without an allocation. Fields that the kernel doesn't know are 0.
+func (s socket) info(i *unix.TCPInfo) error {
+	size := uint32(unsafe.Sizeof(*i))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(s), unix.IPPROTO_TCP, unix.TCP_INFO,
+		uintptr(unsafe.Pointer(i)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// received is how many bytes the peer's TCP has given this socket, read or not, and one more for a FIN.
+func (s socket) received() (uint64, error) {
+	var i unix.TCPInfo
+	err := s.info(&i)
+	return i.Bytes_received, err
+}
+
+// unread is how many bytes wait in the receive queue. Exact only while the socket is in no sockmap.
+func (s socket) unread() (uint64, error) {
+	n, err := unix.IoctlGetInt(int(s), unix.SIOCINQ)
+	return uint64(n), err
+}
+
+// unacked is how many bytes the send queue holds.
+func (s socket) unacked() (int, error) { return unix.IoctlGetInt(int(s), unix.SIOCOUTQ) }
+
+// written is a lower bound of how many bytes this socket's TCP was given, and exact when nothing moves.
+//
+// It is what was acknowledged and then what the queue holds, in this order: what is acknowledged between the two
+// calls is missing. bytes_sent - bytes_retrans + notsent would be one call, but counts a segment twice that a
+// queueing discipline dropped at once (tcp_write_xmit sends it again as new), and the tail of a stream would
+// be taken for written while it is not.
+func (s socket) written() (uint64, error) {
+	var i unix.TCPInfo
+	if err := s.info(&i); err != nil {
+		return 0, err
+	}
+	n, err := s.unacked()
+	return i.Bytes_acked + uint64(int64(int32(n))), err
+}
+
+// readBefore is how many bytes of the stream somebody has read, and whether the socket is established with
+// both directions open.
+func (s socket) readBefore() (uint64, bool, error) {
+	for {
+		var i, again unix.TCPInfo
+		if err := s.info(&i); err != nil {
+			return 0, false, err
+		}
+		n, err := s.unread()
+		if err != nil {
+			return 0, false, err
+		}
+		if err := s.info(&again); err != nil {
+			return 0, false, err
+		}
+		if i.Bytes_received == again.Bytes_received { // nothing came between
+			return i.Bytes_received - n, again.State == tcpEstablished, nil
+		}
+	}
+}
+
+// writtenBefore is written, exactly; nobody may be writing.
+func (s socket) writtenBefore() (uint64, error) {
+	for {
+		n, err := s.written()
+		if err != nil {
+			return 0, err
+		}
+		again, err := s.written()
+		if err != nil || n == again {
+			return again, err
+		}
+	}
+}
+
+// kick makes the kernel look at what is queued: the verdict runs for it. A plain read would leave EPOLLIN stuck.
+func (s socket) kick() { _ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVLOWAT, 1) }
+
+// fault is the error that broke the socket, or nil. It clears the error. A closed state alone is no fault: a
+// socket whose both directions have ended is closed by its TIME_WAIT.
+func (s socket) fault() error {
+	n, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_ERROR)
+	if err == nil && n != 0 {
+		err = unix.Errno(n)
+	}
+	return err
+}
+
+func (s socket) read(b []byte) (int, error) {
+	for {
+		n, err := unix.Read(int(s), b)
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+func (s socket) write(b []byte) (int, error) {
+	for {
+		// MSG_NOSIGNAL: a broken pipe is an error like others.
+		n, err := unix.SendmsgN(int(s), b, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+func (s socket) closeWrite() { _ = unix.Shutdown(int(s), unix.SHUT_WR) }
+
+func (s socket) close() { _ = unix.Close(int(s)) }
+
+// reset closes with a RST; what was not sent is lost.
+func (s socket) reset() {
+	_ = unix.SetsockoptLinger(int(s), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	s.close()
+}
+
+func isAgain(err error) bool { return errors.Is(err, unix.EAGAIN) }
+
+// isReset: the other side, and not the way to it, ended the connection.
+func isReset(err error) bool {
+	return errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ENOTCONN)
+}

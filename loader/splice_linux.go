@@ -1,0 +1,238 @@
+package loader
+
+import (
+	"context"
+	"net"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// Splice takes the flow between down and up over, or refuses it with an error; userspace/relay's Datapath
+// says what the caller and it promise each other. It never waits for the flow.
+//
+// When it has taken the flow, it has closed down and up, and owns descriptors of its own for their sockets.
+func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
+	count, err = l.splice(ctx, down, up, o)
+	l.counts.splice(l, err)
+	return count, err
+}
+
+func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (func() (up, down int64), error) {
+	if l.counts.isOff() {
+		return nil, refusedOff
+	}
+	slot, err := l.take()
+	if err != nil {
+		return nil, err
+	}
+	defer l.splicing.Done()
+	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), ended: o.Ended, idle: o.Idle, before: [2]int64{o.Up, o.Down}}
+	f.sockets = [2]socket{-1, -1}
+	undo := []func(){func() { l.give(slot) }}
+	back := func(why refusal) (func() (up, down int64), error) {
+		for i := len(undo) - 1; i >= 0; i-- {
+			undo[i]()
+		}
+		return nil, why
+	}
+
+	for i, c := range []*net.TCPConn{down, up} {
+		s, err := dup(c)
+		if err != nil {
+			return back(refusedDescriptors)
+		}
+		f.sockets[i] = s
+		undo = append(undo, s.close)
+	}
+	if why, ok := f.measure(); !ok {
+		return back(why)
+	}
+
+	text := describe(down, up, o)
+	text.Slot, text.UpstreamCookie = slot, f.cookies[1]
+	for i := range f.halves {
+		l.halves[2*slot+uint32(i)] = spliceHalf{Source: f.cookies[i], Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
+	}
+	undo = append(undo, f.forget)
+	if err := l.objects.Flows.Put(f.cookies[0], text); err != nil {
+		return back(refusedMaps)
+	}
+	for i, cookie := range f.cookies {
+		if err := l.objects.Places.Put(cookie, splicePlace{Flow: f.cookies[0], Half: 2*slot + uint32(i)}); err != nil {
+			return back(refusedMaps)
+		}
+	}
+
+	options, why, ok := f.setOptions()
+	undo = append(undo, options)
+	if !ok {
+		return back(why)
+	}
+
+	// Both can be redirected to before the first of them is asked for a verdict.
+	for i, s := range f.sockets {
+		at := 2*slot + uint32(i)
+		if err := l.objects.Peers.Put(at, uint64(s)); err != nil {
+			return back(insertion(err))
+		}
+		undo = append(undo, func() { _ = l.objects.Peers.Delete(at) })
+	}
+	// Edge-triggered: what has happened before is told when the flow is live. An end of stream since the
+	// measurement makes the insertion fail.
+	for i, s := range f.sockets {
+		if err := l.watch.add(s, 2*slot+uint32(i), f.generation); err != nil {
+			return back(refusedDescriptors)
+		}
+		undo = append(undo, func() { l.watch.remove(s) })
+	}
+	if err := l.objects.Sources.Put(2*slot, uint64(f.sockets[0])); err != nil {
+		return back(insertion(err))
+	}
+	// From here on bytes may move, and there is no way back. If upstream has ended or broken
+	// meanwhile, its direction is copied to the end.
+	if err := l.objects.Sources.Put(2*slot+1, uint64(f.sockets[1])); err != nil {
+		f.halves[1].copying.Store(true)
+	}
+
+	// Our descriptors hold the sockets; the conns' would wake Go's poller at each message.
+	_ = down.Close()
+	_ = up.Close()
+	l.live[slot].Store(f)
+	if l.rules.kick {
+		for _, s := range f.sockets {
+			s.kick() // the verdict for what was queued before
+		}
+	}
+	for i, s := range f.sockets {
+		also := uint32(0)
+		if !l.rules.quiet {
+			also = unix.EPOLLIN
+		}
+		l.watch.change(s, 2*slot+uint32(i), f.generation, also) // tells again what was told before live was set
+	}
+	for i := range f.halves {
+		h := &f.halves[i]
+		if m := h.shared(); h.copying.Load() || load64(&m.Passed) != 0 || atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
+			h.wake(0) // its event came before live was set
+		}
+	}
+	if ctx.Done() != nil {
+		stop := context.AfterFunc(ctx, func() { f.finish(endCanceled, context.Cause(ctx)) })
+		f.stop.Store(&stop)
+		if f.over.Load() {
+			stop()
+		}
+	}
+	if o.Idle > 0 {
+		l.sweeper.atLeast(o.Idle / 4)
+	}
+	return f.count, nil
+}
+
+// insertion tells a socket that has ended from one that the kernel does not take.
+func insertion(err error) refusal {
+	if err := translate(err); isNotEstablished(err) {
+		return refusedState
+	}
+	return refusedInsert
+}
+
+// measure finds out where both sockets' streams are, before anything moves.
+func (f *flow) measure() (refusal, bool) {
+	for i, s := range f.sockets {
+		cookie, err := s.cookie()
+		if err != nil {
+			return refusedSocket, false
+		}
+		f.cookies[i] = cookie
+		read, open, err := s.readBefore()
+		if err != nil {
+			return refusedSocket, false
+		}
+		if !open {
+			return refusedState, false
+		}
+		written, err := s.writtenBefore()
+		if err != nil {
+			return refusedSocket, false
+		}
+		f.halves[i].init(f, uint32(i), read)
+		f.halves[1-i].written0 = written
+	}
+	return "", true
+}
+
+// setOptions makes the kernel send what it is given, when it is given it. undo gives the old options back.
+func (f *flow) setOptions() (undo func(), why refusal, ok bool) {
+	type old struct {
+		s                socket
+		level, name, was int
+	}
+	var changed []old
+	undo = func() {
+		for _, c := range changed {
+			_ = unix.SetsockoptInt(int(c.s), c.level, c.name, c.was)
+		}
+	}
+	for _, s := range f.sockets {
+		for _, want := range []struct{ name, value int }{
+			// The kernel sends a redirected skb fragment by fragment; Nagle would hold the last one back.
+			{unix.TCP_NODELAY, 1},
+			// Else sysctl tcp_notsent_lowat decides, which the verdict doesn't see, whether a write is taken.
+			{unix.TCP_NOTSENT_LOWAT, -1},
+		} {
+			was, err := unix.GetsockoptInt(int(s), unix.IPPROTO_TCP, want.name)
+			if err != nil {
+				return undo, refusedSocket, false
+			}
+			if was == want.value {
+				continue
+			}
+			if err := unix.SetsockoptInt(int(s), unix.IPPROTO_TCP, want.name, want.value); err != nil {
+				return undo, refusedSocket, false
+			}
+			changed = append(changed, old{s, unix.IPPROTO_TCP, want.name, was})
+		}
+	}
+	return undo, "", true
+}
+
+// forget takes the flow out of the tables. Its sockets have left the sockmaps, or never were there.
+func (f *flow) forget() {
+	for _, cookie := range f.cookies {
+		_ = f.l.objects.Places.Delete(cookie)
+	}
+	_ = f.l.objects.Flows.Delete(f.cookies[0])
+}
+
+func describe(down, up *net.TCPConn, o Flow) spliceFlow {
+	t := spliceFlow{State: spliceFlowStateFLOW_SPLICED}
+	text(t.Id[:], o.ID)
+	text(t.Route[:], o.Route)
+	text(t.Downstream[:], down.RemoteAddr().String())
+	text(t.DownstreamLocal[:], down.LocalAddr().String())
+	text(t.UpstreamLocal[:], up.LocalAddr().String())
+	text(t.Upstream[:], up.RemoteAddr().String())
+	return t
+}
+
+// text writes s into a C string, cut to what fits.
+func text(to []int8, s string) {
+	for i := 0; i < len(s) && i < len(to)-1; i++ {
+		to[i] = int8(s[i])
+	}
+}
+
+func fromText(b []int8) string {
+	s := make([]byte, 0, len(b))
+	for _, c := range b {
+		if c == 0 {
+			break
+		}
+		s = append(s, byte(c))
+	}
+	return string(s)
+}
+
+func load64(p *uint64) uint64 { return atomic.LoadUint64(p) }

@@ -1,0 +1,154 @@
+package relaytest
+
+import (
+	"errors"
+	"io"
+	"net"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// halfClose: one end's stream ends, and the other's goes on for long.
+func halfClose(t *testing.T, p Path, s Size) {
+	bothRoles(t, p, func(t *testing.T, first, second net.Conn) {
+		must(t, transferAll(first, second, 1000))
+		must(t, transfer(second, first, 10))
+		time.Sleep(20 * time.Millisecond)
+		must(t, transferAll(second, first, s.Behind))
+	})
+}
+
+// halfCloseAtOnce: the FIN is right behind a lot of data, with a reader that is not there yet.
+func halfCloseAtOnce(t *testing.T, p Path, s Size) {
+	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+		out := newStream()
+		in := *out
+		sent := make(chan error, 1)
+		go func() { sent <- errors.Join(out.send(from, s.Behind), closeWrite(from)) }()
+		time.Sleep(50 * time.Millisecond)
+		must(t, in.receive(to, s.Behind))
+		must(t, wantEOF(to))
+		must(t, <-sent)
+		must(t, transferAll(to, from, 100<<10))
+	})
+}
+
+func finWithData(t *testing.T, p Path, s Size) {
+	for _, n := range []int64{1, 700, 40_000} {
+		bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+			must(t, cork(from))
+			out := newStream()
+			in := *out
+			must(t, errors.Join(out.send(from, n), closeWrite(from)))
+			must(t, in.receive(to, n))
+			must(t, wantEOF(to))
+			must(t, transferAll(to, from, n))
+		})
+	}
+}
+
+// reset: of a flow at rest, which has moved bytes both ways.
+func reset(t *testing.T, p Path, s Size) {
+	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+		must(t, transfer(from, to, 1000))
+		must(t, transfer(to, from, 100<<10))
+		abort(from)
+		wantReset(t, to)
+	})
+}
+
+// resetBehindData: what the path had acknowledged before the reset arrives, and then the reset.
+func resetBehindData(t *testing.T, p Path, s Size) {
+	for _, n := range []int64{100, 64 << 10} {
+		bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+			out := newStream()
+			in := *out
+			must(t, out.send(from, n))
+			must(t, waitAcked(from))
+			abort(from)
+			time.Sleep(20 * time.Millisecond)
+			must(t, in.receive(to, n))
+			wantReset(t, to)
+		})
+	}
+}
+
+// resetMidStream: both streams are in full flow. The other end never sees a proper end.
+func resetMidStream(t *testing.T, p Path, s Size) {
+	for range 5 {
+		bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+			out := newStream()
+			in := *out
+			go out.send(from, 1<<30)
+			back := newStream()
+			expect := *back
+			sent := make(chan error, 1)
+			go func() { sent <- back.send(to, 1<<30) }()
+			must(t, expect.receive(from, 3<<20))
+			must(t, in.receive(to, 3<<20))
+			abort(from)
+			_, err := in.drain(to)
+			if !errors.Is(err, syscall.ECONNRESET) {
+				// The sender may have been told first; then the stream ends for the reader,
+				// and whether it was a reset is for the sender to say.
+				if err != io.EOF {
+					t.Errorf("reader: %v", err)
+				}
+			}
+			serr := <-sent
+			if !isReset(serr) {
+				t.Errorf("sender: %v", serr)
+			}
+			if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(serr, syscall.ECONNRESET) {
+				t.Errorf("neither reader nor sender was told of a reset: %v, %v", err, serr)
+			}
+		})
+	}
+}
+
+func isReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+}
+
+// resetAfterHalfClose: a side that has ended its stream, or has been told of the other's end, can still reset.
+// The other end does not write meanwhile: it has to be told, not to find out.
+func resetAfterHalfClose(t *testing.T, p Path, s Size) {
+	t.Run("by the one that ended", func(t *testing.T) {
+		bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+			must(t, transferAll(from, to, 1000))
+			time.Sleep(20 * time.Millisecond)
+			abort(from)
+			must(t, waitBroken(to))
+		})
+	})
+	t.Run("by the other one", func(t *testing.T) {
+		bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+			must(t, transferAll(to, from, 1000))
+			time.Sleep(20 * time.Millisecond)
+			abort(from)
+			wantReset(t, to)
+		})
+	})
+}
+
+// resetWhileStopped: an end that doesn't read is told of a reset all the same, within the time that is allowed
+// for the delivery of what is on its way.
+func resetWhileStopped(t *testing.T, p Path, s Size) {
+	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+		fill(from, newStream())
+		abort(from)
+		must(t, waitBroken(to))
+	})
+}
+
+// closeUnread: close with unread bytes is a reset in TCP.
+func closeUnread(t *testing.T, p Path, s Size) {
+	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+		must(t, newStream().send(to, 1000))
+		must(t, waitAcked(to))
+		time.Sleep(20 * time.Millisecond)
+		from.Close()
+		must(t, waitBroken(to))
+	})
+}

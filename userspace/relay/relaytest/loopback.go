@@ -1,0 +1,177 @@
+package relaytest
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/relay"
+)
+
+// Loopback makes flows through [relay.Run] in this process.
+type Loopback struct {
+	// Down and Up are the networks of the two sides: "tcp4" (default), "tcp6" or "unix".
+	Down, Up string
+
+	// WrapDown and WrapUp, when not nil, stand between the relay and the socket.
+	WrapDown, WrapUp func(net.Conn) net.Conn
+
+	// Options of every flow. A case sets further ones.
+	Options relay.Options
+}
+
+// Path opens the listeners, until the end of the test.
+func (l Loopback) Path(t testing.TB) Path {
+	down, up := newPairs(t, l.Down), newPairs(t, l.Up)
+	connect := func(t testing.TB) *Flow {
+		t.Helper()
+		f := &Flow{result: make(chan relay.Result, 1)}
+		f.Client, f.Down = down.pair(t)
+		f.Up, f.Server = up.pair(t)
+		f.start = func(ctx context.Context, o relay.Options) { l.run(ctx, f, o) }
+		return f
+	}
+	return Path{Connect: connect, NoReset: l.Down == "unix" || l.Up == "unix", PIDs: []int{0}}
+}
+
+// run starts the relay with what l and the case want.
+func (l Loopback) run(ctx context.Context, f *Flow, o relay.Options) {
+	o.Datapaths, o.Refused = l.Options.Datapaths, l.Options.Refused
+	if o.Buffer == 0 {
+		o.Buffer = l.Options.Buffer
+	}
+	if o.Idle == 0 {
+		o.Idle = l.Options.Idle
+	}
+	d, u := f.Down, f.Up
+	if l.WrapDown != nil {
+		d = l.WrapDown(d)
+	}
+	if l.WrapUp != nil {
+		u = l.WrapUp(u)
+	}
+	go relay.Run(ctx, d, u, o, func(r relay.Result) { f.result <- r })
+}
+
+// pairs makes connected pairs of sockets.
+type pairs struct {
+	mu sync.Mutex
+	l  net.Listener
+}
+
+func newPairs(t testing.TB, network string) *pairs {
+	t.Helper()
+	addr := "127.0.0.1:0"
+	switch network {
+	case "":
+		network = "tcp4"
+	case "tcp6":
+		addr = "[::1]:0"
+	case "unix":
+		addr = filepath.Join(t.TempDir(), "s")
+	}
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false) // kernel datapaths can't take MPTCP
+	l, err := lc.Listen(context.Background(), network, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return &pairs{l: l}
+}
+
+func (p *pairs) pair(t testing.TB) (dialled, accepted net.Conn) {
+	t.Helper()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var d net.Dialer
+	d.SetMultipathTCP(false)
+	dialled, err := d.Dial(p.l.Addr().Network(), p.l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted, err = p.l.Accept()
+	if err != nil {
+		dialled.Close()
+		t.Fatal(err)
+	}
+	return dialled, accepted
+}
+
+// Through makes a Path.Dial for something outside of this process: dial makes a connection to its listener, and what
+// it forwards arrives at l. hello, if any, is what the client has to say first for the flow to be forwarded;
+// the server is expected to get it as it is. Both ends are given with nothing pending.
+func Through(dial func() (net.Conn, error), l net.Listener, hello []byte) func(t testing.TB) (client, server net.Conn) {
+	w := &waiting{arrived: make(map[string]chan net.Conn)}
+	go w.accept(l, len(hello))
+	return func(t testing.TB) (client, server net.Conn) {
+		t.Helper()
+		token, ch := w.expect()
+		client, err := dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := client.Write(append(hello[:len(hello):len(hello)], token...)); err != nil {
+			client.Close()
+			t.Fatalf("send the token: %v", err)
+		}
+		select {
+		case server = <-ch:
+			return client, server
+		case <-time.After(patience):
+			client.Close()
+			t.Fatal("the connection does not arrive")
+			panic("unreachable")
+		}
+	}
+}
+
+const tokenSize = 16
+
+// waiting tells apart the connections that arrive by the token that is sent first.
+type waiting struct {
+	mu      sync.Mutex
+	last    int
+	arrived map[string]chan net.Conn
+}
+
+func (w *waiting) expect() (token string, ch chan net.Conn) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.last++
+	token = fmt.Sprintf("%0*d", tokenSize, w.last)
+	ch = make(chan net.Conn, 1)
+	w.arrived[token] = ch
+	return token, ch
+}
+
+func (w *waiting) accept(l net.Listener, helloSize int) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			b := make([]byte, helloSize+tokenSize)
+			c.SetReadDeadline(time.Now().Add(patience))
+			if _, err := io.ReadFull(c, b); err != nil {
+				c.Close()
+				return
+			}
+			c.SetReadDeadline(time.Time{})
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			if ch := w.arrived[string(b[helloSize:])]; ch != nil {
+				delete(w.arrived, string(b[helloSize:]))
+				ch <- c
+				return
+			}
+			c.Close()
+		}()
+	}
+}

@@ -1,0 +1,275 @@
+package relaytest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/relay"
+)
+
+func head(t *testing.T, p Path, s Size) {
+	for _, size := range []int64{0, 1, 517, 64 << 10} {
+		preface := []byte("PROXY and so on\r\n")
+		if size == 1 {
+			preface = nil
+		}
+		out := newStream()
+		out.pos -= out.pos % int64(len(pattern())) // so that the head is one piece
+		in := *out
+		head := bytes.Clone(out.next(size))
+		out.pos += size
+
+		f := p.Connect(t)
+		f.Start(context.Background(), relay.Options{Preface: preface, Head: head})
+		got := make([]byte, len(preface))
+		_, err := io.ReadFull(f.Server, got)
+		must(t, err)
+		if !bytes.Equal(got, preface) {
+			t.Fatalf("preface: %q", got)
+		}
+		must(t, out.send(f.Client, 1000))
+		must(t, in.receive(f.Server, size+1000))
+		must(t, exchange(f.Client, f.Server, 0, 2000))
+		if r := f.Result(t); r.Up != size+1000 || r.Down != 2000 || r.End != relay.EndEOF || r.Err != nil {
+			t.Errorf("%+v with a head of %d bytes", r, size)
+		}
+	}
+}
+
+// sentBefore: bytes, and the FIN as well, are in the receive queues before the relay is there.
+func sentBefore(t *testing.T, p Path, s Size) {
+	for _, n := range []int64{1, 1000, 60_000} {
+		for _, fin := range []bool{false, true} {
+			f := p.Connect(t)
+			out := newStream()
+			in := *out
+			must(t, out.send(f.Client, n))
+			if fin {
+				must(t, closeWrite(f.Client))
+			}
+			f.Start(context.Background(), relay.Options{})
+			must(t, in.receive(f.Server, n))
+			if !fin {
+				must(t, transfer(f.Client, f.Server, 1000))
+				must(t, closeWrite(f.Client))
+			}
+			must(t, wantEOF(f.Server))
+			must(t, transferAll(f.Server, f.Client, 1000))
+			f.Client.Close()
+			f.Server.Close()
+		}
+	}
+}
+
+func result(t *testing.T, p Path, s Size) {
+	for _, c := range []struct {
+		end relay.End
+		how func(f *Flow)
+	}{
+		{relay.EndEOF, func(f *Flow) { closeWrite(f.Client); wantEOF(f.Server); closeWrite(f.Server) }},
+		{relay.EndEOF, func(f *Flow) { closeWrite(f.Server); wantEOF(f.Client); closeWrite(f.Client) }},
+		{relay.EndDownstreamReset, func(f *Flow) { abort(f.Client) }},
+		{relay.EndUpstreamReset, func(f *Flow) { abort(f.Server) }},
+	} {
+		f := p.Connect(t)
+		f.Start(context.Background(), relay.Options{})
+		must(t, transfer(f.Client, f.Server, 12_345))
+		must(t, transfer(f.Server, f.Client, 2_345_678))
+		c.how(f)
+		r := f.Result(t)
+		if r.End != c.end || r.Up != 12_345 || r.Down != 2_345_678 || (r.Err == nil) != (r.End == relay.EndEOF) {
+			t.Errorf("%+v, and not %s", r, c.end)
+		}
+		f.Client.Close()
+		f.Server.Close()
+	}
+}
+
+func counters(t *testing.T, p Path, s Size) {
+	var c relay.Counters
+	f := p.Connect(t)
+	f.Start(context.Background(), relay.Options{Counters: &c, Preface: []byte("preface"), Head: []byte("head")})
+	got := make([]byte, len("prefacehead"))
+	_, err := io.ReadFull(f.Server, got)
+	must(t, err)
+	up, down := int64(len("head")), int64(0)
+	for _, n := range []int64{1, 100_000, 3_000_000} {
+		must(t, transfer(f.Client, f.Server, n))
+		must(t, transfer(f.Server, f.Client, 2*n))
+		up, down = up+n, down+2*n
+		eventually(t, func() bool {
+			u, d := c.Load()
+			return u == up && d == down
+		}, "counters do not reach %d up, %d down", up, down)
+	}
+	must(t, exchange(f.Client, f.Server, 0, 0))
+	r := f.Result(t)
+	if u, d := c.Load(); u != up || d != down || r.Up != up || r.Down != down {
+		t.Errorf("after the end the counters are %d and %d, the result's %d and %d; moved: %d and %d", u, d, r.Up, r.Down, up, down)
+	}
+}
+
+func eventually(t testing.TB, f func() bool, format string, args ...any) {
+	t.Helper()
+	for end := time.Now().Add(patience / 6); !f(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf(format, args...)
+		}
+	}
+}
+
+// bufferBound: with a reader that has stopped, what was taken from one socket and not yet given to the other is
+// within the bound, and nothing of it is lost.
+func bufferBound(t *testing.T, p Path, s Size) {
+	if p.NoReset {
+		return // TCP_INFO is what we measure by
+	}
+	for _, bound := range []int64{4 << 10, 64 << 10, 200 << 10, relay.DefaultBuffer} {
+		for _, role := range []string{"client", "server"} {
+			f := p.Connect(t)
+			from, to, src, dst := f.Client, f.Server, f.Down, f.Up
+			if role == "server" {
+				from, to, src, dst = f.Server, f.Client, f.Up, f.Down
+			}
+			held, closeHeld := watchHeld(t, src, dst)
+			f.Start(context.Background(), relay.Options{Buffer: bound})
+			out := newStream()
+			in := *out
+			var n int64
+			for range 3 {
+				n += fill(from, out)
+				if h := held(); h > bound {
+					t.Errorf("%d bytes held with a bound of %d, from %s", h, bound, role)
+				}
+				must(t, in.receive(to, n/2))
+				n -= n / 2
+			}
+			closeHeld()
+			must(t, in.receive(to, n))
+			must(t, exchange(f.Client, f.Server, 1000, 1000))
+		}
+	}
+}
+
+// stalledCost: flows whose readers have stopped, both ways, take no CPU.
+func stalledCost(t *testing.T, p Path, s Size) {
+	var flows []*Flow
+	for range s.Stalled {
+		f := p.Connect(t)
+		f.Start(context.Background(), relay.Options{})
+		defer f.Client.Close()
+		defer f.Server.Close()
+		for _, c := range []net.Conn{f.Client, f.Server} {
+			go func() { // until closed
+				b := make([]byte, 64<<10)
+				for {
+					if _, err := c.Write(b); err != nil {
+						return
+					}
+				}
+			}()
+		}
+		flows = append(flows, f)
+	}
+	const span = time.Second
+	var used time.Duration
+	for range 5 { // the buffers take a while to fill
+		before := processCPU()
+		time.Sleep(span)
+		if used = processCPU() - before; used < span/50 {
+			break
+		}
+	}
+	if used >= span/50 {
+		t.Errorf("%d stalled flows take %v of CPU in %v", s.Stalled, used, span)
+	}
+	for _, f := range flows {
+		abort(f.Server)
+		abort(f.Client)
+		f.Result(t)
+	}
+}
+
+// wantBroken wants c to be told that the flow is over, without a proper end where there are resets.
+func wantBroken(t testing.TB, p Path, c net.Conn) {
+	t.Helper()
+	if !p.NoReset {
+		wantReset(t, c)
+		return
+	}
+	c.SetReadDeadline(time.Now().Add(patience))
+	if _, err := io.Copy(io.Discard, c); errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("not told of the end: %v", err)
+	}
+}
+
+func idleTimeout(t *testing.T, p Path, s Size) {
+	const idle = 200 * time.Millisecond
+	f := p.Connect(t)
+	f.Start(context.Background(), relay.Options{Idle: idle})
+	defer f.Client.Close()
+	defer f.Server.Close()
+	for range 10 { // bytes one way are enough
+		must(t, transfer(f.Client, f.Server, 1))
+		time.Sleep(idle / 3)
+	}
+	for range 10 {
+		must(t, transfer(f.Server, f.Client, 1))
+		time.Sleep(idle / 3)
+	}
+	wantBroken(t, p, f.Client)
+	wantBroken(t, p, f.Server)
+	if r := f.Result(t); r.End != relay.EndIdle || r.Up != 10 || r.Down != 10 {
+		t.Errorf("%+v", r)
+	}
+}
+
+// idleStalled: a flow on which nothing can move is idle.
+func idleStalled(t *testing.T, p Path, s Size) {
+	f := p.Connect(t)
+	f.Start(context.Background(), relay.Options{Idle: 500 * time.Millisecond})
+	defer f.Client.Close()
+	defer f.Server.Close()
+	fill(f.Client, newStream())
+	if r := f.Result(t); r.End != relay.EndIdle {
+		t.Errorf("%+v", r)
+	}
+	wantBroken(t, p, f.Client)
+}
+
+func cancelFlow(t *testing.T, p Path, s Size) {
+	for _, busy := range []bool{false, true} {
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		f := p.Connect(t)
+		f.Start(ctx, relay.Options{})
+		defer f.Client.Close()
+		defer f.Server.Close()
+		must(t, transfer(f.Client, f.Server, 1000))
+		if busy {
+			fill(f.Client, newStream()) // the server doesn't read
+		}
+		start := time.Now()
+		cancel()
+		if r := f.Result(t); r.End != relay.EndCanceled || !errors.Is(r.Err, context.Canceled) {
+			t.Errorf("%+v", r)
+		}
+		if took := time.Since(start); took > time.Second {
+			t.Errorf("took %v", took)
+		}
+		wantBroken(t, p, f.Client)
+		if busy {
+			_, err := io.Copy(io.Discard, f.Server)
+			if !p.NoReset && !isReset(err) {
+				t.Errorf("server, instead of a reset: %v", err)
+			}
+			continue
+		}
+		wantBroken(t, p, f.Server)
+	}
+}

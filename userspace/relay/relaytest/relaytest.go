@@ -1,0 +1,157 @@
+// Package relaytest is the table of cases that every datapath must pass.
+//
+// A case gets the two ends of flows from a [Path], and says nothing about what is in between: the relay
+// in this process on loopback ([Loopback]), a kernel datapath behind it (Loopback with Options.Datapaths),
+// or whole daemons in namespaces ([Through]). The cases check each byte, how each stream ends, and that
+// nothing is left behind.
+//
+//	func TestCases(t *testing.T) {
+//		relaytest.Run(t, relaytest.Loopback{}.Path(t), relaytest.DefaultSize())
+//	}
+package relaytest
+
+import (
+	"context"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/relay"
+)
+
+// A Path makes flows through what is tested.
+type Path struct {
+	// Dial makes a new flow and gives its two ends, which the case closes. *net.TCPConn, but for
+	// paths that end in a unix socket. Safe for concurrent use.
+	Dial func(t testing.TB) (client, server net.Conn)
+
+	// Connect makes the sockets of a flow in this process, for a case that starts the relay itself, with options.
+	// Where it is nil, the cases about options, results and memory are left out.
+	Connect func(t testing.TB) *Flow
+
+	// NoReset: the path has a unix socket in it, on which there is no reset.
+	NoReset bool
+
+	// PIDs are the daemons in between. Their sockets are counted at the end. 0 is this process.
+	PIDs []int
+}
+
+// A Flow is a flow in this process.
+type Flow struct {
+	Client, Server net.Conn // the ends
+	Down, Up       net.Conn // the sockets of the relay, which owns them: to look at, by SyscallConn
+	start          func(context.Context, relay.Options)
+	result         chan relay.Result
+}
+
+// Start starts the relay.
+func (f *Flow) Start(ctx context.Context, o relay.Options) { f.start(ctx, o) }
+
+// Result waits for the flow to end.
+func (f *Flow) Result(t testing.TB) relay.Result {
+	t.Helper()
+	select {
+	case r := <-f.result:
+		f.result <- r
+		return r
+	case <-time.After(patience):
+		t.Fatal("the flow does not end")
+		panic("unreachable")
+	}
+}
+
+// Size says how much the cases do.
+type Size struct {
+	Big        int64         // bytes each way of the big transfer
+	Behind     int64         // bytes that follow a half-close the other way
+	Short      int           // flows one after the other
+	Concurrent int           // flows at once
+	Flow       int64         // bytes of a flow of random size, at most
+	Rounds     int           // requests of one flow
+	Stop       time.Duration // how long a reader stops
+	Stalled    int           // flows whose readers have stopped, at once
+}
+
+// DefaultSize takes well under a minute with -race on two slow cores. RELAYTEST=soak in the environment is what
+// a release has to pass.
+func DefaultSize() Size {
+	if os.Getenv("RELAYTEST") == "soak" {
+		return Size{Big: 1 << 30, Behind: 32 << 20, Short: 5000, Concurrent: 500, Flow: 4 << 20, Rounds: 20000, Stop: 30 * time.Second, Stalled: 200}
+	}
+	return Size{Big: 32 << 20, Behind: 32 << 20, Short: 1000, Concurrent: 100, Flow: 256 << 10, Rounds: 1000, Stop: 300 * time.Millisecond, Stalled: 20}
+}
+
+// SmallSize is for the paths that differ little from one that DefaultSize has been through.
+func SmallSize() Size {
+	return Size{Big: 4 << 20, Behind: 4 << 20, Short: 50, Concurrent: 20, Flow: 256 << 10, Rounds: 200, Stop: 100 * time.Millisecond, Stalled: 5}
+}
+
+// patience is how long anything may take before it counts as stalled.
+const patience = 60 * time.Second
+
+// A Case is one row of the table.
+type Case struct {
+	Name   string
+	Reset  bool // needs a path on which there are resets
+	Inside bool // needs Path.Connect
+	Run    func(t *testing.T, p Path, s Size)
+}
+
+// Cases returns the table.
+func Cases() []Case {
+	return []Case{
+		{Name: "random sizes", Run: randomSizes},
+		{Name: "big both ways", Run: bigBothWays},
+		{Name: "short flows", Run: shortFlows},
+		{Name: "concurrent flows", Run: concurrentFlows},
+		{Name: "request and response", Run: requestResponse},
+		{Name: "bulk and quiet in turn", Run: bulkAndQuiet},
+		{Name: "one byte a segment", Run: byteSegments},
+		{Name: "reader stops and goes on", Run: readerStops},
+		{Name: "zero window", Run: zeroWindow},
+		{Name: "urgent byte", Reset: true, Run: urgentByte},
+		{Name: "keepalive", Reset: true, Run: keepAlive},
+
+		{Name: "half-close", Run: halfClose},
+		{Name: "half-close at once", Run: halfCloseAtOnce},
+		{Name: "fin with data", Reset: true, Run: finWithData},
+		{Name: "reset", Reset: true, Run: reset},
+		{Name: "reset behind data", Reset: true, Run: resetBehindData},
+		{Name: "reset mid-stream", Reset: true, Run: resetMidStream},
+		{Name: "reset after half-close", Reset: true, Run: resetAfterHalfClose},
+		{Name: "reset while the reader has stopped", Reset: true, Run: resetWhileStopped},
+		{Name: "close with bytes unread", Reset: true, Run: closeUnread},
+
+		{Name: "head", Inside: true, Run: head},
+		{Name: "sent before the splice", Inside: true, Run: sentBefore},
+		{Name: "result", Inside: true, Reset: true, Run: result},
+		{Name: "counters", Inside: true, Run: counters},
+		{Name: "buffer bound", Inside: true, Run: bufferBound},
+		{Name: "stalled flows cost nothing", Inside: true, Run: stalledCost},
+		{Name: "idle timeout", Inside: true, Run: idleTimeout},
+		{Name: "idle timeout of a stalled flow", Inside: true, Run: idleStalled},
+		{Name: "cancel", Inside: true, Run: cancelFlow},
+	}
+}
+
+// Run runs every case that the path can show, and checks that nothing is left at the end.
+func Run(t *testing.T, p Path, s Size) {
+	if p.Dial == nil {
+		p.Dial = func(t testing.TB) (client, server net.Conn) {
+			f := p.Connect(t)
+			f.Start(context.Background(), relay.Options{})
+			return f.Client, f.Server
+		}
+	}
+	before := take(p)
+	for _, c := range Cases() {
+		if c.Inside && p.Connect == nil || c.Reset && p.NoReset {
+			continue
+		}
+		t.Run(c.Name, func(t *testing.T) {
+			c.Run(t, p, s)
+			before.check(t, p)
+		})
+	}
+}

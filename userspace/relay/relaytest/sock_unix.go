@@ -1,0 +1,54 @@
+//go:build unix
+
+package relaytest
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// onSocket calls f with the descriptor of c.
+func onSocket(c net.Conn, f func(fd int) error) error {
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	return errors.Join(raw.Control(func(fd uintptr) { err = f(int(fd)) }), err)
+}
+
+// waitBroken waits until c's TCP knows that the connection was reset. It neither reads nor writes.
+func waitBroken(c net.Conn) error {
+	var revents int16
+	for end := time.Now().Add(patience / 6); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if err := onSocket(c, func(fd int) error {
+			fds := []unix.PollFd{{Fd: int32(fd)}}
+			_, err := unix.Poll(fds, 0)
+			revents = fds[0].Revents
+			return err
+		}); err != nil && err != unix.EINTR {
+			return err
+		}
+		if revents&unix.POLLERR != 0 {
+			return nil
+		}
+	}
+	return fmt.Errorf("not told of a reset (poll: %#x)", revents)
+}
+
+func sendUrgent(c net.Conn, b byte) error {
+	return onSocket(c, func(fd int) error { return unix.Sendto(fd, []byte{b}, unix.MSG_OOB, nil) })
+}
+
+// processCPU is the CPU time that this process has taken.
+func processCPU() time.Duration {
+	var u unix.Rusage
+	if unix.Getrusage(unix.RUSAGE_SELF, &u) != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}

@@ -1,0 +1,199 @@
+package relaytest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// pattern is what streams are cut from. Its length is a prime: bytes that are lost, repeated or moved by any
+// number that buffers, pages or segments come in show as a difference.
+var pattern = sync.OnceValue(func() []byte {
+	b := make([]byte, 1048573)
+	rand.NewChaCha8([32]byte{'t', 's'}).Read(b)
+	return b
+})
+
+// A stream is the bytes that one end sends, from a position on.
+type stream struct{ pos int64 }
+
+// newStream begins somewhere, so that the streams of two flows differ.
+func newStream() *stream { return &stream{rand.Int64N(1 << 40)} }
+
+// next gives up to n of the following bytes. It does not move on.
+func (s stream) next(n int64) []byte {
+	p := pattern()
+	at := s.pos % int64(len(p))
+	return p[at : at+min(n, int64(len(p))-at)]
+}
+
+// send writes n bytes of s.
+func (s *stream) send(c net.Conn, n int64) error { return s.sendBy(c, n, 1<<20) }
+
+// sendBy writes n bytes of s, up to chunk with each write.
+func (s *stream) sendBy(c net.Conn, n, chunk int64) error {
+	for n > 0 {
+		c.SetWriteDeadline(time.Now().Add(patience))
+		m, err := c.Write(s.next(min(n, chunk)))
+		s.pos += int64(m)
+		n -= int64(m)
+		if err != nil {
+			return fmt.Errorf("send, with %d bytes to go: %w", n, err)
+		}
+	}
+	return nil
+}
+
+// receive reads and compares n bytes.
+func (s *stream) receive(c net.Conn, n int64) error {
+	buf := buffers.Get().(*[256 << 10]byte)
+	defer buffers.Put(buf)
+	for n > 0 {
+		c.SetReadDeadline(time.Now().Add(patience))
+		m, err := c.Read(buf[:min(n, int64(len(buf)))])
+		if err := s.compare(buf[:m]); err != nil {
+			return err
+		}
+		n -= int64(m)
+		if err != nil {
+			return fmt.Errorf("receive, with %d bytes to go: %w", n, err)
+		}
+	}
+	return nil
+}
+
+var buffers = sync.Pool{New: func() any { return new([256 << 10]byte) }}
+
+func (s *stream) compare(b []byte) error {
+	for len(b) > 0 {
+		want := s.next(int64(len(b)))
+		if !bytes.Equal(b[:len(want)], want) {
+			i := 0
+			for b[i] == want[i] {
+				i++
+			}
+			return fmt.Errorf("byte %d of the stream differs", s.pos+int64(i))
+		}
+		s.pos += int64(len(want))
+		b = b[len(want):]
+	}
+	return nil
+}
+
+// drain reads and compares until the stream ends, and gives the number of bytes and how it ended.
+func (s *stream) drain(c net.Conn) (n int64, err error) {
+	buf := buffers.Get().(*[256 << 10]byte)
+	defer buffers.Put(buf)
+	for {
+		c.SetReadDeadline(time.Now().Add(patience))
+		m, err := c.Read(buf[:])
+		n += int64(m)
+		if err := s.compare(buf[:m]); err != nil {
+			return n, err
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+}
+
+// transfer sends n bytes from one end to the other, while the reader compares. Without the end of the stream.
+func transfer(from, to net.Conn, n int64) error {
+	out := newStream()
+	in := *out
+	sent := make(chan error, 1)
+	go func() { sent <- out.send(from, n) }()
+	err := in.receive(to, n)
+	if err != nil {
+		from.SetWriteDeadline(time.Unix(1, 0)) // nobody reads on
+	}
+	if err := errors.Join(err, <-sent); err != nil {
+		return err
+	}
+	return nil
+}
+
+// transferAll is transfer and the end of the stream.
+func transferAll(from, to net.Conn, n int64) error {
+	if err := transfer(from, to, n); err != nil {
+		return err
+	}
+	if err := closeWrite(from); err != nil {
+		return err
+	}
+	return wantEOF(to)
+}
+
+// exchange does transferAll both ways at once, and closes.
+func exchange(client, server net.Conn, up, down int64) error {
+	defer client.Close()
+	defer server.Close()
+	other := make(chan error, 1)
+	go func() { other <- transferAll(server, client, down) }()
+	err := transferAll(client, server, up)
+	return errors.Join(err, <-other)
+}
+
+func closeWrite(c net.Conn) error {
+	if err := c.(interface{ CloseWrite() error }).CloseWrite(); err != nil {
+		return fmt.Errorf("end the stream: %w", err)
+	}
+	return nil
+}
+
+// wantEOF wants the end of the stream and nothing before it.
+func wantEOF(c net.Conn) error {
+	c.SetReadDeadline(time.Now().Add(patience))
+	var b [1]byte
+	n, err := c.Read(b[:])
+	if n != 0 || err != io.EOF {
+		return fmt.Errorf("instead of the end of the stream: %d bytes, %v", n, err)
+	}
+	return nil
+}
+
+// wantReset wants a reset and nothing before it.
+func wantReset(t testing.TB, c net.Conn) {
+	t.Helper()
+	c.SetReadDeadline(time.Now().Add(patience))
+	var b [1]byte
+	if n, err := c.Read(b[:]); n != 0 || !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("instead of a reset: %d bytes, %v", n, err)
+	}
+}
+
+// abort closes c by a reset.
+func abort(c net.Conn) {
+	c.(*net.TCPConn).SetLinger(0)
+	c.Close()
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// bothRoles runs f with the client as the active end, and with the server.
+func bothRoles(t *testing.T, p Path, f func(t *testing.T, active, passive net.Conn)) {
+	for _, role := range []string{"client", "server"} {
+		t.Run(role, func(t *testing.T) {
+			client, server := p.Dial(t)
+			defer client.Close()
+			defer server.Close()
+			if role == "client" {
+				f(t, client, server)
+			} else {
+				f(t, server, client)
+			}
+		})
+	}
+}

@@ -22,6 +22,10 @@ func (t *tree) joinColons(tokens token.Tokens) token.Tokens {
 		case token.SequenceEndType, token.MappingEndType:
 			depth--
 		}
+		if depth > 0 && isPlain(tk) && strings.Contains(tk.Value, ": ") {
+			t.errorf(t.pos(tk), `%q has ": " in it: a ',' is missing, or quotes`, clip(tk.Value))
+			return nil
+		}
 		if depth < 1 || tk.Type != token.MappingValueType || t.endsKey(tk.Position) {
 			joined = append(joined, tk)
 			continue
@@ -50,7 +54,10 @@ func (t *tree) joinColons(tokens token.Tokens) token.Tokens {
 			t.errorf(t.pos(tk), "a space is missing behind the ':'")
 			return nil
 		}
-		text += after.Value
+		if text += after.Value; strings.Contains(text, ": ") {
+			t.errorf(t.pos(start), `%q has ": " in it: a ',' is missing, or quotes`, clip(text))
+			return nil
+		}
 		joined = append(joined, token.String(text, text, start.Position))
 		i++
 	}

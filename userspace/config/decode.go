@@ -5,6 +5,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"unicode"
 )
 
 // field is one key of a section, as its struct field's tags describe it.
@@ -249,6 +250,10 @@ func (d *decoder) scalar(n *node, f *field, out reflect.Value) bool {
 	}
 	if !f.kind.takes(n.kind) {
 		d.wrongType(n, f)
+		return false
+	}
+	if strings.ContainsFunc(n.text, unicode.IsControl) {
+		d.errorf(n.pos, "%s %q: there is a line break or another control character in it", f.key, clip(n.text))
 		return false
 	}
 	v, err := f.parse(n)

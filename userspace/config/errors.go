@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode"
 )
 
 // Error is one thing that is wrong with a configuration file, or (in Config.Warnings) looks wrong.
@@ -62,11 +63,21 @@ type reporter struct {
 }
 
 func (r *reporter) errorf(at Pos, format string, args ...any) {
-	r.errs = append(r.errs, &Error{File: r.file, Pos: at, Message: fmt.Sprintf(format, args...)})
+	r.errs = append(r.errs, &Error{File: r.file, Pos: at, Message: oneLine(format, args)})
 }
 
 func (r *reporter) warnf(at Pos, format string, args ...any) {
-	r.warnings = append(r.warnings, &Error{File: r.file, Pos: at, Message: fmt.Sprintf(format, args...)})
+	r.warnings = append(r.warnings, &Error{File: r.file, Pos: at, Message: oneLine(format, args)})
+}
+
+// oneLine keeps a message on its line, whatever of the file is in it.
+func oneLine(format string, args []any) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, fmt.Sprintf(format, args...))
 }
 
 // sorted orders errors by place. Those of one place keep their order.

@@ -70,7 +70,7 @@ func parseTree(r *reporter, data []byte) (root *node) {
 		}
 	}()
 	tokens := lexer.Tokenize(text)
-	if !t.plain(tokens) {
+	if !t.plain(tokens) || !t.noTabs(tokens) {
 		return nil
 	}
 	if tokens = t.joinColons(tokens); tokens == nil {
@@ -200,8 +200,36 @@ func (t *tree) plain(tokens token.Tokens) bool {
 	return true
 }
 
+// noTabs refuses tabs, but for those in comments and at the ends of lines: the library drops a tab inside of
+// an unquoted value silently, so that 12<tab>7.0.0.1 would be 127.0.0.1.
+func (t *tree) noTabs(tokens token.Tokens) bool {
+	if !strings.Contains(t.text, "\t") || tokens.InvalidToken() != nil {
+		return true // an invalid token is a syntax error, and ends the tokens
+	}
+	comments := map[int]int{} // column by line
+	for _, tk := range tokens {
+		if tk.Type == token.CommentType {
+			comments[tk.Position.Line] = tk.Position.Column
+		}
+	}
+	t.split()
+	for i, line := range t.lines {
+		if col := comments[i+1]; col > 0 {
+			line = string([]rune(line)[:min(col, utf8.RuneCountInString(line)+1)-1])
+		}
+		line = strings.TrimRight(line, " \t")
+		if before, _, found := strings.Cut(line, "\t"); found {
+			t.errorf(Pos{i + 1, utf8.RuneCountInString(before) + 1}, `a tab: use spaces, or \t in double quotes`)
+			return false
+		}
+	}
+	return true
+}
+
 // bareIPv6 finds an unquoted [::1]:443, which YAML takes for a list and something after it.
 var bareIPv6 = regexp.MustCompile(`(^|[\s,\[:])(\[[0-9A-Fa-f:.%]*:[0-9A-Za-z:.%]*\]:\d+)`)
+
+var digits = regexp.MustCompile(`^[-+]?[0-9]+$`)
 
 // noSpace finds mode:sni, which YAML takes for one word.
 var noSpace = regexp.MustCompile(`^[\s-]*[a-z_]+:\S`)
@@ -288,7 +316,11 @@ func (t *tree) node(n ast.Node) *node {
 		}
 		return list
 	case *ast.StringNode:
-		return &node{kind: kindText, pos: t.pos(n.Token), text: n.Value}
+		kind := kindText
+		if isPlain(n.Token) && digits.MatchString(n.Value) {
+			kind = kindNumber // too large for the library to call it one
+		}
+		return &node{kind: kind, pos: t.pos(n.Token), text: n.Value}
 	case *ast.LiteralNode:
 		return &node{kind: kindText, pos: t.pos(n.Start), text: n.Value.Value}
 	case *ast.IntegerNode:

@@ -17,7 +17,7 @@ const (
     accept_proxy: { from: ["tag:edge"] }
     certificates:
       - { files: { cert: ` + CertFile + `, key: ` + KeyFile + ` } }
-    default: { forward: tailnet://laptop:8080, send_proxy: v2 }
+    default: { forward: tailnet://laptop:8080 }
 `
 	// LaptopConfig hands the site to the container.
 	LaptopConfig = `listeners:

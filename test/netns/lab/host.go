@@ -295,10 +295,11 @@ func (h *Host) Sh(ctx context.Context, script string) (string, error) {
 	return string(out), nil
 }
 
-// Enter is a shell command that runs what follows it on the host, for a person at a terminal.
-func (h *Host) Enter() string {
+// Enter is the command line that runs what follows it on the host from outside of this process.
+func (h *Host) Enter() []string {
 	task := fmt.Sprintf("/proc/%d/task/%d/ns/", os.Getpid(), h.tid)
-	return "nsenter --net=" + task + "net --mount=" + task + "mnt --uts=" + task + "uts env HOME=" + filepath.Join(h.Dir, "home")
+	return []string{"nsenter", "--net=" + task + "net", "--mount=" + task + "mnt", "--uts=" + task + "uts",
+		"env", "HOME=" + filepath.Join(h.Dir, "home")}
 }
 
 // searchPath is $PATH with the directories where Debian keeps what only root may run.

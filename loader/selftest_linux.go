@@ -1,4 +1,420 @@
 package loader
 
-func (l *Loader) selfTest() []Finding { return nil }
-func failed([]Finding) error          { return nil }
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// testPatience bounds one wait of the self-test.
+const testPatience = 3 * time.Second
+
+// SelfTestError says which rules this kernel breaks.
+type SelfTestError struct{ Findings []Finding }
+
+func (e *SelfTestError) Error() string {
+	var what []string
+	for _, f := range e.Findings {
+		if f.State == StateMissing {
+			what = append(what, f.Name+": "+f.Detail)
+		}
+	}
+	return "this kernel does not splice rightly: " + strings.Join(what, "; ")
+}
+
+// SelfTest loads the programs beside whatever runs, and gives the verdicts of the self-test: what New would find.
+// It takes about 0.2 s, and touches loopback only.
+func SelfTest(o Options) []Finding {
+	o.Instance, o.MaxFlows = fmt.Sprintf("selftest-%d", os.Getpid()), 64
+	if err := refuseKnownBad(o); err != nil {
+		return []Finding{{Name: "version", State: StateMissing, Detail: err.Error(), Advice: "use a newer kernel; flows go through userspace meanwhile"}}
+	}
+	l, err := load(o, allRules)
+	if err != nil {
+		return []Finding{{Name: "load", State: StateMissing, Detail: err.Error(), Advice: "see the findings about the machine"}}
+	}
+	findings := l.selfTest()
+	if err := l.Close(); err != nil {
+		findings = append(findings, Finding{Name: "close", State: StateDegraded, Detail: err.Error()})
+	}
+	return findings
+}
+
+// SelfTest gives the verdicts that New found.
+func (l *Loader) SelfTest() []Finding { return l.findings }
+
+func failed(findings []Finding) error {
+	for _, f := range findings {
+		if f.State == StateMissing {
+			return &SelfTestError{findings}
+		}
+	}
+	return nil
+}
+
+// errUntried: a test could not be made, which is no verdict.
+var errUntried = errors.New("not tried")
+
+func (l *Loader) selfTest() []Finding {
+	var findings []Finding
+	for _, test := range []struct {
+		name, proves string
+		run          func(*trial) error
+	}{
+		{"redirect", "bytes go both ways, whole, without passing through the process", (*trial).redirect},
+		{"kick", "bytes that were queued before the splice arrive", (*trial).kick},
+		{"trim", "an skb that was read in part is cut where cb[0] says", (*trial).trim},
+		{"overlap", "an overlapping retransmit is delivered once", (*trial).overlap},
+		{"bound", "a reader that stops holds the sender up, and loses nothing", (*trial).bound},
+		{"drain", "what waits when a stream ends arrives before its end", (*trial).drain},
+		{"reset", "a reset of either side reaches the other", (*trial).reset},
+	} {
+		start := time.Now()
+		f := Finding{Name: test.name, State: StateOK, Detail: test.proves}
+		t := &trial{l: l}
+		err := test.run(t)
+		t.close()
+		f.Took = time.Since(start)
+		switch {
+		case errors.Is(err, errUntried):
+			f.State, f.Detail = StateDegraded, err.Error()
+			f.Advice = "give the daemon CAP_NET_RAW and CAP_NET_ADMIN"
+		case err != nil:
+			f.State, f.Detail = StateMissing, err.Error()
+			f.Advice = "use another kernel; flows go through userspace meanwhile"
+		}
+		findings = append(findings, f)
+	}
+	return findings
+}
+
+// trial is one test's client, server and what is between them.
+type trial struct {
+	l              *Loader
+	client, server *net.TCPConn
+	down, up       *net.TCPConn
+	ended          chan string
+	count          func() (up, down int64)
+	cancel         context.CancelFunc
+	slot           uint32
+}
+
+func (t *trial) connect() error {
+	t.close()
+	var err error
+	if t.client, t.down, err = loopback(); err != nil {
+		return err
+	}
+	t.up, t.server, err = loopback()
+	return err
+}
+
+func loopback() (dialled, accepted *net.TCPConn, err error) {
+	lc := net.ListenConfig{}
+	lc.SetMultipathTCP(false)
+	ln, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
+	if err != nil {
+		return nil, nil, fmt.Errorf("listen on loopback: %w", err)
+	}
+	defer ln.Close()
+	if err := ln.(*net.TCPListener).SetDeadline(time.Now().Add(testPatience)); err != nil {
+		return nil, nil, err
+	}
+	d := net.Dialer{Timeout: testPatience}
+	d.SetMultipathTCP(false)
+	c, err := d.Dial("tcp4", ln.Addr().String())
+	if err != nil {
+		return nil, nil, fmt.Errorf("connect over loopback: %w", err)
+	}
+	a, err := ln.Accept()
+	if err != nil {
+		return nil, nil, errors.Join(err, c.Close())
+	}
+	return c.(*net.TCPConn), a.(*net.TCPConn), nil
+}
+
+func (t *trial) splice() error {
+	t.ended = make(chan string, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	t.cancel = cancel
+	limit := time.Now().Add(testPatience)
+	for _, c := range []*net.TCPConn{t.client, t.server} {
+		if err := c.SetDeadline(limit); err != nil {
+			return err
+		}
+	}
+	var err error
+	t.count, err = t.l.splice(ctx, t.down, t.up, Flow{ID: "self-test", Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { t.ended <- end }})
+	if err != nil {
+		return fmt.Errorf("splice: %w", err)
+	}
+	t.l.counts.live.Add(1)
+	return nil
+}
+
+func (t *trial) close() {
+	if t.cancel != nil {
+		t.cancel()
+	}
+	for _, c := range []*net.TCPConn{t.client, t.server, t.down, t.up} {
+		if c != nil {
+			_ = c.Close()
+		}
+	}
+	if t.count != nil {
+		select { // so that the slot is free
+		case <-t.ended:
+		case <-time.After(testPatience):
+		}
+	}
+	*t = trial{l: t.l}
+}
+
+// flow is the one that t spliced.
+func (t *trial) flow() *flow {
+	for i := range t.l.live {
+		if f := t.l.live[i].Load(); f != nil {
+			return f
+		}
+	}
+	return nil
+}
+
+func (t *trial) end(want string) error {
+	select {
+	case end := <-t.ended:
+		t.ended <- end
+		if end != want {
+			return fmt.Errorf("the flow ended with %q instead of %q", end, want)
+		}
+		return nil
+	case <-time.After(testPatience):
+		return fmt.Errorf("the flow did not end")
+	}
+}
+
+func pattern(n int) []byte {
+	b := make([]byte, n)
+	x := uint32(1)
+	for i := range b {
+		x = x*1664525 + 1013904223
+		b[i] = byte(x >> 24)
+	}
+	return b
+}
+
+// expect reads len(want) bytes.
+func expect(c io.Reader, want []byte) error {
+	got := make([]byte, len(want))
+	n, err := io.ReadFull(c, got)
+	if err != nil {
+		return fmt.Errorf("%d of %d bytes arrived: %w", n, len(want), err)
+	}
+	if !bytes.Equal(got, want) {
+		return fmt.Errorf("other bytes arrived than were sent")
+	}
+	return nil
+}
+
+// whole writes to one, ends the stream, and expects all and the end at the other.
+func whole(from, to *net.TCPConn, data []byte) error {
+	sent := make(chan error, 1)
+	go func() {
+		_, err := from.Write(data)
+		sent <- errors.Join(err, from.CloseWrite())
+	}()
+	err := expect(to, data)
+	if err == nil {
+		var extra [1]byte
+		if n, e := to.Read(extra[:]); n != 0 || e != io.EOF {
+			err = fmt.Errorf("after the last byte came %d bytes, %v", n, e)
+		}
+	}
+	return errors.Join(err, <-sent)
+}
+
+func (t *trial) redirect() error {
+	if err := errors.Join(t.connect()); err != nil {
+		return err
+	}
+	if err := t.splice(); err != nil {
+		return err
+	}
+	f, data := t.flow(), pattern(64<<10)
+	for _, way := range [][2]*net.TCPConn{{t.client, t.server}, {t.server, t.client}} {
+		if _, err := way[0].Write(data); err != nil {
+			return err
+		}
+		if err := expect(way[1], data); err != nil {
+			return err
+		}
+	}
+	for i := range f.halves {
+		if f.halves[i].snapshot().redirected == 0 {
+			return errors.New("nothing was redirected by the kernel")
+		}
+	}
+	if err := errors.Join(whole(t.client, t.server, data), whole(t.server, t.client, data)); err != nil {
+		return err
+	}
+	if err := t.end(endEOF); err != nil {
+		return err
+	}
+	if up, down := t.count(); up != 2*int64(len(data)) || down != 2*int64(len(data)) {
+		return fmt.Errorf("%d bytes were counted up and %d down, %d were sent each way", up, down, 2*len(data))
+	}
+	return nil
+}
+
+func (t *trial) kick() error {
+	if err := t.connect(); err != nil {
+		return err
+	}
+	data := pattern(3000)
+	if _, err := t.client.Write(data); err != nil {
+		return err
+	}
+	if err := t.splice(); err != nil {
+		return err
+	}
+	return expect(t.server, data)
+}
+
+func (t *trial) trim() error {
+	if err := t.connect(); err != nil {
+		return err
+	}
+	data := pattern(10000)
+	if _, err := t.client.Write(data); err != nil {
+		return err
+	}
+	if err := expect(t.down, data[:6000]); err != nil {
+		return err
+	}
+	if err := t.splice(); err != nil {
+		return err
+	}
+	return expect(t.server, data[6000:])
+}
+
+func (t *trial) overlap() error {
+	if err := t.connect(); err != nil {
+		return err
+	}
+	if err := t.splice(); err != nil {
+		return err
+	}
+	data := pattern(9000)
+	if _, err := t.client.Write(data[:100]); err != nil {
+		return err
+	}
+	if err := expect(t.server, data[:100]); err != nil {
+		return err
+	}
+	in, err := newInjector(t.client)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errUntried, err)
+	}
+	defer in.close()
+	// From 50 bytes back to 5000 bytes on; then the connection itself sends those 5000 once more, and 3900 that are new.
+	if err := in.send(-50, data[50:5100]); err != nil {
+		return fmt.Errorf("%w: %w", errUntried, err)
+	}
+	if err := expect(t.server, data[100:5100]); err != nil {
+		if t.flow().halves[0].snapshot().redirected == 100 {
+			return fmt.Errorf("%w: the segment did not come in, a firewall may have dropped it", errUntried)
+		}
+		return err
+	}
+	if _, err := t.client.Write(data[100:]); err != nil {
+		return err
+	}
+	return expect(t.server, data[5100:])
+}
+
+// shrink makes the buffers on the way small, so that little fills it.
+func (t *trial) shrink() error {
+	return errors.Join(t.client.SetWriteBuffer(64<<10), t.server.SetReadBuffer(32<<10), t.up.SetWriteBuffer(64<<10), t.down.SetReadBuffer(64<<10))
+}
+
+func (t *trial) bound() error {
+	if err := t.connect(); err != nil {
+		return err
+	}
+	if err := t.shrink(); err != nil {
+		return err
+	}
+	if err := t.splice(); err != nil {
+		return err
+	}
+	f, data, sent := t.flow(), pattern(4<<20), make(chan error, 1)
+	go func() {
+		_, err := t.client.Write(data)
+		sent <- errors.Join(err, t.client.CloseWrite())
+	}()
+	// It stops by itself: nothing more is handled for a while.
+	var last uint64
+	for still := 0; still < 5; {
+		time.Sleep(5 * time.Millisecond)
+		s := f.halves[0].snapshot()
+		if n := s.redirected + s.passed; n == last {
+			still++
+		} else {
+			last, still = n, 0
+		}
+		if s.redirected+s.passed > 2<<20 {
+			return fmt.Errorf("%d bytes were taken for a reader that does not read", s.redirected+s.passed)
+		}
+	}
+	if last == 0 || f.halves[0].snapshot().passed == 0 {
+		return fmt.Errorf("the sender was not held up")
+	}
+	if err := expect(t.server, data); err != nil {
+		return err
+	}
+	return <-sent
+}
+
+func (t *trial) drain() error {
+	if err := t.connect(); err != nil {
+		return err
+	}
+	if err := t.splice(); err != nil {
+		return err
+	}
+	return errors.Join(whole(t.client, t.server, pattern(1<<20)), whole(t.server, t.client, pattern(1<<20)), t.end(endEOF))
+}
+
+func (t *trial) reset() error {
+	for _, up := range []bool{false, true} {
+		if err := t.connect(); err != nil {
+			return err
+		}
+		if err := t.splice(); err != nil {
+			return err
+		}
+		from, to, want := t.client, t.server, endDownstreamReset
+		if up {
+			from, to, want = t.server, t.client, endUpstreamReset
+		}
+		if err := errors.Join(from.SetLinger(0), from.Close()); err != nil {
+			return err
+		}
+		var b [1]byte
+		if _, err := to.Read(b[:]); !errors.Is(err, unix.ECONNRESET) {
+			return fmt.Errorf("a reset arrived as %v", err)
+		}
+		if err := t.end(want); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -35,6 +35,7 @@ func TestSourceOf(t *testing.T) {
 		// Two nodes of one tailnet are no one customer.
 		{"fd7a:115c:a1e0::1", "fd7a:115c:a1e0::1/128"},
 		{"fd7a:115c:a1e0:ab12:4843:cd96:6258:b240", "fd7a:115c:a1e0:ab12:4843:cd96:6258:b240/128"},
+		{"fd7a:115c:a1e0::1%tailscale0", "fd7a:115c:a1e0::1/128"},
 		{"fd7a:115c:a1e1::1", "fd7a:115c:a1e1::/64"},
 	}
 	for _, tt := range tests {

@@ -26,12 +26,12 @@ func (e *InvalidError) Error() string { return "invalid PROXY header: " + e.Err.
 func (e *InvalidError) Unwrap() error { return e.Err }
 
 // firstRead is the size of the first buffer, bytes. What follows a header, a TLS hello mostly, comes with it in one read.
-const firstRead = 2 << 10
+const firstRead = 3 << 10
 
 // Read reads the PROXY header from c.
 //
 // When the stream has none, h is nil without an error, decided after as few bytes as that takes. maxBytes limits the
-// header ([MaxBytes] always does); timeout is for all of it, from now, and 0 or less means no limit.
+// header, as [MaxBytes] does in any case; timeout is for all of it, from now. 0 or less means no limit, for either.
 //
 // rest is what was read from c beyond the header, or everything when there is none or with an error: nothing is lost.
 // It is to be handled before anything else from c; its spare capacity belongs to the caller. On success no read
@@ -48,14 +48,17 @@ func Read(c net.Conn, maxBytes int, timeout time.Duration) (h *Header, rest []by
 			return nil, nil, fmt.Errorf("set the deadline for the PROXY header: %w", err)
 		}
 	}
-	limit := min(maxBytes, MaxBytes)
+	limit := MaxBytes
+	if maxBytes > 0 {
+		limit = min(maxBytes, MaxBytes)
+	}
 	buf := make([]byte, 0, firstRead)
-	for {
+	for ended := false; ; {
 		h, n, done, err := next(buf, limit)
 		if err != nil {
 			return nil, buf, &InvalidError{err}
 		}
-		if done {
+		if done || ended {
 			if timeout > 0 {
 				if err := c.SetReadDeadline(time.Time{}); err != nil {
 					return h, buf[n:], fmt.Errorf("clear the deadline of the PROXY header: %w", err)
@@ -73,6 +76,11 @@ func Read(c net.Conn, maxBytes int, timeout time.Duration) (h *Header, rest []by
 		if m == 0 {
 			if err == nil {
 				err = io.ErrNoProgress
+			}
+			// A stream that ends in what could have become a signature is a short stream without a header.
+			if err == io.EOF && len(buf) > 0 && Sniff(buf) == More {
+				ended = true
+				continue
 			}
 			return nil, buf, readError(len(buf), err)
 		}

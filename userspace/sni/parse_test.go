@@ -37,6 +37,7 @@ func TestParse(t *testing.T) {
 		{"versions in no usual order", message(0x303, builder{}.versions(0x303, 0x304)), Hello{Versions: []uint16{0x303, 0x304}}},
 		{"a version that nobody knows", message(0x303, builder{}.versions(0x305, 0x304, 0x7f1c)), Hello{Versions: []uint16{0x305, 0x304, 0x7f1c}}},
 		{"a version in the middle that nobody knows", message(0x303, builder{}.versions(0x304, 0x7f1c, 0x303)), Hello{Versions: []uint16{0x304, 0x7f1c, 0x303}}},
+		{"a version in the middle, then the usual order", message(0x303, builder{}.versions(0x304, 0x7f1c, 0x302)), Hello{Versions: []uint16{0x304, 0x7f1c, 0x302}}},
 		{"versions twice", message(0x303, builder{}.versions(0x301, 0x301)), Hello{Versions: []uint16{0x301, 0x301}}},
 		{"nothing but grease", message(0x303, builder{}.versions(0x2a2a)), Hello{Versions: []uint16{}}},
 		{"ech", message(0x303, builder{}.serverName("public.example").ext(extECH, []byte{0})), Hello{ServerName: "public.example", ECH: true, Versions: known[1:]}},

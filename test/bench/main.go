@@ -1,0 +1,7 @@
+package main
+
+import (
+	_ "github.com/tailsplice/tailsplice/test/netns/lab"
+)
+
+func main() {}

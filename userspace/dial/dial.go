@@ -117,14 +117,8 @@ type Dialer struct {
 // upstream may just be restarting. Every error is an [*Error]; one whose Reason
 // is [Canceled] says that ctx ended and nothing about the target.
 func (d *Dialer) Dial(ctx context.Context, t Target, prefer netip.Addr) (net.Conn, error) {
-	timeout := cmp.Or(d.Timeout, DefaultTimeout)
-	if presence, ok := d.resolver(t).(Presence); ok {
-		if online, seen, known := presence.Presence(t.Host); known && !online && !seen.IsZero() && time.Since(seen) > offlineGrace {
-			timeout = min(timeout, offlineTimeout)
-		}
-	}
 	began := time.Now()
-	call, cancel := context.WithTimeout(ctx, timeout)
+	call, cancel := context.WithTimeout(ctx, cmp.Or(d.Timeout, DefaultTimeout))
 	defer cancel()
 
 	conn, failure := d.once(call, t, prefer, false)
@@ -166,9 +160,24 @@ func (d *Dialer) once(ctx context.Context, t Target, prefer netip.Addr, fresh bo
 		var temporary interface{ Temporary() bool }
 		return nil, &failure{err: err, again: errors.As(err, &temporary) && temporary.Temporary()}
 	}
+	if d.longOffline(t) {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, offlineTimeout)
+		defer cancel()
+	}
 	addrs = choose(addrs, prefer)
 	check, _ := d.resolver(t).(PathChecker)
 	return d.race(ctx, addrs, t.Port, check)
+}
+
+// longOffline reports whether t's machine went offline more than a moment ago.
+func (d *Dialer) longOffline(t Target) bool {
+	presence, ok := d.resolver(t).(Presence)
+	if !ok {
+		return false
+	}
+	online, seen, known := presence.Presence(t.Host)
+	return known && !online && !seen.IsZero() && time.Since(seen) > offlineGrace
 }
 
 // lookup returns the addresses of t's host, at least one.

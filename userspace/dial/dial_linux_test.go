@@ -64,6 +64,17 @@ func listen(t *testing.T, network, addr string) (net.Listener, *atomic.Int32) {
 	return l, &open
 }
 
+// wait waits until n connections are open, and stay.
+func wait(t *testing.T, open *atomic.Int32, n int32) {
+	t.Helper()
+	deadline := time.Now().Add(time.Second)
+	for time.Sleep(20 * time.Millisecond); open.Load() != n; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d connections are open, want %d", open.Load(), n)
+		}
+	}
+}
+
 func port(a net.Addr) uint16 { return a.(*net.TCPAddr).AddrPort().Port() }
 
 // freePort is one that nothing listens on.
@@ -193,10 +204,9 @@ func TestFallback(t *testing.T) {
 	if got := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(); got != v6 {
 		t.Errorf("it led to %s", got)
 	}
-	if open.Load() != 1 {
-		t.Errorf("%d connections are open", open.Load())
-	}
+	wait(t, open, 1)
 	c.Close()
+	wait(t, open, 0)
 }
 
 // TestRetry: an upstream that listens again within the pause is reached, with
@@ -307,11 +317,7 @@ func TestPath(t *testing.T) {
 	l, open := listen(t, "tcp4", "127.0.0.1:0")
 	r := known{names: names{"home": {v4}}, path: &told{reason: "tailscale_down", msg: "past the tailnet"}}
 	fails(t, &Dialer{Tailnet: r}, Target{Scheme: Tailnet, Host: "home", Port: port(l.Addr())}, TailscaleDown, "past the tailnet")
-	for deadline := time.Now().Add(time.Second); open.Load() != 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the connection stays open")
-		}
-	}
+	wait(t, open, 0)
 }
 
 func TestCanceled(t *testing.T) {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,7 +8,6 @@ import (
 	"image/png"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -142,37 +140,16 @@ func milliseconds(v any) string {
 func (s *site) browse(ctx context.Context, edge *lab.Host, screenshot string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	home := filepath.Join(s.w.Client.Dir, "home")
-	db := filepath.Join(home, ".pki/nssdb")
-	if _, err := os.Stat(db); err != nil {
-		if err := os.MkdirAll(db, 0o700); err != nil {
-			return err
-		}
-		for _, args := range [][]string{
-			{"-N", "--empty-password"},
-			{"-A", "-n", "lab", "-t", "C,,", "-i", filepath.Join(s.w.Client.Dir, "ca.pem")},
-		} {
-			if _, err := s.w.Client.Command(ctx, "certutil", append([]string{"-d", "sql:" + db}, args...)...).Output(); err != nil {
-				return fmt.Errorf("trust the lab's CA: %w", err)
-			}
-		}
-	}
 	if err := os.Remove(screenshot); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	requests := s.requests(edge)
-	c := s.w.Client.Command(ctx, "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-		"--no-first-run", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-		"--user-data-dir="+filepath.Join(home, "chromium"), "--window-size=900,620", "--screenshot="+screenshot,
-		"https://"+lab.Site+"/")
-	var stderr bytes.Buffer
-	c.Stderr = &stderr
-	if err := c.Run(); err != nil {
-		return fmt.Errorf("%w: %s", err, stderr.String())
+	if _, err := s.w.Browse(ctx, "https://"+lab.Site+"/", screenshot); err != nil {
+		return err
 	}
 	f, err := os.Open(screenshot)
 	if err != nil {
-		return fmt.Errorf("no screenshot: %w: %s", err, stderr.String())
+		return fmt.Errorf("no screenshot: %w", err)
 	}
 	defer f.Close()
 	if _, err := png.Decode(f); err != nil {
@@ -182,7 +159,7 @@ func (s *site) browse(ctx context.Context, edge *lab.Host, screenshot string) er
 	for s.requests(edge) == requests {
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("no request of the browser ended well on home: see %s: %s", screenshot, stderr.String())
+			return fmt.Errorf("no request of the browser ended well on home: see %s", screenshot)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}

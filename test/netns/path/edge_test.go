@@ -136,17 +136,20 @@ func memoryHas(t *testing.T, pid int, b []byte) bool {
 	}
 	defer mem.Close()
 	read := 0
+	const chunk = 1 << 20
+	buf := make([]byte, chunk+len(b))
 	for line := range strings.Lines(string(maps)) {
 		var from, to int64
 		var perm string
-		if n, _ := fmt.Sscanf(line, "%x-%x %s", &from, &to, &perm); n != 3 || !strings.HasPrefix(perm, "rw") || to-from > 1<<30 {
+		if n, _ := fmt.Sscanf(line, "%x-%x %s", &from, &to, &perm); n != 3 || !strings.HasPrefix(perm, "rw") {
 			continue
 		}
-		region := make([]byte, to-from)
-		n, _ := mem.ReadAt(region, from)
-		read += n
-		if bytes.Contains(region[:n], b) {
-			return true
+		for ; from < to; from += chunk { // each chunk overlaps the next by what is looked for
+			n, _ := mem.ReadAt(buf[:min(int64(len(buf)), to-from)], from)
+			read += n
+			if bytes.Contains(buf[:n], b) {
+				return true
+			}
 		}
 	}
 	if read < 1<<20 {

@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 	code := m.Run()
 	if s := shared.story; s != nil {
 		if code != 0 {
-			fmt.Fprintln(os.Stderr, s.Logs(40))
+			fmt.Fprintln(os.Stderr, s.Logs(15))
 		}
 		if err := s.Close(); err != nil {
 			fmt.Fprintln(os.Stderr, "take the world down:", err)
@@ -71,7 +71,7 @@ const (
 // world gives the shared world, which the first test makes.
 func world(t *testing.T) *story {
 	t.Helper()
-	lab.Require(t, lab.Options{Friend: true}, "curl", "openssl", "chromium")
+	lab.Require(t, lab.Options{Friend: true}, "curl", "openssl", "chromium", "certutil")
 	shared.once.Do(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 		defer cancel()

@@ -1,0 +1,183 @@
+package path
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/proxyheader"
+	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
+
+	"github.com/tailsplice/tailsplice/test/netns/lab"
+)
+
+// TestFlows runs the table of cases through three daemons and two hops of tailnet: 1,000 flows at once of random sizes up
+// to 4 MiB both ways, half-close in both orders, resets from each side.
+func TestFlows(t *testing.T) {
+	s := world(t)
+	ln, err := s.Laptop.Listen("tcp", "127.0.0.1:9000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	size := relaytest.SmallSize()
+	size.Concurrent, size.Flow = 1000, 4<<20
+	for _, family := range []string{"tcp4", "tcp6"} {
+		t.Run(family, func(t *testing.T) {
+			if family == "tcp6" {
+				size = relaytest.SmallSize()
+			}
+			dial := func() (net.Conn, error) {
+				ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+				defer cancel()
+				return s.Client.Dial(ctx, family, lab.Site+":9000")
+			}
+			relaytest.Run(t, relaytest.Path{Dial: relaytest.Through(dial, ln, nil),
+				PIDs: []int{s.edgeA.Pid(), s.home.Pid(), s.laptop.Pid()}}, size)
+		})
+	}
+}
+
+// TestStranger: a PROXY header from a node that accept_proxy.from does not name closes the connection, is counted, and the
+// log says who it was. The same node without a header is a visitor like any other.
+func TestStranger(t *testing.T) {
+	s := world(t)
+	before := status(t, s.home).Refused["proxy_from_stranger"]
+	home, err := s.Friend.Dial(t.Context(), "tcp", net.JoinHostPort(s.Home.Node.IP4.String(), "443"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer home.Close()
+	home.SetDeadline(time.Now().Add(10 * time.Second))
+	home.Write(proxyheader.Header{Source: addrPort("203.0.113.99:1234"), Destination: addrPort("192.0.2.80:443")}.Append(nil))
+	if n, err := home.Read(make([]byte, 1)); n != 0 || err == nil {
+		t.Error("home answers a stranger's PROXY header")
+	}
+	if n := status(t, s.home).Refused["proxy_from_stranger"]; n != before+1 {
+		t.Errorf("counted %d times", n-before)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	l, err := s.home.WaitLog(ctx, func(l lab.LogLine) bool { return l["reason"] == "proxy_from_stranger" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := fmt.Sprint(l["err"]); !contains(text, "friend", lab.TestUser) {
+		t.Errorf("the log does not say who it was: %s", text)
+	}
+	c := s.browser(s.Friend, "tcp4", false)
+	defer c.CloseIdleConnections()
+	c.Transport = directTo(s, s.Friend, net.JoinHostPort(s.Home.Node.IP4.String(), "443"))
+	res, err := c.Get("https://" + lab.Site + "/status?code=200")
+	if err != nil {
+		t.Fatalf("without a header: %v", err)
+	}
+	res.Body.Close()
+	if res.StatusCode != 200 {
+		t.Errorf("without a header: %s", res.Status)
+	}
+}
+
+// TestAbuse: while strangers do their worst at the edge, a normal request takes no longer than twice its usual time.
+func TestAbuse(t *testing.T) {
+	s := world(t)
+	// The attacker sits in the cloud, so that the limit on one source does not hit the visitor.
+	usual := s.requestTime(t, 20)
+	before := status(t, s.edgeA)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var held []net.Conn
+	attack := func(parallel int, what func(net.Conn)) {
+		for range parallel {
+			wg.Go(func() {
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+					c, err := s.Cloud.Dial(ctx, "tcp4", lab.Site+":443")
+					cancel()
+					if err != nil {
+						time.Sleep(10 * time.Millisecond)
+						continue
+					}
+					c.SetDeadline(time.Now().Add(6 * time.Second))
+					what(c)
+					time.Sleep(20 * time.Millisecond)
+				}
+			})
+		}
+	}
+	// 10,000 connections that say nothing.
+	wg.Go(func() {
+		for range 10_000 {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			if c, err := s.Cloud.Dial(ctx, "tcp4", lab.Site+":443"); err == nil {
+				mu.Lock()
+				held = append(held, c)
+				mu.Unlock()
+			}
+			cancel()
+		}
+	})
+	attack(2, func(c net.Conn) { c.Write([]byte("GET / HTTP/1.1\r\nHost: x\r\n\r\n")); drain(c) }) // garbage
+	attack(2, func(c net.Conn) { c.Write(endlessHello); drain(c) })                                // endless
+	attack(2, func(c net.Conn) {
+		c.Write([]byte{22, 3, 1})
+		time.Sleep(100 * time.Millisecond)
+		c.Write(nil)
+		drain(c)
+	}) // slow
+	attack(1, func(c net.Conn) { c.Write([]byte("PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n")); drain(c) }) // a header to a listener that takes none
+	time.Sleep(2 * time.Second)
+	meanwhile := s.requestTime(t, 40)
+	close(stop)
+	wg.Wait()
+	for _, c := range held {
+		c.Close()
+	}
+	after := status(t, s.edgeA)
+	t.Logf("a request takes %v, meanwhile %v; %d connections came, refused: %v", usual, meanwhile, after.Accepted["web"]-before.Accepted["web"], after.Refused)
+	if meanwhile > 2*usual {
+		t.Errorf("a request takes %v, meanwhile %v: want twice the usual at most", usual, meanwhile)
+	}
+	for _, reason := range []string{"over_limit", "not_tls"} {
+		if after.Refused[reason] == before.Refused[reason] {
+			t.Errorf("nothing was counted as %s: %v", reason, after.Refused)
+		}
+	}
+	eventually(t, 20*time.Second, "nothing is left at the edge", func() error {
+		if n := s.edgeA.Files(); n > 100 {
+			return fmt.Errorf("%d open files", n)
+		}
+		return nil
+	})
+}
+
+// endlessHello begins a hello of 16 MiB and goes on for longer than any limit.
+var endlessHello = append([]byte{22, 3, 1, 64, 0, 1, 255, 255, 255, 3, 3}, make([]byte, 200<<10)...)
+
+// requestTime is the median time of n requests, each on a connection of its own.
+func (s *story) requestTime(t *testing.T, n int) time.Duration {
+	t.Helper()
+	var times []time.Duration
+	for range n {
+		begin := time.Now()
+		if _, err := s.page(t.Context(), "tcp4"); err != nil {
+			t.Fatal(err)
+		}
+		times = append(times, time.Since(begin))
+	}
+	return median(times)
+}

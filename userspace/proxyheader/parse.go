@@ -65,8 +65,8 @@ func parse(b []byte) (*Header, error) {
 	h := new(Header)
 	if ph.Command.IsProxy() {
 		h.Source, h.Destination = addrPort(ph.SourceAddr), addrPort(ph.DestinationAddr)
-		if h.Destination == netip.AddrPortFrom(netip.IPv4Unspecified(), 0) || h.Destination == netip.AddrPortFrom(netip.IPv6Unspecified(), 0) {
-			h.Destination = netip.AddrPort{} // what Append writes for an unknown one
+		if unknown(h.Destination) {
+			h.Destination = netip.AddrPort{}
 		}
 	}
 	if !v2 {

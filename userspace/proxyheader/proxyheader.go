@@ -43,9 +43,9 @@ func (h Header) Append(b []byte) []byte {
 	if !h.Local && src.IsValid() {
 		ph.Command = proxyproto.PROXY
 		ph.TransportProtocol = proxyproto.TCPv4
-		if !dst.IsValid() && src.Addr().Is4() {
+		if unknown(dst) && src.Addr().Is4() {
 			dst = netip.AddrPortFrom(netip.IPv4Unspecified(), 0)
-		} else if !dst.IsValid() {
+		} else if unknown(dst) {
 			dst = netip.AddrPortFrom(netip.IPv6Unspecified(), 0)
 		}
 		if src.Addr().Is6() || dst.Addr().Is6() {
@@ -73,9 +73,12 @@ func (h Header) Append(b []byte) []byte {
 	return append(b, wire...)
 }
 
-// plain is a without what does not travel: the mapped form and the zone.
-func plain(a netip.AddrPort) netip.AddrPort {
-	return netip.AddrPortFrom(a.Addr().Unmap().WithZone(""), a.Port())
+// plain is a with IPv4 out of its mapped form. (A zone does not travel: no header has a place for it.)
+func plain(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
+
+// unknown reports whether a destination says nothing: invalid, or as Append writes that.
+func unknown(dst netip.AddrPort) bool {
+	return !dst.IsValid() || dst.Addr().IsUnspecified() && dst.Port() == 0
 }
 
 // Verdict is what the first bytes of a stream say about a PROXY header.

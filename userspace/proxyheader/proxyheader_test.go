@@ -99,6 +99,7 @@ func TestRead(t *testing.T) {
 		{"v2 without addresses", v2(0x21, 0x00, tlv(2, "a.b")), Header{ServerName: "a.b"}},
 		{"v2 unknown destination", v2(0x21, 0x11, "\xc0\x00\x02\x01\x00\x00\x00\x00\x30\x39\x00\x00"), Header{Source: v4.Source}},
 		{"v2 destination without a port", v2(0x21, 0x11, "\xc0\x00\x02\x01\xc6\x33\x64\x02\x30\x39\x00\x00"), Header{Source: v4.Source, Destination: ap("198.51.100.2:0")}},
+		{"v2 destination with a port alone", v2(0x21, 0x11, "\xc0\x00\x02\x01\x00\x00\x00\x00\x30\x39\x01\xbb"), Header{Source: v4.Source, Destination: ap("0.0.0.0:443")}},
 		{"tlvs", v2(0x21, 0x11, v4block, tlv(1, "h2"), tlv(2, "Example.ORG."), tlv(5, "7F000001:8296_7F00001E:1F90_4F7B0A69_0003:790E")),
 			with(v4, "example.org", "h2", "7F000001:8296_7F00001E:1F90_4F7B0A69_0003:790E")},
 		{"other tlvs", v2(0x21, 0x11, v4block, tlv(0x20, "\x01\x00\x00\x00\x00"), tlv(4, "\x00\x00\x00"), tlv(0xee, ""), tlv(5, "id"), tlv(0x30, "ns")), with(v4, "", "", "id")},
@@ -149,6 +150,7 @@ func TestRead(t *testing.T) {
 		{"v2 short addresses", v2(0x21, 0x11, v4block[:11]), "length"},
 		{"v2 short tlv", v2(0x21, 0x11, v4block, "\x02\x00"), "TLV"},
 		{"v2 tlv that goes on", v2(0x21, 0x11, v4block, "\x02\x00\x09a.b"), "TLV"},
+		{"v2 tlv that goes on for a byte", v2(0x21, 0x11, v4block, "\x02\x00\x04a.b"), "TLV"},
 		{"v2 too long", v2(0x21, 0x11, v4block, tlv(4, strings.Repeat("x", 5000))), "5031 bytes long, more than the limit of 4112"},
 		{"checksum wrong", withCRC(1), "checksum"},
 		{"checksum of a wrong size", v2(0x21, 0x11, v4block, tlv(3, "\x00")), "checksum"},
@@ -295,6 +297,7 @@ func TestAppend(t *testing.T) {
 			v2(0x21, 0x21, v6block[:16]+"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\xff\xff\xc6\x33\x64\x02"+v6block[32:]), Header{Source: v6.Source, Destination: v4.Destination}},
 		{"no destination", Header{Source: v4.Source}, v2(0x21, 0x11, "\xc0\x00\x02\x01\x00\x00\x00\x00\x30\x39\x00\x00"), Header{Source: v4.Source}},
 		{"no destination, ipv6", Header{Source: v6.Source}, v2(0x21, 0x21, v6block[:16]+strings.Repeat("\x00", 16)+"\x30\x39\x00\x00"), Header{Source: v6.Source}},
+		{"a destination that says nothing", Header{Source: v6.Source, Destination: ap("0.0.0.0:0")}, v2(0x21, 0x21, v6block[:16]+strings.Repeat("\x00", 16)+"\x30\x39\x00\x00"), Header{Source: v6.Source}},
 		{"no source", Header{Destination: v4.Destination, ServerName: "a.b"}, v2(0x20, 0x00, tlv(2, "a.b")), Header{Local: true, ServerName: "a.b"}},
 		{"text that is no good", with(v4, "a b", "\n", strings.Repeat("x", 129)), v2(0x21, 0x11, v4block), v4},
 	}
@@ -342,8 +345,8 @@ func TestAuthority(t *testing.T) {
 	for in, want := range map[string]string{
 		"a": "a", "Example.ORG": "example.org", "a.b.": "a.b", "xn--bcher-kva.example": "xn--bcher-kva.example", "my_app.example": "my_app.example",
 		"1.example": "1.example", long: long, long + ".": long,
-		"": "", ".": "", "..": "", "a..b": "", ".a": "", "-a.b": "", "a-.b": "", "a.b-": "", "192.0.2.1": "", "127.1": "", "1": "", "::1": "", "[::1]": "", "a:443": "",
-		"a/b": "", "*.a": "", "a b": "", "b\xfccher": "", "a\x00": "", long + "b": "", strings.Repeat("a", 64): "", strings.Repeat("a", 64) + ".b": "",
+		"": "", ".": "", "..": "", "a..b": "", ".a": "", "-a.b": "", "a-.b": "", "a.1": "", "a.0x1f": "", "0x1f.b": "0x1f.b", "a.0xzz": "a.0xzz", "a.1f": "a.1f", "a.b-": "", "192.0.2.1": "", "127.1": "", "1": "", "::1": "", "[::1]": "", "a:443": "",
+		"a/b": "", "*.a": "", "a b": "", "b\xfccher": "", "\u212aelvin.example": "", "a\x00": "", long + "b": "", strings.Repeat("a", 64): "", strings.Repeat("a", 64) + ".b": "",
 	} {
 		if got := authority([]byte(in)); got != want {
 			t.Errorf("%q: got %q, want %q", in, got, want)
@@ -413,6 +416,7 @@ func text(err error) string {
 func FuzzAppend(f *testing.F) {
 	f.Add([]byte{192, 0, 2, 1}, []byte{198, 51, 100, 2}, uint16(1), uint16(2), false, "a.b", "h2", "id")
 	f.Add(make([]byte, 16), []byte{1, 2, 3, 4}, uint16(0), uint16(0), true, "", "\x00", strings.Repeat("x", 300))
+	f.Add([]byte("\x20\x01\x0d\xb8            "), make([]byte, 4), uint16(89), uint16(0), false, "", "", "")
 	f.Fuzz(func(t *testing.T, src, dst []byte, sport, dport uint16, local bool, name, alpn, id string) {
 		s, _ := netip.AddrFromSlice(src)
 		d, _ := netip.AddrFromSlice(dst)

@@ -1,5 +1,7 @@
 package proxyheader
 
+import "bytes"
+
 // The functions below return the text of a TLV in the form that a Header has it, or "" when it is no good.
 //
 // Bad text is ignored rather than refused: haproxy, for one, copies what the client put into its TLS hello without a
@@ -13,41 +15,49 @@ const (
 	maxUniqueID = 128 // section 2.2.5 of the specification
 )
 
-// authority takes a host name with the rules of package sni: labels of letters, digits, hyphens and underscores.
+// authority takes a host name with the rules of package sni: labels of 1 to 63 letters, digits, hyphens (not at either
+// end) and underscores, the last of which is no number, since that makes an IP address.
 func authority(b []byte) string {
 	if n := len(b); n > 0 && b[n-1] == '.' {
 		b = b[:n-1]
 	}
-	if len(b) == 0 || len(b) > maxName {
+	if len(b) > maxName {
 		return ""
 	}
-	lower := make([]byte, len(b))
-	label, digits := 0, true // where the current label begins; whether it has only digits
-	ends := func(i int) bool {
-		return i > label && i-label <= maxLabel && lower[label] != '-' && lower[i-1] != '-'
+	// bytes.ToLower knows Unicode, and makes a k of the Kelvin sign.
+	lower := bytes.Clone(b)
+	for i, ch := range lower {
+		if 'A' <= ch && ch <= 'Z' {
+			lower[i] = ch + 'a' - 'A'
+		}
 	}
-	for i, ch := range b {
-		switch {
-		case '0' <= ch && ch <= '9':
-		case 'a' <= ch && ch <= 'z', ch == '_', ch == '-':
-			digits = false
-		case 'A' <= ch && ch <= 'Z':
-			digits = false
-			ch += 'a' - 'A'
-		case ch == '.':
-			if !ends(i) {
-				return ""
-			}
-			label, digits = i+1, true
-		default:
+	var label []byte
+	for rest, more := lower, true; more; {
+		label, rest, more = bytes.Cut(rest, []byte{'.'})
+		if n := len(label); n == 0 || n > maxLabel || label[0] == '-' || label[n-1] == '-' {
 			return ""
 		}
-		lower[i] = ch
+		for _, ch := range label {
+			if !('a' <= ch && ch <= 'z' || '0' <= ch && ch <= '9' || ch == '-' || ch == '_') {
+				return ""
+			}
+		}
 	}
-	if !ends(len(b)) || digits { // a last label of digits: an IP address
+	if number(label) {
 		return ""
 	}
 	return string(lower)
+}
+
+// number reports whether a label is one in the sense of inet_aton(3): decimal, octal, or hexadecimal after 0x.
+func number(label []byte) bool {
+	hex, is := bytes.CutPrefix(label, []byte("0x"))
+	for _, ch := range hex {
+		if !('0' <= ch && ch <= '9' || is && 'a' <= ch && ch <= 'f') {
+			return false
+		}
+	}
+	return true
 }
 
 func alpn(b []byte) string { return token(b, maxALPN, "") }

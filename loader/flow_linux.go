@@ -140,7 +140,8 @@ func (f *flow) finish(end string, err error) {
 	l.counts.live.Add(-1)
 }
 
-// watchAlso adds what a socket is watched for, or takes it away. Adding tells at once what is already so.
+// watchAlso adds what a socket is watched for, or takes it away. Adding tells at once what is already so. What was there before
+// is edge-triggered, and needs no second telling.
 func (f *flow) watchAlso(side, events uint32, on bool) {
 	f.watchMu.Lock()
 	defer f.watchMu.Unlock()
@@ -148,7 +149,8 @@ func (f *flow) watchAlso(side, events uint32, on bool) {
 	now := was &^ events
 	if on {
 		now = was | events
-	} else if now == was {
+	}
+	if now == was {
 		return
 	}
 	f.also[side] = now

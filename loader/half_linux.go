@@ -230,6 +230,14 @@ func (h *half) copy() (o outcome, wait bool) {
 			}
 			break
 		}
+		if err == nil && !h.copying.Load() {
+			if load64(&m.Passed) != h.consumed {
+				// The stream has ended, and bytes that were passed are still in the backlog, behind some that go the
+				// other way: what looks like the end of the stream is none.
+				return outcome{after: h.patient(10 * time.Millisecond)}, true
+			}
+			break
+		}
 		h.eof = true
 		if err != nil && f.broken.Load() == nil {
 			return outcome{broken: err, side: h.i}, true

@@ -10,9 +10,12 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 )
+
+var instances atomic.Int64
 
 // open loads a Loader for one test, with rules, and closes it after.
 func open(t testing.TB, r rules, flows int) *Loader {
@@ -23,7 +26,7 @@ func open(t testing.TB, r rules, flows int) *Loader {
 		}
 		t.Skip("needs root")
 	}
-	l, err := load(Options{Instance: fmt.Sprintf("ts-ldr-%d-%s", os.Getpid(), t.Name()), MaxFlows: flows, Log: slog.New(slog.NewTextHandler(testWriter{t}, nil))}, r)
+	l, err := load(Options{Instance: fmt.Sprintf("ts-ldr-%d-%d", os.Getpid(), instances.Add(1)), MaxFlows: flows, Log: slog.New(slog.NewTextHandler(testWriter{t}, nil))}, r)
 	if err != nil {
 		t.Fatalf("load: %v", err)
 	}

@@ -665,7 +665,17 @@ func TestConcurrentFlows(t *testing.T) {
 			}
 		}()
 	}
+	stuck := time.AfterFunc(30*time.Second, func() {
+		for i := range l.live {
+			if f := l.live[i].Load(); f != nil {
+				t.Logf("slot %d:\n%s", i, f.dump())
+			}
+		}
+		t.Error("stuck")
+		l.Close()
+	})
 	all.Wait()
+	stuck.Stop()
 	close(errs)
 	for err := range errs {
 		t.Error(err)

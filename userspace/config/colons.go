@@ -50,7 +50,7 @@ func (t *tree) joinColons(tokens token.Tokens) token.Tokens {
 			start, text = before, before.Value+":"
 			joined = joined[:len(joined)-1]
 		}
-		if !isPlain(after) || !touches(tk, after) {
+		if !isPlain(after) {
 			t.errorf(t.pos(tk), "a space is missing behind the ':'")
 			return nil
 		}

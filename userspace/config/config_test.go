@@ -292,6 +292,7 @@ listeners:
     accept_proxy: { from: ["2001:DB8::/32", "::ffff:192.0.2.1", Edge.Example., Me@Example.org] }
     routes: [{ sni: [Example.ORG., "*.Example.NET"], forward: "[2001:DB8::0:1]:443" }, { sni: a.org, forward: "Home.:443" }]
     default: { forward: "tailnet://[fd7a:115c:a1e0:0::1]:443" }
+  - { listen: ":81", mode: tcp, default: { forward: "tailnet://[::ffff:100.64.0.1]:443" } }
 `)
 	l := c.Listeners[0]
 	for _, x := range []struct {
@@ -301,7 +302,8 @@ listeners:
 		{"listen", l.Listen, []string{"tailnet:80", "[2001:db8::1]:443", "192.0.2.1:443", "[fe80::1%eth0]:443"}},
 		{"from", l.AcceptProxy.From, []string{"2001:db8::/32", "192.0.2.1", "edge.example", "Me@Example.org"}},
 		{"sni", l.Routes[0].SNI, []string{"example.org", "*.example.net"}},
-		{"forward", []string{l.Routes[0].Forward.String(), l.Routes[1].Forward.String(), l.Default.Forward.String()}, []string{"[2001:db8::1]:443", "home:443", "tailnet://[fd7a:115c:a1e0::1]:443"}},
+		{"forward", []string{l.Routes[0].Forward.String(), l.Routes[1].Forward.String(), l.Default.Forward.String(), c.Listeners[1].Default.Forward.String()},
+			[]string{"[2001:db8::1]:443", "home:443", "tailnet://[fd7a:115c:a1e0::1]:443", "tailnet://100.64.0.1:443"}},
 	} {
 		if !slices.Equal(x.got, x.want) {
 			t.Errorf("%s is %q, want %q", x.what, x.got, x.want)
@@ -394,6 +396,7 @@ func TestBytes(t *testing.T) {
 		{"windows lines", strings.ReplaceAll(good+"node: x\n", "\n", "\r\n"), ""},
 		{"windows lines, columns", strings.ReplaceAll(good+"\nlimits:\n  connections: -1\n  nod: x\n", "\n", "\r\n"), `f:4:16: connections "-1": must be a whole number in plain digits
 f:5:3: unknown key "nod" in limits: it belongs nowhere`},
+		{"windows lines, flow", "listeners: [{ listen:\r\n  \":443\", mode: tcp, default:\r\n  { forward: \"a:1\" } }]\r\n", ""},
 		{"no newline at the end", strings.TrimSpace(good), ""},
 		{"tab", "listeners:\n\t- listen: \":443\"\n", "f:2:1: not valid YAML: YAML is indented with spaces, not with tabs"},
 		{"tab in a value", good + "node: 12\t7\n", `f:2:9: a tab: use spaces, or \t in double quotes`},
@@ -453,6 +456,16 @@ func TestErrorsUnwrap(t *testing.T) {
 	var one *Error
 	if !errors.As(err, &one) || one.Pos != (Pos{1, 1}) || one.File != "f" {
 		t.Errorf("errors.As finds %+v in %v", one, err)
+	}
+}
+
+// TestOneLine checks that nothing in a file can make a message look like two.
+func TestOneLine(t *testing.T) {
+	r := &reporter{file: "f"}
+	r.errorf(Pos{1, 1}, "%s", "a\nf:1:1: b\x1b[31m")
+	r.warnf(Pos{1, 1}, "%s", "a\r\nb")
+	if got, want := r.errs[0].Error()+"|"+r.warnings[0].Error(), "f:1:1: a f:1:1: b [31m|f:1:1: a  b"; got != want {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
 

@@ -110,9 +110,6 @@ func (d *decoder) section(n *node, out reflect.Value, noun string) {
 		}
 		at := len(sec.places)
 		sec.places = append(sec.places, place{key: f.key, index: -1, pos: e.value.pos, keyPos: e.pos})
-		if e.value.kind == kindNull {
-			sec.places[at].pos = e.pos
-		}
 		if !d.value(e, f, out.FieldByIndex(f.index), sec) {
 			sec.places[at].unclear = true
 		}

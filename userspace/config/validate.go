@@ -292,11 +292,7 @@ func (v *validator) reachable(seen map[match][]taken, r *Route, key string, name
 		case covered > 0:
 			v.errorf(at, "this route is unreachable: the routes up to line %d take %s %q with every alpn in it", covered, key, name)
 		default:
-			t := taken{line: at.Line}
-			if key == "sni" {
-				t.alpn = r.ALPN
-			}
-			seen[m] = append(seen[m], t)
+			seen[m] = append(seen[m], taken{alpn: r.ALPN, line: at.Line})
 		}
 	}
 }

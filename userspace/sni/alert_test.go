@@ -143,8 +143,8 @@ func TestRefuseIsBounded(t *testing.T) {
 		client func(*net.TCPConn)
 		limit  time.Duration
 	}{
-		{"closes", func(c *net.TCPConn) { io.Copy(io.Discard, c); c.Close() }, 400 * time.Millisecond},
-		{"does nothing", func(*net.TCPConn) {}, drainTimeout + 400*time.Millisecond},
+		{"closes", func(c *net.TCPConn) { io.Copy(io.Discard, c); c.Close() }, drainTimeout - 50*time.Millisecond},
+		{"does nothing", func(*net.TCPConn) {}, drainTimeout + 1500*time.Millisecond},
 		{"trickles", func(c *net.TCPConn) {
 			for {
 				if _, err := c.Write([]byte{0}); err != nil {
@@ -152,8 +152,8 @@ func TestRefuseIsBounded(t *testing.T) {
 				}
 				time.Sleep(10 * time.Millisecond)
 			}
-		}, drainTimeout + 400*time.Millisecond},
-		{"floods", func(c *net.TCPConn) { io.Copy(c, zeros{}) }, drainTimeout + 400*time.Millisecond},
+		}, drainTimeout + 1500*time.Millisecond},
+		{"floods", func(c *net.TCPConn) { io.Copy(c, zeros{}) }, drainTimeout + 1500*time.Millisecond},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

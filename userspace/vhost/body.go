@@ -1,6 +1,7 @@
 package vhost
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net/http"
@@ -91,18 +92,20 @@ func (b *body) passTrailers(in, out *http.Request) {
 	}
 }
 
-// fault is the status for a client whose body is wrong or too slow; 0 if it is
-// not the body's fault, or the client is not there to be told.
-func (b *body) fault() int {
+// fault is the status for a client whose body is wrong or too slow, and what was
+// wrong; 0 if it is not the body's fault, or the client has left.
+func (b *body) fault(ctx context.Context) (status int, cause error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
-	case b.failed == nil || isGone(b.failed):
-		return 0
+	case b.failed == nil:
+		return 0, nil
 	case errors.Is(b.failed, os.ErrDeadlineExceeded):
-		return http.StatusRequestTimeout
+		return http.StatusRequestTimeout, b.failed
+	case ctx.Err() != nil || isGone(b.failed):
+		return 0, nil
 	}
-	return http.StatusBadRequest
+	return http.StatusBadRequest, b.failed
 }
 
 // broken says whether the client's side failed. b may be nil.

@@ -6,10 +6,12 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/http/httputil"
 	"path"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -23,6 +25,8 @@ type exchange struct {
 	body *body // nil if the request has none
 	resp *response
 	err  error
+
+	upConn atomic.Pointer[net.Conn] // that the transport chose
 
 	whole bool // the handler returned: it did not abort the answer
 }
@@ -53,13 +57,20 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	x.up = up
 	refuseH2CUpgrade(r)
-	if r.Body != nil && r.Body != http.NoBody {
-		x.body = newBody(r, w, s.opts.StallTimeout)
-		r.Body = x.body
-	}
 	ctx := context.WithValue(r.Context(), exchangeKey{}, x)
 	ctx = context.WithValue(ctx, dialKey{}, up)
-	s.proxy.ServeHTTP(x.resp, r.WithContext(ctx))
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { x.upConn.Store(&i.Conn) }})
+	// A copy: the server looks at its own request's Body (for Expect), and puts
+	// the trailers there.
+	in := r.WithContext(ctx)
+	if r.Body != nil && r.Body != http.NoBody {
+		x.body = newBody(r, w, s.opts.StallTimeout)
+		in.Body = x.body
+		// Without it an HTTP/1 server throws the rest of the body away when the
+		// answer begins, though the upstream may still be reading.
+		http.NewResponseController(w).EnableFullDuplex()
+	}
+	s.proxy.ServeHTTP(x.resp, in)
 	x.whole = true
 }
 
@@ -71,6 +82,9 @@ func (s *Server) report(x *exchange, started time.Time) {
 	q := Request{
 		Conn: x.conn.info, ID: x.id, Method: x.req.Method, Host: x.host, Path: x.req.URL.Path, Proto: x.req.Proto,
 		Status: x.resp.status, BytesOut: x.resp.bytes, Started: started, Duration: time.Since(started), Upstream: x.up, Err: x.err,
+	}
+	if c := x.upConn.Load(); c != nil {
+		q.UpstreamConn = *c
 	}
 	if x.body != nil {
 		q.BytesIn = x.body.bytes.Load()
@@ -116,7 +130,7 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 	pr.Out.URL.RawQuery = pr.In.URL.RawQuery
 	setForwarded(pr.In, pr.Out.Header, x.conn.info, x.id)
 	if x.body != nil {
-		x.body.passTrailers(pr.In, pr.Out)
+		x.body.passTrailers(x.req, pr.Out)
 	}
 }
 
@@ -125,7 +139,8 @@ func (s *Server) failed(_ http.ResponseWriter, out *http.Request, err error) {
 	x := out.Context().Value(exchangeKey{}).(*exchange)
 	x.err = err
 	if x.body != nil {
-		if status := x.body.fault(); status != 0 {
+		if status, cause := x.body.fault(x.req.Context()); status != 0 {
+			x.err = cause
 			x.resp.Header().Set("Connection", "close")
 			s.page(x, status, fault{title: http.StatusText(status), text: "The body of the request could not be read."})
 			return

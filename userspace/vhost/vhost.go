@@ -110,7 +110,11 @@ type Request struct {
 	Started  time.Time
 	Duration time.Duration
 	Upstream *Upstream // nil if none was found
-	Err      error     // why it did not end well, or nil
+	// UpstreamConn is what Upstream.Dial returned for this request or an
+	// earlier one, for its addresses and the kernel's view of it only: it is
+	// not the receiver's, and may be closed. Nil if there was none.
+	UpstreamConn net.Conn
+	Err          error // why it did not end well, or nil
 }
 
 // Server serves HTTP on the connections that it is given. Use New.

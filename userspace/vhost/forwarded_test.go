@@ -1,0 +1,208 @@
+package vhost
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// echoHeader answers with the header that arrived, one line a value.
+func echoHeader(w http.ResponseWriter, r *http.Request) {
+	io.Copy(io.Discard, r.Body)
+	var out []string
+	for k, vs := range r.Header {
+		for _, v := range vs {
+			out = append(out, k+": "+v)
+		}
+	}
+	for k, vs := range r.Trailer {
+		for _, v := range vs {
+			out = append(out, "trailer "+k+": "+v)
+		}
+	}
+	slices.Sort(out)
+	io.WriteString(w, "Host: "+r.Host+"\n"+strings.Join(out, "\n")+"\n")
+}
+
+func parseEcho(body string) http.Header {
+	h := http.Header{}
+	for line := range strings.SplitSeq(body, "\n") {
+		if k, v, ok := strings.Cut(line, ": "); ok {
+			h.Add(k, v)
+		}
+	}
+	return h
+}
+
+// forged is everything that a stranger may hope to be believed in.
+var forged = http.Header{
+	"X-Forwarded-For":         {"6.6.6.6", "7.7.7.7"},
+	"X-Forwarded-Proto":       {"gopher"},
+	"X-Forwarded-Host":        {"evil.example"},
+	"X-Forwarded-Port":        {"666"},
+	"X-Forwarded-Server":      {"evil"},
+	"X-Forwarded-User":        {"root"},
+	"X-Forwarded-Client-Cert": {"evil"},
+	"Forwarded":               {"for=6.6.6.6;host=evil.example"},
+	"X-Real-Ip":               {"6.6.6.6"},
+	"X-Client-Ip":             {"6.6.6.6"},
+	"True-Client-Ip":          {"6.6.6.6"},
+	"X-Original-Url":          {"/admin"},
+	"X_forwarded_for":         {"6.6.6.6"},
+	"X-Forwarded_for":         {"6.6.6.6"},
+	"Tailscale-User-Login":    {"root@evil.example"},
+	"X-Tailsplice-Id":         {"forged-id-forged-id"},
+	"Connection":              {"X-Forwarded-For, Forwarded, X-Forwarded-Proto, X-Forwarded-Host, X-Tailsplice-Id"},
+}
+
+// TestForgedHeaders sends everything to a hop which does not believe it, for
+// each reason not to believe, and by each protocol.
+func TestForgedHeaders(t *testing.T) {
+	up := upstream(t, echoHeader)
+	client := addr("[2001:db8::5]:4711")
+	for name, info := range map[string]func(ConnInfo) ConnInfo{
+		"a stranger":                           nil,
+		"an edge's client, by PROXY":           func(i ConnInfo) ConnInfo { i.Trusted, i.Client = true, client; return i },
+		"a stranger, though PROXY says a name": func(i ConnInfo) ConnInfo { i.Trusted, i.Client, i.ServerName = true, client, "example.org"; return i },
+	} {
+		t.Run(name, func(t *testing.T) {
+			each(t, func(t *testing.T, p protocol) {
+				h := p.hop(t, up, func(c *config) { c.info = info })
+				_, body := get(t, p.client(t, h), p.url("/"), func(r *http.Request) {
+					for k, v := range forged {
+						if k != "Connection" || !p.h2 { // HTTP/2 has no such header
+							r.Header[k] = v
+						}
+					}
+				})
+				for _, evil := range []string{"6.6.6.6", "7.7.7.7", "evil", "root", "666", "gopher", "/admin", "forged"} {
+					if strings.Contains(body, evil) {
+						t.Errorf("%q got through:\n%s", evil, body)
+					}
+				}
+				q := h.request(t, 1)
+				ip, forIP := q.Conn.Client.Addr().String(), q.Conn.Client.Addr().String()
+				if q.Conn.Client.Addr().Is6() {
+					forIP = `"[` + ip + `]"`
+				}
+				proto := "http"
+				if p.tls || q.Conn.ServerName != "" {
+					proto = "https"
+				}
+				got := parseEcho(body)
+				for k, want := range map[string]string{
+					"X-Forwarded-For": ip, "X-Forwarded-Proto": proto, "X-Forwarded-Host": "example.org",
+					"Forwarded": "for=" + forIP + ";host=example.org;proto=" + proto, "X-Tailsplice-Id": q.Conn.ID, "Host": "example.org",
+				} {
+					if len(got[k]) != 1 || got[k][0] != want {
+						t.Errorf("%s = %q, want %q", k, got[k], want)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestTrustedTLS checks that trust in a peer does not extend to what came in
+// TLS: the peer may be an edge that passes it on unread.
+func TestTrustedTLS(t *testing.T) {
+	p := protocol{"h1 TLS", true, false}
+	h := p.hop(t, upstream(t, echoHeader), func(c *config) { c.info = func(i ConnInfo) ConnInfo { i.Trusted = true; return i } })
+	_, body := get(t, p.client(t, h), p.url("/"), func(r *http.Request) { r.Header.Set("X-Forwarded-For", "6.6.6.6") })
+	if strings.Contains(body, "6.6.6.6") {
+		t.Errorf("believed:\n%s", body)
+	}
+}
+
+// TestTrustedHop checks what is kept and added when the hop before is believed.
+func TestTrustedHop(t *testing.T) {
+	h := newHop(t, upstream(t, echoHeader), func(c *config) { c.info = func(i ConnInfo) ConnInfo { i.Trusted = true; return i } })
+	plain := protocols[0]
+	for name, tc := range map[string]struct{ send, want http.Header }{
+		"the hop's own": {
+			http.Header{"X-Forwarded-For": {"2001:db8::5"}, "X-Forwarded-Proto": {"https"}, "X-Forwarded-Host": {"www.example.org"},
+				"Forwarded": {`for="[2001:db8::5]";host=www.example.org;proto=https`}, "X-Tailsplice-Id": {"0123456789abcdef"}, "Tailscale-User-Login": {"eva@example.org"}},
+			http.Header{"X-Forwarded-For": {"2001:db8::5, 127.0.0.1"}, "X-Forwarded-Proto": {"https"}, "X-Forwarded-Host": {"www.example.org"},
+				"Forwarded": {`for="[2001:db8::5]";host=www.example.org;proto=https, for=127.0.0.1;host=example.org;proto=http`}, "X-Tailsplice-Id": {"0123456789abcdef"}, "Tailscale-User-Login": {"eva@example.org"}},
+		},
+		"several lines": {
+			http.Header{"X-Forwarded-For": {"192.0.2.1", "192.0.2.2 ,192.0.2.3"}},
+			http.Header{"X-Forwarded-For": {"192.0.2.1, 192.0.2.2, 192.0.2.3, 127.0.0.1"}, "Forwarded": {"for=192.0.2.1;host=example.org;proto=http, for=192.0.2.2, for=192.0.2.3, for=127.0.0.1;host=example.org;proto=http"}},
+		},
+		"nothing": {
+			http.Header{},
+			http.Header{"X-Forwarded-For": {"127.0.0.1"}, "X-Forwarded-Proto": {"http"}, "X-Forwarded-Host": {"example.org"}, "Forwarded": {"for=127.0.0.1;host=example.org;proto=http"}},
+		},
+		"an odd protocol, and an id that is none": {
+			http.Header{"X-Forwarded-Proto": {"javascript"}, "X-Tailsplice-Id": {"<script>alert(1)</script>"}},
+			http.Header{"X-Forwarded-Proto": {"http"}},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, body := get(t, plain.client(t, h), plain.url("/"), func(r *http.Request) { r.Header = tc.send })
+			got := parseEcho(body)
+			for k, want := range tc.want {
+				if !slices.Equal(got[k], want) {
+					t.Errorf("%s = %q, want %q", k, got[k], want)
+				}
+			}
+			if strings.Contains(body, "script") {
+				t.Errorf("got through:\n%s", body)
+			}
+		})
+	}
+}
+
+// TestForwardedQuoting checks the syntax of RFC 7239 for odd values.
+func TestForwardedQuoting(t *testing.T) {
+	for want, got := range map[string]string{
+		`for=192.0.2.1;host=example.org;proto=http`:              element(netip.MustParseAddr("192.0.2.1"), "example.org", "http"),
+		`for="[2001:db8::1]";host="example.org:8443";proto=http`: element(netip.MustParseAddr("2001:db8::1"), "example.org:8443", "http"),
+		`for=unknown;host="[::1]:80";proto=https`:                element(netip.Addr{}, "[::1]:80", "https"),
+		`for=unknown;host="a\"b\\c";proto=https`:                 element(netip.Addr{}, `a"b\c`, "https"),
+		`for=unknown;proto=http`:                                 element(netip.Addr{}, "", "http"),
+	} {
+		if got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+}
+
+// TestForgedTrailer checks that trailers are no way around: some servers merge
+// them into the header.
+func TestForgedTrailer(t *testing.T) {
+	h := newHop(t, upstream(t, echoHeader))
+	_, body := rawDo(t, h, "POST / HTTP/1.1\r\nHost: example.org\r\nTrailer: X-Forwarded-For, X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nX-Forwarded-For: 6.6.6.6\r\nX-Real-IP: 6.6.6.6\r\nX-Sum: 42\r\n\r\n")
+	if strings.Contains(body, "6.6.6.6") {
+		t.Errorf("got through:\n%s", body)
+	}
+	if !strings.Contains(body, "trailer X-Sum: 42") {
+		t.Errorf("the honest trailer is missing:\n%s", body)
+	}
+}
+
+// TestUnixPeer checks a connection without addresses.
+func TestUnixPeer(t *testing.T) {
+	s := New(Options{Node: "home", Route: func(string, string) (*Upstream, error) { return upstream(t, echoHeader), nil }})
+	defer s.Close()
+	l, err := net.Listen("unix", t.TempDir()+"/s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go s.Serve(l)
+	c := &http.Client{Timeout: deadline, Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
+		return net.DialTimeout("unix", l.Addr().String(), time.Second)
+	}}}
+	defer c.CloseIdleConnections()
+	_, body := get(t, c, "http://example.org/")
+	if got := parseEcho(body); got.Get("Forwarded") != "for=unknown;host=example.org;proto=http" || got.Get("X-Forwarded-For") != "" {
+		t.Errorf("got:\n%s", body)
+	}
+}

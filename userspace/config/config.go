@@ -70,7 +70,7 @@ type Route struct {
 	SNI    []string `yaml:"sni" kind:"name" nonempty:"true" doc:"Server names on an sni listener: exact, or *.example.org for one label or more in its place."`
 	ALPN   []string `yaml:"alpn" kind:"alpn" nonempty:"true" doc:"Narrows sni: the client offers one of these protocols."`
 	Host   []string `yaml:"host" kind:"name" nonempty:"true" doc:"Host names on an http or https listener: exact, or *.example.org for one label or more in its place."`
-	Path   string   `yaml:"path" kind:"path" doc:"Narrows host: the request's path begins with this. The longest wins."`
+	Path   string   `yaml:"path" kind:"path" doc:"Narrows host: /api and /api/ both take /api and everything below /api/, but not /apis. The longest wins. It is compared decoded."`
 	Action `yaml:",inline"`
 }
 

@@ -109,7 +109,7 @@ var kinds = map[string]*kind{
 	},
 	"path": {
 		noun: "a path such as /api/", kinds: onlyText, parse: parsePath,
-		schema: text(`^/[^?#*\s]*$`),
+		schema: text(`^/[^?#*%]*$`),
 	},
 	"target": {
 		noun: targetNoun, kinds: onlyText,
@@ -242,11 +242,15 @@ func parsePath(s string) (any, error) {
 	case s[0] != '/':
 		return nil, fmt.Errorf("must begin with /, did you mean %q?", "/"+s)
 	case strings.Contains(s, "*"):
-		return nil, fmt.Errorf("a path has no wildcards, it matches all that begins with it")
+		return nil, fmt.Errorf("a path has no wildcards, it takes everything below it")
 	case strings.ContainsAny(s, "?#"):
 		return nil, fmt.Errorf("only the path is matched, without ? and #")
-	case strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r == 0x7f }), strings.ContainsRune(s, '\u00a0'):
-		return nil, fmt.Errorf("it has a space in it, write %%20")
+	case strings.Contains(s, "%"):
+		// Requests are compared after decoding, so that no other way of writing a path leads around a route.
+		if plain, err := url.PathUnescape(s); err == nil && !strings.ContainsAny(plain, "%?#*") {
+			return nil, fmt.Errorf("paths are compared decoded, write %q", plain)
+		}
+		return nil, fmt.Errorf("paths are compared decoded, and cannot have %% in them")
 	}
 	if strings.Contains(s, "//") {
 		return nil, fmt.Errorf("it has // in it, which requests are cleaned of")

@@ -263,10 +263,7 @@ func (v *validator) reachable(seen map[match][]taken, r *Route, key string, name
 		return
 	}
 	for i, name := range names {
-		m := match{key, name, r.Path}
-		if key == "host" && m.path == "" {
-			m.path = "/"
-		}
+		m := match{key, name, strings.TrimSuffix(r.Path, "/")} // /api and /api/ take the same, and / takes all
 		at := r.At(key, i)
 		// What is left of the protocols that this route could see, after the routes before it.
 		left, dup, covered := slices.Clone(r.ALPN), 0, 0

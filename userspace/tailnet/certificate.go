@@ -64,17 +64,22 @@ func (c *Client) GetCertificate(hi *tls.ClientHelloInfo) (*tls.Certificate, erro
 	if name == "" {
 		return nil, errNoName
 	}
+	if cert, err, ok := c.certs.recent(name); ok {
+		return cert, err
+	}
 	domains, err := c.CertDomains(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if !slices.Contains(domains, name) {
-		if len(domains) == 0 {
-			return nil, fmt.Errorf("no certificate for %s: this tailnet has no HTTPS certificates; switch them on in its DNS settings", name)
+	switch {
+	case err != nil:
+		if cert := c.certs.valid(name); cert != nil {
+			return cert, nil // tailscaled may just be restarting
 		}
-		return nil, fmt.Errorf("no certificate for %s: tailscaled has them for %s only", name, strings.Join(domains, ", "))
+		return nil, err
+	case slices.Contains(domains, name):
+		return c.certs.get(ctx, name, c.getCertificate)
+	case len(domains) == 0:
+		return nil, fmt.Errorf("no certificate for %s: this tailnet has no HTTPS certificates; switch them on in its DNS settings", name)
 	}
-	return c.certs.get(ctx, name, c.getCertificate)
+	return nil, fmt.Errorf("no certificate for %s: tailscaled has them for %s only", name, strings.Join(domains, ", "))
 }
 
 func (c *Client) getCertificate(name string) (*tls.Certificate, error) {
@@ -91,25 +96,42 @@ func (c *Client) getCertificate(name string) (*tls.Certificate, error) {
 	return &cert, nil
 }
 
-// get returns a remembered certificate or one request's result, for all who
-// ask; it goes on when ctx ends.
-func (cc *certCache) get(ctx context.Context, name string, ask func(string) (*tls.Certificate, error)) (*tls.Certificate, error) {
+// recent returns what came of the last request for name, if that is not long ago.
+func (cc *certCache) recent(name string) (cert *tls.Certificate, err error, ok bool) {
 	cc.mu.Lock()
+	defer cc.mu.Unlock()
 	e, ok := cc.byName[name]
-	cc.mu.Unlock()
-	age := time.Since(e.at)
-	if ok && (e.err == nil && age < certFor || e.err != nil && age < certErrFor) {
-		return e.cert, e.err
+	keep := certFor
+	if e.err != nil {
+		keep = certErrFor
 	}
+	return e.cert, e.err, ok && time.Since(e.at) < keep
+}
+
+// valid returns the last certificate for name if it has not expired, else nil.
+func (cc *certCache) valid(name string) *tls.Certificate {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	if c := cc.byName[name].cert; c != nil && time.Now().Before(c.Leaf.NotAfter) {
+		return c
+	}
+	return nil
+}
+
+// get asks, once for all who want name now, and goes on when ctx ends. A
+// certificate that is still valid outlives a failure to renew it.
+func (cc *certCache) get(ctx context.Context, name string, ask func(string) (*tls.Certificate, error)) (*tls.Certificate, error) {
 	got := cc.flight.DoChan(name, func() (any, error) {
 		cert, err := ask(name)
+		if err != nil {
+			if old := cc.valid(name); old != nil {
+				cert, err = old, nil
+			}
+		}
 		cc.mu.Lock()
 		defer cc.mu.Unlock()
 		if cc.byName == nil {
 			cc.byName = map[string]certEntry{}
-		}
-		if err != nil && e.cert != nil && time.Now().Before(e.cert.Leaf.NotAfter) {
-			cert, err = e.cert, nil // still good: tailscaled may be restarting
 		}
 		cc.byName[name] = certEntry{cert, err, time.Now()}
 		return cert, err

@@ -80,14 +80,16 @@ func (c *Client) watch(ctx context.Context) error {
 	timer := time.AfterFunc(askTimeout, cancel)
 	defer timer.Stop()
 	w, err := c.lc.WatchIPNBus(ctx, watchMask)
-	if err != nil {
+	if err == nil {
+		defer w.Close()
+		_, err = w.Next()
+	}
+	switch {
+	case !timer.Stop():
+		return socketError(c.socket, context.DeadlineExceeded)
+	case err != nil:
 		return localError(c.socket, err)
 	}
-	defer w.Close()
-	if _, err := w.Next(); err != nil {
-		return localError(c.socket, err)
-	}
-	timer.Stop()
 
 	// From here on every change is heard of, so what is asked now stays good.
 	dirty := make(chan struct{}, 1)

@@ -1,10 +1,12 @@
 package tailnet_test
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -208,7 +210,7 @@ func TestTailnet(t *testing.T) {
 		if !id.Shared || id.Matches("edge-a") || id.Matches("edge-a.tn.example") || id.Matches("tag:edge") || !id.Matches("edge-a.other.example") {
 			t.Errorf("a stranger's edge-a passes for ours: %+v", id)
 		}
-		record(t, w.Home)
+		record(t, w.Home, "shared")
 		n.Name, n.Tags = own, nil
 		control.UpdateNode(n)
 		within(t, time.Second, func() error { return at("friend", friend.IP4, friend.IP6) })
@@ -418,6 +420,7 @@ func TestTailnet(t *testing.T) {
 		if len(changes.heard) != 0 {
 			t.Error("going offline counts as a change of the netmap")
 		}
+		record(t, w.Home, "offline")
 		laptop.Stop()
 		res := dialOn(t, w.Home, request{Target: dial.Target{Scheme: dial.Tailnet, Host: "laptop", Port: 7004}})
 		if res.Reason != dial.NodeOffline || !strings.Contains(res.Err, "laptop is offline, last seen 1 h ago") || res.Took > 6*time.Second {
@@ -442,15 +445,20 @@ func TestTailnet(t *testing.T) {
 	})
 }
 
-// record writes a Status down for the unit tests, if RECORD names a file.
-func record(t *testing.T, h *lab.Host) {
-	file := os.Getenv("RECORD")
-	if file == "" {
+// record writes a Status down for the unit tests of userspace/tailnet, if RECORD
+// names their testdata.
+func record(t *testing.T, h *lab.Host, name string) {
+	dir := os.Getenv("RECORD")
+	if dir == "" {
 		return
 	}
-	out, err := h.Sh(t.Context(), "curl -s --unix-socket /run/tailscale/tailscaled.sock http://local-tailscaled.sock/localapi/v0/status")
+	st, err := h.Node.Local.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := json.MarshalIndent(st, "", "\t")
 	if err == nil {
-		err = os.WriteFile(file, []byte(out), 0o644)
+		err = os.WriteFile(filepath.Join(dir, "status-"+name+".json"), append(out, '\n'), 0o644)
 	}
 	if err != nil {
 		t.Fatal(err)

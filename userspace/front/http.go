@@ -159,6 +159,9 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 		target, _, _ := strings.Cut(r.Upstream.Key, " ")
 		args = append(args, "route", r.Upstream.Route, "target", target)
 	}
+	if r.UpstreamConn != nil {
+		args = append(args, "upstream", remoteString(r.UpstreamConn), "upstream_rtt", seconds(roundTrip(r.UpstreamConn)))
+	}
 	if r.Err != nil {
 		args = append(args, "err", r.Err)
 	}

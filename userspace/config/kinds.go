@@ -302,8 +302,9 @@ func parsePeer(s string) (any, error) {
 		return nil, fmt.Errorf("not a CIDR, IP address, node name, login or tag:NAME")
 	}
 	if user, domain, ok := strings.Cut(s, "@"); ok {
-		if user == "" || domain == "" || strings.ContainsAny(s, " \t\n") || strings.Contains(domain, "@") {
-			return nil, fmt.Errorf("a login is USER@DOMAIN")
+		// Headscale's users have no domain: me@.
+		if user == "" || strings.ContainsAny(s, " \t\n") || strings.Contains(domain, "@") {
+			return nil, fmt.Errorf("a login is USER@DOMAIN, or USER@")
 		}
 		return s, nil
 	}

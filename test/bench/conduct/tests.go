@@ -1,0 +1,310 @@
+package conduct
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/tailsplice/tailsplice/test/bench/agent"
+	"github.com/tailsplice/tailsplice/test/bench/system"
+)
+
+// A test is one kind of load, and the measures that it yields.
+type test struct {
+	name     string
+	duration time.Duration // of one cell in a full run, before it is scaled to the time that there is
+	fixed    time.Duration // what a cell takes besides
+	quick    bool          // part of a quick run
+	tailnet  bool          // makes sense where tailscaled is the bottleneck
+	far      bool          // over the path with a delay
+	loss     float64       // of the packets between client and proxy
+	flows    int           // that a system has to be fit to hold
+	fresh    bool          // on a process that has not done anything yet
+	run      func(ctx context.Context, c *cellRun) error
+	// beyond derives for each system what it took beyond direct, in one round.
+	beyond [][2]string
+}
+
+// cellRun is one run of a test on one system.
+type cellRun struct {
+	*test
+	conductor *conductor
+	system    *system.System
+	time      time.Duration
+	values    map[string]float64
+}
+
+func (c *cellRun) job(kind agent.Kind, flows, size int) agent.Job {
+	addr := c.system.Addr
+	if c.far {
+		addr = c.system.FarAddr
+	}
+	return agent.Job{Kind: kind, Addr: addr, Flows: flows, Size: size, Duration: c.time}
+}
+
+const (
+	mib = 1 << 20
+	gib = 1 << 30
+)
+
+// tests in the order of their weight: when time gets short, the last ones are left out.
+func tests(maxFlows int, quick bool) []*test {
+	const bulkFlows = 4
+	list := []*test{
+		bulk("bulk_down", agent.Down, bulkFlows, test{duration: time.Second, quick: true, tailnet: true}),
+		bulk("bulk_up", agent.Up, bulkFlows, test{duration: time.Second, quick: true, tailnet: true}),
+		requests("c32", 32, 200, test{quick: true, tailnet: true}),
+		requests("c1", 1, 200, test{quick: true, tailnet: true}),
+		connects(),
+		firstByte(),
+	}
+	n := min(10_000, maxFlows)
+	if quick {
+		n = min(2000, maxFlows)
+	}
+	list = append(list,
+		idle("idle_bytes", n, test{quick: true, fixed: 2500 * time.Millisecond * time.Duration(n) / 10_000}),
+		requests("c256", 256, 200, test{}),
+		bulk("loss1_down", agent.Down, bulkFlows, test{duration: time.Second, loss: 0.01}),
+		bulk("loss1_up", agent.Up, bulkFlows, test{duration: time.Second, loss: 0.01}),
+		bulk("delay60_down", agent.Down, bulkFlows, test{duration: 2 * time.Second, far: true}),
+		bulk("delay60_up", agent.Up, bulkFlows, test{duration: 2 * time.Second, far: true}),
+		stopped(min(1000, maxFlows)),
+		bulk("bulk1_down", agent.Down, 1, test{duration: 600 * time.Millisecond}),
+		bulk("bulk1_up", agent.Up, 1, test{duration: 600 * time.Millisecond}),
+	)
+	for _, size := range []struct {
+		name  string
+		bytes int
+	}{{"64", 64}, {"16k", 16 << 10}} {
+		for _, flows := range []int{1, 32, 256} {
+			list = append(list, requests(fmt.Sprintf("c%d", flows), flows, size.bytes, test{name: size.name}))
+		}
+	}
+	if maxFlows >= 50_000 {
+		list = append(list, idle("idle50k_bytes", 50_000, test{fixed: 15 * time.Second}))
+	}
+	return list
+}
+
+// bulk is throughput: flows that send, or receive, as fast as they can.
+func bulk(name string, kind agent.Kind, flows int, t test) *test {
+	t.name = name
+	way := "down"
+	if kind == agent.Up {
+		way = "up"
+	}
+	withCPU := name == "bulk_"+way
+	if withCPU {
+		t.beyond = [][2]string{{"cpu_per_gib_" + way, "added_cpu_per_gib_" + way}}
+	}
+	t.run = func(ctx context.Context, c *cellRun) error {
+		j := c.job(kind, flows, 0)
+		j.Warm = j.Duration / 8
+		if c.far {
+			j.Warm = j.Duration / 2 // slow start takes 10 to 14 round trips
+		}
+		a := c.conductor.agents
+		before, err := c.system.ReadCPU()
+		if err != nil {
+			return err
+		}
+		near, err := a.run(ctx, j)
+		if err != nil {
+			return err
+		}
+		after, err := c.system.ReadCPU()
+		if err != nil {
+			return err
+		}
+		far, err := a.settle(ctx, near)
+		if err != nil {
+			return err
+		}
+		rate, bytes := near.Rate, float64(near.Received)
+		if kind == agent.Up {
+			rate, bytes = far.Rate, float64(near.Sent)
+		}
+		if rate == 0 {
+			return fmt.Errorf("no throughput in %v: %.0f bytes", j.Duration, bytes)
+		}
+		c.values[name] = rate / mib
+		if cpu := after.Since(before); withCPU {
+			c.values["cpu_per_gib_"+way] = cpu.Machine / bytes * gib
+			if c.system.Pid != 0 {
+				c.values["proxy_cpu_per_gib_"+way] = cpu.Proxy / bytes * gib
+			}
+			c.values["kernel_cpu_per_gib_"+way] = cpu.Kernel / bytes * gib
+		}
+		return nil
+	}
+	return &t
+}
+
+// requests is request and response, each flow one at a time.
+func requests(flowsName string, flows, size int, t test) *test {
+	prefix := "rr" + t.name
+	t.name = prefix + "_" + flowsName
+	t.duration = 600 * time.Millisecond
+	t.flows = flows
+	t.run = func(ctx context.Context, c *cellRun) error {
+		a := c.conductor.agents
+		r, err := a.run(ctx, c.job(agent.Requests, flows, size))
+		if err != nil {
+			return err
+		}
+		if _, err := a.settle(ctx, r); err != nil {
+			return err
+		}
+		c.values[prefix+"_rate_"+flowsName] = float64(r.Count) / r.Seconds
+		c.values[prefix+"_p50_"+flowsName] = micros(r.P50)
+		c.values[prefix+"_p99_"+flowsName] = micros(r.P99)
+		c.values[prefix+"_p999_"+flowsName] = micros(r.P999)
+		return nil
+	}
+	return &t
+}
+
+func micros(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e3 }
+
+// connects is whole flows one after the other, 32 at a time: connect, hello, 64 bytes each way, end.
+func connects() *test {
+	return &test{name: "new_flows", duration: 800 * time.Millisecond, quick: true, tailnet: true, flows: 32,
+		run: func(ctx context.Context, c *cellRun) error {
+			a := c.conductor.agents
+			r, err := a.run(ctx, c.job(agent.Connects, 32, 64))
+			if err != nil {
+				return err
+			}
+			if _, err := a.settle(ctx, r); err != nil {
+				return err
+			}
+			c.values["new_flows"] = float64(r.Count) / r.Seconds
+			c.values["new_flows_p99"] = micros(r.P99)
+			return nil
+		}}
+}
+
+// firstByte is the same, one at a time: from the connect to the first byte of the answer.
+func firstByte() *test {
+	return &test{name: "first_byte", duration: 300 * time.Millisecond, quick: true, tailnet: true,
+		run: func(ctx context.Context, c *cellRun) error {
+			a := c.conductor.agents
+			r, err := a.run(ctx, c.job(agent.Connects, 1, 64))
+			if err != nil {
+				return err
+			}
+			if _, err := a.settle(ctx, r); err != nil {
+				return err
+			}
+			c.values["first_byte_p50"] = micros(r.P50)
+			c.values["first_byte_p99"] = micros(r.P99)
+			return nil
+		}}
+}
+
+// idle is the memory of flows that do nothing, without what the client's and the server's sockets take.
+func idle(name string, flows int, t test) *test {
+	t.name, t.flows, t.fresh = name, flows, true
+	t.beyond = [][2]string{{"all_" + name, name}}
+	t.run = func(ctx context.Context, c *cellRun) error {
+		a := c.conductor.agents
+		j := c.job(agent.Hold, flows, 64)
+		j.Duration = 0
+		before, err := c.system.ReadMemory()
+		if err != nil {
+			return err
+		}
+		r, err := a.run(ctx, j)
+		if err != nil {
+			return err
+		}
+		if r.Faults == 0 {
+			time.Sleep(300 * time.Millisecond)
+			after, err := c.system.ReadMemory()
+			if err != nil {
+				return err
+			}
+			m := after.Since(before)
+			c.values["all_"+name] = float64(m.All()) / float64(flows)
+			if c.system.Pid != 0 {
+				c.values["proxy_"+name] = float64(m.Process+m.BPF) / float64(flows)
+			}
+			// That each flow is still there is part of the measure.
+			if r, err = bounded(ctx, limit, a.client.Check); err != nil {
+				return err
+			}
+		}
+		if r, err = bounded(ctx, limit, a.client.Resume); err != nil {
+			return err
+		}
+		_, err = a.settle(ctx, r)
+		return err
+	}
+	return &t
+}
+
+// stopped is what flows cost whose client has stopped reading: memory once all buffers are full, and time.
+func stopped(flows int) *test {
+	return &test{name: "stopped", fixed: 3 * time.Second, flows: flows, fresh: true,
+		beyond: [][2]string{{"all_stopped_bytes", "stopped_bytes"}},
+		run: func(ctx context.Context, c *cellRun) error {
+			a := c.conductor.agents
+			j := c.job(agent.Stall, flows, 0)
+			j.Duration = 0
+			before, err := c.system.ReadMemory()
+			if err != nil {
+				return err
+			}
+			r, err := a.run(ctx, j)
+			if err != nil {
+				return err
+			}
+			if r.Faults == 0 {
+				err = c.standstill(ctx, before, flows)
+			}
+			a.server.Stop(a.cell)
+			r, e := bounded(ctx, limit, a.client.Resume)
+			if e != nil {
+				return e
+			}
+			_, e = a.settle(ctx, r)
+			return errors.Join(e, err)
+		}}
+}
+
+// standstill waits until all buffers are full, and measures.
+func (c *cellRun) standstill(ctx context.Context, before system.Memory, flows int) error {
+	const quiet, most, watch = 300 * time.Millisecond, 8 * time.Second, time.Second
+	a := c.conductor.agents
+	for begin := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		r, err := bounded(ctx, 0, func() (agent.Report, error) { return a.server.Report(a.cell) })
+		if err != nil {
+			return err
+		}
+		if r.Quiet > quiet {
+			break
+		}
+		if time.Since(begin) > most {
+			return broken{fmt.Errorf("it still takes bytes for readers that stopped %v ago: %d MiB so far", most, r.Held>>20)}
+		}
+	}
+	memory, err := c.system.ReadMemory()
+	if err != nil {
+		return err
+	}
+	c.values["all_stopped_bytes"] = float64(memory.Since(before).All()) / float64(flows)
+	from, err := c.system.ReadCPU()
+	if err != nil {
+		return err
+	}
+	time.Sleep(watch)
+	to, err := c.system.ReadCPU()
+	if err != nil {
+		return err
+	}
+	used := to.Since(from)
+	c.values["stopped_cpu"] = (used.Proxy + used.Kernel) / watch.Seconds()
+	return nil
+}

@@ -46,7 +46,6 @@ func newTable(st *ipnstate.Status, asked time.Time) *table {
 		asked:  asked,
 		state:  st.BackendState,
 		tun:    st.TUN,
-		suffix: normalName(st.MagicDNSSuffix),
 		byName: map[string]*node{},
 		byAddr: map[netip.Addr]*node{},
 		byID:   map[tailcfg.NodeID]*node{},
@@ -55,7 +54,7 @@ func newTable(st *ipnstate.Status, asked time.Time) *table {
 		t.certs = append(t.certs, normalName(d))
 	}
 	if st.CurrentTailnet != nil {
-		t.suffix = normalName(cmp.Or(st.CurrentTailnet.MagicDNSSuffix, st.MagicDNSSuffix))
+		t.suffix = normalName(st.CurrentTailnet.MagicDNSSuffix)
 	}
 	if st.Self != nil {
 		t.self = t.add(st.Self, st.User)

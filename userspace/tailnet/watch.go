@@ -198,7 +198,9 @@ func (c *Client) watchEnded() {
 func (c *Client) heard(n *ipn.Notify) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	changed := n.State != nil || n.SelfChange != nil || n.NetMap != nil || n.InitialStatus != nil ||
+	//lint:ignore SA1019 an older tailscaled sends nothing but the NetMap
+	legacy := n.NetMap != nil
+	changed := legacy || n.State != nil || n.SelfChange != nil ||
 		len(n.PeersChanged) > 0 || len(n.PeersRemoved) > 0 || len(n.UserProfiles) > 0
 	for _, p := range n.PeerChangedPatch {
 		if !c.presenceLocked(p) {

@@ -39,26 +39,33 @@ func (f *failure) Error() string  { return f.err.Error() }
 func (f *failure) Unwrap() error  { return f.err }
 func (f *failure) Reason() string { return f.reason }
 
+// dialError is an error of Upstream.Dial, on its way through the transport.
+type dialError struct{ err error }
+
+func (e *dialError) Error() string { return e.err.Error() }
+func (e *dialError) Unwrap() error { return e.err }
+
 // reasonOf classes an error of dialling or of a round trip.
 func reasonOf(err error) string {
 	var known Reasoner
+	var dial *dialError
 	var timeout interface{ Timeout() bool }
 	switch {
 	case errors.As(err, &known):
 		return known.Reason()
-	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT): // ENOENT: no such unix socket
-		return ReasonRefused
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded),
 		errors.As(err, &timeout) && timeout.Timeout():
 		return ReasonTimeout
-	case isReset(err), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), strings.Contains(err.Error(), "server closed idle connection"):
-		return ReasonReset
-	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
+	case errors.As(err, &dial):
+		if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT) { // ENOENT: no such unix socket
+			return ReasonRefused
+		}
 		return ReasonUnreachable
-	case strings.Contains(err.Error(), "malformed") || strings.Contains(err.Error(), "exceeded") || strings.Contains(err.Error(), "net/http: HTTP/1"):
-		return ReasonMalformed
+	case isReset(err), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF),
+		strings.Contains(err.Error(), "server closed idle connection"): // net/http's, not exported
+		return ReasonReset
 	}
-	return ReasonUnreachable
+	return ReasonMalformed
 }
 
 func isReset(err error) bool {
@@ -82,35 +89,43 @@ func (s *Server) hopFailed(x *exchange, err error) {
 	status := http.StatusBadGateway
 	switch reason {
 	case ReasonRefused:
-		f.title = name + " is not answering"
+		f.title = sentence(name) + " is not answering"
 		f.text = s.opts.Node + " reached " + name + ", and nothing there takes the connection."
 		f.hint = "The service may be starting or stopped. Try again in a moment; if it is yours, see that it runs and listens on the port that the route names."
 	case ReasonReset:
-		f.title = name + " hung up"
-		f.text = name + " closed the connection before it answered " + s.opts.Node + "."
+		f.title = sentence(name) + " hung up"
+		f.text = sentence(name) + " closed the connection before it answered " + s.opts.Node + "."
 		f.hint = "Try again. If it is yours, its own log should tell why."
 	case ReasonMalformed:
-		f.title = name + " gave no usable answer"
+		f.title = sentence(name) + " gave no usable answer"
 		f.text = "What " + name + " answered " + s.opts.Node + " is not HTTP, or its header is too large."
 		f.hint = "If it is yours, see that the route leads to a port that speaks plain HTTP."
 	case ReasonTimeout:
 		status = http.StatusGatewayTimeout
-		f.title = name + " did not answer in time"
+		f.title = sentence(name) + " did not answer in time"
 		f.text = s.opts.Node + " waited for " + name + " in vain."
 		f.hint = "It may be busy, asleep, or without a network. Try again in a moment."
 	case ReasonAbsent:
 		status = http.StatusServiceUnavailable
-		f.title = name + " is not there right now"
+		f.title = sentence(name) + " is not there right now"
 		f.text = s.opts.Node + " knows " + name + ", but it is offline or not running."
 		f.hint = "Try again once it is back. If it is yours, start it; then this page goes away by itself."
 		x.resp.Header().Set("Retry-After", "10")
 	default:
 		f.reason = ReasonUnreachable
-		f.title = name + " can't be reached"
+		f.title = sentence(name) + " can't be reached"
 		f.text = s.opts.Node + " found no way to " + name + "."
 		f.hint = "Try again in a moment. If it is yours, see that it is on the network and that the way to it is allowed."
 	}
 	s.page(x, status, f)
+}
+
+// sentence is name as the first word of one.
+func sentence(name string) string {
+	if after, ok := strings.CutPrefix(name, "a "); ok {
+		return "A " + after
+	}
+	return name
 }
 
 // refuse answers a request that has no route.

@@ -48,7 +48,11 @@ func (s *Server) newTransport(idlePerHost, idle int) *http.Transport {
 			if !ok {
 				return nil, errors.New("no upstream in the request's context")
 			}
-			return up.Dial(ctx)
+			c, err := up.Dial(ctx)
+			if err != nil {
+				return nil, &dialError{err}
+			}
+			return c, nil
 		},
 		Protocols:              &protocols,
 		DisableCompression:     true, // what the client asked for is what it gets

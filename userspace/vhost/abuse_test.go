@@ -1,0 +1,240 @@
+package vhost
+
+import (
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+)
+
+// counting is an upstream that counts what reaches it.
+func counting(t testing.TB) (*Upstream, *atomic.Int64, *sync.Map) {
+	var n atomic.Int64
+	var targets sync.Map
+	return upstream(t, func(w http.ResponseWriter, r *http.Request) {
+		n.Add(1)
+		body, _ := io.ReadAll(r.Body)
+		targets.Store(r.RequestURI, string(body))
+		fmt.Fprintf(w, "%s %q", r.RequestURI, body)
+	}), &n, &targets
+}
+
+// TestSmuggling sends requests whose end is a matter of opinion. The upstream
+// must see none, or the one that this hop sees; never the one hidden in it.
+func TestSmuggling(t *testing.T) {
+	const hidden = "GET /hidden HTTP/1.1\r\nHost: a\r\n\r\n"
+	for name, request := range map[string]string{
+		"both lengths":              "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+		"both, the other way":       "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 99\r\n\r\n0\r\n\r\n",
+		"two lengths":               "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nContent-Length: 33\r\n\r\n" + hidden,
+		"two lengths in one":        "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 0, 33\r\n\r\n" + hidden,
+		"a signed length":           "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: +0\r\n\r\n" + hidden,
+		"a negative length":         "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n" + hidden,
+		"chunked twice":             "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + hidden,
+		"an odd coding":             "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + hidden,
+		"identity":                  "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 33\r\nTransfer-Encoding: identity\r\n\r\n" + hidden,
+		"space before the colon":    "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding : chunked\r\nContent-Length: 33\r\n\r\n" + hidden,
+		"folded":                    "POST /x HTTP/1.1\r\nHost: a\r\nX: y\r\n Transfer-Encoding: chunked\r\nContent-Length: 0\r\n\r\n",
+		"a bare CR in a value":      "POST /x HTTP/1.1\r\nHost: a\r\nX: y\rTransfer-Encoding: chunked\r\nContent-Length: 0\r\n\r\n",
+		"a huge chunk":              "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n" + hidden,
+		"a chunk without its end":   "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhixx0\r\n\r\n" + hidden,
+		"a bare LF in a chunk size": "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2;x\nhi\r\n0\r\n\r\n",
+		"two hosts":                 "GET /x HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+		"no host":                   "GET /x HTTP/1.1\r\n\r\n",
+		"an underscore":             "POST /x HTTP/1.1\r\nHost: a\r\nTransfer_Encoding: chunked\r\nContent-Length: 0\r\n\r\n",
+		"HTTP/1.0 and chunked":      "POST /x HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + hidden,
+		"a version of the future":   "GET /x HTTP/3.0\r\nHost: a\r\n\r\n",
+		"a NUL in a value":          "GET /x HTTP/1.1\r\nHost: a\r\nX: a\x00b\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			up, n, targets := counting(t)
+			h := newHop(t, up)
+			c, br := raw(t, h, false)
+			io.WriteString(c, request)
+			c.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+			answer, _ := io.ReadAll(br)
+			statuses := strings.Count(string(answer), "HTTP/1.")
+			if n.Load() > 1 {
+				t.Errorf("%d requests reached the upstream", n.Load())
+			}
+			if _, ok := targets.Load("/hidden"); ok && !strings.HasPrefix(string(answer), "HTTP/1.1 400") {
+				t.Errorf("the hidden request reached the upstream")
+			}
+			if n.Load() == 0 && !strings.HasPrefix(string(answer), "HTTP/1.1 4") && !strings.HasPrefix(string(answer), "HTTP/1.1 5") {
+				t.Errorf("neither served nor refused: %q", answer)
+			}
+			t.Logf("%d served, %d answers: %.60q", n.Load(), statuses, answer)
+		})
+	}
+}
+
+// TestHeaderFlood checks that headers are bounded in size, and in time.
+func TestHeaderFlood(t *testing.T) {
+	up, n, _ := counting(t)
+	change := func(c *config) { c.HeaderTimeout = 500 * time.Millisecond }
+	each(t, func(t *testing.T, p protocol) {
+		h := p.hop(t, up, change)
+		req, _ := http.NewRequest("GET", p.url("/"), nil)
+		for i := range 300 {
+			req.Header.Set(fmt.Sprintf("X-%d", i), strings.Repeat("a", 1000))
+		}
+		res, err := p.client(t, h).Do(req)
+		if err == nil {
+			res.Body.Close()
+			if res.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+				t.Errorf("status %d", res.StatusCode)
+			}
+		}
+		if n.Load() != 0 {
+			t.Error("the flood reached the upstream")
+		}
+		// A cookie jar of a usual size passes.
+		res, _ = get(t, p.client(t, h), p.url("/"), func(r *http.Request) { r.Header.Set("Cookie", strings.Repeat("a", 60<<10)) })
+		if res.StatusCode != 200 {
+			t.Errorf("60 KiB of cookies: %d", res.StatusCode)
+		}
+		n.Store(0)
+	})
+	for _, overTLS := range []bool{false, true} {
+		t.Run(fmt.Sprintf("slow, tls=%t", overTLS), func(t *testing.T) {
+			h := protocol{tls: overTLS}.hop(t, up, change)
+			c, br := raw(t, h, overTLS)
+			started := time.Now()
+			go func() {
+				for {
+					if _, err := io.WriteString(c, "G"); err != nil {
+						return
+					}
+					time.Sleep(50 * time.Millisecond)
+				}
+			}()
+			io.ReadAll(br)
+			if d := time.Since(started); d > 5*time.Second {
+				t.Errorf("a slow header was waited for %v", d)
+			}
+			eventually(t, "ServeConn returns", func() bool { return h.served.Load() == 1 })
+		})
+	}
+	t.Run("slow handshake", func(t *testing.T) {
+		h := protocol{tls: true}.hop(t, up, change)
+		c, br := raw(t, h, false)
+		c.Write([]byte{0x16, 0x03, 0x01, 0x01})
+		io.ReadAll(br)
+		if err := <-h.serveErr; err == nil {
+			t.Error("ServeConn has no error")
+		}
+	})
+	t.Run("idle", func(t *testing.T) {
+		h := newHop(t, up, func(c *config) { c.IdleTimeout = 200 * time.Millisecond })
+		c, br := raw(t, h, false)
+		io.WriteString(c, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+		if b, err := io.ReadAll(br); err != nil || !strings.Contains(string(b), "200 OK") {
+			t.Errorf("%q, %v", b, err)
+		}
+	})
+}
+
+// framed is an HTTP/2 client that writes frames itself.
+func framed(t *testing.T, h *hop) (*http2.Framer, net.Conn, func(stream uint32, path string, end bool)) {
+	t.Helper()
+	c, err := tls.Dial("tcp", h.addr, &tls.Config{InsecureSkipVerify: true, ServerName: "example.org", NextProtos: []string{"h2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(deadline))
+	io.WriteString(c, http2.ClientPreface)
+	f := http2.NewFramer(c, c)
+	f.WriteSettings()
+	var block strings.Builder
+	enc := hpack.NewEncoder(&block)
+	return f, c, func(stream uint32, path string, end bool) {
+		block.Reset()
+		for _, kv := range [][2]string{{":method", "GET"}, {":scheme", "https"}, {":authority", "example.org"}, {":path", path}} {
+			enc.WriteField(hpack.HeaderField{Name: kv[0], Value: kv[1]})
+		}
+		f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: []byte(block.String()), EndHeaders: true, EndStream: end})
+	}
+}
+
+// TestRapidReset opens and resets streams as fast as it can (CVE-2023-44487).
+// The upstream's work must stay bounded, and another client must be served.
+func TestRapidReset(t *testing.T) {
+	var now, most atomic.Int64
+	release := make(chan bool)
+	h := protocols[3].hop(t, upstream(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/ok" {
+			return
+		}
+		n := now.Add(1)
+		defer now.Add(-1)
+		for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+		}
+		<-release // an upstream that does not notice
+	}))
+	defer close(release)
+	f, _, open := framed(t, h)
+	go func() {
+		for { // so that the server is never stuck in writing
+			if _, err := f.ReadFrame(); err != nil {
+				return
+			}
+		}
+	}()
+	for i := range 5000 {
+		open(uint32(2*i+1), "/", true)
+		if err := f.WriteRSTStream(uint32(2*i+1), http2.ErrCodeCancel); err != nil {
+			break // the server has had enough of it
+		}
+	}
+	if res, _ := get(t, protocols[3].client(t, h), "https://example.org/ok"); res.StatusCode != 200 {
+		t.Errorf("another client got %d", res.StatusCode)
+	}
+	if m := most.Load(); m > 2*maxStreams {
+		t.Errorf("%d requests at once at the upstream, allowed are %d streams", m, maxStreams)
+	}
+	t.Logf("at most %d requests at once", most.Load())
+}
+
+// TestStreamLimit checks that the limit on streams is announced.
+func TestStreamLimit(t *testing.T) {
+	h := protocols[3].hop(t, nil)
+	f, _, _ := framed(t, h)
+	frame, err := f.ReadFrame()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, ok := frame.(*http2.SettingsFrame)
+	if !ok {
+		t.Fatalf("first frame: %v", frame)
+	}
+	if v, ok := s.Value(http2.SettingMaxConcurrentStreams); !ok || v != maxStreams {
+		t.Errorf("%d streams, %t", v, ok)
+	}
+}
+
+// TestManyIdle checks that connections which say nothing don't keep a normal
+// request from being served.
+func TestManyIdle(t *testing.T) {
+	up, _, _ := counting(t)
+	h := newHop(t, up)
+	for range 500 {
+		raw(t, h, false)
+	}
+	started := time.Now()
+	if res, _ := get(t, protocols[0].client(t, h), "http://a/"); res.StatusCode != 200 {
+		t.Errorf("status %d", res.StatusCode)
+	}
+	if d := time.Since(started); d > 2*time.Second {
+		t.Errorf("a normal request took %v", d)
+	}
+}

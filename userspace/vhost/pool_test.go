@@ -1,0 +1,204 @@
+package vhost
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+)
+
+// spoken is an upstream that reads one line (as a PROXY header) from each
+// connection, and answers each request with that line and the connection's
+// number.
+func spoken(t testing.TB, own bool) (up *Upstream, open *atomic.Int64) {
+	open = new(atomic.Int64)
+	var number atomic.Int64
+	raw := rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+		open.Add(1)
+		defer open.Add(-1)
+		n := number.Add(1)
+		who, err := br.ReadString('\n')
+		for err == nil {
+			var r *http.Request
+			if r, err = http.ReadRequest(br); err == nil {
+				io.Copy(io.Discard, r.Body)
+				body := fmt.Sprintf("%d %s", n, strings.TrimSpace(who))
+				_, err = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+			}
+		}
+	})
+	dial := raw.Dial
+	raw.OwnConnections = own
+	raw.Dial = func(ctx context.Context) (net.Conn, error) {
+		info, ok := Info(ctx)
+		if !ok {
+			t.Error("no Info for Dial")
+		}
+		c, err := dial(ctx)
+		if err == nil {
+			fmt.Fprintf(c, "%s\n", info.Client)
+		}
+		return c, err
+	}
+	return raw, open
+}
+
+// TestOwnConnections checks that an upstream connection which speaks for one
+// client is used again for the same downstream connection, never for another
+// one, and closed with it.
+func TestOwnConnections(t *testing.T) {
+	each(t, func(t *testing.T, p protocol) {
+		up, open := spoken(t, true)
+		var n atomic.Int64
+		h := p.hop(t, up, func(c *config) {
+			c.info = func(i ConnInfo) ConnInfo {
+				i.Client = netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(n.Add(1))}), 1000)
+				return i
+			}
+		})
+		seen := map[string]string{} // upstream connection → client
+		for range 3 {
+			c := p.client(t, h)
+			first := ""
+			for range 4 {
+				_, body := get(t, c, p.url("/"))
+				conn, client, _ := strings.Cut(body, " ")
+				if was := seen[conn]; was != "" && was != client {
+					t.Errorf("connection %s serves %s and %s", conn, was, client)
+				}
+				seen[conn] = client
+				if first != "" && body != first {
+					t.Errorf("one client, two connections one after the other: %q, %q", first, body)
+				}
+				first = body
+			}
+			c.CloseIdleConnections()
+			eventually(t, "the upstream connection is closed with its client's", func() bool { return open.Load() == 0 })
+		}
+		if len(seen) != 3 {
+			t.Errorf("%d upstream connections for 3 clients", len(seen))
+		}
+	})
+}
+
+// TestOwnConnectionsAtOnce checks the same while clients come and go at once.
+func TestOwnConnectionsAtOnce(t *testing.T) {
+	p := protocols[3]
+	up, open := spoken(t, true)
+	var n atomic.Int64
+	h := p.hop(t, up, func(c *config) {
+		c.info = func(i ConnInfo) ConnInfo {
+			i.Client = netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(n.Add(1))}), 1000)
+			return i
+		}
+	})
+	var seen sync.Map
+	var wg sync.WaitGroup
+	for range 10 {
+		wg.Go(func() {
+			c := p.client(t, h)
+			defer c.CloseIdleConnections()
+			var mine sync.WaitGroup
+			for range 10 {
+				mine.Go(func() {
+					_, body := get(t, c, p.url("/"))
+					conn, client, _ := strings.Cut(body, " ")
+					if was, loaded := seen.LoadOrStore(conn, client); loaded && was != client {
+						t.Errorf("connection %s serves %s and %s", conn, was, client)
+					}
+				})
+			}
+			mine.Wait()
+		})
+	}
+	wg.Wait()
+	eventually(t, "all upstream connections are closed", func() bool { return open.Load() == 0 })
+}
+
+// TestSharedConnections checks that without a PROXY header clients share
+// upstream connections, by Key and not by Upstream.
+func TestSharedConnections(t *testing.T) {
+	up, open := spoken(t, false)
+	h := newHop(t, nil, func(c *config) {
+		c.Route = func(host, _ string) (*Upstream, error) { again := *up; again.Key += host; return &again, nil } // as after a reload
+	})
+	for _, host := range []string{"a", "b"} {
+		for range 3 {
+			c := protocols[0].client(t, h)
+			if _, body := get(t, c, "http://"+host+"/"); !strings.HasPrefix(body, map[string]string{"a": "1 ", "b": "2 "}[host]) {
+				t.Errorf("%s: %q", host, body)
+			}
+			c.CloseIdleConnections()
+		}
+	}
+	if open.Load() != 2 {
+		t.Errorf("%d connections", open.Load())
+	}
+	h.Close()
+	eventually(t, "Close closes idle upstream connections", func() bool { return open.Load() == 0 })
+}
+
+// TestStaleConnection checks that an upstream which closes its idle connections
+// costs no request that may be repeated.
+func TestStaleConnection(t *testing.T) {
+	var kill atomic.Pointer[net.TCPConn]
+	up := rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+		for {
+			r, err := http.ReadRequest(br)
+			if err != nil {
+				return
+			}
+			if r.URL.Path == "/die" && kill.CompareAndSwap(nil, c) {
+				return // the second request of this connection finds it closed
+			}
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		}
+	})
+	h := newHop(t, up)
+	c := protocols[0].client(t, h)
+	get(t, c, "http://a/")
+	if res, body := get(t, c, "http://a/die"); res.StatusCode != 200 || body != "ok" {
+		t.Errorf("%d %q", res.StatusCode, body)
+	}
+}
+
+// TestNoRepeat checks that a request which may have had its effect is not sent
+// again.
+func TestNoRepeat(t *testing.T) {
+	var posts atomic.Int64
+	up := rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+		for {
+			r, err := http.ReadRequest(br)
+			if err != nil {
+				return
+			}
+			io.Copy(io.Discard, r.Body)
+			if r.Method == "POST" {
+				posts.Add(1)
+				return
+			}
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		}
+	})
+	h := newHop(t, up)
+	c := protocols[0].client(t, h)
+	for _, body := range []string{"", "pay"} {
+		posts.Store(0)
+		get(t, c, "http://a/") // so that there is a connection to use again
+		res, err := c.Post("http://a/", "text/plain", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.StatusCode != 502 || posts.Load() != 1 {
+			t.Errorf("body %q: %d, sent %d times", body, res.StatusCode, posts.Load())
+		}
+	}
+}

@@ -3,7 +3,6 @@ package relay
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"os"
 	"sync"
@@ -21,36 +20,49 @@ var past = time.Unix(1, 0)
 
 // A side is one of the flow's two connections.
 type side struct {
-	flow  *flow
-	conn  net.Conn
-	sock  syscall.RawConn // the socket under conn, or nil
-	bare  bool            // conn is the socket itself, and can be read by way of sock
-	watch uint64          // its id in watches while somebody looks out for a reset, else 0
-	dead  atomic.Bool     // broken: what reads as an end of stream is none
-	shut  atomic.Bool     // its stream from us has ended, or is about to
+	flow *flow
+	conn net.Conn
+	sock syscall.RawConn // the socket under conn, or nil
+	bare bool            // conn is the socket itself, and can be read by way of sock
+	dead atomic.Bool     // broken: what reads as an end of stream is none
+	shut atomic.Bool     // its stream from us has ended, or is about to
+
+	// guarded by flow.mu
+	ended  bool // its stream to us has ended
+	parked bool // no pump reads from it: watches looks out for bytes
+
+	// guarded by watches.mu
+	watch   uint64 // its id there, or 0
+	watched uint32 // what is looked out for
 }
 
-// A flow is two sides, and a pump each way.
+// A flow is two sides, and a pump for each stream that has not ended and is not parked.
 type flow struct {
 	down, up side
 	counters *Counters
 	o        Options
 	ctx      context.Context
 	done     func(Result)
-
 	uncancel func() bool // unhooks ctx
-	idle     *time.Timer
 
 	mu      sync.Mutex
-	end     End // the first reason wins
+	pumps   int  // that run
+	over    bool // somebody has seen to finish
+	noPark  bool // it does not work
+	end     End  // the first reason wins
 	err     error
 	grace   *time.Timer // until a broken flow is cut off
 	late    time.Time   // when that is
 	settled bool        // no kernel datapath counts any more
+
+	tick  *time.Timer // nil while nobody looks for idleness
+	seen  int64       // bytes moved both ways, when they had last changed
+	since time.Time   // when that was seen
 }
 
 func newFlow(ctx context.Context, down, up net.Conn, o Options, done func(Result)) *flow {
 	f := &flow{ctx: ctx, o: o, done: done, counters: o.Counters}
+	f.pumps = 1 // not yet one, but nobody may finish the flow before userspace is called
 	if f.counters == nil {
 		f.counters = new(Counters)
 	}
@@ -107,7 +119,7 @@ func (s *side) resetEnd() End {
 	return EndUpstreamReset
 }
 
-// run offers the flow to the kernel datapaths, or relays it here until it ends.
+// run offers the flow to the kernel datapaths, or begins to relay it here.
 func (f *flow) run() {
 	f.arm()
 	if f.canOffer() {
@@ -120,46 +132,80 @@ func (f *flow) run() {
 	f.userspace()
 }
 
-// userspace relays until the flow ends. It takes the calling goroutine and one more.
+// userspace begins to relay here.
 func (f *flow) userspace() {
-	if !f.ending() {
-		ended := make(chan struct{})
-		go func() {
-			f.pump(&f.up, &f.down, &f.counters.down)
-			close(ended)
-		}()
-		f.pump(&f.down, &f.up, &f.counters.up)
-		<-ended
+	f.mu.Lock()
+	f.pumps--
+	if f.end == "" {
+		f.startPump(&f.down)
+		f.startPump(&f.up)
 	}
-	f.disarm()
-	f.close()
-	up, down := f.counters.Load()
-	f.done(Result{Up: up, Down: down, End: f.end, Err: f.err, Datapath: "userspace"})
+	f.unlockAndFinish()
 }
 
-// pump moves one direction until it ends, and passes the end on.
-func (f *flow) pump(src, dst *side, moved *atomic.Int64) {
+// startPump is called with f.mu held.
+func (f *flow) startPump(src *side) {
+	f.pumps++
+	go f.pump(src)
+}
+
+// pump moves what comes from src until that ends, or there is a reason to stop.
+func (f *flow) pump(src *side) {
+	ended := f.move(src)
+	f.mu.Lock()
+	f.pumps--
+	if f.end == "" && !ended && f.canPark() {
+		f.park(src)
+	} else {
+		src.ended = true
+	}
+	f.unlockAndFinish()
+}
+
+// unlockAndFinish is called with f.mu held, by each who could be the last to see that the flow is over.
+func (f *flow) unlockAndFinish() {
+	last := !f.over && f.pumps == 0 && (f.end != "" || f.down.ended && f.up.ended)
+	f.over = f.over || last
+	f.mu.Unlock()
+	if last {
+		f.finish()
+	}
+}
+
+// move copies from src to the other side, and reports whether src's stream has ended and the end is passed on.
+func (f *flow) move(src *side) (ended bool) {
+	dst, moved := src.other(), &f.counters.down
 	if src == &f.down {
+		moved = &f.counters.up
 		if err := f.writeHead(); err != nil {
 			f.broken(dst, err)
-			return
+			return false
 		}
 	}
 	p := pump{src: src, dst: dst, moved: moved, limit: int(min(f.o.Buffer, maxPipe))}
 	if bad, err := p.run(); err != nil {
 		f.broken(bad, err)
-		return
+		return false
 	}
 	if src.dead.Load() || src.gone() {
 		f.broken(src, &sideError{"read from", src.name(), syscall.ECONNRESET})
-		return
+		return false
 	}
 	dst.shut.Store(true)
 	if err := dst.closeWrite(); err != nil {
 		f.broken(dst, &sideError{"end the stream to", dst.name(), err})
-		return
+		return false
 	}
 	watchForReset(src)
+	return true
+}
+
+// finish closes both sides and reports. Nothing of the flow runs any more.
+func (f *flow) finish() {
+	f.disarm()
+	f.close()
+	up, down := f.counters.Load()
+	f.done(Result{Up: up, Down: down, End: f.end, Err: f.err, Datapath: "userspace"})
 }
 
 // writeHead writes, once, what comes before the first byte that is read.
@@ -193,18 +239,43 @@ func (f *flow) broken(s *side, err error) {
 		return // not broken but told to stop, by one who knows why
 	}
 	s.dead.Store(true)
+	end := EndError
+	if isReset(err) {
+		end = s.resetEnd()
+	}
 	f.mu.Lock()
 	if f.end == "" {
-		f.end, f.err = EndError, err
-		if isReset(err) {
-			f.end = s.resetEnd()
-		}
+		f.end, f.err = end, err
 		f.grace = time.AfterFunc(resetGrace, f.wake)
 		f.late = time.Now().Add(resetGrace)
 	}
-	f.mu.Unlock()
 	s.conn.SetWriteDeadline(past)
 	s.other().conn.SetReadDeadline(past)
+	f.unlockAndFinish()
+}
+
+// abort ends the flow now.
+func (f *flow) abort(end End, err error) {
+	f.mu.Lock()
+	if f.end == "" {
+		f.end, f.err = end, err
+	}
+	f.late = time.Time{}
+	f.wake()
+	f.unlockAndFinish()
+}
+
+// wake makes both pumps return.
+func (f *flow) wake() {
+	f.down.conn.SetDeadline(past)
+	f.up.conn.SetDeadline(past)
+}
+
+// ending reports whether there is a reason for the flow to end, other than that both sides have.
+func (f *flow) ending() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.end != ""
 }
 
 // A sideError says what failed on which side.
@@ -225,80 +296,6 @@ func (e *sideError) Unwrap() error { return e.err }
 
 func isReset(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN)
-}
-
-// abort ends the flow now.
-func (f *flow) abort(end End, err error) {
-	f.mu.Lock()
-	if f.end == "" {
-		f.end, f.err = end, err
-	}
-	f.late = time.Time{}
-	f.mu.Unlock()
-	f.wake()
-}
-
-// wake makes both pumps return.
-func (f *flow) wake() {
-	f.down.conn.SetDeadline(past)
-	f.up.conn.SetDeadline(past)
-}
-
-// ending reports whether there is a reason for the flow to end, other than that both sides have.
-func (f *flow) ending() bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.end != ""
-}
-
-// arm makes ctx and the idle timeout end the flow.
-func (f *flow) arm() {
-	f.down.conn.SetDeadline(time.Time{})
-	f.up.conn.SetDeadline(time.Time{})
-	if f.ctx.Done() != nil {
-		f.uncancel = context.AfterFunc(f.ctx, func() { f.abort(EndCanceled, context.Cause(f.ctx)) })
-	}
-	if f.o.Idle > 0 {
-		f.startIdle()
-	}
-}
-
-func (f *flow) disarm() {
-	if f.uncancel != nil {
-		f.uncancel()
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.idle != nil {
-		f.idle.Stop()
-		f.idle = nil
-	}
-	if f.grace != nil {
-		f.grace.Stop()
-	}
-}
-
-// startIdle looks at the counters four times in each Options.Idle: no message has to touch a timer.
-func (f *flow) startIdle() {
-	const looks = 4
-	every := max(f.o.Idle/looks, time.Millisecond)
-	last, quiet := int64(-1), 0
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.idle = time.AfterFunc(every, func() {
-		up, down := f.counters.Load()
-		if now := up + down; now != last {
-			last, quiet = now, 0
-		} else if quiet++; quiet == looks {
-			f.abort(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle))
-			return
-		}
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		if f.idle != nil {
-			f.idle.Reset(every)
-		}
-	})
 }
 
 // close closes both sides, in the way that tells them how the flow ended.

@@ -14,8 +14,11 @@ type pump struct {
 
 func (p *pump) run() (bad *side, err error) { return p.copyAny() }
 
-func watchForReset(*side) {}
-func unwatch(*side)       {}
+const haveWatches = false
+
+func watchForReset(*side)      {}
+func watchForBytes(*side) bool { return false }
+func unwatch(*side)            {}
 
 func (s *side) gone() bool   { return false }
 func (s *side) unacked() int { return 0 }

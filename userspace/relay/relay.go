@@ -5,8 +5,8 @@
 // relaytest holds the table of cases that all of them pass.
 //
 // On Linux, between TCP and unix sockets, small messages are one read and one write, and bulk goes
-// through a pipe with splice(2). A direction that waits for bytes holds neither a buffer nor a pipe:
-// an idle flow is two parked goroutines and its sockets.
+// through a pipe with splice(2). A direction that waits for bytes holds neither a buffer nor a pipe, and
+// a flow that has been quiet for a while has no goroutine: one epoll for all of them waits for it.
 package relay
 
 import (
@@ -49,6 +49,8 @@ type Options struct {
 	// Refused, when not nil, hears of each datapath that refuses the flow, or gives it back later.
 	// It may be called from any goroutine and must not block.
 	Refused func(datapath string, reason error)
+
+	parkAfter time.Duration // for tests; 0 = parkAfter
 }
 
 // Counters hold the bytes that a flow has moved so far. The zero value is ready for one flow.
@@ -106,9 +108,9 @@ func Relay(ctx context.Context, down, up net.Conn, o Options) Result {
 	return <-ended
 }
 
-// Run is [Relay] for callers that don't want to keep a goroutine for a flow that a kernel datapath
-// has taken: it returns when the flow has ended, or as soon as a datapath has it. done is called once in
-// either case, on any goroutine, after both conns are closed; it must not block.
+// Run is [Relay] for callers that don't want to keep a goroutine for each flow: it returns as soon as the flow
+// is on its way (before that, Preface and Head may wait for upstream). done is called once, on any
+// goroutine, when the flow has ended and both conns are closed; it must not block.
 func Run(ctx context.Context, down, up net.Conn, o Options, done func(Result)) {
 	newFlow(ctx, down, up, o, done).run()
 }

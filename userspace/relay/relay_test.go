@@ -3,6 +3,7 @@ package relay_test
 import (
 	"net"
 	"testing"
+	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
@@ -22,6 +23,7 @@ func TestCases(t *testing.T) {
 		{"tcp4", relaytest.Loopback{}, relaytest.DefaultSize()},
 		{"tcp6 to tcp4", relaytest.Loopback{Down: "tcp6"}, relaytest.SmallSize()},
 		{"tcp to unix", relaytest.Loopback{Up: "unix"}, relaytest.SmallSize()},
+		{"parked at once", relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{}, time.Millisecond)}, relaytest.SmallSize()},
 		{"small buffer", relaytest.Loopback{Options: relay.Options{Buffer: 4 << 10}}, relaytest.SmallSize()},
 	} {
 		t.Run(p.name, func(t *testing.T) { relaytest.Run(t, p.l.Path(t), p.size) })

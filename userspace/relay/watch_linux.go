@@ -8,9 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// watches look out for resets on sockets that nobody reads from: their stream has ended, or the
-// reader is busy with a peer that takes nothing. It is an epoll of our own that asks for no event, and
-// gets the errors only: bytes that come never wake it, unlike Go's poller.
+const haveWatches = true
+
+// watches look out on the sockets that nobody reads from. It is an epoll of our own because Go's poller would
+// need a goroutine for each, and would wake it for each message.
 var watches watcher
 
 type watcher struct {
@@ -21,32 +22,54 @@ type watcher struct {
 	sides map[uint64]*side
 }
 
-// watchForReset makes a reset of s break its flow, until unwatch.
-func watchForReset(s *side) {
-	w := &watches
+const (
+	onReset = unix.EPOLLET // errors are always reported, and with this nothing else
+	onBytes = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLONESHOT
+)
+
+// watchForReset makes a reset of s break its flow: its stream has ended, or the pump that reads it is held up.
+func watchForReset(s *side) { watches.watch(s, onReset) }
+
+// watchForBytes makes the next byte of s, or the end of its stream, or a reset call unpark.
+func watchForBytes(s *side) bool { return watches.watch(s, onBytes) }
+
+func (w *watcher) watch(s *side, events uint32) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if s.watch != 0 || s.sock == nil || !w.start() {
-		return
+	if s.watched == events && events == onReset {
+		return true
 	}
-	w.last++
-	id := w.last
-	s.sock.Control(func(fd uintptr) {
-		ev := unix.EpollEvent{Events: unix.EPOLLET, Fd: int32(id), Pad: int32(id >> 32)}
-		if unix.EpollCtl(w.fd, unix.EPOLL_CTL_ADD, int(fd), &ev) == nil {
-			s.watch = id
-			w.sides[id] = s
-		}
+	if s.sock == nil || !w.start() {
+		return false
+	}
+	op, id := unix.EPOLL_CTL_MOD, s.watch
+	if id == 0 {
+		w.last++
+		op, id = unix.EPOLL_CTL_ADD, w.last
+		w.sides[id] = s // before there can be an event
+	}
+	var err error
+	cerr := s.sock.Control(func(fd uintptr) {
+		ev := unix.EpollEvent{Events: events, Fd: int32(id), Pad: int32(id >> 32)}
+		err = unix.EpollCtl(w.fd, op, int(fd), &ev)
 	})
+	if cerr != nil || err != nil {
+		if s.watch == 0 {
+			delete(w.sides, id)
+		}
+		return false
+	}
+	s.watch, s.watched = id, events
+	return true
 }
 
-// unwatch is to be called before s is closed. Closing takes it out of the epoll.
+// unwatch is to be called before s is closed, which takes it out of the epoll.
 func unwatch(s *side) {
 	w := &watches
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.sides, s.watch)
-	s.watch = 0
+	s.watch, s.watched = 0, 0
 }
 
 // start opens the epoll when it's needed first. It stays for the life of the process.
@@ -90,8 +113,8 @@ func (w *watcher) event(id uint64, events uint32) {
 	w.mu.Lock()
 	s := w.sides[id]
 	w.mu.Unlock()
-	if s == nil || events&unix.EPOLLERR == 0 {
-		return // closed meanwhile; or a hangup without an error: both streams have ended
+	if s == nil || s.flow.unpark(s) || events&unix.EPOLLERR == 0 {
+		return // closed meanwhile; or its pump finds out; or both streams have ended, and that was all
 	}
 	s.dead.Store(true) // before the error is taken from under its reader, who then sees an end of stream
 	err := error(syscall.ECONNRESET)
@@ -100,5 +123,5 @@ func (w *watcher) event(id uint64, events uint32) {
 			err = syscall.Errno(errno)
 		}
 	})
-	s.flow.broken(s, &sideError{"watch", s.name(), err})
+	go s.flow.broken(s, &sideError{"watch", s.name(), err}) // which may wait for the other side
 }

@@ -189,7 +189,7 @@ func zeroWindow(t *testing.T, p Path, s Size) {
 		}
 		out := newStream()
 		in := *out
-		n := int64(256 << 10) // little: a small window makes it slow
+		n := int64(100 << 10) // little: a small window makes it slow
 		sent := make(chan error, 1)
 		go func() { sent <- out.send(from, n) }()
 		time.Sleep(s.Stop)

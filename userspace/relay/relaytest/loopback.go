@@ -1,6 +1,7 @@
 package relaytest
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -41,13 +42,9 @@ func (l Loopback) Path(t testing.TB) Path {
 
 // run starts the relay with what l and the case want.
 func (l Loopback) run(ctx context.Context, f *Flow, o relay.Options) {
-	o.Datapaths, o.Refused = l.Options.Datapaths, l.Options.Refused
-	if o.Buffer == 0 {
-		o.Buffer = l.Options.Buffer
-	}
-	if o.Idle == 0 {
-		o.Idle = l.Options.Idle
-	}
+	all := l.Options
+	all.Preface, all.Head, all.Counters = o.Preface, o.Head, o.Counters
+	all.Buffer, all.Idle = cmp.Or(o.Buffer, all.Buffer), cmp.Or(o.Idle, all.Idle)
 	d, u := f.Down, f.Up
 	if l.WrapDown != nil {
 		d = l.WrapDown(d)
@@ -55,7 +52,7 @@ func (l Loopback) run(ctx context.Context, f *Flow, o relay.Options) {
 	if l.WrapUp != nil {
 		u = l.WrapUp(u)
 	}
-	go relay.Run(ctx, d, u, o, func(r relay.Result) { f.result <- r })
+	go relay.Run(ctx, d, u, all, func(r relay.Result) { f.result <- r })
 }
 
 // pairs makes connected pairs of sockets.

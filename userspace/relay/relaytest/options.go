@@ -141,7 +141,7 @@ func bufferBound(t *testing.T, p Path, s Size) {
 			out := newStream()
 			in := *out
 			var n int64
-			for range 3 {
+			for range 2 {
 				n += fill(from, out)
 				if h := held(); h > bound {
 					t.Errorf("%d bytes held with a bound of %d, from %s", h, bound, role)
@@ -214,17 +214,17 @@ func idleTimeout(t *testing.T, p Path, s Size) {
 	f.Start(context.Background(), relay.Options{Idle: idle})
 	defer f.Client.Close()
 	defer f.Server.Close()
-	for range 10 { // bytes one way are enough
+	for range 5 { // bytes one way are enough
 		must(t, transfer(f.Client, f.Server, 1))
 		time.Sleep(idle / 3)
 	}
-	for range 10 {
+	for range 5 {
 		must(t, transfer(f.Server, f.Client, 1))
 		time.Sleep(idle / 3)
 	}
 	wantBroken(t, p, f.Client)
 	wantBroken(t, p, f.Server)
-	if r := f.Result(t); r.End != relay.EndIdle || r.Up != 10 || r.Down != 10 {
+	if r := f.Result(t); r.End != relay.EndIdle || r.Up != 5 || r.Down != 5 {
 		t.Errorf("%+v", r)
 	}
 }

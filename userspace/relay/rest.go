@@ -1,0 +1,122 @@
+package relay
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"time"
+)
+
+// parkAfter is how long a flow is quiet before its goroutines go. Long enough for what parking and waking cost
+// (some µs) not to matter, short enough for flows that come and stay quiet not to pile up stacks.
+const parkAfter = 2 * time.Second
+
+// arm makes ctx and idleness end the flow.
+func (f *flow) arm() {
+	f.down.conn.SetDeadline(time.Time{})
+	f.up.conn.SetDeadline(time.Time{})
+	if f.ctx.Done() != nil {
+		f.uncancel = context.AfterFunc(f.ctx, func() { f.abort(EndCanceled, context.Cause(f.ctx)) })
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.seen, f.since = -1, time.Now()
+	f.tick = time.AfterFunc(math.MaxInt64, f.look)
+	f.lookAgain(0)
+}
+
+func (f *flow) disarm() {
+	if f.uncancel != nil {
+		f.uncancel()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.tick != nil {
+		f.tick.Stop()
+		f.tick = nil
+	}
+	if f.grace != nil {
+		f.grace.Stop()
+	}
+}
+
+// look sees whether bytes have moved since the last time, so that no message has to touch a timer.
+func (f *flow) look() {
+	up, down := f.counters.Load()
+	now := time.Now()
+	f.mu.Lock()
+	if f.tick == nil {
+		f.mu.Unlock()
+		return
+	}
+	if up+down != f.seen {
+		f.seen, f.since = up+down, now
+	}
+	quiet := now.Sub(f.since)
+	if f.o.Idle > 0 && quiet >= f.o.Idle {
+		f.mu.Unlock()
+		f.abort(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle))
+		return
+	}
+	defer f.mu.Unlock()
+	if f.canPark() && quiet >= f.parkAfter() {
+		// A pump returns by this as soon as it has nothing to read and nothing left to write.
+		f.down.conn.SetReadDeadline(past)
+		f.up.conn.SetReadDeadline(past)
+	}
+	f.lookAgain(quiet)
+}
+
+// lookAgain sets the timer for a flow that has been quiet for so long. It is called with f.mu held.
+func (f *flow) lookAgain(quiet time.Duration) {
+	again := time.Duration(math.MaxInt64)
+	if f.pumps > 0 && f.canPark() {
+		again = f.parkAfter()
+	}
+	switch {
+	case f.o.Idle > 0 && f.pumps > 0:
+		again = min(again, f.o.Idle/4)
+	case f.o.Idle > 0: // nothing moves unseen
+		again = f.o.Idle - quiet
+	}
+	if f.tick != nil && again < math.MaxInt64 {
+		f.tick.Reset(max(again, time.Millisecond))
+	}
+}
+
+func (f *flow) parkAfter() time.Duration {
+	if f.o.parkAfter > 0 {
+		return f.o.parkAfter
+	}
+	return parkAfter
+}
+
+// canPark is called with f.mu held.
+func (f *flow) canPark() bool {
+	return haveWatches && f.down.bare && f.up.bare && !f.noPark
+}
+
+// park leaves src, whose pump has returned, to watches. It is called with f.mu held.
+func (f *flow) park(src *side) {
+	src.conn.SetReadDeadline(time.Time{})
+	src.parked = watchForBytes(src)
+	if !src.parked {
+		f.noPark = true
+		f.startPump(src)
+	}
+}
+
+// unpark goes on with src if it was parked, since there is something to read.
+func (f *flow) unpark(src *side) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !src.parked {
+		return false
+	}
+	src.parked = false
+	if f.end == "" {
+		f.startPump(src)
+		f.lookAgain(0)
+	}
+	return true
+}

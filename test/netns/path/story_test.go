@@ -195,14 +195,7 @@ func TestReload(t *testing.T) {
 	s := world(t)
 	c := s.browser(s.Client, "tcp4", true)
 	defer c.CloseIdleConnections()
-	t.Cleanup(func() {
-		if err := s.laptop.SetConfig(laptopConfig); err != nil {
-			t.Error(err)
-		}
-		if out, err := s.laptop.CLI(context.Background(), "reload"); err != nil {
-			t.Errorf("%v %s", err, out)
-		}
-	})
+	s.configure(t, s.laptop, laptopConfig)
 	get := func() int {
 		t.Helper()
 		res, err := c.Get("https://" + lab.Site + "/status?code=200")

@@ -217,6 +217,26 @@ func (s *story) prefer(t *testing.T, edge *lab.Host) {
 	})
 }
 
+// configure reloads a daemon with another configuration, until the test ends.
+func (s *story) configure(t *testing.T, d *lab.Daemon, config string) {
+	t.Helper()
+	old, err := d.Host.ReadFile(lab.ConfigFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reload := func(config string) {
+		t.Helper()
+		if err := d.SetConfig(config); err != nil {
+			t.Error(err)
+		}
+		if _, err := d.CLI(context.Background(), "reload"); err != nil {
+			t.Error(err)
+		}
+	}
+	reload(config)
+	t.Cleanup(func() { reload(string(old)) })
+}
+
 // flowOf waits for the line of the flow with this path id in a daemon's log.
 func flowOf(t *testing.T, d *lab.Daemon, id string) lab.LogLine {
 	t.Helper()

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"fmt"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -21,8 +22,9 @@ type pump struct {
 	moved    *atomic.Int64
 	limit    int // bytes that may be held here
 
-	bulk  bool // splice instead of copying
-	count int  // reads in a row that speak for the other mode
+	bulk     bool // splice instead of copying
+	count    int  // reads in a row that speak for the other mode
+	noSplice bool // one of the sockets can't
 
 	flush, drain func(fd uintptr) bool
 	out          []byte // read and not yet written
@@ -91,7 +93,7 @@ func (p *pump) copy(fd int) (n int, err error) {
 		p.fail("write to", p.dst, err)
 	}
 	p.out = nil
-	if n < len(buf) || p.limit < bufferSize {
+	if n < len(buf) || p.limit < bufferSize || p.noSplice {
 		p.count = 0
 	} else if p.count++; p.count >= fullReads {
 		p.bulk, p.count = true, 0
@@ -129,11 +131,11 @@ func (p *pump) splice(fd int) (n int, err error) {
 	})
 	if n <= 0 {
 		putPipe(pipe)
-		switch err {
-		case unix.EINVAL, unix.ENOSYS, unix.EOPNOTSUPP:
-			p.bulk = false
+		switch {
+		case cannotSplice(err):
+			p.bulk, p.noSplice = false, true
 			return p.copy(fd)
-		case unix.EAGAIN:
+		case err == unix.EAGAIN:
 			// An urgent byte stops splice(2) for good, and read(2) not.
 			if at, err := unix.IoctlGetInt(fd, unix.SIOCATMARK); err == nil && at != 0 {
 				return p.copy(fd)
@@ -157,24 +159,55 @@ func (p *pump) splice(fd int) (n int, err error) {
 	return n, nil
 }
 
+// drainPipe gives what is in the pipe to dst.
 func (p *pump) drainPipe(fd uintptr) (done bool) {
-	for p.inPipe > 0 {
+	for p.inPipe > 0 && !p.noSplice {
 		n, err := noEINTR(func() (int, error) {
 			n, err := unix.Splice(p.pipe.r, nil, int(fd), nil, p.inPipe, unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
 			return int(n), err
 		})
-		if err == unix.EAGAIN {
+		switch {
+		case err == unix.EAGAIN:
 			watchForReset(p.src)
 			return false
-		}
-		if err != nil {
+		case cannotSplice(err):
+			p.bulk, p.noSplice = false, true
+		case err != nil:
 			p.fail("write to", p.dst, err)
 			return true
+		default:
+			p.moved.Add(int64(n))
+			p.inPipe -= n
 		}
-		p.moved.Add(int64(n))
-		p.inPipe -= n
+	}
+	return p.emptyPipe(fd)
+}
+
+// emptyPipe is drainPipe for a dst that can't splice.
+func (p *pump) emptyPipe(fd uintptr) (done bool) {
+	for p.inPipe > 0 || len(p.out) > 0 {
+		if len(p.out) == 0 {
+			buf := make([]byte, min(p.inPipe, bufferSize))
+			n, err := noEINTR(func() (int, error) { return unix.Read(p.pipe.r, buf) })
+			if err != nil || n == 0 {
+				p.fail("read from", p.src, fmt.Errorf("its pipe: %w", err))
+				return true
+			}
+			p.inPipe -= n
+			p.out = buf[:n]
+		}
+		if !p.flushOut(fd) {
+			return false
+		}
+		if p.err != nil {
+			return true
+		}
 	}
 	return true
+}
+
+func cannotSplice(err error) bool {
+	return err == unix.EINVAL || err == unix.ENOSYS || err == unix.EOPNOTSUPP
 }
 
 func noEINTR(f func() (int, error)) (n int, err error) {

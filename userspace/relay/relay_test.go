@@ -1,7 +1,19 @@
 package relay_test
 
 import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"math/big"
 	"net"
+	"runtime"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -9,23 +21,236 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
-// plain hides what a connection is.
-type plain struct{ net.Conn }
-
-func (p plain) CloseWrite() error { return p.Conn.(interface{ CloseWrite() error }).CloseWrite() }
-
 func TestCases(t *testing.T) {
+	small := relaytest.SmallSize()
 	for _, p := range []struct {
 		name string
 		l    relaytest.Loopback
 		size relaytest.Size
 	}{
 		{"tcp4", relaytest.Loopback{}, relaytest.DefaultSize()},
-		{"tcp6 to tcp4", relaytest.Loopback{Down: "tcp6"}, relaytest.SmallSize()},
-		{"tcp to unix", relaytest.Loopback{Up: "unix"}, relaytest.SmallSize()},
-		{"parked at once", relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{}, time.Millisecond)}, relaytest.SmallSize()},
-		{"small buffer", relaytest.Loopback{Options: relay.Options{Buffer: 4 << 10}}, relaytest.SmallSize()},
+		{"tcp6 to tcp4", relaytest.Loopback{Down: "tcp6"}, small},
+		{"tcp to unix", relaytest.Loopback{Up: "unix"}, small},
+		{"unix to tcp", relaytest.Loopback{Down: "unix"}, small},
+		{"parked at once", relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{}, time.Millisecond)}, small},
+		{"small buffer", relaytest.Loopback{Options: relay.Options{Buffer: 4 << 10}}, small},
+		{"datapath", relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{refuser{}, taker{}}}}, small},
+		{"datapath gives back", relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{returner{}}}}, small},
 	} {
 		t.Run(p.name, func(t *testing.T) { relaytest.Run(t, p.l.Path(t), p.size) })
+	}
+}
+
+// wrapped hides what a connection is, but not that it has two halves.
+type wrapped struct{ net.Conn }
+
+func (w wrapped) CloseWrite() error { return w.Conn.(*net.TCPConn).CloseWrite() }
+func (w wrapped) NetConn() net.Conn { return w.Conn }
+func wrap(c net.Conn) net.Conn      { return wrapped{c} }
+func hide(c net.Conn) net.Conn      { return hidden{c} }
+
+// hidden has one half only.
+type hidden struct{ net.Conn }
+
+// TestWrapped: connections that can't be spliced.
+func TestWrapped(t *testing.T) {
+	relaytest.Run(t, relaytest.Loopback{WrapDown: wrap, WrapUp: wrap}.Path(t), relaytest.SmallSize())
+}
+
+func TestNoHalfClose(t *testing.T) {
+	p := relaytest.Loopback{WrapUp: hide}.Path(t)
+	f := p.Connect(t)
+	f.Start(context.Background(), relay.Options{})
+	f.Client.Write([]byte("hello"))
+	f.Client.(*net.TCPConn).CloseWrite()
+	f.Server.SetDeadline(time.Now().Add(10 * time.Second))
+	if b, err := io.ReadAll(f.Server); string(b) != "hello" || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	if r := f.Result(t); r.End != relay.EndEOF || r.Up != 5 {
+		t.Errorf("%+v", r)
+	}
+	f.Client.Close()
+	f.Server.Close()
+}
+
+// taker is a datapath that keeps all promises: it is the relay itself.
+type taker struct{}
+
+func (taker) Name() string { return "taker" }
+
+func (taker) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (func() (int64, int64), error) {
+	var c relay.Counters
+	count := func() (int64, int64) {
+		u, d := c.Load()
+		return f.Up + u, f.Down + d
+	}
+	relay.Run(ctx, down, up, relay.Options{Buffer: f.Buffer, Idle: f.Idle, Counters: &c}, func(r relay.Result) {
+		f.Ended(f.Up+r.Up, f.Down+r.Down, string(r.End), r.Err)
+	})
+	return count, nil
+}
+
+type refuser struct{}
+
+var errRefused = errors.New("not today")
+
+func (refuser) Name() string { return "refuser" }
+
+func (refuser) Splice(context.Context, *net.TCPConn, *net.TCPConn, relay.Flow) (func() (int64, int64), error) {
+	return nil, errRefused
+}
+
+// returner moves one round of what there is and gives the flow back, as other conns.
+type returner struct{}
+
+func (returner) Name() string { return "returner" }
+
+func (returner) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (func() (int64, int64), error) {
+	dup := func(c *net.TCPConn) *net.TCPConn {
+		file, err := c.File()
+		if err != nil {
+			panic(err)
+		}
+		defer file.Close()
+		d, err := net.FileConn(file)
+		if err != nil {
+			panic(err)
+		}
+		c.Close()
+		return d.(*net.TCPConn)
+	}
+	f.Returned(dup(down), dup(up), f.Up, f.Down, errRefused)
+	return func() (int64, int64) { return -1, -1 }, nil
+}
+
+func TestDatapathReasons(t *testing.T) {
+	for _, c := range []struct {
+		paths []relay.Datapath
+		heard string
+		had   string
+	}{
+		{nil, "", "userspace"},
+		{[]relay.Datapath{refuser{}}, "refuser: not today\n", "userspace"},
+		{[]relay.Datapath{refuser{}, taker{}}, "refuser: not today\n", "taker"},
+		{[]relay.Datapath{taker{}, refuser{}}, "", "taker"},
+		{[]relay.Datapath{returner{}}, "returner: not today\n", "userspace"},
+	} {
+		var mu sync.Mutex
+		var heard strings.Builder
+		l := relaytest.Loopback{Options: relay.Options{Datapaths: c.paths, Refused: func(name string, reason error) {
+			mu.Lock()
+			defer mu.Unlock()
+			heard.WriteString(name + ": " + reason.Error() + "\n")
+		}}}
+		var counters relay.Counters
+		f := l.Path(t).Connect(t)
+		f.Start(context.Background(), relay.Options{Head: []byte("head"), Counters: &counters})
+		f.Client.(*net.TCPConn).CloseWrite()
+		b, err := io.ReadAll(f.Server)
+		f.Server.Close()
+		r := f.Result(t)
+		f.Client.Close()
+		up, down := counters.Load()
+		mu.Lock()
+		if string(b) != "head" || err != nil || r.Datapath != c.had || heard.String() != c.heard || r.Up != 4 || up != 4 || down != 0 {
+			t.Errorf("%q, %v, %+v, counted %d and %d, heard %q", b, err, r, up, down, heard.String())
+		}
+		mu.Unlock()
+	}
+}
+
+// TestIdleFlows: a quiet flow has no goroutine, and next to no memory of ours.
+func TestIdleFlows(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("flows are parked on Linux only")
+	}
+	const n = 200
+	p := relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{Idle: time.Hour}, 50*time.Millisecond)}.Path(t)
+	before := runtime.NumGoroutine()
+	var flows []*relaytest.Flow
+	for i := range n {
+		f := p.Connect(t)
+		defer f.Client.Close()
+		defer f.Server.Close()
+		f.Start(context.Background(), relay.Options{})
+		f.Client.Write([]byte("ping"))
+		var b [4]byte
+		io.ReadFull(f.Server, b[:])
+		if i%2 == 0 {
+			f.Client.(*net.TCPConn).CloseWrite() // and half of them are half-closed
+		}
+		flows = append(flows, f)
+	}
+	goroutines := 0
+	for range 200 {
+		if goroutines = runtime.NumGoroutine() - before; goroutines <= 5 {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if goroutines > 5 {
+		t.Errorf("%d idle flows have %d goroutines", n, goroutines)
+	}
+	for _, f := range flows { // and they live
+		f.Server.Write([]byte("pong"))
+		var b [4]byte
+		f.Client.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := io.ReadFull(f.Client, b[:]); err != nil || string(b[:]) != "pong" {
+			t.Fatal(string(b[:]), err)
+		}
+	}
+}
+
+// TestTLS: upstream is TLS that this process speaks.
+func TestTLS(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"a.test"}, NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+	l := relaytest.Loopback{WrapDown: func(c net.Conn) net.Conn { return tls.Server(c, config) }}
+	p := l.Path(t)
+	for _, reset := range []bool{false, true} {
+		f := p.Connect(t)
+		f.Start(context.Background(), relay.Options{Idle: time.Minute})
+		c := tls.Client(f.Client, &tls.Config{InsecureSkipVerify: true}) // about the relay, not about names
+		go func() {
+			io.Copy(f.Server, f.Server)
+			f.Server.(*net.TCPConn).CloseWrite()
+		}()
+		want := strings.Repeat("0123456789", 100_000)
+		go func() {
+			io.WriteString(c, want)
+			c.CloseWrite()
+		}()
+		got := make([]byte, len(want))
+		f.Client.SetDeadline(time.Now().Add(20 * time.Second))
+		if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
+			t.Fatalf("%v after half-close of TLS", err)
+		}
+		if reset {
+			f.Server.(*net.TCPConn).SetLinger(0)
+			f.Server.Close()
+			if _, err := c.Read(got); !strings.Contains(err.Error(), "reset") && err != io.EOF {
+				t.Error(err)
+			}
+			c.Close()
+			f.Result(t)
+			continue
+		}
+		if n, err := c.Read(got); n != 0 || err != io.EOF {
+			t.Error(n, err)
+		}
+		c.Close()
+		f.Server.Close()
+		if r := f.Result(t); r.End != relay.EndEOF || r.Up != int64(len(want)) || r.Down != r.Up {
+			t.Errorf("%+v", r)
+		}
 	}
 }

@@ -99,24 +99,7 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (fun
 	_ = down.Close()
 	_ = up.Close()
 	l.live[slot].Store(f)
-	if l.rules.kick {
-		for _, s := range f.sockets {
-			s.kick() // the verdict for what was queued before
-		}
-	}
-	for i, s := range f.sockets {
-		also := uint32(0)
-		if !l.rules.quiet {
-			also = unix.EPOLLIN
-		}
-		l.watch.change(s, 2*slot+uint32(i), f.generation, also) // tells again what was told before live was set
-	}
-	for i := range f.halves {
-		h := &f.halves[i]
-		if m := h.shared(); h.copying.Load() || load64(&m.Passed) != 0 || atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
-			h.wake(0) // its event came before live was set
-		}
-	}
+	f.begin()
 	if ctx.Done() != nil {
 		stop := context.AfterFunc(ctx, func() { f.finish(endCanceled, context.Cause(ctx)) })
 		f.stop.Store(&stop)
@@ -128,6 +111,34 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (fun
 		l.sweeper.atLeast(o.Idle / 4)
 	}
 	return f.count, nil
+}
+
+// begin does what a flow needs once its events are listened to. It may be over by then, and its descriptors
+// another flow's, hence the lock.
+func (f *flow) begin() {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.closed {
+		return
+	}
+	if f.l.rules.kick {
+		for _, s := range f.sockets {
+			s.kick() // the verdict for what was queued before
+		}
+	}
+	for i, s := range f.sockets {
+		also := uint32(0)
+		if !f.l.rules.quiet {
+			also = unix.EPOLLIN
+		}
+		f.l.watch.change(s, 2*f.slot+uint32(i), f.generation, also) // tells again what was told too early
+	}
+	for i := range f.halves {
+		h := &f.halves[i]
+		if m := h.shared(); h.copying.Load() || load64(&m.Passed) != 0 || atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
+			h.wake(0) // its event came too early
+		}
+	}
 }
 
 // insertion tells a socket that has ended from one that the kernel does not take.

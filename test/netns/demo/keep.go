@@ -74,6 +74,7 @@ func startKeeper() error {
 
 // keeper is the show and what comes after it.
 func keeper() error {
+	unix.CloseOnExec(3) // the daemons of the world must not hold it open
 	result := os.NewFile(3, "result")
 	return run(func(w *lab.World, showErr error) error {
 		down := make(chan struct{})

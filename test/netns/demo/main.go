@@ -15,6 +15,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"os"
 	"path/filepath"
 	"time"
@@ -23,6 +25,7 @@ import (
 )
 
 func main() {
+	log.SetOutput(io.Discard) // the lab's STUN server has no other logger; ours is the terminal
 	var err error
 	switch {
 	case len(os.Args) > 1:

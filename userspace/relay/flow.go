@@ -154,7 +154,7 @@ func (f *flow) pump(src *side) {
 	ended := f.move(src)
 	f.mu.Lock()
 	f.pumps--
-	if f.end == "" && !ended && f.canPark() {
+	if f.end == "" && !ended && f.parkable() {
 		f.park(src)
 	} else {
 		src.ended = true

@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -216,41 +217,42 @@ func TestTLS(t *testing.T) {
 	config := &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
 	l := relaytest.Loopback{WrapDown: func(c net.Conn) net.Conn { return tls.Server(c, config) }}
 	p := l.Path(t)
-	for _, reset := range []bool{false, true} {
-		f := p.Connect(t)
-		f.Start(context.Background(), relay.Options{Idle: time.Minute})
-		c := tls.Client(f.Client, &tls.Config{InsecureSkipVerify: true}) // about the relay, not about names
-		go func() {
-			io.Copy(f.Server, f.Server)
-			f.Server.(*net.TCPConn).CloseWrite()
-		}()
-		want := strings.Repeat("0123456789", 100_000)
-		go func() {
-			io.WriteString(c, want)
-			c.CloseWrite()
-		}()
-		got := make([]byte, len(want))
-		f.Client.SetDeadline(time.Now().Add(20 * time.Second))
-		if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
-			t.Fatalf("%v after half-close of TLS", err)
-		}
-		if reset {
-			f.Server.(*net.TCPConn).SetLinger(0)
-			f.Server.Close()
-			if _, err := c.Read(got); !strings.Contains(err.Error(), "reset") && err != io.EOF {
-				t.Error(err)
-			}
-			c.Close()
-			f.Result(t)
-			continue
-		}
-		if n, err := c.Read(got); n != 0 || err != io.EOF {
-			t.Error(n, err)
-		}
-		c.Close()
-		f.Server.Close()
-		if r := f.Result(t); r.End != relay.EndEOF || r.Up != int64(len(want)) || r.Down != r.Up {
-			t.Errorf("%+v", r)
-		}
+	f := p.Connect(t)
+	f.Start(context.Background(), relay.Options{Idle: time.Minute})
+	c := tls.Client(f.Client, &tls.Config{InsecureSkipVerify: true}) // about the relay, not about names
+	go func() {
+		io.Copy(f.Server, f.Server)
+		f.Server.(*net.TCPConn).CloseWrite()
+	}()
+	want := strings.Repeat("0123456789", 100_000)
+	go func() {
+		io.WriteString(c, want)
+		c.CloseWrite()
+	}()
+	f.Client.SetDeadline(time.Now().Add(20 * time.Second))
+	if got, err := io.ReadAll(c); err != nil || string(got) != want {
+		t.Fatalf("%d bytes, %v after half-close of TLS", len(got), err)
+	}
+	c.Close()
+	f.Server.Close()
+	if r := f.Result(t); r.End != relay.EndEOF || r.Up != int64(len(want)) || r.Down != r.Up {
+		t.Errorf("%+v", r)
+	}
+
+	// A reset behind TLS is a reset of the socket under it, and no proper end.
+	f = p.Connect(t)
+	f.Start(context.Background(), relay.Options{})
+	c = tls.Client(f.Client, &tls.Config{InsecureSkipVerify: true})
+	f.Client.SetDeadline(time.Now().Add(20 * time.Second))
+	if err := c.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	f.Server.(*net.TCPConn).SetLinger(0)
+	f.Server.Close()
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("instead of a reset: %v", err)
+	}
+	if r := f.Result(t); r.End != relay.EndUpstreamReset {
+		t.Errorf("%+v", r)
 	}
 }

@@ -91,17 +91,18 @@ func (f *flow) parkAfter() time.Duration {
 	return parkAfter
 }
 
+// parkable: the pumps wait in a way that can be taken over.
+func (f *flow) parkable() bool { return haveWatches && f.down.bare && f.up.bare }
+
 // canPark is called with f.mu held.
-func (f *flow) canPark() bool {
-	return haveWatches && f.down.bare && f.up.bare && !f.noPark
-}
+func (f *flow) canPark() bool { return f.parkable() && !f.noPark }
 
 // park leaves src, whose pump has returned, to watches. It is called with f.mu held.
 func (f *flow) park(src *side) {
 	src.conn.SetReadDeadline(time.Time{})
-	src.parked = watchForBytes(src)
+	src.parked = !f.noPark && watchForBytes(src)
 	if !src.parked {
-		f.noPark = true
+		f.noPark = true // no descriptor for the epoll, or no memory
 		f.startPump(src)
 	}
 }

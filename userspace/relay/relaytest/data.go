@@ -16,10 +16,10 @@ func randomSize(most int64) int64 {
 }
 
 func randomSizes(t *testing.T, p Path, s Size) {
-	for range 20 {
+	for range s.Random {
 		client, server := p.Dial(t)
 		up, down := randomSize(4<<20), randomSize(4<<20)
-		if err := exchange(client, server, up, down); err != nil {
+		if err := Exchange(client, server, up, down); err != nil {
 			t.Fatalf("%d bytes up, %d down: %v", up, down, err)
 		}
 	}
@@ -27,13 +27,13 @@ func randomSizes(t *testing.T, p Path, s Size) {
 
 func bigBothWays(t *testing.T, p Path, s Size) {
 	client, server := p.Dial(t)
-	must(t, exchange(client, server, s.Big, s.Big))
+	must(t, Exchange(client, server, s.Big, s.Big))
 }
 
 func shortFlows(t *testing.T, p Path, s Size) {
 	for i := range s.Short {
 		client, server := p.Dial(t)
-		if err := exchange(client, server, randomSize(4<<10), randomSize(16<<10)); err != nil {
+		if err := Exchange(client, server, randomSize(4<<10), randomSize(16<<10)); err != nil {
 			t.Fatalf("flow %d: %v", i, err)
 		}
 	}
@@ -45,7 +45,7 @@ func concurrentFlows(t *testing.T, p Path, s Size) {
 		client, server := p.Dial(t)
 		wg.Go(func() {
 			up, down := randomSize(s.Flow), randomSize(s.Flow)
-			if err := exchange(client, server, up, down); err != nil {
+			if err := Exchange(client, server, up, down); err != nil {
 				t.Errorf("%d bytes up, %d down: %v", up, down, err)
 			}
 		})
@@ -260,5 +260,5 @@ func keepAlive(t *testing.T, p Path, s Size) {
 	}
 	must(t, transfer(client, server, 1000))
 	time.Sleep(2200 * time.Millisecond)
-	must(t, exchange(client, server, 1000, 1000))
+	must(t, Exchange(client, server, 1000, 1000))
 }

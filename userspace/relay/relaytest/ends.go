@@ -76,7 +76,7 @@ func resetBehindData(t *testing.T, p Path, s Size) {
 
 // resetMidStream: both streams are in full flow. The other end never sees a proper end.
 func resetMidStream(t *testing.T, p Path, s Size) {
-	for range 5 {
+	for range s.Repeat {
 		bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
 			out := newStream()
 			in := *out

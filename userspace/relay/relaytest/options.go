@@ -34,7 +34,7 @@ func head(t *testing.T, p Path, s Size) {
 		}
 		must(t, out.send(f.Client, 1000))
 		must(t, in.receive(f.Server, size+1000))
-		must(t, exchange(f.Client, f.Server, 0, 2000))
+		must(t, Exchange(f.Client, f.Server, 0, 2000))
 		if r := f.Result(t); r.Up != size+1000 || r.Down != 2000 || r.End != relay.EndEOF || r.Err != nil {
 			t.Errorf("%+v with a head of %d bytes", r, size)
 		}
@@ -107,7 +107,7 @@ func counters(t *testing.T, p Path, s Size) {
 			return u == up && d == down
 		}, "counters do not reach %d up, %d down", up, down)
 	}
-	must(t, exchange(f.Client, f.Server, 0, 0))
+	must(t, Exchange(f.Client, f.Server, 0, 0))
 	r := f.Result(t)
 	if u, d := c.Load(); u != up || d != down || r.Up != up || r.Down != down {
 		t.Errorf("after the end the counters are %d and %d, the result's %d and %d; moved: %d and %d", u, d, r.Up, r.Down, up, down)
@@ -151,7 +151,7 @@ func bufferBound(t *testing.T, p Path, s Size) {
 			}
 			closeHeld()
 			must(t, in.receive(to, n))
-			must(t, exchange(f.Client, f.Server, 1000, 1000))
+			must(t, Exchange(f.Client, f.Server, 1000, 1000))
 		}
 	}
 }
@@ -209,18 +209,18 @@ func wantBroken(t testing.TB, p Path, c net.Conn) {
 }
 
 func idleTimeout(t *testing.T, p Path, s Size) {
-	const idle = 200 * time.Millisecond
+	const idle = 300 * time.Millisecond
 	f := p.Connect(t)
 	f.Start(context.Background(), relay.Options{Idle: idle})
 	defer f.Client.Close()
 	defer f.Server.Close()
 	for range 5 { // bytes one way are enough
 		must(t, transfer(f.Client, f.Server, 1))
-		time.Sleep(idle / 3)
+		time.Sleep(idle / 5)
 	}
 	for range 5 {
 		must(t, transfer(f.Server, f.Client, 1))
-		time.Sleep(idle / 3)
+		time.Sleep(idle / 5)
 	}
 	wantBroken(t, p, f.Client)
 	wantBroken(t, p, f.Server)

@@ -65,10 +65,12 @@ func (f *Flow) Result(t testing.TB) relay.Result {
 type Size struct {
 	Big        int64         // bytes each way of the big transfer
 	Behind     int64         // bytes that follow a half-close the other way
-	Short      int           // flows one after the other
+	Random     int           // flows of random size up to 4 MiB each way, one after the other
+	Short      int           // short flows, one after the other
 	Concurrent int           // flows at once
 	Flow       int64         // bytes of a flow of random size, at most
 	Rounds     int           // requests of one flow
+	Repeat     int           // times that a case which has to hit a moment is tried
 	Stop       time.Duration // how long a reader stops
 	Stalled    int           // flows whose readers have stopped, at once
 	Slow       bool          // the cases that mostly wait, too
@@ -78,14 +80,14 @@ type Size struct {
 // a release has to pass.
 func DefaultSize() Size {
 	if os.Getenv("RELAYTEST") == "soak" {
-		return Size{Big: 1 << 30, Behind: 32 << 20, Short: 5000, Concurrent: 500, Flow: 4 << 20, Rounds: 20000, Stop: 30 * time.Second, Stalled: 200, Slow: true}
+		return Size{Big: 1 << 30, Behind: 32 << 20, Random: 200, Short: 5000, Concurrent: 500, Flow: 4 << 20, Rounds: 20000, Repeat: 20, Stop: 30 * time.Second, Stalled: 200, Slow: true}
 	}
-	return Size{Big: 32 << 20, Behind: 32 << 20, Short: 1000, Concurrent: 100, Flow: 256 << 10, Rounds: 1000, Stop: 300 * time.Millisecond, Stalled: 20, Slow: true}
+	return Size{Big: 32 << 20, Behind: 32 << 20, Random: 20, Short: 1000, Concurrent: 100, Flow: 256 << 10, Rounds: 1000, Repeat: 3, Stop: 300 * time.Millisecond, Stalled: 20, Slow: true}
 }
 
 // SmallSize is for the paths that differ little from one that DefaultSize has been through.
 func SmallSize() Size {
-	return Size{Big: 4 << 20, Behind: 4 << 20, Short: 50, Concurrent: 20, Flow: 256 << 10, Rounds: 200, Stop: 100 * time.Millisecond}
+	return Size{Big: 4 << 20, Behind: 4 << 20, Random: 4, Short: 50, Concurrent: 20, Flow: 256 << 10, Rounds: 200, Repeat: 1, Stop: 100 * time.Millisecond}
 }
 
 // patience is how long anything may take before it counts as stalled.

@@ -131,8 +131,9 @@ func transferAll(from, to net.Conn, n int64) error {
 	return wantEOF(to)
 }
 
-// exchange does transferAll both ways at once, and closes.
-func exchange(client, server net.Conn, up, down int64) error {
+// Exchange sends up and down bytes, each way at once and with the end of the stream behind them, compares what arrives, and closes
+// both ends.
+func Exchange(client, server net.Conn, up, down int64) error {
 	defer client.Close()
 	defer server.Close()
 	other := make(chan error, 1)

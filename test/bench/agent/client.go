@@ -37,6 +37,9 @@ const (
 	Stall    Kind = "stall"    // each flow receives a little, and then does not read until [Client.Resume]
 )
 
+// stallLimit is how long flows of a Stall may take to end.
+const stallLimit = 40 * time.Second
+
 // opening is how many flows a loop opens at a time, so that no backlog of 128 or more overflows.
 const opening = 64
 
@@ -146,6 +149,10 @@ func (c *Client) Resume() Report {
 // wait waits for all loops to come to a point, and reports. What has not come there in time is broken.
 func (c *Client) wait(point func(*job) chan struct{}) Report {
 	deadline := time.After(c.job.Duration + c.job.Limit)
+	if c.job.Kind == Stall {
+		// Retransmits that found no room meanwhile have backed off for long.
+		deadline = time.After(stallLimit)
+	}
 	var cells []*cell
 	for _, w := range c.jobs {
 		select {

@@ -114,6 +114,9 @@ func (s *serving) begin(f *flow) {
 		f.allow = forever
 		if f.cmd.Duration > 0 {
 			f.until = now() + int64(f.cmd.Duration)
+		} else {
+			// The client is going to stop reading: what fills up is to be the proxy, and not this socket.
+			unix.SetsockoptInt(f.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 64<<10)
 		}
 	}
 }

@@ -72,7 +72,7 @@ func (a *agents) close() {
 }
 
 // hung is how long an agent may take beyond its own limits before the whole run is given up.
-const hung = 30 * time.Second
+const hung = 60 * time.Second
 
 // limit is how long flows may take to end after the time of a job is over.
 const limit = 10 * time.Second

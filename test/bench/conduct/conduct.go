@@ -188,7 +188,7 @@ func (c *conductor) measure(ctx context.Context) error {
 			continue
 		}
 		plan = append(plan, t)
-		cells := time.Duration(c.Rounds * len(c.systems))
+		cells := time.Duration(c.rounds(t) * len(c.systems))
 		cost += t.duration * cells
 		fixed += (t.fixed + 60*time.Millisecond) * cells
 	}
@@ -205,13 +205,20 @@ func (c *conductor) measure(ctx context.Context) error {
 			c.run.LeftOut = append(c.run.LeftOut, fmt.Sprintf("%s %s: no time left", c.topology.Name, t.name))
 			continue
 		}
-		c.Progress("%s %d/%d %s: %d rounds of %d systems, %s left", c.topology.Name, i+1, len(plan), t.name, c.Rounds,
+		c.Progress("%s %d/%d %s: %d rounds of %d systems, %s left", c.topology.Name, i+1, len(plan), t.name, c.rounds(t),
 			len(c.systems), time.Until(c.deadline).Round(time.Second))
 		if err := c.test(ctx, t, time.Duration(scale*float64(t.duration)).Round(time.Millisecond)); err != nil {
 			return fmt.Errorf("%s: %w", t.name, err)
 		}
 	}
 	return nil
+}
+
+func (o *Options) rounds(t *test) int {
+	if t.rounds > 0 {
+		return min(o.Rounds, t.rounds)
+	}
+	return o.Rounds
 }
 
 // test runs all rounds of a test.
@@ -222,7 +229,7 @@ func (c *conductor) test(ctx context.Context, t *test, d time.Duration) error {
 		}
 		defer c.topology.SetLoss(0)
 	}
-	for round := range c.Rounds {
+	for round := range c.rounds(t) {
 		values := map[string]map[string]float64{}
 		for _, s := range c.systems {
 			if s.MaxFlows > 0 && t.flows > s.MaxFlows {

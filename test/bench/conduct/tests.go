@@ -8,6 +8,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/test/bench/agent"
 	"github.com/tailsplice/tailsplice/test/bench/system"
+	"github.com/tailsplice/tailsplice/test/bench/topology"
 )
 
 // A test is one kind of load, and the measures that it yields.
@@ -20,6 +21,7 @@ type test struct {
 	far      bool          // over the path with a delay
 	loss     float64       // of the packets between client and proxy
 	flows    int           // that a system has to be fit to hold
+	rounds   int           // at most; 0 = as many as the run has
 	fresh    bool          // on a process that has not done anything yet
 	run      func(ctx context.Context, c *cellRun) error
 	// beyond derives for each system what it took beyond direct, in one round.
@@ -248,15 +250,12 @@ func idle(name string, flows int, t test) *test {
 // stopped is what flows cost whose client has stopped reading: memory once all buffers are full, and time.
 func stopped(flows int) *test {
 	return &test{name: "stopped", fixed: 3 * time.Second, flows: flows, fresh: true,
-		beyond: [][2]string{{"all_stopped_bytes", "stopped_bytes"}},
+		rounds: 3, // it takes too long for more
 		run: func(ctx context.Context, c *cellRun) error {
 			a := c.conductor.agents
 			j := c.job(agent.Stall, flows, 0)
 			j.Duration = 0
-			before, err := c.system.ReadMemory()
-			if err != nil {
-				return err
-			}
+			before := system.Used()
 			r, err := a.run(ctx, j)
 			if err != nil {
 				return err
@@ -275,7 +274,7 @@ func stopped(flows int) *test {
 }
 
 // standstill waits until all buffers are full, and measures.
-func (c *cellRun) standstill(ctx context.Context, before system.Memory, flows int) error {
+func (c *cellRun) standstill(ctx context.Context, before int64, flows int) error {
 	const quiet, most, watch = 300 * time.Millisecond, 8 * time.Second, time.Second
 	a := c.conductor.agents
 	for begin := time.Now(); ; time.Sleep(20 * time.Millisecond) {
@@ -290,11 +289,16 @@ func (c *cellRun) standstill(ctx context.Context, before system.Memory, flows in
 			return broken{fmt.Errorf("it still takes bytes for readers that stopped %v ago: %d MiB so far", most, r.Held>>20)}
 		}
 	}
-	memory, err := c.system.ReadMemory()
-	if err != nil {
-		return err
+	// All that the machine took, without what the client's and the server's sockets hold.
+	used := system.Used() - before
+	for _, h := range []topology.Host{c.conductor.topology.Client, c.conductor.topology.Server} {
+		held, err := system.SocketMemory(h)
+		if err != nil {
+			return err
+		}
+		used -= held
 	}
-	c.values["all_stopped_bytes"] = float64(memory.Since(before).All()) / float64(flows)
+	c.values["stopped_bytes"] = float64(used) / float64(flows)
 	from, err := c.system.ReadCPU()
 	if err != nil {
 		return err
@@ -304,7 +308,7 @@ func (c *cellRun) standstill(ctx context.Context, before system.Memory, flows in
 	if err != nil {
 		return err
 	}
-	used := to.Since(from)
-	c.values["stopped_cpu"] = (used.Proxy + used.Kernel) / watch.Seconds()
+	cpu := to.Since(from)
+	c.values["stopped_cpu"] = (cpu.Proxy + cpu.Kernel) / watch.Seconds()
 	return nil
 }

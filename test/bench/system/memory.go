@@ -3,8 +3,12 @@ package system
 import (
 	"fmt"
 	"os"
+	"os/exec"
+	"regexp"
 	"strconv"
 	"strings"
+
+	"github.com/tailsplice/tailsplice/test/bench/topology"
 )
 
 // Memory is bytes in use.
@@ -22,6 +26,35 @@ func (m Memory) All() int64 { return m.Process + m.Slab + m.TCP + m.BPF }
 func (m Memory) Since(before Memory) Memory {
 	return Memory{m.Process - before.Process, m.Slab - before.Slab, m.TCP - before.TCP, m.BPF - before.BPF}
 }
+
+// Used is all memory of the machine that can't be had back: processes, sockets, pipes, skbs that nobody is charged for.
+func Used() int64 {
+	m := func(name string) int64 { return kb("/proc/meminfo", name) }
+	return m("MemTotal:") - m("MemFree:") - m("Buffers:") - m("Cached:") - m("SReclaimable:")
+}
+
+// SocketMemory is what the TCP sockets of a host hold in data.
+func SocketMemory(h topology.Host) (bytes int64, err error) {
+	var out strings.Builder
+	c := exec.Command("ss", "-tmnaH")
+	c.Stdout = &out
+	if err := h.Start(c); err != nil {
+		return 0, err
+	}
+	if err := c.Wait(); err != nil {
+		return 0, fmt.Errorf("ss: %w", err)
+	}
+	for _, m := range skmem.FindAllStringSubmatch(out.String(), -1) {
+		for _, v := range m[1:] {
+			n, _ := strconv.ParseInt(v, 10, 64)
+			bytes += n
+		}
+	}
+	return bytes, nil
+}
+
+// skmem has rmem_alloc, fwd_alloc, wmem_queued and backlog of a socket: see ss(8).
+var skmem = regexp.MustCompile(`skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f(\d+),w(\d+),o\d+,bl(\d+)`)
 
 const dentrySize = 192 // bytes, of one on 64-bit machines; each socket has one
 

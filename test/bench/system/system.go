@@ -152,6 +152,7 @@ func (b *Builder) launch(s *System, port uint16) (err error) {
 	case "goproxy":
 		argv = []string{b.GoProxy, fmt.Sprintf(":%d", port), stream.ServerName, b.Topology.Target.String()}
 		s.Version = runtime.Version()
+		s.MaxFlows = files() / 8 // io.Copy holds a pipe each way even while it waits: six descriptors a flow
 	case "traefik":
 		config("traefik-routes.yaml")
 		argv = []string{b.Traefik, "--configfile=" + config("traefik.yaml")}

@@ -49,7 +49,6 @@ func openTUN(name string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := os.NewFile(uintptr(fd), "/dev/net/tun")
 	req, err := unix.NewIfreq(name)
 	if err == nil {
 		req.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
@@ -59,10 +58,11 @@ func openTUN(name string) (*os.File, error) {
 		err = unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO6)
 	}
 	if err != nil {
-		f.Close()
+		unix.Close(fd)
 		return nil, err
 	}
-	return f, nil
+	// Only now: Go's poller would get nothing of a file that had no device yet.
+	return os.NewFile(uintptr(fd), "/dev/net/tun"), nil
 }
 
 type packet struct {

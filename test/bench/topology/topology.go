@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -96,7 +97,25 @@ func tune(h Host) error {
 	} {
 		err = errors.Join(err, h.Sysctl(s[0], s[1]))
 	}
-	return err
+	return errors.Join(err, useCubic(h))
+}
+
+// useCubic gives a host Debian's default congestion control. BBR, which some machines are set to, paces by a timer, and
+// takes minutes to find its rate again after a reader that had stopped goes on. In a namespace only what the machine
+// allows to anybody can be set: it is allowed for that moment.
+func useCubic(h Host) error {
+	const allowed = "/proc/sys/net/ipv4/tcp_allowed_congestion_control"
+	was, err := os.ReadFile(allowed)
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(strings.Fields(string(was)), "cubic") {
+		if err := os.WriteFile(allowed, []byte(strings.TrimSpace(string(was))+" cubic"), 0); err != nil {
+			return fmt.Errorf("allow cubic: %w", err)
+		}
+		defer os.WriteFile(allowed, was, 0)
+	}
+	return h.Sysctl("ipv4/tcp_congestion_control", "cubic")
 }
 
 // Lacks says what the machine lacks, or "".

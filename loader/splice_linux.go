@@ -45,6 +45,11 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (fun
 		f.sockets[i] = s
 		undo = append(undo, s.close)
 	}
+	options, why, ok := f.setOptions()
+	undo = append(undo, options)
+	if !ok {
+		return back(why)
+	}
 	if why, ok := f.measure(); !ok {
 		return back(why)
 	}
@@ -62,12 +67,6 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (fun
 		if err := l.objects.Places.Put(cookie, splicePlace{Flow: f.cookies[0], Half: 2*slot + uint32(i)}); err != nil {
 			return back(refusedMaps)
 		}
-	}
-
-	options, why, ok := f.setOptions()
-	undo = append(undo, options)
-	if !ok {
-		return back(why)
 	}
 
 	// Both can be redirected to before the first of them is asked for a verdict.
@@ -187,23 +186,25 @@ func (f *flow) setOptions() (undo func(), why refusal, ok bool) {
 		}
 	}
 	for _, s := range f.sockets {
-		for _, want := range []struct{ name, value int }{
+		for _, want := range []struct{ level, name, value int }{
 			// The kernel sends a redirected skb fragment by fragment; Nagle would hold the last one back.
-			{unix.TCP_NODELAY, 1},
+			{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
 			// Else sysctl tcp_notsent_lowat decides, which the verdict doesn't see, whether a write is taken.
-			{unix.TCP_NOTSENT_LOWAT, -1},
+			{unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, -1},
+			// The verdict gets urgent bytes in their place. Without this the kernel counts as unread only what is before them.
+			{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1},
 		} {
-			was, err := unix.GetsockoptInt(int(s), unix.IPPROTO_TCP, want.name)
+			was, err := unix.GetsockoptInt(int(s), want.level, want.name)
 			if err != nil {
 				return undo, refusedSocket, false
 			}
 			if was == want.value {
 				continue
 			}
-			if err := unix.SetsockoptInt(int(s), unix.IPPROTO_TCP, want.name, want.value); err != nil {
+			if err := unix.SetsockoptInt(int(s), want.level, want.name, want.value); err != nil {
 				return undo, refusedSocket, false
 			}
-			changed = append(changed, old{s, unix.IPPROTO_TCP, want.name, was})
+			changed = append(changed, old{s, want.level, want.name, was})
 		}
 	}
 	return undo, "", true

@@ -526,21 +526,70 @@ func TestOverlapWhileReaderStops(t *testing.T) {
 // An urgent byte stays where it is in the stream, as RFC 6093 wants.
 func TestUrgent(t *testing.T) {
 	l := open(t, allRules, 16)
-	p := splicePath(t, l, pathOptions{})
-	p.client.Write([]byte("before"))
-	raw, _ := p.client.SyscallConn()
-	var err error
-	raw.Control(func(fd uintptr) { err = unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) })
-	if err != nil {
-		t.Fatal(err)
+	for name, way := range ways {
+		for _, size := range []int{10, 2 << 20} {
+			t.Run(fmt.Sprintf("%s %d", name, size), func(t *testing.T) {
+				data := pattern(size)
+				p := splicePath(t, l, pathOptions{before: func(client, server, _, _ *net.TCPConn) {
+					if size > 100 {
+						return
+					}
+					for _, c := range []*net.TCPConn{client, server} { // urgent bytes in the queue at insertion
+						raw, _ := c.SyscallConn()
+						raw.Write(func(fd uintptr) bool { return unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) == nil })
+					}
+					time.Sleep(5 * time.Millisecond)
+				}})
+				f := l.live[firstLive(l)].Load()
+				from, to := way(p)
+				if size < 100 {
+					for _, c := range []*net.TCPConn{p.client, p.server} {
+						c.SetDeadline(time.Now().Add(5 * time.Second))
+						var b [1]byte
+						raw, _ := c.SyscallConn()
+						raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
+						if _, err := c.Read(b[:]); err != nil || b[0] != '!' {
+							t.Fatalf("%q %v", b, err)
+						}
+					}
+				}
+				sent := make(chan error, 1)
+				go func() {
+					_, err := from.Write(data)
+					raw, _ := from.SyscallConn()
+					raw.Write(func(fd uintptr) bool {
+						e := unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil)
+						if e != unix.EAGAIN {
+							err = errors.Join(err, e)
+						}
+						return e != unix.EAGAIN
+					})
+					_, err2 := from.Write(data)
+					sent <- errors.Join(err, err2, from.CloseWrite())
+				}()
+				to.SetDeadline(time.Now().Add(5 * time.Second))
+				got, err := io.ReadAll(to)
+				if want := append(append(bytes.Clone(data), '!'), data...); err != nil || !bytes.Equal(got, want) {
+					t.Errorf("%d bytes, %d expected, %v\n%s", len(got), len(want), err, f.dump())
+				}
+				if err := <-sent; err != nil {
+					t.Error(err)
+				}
+				p.client.Close()
+				p.server.Close()
+				p.wait(5 * time.Second)
+			})
+		}
 	}
-	p.client.Write([]byte("after"))
-	p.client.CloseWrite()
-	p.server.SetDeadline(time.Now().Add(3 * time.Second))
-	got, err := io.ReadAll(p.server)
-	if err != nil || string(got) != "before!after" {
-		t.Errorf("%q, %v", got, err)
+}
+
+func firstLive(l *Loader) int {
+	for i := range l.live {
+		if l.live[i].Load() != nil {
+			return i
+		}
 	}
+	return 0
 }
 
 func TestIdleAndCancel(t *testing.T) {

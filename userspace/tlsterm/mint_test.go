@@ -23,11 +23,10 @@ import (
 
 // minted is a certificate with its key, as PEM.
 type minted struct {
-	cert      *x509.Certificate
-	key       crypto.Signer
-	certPEM   []byte
-	keyPEM    []byte
-	chainPEMs []byte // the intermediates
+	cert    *x509.Certificate
+	key     crypto.Signer
+	certPEM []byte
+	keyPEM  []byte
 }
 
 // mint makes a certificate for names; parent nil signs it by itself.

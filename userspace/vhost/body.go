@@ -22,10 +22,12 @@ type body struct {
 	bytes   atomic.Int64
 	in, out *http.Request
 
-	mu     sync.Mutex // Read is the transport's, Close may come from the handler
-	armed  time.Time
-	ended  bool
-	failed error // what Read returned, other than EOF
+	mu          sync.Mutex // Read is the transport's, Close may come from the handler
+	armed       time.Time
+	ended       bool
+	interrupted bool  // by us: the upstream is gone
+	kept        bool  // not to be interrupted any more
+	failed      error // what Read returned, other than EOF
 }
 
 func newBody(r *http.Request, w http.ResponseWriter, stall time.Duration) *body {
@@ -46,7 +48,7 @@ func (b *body) Read(p []byte) (int, error) {
 func (b *body) arm() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if now := time.Now(); !b.ended && now.Sub(b.armed) > b.stall/4 {
+	if now := time.Now(); !b.ended && !b.interrupted && now.Sub(b.armed) > b.stall/4 {
 		b.armed = now
 		b.control.SetReadDeadline(now.Add(b.stall))
 	}
@@ -93,8 +95,11 @@ func (b *body) passTrailers(in, out *http.Request) {
 }
 
 // fault is the status for a client whose body is wrong or too slow, and what was
-// wrong; 0 if it is not the body's fault, or the client has left.
+// wrong; 0 if it is not the body's fault, or the client has left. b may be nil.
 func (b *body) fault(ctx context.Context) (status int, cause error) {
+	if b == nil {
+		return 0, nil
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
@@ -108,14 +113,52 @@ func (b *body) fault(ctx context.Context) (status int, cause error) {
 	return http.StatusBadRequest, b.failed
 }
 
-// broken says whether the client's side failed. b may be nil.
-func (b *body) broken() bool {
+// lost says whether the client went away in the middle. b may be nil.
+func (b *body) lost() bool {
 	if b == nil {
 		return false
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.failed != nil
+}
+
+// unfinished says whether there is, or was, more than has been read. b may be
+// nil.
+func (b *body) unfinished() bool {
+	if b == nil {
+		return false
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return !b.ended || b.failed != nil
+}
+
+// wasInterrupted says whether interrupt was called in time. b may be nil.
+func (b *body) wasInterrupted() bool {
+	if b == nil {
+		return false
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.interrupted
+}
+
+// keep makes interrupt do nothing from here on.
+func (b *body) keep() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.kept = true
+}
+
+// interrupt ends a Read that waits, and the body with it.
+func (b *body) interrupt() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.ended && !b.kept {
+		b.interrupted = true
+		b.control.SetReadDeadline(time.Unix(1, 0))
+	}
 }
 
 // isGone says whether err is that of a connection which has ended.

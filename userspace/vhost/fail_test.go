@@ -74,7 +74,12 @@ func TestNothingAnswers(t *testing.T) {
 		"dial: unknown words": {broken(Fail("solar flare", secret)), 502, "laptop can't be reached", "unreachable"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := newHop(t, tc.up, func(c *config) { c.AnswerTimeout = 200 * time.Millisecond })
+			h := newHop(t, tc.up, func(c *config) {
+				c.AnswerTimeout = deadline
+				if name == "silent, really" {
+					c.AnswerTimeout = 200 * time.Millisecond
+				}
+			})
 			c := protocols[0].client(t, h)
 			for _, accept := range []string{"text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", "text/plain", "application/json", ""} {
 				res, body := get(t, c, "http://example.org/x", func(r *http.Request) {

@@ -9,7 +9,6 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -51,8 +50,7 @@ type hop struct {
 // config changes a hop before it starts.
 type config struct {
 	Options
-	info   func(ConnInfo) ConnInfo
-	routes map[string]*Upstream // by host, or host and path
+	info func(ConnInfo) ConnInfo
 }
 
 // newHop starts a hop that sends everything to up, unless change says more.
@@ -352,8 +350,3 @@ func eventually(t testing.TB, what string, ok func() bool) {
 }
 
 func addr(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
-
-// isAbort says whether err is what a client sees of an answer that was cut off.
-func isAbort(err error) bool {
-	return err != nil && !errors.Is(err, io.EOF)
-}

@@ -376,6 +376,45 @@ func TestUpstreamCutsOff(t *testing.T) {
 	}
 }
 
+// TestUpstreamDiesDuringUpload checks that a client in the middle of a body, with
+// nothing to send for a while, hears of an upstream that has died.
+func TestUpstreamDiesDuringUpload(t *testing.T) {
+	each(t, func(t *testing.T, p protocol) {
+		h := p.hop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+			readHead(br)
+			io.ReadFull(br, make([]byte, len("4\r\npart\r\n")))
+			c.SetLinger(0)
+		}))
+		started := time.Now()
+		var res *http.Response
+		var err error
+		if p.h2 {
+			pr, pw := io.Pipe()
+			defer pw.Close()
+			go io.WriteString(pw, "part")
+			req, _ := http.NewRequest("POST", p.url("/"), pr)
+			res, err = p.client(t, h).Do(req)
+		} else { // Go's own client waits for the pipe
+			c, br := raw(t, h, p.tls)
+			io.WriteString(c, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\n")
+			res, err = http.ReadResponse(br, nil)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		if b, _ := io.ReadAll(res.Body); !strings.Contains(string(b), "laptop hung up") {
+			t.Errorf("%q", b)
+		}
+		if d := time.Since(started); res.StatusCode != http.StatusBadGateway || d > 5*time.Second {
+			t.Errorf("%d after %v", res.StatusCode, d)
+		}
+		if q := h.request(t, 1); q.Status != http.StatusBadGateway || q.BytesIn != 4 {
+			t.Errorf("reported %d, %d bytes, %v", q.Status, q.BytesIn, q.Err)
+		}
+	})
+}
+
 // TestClientLeaves checks that a client that goes away ends what the upstream
 // does for it: before the answer, in the middle of it, and while it uploads.
 func TestClientLeaves(t *testing.T) {
@@ -465,6 +504,7 @@ func TestEarlyAnswer(t *testing.T) {
 func TestStall(t *testing.T) {
 	const stall = 400 * time.Millisecond
 	each(t, func(t *testing.T, p protocol) {
+		t.Parallel() // it mostly waits
 		var seen atomic.Int64
 		h := p.hop(t, upstream(t, func(w http.ResponseWriter, r *http.Request) {
 			n, err := io.Copy(io.Discard, r.Body)

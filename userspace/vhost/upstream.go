@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"sync/atomic"
 )
 
 // Upstream is where requests are sent.
@@ -52,7 +53,7 @@ func (s *Server) newTransport(idlePerHost, idle int) *http.Transport {
 			if err != nil {
 				return nil, &dialError{err}
 			}
-			return c, nil
+			return &upstreamConn{Conn: c}, nil
 		},
 		Protocols:              &protocols,
 		DisableCompression:     true, // what the client asked for is what it gets
@@ -76,13 +77,39 @@ const bufferSize = 16 << 10
 // transport sees: one to one, whatever characters the key has.
 func (u *Upstream) host() string { return hex.EncodeToString([]byte(u.Key)) }
 
+// upstreamConn is a connection in a pool. It tells the exchange that uses it
+// when the transport closes it.
+type upstreamConn struct {
+	net.Conn
+	user atomic.Pointer[exchange] // whose request has a body and no answer yet
+}
+
+func (c *upstreamConn) Close() error {
+	err := c.Conn.Close()
+	if x := c.user.Swap(nil); x != nil {
+		x.upstreamClosed(c)
+	}
+	return err
+}
+
+// CloseWrite passes a half-close on, for upgraded connections.
+func (c *upstreamConn) CloseWrite() error {
+	if cw, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return cw.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
 // transports sends a request by the transport that its upstream needs.
 type transports struct{ s *Server }
 
 func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
-	up := r.Context().Value(dialKey{}).(*Upstream)
-	if up.OwnConnections {
-		return r.Context().Value(connKey{}).(*conn).transport().RoundTrip(r)
+	x := r.Context().Value(exchangeKey{}).(*exchange)
+	transport := t.s.shared
+	if x.up.OwnConnections {
+		transport = x.conn.transport()
 	}
-	return t.s.shared.RoundTrip(r)
+	res, err := transport.RoundTrip(r)
+	x.roundTripOver()
+	return res, err
 }

@@ -11,6 +11,8 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 # The lab has a module of its own, so that its heavy imports stay out of ours.
 LAB         := test/netns
+# So has the benchmark: see `make bench`.
+BENCHDIR    := test/bench
 # Packages whose tests make namespaces of their own would disturb each other's timing.
 TESTFLAGS   ?=
 # go.mod names the Go version; an older go fetches that one by itself.
@@ -45,6 +47,12 @@ test-lab: ## The path over a real tailnet, in network namespaces (root)
 demo: provision build ## Show the whole path at work; KEEP=1 leaves it up
 	cd $(LAB) && CGO_ENABLED=0 go build -o ../../$(BUILD)/demo ./demo
 	KEEP=$(KEEP) $(BUILD)/demo
+
+.PHONY: bench
+bench: provision build ## Compare with what others would use (root); BENCH=quick takes 3 minutes, the whole 20
+	@scripts/provision-bench
+	cd $(BENCHDIR) && CGO_ENABLED=0 go build -o ../../$(BUILD)/bench . && CGO_ENABLED=0 go build -o ../../$(BUILD)/bench-goproxy ./peers/goproxy
+	$(BUILD)/bench run --mode $(or $(BENCH),full) --out $(BUILD)
 
 .PHONY: lint
 lint: ## gofmt, vet and staticcheck, for Linux and macOS

@@ -230,7 +230,7 @@ func (c *conductor) test(ctx context.Context, t *test, d time.Duration) error {
 		defer c.topology.SetLoss(0)
 	}
 	for round := range c.rounds(t) {
-		values := map[string]map[string]float64{}
+		values := map[string][]value{}
 		for _, s := range c.systems {
 			if s.MaxFlows > 0 && t.flows > s.MaxFlows {
 				if round == 0 {
@@ -249,16 +249,15 @@ func (c *conductor) test(ctx context.Context, t *test, d time.Duration) error {
 			values[s.Name] = v
 		}
 		direct := values[system.Direct]
-		for _, v := range values {
+		for _, s := range c.systems {
 			for _, b := range t.beyond {
-				if all, ok := v[b[0]]; ok && direct != nil {
-					v[b[1]] = all - direct[b[0]]
+				all, ok := get(values[s.Name], b[0])
+				if plain, has := get(direct, b[0]); ok && has {
+					values[s.Name] = append(values[s.Name], value{b[1], all - plain})
 				}
 			}
-		}
-		for _, s := range c.systems {
-			for measure, value := range values[s.Name] {
-				c.run.Add(c.topology.Name, s.Name, measure, round, value)
+			for _, v := range values[s.Name] {
+				c.run.Add(c.topology.Name, s.Name, v.measure, round, v.value)
 			}
 		}
 	}
@@ -266,7 +265,7 @@ func (c *conductor) test(ctx context.Context, t *test, d time.Duration) error {
 }
 
 // turn is one cell.
-func (c *conductor) turn(ctx context.Context, t *test, s *system.System, d time.Duration) (values map[string]float64, err error) {
+func (c *conductor) turn(ctx context.Context, t *test, s *system.System, d time.Duration) (values []value, err error) {
 	if !s.Alive() || t.fresh {
 		crashed := !s.Alive()
 		log := s.Log()
@@ -281,7 +280,7 @@ func (c *conductor) turn(ctx context.Context, t *test, s *system.System, d time.
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, s.Leave()) }()
-	run := &cellRun{test: t, conductor: c, system: s, time: d, values: map[string]float64{}}
+	run := &cellRun{test: t, conductor: c, system: s, time: d}
 	if err := t.run(ctx, run); err != nil {
 		if !s.Alive() {
 			err = broken{fmt.Errorf("%w; it has ended: %s", err, s.Log())}

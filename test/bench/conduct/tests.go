@@ -34,7 +34,25 @@ type cellRun struct {
 	conductor *conductor
 	system    *system.System
 	time      time.Duration
-	values    map[string]float64
+	values    []value
+}
+
+// value is what a cell yields of one measure.
+type value struct {
+	measure string
+	value   float64
+}
+
+func (c *cellRun) set(measure string, v float64) { c.values = append(c.values, value{measure, v}) }
+
+// get is 0 where there is no such value.
+func get(values []value, measure string) (v float64, ok bool) {
+	for _, x := range values {
+		if x.measure == measure {
+			return x.value, true
+		}
+	}
+	return 0, false
 }
 
 func (c *cellRun) job(kind agent.Kind, flows, size int) agent.Job {
@@ -131,13 +149,13 @@ func bulk(name string, kind agent.Kind, flows int, t test) *test {
 		if rate == 0 {
 			return fmt.Errorf("no throughput in %v: %.0f bytes", j.Duration, bytes)
 		}
-		c.values[name] = rate / mib
+		c.set(name, rate/mib)
 		if cpu := after.Since(before); withCPU {
-			c.values["cpu_per_gib_"+way] = cpu.Machine / bytes * gib
+			c.set("cpu_per_gib_"+way, cpu.Machine/bytes*gib)
 			if c.system.Pid != 0 {
-				c.values["proxy_cpu_per_gib_"+way] = cpu.Proxy / bytes * gib
+				c.set("proxy_cpu_per_gib_"+way, cpu.Proxy/bytes*gib)
 			}
-			c.values["kernel_cpu_per_gib_"+way] = cpu.Kernel / bytes * gib
+			c.set("kernel_cpu_per_gib_"+way, cpu.Kernel/bytes*gib)
 		}
 		return nil
 	}
@@ -159,10 +177,10 @@ func requests(flowsName string, flows, size int, t test) *test {
 		if _, err := a.settle(ctx, r); err != nil {
 			return err
 		}
-		c.values[prefix+"_rate_"+flowsName] = float64(r.Count) / r.Seconds
-		c.values[prefix+"_p50_"+flowsName] = micros(r.P50)
-		c.values[prefix+"_p99_"+flowsName] = micros(r.P99)
-		c.values[prefix+"_p999_"+flowsName] = micros(r.P999)
+		c.set(prefix+"_rate_"+flowsName, float64(r.Count)/r.Seconds)
+		c.set(prefix+"_p50_"+flowsName, micros(r.P50))
+		c.set(prefix+"_p99_"+flowsName, micros(r.P99))
+		c.set(prefix+"_p999_"+flowsName, micros(r.P999))
 		return nil
 	}
 	return &t
@@ -182,8 +200,8 @@ func connects() *test {
 			if _, err := a.settle(ctx, r); err != nil {
 				return err
 			}
-			c.values["new_flows"] = float64(r.Count) / r.Seconds
-			c.values["new_flows_p99"] = micros(r.P99)
+			c.set("new_flows", float64(r.Count)/r.Seconds)
+			c.set("new_flows_p99", micros(r.P99))
 			return nil
 		}}
 }
@@ -200,8 +218,8 @@ func firstByte() *test {
 			if _, err := a.settle(ctx, r); err != nil {
 				return err
 			}
-			c.values["first_byte_p50"] = micros(r.P50)
-			c.values["first_byte_p99"] = micros(r.P99)
+			c.set("first_byte_p50", micros(r.P50))
+			c.set("first_byte_p99", micros(r.P99))
 			return nil
 		}}
 }
@@ -229,9 +247,9 @@ func idle(name string, flows int, t test) *test {
 				return err
 			}
 			m := after.Since(before)
-			c.values["all_"+name] = float64(m.All()) / float64(flows)
+			c.set("all_"+name, float64(m.All())/float64(flows))
 			if c.system.Pid != 0 {
-				c.values["proxy_"+name] = float64(m.Process+m.BPF) / float64(flows)
+				c.set("proxy_"+name, float64(m.Process+m.BPF)/float64(flows))
 			}
 			// That each flow is still there is part of the measure.
 			if r, err = bounded(ctx, limit, a.client.Check); err != nil {
@@ -298,7 +316,7 @@ func (c *cellRun) standstill(ctx context.Context, before int64, flows int) error
 		}
 		used -= held
 	}
-	c.values["stopped_bytes"] = float64(used) / float64(flows)
+	c.set("stopped_bytes", float64(used)/float64(flows))
 	from, err := c.system.ReadCPU()
 	if err != nil {
 		return err
@@ -309,6 +327,6 @@ func (c *cellRun) standstill(ctx context.Context, before int64, flows int) error
 		return err
 	}
 	cpu := to.Since(from)
-	c.values["stopped_cpu"] = (cpu.Proxy + cpu.Kernel) / watch.Seconds()
+	c.set("stopped_cpu", (cpu.Proxy+cpu.Kernel)/watch.Seconds())
 	return nil
 }

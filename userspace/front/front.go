@@ -69,6 +69,7 @@ type Front struct {
 	conns  sync.WaitGroup // every connection that was accepted
 
 	watchTailnet, watchContainers sync.Once
+	tailnetMoved                  chan struct{} // wakes followTailnet
 
 	mu        sync.Mutex // guards what follows, and serialises reloads
 	cfg       *config.Config
@@ -89,7 +90,7 @@ type Front struct {
 func New(cfg *config.Config, opts Options) (*Front, error) {
 	f := &Front{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
 		listeners: map[string]*listener{}, sockets: map[string]*socket{},
-		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}}
+		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}, tailnetMoved: make(chan struct{}, 1)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.metrics = metrics.New(opts.Version, f.flows.Len)
 	f.tailnet = tailnet.New("", opts.Log)
@@ -98,18 +99,12 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.limiter = limit.New(math.MaxInt, math.MaxInt) // set by apply
 	f.spare.file, _ = os.Open(os.DevNull)
 
-	changed := make(chan struct{}, 1)
-	f.tailnet.OnChange(func() {
-		select {
-		case changed <- struct{}{}:
-		default:
-		}
-	})
+	f.tailnet.OnChange(f.lookAtTailnet)
 	if err := f.apply(cfg); err != nil {
 		f.Close()
 		return nil, err
 	}
-	go f.followTailnet(f.ctx, changed)
+	go f.followTailnet(f.ctx)
 	return f, nil
 }
 
@@ -193,6 +188,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	f.bindErr = errors.Join(append(pending, waits)...)
 	if f.bindErr != nil {
 		f.log.Warn("tailnet listeners wait until the tailnet is up", "err", f.bindErr)
+		f.lookAtTailnet()
 	}
 	return nil
 }

@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tailsplice/tailsplice/userspace/config"
 )
 
@@ -71,8 +73,52 @@ func wantsTailnet(cfg *config.Config) bool {
 
 // listen binds addr. MPTCP is off because a real MPTCP socket can not be
 // spliced in the kernel. The error says what to do about it.
-func listen(addr string) (*net.TCPListener, error) {
-	var lc net.ListenConfig
+//
+// leaving are sockets on the same port that are about to be closed. Where one
+// of them is in the way (":443" becomes "192.0.2.1:443"), both are bound for a
+// moment, so that the old one need not be closed before it is known that the
+// new one works. SO_REUSEPORT allows that, and is on no longer than it takes:
+// it would let a second daemon take the port unnoticed.
+func listen(addr string, leaving ...*net.TCPListener) (*net.TCPListener, error) {
+	ln, err := listenOnce(addr, nil)
+	if len(leaving) == 0 || !errors.Is(err, syscall.EADDRINUSE) {
+		return ln, err
+	}
+	for _, l := range leaving {
+		if shareErr := sharePort(l, true); shareErr != nil {
+			return nil, err
+		}
+		defer sharePort(l, false)
+	}
+	ln, err = listenOnce(addr, shareNewPort)
+	if err == nil {
+		err = sharePort(ln, false)
+	}
+	return ln, err
+}
+
+func sharePort(l *net.TCPListener, on bool) error {
+	raw, err := l.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return setSharePort(raw, on)
+}
+
+func shareNewPort(_, _ string, raw syscall.RawConn) error { return setSharePort(raw, true) }
+
+func setSharePort(raw syscall.RawConn, on bool) error {
+	v := 0
+	if on {
+		v = 1
+	}
+	var optErr error
+	err := raw.Control(func(fd uintptr) { optErr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, v) })
+	return errors.Join(err, optErr)
+}
+
+func listenOnce(addr string, control func(network, address string, c syscall.RawConn) error) (*net.TCPListener, error) {
+	lc := net.ListenConfig{Control: control}
 	lc.SetMultipathTCP(false)
 	// "tcp" would make 0.0.0.0 and :: listen on both families.
 	network := "tcp"
@@ -87,6 +133,11 @@ func listen(addr string) (*net.TCPListener, error) {
 		return nil, &bindError{addr, err}
 	}
 	return ln.(*net.TCPListener), nil
+}
+
+func portOf(addr string) string {
+	_, port, _ := net.SplitHostPort(addr)
+	return port
 }
 
 type bindError struct {
@@ -131,11 +182,21 @@ func firstFreePort() string {
 func (f *Front) bindMissing(want []binding) (opened map[string]*socket, pending []error, err error) {
 	opened = map[string]*socket{}
 	var fatal []error
+	wanted := map[string]bool{}
+	for _, b := range want {
+		wanted[b.addr] = true
+	}
+	leaving := map[string][]*net.TCPListener{} // by port
+	for addr, s := range f.sockets {
+		if !wanted[addr] {
+			leaving[portOf(addr)] = append(leaving[portOf(addr)], s.ln)
+		}
+	}
 	for _, b := range want {
 		if f.sockets[b.addr] != nil {
 			continue
 		}
-		ln, err := listen(b.addr)
+		ln, err := listen(b.addr, leaving[portOf(b.addr)]...)
 		switch {
 		case err == nil:
 			opened[b.addr] = &socket{addr: b.addr, ln: ln, done: make(chan struct{})}
@@ -180,9 +241,17 @@ func (f *Front) rebind(want []binding, opened map[string]*socket) {
 	}
 }
 
+// lookAtTailnet makes followTailnet look again, soon.
+func (f *Front) lookAtTailnet() {
+	select {
+	case f.tailnetMoved <- struct{}{}:
+	default:
+	}
+}
+
 // followTailnet keeps the tailnet listeners bound to this node's present
 // addresses until ctx ends.
-func (f *Front) followTailnet(ctx context.Context, changed <-chan struct{}) {
+func (f *Front) followTailnet(ctx context.Context) {
 	retry := time.NewTimer(0)
 	defer retry.Stop()
 	var lastErr string
@@ -190,7 +259,7 @@ func (f *Front) followTailnet(ctx context.Context, changed <-chan struct{}) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-changed:
+		case <-f.tailnetMoved:
 		case <-retry.C:
 		}
 		again, err := f.bindTailnet(ctx)

@@ -1,0 +1,73 @@
+package front
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestReloadOverlappingAddresses: an address may give way to one that overlaps
+// it, though the kernel does not let both be bound, and stays when the reload
+// fails.
+func TestReloadOverlappingAddresses(t *testing.T) {
+	_, port, _ := net.SplitHostPort(freeAddr(t))
+	one, two := backend(t, speak("1")), backend(t, speak("2"))
+	yaml := func(to string, addrs ...string) string {
+		for i, a := range addrs {
+			addrs[i] = fmt.Sprintf("%q", a+":"+port)
+		}
+		return fmt.Sprintf(`listeners: [ { name: web, listen: [%s], mode: tcp, default: { forward: %q } } ]`, strings.Join(addrs, ", "), to)
+	}
+	d := start(t, yaml(one, ""))
+	answer := func() string {
+		c, err := net.DialTimeout("tcp", "127.0.0.1:"+port, 5*time.Second)
+		if err != nil {
+			return err.Error()
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		b := make([]byte, 1)
+		io.ReadFull(c, b)
+		return string(b)
+	}
+	for _, step := range []struct{ yaml, want string }{
+		{yaml(two, "127.0.0.1"), "2"},
+		{yaml(one, ""), "1"},
+		{yaml(two, "0.0.0.0"), "2"},
+		{yaml(one, "127.0.0.1", "127.0.0.2"), "1"},
+		{yaml(two, "0.0.0.0", "[::]"), "2"},
+	} {
+		if err := d.Reload(parse(t, step.yaml)); err != nil {
+			t.Fatalf("%s: %v", step.yaml, err)
+		}
+		if got := answer(); got != step.want {
+			t.Fatalf("%s: got %q, want %q", step.yaml, got, step.want)
+		}
+	}
+	// 192.0.2.0/24 is nobody's: the whole reload fails, after 127.0.0.1 was bound.
+	if err := d.Reload(parse(t, yaml(one, "127.0.0.1", "192.0.2.1"))); err == nil {
+		t.Fatal("an address that nobody has was bound")
+	}
+	if got := answer(); got != "2" {
+		t.Errorf("after a reload that failed: %q, want %q", got, "2")
+	}
+	// A port that was shared for a moment is closed to all others again.
+	for _, host := range []string{"127.0.0.1", "", "[::1]"} {
+		if ln, err := listenOnce(host+":"+port, shareNewPort); err == nil {
+			ln.Close()
+			t.Errorf("a stranger shares %q on the same port", host)
+		}
+	}
+}
+
+// speak says word to each connection, and waits for its end.
+func speak(word string) func(net.Conn) {
+	return func(c net.Conn) {
+		io.WriteString(c, word)
+		io.Copy(io.Discard, c)
+		c.Close()
+	}
+}

@@ -135,6 +135,8 @@ func (p *pump) splice(fd int) (n int, err error) {
 		case cannotSplice(err):
 			p.bulk, p.noSplice = false, true
 			return p.copy(fd)
+		case err == nil:
+			return p.copy(fd) // to be told that the stream has ended: before an urgent byte it only looks so
 		case err == unix.EAGAIN:
 			// An urgent byte stops splice(2) for good, and read(2) not.
 			if at, err := unix.IoctlGetInt(fd, unix.SIOCATMARK); err == nil && at != 0 {

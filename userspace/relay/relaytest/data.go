@@ -207,15 +207,16 @@ func zeroWindow(t *testing.T, p Path, s Size) {
 // urgentByte: an urgent byte in the middle neither corrupts nor holds up the bytes around it. It may be
 // dropped (the relay does that: read(2) without SO_OOBINLINE skips it), or arrive in its place.
 func urgentByte(t *testing.T, p Path, s Size) {
-	for _, before := range []int64{10, 2 << 20} { // the second one while there is bulk
+	for _, before := range []int64{10, 2 << 20, 24 << 20} { // with bulk, and with the FIN behind it while nobody reads
 		bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
 			out := newStream()
 			in := *out
 			const after = 5000
 			sent := make(chan error, 1)
 			go func() {
-				sent <- errors.Join(out.send(from, before), sendUrgent(from, '!'), out.send(from, after))
+				sent <- errors.Join(out.send(from, before), sendUrgent(from, '!'), out.send(from, after), closeWrite(from))
 			}()
+			time.Sleep(time.Duration(before/(1<<20)) * 3 * time.Millisecond)
 			must(t, in.receive(to, before))
 			buf := make([]byte, 0, after+1)
 			for len(buf) < after {
@@ -237,7 +238,7 @@ func urgentByte(t *testing.T, p Path, s Size) {
 			}
 			must(t, in.compare(buf[:after]))
 			must(t, <-sent)
-			must(t, transferAll(from, to, 100<<10))
+			must(t, wantEOF(to))
 			must(t, transferAll(to, from, 100<<10))
 		})
 	}

@@ -77,8 +77,8 @@ func wantsTailnet(cfg *config.Config) bool {
 // leaving are sockets on the same port that are about to be closed. Where one
 // of them is in the way (":443" becomes "192.0.2.1:443"), both are bound for a
 // moment, so that the old one need not be closed before it is known that the
-// new one works. SO_REUSEPORT allows that, and is on no longer than it takes:
-// it would let a second daemon take the port unnoticed.
+// new one works. SO_REUSEPORT allows that, and is asked for then only: it would
+// let a second daemon take the port unnoticed.
 func listen(addr string, leaving ...*net.TCPListener) (*net.TCPListener, error) {
 	ln, err := listenOnce(addr, nil)
 	if len(leaving) == 0 || !errors.Is(err, syscall.EADDRINUSE) {

@@ -3,6 +3,7 @@ package front
 import (
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"strings"
 	"testing"
@@ -54,11 +55,11 @@ func TestReloadOverlappingAddresses(t *testing.T) {
 	if got := answer(); got != "2" {
 		t.Errorf("after a reload that failed: %q, want %q", got, "2")
 	}
-	// A port that was shared for a moment is closed to all others again.
+	// Sharing a port for a moment must not let a second daemon in.
 	for _, host := range []string{"127.0.0.1", "", "[::1]"} {
-		if ln, err := listenOnce(host+":"+port, shareNewPort); err == nil {
-			ln.Close()
-			t.Errorf("a stranger shares %q on the same port", host)
+		if f, err := New(parse(t, yaml(one, host)), Options{Log: slog.New(slog.DiscardHandler)}); err == nil {
+			f.Close()
+			t.Errorf("a second daemon took %q on the same port", host)
 		}
 	}
 }

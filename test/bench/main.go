@@ -71,6 +71,7 @@ func run(args []string) error {
 	flags.StringVar(&o.Traefik, "traefik", os.Getenv("TRAEFIK"), "traefik's binary; empty leaves it out")
 	flags.IntVar(&o.Rounds, "rounds", 5, "rounds of each test")
 	flags.DurationVar(&o.Time, "time", 0, "how long to measure (default: what the mode promises)")
+	flags.DurationVar(&o.Cell, "cell", 0, "how long each cell has load (default: as it fits); for profiling")
 	list := func(name, usage string) *string {
 		return flags.String(name, "", usage+", separated by commas (default: all)")
 	}

@@ -90,6 +90,9 @@ func (f *flow) look(side uint32) {
 // breakUp ends the flow since a side is dead: what it sent before still goes to the other one, for a while.
 func (f *flow) breakUp(side uint32, err error) {
 	if !f.broken.CompareAndSwap(nil, &breakage{side: side, err: err, until: time.Now().Add(resetGrace)}) {
+		if first := f.broken.Load(); first.side != side { // there is nobody left to deliver to
+			f.finish(first.end())
+		}
 		return
 	}
 	f.setState(spliceFlowStateFLOW_ENDING)

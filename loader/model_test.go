@@ -1,0 +1,273 @@
+package loader
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// A model of one direction's flow control, checked over all interleavings of small cases: the verdict of
+// bpf/splice.bpf.c, the kernel's backlog worker, and the copying of half_linux.go, each step by step, as
+// other CPUs can see it. Each skb is one byte with its number as content, so order and loss show at once.
+//
+// The state is small enough to be a map key; the search visits each reachable state once.
+type model struct {
+	// shared
+	consumed, passed, redirected int8
+	source                       queue // skbs that were passed and not yet read
+	backlog                      queue // skbs that were redirected and not yet written
+	peer                         queue // bytes that the peer's TCP was given
+	bell                         bool  // an event that userspace has not yet seen
+	room                         int8  // skbs that the peer's send buffer takes; the reader makes more
+
+	// the verdict, for skb number next
+	next    int8
+	at      verdictStep
+	seen    int8 // the consumed that it decided by
+	waspass int8
+
+	// userspace
+	user   userStep
+	rest   int8 // the byte it has read; -1: none
+	copied int8 // its own consumed
+}
+
+type queue struct {
+	n int8
+	b [6]int8
+}
+
+func (q queue) push(v int8) queue { q.b[q.n] = v; q.n++; return q }
+func (q queue) pop() (int8, queue) {
+	v := q.b[0]
+	copy(q.b[:], q.b[1:])
+	q.n--
+	q.b[q.n] = 0
+	return v, q
+}
+
+type verdictStep int8
+
+const (
+	vDecide  verdictStep = iota
+	vPassAdd             // passed += 1
+	vPassCheck
+	vPassQueue
+	vRedirectQueue
+)
+
+type userStep int8
+
+const (
+	uAsleep userStep = iota
+	uCheck           // passed == consumed?
+	uRead
+	uWait  // until what was redirected is written
+	uWrite // to the peer
+	uPublish
+)
+
+// variant is what a test can take away from the protocol.
+type variant struct {
+	noWait       bool // userspace writes without waiting for the backlog
+	earlyPublish bool // consumed is published before the write
+	noRecheck    bool // the verdict rings only when it starts to pass, before it adds to passed
+}
+
+type modelCase struct {
+	skbs int8
+	room int8
+}
+
+// steps gives all states that can follow.
+func (m model) steps(c modelCase, v variant) []model {
+	var out []model
+	add := func(n model) { out = append(out, n) }
+
+	// The verdict runs for one skb at a time, under the source's lock.
+	n := m
+	switch m.at {
+	case vDecide:
+		if m.next < c.skbs {
+			n.seen = m.consumed
+			n.waspass = m.passed
+			pass := m.passed != m.consumed
+			if !pass && int8(m.backlog.n) >= m.room {
+				pass = true
+			}
+			if pass {
+				n.at = vPassAdd
+				if v.noRecheck && m.passed == m.consumed {
+					n.bell = true
+				}
+			} else {
+				n.redirected++
+				n.at = vRedirectQueue
+			}
+			add(n)
+		}
+	case vPassAdd:
+		n.passed++
+		n.at = vPassCheck
+		add(n)
+	case vPassCheck:
+		if !v.noRecheck && m.consumed == m.waspass {
+			n.bell = true
+		}
+		n.at = vPassQueue
+		add(n)
+	case vPassQueue:
+		n.source = m.source.push(m.next)
+		n.next++
+		n.at = vDecide
+		add(n)
+	case vRedirectQueue:
+		n.backlog = m.backlog.push(m.next)
+		n.next++
+		n.at = vDecide
+		add(n)
+	}
+
+	// The backlog worker writes what fits.
+	if m.backlog.n > 0 && m.room > 0 {
+		n := m
+		var b int8
+		b, n.backlog = m.backlog.pop()
+		n.peer = m.peer.push(b)
+		n.room--
+		add(n)
+	}
+
+	// The reader takes a byte, which makes room.
+	if m.room < c.room {
+		n := m
+		n.room++
+		add(n)
+	}
+
+	n = m
+	switch m.user {
+	case uAsleep:
+		if m.bell {
+			n.bell = false
+			n.user = uCheck
+			add(n)
+		}
+	case uCheck:
+		if m.passed == m.copied {
+			n.user = uAsleep
+		} else {
+			n.user = uRead
+		}
+		add(n)
+	case uRead:
+		if m.source.n > 0 { // else it waits for EPOLLIN
+			n.rest, n.source = m.source.pop()
+			n.user = uWait
+			if v.noWait {
+				n.user = uWrite
+			}
+			if v.earlyPublish {
+				n.copied++
+				n.consumed = n.copied
+			}
+			add(n)
+		}
+	case uWait:
+		mine := m.copied
+		if v.earlyPublish {
+			mine--
+		}
+		if m.peer.n >= m.redirected+mine {
+			n.user = uWrite
+			add(n)
+		}
+	case uWrite:
+		if m.room > 0 {
+			n.peer = m.peer.push(m.rest)
+			n.rest = -1
+			n.room--
+			n.user = uPublish
+			add(n)
+		}
+	case uPublish:
+		if !v.earlyPublish {
+			n.copied++
+			n.consumed = n.copied
+		}
+		n.user = uCheck
+		add(n)
+	}
+	return out
+}
+
+// check visits every reachable state.
+func check(c modelCase, v variant) (states int, wrong string) {
+	start := model{rest: -1, room: c.room}
+	seen := map[model]bool{start: true}
+	todo := []model{start}
+	for len(todo) > 0 {
+		m := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		for i := range m.peer.n {
+			if m.peer.b[i] != i {
+				return len(seen), fmt.Sprintf("out of order: %v", m.peer.b[:m.peer.n])
+			}
+		}
+		next := m.steps(c, v)
+		if len(next) == 0 {
+			switch {
+			case m.peer.n != c.skbs:
+				return len(seen), fmt.Sprintf("asleep with %d of %d bytes delivered: %+v", m.peer.n, c.skbs, m)
+			case m.passed != m.consumed:
+				return len(seen), fmt.Sprintf("passed %d, consumed %d at the end", m.passed, m.consumed)
+			}
+		}
+		for _, n := range next {
+			if !seen[n] {
+				seen[n] = true
+				todo = append(todo, n)
+			}
+		}
+	}
+	return len(seen), ""
+}
+
+func TestModel(t *testing.T) {
+	for skbs := int8(1); skbs <= 6; skbs++ {
+		for room := int8(1); room <= 3; room++ {
+			states, wrong := check(modelCase{skbs, room}, variant{})
+			if wrong != "" {
+				t.Errorf("%d skbs, room for %d: %s", skbs, room, wrong)
+			}
+			t.Logf("%d skbs, room for %d: %d states", skbs, room, states)
+		}
+	}
+}
+
+// The model finds what goes wrong without each part of the protocol.
+func TestModelFindsBrokenProtocols(t *testing.T) {
+	for name, c := range map[string]struct {
+		v    variant
+		want string
+	}{
+		"userspace does not wait for the backlog": {variant{noWait: true}, "out of order"},
+		"consumed is published before the write":  {variant{earlyPublish: true}, "out of order"},
+		"the verdict rings before it adds":        {variant{noRecheck: true}, "asleep"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for skbs := int8(1); skbs <= 6; skbs++ {
+				for room := int8(1); room <= 3; room++ {
+					if _, wrong := check(modelCase{skbs, room}, c.v); wrong != "" {
+						if !strings.Contains(wrong, c.want) {
+							t.Errorf("found %q instead of %q", wrong, c.want)
+						}
+						t.Logf("%d skbs, room for %d: %s", skbs, room, wrong)
+						return
+					}
+				}
+			}
+			t.Error("nothing was found")
+		})
+	}
+}

@@ -143,7 +143,7 @@ func (c *conductor) start(ctx context.Context) error {
 	for _, d := range datapaths {
 		ours = append(ours, "tailsplice/"+d)
 	}
-	others := []string{"dnat", "nginx", "sniproxy", "socat", "goproxy"}
+	others := []string{"dnat", system.HAProxySplice, "nginx", "sniproxy", "socat", "goproxy"}
 	if c.Traefik != "" {
 		others = append(others, "traefik")
 	}
@@ -153,7 +153,7 @@ func (c *conductor) start(ctx context.Context) error {
 	case c.topology.Name == "tailnet":
 		others = []string{"nginx", "goproxy"}
 	case c.Quick:
-		others = []string{"nginx", "goproxy"}
+		others = []string{system.HAProxySplice, "nginx", "goproxy"}
 	}
 	names := append([]string{system.Direct, system.HAProxy}, slices.DeleteFunc(slices.Concat(others, ours), func(n string) bool {
 		return !chosen(c.Systems, n)

@@ -73,6 +73,8 @@ const (
 	DirectAgain = "direct again" // the same, to learn how much two equal things differ
 	DNAT        = "dnat"
 	HAProxy     = "haproxy"
+
+	HAProxySplice = "haproxy-splice"
 )
 
 // firstPort is the first system's port.
@@ -135,8 +137,8 @@ func (b *Builder) launch(s *System, port uint16) (err error) {
 	var argv []string
 	kind, datapath, _ := strings.Cut(s.Name, "/")
 	switch kind {
-	case HAProxy:
-		argv = []string{"haproxy", "-db", "-f", config("haproxy.cfg")}
+	case HAProxy, HAProxySplice:
+		argv = []string{"haproxy", "-db", "-f", config(kind + ".cfg")}
 		s.Version = version("haproxy", "-v")
 	case "nginx":
 		argv = []string{"nginx", "-p", dir, "-c", config("nginx.conf")}

@@ -56,13 +56,42 @@ type CertFiles struct {
 	Key  string `yaml:"key" kind:"file" required:"true" doc:"The private key, PEM. A relative path starts at the configuration file's folder."`
 }
 
-// ACME asks for certificates from an ACME directory. This package only checks the form: whether this
-// version can obtain them is the business of who uses the configuration.
+// ACME asks for certificates from an ACME authority. Naming the authority is agreeing to its terms.
 type ACME struct {
 	Section
-	Names     []string `yaml:"names" kind:"name" required:"true" nonempty:"true" doc:"The names to get certificates for."`
-	Email     string   `yaml:"email" kind:"email" doc:"Whom the authority writes to when something is wrong."`
-	Directory string   `yaml:"directory" kind:"url" default:"https://acme-v02.api.letsencrypt.org/directory" doc:"The authority's ACME directory URL."`
+	Names      []string  `yaml:"names" kind:"name" nonempty:"true" doc:"The names to get certificates for, one each. *.example.org needs dns."`
+	OnDemand   []string  `yaml:"on_demand" kind:"name" nonempty:"true" doc:"Names that get a certificate when a client first asks for them: exact, or *.example.org for one label or more in its place."`
+	Email      string    `yaml:"email" kind:"email" doc:"Whom the authority writes to when something is wrong."`
+	Directory  string    `yaml:"directory" kind:"url" default:"https://acme-v02.api.letsencrypt.org/directory" doc:"The authority's ACME directory URL."`
+	CA         string    `yaml:"ca" kind:"file" doc:"A PEM file with the root certificate that the directory of a private authority is believed by, beside the system's. A relative path starts at the configuration file's folder."`
+	EAB        *EAB      `yaml:"eab" noun:"eab" doc:"External account binding: what an authority gives its customers to register with."`
+	Fallback   *Fallback `yaml:"fallback" noun:"fallback" doc:"A second authority, asked when the first one fails."`
+	Challenges []string  `yaml:"challenges" enum:"http-01 tls-alpn-01 dns-01" nonempty:"true" doc:"How the authority may check the names. Default: dns-01 where dns is set, else http-01 and tls-alpn-01, which need nothing but edges that pass port 80 or 443 on."`
+	DNS        *DNSHook  `yaml:"dns" noun:"dns" doc:"The program that sets the TXT records of dns-01."`
+	Storage    string    `yaml:"storage" kind:"file" default:"/var/lib/tailsplice/acme" doc:"The folder where accounts, keys and certificates are kept. A relative path starts at the configuration file's folder."`
+}
+
+// EAB is an external account binding (RFC 8555 7.3.4).
+type EAB struct {
+	Section
+	KeyID  string `yaml:"key_id" required:"true" doc:"The key's id, from the authority."`
+	MACKey string `yaml:"mac_key" kind:"mac" required:"true" doc:"The MAC key, base64url, from the authority."`
+}
+
+// Fallback is a second ACME authority.
+type Fallback struct {
+	Section
+	Directory string `yaml:"directory" kind:"url" required:"true" doc:"Its ACME directory URL."`
+	CA        string `yaml:"ca" kind:"file" doc:"As beside it, for this authority."`
+	EAB       *EAB   `yaml:"eab" noun:"eab" doc:"As beside it, for this authority."`
+}
+
+// DNSHook is a program that sets and removes TXT records: it is run as EXEC present FQDN VALUE and EXEC cleanup FQDN VALUE.
+type DNSHook struct {
+	Section
+	Exec    []string      `yaml:"exec" kind:"word" required:"true" nonempty:"true" repeats:"true" doc:"The program and its arguments, to which present or cleanup, the record's name and its value are added. There is no shell. A relative path with a / starts at the configuration file's folder."`
+	Timeout time.Duration `yaml:"timeout" default:"2m" min:"1s" max:"1h" doc:"How long one run may take."`
+	Wait    time.Duration `yaml:"wait" default:"0s" min:"0s" max:"1h" doc:"How long to wait after present, where records need time to spread and the program doesn't wait itself."`
 }
 
 // Route is a match and what happens with what it matches.

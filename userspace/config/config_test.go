@@ -67,7 +67,7 @@ func goldens(t testing.TB, archive string, messages func(golden) string) []golde
 }
 
 // errorArchives hold files that Parse refuses.
-var errorArchives = []string{"syntax", "structure", "values", "meaning"}
+var errorArchives = []string{"syntax", "structure", "values", "meaning", "acme"}
 
 // TestErrors compares every message of every wrong file, with its exact place.
 func TestErrors(t *testing.T) {
@@ -218,7 +218,7 @@ func TestDesign(t *testing.T) {
 				AcceptProxy: &AcceptProxy{From: []string{"tag:edge"}},
 				Certificates: []Certificate{
 					{Files: &CertFiles{Cert: "/etc/tailsplice/vsq.pem", Key: "/etc/tailsplice/vsq.key"}},
-					{ACME: &ACME{Names: []string{"example.vsq.cz"}, Email: "me@vsq.cz", Directory: "https://acme.example/dir"}},
+					{ACME: &ACME{Names: []string{"example.vsq.cz"}, Email: "me@vsq.cz", Directory: "https://acme.example/dir", Storage: "/var/lib/tailsplice/acme"}},
 					{Tailscale: true},
 				},
 				Routes:  []Route{{Host: []string{"notes.vsq.cz"}, Path: "/api/", Action: Action{Forward: Target{Scheme: "tcp", Host: "127.0.0.1", Port: 3000}}}},

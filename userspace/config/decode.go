@@ -21,6 +21,7 @@ type field struct {
 	min, max string
 	required bool
 	nonempty bool
+	repeats  bool // a list that may have an item twice
 }
 
 // fieldsOf lists the keys of a section, those of embedded structs included.
@@ -44,6 +45,7 @@ func fieldsOf(t reflect.Type) []field {
 			doc: sf.Tag.Get("doc"), noun: sf.Tag.Get("noun"), def: sf.Tag.Get("default"),
 			enum: strings.Fields(sf.Tag.Get("enum")), min: sf.Tag.Get("min"), max: sf.Tag.Get("max"),
 			required: sf.Tag.Get("required") == "true", nonempty: sf.Tag.Get("nonempty") == "true",
+			repeats: sf.Tag.Get("repeats") == "true",
 		}
 		if !isSection(f.typ) {
 			f.kind = kindOf(sf)
@@ -229,7 +231,7 @@ func (d *decoder) scalars(n *node, f *field, out reflect.Value, sec *Section) bo
 			ok = false
 			continue
 		}
-		if line, dup := seen[v.Interface()]; dup {
+		if line, dup := seen[v.Interface()]; dup && !f.repeats {
 			d.errorf(item.pos, "%s has %q twice, it is already on line %d", f.key, item.text, line)
 			ok = false
 			continue
@@ -387,7 +389,8 @@ var synonyms = map[string]string{
 	"server_name": "sni", "hostname": "sni", "match": "sni", "domain": "host", "domains": "host", "prefix": "path",
 	"address": "listen", "addresses": "listen", "addr": "listen", "bind": "listen", "port": "listen",
 	"type": "mode", "protocol": "mode", "rules": "routes", "fallback": "default", "tls": "certificates",
-	"servers": "listeners", "admin": "control", "prometheus": "metrics", "key_file": "key", "cert_file": "cert", "domain_names": "names", "ca": "directory",
+	"servers": "listeners", "admin": "control", "prometheus": "metrics", "key_file": "key", "cert_file": "cert", "domain_names": "names", "server": "directory", "acme_ca": "directory",
+	"root": "ca", "ca_root": "ca", "ca_file": "ca", "dns_provider": "dns", "command": "exec", "program": "exec", "hook": "exec", "kid": "key_id", "hmac": "mac_key",
 }
 
 // ownerOf names the section that has a key, in the order in which sections stand in a file, or "".

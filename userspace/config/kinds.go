@@ -1,6 +1,7 @@
 package config
 
 import (
+	"encoding/base64"
 	"fmt"
 	"net/netip"
 	"net/url"
@@ -83,6 +84,18 @@ var kinds = map[string]*kind{
 	"text": {
 		noun: "text", kinds: onlyText, instead: quoted, schema: text(""),
 		parse: func(s string) (any, error) { return s, nil },
+	},
+	"word": {
+		noun: "text", kinds: onlyText, instead: quoted, schema: map[string]any{"type": "string", "minLength": 1},
+		parse: func(s string) (any, error) {
+			if s == "" {
+				return nil, fmt.Errorf("must not be empty")
+			}
+			return s, nil
+		},
+	},
+	"mac": {
+		noun: "a MAC key in base64url", kinds: onlyText, parse: parseMAC, schema: text(`^[A-Za-z0-9_-]+$`),
 	},
 	"label": {
 		noun: "a name of letters, digits, '.', '_' and '-'", kinds: onlyText, instead: quoted, parse: parseLabel,
@@ -364,6 +377,19 @@ func parseURL(s string) (any, error) {
 		return nil, fmt.Errorf("must begin with https://")
 	case u.User != nil:
 		return nil, fmt.Errorf("it has a user or password in it")
+	}
+	return s, nil
+}
+
+func parseMAC(s string) (any, error) {
+	if strings.ContainsAny(s, "+/=") {
+		plain := strings.NewReplacer("+", "-", "/", "_", "=", "").Replace(s)
+		if _, err := base64.RawURLEncoding.DecodeString(plain); err == nil {
+			return nil, fmt.Errorf("it is base64, and must be base64url: write - for +, _ for /, and leave out =")
+		}
+	}
+	if b, err := base64.RawURLEncoding.DecodeString(s); err != nil || len(b) == 0 {
+		return nil, fmt.Errorf("not base64url")
 	}
 	return s, nil
 }

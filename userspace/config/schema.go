@@ -76,6 +76,8 @@ func rules(t reflect.Type) map[string]any {
 		return map[string]any{"oneOf": []any{need("forward"), obj(need("reject"), no("send_proxy", "datapath"))}}
 	case reflect.TypeFor[Certificate]():
 		return map[string]any{"minProperties": 1, "maxProperties": 1}
+	case reflect.TypeFor[ACME]():
+		return map[string]any{"anyOf": []any{need("names"), need("on_demand")}}
 	case reflect.TypeFor[Listener]():
 		return map[string]any{"allOf": []any{
 			when(obj(need("default"), no("routes")), "tcp"),
@@ -106,7 +108,10 @@ func (f *field) schema() map[string]any {
 	}
 	s := item
 	if f.typ.Kind() == reflect.Slice {
-		list := map[string]any{"type": "array", "items": item, "uniqueItems": true}
+		list := map[string]any{"type": "array", "items": item}
+		if !f.repeats {
+			list["uniqueItems"] = true
+		}
 		if f.nonempty {
 			list["minItems"] = 1
 		}

@@ -197,6 +197,40 @@ func (v *validator) certificate(c *Certificate) {
 	if f := c.Files; f != nil {
 		f.Cert, f.Key = v.path(f.Cert), v.path(f.Key)
 	}
+	if c.ACME != nil {
+		v.acme(c.ACME)
+	}
+}
+
+// acme checks what no authority could do.
+func (v *validator) acme(a *ACME) {
+	if !a.has("names") && !a.has("on_demand") {
+		v.errorf(a.Pos, "names is missing in acme: the names to get certificates for; or on_demand")
+	}
+	a.CA, a.Storage = v.path(a.CA), v.path(a.Storage)
+	if a.DNS != nil && len(a.DNS.Exec) > 0 && strings.Contains(a.DNS.Exec[0], "/") {
+		a.DNS.Exec[0] = v.path(a.DNS.Exec[0])
+	}
+	uses := func(challenge string) bool { return slices.Contains(a.Challenges, challenge) }
+	if i := slices.Index(a.Challenges, "dns-01"); i >= 0 && !a.has("dns") {
+		v.errorf(a.At("challenges", i), "challenge dns-01 needs dns: the program that sets the record, such as dns: { exec: [/etc/tailsplice/dns-hook] }")
+	}
+	if a.DNS != nil && a.has("challenges") && !a.unclear("challenges") && !uses("dns-01") {
+		v.errorf(a.keyAt("dns"), "dns is never used: add dns-01 to challenges, or remove challenges")
+	}
+	if !a.has("dns") || a.has("challenges") && !a.unclear("challenges") && !uses("dns-01") {
+		for i, name := range a.Names {
+			if strings.HasPrefix(name, "*.") {
+				v.errorf(a.At("names", i), "names %q: certificates for wildcards are only given for challenge dns-01: add dns: { exec: [PROGRAM] }, or list the names, or move it to on_demand", name)
+			}
+		}
+	}
+	if f := a.Fallback; f != nil {
+		f.CA = v.path(f.CA)
+		if f.Directory != "" && f.Directory == a.Directory {
+			v.errorf(f.At("directory"), "directory %q: the fallback must be another authority", f.Directory)
+		}
+	}
 }
 
 // path makes a relative path start at the configuration file's folder.

@@ -1,0 +1,430 @@
+// Package acme obtains certificates from ACME authorities, keeps them renewed,
+// and answers the authorities' challenges from the listeners that exist anyway:
+// it binds nothing, so that a host behind edges which only pass bytes on gets
+// its certificates through them.
+//
+//   - tls-alpn-01 (RFC 8737): [Manager.ChallengeConfig] answers hellos with ALPN
+//     acme-tls/1 on any listener that terminates TLS.
+//   - http-01 (RFC 8555 8.3): [Manager.ServeChallenge] answers requests below
+//     /.well-known/acme-challenge/ on any listener that speaks HTTP.
+//   - dns-01 (RFC 8555 8.4): a [Hook], a program of the administrator's, sets and
+//     removes the TXT record. It is the only way to wildcards.
+//
+// Issuing is in the background and never in the way: what is in storage is
+// served at once, an attempt that fails is repeated later ([Status] says when
+// and why), and the certificate that there is stays in use meanwhile, whatever
+// happens to the authority, the network or the disk.
+//
+// It stands on certmagic (storage layout, keys, requests, fallback from one
+// authority to the next, OCSP) and on acmez, certmagic's protocol client.
+// certmagic's own scheduler and listeners are not used: it binds ports 80 and
+// 443 where it finds them free, and looks at certificates every 10 minutes,
+// which is too seldom for short-lived ones.
+package acme
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/certmagic"
+	"go.uber.org/zap"
+)
+
+// DefaultStorage is where certificates and accounts are kept.
+const DefaultStorage = "/var/lib/tailsplice/acme"
+
+// The challenges that a Section may allow.
+const (
+	HTTP01    = "http-01"
+	TLSALPN01 = "tls-alpn-01"
+	DNS01     = "dns-01"
+)
+
+// Section says which names get certificates, and from whom.
+type Section struct {
+	// Names are obtained at once, each with a certificate of its own: exact, or
+	// "*.example.org" (one label in its place, dns-01 only). Lower-case A-labels.
+	Names []string
+	// OnDemand names get theirs when a client first asks for them: exact, or
+	// "*.example.org" (one label or more in its place). Nothing else ever does.
+	OnDemand []string
+
+	Email      string   // whom the authority writes to; may be empty
+	CAs        []CA     // tried in this order
+	Challenges []string // empty: dns-01 where DNS is set, else http-01 and tls-alpn-01
+	DNS        *Hook    // sets records for dns-01
+	Storage    string   // folder; empty means DefaultStorage
+}
+
+// CA is an authority. Naming it is agreeing to its terms of service.
+type CA struct {
+	Directory string // URL
+	RootFile  string // PEM file with roots to believe for the directory, beside the system's; may be empty
+	EABKeyID  string // external account binding (RFC 8555 7.3.4); may be empty
+	EABMACKey string // base64url
+}
+
+// Manager obtains, keeps and serves the certificates of all sections. It is
+// safe for concurrent use. Close ends it.
+type Manager struct {
+	log        *slog.Logger
+	zap        *zap.Logger
+	cache      func() *certmagic.Cache // keeps OCSP staples fresh; made when first needed
+	stopCache  func()
+	challenges challenges
+	budget     budget // of on-demand names
+	slots      chan struct{}
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup
+
+	table atomic.Pointer[table]
+
+	mu      sync.Mutex       // guards changes of table and of what follows
+	dynamic map[string]*site // on-demand names that somebody asked for
+	closed  bool
+}
+
+// table is what a Manager knows by configuration. It is immutable.
+type table struct {
+	sites    map[string]*site   // by name, "*.example.org" among them
+	exact    map[string]*policy // on demand
+	wildcard map[string]*policy // on demand, without "*."
+	policies []*policy
+}
+
+// atOnce is how many certificates are ordered at a time: a first start with
+// hundreds of names must not look like an attack to the authority.
+const atOnce = 4
+
+// never is the interval of those of certmagic's duties that this package does.
+const never = 365 * 24 * time.Hour
+
+// New makes a Manager without names. What it logs tells what to do.
+func New(log *slog.Logger) *Manager {
+	m := &Manager{log: log, zap: newZap(log), slots: make(chan struct{}, atOnce), dynamic: map[string]*site{}, budget: newBudget()}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	m.table.Store(&table{})
+	var made *certmagic.Cache
+	m.cache = sync.OnceValue(func() *certmagic.Cache {
+		made = certmagic.NewCache(certmagic.CacheOptions{GetConfigForCert: m.configFor, RenewCheckInterval: never, Logger: m.zap})
+		return made
+	})
+	m.stopCache = func() {
+		if made != nil {
+			made.Stop()
+		}
+	}
+	return m
+}
+
+// configFor says how certmagic may renew a certificate, which it does when OCSP
+// says that it was revoked.
+func (m *Manager) configFor(c certmagic.Certificate) (*certmagic.Config, error) {
+	for _, name := range c.Names {
+		if s := m.site(name); s != nil {
+			return s.policy.Load().config, nil
+		}
+	}
+	return nil, fmt.Errorf("acme: no section has %v any more", c.Names)
+}
+
+// site finds what is responsible for exactly this name, or nil.
+func (m *Manager) site(name string) *site {
+	if s := m.table.Load().sites[name]; s != nil {
+		return s
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.dynamic[name]
+}
+
+// Close ends what goes on in the background.
+func (m *Manager) Close() {
+	m.mu.Lock()
+	closed := m.closed
+	m.closed = true
+	m.mu.Unlock()
+	if closed {
+		return
+	}
+	m.cancel()
+	m.tasks.Wait()
+	m.stopCache()
+}
+
+// Prepare checks sections and reads from storage what they already have.
+// Nothing changes before apply is called, which can't fail. Names whose section
+// is as it was go on undisturbed; a name whose authority changed keeps its
+// certificate until the new one is there. An error is a mistake in the
+// sections; storage or an authority that is out of order is none.
+func (m *Manager) Prepare(sections []Section) (apply func(), err error) {
+	next := &table{sites: map[string]*site{}, exact: map[string]*policy{}, wildcard: map[string]*policy{}}
+	old := m.table.Load()
+	var errs []error
+	wanted := map[string]*policy{}
+	for _, s := range sections {
+		s = s.withDefaults()
+		if err := s.check(); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		p, err := m.policyFor(s, old, next)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		for _, name := range s.Names {
+			if other := wanted[name]; other != nil && other != p {
+				errs = append(errs, fmt.Errorf("acme: %s is in two sections with different settings: leave it in one", name))
+			}
+			wanted[name] = p
+		}
+		for _, name := range s.OnDemand {
+			m, name := next.exact, name
+			if rest, wild := strings.CutPrefix(name, "*."); wild {
+				m, name = next.wildcard, rest
+			}
+			if other := m[name]; other != nil && other != p {
+				errs = append(errs, fmt.Errorf("acme: %s is on demand in two sections with different settings: leave it in one", name))
+			}
+			m[name] = p
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	// A certificate that is on disk is served from the first handshake on.
+	found := map[string]*pair{}
+	for name, p := range wanted {
+		if s := old.sites[name]; s == nil || s.policy.Load() != p {
+			found[name] = p.newest(name)
+		}
+	}
+	return func() { m.apply(next, wanted, found) }, nil
+}
+
+func (m *Manager) apply(next *table, wanted map[string]*policy, found map[string]*pair) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return
+	}
+	old := m.table.Load()
+	for name, p := range wanted {
+		s := old.sites[name]
+		if s == nil {
+			s = m.dynamic[name] // was on demand before
+			delete(m.dynamic, name)
+		}
+		if s == nil {
+			s = newSite(m, name, false)
+		}
+		s.onDemand.Store(false)
+		if f := found[name]; f != nil {
+			s.use(f)
+		}
+		changed := s.policy.Swap(p) != p
+		next.sites[name] = s
+		if !s.running {
+			s.start()
+		} else {
+			s.reloaded(changed)
+		}
+	}
+	for name, s := range old.sites {
+		if next.sites[name] == nil {
+			s.stop()
+		}
+	}
+	for name, s := range m.dynamic {
+		p := next.allows(name)
+		if p == nil {
+			s.stop()
+			delete(m.dynamic, name)
+			continue
+		}
+		s.reloaded(s.policy.Swap(p) != p)
+	}
+	m.table.Store(next)
+	for _, p := range next.policies {
+		p.checkStorage(m.log)
+	}
+}
+
+// policyFor finds the policy of a section that is as it was, or makes one.
+func (m *Manager) policyFor(s Section, old, next *table) (*policy, error) {
+	s.Names, s.OnDemand = nil, nil
+	same := func(p *policy) bool { return reflect.DeepEqual(p.settings, s) }
+	if i := slices.IndexFunc(next.policies, same); i >= 0 {
+		return next.policies[i], nil
+	}
+	var p *policy
+	if i := slices.IndexFunc(old.policies, same); i >= 0 {
+		p = old.policies[i]
+	} else {
+		var err error
+		if p, err = newPolicy(m, s); err != nil {
+			return nil, err
+		}
+	}
+	next.policies = append(next.policies, p)
+	return p, nil
+}
+
+func (s Section) withDefaults() Section {
+	if s.Storage == "" {
+		s.Storage = DefaultStorage
+	}
+	if len(s.Challenges) == 0 {
+		if s.Challenges = []string{HTTP01, TLSALPN01}; s.DNS != nil {
+			s.Challenges = []string{DNS01}
+		}
+	}
+	return s
+}
+
+// check refuses what no authority could do. Configuration says it earlier, with
+// file and line.
+func (s Section) check() error {
+	if len(s.CAs) == 0 {
+		return errors.New("acme: no authority")
+	}
+	for _, c := range s.Challenges {
+		switch {
+		case c == DNS01 && s.DNS == nil:
+			return errors.New("acme: challenge dns-01 needs dns: the program that sets the record")
+		case c != DNS01 && c != HTTP01 && c != TLSALPN01:
+			return fmt.Errorf("acme: no challenge %q", c)
+		}
+	}
+	for _, name := range s.Names {
+		if strings.HasPrefix(name, "*.") && !slices.Contains(s.Challenges, DNS01) {
+			return fmt.Errorf("acme: %s: a wildcard is only given for challenge dns-01: set dns", name)
+		}
+	}
+	return nil
+}
+
+// allows finds the policy that gives name a certificate on demand, or nil.
+func (t *table) allows(name string) *policy {
+	if p := t.exact[name]; p != nil {
+		return p
+	}
+	if len(t.wildcard) == 0 {
+		return nil
+	}
+	for rest := name; ; {
+		_, after, ok := strings.Cut(rest, ".")
+		if !ok {
+			return nil
+		}
+		if p := t.wildcard[after]; p != nil {
+			return p
+		}
+		rest = after
+	}
+}
+
+// lookup finds the site that has a certificate for name: its own, or that of a
+// wildcard one label up.
+func (t *table) lookup(name string) *site {
+	if s := t.sites[name]; s != nil {
+		return s
+	}
+	if _, parent, ok := strings.Cut(name, "."); ok {
+		return t.sites["*."+parent]
+	}
+	return nil
+}
+
+// Source is a section as a place to get certificates from.
+type Source struct {
+	m        *Manager
+	names    map[string]bool
+	demand   table
+	first    string
+	describe string
+}
+
+// Source returns the certificates of a section, which are those of the Manager
+// from the apply on that has the section.
+func (m *Manager) Source(s Section) *Source {
+	src := &Source{m: m, names: map[string]bool{}, demand: table{exact: map[string]*policy{}, wildcard: map[string]*policy{}}}
+	for _, n := range s.Names {
+		src.names[n] = true
+	}
+	for _, n := range s.OnDemand {
+		if rest, wild := strings.CutPrefix(n, "*."); wild {
+			src.demand.wildcard[rest] = &policy{}
+		} else {
+			src.demand.exact[n] = &policy{}
+		}
+	}
+	if len(s.Names) > 0 {
+		src.first = s.Names[0]
+	}
+	src.describe = "acme: " + strings.Join(append(slices.Clone(s.Names), s.OnDemand...), ", ")
+	return src
+}
+
+// String names the source in status.
+func (s *Source) String() string { return s.describe }
+
+// Covers says whether name (lower case, no trailing dot) is one of the section's.
+func (s *Source) Covers(name string) bool {
+	if s.names[name] {
+		return true
+	}
+	if _, parent, ok := strings.Cut(name, "."); ok && s.names["*."+parent] {
+		return true
+	}
+	return s.demand.allows(name) != nil
+}
+
+// GetCertificate returns the certificate for the hello's name, or without a
+// name the section's first. It waits only for a first certificate on demand. No
+// certificate and no error means that the name is not the section's; an error
+// says why there is none yet.
+func (s *Source) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	name := strings.ToLower(strings.TrimSuffix(hello.ServerName, "."))
+	if name == "" {
+		if site := s.m.table.Load().sites[s.first]; site != nil {
+			return site.cert.Load(), nil
+		}
+		return nil, nil
+	}
+	if !s.Covers(name) {
+		return nil, nil
+	}
+	ctx := hello.Context()
+	if ctx == nil { // a hello that crypto/tls did not make
+		ctx = context.Background()
+	}
+	return s.m.certificate(ctx, name)
+}
+
+func (m *Manager) certificate(ctx context.Context, name string) (*tls.Certificate, error) {
+	t := m.table.Load()
+	if s := t.lookup(name); s != nil {
+		if c := s.cert.Load(); c != nil {
+			return c, nil
+		}
+		return nil, s.missing()
+	}
+	p := t.allows(name)
+	if p == nil {
+		return nil, nil
+	}
+	return m.demand(ctx, name, p)
+}

@@ -1,0 +1,125 @@
+package acme
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/mholt/acmez/v3/acme"
+)
+
+// Hook is a program that sets and removes TXT records for dns-01. It is run as
+//
+//	EXEC... present FQDN VALUE     set the record, and return when the zone's servers answer with it
+//	EXEC... cleanup FQDN VALUE     remove the record with that value; others of the same name stay
+//
+// with FQDN such as "_acme-challenge.example.org." (with the dot at its end),
+// without a shell and with the daemon's environment. Status 0 is success;
+// what it prints is shown when it fails. It is the interface of lego's exec
+// provider, so that hooks written for that one work.
+type Hook struct {
+	Exec    []string      // program and arguments
+	Timeout time.Duration // of one run; 0 means DefaultHookTimeout. Then it is killed, with all that it started.
+	Wait    time.Duration // after present, for records that need time to spread
+}
+
+// DefaultHookTimeout is how long a hook may run.
+const DefaultHookTimeout = 2 * time.Minute
+
+// hookOutput is how much of what a hook prints is shown: its end, in bytes.
+const hookOutput = 2048
+
+func (h *Hook) timeout() time.Duration {
+	if h == nil {
+		return 0
+	}
+	if h.Timeout == 0 {
+		return DefaultHookTimeout + h.Wait
+	}
+	return h.Timeout + h.Wait
+}
+
+// HookError is a hook that failed.
+type HookError struct {
+	Command string // as it was run
+	Err     error
+	Output  string // the end of what it printed
+}
+
+func (e *HookError) Unwrap() error { return e.Err }
+
+func (e *HookError) Error() string {
+	s := fmt.Sprintf("dns hook `%s`: %v", e.Command, e.Err)
+	if e.Output != "" {
+		s += fmt.Sprintf(": it printed %q", e.Output)
+	}
+	return s
+}
+
+func (h *Hook) run(ctx context.Context, verb, fqdn, value string) error {
+	limit := h.Timeout
+	if limit == 0 {
+		limit = DefaultHookTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	argv := append(append([]string{}, h.Exec...), verb, fqdn, value)
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	var out tail
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // so that the kill reaches a script's children
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = time.Second
+	err := cmd.Run()
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		err = fmt.Errorf("it was killed after %v: raise acme.dns.timeout if it needs longer", limit)
+	}
+	return &HookError{Command: strings.Join(argv, " "), Err: err, Output: strings.TrimSpace(out.String())}
+}
+
+// hookSolver presents dns-01.
+type hookSolver struct{ h *Hook }
+
+func (s hookSolver) Present(ctx context.Context, ch acme.Challenge) error {
+	return s.h.run(ctx, "present", ch.DNS01TXTRecordName()+".", ch.DNS01KeyAuthorization())
+}
+
+// Wait implements acmez.Waiter.
+func (s hookSolver) Wait(ctx context.Context, _ acme.Challenge) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(s.h.Wait):
+		return nil
+	}
+}
+
+// CleanUp removes the record also when the attempt was broken off.
+func (s hookSolver) CleanUp(ctx context.Context, ch acme.Challenge) error {
+	return s.h.run(context.WithoutCancel(ctx), "cleanup", ch.DNS01TXTRecordName()+".", ch.DNS01KeyAuthorization())
+}
+
+// tail keeps the end of what is written to it.
+type tail struct{ b bytes.Buffer }
+
+func (t *tail) Write(p []byte) (int, error) {
+	n := len(p)
+	if len(p) > hookOutput {
+		p = p[len(p)-hookOutput:]
+	}
+	if over := t.b.Len() + len(p) - hookOutput; over > 0 {
+		t.b.Next(over)
+	}
+	t.b.Write(p)
+	return n, nil
+}
+
+func (t *tail) String() string { return strings.ToValidUTF8(t.b.String(), "?") }

@@ -1,0 +1,393 @@
+package acme
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/mholt/acmez/v3/acme"
+)
+
+// site is one name with its certificate.
+type site struct {
+	m        *Manager
+	name     string
+	onDemand atomic.Bool
+	policy   atomic.Pointer[policy]
+	cert     atomic.Pointer[tls.Certificate]
+	asked    atomic.Int64 // when a client last asked for it, Unix seconds; on demand only
+
+	kick    chan struct{} // try now
+	tried   chan struct{} // closed when the first attempt has ended
+	cancel  context.CancelFunc
+	running bool // guarded by Manager.mu
+
+	stapling atomic.Bool
+
+	mu        sync.Mutex // guards what follows
+	issuer    *issuer    // of cert, if it is known
+	suggested time.Time  // when its authority wants it renewed; zero if it doesn't say
+	askAt     time.Time  // when to ask it (again)
+	trying    bool
+	failures  int
+	lastTry   time.Time
+	nextTry   time.Time // not before this
+	problem   string    // of the last attempt; "" if it went well
+}
+
+func newSite(m *Manager, name string, onDemand bool) *site {
+	s := &site{m: m, name: name, kick: make(chan struct{}, 1), tried: make(chan struct{})}
+	s.onDemand.Store(onDemand)
+	return s
+}
+
+// use serves what was found in storage.
+func (s *site) use(f *pair) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.issuer, s.suggested, s.askAt = f.issuer, time.Time{}, time.Time{}
+	s.cert.Store(f.cert)
+}
+
+// start begins to look after the site. Manager.mu is held.
+func (s *site) start() {
+	s.running = true
+	var ctx context.Context
+	ctx, s.cancel = context.WithCancel(s.m.ctx)
+	s.m.tasks.Go(func() { s.run(ctx) })
+}
+
+// stop ends that. Manager.mu is held.
+func (s *site) stop() {
+	if s.running {
+		s.cancel()
+	}
+}
+
+// kickAfter keeps a daemon that is reloaded often from ordering as often.
+const kickAfter = time.Minute
+
+// reloaded tries again at once what has failed: somebody may just have mended
+// it. With another policy it always does.
+func (s *site) reloaded(changed bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if changed {
+		s.issuer = nil // is it one of the new policy's? the loop finds out
+	}
+	if changed || s.failures > 0 && time.Since(s.lastTry) > kickAfter {
+		s.failures, s.nextTry = 0, time.Time{}
+		select {
+		case s.kick <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// lookEvery is how often a site looks for news from OCSP and from its authority.
+const lookEvery = time.Hour
+
+// run looks after the site until ctx ends.
+func (s *site) run(ctx context.Context) {
+	first := true
+	for {
+		s.adopt()
+		s.ask(ctx)
+		s.staple(ctx)
+		due := s.due()
+		if wait := min(time.Until(due), lookEvery); wait > 0 {
+			timer := time.NewTimer(wait)
+			select {
+			case <-ctx.Done():
+				timer.Stop()
+				return
+			case <-s.kick:
+				timer.Stop()
+			case <-timer.C:
+			}
+			if time.Now().Before(s.due()) {
+				continue
+			}
+		}
+		if s.forgotten() {
+			return
+		}
+		err := s.attempt(ctx)
+		if first {
+			first = false
+			close(s.tried)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		s.ended(err)
+	}
+}
+
+// due is when the next attempt is to be made.
+func (s *site) due() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at := s.renewAt()
+	if at.Before(s.nextTry) {
+		return s.nextTry
+	}
+	return at
+}
+
+// renewAt is when the certificate is to be renewed: as its authority suggests,
+// else when a third of its time is left. s.mu is held.
+func (s *site) renewAt() time.Time {
+	c := s.cert.Load()
+	if c == nil {
+		return time.Time{}
+	}
+	if s.issuer == nil { // of an authority that is not configured any more
+		return time.Time{}
+	}
+	life := c.Leaf.NotAfter.Sub(c.Leaf.NotBefore)
+	at := c.Leaf.NotAfter.Add(-life / 3)
+	if last := c.Leaf.NotAfter.Add(-life / 20); !s.suggested.IsZero() && s.suggested.Before(last) {
+		at = s.suggested
+	}
+	return at
+}
+
+// adopt takes what is in storage and better than what is served: a certificate
+// of this policy, or one that another process has renewed.
+func (s *site) adopt() {
+	s.mu.Lock()
+	known, at := s.issuer != nil, s.renewAt()
+	s.mu.Unlock()
+	if known && time.Now().Before(at) {
+		return
+	}
+	f := s.policy.Load().newest(s.name)
+	if f == nil {
+		return
+	}
+	if c := s.cert.Load(); known && c != nil && !f.cert.Leaf.NotAfter.After(c.Leaf.NotAfter) {
+		return
+	}
+	s.use(f)
+}
+
+// askFrom is the least lifetime of certificates that are worth the question
+// when to renew them; others are renewed by the clock.
+const askFrom = 24 * time.Hour
+
+// askEvery is how often it is asked, unless it wants it more often
+// (RFC 9773 4.3.2).
+const askEvery = 6 * time.Hour
+
+// ask asks the authority when it wants the certificate renewed.
+func (s *site) ask(ctx context.Context) {
+	s.mu.Lock()
+	i, c, at := s.issuer, s.cert.Load(), s.askAt
+	s.mu.Unlock()
+	if time.Now().Before(at) || i == nil || c == nil || c.Leaf.NotAfter.Sub(c.Leaf.NotBefore) < askFrom || time.Now().After(c.Leaf.NotAfter) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	info, err := i.renewalInfo(ctx, c.Leaf)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.askAt != at {
+		return // about another certificate
+	}
+	s.askAt = time.Now().Add(askEvery)
+	if err != nil {
+		s.m.log.Debug("the authority does not say when to renew", "name", s.name, "err", err)
+		return
+	}
+	if info.RetryAfter != nil && info.RetryAfter.Before(s.askAt) {
+		s.askAt = *info.RetryAfter
+	}
+	// Another moment of the same window at each question would never come.
+	if w := info.SuggestedWindow; s.suggested.IsZero() || s.suggested.Before(w.Start) || s.suggested.After(w.End) {
+		s.suggested = info.SelectedTime
+	}
+}
+
+// staple has certmagic get the OCSP response of the certificate, in the
+// background: a responder that hangs must not stop a renewal.
+func (s *site) staple(ctx context.Context) {
+	c := s.cert.Load()
+	if c == nil || len(c.Leaf.OCSPServer) == 0 || !s.stapling.CompareAndSwap(false, true) {
+		return
+	}
+	cfg := s.policy.Load().config
+	s.m.tasks.Go(func() {
+		defer s.stapling.Store(false)
+		done := make(chan []byte, 1)
+		go func() { // may outlive us: certmagic's request to the responder has no end of its own
+			defer close(done)
+			if got, err := cfg.CacheManagedCertificate(ctx, s.name); err == nil && got.Leaf.Equal(c.Leaf) {
+				done <- got.OCSPStaple
+			}
+		}()
+		var staple []byte
+		select {
+		case <-ctx.Done():
+		case staple = <-done:
+		}
+		for _, other := range s.m.cache().AllMatchingCertificates(s.name) { // its maintenance may have a newer one
+			switch {
+			case len(other.Names) == 0 || other.Names[0] != s.name:
+			case other.Leaf.Equal(c.Leaf):
+				if len(other.OCSPStaple) > 0 {
+					staple = other.OCSPStaple
+				}
+			default: // that was renewed
+				s.m.cache().Remove([]string{other.Hash()})
+			}
+		}
+		if len(staple) > 0 {
+			with := *c
+			with.OCSPStaple = staple
+			s.cert.CompareAndSwap(c, &with)
+		}
+	})
+}
+
+type attemptKey struct{}
+
+// attempt collects what an attempt comes to, from where certmagic and acmez
+// lose it on the way.
+type attempt struct {
+	replaces   *x509.Certificate
+	replacesOf string
+
+	issuer   *issuer
+	problems []acme.Problem // of the authority that is being tried
+	failed   []failure
+	storage  *StorageError
+}
+
+// failure is what came of one authority.
+type failure struct {
+	ca       CA
+	problems []acme.Problem
+	err      error
+}
+
+func attemptOf(ctx context.Context) *attempt {
+	a, _ := ctx.Value(attemptKey{}).(*attempt)
+	return a
+}
+
+// attempt tries once to get a certificate.
+func (s *site) attempt(ctx context.Context) error {
+	select {
+	case s.m.slots <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-s.m.slots }()
+	p := s.policy.Load()
+	a := &attempt{}
+	s.mu.Lock()
+	s.trying, s.lastTry = true, time.Now()
+	if c := s.cert.Load(); c != nil && s.issuer != nil {
+		a.replaces, a.replacesOf = c.Leaf, s.issuer.IssuerKey()
+	}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.trying = false
+	}()
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, attemptKey{}, a), p.attemptTimeout())
+	defer cancel()
+
+	s.m.log.Info("ordering a certificate", "name", s.name, "ca", p.settings.CAs[0].Directory)
+	err := p.config.RenewCertSync(ctx, s.name, true) // obtains it, if there is none
+	if err != nil {
+		return &attemptError{attempt: a, settings: &p.settings, name: s.name, err: err}
+	}
+	f := p.newest(s.name)
+	if f == nil {
+		return &attemptError{attempt: a, settings: &p.settings, name: s.name, err: errors.New("the certificate was stored, and can't be read back")}
+	}
+	s.use(f)
+	for _, failed := range a.failed { // the fallback has saved us
+		s.m.log.Warn("the certificate came from the fallback", "name", s.name, "err", failed.explain(&p.settings, s.name))
+	}
+	s.m.log.Info("certificate obtained", "name", s.name, "ca", f.issuer.ca.Directory, "expires", f.cert.Leaf.NotAfter)
+	return nil
+}
+
+// ended notes how an attempt ended, and when the next one may be.
+func (s *site) ended(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err == nil {
+		s.failures, s.problem, s.nextTry = 0, "", time.Time{}
+		return
+	}
+	wait := 0 * time.Second
+	text := err.Error()
+	var ae *attemptError
+	if errors.As(err, &ae) {
+		text = ae.explain()
+		wait = ae.backoff(s.failures)
+	}
+	serving := "nothing: connections for this name fail"
+	if c := s.cert.Load(); c != nil {
+		left := time.Until(c.Leaf.NotAfter)
+		// Short-lived certificates leave no time for long breaks.
+		wait = min(wait, max(left/4, 5*time.Second))
+		serving = fmt.Sprintf("the certificate that expires %s", c.Leaf.NotAfter.UTC().Format("2006-01-02 15:04:05 MST"))
+		if left < 0 {
+			serving = fmt.Sprintf("a certificate that expired %s: browsers refuse it", c.Leaf.NotAfter.UTC().Format("2006-01-02 15:04:05 MST"))
+		}
+	}
+	if ae != nil {
+		wait = max(wait, ae.retryAfter())
+	}
+	wait += time.Duration(rand.Int64N(int64(wait)/10 + 1))
+	s.failures++
+	s.problem, s.nextTry = text, time.Now().Add(wait)
+	s.m.log.Error("certificate can't be obtained", "name", s.name, "err", text, "serving", serving, "attempt", s.failures, "next_try", s.nextTry.UTC().Truncate(time.Second))
+}
+
+// missing is the error of a handshake for which there is no certificate.
+func (s *site) missing() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.problem != "" {
+		return fmt.Errorf("no certificate for %s yet: %s", s.name, s.problem)
+	}
+	return fmt.Errorf("no certificate for %s yet: it is being obtained", s.name)
+}
+
+// forgotten says whether an on-demand name is not wanted any more, and drops it:
+// nobody has asked for it for a third of the certificate's life, or, without
+// one, for an hour.
+func (s *site) forgotten() bool {
+	if !s.onDemand.Load() {
+		return false
+	}
+	keep := time.Hour
+	if c := s.cert.Load(); c != nil {
+		keep = max(keep, c.Leaf.NotAfter.Sub(c.Leaf.NotBefore)/3)
+	}
+	if time.Since(time.Unix(s.asked.Load(), 0)) < keep {
+		return false
+	}
+	s.m.mu.Lock()
+	defer s.m.mu.Unlock()
+	if s.m.dynamic[s.name] != s {
+		return false
+	}
+	delete(s.m.dynamic, s.name)
+	s.m.log.Info("nobody asks for a certificate on demand any more: it is not renewed", "name", s.name)
+	return true
+}

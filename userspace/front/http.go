@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -152,7 +153,7 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	}
 	f.metrics.Ended.WithLabelValues(l.name, "userspace", end).Inc()
 	args := []any{"id", r.ID, "node", f.node(), "listener", l.name, "name", r.Host,
-		"client", r.Conn.Client.String(), "downstream", r.Conn.Peer.String(),
+		"client", clientString(r.Client), "downstream", r.Conn.Peer.String(),
 		"method", r.Method, "path", r.Path, "proto", r.Proto, "status", r.Status,
 		"bytes_up", r.BytesIn, "bytes_down", r.BytesOut, "duration", seconds(time.Since(r.Started)), "datapath", "userspace", "end", end}
 	if r.Upstream != nil {
@@ -166,6 +167,14 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 		args = append(args, "err", r.Err)
 	}
 	f.log.Info("flow ended", args...)
+}
+
+// clientString leaves out a port that is not known.
+func clientString(a netip.AddrPort) string {
+	if a.Port() == 0 {
+		return a.Addr().String()
+	}
+	return a.String()
 }
 
 // prepareCertificates reads what an https listener shows. The store of a

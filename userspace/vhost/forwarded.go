@@ -88,6 +88,24 @@ func setForwarded(in *http.Request, out http.Header, info ConnInfo, id string) {
 	}
 }
 
+// clientOf is the client of a request: what a hop that is believed says that it
+// saw, which is the last of its X-Forwarded-For, else that of the connection.
+// What stands before the last may be anybody's word.
+func clientOf(r *http.Request, info ConnInfo) netip.AddrPort {
+	if !believes(info, r.TLS != nil) {
+		return info.Client
+	}
+	chain := splitList(r.Header["X-Forwarded-For"])
+	if len(chain) == 0 {
+		return info.Client
+	}
+	addr, err := netip.ParseAddr(chain[len(chain)-1])
+	if err != nil {
+		return info.Client
+	}
+	return netip.AddrPortFrom(addr.Unmap(), 0)
+}
+
 // splitList takes a list apart that may be spread over several lines.
 func splitList(lines []string) []string {
 	var out []string

@@ -206,3 +206,26 @@ func TestUnixPeer(t *testing.T) {
 		t.Errorf("got:\n%s", body)
 	}
 }
+
+// TestClientOf: the log names whom a believed hop speaks for, and nobody else's word counts.
+func TestClientOf(t *testing.T) {
+	hop, visitor := netip.MustParseAddrPort("100.64.0.2:40000"), netip.MustParseAddrPort("203.0.113.7:50000")
+	for _, c := range []struct {
+		name string
+		info ConnInfo
+		xff  []string
+		want string
+	}{
+		{"a stranger", ConnInfo{Client: visitor, Peer: visitor}, []string{"6.6.6.6"}, "203.0.113.7:50000"},
+		{"a believed hop", ConnInfo{Client: hop, Peer: hop, Trusted: true}, []string{"203.0.113.7"}, "203.0.113.7:0"},
+		{"what it passed on", ConnInfo{Client: hop, Peer: hop, Trusted: true}, []string{"6.6.6.6", "2001:db8::7"}, "[2001:db8::7]:0"},
+		{"no header", ConnInfo{Client: hop, Peer: hop, Trusted: true}, nil, "100.64.0.2:40000"},
+		{"nonsense", ConnInfo{Client: hop, Peer: hop, Trusted: true}, []string{"unknown"}, "100.64.0.2:40000"},
+		{"a PROXY header", ConnInfo{Client: visitor, Peer: hop, Trusted: true}, []string{"6.6.6.6"}, "203.0.113.7:50000"},
+	} {
+		r := &http.Request{Header: http.Header{"X-Forwarded-For": c.xff}}
+		if got := clientOf(r, c.info).String(); got != c.want {
+			t.Errorf("%s: %s, want %s", c.name, got, c.want)
+		}
+	}
+}

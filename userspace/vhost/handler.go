@@ -115,7 +115,7 @@ func (s *Server) report(x *exchange, started time.Time) {
 		return
 	}
 	q := Request{
-		Conn: x.conn.info, ID: x.id, Method: x.req.Method, Host: x.host, Path: x.req.URL.Path, Proto: x.req.Proto,
+		Conn: x.conn.info, Client: clientOf(x.req, x.conn.info), ID: x.id, Method: x.req.Method, Host: x.host, Path: x.req.URL.Path, Proto: x.req.Proto,
 		Status: x.resp.status, BytesOut: x.resp.bytes, Started: started, Duration: time.Since(started), Upstream: x.up, Err: x.err,
 	}
 	if c := x.upConn.Load(); c != nil {

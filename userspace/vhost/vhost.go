@@ -24,6 +24,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/netip"
 	"sync"
 	"time"
 )
@@ -99,7 +100,8 @@ var (
 // Request is what OnRequest learns of a request that has ended.
 type Request struct {
 	Conn     ConnInfo
-	ID       string // the path's id, as the upstream got it
+	Client   netip.AddrPort // as far back as it is believed; port 0 if a header said it
+	ID       string         // the path's id, as the upstream got it
 	Method   string
 	Host     string // as Route got it
 	Path     string // as the client sent it, without the query

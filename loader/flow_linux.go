@@ -136,11 +136,12 @@ func (f *flow) finish(end string, err error) {
 	f.forget()
 	l.give(f.slot)
 	f.mu.Unlock()
+	l.counts.live.Add(-1)
+	l.alive.Done()
 	if f.ended != nil {
 		up, down := f.count()
 		f.ended(up, down, end, err)
 	}
-	l.counts.live.Add(-1)
 }
 
 // watchAlso adds what a socket is watched for, or takes it away. Adding tells at once what is already so. What was there before

@@ -37,6 +37,7 @@ type Loader struct {
 	free     []uint32 // slots, the longest free first
 	closed   bool
 	splicing sync.WaitGroup // calls of Splice that have a slot; added to under mu
+	alive    sync.WaitGroup // flows; added to while splicing
 
 	counts counts
 }
@@ -189,6 +190,7 @@ func (l *Loader) Close() error {
 			f.finish(endCanceled, errors.New("the sockmap datapath was closed"))
 		}
 	}
+	l.alive.Wait() // for those that were about to end by themselves
 	var errs []error
 	if l.watch != nil {
 		errs = append(errs, l.watch.close())

@@ -97,6 +97,7 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (fun
 	// Our descriptors hold the sockets; the conns' would wake Go's poller at each message.
 	_ = down.Close()
 	_ = up.Close()
+	l.alive.Add(1)
 	l.live[slot].Store(f)
 	f.begin()
 	if ctx.Done() != nil {
@@ -128,7 +129,7 @@ func (f *flow) begin() {
 	for i, s := range f.sockets {
 		also := uint32(0)
 		if !f.l.rules.quiet {
-			also = unix.EPOLLIN
+			also = unix.EPOLLIN | unix.EPOLLOUT // as Go's poller does
 		}
 		f.l.watch.change(s, 2*f.slot+uint32(i), f.generation, also) // tells again what was told too early
 	}

@@ -1,0 +1,541 @@
+package loader
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// inOwnNetwork runs the rest of the test in a process of its own, in a network namespace of its own that ends with it, with
+// TCP buffers of at most 1 MiB. It returns true there.
+func inOwnNetwork(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv("TS_LDR_OWN_NETWORK") == t.Name() {
+		must(t, loopbackUp())
+		for name, value := range map[string]string{"tcp_rmem": "4096 131072 1048576", "tcp_wmem": "4096 65536 1048576"} {
+			must(t, os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(value), 0))
+		}
+		return true
+	}
+	needRoot(t)
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(os.Environ(), "TS_LDR_OWN_NETWORK="+t.Name())
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	out, err := cmd.CombinedOutput()
+	t.Logf("%s", out)
+	if err != nil {
+		t.Error(err)
+	}
+	return false
+}
+
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("needs root")
+		}
+		t.Skip("needs root")
+	}
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func loopbackUp() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	r, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	r.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, r)
+}
+
+// backlogs counts the halves that have something redirected and not yet written. The kernel retries each of them every jiffy.
+func backlogs(t *testing.T, l *Loader) (n int) {
+	for i := range l.live {
+		f := l.live[i].Load()
+		if f == nil {
+			continue
+		}
+		for j := range f.halves {
+			h := &f.halves[j]
+			written, err := h.peer().written()
+			must(t, err)
+			if written-h.written0 < h.moved() {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+func memAvailable(t *testing.T) int64 {
+	b, err := os.ReadFile("/proc/meminfo")
+	must(t, err)
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); f[0] == "MemAvailable:" {
+			n, err := strconv.ParseInt(f[1], 10, 64)
+			must(t, err)
+			return n << 10
+		}
+	}
+	t.Fatal("no MemAvailable")
+	return 0
+}
+
+// own is how much CPU this process has used.
+func own() time.Duration {
+	var u unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// 200 flows both of whose readers have stopped, and whose senders push all they can: memory is bounded, nothing polls,
+// and all arrives when the readers go on.
+func TestStalledFlows(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	stall(t, allRules, func(perFlow int64, waiting int, cpu time.Duration) {
+		if perFlow > 2*(2<<20)+2*(1<<20+1<<20)*2 { // 2 flow_buffers, and the buffers of the proxy's two sockets at twice their bytes
+			t.Errorf("%d bytes a flow are held", perFlow)
+		}
+		if waiting > 4 { // of 400
+			t.Errorf("%d backlogs wait", waiting)
+		}
+		if cpu > 20*time.Millisecond {
+			t.Errorf("%v of CPU in a second", cpu)
+		}
+	})
+}
+
+// Without the bound a flow takes whatever it is sent.
+func TestRuleBoundOff(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	r := allRules
+	r.bound = false
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	p.client.SetWriteDeadline(time.Now().Add(3 * time.Second))
+	n, _ := io.Copy(p.client, io.LimitReader(zeroes{}, 256<<20))
+	if n < 64<<20 {
+		t.Errorf("only %d bytes were taken for a reader that does not read: this test proves nothing", n)
+	}
+	t.Logf("%d MiB were taken for a reader that does not read", n>>20)
+}
+
+type zeroes struct{}
+
+func (zeroes) Read(b []byte) (int, error) { return len(b), nil }
+
+func stall(t *testing.T, r rules, judge func(perFlow int64, waiting int, cpu time.Duration)) {
+	const flows = 200
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
+	l := open(t, r, 1024)
+	var paths []*path
+	for range flows {
+		paths = append(paths, splicePath(t, l, pathOptions{}))
+	}
+	runtime.GC()
+	before := memAvailable(t)
+	var all sync.WaitGroup
+	sent, failed := make([]int64, 2*flows), make([]error, 2*flows)
+	for i, p := range paths {
+		for j, c := range []*net.TCPConn{p.client, p.server} {
+			all.Add(1)
+			go func() { // 16 MiB are more than all buffers take
+				defer all.Done()
+				c.SetWriteDeadline(time.Now().Add(60 * time.Second))
+				sent[2*i+j], failed[2*i+j] = io.CopyBuffer(struct{ io.Writer }{c}, io.LimitReader(zeroes{}, 16<<20), make([]byte, 16<<10))
+				c.CloseWrite()
+			}()
+		}
+	}
+	moved := func() (n int64) {
+		for _, p := range paths {
+			up, down := p.count()
+			n += up + down
+		}
+		return n
+	}
+	for last, still := int64(-1), 0; still < 4; time.Sleep(250 * time.Millisecond) {
+		if n := moved(); n == last {
+			still++
+		} else {
+			last, still = n, 0
+		}
+	}
+	held := before - memAvailable(t)
+	cpu0 := own()
+	time.Sleep(time.Second)
+	waiting, cpu := backlogs(t, l), own()-cpu0
+	// What clients and servers hold is not ours: their buffers are as large as ours.
+	t.Logf("%d flows stalled after %d MiB; MemAvailable fell by %d MiB, with the endpoints' buffers; %d backlogs wait, %v of CPU in a second; %+v",
+		flows, moved()>>20, held>>20, waiting, cpu, l.Stats())
+	for _, i := range l.Flows()[:2] {
+		t.Logf("%+v", i)
+	}
+	judge(held/flows, waiting, cpu)
+
+	var drained sync.WaitGroup
+	for _, p := range paths {
+		for _, c := range []*net.TCPConn{p.client, p.server} {
+			drained.Add(1)
+			go func() {
+				defer drained.Done()
+				c.SetReadDeadline(time.Now().Add(60 * time.Second))
+				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 16<<10)); n != 16<<20 || err != nil {
+					t.Errorf("%d bytes arrived, %v", n, err)
+				}
+			}()
+		}
+	}
+	all.Wait()
+	drained.Wait()
+	if err := errors.Join(failed...); err != nil {
+		t.Error(err)
+	}
+	t.Logf("%+v", l.Stats())
+}
+
+// Idle flows have no goroutine and wake nobody.
+func TestIdleFlows(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	const flows = 2000
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 16384, Max: 16384}); err != nil {
+		t.Fatal(err)
+	}
+	l := open(t, allRules, 4096)
+	lt := t
+	first := splicePath(lt, l, pathOptions{})
+	var down, up []*net.TCPConn
+	for range flows {
+		c, d := connect(t, "tcp4")
+		u, s := connect(t, "tcp4")
+		t.Cleanup(func() { c.Close(); s.Close() })
+		down, up = append(down, d), append(up, u)
+	}
+	runtime.GC()
+	goroutines, rss := runtime.NumGoroutine(), residentSet(t)
+	for i := range flows {
+		if _, err := l.Splice(t.Context(), down[i], up[i], Flow{ID: "idle", Buffer: 2 << 20, Idle: time.Hour}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	down, up = nil, nil
+	runtime.GC()
+	time.Sleep(100 * time.Millisecond)
+	if n := runtime.NumGoroutine() - goroutines; n > 2 {
+		t.Errorf("%d goroutines for %d idle flows", n, flows)
+	}
+	grown := residentSet(t) - rss
+	t.Logf("resident set grew by %d bytes a flow", grown/flows)
+	if grown/flows > 1536 {
+		t.Errorf("%d bytes of resident set a flow", grown/flows)
+	}
+	before := own()
+	time.Sleep(2 * time.Second)
+	if used := own() - before; used > 40*time.Millisecond {
+		t.Errorf("%d idle flows use %v of CPU in 2 s", flows, used)
+	}
+	_ = first
+}
+
+func residentSet(t *testing.T) int64 {
+	b, err := os.ReadFile("/proc/self/smaps_rollup")
+	must(t, err)
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); f[0] == "Rss:" {
+			n, err := strconv.ParseInt(f[1], 10, 64)
+			must(t, err)
+			return n << 10
+		}
+	}
+	return 0
+}
+
+// Messages over a spliced flow wake nobody here: they take no CPU of this process but that of the two ends.
+func TestQuiet(t *testing.T) {
+	if n := wakes(t, allRules); n != 0 {
+		t.Errorf("%d wakes for 500 messages each way", n)
+	}
+}
+
+func TestRuleQuietOff(t *testing.T) {
+	r := allRules
+	r.quiet = false
+	if n := wakes(t, r); n < 100 {
+		t.Errorf("%d wakes for 500 messages each way: this test proves nothing", n)
+	}
+}
+
+// wakes counts the events that the watcher gets while messages go to and fro.
+func wakes(t *testing.T, r rules) int {
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	f := l.live[firstLive(l)].Load()
+	// A second epoll with the same interest sees what the watcher sees, and does not take it away.
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	must(t, err)
+	defer unix.Close(fd)
+	events := uint32(quiet)
+	if !r.quiet {
+		events |= unix.EPOLLIN | unix.EPOLLOUT
+	}
+	for _, s := range f.sockets {
+		must(t, unix.EpollCtl(fd, unix.EPOLL_CTL_ADD, int(s), &unix.EpollEvent{Events: events}))
+	}
+	list, n, b := make([]unix.EpollEvent, 8), 0, make([]byte, 64)
+	for range 500 {
+		for _, way := range [][2]*net.TCPConn{{p.client, p.server}, {p.server, p.client}} {
+			if _, err := way[0].Write(b); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(way[1], b); err != nil {
+				t.Fatal(err)
+			}
+			got, err := unix.EpollWait(fd, list, 0)
+			must(t, err)
+			n += got
+		}
+	}
+	return n
+}
+
+// Nothing is left of flows that have ended: no map entry, descriptor, goroutine or kernel memory.
+func TestNothingIsLeft(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	l := open(t, allRules, 64)
+	round := func(n int) {
+		for i := range n {
+			lp := t
+			_ = lp
+			c, d := connect(t, "tcp4")
+			u, s := connect(t, "tcp4")
+			ended := make(chan string, 1)
+			if _, err := l.Splice(t.Context(), d, u, Flow{Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }}); err != nil {
+				t.Fatal(err)
+			}
+			c.Write([]byte("request"))
+			must(t, expect(s, []byte("request")))
+			s.Write([]byte("response"))
+			must(t, expect(c, []byte("response")))
+			want := endEOF
+			switch i % 3 {
+			case 0:
+				s.Close()
+				c.Close()
+			case 1:
+				c.Close()
+				s.Close()
+			case 2:
+				c.SetLinger(0)
+				c.Close()
+				want = endDownstreamReset
+				s.SetReadDeadline(time.Now().Add(5 * time.Second))
+				s.Read(make([]byte, 1))
+				s.Close()
+			}
+			select {
+			case end := <-ended:
+				if end != want && want == endEOF {
+					t.Fatalf("flow %d ended with %q", i, end)
+				}
+			case <-time.After(5 * time.Second):
+				t.Fatalf("flow %d did not end", i)
+			}
+		}
+	}
+	left := func() (descriptors, goroutines, entries int, sockets string) {
+		time.Sleep(300 * time.Millisecond)
+		runtime.GC()
+		fds, err := os.ReadDir("/proc/self/fd")
+		must(t, err)
+		for _, m := range []*ebpf.Map{l.objects.Flows, l.objects.Places} {
+			var key uint64
+			var value []byte
+			for it := m.Iterate(); it.Next(&key, &value); {
+				entries++
+			}
+		}
+		for i := range uint32(128) {
+			var cookie uint64
+			for _, m := range []*ebpf.Map{l.objects.Peers, l.objects.Sources} {
+				if m.Lookup(i, &cookie) == nil {
+					entries++
+				}
+			}
+			if l.halves[i].Source != 0 {
+				entries++
+			}
+		}
+		return len(fds), runtime.NumGoroutine(), entries, ""
+	}
+	round(300)
+	d0, g0, e0, _ := left()
+	kernel0 := slab(t)
+	round(5000)
+	d1, g1, e1, _ := left()
+	kernel1 := slab(t)
+	if d1 > d0 || g1 > g0 || e0 != 0 || e1 != 0 {
+		t.Errorf("descriptors %d then %d, goroutines %d then %d, map entries %d then %d", d0, d1, g0, g1, e0, e1)
+	}
+	// Others use the machine too: an object a flow is what would be found.
+	t.Logf("unreclaimable slab: %d then %d KiB", kernel0, kernel1)
+	if kernel1-kernel0 > 5000*4 {
+		t.Errorf("unreclaimable slab grew by %d KiB", kernel1-kernel0)
+	}
+	if s := l.Stats(); s.Flows != 0 || s.Spliced != 5300 {
+		t.Errorf("%+v", s)
+	}
+}
+
+func slab(t *testing.T) int64 {
+	b, err := os.ReadFile("/proc/meminfo")
+	must(t, err)
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); f[0] == "SUnreclaim:" {
+			n, err := strconv.ParseInt(f[1], 10, 64)
+			must(t, err)
+			return n
+		}
+	}
+	return 0
+}
+
+// What a killed daemon leaves is found and removed; what a living one has is left alone.
+func TestPins(t *testing.T) {
+	needRoot(t)
+	instance := fmt.Sprintf("ts-ldr-pins-%d", os.Getpid())
+	if i := os.Getenv("TS_LDR_PINS"); i != "" {
+		l, err := load(Options{Instance: i, MaxFlows: 16}, allRules)
+		must(t, err)
+		splicePath(t, l, pathOptions{})
+		fmt.Println("ready")
+		select {}
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestPins$")
+	cmd.Env = append(os.Environ(), "TS_LDR_PINS="+instance)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	if b := make([]byte, 5); true {
+		if _, err := io.ReadFull(out, b); err != nil || string(b) != "ready" {
+			t.Fatalf("%q %v", b, err)
+		}
+	}
+	if _, err := load(Options{Instance: instance}, allRules); err == nil || !strings.Contains(err.Error(), "another daemon") {
+		t.Errorf("a second daemon of one name: %v", err)
+	}
+	other, err := load(Options{Instance: instance + "x", MaxFlows: 16}, allRules)
+	must(t, err)
+	must(t, cmd.Process.Kill())
+	cmd.Wait()
+	dir := filepath.Join(defaultBPFFS, "tailsplice", instance)
+	if left, err := os.ReadDir(dir); err != nil || len(left) == 0 {
+		t.Fatalf("the killed daemon left %v, %v", left, err)
+	}
+	l, err := load(Options{Instance: instance, MaxFlows: 16}, allRules)
+	must(t, err)
+	if n := len(l.Flows()); n != 0 {
+		t.Errorf("%d flows of the dead daemon", n)
+	}
+	p := splicePath(t, l, pathOptions{})
+	must(t, bothWays(p, 1<<20))
+	must(t, l.Close())
+	must(t, l.Close())
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("%s is left: %v", dir, err)
+	}
+	p = splicePath(t, other, pathOptions{})
+	must(t, bothWays(p, 1<<20))
+	must(t, other.Close())
+}
+
+// What bpftool prints, what Flows gives, what TCP_INFO says and what the ends counted are the same, to the byte.
+func TestFlowsAgree(t *testing.T) {
+	l := open(t, allRules, 16)
+	p := splicePath(t, l, pathOptions{network: "tcp6"})
+	must(t, exchangeBytes(p, 123457, 7654321))
+	bpftool, err := exec.LookPath("bpftool")
+	if err != nil {
+		bpftool = "/usr/sbin/bpftool"
+	}
+	out, err := exec.Command(bpftool, "-j", "map", "dump", "pinned", l.pins.path("flows")).Output()
+	must(t, err)
+	var dump []struct {
+		Formatted struct {
+			Key   uint64
+			Value struct {
+				ID, Route, Downstream, Upstream, State string
+				DownstreamLocal                        string `json:"downstream_local"`
+				UpstreamLocal                          string `json:"upstream_local"`
+				Up, Down                               struct{ Bytes, Redirected, Passed, Trimmed int64 }
+			}
+		}
+	}
+	must(t, json.Unmarshal(out, &dump))
+	if len(dump) != 1 {
+		t.Fatalf("%d entries: %s", len(dump), out)
+	}
+	t.Logf("%s", out)
+	d, f := dump[0].Formatted.Value, l.Flows()[0]
+	if f.Up != 123457 || f.Down != 7654321 || d.Up.Bytes != f.Up || d.Down.Bytes != f.Down {
+		t.Errorf("bpftool says %+v, Flows %+v", d, f)
+	}
+	if d.ID != f.ID || d.ID != "id-"+t.Name() || d.Route != f.Route || d.Downstream != f.Downstream || d.Upstream != f.Upstream || d.State != "FLOW_SPLICED" ||
+		f.Downstream != p.client.LocalAddr().String() || f.Upstream != p.server.LocalAddr().String() || f.DownstreamLocal != p.client.RemoteAddr().String() {
+		t.Errorf("bpftool says %+v, Flows %+v", d, f)
+	}
+	up, down := p.count()
+	flow := l.live[firstLive(l)].Load()
+	for i, want := range []int64{up, down} {
+		got, err := flow.halves[i].source().received()
+		must(t, err)
+		written, err := flow.halves[i].peer().written()
+		must(t, err)
+		if int64(got) != want || int64(written-flow.halves[i].written0) != want {
+			t.Errorf("half %d: TCP_INFO says %d received and %d written, the count is %d", i, got, written-flow.halves[i].written0, want)
+		}
+	}
+}
+
+func exchangeBytes(p *path, up, down int) error {
+	a, b := pattern(up), pattern(down)
+	go p.client.Write(a)
+	err := expect(p.server, a)
+	go p.server.Write(b)
+	return errors.Join(err, expect(p.client, b))
+}

@@ -27,8 +27,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/coder/websocket"
@@ -79,6 +81,12 @@ func main() {
 		}
 	})
 	mux.HandleFunc("/status", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(int(number(r, "code", 200))) })
+	go func() { // PID 1 of a container gets no signal that it does not ask for, and docker would wait 10 s
+		c := make(chan os.Signal, 1)
+		signal.Notify(c, syscall.SIGTERM)
+		<-c
+		os.Exit(0)
+	}()
 	log.Printf("blog: listening on %s", addr)
 	log.Fatal(http.ListenAndServe(addr, mux))
 }

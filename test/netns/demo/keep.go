@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -180,8 +181,9 @@ func serveCommands(w *lab.World, down chan<- struct{}) (net.Listener, error) {
 
 // ask sends a command to the keeper.
 func ask(method, path string, form url.Values) (string, error) {
-	c := &http.Client{Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) {
-		return net.Dial("unix", keeperSocket)
+	var d net.Dialer
+	c := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return d.DialContext(ctx, "unix", keeperSocket)
 	}}}
 	req, err := http.NewRequest(method, "http://demo"+path+"?"+form.Encode(), nil)
 	if err != nil {

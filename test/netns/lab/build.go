@@ -103,6 +103,24 @@ func buildBlog(ctx context.Context) (string, error) {
 // BuildTailscaled builds the tailscaled of go.mod's version, or finds the one built before in
 // $XDG_CACHE_HOME/tailsplice: it takes minutes, and so is kept outside the repository, by its and Go's version.
 func BuildTailscaled(ctx context.Context, progress func(format string, args ...any)) (string, error) {
+	tailscaledOnce.Lock()
+	defer tailscaledOnce.Unlock()
+	if tailscaledOnce.path != "" {
+		return tailscaledOnce.path, nil
+	}
+	path, err := buildTailscaled(ctx, progress)
+	if err == nil {
+		tailscaledOnce.path = path
+	}
+	return path, err
+}
+
+var tailscaledOnce struct {
+	sync.Mutex
+	path string
+}
+
+func buildTailscaled(ctx context.Context, progress func(format string, args ...any)) (string, error) {
 	version, err := goCommand(ctx, "test/netns", nil, "list", "-m", "-f", "{{.Version}}", "tailscale.com")
 	if err != nil {
 		return "", err
@@ -132,7 +150,6 @@ func BuildTailscaled(ctx context.Context, progress func(format string, args ...a
 		return bin, nil
 	}
 	progress("lab: building tailscaled %s once, this takes minutes (kept as %s)", version, bin)
-	fmt.Fprintf(os.Stderr, "lab: building tailscaled %s once, this takes minutes (kept as %s)\n", version, bin)
 	tmp := fmt.Sprintf("%s.%d", bin, os.Getpid())
 	defer os.Remove(tmp)
 	stamp := strings.TrimPrefix(version, "v")

@@ -101,7 +101,7 @@ func (h *Host) enter() (err error) {
 	}
 	h.tid = unix.Gettid()
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("make mounts private: %w", err)
+		return fmt.Errorf("make mounts private (in a chroot, / must be a mount point): %w", err)
 	}
 	overlay := fmt.Sprintf("lowerdir=/etc,upperdir=%s/etc,workdir=%s/etc.work", h.Dir, h.Dir)
 	if err := unix.Mount("overlay", "/etc", "overlay", 0, overlay); err != nil {

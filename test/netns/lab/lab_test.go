@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -57,7 +58,7 @@ func TestHosts(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		p, err := w.EdgeA.StartProcess("openssl", []string{"openssl", "s_server", "-accept", "*:443", "-cert", "/etc/c.pem", "-key", "/etc/k.pem", "-www"}, nil)
+		p, err := w.EdgeA.StartProcess("openssl", []string{"openssl", "s_server", "-accept", "*:443", "-cert", "/etc/c.pem", "-cert_chain", "/etc/c.pem", "-key", "/etc/k.pem", "-www"}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -92,7 +93,7 @@ func TestHosts(t *testing.T) {
 		if c, err := w.Client.Dial(ctx, "tcp", w.NAT.IP4.String()+":22"); err == nil {
 			c.Close()
 			t.Error("the NAT router lets strangers in")
-		} else if ctx.Err() == nil {
+		} else if !timedOut(err) {
 			t.Errorf("the NAT router answers strangers: %v", err)
 		}
 	})
@@ -493,7 +494,7 @@ func TestImpairments(t *testing.T) {
 			if err == nil {
 				c.Close()
 				t.Errorf("silent %v: still connected", silent)
-			} else if silent && ctx.Err() == nil {
+			} else if silent && !timedOut(err) {
 				t.Errorf("silent, but the sender notices: %v", err)
 			}
 			cancel()
@@ -503,6 +504,12 @@ func TestImpairments(t *testing.T) {
 			ping(t, dial(w.EdgeA))
 		}
 	})
+}
+
+// timedOut says whether nobody answered at all.
+func timedOut(err error) bool {
+	ne, ok := errors.AsType[net.Error](err)
+	return ok && ne.Timeout()
 }
 
 // serve hands each connection to f, and closes it.
@@ -519,11 +526,12 @@ func serve(ln net.Listener, f func(net.Conn)) {
 	}
 }
 
-// ping is the round trip of a few bytes to an echo.
+// ping is the round trip of a few bytes to an echo. After a move TCP tries again after 3.2, 6.6, 13, 26 s, so
+// that a tailscaled which needs 7 s to find its way makes it 13.
 func ping(t *testing.T, c net.Conn) time.Duration {
 	t.Helper()
 	begin := time.Now()
-	c.SetDeadline(begin.Add(20 * time.Second))
+	c.SetDeadline(begin.Add(40 * time.Second))
 	if _, err := io.WriteString(c, "hello"); err != nil {
 		t.Fatal(err)
 	}

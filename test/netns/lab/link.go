@@ -160,6 +160,8 @@ func (h *Host) Uplink() string {
 
 // Roam moves the host to another of its uplinks (the laptop's are "wifi" and "hotspot"), which are in different
 // networks: the new one comes up, then the old one goes away with its address, as when one leaves a building.
+// tailscaled finds its way in 0.1 to 8 s; what TCP then still waits for is its retransmission timer (3.2, 6.6, 13 s
+// after the move on an idle connection).
 func (h *Host) Roam(dev string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

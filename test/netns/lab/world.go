@@ -76,6 +76,12 @@ func Start(tb testing.TB, o Options) *World {
 	begin := time.Now()
 	ctx, cancel := context.WithTimeout(tb.Context(), 10*time.Minute) // tailscaled's first build takes long
 	defer cancel()
+	if !o.NoTailnet {
+		// go test shows what a test logs when it is over: say at once why it takes so long.
+		if _, err := BuildTailscaled(ctx, func(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }); err != nil {
+			tb.Fatal(err)
+		}
+	}
 	w, err := New(ctx, o)
 	if err != nil {
 		tb.Fatal(err)

@@ -61,6 +61,9 @@ func command(args []string) int {
 	return 0
 }
 
+// maxTime ends every run, whatever hangs. A run that goes well needs less than 20 minutes.
+const maxTime = 25 * time.Minute
+
 func run(args []string) error {
 	var o conduct.Options
 	flags := flag.NewFlagSet("bench run", flag.ExitOnError)
@@ -106,6 +109,8 @@ func run(args []string) error {
 
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, maxTime)
+	defer cancel()
 	own, err := topology.NewRun()
 	if err != nil {
 		return err
@@ -114,11 +119,8 @@ func run(args []string) error {
 	o.Dir = own.Dir
 	r, err := conduct.Run(ctx, o)
 	if err != nil {
-		if r != nil && len(r.Results) == 0 {
-			r.Finish()
-			r.Table(os.Stderr)
-		}
-		return err
+		// What there is by now may still tell something.
+		r.Fail("the run ended early: %v", err)
 	}
 	if err := write(r, *out); err != nil {
 		return err
@@ -126,7 +128,7 @@ func run(args []string) error {
 	r.Table(os.Stdout)
 	fmt.Printf("\nwritten: %s/bench.json, bench.txt (benchstat), bench.svg\n", *out)
 	if n := len(r.Failures); n > 0 {
-		return fmt.Errorf("%d times bytes or flows were lost: see FAILED above", n)
+		return fmt.Errorf("%d failures: see FAILED above", n)
 	}
 	return nil
 }

@@ -38,6 +38,12 @@ const (
 	fullTime  = 18 * time.Minute
 )
 
+// leastScale is the least part of a test's duration that is still worth to be run.
+const leastScale = 0.25
+
+// lateness is how far a test that has begun may go beyond the time that there is.
+const lateness = 20 * time.Second
+
 // conductor is a run in one topology.
 type conductor struct {
 	*Options
@@ -62,7 +68,10 @@ func Run(ctx context.Context, o Options) (*report.Run, error) {
 	}
 	r := report.New(o.Quick, o.Rounds)
 	begin := time.Now()
-	defer func() { r.Seconds = math.Round(time.Since(begin).Seconds()) }()
+	defer func() {
+		r.Seconds = math.Round(time.Since(begin).Seconds())
+		r.Finish()
+	}()
 	if busy := idleMachine(); busy > 0.05 {
 		r.Warn("the machine was %.0f%% busy before the run began: expect noise", busy*100)
 		o.Progress("warning: %s", r.Warnings[len(r.Warnings)-1])
@@ -82,7 +91,6 @@ func Run(ctx context.Context, o Options) (*report.Run, error) {
 			return r, fmt.Errorf("%s: %w", name, err)
 		}
 	}
-	r.Finish()
 	return r, nil
 }
 
@@ -153,7 +161,7 @@ func (c *conductor) start(ctx context.Context) error {
 	case c.topology.Name == "tailnet":
 		others = []string{"nginx", "goproxy"}
 	case c.Quick:
-		others = []string{system.HAProxySplice, "nginx", "goproxy"}
+		others = []string{system.HAProxySplice, "nginx"}
 	}
 	names := append([]string{system.Direct, system.HAProxy}, slices.DeleteFunc(slices.Concat(others, ours), func(n string) bool {
 		return !chosen(c.Systems, n)
@@ -203,9 +211,9 @@ func (c *conductor) measure(ctx context.Context) error {
 		}
 		scale = 1
 	}
-	if scale < 0.3 {
+	if scale < leastScale {
 		c.run.Warn("%s: there is too little time for all %d systems: what doesn't fit is left out", c.topology.Name, len(c.systems))
-		scale = 0.3
+		scale = leastScale
 	}
 	for i, t := range plan {
 		if time.Now().After(c.deadline) {
@@ -237,6 +245,10 @@ func (c *conductor) test(ctx context.Context, t *test, d time.Duration) error {
 		defer c.topology.SetLoss(0)
 	}
 	for round := range c.rounds(t) {
+		if over := time.Since(c.deadline); over > lateness {
+			c.run.LeftOut = append(c.run.LeftOut, fmt.Sprintf("%s %s: no time for more than %d rounds", c.topology.Name, t.name, round))
+			return nil
+		}
 		values := map[string][]value{}
 		for _, s := range c.systems {
 			if s.MaxFlows > 0 && t.flows > s.MaxFlows {

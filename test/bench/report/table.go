@@ -71,7 +71,10 @@ func number(v float64) string {
 		return ""
 	case a >= 10000:
 		s := fmt.Sprintf("%.0f", v)
-		return s[:len(s)-3] + "," + s[len(s)-3:]
+		for i := len(s) - 3; i > 0 && s[i-1] != '-'; i -= 3 {
+			s = s[:i] + "," + s[i:]
+		}
+		return s
 	case a >= 100 || v == 0:
 		return fmt.Sprintf("%.0f", v)
 	case a >= 10:

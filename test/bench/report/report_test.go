@@ -1,0 +1,181 @@
+package report
+
+import (
+	"bytes"
+	"encoding/json"
+	"encoding/xml"
+	"io"
+	"math"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// sampleRun has direct twice as fast as HAProxy, give or take noise, and ours at factor times HAProxy.
+func sampleRun(factor, noise float64) *Run {
+	r := New(true, 5)
+	r.Versions[haproxy] = "HAProxy 1"
+	for round, wobble := range []float64{1, 1 + noise, 1 - noise, 1 + noise/2, 1 - noise/2} {
+		machine := 1 + 0.1*float64(round) // which gets faster, and that must not matter
+		add := func(system, measure string, v float64) { r.Add("veth", system, measure, round, v) }
+		add(direct, "bulk_down", 2000*machine)
+		add(again, "bulk_down", 2000*machine*wobble)
+		add(haproxy, "bulk_down", 1000*machine)
+		add("tailsplice/userspace", "bulk_down", 1000*machine*factor)
+		add(direct, "idle_bytes", 0)
+		add(again, "idle_bytes", 100*(wobble-1))
+		add(haproxy, "idle_bytes", 10000)
+		add("tailsplice/userspace", "idle_bytes", 10000*factor)
+		add(haproxy, "proxy_cpu_per_gib_up", wobble)
+		add("tailsplice/userspace", "proxy_cpu_per_gib_up", factor)
+	}
+	r.Finish()
+	return r
+}
+
+func TestVerdicts(t *testing.T) {
+	for _, c := range []struct {
+		name                   string
+		factor, noise          float64
+		bulk, idle, proportion string
+	}{
+		{"clearly more", 1.5, 0.02, "better", "worse", "worse"},
+		{"clearly less", 0.7, 0.02, "worse", "better", "better"},
+		{"less than noise", 1.05, 0.10, "same", "worse", "same"},
+		{"equal", 1, 0.02, "same", "same", "same"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := sampleRun(c.factor, c.noise)
+			for measure, want := range map[string]string{"bulk_down": c.bulk, "idle_bytes": c.idle, "proxy_cpu_per_gib_up": c.proportion} {
+				res := r.find("veth", "tailsplice/userspace", measure)
+				if res.VersusHAProxy != want {
+					t.Errorf("%s: %q, want %q: ratio %v, noise %v", measure, res.VersusHAProxy, want, *res.RatioToHAProxy, *res.Noise)
+				}
+			}
+			res := r.find("veth", "tailsplice/userspace", "bulk_down")
+			if math.Abs(*res.RatioToHAProxy-c.factor) > 1e-9 || math.Abs(*res.RatioToDirect-c.factor/2) > 1e-9 {
+				t.Errorf("ratios %v and %v: they have to be taken within a round", *res.RatioToHAProxy, *res.RatioToDirect)
+			}
+			if res.Median != round(1200*c.factor) || res.Unit != "MiB/s" || res.Spread != round(100*c.factor) {
+				t.Errorf("median %v spread %v %s", res.Median, res.Spread, res.Unit)
+			}
+			if r.find("veth", again, "bulk_down") != nil {
+				t.Error("direct again is among the results")
+			}
+			if r.find("veth", "tailsplice/userspace", "idle_bytes").RatioToDirect != nil {
+				t.Error("a ratio to zero")
+			}
+		})
+	}
+}
+
+// Rounds that disagree about the direction are no difference, whatever their median.
+func TestRoundsMustAgree(t *testing.T) {
+	base := []float64{1, 1, 1, 1, 1}
+	if v := verdict([]float64{1.5, 1.5, 1.5, 0.5, 0.5}, base, 1.5, 0.1, "higher"); v != "same" {
+		t.Error(v)
+	}
+	if v := verdict([]float64{1.5, 1.5, 1.5, 1.5, 0.5}, base, 1.5, 0.1, "higher"); v != "better" {
+		t.Error(v)
+	}
+}
+
+func TestUnits(t *testing.T) {
+	for measure, want := range map[string]string{
+		"bulk_up": "MiB/s higher", "loss1_down": "MiB/s higher", "cpu_per_gib_up": "s/GiB lower", "proxy_cpu_per_gib_down": "s/GiB lower",
+		"rr_rate_c1": "1/s higher", "rr16k_p99_c256": "us lower", "new_flows": "1/s higher", "new_flows_p99": "us lower",
+		"first_byte_p50": "us lower", "idle_bytes": "B lower", "stopped_bytes": "B lower", "stopped_cpu": "CPUs lower",
+	} {
+		if got := Unit(measure) + " " + better(measure); got != want {
+			t.Errorf("%s: %s, want %s", measure, got, want)
+		}
+	}
+}
+
+func TestFile(t *testing.T) {
+	r := sampleRun(1.5, 0.02)
+	r.Add("veth", "nginx", "bulk_down", 2, 900) // all other rounds failed
+	r.Fail("a flow was lost")
+	r.Finish()
+	file := filepath.Join(t.TempDir(), "bench.json")
+	if err := r.Write(file); err != nil {
+		t.Fatal(err)
+	}
+	got, err := Read(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(got.Results) != len(r.Results) || len(got.Failures) != 1 || got.Versions[haproxy] == "" || got.Machine.CPUs == 0 {
+		t.Errorf("read %+v", got)
+	}
+	b, _ := json.Marshal(got.Results[0])
+	for _, k := range []string{"system", "topology", "measure", "median", "spread", "unit", "ratio_to_haproxy", "ratio_to_direct"} {
+		if !strings.Contains(string(b), `"`+k+`"`) {
+			t.Errorf("no %s in %s", k, b)
+		}
+	}
+	if n := len(got.find("veth", "nginx", "bulk_down").Samples); n != 1 {
+		t.Errorf("%d samples of one round", n)
+	}
+}
+
+func TestCompare(t *testing.T) {
+	for _, c := range []struct {
+		name       string
+		factor     float64
+		worse      int
+		differ, no string
+	}{
+		{"much slower", 1.0, 1, "-33.3% worse", "bulk_up"},
+		{"as before", 1.5, 0, "5 compared", "worse "},
+		{"within noise", 1.49, 0, "no different", " better"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var out strings.Builder
+			worse := sampleRun(c.factor, 0.02).Compare(&out, sampleRun(1.5, 0.02))
+			if worse != c.worse || !strings.Contains(out.String(), c.differ) {
+				t.Errorf("%d worse, want %d, and %q in:\n%s", worse, c.worse, c.differ, out.String())
+			}
+		})
+	}
+}
+
+func TestChartIsXML(t *testing.T) {
+	r := sampleRun(1.5, 0.02)
+	r.Machine.Model = `<&"`
+	var b bytes.Buffer
+	r.Chart(&b)
+	d := xml.NewDecoder(&b)
+	bars := 0
+	for {
+		tok, err := d.Token()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e, ok := tok.(xml.StartElement); ok && e.Name.Local == "rect" {
+			bars++
+		}
+	}
+	if bars != 3+2 {
+		t.Errorf("%d bars", bars)
+	}
+}
+
+func TestTableMarksNoise(t *testing.T) {
+	var b strings.Builder
+	sampleRun(1.01, 0.05).Table(&b)
+	if !strings.Contains(b.String(), "~1.01") || !strings.Contains(b.String(), "ts/userspace") {
+		t.Error(b.String())
+	}
+}
+
+func TestNumber(t *testing.T) {
+	for v, want := range map[float64]string{0: "0", 0.0123: "0.012", 1.234: "1.23", 12.34: "12.3", 1234: "1234", 12345: "12,345", 1234567: "1,234,567", -1276000: "-1,276,000"} {
+		if got := number(v); got != want {
+			t.Errorf("%v: %s, want %s", v, got, want)
+		}
+	}
+}

@@ -25,6 +25,7 @@ type runOptions struct {
 	drain     time.Duration
 	logFormat string
 	logLevel  string
+	knownBad  bool
 }
 
 func newRun() *cobra.Command {
@@ -47,6 +48,7 @@ after --drain-timeout; a second one ends at once.`,
 	cmd.Flags().DurationVar(&o.drain, "drain-timeout", 30*time.Second, "how long connections may take to end after TERM")
 	cmd.Flags().StringVar(&o.logFormat, "log-format", "auto", "text, json, or auto: text on a terminal and JSON elsewhere")
 	cmd.Flags().StringVar(&o.logLevel, "log-level", "info", "debug, info, warn or error")
+	cmd.Flags().BoolVar(&o.knownBad, "allow-known-bad-kernel", false, "use the sockmap datapath also on kernels known to lose or repeat spliced bytes: connections may be corrupted silently")
 	return cmd
 }
 
@@ -89,9 +91,10 @@ func run(ctx context.Context, o runOptions) error {
 		defer metricsListener.Close()
 	}
 
-	datapaths, missing, closeDatapaths := loadDatapaths(cfg, log)
+	options, closeDatapaths := loadDatapaths(cfg, o.knownBad, log)
 	defer closeDatapaths()
-	f, err := front.New(cfg, front.Options{Log: log, Version: version(), Datapaths: datapaths, Missing: missing})
+	options.Log, options.Version = log, version()
+	f, err := front.New(cfg, options)
 	if err != nil {
 		return err
 	}

@@ -107,6 +107,15 @@ func (c *Client) newAPI() (*client.Client, error) {
 // Host returns the daemon's address in use, such as unix:///var/run/docker.sock.
 func (c *Client) Host() string { return c.host }
 
+// Ping asks the daemon for its containers, and says whether they can be reached
+// from here.
+func (c *Client) Ping(ctx context.Context) error {
+	if _, _, err := c.current(ctx, true); err != nil {
+		return err
+	}
+	return c.reachable()
+}
+
 // Resolve returns the addresses of the running container, or of the running
 // containers of the service, that name stands for, at least one. A container's
 // networks come in the order of their names, IPv4 first in each; a service's

@@ -25,7 +25,7 @@ func NewID() string {
 	return hex.EncodeToString(b[:])
 }
 
-// Flow is one live flow. Its fields other than Bytes are fixed before Add.
+// Flow is one live flow. Its fields are fixed before Add.
 type Flow struct {
 	ID         string // the path's id, shared by every hop
 	Listener   string
@@ -35,8 +35,11 @@ type Flow struct {
 	Downstream string // peer address of the accepted connection
 	Upstream   string // peer address of the dialled connection
 	Target     string // how the config writes the target
-	Datapath   string
 	Started    time.Time
+
+	// Datapath returns the datapath that has the flow now. It must be safe to
+	// call at any time.
+	Datapath func() string
 
 	// Bytes returns what has moved so far: up (from downstream to upstream)
 	// and down. It must be safe to call at any time.
@@ -123,7 +126,10 @@ func (r *Registry) Snapshot() []Snapshot {
 	out := make([]Snapshot, 0, len(live))
 	for _, f := range live {
 		s := Snapshot{ID: f.ID, Listener: f.Listener, Route: f.Route, Name: f.Name, Client: f.Client,
-			Downstream: f.Downstream, Upstream: f.Upstream, Target: f.Target, Datapath: f.Datapath, Started: f.Started}
+			Downstream: f.Downstream, Upstream: f.Upstream, Target: f.Target, Started: f.Started}
+		if f.Datapath != nil {
+			s.Datapath = f.Datapath()
+		}
 		if f.Bytes != nil {
 			s.BytesUp, s.BytesDown = f.Bytes()
 		}

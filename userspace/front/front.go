@@ -41,9 +41,10 @@ type Options struct {
 	Log     *slog.Logger
 	Version string
 
-	// Datapaths are those that work on this machine, best first; userspace is
-	// always there and is not listed.
-	Datapaths []relay.Datapath
+	// Datapaths are those that work on this machine; userspace is always
+	// there and is not listed. Auto are those of them that `datapath: auto`
+	// tries, best first.
+	Datapaths, Auto []relay.Datapath
 	// Missing says why a datapath that configuration may name is not there.
 	Missing map[string]string
 }

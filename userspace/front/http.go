@@ -115,7 +115,7 @@ func publicName(r *rule) string {
 func (h *httpServer) serve(in *inbound) {
 	f := h.front
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: "by request", Name: in.name,
-		Client: in.client.String(), Downstream: in.peer.String(), Target: "by request", Datapath: "userspace",
+		Client: in.client.String(), Downstream: in.peer.String(), Target: "by request", Datapath: func() string { return userspace },
 		Started: in.accepted, Bytes: func() (up, down int64) { return in.bytesIn.Load(), in.bytesOut.Load() }}
 	f.flows.Add(fl)
 	err := h.server.ServeConn(in)
@@ -151,11 +151,11 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	if r.Err != nil {
 		end = "error"
 	}
-	f.metrics.Ended.WithLabelValues(l.name, "userspace", end).Inc()
+	f.metrics.Ended.WithLabelValues(l.name, userspace, end).Inc()
 	args := []any{"id", r.ID, "node", f.node(), "listener", l.name, "name", r.Host,
 		"client", clientString(r.Client), "downstream", r.Conn.Peer.String(),
 		"method", r.Method, "path", r.Path, "proto", r.Proto, "status", r.Status,
-		"bytes_up", r.BytesIn, "bytes_down", r.BytesOut, "duration", seconds(time.Since(r.Started)), "datapath", "userspace", "end", end}
+		"bytes_up", r.BytesIn, "bytes_down", r.BytesOut, "duration", seconds(time.Since(r.Started)), "datapath", userspace, "end", end}
 	if r.Upstream != nil {
 		target, _, _ := strings.Cut(r.Upstream.Key, " ")
 		args = append(args, "route", r.Upstream.Route, "target", target)

@@ -56,8 +56,11 @@ func (r *rule) via() string {
 	if len(r.datapaths) > 0 {
 		return r.datapaths[0].Name()
 	}
-	return "userspace"
+	return userspace
 }
+
+// userspace is the datapath that is always there.
+const userspace = "userspace"
 
 // accepts says whether a hello with these protocols may take the rule.
 func (r *rule) accepts(alpn []string) bool {
@@ -133,10 +136,10 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 // one wants to know. auto takes what there is.
 func (f *Front) chooseDatapaths(word string) ([]relay.Datapath, error) {
 	switch word {
-	case "userspace":
+	case userspace:
 		return nil, nil
 	case "auto":
-		return f.opts.Datapaths, nil
+		return f.opts.Auto, nil
 	}
 	for i, d := range f.opts.Datapaths {
 		if d.Name() == word {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -93,16 +94,23 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 	if r.sendProxy {
 		preface = f.proxyHeader(in, hello).Append(nil)
 	}
-	counters := new(relay.Counters)
+	counters, demoted := new(relay.Counters), new(atomic.Bool)
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.name, Name: in.name,
 		Client: in.client.String(), Downstream: in.peer.String(), Upstream: remoteString(up),
-		Target: r.written, Datapath: r.via(), Started: in.accepted, Bytes: counters.Load}
+		Target: r.written, Started: in.accepted, Bytes: counters.Load,
+		Datapath: func() string {
+			if demoted.Load() {
+				return userspace
+			}
+			return r.via()
+		}}
 	rtt := [2]time.Duration{roundTrip(in.TCPConn), roundTrip(up)}
 	f.flows.Add(fl)
 	relay.Run(f.ctx, in.TCPConn, up, relay.Options{
 		Preface: preface, Head: in.takeAhead(), Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
 		Counters: counters, ID: in.id, Route: r.name, Datapaths: r.datapaths,
 		Refused: func(datapath string, reason error) {
+			demoted.Store(true)
 			f.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
 		},
 	}, func(res relay.Result) {

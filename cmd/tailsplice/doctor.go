@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/tailsplice/tailsplice/loader"
+	"github.com/tailsplice/tailsplice/userspace/admin"
+	"github.com/tailsplice/tailsplice/userspace/container"
+	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/tailnet"
+)
+
+// askPatience bounds how long doctor waits for one of the daemons that it asks.
+const askPatience = 3 * time.Second
+
+// leastMTU is IPv6's, and what tailscaled gives its interface.
+const leastMTU = 1280
+
+// report is what doctor found.
+type report struct {
+	Machine  []loader.Finding `json:"machine"`
+	SelfTest []loader.Finding `json:"self_test"` // of the sockmap datapath
+	Services []loader.Finding `json:"services"`
+}
+
+func newDoctor() *cobra.Command {
+	var control string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Say what this machine has and lacks, and what to do about it",
+		Long: `Say what this machine has and lacks for tailsplice, and what to do about it.
+
+Nothing that is missing keeps the userspace datapath from working. As root it
+also proves on loopback that this kernel splices rightly; without root it says
+what it could not see. The exit status is 0 whatever it finds.`,
+		Example: `  sudo tailsplice doctor
+  tailsplice doctor --json | jq '.machine[] | select(.state != "ok")'`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r := report{Machine: loader.Probe(), SelfTest: loader.SelfTest(loader.Options{}), Services: services(cmd.Context(), control)}
+			if asJSON {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc.SetIndent("", "  ")
+				return enc.Encode(r)
+			}
+			printReport(cmd.OutOrStdout(), r)
+			return nil
+		},
+	}
+	controlFlag(cmd, &control)
+	jsonFlag(cmd, &asJSON)
+	return cmd
+}
+
+// services looks at what tailsplice works with: each may be missing where the
+// configuration doesn't need it.
+func services(ctx context.Context, control string) []loader.Finding {
+	return []loader.Finding{
+		findTailscaled(ctx),
+		ask1(ctx, "docker", "only needed for docker:// targets", func(ctx context.Context) (string, error) {
+			c := container.New("", slog.New(slog.DiscardHandler))
+			return "answers at " + c.Host(), c.Ping(ctx)
+		}),
+		ask1(ctx, "daemon", "start it with `tailsplice run`, or name its socket with --control", func(ctx context.Context) (string, error) {
+			var s front.Status
+			err := admin.Client{Socket: control}.Get(ctx, "status", &s)
+			return fmt.Sprintf("%s runs as %s with %s", s.Version, s.Node, plural(s.Flows, "flow")), err
+		}),
+	}
+}
+
+// ask1 makes a finding of an answer.
+func ask1(ctx context.Context, name, advice string, ask func(context.Context) (string, error)) loader.Finding {
+	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	defer cancel()
+	detail, err := ask(ctx)
+	if err != nil {
+		return loader.Finding{Name: name, State: loader.StateDegraded, Detail: err.Error(), Advice: advice}
+	}
+	return loader.Finding{Name: name, State: loader.StateOK, Detail: detail}
+}
+
+// findTailscaled looks at tailscaled and the interface that it made.
+func findTailscaled(ctx context.Context) loader.Finding {
+	f := ask1(ctx, "tailscaled", "only needed for tailnet targets, tailnet listeners, and accept_proxy by identity", func(ctx context.Context) (string, error) {
+		id, err := tailnet.New("", slog.New(slog.DiscardHandler)).Self(ctx)
+		return id.String(), err
+	})
+	if f.State != loader.StateOK {
+		return f
+	}
+	ifs, err := net.Interfaces()
+	if err != nil {
+		f.State, f.Detail = loader.StateDegraded, f.Detail+": its interface can't be seen: "+err.Error()
+		return f
+	}
+	for _, i := range ifs {
+		addrs, _ := i.Addrs()
+		for _, a := range addrs {
+			p, ok := a.(*net.IPNet)
+			if !ok {
+				continue
+			}
+			if ip, ok := netip.AddrFromSlice(p.IP); ok && tailnet.Contains(ip.Unmap()) {
+				f.Detail += fmt.Sprintf(", %s has an MTU of %d", i.Name, i.MTU)
+				if i.MTU < leastMTU {
+					f.State, f.Advice = loader.StateDegraded, fmt.Sprintf("less than %d breaks IPv6: unset TS_DEBUG_MTU", leastMTU)
+				}
+				return f
+			}
+		}
+	}
+	f.State, f.Detail = loader.StateDegraded, f.Detail+": no interface has its addresses"
+	f.Advice = "run tailscaled without --tun=userspace-networking: what is not in the kernel can't be spliced there"
+	return f
+}
+
+func printReport(w io.Writer, r report) {
+	colour := term.IsTerminal(int(os.Stdout.Fd()))
+	section := func(title string, findings []loader.Finding) {
+		fmt.Fprintf(w, "%s\n", title)
+		tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		for _, f := range findings {
+			fmt.Fprintf(tw, "  %s\t%s\t%s\n", mark(f.State, colour), f.Name, f.Detail)
+			if f.Advice != "" {
+				fmt.Fprintf(tw, "  %s\t\t→ %s\n", mark("", colour), f.Advice)
+			}
+		}
+		tw.Flush()
+	}
+	section("this machine", r.Machine)
+	section("the sockmap datapath, tried on loopback", r.SelfTest)
+	section("what it works with", r.Services)
+}
+
+// mark is a state, coloured for people. All marks are of the same width, so
+// that the columns stay straight.
+func mark(s loader.State, colour bool) string {
+	text := fmt.Sprintf("%-8s", s)
+	if !colour {
+		return text
+	}
+	code := map[loader.State]string{loader.StateOK: "32", loader.StateDegraded: "33", loader.StateMissing: "31"}[s]
+	if code == "" {
+		code = "39"
+	}
+	return "\x1b[" + code + "m" + text + "\x1b[0m"
+}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -62,14 +63,19 @@ connection over the tailnet. The same program runs on every hop of the way.`,
   printf '%s\n' 'listeners:' '  - listen: [":443"]' '    mode: sni' '    default: { forward: tailnet://home:443 }' >edge.yaml
   tailsplice check --config edge.yaml
   tailsplice run --config edge.yaml`,
-		SilenceUsage:      true,
-		SilenceErrors:     true,
-		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: false},
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return &usageError{fmt.Errorf("there is no command %q", args[0])}
+		SilenceUsage:               true,
+		SilenceErrors:              true,
+		CompletionOptions:          cobra.CompletionOptions{HiddenDefaultCmd: false},
+		SuggestionsMinimumDistance: 2, // typing mistakes in a name
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return nil
 			}
-			return nil
+			nearest := ""
+			if names := cmd.SuggestionsFor(args[0]); len(names) > 0 {
+				nearest = ", did you mean " + strings.Join(names, " or ") + "?"
+			}
+			return &usageError{fmt.Errorf("there is no command %q%s", args[0], nearest)}
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}

@@ -184,7 +184,9 @@ wrong is printed, and the exit status is 1.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
 			defer cancel()
-			return admin.Client{Socket: control}.Reload(ctx)
+			notes, err := admin.Client{Socket: control}.Reload(ctx)
+			fmt.Fprint(cmd.ErrOrStderr(), notes)
+			return err
 		},
 	}
 	controlFlag(cmd, &control)

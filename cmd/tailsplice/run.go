@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -54,6 +56,9 @@ after --drain-timeout; a second one ends at once.`,
 
 // run is the daemon's life from start to end.
 func run(ctx context.Context, o runOptions) error {
+	if o.drain < 0 {
+		return &usageError{fmt.Errorf("--drain-timeout %s: a time has no sign; 0 cuts at once", o.drain)}
+	}
 	log, err := newLogger(o)
 	if err != nil {
 		return err
@@ -75,7 +80,7 @@ func run(ctx context.Context, o runOptions) error {
 	defer cancel()
 
 	control, err := admin.Listen(cfg.Control.Socket)
-	if os.IsPermission(err) && os.Getuid() != 0 {
+	if errors.Is(err, fs.ErrPermission) && os.Getuid() != 0 {
 		log.Warn("no control socket: `tailsplice status` and `reload` will not reach this daemon: set control.socket to a path of your own", "err", err)
 	} else if err != nil {
 		return err
@@ -100,16 +105,19 @@ func run(ctx context.Context, o runOptions) error {
 	}
 	defer f.Close()
 
-	reload := func() error {
+	reload := func() ([]string, error) {
 		daemon.SdNotify(false, daemon.SdNotifyReloading)
 		defer daemon.SdNotify(false, daemon.SdNotifyReady)
-		err := reload(f, o.config, log)
+		notes, err := reload(f, o.config, cfg.Control)
 		if err != nil {
 			log.Error("the configuration was not changed", "err", err)
-			return err
+			return nil, err
+		}
+		for _, n := range notes {
+			log.Warn(n)
 		}
 		log.Info("the configuration was reloaded", "config", o.config)
-		return nil
+		return notes, nil
 	}
 	if control != nil {
 		d := admin.Daemon{
@@ -142,16 +150,23 @@ func run(ctx context.Context, o runOptions) error {
 }
 
 // reload brings a changed configuration into force, or says why not. Of the
-// control section nothing changes: its sockets are bound once.
-func reload(f *front.Front, file string, log *slog.Logger) error {
+// control section nothing changes, since its sockets are bound once; notes
+// say so, and what is odd about the configuration.
+func reload(f *front.Front, file string, bound config.Control) (notes []string, err error) {
 	cfg, err := config.Load(file)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	if err := f.Reload(cfg); err != nil {
+		return nil, err
 	}
 	for _, w := range cfg.Warnings {
-		log.Warn(w.Error())
+		notes = append(notes, w.Error())
 	}
-	return f.Reload(cfg)
+	if cfg.Control.Socket != bound.Socket || cfg.Control.Metrics != bound.Metrics {
+		notes = append(notes, "control is as it was when the daemon started: restart it to change that section")
+	}
+	return notes, nil
 }
 
 // drain lets the flows end; a second signal or the deadline cuts them.

@@ -25,11 +25,12 @@ import (
 )
 
 // Daemon is what the socket shows and does. Status and Flows return values
-// that encoding/json can write.
+// that encoding/json can write. The notes of Reload are for the person who
+// asked for it: what is odd about a configuration that is now in force.
 type Daemon struct {
 	Status func() any
 	Flows  func() any
-	Reload func() error
+	Reload func() (notes []string, err error)
 }
 
 // Handler serves d.
@@ -44,8 +45,14 @@ func (d Daemon) Handler() http.Handler {
 	mux.HandleFunc("GET /v1/status", show(d.Status))
 	mux.HandleFunc("GET /v1/flows", show(d.Flows))
 	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, _ *http.Request) {
-		if err := d.Reload(); err != nil {
+		notes, err := d.Reload()
+		if err != nil {
 			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
+			return
+		}
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		for _, n := range notes {
+			fmt.Fprintln(w, n)
 		}
 	})
 	return mux
@@ -53,10 +60,14 @@ func (d Daemon) Handler() http.Handler {
 
 // Listen binds the control socket at path, readable and writable for its
 // owner only. A socket that a dead daemon left is replaced; that of a live one
-// is an error.
+// is an error, and so is a file of another kind. The error wraps
+// [fs.ErrPermission] where the process may not make the socket there.
 func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("control socket: %w", err)
+		return nil, fmt.Errorf("control socket %s: %w", path, err)
+	}
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
+		return nil, fmt.Errorf("control socket %s: something that is no socket is there: move it away, or choose another control.socket", path)
 	}
 	if c, err := net.Dial("unix", path); err == nil {
 		c.Close()
@@ -68,19 +79,19 @@ func Listen(path string) (net.Listener, error) {
 	// made in a directory of its own and then moved to its place.
 	dir, err := os.MkdirTemp(filepath.Dir(path), ".control-")
 	if err != nil {
-		return nil, fmt.Errorf("control socket: %w", err)
+		return nil, fmt.Errorf("control socket %s: %w", path, err)
 	}
 	defer os.RemoveAll(dir)
 	made := filepath.Join(dir, "s")
 	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: made, Net: "unix"})
 	if err != nil {
-		return nil, fmt.Errorf("control socket: %w", err)
+		return nil, fmt.Errorf("control socket %s: %w", path, err)
 	}
 	ln.SetUnlinkOnClose(false)
 	err = errors.Join(os.Chmod(made, 0o600), os.Rename(made, path))
 	if err != nil {
 		ln.Close()
-		return nil, fmt.Errorf("control socket: %w", err)
+		return nil, fmt.Errorf("control socket %s: %w", path, err)
 	}
 	return &socket{ln, path}, nil
 }
@@ -151,9 +162,10 @@ func (c Client) Get(ctx context.Context, noun string, v any) error {
 	return json.Unmarshal(body, v)
 }
 
-// Reload asks the daemon to read its configuration again. The error is the
-// daemon's reason for keeping the old one.
-func (c Client) Reload(ctx context.Context) error {
-	_, err := c.do(ctx, http.MethodPost, "/v1/reload")
-	return err
+// Reload asks the daemon to read its configuration again. notes is what there
+// is to say about the new one, one a line; the error is the daemon's reason for
+// keeping the old one.
+func (c Client) Reload(ctx context.Context) (notes string, err error) {
+	body, err := c.do(ctx, http.MethodPost, "/v1/reload")
+	return string(body), err
 }

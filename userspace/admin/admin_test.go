@@ -37,21 +37,26 @@ func serve(t *testing.T, d Daemon) Client {
 func TestClient(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
+	var notes []string
 	var reload error
 	c := serve(t, Daemon{
 		Status: func() any { return map[string]int{"flows": 7} },
 		Flows:  func() any { return []string{"a"} },
-		Reload: func() error { return reload },
+		Reload: func() ([]string, error) { return notes, reload },
 	})
 	var status map[string]int
 	if err := c.Get(ctx, "status", &status); err != nil || status["flows"] != 7 {
 		t.Errorf("status: %v %v", status, err)
 	}
-	if err := c.Reload(ctx); err != nil {
-		t.Errorf("reload: %v", err)
+	if got, err := c.Reload(ctx); err != nil || got != "" {
+		t.Errorf("reload: %q %v", got, err)
+	}
+	notes = []string{"this is odd", "and that"}
+	if got, err := c.Reload(ctx); err != nil || got != "this is odd\nand that\n" {
+		t.Errorf("reload with notes: %q %v", got, err)
 	}
 	reload = errors.New("edge.yaml:3:5: unknown key\nedge.yaml:4:5: unknown key")
-	if err := c.Reload(ctx); err == nil || err.Error() != reload.Error() {
+	if _, err := c.Reload(ctx); err == nil || err.Error() != reload.Error() {
 		t.Errorf("reload error: %v", err)
 	}
 	fi, err := os.Stat(c.Socket)
@@ -78,8 +83,22 @@ func TestListenRefusesALiveDaemonAndReplacesADeadOne(t *testing.T) {
 	ln.Close()
 }
 
+func TestListenRefusesToReplaceAFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "notes.txt")
+	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if ln, err := Listen(path); err == nil {
+		ln.Close()
+		t.Error("a file was replaced by a socket")
+	}
+	if b, _ := os.ReadFile(path); string(b) != "precious" {
+		t.Errorf("the file holds %q now", b)
+	}
+}
+
 func TestNoDaemon(t *testing.T) {
-	err := Client{Socket: filepath.Join(t.TempDir(), "none")}.Reload(t.Context())
+	_, err := Client{Socket: filepath.Join(t.TempDir(), "none")}.Reload(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "tailsplice run") {
 		t.Errorf("got %v: want a hint", err)
 	}

@@ -289,7 +289,7 @@ func (f *Front) Drain(ctx context.Context) error {
 	select {
 	case <-done:
 	case <-ctx.Done():
-		err = fmt.Errorf("%d flows were cut at the deadline", f.flows.Len())
+		err = fmt.Errorf("flows cut before their end: %d", f.flows.Len())
 	}
 	f.Close()
 	return err

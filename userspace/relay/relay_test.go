@@ -30,6 +30,8 @@ func TestCases(t *testing.T) {
 		size relaytest.Size
 	}{
 		{"tcp4", relaytest.Loopback{}, relaytest.DefaultSize()},
+		// Parking would hide that a pump has missed something: a new one starts by reading.
+		{"never parked", relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{}, time.Hour)}, small},
 		{"tcp6 to tcp4", relaytest.Loopback{Down: "tcp6"}, small},
 		{"tcp to unix", relaytest.Loopback{Up: "unix"}, small},
 		{"unix to tcp", relaytest.Loopback{Down: "unix"}, small},

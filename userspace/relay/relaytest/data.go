@@ -121,7 +121,7 @@ func bulkAndQuiet(t *testing.T, p Path, s Size) {
 			}
 			sent <- nil
 		}()
-		return errors.Join(in.receive(to, bursts*(burst+30*message)), <-sent)
+		return joinSender(in.receive(to, bursts*(burst+30*message)), from, sent)
 	}
 	other := make(chan error, 1)
 	go func() { other <- way(server, client) }()

@@ -74,6 +74,22 @@ func resetBehindData(t *testing.T, p Path, s Size) {
 	}
 }
 
+// resetBehindWaiting: what the path had acknowledged still arrives when the reader is slow, but not for good, to take it.
+func resetBehindWaiting(t *testing.T, p Path, s Size) {
+	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+		must(t, to.(*net.TCPConn).SetReadBuffer(64<<10))
+		const n = 400 << 10 // more than the reader's window, less than the buffers before it
+		out := newStream()
+		in := *out
+		must(t, out.send(from, n))
+		must(t, waitAcked(from))
+		abort(from)
+		time.Sleep(100 * time.Millisecond)
+		must(t, in.receive(to, n))
+		wantReset(t, to)
+	})
+}
+
 // resetMidStream: both streams are in full flow. The other end never sees a proper end.
 func resetMidStream(t *testing.T, p Path, s Size) {
 	for range s.Repeat {

@@ -110,14 +110,15 @@ func transfer(from, to net.Conn, n int64) error {
 	in := *out
 	sent := make(chan error, 1)
 	go func() { sent <- out.send(from, n) }()
-	err := in.receive(to, n)
+	return joinSender(in.receive(to, n), from, sent)
+}
+
+// joinSender waits for the sender too, but not if the reader has failed.
+func joinSender(err error, from net.Conn, sent chan error) error {
 	if err != nil {
-		from.SetWriteDeadline(time.Unix(1, 0)) // nobody reads on
+		from.SetWriteDeadline(time.Unix(1, 0))
 	}
-	if err := errors.Join(err, <-sent); err != nil {
-		return err
-	}
-	return nil
+	return errors.Join(err, <-sent)
 }
 
 // transferAll is transfer and the end of the stream.

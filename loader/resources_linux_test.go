@@ -235,8 +235,6 @@ func TestIdleFlows(t *testing.T) {
 		t.Fatal(err)
 	}
 	l := open(t, allRules, 4096)
-	lt := t
-	first := splicePath(lt, l, pathOptions{})
 	var down, up []*net.TCPConn
 	for range flows {
 		c, d := connect(t, "tcp4")
@@ -259,7 +257,8 @@ func TestIdleFlows(t *testing.T) {
 	}
 	grown := residentSet(t) - rss
 	t.Logf("resident set grew by %d bytes a flow", grown/flows)
-	if grown/flows > 1536 {
+	if grown/flows > 1536 && !raceEnabled { // the race detector has memory of its own
+
 		t.Errorf("%d bytes of resident set a flow", grown/flows)
 	}
 	before := own()
@@ -267,7 +266,6 @@ func TestIdleFlows(t *testing.T) {
 	if used := own() - before; used > 40*time.Millisecond {
 		t.Errorf("%d idle flows use %v of CPU in 2 s", flows, used)
 	}
-	_ = first
 }
 
 func residentSet(t *testing.T) int64 {
@@ -339,8 +337,6 @@ func TestNothingIsLeft(t *testing.T) {
 	l := open(t, allRules, 64)
 	round := func(n int) {
 		for i := range n {
-			lp := t
-			_ = lp
 			c, d := connect(t, "tcp4")
 			u, s := connect(t, "tcp4")
 			ended := make(chan string, 1)
@@ -377,7 +373,7 @@ func TestNothingIsLeft(t *testing.T) {
 			}
 		}
 	}
-	left := func() (descriptors, goroutines, entries int, sockets string) {
+	left := func() (descriptors, goroutines, entries int) {
 		time.Sleep(300 * time.Millisecond)
 		runtime.GC()
 		fds, err := os.ReadDir("/proc/self/fd")
@@ -400,13 +396,13 @@ func TestNothingIsLeft(t *testing.T) {
 				entries++
 			}
 		}
-		return len(fds), runtime.NumGoroutine(), entries, ""
+		return len(fds), runtime.NumGoroutine(), entries
 	}
 	round(300)
-	d0, g0, e0, _ := left()
+	d0, g0, e0 := left()
 	kernel0 := slab(t)
 	round(5000)
-	d1, g1, e1, _ := left()
+	d1, g1, e1 := left()
 	kernel1 := slab(t)
 	if d1 > d0 || g1 > g0 || e0 != 0 || e1 != 0 {
 		t.Errorf("descriptors %d then %d, goroutines %d then %d, map entries %d then %d", d0, d1, g0, g1, e0, e1)

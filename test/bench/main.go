@@ -70,6 +70,7 @@ func run(args []string) error {
 	mode := flags.String("mode", "full", "quick (under 3 minutes) or full (under 20)")
 	out := flags.String("out", "build", "`directory` for bench.json, bench.txt, bench.svg")
 	flags.StringVar(&o.Tailsplice, "tailsplice", "build/tailsplice", "the daemon's binary")
+	flags.StringVar(&o.Baseline, "baseline", "", "another build of the daemon, to compare with in the same rounds")
 	flags.StringVar(&o.GoProxy, "goproxy", "build/bench-goproxy", "the plain Go proxy's binary")
 	flags.StringVar(&o.Traefik, "traefik", os.Getenv("TRAEFIK"), "traefik's binary; empty leaves it out")
 	flags.IntVar(&o.Rounds, "rounds", 5, "rounds of each test")
@@ -89,7 +90,7 @@ func run(args []string) error {
 	}
 	o.Quick = *mode == "quick"
 	o.Topologies, o.Tests, o.Systems, o.Datapaths = split(*topologies), split(*tests), split(*systems), split(*datapaths)
-	for _, p := range []*string{&o.Tailsplice, &o.GoProxy, &o.Traefik} {
+	for _, p := range []*string{&o.Tailsplice, &o.Baseline, &o.GoProxy, &o.Traefik} {
 		if *p == "" {
 			continue
 		}

@@ -27,7 +27,8 @@ type Options struct {
 	Datapaths  []string      // nil = all that the daemon says it has
 	Dir        string        // of the run: configurations, logs
 	Tailsplice string        // binary of the daemon
-	GoProxy    string        // binary of the baseline
+	Baseline   string        // binary of another build of the daemon to compare with, or ""
+	GoProxy    string        // binary of the plain Go proxy
 	Traefik    string        // binary, or ""
 	Progress   func(format string, args ...any)
 }
@@ -128,7 +129,7 @@ func (o *Options) in(ctx context.Context, name string, r *report.Run, left time.
 	defer c.agents.close()
 	c.builder = &system.Builder{
 		Topology: c.topology, Dir: filepath.Join(o.Dir, name),
-		Tailsplice: o.Tailsplice, GoProxy: o.GoProxy, Traefik: o.Traefik,
+		Tailsplice: o.Tailsplice, GoProxy: o.GoProxy, Traefik: o.Traefik, Baseline: o.Baseline,
 	}
 	defer c.builder.Close()
 	if err := c.start(ctx); err != nil {
@@ -149,6 +150,9 @@ func (c *conductor) start(ctx context.Context) error {
 	}
 	var ours []string
 	for _, d := range datapaths {
+		if c.Baseline != "" {
+			ours = append(ours, "baseline/"+d)
+		}
 		ours = append(ours, "tailsplice/"+d)
 	}
 	others := []string{"dnat", system.HAProxySplice, "nginx", "sniproxy", "socat", "goproxy"}
@@ -193,7 +197,7 @@ func (c *conductor) measure(ctx context.Context) error {
 		switch {
 		case c.Quick && !t.quick, !chosen(c.Tests, t.name):
 			continue
-		case c.topology.Name == "tailnet" && !t.tailnet, t.loss > 0 && c.topology.SetLoss == nil, t.far && !c.topology.Far.IsValid():
+		case c.topology.Name == "tailnet" && (t.tailnet == never || c.Quick && t.tailnet != inQuick), t.loss > 0 && c.topology.SetLoss == nil, t.far && !c.topology.Far.IsValid():
 			continue
 		}
 		plan = append(plan, t)

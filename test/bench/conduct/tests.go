@@ -17,7 +17,7 @@ type test struct {
 	duration time.Duration // of one cell in a full run, before it is scaled to the time that there is
 	fixed    time.Duration // what a cell takes besides
 	quick    bool          // part of a quick run
-	tailnet  bool          // makes sense where tailscaled is the bottleneck
+	tailnet  mode          // the least run in which it is made over the tailnet, where tailscaled is the bottleneck
 	far      bool          // over the path with a delay
 	loss     float64       // of the packets between client and proxy
 	flows    int           // that a system has to be fit to hold
@@ -63,6 +63,15 @@ func (c *cellRun) job(kind agent.Kind, flows, size int) agent.Job {
 	return agent.Job{Kind: kind, Addr: addr, Flows: flows, Size: size, Duration: c.time}
 }
 
+// mode is a kind of run.
+type mode int
+
+const (
+	never mode = iota
+	inFull
+	inQuick
+)
+
 const (
 	mib = 1 << 20
 	gib = 1 << 30
@@ -72,10 +81,10 @@ const (
 func tests(maxFlows int, quick bool) []*test {
 	const bulkFlows = 4
 	list := []*test{
-		bulk("bulk_down", agent.Down, bulkFlows, test{duration: time.Second, quick: true, tailnet: true}),
-		bulk("bulk_up", agent.Up, bulkFlows, test{duration: time.Second, quick: true, tailnet: true}),
-		requests("c32", 32, 200, test{quick: true, tailnet: true}),
-		requests("c1", 1, 200, test{quick: true, tailnet: true}),
+		bulk("bulk_down", agent.Down, bulkFlows, test{duration: time.Second, quick: true, tailnet: inQuick}),
+		bulk("bulk_up", agent.Up, bulkFlows, test{duration: time.Second, quick: true, tailnet: inFull}),
+		requests("c32", 32, 200, test{quick: true, tailnet: inQuick}),
+		requests("c1", 1, 200, test{quick: true, tailnet: inFull}),
 		connects(),
 		firstByte(),
 	}
@@ -190,7 +199,7 @@ func micros(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e3 }
 
 // connects is whole flows one after the other, 32 at a time: connect, hello, 64 bytes each way, end.
 func connects() *test {
-	return &test{name: "new_flows", duration: 800 * time.Millisecond, quick: true, tailnet: true, flows: 32,
+	return &test{name: "new_flows", duration: 800 * time.Millisecond, quick: true, tailnet: inQuick, flows: 32,
 		run: func(ctx context.Context, c *cellRun) error {
 			a := c.conductor.agents
 			r, err := a.run(ctx, c.job(agent.Connects, 32, 64))
@@ -208,7 +217,7 @@ func connects() *test {
 
 // firstByte is the same, one at a time: from the connect to the first byte of the answer.
 func firstByte() *test {
-	return &test{name: "first_byte", duration: 300 * time.Millisecond, quick: true, tailnet: true,
+	return &test{name: "first_byte", duration: 300 * time.Millisecond, quick: true, tailnet: inFull,
 		run: func(ctx context.Context, c *cellRun) error {
 			a := c.conductor.agents
 			r, err := a.run(ctx, c.job(agent.Connects, 1, 64))

@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"math"
 	"os"
 	"slices"
@@ -293,7 +292,7 @@ func (r *Run) columns(topology string) []string {
 			return 1
 		case n == haproxy:
 			return 2
-		case strings.HasPrefix(n, "tailsplice/"):
+		case strings.HasPrefix(n, "tailsplice/"), strings.HasPrefix(n, "baseline/"):
 			return 4
 		}
 		return 3
@@ -303,11 +302,13 @@ func (r *Run) columns(topology string) []string {
 }
 
 func (r *Run) topologies() []string {
-	seen := map[string]bool{}
+	var names []string
 	for _, res := range r.Results {
-		seen[res.Topology] = true
+		if !slices.Contains(names, res.Topology) {
+			names = append(names, res.Topology)
+		}
 	}
-	return slices.Sorted(maps.Keys(seen))
+	return names
 }
 
 func (r *Run) find(topology, system, measure string) *Result {

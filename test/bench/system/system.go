@@ -60,7 +60,8 @@ type Builder struct {
 	Topology   *topology.Topology
 	Dir        string // for rendered configurations, logs and sockets
 	Tailsplice string // path of our daemon's binary
-	GoProxy    string // path of the baseline's binary
+	Baseline   string // path of another build of our daemon to compare with, or ""
+	GoProxy    string // path of the plain Go proxy's binary
 	Traefik    string // path of traefik's binary, or ""
 
 	started []*System
@@ -159,10 +160,14 @@ func (b *Builder) launch(s *System, port uint16) (err error) {
 		config("traefik-routes.yaml")
 		argv = []string{b.Traefik, "--configfile=" + config("traefik.yaml")}
 		s.Version = version(b.Traefik, "version")
-	case "tailsplice":
+	case "tailsplice", "baseline":
+		bin := b.Tailsplice
+		if kind == "baseline" {
+			bin = b.Baseline
+		}
 		words["DATAPATH"] = datapath
-		argv = []string{b.Tailsplice, "run", "--log-level", "warn", "--config", config("tailsplice.yaml")}
-		s.Version = version(b.Tailsplice, "version")
+		argv = []string{bin, "run", "--log-level", "warn", "--config", config("tailsplice.yaml")}
+		s.Version = version(bin, "version")
 	default:
 		return errors.New("no such system")
 	}

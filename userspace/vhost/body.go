@@ -54,9 +54,10 @@ func (b *body) arm() {
 	}
 }
 
-// end takes the deadline away: past the body, a read that waits is the server
-// watching for the client to leave, and must be able to wait as long as the
-// answer takes.
+// end notes how the body ended, and hands the trailers on. The deadline is left
+// alone: past the body, the read that waits is the server's own, watching for
+// the client to leave; it has taken the deadline away (HTTP/1), and sets one
+// when it wants that read to end.
 func (b *body) end(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -68,7 +69,6 @@ func (b *body) end(err error) {
 		b.failed = err
 		return
 	}
-	b.control.SetReadDeadline(time.Time{})
 	if b.out == nil {
 		return
 	}

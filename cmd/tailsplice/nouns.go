@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/front"
@@ -84,6 +85,24 @@ func ask(cmd *cobra.Command, control, noun string, asJSON bool, v any, people fu
 	return nil
 }
 
+// printACME tells of one name whose certificate comes by ACME.
+func printACME(w io.Writer, a acme.Status) {
+	fmt.Fprintf(w, "    %s: %s", a.Name, a.State)
+	if !a.NotAfter.IsZero() {
+		fmt.Fprintf(w, ", until %s", a.NotAfter.UTC().Format("2006-01-02 15:04 MST"))
+	}
+	if !a.RenewAt.IsZero() && a.State == acme.StateValid {
+		fmt.Fprintf(w, ", renewed about %s", a.RenewAt.UTC().Format("2006-01-02 15:04 MST"))
+	}
+	if !a.NextTry.IsZero() {
+		fmt.Fprintf(w, ", next try %s", a.NextTry.UTC().Format("2006-01-02 15:04 MST"))
+	}
+	fmt.Fprintln(w)
+	if a.Problem != "" {
+		fmt.Fprintf(w, "      %s\n", a.Problem)
+	}
+}
+
 func printStatus(w io.Writer, s front.Status, now time.Time) {
 	fmt.Fprintf(w, "%s: tailsplice %s, up %s, %s\n", s.Node, s.Version, age(s.Started, now), plural(s.Flows, "flow"))
 	fmt.Fprintf(w, "config %s, loaded %s ago\n", s.Config, age(s.Loaded, now))
@@ -100,11 +119,17 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 			fmt.Fprintf(w, "  PROXY headers are believed from %s\n", strings.Join(l.AcceptProxy, ", "))
 		}
 		for _, c := range l.Certificates {
-			fmt.Fprintf(w, "  certificate %s for %s", c.Source, strings.Join(c.Names, ", "))
+			fmt.Fprintf(w, "  certificate %s", c.Source)
+			if len(c.Names) > 0 {
+				fmt.Fprintf(w, " for %s", strings.Join(c.Names, ", "))
+			}
 			if !c.NotAfter.IsZero() {
 				fmt.Fprintf(w, ", until %s", c.NotAfter.Format(time.DateOnly))
 			}
 			fmt.Fprintln(w)
+		}
+		for _, a := range l.ACME {
+			printACME(w, a)
 		}
 		tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		for _, r := range l.Routes {

@@ -104,7 +104,14 @@ func (s hookSolver) Wait(ctx context.Context, _ acme.Challenge) error {
 
 // CleanUp removes the record also when the attempt was broken off.
 func (s hookSolver) CleanUp(ctx context.Context, ch acme.Challenge) error {
-	return s.h.run(context.WithoutCancel(ctx), "cleanup", ch.DNS01TXTRecordName()+".", ch.DNS01KeyAuthorization())
+	hurry := ctx.Err() != nil // the daemon may be ending
+	ctx = context.WithoutCancel(ctx)
+	if hurry {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+	}
+	return s.h.run(ctx, "cleanup", ch.DNS01TXTRecordName()+".", ch.DNS01KeyAuthorization())
 }
 
 // tail keeps the end of what is written to it.

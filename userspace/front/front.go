@@ -8,6 +8,7 @@
 //	service.go  the configuration, compiled: routes, rules, certificates
 //	splice.go   sni and tcp: hello, route, dial, relay, log
 //	http.go     http and https: the same by request
+//	certificates.go  what https listeners show, and how ACME gets at them
 //	status.go   what can be seen from outside
 //
 // It is the only package that imports its siblings.
@@ -25,6 +26,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -57,6 +59,7 @@ type Front struct {
 
 	tailnet    *tailnet.Client
 	containers *container.Client
+	acme       *acme.Manager
 	dialer     *dial.Dialer
 	limiter    *limit.Limiter
 	flows      *flow.Registry
@@ -96,6 +99,7 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.metrics = metrics.New(opts.Version, f.flows.Len)
 	f.tailnet = tailnet.New("", opts.Log)
 	f.containers = container.New("", opts.Log)
+	f.acme = acme.New(opts.Log)
 	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers}
 	f.limiter = limit.New(math.MaxInt, math.MaxInt) // set by apply
 	f.spare.file, _ = os.Open(os.DevNull)
@@ -132,6 +136,11 @@ func (f *Front) apply(cfg *config.Config) error {
 	services := map[string]*service{}
 	var swaps []func() // what changes a listener that goes on; can't fail
 	var errs []error
+	if swap, err := f.prepareACME(cfg); err != nil {
+		errs = append(errs, err)
+	} else {
+		swaps = append(swaps, swap)
+	}
 	for i := range cfg.Listeners {
 		c := &cfg.Listeners[i]
 		l := f.listeners[c.Name]
@@ -141,9 +150,10 @@ func (f *Front) apply(cfg *config.Config) error {
 		s, err := f.compile(cfg, c)
 		if err == nil && c.Mode == "https" {
 			var certs *tlsterm.Store
+			var managed []*acme.Source
 			var swap func()
-			if certs, swap, err = f.prepareCertificates(cfg, c, l.certs); err == nil {
-				swaps = append(swaps, func() { swap(); l.certs = certs })
+			if certs, managed, swap, err = f.prepareCertificates(c, l.certs); err == nil {
+				swaps = append(swaps, func() { swap(); l.certs, l.managed = certs, managed })
 			}
 		}
 		if err != nil {
@@ -307,4 +317,5 @@ func (f *Front) Close() {
 		}
 	}
 	f.conns.Wait()
+	f.acme.Close()
 }

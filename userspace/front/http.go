@@ -29,10 +29,10 @@ type httpServer struct {
 // nil for http.
 func (f *Front) newHTTPServer(l *listener, certs *tlsterm.Store) *httpServer {
 	ctx, stop := context.WithCancel(f.ctx)
-	o := vhost.Options{Node: f.node(), Log: f.log, OnRequest: func(r vhost.Request) { f.requestEnded(l, r) },
+	o := vhost.Options{Node: f.node(), Log: f.log, Answer: f.acme.ServeChallenge, OnRequest: func(r vhost.Request) { f.requestEnded(l, r) },
 		Route: func(host, path string) (*vhost.Upstream, error) { return l.service.Load().routeRequest(host, path) }}
 	if certs != nil {
-		o.TLS = certs.Config()
+		o.TLS = f.answeringChallenges(certs.Config())
 		go certs.Run(ctx)
 	}
 	return &httpServer{front: f, server: vhost.New(o), stop: stop}
@@ -175,33 +175,4 @@ func clientString(a netip.AddrPort) string {
 		return a.Addr().String()
 	}
 	return a.String()
-}
-
-// prepareCertificates reads what an https listener shows. The store of a
-// listener that goes on is changed by apply, which can't fail; a new listener
-// gets a store of its own.
-func (f *Front) prepareCertificates(cfg *config.Config, l *config.Listener, old *tlsterm.Store) (store *tlsterm.Store, apply func(), err error) {
-	var specs []tlsterm.Spec
-	var errs []error
-	for i := range l.Certificates {
-		c := &l.Certificates[i]
-		switch {
-		case c.Files != nil:
-			specs = append(specs, tlsterm.Spec{Cert: c.Files.Cert, Key: c.Files.Key})
-		case c.Tailscale:
-			specs = append(specs, tlsterm.Spec{Name: "tailscale", GetCertificate: f.tailnet.GetCertificate,
-				Covers: func(name string) bool { return strings.HasSuffix(name, ".ts.net") }})
-		default:
-			errs = append(errs, fmt.Errorf("%s:%s: acme certificates are not in this version: use files, or tailscale: true", cfg.File, c.Pos))
-		}
-	}
-	if len(errs) > 0 {
-		return nil, nil, errors.Join(errs...)
-	}
-	if old != nil {
-		apply, err = old.Prepare(specs)
-		return old, apply, err
-	}
-	store, err = tlsterm.Load(specs, f.log)
-	return store, func() {}, err
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/relay"
@@ -23,6 +24,7 @@ type listener struct {
 	service    atomic.Pointer[service]
 	http       *httpServer    // http and https only
 	certs      *tlsterm.Store // https only
+	managed    []*acme.Source // likewise: those of certs that come by ACME
 }
 
 // service is one listener's configuration, ready to be used. It is immutable:

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
@@ -45,6 +46,7 @@ type ListenerStatus struct {
 	Bound        []string       `json:"bound"`  // as bound now
 	AcceptProxy  []string       `json:"accept_proxy,omitempty"`
 	Certificates []tlsterm.Info `json:"certificates,omitempty"`
+	ACME         []acme.Status  `json:"acme,omitempty"` // the names of certificates that come by ACME
 	Routes       []RouteStatus  `json:"routes"`
 }
 
@@ -88,6 +90,9 @@ func (f *Front) Status() Status {
 		}
 		if l.certs != nil {
 			ls.Certificates = l.certs.Certificates()
+		}
+		for _, src := range l.managed {
+			ls.ACME = append(ls.ACME, src.Status()...)
 		}
 		for addr, sock := range f.sockets {
 			if sock.owner.Load() == l {

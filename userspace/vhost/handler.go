@@ -46,6 +46,10 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		x.whole = true
 		return
 	}
+	if s.opts.Answer != nil && s.opts.Answer(x.resp, r) {
+		x.whole = true
+		return
+	}
 	up, err := s.opts.Route(x.host, routePath(r))
 	if err == nil && up == nil {
 		err = ErrNoHost

@@ -71,6 +71,10 @@ type Options struct {
 	// for each request, so a reload needs no new Server.
 	Route func(host, path string) (*Upstream, error)
 
+	// Answer, if not nil, sees each request before Route does, and returns true
+	// if it has answered: what an ACME authority asks for.
+	Answer func(http.ResponseWriter, *http.Request) bool
+
 	// TLS terminates TLS on each connection; nil serves plain HTTP/1.1, and
 	// HTTP/2 with prior knowledge. It should offer h2 and http/1.1.
 	TLS *tls.Config

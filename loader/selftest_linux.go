@@ -104,7 +104,6 @@ type trial struct {
 	ended          chan string
 	count          func() (up, down int64)
 	cancel         context.CancelFunc
-	slot           uint32
 }
 
 func (t *trial) connect() error {

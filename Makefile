@@ -11,9 +11,9 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 # The lab has a module of its own, so that its heavy imports stay out of ours.
 LAB         := test/netns
+BENCH_DIR   := test/bench
 # So has the benchmark: see `make bench`.
 BENCHDIR    := test/bench
-# Packages whose tests make namespaces of their own would disturb each other's timing.
 TESTFLAGS   ?=
 # go.mod names the Go version; an older go fetches that one by itself.
 export GOTOOLCHAIN ?= auto
@@ -41,7 +41,8 @@ test-unit: ## Unit tests with the race detector, and the build for other systems
 
 .PHONY: test-lab
 test-lab: ## The path over a real tailnet, in network namespaces (root)
-	cd $(LAB) && go test -timeout 25m $(TESTFLAGS) ./...
+	cd $(LAB) && go test -timeout 25m -p 1 $(TESTFLAGS) ./...
+	cd $(BENCH_DIR) && go test $(TESTFLAGS) ./...
 
 .PHONY: demo
 demo: provision build ## Show the whole path at work; KEEP=1 leaves it up
@@ -59,8 +60,8 @@ lint: ## gofmt, vet and staticcheck, for Linux and macOS
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted; exit 1; }
 	go vet ./... && GOOS=darwin go vet ./...
 	go run $(STATICCHECK) ./...
-	cd $(LAB) && go vet ./... && go run $(STATICCHECK) ./...
-	bash -n scripts/* .ci/run
+	for m in $(LAB) $(BENCH_DIR); do (cd $$m && go vet ./... && go run $(STATICCHECK) ./...); done
+	for f in scripts/* .ci/run; do bash -n $$f; done
 
 .PHONY: generate
 generate: ## Generate code, schema and BPF objects again

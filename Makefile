@@ -11,7 +11,6 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 # The lab has a module of its own, so that its heavy imports stay out of ours.
 LAB         := test/netns
-BENCH_DIR   := test/bench
 # So has the benchmark: see `make bench`.
 BENCHDIR    := test/bench
 TESTFLAGS   ?=
@@ -42,7 +41,7 @@ test-unit: ## Unit tests with the race detector, and the build for other systems
 .PHONY: test-lab
 test-lab: ## The path over a real tailnet, in network namespaces (root)
 	cd $(LAB) && go test -timeout 25m -p 1 $(TESTFLAGS) ./...
-	cd $(BENCH_DIR) && go test $(TESTFLAGS) ./...
+	cd $(BENCHDIR) && go test $(TESTFLAGS) ./...
 
 .PHONY: demo
 demo: provision build ## Show the whole path at work; KEEP=1 leaves it up
@@ -60,7 +59,7 @@ lint: ## gofmt, vet and staticcheck, for Linux and macOS
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted; exit 1; }
 	go vet ./... && GOOS=darwin go vet ./...
 	go run $(STATICCHECK) ./...
-	for m in $(LAB) $(BENCH_DIR); do (cd $$m && go vet ./... && go run $(STATICCHECK) ./...); done
+	for m in $(LAB) $(BENCHDIR); do (cd $$m && go vet ./... && go run $(STATICCHECK) ./...); done
 	for f in scripts/* .ci/run; do bash -n $$f; done
 
 .PHONY: generate

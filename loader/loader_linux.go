@@ -48,9 +48,10 @@ type rules struct {
 	drain, kick, reset bool
 	quiet              bool // no EPOLLIN for spliced sockets
 	order              bool // copy only when what was redirected is written
+	both               bool // upstream gets a verdict, too
 }
 
-var allRules = rules{bound: true, trim: true, fin: true, drain: true, kick: true, reset: true, quiet: true, order: true}
+var allRules = rules{bound: true, trim: true, fin: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true}
 
 // New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what a dead daemon left there, and
 // proves on loopback that this kernel splices rightly. The caller closes the Loader.

@@ -90,7 +90,7 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (fun
 	}
 	// From here on bytes may move, and there is no way back. If upstream has ended or broken
 	// meanwhile, its direction is copied to the end.
-	if err := l.objects.Sources.Put(2*slot+1, uint64(f.sockets[1])); err != nil {
+	if !l.rules.both || l.objects.Sources.Put(2*slot+1, uint64(f.sockets[1])) != nil {
 		f.halves[1].copying.Store(true)
 	}
 

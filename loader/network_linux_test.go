@@ -1,0 +1,280 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"net"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// lan is two namespaces with a cable between them: the process's own, where the proxy is, and that of both ends. They are
+// gone when the process is.
+type lan struct {
+	t    *testing.T
+	here netns.NsHandle
+	ends netns.NsHandle
+	veth netlink.Link // our end of the cable
+}
+
+const (
+	lanHere = "10.88.0.1"
+	lanEnds = "10.88.0.2"
+)
+
+func newLAN(t *testing.T) *lan {
+	n := &lan{t: t}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var err error
+	n.here, err = netns.Get()
+	must(t, err)
+	n.ends, err = netns.New() // and enters it
+	must(t, err)
+	must(t, netns.Set(n.here))
+	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ts-ldr-here"}, PeerName: "ts-ldr-ends"}))
+	n.veth, err = netlink.LinkByName("ts-ldr-here")
+	must(t, err)
+	peer, err := netlink.LinkByName("ts-ldr-ends")
+	must(t, err)
+	must(t, netlink.LinkSetNsFd(peer, int(n.ends)))
+	up := func(name, addr string) {
+		l, err := netlink.LinkByName(name)
+		must(t, err)
+		a, err := netlink.ParseAddr(addr + "/24")
+		must(t, err)
+		must(t, netlink.AddrAdd(l, a))
+		must(t, netlink.LinkSetUp(l))
+	}
+	up("ts-ldr-here", lanHere)
+	must(t, netns.Set(n.ends))
+	up("ts-ldr-ends", lanEnds)
+	must(t, netns.Set(n.here))
+	return n
+}
+
+// atEnds runs f in the namespace of the ends.
+func (n *lan) atEnds(f func() error) {
+	n.t.Helper()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	must(n.t, netns.Set(n.ends))
+	err := f()
+	must(n.t, netns.Set(n.here))
+	must(n.t, err)
+}
+
+// splice makes a flow whose ends are on the other side of the cable.
+func (n *lan) splice(l *Loader, o pathOptions) *path {
+	n.t.Helper()
+	lc := net.ListenConfig{}
+	lc.SetMultipathTCP(false)
+	d := net.Dialer{}
+	d.SetMultipathTCP(false)
+	p := &path{t: n.t, ended: make(chan result, 1)}
+	listen := func(at string) *net.TCPListener {
+		ln, err := lc.Listen(context.Background(), "tcp4", at+":0")
+		must(n.t, err)
+		return ln.(*net.TCPListener)
+	}
+	front := listen(lanHere)
+	defer front.Close()
+	var back *net.TCPListener
+	n.atEnds(func() error {
+		back = listen(lanEnds)
+		c, err := d.Dial("tcp4", front.Addr().String())
+		if err == nil {
+			p.client = c.(*net.TCPConn)
+		}
+		return err
+	})
+	defer back.Close()
+	var err error
+	p.down, err = front.AcceptTCP()
+	must(n.t, err)
+	c, err := d.Dial("tcp4", back.Addr().String())
+	must(n.t, err)
+	p.up = c.(*net.TCPConn)
+	p.server, err = back.AcceptTCP()
+	must(n.t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	p.cancel = cancel
+	p.count, err = l.Splice(ctx, p.down, p.up, Flow{ID: "lan", Buffer: max(o.buffer, 1<<20),
+		Ended: func(up, down int64, end string, err error) { p.ended <- result{up, down, end, err} }})
+	must(n.t, err)
+	n.t.Cleanup(func() { cancel(); p.client.Close(); p.server.Close() })
+	return p
+}
+
+// lose drops a part of what comes in at our end of the cable, and of what comes in at the other.
+func (n *lan) lose(oneIn int32) {
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
+		asm.FnGetPrandomU32.Call(),
+		asm.Mod.Imm32(asm.R0, oneIn),
+		asm.JEq.Imm32(asm.R0, 0, "drop"),
+		asm.Mov.Imm(asm.R0, -1), // TCX_NEXT
+		asm.Return(),
+		asm.Mov.Imm(asm.R0, 2).WithSymbol("drop"), // TCX_DROP
+		asm.Return(),
+	}})
+	must(n.t, err)
+	for _, attach := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
+		l, err := link.AttachTCX(link.TCXOptions{Interface: n.veth.Attrs().Index, Program: program, Attach: attach})
+		must(n.t, err)
+		n.t.Cleanup(func() { l.Close() })
+	}
+	n.t.Cleanup(func() { program.Close() })
+}
+
+func TestVeth(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	n, l := newLAN(t), open(t, allRules, 64)
+	start := time.Now()
+	must(t, bothWays(n.splice(l, pathOptions{}), 128<<20))
+	t.Logf("128 MiB each way in %v, %+v", time.Since(start), l.Stats())
+}
+
+// Loss makes retransmits, and with them segments that come out of order and twice.
+func TestLoss(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	n, l := newLAN(t), open(t, allRules, 64)
+	n.lose(100)
+	var all sync.WaitGroup
+	for i := range 20 {
+		p := n.splice(l, pathOptions{})
+		all.Go(func() {
+			if err := bothWays(p, int64(1+i)<<18); err != nil {
+				t.Errorf("flow %d: %v", i, err)
+			}
+		})
+	}
+	all.Wait()
+	t.Logf("%+v", l.Stats())
+}
+
+// A queueing discipline that drops at once makes TCP send a segment again as new: bytes_sent counts it twice, and what
+// is derived from it ends streams too early. Ours is not.
+func TestLocalDrops(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	n, l := newLAN(t), open(t, allRules, 64)
+	// 100 Mbit/s with room for a few segments.
+	must(t, netlink.QdiscReplace(&netlink.Tbf{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: n.veth.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+		Rate:       200e6 / 8, Limit: 12000, Buffer: 20000,
+	}))
+	for i := range 2 {
+		p := n.splice(l, pathOptions{})
+		f := l.live[firstLive(l)].Load()
+		counted := int64(0)
+		stop, stopped := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(stopped)
+			for {
+				select {
+				case <-stop:
+					return
+				case <-time.After(2 * time.Millisecond):
+				}
+				f.mu.RLock()
+				if !f.closed {
+					var info unix.TCPInfo
+					h := &f.halves[0]
+					if h.peer().info(&info) == nil {
+						counted = max(counted, int64(info.Bytes_sent-info.Bytes_retrans+uint64(info.Notsent_bytes))-int64(h.moved()))
+					}
+					if w, err := h.peer().written(); err == nil && w-h.written0 > h.moved()+1 { // a FIN counts one
+						t.Errorf("%d bytes are said to be written, of %d", w-h.written0, h.moved())
+					}
+				}
+				f.mu.RUnlock()
+			}
+		}()
+		if err := send(p.client, p.server, uint64(i), 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		close(stop)
+		<-stopped
+		t.Logf("bytes_sent - bytes_retrans + notsent was up to %d bytes too high", counted)
+		p.client.Close()
+		p.server.Close()
+		p.wait(5 * time.Second)
+	}
+}
+
+// Without waiting for the backlog what is copied overtakes what was redirected.
+func TestRuleOrderOff(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	r := allRules
+	r.order = false
+	l := open(t, r, 16)
+	for i := range 400 {
+		p := splicePath(t, l, pathOptions{buffer: 64 << 10, before: func(client, server, _, up *net.TCPConn) {
+			up.SetWriteBuffer(64 << 10)
+			server.SetReadBuffer(64 << 10)
+		}})
+		p.client.SetDeadline(time.Now().Add(5 * time.Second))
+		p.server.SetDeadline(time.Now().Add(5 * time.Second))
+		err := send(p.client, p.server, uint64(i), 2<<20)
+		p.client.Close()
+		p.server.Close()
+		p.wait(5 * time.Second)
+		if err != nil {
+			t.Logf("flow %d: %v", i, err)
+			return
+		}
+	}
+	t.Error("nothing was damaged without the order: this test proves nothing")
+}
+
+// Failures that come in a burst switch the datapath off, once; flows that live go on.
+func TestSwitchOff(t *testing.T) {
+	l := open(t, allRules, 16)
+	p := splicePath(t, l, pathOptions{})
+	for range 3 * burstFailures {
+		l.counts.splice(l, refusedInsert)
+	}
+	if _, err := trySplice(t, l, pathOptions{}); !errors.Is(err, refusedOff) {
+		t.Errorf("still on: %v", err)
+	}
+	if s := l.Stats(); s.Off != refusedInsert.Error() || s.Refused[refusedInsert.Error()] != 3*burstFailures {
+		t.Errorf("%+v", s)
+	}
+	must(t, bothWays(p, 1<<20))
+}
+
+// Copying is what a direction gets whose source the kernel did not take.
+func TestCopying(t *testing.T) {
+	r := allRules
+	r.both = false
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	f := l.live[firstLive(l)].Load()
+	if !f.halves[1].copying.Load() {
+		t.Fatal("it is not copying")
+	}
+	must(t, bothWays(p, 32<<20))
+	p = splicePath(t, l, pathOptions{before: func(_, server, _, _ *net.TCPConn) { server.Write([]byte("early")) }})
+	must(t, expect(p.client, []byte("early")))
+	p.server.SetLinger(0)
+	p.server.Close()
+	if r := p.wait(5 * time.Second); r.end != endUpstreamReset || r.down != 5 {
+		t.Errorf("ended %+v", r)
+	}
+}

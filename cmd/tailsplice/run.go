@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -63,6 +64,10 @@ func run(ctx context.Context, o runOptions) error {
 	if err != nil {
 		return err
 	}
+	// What the standard library writes to the global logger (an unsolicited
+	// response on an idle upstream connection) is debugging.
+	stdlog.SetFlags(0)
+	stdlog.SetOutput(slog.NewLogLogger(log.Handler(), slog.LevelDebug).Writer())
 	cfg, err := loadConfig(o.config)
 	if err != nil {
 		return err

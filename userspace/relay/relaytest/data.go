@@ -193,7 +193,7 @@ func zeroWindow(t *testing.T, p Path, s Size) {
 		n := int64(100 << 10) // little: a small window makes it slow
 		sent := make(chan error, 1)
 		go func() { sent <- out.send(from, n) }()
-		time.Sleep(s.Stop)
+		time.Sleep(min(s.Stop, 3*time.Second))
 		for range 50 { // open the window by little, again and again
 			must(t, in.receive(to, 100))
 			n -= 100

@@ -3,7 +3,6 @@
 package relaytest
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"syscall"
@@ -18,7 +17,11 @@ func onSocket(c net.Conn, f func(fd int) error) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(raw.Control(func(fd uintptr) { err = f(int(fd)) }), err)
+	var ferr error
+	if err := raw.Control(func(fd uintptr) { ferr = f(int(fd)) }); err != nil {
+		return err
+	}
+	return ferr
 }
 
 // waitBroken waits until c's TCP knows that the connection was reset. It neither reads nor writes.

@@ -258,3 +258,34 @@ func TestTLS(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// TestThrough: the table through a listener, as it is used for a whole daemon.
+func TestThrough(t *testing.T) {
+	front, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Close()
+	server, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	go func() {
+		for {
+			down, err := front.Accept()
+			if err != nil {
+				return
+			}
+			up, err := net.Dial("tcp4", server.Addr().String())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			relay.Run(context.Background(), down, up, relay.Options{}, func(relay.Result) {})
+		}
+	}()
+	dial := func() (net.Conn, error) { return net.Dial("tcp4", front.Addr().String()) }
+	p := relaytest.Path{Dial: relaytest.Through(dial, server, []byte("hello")), PIDs: []int{0}}
+	relaytest.Run(t, p, relaytest.SmallSize())
+}

@@ -192,7 +192,9 @@ func (f *flow) fault(half uint32, why spliceFault) {
 	name := faultName(why)
 	f.l.counts.fault(f.l, name)
 	if why == spliceFaultFAULT_PEER {
-		f.finish((&breakage{side: 1 - half, err: unix.ECONNRESET}).end())
+		// The peer died, and its event is on its way; what it sent before is still delivered.
+		f.look(1 - half)
+		f.breakUp(1-half, unix.ECONNRESET)
 		return
 	}
 	f.finish(endError, errors.New("the verdict gave up: "+name))

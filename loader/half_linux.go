@@ -67,6 +67,9 @@ type snapshot struct{ redirected, passed, trimmed uint64 }
 
 func (h *half) snapshot() snapshot {
 	m := h.shared()
+	if h.copying.Load() { // there is no verdict that counts
+		return snapshot{passed: load64(&m.Consumed)}
+	}
 	return snapshot{load64(&m.Redirected), load64(&m.Passed), uint64(atomic.LoadUint32(&m.Trimmed))}
 }
 

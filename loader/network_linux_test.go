@@ -280,3 +280,30 @@ func TestCopying(t *testing.T) {
 		t.Errorf("ended %+v", r)
 	}
 }
+
+// Real multipath TCP is refused by its name, not as a failure of the kernel.
+func TestMultipath(t *testing.T) {
+	l := open(t, allRules, 16)
+	lc, d := net.ListenConfig{}, net.Dialer{}
+	lc.SetMultipathTCP(true)
+	d.SetMultipathTCP(true)
+	ln, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
+	must(t, err)
+	defer ln.Close()
+	c, err := d.Dial("tcp4", ln.Addr().String())
+	must(t, err)
+	defer c.Close()
+	a, err := ln.Accept()
+	must(t, err)
+	defer a.Close()
+	if multipath, err := a.(*net.TCPConn).MultipathTCP(); !multipath {
+		t.Logf("this kernel has no multipath TCP (%v): nothing to refuse", err)
+		return
+	}
+	u, s := connect(t, "tcp4")
+	defer u.Close()
+	defer s.Close()
+	if _, err := l.Splice(context.Background(), a.(*net.TCPConn), u, Flow{}); !errors.Is(err, refusedMultipath) {
+		t.Errorf("%v", err)
+	}
+}

@@ -63,6 +63,7 @@ const (
 	refusedOff         = refusal("sockmap is switched off")
 	refusedFull        = refusal("too many spliced flows")
 	refusedState       = refusal("a side has already ended")
+	refusedMultipath   = refusal("a side is multipath TCP")
 	refusedDescriptors = refusal("out of file descriptors")
 	refusedSocket      = refusal("a socket could not be read")
 	refusedMaps        = refusal("a BPF map could not be written")

@@ -359,22 +359,20 @@ func (t *trial) bound() error {
 		_, err := t.client.Write(data)
 		sent <- errors.Join(err, t.client.CloseWrite())
 	}()
-	// It stops by itself: nothing more is handled for a while.
-	var last uint64
-	for still := 0; still < 5; {
+	// It stops by itself, with bytes left to userspace: nothing more is handled for a while.
+	var last snapshot
+	for still, limit := 0, time.Now().Add(testPatience/2); still < 5 || last.passed == 0; {
 		time.Sleep(5 * time.Millisecond)
-		s := f.halves[0].snapshot()
-		if n := s.redirected + s.passed; n == last {
-			still++
-		} else {
-			last, still = n, 0
+		now := f.halves[0].snapshot()
+		if still++; now != last {
+			last, still = now, 0
 		}
-		if s.redirected+s.passed > 2<<20 {
-			return fmt.Errorf("%d bytes were taken for a reader that does not read", s.redirected+s.passed)
+		if now.redirected+now.passed > 2<<20 {
+			return fmt.Errorf("%d bytes were taken for a reader that does not read", now.redirected+now.passed)
 		}
-	}
-	if last == 0 || f.halves[0].snapshot().passed == 0 {
-		return fmt.Errorf("the sender was not held up")
+		if time.Now().After(limit) {
+			return fmt.Errorf("the sender was not held up: %+v", now)
+		}
 	}
 	if err := expect(t.server, data); err != nil {
 		return err

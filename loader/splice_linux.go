@@ -44,6 +44,9 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (fun
 		}
 		f.sockets[i] = s
 		undo = append(undo, s.close)
+		if protocol, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PROTOCOL); err == nil && protocol != unix.IPPROTO_TCP {
+			return back(refusedMultipath) // a sockmap takes none
+		}
 	}
 	options, why, ok := f.setOptions()
 	undo = append(undo, options)

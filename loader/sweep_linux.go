@@ -85,7 +85,7 @@ func (f *flow) sweep(now time.Time) bool {
 		h := &f.halves[i]
 		m := h.shared()
 		n += h.moved()
-		if load64(&m.Passed) != load64(&m.Consumed) || atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
+		if h.snapshot().passed != load64(&m.Consumed) || atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
 			h.wake(0)
 		}
 	}

@@ -109,7 +109,7 @@ func BenchmarkDatapaths(b *testing.B) {
 				slices.Sort(times)
 				b.ReportMetric(float64(times[len(times)/2].Microseconds()), "p50-us")
 				b.ReportMetric(float64(times[len(times)*99/100].Microseconds()), "p99-us")
-				b.ReportMetric((busy(b) - before).Seconds()*1e6/float64(len(times)), "cpu-us/rtt")
+				b.ReportMetric((busy(b)-before).Seconds()*1e6/float64(len(times)), "cpu-us/rtt")
 			})
 		}
 	}

@@ -33,9 +33,10 @@ build: ## Build the daemon into build/tailsplice
 .PHONY: test
 test: provision test-unit test-lab ## Run all tests (root runs those in namespaces and on a real tailnet too)
 
+# One package at a time: some measure CPU and memory, and all would disturb each other's timing.
 .PHONY: test-unit
 test-unit: ## Unit tests with the race detector, and the build for other systems
-	go test -race -timeout 15m $(TESTFLAGS) ./...
+	go test -race -p 1 -timeout 15m $(TESTFLAGS) ./...
 	GOOS=darwin go build ./...
 
 .PHONY: test-lab

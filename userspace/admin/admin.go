@@ -139,6 +139,8 @@ func (c Client) do(ctx context.Context, method, path string) ([]byte, error) {
 		return nil, fmt.Errorf("no daemon answers at %s: is `tailsplice run` up? --control names another socket", c.Socket)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("%s: permission denied: use the account that runs the daemon, or root", c.Socket)
+	case errors.Is(err, context.DeadlineExceeded):
+		return nil, fmt.Errorf("the daemon at %s is there and does not answer: its log may say why", c.Socket)
 	case err != nil:
 		return nil, fmt.Errorf("ask the daemon at %s: %w", c.Socket, err)
 	}

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -15,15 +16,19 @@ import (
 func (f *Front) accept(s *socket) {
 	defer close(s.done)
 	for {
+		f.spare.refill()
 		c, err := s.ln.AcceptTCP()
 		switch {
 		case err == nil:
 		case errors.Is(err, net.ErrClosed):
 			return
 		case outOfResources(err):
-			f.metrics.Refused.WithLabelValues(s.owner.Load().name, "out_of_files").Inc()
 			f.complain.Warn("out_of_files", "out of file descriptors: connections are closed at once: raise LimitNOFILE= or `ulimit -n`, or lower limits.connections", "err", err)
-			f.spare.shed(s.ln)
+			if f.spare.shed(s.ln) {
+				f.metrics.Refused.WithLabelValues(s.owner.Load().name, "out_of_files").Inc()
+			} else {
+				time.Sleep(shedPause)
+			}
 			continue
 		default: // the peer was gone before we came (ECONNABORTED), or a passing network error
 			continue
@@ -82,28 +87,74 @@ func outOfResources(err error) bool {
 		errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
 }
 
-// spareFile is a file descriptor held back for the day when there is none
-// left: it is given up to accept, and close, the connection that waits, which
+// spareFiles are file descriptors held back for the day when there are none
+// left: one is given up to accept, and close, the connection that waits, which
 // would otherwise make accept fail in a busy loop while the client hangs.
-type spareFile struct {
-	mu   sync.Mutex
-	file *os.File
+//
+// There are a few, because whoever dials at that moment may take the one that
+// was given up, and keep it for a long time.
+type spareFiles struct {
+	mu      sync.Mutex
+	files   []*os.File
+	missing atomic.Bool
 }
 
-// shedPause keeps a daemon without file descriptors off the CPU.
-const shedPause = 10 * time.Millisecond
+const (
+	spares = 8
+	// shedPause keeps a daemon that can't even shed off the CPU.
+	shedPause = 10 * time.Millisecond
+)
 
-func (s *spareFile) shed(ln *net.TCPListener) {
+func newSpareFiles() *spareFiles {
+	s := &spareFiles{}
+	s.missing.Store(true)
+	s.refill()
+	return s
+}
+
+// refill takes back what was given up, before anybody else does. It costs
+// nothing when nothing is missing.
+func (s *spareFiles) refill() {
+	if !s.missing.Load() {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.file != nil {
-		s.file.Close()
-		ln.SetDeadline(time.Now().Add(shedPause))
-		if c, err := ln.AcceptTCP(); err == nil {
-			reset(c)
+	s.refillLocked()
+}
+
+func (s *spareFiles) refillLocked() {
+	for len(s.files) < spares {
+		file, err := os.Open(os.DevNull)
+		if err != nil {
+			break
 		}
-		ln.SetDeadline(time.Time{})
+		s.files = append(s.files, file)
 	}
-	s.file, _ = os.Open(os.DevNull)
-	time.Sleep(shedPause)
+	s.missing.Store(len(s.files) < spares)
+}
+
+// shed refuses the connection that waits on ln with a reset, and reports
+// whether it could.
+func (s *spareFiles) shed(ln *net.TCPListener) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer s.refillLocked()
+	for n := len(s.files); n > 0; n-- {
+		s.files[n-1].Close()
+		s.files = s.files[:n-1]
+		s.missing.Store(true)
+		// Whoever waited may be gone by now.
+		ln.SetDeadline(time.Now().Add(shedPause))
+		c, err := ln.AcceptTCP()
+		ln.SetDeadline(time.Time{})
+		if err == nil {
+			reset(c)
+			return true
+		}
+		if !outOfResources(err) {
+			return false
+		}
+	}
+	return false
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -44,15 +46,8 @@ func TestOutOfFiles(t *testing.T) {
 		defer unix.Close(fd)
 		socks = append(socks, fd)
 	}
-	var old unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
-		t.Fatal(err)
-	}
-	restore := func() { unix.Setrlimit(unix.RLIMIT_NOFILE, &old) }
+	restore := limitFiles(t, 0)
 	defer restore()
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: old.Max}); err != nil {
-		t.Fatal(err)
-	}
 	ap := addrPort(&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port(addr)})
 	cpu := cpuTime(t)
 	for _, fd := range socks {
@@ -72,6 +67,95 @@ func TestOutOfFiles(t *testing.T) {
 	eventually(t, "it serves again", func() bool { return ping() == nil })
 	if !strings.Contains(d.log.String(), "out of file descriptors") {
 		t.Error("the log says nothing")
+	}
+}
+
+// TestOutOfFilesRefusesAtOnce: when live flows hold all file descriptors, those
+// that were held back among them, more connections are still refused and don't
+// hang.
+func TestOutOfFilesRefusesAtOnce(t *testing.T) {
+	quiet, err := net.Listen("tcp", "127.0.0.1:0") // accepts in the kernel, never here
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer quiet.Close()
+	addr := freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, quiet.Addr()))
+	const clients = 60
+	var socks []int
+	for range clients {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		socks = append(socks, fd)
+	}
+	const room = 7
+	defer limitFiles(t, room)()
+	for _, fd := range socks {
+		if err := unix.Connect(fd, &unix.SockaddrInet4{Port: port(addr), Addr: [4]byte{127, 0, 0, 1}}); err != nil && err != unix.ECONNRESET {
+			t.Fatalf("connect: %v", err)
+		}
+	}
+	served := 0
+	deadline := time.Now().Add(3 * time.Second)
+	for _, fd := range socks {
+		ms := max(0, int(time.Until(deadline).Milliseconds()))
+		if n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}, ms); n == 0 {
+			served++
+			deadline = time.Now() // the others had their time
+		}
+	}
+	if flows := len(d.Flows()); served > flows {
+		t.Errorf("%d connections are neither refused nor served (%d are served)", served-flows, flows)
+	}
+	if served > room+spares {
+		t.Errorf("%d connections are served with %d file descriptors", served, room)
+	}
+}
+
+// limitFiles leaves room for so many more file descriptors, until restore.
+func limitFiles(t *testing.T, room int) (restore func()) {
+	t.Helper()
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	// The limit is one of numbers: those below the highest that are free count.
+	highest := 0
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		n, _ := strconv.Atoi(e.Name())
+		highest = max(highest, n)
+	}
+	var fill []int
+	for {
+		fd, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fill = append(fill, fd)
+		highest = max(highest, fd)
+		if fd == highest && len(fill) >= room {
+			break
+		}
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(highest + 1), Max: old.Max}); err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fill[:room] {
+		unix.Close(fd)
+	}
+	return func() {
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &old)
+		for _, fd := range fill[room:] {
+			unix.Close(fd)
+		}
+		fill = fill[:room]
 	}
 }
 

@@ -21,7 +21,6 @@ import (
 	"log/slog"
 	"math"
 	"net/netip"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -65,7 +64,7 @@ type Front struct {
 	flows      *flow.Registry
 	metrics    *metrics.Set
 	complain   *complaints
-	spare      spareFile
+	spare      *spareFiles
 	started    time.Time
 
 	ctx    context.Context // ends when flows must end at once
@@ -102,7 +101,7 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.acme = acme.New(opts.Log)
 	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers}
 	f.limiter = limit.New(math.MaxInt, math.MaxInt) // set by apply
-	f.spare.file, _ = os.Open(os.DevNull)
+	f.spare = newSpareFiles()
 
 	f.tailnet.OnChange(f.lookAtTailnet)
 	if err := f.apply(cfg); err != nil {
@@ -239,11 +238,13 @@ func (f *Front) watchNeeded(cfg *config.Config) {
 // allow, and says so: better to refuse in time than to fail in the middle.
 func (f *Front) fitLimits(cfg *config.Config) int {
 	// A flow has two sockets; the rest is for listeners, pipes, logs, HTTP pools.
-	const filesPerFlow, reserve = 2, 256
+	const filesPerFlow = 2
+	reserve := 256
 	files, err := raiseFileLimit(uint64(cfg.Limits.Connections*filesPerFlow + reserve))
 	if err != nil || files >= uint64(cfg.Limits.Connections*filesPerFlow+reserve) {
 		return cfg.Limits.Connections
 	}
+	reserve = min(reserve, int(files)/2) // where there are few, they are shared
 	fit := max(1, (int(files)-reserve)/filesPerFlow)
 	f.log.Warn("limits.connections is lowered to what the limit of open files allows: raise LimitNOFILE= (systemd) or `ulimit -n`",
 		"connections", cfg.Limits.Connections, "lowered_to", fit, "open_files", files)

@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -137,8 +138,12 @@ func backend(t *testing.T, serve func(net.Conn)) string {
 	go func() {
 		for {
 			c, err := ln.Accept()
-			if err != nil {
+			if errors.Is(err, net.ErrClosed) {
 				return
+			}
+			if err != nil { // out of files, by a test's doing
+				time.Sleep(time.Millisecond)
+				continue
 			}
 			go serve(c)
 		}

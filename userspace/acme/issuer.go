@@ -84,7 +84,11 @@ func (i *issuer) Issue(ctx context.Context, csr *x509.CertificateRequest) (*cert
 
 func (i *issuer) issue(ctx context.Context, a *attempt, csr *x509.CertificateRequest) (acme.Certificate, error) {
 	client := i.client(a)
-	for again := true; ; again = false {
+	replaces := a.replaces
+	if a.replacesOf != i.IssuerKey() {
+		replaces = nil
+	}
+	for registered := false; ; {
 		account, err := i.register(ctx, client)
 		if err != nil {
 			return acme.Certificate{}, err
@@ -93,22 +97,25 @@ func (i *issuer) issue(ctx context.Context, a *attempt, csr *x509.CertificateReq
 		if err != nil {
 			return acme.Certificate{}, err
 		}
-		if a.replaces != nil && a.replacesOf == i.IssuerKey() {
-			params.Replaces = a.replaces // RFC 9773 5: such an order is spared the rate limits
-		}
+		params.Replaces = replaces // RFC 9773 5: such an order is spared the rate limits
 		chains, err := client.ObtainCertificate(ctx, params)
 		var p acme.Problem
-		if errors.As(err, &p) && p.Type == acme.ProblemTypeAccountDoesNotExist && again {
+		switch isProblem := errors.As(err, &p); {
+		case isProblem && p.Type == acme.ProblemTypeAccountDoesNotExist && !registered:
+			registered = true
 			i.m.log.Warn("the authority does not know the acme account any more: a new one is registered", "ca", i.ca.Directory)
 			if err := i.forget(ctx); err != nil {
 				return acme.Certificate{}, err
 			}
 			continue
-		}
-		if err != nil {
+		case isProblem && p.Resource == nil && p.Type != acme.ProblemTypeRateLimited && replaces != nil:
+			// It may not know the certificate, nor who signed it: an authority
+			// that was set up anew.
+			replaces = nil
+			continue
+		case err != nil:
 			return acme.Certificate{}, err
-		}
-		if len(chains) == 0 {
+		case len(chains) == 0:
 			return acme.Certificate{}, errors.New("the authority sent no certificate")
 		}
 		return chains[0], nil

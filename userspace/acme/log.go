@@ -89,7 +89,7 @@ func (p protocolLog) Enabled(context.Context, slog.Level) bool { return true }
 func (p protocolLog) Handle(ctx context.Context, r slog.Record) error {
 	r.Attrs(func(a slog.Attr) bool {
 		if problem, ok := a.Value.Any().(acme.Problem); ok && a.Key == "problem" {
-			p.a.problems = append(p.a.problems, problem)
+			p.a.note(problem)
 		}
 		return true
 	})

@@ -100,20 +100,18 @@ func (s *site) run(ctx context.Context) {
 		s.adopt()
 		s.ask(ctx)
 		s.staple(ctx)
-		due := s.due()
-		if wait := min(time.Until(due), lookEvery); wait > 0 {
+		if wait := min(time.Until(s.due()), lookEvery); wait > 0 {
 			timer := time.NewTimer(wait)
 			select {
 			case <-ctx.Done():
-				timer.Stop()
-				return
 			case <-s.kick:
-				timer.Stop()
 			case <-timer.C:
 			}
-			if time.Now().Before(s.due()) {
-				continue
+			timer.Stop()
+			if ctx.Err() != nil {
+				return
 			}
+			continue // what is in storage may have changed as well
 		}
 		if s.forgotten() {
 			return
@@ -271,6 +269,16 @@ type attempt struct {
 	storage  *StorageError
 }
 
+// note keeps a problem, which acmez may report more than once.
+func (a *attempt) note(p acme.Problem) {
+	for _, known := range a.problems {
+		if known.Type == p.Type && known.Detail == p.Detail {
+			return
+		}
+	}
+	a.problems = append(a.problems, p)
+}
+
 // failure is what came of one authority.
 type failure struct {
 	ca       CA
@@ -342,8 +350,9 @@ func (s *site) ended(err error) {
 	serving := "nothing: connections for this name fail"
 	if c := s.cert.Load(); c != nil {
 		left := time.Until(c.Leaf.NotAfter)
-		// Short-lived certificates leave no time for long breaks.
-		wait = min(wait, max(left/4, 5*time.Second))
+		if left > 0 { // short-lived certificates leave no time for long breaks
+			wait = min(wait, max(left/4, 5*time.Second))
+		}
 		serving = fmt.Sprintf("the certificate that expires %s", c.Leaf.NotAfter.UTC().Format("2006-01-02 15:04:05 MST"))
 		if left < 0 {
 			serving = fmt.Sprintf("a certificate that expired %s: browsers refuse it", c.Leaf.NotAfter.UTC().Format("2006-01-02 15:04:05 MST"))

@@ -132,15 +132,17 @@ func (f *flow) run() {
 	f.userspace()
 }
 
-// userspace begins to relay here.
+// userspace relays here, at least until downstream's stream has ended or the flow is parked.
 func (f *flow) userspace() {
 	f.mu.Lock()
-	f.pumps--
-	if f.end == "" {
-		f.startPump(&f.down)
-		f.startPump(&f.up)
+	if f.end != "" {
+		f.pumps--
+		f.unlockAndFinish()
+		return
 	}
-	f.unlockAndFinish()
+	f.startPump(&f.up)
+	f.mu.Unlock()
+	f.pump(&f.down) // this goroutine's stack has grown already
 }
 
 // startPump is called with f.mu held.
@@ -191,6 +193,9 @@ func (f *flow) move(src *side) (ended bool) {
 		f.broken(src, &sideError{"read from", src.name(), syscall.ECONNRESET})
 		return false
 	}
+	if f.lastToEnd(src) {
+		return true // finish closes both, which tells dst
+	}
 	dst.shut.Store(true)
 	if err := dst.closeWrite(); err != nil {
 		f.broken(dst, &sideError{"end the stream to", dst.name(), err})
@@ -198,6 +203,13 @@ func (f *flow) move(src *side) (ended bool) {
 	}
 	watchForReset(src)
 	return true
+}
+
+// lastToEnd reports whether the end of src's stream is all that was missing.
+func (f *flow) lastToEnd(src *side) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.end == "" && src.other().ended
 }
 
 // finish closes both sides and reports. Nothing of the flow runs any more.

@@ -7,7 +7,7 @@ import "golang.org/x/sys/unix"
 func (s *side) gone() bool {
 	const tcpClose = 7 // TCP_CLOSE in include/net/tcp_states.h
 	state := 0
-	if s.sock == nil {
+	if s.sock == nil || s.shut.Load() {
 		return false
 	}
 	s.sock.Control(func(fd uintptr) {
@@ -16,7 +16,7 @@ func (s *side) gone() bool {
 			state = int(info.State)
 		}
 	})
-	return state == tcpClose && !s.shut.Load()
+	return state == tcpClose && !s.shut.Load() // that may have come meanwhile
 }
 
 // unacked is the number of bytes written to s that its other end has not acknowledged.

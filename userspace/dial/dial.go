@@ -149,7 +149,8 @@ func (d *Dialer) resolver(t Target) Resolver {
 // once resolves t and tries one or two of its addresses.
 func (d *Dialer) once(ctx context.Context, t Target, prefer netip.Addr, fresh bool) (net.Conn, *failure) {
 	if t.Scheme == Unix {
-		c, err := d.connect(ctx, "unix", t.Path)
+		nd := dialer()
+		c, err := nd.DialContext(ctx, "unix", t.Path)
 		if err != nil {
 			return nil, &failure{err: err, addr: t.Path, again: quickKind(err)}
 		}
@@ -234,25 +235,14 @@ func choose(addrs []netip.Addr, prefer netip.Addr) []netip.Addr {
 // race connects to the first of addrs, and to the second if that fails or takes
 // long. The first connection made is it.
 func (d *Dialer) race(ctx context.Context, addrs []netip.Addr, port uint16, check PathChecker) (net.Conn, *failure) {
+	if len(addrs) == 1 {
+		r := connect(ctx, addrs[0], port, check)
+		return r.conn, r.fail
+	}
 	ctx, cancel := context.WithCancel(ctx) // ends the loser
 	defer cancel()
 	results := make(chan result, len(addrs))
-	try := func(a netip.Addr) {
-		to := netip.AddrPortFrom(a, port)
-		c, err := d.connect(ctx, "tcp", to.String())
-		if err == nil && check != nil {
-			if err = check.CheckPath(addrOf(c.LocalAddr()), a); err != nil {
-				c.Close()
-				results <- result{fail: &failure{err: err, addr: to.String()}}
-				return
-			}
-		}
-		if err != nil {
-			results <- result{fail: &failure{err: err, addr: to.String(), again: quickKind(err)}}
-			return
-		}
-		results <- result{conn: c}
-	}
+	try := func(a netip.Addr) { results <- connect(ctx, a, port, check) }
 	go try(addrs[0])
 	started, ended := 1, 0
 	var first *failure
@@ -300,10 +290,26 @@ func closeLate(results <-chan result) {
 }
 
 // connect makes one attempt.
-func (d *Dialer) connect(ctx context.Context, network, addr string) (net.Conn, error) {
+func connect(ctx context.Context, addr netip.Addr, port uint16, check PathChecker) result {
+	to := netip.AddrPortFrom(addr, port)
+	nd := dialer()
+	c, err := nd.DialContext(ctx, "tcp", to.String()) // DialTCP would bind a port for it first
+	if err != nil {
+		return result{fail: &failure{err: err, addr: to.String(), again: quickKind(err)}}
+	}
+	if check != nil {
+		if err := check.CheckPath(addrOf(c.LocalAddr()), addr); err != nil {
+			c.Close()
+			return result{fail: &failure{err: err, addr: to.String()}}
+		}
+	}
+	return result{conn: c}
+}
+
+func dialer() net.Dialer {
 	nd := net.Dialer{KeepAliveConfig: keepAlive}
 	nd.SetMultipathTCP(false)
-	return nd.DialContext(ctx, network, addr)
+	return nd
 }
 
 func addrOf(a net.Addr) netip.Addr {

@@ -119,6 +119,7 @@ func setSharePort(raw syscall.RawConn, on bool) error {
 
 func listenOnce(addr string, control func(network, address string, c syscall.RawConn) error) (*net.TCPListener, error) {
 	lc := net.ListenConfig{Control: control}
+	keepFlowsAlive(&lc)
 	lc.SetMultipathTCP(false)
 	// "tcp" would make 0.0.0.0 and :: listen on both families.
 	network := "tcp"

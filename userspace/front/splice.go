@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -104,7 +105,10 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 			}
 			return r.via()
 		}}
-	rtt := [2]time.Duration{roundTrip(in.TCPConn), roundTrip(up)}
+	var rtt [2]time.Duration
+	if f.log.Enabled(f.ctx, slog.LevelInfo) { // only the log wants it
+		rtt = [2]time.Duration{roundTrip(in.TCPConn), roundTrip(up)}
+	}
 	f.flows.Add(fl)
 	relay.Run(f.ctx, in.TCPConn, up, relay.Options{
 		Preface: preface, Head: in.takeAhead(), Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
@@ -151,6 +155,9 @@ func (f *Front) ended(fl *flow.Flow, res relay.Result, rtt [2]time.Duration) {
 	f.metrics.Ended.WithLabelValues(fl.Listener, res.Datapath, string(res.End)).Inc()
 	f.metrics.Bytes.WithLabelValues(fl.Listener, "up").Add(float64(res.Up))
 	f.metrics.Bytes.WithLabelValues(fl.Listener, "down").Add(float64(res.Down))
+	if !f.log.Enabled(f.ctx, slog.LevelInfo) {
+		return
+	}
 	args := []any{"id", fl.ID, "node", f.node(), "listener", fl.Listener, "route", fl.Route, "name", fl.Name,
 		"client", fl.Client, "downstream", fl.Downstream, "upstream", fl.Upstream, "target", fl.Target,
 		"bytes_up", res.Up, "bytes_down", res.Down, "duration", seconds(time.Since(fl.Started)), "datapath", res.Datapath, "end", string(res.End),

@@ -565,6 +565,30 @@ func httpBackend(t *testing.T, h http.HandlerFunc) string {
 	return ln.Addr().String()
 }
 
+// TestForwardedBehindProxyHeader: a hop that sends a PROXY header passes on what
+// its client wrote, so forwarding headers are the hop's word only without one.
+func TestForwardedBehindProxyHeader(t *testing.T) {
+	up := httpBackend(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.Header.Get("X-Forwarded-For")) })
+	addr := freeAddr(t)
+	start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: http, accept_proxy: { from: [127.0.0.0/8] }, default: { forward: %q } } ]`, addr, up))
+	for _, c := range []struct{ name, header, want string }{
+		{"none", "", "6.6.6.6, 127.0.0.1"},
+		{"a client", "PROXY TCP4 203.0.113.9 192.0.2.1 1234 443\r\n", "203.0.113.9"},
+		{"a client that is not known", "PROXY UNKNOWN\r\n", "127.0.0.1"},
+		{"the hop itself", string(proxyheader.Header{Local: true}.Append(nil)), "6.6.6.6, 127.0.0.1"},
+	} {
+		conn := dialTCP(t, addr)
+		io.WriteString(conn, c.header+"GET / HTTP/1.1\r\nHost: a.test\r\nX-Forwarded-For: 6.6.6.6\r\nConnection: close\r\n\r\n")
+		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		if b, _ := io.ReadAll(res.Body); string(b) != c.want {
+			t.Errorf("%s: X-Forwarded-For is %q, want %q", c.name, b, c.want)
+		}
+	}
+}
+
 func TestMissingDatapathIsRefused(t *testing.T) {
 	_, err := New(parse(t, fmt.Sprintf(`
 datapath: sockmap

@@ -149,8 +149,14 @@ func (f *Front) identify(in *inbound) error {
 	}
 	in.id = h.ID
 	in.name = h.ServerName
-	if h.Local || !h.Source.IsValid() {
+	if h.Local {
 		return nil // the hop itself: a health check
+	}
+	if !h.Source.IsValid() {
+		// Somebody behind the hop, and it can't say who: what they write about
+		// themselves in a request is not the hop's word.
+		in.trusted = false
+		return nil
 	}
 	in.client = h.Source
 	if h.Destination.IsValid() {

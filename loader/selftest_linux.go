@@ -354,10 +354,10 @@ func (t *trial) bound() error {
 	if err := t.splice(); err != nil {
 		return err
 	}
-	f, data, sent := t.flow(), pattern(4<<20), make(chan error, 1)
-	go func() {
-		_, err := t.client.Write(data)
-		sent <- errors.Join(err, t.client.CloseWrite())
+	f, client, data, sent := t.flow(), t.client, pattern(4<<20), make(chan error, 1)
+	go func() { // may outlive the trial
+		_, err := client.Write(data)
+		sent <- errors.Join(err, client.CloseWrite())
 	}()
 	// It stops by itself, with bytes left to userspace: nothing more is handled for a while.
 	var last snapshot

@@ -161,7 +161,7 @@ func (d *Dialer) explain(ctx context.Context, t Target, f *failure, took time.Du
 		e.msg = "there is no such socket"
 	case Denied:
 		if t.Scheme == Unix {
-			e.msg = fmt.Sprintf("no permission to use the socket as user %d", userID())
+			e.msg = fmt.Sprintf("user %d may not write to the socket: put the daemon in the socket's group (SupplementaryGroups= in its unit), or change the socket's mode", userID())
 		} else {
 			e.msg = fmt.Sprintf("no permission to connect%s: a firewall rule of this machine forbids it", at)
 		}

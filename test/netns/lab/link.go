@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/florianl/go-tc"
+	"github.com/florianl/go-tc/core"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -225,21 +227,34 @@ func (h *Host) setRate(dev string, bits float64) error {
 	if err != nil {
 		return fmt.Errorf("%s: %s: %w", h.Name, dev, err)
 	}
-	attrs := netlink.QdiscAttrs{LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT}
+	qdisc := tc.Object{
+		Msg:       tc.Msg{Ifindex: uint32(l.Attrs().Index), Handle: core.BuildHandle(1, 0), Parent: tc.HandleRoot},
+		Attribute: tc.Attribute{Kind: "tbf", Tbf: &tc.Tbf{Parms: &tc.TbfQopt{}}}, // go-tc wants one also to delete
+	}
 	if bits == 0 {
-		if err := h.nl.QdiscDel(&netlink.GenericQdisc{QdiscAttrs: attrs, QdiscType: "tbf"}); err != nil &&
-			!errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) { // there was none
+		if err := h.tc(func(t *tc.Tc) error { return t.Qdisc().Delete(&qdisc) }); err != nil && !isNone(err) {
 			return fmt.Errorf("%s: unlimit %s: %w", h.Name, dev, err)
 		}
 		return nil
 	}
-	rate := uint64(bits / 8)
-	burst := max(uint32(rate/50), 64<<10+1514)
-	err = h.nl.QdiscReplace(&netlink.Tbf{
-		QdiscAttrs: attrs, Rate: rate, Limit: burst + uint32(rate/10), Buffer: netlink.Xmittime(rate, burst),
-	})
-	if err != nil {
+	const ethernet, mtu = 1, 64<<10 + 1514 // TC_LINKLAYER_ETHERNET; super-packets pass whole
+	rate := uint32(bits / 8)
+	burst := max(rate/50, mtu)
+	qdisc.Tbf = &tc.Tbf{Burst: &burst, Parms: &tc.TbfQopt{Mtu: mtu, Limit: burst + rate/10, Rate: tc.RateSpec{Rate: rate, Linklayer: ethernet}}}
+	if err := h.tc(func(t *tc.Tc) error { return t.Qdisc().Replace(&qdisc) }); err != nil {
 		return fmt.Errorf("%s: limit %s to %.0f bit/s: %w", h.Name, dev, bits, err)
 	}
 	return nil
 }
+
+// tc gives f a traffic control socket in the host.
+func (h *Host) tc(f func(*tc.Tc) error) error {
+	t, err := tc.Open(&tc.Config{NetNS: int(h.ns)})
+	if err != nil {
+		return fmt.Errorf("open traffic control: %w", err)
+	}
+	return errors.Join(f(t), t.Close())
+}
+
+// isNone says that what was to be removed wasn't there.
+func isNone(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) }

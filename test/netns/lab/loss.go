@@ -1,13 +1,15 @@
 package lab
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/vishvananda/netlink"
+	"github.com/florianl/go-tc"
+	"github.com/florianl/go-tc/core"
 	"golang.org/x/sys/unix"
 )
 
@@ -36,11 +38,13 @@ func (h *Host) setLoss(dev string, p float64) error {
 	if err != nil {
 		return err
 	}
-	qdisc := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}}
+	index := uint32(l.Attrs().Index)
+	clsact := tc.Object{
+		Msg:       tc.Msg{Ifindex: index, Handle: core.BuildHandle(tc.HandleRoot, 0), Parent: tc.HandleIngress},
+		Attribute: tc.Attribute{Kind: "clsact"},
+	}
 	if p == 0 {
-		if err := h.nl.QdiscDel(qdisc); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		if err := h.tc(func(t *tc.Tc) error { return t.Qdisc().Delete(&clsact) }); err != nil && !isNone(err) {
 			return err
 		}
 		return nil
@@ -49,22 +53,25 @@ func (h *Host) setLoss(dev string, p float64) error {
 	if err != nil {
 		return err
 	}
-	defer prog.Close() // the filters hold it
-	if err := h.nl.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
-		return err
-	}
-	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		err := h.nl.FilterReplace(&netlink.BpfFilter{
-			FilterAttrs: netlink.FilterAttrs{
-				LinkIndex: l.Attrs().Index, Parent: parent, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: lossPriority,
-			},
-			Fd: prog.FD(), Name: "tsl_loss", DirectAction: true,
-		})
-		if err != nil {
-			return err
+	defer prog.Close()                                               // the filters hold it
+	ethPAll := binary.NativeEndian.Uint16([]byte{0, unix.ETH_P_ALL}) // in network order
+	return h.tc(func(t *tc.Tc) error {
+		if err := t.Qdisc().Add(&clsact); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add clsact: %w", err)
 		}
-	}
-	return nil
+		for _, hook := range []uint32{tc.HandleMinIngress, tc.HandleMinEgress} {
+			fd, name, flags := uint32(prog.FD()), "tsl_loss", uint32(tc.BpfActDirect)
+			err := t.Filter().Replace(&tc.Object{
+				Msg: tc.Msg{Ifindex: index, Handle: 1, Parent: core.BuildHandle(tc.HandleRoot, hook),
+					Info: lossPriority<<16 | uint32(ethPAll)},
+				Attribute: tc.Attribute{Kind: "bpf", BPF: &tc.Bpf{FD: &fd, Name: &name, Flags: &flags}},
+			})
+			if err != nil {
+				return fmt.Errorf("add the filter: %w", err)
+			}
+		}
+		return nil
+	})
 }
 
 // lossProgram drops packets with probability p, and leaves the others to the programs after it.

@@ -250,6 +250,9 @@ listeners:
 	if n := d.refused("unrecognized_name"); n != 2 {
 		t.Errorf("%d refused as unrecognized_name: want 2", n)
 	}
+	if want := "the configuration rejects this name (route x.c.test)"; !strings.Contains(d.log.String(), want) {
+		t.Errorf("the log does not say %q of the first", want)
+	}
 	eventually(t, "one log line a flow", func() bool {
 		return strings.Count(d.log.String(), `msg="flow ended"`) == 7 && strings.Contains(d.log.String(), "name=x.b.test")
 	})

@@ -28,14 +28,21 @@ func (f *Front) serveSNI(in *inbound) {
 	}
 	in.name = hello.ServerName
 	r, ok := in.service.names.Lookup(hello.ServerName, func(r *rule) bool { return r.accepts(hello.ALPN) })
-	if !ok || r.reject {
+	if !ok {
 		f.refuseHello(in, hello, errNobodyServes)
+		return
+	}
+	if r.reject {
+		f.refuseHello(in, hello, fmt.Errorf("%w (route %s)", errRejectedName, r.name))
 		return
 	}
 	f.spliceTo(in, r, &hello)
 }
 
-var errNobodyServes = errors.New("no route and no default takes this name")
+var (
+	errNobodyServes = errors.New("no route and no default takes this name")
+	errRejectedName = errors.New("the configuration rejects this name")
+)
 
 // refuseHello ends a connection whose hello leads nowhere, with the alert that
 // TLS has for it. It owns in.
@@ -45,7 +52,7 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 	var reason string
 	var reject *sni.RejectError
 	switch {
-	case errors.Is(err, errNobodyServes):
+	case errors.Is(err, errNobodyServes), errors.Is(err, errRejectedName):
 		reason, alert, speaksTLS = "unrecognized_name", sni.AlertUnrecognizedName, true
 	case errors.As(err, &reject):
 		reason = "hello_rejected"

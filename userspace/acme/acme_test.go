@@ -1,6 +1,7 @@
 package acme
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -55,7 +56,7 @@ func TestChallenges(t *testing.T) {
 				t.Error("a name of nobody's is served")
 			}
 			files := 0
-			filepath.WalkDir(s.Storage, func(path string, d fs.DirEntry, err error) error {
+			filepath.WalkDir(s.Storage, func(path string, d fs.DirEntry, _ error) error {
 				info, err := d.Info()
 				if err != nil {
 					t.Error(err)
@@ -89,6 +90,10 @@ func TestKept(t *testing.T) {
 	h.apply(s)
 	roots := a.pool()
 	first := h.wait("a.example.org", roots)
+	other := h.m.Source(Section{Names: []string{"z.example.org"}}) // as another listener has it
+	if c, err := other.GetCertificate(&tls.ClientHelloInfo{ServerName: "a.example.org"}); c != nil || err != nil {
+		t.Errorf("a section without the name gives its certificate: %v, %v", c, err)
+	}
 	for range 3 {
 		h.apply(s)
 	}

@@ -81,6 +81,27 @@ func TestNewName(t *testing.T) {
 	}
 }
 
+// TestTailscale: tailscale: true beside acme. A name that is not this node's fails its own handshakes only, with
+// tailscaled's answer in the log, and neither the reload nor the other names.
+func TestTailscale(t *testing.T) {
+	s := world(t)
+	s.configure(t, strings.Replace(certificates([]string{"http-01", "first.vsq.cz"}), "    certificates:\n", "    certificates:\n      - { tailscale: true }\n", 1))
+	eventually(t, 30*time.Second, "the page by acme", func() error { _, err := s.page(t.Context(), "first.vsq.cz", s.roots); return err })
+	const name = "home.tail1234.ts.net"
+	// Such lines are rationed: an earlier one may have taken this one's place.
+	eventually(t, 20*time.Second, "the reason in the log", func() error {
+		if _, err := s.page(t.Context(), name, s.roots); err == nil || !strings.Contains(err.Error(), "internal error") {
+			return fmt.Errorf("%s: %v: want the alert internal_error", name, err)
+		}
+		for _, l := range s.home.LogLines() {
+			if l["reason"] == "tls_handshake" && strings.Contains(fmt.Sprint(l["err"]), "no certificate for "+name+": tailscaled has them for") {
+				return nil
+			}
+		}
+		return errors.New("no line")
+	})
+}
+
 // TestRenewal: certificates of a short life are renewed while clients come without a break, and no handshake fails.
 func TestRenewal(t *testing.T) {
 	s := world(t)

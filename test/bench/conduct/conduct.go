@@ -29,7 +29,6 @@ type Options struct {
 	Tailsplice string        // binary of the daemon
 	Baseline   string        // binary of another build of the daemon to compare with, or ""
 	GoProxy    string        // binary of the plain Go proxy
-	Traefik    string        // binary, or ""
 	Progress   func(format string, args ...any)
 }
 
@@ -129,7 +128,7 @@ func (o *Options) in(ctx context.Context, name string, r *report.Run, left time.
 	defer c.agents.close()
 	c.builder = &system.Builder{
 		Topology: c.topology, Dir: filepath.Join(o.Dir, name),
-		Tailsplice: o.Tailsplice, GoProxy: o.GoProxy, Traefik: o.Traefik, Baseline: o.Baseline,
+		Tailsplice: o.Tailsplice, GoProxy: o.GoProxy, Baseline: o.Baseline,
 	}
 	defer c.builder.Close()
 	if err := c.start(ctx); err != nil {
@@ -156,9 +155,6 @@ func (c *conductor) start(ctx context.Context) error {
 		ours = append(ours, "tailsplice/"+d)
 	}
 	others := []string{"dnat", system.HAProxySplice, "nginx", "sniproxy", "socat", "goproxy"}
-	if c.Traefik != "" {
-		others = append(others, "traefik")
-	}
 	switch {
 	case c.topology.Name == "tailnet" && c.Quick:
 		others = nil

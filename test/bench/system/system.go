@@ -62,7 +62,6 @@ type Builder struct {
 	Tailsplice string // path of our daemon's binary
 	Baseline   string // path of another build of our daemon to compare with, or ""
 	GoProxy    string // path of the plain Go proxy's binary
-	Traefik    string // path of traefik's binary, or ""
 
 	started []*System
 	port    uint16
@@ -156,10 +155,6 @@ func (b *Builder) launch(s *System, port uint16) (err error) {
 		argv = []string{b.GoProxy, fmt.Sprintf(":%d", port), stream.ServerName, b.Topology.Target.String()}
 		s.Version = runtime.Version()
 		s.MaxFlows = files() / 8 // io.Copy holds a pipe each way even while it waits: six descriptors a flow
-	case "traefik":
-		config("traefik-routes.yaml")
-		argv = []string{b.Traefik, "--configfile=" + config("traefik.yaml")}
-		s.Version = version(b.Traefik, "version")
 	case "tailsplice", "baseline":
 		bin := b.Tailsplice
 		if kind == "baseline" {

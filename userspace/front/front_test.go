@@ -79,16 +79,22 @@ func start(t *testing.T, yaml string) *daemon {
 	return d
 }
 
-// freeAddr is an address of 127.0.0.1 that nothing listens on.
+// freeAddr is an address of 127.0.0.1 that nothing listens on. It is given once only.
 func freeAddr(t *testing.T) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln.Close()
+		if _, given := givenAddrs.LoadOrStore(ln.Addr().String(), true); !given {
+			return ln.Addr().String()
+		}
 	}
-	defer ln.Close()
-	return ln.Addr().String()
 }
+
+var givenAddrs sync.Map
 
 // certificate makes a self-signed certificate for names, and a pool that
 // trusts it.
@@ -190,15 +196,16 @@ func dialTCP(t *testing.T, addr string) *net.TCPConn {
 
 func (d *daemon) refused(reason string) int64 { return d.Status().Refused[reason] }
 
-// eventually waits until ok.
+// eventually waits until ok. It is patient, for machines that do more than this.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	const patience = time.Minute
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		if ok() {
 			return
 		}
 	}
-	t.Errorf("not within 10 s: %s", what)
+	t.Errorf("not within %v: %s", patience, what)
 }
 
 func TestSNIRoutes(t *testing.T) {

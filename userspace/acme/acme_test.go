@@ -1,7 +1,10 @@
 package acme
 
 import (
+	"bytes"
 	"crypto/tls"
+	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -519,5 +522,44 @@ func TestCovers(t *testing.T) {
 		if got := s.Covers(name); got != want {
 			t.Errorf("Covers(%q) = %v", name, got)
 		}
+	}
+}
+
+// TestRenewalInfo: an authority that wants a certificate renewed early (it may
+// have to revoke many) gets it renewed, at the next question.
+func TestRenewalInfo(t *testing.T) {
+	h := newHost(t)
+	a := newAuthority(t, h, acmetest.Config{Validity: 30 * 24 * time.Hour})
+	s := Section{Names: []string{"a.example.org"}, CAs: []CA{a.ca()}, Storage: storageDir(t)}
+	h.apply(s)
+	roots := a.pool()
+	first := h.wait("a.example.org", roots)
+	if left := time.Until(h.status("a.example.org").RenewAt); left < 24*time.Hour {
+		t.Errorf("it is renewed in %v already", left)
+	}
+	window, err := json.Marshal(map[string]any{"suggestedWindow": map[string]any{"start": time.Now().Add(-2 * time.Hour), "end": time.Now().Add(-time.Hour)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := json.Marshal(map[string]string{"certificate": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: first.Raw})), "ariResponse": string(window)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+	res, err := c.Post(strings.Replace(a.Roots(), "/roots/0", "/set-renewal-info/", 1), "application/json", bytes.NewReader(body))
+	if err != nil || res.StatusCode != 200 {
+		t.Fatal(res, err)
+	}
+	h.restart() // it asks when it begins
+	h.apply(s)
+	eventually(t, 30*time.Second, "the renewal", func() error {
+		cert, err := h.get("a.example.org", roots)
+		if err == nil && cert.Equal(first) {
+			err = errors.New("still the first")
+		}
+		return err
+	})
+	if n := a.issued(); n != 2 {
+		t.Errorf("%d certificates were issued: want 2", n)
 	}
 }

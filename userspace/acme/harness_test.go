@@ -71,7 +71,7 @@ type authority struct {
 	log  *text
 }
 
-// site is where an authority's questions go: the ports of a host that terminates
+// host is where an authority's questions go: the ports of a host that terminates
 // TLS and speaks HTTP, as front's listeners do.
 type host struct {
 	t         testing.TB
@@ -228,12 +228,12 @@ func newHost(t testing.TB) *host {
 	}
 	h.http, h.tls = listen(), listen()
 	go http.Serve(h.http, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !h.m.ServeChallenge(w, r) {
+		if !h.manager().ServeChallenge(w, r) {
 			http.Error(w, "not a challenge", http.StatusNotFound)
 		}
 	}))
 	cfg := &tls.Config{NextProtos: []string{"http/1.1"}, GetCertificate: h.certificate,
-		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) { return h.m.ChallengeConfig(hello), nil }}
+		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) { return h.manager().ChallengeConfig(hello), nil }}
 	go func() {
 		for {
 			c, err := h.tls.Accept()
@@ -253,7 +253,7 @@ func newHost(t testing.TB) *host {
 		}
 	}()
 	t.Cleanup(func() {
-		h.m.Close()
+		h.manager().Close()
 		if t.Failed() {
 			t.Logf("log:\n%s", last(h.log))
 		}
@@ -271,6 +271,22 @@ func (h *host) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error)
 		}
 	}
 	return nil, errors.New("no such name")
+}
+
+// manager is the one behind the ports now.
+func (h *host) manager() *Manager {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.m
+}
+
+// restart replaces the manager, as a restart of the daemon does.
+func (h *host) restart() {
+	h.m.Close()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.m = New(slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	h.sources = nil
 }
 
 // apply brings sections into force.

@@ -81,6 +81,7 @@ type Config struct {
 	Validity time.Duration // of certificates
 	EAB      [2]string     // if set, the only key id and MAC key that may register
 	OCSP     string        // URL of the responder in certificates, if any
+	RSA      bool          // its own keys are RSA, which are the only ones that its management gives away
 }
 
 // Directory is the ACME directory's URL.
@@ -107,9 +108,13 @@ func (c Config) Write(dir string) (args []string, root string, err error) {
 			return nil, "", err
 		}
 	}
+	algorithm := "ecdsa"
+	if c.RSA {
+		algorithm = "rsa"
+	}
 	p := map[string]any{
 		"listenAddress": c.address(0), "managementListenAddress": c.address(1), "certificate": cert, "privateKey": key,
-		"httpPort": c.HTTPPort, "tlsPort": c.TLSPort, "keyAlgorithm": "ecdsa", "ocspResponderURL": c.OCSP,
+		"httpPort": c.HTTPPort, "tlsPort": c.TLSPort, "keyAlgorithm": algorithm, "ocspResponderURL": c.OCSP,
 		"profiles":   map[string]any{"default": map[string]any{"description": "test", "validityPeriod": int(c.Validity.Seconds())}},
 		"retryAfter": map[string]any{"authz": 1, "order": 1},
 	}

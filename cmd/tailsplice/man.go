@@ -24,6 +24,13 @@ func newMan() *cobra.Command {
 			if err := os.MkdirAll(args[0], 0o755); err != nil {
 				return err
 			}
+			for _, c := range cmd.Root().Commands() {
+				if c.Name() == "completion" { // one page for all shells will do
+					for _, shell := range c.Commands() {
+						shell.Hidden = true
+					}
+				}
+			}
 			return doc.GenManTree(cmd.Root(), &doc.GenManHeader{Title: "TAILSPLICE", Section: "8", Source: "tailsplice"}, args[0])
 		},
 	}

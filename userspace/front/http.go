@@ -89,7 +89,7 @@ func pageReason(err error) error {
 	}
 	switch de.Reason {
 	case dial.NodeOffline, dial.UnknownNode, dial.ContainerStopped, dial.UnknownContainer, dial.AmbiguousContainer,
-		dial.NoTailscaled, dial.TailscaleDown, dial.NoDockerd, dial.NoSocket, dial.Exhausted:
+		dial.NoSocket, dial.Exhausted:
 		return vhost.Fail(vhost.ReasonAbsent, err)
 	case dial.Timeout:
 		return vhost.Fail(vhost.ReasonTimeout, err)

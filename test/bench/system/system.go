@@ -3,10 +3,8 @@ package system
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -235,39 +233,20 @@ func (b *Builder) Close() {
 	b.started = nil
 }
 
-// Datapaths asks our daemon which of its datapaths this machine has.
+// Datapaths lists which of our datapaths this machine has: a daemon that is told to use one that is not there refuses to
+// start. auto is only listed where it has a choice.
 func (b *Builder) Datapaths(ctx context.Context) ([]string, error) {
-	s, err := b.Start(ctx, "tailsplice/auto")
-	if err != nil {
+	defer b.Close()
+	if _, err := b.Start(ctx, "tailsplice/userspace"); err != nil {
 		return nil, err
 	}
-	defer b.Close()
-	socket := filepath.Join(b.Dir, "tailsplice-auto", "control.sock")
-	for range 100 { // the port may be bound before the socket
-		if c, err := net.Dial("unix", socket); err == nil {
-			c.Close()
-			break
+	b.Close()
+	names := []string{"userspace"}
+	for _, name := range []string{"sockmap", "tc"} {
+		if _, err := b.Start(ctx, "tailsplice/"+name); err == nil {
+			names = append(names, name)
 		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	out, err := exec.CommandContext(ctx, b.Tailsplice, "status", "--json", "--control", socket).Output()
-	if err != nil {
-		return nil, fmt.Errorf("tailsplice status: %w: %s", err, s.Log())
-	}
-	var status struct {
-		Datapaths []struct {
-			Name      string
-			Available bool
-		}
-	}
-	if err := json.Unmarshal(out, &status); err != nil {
-		return nil, fmt.Errorf("tailsplice status: %w", err)
-	}
-	var names []string
-	for _, d := range status.Datapaths {
-		if d.Available {
-			names = append(names, d.Name)
-		}
+		b.Close()
 	}
 	if len(names) > 1 {
 		names = append(names, "auto")

@@ -231,6 +231,11 @@ func (b *Builder) Close() {
 		s.cmd.Wait()
 	}
 	b.started = nil
+	// A daemon that was killed leaves its pins; the next one of that name would remove them, and there is none.
+	pins, _ := filepath.Glob("/sys/fs/bpf/tailsplice/" + strings.ReplaceAll(strings.Trim(b.Dir, "/"), "/", "-") + "-*")
+	for _, dir := range pins {
+		os.RemoveAll(dir)
+	}
 }
 
 // Datapaths lists which of our datapaths this machine has: a daemon that is told to use one that is not there refuses to

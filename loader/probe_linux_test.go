@@ -42,8 +42,8 @@ func TestProbe(t *testing.T) {
 	}
 	for name, uid := range map[string]uint32{"root": 0, "nobody": 65534} {
 		t.Run(name, func(t *testing.T) {
-			if os.Getuid() != 0 && uid == 0 {
-				t.Skip("needs root")
+			if uid == 0 {
+				needRoot(t)
 			}
 			cmd := exec.Command(copied, "-test.run=^TestProbe$", "-test.v")
 			cmd.Env = append(os.Environ(), "TS_LDR_PROBE=1")

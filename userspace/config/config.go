@@ -11,7 +11,7 @@ import (
 type Config struct {
 	Section
 	Node      string     `yaml:"node" kind:"label" doc:"How this hop names itself in logs, headers and error pages. Default: the host name."`
-	Datapath  string     `yaml:"datapath" enum:"auto tc sockmap userspace" default:"auto" doc:"How the bytes of flows move. auto picks the best that kernel, sockets and traffic allow, and changes it when they do."`
+	Datapath  string     `yaml:"datapath" enum:"auto tc sockmap userspace" default:"auto" doc:"How the bytes of flows move. auto picks what the benchmark found best, in this version userspace. One that is named and not there keeps the daemon from starting."`
 	Listeners []Listener `yaml:"listeners" required:"true" nonempty:"true" noun:"a listener" doc:"Where the daemon accepts connections, and where it sends them."`
 	Limits    Limits     `yaml:"limits" noun:"limits" doc:"Bounds on what strangers can make the daemon spend."`
 	Control   Control    `yaml:"control" noun:"control" doc:"How the daemon is observed and commanded."`

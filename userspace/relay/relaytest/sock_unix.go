@@ -43,8 +43,20 @@ func waitBroken(c net.Conn) error {
 	return fmt.Errorf("not told of a reset (poll: %#x)", revents)
 }
 
+// sendUrgent waits for its turn as a write does: what was written before may fill the send buffer.
 func sendUrgent(c net.Conn, b byte) error {
-	return onSocket(c, func(fd int) error { return unix.Sendto(fd, []byte{b}, unix.MSG_OOB, nil) })
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	if err := raw.Write(func(fd uintptr) bool {
+		serr = unix.Sendto(int(fd), []byte{b}, unix.MSG_OOB, nil)
+		return serr != unix.EAGAIN
+	}); err != nil {
+		return err
+	}
+	return serr
 }
 
 // processCPU is the CPU time that this process has taken.

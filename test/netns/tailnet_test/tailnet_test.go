@@ -415,6 +415,18 @@ func TestTailnet(t *testing.T) {
 	})
 
 	// The last ones leave a tailnet that serves no further test.
+	t.Run("a listener follows its node's addresses", func(t *testing.T) {
+		n := node(w.Home).Clone()
+		listenerFollows(t, w.Home, w.Laptop, n.Addresses, func(a []netip.Prefix) {
+			n := n.Clone()
+			n.Addresses, n.AllowedIPs = a, a
+			control.UpdateNode(n) // for the others; to the node itself testcontrol says always the same
+			if !control.AddRawMapResponse(n.Key, &tailcfg.MapResponse{Node: n}) {
+				t.Fatal("home has no connection to control")
+			}
+		})
+	})
+
 	t.Run("a peer goes offline", func(t *testing.T) {
 		n := node(w.Laptop)
 		seen, offline := time.Now().Add(-time.Hour).Truncate(time.Second), false

@@ -51,7 +51,7 @@ demo: provision build ## Show the whole path at work; KEEP=1 leaves it up
 
 .PHONY: bench
 bench: provision build ## Compare with what others would use (root); BENCH=quick takes 3 minutes, the whole 20
-	@scripts/provision-bench
+	@BENCH=$(or $(BENCH),full) scripts/provision-bench
 	cd $(BENCHDIR) && CGO_ENABLED=0 go build -o ../../$(BUILD)/bench . && CGO_ENABLED=0 go build -o ../../$(BUILD)/bench-goproxy ./peers/goproxy
 	$(BUILD)/bench run --mode $(or $(BENCH),full) --out $(BUILD)
 

@@ -72,6 +72,7 @@ func run(args []string) error {
 	flags.StringVar(&o.Tailsplice, "tailsplice", "build/tailsplice", "the daemon's binary")
 	flags.StringVar(&o.Baseline, "baseline", "", "another build of the daemon, to compare with in the same rounds")
 	flags.StringVar(&o.GoProxy, "goproxy", "build/bench-goproxy", "the plain Go proxy's binary")
+	flags.StringVar(&o.Caddy, "caddy", "build/bench-caddy", "Caddy's binary; without it Caddy is left out")
 	flags.IntVar(&o.Rounds, "rounds", 5, "rounds of each test")
 	flags.DurationVar(&o.Time, "time", 0, "how long to measure (default: what the mode promises)")
 	flags.DurationVar(&o.Cell, "cell", 0, "how long each cell has load (default: as it fits); for profiling")
@@ -89,7 +90,10 @@ func run(args []string) error {
 	}
 	o.Quick = *mode == "quick"
 	o.Topologies, o.Tests, o.Systems, o.Datapaths = split(*topologies), split(*tests), split(*systems), split(*datapaths)
-	for _, p := range []*string{&o.Tailsplice, &o.Baseline, &o.GoProxy} {
+	if _, err := os.Stat(o.Caddy); err != nil {
+		o.Caddy = ""
+	}
+	for _, p := range []*string{&o.Caddy, &o.Tailsplice, &o.Baseline, &o.GoProxy} {
 		if *p == "" {
 			continue
 		}

@@ -7,12 +7,13 @@ const maxFaults = 5
 
 // Report is what an end of the flows saw of one cell: one measure run once on one system.
 type Report struct {
-	Flows          int      // that began
-	Done           int      // that ended as they should
-	Sent, Received int64    // payload bytes of flows whose streams ended
-	Faults         int      // flows that broke: a byte wrong, reset, hung
-	FaultTexts     []string // the first of them
-	Rate           float64  // bytes a second that were received between warming up and the end of the time
+	Flows          int           // that began
+	Done           int           // that ended as they should
+	Sent, Received int64         // payload bytes of flows whose streams ended
+	Faults         int           // flows that broke: a byte wrong, reset, hung
+	FaultTexts     []string      // the first of them
+	Rate           float64       // bytes a second that were received between warming up and the end of the time
+	Pause          time.Duration // the longest in which a flow's loop received nothing, in that time
 	Quiet          time.Duration
 	Held           int64 // payload bytes sent so far by flows that live
 
@@ -26,6 +27,7 @@ type Report struct {
 type cell struct {
 	Report
 	progress  int64 // when a byte was last sent or received
+	heard     int64 // when a byte was last received
 	latencies []uint32
 
 	warm, duration int64 // ns; the window of Rate
@@ -42,28 +44,39 @@ func (c *cell) fault(err error) {
 }
 
 // received counts payload for the rate.
-func (c *cell) received(n int) {
-	t := now()
+func (c *cell) received(n int) { c.receivedAt(n, now()) }
+
+func (c *cell) receivedAt(n int, t int64) {
 	c.progress = t
 	if c.duration == 0 {
 		return
 	}
 	c.bytes += int64(n)
-	switch {
-	case c.t0 == 0:
+	if c.t0 == 0 {
 		c.t0 = t
-	case t < c.t0+c.warm:
+	} else if c.heard <= c.t0+c.duration {
+		c.Pause = max(c.Pause, time.Duration(t-c.heard))
+	}
+	c.heard = t
+	switch {
+	case t == c.t0, t < c.t0+c.warm:
+	case c.t1 == 0 && t > c.t0+c.duration: // a pause took the whole window: all there was is one
+		c.t1, c.t2, c.b2 = c.t0, t, c.bytes
 	case c.t1 == 0:
 		c.t1, c.b1 = t, c.bytes
-	case t <= c.t0+c.duration:
+	case c.t2 <= c.t0+c.duration:
+		// The first bytes after the end close the window: a pause that lasts until then is part of it.
 		c.t2, c.b2 = t, c.bytes
 	}
 }
 
-// rate is in bytes a second.
+// rate is in bytes a second; 0 if nothing came after the first bytes.
 func (c *cell) rate() float64 {
-	if c.t2 <= c.t1 {
+	switch {
+	case c.t1 == 0:
 		return 0
+	case c.t2 <= c.t1: // only once in the window, and never again
+		return float64(c.b1) / (float64(c.t1-c.t0) / 1e9)
 	}
 	return float64(c.b2-c.b1) / (float64(c.t2-c.t1) / 1e9)
 }
@@ -81,6 +94,7 @@ func merge(cells []*cell) Report {
 		r.Faults += c.Faults
 		r.FaultTexts = append(r.FaultTexts, c.FaultTexts[:min(len(c.FaultTexts), maxFaults-len(r.FaultTexts))]...)
 		r.Rate += c.rate()
+		r.Pause = max(r.Pause, c.Pause)
 		r.Count += c.Count
 		r.Seconds = max(r.Seconds, c.Seconds)
 		latencies = append(latencies, c.latencies...)

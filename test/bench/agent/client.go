@@ -214,6 +214,10 @@ func (w *job) connect() error {
 		return fmt.Errorf("socket: %w", err)
 	}
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	if j.Kind == Stall {
+		// What fills up is to be the proxy, and not this socket: before the connection, for its window's scale.
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 64<<10)
+	}
 	f := &flow{loop: w.loop, cell: &w.cell, fd: fd, began: now()}
 	f.cmd = stream.Command{Cell: j.Cell, Flow: w.client.next.Add(1), Size: uint32(j.Size), Warm: j.Warm, Duration: j.Duration}
 	f.txPhase, f.rxPhase = stream.Phases(f.cmd.Flow)

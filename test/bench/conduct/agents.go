@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"sync"
 	"time"
 
 	"github.com/tailsplice/tailsplice/test/bench/agent"
@@ -14,11 +15,20 @@ import (
 	"github.com/tailsplice/tailsplice/test/bench/topology"
 )
 
-// agents are the client and the server of a topology.
+// agents are the clients and the servers of a topology. All tests but those with more flows than a process may have
+// files use the first pair.
 type agents struct {
+	*pair
+	pairs    []*pair
+	procs    []*exec.Cmd
+	topology *topology.Topology
+	hello    []byte
+}
+
+// pair is a client and its server.
+type pair struct {
 	client, server agent.Remote
-	procs          []*exec.Cmd
-	cell           uint32
+	cell           uint32 // the latest
 }
 
 func startAgents(t *topology.Topology) (_ *agents, err error) {
@@ -26,19 +36,43 @@ func startAgents(t *topology.Topology) (_ *agents, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &agents{}
-	defer func() {
-		if err != nil {
-			a.close()
-		}
-	}()
-	if a.server, err = a.start(t.Server, agent.Start{Listen: netip.AddrPortFrom(netip.IPv4Unspecified(), topology.ServerPort), Hello: hello}); err != nil {
-		return nil, fmt.Errorf("server: %w", err)
+	a := &agents{topology: t, hello: hello}
+	if err := a.grow(1); err != nil {
+		a.close()
+		return nil, err
 	}
-	if a.client, err = a.start(t.Client, agent.Start{Hello: hello}); err != nil {
-		return nil, fmt.Errorf("client: %w", err)
-	}
+	a.pair = a.pairs[0]
 	return a, nil
+}
+
+// grow starts pairs until there are n. The server of the i-th listens on ServerPort+i.
+func (a *agents) grow(n int) (err error) {
+	for i := len(a.pairs); i < n; i++ {
+		p := &pair{}
+		listen := netip.AddrPortFrom(netip.IPv4Unspecified(), topology.ServerPort+uint16(i))
+		if p.server, err = a.start(a.topology.Server, agent.Start{Listen: listen, Hello: a.hello}); err != nil {
+			return fmt.Errorf("server: %w", err)
+		}
+		if p.client, err = a.start(a.topology.Client, agent.Start{Hello: a.hello}); err != nil {
+			return fmt.Errorf("client: %w", err)
+		}
+		a.pairs = append(a.pairs, p)
+	}
+	return nil
+}
+
+// all runs f on the first n pairs at once, and returns the sum of what they report.
+func (a *agents) all(n int, f func(i int, p *pair) (agent.Report, error)) (sum agent.Report, err error) {
+	reports, errs := make([]agent.Report, n), make([]error, n)
+	var wg sync.WaitGroup
+	for i, p := range a.pairs[:n] {
+		wg.Go(func() { reports[i], errs[i] = f(i, p) })
+	}
+	wg.Wait()
+	for _, r := range reports {
+		sum.Faults += r.Faults
+	}
+	return sum, errors.Join(errs...)
 }
 
 func (a *agents) start(on topology.Host, s agent.Start) (r agent.Remote, err error) {
@@ -74,8 +108,11 @@ func (a *agents) close() {
 // hung is how long an agent may take beyond its own limits before the whole run is given up.
 const hung = 60 * time.Second
 
-// limit is how long flows may take to end after the time of a job is over.
+// limit is how long flows may take to end after the time of a job is over, or to be there if it has none.
 const limit = 10 * time.Second
+
+// each more than 1000 flows at once is given this in addition.
+const limitPerThousand = 3 * time.Second
 
 // bounded calls an agent; one that doesn't answer is an error of the run.
 func bounded[T any](ctx context.Context, d time.Duration, f func() (T, error)) (v T, err error) {
@@ -99,20 +136,20 @@ func bounded[T any](ctx context.Context, d time.Duration, f func() (T, error)) (
 }
 
 // run does a job.
-func (a *agents) run(ctx context.Context, j agent.Job) (agent.Report, error) {
-	a.cell++
-	j.Cell, j.Limit = a.cell, limit
-	return bounded(ctx, j.Duration+limit, func() (agent.Report, error) { return a.client.Run(j) })
+func (p *pair) run(ctx context.Context, j agent.Job) (agent.Report, error) {
+	p.cell++
+	j.Cell, j.Limit = p.cell, limit+limitPerThousand*time.Duration(j.Flows/1000)
+	return bounded(ctx, j.Duration+j.Limit, func() (agent.Report, error) { return p.client.Run(j) })
 }
 
 // broken is a system's fault: a byte or a flow was lost.
 type broken struct{ error }
 
 // settle compares what both ends saw of the latest job, and forgets it. An error of type broken is the system's fault.
-func (a *agents) settle(ctx context.Context, near agent.Report) (far agent.Report, err error) {
-	defer a.server.Forget(a.cell)
+func (p *pair) settle(ctx context.Context, near agent.Report) (far agent.Report, err error) {
+	defer p.server.Forget(p.cell)
 	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		far, err = bounded(ctx, 0, func() (agent.Report, error) { return a.server.Report(a.cell) })
+		far, err = bounded(ctx, 0, func() (agent.Report, error) { return p.server.Report(p.cell) })
 		if err != nil || far.Done >= near.Done || time.Now().After(deadline) {
 			break
 		}

@@ -29,6 +29,7 @@ type Options struct {
 	Tailsplice string        // binary of the daemon
 	Baseline   string        // binary of another build of the daemon to compare with, or ""
 	GoProxy    string        // binary of the plain Go proxy
+	Caddy      string        // binary of Caddy, or "": it is left out
 	Progress   func(format string, args ...any)
 }
 
@@ -51,8 +52,10 @@ type conductor struct {
 	agents   *agents
 	builder  *system.Builder
 	systems  []*system.System
-	run      *report.Run
-	deadline time.Time
+	// terminating are those that terminate TLS, if a test wants them.
+	terminating []*system.System
+	run         *report.Run
+	deadline    time.Time
 }
 
 // Run runs everything and returns what was measured, also with an error.
@@ -128,7 +131,7 @@ func (o *Options) in(ctx context.Context, name string, r *report.Run, left time.
 	defer c.agents.close()
 	c.builder = &system.Builder{
 		Topology: c.topology, Dir: filepath.Join(o.Dir, name),
-		Tailsplice: o.Tailsplice, GoProxy: o.GoProxy, Baseline: o.Baseline,
+		Tailsplice: o.Tailsplice, GoProxy: o.GoProxy, Baseline: o.Baseline, Caddy: o.Caddy,
 	}
 	defer c.builder.Close()
 	if err := c.start(ctx); err != nil {
@@ -180,6 +183,18 @@ func (c *conductor) start(ctx context.Context) error {
 	return nil
 }
 
+// takingPart are the systems of a test.
+func (c *conductor) takingPart(t *test) []*system.System {
+	all := c.systems
+	if t.https {
+		all = c.terminating
+	}
+	if t.only == nil {
+		return all
+	}
+	return slices.DeleteFunc(slices.Clone(all), func(s *system.System) bool { return !chosen(t.only, s.Name+"$") })
+}
+
 // chosen says whether the name, or the beginning of it, is in the list; nil has all.
 func chosen(list []string, name string) bool {
 	return list == nil || slices.ContainsFunc(list, func(l string) bool { return strings.HasPrefix(name, l) })
@@ -193,11 +208,17 @@ func (c *conductor) measure(ctx context.Context) error {
 		switch {
 		case c.Quick && !t.quick, !chosen(c.Tests, t.name):
 			continue
-		case c.topology.Name == "tailnet" && (t.tailnet == never || c.Quick && t.tailnet != inQuick), t.loss > 0 && c.topology.SetLoss == nil, t.far && !c.topology.Far.IsValid():
+		case t.https && c.topology.Name != "veth",
+			c.topology.Name == "tailnet" && (t.tailnet == never || c.Quick && t.tailnet != inQuick), t.loss > 0 && c.topology.SetLoss == nil, t.far && !c.topology.Far.IsValid():
 			continue
 		}
+		if t.https && c.terminating == nil {
+			if err := c.startTerminating(ctx); err != nil {
+				return err
+			}
+		}
 		plan = append(plan, t)
-		cells := time.Duration(c.rounds(t) * len(c.systems))
+		cells := time.Duration(c.rounds(t) * len(c.takingPart(t)))
 		cost += t.duration * cells
 		fixed += (t.fixed + 60*time.Millisecond) * cells
 	}
@@ -221,8 +242,11 @@ func (c *conductor) measure(ctx context.Context) error {
 			continue
 		}
 		c.Progress("%s %d/%d %s: %d rounds of %d systems, %s left", c.topology.Name, i+1, len(plan), t.name, c.rounds(t),
-			len(c.systems), time.Until(c.deadline).Round(time.Second))
-		if err := c.test(ctx, t, time.Duration(scale*float64(t.duration)).Round(time.Millisecond)); err != nil {
+			len(c.takingPart(t)), time.Until(c.deadline).Round(time.Second))
+		if t.remark != "" {
+			c.run.Notes = append(c.run.Notes, fmt.Sprintf("%s %s: %s", c.topology.Name, t.name, t.remark))
+		}
+		if err := c.test(ctx, t, max(t.least, time.Duration(scale*float64(t.duration)).Round(time.Millisecond))); err != nil {
 			return fmt.Errorf("%s: %w", t.name, err)
 		}
 	}
@@ -250,7 +274,8 @@ func (c *conductor) test(ctx context.Context, t *test, d time.Duration) error {
 			return nil
 		}
 		values := map[string][]value{}
-		for _, s := range c.systems {
+		systems := c.takingPart(t)
+		for _, s := range systems {
 			if s.MaxFlows > 0 && t.flows > s.MaxFlows {
 				if round == 0 {
 					c.run.LeftOut = append(c.run.LeftOut, fmt.Sprintf("%s %s: %s is not made for %d flows", c.topology.Name, t.name, s.Name, t.flows))
@@ -268,7 +293,7 @@ func (c *conductor) test(ctx context.Context, t *test, d time.Duration) error {
 			values[s.Name] = v
 		}
 		direct := values[system.Direct]
-		for _, s := range c.systems {
+		for _, s := range systems {
 			for _, b := range t.beyond {
 				all, ok := get(values[s.Name], b[0])
 				if plain, has := get(direct, b[0]); ok && has {
@@ -277,6 +302,9 @@ func (c *conductor) test(ctx context.Context, t *test, d time.Duration) error {
 			}
 			for _, v := range values[s.Name] {
 				c.run.Add(c.topology.Name, s.Name, v.measure, round, v.value)
+				if t.remark != "" {
+					c.run.Remark(c.topology.Name, v.measure, t.remark)
+				}
 			}
 		}
 	}
@@ -294,6 +322,16 @@ func (c *conductor) turn(ctx context.Context, t *test, s *system.System, d time.
 		if crashed {
 			return nil, broken{fmt.Errorf("it has ended: %s", log)}
 		}
+	}
+	if t.copies > 1 {
+		if err := c.agents.grow(t.copies); err != nil {
+			return nil, err
+		}
+		stop, err := c.builder.Multiply(ctx, s, t.copies)
+		if err != nil {
+			return nil, err
+		}
+		defer stop()
 	}
 	if err := s.Enter(); err != nil {
 		return nil, err

@@ -8,7 +8,6 @@ import (
 
 	"github.com/tailsplice/tailsplice/test/bench/agent"
 	"github.com/tailsplice/tailsplice/test/bench/system"
-	"github.com/tailsplice/tailsplice/test/bench/topology"
 )
 
 // A test is one kind of load, and the measures that it yields.
@@ -20,7 +19,12 @@ type test struct {
 	tailnet  mode          // the least run in which it is made over the tailnet, where tailscaled is the bottleneck
 	far      bool          // over the path with a delay
 	loss     float64       // of the packets between client and proxy
-	flows    int           // that a system has to be fit to hold
+	least    time.Duration // of one cell, however little time there is
+	flows    int           // that an instance of a system has to be fit to hold
+	copies   int           // instances of each system, with a client and a server each; 0 = 1
+	only     []string      // systems by the beginning of their names; nil = all
+	https    bool          // a test of systems that terminate TLS
+	remark   string        // what the reader of its results has to know
 	rounds   int           // at most; 0 = as many as the run has
 	fresh    bool          // on a process that has not done anything yet
 	run      func(ctx context.Context, c *cellRun) error
@@ -72,6 +76,12 @@ const (
 	inQuick
 )
 
+// leastBulk is longer than TCP waits before it sends again (RTO_MIN is 200 ms), so that one lost packet is not all of a cell.
+const leastBulk = 300 * time.Millisecond
+
+// longPause is worth a warning where no packet is lost on purpose: TCP has waited for a timer.
+const longPause = 150 * time.Millisecond
+
 const (
 	mib = 1 << 20
 	gib = 1 << 30
@@ -93,13 +103,18 @@ func tests(maxFlows int, quick bool) []*test {
 		n = min(2000, maxFlows)
 	}
 	list = append(list,
-		idle("idle_bytes", n, test{quick: true, fixed: 2500 * time.Millisecond * time.Duration(n) / 10_000}),
+		idle("idle_bytes", n, 1, test{quick: true, fixed: 2500 * time.Millisecond * time.Duration(n) / 10_000}),
 		requests("c256", 256, 200, test{}),
+		https("c32", 32, test{quick: true}),
 		bulk("loss1_down", agent.Down, bulkFlows, test{duration: time.Second, loss: 0.01}),
 		bulk("loss1_up", agent.Up, bulkFlows, test{duration: time.Second, loss: 0.01}),
 		bulk("delay60_down", agent.Down, bulkFlows, test{duration: 2 * time.Second, far: true}),
 		bulk("delay60_up", agent.Up, bulkFlows, test{duration: 2 * time.Second, far: true}),
 		stopped(min(1000, maxFlows)),
+		// As many flows take too long for all systems and rounds.
+		idle("idle_bytes_50k", 50_000, (50_000+maxFlows-1)/maxFlows, test{fixed: 16 * time.Second, rounds: 2,
+			only: []string{system.Direct, system.HAProxy + "$", "nginx", "tailsplice/userspace", "tailsplice/sockmap", "baseline/"}}),
+		https("c256", 256, test{}),
 		bulk("bulk1_down", agent.Down, 1, test{duration: 600 * time.Millisecond}),
 		bulk("bulk1_up", agent.Up, 1, test{duration: 600 * time.Millisecond}),
 	)
@@ -111,15 +126,12 @@ func tests(maxFlows int, quick bool) []*test {
 			list = append(list, requests(fmt.Sprintf("c%d", flows), flows, size.bytes, test{name: size.name}))
 		}
 	}
-	if maxFlows >= 50_000 {
-		list = append(list, idle("idle50k_bytes", 50_000, test{fixed: 15 * time.Second}))
-	}
 	return list
 }
 
 // bulk is throughput: flows that send, or receive, as fast as they can.
 func bulk(name string, kind agent.Kind, flows int, t test) *test {
-	t.name = name
+	t.name, t.least = name, leastBulk
 	way := "down"
 	if kind == agent.Up {
 		way = "up"
@@ -156,7 +168,10 @@ func bulk(name string, kind agent.Kind, flows int, t test) *test {
 			rate, bytes = far.Rate, float64(near.Sent)
 		}
 		if rate == 0 {
-			return fmt.Errorf("no throughput in %v: %.0f bytes", j.Duration, bytes)
+			return broken{fmt.Errorf("no throughput in %v: %.0f bytes", j.Duration, bytes)}
+		}
+		if pause := max(near.Pause, far.Pause); pause > longPause && t.loss == 0 && !t.far {
+			c.conductor.run.Warn("%s %s %s: nothing arrived for %v", c.conductor.topology.Name, name, c.system.Name, pause.Round(time.Millisecond))
 		}
 		c.set(name, rate/mib)
 		if cpu := after.Since(before); withCPU {
@@ -233,19 +248,31 @@ func firstByte() *test {
 		}}
 }
 
-// idle is the memory of flows that do nothing, without what the client's and the server's sockets take.
-func idle(name string, flows int, t test) *test {
-	t.name, t.flows, t.fresh = name, flows, true
+// idle is the memory of flows that do nothing, without what the client's and the server's sockets take. They are spread
+// over so many instances of the system.
+func idle(name string, flows, copies int, t test) *test {
+	t.name, t.copies, t.fresh = name, copies, true
+	t.flows = (flows + copies - 1) / copies
+	flows = t.flows * copies
 	t.beyond = [][2]string{{"all_" + name, name}}
+	t.remark = fmt.Sprintf("%d flows on one process of each system", flows)
+	if copies > 1 {
+		t.remark = fmt.Sprintf("%d flows on %d instances of each system, with a client and a server for each: RLIMIT_NOFILE lets a process have %d files, so at most %d flows",
+			flows, copies, system.Files(), system.MaxFlows())
+	} else if flows == system.MaxFlows() {
+		t.remark += fmt.Sprintf(", the most that RLIMIT_NOFILE (%d files) lets it hold", system.Files())
+	}
 	t.run = func(ctx context.Context, c *cellRun) error {
 		a := c.conductor.agents
-		j := c.job(agent.Hold, flows, 64)
-		j.Duration = 0
 		before, err := c.system.ReadMemory()
 		if err != nil {
 			return err
 		}
-		r, err := a.run(ctx, j)
+		r, err := a.all(copies, func(i int, p *pair) (agent.Report, error) {
+			j := c.job(agent.Hold, t.flows, 64)
+			j.Addr, j.Duration = c.system.Instance(i), 0
+			return p.run(ctx, j)
+		})
 		if err != nil {
 			return err
 		}
@@ -261,28 +288,33 @@ func idle(name string, flows int, t test) *test {
 				c.set("proxy_"+name, float64(m.Process+m.BPF)/float64(flows))
 			}
 			// That each flow is still there is part of the measure.
-			if r, err = bounded(ctx, limit, a.client.Check); err != nil {
+			if _, err = a.all(copies, func(_ int, p *pair) (agent.Report, error) { return bounded(ctx, 2*limit, p.client.Check) }); err != nil {
 				return err
 			}
 		}
-		if r, err = bounded(ctx, limit, a.client.Resume); err != nil {
-			return err
-		}
-		_, err = a.settle(ctx, r)
+		_, err = a.all(copies, func(_ int, p *pair) (agent.Report, error) {
+			r, err := bounded(ctx, 2*limit, p.client.Resume)
+			if err != nil {
+				return r, err
+			}
+			return p.settle(ctx, r)
+		})
 		return err
 	}
 	return &t
 }
 
-// stopped is what flows cost whose client has stopped reading: memory once all buffers are full, and time.
+// stopped is what flows cost whose client has stopped reading: memory once all buffers are full, and time, both beyond what
+// direct takes. The client's and the server's own buffers are small.
 func stopped(flows int) *test {
-	return &test{name: "stopped", fixed: 3 * time.Second, flows: flows, fresh: true,
-		rounds: 3, // it takes too long for more
+	return &test{name: "stopped", fixed: 6 * time.Second, flows: flows, fresh: true,
+		rounds: 3, only: []string{system.Direct, system.HAProxy + "$", "nginx", "goproxy", "tailsplice/", "baseline/"}, // it takes too long for more
+		beyond: [][2]string{{"all_stopped_bytes", "stopped_bytes"}, {"all_stopped_cpu", "stopped_cpu"}},
 		run: func(ctx context.Context, c *cellRun) error {
 			a := c.conductor.agents
 			j := c.job(agent.Stall, flows, 0)
 			j.Duration = 0
-			before := system.Used()
+			before := c.system.Used()
 			r, err := a.run(ctx, j)
 			if err != nil {
 				return err
@@ -302,7 +334,7 @@ func stopped(flows int) *test {
 
 // standstill waits until all buffers are full, and measures.
 func (c *cellRun) standstill(ctx context.Context, before int64, flows int) error {
-	const quiet, most, watch = 300 * time.Millisecond, 8 * time.Second, time.Second
+	const quiet, most, watch = 300 * time.Millisecond, 8 * time.Second, 1500 * time.Millisecond
 	a := c.conductor.agents
 	for begin := time.Now(); ; time.Sleep(20 * time.Millisecond) {
 		r, err := bounded(ctx, 0, func() (agent.Report, error) { return a.server.Report(a.cell) })
@@ -316,26 +348,10 @@ func (c *cellRun) standstill(ctx context.Context, before int64, flows int) error
 			return broken{fmt.Errorf("it still takes bytes for readers that stopped %v ago: %d MiB so far", most, r.Held>>20)}
 		}
 	}
-	// All that the machine took, without what the client's and the server's sockets hold.
-	used := system.Used() - before
-	for _, h := range []topology.Host{c.conductor.topology.Client, c.conductor.topology.Server} {
-		held, err := system.SocketMemory(h)
-		if err != nil {
-			return err
-		}
-		used -= held
-	}
-	c.set("stopped_bytes", float64(used)/float64(flows))
-	from, err := c.system.ReadCPU()
-	if err != nil {
-		return err
-	}
+	used := c.system.Used() - before
+	c.set("all_stopped_bytes", float64(used)/float64(flows))
+	from := c.system.RunTime()
 	time.Sleep(watch)
-	to, err := c.system.ReadCPU()
-	if err != nil {
-		return err
-	}
-	cpu := to.Since(from)
-	c.set("stopped_cpu", (cpu.Proxy+cpu.Kernel)/watch.Seconds())
+	c.set("all_stopped_cpu", (c.system.RunTime()-from).Seconds()/watch.Seconds())
 	return nil
 }

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-//go:embed *.cfg *.conf *.yaml *.nft
+//go:embed *.cfg *.conf *.yaml *.nft *.lua
 var files embed.FS
 
 // Render fills in the @WORDS@ of a configuration; a word that is not given is an error.

@@ -16,6 +16,7 @@ var panels = []struct{ topology, measure, title string }{
 	{"veth", "rr_p99_c32", "… their p99 (µs, less is better)"},
 	{"veth", "new_flows", "New flows with a full ClientHello (1/s, more is better)"},
 	{"veth", "idle_bytes", "Memory of an idle flow (bytes, less is better)"},
+	{"veth", "https_rate_c32", "Terminating TLS, 1 KiB requests on 32 connections (1/s, more is better)"},
 	{"tailnet", "bulk_down", "Bulk over a real tailnet (MiB/s, more is better)"},
 	{"tailnet", "rr_rate_c32", "Requests over a real tailnet (1/s, more is better)"},
 }

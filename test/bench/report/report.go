@@ -18,6 +18,7 @@ const (
 	direct  = "direct"
 	again   = "direct again"
 	haproxy = "haproxy"
+	caddy   = "caddy"
 )
 
 // Run is one run of the benchmark; its JSON is build/bench.json.
@@ -35,6 +36,7 @@ type Run struct {
 	Results  []Result          `json:"results"`
 
 	samples map[key][]float64 // by round; NaN = none
+	remarks map[key]string    // of a measure, whatever the system
 	order   []key             // as they came
 }
 
@@ -55,8 +57,12 @@ type Result struct {
 	// Noise is how far a ratio to HAProxy may be from 1 with no difference behind it.
 	Noise *float64 `json:"noise"`
 	// VersusHAProxy is "better", "worse", or "same": not told from noise.
-	VersusHAProxy string    `json:"versus_haproxy,omitempty"`
-	Samples       []float64 `json:"samples"`
+	VersusHAProxy string `json:"versus_haproxy,omitempty"`
+	// RatioToCaddy is there where Caddy was measured: on what terminates TLS.
+	RatioToCaddy *float64 `json:"ratio_to_caddy,omitempty"`
+	// Remark is what has to be known of how the measure was taken.
+	Remark  string    `json:"remark,omitempty"`
+	Samples []float64 `json:"samples"`
 }
 
 type key struct{ topology, system, measure string }
@@ -69,7 +75,7 @@ func New(quick bool, rounds int) *Run {
 	}
 	return &Run{
 		Mode: mode, Rounds: rounds, Started: time.Now().UTC().Truncate(time.Second), Machine: machine(),
-		Versions: map[string]string{}, samples: map[key][]float64{},
+		Versions: map[string]string{}, samples: map[key][]float64{}, remarks: map[key]string{},
 	}
 }
 
@@ -83,6 +89,11 @@ func (r *Run) Add(topology, system, measure string, round int, value float64) {
 		r.order = append(r.order, k)
 	}
 	s[round] = value
+}
+
+// Remark says of a measure what has to be known of how it was taken.
+func (r *Run) Remark(topology, measure, text string) {
+	r.remarks[key{topology, "", measure}] = text
 }
 
 // Warn and Fail note what the reader has to know.
@@ -107,6 +118,7 @@ func (r *Run) Finish() {
 			System: k.system, Topology: k.topology, Measure: k.measure, Unit: Unit(k.measure), Better: better(k.measure),
 			Median: round(median(values)), Spread: round(spread(values)),
 			RatioToHAProxy: ratio(s, base(haproxy)), RatioToDirect: ratio(s, base(direct)),
+			RatioToCaddy: ratio(s, base(caddy)), Remark: r.remarks[key{k.topology, "", k.measure}],
 		}
 		for _, v := range values {
 			res.Samples = append(res.Samples, round(v))

@@ -21,11 +21,11 @@ func (r *Run) Table(w io.Writer) {
 			if strings.HasPrefix(measure, "all_") {
 				continue // only there to be subtracted from
 			}
-			cells := []string{measure, Unit(measure), "", ""}
-			ratios := []string{"", "x haproxy", "", ""}
-			cells, ratios = cells[:3], ratios[:3]
+			cells := []string{measure, Unit(measure), ""}
+			ratios := []string{"", "x haproxy", ""}
+			toCaddy := []string{"", "x caddy", ""}
 			for _, s := range systems {
-				cell, quotient := "", ""
+				cell, quotient, third := "", "", ""
 				if res := r.find(t, s, measure); res != nil {
 					cell = number(res.Median)
 					if res.RatioToHAProxy != nil {
@@ -34,13 +34,19 @@ func (r *Run) Table(w io.Writer) {
 							quotient = "~" + quotient
 						}
 					}
+					if res.RatioToCaddy != nil {
+						third = fmt.Sprintf("%.2f", *res.RatioToCaddy)
+					}
 					if res.Noise != nil {
 						cells[2] = fmt.Sprintf("%.0f%%", math.Ceil(*res.Noise*100))
 					}
 				}
-				cells, ratios = append(cells, cell), append(ratios, quotient)
+				cells, ratios, toCaddy = append(cells, cell), append(ratios, quotient), append(toCaddy, third)
 			}
 			fmt.Fprintf(tw, "%s\t\n%s\t\n", strings.Join(cells, "\t"), strings.Join(ratios, "\t"))
+			if r.find(t, caddy, measure) != nil {
+				fmt.Fprintf(tw, "%s\t\n", strings.Join(toCaddy, "\t"))
+			}
 		}
 		tw.Flush()
 	}

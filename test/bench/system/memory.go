@@ -3,12 +3,8 @@ package system
 import (
 	"fmt"
 	"os"
-	"os/exec"
-	"regexp"
 	"strconv"
 	"strings"
-
-	"github.com/tailsplice/tailsplice/test/bench/topology"
 )
 
 // Memory is bytes in use.
@@ -27,34 +23,16 @@ func (m Memory) Since(before Memory) Memory {
 	return Memory{m.Process - before.Process, m.Slab - before.Slab, m.TCP - before.TCP, m.BPF - before.BPF}
 }
 
-// Used is all memory of the machine that can't be had back: processes, sockets, pipes, skbs that nobody is charged for.
-func Used() int64 {
+// Used is all memory that the kernel can't have back, for whatever it is: sockets, pipes, skbs that nobody is charged for; and
+// what the system's processes hold. What other processes hold, which other people may have started meanwhile, is not in it.
+func (s *System) Used() int64 {
 	m := func(name string) int64 { return kb("/proc/meminfo", name) }
-	return m("MemTotal:") - m("MemFree:") - m("Buffers:") - m("Cached:") - m("SReclaimable:")
+	used := m("MemTotal:") - m("MemFree:") - m("Buffers:") - m("Cached:") - m("SReclaimable:") - m("AnonPages:")
+	for _, pid := range s.Tree() {
+		used += kb(fmt.Sprintf("/proc/%d/smaps_rollup", pid), "Pss_Anon:")
+	}
+	return used
 }
-
-// SocketMemory is what the TCP sockets of a host hold in data.
-func SocketMemory(h topology.Host) (bytes int64, err error) {
-	var out strings.Builder
-	c := exec.Command("ss", "-tmnaH")
-	c.Stdout = &out
-	if err := h.Start(c); err != nil {
-		return 0, err
-	}
-	if err := c.Wait(); err != nil {
-		return 0, fmt.Errorf("ss: %w", err)
-	}
-	for _, m := range skmem.FindAllStringSubmatch(out.String(), -1) {
-		for _, v := range m[1:] {
-			n, _ := strconv.ParseInt(v, 10, 64)
-			bytes += n
-		}
-	}
-	return bytes, nil
-}
-
-// skmem has rmem_alloc, fwd_alloc, wmem_queued and backlog of a socket: see ss(8).
-var skmem = regexp.MustCompile(`skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f(\d+),w(\d+),o\d+,bl(\d+)`)
 
 const dentrySize = 192 // bytes, of one on 64-bit machines; each socket has one
 

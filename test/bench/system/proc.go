@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // userHZ is the unit of times in /proc: always 100 on Linux's ABI.
@@ -37,8 +39,8 @@ func (s *System) ReadCPU() (CPU, error) {
 	}
 	c := CPU{Machine: busy}
 	tree := map[int]bool{}
-	if s.Pid != 0 {
-		tree[s.Pid] = true
+	for _, pid := range s.roots() {
+		tree[pid] = true
 	}
 	for _, p := range processes() { // parents come before children but for wrapped ids: twice is enough for our depth
 		if p.ppid == 2 {
@@ -120,11 +122,11 @@ func stat(pid int) (state string, ppid int, cpu float64) {
 
 // Tree is the system's processes.
 func (s *System) Tree() []int {
-	if s.Pid == 0 {
-		return nil
+	pids, tree := s.roots(), map[int]bool{}
+	for _, pid := range pids {
+		tree[pid] = true
 	}
-	pids, tree := []int{s.Pid}, map[int]bool{s.Pid: true}
-	for grown := true; grown; {
+	for grown := len(pids) > 0; grown; {
 		grown = false
 		for _, p := range processes() {
 			if tree[p.ppid] && !tree[p.pid] {
@@ -134,4 +136,25 @@ func (s *System) Tree() []int {
 		}
 	}
 	return pids
+}
+
+// RunTime is how long the system's threads and those of the kernel have run on a processor. It is exact to the
+// microsecond where ReadCPU counts ticks of 10 ms; threads that have ended are missing.
+func (s *System) RunTime() (d time.Duration) {
+	pids := s.Tree()
+	for _, p := range processes() {
+		if p.ppid == 2 {
+			pids = append(pids, p.pid)
+		}
+	}
+	for _, pid := range pids {
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+		for _, t := range tasks {
+			b, _ := os.ReadFile(t)
+			ran, _, _ := strings.Cut(string(b), " ")
+			ns, _ := strconv.ParseInt(ran, 10, 64)
+			d += time.Duration(ns)
+		}
+	}
+	return d
 }

@@ -3,6 +3,7 @@ package system
 
 import (
 	"context"
+	"debug/buildinfo"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -10,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -35,6 +37,31 @@ type System struct {
 	enter, leave func() error // around each of its turns, where it would disturb others
 	cmd          *exec.Cmd
 	log          string
+	config       string         // what its configuration in package peers begins with
+	target       netip.AddrPort // where it sends flows or requests
+	copies       []*System      // more instances of it: see Multiply
+}
+
+// Instance is what the client dials for the i-th of a system's instances.
+func (s *System) Instance(i int) netip.AddrPort {
+	switch {
+	case i == 0:
+		return s.Addr
+	case s.Pid == 0: // the kernel forwards to every server
+		return netip.AddrPortFrom(s.Addr.Addr(), s.Addr.Port()+uint16(i))
+	}
+	return s.copies[i-1].Addr
+}
+
+// roots are the first processes of all instances.
+func (s *System) roots() (pids []int) {
+	if s.Pid != 0 {
+		pids = append(pids, s.Pid)
+	}
+	for _, c := range s.copies {
+		pids = append(pids, c.Pid)
+	}
+	return pids
 }
 
 // Enter begins the system's turn.
@@ -60,8 +87,10 @@ type Builder struct {
 	Tailsplice string // path of our daemon's binary
 	Baseline   string // path of another build of our daemon to compare with, or ""
 	GoProxy    string // path of the plain Go proxy's binary
+	Caddy      string // path of Caddy's binary, or ""
 
 	started []*System
+	backend *System // of those that terminate TLS
 	port    uint16
 }
 
@@ -73,6 +102,7 @@ const (
 	HAProxy     = "haproxy"
 
 	HAProxySplice = "haproxy-splice"
+	Caddy         = "caddy"
 )
 
 // firstPort is the first system's port.
@@ -89,12 +119,8 @@ func (b *Builder) Start(ctx context.Context, name string) (*System, error) {
 		}
 		return s, nil
 	}
-	if b.port == 0 {
-		b.port = firstPort
-	}
-	port := b.port
-	b.port++
-	s := &System{Name: name, Addr: netip.AddrPortFrom(t.Listen, port)}
+	port := b.nextPort()
+	s := &System{Name: name, Addr: netip.AddrPortFrom(t.Listen, port), target: t.Target}
 	if t.Far.IsValid() {
 		s.FarAddr = netip.AddrPortFrom(t.Far, port)
 	}
@@ -104,27 +130,67 @@ func (b *Builder) Start(ctx context.Context, name string) (*System, error) {
 		s.leave = func() error { return topology.NoDNAT(t) }
 		return s, nil
 	}
-	if err := b.launch(s, port); err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
+	return s, b.begin(ctx, s)
+}
+
+func (b *Builder) nextPort() uint16 {
+	b.port = max(b.port+1, firstPort)
+	return b.port
+}
+
+// begin starts a system and waits until it accepts connections.
+func (b *Builder) begin(ctx context.Context, s *System) error {
+	if err := b.launch(s); err != nil {
+		return fmt.Errorf("%s: %w", s.Name, err)
 	}
 	b.started = append(b.started, s)
-	if err := s.waitListening(ctx, port); err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
+	if err := s.waitListening(ctx, s.Addr.Port()); err != nil {
+		return fmt.Errorf("%s: %w", s.Name, err)
 	}
-	return s, nil
+	return nil
+}
+
+// Multiply starts instances of a system until there are n, each on a port and with a server of its own, so that they can hold
+// more flows than one process may have files. stop ends them. What the kernel does needs no instances.
+func (b *Builder) Multiply(ctx context.Context, s *System, n int) (stop func(), err error) {
+	stop = func() {
+		for _, c := range s.copies {
+			c.kill()
+			b.started = slices.DeleteFunc(b.started, func(o *System) bool { return o == c })
+		}
+		s.copies = nil
+	}
+	for i := 1; i < n && s.Pid != 0; i++ {
+		c := &System{
+			Name: s.Name, config: s.config, Addr: netip.AddrPortFrom(s.Addr.Addr(), b.nextPort()),
+			target: netip.AddrPortFrom(s.target.Addr(), s.target.Port()+uint16(i)),
+		}
+		if err := b.begin(ctx, c); err != nil {
+			if c.cmd != nil {
+				c.kill()
+			}
+			stop()
+			return nil, fmt.Errorf("instance %d: %w", i+1, err)
+		}
+		s.copies = append(s.copies, c)
+	}
+	return stop, nil
 }
 
 // launch starts the system's program.
-func (b *Builder) launch(s *System, port uint16) (err error) {
-	dir := filepath.Join(b.Dir, strings.NewReplacer("/", "-", " ", "-").Replace(s.Name))
+func (b *Builder) launch(s *System) (err error) {
+	port := s.Addr.Port()
+	dir := filepath.Join(b.Dir, fmt.Sprintf("%s-%d", strings.NewReplacer("/", "-", " ", "-").Replace(s.config+s.Name), port))
 	// What an earlier process left, a socket above all, is in the way.
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o755)); err != nil {
 		return err
 	}
 	words := map[string]string{
-		"PORT": strconv.Itoa(int(port)), "SERVER": b.Topology.Target.String(), "DIR": dir, "NAME": stream.ServerName,
+		"CERT": b.certificate(), "BODY": HTTPSBody, "HTTPSPORT": strconv.Itoa(httpsPort),
+
+		"PORT": strconv.Itoa(int(port)), "SERVER": s.target.String(), "DIR": dir, "NAME": stream.ServerName,
 		"REGEXP": strings.ReplaceAll(stream.ServerName, ".", `\.`), "CPUS": strconv.Itoa(runtime.NumCPU()),
-		"FILES": strconv.Itoa(files()), "CONNECTIONS": strconv.Itoa(MaxFlows()),
+		"FILES": strconv.Itoa(Files()), "CONNECTIONS": strconv.Itoa(MaxFlows()),
 	}
 	config := func(name string) string {
 		text, e := peers.Render(name, words)
@@ -136,30 +202,35 @@ func (b *Builder) launch(s *System, port uint16) (err error) {
 	kind, datapath, _ := strings.Cut(s.Name, "/")
 	switch kind {
 	case HAProxy, HAProxySplice:
-		argv = []string{"haproxy", "-db", "-f", config(kind + ".cfg")}
+		argv = []string{"haproxy", "-db", "-f", config(s.config + kind + ".cfg")}
 		s.Version = version("haproxy", "-v")
 	case "nginx":
-		argv = []string{"nginx", "-p", dir, "-c", config("nginx.conf")}
+		argv = []string{"nginx", "-p", dir, "-c", config(s.config + "nginx.conf")}
 		s.Version = version("nginx", "-v")
+	case "backend":
+		argv = []string{"nginx", "-p", dir, "-c", config(s.config + "backend.conf")}
+	case Caddy:
+		argv = []string{b.Caddy, "run", "--adapter", "caddyfile", "--config", config(s.config + "caddy.conf")}
+		s.Version = moduleVersion(b.Caddy)
 	case "sniproxy":
 		argv = []string{"sniproxy", "-f", "-c", config("sniproxy.conf")}
 		s.Version = version("sniproxy", "-V")
 	case "socat":
 		argv = []string{"socat", "-b", "262144", fmt.Sprintf("TCP-LISTEN:%d,fork,reuseaddr,backlog=4096,nodelay", port),
-			"TCP:" + b.Topology.Target.String() + ",nodelay"}
+			"TCP:" + s.target.String() + ",nodelay"}
 		s.Version = version("socat", "-V")
 		s.MaxFlows = 1000 // a process each
 	case "goproxy":
-		argv = []string{b.GoProxy, fmt.Sprintf(":%d", port), stream.ServerName, b.Topology.Target.String()}
+		argv = []string{b.GoProxy, fmt.Sprintf(":%d", port), stream.ServerName, s.target.String()}
 		s.Version = runtime.Version()
-		s.MaxFlows = files() / 8 // io.Copy holds a pipe each way even while it waits: six descriptors a flow
+		s.MaxFlows = Files() / 8 // io.Copy holds a pipe each way even while it waits: six descriptors a flow
 	case "tailsplice", "baseline":
 		bin := b.Tailsplice
 		if kind == "baseline" {
 			bin = b.Baseline
 		}
 		words["DATAPATH"] = datapath
-		argv = []string{bin, "run", "--log-level", "warn", "--config", config("tailsplice.yaml")}
+		argv = []string{bin, "run", "--log-level", "warn", "--config", config(s.config + "tailsplice.yaml")}
 		s.Version = version(bin, "version")
 	default:
 		return errors.New("no such system")
@@ -175,9 +246,16 @@ func (b *Builder) launch(s *System, port uint16) (err error) {
 	defer log.Close()
 	s.cmd = exec.Command(argv[0], argv[1:]...)
 	s.cmd.Stdout, s.cmd.Stderr, s.cmd.Dir = log, log, dir
+	if kind == Caddy {
+		s.cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
+	}
 	// In a process namespace of its own, so that all its children end with it.
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
-	if err := b.Topology.Proxy.Start(s.cmd); err != nil {
+	host := b.Topology.Proxy
+	if kind == "backend" {
+		host = b.Topology.Server
+	}
+	if err := host.Start(s.cmd); err != nil {
 		return err
 	}
 	s.Pid = s.cmd.Process.Pid
@@ -218,6 +296,11 @@ func (s *System) Alive() bool {
 	return state != "" && state != "Z"
 }
 
+func (s *System) kill() {
+	s.cmd.Process.Kill()
+	s.cmd.Wait()
+}
+
 // Log is the end of what the system printed.
 func (s *System) Log() string {
 	b, _ := os.ReadFile(s.log)
@@ -227,10 +310,9 @@ func (s *System) Log() string {
 // Close stops all systems. A reader with half its streams open must not make that wait: they are killed.
 func (b *Builder) Close() {
 	for _, s := range b.started {
-		s.cmd.Process.Kill()
-		s.cmd.Wait()
+		s.kill()
 	}
-	b.started = nil
+	b.started, b.backend = nil, nil
 	// A daemon that was killed leaves its pins; the next one of that name would remove them, and there is none.
 	pins, _ := filepath.Glob("/sys/fs/bpf/tailsplice/" + strings.ReplaceAll(strings.Trim(b.Dir, "/"), "/", "-") + "-*")
 	for _, dir := range pins {
@@ -259,8 +341,8 @@ func (b *Builder) Datapaths(ctx context.Context) ([]string, error) {
 	return names, nil
 }
 
-// files is how many file descriptors a process may have.
-func files() int {
+// Files is how many file descriptors a process may have.
+func Files() int {
 	var l unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
 		return 1024
@@ -269,7 +351,7 @@ func files() int {
 }
 
 // MaxFlows is how many flows a proxy of one process, with two sockets for each and some pipes, can hold here.
-func MaxFlows() int { return max(100, (files()-1000)/2) }
+func MaxFlows() int { return max(100, (Files()-1000)/2) }
 
 // version is the first line with a digit in it that the program prints.
 func version(name string, arg ...string) string {
@@ -282,6 +364,15 @@ func version(name string, arg ...string) string {
 		}
 	}
 	return "unknown"
+}
+
+// moduleVersion is the version of the module that a Go program was installed from.
+func moduleVersion(bin string) string {
+	info, err := buildinfo.ReadFile(bin)
+	if err != nil {
+		return "unknown"
+	}
+	return info.Main.Version
 }
 
 func kernel() string {
@@ -297,9 +388,8 @@ func (b *Builder) Restart(ctx context.Context, s *System) error {
 	if s.cmd == nil {
 		return nil
 	}
-	s.cmd.Process.Kill()
-	s.cmd.Wait()
-	if err := b.launch(s, s.Addr.Port()); err != nil {
+	s.kill()
+	if err := b.launch(s); err != nil {
 		return fmt.Errorf("%s: %w", s.Name, err)
 	}
 	if err := s.waitListening(ctx, s.Addr.Port()); err != nil {

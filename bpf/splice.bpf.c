@@ -103,7 +103,7 @@ const enum event_kind *unused_kind __attribute__((unused));
 #define READ_ONCE(x) (*(const volatile __typeof__(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile __typeof__(x) *)&(x) = (v))
 
-/* If the ring is full, userspace finds out by its sweep, within a second. */
+/* If the ring is full, userspace finds out by its sweep, within 3 seconds. */
 static __always_inline void tell(__u32 half, enum event_kind kind)
 {
 	struct event e = { .half = half, .kind = kind };

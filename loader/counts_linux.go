@@ -22,6 +22,7 @@ type counts struct {
 	live       atomic.Int64
 	spliced    atomic.Uint64
 	switched   atomic.Uint64
+	stalls     atomic.Uint64
 	off        atomic.Pointer[string]
 
 	mu      sync.Mutex
@@ -61,6 +62,13 @@ func (c *counts) fault(l *Loader, name string) {
 	}
 }
 
+// stall counts a flow that had come to rest with bytes to move, until the sweep found it. The first few are logged.
+func (c *counts) stall(l *Loader, cookie uint64, why string) {
+	if n := c.stalls.Add(1); n <= 10 {
+		l.log.Warn("a spliced flow had stalled, and goes on", "flow", cookie, "why", why, "stalls", n)
+	}
+}
+
 // failure switches the datapath off if there have been too many lately. Flows that live go on.
 func (c *counts) failure(l *Loader, why string) {
 	c.mu.Lock()
@@ -81,7 +89,7 @@ func (c *counts) failure(l *Loader, why string) {
 // Stats counts since New.
 func (l *Loader) Stats() Stats {
 	c := &l.counts
-	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load()}
+	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load(), Stalls: c.stalls.Load()}
 	if off := c.off.Load(); off != nil {
 		s.Off = *off
 	}

@@ -36,8 +36,9 @@ type flow struct {
 	broken  atomic.Pointer[breakage]
 
 	// The sweeper's.
-	moved time.Time
-	seen  uint64
+	moved  time.Time
+	seen   uint64
+	looked bool // for a stall, since something moved
 }
 
 // breakage is the error that a side died of. The other one is reset when it has got what came before.

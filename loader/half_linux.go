@@ -47,6 +47,9 @@ type half struct {
 	consumed uint64
 	settled  uint64 // what redirected was when it was last found written
 	patience time.Duration
+
+	timed atomic.Bool // a timer will wake it
+	still uint64      // the sweeper's: what consumed was at its last look, and 1; 0: nothing was passed
 }
 
 func (h *half) init(f *flow, i uint32, read uint64) { h.f, h.i, h.read0 = f, i, read }
@@ -116,6 +119,7 @@ func (h *half) step() {
 	}
 	o := h.work()
 	f.mu.RUnlock()
+	h.timed.Store(o.after > 0)
 	switch {
 	case o.fault != 0:
 		f.fault(h.i, o.fault)

@@ -49,9 +49,11 @@ type rules struct {
 	quiet              bool // no EPOLLIN for spliced sockets
 	order              bool // copy only when what was redirected is written
 	both               bool // upstream gets a verdict, too
+	events             bool // epoll tells of bytes that can be copied, and of room for them
+	look               bool // the sweep ends stalls
 }
 
-var allRules = rules{bound: true, trim: true, fin: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true}
+var allRules = rules{bound: true, trim: true, fin: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true, look: true}
 
 // New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what a dead daemon left there, and
 // proves on loopback that this kernel splices rightly. The caller closes the Loader.

@@ -30,6 +30,11 @@ type model struct {
 	user   userStep
 	rest   int8 // the byte it has read; -1: none
 	copied int8 // its own consumed
+
+	// epoll: what is watched for, edge-triggered, and the events that userspace has not yet seen
+	in, out           bool
+	inEvent, outEvent bool
+	noSpace           bool // a write found no room: the socket tells when there is some
 }
 
 type queue struct {
@@ -65,6 +70,9 @@ const (
 	uWait  // until what was redirected is written
 	uWrite // to the peer
 	uPublish
+	uWantIn  // it found nothing to read, and is about to say that it waits for some
+	uWantOut // likewise, no room
+	uAwait   // asleep until an event of epoll
 )
 
 // variant is what a test can take away from the protocol.
@@ -72,6 +80,7 @@ type variant struct {
 	noWait       bool // userspace writes without waiting for the backlog
 	earlyPublish bool // consumed is published before the write
 	noRecheck    bool // the verdict rings only when it starts to pass, before it adds to passed
+	noLevel      bool // epoll does not tell at once of what is already so
 }
 
 type modelCase struct {
@@ -118,6 +127,7 @@ func (m model) steps(c modelCase, v variant) []model {
 		add(n)
 	case vPassQueue:
 		n.source = m.source.push(m.next)
+		n.inEvent = m.inEvent || m.in
 		n.next++
 		n.at = vDecide
 		add(n)
@@ -142,6 +152,10 @@ func (m model) steps(c modelCase, v variant) []model {
 	if m.room < c.room {
 		n := m
 		n.room++
+		if m.noSpace {
+			n.noSpace = false
+			n.outEvent = m.outEvent || m.out
+		}
 		add(n)
 	}
 
@@ -156,12 +170,16 @@ func (m model) steps(c modelCase, v variant) []model {
 	case uCheck:
 		if m.passed == m.copied {
 			n.user = uAsleep
+			n.in, n.out, n.inEvent, n.outEvent = false, false, false, false
 		} else {
 			n.user = uRead
 		}
 		add(n)
 	case uRead:
-		if m.source.n > 0 { // else it waits for EPOLLIN
+		if m.source.n == 0 {
+			n.user = uWantIn
+			add(n)
+		} else {
 			n.rest, n.source = m.source.pop()
 			n.user = uWait
 			if v.noWait {
@@ -183,7 +201,11 @@ func (m model) steps(c modelCase, v variant) []model {
 			add(n)
 		}
 	case uWrite:
-		if m.room > 0 {
+		if m.room == 0 {
+			n.noSpace = true
+			n.user = uWantOut
+			add(n)
+		} else {
 			n.peer = m.peer.push(m.rest)
 			n.rest = -1
 			n.room--
@@ -197,6 +219,27 @@ func (m model) steps(c modelCase, v variant) []model {
 		}
 		n.user = uCheck
 		add(n)
+	case uWantIn:
+		if !m.in { // else it is watched for already, and an edge since the read has told
+			n.in, n.inEvent = true, m.source.n > 0 && !v.noLevel
+		}
+		n.user = uAwait
+		add(n)
+	case uWantOut:
+		if !m.out {
+			n.out, n.outEvent = true, m.room > 0 && !v.noLevel
+		}
+		n.user = uAwait
+		add(n)
+	case uAwait:
+		if m.inEvent || m.outEvent || m.bell {
+			n.inEvent, n.outEvent, n.bell = false, false, false
+			n.user = uRead
+			if m.rest >= 0 {
+				n.user = uWrite
+			}
+			add(n)
+		}
 	}
 	return out
 }
@@ -254,6 +297,7 @@ func TestModelFindsBrokenProtocols(t *testing.T) {
 		"userspace does not wait for the backlog": {variant{noWait: true}, "out of order"},
 		"consumed is published before the write":  {variant{earlyPublish: true}, "out of order"},
 		"the verdict rings before it adds":        {variant{noRecheck: true}, "asleep"},
+		"epoll tells only of what comes later":    {variant{noLevel: true}, "asleep"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for skbs := int8(1); skbs <= 6; skbs++ {

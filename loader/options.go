@@ -119,5 +119,6 @@ type Stats struct {
 	Refused  map[string]int `json:"refused"`  // by reason
 	Faults   map[string]int `json:"faults"`   // flows reset since the verdict gave up, by reason
 	Switched uint64         `json:"switched"` // times a direction went from redirecting to copying
+	Stalls   uint64         `json:"stalls"`   // times a flow had to be woken since an event was missing; should be 0
 	Off      string         `json:"off"`      // why the datapath is switched off; empty: it is on
 }

@@ -26,7 +26,7 @@ func TestSelfTestFindsBrokenRules(t *testing.T) {
 	}{
 		"bound": {func(r *rules) { r.bound = false }, []string{"bound"}},
 		"trim":  {func(r *rules) { r.trim = false }, []string{"trim", "overlap"}},
-		"kick":  {func(r *rules) { r.kick = false }, []string{"kick"}},
+		"kick":  {func(r *rules) { r.kick, r.look = false, false }, []string{"kick"}},
 		"reset": {func(r *rules) { r.reset = false }, []string{"reset"}},
 	} {
 		t.Run(name, func(t *testing.T) {

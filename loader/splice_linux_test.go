@@ -333,7 +333,7 @@ func TestSenderIsEarly(t *testing.T) {
 
 func TestRuleKickOff(t *testing.T) {
 	r := allRules
-	r.kick = false
+	r.kick, r.look = false, false
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{before: func(client, _, _, _ *net.TCPConn) {
 		client.Write([]byte("hello"))

@@ -4,9 +4,12 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// sweeper looks at all flows from time to time: for idle ones, and for events that found no place in the ring.
+// sweeper looks at all flows from time to time: for idle ones, for events that found no place in the ring, and for
+// stalls, which should not be: it ends them, counts them and says so, since each is a defect of ours or of the kernel's.
 type sweeper struct {
 	every atomic.Int64 // nanoseconds
 	poke  chan struct{}
@@ -85,12 +88,86 @@ func (f *flow) sweep(now time.Time) bool {
 		h := &f.halves[i]
 		m := h.shared()
 		n += h.moved()
-		if h.snapshot().passed != load64(&m.Consumed) || atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
+		if atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
 			h.wake(0)
 		}
+		consumed, still := load64(&m.Consumed), uint64(0)
+		if h.snapshot().passed != consumed {
+			still = consumed + 1
+		}
+		if still != 0 && still == h.still && f.l.rules.look && h.missed() {
+			time.AfterFunc(eventDelay, func() { h.nudge(consumed) })
+		}
+		h.still = still
 	}
-	if n != f.seen || f.moved.IsZero() {
-		f.seen, f.moved = n, now
+	switch {
+	case n != f.seen || f.moved.IsZero():
+		f.seen, f.moved, f.looked = n, now, false
+	case !f.looked && f.l.rules.look: // once after each time that something moved, so that idle flows cost nothing
+		f.looked = true
+		for i := range f.halves {
+			f.halves[i].look()
+		}
 	}
 	return f.idle > 0 && now.Sub(f.moved) >= f.idle
+}
+
+// eventDelay is how late an event may be on a busy machine before it counts as lost.
+const eventDelay = 200 * time.Millisecond
+
+// missed: nobody is at the half, though it could go on with what it waits for.
+func (h *half) missed() bool {
+	if h.bits.Load()&running != 0 || h.timed.Load() {
+		return false
+	}
+	f := h.f
+	f.watchMu.Lock()
+	in, out := f.also[h.i]&unix.EPOLLIN != 0, f.also[1-h.i]&unix.EPOLLOUT != 0
+	f.watchMu.Unlock()
+	var p [1]unix.PollFd
+	switch { // copying reads, then writes, so it waits for room when it waits for both
+	case out:
+		p[0] = unix.PollFd{Fd: int32(h.peer()), Events: unix.POLLOUT}
+	case in:
+		p[0] = unix.PollFd{Fd: int32(h.source()), Events: unix.POLLIN}
+	default: // asleep, with bytes that were passed
+		return true
+	}
+	if n, err := unix.Poll(p[:], 0); n <= 0 || err != nil {
+		return false
+	}
+	return !f.l.watch.behind() // else the event may be one of those that wait
+}
+
+// nudge ends a stall of copying, if it still is one.
+func (h *half) nudge(consumed uint64) {
+	f := h.f
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.closed || load64(&h.shared().Consumed) != consumed || !h.missed() {
+		return
+	}
+	f.l.counts.stall(f.l, f.cookies[0], "nobody was told of bytes to copy, or of room for them")
+	h.wake(0)
+}
+
+// look finds bytes that were received and that the verdict was not run for, and makes it run.
+func (h *half) look() {
+	if h.copying.Load() || h.done.Load() {
+		return
+	}
+	s, m := h.source(), h.shared()
+	var i unix.TCPInfo
+	// The verdict runs under the lock that TCP_INFO takes, so what is handled is read after it.
+	if s.info(&i) != nil || i.State != tcpEstablished { // a FIN is looked at by drained
+		return
+	}
+	handled := load64(&m.Redirected) + load64(&m.Passed)
+	if int64(i.Bytes_received-h.read0-handled) <= 0 {
+		return
+	}
+	s.kick()
+	if load64(&m.Redirected)+load64(&m.Passed) != handled {
+		h.f.l.counts.stall(h.f.l, h.f.cookies[0], "the verdict was not run for bytes that had come")
+	}
 }

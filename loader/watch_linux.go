@@ -63,6 +63,13 @@ func (w *watcher) change(s socket, half, generation, also uint32) {
 	_ = unix.EpollCtl(w.fd, unix.EPOLL_CTL_MOD, int(s), &e)
 }
 
+// behind: there are events that run has not taken yet.
+func (w *watcher) behind() bool {
+	p := []unix.PollFd{{Fd: int32(w.fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(p, 0)
+	return n > 0 && err == nil
+}
+
 func (w *watcher) remove(s socket) { _ = unix.EpollCtl(w.fd, unix.EPOLL_CTL_DEL, int(s), nil) }
 
 func (w *watcher) close() error { return w.epoll.Close() }
@@ -82,6 +89,9 @@ func (l *Loader) event(half, generation, events uint32) {
 	}
 	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP) != 0 {
 		f.halves[side].wake(ended)
+	}
+	if !l.rules.events {
+		return
 	}
 	if events&unix.EPOLLIN != 0 {
 		f.halves[side].wake(0)

@@ -100,7 +100,11 @@ func begin(ctx context.Context) (*story, error) {
 		}
 		return d
 	}
-	s.edgeA, s.edgeB = start(w.EdgeA, edgeConfig), start(w.EdgeB, edgeConfig)
+	if err == nil { // with pins of its own, whoever else is on this machine
+		_, err = w.EdgeA.Sh(ctx, "mount -t bpf bpf /sys/fs/bpf")
+	}
+	s.edgeA = start(w.EdgeA, strings.Replace(edgeConfig, limits, sockmapConfig(w.Home)+limits, 1))
+	s.edgeB = start(w.EdgeB, edgeConfig)
 	s.home, s.laptop = start(w.Home, homeConfig), start(w.Laptop, laptopConfig)
 	if err == nil {
 		err = s.waitServing(ctx)

@@ -321,3 +321,15 @@ func addrOf(a net.Addr) netip.Addr {
 
 // userID is who to name where permission is missing.
 func userID() int { return os.Getuid() }
+
+// Literal is the address that t names without any lookup, if it is such a target.
+func (t Target) Literal() (to netip.AddrPort, ok bool) {
+	if t.Scheme != TCP {
+		return netip.AddrPort{}, false
+	}
+	a, err := netip.ParseAddr(strings.Trim(t.Host, "[]"))
+	if err != nil || a.Zone() != "" {
+		return netip.AddrPort{}, false
+	}
+	return netip.AddrPortFrom(a.Unmap(), t.Port), true
+}

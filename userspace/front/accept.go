@@ -57,7 +57,9 @@ func (f *Front) admit(l *listener, c *net.TCPConn) {
 	in := &inbound{TCPConn: c, front: f, listener: l, service: svc, peer: peer, client: peer,
 		local: addrPort(c.LocalAddr()), lease: lease, accepted: time.Now()}
 	f.conns.Add(1)
-	go f.serve(in)
+	if !f.express(in) {
+		go f.serve(in)
+	}
 }
 
 // overLimit refuses c at once, with a reset so that nothing lingers.

@@ -24,6 +24,7 @@ type inbound struct {
 	service  *service // as it was when the connection came
 	lease    *limit.Lease
 	accepted time.Time
+	waited   time.Duration // for the hello, before serve
 
 	id      string         // the path's id
 	peer    netip.AddrPort // the socket's other end

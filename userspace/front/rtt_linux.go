@@ -20,10 +20,14 @@ func roundTrip(c net.Conn) time.Duration {
 		return 0
 	}
 	var rtt time.Duration
-	raw.Control(func(fd uintptr) {
-		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
-			rtt = time.Duration(info.Rtt) * time.Microsecond
-		}
-	})
+	raw.Control(func(fd uintptr) { rtt = roundTripFD(int(fd)) })
 	return rtt
+}
+
+func roundTripFD(fd int) time.Duration {
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
+		return 0
+	}
+	return time.Duration(info.Rtt) * time.Microsecond
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -46,7 +47,8 @@ type rule struct {
 	path      string
 	reject    bool
 	target    dial.Target
-	written   string // the target as the config has it
+	literal   netip.AddrPort // the target where it needs no lookup
+	written   string         // the target as the config has it
 	sendProxy bool
 	datapaths []relay.Datapath // to be tried before userspace, best first
 
@@ -120,6 +122,7 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 		return r, nil
 	}
 	r.target = dial.Target(a.Forward)
+	r.literal, _ = r.target.Literal()
 	r.written = a.Forward.String()
 	r.sendProxy = a.SendProxy != ""
 	wanted := cmp.Or(a.Datapath, cfg.Datapath, "auto")

@@ -20,7 +20,11 @@ import (
 // serveSNI reads the hello of a connection and sends it where its name says.
 // It owns in.
 func (f *Front) serveSNI(in *inbound) {
-	hello, head, err := sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, in.service.limits.HelloTimeout)
+	timeout := in.service.limits.HelloTimeout
+	if timeout > 0 {
+		timeout = max(1, timeout-in.waited)
+	}
+	hello, head, err := sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, timeout)
 	in.ahead = head
 	if err != nil {
 		f.refuseHello(in, hello, err)
@@ -98,13 +102,24 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 		reset(in.TCPConn)
 		return
 	}
+	var rtt [2]time.Duration
+	if f.log.Enabled(f.ctx, slog.LevelInfo) { // only the log wants it
+		rtt = [2]time.Duration{roundTrip(in.TCPConn), roundTrip(up)}
+	}
+	o, done := f.begin(in, r, hello, remoteString(up), rtt)
+	o.Head = in.takeAhead()
+	relay.Run(f.ctx, in.TCPConn, up, o, done)
+}
+
+// begin registers the flow of in, and says how it is to be relayed. The result's done ends in.
+func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, rtt [2]time.Duration) (relay.Options, func(relay.Result)) {
 	var preface []byte
 	if r.sendProxy {
 		preface = f.proxyHeader(in, hello).Append(nil)
 	}
 	counters, demoted := new(relay.Counters), new(atomic.Bool)
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.name, Name: in.name,
-		Client: in.client.String(), Downstream: in.peer.String(), Upstream: remoteString(up),
+		Client: in.client.String(), Downstream: in.peer.String(), Upstream: upstream,
 		Target: r.written, Started: in.accepted, Bytes: counters.Load,
 		Datapath: func() string {
 			if demoted.Load() {
@@ -112,23 +127,27 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 			}
 			return r.via()
 		}}
-	var rtt [2]time.Duration
-	if f.log.Enabled(f.ctx, slog.LevelInfo) { // only the log wants it
-		rtt = [2]time.Duration{roundTrip(in.TCPConn), roundTrip(up)}
-	}
 	f.flows.Add(fl)
-	relay.Run(f.ctx, in.TCPConn, up, relay.Options{
-		Preface: preface, Head: in.takeAhead(), Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
+	o := relay.Options{
+		Preface: preface, Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
 		Counters: counters, ID: in.id, Route: r.name, Datapaths: r.datapaths,
 		Refused: func(datapath string, reason error) {
 			demoted.Store(true)
 			f.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
 		},
-	}, func(res relay.Result) {
+	}
+	return o, func(res relay.Result) {
 		f.flows.Remove(fl)
-		f.ended(fl, res, rtt)
-		in.release()
-	})
+		end := func() {
+			f.ended(fl, res, rtt)
+			in.release()
+		}
+		if f.log.Enabled(f.ctx, slog.LevelInfo) {
+			go end() // who reads the log may be slow, and relay's goroutine has other flows
+			return
+		}
+		end()
+	}
 }
 
 // dialRule connects to r's target and counts how that went.

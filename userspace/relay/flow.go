@@ -27,6 +27,9 @@ type side struct {
 	dead atomic.Bool     // broken: what reads as an end of stream is none
 	shut atomic.Bool     // its stream from us has ended, or is about to
 
+	socket *Socket // while the flow is on a loop, whose mutex then guards this and ended
+	rest   []byte  // read from it there, and not yet written
+
 	// guarded by flow.mu
 	ended  bool // its stream to us has ended
 	parked bool // no pump reads from it: watches looks out for bytes
@@ -69,8 +72,10 @@ func newFlow(ctx context.Context, down, up net.Conn, o Options, done func(Result
 	if f.o.Buffer <= 0 {
 		f.o.Buffer = DefaultBuffer
 	}
-	f.down.init(f, down)
-	f.up.init(f, up)
+	if down != nil {
+		f.down.init(f, down)
+		f.up.init(f, up)
+	}
 	return f
 }
 
@@ -84,7 +89,7 @@ func socket(c net.Conn) (sock syscall.RawConn, bare bool) {
 	bare = true
 	for {
 		switch s := c.(type) {
-		case *net.TCPConn, *net.UnixConn:
+		case *net.TCPConn, *net.UnixConn, sockConn:
 			sock, err := s.(syscall.Conn).SyscallConn()
 			if err != nil {
 				return nil, false
@@ -128,6 +133,9 @@ func (f *flow) run() {
 		} else if f.offer() {
 			return
 		}
+	}
+	if !f.ending() && f.quicken() {
+		return
 	}
 	f.userspace()
 }
@@ -344,9 +352,9 @@ func (s *side) reset() {
 	c := s.conn
 	for {
 		switch u := c.(type) {
-		case *net.TCPConn:
+		case interface{ SetLinger(int) error }: // *net.TCPConn, or a socket that was on a loop
 			u.SetLinger(0)
-			u.Close()
+			c.Close()
 			if c != s.conn {
 				s.conn.Close()
 			}

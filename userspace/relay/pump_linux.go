@@ -40,6 +40,14 @@ func (p *pump) run() (bad *side, err error) {
 		return p.copyAny()
 	}
 	p.flush, p.drain = p.flushOut, p.drainPipe
+	if p.out, p.src.rest = p.src.rest, nil; len(p.out) > 0 {
+		if err := p.dst.sock.Write(p.flush); err != nil {
+			p.fail("write to", p.dst, err)
+		}
+		if p.out = nil; p.err != nil {
+			return p.bad, p.err
+		}
+	}
 	if err := p.src.sock.Read(p.turn); err != nil {
 		p.fail("read from", p.src, err)
 	}

@@ -2,7 +2,10 @@
 
 package relay
 
-import "sync/atomic"
+import (
+	"net"
+	"sync/atomic"
+)
 
 const maxPipe = 1 << 20
 
@@ -19,6 +22,14 @@ const haveWatches = false
 func watchForReset(*side)      {}
 func watchForBytes(*side) bool { return false }
 func unwatch(*side)            {}
+
+// A Socket is on a loop, and there are none here.
+type (
+	Socket   struct{}
+	sockConn struct{ *net.TCPConn }
+)
+
+func (f *flow) quicken() bool { return false }
 
 func (s *side) gone() bool   { return false }
 func (s *side) unacked() int { return 0 }

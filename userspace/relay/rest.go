@@ -26,10 +26,10 @@ func (f *flow) arm() {
 	f.lookAgain(0)
 }
 
-func (f *flow) disarm() {
-	if f.uncancel != nil {
-		f.uncancel()
-	}
+// disarm undoes arm. It is false when ctx is ending the flow already.
+func (f *flow) disarm() (ok bool) {
+	ok = f.uncancel == nil || f.uncancel()
+	f.uncancel = nil
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.tick != nil {
@@ -39,6 +39,7 @@ func (f *flow) disarm() {
 	if f.grace != nil {
 		f.grace.Stop()
 	}
+	return ok
 }
 
 // look sees whether bytes have moved since the last time, so that no message has to touch a timer.

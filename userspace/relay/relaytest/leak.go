@@ -27,7 +27,7 @@ func take(p Path) left {
 // check waits until there is no more than before. A few goroutines may be new: those that a process has one of.
 func (l left) check(t testing.TB, p Path) {
 	t.Helper()
-	const few = 2
+	few := 2 + runtime.GOMAXPROCS(0)
 	what := ""
 	for wait := time.Millisecond; wait < 4*time.Second; wait *= 2 {
 		what = ""

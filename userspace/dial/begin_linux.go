@@ -1,0 +1,60 @@
+package dial
+
+import (
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Begin begins to connect a non-blocking socket to an address, for callers with a poller of their own; the caller owns fd.
+// connected: there is nothing to wait for, which is usual on this host. Else the caller waits until fd is writable and calls
+// [Connected]. There is one attempt, and no timeout but TCP's own: where it fails, [Dialer.Dial] tries again and explains.
+func Begin(to netip.AddrPort) (fd int, connected bool, err error) {
+	family := unix.AF_INET
+	if to.Addr().Is6() {
+		family = unix.AF_INET6
+	}
+	fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	if err != nil {
+		return -1, false, os.NewSyscallError("socket", err)
+	}
+	for _, o := range [][3]int{
+		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(keepAlive.Idle / time.Second)},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(keepAlive.Interval / time.Second)},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
+	} {
+		unix.SetsockoptInt(fd, o[0], o[1], o[2])
+	}
+	if err = unix.Connect(fd, sockaddr(to)); err != nil && err != unix.EINPROGRESS {
+		unix.Close(fd)
+		return -1, false, os.NewSyscallError("connect", err)
+	}
+	if connected, err = Connected(fd, to); err != nil {
+		unix.Close(fd)
+		return -1, false, err
+	}
+	return fd, connected, nil
+}
+
+// Connected reports how far a socket of [Begin] is; err says that the attempt has failed.
+func Connected(fd int, to netip.AddrPort) (connected bool, err error) {
+	switch err := unix.Connect(fd, sockaddr(to)); err { // which says how the first one went
+	case nil, unix.EISCONN:
+		return true, nil
+	case unix.EALREADY, unix.EINPROGRESS, unix.EINTR:
+		return false, nil
+	default:
+		return false, os.NewSyscallError("connect", err)
+	}
+}
+
+func sockaddr(a netip.AddrPort) unix.Sockaddr {
+	if a.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
+}

@@ -1,0 +1,6 @@
+//go:build !linux
+
+package front
+
+// express is for Linux: see express_linux.go.
+func (f *Front) express(*inbound) bool { return false }

@@ -1,0 +1,287 @@
+package relay
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Socket is a connected, or connecting, non-blocking socket that is in a loop of this package and not in Go's poller: its
+// callbacks come without a goroutine, on the loop, and must not block.
+type Socket struct {
+	fd     int
+	loop   *loop
+	id     uint64 // in the loop; 0: not there
+	events uint32 // that it is watched for
+
+	side  *side               // of the flow that is relayed by the loop, or nil
+	wait  func(timedOut bool) // who waits, or nil
+	timer *time.Timer         // until it has waited long enough
+}
+
+// NewSocket makes a Socket of fd, which is non-blocking and which it owns from then on. near, when not nil, is one to relay with.
+// It is nil when there is no loop for lack of descriptors.
+func NewSocket(fd int, near *Socket) *Socket {
+	s := &Socket{fd: fd}
+	if near != nil {
+		s.loop = near.loop
+	} else if s.loop = pickLoop(); s.loop == nil {
+		return nil
+	}
+	return s
+}
+
+// Detach makes a Socket of c's, which is closed then. It is nil, and c as it was, when there is no descriptor for it.
+func Detach(c *net.TCPConn) *Socket {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	fd := dup(raw)
+	if fd < 0 {
+		return nil
+	}
+	s := NewSocket(fd, nil)
+	if s == nil {
+		unix.Close(fd)
+		return nil
+	}
+	c.Close() // out of Go's poller, which would wake for each message
+	return s
+}
+
+// FD is the descriptor.
+func (s *Socket) FD() int { return s.fd }
+
+// AwaitBytes calls ready once when there are bytes, an end of the stream or an error to be read, or when timeout has passed.
+func (s *Socket) AwaitBytes(timeout time.Duration, ready func(timedOut bool)) error {
+	return s.await(onFlow, timeout, ready)
+}
+
+// AwaitConnect calls ready once when the connection is made or has failed, or when timeout has passed.
+func (s *Socket) AwaitConnect(timeout time.Duration, ready func(timedOut bool)) error {
+	return s.await(unix.EPOLLOUT|unix.EPOLLET, timeout, ready)
+}
+
+func (s *Socket) await(events uint32, timeout time.Duration, ready func(timedOut bool)) error {
+	l := s.loop
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s.wait = ready
+	if s.timer == nil {
+		s.timer = time.AfterFunc(timeout, s.timeout)
+	} else {
+		s.timer.Reset(timeout)
+	}
+	if err := l.watch(s, events); err != nil {
+		s.timer.Stop()
+		s.wait = nil
+		return err
+	}
+	return nil
+}
+
+// takeWait is called with loop.mu held.
+func (s *Socket) takeWait(timedOut bool) func() {
+	ready := s.wait
+	if ready == nil {
+		return nil
+	}
+	s.wait = nil
+	s.timer.Stop()
+	return func() { ready(timedOut) }
+}
+
+func (s *Socket) timeout() {
+	s.loop.mu.Lock()
+	ready := s.takeWait(true)
+	s.loop.mu.Unlock()
+	if ready != nil {
+		ready()
+	}
+}
+
+// Close closes the socket. Nobody may be waiting for it.
+func (s *Socket) Close() {
+	s.loop.mu.Lock()
+	defer s.loop.mu.Unlock()
+	if s.id != 0 {
+		s.loop.forget(s)
+	}
+	unix.Close(s.fd)
+}
+
+// Conn makes a *net.TCPConn of s, which is then gone. With an error it is closed.
+func (s *Socket) Conn() (*net.TCPConn, error) {
+	s.loop.mu.Lock()
+	if s.id != 0 {
+		s.loop.forget(s)
+		unix.EpollCtl(s.loop.fd, unix.EPOLL_CTL_DEL, s.fd, &unix.EpollEvent{})
+	}
+	s.loop.mu.Unlock()
+	file := os.NewFile(uintptr(s.fd), "socket")
+	defer file.Close()
+	c, err := net.FileConn(file)
+	if err != nil {
+		return nil, err
+	}
+	tc, ok := c.(*net.TCPConn)
+	if !ok {
+		c.Close()
+		return nil, fmt.Errorf("not a TCP socket: %T", c)
+	}
+	return tc, nil
+}
+
+// RunSockets is [Run] for two sockets of one loop that are connected, and that nobody waits for. It has written Head, or copied it, when
+// it returns. No Datapath is offered the flow.
+func RunSockets(ctx context.Context, down, up *Socket, o Options, done func(Result)) {
+	f := newFlow(ctx, nil, nil, o, done)
+	f.relayOn(down, up)
+}
+
+// quicken gives f to a loop, if that can have it.
+func (f *flow) quicken() bool {
+	if !f.down.bare || !f.up.bare || !f.disarm() {
+		return false
+	}
+	downFD, upFD := dup(f.down.sock), dup(f.up.sock)
+	var down, up *Socket
+	if downFD >= 0 && upFD >= 0 {
+		if down = NewSocket(downFD, nil); down != nil {
+			up = NewSocket(upFD, down)
+		}
+	}
+	if up == nil {
+		for _, fd := range []int{downFD, upFD} {
+			if fd >= 0 {
+				unix.Close(fd)
+			}
+		}
+		f.arm()
+		return false
+	}
+	f.down.conn.Close() // out of Go's poller, which would wake for each message
+	f.up.conn.Close()
+	f.relayOn(down, up)
+	return true
+}
+
+// dup is another descriptor of a socket, or negative.
+func dup(sock syscall.RawConn) (fd int) {
+	fd = -1
+	sock.Control(func(old uintptr) {
+		if n, err := unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0); err == nil {
+			fd = n
+		}
+	})
+	return fd
+}
+
+// relayOn begins f on the loop of its sockets.
+func (f *flow) relayOn(down, up *Socket) {
+	l := down.loop
+	l.mu.Lock()
+	f.down = side{flow: f, socket: down}
+	f.up = side{flow: f, socket: up}
+	down.side, up.side = &f.down, &f.up
+	f.armOn(l)
+	then := l.begin(f)
+	l.mu.Unlock()
+	if then != nil {
+		then()
+	}
+}
+
+// begin writes what comes first and watches both sockets. It is called with l.mu held.
+func (l *loop) begin(f *flow) (then func()) {
+	known := f.down.socket.id != 0
+	for _, s := range []*side{&f.down, &f.up} {
+		if err := l.watch(s.socket, onFlow); err != nil {
+			return l.leave(f, f.resume) // no memory
+		}
+	}
+	for len(f.o.Preface)+len(f.o.Head) > 0 {
+		n, err := noEINTR(func() (int, error) { return unix.Writev(f.up.socket.fd, [][]byte{f.o.Preface, f.o.Head}) })
+		if err == unix.EAGAIN {
+			return l.leave(f, f.resume) // where the rest is written
+		}
+		if err != nil {
+			return l.leave(f, func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
+		}
+		p := min(n, len(f.o.Preface))
+		f.o.Preface, f.o.Head = f.o.Preface[p:], f.o.Head[n-p:]
+		f.counters.up.Add(int64(n - p))
+	}
+	f.o.Preface, f.o.Head = nil, nil
+	if known { // its event may have come already
+		return l.pass(&f.down, true)
+	}
+	return nil
+}
+
+// armOn makes ctx and idleness end the flow while it is on l. It is called with l.mu held.
+func (f *flow) armOn(l *loop) {
+	if f.ctx.Done() != nil {
+		f.uncancel = context.AfterFunc(f.ctx, func() { l.cut(f, EndCanceled, context.Cause(f.ctx)) })
+	}
+	if f.o.Idle > 0 {
+		f.seen, f.since = -1, time.Now()
+		f.tick = time.AfterFunc(f.o.Idle/4, func() { l.look(f) })
+	}
+}
+
+// look sees whether bytes have moved since the last time.
+func (l *loop) look(f *flow) {
+	up, down := f.counters.Load()
+	now := time.Now()
+	l.mu.Lock()
+	if f.down.socket == nil {
+		l.mu.Unlock()
+		return
+	}
+	if up+down != f.seen {
+		f.seen, f.since = up+down, now
+	}
+	quiet := now.Sub(f.since)
+	if quiet < f.o.Idle {
+		f.tick.Reset(min(f.o.Idle/4, f.o.Idle-quiet))
+		l.mu.Unlock()
+		return
+	}
+	l.mu.Unlock()
+	l.cut(f, EndIdle, fmt.Errorf("no byte for %v", f.o.Idle))
+}
+
+// A sockConn is a socket that was on a loop, now in Go's poller.
+type sockConn struct{ *os.File }
+
+func (c sockConn) LocalAddr() net.Addr  { return nil }
+func (c sockConn) RemoteAddr() net.Addr { return nil }
+
+func (c sockConn) control(do func(fd int) error) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(fd uintptr) { err = do(int(fd)) })
+	if cerr != nil {
+		return cerr
+	}
+	return err
+}
+
+func (c sockConn) CloseWrite() error {
+	return c.control(func(fd int) error { return os.NewSyscallError("shutdown", unix.Shutdown(fd, unix.SHUT_WR)) })
+}
+
+func (c sockConn) SetLinger(seconds int) error {
+	return c.control(func(fd int) error {
+		return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: int32(seconds)})
+	})
+}

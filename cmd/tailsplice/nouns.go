@@ -143,11 +143,22 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 			if r.SendProxy {
 				to += " (PROXY v2)"
 			}
-			fmt.Fprintf(tw, "  %s\t→ %s\t%s\n", match, to, r.Datapath)
+			from := r.Source
+			if r.Container != "" && r.Container != "running" {
+				from += " (" + r.Container + ")"
+			}
+			fmt.Fprintf(tw, "  %s\t→ %s\t%s\t%s\n", match, to, r.Datapath, from)
 		}
 		tw.Flush()
 	}
 	fmt.Fprintln(w)
+	for _, p := range s.Labels {
+		on := ""
+		if p.Listener != "" {
+			on = " (on " + p.Listener + ")"
+		}
+		fmt.Fprintf(w, "ignored: container %s, %s: %s%s\n", p.Container, p.Label, p.Problem, on)
+	}
 	printCounts(w, "accepted", s.Accepted)
 	printCounts(w, "flows ended", s.Ended)
 	printCounts(w, "refused", s.Refused)

@@ -28,6 +28,7 @@ type Listener struct {
 	Mode         string        `yaml:"mode" enum:"sni tcp http https" required:"true" doc:"sni routes by the TLS server name and never decrypts, tcp looks at nothing, https terminates TLS and routes by host and path, http does the same without TLS."`
 	AcceptProxy  *AcceptProxy  `yaml:"accept_proxy" noun:"accept_proxy" doc:"Believe PROXY protocol headers, from these peers only. Without it such bytes are data."`
 	Certificates []Certificate `yaml:"certificates" nonempty:"true" noun:"a certificate" doc:"What an https listener shows, chosen by server name. The first one is shown where none fits."`
+	Docker       *Docker       `yaml:"docker" noun:"docker" doc:"Routes by the labels of containers on this host."`
 	Routes       []Route       `yaml:"routes" noun:"a route" doc:"Matches and their targets. The most exact name wins: exact, then the longest wildcard, then default."`
 	Default      *Action       `yaml:"default" noun:"default" doc:"Where connections go that no route matched: the next hop."`
 }

@@ -156,6 +156,11 @@ var kinds = map[string]*kind{
 		},
 		schema: map[string]any{"type": "boolean", "const": true},
 	},
+	"bool": {
+		noun: "true or false", kinds: []nodeKind{kindBool},
+		parse:  func(s string) (any, error) { return s == "true", nil },
+		schema: map[string]any{"type": "boolean"},
+	},
 	"count": {
 		noun: "a number", kinds: []nodeKind{kindNumber}, parse: parseCount, schema: map[string]any{"type": "integer"},
 	},

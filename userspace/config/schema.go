@@ -80,8 +80,8 @@ func rules(t reflect.Type) map[string]any {
 		return map[string]any{"anyOf": []any{need("names"), need("on_demand")}}
 	case reflect.TypeFor[Listener]():
 		return map[string]any{"allOf": []any{
-			when(obj(need("default"), no("routes")), "tcp"),
-			when(map[string]any{"anyOf": []any{need("default"), need("routes")}}, "sni", "http", "https"),
+			when(obj(need("default"), no("routes", "docker")), "tcp"),
+			when(map[string]any{"anyOf": []any{need("default"), need("routes"), need("docker")}}, "sni", "http", "https"),
 			when(routes(obj(need("sni"), no("host", "path"))), "sni"),
 			when(routes(obj(need("host"), no("sni", "alpn"))), "http", "https"),
 			when(need("certificates"), "https"),

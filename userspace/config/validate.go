@@ -159,11 +159,13 @@ func (v *validator) listener(l *Listener) {
 		} else if !l.has("default") {
 			v.errorf(l.Pos, "default is missing in a listener: mode tcp sends every connection there")
 		}
+	case l.has("docker") && (l.unclear("docker") || l.Docker.Enabled):
 	case !l.has("default") && !l.has("routes"):
 		v.errorf(l.Pos, "a listener without routes and default would refuse everything: add default: { forward: %s }", "HOST:PORT")
 	case !l.has("default") && len(l.Routes) == 0 && !l.unclear("routes"):
 		v.errorf(l.keyAt("routes"), "a listener without routes and default would refuse everything: add default: { forward: %s }", "HOST:PORT")
 	}
+	v.docker(l)
 	if l.AcceptProxy != nil {
 		v.acceptProxy(l.AcceptProxy)
 	}

@@ -58,15 +58,19 @@ type Client struct {
 	flight singleflight.Group
 	turn   atomic.Uint32 // rotates the replicas of a service
 
+	prefix        string // of the labels to remember; "" is none
+	labelsChanged func()
+
 	mu      sync.Mutex
-	api     *client.Client // replaced when the daemon comes back, maybe as another version
-	table   *table         // the last list, nil before the first
-	noted   time.Time      // when a list older than that became doubtful: an event, or the end of events
-	good    time.Time      // when the table was last known to be right
-	live    bool           // events come in
-	beyond  string         // why this daemon's containers can't be reached, or ""
-	lost    bool           // the events ended, and that was logged
-	changed chan struct{}  // closed and replaced with each new table
+	api     *client.Client      // replaced when the daemon comes back, maybe as another version
+	table   *table              // the last list, nil before the first
+	noted   time.Time           // when a list older than that became doubtful: an event, or the end of events
+	good    time.Time           // when the table was last known to be right
+	live    bool                // events come in
+	beyond  string              // why this daemon's containers can't be reached, or ""
+	lost    bool                // the events ended, and that was logged
+	exposed map[string][]uint16 // TCP ports of labelled containers, by id
+	changed chan struct{}       // closed and replaced with each new table
 }
 
 // New returns a client of the Docker daemon at host, "unix:///PATH" or
@@ -232,16 +236,26 @@ func (c *Client) ask(ctx context.Context) (*table, error) {
 		return nil, apiError(c.host, "list containers", err)
 	}
 	t := newTable(list.Items, asked)
+	t.labelled = c.labelled(ctx, api, list.Items, t)
+	if c.publish(t) {
+		c.labelsChanged()
+	}
+	return t, nil
+}
 
+// publish makes t the last list, unless a later one was quicker, and reports
+// whether the labels in it are other ones.
+func (c *Client) publish(t *table) (labels bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.table != nil && asked.Before(c.table.asked) {
-		return t, nil // a later request was quicker; its answer stays
+	old := c.table
+	if old != nil && t.asked.Before(old.asked) {
+		return false
 	}
-	c.table, c.good = t, asked
+	c.table, c.good = t, t.asked
 	close(c.changed)
 	c.changed = make(chan struct{})
-	return t, nil
+	return c.labelsChanged != nil && (old == nil || !slices.EqualFunc(old.labelled, t.labelled, Labelled.equal))
 }
 
 // inform finds out whether this host can reach the daemon's containers.

@@ -273,6 +273,63 @@ func TestDocker(t *testing.T) {
 		refused(t, c, "job", KindUnknown)
 	})
 
+	t.Run("labels", func(t *testing.T) {
+		c := New(d.host, slog.New(slog.DiscardHandler))
+		moved := make(chan struct{}, 100)
+		c.FollowLabels("test.", func() { moved <- struct{}{} })
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { c.Run(ctx) })
+		defer running.Wait()
+		defer cancel()
+		// look waits until exactly this is listed, and for the call that says so.
+		look := func(want string) {
+			t.Helper()
+			within(t, func() error {
+				select {
+				case <-moved:
+				case <-time.After(10 * time.Millisecond):
+				}
+				var got []string
+				for _, l := range c.Labelled() {
+					got = append(got, fmt.Sprintf("%s %v %v running=%v host=%v %s", l.Name, l.Labels, l.Ports, l.Running, l.HostNetwork, l.Replicas))
+				}
+				if s := strings.Join(got, "; "); s != want {
+					return fmt.Errorf("%s; want %s", s, want)
+				}
+				return nil
+			})
+		}
+		labels := compose("shop", "page")
+		labels["test.host"], labels["other"] = "a.org", "x"
+		d.create("labelled", labels, "")
+		look("") // it never ran
+		d.up("labelled")
+		look("labelled map[test.host:a.org] [80] running=true host=false shop/page")
+		id := c.Labelled()[0].ID
+		if a, err := c.Now().Resolve(t.Context(), strings.Repeat("0", 64)+","+id); err != nil || d.whoAt(a[0]) != "labelled" {
+			t.Errorf("its id leads to %v, %v", a, err)
+		}
+		if _, err := c.Now().Resolve(t.Context(), "labelled"); err == nil {
+			t.Error("a name is taken for an id")
+		}
+		if _, err := d.api.ContainerKill(t.Context(), "labelled", client.ContainerKillOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		look("labelled map[test.host:a.org] [80] running=false host=false shop/page")
+		began := time.Now()
+		_, err := c.Now().Resolve(t.Context(), id)
+		var e *Error
+		if took := time.Since(began); !errors.As(err, &e) || e.Kind != KindStopped || e.Temporary() || took > restartWait/2 {
+			t.Errorf("after %s: %v", took, err)
+		}
+		d.remove("labelled")
+		d.run("onhost", map[string]string{"test.host": "b.org"}, "host")
+		look("onhost map[test.host:b.org] [80] running=true host=true ")
+		d.remove("onhost")
+		look("")
+	})
+
 	t.Run("without events", func(t *testing.T) {
 		c := New(d.host, slog.New(slog.DiscardHandler))
 		old := resolve(t, c, "copy/api")[0]

@@ -171,6 +171,9 @@ func (d *daemon) create(name string, labels map[string]string, mode string, netw
 		Image: "box", Labels: labels, Hostname: name, StopSignal: "SIGKILL",
 		Cmd: []string{"/busybox", "httpd", "-f", "-p", "80", "-h", "/etc"},
 	}
+	if !strings.HasPrefix(mode, "container:") {
+		config.ExposedPorts = network.PortSet{network.MustParsePort("80/tcp"): {}, network.MustParsePort("80/udp"): {}}
+	}
 	if mode == "host" || strings.HasPrefix(mode, "container:") {
 		config.Hostname = "" // it has another's
 	}

@@ -30,6 +30,7 @@ type table struct {
 	all      []*one // by name
 	byName   map[string]*one
 	services map[string]map[string][]*one // service, project
+	labelled []Labelled                   // by name
 }
 
 // one container.
@@ -98,6 +99,11 @@ func (t *table) resolve(name string, turn int) ([]netip.Addr, error) {
 	if err != nil {
 		return nil, err
 	}
+	return t.addressesOf(name, found, turn)
+}
+
+// addressesOf returns the addresses of those of found that run.
+func (t *table) addressesOf(name string, found []*one, turn int) ([]netip.Addr, error) {
 	var running []*one
 	for _, o := range found {
 		if o.state == container.StateRunning {
@@ -121,8 +127,8 @@ func (t *table) resolve(name string, turn int) ([]netip.Addr, error) {
 	return addrs, nil
 }
 
-// reach returns the addresses at which o's ports are.
-func (t *table) reach(o *one) ([]netip.Addr, error) {
+// networkOf returns whose network o uses: its own, or another container's.
+func (t *table) networkOf(o *one) (*one, error) {
 	for range 8 { // container:ID may point at another container:ID; Docker forbids loops
 		other, joined := strings.CutPrefix(o.mode, "container:")
 		if !joined {
@@ -134,6 +140,21 @@ func (t *table) reach(o *one) ([]netip.Addr, error) {
 				msg: fmt.Sprintf("container %q uses the network of container %s, which is gone", o.name, other)}
 		}
 		o = next[0]
+	}
+	return o, nil
+}
+
+// onHost reports whether o is in the host's network namespace.
+func (t *table) onHost(o *one) bool {
+	o, err := t.networkOf(o)
+	return err == nil && o.mode == "host"
+}
+
+// reach returns the addresses at which o's ports are.
+func (t *table) reach(o *one) ([]netip.Addr, error) {
+	o, err := t.networkOf(o)
+	if err != nil {
+		return nil, err
 	}
 	if o.mode == "host" {
 		return []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}, nil
@@ -196,6 +217,21 @@ func (t *table) lookup(name string) ([]*one, error) {
 	}
 	slices.Sort(candidates)
 	return nil, &Error{Kind: KindAmbiguous, Name: name, msg: fmt.Sprintf("%q may be %s: name one of them", name, either(candidates))}
+}
+
+// resolveIDs returns the addresses of those of the containers with these whole
+// ids that run. A name can't stand for them, whatever a container is called.
+func (t *table) resolveIDs(ids string, turn int) ([]netip.Addr, error) {
+	var found []*one
+	for id := range strings.SplitSeq(ids, ",") {
+		if o := t.byID(id); o != nil {
+			found = append(found, o)
+		}
+	}
+	if len(found) == 0 {
+		return nil, &Error{Kind: KindUnknown, Name: ids, msg: "the container was removed"}
+	}
+	return t.addressesOf(ids, found, turn)
 }
 
 func (t *table) ambiguous(name string, projects []string, service string) error {

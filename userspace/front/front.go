@@ -6,6 +6,7 @@
 //	accept.go   a connection is admitted, or refused at once
 //	inbound.go  who it is: PROXY header and trust
 //	service.go  the configuration, compiled: routes, rules, certificates
+//	labels.go   routes that the labels of containers add to it
 //	splice.go   sni and tcp: hello, route, dial, relay, log
 //	http.go     http and https: the same by request
 //	certificates.go  what https listeners show, and how ACME gets at them
@@ -60,12 +61,15 @@ type Front struct {
 	containers *container.Client
 	acme       *acme.Manager
 	dialer     *dial.Dialer
-	limiter    *limit.Limiter
-	flows      *flow.Registry
-	metrics    *metrics.Set
-	complain   *complaints
-	spare      *spareFiles
-	started    time.Time
+	// labelDialer is for routes by labels: it takes the ids of containers, and
+	// doesn't wait for one that may be restarting.
+	labelDialer *dial.Dialer
+	limiter     *limit.Limiter
+	flows       *flow.Registry
+	metrics     *metrics.Set
+	complain    *complaints
+	spare       *spareFiles
+	started     time.Time
 
 	ctx    context.Context // ends when flows must end at once
 	cancel context.CancelFunc
@@ -73,12 +77,14 @@ type Front struct {
 
 	watchTailnet, watchContainers sync.Once
 	tailnetMoved                  chan struct{} // wakes followTailnet
+	labelsMoved                   chan struct{} // wakes followLabels
 
 	mu        sync.Mutex // guards what follows, and serialises reloads
 	cfg       *config.Config
 	loaded    time.Time
 	listeners map[string]*listener // by name
 	sockets   map[string]*socket   // by bound address
+	labels    *labelRoutes
 	closed    bool
 
 	tailnetAddrs []netip.Addr // this node's, as last known
@@ -93,13 +99,16 @@ type Front struct {
 func New(cfg *config.Config, opts Options) (*Front, error) {
 	f := &Front{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
 		listeners: map[string]*listener{}, sockets: map[string]*socket{},
-		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}, tailnetMoved: make(chan struct{}, 1)}
+		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}, tailnetMoved: make(chan struct{}, 1),
+		labelsMoved: make(chan struct{}, 1), labels: newLabelRoutes(nil)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.metrics = metrics.New(opts.Version, f.flows.Len)
 	f.tailnet = tailnet.New("", opts.Log)
 	f.containers = container.New("", opts.Log)
 	f.acme = acme.New(opts.Log)
+	f.containers.FollowLabels(config.LabelPrefix, f.lookAtLabels)
 	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers}
+	f.labelDialer = &dial.Dialer{Container: f.containers.Now()}
 	f.limiter = limit.New(math.MaxInt, math.MaxInt) // set by apply
 	f.spare = newSpareFiles()
 
@@ -109,6 +118,7 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 		return nil, err
 	}
 	go f.followTailnet(f.ctx)
+	go f.followLabels(f.ctx)
 	return f, nil
 }
 
@@ -164,6 +174,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
+	labels := f.prepareLabels(cfg, services)
 	connections := f.fitLimits(cfg)
 
 	var waits error
@@ -192,6 +203,7 @@ func (f *Front) apply(cfg *config.Config) error {
 			go old.http.shutdown(f.ctx)
 		}
 	}
+	f.commitLabels(labels)
 	f.watchNeeded(cfg)
 	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
 	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
@@ -209,6 +221,7 @@ func (f *Front) watchNeeded(cfg *config.Config) {
 	tailnet, docker := wantsTailnet(cfg), false
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]
+		docker = docker || l.Docker != nil && l.Docker.Enabled
 		if l.AcceptProxy != nil && len(newTrust(l.AcceptProxy.From).patterns) > 0 {
 			tailnet = true
 		}

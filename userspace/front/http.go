@@ -1,6 +1,7 @@
 package front
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -61,7 +62,7 @@ func (s *service) routeRequest(host, path string) (*vhost.Upstream, error) {
 // newUpstream is where the requests of r go.
 func (f *Front) newUpstream(l *config.Listener, r *rule) *vhost.Upstream {
 	return &vhost.Upstream{
-		Key: fmt.Sprintf("%s proxy=%t", r.written, r.sendProxy), Name: publicName(r), Route: r.name, OwnConnections: r.sendProxy,
+		Key: fmt.Sprintf("%s proxy=%t at %s", r.written, r.sendProxy, r.target), Name: publicName(r), Route: r.name, OwnConnections: r.sendProxy,
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			info, _ := vhost.Info(ctx)
 			up, err := f.dialRule(ctx, l.Name, r, info.Client.Addr())
@@ -107,7 +108,7 @@ func publicName(r *rule) string {
 	case "tailnet":
 		return r.target.Host
 	case "docker":
-		return "container " + r.target.Host
+		return "container " + cmp.Or(r.container, r.target.Host)
 	}
 	return "a local service"
 }

@@ -2,6 +2,7 @@ package front
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -37,6 +38,7 @@ type service struct {
 	names    *route.Table[*rule] // sni and http(s): by name, then default
 	fallback *rule               // tcp: the only way
 	rules    []*rule             // in the config's order, for status
+	base     *service            // with docker enabled: the same without the labels' routes
 }
 
 // rule is one route, or the default.
@@ -53,6 +55,18 @@ type rule struct {
 	datapaths []relay.Datapath // to be tried before userspace, best first
 
 	upstream *vhost.Upstream // http(s) only
+
+	dialer           *dial.Dialer
+	container, state string          // by labels only: of which container, and whether it is running, stopped or removed
+	current          context.Context // likewise: ends when the containers have changed
+}
+
+// source says where the rule comes from.
+func (r *rule) source() string {
+	if r.container != "" {
+		return "container " + r.container
+	}
+	return "config"
 }
 
 // via names the datapath that a flow of this rule begins with.
@@ -79,7 +93,6 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 		s.trust = newTrust(l.AcceptProxy.From)
 	}
 	var errs []error
-	var table route.Builder[*rule]
 	for i := range l.Routes {
 		c := &l.Routes[i]
 		patterns := slices.Concat(c.SNI, c.Host)
@@ -91,16 +104,6 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 		r.patterns, r.alpn, r.path = patterns, c.ALPN, c.Path
 		s.rules = append(s.rules, r)
 	}
-	// Within one name the longest path is tried first.
-	byPath := slices.Clone(s.rules)
-	slices.SortStableFunc(byPath, func(a, b *rule) int { return cmp.Compare(len(b.path), len(a.path)) })
-	for _, r := range byPath {
-		for _, p := range r.patterns {
-			if err := table.Add(p, r); err != nil {
-				errs = append(errs, fmt.Errorf("listener %q: %w", l.Name, err))
-			}
-		}
-	}
 	if l.Default != nil {
 		r, err := f.compileRule(cfg, l, "default", *l.Default)
 		if err != nil {
@@ -108,16 +111,49 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 		} else {
 			s.rules = append(s.rules, r)
 			s.fallback = r
-			table.Default(r)
 		}
 	}
-	s.names = table.Build()
+	if err := s.index(); err != nil {
+		errs = append(errs, fmt.Errorf("listener %q: %w", l.Name, err))
+	}
 	return s, errors.Join(errs...)
+}
+
+// index makes the table that the rules are looked up in.
+func (s *service) index() error {
+	var table route.Builder[*rule]
+	var errs []error
+	// Within one name the longest path is tried first.
+	byPath := slices.Clone(s.rules)
+	slices.SortStableFunc(byPath, func(a, b *rule) int { return cmp.Compare(len(b.path), len(a.path)) })
+	for _, r := range byPath {
+		for _, p := range r.patterns {
+			errs = append(errs, table.Add(p, r))
+		}
+	}
+	if s.fallback != nil {
+		table.Default(s.fallback)
+	}
+	s.names = table.Build()
+	return errors.Join(errs...)
+}
+
+// withRules returns a service that has these rules too, behind its own.
+func (s *service) withRules(more []*rule) *service {
+	with := *s
+	with.base = s
+	at := len(s.rules)
+	if s.fallback != nil {
+		at-- // the default is shown last
+	}
+	with.rules = slices.Insert(slices.Clone(s.rules), at, more...)
+	_ = with.index() // leaves out what is no name: config.ParseLabels lets none through
+	return &with
 }
 
 // compileRule makes a rule of what a route, or the default, says to do.
 func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string, a config.Action) (*rule, error) {
-	r := &rule{name: name, reject: a.Reject}
+	r := &rule{name: name, reject: a.Reject, dialer: f.dialer}
 	if a.Reject {
 		return r, nil
 	}

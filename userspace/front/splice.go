@@ -153,7 +153,13 @@ func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, r
 // dialRule connects to r's target and counts how that went.
 func (f *Front) dialRule(ctx context.Context, listener string, r *rule, client netip.Addr) (net.Conn, error) {
 	started := time.Now()
-	up, err := f.dialer.Dial(ctx, r.target, client)
+	var up net.Conn
+	var err error
+	if r.container != "" {
+		up, err = r.dialLabelled(ctx, client)
+	} else {
+		up, err = r.dialer.Dial(ctx, r.target, client)
+	}
 	f.metrics.DialTime.Observe(time.Since(started).Seconds())
 	if err != nil {
 		reason := "error"

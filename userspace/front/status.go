@@ -21,7 +21,8 @@ type Status struct {
 	Flows     int              `json:"flows"`
 	Datapaths []DatapathStatus `json:"datapaths"`
 	Listeners []ListenerStatus `json:"listeners"`
-	Problem   string           `json:"problem,omitempty"` // what keeps a tailnet listener from being bound
+	Problem   string           `json:"problem,omitempty"`        // what keeps a tailnet listener from being bound
+	Labels    []LabelProblem   `json:"label_problems,omitempty"` // labels of containers that make no route, and why
 
 	Accepted   map[string]int64 `json:"accepted"`    // connections by listener
 	Refused    map[string]int64 `json:"refused"`     // connections by reason
@@ -58,6 +59,8 @@ type RouteStatus struct {
 	Reject    bool     `json:"reject,omitempty"`
 	SendProxy bool     `json:"send_proxy,omitempty"`
 	Datapath  string   `json:"datapath,omitempty"`
+	Source    string   `json:"source"`                    // "config", or "container NAME" where its labels made the route
+	Container string   `json:"container_state,omitempty"` // of that container: running, stopped or removed
 }
 
 // Status describes the daemon as it is now.
@@ -69,6 +72,7 @@ func (f *Front) Status() Status {
 		Accepted: metrics.Totals(f.metrics.Accepted, "listener"), Refused: metrics.Totals(f.metrics.Refused, "reason"),
 		Ended: metrics.Totals(f.metrics.Ended, "end"), DialErrors: metrics.Totals(f.metrics.DialError, "reason"),
 		Demoted: metrics.Totals(f.metrics.Demoted, "reason"), Bytes: metrics.Totals(f.metrics.Bytes, "direction")}
+	s.Labels = f.labels.problems
 	if f.bindErr != nil {
 		s.Problem = f.bindErr.Error()
 	}
@@ -101,7 +105,7 @@ func (f *Front) Status() Status {
 		}
 		slices.Sort(ls.Bound)
 		for _, r := range svc.rules {
-			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy}
+			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Source: r.source(), Container: r.state}
 			if !r.reject {
 				rs.Datapath = r.via()
 			}

@@ -1,0 +1,153 @@
+package config
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// Docker makes routes of the labels of containers on this host.
+type Docker struct {
+	Section
+	Enabled bool     `yaml:"enabled" kind:"bool" required:"true" doc:"Make routes of the labels tailsplice.host, .path, .port and .tls of containers, as they start and stop."`
+	Hosts   []string `yaml:"hosts" kind:"name" nonempty:"true" doc:"The host names that labels may claim: exact, or *.example.org for what ends so. Default: all that no configured route has."`
+}
+
+// Allows reports whether labels may claim a host, which is as [Labels].Host has it.
+func (d *Docker) Allows(host string) bool {
+	return len(d.Hosts) == 0 || slices.ContainsFunc(d.Hosts, func(allowed string) bool {
+		suffix, wild := strings.CutPrefix(allowed, "*")
+		return host == allowed || wild && strings.HasSuffix(host, suffix)
+	})
+}
+
+// LabelPrefix is how the labels begin that are ours.
+const LabelPrefix = "tailsplice."
+
+const (
+	labelHost = LabelPrefix + "host"
+	labelPath = LabelPrefix + "path"
+	labelPort = LabelPrefix + "port"
+	labelTLS  = LabelPrefix + "tls"
+)
+
+var labelKeys = []string{"host", "path", "port", "tls"}
+
+// maxLabelHosts bounds what one label can make the route table hold.
+const maxLabelHosts = 100
+
+// Labels are what a container's labels ask for.
+type Labels struct {
+	Host []string // at least one, as a route's host
+	Path string   // as a route's path, or ""
+	Port uint16   // 0: the one that the container exposes
+	TLS  string   // "", "true", "false" or "passthrough"
+}
+
+// Fits reports whether the labels are meant for listeners of this mode.
+func (l *Labels) Fits(mode string) bool {
+	switch l.TLS {
+	case "passthrough":
+		return mode == "sni"
+	case "true":
+		return mode == "https"
+	case "false":
+		return mode == "http"
+	}
+	return mode == "http" || mode == "https"
+}
+
+// LabelError says what is wrong with one label, or between several.
+type LabelError struct {
+	Label string
+	Err   error
+}
+
+func (e *LabelError) Error() string { return e.Label + ": " + e.Err.Error() }
+
+// Unwrap returns the cause.
+func (e *LabelError) Unwrap() error { return e.Err }
+
+// ParseLabels reads the labels of a container that begin with LabelPrefix; others are left alone. Values are
+// checked as those of a configuration's routes are, but for capitals in names, which are no mistake here.
+// With errors there is no route at all: a mistyped path must not open the whole host.
+func ParseLabels(labels map[string]string) (l Labels, errs []*LabelError) {
+	bad := func(label, format string, args ...any) {
+		errs = append(errs, &LabelError{label, fmt.Errorf(format, args...)})
+	}
+	for _, name := range slices.Sorted(maps.Keys(labels)) {
+		value := strings.TrimSpace(labels[name])
+		switch name {
+		case labelHost:
+			l.Host = parseLabelHosts(value, bad)
+		case labelPath:
+			if p, err := parsePath(value); err != nil {
+				bad(name, "%q: %v", clip(value), err)
+			} else {
+				l.Path = p.(string)
+			}
+		case labelPort:
+			p, err := parsePort(value)
+			if err != nil {
+				bad(name, "%v", err)
+			}
+			l.Port = p
+		case labelTLS:
+			switch value {
+			case "true", "false", "passthrough":
+				l.TLS = value
+			default:
+				bad(name, "%q: must be true (https listeners only), false (http only) or passthrough (sni, where the container itself speaks TLS)", clip(value))
+			}
+		default:
+			key, ours := strings.CutPrefix(name, LabelPrefix)
+			if !ours {
+				continue
+			}
+			if near := nearest(key, labelKeys); near != "" {
+				bad(clip(name), "unknown label, did you mean %q?", LabelPrefix+near)
+			} else {
+				bad(clip(name), "unknown label, there are %s%s", LabelPrefix, strings.Join(labelKeys, ", ."))
+			}
+		}
+	}
+	if _, ok := labels[labelHost]; !ok && len(errs) == 0 {
+		bad(labelHost, "it is missing: which host names lead to the container")
+	}
+	if l.TLS == "passthrough" && l.Path != "" {
+		bad(labelPath, "with %s=passthrough the path is inside TLS, where nobody sees it", labelTLS)
+	}
+	if len(errs) > 0 {
+		return Labels{}, errs
+	}
+	return l, nil
+}
+
+func parseLabelHosts(value string, bad func(label, format string, args ...any)) []string {
+	var hosts []string
+	items := strings.Split(value, ",")
+	if len(items) > maxLabelHosts {
+		bad(labelHost, "%d names, at most %d can be in a label", len(items), maxLabelHosts)
+		return nil
+	}
+	for _, item := range items {
+		item = strings.TrimSpace(item)
+		host, err := checkPattern(item)
+		switch {
+		case err != nil:
+			bad(labelHost, "%q: %v", clip(item), err)
+		case !slices.Contains(hosts, host):
+			hosts = append(hosts, host)
+		}
+	}
+	return hosts
+}
+
+// docker checks the section of a listener.
+func (v *validator) docker(l *Listener) {
+	if l.Docker == nil || l.Mode != "tcp" {
+		return
+	}
+	v.errorf(l.keyAt("docker"), "docker on a tcp listener: it looks at nothing that labels could match, use mode http, https or sni")
+}

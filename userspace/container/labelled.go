@@ -1,0 +1,143 @@
+package container
+
+import (
+	"context"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/client"
+)
+
+// Labelled is a container that has labels with the prefix of [Client.FollowLabels].
+type Labelled struct {
+	ID, Name string
+	Labels   map[string]string // those with the prefix; not to be changed
+	Ports    []uint16          // TCP ports that its image or its creator exposes, ascending
+	Created  time.Time
+	Running  bool
+	// HostNetwork says that it is in the host's network namespace, where a port
+	// may be anybody's.
+	HostNetwork bool
+	// Replicas is what the containers of one Compose service share, or "".
+	Replicas string
+}
+
+func (l Labelled) equal(o Labelled) bool {
+	return l.ID == o.ID && l.Name == o.Name && l.Running == o.Running && l.HostNetwork == o.HostNetwork && l.Replicas == o.Replicas &&
+		l.Created.Equal(o.Created) && slices.Equal(l.Ports, o.Ports) && maps.Equal(l.Labels, o.Labels)
+}
+
+// FollowLabels makes the client remember the labels that begin with prefix.
+// changed is called, without a lock and from any goroutine, when what Labelled
+// returns may have become another. Call it once, before anything else.
+func (c *Client) FollowLabels(prefix string, changed func()) {
+	c.prefix, c.labelsChanged = prefix, changed
+}
+
+// Labelled lists the containers with labels as of the last list, by name. Those
+// that never ran are left out. It is empty before [Client.Run] has the first list.
+func (c *Client) Labelled() []Labelled {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.table == nil {
+		return nil
+	}
+	return c.table.labelled
+}
+
+// labelled makes the list for a table. Which ports are exposed is asked once for
+// each container, since the list of containers shows it of running ones only.
+func (c *Client) labelled(ctx context.Context, api *client.Client, list []container.Summary, t *table) []Labelled {
+	if c.prefix == "" {
+		return nil
+	}
+	var out []Labelled
+	exposed := map[string][]uint16{}
+	for _, s := range list {
+		labels := map[string]string{}
+		for k, v := range s.Labels {
+			if strings.HasPrefix(k, c.prefix) {
+				labels[k] = v
+			}
+		}
+		if len(labels) == 0 || s.State == container.StateCreated {
+			continue
+		}
+		o := t.byID(s.ID)
+		if o == nil {
+			continue
+		}
+		c.mu.Lock()
+		ports, known := c.exposed[s.ID]
+		c.mu.Unlock()
+		if !known {
+			got, err := api.ContainerInspect(ctx, s.ID, client.ContainerInspectOptions{})
+			if err != nil || got.Container.Config == nil {
+				continue // removed meanwhile, as the next list will show
+			}
+			ports = tcpPorts(got.Container.Config.ExposedPorts)
+		}
+		exposed[s.ID] = ports
+		l := Labelled{ID: s.ID, Name: o.name, Labels: labels, Ports: ports, Created: time.Unix(s.Created, 0),
+			Running: s.State == container.StateRunning, HostNetwork: t.onHost(o)}
+		if o.service != "" {
+			l.Replicas = o.project + "/" + o.service
+		}
+		out = append(out, l)
+	}
+	slices.SortFunc(out, func(a, b Labelled) int { return strings.Compare(a.Name, b.Name) })
+	c.mu.Lock()
+	c.exposed = exposed
+	c.mu.Unlock()
+	return out
+}
+
+func tcpPorts(set network.PortSet) []uint16 {
+	var ports []uint16
+	for p := range set {
+		if p.Proto() == network.TCP {
+			ports = append(ports, p.Num())
+		}
+	}
+	slices.Sort(ports)
+	return ports
+}
+
+// Now returns a resolver of the same containers whose names are whole ids, with
+// commas between those of replicas, and that never waits for one which may be
+// restarting: what is stopped is stopped.
+func (c *Client) Now() Now { return Now{c} }
+
+// Now is what [Client.Now] returns.
+type Now struct{ c *Client }
+
+// Resolve is as [Client.Resolve], without waiting.
+func (n Now) Resolve(ctx context.Context, name string) ([]netip.Addr, error) {
+	return n.resolve(ctx, name, false)
+}
+
+// Refresh is as [Client.Refresh], without waiting.
+func (n Now) Refresh(ctx context.Context, name string) ([]netip.Addr, error) {
+	return n.resolve(ctx, name, true)
+}
+
+func (n Now) resolve(ctx context.Context, name string, fresh bool) ([]netip.Addr, error) {
+	t, _, err := n.c.current(ctx, fresh)
+	if err != nil {
+		return nil, err
+	}
+	addrs, err := t.resolveIDs(name, int(n.c.turn.Add(1)))
+	if err == nil {
+		return addrs, n.c.reachable()
+	}
+	if e, ok := asStopped(err); ok {
+		n.c.describe(ctx, e)
+		e.temporary = false
+	}
+	return nil, err
+}

@@ -30,6 +30,8 @@ type Listener struct {
 	Certificates []Certificate `yaml:"certificates" nonempty:"true" noun:"a certificate" doc:"What an https listener shows, chosen by server name. The first one is shown where none fits."`
 	Docker       *Docker       `yaml:"docker" noun:"docker" doc:"Routes by the labels of containers on this host."`
 	Routes       []Route       `yaml:"routes" noun:"a route" doc:"Matches and their targets. The most exact name wins: exact, then the longest wildcard, then default."`
+	HSTS         *HSTS         `yaml:"hsts" short:"max_age" noun:"hsts" doc:"Tell browsers to come by https only from now on (Strict-Transport-Security), for this long: 1y, 180d or 24h. On https listeners."`
+	ServerTiming bool          `yaml:"server_timing" kind:"true" doc:"Show in a Server-Timing header how long each hop of the path took, under its node's name: on this hop, and on those behind it that believe it (accept_proxy)."`
 	Default      *Action       `yaml:"default" noun:"default" doc:"Where connections go that no route matched: the next hop."`
 }
 
@@ -97,20 +99,38 @@ type DNSHook struct {
 
 // Route is a match and what happens with what it matches.
 type Route struct {
-	SNI    []string `yaml:"sni" kind:"name" nonempty:"true" doc:"Server names on an sni listener: exact, or *.example.org for one label or more in its place."`
-	ALPN   []string `yaml:"alpn" kind:"alpn" nonempty:"true" doc:"Narrows sni: the client offers one of these protocols."`
-	Host   []string `yaml:"host" kind:"name" nonempty:"true" doc:"Host names on an http or https listener: exact, or *.example.org for one label or more in its place."`
-	Path   string   `yaml:"path" kind:"path" doc:"Narrows host: /api and /api/ both take /api and everything below /api/, but not /apis. The longest wins. It is compared decoded."`
-	Action `yaml:",inline"`
+	SNI     []string          `yaml:"sni" kind:"name" nonempty:"true" doc:"Server names on an sni listener: exact, or *.example.org for one label or more in its place."`
+	ALPN    []string          `yaml:"alpn" kind:"alpn" nonempty:"true" doc:"Narrows sni: the client offers one of these protocols."`
+	Host    []string          `yaml:"host" kind:"name" nonempty:"true" doc:"Host names on an http or https listener: exact, or *.example.org for one label or more in its place."`
+	Path    string            `yaml:"path" kind:"path" doc:"Narrows host: /api and /api/ both take /api and everything below /api/, but not /apis. The longest wins. It is compared decoded."`
+	Methods []string          `yaml:"methods" kind:"method" nonempty:"true" doc:"Narrows host: the request has one of these methods. GET takes HEAD too."`
+	Headers map[string]string `yaml:"headers" kind:"header_value" key:"header" nonempty:"true" doc:"Narrows host: the request has all of these headers with these values; \"*\" is any value."`
+	Action  `yaml:",inline"`
 }
 
-// Action is what happens with a connection: Forward or Reject, never both.
+// Action is what happens with a connection or request: exactly one of Forward, Reject and Redirect.
 type Action struct {
 	Section
-	Forward   Target `yaml:"forward" doc:"The target: HOST:PORT, tailnet://NODE:PORT, docker://CONTAINER:PORT or unix:///PATH."`
-	SendProxy string `yaml:"send_proxy" enum:"v2" doc:"Begin the connection to the target with a PROXY protocol header of this version."`
-	Reject    bool   `yaml:"reject" kind:"true" doc:"Refuse the connection."`
-	Datapath  string `yaml:"datapath" enum:"auto tc sockmap userspace" doc:"The datapath of these flows. Default: the configuration's datapath."`
+	Forward   []Forward `yaml:"forward" short:"to" nonempty:"true" noun:"a target" doc:"The target: HOST:PORT, tailnet://NODE:PORT, docker://CONTAINER:PORT or unix:///PATH. On http and https also a list of several."`
+	SendProxy string    `yaml:"send_proxy" enum:"v2" doc:"Begin the connection to the target with a PROXY protocol header of this version."`
+	Reject    bool      `yaml:"reject" kind:"true" doc:"Refuse the connection."`
+	Datapath  string    `yaml:"datapath" enum:"auto tc sockmap userspace" doc:"The datapath of these flows. Default: the configuration's datapath."`
+	HTTP      `yaml:",inline"`
+}
+
+// Target is the first target, or none.
+func (a *Action) Target() Target {
+	if len(a.Forward) == 0 {
+		return Target{}
+	}
+	return a.Forward[0].To
+}
+
+// Forward is one of several targets.
+type Forward struct {
+	Section
+	To     Target `yaml:"to" required:"true" doc:"The target: HOST:PORT, tailnet://NODE:PORT, docker://CONTAINER:PORT or unix:///PATH."`
+	Weight int    `yaml:"weight" default:"1" min:"0" max:"1000" doc:"Its share of the requests, beside the others' weights. One of weight 0 gets those that all others failed."`
 }
 
 // Limits bounds what strangers can make the daemon spend.

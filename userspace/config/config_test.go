@@ -67,7 +67,7 @@ func goldens(t testing.TB, archive string, messages func(golden) string) []golde
 }
 
 // errorArchives hold files that Parse refuses.
-var errorArchives = []string{"syntax", "structure", "values", "meaning", "acme", "docker"}
+var errorArchives = []string{"syntax", "structure", "values", "meaning", "acme", "docker", "http"}
 
 // TestErrors compares every message of every wrong file, with its exact place.
 func TestErrors(t *testing.T) {
@@ -194,6 +194,7 @@ func TestDesign(t *testing.T) {
 	limits := Limits{Connections: 65536, ConnectionsPerSource: 256, HelloTimeout: 5 * time.Second, HelloBytes: 65536, IdleTimeout: time.Hour, FlowBuffer: 2 << 20}
 	control := Control{Socket: "/run/tailsplice/control.sock"}
 	tailnet := func(node string, port uint16) Target { return Target{Scheme: "tailnet", Host: node, Port: port} }
+	to := func(t Target) []Forward { return []Forward{{To: t, Weight: 1}} }
 	host, err := os.Hostname()
 	if err != nil {
 		t.Fatal(err)
@@ -205,10 +206,10 @@ func TestDesign(t *testing.T) {
 			Listeners: []Listener{{
 				Name: "web", Listen: []string{":443"}, Mode: "sni",
 				Routes: []Route{
-					{SNI: []string{"status.vsq.cz"}, Action: Action{Forward: Target{Scheme: "tcp", Host: "127.0.0.1", Port: 8443}}},
-					{SNI: []string{"*.vsq.cz"}, ALPN: []string{"acme-tls/1"}, Action: Action{Forward: tailnet("home", 443), SendProxy: "v2"}},
+					{SNI: []string{"status.vsq.cz"}, Action: Action{Forward: to(Target{Scheme: "tcp", Host: "127.0.0.1", Port: 8443})}},
+					{SNI: []string{"*.vsq.cz"}, ALPN: []string{"acme-tls/1"}, Action: Action{Forward: to(tailnet("home", 443)), SendProxy: "v2"}},
 				},
-				Default: &Action{Forward: tailnet("home", 443), SendProxy: "v2"},
+				Default: &Action{Forward: to(tailnet("home", 443)), SendProxy: "v2"},
 			}},
 		},
 		{
@@ -221,8 +222,8 @@ func TestDesign(t *testing.T) {
 					{ACME: &ACME{Names: []string{"example.vsq.cz"}, Email: "me@vsq.cz", Directory: "https://acme.example/dir", Storage: "/var/lib/tailsplice/acme"}},
 					{Tailscale: true},
 				},
-				Routes:  []Route{{Host: []string{"notes.vsq.cz"}, Path: "/api/", Action: Action{Forward: Target{Scheme: "tcp", Host: "127.0.0.1", Port: 3000}}}},
-				Default: &Action{Forward: tailnet("laptop", 8080)},
+				Routes:  []Route{{Host: []string{"notes.vsq.cz"}, Path: "/api/", Action: Action{Forward: to(Target{Scheme: "tcp", Host: "127.0.0.1", Port: 3000})}}},
+				Default: &Action{Forward: to(tailnet("laptop", 8080))},
 			}},
 		},
 		{
@@ -230,12 +231,12 @@ func TestDesign(t *testing.T) {
 			Listeners: []Listener{{
 				Name: "web", Listen: []string{"tailnet:8080"}, Mode: "http",
 				AcceptProxy: &AcceptProxy{From: []string{"tag:home"}},
-				Routes:      []Route{{Host: []string{"example.vsq.cz"}, Action: Action{Forward: Target{Scheme: "docker", Host: "blog", Port: 8080}}}},
+				Routes:      []Route{{Host: []string{"example.vsq.cz"}, Action: Action{Forward: to(Target{Scheme: "docker", Host: "blog", Port: 8080})}}},
 			}},
 		},
 		{
 			File: "four-lines.yaml", Node: host, Datapath: "auto", Limits: limits, Control: control,
-			Listeners: []Listener{{Name: "sni-443", Listen: []string{":443"}, Mode: "sni", Default: &Action{Forward: tailnet("home", 443)}}},
+			Listeners: []Listener{{Name: "sni-443", Listen: []string{":443"}, Mode: "sni", Default: &Action{Forward: to(tailnet("home", 443))}}},
 		},
 	} {
 		want.File = filepath.Join("testdata", "valid", want.File)
@@ -302,7 +303,7 @@ listeners:
 		{"listen", l.Listen, []string{"tailnet:80", "[2001:db8::1]:443", "192.0.2.1:443", "[fe80::1%eth0]:443"}},
 		{"from", l.AcceptProxy.From, []string{"2001:db8::/32", "192.0.2.1", "edge.example", "Me@Example.org"}},
 		{"sni", l.Routes[0].SNI, []string{"example.org", "*.example.net"}},
-		{"forward", []string{l.Routes[0].Forward.String(), l.Routes[1].Forward.String(), l.Default.Forward.String(), c.Listeners[1].Default.Forward.String()},
+		{"forward", []string{l.Routes[0].Target().String(), l.Routes[1].Target().String(), l.Default.Target().String(), c.Listeners[1].Default.Target().String()},
 			[]string{"[2001:db8::1]:443", "home:443", "tailnet://[fd7a:115c:a1e0::1]:443", "tailnet://100.64.0.1:443"}},
 	} {
 		if !slices.Equal(x.got, x.want) {
@@ -555,8 +556,10 @@ func FuzzParse(f *testing.F) {
 				if a == nil || a.Reject {
 					continue
 				}
-				if again, err := parseTarget(a.Forward.String()); err != nil || again != a.Forward {
-					t.Errorf("%q is %+v when read again, %v", a.Forward, again, err)
+				for _, f := range a.Forward {
+					if again, err := parseTarget(f.To.String()); err != nil || again != f.To {
+						t.Errorf("%q is %+v when read again, %v", f.To, again, err)
+					}
 				}
 			}
 			for _, addr := range l.Listen {

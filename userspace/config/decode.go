@@ -13,7 +13,9 @@ type field struct {
 	key      string
 	index    []int // for reflect.Value.FieldByIndex
 	typ      reflect.Type
-	kind     *kind // of a scalar, or of the items of a list of scalars; nil for sections
+	kind     *kind  // of a scalar, or of the items of a list or mapping of scalars; nil for sections
+	names    *kind  // of a mapping's keys
+	short    string // of a section: its one key that may be written without it
 	doc      string
 	noun     string
 	def      string
@@ -45,7 +47,10 @@ func fieldsOf(t reflect.Type) []field {
 			doc: sf.Tag.Get("doc"), noun: sf.Tag.Get("noun"), def: sf.Tag.Get("default"),
 			enum: strings.Fields(sf.Tag.Get("enum")), min: sf.Tag.Get("min"), max: sf.Tag.Get("max"),
 			required: sf.Tag.Get("required") == "true", nonempty: sf.Tag.Get("nonempty") == "true",
-			repeats: sf.Tag.Get("repeats") == "true",
+			repeats: sf.Tag.Get("repeats") == "true", short: sf.Tag.Get("short"),
+		}
+		if key := sf.Tag.Get("key"); key != "" {
+			f.names = kinds[key]
 		}
 		if !isSection(f.typ) {
 			f.kind = kindOf(sf)
@@ -159,12 +164,14 @@ func (d *decoder) value(e entry, f *field, out reflect.Value, sec *Section) bool
 		return false
 	case f.kind != nil && out.Kind() == reflect.Slice:
 		return d.scalars(n, f, out, sec)
+	case f.names != nil:
+		return d.named(n, f, out, sec)
 	case f.kind != nil:
 		return d.scalar(n, f, out)
 	case out.Kind() == reflect.Slice:
 		return d.sections(n, f, out)
 	}
-	if n.kind != kindMapping {
+	if n.kind != kindMapping && (f.short == "" || !n.isScalar()) {
 		d.wrongType(n, f)
 		return false
 	}
@@ -172,13 +179,82 @@ func (d *decoder) value(e entry, f *field, out reflect.Value, sec *Section) bool
 		out.Set(reflect.New(out.Type().Elem()))
 		out = out.Elem()
 	}
+	if n.isScalar() {
+		return d.short(n, f, out)
+	}
 	before := len(d.errs)
 	d.section(n, out, f.noun)
 	return len(d.errs) == before
 }
 
+// short fills a section of which only the one key is written that may stand for it.
+func (d *decoder) short(n *node, f *field, out reflect.Value) bool {
+	sec := out.FieldByName("Section").Addr().Interface().(*Section)
+	sec.Pos = n.pos
+	ok := true
+	for _, inner := range d.fieldsOf(out.Type()) {
+		v := out.FieldByIndex(inner.index)
+		if inner.key != f.short {
+			d.setDefault(&inner, v)
+			continue
+		}
+		inner.key = f.key // as messages call it
+		ok = d.scalar(n, &inner, v)
+		sec.places = append(sec.places, place{key: f.short, index: -1, pos: n.pos, keyPos: n.pos, unclear: !ok})
+	}
+	return ok
+}
+
+// named fills a map from a mapping whose keys are free.
+func (d *decoder) named(n *node, f *field, out reflect.Value, sec *Section) bool {
+	if n.kind != kindMapping {
+		d.wrongType(n, f)
+		return false
+	}
+	if f.nonempty && len(n.entries) == 0 {
+		d.errorf(n.pos, "%s is empty: %s", f.key, f.want())
+		return false
+	}
+	ok := true
+	out.Set(reflect.MakeMap(out.Type()))
+	for _, e := range n.entries {
+		name, err := f.names.parse(e.key)
+		if err != nil {
+			d.errorf(e.pos, "%s %q: %v", f.key, clip(e.key), err)
+			ok = false
+			continue
+		}
+		key := reflect.ValueOf(name)
+		if out.MapIndex(key).IsValid() {
+			d.errorf(e.pos, "%s has %q twice", f.key, name)
+			ok = false
+			continue
+		}
+		if e.value.kind == kindNull {
+			d.errorf(e.pos, "%q has no value: give it %s", name, f.kind.noun)
+			ok = false
+			continue
+		}
+		inner := *f
+		inner.key, inner.names = name.(string), nil
+		v := reflect.New(out.Type().Elem()).Elem()
+		if !d.scalar(e.value, &inner, v) {
+			ok = false
+			continue
+		}
+		out.SetMapIndex(key, v)
+	}
+	return ok
+}
+
 // sections fills a list of structs. Items that are no mappings are left out.
 func (d *decoder) sections(n *node, f *field, out reflect.Value) bool {
+	if f.short != "" && n.isScalar() {
+		v := reflect.New(out.Type().Elem()).Elem()
+		ok := d.short(n, f, v)
+		out.Set(reflect.Append(out, v))
+		return ok
+	}
 	if n.kind != kindList {
 		d.wrongType(n, f)
 		return false
@@ -190,17 +266,22 @@ func (d *decoder) sections(n *node, f *field, out reflect.Value) bool {
 	ok := true
 	out.Set(reflect.MakeSlice(out.Type(), 0, len(n.items)))
 	for _, item := range n.items {
-		switch item.kind {
-		case kindMapping:
+		switch {
+		case f.short != "" && item.isScalar():
+			v := reflect.New(out.Type().Elem()).Elem()
+			ok = d.short(item, f, v) && ok
+			out.Set(reflect.Append(out, v))
+			continue
+		case item.kind == kindMapping:
 			before := len(d.errs)
 			v := reflect.New(out.Type().Elem()).Elem()
 			d.section(item, v, f.noun)
 			out.Set(reflect.Append(out, v))
 			ok = ok && len(d.errs) == before
 			continue
-		case kindNull:
+		case item.kind == kindNull:
 			d.errorf(item.pos, "an item of %s has no value: remove its dash, or write %s behind it", f.key, f.noun)
-		case kindUnclear:
+		case item.kind == kindUnclear:
 		default:
 			d.errorf(item.pos, "%s must be a mapping with keys, not %v", f.noun, item.kind)
 		}
@@ -304,6 +385,15 @@ func set(out reflect.Value, v any) {
 // want says what a key's value looks like.
 func (f *field) want() string {
 	switch {
+	case f.names != nil:
+		return "a mapping of " + f.names.noun + " to " + f.kind.noun
+	case f.short != "":
+		for _, inner := range fieldsOf(deref(f.typ)) {
+			if inner.key == f.short {
+				return inner.want()
+			}
+		}
+		panic("no key " + f.short + " in " + f.key)
 	case f.kind == nil && f.typ.Kind() == reflect.Slice:
 		return "a list with " + f.noun + " behind each dash"
 	case f.kind == nil:
@@ -331,8 +421,10 @@ func (d *decoder) wrongType(n *node, f *field) {
 		if _, err := f.kind.parse(e.key + ":" + e.value.text); err == nil {
 			help = fmt.Sprintf(": write %q, without a space", e.key+":"+e.value.text)
 		}
-	case f.kind == nil && f.typ.Kind() == reflect.Slice && n.kind == kindMapping:
+	case f.kind == nil && f.short == "" && f.typ.Kind() == reflect.Slice && n.kind == kindMapping:
 		help = ": begin it with a dash"
+	case f.kind == nil && f.typ.Kind() == reflect.Slice && n.kind == kindMapping:
+		help = ": several are a list, begin each with a dash"
 	case deref(f.typ) == actionType && n.kind == kindText:
 		if n.text == "reject" {
 			help = ": write { reject: true }"
@@ -370,7 +462,7 @@ func (d *decoder) unknownKey(e entry, sec *Section, fields []field, noun string)
 	// A key that another section has was probably meant for that one, unless it is just one letter off here.
 	owner := ownerOf(e.key)
 	switch {
-	case guess != "" && (owner == "" || distance(strings.ToLower(e.key), guess) <= 1):
+	case guess != "" && (owner == "" || guess == synonyms[strings.ToLower(e.key)] || distance(strings.ToLower(e.key), guess) <= 1):
 		sec.places = append(sec.places, place{key: guess, index: -1, pos: e.pos, keyPos: e.pos, unclear: true})
 		d.errorf(e.pos, "unknown key %q in %s, did you mean %q?", key, noun, guess)
 	case owner != "" && owner != noun:
@@ -384,7 +476,7 @@ func (d *decoder) unknownKey(e entry, sec *Section, fields []field, noun string)
 
 // synonyms maps what other software calls things to what they are called here.
 var synonyms = map[string]string{
-	"target": "forward", "to": "forward", "upstream": "forward", "backend": "forward", "proxy_pass": "forward", "proxy": "forward",
+	"target": "forward", "to": "forward", "backend": "forward", "proxy_pass": "forward", "proxy": "forward",
 	"deny": "reject", "drop": "reject", "proxy_protocol": "send_proxy",
 	"server_name": "sni", "hostname": "sni", "match": "sni", "domain": "host", "domains": "host", "prefix": "path",
 	"address": "listen", "addresses": "listen", "addr": "listen", "bind": "listen", "port": "listen",

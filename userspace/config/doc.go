@@ -15,6 +15,8 @@
 //	kind:"listen"     how a scalar is read, see kinds.go; the Go type decides when there is none
 //	doc:"..."         what the key means, for the schema's description
 //	noun:"a route"    what an item or section is called in messages
+//	short:"to"        the one key of a section that may be written without it: redirect: https
+//	key:"header"      how the names of a mapping are read whose keys are free
 //	default:"5s"      what an absent key means, in the form that a user would write
 //	enum:"a b"        the values allowed
 //	min:"" max:""     the bounds, inclusive, in the form that a user would write

@@ -124,6 +124,28 @@ var kinds = map[string]*kind{
 		noun: "a path such as /api/", kinds: onlyText, parse: parsePath,
 		schema: text(`^/[^?#*%]*$`),
 	},
+	"method": {
+		noun: "a method such as GET", kinds: onlyText, parse: parseMethod, schema: text(`^[A-Z]+$`),
+	},
+	"header": {
+		noun: "a header's name such as X-Api", kinds: onlyText, instead: quoted, parse: parseHeader, schema: text(`^[A-Za-z0-9-]+$`),
+	},
+	"header_value": {
+		noun: "a header's value", kinds: onlyText, instead: quoted, parse: parseHeaderValue, schema: text(""),
+	},
+	"server_name": {
+		noun: "a name such as example.org", kinds: onlyText, parse: parseServerName, schema: text(`^[A-Za-z0-9._:-]+$`),
+	},
+	"redirect": {
+		noun: "https, or a URL such as https://example.org", kinds: onlyText, parse: parseRedirect, schema: text(`^(https$|https?://.+)`),
+	},
+	"redirect_code": {
+		noun: "one of " + strings.Join(redirectCodes, ", "), kinds: []nodeKind{kindNumber}, parse: parseRedirectCode,
+		schema: map[string]any{"type": "integer", "enum": []int{301, 302, 303, 307, 308}},
+	},
+	"age": {
+		noun: "an age such as 1y, 180d or 24h", kinds: onlyText, parse: parseAge, schema: text(`^([0-9]+[yd]|([0-9]+(\.[0-9]*)?(ns|us|µs|μs|ms|s|m|h))+)$`),
+	},
 	"target": {
 		noun: targetNoun, kinds: onlyText,
 		parse:   func(s string) (any, error) { return parseTarget(s) },

@@ -73,7 +73,11 @@ func rules(t reflect.Type) map[string]any {
 	}
 	switch t {
 	case reflect.TypeFor[Action](), reflect.TypeFor[Route]():
-		return map[string]any{"oneOf": []any{need("forward"), obj(need("reject"), no("send_proxy", "datapath"))}}
+		return map[string]any{"oneOf": []any{
+			need("forward"),
+			obj(need("reject"), no(slices.Concat(httpKeys, proxyKeys)...)),
+			obj(need("redirect"), no(slices.Concat(forwardKeys, proxyKeys)...)),
+		}}
 	case reflect.TypeFor[Certificate]():
 		return map[string]any{"minProperties": 1, "maxProperties": 1}
 	case reflect.TypeFor[ACME]():
@@ -82,10 +86,12 @@ func rules(t reflect.Type) map[string]any {
 		return map[string]any{"allOf": []any{
 			when(obj(need("default"), no("routes", "docker")), "tcp"),
 			when(map[string]any{"anyOf": []any{need("default"), need("routes"), need("docker")}}, "sni", "http", "https"),
-			when(routes(obj(need("sni"), no("host", "path"))), "sni"),
+			when(routes(obj(need("sni"), no(append([]string{"host", "path", "methods", "headers"}, httpKeys...)...))), "sni"),
 			when(routes(obj(need("host"), no("sni", "alpn"))), "http", "https"),
+			when(map[string]any{"properties": map[string]any{"default": no(httpKeys...)}}, "sni", "tcp"),
 			when(need("certificates"), "https"),
-			when(no("certificates"), "sni", "tcp", "http"),
+			when(no("certificates", "hsts"), "sni", "tcp", "http"),
+			when(no("server_timing"), "sni", "tcp"),
 		}}
 	}
 	return nil
@@ -107,7 +113,12 @@ func (f *field) schema() map[string]any {
 		item["minimum"], item["maximum"] = f.number(f.min), f.number(f.max)
 	}
 	s := item
-	if f.typ.Kind() == reflect.Slice {
+	if f.names != nil {
+		s = map[string]any{"type": "object", "propertyNames": f.names.schema, "additionalProperties": item}
+		if f.nonempty {
+			s["minProperties"] = 1
+		}
+	} else if f.typ.Kind() == reflect.Slice {
 		list := map[string]any{"type": "array", "items": item}
 		if !f.repeats {
 			list["uniqueItems"] = true
@@ -129,10 +140,18 @@ func (f *field) schema() map[string]any {
 
 func (f *field) sectionSchema() map[string]any {
 	s := sectionSchema(deref(f.typ))
+	var short map[string]any
+	if f.short != "" {
+		short = s["properties"].(map[string]any)[f.short].(map[string]any)
+		s = map[string]any{"anyOf": []any{short, s}}
+	}
 	if f.typ.Kind() == reflect.Slice {
 		s = map[string]any{"type": "array", "items": s}
 		if f.nonempty {
 			s["minItems"] = 1
+		}
+		if short != nil {
+			s = map[string]any{"anyOf": []any{short, s}}
 		}
 	}
 	s["description"] = f.doc

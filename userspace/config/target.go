@@ -109,7 +109,7 @@ func parseTarget(s string) (Target, error) {
 			"tcp":  "a target without a scheme is TCP",
 		}[scheme])
 	case "https", "tls":
-		return Target{}, withoutScheme(rest, "an sni listener passes TLS on untouched; TLS of our own towards a target is not supported")
+		return Target{}, withoutScheme(rest, "an sni listener passes TLS on untouched, and http and https listeners speak it with upstream: { protocol: https }")
 	case "":
 		return Target{}, fmt.Errorf("the scheme before :// is missing")
 	}

@@ -44,6 +44,10 @@ const (
 	kindUnclear // something that was already refused
 )
 
+func (n *node) isScalar() bool {
+	return n.kind == kindText || n.kind == kindNumber || n.kind == kindBool
+}
+
 // String returns how messages call a value of this kind.
 func (k nodeKind) String() string {
 	return [...]string{"a mapping", "a list", "text", "a number", "true or false", "nothing", "something else"}[k]

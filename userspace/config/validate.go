@@ -172,7 +172,9 @@ func (v *validator) listener(l *Listener) {
 	v.routesOf(mode, l)
 	if l.Default != nil {
 		v.action(l.Default, "default")
+		v.http(mode, l.Default, "", "default")
 	}
+	v.listenerHTTP(l)
 }
 
 func (v *validator) acceptProxy(a *AcceptProxy) {
@@ -252,7 +254,9 @@ func (v *validator) routesOf(mode string, l *Listener) {
 		switch mode {
 		case "sni":
 			v.foreign(r, "host", "write sni: an sni listener sees only the server name")
-			v.foreign(r, "path", "it is inside TLS, only mode https sees it")
+			for _, key := range []string{"path", "methods", "headers"} {
+				v.foreign(r, key, "it is inside TLS, only mode https sees it")
+			}
 			if !r.has("sni") && !r.has("host") {
 				v.errorf(r.Pos, "sni is missing in a route: which server names it takes; default takes the rest")
 			}
@@ -265,6 +269,7 @@ func (v *validator) routesOf(mode string, l *Listener) {
 		default:
 			continue
 		}
+		v.http(mode, &r.Action, r.Path, "this route")
 		v.reachable(seen, r, "sni", r.SNI)
 		v.reachable(seen, r, "host", r.Host)
 		for j, p := range r.ALPN {
@@ -289,13 +294,15 @@ type match struct{ key, name, path string }
 
 // taken is an earlier route for the same match.
 type taken struct {
-	alpn []string // nil: whatever the client offers
-	line int
+	alpn    []string // nil: whatever the client offers
+	methods []string // nil: any
+	headers map[string]string
+	line    int
 }
 
 // reachable refuses names for which an earlier route takes every connection.
 func (v *validator) reachable(seen map[match][]taken, r *Route, key string, names []string) {
-	if r.unclear("alpn") || r.unclear("path") {
+	if r.unclear("alpn") || r.unclear("path") || r.unclear("methods") || r.unclear("headers") {
 		return
 	}
 	for i, name := range names {
@@ -304,6 +311,9 @@ func (v *validator) reachable(seen map[match][]taken, r *Route, key string, name
 		// What is left of the protocols that this route could see, after the routes before it.
 		left, dup, covered := slices.Clone(r.ALPN), 0, 0
 		for _, t := range seen[m] {
+			if !methodsCover(t.methods, r.Methods) || !headersCover(t.headers, r.Headers) {
+				continue
+			}
 			if t.alpn == nil {
 				dup = t.line
 				break
@@ -318,6 +328,8 @@ func (v *validator) reachable(seen map[match][]taken, r *Route, key string, name
 		switch {
 		case dup > 0 && len(r.ALPN) > 0:
 			v.errorf(at, "this route is unreachable: the one on line %d takes %s %q whatever its alpn, move that one behind this one", dup, key, name)
+		case dup > 0 && (r.Methods != nil || r.Headers != nil):
+			v.errorf(at, "this route is unreachable: the one on line %d takes all its requests, move that one behind this one", dup)
 		case dup > 0 && r.Path != "":
 			v.errorf(at, "duplicate route: the one on line %d takes host %q with path %q already", dup, name, r.Path)
 		case dup > 0:
@@ -325,30 +337,62 @@ func (v *validator) reachable(seen map[match][]taken, r *Route, key string, name
 		case covered > 0:
 			v.errorf(at, "this route is unreachable: the routes up to line %d take %s %q with every alpn in it", covered, key, name)
 		default:
-			seen[m] = append(seen[m], taken{alpn: r.ALPN, line: at.Line})
+			seen[m] = append(seen[m], taken{alpn: r.ALPN, methods: r.Methods, headers: r.Headers, line: at.Line})
 		}
 	}
 }
 
+// proxyKeys are about connections to a target, in every mode.
+var proxyKeys = []string{"send_proxy", "datapath"}
+
 func (v *validator) action(a *Action, noun string) {
-	forward, reject := a.has("forward"), a.has("reject")
-	switch {
-	case forward && reject:
-		v.errorf(a.keyAt("reject"), "forward and reject in %s: it does one or the other", noun)
-	case !forward && !reject:
+	var does []string
+	for _, key := range []string{"forward", "reject", "redirect"} {
+		if a.has(key) {
+			does = append(does, key)
+		}
+	}
+	if len(does) == 0 {
 		v.errorf(a.Pos, "forward is missing in %s: %s; or reject: true", noun, targetNoun)
-	case reject:
-		for _, key := range []string{"send_proxy", "datapath"} {
-			if a.has(key) && !a.unclear(key) {
-				v.errorf(a.keyAt(key), "%s has no meaning where connections are rejected", key)
-			}
+		return
+	}
+	if len(does) > 1 {
+		v.errorf(a.keyAt(does[1]), "%s and %s in %s: it does one or the other", does[0], does[1], noun)
+		return
+	}
+	switch does[0] {
+	case "reject":
+		v.meaningless(a, "rejected", proxyKeys, httpKeys)
+	case "redirect":
+		v.meaningless(a, "redirected", proxyKeys, forwardKeys)
+	}
+	total := 0
+	for i := range a.Forward {
+		total += a.Forward[i].Weight
+	}
+	if len(a.Forward) > 0 && total == 0 && !a.unclear("forward") {
+		v.errorf(a.At("forward"), "no target in forward has a weight: at least one must be above 0")
+	}
+}
+
+// meaningless refuses keys about what is not done.
+func (v *validator) meaningless(a *Action, done string, keys ...[]string) {
+	for _, key := range slices.Concat(keys...) {
+		if a.has(key) && !a.unclear(key) {
+			v.errorf(a.keyAt(key), "%s has no meaning where connections are %s", key, done)
 		}
 	}
 }
 
 // loop warns of a target that is a listener of this very daemon.
 func (v *validator) loop(node string, a *Action) {
-	t := a.Forward
+	for i := range a.Forward {
+		v.loopTo(node, &a.Forward[i])
+	}
+}
+
+func (v *validator) loopTo(node string, f *Forward) {
+	t := f.To
 	for _, b := range v.bound[t.Port] {
 		var hit bool
 		switch t.Scheme {
@@ -361,7 +405,7 @@ func (v *validator) loop(node string, a *Action) {
 			hit = strings.EqualFold(t.Host, node) && !b.ip.IsValid()
 		}
 		if hit {
-			v.warnf(a.At("forward"), "forward %q is %q of %s itself: connections would go round in circles, unless another route takes them out", t, b.text, b.by)
+			v.warnf(f.At("to"), "forward %q is %q of %s itself: connections would go round in circles, unless another route takes them out", t, b.text, b.by)
 			return
 		}
 	}

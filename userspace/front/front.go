@@ -233,9 +233,12 @@ func (f *Front) watchNeeded(cfg *config.Config) {
 			actions = append(actions, &l.Routes[j].Action)
 		}
 		for _, a := range actions {
-			if a != nil {
-				tailnet = tailnet || a.Forward.Scheme == dial.Tailnet
-				docker = docker || a.Forward.Scheme == dial.Docker
+			if a == nil {
+				continue
+			}
+			for _, to := range a.Forward {
+				tailnet = tailnet || to.To.Scheme == dial.Tailnet
+				docker = docker || to.To.Scheme == dial.Docker
 			}
 		}
 	}

@@ -4,17 +4,14 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"time"
 
-	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
-	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -32,54 +29,15 @@ type httpServer struct {
 func (f *Front) newHTTPServer(l *listener, certs *tlsterm.Store) *httpServer {
 	ctx, stop := context.WithCancel(f.ctx)
 	o := vhost.Options{Node: f.node(), Log: f.log, Answer: f.acme.ServeChallenge, OnRequest: func(r vhost.Request) { f.requestEnded(l, r) },
-		Route: func(host, path string) (*vhost.Upstream, error) { return l.service.Load().routeRequest(host, path) }}
+		Route: func(r *http.Request, host, path string) (*vhost.Route, error) {
+			return l.service.Load().routeRequest(r, host, path)
+		},
+		HSTS: func() string { return l.service.Load().hsts }, Timing: func() bool { return l.service.Load().timing }}
 	if certs != nil {
-		o.TLS = f.answeringChallenges(certs.Config())
+		o.TLS = f.answeringChallenges(l.askingClients(certs.Config()))
 		go certs.Run(ctx)
 	}
 	return &httpServer{front: f, server: vhost.New(o), stop: stop}
-}
-
-// routeRequest finds the rule of a request. A host's rules are tried by path,
-// longest first; then shorter wildcards, then the default.
-func (s *service) routeRequest(host, path string) (*vhost.Upstream, error) {
-	known := false
-	r, ok := s.names.Lookup(host, func(r *rule) bool {
-		known = true
-		return vhost.PathMatches(r.path, path)
-	})
-	switch {
-	case ok && r.reject:
-		return nil, vhost.ErrRejected
-	case ok:
-		return r.upstream, nil
-	case known:
-		return nil, vhost.ErrNoPath
-	}
-	return nil, vhost.ErrNoHost
-}
-
-// newUpstream is where the requests of r go.
-func (f *Front) newUpstream(l *config.Listener, r *rule) *vhost.Upstream {
-	return &vhost.Upstream{
-		Key: fmt.Sprintf("%s proxy=%t at %s", r.written, r.sendProxy, r.target), Name: publicName(r), Route: r.name, OwnConnections: r.sendProxy,
-		Dial: func(ctx context.Context) (net.Conn, error) {
-			info, _ := vhost.Info(ctx)
-			up, err := f.dialRule(ctx, l.Name, r, info.Client.Addr())
-			if err != nil {
-				f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", info.ID, "listener", l.Name, "route", r.name, "target", r.written, "client", info.Client, "err", err)
-				return nil, pageReason(err)
-			}
-			if r.sendProxy {
-				h := proxyheader.Header{Source: info.Client, Destination: info.Local, ServerName: info.ServerName, ID: info.ID}
-				if _, err := up.Write(h.Append(nil)); err != nil {
-					up.Close()
-					return nil, fmt.Errorf("send the PROXY header: %w", err)
-				}
-			}
-			return up, nil
-		},
-	}
 }
 
 // pageReason gives an error of dialling the reason that chooses its page: what
@@ -157,13 +115,13 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	if !f.log.Enabled(context.Background(), slog.LevelInfo) {
 		return // a system call and two dozen allocations for nobody
 	}
-	args := []any{"id", r.ID, "node", f.node(), "listener", l.name, "name", r.Host,
+	args := []any{"id", r.ID, "request_id", r.Request, "node", f.node(), "listener", l.name, "name", r.Host,
 		"client", clientString(r.Client), "downstream", r.Conn.Peer.String(),
 		"method", r.Method, "path", r.Path, "proto", r.Proto, "status", r.Status,
 		"bytes_up", r.BytesIn, "bytes_down", r.BytesOut, "duration", seconds(time.Since(r.Started)), "datapath", userspace, "end", end}
 	if r.Upstream != nil {
 		target, _, _ := strings.Cut(r.Upstream.Key, " ")
-		args = append(args, "route", r.Upstream.Route, "target", target)
+		args = append(args, "route", r.Route.Name, "target", target)
 	}
 	if r.UpstreamConn != nil {
 		args = append(args, "upstream", remoteString(r.UpstreamConn), "upstream_rtt", seconds(roundTrip(r.UpstreamConn)))

@@ -14,6 +14,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
 // goneFor is how long a container that was removed still answers 503 for its
@@ -173,7 +174,7 @@ func (f *Front) mergeLabels(cfg *config.Config, bases map[string]*service, seen 
 		taken := map[claim]string{} // by whom
 		for _, r := range base.rules {
 			for _, p := range r.patterns {
-				taken[claim{l.Name, p, strings.TrimSuffix(r.path, "/")}] = "a configured route"
+				taken[claim{l.Name, p, strings.TrimSuffix(r.match.Path, "/")}] = "a configured route"
 			}
 		}
 		var mine []candidate
@@ -322,15 +323,20 @@ func (f *Front) labelRules(cfg *config.Config, l *config.Listener, all []candida
 // they are called, and whatever their labels say.
 func (f *Front) labelRule(cfg *config.Config, l *config.Listener, hosts []string, c *candidate) (*rule, error) {
 	target := config.Target{Scheme: dial.Docker, Host: strings.Join(c.ids, ","), Port: c.labels.Port}
-	r, err := f.compileRule(cfg, l, strings.Join(hosts, ",")+c.labels.Path, config.Action{Forward: target})
+	action := &config.Action{Forward: []config.Forward{{To: target, Weight: 1}}}
+	r, err := f.compileRule(cfg, l, strings.Join(hosts, ",")+c.labels.Path, vhost.Match{Path: c.labels.Path}, action)
 	if err != nil {
 		return nil, err
 	}
-	r.patterns, r.path = hosts, c.labels.Path
+	r.patterns = hosts
 	r.container, r.state, r.dialer = c.name, c.state, f.labelDialer
 	r.written = config.Target{Scheme: dial.Docker, Host: c.name, Port: c.labels.Port}.String()
-	if r.upstream != nil {
-		r.upstream = f.newUpstream(l, r) // under its readable name
+	if r.http != nil { // under its readable name
+		up, err := f.newUpstream(cfg, l, r, action)
+		if err != nil {
+			return nil, err
+		}
+		r.http.Upstreams = []vhost.Choice{{Upstream: up, Weight: 1}}
 	}
 	return r, nil
 }

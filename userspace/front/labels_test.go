@@ -2,6 +2,7 @@ package front
 
 import (
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -138,11 +139,11 @@ func TestLabelsLookup(t *testing.T) {
 	d.mu.Unlock()
 	for request, want := range map[string]string{"fixed.org/api/deep/x": "container a", "fixed.org/api/x": "config", "fixed.org/y": "container b", "x.net/": "config"} {
 		host, path, _ := strings.Cut(request, "/")
-		up, err := next.services["web"].routeRequest(host, "/"+path)
+		to, err := next.services["web"].routeRequest(new(http.Request), host, "/"+path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		i := slices.IndexFunc(next.services["web"].rules, func(r *rule) bool { return r.upstream == up })
+		i := slices.IndexFunc(next.services["web"].rules, func(r *rule) bool { return r.http == to })
 		if got := next.services["web"].rules[i].source(); got != want {
 			t.Errorf("%s goes to %s, want %s", request, got, want)
 		}

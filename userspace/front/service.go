@@ -39,6 +39,10 @@ type service struct {
 	fallback *rule               // tcp: the only way
 	rules    []*rule             // in the config's order, for status
 	base     *service            // with docker enabled: the same without the labels' routes
+
+	hsts        string // https only
+	timing      bool   // http(s) only
+	clientCerts bool   // some route wants a client's certificate
 }
 
 // rule is one route, or the default.
@@ -46,7 +50,7 @@ type rule struct {
 	name      string // how people find it in the config: "*.vsq.cz", "notes.vsq.cz/api/", "default"
 	patterns  []string
 	alpn      []string
-	path      string
+	match     vhost.Match // http(s) only
 	reject    bool
 	target    dial.Target
 	literal   netip.AddrPort // the target where it needs no lookup
@@ -54,7 +58,7 @@ type rule struct {
 	sendProxy bool
 	datapaths []relay.Datapath // to be tried before userspace, best first
 
-	upstream *vhost.Upstream // http(s) only
+	http *vhost.Route // http(s) only
 
 	dialer           *dial.Dialer
 	container, state string          // by labels only: of which container, and whether it is running, stopped or removed
@@ -88,7 +92,10 @@ func (r *rule) accepts(alpn []string) bool {
 // compile makes the service of one listener. Errors carry the config's file
 // and line.
 func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error) {
-	s := &service{mode: l.Mode, limits: cfg.Limits}
+	s := &service{mode: l.Mode, limits: cfg.Limits, timing: l.ServerTiming}
+	if l.HSTS != nil {
+		s.hsts = l.HSTS.Value()
+	}
 	if l.AcceptProxy != nil {
 		s.trust = newTrust(l.AcceptProxy.From)
 	}
@@ -96,18 +103,18 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 	for i := range l.Routes {
 		c := &l.Routes[i]
 		patterns := slices.Concat(c.SNI, c.Host)
-		r, err := f.compileRule(cfg, l, strings.Join(patterns, ",")+c.Path, c.Action)
+		r, err := f.compileRule(cfg, l, strings.Join(patterns, ",")+c.Path, vhost.Match{Path: c.Path, Methods: c.Methods, Headers: c.Headers}, &c.Action)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s:%s: %w", cfg.File, c.At("datapath"), err))
+			errs = append(errs, placed(cfg, c.At("datapath"), err))
 			continue
 		}
-		r.patterns, r.alpn, r.path = patterns, c.ALPN, c.Path
+		r.patterns, r.alpn = patterns, c.ALPN
 		s.rules = append(s.rules, r)
 	}
 	if l.Default != nil {
-		r, err := f.compileRule(cfg, l, "default", *l.Default)
+		r, err := f.compileRule(cfg, l, "default", vhost.Match{}, l.Default)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s:%s: %w", cfg.File, l.Default.At("datapath"), err))
+			errs = append(errs, placed(cfg, l.Default.At("datapath"), err))
 		} else {
 			s.rules = append(s.rules, r)
 			s.fallback = r
@@ -125,7 +132,7 @@ func (s *service) index() error {
 	var errs []error
 	// Within one name the longest path is tried first.
 	byPath := slices.Clone(s.rules)
-	slices.SortStableFunc(byPath, func(a, b *rule) int { return cmp.Compare(len(b.path), len(a.path)) })
+	slices.SortStableFunc(byPath, func(a, b *rule) int { return cmp.Compare(len(b.match.Path), len(a.match.Path)) })
 	for _, r := range byPath {
 		for _, p := range r.patterns {
 			errs = append(errs, table.Add(p, r))
@@ -135,6 +142,7 @@ func (s *service) index() error {
 		table.Default(s.fallback)
 	}
 	s.names = table.Build()
+	s.clientCerts = slices.ContainsFunc(s.rules, func(r *rule) bool { return r.http != nil && r.http.ClientCAs != nil })
 	return errors.Join(errs...)
 }
 
@@ -151,25 +159,47 @@ func (s *service) withRules(more []*rule) *service {
 	return &with
 }
 
+// placed gives err a place in the file, if it has none yet.
+func placed(cfg *config.Config, at config.Pos, err error) error {
+	var known *config.Error
+	if errors.As(err, &known) {
+		return err
+	}
+	return fmt.Errorf("%s:%s: %w", cfg.File, at, err)
+}
+
 // compileRule makes a rule of what a route, or the default, says to do.
-func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string, a config.Action) (*rule, error) {
-	r := &rule{name: name, reject: a.Reject, dialer: f.dialer}
+func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string, match vhost.Match, a *config.Action) (*rule, error) {
+	r := &rule{name: name, match: match, reject: a.Reject, dialer: f.dialer}
 	if a.Reject {
 		return r, nil
 	}
-	r.target = dial.Target(a.Forward)
+	r.target = dial.Target(a.Target())
 	r.literal, _ = r.target.Literal()
-	r.written = a.Forward.String()
+	r.written = written(a)
 	r.sendProxy = a.SendProxy != ""
 	wanted := cmp.Or(a.Datapath, cfg.Datapath, "auto")
 	if l.Mode == "http" || l.Mode == "https" {
 		// What is terminated here can't be moved without this process.
-		r.upstream = f.newUpstream(l, r)
-		return r, nil
+		var err error
+		r.http, err = f.compileHTTP(cfg, l, r, a)
+		return r, err
 	}
 	var err error
 	r.datapaths, err = f.chooseDatapaths(wanted)
 	return r, err
+}
+
+// written is where a rule leads, as the config has it.
+func written(a *config.Action) string {
+	if a.Redirect != nil {
+		return "redirect " + a.Redirect.To
+	}
+	var all []string
+	for i := range a.Forward {
+		all = append(all, a.Forward[i].To.String())
+	}
+	return strings.Join(all, ", ")
 }
 
 // chooseDatapaths turns the config's word into what to try before userspace.

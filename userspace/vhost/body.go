@@ -18,6 +18,7 @@ import (
 type body struct {
 	io.ReadCloser
 	stall   time.Duration
+	limit   int64 // bytes; 0 is none
 	control *http.ResponseController
 	bytes   atomic.Int64
 	in, out *http.Request
@@ -30,14 +31,18 @@ type body struct {
 	failed      error // what Read returned, other than EOF
 }
 
-func newBody(r *http.Request, w http.ResponseWriter, stall time.Duration) *body {
-	return &body{ReadCloser: r.Body, stall: stall, control: http.NewResponseController(w)}
+func newBody(r *http.Request, w http.ResponseWriter, stall time.Duration, limit int64) *body {
+	return &body{ReadCloser: r.Body, stall: stall, limit: limit, control: http.NewResponseController(w)}
 }
+
+var errTooLarge = errors.New("the request's body is larger than the route allows")
 
 func (b *body) Read(p []byte) (int, error) {
 	b.arm()
 	n, err := b.ReadCloser.Read(p)
-	b.bytes.Add(int64(n))
+	if total := b.bytes.Add(int64(n)); b.limit > 0 && total > b.limit {
+		n, err = 0, errTooLarge
+	}
 	if err != nil {
 		b.end(err)
 	}
@@ -105,6 +110,8 @@ func (b *body) fault(ctx context.Context) (status int, cause error) {
 	switch {
 	case b.failed == nil:
 		return 0, nil
+	case errors.Is(b.failed, errTooLarge):
+		return http.StatusRequestEntityTooLarge, b.failed
 	case errors.Is(b.failed, os.ErrDeadlineExceeded):
 		return http.StatusRequestTimeout, b.failed
 	case ctx.Err() != nil || isGone(b.failed):

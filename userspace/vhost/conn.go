@@ -61,8 +61,10 @@ type conn struct {
 	closeOnce sync.Once
 	closeErr  error
 
-	own   atomic.Pointer[http.Transport] // for upstreams with a PROXY header
+	own   [protocolCount]atomic.Pointer[http.Transport] // for upstreams with a PROXY header
 	ownMu sync.Mutex
+
+	requests atomic.Int64 // that were given an id here
 
 	armed   atomic.Int64 // when the write deadline was last set, Unix ns
 	foreign atomic.Bool  // somebody else has set a write deadline
@@ -95,8 +97,10 @@ func (c *conn) Close() error {
 	c.closeOnce.Do(func() {
 		c.closeErr = c.Conn.Close()
 		c.ownMu.Lock()
-		if t := c.own.Load(); t != nil {
-			t.CloseIdleConnections()
+		for i := range c.own {
+			if t := c.own[i].Load(); t != nil {
+				t.CloseIdleConnections()
+			}
 		}
 		c.ownMu.Unlock()
 		c.server.remove(c)
@@ -142,17 +146,17 @@ func (c *conn) CloseWrite() error {
 }
 
 // transport is for upstreams whose connections belong to this client.
-func (c *conn) transport() *http.Transport {
-	if t := c.own.Load(); t != nil {
+func (c *conn) transport(p Protocol) *http.Transport {
+	if t := c.own[p].Load(); t != nil {
 		return t
 	}
 	c.ownMu.Lock()
 	defer c.ownMu.Unlock()
-	if t := c.own.Load(); t != nil {
+	if t := c.own[p].Load(); t != nil {
 		return t
 	}
-	t := c.server.newTransport(ownIdlePerHost, ownIdleTotal)
-	c.own.Store(t)
+	t := c.server.newTransport(p, ownIdlePerHost, ownIdleTotal)
+	c.own[p].Store(t)
 	return t
 }
 

@@ -18,6 +18,7 @@ const (
 	ReasonMalformed   = "malformed"   // its answer is not HTTP: 502
 	ReasonAbsent      = "absent"      // known, and not there now: 503
 	ReasonTimeout     = "timeout"     // 504
+	ReasonTLS         = "tls"         // it has no TLS, or a certificate that is not believed: 502
 )
 
 // Reasoner is an error that knows its reason, one of the Reason constants;
@@ -99,7 +100,11 @@ func (s *Server) hopFailed(x *exchange, err error) {
 	case ReasonMalformed:
 		f.title = sentence(name) + " gave no usable answer"
 		f.text = "What " + name + " answered " + s.opts.Node + " is not HTTP, or its header is too large."
-		f.hint = "If it is yours, see that the route leads to a port that speaks plain HTTP."
+		f.hint = "If it is yours, see that the route's upstream.protocol is what its port speaks."
+	case ReasonTLS:
+		f.title = sentence(name) + " could not prove who it is"
+		f.text = s.opts.Node + " and " + name + " did not agree on TLS."
+		f.hint = "If it is yours, see that the port speaks TLS, and that the route's upstream names the authority of its certificate (ca) and the name on it (server_name)."
 	case ReasonTimeout:
 		status = http.StatusGatewayTimeout
 		f.title = sentence(name) + " did not answer in time"
@@ -135,7 +140,11 @@ func (s *Server) refuse(x *exchange, err error) {
 	if host == "" {
 		host = "a request without a host"
 	}
+	var method *MethodError
 	switch {
+	case errors.As(err, &method):
+		x.resp.Header().Set("Allow", strings.Join(method.Allow, ", "))
+		s.page(x, http.StatusMethodNotAllowed, fault{title: "Not this way", text: sentence(host) + " does not take " + x.req.Method + " at this path."})
 	case errors.Is(err, ErrNoHost) && x.req.TLS != nil:
 		s.page(x, http.StatusMisdirectedRequest, fault{title: "Nothing is served for " + host + " here",
 			text: s.opts.Node + " has no route for " + host + ".",

@@ -156,7 +156,7 @@ func TestPreferred(t *testing.T) {
 // TestPageEscapes checks that a visitor can't put markup into a page.
 func TestPageEscapes(t *testing.T) {
 	h := newHop(t, nil, func(c *config) {
-		c.Route = func(string, string) (*Upstream, error) { return nil, ErrNoHost }
+		c.Route = leading(func(string, string) (*Upstream, error) { return nil, ErrNoHost })
 	})
 	res, body := rawDo(t, h, "GET / HTTP/1.1\r\nHost: <script>'\"\r\nAccept: text/html\r\n\r\n")
 	if strings.Contains(body, "<script>") {
@@ -172,11 +172,11 @@ func TestPageEscapes(t *testing.T) {
 // it knows better which hop failed.
 func TestNextHopsPage(t *testing.T) {
 	laptop := newHop(t, broken(Fail(ReasonAbsent, io.EOF)), func(c *config) { c.Node = "laptop" })
-	laptop.Server.opts.Route = func(string, string) (*Upstream, error) {
+	laptop.Server.opts.Route = leading(func(string, string) (*Upstream, error) {
 		up := broken(Fail(ReasonAbsent, io.EOF))
 		up.Name = "container blog"
 		return up, nil
-	}
+	})
 	home := newHop(t, wayTo(laptop.addr))
 	res, body := rawDo(t, home, "GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: curl/8\r\nConnection: close\r\n\r\n")
 	if res.StatusCode != 503 || !strings.Contains(body, "laptop -x- container blog") || strings.Contains(body, "home") {
@@ -207,7 +207,7 @@ func TestNoRoute(t *testing.T) {
 		return nil, fmt.Errorf("wrapped: %w", ErrNoHost)
 	}
 	each(t, func(t *testing.T, p protocol) {
-		h := p.hop(t, nil, func(c *config) { c.Route = route })
+		h := p.hop(t, nil, func(c *config) { c.Route = leading(route) })
 		c := p.client(t, h)
 		misdirected := http.StatusNotFound
 		if p.tls {
@@ -250,12 +250,12 @@ func TestCoalescing(t *testing.T) {
 	}
 	ups := map[string]*Upstream{"a.example.org": named("a"), "b.example.org": named("b")}
 	h := p.hop(t, nil, func(c *config) {
-		c.Route = func(host, _ string) (*Upstream, error) {
+		c.Route = leading(func(host, _ string) (*Upstream, error) {
 			if up := ups[host]; up != nil {
 				return up, nil
 			}
 			return nil, ErrNoHost
-		}
+		})
 	})
 	c := p.client(t, h) // one connection, as its URL's host stays the same
 	for host, want := range map[string]string{"a.example.org": "200 a", "b.example.org": "200 b", "c.example.org": "421 "} {
@@ -291,7 +291,7 @@ func TestPathForms(t *testing.T) {
 	up := upstream(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.RequestURI+" "+r.Host) })
 	var asked string
 	h := newHop(t, nil, func(c *config) {
-		c.Route = func(host, path string) (*Upstream, error) { asked = host + " " + path; return up, nil }
+		c.Route = leading(func(host, path string) (*Upstream, error) { asked = host + " " + path; return up, nil })
 	})
 	for target, want := range map[string][2]string{
 		"/":                            {"a /", "/ a"},

@@ -4,6 +4,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"strings"
 )
 
@@ -27,6 +28,9 @@ var forwarding = map[string]bool{
 	"x-original-url":           true, // some frameworks route by it instead of the path
 	"x-rewrite-url":            true,
 	"x-tailsplice-id":          true,
+	"x-tailsplice-timing":      true,
+	"client-cert":              true, // RFC 9440
+	"client-cert-chain":        true,
 }
 
 // isForwarding says whether a header, however it is written, is one of them.
@@ -193,6 +197,17 @@ func pathID(r *http.Request, info ConnInfo) string {
 		}
 	}
 	return info.ID
+}
+
+// requestID is the id that applications log a request by: the client's own, if
+// it sent one that fits on a line of a log, else the path's with the number of
+// the request on its connection.
+func requestID(r *http.Request, c *conn, id string) string {
+	v := r.Header["X-Request-Id"]
+	if len(v) == 1 && v[0] != "" && len(v[0]) <= 128 && !strings.ContainsFunc(v[0], func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return v[0]
+	}
+	return id + "-" + strconv.FormatInt(c.requests.Add(1), 10)
 }
 
 // validID bounds what is copied from a header into logs and pages.

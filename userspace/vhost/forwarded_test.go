@@ -189,7 +189,7 @@ func TestForgedTrailer(t *testing.T) {
 
 // TestUnixPeer checks a connection without addresses.
 func TestUnixPeer(t *testing.T) {
-	s := New(Options{Node: "home", Route: func(string, string) (*Upstream, error) { return upstream(t, echoHeader), nil }})
+	s := New(Options{Node: "home", Route: leading(func(string, string) (*Upstream, error) { return upstream(t, echoHeader), nil })})
 	defer s.Close()
 	l, err := net.Listen("unix", t.TempDir()+"/s")
 	if err != nil {

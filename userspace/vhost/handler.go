@@ -1,8 +1,10 @@
 package vhost
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log"
 	"net"
 	"net/http"
@@ -21,12 +23,19 @@ type exchange struct {
 	req  *http.Request // as it came in
 	id   string
 	host string
-	up   *Upstream
+
+	requestID string
+	route     *Route
+	up        *Upstream // the one that is tried
+	timing    bool      // the answer shall have Server-Timing
+
 	body *body // nil if the request has none
 	resp *response
 	err  error
 
-	upConn atomic.Pointer[upstreamConn] // that the transport chose
+	upConn     atomic.Pointer[upstreamConn] // that the transport chose
+	reused     bool                         // it had been used before
+	sentBefore int64                        // bytes that it had taken then
 
 	whole bool // the handler returned: it did not abort the answer
 }
@@ -38,6 +47,15 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	started := time.Now()
 	x := &exchange{conn: r.Context().Value(connKey{}).(*conn), req: r, host: routeHost(r.Host), resp: &response{ResponseWriter: w}}
 	x.id = pathID(r, x.conn.info)
+	x.requestID = requestID(r, x.conn, x.id)
+	if x.timing = s.wantsTiming(r, x.conn.info); x.timing {
+		x.resp.before = func() { s.addTiming(x.resp.Header(), started) }
+	}
+	if s.opts.HSTS != nil && r.TLS != nil {
+		if v := s.opts.HSTS(); v != "" {
+			x.resp.Header()[hstsHeader] = []string{v}
+		}
+	}
 	defer func() { s.report(x, started) }() // also while ErrAbortHandler passes
 	if r.Method == http.MethodConnect {
 		// A tunnel to a place of the client's choice: never.
@@ -50,8 +68,8 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		x.whole = true
 		return
 	}
-	up, err := s.opts.Route(x.host, routePath(r))
-	if err == nil && up == nil {
+	route, err := s.opts.Route(r, x.host, routePath(r))
+	if err == nil && route == nil {
 		err = ErrNoHost
 	}
 	if err != nil {
@@ -59,16 +77,21 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		x.whole = true
 		return
 	}
-	x.up = up
+	x.route = route
+	if !s.admit(x) {
+		x.whole = true
+		return
+	}
 	refuseH2CUpgrade(r)
+	x.up = route.pick(nil)
 	ctx := context.WithValue(r.Context(), exchangeKey{}, x)
-	ctx = context.WithValue(ctx, dialKey{}, up)
+	ctx = context.WithValue(ctx, dialKey{}, x.up)
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: x.gotConn})
 	// A copy: the server looks at its own request's Body (for Expect), and puts
 	// the trailers there.
 	in := r.WithContext(ctx)
 	if r.Body != nil && r.Body != http.NoBody {
-		x.body = newBody(r, w, s.opts.StallTimeout)
+		x.body = newBody(r, w, cmp.Or(route.BodyTimeout, s.opts.StallTimeout), route.MaxBody)
 		in.Body = x.body
 		// Without it an HTTP/1 server throws the rest of the body away when the
 		// answer begins, though the upstream may still be reading.
@@ -78,15 +101,58 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	x.whole = true
 }
 
+const hstsHeader = "Strict-Transport-Security"
+
+// admit says whether x's request goes on to an upstream. If not, it has been
+// answered.
+func (s *Server) admit(x *exchange) bool {
+	switch {
+	case x.route.ClientCAs != nil:
+		if err := checkClient(x.req.TLS, x.route.ClientCAs, x.host); err != nil {
+			s.clientRefused(x, err)
+			return false
+		}
+	}
+	switch {
+	case x.route.Redirect != nil:
+		s.redirect(x, x.route.Redirect)
+		return false
+	case x.route.MaxBody > 0 && x.req.ContentLength > x.route.MaxBody:
+		x.err = errTooLarge
+		x.resp.Header().Set("Connection", "close")
+		s.page(x, http.StatusRequestEntityTooLarge, fault{title: http.StatusText(http.StatusRequestEntityTooLarge), text: tooLarge(x.route)})
+		return false
+	}
+	return true
+}
+
+func tooLarge(r *Route) string {
+	return fmt.Sprintf("The body of the request is larger than the %d bytes that are taken here.", r.MaxBody)
+}
+
+// answered changes what an upstream answered, before the client gets it.
+func (s *Server) answered(res *http.Response) error {
+	x := res.Request.Context().Value(exchangeKey{}).(*exchange)
+	if x.resp.Header()[hstsHeader] != nil {
+		res.Header.Del(hstsHeader)
+	}
+	if x.route.Compress {
+		compress(res)
+	}
+	x.route.ResponseHeader.apply(res.Header)
+	return nil
+}
+
 // gotConn learns which upstream connection the transport chose.
 func (x *exchange) gotConn(i httptrace.GotConnInfo) {
-	c, ok := i.Conn.(*upstreamConn)
-	if !ok {
+	c := asUpstreamConn(i.Conn)
+	if c == nil {
 		return
 	}
 	x.upConn.Store(c)
+	x.reused, x.sentBefore = i.Reused, c.sent.Load()
 	if x.body != nil {
-		c.user.Store(x)
+		c.join(x)
 	}
 }
 
@@ -109,7 +175,7 @@ func (x *exchange) roundTripOver() {
 	}
 	x.body.keep()
 	if c := x.upConn.Load(); c != nil {
-		c.user.CompareAndSwap(x, nil)
+		c.leave(x)
 	}
 }
 
@@ -120,7 +186,7 @@ func (s *Server) report(x *exchange, started time.Time) {
 	}
 	q := Request{
 		Conn: x.conn.info, Client: clientOf(x.req, x.conn.info), ID: x.id, Method: x.req.Method, Host: x.host, Path: x.req.URL.Path, Proto: x.req.Proto,
-		Status: x.resp.status, BytesOut: x.resp.bytes, Started: started, Duration: time.Since(started), Upstream: x.up, Err: x.err,
+		Status: x.resp.status, BytesOut: x.resp.bytes, Started: started, Duration: time.Since(started), Request: x.requestID, Route: x.route, Upstream: x.up, Err: x.err,
 	}
 	if c := x.upConn.Load(); c != nil {
 		q.UpstreamConn = c.Conn
@@ -150,8 +216,9 @@ var (
 // newProxy makes the proxy that all requests share.
 func (s *Server) newProxy(errorLog *log.Logger) *httputil.ReverseProxy {
 	return &httputil.ReverseProxy{
-		Rewrite:   s.rewrite,
-		Transport: transports{s},
+		Rewrite:        s.rewrite,
+		ModifyResponse: s.answered,
+		Transport:      transports{s},
 		// Answers of unknown length and event streams are flushed with each
 		// write, always. Those of known length may wait this long, so that a
 		// small one takes one segment and one TLS record instead of two or three
@@ -160,22 +227,6 @@ func (s *Server) newProxy(errorLog *log.Logger) *httputil.ReverseProxy {
 		BufferPool:    &buffers{},
 		ErrorLog:      errorLog,
 		ErrorHandler:  s.failed,
-	}
-}
-
-// rewrite turns the request that came in into the one that goes out.
-func (s *Server) rewrite(pr *httputil.ProxyRequest) {
-	x := pr.In.Context().Value(exchangeKey{}).(*exchange)
-	pr.Out.URL.Scheme = "http"
-	pr.Out.URL.Host = x.up.host()
-	pr.Out.URL.User = nil
-	pr.Out.Host = pr.In.Host
-	// ReverseProxy re-encodes queries that Go's parser finds odd, for the sake
-	// of handlers which decide by them. We don't; the upstream gets what was sent.
-	pr.Out.URL.RawQuery = pr.In.URL.RawQuery
-	setForwarded(pr.In, pr.Out.Header, x.conn.info, x.id)
-	if x.body != nil {
-		x.body.passTrailers(x.req, pr.Out)
 	}
 }
 
@@ -188,7 +239,11 @@ func (s *Server) failed(_ http.ResponseWriter, out *http.Request, err error) {
 	} else if status, cause := x.body.fault(x.req.Context()); status != 0 {
 		x.err = cause
 		x.resp.Header().Set("Connection", "close")
-		s.page(x, status, fault{title: http.StatusText(status), text: "The body of the request could not be read."})
+		f := fault{title: http.StatusText(status), text: "The body of the request could not be read."}
+		if status == http.StatusRequestEntityTooLarge {
+			f.text = tooLarge(x.route)
+		}
+		s.page(x, status, f)
 		return
 	} else if x.req.Context().Err() != nil || x.body.lost() {
 		x.resp.status = statusClientLeft
@@ -225,20 +280,16 @@ func routePath(r *http.Request) string {
 	if p == "" || p[0] != '/' {
 		return "/" // of an absolute-form target without a path, or OPTIONS *
 	}
+	return cleanPath(p)
+}
+
+// cleanPath resolves dot segments and double slashes.
+func cleanPath(p string) string {
 	clean := path.Clean(p)
 	if clean != "/" && (strings.HasSuffix(p, "/") || strings.HasSuffix(p, "/.") || strings.HasSuffix(p, "/..")) {
 		clean += "/"
 	}
 	return clean
-}
-
-// PathMatches says whether a route's path covers path: the same, or followed by
-// more segments. "/api/" and "/api" both cover /api, /api/ and /api/x, and not
-// /apis; "" and "/" cover everything.
-func PathMatches(route, path string) bool {
-	route = strings.TrimSuffix(route, "/")
-	rest, ok := strings.CutPrefix(path, route)
-	return ok && (rest == "" || rest[0] == '/')
 }
 
 // refuseH2CUpgrade keeps a client from turning its HTTP/1 request into an

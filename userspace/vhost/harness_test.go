@@ -60,7 +60,7 @@ func newHop(t testing.TB, up *Upstream, change ...func(*config)) *hop {
 	c := &config{}
 	c.Node = "home"
 	c.Log = slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	c.Route = func(string, string) (*Upstream, error) { return up, nil }
+	c.Route = leading(func(string, string) (*Upstream, error) { return up, nil })
 	c.OnRequest = func(q Request) {
 		h.mu.Lock()
 		defer h.mu.Unlock()
@@ -106,6 +106,17 @@ func newHop(t testing.TB, up *Upstream, change ...func(*config)) *hop {
 		}
 	})
 	return h
+}
+
+// leading makes routes that do nothing but lead to an upstream.
+func leading(to func(host, path string) (*Upstream, error)) func(*http.Request, string, string) (*Route, error) {
+	return func(_ *http.Request, host, path string) (*Route, error) {
+		up, err := to(host, path)
+		if up == nil || err != nil {
+			return nil, err
+		}
+		return &Route{Name: "everything", Upstreams: []Choice{{Upstream: up, Weight: 1}}}, nil
+	}
 }
 
 // last waits for the report of the n-th request.
@@ -200,7 +211,7 @@ func readHead(br *bufio.Reader) string {
 }
 
 func wayTo(addr string) *Upstream {
-	return &Upstream{Key: addr, Name: "laptop", Route: "everything", Dial: func(ctx context.Context) (net.Conn, error) {
+	return &Upstream{Key: addr, Name: "laptop", Dial: func(ctx context.Context) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "tcp", addr)
 	}}

@@ -127,7 +127,9 @@ func TestOwnConnectionsAtOnce(t *testing.T) {
 func TestSharedConnections(t *testing.T) {
 	up, open := spoken(t, false)
 	h := newHop(t, nil, func(c *config) {
-		c.Route = func(host, _ string) (*Upstream, error) { again := *up; again.Key += host; return &again, nil } // as after a reload
+		c.Route = leading(func(host, _ string) (*Upstream, error) { // as after a reload
+			return &Upstream{Key: up.Key + host, Name: up.Name, Dial: up.Dial}, nil
+		})
 	})
 	for _, host := range []string{"a", "b"} {
 		for range 3 {

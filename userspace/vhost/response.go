@@ -15,6 +15,7 @@ type response struct {
 	status   int
 	bytes    int64
 	hijacked *upgraded
+	before   func() // if not nil, called when the header is about to be written
 }
 
 // Unwrap lets http.ResponseController flush.
@@ -23,6 +24,9 @@ func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 func (w *response) WriteHeader(status int) {
 	if status >= 200 && w.status == 0 {
 		w.status = status
+		if w.before != nil {
+			w.before()
+		}
 		// An answer without a type stays one: net/http would guess.
 		if h := w.Header(); h["Content-Type"] == nil {
 			h["Content-Type"] = nil

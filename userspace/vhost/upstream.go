@@ -2,11 +2,26 @@ package vhost
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/hex"
 	"errors"
 	"net"
 	"net/http"
+	"net/url"
+	"sync"
 	"sync/atomic"
+	"time"
+)
+
+// Protocol is how an upstream is spoken with.
+type Protocol uint8
+
+const (
+	HTTP1 Protocol = iota // HTTP/1.1 in the clear
+	H2C                   // HTTP/2 in the clear, with prior knowledge
+	HTTPS                 // TLS, and what it negotiates: HTTP/2 or HTTP/1.1
+
+	protocolCount = iota
 )
 
 // Upstream is where requests are sent.
@@ -26,9 +41,16 @@ type Upstream struct {
 	// connection, because Dial writes a PROXY header: it is never used for
 	// another, and closed with it.
 	OwnConnections bool
-	// Route is the route's name, for OnRequest.
-	Route string
+	// Protocol is how to speak with it. TLS is for HTTPS: it needs a ServerName,
+	// and no NextProtos. Upstreams with different ones have different Keys.
+	Protocol Protocol
+	TLS      *tls.Config
+
+	health health
 }
+
+// tlsHandshakeTimeout is what net/http's default transport gives a handshake.
+const tlsHandshakeTimeout = 10 * time.Second
 
 // An own transport serves one client: what HTTP/2 asks for at once.
 const (
@@ -39,23 +61,18 @@ const (
 type dialKey struct{}
 
 // newTransport makes a transport that dials with the request's own Upstream.
-// Its pool is keyed by the URL's host, which host makes of Upstream.Key.
-func (s *Server) newTransport(idlePerHost, idle int) *http.Transport {
-	var protocols http.Protocols
-	protocols.SetHTTP1(true)
+// Its pool is keyed by the URL's host, which address makes of Upstream.Key.
+func (s *Server) newTransport(p Protocol, idlePerHost, idle int) *http.Transport {
+	var speaks http.Protocols
+	speaks.SetHTTP1(p != H2C)
+	speaks.SetUnencryptedHTTP2(p == H2C)
+	speaks.SetHTTP2(p == HTTPS)
 	return &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			up, ok := ctx.Value(dialKey{}).(*Upstream)
-			if !ok {
-				return nil, errors.New("no upstream in the request's context")
-			}
-			c, err := up.Dial(ctx)
-			if err != nil {
-				return nil, &dialError{err}
-			}
-			return &upstreamConn{Conn: c}, nil
-		},
-		Protocols:              &protocols,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dialUpstream(ctx) },
+		// Instead of TLSClientConfig, which would be the same for all.
+		DialTLSContext:         dialUpstreamTLS,
+		HTTP2:                  &http.HTTP2Config{SendPingTimeout: pingAfter},
+		Protocols:              &speaks,
 		DisableCompression:     true, // what the client asked for is what it gets
 		MaxIdleConnsPerHost:    idlePerHost,
 		MaxIdleConns:           idle,
@@ -73,22 +90,98 @@ func (s *Server) newTransport(idlePerHost, idle int) *http.Transport {
 // holds 16 KiB.
 const bufferSize = 16 << 10
 
-// host is a host name that stands for an upstream in URLs which only the
-// transport sees: one to one, whatever characters the key has.
-func (u *Upstream) host() string { return hex.EncodeToString([]byte(u.Key)) }
+func dialUpstream(ctx context.Context) (*upstreamConn, error) {
+	up, ok := ctx.Value(dialKey{}).(*Upstream)
+	if !ok {
+		return nil, errors.New("no upstream in the request's context")
+	}
+	c, err := up.Dial(ctx)
+	if err != nil {
+		up.health.failed.Store(time.Now().UnixNano())
+		return nil, &dialError{err}
+	}
+	up.health.failed.Store(0)
+	return &upstreamConn{Conn: c}, nil
+}
 
-// upstreamConn is a connection in a pool. It tells the exchange that uses it
+func dialUpstreamTLS(ctx context.Context, _, _ string) (net.Conn, error) {
+	c, err := dialUpstream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	config := ctx.Value(dialKey{}).(*Upstream).TLS.Clone()
+	config.NextProtos = []string{"h2", "http/1.1"}
+	if x := ctx.Value(exchangeKey{}).(*exchange); wantsUpgrade(x.req) {
+		config.NextProtos = config.NextProtos[1:] // HTTP/2 has no Upgrade
+	}
+	ctx, cancel := context.WithTimeout(ctx, tlsHandshakeTimeout)
+	defer cancel()
+	tc := tls.Client(c, config)
+	if err := tc.HandshakeContext(ctx); err != nil {
+		c.Close()
+		return nil, &dialError{Fail(ReasonTLS, err)}
+	}
+	return tc, nil
+}
+
+// address makes u lead to the upstream, in the transport's eyes only: the host
+// stands for Key, one to one, whatever characters that has.
+func (up *Upstream) address(u *url.URL) {
+	u.Scheme = "http"
+	if up.Protocol == HTTPS {
+		u.Scheme = "https"
+	}
+	u.Host = hex.EncodeToString([]byte(up.Key))
+}
+
+// upstreamConn is a connection in a pool. It tells the exchanges that use it
 // when the transport closes it.
 type upstreamConn struct {
 	net.Conn
-	user atomic.Pointer[exchange] // whose request has a body and no answer yet
+	sent atomic.Int64 // bytes
+
+	mu    sync.Mutex
+	users map[*exchange]struct{} // whose requests have a body and no answer yet
+}
+
+// asUpstreamConn finds what dialUpstream made, below TLS. It may be nil.
+func asUpstreamConn(c net.Conn) *upstreamConn {
+	if tc, ok := c.(*tls.Conn); ok {
+		c = tc.NetConn()
+	}
+	up, _ := c.(*upstreamConn)
+	return up
+}
+
+func (c *upstreamConn) join(x *exchange) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.users == nil {
+		c.users = map[*exchange]struct{}{}
+	}
+	c.users[x] = struct{}{}
+}
+
+func (c *upstreamConn) leave(x *exchange) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.users, x)
+}
+
+func (c *upstreamConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.sent.Add(int64(n))
+	return n, err
 }
 
 func (c *upstreamConn) Close() error {
 	err := c.Conn.Close()
-	if x := c.user.Swap(nil); x != nil {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for x := range c.users {
 		x.upstreamClosed(c)
 	}
+	clear(c.users)
 	return err
 }
 
@@ -98,18 +191,4 @@ func (c *upstreamConn) CloseWrite() error {
 		return cw.CloseWrite()
 	}
 	return errors.ErrUnsupported
-}
-
-// transports sends a request by the transport that its upstream needs.
-type transports struct{ s *Server }
-
-func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
-	x := r.Context().Value(exchangeKey{}).(*exchange)
-	transport := t.s.shared
-	if x.up.OwnConnections {
-		transport = x.conn.transport()
-	}
-	res, err := transport.RoundTrip(r)
-	x.roundTripOver()
-	return res, err
 }

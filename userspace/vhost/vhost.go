@@ -64,12 +64,18 @@ type Options struct {
 	// Node is this hop's name, shown on the pages it makes itself.
 	Node string
 
-	// Route says where a request goes. host is lower case, without port and
-	// trailing dot, an IPv6 address without brackets, "" if the client sent
+	// Route says what becomes of a request. host is lower case, without port
+	// and trailing dot, an IPv6 address without brackets, "" if the client sent
 	// none; path is decoded and has no dot segments. Errors: ErrNoHost,
-	// ErrNoPath, ErrRejected; any other is an internal error (500). Called
-	// for each request, so a reload needs no new Server.
-	Route func(host, path string) (*Upstream, error)
+	// ErrNoPath, a MethodError, ErrRejected; any other is an internal error
+	// (500). Called for each request, so a reload needs no new Server.
+	Route func(r *http.Request, host, path string) (*Route, error)
+
+	// HSTS, if not nil, is the value of Strict-Transport-Security in each answer
+	// over TLS, "" for none; an upstream's own gives way to it. Timing, if not
+	// nil, says whether answers have a Server-Timing header.
+	HSTS   func() string
+	Timing func() bool
 
 	// Answer, if not nil, sees each request before Route does, and returns true
 	// if it has answered: what an ACME authority asks for.
@@ -106,6 +112,7 @@ type Request struct {
 	Conn     ConnInfo
 	Client   netip.AddrPort // as far back as it is believed; port 0 if a header said it
 	ID       string         // the path's id, as the upstream got it
+	Request  string         // X-Request-Id, likewise
 	Method   string
 	Host     string // as Route got it
 	Path     string // as the client sent it, without the query
@@ -115,7 +122,8 @@ type Request struct {
 	BytesOut int64  // of the answer's body; of everything after an upgrade
 	Started  time.Time
 	Duration time.Duration
-	Upstream *Upstream // nil if none was found
+	Route    *Route    // nil if none was found
+	Upstream *Upstream // the last that was tried; nil if none was
 	// UpstreamConn is what Upstream.Dial returned for this request or an
 	// earlier one, for its addresses and the kernel's view of it only: it is
 	// not the receiver's, and may be closed. Nil if there was none.
@@ -129,7 +137,7 @@ type Server struct {
 	log    *slog.Logger
 	http   *http.Server
 	proxy  *httputil.ReverseProxy
-	shared *http.Transport
+	shared [protocolCount]*http.Transport
 	feed   *feed
 
 	mu     sync.Mutex
@@ -159,7 +167,9 @@ func New(o Options) *Server {
 	}
 	s := &Server{opts: o, log: o.Log, feed: newFeed(), conns: map[*conn]struct{}{}, gone: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.shared = s.newTransport(upstreamIdlePerHost, upstreamIdleTotal)
+	for p := range s.shared {
+		s.shared[p] = s.newTransport(Protocol(p), upstreamIdlePerHost, upstreamIdleTotal)
+	}
 	errorLog := log.New(logBridge{o.Log}, "", 0)
 	s.proxy = s.newProxy(errorLog)
 
@@ -281,7 +291,9 @@ func (s *Server) Close() error {
 	for _, c := range left {
 		c.Close()
 	}
-	s.shared.CloseIdleConnections()
+	for _, t := range s.shared {
+		t.CloseIdleConnections()
+	}
 	return err
 }
 

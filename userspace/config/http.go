@@ -1,0 +1,272 @@
+package config
+
+import (
+	"fmt"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// HTTP is what http and https listeners do with requests on their way.
+type HTTP struct {
+	Redirect           *Redirect           `yaml:"redirect" short:"to" noun:"redirect" doc:"Send the client elsewhere instead of forwarding: https (the same address by https), or an https:// or http:// URL; without a path in it the request's path and query are kept."`
+	StripPrefix        bool                `yaml:"strip_prefix" kind:"true" doc:"Take the route's path off before forwarding. The target hears of it in X-Forwarded-Prefix."`
+	AddPrefix          string              `yaml:"add_prefix" kind:"path" doc:"Put this before the path when forwarding, after strip_prefix."`
+	RequestHeaders     *HeaderChanges      `yaml:"request_headers" noun:"request_headers" doc:"Headers to change on the way to the target."`
+	ResponseHeaders    *HeaderChanges      `yaml:"response_headers" noun:"response_headers" doc:"Headers to change on the way back to the client."`
+	Upstream           *Upstream           `yaml:"upstream" noun:"upstream" doc:"How to speak with the target. Default: HTTP/1.1 in the clear."`
+	MaxBody            int64               `yaml:"max_body" kind:"size" min:"0" max:"1024GiB" doc:"How large a request's body may be; a larger one gets 413. Default: no limit, and 0 is none."`
+	Timeouts           *Timeouts           `yaml:"timeouts" noun:"timeouts" doc:"How long to wait for the target and for the client."`
+	Compress           bool                `yaml:"compress" kind:"true" doc:"Compress what is text with gzip for clients that take it. Pages that show secrets beside what strangers can choose should not be compressed (BREACH)."`
+	ClientCertificates *ClientCertificates `yaml:"client_certificates" noun:"client_certificates" doc:"Serve only clients with a certificate (mutual TLS). On https listeners."`
+}
+
+// Redirect answers with another place.
+type Redirect struct {
+	Section
+	To   string `yaml:"to" kind:"redirect" required:"true" doc:"https: the same address by https. Or an https:// or http:// URL; without a path in it the request's path and query are kept."`
+	Code int    `yaml:"code" kind:"redirect_code" default:"308" doc:"The status: 308 (permanent) and 307 (temporary) keep method and body, 301, 302 and 303 may turn them into GET."`
+}
+
+// HeaderChanges are made in the order of its fields.
+type HeaderChanges struct {
+	Section
+	Remove []string          `yaml:"remove" kind:"header" nonempty:"true" doc:"Names of headers to remove."`
+	Set    map[string]string `yaml:"set" kind:"header_value" key:"header" nonempty:"true" doc:"Headers to set, by name, in place of what there is."`
+}
+
+// Upstream is how to speak with a target.
+type Upstream struct {
+	Section
+	Protocol   string `yaml:"protocol" enum:"http h2c https" default:"http" doc:"http is HTTP/1.1, h2c is HTTP/2 in the clear (gRPC servers), https is TLS with HTTP/2 or HTTP/1.1."`
+	CA         string `yaml:"ca" kind:"file" doc:"A PEM file with the authorities that the target's certificate is checked by, instead of the system's. A relative path starts at the configuration file's folder."`
+	Insecure   bool   `yaml:"insecure" kind:"true" doc:"Don't check the target's certificate: anybody on the way may read along."`
+	ServerName string `yaml:"server_name" kind:"server_name" doc:"The name that the target's certificate must have. Default: the target's host."`
+}
+
+// Timeouts are zero where the file says nothing.
+type Timeouts struct {
+	Section
+	Connect time.Duration `yaml:"connect" min:"10ms" max:"10m" doc:"How long connecting to the target may take. Default: 10s."`
+	Answer  time.Duration `yaml:"answer" min:"10ms" max:"8760h" doc:"How long the target may think about a request that it has received whole. Default: 5m."`
+	Body    time.Duration `yaml:"body" min:"10ms" max:"8760h" doc:"How long a client may send nothing in the middle of its body. Default: 5m."`
+}
+
+// ClientCertificates says which clients have one that counts.
+type ClientCertificates struct {
+	Section
+	CA string `yaml:"ca" kind:"file" required:"true" doc:"A PEM file with the authorities that a client's certificate must come from. A relative path starts at the configuration file's folder."`
+}
+
+// HSTS is a Strict-Transport-Security header (RFC 6797).
+type HSTS struct {
+	Section
+	MaxAge     time.Duration `yaml:"max_age" kind:"age" required:"true" min:"0s" max:"10y" doc:"How long browsers shall refuse plain HTTP to this host: 1y, 180d or 24h. 0s takes it back."`
+	Subdomains bool          `yaml:"subdomains" kind:"true" doc:"And to all names below it."`
+	Preload    bool          `yaml:"preload" kind:"true" doc:"Agree to be in the list that browsers are delivered with. It needs subdomains and 1y, and is slow to take back."`
+}
+
+// Value is the header's value.
+func (h *HSTS) Value() string {
+	v := "max-age=" + strconv.FormatInt(int64(h.MaxAge/time.Second), 10)
+	if h.Subdomains {
+		v += "; includeSubDomains"
+	}
+	if h.Preload {
+		v += "; preload"
+	}
+	return v
+}
+
+// httpKeys are the keys that only http and https listeners know, in routes and default.
+var httpKeys = []string{"redirect", "strip_prefix", "add_prefix", "request_headers", "response_headers", "upstream", "max_body", "timeouts", "compress", "client_certificates"}
+
+// forwardKeys are those of them that mean nothing where requests are not forwarded.
+var forwardKeys = []string{"strip_prefix", "add_prefix", "request_headers", "upstream", "max_body", "timeouts", "compress"}
+
+// http checks what an action does with requests. path is the route's.
+func (v *validator) http(mode string, a *Action, path, noun string) {
+	if mode == "sni" || mode == "tcp" {
+		for _, key := range httpKeys {
+			if a.has(key) {
+				v.errorf(a.keyAt(key), "%s does not fit the listener's mode: %s looks into no request, only http and https do", key, mode)
+			}
+		}
+		if len(a.Forward) > 1 {
+			v.errorf(a.Forward[1].Pos, "several targets do not fit the listener's mode: only http and https know which requests may be tried again")
+		}
+		return
+	}
+	if a.has("strip_prefix") && strings.Trim(path, "/") == "" {
+		v.errorf(a.keyAt("strip_prefix"), "strip_prefix takes the route's path off, and %s has none", noun)
+	}
+	for _, h := range []*HeaderChanges{a.RequestHeaders, a.ResponseHeaders} {
+		if h != nil && !h.has("set") && !h.has("remove") {
+			v.errorf(h.Pos, "nothing is changed here: write set: { NAME: VALUE }, or remove: [NAME]")
+		}
+	}
+	if u := a.Upstream; u != nil {
+		u.CA = v.path(u.CA)
+		for _, key := range []string{"ca", "insecure", "server_name"} {
+			if u.has(key) && !u.unclear("protocol") && u.Protocol != "https" {
+				v.errorf(u.keyAt(key), "%s is about TLS: add protocol: https, or remove it", key)
+			}
+		}
+		if u.has("insecure") && u.has("ca") {
+			v.errorf(u.keyAt("insecure"), "ca and insecure: the certificate is checked or it is not")
+		}
+		if u.Insecure {
+			v.warnf(u.keyAt("insecure"), "insecure: the target's certificate is not checked, so anybody on the way may read along: name its authority with ca")
+		}
+		if u.Protocol == "https" && !u.has("server_name") && !u.has("insecure") {
+			for i := range a.Forward {
+				if f := &a.Forward[i]; f.To.Scheme == "unix" || f.To.Scheme == "docker" {
+					v.errorf(u.Pos, "server_name is missing in upstream: the name on the certificate of %q", f.To)
+				}
+			}
+		}
+	}
+	if c := a.ClientCertificates; c != nil {
+		c.CA = v.path(c.CA)
+		if mode == "http" {
+			v.errorf(a.keyAt("client_certificates"), "client_certificates does not fit the listener's mode: certificates are shown in TLS, and only https terminates it")
+		}
+	}
+	if a.Redirect != nil && a.Redirect.To == "https" && mode == "https" {
+		v.errorf(a.At("redirect"), "redirect to https on an https listener: it would go round in circles")
+	}
+}
+
+// listenerHTTP checks the keys of a listener that are about requests.
+func (v *validator) listenerHTTP(l *Listener) {
+	if l.has("server_timing") && (l.Mode == "sni" || l.Mode == "tcp") {
+		v.errorf(l.keyAt("server_timing"), "server_timing does not fit the listener's mode: only http and https answer requests")
+	}
+	if h := l.HSTS; l.has("hsts") && l.Mode != "https" {
+		v.errorf(l.keyAt("hsts"), "hsts does not fit the listener's mode: browsers believe it over TLS only, and only https terminates that")
+	} else if h != nil && h.Preload && !h.unclear("max_age") && (!h.Subdomains || h.MaxAge < 365*24*time.Hour) {
+		v.errorf(h.keyAt("preload"), "preload needs subdomains: true and a max_age of at least 1y (hstspreload.org)")
+	}
+}
+
+// methodsCover and headersCover say whether a route takes all that another one takes, as far as they go.
+func methodsCover(a, b []string) bool {
+	return a == nil || b != nil && !slices.ContainsFunc(b, func(m string) bool {
+		return !slices.Contains(a, m) && !(m == "HEAD" && slices.Contains(a, "GET"))
+	})
+}
+
+func headersCover(a, b map[string]string) bool {
+	for name, value := range a {
+		if other, ok := b[name]; !ok || value != "*" && value != other {
+			return false
+		}
+	}
+	return true
+}
+
+var headerName = regexp.MustCompile(`^[A-Za-z0-9-]+$`)
+
+// hopHeaders belong to a connection or frame the message: nobody but the server and the client on both sides
+// may set them (RFC 9110 7.6.1).
+var hopHeaders = []string{"Connection", "Content-Length", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade", "X-Tailsplice-Id"}
+
+func parseHeader(s string) (any, error) {
+	switch {
+	case s == "":
+		return nil, fmt.Errorf("must not be empty")
+	case strings.Contains(s, "_"):
+		return nil, fmt.Errorf("many servers drop headers with _ in their name, did you mean %q?", strings.ReplaceAll(s, "_", "-"))
+	case !headerName.MatchString(s):
+		return nil, fmt.Errorf("a header's name has letters, digits and -")
+	}
+	name := http.CanonicalHeaderKey(s)
+	if slices.Contains(hopHeaders, name) {
+		return nil, fmt.Errorf("it belongs to the connection or the message itself, and is made on each hop")
+	}
+	return name, nil
+}
+
+func parseMethod(s string) (any, error) {
+	if s == "" || strings.ContainsFunc(s, func(r rune) bool { return r < 'A' || r > 'Z' }) {
+		if up := strings.ToUpper(s); up != s && !strings.ContainsFunc(up, func(r rune) bool { return r < 'A' || r > 'Z' }) {
+			return nil, fmt.Errorf("methods are upper-case, write %q", up)
+		}
+		return nil, fmt.Errorf("not a method such as GET or POST")
+	}
+	if s == "CONNECT" {
+		return nil, fmt.Errorf("this is no forward proxy, CONNECT is never served")
+	}
+	return s, nil
+}
+
+func parseRedirect(s string) (any, error) {
+	if s == "https" {
+		return s, nil
+	}
+	if s == "http" {
+		return nil, fmt.Errorf("away from https is nowhere to go, did you mean https?")
+	}
+	u, err := url.Parse(s)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("not a URL")
+	case u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Opaque != "":
+		return nil, fmt.Errorf("must be https, or a URL such as https://example.org")
+	case u.User != nil:
+		return nil, fmt.Errorf("it has a user or password in it")
+	}
+	return s, nil
+}
+
+var redirectCodes = []string{"301", "302", "303", "307", "308"}
+
+func parseRedirectCode(s string) (any, error) {
+	if !slices.Contains(redirectCodes, s) {
+		return nil, fmt.Errorf("must be one of %s", strings.Join(redirectCodes, ", "))
+	}
+	return parseCount(s)
+}
+
+var age = regexp.MustCompile(`^([0-9]{1,6})([yd])$`)
+
+// parseAge reads a duration that may be long: days and years of 365 days.
+func parseAge(s string) (any, error) {
+	m := age.FindStringSubmatch(s)
+	if m == nil {
+		v, err := parseDuration(s)
+		if err != nil {
+			return nil, fmt.Errorf("not an age such as 1y, 180d or 24h")
+		}
+		return v, nil
+	}
+	n, _ := strconv.ParseInt(m[1], 10, 32)
+	day := int64(24 * time.Hour)
+	if m[2] == "y" {
+		day *= 365
+	}
+	if n > (1<<62)/day {
+		return nil, fmt.Errorf("it is far too large")
+	}
+	return n * day, nil
+}
+
+func parseHeaderValue(s string) (any, error) {
+	if s != strings.TrimSpace(s) {
+		return nil, fmt.Errorf("it begins or ends with a space, which is cut off on the way")
+	}
+	return s, nil
+}
+
+func parseServerName(s string) (any, error) {
+	if a, err := netip.ParseAddr(s); err == nil && a.Zone() == "" {
+		return a.String(), nil
+	}
+	name, err := checkName(s)
+	return name, err
+}

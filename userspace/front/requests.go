@@ -1,0 +1,190 @@
+package front
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/proxyheader"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+// routeRequest finds the route of a request. A host's rules are tried by path,
+// longest first, then in the config's order; then shorter wildcards, then the
+// default.
+func (s *service) routeRequest(req *http.Request, host, path string) (*vhost.Route, error) {
+	known := false
+	var allow []string
+	r, ok := s.names.Lookup(host, func(r *rule) bool {
+		known = true
+		ok, otherMethod := r.match.Takes(req, path)
+		if otherMethod {
+			for _, m := range r.match.Methods {
+				if !slices.Contains(allow, m) {
+					allow = append(allow, m)
+				}
+			}
+		}
+		return ok
+	})
+	switch {
+	case ok && r.reject:
+		return nil, vhost.ErrRejected
+	case ok:
+		return r.http, nil
+	case allow != nil:
+		return nil, &vhost.MethodError{Allow: allow}
+	case known:
+		return nil, vhost.ErrNoPath
+	}
+	return nil, vhost.ErrNoHost
+}
+
+// asksClients says whether some route of a host wants a client's certificate.
+func (s *service) asksClients(host string) bool {
+	asks := false
+	if s.clientCerts {
+		s.names.Lookup(host, func(r *rule) bool {
+			asks = asks || r.http != nil && r.http.ClientCAs != nil
+			return asks
+		})
+	}
+	return asks
+}
+
+// askingClients makes c ask for a certificate where a route wants one, and
+// nowhere else: browsers ask their user. No session is resumed there, for it
+// would bring the certificate, or the lack of it, of the first handshake.
+func (l *listener) askingClients(c *tls.Config) *tls.Config {
+	next := c.GetConfigForClient
+	asking := c.Clone()
+	asking.GetConfigForClient = nil
+	asking.ClientAuth = tls.RequestClientCert
+	asking.SessionTicketsDisabled = true
+	c.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		if next != nil {
+			if own, err := next(hello); own != nil || err != nil {
+				return own, err
+			}
+		}
+		if l.service.Load().asksClients(hello.ServerName) {
+			return asking, nil
+		}
+		return nil, nil
+	}
+	return c
+}
+
+// compileHTTP makes what becomes of the requests of a rule.
+func (f *Front) compileHTTP(cfg *config.Config, l *config.Listener, r *rule, a *config.Action) (*vhost.Route, error) {
+	out := &vhost.Route{Name: r.name, AddPrefix: a.AddPrefix, MaxBody: a.MaxBody, Compress: a.Compress,
+		RequestHeader: headerChange(a.RequestHeaders), ResponseHeader: headerChange(a.ResponseHeaders)}
+	if a.StripPrefix {
+		out.StripPrefix = r.match.Path
+	}
+	if a.Timeouts != nil {
+		out.AnswerTimeout, out.BodyTimeout = a.Timeouts.Answer, a.Timeouts.Body
+	}
+	if a.Redirect != nil {
+		out.Redirect = &vhost.Redirect{To: a.Redirect.To, Code: a.Redirect.Code}
+	}
+	if c := a.ClientCertificates; c != nil {
+		pool, _, err := readPool(c.CA)
+		if err != nil {
+			return nil, cfg.Errorf(c.At("ca"), "client_certificates: %v", err)
+		}
+		out.ClientCAs = pool
+	}
+	for i := range a.Forward {
+		target := *r // its own target; the rest is shared
+		target.target, target.written = dial.Target(a.Forward[i].To), a.Forward[i].To.String()
+		up, err := f.newUpstream(cfg, l, &target, a)
+		if err != nil {
+			return nil, err
+		}
+		out.Upstreams = append(out.Upstreams, vhost.Choice{Upstream: up, Weight: a.Forward[i].Weight})
+	}
+	return out, nil
+}
+
+func headerChange(c *config.HeaderChanges) vhost.HeaderChange {
+	if c == nil {
+		return vhost.HeaderChange{}
+	}
+	return vhost.HeaderChange{Remove: c.Remove, Set: c.Set}
+}
+
+// readPool reads authorities from a PEM file. sum tells their versions apart.
+func readPool(file string) (pool *x509.CertPool, sum string, err error) {
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, "", err
+	}
+	pool = x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, "", fmt.Errorf("%s has no certificate in it (-----BEGIN CERTIFICATE-----)", file)
+	}
+	h := sha256.Sum256(pem)
+	return pool, hex.EncodeToString(h[:8]), nil
+}
+
+// newUpstream is where the requests of r go, which is the upstream's own.
+func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *config.Action) (*vhost.Upstream, error) {
+	if a.Timeouts != nil && a.Timeouts.Connect > 0 {
+		own := *r.dialer
+		own.Timeout = a.Timeouts.Connect
+		r.dialer = &own
+	}
+	up := &vhost.Upstream{
+		Key: fmt.Sprintf("%s proxy=%t at %s connect=%v", r.written, r.sendProxy, r.target, r.dialer.Timeout), Name: publicName(r), OwnConnections: r.sendProxy,
+		Dial: func(ctx context.Context) (net.Conn, error) {
+			info, _ := vhost.Info(ctx)
+			up, err := f.dialRule(ctx, l.Name, r, info.Client.Addr())
+			if err != nil {
+				f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", info.ID, "listener", l.Name, "route", r.name, "target", r.written, "client", info.Client, "err", err)
+				return nil, pageReason(err)
+			}
+			if r.sendProxy {
+				h := proxyheader.Header{Source: info.Client, Destination: info.Local, ServerName: info.ServerName, ID: info.ID}
+				if _, err := up.Write(h.Append(nil)); err != nil {
+					up.Close()
+					return nil, fmt.Errorf("send the PROXY header: %w", err)
+				}
+			}
+			return up, nil
+		},
+	}
+	u := a.Upstream
+	if u == nil {
+		return up, nil
+	}
+	switch u.Protocol {
+	case "h2c":
+		up.Protocol = vhost.H2C
+	case "https":
+		up.Protocol = vhost.HTTPS
+		up.TLS = &tls.Config{ServerName: u.ServerName, InsecureSkipVerify: u.Insecure}
+		if up.TLS.ServerName == "" {
+			up.TLS.ServerName = r.target.Host
+		}
+		sum := ""
+		if u.CA != "" {
+			var err error
+			if up.TLS.RootCAs, sum, err = readPool(u.CA); err != nil {
+				return nil, cfg.Errorf(u.At("ca"), "upstream: %v", err)
+			}
+		}
+		up.Key += fmt.Sprintf(" name=%s insecure=%t ca=%s", up.TLS.ServerName, u.Insecure, sum)
+	}
+	up.Key += " " + u.Protocol
+	return up, nil
+}

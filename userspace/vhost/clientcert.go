@@ -1,0 +1,55 @@
+package vhost
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"errors"
+	"net/http"
+	"time"
+)
+
+var (
+	errNoClientCertificate = errors.New("the client showed no certificate")
+	errOtherName           = errors.New("the connection was made for another name, for which no client certificate is asked")
+)
+
+// checkClient says whether a client may use a route that wants a certificate of
+// it. The handshake only asked for one, so it is judged here: each route has its
+// own authorities. askedFor is the host of the request.
+func checkClient(state *tls.ConnectionState, cas *x509.CertPool, askedFor string) error {
+	if state == nil {
+		return errNoClientCertificate
+	}
+	if len(state.PeerCertificates) == 0 {
+		if routeHost(state.ServerName) != askedFor {
+			return errOtherName
+		}
+		return errNoClientCertificate
+	}
+	intermediates := x509.NewCertPool()
+	for _, c := range state.PeerCertificates[1:] {
+		intermediates.AddCert(c)
+	}
+	_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: cas, Intermediates: intermediates,
+		CurrentTime: time.Now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	return err
+}
+
+// clientRefused answers a client without a certificate that counts: 421 if a
+// browser reused a connection for one more name of the certificate, as with a
+// fresh one it will be asked.
+func (s *Server) clientRefused(x *exchange, err error) {
+	x.err = err
+	if errors.Is(err, errOtherName) {
+		s.page(x, http.StatusMisdirectedRequest, fault{title: "Come again with a connection of its own", text: x.host + " asks for a client certificate, and this connection was made for another name."})
+		return
+	}
+	s.page(x, http.StatusForbidden, fault{title: "This is not open to you", text: x.host + " serves only clients with a certificate of its own authority: " + err.Error() + ".",
+		hint: "If you have one, install it in the browser, and open a new window."})
+}
+
+// setClientCert passes the certificate on (RFC 9440 2.2).
+func setClientCert(h http.Header, c *x509.Certificate) {
+	h["Client-Cert"] = []string{":" + base64.StdEncoding.EncodeToString(c.Raw) + ":"}
+}

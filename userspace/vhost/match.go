@@ -1,0 +1,50 @@
+package vhost
+
+import (
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+)
+
+// Match is what narrows a host's routes. The zero Match takes every request.
+type Match struct {
+	Path    string            // see PathMatches
+	Methods []string          // nil for any; GET takes HEAD too
+	Headers map[string]string // by canonical name; "*" is any value
+}
+
+// Takes says whether m takes a request whose path is path, as Options.Route got
+// it, and if not, whether it is the method alone that doesn't fit.
+func (m *Match) Takes(r *http.Request, path string) (ok, otherMethod bool) {
+	if !PathMatches(m.Path, path) {
+		return false, false
+	}
+	for name, want := range m.Headers {
+		values := r.Header[name]
+		if len(values) == 0 || want != "*" && !slices.Contains(values, want) {
+			return false, false
+		}
+	}
+	if m.Methods == nil || slices.Contains(m.Methods, r.Method) || r.Method == http.MethodHead && slices.Contains(m.Methods, http.MethodGet) {
+		return true, false
+	}
+	return false, true
+}
+
+// PathMatches says whether a route's path covers path: the same, or followed by
+// more segments. "/api/" and "/api" both cover /api, /api/ and /api/x, and not
+// /apis; "" and "/" cover everything.
+func PathMatches(route, path string) bool {
+	route = strings.TrimSuffix(route, "/")
+	rest, ok := strings.CutPrefix(path, route)
+	return ok && (rest == "" || rest[0] == '/')
+}
+
+// MethodError says that there are routes for the path, and none for the method:
+// 405.
+type MethodError struct{ Allow []string }
+
+func (e *MethodError) Error() string {
+	return fmt.Sprintf("no route for this method, only for %s", strings.Join(e.Allow, ", "))
+}

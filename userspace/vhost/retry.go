@@ -1,0 +1,222 @@
+package vhost
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptrace"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// transports sends a request by the transport that its upstream needs, and
+// again where that can do no harm.
+type transports struct{ s *Server }
+
+// RoundTrip tries the upstream that was picked first. If that can't be reached,
+// or fails a request that may be repeated, the others are tried. A request of
+// which nothing was sent, because the connection had gone stale in the pool,
+// gets a fresh one.
+func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
+	x := r.Context().Value(exchangeKey{}).(*exchange)
+	defer x.roundTripOver()
+	if x.body == nil && len(x.route.Upstreams) == 1 && repeatable(r.Method) {
+		return t.once(x, r) // the transport itself does all that there is to do
+	}
+	var spare *spareBody
+	if r.Body != nil {
+		spare = &spareBody{body: r.Body}
+		defer spare.done.Store(true)
+	}
+	var tried []*Upstream
+	stale := 0
+	for {
+		attempt := r
+		if spare != nil {
+			attempt = r.WithContext(r.Context())
+			attempt.Body = &attemptBody{spare: spare}
+		}
+		x.upConn.Store(nil)
+		res, err := t.once(x, attempt)
+		if err == nil || r.Context().Err() != nil || x.resp.status != 0 || !spare.whole() || x.body.wasInterrupted() {
+			return res, err
+		}
+		unsent := errors.As(err, new(*dialError))
+		if c := x.upConn.Load(); c != nil {
+			c.leave(x)
+			unsent = c.sent.Load() == x.sentBefore
+			if unsent && x.reused && stale < maxStale {
+				stale++
+				continue
+			}
+		}
+		if !unsent && (!repeatable(r.Method) || errors.Is(err, os.ErrDeadlineExceeded) || reasonOf(err) == ReasonTimeout) {
+			return nil, err
+		}
+		tried = append(tried, x.up)
+		next := x.route.pick(tried)
+		if next == nil {
+			return nil, err
+		}
+		t.s.log.Debug("http: trying another upstream", "id", x.id, "failed", x.up.Key, "next", next.Key, "err", err)
+		x.up = next
+		r = r.WithContext(context.WithValue(r.Context(), dialKey{}, next))
+		u := *r.URL
+		r.URL = &u
+		next.address(r.URL)
+	}
+}
+
+// maxStale bounds how many stale connections in a row a request may meet: more
+// than the pool holds would be another fault.
+const maxStale = upstreamIdlePerHost + 1
+
+// repeatable says whether a request may be sent again though an upstream may
+// have seen it (RFC 9110 9.2.2).
+func repeatable(method string) bool {
+	switch method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
+		return true
+	}
+	return false
+}
+
+// once sends r to x's upstream.
+func (t transports) once(x *exchange, r *http.Request) (*http.Response, error) {
+	p := x.up.Protocol
+	if p == H2C && wantsUpgrade(r) {
+		p = HTTP1 // HTTP/2 has no Upgrade, and who speaks h2c speaks that too
+	}
+	transport := t.s.shared[p]
+	if x.up.OwnConnections {
+		transport = x.conn.transport(p)
+	}
+	if x.route.AnswerTimeout > 0 {
+		var stop func()
+		r, stop = withAnswerTimeout(r, x.route.AnswerTimeout)
+		defer stop()
+		res, err := transport.RoundTrip(r)
+		if err != nil && errors.Is(context.Cause(r.Context()), errAnswerTimeout) {
+			err = errAnswerTimeout
+		}
+		return res, err
+	}
+	return transport.RoundTrip(r)
+}
+
+var errAnswerTimeout = Fail(ReasonTimeout, errors.New("no answer within the route's timeouts.answer"))
+
+func wantsUpgrade(r *http.Request) bool {
+	return r.ProtoMajor == 1 && r.Header.Get("Upgrade") != "" && strings.Contains(strings.ToLower(r.Header.Get("Connection")), "upgrade")
+}
+
+// withAnswerTimeout cancels r when it has been sent whole and no answer has
+// begun after d. stop ends that.
+func withAnswerTimeout(r *http.Request, d time.Duration) (*http.Request, func()) {
+	ctx, cancel := context.WithCancelCause(r.Context())
+	var timer answerTimer
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{WroteRequest: func(httptrace.WroteRequestInfo) {
+		timer.start(d, func() { cancel(errAnswerTimeout) })
+	}})
+	return r.WithContext(ctx), timer.stop
+}
+
+// answerTimer starts once the transport's writer is done, and stops in the one
+// that waits for the answer: whichever comes first.
+type answerTimer struct {
+	mu      sync.Mutex
+	timer   *time.Timer
+	stopped bool
+}
+
+func (t *answerTimer) start(d time.Duration, f func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.timer == nil && !t.stopped {
+		t.timer = time.AfterFunc(d, f)
+	}
+}
+
+func (t *answerTimer) stop() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.stopped = true
+	if t.timer != nil {
+		t.timer.Stop()
+	}
+}
+
+// spareBody is a request's body that can be sent again while what was read of
+// it still fits in memory.
+type spareBody struct {
+	body io.ReadCloser
+	done atomic.Bool // there will be no other attempt
+
+	mu   sync.Mutex // held while body is read, which may take long
+	read []byte     // from body, by whichever attempt
+	err  error      // how body ended
+	over bool       // more was read than is kept
+}
+
+// spareBytes are what a transport's buffers take before any of it is sent.
+const spareBytes = 2 * bufferSize
+
+// whole says whether the body can be sent once more. s may be nil.
+func (s *spareBody) whole() bool {
+	if s == nil {
+		return true
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.over && (s.err == nil || s.err == io.EOF)
+}
+
+// attemptBody is what one attempt reads.
+type attemptBody struct {
+	spare  *spareBody
+	at     int
+	closed atomic.Bool
+}
+
+var errGivenUp = errors.New("this attempt was given up")
+
+func (a *attemptBody) Read(p []byte) (int, error) {
+	s := a.spare
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if a.closed.Load() {
+		return 0, errGivenUp
+	}
+	if a.at < len(s.read) {
+		n := copy(p, s.read[a.at:])
+		a.at += n
+		return n, nil
+	}
+	if s.err != nil {
+		return 0, s.err
+	}
+	n, err := s.body.Read(p)
+	s.err = err
+	switch {
+	case s.over:
+	case len(s.read)+n > spareBytes:
+		s.over, s.read, a.at = true, nil, 0
+	default:
+		s.read = append(s.read, p[:n]...)
+		a.at += n
+	}
+	return n, err
+}
+
+// Close ends the attempt, and the body itself only with the last one.
+func (a *attemptBody) Close() error {
+	a.closed.Store(true)
+	if a.spare.done.Load() {
+		return a.spare.body.Close()
+	}
+	return nil
+}

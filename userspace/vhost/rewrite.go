@@ -1,0 +1,75 @@
+package vhost
+
+import (
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"strings"
+)
+
+// rewrite turns the request that came in into the one that goes out.
+func (s *Server) rewrite(pr *httputil.ProxyRequest) {
+	x := pr.In.Context().Value(exchangeKey{}).(*exchange)
+	x.up.address(pr.Out.URL)
+	pr.Out.URL.User = nil
+	pr.Out.Host = pr.In.Host
+	// ReverseProxy re-encodes queries that Go's parser finds odd, for the sake
+	// of handlers which decide by them. We don't; the upstream gets what was sent.
+	pr.Out.URL.RawQuery = pr.In.URL.RawQuery
+	setForwarded(pr.In, pr.Out.Header, x.conn.info, x.id)
+	pr.Out.Header["X-Request-Id"] = []string{x.requestID}
+	if x.timing {
+		pr.Out.Header[timingHeader] = []string{"1"}
+	}
+	if x.body != nil {
+		x.body.passTrailers(x.req, pr.Out)
+	}
+	r := x.route
+	if r.ClientCAs != nil {
+		delete(pr.Out.Header, "Client-Cert-Chain")
+		setClientCert(pr.Out.Header, x.req.TLS.PeerCertificates[0])
+	}
+	if r.StripPrefix != "" {
+		stripPrefix(pr.Out, r.StripPrefix)
+	}
+	if r.AddPrefix != "" {
+		addPrefix(pr.Out.URL, r.AddPrefix)
+	}
+	r.RequestHeader.apply(pr.Out.Header)
+	if host := pr.Out.Header["Host"]; host != nil {
+		pr.Out.Host = host[0]
+		delete(pr.Out.Header, "Host")
+	}
+}
+
+// stripPrefix takes a prefix off the path, which a route has found to match,
+// and says so in X-Forwarded-Prefix. What the client has encoded in the rest
+// stays so, unless it wrote the prefix itself in an unusual way.
+func stripPrefix(out *http.Request, prefix string) {
+	prefix = strings.TrimSuffix(prefix, "/")
+	u := out.URL
+	plain := routePath(out)
+	raw := u.EscapedPath()
+	escaped := (&url.URL{Path: prefix}).EscapedPath()
+	if rest, ok := strings.CutPrefix(raw, escaped); ok && plain == u.Path && (rest == "" || rest[0] == '/') {
+		u.Path, u.RawPath = plain[len(prefix):], rest
+	} else {
+		u.Path, u.RawPath = plain[len(prefix):], ""
+	}
+	if u.Path == "" {
+		u.Path, u.RawPath = "/", ""
+	}
+	out.Header["X-Forwarded-Prefix"] = []string{out.Header.Get("X-Forwarded-Prefix") + escaped}
+}
+
+// addPrefix puts a prefix before the path. Dot segments are resolved first, or
+// they would lead out of it.
+func addPrefix(u *url.URL, prefix string) {
+	escaped := (&url.URL{Path: strings.TrimSuffix(prefix, "/")}).EscapedPath()
+	prefix = strings.TrimSuffix(prefix, "/")
+	if plain := cleanPath(u.Path); plain != u.Path {
+		u.Path, u.RawPath = plain, ""
+	}
+	u.RawPath = escaped + u.EscapedPath()
+	u.Path = prefix + u.Path
+}

@@ -39,7 +39,8 @@ func newRun() *cobra.Command {
 		Long: `Run the daemon in the foreground until it is told to end.
 
 Signals: HUP reads the configuration again and changes over to it without
-closing a connection; a configuration that can't be used changes nothing.
+closing a connection; a configuration that can't be used changes nothing. It
+also opens the access logs anew, for log rotation.
 TERM and INT stop accepting, let the connections end, and cut what is left
 after --drain-timeout; a second one ends at once.`,
 		Example: `  tailsplice run --config /etc/tailsplice/tailsplice.yaml
@@ -158,6 +159,7 @@ func run(ctx context.Context, o runOptions) error {
 // control section nothing changes, since its sockets are bound once; notes
 // say so, and what is odd about the configuration.
 func reload(f *front.Front, file string, bound config.Control) (notes []string, err error) {
+	f.ReopenLogs() // also where the configuration can't be used: log rotation comes by HUP
 	cfg, err := config.Load(file)
 	if err != nil {
 		return nil, err

@@ -14,6 +14,7 @@ type Config struct {
 	Datapath  string     `yaml:"datapath" enum:"auto tc sockmap userspace" default:"auto" doc:"How the bytes of flows move. auto picks what the benchmark found best, in this version userspace. One that is named and not there keeps the daemon from starting."`
 	Listeners []Listener `yaml:"listeners" required:"true" nonempty:"true" noun:"a listener" doc:"Where the daemon accepts connections, and where it sends them."`
 	Limits    Limits     `yaml:"limits" noun:"limits" doc:"Bounds on what strangers can make the daemon spend."`
+	AccessLog *AccessLog `yaml:"access_log" noun:"access_log" doc:"Where the requests of all http and https listeners are written down that say nothing else. Default: only the daemon's own log has them."`
 	Control   Control    `yaml:"control" noun:"control" doc:"How the daemon is observed and commanded."`
 
 	File     string   `yaml:"-"` // the name that Load or Parse was given
@@ -29,6 +30,8 @@ type Listener struct {
 	AcceptProxy  *AcceptProxy  `yaml:"accept_proxy" noun:"accept_proxy" doc:"Believe PROXY protocol headers, from these peers only. Without it such bytes are data."`
 	Certificates []Certificate `yaml:"certificates" nonempty:"true" noun:"a certificate" doc:"What an https listener shows, chosen by server name. The first one is shown where none fits."`
 	Docker       *Docker       `yaml:"docker" noun:"docker" doc:"Routes by the labels of containers on this host."`
+	Allow        []string      `yaml:"allow" kind:"peer" nonempty:"true" doc:"Who may use this listener, all others are refused: a CIDR, an IP address, or, of the tailnet, a user's login (with @), a tag (tag:home) or a node's name."`
+	AccessLog    *AccessLog    `yaml:"access_log" noun:"access_log" doc:"Where this listener's requests are written down, instead of the configuration's access_log."`
 	Routes       []Route       `yaml:"routes" noun:"a route" doc:"Matches and their targets. The most exact name wins: exact, then the longest wildcard, then default."`
 	HSTS         *HSTS         `yaml:"hsts" short:"max_age" noun:"hsts" doc:"Tell browsers to come by https only from now on (Strict-Transport-Security), for this long: 1y, 180d or 24h. On https listeners."`
 	ServerTiming bool          `yaml:"server_timing" kind:"true" doc:"Show in a Server-Timing header how long each hop of the path took, under its node's name: on this hop, and on those behind it that believe it (accept_proxy)."`
@@ -116,6 +119,7 @@ type Action struct {
 	Reject    bool      `yaml:"reject" kind:"true" doc:"Refuse the connection."`
 	Datapath  string    `yaml:"datapath" enum:"auto tc sockmap userspace" doc:"The datapath of these flows. Default: the configuration's datapath."`
 	HTTP      `yaml:",inline"`
+	Access    `yaml:",inline"`
 }
 
 // Target is the first target, or none.

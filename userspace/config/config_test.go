@@ -67,7 +67,7 @@ func goldens(t testing.TB, archive string, messages func(golden) string) []golde
 }
 
 // errorArchives hold files that Parse refuses.
-var errorArchives = []string{"syntax", "structure", "values", "meaning", "acme", "docker", "http"}
+var errorArchives = []string{"syntax", "structure", "values", "meaning", "acme", "docker", "http", "access"}
 
 // TestErrors compares every message of every wrong file, with its exact place.
 func TestErrors(t *testing.T) {

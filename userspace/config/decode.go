@@ -216,33 +216,39 @@ func (d *decoder) named(n *node, f *field, out reflect.Value, sec *Section) bool
 		return false
 	}
 	ok := true
+	lines := map[any]int{}
 	out.Set(reflect.MakeMap(out.Type()))
 	for _, e := range n.entries {
+		if strings.ContainsFunc(e.key, unicode.IsControl) {
+			d.errorf(e.pos, "%s %q: there is a line break or another control character in it", f.key, clip(e.key))
+			ok = false
+			continue
+		}
 		name, err := f.names.parse(e.key)
 		if err != nil {
 			d.errorf(e.pos, "%s %q: %v", f.key, clip(e.key), err)
 			ok = false
 			continue
 		}
-		key := reflect.ValueOf(name)
-		if out.MapIndex(key).IsValid() {
-			d.errorf(e.pos, "%s has %q twice", f.key, name)
+		if line := lines[name]; line > 0 {
+			d.errorf(e.pos, "%s has %q twice, it is already on line %d", f.key, name, line)
 			ok = false
 			continue
 		}
-		if e.value.kind == kindNull {
-			d.errorf(e.pos, "%q has no value: give it %s", name, f.kind.noun)
-			ok = false
-			continue
-		}
+		lines[name] = e.pos.Line
 		inner := *f
-		inner.key, inner.names = name.(string), nil
+		inner.key, inner.names = f.key+": "+name.(string), nil
+		if e.value.kind == kindNull {
+			d.errorf(e.pos, "%s has no value: give it %s, or remove it", inner.key, f.kind.noun)
+			ok = false
+			continue
+		}
 		v := reflect.New(out.Type().Elem()).Elem()
 		if !d.scalar(e.value, &inner, v) {
 			ok = false
 			continue
 		}
-		out.SetMapIndex(key, v)
+		out.SetMapIndex(reflect.ValueOf(name), v)
 	}
 	return ok
 }
@@ -337,6 +343,10 @@ func (d *decoder) scalar(n *node, f *field, out reflect.Value) bool {
 		return false
 	}
 	v, err := f.parse(n)
+	if err != nil && f.kind.secret {
+		d.errorf(n.pos, "%s: %v", f.key, err)
+		return false
+	}
 	if err != nil {
 		d.errorf(n.pos, "%s %q: %v", f.key, clip(n.text), err)
 		return false
@@ -482,6 +492,8 @@ var synonyms = map[string]string{
 	"address": "listen", "addresses": "listen", "addr": "listen", "bind": "listen", "port": "listen",
 	"type": "mode", "protocol": "mode", "rules": "routes", "fallback": "default", "tls": "certificates",
 	"servers": "listeners", "admin": "control", "prometheus": "metrics", "key_file": "key", "cert_file": "cert", "domain_names": "names", "server": "directory", "acme_ca": "directory",
+	"allow_from": "allow", "whitelist": "allow", "auth": "basic_auth", "basicauth": "basic_auth", "htpasswd": "file", "auth_request": "forward_auth", "forwardauth": "forward_auth",
+	"auth_response_headers": "copy_headers", "accesslog": "access_log", "log": "access_log", "url": "address",
 	"root": "ca", "ca_root": "ca", "ca_file": "ca", "dns_provider": "dns", "command": "exec", "program": "exec", "hook": "exec", "kid": "key_id", "hmac": "mac_key",
 }
 

@@ -86,8 +86,8 @@ func (h *HSTS) Value() string {
 // httpKeys are the keys that only http and https listeners know, in routes and default.
 var httpKeys = []string{"redirect", "strip_prefix", "add_prefix", "request_headers", "response_headers", "upstream", "max_body", "timeouts", "compress", "client_certificates"}
 
-// forwardKeys are those of them that mean nothing where requests are not forwarded.
-var forwardKeys = []string{"strip_prefix", "add_prefix", "request_headers", "upstream", "max_body", "timeouts", "compress"}
+// forwardKeys are those that mean nothing where requests are not forwarded.
+var forwardKeys = []string{"strip_prefix", "add_prefix", "request_headers", "upstream", "max_body", "timeouts", "compress", "hold"}
 
 // http checks what an action does with requests. path is the route's.
 func (v *validator) http(mode string, a *Action, path, noun string) {

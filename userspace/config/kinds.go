@@ -22,6 +22,7 @@ type kind struct {
 	parse func(text string) (any, error)
 	// instead, if set, says what to write instead of a bare number or true or false; "" is no idea.
 	instead func(text string) string
+	secret  bool // messages don't show it
 	// schema has the JSON schema's keywords. It may allow more than parse, never less.
 	schema map[string]any
 }
@@ -167,6 +168,18 @@ var kinds = map[string]*kind{
 	},
 	"url": {
 		noun: "an https:// URL", kinds: onlyText, parse: parseURL, schema: text(`^https://.+`),
+	},
+	"bcrypt": {
+		noun: "a bcrypt hash such as $2y$10$...", kinds: onlyText, secret: true, parse: parseBcrypt, schema: text(bcryptPattern),
+	},
+	"user": {
+		noun: "a user's name", kinds: onlyText, instead: quoted, parse: parseUser, schema: text(`^[^:]+$`),
+	},
+	"copied_header": {
+		noun: "a header's name such as Remote-User", kinds: onlyText, instead: quoted, parse: parseCopiedHeader, schema: text("^[!#$%&'*+.^_`|~0-9A-Za-z-]+$"),
+	},
+	"authurl": {
+		noun: "a URL such as http://127.0.0.1:9091/verify", kinds: onlyText, parse: parseAuthURL, schema: text(`^(http|https|tailnet|docker)://.+`),
 	},
 	"true": {
 		noun: "true, or left out", kinds: []nodeKind{kindBool},

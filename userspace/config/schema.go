@@ -75,9 +75,11 @@ func rules(t reflect.Type) map[string]any {
 	case reflect.TypeFor[Action](), reflect.TypeFor[Route]():
 		return map[string]any{"oneOf": []any{
 			need("forward"),
-			obj(need("reject"), no(slices.Concat(httpKeys, proxyKeys)...)),
+			obj(need("reject"), no(slices.Concat(httpKeys, proxyKeys, accessKeys)...)),
 			obj(need("redirect"), no(slices.Concat(forwardKeys, proxyKeys)...)),
 		}}
+	case reflect.TypeFor[BasicAuth]():
+		return map[string]any{"minProperties": 1, "maxProperties": 1}
 	case reflect.TypeFor[Certificate]():
 		return map[string]any{"minProperties": 1, "maxProperties": 1}
 	case reflect.TypeFor[ACME]():
@@ -86,12 +88,15 @@ func rules(t reflect.Type) map[string]any {
 		return map[string]any{"allOf": []any{
 			when(obj(need("default"), no("routes", "docker")), "tcp"),
 			when(map[string]any{"anyOf": []any{need("default"), need("routes"), need("docker")}}, "sni", "http", "https"),
-			when(routes(obj(need("sni"), no(append([]string{"host", "path", "methods", "headers"}, httpKeys...)...))), "sni"),
+			when(obj(map[string]any{"properties": map[string]any{
+				"routes":  map[string]any{"items": obj(need("sni"), no(slices.Concat([]string{"host", "path", "methods", "headers"}, httpKeys, httpAccessKeys)...))},
+				"default": no(httpAccessKeys...)}}), "sni"),
 			when(routes(obj(need("host"), no("sni", "alpn"))), "http", "https"),
 			when(map[string]any{"properties": map[string]any{"default": no(httpKeys...)}}, "sni", "tcp"),
 			when(need("certificates"), "https"),
 			when(no("certificates", "hsts"), "sni", "tcp", "http"),
-			when(no("server_timing"), "sni", "tcp"),
+			when(no("server_timing", "access_log"), "sni", "tcp"),
+			when(map[string]any{"properties": map[string]any{"default": no(httpAccessKeys...)}}, "tcp"),
 		}}
 	}
 	return nil

@@ -35,6 +35,7 @@ func (v *validator) config(c *Config) {
 		v.addresses(l)
 		v.listener(l)
 	}
+	v.accessLogs(c)
 	v.limits(&c.Limits)
 	v.control(&c.Control)
 	for i := range c.Listeners {
@@ -173,6 +174,7 @@ func (v *validator) listener(l *Listener) {
 	if l.Default != nil {
 		v.action(l.Default, "default")
 		v.http(mode, l.Default, "", "default")
+		v.access(mode, l, l.Default)
 	}
 	v.listenerHTTP(l)
 }
@@ -251,6 +253,7 @@ func (v *validator) routesOf(mode string, l *Listener) {
 	for i := range l.Routes {
 		r := &l.Routes[i]
 		v.action(&r.Action, "a route")
+		v.access(mode, l, &r.Action)
 		switch mode {
 		case "sni":
 			v.foreign(r, "host", "write sni: an sni listener sees only the server name")
@@ -362,7 +365,7 @@ func (v *validator) action(a *Action, noun string) {
 	}
 	switch does[0] {
 	case "reject":
-		v.meaningless(a, "rejected", proxyKeys, httpKeys)
+		v.meaningless(a, "rejected", proxyKeys, httpKeys, accessKeys)
 	case "redirect":
 		v.meaningless(a, "redirected", proxyKeys, forwardKeys)
 	}

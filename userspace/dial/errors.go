@@ -41,7 +41,8 @@ type Error struct {
 	Target Target
 	Addr   string // the address or path tried, the more telling one of two; "" if none was
 	Reason Reason
-	Err    error // the cause
+	Seen   time.Time // when a node that is offline was last seen; zero if unknown
+	Err    error     // the cause
 
 	msg string
 }
@@ -201,7 +202,7 @@ func (d *Dialer) addPresence(e *Error) {
 		e.Reason = NodeOffline
 		e.msg += fmt.Sprintf("; %s is offline", e.Target.Host)
 	default:
-		e.Reason = NodeOffline
+		e.Reason, e.Seen = NodeOffline, seen
 		e.msg += fmt.Sprintf("; %s is offline, last seen %s ago", e.Target.Host, age(time.Since(seen)))
 	}
 }

@@ -8,6 +8,7 @@
 //	service.go  the configuration, compiled: routes, rules, certificates
 //	labels.go   routes that the labels of containers add to it
 //	splice.go   sni and tcp: hello, route, dial, relay, log
+//	access.go   who may use a route
 //	http.go     http and https: the same by request
 //	certificates.go  what https listeners show, and how ACME gets at them
 //	status.go   what can be seen from outside
@@ -22,10 +23,12 @@ import (
 	"log/slog"
 	"math"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/accesslog"
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
@@ -87,10 +90,12 @@ type Front struct {
 	labels    *labelRoutes
 	closed    bool
 
-	tailnetAddrs []netip.Addr // this node's, as last known
-	bindErr      error        // of tailnet addresses, while they wait
+	logs         map[string]*accesslog.Log // open access logs, by format and file
+	tailnetAddrs []netip.Addr              // this node's, as last known
+	bindErr      error                     // of tailnet addresses, while they wait
 
 	nodeName atomic.Pointer[string]
+	held     atomic.Int64 // requests that wait for a node: see hold.go
 }
 
 // New binds cfg's addresses and starts serving. What can mend itself (no
@@ -174,7 +179,17 @@ func (f *Front) apply(cfg *config.Config) error {
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
-	labels := f.prepareLabels(cfg, services)
+	logs, dropLogs, err := f.openLogs(cfg)
+	if err != nil {
+		return err
+	}
+	for i := range cfg.Listeners {
+		c := &cfg.Listeners[i]
+		if a := accessLogOf(cfg, c); a != nil {
+			services[c.Name].accessLog = logs[logKey(a)]
+		}
+	}
+	labels := f.prepareLabels(cfg, services) // of services that are complete but for them
 	connections := f.fitLimits(cfg)
 
 	var waits error
@@ -183,6 +198,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	}
 	opened, pending, err := f.bindMissing(bindings(cfg, listeners, f.tailnetAddrs))
 	if err != nil {
+		dropLogs()
 		return err
 	}
 
@@ -204,6 +220,7 @@ func (f *Front) apply(cfg *config.Config) error {
 		}
 	}
 	f.commitLabels(labels)
+	f.useLogs(logs)
 	f.watchNeeded(cfg)
 	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
 	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
@@ -222,7 +239,7 @@ func (f *Front) watchNeeded(cfg *config.Config) {
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]
 		docker = docker || l.Docker != nil && l.Docker.Enabled
-		if l.AcceptProxy != nil && len(newTrust(l.AcceptProxy.From).patterns) > 0 {
+		if l.AcceptProxy != nil && len(newPeers(l.AcceptProxy.From).patterns) > 0 || len(newPeers(l.Allow).patterns) > 0 {
 			tailnet = true
 		}
 		for _, c := range l.Certificates {
@@ -235,6 +252,11 @@ func (f *Front) watchNeeded(cfg *config.Config) {
 		for _, a := range actions {
 			if a == nil {
 				continue
+			}
+			tailnet = tailnet || len(newPeers(a.Allow).patterns) > 0
+			if a.ForwardAuth != nil {
+				tailnet = tailnet || strings.HasPrefix(a.ForwardAuth.Address, dial.Tailnet+":")
+				docker = docker || strings.HasPrefix(a.ForwardAuth.Address, dial.Docker+":")
 			}
 			for _, to := range a.Forward {
 				tailnet = tailnet || to.To.Scheme == dial.Tailnet
@@ -334,5 +356,6 @@ func (f *Front) Close() {
 		}
 	}
 	f.conns.Wait()
+	f.useLogs(nil)
 	f.acme.Close()
 }

@@ -64,8 +64,13 @@ func parse(t *testing.T, yaml string) *config.Config {
 
 func start(t *testing.T, yaml string) *daemon {
 	t.Helper()
+	return startConfig(t, parse(t, yaml))
+}
+
+func startConfig(t *testing.T, cfg *config.Config) *daemon {
+	t.Helper()
 	d := &daemon{t: t, log: &lines{}}
-	f, err := New(parse(t, yaml), Options{Log: slog.New(slog.NewTextHandler(d.log, nil)), Version: "test"})
+	f, err := New(cfg, Options{Log: slog.New(slog.NewTextHandler(d.log, nil)), Version: "test"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -28,7 +28,7 @@ type httpServer struct {
 // nil for http.
 func (f *Front) newHTTPServer(l *listener, certs *tlsterm.Store) *httpServer {
 	ctx, stop := context.WithCancel(f.ctx)
-	o := vhost.Options{Node: f.node(), Log: f.log, Answer: f.acme.ServeChallenge, OnRequest: func(r vhost.Request) { f.requestEnded(l, r) },
+	o := vhost.Options{Node: f.node(), Log: f.log, Answer: f.acme.ServeChallenge, OnRequest: func(r vhost.Request) { f.requestEnded(l, r) }, Guard: f.listenerGuard(l),
 		Route: func(r *http.Request, host, path string) (*vhost.Route, error) {
 			return l.service.Load().routeRequest(r, host, path)
 		},
@@ -48,7 +48,9 @@ func pageReason(err error) error {
 		return err
 	}
 	switch de.Reason {
-	case dial.NodeOffline, dial.UnknownNode, dial.ContainerStopped, dial.UnknownContainer, dial.AmbiguousContainer,
+	case dial.NodeOffline:
+		return vhost.FailAbsent(de.Seen, err)
+	case dial.UnknownNode, dial.ContainerStopped, dial.UnknownContainer, dial.AmbiguousContainer,
 		dial.NoSocket, dial.Exhausted:
 		return vhost.Fail(vhost.ReasonAbsent, err)
 	case dial.Timeout:
@@ -102,11 +104,12 @@ func (h *httpServer) close() {
 
 // Info tells vhost who is at the other end.
 func (in *inbound) Info() vhost.ConnInfo {
-	return vhost.ConnInfo{Client: in.client, Peer: in.peer, Local: in.local, Trusted: in.trusted, ID: in.id, ServerName: in.name}
+	return vhost.ConnInfo{Client: in.client, Peer: in.peer, Local: in.local, Trusted: in.trusted, Anonymous: in.anonymous, ID: in.id, ServerName: in.name}
 }
 
 // requestEnded writes the one line of a request, which is a flow of its own.
 func (f *Front) requestEnded(l *listener, r vhost.Request) {
+	f.logAccess(l, &r)
 	end := "eof"
 	if r.Err != nil {
 		end = "error"
@@ -115,21 +118,29 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	if !f.log.Enabled(context.Background(), slog.LevelInfo) {
 		return // a system call and two dozen allocations for nobody
 	}
-	args := []any{"id", r.ID, "request_id", r.Request, "node", f.node(), "listener", l.name, "name", r.Host,
+	args := []any{"id", r.ID, "request_id", r.RequestID, "node", f.node(), "listener", l.name, "name", r.Host,
 		"client", clientString(r.Client), "downstream", r.Conn.Peer.String(),
 		"method", r.Method, "path", r.Path, "proto", r.Proto, "status", r.Status,
 		"bytes_up", r.BytesIn, "bytes_down", r.BytesOut, "duration", seconds(time.Since(r.Started)), "datapath", userspace, "end", end}
 	if r.Upstream != nil {
-		target, _, _ := strings.Cut(r.Upstream.Key, " ")
-		args = append(args, "route", r.Route.Name, "target", target)
+		args = append(args, "route", r.Route.Name, "target", targetOf(r.Upstream))
 	}
 	if r.UpstreamConn != nil {
 		args = append(args, "upstream", remoteString(r.UpstreamConn), "upstream_rtt", seconds(roundTrip(r.UpstreamConn)))
+	}
+	if r.User != "" {
+		args = append(args, "user", r.User)
 	}
 	if r.Err != nil {
 		args = append(args, "err", r.Err)
 	}
 	f.log.Info("flow ended", args...)
+}
+
+// targetOf is the target of an upstream as the config writes it.
+func targetOf(u *vhost.Upstream) string {
+	target, _, _ := strings.Cut(u.Key, " ")
+	return target
 }
 
 // clientString leaves out a port that is not known.

@@ -26,12 +26,13 @@ type inbound struct {
 	accepted time.Time
 	waited   time.Duration // for the hello, before serve
 
-	id      string         // the path's id
-	peer    netip.AddrPort // the socket's other end
-	client  netip.AddrPort // the client, as far back as it is believed
-	local   netip.AddrPort // what the client connected to, as far as it is known
-	trusted bool           // accept_proxy.from names the peer
-	name    string         // server name, once known
+	id        string         // the path's id
+	peer      netip.AddrPort // the socket's other end
+	client    netip.AddrPort // the client, as far back as it is believed
+	local     netip.AddrPort // what the client connected to, as far as it is known
+	trusted   bool           // accept_proxy.from names the peer
+	anonymous bool           // the peer speaks for somebody, and can't say for whom
+	name      string         // server name, once known
 
 	ahead []byte // read from the socket, not yet consumed
 
@@ -110,6 +111,12 @@ func (f *Front) serve(in *inbound) {
 	}
 	switch in.service.mode {
 	case "tcp":
+		if r := in.service.fallback; r != nil {
+			if err := f.permit(f.ctx, in.visitor(), in.service.allow, r.allow); err != nil {
+				f.refuseInbound(in, err)
+				return
+			}
+		}
 		f.spliceTo(in, in.service.fallback, nil)
 	case "sni":
 		f.serveSNI(in)
@@ -156,7 +163,7 @@ func (f *Front) identify(in *inbound) error {
 	if !h.Source.IsValid() {
 		// Somebody behind the hop, and it can't say who: what they write about
 		// themselves in a request is not the hop's word.
-		in.trusted = false
+		in.trusted, in.anonymous = false, true
 		return nil
 	}
 	in.client = h.Source
@@ -183,7 +190,7 @@ func (f *Front) refuseInbound(in *inbound, err error) {
 	case "over_limit":
 		f.complain.Warn("over_limit", "connection refused: over the limit", "listener", in.listener.name, "err", err)
 	default:
-		f.complain.Warn(reason, "connection refused", "listener", in.listener.name, "peer", in.peer, "reason", reason, "err", err)
+		f.complain.Warn(reason, "connection refused", "listener", in.listener.name, "client", in.client, "peer", in.peer, "reason", reason, "err", err)
 	}
 	reset(in.TCPConn)
 }
@@ -192,7 +199,10 @@ func (f *Front) refuseInbound(in *inbound, err error) {
 // a route.
 func refusal(err error) string {
 	var over *limit.OverError
+	var stranger *notAllowedError
 	switch {
+	case errors.As(err, &stranger):
+		return notAllowed
 	case errors.As(err, &over):
 		return "over_limit"
 	case errors.Is(err, errStranger):

@@ -148,7 +148,7 @@ func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *
 		Key: fmt.Sprintf("%s proxy=%t at %s connect=%v", r.written, r.sendProxy, r.target, r.dialer.Timeout), Name: publicName(r), OwnConnections: r.sendProxy,
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			info, _ := vhost.Info(ctx)
-			up, err := f.dialRule(ctx, l.Name, r, info.Client.Addr())
+			up, err := f.dialUpstream(ctx, l.Name, r, info.Client.Addr())
 			if err != nil {
 				f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", info.ID, "listener", l.Name, "route", r.name, "target", r.written, "client", info.Client, "err", err)
 				return nil, pageReason(err)

@@ -8,6 +8,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Gone reports whether the peer has closed the connection or its side of it.
+// Bytes that came before may still wait to be read.
+func (in *inbound) Gone() bool {
+	raw, err := in.TCPConn.SyscallConn()
+	if err != nil {
+		return true
+	}
+	gone := false
+	err = raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		gone = err == nil && info.State != tcpEstablished
+	})
+	return gone || err != nil
+}
+
+// tcpEstablished is TCP_ESTABLISHED (linux/tcp_states.h).
+const tcpEstablished = 1
+
 // roundTrip is the kernel's estimate of c's round trip time, or 0 for what is
 // not TCP. Right after the handshake it is the handshake's.
 func roundTrip(c net.Conn) time.Duration {

@@ -9,7 +9,9 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/accesslog"
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -34,15 +36,17 @@ type listener struct {
 type service struct {
 	mode     string
 	limits   config.Limits
-	trust    *trust              // nil: a PROXY header is data
+	trust    *peers              // nil: a PROXY header is data
+	allow    *peers              // nil: everybody
 	names    *route.Table[*rule] // sni and http(s): by name, then default
 	fallback *rule               // tcp: the only way
 	rules    []*rule             // in the config's order, for status
 	base     *service            // with docker enabled: the same without the labels' routes
 
-	hsts        string // https only
-	timing      bool   // http(s) only
-	clientCerts bool   // some route wants a client's certificate
+	hsts        string         // https only
+	timing      bool           // http(s) only
+	clientCerts bool           // some route wants a client's certificate
+	accessLog   *accesslog.Log // http(s) only; nil: none
 }
 
 // rule is one route, or the default.
@@ -56,6 +60,8 @@ type rule struct {
 	literal   netip.AddrPort // the target where it needs no lookup
 	written   string         // the target as the config has it
 	sendProxy bool
+	allow     *peers           // nil: everybody
+	hold      time.Duration    // how long a request waits for a node
 	datapaths []relay.Datapath // to be tried before userspace, best first
 
 	http *vhost.Route // http(s) only
@@ -97,7 +103,10 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 		s.hsts = l.HSTS.Value()
 	}
 	if l.AcceptProxy != nil {
-		s.trust = newTrust(l.AcceptProxy.From)
+		s.trust = newPeers(l.AcceptProxy.From)
+	}
+	if len(l.Allow) > 0 {
+		s.allow = newPeers(l.Allow)
 	}
 	var errs []error
 	for i := range l.Routes {
@@ -178,16 +187,25 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 	r.literal, _ = r.target.Literal()
 	r.written = written(a)
 	r.sendProxy = a.SendProxy != ""
+	r.hold = a.Hold
+	if len(a.Allow) > 0 {
+		r.allow = newPeers(a.Allow)
+	}
 	wanted := cmp.Or(a.Datapath, cfg.Datapath, "auto")
 	if l.Mode == "http" || l.Mode == "https" {
 		// What is terminated here can't be moved without this process.
 		var err error
-		r.http, err = f.compileHTTP(cfg, l, r, a)
+		if r.http, err = f.compileHTTP(cfg, l, r, a); err != nil {
+			return nil, err
+		}
+		r.http.Guard, err = f.compileAccess(cfg, l.Name, r, a)
 		return r, err
 	}
 	var err error
-	r.datapaths, err = f.chooseDatapaths(wanted)
-	return r, err
+	if r.datapaths, err = f.chooseDatapaths(wanted); err != nil {
+		return nil, fmt.Errorf("%s:%s: %w", cfg.File, a.At("datapath"), err)
+	}
+	return r, nil
 }
 
 // written is where a rule leads, as the config has it.

@@ -31,6 +31,10 @@ func (f *Front) serveSNI(in *inbound) {
 		return
 	}
 	in.name = hello.ServerName
+	if err := f.permit(f.ctx, in.visitor(), in.service.allow); err != nil {
+		f.refuseHello(in, hello, err)
+		return
+	}
 	r, ok := in.service.names.Lookup(hello.ServerName, func(r *rule) bool { return r.accepts(hello.ALPN) })
 	if !ok {
 		f.refuseHello(in, hello, errNobodyServes)
@@ -38,6 +42,10 @@ func (f *Front) serveSNI(in *inbound) {
 	}
 	if r.reject {
 		f.refuseHello(in, hello, fmt.Errorf("%w (route %s)", errRejectedName, r.name))
+		return
+	}
+	if err := f.permit(f.ctx, in.visitor(), r.allow); err != nil {
+		f.refuseHello(in, hello, fmt.Errorf("%w (route %s)", err, r.name))
 		return
 	}
 	f.spliceTo(in, r, &hello)
@@ -55,7 +63,10 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 	alert, speaksTLS := sni.AlertFor(err)
 	var reason string
 	var reject *sni.RejectError
+	var stranger *notAllowedError
 	switch {
+	case errors.As(err, &stranger):
+		reason, alert, speaksTLS = notAllowed, sni.AlertAccessDenied, true
 	case errors.Is(err, errNobodyServes), errors.Is(err, errRejectedName):
 		reason, alert, speaksTLS = "unrecognized_name", sni.AlertUnrecognizedName, true
 	case errors.As(err, &reject):

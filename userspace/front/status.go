@@ -25,7 +25,7 @@ type Status struct {
 	Labels    []LabelProblem   `json:"label_problems,omitempty"` // labels of containers that make no route, and why
 
 	Accepted   map[string]int64 `json:"accepted"`    // connections by listener
-	Refused    map[string]int64 `json:"refused"`     // connections by reason
+	Refused    map[string]int64 `json:"refused"`     // connections and requests by reason
 	Ended      map[string]int64 `json:"ended"`       // flows by how they ended
 	DialErrors map[string]int64 `json:"dial_errors"` // by reason
 	Demoted    map[string]int64 `json:"demoted"`     // flows given back to userspace, by reason
@@ -46,6 +46,7 @@ type ListenerStatus struct {
 	Listen       []string       `json:"listen"` // as configured
 	Bound        []string       `json:"bound"`  // as bound now
 	AcceptProxy  []string       `json:"accept_proxy,omitempty"`
+	Allow        []string       `json:"allow,omitempty"`
 	Certificates []tlsterm.Info `json:"certificates,omitempty"`
 	ACME         []acme.Status  `json:"acme,omitempty"` // the names of certificates that come by ACME
 	Routes       []RouteStatus  `json:"routes"`
@@ -58,6 +59,7 @@ type RouteStatus struct {
 	Forward   string   `json:"forward,omitempty"`
 	Reject    bool     `json:"reject,omitempty"`
 	SendProxy bool     `json:"send_proxy,omitempty"`
+	Allow     []string `json:"allow,omitempty"`
 	Datapath  string   `json:"datapath,omitempty"`
 	Source    string   `json:"source"`                    // "config", or "container NAME" where its labels made the route
 	Container string   `json:"container_state,omitempty"` // of that container: running, stopped or removed
@@ -88,7 +90,7 @@ func (f *Front) Status() Status {
 		c := &f.cfg.Listeners[i]
 		l := f.listeners[c.Name]
 		svc := l.service.Load()
-		ls := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}}
+		ls := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}, Allow: c.Allow}
 		if c.AcceptProxy != nil {
 			ls.AcceptProxy = c.AcceptProxy.From
 		}
@@ -105,7 +107,7 @@ func (f *Front) Status() Status {
 		}
 		slices.Sort(ls.Bound)
 		for _, r := range svc.rules {
-			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Source: r.source(), Container: r.state}
+			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Source: r.source(), Container: r.state, Allow: r.allow.strings()}
 			if !r.reject {
 				rs.Datapath = r.via()
 			}

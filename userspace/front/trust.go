@@ -10,14 +10,15 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
 
-// trust is who a listener's accept_proxy.from names.
-type trust struct {
+// peers are those that accept_proxy.from or allow names.
+type peers struct {
 	prefixes []netip.Prefix
 	patterns []string // tailnet node names, users, tags
+	written  []string
 }
 
-func newTrust(from []string) *trust {
-	t := &trust{}
+func newPeers(from []string) *peers {
+	t := &peers{written: from}
 	for _, s := range from {
 		if p, err := netip.ParsePrefix(s); err == nil {
 			t.prefixes = append(t.prefixes, p.Masked())
@@ -30,12 +31,20 @@ func newTrust(from []string) *trust {
 	return t
 }
 
+// strings are what the config says, for status.
+func (t *peers) strings() []string {
+	if t == nil {
+		return nil
+	}
+	return t.written
+}
+
 type whoIs func(context.Context, netip.Addr) (tailnet.Identity, error)
 
 // check says whether peer is one of those that t names, and who it is, for the
 // log. A tailnet address is an identity only by what tailscaled says of it: an
 // error there means no.
-func (t *trust) check(ctx context.Context, peer netip.Addr, ask whoIs) (trusted bool, who string) {
+func (t *peers) check(ctx context.Context, peer netip.Addr, ask whoIs) (trusted bool, who string) {
 	for _, p := range t.prefixes {
 		if p.Contains(peer) {
 			return true, peer.String()

@@ -24,6 +24,7 @@ type Set struct {
 	DialError *prometheus.CounterVec // listener, reason
 	Demoted   *prometheus.CounterVec // datapath, reason
 	Reloads   *prometheus.CounterVec // result: ok | error
+	LogLost   prometheus.Counter     // lines
 	DialTime  prometheus.Histogram   // seconds
 
 	registry *prometheus.Registry
@@ -37,12 +38,14 @@ func New(version string, flows func() int) *Set {
 	}
 	s := &Set{
 		Accepted:  counter("connections_accepted_total", "Connections accepted, before any check.", "listener"),
-		Refused:   counter("connections_refused_total", "Connections closed before they became a flow, by reason.", "listener", "reason"),
+		Refused:   counter("connections_refused_total", "Connections closed before they became a flow, and requests refused, by reason.", "listener", "reason"),
 		Ended:     counter("flows_ended_total", "Flows that ended, by datapath and by how they ended.", "listener", "datapath", "end"),
 		Bytes:     counter("bytes_total", "Bytes of ended flows; up is from downstream to upstream.", "listener", "direction"),
 		DialError: counter("dial_errors_total", "Upstreams that could not be reached, by reason.", "listener", "reason"),
 		Demoted:   counter("flows_demoted_total", "Flows that a datapath gave back to userspace, by reason.", "datapath", "reason"),
-		Reloads:   counter("config_reloads_total", "Configuration reloads, by result.", "result"),
+		LogLost: prometheus.NewCounter(prometheus.CounterOpts{Name: "tailsplice_access_log_lost_total",
+			Help: "Lines of access logs that were not written, because the disk was full or too slow."}),
+		Reloads: counter("config_reloads_total", "Configuration reloads, by result.", "result"),
 		DialTime: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "tailsplice_dial_seconds",
 			Help: "Time to resolve and connect to an upstream.", Buckets: prometheus.ExponentialBuckets(0.0005, 2, 15)}),
 		registry: prometheus.NewRegistry(),
@@ -52,7 +55,7 @@ func New(version string, flows func() int) *Set {
 	info.Set(1)
 	live := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_flows", Help: "Flows that live now."},
 		func() float64 { return float64(flows()) })
-	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Bytes, s.DialError, s.Demoted, s.Reloads, s.DialTime, info, live,
+	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Bytes, s.DialError, s.Demoted, s.Reloads, s.LogLost, s.DialTime, info, live,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
 }

@@ -22,6 +22,7 @@ type body struct {
 	control *http.ResponseController
 	bytes   atomic.Int64
 	in, out *http.Request
+	visit   *Visit
 
 	mu          sync.Mutex // Read is the transport's, Close may come from the handler
 	armed       time.Time
@@ -78,7 +79,7 @@ func (b *body) end(err error) {
 		return
 	}
 	for k, v := range b.in.Trailer {
-		if v != nil && !isForwarding(k) {
+		if v != nil && !isForwarding(k) && !b.visit.drops(k) {
 			b.out.Trailer[k] = v
 		}
 	}
@@ -86,11 +87,11 @@ func (b *body) end(err error) {
 
 // passTrailers makes the trailers of in those of out, once they have come. The
 // transport announces the ones that in announces; HTTP/1 lets others follow.
-func (b *body) passTrailers(in, out *http.Request) {
-	b.in, b.out = in, out
+func (b *body) passTrailers(in, out *http.Request, v *Visit) {
+	b.in, b.out, b.visit = in, out, v
 	out.Trailer = http.Header{}
 	for k := range in.Trailer {
-		if !isForwarding(k) {
+		if !isForwarding(k) && !v.drops(k) {
 			out.Trailer[k] = nil
 		}
 	}

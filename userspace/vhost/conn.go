@@ -23,6 +23,9 @@ type ConnInfo struct {
 	Peer netip.AddrPort
 	// Local is what the client connected to.
 	Local netip.AddrPort
+	// Anonymous says that Peer speaks for somebody, and Client is Peer only
+	// because it could not say for whom.
+	Anonymous bool
 	// Trusted says that the config trusts Peer to speak for others
 	// (accept_proxy.from names it). Whether its forwarding headers are
 	// believed, see believes.
@@ -158,6 +161,27 @@ func (c *conn) transport(p Protocol) *http.Transport {
 	t := c.server.newTransport(p, ownIdlePerHost, ownIdleTotal)
 	c.own[p].Store(t)
 	return t
+}
+
+// gone says whether the peer has closed its side, as far as that can be seen
+// without reading.
+func (c *conn) gone() bool {
+	g, ok := c.Conn.(interface{ Gone() bool })
+	return ok && g.Gone()
+}
+
+// clientLeft says whether nobody waits for the answer. While a body is to be
+// read net/http does not look.
+func (x *exchange) clientLeft() bool {
+	return x.req.Context().Err() != nil || x.req.ProtoMajor == 1 && x.conn.gone()
+}
+
+// ClientLeft says whether the client of the request that wants a connection has
+// left; ctx is what Upstream.Dial got. It sees more if the downstream net.Conn
+// has the method Gone() bool.
+func ClientLeft(ctx context.Context) bool {
+	x, ok := ctx.Value(exchangeKey{}).(*exchange)
+	return ok && x.clientLeft()
 }
 
 type connKey struct{}

@@ -6,8 +6,10 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // Reasons why an upstream did not answer, as pages know them.
@@ -29,11 +31,16 @@ type Reasoner interface {
 }
 
 // Fail gives err a reason.
-func Fail(reason string, err error) error { return &failure{reason, err} }
+func Fail(reason string, err error) error { return &failure{reason: reason, err: err} }
+
+// FailAbsent gives err the reason ReasonAbsent, and the time when the upstream was
+// last seen, for the page; zero if unknown.
+func FailAbsent(seen time.Time, err error) error { return &failure{ReasonAbsent, err, seen} }
 
 type failure struct {
 	reason string
 	err    error
+	seen   time.Time
 }
 
 func (f *failure) Error() string  { return f.err.Error() }
@@ -80,6 +87,26 @@ type fault struct {
 	hint   string // what to do
 	target string // the hop that did not answer, "" if the fault is here
 	reason string
+	seen   time.Time // of the target; zero if unknown
+}
+
+// ago is how long ago something was, as people say it.
+func ago(d time.Duration) string {
+	n, unit := int(d/time.Second), "second"
+	switch {
+	case d >= 48*time.Hour:
+		n, unit = int(d/(24*time.Hour)), "day"
+	case d >= time.Hour:
+		n, unit = int(d/time.Hour), "hour"
+	case d >= time.Minute:
+		n, unit = int(d/time.Minute), "minute"
+	case d < time.Second:
+		return "just now"
+	}
+	if n != 1 {
+		unit += "s"
+	}
+	return strconv.Itoa(n) + " " + unit + " ago"
 }
 
 // hopFailed answers with the page for an upstream that did not.
@@ -107,6 +134,7 @@ func (s *Server) hopFailed(x *exchange, err error) {
 		f.hint = "If it is yours, see that the port speaks TLS, and that the route's upstream names the authority of its certificate (ca) and the name on it (server_name)."
 	case ReasonTimeout:
 		status = http.StatusGatewayTimeout
+		x.resp.Header().Set("Retry-After", "10")
 		f.title = sentence(name) + " did not answer in time"
 		f.text = s.opts.Node + " waited for " + name + " in vain."
 		f.hint = "It may be busy, asleep, or without a network. Try again in a moment."
@@ -114,6 +142,11 @@ func (s *Server) hopFailed(x *exchange, err error) {
 		status = http.StatusServiceUnavailable
 		f.title = sentence(name) + " is not there right now"
 		f.text = s.opts.Node + " knows " + name + ", but it is offline or not running."
+		var absent *failure
+		if errors.As(err, &absent) && !absent.seen.IsZero() {
+			f.seen = absent.seen
+			f.text = s.opts.Node + " knows " + name + ", but it is offline. It was last seen " + ago(time.Since(f.seen)) + ", at " + f.seen.UTC().Format("15:04 on 2 January 2006 UTC") + "."
+		}
 		f.hint = "Try again once it is back. If it is yours, start it; then this page goes away by itself."
 		x.resp.Header().Set("Retry-After", "10")
 	default:

@@ -45,11 +45,12 @@ func isForwarding(name string) bool {
 
 // setForwarded makes the forwarding headers of the request that goes out, whose
 // header is out. From a hop that is believed, what it sent is kept and this hop
-// added; from anyone else all of it is dropped first.
+// added; from anyone else all of it is dropped first. Who a tailnet's user is
+// each hop asks its own tailscaled: Tailscale- headers are always dropped.
 func setForwarded(in *http.Request, out http.Header, info ConnInfo, id string) {
 	believed := believes(info, in.TLS != nil)
 	for name := range out {
-		if isForwarding(name) && (!believed || strings.ContainsRune(name, '_')) {
+		if isForwarding(name) && (!believed || strings.ContainsRune(name, '_') || strings.HasPrefix(strings.ToLower(name), "tailscale-")) {
 			delete(out, name)
 		}
 	}
@@ -94,20 +95,21 @@ func setForwarded(in *http.Request, out http.Header, info ConnInfo, id string) {
 
 // clientOf is the client of a request: what a hop that is believed says that it
 // saw, which is the last of its X-Forwarded-For, else that of the connection.
-// What stands before the last may be anybody's word.
-func clientOf(r *http.Request, info ConnInfo) netip.AddrPort {
+// What stands before the last may be anybody's word. known is false where a hop
+// speaks for somebody and doesn't say for whom: the client is then that hop.
+func clientOf(r *http.Request, info ConnInfo) (client netip.AddrPort, known bool) {
 	if !believes(info, r.TLS != nil) {
-		return info.Client
+		return info.Client, !info.Anonymous
 	}
 	chain := splitList(r.Header["X-Forwarded-For"])
 	if len(chain) == 0 {
-		return info.Client
+		return info.Client, !info.Anonymous
 	}
 	addr, err := netip.ParseAddr(chain[len(chain)-1])
 	if err != nil {
-		return info.Client
+		return info.Client, false
 	}
-	return netip.AddrPortFrom(addr.Unmap(), 0)
+	return netip.AddrPortFrom(addr.Unmap(), 0), true
 }
 
 // splitList takes a list apart that may be spread over several lines.

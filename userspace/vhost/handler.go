@@ -33,6 +33,8 @@ type exchange struct {
 	resp *response
 	err  error
 
+	visit Visit
+
 	upConn     atomic.Pointer[upstreamConn] // that the transport chose
 	reused     bool                         // it had been used before
 	sentBefore int64                        // bytes that it had taken then
@@ -66,6 +68,11 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if s.opts.Answer != nil && s.opts.Answer(x.resp, r) {
 		x.whole = true
+		return
+	}
+	x.visit = Visit{Request: r, Conn: x.conn.info, ID: x.id, x: x}
+	x.visit.Client, x.visit.Known = clientOf(r, x.conn.info)
+	if !s.guard(x, s.opts.Guard) {
 		return
 	}
 	route, err := s.opts.Route(r, x.host, routePath(r))
@@ -106,12 +113,14 @@ const hstsHeader = "Strict-Transport-Security"
 // admit says whether x's request goes on to an upstream. If not, it has been
 // answered.
 func (s *Server) admit(x *exchange) bool {
-	switch {
-	case x.route.ClientCAs != nil:
+	if x.route.ClientCAs != nil {
 		if err := checkClient(x.req.TLS, x.route.ClientCAs, x.host); err != nil {
 			s.clientRefused(x, err)
 			return false
 		}
+	}
+	if !s.guard(x, x.route.Guard) {
+		return false
 	}
 	switch {
 	case x.route.Redirect != nil:
@@ -185,9 +194,11 @@ func (s *Server) report(x *exchange, started time.Time) {
 		return
 	}
 	q := Request{
-		Conn: x.conn.info, Client: clientOf(x.req, x.conn.info), ID: x.id, Method: x.req.Method, Host: x.host, Path: x.req.URL.Path, Proto: x.req.Proto,
-		Status: x.resp.status, BytesOut: x.resp.bytes, Started: started, Duration: time.Since(started), Request: x.requestID, Route: x.route, Upstream: x.up, Err: x.err,
+		Conn: x.conn.info, ID: x.id, Method: x.req.Method, Host: x.host, Path: x.req.URL.Path, Proto: x.req.Proto,
+		Header: x.req.Header, URI: x.req.RequestURI, RequestID: x.requestID, User: x.visit.User,
+		Status: x.resp.status, BytesOut: x.resp.bytes, Started: started, Duration: time.Since(started), Route: x.route, Upstream: x.up, Err: x.err,
 	}
+	q.Client, _ = clientOf(x.req, x.conn.info)
 	if c := x.upConn.Load(); c != nil {
 		q.UpstreamConn = c.Conn
 	}
@@ -245,7 +256,7 @@ func (s *Server) failed(_ http.ResponseWriter, out *http.Request, err error) {
 		}
 		s.page(x, status, f)
 		return
-	} else if x.req.Context().Err() != nil || x.body.lost() {
+	} else if x.clientLeft() || x.body.lost() {
 		x.resp.status = statusClientLeft
 		x.err = errClientLeft
 		panic(http.ErrAbortHandler) // nobody is there to read a page

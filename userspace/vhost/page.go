@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 )
 
 //go:embed page.html
@@ -33,6 +34,10 @@ func (s *Server) page(x *exchange, status int, f fault) {
 		kind = "application/json"
 		enc := json.NewEncoder(&buf)
 		enc.SetEscapeHTML(false)
+		seen := ""
+		if !f.seen.IsZero() {
+			seen = f.seen.UTC().Format(time.RFC3339)
+		}
 		enc.Encode(struct {
 			Status int    `json:"status"`
 			Error  string `json:"error"`
@@ -41,8 +46,9 @@ func (s *Server) page(x *exchange, status int, f fault) {
 			Node   string `json:"node"`
 			Target string `json:"target,omitempty"`
 			Reason string `json:"reason,omitempty"`
+			Seen   string `json:"last_seen,omitempty"`
 			ID     string `json:"id,omitempty"`
-		}{status, f.title, f.text, f.hint, s.opts.Node, f.target, f.reason, x.id})
+		}{status, f.title, f.text, f.hint, s.opts.Node, f.target, f.reason, seen, x.id})
 	default:
 		fmt.Fprintf(&buf, "%d %s: %s\n\n%s\n", status, http.StatusText(status), f.title, f.text)
 		if f.hint != "" {

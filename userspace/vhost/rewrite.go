@@ -16,13 +16,12 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 	// ReverseProxy re-encodes queries that Go's parser finds odd, for the sake
 	// of handlers which decide by them. We don't; the upstream gets what was sent.
 	pr.Out.URL.RawQuery = pr.In.URL.RawQuery
-	setForwarded(pr.In, pr.Out.Header, x.conn.info, x.id)
-	pr.Out.Header["X-Request-Id"] = []string{x.requestID}
+	x.setHeaders(pr.Out.Header)
 	if x.timing {
 		pr.Out.Header[timingHeader] = []string{"1"}
 	}
 	if x.body != nil {
-		x.body.passTrailers(x.req, pr.Out)
+		x.body.passTrailers(x.req, pr.Out, &x.visit)
 	}
 	r := x.route
 	if r.ClientCAs != nil {

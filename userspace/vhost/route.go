@@ -14,6 +14,8 @@ import (
 type Route struct {
 	// Name is the route's name, for OnRequest.
 	Name string
+	// Guard, if not nil, decides whether a request may go on.
+	Guard Guard
 	// Upstreams are where its requests may go. It needs one, but for a
 	// Redirect.
 	Upstreams []Choice

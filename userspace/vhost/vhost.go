@@ -81,6 +81,10 @@ type Options struct {
 	// if it has answered: what an ACME authority asks for.
 	Answer func(http.ResponseWriter, *http.Request) bool
 
+	// Guard, if not nil, decides after Answer and before Route whether a request
+	// may go on; Upstream.Guard does so after Route.
+	Guard Guard
+
 	// TLS terminates TLS on each connection; nil serves plain HTTP/1.1, and
 	// HTTP/2 with prior knowledge. It should offer h2 and http/1.1.
 	TLS *tls.Config
@@ -109,21 +113,24 @@ var (
 
 // Request is what OnRequest learns of a request that has ended.
 type Request struct {
-	Conn     ConnInfo
-	Client   netip.AddrPort // as far back as it is believed; port 0 if a header said it
-	ID       string         // the path's id, as the upstream got it
-	Request  string         // X-Request-Id, likewise
-	Method   string
-	Host     string // as Route got it
-	Path     string // as the client sent it, without the query
-	Proto    string // HTTP/1.0, HTTP/1.1 or HTTP/2.0
-	Status   int    // of the answer; 499 if the client left before it; 101 for upgrades
-	BytesIn  int64  // of the request's body; of everything after an upgrade
-	BytesOut int64  // of the answer's body; of everything after an upgrade
-	Started  time.Time
-	Duration time.Duration
-	Route    *Route    // nil if none was found
-	Upstream *Upstream // the last that was tried; nil if none was
+	Conn      ConnInfo
+	Client    netip.AddrPort // as far back as it is believed; port 0 if a header said it
+	ID        string         // the path's id, as the upstream got it
+	Method    string
+	Host      string      // as Route got it
+	Path      string      // as the client sent it, without the query
+	Header    http.Header // as the client sent it; not to be changed or kept
+	URI       string      // as the client sent it
+	RequestID string      // X-Request-Id, as the upstream got it
+	User      string      // who it is, as a Guard found out; "" if none did
+	Proto     string      // HTTP/1.0, HTTP/1.1 or HTTP/2.0
+	Status    int         // of the answer; 499 if the client left before it; 101 for upgrades
+	BytesIn   int64       // of the request's body; of everything after an upgrade
+	BytesOut  int64       // of the answer's body; of everything after an upgrade
+	Started   time.Time
+	Duration  time.Duration
+	Route     *Route    // nil if none was found
+	Upstream  *Upstream // the last that was tried; nil if none was
 	// UpstreamConn is what Upstream.Dial returned for this request or an
 	// earlier one, for its addresses and the kernel's view of it only: it is
 	// not the receiver's, and may be closed. Nil if there was none.

@@ -1,0 +1,247 @@
+// Package accesslog writes a line for each request to a file or to standard
+// error, as JSON or in the formats that Apache and nginx made common.
+//
+// Writing never waits for a disk: lines are queued, within bounds, and one
+// goroutine writes them. What can't be written is counted and complained of
+// once. Rotation is the system's: a file that was renamed or removed is made
+// anew within a second, and [Log.Reopen] does so at once.
+package accesslog
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// queueBytes bounds the lines that wait to be written.
+	queueBytes = 4 << 20
+	// lookEvery is how often the file's name is looked at for a rotation.
+	lookEvery = time.Second
+	fileMode  = 0o640
+	closeWait = 2 * time.Second
+)
+
+// Stderr as a file's name is standard error.
+const Stderr = "stderr"
+
+// Options says where lines go.
+type Options struct {
+	File   string // a path, or [Stderr]
+	Format string // "json", "common" or "combined"
+	// Log hears, once, when lines are lost, and when that is over.
+	Log *slog.Logger
+	// Lost counts lines that were not written. Nil counts nowhere.
+	Lost func(lines int)
+}
+
+// Log is one open access log. Make it with [Open], end it with Close. Its
+// methods may be called from any goroutine.
+type Log struct {
+	opts   Options
+	format func([]byte, *Entry) []byte
+
+	mu     sync.Mutex
+	queue  []byte // whole lines
+	lines  int    // in queue
+	wake   chan struct{}
+	closed bool
+	done   chan struct{} // closed when the writer has ended
+
+	reopen atomic.Bool
+
+	// The writer's own.
+	out    io.Writer
+	file   *os.File // nil for standard error
+	looked time.Time
+	broken bool // the last write or open failed, and that was said
+	torn   bool // the file ends in the middle of a line
+}
+
+// Open opens the file for appending, and makes it if it is not there. Its folder
+// must exist.
+func Open(o Options) (*Log, error) {
+	l := &Log{opts: o, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	switch o.Format {
+	case "json":
+		l.format = appendJSON
+	case "common":
+		l.format = appendCommon
+	case "combined":
+		l.format = appendCombined
+	default:
+		return nil, fmt.Errorf("there is no access log format %q", o.Format)
+	}
+	if o.File == Stderr {
+		l.out = os.Stderr
+	} else if err := l.open(); err != nil {
+		return nil, err
+	}
+	go l.run()
+	return l, nil
+}
+
+// Write queues the line of e. It never blocks: a line that finds the queue full,
+// because the disk does not keep up, is lost and counted.
+func (l *Log) Write(e *Entry) {
+	l.mu.Lock()
+	before := len(l.queue)
+	fits := !l.closed && before < queueBytes
+	if fits {
+		l.queue = l.format(l.queue, e)
+		l.lines++
+	}
+	l.mu.Unlock()
+	if !fits {
+		l.lost(1)
+		return
+	}
+	if before == 0 {
+		l.poke()
+	}
+}
+
+// Reopen makes the writer open the file anew, as after a rotation.
+func (l *Log) Reopen() {
+	l.reopen.Store(true)
+	l.poke()
+}
+
+// Close writes what is queued and closes the file. It gives up on a disk or a
+// pipe that takes nothing.
+func (l *Log) Close() {
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	l.poke()
+	select {
+	case <-l.done:
+	case <-time.After(closeWait):
+	}
+}
+
+func (l *Log) poke() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (l *Log) lost(n int) {
+	if l.opts.Lost != nil {
+		l.opts.Lost(n)
+	}
+}
+
+// run writes what is queued, until the log is closed.
+func (l *Log) run() {
+	defer close(l.done)
+	var spare []byte
+	for range l.wake {
+		for {
+			l.mu.Lock()
+			batch, lines, closed := l.queue, l.lines, l.closed
+			l.queue, l.lines = spare[:0], 0
+			l.mu.Unlock()
+			l.follow()
+			if len(batch) > 0 {
+				l.write(batch, lines)
+			}
+			if spare = batch; cap(spare) > queueBytes/4 {
+				spare = nil // after a burst
+			}
+			if len(batch) > 0 {
+				continue
+			}
+			if closed {
+				if l.file != nil {
+					l.file.Close()
+				}
+				return
+			}
+			break
+		}
+	}
+}
+
+// follow opens the file anew where its name is another file's by now.
+func (l *Log) follow() {
+	if l.opts.File == Stderr {
+		return
+	}
+	asked := l.reopen.Swap(false)
+	if !asked && time.Since(l.looked) < lookEvery {
+		return
+	}
+	l.looked = time.Now()
+	if !asked && l.file != nil {
+		named, err := os.Stat(l.opts.File)
+		open, err2 := l.file.Stat()
+		if err == nil && err2 == nil && os.SameFile(named, open) {
+			return
+		}
+	}
+	if err := l.open(); err != nil {
+		l.complain(err)
+	}
+}
+
+// open takes the file that has the name now. With an error the one before stays.
+func (l *Log) open() error {
+	f, err := os.OpenFile(l.opts.File, os.O_WRONLY|os.O_APPEND|os.O_CREATE, fileMode)
+	if err != nil {
+		return err
+	}
+	if l.file != nil {
+		l.file.Close()
+	}
+	l.file, l.out, l.torn, l.looked = f, f, false, time.Now()
+	return nil
+}
+
+// write writes whole lines, or loses them.
+func (l *Log) write(batch []byte, lines int) {
+	if l.torn {
+		if _, err := l.out.Write([]byte("\n")); err != nil {
+			l.lost(lines)
+			return
+		}
+		l.torn = false
+	}
+	n, err := l.out.Write(batch)
+	if err == nil {
+		if l.broken {
+			l.broken = false
+			l.opts.Log.Info("the access log is written again", "file", l.opts.File)
+		}
+		return
+	}
+	written := 0
+	for _, c := range batch[:n] {
+		if c == '\n' {
+			written++
+		}
+	}
+	l.torn = n > 0 && batch[n-1] != '\n'
+	l.lost(lines - written)
+	l.complain(err)
+}
+
+// complain says once that lines are lost, until they no longer are.
+func (l *Log) complain(err error) {
+	if l.broken {
+		return
+	}
+	l.broken = true
+	var path *os.PathError
+	if errors.As(err, &path) {
+		err = path.Err
+	}
+	l.opts.Log.Error("the access log can't be written: requests go on, their lines are lost and counted; see that the disk has space and the folder is there",
+		"file", l.opts.File, "err", err)
+}

@@ -1,0 +1,168 @@
+package auth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/textproto"
+	"net/url"
+	"strings"
+	"time"
+)
+
+const (
+	// idleFor is an unused connection's life.
+	idleFor  = 30 * time.Second
+	idleMost = 32
+	// drainBytes is how much of an answer that nobody reads is read, so that its
+	// connection can be used again.
+	drainBytes = 64 << 10
+	drainFor   = time.Second
+)
+
+// Forward is a server that is asked about each request, as Authelia and
+// oauth2-proxy are. Make it with [NewForward]; its methods may be called from
+// any goroutine.
+type Forward struct {
+	url       *url.URL
+	timeout   time.Duration
+	transport *http.Transport
+	copied    []string
+}
+
+// ForwardOptions says whom to ask and how. All fields are needed but Dial and
+// Copy.
+type ForwardOptions struct {
+	// URL is http or https.
+	URL *url.URL
+	// Timeout bounds the time until the header of an answer.
+	Timeout time.Duration
+	// Dial connects to the server. Nil dials the URL's host.
+	Dial func(context.Context) (net.Conn, error)
+	// Copy are the headers that [Forward.Copied] takes out of an answer.
+	Copy []string
+}
+
+// NewForward makes a Forward. It connects to nothing yet. [Forward.Close] closes
+// idle connections.
+func NewForward(o ForwardOptions) *Forward {
+	t := &http.Transport{MaxIdleConns: idleMost, MaxIdleConnsPerHost: idleMost, IdleConnTimeout: idleFor, DisableCompression: true,
+		TLSHandshakeTimeout: o.Timeout}
+	if o.Dial != nil {
+		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) { return o.Dial(ctx) }
+	}
+	f := &Forward{url: o.URL, timeout: o.Timeout, transport: t}
+	for _, name := range o.Copy {
+		f.copied = append(f.copied, textproto.CanonicalMIMEHeaderKey(name))
+	}
+	return f
+}
+
+// Close closes idle connections; those in use go on.
+func (f *Forward) Close() { f.transport.CloseIdleConnections() }
+
+// ErrNoAnswer is wrapped by errors of [Forward.Ask] for a server that could not
+// be reached or took too long; all others are for one whose answer is not HTTP.
+var ErrNoAnswer = errors.New("no answer")
+
+// Ask asks about a request with a GET that has its headers and says what was
+// asked for: header is that of the request as it would go on, with its
+// X-Forwarded-For, -Host and -Proto, and without what is hop-by-hop; Ask adds
+// X-Forwarded-Method and -Uri, and leaves out what belongs to the body.
+//
+// The caller closes the answer's body. Redirects are answers like any other.
+func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Header) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	timer := time.AfterFunc(f.timeout, func() { cancel(errTooSlow) })
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, f.url.String(), nil)
+	if err != nil {
+		cancel(nil)
+		return nil, err
+	}
+	r.Header = header.Clone()
+	for _, name := range []string{"Content-Length", "Content-Encoding", "Content-Type", "Expect"} {
+		r.Header.Del(name)
+	}
+	for name := range r.Header { // frameworks make one of X_Forwarded_Uri and X-Forwarded-Uri
+		if n := strings.ReplaceAll(strings.ToLower(name), "_", "-"); n == "x-forwarded-method" || n == "x-forwarded-uri" {
+			delete(r.Header, name)
+		}
+	}
+	r.Header.Set("X-Forwarded-Method", method)
+	r.Header.Set("X-Forwarded-Uri", uri)
+	if r.Header["User-Agent"] == nil {
+		r.Header["User-Agent"] = nil // none, instead of Go's
+	}
+	res, err := f.transport.RoundTrip(r)
+	timer.Stop()
+	if err != nil {
+		cause := context.Cause(ctx)
+		cancel(nil)
+		var op *net.OpError
+		var timeout net.Error
+		switch {
+		case errors.Is(cause, errTooSlow):
+			return nil, fmt.Errorf("%w within %s", ErrNoAnswer, f.timeout)
+		case errors.As(err, &op), errors.As(err, &timeout) && timeout.Timeout(), errors.Is(err, errDial), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+			return nil, fmt.Errorf("%w: %w", ErrNoAnswer, err)
+		}
+		return nil, err
+	}
+	RemoveHopByHop(res.Header)
+	res.Body = &answerBody{ReadCloser: res.Body, cancel: func() { cancel(nil) }}
+	return res, nil
+}
+
+var (
+	errTooSlow = errors.New("too slow")
+	errDial    = errors.New("dial")
+)
+
+// DialError marks an error of ForwardOptions.Dial, which is then one of no
+// answer.
+func DialError(err error) error { return fmt.Errorf("%w: %w", errDial, err) }
+
+// answerBody is drained, within bounds, and ends its request's context.
+type answerBody struct {
+	io.ReadCloser
+	cancel func()
+}
+
+func (b *answerBody) Close() error {
+	defer time.AfterFunc(drainFor, b.cancel).Stop() // an answer need not end
+	io.CopyN(io.Discard, b.ReadCloser, drainBytes)
+	err := b.ReadCloser.Close()
+	b.cancel()
+	return err
+}
+
+// Copies lists the headers that the target gets from the server, never from
+// the client.
+func (f *Forward) Copies() []string { return f.copied }
+
+// Copied are those of an answer that are to be copied.
+func (f *Forward) Copied(answer http.Header) http.Header {
+	out := http.Header{}
+	for _, name := range f.copied {
+		if v := answer[name]; len(v) > 0 {
+			out[name] = v
+		}
+	}
+	return out
+}
+
+// RemoveHopByHop removes from h what is for one connection only (RFC 9110
+// 7.6.1).
+func RemoveHopByHop(h http.Header) {
+	for _, line := range h["Connection"] {
+		for name := range strings.SplitSeq(line, ",") {
+			h.Del(textproto.TrimString(name))
+		}
+	}
+	for _, name := range []string{"Connection", "Proxy-Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Te", "Trailer", "Transfer-Encoding", "Upgrade"} {
+		h.Del(name)
+	}
+}

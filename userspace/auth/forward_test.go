@@ -1,0 +1,138 @@
+package auth
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"testing"
+	"time"
+)
+
+func asking(t *testing.T, h http.HandlerFunc, change ...func(*ForwardOptions)) *Forward {
+	t.Helper()
+	s := httptest.NewServer(h)
+	t.Cleanup(s.Close)
+	u, _ := url.Parse(s.URL + "/verify?rd=x")
+	o := ForwardOptions{URL: u, Timeout: 10 * time.Second, Copy: []string{"remote-user"}}
+	for _, f := range change {
+		f(&o)
+	}
+	f := NewForward(o)
+	t.Cleanup(f.Close)
+	return f
+}
+
+func TestAsk(t *testing.T) {
+	var got *http.Request
+	f := asking(t, func(w http.ResponseWriter, r *http.Request) {
+		got = r.Clone(context.Background())
+		w.Header().Set("Remote-User", "me")
+		w.Header().Set("Other", "x")
+		w.Header().Set("Connection", "Hop")
+		w.Header().Set("Hop", "y")
+		w.Header().Set("Location", "/login")
+		w.WriteHeader(302)
+		io.WriteString(w, "go there")
+	})
+	res, err := f.Ask(t.Context(), "POST", "/a%2Fb?c=d", http.Header{"Cookie": {"s=1"}, "Authorization": {"Bearer x"}, "Content-Length": {"5"}, "Expect": {"100-continue"},
+		"X_forwarded_uri": {"/forged"}, "X-Forwarded-Method": {"forged"}, "X-Forwarded-For": {"192.0.2.7"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(res.Body)
+	res.Body.Close()
+	if res.StatusCode != 302 || string(body) != "go there" || res.Header.Get("Location") != "/login" || res.Header.Get("Hop") != "" {
+		t.Errorf("%d %q %v", res.StatusCode, body, res.Header)
+	}
+	if c := f.Copied(res.Header); len(c) != 1 || c.Get("Remote-User") != "me" {
+		t.Errorf("copied: %v", c)
+	}
+	if got.Method != "GET" || got.URL.String() != "/verify?rd=x" || got.ContentLength != 0 {
+		t.Errorf("%s %s, %d bytes", got.Method, got.URL, got.ContentLength)
+	}
+	for name, want := range map[string]string{"X-Forwarded-Method": "POST", "X-Forwarded-Uri": "/a%2Fb?c=d", "X-Forwarded-For": "192.0.2.7", "Cookie": "s=1",
+		"Authorization": "Bearer x", "X_forwarded_uri": "", "Expect": "", "User-Agent": "", "Accept-Encoding": ""} {
+		if v := got.Header.Get(name); v != want {
+			t.Errorf("%s is %q, want %q", name, v, want)
+		}
+	}
+}
+
+func TestNoAnswer(t *testing.T) {
+	gone, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone.Close()
+	nonsense, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nonsense.Close()
+	go func() {
+		for {
+			c, err := nonsense.Accept()
+			if err != nil {
+				return
+			}
+			io.WriteString(c, "SSH-2.0-x\r\n\r\n")
+			c.Close()
+		}
+	}()
+	stop := make(chan struct{})
+	defer close(stop)
+	hang := func(_ http.ResponseWriter, r *http.Request) {
+		select {
+		case <-stop:
+		case <-r.Context().Done():
+		}
+	}
+	at := func(l net.Listener) func(*ForwardOptions) {
+		return func(o *ForwardOptions) { o.URL.Host = l.Addr().String() }
+	}
+	for _, c := range []struct {
+		name     string
+		change   func(*ForwardOptions)
+		noAnswer bool
+	}{
+		{"nobody listens", at(gone), true},
+		{"too slow", func(o *ForwardOptions) { o.Timeout = 50 * time.Millisecond }, true},
+		{"its dialer fails", func(o *ForwardOptions) {
+			o.Dial = func(context.Context) (net.Conn, error) { return nil, DialError(errors.New("asleep")) }
+		}, true},
+		{"not HTTP", at(nonsense), false},
+	} {
+		_, err := asking(t, hang, c.change).Ask(t.Context(), "GET", "/", http.Header{})
+		if err == nil || errors.Is(err, ErrNoAnswer) != c.noAnswer {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := asking(t, hang).Ask(ctx, "GET", "/", http.Header{}); !errors.Is(err, context.Canceled) {
+		t.Errorf("a client that left: %v", err)
+	}
+}
+
+// TestEndlessBody closes an answer that does not end.
+func TestEndlessBody(t *testing.T) {
+	stop := make(chan struct{})
+	defer close(stop)
+	f := asking(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(200)
+		w.(http.Flusher).Flush()
+		select {
+		case <-stop:
+		case <-r.Context().Done():
+		}
+	})
+	res, err := f.Ask(t.Context(), "GET", "/", http.Header{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close() // a test that hangs fails
+}

@@ -1,0 +1,238 @@
+package auth
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/bcrypt"
+)
+
+// fromHtpasswd is "secret", by `htpasswd -nbB me secret`.
+const fromHtpasswd = "$2y$05$c1TTfQsxwFnIrEOLjIgnIeXJBpkCKnQ9Tn8EHPJLPMrgYRdOFM8Ve"
+
+func hash(t testing.TB, password string) string {
+	t.Helper()
+	h, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(h)
+}
+
+func check(t testing.TB, u *Users, user, password string) bool {
+	t.Helper()
+	ok, err := u.Check(t.Context(), user, password)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ok
+}
+
+func TestCheck(t *testing.T) {
+	u, err := NewUsers(map[string]string{"me": hash(t, "secret"), "jürgen": hash(t, "pässwort"), "2y": strings.Replace(hash(t, "x"), "$2a$", "$2y$", 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		user, password string
+		want           bool
+	}{
+		{"me", "secret", true}, {"me", "secret", true}, {"me", "Secret", false}, {"me", "", false}, {"ME", "secret", false}, {"", "", false},
+		{"nobody", "secret", false}, {"jürgen", "pässwort", true}, {"2y", "x", true}, {"2y", "secret", false}, {"me", strings.Repeat("x", 1000), false},
+	} {
+		if got := check(t, u, c.user, c.password); got != c.want {
+			t.Errorf("%q with %q: %v", c.user, c.password, got)
+		}
+	}
+}
+
+// TestHtpasswd uses what Apache's tool makes, if it is here.
+func TestHtpasswd(t *testing.T) {
+	tool, err := exec.LookPath("htpasswd")
+	if err != nil {
+		t.Log("htpasswd is not here: its form is checked by the prefix $2y$ only")
+		return
+	}
+	file := filepath.Join(t.TempDir(), "users")
+	if out, err := exec.Command(tool, "-cbB", file, "me", "secret").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	u, err := OpenUsers(file, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !check(t, u, "me", "secret") || check(t, u, "me", "wrong") {
+		t.Error("a file of htpasswd -B is not understood")
+	}
+}
+
+// TestUnknownUser checks that the work for a user that there is not is that for
+// one that there is: as dear a hash, which nothing matches.
+func TestUnknownUser(t *testing.T) {
+	dear, err := bcrypt.GenerateFromPassword([]byte("x"), 6)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := newSet(map[string]string{"cheap": hash(t, "x"), "dear": string(dear)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cost, err := bcrypt.Cost(s.dummy); err != nil || cost != 6 {
+		t.Errorf("the cost is %d, %v", cost, err)
+	}
+	if err := bcrypt.CompareHashAndPassword(s.dummy, []byte("x")); err != bcrypt.ErrMismatchedHashAndPassword {
+		t.Errorf("no work is done: %v", err)
+	}
+}
+
+// TestCheckWaits checks that who waits for others' checks can leave.
+func TestCheckWaits(t *testing.T) {
+	u, err := NewUsers(map[string]string{"me": hash(t, "secret")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range cap(checks) {
+		checks <- struct{}{}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if ok, err := u.Check(ctx, "me", "secret"); ok || err == nil {
+		t.Errorf("%v, %v", ok, err)
+	}
+	for range cap(checks) {
+		<-checks
+	}
+	if !check(t, u, "me", "secret") {
+		t.Error("refused")
+	}
+}
+
+func TestParse(t *testing.T) {
+	h := hash(t, "x")
+	for _, c := range []struct{ text, err string }{
+		{"# people\n\nme:" + h + "\r\nyou:" + h, ""},
+		{"", "no user"}, {"me\n", "line 1: not USER:HASH"}, {":x", "line 1: not"}, {"me:" + h + "\nme:" + h, `line 2: user "me" is there twice`},
+		{"me:$apr1$x$y", `user "me" has no bcrypt hash`}, {"me:" + h + ":more", "no bcrypt hash"}, {"me:" + strings.Replace(h, "$04$", "$31$", 1), "out of range"},
+	} {
+		hashes, err := parse(c.text)
+		if err == nil {
+			_, err = newSet(hashes)
+		}
+		if c.err == "" && err != nil || c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {
+			t.Errorf("%q: %v, want %q", c.text, err, c.err)
+		}
+		if err != nil && strings.Contains(err.Error(), h) {
+			t.Errorf("the message shows a hash: %v", err)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add("me:" + fromHtpasswd + "\n#\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		if hashes, err := parse(text); err == nil {
+			if len(hashes) == 0 {
+				t.Error("nobody")
+			}
+			newSet(hashes)
+		}
+	})
+}
+
+// lines is a log that can be read.
+type lines struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lines) count(what string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Count(l.b.String(), what)
+}
+
+// TestReload changes the file, breaks it and removes it.
+func TestReload(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "users")
+	n := 0
+	write := func(text string) {
+		t.Helper()
+		n++
+		if err := os.WriteFile(file+".new", []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		os.Chtimes(file+".new", time.Time{}, time.Now().Add(time.Duration(n)*time.Hour)) // whatever the file system's clock can tell apart
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	log := &lines{}
+	write("me:" + hash(t, "one"))
+	u, err := OpenUsers(file, slog.New(slog.NewTextHandler(log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	look := func() {
+		u.mu.Lock()
+		u.looked = time.Time{} // a second has passed
+		u.mu.Unlock()
+	}
+	if !check(t, u, "me", "one") {
+		t.Fatal("refused")
+	}
+	write("me:" + hash(t, "two"))
+	look()
+	if check(t, u, "me", "one") || !check(t, u, "me", "two") {
+		t.Error("the change is not in force")
+	}
+	write("nonsense")
+	for range 3 {
+		look()
+		if !check(t, u, "me", "two") {
+			t.Error("a broken file locks everybody out")
+		}
+	}
+	if n := log.count("stay in force"); n != 1 {
+		t.Errorf("%d complaints", n)
+	}
+	os.Remove(file)
+	look()
+	if !check(t, u, "me", "two") {
+		t.Error("a missing file locks everybody out")
+	}
+	write(fmt.Sprintf("you:%s", hash(t, "three")))
+	look()
+	if check(t, u, "me", "two") || !check(t, u, "you", "three") {
+		t.Error("the change after the trouble is not in force")
+	}
+}
+
+func TestHash(t *testing.T) {
+	h, err := Hash("secret")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u, err := NewUsers(map[string]string{"me": h}); err != nil || !check(t, u, "me", "secret") {
+		t.Errorf("%q: %v", h, err)
+	}
+	for _, bad := range []string{"", strings.Repeat("x", 73)} {
+		if _, err := Hash(bad); err == nil {
+			t.Errorf("%q is hashed", bad)
+		}
+	}
+}

@@ -1,0 +1,211 @@
+package config
+
+import (
+	"fmt"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/net/http/httpguts"
+)
+
+// Access says who may use a route, and how long they wait for its target. The zero Access lets everybody in.
+type Access struct {
+	// Allow is in the form of AcceptProxy.From.
+	Allow       []string      `yaml:"allow" kind:"peer" nonempty:"true" doc:"Who may come in here, all others are refused: a CIDR, an IP address, or, of the tailnet, a user's login (with @), a tag (tag:home) or a node's name."`
+	BasicAuth   *BasicAuth    `yaml:"basic_auth" noun:"basic_auth" doc:"Ask for a user and a password, on http and https listeners."`
+	ForwardAuth *ForwardAuth  `yaml:"forward_auth" noun:"forward_auth" doc:"Ask another server about each request, such as Authelia or oauth2-proxy, on http and https listeners."`
+	Hold        time.Duration `yaml:"hold" min:"1s" max:"10m" doc:"How long requests wait for a tailnet:// target that does not answer, for it may be waking up, before they get the error page. On http and https listeners. Default: not at all."`
+}
+
+// httpAccessKeys are those of Access that only http and https listeners know, accessKeys all of them.
+var (
+	httpAccessKeys = []string{"basic_auth", "forward_auth", "hold"}
+	accessKeys     = append([]string{"allow"}, httpAccessKeys...)
+)
+
+// BasicAuth names those who have a password. Exactly one of its fields is set.
+type BasicAuth struct {
+	Section
+	Users map[string]string `yaml:"users" kind:"bcrypt" key:"user" nonempty:"true" doc:"Users and the bcrypt hashes of their passwords, as tailsplice hash-password or htpasswd -nB prints them."`
+	File  string            `yaml:"file" kind:"file" doc:"A file of htpasswd -B, read again when it changes. A relative path starts at the configuration file's folder."`
+}
+
+// ForwardAuth is a server that is asked about each request.
+type ForwardAuth struct {
+	Section
+	// Address has scheme http, https, tailnet or docker, and a host; the latter two a port. It may have a path and a query.
+	Address     string        `yaml:"address" kind:"authurl" required:"true" doc:"Where to ask: a URL such as http://127.0.0.1:9091/api/authz/forward-auth. tailnet://NODE:PORT/PATH and docker://CONTAINER:PORT/PATH are asked by plain HTTP."`
+	CopyHeaders []string      `yaml:"copy_headers" kind:"copied_header" nonempty:"true" doc:"Headers of its answer that the target gets, such as Remote-User. The client's own headers of these names never reach the target."`
+	Timeout     time.Duration `yaml:"timeout" default:"5s" min:"100ms" max:"1m" doc:"How long it may take to answer."`
+}
+
+// AccessLog is where requests are written down, a line each.
+type AccessLog struct {
+	Section
+	File   string `yaml:"file" kind:"file" default:"stderr" doc:"A file, or stderr. It is opened again on SIGHUP, and when it was renamed or removed. A relative path starts at the configuration file's folder."`
+	Format string `yaml:"format" enum:"json common combined" default:"json" doc:"json, or the common and combined formats of Apache and nginx."`
+}
+
+// access checks what an action on a listener of this mode says about who may use it.
+func (v *validator) access(mode string, l *Listener, a *Action) {
+	if mode == "sni" || mode == "tcp" {
+		for _, key := range httpAccessKeys {
+			if a.has(key) && !a.unclear(key) {
+				v.errorf(a.keyAt(key), "%s belongs on an http or https listener, this one's mode is %s and sees no requests", key, mode)
+			}
+		}
+	}
+	if a.has("hold") && !a.unclear("hold") && !a.unclear("forward") {
+		for _, to := range a.Forward {
+			if to.To.Scheme != "tailnet" {
+				v.errorf(a.keyAt("hold"), "hold waits for a node of the tailnet, and %s is none: forward to tailnet://NODE:PORT, or leave hold out", to.To)
+			}
+		}
+	}
+	if b := a.BasicAuth; b != nil {
+		switch {
+		case !b.has("users") && !b.has("file"):
+			v.errorf(b.Pos, "users is missing in basic_auth: users and bcrypt hashes of their passwords; or file: a file of htpasswd -B")
+		case b.has("users") && b.has("file"):
+			v.errorf(b.keyAt("file"), "users and file in basic_auth: it has one or the other")
+		}
+		b.File = v.path(b.File)
+		if mode == "http" && l.AcceptProxy == nil && slices.ContainsFunc(l.Listen, isPublic) {
+			v.warnf(a.keyAt("basic_auth"), "basic_auth on listener %q: without TLS the passwords can be read on their way", l.Name)
+		}
+	}
+}
+
+// isPublic reports whether who listens on addr can be reached past the tailnet and this host.
+func isPublic(addr string) bool {
+	host, _, ip := cutPort(addr)
+	return host != "tailnet" && !(ip.IsValid() && (ip.IsLoopback() || inTailnet(ip)))
+}
+
+// accessLogs checks all access logs together, and finds their files.
+func (v *validator) accessLogs(c *Config) {
+	http := false
+	formats := map[string]*AccessLog{}
+	check := func(a *AccessLog) {
+		if a == nil {
+			return
+		}
+		if a.File != "stderr" {
+			a.File = v.path(a.File)
+		}
+		if first := formats[filepath.Clean(a.File)]; first != nil && first.Format != a.Format {
+			v.errorf(a.Pos, "access_log %q is written as %s here and as %s on line %d: give each format a file of its own", a.File, a.Format, first.Format, first.Pos.Line)
+			return
+		}
+		formats[filepath.Clean(a.File)] = a
+	}
+	check(c.AccessLog)
+	for i := range c.Listeners {
+		l := &c.Listeners[i]
+		serves := l.Mode == "http" || l.Mode == "https"
+		http = http || serves || l.Mode == ""
+		if l.has("access_log") && !serves && l.Mode != "" && !l.unclear("access_log") {
+			v.errorf(l.keyAt("access_log"), "access_log belongs on an http or https listener, this one's mode is %s and sees no requests: the daemon's own log has a line for each connection", l.Mode)
+			continue
+		}
+		check(l.AccessLog)
+	}
+	if c.AccessLog != nil && !http {
+		v.warnf(c.keyAt("access_log"), "access_log stays empty: there is no http or https listener")
+	}
+}
+
+// bcryptHash has the version, the cost, and 22 characters of salt with 31 of hash.
+var bcryptHash = regexp.MustCompile(`^\$2[aby]\$([0-9]{2})\$[./A-Za-z0-9]{53}$`)
+
+const bcryptPattern = `^\$2[aby]\$[0-9]{2}\$[./A-Za-z0-9]{53}$`
+
+// maxBcryptCost is that of a check which takes a quarter of a minute: more is a mistake.
+const maxBcryptCost = 16
+
+func parseBcrypt(s string) (any, error) {
+	m := bcryptHash.FindStringSubmatch(s)
+	if m == nil {
+		const how = "make one with tailsplice hash-password, or htpasswd -nB USER"
+		if strings.HasPrefix(s, "$2") || !strings.ContainsAny(s, "${") {
+			return nil, fmt.Errorf("not a whole bcrypt hash, which has 60 characters: %s", how)
+		}
+		return nil, fmt.Errorf("only bcrypt hashes are taken: %s", how)
+	}
+	if cost, _ := strconv.Atoi(m[1]); cost < 4 || cost > maxBcryptCost {
+		return nil, fmt.Errorf("its cost of %d is out of range: 4 to %d", cost, maxBcryptCost)
+	}
+	return s, nil
+}
+
+func parseUser(s string) (any, error) {
+	switch {
+	case s == "":
+		return nil, fmt.Errorf("must not be empty")
+	case strings.Contains(s, ":"):
+		return nil, fmt.Errorf("browsers can't send a user with a ':'")
+	}
+	return s, nil
+}
+
+// notCopied are headers that belong to one connection, or that this hop writes itself.
+var notCopied = map[string]bool{"Connection": true, "Proxy-Connection": true, "Keep-Alive": true, "Te": true, "Trailer": true, "Transfer-Encoding": true,
+	"Upgrade": true, "Content-Length": true, "Host": true, "Forwarded": true, "X-Forwarded-For": true, "X-Forwarded-Host": true, "X-Forwarded-Proto": true, "X-Tailsplice-Id": true}
+
+func parseCopiedHeader(s string) (any, error) {
+	if !httpguts.ValidHeaderFieldName(s) {
+		return nil, fmt.Errorf("not a header's name such as Remote-User")
+	}
+	if name := http.CanonicalHeaderKey(s); notCopied[name] || strings.HasPrefix(name, "Tailscale-") {
+		return nil, fmt.Errorf("%s is written by this hop itself", name)
+	}
+	return http.CanonicalHeaderKey(s), nil
+}
+
+func parseAuthURL(s string) (any, error) {
+	u, err := url.Parse(s)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("not a URL such as http://127.0.0.1:9091/verify")
+	case u.Host == "" && !strings.Contains(s, "://"):
+		return nil, fmt.Errorf("the scheme is missing, did you mean %q?", "http://"+s)
+	case u.User != nil:
+		return nil, fmt.Errorf("it has a user or password in it")
+	case u.Fragment != "":
+		return nil, fmt.Errorf("a # is never sent to a server")
+	}
+	switch u.Scheme {
+	case "http", "https":
+		if _, err := checkAuthHost(u); err != nil {
+			return nil, err
+		}
+		return s, nil
+	case "tailnet", "docker":
+		if _, err := parseTarget(u.Scheme + "://" + u.Host); err != nil {
+			return nil, err
+		}
+		return s, nil
+	}
+	return nil, fmt.Errorf("must begin with http://, https://, tailnet:// or docker://")
+}
+
+func checkAuthHost(u *url.URL) (string, error) {
+	if _, err := netip.ParseAddr(u.Hostname()); err != nil {
+		if _, err := checkName(u.Hostname()); err != nil {
+			return "", err
+		}
+	}
+	if u.Port() != "" {
+		if _, err := parsePort(u.Port()); err != nil {
+			return "", err
+		}
+	}
+	return u.Host, nil
+}

@@ -1,0 +1,302 @@
+package front
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"time"
+	"unicode/utf8"
+
+	"github.com/tailsplice/tailsplice/userspace/auth"
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/tailnet"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+// visitorWait is how long a request waits for tailscaled to say who it is from;
+// then it goes on without a name.
+const visitorWait = time.Second
+
+// whoIs asks tailscaled, and from its first answer on follows it: who asks for
+// visitors should not ask anew for each request.
+func (f *Front) whoIs(ctx context.Context, a netip.Addr) (tailnet.Identity, error) {
+	id, err := f.tailnet.WhoIs(ctx, a)
+	if err == nil {
+		f.watchTailnet.Do(func() { go f.tailnet.Run(f.ctx) })
+	}
+	return id, err
+}
+
+// visitor is who is at the other end of a connection or a request.
+type visitor struct {
+	client netip.Addr
+	// known is false if client is a hop that speaks for somebody and doesn't
+	// say for whom.
+	known bool
+	// silent says that client is a hop which accept_proxy.from names, and said
+	// nothing: as likely it left its PROXY header out as it speaks for itself.
+	// It has its name and tags, and is no user.
+	silent bool
+}
+
+func (in *inbound) visitor() visitor {
+	return visitor{in.client.Addr(), !in.anonymous, in.trusted && in.client == in.peer}
+}
+
+func visitorOf(v *vhost.Visit) visitor {
+	return visitor{v.Client.Addr(), v.Known, v.Conn.Trusted && v.Client == v.Conn.Peer}
+}
+
+// identityOf says who v is on the tailnet.
+func (f *Front) identityOf(ctx context.Context, v visitor) (tailnet.Identity, error) {
+	id, err := f.whoIs(ctx, v.client)
+	if v.silent {
+		id.User, id.DisplayName, id.ProfilePic = "", "", ""
+	}
+	return id, err
+}
+
+// permit checks v against each of the allow lists that is not nil. The error is
+// a *notAllowedError.
+func (f *Front) permit(ctx context.Context, v visitor, lists ...*peers) error {
+	for _, allow := range lists {
+		if allow == nil {
+			continue
+		}
+		if !v.known {
+			return &notAllowedError{"unknown: " + v.client.String() + " speaks for somebody and does not say for whom"}
+		}
+		ctx, cancel := context.WithTimeout(ctx, allowWait)
+		ok, who := allow.check(ctx, v.client, func(ctx context.Context, _ netip.Addr) (tailnet.Identity, error) { return f.identityOf(ctx, v) })
+		cancel()
+		if !ok {
+			return &notAllowedError{who}
+		}
+	}
+	return nil
+}
+
+// allowWait is how long tailscaled may take to say who somebody is.
+const allowWait = 5 * time.Second
+
+type notAllowedError struct{ who string }
+
+func (e *notAllowedError) Error() string { return "allow does not name " + e.who }
+
+const notAllowed = "not_allowed"
+
+// listenerGuard is asked about each request to l, before it is routed.
+func (f *Front) listenerGuard(l *listener) vhost.Guard {
+	return func(_ http.ResponseWriter, v *vhost.Visit) error {
+		f.nameVisitor(v)
+		return f.allowRequest(l.name, v, l.service.Load().allow)
+	}
+}
+
+// nameVisitor tells the upstream of a request from the tailnet who it is from,
+// as `tailscale serve` does: users have a name, tagged nodes have none.
+func (f *Front) nameVisitor(v *vhost.Visit) {
+	who := visitorOf(v)
+	if !who.known || !tailnet.Contains(who.client) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(v.Request.Context(), visitorWait)
+	defer cancel()
+	id, err := f.identityOf(ctx, who)
+	if err != nil || id.User == "" {
+		return
+	}
+	v.User = id.User
+	v.SetHeader("Tailscale-User-Login", headerText(id.User))
+	v.SetHeader("Tailscale-User-Name", headerText(id.DisplayName))
+	v.SetHeader("Tailscale-User-Profile-Pic", id.ProfilePic)
+	v.SetHeader("Tailscale-Headers-Info", "https://tailscale.com/s/serve-headers")
+}
+
+// headerText is v in a header: as it is if that is ASCII, else by RFC 2047.
+func headerText(v string) string {
+	if !utf8.ValidString(v) {
+		return ""
+	}
+	return mime.QEncoding.Encode("utf-8", v)
+}
+
+// allowRequest refuses a request that allow does not name.
+func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *peers) error {
+	err := f.permit(v.Request.Context(), visitorOf(v), allow)
+	if err == nil {
+		return nil
+	}
+	if v.Request.Context().Err() == nil {
+		f.requestRefused(listener, v, notAllowed, err)
+	}
+	return &vhost.Refusal{Status: http.StatusForbidden, Title: "This is not open to you",
+		Text: f.node() + " does not let you in from where you are.",
+		Hint: "If you should be, come by the tailnet or from an address that is allowed; if it is yours, see allow in its configuration.", Err: err}
+}
+
+// requestRefused counts and logs a request that a guard refuses.
+func (f *Front) requestRefused(listener string, v *vhost.Visit, reason string, err error) {
+	f.metrics.Refused.WithLabelValues(listener, reason).Inc()
+	f.complain.Warn(reason, "request refused", "id", v.ID, "listener", listener, "client", clientString(v.Client),
+		"host", v.Request.Host, "path", v.Request.URL.Path, "reason", reason, "err", err)
+}
+
+// compileAccess makes the guard of a route of an http(s) listener, or nil.
+func (f *Front) compileAccess(cfg *config.Config, listener string, r *rule, a *config.Action) (vhost.Guard, error) {
+	var guards []vhost.Guard
+	if r.allow != nil {
+		guards = append(guards, func(_ http.ResponseWriter, v *vhost.Visit) error { return f.allowRequest(listener, v, r.allow) })
+	}
+	if b := a.BasicAuth; b != nil {
+		var users *auth.Users
+		var err error
+		if b.File != "" {
+			users, err = auth.OpenUsers(b.File, f.log)
+		} else {
+			users, err = auth.NewUsers(b.Users)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s:%s: basic_auth: %w", cfg.File, b.At("file"), err)
+		}
+		guards = append(guards, f.basicGuard(listener, users))
+	}
+	if a.ForwardAuth != nil {
+		fw, err := f.newForward(a.ForwardAuth)
+		if err != nil {
+			return nil, fmt.Errorf("%s:%s: forward_auth: %w", cfg.File, a.ForwardAuth.At("address"), err)
+		}
+		guards = append(guards, f.forwardGuard(listener, a.ForwardAuth.Address, fw))
+	}
+	if len(guards) == 0 {
+		return nil, nil
+	}
+	return func(w http.ResponseWriter, v *vhost.Visit) error {
+		for _, g := range guards {
+			if err := g(w, v); err != nil {
+				return err
+			}
+		}
+		return nil
+	}, nil
+}
+
+// basicGuard asks for a user and a password. The upstream gets the name, and
+// not the password.
+func (f *Front) basicGuard(listener string, users *auth.Users) vhost.Guard {
+	return func(_ http.ResponseWriter, v *vhost.Visit) error {
+		user, password, sent := v.Request.BasicAuth()
+		right := false
+		if sent {
+			var err error
+			if right, err = users.Check(v.Request.Context(), user, password); err != nil {
+				return err
+			}
+		}
+		if right {
+			v.User = user
+			v.Drop = append(v.Drop, "Authorization")
+			v.SetHeader("X-Forwarded-User", headerText(user))
+			return nil
+		}
+		err := errNoPassword
+		if sent {
+			err = fmt.Errorf("%w for user %q", errWrongPassword, user)
+			f.requestRefused(listener, v, "wrong_password", err)
+		} else {
+			f.metrics.Refused.WithLabelValues(listener, "no_password").Inc() // how each visit begins
+		}
+		return &vhost.Refusal{Status: http.StatusUnauthorized, Title: "Who are you?",
+			Text:   f.node() + " asks for a user and a password.",
+			Header: http.Header{"Www-Authenticate": {`Basic realm="` + f.node() + `", charset="UTF-8"`}}, Err: err}
+	}
+}
+
+var (
+	errNoPassword    = errors.New("no user and password")
+	errWrongPassword = errors.New("wrong password")
+)
+
+// newForward finds out how the server of a forward_auth is reached.
+func (f *Front) newForward(a *config.ForwardAuth) (*auth.Forward, error) {
+	u, err := url.Parse(a.Address)
+	if err != nil {
+		return nil, err
+	}
+	o := auth.ForwardOptions{URL: u, Timeout: a.Timeout, Copy: a.CopyHeaders}
+	if u.Scheme == dial.Tailnet || u.Scheme == dial.Docker {
+		port, err := strconv.ParseUint(u.Port(), 10, 16)
+		if err != nil {
+			return nil, err
+		}
+		target := dial.Target{Scheme: u.Scheme, Host: u.Hostname(), Port: uint16(port)}
+		o.Dial = func(ctx context.Context) (net.Conn, error) {
+			c, err := f.dialer.Dial(ctx, target, netip.Addr{})
+			if err != nil {
+				return nil, auth.DialError(err)
+			}
+			return c, nil
+		}
+		u.Scheme = "http"
+	}
+	return auth.NewForward(o), nil
+}
+
+// forwardGuard asks another server about each request.
+func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.Guard {
+	return func(w http.ResponseWriter, v *vhost.Visit) error {
+		v.Drop = append(v.Drop, fw.Copies()...)
+		header := v.Request.Header.Clone()
+		auth.RemoveHopByHop(header)
+		v.Apply(header)
+		res, err := fw.Ask(v.Request.Context(), v.Request.Method, v.Request.RequestURI, header)
+		if err != nil {
+			if v.Request.Context().Err() != nil {
+				return err
+			}
+			err = fmt.Errorf("forward_auth %s: %w", address, err)
+			f.metrics.Refused.WithLabelValues(listener, "auth_server").Inc()
+			f.complain.Warn("auth_server "+address, "the server of forward_auth gave no usable answer", "id", v.ID, "listener", listener, "address", address, "err", err)
+			no := &vhost.Refusal{Status: http.StatusBadGateway, Title: "The sign-in service gave no usable answer",
+				Text: f.node() + " could not find out whether you are allowed in.", Hint: "Try again in a moment. If it is yours, its log should tell why.", Err: err}
+			if errors.Is(err, auth.ErrNoAnswer) {
+				no.Status, no.Title = http.StatusServiceUnavailable, "The sign-in service is not answering"
+				no.Header = http.Header{"Retry-After": {"10"}}
+			}
+			return no
+		}
+		defer res.Body.Close()
+		if res.StatusCode >= 200 && res.StatusCode < 300 {
+			for name, values := range fw.Copied(res.Header) {
+				v.SetHeader(name, "")
+				v.Set[name] = values
+			}
+			for _, name := range []string{"Remote-User", "X-Auth-Request-User", "X-Forwarded-User"} {
+				if user := v.Set.Get(name); user != "" {
+					v.User = user
+					break
+				}
+			}
+			return nil
+		}
+		f.metrics.Refused.WithLabelValues(listener, "forward_auth").Inc() // who is not signed in is sent to do so
+		for name, values := range res.Header {
+			w.Header()[name] = values
+		}
+		w.WriteHeader(res.StatusCode)
+		if v.Request.Method != http.MethodHead {
+			if _, err := io.Copy(w, res.Body); err != nil {
+				panic(http.ErrAbortHandler) // so that half an answer doesn't look like a whole one
+			}
+		}
+		return vhost.ErrAnswered
+	}
+}

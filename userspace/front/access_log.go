@@ -1,0 +1,92 @@
+package front
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/tailsplice/tailsplice/userspace/accesslog"
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+// openLogs opens the access logs that cfg names, and keeps those that are open
+// already. drop closes what is newly open.
+func (f *Front) openLogs(cfg *config.Config) (logs map[string]*accesslog.Log, drop func(), err error) {
+	logs = map[string]*accesslog.Log{}
+	var fresh []*accesslog.Log
+	drop = func() {
+		for _, l := range fresh {
+			l.Close()
+		}
+	}
+	for i := range cfg.Listeners {
+		a := accessLogOf(cfg, &cfg.Listeners[i])
+		if a == nil || logs[logKey(a)] != nil {
+			continue
+		}
+		l := f.logs[logKey(a)]
+		if l == nil {
+			l, err = accesslog.Open(accesslog.Options{File: a.File, Format: a.Format, Log: f.log, Lost: func(n int) { f.metrics.LogLost.Add(float64(n)) }})
+			if err != nil {
+				drop()
+				return nil, nil, fmt.Errorf("%s:%s: access_log: %w: name a file in a folder that is there and that user %d may write to", cfg.File, a.At("file"), err, os.Getuid())
+			}
+			fresh = append(fresh, l)
+		}
+		logs[logKey(a)] = l
+	}
+	return logs, drop, nil
+}
+
+// useLogs makes logs those that are open.
+func (f *Front) useLogs(logs map[string]*accesslog.Log) {
+	for key, l := range f.logs {
+		if logs[key] == nil {
+			l.Close()
+		}
+	}
+	f.logs = logs
+}
+
+// ReopenLogs opens the files of access logs anew, as after a rotation.
+func (f *Front) ReopenLogs() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, l := range f.logs {
+		l.Reopen()
+	}
+}
+
+// accessLogOf is where a listener's requests are written down, or nil.
+func accessLogOf(cfg *config.Config, l *config.Listener) *config.AccessLog {
+	switch {
+	case l.Mode != "http" && l.Mode != "https":
+		return nil
+	case l.AccessLog != nil:
+		return l.AccessLog
+	}
+	return cfg.AccessLog
+}
+
+func logKey(a *config.AccessLog) string { return a.Format + " " + a.File }
+
+// logAccess writes a request's line into the access log, if there is one.
+func (f *Front) logAccess(l *listener, r *vhost.Request) {
+	log := l.service.Load().accessLog
+	if log == nil {
+		return
+	}
+	e := &accesslog.Entry{Time: r.Started, ID: r.ID, RequestID: r.RequestID, Node: f.node(), Listener: l.name, Client: r.Client.Addr(), User: r.User,
+		Method: r.Method, Host: r.Host, URI: r.URI, Proto: r.Proto, Status: r.Status, BytesUp: r.BytesIn, BytesDown: r.BytesOut,
+		Duration: r.Duration, Referer: r.Header.Get("Referer"), UserAgent: r.Header.Get("User-Agent")}
+	if r.Upstream != nil {
+		e.Route, e.Target = r.Route.Name, targetOf(r.Upstream)
+	}
+	if r.UpstreamConn != nil {
+		e.Upstream = remoteString(r.UpstreamConn)
+	}
+	if r.Err != nil {
+		e.Err = r.Err.Error()
+	}
+	log.Write(e)
+}

@@ -1,0 +1,422 @@
+package front
+
+import (
+	"bufio"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/bcrypt"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/proxyheader"
+)
+
+// headers is a backend that answers with the headers that it got.
+func headers(t *testing.T) string {
+	return httpBackend(t, func(w http.ResponseWriter, r *http.Request) { json.NewEncoder(w).Encode(r.Header) })
+}
+
+// ask makes a request on a connection of its own. header has NAME: VALUE lines.
+func ask(t *testing.T, addr, method, host, path string, preface []byte, lines ...string) (*http.Response, string) {
+	t.Helper()
+	c := dialTCP(t, addr)
+	c.Write(preface)
+	fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n%s\r\n", method, path, host, strings.Join(append(lines, ""), "\r\n"))
+	res, err := http.ReadResponse(bufio.NewReader(c), &http.Request{Method: method})
+	if err != nil {
+		t.Fatalf("%s %s%s: %v", method, host, path, err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatalf("%s %s%s: %v", method, host, path, err)
+	}
+	return res, string(body)
+}
+
+func from(client string) []byte {
+	h := proxyheader.Header{}
+	if client != "" {
+		h = proxyheader.Header{Source: netip.MustParseAddrPort(client), Destination: netip.MustParseAddrPort("192.0.2.80:443")}
+		if h.Source.Addr().Is6() {
+			h.Destination = netip.MustParseAddrPort("[2001:db8:80::80]:443")
+		}
+	}
+	return h.Append(nil)
+}
+
+func TestAllowHTTP(t *testing.T) {
+	addr, app := freeAddr(t), headers(t)
+	d := start(t, fmt.Sprintf(`
+listeners:
+  - listen: %q
+    mode: http
+    allow: [192.0.2.0/24, "2001:db8::/32", 127.0.0.1]
+    accept_proxy: { from: [127.0.0.1] }
+    routes:
+      - { host: all.test, forward: %[2]q }
+      - { host: one.test, forward: %[2]q, allow: [192.0.2.7, me@vsq.cz] }
+`, addr, app))
+	for _, c := range []struct {
+		host, client, xff string
+		status            int
+	}{
+		{"all.test", "192.0.2.9:1", "", 200},
+		{"all.test", "[2001:db8::9]:1", "", 200},
+		{"all.test", "203.0.113.9:1", "", 403},
+		{"all.test", "203.0.113.9:1", "192.0.2.9", 403}, // forged by the client of a hop that passes bytes on
+		{"other.test", "203.0.113.9:1", "", 403},        // who may not come in learns nothing of routes
+		{"one.test", "192.0.2.7:1", "", 200},
+		{"one.test", "192.0.2.9:1", "", 403},
+	} {
+		lines := []string{"Accept: application/json"}
+		if c.xff != "" {
+			lines = append(lines, "X-Forwarded-For: "+c.xff)
+		}
+		res, body := ask(t, addr, "GET", c.host, "/", from(c.client), lines...)
+		if res.StatusCode != c.status || c.status == 403 && !strings.Contains(body, "not open to you") {
+			t.Errorf("%+v: %d %s", c, res.StatusCode, body)
+		}
+	}
+	// The hop says that the request is somebody's, and not whose.
+	unknown := []byte("PROXY UNKNOWN\r\n")
+	if res, _ := ask(t, addr, "GET", "all.test", "/", unknown); res.StatusCode != 403 {
+		t.Errorf("a client that nobody knows: %d", res.StatusCode)
+	}
+	// An HTTP hop says it in the request.
+	for xff, want := range map[string]int{"X-Forwarded-For: 192.0.2.7": 200, "X-Forwarded-For: 192.0.2.7, 203.0.113.1": 403, "X-Forwarded-For: unknown": 403} {
+		if res, _ := ask(t, addr, "GET", "one.test", "/", nil, xff); res.StatusCode != want {
+			t.Errorf("%s: %d, want %d", xff, res.StatusCode, want)
+		}
+	}
+	if n := d.refused(notAllowed); n != 7 {
+		t.Errorf("%d refusals are counted", n)
+	}
+	if !strings.Contains(d.log.String(), "203.0.113.9 (not a tailnet address)") {
+		t.Error("the log does not say who it was")
+	}
+}
+
+func TestAllowSplice(t *testing.T) {
+	app := backend(t, echo)
+	sniAddr, tcpAddr := freeAddr(t), freeAddr(t)
+	d := start(t, fmt.Sprintf(`
+listeners:
+  - listen: %q
+    mode: sni
+    accept_proxy: { from: [127.0.0.1] }
+    allow: [192.0.2.0/24]
+    routes: [{ sni: one.test, forward: %[3]q, allow: [192.0.2.7] }]
+  - listen: %[2]q
+    mode: tcp
+    accept_proxy: { from: [127.0.0.1] }
+    allow: [192.0.2.0/24]
+    default: { forward: %[3]q, allow: [192.0.2.7] }
+`, sniAddr, tcpAddr, app))
+	hello := clientHello(t, "one.test")
+	for client, ok := range map[string]bool{"192.0.2.7:1": true, "192.0.2.8:1": false, "203.0.113.9:1": false} {
+		c := dialTCP(t, sniAddr)
+		c.Write(append(from(client), hello...))
+		got := make([]byte, 7)
+		if _, err := io.ReadFull(c, got); err != nil {
+			t.Fatalf("sni, %s: %v", client, err)
+		}
+		const fatal, accessDenied = 2, 49
+		if denied := got[0] == 21 && got[5] == fatal && got[6] == accessDenied; denied == ok {
+			t.Errorf("sni, %s: % x", client, got)
+		}
+		c = dialTCP(t, tcpAddr)
+		c.Write(append(from(client), "hello!!"...))
+		if n, err := io.ReadFull(c, got); (err == nil) != ok {
+			t.Errorf("tcp, %s: %d bytes, %v", client, n, err)
+		}
+	}
+	if n := d.refused(notAllowed); n != 4 {
+		t.Errorf("%d refusals are counted", n)
+	}
+}
+
+// clientHello is what a TLS client says first.
+func clientHello(t *testing.T, name string) []byte {
+	t.Helper()
+	a, b := net.Pipe()
+	defer b.Close()
+	go tls.Client(a, &tls.Config{ServerName: name}).Handshake()
+	b.SetReadDeadline(time.Now().Add(10 * time.Second))
+	buf := make([]byte, 16<<10)
+	n, err := b.Read(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return buf[:n]
+}
+
+func TestBasicAuth(t *testing.T) {
+	hash, err := bcrypt.GenerateFromPassword([]byte("secret"), bcrypt.MinCost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "users")
+	if err := os.WriteFile(file, fmt.Appendf(nil, "you:%s\n", hash), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	addr, app := freeAddr(t), headers(t)
+	logFile := filepath.Join(t.TempDir(), "access.log")
+	yaml := fmt.Sprintf(`
+access_log: { file: %q, format: combined }
+listeners:
+  - listen: %q
+    mode: http
+    routes:
+      - { host: inline.test, forward: %[3]q, basic_auth: { users: { me: %[4]q } } }
+      - { host: file.test, forward: %[3]q, basic_auth: { file: %[5]q } }
+`, logFile, addr, app, hash, file)
+	d := start(t, yaml)
+	basic := func(user, password string) string {
+		r, _ := http.NewRequest("GET", "/", nil)
+		r.SetBasicAuth(user, password)
+		return "Authorization: " + r.Header.Get("Authorization")
+	}
+	for _, c := range []struct {
+		host, authorization string
+		status              int
+	}{
+		{"inline.test", "X: y", 401}, {"inline.test", "Authorization: Bearer x", 401}, {"inline.test", basic("me", "wrong"), 401}, {"inline.test", basic("you", "secret"), 401},
+		{"inline.test", basic("me", "secret"), 200}, {"file.test", basic("you", "secret"), 200}, {"file.test", basic("me", "secret"), 401},
+	} {
+		res, body := ask(t, addr, "GET", c.host, "/", nil, c.authorization, "X-Forwarded-User: forged", "X_Forwarded_User: forged")
+		if res.StatusCode != c.status || (res.Header.Get("WWW-Authenticate") != "") != (c.status == 401) {
+			t.Errorf("%+v: %d %v", c, res.StatusCode, res.Header)
+		}
+		if c.status == 200 && (strings.Contains(body, "Authorization") || strings.Contains(body, "forged") || !strings.Contains(body, `"X-Forwarded-User":["`)) {
+			t.Errorf("%+v: the upstream gets %s", c, body)
+		}
+	}
+	if d.refused("wrong_password") != 3 || d.refused("no_password") != 2 {
+		t.Errorf("counted: %v", d.Status().Refused)
+	}
+	eventually(t, "the access log says who it was", func() bool {
+		b, _ := os.ReadFile(logFile)
+		return strings.Count(string(b), "\n") == 7 && strings.Contains(string(b), `127.0.0.1 - me [`) && strings.Contains(string(b), `"GET / HTTP/1.1" 200 `)
+	})
+	os.WriteFile(file, []byte("you:secret\n"), 0o600)
+	cfg := parse(t, yaml)
+	if err := d.Reload(cfg); err == nil || !strings.Contains(err.Error(), "test.yaml:") || !strings.Contains(err.Error(), "htpasswd -B") {
+		t.Errorf("a file that can't be used: %v", err)
+	}
+	if res, _ := ask(t, addr, "GET", "inline.test", "/", nil, basic("me", "secret")); res.StatusCode != 200 {
+		t.Error("the failed reload changed something")
+	}
+}
+
+func TestForwardAuth(t *testing.T) {
+	var asked http.Header
+	server := httpBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		asked = r.Header.Clone()
+		if r.Header.Get("Cookie") == "" {
+			w.Header().Set("Set-Cookie", "a=b")
+			http.Redirect(w, r, "https://login.test/?rd=x", http.StatusFound)
+			return
+		}
+		w.Header().Set("Remote-User", "me")
+		w.Header().Set("Not-Copied", "x")
+	})
+	addr, app := freeAddr(t), headers(t)
+	d := start(t, fmt.Sprintf(`
+listeners:
+  - listen: %q
+    mode: http
+    routes:
+      - { host: app.test, forward: %[2]q, forward_auth: { address: "http://%[3]s/verify", copy_headers: [Remote-User, Remote-Groups] } }
+      - { host: gone.test, forward: %[2]q, forward_auth: { address: "http://%[4]s/verify" } }
+`, addr, app, server, freeAddr(t)))
+
+	res, body := ask(t, addr, "POST", "app.test", "/a%2Fb?c=d", nil, "Content-Length: 0")
+	if res.StatusCode != 302 || res.Header.Get("Location") != "https://login.test/?rd=x" || res.Header.Get("Set-Cookie") != "a=b" {
+		t.Errorf("%d %v %s", res.StatusCode, res.Header, body)
+	}
+	for name, want := range map[string]string{"X-Forwarded-Method": "POST", "X-Forwarded-Uri": "/a%2Fb?c=d", "X-Forwarded-Host": "app.test", "X-Forwarded-Proto": "http", "X-Forwarded-For": "127.0.0.1"} {
+		if got := asked.Get(name); got != want {
+			t.Errorf("the server is asked with %s %q, want %q", name, got, want)
+		}
+	}
+	// Whatever the client sends, the server and the target hear the truth.
+	res, body = ask(t, addr, "GET", "app.test", "/", nil, "Cookie: s=1", "Remote-User: root", "Remote_User: root", "remote-groups: wheel", "X-Forwarded-For: 6.6.6.6", "Connection: X-Forwarded-For, Remote-User")
+	var got http.Header
+	if err := json.Unmarshal([]byte(body), &got); err != nil || res.StatusCode != 200 {
+		t.Fatalf("%d %s", res.StatusCode, body)
+	}
+	if len(got["Remote-User"]) != 1 || got.Get("Remote-User") != "me" || strings.Contains(body, "root") || strings.Contains(body, "wheel") || got.Get("Not-Copied") != "" {
+		t.Errorf("the target gets %s", body)
+	}
+	if asked.Get("X-Forwarded-For") != "127.0.0.1" || asked.Get("Remote-Groups") != "" {
+		t.Errorf("the server is asked with %v", asked)
+	}
+	res, body = ask(t, addr, "GET", "gone.test", "/", nil)
+	if res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !strings.Contains(body, "sign-in service is not answering") {
+		t.Errorf("a server that is gone: %d %s", res.StatusCode, body)
+	}
+	if d.refused("auth_server") != 1 || d.refused("forward_auth") != 1 {
+		t.Errorf("counted: %v", d.Status().Refused)
+	}
+}
+
+// TestTailscaleHeaders checks that nobody can bring their own.
+func TestTailscaleHeaders(t *testing.T) {
+	addr, app := freeAddr(t), headers(t)
+	start(t, fmt.Sprintf(`listeners: [{ listen: %q, mode: http, accept_proxy: { from: [127.0.0.1] }, default: { forward: %q } }]`, addr, app))
+	for _, preface := range [][]byte{nil, from("192.0.2.7:1"), from("100.101.102.103:1")} {
+		_, body := ask(t, addr, "GET", "a.test", "/", preface, "Tailscale-User-Login: root@vsq.cz", "tailscale_user_login: root@vsq.cz", "Tailscale-User-Name: root", "X-Request-Id: mine-and-short")
+		if strings.Contains(strings.ToLower(body), "tailscale-user") || strings.Contains(body, "root") {
+			t.Errorf("the upstream gets %s", body)
+		}
+		if !strings.Contains(body, `"X-Request-Id":["mine-and-short"]`) {
+			t.Errorf("the request's id is lost: %s", body)
+		}
+	}
+	if got, want := headerText("Jürgen"), "=?utf-8?q?J=C3=BCrgen?="; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+func TestAccessLogReload(t *testing.T) {
+	addr, app := freeAddr(t), headers(t)
+	dir := t.TempDir()
+	yaml := func(file string) string {
+		return fmt.Sprintf(`
+listeners: [{ listen: %q, mode: http, access_log: { file: %q }, default: { forward: %q } }]`, addr, filepath.Join(dir, file), app)
+	}
+	d := start(t, yaml("a.log"))
+	get := func() { ask(t, addr, "GET", "a.test", "/x?y=z", nil, "User-Agent: \xc3\xa9") }
+	has := func(file string, n int) func() bool {
+		return func() bool {
+			b, _ := os.ReadFile(filepath.Join(dir, file))
+			return strings.Count(string(b), "\n") == n
+		}
+	}
+	get()
+	eventually(t, "a line", has("a.log", 1))
+	b, _ := os.ReadFile(filepath.Join(dir, "a.log"))
+	var line map[string]any
+	if err := json.Unmarshal(b, &line); err != nil || line["uri"] != "/x?y=z" || line["client"] != "127.0.0.1" || line["status"] != 200.0 || line["target"] != app || line["request_id"] == nil {
+		t.Errorf("%v: %s", err, b)
+	}
+	if err := d.Reload(parse(t, yaml("no/b.log"))); err == nil || !strings.Contains(err.Error(), "access_log") || !strings.Contains(err.Error(), "test.yaml:2:") {
+		t.Errorf("a folder that is not there: %v", err)
+	}
+	get()
+	eventually(t, "a line after the failed reload", has("a.log", 2))
+	if err := d.Reload(parse(t, yaml("b.log"))); err != nil {
+		t.Fatal(err)
+	}
+	get()
+	eventually(t, "a line in the new file", has("b.log", 1))
+	os.Rename(filepath.Join(dir, "b.log"), filepath.Join(dir, "b.log.1"))
+	d.ReopenLogs()
+	eventually(t, "the new file", has("b.log", 0))
+	get()
+	eventually(t, "a line in it", has("b.log", 1))
+}
+
+// TestHold holds requests for a target that comes while they wait, for one that
+// does not, and for a client that leaves. Who a node is doesn't matter here.
+func TestHold(t *testing.T) {
+	addr, target := freeAddr(t), freeAddr(t)
+	holding := func(hold time.Duration) *config.Config {
+		cfg := parse(t, fmt.Sprintf(`listeners: [{ listen: %q, mode: http, default: { forward: %q } }]`, addr, target))
+		cfg.Listeners[0].Default.Hold = hold // the file could say so of a node only
+		return cfg
+	}
+	d := startConfig(t, holding(time.Minute))
+
+	type answer struct {
+		body   string
+		status int
+	}
+	answers := make(chan answer, 1)
+	go func() {
+		res, err := http.Post("http://"+addr, "text/plain", strings.NewReader(strings.Repeat("x", 1<<20)))
+		if err != nil {
+			answers <- answer{err.Error(), 0}
+			return
+		}
+		defer res.Body.Close()
+		b, _ := io.ReadAll(res.Body)
+		answers <- answer{string(b), res.StatusCode}
+	}()
+	eventually(t, "the request waits", func() bool { return d.held.Load() == 1 })
+	ln, err := net.Listen("tcp", target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		n, err := io.Copy(io.Discard, r.Body)
+		fmt.Fprint(w, n, err)
+	})}
+	go srv.Serve(ln)
+	if a := <-answers; a.status != 200 || a.body != fmt.Sprint(1<<20, nil) {
+		t.Errorf("the request that waited: %+v", a)
+	}
+	srv.Close()
+
+	// Clients leave: one whose body nobody has read, and one without.
+	for _, head := range []string{"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n"} {
+		c := dialTCP(t, addr)
+		io.WriteString(c, head)
+		eventually(t, "the request waits", func() bool { return d.held.Load() == 1 })
+		c.Close()
+		eventually(t, "it no longer does", func() bool { return d.held.Load() == 0 })
+	}
+	eventually(t, "both are said to have left", func() bool { return strings.Count(d.log.String(), "status=499") == 2 })
+
+	// There is no place left to wait in.
+	d.held.Add(heldMost)
+	if res, _ := ask(t, addr, "GET", "a", "/", nil); res.StatusCode != 502 {
+		t.Errorf("without a place to wait: %d", res.StatusCode)
+	}
+	d.held.Add(-heldMost)
+	if err := d.Reload(holding(time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if res, _ := ask(t, addr, "GET", "a", "/", nil); res.StatusCode != 502 {
+		t.Errorf("after the wait: %d", res.StatusCode)
+	}
+}
+
+func TestMayComeBack(t *testing.T) {
+	for reason, want := range map[dial.Reason]bool{dial.NodeOffline: true, dial.Timeout: true, dial.Refused: true, dial.UnknownNode: false, dial.NoTailscaled: false, dial.Canceled: false} {
+		if got := mayComeBack(fmt.Errorf("x: %w", &dial.Error{Reason: reason})); got != want {
+			t.Errorf("%s: %v", reason, got)
+		}
+	}
+	if mayComeBack(errors.New("x")) {
+		t.Error("an error of another kind")
+	}
+}
+
+// TestForwardTargets checks that servers on the tailnet and in containers are
+// dialled as targets are: here nobody can be asked, and the page says so.
+func TestForwardTargets(t *testing.T) {
+	t.Setenv("TAILSPLICE_TAILSCALED_SOCKET", filepath.Join(t.TempDir(), "none.sock"))
+	addr := freeAddr(t)
+	d := start(t, fmt.Sprintf(`
+listeners: [{ listen: %q, mode: http, default: { forward: "127.0.0.1:1", forward_auth: { address: "tailnet://auth:9091/verify" } } }]`, addr))
+	if res, _ := ask(t, addr, "GET", "a", "/", nil); res.StatusCode != 503 {
+		t.Errorf("%d", res.StatusCode)
+	}
+	if !strings.Contains(d.log.String(), "no tailscaled") {
+		t.Error("the log does not say why")
+	}
+}

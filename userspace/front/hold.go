@@ -1,0 +1,100 @@
+package front
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+const (
+	// heldMost bounds the requests that wait, in all: a visitor who reloads a
+	// page doesn't queue up for ever.
+	heldMost = 256
+	// holdFirst bounds the first try, which is often the only one.
+	holdFirst = 4 * time.Second
+	// holdTry bounds each further try: one that began before the node was back
+	// would wait for TCP's next, later and later, repetition.
+	holdTry = 2 * time.Second
+	// holdPause is between tries that fail at once, and how often it is looked
+	// whether the client still waits.
+	holdPause = 250 * time.Millisecond
+)
+
+// dialUpstream connects to the upstream of a request. Where the route has hold,
+// the request waits for a node that does not answer as long as the tailnet
+// knows it, nothing of the request's body has been read, and the client is
+// there.
+func (f *Front) dialUpstream(ctx context.Context, listener string, r *rule, client netip.Addr) (net.Conn, error) {
+	if r.hold == 0 {
+		return f.dialRule(ctx, listener, r, client)
+	}
+	began := time.Now()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // ends with the dial
+		tick := time.NewTicker(holdPause)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+				if vhost.ClientLeft(ctx) {
+					cancel()
+				}
+			}
+		}
+	}()
+	first, done := context.WithTimeout(ctx, holdFirst)
+	up, err := f.dialRule(first, listener, r, client)
+	done()
+	if err == nil || !mayComeBack(err) || time.Since(began) >= r.hold {
+		return up, err
+	}
+	if f.held.Add(1) > heldMost {
+		f.held.Add(-1)
+		f.complain.Warn("hold", "too many requests wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.name, "waiting", heldMost)
+		return nil, err
+	}
+	defer f.held.Add(-1)
+	f.complain.Warn("held "+r.written, "a request waits for a node that does not answer", "listener", listener, "route", r.name, "target", r.written, "hold", r.hold.String(), "err", err)
+	until := time.NewTimer(r.hold - time.Since(began))
+	defer until.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-until.C:
+			return nil, err
+		case <-time.After(holdPause):
+		}
+		try, done := context.WithTimeout(ctx, min(holdTry, max(holdPause, r.hold-time.Since(began))))
+		up, again := f.dialer.Dial(try, r.target, client)
+		done()
+		if again == nil {
+			return up, nil
+		}
+		if ctx.Err() == nil && !mayComeBack(again) {
+			return nil, again
+		}
+	}
+}
+
+// mayComeBack says whether an error of dialling a node is that of one which is
+// known and does not answer: asleep, between networks, or starting.
+func mayComeBack(err error) bool {
+	var de *dial.Error
+	if !errors.As(err, &de) {
+		return false
+	}
+	switch de.Reason {
+	case dial.NodeOffline, dial.Timeout, dial.Unreachable, dial.Refused:
+		return true
+	}
+	return false
+}

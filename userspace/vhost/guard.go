@@ -1,0 +1,119 @@
+package vhost
+
+import (
+	"errors"
+	"net/http"
+	"net/netip"
+	"strings"
+)
+
+// Guard decides whether a request may go on. Nil lets it; ErrAnswered says that
+// the guard has answered by w; a *Refusal makes a page; any other error is an
+// internal one (500). It must not read the request's body.
+type Guard func(w http.ResponseWriter, v *Visit) error
+
+// ErrAnswered is a guard's word for having answered the request itself.
+var ErrAnswered = errors.New("answered")
+
+// Visit is a request before its guards.
+type Visit struct {
+	Request *http.Request // as it came in; not to be changed
+	Conn    ConnInfo
+	ID      string
+	// Client is as Request.Client in OnRequest. Known is false if it is the hop
+	// before that speaks for somebody, and doesn't say for whom.
+	Client netip.AddrPort
+	Known  bool
+
+	// User is who it is, for OnRequest. Guards set it.
+	User string
+	// Set are headers that the upstream gets, Drop names headers that it gets
+	// only so: whatever the client sent in them, however it wrote them, is
+	// dropped.
+	Set  http.Header
+	Drop []string
+
+	x *exchange
+}
+
+// SetHeader gives the upstream a header, in place of the client's.
+func (v *Visit) SetHeader(name, value string) {
+	if v.Set == nil {
+		v.Set = http.Header{}
+	}
+	v.Set.Set(name, value)
+	v.Drop = append(v.Drop, name)
+}
+
+// Apply makes a copy of the client's header, without what is hop-by-hop, the
+// header that the upstream would get as things stand.
+func (v *Visit) Apply(h http.Header) { v.x.setHeaders(h) }
+
+// Refusal is a guard's no.
+type Refusal struct {
+	Status            int
+	Title, Text, Hint string // of the page, for people; Hint may be empty
+	Header            http.Header
+	Err               error // why, for OnRequest
+}
+
+func (r *Refusal) Error() string { return r.Err.Error() }
+func (r *Refusal) Unwrap() error { return r.Err }
+
+// guard asks g and reports whether the request goes on. If not, it is answered.
+func (s *Server) guard(x *exchange, g Guard) bool {
+	if g == nil {
+		return true
+	}
+	err := g(x.resp, &x.visit)
+	var no *Refusal
+	switch {
+	case err == nil:
+		return true
+	case errors.Is(err, ErrAnswered):
+	case x.req.Context().Err() != nil:
+		x.resp.status, x.err = statusClientLeft, errClientLeft
+		panic(http.ErrAbortHandler) // nobody is there to read a page
+	case errors.As(err, &no):
+		x.err = no.Err
+		for name, values := range no.Header {
+			x.resp.Header()[name] = values
+		}
+		s.page(x, no.Status, fault{title: no.Title, text: no.Text, hint: no.Hint})
+	default:
+		x.err = err
+		s.log.Error("http: a request could not be checked", "host", x.host, "path", x.req.URL.Path, "id", x.id, "err", err)
+		s.page(x, http.StatusInternalServerError, fault{title: "Something went wrong here",
+			text: s.opts.Node + " could not find out whether this request is allowed.", hint: "Its log says why."})
+	}
+	x.whole = true
+	return false
+}
+
+// setHeaders makes a copy of the client's header that of the request which goes
+// out.
+func (x *exchange) setHeaders(out http.Header) {
+	setForwarded(x.req, out, x.conn.info, x.id)
+	out["X-Request-Id"] = []string{x.requestID}
+	for name := range out {
+		if x.visit.drops(name) {
+			delete(out, name)
+		}
+	}
+	for name, values := range x.visit.Set {
+		out[name] = values
+	}
+}
+
+// drops says whether a header of the client's is not for the upstream.
+func (v *Visit) drops(name string) bool {
+	for _, d := range v.Drop {
+		if strings.EqualFold(spelling(name), spelling(d)) {
+			return true
+		}
+	}
+	return false
+}
+
+// spelling makes one of what CGI and WSGI make one of.
+func spelling(name string) string { return strings.ReplaceAll(name, "_", "-") }

@@ -134,7 +134,6 @@ func (s *Server) hopFailed(x *exchange, err error) {
 		f.hint = "If it is yours, see that the port speaks TLS, and that the route's upstream names the authority of its certificate (ca) and the name on it (server_name)."
 	case ReasonTimeout:
 		status = http.StatusGatewayTimeout
-		x.resp.Header().Set("Retry-After", "10")
 		f.title = sentence(name) + " did not answer in time"
 		f.text = s.opts.Node + " waited for " + name + " in vain."
 		f.hint = "It may be busy, asleep, or without a network. Try again in a moment."

@@ -85,6 +85,8 @@ func tune(h Host) error {
 	var err error
 	for _, s := range [][2]string{
 		{"ipv4/ip_local_port_range", "1024 65535"},
+		// Of that, what servers and systems listen on: an outgoing connection must not have it first.
+		{"ipv4/ip_local_reserved_ports", "6080,6443,7000-7099,8400-8599"},
 		// A closed flow's ports can be used again after a second, and few are remembered: otherwise the tests that
 		// open many flows slow down whoever comes after them.
 		{"ipv4/tcp_tw_reuse", "1"},

@@ -148,6 +148,42 @@ listeners:
 	}
 }
 
+// TestAllowExpress: the short way from a hello to an address is no way around allow.
+func TestAllowExpress(t *testing.T) {
+	app := backend(t, echo)
+	byRoute, byListener := freeAddr(t), freeAddr(t)
+	d := start(t, fmt.Sprintf(`
+listeners:
+  - listen: %q
+    mode: sni
+    routes:
+      - { sni: closed.test, forward: %[3]q, allow: [192.0.2.7] }
+      - { sni: open.test, forward: %[3]q, allow: [127.0.0.1] }
+  - listen: %[2]q
+    mode: sni
+    allow: [192.0.2.0/24]
+    default: { forward: %[3]q }
+`, byRoute, byListener, app))
+	for _, c := range []struct {
+		addr, name string
+		ok         bool
+	}{{byRoute, "closed.test", false}, {byRoute, "open.test", true}, {byListener, "open.test", false}} {
+		conn := dialTCP(t, c.addr)
+		conn.Write(clientHello(t, c.name))
+		got := make([]byte, 7)
+		if _, err := io.ReadFull(conn, got); err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		const alert = 21
+		if (got[0] != alert) != c.ok {
+			t.Errorf("%s at %s: % x", c.name, c.addr, got)
+		}
+	}
+	if n := d.refused(notAllowed); n != 2 {
+		t.Errorf("%d refusals are counted", n)
+	}
+}
+
 // clientHello is what a TLS client says first.
 func clientHello(t *testing.T, name string) []byte {
 	t.Helper()

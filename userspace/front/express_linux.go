@@ -38,7 +38,7 @@ var hellos = sync.Pool{New: func() any { return new([expressHello]byte) }}
 
 // express takes in, if it may go the short way.
 func (f *Front) express(in *inbound) bool {
-	if in.service.mode != "sni" || in.service.trust != nil || in.service.limits.HelloTimeout <= 0 {
+	if s := in.service; s.mode != "sni" || s.trust != nil || s.allow != nil || s.limits.HelloTimeout <= 0 {
 		return false
 	}
 	down := relay.Detach(in.TCPConn)
@@ -88,7 +88,7 @@ func (x *express) readHello(timedOut bool) {
 		return
 	}
 	r, ok := x.in.service.names.Lookup(x.hello.ServerName, func(r *rule) bool { return r.accepts(x.hello.ALPN) })
-	if !ok || !r.literal.IsValid() || len(r.datapaths) > 0 {
+	if !ok || !r.literal.IsValid() || r.allow != nil || len(r.datapaths) > 0 {
 		x.detour(head)
 		return
 	}

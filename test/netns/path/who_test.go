@@ -1,0 +1,88 @@
+package path
+
+import (
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/test/netns/lab"
+)
+
+// TestWho: a target hears from home's tailscaled which user a request is from, and from nobody else; allow lets that
+// user in by login and a node by its tag, over the tailnet, and nobody who comes by the edge.
+func TestWho(t *testing.T) {
+	s := world(t)
+	ln, err := s.Home.Listen("tcp", "127.0.0.1:9100")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { json.NewEncoder(w).Encode(r.Header) })}
+	go srv.Serve(ln)
+	t.Cleanup(func() { srv.Close() })
+	routes := `    routes:
+      - { host: [` + lab.Site + `], path: /who/user, forward: "127.0.0.1:9100", allow: ["` + lab.TestUser + `"] }
+      - { host: [` + lab.Site + `], path: /who/tag, forward: "127.0.0.1:9100", allow: ["tag:laptop"] }
+      - { host: [` + lab.Site + `], path: /who, forward: "127.0.0.1:9100" }
+`
+	s.configure(t, s.home, strings.Replace(homeConfig, "    default: { forward: tailnet://laptop:8080 }\n", routes+"    default: { forward: tailnet://laptop:8080 }\n", 1))
+	home := net.JoinHostPort(s.Home.Node.IP4.String(), "443")
+	for _, c := range []struct {
+		name, path string
+		from       *lab.Host
+		byEdge     bool
+		status     int
+		user       string
+	}{
+		{"the user", "/who/user", s.Friend, false, 200, lab.TestUser},
+		{"the user where a tag is wanted", "/who/tag", s.Friend, false, 403, ""},
+		{"the tag", "/who/tag", s.Laptop, false, 200, ""},
+		{"a tag where the user is wanted", "/who/user", s.Laptop, false, 403, ""},
+		{"a tag where anybody may", "/who", s.Laptop, false, 200, ""},
+		{"the public", "/who/user", s.Client, true, 403, ""},
+		{"the public where anybody may", "/who", s.Client, true, 200, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := s.browser(c.from, "tcp4", false)
+			if !c.byEdge {
+				b.Transport = directTo(s, c.from, home)
+			}
+			b.Timeout = 20 * time.Second
+			defer b.CloseIdleConnections()
+			req, err := http.NewRequestWithContext(t.Context(), "GET", "https://"+lab.Site+c.path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("Tailscale-User-Login", "forged@example.org")
+			req.Header["tailscale_user_login"] = []string{"forged@example.org"}
+			res, err := b.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			body, _ := io.ReadAll(res.Body)
+			if res.StatusCode != c.status {
+				t.Fatalf("%s: %s", res.Status, body)
+			}
+			if strings.Contains(string(body), "forged") {
+				t.Errorf("the target got %s", body)
+			}
+			if c.status != 200 {
+				return
+			}
+			var got http.Header
+			if err := json.Unmarshal(body, &got); err != nil {
+				t.Fatal(err)
+			}
+			if user := got.Get("Tailscale-User-Login"); user != c.user {
+				t.Errorf("the target heard of the user %q, want %q", user, c.user)
+			}
+		})
+	}
+	if n := status(t, s.home).Refused["not_allowed"]; n < 3 {
+		t.Errorf("%d refusals are counted, want 3", n)
+	}
+}

@@ -55,12 +55,14 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestHtpasswd uses what Apache's tool makes, if it is here.
+// TestHtpasswd uses what Apache's tool makes.
 func TestHtpasswd(t *testing.T) {
 	tool, err := exec.LookPath("htpasswd")
 	if err != nil {
-		t.Log("htpasswd is not here: its form is checked by the prefix $2y$ only")
-		return
+		if os.Getenv("CI") == "true" {
+			t.Fatal("htpasswd is not installed")
+		}
+		t.Skip("htpasswd is not installed")
 	}
 	file := filepath.Join(t.TempDir(), "users")
 	if out, err := exec.Command(tool, "-cbB", file, "me", "secret").CombinedOutput(); err != nil {

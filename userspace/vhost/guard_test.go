@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -21,7 +22,7 @@ func TestGuard(t *testing.T) {
 					break
 				}
 			}
-			w.Header().Set("Got", strings.Join(append(r.Header["Remote-User"], r.Trailer["Remote-User"]...), ","))
+			w.Header().Set("Got", strings.Join(slices.Concat(r.Header["Remote-User"], r.Header["Remote_user"], r.Trailer["Remote-User"]), ","))
 		})
 		guard := func(w http.ResponseWriter, v *Visit) error {
 			switch v.Request.URL.Path {

@@ -111,13 +111,21 @@ static __always_inline void tell(__u32 half, enum event_kind kind)
 	bpf_ringbuf_output(&events, &e, sizeof(e), 0);
 }
 
+/* What becomes of the bytes of a half that gave up, until userspace has reset both sides. A peer that is gone
+ * leaves no hole: what comes stays with the source, whose window closes, else its sender would be told
+ * that all it has is delivered. After any other fault the skb is lost, and a hole must not be hidden by what comes after it. */
+static __always_inline int after_fault(enum fault fault)
+{
+	return fault == FAULT_PEER ? SK_PASS : SK_DROP;
+}
+
 static __always_inline int give_up(struct half *h, __u32 half, enum fault fault)
 {
 	if (h->fault == FAULT_NONE) {
 		WRITE_ONCE(h->fault, fault);
 		tell(half, EVENT_FAULT);
 	}
-	return SK_DROP; /* the skb is lost, and userspace resets both sides because of it */
+	return after_fault(fault);
 }
 
 /* Cuts off what was handled before. The kernel hands over whole skbs and does not look at copied_seq:
@@ -206,7 +214,7 @@ int splice(struct __sk_buff *skb)
 	if (!h || h->source != cookie)
 		return SK_PASS; /* likewise */
 	if (h->fault != FAULT_NONE)
-		return SK_DROP; /* about to be reset; a hole must not be hidden by what comes after it */
+		return after_fault(h->fault); /* about to be reset */
 
 	other = half ^ 1;
 	if (!skb->sk)

@@ -90,6 +90,20 @@ func resetBehindWaiting(t *testing.T, p Path, s Size) {
 	})
 }
 
+// resetHoldsSender: while what came before a reset waits to be delivered, nothing is taken from the other end: it would be told that its
+// bytes have arrived.
+func resetHoldsSender(t *testing.T, p Path, s Size) {
+	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+		fill(from, newStream())
+		abort(from)
+		const most = 128 << 20 // far more than all buffers on the way
+		out := newStream()
+		if err := out.send(to, most); !isReset(err) {
+			t.Errorf("sender, instead of a reset: %v", err)
+		}
+	})
+}
+
 // resetMidStream: both streams are in full flow. The other end never sees a proper end.
 func resetMidStream(t *testing.T, p Path, s Size) {
 	for range s.Repeat {

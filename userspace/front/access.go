@@ -279,6 +279,9 @@ func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.G
 				v.SetHeader(name, "")
 				v.Set[name] = values
 			}
+			if cookies := res.Header["Set-Cookie"]; cookies != nil {
+				v.Answer = http.Header{"Set-Cookie": cookies} // a session that was refreshed
+			}
 			for _, name := range []string{"Remote-User", "X-Auth-Request-User", "X-Forwarded-User"} {
 				if user := v.Set.Get(name); user != "" {
 					v.User = user

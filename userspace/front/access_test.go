@@ -268,8 +268,20 @@ func TestForwardAuth(t *testing.T) {
 		}
 		w.Header().Set("Remote-User", "me")
 		w.Header().Set("Not-Copied", "x")
+		w.Header().Add("Set-Cookie", "session=fresh")
+		w.Header().Add("Set-Cookie", "csrf=c")
 	})
-	addr, app := freeAddr(t), headers(t)
+	addr := freeAddr(t)
+	app := httpBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Set-Cookie", "own=o")
+		if r.Header.Get("Upgrade") != "" {
+			w.Header().Set("Connection", "Upgrade")
+			w.Header().Set("Upgrade", "test/1")
+			w.WriteHeader(http.StatusSwitchingProtocols)
+			return
+		}
+		json.NewEncoder(w).Encode(r.Header)
+	})
 	d := start(t, fmt.Sprintf(`
 listeners:
   - listen: %q
@@ -277,6 +289,7 @@ listeners:
     routes:
       - { host: app.test, forward: %[2]q, forward_auth: { address: "http://%[3]s/verify", copy_headers: [Remote-User, Remote-Groups] } }
       - { host: gone.test, forward: %[2]q, forward_auth: { address: "http://%[4]s/verify" } }
+      - { host: dead.test, forward: "127.0.0.1:9", forward_auth: { address: "http://%[3]s/verify" } }
 `, addr, app, server, freeAddr(t)))
 
 	res, body := ask(t, addr, "POST", "app.test", "/a%2Fb?c=d", nil, "Content-Length: 0")
@@ -299,6 +312,22 @@ listeners:
 	}
 	if asked.Get("X-Forwarded-For") != "127.0.0.1" || asked.Get("Remote-Groups") != "" {
 		t.Errorf("the server is asked with %v", asked)
+	}
+	// A session that is refreshed on the way reaches the client with whatever answer.
+	for _, c := range []struct {
+		host, line string
+		status     int
+		own        string
+	}{{"app.test", "X: y", 200, "own=o "}, {"dead.test", "X: y", 502, ""}} {
+		res, _ := ask(t, addr, "GET", c.host, "/", nil, "Cookie: s=1", c.line)
+		if got := strings.Join(res.Header["Set-Cookie"], " "); res.StatusCode != c.status || got != c.own+"session=fresh csrf=c" {
+			t.Errorf("%s: %d, the client is given the cookies %q", c.host, res.StatusCode, got)
+		}
+	}
+	conn := dialTCP(t, addr)
+	io.WriteString(conn, "GET / HTTP/1.1\r\nHost: app.test\r\nCookie: s=1\r\nConnection: Upgrade\r\nUpgrade: test/1\r\n\r\n")
+	if res, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || res.StatusCode != 101 || len(res.Header["Set-Cookie"]) != 3 {
+		t.Errorf("an upgrade: %v, %v", res, err)
 	}
 	res, body = ask(t, addr, "GET", "gone.test", "/", nil)
 	if res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !strings.Contains(body, "sign-in service is not answering") {

@@ -2,19 +2,17 @@ package front
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/hex"
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"slices"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
+	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
@@ -98,11 +96,11 @@ func (f *Front) compileHTTP(cfg *config.Config, l *config.Listener, r *rule, a *
 		out.Redirect = &vhost.Redirect{To: a.Redirect.To, Code: a.Redirect.Code}
 	}
 	if c := a.ClientCertificates; c != nil {
-		pool, _, err := readPool(c.CA)
+		cas, err := tlsterm.OpenAuthorities(c.CA, f.log)
 		if err != nil {
 			return nil, cfg.Errorf(c.At("ca"), "client_certificates: %v", err)
 		}
-		out.ClientCAs = pool
+		out.ClientCAs = func() *x509.CertPool { pool, _ := cas.Pool(); return pool }
 	}
 	for i := range a.Forward {
 		target := *r // its own target; the rest is shared
@@ -121,20 +119,6 @@ func headerChange(c *config.HeaderChanges) vhost.HeaderChange {
 		return vhost.HeaderChange{}
 	}
 	return vhost.HeaderChange{Remove: c.Remove, Set: c.Set}
-}
-
-// readPool reads authorities from a PEM file. sum tells their versions apart.
-func readPool(file string) (pool *x509.CertPool, sum string, err error) {
-	pem, err := os.ReadFile(file)
-	if err != nil {
-		return nil, "", err
-	}
-	pool = x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, "", fmt.Errorf("%s has no certificate in it (-----BEGIN CERTIFICATE-----)", file)
-	}
-	h := sha256.Sum256(pem)
-	return pool, hex.EncodeToString(h[:8]), nil
 }
 
 // newUpstream is where the requests of r go, which is the upstream's own.
@@ -176,14 +160,14 @@ func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *
 		if up.TLS.ServerName == "" {
 			up.TLS.ServerName = r.target.Host
 		}
-		sum := ""
 		if u.CA != "" {
-			var err error
-			if up.TLS.RootCAs, sum, err = readPool(u.CA); err != nil {
+			cas, err := tlsterm.OpenAuthorities(u.CA, f.log)
+			if err != nil {
 				return nil, cfg.Errorf(u.At("ca"), "upstream: %v", err)
 			}
+			up.Roots = cas.Pool
 		}
-		up.Key += fmt.Sprintf(" name=%s insecure=%t ca=%s", up.TLS.ServerName, u.Insecure, sum)
+		up.Key += fmt.Sprintf(" name=%s insecure=%t ca=%s", up.TLS.ServerName, u.Insecure, u.CA)
 	}
 	up.Key += " " + u.Protocol
 	return up, nil

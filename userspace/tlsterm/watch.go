@@ -26,11 +26,16 @@ func (s stamp) same(o stamp) bool {
 		if (a == nil) != (b == nil) {
 			return false
 		}
-		if a != nil && (!os.SameFile(a, b) || !a.ModTime().Equal(b.ModTime()) || a.Size() != b.Size() || a.Mode() != b.Mode()) {
+		if a != nil && !sameFile(a, b) {
 			return false
 		}
 	}
 	return true
+}
+
+// sameFile says whether nobody has written or replaced a file between two looks.
+func sameFile(a, b fs.FileInfo) bool {
+	return b != nil && os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size() && a.Mode() == b.Mode()
 }
 
 // watch is what Run remembers between two looks.

@@ -32,6 +32,9 @@ type Visit struct {
 	// dropped.
 	Set  http.Header
 	Drop []string
+	// Answer are headers that the client gets beside those of the answer,
+	// whoever makes that. Names are canonical.
+	Answer http.Header
 
 	x *exchange
 }

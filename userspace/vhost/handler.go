@@ -28,6 +28,7 @@ type exchange struct {
 	route     *Route
 	up        *Upstream // the one that is tried
 	timing    bool      // the answer shall have Server-Timing
+	hsts      string    // the answer's Strict-Transport-Security, "" for none
 
 	body *body // nil if the request has none
 	resp *response
@@ -50,14 +51,11 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	x := &exchange{conn: r.Context().Value(connKey{}).(*conn), req: r, host: routeHost(r.Host), resp: &response{ResponseWriter: w}}
 	x.id = pathID(r, x.conn.info)
 	x.requestID = requestID(r, x.conn, x.id)
-	if x.timing = s.wantsTiming(r, x.conn.info); x.timing {
-		x.resp.before = func() { s.addTiming(x.resp.Header(), started) }
-	}
+	x.timing = s.wantsTiming(r, x.conn.info)
 	if s.opts.HSTS != nil && r.TLS != nil {
-		if v := s.opts.HSTS(); v != "" {
-			x.resp.Header()[hstsHeader] = []string{v}
-		}
+		x.hsts = s.opts.HSTS()
 	}
+	x.resp.before = func(h http.Header) { s.addOwn(x, h, started) }
 	defer func() { s.report(x, started) }() // also while ErrAbortHandler passes
 	if r.Method == http.MethodConnect {
 		// A tunnel to a place of the client's choice: never.
@@ -110,11 +108,25 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 
 const hstsHeader = "Strict-Transport-Security"
 
+// addOwn gives the header of x's final answer what is this hop's own, whoever
+// makes the answer.
+func (s *Server) addOwn(x *exchange, h http.Header, started time.Time) {
+	if x.hsts != "" {
+		h[hstsHeader] = []string{x.hsts}
+	}
+	for name, values := range x.visit.Answer {
+		h[name] = append(h[name], values...)
+	}
+	if x.timing {
+		s.addTiming(h, started)
+	}
+}
+
 // admit says whether x's request goes on to an upstream. If not, it has been
 // answered.
 func (s *Server) admit(x *exchange) bool {
 	if x.route.ClientCAs != nil {
-		if err := checkClient(x.req.TLS, x.route.ClientCAs, x.host); err != nil {
+		if err := checkClient(x.req.TLS, x.route.ClientCAs(), x.host); err != nil {
 			s.clientRefused(x, err)
 			return false
 		}
@@ -142,7 +154,7 @@ func tooLarge(r *Route) string {
 // answered changes what an upstream answered, before the client gets it.
 func (s *Server) answered(res *http.Response) error {
 	x := res.Request.Context().Value(exchangeKey{}).(*exchange)
-	if x.resp.Header()[hstsHeader] != nil {
+	if x.hsts != "" {
 		res.Header.Del(hstsHeader)
 	}
 	if x.route.Compress {

@@ -15,7 +15,7 @@ type response struct {
 	status   int
 	bytes    int64
 	hijacked *upgraded
-	before   func() // if not nil, called when the header is about to be written
+	before   func(http.Header) // called once, with the final answer's header when that is about to be written
 }
 
 // Unwrap lets http.ResponseController flush.
@@ -24,11 +24,10 @@ func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 func (w *response) WriteHeader(status int) {
 	if status >= 200 && w.status == 0 {
 		w.status = status
-		if w.before != nil {
-			w.before()
-		}
+		h := w.Header()
+		w.before(h)
 		// An answer without a type stays one: net/http would guess.
-		if h := w.Header(); h["Content-Type"] == nil {
+		if h["Content-Type"] == nil {
 			h["Content-Type"] = nil
 		}
 	}
@@ -36,6 +35,9 @@ func (w *response) WriteHeader(status int) {
 }
 
 func (w *response) Write(p []byte) (int, error) {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
 	n, err := w.ResponseWriter.Write(p)
 	w.bytes += int64(n)
 	return n, err
@@ -51,6 +53,7 @@ func (w *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		return nil, nil, err
 	}
 	w.status = http.StatusSwitchingProtocols
+	w.before(w.Header()) // to which ReverseProxy adds the upstream's
 	w.hijacked = &upgraded{Conn: c, early: rw.Reader}
 	return w.hijacked, rw, nil
 }

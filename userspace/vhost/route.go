@@ -33,9 +33,9 @@ type Route struct {
 	AnswerTimeout, BodyTimeout time.Duration
 	// Compress answers with gzip where that is asked for and of use.
 	Compress bool
-	// ClientCAs, if not nil, is what a client's certificate must come from.
-	// The TLS configuration has to ask for one.
-	ClientCAs *x509.CertPool
+	// ClientCAs, if not nil, says what a client's certificate must come from,
+	// for each request anew. The TLS configuration has to ask for one.
+	ClientCAs func() *x509.CertPool
 }
 
 // Choice is one of a route's upstreams.

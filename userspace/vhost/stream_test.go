@@ -244,14 +244,17 @@ func TestEarlyHints(t *testing.T) {
 			w.Header().Set("Link", "</style.css>; rel=preload")
 			w.WriteHeader(http.StatusEarlyHints)
 			io.WriteString(w, "page")
-		}))
+		}), func(c *config) { c.HSTS = func() string { return "max-age=7" } })
 		hints := ""
 		ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{Got1xxResponse: func(code int, h textproto.MIMEHeader) error {
-			hints = fmt.Sprint(code, h.Get("Link"))
+			hints = fmt.Sprint(code, h.Get("Link"), len(h))
 			return nil
 		}})
 		res, body := get(t, p.client(t, h), p.url("/"), func(r *http.Request) { *r = *r.WithContext(ctx) })
-		if hints != "103</style.css>; rel=preload" || body != "page" || res.StatusCode != 200 {
+		if v := res.Header["Strict-Transport-Security"]; (len(v) == 1 && v[0] == "max-age=7") != p.tls {
+			t.Errorf("the page after the hints has HSTS %q", v)
+		}
+		if hints != "103</style.css>; rel=preload1" || body != "page" || res.StatusCode != 200 {
 			t.Errorf("hints %q, then %d %q", hints, res.StatusCode, body)
 		}
 		if got := h.request(t, 1); got.Status != 200 || got.BytesOut != 4 {

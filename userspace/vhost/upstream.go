@@ -3,6 +3,7 @@ package vhost
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"net"
@@ -45,6 +46,9 @@ type Upstream struct {
 	// and no NextProtos. Upstreams with different ones have different Keys.
 	Protocol Protocol
 	TLS      *tls.Config
+	// Roots, if not nil, is what TLS.RootCAs are, for each connection anew.
+	// Connections under another version are not used any more.
+	Roots func() (pool *x509.CertPool, version string)
 
 	health health
 }
@@ -109,7 +113,11 @@ func dialUpstreamTLS(ctx context.Context, _, _ string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	config := ctx.Value(dialKey{}).(*Upstream).TLS.Clone()
+	up := ctx.Value(dialKey{}).(*Upstream)
+	config := up.TLS.Clone()
+	if up.Roots != nil {
+		config.RootCAs, _ = up.Roots()
+	}
 	config.NextProtos = []string{"h2", "http/1.1"}
 	if x := ctx.Value(exchangeKey{}).(*exchange); wantsUpgrade(x.req) {
 		config.NextProtos = config.NextProtos[1:] // HTTP/2 has no Upgrade
@@ -125,13 +133,18 @@ func dialUpstreamTLS(ctx context.Context, _, _ string) (net.Conn, error) {
 }
 
 // address makes u lead to the upstream, in the transport's eyes only: the host
-// stands for Key, one to one, whatever characters that has.
+// stands for Key and the version of Roots, whatever characters they have.
 func (up *Upstream) address(u *url.URL) {
 	u.Scheme = "http"
 	if up.Protocol == HTTPS {
 		u.Scheme = "https"
 	}
-	u.Host = hex.EncodeToString([]byte(up.Key))
+	key := up.Key
+	if up.Roots != nil {
+		_, version := up.Roots()
+		key += " " + version
+	}
+	u.Host = hex.EncodeToString([]byte(key))
 }
 
 // upstreamConn is a connection in a pool. It tells the exchanges that use it

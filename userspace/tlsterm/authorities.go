@@ -1,0 +1,86 @@
+package tlsterm
+
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+)
+
+// Authorities are those of a PEM file, by which others' certificates are
+// verified. Make them with [OpenAuthorities]; their methods may be called from
+// any goroutine.
+type Authorities struct {
+	file string
+	log  *slog.Logger
+
+	mu      sync.Mutex
+	pool    *x509.CertPool
+	version string
+	info    os.FileInfo // of the file that was read
+	looked  time.Time
+	failed  string // the last complaint
+}
+
+// OpenAuthorities reads a PEM file of certificates; the error is a *FileError.
+// The file is read again when it changes; while it is wrong or missing the
+// authorities stay as they were, and log hears of it once. There is nothing to
+// close.
+func OpenAuthorities(file string, log *slog.Logger) (*Authorities, error) {
+	a := &Authorities{file: file, log: log}
+	if err := a.read(); err != nil {
+		return nil, err
+	}
+	a.looked = time.Now()
+	return a, nil
+}
+
+// Pool is the authorities as they are now, and a word that tells them from
+// those of another time: the same for the same certificates.
+func (a *Authorities) Pool() (pool *x509.CertPool, version string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if now := time.Now(); now.Sub(a.looked) >= Interval {
+		a.looked = now
+		a.look()
+	}
+	return a.pool, a.version
+}
+
+// look reads the file if it has changed. The caller holds a.mu.
+func (a *Authorities) look() {
+	now, err := os.Stat(a.file)
+	if err == nil && sameFile(now, a.info) {
+		return
+	}
+	before := a.version
+	if err := a.read(); err != nil {
+		if a.failed != err.Error() {
+			a.failed = err.Error()
+			a.log.Error("the file of authorities can't be used: those before the change stay in force", "err", err)
+		}
+		return
+	}
+	a.failed = ""
+	if a.version != before {
+		a.log.Info("authorities changed", "file", a.file)
+	}
+}
+
+func (a *Authorities) read() error {
+	info, _ := os.Stat(a.file) // before reading: a change meanwhile is seen later
+	chain, err := readChain(a.file)
+	if err != nil {
+		return &FileError{a.file, err}
+	}
+	pool, sum := x509.NewCertPool(), sha256.New()
+	for _, c := range chain {
+		pool.AddCert(c)
+		sum.Write(c.Raw)
+	}
+	a.pool, a.version, a.info = pool, hex.EncodeToString(sum.Sum(nil)[:8]), info
+	return nil
+}

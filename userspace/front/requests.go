@@ -129,7 +129,7 @@ func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *
 		r.dialer = &own
 	}
 	up := &vhost.Upstream{
-		Key: fmt.Sprintf("%s proxy=%t at %s connect=%v", r.written, r.sendProxy, r.target, r.dialer.Timeout), Name: publicName(r), OwnConnections: r.sendProxy,
+		Key: fmt.Sprintf("%s proxy=%t at %s connect=%v", r.written, r.sendProxy, r.target, r.dialer.Timeout), Name: publicName(r), Speaks: speaker(r),
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			info, _ := vhost.Info(ctx)
 			up, err := f.dialUpstream(ctx, l.Name, r, info.Client.Addr())
@@ -171,4 +171,12 @@ func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *
 	}
 	up.Key += " " + u.Protocol
 	return up, nil
+}
+
+// speaker is for whom the connections of r speak.
+func speaker(r *rule) vhost.Speaker {
+	if r.sendProxy {
+		return vhost.ForPath
+	}
+	return vhost.ForAll
 }

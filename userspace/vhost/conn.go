@@ -7,7 +7,6 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -64,9 +63,6 @@ type conn struct {
 	closeOnce sync.Once
 	closeErr  error
 
-	own   [protocolCount]atomic.Pointer[http.Transport] // for upstreams with a PROXY header
-	ownMu sync.Mutex
-
 	requests atomic.Int64 // that were given an id here
 
 	armed   atomic.Int64 // when the write deadline was last set, Unix ns
@@ -95,17 +91,10 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// Close closes the connection and what belongs to it alone.
+// Close closes the connection.
 func (c *conn) Close() error {
 	c.closeOnce.Do(func() {
 		c.closeErr = c.Conn.Close()
-		c.ownMu.Lock()
-		for i := range c.own {
-			if t := c.own[i].Load(); t != nil {
-				t.CloseIdleConnections()
-			}
-		}
-		c.ownMu.Unlock()
 		c.server.remove(c)
 		close(c.done)
 	})
@@ -148,21 +137,6 @@ func (c *conn) CloseWrite() error {
 	return errors.ErrUnsupported
 }
 
-// transport is for upstreams whose connections belong to this client.
-func (c *conn) transport(p Protocol) *http.Transport {
-	if t := c.own[p].Load(); t != nil {
-		return t
-	}
-	c.ownMu.Lock()
-	defer c.ownMu.Unlock()
-	if t := c.own[p].Load(); t != nil {
-		return t
-	}
-	t := c.server.newTransport(p, ownIdlePerHost, ownIdleTotal)
-	c.own[p].Store(t)
-	return t
-}
-
 // gone says whether the peer has closed its side, as far as that can be seen
 // without reading.
 func (c *conn) gone() bool {
@@ -194,14 +168,22 @@ func connContext(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, c.(*conn))
 }
 
-// Info returns what is known of the downstream connection of a request; ctx is
-// the request's, or what Upstream.Dial got.
+// Info returns what is known of who a request is from; ctx is the request's, or
+// what Upstream.Dial got. For Dial, Client, Anonymous and ID are the request's:
+// if a hop that is believed said them, Client has port 0 and Local is invalid.
 func Info(ctx context.Context) (ConnInfo, bool) {
 	c, ok := ctx.Value(connKey{}).(*conn)
 	if !ok {
 		return ConnInfo{}, false
 	}
-	return c.info, true
+	info := c.info
+	if x, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
+		info.ID, info.Anonymous = x.id, !x.visit.Known
+		if x.visit.Client != info.Client {
+			info.Client, info.Local = x.visit.Client, netip.AddrPort{}
+		}
+	}
+	return info, true
 }
 
 // logBridge turns net/http's log lines into slog's. They are what strangers

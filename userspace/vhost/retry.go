@@ -67,7 +67,7 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 		r = r.WithContext(context.WithValue(r.Context(), dialKey{}, next))
 		u := *r.URL
 		r.URL = &u
-		next.address(r.URL)
+		next.address(r.URL, x)
 	}
 }
 
@@ -92,8 +92,8 @@ func (t transports) once(x *exchange, r *http.Request) (*http.Response, error) {
 		p = HTTP1 // HTTP/2 has no Upgrade, and who speaks h2c speaks that too
 	}
 	transport := t.s.shared[p]
-	if x.up.OwnConnections {
-		transport = x.conn.transport(p)
+	if x.up.Speaks != ForAll {
+		transport = t.s.own[p]
 	}
 	if x.route.AnswerTimeout > 0 {
 		var stop func()

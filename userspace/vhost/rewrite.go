@@ -10,7 +10,7 @@ import (
 // rewrite turns the request that came in into the one that goes out.
 func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 	x := pr.In.Context().Value(exchangeKey{}).(*exchange)
-	x.up.address(pr.Out.URL)
+	x.up.address(pr.Out.URL, x)
 	pr.Out.URL.User = nil
 	pr.Out.Host = pr.In.Host
 	// ReverseProxy re-encodes queries that Go's parser finds odd, for the sake

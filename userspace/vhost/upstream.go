@@ -25,10 +25,20 @@ const (
 	protocolCount = iota
 )
 
+// Speaker says for whom a connection to an upstream speaks, and so which
+// requests may share it.
+type Speaker uint8
+
+const (
+	ForAll    Speaker = iota // for whoever
+	ForClient                // for one client's address: Dial binds to it
+	ForPath                  // for one client's connection, by the path's id: Dial writes a PROXY header
+)
+
 // Upstream is where requests are sent.
 type Upstream struct {
 	// Key tells upstreams apart: connections are reused for every request
-	// whose Upstream has the same Key. The target as the config writes it is
+	// whose Upstream has the same Key, within what Speaks allows. The target as the config writes it is
 	// a good one.
 	Key string
 	// Name is how pages call it. Visitors see it: name a node, a container, or
@@ -38,10 +48,9 @@ type Upstream struct {
 	// the connection (Info(ctx) works), not its end: Dial has a timeout of its
 	// own. An error with a reason (see Fail) makes a better page.
 	Dial func(ctx context.Context) (net.Conn, error)
-	// OwnConnections says that a connection speaks for one downstream
-	// connection, because Dial writes a PROXY header: it is never used for
-	// another, and closed with it.
-	OwnConnections bool
+	// Speaks says for whom its connections speak. Those which don't for all are
+	// closed soon after their last request.
+	Speaks Speaker
 	// Protocol is how to speak with it. TLS is for HTTPS: it needs a ServerName,
 	// and no NextProtos. Upstreams with different ones have different Keys.
 	Protocol Protocol
@@ -56,17 +65,11 @@ type Upstream struct {
 // tlsHandshakeTimeout is what net/http's default transport gives a handshake.
 const tlsHandshakeTimeout = 10 * time.Second
 
-// An own transport serves one client: what HTTP/2 asks for at once.
-const (
-	ownIdlePerHost = 8
-	ownIdleTotal   = 32
-)
-
 type dialKey struct{}
 
 // newTransport makes a transport that dials with the request's own Upstream.
-// Its pool is keyed by the URL's host, which address makes of Upstream.Key.
-func (s *Server) newTransport(p Protocol, idlePerHost, idle int) *http.Transport {
+// Its pool is keyed by the URL's host, which address makes.
+func (s *Server) newTransport(p Protocol, idlePerHost int, idle time.Duration) *http.Transport {
 	var speaks http.Protocols
 	speaks.SetHTTP1(p != H2C)
 	speaks.SetUnencryptedHTTP2(p == H2C)
@@ -79,8 +82,8 @@ func (s *Server) newTransport(p Protocol, idlePerHost, idle int) *http.Transport
 		Protocols:              &speaks,
 		DisableCompression:     true, // what the client asked for is what it gets
 		MaxIdleConnsPerHost:    idlePerHost,
-		MaxIdleConns:           idle,
-		IdleConnTimeout:        upstreamIdle,
+		MaxIdleConns:           upstreamIdleTotal,
+		IdleConnTimeout:        idle,
 		ResponseHeaderTimeout:  s.opts.AnswerTimeout,
 		ExpectContinueTimeout:  expectTimeout,
 		MaxResponseHeaderBytes: answerHeaderBytes,
@@ -133,8 +136,9 @@ func dialUpstreamTLS(ctx context.Context, _, _ string) (net.Conn, error) {
 }
 
 // address makes u lead to the upstream, in the transport's eyes only: the host
-// stands for Key and the version of Roots, whatever characters they have.
-func (up *Upstream) address(u *url.URL) {
+// stands for Key, the version of Roots, and for whom the connection speaks,
+// whatever characters they have.
+func (up *Upstream) address(u *url.URL, x *exchange) {
 	u.Scheme = "http"
 	if up.Protocol == HTTPS {
 		u.Scheme = "https"
@@ -143,6 +147,12 @@ func (up *Upstream) address(u *url.URL) {
 	if up.Roots != nil {
 		_, version := up.Roots()
 		key += " " + version
+	}
+	switch up.Speaks {
+	case ForClient:
+		key += "\n" + x.visit.Client.Addr().String()
+	case ForPath:
+		key += "\n" + x.visit.Client.String() + " " + x.id
 	}
 	u.Host = hex.EncodeToString([]byte(key))
 }

@@ -57,6 +57,8 @@ const (
 	upstreamIdle        = 30 * time.Second // an unused upstream connection's life; shorter than servers keep theirs
 	upstreamIdlePerHost = 64
 	upstreamIdleTotal   = 1024
+	ownIdle             = 5 * time.Second // the same, of one that speaks for one client: few come back for it
+	ownIdlePerHost      = 8               // what a client's HTTP/2 asks for at once
 )
 
 // Options says what a Server serves. Route is needed; the rest has defaults.
@@ -144,7 +146,8 @@ type Server struct {
 	log    *slog.Logger
 	http   *http.Server
 	proxy  *httputil.ReverseProxy
-	shared [protocolCount]*http.Transport
+	shared [protocolCount]*http.Transport // for upstreams that speak for all
+	own    [protocolCount]*http.Transport // for the others
 	feed   *feed
 
 	mu     sync.Mutex
@@ -175,7 +178,8 @@ func New(o Options) *Server {
 	s := &Server{opts: o, log: o.Log, feed: newFeed(), conns: map[*conn]struct{}{}, gone: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for p := range s.shared {
-		s.shared[p] = s.newTransport(Protocol(p), upstreamIdlePerHost, upstreamIdleTotal)
+		s.shared[p] = s.newTransport(Protocol(p), upstreamIdlePerHost, upstreamIdle)
+		s.own[p] = s.newTransport(Protocol(p), ownIdlePerHost, ownIdle)
 	}
 	errorLog := log.New(logBridge{o.Log}, "", 0)
 	s.proxy = s.newProxy(errorLog)
@@ -298,8 +302,9 @@ func (s *Server) Close() error {
 	for _, c := range left {
 		c.Close()
 	}
-	for _, t := range s.shared {
-		t.CloseIdleConnections()
+	for p := range s.shared {
+		s.shared[p].CloseIdleConnections()
+		s.own[p].CloseIdleConnections()
 	}
 	return err
 }

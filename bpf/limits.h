@@ -81,7 +81,8 @@ struct place {
 };
 
 struct direction {
-	__u64 bytes;      /* handled: redirected + passed */
+	__u64 bytes;      /* all of the flow's: before + redirected + passed */
+	__u64 before;     /* userspace moved them before the splice, such as a TLS hello; fixed */
 	__u64 redirected;
 	__u64 passed;
 	__u64 trimmed;    /* cut off: bytes that the kernel delivered twice */

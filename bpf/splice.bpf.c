@@ -274,7 +274,7 @@ int splice(struct __sk_buff *skb)
 		d->trimmed = h->trimmed;
 		d->redirected = h->redirected;
 		d->passed = h->passed;
-		d->bytes = h->redirected + h->passed;
+		d->bytes = d->before + h->redirected + h->passed;
 	}
 
 	if (pass)

@@ -89,14 +89,20 @@ func (c *counts) failure(l *Loader, why string) {
 // Stats counts since New.
 func (l *Loader) Stats() Stats {
 	c := &l.counts
-	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load(), Stalls: c.stalls.Load()}
-	if off := c.off.Load(); off != nil {
-		s.Off = *off
-	}
+	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load()}
+	s.Off, s.Stalls = l.Health()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s.Refused, s.Faults = maps.Clone(c.refused), maps.Clone(c.faults)
 	return s
+}
+
+// Health is the part of Stats that an operator has to know; see userspace/relay.
+func (l *Loader) Health() (off string, stalls uint64) {
+	if why := l.counts.off.Load(); why != nil {
+		off = *why
+	}
+	return off, l.counts.stalls.Load()
 }
 
 // isNotEstablished: sock_map_sk_state_allowed said no.

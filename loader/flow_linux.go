@@ -177,8 +177,8 @@ func (f *flow) setState(state spliceFlowState) {
 		}
 		t.State = state
 		a, b := f.halves[0].snapshot(), f.halves[1].snapshot()
-		a.into(&t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed)
-		b.into(&t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed)
+		a.into(t.Up.Before, &t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed)
+		b.into(t.Down.Before, &t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed)
 		if err := f.l.objects.Flows.Put(f.cookies[0], t); err != nil {
 			return
 		}

@@ -76,8 +76,8 @@ func (h *half) snapshot() snapshot {
 	return snapshot{load64(&m.Redirected), load64(&m.Passed), uint64(atomic.LoadUint32(&m.Trimmed))}
 }
 
-func (s snapshot) into(bytes, redirected, passed, trimmed *uint64) {
-	*bytes, *redirected, *passed, *trimmed = s.redirected+s.passed, s.redirected, s.passed, s.trimmed
+func (s snapshot) into(before uint64, bytes, redirected, passed, trimmed *uint64) {
+	*bytes, *redirected, *passed, *trimmed = before+s.redirected+s.passed, s.redirected, s.passed, s.trimmed
 }
 
 // wake makes somebody look at the half soon. It never blocks.

@@ -66,7 +66,7 @@ func New(o Options) (*Loader, error) {
 	}
 	l, err := load(o, allRules)
 	if err != nil {
-		return nil, err
+		return nil, explain(err)
 	}
 	l.findings = l.selfTest()
 	if err := failed(l.findings); err != nil {
@@ -270,6 +270,17 @@ func (l *Loader) readRing() {
 			f.halves[e.Half&1].wake(0)
 		}
 	}
+}
+
+// explain says which capability a refusal of the kernel's is about; the kernel doesn't, and cilium/ebpf suspects a limit.
+func explain(err error) error {
+	if !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	if f := probeCapabilities(); f.State == StateMissing {
+		return fmt.Errorf("%s (%s): %w", f.Detail, f.Advice, unix.EPERM)
+	}
+	return err
 }
 
 // translate makes cilium/ebpf's notion of what a kernel can't do into the standard library's.

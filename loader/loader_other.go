@@ -33,6 +33,9 @@ func (*Loader) Flows() []Info { return nil }
 // Stats has nothing to count.
 func (*Loader) Stats() Stats { return Stats{Off: unsupported().Error()} }
 
+// Health is off.
+func (*Loader) Health() (off string, stalls uint64) { return unsupported().Error(), 0 }
+
 // SelfTest of a Loader finds nothing.
 func (*Loader) SelfTest() []Finding { return SelfTest(Options{}) }
 

@@ -1,10 +1,13 @@
 package loader
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -245,21 +248,59 @@ func TestRuleOrderOff(t *testing.T) {
 	t.Error("nothing was damaged without the order: this test proves nothing")
 }
 
-// Failures that come in a burst switch the datapath off, once; flows that live go on.
+// Failures that come in a burst switch the datapath off, once, with one line in the log. The flows that were refused and those that come
+// after go through userspace, those that live go on.
 func TestSwitchOff(t *testing.T) {
+	foreign := open(t, allRules, 2*burstFailures) // whose sockmap has the sockets already, so that the kernel refuses them
 	l := open(t, allRules, 16)
-	p := splicePath(t, l, pathOptions{})
-	for range 3 * burstFailures {
-		l.counts.splice(l, refusedInsert)
+	var mu sync.Mutex
+	var log bytes.Buffer
+	l.log = slog.New(slog.NewTextHandler(writerFunc(func(b []byte) (int, error) { mu.Lock(); defer mu.Unlock(); return log.Write(b) }), nil))
+	live := splicePath(t, l, pathOptions{})
+	var all sync.WaitGroup
+	for i := range uint32(2 * burstFailures) {
+		all.Go(func() {
+			p, err := trySplice(t, l, pathOptions{before: func(_, _, down, _ *net.TCPConn) {
+				s, err := dup(down)
+				if err == nil {
+					err = foreign.objects.Sources.Put(i, uint64(s))
+					s.close()
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}})
+			if !errors.Is(err, refusedInsert) && !errors.Is(err, refusedOff) {
+				t.Errorf("a socket that is in another sockmap: %v", err)
+				return
+			}
+			if err := foreign.objects.Sources.Delete(i); err != nil {
+				t.Error(err)
+			}
+			relayed(t, p)
+		})
 	}
-	if _, err := trySplice(t, l, pathOptions{}); !errors.Is(err, refusedOff) {
-		t.Errorf("still on: %v", err)
+	all.Wait()
+	p, err := trySplice(t, l, pathOptions{})
+	if !errors.Is(err, refusedOff) {
+		t.Fatalf("still on: %v", err)
 	}
-	if s := l.Stats(); s.Off != refusedInsert.Error() || s.Refused[refusedInsert.Error()] != 3*burstFailures {
+	relayed(t, p)
+	s := l.Stats()
+	if off, _ := l.Health(); off != refusedInsert.Error() || s.Off != off || s.Refused[off] < burstFailures || s.Flows != 1 {
 		t.Errorf("%+v", s)
 	}
-	must(t, bothWays(p, 1<<20))
+	mu.Lock()
+	if n := strings.Count(log.String(), "\n"); n != 1 || !strings.Contains(log.String(), "switched off") {
+		t.Errorf("%d lines in the log:\n%s", n, log.String())
+	}
+	mu.Unlock()
+	must(t, bothWays(live, 1<<20))
 }
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 
 // Copying is what a direction gets whose source the kernel did not take.
 func TestCopying(t *testing.T) {

@@ -71,6 +71,9 @@ func (p *pins) release() error {
 func mountBPFFS(at string) error {
 	var s unix.Statfs_t
 	if err := unix.Statfs(at, &s); err != nil {
+		if errors.Is(err, unix.ENOENT) {
+			err = fmt.Errorf("%w: %s", err, adviseBPFFS(at))
+		}
 		return fmt.Errorf("look at %s: %w", at, err)
 	}
 	if s.Type == unix.BPF_FS_MAGIC {
@@ -80,6 +83,11 @@ func mountBPFFS(at string) error {
 		return fmt.Errorf("mount the BPF file system on %s (mount -t bpf bpf %s): %w", at, at, err)
 	}
 	return nil
+}
+
+// adviseBPFFS says what to do where there is not even a folder to mount the BPF file system on: sysfs has it.
+func adviseBPFFS(at string) string {
+	return "the kernel has no CONFIG_BPF_SYSCALL, or sysfs is not mounted (mount -t sysfs sysfs /sys, then mount -t bpf bpf " + at + ")"
 }
 
 // pinName makes a name that bpffs accepts (it has no dots), another one for another instance.

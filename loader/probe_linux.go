@@ -25,7 +25,7 @@ func Probe() []Finding {
 		probeKernel(),
 		probeBTF(),
 		probeConfig(),
-		probeCapabilities(privileged),
+		probeCapabilities(),
 		probeFeatures(privileged),
 		probeBPFFS(privileged),
 		probeCgroup2(),
@@ -153,7 +153,7 @@ func capable(capability uint) bool {
 	return false
 }
 
-func probeCapabilities(privileged bool) Finding {
+func probeCapabilities() Finding {
 	f := Finding{Name: "capabilities", State: StateOK}
 	var lacking []string
 	for _, c := range []struct {
@@ -204,6 +204,9 @@ func probeBPFFS(privileged bool) Finding {
 	f := Finding{Name: "bpffs", State: StateOK, Detail: defaultBPFFS}
 	var s unix.Statfs_t
 	if err := unix.Statfs(defaultBPFFS, &s); err != nil {
+		if errors.Is(err, unix.ENOENT) {
+			return f.missing(defaultBPFFS+" does not exist", adviseBPFFS(defaultBPFFS))
+		}
 		return f.missing(defaultBPFFS+": "+err.Error(), "mount -t bpf bpf "+defaultBPFFS)
 	}
 	if s.Type == unix.BPF_FS_MAGIC {

@@ -40,7 +40,7 @@ func SelfTest(o Options) []Finding {
 	}
 	l, err := load(o, allRules)
 	if err != nil {
-		return []Finding{{Name: "load", State: StateMissing, Detail: err.Error(), Advice: "see the findings about the machine"}}
+		return []Finding{{Name: "load", State: StateMissing, Detail: explain(err).Error(), Advice: "see the findings about the machine"}}
 	}
 	findings := l.selfTest()
 	if err := l.Close(); err != nil {

@@ -50,6 +50,7 @@ type spliceFlow struct {
 	Up              struct {
 		_          structs.HostLayout
 		Bytes      uint64
+		Before     uint64
 		Redirected uint64
 		Passed     uint64
 		Trimmed    uint64
@@ -57,6 +58,7 @@ type spliceFlow struct {
 	Down struct {
 		_          structs.HostLayout
 		Bytes      uint64
+		Before     uint64
 		Redirected uint64
 		Passed     uint64
 		Trimmed    uint64

@@ -224,6 +224,8 @@ func (f *flow) forget() {
 
 func describe(down, up *net.TCPConn, o Flow) spliceFlow {
 	t := spliceFlow{State: spliceFlowStateFLOW_SPLICED}
+	t.Up.Before, t.Down.Before = uint64(o.Up), uint64(o.Down)
+	t.Up.Bytes, t.Down.Bytes = t.Up.Before, t.Down.Before
 	text(t.Id[:], o.ID)
 	text(t.Route[:], o.Route)
 	text(t.Downstream[:], down.RemoteAddr().String())

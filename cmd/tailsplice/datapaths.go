@@ -12,7 +12,10 @@ import (
 )
 
 // The loader is made for the relay, though neither may import the other.
-var _ relay.Datapath = (*loader.Loader)(nil)
+var (
+	_ relay.Datapath = (*loader.Loader)(nil)
+	_ relay.Health   = (*loader.Loader)(nil)
+)
 
 // loadDatapaths brings up the kernel datapaths that cfg asks for, and says in
 // Missing why another is not there. The caller closes them.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -13,6 +14,17 @@ import (
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"tailsplice": main})
+}
+
+// haveRoot says whether what needs root can be tested; under CI all is.
+func haveRoot() (bool, error) {
+	if os.Getuid() == 0 {
+		return true, nil
+	}
+	if os.Getenv("CI") != "" {
+		return false, errors.New("needs root")
+	}
+	return false, nil
 }
 
 // TestScripts runs the command line as people do. Commands of our own:
@@ -34,6 +46,12 @@ func TestScripts(t *testing.T) {
 			e.Setenv("RUN", run)
 			e.Setenv("TAILSPLICE_TAILSCALED_SOCKET", filepath.Join(run, "no-tailscaled.sock"))
 			return nil
+		},
+		Condition: func(cond string) (bool, error) {
+			if cond != "root" {
+				return false, fmt.Errorf("unknown condition %q", cond)
+			}
+			return haveRoot()
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"freeport": func(ts *testscript.TestScript, neg bool, args []string) {

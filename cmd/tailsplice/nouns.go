@@ -152,6 +152,14 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 		tw.Flush()
 	}
 	fmt.Fprintln(w)
+	for _, d := range s.Datapaths {
+		if d.SwitchedOff {
+			fmt.Fprintf(w, "datapath %s is switched off, it failed too often: %s; the daemon tries it again when it is started again\n", d.Name, d.Reason)
+		}
+		if d.Stalls > 0 {
+			fmt.Fprintf(w, "datapath %s: %s, in which a flow waited up to 3 s for nothing: please report it\n", d.Name, plural(int(d.Stalls), "stall"))
+		}
+	}
 	for _, p := range s.Labels {
 		on := ""
 		if p.Listener != "" {

@@ -165,14 +165,14 @@ func (f *Front) compileAccess(cfg *config.Config, listener string, r *rule, a *c
 			users, err = auth.NewUsers(b.Users)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("%s:%s: basic_auth: %w", cfg.File, b.At("file"), err)
+			return nil, &config.Error{File: cfg.File, Pos: b.At("file"), Message: "basic_auth: " + err.Error()}
 		}
 		guards = append(guards, f.basicGuard(listener, users))
 	}
 	if a.ForwardAuth != nil {
 		fw, err := f.newForward(a.ForwardAuth)
 		if err != nil {
-			return nil, fmt.Errorf("%s:%s: forward_auth: %w", cfg.File, a.ForwardAuth.At("address"), err)
+			return nil, &config.Error{File: cfg.File, Pos: a.ForwardAuth.At("address"), Message: "forward_auth: " + err.Error()}
 		}
 		guards = append(guards, f.forwardGuard(listener, a.ForwardAuth.Address, fw))
 	}

@@ -108,6 +108,11 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 		labelsMoved: make(chan struct{}, 1), labels: newLabelRoutes(nil)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.metrics = metrics.New(opts.Version, f.flows.Len)
+	for _, d := range opts.Datapaths {
+		if h, ok := d.(relay.Health); ok {
+			f.metrics.Watch(d.Name(), h.Health)
+		}
+	}
 	f.tailnet = tailnet.New("", opts.Log)
 	f.containers = container.New("", opts.Log)
 	f.acme = acme.New(opts.Log)

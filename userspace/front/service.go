@@ -203,7 +203,7 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 	}
 	var err error
 	if r.datapaths, err = f.chooseDatapaths(wanted); err != nil {
-		return nil, fmt.Errorf("%s:%s: %w", cfg.File, a.At("datapath"), err)
+		return nil, &config.Error{File: cfg.File, Pos: a.At("datapath"), Message: err.Error()}
 	}
 	return r, nil
 }

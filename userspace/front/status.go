@@ -8,6 +8,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
@@ -34,9 +35,11 @@ type Status struct {
 
 // DatapathStatus says whether a datapath can be used here.
 type DatapathStatus struct {
-	Name      string `json:"name"`
-	Available bool   `json:"available"`
-	Reason    string `json:"reason,omitempty"` // why not
+	Name        string `json:"name"`
+	Available   bool   `json:"available"`
+	SwitchedOff bool   `json:"switched_off,omitempty"` // not available because it failed too often, until the daemon is started again
+	Reason      string `json:"reason,omitempty"`       // why not
+	Stalls      uint64 `json:"stalls"`                 // times a flow had come to rest with bytes to move, until it was found; should be 0
 }
 
 // ListenerStatus is one listener.
@@ -79,7 +82,13 @@ func (f *Front) Status() Status {
 		s.Problem = f.bindErr.Error()
 	}
 	for _, d := range f.opts.Datapaths {
-		s.Datapaths = append(s.Datapaths, DatapathStatus{Name: d.Name(), Available: true})
+		ds := DatapathStatus{Name: d.Name(), Available: true}
+		if h, ok := d.(relay.Health); ok {
+			ds.Reason, ds.Stalls = h.Health()
+			ds.SwitchedOff = ds.Reason != ""
+			ds.Available = !ds.SwitchedOff
+		}
+		s.Datapaths = append(s.Datapaths, ds)
 	}
 	s.Datapaths = append(s.Datapaths, DatapathStatus{Name: "userspace", Available: true})
 	for name, why := range f.opts.Missing {

@@ -60,6 +60,23 @@ func New(version string, flows func() int) *Set {
 	return s
 }
 
+// Watch adds the health of a datapath, which is asked for it at each scrape.
+func (s *Set) Watch(datapath string, health func() (off string, stalls uint64)) {
+	labels := prometheus.Labels{"datapath": datapath}
+	s.registry.MustRegister(
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "tailsplice_datapath_stalls_total", ConstLabels: labels,
+			Help: "Times that a flow of this datapath had come to rest with bytes to move, and went on up to 3 s late because the daemon looked. Should be 0: each is a defect, of the daemon or of the kernel, and is worth a report."},
+			func() float64 { _, n := health(); return float64(n) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_datapath_on", ConstLabels: labels,
+			Help: "1 while the datapath takes flows; 0 once a burst of failures has switched it off, until the daemon is started again. Flows go through userspace then."},
+			func() float64 {
+				if off, _ := health(); off != "" {
+					return 0
+				}
+				return 1
+			}))
+}
+
 // Handler serves the set in the Prometheus text format.
 func (s *Set) Handler() http.Handler {
 	return promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})

@@ -37,6 +37,13 @@ type Datapath interface {
 	Splice(ctx context.Context, down, up *net.TCPConn, f Flow) (count func() (up, down int64), err error)
 }
 
+// Health is what a [Datapath] has besides if it can say how it is, to be shown in `tailsplice status` and the metrics.
+type Health interface {
+	// Health gives why the datapath takes no more flows ("": it does), and how often since its start a flow had come to rest
+	// with bytes to move, and went on only because somebody looked. Cheap, and safe for concurrent use.
+	Health() (off string, stalls uint64)
+}
+
 // Flow is what a [Datapath] is told about a flow, and how it answers. It is an alias of a struct
 // literal so that an implementation in a package that may not import this one can write down the
 // identical type; a difference is a compile error where the two are joined.

@@ -1,0 +1,232 @@
+package main
+
+import (
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/front"
+)
+
+// TestSockmapAgrees: what `tailsplice flows` says of a flow that is spliced in the kernel, what bpftool finds in the pinned map, what
+// TCP_INFO says of the sockets of both ends and what these have counted is the same, to the byte, hello and all.
+func TestSockmapAgrees(t *testing.T) {
+	if root, err := haveRoot(); err != nil {
+		t.Fatal(err)
+	} else if !root {
+		t.Skip("needs root")
+	}
+	server := listen(t, "127.0.0.1:0")
+	// Addresses of which nobody's outgoing connection takes the ports between here and the daemon's start.
+	at, metrics := listen(t, "127.0.0.77:0"), listen(t, "127.0.0.77:0")
+	dir, err := os.MkdirTemp("", "ts-cli-")
+	check(t, err)
+	defer os.RemoveAll(dir)
+	control, file := filepath.Join(dir, "control.sock"), filepath.Join(dir, "edge.yaml")
+	check(t, os.WriteFile(file, fmt.Appendf(nil, `
+datapath: sockmap
+listeners:
+  - { name: web, listen: [%q], mode: sni, default: { forward: %q } }
+control: { socket: %q, metrics: %q }
+`, at.Addr(), server.Addr(), control, metrics.Addr()), 0o600))
+	at.Close()
+	metrics.Close()
+
+	var log strings.Builder
+	daemon := exec.Command("tailsplice", "run", "--config", file)
+	daemon.Stderr = &log
+	daemon.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	check(t, daemon.Start())
+	defer func() {
+		_ = daemon.Process.Signal(syscall.SIGINT)
+		if err := daemon.Wait(); err != nil {
+			t.Errorf("%v\n%s", err, log.String())
+		}
+	}()
+	read := func(v any, noun string) error {
+		out, err := exec.Command("tailsplice", noun, "--json", "--control", control).Output()
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(out, v)
+	}
+	var status front.Status
+	wait(t, "the daemon answers", func() error { return read(&status, "status") })
+
+	client, err := net.Dial("tcp", at.Addr().String())
+	check(t, err)
+	defer client.Close()
+	up, down := append(hello(t), noise(1_234_567)...), noise(7_654_321)
+	sent := make(chan error, 1)
+	go func() { _, err := client.Write(up); sent <- err }()
+	upstream, err := server.Accept()
+	check(t, err)
+	defer upstream.Close()
+	arrives(t, upstream, up)
+	check(t, <-sent)
+	go func() { _, err := upstream.Write(down); sent <- err }()
+	arrives(t, client, down)
+	check(t, <-sent)
+
+	var f flow.Snapshot
+	wait(t, "flows has all", func() error {
+		var all []flow.Snapshot
+		if err := read(&all, "flows"); err != nil {
+			return err
+		}
+		if len(all) != 1 || all[0].BytesUp != int64(len(up)) || all[0].BytesDown != int64(len(down)) || all[0].Datapath != "sockmap" {
+			return fmt.Errorf("%d bytes up, %d down: %+v", len(up), len(down), all)
+		}
+		f = all[0]
+		return nil
+	})
+	e := pinned(t, f.ID)
+	if e.Up.Bytes != int64(len(up)) || e.Down.Bytes != int64(len(down)) || e.Up.Before+e.Up.Redirected+e.Up.Passed != e.Up.Bytes ||
+		e.Down.Before+e.Down.Redirected+e.Down.Passed != e.Down.Bytes || e.Up.Redirected == 0 || e.Up.Before == 0 {
+		t.Errorf("%d bytes up, %d down: bpftool shows %+v", len(up), len(down), e)
+	}
+	if e.Downstream != f.Downstream || e.Upstream != f.Upstream || e.Route != "web/"+f.Route && e.Route != f.Route || e.State != "FLOW_SPLICED" {
+		t.Errorf("flows says %+v, bpftool %+v", f, e)
+	}
+	for name, c := range map[string]net.Conn{"client": client, "server": upstream} {
+		out, in := len(up), len(down)
+		if name == "server" {
+			out, in = in, out
+		}
+		wait(t, "TCP_INFO agrees", func() error { // what is acknowledged comes last
+			i := info(t, c)
+			if syn := i.Bytes_acked - uint64(out); syn > 1 || i.Bytes_received != uint64(in) {
+				return fmt.Errorf("%s sent %d and received %d, TCP_INFO says %d and %d", name, out, in, i.Bytes_acked, i.Bytes_received)
+			}
+			return nil
+		})
+	}
+
+	check(t, read(&status, "status"))
+	for _, d := range status.Datapaths {
+		if !d.Available || d.Stalls != 0 || d.SwitchedOff {
+			t.Errorf("%+v", d)
+		}
+	}
+	res, err := http.Get("http://" + metrics.Addr().String() + "/metrics")
+	check(t, err)
+	body, err := io.ReadAll(res.Body)
+	res.Body.Close()
+	check(t, err)
+	for _, want := range []string{`tailsplice_datapath_stalls_total{datapath="sockmap"} 0`, `tailsplice_datapath_on{datapath="sockmap"} 1`} {
+		if !strings.Contains(string(body), want) {
+			t.Errorf("no %q in the metrics", want)
+		}
+	}
+}
+
+// entry is a flow as bpftool prints it.
+type entry struct {
+	ID, Route, Downstream, Upstream, State string
+	Up, Down                               struct{ Bytes, Before, Redirected, Passed int64 }
+}
+
+// pinned finds a flow in the maps that the daemons of this machine have pinned.
+func pinned(t *testing.T, id string) entry {
+	t.Helper()
+	maps, err := filepath.Glob("/sys/fs/bpf/tailsplice/*/flows")
+	check(t, err)
+	bpftool := "bpftool"
+	if _, err := exec.LookPath(bpftool); err != nil {
+		bpftool = "/usr/sbin/bpftool"
+	}
+	for _, m := range maps {
+		out, err := exec.Command(bpftool, "-j", "map", "dump", "pinned", m).Output()
+		if err != nil {
+			continue // another daemon's, which has just ended
+		}
+		var dump []struct{ Formatted struct{ Value entry } }
+		check(t, json.Unmarshal(out, &dump))
+		for _, d := range dump {
+			if d.Formatted.Value.ID == id {
+				return d.Formatted.Value
+			}
+		}
+	}
+	t.Fatalf("no flow %s in %v", id, maps)
+	return entry{}
+}
+
+func info(t *testing.T, c net.Conn) *unix.TCPInfo {
+	t.Helper()
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	check(t, err)
+	var i *unix.TCPInfo
+	check(t, raw.Control(func(fd uintptr) { i, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }))
+	check(t, err)
+	return i
+}
+
+// hello is what a TLS client says first.
+func hello(t *testing.T) []byte {
+	t.Helper()
+	ours, theirs := net.Pipe()
+	defer ours.Close()
+	go func() { _ = tls.Client(theirs, &tls.Config{ServerName: "www.vsq.cz"}).Handshake(); theirs.Close() }()
+	b := make([]byte, 64<<10)
+	n, err := ours.Read(b)
+	check(t, err)
+	return b[:n]
+}
+
+func noise(n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.NewChaCha8([32]byte{1}).Read(b)
+	return b
+}
+
+func arrives(t *testing.T, c net.Conn, want []byte) {
+	t.Helper()
+	check(t, c.SetReadDeadline(time.Now().Add(30*time.Second)))
+	got := make([]byte, len(want))
+	if n, err := io.ReadFull(c, got); err != nil || !slices.Equal(got, want) {
+		t.Fatalf("%d of %d bytes arrived, %v", n, len(want), err)
+	}
+}
+
+func listen(t *testing.T, at string) net.Listener {
+	t.Helper()
+	ln, err := net.Listen("tcp", at)
+	check(t, err)
+	t.Cleanup(func() { ln.Close() })
+	return ln
+}
+
+// wait tries until it works, for up to 20 s.
+func wait(t *testing.T, what string, try func() error) {
+	t.Helper()
+	var err error
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if err = try(); err == nil {
+			return
+		}
+	}
+	t.Fatalf("%s: %v", what, err)
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/test/wire"
 )
 
 func TestBothWays(t *testing.T) {
@@ -387,14 +389,33 @@ func TestRuleDrainOff(t *testing.T) {
 	}
 }
 
-func TestRuleTrimOff(t *testing.T) {
+// Without the trim all that overlaps on the wire comes out damaged, and with it nothing does.
+func TestWire(t *testing.T) {
+	needRoot(t)
 	r := allRules
 	r.trim = false
-	l := open(t, r, 16)
-	if err := overlaps(t, l, 1); err == nil {
-		t.Error("overlaps did no harm without trimming: this test proves nothing")
-	} else {
-		t.Logf("without trimming: %v", err)
+	n, trims, not := wire.New(t), open(t, allRules, 64), open(t, r, 64)
+	for _, k := range wire.Cases() {
+		t.Run(k.Name, func(t *testing.T) {
+			try := func(l *Loader) error {
+				c, down := n.Connect(t)
+				up, server := connect(t, "tcp4")
+				defer server.Close()
+				must(t, errors.Join(down.SetReadBuffer(64<<10), up.SetWriteBuffer(64<<10), server.SetReadBuffer(64<<10)))
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				return k.Run(c, server, func() {
+					_, err := l.Splice(ctx, down, up, Flow{ID: "wire", Buffer: 64 << 10})
+					must(t, err)
+				})
+			}
+			must(t, try(trims))
+			if err := try(not); err == nil {
+				t.Error("without trimming no harm was done: this case proves nothing")
+			} else {
+				t.Logf("without trimming: %v", err)
+			}
+		})
 	}
 }
 

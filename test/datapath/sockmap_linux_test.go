@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"sync/atomic"
 	"testing"
 
 	"github.com/tailsplice/tailsplice/loader"
@@ -14,13 +15,7 @@ import (
 var _ relay.Datapath = (*loader.Loader)(nil)
 
 func TestSockmap(t *testing.T) {
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("needs root")
-		}
-		t.Skip("needs root")
-	}
-	for i, c := range []struct {
+	for _, c := range []struct {
 		name string
 		l    relaytest.Loopback
 		size relaytest.Size
@@ -30,22 +25,42 @@ func TestSockmap(t *testing.T) {
 		{"tcp6", relaytest.Loopback{Down: "tcp6", Up: "tcp6"}, relaytest.SmallSize()},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			l, err := loader.New(loader.Options{Instance: fmt.Sprintf("ts-ldr-table-%d-%d", os.Getpid(), i), MaxFlows: 4096, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() {
-				s := l.Stats()
-				t.Logf("%+v", s)
-				if s.Spliced == 0 || s.Off != "" || len(s.Refused) > 1 {
-					t.Errorf("sockmap was not what was tested: %+v", s)
-				}
-				if err := l.Close(); err != nil {
-					t.Error(err)
-				}
-			})
+			l := load(t)
 			c.l.Options.Datapaths = []relay.Datapath{l}
 			relaytest.Run(t, c.l.Path(t), c.size)
 		})
 	}
 }
+
+// TestSockmapWire: with an end that sends what overlaps, comes again and out of order.
+func TestSockmapWire(t *testing.T) {
+	relaytest.RunWire(t, relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{load(t)}}})
+}
+
+// load loads the datapath until the end of the test, which fails if it was not what was tested.
+func load(t *testing.T) *loader.Loader {
+	t.Helper()
+	if os.Getuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("needs root")
+		}
+		t.Skip("needs root")
+	}
+	l, err := loader.New(loader.Options{Instance: fmt.Sprintf("ts-ldr-table-%d-%d", os.Getpid(), instances.Add(1)), MaxFlows: 4096, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		s := l.Stats()
+		t.Logf("%+v", s)
+		if s.Spliced == 0 || s.Off != "" || len(s.Refused) > 1 || s.Stalls > 0 {
+			t.Errorf("sockmap was not what was tested, or stalled: %+v", s)
+		}
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return l
+}
+
+var instances atomic.Int64

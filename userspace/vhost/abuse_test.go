@@ -238,3 +238,45 @@ func TestManyIdle(t *testing.T) {
 		t.Errorf("a normal request took %v", d)
 	}
 }
+
+// TestMalformedHTTP2 sends headers that HTTP/2 has no place for (RFC 9113 8.2.2),
+// and forms that a hop to HTTP/1.1 could take for another request.
+func TestMalformedHTTP2(t *testing.T) {
+	up, n, targets := counting(t)
+	h := protocols[3].hop(t, up)
+	for _, bad := range [][2]string{
+		{"connection", "x-forwarded-for"}, {"connection", "keep-alive"}, {"proxy-connection", "keep-alive"}, {"keep-alive", "1"}, {"upgrade", "h2c"},
+		{"transfer-encoding", "chunked"}, {"te", "gzip"}, {"content-length", "5"}, {"x", "a\r\nGET /hidden HTTP/1.1"}, {"x", "a\x00b"}, {"X-Upper", "a"}, {"x y", "a"}, {":status", "200"}, {":path", "/twice"}, {"host", "other.example"},
+	} {
+		f, _, _ := framed(t, h)
+		var block strings.Builder
+		enc := hpack.NewEncoder(&block)
+		for _, kv := range [][2]string{{":method", "GET"}, {":scheme", "https"}, {":authority", "example.org"}, {":path", "/"}, bad} {
+			enc.WriteField(hpack.HeaderField{Name: kv[0], Value: kv[1]})
+		}
+		f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte(block.String()), EndHeaders: true, EndStream: true})
+		f.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+		status := ""
+		for status == "" {
+			frame, err := f.ReadFrame()
+			if err != nil {
+				status = "closed"
+			}
+			switch frame := frame.(type) {
+			case *http2.MetaHeadersFrame:
+				status = frame.PseudoValue("status")
+			case *http2.RSTStreamFrame, *http2.GoAwayFrame:
+				status = "reset"
+			}
+		}
+		refused := status == "400" || status == "reset" || status == "closed"
+		switch bad[0] {
+		case "host", "content-length": // beside :authority and the end of the stream, which count
+			sent, _ := targets.Load("/")
+			refused = status == "200" && n.Swap(0) == 1 && sent == ""
+		}
+		if !refused || n.Load() != 0 {
+			t.Errorf("%q: %s, %d requests reached the upstream", bad, status, n.Swap(0))
+		}
+	}
+}

@@ -17,6 +17,7 @@ import (
 // transport reports as if it were the upstream's), and passes trailers on.
 type body struct {
 	io.ReadCloser
+	http2   bool // of the client
 	stall   time.Duration
 	limit   int64 // bytes; 0 is none
 	control *http.ResponseController
@@ -29,11 +30,12 @@ type body struct {
 	ended       bool
 	interrupted bool  // by us: the upstream is gone
 	kept        bool  // not to be interrupted any more
+	abandoned   bool  // nobody reads on: what Read returns is our doing
 	failed      error // what Read returned, other than EOF
 }
 
 func newBody(r *http.Request, w http.ResponseWriter, stall time.Duration, limit int64) *body {
-	return &body{ReadCloser: r.Body, stall: stall, limit: limit, control: http.NewResponseController(w)}
+	return &body{ReadCloser: r.Body, http2: r.ProtoMajor >= 2, stall: stall, limit: limit, control: http.NewResponseController(w)}
 }
 
 var errTooLarge = errors.New("the request's body is larger than the route allows")
@@ -67,7 +69,7 @@ func (b *body) arm() {
 func (b *body) end(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.ended {
+	if b.ended || b.abandoned {
 		return
 	}
 	b.ended = true
@@ -166,6 +168,21 @@ func (b *body) interrupt() {
 	if !b.ended && !b.kept {
 		b.interrupted = true
 		b.control.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+// abandon ends a Read that waits, when the transport wants no more. Otherwise an
+// upstream could not end its answer before a client on HTTP/2 has ended its
+// request, as gRPC servers do with streams that fail: Go's HTTP/2 transport waits
+// for its reading of the body, and ReverseProxy (Go 1.26) keeps it from closing
+// that itself. A body of HTTP/1 is left to the server: closing it may wait for the
+// client, and such clients send on.
+func (b *body) abandon() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.http2 && !b.ended {
+		b.abandoned = true
+		b.ReadCloser.Close() // wakes a Read (net/http's requestBody)
 	}
 }
 

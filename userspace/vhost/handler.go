@@ -24,6 +24,7 @@ type exchange struct {
 	id   string
 	host string
 
+	started   time.Time
 	requestID string
 	route     *Route
 	up        *Upstream // the one that is tried
@@ -47,16 +48,15 @@ type exchangeKey struct{}
 
 // serveHTTP is the handler of every request.
 func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
-	started := time.Now()
-	x := &exchange{conn: r.Context().Value(connKey{}).(*conn), req: r, host: routeHost(r.Host), resp: &response{ResponseWriter: w}}
+	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r, host: routeHost(r.Host), resp: &response{ResponseWriter: w}}
 	x.id = pathID(r, x.conn.info)
 	x.requestID = requestID(r, x.conn, x.id)
 	x.timing = s.wantsTiming(r, x.conn.info)
 	if s.opts.HSTS != nil && r.TLS != nil {
 		x.hsts = s.opts.HSTS()
 	}
-	x.resp.before = func(h http.Header) { s.addOwn(x, h, started) }
-	defer func() { s.report(x, started) }() // also while ErrAbortHandler passes
+	x.resp.before = func(h http.Header) { s.addOwn(x, h) }
+	defer func() { s.report(x) }() // also while ErrAbortHandler passes
 	if r.Method == http.MethodConnect {
 		// A tunnel to a place of the client's choice: never.
 		x.resp.Header().Set("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
@@ -110,7 +110,7 @@ const hstsHeader = "Strict-Transport-Security"
 
 // addOwn gives the header of x's final answer what is this hop's own, whoever
 // makes the answer.
-func (s *Server) addOwn(x *exchange, h http.Header, started time.Time) {
+func (s *Server) addOwn(x *exchange, h http.Header) {
 	if x.hsts != "" {
 		h[hstsHeader] = []string{x.hsts}
 	}
@@ -118,7 +118,7 @@ func (s *Server) addOwn(x *exchange, h http.Header, started time.Time) {
 		h[name] = append(h[name], values...)
 	}
 	if x.timing {
-		s.addTiming(h, started)
+		s.addTiming(h, x.started)
 	}
 }
 
@@ -201,14 +201,14 @@ func (x *exchange) roundTripOver() {
 }
 
 // report tells OnRequest of a request that has ended.
-func (s *Server) report(x *exchange, started time.Time) {
+func (s *Server) report(x *exchange) {
 	if s.opts.OnRequest == nil {
 		return
 	}
 	q := Request{
 		Conn: x.conn.info, ID: x.id, Method: x.req.Method, Host: x.host, Path: x.req.URL.Path, Proto: x.req.Proto,
 		Header: x.req.Header, URI: x.req.RequestURI, RequestID: x.requestID, User: x.visit.User,
-		Status: x.resp.status, BytesOut: x.resp.bytes, Started: started, Duration: time.Since(started), Route: x.route, Upstream: x.up, Err: x.err,
+		Status: x.resp.status, BytesOut: x.resp.bytes, Started: x.started, Duration: time.Since(x.started), Route: x.route, Upstream: x.up, Err: x.err,
 	}
 	q.Client, _ = clientOf(x.req, x.conn.info)
 	if c := x.upConn.Load(); c != nil {

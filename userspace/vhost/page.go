@@ -20,6 +20,10 @@ var pageTemplate = template.Must(template.New("page").Parse(pageHTML))
 
 // page answers with a page of this hop's own, in the form that the client reads.
 func (s *Server) page(x *exchange, status int, f fault) {
+	if isGRPC(x.req) {
+		s.grpcPage(x, status, f)
+		return
+	}
 	var buf bytes.Buffer
 	kind := "text/plain; charset=utf-8"
 	switch preferred(x.req) {

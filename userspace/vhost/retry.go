@@ -29,8 +29,8 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	var spare *spareBody
 	if r.Body != nil {
-		spare = &spareBody{body: r.Body}
-		defer spare.done.Store(true)
+		spare = &spareBody{body: r.Body, abandon: x.body.abandon}
+		defer spare.lastAttempt()
 	}
 	var tried []*Upstream
 	stale := 0
@@ -38,7 +38,8 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 		attempt := r
 		if spare != nil {
 			attempt = r.WithContext(r.Context())
-			attempt.Body = &attemptBody{spare: spare}
+			spare.attempt = &attemptBody{spare: spare}
+			attempt.Body = spare.attempt
 		}
 		x.upConn.Store(nil)
 		res, err := t.once(x, attempt)
@@ -153,8 +154,10 @@ func (t *answerTimer) stop() {
 // spareBody is a request's body that can be sent again while what was read of
 // it still fits in memory.
 type spareBody struct {
-	body io.ReadCloser
-	done atomic.Bool // there will be no other attempt
+	body    io.ReadCloser
+	abandon func()       // ends a Read of body that waits
+	attempt *attemptBody // the last that was made; RoundTrip's own
+	done    atomic.Bool  // there will be no other attempt
 
 	mu   sync.Mutex // held while body is read, which may take long
 	read []byte     // from body, by whichever attempt
@@ -173,6 +176,15 @@ func (s *spareBody) whole() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return !s.over && (s.err == nil || s.err == io.EOF)
+}
+
+// lastAttempt says that there will be no other. The transport may have closed
+// the body by now, or will.
+func (s *spareBody) lastAttempt() {
+	s.done.Store(true)
+	if s.attempt.closed.Load() {
+		s.abandon()
+	}
 }
 
 // attemptBody is what one attempt reads.
@@ -216,6 +228,7 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 func (a *attemptBody) Close() error {
 	a.closed.Store(true)
 	if a.spare.done.Load() {
+		a.spare.abandon()
 		return a.spare.body.Close()
 	}
 	return nil

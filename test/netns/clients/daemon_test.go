@@ -1,0 +1,103 @@
+package clients
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/front"
+)
+
+const site = "example.vsq.cz"
+
+// hop is a daemon that terminates TLS for site and sends everything on.
+type hop struct {
+	addr string
+	tls  *tls.Config // of a client that trusts it
+}
+
+// start begins a hop whose default is the given action, such as `forward: 127.0.0.1:80`.
+func start(t *testing.T, action string) hop {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{site}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, cert, cert, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "both.pem")
+	both := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})...)
+	if err := os.WriteFile(file, both, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.Close()
+	h := hop{addr: ln.Addr().String(), tls: &tls.Config{RootCAs: x509.NewCertPool(), ServerName: site}}
+	h.tls.RootCAs.AppendCertsFromPEM(both)
+	cfg, err := config.Parse("test.yaml", fmt.Appendf(nil, `
+listeners:
+  - listen: [%q]
+    mode: https
+    certificates: [ { files: { cert: %[2]q, key: %[2]q } } ]
+    default: { %[3]s }
+limits: { connections_per_source: 4096 }
+`, h.addr, file, action))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := front.New(cfg, front.Options{Log: slog.New(slog.DiscardHandler), Version: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return h
+}
+
+// backend serves HTTP/1.1 and returns its address.
+func backend(t *testing.T, handler http.HandlerFunc) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &http.Server{Handler: handler}
+	go s.Serve(ln)
+	t.Cleanup(func() { s.Close() })
+	return ln.Addr().String()
+}
+
+// dial connects to the hop over TLS.
+func (h hop) dial(ctx context.Context, alpn ...string) (*tls.Conn, error) {
+	c := h.tls.Clone()
+	c.NextProtos = alpn
+	d := tls.Dialer{Config: c}
+	conn, err := d.DialContext(ctx, "tcp", h.addr)
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*tls.Conn), nil
+}

@@ -1,0 +1,87 @@
+package vhost
+
+import (
+	"fmt"
+	"math"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// gRPC's status codes (google.golang.org/grpc/codes).
+const (
+	grpcUnknown          = 2
+	grpcDeadlineExceeded = 4
+	grpcPermissionDenied = 7
+	grpcUnimplemented    = 12
+	grpcInternal         = 13
+	grpcUnavailable      = 14
+	grpcUnauthenticated  = 16
+)
+
+// isGRPC says whether a request's client reads its answer's status in the
+// header Grpc-Status: gRPC and gRPC-Web.
+func isGRPC(r *http.Request) bool {
+	return strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
+}
+
+// grpcPage is a page for a program: the answer without a body that gRPC calls
+// Trailers-Only. Clients would make the same code of a page's status, but for a
+// deadline, and not see a word of it.
+func (s *Server) grpcPage(x *exchange, status int, f fault) {
+	code := grpcUnknown
+	switch status {
+	case http.StatusBadRequest:
+		code = grpcInternal
+	case http.StatusUnauthorized:
+		code = grpcUnauthenticated
+	case http.StatusForbidden:
+		code = grpcPermissionDenied
+	case http.StatusNotFound:
+		code = grpcUnimplemented
+	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		code = grpcUnavailable
+	}
+	// A server ends a call when its deadline is over, and may be quicker than
+	// its client.
+	if d, ok := grpcTimeout(x.req.Header.Get("Grpc-Timeout")); ok && time.Since(x.started) >= d {
+		code = grpcDeadlineExceeded
+	}
+	h := x.resp.Header()
+	h.Set("Content-Type", x.req.Header.Get("Content-Type"))
+	h.Set("Grpc-Status", strconv.Itoa(code))
+	h.Set("Grpc-Message", grpcMessage(fmt.Sprintf("%s: %s (%d from %s)", f.title, f.text, status, s.opts.Node)))
+	if x.id != "" {
+		h[IDHeader] = []string{x.id}
+	}
+	x.resp.WriteHeader(http.StatusOK)
+}
+
+// grpcTimeout reads the header Grpc-Timeout: up to eight digits and a unit.
+func grpcTimeout(v string) (time.Duration, bool) {
+	if len(v) < 2 || len(v) > 9 {
+		return 0, false
+	}
+	units := map[byte]time.Duration{'H': time.Hour, 'M': time.Minute, 'S': time.Second, 'm': time.Millisecond, 'u': time.Microsecond, 'n': time.Nanosecond}
+	unit, ok := units[v[len(v)-1]]
+	n, err := strconv.ParseUint(v[:len(v)-1], 10, 32)
+	if !ok || err != nil {
+		return 0, false
+	}
+	return time.Duration(min(n, uint64(math.MaxInt64/unit))) * unit, true
+}
+
+// grpcMessage writes a text as Grpc-Message has it: percent-encoded where it is
+// not printable ASCII.
+func grpcMessage(text string) string {
+	var b strings.Builder
+	for i := range len(text) {
+		if c := text[i]; c < ' ' || c > '~' || c == '%' {
+			fmt.Fprintf(&b, "%%%02X", c)
+		} else {
+			b.WriteByte(c)
+		}
+	}
+	return b.String()
+}

@@ -1,0 +1,25 @@
+//go:build !linux
+
+package transparent
+
+import (
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+)
+
+// Way is of Linux only.
+type Way struct{}
+
+// Open says that it can't.
+func Open(*slog.Logger) (*Way, error) { return nil, errors.New("only Linux can do this") }
+
+// Close does nothing.
+func (*Way) Close() error { return nil }
+
+// Fits says that nothing does.
+func (*Way) Fits(_, _ netip.Addr) error { return no(Unavailable, "only Linux can do this") }
+
+// From does nothing.
+func From(*net.Dialer, netip.Addr) {}

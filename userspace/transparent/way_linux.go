@@ -1,0 +1,318 @@
+package transparent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Each Way of a network namespace has a slot: a routing table, two priorities of
+// rules, and an nftables table of its own.
+const (
+	slots         = 16
+	firstTable    = 17440
+	firstPriority = 1740 // before tailscaled's (5210 to 5270), which would lead to clients on the tailnet
+	// protocol marks routes and rules as ours (`ip rule` shows it as "proto 116").
+	protocol = 116
+
+	// socketMark tells our sockets from transparent ones of others. No rule of
+	// ours looks at it in routing.
+	socketMark = 0x20
+	// packetMark is one bit. Others use 0xff0000 (tailscaled), 0xc000
+	// (Kubernetes), 0xf00 (Cilium), 0x1 (examples of TPROXY).
+	packetMark = 0x40
+
+	// repairEvery is how often it is looked whether the Way is still there: `nft
+	// flush ruleset`, or systemd-networkd as it starts, take it away.
+	repairEvery = 5 * time.Second
+)
+
+func nftName(slot int) string { return fmt.Sprintf("tailsplice-%d", slot) }
+
+// Way brings the answers to connections with the client's address back to this
+// process. It is for the network namespace of the thread that opened it.
+type Way struct {
+	log  *slog.Logger
+	slot int
+	lock *net.UnixConn // holds the slot
+	nl   *netlink.Handle
+	nft  *nftables.Conn
+	off  map[int]error // by family (unix.AF_INET, ...): why it does not work there
+
+	stop    chan struct{}
+	stopped chan struct{}
+	once    sync.Once
+	err     error
+}
+
+// Open makes a Way. The caller closes it, once no connection needs it any more.
+func Open(log *slog.Logger) (_ *Way, err error) {
+	w := &Way{log: log, slot: -1, stop: make(chan struct{}), stopped: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			w.free()
+			err = explain(err)
+		}
+	}()
+	if w.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, err
+	}
+	if w.nft, err = nftables.New(nftables.AsLasting()); err != nil {
+		return nil, err
+	}
+	if err := w.takeSlot(); err != nil {
+		return nil, err
+	}
+	if err := w.install(); err != nil {
+		return nil, errors.Join(err, w.remove(w.slot))
+	}
+	go w.keep()
+	return w, nil
+}
+
+func (w *Way) install() error {
+	if err := w.installNFT(); err != nil {
+		return fmt.Errorf("nftables: %w", err)
+	}
+	_, w.off = w.installRoutes()
+	if len(w.off) == len(families) {
+		return errors.Join(slices.Collect(maps.Values(w.off))...)
+	}
+	for _, err := range w.off {
+		w.log.Warn("connections of one family can't carry the client's address", "err", err)
+	}
+	return nil
+}
+
+// explain adds what to do.
+func explain(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("it needs CAP_NET_ADMIN: use the systemd unit, or run as root (%w)", err)
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT):
+		return fmt.Errorf("this kernel lacks nf_tables or nft_socket (CONFIG_NFT_SOCKET) (%w)", err)
+	}
+	return err
+}
+
+// takeSlot takes a free slot, and removes what is left of daemons that were
+// killed. The kernel frees the slot when this process ends.
+func (w *Way) takeSlot() error {
+	for slot := range slots {
+		lock, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram", Name: fmt.Sprintf("@tailsplice-transparent-%d", slot)})
+		if errors.Is(err, unix.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		err = w.remove(slot)
+		if err == nil && w.slot < 0 {
+			w.slot, w.lock = slot, lock
+			continue
+		}
+		lock.Close()
+		if err != nil {
+			return err
+		}
+	}
+	if w.slot < 0 {
+		return fmt.Errorf("%d other daemons of this network namespace have all slots", slots)
+	}
+	return nil
+}
+
+// installNFT puts our table in force, in place of one that is there.
+func (w *Way) installNFT() error {
+	t := &nftables.Table{Name: nftName(w.slot), Family: nftables.TableFamilyINet}
+	w.nft.AddTable(t) // so that there is one to remove
+	w.nft.DelTable(t)
+	w.nft.AddTable(t)
+	c := w.nft.AddChain(&nftables.Chain{Table: t, Name: "answers", Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityMangle})
+	native := binaryutil.NativeEndian.PutUint32
+	transparentTCP := []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: []byte{unix.IPPROTO_TCP}},
+		&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1},
+		&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: []byte{1}},
+	}
+	rule := func(more ...expr.Any) {
+		w.nft.AddRule(&nftables.Rule{Table: t, Chain: c, Exprs: append(transparentTCP[:len(transparentTCP):len(transparentTCP)], more...)})
+	}
+	// socket mark != ours return. One in TIME_WAIT has no mark any more, and goes on.
+	rule(&expr.Socket{Key: expr.SocketKeyMark, Register: 1},
+		&expr.Cmp{Register: 1, Op: expr.CmpOpNeq, Data: native(socketMark)},
+		&expr.Verdict{Kind: expr.VerdictReturn})
+	// meta mark set meta mark | ours
+	rule(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: native(^uint32(packetMark)), Xor: native(packetMark)},
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true})
+	return w.nft.Flush()
+}
+
+// nftStands says whether our table is as installNFT made it.
+func (w *Way) nftStands() bool {
+	t := &nftables.Table{Name: nftName(w.slot), Family: nftables.TableFamilyINet}
+	rules, err := w.nft.GetRules(t, &nftables.Chain{Table: t, Name: "answers"})
+	return err == nil && len(rules) == 2
+}
+
+// family is what is done once for IPv4 and once for IPv6.
+type family struct {
+	number int
+	name   string
+	any    net.IPNet
+}
+
+var families = []family{
+	{unix.AF_INET, "IPv4", net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}},
+	{unix.AF_INET6, "IPv6", net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}},
+}
+
+func (f family) route(slot, loopback int) *netlink.Route {
+	return &netlink.Route{Family: f.number, Table: firstTable + slot, Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST,
+		Dst: &f.any, LinkIndex: loopback, Protocol: protocol}
+}
+
+func (f family) rules(slot int) []*netlink.Rule {
+	rule := func(priority, table int) *netlink.Rule {
+		r := netlink.NewRule()
+		mask := uint32(packetMark)
+		r.Family, r.Priority, r.Table = f.number, firstPriority+2*slot+priority, table
+		r.Mark, r.Mask, r.Protocol, r.SuppressPrefixlen = packetMark, &mask, protocol, -1
+		return r
+	}
+	// With src_valid_mark the check of a packet's source looks the way to it up
+	// with the packet's mark, as if it came from lo. Our table would say that the
+	// container is this host.
+	back := rule(0, unix.RT_TABLE_MAIN)
+	back.IifName = "lo"
+	return []*netlink.Rule{back, rule(1, firstTable+slot)}
+}
+
+// installRoutes adds what is not there of routes and rules. added says whether
+// anything was missing, failed has the families that they could not be added for.
+func (w *Way) installRoutes() (added bool, failed map[int]error) {
+	failed = map[int]error{}
+	loopback, err := w.nl.LinkByName("lo")
+	for _, f := range families {
+		add := func(err error) error {
+			if err == nil {
+				added = true
+			} else if errors.Is(err, unix.EEXIST) {
+				return nil
+			}
+			return err
+		}
+		err := err
+		if err == nil {
+			err = add(w.nl.RouteAdd(f.route(w.slot, loopback.Attrs().Index)))
+		}
+		for _, r := range f.rules(w.slot) {
+			if err == nil {
+				err = add(w.nl.RuleAdd(r))
+			}
+		}
+		if err != nil {
+			failed[f.number] = fmt.Errorf("the way back for %s: %w", f.name, err)
+		}
+	}
+	return added, failed
+}
+
+// remove takes a slot's things away, whoever made them.
+func (w *Way) remove(slot int) error {
+	tables, err := w.nft.ListTablesOfFamily(nftables.TableFamilyINet)
+	errs := []error{err}
+	for _, t := range tables {
+		if t.Name == nftName(slot) {
+			w.nft.DelTable(t)
+			errs = append(errs, w.nft.Flush())
+		}
+	}
+	for _, f := range families {
+		rules, err := w.nl.RuleList(f.number)
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) {
+			errs = append(errs, err)
+		}
+		for _, r := range rules {
+			if r.Protocol == protocol && (r.Priority-firstPriority)/2 == slot && r.Priority >= firstPriority {
+				r.Family, r.SuppressPrefixlen = f.number, -1
+				errs = append(errs, w.nl.RuleDel(&r))
+			}
+		}
+		routes, _ := w.nl.RouteListFiltered(f.number, &netlink.Route{Table: firstTable + slot}, netlink.RT_FILTER_TABLE)
+		for _, r := range routes {
+			errs = append(errs, w.nl.RouteDel(&r))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// keep repairs the Way until it is closed.
+func (w *Way) keep() {
+	defer close(w.stopped)
+	tick := time.NewTicker(repairEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-w.stop:
+			return
+		case <-tick.C:
+			w.repair()
+		}
+	}
+}
+
+// repair puts back what others took away.
+func (w *Way) repair() {
+	missing, _ := w.installRoutes()
+	if !w.nftStands() {
+		missing = true
+		if err := w.installNFT(); err != nil {
+			w.log.Error("the rules by which answers to clients' own addresses come back were removed, and can't be put back: `transparent` connections get no answers", "err", explain(err))
+			return
+		}
+	}
+	if missing {
+		w.log.Warn("the rules by which answers to clients' own addresses come back had been removed by something else, and are in force again")
+	}
+}
+
+// Close removes the Way. It may be called more than once.
+func (w *Way) Close() error {
+	w.once.Do(func() {
+		close(w.stop)
+		<-w.stopped
+		w.err = w.remove(w.slot)
+		w.free()
+	})
+	return w.err
+}
+
+// free closes what the Way has open: the slot last, for whoever has it may do
+// with its things what it likes.
+func (w *Way) free() {
+	if w.nl != nil {
+		w.nl.Close()
+	}
+	if w.nft != nil {
+		w.nft.CloseLasting()
+	}
+	if w.lock != nil {
+		w.lock.Close()
+	}
+}

@@ -20,6 +20,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
+	"github.com/tailsplice/tailsplice/userspace/transparent"
 )
 
 // askPatience bounds how long doctor waits for one of the daemons that it asks.
@@ -50,7 +51,7 @@ what it could not see. The exit status is 0 whatever it finds.`,
   tailsplice doctor --json | jq '.machine[] | select(.state != "ok")'`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			r := report{Machine: loader.Probe(), SelfTest: loader.SelfTest(loader.Options{}), Services: services(cmd.Context(), control)}
+			r := report{Machine: append(loader.Probe(), findTransparent()), SelfTest: loader.SelfTest(loader.Options{}), Services: services(cmd.Context(), control)}
 			if asJSON {
 				enc := json.NewEncoder(cmd.OutOrStdout())
 				enc.SetIndent("", "  ")
@@ -80,6 +81,15 @@ func services(ctx context.Context, control string) []loader.Finding {
 			return fmt.Sprintf("%s runs as %s with %s", s.Version, s.Node, plural(s.Flows, "flow")), err
 		}),
 	}
+}
+
+// findTransparent tries what routes with transparent need.
+func findTransparent() loader.Finding {
+	if err := transparent.Probe(); err != nil {
+		return loader.Finding{Name: "transparent", State: loader.StateDegraded, Detail: err.Error(),
+			Advice: "only needed for routes with transparent: without it containers see this host's address instead of the client's"}
+	}
+	return loader.Finding{Name: "transparent", State: loader.StateOK, Detail: "containers can see the client's own address, IPv4 and IPv6"}
 }
 
 // ask1 makes a finding of an answer.

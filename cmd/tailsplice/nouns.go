@@ -143,6 +143,9 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 			if r.SendProxy {
 				to += " (PROXY v2)"
 			}
+			if r.Transparent {
+				to += " (transparent)"
+			}
 			from := r.Source
 			if r.Container != "" && r.Container != "running" {
 				from += " (" + r.Container + ")"
@@ -172,6 +175,7 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 	printCounts(w, "refused", s.Refused)
 	printCounts(w, "dial errors", s.DialErrors)
 	printCounts(w, "demoted", s.Demoted)
+	printCounts(w, "not transparent", s.NotTransparent)
 }
 
 func printCounts(w io.Writer, what string, counts map[string]int64) {

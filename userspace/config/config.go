@@ -114,12 +114,13 @@ type Route struct {
 // Action is what happens with a connection or request: exactly one of Forward, Reject and Redirect.
 type Action struct {
 	Section
-	Forward   []Forward `yaml:"forward" short:"to" nonempty:"true" noun:"a target" doc:"The target: HOST:PORT, tailnet://NODE:PORT, docker://CONTAINER:PORT or unix:///PATH. On http and https also a list of several."`
-	SendProxy string    `yaml:"send_proxy" enum:"v2" doc:"Begin the connection to the target with a PROXY protocol header of this version."`
-	Reject    bool      `yaml:"reject" kind:"true" doc:"Refuse the connection."`
-	Datapath  string    `yaml:"datapath" enum:"auto tc sockmap userspace" doc:"The datapath of these flows. Default: the configuration's datapath."`
-	HTTP      `yaml:",inline"`
-	Access    `yaml:",inline"`
+	Forward     []Forward `yaml:"forward" short:"to" nonempty:"true" noun:"a target" doc:"The target: HOST:PORT, tailnet://NODE:PORT, docker://CONTAINER:PORT or unix:///PATH. On http and https also a list of several."`
+	SendProxy   string    `yaml:"send_proxy" enum:"v2" doc:"Begin the connection to the target with a PROXY protocol header of this version."`
+	Transparent bool      `yaml:"transparent" kind:"true" doc:"Connect to the target from the client's own address, so that a container sees the client on its socket. The target's answers must come by this host: it is for containers and virtual machines here."`
+	Reject      bool      `yaml:"reject" kind:"true" doc:"Refuse the connection."`
+	Datapath    string    `yaml:"datapath" enum:"auto tc sockmap userspace" doc:"The datapath of these flows. Default: the configuration's datapath."`
+	HTTP        `yaml:",inline"`
+	Access      `yaml:",inline"`
 }
 
 // Target is the first target, or none.

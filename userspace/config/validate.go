@@ -346,7 +346,7 @@ func (v *validator) reachable(seen map[match][]taken, r *Route, key string, name
 }
 
 // proxyKeys are about connections to a target, in every mode.
-var proxyKeys = []string{"send_proxy", "datapath"}
+var proxyKeys = []string{"send_proxy", "transparent", "datapath"}
 
 func (v *validator) action(a *Action, noun string) {
 	var does []string
@@ -375,6 +375,28 @@ func (v *validator) action(a *Action, noun string) {
 	}
 	if len(a.Forward) > 0 && total == 0 && !a.unclear("forward") {
 		v.errorf(a.At("forward"), "no target in forward has a weight: at least one must be above 0")
+	}
+	if a.Transparent {
+		v.transparent(a)
+	}
+}
+
+// transparent refuses targets whose answers to a client's address would never come back to this host.
+func (v *validator) transparent(a *Action) {
+	for i := range a.Forward {
+		t, why := a.Forward[i].To, ""
+		ip, _ := netip.ParseAddr(t.Host)
+		switch {
+		case t.Scheme == "tailnet":
+			why = "the node would answer the client by its own way, not by the tailnet: write send_proxy: v2, and transparent on the last hop"
+		case t.Scheme == "unix":
+			why = "a unix socket has no addresses: write send_proxy: v2, if what listens there can read it"
+		case t.Host == "localhost", ip.IsLoopback():
+			why = "what listens on loopback has no way to the client: forward to the container itself (docker://CONTAINER:PORT), or write send_proxy: v2"
+		default:
+			continue
+		}
+		v.errorf(a.keyAt("transparent"), "transparent cannot reach %q: %s", t, why)
 	}
 }
 

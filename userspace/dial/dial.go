@@ -105,6 +105,10 @@ type Dialer struct {
 	Container Resolver      // for docker targets; nil refuses them
 	Timeout   time.Duration // for all of it, names and retries included; 0 is DefaultTimeout
 	DNS       *net.Resolver // for host names; nil is the system's
+
+	// From, if not nil, readies a dialer for an attempt to connect to an address:
+	// it may give the connection an address of its own.
+	From func(d *net.Dialer, to netip.Addr)
 }
 
 // Dial connects to t, which the caller then owns: a *net.TCPConn or, for a unix
@@ -236,13 +240,13 @@ func choose(addrs []netip.Addr, prefer netip.Addr) []netip.Addr {
 // long. The first connection made is it.
 func (d *Dialer) race(ctx context.Context, addrs []netip.Addr, port uint16, check PathChecker) (net.Conn, *failure) {
 	if len(addrs) == 1 {
-		r := connect(ctx, addrs[0], port, check)
+		r := d.connect(ctx, addrs[0], port, check)
 		return r.conn, r.fail
 	}
 	ctx, cancel := context.WithCancel(ctx) // ends the loser
 	defer cancel()
 	results := make(chan result, len(addrs))
-	try := func(a netip.Addr) { results <- connect(ctx, a, port, check) }
+	try := func(a netip.Addr) { results <- d.connect(ctx, a, port, check) }
 	go try(addrs[0])
 	started, ended := 1, 0
 	var first *failure
@@ -290,9 +294,12 @@ func closeLate(results <-chan result) {
 }
 
 // connect makes one attempt.
-func connect(ctx context.Context, addr netip.Addr, port uint16, check PathChecker) result {
+func (d *Dialer) connect(ctx context.Context, addr netip.Addr, port uint16, check PathChecker) result {
 	to := netip.AddrPortFrom(addr, port)
 	nd := dialer()
+	if d.From != nil {
+		d.From(&nd, addr)
+	}
 	c, err := nd.DialContext(ctx, "tcp", to.String()) // DialTCP would bind a port for it first
 	if err != nil {
 		return result{fail: &failure{err: err, addr: to.String(), again: quickKind(err)}}

@@ -88,7 +88,7 @@ func (x *express) readHello(timedOut bool) {
 		return
 	}
 	r, ok := x.in.service.names.Lookup(x.hello.ServerName, func(r *rule) bool { return r.accepts(x.hello.ALPN) })
-	if !ok || !r.literal.IsValid() || r.allow != nil || len(r.datapaths) > 0 {
+	if !ok || !r.literal.IsValid() || r.transparent || r.allow != nil || len(r.datapaths) > 0 {
 		x.detour(head)
 		return
 	}

@@ -8,6 +8,7 @@
 //	service.go  the configuration, compiled: routes, rules, certificates
 //	labels.go   routes that the labels of containers add to it
 //	splice.go   sni and tcp: hello, route, dial, relay, log
+//	transparent.go  connections from the client's own address
 //	access.go   who may use a route
 //	http.go     http and https: the same by request
 //	certificates.go  what https listeners show, and how ACME gets at them
@@ -39,6 +40,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
+	"github.com/tailsplice/tailsplice/userspace/transparent"
 )
 
 // Options are what the daemon knows beside its configuration.
@@ -63,6 +65,7 @@ type Front struct {
 	tailnet    *tailnet.Client
 	containers *container.Client
 	acme       *acme.Manager
+	way        atomic.Pointer[transparent.Way] // nil: none is needed, or can be had
 	dialer     *dial.Dialer
 	// labelDialer is for routes by labels: it takes the ids of containers, and
 	// doesn't wait for one that may be restarting.
@@ -93,6 +96,7 @@ type Front struct {
 	logs         map[string]*accesslog.Log // open access logs, by format and file
 	tailnetAddrs []netip.Addr              // this node's, as last known
 	bindErr      error                     // of tailnet addresses, while they wait
+	wayErr       error                     // why there is no way though a route wants it
 
 	nodeName atomic.Pointer[string]
 	held     atomic.Int64 // requests that wait for a node: see hold.go
@@ -208,6 +212,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	}
 
 	// From here on nothing fails.
+	f.openWay(cfg)
 	f.nodeName.Store(&cfg.Node)
 	for _, swap := range swaps {
 		swap()
@@ -361,6 +366,7 @@ func (f *Front) Close() {
 		}
 	}
 	f.conns.Wait()
+	f.closeWay()
 	f.useLogs(nil)
 	f.acme.Close()
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"net/netip"
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -29,9 +28,9 @@ const (
 // the request waits for a node that does not answer as long as the tailnet
 // knows it, nothing of the request's body has been read, and the client is
 // there.
-func (f *Front) dialUpstream(ctx context.Context, listener string, r *rule, client netip.Addr) (net.Conn, error) {
+func (f *Front) dialUpstream(ctx context.Context, listener string, r *rule, who visitor) (net.Conn, error) {
 	if r.hold == 0 {
-		return f.dialRule(ctx, listener, r, client)
+		return f.dialRule(ctx, listener, r, who)
 	}
 	began := time.Now()
 	ctx, cancel := context.WithCancel(ctx)
@@ -51,7 +50,7 @@ func (f *Front) dialUpstream(ctx context.Context, listener string, r *rule, clie
 		}
 	}()
 	first, done := context.WithTimeout(ctx, holdFirst)
-	up, err := f.dialRule(first, listener, r, client)
+	up, err := f.dialRule(first, listener, r, who)
 	done()
 	if err == nil || !mayComeBack(err) || time.Since(began) >= r.hold {
 		return up, err
@@ -74,7 +73,7 @@ func (f *Front) dialUpstream(ctx context.Context, listener string, r *rule, clie
 		case <-time.After(holdPause):
 		}
 		try, done := context.WithTimeout(ctx, min(holdTry, max(holdPause, r.hold-time.Since(began))))
-		up, again := f.dialer.Dial(try, r.target, client)
+		up, again := f.dialer.Dial(try, r.target, who.client)
 		done()
 		if again == nil {
 			return up, nil

@@ -129,10 +129,10 @@ func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *
 		r.dialer = &own
 	}
 	up := &vhost.Upstream{
-		Key: fmt.Sprintf("%s proxy=%t at %s connect=%v", r.written, r.sendProxy, r.target, r.dialer.Timeout), Name: publicName(r), Speaks: speaker(r),
+		Key: fmt.Sprintf("%s proxy=%t transparent=%t at %s connect=%v", r.written, r.sendProxy, r.transparent, r.target, r.dialer.Timeout), Name: publicName(r), Speaks: speaker(r),
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			info, _ := vhost.Info(ctx)
-			up, err := f.dialUpstream(ctx, l.Name, r, info.Client.Addr())
+			up, err := f.dialUpstream(ctx, l.Name, r, visitor{client: info.Client.Addr(), known: !info.Anonymous})
 			if err != nil {
 				f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", info.ID, "listener", l.Name, "route", r.name, "target", r.written, "client", info.Client, "err", err)
 				return nil, pageReason(err)
@@ -175,8 +175,11 @@ func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *
 
 // speaker is for whom the connections of r speak.
 func speaker(r *rule) vhost.Speaker {
-	if r.sendProxy {
+	switch {
+	case r.sendProxy:
 		return vhost.ForPath
+	case r.transparent:
+		return vhost.ForClient
 	}
 	return vhost.ForAll
 }

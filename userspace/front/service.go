@@ -51,18 +51,19 @@ type service struct {
 
 // rule is one route, or the default.
 type rule struct {
-	name      string // how people find it in the config: "*.vsq.cz", "notes.vsq.cz/api/", "default"
-	patterns  []string
-	alpn      []string
-	match     vhost.Match // http(s) only
-	reject    bool
-	target    dial.Target
-	literal   netip.AddrPort // the target where it needs no lookup
-	written   string         // the target as the config has it
-	sendProxy bool
-	allow     *peers           // nil: everybody
-	hold      time.Duration    // how long a request waits for a node
-	datapaths []relay.Datapath // to be tried before userspace, best first
+	name        string // how people find it in the config: "*.vsq.cz", "notes.vsq.cz/api/", "default"
+	patterns    []string
+	alpn        []string
+	match       vhost.Match // http(s) only
+	reject      bool
+	target      dial.Target
+	literal     netip.AddrPort // the target where it needs no lookup
+	written     string         // the target as the config has it
+	sendProxy   bool
+	transparent bool             // see transparent.go
+	allow       *peers           // nil: everybody
+	hold        time.Duration    // how long a request waits for a node
+	datapaths   []relay.Datapath // to be tried before userspace, best first
 
 	http *vhost.Route // http(s) only
 
@@ -186,7 +187,7 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 	r.target = dial.Target(a.Target())
 	r.literal, _ = r.target.Literal()
 	r.written = written(a)
-	r.sendProxy = a.SendProxy != ""
+	r.sendProxy, r.transparent = a.SendProxy != "", a.Transparent
 	r.hold = a.Hold
 	if len(a.Allow) > 0 {
 		r.allow = newPeers(a.Allow)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/netip"
 	"sync/atomic"
 	"time"
 
@@ -102,7 +101,7 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 		reset(in.TCPConn)
 		return
 	}
-	up, err := f.dialRule(f.ctx, in.listener.name, r, in.client.Addr())
+	up, err := f.dialRule(f.ctx, in.listener.name, r, in.visitor())
 	if err != nil {
 		defer in.release()
 		f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.name, "target", r.written, "client", in.client, "name", in.name, "err", err)
@@ -162,14 +161,17 @@ func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, r
 }
 
 // dialRule connects to r's target and counts how that went.
-func (f *Front) dialRule(ctx context.Context, listener string, r *rule, client netip.Addr) (net.Conn, error) {
+func (f *Front) dialRule(ctx context.Context, listener string, r *rule, who visitor) (net.Conn, error) {
 	started := time.Now()
 	var up net.Conn
 	var err error
-	if r.container != "" {
-		up, err = r.dialLabelled(ctx, client)
-	} else {
-		up, err = r.dialer.Dial(ctx, r.target, client)
+	switch {
+	case r.container != "":
+		up, err = r.dialLabelled(ctx, who.client)
+	case r.transparent:
+		up, err = f.dialTransparent(ctx, listener, r, who)
+	default:
+		up, err = r.dialer.Dial(ctx, r.target, who.client)
 	}
 	f.metrics.DialTime.Observe(time.Since(started).Seconds())
 	if err != nil {

@@ -1,6 +1,7 @@
 package front
 
 import (
+	"errors"
 	"net"
 	"slices"
 	"strings"
@@ -22,15 +23,16 @@ type Status struct {
 	Flows     int              `json:"flows"`
 	Datapaths []DatapathStatus `json:"datapaths"`
 	Listeners []ListenerStatus `json:"listeners"`
-	Problem   string           `json:"problem,omitempty"`        // what keeps a tailnet listener from being bound
+	Problem   string           `json:"problem,omitempty"`        // what keeps a tailnet listener from being bound, or transparent from working
 	Labels    []LabelProblem   `json:"label_problems,omitempty"` // labels of containers that make no route, and why
 
-	Accepted   map[string]int64 `json:"accepted"`    // connections by listener
-	Refused    map[string]int64 `json:"refused"`     // connections and requests by reason
-	Ended      map[string]int64 `json:"ended"`       // flows by how they ended
-	DialErrors map[string]int64 `json:"dial_errors"` // by reason
-	Demoted    map[string]int64 `json:"demoted"`     // flows given back to userspace, by reason
-	Bytes      map[string]int64 `json:"bytes"`       // of ended flows: up, down
+	Accepted       map[string]int64 `json:"accepted"`        // connections by listener
+	Refused        map[string]int64 `json:"refused"`         // connections and requests by reason
+	Ended          map[string]int64 `json:"ended"`           // flows by how they ended
+	DialErrors     map[string]int64 `json:"dial_errors"`     // by reason
+	Demoted        map[string]int64 `json:"demoted"`         // flows given back to userspace, by reason
+	Bytes          map[string]int64 `json:"bytes"`           // of ended flows: up, down
+	NotTransparent map[string]int64 `json:"not_transparent"` // connections that could not carry the client's address, by reason
 }
 
 // DatapathStatus says whether a datapath can be used here.
@@ -57,15 +59,16 @@ type ListenerStatus struct {
 
 // RouteStatus is one route, or the default.
 type RouteStatus struct {
-	Match     string   `json:"match"` // names and path, or "default"
-	ALPN      []string `json:"alpn,omitempty"`
-	Forward   string   `json:"forward,omitempty"`
-	Reject    bool     `json:"reject,omitempty"`
-	SendProxy bool     `json:"send_proxy,omitempty"`
-	Allow     []string `json:"allow,omitempty"`
-	Datapath  string   `json:"datapath,omitempty"`
-	Source    string   `json:"source"`                    // "config", or "container NAME" where its labels made the route
-	Container string   `json:"container_state,omitempty"` // of that container: running, stopped or removed
+	Match       string   `json:"match"` // names and path, or "default"
+	ALPN        []string `json:"alpn,omitempty"`
+	Forward     string   `json:"forward,omitempty"`
+	Reject      bool     `json:"reject,omitempty"`
+	SendProxy   bool     `json:"send_proxy,omitempty"`
+	Transparent bool     `json:"transparent,omitempty"`
+	Allow       []string `json:"allow,omitempty"`
+	Datapath    string   `json:"datapath,omitempty"`
+	Source      string   `json:"source"`                    // "config", or "container NAME" where its labels made the route
+	Container   string   `json:"container_state,omitempty"` // of that container: running, stopped or removed
 }
 
 // Status describes the daemon as it is now.
@@ -76,10 +79,10 @@ func (f *Front) Status() Status {
 		Flows:    f.flows.Len(),
 		Accepted: metrics.Totals(f.metrics.Accepted, "listener"), Refused: metrics.Totals(f.metrics.Refused, "reason"),
 		Ended: metrics.Totals(f.metrics.Ended, "end"), DialErrors: metrics.Totals(f.metrics.DialError, "reason"),
-		Demoted: metrics.Totals(f.metrics.Demoted, "reason"), Bytes: metrics.Totals(f.metrics.Bytes, "direction")}
+		Demoted: metrics.Totals(f.metrics.Demoted, "reason"), Bytes: metrics.Totals(f.metrics.Bytes, "direction"), NotTransparent: metrics.Totals(f.metrics.NotTransparent, "reason")}
 	s.Labels = f.labels.problems
-	if f.bindErr != nil {
-		s.Problem = f.bindErr.Error()
+	if err := errors.Join(f.bindErr, f.wayErr); err != nil {
+		s.Problem = err.Error()
 	}
 	for _, d := range f.opts.Datapaths {
 		ds := DatapathStatus{Name: d.Name(), Available: true}
@@ -116,7 +119,7 @@ func (f *Front) Status() Status {
 		}
 		slices.Sort(ls.Bound)
 		for _, r := range svc.rules {
-			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Source: r.source(), Container: r.state, Allow: r.allow.strings()}
+			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Transparent: r.transparent, Source: r.source(), Container: r.state, Allow: r.allow.strings()}
 			if !r.reject {
 				rs.Datapath = r.via()
 			}

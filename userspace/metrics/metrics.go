@@ -17,15 +17,16 @@ import (
 // Set is one daemon's metrics. Make it with New; all fields are safe for
 // concurrent use.
 type Set struct {
-	Accepted  *prometheus.CounterVec // listener
-	Refused   *prometheus.CounterVec // listener, reason
-	Ended     *prometheus.CounterVec // listener, datapath, end
-	Bytes     *prometheus.CounterVec // listener, direction: up | down
-	DialError *prometheus.CounterVec // listener, reason
-	Demoted   *prometheus.CounterVec // datapath, reason
-	Reloads   *prometheus.CounterVec // result: ok | error
-	LogLost   prometheus.Counter     // lines
-	DialTime  prometheus.Histogram   // seconds
+	Accepted       *prometheus.CounterVec // listener
+	Refused        *prometheus.CounterVec // listener, reason
+	Ended          *prometheus.CounterVec // listener, datapath, end
+	Bytes          *prometheus.CounterVec // listener, direction: up | down
+	DialError      *prometheus.CounterVec // listener, reason
+	Demoted        *prometheus.CounterVec // datapath, reason
+	NotTransparent *prometheus.CounterVec // listener, reason
+	Reloads        *prometheus.CounterVec // result: ok | error
+	LogLost        prometheus.Counter     // lines
+	DialTime       prometheus.Histogram   // seconds
 
 	registry *prometheus.Registry
 }
@@ -37,12 +38,13 @@ func New(version string, flows func() int) *Set {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tailsplice_" + name, Help: help}, labels)
 	}
 	s := &Set{
-		Accepted:  counter("connections_accepted_total", "Connections accepted, before any check.", "listener"),
-		Refused:   counter("connections_refused_total", "Connections closed before they became a flow, and requests refused, by reason.", "listener", "reason"),
-		Ended:     counter("flows_ended_total", "Flows that ended, by datapath and by how they ended.", "listener", "datapath", "end"),
-		Bytes:     counter("bytes_total", "Bytes of ended flows; up is from downstream to upstream.", "listener", "direction"),
-		DialError: counter("dial_errors_total", "Upstreams that could not be reached, by reason.", "listener", "reason"),
-		Demoted:   counter("flows_demoted_total", "Flows that a datapath gave back to userspace, by reason.", "datapath", "reason"),
+		Accepted:       counter("connections_accepted_total", "Connections accepted, before any check.", "listener"),
+		Refused:        counter("connections_refused_total", "Connections closed before they became a flow, and requests refused, by reason.", "listener", "reason"),
+		Ended:          counter("flows_ended_total", "Flows that ended, by datapath and by how they ended.", "listener", "datapath", "end"),
+		Bytes:          counter("bytes_total", "Bytes of ended flows; up is from downstream to upstream.", "listener", "direction"),
+		DialError:      counter("dial_errors_total", "Upstreams that could not be reached, by reason.", "listener", "reason"),
+		Demoted:        counter("flows_demoted_total", "Flows that a datapath gave back to userspace, by reason.", "datapath", "reason"),
+		NotTransparent: counter("not_transparent_total", "Connections to targets of `transparent` routes that could not carry the client's address, by reason.", "listener", "reason"),
 		LogLost: prometheus.NewCounter(prometheus.CounterOpts{Name: "tailsplice_access_log_lost_total",
 			Help: "Lines of access logs that were not written, because the disk was full or too slow."}),
 		Reloads: counter("config_reloads_total", "Configuration reloads, by result.", "result"),
@@ -55,7 +57,7 @@ func New(version string, flows func() int) *Set {
 	info.Set(1)
 	live := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_flows", Help: "Flows that live now."},
 		func() float64 { return float64(flows()) })
-	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Bytes, s.DialError, s.Demoted, s.Reloads, s.LogLost, s.DialTime, info, live,
+	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Bytes, s.DialError, s.Demoted, s.NotTransparent, s.Reloads, s.LogLost, s.DialTime, info, live,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
 }

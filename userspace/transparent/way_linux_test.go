@@ -455,3 +455,13 @@ func TestNoRights(t *testing.T) {
 		t.Errorf("left is %s", got)
 	}
 }
+
+// TestProbe: what the other tests use is there.
+func TestProbe(t *testing.T) {
+	w := newWorld(t)
+	before := w.state()
+	w.in(w.host, func() { must(t, Probe()) })
+	if got := w.state(); got != before {
+		t.Errorf("the machine has changed: %s", got)
+	}
+}

@@ -10,6 +10,8 @@
 //	GET  /sse?n=N&every=D   N server-sent events, one each D
 //	GET  /sleep?for=D       an answer after D
 //	GET  /status?code=N     an empty answer with that status
+//
+// On port 8081 it does the same for connections that begin with a PROXY header, and takes the other end of the socket from there.
 package main
 
 import (
@@ -34,6 +36,7 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	"github.com/pires/go-proxyproto"
 )
 
 //go:embed page.html
@@ -87,8 +90,19 @@ func main() {
 		<-c
 		os.Exit(0)
 	}()
+	go serveProxied(mux)
 	log.Printf("blog: listening on %s", addr)
 	log.Fatal(http.ListenAndServe(addr, mux))
+}
+
+func serveProxied(h http.Handler) {
+	ln, err := net.Listen("tcp", ":8081")
+	if err != nil {
+		log.Printf("blog: %v", err)
+		return
+	}
+	require := func(proxyproto.ConnPolicyOptions) (proxyproto.Policy, error) { return proxyproto.REQUIRE, nil }
+	log.Fatal(http.Serve(&proxyproto.Listener{Listener: ln, ConnPolicy: require}, h))
 }
 
 func observe(r *http.Request) facts {

@@ -16,6 +16,7 @@ import (
 	"github.com/moby/moby/api/pkg/stdcopy"
 	"github.com/moby/moby/api/types/build"
 	"github.com/moby/moby/api/types/container"
+	dockernet "github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
 	"golang.org/x/sys/unix"
 )
@@ -127,15 +128,36 @@ func (d *Docker) build(ctx context.Context, blog string) error {
 	}
 }
 
+// Network makes a network for containers with these prefixes, IPv4 and IPv6. The result removes it.
+func (d *Docker) Network(ctx context.Context, name string, prefixes ...netip.Prefix) (remove func() error, err error) {
+	six := true
+	o := client.NetworkCreateOptions{EnableIPv6: &six, IPAM: &dockernet.IPAM{}}
+	for _, p := range prefixes {
+		o.IPAM.Config = append(o.IPAM.Config, dockernet.IPAMConfig{Subnet: p})
+	}
+	if _, err := d.Client.NetworkCreate(ctx, name, o); err != nil {
+		return nil, fmt.Errorf("create network %s: %w", name, err)
+	}
+	return func() error {
+		_, err := d.Client.NetworkRemove(context.Background(), name, client.NetworkRemoveOptions{})
+		return err
+	}, nil
+}
+
 // RunBlog starts one more container of the blog's image, waits until it answers, and returns its address. Labels may
 // make it look like a service of docker compose. It keeps to the container's name; [Docker.Remove] removes it.
 func (d *Docker) RunBlog(ctx context.Context, name string, labels map[string]string) (netip.Addr, error) {
+	return d.RunBlogIn(ctx, "", name, labels)
+}
+
+// RunBlogIn is RunBlog in a network; "" is docker's default.
+func (d *Docker) RunBlogIn(ctx context.Context, network, name string, labels map[string]string) (netip.Addr, error) {
 	created, err := d.Client.ContainerCreate(ctx, client.ContainerCreateOptions{
 		Name: name,
 		Config: &container.Config{
 			Image: blogImage, Hostname: name, Labels: labels, Env: []string{"CLOUD=http://cloud.example/hello"},
 		},
-		HostConfig: &container.HostConfig{ExtraHosts: []string{"cloud.example:" + cloud4.String()}},
+		HostConfig: &container.HostConfig{NetworkMode: container.NetworkMode(network), ExtraHosts: []string{"cloud.example:" + cloud4.String()}},
 	})
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("create container %s: %w", name, err)

@@ -1,0 +1,101 @@
+package front
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/transparent"
+)
+
+// clientUnknown is the reason where a hop speaks for somebody, and doesn't say
+// for whom.
+const clientUnknown = "client_unknown"
+
+// openWay makes sure that answers to clients' own addresses come back here, if a
+// route wants that. What was opened stays to the end: flows that a reload leaves
+// alone need it.
+//
+// f.mu is held.
+func (f *Front) openWay(cfg *config.Config) {
+	f.wayErr = nil
+	if f.way.Load() != nil || !wantsTransparent(cfg) {
+		return
+	}
+	way, err := transparent.Open(f.log)
+	if err != nil {
+		f.log.Warn("transparent does not work here: targets see this host's address instead of the client's", "err", err)
+		f.wayErr = fmt.Errorf("transparent does not work here: %w", err)
+		return
+	}
+	f.way.Store(way)
+}
+
+func (f *Front) closeWay() {
+	if way := f.way.Swap(nil); way != nil {
+		if err := way.Close(); err != nil {
+			f.log.Warn("the rules for transparent could not be removed: `ip rule` and `nft list tables` show them", "err", err)
+		}
+	}
+}
+
+func wantsTransparent(cfg *config.Config) bool {
+	for i := range cfg.Listeners {
+		l := &cfg.Listeners[i]
+		if l.Default != nil && l.Default.Transparent {
+			return true
+		}
+		for j := range l.Routes {
+			if l.Routes[j].Transparent {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// dialTransparent connects to r's target from the client's own address, where
+// that can be. Where it can't the target sees this host, and the reason is
+// counted.
+func (f *Front) dialTransparent(ctx context.Context, listener string, r *rule, who visitor) (net.Conn, error) {
+	way, client := f.way.Load(), who.client
+	fits := func(to netip.Addr) error {
+		if !who.known {
+			return errClientUnknown
+		}
+		return way.Fits(client, to)
+	}
+	d := *r.dialer
+	d.From = func(nd *net.Dialer, to netip.Addr) {
+		if fits(to) == nil {
+			transparent.From(nd, client)
+		}
+	}
+	up, err := d.Dial(ctx, r.target, client)
+	if err != nil {
+		var de *dial.Error
+		if errors.As(err, &de) && de.Reason == dial.Timeout {
+			if to, parseErr := netip.ParseAddrPort(de.Addr); parseErr == nil && fits(to.Addr()) == nil {
+				return nil, fmt.Errorf("%w; with transparent it answers %s itself: that works only if this host is its default gateway, on the network that it is reached by", err, client)
+			}
+		}
+		return nil, err
+	}
+	if addrPort(up.LocalAddr()).Addr() == client.Unmap() {
+		return up, nil
+	}
+	reason, why := clientUnknown, fits(addrPort(up.RemoteAddr()).Addr())
+	var te *transparent.Error
+	if errors.As(why, &te) {
+		reason = string(te.Reason)
+	}
+	f.metrics.NotTransparent.WithLabelValues(listener, reason).Inc()
+	f.complain.Warn("not_transparent "+reason, "the target sees this host's address instead of the client's", "listener", listener, "route", r.name, "target", r.written, "client", client, "reason", reason, "err", why)
+	return up, nil
+}
+
+var errClientUnknown = errors.New("the hop before speaks for somebody, and does not say for whom")

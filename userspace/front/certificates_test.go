@@ -32,18 +32,33 @@ func TestACME(t *testing.T) {
 		}
 		t.Skipf("pebble can't be built: %v", err)
 	}
-	ports := []string{freeAddr(t), freeAddr(t), freeAddr(t), freeAddr(t), freeAddr(t)}
-	web, plain, dns, manage, dir := ports[0], ports[1], ports[2], ports[3], t.TempDir()
+	web, plain, dns, manage, dir := freeAddr(t), freeAddr(t), freeAddr(t), freeAddr(t), t.TempDir()
 	port := func(addr string) (n int) {
 		fmt.Sscanf(addr, "127.0.0.1:%d", &n)
 		return n
 	}
-	c := acmetest.Config{Host: "127.0.0.1", Port: port(ports[4]), HTTPPort: port(plain), TLSPort: port(web), DNS: dns, Validity: time.Hour}
+	pebble := freeAddr(t)
+	for { // its management takes the port after that
+		next := fmt.Sprintf("127.0.0.1:%d", port(pebble)+1)
+		if _, given := givenAddrs.LoadOrStore(next, true); !given {
+			if ln, err := net.Listen("tcp", next); err == nil {
+				ln.Close()
+				break
+			}
+		}
+		pebble = freeAddr(t)
+	}
+	c := acmetest.Config{Host: "127.0.0.1", Port: port(pebble), HTTPPort: port(plain), TLSPort: port(web), DNS: dns, Validity: time.Hour}
 	args, root, err := c.Write(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	log := &lines{}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(log)
+		}
+	})
 	for _, argv := range [][]string{append([]string{programs.DNS}, acmetest.DNSArgs(dns, manage, "127.0.0.1", "")...), append([]string{programs.Pebble}, args...)} {
 		cmd := exec.Command(argv[0], argv[1:]...)
 		cmd.Env = append(os.Environ(), acmetest.Env...)
@@ -64,6 +79,9 @@ func TestACME(t *testing.T) {
 		pem, _ := io.ReadAll(res.Body)
 		return pool.AppendCertsFromPEM(pem)
 	})
+	if t.Failed() {
+		t.FailNow()
+	}
 
 	up := http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Host, r.URL.Path) })}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

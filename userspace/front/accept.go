@@ -11,38 +11,17 @@ import (
 	"time"
 )
 
-// accept takes connections from s until it is closed. It never blocks on a
-// peer: whatever waits for bytes has a goroutine of its own.
-func (f *Front) accept(s *socket) {
-	defer close(s.done)
-	for {
-		f.spare.refill()
-		c, err := s.ln.AcceptTCP()
-		switch {
-		case err == nil:
-		case errors.Is(err, net.ErrClosed):
-			return
-		case outOfResources(err):
-			f.complain.Warn("out_of_files", "out of file descriptors: connections are closed at once: raise LimitNOFILE= or `ulimit -n`, or lower limits.connections", "err", err)
-			if f.spare.shed(s.ln) {
-				f.metrics.Refused.WithLabelValues(s.owner.Load().name, "out_of_files").Inc()
-			} else {
-				time.Sleep(shedPause)
-			}
-			continue
-		default: // the peer was gone before we came (ECONNABORTED), or a passing network error
-			continue
-		}
-		f.admit(s.owner.Load(), c)
-	}
+// A newcomer is a connection that was accepted and that nobody reads from yet.
+type newcomer interface {
+	Conn() (*net.TCPConn, error) // with an error it is closed
+	Reset()                      // closes it with a RST
 }
 
-// admit counts c, checks the limits, and starts serving it. It is called on
-// the accept loop: a connection over the limit costs no goroutine.
-func (f *Front) admit(l *listener, c *net.TCPConn) {
+// admit counts c, checks the limits, and starts serving it. It blocks on nothing, and is called for any number of connections
+// at the same time: one over the limit costs no more than to be closed.
+func (f *Front) admit(l *listener, c newcomer, peer netip.AddrPort) {
 	f.metrics.Accepted.WithLabelValues(l.name).Inc()
 	svc := l.service.Load()
-	peer := addrPort(c.RemoteAddr())
 	src := peer.Addr()
 	if svc.trust != nil {
 		// Who it is isn't known yet; a trusted hop carries many clients, so
@@ -51,22 +30,45 @@ func (f *Front) admit(l *listener, c *net.TCPConn) {
 	}
 	lease, err := f.limiter.Acquire(src)
 	if err != nil {
-		f.overLimit(l, c, err)
+		c.Reset() // so that nothing lingers
+		f.metrics.Refused.WithLabelValues(l.name, "over_limit").Inc()
+		go f.complain.Warn("over_limit", "connection refused: over the limit", "listener", l.name, "err", err) // who reads the log may be slow
 		return
 	}
-	in := &inbound{TCPConn: c, front: f, listener: l, service: svc, peer: peer, client: peer,
-		local: addrPort(c.LocalAddr()), lease: lease, accepted: time.Now()}
+	in := &inbound{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now()}
 	f.conns.Add(1)
-	if !f.express(in) {
-		go f.serve(in)
+	if !f.express(in, c) {
+		go f.enter(in, c)
 	}
 }
 
-// overLimit refuses c at once, with a reset so that nothing lingers.
-func (f *Front) overLimit(l *listener, c *net.TCPConn, err error) {
-	f.metrics.Refused.WithLabelValues(l.name, "over_limit").Inc()
-	f.complain.Warn("over_limit", "connection refused: over the limit", "listener", l.name, "err", err)
-	reset(c)
+// enter brings c to its end, after what in has read ahead. It owns both.
+func (f *Front) enter(in *inbound, c newcomer) {
+	conn, err := c.Conn()
+	if err != nil {
+		f.metrics.Refused.WithLabelValues(in.listener.name, "out_of_files").Inc()
+		f.complain.Warn("out_of_files", outOfFiles, "err", err)
+		in.release()
+		return
+	}
+	conn.SetKeepAliveConfig(keepAlive)
+	in.TCPConn, in.local = conn, addrPort(conn.LocalAddr())
+	f.serve(in)
+}
+
+const outOfFiles = "out of file descriptors: connections are closed at once: raise LimitNOFILE= or `ulimit -n`, or lower limits.connections"
+
+// failed sees to an error of accept on s. goOn says that the next try may do better.
+func (f *Front) failed(s *socket, err error) (goOn bool) {
+	if !outOfResources(err) {
+		return true // the peer was gone before we came (ECONNABORTED), or a passing network error
+	}
+	go f.complain.Warn("out_of_files", outOfFiles, "err", err)
+	if !f.spare.shed(s.door) {
+		return false
+	}
+	f.metrics.Refused.WithLabelValues(s.owner.Load().name, "out_of_files").Inc()
+	return true
 }
 
 // reset closes c with a RST.
@@ -101,11 +103,7 @@ type spareFiles struct {
 	missing atomic.Bool
 }
 
-const (
-	spares = 8
-	// shedPause keeps a daemon that can't even shed off the CPU.
-	shedPause = 10 * time.Millisecond
-)
+const spares = 8
 
 func newSpareFiles() *spareFiles {
 	s := &spareFiles{}
@@ -136,9 +134,9 @@ func (s *spareFiles) refillLocked() {
 	s.missing.Store(len(s.files) < spares)
 }
 
-// shed refuses the connection that waits on ln with a reset, and reports
+// shed refuses the connection that waits at d with a reset, and reports
 // whether it could.
-func (s *spareFiles) shed(ln *net.TCPListener) bool {
+func (s *spareFiles) shed(d *door) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	defer s.refillLocked()
@@ -146,16 +144,8 @@ func (s *spareFiles) shed(ln *net.TCPListener) bool {
 		s.files[n-1].Close()
 		s.files = s.files[:n-1]
 		s.missing.Store(true)
-		// Whoever waited may be gone by now.
-		ln.SetDeadline(time.Now().Add(shedPause))
-		c, err := ln.AcceptTCP()
-		ln.SetDeadline(time.Time{})
-		if err == nil {
-			reset(c)
-			return true
-		}
-		if !outOfResources(err) {
-			return false
+		if err := d.refuseOne(); err == nil || !outOfResources(err) {
+			return err == nil // else whoever waited is gone
 		}
 	}
 	return false

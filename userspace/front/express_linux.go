@@ -14,7 +14,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/sni"
 )
 
-// express is the short way of the usual connection: an sni listener, the hello whole in one read, a target that is an address.
+// express is the short way of the usual connection: a tcp listener, or an sni listener and the hello whole in one read; a target that is an address.
 // It goes on the relay's loop from event to event, with no goroutine. At the first thing that is not usual it takes the
 // long way, serve, with the bytes that were read: only that refuses, explains, retries.
 type express struct {
@@ -23,13 +23,13 @@ type express struct {
 	down, up *relay.Socket
 
 	rule  *rule
-	hello sni.Hello
+	hello *sni.Hello // nil: none is read
 	head  []byte
 	began time.Time // the dial
 }
 
 const (
-	expressHello = 16 << 10 // bytes; longer hellos take the long way
+	expressHello = 16 << 10 // bytes; what does not fit takes the long way
 	// expressDial is how long a connect may take here: whatever takes longer needs to be retried, or explained.
 	expressDial = time.Second
 )
@@ -37,37 +37,29 @@ const (
 var hellos = sync.Pool{New: func() any { return new([expressHello]byte) }}
 
 // express takes in, if it may go the short way.
-func (f *Front) express(in *inbound) bool {
-	if s := in.service; s.mode != "sni" || s.trust != nil || s.allow != nil || s.limits.HelloTimeout <= 0 {
+func (f *Front) express(in *inbound, c newcomer) bool {
+	s := in.service
+	if s.trust != nil || s.allow != nil {
 		return false
 	}
-	down := relay.Detach(in.TCPConn)
-	if down == nil {
-		return false
+	x := &express{front: f, in: in, down: c.(*relay.Socket)}
+	switch {
+	case s.mode == "sni" && s.limits.HelloTimeout > 0:
+		return x.down.AwaitBytes(s.limits.HelloTimeout, x.readHello) == nil
+	case s.mode == "tcp" && s.fallback != nil && s.fallback.plain():
+		x.dial(s.fallback, nil)
+		return true
 	}
-	in.TCPConn = nil
-	x := &express{front: f, in: in, down: down}
-	if down.AwaitBytes(in.service.limits.HelloTimeout, x.readHello) != nil {
-		x.detour(nil)
-	}
-	return true
+	return false
 }
 
 // detour goes the long way, after what was read.
 func (x *express) detour(head []byte) {
-	in := x.in
 	if x.up != nil {
 		x.up.Close()
 	}
-	c, err := x.down.Conn()
-	if err != nil {
-		x.front.metrics.Refused.WithLabelValues(in.listener.name, "out_of_files").Inc()
-		x.front.complain.Warn("out_of_files", "connection closed: out of file descriptors: raise LimitNOFILE= or `ulimit -n`, or lower limits.connections", "err", err)
-		in.release()
-		return
-	}
-	in.TCPConn, in.ahead, in.waited = c, bytes.Clone(head), time.Since(in.accepted)
-	go x.front.serve(in)
+	x.in.ahead, x.in.waited = bytes.Clone(head), time.Since(x.in.accepted)
+	go x.front.enter(x.in, x.down)
 }
 
 func (x *express) readHello(timedOut bool) {
@@ -82,16 +74,28 @@ func (x *express) readHello(timedOut bool) {
 		n = 0
 	}
 	head, limits := buf[:n], x.in.service.limits
-	x.hello, err = sni.Parse(head)
-	if err != nil || n > limits.HelloBytes {
+	hello, err := sni.Parse(head)
+	if err != nil || n > limits.HelloBytes || n == len(buf) {
 		x.detour(head)
 		return
 	}
-	r, ok := x.in.service.names.Lookup(x.hello.ServerName, func(r *rule) bool { return r.accepts(x.hello.ALPN) })
-	if !ok || !r.literal.IsValid() || r.transparent || r.allow != nil || len(r.datapaths) > 0 {
+	x.hello = &hello
+	r, ok := x.in.service.names.Lookup(hello.ServerName, func(r *rule) bool { return r.accepts(hello.ALPN) })
+	if !ok || !r.plain() {
 		x.detour(head)
 		return
 	}
+	x.in.name = hello.ServerName
+	x.dial(r, head)
+}
+
+// plain says that r needs nothing but to be dialled.
+func (r *rule) plain() bool {
+	return r.literal.IsValid() && !r.transparent && r.allow == nil && len(r.datapaths) == 0
+}
+
+// dial goes on to r's target with head, which is not kept.
+func (x *express) dial(r *rule, head []byte) {
 	x.rule, x.began = r, time.Now()
 	fd, connected, err := dial.Begin(r.literal)
 	if err != nil {
@@ -124,12 +128,17 @@ func (x *express) connected(timedOut bool) {
 func (x *express) relay() {
 	f, in := x.front, x.in
 	f.metrics.DialTime.Observe(time.Since(x.began).Seconds())
-	in.id, in.name = flow.NewID(), x.hello.ServerName
+	in.id = flow.NewID()
 	var rtt [2]time.Duration
 	if f.log.Enabled(f.ctx, slog.LevelInfo) { // only the log wants it
 		rtt = [2]time.Duration{roundTripFD(x.down.FD()), roundTripFD(x.up.FD())}
 	}
-	o, done := f.begin(in, x.rule, &x.hello, x.rule.literal.String(), rtt)
+	if x.rule.sendProxy {
+		if local, err := unix.Getsockname(x.down.FD()); err == nil {
+			in.local = sockaddrPort(local)
+		}
+	}
+	o, done := f.begin(in, x.rule, x.hello, x.rule.literal.String(), rtt)
 	o.Head = x.head
 	relay.RunSockets(f.ctx, x.down, x.up, o, done)
 }

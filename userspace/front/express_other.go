@@ -3,4 +3,4 @@
 package front
 
 // express is for Linux: see express_linux.go.
-func (f *Front) express(*inbound) bool { return false }
+func (f *Front) express(*inbound, newcomer) bool { return false }

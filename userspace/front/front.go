@@ -312,7 +312,7 @@ func (f *Front) Flows() []flow.Snapshot { return f.flows.Snapshot() }
 // Metrics are the daemon's counters.
 func (f *Front) Metrics() *metrics.Set { return f.metrics }
 
-// stopAccepting closes all sockets and waits for their accept loops.
+// stopAccepting closes all sockets and waits until nobody is being admitted.
 func (f *Front) stopAccepting() {
 	f.mu.Lock()
 	f.closed = true
@@ -320,10 +320,7 @@ func (f *Front) stopAccepting() {
 	f.sockets = map[string]*socket{}
 	f.mu.Unlock()
 	for _, s := range sockets {
-		s.ln.Close()
-	}
-	for _, s := range sockets {
-		<-s.done
+		s.door.Close()
 	}
 }
 

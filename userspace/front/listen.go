@@ -32,9 +32,8 @@ const rebindEvery = time.Second
 // itself stays, so that no connection is refused meanwhile.
 type socket struct {
 	addr  string // as bound: "host:port"
-	ln    *net.TCPListener
+	door  *door
 	owner atomic.Pointer[listener]
-	done  chan struct{} // closed when the accept loop has ended
 }
 
 // binding is one address that should be bound, and for whom.
@@ -79,45 +78,39 @@ func wantsTailnet(cfg *config.Config) bool {
 // moment, so that the old one need not be closed before it is known that the
 // new one works. SO_REUSEPORT allows that, and is asked for then only: it would
 // let a second daemon take the port unnoticed.
-func listen(addr string, leaving ...*net.TCPListener) (*net.TCPListener, error) {
-	ln, err := listenOnce(addr, nil)
+func listen(addr string, leaving ...*door) (*door, error) {
+	d, err := listenOnce(addr, nil)
 	if len(leaving) == 0 || !errors.Is(err, syscall.EADDRINUSE) {
-		return ln, err
+		return d, err
 	}
 	for _, l := range leaving {
-		if shareErr := sharePort(l, true); shareErr != nil {
+		if shareErr := l.sharePort(true); shareErr != nil {
 			return nil, err
 		}
-		defer sharePort(l, false)
+		defer l.sharePort(false)
 	}
-	ln, err = listenOnce(addr, shareNewPort)
+	d, err = listenOnce(addr, shareNewPort)
 	if err == nil {
-		err = sharePort(ln, false)
+		err = d.sharePort(false)
 	}
-	return ln, err
+	return d, err
 }
 
-func sharePort(l *net.TCPListener, on bool) error {
-	raw, err := l.SyscallConn()
-	if err != nil {
-		return err
-	}
-	return setSharePort(raw, on)
+func shareNewPort(_, _ string, raw syscall.RawConn) error {
+	var optErr error
+	err := raw.Control(func(fd uintptr) { optErr = sharePort(fd, true) })
+	return errors.Join(err, optErr)
 }
 
-func shareNewPort(_, _ string, raw syscall.RawConn) error { return setSharePort(raw, true) }
-
-func setSharePort(raw syscall.RawConn, on bool) error {
+func sharePort(fd uintptr, on bool) error {
 	v := 0
 	if on {
 		v = 1
 	}
-	var optErr error
-	err := raw.Control(func(fd uintptr) { optErr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, v) })
-	return errors.Join(err, optErr)
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, v))
 }
 
-func listenOnce(addr string, control func(network, address string, c syscall.RawConn) error) (*net.TCPListener, error) {
+func listenOnce(addr string, control func(network, address string, c syscall.RawConn) error) (*door, error) {
 	lc := net.ListenConfig{Control: control}
 	keepFlowsAlive(&lc)
 	lc.SetMultipathTCP(false)
@@ -133,7 +126,7 @@ func listenOnce(addr string, control func(network, address string, c syscall.Raw
 	if err != nil {
 		return nil, &bindError{addr, err}
 	}
-	return ln.(*net.TCPListener), nil
+	return newDoor(ln.(*net.TCPListener))
 }
 
 func portOf(addr string) string {
@@ -187,20 +180,20 @@ func (f *Front) bindMissing(want []binding) (opened map[string]*socket, pending 
 	for _, b := range want {
 		wanted[b.addr] = true
 	}
-	leaving := map[string][]*net.TCPListener{} // by port
+	leaving := map[string][]*door{} // by port
 	for addr, s := range f.sockets {
 		if !wanted[addr] {
-			leaving[portOf(addr)] = append(leaving[portOf(addr)], s.ln)
+			leaving[portOf(addr)] = append(leaving[portOf(addr)], s.door)
 		}
 	}
 	for _, b := range want {
 		if f.sockets[b.addr] != nil {
 			continue
 		}
-		ln, err := listen(b.addr, leaving[portOf(b.addr)]...)
+		s, err := f.open(b.addr, leaving[portOf(b.addr)])
 		switch {
 		case err == nil:
-			opened[b.addr] = &socket{addr: b.addr, ln: ln, done: make(chan struct{})}
+			opened[b.addr] = s
 		case b.tailnet:
 			pending = append(pending, err)
 		default:
@@ -209,11 +202,25 @@ func (f *Front) bindMissing(want []binding) (opened map[string]*socket, pending 
 	}
 	if len(fatal) > 0 {
 		for _, s := range opened {
-			s.ln.Close()
+			s.door.Close()
 		}
 		return nil, nil, errors.Join(fatal...)
 	}
 	return opened, pending, nil
+}
+
+// open binds addr, and accepts nothing yet.
+func (f *Front) open(addr string, leaving []*door) (*socket, error) {
+	d, err := listen(addr, leaving...)
+	if err != nil {
+		return nil, err
+	}
+	s := &socket{addr: addr, door: d}
+	if err := d.prepare(f, s); err != nil {
+		d.Close()
+		return nil, &bindError{addr, err}
+	}
+	return s, nil
 }
 
 // rebind makes the sockets those that want lists: hands over what stays,
@@ -229,13 +236,13 @@ func (f *Front) rebind(want []binding, opened map[string]*socket) {
 		} else if s := opened[b.addr]; s != nil {
 			s.owner.Store(b.owner)
 			f.sockets[b.addr] = s
-			f.log.Info("listening", "address", boundAddress(b.addr, s.ln), "listener", b.owner.name, "mode", b.owner.mode)
-			go f.accept(s)
+			f.log.Info("listening", "address", boundAddress(b.addr, s.door), "listener", b.owner.name, "mode", b.owner.mode)
+			s.door.accept()
 		}
 	}
 	for addr, s := range f.sockets {
 		if !wanted[addr] {
-			s.ln.Close()
+			s.door.Close()
 			delete(f.sockets, addr)
 			f.log.Info("stopped listening", "address", addr)
 		}

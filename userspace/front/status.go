@@ -2,7 +2,6 @@ package front
 
 import (
 	"errors"
-	"net"
 	"slices"
 	"strings"
 	"time"
@@ -114,7 +113,7 @@ func (f *Front) Status() Status {
 		}
 		for addr, sock := range f.sockets {
 			if sock.owner.Load() == l {
-				ls.Bound = append(ls.Bound, boundAddress(addr, sock.ln))
+				ls.Bound = append(ls.Bound, boundAddress(addr, sock.door))
 			}
 		}
 		slices.Sort(ls.Bound)
@@ -131,9 +130,9 @@ func (f *Front) Status() Status {
 }
 
 // boundAddress shows the port that the kernel chose where the config says 0.
-func boundAddress(addr string, ln net.Listener) string {
+func boundAddress(addr string, d *door) string {
 	if strings.HasSuffix(addr, ":0") {
-		return ln.Addr().String()
+		return d.addr.String()
 	}
 	return addr
 }

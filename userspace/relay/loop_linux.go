@@ -43,10 +43,13 @@ func pickLoop() *loop {
 type loop struct {
 	fd int // of the epoll
 
-	mu      sync.Mutex // guards what follows, and the flows that are here
-	last    uint64
-	sockets map[uint64]*Socket
-	buf     [64 << 10]byte
+	count atomic.Int32 // sockets that are here
+
+	mu        sync.Mutex // guards what follows, and the flows that are here
+	last      uint64
+	sockets   map[uint64]*Socket
+	acceptors map[uint64]*Acceptor
+	buf       [64 << 10]byte
 }
 
 func newLoop() *loop {
@@ -54,9 +57,21 @@ func newLoop() *loop {
 	if err != nil {
 		return nil
 	}
-	l := &loop{fd: fd, sockets: make(map[uint64]*Socket)}
+	l := &loop{fd: fd, sockets: make(map[uint64]*Socket), acceptors: make(map[uint64]*Acceptor)}
 	go l.run()
 	return l
+}
+
+// orIdler is l, which needs no switch of threads to go on, unless another loop has clearly less to do.
+func (l *loop) orIdler() *loop {
+	const clearly = 8 // sockets
+	best := l
+	for _, other := range loops.all {
+		if other.count.Load() < best.count.Load()-clearly {
+			best = other
+		}
+	}
+	return best
 }
 
 func (l *loop) run() {
@@ -83,13 +98,15 @@ func (l *loop) watch(s *Socket, events uint32) error {
 		l.last++
 		op, id = unix.EPOLL_CTL_ADD, l.last
 		l.sockets[id] = s
-	} else if s.events == events {
+		l.count.Add(1)
+	} else if s.events&events == events {
 		return nil
 	}
 	ev := unix.EpollEvent{Events: events, Fd: int32(id), Pad: int32(id >> 32)}
 	if err := unix.EpollCtl(l.fd, op, s.fd, &ev); err != nil {
 		if s.id == 0 {
 			delete(l.sockets, id)
+			l.count.Add(-1)
 		}
 		return os.NewSyscallError("epoll_ctl", err)
 	}
@@ -99,21 +116,32 @@ func (l *loop) watch(s *Socket, events uint32) error {
 
 // forget is called with l.mu held.
 func (l *loop) forget(s *Socket) {
-	delete(l.sockets, s.id)
+	if s.id != 0 {
+		delete(l.sockets, s.id)
+		l.count.Add(-1)
+	}
 	s.id, s.side = 0, nil
 }
 
 func (l *loop) event(id uint64, events uint32) {
 	l.mu.Lock()
 	s := l.sockets[id]
-	if s == nil { // closed by an event just before
+	if s == nil {
+		a := l.acceptors[id]
 		l.mu.Unlock()
+		if a != nil { // else it was closed by an event just before
+			a.event(l)
+		}
 		return
 	}
 	var then func()
-	if s.side != nil {
+	switch {
+	case s.side != nil:
 		then = l.flowEvent(s.side, events)
-	} else {
+	case s.wait == nil || events&^s.awaits != 0:
+		s.more = true
+		fallthrough
+	default:
 		then = s.takeWait(false)
 	}
 	l.mu.Unlock()
@@ -129,7 +157,7 @@ func (l *loop) flowEvent(s *side, events uint32) (then func()) {
 	case events&unix.EPOLLPRI != 0:
 		return l.leave(f, f.resume)
 	case !s.ended:
-		return l.pass(s, events&^(unix.EPOLLIN|unix.EPOLLET) != 0)
+		return l.pass(s, events&^(unix.EPOLLIN|unix.EPOLLOUT) != 0)
 	case events&unix.EPOLLERR == 0:
 		return nil // its stream has ended, as we know
 	}

@@ -19,66 +19,41 @@ type Socket struct {
 	id     uint64 // in the loop; 0: not there
 	events uint32 // that it is watched for
 
-	side  *side               // of the flow that is relayed by the loop, or nil
-	wait  func(timedOut bool) // who waits, or nil
-	timer *time.Timer         // until it has waited long enough
+	side   *side               // of the flow that is relayed by the loop, or nil
+	wait   func(timedOut bool) // who waits, or nil
+	awaits uint32              // the event that it waits for
+	more   bool                // other events came, and won't again
+	timer  *time.Timer         // until it has waited long enough
 }
 
-// NewSocket makes a Socket of fd, which is non-blocking and which it owns from then on. near, when not nil, is one to relay with.
-// It is nil when there is no loop for lack of descriptors.
-func NewSocket(fd int, near *Socket) *Socket {
-	s := &Socket{fd: fd}
-	if near != nil {
-		s.loop = near.loop
-	} else if s.loop = pickLoop(); s.loop == nil {
-		return nil
-	}
-	return s
-}
-
-// Detach makes a Socket of c's, which is closed then. It is nil, and c as it was, when there is no descriptor for it.
-func Detach(c *net.TCPConn) *Socket {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return nil
-	}
-	fd := dup(raw)
-	if fd < 0 {
-		return nil
-	}
-	s := NewSocket(fd, nil)
-	if s == nil {
-		unix.Close(fd)
-		return nil
-	}
-	c.Close() // out of Go's poller, which would wake for each message
-	return s
-}
+// NewSocket makes a Socket of fd, which is non-blocking and which it owns from then on, to be relayed with near.
+func NewSocket(fd int, near *Socket) *Socket { return &Socket{fd: fd, loop: near.loop} }
 
 // FD is the descriptor.
 func (s *Socket) FD() int { return s.fd }
 
 // AwaitBytes calls ready once when there are bytes, an end of the stream or an error to be read, or when timeout has passed.
+// ready reads all bytes that there are.
 func (s *Socket) AwaitBytes(timeout time.Duration, ready func(timedOut bool)) error {
-	return s.await(onFlow, timeout, ready)
+	return s.await(unix.EPOLLIN, timeout, ready)
 }
 
 // AwaitConnect calls ready once when the connection is made or has failed, or when timeout has passed.
 func (s *Socket) AwaitConnect(timeout time.Duration, ready func(timedOut bool)) error {
-	return s.await(unix.EPOLLOUT|unix.EPOLLET, timeout, ready)
+	return s.await(unix.EPOLLOUT, timeout, ready)
 }
 
-func (s *Socket) await(events uint32, timeout time.Duration, ready func(timedOut bool)) error {
+func (s *Socket) await(event uint32, timeout time.Duration, ready func(timedOut bool)) error {
 	l := s.loop
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	s.wait = ready
+	s.wait, s.awaits = ready, event
 	if s.timer == nil {
 		s.timer = time.AfterFunc(timeout, s.timeout)
 	} else {
 		s.timer.Reset(timeout)
 	}
-	if err := l.watch(s, events); err != nil {
+	if err := l.watch(s, event|onFlow); err != nil { // those of a flow too, so that it need not be changed for one
 		s.timer.Stop()
 		s.wait = nil
 		return err
@@ -104,6 +79,12 @@ func (s *Socket) timeout() {
 	if ready != nil {
 		ready()
 	}
+}
+
+// Reset closes the socket so that the other end sees a reset. Nobody may be waiting for it.
+func (s *Socket) Reset() {
+	unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	s.Close()
 }
 
 // Close closes the socket. Nobody may be waiting for it.
@@ -153,7 +134,8 @@ func (f *flow) quicken() bool {
 	downFD, upFD := dup(f.down.sock), dup(f.up.sock)
 	var down, up *Socket
 	if downFD >= 0 && upFD >= 0 {
-		if down = NewSocket(downFD, nil); down != nil {
+		if l := pickLoop(); l != nil {
+			down = &Socket{fd: downFD, loop: l}
 			up = NewSocket(upFD, down)
 		}
 	}
@@ -200,7 +182,6 @@ func (f *flow) relayOn(down, up *Socket) {
 
 // begin writes what comes first and watches both sockets. It is called with l.mu held.
 func (l *loop) begin(f *flow) (then func()) {
-	known := f.down.socket.id != 0
 	for _, s := range []*side{&f.down, &f.up} {
 		if err := l.watch(s.socket, onFlow); err != nil {
 			return l.leave(f, f.resume) // no memory
@@ -219,8 +200,13 @@ func (l *loop) begin(f *flow) (then func()) {
 		f.counters.up.Add(int64(n - p))
 	}
 	f.o.Preface, f.o.Head = nil, nil
-	if known { // its event may have come already
-		return l.pass(&f.down, true)
+	for _, s := range []*side{&f.down, &f.up} {
+		if s.socket.more {
+			s.socket.more = false
+			if then := l.pass(s, true); then != nil {
+				return then
+			}
+		}
 	}
 	return nil
 }

@@ -141,7 +141,12 @@ func writePair(t *testing.T, c tls.Certificate) (cert, key string) {
 // backend accepts connections and hands each to serve.
 func backend(t *testing.T, serve func(net.Conn)) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	return backendOn(t, "127.0.0.1", serve)
+}
+
+func backendOn(t *testing.T, host string, serve func(net.Conn)) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", host+":0")
 	if err != nil {
 		t.Fatal(err)
 	}

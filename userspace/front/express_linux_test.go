@@ -1,0 +1,146 @@
+package front
+
+import (
+	"bytes"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// helloFor is the first record of a TLS client.
+func helloFor(t *testing.T, name string) []byte {
+	t.Helper()
+	client, server := net.Pipe()
+	defer server.Close()
+	go tls.Client(client, &tls.Config{ServerName: name}).Handshake()
+	buf := make([]byte, 16<<10)
+	n, err := server.Read(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return buf[:n]
+}
+
+// TestExpressExact: whichever way a connection goes, and wherever it leaves the short one, each byte arrives once. To an address
+// of this host that is not 127.0.0.1 it is not known that it is connected at once.
+func TestExpressExact(t *testing.T) {
+	greeting := bytes.Repeat([]byte("hello from upstream\n"), 100)
+	serve := func(c net.Conn) { // speaks first, then says again what it hears
+		defer c.Close()
+		c.Write(greeting)
+		io.Copy(c, c)
+		c.(*net.TCPConn).CloseWrite()
+	}
+	hello := helloFor(t, "a.test")
+	bulk := make([]byte, 3<<20)
+	rand.NewChaCha8([32]byte{2}).Read(bulk)
+	_, port, _ := net.SplitHostPort(backend(t, serve))
+	targets := []string{backend(t, serve), "localhost:" + port}
+	addrs, _ := net.InterfaceAddrs()
+	for _, a := range addrs {
+		if ip := a.(*net.IPNet).IP; ip.To4() != nil && ip.IsGlobalUnicast() {
+			targets = append(targets, backendOn(t, ip.String(), serve))
+			break
+		}
+	}
+	for _, target := range targets {
+		for _, mode := range []string{"sni", "tcp"} {
+			addr := freeAddr(t)
+			d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: %s, default: { forward: %q } } ]`, addr, mode, target))
+			for _, c := range []struct {
+				name   string
+				pieces [][]byte
+			}{
+				{"the hello alone", [][]byte{hello}},
+				{"in two pieces", [][]byte{hello[:7], hello[7:]}},
+				{"and more behind it", [][]byte{slices.Concat(hello, []byte("early"))}},
+				{"and so much that it fills the buffer", [][]byte{slices.Concat(hello, bulk)}},
+				{"and much later on", [][]byte{hello, bulk}},
+			} {
+				conn := dialTCP(t, addr)
+				sent := slices.Concat(c.pieces...)
+				go func() {
+					for i, p := range c.pieces {
+						if i > 0 {
+							time.Sleep(20 * time.Millisecond)
+						}
+						conn.Write(p)
+					}
+					conn.CloseWrite() // at once: the end comes with the last bytes
+				}()
+				conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+				got, err := io.ReadAll(conn)
+				if want := slices.Concat(greeting, sent); err != nil || !bytes.Equal(got, want) {
+					t.Errorf("%s %s, %s: %d bytes come back, want %d: %v", mode, target, c.name, len(got), len(want), err)
+				}
+			}
+			eventually(t, "nothing is left", func() bool { return d.flows.Len() == 0 && d.limiter.Total() == 0 })
+		}
+	}
+}
+
+// TestExpressSlowTarget: a target that doesn't take the connection soon is tried again the long way, and gets all.
+func TestExpressSlowTarget(t *testing.T) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln := &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}
+	if err := unix.Bind(fd, ln); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Listen(fd, 0); err != nil {
+		t.Fatal(err)
+	}
+	sa, _ := unix.Getsockname(fd)
+	target := sockaddrPort(sa)
+	var fill []net.Conn // the queue takes one more than its length
+	for {
+		c, err := net.DialTimeout("tcp", target.String(), 200*time.Millisecond)
+		if err != nil {
+			break
+		}
+		fill = append(fill, c)
+	}
+	addr := freeAddr(t)
+	start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: sni, default: { forward: "127.0.0.1:%d" } } ]`, addr, target.Port()))
+	hello := helloFor(t, "a.test")
+	conn := dialTCP(t, addr)
+	conn.Write(hello)
+	time.Sleep(expressDial + 200*time.Millisecond)
+	for range fill {
+		c, _, err := unix.Accept(fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		unix.Close(c)
+	}
+	for _, c := range fill {
+		c.Close()
+	}
+	accepted, _, err := unix.Accept(fd)
+	unix.Close(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(accepted)
+	unix.SetsockoptTimeval(accepted, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20})
+	got := make([]byte, len(hello))
+	for n := 0; n < len(got); {
+		m, err := unix.Read(accepted, got[n:])
+		if err != nil || m == 0 {
+			t.Fatalf("after %d bytes: %v", n, err)
+		}
+		n += m
+	}
+	if !bytes.Equal(got, hello) {
+		t.Error("the target gets another hello than was sent")
+	}
+}

@@ -58,7 +58,7 @@ func TestExpressExact(t *testing.T) {
 				name   string
 				pieces [][]byte
 			}{
-				{"the hello alone", [][]byte{hello}},
+				{"the hello and the end, in one segment", [][]byte{hello}},
 				{"in two pieces", [][]byte{hello[:7], hello[7:]}},
 				{"and more behind it", [][]byte{slices.Concat(hello, []byte("early"))}},
 				{"and so much that it fills the buffer", [][]byte{slices.Concat(hello, bulk)}},
@@ -71,9 +71,12 @@ func TestExpressExact(t *testing.T) {
 						if i > 0 {
 							time.Sleep(20 * time.Millisecond)
 						}
+						if i == len(c.pieces)-1 { // the end comes with the last bytes
+							cork(conn)
+						}
 						conn.Write(p)
 					}
-					conn.CloseWrite() // at once: the end comes with the last bytes
+					conn.CloseWrite()
 				}()
 				conn.SetReadDeadline(time.Now().Add(20 * time.Second))
 				got, err := io.ReadAll(conn)
@@ -84,6 +87,15 @@ func TestExpressExact(t *testing.T) {
 			eventually(t, "nothing is left", func() bool { return d.flows.Len() == 0 && d.limiter.Total() == 0 })
 		}
 	}
+}
+
+// cork keeps a last part of a segment back until the end of the stream.
+func cork(c *net.TCPConn) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return
+	}
+	raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_CORK, 1) })
 }
 
 // TestExpressSlowTarget: a target that doesn't take the connection soon is tried again the long way, and gets all.

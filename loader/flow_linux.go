@@ -162,6 +162,17 @@ func (f *flow) watchAlso(side, events uint32, on bool) {
 	f.l.watch.change(f.sockets[side], 2*f.slot+side, f.generation, now)
 }
 
+// watchAgain makes what was told before there was somebody to hear it be told again. The half may have been woken
+// meanwhile, and what it waits for stays watched.
+func (f *flow) watchAgain(side uint32) {
+	f.watchMu.Lock()
+	defer f.watchMu.Unlock()
+	if !f.l.rules.quiet {
+		f.also[side] = unix.EPOLLIN | unix.EPOLLOUT // as Go's poller does
+	}
+	f.l.watch.change(f.sockets[side], 2*f.slot+side, f.generation, f.also[side])
+}
+
 // setState is for those who look at the flows map. Writing an entry writes its counters too, which the verdict may
 // be changing, so it is repeated until they have not changed meanwhile.
 func (f *flow) setState(state spliceFlowState) {

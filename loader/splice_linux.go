@@ -129,12 +129,8 @@ func (f *flow) begin() {
 			s.kick() // the verdict for what was queued before
 		}
 	}
-	for i, s := range f.sockets {
-		also := uint32(0)
-		if !f.l.rules.quiet {
-			also = unix.EPOLLIN | unix.EPOLLOUT // as Go's poller does
-		}
-		f.l.watch.change(s, 2*f.slot+uint32(i), f.generation, also) // tells again what was told too early
+	for i := range f.sockets {
+		f.watchAgain(uint32(i))
 	}
 	for i := range f.halves {
 		h := &f.halves[i]

@@ -1,9 +1,14 @@
 package loader
 
 import (
+	"fmt"
 	"net"
+	"os"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The sweep finds what an event should have told of, and counts it: without the events a slow reader gets all the same, but late.
@@ -46,4 +51,40 @@ func wantStalls(t *testing.T, l *Loader) {
 			t.Fatalf("no stall was counted: %+v", l.Stats())
 		}
 	}
+}
+
+// What a half waits for stays watched when the flow begins: on another CPU it may be woken and come to rest before.
+func TestBeginKeepsWhatIsWatched(t *testing.T) {
+	l := open(t, allRules, 16)
+	p := splicePath(t, l, pathOptions{})
+	f := l.live[firstLive(l)].Load()
+	for i := range f.halves { // nobody takes away what is watched
+		f.halves[i].bits.Store(running)
+	}
+	f.watchAlso(0, unix.EPOLLIN, true)
+	f.watchAlso(1, unix.EPOLLOUT, true)
+	f.begin()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", l.watch.fd))
+	must(t, err)
+	for side, want := range []uint32{quiet | unix.EPOLLIN, quiet | unix.EPOLLOUT} {
+		found := false
+		for line := range strings.Lines(string(b)) { // tfd:        9 events: 80002001 data: ...
+			var fd int
+			var events uint32
+			if n, _ := fmt.Sscanf(line, "tfd: %d events: %x", &fd, &events); n == 2 && fd == int(f.sockets[side]) {
+				found = true
+				if events&^(unix.EPOLLERR|unix.EPOLLHUP) != want { // which epoll always adds
+					t.Errorf("side %d is watched for %x, not for %x", side, events, want)
+				}
+			}
+		}
+		if !found {
+			t.Errorf("side %d is not watched:\n%s", side, b)
+		}
+	}
+	for i := range f.halves {
+		f.halves[i].bits.Store(0)
+		f.halves[i].wake(0)
+	}
+	must(t, bothWays(p, 1<<20))
 }

@@ -244,7 +244,7 @@ func (w *Way) remove(slot int) error {
 		}
 	}
 	for _, f := range families {
-		rules, err := w.nl.RuleList(f.number)
+		rules, err := whole(func() ([]netlink.Rule, error) { return w.nl.RuleList(f.number) })
 		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) {
 			errs = append(errs, err)
 		}
@@ -254,12 +254,24 @@ func (w *Way) remove(slot int) error {
 				errs = append(errs, w.nl.RuleDel(&r))
 			}
 		}
-		routes, _ := w.nl.RouteListFiltered(f.number, &netlink.Route{Table: firstTable + slot}, netlink.RT_FILTER_TABLE)
+		routes, _ := whole(func() ([]netlink.Route, error) {
+			return w.nl.RouteListFiltered(f.number, &netlink.Route{Table: firstTable + slot}, netlink.RT_FILTER_TABLE)
+		})
 		for _, r := range routes {
 			errs = append(errs, w.nl.RouteDel(&r))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// whole repeats list while it is interrupted by somebody else's change.
+func whole[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 10 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
 }
 
 // keep repairs the Way until it is closed.

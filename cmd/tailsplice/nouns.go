@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -76,7 +77,7 @@ func ask(cmd *cobra.Command, control, noun string, asJSON bool, v any, people fu
 		}
 		enc := json.NewEncoder(cmd.OutOrStdout())
 		enc.SetIndent("", "  ")
-		return enc.Encode(raw)
+		return errors.Join(enc.Encode(raw), json.Unmarshal(raw, v))
 	}
 	if err := (admin.Client{Socket: control}).Get(ctx, noun, v); err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
 	"syscall"
@@ -129,6 +130,13 @@ func run(ctx context.Context, o runOptions) error {
 		d := admin.Daemon{
 			Status: func() any { return f.Status() },
 			Flows:  func() any { return f.Flows() },
+			Trace: func(ctx context.Context, query url.Values) (any, error) {
+				q, err := front.ParseQuestion(query)
+				if err != nil {
+					return nil, err
+				}
+				return f.Trace(ctx, q)
+			},
 			Reload: reload,
 		}
 		go admin.Serve(ctx, control, d.Handler(), log)

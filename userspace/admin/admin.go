@@ -4,6 +4,7 @@
 //
 //	GET  /v1/status   what the daemon is and does
 //	GET  /v1/flows    the live flows
+//	GET  /v1/trace    what becomes of a name; 400 with the reason if the query makes no sense
 //	POST /v1/reload   reads the configuration again; 422 with the reason if it can't be used
 package admin
 
@@ -17,6 +18,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -24,12 +26,13 @@ import (
 	"time"
 )
 
-// Daemon is what the socket shows and does. Status and Flows return values
+// Daemon is what the socket shows and does. Status, Flows and Trace return values
 // that encoding/json can write. The notes of Reload are for the person who
 // asked for it: what is odd about a configuration that is now in force.
 type Daemon struct {
 	Status func() any
 	Flows  func() any
+	Trace  func(ctx context.Context, query url.Values) (any, error)
 	Reload func() (notes []string, err error)
 }
 
@@ -44,6 +47,15 @@ func (d Daemon) Handler() http.Handler {
 	}
 	mux.HandleFunc("GET /v1/status", show(d.Status))
 	mux.HandleFunc("GET /v1/flows", show(d.Flows))
+	mux.HandleFunc("GET /v1/trace", func(w http.ResponseWriter, r *http.Request) {
+		answer, err := d.Trace(r.Context(), r.URL.Query())
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(answer)
+	})
 	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, _ *http.Request) {
 		notes, err := d.Reload()
 		if err != nil {
@@ -155,7 +167,7 @@ func (c Client) do(ctx context.Context, method, path string) ([]byte, error) {
 	return body, nil
 }
 
-// Get reads a noun ("status", "flows") as JSON into v.
+// Get reads a noun ("status", "flows", "trace?host=example.org") as JSON into v.
 func (c Client) Get(ctx context.Context, noun string, v any) error {
 	body, err := c.do(ctx, http.MethodGet, "/v1/"+noun)
 	if err != nil {

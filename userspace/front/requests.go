@@ -16,10 +16,22 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// routeRequest finds the route of a request. A host's rules are tried by path,
+// routeRequest finds the route of a request.
+func (s *service) routeRequest(req *http.Request, host, path string) (*vhost.Route, error) {
+	r, err := s.findRequest(req, host, path)
+	switch {
+	case err != nil:
+		return nil, err
+	case r.reject:
+		return nil, vhost.ErrRejected
+	}
+	return r.http, nil
+}
+
+// findRequest finds the rule of a request. A host's rules are tried by path,
 // longest first, then in the config's order; then shorter wildcards, then the
 // default.
-func (s *service) routeRequest(req *http.Request, host, path string) (*vhost.Route, error) {
+func (s *service) findRequest(req *http.Request, host, path string) (*rule, error) {
 	known := false
 	var allow []string
 	r, ok := s.names.Lookup(host, func(r *rule) bool {
@@ -35,10 +47,8 @@ func (s *service) routeRequest(req *http.Request, host, path string) (*vhost.Rou
 		return ok
 	})
 	switch {
-	case ok && r.reject:
-		return nil, vhost.ErrRejected
 	case ok:
-		return r.http, nil
+		return r, nil
 	case allow != nil:
 		return nil, &vhost.MethodError{Allow: allow}
 	case known:

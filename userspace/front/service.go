@@ -57,11 +57,13 @@ type rule struct {
 	match       vhost.Match // http(s) only
 	reject      bool
 	target      dial.Target
-	literal     netip.AddrPort // the target where it needs no lookup
-	written     string         // the target as the config has it
+	literal     netip.AddrPort   // the target where it needs no lookup
+	written     string           // the target as the config has it
+	targets     []config.Forward // all of them, with their weights
 	sendProxy   bool
 	transparent bool             // see transparent.go
 	allow       *peers           // nil: everybody
+	asks        []string         // what else a request must satisfy, for people
 	hold        time.Duration    // how long a request waits for a node
 	datapaths   []relay.Datapath // to be tried before userspace, best first
 
@@ -187,6 +189,7 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 	r.target = dial.Target(a.Target())
 	r.literal, _ = r.target.Literal()
 	r.written = written(a)
+	r.targets, r.asks = a.Forward, asks(a)
 	r.sendProxy, r.transparent = a.SendProxy != "", a.Transparent
 	r.hold = a.Hold
 	if len(a.Allow) > 0 {

@@ -73,7 +73,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	if !s.guard(x, s.opts.Guard) {
 		return
 	}
-	route, err := s.opts.Route(r, x.host, routePath(r))
+	route, err := s.opts.Route(r, x.host, RoutePath(r))
 	if err == nil && route == nil {
 		err = ErrNoHost
 	}
@@ -295,10 +295,10 @@ func routeHost(host string) string {
 	return strings.ToLower(strings.TrimSuffix(host, "."))
 }
 
-// routePath is the path that routes are looked up by: as an upstream would read
-// it that decodes and resolves, so that no other way of writing a path leads
-// around a route.
-func routePath(r *http.Request) string {
+// RoutePath is the path of a request that Options.Route gets: as an upstream
+// would read it that decodes and resolves, so that no other way of writing a
+// path leads around a route.
+func RoutePath(r *http.Request) string {
 	p := r.URL.Path
 	if p == "" || p[0] != '/' {
 		return "/" // of an absolute-form target without a path, or OPTIONS *

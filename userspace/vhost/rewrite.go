@@ -41,13 +41,29 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 	}
 }
 
+// Rewritten is the host and the path that upstreams are asked for, of a request
+// for these.
+func (r *Route) Rewritten(host, path string) (string, string) {
+	out := &http.Request{URL: &url.URL{Path: path}, Header: http.Header{}}
+	if r.StripPrefix != "" {
+		stripPrefix(out, r.StripPrefix)
+	}
+	if r.AddPrefix != "" {
+		addPrefix(out.URL, r.AddPrefix)
+	}
+	if to := r.RequestHeader.Set["Host"]; to != "" {
+		host = to
+	}
+	return host, out.URL.Path
+}
+
 // stripPrefix takes a prefix off the path, which a route has found to match,
 // and says so in X-Forwarded-Prefix. What the client has encoded in the rest
 // stays so, unless it wrote the prefix itself in an unusual way.
 func stripPrefix(out *http.Request, prefix string) {
 	prefix = strings.TrimSuffix(prefix, "/")
 	u := out.URL
-	plain := routePath(out)
+	plain := RoutePath(out)
 	raw := u.EscapedPath()
 	escaped := (&url.URL{Path: prefix}).EscapedPath()
 	if rest, ok := strings.CutPrefix(raw, escaped); ok && plain == u.Path && (rest == "" || rest[0] == '/') {

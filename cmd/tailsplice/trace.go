@@ -1,0 +1,183 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/tailsplice/tailsplice/loader"
+	"github.com/tailsplice/tailsplice/userspace/front"
+)
+
+func newTrace() *cobra.Command {
+	var control, file string
+	var asJSON, noDial bool
+	var headers []string
+	q := front.Question{}
+	cmd := &cobra.Command{
+		Use:   "trace HOST[/PATH]",
+		Short: "Say where this hop sends a name, and whether that answers",
+		Long: `Say which listener and which route take a name, where they send it, whether
+that can be reached now, and what the next hop is. The daemon that runs is asked;
+with --config a configuration is, without one that runs. Each target is
+connected to, and the connection closed again, unless --no-dial is given.
+
+Who asks for a name is not looked at: allow, passwords and forward_auth are
+listed, and not tried. Follow a path by asking the same on each hop.
+
+The exit status is 0 if some listener leads somewhere and none to where nobody
+answers, else 1.`,
+		Example: `  tailsplice trace example.vsq.cz
+  tailsplice trace https://notes.vsq.cz/api/ --method POST
+  tailsplice trace example.vsq.cz --config edge.yaml --no-dial
+  tailsplice trace example.vsq.cz --json | jq -r '.listeners[].targets[]?.error // empty'`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return &usageError{fmt.Errorf("name one host, such as example.org or example.org/api/")}
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := readQuestion(&q, args[0], headers); err != nil {
+				return &usageError{err}
+			}
+			if cmd.Flags().Changed("config") && cmd.Flags().Changed("control") {
+				return &usageError{errors.New("--config and --control: ask the one or the other")}
+			}
+			q.Dial = !noDial
+			var t front.Trace
+			people := func(w io.Writer) { printTrace(w, t) }
+			if cmd.Flags().Changed("config") {
+				cfg, err := loadConfig(file)
+				if err != nil {
+					return err
+				}
+				if t, err = front.TraceConfig(cmd.Context(), cfg, q); err != nil {
+					return err
+				}
+				if asJSON {
+					enc := json.NewEncoder(cmd.OutOrStdout())
+					enc.SetIndent("", "  ")
+					if err := enc.Encode(t); err != nil {
+						return err
+					}
+				} else {
+					people(cmd.OutOrStdout())
+				}
+			} else if err := ask(cmd, control, "trace?"+q.Values().Encode(), asJSON, &t, people); err != nil {
+				return err
+			}
+			if !t.OK() {
+				return errSilent
+			}
+			return nil
+		},
+	}
+	controlFlag(cmd, &control)
+	jsonFlag(cmd, &asJSON)
+	configFlag(cmd, &file)
+	cmd.Flags().Lookup("config").Usage = "ask this configuration `file` instead of the daemon"
+	cmd.Flags().Lookup("config").DefValue = ""
+	cmd.Flags().BoolVar(&noDial, "no-dial", false, "don't connect to the targets")
+	cmd.Flags().StringVar(&q.Listener, "listener", "", "only the listener of this `name`")
+	cmd.Flags().StringVar(&q.Method, "method", "GET", "the request's `method`")
+	cmd.Flags().StringArrayVar(&headers, "header", nil, "a header of the request, `'NAME: VALUE'`; may be repeated")
+	cmd.Flags().StringSliceVar(&q.ALPN, "alpn", []string{"h2", "http/1.1"}, "the `protocols` that the TLS client offers")
+	return cmd
+}
+
+// readQuestion takes HOST, HOST/PATH or a URL apart.
+func readQuestion(q *front.Question, what string, headers []string) error {
+	full := what
+	if !strings.Contains(full, "://") {
+		full = "//" + full
+	}
+	u, err := url.Parse(full)
+	if err != nil || u.Host == "" {
+		return fmt.Errorf("%q is neither a host, such as example.org, nor a URL", what)
+	}
+	q.Host, q.Path = strings.TrimSuffix(strings.ToLower(u.Hostname()), "."), u.Path
+	if strings.ContainsAny(q.Host, "* ") || q.Host == "" {
+		return fmt.Errorf("%q is no host that a client could ask for", u.Host)
+	}
+	v := q.Values()
+	v["header"] = headers
+	asked, err := front.ParseQuestion(v)
+	q.Header = asked.Header
+	return err
+}
+
+func printTrace(w io.Writer, t front.Trace) {
+	colour := term.IsTerminal(int(os.Stdout.Fd()))
+	fmt.Fprintf(w, "%s: %s %s%s\n", t.Node, t.Method, t.Host, t.Path)
+	for _, l := range t.Listeners {
+		fmt.Fprintf(w, "\n%s (%s) on %s\n", l.Listener, l.Mode, strings.Join(l.Listen, " "))
+		route := "route " + l.Route
+		if l.Route == "default" {
+			route = "default"
+		}
+		if l.Source != "config" && l.Source != "" {
+			route += " (labels of " + l.Source + ")"
+		}
+		switch l.Outcome {
+		case front.TraceNone:
+			fmt.Fprintf(w, "  %s\n", l.Reason)
+		case front.TraceReject:
+			fmt.Fprintf(w, "  %s rejects it\n", route)
+		case front.TraceRedirect:
+			fmt.Fprintf(w, "  %s redirects to %s\n", route, l.Redirect)
+		case front.TraceForward:
+			fmt.Fprintf(w, "  %s takes it\n", route)
+		}
+		for _, a := range l.Asks {
+			fmt.Fprintf(w, "  if the client satisfies %s\n", a)
+		}
+		for _, to := range l.Targets {
+			printTarget(w, l, to, colour)
+		}
+	}
+}
+
+func printTarget(w io.Writer, l front.ListenerTrace, to front.TargetTrace, colour bool) {
+	state := loader.StateOK
+	switch {
+	case !to.Tried:
+		state = "untried"
+	case to.Error != "":
+		state = loader.StateMissing
+	}
+	fmt.Fprintf(w, "  %s  → %s", mark(state, colour), to.Target)
+	if len(l.Targets) > 1 {
+		fmt.Fprintf(w, " (weight %d)", to.Weight)
+	}
+	if l.SendProxy {
+		fmt.Fprint(w, " (PROXY v2)")
+	}
+	if state == loader.StateOK {
+		fmt.Fprint(w, " answers")
+		if to.Address != "" && to.Address != to.Target {
+			fmt.Fprintf(w, " at %s", to.Address)
+		}
+		fmt.Fprintf(w, " after %s", time.Duration(to.Took*float64(time.Second)).Round(10*time.Microsecond))
+	}
+	fmt.Fprintln(w)
+	if to.Error != "" {
+		fmt.Fprintf(w, "    %s\n", to.Error)
+	}
+	switch to.Kind {
+	case "node":
+		fmt.Fprintf(w, "    next hop: node %s: ask there: tailsplice trace %s%s\n", to.Name, to.NextHost, to.NextPath)
+	case "container":
+		fmt.Fprintf(w, "    next hop: container %s on this host\n", to.Name)
+	case "local", "socket":
+		fmt.Fprintln(w, "    next hop: a program on this host")
+	}
+}

@@ -12,6 +12,8 @@ enum {
 	ADDRESS_BYTES = 56,     /* of [ADDRESS%ZONE]:PORT as text, likewise */
 	EVENT_BYTES = 262144,   /* of the ring of events: 10,000 of them; a power of two */
 
+	MAX_TARGETS = 4096,     /* addresses of processes on this host that flows go to */
+
 	/* bpf_skb_adjust_room refuses more than 0xfff (net/core/filter.c). */
 	TRIM_BYTES_A_CALL = 4095,
 	/* An skb holds at most 512 KiB (GSO_MAX_SIZE), but what overlaps is a few segments. */
@@ -46,6 +48,7 @@ enum fault {
 enum event_kind {
 	EVENT_PASSED = 1, /* bytes wait in the source's queue, and userspace may be asleep */
 	EVENT_FAULT,      /* half.fault was set */
+	EVENT_UNREAD,     /* local.unread was set */
 };
 
 struct event {
@@ -81,11 +84,12 @@ struct place {
 };
 
 struct direction {
-	__u64 bytes;      /* all of the flow's: before + redirected + passed */
+	__u64 bytes;      /* all of the flow's: before + redirected + passed + local */
 	__u64 before;     /* userspace moved them before the splice, such as a TLS hello; fixed */
 	__u64 redirected;
 	__u64 passed;
 	__u64 trimmed;    /* cut off: bytes that the kernel delivered twice */
+	__u64 local;      /* moved between the other side and a process on this host, past TCP */
 };
 
 /* What `bpftool map dump` shows of a flow. The key is downstream's socket cookie, which `ss -e` prints as sk. */
@@ -101,6 +105,40 @@ struct flow {
 	__u32 slot;
 	struct direction up;   /* downstream to upstream */
 	struct direction down; /* upstream to downstream */
+};
+
+/* An address and a port; IPv4 as ::ffff:a.b.c.d. */
+struct end {
+	__u8 address[16];
+	__u32 port;
+};
+
+/* A connection as the process on this host sees it. */
+struct pair {
+	struct end own;
+	struct end other;
+};
+
+/* A flow whose target is a process on this host, by slot (see local.bpf.c). */
+struct local {
+	struct pair pair; /* userspace: how the process's socket is found in `locals` */
+	__u64 process;    /* userspace: the cookie of that socket */
+	__u64 down;       /* ask: where downstream's struct tcp_sock is */
+	__u32 on;         /* userspace: the rest is valid */
+	__u32 base;       /* ask: downstream's write_seq when the flow began */
+	__u32 base_local; /* ask: the process's write_seq for which that was so */
+	__u32 unread;     /* catch: the process closed its socket with bytes unread, which is a reset in TCP */
+	__u64 in;         /* verdict: bytes that were redirected to the process */
+	__u64 settled;    /* verdict: what `in` was when the worker was last seen to have moved all */
+	__u64 out;        /* back: bytes of the process that were redirected to downstream */
+};
+
+/* What `ask` answers: a set of these. */
+enum local_answer {
+	LOCAL_THERE = 1,    /* the process's socket is in `locals` */
+	LOCAL_BACKLOG = 2,  /* bytes for it wait for the worker */
+	LOCAL_QUEUE = 4,    /* bytes wait for the process to read them */
+	LOCAL_PAIR = 8,     /* it is our upstream's other end */
 };
 
 #endif

@@ -157,10 +157,10 @@ static __always_inline enum fault trim(struct __sk_buff *skb, struct half *h)
 
 /* Does the peer's send buffer take len more bytes now, behind all that waits for it already? A backlog that can't
  * be written is retried every jiffy, for each flow that has one, so it must not come about. */
-static __always_inline bool fits(struct half *h, struct tcp_sock *peer, __u32 len)
+static __always_inline bool fits(struct half *h, struct tcp_sock *peer, __u32 len, __u32 beside)
 {
 	__u32 at = (__u32)(h->redirected + h->consumed);
-	__u32 written = peer->write_seq - h->base;
+	__u32 written = peer->write_seq - h->base - beside;
 	__u32 waiting = at - written;
 	__s64 need;
 
@@ -185,11 +185,33 @@ static __always_inline bool fits(struct half *h, struct tcp_sock *peer, __u32 le
 	return need <= READ_ONCE(peer->inet_conn.icsk_inet.sk.sk_sndbuf);
 }
 
-/* programs */
+/* Where a verdict may send an skb. local.bpf.c includes this file, and adds a third way. */
+enum way { WAY_PEER, WAY_WAIT, WAY_LOCAL };
 
-SEC("sk_skb/stream_verdict")
-int splice(struct __sk_buff *skb)
+struct local_flow {
+	struct local *at; /* 0: not a local flow */
+};
+
+static __always_inline void local_find(struct local_flow *l, __u32 half);
+static __always_inline enum way local_way(struct local_flow *l, struct half *h, __u32 half, struct tcp_sock *peer, __u32 len);
+static __always_inline __u64 local_beside(struct local_flow *l, __u32 half); /* what else is in the peer's stream */
+static __always_inline __u32 local_base(struct local_flow *l, __u32 half, struct tcp_sock *peer); /* half.base */
+static __always_inline __u64 local_moved(struct local_flow *l, __u32 half);
+static __always_inline long local_redirect(struct local_flow *l, struct __sk_buff *skb);
+
+#ifndef WITH_LOCAL
+static __always_inline void local_find(struct local_flow *l, __u32 half) {}
+static __always_inline enum way local_way(struct local_flow *l, struct half *h, __u32 half, struct tcp_sock *peer, __u32 len) { return WAY_PEER; }
+static __always_inline __u64 local_beside(struct local_flow *l, __u32 half) { return 0; }
+static __always_inline __u32 local_base(struct local_flow *l, __u32 half, struct tcp_sock *peer) { return peer->write_seq; }
+static __always_inline __u64 local_moved(struct local_flow *l, __u32 half) { return 0; }
+static __always_inline long local_redirect(struct local_flow *l, struct __sk_buff *skb) { return SK_DROP; }
+#endif
+
+static __always_inline int verdict(struct __sk_buff *skb)
 {
+	struct local_flow local = {};
+	enum way way = WAY_WAIT;
 	__u64 cookie = bpf_get_socket_cookie(skb);
 	struct tcp_sock *tcp;
 	struct bpf_sock *peer;
@@ -216,6 +238,7 @@ int splice(struct __sk_buff *skb)
 	if (h->fault != FAULT_NONE)
 		return after_fault(h->fault); /* about to be reset */
 
+	local_find(&local, half);
 	other = half ^ 1;
 	if (!skb->sk)
 		return give_up(h, half, FAULT_PEER);
@@ -248,13 +271,15 @@ int splice(struct __sk_buff *skb)
 		return give_up(h, half, FAULT_PEER);
 	}
 	if (!h->seeded) {
-		h->base = tcp->write_seq;
+		h->base = local_base(&local, half, tcp);
 		h->mark = 0;
 		h->seeded = 1;
 	}
 	pass = h->passed != READ_ONCE(h->consumed);
 	if (!pass)
-		pass = !fits(h, tcp, len);
+		way = local_way(&local, h, half, tcp, len);
+	if (way == WAY_WAIT || (way == WAY_PEER && !fits(h, tcp, len, local_beside(&local, half))))
+		pass = true;
 	bpf_sk_release(peer);
 
 	h->next_seq += len;
@@ -263,7 +288,7 @@ int splice(struct __sk_buff *skb)
 		__sync_fetch_and_add(&h->passed, len);
 		if (READ_ONCE(h->consumed) == was)
 			tell(half, EVENT_PASSED);
-	} else {
+	} else if (way == WAY_PEER) {
 		h->newer++;
 		WRITE_ONCE(h->redirected, h->redirected + len);
 	}
@@ -274,15 +299,26 @@ int splice(struct __sk_buff *skb)
 		d->trimmed = h->trimmed;
 		d->redirected = h->redirected;
 		d->passed = h->passed;
-		d->bytes = d->before + h->redirected + h->passed;
+		d->local = local_moved(&local, half);
+		d->bytes = d->before + h->redirected + h->passed + d->local;
 	}
 
 	if (pass)
 		return SK_PASS; /* charged to the source: its window closes, userspace copies */
-	if (bpf_sk_redirect_map(skb, &peers, other, 0) != SK_PASS)
+	if ((way == WAY_LOCAL ? local_redirect(&local, skb) : bpf_sk_redirect_map(skb, &peers, other, 0)) != SK_PASS)
 		return give_up(h, half, FAULT_REDIRECT);
 	return SK_PASS;
 }
+
+/* programs */
+
+#ifndef WITH_LOCAL
+SEC("sk_skb/stream_verdict")
+int splice(struct __sk_buff *skb)
+{
+	return verdict(skb);
+}
+#endif
 
 /* license */
 char _license[] SEC("license") = "Dual BSD/GPL";

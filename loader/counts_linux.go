@@ -18,6 +18,7 @@ const (
 
 // counts is what is counted, and the switch.
 type counts struct {
+	name       string // of the datapath
 	generation atomic.Uint32
 	live       atomic.Int64
 	spliced    atomic.Uint64
@@ -31,8 +32,8 @@ type counts struct {
 	recent  []time.Time
 }
 
-func (c *counts) init() {
-	c.refused, c.faults = make(map[string]int), make(map[string]int)
+func (c *counts) init(name string) {
+	c.name, c.refused, c.faults = name, make(map[string]int), make(map[string]int)
 }
 
 func (c *counts) isOff() bool { return c.off.Load() != nil }
@@ -82,15 +83,16 @@ func (c *counts) failure(l *Loader, why string) {
 		return
 	}
 	if c.off.CompareAndSwap(nil, &why) {
-		l.log.Warn("the sockmap datapath is switched off; new flows go through userspace", "failures", burstFailures, "within", burstWithin, "last", why)
+		l.log.Warn("the "+c.name+" datapath is switched off; new flows go another way", "failures", burstFailures, "within", burstWithin, "last", why)
 	}
 }
 
-// Stats counts since New.
-func (l *Loader) Stats() Stats {
-	c := &l.counts
+// Stats counts since New. Those of [Loader.Local] count by themselves.
+func (l *Loader) Stats() Stats { return l.counts.stats() }
+
+func (c *counts) stats() Stats {
 	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load()}
-	s.Off, s.Stalls = l.Health()
+	s.Off, s.Stalls = c.health()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s.Refused, s.Faults = maps.Clone(c.refused), maps.Clone(c.faults)
@@ -98,11 +100,13 @@ func (l *Loader) Stats() Stats {
 }
 
 // Health is the part of Stats that an operator has to know; see userspace/relay.
-func (l *Loader) Health() (off string, stalls uint64) {
-	if why := l.counts.off.Load(); why != nil {
+func (l *Loader) Health() (off string, stalls uint64) { return l.counts.health() }
+
+func (c *counts) health() (off string, stalls uint64) {
+	if why := c.off.Load(); why != nil {
 		off = *why
 	}
-	return off, l.counts.stalls.Load()
+	return off, c.stalls.Load()
 }
 
 // isNotEstablished: sock_map_sk_state_allowed said no.

@@ -15,6 +15,9 @@
 // passed, writes it to the peer, and publishes how far it is; when it has caught up, the verdict redirects again.
 // File half_linux.go has this half of the protocol, model_test.go checks the whole by exhaustion.
 //
+// [Local] is for flows whose target is a process on this host: between it and the other side bytes go past TCP. File
+// bpf/local.bpf.c says how.
+//
 // # Least kernel
 //
 // Linux 5.10 with BTF (CONFIG_DEBUG_INFO_BTF), CONFIG_BPF_STREAM_PARSER, CAP_BPF + CAP_NET_ADMIN (or

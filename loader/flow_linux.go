@@ -25,6 +25,8 @@ type flow struct {
 	idle       time.Duration
 	ended      func(up, down int64, end string, err error)
 	stop       atomic.Pointer[func() bool] // unhooks the context
+	process    *process                    // nil: bytes go by TCP only
+	counts     *counts                     // those that it is counted in
 
 	mu     sync.RWMutex // held for reading while the sockets are used, for writing to close them
 	closed bool
@@ -120,6 +122,7 @@ func (f *flow) finish(end string, err error) {
 	l := f.l
 	l.live[f.slot].Store(nil)
 	f.mu.Lock()
+	f.process.stop()
 	for _, s := range f.sockets {
 		l.watch.remove(s)
 		if end == endEOF {
@@ -134,10 +137,11 @@ func (f *flow) finish(end string, err error) {
 	for i := range f.halves {
 		f.halves[i].release()
 	}
+	f.process.release()
 	f.forget()
 	l.give(f.slot)
 	f.mu.Unlock()
-	l.counts.live.Add(-1)
+	f.counts.live.Add(-1)
 	l.alive.Done()
 	if f.ended != nil {
 		up, down := f.count()
@@ -188,8 +192,8 @@ func (f *flow) setState(state spliceFlowState) {
 		}
 		t.State = state
 		a, b := f.halves[0].snapshot(), f.halves[1].snapshot()
-		a.into(t.Up.Before, &t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed)
-		b.into(t.Down.Before, &t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed)
+		a.into(t.Up.Before, &t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed, &t.Up.Local)
+		b.into(t.Down.Before, &t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed, &t.Down.Local)
 		if err := f.l.objects.Flows.Put(f.cookies[0], t); err != nil {
 			return
 		}
@@ -202,7 +206,7 @@ func (f *flow) setState(state spliceFlowState) {
 // fault is told that the verdict gave up: bytes are missing, and both sides have to know.
 func (f *flow) fault(half uint32, why spliceFault) {
 	name := faultName(why)
-	f.l.counts.fault(f.l, name)
+	f.counts.fault(f.l, name)
 	if why == spliceFaultFAULT_PEER {
 		// The peer died, and its event is on its way; what it sent before is still delivered.
 		f.look(1 - half)

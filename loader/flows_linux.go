@@ -30,7 +30,7 @@ func (f *flow) info() (Info, bool) {
 		UpstreamLocal: fromText(t.UpstreamLocal[:]), Upstream: fromText(t.Upstream[:]),
 		DownstreamCookie: f.cookies[0], UpstreamCookie: f.cookies[1],
 		Up: f.before[0] + int64(f.halves[0].moved()), Down: f.before[1] + int64(f.halves[1].moved()),
-		UpTrimmed: int64(up.trimmed), DownTrimmed: int64(down.trimmed),
+		UpTrimmed: int64(up.trimmed), DownTrimmed: int64(down.trimmed), UpLocal: int64(up.local), DownLocal: int64(down.local),
 	}
 	i.UpCopied, i.UpWaiting = f.halves[0].copied(up)
 	i.DownCopied, i.DownWaiting = f.halves[1].copied(down)

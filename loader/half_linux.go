@@ -63,21 +63,21 @@ func (h *half) peer() socket   { return h.f.sockets[1-h.i] }
 // moved is how many bytes were given to the peer.
 func (h *half) moved() uint64 {
 	m := h.shared()
-	return load64(&m.Redirected) + load64(&m.Consumed)
+	return load64(&m.Redirected) + load64(&m.Consumed) + h.f.process.moved(h.i)
 }
 
-type snapshot struct{ redirected, passed, trimmed uint64 }
+type snapshot struct{ redirected, passed, trimmed, local uint64 }
 
 func (h *half) snapshot() snapshot {
 	m := h.shared()
 	if h.copying.Load() { // there is no verdict that counts
-		return snapshot{passed: load64(&m.Consumed)}
+		return snapshot{passed: load64(&m.Consumed), local: h.f.process.moved(h.i)}
 	}
-	return snapshot{load64(&m.Redirected), load64(&m.Passed), uint64(atomic.LoadUint32(&m.Trimmed))}
+	return snapshot{load64(&m.Redirected), load64(&m.Passed), uint64(atomic.LoadUint32(&m.Trimmed)), h.f.process.moved(h.i)}
 }
 
-func (s snapshot) into(before uint64, bytes, redirected, passed, trimmed *uint64) {
-	*bytes, *redirected, *passed, *trimmed = before+s.redirected+s.passed, s.redirected, s.passed, s.trimmed
+func (s snapshot) into(before uint64, bytes, redirected, passed, trimmed, local *uint64) {
+	*bytes, *redirected, *passed, *trimmed, *local = before+s.redirected+s.passed+s.local, s.redirected, s.passed, s.trimmed, s.local
 }
 
 // wake makes somebody look at the half soon. It never blocks.
@@ -142,6 +142,9 @@ func (h *half) work() outcome {
 	if b != nil && b.side != h.i { // its reader is dead
 		h.release()
 		return outcome{}
+	}
+	if h.i == 1 && b == nil && h.f.process.closedUnread() {
+		return outcome{broken: unix.ECONNRESET, side: 1}
 	}
 	if h.done.Load() && b == nil {
 		return outcome{}
@@ -226,7 +229,7 @@ func (h *half) copy() (o outcome, wait bool) {
 		n, err := h.source().read(b)
 		if n > 0 {
 			// Only now: the source's lock, which read took, makes all that was redirected before these bytes visible.
-			h.rest, h.held = b[:n], f.l.rules.order && load64(&m.Redirected) != h.settled
+			h.rest, h.held = b[:n], f.l.rules.order && (load64(&m.Redirected) != h.settled || h.i == 0 && f.process.isComing())
 			continue
 		}
 		if isAgain(err) {
@@ -262,16 +265,33 @@ func (h *half) copy() (o outcome, wait bool) {
 
 // redirectedIsWritten: the peer's TCP has all bytes of this half that come before h.rest.
 func (h *half) redirectedIsWritten() bool {
+	if h.i == 0 && h.f.process.isComing() {
+		return false
+	}
 	redirected := load64(&h.shared().Redirected)
+	beside := uint64(0)
+	if h.i == 1 {
+		beside = h.f.process.moved(1)
+	}
 	n, err := h.peer().written()
 	if err != nil {
 		return true
 	}
-	if int64(n-h.written0-redirected-h.consumed) < 0 {
+	if int64(n-h.written0-redirected-h.consumed-beside) < 0 {
 		return false
 	}
 	h.settled = redirected
 	return true
+}
+
+// handled is how many bytes the verdict was run for.
+func (h *half) handled() uint64 {
+	m := h.shared()
+	n := load64(&m.Redirected) + load64(&m.Passed)
+	if h.i == 0 { // what a process sends past TCP, no verdict sees
+		n += h.f.process.moved(0)
+	}
+	return n
 }
 
 // drained: all that the source received before its FIN was given to the peer's TCP.
@@ -284,8 +304,7 @@ func (h *half) drained() bool {
 	if err != nil {
 		return true
 	}
-	handled := load64(&m.Redirected) + load64(&m.Passed)
-	return received-h.read0-1 == handled && load64(&m.Passed) == h.consumed && h.redirectedIsWritten()
+	return received-h.read0-1 == h.handled() && load64(&m.Passed) == h.consumed && h.redirectedIsWritten()
 }
 
 // delivered: all that a dead source sent has reached the other side, so that a reset can't take it away.

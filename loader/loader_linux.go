@@ -28,6 +28,8 @@ type Loader struct {
 	watch    *watcher
 	ring     *ringbuf.Reader
 	findings []Finding
+	local    *Local // nil: not asked for, or not possible
+	localOff error  // why not
 
 	live    []atomic.Pointer[flow] // by slot
 	sweeper *sweeper
@@ -51,9 +53,10 @@ type rules struct {
 	both               bool // upstream gets a verdict, too
 	events             bool // epoll tells of bytes that can be copied, and of room for them
 	look               bool // the sweep ends stalls
+	local              localRules
 }
 
-var allRules = rules{bound: true, trim: true, fin: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true, look: true}
+var allRules = rules{bound: true, trim: true, fin: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true, look: true, local: allLocalRules}
 
 // New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what a dead daemon left there, and
 // proves on loopback that this kernel splices rightly. The caller closes the Loader.
@@ -71,6 +74,9 @@ func New(o Options) (*Loader, error) {
 	l.findings = l.selfTest()
 	if err := failed(l.findings); err != nil {
 		return nil, errors.Join(err, l.Close())
+	}
+	if o.Local {
+		l.proveLocal()
 	}
 	return l, nil
 }
@@ -121,7 +127,12 @@ func load(o Options, r rules) (_ *Loader, err error) {
 	for i := range l.free {
 		l.free[i] = uint32(i)
 	}
-	l.counts.init()
+	l.counts.init(Name)
+	if o.Local {
+		if l.local, l.localOff = loadLocalTargets(l, o.MaxFlows); l.localOff != nil {
+			l.local = nil
+		}
+	}
 	return l, l.start()
 }
 
@@ -205,6 +216,7 @@ func (l *Loader) Close() error {
 		l.sweeper.close()
 	}
 	l.loops.Wait()
+	errs = append(errs, l.local.close())
 	if l.pins != nil {
 		errs = append(errs, l.pins.release())
 	}
@@ -265,7 +277,7 @@ func (l *Loader) readRing() {
 		}
 		if f := l.live[e.Half/2].Load(); f != nil {
 			if spliceEventKind(e.Kind) == spliceEventKindEVENT_PASSED {
-				l.counts.switched.Add(1)
+				f.counts.switched.Add(1)
 			}
 			f.halves[e.Half&1].wake(0)
 		}

@@ -24,6 +24,15 @@ func (*Loader) Splice(context.Context, *net.TCPConn, *net.TCPConn, Flow) (func()
 	return nil, unsupported()
 }
 
+// Local is the datapath for targets on this host, on Linux.
+type Local struct{ Loader }
+
+// Local says that there is none.
+func (*Loader) Local() (*Local, error) { return nil, unsupported() }
+
+// Name is the datapath's name.
+func (*Local) Name() string { return LocalName }
+
 // Close has nothing to close.
 func (*Loader) Close() error { return nil }
 

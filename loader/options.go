@@ -10,6 +10,9 @@ import (
 // Name is what configuration, logs and metrics call this datapath.
 const Name = "sockmap"
 
+// LocalName is what they call that of [Loader.Local].
+const LocalName = "sk_msg"
+
 // DefaultMaxFlows is Options.MaxFlows where it is 0.
 const DefaultMaxFlows = 65536
 
@@ -25,6 +28,9 @@ type Options struct {
 	// MaxFlows bounds the flows at a time; 0 = DefaultMaxFlows. One costs 144 bytes of kernel
 	// memory from the start, and about 700 more while it lives.
 	MaxFlows int
+
+	// Local also loads what [Loader.Local] needs. Where that fails, the rest works all the same.
+	Local bool
 
 	// KnownBad loads also on kernels whose version is known to lose, repeat or corrupt spliced data.
 	KnownBad bool
@@ -68,6 +74,14 @@ const (
 	refusedSocket      = refusal("a socket could not be read")
 	refusedMaps        = refusal("a BPF map could not be written")
 	refusedInsert      = refusal("the kernel did not take a socket")
+
+	refusedUnknown    = refusal("where the target's process is, is not known yet")
+	refusedElsewhere  = refusal("the target is not a process on this host")
+	refusedRootCgroup = refusal("the target's process is in the root cgroup")
+	refusedNoCgroup   = refusal("the cgroup of the target's process could not be found")
+	refusedAttach     = refusal("the program could not be attached to the cgroup of the target's process")
+	refusedNotCaught  = refusal("the target's socket was not caught when it came to be")
+	refusedPair       = refusal("the target's socket is not the other end of ours")
 )
 
 // ErrKnownBad is what New fails with on a kernel that is known to damage spliced streams.
@@ -108,6 +122,8 @@ type Info struct {
 	DownCopied       int64  `json:"down_copied"`          //
 	UpTrimmed        int64  `json:"up_trimmed"`           // bytes that the kernel delivered twice, cut off
 	DownTrimmed      int64  `json:"down_trimmed"`         //
+	UpLocal          int64  `json:"up_local,omitempty"`   // bytes that went past TCP to a process on this host
+	DownLocal        int64  `json:"down_local,omitempty"` // and from it
 	UpWaiting        int64  `json:"up_waiting,omitempty"` // bytes received that the peer's TCP does not have yet
 	DownWaiting      int64  `json:"down_waiting,omitempty"`
 }

@@ -20,13 +20,8 @@ var instances atomic.Int64
 // open loads a Loader for one test, with rules, and closes it after.
 func open(t testing.TB, r rules, flows int) *Loader {
 	t.Helper()
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("needs root")
-		}
-		t.Skip("needs root")
-	}
-	l, err := load(Options{Instance: fmt.Sprintf("ts-ldr-%d-%d", os.Getpid(), instances.Add(1)), MaxFlows: flows, Log: slog.New(slog.NewTextHandler(testWriter{t}, nil))}, r)
+	needRoot(t)
+	l, err := load(Options{Instance: fmt.Sprintf("ts-ldr-%d-%d", os.Getpid(), instances.Add(1)), MaxFlows: flows, Local: r.local != localRules{}, Log: slog.New(slog.NewTextHandler(testWriter{t}, nil))}, r)
 	if err != nil {
 		t.Fatalf("load: %v", err)
 	}

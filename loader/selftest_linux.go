@@ -43,6 +43,10 @@ func SelfTest(o Options) []Finding {
 		return []Finding{{Name: "load", State: StateMissing, Detail: explain(err).Error(), Advice: "see the findings about the machine"}}
 	}
 	findings := l.selfTest()
+	if o.Local {
+		l.proveLocal()
+		findings = append(findings, l.localFindings()...)
+	}
 	if err := l.Close(); err != nil {
 		findings = append(findings, Finding{Name: "close", State: StateDegraded, Detail: err.Error()})
 	}
@@ -64,12 +68,14 @@ func failed(findings []Finding) error {
 // errUntried: a test could not be made, which is no verdict.
 var errUntried = errors.New("not tried")
 
+// test is one test of the self-test.
+type test struct {
+	name, proves string
+	run          func(*trial) error
+}
+
 func (l *Loader) selfTest() []Finding {
-	var findings []Finding
-	for _, test := range []struct {
-		name, proves string
-		run          func(*trial) error
-	}{
+	return l.try(false, []test{
 		{"redirect", "bytes go both ways, whole, without passing through the process", (*trial).redirect},
 		{"kick", "bytes that were queued before the splice arrive", (*trial).kick},
 		{"trim", "an skb that was read in part is cut where cb[0] says", (*trial).trim},
@@ -77,10 +83,15 @@ func (l *Loader) selfTest() []Finding {
 		{"bound", "a reader that stops holds the sender up, and loses nothing", (*trial).bound},
 		{"drain", "what waits when a stream ends arrives before its end", (*trial).drain},
 		{"reset", "a reset of either side reaches the other", (*trial).reset},
-	} {
+	})
+}
+
+func (l *Loader) try(local bool, tests []test) []Finding {
+	var findings []Finding
+	for _, test := range tests {
 		start := time.Now()
 		f := Finding{Name: test.name, State: StateOK, Detail: test.proves}
-		t := &trial{l: l}
+		t := &trial{l: l, local: local}
 		err := test.run(t)
 		t.close()
 		f.Took = time.Since(start)
@@ -105,6 +116,7 @@ type trial struct {
 	ended          chan string
 	count          func() (up, down int64)
 	cancel         context.CancelFunc
+	local          bool // the server is a process on this host
 }
 
 func (t *trial) connect() error {
@@ -152,11 +164,17 @@ func (t *trial) splice() error {
 		}
 	}
 	var err error
-	t.count, err = t.l.splice(ctx, t.down, t.up, Flow{ID: "self-test", Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { t.ended <- end }})
+	var at *process
+	if t.local {
+		if at, err = t.l.local.insert(t.server); err != nil {
+			return fmt.Errorf("put the socket of the process into the map: %w", err)
+		}
+	}
+	t.count, err = t.l.splice(ctx, t.down, t.up, Flow{ID: "self-test", Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { t.ended <- end }}, at)
 	if err != nil {
 		return fmt.Errorf("splice: %w", err)
 	}
-	t.l.counts.live.Add(1)
+	t.flow().counts.live.Add(1)
 	return nil
 }
 
@@ -175,7 +193,7 @@ func (t *trial) close() {
 		case <-time.After(testPatience):
 		}
 	}
-	*t = trial{l: t.l}
+	*t = trial{l: t.l, local: t.local}
 }
 
 // flow is the one that t spliced.
@@ -268,7 +286,7 @@ func (t *trial) redirect() error {
 		}
 	}
 	for i := range f.halves {
-		if f.halves[i].snapshot().redirected == 0 {
+		if s := f.halves[i].snapshot(); s.redirected+s.local == 0 {
 			return errors.New("nothing was redirected by the kernel")
 		}
 	}
@@ -378,8 +396,8 @@ func (t *trial) bound() error {
 		if still++; now != last {
 			last, still = now, 0
 		}
-		if now.redirected+now.passed > 2<<20 {
-			return fmt.Errorf("%d bytes were taken for a reader that does not read", now.redirected+now.passed)
+		if n := now.redirected + now.passed + now.local; n > 2<<20 {
+			return fmt.Errorf("%d bytes were taken for a reader that does not read", n)
 		}
 		if time.Now().After(limit) {
 			return fmt.Errorf("the sender was not held up: %+v", now)

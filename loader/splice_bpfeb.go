@@ -24,6 +24,7 @@ type spliceEventKind uint32
 const (
 	spliceEventKindEVENT_PASSED spliceEventKind = 1
 	spliceEventKindEVENT_FAULT  spliceEventKind = 2
+	spliceEventKindEVENT_UNREAD spliceEventKind = 3
 )
 
 type spliceFault uint32
@@ -54,6 +55,7 @@ type spliceFlow struct {
 		Redirected uint64
 		Passed     uint64
 		Trimmed    uint64
+		Local      uint64
 	}
 	Down struct {
 		_          structs.HostLayout
@@ -62,6 +64,7 @@ type spliceFlow struct {
 		Redirected uint64
 		Passed     uint64
 		Trimmed    uint64
+		Local      uint64
 	}
 }
 

@@ -13,12 +13,13 @@ import (
 //
 // When it has taken the flow, it has closed down and up, and owns descriptors of its own for their sockets.
 func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
-	count, err = l.splice(ctx, down, up, o)
+	count, err = l.splice(ctx, down, up, o, nil)
 	l.counts.splice(l, err)
 	return count, err
 }
 
-func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (func() (up, down int64), error) {
+// splice is Splice without the counting. process is where a process on this host has the other end of up, or nil.
+func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, process *process) (func() (up, down int64), error) {
 	if l.counts.isOff() {
 		return nil, refusedOff
 	}
@@ -27,8 +28,11 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (fun
 		return nil, err
 	}
 	defer l.splicing.Done()
-	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), ended: o.Ended, idle: o.Idle, before: [2]int64{o.Up, o.Down}}
-	f.sockets = [2]socket{-1, -1}
+	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), ended: o.Ended, idle: o.Idle, before: [2]int64{o.Up, o.Down}, process: process}
+	f.sockets, f.counts = [2]socket{-1, -1}, &l.counts
+	if process != nil {
+		f.counts = &process.local.counts
+	}
 	undo := []func(){func() { l.give(slot) }}
 	back := func(why refusal) (func() (up, down int64), error) {
 		for i := len(undo) - 1; i >= 0; i-- {
@@ -88,14 +92,23 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow) (fun
 		}
 		undo = append(undo, func() { l.watch.remove(s) })
 	}
-	if err := l.objects.Sources.Put(2*slot, uint64(f.sockets[0])); err != nil {
+	sources := l.objects.Sources
+	if process != nil {
+		sources = process.local.objects.LocalSources
+		undo = append(undo, process.undo)
+		if why, ok := process.prepare(f); !ok {
+			return back(why)
+		}
+	}
+	if err := sources.Put(2*slot, uint64(f.sockets[0])); err != nil {
 		return back(insertion(err))
 	}
 	// From here on bytes may move, and there is no way back. If upstream has ended or broken
 	// meanwhile, its direction is copied to the end.
-	if !l.rules.both || l.objects.Sources.Put(2*slot+1, uint64(f.sockets[1])) != nil {
+	if !l.rules.both || sources.Put(2*slot+1, uint64(f.sockets[1])) != nil {
 		f.halves[1].copying.Store(true)
 	}
+	process.begin()
 
 	// Our descriptors hold the sockets; the conns' would wake Go's poller at each message.
 	_ = down.Close()

@@ -73,6 +73,7 @@ func (l *Loader) sweep(now time.Time) time.Duration {
 			go f.finish(endIdle, nil)
 		}
 	}
+	l.local.sweep()
 	return pause
 }
 
@@ -108,6 +109,9 @@ func (f *flow) sweep(now time.Time) bool {
 		for i := range f.halves {
 			f.halves[i].look()
 		}
+	}
+	if f.isCutShort(now.Sub(f.moved)) {
+		go f.finish(endError, errCutShort)
 	}
 	return f.idle > 0 && now.Sub(f.moved) >= f.idle
 }
@@ -147,7 +151,7 @@ func (h *half) nudge(consumed uint64) {
 	if f.closed || load64(&h.shared().Consumed) != consumed || !h.missed() {
 		return
 	}
-	f.l.counts.stall(f.l, f.cookies[0], "nobody was told of bytes to copy, or of room for them")
+	f.counts.stall(f.l, f.cookies[0], "nobody was told of bytes to copy, or of room for them")
 	h.wake(0)
 }
 
@@ -156,18 +160,18 @@ func (h *half) look() {
 	if h.copying.Load() || h.done.Load() {
 		return
 	}
-	s, m := h.source(), h.shared()
+	s := h.source()
 	var i unix.TCPInfo
 	// The verdict runs under the lock that TCP_INFO takes, so what is handled is read after it.
 	if s.info(&i) != nil || i.State != tcpEstablished { // a FIN is looked at by drained
 		return
 	}
-	handled := load64(&m.Redirected) + load64(&m.Passed)
+	handled := h.handled()
 	if int64(i.Bytes_received-h.read0-handled) <= 0 {
 		return
 	}
 	s.kick()
-	if load64(&m.Redirected)+load64(&m.Passed) != handled {
-		h.f.l.counts.stall(h.f.l, h.f.cookies[0], "the verdict was not run for bytes that had come")
+	if h.handled() != handled {
+		h.f.counts.stall(h.f.l, h.f.cookies[0], "the verdict was not run for bytes that had come")
 	}
 }

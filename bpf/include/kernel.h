@@ -32,11 +32,13 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
 	BPF_MAP_TYPE_SOCKMAP = 15,
+	BPF_MAP_TYPE_SOCKHASH = 18,
 	BPF_MAP_TYPE_RINGBUF = 27,
 };
 
 enum {
 	BPF_F_NO_PREALLOC = 1U << 0,
+	BPF_NOEXIST = 1,         /* of updates */
 	BPF_F_MMAPABLE = 1U << 10,
 	BPF_F_INGRESS = 1U << 0, /* of the redirect helpers */
 };
@@ -50,6 +52,21 @@ enum sk_action {
 enum {
 	TCP_ESTABLISHED = 1,
 	TCP_CLOSE_WAIT = 8,
+};
+
+enum {
+	SHUTDOWN_MASK = 3, /* include/net/sock.h: RCV_SHUTDOWN | SEND_SHUTDOWN */
+};
+
+enum {
+	AF_INET = 2,
+	AF_INET6 = 10,
+};
+
+enum {
+	BPF_SOCK_OPS_STATE_CB_FLAG = 1U << 2,
+	BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB = 5,
+	BPF_SOCK_OPS_STATE_CB = 10,
 };
 
 struct bpf_sock;
@@ -95,17 +112,95 @@ struct __sk_buff {
 	__u32 gso_size;
 };
 
+/* The context of sk_msg programs. */
+struct sk_msg_md {
+	union {
+		void *data;
+	} __attribute__((aligned(8)));
+	union {
+		void *data_end;
+	} __attribute__((aligned(8)));
+	__u32 family;
+	__u32 remote_ip4;
+	__u32 local_ip4;
+	__u32 remote_ip6[4];
+	__u32 local_ip6[4];
+	__u32 remote_port;
+	__u32 local_port;
+	__u32 size;
+	union {
+		struct bpf_sock *sk;
+	} __attribute__((aligned(8)));
+};
+
+/* The context of sockops programs, up to what we read. */
+struct bpf_sock_ops {
+	__u32 op;
+	union {
+		__u32 args[4];
+		__u32 reply;
+		__u32 replylong[4];
+	};
+	__u32 family;
+	__u32 remote_ip4;    /* network byte order, as the other addresses and remote_port */
+	__u32 local_ip4;
+	__u32 remote_ip6[4];
+	__u32 local_ip6[4];
+	__u32 remote_port;
+	__u32 local_port;    /* host byte order */
+	__u32 is_fullsock;
+	__u32 snd_cwnd;
+	__u32 srtt_us;
+	__u32 bpf_sock_ops_cb_flags;
+	__u32 state;
+	__u32 rtt_min;
+	__u32 snd_ssthresh;
+	__u32 rcv_nxt;
+	__u32 snd_nxt;
+	__u32 snd_una;
+	__u32 mss_cache;
+	__u32 ecn_flags;
+	__u32 rate_delivered;
+	__u32 rate_interval_us;
+	__u32 packets_out;
+	__u32 retrans_out;
+	__u32 total_retrans;
+	__u32 segs_in;
+	__u32 data_segs_in;
+	__u32 segs_out;
+	__u32 data_segs_out;
+	__u32 lost_out;
+	__u32 sacked_out;
+	__u32 sk_txhash;
+	__u64 bytes_received;
+	__u64 bytes_acked;
+	union {
+		struct bpf_sock *sk;
+	} __attribute__((aligned(8)));
+};
+
 /* Not UAPI: found by name in the running kernel's BTF. */
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 struct sock_common {
 	volatile unsigned char skc_state;
+	struct {
+		__s64 counter;
+	} skc_cookie; /* 0 until somebody has asked for it */
 };
 
 struct sock {
 	struct sock_common __sk_common;
 	int sk_wmem_queued; /* bytes, true sizes: what the send buffer holds, unacknowledged included */
 	int sk_sndbuf;      /* bytes, true sizes: what it may hold */
+	struct {
+		struct {
+			int counter;
+		} rmem_alloc; /* bytes, true sizes: what was received and not read, by whatever way it came */
+	} sk_backlog;
+	int sk_rcvbuf;      /* bytes, true sizes: what it may hold */
+	__u8 sk_shutdown;   /* SHUTDOWN_MASK after close() */
+	void *sk_user_data; /* the psock of a socket in a sockmap, with flags in the lowest three bits */
 };
 
 struct inet_sock {
@@ -118,8 +213,23 @@ struct inet_connection_sock {
 
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
+	__u32 rcv_nxt;    /* one past the last byte that has come */
+	__u32 snd_una;    /* the first byte that was not acknowledged */
 	__u32 copied_seq; /* the first byte that nobody has taken from the receive queue */
 	__u32 write_seq;  /* one past the last byte that was written into the send queue */
+};
+
+struct sk_buff_head {
+	__u32 qlen;
+};
+
+struct list_head {
+	struct list_head *next;
+};
+
+struct sk_psock {
+	struct sk_buff_head ingress_skb; /* redirected here, and not yet moved on by the worker */
+	struct list_head ingress_msg;    /* to be read by the process */
 };
 
 #pragma clang attribute pop

@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-3-Clause
+/* The last hop to a process on this host, past TCP.
+ *
+ *	client ── TCP ── downstream ──verdict──► process         redirect into its ingress queue
+ *	                 downstream ◄───back──── process         redirect of what it sends
+ *	                                 upstream ── TCP ── process    still there: what can't be redirected, FIN, RST
+ *
+ * The TCP connection between upstream and the process stays, with splice.bpf.c's whole protocol on it: it is where
+ * bytes go when a redirect would have to wait, so whoever has to wait is held up, and woken, by TCP. Only at moments
+ * when that connection is empty may bytes go past it:
+ *
+ * # To the process
+ *
+ * The process reads its ingress queue before what TCP has for it. So
+ *  - past TCP only if the process has read all that upstream's TCP was ever given: its copied_seq is upstream's
+ *    write_seq (they count in one space), and nothing waits to be written to upstream;
+ *  - into TCP only if the worker has moved all redirected skbs into the ingress queue, where they come first. The verdict
+ *    and userspace (`ask`) both look.
+ * The kernel charges what is in the ingress queue to the process's socket, but what is on its way there to nobody, and
+ * tries again every jiffy when there is no room: the verdict goes past TCP only while at most half of the receive
+ * buffer is in use, counting what may still be on its way.
+ *
+ * # From the process
+ *
+ * `back` runs in the process's send(), under its socket's lock, and a redirect writes to downstream before send()
+ * returns. What it does not redirect goes by TCP to upstream, whose verdict or userspace writes it to downstream. So
+ *  - past TCP only if downstream has been given every byte that the process ever sent, by either way:
+ *    downstream.write_seq - base == out + (process.write_seq - base_local);
+ *  - past TCP only if downstream's send buffer has room: else send() would fail with EAGAIN, and the process would
+ *    wait for room in its own, which has some.
+ * If a redirect fails in part all the same (no memory), `out` is too large for good, and nothing is redirected any
+ * more; userspace resets both sides when the bytes are still missing a while later.
+ *
+ * # Ends
+ *
+ * An end overtakes what the worker has not moved into the ingress queue, so userspace passes a FIN, or a reset, on
+ * only after that (`ask`). What is in the queue stays readable behind either, as what TCP has received.
+ * A close() with unread bytes is a reset in TCP; here TCP doesn't know of them, and `catch` notes it for userspace.
+ */
+
+/* includes */
+#define WITH_LOCAL
+#include "splice.bpf.c"
+
+/* limits: each turns off one rule, for tests. */
+const volatile bool rule_local_order = true;
+const volatile bool rule_local_bound = true;
+const volatile bool rule_local_unread = true;
+
+/* maps */
+
+/* Sockets of processes that are targets. It has the program `back`. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 2 * MAX_FLOWS);
+	__type(key, struct pair);
+	__type(value, __u64);
+} locals SEC(".maps");
+
+/* When a socket was put there (CLOCK_MONOTONIC), until a flow claims it. Userspace removes those that none does. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 2 * MAX_FLOWS);
+	__type(key, struct pair);
+	__type(value, __u64);
+} caught SEC(".maps");
+
+/* Where such processes listen. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_TARGETS);
+	__type(key, struct end);
+	__type(value, __u32);
+} targets SEC(".maps");
+
+/* Cookie of a process's socket -> slot of its flow. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, __u64);
+	__type(value, struct place);
+} local_places SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, __u32);
+	__type(value, struct local);
+} local_flows SEC(".maps");
+
+/* Both sockets of a flow with a local target: what gets the verdict `splice_local`. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, 2 * MAX_FLOWS);
+	__type(key, __u32);
+	__type(value, __u64);
+} local_sources SEC(".maps");
+
+/* helpers */
+
+const enum local_answer *unused_answer __attribute__((unused));
+
+static __always_inline void local_find(struct local_flow *l, __u32 half)
+{
+	__u32 slot = half >> 1;
+	struct local *at = bpf_map_lookup_elem(&local_flows, &slot);
+
+	if (at && at->on)
+		l->at = at;
+}
+
+static __always_inline struct sock *sock_of(struct tcp_sock *tcp) { return &tcp->inet_conn.icsk_inet.sk; }
+
+static __always_inline struct sk_psock *psock_of(struct tcp_sock *tcp)
+{
+	return (void *)((__u64)sock_of(tcp)->sk_user_data & ~7ULL);
+}
+
+/* What waits for the process in its psock: LOCAL_BACKLOG, LOCAL_QUEUE. */
+static __always_inline __u32 waits(struct tcp_sock *tcp)
+{
+	struct sk_psock *psock = psock_of(tcp);
+	struct list_head *next = 0;
+	__u32 n = 0, answer = 0;
+
+	/* A psock that is gone holds nothing. One that is freed meanwhile reads as nothing or as something. */
+	if (!psock)
+		return 0;
+	if (bpf_probe_read_kernel(&n, sizeof(n), &psock->ingress_skb.qlen) || n)
+		answer |= LOCAL_BACKLOG;
+	if (bpf_probe_read_kernel(&next, sizeof(next), &psock->ingress_msg.next) || next != &psock->ingress_msg)
+		answer |= LOCAL_QUEUE;
+	return answer;
+}
+
+/* Is there room in the process's receive buffer for len bytes, behind those that may still be on their way to it? */
+static __always_inline bool room(struct local *l, struct half *h, struct tcp_sock *tcp, __u32 len)
+{
+	__u64 coming = l->in - l->settled + len;
+	__s64 used = READ_ONCE(sock_of(tcp)->sk_backlog.rmem_alloc.counter);
+
+	if (!rule_local_bound)
+		return true;
+	/* True sizes are up to twice the bytes, and a head for each skb. */
+	used += 2 * (__s64)coming + SKB_OVERHEAD_BYTES;
+	return used <= h->limit && 2 * used <= READ_ONCE(sock_of(tcp)->sk_rcvbuf);
+}
+
+static __always_inline enum way local_way(struct local_flow *f, struct half *h, __u32 half, struct tcp_sock *up, __u32 len)
+{
+	struct local *l = f->at;
+	enum way way = WAY_PEER;
+	struct tcp_sock *tcp;
+	struct bpf_sock *sk;
+	__u32 waiting;
+
+	if (!l || half & 1)
+		return WAY_PEER;
+	sk = bpf_map_lookup_elem(&locals, &l->pair);
+	if (!sk)
+		return WAY_PEER; /* closed: upstream will be told */
+	tcp = bpf_skc_to_tcp_sock(sk);
+	if (!tcp)
+		goto out;
+	waiting = waits(tcp) & LOCAL_BACKLOG;
+	if (!waiting)
+		l->settled = l->in;
+	if (waiting && rule_local_order)
+		way = WAY_WAIT; /* nothing may overtake it in TCP */
+	if (rule_local_order &&
+	    ((__u32)(h->redirected + h->consumed) != up->write_seq - h->base || READ_ONCE(tcp->copied_seq) != up->write_seq))
+		goto out;
+	if (!room(l, h, tcp, len))
+		goto out;
+	WRITE_ONCE(l->in, l->in + len);
+	way = WAY_LOCAL;
+out:
+	bpf_sk_release(sk);
+	return way;
+}
+
+/* What is in the peer's stream beside redirected and consumed. */
+static __always_inline __u64 local_beside(struct local_flow *l, __u32 half)
+{
+	return l->at && half & 1 ? READ_ONCE(l->at->out) : 0;
+}
+
+/* Downstream's write_seq may have moved on past TCP by now. */
+static __always_inline __u32 local_base(struct local_flow *l, __u32 half, struct tcp_sock *peer)
+{
+	__u32 seq = READ_ONCE(peer->write_seq);
+
+	if (l->at && half & 1)
+		seq = READ_ONCE(l->at->base);
+	return seq;
+}
+
+static __always_inline __u64 local_moved(struct local_flow *l, __u32 half)
+{
+	if (!l->at)
+		return 0;
+	return half & 1 ? READ_ONCE(l->at->out) : l->at->in;
+}
+
+static __always_inline long local_redirect(struct local_flow *l, struct __sk_buff *skb)
+{
+	if (!l->at)
+		return SK_DROP;
+	return bpf_sk_redirect_hash(skb, &locals, &l->at->pair, BPF_F_INGRESS);
+}
+
+/* Has downstream, whose write_seq is given, got all that the process sent? */
+static __always_inline bool all_in(struct local *l, __u32 down, struct tcp_sock *process)
+{
+	return down - l->base == (__u32)l->out + READ_ONCE(process->write_seq) - l->base_local;
+}
+
+/* May the process's next bytes be written to downstream now? An sk_msg program can look no socket up in a sockmap (it may
+ * not release it), so it reads downstream through the address that `ask` has left. Userspace holds that socket
+ * until `on` is 0, and afterwards the read finds at worst another socket's numbers, and the redirect no socket. */
+static __always_inline bool takes(struct local *l, struct tcp_sock *process, __u32 size)
+{
+	struct tcp_sock *down = (void *)l->down;
+	struct sock *sk = sock_of(down);
+	int queued = 0, most = 0;
+	unsigned char state = 0;
+	__u32 seq = 0;
+
+	if (bpf_probe_read_kernel(&state, sizeof(state), (const void *)&sk->__sk_common.skc_state) ||
+	    bpf_probe_read_kernel(&seq, sizeof(seq), &down->write_seq) ||
+	    bpf_probe_read_kernel(&queued, sizeof(queued), &sk->sk_wmem_queued) ||
+	    bpf_probe_read_kernel(&most, sizeof(most), &sk->sk_sndbuf))
+		return false;
+	if (state != TCP_ESTABLISHED && state != TCP_CLOSE_WAIT)
+		return false;
+	if (rule_local_order && !all_in(l, seq, process))
+		return false;
+	return !rule_local_bound || (__s64)size + (size >> 2) + SKB_OVERHEAD_BYTES + queued <= most;
+}
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define from_network(x) __builtin_bswap32(x)
+#else
+#define from_network(x) (x)
+#endif
+
+/* The words are read with READ_ONCE, since the verifier refuses a context pointer that the compiler has chosen. */
+static __always_inline void address(__u8 to[16], __u32 family, __u32 ip4, __u32 a, __u32 b, __u32 c, __u32 d)
+{
+	__u32 *w = (__u32 *)to;
+
+	if (family == AF_INET6) {
+		w[0] = a;
+		w[1] = b;
+		w[2] = c;
+		w[3] = d;
+		return;
+	}
+	w[0] = 0;
+	w[1] = 0;
+	w[2] = from_network(0xffff);
+	w[3] = ip4;
+}
+
+/* programs */
+
+SEC("sk_skb/stream_verdict")
+int splice_local(struct __sk_buff *skb)
+{
+	return verdict(skb);
+}
+
+/* What the process sends. */
+SEC("sk_msg")
+int back(struct sk_msg_md *msg)
+{
+	struct tcp_sock *process;
+	struct place *at;
+	struct local *l;
+	struct flow *f;
+	__u32 slot, half, size = msg->size;
+	__u64 cookie;
+
+	if (!msg->sk)
+		return SK_PASS; /* by TCP, as everything below that passes */
+	process = bpf_skc_to_tcp_sock(msg->sk);
+	if (!process)
+		return SK_PASS;
+	cookie = sock_of(process)->__sk_common.skc_cookie.counter;
+	at = bpf_map_lookup_elem(&local_places, &cookie);
+	if (!at)
+		return SK_PASS; /* not a flow */
+	half = at->half; /* downstream's */
+	slot = half >> 1;
+	l = bpf_map_lookup_elem(&local_flows, &slot);
+	if (!l || !l->on || l->process != cookie || !takes(l, process, size))
+		return SK_PASS;
+	if (bpf_msg_redirect_map(msg, &peers, half, 0) != SK_PASS)
+		return SK_PASS; /* downstream is gone: upstream will be told */
+	WRITE_ONCE(l->out, l->out + size);
+	f = bpf_map_lookup_elem(&flows, &at->flow);
+	if (f) {
+		f->down.local = l->out;
+		f->down.bytes = f->down.before + f->down.redirected + f->down.passed + l->out;
+	}
+	return SK_PASS;
+}
+
+/* Puts connections to targets into `locals`, and sees how they are closed. */
+SEC("sockops")
+int catch(struct bpf_sock_ops *ops)
+{
+	struct tcp_sock *tcp;
+	struct pair pair = {};
+	struct place *at;
+	struct local *l;
+	__u64 now, cookie;
+	__u32 slot;
+
+	if (ops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
+		address(pair.own.address, ops->family, READ_ONCE(ops->local_ip4), READ_ONCE(ops->local_ip6[0]),
+			READ_ONCE(ops->local_ip6[1]), READ_ONCE(ops->local_ip6[2]), READ_ONCE(ops->local_ip6[3]));
+		pair.own.port = ops->local_port;
+		if (!bpf_map_lookup_elem(&targets, &pair.own))
+			return 1; /* something else in that cgroup */
+		address(pair.other.address, ops->family, READ_ONCE(ops->remote_ip4), READ_ONCE(ops->remote_ip6[0]),
+			READ_ONCE(ops->remote_ip6[1]), READ_ONCE(ops->remote_ip6[2]), READ_ONCE(ops->remote_ip6[3]));
+		pair.other.port = from_network(ops->remote_port);
+		now = bpf_ktime_get_ns();
+		if (bpf_map_update_elem(&caught, &pair, &now, 0))
+			return 1;
+		/* If there is no room, or the socket can't be in a sockmap, TCP carries it as before. */
+		if (bpf_sock_hash_update(ops, &locals, &pair, BPF_NOEXIST)) {
+			bpf_map_delete_elem(&caught, &pair);
+			return 1;
+		}
+		bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
+		return 1;
+	}
+	if (ops->op != BPF_SOCK_OPS_STATE_CB || !ops->sk)
+		return 1;
+	tcp = bpf_skc_to_tcp_sock(ops->sk);
+	if (!tcp)
+		return 1;
+	cookie = sock_of(tcp)->__sk_common.skc_cookie.counter;
+	at = bpf_map_lookup_elem(&local_places, &cookie);
+	if (!at)
+		return 1;
+	slot = at->half >> 1;
+	l = bpf_map_lookup_elem(&local_flows, &slot);
+	/* close() has taken the psock away before, which shutdown() and a FIN don't, and has taken out what TCP had received.
+	 * What is left was redirected: it is freed after a grace period of RCU. */
+	if (l && rule_local_unread && sock_of(tcp)->sk_shutdown == SHUTDOWN_MASK && !psock_of(tcp) &&
+	    sock_of(tcp)->sk_backlog.rmem_alloc.counter > 0) {
+		WRITE_ONCE(l->unread, 1);
+		tell(at->half | 1, EVENT_UNREAD);
+	}
+	return 1;
+}
+
+/* Tells userspace how the flow in slot cb[0] is; with cb[1] it also begins it. Run by BPF_PROG_TEST_RUN only. */
+SEC("tc")
+int ask(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk, *down_sk, *up_sk;
+	struct tcp_sock *process, *down, *up;
+	__u32 slot = skb->cb[0], half = 2 * slot, other = half + 1, answer = 0;
+	struct local *l = bpf_map_lookup_elem(&local_flows, &slot);
+
+	if (!l)
+		return 0;
+	sk = bpf_map_lookup_elem(&locals, &l->pair);
+	if (!sk)
+		return 0;
+	process = bpf_skc_to_tcp_sock(sk);
+	if (process)
+		answer = LOCAL_THERE | waits(process);
+	down_sk = bpf_map_lookup_elem(&peers, &half);
+	down = down_sk ? bpf_skc_to_tcp_sock(down_sk) : 0;
+	up_sk = bpf_map_lookup_elem(&peers, &other);
+	up = up_sk ? bpf_skc_to_tcp_sock(up_sk) : 0;
+	if (process && down && up && skb->cb[1]) {
+		/* All that upstream has read is in downstream: that is where both streams are. */
+		l->down = (__u64)down;
+		l->base = down->write_seq;
+		l->base_local = up->copied_seq;
+		/* Another connection with these addresses, in another namespace, has other numbers. */
+		if (process->rcv_nxt - up->snd_una <= up->write_seq - up->snd_una &&
+		    up->rcv_nxt - process->snd_una <= process->write_seq - process->snd_una)
+			answer |= LOCAL_PAIR;
+	}
+	if (up_sk)
+		bpf_sk_release(up_sk);
+	if (down_sk)
+		bpf_sk_release(down_sk);
+	bpf_sk_release(sk);
+	return answer;
+}

@@ -1,0 +1,318 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// Local is the datapath for flows whose target is a process on this host, with a socket of its own: sockmap, and past TCP
+// between the process and the other side. bpf/local.bpf.c says how. Flows with other targets are refused. Least kernel: 6.1.
+//
+// It changes what system calls do on the process's sockets: splice(2) from them and TCP_ZEROCOPY_RECEIVE don't see bytes
+// that came past TCP, FIONREAD doesn't count them, and MSG_WAITALL and SO_RCVLOWAT don't wait for them. Only who knows how
+// the process reads should choose it.
+type Local struct {
+	l       *Loader
+	objects localObjects
+	memory  []byte       // the local_flows map
+	flows   []localLocal // the same
+	targets targets
+	counts  counts
+	proof   []Finding
+}
+
+// localRules are those that a test may turn off.
+type localRules struct {
+	order, bound, unread bool // in BPF
+	drain                bool // into TCP, and that is an end too, only after what was redirected has reached the process's queue
+	pair                 bool // the two sockets have one connection's numbers
+}
+
+var allLocalRules = localRules{order: true, bound: true, unread: true, drain: true, pair: true}
+
+var errCutShort = errors.New("a redirect from the process to downstream was cut short")
+
+// Local gives the datapath for local targets, or says why this machine has none. It is part of the Loader, and is closed with it.
+func (l *Loader) Local() (*Local, error) {
+	if l.local == nil && l.localOff == nil {
+		return nil, errors.New("it was not asked for")
+	}
+	return l.local, l.localOff
+}
+
+// Name is the datapath's name.
+func (*Local) Name() string { return LocalName }
+
+// Stats counts since New.
+func (n *Local) Stats() Stats { return n.counts.stats() }
+
+// Health is as [Loader.Health].
+func (n *Local) Health() (off string, stalls uint64) {
+	if off, stalls = n.counts.health(); off == "" {
+		off, _ = n.l.Health()
+	}
+	return off, stalls
+}
+
+func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
+	n := &Local{l: l}
+	n.counts.init(LocalName)
+	n.targets.init(n)
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("local targets: %w", err), n.close())
+		}
+	}()
+	if v, _, err := runningKernel(); err == nil && v.less(leastLocal) {
+		return nil, fmt.Errorf("kernel %v is older than %v: %w", v, leastLocal, errors.ErrUnsupported)
+	}
+	spec, err := loadLocal()
+	if err != nil {
+		return nil, fmt.Errorf("read the BPF object: %w", err)
+	}
+	for name, m := range map[string]int{"locals": 2, "caught": 2, "local_places": 1, "local_flows": 1, "local_sources": 2} {
+		spec.Maps[name].MaxEntries = uint32(m * flows)
+	}
+	r := l.rules
+	for name, on := range map[string]bool{
+		"rule_bound": r.bound, "rule_trim": r.trim, "rule_fin": r.fin,
+		"rule_local_order": r.local.order, "rule_local_bound": r.local.bound, "rule_local_unread": r.local.unread,
+	} {
+		if err := spec.Variables[name].Set(on); err != nil {
+			return nil, fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	o := &l.objects
+	shared := map[string]*ebpf.Map{"flows": o.Flows, "places": o.Places, "halves": o.Halves, "peers": o.Peers, "sources": o.Sources, "events": o.Events}
+	for name, m := range shared {
+		spec.Maps[name].MaxEntries = m.MaxEntries() // else they don't match
+	}
+	if err := spec.LoadAndAssign(&n.objects, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
+		return nil, fmt.Errorf("load the BPF programs: %w", translate(err))
+	}
+	for _, a := range []link.RawAttachProgramOptions{
+		{Target: n.objects.LocalSources.FD(), Program: n.objects.SpliceLocal, Attach: ebpf.AttachSkSKBStreamVerdict},
+		{Target: n.objects.Locals.FD(), Program: n.objects.Back, Attach: ebpf.AttachSkMsgVerdict},
+	} {
+		if err := link.RawAttachProgram(a); err != nil {
+			return nil, fmt.Errorf("attach %v: %w", a.Attach, translate(err))
+		}
+	}
+	for name, m := range map[string]*ebpf.Map{
+		"locals": n.objects.Locals, "caught": n.objects.Caught, "targets": n.objects.Targets,
+		"local_places": n.objects.LocalPlaces, "local_flows": n.objects.LocalFlows, "local_sources": n.objects.LocalSources,
+	} {
+		if err := m.Pin(l.pins.path(name)); err != nil {
+			return nil, fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	page := os.Getpagesize()
+	size := (flows*int(unsafe.Sizeof(localLocal{})) + page - 1) &^ (page - 1)
+	if n.memory, err = unix.Mmap(n.objects.LocalFlows.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+		return nil, fmt.Errorf("map the local flows into memory: %w", err)
+	}
+	n.flows = unsafe.Slice((*localLocal)(unsafe.Pointer(unsafe.SliceData(n.memory))), flows)
+	return n, nil
+}
+
+// leastLocal: before it, an empty queue of the worker did not mean that it had moved all (405df89dd52c), and a socket lost
+// what it had not read of its queue when its connection ended (d8616ee2affc).
+var leastLocal = version{6, 1, 0}
+
+// close is called when there are no flows any more.
+func (n *Local) close() error {
+	if n == nil {
+		return nil
+	}
+	err := n.targets.close()
+	if n.memory != nil {
+		err = errors.Join(err, unix.Munmap(n.memory))
+		n.memory, n.flows = nil, nil
+	}
+	if n.objects.Ask != nil {
+		err = errors.Join(err, n.objects.Close())
+	}
+	return err
+}
+
+// Splice takes the flow over, as [Loader.Splice] does, if up's other end is a socket of a process on this host that was
+// caught. The first flow to a target is always refused: it is how the target becomes known.
+func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
+	if n.counts.isOff() {
+		return nil, refusedOff
+	}
+	p, err := n.targets.find(up)
+	if err == nil {
+		count, err = n.l.splice(ctx, down, up, o, p)
+	}
+	n.counts.splice(n.l, err)
+	return count, err
+}
+
+// process is the process's socket, for one flow. A nil one is that of a flow whose target is elsewhere.
+type process struct {
+	local  *Local
+	pair   localPair
+	cookie uint64
+	slot   uint32
+	there  atomic.Bool // slot is valid, and has our entry
+
+	arrived uint64 // of who runs half 0: what was redirected when the process was last seen to have got all of it
+}
+
+func (p *process) shared() *localLocal { return &p.local.flows[p.slot] }
+
+// prepare makes the flow known to the programs. Nothing moves before begin.
+func (p *process) prepare(f *flow) (why refusal, ok bool) {
+	// Only one has it: the sweep takes a socket out of its map that nobody has claimed in time.
+	if err := p.local.objects.Caught.Delete(p.pair); err != nil {
+		return refusedNotCaught, false
+	}
+	p.slot = f.slot
+	p.there.Store(true)
+	*p.shared() = localLocal{Pair: p.pair, Process: p.cookie}
+	if err := p.local.objects.LocalPlaces.Put(p.cookie, splicePlace{Flow: f.cookies[0], Half: 2 * f.slot}); err != nil {
+		return refusedMaps, false
+	}
+	answer, err := p.ask(1)
+	if err != nil {
+		return refusedMaps, false
+	}
+	if answer&localLocalAnswerLOCAL_PAIR == 0 && p.local.l.rules.local.pair || answer&localLocalAnswerLOCAL_THERE == 0 {
+		return refusedPair, false
+	}
+	return "", true
+}
+
+// begin lets bytes go past TCP.
+func (p *process) begin() {
+	if p != nil {
+		atomic.StoreUint32(&p.shared().On, 1)
+	}
+}
+
+// stop ends that: downstream's socket is about to be closed.
+func (p *process) stop() {
+	if p != nil {
+		atomic.StoreUint32(&p.shared().On, 0)
+	}
+}
+
+// undo is release of a flow that has not begun: nothing was redirected to the socket, which leaves its map.
+func (p *process) undo() {
+	if p.there.Load() {
+		_ = p.local.objects.Locals.Delete(p.pair)
+	}
+	p.release()
+}
+
+// release forgets the flow. The process's socket stays in its map until it is closed.
+func (p *process) release() {
+	if p == nil || !p.there.Load() {
+		return
+	}
+	p.stop()
+	_ = p.local.objects.LocalPlaces.Delete(p.cookie)
+	*p.shared() = localLocal{}
+	p.there.Store(false)
+}
+
+// moved is how many bytes of a half went past TCP. Valid until the flow is closed.
+func (p *process) moved(half uint32) uint64 {
+	if p == nil || !p.there.Load() {
+		return 0
+	}
+	if half == 0 {
+		return load64(&p.shared().In)
+	}
+	return load64(&p.shared().Out)
+}
+
+// ask runs the program of that name: some microseconds.
+func (p *process) ask(begin uint32) (localLocalAnswer, error) {
+	c := struct { // struct __sk_buff up to cb
+		_  [12]uint32
+		Cb [5]uint32
+		_  [27]uint32
+	}{Cb: [5]uint32{p.slot, begin}}
+	answer, err := p.local.objects.Ask.Run(&ebpf.RunOptions{Data: emptyFrame, Context: c})
+	return localLocalAnswer(answer), err
+}
+
+var emptyFrame = make([]byte, 64) // more than a header, which all kernels take
+
+// isComing: bytes are on their way to the process's queue. Bytes, and an end, that go to it by TCP now would overtake them.
+func (p *process) isComing() bool {
+	if p == nil || !p.local.l.rules.local.drain {
+		return false
+	}
+	in := p.moved(0)
+	if in == p.arrived {
+		return false
+	}
+	if answer, err := p.ask(0); err == nil && answer&localLocalAnswerLOCAL_BACKLOG != 0 {
+		return true
+	}
+	p.arrived = in
+	return false
+}
+
+// closedUnread: the process has closed its socket with bytes unread, which resets a connection.
+func (p *process) closedUnread() bool {
+	return p != nil && p.there.Load() && atomic.LoadUint32(&p.shared().Unread) != 0
+}
+
+// isCutShort: nothing has moved for so long, and what the process sent past TCP has not reached downstream's TCP, which has room. Only
+// a lack of memory does that, and how much is missing can't be found out.
+func (f *flow) isCutShort(still time.Duration) bool {
+	if f.process.moved(1) == 0 || still < 2*sweepEvery {
+		return false
+	}
+	h := &f.halves[1]
+	m := h.shared()
+	if n, err := f.sockets[0].unacked(); err != nil || n > 0 {
+		return false
+	}
+	n, err := f.sockets[0].written()
+	return err == nil && int64(n-h.written0-load64(&m.Redirected)-load64(&m.Consumed)-f.process.moved(1)) < 0
+}
+
+// insert puts the socket of a process that is this one into the map: what the sockops program does for others.
+func (n *Local) insert(server *net.TCPConn) (*process, error) {
+	s, err := dup(server)
+	if err != nil {
+		return nil, err
+	}
+	defer s.close()
+	cookie, err := s.cookie()
+	if err != nil {
+		return nil, err
+	}
+	pair := localPair{Own: endOf(server.LocalAddr()), Other: endOf(server.RemoteAddr())}
+	if err := errors.Join(n.objects.Caught.Put(pair, monotonic()), n.objects.Locals.Put(pair, uint64(s))); err != nil {
+		return nil, err
+	}
+	return &process{local: n, pair: pair, cookie: cookie}, nil
+}
+
+func endOf(a net.Addr) localEnd {
+	at := addrPort(a)
+	return localEnd{Address: at.Addr().As16(), Port: uint32(at.Port())}
+}
+
+func addrPort(a net.Addr) netip.AddrPort {
+	t, _ := a.(*net.TCPAddr)
+	at := t.AddrPort()
+	return netip.AddrPortFrom(at.Addr().Unmap().WithZone(""), at.Port())
+}

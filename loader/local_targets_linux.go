@@ -1,0 +1,177 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// learnAgain is how long a target that could not be learned is left alone.
+	learnAgain = 10 * time.Second
+	// missedMost is how many sockets in a row may be missed before a target is learned anew: its process may have
+	// been started again, in another cgroup.
+	missedMost = 4
+	// claimWithin is how long a caught socket may wait for its flow, before it is taken out of the map.
+	claimWithin = 5 * time.Second
+)
+
+// targets are the addresses that flows go to, and what is known about who listens there.
+type targets struct {
+	n *Local
+
+	mu      sync.Mutex
+	closed  bool
+	known   map[netip.AddrPort]*target
+	links   map[string]link.Link // by cgroup
+	working sync.WaitGroup
+}
+
+type target struct {
+	why    error // nil: its sockets are caught
+	group  string
+	again  time.Time // when why is not final
+	missed int
+}
+
+func (t *targets) init(n *Local) {
+	t.n, t.known, t.links = n, make(map[netip.AddrPort]*target), make(map[string]link.Link)
+}
+
+// find gives the process's socket at the other end of up, or says why there is none. It never waits: an unknown
+// target is looked up meanwhile, for the flows to come.
+func (t *targets) find(up *net.TCPConn) (*process, error) {
+	at := addrPort(up.RemoteAddr())
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return nil, refusedOff
+	}
+	k := t.known[at]
+	if k == nil || k.why != nil && !k.again.IsZero() && time.Now().After(k.again) {
+		if k == nil && len(t.known) >= maxTargets {
+			return nil, refusedUnknown
+		}
+		t.learn(at, addrPort(up.LocalAddr()))
+		return nil, refusedUnknown
+	}
+	if k.why != nil {
+		return nil, k.why
+	}
+	p := &process{local: t.n, pair: localPair{Own: endOf(up.RemoteAddr()), Other: endOf(up.LocalAddr())}}
+	if err := t.n.objects.Locals.Lookup(p.pair, &p.cookie); err != nil {
+		if k.missed++; k.missed >= missedMost {
+			t.learn(at, addrPort(up.LocalAddr()))
+		}
+		return nil, refusedNotCaught
+	}
+	k.missed = 0
+	return p, nil
+}
+
+// maxTargets is the size of the map.
+const maxTargets = 4096
+
+// learn looks up in the background whose the socket at is that is connected to other, and has its like caught from then on.
+func (t *targets) learn(at, other netip.AddrPort) {
+	k := &target{why: refusedUnknown}
+	t.known[at] = k
+	t.working.Add(1)
+	go func() {
+		defer t.working.Done()
+		group, err := cgroupOf(at, other)
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.closed {
+			return
+		}
+		if err == nil {
+			err = t.attach(at, group)
+		}
+		if err != nil {
+			why := refusedNoCgroup
+			errors.As(err, &why)
+			k.why, k.again = why, time.Now().Add(learnAgain)
+			t.n.l.log.Info("a target is not reached past TCP", "target", at, "reason", err)
+			_ = t.n.objects.Targets.Delete(endOf(net.TCPAddrFromAddrPort(at)))
+		} else {
+			k.why, k.group = nil, group
+			t.n.l.log.Info("a target is a process on this host, and is reached past TCP", "target", at, "cgroup", group)
+		}
+		t.detachUnused()
+	}()
+}
+
+// attach has the sockets that are accepted in the cgroup at that address caught.
+func (t *targets) attach(at netip.AddrPort, group string) error {
+	if t.links[group] == nil {
+		a, err := link.AttachCgroup(link.CgroupOptions{Path: group, Attach: ebpf.AttachCGroupSockOps, Program: t.n.objects.Catch})
+		if err != nil {
+			return fmt.Errorf("%w (%s: %w)", refusedAttach, group, err)
+		}
+		t.links[group] = a
+	}
+	return t.n.objects.Targets.Put(endOf(net.TCPAddrFromAddrPort(at)), uint32(1))
+}
+
+// detachUnused closes the links to cgroups in which no target is any more.
+func (t *targets) detachUnused() {
+	used := make(map[string]bool)
+	for _, k := range t.known {
+		used[k.group] = true
+	}
+	for group, a := range t.links {
+		if !used[group] {
+			_ = a.Close()
+			delete(t.links, group)
+		}
+	}
+}
+
+func (t *targets) close() error {
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
+	t.working.Wait()
+	var errs []error
+	for _, a := range t.links {
+		errs = append(errs, a.Close())
+	}
+	t.links = nil
+	return errors.Join(errs...)
+}
+
+// sweep gives the sockets back that no flow has claimed: somebody else's connections to the same target.
+func (n *Local) sweep() {
+	if n == nil {
+		return
+	}
+	now := monotonic()
+	var pair localPair
+	var since uint64
+	var old []localPair
+	for i := n.objects.Caught.Iterate(); i.Next(&pair, &since); {
+		if now > since+uint64(claimWithin) {
+			old = append(old, pair)
+		}
+	}
+	for _, pair := range old {
+		if n.objects.Caught.Delete(pair) == nil { // else a flow has just claimed it
+			_ = n.objects.Locals.Delete(pair)
+		}
+	}
+}
+
+// monotonic is bpf_ktime_get_ns.
+func monotonic() uint64 {
+	var now unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) // there always is one
+	return uint64(now.Nano())
+}

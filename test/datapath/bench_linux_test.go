@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/tailsplice/tailsplice/loader"
+	"github.com/tailsplice/tailsplice/test/cgroup"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -20,20 +20,17 @@ import (
 // BenchmarkDatapaths compares, on loopback and in one process, so only the ratios mean something.
 // CPU is the whole machine's, since softirqs and kworkers are nobody's.
 func BenchmarkDatapaths(b *testing.B) {
-	if os.Getuid() != 0 {
-		b.Skip("needs root")
-	}
-	l, err := loader.New(loader.Options{Instance: fmt.Sprintf("ts-ldr-bench-%d", os.Getpid()), MaxFlows: 1024})
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer l.Close()
+	needRoot(b)
+	l, local := loadLocal(b, "bench")
+	target, _ := cgroup.Listen(b, "tcp4")
+	becomeKnown(b, local, relaytest.Loopback{Server: target, Options: relay.Options{Datapaths: []relay.Datapath{local}}}.Path(b))
 	for _, d := range []struct {
-		name string
-		list []relay.Datapath
-	}{{"userspace", nil}, {"sockmap", []relay.Datapath{l}}} {
+		name   string
+		list   []relay.Datapath
+		server net.Listener
+	}{{"userspace", nil, nil}, {"sockmap", []relay.Datapath{l}, nil}, {"sk_msg", []relay.Datapath{local}, target}} {
 		start := func(b *testing.B) (client, server net.Conn) {
-			lb := relaytest.Loopback{Options: relay.Options{Datapaths: d.list}}
+			lb := relaytest.Loopback{Server: d.server, Options: relay.Options{Datapaths: d.list}}
 			f := lb.Path(b).Connect(b)
 			f.Start(context.Background(), relay.Options{})
 			b.Cleanup(func() { f.Client.Close(); f.Server.Close() })

@@ -40,12 +40,7 @@ func TestSockmapWire(t *testing.T) {
 // load loads the datapath until the end of the test, which fails if it was not what was tested.
 func load(t *testing.T) *loader.Loader {
 	t.Helper()
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("needs root")
-		}
-		t.Skip("needs root")
-	}
+	needRoot(t)
 	l, err := loader.New(loader.Options{Instance: fmt.Sprintf("ts-ldr-table-%d-%d", os.Getpid(), instances.Add(1)), MaxFlows: 4096, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 	if err != nil {
 		t.Fatal(err)

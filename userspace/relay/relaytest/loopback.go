@@ -19,6 +19,9 @@ type Loopback struct {
 	// Down and Up are the networks of the two sides: "tcp4" (default), "tcp6" or "unix".
 	Down, Up string
 
+	// Server, when not nil, is where the server accepts; Up is its network then.
+	Server net.Listener
+
 	// WrapDown and WrapUp, when not nil, stand between the relay and the socket.
 	WrapDown, WrapUp func(net.Conn) net.Conn
 
@@ -28,7 +31,7 @@ type Loopback struct {
 
 // Path opens the listeners, until the end of the test.
 func (l Loopback) Path(t testing.TB) Path {
-	down, up := newPairs(t, l.Down), newPairs(t, l.Up)
+	down, up := newPairs(t, l.Down), l.servers(t)
 	connect := func(t testing.TB) *Flow {
 		t.Helper()
 		f := &Flow{result: make(chan relay.Result, 1)}
@@ -38,6 +41,15 @@ func (l Loopback) Path(t testing.TB) Path {
 		return f
 	}
 	return Path{Connect: connect, NoReset: l.Down == "unix" || l.Up == "unix", PIDs: []int{0}}
+}
+
+// servers makes the pairs of the relay and the server.
+func (l Loopback) servers(t testing.TB) *pairs {
+	t.Helper()
+	if l.Server != nil {
+		return &pairs{l: l.Server}
+	}
+	return newPairs(t, l.Up)
 }
 
 // run starts the relay with what l and the case want.

@@ -11,10 +11,14 @@ import (
 )
 
 // RunWire runs the cases that need an end which speaks TCP by hand: what overlaps, comes again, out of order, or with one byte, and
-// windows that are closed or small. It needs root. l's networks are IPv4.
+// windows that are closed or small. It is the client, and the server unless l has one. It needs root. l's networks are IPv4.
 func RunWire(t *testing.T, l Loopback) {
-	n, far := wire.New(t), newPairs(t, "")
-	for _, role := range []string{"client", "server"} {
+	n, servers, clients := wire.New(t), l.servers(t), newPairs(t, "")
+	roles := []string{"client", "server"}
+	if l.Server != nil {
+		roles = roles[:1]
+	}
+	for _, role := range roles {
 		// from and to are the relay's sockets.
 		connect := func(t *testing.T) (f *Flow, c *wire.Conn, other, from, to *net.TCPConn) {
 			t.Helper()
@@ -22,11 +26,11 @@ func RunWire(t *testing.T, l Loopback) {
 			var near, beyond net.Conn
 			if role == "client" {
 				c, from = n.Connect(t)
-				near, beyond = far.pair(t)
+				near, beyond = servers.pair(t)
 				f.Down, f.Up, f.Server = from, near, beyond
 			} else {
 				c, from = n.Answer(t)
-				beyond, near = far.pair(t)
+				beyond, near = clients.pair(t)
 				f.Up, f.Down, f.Client = from, near, beyond
 			}
 			t.Cleanup(func() { beyond.Close() })

@@ -1,0 +1,116 @@
+package datapath
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/loader"
+	"github.com/tailsplice/tailsplice/test/cgroup"
+	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
+)
+
+var _ relay.Datapath = (*loader.Local)(nil)
+
+// TestLocal runs the table over flows to a process on this host, whose listener is in a cgroup of its own.
+func TestLocal(t *testing.T) {
+	needRoot(t)
+	for _, c := range []struct {
+		network string
+		size    relaytest.Size
+	}{{"tcp4", relaytest.DefaultSize()}, {"tcp6", relaytest.SmallSize()}} {
+		t.Run(c.network, func(t *testing.T) {
+			l, local := loadLocal(t, "table-"+c.network)
+			server, _ := cgroup.Listen(t, c.network)
+			at := relaytest.Loopback{Up: c.network, Server: server, Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}
+			p := at.Path(t)
+			becomeKnown(t, local, p)
+			before := local.Stats()
+			relaytest.Run(t, p, c.size)
+			wasTested(t, local, before)
+		})
+	}
+}
+
+// TestLocalWire: with a client that sends what overlaps, comes again and out of order.
+func TestLocalWire(t *testing.T) {
+	needRoot(t)
+	l, local := loadLocal(t, "wire")
+	server, _ := cgroup.Listen(t, "tcp4")
+	at := relaytest.Loopback{Server: server, Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}
+	becomeKnown(t, local, at.Path(t))
+	before := local.Stats()
+	relaytest.RunWire(t, at)
+	wasTested(t, local, before)
+}
+
+// wasTested: most flows since before went past TCP. A few may have ended when they were offered, or have been too quick to be caught.
+func wasTested(t *testing.T, local *loader.Local, before loader.Stats) {
+	t.Helper()
+	s := local.Stats()
+	t.Logf("%+v", s)
+	refused := 0
+	for why, n := range s.Refused {
+		refused += n - before.Refused[why]
+	}
+	faults := false
+	for why := range s.Faults {
+		faults = faults || why != "peer is gone" // it may die at any time
+	}
+	if n := int(s.Spliced - before.Spliced); n == 0 || refused > n/2 || s.Off != "" || faults {
+		t.Errorf("it was not what was tested: %+v", s)
+	}
+}
+
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Getuid() == 0 {
+		return
+	}
+	if os.Getenv("CI") != "" {
+		t.Fatal("needs root")
+	}
+	t.Skip("needs root")
+}
+
+func loadLocal(t testing.TB, name string) (*loader.Loader, *loader.Local) {
+	t.Helper()
+	l, err := loader.New(loader.Options{Instance: fmt.Sprintf("ts-ldr-%s-%d", name, os.Getpid()), MaxFlows: 4096, Local: true, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	local, err := l.Local()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l, local
+}
+
+// becomeKnown makes flows until one is taken past TCP: the first to a target never is.
+func becomeKnown(t testing.TB, local *loader.Local, p relaytest.Path) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); ; {
+		before := local.Stats().Spliced
+		f := p.Connect(t)
+		f.Start(context.Background(), relay.Options{})
+		if err := relaytest.Exchange(f.Client, f.Server, 1000, 1000); err != nil {
+			t.Fatal(err)
+		}
+		f.Result(t)
+		if local.Stats().Spliced > before {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the target does not become known: %+v", local.Stats())
+		}
+	}
+}

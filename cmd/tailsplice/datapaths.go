@@ -15,25 +15,42 @@ import (
 var (
 	_ relay.Datapath = (*loader.Loader)(nil)
 	_ relay.Health   = (*loader.Loader)(nil)
+	_ relay.Datapath = (*loader.Local)(nil)
+	_ relay.Health   = (*loader.Local)(nil)
 )
 
 // loadDatapaths brings up the kernel datapaths that cfg asks for, and says in
 // Missing why another is not there. The caller closes them.
 func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) (o front.Options, closeAll func()) {
 	o.Missing = map[string]string{}
-	if !asksFor(cfg, loader.Name) {
-		o.Missing[loader.Name] = "no configuration asked for it at start: it is loaded when the daemon is started again"
+	const unasked = "no configuration asked for it at start: it is loaded when the daemon is started again"
+	local := asksFor(cfg, loader.LocalName)
+	if !local {
+		o.Missing[loader.LocalName] = unasked
+	}
+	if !local && !asksFor(cfg, loader.Name) {
+		o.Missing[loader.Name] = unasked
 		return o, func() {}
 	}
-	l, err := loader.New(loader.Options{Instance: instance(cfg), MaxFlows: cfg.Limits.Connections, KnownBad: knownBad, Log: log})
+	l, err := loader.New(loader.Options{Instance: instance(cfg), MaxFlows: cfg.Limits.Connections, Local: local, KnownBad: knownBad, Log: log})
 	if err != nil {
 		reason := err.Error()
 		if errors.Is(err, loader.ErrKnownBad) {
 			reason += " (--allow-known-bad-kernel overrides)"
 		}
 		o.Missing[loader.Name] = reason
+		if local {
+			o.Missing[loader.LocalName] = "it needs sockmap: " + reason
+		}
 		log.Warn("datapath sockmap is not available: `tailsplice doctor` says more", "reason", reason)
 		return o, func() {}
+	}
+	if local {
+		if n, err := l.Local(); err != nil {
+			o.Missing[loader.LocalName] = err.Error()
+		} else {
+			o.Datapaths = append(o.Datapaths, n)
+		}
 	}
 	o.Datapaths = append(o.Datapaths, l)
 	return o, func() {

@@ -51,7 +51,7 @@ what it could not see. The exit status is 0 whatever it finds.`,
   tailsplice doctor --json | jq '.machine[] | select(.state != "ok")'`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			r := report{Machine: append(loader.Probe(), findTransparent()), SelfTest: loader.SelfTest(loader.Options{}), Services: services(cmd.Context(), control)}
+			r := report{Machine: append(loader.Probe(), findTransparent()), SelfTest: loader.SelfTest(loader.Options{Local: true}), Services: services(cmd.Context(), control)}
 			if asJSON {
 				enc := json.NewEncoder(cmd.OutOrStdout())
 				enc.SetIndent("", "  ")

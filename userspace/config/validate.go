@@ -173,6 +173,7 @@ func (v *validator) listener(l *Listener) {
 	v.routesOf(mode, l)
 	if l.Default != nil {
 		v.action(l.Default, "default")
+		v.local(mode, l.Default)
 		v.http(mode, l.Default, "", "default")
 		v.access(mode, l, l.Default)
 	}
@@ -253,6 +254,7 @@ func (v *validator) routesOf(mode string, l *Listener) {
 	for i := range l.Routes {
 		r := &l.Routes[i]
 		v.action(&r.Action, "a route")
+		v.local(mode, &r.Action)
 		v.access(mode, l, &r.Action)
 		switch mode {
 		case "sni":
@@ -342,6 +344,24 @@ func (v *validator) reachable(seen map[match][]taken, r *Route, key string, name
 		default:
 			seen[m] = append(seen[m], taken{alpn: r.ALPN, methods: r.Methods, headers: r.Headers, line: at.Line})
 		}
+	}
+}
+
+// local refuses sk_msg where the target can't be a process that this host has a TCP connection to.
+func (v *validator) local(mode string, a *Action) {
+	if a.Datapath != "sk_msg" || a.unclear("datapath") || a.unclear("forward") {
+		return
+	}
+	at := a.At("datapath")
+	if mode == "http" || mode == "https" {
+		v.errorf(at, "datapath sk_msg moves bytes past this process, and a listener of mode %s has to see them: use mode sni or tcp, or leave it out", mode)
+		return
+	}
+	switch t := a.Target(); t.Scheme {
+	case "tailnet":
+		v.errorf(at, "datapath sk_msg needs a target on this host, and %s is reached over the tailnet: leave it out, or use it on %s itself", t, t.Host)
+	case "unix":
+		v.errorf(at, "datapath sk_msg spares TCP, which %s does without anyway: leave it out", t)
 	}
 }
 

@@ -49,7 +49,8 @@ type Options struct {
 	Version string
 
 	// Datapaths are those that work on this machine; userspace is always
-	// there and is not listed. Auto are those of them that `datapath: auto`
+	// there and is not listed. A flow that one refuses is offered to those
+	// behind it. Auto are those of them that `datapath: auto`
 	// tries, best first.
 	Datapaths, Auto []relay.Datapath
 	// Missing says why a datapath that configuration may name is not there.

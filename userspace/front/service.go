@@ -226,7 +226,8 @@ func written(a *config.Action) string {
 
 // chooseDatapaths turns the config's word into what to try before userspace.
 // Naming a datapath that this machine can't offer is an error: whoever names
-// one wants to know. auto takes what there is.
+// one wants to know. A flow that it refuses is offered to those behind it.
+// auto takes what there is.
 func (f *Front) chooseDatapaths(word string) ([]relay.Datapath, error) {
 	switch word {
 	case userspace:
@@ -236,7 +237,7 @@ func (f *Front) chooseDatapaths(word string) ([]relay.Datapath, error) {
 	}
 	for i, d := range f.opts.Datapaths {
 		if d.Name() == word {
-			return f.opts.Datapaths[i : i+1], nil
+			return f.opts.Datapaths[i:], nil
 		}
 	}
 	reason := f.opts.Missing[word]

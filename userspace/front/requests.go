@@ -157,6 +157,9 @@ func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *
 			return up, nil
 		},
 	}
+	if r.hold > 0 {
+		up.Watch = &vhost.Watch{Soon: holdFirst, Late: max(r.hold, holdFirst), Unheard: unheard}
+	}
 	u := a.Upstream
 	if u == nil {
 		return up, nil

@@ -40,6 +40,7 @@ type exchange struct {
 	upConn     atomic.Pointer[upstreamConn] // that the transport chose
 	reused     bool                         // it had been used before
 	sentBefore int64                        // bytes that it had taken then
+	watcher    *watcher                     // nil if it is not watched
 
 	whole bool // the handler returned: it did not abort the answer
 }
@@ -172,6 +173,9 @@ func (x *exchange) gotConn(i httptrace.GotConnInfo) {
 	}
 	x.upConn.Store(c)
 	x.reused, x.sentBefore = i.Reused, c.sent.Load()
+	if i.Reused && x.up.Watch != nil && x.up.Protocol == HTTP1 {
+		x.watch(c)
+	}
 	if x.body != nil {
 		c.join(x)
 	}
@@ -189,8 +193,9 @@ func (x *exchange) upstreamClosed(c *upstreamConn) {
 	})
 }
 
-// roundTripOver ends what waits for the upstream connection's end.
+// roundTripOver ends what waits for the upstream connection, or for its end.
 func (x *exchange) roundTripOver() {
+	x.unwatch()
 	if x.body == nil {
 		return
 	}

@@ -58,6 +58,8 @@ type Upstream struct {
 	// Roots, if not nil, is what TLS.RootCAs are, for each connection anew.
 	// Connections under another version are not used any more.
 	Roots func() (pool *x509.CertPool, version string)
+	// Watch, if not nil, is kept over connections that are used again.
+	Watch *Watch
 
 	health health
 }
@@ -161,7 +163,8 @@ func (up *Upstream) address(u *url.URL, x *exchange) {
 // when the transport closes it.
 type upstreamConn struct {
 	net.Conn
-	sent atomic.Int64 // bytes
+	sent    atomic.Int64 // bytes
+	unheard atomic.Bool  // it was given up: see Watch
 
 	mu    sync.Mutex
 	users map[*exchange]struct{} // whose requests have a body and no answer yet

@@ -1,0 +1,88 @@
+package vhost
+
+import (
+	"errors"
+	"net"
+	"sync"
+	"time"
+)
+
+// Watch is over connections in the pool whose other end may have fallen asleep,
+// which shows only once something is sent. It is for HTTP1.
+type Watch struct {
+	// Soon is how long the other end may acknowledge nothing of a request which
+	// may be repeated, before that gets a connection of its own. Late is for
+	// all others: they fail then.
+	Soon, Late time.Duration
+	// Unheard says whether a connection, as Dial returned it, has sent what was
+	// not acknowledged, and heard nothing for d.
+	Unheard func(c net.Conn, d time.Duration) bool
+}
+
+var errUnheard = Fail(ReasonTimeout, errors.New("the other end of the connection acknowledges nothing"))
+
+// watcher is a Watch over one request's connection until the answer begins.
+type watcher struct {
+	conn  *upstreamConn
+	watch *Watch
+	limit time.Duration
+
+	mu    sync.Mutex
+	timer *time.Timer
+	over  bool
+}
+
+// watch begins to watch x's connection, which was used before.
+func (x *exchange) watch(c *upstreamConn) {
+	x.unwatch()
+	w := &watcher{conn: c, watch: x.up.Watch, limit: x.up.Watch.Late}
+	if repeatable(x.req.Method) && x.body == nil {
+		w.limit = w.watch.Soon
+	}
+	w.mu.Lock() // look may be quicker
+	w.timer = time.AfterFunc(w.limit, w.look)
+	w.mu.Unlock()
+	x.watcher = w
+}
+
+// unwatch ends that.
+func (x *exchange) unwatch() {
+	if w := x.watcher; w != nil {
+		w.mu.Lock()
+		w.over = true
+		w.timer.Stop()
+		w.mu.Unlock()
+		x.watcher = nil
+	}
+}
+
+func (w *watcher) look() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.over:
+	case w.watch.Unheard(w.conn.Conn, w.limit):
+		w.over = true
+		w.conn.giveUp()
+	default:
+		w.timer.Reset(w.limit / 4)
+	}
+}
+
+// giveUp resets the connection, so that nothing of what is under way arrives
+// later, and its reader learns why.
+func (c *upstreamConn) giveUp() {
+	c.unheard.Store(true)
+	if l, ok := c.Conn.(interface{ SetLinger(int) error }); ok {
+		l.SetLinger(0)
+	}
+	c.Conn.Close()
+}
+
+func (c *upstreamConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err != nil && c.unheard.Load() {
+		err = errUnheard
+	}
+	return n, err
+}

@@ -264,6 +264,9 @@ func (s *Server) failed(_ http.ResponseWriter, out *http.Request, err error) {
 	x.err = err
 	if x.body.wasInterrupted() {
 		x.err = errUpstreamClosed // and what the transport says is what we did
+		if c := x.upConn.Load(); c != nil && c.unheard.Load() {
+			x.err = errUnheard
+		}
 	} else if status, cause := x.body.fault(x.req.Context()); status != 0 {
 		x.err = cause
 		x.resp.Header().Set("Connection", "close")

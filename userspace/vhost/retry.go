@@ -92,10 +92,7 @@ func (t transports) once(x *exchange, r *http.Request) (*http.Response, error) {
 	if p == H2C && wantsUpgrade(r) {
 		p = HTTP1 // HTTP/2 has no Upgrade, and who speaks h2c speaks that too
 	}
-	transport := t.s.shared[p]
-	if x.up.Speaks != ForAll {
-		transport = t.s.own[p]
-	}
+	transport := t.s.pool(x.up, p)
 	if x.route.AnswerTimeout > 0 {
 		var stop func()
 		r, stop = withAnswerTimeout(r, x.route.AnswerTimeout)
@@ -107,6 +104,14 @@ func (t transports) once(x *exchange, r *http.Request) (*http.Response, error) {
 		return res, err
 	}
 	return transport.RoundTrip(r)
+}
+
+// pool is where the connections to up are kept that speak p.
+func (s *Server) pool(up *Upstream, p Protocol) *http.Transport {
+	if up.Speaks != ForAll {
+		return s.own[p]
+	}
+	return s.shared[p]
 }
 
 var errAnswerTimeout = Fail(ReasonTimeout, errors.New("no answer within the route's timeouts.answer"))

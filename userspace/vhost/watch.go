@@ -3,6 +3,7 @@ package vhost
 import (
 	"errors"
 	"net"
+	"net/http"
 	"sync"
 	"time"
 )
@@ -26,6 +27,7 @@ type watcher struct {
 	conn  *upstreamConn
 	watch *Watch
 	limit time.Duration
+	pool  *http.Transport
 
 	mu    sync.Mutex
 	timer *time.Timer
@@ -35,7 +37,7 @@ type watcher struct {
 // watch begins to watch x's connection, which was used before.
 func (x *exchange) watch(c *upstreamConn) {
 	x.unwatch()
-	w := &watcher{conn: c, watch: x.up.Watch, limit: x.up.Watch.Late}
+	w := &watcher{conn: c, watch: x.up.Watch, limit: x.up.Watch.Late, pool: x.conn.server.pool(x.up, HTTP1)}
 	if repeatable(x.req.Method) && x.body == nil {
 		w.limit = w.watch.Soon
 	}
@@ -63,6 +65,7 @@ func (w *watcher) look() {
 	case w.over:
 	case w.watch.Unheard(w.conn.Conn, w.limit):
 		w.over = true
+		w.pool.CloseIdleConnections() // or each of them would be tried, one after the other
 		w.conn.giveUp()
 	default:
 		w.timer.Reset(w.limit / 4)

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -55,10 +56,18 @@ func TestWatch(t *testing.T) {
 		}
 		res, err := c.Do(req)
 		if err != nil {
-			t.Fatal(err)
+			t.Error(err)
+			return 0
 		}
 		res.Body.Close()
 		return res.StatusCode
+	}
+	all := func(n int) { // that many connections
+		var wg sync.WaitGroup
+		for range n {
+			wg.Go(func() { do("GET", "/slow", "") })
+		}
+		wg.Wait()
 	}
 	for _, step := range []struct {
 		method, path, body string
@@ -82,6 +91,13 @@ func TestWatch(t *testing.T) {
 		if d := time.Since(began); step.status == 504 && d < up.Watch.Late {
 			t.Errorf("given up after %v", d)
 		}
+	}
+	all(3)
+	before := conns.Load()
+	asleep.Store(true)
+	silent.Store(true)
+	if do("GET", "/", ""); conns.Load() != before+1 {
+		t.Errorf("%d connections more: want a new one at once, whatever is in the pool", conns.Load()-before)
 	}
 	if q := h.request(t, 4); q.Err == nil || !strings.Contains(q.Err.Error(), "acknowledges nothing") {
 		t.Errorf("reported: %v", q.Err)

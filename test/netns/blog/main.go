@@ -12,11 +12,18 @@
 //	GET  /status?code=N     an empty answer with that status
 //
 // On port 8081 it does the same for connections that begin with a PROXY header, and takes the other end of the socket from there.
+// Port 8443 has the same by TLS.
 package main
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	_ "embed"
 	"encoding/hex"
 	"encoding/json"
@@ -25,7 +32,8 @@ import (
 	"html/template"
 	"io"
 	"log"
-	"math/rand/v2"
+	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -91,6 +99,7 @@ func main() {
 		os.Exit(0)
 	}()
 	go serveProxied(mux)
+	go serveTLS(mux)
 	log.Printf("blog: listening on %s", addr)
 	log.Fatal(http.ListenAndServe(addr, mux))
 }
@@ -103,6 +112,27 @@ func serveProxied(h http.Handler) {
 	}
 	require := func(proxyproto.ConnPolicyOptions) (proxyproto.Policy, error) { return proxyproto.REQUIRE, nil }
 	log.Fatal(http.Serve(&proxyproto.Listener{Listener: ln, ConnPolicy: require}, h))
+}
+
+// serveTLS serves the same on port 8443, with a certificate of the container's name that it has made itself.
+func serveTLS(h http.Handler) {
+	ln, err := net.Listen("tcp", ":8443")
+	if err != nil {
+		log.Printf("blog: %v", err)
+		return
+	}
+	name, _ := os.Hostname()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		log.Fatal(err)
+	}
+	cert := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(24 * time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, cert, cert, key.Public(), key)
+	if err != nil {
+		log.Fatal(err)
+	}
+	s := &http.Server{Handler: h, TLSConfig: &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}}
+	log.Fatal(s.ServeTLS(ln, "", ""))
 }
 
 func observe(r *http.Request) facts {
@@ -175,7 +205,7 @@ func bytes(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.Header().Set("Trailer", "X-Sha256")
 	sum := sha256.New()
-	if _, err := io.CopyN(io.MultiWriter(w, sum), rand.NewChaCha8(seed), n); err != nil {
+	if _, err := io.CopyN(io.MultiWriter(w, sum), mathrand.NewChaCha8(seed), n); err != nil {
 		panic(http.ErrAbortHandler) // the client must see that it isn't whole
 	}
 	w.Header().Set("X-Sha256", hexSum(sum))

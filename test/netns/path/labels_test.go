@@ -1,7 +1,9 @@
 package path
 
 import (
+	"bufio"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -25,6 +27,10 @@ func TestLabels(t *testing.T) {
     mode: http
     docker: { enabled: true }
     routes: [{ host: [fixed.example], forward: "docker://blog:8080" }]
+  - name: hellos
+    listen: ["127.0.0.1:8444"]
+    mode: sni
+    docker: { enabled: true }
 `+limits, 1)
 	s.configure(t, s.laptop, config)
 	web := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DialContext: s.Laptop.Dial, DisableKeepAlives: true}}
@@ -126,6 +132,33 @@ func TestLabels(t *testing.T) {
 		t.Fatal(err)
 	}
 	wants(soon, "one.example", "/headers", "503") // until it is replaced, or forgotten
+	// A container that speaks TLS itself: its own certificate, and nobody on the way with a key.
+	run("secure", "host=secure.example", "port=8443", "tls=passthrough")
+	byTLS := func(name, want string) {
+		t.Helper()
+		eventually(t, soon, name+" by TLS", func() error {
+			got, err := handshake(t.Context(), s.Laptop, name)
+			if err != nil {
+				got = err.Error()
+			}
+			if !strings.Contains(got, want) {
+				return fmt.Errorf("%s: want %s", got, want)
+			}
+			return nil
+		})
+	}
+	byTLS("secure.example", "secure HTTP/1.1 200 OK")
+	byTLS("uno.example", "unrecognized name") // http only
+	wants(soon, "secure.example", "/headers", "404")
+	if _, err := s.Docker.Client.ContainerKill(t.Context(), "secure", client.ContainerKillOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	byTLS("secure.example", "internal error")
+	if _, err := s.Docker.Client.ContainerStart(t.Context(), "secure", client.ContainerStartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	byTLS("secure.example", "secure HTTP/1.1 200 OK")
+
 	// Without docker its routes are gone; the configured ones stay.
 	if err := s.laptop.SetConfig(strings.Replace(config, "enabled: true", "enabled: false", 1)); err != nil {
 		t.Fatal(err)
@@ -135,4 +168,21 @@ func TestLabels(t *testing.T) {
 	}
 	wants(soon, "uno.example", "/headers", "404")
 	wants(soon, "fixed.example", "/headers", "200 blog")
+}
+
+// handshake asks for a page by TLS, and returns the name on the certificate and the first line of the answer.
+func handshake(ctx context.Context, from *lab.Host, name string) (string, error) {
+	raw, err := from.Dial(ctx, "tcp", "127.0.0.1:8444")
+	if err != nil {
+		return "", err
+	}
+	defer raw.Close()
+	raw.SetDeadline(time.Now().Add(10 * time.Second))
+	c := tls.Client(raw, &tls.Config{ServerName: name, InsecureSkipVerify: true})
+	if err := c.Handshake(); err != nil {
+		return "", err
+	}
+	fmt.Fprintf(c, "GET /headers HTTP/1.0\r\nHost: %s\r\n\r\n", name)
+	line, err := bufio.NewReader(c).ReadString('\n')
+	return c.ConnectionState().PeerCertificates[0].Subject.CommonName + " " + strings.Replace(line, "1.0", "1.1", 1), err
 }

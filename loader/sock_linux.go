@@ -108,6 +108,20 @@ func (s socket) writtenBefore() (uint64, error) {
 	}
 }
 
+// readable: there are bytes to be read. poll says so already when they are somewhere on their way.
+func (s socket) readable() bool {
+	var b [1]byte
+	n, _, err := unix.Recvfrom(int(s), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	return n > 0 && err == nil
+}
+
+// widen makes room in the send buffer for n bytes more, whatever the limits say. The kernel does not change its size any more then.
+func (s socket) widen(n int) {
+	if size, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_SNDBUF); err == nil {
+		_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, size/2+n) // it takes twice as much, for its own needs
+	}
+}
+
 // kick makes the kernel look at what is queued: the verdict runs for it. A plain read would leave EPOLLIN stuck.
 func (s socket) kick() { _ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVLOWAT, 1) }
 

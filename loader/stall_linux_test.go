@@ -1,10 +1,12 @@
 package loader
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -87,4 +89,35 @@ func TestBeginKeepsWhatIsWatched(t *testing.T) {
 		f.halves[i].wake(0)
 	}
 	must(t, bothWays(p, 1<<20))
+}
+
+// Bytes that userspace has to copy get past those that wait in front of them, in the same queue of the kernel's, for a reader that
+// has stopped: each way goes on without the other.
+func TestBacklogOfTheOtherWay(t *testing.T) {
+	r := allRules
+	r.bound = false // so that there is a backlog
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	f := l.live[firstLive(l)].Load()
+	data := pattern(24 << 20)
+	sent := make(chan error, 1)
+	go func() { _, err := p.server.Write(data); sent <- err }()
+	must(t, <-sent)
+	atomic.StoreUint64(&f.halves[0].shared().Consumed, 1<<62) // the verdict passes, since passed is something else
+	_, err := p.client.Write([]byte("hello"))
+	must(t, err)
+	for end := time.Now().Add(5 * time.Second); f.halves[0].snapshot().passed == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nothing was passed")
+		}
+	}
+	f.halves[0].wake(0) // the verdict has rung, but for another number
+	p.server.SetDeadline(time.Now().Add(30 * time.Second))
+	must(t, expect(p.server, []byte("hello")))
+	p.client.SetDeadline(time.Now().Add(30 * time.Second))
+	must(t, expect(p.client, data))
+	must(t, errors.Join(send(p.client, p.server, 1, 1<<20), send(p.server, p.client, 2, 1<<20)))
+	if n := l.Stats().Stalls; n != 0 {
+		t.Errorf("%d stalls", n)
+	}
 }

@@ -19,7 +19,7 @@ export GOTOOLCHAIN ?= auto
 
 .PHONY: help
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: provision
 provision: ## Install what build, test and demo need (Debian, root; nothing to do is quick)
@@ -43,6 +43,10 @@ test-unit: ## Unit tests with the race detector, and the build for other systems
 test-lab: ## The path over a real tailnet, in network namespaces (root)
 	cd $(LAB) && go test -timeout 25m -p 1 $(TESTFLAGS) ./...
 	cd $(BENCHDIR) && go test $(TESTFLAGS) ./...
+
+.PHONY: test-kernels
+test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in QEMU (root, amd64; not a part of test; 15 minutes)
+	@scripts/test-kernels
 
 .PHONY: demo
 demo: provision build ## Show the whole path at work; KEEP=1 leaves it up

@@ -236,6 +236,9 @@ func (h *half) copy() (o outcome, wait bool) {
 			if h.copying.Load() || load64(&m.Passed) != h.consumed {
 				// Passed, and not in the queue yet.
 				f.watchAlso(h.i, unix.EPOLLIN, true)
+				if f.l.rules.way && !h.copying.Load() {
+					h.makeWay()
+				}
 				return outcome{}, true
 			}
 			break
@@ -261,6 +264,23 @@ func (h *half) copy() (o outcome, wait bool) {
 	f.watchAlso(h.i, unix.EPOLLIN, false)
 	f.watchAlso(1-h.i, unix.EPOLLOUT, false)
 	return outcome{}, false
+}
+
+// makeWay lets bytes that were passed get past some that go the other way and wait in front of them, since the kernel has one queue
+// for both, for a send buffer to take them: TCP may have cut the buffer down after the verdict found room, for lack of memory. It is made
+// larger. Each way must go on without the other: it may be for the bytes behind that those before are not read. And what waits there is charged to
+// nobody, so the sender is not held up.
+func (h *half) makeWay() {
+	p := []unix.PollFd{{Fd: int32(h.source()), Events: unix.POLLOUT}}
+	if n, err := unix.Poll(p, 0); n > 0 || err != nil {
+		return // there is room, and what waits is on its way
+	}
+	back := &h.f.halves[1-h.i]
+	written, err := h.source().written()
+	if waiting := int64(back.moved() - (written - back.written0)); err == nil && waiting > 0 {
+		h.source().widen(int(waiting))
+		h.f.l.log.Debug("a send buffer was made larger, for bytes that wait in front of those that go the other way", "flow", h.f.cookies[0], "bytes", waiting)
+	}
 }
 
 // redirectedIsWritten: the peer's TCP has all bytes of this half that come before h.rest.

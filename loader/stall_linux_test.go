@@ -3,6 +3,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
@@ -91,27 +92,34 @@ func TestBeginKeepsWhatIsWatched(t *testing.T) {
 	must(t, bothWays(p, 1<<20))
 }
 
-// Bytes that userspace has to copy get past those that wait in front of them, in the same queue of the kernel's, for a reader that
-// has stopped: each way goes on without the other.
-func TestBacklogOfTheOtherWay(t *testing.T) {
-	r := allRules
+// behind makes a flow whose upward direction is passing, with 24 MiB in front of what is passed, for a client that does not read.
+func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
 	r.bound = false // so that there is a backlog
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{})
-	f := l.live[firstLive(l)].Load()
+	p := splicePath(t, l, pathOptions{buffer: 1 << 20})
+	h := &l.live[firstLive(l)].Load().halves[0]
 	data := pattern(24 << 20)
-	sent := make(chan error, 1)
-	go func() { _, err := p.server.Write(data); sent <- err }()
-	must(t, <-sent)
-	atomic.StoreUint64(&f.halves[0].shared().Consumed, 1<<62) // the verdict passes, since passed is something else
-	_, err := p.client.Write([]byte("hello"))
+	_, err := p.server.Write(data)
 	must(t, err)
-	for end := time.Now().Add(5 * time.Second); f.halves[0].snapshot().passed == 0; time.Sleep(time.Millisecond) {
+	atomic.StoreUint64(&h.shared().Consumed, 1<<62) // the verdict passes, since passed is something else
+	_, err = p.client.Write([]byte("hello"))
+	must(t, err)
+	for end := time.Now().Add(5 * time.Second); h.snapshot().passed == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("nothing was passed")
 		}
 	}
-	f.halves[0].wake(0) // the verdict has rung, but for another number
+	atomic.StoreUint64(&h.shared().Consumed, 0)
+	h.wake(0) // the verdict has rung, but for another number
+	return l, p, data
+}
+
+// Bytes that userspace has to copy get past those that wait in front of them, in the same queue of the kernel's, for a reader that
+// has stopped: each way goes on without the other.
+func TestBacklogOfTheOtherWay(t *testing.T) {
+	r := allRules
+	r.look = false
+	l, p, data := behind(t, r)
 	p.server.SetDeadline(time.Now().Add(30 * time.Second))
 	must(t, expect(p.server, []byte("hello")))
 	p.client.SetDeadline(time.Now().Add(30 * time.Second))
@@ -120,4 +128,20 @@ func TestBacklogOfTheOtherWay(t *testing.T) {
 	if n := l.Stats().Stalls; n != 0 {
 		t.Errorf("%d stalls", n)
 	}
+}
+
+// Where no way can be made, what is passed is bounded all the same.
+func TestRuleWayOff(t *testing.T) {
+	r := allRules
+	r.way = false
+	l, p, _ := behind(t, r)
+	p.client.SetDeadline(time.Now().Add(30 * time.Second))
+	n, err := io.Copy(p.client, io.LimitReader(zeroes{}, 1<<30))
+	if !isReset(err) {
+		t.Errorf("%d bytes were taken, %v", n, err)
+	}
+	if end := p.wait(5 * time.Second); end.end != endError || l.Stats().Faults["TCP is out of memory"] != 1 {
+		t.Errorf("%+v, %+v", end, l.Stats())
+	}
+	t.Logf("%d MiB were taken", n>>20)
 }

@@ -121,10 +121,10 @@ const eventDelay = 200 * time.Millisecond
 
 // missed: nobody is at the half, though it could go on with what it waits for.
 func (h *half) missed() bool {
-	if h.bits.Load()&running != 0 || h.timed.Load() {
+	f := h.f
+	if h.bits.Load()&running != 0 || h.timed.Load() || f.broken.Load() != nil {
 		return false
 	}
-	f := h.f
 	f.watchMu.Lock()
 	in, out := f.also[h.i]&unix.EPOLLIN != 0, f.also[1-h.i]&unix.EPOLLOUT != 0
 	f.watchMu.Unlock()
@@ -136,28 +136,15 @@ func (h *half) missed() bool {
 		}
 	case in:
 		if !h.source().readable() {
-			h.makeWay()
+			if f.l.rules.way {
+				h.makeWay()
+			}
 			return false
 		}
 	default: // asleep, with bytes that were passed
 		return true
 	}
 	return !f.l.watch.behind() // else the event may be one of those that wait
-}
-
-// makeWay lets bytes pass that wait in the source's backlog behind some that go the other way, and which the source's send buffer does not
-// take: there is one queue for both. Each way must go on without the other, and it may be for the bytes behind that those before
-// are not read. The verdict redirects only what fits, so this is rare: TCP may have cut the buffer down since, for lack of memory.
-func (h *half) makeWay() {
-	back := &h.f.halves[1-h.i]
-	written, err := h.source().written()
-	if err != nil {
-		return
-	}
-	if waiting := int64(back.moved() - (written - back.written0)); waiting > 0 {
-		h.source().widen(int(waiting))
-		h.f.l.log.Debug("a send buffer is made larger, for bytes that wait in front of those that go the other way", "flow", h.f.cookies[0], "bytes", waiting)
-	}
 }
 
 // nudge ends a stall of copying, if it still is one.

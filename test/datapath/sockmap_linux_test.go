@@ -37,6 +37,11 @@ func TestSockmapWire(t *testing.T) {
 	relaytest.RunWire(t, relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{load(t)}}})
 }
 
+// TestUserspace is for the kernels on which there is nothing else: see scripts/test-kernels.
+func TestUserspace(t *testing.T) {
+	relaytest.Run(t, relaytest.Loopback{}.Path(t), relaytest.SmallSize())
+}
+
 // load loads the datapath until the end of the test, which fails if it was not what was tested.
 func load(t *testing.T) *loader.Loader {
 	t.Helper()

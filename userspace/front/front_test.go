@@ -138,6 +138,21 @@ func writePair(t *testing.T, c tls.Certificate) (cert, key string) {
 	return cert, key
 }
 
+// writeCA replaces a file of authorities.
+func writeCA(t *testing.T, file string, certs ...tls.Certificate) {
+	t.Helper()
+	var data []byte
+	for _, c := range certs {
+		data = append(data, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Certificate[0]})...)
+	}
+	if err := os.WriteFile(file+".new", data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(file+".new", file); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // backend accepts connections and hands each to serve.
 func backend(t *testing.T, serve func(net.Conn)) string {
 	t.Helper()

@@ -3,13 +3,11 @@ package front
 import (
 	"bufio"
 	"crypto/tls"
-	"encoding/pem"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -18,21 +16,6 @@ import (
 
 	"golang.org/x/sys/unix"
 )
-
-// writeCA replaces a file of authorities.
-func writeCA(t *testing.T, file string, certs ...tls.Certificate) {
-	t.Helper()
-	var data []byte
-	for _, c := range certs {
-		data = append(data, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Certificate[0]})...)
-	}
-	if err := os.WriteFile(file+".new", data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(file+".new", file); err != nil {
-		t.Fatal(err)
-	}
-}
 
 // TestAuthoritiesFollowed changes the files of an upstream's and of clients'
 // authorities under a running daemon: what they say counts from then on, for

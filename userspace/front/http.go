@@ -30,7 +30,7 @@ func (f *Front) newHTTPServer(l *listener, certs *tlsterm.Store) *httpServer {
 	ctx, stop := context.WithCancel(f.ctx)
 	o := vhost.Options{Node: f.node(), Log: f.log, Answer: f.acme.ServeChallenge, OnRequest: func(r vhost.Request) { f.requestEnded(l, r) }, Guard: f.listenerGuard(l),
 		Route: func(r *http.Request, host, path string) (*vhost.Route, error) {
-			return l.service.Load().routeRequest(r, host, path)
+			return l.service.Load().routeRequest(r, host, path, certs)
 		},
 		HSTS: func() string { return l.service.Load().hsts }, Timing: func() bool { return l.service.Load().timing }}
 	if certs != nil {

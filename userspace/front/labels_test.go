@@ -139,7 +139,7 @@ func TestLabelsLookup(t *testing.T) {
 	d.mu.Unlock()
 	for request, want := range map[string]string{"fixed.org/api/deep/x": "container a", "fixed.org/api/x": "config", "fixed.org/y": "container b", "x.net/": "config"} {
 		host, path, _ := strings.Cut(request, "/")
-		to, err := next.services["web"].routeRequest(new(http.Request), host, "/"+path)
+		to, err := next.services["web"].routeRequest(new(http.Request), host, "/"+path, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -16,9 +17,9 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// routeRequest finds the route of a request.
-func (s *service) routeRequest(req *http.Request, host, path string) (*vhost.Route, error) {
-	r, err := s.findRequest(req, host, path)
+// routeRequest finds the route of a request. certs is nil for http.
+func (s *service) routeRequest(req *http.Request, host, path string, certs *tlsterm.Store) (*vhost.Route, error) {
+	r, err := s.findRequest(req, host, path, certs)
 	switch {
 	case err != nil:
 		return nil, err
@@ -31,11 +32,12 @@ func (s *service) routeRequest(req *http.Request, host, path string) (*vhost.Rou
 // findRequest finds the rule of a request. A host's rules are tried by path,
 // longest first, then in the config's order; then shorter wildcards, then the
 // default.
-func (s *service) findRequest(req *http.Request, host, path string) (*rule, error) {
-	known := false
+func (s *service) findRequest(req *http.Request, host, path string, certs *tlsterm.Store) (*rule, error) {
+	known, exactly := false, false
 	var allow []string
 	r, ok := s.names.Lookup(host, func(r *rule) bool {
 		known = true
+		exactly = exactly || slices.Contains(r.patterns, host)
 		ok, otherMethod := r.match.Takes(req, path)
 		if otherMethod {
 			for _, m := range r.match.Methods {
@@ -47,6 +49,8 @@ func (s *service) findRequest(req *http.Request, host, path string) (*rule, erro
 		return ok
 	})
 	switch {
+	case ok && !exactly && coalesced(req, host, certs):
+		return nil, vhost.ErrMisdirected
 	case ok:
 		return r, nil
 	case allow != nil:
@@ -55,6 +59,15 @@ func (s *service) findRequest(req *http.Request, host, path string) (*rule, erro
 		return nil, vhost.ErrNoPath
 	}
 	return nil, vhost.ErrNoHost
+}
+
+// coalesced says whether a browser sends the request on a connection that it has
+// made for another name, because their certificate is the same. A connection for
+// this name might have led elsewhere: edges choose by the name in the hello. So
+// only a route for the very name takes such requests.
+func coalesced(req *http.Request, host string, certs *tlsterm.Store) bool {
+	return certs != nil && req.ProtoMajor >= 2 && req.TLS != nil && req.TLS.ServerName != "" &&
+		!strings.EqualFold(req.TLS.ServerName, host) && certs.Shared(req.TLS.ServerName, host)
 }
 
 // asksClients says whether some route of a host wants a client's certificate.

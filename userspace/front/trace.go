@@ -233,7 +233,7 @@ func (s *service) find(req *http.Request, path string, q Question) (*rule, strin
 		}
 		return r, ""
 	}
-	r, err := s.findRequest(req, q.Host, path)
+	r, err := s.findRequest(req, q.Host, path, nil)
 	var method *vhost.MethodError
 	switch {
 	case err == nil:

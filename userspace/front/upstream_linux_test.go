@@ -112,9 +112,9 @@ listeners:
     mode: http
     routes:
       - { host: connect.test, forward: %q, timeouts: { connect: 200ms } }
-      - { host: answer.test, forward: %[3]q, timeouts: { answer: 200ms } }
+      - { host: answer.test, forward: [ %[3]q, { to: %[4]q, weight: 0 } ], timeouts: { answer: 200ms } }
       - { host: body.test, forward: %[3]q, timeouts: { body: 200ms } }
-`, addr, full(t), silent))
+`, addr, full(t), silent, httpBackend(t, func(http.ResponseWriter, *http.Request) { t.Error("what took too long is tried elsewhere") })))
 	res, body := ask(t, addr, "GET", "connect.test", "/", nil)
 	if res.StatusCode != 504 {
 		t.Errorf("connect: %d %s", res.StatusCode, body)
@@ -190,7 +190,7 @@ func TestSharing(t *testing.T) {
 			}
 		}
 	})
-	addr := freeAddr(t)
+	addr, later := freeAddr(t), freeAddr(t)
 	start(t, fmt.Sprintf(`
 listeners:
   - listen: %q
@@ -199,7 +199,8 @@ listeners:
       - { host: weights.test, forward: [ { to: %[2]q, weight: 3 }, %[3]q, { to: %[4]q, weight: 0 } ] }
       - { host: hangs.test, forward: [ %[5]q, { to: %[4]q, weight: 0 } ] }
       - { host: down.test, forward: [ "127.0.0.1:9", { to: %[4]q, weight: 0 } ] }
-`, addr, big, small, spare, hangsUp))
+      - { host: later.test, forward: [ %[6]q, "127.0.0.1:9" ] }
+`, addr, big, small, spare, hangsUp, later))
 	const all = 400
 	for range all {
 		ask(t, addr, "GET", "weights.test", "/", nil)
@@ -216,6 +217,7 @@ listeners:
 	}{
 		{"GET", "hangs.test", "", 200, "spare GET ", 1},
 		{"PUT", "hangs.test", "whole", 200, "spare PUT whole", 1},
+		{"PUT", "hangs.test", strings.Repeat("x", 200<<10), 502, "hung up", 1}, // more than is kept of it
 		{"DELETE", "hangs.test", "", 200, "spare DELETE ", 1},
 		{"POST", "hangs.test", "pay", 502, "hung up", 1},
 		{"PATCH", "hangs.test", "x", 502, "hung up", 1},
@@ -233,6 +235,19 @@ listeners:
 		if res.StatusCode != c.status || !strings.Contains(string(b), c.want) || heard.Load() != c.heard {
 			t.Errorf("%s %s: %d %q, heard %d times; want %d %q, %d", c.method, c.host, res.StatusCode, b, heard.Load(), c.status, c.want, c.heard)
 		}
+	}
+	// Where none could be reached lately, they are tried all the same.
+	if res, _ := ask(t, addr, "GET", "later.test", "/", nil); res.StatusCode != 502 {
+		t.Errorf("before there is a target: %d", res.StatusCode)
+	}
+	ln, err := net.Listen("tcp", later)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go http.Serve(ln, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "here") }))
+	if res, body := ask(t, addr, "GET", "later.test", "/", nil); res.StatusCode != 200 {
+		t.Errorf("a target that came back a moment ago: %d %s", res.StatusCode, body)
 	}
 	// An answer that has begun is not begun again.
 	heard.Store(0)

@@ -16,6 +16,7 @@ package tlsterm
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -175,6 +176,27 @@ func (s *Store) Run(ctx context.Context) {
 // Covers says whether some certificate covers host, which may be upper case, an
 // IP address (in brackets or not), and end with a dot; it has no port.
 func (s *Store) Covers(host string) bool { return s.set.Load().covers(canonical(host)) }
+
+// Shared says whether the certificate which a client gets for name is good for
+// other too: browsers send requests for both on one connection then (RFC 9113
+// 9.1.1). The names are as in Covers.
+func (s *Store) Shared(name, other string) bool {
+	name, other = canonical(name), canonical(other)
+	for _, e := range s.set.Load().candidates(name) {
+		c, err := e.certificate(&tls.ClientHelloInfo{ServerName: name})
+		if err != nil || c == nil {
+			continue
+		}
+		leaf := c.Leaf
+		if leaf == nil && len(c.Certificate) > 0 {
+			leaf, _ = x509.ParseCertificate(c.Certificate[0])
+		}
+		if leaf != nil && leaf.VerifyHostname(other) == nil {
+			return true
+		}
+	}
+	return false
+}
 
 // Info describes one certificate, for status.
 type Info struct {

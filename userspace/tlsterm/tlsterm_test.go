@@ -290,6 +290,33 @@ func TestChoice(t *testing.T) {
 	}
 }
 
+// TestShared checks which names have one certificate.
+func TestShared(t *testing.T) {
+	dir := t.TempDir()
+	asked := mint(t, nil, []string{"*.asked.org"})
+	specs := []Spec{files(t, dir, "a", mint(t, nil, []string{"a.org", "*.a.org"})), files(t, dir, "b", mint(t, nil, []string{"b.org"})),
+		{Name: "asked", Covers: func(name string) bool { return strings.HasSuffix(name, ".asked.org") },
+			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+				return &tls.Certificate{Certificate: [][]byte{asked.cert.Raw}, PrivateKey: asked.key}, nil
+			}}}
+	var log lines
+	s, err := Load(specs, log.logger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name, other string
+		want        bool
+	}{
+		{"a.org", "x.a.org", true}, {"X.A.org.", "a.org", true}, {"x.a.org", "y.x.a.org", false}, {"a.org", "b.org", false}, {"b.org", "a.org", false},
+		{"x.asked.org", "y.asked.org", true}, {"x.asked.org", "asked.org", false}, {"nobody.org", "a.org", false}, {"", "a.org", false},
+	} {
+		if got := s.Shared(c.name, c.other); got != c.want {
+			t.Errorf("Shared(%q, %q) = %t", c.name, c.other, got)
+		}
+	}
+}
+
 // TestTwoKinds checks that of an RSA and an ECDSA certificate for one name each
 // client gets one that it can verify.
 func TestTwoKinds(t *testing.T) {

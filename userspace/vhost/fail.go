@@ -177,6 +177,8 @@ func (s *Server) refuse(x *exchange, err error) {
 	case errors.As(err, &method):
 		x.resp.Header().Set("Allow", strings.Join(method.Allow, ", "))
 		s.page(x, http.StatusMethodNotAllowed, fault{title: "Not this way", text: sentence(host) + " does not take " + x.req.Method + " at this path."})
+	case errors.Is(err, ErrMisdirected):
+		s.page(x, http.StatusMisdirectedRequest, fault{title: "Come again with a connection of its own", text: "This connection was made for another name, and requests for " + x.host + " may belong elsewhere."})
 	case errors.Is(err, ErrNoHost) && x.req.TLS != nil:
 		s.page(x, http.StatusMisdirectedRequest, fault{title: "Nothing is served for " + host + " here",
 			text: s.opts.Node + " has no route for " + host + ".",

@@ -69,7 +69,7 @@ type Options struct {
 	// Route says what becomes of a request. host is lower case, without port
 	// and trailing dot, an IPv6 address without brackets, "" if the client sent
 	// none; path is decoded and has no dot segments. Errors: ErrNoHost,
-	// ErrNoPath, a MethodError, ErrRejected; any other is an internal error
+	// ErrMisdirected, ErrNoPath, a MethodError, ErrRejected; any other is an internal error
 	// (500). Called for each request, so a reload needs no new Server.
 	Route func(r *http.Request, host, path string) (*Route, error)
 
@@ -107,6 +107,9 @@ var (
 	// so that a browser which reused a connection for one more name of the
 	// certificate tries again with a fresh one; 404 otherwise.
 	ErrNoHost = errors.New("no route for this host")
+	// ErrMisdirected says that the connection is one for another name, and that
+	// the request may belong elsewhere: 421, and browsers try again as above.
+	ErrMisdirected = errors.New("the connection was made for another name")
 	// ErrNoPath says that the host has routes, and none for the path: 404.
 	ErrNoPath = errors.New("no route for this path")
 	// ErrRejected says that the config rejects such requests: 403.

@@ -361,6 +361,37 @@ listeners: [ { name: web, listen: [%q], mode: sni, default: { forward: %q, send_
 	}
 }
 
+// TestProxyUnknown: somebody whom the hop before can't name is unknown to the next one too, and is not that hop.
+func TestProxyUnknown(t *testing.T) {
+	headers := make(chan *proxyheader.Header, 1)
+	last := backend(t, func(c net.Conn) {
+		defer c.Close()
+		h, _, err := proxyheader.Read(c, 4096, 5*time.Second)
+		if err != nil {
+			t.Error(err)
+		}
+		headers <- h
+		io.WriteString(c, "HTTP/1.0 204 No Content\r\n\r\n")
+	})
+	tcp, web := freeAddr(t), freeAddr(t)
+	start(t, fmt.Sprintf(`
+listeners:
+  - { listen: [%q], mode: tcp, accept_proxy: { from: [127.0.0.1] }, default: { forward: %q, send_proxy: v2 } }
+  - { listen: [%q], mode: http, accept_proxy: { from: [127.0.0.1] }, default: { forward: %q, send_proxy: v2 } }
+`, tcp, last, web, last))
+	for _, addr := range []string{tcp, web} {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		io.WriteString(c, "PROXY UNKNOWN\r\nGET / HTTP/1.0\r\nHost: a.test\r\n\r\n")
+		if h := <-headers; h == nil || h.Source.IsValid() || h.Local {
+			t.Errorf("the target heard %+v", h)
+		}
+	}
+}
+
 // TestProxyFromStranger: the header closes the connection and the log says
 // who; without a header the same peer is a client like any other.
 func TestProxyFromStranger(t *testing.T) {
@@ -609,7 +640,7 @@ func TestForwardedBehindProxyHeader(t *testing.T) {
 	for _, c := range []struct{ name, header, want string }{
 		{"none", "", "6.6.6.6, 127.0.0.1"},
 		{"a client", "PROXY TCP4 203.0.113.9 192.0.2.1 1234 443\r\n", "203.0.113.9"},
-		{"a client that is not known", "PROXY UNKNOWN\r\n", "127.0.0.1"},
+		{"a client that is not known", "PROXY UNKNOWN\r\n", "unknown"},
 		{"the hop itself", string(proxyheader.Header{Local: true}.Append(nil)), "6.6.6.6, 127.0.0.1"},
 	} {
 		conn := dialTCP(t, addr)

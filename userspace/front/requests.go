@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -162,6 +163,9 @@ func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *
 			}
 			if r.sendProxy {
 				h := proxyheader.Header{Source: info.Client, Destination: info.Local, ServerName: info.ServerName, ID: info.ID}
+				if info.Anonymous {
+					h.Source = netip.AddrPort{} // as in proxyHeader
+				}
 				if _, err := up.Write(h.Append(nil)); err != nil {
 					up.Close()
 					return nil, fmt.Errorf("send the PROXY header: %w", err)

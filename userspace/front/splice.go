@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"sync/atomic"
 	"time"
 
@@ -189,6 +190,9 @@ func (f *Front) dialRule(ctx context.Context, listener string, r *rule, who visi
 // proxyHeader says to the next hop what this one knows of the client.
 func (f *Front) proxyHeader(in *inbound, hello *sni.Hello) proxyheader.Header {
 	h := proxyheader.Header{Source: in.client, Destination: in.local, ServerName: in.name, ID: in.id}
+	if in.anonymous {
+		h.Source = netip.AddrPort{} // not the hop before: it isn't the client, and has rights of its own
+	}
 	if hello != nil && len(hello.ALPN) > 0 {
 		h.ALPN = hello.ALPN[0] // the one that the client likes best
 	}

@@ -222,6 +222,7 @@ listen l
 		{"tcp6", v6, "src=[2001:db8::1]:12345 dst=[2001:db8::2]:443 authority=- id=-"},
 		{"mixed", Header{Source: v6.Source, Destination: v4.Destination}, "src=[2001:db8::1]:12345 dst=[::ffff:198.51.100.2]:443 authority=- id=-"},
 		{"no destination", Header{Source: v4.Source}, "src=[192.0.2.1]:12345 dst=[0.0.0.0]:0 authority=- id=-"},
+		{"unknown", Header{ID: "0191e3b6c1d27a3f"}, "src=[0.0.0.0]:0 dst=[0.0.0.0]:0 authority=- id=0191e3b6c1d27a3f"},
 		{"local", Header{Local: true}, "src=%s dst=" + bracketed(own) + " authority=- id=-"},
 	}
 	for _, tt := range tests {

@@ -65,6 +65,9 @@ func parse(b []byte) (*Header, error) {
 	h := new(Header)
 	if ph.Command.IsProxy() {
 		h.Source, h.Destination = addrPort(ph.SourceAddr), addrPort(ph.DestinationAddr)
+		if unknown(h.Source) {
+			h.Source, h.Destination = netip.AddrPort{}, netip.AddrPort{}
+		}
 		if unknown(h.Destination) {
 			h.Destination = netip.AddrPort{}
 		}

@@ -21,7 +21,7 @@ import (
 // Header is what a PROXY header says. The zero value says nothing.
 type Header struct {
 	// Source is the client, Destination what it connected to. They are invalid when the header does not say (LOCAL,
-	// UNKNOWN, unix sockets): then the connection's own addresses count. IPv4 is never in its IPv6-mapped form.
+	// UNKNOWN, unix sockets, 0.0.0.0:0): then the connection's own addresses count. IPv4 is never in its IPv6-mapped form.
 	Source, Destination netip.AddrPort
 
 	// Local says that the sender made the connection for itself, a health check, say.
@@ -34,13 +34,17 @@ type Header struct {
 
 // Append appends the header in version 2 to b.
 //
-// The command is LOCAL when Local is set or Source is invalid, without addresses. An invalid Destination with a valid
+// The command is LOCAL when Local is set, without addresses. An invalid Source, of somebody who is not known, is sent as the
+// unspecified address: HAProxy refuses a header that leaves it out. An invalid Destination with a valid
 // Source is sent as the unspecified address. Source and Destination of different families are both sent as IPv6, IPv4
 // in its mapped form. A text field that a reader would ignore (see [Read]) is left out.
 func (h Header) Append(b []byte) []byte {
 	ph := proxyproto.Header{Version: 2, Command: proxyproto.LOCAL, TransportProtocol: proxyproto.UNSPEC}
 	src, dst := plain(h.Source), plain(h.Destination)
-	if !h.Local && src.IsValid() {
+	if !h.Local && unknown(src) {
+		src, dst = netip.AddrPortFrom(netip.IPv4Unspecified(), 0), netip.AddrPort{}
+	}
+	if !h.Local {
 		ph.Command = proxyproto.PROXY
 		ph.TransportProtocol = proxyproto.TCPv4
 		if unknown(dst) && src.Addr().Is4() {
@@ -76,9 +80,9 @@ func (h Header) Append(b []byte) []byte {
 // plain is a with IPv4 out of its mapped form. (A zone does not travel: no header has a place for it.)
 func plain(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
 
-// unknown reports whether a destination says nothing: invalid, or as Append writes that.
-func unknown(dst netip.AddrPort) bool {
-	return !dst.IsValid() || dst.Addr().IsUnspecified() && dst.Port() == 0
+// unknown reports whether an address says nothing: invalid, or as Append writes that.
+func unknown(a netip.AddrPort) bool {
+	return !a.IsValid() || a.Addr().IsUnspecified() && a.Port() == 0
 }
 
 // Verdict is what the first bytes of a stream say about a PROXY header.

@@ -46,8 +46,10 @@ func isForwarding(name string) bool {
 // setForwarded makes the forwarding headers of the request that goes out, whose
 // header is out. From a hop that is believed, what it sent is kept and this hop
 // added; from anyone else all of it is dropped first. Who a tailnet's user is
-// each hop asks its own tailscaled: Tailscale- headers are always dropped.
-func setForwarded(in *http.Request, out http.Header, info ConnInfo, id string) {
+// each hop asks its own tailscaled: Tailscale- headers are always dropped. Of a
+// client that is not known (see clientOf) it says so: the hop's own address
+// would give it the hop's rights further on.
+func setForwarded(in *http.Request, out http.Header, info ConnInfo, known bool, id string) {
 	believed := believes(info, in.TLS != nil)
 	for name := range out {
 		if isForwarding(name) && (!believed || strings.ContainsRune(name, '_') || strings.HasPrefix(strings.ToLower(name), "tailscale-")) {
@@ -75,7 +77,11 @@ func setForwarded(in *http.Request, out http.Header, info ConnInfo, id string) {
 			elements = elementsOf(chain, forHost, forProto)
 		}
 	}
-	if client.IsValid() {
+	switch {
+	case !known:
+		client = netip.Addr{}
+		chain = append(chain, nodeName(client))
+	case client.IsValid():
 		chain = append(chain, client.String())
 	}
 	elements = append(elements, element(client, in.Host, proto))

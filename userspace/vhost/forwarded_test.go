@@ -131,6 +131,10 @@ func TestTrustedHop(t *testing.T) {
 			http.Header{"X-Forwarded-For": {"2001:db8::5, 127.0.0.1"}, "X-Forwarded-Proto": {"https"}, "X-Forwarded-Host": {"www.example.org"},
 				"Forwarded": {`for="[2001:db8::5]";host=www.example.org;proto=https, for=127.0.0.1;host=example.org;proto=http`}, "X-Tailsplice-Id": {"0123456789abcdef"}},
 		},
+		"somebody": {
+			http.Header{"X-Forwarded-For": {"unknown"}},
+			http.Header{"X-Forwarded-For": {"unknown, unknown"}, "Forwarded": {"for=unknown;host=example.org;proto=http, for=unknown;host=example.org;proto=http"}},
+		},
 		"several lines": {
 			http.Header{"X-Forwarded-For": {"192.0.2.1", "192.0.2.2 ,192.0.2.3"}},
 			http.Header{"X-Forwarded-For": {"192.0.2.1, 192.0.2.2, 192.0.2.3, 127.0.0.1"}, "Forwarded": {"for=192.0.2.1;host=example.org;proto=http, for=192.0.2.2, for=192.0.2.3, for=127.0.0.1;host=example.org;proto=http"}},
@@ -156,6 +160,18 @@ func TestTrustedHop(t *testing.T) {
 				t.Errorf("got through:\n%s", body)
 			}
 		})
+	}
+}
+
+// TestAnonymous checks that the client of a hop which can't say who it is does
+// not become that hop for the next one.
+func TestAnonymous(t *testing.T) {
+	h := newHop(t, upstream(t, echoHeader), func(c *config) {
+		c.info = func(i ConnInfo) ConnInfo { i.Anonymous = true; return i }
+	})
+	_, body := get(t, protocols[0].client(t, h), protocols[0].url("/"))
+	if got := parseEcho(body); got.Get("X-Forwarded-For") != "unknown" || got.Get("Forwarded") != "for=unknown;host=example.org;proto=http" {
+		t.Errorf("got:\n%s", body)
 	}
 }
 

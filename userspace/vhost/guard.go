@@ -96,7 +96,7 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 // setHeaders makes a copy of the client's header that of the request which goes
 // out.
 func (x *exchange) setHeaders(out http.Header) {
-	setForwarded(x.req, out, x.conn.info, x.id)
+	setForwarded(x.req, out, x.conn.info, x.visit.Known, x.id)
 	out["X-Request-Id"] = []string{x.requestID}
 	for name := range out {
 		if x.visit.drops(name) {

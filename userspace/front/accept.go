@@ -1,6 +1,7 @@
 package front
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
@@ -35,7 +36,7 @@ func (f *Front) admit(l *listener, c newcomer, peer netip.AddrPort) {
 		go f.complain.Warn("over_limit", "connection refused: over the limit", "listener", l.name, "err", err) // who reads the log may be slow
 		return
 	}
-	in := &inbound{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now()}
+	in := &inbound{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), uncut: func() bool { return true }}
 	f.conns.Add(1)
 	if !f.express(in, c) {
 		go f.enter(in, c)
@@ -53,6 +54,8 @@ func (f *Front) enter(in *inbound, c newcomer) {
 	}
 	conn.SetKeepAliveConfig(keepAlive)
 	in.TCPConn, in.local = conn, addrPort(conn.LocalAddr())
+	in.uncut()
+	in.uncut = context.AfterFunc(f.ctx, func() { conn.Close() })
 	f.serve(in)
 }
 

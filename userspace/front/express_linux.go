@@ -2,6 +2,7 @@ package front
 
 import (
 	"bytes"
+	"context"
 	"log/slog"
 	"sync"
 	"time"
@@ -45,6 +46,7 @@ func (f *Front) express(in *inbound, c newcomer) bool {
 	x := &express{front: f, in: in, down: c.(*relay.Socket)}
 	switch {
 	case s.mode == "sni" && s.limits.HelloTimeout > 0:
+		in.uncut = context.AfterFunc(f.ctx, x.down.Expire)
 		return x.down.AwaitBytes(s.limits.HelloTimeout, x.readHello) == nil
 	case s.mode == "tcp" && s.fallback != nil && s.fallback.plain():
 		x.dial(s.fallback, nil)
@@ -127,6 +129,7 @@ func (x *express) connected(timedOut bool) {
 
 func (x *express) relay() {
 	f, in := x.front, x.in
+	in.uncut()
 	f.metrics.DialTime.Observe(time.Since(x.began).Seconds())
 	in.id = flow.NewID()
 	var rtt [2]time.Duration

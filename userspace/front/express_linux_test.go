@@ -2,7 +2,6 @@ package front
 
 import (
 	"bytes"
-	"crypto/tls"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -13,20 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 )
-
-// helloFor is the first record of a TLS client.
-func helloFor(t *testing.T, name string) []byte {
-	t.Helper()
-	client, server := net.Pipe()
-	defer server.Close()
-	go tls.Client(client, &tls.Config{ServerName: name}).Handshake()
-	buf := make([]byte, 16<<10)
-	n, err := server.Read(buf)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return buf[:n]
-}
 
 // TestExpressExact: whichever way a connection goes, and wherever it leaves the short one, each byte arrives once. To an address
 // of this host that is not 127.0.0.1 it is not known that it is connected at once.

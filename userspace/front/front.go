@@ -326,7 +326,7 @@ func (f *Front) stopAccepting() {
 }
 
 // Drain stops accepting and waits until all flows have ended or ctx ends;
-// then it closes. The error says how many flows it had to cut.
+// then it closes. The error says how many connections it had to cut.
 func (f *Front) Drain(ctx context.Context) error {
 	f.stopAccepting()
 	f.mu.Lock()
@@ -346,7 +346,7 @@ func (f *Front) Drain(ctx context.Context) error {
 	select {
 	case <-done:
 	case <-ctx.Done():
-		err = fmt.Errorf("flows cut before their end: %d", f.flows.Len())
+		err = fmt.Errorf("connections cut before their end: %d", f.limiter.Total())
 	}
 	f.Close()
 	return err

@@ -208,6 +208,20 @@ func dialTLS(addr string, cfg *tls.Config) (string, error) {
 	return bufio.NewReader(c).ReadString('\n')
 }
 
+// helloFor is the first record of a TLS client.
+func helloFor(t *testing.T, name string) []byte {
+	t.Helper()
+	client, server := net.Pipe()
+	defer server.Close()
+	go tls.Client(client, &tls.Config{ServerName: name}).Handshake()
+	buf := make([]byte, 16<<10)
+	n, err := server.Read(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return buf[:n]
+}
+
 func dialTCP(t *testing.T, addr string) *net.TCPConn {
 	t.Helper()
 	c, err := net.DialTimeout("tcp", addr, 5*time.Second)
@@ -515,6 +529,40 @@ func TestReload(t *testing.T) {
 	b := make([]byte, 11)
 	if _, err := io.ReadFull(old, b); err != nil || string(b) != "still there" {
 		t.Errorf("the flow from before: %q, %v", b, err)
+	}
+}
+
+// TestDrainSilent: who has said nothing yet, or not enough, keeps no daemon from ending.
+func TestDrainSilent(t *testing.T) {
+	cert, _ := certificate(t, "a.test")
+	certFile, keyFile := writePair(t, cert)
+	for _, c := range []struct{ name, listener, send string }{
+		{"no hello", `mode: sni`, ""},
+		{"half a hello", `mode: sni`, string(helloFor(t, "a.test")[:20])},
+		{"no PROXY header", `mode: sni, accept_proxy: { from: [127.0.0.0/8] }`, ""},
+		{"no PROXY header to tcp", `mode: tcp, accept_proxy: { from: [127.0.0.0/8] }`, ""},
+		{"no handshake", fmt.Sprintf("mode: https, certificates: [ { files: { cert: %q, key: %q } } ]", certFile, keyFile), ""},
+		{"half a request", "mode: http", "GET / HT"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			addr := freeAddr(t)
+			d := start(t, fmt.Sprintf("listeners: [ { listen: [%q], %s, default: { forward: \"127.0.0.1:9\" } } ]\nlimits: { hello_timeout: 10m }", addr, c.listener))
+			conn := dialTCP(t, addr)
+			io.WriteString(conn, c.send)
+			eventually(t, "it is accepted", func() bool { return d.limiter.Total() == 1 })
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			done := make(chan error)
+			go func() { done <- d.Drain(ctx) }()
+			select {
+			case err := <-done:
+				if err == nil || !strings.Contains(err.Error(), "cut before their end: 1") {
+					t.Errorf("got %v", err)
+				}
+			case <-time.After(20 * time.Second):
+				t.Error("the daemon doesn't end")
+			}
+		})
 	}
 }
 

@@ -37,6 +37,7 @@ type inbound struct {
 	ahead []byte // read from the socket, not yet consumed
 
 	bytesIn, bytesOut atomic.Int64 // through Read and Write: HTTP's share
+	uncut             func() bool  // from here on f.ctx ends it no more, somebody else does
 	closeOnce         sync.Once
 }
 
@@ -85,6 +86,7 @@ func (in *inbound) Close() error {
 // the socket. It may be called more than once.
 func (in *inbound) release() {
 	in.closeOnce.Do(func() {
+		in.uncut()
 		in.lease.Release()
 		in.front.conns.Done()
 	})
@@ -173,6 +175,9 @@ func (f *Front) identify(in *inbound) error {
 	return in.lease.Move(h.Source.Addr())
 }
 
+// shutdown is the metric's word for a connection that was cut before it had a route, because the daemon ends.
+const shutdown = "shutdown"
+
 type strangerError struct{ who string }
 
 func (e *strangerError) Error() string { return errStranger.Error() + ": " + e.who }
@@ -184,9 +189,12 @@ var errNoHeader = errors.New("no PROXY header: a tcp listener with accept_proxy 
 func (f *Front) refuseInbound(in *inbound, err error) {
 	defer in.release()
 	reason := refusal(err)
+	if f.ctx.Err() != nil {
+		reason = shutdown
+	}
 	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
 	switch reason {
-	case "empty": // opened and closed: a port scan or a health check
+	case "empty", shutdown: // opened and closed: a port scan or a health check; or cut by us
 	case "over_limit":
 		f.complain.Warn("over_limit", "connection refused: over the limit", "listener", in.listener.name, "err", err)
 	default:

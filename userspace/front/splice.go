@@ -82,8 +82,11 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 	default:
 		reason = "hello_incomplete"
 	}
+	if f.ctx.Err() != nil {
+		reason, speaksTLS = shutdown, false
+	}
 	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
-	if reason != "empty" {
+	if reason != "empty" && reason != shutdown {
 		f.complain.Warn(reason, "connection refused", "id", in.id, "listener", in.listener.name, "client", in.client, "name", hello.ServerName, "reason", reason, "err", err)
 	}
 	if speaksTLS {
@@ -119,6 +122,7 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 	}
 	o, done := f.begin(in, r, hello, remoteString(up), rtt)
 	o.Head = in.takeAhead()
+	in.uncut()
 	relay.Run(f.ctx, in.TCPConn, up, o, done)
 }
 

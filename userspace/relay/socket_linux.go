@@ -49,7 +49,7 @@ func (s *Socket) await(event uint32, timeout time.Duration, ready func(timedOut 
 	defer l.mu.Unlock()
 	s.wait, s.awaits = ready, event
 	if s.timer == nil {
-		s.timer = time.AfterFunc(timeout, s.timeout)
+		s.timer = time.AfterFunc(timeout, s.Expire)
 	} else {
 		s.timer.Reset(timeout)
 	}
@@ -72,7 +72,8 @@ func (s *Socket) takeWait(timedOut bool) func() {
 	return func() { ready(timedOut) }
 }
 
-func (s *Socket) timeout() {
+// Expire makes who waits, if anybody does, go on as if the timeout had passed.
+func (s *Socket) Expire() {
 	s.loop.mu.Lock()
 	ready := s.takeWait(true)
 	s.loop.mu.Unlock()

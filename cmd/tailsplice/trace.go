@@ -161,6 +161,9 @@ func printTarget(w io.Writer, l front.ListenerTrace, to front.TargetTrace, colou
 	if l.SendProxy {
 		fmt.Fprint(w, " (PROXY v2)")
 	}
+	if l.Transparent {
+		fmt.Fprint(w, " (transparent)")
+	}
 	if state == loader.StateOK {
 		fmt.Fprint(w, " answers")
 		if to.Address != "" && to.Address != to.Target {

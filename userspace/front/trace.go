@@ -82,17 +82,18 @@ const (
 
 // ListenerTrace is what one listener would do.
 type ListenerTrace struct {
-	Listener  string        `json:"listener"`
-	Mode      string        `json:"mode"`
-	Listen    []string      `json:"listen"`
-	Outcome   string        `json:"outcome"`
-	Reason    string        `json:"reason,omitempty"` // of "none"
-	Route     string        `json:"route,omitempty"`  // that takes it
-	Source    string        `json:"source,omitempty"` // of the route: config, or a container's labels
-	Redirect  string        `json:"redirect,omitempty"`
-	Asks      []string      `json:"asks,omitempty"` // what a client must satisfy, besides
-	SendProxy bool          `json:"send_proxy,omitempty"`
-	Targets   []TargetTrace `json:"targets,omitempty"`
+	Listener    string        `json:"listener"`
+	Mode        string        `json:"mode"`
+	Listen      []string      `json:"listen"`
+	Outcome     string        `json:"outcome"`
+	Reason      string        `json:"reason,omitempty"` // of "none"
+	Route       string        `json:"route,omitempty"`  // that takes it
+	Source      string        `json:"source,omitempty"` // of the route: config, or a container's labels
+	Redirect    string        `json:"redirect,omitempty"`
+	Asks        []string      `json:"asks,omitempty"` // what a client must satisfy, besides
+	SendProxy   bool          `json:"send_proxy,omitempty"`
+	Transparent bool          `json:"transparent,omitempty"`
+	Targets     []TargetTrace `json:"targets,omitempty"`
 }
 
 // TargetTrace is one target of a route.
@@ -195,7 +196,7 @@ func (f *Front) trace(ctx context.Context, cfg *config.Config, services map[stri
 		case r.reject:
 			lt.Outcome, lt.Route, lt.Source = TraceReject, r.name, r.source()
 		default:
-			lt.Outcome, lt.Route, lt.Source, lt.SendProxy = TraceForward, r.name, r.source(), r.sendProxy
+			lt.Outcome, lt.Route, lt.Source, lt.SendProxy, lt.Transparent = TraceForward, r.name, r.source(), r.sendProxy, r.transparent
 			if len(l.Allow) > 0 {
 				lt.Asks = append(lt.Asks, "allow "+strings.Join(l.Allow, ", "))
 			}

@@ -74,6 +74,7 @@ func newWorld(t *testing.T) *world {
 		up(t, "lo")
 		up(t, "eth0", containers4+"2/24", containers6+"2/64")
 		defaultRoute(t, "eth0", containers4+"1", containers6+"1")
+		awaitAddrs(t, containers4+"2", containers6+"2")
 		for _, addr := range []string{containers4 + "2", containers6 + "2"} {
 			ln, err := net.Listen("tcp", net.JoinHostPort(addr, "8080"))
 			must(t, err)
@@ -82,7 +83,25 @@ func newWorld(t *testing.T) *world {
 			go serve(ln)
 		}
 	})
+	w.in(w.host, func() { awaitAddrs(t, containers4+"1", containers6+"1", outside4+"1", outside6+"1") })
 	return w
+}
+
+// awaitAddrs waits until addresses work: IPv6's do once the kernel has noticed
+// that their link is up.
+func awaitAddrs(t *testing.T, addrs ...string) {
+	for _, a := range addrs {
+		for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+			routes, err := netlink.RouteGet(net.ParseIP(a))
+			if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+				break
+			}
+			if time.Now().After(end) {
+				t.Errorf("%s does not work: %v, %v", a, routes, err)
+				break
+			}
+		}
+	}
 }
 
 // serve answers each line with who is at the other end.
@@ -217,10 +236,21 @@ func (w *world) state() string {
 
 var clients = []string{"203.0.113.7", "2001:db8:c::7", "100.101.102.103", "fd7a:115c:a1e0::7", "192.0.2.1", "2001:db8::1"}
 
-// TestWay: the container sees the client's address, whatever kind it is, and
-// nothing of the connection stays behind.
+// TestWay: the container sees the client's address, whatever kind it is, behind
+// a firewall that lets nothing in but answers, and nothing of the connection
+// stays behind.
 func TestWay(t *testing.T) {
 	w := newWorld(t)
+	w.in(w.host, func() {
+		nft := exec.Command("/bin/sh", "-c", "PATH=$PATH:/usr/sbin:/sbin; nft -f -")
+		nft.Stdin = strings.NewReader(`table inet firewall {
+			chain input { type filter hook input priority filter; policy drop; ct state established,related accept; meta l4proto ipv6-icmp accept; }
+			chain forward { type filter hook forward priority filter; policy drop; }
+		}`)
+		if out, err := nft.CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
 	way := w.open(slog.New(slog.DiscardHandler))
 	for _, s := range clients {
 		client := netip.MustParseAddr(s)

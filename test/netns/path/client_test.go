@@ -66,7 +66,7 @@ access_log: { file: /var/log/access.log }
 		}
 	}
 	before := rules(t, s.Laptop)
-	restart(config)
+	restart(strings.ReplaceAll(config, ", transparent: true", ""))
 	t.Cleanup(func() {
 		restart(laptopConfig)
 		if after := rules(t, s.Laptop); after != before {
@@ -75,6 +75,18 @@ access_log: { file: /var/log/access.log }
 		s.Laptop.Sh(context.Background(), "umount /sys/fs/bpf")
 		eventually(t, 20*time.Second, "the path after all", func() error { _, err := s.page(context.Background(), "tcp4"); return err })
 	})
+	// A reload brings it into force.
+	eventually(t, 20*time.Second, "the daemon without transparent", func() error { _, err := s.page(t.Context(), "tcp4"); return err })
+	if got := rules(t, s.Laptop); got != before {
+		t.Errorf("a daemon that needs none of it has added\n%s\nto\n%s", got, before)
+	}
+	if err := s.laptop.SetConfig(config); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.laptop.CLI(t.Context(), "reload"); err != nil {
+		t.Fatal(err)
+	}
+
 	type seen struct {
 		facts
 		Peer string

@@ -27,6 +27,7 @@ type Loader struct {
 	halves   []spliceHalf // the same
 	watch    *watcher
 	ring     *ringbuf.Reader
+	ringBusy atomic.Bool // with an event that was taken from it
 	findings []Finding
 	local    *Local // nil: not asked for, or not possible
 	localOff error  // why not
@@ -270,21 +271,30 @@ func (l *Loader) readRing() {
 			}
 			return
 		}
-		if len(r.RawSample) < int(unsafe.Sizeof(spliceEvent{})) {
-			continue
-		}
-		e := *(*spliceEvent)(unsafe.Pointer(unsafe.SliceData(r.RawSample)))
-		if int(e.Half/2) >= len(l.live) {
-			continue
-		}
-		if f := l.live[e.Half/2].Load(); f != nil {
-			if spliceEventKind(e.Kind) == spliceEventKindEVENT_PASSED {
-				f.counts.switched.Add(1)
-			}
-			f.halves[e.Half&1].wake(0)
-		}
+		l.ringBusy.Store(true)
+		l.ringEvent(r.RawSample)
+		l.ringBusy.Store(false)
 	}
 }
+
+func (l *Loader) ringEvent(sample []byte) {
+	if len(sample) < int(unsafe.Sizeof(spliceEvent{})) {
+		return
+	}
+	e := *(*spliceEvent)(unsafe.Pointer(unsafe.SliceData(sample)))
+	if int(e.Half/2) >= len(l.live) {
+		return
+	}
+	if f := l.live[e.Half/2].Load(); f != nil {
+		if spliceEventKind(e.Kind) == spliceEventKindEVENT_PASSED {
+			f.counts.switched.Add(1)
+		}
+		f.halves[e.Half&1].wake(0)
+	}
+}
+
+// ringBehind: there are events in the ring that were not told of yet.
+func (l *Loader) ringBehind() bool { return l.ringBusy.Load() || l.ring.AvailableBytes() > 0 }
 
 // explain says which capability a refusal of the kernel's is about; the kernel doesn't, and cilium/ebpf suspects a limit.
 func explain(err error) error {

@@ -156,7 +156,7 @@ func TestLoss(t *testing.T) {
 	n, l := newLAN(t), open(t, allRules, 64)
 	n.lose(100)
 	var all sync.WaitGroup
-	for i := range 20 {
+	for i := range atSoak(20, 60) {
 		p := n.splice(l, pathOptions{})
 		all.Go(func() {
 			if err := bothWays(p, int64(1+i)<<18); err != nil {
@@ -165,6 +165,9 @@ func TestLoss(t *testing.T) {
 		})
 	}
 	all.Wait()
+	if n := l.Stats().Stalls; n != 0 {
+		t.Errorf("%d stalls", n)
+	}
 	t.Logf("%+v", l.Stats())
 }
 

@@ -172,7 +172,7 @@ func stall(t *testing.T, r rules, judge func(perFlow int64, waiting int, cpu tim
 			all.Add(1)
 			go func() { // 16 MiB are more than all buffers take
 				defer all.Done()
-				c.SetWriteDeadline(time.Now().Add(60 * time.Second))
+				c.SetWriteDeadline(time.Now().Add(3 * time.Minute))
 				sent[2*i+j], failed[2*i+j] = io.CopyBuffer(struct{ io.Writer }{c}, io.LimitReader(zeroes{}, 16<<20), make([]byte, 16<<10))
 				c.CloseWrite()
 			}()
@@ -210,7 +210,7 @@ func stall(t *testing.T, r rules, judge func(perFlow int64, waiting int, cpu tim
 			drained.Add(1)
 			go func() {
 				defer drained.Done()
-				c.SetReadDeadline(time.Now().Add(60 * time.Second))
+				c.SetReadDeadline(time.Now().Add(3 * time.Minute))
 				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 16<<10)); n != 16<<20 || err != nil {
 					t.Errorf("%d bytes arrived, %v", n, err)
 				}

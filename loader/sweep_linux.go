@@ -142,21 +142,30 @@ func (h *half) missed() bool {
 			return false
 		}
 	default: // asleep, with bytes that were passed
-		return true
+		return !f.l.ringBehind()
 	}
 	return !f.l.watch.behind() // else the event may be one of those that wait
 }
 
-// nudge ends a stall of copying, if it still is one.
+// nudge ends a stall of copying, if it still is one. It was one only if that helps: short of memory, TCP takes nothing though poll says so.
 func (h *half) nudge(consumed uint64) {
+	if !h.stuckAt(consumed, true) {
+		return
+	}
+	h.wake(0)
+	time.AfterFunc(eventDelay, func() {
+		if f := h.f; !h.stuckAt(consumed, false) {
+			f.counts.stall(f.l, f.cookies[0], "nobody was told of bytes to copy, or of room for them")
+		}
+	})
+}
+
+// stuckAt: the half has copied no further, and, with idle, could.
+func (h *half) stuckAt(consumed uint64, idle bool) bool {
 	f := h.f
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if f.closed || load64(&h.shared().Consumed) != consumed || !h.missed() {
-		return
-	}
-	f.counts.stall(f.l, f.cookies[0], "nobody was told of bytes to copy, or of room for them")
-	h.wake(0)
+	return !f.closed && load64(&h.shared().Consumed) == consumed && (!idle || h.missed())
 }
 
 // look finds bytes that were received and that the verdict was not run for, and makes it run.

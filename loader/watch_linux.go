@@ -3,6 +3,7 @@ package loader
 import (
 	"fmt"
 	"os"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,6 +16,7 @@ const quiet = unix.EPOLLRDHUP | unix.EPOLLET
 type watcher struct {
 	epoll *os.File
 	fd    int
+	busy  atomic.Bool // with events that it has taken
 }
 
 func newWatcher() (*watcher, error) {
@@ -38,11 +40,13 @@ func (w *watcher) run(event func(half, generation, events uint32)) {
 	list := make([]unix.EpollEvent, 128)
 	_ = raw.Read(func(fd uintptr) bool {
 		for {
+			w.busy.Store(true)
 			n, err := unix.EpollWait(int(fd), list, 0)
 			if err == unix.EINTR {
 				continue
 			}
 			if n <= 0 {
+				w.busy.Store(false)
 				return false // wait in Go's poller
 			}
 			for _, e := range list[:n] {
@@ -63,8 +67,11 @@ func (w *watcher) change(s socket, half, generation, also uint32) {
 	_ = unix.EpollCtl(w.fd, unix.EPOLL_CTL_MOD, int(s), &e)
 }
 
-// behind: there are events that run has not taken yet.
+// behind: there are events that run has not told of yet, since the machine is busy.
 func (w *watcher) behind() bool {
+	if w.busy.Load() {
+		return true
+	}
 	p := []unix.PollFd{{Fd: int32(w.fd), Events: unix.POLLIN}}
 	n, err := unix.Poll(p, 0)
 	return n > 0 && err == nil

@@ -39,6 +39,7 @@ func TestLabelRoutes(t *testing.T) {
 	d := startLabelled(t)
 	stopped := func(c container.Labelled) container.Labelled { c.Running = false; return c }
 	younger := func(c container.Labelled) container.Labelled { c.Created = time.Unix(1, 0); return c }
+	exposing := func(port uint16, c container.Labelled) container.Labelled { c.Ports = []uint16{port}; return c }
 	replica := func(c container.Labelled) container.Labelled { c.Replicas = "shop/web"; return c }
 	for _, step := range []struct {
 		name     string
@@ -64,6 +65,13 @@ func TestLabelRoutes(t *testing.T) {
 			[]string{"some x.some.org→c:80", "some y.some.org→a2:80", "tls d.org→d:80", "web x.some.org→c:80", "web y.some.org→a2:80"}, []string{"b tailsplice.tls : no listener for it"}},
 		{"replicas", false, []container.Labelled{replica(box("b", "host=b.org")), replica(box("c", "host=b.org")), stopped(replica(box("d", "host=b.org"))), replica(box("a2", "host=b.org", "path=/other"))},
 			[]string{"web b.org/other→a2:80", "web b.org→b,c:80"}, nil},
+		{"replicas of two images", false, []container.Labelled{exposing(80, replica(box("b", "host=b.org"))), exposing(81, replica(box("c", "host=b.org")))}, []string{"web b.org→c:81"}, nil},
+		{"a replica that is stopped, and one that runs", false, []container.Labelled{stopped(replica(box("b", "host=b.org"))), replica(box("c", "host=b.org"))}, []string{"web b.org→c:80"}, nil},
+		{"no replicas", false, []container.Labelled{box("e", "host=e.org"), box("f", "host=e.org")}, []string{"web e.org→e:80"}, []string{`f tailsplice.host web: "e.org" belongs to container e already`}},
+		{"two new ones, of which the older goes first", false, []container.Labelled{younger(box("g", "host=new.org")), box("h", "host=new.org")}, []string{"web new.org→h:80"}, []string{`g tailsplice.host web: "new.org" belongs to container h already`}},
+		{"a bad one", false, []container.Labelled{box("b", "hst=b.org"), box("c", "host=c.org")}, []string{"web c.org→c:80"}, []string{"b tailsplice.hst : unknown label"}},
+		{"and gone", true, []container.Labelled{box("c", "host=c.org")}, []string{"web c.org→c:80"}, nil},
+		{"replicas again", false, []container.Labelled{replica(box("b", "host=b.org")), replica(box("c", "host=b.org")), replica(box("a2", "host=b.org", "path=/other"))}, []string{"web b.org/other→a2:80", "web b.org→b,c:80"}, nil},
 		{"a replica is replaced", true, []container.Labelled{replica(box("e", "host=b.org"))}, []string{"web b.org/other→a2:80 removed", "web b.org→e:80"}, nil},
 	} {
 		d.mu.Lock()

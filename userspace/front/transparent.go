@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync/atomic"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -70,18 +71,18 @@ func (f *Front) dialTransparent(ctx context.Context, listener string, r *rule, w
 		return way.Fits(client, to)
 	}
 	d := *r.dialer
+	var asked atomic.Bool // some address was asked to answer the client
 	d.From = func(nd *net.Dialer, to netip.Addr) {
 		if fits(to) == nil {
+			asked.Store(true)
 			transparent.From(nd, client)
 		}
 	}
 	up, err := d.Dial(ctx, r.target, client)
 	if err != nil {
 		var de *dial.Error
-		if errors.As(err, &de) && de.Reason == dial.Timeout {
-			if to, parseErr := netip.ParseAddrPort(de.Addr); parseErr == nil && fits(to.Addr()) == nil {
-				return nil, fmt.Errorf("%w; with transparent it answers %s itself: that works only if this host is its default gateway, on the network that it is reached by", err, client)
-			}
+		if errors.As(err, &de) && de.Reason == dial.Timeout && asked.Load() {
+			return nil, fmt.Errorf("%w; with transparent it answers %s itself: that works only if this host is its default gateway, on the network that it is reached by", err, client)
 		}
 		return nil, err
 	}

@@ -48,6 +48,8 @@ func TestClientAddress(t *testing.T) {
       - { host: [` + lab.Site + `], path: /both/, strip_prefix: true, forward: "docker://both:8081", transparent: true, send_proxy: v2 }
       - { host: [` + lab.Site + `], path: /ipv4/, strip_prefix: true, forward: "docker://blog:8080", transparent: true }
 `
+	routes += `      - { host: [` + lab.Site + `], path: /lost/, forward: "docker://both:8080", transparent: true, timeouts: { connect: 1s } }
+`
 	config := strings.Replace(laptopConfig, "    routes:\n", routes, 1)
 	config = strings.Replace(config, `default: { forward: "127.0.0.1:9000" }`, `default: { forward: "docker://both:8080", transparent: true, datapath: sockmap }`, 1)
 	config = strings.Replace(config, limits, `  - name: here
@@ -194,6 +196,25 @@ access_log: { file: /var/log/access.log }
 	}); err != nil {
 		t.Error(err)
 	}
+
+	// A container that can't answer costs the connection, and the log says what it lacks.
+	inContainer := func(command string) {
+		t.Helper()
+		if out, err := s.Laptop.Sh(t.Context(), `for p in /proc/[0-9]*; do
+			if [ "$(tr -d '\0' <$p/cmdline)" = /blog ] && nsenter --net=$p/ns/net ip -4 addr | grep -q 172.30.0; then nsenter --net=$p/ns/net `+command+`; exit; fi
+		done; exit 1`); err != nil {
+			t.Errorf("%s: %v: %s", command, err, out)
+		}
+	}
+	inContainer("ip route del default")
+	public := s.browser(s.Client, "tcp4", false)
+	if _, err := ask(public, site+"/lost/headers"); err == nil || !strings.Contains(err.Error(), "504") {
+		t.Errorf("a container without a way to the client: %v", err)
+	}
+	if !contains(s.laptop.Output(), "only if this host is its default gateway") {
+		t.Error("the log does not say what a container lacks that does not answer")
+	}
+	inContainer("ip route add default via 172.30.0.1")
 
 	s.laptop.Kill()
 	<-s.laptop.Done()

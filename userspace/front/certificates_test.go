@@ -1,6 +1,7 @@
 package front
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -144,6 +145,55 @@ func TestACME(t *testing.T) {
 		for _, a := range l.ACME {
 			if a.State != acme.StateValid {
 				t.Errorf("%+v", a)
+			}
+		}
+	}
+}
+
+// oneSession gives a client the same session for whatever name.
+type oneSession struct{ tls.ClientSessionCache }
+
+func (o oneSession) Get(string) (*tls.ClientSessionState, bool) { return o.ClientSessionCache.Get("x") }
+func (o oneSession) Put(_ string, s *tls.ClientSessionState)    { o.ClientSessionCache.Put("x", s) }
+
+// TestTickets resumes sessions, and none at a name that asks for a client's
+// certificate: the session would bring the answer of another handshake.
+func TestTickets(t *testing.T) {
+	cert, pool := certificate(t, "open.test", "closed.test")
+	certFile, keyFile := writePair(t, cert)
+	own, _ := certificate(t, "client")
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	writeCA(t, ca, own)
+	addr := freeAddr(t)
+	start(t, fmt.Sprintf(`
+listeners:
+  - listen: [%q]
+    mode: https
+    certificates: [ { files: { cert: %q, key: %q } } ]
+    routes:
+      - { host: open.test, redirect: "https://new.test" }
+      - { host: closed.test, redirect: "https://new.test", client_certificates: { ca: %q } }
+`, addr, certFile, keyFile, ca))
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		cache := oneSession{tls.NewLRUClientSessionCache(1)}
+		for i, c := range []struct {
+			name    string
+			resumed bool
+			status  int
+		}{{"open.test", false, 308}, {"open.test", true, 308}, {"closed.test", false, 308}, {"closed.test", false, 308}} {
+			conn, err := tls.Dial("tcp", addr, &tls.Config{RootCAs: pool, ServerName: c.name, MaxVersion: version, ClientSessionCache: cache, Certificates: []tls.Certificate{own}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn.SetDeadline(time.Now().Add(20 * time.Second))
+			fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", c.name)
+			res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn.Close()
+			if got := conn.ConnectionState().DidResume; got != c.resumed || res.StatusCode != c.status {
+				t.Errorf("%s, handshake %d with %s: resumed %t, %d", tls.VersionName(version), i+1, c.name, got, res.StatusCode)
 			}
 		}
 	}

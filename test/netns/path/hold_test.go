@@ -85,7 +85,7 @@ func TestHold(t *testing.T) {
 	requests := [][2]string{{"POST", "/upload"}, nap, nap, nap, nap, nap}
 	answers := make(chan []string, 1)
 	go func() { answers <- all(requests...) }()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	if _, err := s.home.WaitLog(ctx, func(l lab.LogLine) bool {
 		return l["msg"] == "a request waits for a node that does not answer" && l["hold"] == "2m0s"
@@ -98,9 +98,15 @@ func TestHold(t *testing.T) {
 			t.Errorf("%v: %q, want %q", requests[i], got, want)
 		}
 	}
+	post := func(l lab.LogLine) bool {
+		return l["msg"] == "flow ended" && l["path"] == "/upload" && l["method"] == "POST" && l["bytes_up"] == 4.0
+	}
+	if _, err := s.laptop.WaitLog(ctx, post); err != nil {
+		t.Error(err)
+	}
 	posts := 0
 	for _, l := range s.laptop.LogLines() {
-		if l["msg"] == "flow ended" && l["path"] == "/upload" && l["method"] == "POST" && l["bytes_up"] == 4.0 {
+		if post(l) {
 			posts++
 		}
 	}

@@ -89,8 +89,13 @@ func repeatable(method string) bool {
 // once sends r to x's upstream.
 func (t transports) once(x *exchange, r *http.Request) (*http.Response, error) {
 	p := x.up.Protocol
-	if p == H2C && wantsUpgrade(r) {
-		p = HTTP1 // HTTP/2 has no Upgrade, and who speaks h2c speaks that too
+	if wantsUpgrade(r) { // HTTP/2 has none, and who speaks it speaks HTTP/1.1 too
+		switch p {
+		case H2C:
+			p = HTTP1
+		case HTTPS:
+			p = https1
+		}
 	}
 	transport := t.s.pool(x.up, p)
 	if x.route.AnswerTimeout > 0 {

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -304,4 +305,52 @@ func TestDrain(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestUpgradeByTLS upgrades connections to an upstream that would rather speak
+// HTTP/2, which has no upgrades, and is spoken with so otherwise.
+func TestUpgradeByTLS(t *testing.T) {
+	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{certificate(t, "up.test")}, NextProtos: []string{"h2", "http/1.1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.Header.Get("Upgrade") {
+		case "websocket":
+		case "tailsplice-test/1":
+			w.WriteHeader(400)
+			return
+		default:
+			io.WriteString(w, r.Proto)
+			return
+		}
+		echoSocket(w, r)
+	})}
+	go s.Serve(l)
+	t.Cleanup(func() { s.Close() })
+	up := wayTo(l.Addr().String())
+	up.Protocol, up.TLS = HTTPS, &tls.Config{ServerName: "up.test", InsecureSkipVerify: true}
+	p := protocols[2]
+	h := p.hop(t, up)
+	c := p.client(t, h)
+	for range 2 {
+		if _, body := get(t, c, p.url("/")); body != "HTTP/2.0" {
+			t.Errorf("spoken with by %s", body)
+		}
+		ws, _, err := websocket.Dial(t.Context(), strings.Replace(p.url("/"), "http", "ws", 1), &websocket.DialOptions{HTTPClient: c})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ws.Write(t.Context(), websocket.MessageText, []byte("hello"))
+		if _, got, err := ws.Read(t.Context()); string(got) != "hello" || err != nil {
+			t.Errorf("%q, %v", got, err)
+		}
+		ws.CloseNow()
+		// Whatever it is called: net/http's transport knows of WebSockets only.
+		conn, br := raw(t, h, true)
+		io.WriteString(conn, upgrade)
+		if res, err := http.ReadResponse(br, nil); err != nil || res.StatusCode != 400 {
+			t.Errorf("another protocol: %v, %v; want the upstream's own 400", res, err)
+		}
+	}
 }

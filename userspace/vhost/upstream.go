@@ -18,9 +18,10 @@ import (
 type Protocol uint8
 
 const (
-	HTTP1 Protocol = iota // HTTP/1.1 in the clear
-	H2C                   // HTTP/2 in the clear, with prior knowledge
-	HTTPS                 // TLS, and what it negotiates: HTTP/2 or HTTP/1.1
+	HTTP1  Protocol = iota // HTTP/1.1 in the clear
+	H2C                    // HTTP/2 in the clear, with prior knowledge
+	HTTPS                  // TLS, and what it negotiates: HTTP/2 or HTTP/1.1
+	https1                 // HTTPS without HTTP/2, for upgrades
 
 	protocolCount = iota
 )

@@ -266,6 +266,21 @@ static __always_inline void address(__u8 to[16], __u32 family, __u32 ip4, __u32 
 	w[3] = ip4;
 }
 
+/* Has close() just taken out what TCP had received? Then what is left was redirected: it is freed after a grace period of RCU.
+ * close() takes the psock away before, which shutdown() and a FIN don't. A FIN that comes later is in the queue itself when
+ * the state changes because of it. */
+static __always_inline bool closes(struct bpf_sock_ops *ops, struct tcp_sock *tcp)
+{
+	__u32 old = READ_ONCE(ops->args[0]), new = READ_ONCE(ops->args[1]);
+
+	if (sock_of(tcp)->sk_shutdown != SHUTDOWN_MASK || psock_of(tcp))
+		return false;
+	if (new == TCP_FIN_WAIT1 || new == TCP_LAST_ACK)
+		return true;
+	/* After a shutdown() close() changes no state, or goes from FIN_WAIT2 to a socket of its own for TIME_WAIT. */
+	return new == TCP_FIN_WAIT2 || (old == TCP_FIN_WAIT2 && new == TCP_CLOSE && !(sock_of(tcp)->__sk_common.skc_flags & SOCK_DONE));
+}
+
 /* programs */
 
 SEC("sk_skb/stream_verdict")
@@ -352,10 +367,7 @@ int catch(struct bpf_sock_ops *ops)
 		return 1;
 	slot = at->half >> 1;
 	l = bpf_map_lookup_elem(&local_flows, &slot);
-	/* close() has taken the psock away before, which shutdown() and a FIN don't, and has taken out what TCP had received.
-	 * What is left was redirected: it is freed after a grace period of RCU. */
-	if (l && rule_local_unread && sock_of(tcp)->sk_shutdown == SHUTDOWN_MASK && !psock_of(tcp) &&
-	    sock_of(tcp)->sk_backlog.rmem_alloc.counter > 0) {
+	if (l && rule_local_unread && closes(ops, tcp) && sock_of(tcp)->sk_backlog.rmem_alloc.counter > 0) {
 		WRITE_ONCE(l->unread, 1);
 		tell(at->half | 1, EVENT_UNREAD);
 	}

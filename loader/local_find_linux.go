@@ -5,12 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -91,33 +92,30 @@ func cgroupID(at, other netip.AddrPort) (uint64, error) {
 	return 0, fmt.Errorf("%w: it is in no network namespace of a process here", refusedElsewhere)
 }
 
-// place says whether an address is ours, or in the network of a bridge of ours.
+// place says whether an address is ours, or in the network of a bridge or a veth of ours.
 func place(a netip.Addr) (own, bridged bool, err error) {
 	if a.IsLoopback() {
 		return true, false, nil
 	}
-	interfaces, err := net.Interfaces()
+	links, err := netlink.LinkList()
 	if err != nil {
-		return false, false, err
+		return false, false, fmt.Errorf("list the network's interfaces: %w", err)
 	}
-	for _, i := range interfaces {
-		addresses, err := i.Addrs()
-		if err != nil {
-			continue // it has just gone
+	inside := make(map[int]bool) // that lead to nothing but this host
+	for _, l := range links {
+		inside[l.Attrs().Index] = l.Type() == "bridge" || l.Type() == "veth"
+	}
+	addresses, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return false, false, fmt.Errorf("list our addresses: %w", err)
+	}
+	for _, x := range addresses {
+		ip, _ := netip.AddrFromSlice(x.IP)
+		ones, _ := x.Mask.Size()
+		if ip = ip.Unmap(); ip == a {
+			return true, false, nil
 		}
-		for _, x := range addresses {
-			p, err := netip.ParsePrefix(x.String())
-			if err != nil {
-				continue
-			}
-			if p.Addr().WithZone("") == a {
-				return true, false, nil
-			}
-			if p.Contains(a) {
-				_, err := os.Stat(filepath.Join("/sys/class/net", i.Name, "bridge"))
-				bridged = bridged || err == nil
-			}
-		}
+		bridged = bridged || inside[x.LinkIndex] && netip.PrefixFrom(ip, ones).Contains(a)
 	}
 	return false, bridged, nil
 }
@@ -152,15 +150,28 @@ func otherNamespaces() (paths []string, err error) {
 	return paths, denied
 }
 
+// diagCgroupIn is diagCgroup in another network namespace, if that has the address: listeners on all addresses are in many.
 func diagCgroupIn(path string, at, other netip.AddrPort) (uint64, error) {
 	ns, err := netns.GetFromPath(path)
 	if err != nil {
 		return 0, unix.ENOENT // its process has gone
 	}
 	defer ns.Close()
-	s, err := nl.GetNetlinkSocketAt(ns, netns.None(), unix.NETLINK_INET_DIAG)
+	routes, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
 		return 0, fmt.Errorf("look into another network namespace, which takes CAP_SYS_ADMIN: %w", err)
+	}
+	defer routes.Close()
+	addresses, err := routes.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return 0, fmt.Errorf("list the addresses in another network namespace: %w", err)
+	}
+	if !slices.ContainsFunc(addresses, func(a netlink.Addr) bool { return a.IP.Equal(at.Addr().AsSlice()) }) {
+		return 0, unix.ENOENT
+	}
+	s, err := nl.GetNetlinkSocketAt(ns, netns.None(), unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return 0, fmt.Errorf("look into another network namespace: %w", err)
 	}
 	defer s.Close()
 	return diagCgroup(&nl.SocketHandle{Socket: s}, at, other)
@@ -195,8 +206,16 @@ func (r diagRequest) Serialize() []byte {
 	return b
 }
 
-// diagCgroup asks the kernel for the cgroup of a connection's socket, or of its listener if it has gone; in another namespace if s is given.
+// diagCgroup asks the kernel for the cgroup of a connection's socket, or of the listener if that has gone; in another namespace if s is given.
 func diagCgroup(s *nl.SocketHandle, at, other netip.AddrPort) (uint64, error) {
+	id, err := diagSocket(s, at, other)
+	if errors.Is(err, unix.ENOENT) {
+		return diagSocket(s, at, netip.AddrPort{}) // no connection has this other end
+	}
+	return id, err
+}
+
+func diagSocket(s *nl.SocketHandle, at, other netip.AddrPort) (uint64, error) {
 	r := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, 0)
 	if s != nil {
 		r.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: s}

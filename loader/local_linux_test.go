@@ -263,3 +263,19 @@ func attached(t testing.TB, dir string) int {
 	must(t, err)
 	return len(r.Programs)
 }
+
+// Streams that end at the same moment have both ended: a FIN that comes to a closed socket is nothing unread.
+func TestLocalCloseAtOnce(t *testing.T) {
+	n := openLocal(t, allRules)
+	ln, _ := cgroup.Listen(t, "tcp4")
+	for range 200 {
+		p := becomeLocal(t, n, ln)
+		must(t, exchangeBytes(p, 1000, 1000))
+		closed := make(chan error, 1)
+		go func() { closed <- p.client.Close() }()
+		must(t, errors.Join(p.server.Close(), <-closed))
+		if r := p.wait(10 * time.Second); r.end != endEOF {
+			t.Fatalf("ended %+v", r)
+		}
+	}
+}

@@ -51,11 +51,16 @@ enum sk_action {
 /* Numbers of include/net/tcp_states.h, fixed by BPF_TCP_* of the UAPI. */
 enum {
 	TCP_ESTABLISHED = 1,
+	TCP_FIN_WAIT1 = 4,
+	TCP_FIN_WAIT2 = 5,
+	TCP_CLOSE = 7,
 	TCP_CLOSE_WAIT = 8,
+	TCP_LAST_ACK = 9,
 };
 
 enum {
-	SHUTDOWN_MASK = 3, /* include/net/sock.h: RCV_SHUTDOWN | SEND_SHUTDOWN */
+	SHUTDOWN_MASK = 3,   /* include/net/sock.h: RCV_SHUTDOWN | SEND_SHUTDOWN */
+	SOCK_DONE = 1U << 1, /* likewise, of skc_flags: a FIN has come */
 };
 
 enum {
@@ -184,6 +189,7 @@ struct bpf_sock_ops {
 
 struct sock_common {
 	volatile unsigned char skc_state;
+	unsigned long skc_flags;
 	struct {
 		__s64 counter;
 	} skc_cookie; /* 0 until somebody has asked for it */

@@ -66,6 +66,16 @@ func (h *half) moved() uint64 {
 	return load64(&m.Redirected) + load64(&m.Consumed) + h.f.process.moved(h.i)
 }
 
+// byTCP is how many bytes the peer's TCP was given, or will be when the worker comes to them.
+func (h *half) byTCP() uint64 {
+	m := h.shared()
+	n := load64(&m.Redirected) + load64(&m.Consumed)
+	if h.i == 1 { // what a process gets past TCP, upstream never sees
+		n += h.f.process.moved(1)
+	}
+	return n
+}
+
 type snapshot struct{ redirected, passed, trimmed, local uint64 }
 
 func (h *half) snapshot() snapshot {
@@ -277,7 +287,7 @@ func (h *half) makeWay() {
 	}
 	back := &h.f.halves[1-h.i]
 	written, err := h.source().written()
-	if waiting := int64(back.moved() - (written - back.written0)); err == nil && waiting > 0 {
+	if waiting := int64(back.byTCP() - (written - back.written0)); err == nil && waiting > 0 {
 		h.source().widen(int(waiting))
 		h.f.l.log.Debug("a send buffer was made larger, for bytes that wait in front of those that go the other way", "flow", h.f.cookies[0], "bytes", waiting)
 	}
@@ -288,16 +298,12 @@ func (h *half) redirectedIsWritten() bool {
 	if h.i == 0 && h.f.process.isComing() {
 		return false
 	}
-	redirected := load64(&h.shared().Redirected)
-	beside := uint64(0)
-	if h.i == 1 {
-		beside = h.f.process.moved(1)
-	}
+	redirected, given := load64(&h.shared().Redirected), h.byTCP()
 	n, err := h.peer().written()
 	if err != nil {
 		return true
 	}
-	if int64(n-h.written0-redirected-h.consumed-beside) < 0 {
+	if int64(n-h.written0-given) < 0 {
 		return false
 	}
 	h.settled = redirected

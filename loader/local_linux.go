@@ -280,12 +280,11 @@ func (f *flow) isCutShort(still time.Duration) bool {
 		return false
 	}
 	h := &f.halves[1]
-	m := h.shared()
 	if n, err := f.sockets[0].unacked(); err != nil || n > 0 {
 		return false
 	}
 	n, err := f.sockets[0].written()
-	return err == nil && int64(n-h.written0-load64(&m.Redirected)-load64(&m.Consumed)-f.process.moved(1)) < 0
+	return err == nil && int64(n-h.written0-h.byTCP()) < 0
 }
 
 // insert puts the socket of a process that is this one into the map: what the sockops program does for others.

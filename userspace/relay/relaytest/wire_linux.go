@@ -51,6 +51,9 @@ func RunWire(t *testing.T, l Loopback) {
 				}
 			})
 		}
+		if l.Server != nil {
+			continue // what comes from there was in TCP before: the zero window of the table is enough
+		}
 		t.Run(role+"/a window that is closed, small, and open", func(t *testing.T) {
 			f, c, other, _, _ := connect(t)
 			l.run(t.Context(), f, relay.Options{})

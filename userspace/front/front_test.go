@@ -712,3 +712,26 @@ listeners: [ { listen: [%q], mode: tcp, default: { forward: "127.0.0.1:9" } } ]
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestHTTPChain: the last of three http hops knows the client that the first one saw.
+func TestHTTPChain(t *testing.T) {
+	up := httpBackend(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.Header.Get("X-Forwarded-For")) })
+	to := up
+	for range 3 { // from the last hop to the first
+		addr := freeAddr(t)
+		start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: http, accept_proxy: { from: [127.0.0.0/8] }, allow: [203.0.113.9], default: { forward: %q } } ]`, addr, to))
+		to = addr
+	}
+	for client, want := range map[string]int{"203.0.113.9": 200, "203.0.113.10": 403} {
+		conn := dialTCP(t, to)
+		io.WriteString(conn, "PROXY TCP4 "+client+" 192.0.2.1 1234 443\r\nGET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n")
+		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if res.StatusCode != want {
+			b, _ := io.ReadAll(res.Body)
+			t.Errorf("%s: %s, want %d: %s", client, res.Status, want, b)
+		}
+	}
+}

@@ -104,7 +104,19 @@ func (h *httpServer) close() {
 
 // Info tells vhost who is at the other end.
 func (in *inbound) Info() vhost.ConnInfo {
-	return vhost.ConnInfo{Client: in.client, Peer: in.peer, Local: in.local, Trusted: in.trusted, Anonymous: in.anonymous, ID: in.id, ServerName: in.name}
+	info := vhost.ConnInfo{Client: in.client, Peer: in.peer, Local: in.local, Trusted: in.trusted, Anonymous: in.anonymous, ID: in.id, ServerName: in.name}
+	if in.trusted {
+		info.Hop = in.hop
+	}
+	return info
+}
+
+// hop says whether a may speak for others, as the peer may.
+func (in *inbound) hop(a netip.Addr) bool {
+	ctx, cancel := context.WithTimeout(in.front.ctx, visitorWait)
+	defer cancel()
+	trusted, _ := in.service.trust.check(ctx, a, in.front.tailnet.WhoIs)
+	return trusted
 }
 
 // requestEnded writes the one line of a request, which is a flow of its own.

@@ -29,6 +29,9 @@ type ConnInfo struct {
 	// (accept_proxy.from names it). Whether its forwarding headers are
 	// believed, see believes.
 	Trusted bool
+	// Hop says whether the config trusts that address to speak for others, as
+	// it does Peer. It may take a while, and may be nil: then no other is.
+	Hop func(netip.Addr) bool
 	// ID is the path's id. Never empty if it comes from Info.
 	ID string
 	// ServerName is the name that the client asked for in TLS: from the PROXY

@@ -101,7 +101,8 @@ func setForwarded(in *http.Request, out http.Header, info ConnInfo, known bool, 
 
 // clientOf is the client of a request: what a hop that is believed says that it
 // saw, which is the last of its X-Forwarded-For, else that of the connection.
-// What stands before the last may be anybody's word. known is false where a hop
+// What stands before is that one's word: believed if it is such a hop itself,
+// and else anybody's. known is false where a hop
 // speaks for somebody and doesn't say for whom: the client is then that hop.
 func clientOf(r *http.Request, info ConnInfo) (client netip.AddrPort, known bool) {
 	if !believes(info, r.TLS != nil) {
@@ -111,12 +112,20 @@ func clientOf(r *http.Request, info ConnInfo) (client netip.AddrPort, known bool
 	if len(chain) == 0 {
 		return info.Client, !info.Anonymous
 	}
-	addr, err := netip.ParseAddr(chain[len(chain)-1])
-	if err != nil {
-		return info.Client, false
+	for i := len(chain) - 1; ; i-- {
+		addr, err := netip.ParseAddr(chain[i])
+		if err != nil {
+			return info.Client, false
+		}
+		addr = addr.Unmap()
+		if i == 0 || len(chain)-i >= maxHops || info.Hop == nil || !info.Hop(addr) {
+			return netip.AddrPortFrom(addr, 0), true
+		}
 	}
-	return netip.AddrPortFrom(addr.Unmap(), 0), true
 }
+
+// maxHops bounds how far back a chain of hops is asked about.
+const maxHops = 8
 
 // splitList takes a list apart that may be spread over several lines.
 func splitList(lines []string) []string {

@@ -24,11 +24,6 @@ enum {
 	 * every jiffy, too much makes userspace copy earlier.
 	 */
 	SKB_OVERHEAD_BYTES = 4096,
-
-	/* What may be passed beyond flow_buffer and twice the source's buffer, and is charged to nobody: enough for
-	 * userspace to come to its CPU and make way, on a loopback that moves 2 GB a second.
-	 */
-	PASS_SLACK_BYTES = 67108864,
 };
 
 /* How a flow is doing; written by userspace only, which writes the counters again when it does. */
@@ -47,7 +42,6 @@ enum fault {
 	FAULT_TRIM,      /* an overlap could not be cut off */
 	FAULT_PEER,      /* the peer is gone, or takes no more data */
 	FAULT_REDIRECT,  /* the helper refused */
-	FAULT_MEMORY,    /* passed bytes pile up where nobody is charged for them */
 };
 
 /* What userspace is told through the ring. */

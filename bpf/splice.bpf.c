@@ -221,7 +221,6 @@ static __always_inline int verdict(struct __sk_buff *skb)
 	struct flow *f;
 	struct half *h;
 	__u32 len, half, other;
-	int rcvbuf;
 	__u64 was;
 	bool pass;
 
@@ -248,10 +247,6 @@ static __always_inline int verdict(struct __sk_buff *skb)
 		return give_up(h, half, FAULT_PEER);
 	if (!h->seeded)
 		h->next_seq = tcp->copied_seq;
-	/* What is passed is charged to the source, whose window closes long before it has twice its buffer. But while the source's
-	 * backlog holds something that goes the other way, the kernel puts it behind that, and charges nobody. Userspace makes way
-	 * there; where it can't, since TCP is out of memory, this is the bound. */
-	rcvbuf = READ_ONCE(tcp->inet_conn.icsk_inet.sk.sk_rcvbuf);
 	if (rule_trim) {
 		fault = trim(skb, h);
 		if (fault != FAULT_NONE)
@@ -289,8 +284,6 @@ static __always_inline int verdict(struct __sk_buff *skb)
 	h->next_seq += len;
 	if (pass) {
 		was = h->passed;
-		if ((__s64)(was + len - READ_ONCE(h->consumed)) > (__s64)h->limit + 2 * (__s64)rcvbuf + PASS_SLACK_BYTES)
-			return give_up(h, half, FAULT_MEMORY);
 		__sync_fetch_and_add(&h->passed, len);
 		if (READ_ONCE(h->consumed) == was)
 			tell(half, EVENT_PASSED);

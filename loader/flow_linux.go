@@ -226,8 +226,6 @@ func faultName(why spliceFault) string {
 		return "peer is gone"
 	case spliceFaultFAULT_REDIRECT:
 		return "redirect was refused"
-	case spliceFaultFAULT_MEMORY:
-		return "TCP is out of memory"
 	}
 	return fmt.Sprintf("fault %d", why)
 }

@@ -246,9 +246,6 @@ func (h *half) copy() (o outcome, wait bool) {
 			if h.copying.Load() || load64(&m.Passed) != h.consumed {
 				// Passed, and not in the queue yet.
 				f.watchAlso(h.i, unix.EPOLLIN, true)
-				if f.l.rules.way && !h.copying.Load() {
-					h.makeWay()
-				}
 				return outcome{}, true
 			}
 			break

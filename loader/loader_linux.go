@@ -54,12 +54,11 @@ type rules struct {
 	both               bool // upstream gets a verdict, too
 	events             bool // epoll tells of bytes that can be copied, and of room for them
 	look               bool // the sweep ends stalls
-	way                bool // a backlog of the other way is made way for
 	local              localRules
 }
 
 var allRules = rules{bound: true, trim: true, fin: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true, look: true,
-	way: true, local: allLocalRules}
+	local: allLocalRules}
 
 // New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what a dead daemon left there, and
 // proves on loopback that this kernel splices rightly. The caller closes the Loader.

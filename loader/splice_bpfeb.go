@@ -35,7 +35,6 @@ const (
 	spliceFaultFAULT_TRIM     spliceFault = 2
 	spliceFaultFAULT_PEER     spliceFault = 3
 	spliceFaultFAULT_REDIRECT spliceFault = 4
-	spliceFaultFAULT_MEMORY   spliceFault = 5
 )
 
 type spliceFlow struct {

@@ -3,7 +3,6 @@ package loader
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"strings"
@@ -117,9 +116,7 @@ func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
 // Bytes that userspace has to copy get past those that wait in front of them, in the same queue of the kernel's, for a reader that
 // has stopped: each way goes on without the other.
 func TestBacklogOfTheOtherWay(t *testing.T) {
-	r := allRules
-	r.look = false
-	l, p, data := behind(t, r)
+	l, p, data := behind(t, allRules)
 	p.server.SetDeadline(time.Now().Add(30 * time.Second))
 	must(t, expect(p.server, []byte("hello")))
 	p.client.SetDeadline(time.Now().Add(30 * time.Second))
@@ -128,20 +125,4 @@ func TestBacklogOfTheOtherWay(t *testing.T) {
 	if n := l.Stats().Stalls; n != 0 {
 		t.Errorf("%d stalls", n)
 	}
-}
-
-// Where no way can be made, what is passed is bounded all the same.
-func TestRuleWayOff(t *testing.T) {
-	r := allRules
-	r.way = false
-	l, p, _ := behind(t, r)
-	p.client.SetDeadline(time.Now().Add(30 * time.Second))
-	n, err := io.Copy(p.client, io.LimitReader(zeroes{}, 1<<30))
-	if !isReset(err) {
-		t.Errorf("%d bytes were taken, %v", n, err)
-	}
-	if end := p.wait(5 * time.Second); end.end != endError || l.Stats().Faults["TCP is out of memory"] != 1 {
-		t.Errorf("%+v, %+v", end, l.Stats())
-	}
-	t.Logf("%d MiB were taken", n>>20)
 }

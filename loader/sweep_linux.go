@@ -136,9 +136,7 @@ func (h *half) missed() bool {
 		}
 	case in:
 		if !h.source().readable() {
-			if f.l.rules.way {
-				h.makeWay()
-			}
+			h.makeWay()
 			return false
 		}
 	default: // asleep, with bytes that were passed

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"testing"
+	"time"
 
 	"github.com/tailsplice/tailsplice/test/wire"
 	"github.com/tailsplice/tailsplice/userspace/relay"
@@ -67,11 +68,9 @@ func RunWire(t *testing.T, l Loopback) {
 			for i := range 200 { // silly windows
 				c.SetWindow(uint16(i % 3))
 			}
-			for _, n := range []int{0, 1000, 0, 20_000, 0, 65535} {
-				c.SetWindow(uint16(n))
-				if _, err := c.Receive(min(n, 20_000)/2, false); err != nil {
-					t.Fatal(err)
-				}
+			for _, n := range []uint16{0, 1000, 0, 20_000, 0, 65535} {
+				c.SetWindow(n)
+				time.Sleep(5 * time.Millisecond)
 			}
 			must(t, <-sent)
 			must(t, closeWrite(other))

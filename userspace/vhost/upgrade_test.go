@@ -354,3 +354,34 @@ func TestUpgradeByTLS(t *testing.T) {
 		}
 	}
 }
+
+// TestUpgradeH2C upgrades at an upstream that is spoken with by h2c.
+func TestUpgradeH2C(t *testing.T) {
+	up := upstream(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Upgrade") == "" {
+			io.WriteString(w, r.Proto)
+			return
+		}
+		echoSocket(w, r)
+	}, func(s *http.Server) {
+		s.Protocols = new(http.Protocols)
+		s.Protocols.SetHTTP1(true)
+		s.Protocols.SetUnencryptedHTTP2(true)
+	})
+	up.Protocol = H2C
+	p := protocols[2]
+	h := p.hop(t, up)
+	c := p.client(t, h)
+	if _, body := get(t, c, p.url("/")); body != "HTTP/2.0" {
+		t.Errorf("spoken with by %s", body)
+	}
+	ws, _, err := websocket.Dial(t.Context(), strings.Replace(p.url("/"), "http", "ws", 1), &websocket.DialOptions{HTTPClient: c})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ws.CloseNow()
+	ws.Write(t.Context(), websocket.MessageText, []byte("hello"))
+	if _, got, err := ws.Read(t.Context()); string(got) != "hello" || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -206,6 +207,53 @@ func TestOpenErrors(t *testing.T) {
 	for _, o := range []Options{{File: filepath.Join(t.TempDir(), "no", "a.log"), Format: "json"}, {File: t.TempDir(), Format: "json"}, {File: Stderr, Format: "xml"}} {
 		if _, err := Open(o); err == nil {
 			t.Errorf("%+v is opened", o)
+		}
+	}
+}
+
+// shortWriter takes so many bytes, and then has no space.
+type shortWriter struct {
+	bytes.Buffer
+	space int
+}
+
+func (w *shortWriter) Write(p []byte) (int, error) {
+	n := min(len(p), w.space)
+	w.space -= n
+	w.Buffer.Write(p[:n])
+	if n < len(p) {
+		return n, syscall.ENOSPC
+	}
+	return n, nil
+}
+
+// TestTornLine has a disk fill up in the middle of a line: the lines that were
+// written are not counted as lost, and the next one is a line of its own.
+func TestTornLine(t *testing.T) {
+	lost := 0
+	out := &shortWriter{space: 6}
+	l := &Log{opts: Options{Lost: func(n int) { lost += n }, Log: slog.New(slog.DiscardHandler)}, out: out}
+	l.write([]byte("one\ntwo\nthree\n"), 3)
+	if lost != 2 {
+		t.Errorf("%d lines are lost, want 2", lost)
+	}
+	l.write([]byte("four\n"), 1)
+	out.space = 100
+	l.write([]byte("five\n"), 1)
+	if got := out.String(); got != "one\ntw\nfive\n" || lost != 3 {
+		t.Errorf("%q, %d lost", got, lost)
+	}
+}
+
+// TestLongTexts checks that no request makes a line without end.
+func TestLongTexts(t *testing.T) {
+	long := strings.Repeat("x", 1<<20)
+	strange := strings.Repeat("\x01", 1<<20)
+	for _, e := range []Entry{{URI: long, Host: long, UserAgent: long}, {URI: strange, Host: strange, UserAgent: strange}} {
+		for _, format := range []func([]byte, *Entry) []byte{appendJSON, appendCommon, appendCombined} {
+			if line := format(nil, &e); len(line) > 3*6*longest+1000 {
+				t.Errorf("a line of %d bytes", len(line))
+			}
 		}
 	}
 }

@@ -238,3 +238,31 @@ func TestHash(t *testing.T) {
 		}
 	}
 }
+
+// TestKnown checks that right passwords are remembered for a while, and not more
+// of them than there is room for.
+func TestKnown(t *testing.T) {
+	u, err := NewUsers(map[string]string{"me": hash(t, "secret")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := u.keyOf("me", "secret", u.set.hashes["me"])
+	if u.remembers(key) {
+		t.Error("before it was checked")
+	}
+	check(t, u, "me", "secret")
+	check(t, u, "me", "wrong")
+	if !u.remembers(key) || len(u.known) != 1 {
+		t.Error("the right one alone is to be remembered")
+	}
+	u.known[key] = time.Now().Add(-knownFor)
+	if u.remembers(key) {
+		t.Error("for ever")
+	}
+	for i := range 2 * knownMost {
+		u.remember(u.keyOf(fmt.Sprint(i), "x", nil))
+	}
+	if len(u.known) > knownMost {
+		t.Errorf("%d are remembered", len(u.known))
+	}
+}

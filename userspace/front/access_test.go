@@ -296,6 +296,11 @@ listeners:
 	if res.StatusCode != 302 || res.Header.Get("Location") != "https://login.test/?rd=x" || res.Header.Get("Set-Cookie") != "a=b" {
 		t.Errorf("%d %v %s", res.StatusCode, res.Header, body)
 	}
+	before := asked
+	if res, _ := ask(t, addr, "HEAD", "app.test", "/", nil); res.StatusCode != 302 || asked.Get("X-Forwarded-Method") != "HEAD" {
+		t.Errorf("HEAD: %d", res.StatusCode)
+	}
+	asked = before
 	for name, want := range map[string]string{"X-Forwarded-Method": "POST", "X-Forwarded-Uri": "/a%2Fb?c=d", "X-Forwarded-Host": "app.test", "X-Forwarded-Proto": "http", "X-Forwarded-For": "127.0.0.1"} {
 		if got := asked.Get(name); got != want {
 			t.Errorf("the server is asked with %s %q, want %q", name, got, want)
@@ -333,7 +338,7 @@ listeners:
 	if res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !strings.Contains(body, "sign-in service is not answering") {
 		t.Errorf("a server that is gone: %d %s", res.StatusCode, body)
 	}
-	if d.refused("auth_server") != 1 || d.refused("forward_auth") != 1 {
+	if d.refused("auth_server") != 1 || d.refused("forward_auth") != 2 {
 		t.Errorf("counted: %v", d.Status().Refused)
 	}
 }

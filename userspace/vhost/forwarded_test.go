@@ -252,3 +252,28 @@ func TestClientOf(t *testing.T) {
 		}
 	}
 }
+
+// TestRequestID passes on what fits on a line of a log, and makes an id where a
+// client sends something else, or nothing: another one for each request.
+func TestRequestID(t *testing.T) {
+	h := newHop(t, upstream(t, echoHeader))
+	c := protocols[0].client(t, h)
+	seen := map[string]bool{}
+	for _, sent := range [][]string{nil, {""}, {"mine"}, {strings.Repeat("x", 128)}, {strings.Repeat("x", 129)}, {"a b"}, {"é"}, {"one", "two"}, nil} {
+		_, body := get(t, c, "http://a/", func(r *http.Request) { r.Header["X-Request-Id"] = sent })
+		got := parseEcho(body)["X-Request-Id"]
+		if len(got) != 1 {
+			t.Fatalf("sent %q, the upstream gets %q", sent, got)
+		}
+		if len(sent) == 1 && (sent[0] == "mine" || len(sent[0]) == 128) {
+			if got[0] != sent[0] {
+				t.Errorf("sent %q, the upstream gets %q", sent, got)
+			}
+			continue
+		}
+		if !strings.HasPrefix(got[0], "id-of-connection-0-") || seen[got[0]] {
+			t.Errorf("sent %q, the upstream gets %q", sent, got)
+		}
+		seen[got[0]] = true
+	}
+}

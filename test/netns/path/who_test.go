@@ -1,7 +1,10 @@
 package path
 
 import (
+	"bufio"
+	"crypto/tls"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -85,4 +88,33 @@ func TestWho(t *testing.T) {
 	if n := status(t, s.home).Refused["not_allowed"]; n < 3 {
 		t.Errorf("%d refusals are counted, want 3", n)
 	}
+
+	// A hop of the user's is not the user: whoever comes through it would be.
+	t.Run("the user's node as a hop", func(t *testing.T) {
+		s.configure(t, s.home, strings.Replace(strings.Replace(homeConfig, "    default: { forward: tailnet://laptop:8080 }\n", routes+"    default: { forward: tailnet://laptop:8080 }\n", 1),
+			`from: ["tag:edge"]`, `from: ["tag:edge", friend]`, 1))
+		for _, c := range []struct {
+			preface, path string
+			status        int
+		}{{"", "/who/user", 403}, {"", "/who", 200}, {"PROXY UNKNOWN\r\n", "/who/user", 403}, {"PROXY UNKNOWN\r\n", "/who", 200},
+			{"PROXY TCP4 203.0.113.7 192.0.2.80 5000 443\r\n", "/who/user", 403}, {"PROXY TCP4 203.0.113.7 192.0.2.80 5000 443\r\n", "/who", 200}} {
+			raw, err := s.Friend.Dial(t.Context(), "tcp", home)
+			if err != nil {
+				t.Fatal(err)
+			}
+			raw.SetDeadline(time.Now().Add(20 * time.Second))
+			io.WriteString(raw, c.preface)
+			conn := tls.Client(raw, s.trust())
+			fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", c.path, lab.Site)
+			res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, _ := io.ReadAll(res.Body)
+			raw.Close()
+			if res.StatusCode != c.status || strings.Contains(string(body), "Tailscale-User") {
+				t.Errorf("%q, %s: %s %s", c.preface, c.path, res.Status, body)
+			}
+		}
+	})
 }

@@ -112,7 +112,7 @@ listeners:
     mode: http
     routes:
       - { host: connect.test, forward: %q, timeouts: { connect: 200ms } }
-      - { host: answer.test, forward: [ %[3]q, { to: %[4]q, weight: 0 } ], timeouts: { answer: 200ms } }
+      - { host: answer.test, forward: [ %[3]q, { to: %[4]q, weight: 0 } ], timeouts: { answer: 1s } }
       - { host: body.test, forward: %[3]q, timeouts: { body: 200ms } }
 `, addr, full(t), silent, httpBackend(t, func(http.ResponseWriter, *http.Request) { t.Error("what took too long is tried elsewhere") })))
 	res, body := ask(t, addr, "GET", "connect.test", "/", nil)
@@ -125,7 +125,7 @@ listeners:
 	// Which is the time of the target's thinking, not the client's of sending.
 	c := dialTCP(t, addr)
 	io.WriteString(c, "POST /ok HTTP/1.1\r\nHost: answer.test\r\nContent-Length: 2\r\n\r\nx")
-	time.Sleep(600 * time.Millisecond)
+	time.Sleep(1300 * time.Millisecond)
 	io.WriteString(c, "x")
 	if res, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil || res.StatusCode != 200 {
 		t.Errorf("a slow body under a short timeouts.answer: %v, %v", res, err)

@@ -37,6 +37,8 @@ func box(name string, labels ...string) container.Labelled {
 // other as they come and go.
 func TestLabelRoutes(t *testing.T) {
 	d := startLabelled(t)
+	d.mu.Lock() // all the time: what the daemon itself sees, nothing, is not to come between
+	defer d.mu.Unlock()
 	stopped := func(c container.Labelled) container.Labelled { c.Running = false; return c }
 	younger := func(c container.Labelled) container.Labelled { c.Created = time.Unix(1, 0); return c }
 	exposing := func(port uint16, c container.Labelled) container.Labelled { c.Ports = []uint16{port}; return c }
@@ -74,7 +76,6 @@ func TestLabelRoutes(t *testing.T) {
 		{"replicas again", false, []container.Labelled{replica(box("b", "host=b.org")), replica(box("c", "host=b.org")), replica(box("a2", "host=b.org", "path=/other"))}, []string{"web b.org/other→a2:80", "web b.org→b,c:80"}, nil},
 		{"a replica is replaced", true, []container.Labelled{replica(box("e", "host=b.org"))}, []string{"web b.org/other→a2:80 removed", "web b.org→e:80"}, nil},
 	} {
-		d.mu.Lock()
 		if !step.after {
 			d.labels.seen, d.labels.gone = nil, nil
 		}
@@ -86,7 +87,6 @@ func TestLabelRoutes(t *testing.T) {
 		}
 		next := d.mergeLabels(d.cfg, bases, step.seen)
 		d.commitLabels(next)
-		d.mu.Unlock()
 		var routes []string
 		for name, s := range next.services {
 			for _, r := range s.rules {

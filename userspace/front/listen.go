@@ -90,10 +90,14 @@ func listen(addr string, leaving ...*door) (*door, error) {
 		defer l.sharePort(false)
 	}
 	d, err = listenOnce(addr, shareNewPort)
-	if err == nil {
-		err = d.sharePort(false)
+	if err != nil {
+		return nil, err
 	}
-	return d, err
+	if err := d.sharePort(false); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
 }
 
 func shareNewPort(_, _ string, raw syscall.RawConn) error {

@@ -47,7 +47,7 @@ func (a *Acceptor) Start() {
 func (a *Acceptor) watch() error {
 	a.accepting.Lock()
 	defer a.accepting.Unlock()
-	if a.stopped {
+	if a.stopped || len(a.ids) > 0 { // two loops may have paused at the same time
 		return nil
 	}
 	for _, l := range loops.all {

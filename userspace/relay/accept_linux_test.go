@@ -1,0 +1,56 @@
+package relay_test
+
+import (
+	"net"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/userspace/relay"
+)
+
+// TestAcceptorPauses: loops that pause at the same time leave one acceptor, which goes on, and none once it is stopped.
+func TestAcceptorPauses(t *testing.T) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Listen(fd, 16); err != nil {
+		t.Fatal(err)
+	}
+	addr, _ := unix.Getsockname(fd)
+	var taken, failed atomic.Int32
+	before := relay.Watches()
+	a := relay.NewAcceptor(fd, func(s *relay.Socket, _ unix.Sockaddr) { taken.Add(1); s.Reset() },
+		func(error) bool { failed.Add(1); return true })
+	a.Start()
+	one := relay.Watches() - before
+	for range 5 {
+		a.Pause()
+		a.Pause()
+		time.Sleep(30 * time.Millisecond)
+	}
+	to := net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: addr.(*unix.SockaddrInet4).Port}
+	if c, err := net.Dial("tcp", to.String()); err == nil { // else the reset came first
+		defer c.Close()
+	}
+	for deadline := time.Now().Add(10 * time.Second); taken.Load() == 0 && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	if taken.Load() != 1 || failed.Load() != 0 {
+		t.Errorf("%d connections are taken, %d failures: want 1 and 0", taken.Load(), failed.Load())
+	}
+	if now := relay.Watches() - before; now != one {
+		t.Errorf("the loops know %d acceptors, want %d", now, one)
+	}
+	a.Stop()
+	if left := relay.Watches() - before; left != 0 {
+		t.Errorf("%d acceptors are left", left)
+	}
+}

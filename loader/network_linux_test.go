@@ -14,7 +14,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -118,24 +117,28 @@ func (n *lan) splice(l *Loader, o pathOptions) *path {
 	return p
 }
 
-// lose drops a part of what comes in at our end of the cable, and of what comes in at the other.
+// lose drops a part of what comes in at our end of the cable, and of what comes in at the other. By clsact, since tcx needs 6.6.
 func (n *lan) lose(oneIn int32) {
+	const pass, drop = 0, 2 // TC_ACT_OK, TC_ACT_SHOT
 	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
 		asm.FnGetPrandomU32.Call(),
 		asm.Mod.Imm32(asm.R0, oneIn),
 		asm.JEq.Imm32(asm.R0, 0, "drop"),
-		asm.Mov.Imm(asm.R0, -1), // TCX_NEXT
+		asm.Mov.Imm(asm.R0, pass),
 		asm.Return(),
-		asm.Mov.Imm(asm.R0, 2).WithSymbol("drop"), // TCX_DROP
+		asm.Mov.Imm(asm.R0, drop).WithSymbol("drop"),
 		asm.Return(),
 	}})
 	must(n.t, err)
-	for _, attach := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-		l, err := link.AttachTCX(link.TCXOptions{Interface: n.veth.Attrs().Index, Program: program, Attach: attach})
-		must(n.t, err)
-		n.t.Cleanup(func() { l.Close() })
+	defer program.Close() // the filters hold it
+	at := n.veth.Attrs().Index
+	must(n.t, netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: at, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}))
+	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+		must(n.t, netlink.FilterAdd(&netlink.BpfFilter{
+			FilterAttrs: netlink.FilterAttrs{LinkIndex: at, Parent: parent, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: 1},
+			Fd:          program.FD(), Name: "lose", DirectAction: true,
+		}))
 	}
-	n.t.Cleanup(func() { program.Close() })
 }
 
 func TestVeth(t *testing.T) {
@@ -341,8 +344,7 @@ func TestMultipath(t *testing.T) {
 	must(t, err)
 	defer a.Close()
 	if multipath, err := a.(*net.TCPConn).MultipathTCP(); !multipath {
-		t.Logf("this kernel has no multipath TCP (%v): nothing to refuse", err)
-		return
+		t.Skipf("this kernel has no multipath TCP (%v): nothing to refuse", err)
 	}
 	u, s := connect(t, "tcp4")
 	defer u.Close()

@@ -1,0 +1,258 @@
+package front
+
+import (
+	"bufio"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+)
+
+// lines collects what the daemon logs.
+type lines struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// daemon is a front under test.
+type daemon struct {
+	*Front
+	t   *testing.T
+	log *lines
+}
+
+func parse(t *testing.T, yaml string) *config.Config {
+	t.Helper()
+	cfg, err := config.Parse("test.yaml", []byte(yaml))
+	if err != nil {
+		t.Fatalf("config: %v", err)
+	}
+	return cfg
+}
+
+func start(t *testing.T, yaml string) *daemon {
+	t.Helper()
+	return startConfig(t, parse(t, yaml))
+}
+
+func startConfig(t *testing.T, cfg *config.Config) *daemon {
+	t.Helper()
+	d := &daemon{t: t, log: &lines{}}
+	f, err := New(cfg, Options{Log: slog.New(slog.NewTextHandler(d.log, nil)), Version: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Front = f
+	t.Cleanup(func() {
+		f.Close()
+		if t.Failed() {
+			t.Logf("log:\n%s", d.log)
+		}
+	})
+	return d
+}
+
+// freeAddr is an address of 127.0.0.1 that nothing listens on. It is given once only.
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	for {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln.Close()
+		if _, given := givenAddrs.LoadOrStore(ln.Addr().String(), true); !given {
+			return ln.Addr().String()
+		}
+	}
+}
+
+var givenAddrs sync.Map
+
+// certificate makes a self-signed certificate for names, and a pool that
+// trusts it.
+func certificate(t *testing.T, names ...string) (tls.Certificate, *x509.CertPool) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: names[0]}, DNSNames: names,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, _ := x509.ParseCertificate(der)
+	pool := x509.NewCertPool()
+	pool.AddCert(leaf)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, pool
+}
+
+// writePair writes a certificate as the config wants it.
+func writePair(t *testing.T, c tls.Certificate) (cert, key string) {
+	t.Helper()
+	dir := t.TempDir()
+	der, err := x509.MarshalPKCS8PrivateKey(c.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	for file, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: c.Certificate[0]}, key: {Type: "PRIVATE KEY", Bytes: der}} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return cert, key
+}
+
+// writeCA replaces a file of authorities.
+func writeCA(t *testing.T, file string, certs ...tls.Certificate) {
+	t.Helper()
+	var data []byte
+	for _, c := range certs {
+		data = append(data, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Certificate[0]})...)
+	}
+	if err := os.WriteFile(file+".new", data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(file+".new", file); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// backend accepts connections and hands each to serve.
+func backend(t *testing.T, serve func(net.Conn)) string {
+	t.Helper()
+	return backendOn(t, "127.0.0.1", serve)
+}
+
+func backendOn(t *testing.T, host string, serve func(net.Conn)) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", host+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err != nil { // out of files, by a test's doing
+				time.Sleep(time.Millisecond)
+				continue
+			}
+			go serve(c)
+		}
+	}()
+	return ln.Addr().String()
+}
+
+// tlsBackend greets each client with its name.
+func tlsBackend(t *testing.T, name string, cert tls.Certificate) string {
+	return backend(t, func(c net.Conn) {
+		tc := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"acme-tls/1", "h2"}})
+		defer tc.Close()
+		fmt.Fprintf(tc, "%s\n", name)
+	})
+}
+
+// echo sends back what it gets.
+func echo(c net.Conn) {
+	defer c.Close()
+	io.Copy(c, c)
+}
+
+func dialTLS(addr string, cfg *tls.Config) (string, error) {
+	d := &net.Dialer{Timeout: 5 * time.Second}
+	c, err := tls.DialWithDialer(d, "tcp", addr, cfg)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(5 * time.Second))
+	return bufio.NewReader(c).ReadString('\n')
+}
+
+// helloFor is the first record of a TLS client.
+func helloFor(t *testing.T, name string) []byte {
+	t.Helper()
+	client, server := net.Pipe()
+	defer server.Close()
+	go tls.Client(client, &tls.Config{ServerName: name}).Handshake()
+	buf := make([]byte, 16<<10)
+	n, err := server.Read(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return buf[:n]
+}
+
+func dialTCP(t *testing.T, addr string) *net.TCPConn {
+	t.Helper()
+	c, err := net.DialTimeout("tcp", addr, 5*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	return c.(*net.TCPConn)
+}
+
+func (d *daemon) refused(reason string) int64 { return d.Status().Refused[reason] }
+
+// eventually waits until ok. It is patient, for machines that do more than this.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	const patience = time.Minute
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if ok() {
+			return
+		}
+	}
+	t.Errorf("not within %v: %s", patience, what)
+}
+
+func httpBackend(t *testing.T, h http.HandlerFunc) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: h}
+	go srv.Serve(ln)
+	t.Cleanup(func() { srv.Close() })
+	return ln.Addr().String()
+}

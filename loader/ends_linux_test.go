@@ -1,0 +1,256 @@
+package loader
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestHalfClose(t *testing.T) {
+	l := open(t, allRules, 16)
+	for _, c := range []struct {
+		name        string
+		first, last func(*path) (from, to *net.TCPConn)
+	}{
+		{"downstream first", upward, downward},
+		{"upstream first", downward, upward},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := splicePath(t, l, pathOptions{})
+			for i, way := range []func(*path) (from, to *net.TCPConn){c.first, c.last} {
+				from, to := way(p)
+				if err := send(from, to, uint64(i), 32<<20); err != nil {
+					t.Fatal(err)
+				}
+				if i == 0 {
+					time.Sleep(20 * time.Millisecond)
+					if s := l.Flows()[0].State; s != "half_closed" {
+						t.Errorf("state %q after the first half", s)
+					}
+				}
+			}
+			if r := p.wait(5 * time.Second); r != (result{up: 32 << 20, down: 32 << 20, end: endEOF}) {
+				t.Errorf("ended %+v", r)
+			}
+		})
+	}
+}
+
+// A FIN in the segment of the last bytes wakes userspace before the verdict has run for them.
+func TestFINWithData(t *testing.T) {
+	l := open(t, allRules, 16)
+	for name, way := range ways {
+		t.Run(name, func(t *testing.T) {
+			for i := range 200 {
+				p := splicePath(t, l, pathOptions{})
+				from, to := way(p)
+				data := pattern(1 + i*37)
+				setOption(t, from, unix.TCP_CORK, 1)
+				if _, err := from.Write(data); err != nil {
+					t.Fatal(err)
+				}
+				if err := errors.Join(from.CloseWrite(), to.CloseWrite()); err != nil {
+					t.Fatal(err)
+				}
+				to.SetDeadline(time.Now().Add(3 * time.Second))
+				got, err := io.ReadAll(to)
+				if err != nil || !bytes.Equal(got, data) {
+					t.Fatalf("%d of %d bytes arrived: %v", len(got), len(data), err)
+				}
+				if r := p.wait(5 * time.Second); r.end != endEOF {
+					t.Fatalf("ended %+v", r)
+				}
+				p.client.Close()
+				p.server.Close()
+			}
+		})
+	}
+}
+
+func setOption(t testing.TB, c *net.TCPConn, name, value int) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, name, value) })
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A FIN alone runs the verdict with an empty skb; the other direction must go on after it.
+func TestFINAlone(t *testing.T) { testFINAlone(t, allRules, false) }
+
+func TestRuleFinOff(t *testing.T) {
+	r := allRules
+	r.fin = false
+	testFINAlone(t, r, true)
+}
+
+func testFINAlone(t *testing.T, r rules, mustFail bool) {
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	p.client.CloseWrite()
+	time.Sleep(50 * time.Millisecond)
+	p.client.SetDeadline(time.Now().Add(2 * time.Second))
+	p.server.SetDeadline(time.Now().Add(2 * time.Second))
+	_, err := io.ReadAll(p.server)
+	if err == nil {
+		err = send(p.server, p.client, 5, 1<<20)
+	}
+	if mustFail == (err == nil) {
+		t.Errorf("after a FIN alone: %v", err)
+	}
+	t.Logf("after a FIN alone: %v", err)
+}
+
+func TestReset(t *testing.T) {
+	l := open(t, allRules, 16)
+	for name, c := range map[string]struct {
+		from func(*path) (from, to *net.TCPConn)
+		end  string
+	}{
+		"downstream": {upward, endDownstreamReset},
+		"upstream":   {downward, endUpstreamReset},
+	} {
+		for _, kind := range []string{"idle", "while it sends", "while it receives", "after it ended its stream", "with a reader that stopped"} {
+			t.Run(name+" "+kind, func(t *testing.T) {
+				p := splicePath(t, l, pathOptions{})
+				from, to := c.from(p)
+				stop := make(chan struct{})
+				var writing sync.WaitGroup
+				push := func(w *net.TCPConn) {
+					writing.Add(1)
+					go func() {
+						defer writing.Done()
+						b := make([]byte, 64<<10)
+						for {
+							select {
+							case <-stop:
+								return
+							default:
+							}
+							w.SetWriteDeadline(time.Now().Add(time.Second))
+							if _, err := w.Write(b); err != nil {
+								return
+							}
+						}
+					}()
+				}
+				var got int64
+				var err error
+				read := func(r *net.TCPConn) {
+					r.SetReadDeadline(time.Now().Add(5 * time.Second))
+					got, err = io.Copy(io.Discard, struct{ io.Reader }{r})
+				}
+				switch kind {
+				case "while it sends":
+					push(from)
+				case "while it receives":
+					push(to)
+				case "after it ended its stream":
+					from.CloseWrite()
+					read(to) // its end
+					if err != nil || got != 0 {
+						t.Fatal(got, err)
+					}
+				case "with a reader that stopped":
+					push(from)
+				}
+				time.Sleep(50 * time.Millisecond)
+				start := time.Now()
+				from.SetLinger(0)
+				from.Close()
+				close(stop)
+				writing.Wait()
+				r := p.wait(4 * time.Second)
+				if r.end != c.end {
+					t.Errorf("ended %+v", r)
+				}
+				read(to)
+				if !errors.Is(err, unix.ECONNRESET) && !(kind == "after it ended its stream" && errors.Is(err, unix.EPIPE)) {
+					// After its FIN the stream was read to its end: the reset shows in writing only.
+					if _, werr := to.Write([]byte("x")); err != nil || !errors.Is(werr, unix.ECONNRESET) && !errors.Is(werr, unix.EPIPE) {
+						t.Errorf("the reset arrived as %v, %v", err, werr)
+					}
+				}
+				t.Logf("%+v after %v, %d bytes read", r, time.Since(start), got)
+			})
+		}
+	}
+}
+
+func isTimeout(err error) bool {
+	var n net.Error
+	return errors.As(err, &n) && n.Timeout()
+}
+
+// Without the watch a reset of upstream shows nowhere: the client's bytes are acknowledged and thrown away.
+func TestRuleResetOff(t *testing.T) {
+	r := allRules
+	r.reset = false
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	p.server.SetLinger(0)
+	p.server.Close()
+	p.client.SetDeadline(time.Now().Add(500 * time.Millisecond))
+	if _, err := p.client.Read(make([]byte, 1)); !isTimeout(err) {
+		t.Errorf("the reset arrived without the rule: %v", err)
+	}
+}
+
+// Without draining, what waits in the backlog when the FIN comes is lost.
+func TestRuleDrainOff(t *testing.T) {
+	r := allRules
+	r.drain = false
+	l := open(t, r, 16)
+	lost := 0
+	for i := 0; i < 300 && lost == 0; i++ {
+		p := splicePath(t, l, pathOptions{})
+		p.client.SetDeadline(time.Now().Add(3 * time.Second))
+		p.server.SetDeadline(time.Now().Add(3 * time.Second))
+		if err := send(p.client, p.server, 3, 1<<20); err != nil {
+			t.Logf("flow %d: %v", i, err)
+			lost++
+		}
+		p.client.Close()
+		p.server.Close()
+		p.wait(5 * time.Second)
+	}
+	if lost == 0 {
+		t.Error("nothing was lost without draining: this test proves nothing")
+	}
+}
+
+func TestIdleAndCancel(t *testing.T) {
+	l := open(t, allRules, 16)
+	p := splicePath(t, l, pathOptions{idle: 400 * time.Millisecond})
+	for range 8 {
+		time.Sleep(100 * time.Millisecond)
+		p.client.Write([]byte("x"))
+	}
+	start := time.Now()
+	r := p.wait(2 * time.Second)
+	if took := time.Since(start); r.end != endIdle || r.up != 8 || took < 300*time.Millisecond || took > 700*time.Millisecond {
+		t.Errorf("ended %+v after %v", r, took)
+	}
+	p = splicePath(t, l, pathOptions{})
+	p.client.Write([]byte("x"))
+	time.Sleep(20 * time.Millisecond)
+	p.cancel()
+	if r := p.wait(time.Second); r.end != endCanceled || !errors.Is(r.err, context.Canceled) || r.up != 1 {
+		t.Errorf("ended %+v", r)
+	}
+	p.client.SetDeadline(time.Now().Add(time.Second))
+	if _, err := p.client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("a canceled flow is not reset: %v", err)
+	}
+}

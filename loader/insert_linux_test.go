@@ -1,0 +1,127 @@
+package loader
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Bytes that came before the splice, unread, read in part, and read to the end.
+func TestSenderIsEarly(t *testing.T) {
+	l := open(t, allRules, 16)
+	for _, c := range []struct{ sent, read int }{{1, 0}, {16, 6}, {100000, 0}, {100000, 1}, {100000, 99999}, {100000, 100000}, {1 << 20, 70000}} {
+		t.Run(fmt.Sprintf("%d read of %d", c.read, c.sent), func(t *testing.T) {
+			data := pattern(c.sent)
+			p := splicePath(t, l, pathOptions{before: func(client, _, down, _ *net.TCPConn) {
+				go client.Write(data)
+				if err := expect(down, data[:c.read]); err != nil {
+					t.Fatal(err)
+				}
+				if c.read == 0 {
+					time.Sleep(20 * time.Millisecond)
+				}
+			}})
+			p.server.SetDeadline(time.Now().Add(3 * time.Second))
+			if err := expect(p.server, data[c.read:]); err != nil {
+				t.Error(err)
+			}
+			if up, _ := p.count(); up != int64(c.sent-c.read) {
+				t.Errorf("counted %d", up)
+			}
+		})
+	}
+}
+
+func TestRuleKickOff(t *testing.T) {
+	r := allRules
+	r.kick, r.look = false, false
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{before: func(client, _, _, _ *net.TCPConn) {
+		client.Write([]byte("hello"))
+		time.Sleep(20 * time.Millisecond)
+	}})
+	p.server.SetDeadline(time.Now().Add(time.Second))
+	if _, err := p.server.Read(make([]byte, 5)); !isTimeout(err) {
+		t.Errorf("without a kick the queued bytes arrived anyhow: %v", err)
+	}
+}
+
+// What is refused is left as it was, and goes on in userspace.
+func TestRefusal(t *testing.T) {
+	l := open(t, allRules, 1)
+	splicePath(t, l, pathOptions{})
+	p, err := trySplice(t, l, pathOptions{})
+	if !errors.Is(err, refusedFull) {
+		t.Fatalf("a second flow in one slot: %v", err)
+	}
+	relayed(t, p)
+
+	l = open(t, allRules, 4)
+	p, err = trySplice(t, l, pathOptions{before: func(client, _, down, _ *net.TCPConn) {
+		down.SetNoDelay(false)
+		client.CloseWrite()
+		time.Sleep(20 * time.Millisecond)
+	}})
+	if !errors.Is(err, refusedState) {
+		t.Fatalf("a side that has ended: %v", err)
+	}
+	raw, _ := p.down.SyscallConn()
+	raw.Control(func(fd uintptr) {
+		if n, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY); n != 0 || err != nil {
+			t.Errorf("TCP_NODELAY is %d, %v", n, err)
+		}
+	})
+	if s := l.Stats(); s.Flows != 0 || s.Refused[refusedState.Error()] != 1 || s.Off != "" {
+		t.Errorf("%+v", s)
+	}
+}
+
+// relayed checks that a refused pair of sockets works without us.
+func relayed(t *testing.T, p *path) {
+	t.Helper()
+	go io.Copy(p.up, p.down)
+	p.client.Write([]byte("hello"))
+	p.server.SetDeadline(time.Now().Add(time.Second))
+	if err := expect(p.server, []byte("hello")); err != nil {
+		t.Error(err)
+	}
+}
+
+// The other side ends or breaks while a flow is being inserted.
+func TestEndDuringInsertion(t *testing.T) {
+	l := open(t, allRules, 64)
+	refused := 0
+	for i := range 300 {
+		data := pattern(1000)
+		p, err := trySplice(t, l, pathOptions{before: func(_, server, _, _ *net.TCPConn) {
+			go func() {
+				for range i * 20 {
+				}
+				server.Write(data)
+				server.CloseWrite()
+			}()
+		}})
+		if err != nil {
+			refused++
+			continue
+		}
+		p.client.SetDeadline(time.Now().Add(3 * time.Second))
+		got, rerr := io.ReadAll(p.client)
+		if rerr != nil || !bytes.Equal(got, data) {
+			t.Fatalf("flow %d: %d bytes, %v", i, len(got), rerr)
+		}
+		if err := send(p.client, p.server, 1, 5000); err != nil {
+			t.Fatal(err)
+		}
+		if r := p.wait(3 * time.Second); r.end != endEOF || r.down != 1000 || r.up != 5000 {
+			t.Fatalf("flow %d ended %+v", i, r)
+		}
+	}
+	t.Logf("%d of 300 refused", refused)
+}

@@ -1,0 +1,241 @@
+package loader
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/test/wire"
+)
+
+// Without the trim all that overlaps on the wire comes out damaged, and with it nothing does.
+func TestWire(t *testing.T) {
+	needRoot(t)
+	r := allRules
+	r.trim = false
+	n, trims, not := wire.New(t), open(t, allRules, 64), open(t, r, 64)
+	for _, k := range wire.Cases() {
+		t.Run(k.Name, func(t *testing.T) {
+			try := func(l *Loader) error {
+				c, down := n.Connect(t)
+				up, server := connect(t, "tcp4")
+				defer server.Close()
+				must(t, errors.Join(down.SetReadBuffer(64<<10), up.SetWriteBuffer(64<<10), server.SetReadBuffer(64<<10)))
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				return k.Run(c, server, func() {
+					_, err := l.Splice(ctx, down, up, Flow{ID: "wire", Buffer: 64 << 10})
+					must(t, err)
+				})
+			}
+			must(t, try(trims))
+			if err := try(not); err == nil {
+				t.Error("without trimming no harm was done: this case proves nothing")
+			} else {
+				t.Logf("without trimming: %v", err)
+			}
+		})
+	}
+}
+
+func TestOverlaps(t *testing.T) {
+	l := open(t, allRules, 16)
+	if err := overlaps(t, l, 300); err != nil {
+		t.Error(err)
+	}
+}
+
+// overlaps makes rounds of: a few real bytes, then injected segments that repeat, overlap and come out of order, then the
+// connection itself sending it all once more.
+func overlaps(t *testing.T, l *Loader, rounds int) error {
+	p := splicePath(t, l, pathOptions{})
+	in, err := newInjector(p.client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.close()
+	p.server.SetDeadline(time.Now().Add(30 * time.Second))
+	p.client.SetDeadline(time.Now().Add(30 * time.Second))
+	rnd := rand.New(rand.NewPCG(1, 2))
+	data := pattern(rounds*3000 + 20000)
+	at := 0
+	for round := range rounds {
+		first := 1 + rnd.IntN(200)
+		if _, err := p.client.Write(data[at : at+first]); err != nil {
+			return err
+		}
+		if err := expect(p.server, data[at:at+first]); err != nil {
+			return fmt.Errorf("round %d: %w", round, err)
+		}
+		at += first
+		if err := in.sync(); err != nil {
+			return err
+		}
+		back, ahead := rnd.IntN(min(at, 4000)+1), 1+rnd.IntN(1500)
+		hole := rnd.IntN(2) == 0
+		if hole { // the later part comes first
+			if err := in.send(ahead/2, data[at+ahead/2:at+ahead]); err != nil {
+				return err
+			}
+		}
+		if err := in.send(-back, data[at-back:at+ahead]); err != nil {
+			return err
+		}
+		if rnd.IntN(2) == 0 { // the same once more
+			if err := in.send(-back, data[at-back:at+ahead]); err != nil {
+				return err
+			}
+		}
+		if err := expect(p.server, data[at:at+ahead]); err != nil {
+			return fmt.Errorf("round %d, %d back, %d ahead, hole %v: %w", round, back, ahead, hole, err)
+		}
+		more := ahead + rnd.IntN(1000)
+		if _, err := p.client.Write(data[at : at+more]); err != nil {
+			return err
+		}
+		if err := expect(p.server, data[at+ahead:at+more]); err != nil {
+			return fmt.Errorf("round %d: %w", round, err)
+		}
+		at += more
+		if at > len(data)-8000 {
+			break
+		}
+	}
+	f := l.Flows()
+	if len(f) != 1 || f[0].Up != int64(at) {
+		return fmt.Errorf("%d bytes were sent, flows say %+v", at, f)
+	}
+	t.Logf("%d bytes, %d trimmed, %d copied", at, f[0].UpTrimmed, f[0].UpCopied)
+	if f[0].UpTrimmed == 0 && l.rules.trim {
+		t.Error("nothing was trimmed: the segments did not come in")
+	}
+	return nil
+}
+
+// While bytes are passed and userspace has not read them, copied_seq is behind: only an own count of what was handled
+// can tell an overlap.
+func TestOverlapWhileReaderStops(t *testing.T) {
+	l := open(t, allRules, 16)
+	p := splicePath(t, l, pathOptions{buffer: 64 << 10, before: func(client, server, down, up *net.TCPConn) {
+		client.SetWriteBuffer(32 << 10)
+		server.SetReadBuffer(32 << 10)
+		up.SetWriteBuffer(32 << 10)
+	}})
+	data := pattern(8 << 20)
+	at := 0
+	for at < 6<<20 { // fill until the direction is passing
+		p.client.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		n, err := p.client.Write(data[at:min(at+1000, len(data))])
+		at += n
+		if f := l.Flows()[0]; f.UpCopied > 0 || f.UpWaiting > 100<<10 {
+			break
+		}
+		if err != nil {
+			break
+		}
+	}
+	time.Sleep(100 * time.Millisecond)
+	in, err := newInjector(p.client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.close()
+	before := l.Flows()[0]
+	for i := range 20 {
+		if err := in.send(-500-10*i, data[at-500-10*i:at+100*(i+1)]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(20 * time.Millisecond)
+	after := l.Flows()[0]
+	t.Logf("%d bytes sent, before %+v", at, before)
+	if after.UpTrimmed == before.UpTrimmed {
+		t.Fatal("no overlap came in")
+	}
+	go func() {
+		p.client.SetWriteDeadline(time.Now().Add(10 * time.Second))
+		p.client.Write(data[at:])
+		p.client.CloseWrite()
+	}()
+	p.server.SetDeadline(time.Now().Add(10 * time.Second))
+	if err := expect(p.server, data); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// An urgent byte stays where it is in the stream, as RFC 6093 wants.
+func TestUrgent(t *testing.T) {
+	l := open(t, allRules, 16)
+	for name, way := range ways {
+		for _, size := range []int{10, 2 << 20} {
+			t.Run(fmt.Sprintf("%s %d", name, size), func(t *testing.T) {
+				data := pattern(size)
+				p := splicePath(t, l, pathOptions{before: func(client, server, _, _ *net.TCPConn) {
+					if size > 100 {
+						return
+					}
+					for _, c := range []*net.TCPConn{client, server} { // urgent bytes in the queue at insertion
+						raw, _ := c.SyscallConn()
+						raw.Write(func(fd uintptr) bool { return unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) == nil })
+					}
+					time.Sleep(5 * time.Millisecond)
+				}})
+				f := l.live[firstLive(l)].Load()
+				from, to := way(p)
+				if size < 100 {
+					for _, c := range []*net.TCPConn{p.client, p.server} {
+						c.SetDeadline(time.Now().Add(5 * time.Second))
+						var b [1]byte
+						raw, _ := c.SyscallConn()
+						raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
+						if _, err := c.Read(b[:]); err != nil || b[0] != '!' {
+							t.Fatalf("%q %v", b, err)
+						}
+					}
+				}
+				sent := make(chan error, 1)
+				go func() {
+					_, err := from.Write(data)
+					raw, _ := from.SyscallConn()
+					raw.Write(func(fd uintptr) bool {
+						e := unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil)
+						if e != unix.EAGAIN {
+							err = errors.Join(err, e)
+						}
+						return e != unix.EAGAIN
+					})
+					_, err2 := from.Write(data)
+					sent <- errors.Join(err, err2, from.CloseWrite())
+				}()
+				to.SetDeadline(time.Now().Add(5 * time.Second))
+				got, err := io.ReadAll(to)
+				if want := append(append(bytes.Clone(data), '!'), data...); err != nil || !bytes.Equal(got, want) {
+					t.Errorf("%d bytes, %d expected, %v\n%s", len(got), len(want), err, f.dump())
+				}
+				if err := <-sent; err != nil {
+					t.Error(err)
+				}
+				p.client.Close()
+				p.server.Close()
+				p.wait(5 * time.Second)
+			})
+		}
+	}
+}
+
+func firstLive(l *Loader) int {
+	for i := range l.live {
+		if l.live[i].Load() != nil {
+			return i
+		}
+	}
+	return 0
+}

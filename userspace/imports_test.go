@@ -65,7 +65,7 @@ func forbidden(from, to string) string {
 	switch {
 	case in(from, to) || in(to, from) && !in(from, "userspace/front"): // a package's own tests and helpers
 		return ""
-	case in(to, "test/wire"), in(to, "test/cgroup"): // which import none of ours, and that only tests need
+	case in(to, "test/wire"), in(to, "test/cgroup"), in(to, "test/logs"), in(to, "test/selfsigned"): // which import none of ours, and that only tests need
 		return ""
 	case in(from, "loader"):
 		return "the loader is the kernel side alone; what it serves declares the interface"

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/test/logs"
 )
 
 var entry = Entry{
@@ -62,28 +64,10 @@ func FuzzLine(f *testing.F) {
 	})
 }
 
-// lines is a log that can be read.
-type lines struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lines) count(what string) int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.Count(l.b.String(), what)
-}
-
-func open(t *testing.T, file string) (*Log, *lines, *atomic.Int64) {
+func open(t *testing.T, file string) (*Log, *logs.Log, *atomic.Int64) {
 	t.Helper()
-	log, lost := &lines{}, new(atomic.Int64)
-	l, err := Open(Options{File: file, Format: "common", Log: slog.New(slog.NewTextHandler(log, nil)), Lost: func(n int) { lost.Add(int64(n)) }})
+	log, lost := &logs.Log{}, new(atomic.Int64)
+	l, err := Open(Options{File: file, Format: "common", Log: log.Logger(), Lost: func(n int) { lost.Add(int64(n)) }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +145,7 @@ func TestRotation(t *testing.T) {
 			if all := count(file) + count(file+".1"); how.name != "removed" && all != written+1 {
 				t.Errorf("%d lines of %d", all, written+1)
 			}
-			if log.count("lost") > 0 || lost.Load() > 0 {
+			if log.Count("lost") > 0 || lost.Load() > 0 {
 				t.Error("a rotation is complained of")
 			}
 		})
@@ -185,13 +169,13 @@ func TestDiskFull(t *testing.T) {
 		l.Write(&entry)
 		eventually(t, "the loss is counted", func() bool { return lost.Load() == int64(i+1) })
 	}
-	if n := log.count("requests go on"); n != 1 {
+	if n := log.Count("requests go on"); n != 1 {
 		t.Errorf("%d complaints", n)
 	}
 	os.Remove(file)
 	l.Reopen()
 	eventually(t, "lines again", func() bool { l.Write(&entry); return count(file) > 0 })
-	eventually(t, "the good news", func() bool { return log.count("written again") == 1 })
+	eventually(t, "the good news", func() bool { return log.Count("written again") == 1 })
 }
 
 // TestNeverBlocks fills the queue of a writer that is stuck.

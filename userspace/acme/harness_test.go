@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/test/logs"
 	"github.com/tailsplice/tailsplice/userspace/acme/acmetest"
 )
 
@@ -41,24 +42,6 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// text collects what is logged.
-type text struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *text) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *text) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 // authority is a running pebble.
 type authority struct {
 	acmetest.Config
@@ -68,7 +51,7 @@ type authority struct {
 	args []string
 	bin  string
 	cmd  *exec.Cmd
-	log  *text
+	log  *logs.Log
 }
 
 // host is where an authority's questions go: the ports of a host that terminates
@@ -76,7 +59,7 @@ type authority struct {
 type host struct {
 	t         testing.TB
 	m         *Manager
-	log       *text
+	log       *logs.Log
 	http, tls net.Listener
 	mu        sync.Mutex
 	sources   []*Source
@@ -149,7 +132,7 @@ func run(t testing.TB, log io.Writer, addr, bin string, args ...string) *exec.Cm
 func nameServer(t testing.TB, ip4 string) (addr, management string) {
 	p := build(t)
 	addr, manage := fmt.Sprintf("127.0.0.1:%d", freePort(t)), fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	log := &text{}
+	log := &logs.Log{}
 	run(t, log, manage, p.DNS, acmetest.DNSArgs(addr, manage, ip4, "")...)
 	return addr, "http://" + manage
 }
@@ -171,7 +154,7 @@ func newAuthority(t testing.TB, h *host, c acmetest.Config) *authority {
 	if c.TLSPort == 0 {
 		c.TLSPort = h.tls.Addr().(*net.TCPAddr).Port
 	}
-	a := &authority{Config: c, t: t, dir: t.TempDir(), bin: p.Pebble, log: &text{}}
+	a := &authority{Config: c, t: t, dir: t.TempDir(), bin: p.Pebble, log: &logs.Log{}}
 	var err error
 	if a.args, a.root, err = c.Write(a.dir); err != nil {
 		t.Fatal(err)
@@ -216,7 +199,7 @@ func (a *authority) ca() CA { return CA{Directory: a.Directory(), RootFile: a.ro
 
 func newHost(t testing.TB) *host {
 	t.Helper()
-	h := &host{t: t, log: &text{}}
+	h := &host{t: t, log: &logs.Log{}}
 	h.m = New(slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	listen := func() net.Listener {
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -362,7 +345,7 @@ func contains(s string, parts ...string) error {
 }
 
 // last is the end of a log, without what is only good for debugging.
-func last(l *text) string {
+func last(l *logs.Log) string {
 	var lines []string
 	for line := range strings.Lines(l.String()) {
 		if !strings.Contains(line, "level=DEBUG") {

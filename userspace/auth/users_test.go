@@ -1,7 +1,6 @@
 package auth
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -9,11 +8,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/crypto/bcrypt"
+
+	"github.com/tailsplice/tailsplice/test/logs"
 )
 
 // fromHtpasswd is "secret", by `htpasswd -nbB me secret`.
@@ -150,24 +150,6 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// lines is a log that can be read.
-type lines struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lines) count(what string) int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.Count(l.b.String(), what)
-}
-
 // TestReload changes the file, breaks it and removes it.
 func TestReload(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "users")
@@ -183,9 +165,9 @@ func TestReload(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	log := &lines{}
+	log := &logs.Log{}
 	write("me:" + hash(t, "one"))
-	u, err := OpenUsers(file, slog.New(slog.NewTextHandler(log, nil)))
+	u, err := OpenUsers(file, log.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -209,7 +191,7 @@ func TestReload(t *testing.T) {
 			t.Error("a broken file locks everybody out")
 		}
 	}
-	if n := log.count("stay in force"); n != 1 {
+	if n := log.Count("stay in force"); n != 1 {
 		t.Errorf("%d complaints", n)
 	}
 	os.Remove(file)

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/test/logs"
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/acme/acmetest"
 )
@@ -54,7 +55,7 @@ func TestACME(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	log := &lines{}
+	log := &logs.Log{}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Log(log)

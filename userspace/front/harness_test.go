@@ -2,53 +2,30 @@ package front
 
 import (
 	"bufio"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/test/logs"
+	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
 )
-
-// lines collects what the daemon logs.
-type lines struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lines) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
 
 // daemon is a front under test.
 type daemon struct {
 	*Front
 	t   *testing.T
-	log *lines
+	log *logs.Log
 }
 
 func parse(t *testing.T, yaml string) *config.Config {
@@ -67,8 +44,8 @@ func start(t *testing.T, yaml string) *daemon {
 
 func startConfig(t *testing.T, cfg *config.Config) *daemon {
 	t.Helper()
-	d := &daemon{t: t, log: &lines{}}
-	f, err := New(cfg, Options{Log: slog.New(slog.NewTextHandler(d.log, nil)), Version: "test"})
+	d := &daemon{t: t, log: &logs.Log{}}
+	f, err := New(cfg, Options{Log: d.log.Logger(), Version: "test"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,33 +80,18 @@ var givenAddrs sync.Map
 // trusts it.
 func certificate(t *testing.T, names ...string) (tls.Certificate, *x509.CertPool) {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: names[0]}, DNSNames: names,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	leaf, _ := x509.ParseCertificate(der)
-	pool := x509.NewCertPool()
-	pool.AddCert(leaf)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, pool
+	c := selfsigned.Certificate(t, names...)
+	return c, selfsigned.Pool(c)
 }
 
 // writePair writes a certificate as the config wants it.
 func writePair(t *testing.T, c tls.Certificate) (cert, key string) {
 	t.Helper()
 	dir := t.TempDir()
-	der, err := x509.MarshalPKCS8PrivateKey(c.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
 	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	for file, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: c.Certificate[0]}, key: {Type: "PRIVATE KEY", Bytes: der}} {
-		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+	certPEM, keyPEM := selfsigned.PEM(t, c)
+	for file, data := range map[string][]byte{cert: certPEM, key: keyPEM} {
+		if err := os.WriteFile(file, data, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -2,15 +2,9 @@ package proxyheader
 
 import (
 	"bufio"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"net/netip"
 	"os"
@@ -19,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/test/selfsigned"
 )
 
 // haproxy starts a real haproxy with a configuration in which fd@3 and up are the listeners that are given. What it
@@ -105,23 +101,9 @@ func listen(t *testing.T, addr string) net.Listener {
 
 // certificate writes a self-signed certificate and its key into one file, as haproxy wants it.
 func certificate(t *testing.T) (file string) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"example.org"}, NotAfter: time.Now().Add(time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	b = append(b, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})...)
+	cert, key := selfsigned.PEM(t, selfsigned.Certificate(t, "example.org"))
 	file = filepath.Join(t.TempDir(), "cert.pem")
-	if err := os.WriteFile(file, b, 0o600); err != nil {
+	if err := os.WriteFile(file, append(cert, key...), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return file

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/test/selfsigned"
 )
 
 // pair is a TCP connection over the loopback interface.
@@ -192,7 +194,7 @@ func TestContinue(t *testing.T) {
 // TestHandshake passes a hello on as the daemon does, in one-byte records from a real client, to a real server that
 // knows nothing about it, and lets the two finish their handshake.
 func TestHandshake(t *testing.T) {
-	cert := selfSigned(t)
+	cert := selfsigned.Certificate(t, "example.org")
 	client, server := pair(t)
 	go func() {
 		c := tls.Client(&shredder{Conn: client}, &tls.Config{ServerName: "Example.org", InsecureSkipVerify: true, NextProtos: []string{"h2"}})

@@ -12,12 +12,13 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/test/logs"
 )
 
 var quiet = slog.New(slog.DiscardHandler)
@@ -144,8 +145,8 @@ func TestHanging(t *testing.T) {
 
 // TestRunWithout: a watch without a daemon rests, tells that once, and ends.
 func TestRunWithout(t *testing.T) {
-	var log lockedBuilder
-	c := New(t.TempDir()+"/none", slog.New(slog.NewTextHandler(&log, nil)))
+	var log logs.Log
+	c := New(t.TempDir()+"/none", log.Logger())
 	told := make(chan struct{}, 100)
 	c.OnChange(func() { told <- struct{}{} })
 	stop := c.OnChange(func() { t.Error("called after stop") })
@@ -156,7 +157,7 @@ func TestRunWithout(t *testing.T) {
 	unix.Getrusage(unix.RUSAGE_SELF, &before)
 	c.Run(ctx)
 	unix.Getrusage(unix.RUSAGE_SELF, &after)
-	if n := strings.Count(log.String(), "tailnet unavailable"); n != 1 {
+	if n := log.Count("tailnet unavailable"); n != 1 {
 		t.Errorf("it was logged %d times:\n%s", n, log.String())
 	}
 	if len(told) != 1 {
@@ -165,23 +166,6 @@ func TestRunWithout(t *testing.T) {
 	if used := time.Duration(after.Utime.Nano() - before.Utime.Nano()); used > 200*time.Millisecond {
 		t.Errorf("waiting took %s of CPU", used)
 	}
-}
-
-type lockedBuilder struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (l *lockedBuilder) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuilder) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 func TestSocket(t *testing.T) {

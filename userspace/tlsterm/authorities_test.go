@@ -8,15 +8,17 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/test/logs"
 )
 
 // TestAuthorities changes a file of authorities, breaks it and removes it.
 func TestAuthorities(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	one, two := mint(t, nil, []string{"one"}, authority("one")), mint(t, nil, []string{"two"}, authority("two"))
-	var log lines
+	var log logs.Log
 	write(t, file, one.certPEM)
-	a, err := OpenAuthorities(file, log.logger())
+	a, err := OpenAuthorities(file, log.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +66,7 @@ func TestAuthorities(t *testing.T) {
 		t.Error("the change after the trouble is not in force")
 	}
 	var fe *FileError
-	if _, err := OpenAuthorities(filepath.Join(t.TempDir(), "none.pem"), log.logger()); !errors.As(err, &fe) || !strings.Contains(err.Error(), "no such file") {
+	if _, err := OpenAuthorities(filepath.Join(t.TempDir(), "none.pem"), log.Logger()); !errors.As(err, &fe) || !strings.Contains(err.Error(), "no such file") {
 		t.Errorf("a file that is not there: %v", err)
 	}
 }

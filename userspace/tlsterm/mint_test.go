@@ -11,12 +11,10 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
-	"log/slog"
 	"math/big"
 	"net"
 	"os"
 	"path/filepath"
-	"sync"
 	"testing"
 	"time"
 )
@@ -117,26 +115,6 @@ func files(t testing.TB, dir, name string, m *minted) Spec {
 	t.Helper()
 	return Spec{Cert: write(t, filepath.Join(dir, name+".pem"), m.certPEM), Key: write(t, filepath.Join(dir, name+".key"), m.keyPEM)}
 }
-
-// lines is a log that tests read.
-type lines struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *lines) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
-func (l *lines) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
 
 // serve terminates TLS with c on a loopback port, echoes one byte and tells of
 // the handshakes that failed.

@@ -14,6 +14,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/test/logs"
 )
 
 // TestLoadTeaches checks that each thing that is wrong with files is refused
@@ -70,8 +72,8 @@ func TestLoadTeaches(t *testing.T) {
 				unprivileged(t, tc.spec, tc.want)
 				return
 			}
-			var log lines
-			_, err := Load([]Spec{{Cert: cert, Key: key}, tc.spec}, log.logger())
+			var log logs.Log
+			_, err := Load([]Spec{{Cert: cert, Key: key}, tc.spec}, log.Logger())
 			if err == nil {
 				t.Fatal("loaded")
 			}
@@ -89,8 +91,8 @@ func TestLoadTeaches(t *testing.T) {
 	}
 
 	t.Run("all at once", func(t *testing.T) {
-		var log lines
-		_, err := Load([]Spec{{Cert: at("none.pem")}, {Cert: cert, Key: at("none.key")}}, log.logger())
+		var log logs.Log
+		_, err := Load([]Spec{{Cert: at("none.pem")}, {Cert: cert, Key: at("none.key")}}, log.Logger())
 		if err == nil || !strings.Contains(err.Error(), "none.pem") || !strings.Contains(err.Error(), "none.key") {
 			t.Errorf("error %v, want both files", err)
 		}
@@ -144,7 +146,7 @@ func TestAsNobody(t *testing.T) {
 	if !ok {
 		return // not the child: nothing to do
 	}
-	_, err := Load([]Spec{{Cert: cert, Key: key}}, new(lines).logger())
+	_, err := Load([]Spec{{Cert: cert, Key: key}}, new(logs.Log).Logger())
 	os.Stdout.WriteString(err.Error())
 }
 
@@ -175,8 +177,8 @@ func TestLoadWarns(t *testing.T) {
 			if tc.mode != 0 {
 				os.Chmod(spec.Key, tc.mode)
 			}
-			var log lines
-			if _, err := Load([]Spec{spec}, log.logger()); err != nil {
+			var log logs.Log
+			if _, err := Load([]Spec{spec}, log.Logger()); err != nil {
 				t.Fatal(err)
 			}
 			if tc.want == "" && log.String() != "" {
@@ -205,7 +207,7 @@ func TestKeyForms(t *testing.T) {
 		"text and CRLF": {Cert: write(t, dir+"/crlf.pem", []byte("subject=CN\r\n"+strings.ReplaceAll(string(ec.certPEM), "\n", "\r\n"))), Key: write(t, dir+"/crlf.key", ec.keyPEM)},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s, err := Load([]Spec{spec}, new(lines).logger())
+			s, err := Load([]Spec{spec}, new(logs.Log).Logger())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -237,7 +239,7 @@ func TestChoice(t *testing.T) {
 				return &tls.Certificate{Certificate: [][]byte{asked.cert.Raw}, PrivateKey: asked.key}, nil
 			}},
 	}
-	s, err := Load(specs, new(lines).logger())
+	s, err := Load(specs, new(logs.Log).Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,8 +301,8 @@ func TestShared(t *testing.T) {
 			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 				return &tls.Certificate{Certificate: [][]byte{asked.cert.Raw}, PrivateKey: asked.key}, nil
 			}}}
-	var log lines
-	s, err := Load(specs, log.logger())
+	var log logs.Log
+	s, err := Load(specs, log.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -323,7 +325,7 @@ func TestTwoKinds(t *testing.T) {
 	dir := t.TempDir()
 	ec := mint(t, nil, []string{"example.org"})
 	rs := mintKey(t, newRSA(t), nil, []string{"example.org"})
-	s, err := Load([]Spec{files(t, dir, "ec", ec), files(t, dir, "rsa", rs)}, new(lines).logger())
+	s, err := Load([]Spec{files(t, dir, "ec", ec), files(t, dir, "rsa", rs)}, new(logs.Log).Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -343,7 +345,7 @@ func TestTwoKinds(t *testing.T) {
 // does not open a name that nobody serves.
 func TestConfig(t *testing.T) {
 	dir := t.TempDir()
-	s, err := Load([]Spec{files(t, dir, "a", mint(t, nil, []string{"example.org"}))}, new(lines).logger())
+	s, err := Load([]Spec{files(t, dir, "a", mint(t, nil, []string{"example.org"}))}, new(logs.Log).Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -403,8 +405,8 @@ func TestFollowsFiles(t *testing.T) {
 	old, next := mint(t, nil, []string{"example.org"}), mint(t, nil, []string{"example.org", "www.example.org"})
 	steady := mint(t, nil, []string{"steady.example.org"})
 	spec := files(t, dir, "a", old)
-	var log lines
-	s, err := Load([]Spec{spec, files(t, dir, "steady", steady)}, log.logger())
+	var log logs.Log
+	s, err := Load([]Spec{spec, files(t, dir, "steady", steady)}, log.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -471,7 +473,7 @@ func TestFollowsLinks(t *testing.T) {
 	if err := os.Symlink("1", link); err != nil {
 		t.Fatal(err)
 	}
-	s, err := Load([]Spec{{Cert: link + "/tls.pem", Key: link + "/tls.key"}}, new(lines).logger())
+	s, err := Load([]Spec{{Cert: link + "/tls.pem", Key: link + "/tls.key"}}, new(logs.Log).Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -497,7 +499,7 @@ func TestReload(t *testing.T) {
 	a, a2 := mint(t, nil, []string{"a.example.org"}), mint(t, nil, []string{"a.example.org"})
 	b := mint(t, nil, []string{"b.example.org"})
 	specA, specB := files(t, dir, "a", a), files(t, dir, "b", b)
-	s, err := Load([]Spec{specA, specB}, new(lines).logger())
+	s, err := Load([]Spec{specA, specB}, new(logs.Log).Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -522,8 +524,8 @@ func TestExpiresWhileServed(t *testing.T) {
 	dir := t.TempDir()
 	short := mint(t, nil, []string{"short.example.org"}, validFor(-time.Hour, 3*time.Second))
 	spec := files(t, dir, "short", short)
-	var log lines
-	s, err := Load([]Spec{spec}, log.logger())
+	var log logs.Log
+	s, err := Load([]Spec{spec}, log.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -555,14 +557,14 @@ func TestExpiresWhileServed(t *testing.T) {
 	if !served(t, addr, "short.example.org").Equal(short.cert) || !served(t, addr, "other.example.org").Equal(other.cert) {
 		t.Error("not both are served after apply")
 	}
-	if _, err := Load([]Spec{spec}, log.logger()); err == nil {
+	if _, err := Load([]Spec{spec}, log.Logger()); err == nil {
 		t.Error("a fresh start takes an expired certificate")
 	}
 }
 
 func BenchmarkCovers(b *testing.B) {
 	dir := b.TempDir()
-	s, err := Load([]Spec{files(b, dir, "a", mint(b, nil, []string{"example.org", "*.example.org"}))}, new(lines).logger())
+	s, err := Load([]Spec{files(b, dir, "a", mint(b, nil, []string{"example.org", "*.example.org"}))}, new(logs.Log).Logger())
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"github.com/tailsplice/tailsplice/test/selfsigned"
 )
 
 // plainProxy is httputil's proxy as it comes, for comparison: what the header
@@ -37,7 +39,7 @@ func plainProxy(b *testing.B, up *Upstream, p protocol) *hop {
 	}
 	s := &http.Server{Handler: rp, Protocols: &ps, ErrorLog: rp.ErrorLog}
 	if p.tls {
-		s.TLSConfig = &tls.Config{Certificates: []tls.Certificate{certificate(b, "example.org")}}
+		s.TLSConfig = &tls.Config{Certificates: []tls.Certificate{selfsigned.Certificate(b, "example.org")}}
 		go s.ServeTLS(l, "", "")
 	} else {
 		go s.Serve(l)

@@ -2,17 +2,11 @@ package vhost
 
 import (
 	"bufio"
-	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"io"
 	"log/slog"
-	"math/big"
 	"net"
 	"net/http"
 	"net/netip"
@@ -22,6 +16,9 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/test/logs"
+	"github.com/tailsplice/tailsplice/test/selfsigned"
 )
 
 // deadline ends what would hang.
@@ -39,7 +36,7 @@ func (c infoConn) Info() ConnInfo { return c.info }
 type hop struct {
 	*Server
 	addr string
-	log  *lines
+	log  *logs.Log
 
 	mu       sync.Mutex
 	requests []Request
@@ -56,7 +53,7 @@ type config struct {
 // newHop starts a hop that sends everything to up, unless change says more.
 func newHop(t testing.TB, up *Upstream, change ...func(*config)) *hop {
 	t.Helper()
-	h := &hop{log: &lines{}, serveErr: make(chan error, 1024)}
+	h := &hop{log: &logs.Log{}, serveErr: make(chan error, 1024)}
 	c := &config{}
 	c.Node = "home"
 	c.Log = slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -137,25 +134,10 @@ func (h *hop) request(t testing.TB, n int) Request {
 
 // overTLS makes a hop terminate TLS for names.
 func overTLS(t testing.TB, names ...string) func(*config) {
-	cert := certificate(t, names...)
+	cert := selfsigned.Certificate(t, names...)
 	return func(c *config) {
 		c.TLS = &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}
 	}
-}
-
-func certificate(t testing.TB, names ...string) tls.Certificate {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(time.Now().UnixNano()), DNSNames: names,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
 // upstream starts a real HTTP server and returns the way to it.
@@ -319,24 +301,6 @@ func rawDo(t testing.TB, h *hop, request string) (*http.Response, string) {
 	}
 	body, _ := io.ReadAll(res.Body)
 	return res, string(body)
-}
-
-// lines is a log that tests read.
-type lines struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *lines) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
 }
 
 // lacking skips a test that needs what this machine has not; under CI that is

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+
+	"github.com/tailsplice/tailsplice/test/selfsigned"
 )
 
 // echoSocket is a WebSocket server that sends back what it gets.
@@ -310,7 +312,7 @@ func TestDrain(t *testing.T) {
 // TestUpgradeByTLS upgrades connections to an upstream that would rather speak
 // HTTP/2, which has no upgrades, and is spoken with so otherwise.
 func TestUpgradeByTLS(t *testing.T) {
-	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{certificate(t, "up.test")}, NextProtos: []string{"h2", "http/1.1"}})
+	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{selfsigned.Certificate(t, "up.test")}, NextProtos: []string{"h2", "http/1.1"}})
 	if err != nil {
 		t.Fatal(err)
 	}

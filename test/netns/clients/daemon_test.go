@@ -2,22 +2,16 @@ package clients
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
 	"fmt"
 	"log/slog"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
+	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/front"
 )
@@ -33,22 +27,10 @@ type hop struct {
 // start begins a hop whose default is the given action, such as `forward: 127.0.0.1:80`.
 func start(t *testing.T, action string) hop {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{site}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, cert, cert, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	cert := selfsigned.Certificate(t, site)
+	certPEM, keyPEM := selfsigned.PEM(t, cert)
 	file := filepath.Join(t.TempDir(), "both.pem")
-	both := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})...)
-	if err := os.WriteFile(file, both, 0o600); err != nil {
+	if err := os.WriteFile(file, append(certPEM, keyPEM...), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -56,8 +38,7 @@ func start(t *testing.T, action string) hop {
 		t.Fatal(err)
 	}
 	ln.Close()
-	h := hop{addr: ln.Addr().String(), tls: &tls.Config{RootCAs: x509.NewCertPool(), ServerName: site}}
-	h.tls.RootCAs.AppendCertsFromPEM(both)
+	h := hop{addr: ln.Addr().String(), tls: &tls.Config{RootCAs: selfsigned.Pool(cert), ServerName: site}}
 	cfg, err := config.Parse("test.yaml", fmt.Appendf(nil, `
 listeners:
   - listen: [%q]

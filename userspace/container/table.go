@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/moby/moby/api/types/container"
+
+	"github.com/tailsplice/tailsplice/userspace/spelling"
 )
 
 // Labels that Compose puts on what it starts.
@@ -288,7 +290,7 @@ func (t *table) unknown(name string) error {
 	}
 	slices.Sort(names)
 	msg := fmt.Sprintf("no container or Compose service %q", name)
-	switch near := nearest(name, names); {
+	switch near := spelling.Nearest(name, names); {
 	case near != "":
 		msg += fmt.Sprintf("; did you mean %q?", near)
 	case len(names) == 0:
@@ -306,37 +308,4 @@ func asStopped(err error) (*Error, bool) {
 		return e, true
 	}
 	return nil, false
-}
-
-// nearest returns the candidate that the fewest edits turn name into, or "" if
-// it would take more than half of name's length, or more than three.
-func nearest(name string, candidates []string) string {
-	best, most := "", max(1, min(len(name)/2, 3))
-	for _, c := range candidates {
-		if d := edits(name, c); d <= most {
-			best, most = c, d-1
-		}
-	}
-	return best
-}
-
-// edits is the Levenshtein distance in bytes.
-func edits(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j]+1, diagonal+1)
-		}
-	}
-	return row[len(b)]
 }

@@ -151,13 +151,3 @@ func TestHost(t *testing.T) {
 		t.Error(h)
 	}
 }
-
-func TestNearest(t *testing.T) {
-	for _, c := range []struct{ name, want string }{
-		{"blog", "blog"}, {"blgo", "blog"}, {"bolgs", ""}, {"blob", "blog"}, {"b", ""}, {"xyz", ""}, {"edge", ""}, {"shop-ap-1", "shop-api-1"}, {"", ""},
-	} {
-		if got := nearest(c.name, []string{"blog", "shop-api-1", "shop-db-1"}); got != c.want {
-			t.Errorf("%q is nearest to %q, want %q", c.name, got, c.want)
-		}
-	}
-}

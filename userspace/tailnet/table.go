@@ -12,6 +12,8 @@ import (
 	"tailscale.com/ipn"
 	"tailscale.com/ipn/ipnstate"
 	"tailscale.com/tailcfg"
+
+	"github.com/tailsplice/tailsplice/userspace/spelling"
 )
 
 // table is one Status answer, arranged for lookups. It is immutable but for
@@ -154,7 +156,7 @@ func (t *table) suggest(name string) string {
 			return fmt.Sprintf("; did you mean %q, which another tailnet shares with this one?", n.fqdn)
 		}
 	}
-	if near := nearest(name, slices.Sorted(maps.Keys(t.byName))); near != "" {
+	if near := spelling.Nearest(name, slices.Sorted(maps.Keys(t.byName))); near != "" {
 		return fmt.Sprintf("; did you mean %q?", near)
 	}
 	var own []string
@@ -219,37 +221,4 @@ func familyOrder(addrs []netip.Addr) []netip.Addr {
 	}
 	slices.SortStableFunc(out, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
 	return out
-}
-
-// nearest returns the candidate that the fewest edits turn name into, or "" if
-// it would take more than half of name's length, or more than three.
-func nearest(name string, candidates []string) string {
-	best, most := "", max(1, min(len(name)/2, 3))
-	for _, c := range candidates {
-		if d := edits(name, c); d <= most {
-			best, most = c, d-1
-		}
-	}
-	return best
-}
-
-// edits is the Levenshtein distance in bytes.
-func edits(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j]+1, diagonal+1)
-		}
-	}
-	return row[len(b)]
 }

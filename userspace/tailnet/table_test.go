@@ -259,13 +259,3 @@ func TestContains(t *testing.T) {
 		t.Error("no address is contained")
 	}
 }
-
-func TestNearest(t *testing.T) {
-	for _, c := range []struct{ name, want string }{
-		{"home", "home"}, {"hmoe", "home"}, {"hone", "home"}, {"laptp", "laptop"}, {"la", ""}, {"", ""}, {"edge", ""}, {"zzzzzz", ""},
-	} {
-		if got := nearest(c.name, []string{"home", "laptop"}); got != c.want {
-			t.Errorf("%q is nearest to %q, want %q", c.name, got, c.want)
-		}
-	}
-}

@@ -24,6 +24,9 @@ enum {
 	 * every jiffy, too much makes userspace copy earlier.
 	 */
 	SKB_OVERHEAD_BYTES = 4096,
+
+	/* After each so many bytes of a half userspace is told, which may find splice(2) better for them. 4 MiB. */
+	BULK_SHIFT = 22,
 };
 
 /* How a flow is doing; written by userspace only, which writes the counters again when it does. */
@@ -44,11 +47,19 @@ enum fault {
 	FAULT_REDIRECT,  /* the helper refused */
 };
 
+/* Whether a half goes out of the sockmap. */
+enum leaving {
+	STAYS,
+	LEAVING,  /* `leave` may take it out */
+	HAS_LEFT, /* it did, and has set seeded to 0 */
+};
+
 /* What userspace is told through the ring. */
 enum event_kind {
 	EVENT_PASSED = 1, /* bytes wait in the source's queue, and userspace may be asleep */
 	EVENT_FAULT,      /* half.fault was set */
 	EVENT_UNREAD,     /* local.unread was set */
+	EVENT_BULK,       /* 1 << BULK_SHIFT bytes more have come */
 };
 
 struct event {
@@ -72,7 +83,8 @@ struct half {
 	__u16 older;      /* verdict: redirected skbs up to mark that may wait for the send buffer */
 	__u16 newer;      /* verdict: those after mark */
 	__u32 trimmed;    /* verdict: bytes cut off, which had been handled before */
-	__u32 seeded;     /* verdict: base, mark and next_seq are valid */
+	__u16 seeded;     /* verdict: base, mark and next_seq are valid, and it counts what comes */
+	__u16 leaving;    /* userspace, and `leave` while it is LEAVING */
 	enum fault fault; /* verdict */
 };
 

@@ -27,6 +27,24 @@
  * The atomic add is that barrier on x86. On weakly ordered machines it is not (the variant that is, BPF_FETCH,
  * needs 5.12), and userspace looks once more a moment later.
  *
+ * # Bulk
+ *
+ * A half that stays busy may leave, to go on by splice(2), and come back. `leave` takes the source out of the sockmap
+ * while it holds the socket's lock, so no skb is under way to the verdict, and only while passed == consumed, so no
+ * byte waits in the psock, where splice(2) does not look. Userspace waits until all that was redirected is
+ * written, and goes on behind it. It comes back with nothing in its hands, as a flow begins: the verdict finds out
+ * anew where the streams are.
+ *
+ * # What no socket is charged for
+ *
+ * The kernel has one queue in each socket (psock.ingress_skb) for what was redirected to it, and for what was passed
+ * by it while that queue was not empty. What is in it is charged to nobody, so no window closes because of it. So
+ *  - while one way passes, the other one doesn't redirect either: nothing new comes in front of what is passed, and
+ *    soon the queue is empty, and what is passed is charged at once;
+ *  - short of memory, TCP does not take what was redirected however much room there seems to be: then all is passed;
+ *  - where that is not enough, since the worker that empties the queue comes late, `brake` cuts the payload off what
+ *    comes in, before TCP sees it, as if the network had lost it. The sender sends it again.
+ *
  * loader/model_test.go runs all interleavings of small cases against this.
  */
 
@@ -40,6 +58,11 @@
 const volatile bool rule_bound = true;
 const volatile bool rule_trim = true;
 const volatile bool rule_fin = true;
+const volatile bool rule_couple = true;
+const volatile bool rule_brake = true;
+
+/* Pages; from here on (net.ipv4.tcp_mem) the kernel may refuse to take bytes into a send buffer. 0: not known. */
+const volatile __u64 tcp_pressure = 0;
 
 /* types: all in limits.h. */
 
@@ -99,6 +122,7 @@ struct {
 /* So that bpf2go finds them in the BTF. */
 const struct event *unused_event __attribute__((unused));
 const enum event_kind *unused_kind __attribute__((unused));
+const enum leaving *unused_leaving __attribute__((unused));
 
 #define READ_ONCE(x) (*(const volatile __typeof__(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile __typeof__(x) *)&(x) = (v))
@@ -178,11 +202,25 @@ static __always_inline bool fits(struct half *h, struct tcp_sock *peer, __u32 le
 		return true;
 	if ((__u64)waiting + len > h->limit || h->newer == 0xffff)
 		return false;
+	if (h->leaving == LEAVING)
+		return true; /* it can leave only while it redirects, and a backlog that is retried for so long does not matter */
 	/* A quarter more, for fragments that come to skbs of their own. */
 	need = (__s64)waiting + len + ((waiting + len) >> 2);
 	need += (__s64)(h->older + h->newer + 1) * SKB_OVERHEAD_BYTES;
 	need += READ_ONCE(peer->inet_conn.icsk_inet.sk.sk_wmem_queued);
 	return need <= READ_ONCE(peer->inet_conn.icsk_inet.sk.sk_sndbuf);
+}
+
+/* Bytes for the peer would wait in the queue for as long as TCP is short of memory. */
+static __always_inline bool short_of_memory(struct tcp_sock *peer)
+{
+	return tcp_pressure && peer->inet_conn.icsk_inet.sk.__sk_common.skc_prot->memory_allocated->counter >= (__s64)tcp_pressure;
+}
+
+/* Is what this half passes likely to find bytes of its own in front of it, that go the other way? */
+static __always_inline bool is_passing(struct half *h)
+{
+	return h->seeded && READ_ONCE(h->passed) != READ_ONCE(h->consumed);
 }
 
 /* Where a verdict may send an skb. local.bpf.c includes this file, and adds a third way. */
@@ -219,9 +257,9 @@ static __always_inline int verdict(struct __sk_buff *skb)
 	enum fault fault;
 	struct place *at;
 	struct flow *f;
-	struct half *h;
+	struct half *h, *back;
 	__u32 len, half, other;
-	__u64 was;
+	__u64 was, now;
 	bool pass;
 
 	/* A FIN alone. Redirecting it would break the peer; userspace sees the end by EPOLLRDHUP. */
@@ -269,12 +307,15 @@ static __always_inline int verdict(struct __sk_buff *skb)
 		bpf_sk_release(peer);
 		return give_up(h, half, FAULT_PEER);
 	}
-	if (!h->seeded) {
-		h->base = local_base(&local, half, tcp);
-		h->mark = 0;
+	if (!h->seeded) { /* all that was counted is written */
+		h->mark = h->redirected + h->consumed;
+		h->base = local_base(&local, half, tcp) - h->mark;
+		h->older = 0;
+		h->newer = 0;
 		h->seeded = 1;
 	}
-	pass = h->passed != READ_ONCE(h->consumed);
+	back = bpf_map_lookup_elem(&halves, &other);
+	pass = h->passed != READ_ONCE(h->consumed) || short_of_memory(tcp) || (rule_couple && back && is_passing(back));
 	if (!pass)
 		way = local_way(&local, h, half, tcp, len);
 	if (way == WAY_WAIT || (way == WAY_PEER && !fits(h, tcp, len, local_beside(&local, half))))
@@ -291,6 +332,10 @@ static __always_inline int verdict(struct __sk_buff *skb)
 		h->newer++;
 		WRITE_ONCE(h->redirected, h->redirected + len);
 	}
+
+	now = h->redirected + h->passed;
+	if ((now ^ (now - len)) >> BULK_SHIFT)
+		tell(half, EVENT_BULK);
 
 	f = bpf_map_lookup_elem(&flows, &at->flow);
 	if (f) {
@@ -316,6 +361,78 @@ SEC("sk_skb/stream_verdict")
 int splice(struct __sk_buff *skb)
 {
 	return verdict(skb);
+}
+
+/* Takes those out of the sockmap that are LEAVING. Reading the iterator runs it for each TCP socket of the namespace,
+ * under the socket's lock (since 5.15). Deleting by the system call does not take that, and an skb that
+ * is on its way to the verdict would be dropped, for want of one. */
+SEC("iter/tcp")
+int leave(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *sk = ctx->sk_common;
+	struct place *at;
+	struct half *h;
+	__u64 cookie;
+	__u32 half;
+
+	if (!sk)
+		return 0;
+	cookie = sk->skc_cookie.counter;
+	at = bpf_map_lookup_elem(&places, &cookie);
+	if (!at)
+		return 0;
+	half = at->half;
+	h = bpf_map_lookup_elem(&halves, &half);
+	if (!h || h->source != cookie || h->leaving != LEAVING || h->fault != FAULT_NONE)
+		return 0;
+	if (h->passed != READ_ONCE(h->consumed))
+		return 0;
+	if (bpf_map_delete_elem(&sources, &half) == 0) {
+		h->seeded = 0;
+		h->leaving = HAS_LEFT;
+	}
+	return 0;
+}
+
+/* Segments whose payload was cut off by `brake`. */
+__u64 braked = 0;
+
+/* The filter of a spliced socket (SO_ATTACH_BPF), run for each segment before TCP sees it. It gives how many bytes TCP
+ * gets to see, from the TCP header on. What counts is what was passed and is charged to no socket, yet or ever. */
+SEC("socket")
+int brake(struct __sk_buff *skb)
+{
+	__u64 cookie = bpf_get_socket_cookie(skb);
+	struct tcp_sock *tcp;
+	struct place *at;
+	struct half *h;
+	__u8 head[2]; /* header length and flags, bytes 12 and 13 */
+	__u32 half;
+	__s64 free;
+
+	at = bpf_map_lookup_elem(&places, &cookie);
+	if (!at || !rule_brake)
+		return -1;
+	half = at->half;
+	h = bpf_map_lookup_elem(&halves, &half);
+	if (!h || h->source != cookie || !h->seeded)
+		return -1;
+	free = READ_ONCE(h->passed) - READ_ONCE(h->consumed);
+	if (free <= h->limit && h->fault == FAULT_NONE)
+		return -1;
+	tcp = skb->sk ? bpf_skc_to_tcp_sock(skb->sk) : 0;
+	if (!tcp)
+		return -1;
+	free -= READ_ONCE(tcp->inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter);
+	if (free <= h->limit && h->fault == FAULT_NONE)
+		return -1;
+	if (bpf_skb_load_bytes(skb, 12, head, sizeof(head)))
+		return -1;
+	if (skb->len <= (head[0] >> 4) * 4)
+		return -1; /* no payload */
+	__sync_fetch_and_add(&braked, 1);
+	/* A FIN without its bytes would come too early. */
+	return head[1] & TCP_FIN ? 0 : (head[0] >> 4) * 4;
 }
 #endif
 

@@ -24,6 +24,7 @@ type counts struct {
 	spliced    atomic.Uint64
 	switched   atomic.Uint64
 	stalls     atomic.Uint64
+	bulk       atomic.Uint64
 	off        atomic.Pointer[string]
 
 	mu      sync.Mutex
@@ -88,10 +89,14 @@ func (c *counts) failure(l *Loader, why string) {
 }
 
 // Stats counts since New. Those of [Loader.Local] count by themselves.
-func (l *Loader) Stats() Stats { return l.counts.stats() }
+func (l *Loader) Stats() Stats {
+	s := l.counts.stats()
+	_ = l.objects.Braked.Get(&s.Braked)
+	return s
+}
 
 func (c *counts) stats() Stats {
-	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load()}
+	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load(), Bulk: c.bulk.Load()}
 	s.Off, s.Stalls = c.health()
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -177,11 +177,16 @@ func (f *flow) watchAgain(side uint32) {
 	f.l.watch.change(f.sockets[side], 2*f.slot+side, f.generation, f.also[side])
 }
 
-// setState is for those who look at the flows map. Writing an entry writes its counters too, which the verdict may
-// be changing, so it is repeated until they have not changed meanwhile.
+// setState is for those who look at the flows map.
 func (f *flow) setState(state spliceFlowState) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
+	f.publish(func(t *spliceFlow) { t.State = state })
+}
+
+// publish changes the flow's entry in the flows map. That writes its counters too, which the verdict may be changing,
+// so it is repeated until they have not changed meanwhile. Called with mu held.
+func (f *flow) publish(change func(*spliceFlow)) {
 	if f.closed {
 		return
 	}
@@ -190,7 +195,7 @@ func (f *flow) setState(state spliceFlowState) {
 		if err := f.l.objects.Flows.Lookup(f.cookies[0], &t); err != nil {
 			return
 		}
-		t.State = state
+		change(&t)
 		a, b := f.halves[0].snapshot(), f.halves[1].snapshot()
 		a.into(t.Up.Before, &t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed, &t.Up.Local)
 		b.into(t.Down.Before, &t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed, &t.Down.Local)

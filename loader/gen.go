@@ -3,7 +3,7 @@ package loader
 // One object serves kernels 5.10 to 7.x: -mcpu=v3 is what 5.10 runs (v4 needs 6.6), and what differs between
 // kernels is relocated by CO-RE. -nostdinc: only the headers pinned in bpf/include count.
 //
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -tags linux -target bpfel,bpfeb -type half -type flow -type place -type event -type fault -type flow_state -type event_kind splice ../bpf/splice.bpf.c -- -mcpu=v3 -nostdinc -Wall -Werror -I../bpf/include
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -tags linux -target bpfel,bpfeb -type half -type flow -type place -type event -type fault -type flow_state -type event_kind -type leaving splice ../bpf/splice.bpf.c -- -mcpu=v3 -nostdinc -Wall -Werror -I../bpf/include
 
 // local.bpf.c needs more of the kernel (bpf_probe_read_kernel, sk_msg, sockops), and is loaded only where it is asked for; it shares the
 // maps of the first object.

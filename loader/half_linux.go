@@ -14,6 +14,7 @@ const (
 	running uint32 = 1 << iota // a goroutine is at it
 	again                      // look again
 	ended                      // the source's stream has ended (EPOLLRDHUP)
+	calm                       // it may come back under the verdict
 )
 
 // strongOrder: an atomic add in BPF is a full barrier.
@@ -32,7 +33,7 @@ type half struct {
 	f       *flow
 	i       uint32 // 0: downstream to upstream
 	bits    atomic.Uint32
-	copying atomic.Bool // the source has no verdict: everything is copied
+	copying atomic.Bool // the source has no verdict: everything is moved here
 	done    atomic.Bool // the end was passed on
 
 	read0    uint64 // bytes of the source's stream that were read before
@@ -43,10 +44,13 @@ type half struct {
 	rest     []byte // read, not yet written; in buffer
 	held     bool   // rest must wait until what was redirected before it has been written
 	fin      bool
+	calm     bool // it may come back under the verdict when it has nothing to do
 	eof      bool // a read said so
 	consumed uint64
 	settled  uint64 // what redirected was when it was last found written
 	patience time.Duration
+
+	bulk bulk
 
 	timed atomic.Bool // a timer will wake it
 	still uint64      // the sweeper's: what consumed was at its last look, and 1; 0: nothing was passed
@@ -81,7 +85,7 @@ type snapshot struct{ redirected, passed, trimmed, local uint64 }
 func (h *half) snapshot() snapshot {
 	m := h.shared()
 	if h.copying.Load() { // there is no verdict that counts
-		return snapshot{passed: load64(&m.Consumed), local: h.f.process.moved(h.i)}
+		return snapshot{load64(&m.Redirected), load64(&m.Consumed), uint64(atomic.LoadUint32(&m.Trimmed)), h.f.process.moved(h.i)}
 	}
 	return snapshot{load64(&m.Redirected), load64(&m.Passed), uint64(atomic.LoadUint32(&m.Trimmed)), h.f.process.moved(h.i)}
 }
@@ -99,10 +103,11 @@ func (h *half) wake(why uint32) {
 
 func (h *half) run() {
 	for {
-		bits := h.bits.And(^(again | ended))
+		bits := h.bits.And(^(again | ended | calm))
 		if bits&ended != 0 {
 			h.fin = true
 		}
+		h.calm = bits&calm != 0
 		h.step()
 		if h.bits.CompareAndSwap(running, 0) {
 			return
@@ -223,11 +228,42 @@ func (h *half) copy() (o outcome, wait bool) {
 			}
 			continue
 		}
+		if h.bulk.inPipe > 0 {
+			n, err := h.bulk.pipe.drain(h.peer(), h.bulk.inPipe)
+			h.bulk.inPipe -= n
+			h.consumed += uint64(n)
+			atomic.StoreUint64(&m.Consumed, h.consumed)
+			if isAgain(err) {
+				f.watchAlso(1-h.i, unix.EPOLLOUT, true)
+				return outcome{}, true
+			}
+			if err != nil {
+				return outcome{broken: err, side: 1 - h.i}, true
+			}
+			continue
+		}
 		if h.eof {
 			break
 		}
 		if !h.copying.Load() && load64(&m.Passed) == h.consumed {
 			break // the verdict redirects again
+		}
+		if f.l.rules.order && load64(&m.Redirected) != h.settled && !h.redirectedIsWritten() {
+			return outcome{after: h.patient(10 * time.Millisecond)}, true // else both would wait, and be more than Limit
+		}
+		if h.bulk.left.Load() {
+			n, err := h.splice()
+			if n > 0 {
+				continue
+			}
+			if isAgain(err) {
+				if h.calm && !h.fin && f.broken.Load() == nil && h.comeBack() {
+					break
+				}
+				h.releasePipe()
+				f.watchAlso(h.i, unix.EPOLLIN, true)
+				return outcome{}, true
+			}
 		}
 		if h.buffer == nil {
 			h.buffer = chunks.Get().(*[]byte)
@@ -321,7 +357,7 @@ func (h *half) handled() uint64 {
 func (h *half) drained() bool {
 	m := h.shared()
 	if h.copying.Load() {
-		return h.eof && len(h.rest) == 0
+		return h.eof && len(h.rest) == 0 && h.bulk.inPipe == 0 && h.redirectedIsWritten()
 	}
 	received, err := h.source().received()
 	if err != nil {
@@ -332,15 +368,16 @@ func (h *half) drained() bool {
 
 // delivered: all that a dead source sent has reached the other side, so that a reset can't take it away.
 func (h *half) delivered() bool {
-	if !h.copying.Load() && (load64(&h.shared().Passed) != h.consumed || !h.redirectedIsWritten()) {
+	if !h.copying.Load() && load64(&h.shared().Passed) != h.consumed || !h.redirectedIsWritten() {
 		return false
 	}
 	n, err := h.peer().unacked()
 	return err != nil || n <= 0
 }
 
-// release gives the buffer back.
+// release gives the buffer back, and the pipe.
 func (h *half) release() {
+	h.releasePipe()
 	if h.buffer != nil && len(h.rest) == 0 {
 		chunks.Put(h.buffer)
 		h.buffer = nil

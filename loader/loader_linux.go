@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,7 +36,8 @@ type Loader struct {
 
 	live    []atomic.Pointer[flow] // by slot
 	sweeper *sweeper
-	loops   sync.WaitGroup // watch, ring, sweeper
+	leaver  *leaver        // nil: no half can leave
+	loops   sync.WaitGroup // watch, ring, sweeper, leaver
 
 	mu       sync.Mutex
 	free     []uint32 // slots, the longest free first
@@ -47,7 +50,11 @@ type Loader struct {
 
 // rules that a test may turn off, to prove that each is needed. All are on in production.
 type rules struct {
-	bound, trim, fin   bool // in the verdict
+	bound, trim, fin   bool   // in the verdict
+	couple             bool   // likewise: while one way passes, the other one does
+	brake              bool   // what is charged to nobody is bounded
+	pressure           uint64 // pages: if TCP has so many, all is passed
+	bulk               bool   // busy halves go on by splice(2)
 	drain, kick, reset bool
 	quiet              bool // no EPOLLIN for spliced sockets
 	order              bool // copy only when what was redirected is written
@@ -57,7 +64,7 @@ type rules struct {
 	local              localRules
 }
 
-var allRules = rules{bound: true, trim: true, fin: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true, look: true,
+var allRules = rules{bound: true, trim: true, fin: true, couple: true, brake: true, pressure: tcpPressure(), bulk: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true, look: true,
 	local: allLocalRules}
 
 // New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what a dead daemon left there, and
@@ -146,15 +153,44 @@ func (l *Loader) loadObjects(o Options) error {
 	for name, n := range map[string]int{"flows": 1, "places": 2, "halves": 2, "peers": 2, "sources": 2} {
 		spec.Maps[name].MaxEntries = uint32(n * o.MaxFlows)
 	}
-	for name, on := range map[string]bool{"rule_bound": l.rules.bound, "rule_trim": l.rules.trim, "rule_fin": l.rules.fin} {
-		if err := spec.Variables[name].Set(on); err != nil {
-			return fmt.Errorf("set %s: %w", name, err)
-		}
+	if err := l.setVariables(spec); err != nil {
+		return err
 	}
 	if err := spec.LoadAndAssign(&l.objects, nil); err != nil {
 		return fmt.Errorf("load the BPF programs: %w", translate(err))
 	}
 	return nil
+}
+
+// setVariables sets what both objects have.
+func (l *Loader) setVariables(spec *ebpf.CollectionSpec) error {
+	for name, value := range map[string]any{
+		"rule_bound": l.rules.bound, "rule_trim": l.rules.trim, "rule_fin": l.rules.fin, "rule_couple": l.rules.couple, "rule_brake": l.rules.brake,
+
+		"tcp_pressure": l.rules.pressure,
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// tcpPressure is from how many pages on TCP saves memory. The setting can be read in the first network namespace only; elsewhere it is
+// taken for what the kernel begins with, a sixteenth of what there is.
+func tcpPressure() uint64 {
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_mem"); err == nil {
+		if fields := strings.Fields(string(b)); len(fields) == 3 {
+			if n, err := strconv.ParseUint(fields[1], 10, 64); err == nil {
+				return n
+			}
+		}
+	}
+	var i unix.Sysinfo_t
+	if unix.Sysinfo(&i) != nil {
+		return 0
+	}
+	return uint64(i.Totalram) * uint64(i.Unit) / uint64(os.Getpagesize()) / 16
 }
 
 func (l *Loader) mapHalves(flows int) error {
@@ -176,7 +212,14 @@ func (l *Loader) start() (err error) {
 	if l.ring, err = ringbuf.NewReader(l.objects.Events); err != nil {
 		return fmt.Errorf("open the ring of events: %w", err)
 	}
+	if l.leaver, err = newLeaver(l); err != nil {
+		l.log.Info("busy flows stay in the sockmap", "error", err)
+	}
 	l.sweeper = newSweeper()
+	if l.leaver != nil {
+		l.loops.Add(1)
+		go func() { defer l.loops.Done(); l.leaver.run(l) }()
+	}
 	l.loops.Add(3)
 	go func() { defer l.loops.Done(); l.watch.run(l.event) }()
 	go func() { defer l.loops.Done(); l.readRing() }()
@@ -217,7 +260,9 @@ func (l *Loader) Close() error {
 	if l.sweeper != nil {
 		l.sweeper.close()
 	}
+	l.leaver.stop()
 	l.loops.Wait()
+	errs = append(errs, l.leaver.close())
 	errs = append(errs, l.local.close())
 	if l.pins != nil {
 		errs = append(errs, l.pins.release())
@@ -285,10 +330,15 @@ func (l *Loader) ringEvent(sample []byte) {
 		return
 	}
 	if f := l.live[e.Half/2].Load(); f != nil {
-		if spliceEventKind(e.Kind) == spliceEventKindEVENT_PASSED {
+		h := &f.halves[e.Half&1]
+		switch spliceEventKind(e.Kind) {
+		case spliceEventKindEVENT_BULK:
+			h.isBulk(time.Now())
+			return
+		case spliceEventKindEVENT_PASSED:
 			f.counts.switched.Add(1)
 		}
-		f.halves[e.Half&1].wake(0)
+		h.wake(0)
 	}
 }
 

@@ -69,14 +69,18 @@ const (
 	localProgCatch          = "catch"
 	localProgSpliceLocal    = "splice_local"
 	localVarRuleBound       = "rule_bound"
+	localVarRuleBrake       = "rule_brake"
+	localVarRuleCouple      = "rule_couple"
 	localVarRuleFin         = "rule_fin"
 	localVarRuleLocalBound  = "rule_local_bound"
 	localVarRuleLocalOrder  = "rule_local_order"
 	localVarRuleLocalUnread = "rule_local_unread"
 	localVarRuleTrim        = "rule_trim"
+	localVarTcpPressure     = "tcp_pressure"
 	localVarUnusedAnswer    = "unused_answer"
 	localVarUnusedEvent     = "unused_event"
 	localVarUnusedKind      = "unused_kind"
+	localVarUnusedLeaving   = "unused_leaving"
 )
 
 // loadLocal returns the embedded CollectionSpec for local.
@@ -150,14 +154,18 @@ type localMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type localVariableSpecs struct {
 	RuleBound       *ebpf.VariableSpec `ebpf:"rule_bound"`
+	RuleBrake       *ebpf.VariableSpec `ebpf:"rule_brake"`
+	RuleCouple      *ebpf.VariableSpec `ebpf:"rule_couple"`
 	RuleFin         *ebpf.VariableSpec `ebpf:"rule_fin"`
 	RuleLocalBound  *ebpf.VariableSpec `ebpf:"rule_local_bound"`
 	RuleLocalOrder  *ebpf.VariableSpec `ebpf:"rule_local_order"`
 	RuleLocalUnread *ebpf.VariableSpec `ebpf:"rule_local_unread"`
 	RuleTrim        *ebpf.VariableSpec `ebpf:"rule_trim"`
+	TcpPressure     *ebpf.VariableSpec `ebpf:"tcp_pressure"`
 	UnusedAnswer    *ebpf.VariableSpec `ebpf:"unused_answer"`
 	UnusedEvent     *ebpf.VariableSpec `ebpf:"unused_event"`
 	UnusedKind      *ebpf.VariableSpec `ebpf:"unused_kind"`
+	UnusedLeaving   *ebpf.VariableSpec `ebpf:"unused_leaving"`
 }
 
 // localObjects contains all objects after they have been loaded into the kernel.
@@ -216,14 +224,18 @@ func (m *localMaps) Close() error {
 // It can be passed to loadLocalObjects or ebpf.CollectionSpec.LoadAndAssign.
 type localVariables struct {
 	RuleBound       *ebpf.Variable `ebpf:"rule_bound"`
+	RuleBrake       *ebpf.Variable `ebpf:"rule_brake"`
+	RuleCouple      *ebpf.Variable `ebpf:"rule_couple"`
 	RuleFin         *ebpf.Variable `ebpf:"rule_fin"`
 	RuleLocalBound  *ebpf.Variable `ebpf:"rule_local_bound"`
 	RuleLocalOrder  *ebpf.Variable `ebpf:"rule_local_order"`
 	RuleLocalUnread *ebpf.Variable `ebpf:"rule_local_unread"`
 	RuleTrim        *ebpf.Variable `ebpf:"rule_trim"`
+	TcpPressure     *ebpf.Variable `ebpf:"tcp_pressure"`
 	UnusedAnswer    *ebpf.Variable `ebpf:"unused_answer"`
 	UnusedEvent     *ebpf.Variable `ebpf:"unused_event"`
 	UnusedKind      *ebpf.Variable `ebpf:"unused_kind"`
+	UnusedLeaving   *ebpf.Variable `ebpf:"unused_leaving"`
 }
 
 // localPrograms contains all programs after they have been loaded into the kernel.

@@ -85,13 +85,13 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 		spec.Maps[name].MaxEntries = uint32(m * flows)
 	}
 	r := l.rules
-	for name, on := range map[string]bool{
-		"rule_bound": r.bound, "rule_trim": r.trim, "rule_fin": r.fin,
-		"rule_local_order": r.local.order, "rule_local_bound": r.local.bound, "rule_local_unread": r.local.unread,
-	} {
+	for name, on := range map[string]bool{"rule_local_order": r.local.order, "rule_local_bound": r.local.bound, "rule_local_unread": r.local.unread} {
 		if err := spec.Variables[name].Set(on); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)
 		}
+	}
+	if err := l.setVariables(spec); err != nil {
+		return nil, err
 	}
 	o := &l.objects
 	shared := map[string]*ebpf.Map{"flows": o.Flows, "places": o.Places, "halves": o.Halves, "peers": o.Peers, "sources": o.Sources, "events": o.Events}

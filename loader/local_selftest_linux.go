@@ -23,11 +23,11 @@ func (l *Loader) proveLocal() {
 
 func (n *Local) selfTest() []Finding {
 	return n.l.try(true, []test{
-		{"past TCP", "bytes go both ways past TCP, whole", (*trial).pastTCP},
-		{"past TCP: order", "what went by TCP is read before what goes past it", (*trial).localOrder},
-		{"past TCP: bound", "a process that stops reading holds the sender up, and loses nothing", (*trial).bound},
-		{"past TCP: end", "what a process has not read when a stream ends is not lost", (*trial).localEnd},
-		{"past TCP: reset", "a reset of either side reaches the other", (*trial).reset},
+		{"past TCP", "bytes go both ways past TCP, whole", (*trial).pastTCP, ""},
+		{"past TCP: order", "what went by TCP is read before what goes past it", (*trial).localOrder, ""},
+		{"past TCP: bound", "a process that stops reading holds the sender up, and loses nothing", (*trial).bound, ""},
+		{"past TCP: end", "what a process has not read when a stream ends is not lost", (*trial).localEnd, ""},
+		{"past TCP: reset", "a reset of either side reaches the other", (*trial).reset, ""},
 	})
 }
 

@@ -35,6 +35,13 @@ type model struct {
 	in, out           bool
 	inEvent, outEvent bool
 	noSpace           bool // a write found no room: the socket tells when there is some
+
+	// bulk
+	left    bool  // the source is out of the sockmap
+	copying bool  // userspace was told so
+	leaves  int8  // how often it has left
+	tcp     queue // skbs that came meanwhile
+	kicked  bool
 }
 
 type queue struct {
@@ -73,19 +80,27 @@ const (
 	uWantIn  // it found nothing to read, and is about to say that it waits for some
 	uWantOut // likewise, no room
 	uAwait   // asleep until an event of epoll
+	uBack    // it is about to come back: passed = consumed
+	uInsert  // into the sockmap
+	uKick
 )
 
 // variant is what a test can take away from the protocol.
 type variant struct {
-	noWait       bool // userspace writes without waiting for the backlog
-	earlyPublish bool // consumed is published before the write
-	noRecheck    bool // the verdict rings only when it starts to pass, before it adds to passed
-	noLevel      bool // epoll does not tell at once of what is already so
+	noWait         bool // userspace writes without waiting for the backlog
+	earlyPublish   bool // consumed is published before the write
+	noRecheck      bool // the verdict rings only when it starts to pass, before it adds to passed
+	noLevel        bool // epoll does not tell at once of what is already so
+	leaveUnread    bool // the source leaves although bytes that were passed wait to be read
+	leaveUnsettled bool // userspace goes on without waiting for the backlog when the source has left
+	comeBackFull   bool // the source comes back although userspace holds a byte
+	noKick         bool // nobody makes the verdict run when the source is back
 }
 
 type modelCase struct {
-	skbs int8
-	room int8
+	skbs   int8
+	room   int8
+	leaves int8 // how often the source may leave the sockmap
 }
 
 // steps gives all states that can follow.
@@ -95,23 +110,41 @@ func (m model) steps(c modelCase, v variant) []model {
 
 	// The verdict runs for one skb at a time, under the source's lock.
 	n := m
+	switch {
+	case m.at == vDecide && m.left: // there is none
+		if m.next < c.skbs {
+			n.tcp = m.tcp.push(m.next)
+			n.inEvent = m.inEvent || m.in
+			n.next++
+			add(n)
+		}
+	case m.at == vDecide && m.tcp.n > 0: // what came while there was none is next
+		if m.next < c.skbs || m.kicked {
+			n.next -= m.tcp.n
+			n.tcp, n.kicked = queue{}, false
+			add(n)
+		}
+	}
+	n = m
 	switch m.at {
 	case vDecide:
-		if m.next < c.skbs {
+		if m.next < c.skbs && !m.left && m.tcp.n == 0 {
 			n.seen = m.consumed
 			n.waspass = m.passed
 			pass := m.passed != m.consumed
 			if !pass && int8(m.backlog.n) >= m.room {
 				pass = true
 			}
-			if pass {
-				n.at = vPassAdd
-				if v.noRecheck && m.passed == m.consumed {
-					n.bell = true
-				}
-			} else {
-				n.redirected++
-				n.at = vRedirectQueue
+			if !pass {
+				r := n
+				r.redirected++
+				r.at = vRedirectQueue
+				add(r)
+			}
+			// Also because of what the verdict sees elsewhere: the other way passes, or TCP is short of memory.
+			n.at = vPassAdd
+			if v.noRecheck && m.passed == m.consumed {
+				n.bell = true
 			}
 			add(n)
 		}
@@ -135,6 +168,20 @@ func (m model) steps(c modelCase, v variant) []model {
 		n.backlog = m.backlog.push(m.next)
 		n.next++
 		n.at = vDecide
+		add(n)
+	}
+
+	// The source leaves, under its lock; then userspace is told.
+	if m.at == vDecide && !m.left && m.leaves < c.leaves && (m.passed == m.consumed || v.leaveUnread) && m.tcp.n == 0 {
+		n := m
+		n.left = true
+		n.leaves++
+		n.source = queue{} // splice(2) doesn't look there
+		add(n)
+	}
+	if m.left && !m.copying && m.user != uKick {
+		n := m
+		n.copying, n.bell = true, true
 		add(n)
 	}
 
@@ -168,7 +215,7 @@ func (m model) steps(c modelCase, v variant) []model {
 			add(n)
 		}
 	case uCheck:
-		if m.passed == m.copied {
+		if m.passed == m.copied && !m.copying {
 			n.user = uAsleep
 			n.in, n.out, n.inEvent, n.outEvent = false, false, false, false
 		} else {
@@ -176,6 +223,26 @@ func (m model) steps(c modelCase, v variant) []model {
 		}
 		add(n)
 	case uRead:
+		if m.copying {
+			if m.peer.n < m.redirected+m.copied && !v.leaveUnsettled {
+				break
+			}
+			if m.tcp.n == 0 {
+				n.user = uWantIn
+				add(n)
+				n.user = uBack
+				add(n)
+				break
+			}
+			n.rest, n.tcp = m.tcp.pop()
+			n.user = uWrite
+			add(n)
+			if v.comeBackFull {
+				n.user = uBack
+				add(n)
+			}
+			break
+		}
 		if m.source.n == 0 {
 			n.user = uWantIn
 			add(n)
@@ -221,7 +288,7 @@ func (m model) steps(c modelCase, v variant) []model {
 		add(n)
 	case uWantIn:
 		if !m.in { // else it is watched for already, and an edge since the read has told
-			n.in, n.inEvent = true, m.source.n > 0 && !v.noLevel
+			n.in, n.inEvent = true, m.source.n+m.tcp.n > 0 && !v.noLevel
 		}
 		n.user = uAwait
 		add(n)
@@ -234,12 +301,27 @@ func (m model) steps(c modelCase, v variant) []model {
 	case uAwait:
 		if m.inEvent || m.outEvent || m.bell {
 			n.inEvent, n.outEvent, n.bell = false, false, false
-			n.user = uRead
+			n.user = uCheck
 			if m.rest >= 0 {
 				n.user = uWrite
 			}
 			add(n)
 		}
+	case uBack:
+		n.passed = m.consumed
+		n.user = uInsert
+		add(n)
+	case uInsert: // takes the source's lock
+		n.left, n.copying = false, false
+		n.user = uKick
+		add(n)
+	case uKick:
+		n.kicked = m.tcp.n > 0 && !v.noKick
+		n.user = uCheck
+		if m.rest >= 0 {
+			n.user = uWrite
+		}
+		add(n)
 	}
 	return out
 }
@@ -262,7 +344,7 @@ func check(c modelCase, v variant) (states int, wrong string) {
 			switch {
 			case m.peer.n != c.skbs:
 				return len(seen), fmt.Sprintf("asleep with %d of %d bytes delivered: %+v", m.peer.n, c.skbs, m)
-			case m.passed != m.consumed:
+			case m.passed != m.consumed && !m.left:
 				return len(seen), fmt.Sprintf("passed %d, consumed %d at the end", m.passed, m.consumed)
 			}
 		}
@@ -277,15 +359,24 @@ func check(c modelCase, v variant) (states int, wrong string) {
 }
 
 func TestModel(t *testing.T) {
-	for skbs := int8(1); skbs <= 6; skbs++ {
-		for room := int8(1); room <= 3; room++ {
-			states, wrong := check(modelCase{skbs, room}, variant{})
-			if wrong != "" {
-				t.Errorf("%d skbs, room for %d: %s", skbs, room, wrong)
+	for _, c := range modelCases() {
+		states, wrong := check(c, variant{})
+		if wrong != "" {
+			t.Errorf("%+v: %s", c, wrong)
+		}
+		t.Logf("%+v: %d states", c, states)
+	}
+}
+
+func modelCases() (cases []modelCase) {
+	for leaves, most := range []int8{6, 5, 4} {
+		for skbs := int8(1); skbs <= most; skbs++ {
+			for room := int8(1); room <= 3; room++ {
+				cases = append(cases, modelCase{skbs, room, int8(leaves)})
 			}
-			t.Logf("%d skbs, room for %d: %d states", skbs, room, states)
 		}
 	}
+	return cases
 }
 
 // The model finds what goes wrong without each part of the protocol.
@@ -298,17 +389,19 @@ func TestModelFindsBrokenProtocols(t *testing.T) {
 		"consumed is published before the write":  {variant{earlyPublish: true}, "out of order"},
 		"the verdict rings before it adds":        {variant{noRecheck: true}, "asleep"},
 		"epoll tells only of what comes later":    {variant{noLevel: true}, "asleep"},
+		"the source leaves with unread bytes":     {variant{leaveUnread: true}, ""},
+		"userspace does not wait after leaving":   {variant{leaveUnsettled: true}, "out of order"},
+		"the source comes back too early":         {variant{comeBackFull: true}, ""},
+		"nobody kicks when it is back":            {variant{noKick: true}, "asleep"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for skbs := int8(1); skbs <= 6; skbs++ {
-				for room := int8(1); room <= 3; room++ {
-					if _, wrong := check(modelCase{skbs, room}, c.v); wrong != "" {
-						if !strings.Contains(wrong, c.want) {
-							t.Errorf("found %q instead of %q", wrong, c.want)
-						}
-						t.Logf("%d skbs, room for %d: %s", skbs, room, wrong)
-						return
+			for _, m := range modelCases() {
+				if _, wrong := check(m, c.v); wrong != "" {
+					if !strings.Contains(wrong, c.want) {
+						t.Errorf("found %q instead of %q", wrong, c.want)
 					}
+					t.Logf("%+v: %s", m, wrong)
+					return
 				}
 			}
 			t.Error("nothing was found")

@@ -73,6 +73,7 @@ const (
 	refusedDescriptors = refusal("out of file descriptors")
 	refusedSocket      = refusal("a socket could not be read")
 	refusedMaps        = refusal("a BPF map could not be written")
+	refusedFilter      = refusal("the filter that bounds memory could not be attached to a socket")
 	refusedInsert      = refusal("the kernel did not take a socket")
 
 	refusedUnknown    = refusal("where the target's process is, is not known yet")
@@ -135,6 +136,8 @@ type Stats struct {
 	Refused  map[string]int `json:"refused"`  // by reason
 	Faults   map[string]int `json:"faults"`   // flows reset since the verdict gave up, by reason
 	Switched uint64         `json:"switched"` // times a direction went from redirecting to copying
+	Bulk     uint64         `json:"bulk"`     // times a direction was busy enough to go on by splice(2)
+	Braked   uint64         `json:"braked"`   // segments that were refused their payload, to bound memory; the sender sent it again
 	Stalls   uint64         `json:"stalls"`   // times a flow had to be woken since an event was missing; should be 0
 	Off      string         `json:"off"`      // why the datapath is switched off; empty: it is on
 }

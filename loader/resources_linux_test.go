@@ -25,11 +25,20 @@ import (
 // TCP buffers of at most 1 MiB. It returns true there.
 func inOwnNetwork(t *testing.T) bool {
 	t.Helper()
+	if !inNewNetwork(t) {
+		return false
+	}
+	for name, value := range map[string]string{"tcp_rmem": "4096 131072 1048576", "tcp_wmem": "4096 65536 1048576"} {
+		must(t, os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(value), 0))
+	}
+	return true
+}
+
+// inNewNetwork is inOwnNetwork with the TCP buffers that the kernel begins with.
+func inNewNetwork(t *testing.T) bool {
+	t.Helper()
 	if os.Getenv("TS_LDR_OWN_NETWORK") == t.Name() {
 		must(t, loopbackUp())
-		for name, value := range map[string]string{"tcp_rmem": "4096 131072 1048576", "tcp_wmem": "4096 65536 1048576"} {
-			must(t, os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(value), 0))
-		}
 		return true
 	}
 	needRoot(t)
@@ -121,7 +130,7 @@ func TestStalledFlows(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
 	}
-	stall(t, allRules, func(perFlow int64, waiting int, cpu time.Duration) {
+	stall(t, allRules, 16<<20, func(perFlow int64, waiting int, cpu time.Duration) { // 16 MiB are more than all buffers take
 		if perFlow > 2*(2<<20)+2*(1<<20+1<<20)*2 { // 2 flow_buffers, and the buffers of the proxy's two sockets at twice their bytes
 			t.Errorf("%d bytes a flow are held", perFlow)
 		}
@@ -134,13 +143,33 @@ func TestStalledFlows(t *testing.T) {
 	})
 }
 
+// Likewise with buffers that may become so large that TCP's memory is used up, which the kernel does not take from a spliced socket as it
+// does from others.
+func TestStalledFlowsShortOfMemory(t *testing.T) {
+	if !inNewNetwork(t) {
+		return
+	}
+	limit := int64(tcpPressure()) * 3 / 2 // as the kernel sets it
+	stall(t, allRules, 24<<20, func(perFlow int64, waiting int, cpu time.Duration) {
+		if most := limit*int64(os.Getpagesize())/stalledFlows + 2*(2<<20); perFlow > most {
+			t.Errorf("%d bytes a flow are held, more than %d: TCP's memory and two flow_buffers", perFlow, most)
+		}
+		if waiting > 4 { // of 400
+			t.Errorf("%d backlogs wait", waiting)
+		}
+		if cpu > 80*time.Millisecond { // with that of the 400 senders, which the kernel wakes in vain when it is short of memory
+			t.Errorf("%v of CPU in a second", cpu)
+		}
+	})
+}
+
 // Without the bound a flow takes whatever it is sent.
 func TestRuleBoundOff(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
 	}
 	r := allRules
-	r.bound = false
+	r.bound, r.bulk = false, false // splice(2) has a bound of its own
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	p.client.SetWriteDeadline(time.Now().Add(3 * time.Second))
@@ -155,8 +184,11 @@ type zeroes struct{}
 
 func (zeroes) Read(b []byte) (int, error) { return len(b), nil }
 
-func stall(t *testing.T, r rules, judge func(perFlow int64, waiting int, cpu time.Duration)) {
-	const flows = 200
+const stalledFlows = 200
+
+// stall lets both senders of each flow push size bytes for readers that begin after judge.
+func stall(t *testing.T, r rules, size int64, judge func(perFlow int64, waiting int, cpu time.Duration)) {
+	const flows = stalledFlows
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
 	l := open(t, r, 1024)
 	var paths []*path
@@ -170,10 +202,10 @@ func stall(t *testing.T, r rules, judge func(perFlow int64, waiting int, cpu tim
 	for i, p := range paths {
 		for j, c := range []*net.TCPConn{p.client, p.server} {
 			all.Add(1)
-			go func() { // 16 MiB are more than all buffers take
+			go func() {
 				defer all.Done()
 				c.SetWriteDeadline(time.Now().Add(3 * time.Minute))
-				sent[2*i+j], failed[2*i+j] = io.CopyBuffer(struct{ io.Writer }{c}, io.LimitReader(zeroes{}, 16<<20), make([]byte, 16<<10))
+				sent[2*i+j], failed[2*i+j] = io.CopyBuffer(struct{ io.Writer }{c}, io.LimitReader(zeroes{}, size), make([]byte, 16<<10))
 				c.CloseWrite()
 			}()
 		}
@@ -211,8 +243,9 @@ func stall(t *testing.T, r rules, judge func(perFlow int64, waiting int, cpu tim
 			go func() {
 				defer drained.Done()
 				c.SetReadDeadline(time.Now().Add(3 * time.Minute))
-				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 16<<10)); n != 16<<20 || err != nil {
-					t.Errorf("%d bytes arrived, %v", n, err)
+				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 16<<10)); n != size || err != nil {
+					r := p.wait(time.Second)
+					t.Errorf("%d bytes arrived, %v; the flow ended %+v: %v", n, err, r, r.err)
 				}
 			}()
 		}
@@ -223,6 +256,14 @@ func stall(t *testing.T, r rules, judge func(perFlow int64, waiting int, cpu tim
 		t.Error(err)
 	}
 	t.Logf("%+v", l.Stats())
+	b, _ := os.ReadFile("/proc/net/netstat")
+	lines := strings.Split(string(b), "\n")
+	k, v := strings.Fields(lines[0]), strings.Fields(lines[1])
+	for i := range k {
+		if v[i] != "0" {
+			t.Logf("%s %s", k[i], v[i])
+		}
+	}
 }
 
 // Idle flows have no goroutine and wake nobody.

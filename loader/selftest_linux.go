@@ -72,17 +72,19 @@ var errUntried = errors.New("not tried")
 type test struct {
 	name, proves string
 	run          func(*trial) error
+	advice       string // where it could not be made
 }
 
 func (l *Loader) selfTest() []Finding {
 	return l.try(false, []test{
-		{"redirect", "bytes go both ways, whole, without passing through the process", (*trial).redirect},
-		{"kick", "bytes that were queued before the splice arrive", (*trial).kick},
-		{"trim", "an skb that was read in part is cut where cb[0] says", (*trial).trim},
-		{"overlap", "an overlapping retransmit is delivered once", (*trial).overlap},
-		{"bound", "a reader that stops holds the sender up, and loses nothing", (*trial).bound},
-		{"drain", "what waits when a stream ends arrives before its end", (*trial).drain},
-		{"reset", "a reset of either side reaches the other", (*trial).reset},
+		{"redirect", "bytes go both ways, whole, without passing through the process", (*trial).redirect, ""},
+		{"kick", "bytes that were queued before the splice arrive", (*trial).kick, ""},
+		{"trim", "an skb that was read in part is cut where cb[0] says", (*trial).trim, ""},
+		{"overlap", "an overlapping retransmit is delivered once", (*trial).overlap, "give the daemon CAP_NET_RAW and CAP_NET_ADMIN"},
+		{"bound", "a reader that stops holds the sender up, and loses nothing", (*trial).bound, ""},
+		{"bulk", "a busy direction leaves the sockmap and comes back, with every byte in its place", (*trial).bulk, fmt.Sprintf("use Linux %d.%d or newer", leastBulk.major, leastBulk.minor)},
+		{"drain", "what waits when a stream ends arrives before its end", (*trial).drain, ""},
+		{"reset", "a reset of either side reaches the other", (*trial).reset, ""},
 	})
 }
 
@@ -98,7 +100,7 @@ func (l *Loader) try(local bool, tests []test) []Finding {
 		switch {
 		case errors.Is(err, errUntried):
 			f.State, f.Detail = StateDegraded, err.Error()
-			f.Advice = "give the daemon CAP_NET_RAW and CAP_NET_ADMIN"
+			f.Advice = test.advice
 		case err != nil:
 			f.State, f.Detail = StateMissing, err.Error()
 			f.Advice = "use another kernel; flows go through userspace meanwhile"
@@ -407,6 +409,62 @@ func (t *trial) bound() error {
 		return err
 	}
 	return <-sent
+}
+
+func (t *trial) bulk() error {
+	if t.l.leaver == nil {
+		return fmt.Errorf("%w: busy flows stay in the sockmap, which costs them some speed", errUntried)
+	}
+	if err := t.connect(); err != nil {
+		return err
+	}
+	if err := t.splice(); err != nil {
+		return err
+	}
+	h, client, data, sent := &t.flow().halves[0], t.client, pattern(2<<20), make(chan error, 1)
+	for range 2 {
+		// While nothing comes it leaves at once; while much comes it may not, but what comes is whole.
+		for limit := time.Now().Add(testPatience); !h.bulk.left.Load(); time.Sleep(time.Millisecond) {
+			t.l.leaver.ask(h)
+			if time.Now().After(limit) {
+				return errors.New("the kernel does not take a socket out of the sockmap")
+			}
+		}
+		go func() { // may outlive the trial
+			_, err := client.Write(data)
+			sent <- err
+		}()
+		for part := data; len(part) > 0; part = part[min(len(part), len(data)/8):] {
+			if err := expect(patient{t.server}, part[:min(len(part), len(data)/8)]); err != nil {
+				return err
+			}
+			if h.bulk.left.Load() {
+				h.wake(calm)
+			} else {
+				t.l.leaver.ask(h)
+			}
+		}
+		if err := <-sent; err != nil {
+			return err
+		}
+		for limit := time.Now().Add(testPatience); h.bulk.left.Load(); time.Sleep(time.Millisecond) {
+			h.wake(calm)
+			if time.Now().After(limit) {
+				return errors.New("the kernel does not take a socket into the sockmap again")
+			}
+		}
+	}
+	before := h.snapshot().redirected
+	if _, err := client.Write(data[:1000]); err != nil {
+		return err
+	}
+	if err := expect(patient{t.server}, data[:1000]); err != nil {
+		return err
+	}
+	if h.snapshot().redirected == before {
+		return errors.New("nothing was redirected by the kernel any more")
+	}
+	return nil
 }
 
 func (t *trial) drain() error {

@@ -5,6 +5,7 @@ import (
 	"net"
 	"unsafe"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -122,8 +123,35 @@ func (s socket) widen(n int) {
 	}
 }
 
+// windowClamp is what the receive window is at most, in bytes. The kernel makes it larger as it makes the receive buffer larger.
+func (s socket) windowClamp() int {
+	n, _ := unix.GetsockoptInt(int(s), unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP)
+	return n
+}
+
+func (s socket) setWindowClamp(n int) {
+	_ = unix.SetsockoptInt(int(s), unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP, n)
+}
+
+// bufferLocks tells which buffers the kernel does not change the size of.
+func (s socket) bufferLocks() int {
+	n, _ := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_BUF_LOCK)
+	return n
+}
+
+func (s socket) setBufferLocks(locks int) {
+	_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_BUF_LOCK, locks)
+}
+
 // kick makes the kernel look at what is queued: the verdict runs for it. A plain read would leave EPOLLIN stuck.
 func (s socket) kick() { _ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVLOWAT, 1) }
+
+// attach makes the program decide what TCP gets to see of each segment.
+func (s socket) attach(p *ebpf.Program) error {
+	return unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_ATTACH_BPF, p.FD())
+}
+
+func (s socket) detach() { _ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0) }
 
 // fault is the error that broke the socket, or nil. It clears the error. A closed state alone is no fault: a
 // socket whose both directions have ended is closed by its TIME_WAIT.

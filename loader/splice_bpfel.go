@@ -25,6 +25,7 @@ const (
 	spliceEventKindEVENT_PASSED spliceEventKind = 1
 	spliceEventKindEVENT_FAULT  spliceEventKind = 2
 	spliceEventKindEVENT_UNREAD spliceEventKind = 3
+	spliceEventKindEVENT_BULK   spliceEventKind = 4
 )
 
 type spliceFault uint32
@@ -89,9 +90,18 @@ type spliceHalf struct {
 	Older      uint16
 	Newer      uint16
 	Trimmed    uint32
-	Seeded     uint32
+	Seeded     uint16
+	Leaving    uint16
 	Fault      spliceFault
 }
+
+type spliceLeaving uint32
+
+const (
+	spliceLeavingSTAYS    spliceLeaving = 0
+	spliceLeavingLEAVING  spliceLeaving = 1
+	spliceLeavingHAS_LEFT spliceLeaving = 2
+)
 
 type splicePlace struct {
 	_    structs.HostLayout
@@ -104,18 +114,25 @@ type splicePlace struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	spliceMapEvents      = "events"
-	spliceMapFlows       = "flows"
-	spliceMapHalves      = "halves"
-	spliceMapPeers       = "peers"
-	spliceMapPlaces      = "places"
-	spliceMapSources     = "sources"
-	spliceProgSplice     = "splice"
-	spliceVarRuleBound   = "rule_bound"
-	spliceVarRuleFin     = "rule_fin"
-	spliceVarRuleTrim    = "rule_trim"
-	spliceVarUnusedEvent = "unused_event"
-	spliceVarUnusedKind  = "unused_kind"
+	spliceMapEvents        = "events"
+	spliceMapFlows         = "flows"
+	spliceMapHalves        = "halves"
+	spliceMapPeers         = "peers"
+	spliceMapPlaces        = "places"
+	spliceMapSources       = "sources"
+	spliceProgBrake        = "brake"
+	spliceProgLeave        = "leave"
+	spliceProgSplice       = "splice"
+	spliceVarBraked        = "braked"
+	spliceVarRuleBound     = "rule_bound"
+	spliceVarRuleBrake     = "rule_brake"
+	spliceVarRuleCouple    = "rule_couple"
+	spliceVarRuleFin       = "rule_fin"
+	spliceVarRuleTrim      = "rule_trim"
+	spliceVarTcpPressure   = "tcp_pressure"
+	spliceVarUnusedEvent   = "unused_event"
+	spliceVarUnusedKind    = "unused_kind"
+	spliceVarUnusedLeaving = "unused_leaving"
 )
 
 // loadSplice returns the embedded CollectionSpec for splice.
@@ -160,6 +177,8 @@ type spliceSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type spliceProgramSpecs struct {
+	Brake  *ebpf.ProgramSpec `ebpf:"brake"`
+	Leave  *ebpf.ProgramSpec `ebpf:"leave"`
 	Splice *ebpf.ProgramSpec `ebpf:"splice"`
 }
 
@@ -179,11 +198,16 @@ type spliceMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type spliceVariableSpecs struct {
-	RuleBound   *ebpf.VariableSpec `ebpf:"rule_bound"`
-	RuleFin     *ebpf.VariableSpec `ebpf:"rule_fin"`
-	RuleTrim    *ebpf.VariableSpec `ebpf:"rule_trim"`
-	UnusedEvent *ebpf.VariableSpec `ebpf:"unused_event"`
-	UnusedKind  *ebpf.VariableSpec `ebpf:"unused_kind"`
+	Braked        *ebpf.VariableSpec `ebpf:"braked"`
+	RuleBound     *ebpf.VariableSpec `ebpf:"rule_bound"`
+	RuleBrake     *ebpf.VariableSpec `ebpf:"rule_brake"`
+	RuleCouple    *ebpf.VariableSpec `ebpf:"rule_couple"`
+	RuleFin       *ebpf.VariableSpec `ebpf:"rule_fin"`
+	RuleTrim      *ebpf.VariableSpec `ebpf:"rule_trim"`
+	TcpPressure   *ebpf.VariableSpec `ebpf:"tcp_pressure"`
+	UnusedEvent   *ebpf.VariableSpec `ebpf:"unused_event"`
+	UnusedKind    *ebpf.VariableSpec `ebpf:"unused_kind"`
+	UnusedLeaving *ebpf.VariableSpec `ebpf:"unused_leaving"`
 }
 
 // spliceObjects contains all objects after they have been loaded into the kernel.
@@ -229,22 +253,31 @@ func (m *spliceMaps) Close() error {
 //
 // It can be passed to loadSpliceObjects or ebpf.CollectionSpec.LoadAndAssign.
 type spliceVariables struct {
-	RuleBound   *ebpf.Variable `ebpf:"rule_bound"`
-	RuleFin     *ebpf.Variable `ebpf:"rule_fin"`
-	RuleTrim    *ebpf.Variable `ebpf:"rule_trim"`
-	UnusedEvent *ebpf.Variable `ebpf:"unused_event"`
-	UnusedKind  *ebpf.Variable `ebpf:"unused_kind"`
+	Braked        *ebpf.Variable `ebpf:"braked"`
+	RuleBound     *ebpf.Variable `ebpf:"rule_bound"`
+	RuleBrake     *ebpf.Variable `ebpf:"rule_brake"`
+	RuleCouple    *ebpf.Variable `ebpf:"rule_couple"`
+	RuleFin       *ebpf.Variable `ebpf:"rule_fin"`
+	RuleTrim      *ebpf.Variable `ebpf:"rule_trim"`
+	TcpPressure   *ebpf.Variable `ebpf:"tcp_pressure"`
+	UnusedEvent   *ebpf.Variable `ebpf:"unused_event"`
+	UnusedKind    *ebpf.Variable `ebpf:"unused_kind"`
+	UnusedLeaving *ebpf.Variable `ebpf:"unused_leaving"`
 }
 
 // splicePrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to loadSpliceObjects or ebpf.CollectionSpec.LoadAndAssign.
 type splicePrograms struct {
+	Brake  *ebpf.Program `ebpf:"brake"`
+	Leave  *ebpf.Program `ebpf:"leave"`
 	Splice *ebpf.Program `ebpf:"splice"`
 }
 
 func (p *splicePrograms) Close() error {
 	return _SpliceClose(
+		p.Brake,
+		p.Leave,
 		p.Splice,
 	)
 }

@@ -92,6 +92,12 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, proc
 		}
 		undo = append(undo, func() { l.watch.remove(s) })
 	}
+	for _, s := range f.sockets {
+		if err := s.attach(l.objects.Brake); err != nil {
+			return back(refusedFilter)
+		}
+		undo = append(undo, s.detach)
+	}
 	sources := l.objects.Sources
 	if process != nil {
 		sources = process.local.objects.LocalSources

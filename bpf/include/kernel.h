@@ -59,6 +59,10 @@ enum {
 };
 
 enum {
+	TCP_FIN = 1, /* of the flags, byte 13 of the header */
+};
+
+enum {
 	SHUTDOWN_MASK = 3,   /* include/net/sock.h: RCV_SHUTDOWN | SEND_SHUTDOWN */
 	SOCK_DONE = 1U << 1, /* likewise, of skc_flags: a FIN has come */
 };
@@ -184,10 +188,29 @@ struct bpf_sock_ops {
 	} __attribute__((aligned(8)));
 };
 
+/* atomic_long_t has no name of its own to be found by, and nothing but this. */
+struct atomic {
+	long counter;
+};
+
 /* Not UAPI: found by name in the running kernel's BTF. */
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
+struct sock_common;
+
+/* The context of iter/tcp programs. */
+struct bpf_iter__tcp {
+	union {
+		struct sock_common *sk_common;
+	} __attribute__((aligned(8)));
+};
+
+struct proto {
+	struct atomic *memory_allocated; /* pages that TCP has in all */
+};
+
 struct sock_common {
+	struct proto *skc_prot;
 	volatile unsigned char skc_state;
 	unsigned long skc_flags;
 	struct {

@@ -1,0 +1,147 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// sendPart is send without the end.
+func sendPart(from, to *net.TCPConn, seed uint64, n int64) error {
+	type sum struct {
+		hash [32]byte
+		err  error
+	}
+	sent := make(chan sum, 1)
+	go func() {
+		hash, err := stream(from, seed, n)
+		sent <- sum{hash, err}
+	}()
+	to.SetReadDeadline(time.Now().Add(time.Minute))
+	hash, got, err := drain(io.LimitReader(to, n))
+	s := <-sent
+	if err := errors.Join(s.err, err); err != nil || got != n || hash != s.hash {
+		return fmt.Errorf("%d of %d bytes arrived, the same: %v, %w", got, n, hash == s.hash, err)
+	}
+	return nil
+}
+
+// A busy half goes on by splice(2), comes back when it is quiet, and leaves again, with every byte in its place.
+func TestBulk(t *testing.T) {
+	l := open(t, allRules, 16)
+	p := splicePath(t, l, pathOptions{})
+	f := l.live[firstLive(l)].Load()
+	left := func() (n int) {
+		for i := range f.halves {
+			if f.halves[i].bulk.left.Load() {
+				n++
+			}
+		}
+		return n
+	}
+	const size = 256 << 20
+	for round := range 3 {
+		up, down := make(chan error, 1), make(chan error, 1)
+		go func() { up <- sendPart(p.client, p.server, uint64(2*round), size) }()
+		go func() { down <- sendPart(p.server, p.client, uint64(2*round+1), size) }()
+		if err := errors.Join(<-up, <-down); err != nil {
+			t.Fatalf("round %d: %v, %+v", round, err, l.Flows())
+		}
+		t.Logf("%+v %+v", l.Stats(), l.Flows())
+		for end := time.Now().Add(10 * time.Second); left() > 0; time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("round %d: %d halves do not come back", round, left())
+			}
+		}
+	}
+	if n := l.Stats().Bulk; n < 3 { // 6, but on a busy machine
+		t.Errorf("busy halves left %d times", n)
+	}
+}
+
+// What is passed behind bytes of the other way is charged to nobody: the brake bounds it, and all arrives in the end.
+func TestBrake(t *testing.T) {
+	r := allRules
+	r.look, r.bulk = false, false // nobody makes way
+	if n := pushBehind(t, r); n > 24<<20 {
+		t.Errorf("%d MiB were taken behind a backlog", n>>20)
+	}
+}
+
+func TestRuleBrakeOff(t *testing.T) {
+	r := allRules
+	r.look, r.bulk, r.brake = false, false, false
+	if n := pushBehind(t, r); n < 64<<20 {
+		t.Errorf("only %d MiB were taken behind a backlog: this test proves nothing", n>>20)
+	}
+}
+
+// pushBehind sends up what is taken within a while, behind a backlog of the other way, and gives how much that was.
+func pushBehind(t *testing.T, r rules) int64 {
+	l, p, data := behind(t, r)
+	p.client.SetWriteDeadline(time.Now().Add(time.Second))
+	n, _ := io.Copy(p.client, io.LimitReader(zeroes{}, 256<<20))
+	t.Logf("%d MiB were taken, %+v", n>>20, l.Stats())
+	if n := l.Stats().Braked; (n > 0) != r.brake {
+		t.Errorf("%d segments were braked", n)
+	}
+	p.server.SetDeadline(time.Now().Add(30 * time.Second))
+	p.client.SetDeadline(time.Now().Add(30 * time.Second))
+	must(t, expect(p.client, data))
+	must(t, expect(p.server, []byte("hello")))
+	if got, err := io.Copy(io.Discard, io.LimitReader(p.server, n)); got != n || err != nil {
+		t.Errorf("%d of %d bytes arrived, %v", got, n, err)
+	}
+	must(t, errors.Join(send(p.client, p.server, 1, 1<<20), send(p.server, p.client, 2, 1<<20)))
+	return n
+}
+
+// While one way passes, the other one does not put bytes in front of what is passed.
+func TestCoupled(t *testing.T) {
+	if s := other(t, allRules); s.passed != 5 || s.redirected != 0 {
+		t.Errorf("%+v", s)
+	}
+}
+
+func TestRuleCoupleOff(t *testing.T) {
+	r := allRules
+	r.couple = false
+	if s := other(t, r); s.passed != 0 || s.redirected != 5 {
+		t.Errorf("%+v: this test proves nothing", s)
+	}
+}
+
+// other sends 5 bytes down while the way up is passing.
+func other(t *testing.T, r rules) snapshot {
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	f := l.live[firstLive(l)].Load()
+	must(t, sendPart(p.client, p.server, 1, 5)) // the verdict has begun
+	up, down := &f.halves[0], &f.halves[1]
+	atomic.StoreUint64(&up.shared().Consumed, 1<<62)
+	must(t, sendPart(p.server, p.client, 2, 5))
+	s := down.snapshot()
+	atomic.StoreUint64(&up.shared().Consumed, 0)
+	must(t, errors.Join(send(p.client, p.server, 3, 1<<20), send(p.server, p.client, 4, 1<<20)))
+	return s
+}
+
+// Where TCP is short of memory all is passed, since nothing redirected may be taken.
+func TestShortOfMemory(t *testing.T) {
+	r := allRules
+	r.pressure, r.bulk = 1, false
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	f := l.live[firstLive(l)].Load()
+	must(t, sendPart(p.client, p.server, 1, 1<<20))
+	must(t, sendPart(p.server, p.client, 1, 1<<20))
+	for i := range f.halves {
+		if s := f.halves[i].snapshot(); s.redirected != 0 || s.passed != 1<<20 {
+			t.Errorf("half %d: %+v", i, s)
+		}
+	}
+}

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"sync/atomic"
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -132,22 +131,15 @@ func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, r
 	if r.sendProxy {
 		preface = f.proxyHeader(in, hello).Append(nil)
 	}
-	counters, demoted := new(relay.Counters), new(atomic.Bool)
+	counters := new(relay.Counters)
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.name, Name: in.name,
 		Client: in.client.String(), Downstream: in.peer.String(), Upstream: upstream,
-		Target: r.written, Started: in.accepted, Bytes: counters.Load,
-		Datapath: func() string {
-			if demoted.Load() {
-				return userspace
-			}
-			return r.via()
-		}}
+		Target: r.written, Started: in.accepted, Bytes: counters.Load, Datapath: counters.Datapath}
 	f.flows.Add(fl)
 	o := relay.Options{
 		Preface: preface, Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
 		Counters: counters, ID: in.id, Route: r.name, Datapaths: r.datapaths,
 		Refused: func(datapath string, reason error) {
-			demoted.Store(true)
 			f.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
 		},
 	}

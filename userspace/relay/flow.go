@@ -225,7 +225,7 @@ func (f *flow) finish() {
 	f.disarm()
 	f.close()
 	up, down := f.counters.Load()
-	f.done(Result{Up: up, Down: down, End: f.end, Err: f.err, Datapath: "userspace"})
+	f.done(Result{Up: up, Down: down, End: f.end, Err: f.err, Datapath: userspace})
 }
 
 // writeHead writes, once, what comes before the first byte that is read.

@@ -232,7 +232,7 @@ func (l *loop) end(f *flow) (then func()) {
 	return func() {
 		f.disarm()
 		up, down := f.counters.Load()
-		f.done(Result{Up: up, Down: down, End: EndEOF, Datapath: "userspace"})
+		f.done(Result{Up: up, Down: down, End: EndEOF, Datapath: userspace})
 	}
 }
 

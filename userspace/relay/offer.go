@@ -52,7 +52,7 @@ func (f *flow) offerTo(d Datapath) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if !f.settled {
-		f.counters.kernel.Store(&count)
+		f.counters.kernel.Store(&holder{d.Name(), count})
 	}
 	return true
 }

@@ -57,17 +57,33 @@ type Options struct {
 // Counters hold the bytes that a flow has moved so far. The zero value is ready for one flow.
 type Counters struct {
 	up, down atomic.Int64
-	kernel   atomic.Pointer[func() (up, down int64)] // a datapath's own, while it has the flow
+	kernel   atomic.Pointer[holder] // the datapath that has the flow now; nil: this package
+}
+
+type holder struct {
+	name  string
+	count func() (up, down int64)
 }
 
 // Load gives the bytes that went to upstream and to downstream, without Options.Preface.
 // Safe for concurrent use, also after the flow has ended.
 func (c *Counters) Load() (up, down int64) {
-	if count := c.kernel.Load(); count != nil {
-		return (*count)()
+	if k := c.kernel.Load(); k != nil {
+		return k.count()
 	}
 	return c.up.Load(), c.down.Load()
 }
+
+// Datapath names what has the flow now, as Result.Datapath does. Safe for concurrent use.
+func (c *Counters) Datapath() string {
+	if k := c.kernel.Load(); k != nil {
+		return k.name
+	}
+	return userspace
+}
+
+// userspace names this package among the datapaths.
+const userspace = "userspace"
 
 // End says how a flow ended. Its values are stable words, fit for logs and metric labels.
 type End string

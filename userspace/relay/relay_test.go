@@ -147,6 +147,12 @@ func TestDatapathReasons(t *testing.T) {
 		f.Start(context.Background(), relay.Options{Head: []byte("head"), Counters: &counters})
 		f.Client.(*net.TCPConn).CloseWrite()
 		b, err := io.ReadAll(f.Server)
+		for end := time.Now().Add(5 * time.Second); counters.Datapath() != c.had; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Errorf("while it lives %s has it, want %s", counters.Datapath(), c.had)
+				break
+			}
+		}
 		f.Server.Close()
 		r := f.Result(t)
 		f.Client.Close()

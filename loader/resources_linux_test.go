@@ -130,7 +130,7 @@ func TestStalledFlows(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
 	}
-	stall(t, allRules, 16<<20, func(perFlow int64, waiting int, cpu time.Duration) { // 16 MiB are more than all buffers take
+	stall(t, allRules, 16<<20, 0, func(perFlow int64, waiting int, cpu time.Duration) { // 16 MiB are more than all buffers take
 		if perFlow > 2*(2<<20)+2*(1<<20+1<<20)*2 { // 2 flow_buffers, and the buffers of the proxy's two sockets at twice their bytes
 			t.Errorf("%d bytes a flow are held", perFlow)
 		}
@@ -150,7 +150,8 @@ func TestStalledFlowsShortOfMemory(t *testing.T) {
 		return
 	}
 	limit := int64(tcpPressure()) * 3 / 2 // as the kernel sets it
-	stall(t, allRules, 24<<20, func(perFlow int64, waiting int, cpu time.Duration) {
+	// A flow in 200 was seen to end with an error, since TCP itself gives up where it gets no memory for long.
+	stall(t, allRules, 24<<20, 2, func(perFlow int64, waiting int, cpu time.Duration) {
 		if most := limit*int64(os.Getpagesize())/stalledFlows + 2*(2<<20); perFlow > most {
 			t.Errorf("%d bytes a flow are held, more than %d: TCP's memory and two flow_buffers", perFlow, most)
 		}
@@ -186,8 +187,8 @@ func (zeroes) Read(b []byte) (int, error) { return len(b), nil }
 
 const stalledFlows = 200
 
-// stall lets both senders of each flow push size bytes for readers that begin after judge.
-func stall(t *testing.T, r rules, size int64, judge func(perFlow int64, waiting int, cpu time.Duration)) {
+// stall lets both senders of each flow push size bytes for readers that begin after judge. Some flows may end with an error.
+func stall(t *testing.T, r rules, size int64, mayEnd int, judge func(perFlow int64, waiting int, cpu time.Duration)) {
 	const flows = stalledFlows
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
 	l := open(t, r, 1024)
@@ -237,6 +238,7 @@ func stall(t *testing.T, r rules, size int64, judge func(perFlow int64, waiting 
 	judge(held/flows, waiting, cpu)
 
 	var drained sync.WaitGroup
+	var ended sync.Map
 	for _, p := range paths {
 		for _, c := range []*net.TCPConn{p.client, p.server} {
 			drained.Add(1)
@@ -244,26 +246,27 @@ func stall(t *testing.T, r rules, size int64, judge func(perFlow int64, waiting 
 				defer drained.Done()
 				c.SetReadDeadline(time.Now().Add(3 * time.Minute))
 				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 16<<10)); n != size || err != nil {
-					r := p.wait(time.Second)
-					t.Errorf("%d bytes arrived, %v; the flow ended %+v: %v", n, err, r, r.err)
+					ended.Store(p, err)
 				}
 			}()
 		}
 	}
 	all.Wait()
 	drained.Wait()
-	if err := errors.Join(failed...); err != nil {
-		t.Error(err)
+	n := 0
+	ended.Range(func(p, err any) bool {
+		r := p.(*path).wait(5 * time.Second)
+		t.Logf("a flow ended %+v, %v; a reader got %v", r, r.err, err)
+		if r.end == endEOF {
+			t.Error("bytes are missing, and nobody was told")
+		}
+		n++
+		return true
+	})
+	if err := errors.Join(failed...); n > mayEnd || err != nil && n == 0 {
+		t.Errorf("%d flows did not arrive whole, %v", n, err)
 	}
 	t.Logf("%+v", l.Stats())
-	b, _ := os.ReadFile("/proc/net/netstat")
-	lines := strings.Split(string(b), "\n")
-	k, v := strings.Fields(lines[0]), strings.Fields(lines[1])
-	for i := range k {
-		if v[i] != "0" {
-			t.Logf("%s %s", k[i], v[i])
-		}
-	}
 }
 
 // Idle flows have no goroutine and wake nobody.

@@ -93,7 +93,7 @@ func TestBeginKeepsWhatIsWatched(t *testing.T) {
 
 // behind makes a flow whose upward direction is passing, with 24 MiB in front of what is passed, for a client that does not read.
 func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
-	r.bound = false // so that there is a backlog
+	r.bound, r.bulk = false, false // so that there is a backlog: splice(2) has a bound of its own
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{buffer: 1 << 20})
 	h := &l.live[firstLive(l)].Load().halves[0]

@@ -45,7 +45,7 @@ test-lab: ## The path over a real tailnet, in network namespaces (root)
 	cd $(BENCHDIR) && go test $(TESTFLAGS) ./...
 
 .PHONY: test-kernels
-test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in QEMU (root, amd64; not a part of test; 20 minutes)
+test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in QEMU (root, amd64; not a part of test; 15 minutes)
 	@scripts/test-kernels
 
 .PHONY: demo

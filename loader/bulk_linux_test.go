@@ -133,7 +133,7 @@ func other(t *testing.T, r rules) snapshot {
 // Where TCP is short of memory all is passed, since nothing redirected may be taken.
 func TestShortOfMemory(t *testing.T) {
 	r := allRules
-	r.pressure, r.bulk = 1, false
+	r.pressure, r.bulk = 1<<63, false // less than any number of pages
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	f := l.live[firstLive(l)].Load()

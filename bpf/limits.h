@@ -54,6 +54,13 @@ enum leaving {
 	HAS_LEFT, /* it did, and has set seeded to 0 */
 };
 
+/* What `leave` is told, and tells. */
+struct leave_call {
+	__u64 read; /* userspace: how many of the half's bytes that were passed it has read */
+	__u32 half; /* userspace: the one that is to leave; leave: the one whose socket it stands at, which left or did not */
+	__u32 pad;
+};
+
 /* What userspace is told through the ring. */
 enum event_kind {
 	EVENT_PASSED = 1, /* bytes wait in the source's queue, and userspace may be asleep */
@@ -83,8 +90,9 @@ struct half {
 	__u16 older;      /* verdict: redirected skbs up to mark that may wait for the send buffer */
 	__u16 newer;      /* verdict: those after mark */
 	__u32 trimmed;    /* verdict: bytes cut off, which had been handled before */
-	__u16 seeded;     /* verdict: base, mark and next_seq are valid, and it counts what comes */
-	__u16 leaving;    /* userspace, and `leave` while it is LEAVING */
+	__u8 seeded;      /* verdict: base, mark and next_seq are valid, and it counts what comes */
+	__u8 leaving;     /* userspace, and `leave` while it is LEAVING */
+	__u16 in_hand;    /* userspace: 4 KiB that it has read and not yet written, where that is more than usual */
 	enum fault fault; /* verdict */
 };
 

@@ -30,10 +30,13 @@
  * # Bulk
  *
  * A half that stays busy may leave, to go on by splice(2), and come back. `leave` takes the source out of the sockmap
- * while it holds the socket's lock, so no skb is under way to the verdict, and only while passed == consumed, so no
- * byte waits in the psock, where splice(2) does not look. Userspace waits until all that was redirected is
- * written, and goes on behind it. It comes back with nothing in its hands, as a flow begins: the verdict finds out
- * anew where the streams are.
+ * while it holds the socket's lock, so no skb is under way to the verdict, and only when userspace has read all that
+ * was passed, so no byte waits in the psock, where splice(2) does not look. Userspace waits until all that was redirected
+ * is written, writes what it has read, and goes on behind it. It comes back with nothing in its hands, as a flow begins:
+ * the verdict finds out anew where the streams are.
+ *
+ * Reading makes room, and the sender may fill it before read(2) has returned. So SO_RCVLOWAT is raised for that moment: the
+ * kernel tells nobody of what comes, and the verdict does not run for it.
  *
  * # What no socket is charged for
  *
@@ -202,8 +205,6 @@ static __always_inline bool fits(struct half *h, struct tcp_sock *peer, __u32 le
 		return true;
 	if ((__u64)waiting + len > h->limit || h->newer == 0xffff)
 		return false;
-	if (h->leaving == LEAVING)
-		return true; /* it can leave only while it redirects, and a backlog that is retried for so long does not matter */
 	/* A quarter more, for fragments that come to skbs of their own. */
 	need = (__s64)waiting + len + ((waiting + len) >> 2);
 	need += (__s64)(h->older + h->newer + 1) * SKB_OVERHEAD_BYTES;
@@ -363,9 +364,15 @@ int splice(struct __sk_buff *skb)
 	return verdict(skb);
 }
 
-/* Takes those out of the sockmap that are LEAVING. Reading the iterator runs it for each TCP socket of the namespace,
+/* Runs in the system call of who asks, so there is no order to argue. */
+struct leave_call call = {};
+
+/* Takes a half out of the sockmap that is LEAVING. Reading the iterator runs it for each TCP socket of the namespace,
  * under the socket's lock (since 5.15). Deleting by the system call does not take that, and an skb that
- * is on its way to the verdict would be dropped, for want of one. */
+ * is on its way to the verdict would be dropped, for want of one.
+ *
+ * 1 ends the read with EAGAIN, and the next read begins with the same socket: to get there takes milliseconds where
+ * the kernel's table of sockets is large, and asking there microseconds. */
 SEC("iter/tcp")
 int leave(struct bpf_iter__tcp *ctx)
 {
@@ -385,20 +392,20 @@ int leave(struct bpf_iter__tcp *ctx)
 	h = bpf_map_lookup_elem(&halves, &half);
 	if (!h || h->source != cookie || h->leaving != LEAVING || h->fault != FAULT_NONE)
 		return 0;
-	if (h->passed != READ_ONCE(h->consumed))
-		return 0;
-	if (bpf_map_delete_elem(&sources, &half) == 0) {
+	if (call.half == half && call.read == h->passed && bpf_map_delete_elem(&sources, &half) == 0) {
 		h->seeded = 0;
 		h->leaving = HAS_LEFT;
 	}
-	return 0;
+	call.half = half;
+	return 1;
 }
 
 /* Segments whose payload was cut off by `brake`. */
 __u64 braked = 0;
 
 /* The filter of a spliced socket (SO_ATTACH_BPF), run for each segment before TCP sees it. It gives how many bytes TCP
- * gets to see, from the TCP header on. What counts is what was passed and is charged to no socket, yet or ever. */
+ * gets to see, from the TCP header on. What counts is what was passed and is charged to no socket, yet or ever,
+ * and not in the hands of userspace, which has a bound of its own. */
 SEC("socket")
 int brake(struct __sk_buff *skb)
 {
@@ -417,7 +424,7 @@ int brake(struct __sk_buff *skb)
 	h = bpf_map_lookup_elem(&halves, &half);
 	if (!h || h->source != cookie || !h->seeded)
 		return -1;
-	free = READ_ONCE(h->passed) - READ_ONCE(h->consumed);
+	free = READ_ONCE(h->passed) - READ_ONCE(h->consumed) - ((__s64)READ_ONCE(h->in_hand) << 12);
 	if (free <= h->limit && h->fault == FAULT_NONE)
 		return -1;
 	tcp = skb->sk ? bpf_skc_to_tcp_sock(skb->sk) : 0;

@@ -3,10 +3,12 @@ package loader
 import (
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
@@ -14,13 +16,14 @@ import (
 // A half that stays busy leaves the sockmap and goes on by splice(2), which costs less for each byte; when it is quiet it comes back, since
 // an idle or a chatty flow costs less there. See bpf/splice.bpf.c for why no byte is lost on the way.
 const (
-	bulkWithin = time.Second          // leave: 4 MiB (BULK_SHIFT) came in less, twice in a row
-	quietBytes = 1 << 20              // come back: so many at most in quietAfter
-	quietAfter = time.Second          //
-	leavePause = 2 * time.Millisecond // at least, between two looks at all sockets
-	leaveCost  = 10                   // and so many times what the last one took
-	leaveLooks = 20                   // give up when the half was never at rest
-	narrowFrom = 2                    // looks, after which it is made to come to rest
+	bulkWithin = time.Second           // leave: 4 MiB (BULK_SHIFT) came in less, twice in a row
+	quietBytes = 1 << 20               // come back: so many at most in quietAfter
+	quietAfter = time.Second           //
+	leavePause = 2 * time.Millisecond  // at least, between two walks
+	leaveCost  = 10                    // and so many times what the last one took
+	leaveOffer = 20 * time.Millisecond // a half that has not left after this one stays
+	handSlack  = 64 << 10              // bytes that may come between the look at how many there are and the read
+	maxInHands = 32 << 20              // bytes that all halves that left have read at once, and not yet written
 )
 
 // bulk is what a half has for it. Only for who is running, but where it says otherwise.
@@ -29,8 +32,10 @@ type bulk struct {
 	pipe   *pipe       // nil: no bytes of ours are in one
 	inPipe int
 	unable bool // one of the sockets can't splice
+	inHand int  // bytes of maxInHands that rest has
 
-	asked bool // the leaver's, under its lock
+	asked bool                  // the leaver's, under its lock
+	offer atomic.Pointer[offer] // it may leave now
 
 	last    int64  // the ring's: when EVENT_BULK came, nanoseconds
 	checked int64  // the sweeper's, likewise
@@ -39,20 +44,22 @@ type bulk struct {
 
 // leaver takes halves out of the sockmap that ask for it.
 type leaver struct {
-	iter *link.Iter
-	poke chan struct{}
-	quit chan struct{}
+	iter    *link.Iter
+	call    *ebpf.Variable // spliceLeaveCall
+	poke    chan struct{}
+	quit    chan struct{}
+	inHands atomic.Int64
 
 	mu    sync.Mutex
-	asked []*leaving
+	asked []*half
 }
 
-// leaving is a half that asks.
-type leaving struct {
-	*half
-	looks int
-	clamp int // TCP_WINDOW_CLAMP before the window was made small; 0: it was not
-	locks int // SO_BUF_LOCK before
+// offer is made to a half whose socket the iterator stands at.
+type offer struct {
+	at    io.Reader // of the iterator
+	mu    sync.Mutex
+	over  bool
+	taken chan struct{}
 }
 
 // leastBulk is the first kernel whose iterator of TCP sockets locks them.
@@ -67,7 +74,7 @@ func newLeaver(l *Loader) (*leaver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attach the iterator of sockets: %w", translate(err))
 	}
-	return &leaver{iter: it, poke: make(chan struct{}, 1), quit: make(chan struct{})}, nil
+	return &leaver{iter: it, call: l.objects.Call, poke: make(chan struct{}, 1), quit: make(chan struct{})}, nil
 }
 
 func (v *leaver) stop() {
@@ -93,7 +100,7 @@ func (h *half) isBulk(now time.Time) {
 	}
 }
 
-// ask makes the half leave soon, if it comes to rest for a moment.
+// ask makes the half leave soon.
 func (v *leaver) ask(h *half) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -101,14 +108,14 @@ func (v *leaver) ask(h *half) {
 		return
 	}
 	h.bulk.asked = true
-	v.asked = append(v.asked, &leaving{half: h})
+	v.asked = append(v.asked, h)
 	select {
 	case v.poke <- struct{}{}:
 	default:
 	}
 }
 
-// run looks at those that ask, until stop.
+// run walks for those that ask, until stop.
 func (v *leaver) run(l *Loader) {
 	for {
 		select {
@@ -116,111 +123,153 @@ func (v *leaver) run(l *Loader) {
 			return
 		case <-v.poke:
 		}
-		for more := true; more; {
-			start := time.Now()
-			more = v.look(l)
-			// All sockets are looked at, which must not become the work of this machine.
-			select {
-			case <-v.quit:
-				return
-			case <-time.After(max(leavePause, leaveCost*time.Since(start))):
-			}
+		took, err := v.walk()
+		if err != nil {
+			l.log.Debug("take bulk flows out of the sockmap", "error", err)
+		}
+		// All sockets are looked at, which must not become the work of this machine.
+		select {
+		case <-v.quit:
+			return
+		case <-time.After(max(leavePause, leaveCost*took)):
 		}
 	}
 }
 
-// look runs the iterator for those that ask. more: some still do.
-func (v *leaver) look(l *Loader) (more bool) {
+// walk makes one offer to each half that asks. took is without the time that those had.
+func (v *leaver) walk() (took time.Duration, err error) {
 	v.mu.Lock()
 	asked := v.asked
 	v.asked = nil
 	v.mu.Unlock()
 	for _, h := range asked {
 		h.setLeaving(spliceLeavingLEAVING)
-		if h.looks++; h.looks >= narrowFrom {
-			h.narrow()
+	}
+	defer func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		for _, h := range asked {
+			h.setLeaving(spliceLeavingSTAYS)
+			h.bulk.asked = false
 		}
-	}
-	err := v.iterate()
-	if err != nil {
-		l.log.Debug("take bulk flows out of the sockmap", "error", err)
-	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	for _, h := range asked {
-		if h.hasLeft() {
-			l.counts.bulk.Add(1)
-		} else if err == nil && h.looks < leaveLooks && !h.isOver() {
-			v.asked = append(v.asked, h)
-			continue
-		}
-		h.setLeaving(spliceLeavingSTAYS)
-		h.restore()
-		h.bulk.asked = false
-	}
-	return len(v.asked) > 0
-}
-
-// narrow makes the window small, so that the sender goes on slowly and passed == consumed comes about: while
-// the peer is the slower one, bytes wait here all the time.
-func (h *leaving) narrow() {
-	h.f.mu.RLock()
-	defer h.f.mu.RUnlock()
-	var i unix.TCPInfo
-	if h.f.closed || h.source().info(&i) != nil {
-		return
-	}
-	if h.clamp == 0 {
-		h.clamp, h.locks = h.source().windowClamp(), h.source().bufferLocks()
-	}
-	h.source().setBufferLocks(h.locks | unix.SOCK_RCVBUF_LOCK) // else the kernel makes both larger
-	h.source().setWindowClamp(4 * int(i.Advmss))
-}
-
-func (h *leaving) restore() {
-	h.f.mu.RLock()
-	defer h.f.mu.RUnlock()
-	if h.clamp > 0 && !h.f.closed {
-		h.source().setBufferLocks(h.locks)
-		h.source().setWindowClamp(h.clamp)
-	}
-}
-
-func (v *leaver) iterate() error {
+	}()
 	r, err := v.iter.Open()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer r.Close()
-	_, err = io.Copy(io.Discard, r) // the program prints nothing
-	return err
+	for {
+		start := time.Now()
+		at, err := v.next(r, spliceLeaveCall{Half: ^uint32(0)})
+		took += time.Since(start)
+		if err != nil || at == ^uint32(0) {
+			return took, err
+		}
+		i := slices.IndexFunc(asked, func(h *half) bool { return h.index() == at })
+		if i < 0 {
+			return took, fmt.Errorf("half %d leaves, and did not ask", at)
+		}
+		asked[i].offered(&offer{at: r, taken: make(chan struct{})})
+		asked[i].setLeaving(spliceLeavingSTAYS)
+	}
 }
 
-func (h *half) isOver() bool {
-	h.f.mu.RLock()
-	defer h.f.mu.RUnlock()
-	return h.f.closed
+// next goes on with the iterator, and says which half it stands at then; ^0: it has come to the end.
+func (v *leaver) next(r io.Reader, call spliceLeaveCall) (at uint32, err error) {
+	if err := v.call.Set(call); err != nil {
+		return 0, err
+	}
+	switch _, err := r.Read(make([]byte, 1)); { // the program prints nothing
+	case err == io.EOF:
+		return ^uint32(0), nil
+	case !isAgain(err):
+		return 0, err
+	}
+	err = v.call.Get(&call)
+	return call.Half, err
 }
+
+// offered waits until the half has taken the offer, if it does at all.
+func (h *half) offered(o *offer) {
+	h.bulk.offer.Store(o)
+	h.wake(0)
+	select {
+	case <-o.taken:
+	case <-time.After(leaveOffer):
+	}
+	h.bulk.offer.Store(nil)
+	o.mu.Lock()
+	o.over = true
+	o.mu.Unlock()
+}
+
+// leave takes the offer: it reads all that was passed, and is out of the sockmap if nothing else has been by then.
+func (h *half) leave(o *offer) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	h.bulk.offer.Store(nil)
+	if o.over {
+		return nil
+	}
+	defer close(o.taken)
+	h.source().hold()
+	defer h.source().kick()
+	if unread := load64(&h.shared().Passed) - h.consumed - uint64(len(h.rest)); unread > 0 {
+		if err := h.takeInHand(int(unread) + handSlack); err != nil {
+			return err
+		}
+	}
+	v := h.f.l.leaver
+	if _, err := v.next(o.at, spliceLeaveCall{Half: h.index(), Read: h.consumed + uint64(len(h.rest))}); err != nil {
+		return nil // the walk finds it, too
+	}
+	if spliceLeaving(h.shared().Leaving) == spliceLeavingHAS_LEFT {
+		h.bulk.left.Store(true)
+		h.copying.Store(true)
+		h.f.l.counts.bulk.Add(1)
+	}
+	return nil
+}
+
+// takeInHand reads up to n bytes, behind those that are to be written already. err: the source is broken.
+func (h *half) takeInHand(n int) error {
+	inHands := &h.f.l.leaver.inHands
+	if inHands.Add(int64(n)) > maxInHands || h.bulk.inHand > 0 {
+		inHands.Add(-int64(n))
+		return nil
+	}
+	h.bulk.inHand = n
+	h.shared().InHand = uint16((n + 4095) >> 12)
+	b := make([]byte, len(h.rest)+n)
+	m, err := h.source().read(b[copy(b, h.rest):])
+	if m == 0 {
+		h.openHand()
+		if isAgain(err) {
+			return nil
+		}
+		return err
+	}
+	h.rest, h.held = b[:len(h.rest)+m], h.f.l.rules.order
+	return nil
+}
+
+// openHand is for when rest has been written, or never will be.
+func (h *half) openHand() {
+	if h.bulk.inHand > 0 {
+		h.f.l.leaver.inHands.Add(-int64(h.bulk.inHand))
+		h.bulk.inHand = 0
+		h.shared().InHand = 0
+	}
+}
+
+func (h *half) index() uint32 { return 2*h.f.slot + h.i }
 
 func (h *half) setLeaving(to spliceLeaving) {
 	h.f.mu.RLock()
 	defer h.f.mu.RUnlock()
 	if !h.f.closed {
-		h.shared().Leaving = uint16(to)
+		h.shared().Leaving = uint8(to)
 	}
-}
-
-// hasLeft looks whether the iterator took the half out, and makes userspace copy if so.
-func (h *half) hasLeft() bool {
-	h.f.mu.RLock()
-	defer h.f.mu.RUnlock()
-	if h.f.closed || spliceLeaving(h.shared().Leaving) != spliceLeavingHAS_LEFT {
-		return false
-	}
-	h.bulk.left.Store(true)
-	h.copying.Store(true)
-	h.wake(0)
-	return true
 }
 
 // splice moves bytes from the source to the peer, one pipe full at most. n == 0: read instead, or wait if isAgain(err).

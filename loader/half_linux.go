@@ -208,6 +208,11 @@ func (h *half) copy() (o outcome, wait bool) {
 			h.bits.Or(again) // who wants to close the flow gets the lock in between
 			return outcome{}, true
 		}
+		if o := h.bulk.offer.Load(); o != nil && !h.copying.Load() && !h.eof && f.broken.Load() == nil {
+			if err := h.leave(o); err != nil {
+				return outcome{broken: err, side: h.i}, true
+			}
+		}
 		if len(h.rest) > 0 {
 			if h.held && !h.redirectedIsWritten() {
 				return outcome{after: h.patient(10 * time.Millisecond)}, true
@@ -218,6 +223,9 @@ func (h *half) copy() (o outcome, wait bool) {
 			h.consumed += uint64(n)
 			// A release: the verdict may redirect from here on, behind what was just written.
 			atomic.StoreUint64(&m.Consumed, h.consumed)
+			if len(h.rest) == 0 || err != nil && !isAgain(err) {
+				h.openHand()
+			}
 			if isAgain(err) {
 				f.watchAlso(1-h.i, unix.EPOLLOUT, true)
 				return outcome{}, true
@@ -378,6 +386,9 @@ func (h *half) delivered() bool {
 // release gives the buffer back, and the pipe.
 func (h *half) release() {
 	h.releasePipe()
+	if h.f.closed {
+		h.openHand()
+	}
 	if h.buffer != nil && len(h.rest) == 0 {
 		chunks.Put(h.buffer)
 		h.buffer = nil

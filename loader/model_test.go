@@ -172,7 +172,11 @@ func (m model) steps(c modelCase, v variant) []model {
 	}
 
 	// The source leaves, under its lock; then userspace is told.
-	if m.at == vDecide && !m.left && m.leaves < c.leaves && (m.passed == m.consumed || v.leaveUnread) && m.tcp.n == 0 {
+	read := m.copied
+	if m.rest >= 0 {
+		read++
+	}
+	if m.at == vDecide && !m.left && m.leaves < c.leaves && (m.passed == read || v.leaveUnread) && m.tcp.n == 0 {
 		n := m
 		n.left = true
 		n.leaves++

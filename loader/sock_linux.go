@@ -123,24 +123,12 @@ func (s socket) widen(n int) {
 	}
 }
 
-// windowClamp is what the receive window is at most, in bytes. The kernel makes it larger as it makes the receive buffer larger.
-func (s socket) windowClamp() int {
-	n, _ := unix.GetsockoptInt(int(s), unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP)
-	return n
-}
-
-func (s socket) setWindowClamp(n int) {
-	_ = unix.SetsockoptInt(int(s), unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP, n)
-}
-
-// bufferLocks tells which buffers the kernel does not change the size of.
-func (s socket) bufferLocks() int {
-	n, _ := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_BUF_LOCK)
-	return n
-}
-
-func (s socket) setBufferLocks(locks int) {
-	_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_BUF_LOCK, locks)
+// hold keeps the verdict from what comes, until kick, or until a quarter of the receive buffer has come: a larger one would make the
+// kernel enlarge the buffer.
+func (s socket) hold() {
+	if size, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVBUF); err == nil {
+		_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVLOWAT, size/4)
+	}
 }
 
 // kick makes the kernel look at what is queued: the verdict runs for it. A plain read would leave EPOLLIN stuck.

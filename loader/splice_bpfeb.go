@@ -90,9 +90,17 @@ type spliceHalf struct {
 	Older      uint16
 	Newer      uint16
 	Trimmed    uint32
-	Seeded     uint16
-	Leaving    uint16
+	Seeded     uint8
+	Leaving    uint8
+	InHand     uint16
 	Fault      spliceFault
+}
+
+type spliceLeaveCall struct {
+	_    structs.HostLayout
+	Read uint64
+	Half uint32
+	Pad  uint32
 }
 
 type spliceLeaving uint32
@@ -124,6 +132,7 @@ const (
 	spliceProgLeave        = "leave"
 	spliceProgSplice       = "splice"
 	spliceVarBraked        = "braked"
+	spliceVarCall          = "call"
 	spliceVarRuleBound     = "rule_bound"
 	spliceVarRuleBrake     = "rule_brake"
 	spliceVarRuleCouple    = "rule_couple"
@@ -199,6 +208,7 @@ type spliceMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type spliceVariableSpecs struct {
 	Braked        *ebpf.VariableSpec `ebpf:"braked"`
+	Call          *ebpf.VariableSpec `ebpf:"call"`
 	RuleBound     *ebpf.VariableSpec `ebpf:"rule_bound"`
 	RuleBrake     *ebpf.VariableSpec `ebpf:"rule_brake"`
 	RuleCouple    *ebpf.VariableSpec `ebpf:"rule_couple"`
@@ -254,6 +264,7 @@ func (m *spliceMaps) Close() error {
 // It can be passed to loadSpliceObjects or ebpf.CollectionSpec.LoadAndAssign.
 type spliceVariables struct {
 	Braked        *ebpf.Variable `ebpf:"braked"`
+	Call          *ebpf.Variable `ebpf:"call"`
 	RuleBound     *ebpf.Variable `ebpf:"rule_bound"`
 	RuleBrake     *ebpf.Variable `ebpf:"rule_brake"`
 	RuleCouple    *ebpf.Variable `ebpf:"rule_couple"`

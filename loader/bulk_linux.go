@@ -13,8 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A half that stays busy leaves the sockmap and goes on by splice(2), which costs less for each byte; when it is quiet it comes back, since
-// an idle or a chatty flow costs less there. See bpf/splice.bpf.c for why no byte is lost on the way.
+// A flow with a half that stays busy leaves the sockmap and goes on by splice(2), which costs less for each byte; when it is quiet it comes back,
+// since an idle or a chatty flow costs less there. See bpf/splice.bpf.c for why no byte is lost on the way. Each half leaves by itself. When both
+// have left, the sockets leave the map of peers, too: the kernel wakes a worker for each socket in there whenever it takes bytes again.
 const (
 	bulkWithin = time.Second           // leave: 4 MiB (BULK_SHIFT) came in less, twice in a row
 	quietBytes = 1 << 20               // come back: so many at most in quietAfter
@@ -29,6 +30,7 @@ const (
 // bulk is what a half has for it. Only for who is running, but where it says otherwise.
 type bulk struct {
 	left   atomic.Bool // out of the sockmap: copying, by splice(2)
+	behind bool        // and nothing that was redirected waits for the peer; under the flow's peersMu
 	pipe   *pipe       // nil: no bytes of ours are in one
 	inPipe int
 	unable bool // one of the sockets can't splice
@@ -37,9 +39,7 @@ type bulk struct {
 	asked bool                  // the leaver's, under its lock
 	offer atomic.Pointer[offer] // it may leave now
 
-	last    int64  // the ring's: when EVENT_BULK came, nanoseconds
-	checked int64  // the sweeper's, likewise
-	was     uint64 // what had moved then
+	last int64 // the ring's: when EVENT_BULK came, nanoseconds
 }
 
 // leaver takes halves out of the sockmap that ask for it.
@@ -96,19 +96,20 @@ func (h *half) isBulk(now time.Time) {
 	l, last := h.f.l, h.bulk.last
 	h.bulk.last = now.UnixNano()
 	if l.leaver != nil && l.rules.bulk && h.f.process == nil && h.bulk.last-last <= int64(bulkWithin) {
-		l.leaver.ask(h)
+		l.leaver.ask(h.f)
 	}
 }
 
-// ask makes the half leave soon.
-func (v *leaver) ask(h *half) {
+// ask makes both halves leave soon.
+func (v *leaver) ask(f *flow) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if h.bulk.asked {
-		return
+	for i := range f.halves {
+		if h := &f.halves[i]; !h.bulk.asked && !h.copying.Load() && !h.done.Load() {
+			h.bulk.asked = true
+			v.asked = append(v.asked, h)
+		}
 	}
-	h.bulk.asked = true
-	v.asked = append(v.asked, h)
 	select {
 	case v.poke <- struct{}{}:
 	default:
@@ -312,27 +313,50 @@ func (h *half) releasePipe() {
 	}
 }
 
-// isQuiet is the sweeper's look at a half that has left: has so little moved that it may come back?
-func (h *half) isQuiet(now time.Time) bool {
-	b, moved, at := &h.bulk, h.moved(), now.UnixNano()
-	if at-b.checked < int64(quietAfter) {
+// leavePeers is told that a half that left has nothing behind it in the sockmap any more.
+func (f *flow) leavePeers(h *half) {
+	f.peersMu.Lock()
+	defer f.peersMu.Unlock()
+	h.bulk.behind = true
+	if f.noPeers || !f.halves[0].bulk.behind || !f.halves[1].bulk.behind {
+		return
+	}
+	f.noPeers = true
+	for i := range f.sockets {
+		_ = f.l.objects.Peers.Delete(2*f.slot + uint32(i))
+	}
+}
+
+// isQuiet is the sweeper's look at a flow that has left: has so little moved that it may come back?
+func (f *flow) isQuiet(now time.Time, moved uint64) bool {
+	if now.Sub(f.checked) < quietAfter {
 		return false
 	}
-	quiet := b.checked != 0 && moved-b.was <= quietBytes
-	b.checked, b.was = at, moved
+	quiet := !f.checked.IsZero() && moved-f.was <= quietBytes
+	f.checked, f.was = now, moved
 	return quiet
 }
 
 // comeBack puts the source under the verdict again. Userspace holds no byte of the half, and has read all there was.
-// false: its stream is about to end, and it stays as it is.
+// false: a stream is about to end, and it stays as it is.
 func (h *half) comeBack() bool {
 	m, f := h.shared(), h.f
 	h.releasePipe()
+	f.peersMu.Lock()
+	defer f.peersMu.Unlock()
+	if f.noPeers {
+		for i, s := range f.sockets {
+			if f.l.objects.Peers.Put(2*f.slot+uint32(i), uint64(s)) != nil {
+				return false
+			}
+		}
+		f.noPeers = false
+	}
 	m.Passed = m.Consumed
 	if f.l.objects.Sources.Put(2*f.slot+h.i, uint64(h.source())) != nil {
 		return false
 	}
-	h.calm = false
+	h.calm, h.bulk.behind = false, false
 	h.bulk.left.Store(false)
 	h.copying.Store(false)
 	h.source().kick() // for what came meanwhile

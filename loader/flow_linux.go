@@ -33,6 +33,9 @@ type flow struct {
 	also   [2]uint32 // what each socket is watched for besides quiet; under watchMu
 	total  [2]uint64 // the counts when closed
 
+	peersMu sync.Mutex
+	noPeers bool // both halves have left, and the sockets are in no sockmap
+
 	watchMu sync.Mutex
 	over    atomic.Bool
 	broken  atomic.Pointer[breakage]
@@ -41,6 +44,10 @@ type flow struct {
 	moved  time.Time
 	seen   uint64
 	looked bool // for a stall, since something moved
+
+	// Likewise, where a half has left.
+	checked time.Time
+	was     uint64 // what had moved then
 }
 
 // breakage is the error that a side died of. The other one is reset when it has got what came before.

@@ -260,6 +260,9 @@ func (h *half) copy() (o outcome, wait bool) {
 			return outcome{after: h.patient(10 * time.Millisecond)}, true // else both would wait, and be more than Limit
 		}
 		if h.bulk.left.Load() {
+			if !h.bulk.behind {
+				f.leavePeers(h)
+			}
 			n, err := h.splice()
 			if n > 0 {
 				continue

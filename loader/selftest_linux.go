@@ -425,7 +425,7 @@ func (t *trial) bulk() error {
 	for range 2 {
 		// While nothing comes it leaves at once; while much comes it may not, but what comes is whole.
 		for limit := time.Now().Add(testPatience); !h.bulk.left.Load(); time.Sleep(time.Millisecond) {
-			t.l.leaver.ask(h)
+			t.l.leaver.ask(t.flow())
 			if time.Now().After(limit) {
 				return errors.New("the kernel does not take a socket out of the sockmap")
 			}
@@ -441,7 +441,7 @@ func (t *trial) bulk() error {
 			if h.bulk.left.Load() {
 				h.wake(calm)
 			} else {
-				t.l.leaver.ask(h)
+				t.l.leaver.ask(t.flow())
 			}
 		}
 		if err := <-sent; err != nil {

@@ -100,14 +100,16 @@ func (f *flow) sweep(now time.Time) bool {
 			time.AfterFunc(eventDelay, func() { h.nudge(consumed) })
 		}
 		h.still = still
-		if h.bulk.left.Load() && h.isQuiet(now) {
-			h.wake(calm)
-		}
+	}
+	left := f.halves[0].bulk.left.Load() || f.halves[1].bulk.left.Load()
+	if left && f.isQuiet(now, n) {
+		f.halves[0].wake(calm)
+		f.halves[1].wake(calm)
 	}
 	switch {
 	case n != f.seen || f.moved.IsZero():
 		f.seen, f.moved, f.looked = n, now, false
-		if f.halves[0].bulk.left.Load() || f.halves[1].bulk.left.Load() { // no verdict counts
+		if left { // no verdict counts
 			f.publish(func(*spliceFlow) {})
 		}
 	case !f.looked && f.l.rules.look: // once after each time that something moved, so that idle flows cost nothing

@@ -35,6 +35,7 @@ type half struct {
 	bits    atomic.Uint32
 	copying atomic.Bool // the source has no verdict: everything is moved here
 	done    atomic.Bool // the end was passed on
+	full    atomic.Bool // the peer takes nothing now: what the source has is no reason to look
 
 	read0    uint64 // bytes of the source's stream that were read before
 	written0 uint64 // bytes that the peer's TCP had been given before
@@ -153,6 +154,7 @@ func (h *half) step() {
 }
 
 func (h *half) work() outcome {
+	h.full.Store(false)
 	b := h.f.broken.Load()
 	if b != nil && b.side != h.i { // its reader is dead
 		h.release()
@@ -227,8 +229,7 @@ func (h *half) copy() (o outcome, wait bool) {
 				h.openHand()
 			}
 			if isAgain(err) {
-				f.watchAlso(1-h.i, unix.EPOLLOUT, true)
-				return outcome{}, true
+				return h.awaitRoom(), true
 			}
 			if err != nil { // the peer is dead
 				h.rest = nil
@@ -242,8 +243,7 @@ func (h *half) copy() (o outcome, wait bool) {
 			h.consumed += uint64(n)
 			atomic.StoreUint64(&m.Consumed, h.consumed)
 			if isAgain(err) {
-				f.watchAlso(1-h.i, unix.EPOLLOUT, true)
-				return outcome{}, true
+				return h.awaitRoom(), true
 			}
 			if err != nil {
 				return outcome{broken: err, side: 1 - h.i}, true
@@ -318,6 +318,13 @@ func (h *half) copy() (o outcome, wait bool) {
 	f.watchAlso(h.i, unix.EPOLLIN, false)
 	f.watchAlso(1-h.i, unix.EPOLLOUT, false)
 	return outcome{}, false
+}
+
+// awaitRoom: until then each look would find little room or none, and there may be one for every segment that comes.
+func (h *half) awaitRoom() outcome {
+	h.full.Store(true)
+	h.f.watchAlso(1-h.i, unix.EPOLLOUT, true)
+	return outcome{}
 }
 
 // makeWay lets bytes that were passed get past some that go the other way and wait in front of them, since the kernel has one queue

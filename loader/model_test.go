@@ -303,7 +303,12 @@ func (m model) steps(c modelCase, v variant) []model {
 		n.user = uAwait
 		add(n)
 	case uAwait:
-		if m.inEvent || m.outEvent || m.bell {
+		if m.inEvent && m.rest >= 0 { // a byte that it can't write is no reason to look
+			n.inEvent = false
+			add(n)
+			n = m
+		}
+		if m.inEvent && m.rest < 0 || m.outEvent || m.bell {
 			n.inEvent, n.outEvent, n.bell = false, false, false
 			n.user = uCheck
 			if m.rest >= 0 {

@@ -100,7 +100,7 @@ func (l *Loader) event(half, generation, events uint32) {
 	if !l.rules.events {
 		return
 	}
-	if events&unix.EPOLLIN != 0 {
+	if events&unix.EPOLLIN != 0 && !f.halves[side].full.Load() { // who finds room reads until there is nothing
 		f.halves[side].wake(0)
 	}
 	if events&unix.EPOLLOUT != 0 {

@@ -21,7 +21,8 @@ const (
 	quietBytes = 1 << 20               // come back: so many at most in quietAfter
 	quietAfter = time.Second           //
 	leavePause = 2 * time.Millisecond  // at least, between two walks
-	leaveCost  = 10                    // and so many times what the last one took
+	leaveCost  = 10                    // so many times what they take, in the long run
+	leaveBurst = 50 * time.Millisecond // what they may take at once
 	leaveOffer = 20 * time.Millisecond // a half that has not left after this one stays
 	handSlack  = 64 << 10              // bytes that may come between the look at how many there are and the read
 	maxInHands = 32 << 20              // bytes that all halves that left have read at once, and not yet written
@@ -118,6 +119,7 @@ func (v *leaver) ask(f *flow) {
 
 // run walks for those that ask, until stop.
 func (v *leaver) run(l *Loader) {
+	spent, last := time.Duration(0), time.Now()
 	for {
 		select {
 		case <-v.quit:
@@ -129,10 +131,12 @@ func (v *leaver) run(l *Loader) {
 			l.log.Debug("take bulk flows out of the sockmap", "error", err)
 		}
 		// All sockets are looked at, which must not become the work of this machine.
+		now := time.Now()
+		spent, last = max(spent-now.Sub(last)/leaveCost, 0)+took, now
 		select {
 		case <-v.quit:
 			return
-		case <-time.After(max(leavePause, leaveCost*took)):
+		case <-time.After(max(leavePause, leaveCost*(spent-leaveBurst))):
 		}
 	}
 }

@@ -16,7 +16,7 @@ import (
 // The sweep finds what an event should have told of, and counts it: without the events a slow reader gets all the same, but late.
 func TestStallOfCopying(t *testing.T) {
 	r := allRules
-	r.events = false
+	r.events, r.bulk = false, false // what has left is looked at when it is quiet, and not counted
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{buffer: 256 << 10})
 	data := pattern(24 << 20) // more than the buffers that a reader leaves full

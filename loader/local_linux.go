@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -77,6 +78,9 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 	if v, _, err := runningKernel(); err == nil && v.less(leastLocal) {
 		return nil, fmt.Errorf("kernel %v is older than %v: %w", v, leastLocal, errors.ErrUnsupported)
 	}
+	if panicsOnWarning() {
+		return nil, fmt.Errorf("kernel.panic_on_warn is set, and the kernel may warn of what it charges to a process's socket: %w", errors.ErrUnsupported)
+	}
 	spec, err := loadLocal()
 	if err != nil {
 		return nil, fmt.Errorf("read the BPF object: %w", err)
@@ -124,6 +128,14 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 	}
 	n.flows = unsafe.Slice((*localLocal)(unsafe.Pointer(unsafe.SliceData(n.memory))), flows)
 	return n, nil
+}
+
+// panicsOnWarning: the worker charges what it puts into the ingress queue to the socket without the socket's lock (sk_psock_skb_ingress, 6.18 too).
+// At the same time the process may read, and one of the two sums is lost. When the socket is freed, the kernel finds that a few hundred bytes
+// are missing, or are too many, and warns, once: "WARNING ... inet_sock_destruct", in sk_psock_destroy.
+func panicsOnWarning() bool {
+	b, err := os.ReadFile("/proc/sys/kernel/panic_on_warn")
+	return err == nil && strings.TrimSpace(string(b)) != "0"
 }
 
 // leastLocal: before it, an empty queue of the worker did not mean that it had moved all (405df89dd52c), and a socket lost

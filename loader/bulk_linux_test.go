@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // sendPart is send without the end.
@@ -65,6 +67,45 @@ func TestBulk(t *testing.T) {
 	}
 	if n := l.Stats().Bulk; n < 3 { // 6, but on a busy machine
 		t.Errorf("busy halves left %d times", n)
+	}
+}
+
+// A reset that something else was told of looks like the end of the stream to who reads, and is none.
+func TestResetOfBulk(t *testing.T) {
+	r := allRules
+	r.reset = false // nobody looks
+	l := open(t, r, 16)
+	for side := range 2 {
+		p := splicePath(t, l, pathOptions{})
+		f := l.live[firstLive(l)].Load()
+		for end := time.Now().Add(10 * time.Second); !f.halves[side].bulk.left.Load(); time.Sleep(time.Millisecond) {
+			if l.leaver.ask(f); time.Now().After(end) {
+				t.Fatal("it does not leave")
+			}
+		}
+		from, to := p.client, p.server
+		if side == 1 {
+			from, to = to, from
+		}
+		f.mu.Lock()
+		from.SetLinger(0)
+		from.Close()
+		var err error
+		for end := time.Now().Add(10 * time.Second); err == nil && time.Now().Before(end); time.Sleep(time.Millisecond) {
+			err = f.sockets[side].fault()
+		}
+		f.mu.Unlock()
+		if err != unix.ECONNRESET {
+			t.Fatalf("the reset was told as %v", err)
+		}
+		to.SetDeadline(time.Now().Add(10 * time.Second))
+		if n, err := to.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("side %d: it arrived as %d bytes and %v", side, n, err)
+		}
+		to.Close()
+		for l.Stats().Flows > 0 {
+			time.Sleep(time.Millisecond)
+		}
 	}
 }
 

@@ -193,6 +193,9 @@ func (h *half) work() outcome {
 			return o
 		}
 	}
+	if b == nil && h.f.broken.Load() != nil {
+		return outcome{} // who broke it meanwhile wakes the half whose source is dead
+	}
 	if b != nil {
 		if h.delivered() || time.Now().After(b.until) {
 			return outcome{finish: true}
@@ -319,6 +322,9 @@ func (h *half) copy() (o outcome, wait bool) {
 			break
 		}
 		h.eof = true
+		if err == nil && h.isCut() {
+			err = unix.ECONNRESET
+		}
 		if err != nil && f.broken.Load() == nil {
 			return outcome{broken: err, side: h.i}, true
 		}
@@ -331,6 +337,13 @@ func (h *half) copy() (o outcome, wait bool) {
 	f.watchAlso(h.i, unix.EPOLLIN, false)
 	f.watchAlso(1-h.i, unix.EPOLLOUT, false)
 	return outcome{}, false
+}
+
+// isCut is for a half that copies, has read 0 bytes, and holds none: no FIN has come. A socket tells of its reset once, and it may have told somebody
+// else: who wrote to it, the worker even. To who reads it looks like the end of the stream then.
+func (h *half) isCut() bool {
+	received, err := h.source().received()
+	return err == nil && received-h.read0-1 != h.moved()
 }
 
 // awaitRoom: until then each look would find little room or none, and there may be one for every segment that comes.

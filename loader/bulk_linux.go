@@ -25,7 +25,6 @@ const (
 	leaveBurst = 50 * time.Millisecond // what they may take at once
 	leaveOffer = 20 * time.Millisecond // a half that has not left after this one stays
 	handSlack  = 64 << 10              // bytes that may come between the look at how many there are and the read
-	maxInHands = 32 << 20              // bytes that all halves that left have read at once, and not yet written
 )
 
 // bulk is what a half has for it. Only for who is running, but where it says otherwise.
@@ -35,7 +34,7 @@ type bulk struct {
 	pipe   *pipe       // nil: no bytes of ours are in one
 	inPipe int
 	unable bool // one of the sockets can't splice
-	inHand int  // bytes of maxInHands that rest has
+	inHand bool // rest is what was read to leave
 
 	asked bool                  // the leaver's, under its lock
 	offer atomic.Pointer[offer] // it may leave now
@@ -45,11 +44,10 @@ type bulk struct {
 
 // leaver takes halves out of the sockmap that ask for it.
 type leaver struct {
-	iter    *link.Iter
-	call    *ebpf.Variable // spliceLeaveCall
-	poke    chan struct{}
-	quit    chan struct{}
-	inHands atomic.Int64
+	iter *link.Iter
+	call *ebpf.Variable // spliceLeaveCall
+	poke chan struct{}
+	quit chan struct{}
 
 	mu    sync.Mutex
 	asked []*half
@@ -59,6 +57,7 @@ type leaver struct {
 type offer struct {
 	at    io.Reader // of the iterator
 	mu    sync.Mutex
+	held  bool // the verdict is kept from what comes
 	over  bool
 	taken chan struct{}
 }
@@ -200,35 +199,51 @@ func (h *half) offered(o *offer) {
 	h.wake(0)
 	select {
 	case <-o.taken:
+		return
 	case <-time.After(leaveOffer):
 	}
 	h.bulk.offer.Store(nil)
 	o.mu.Lock()
 	o.over = true
 	o.mu.Unlock()
+	h.f.mu.RLock()
+	defer h.f.mu.RUnlock()
+	if !h.f.closed {
+		h.source().kick()
+	}
 }
 
-// leave takes the offer: it reads all that was passed, and is out of the sockmap if nothing else has been by then.
+// leave takes the offer when what was passed and not read yet is within the flow's bound: it reads that, and is out of the sockmap if nothing else
+// has been passed by then. Until then it is copied, and nothing more is passed.
 func (h *half) leave(o *offer) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	h.bulk.offer.Store(nil)
 	if o.over {
 		return nil
 	}
-	defer close(o.taken)
-	h.source().hold()
-	defer h.source().kick()
-	if unread := load64(&h.shared().Passed) - h.consumed - uint64(len(h.rest)); unread > 0 {
-		if err := h.takeInHand(int(unread) + handSlack); err != nil {
+	if !o.held {
+		o.held = true
+		h.source().hold()
+	}
+	m := h.shared()
+	unread := func() int { return int(load64(&m.Passed)-h.consumed) - len(h.rest) }
+	if n := unread(); n > 0 {
+		room := int(atomic.LoadUint32(&m.Limit)) - len(h.rest)
+		if n > room || h.f.l.rules.order && load64(&m.Redirected) != h.settled && !h.redirectedIsWritten() {
+			return nil
+		}
+		if err := h.takeInHand(min(n+handSlack, room)); err != nil || unread() > 0 {
 			return err
 		}
 	}
+	h.bulk.offer.Store(nil)
+	defer close(o.taken)
+	defer h.source().kick()
 	v := h.f.l.leaver
 	if _, err := v.next(o.at, spliceLeaveCall{Half: h.index(), Read: h.consumed + uint64(len(h.rest))}); err != nil {
 		return nil // the walk finds it, too
 	}
-	if spliceLeaving(h.shared().Leaving) == spliceLeavingHAS_LEFT {
+	if spliceLeaving(m.Leaving) == spliceLeavingHAS_LEFT {
 		h.bulk.left.Store(true)
 		h.copying.Store(true)
 		h.f.l.counts.bulk.Add(1)
@@ -238,12 +253,10 @@ func (h *half) leave(o *offer) error {
 
 // takeInHand reads up to n bytes, behind those that are to be written already. err: the source is broken.
 func (h *half) takeInHand(n int) error {
-	inHands := &h.f.l.leaver.inHands
-	if inHands.Add(int64(n)) > maxInHands || h.bulk.inHand > 0 {
-		inHands.Add(-int64(n))
+	if h.bulk.inHand {
 		return nil
 	}
-	h.bulk.inHand = n
+	h.bulk.inHand = true
 	h.shared().InHand = uint16((n + 4095) >> 12)
 	b := make([]byte, len(h.rest)+n)
 	m, err := h.source().read(b[copy(b, h.rest):])
@@ -260,10 +273,8 @@ func (h *half) takeInHand(n int) error {
 
 // openHand is for when rest has been written, or never will be.
 func (h *half) openHand() {
-	if h.bulk.inHand > 0 {
-		h.f.l.leaver.inHands.Add(-int64(h.bulk.inHand))
-		h.bulk.inHand = 0
-		h.shared().InHand = 0
+	if h.bulk.inHand {
+		h.bulk.inHand, h.shared().InHand = false, 0
 	}
 }
 

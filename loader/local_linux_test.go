@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"testing"
 	"time"
@@ -150,6 +151,30 @@ func TestLocalUnread(t *testing.T) {
 			t.Errorf("with the rule %v the client is told: %v", on, err)
 		}
 	}
+}
+
+// Where the kernel's warning would stop the machine, nothing is put past TCP. The sysctl is covered by a file for this thread only, which ends with the test.
+func TestPanicsOnWarning(t *testing.T) {
+	needRoot(t)
+	if panicsOnWarning() {
+		t.Fatal("kernel.panic_on_warn is set here")
+	}
+	file := filepath.Join(t.TempDir(), "one")
+	must(t, os.WriteFile(file, []byte("1\n"), 0o600))
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		err := errors.Join(unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+			unix.Mount(file, "/proc/sys/kernel/panic_on_warn", "", unix.MS_BIND, ""))
+		if err == nil && !panicsOnWarning() {
+			err = errors.New("it was not seen")
+		}
+		if _, e := loadLocalTargets(nil, 1); err == nil && !errors.Is(e, errors.ErrUnsupported) {
+			err = fmt.Errorf("sk_msg began: %w", e)
+		}
+		done <- err
+	}()
+	must(t, <-done)
 }
 
 func waitFor(t testing.TB, what func() bool, name string) {

@@ -214,7 +214,7 @@ func (h *half) offered(o *offer) {
 }
 
 // leave takes the offer when what was passed and not read yet is within the flow's bound: it reads that, and is out of the sockmap if nothing else
-// has been passed by then. Until then it is copied, and nothing more is passed.
+// has been passed by then. Until then it is copied, and less is passed, in larger pieces: see hold. err: the source is broken.
 func (h *half) leave(o *offer) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()

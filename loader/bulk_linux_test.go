@@ -77,12 +77,8 @@ func TestResetOfBulk(t *testing.T) {
 	l := open(t, r, 16)
 	for side := range 2 {
 		p := splicePath(t, l, pathOptions{})
-		f := l.live[firstLive(l)].Load()
-		for end := time.Now().Add(10 * time.Second); !f.halves[side].bulk.left.Load(); time.Sleep(time.Millisecond) {
-			if l.leaver.ask(f); time.Now().After(end) {
-				t.Fatal("it does not leave")
-			}
-		}
+		f := l.onlyFlow(t)
+		waitFor(t, func() bool { l.leaver.ask(f); return f.halves[side].bulk.left.Load() }, "the half to leave")
 		from, to := p.client, p.server
 		if side == 1 {
 			from, to = to, from
@@ -103,9 +99,7 @@ func TestResetOfBulk(t *testing.T) {
 			t.Errorf("side %d: it arrived as %d bytes and %v", side, n, err)
 		}
 		to.Close()
-		for l.Stats().Flows > 0 {
-			time.Sleep(time.Millisecond)
-		}
+		waitFor(t, func() bool { return l.Stats().Flows == 0 }, "the flow's end")
 	}
 }
 

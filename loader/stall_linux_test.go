@@ -21,7 +21,7 @@ func TestStallOfCopying(t *testing.T) {
 	p := splicePath(t, l, pathOptions{buffer: 256 << 10})
 	data := pattern(24 << 20) // more than the buffers that a reader leaves full
 	go func() { p.client.Write(data); p.client.CloseWrite() }()
-	h := &l.live[firstLive(l)].Load().halves[0]
+	h := &l.onlyFlow(t).halves[0]
 	for s := (snapshot{}); ; time.Sleep(100 * time.Millisecond) { // until it comes to rest, with bytes to copy and no room for them
 		now := h.snapshot()
 		if now == s && now.passed != load64(&h.shared().Consumed) {

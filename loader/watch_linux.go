@@ -101,9 +101,9 @@ func (l *Loader) event(half, generation, events uint32) {
 		return
 	}
 	if events&unix.EPOLLIN != 0 && !f.halves[side].full.Load() { // who finds room reads until there is nothing
-		f.halves[side].serve(0)
+		f.halves[side].serve()
 	}
 	if events&unix.EPOLLOUT != 0 {
-		f.halves[1-side].serve(0)
+		f.halves[1-side].serve()
 	}
 }

@@ -13,13 +13,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A flow with a half that stays busy leaves the sockmap and goes on by splice(2), which costs less for each byte; when it is quiet it comes back,
-// since an idle or a chatty flow costs less there. See bpf/splice.bpf.c for why no byte is lost on the way. Each half leaves by itself. When both
+// A flow with a half that stays busy leaves the sockmap and goes on by splice(2), which costs less for each byte, until it may come in again: see
+// outside_linux.go. See bpf/splice.bpf.c for why no byte is lost on the way. Each half leaves by itself. When both
 // have left, the sockets leave the map of peers, too: the kernel wakes a worker for each socket in there whenever it takes bytes again.
 const (
 	bulkWithin = time.Second           // leave: 4 MiB (BULK_SHIFT) came in less, twice in a row
-	quietBytes = 1 << 20               // come back: so many at most in quietAfter
-	quietAfter = time.Second           //
 	leavePause = 2 * time.Millisecond  // at least, between two walks
 	leaveCost  = 10                    // so many times what they take, in the long run
 	leaveBurst = 50 * time.Millisecond // what they may take at once
@@ -30,11 +28,13 @@ const (
 // bulk is what a half has for it. Only for who is running, but where it says otherwise.
 type bulk struct {
 	left   atomic.Bool // out of the sockmap: copying, by splice(2)
-	behind bool        // and nothing that was redirected waits for the peer; under the flow's peersMu
+	behind bool        // and nothing that was redirected waits for the peer; under the flow's outsideMu
 	pipe   *pipe       // nil: no bytes of ours are in one
 	inPipe int
 	unable bool // one of the sockets can't splice
 	inHand bool // rest is what was read to leave
+
+	told uint64 // what consumed was when talk was told of it
 
 	asked bool                  // the leaver's, under its lock
 	offer atomic.Pointer[offer] // it may leave now
@@ -246,6 +246,7 @@ func (h *half) leave(o *offer) error {
 	if spliceLeaving(m.Leaving) == spliceLeavingHAS_LEFT {
 		h.bulk.left.Store(true)
 		h.copying.Store(true)
+		h.f.talk.turns.Store(talkNot)
 		h.f.l.counts.bulk.Add(1)
 	}
 	return nil
@@ -326,54 +327,4 @@ func (h *half) releasePipe() {
 		b.pipe.release(b.inPipe)
 		b.pipe, b.inPipe = nil, 0
 	}
-}
-
-// leavePeers is told that a half that left has nothing behind it in the sockmap any more.
-func (f *flow) leavePeers(h *half) {
-	f.peersMu.Lock()
-	defer f.peersMu.Unlock()
-	h.bulk.behind = true
-	if f.noPeers || !f.halves[0].bulk.behind || !f.halves[1].bulk.behind {
-		return
-	}
-	f.noPeers = true
-	for i := range f.sockets {
-		_ = f.l.objects.Peers.Delete(2*f.slot + uint32(i))
-	}
-}
-
-// isQuiet is the sweeper's look at a flow that has left: has so little moved that it may come back?
-func (f *flow) isQuiet(now time.Time, moved uint64) bool {
-	if now.Sub(f.checked) < quietAfter {
-		return false
-	}
-	quiet := !f.checked.IsZero() && moved-f.was <= quietBytes
-	f.checked, f.was = now, moved
-	return quiet
-}
-
-// comeBack puts the source under the verdict again. Userspace holds no byte of the half, and has read all there was.
-// false: a stream is about to end, and it stays as it is.
-func (h *half) comeBack() bool {
-	m, f := h.shared(), h.f
-	h.releasePipe()
-	f.peersMu.Lock()
-	defer f.peersMu.Unlock()
-	if f.noPeers {
-		for i, s := range f.sockets {
-			if f.l.objects.Peers.Put(2*f.slot+uint32(i), uint64(s)) != nil {
-				return false
-			}
-		}
-		f.noPeers = false
-	}
-	m.Passed = m.Consumed
-	if f.l.objects.Sources.Put(2*f.slot+h.i, uint64(h.source())) != nil {
-		return false
-	}
-	h.calm, h.bulk.behind = false, false
-	h.bulk.left.Store(false)
-	h.copying.Store(false)
-	h.source().kick() // for what came meanwhile
-	return true
 }

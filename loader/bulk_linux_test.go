@@ -60,6 +60,7 @@ func TestBulk(t *testing.T) {
 		}
 		t.Logf("%+v %+v", l.Stats(), l.Flows())
 		for end := time.Now().Add(10 * time.Second); left() > 0; time.Sleep(10 * time.Millisecond) {
+			must(t, sendPart(p.client, p.server, 1, 1))
 			if time.Now().After(end) {
 				t.Fatalf("round %d: %d halves do not come back", round, left())
 			}

@@ -25,6 +25,7 @@ type counts struct {
 	switched   atomic.Uint64
 	stalls     atomic.Uint64
 	bulk       atomic.Uint64
+	inserted   atomic.Uint64
 	off        atomic.Pointer[string]
 
 	mu      sync.Mutex
@@ -46,6 +47,10 @@ func (c *counts) splice(l *Loader, err error) {
 		c.live.Add(1)
 		return
 	}
+	c.refusal(l, err)
+}
+
+func (c *counts) refusal(l *Loader, err error) {
 	c.mu.Lock()
 	c.refused[err.Error()]++
 	c.mu.Unlock()
@@ -96,7 +101,7 @@ func (l *Loader) Stats() Stats {
 }
 
 func (c *counts) stats() Stats {
-	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load(), Bulk: c.bulk.Load()}
+	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load(), Inserted: c.inserted.Load(), Bulk: c.bulk.Load()}
 	s.Off, s.Stalls = c.health()
 	c.mu.Lock()
 	defer c.mu.Unlock()

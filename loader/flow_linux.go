@@ -33,8 +33,10 @@ type flow struct {
 	also   [2]uint32 // what each socket is watched for besides quiet; under watchMu
 	total  [2]uint64 // the counts when closed
 
-	peersMu sync.Mutex
-	noPeers bool // both halves have left, and the sockets are in no sockmap
+	outsideMu sync.Mutex
+	outside   bool // both halves are, and the programs know nothing of the sockets
+	stays     bool // likewise, for good: the kernel did not take them
+	talk      talk
 
 	watchMu sync.Mutex
 	over    atomic.Bool
@@ -45,7 +47,7 @@ type flow struct {
 	seen   uint64
 	looked bool // for a stall, since something moved
 
-	// Likewise, where a half has left.
+	// Likewise, where a half is outside.
 	checked time.Time
 	was     uint64 // what had moved then
 }
@@ -131,7 +133,7 @@ func (f *flow) finish(end string, err error) {
 	f.mu.Lock()
 	f.process.stop()
 	for _, s := range f.sockets {
-		l.watch.remove(s)
+		f.watcher().remove(s)
 		if end == endEOF {
 			s.close()
 		} else {
@@ -170,7 +172,7 @@ func (f *flow) watchAlso(side, events uint32, on bool) {
 		return
 	}
 	f.also[side] = now
-	f.l.watch.change(f.sockets[side], 2*f.slot+side, f.generation, now)
+	f.watcher().change(f.sockets[side], 2*f.slot+side, f.generation, now)
 }
 
 // watchAgain makes what was told before there was somebody to hear it be told again. The half may have been woken
@@ -181,7 +183,7 @@ func (f *flow) watchAgain(side uint32) {
 	if !f.l.rules.quiet {
 		f.also[side] = unix.EPOLLIN | unix.EPOLLOUT // as Go's poller does
 	}
-	f.l.watch.change(f.sockets[side], 2*f.slot+side, f.generation, f.also[side])
+	f.watcher().change(f.sockets[side], 2*f.slot+side, f.generation, f.also[side])
 }
 
 // setState is for those who look at the flows map.

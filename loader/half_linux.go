@@ -38,7 +38,6 @@ type half struct {
 	bits    atomic.Uint32
 	copying atomic.Bool // the source has no verdict: everything is moved here
 	done    atomic.Bool // the end was passed on
-	full    atomic.Bool // the peer takes nothing now: what the source has is no reason to look
 
 	read0    uint64 // bytes of the source's stream that were read before
 	written0 uint64 // bytes that the peer's TCP had been given before
@@ -167,7 +166,6 @@ func (h *half) step() {
 }
 
 func (h *half) work() outcome {
-	h.full.Store(false)
 	b := h.f.broken.Load()
 	if b != nil && b.side != h.i { // its reader is dead
 		h.release()
@@ -277,14 +275,14 @@ func (h *half) copy() (o outcome, wait bool) {
 		}
 		if h.bulk.left.Load() {
 			if !h.bulk.behind {
-				f.leavePeers(h)
+				f.goOutside(h)
 			}
 			n, err := h.splice()
 			if n > 0 {
 				continue
 			}
 			if isAgain(err) {
-				if h.calm && !h.fin && f.broken.Load() == nil && h.comeBack() {
+				if h.mayComeIn() && h.comeIn() {
 					break
 				}
 				h.releasePipe()
@@ -307,6 +305,9 @@ func (h *half) copy() (o outcome, wait bool) {
 		}
 		if isAgain(err) {
 			if h.copying.Load() || load64(&m.Passed) != h.consumed {
+				if h.mayComeIn() && h.comeIn() {
+					break
+				}
 				// Passed, and not in the queue yet.
 				f.watchAlso(h.i, unix.EPOLLIN, true)
 				return outcome{}, true
@@ -346,9 +347,9 @@ func (h *half) isCut() bool {
 	return err == nil && received-h.read0-1 != h.moved()
 }
 
-// awaitRoom: until then each look would find little room or none, and there may be one for every segment that comes.
+// awaitRoom: until there is some, what the source has is no reason to look, and there may be a look for every segment that comes.
 func (h *half) awaitRoom() outcome {
-	h.full.Store(true)
+	h.f.watchAlso(h.i, unix.EPOLLIN, false)
 	h.f.watchAlso(1-h.i, unix.EPOLLOUT, true)
 	return outcome{}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -27,7 +28,7 @@ type Loader struct {
 	objects  spliceObjects
 	memory   []byte       // the halves map
 	halves   []spliceHalf // the same
-	watch    *watcher
+	watchers []*watcher   // one for some of the slots each
 	ring     *ringbuf.Reader
 	ringBusy atomic.Bool // with an event that was taken from it
 	findings []Finding
@@ -37,7 +38,7 @@ type Loader struct {
 	live    []atomic.Pointer[flow] // by slot
 	sweeper *sweeper
 	leaver  *leaver        // nil: no half can leave
-	loops   sync.WaitGroup // watch, ring, sweeper, leaver
+	loops   sync.WaitGroup // watchers, ring, sweeper, leaver
 
 	mu       sync.Mutex
 	free     []uint32 // slots, the longest free first
@@ -55,6 +56,8 @@ type rules struct {
 	brake              bool   // what is charged to nobody is bounded
 	pressure           uint64 // pages: if TCP has so many, all is passed
 	bulk               bool   // busy halves go on by splice(2)
+	outside            bool   // flows begin by splice(2); not in allRules, since tests are about what is in the sockmap
+	watchers           int    // how many; 0: for this machine
 	drain, kick, reset bool
 	quiet              bool // no EPOLLIN for spliced sockets
 	order              bool // copy only when what was redirected is written
@@ -76,7 +79,9 @@ func New(o Options) (*Loader, error) {
 	if err := refuseKnownBad(o); err != nil {
 		return nil, err
 	}
-	l, err := load(o, allRules)
+	r := allRules
+	r.outside = !o.AtOnce
+	l, err := load(o, r)
 	if err != nil {
 		return nil, explain(err)
 	}
@@ -206,8 +211,13 @@ func (l *Loader) mapHalves(flows int) error {
 }
 
 func (l *Loader) start() (err error) {
-	if l.watch, err = newWatcher(); err != nil {
-		return err
+	// Each serves its flows on one processor at a time; userspace needs the others.
+	for range max(l.rules.watchers, runtime.GOMAXPROCS(0)/2, 1) {
+		w, err := newWatcher()
+		if err != nil {
+			return err
+		}
+		l.watchers = append(l.watchers, w)
 	}
 	if l.ring, err = ringbuf.NewReader(l.objects.Events); err != nil {
 		return fmt.Errorf("open the ring of events: %w", err)
@@ -217,13 +227,13 @@ func (l *Loader) start() (err error) {
 	}
 	l.sweeper = newSweeper()
 	if l.leaver != nil {
-		l.loops.Add(1)
-		go func() { defer l.loops.Done(); l.leaver.run(l) }()
+		l.loops.Go(func() { l.leaver.run(l) })
 	}
-	l.loops.Add(3)
-	go func() { defer l.loops.Done(); l.watch.run(l.event) }()
-	go func() { defer l.loops.Done(); l.readRing() }()
-	go func() { defer l.loops.Done(); l.sweeper.run(l.sweep) }()
+	for _, w := range l.watchers {
+		l.loops.Go(func() { w.run(l.event) })
+	}
+	l.loops.Go(l.readRing)
+	l.loops.Go(func() { l.sweeper.run(l.sweep) })
 	return nil
 }
 
@@ -251,8 +261,8 @@ func (l *Loader) Close() error {
 	}
 	l.alive.Wait() // for those that were about to end by themselves
 	var errs []error
-	if l.watch != nil {
-		errs = append(errs, l.watch.close())
+	for _, w := range l.watchers {
+		errs = append(errs, w.close())
 	}
 	if l.ring != nil {
 		errs = append(errs, l.ring.Close())

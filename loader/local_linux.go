@@ -166,7 +166,7 @@ func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (coun
 	}
 	p, err := n.targets.find(up)
 	if err == nil {
-		count, err = n.l.splice(ctx, down, up, o, p)
+		count, err = n.l.splice(ctx, down, up, o, p, false)
 	}
 	n.counts.splice(n.l, err)
 	return count, err
@@ -223,7 +223,7 @@ func (p *process) stop() {
 
 // undo is release of a flow that has not begun: nothing was redirected to the socket, which leaves its map.
 func (p *process) undo() {
-	if p.there.Load() {
+	if p != nil && p.there.Load() {
 		_ = p.local.objects.Locals.Delete(p.pair)
 	}
 	p.release()

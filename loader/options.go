@@ -32,6 +32,9 @@ type Options struct {
 	// Local also loads what [Loader.Local] needs. Where that fails, the rest works all the same.
 	Local bool
 
+	// AtOnce puts flows into the sockmap as they begin, not when their two sides turn out to talk with each other: for tests of it.
+	AtOnce bool
+
 	// KnownBad loads also on kernels whose version is known to lose, repeat or corrupt spliced data.
 	KnownBad bool
 
@@ -133,8 +136,9 @@ type Info struct {
 type Stats struct {
 	Flows    int            `json:"flows"`    // now
 	Spliced  uint64         `json:"spliced"`  // flows taken over
-	Refused  map[string]int `json:"refused"`  // by reason
+	Refused  map[string]int `json:"refused"`  // by reason; also those that began by splice(2), and go on so
 	Faults   map[string]int `json:"faults"`   // flows reset since the verdict gave up, by reason
+	Inserted uint64         `json:"inserted"` // times a direction came into the sockmap after it had begun
 	Switched uint64         `json:"switched"` // times a direction went from redirecting to copying
 	Bulk     uint64         `json:"bulk"`     // times a direction was busy enough to go on by splice(2)
 	Braked   uint64         `json:"braked"`   // segments that were refused their payload, to bound memory; the sender sent it again

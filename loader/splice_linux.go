@@ -13,13 +13,14 @@ import (
 //
 // When it has taken the flow, it has closed down and up, and owns descriptors of its own for their sockets.
 func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
-	count, err = l.splice(ctx, down, up, o, nil)
+	count, err = l.splice(ctx, down, up, o, nil, l.rules.outside)
 	l.counts.splice(l, err)
 	return count, err
 }
 
-// splice is Splice without the counting. process is where a process on this host has the other end of up, or nil.
-func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, process *process) (func() (up, down int64), error) {
+// splice is Splice without the counting. process is where a process on this host has the other end of up, or nil. outside: the flow begins
+// by splice(2), and comes into the sockmap when it is one for it.
+func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, process *process, outside bool) (func() (up, down int64), error) {
 	if l.counts.isOff() {
 		return nil, refusedOff
 	}
@@ -70,51 +71,22 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, proc
 	if err := l.objects.Flows.Put(f.cookies[0], text); err != nil {
 		return back(refusedMaps)
 	}
-	for i, cookie := range f.cookies {
-		if err := l.objects.Places.Put(cookie, splicePlace{Flow: f.cookies[0], Half: 2*slot + uint32(i)}); err != nil {
-			return back(refusedMaps)
-		}
-	}
-
-	// Both can be redirected to before the first of them is asked for a verdict.
-	for i, s := range f.sockets {
-		at := 2*slot + uint32(i)
-		if err := l.objects.Peers.Put(at, uint64(s)); err != nil {
-			return back(insertion(err))
-		}
-		undo = append(undo, func() { _ = l.objects.Peers.Delete(at) })
-	}
 	// Edge-triggered: what has happened before is told when the flow is live. An end of stream since the
 	// measurement makes the insertion fail.
 	for i, s := range f.sockets {
-		if err := l.watch.add(s, 2*slot+uint32(i), f.generation); err != nil {
+		if err := f.watcher().add(s, 2*slot+uint32(i), f.generation); err != nil {
 			return back(refusedDescriptors)
 		}
-		undo = append(undo, func() { l.watch.remove(s) })
+		undo = append(undo, func() { f.watcher().remove(s) })
 	}
-	for _, s := range f.sockets {
-		if err := s.attach(l.objects.Brake); err != nil {
-			return back(refusedFilter)
-		}
-		undo = append(undo, s.detach)
-	}
-	sources := l.objects.Sources
-	if process != nil {
-		sources = process.local.objects.LocalSources
-		undo = append(undo, process.undo)
-		if why, ok := process.prepare(f); !ok {
+	if outside {
+		f.beginOutside()
+	} else {
+		undo = append(undo, f.withdraw, process.undo)
+		if why, ok := f.insert(); !ok {
 			return back(why)
 		}
 	}
-	if err := sources.Put(2*slot, uint64(f.sockets[0])); err != nil {
-		return back(insertion(err))
-	}
-	// From here on bytes may move, and there is no way back. If upstream has ended or broken
-	// meanwhile, its direction is copied to the end.
-	if !l.rules.both || sources.Put(2*slot+1, uint64(f.sockets[1])) != nil {
-		f.halves[1].copying.Store(true)
-	}
-	process.begin()
 
 	// Our descriptors hold the sockets; the conns' would wake Go's poller at each message.
 	_ = down.Close()
@@ -135,6 +107,55 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, proc
 	return f.count, nil
 }
 
+// insert puts both sockets into the sockmap. From then on bytes move, and there is no way back. If upstream has ended or broken
+// meanwhile, its direction is copied to the end.
+func (f *flow) insert() (refusal, bool) {
+	if why, ok := f.prepare(); !ok {
+		return why, false
+	}
+	sources := f.l.objects.Sources
+	if f.process != nil {
+		sources = f.process.local.objects.LocalSources
+		if why, ok := f.process.prepare(f); !ok {
+			return why, false
+		}
+	}
+	if err := sources.Put(2*f.slot, uint64(f.sockets[0])); err != nil {
+		return insertion(err), false
+	}
+	if !f.l.rules.both || sources.Put(2*f.slot+1, uint64(f.sockets[1])) != nil {
+		f.halves[1].copying.Store(true)
+	}
+	f.process.begin()
+	return "", true
+}
+
+// prepare lets the programs find the sockets: both can be redirected to before the first of them is asked for a verdict.
+func (f *flow) prepare() (refusal, bool) {
+	for i, s := range f.sockets {
+		at := 2*f.slot + uint32(i)
+		if f.l.objects.Places.Put(f.cookies[i], splicePlace{Flow: f.cookies[0], Half: at}) != nil {
+			return refusedMaps, false
+		}
+		if s.attach(f.l.objects.Brake) != nil {
+			return refusedFilter, false
+		}
+		if err := f.l.objects.Peers.Put(at, uint64(s)); err != nil {
+			return insertion(err), false
+		}
+	}
+	return "", true
+}
+
+// withdraw undoes prepare, however far that came.
+func (f *flow) withdraw() {
+	for i, s := range f.sockets {
+		_ = f.l.objects.Peers.Delete(2*f.slot + uint32(i))
+		s.detach()
+		_ = f.l.objects.Places.Delete(f.cookies[i])
+	}
+}
+
 // begin does what a flow needs once its events are listened to. It may be over by then, and its descriptors
 // another flow's, hence the lock.
 func (f *flow) begin() {
@@ -143,8 +164,8 @@ func (f *flow) begin() {
 	if f.closed {
 		return
 	}
-	if f.l.rules.kick {
-		for _, s := range f.sockets {
+	for i, s := range f.sockets {
+		if f.l.rules.kick && !f.halves[i].bulk.left.Load() {
 			s.kick() // the verdict for what was queued before
 		}
 	}
@@ -153,7 +174,7 @@ func (f *flow) begin() {
 	}
 	for i := range f.halves {
 		h := &f.halves[i]
-		if m := h.shared(); h.copying.Load() || load64(&m.Passed) != 0 || atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
+		if m := h.shared(); h.copying.Load() && !h.bulk.left.Load() || load64(&m.Passed) != 0 || atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
 			h.wake(0) // its event came too early
 		}
 	}
@@ -232,7 +253,9 @@ func (f *flow) setOptions() (undo func(), why refusal, ok bool) {
 // forget takes the flow out of the tables. Its sockets have left the sockmaps, or never were there.
 func (f *flow) forget() {
 	for _, cookie := range f.cookies {
-		_ = f.l.objects.Places.Delete(cookie)
+		if !f.outside {
+			_ = f.l.objects.Places.Delete(cookie)
+		}
 	}
 	_ = f.l.objects.Flows.Delete(f.cookies[0])
 }

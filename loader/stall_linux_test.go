@@ -3,6 +3,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"strings"
@@ -16,11 +17,8 @@ import (
 // The sweep finds what an event should have told of, and counts it: without the events a slow reader gets all the same, but late.
 func TestStallOfCopying(t *testing.T) {
 	r := allRules
-	r.events, r.bulk = false, false // what has left is looked at when it is quiet, and not counted
-	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{buffer: 256 << 10})
-	data := pattern(24 << 20) // more than the buffers that a reader leaves full
-	go func() { p.client.Write(data); p.client.CloseWrite() }()
+	r.events, r.bulk = false, false
+	p, l := stalling(t, r)
 	h := &l.onlyFlow(t).halves[0]
 	for s := (snapshot{}); ; time.Sleep(100 * time.Millisecond) { // until it comes to rest, with bytes to copy and no room for them
 		now := h.snapshot()
@@ -29,13 +27,33 @@ func TestStallOfCopying(t *testing.T) {
 		}
 		s = now
 	}
-	p.server.SetDeadline(time.Now().Add(60 * time.Second))
-	for part := data; l.Stats().Stalls == 0; part = part[64<<10:] { // each stall takes seconds
-		if len(part) == 0 {
-			t.Fatalf("no stall was counted: %+v", l.Stats())
-		}
-		must(t, expect(p.server, part[:64<<10]))
-	}
+	p.arrives(t, l)
+}
+
+func TestStallOutside(t *testing.T) {
+	r := allRules
+	r.events, r.outside = false, true
+	p, l := stalling(t, r)
+	p.arrives(t, l)
+}
+
+type stalled struct {
+	*path
+	data []byte // on its way up
+}
+
+func stalling(t *testing.T, r rules) (stalled, *Loader) {
+	l := open(t, r, 16)
+	l.log = slog.New(slog.DiscardHandler)                                             // a stall may be told of when the test is over
+	p := stalled{splicePath(t, l, pathOptions{buffer: 256 << 10}), pattern(24 << 20)} // more than the buffers that a reader leaves full
+	go func() { p.client.Write(p.data); p.client.CloseWrite() }()
+	return p, l
+}
+
+func (p stalled) arrives(t *testing.T, l *Loader) {
+	p.server.SetDeadline(time.Now().Add(60 * time.Second)) // each stall takes seconds
+	must(t, expect(p.server, p.data))
+	wantStalls(t, l)
 }
 
 // The sweep makes the verdict run for what the kernel has kept it from: here what was queued before, without a kick.
@@ -71,7 +89,7 @@ func TestBeginKeepsWhatIsWatched(t *testing.T) {
 	f.watchAlso(0, unix.EPOLLIN, true)
 	f.watchAlso(1, unix.EPOLLOUT, true)
 	f.begin()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", l.watch.fd))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", f.watcher().fd))
 	must(t, err)
 	for side, want := range []uint32{quiet | unix.EPOLLIN, quiet | unix.EPOLLOUT} {
 		found := false

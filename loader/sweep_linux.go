@@ -102,7 +102,7 @@ func (f *flow) sweep(now time.Time) bool {
 		h.still = still
 	}
 	left := f.halves[0].bulk.left.Load() || f.halves[1].bulk.left.Load()
-	if left && f.isQuiet(now, n) {
+	if left && f.isQuiet(now, n) && n != f.seen { // for an idle flow nothing would change
 		f.halves[0].wake(calm)
 		f.halves[1].wake(calm)
 	}
@@ -136,47 +136,56 @@ func (h *half) missed() bool {
 	f.watchMu.Lock()
 	in, out := f.also[h.i]&unix.EPOLLIN != 0, f.also[1-h.i]&unix.EPOLLOUT != 0
 	f.watchMu.Unlock()
-	switch { // copying reads, then writes, so it waits for room when it waits for both
-	case out:
-		p := []unix.PollFd{{Fd: int32(h.peer()), Events: unix.POLLOUT}}
-		if n, err := unix.Poll(p, 0); n <= 0 || err != nil {
-			return false
-		}
+	switch { // see awaitRoom
 	case in:
 		if !h.source().readable() {
 			h.makeWay()
 			return false
 		}
+	case out:
+		p := []unix.PollFd{{Fd: int32(h.peer()), Events: unix.POLLOUT}}
+		if n, err := unix.Poll(p, 0); n <= 0 || err != nil {
+			return false
+		}
 	default: // asleep, with bytes that were passed
 		return !f.l.ringBehind()
 	}
-	return !f.l.watch.behind() // else the event may be one of those that wait
+	return !f.watcher().behind() // else the event may be one of those that wait
 }
 
 // nudge ends a stall of copying, if it still is one. It was one only if that helps: short of memory, TCP takes nothing though poll says so.
 func (h *half) nudge(consumed uint64) {
-	if !h.stuckAt(consumed, true) {
+	f := h.f
+	f.mu.RLock()
+	if f.closed || load64(&h.shared().Consumed) != consumed || !h.missed() {
+		f.mu.RUnlock()
 		return
 	}
+	before := h.moved()
+	f.mu.RUnlock()
 	h.wake(0)
 	time.AfterFunc(eventDelay, func() {
-		if f := h.f; !h.stuckAt(consumed, false) {
+		f.mu.RLock()
+		now := f.total[h.i]
+		if !f.closed {
+			now = h.moved()
+		}
+		f.mu.RUnlock()
+		if now != before {
 			f.counts.stall(f.l, f.cookies[0], "nobody was told of bytes to copy, or of room for them")
 		}
 	})
 }
 
-// stuckAt: the half has copied no further, and, with idle, could.
-func (h *half) stuckAt(consumed uint64, idle bool) bool {
-	f := h.f
-	f.mu.RLock()
-	defer f.mu.RUnlock()
-	return !f.closed && load64(&h.shared().Consumed) == consumed && (!idle || h.missed())
-}
-
-// look finds bytes that were received and that the verdict was not run for, and makes it run.
+// look finds bytes that were received and that the verdict was not run for, and makes it run; or, outside, that were not copied.
 func (h *half) look() {
-	if h.copying.Load() || h.done.Load() {
+	if h.done.Load() {
+		return
+	}
+	if h.copying.Load() {
+		if consumed := load64(&h.shared().Consumed); h.missed() {
+			time.AfterFunc(eventDelay, func() { h.nudge(consumed) })
+		}
 		return
 	}
 	s := h.source()

@@ -12,7 +12,7 @@ import (
 // bytes: each message would wake us though none is for us.
 const quiet = unix.EPOLLRDHUP | unix.EPOLLET
 
-// watcher is one epoll for all spliced sockets. Its descriptor is in Go's poller, so waiting takes no thread.
+// watcher is one epoll for many spliced sockets. Its descriptor is in Go's poller, so waiting takes no thread.
 type watcher struct {
 	epoll *os.File
 	fd    int
@@ -45,12 +45,12 @@ func (w *watcher) run(event func(half, generation, events uint32)) {
 			if err == unix.EINTR {
 				continue
 			}
-			if n <= 0 {
+			for _, e := range list[:max(n, 0)] {
+				event(uint32(e.Fd), uint32(e.Pad), e.Events)
+			}
+			if n < len(list) {
 				w.busy.Store(false)
 				return false // wait in Go's poller
-			}
-			for _, e := range list[:n] {
-				event(uint32(e.Fd), uint32(e.Pad), e.Events)
 			}
 		}
 	})
@@ -81,7 +81,9 @@ func (w *watcher) remove(s socket) { _ = unix.EpollCtl(w.fd, unix.EPOLL_CTL_DEL,
 
 func (w *watcher) close() error { return w.epoll.Close() }
 
-// event is what the watcher tells.
+func (f *flow) watcher() *watcher { return f.l.watchers[int(f.slot)%len(f.l.watchers)] }
+
+// event is what a watcher tells.
 func (l *Loader) event(half, generation, events uint32) {
 	if int(half/2) >= len(l.live) {
 		return
@@ -100,7 +102,7 @@ func (l *Loader) event(half, generation, events uint32) {
 	if !l.rules.events {
 		return
 	}
-	if events&unix.EPOLLIN != 0 && !f.halves[side].full.Load() { // who finds room reads until there is nothing
+	if events&unix.EPOLLIN != 0 {
 		f.halves[side].serve()
 	}
 	if events&unix.EPOLLOUT != 0 {

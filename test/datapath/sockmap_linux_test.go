@@ -19,13 +19,16 @@ func TestSockmap(t *testing.T) {
 		name string
 		l    relaytest.Loopback
 		size relaytest.Size
+		o    loader.Options
 	}{
-		{"tcp4", relaytest.Loopback{}, relaytest.DefaultSize()},
-		{"tcp6 to tcp4", relaytest.Loopback{Down: "tcp6"}, relaytest.SmallSize()},
-		{"tcp6", relaytest.Loopback{Down: "tcp6", Up: "tcp6"}, relaytest.SmallSize()},
+		{"tcp4", relaytest.Loopback{}, relaytest.DefaultSize(), loader.Options{}},
+		{"tcp4 at once", relaytest.Loopback{}, relaytest.DefaultSize(), loader.Options{AtOnce: true}},
+		{"tcp6 to tcp4 at once", relaytest.Loopback{Down: "tcp6"}, relaytest.SmallSize(), loader.Options{AtOnce: true}},
+		{"tcp6", relaytest.Loopback{Down: "tcp6", Up: "tcp6"}, relaytest.SmallSize(), loader.Options{}},
+		{"tcp6 at once", relaytest.Loopback{Down: "tcp6", Up: "tcp6"}, relaytest.SmallSize(), loader.Options{AtOnce: true}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			l := load(t)
+			l := load(t, c.o)
 			c.l.Options.Datapaths = []relay.Datapath{l}
 			relaytest.Run(t, c.l.Path(t), c.size)
 		})
@@ -34,7 +37,11 @@ func TestSockmap(t *testing.T) {
 
 // TestSockmapWire: with an end that sends what overlaps, comes again and out of order.
 func TestSockmapWire(t *testing.T) {
-	relaytest.RunWire(t, relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{load(t)}}})
+	for name, o := range map[string]loader.Options{"begins outside": {}, "at once": {AtOnce: true}} {
+		t.Run(name, func(t *testing.T) {
+			relaytest.RunWire(t, relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{load(t, o)}}})
+		})
+	}
 }
 
 // TestUserspace is for the kernels on which there is nothing else: see scripts/test-kernels.
@@ -43,10 +50,11 @@ func TestUserspace(t *testing.T) {
 }
 
 // load loads the datapath until the end of the test, which fails if it was not what was tested.
-func load(t *testing.T) *loader.Loader {
+func load(t *testing.T, o loader.Options) *loader.Loader {
 	t.Helper()
 	needRoot(t)
-	l, err := loader.New(loader.Options{Instance: fmt.Sprintf("ts-ldr-table-%d-%d", os.Getpid(), instances.Add(1)), MaxFlows: 4096, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+	o.Instance, o.MaxFlows, o.Log = fmt.Sprintf("ts-ldr-table-%d-%d", os.Getpid(), instances.Add(1)), 4096, slog.New(slog.NewTextHandler(os.Stderr, nil))
+	l, err := loader.New(o)
 	if err != nil {
 		t.Fatal(err)
 	}

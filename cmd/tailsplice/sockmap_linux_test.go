@@ -76,7 +76,8 @@ control: { socket: %q, metrics: %q }
 	wait(t, "the daemon answers", func() error { return read(&status, "status") })
 
 	var client, upstream net.Conn
-	var up []byte
+	var f flow.Snapshot
+	var up, down []byte
 	defer func() { client.Close(); upstream.Close() }()
 	wait(t, "a flow is spliced", func() error { // the first to a target is never past TCP, it is how the target becomes known
 		if client != nil {
@@ -91,19 +92,29 @@ control: { socket: %q, metrics: %q }
 		if len(all) != 1 || all[0].Datapath != datapath {
 			return fmt.Errorf("%+v", all)
 		}
+		f = all[0]
 		return nil
 	})
-	more, down := noise(1_234_567), noise(7_654_321)
-	sent := make(chan error, 1)
-	go func() { _, err := client.Write(more); sent <- err }()
-	arrives(t, upstream, more)
-	check(t, <-sent)
-	up = append(up, more...)
-	go func() { _, err := upstream.Write(down); sent <- err }()
-	arrives(t, client, down)
-	check(t, <-sent)
-
-	var f flow.Snapshot
+	say := func(from, to net.Conn, heard *[]byte, n int) {
+		data, sent := noise(n), make(chan error, 1)
+		go func() { _, err := from.Write(data); sent <- err }()
+		arrives(t, to, data)
+		check(t, <-sent)
+		*heard = append(*heard, data...)
+	}
+	say(upstream, client, &down, 100)
+	wait(t, "bpftool sees what was moved outside of the sockmap", func() error { // within a second
+		if e := pinned(t, f.ID); e.Up.Bytes != int64(len(up)) || e.Down.Bytes != int64(len(down)) {
+			return fmt.Errorf("%d bytes up, %d down: %+v", len(up), len(down), e)
+		}
+		return nil
+	})
+	for range 10 { // until the flow is in it
+		say(client, upstream, &up, 100)
+		say(upstream, client, &down, 100)
+	}
+	say(client, upstream, &up, 1_234_567)
+	say(upstream, client, &down, 7_654_321)
 	wait(t, "flows has all", func() error {
 		var all []flow.Snapshot
 		if err := read(&all, "flows"); err != nil {

@@ -24,7 +24,7 @@ func TestStaysOutside(t *testing.T) {
 	p := splicePath(t, l, pathOptions{})
 	must(t, errors.Join(sendPart(p.client, p.server, 1, 300), sendPart(p.server, p.client, 2, 10000)))
 	must(t, errors.Join(send(p.client, p.server, 1, 0), send(p.server, p.client, 1, 0)))
-	must(t, bothWays(splicePath(t, l, pathOptions{}), 256<<20))
+	must(t, bothWays(splicePath(t, l, pathOptions{}), 32<<20))
 	if s := l.Stats(); s.Inserted != 0 || s.Bulk != 0 || s.Spliced != 2 {
 		t.Errorf("%+v", s)
 	}

@@ -9,7 +9,10 @@
 //
 // # How a direction works
 //
-// The verdict (bpf/splice.bpf.c) redirects each skb to the peer while the peer's send buffer takes it,
+// A flow begins outside of the sockmap, by splice(2), comes in when its sides talk with each other (outside_linux.go), and leaves
+// when it is busy (bulk_linux.go).
+//
+// In there, the verdict (bpf/splice.bpf.c) redirects each skb to the peer while the peer's send buffer takes it,
 // and else leaves it in the source's queue, which closes the source's window, and says so through a ring.
 // Then this package copies: it waits until all that was redirected has been written, reads what was
 // passed, writes it to the peer, and publishes how far it is; when it has caught up, the verdict redirects again.

@@ -122,7 +122,7 @@ type Info struct {
 	State            string `json:"state"`                // spliced, half_closed, ending
 	Up               int64  `json:"up"`                   // bytes, as from the count that Splice gives
 	Down             int64  `json:"down"`                 //
-	UpCopied         int64  `json:"up_copied"`            // of which userspace copied, since the peer was slower
+	UpCopied         int64  `json:"up_copied"`            // of which userspace moved: the peer was slower, or the flow outside of the sockmap
 	DownCopied       int64  `json:"down_copied"`          //
 	UpTrimmed        int64  `json:"up_trimmed"`           // bytes that the kernel delivered twice, cut off
 	DownTrimmed      int64  `json:"down_trimmed"`         //

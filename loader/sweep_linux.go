@@ -139,7 +139,9 @@ func (h *half) missed() bool {
 	switch { // see awaitRoom
 	case in:
 		if !h.source().readable() {
-			h.makeWay()
+			if !h.bulk.left.Load() { // nothing is in front of what comes to those
+				h.makeWay()
+			}
 			return false
 		}
 	case out:

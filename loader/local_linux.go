@@ -166,7 +166,7 @@ func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (coun
 	}
 	p, err := n.targets.find(up)
 	if err == nil {
-		count, err = n.l.splice(ctx, down, up, o, p, false)
+		count, err = n.l.spliceConns(ctx, down, up, o, p, false)
 	}
 	n.counts.splice(n.l, err)
 	return count, err

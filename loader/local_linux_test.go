@@ -91,7 +91,7 @@ func TestLocalPair(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = n.l.splice(context.Background(), down, up, Flow{Buffer: 1 << 20, Ended: func(_, _ int64, _ string, _ error) { n.counts.live.Add(1) }}, at, false)
+		_, err = n.l.spliceConns(context.Background(), down, up, Flow{Buffer: 1 << 20, Ended: func(_, _ int64, _ string, _ error) { n.counts.live.Add(1) }}, at, false)
 		if on && !errors.Is(err, refusedPair) || !on && err != nil {
 			t.Errorf("with the rule %v: %v", on, err)
 		}

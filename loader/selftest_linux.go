@@ -172,7 +172,7 @@ func (t *trial) splice() error {
 			return fmt.Errorf("put the socket of the process into the map: %w", err)
 		}
 	}
-	t.count, err = t.l.splice(ctx, t.down, t.up, Flow{ID: "self-test", Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { t.ended <- end }}, at, false)
+	t.count, err = t.l.spliceConns(ctx, t.down, t.up, Flow{ID: "self-test", Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { t.ended <- end }}, at, false)
 	if err != nil {
 		return fmt.Errorf("splice: %w", err)
 	}

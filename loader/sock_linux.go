@@ -3,11 +3,38 @@ package loader
 import (
 	"errors"
 	"net"
+	"net/netip"
+	"strconv"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
+
+// local and remote are the socket's addresses, as [ADDRESS%ZONE]:PORT.
+func (s socket) local() string  { return address(unix.Getsockname(int(s))) }
+func (s socket) remote() string { return address(unix.Getpeername(int(s))) }
+
+func address(a unix.Sockaddr, err error) string {
+	if err != nil {
+		return "?"
+	}
+	switch a := a.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port)).String()
+	case *unix.SockaddrInet6:
+		ip := netip.AddrFrom16(a.Addr).Unmap()
+		if a.ZoneId != 0 {
+			zone := strconv.Itoa(int(a.ZoneId))
+			if i, err := net.InterfaceByIndex(int(a.ZoneId)); err == nil {
+				zone = i.Name
+			}
+			ip = ip.WithZone(zone)
+		}
+		return netip.AddrPortFrom(ip, uint16(a.Port)).String()
+	}
+	return "?"
+}
 
 // As TCP_INFO tells it (include/net/tcp_states.h).
 const tcpEstablished = 1

@@ -13,14 +13,47 @@ import (
 //
 // When it has taken the flow, it has closed down and up, and owns descriptors of its own for their sockets.
 func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
-	count, err = l.splice(ctx, down, up, o, nil, l.rules.outside)
+	count, err = l.spliceConns(ctx, down, up, o, nil, l.rules.outside)
 	l.counts.splice(l, err)
 	return count, err
 }
 
-// splice is Splice without the counting. process is where a process on this host has the other end of up, or nil. outside: the flow begins
+// SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. When it has taken the flow, it owns them.
+func (l *Loader) SpliceSockets(ctx context.Context, down, up int, o Flow) (count func() (up, down int64), err error) {
+	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, l.rules.outside)
+	l.counts.splice(l, err)
+	return count, err
+}
+
+// spliceConns is splice for connections, which it closes if it succeeds.
+func (l *Loader) spliceConns(ctx context.Context, down, up *net.TCPConn, o Flow, process *process, outside bool) (count func() (up, down int64), err error) {
+	s := [2]socket{-1, -1}
+	for i, c := range []*net.TCPConn{down, up} {
+		if s[i], err = dup(c); err != nil {
+			err = refusedDescriptors
+			break
+		}
+	}
+	if err == nil {
+		count, err = l.splice(ctx, s, o, process, outside)
+	}
+	if err != nil {
+		for _, s := range s {
+			if s >= 0 {
+				s.close()
+			}
+		}
+		return nil, err
+	}
+	// Our descriptors hold the sockets; the conns' would wake Go's poller at each message.
+	_ = down.Close()
+	_ = up.Close()
+	return count, nil
+}
+
+// splice is SpliceSockets without the counting. process is where a process on this host has the other end of up, or nil. outside: the flow begins
 // by splice(2), and comes into the sockmap when it is one for it.
-func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, process *process, outside bool) (func() (up, down int64), error) {
+func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process *process, outside bool) (func() (up, down int64), error) {
 	if l.counts.isOff() {
 		return nil, refusedOff
 	}
@@ -30,7 +63,7 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, proc
 	}
 	defer l.splicing.Done()
 	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), ended: o.Ended, idle: o.Idle, before: [2]int64{o.Up, o.Down}, process: process}
-	f.sockets, f.counts = [2]socket{-1, -1}, &l.counts
+	f.sockets, f.counts = sockets, &l.counts
 	if process != nil {
 		f.counts = &process.local.counts
 	}
@@ -42,13 +75,7 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, proc
 		return nil, why
 	}
 
-	for i, c := range []*net.TCPConn{down, up} {
-		s, err := dup(c)
-		if err != nil {
-			return back(refusedDescriptors)
-		}
-		f.sockets[i] = s
-		undo = append(undo, s.close)
+	for _, s := range f.sockets {
 		if protocol, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PROTOCOL); err == nil && protocol != unix.IPPROTO_TCP {
 			return back(refusedMultipath) // a sockmap takes none
 		}
@@ -62,7 +89,7 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, proc
 		return back(why)
 	}
 
-	text := describe(down, up, o)
+	text := f.describe(o)
 	text.Slot, text.UpstreamCookie = slot, f.cookies[1]
 	for i := range f.halves {
 		l.halves[2*slot+uint32(i)] = spliceHalf{Source: f.cookies[i], Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
@@ -88,9 +115,6 @@ func (l *Loader) splice(ctx context.Context, down, up *net.TCPConn, o Flow, proc
 		}
 	}
 
-	// Our descriptors hold the sockets; the conns' would wake Go's poller at each message.
-	_ = down.Close()
-	_ = up.Close()
 	l.alive.Add(1)
 	l.live[slot].Store(f)
 	f.begin()
@@ -260,16 +284,16 @@ func (f *flow) forget() {
 	_ = f.l.objects.Flows.Delete(f.cookies[0])
 }
 
-func describe(down, up *net.TCPConn, o Flow) spliceFlow {
+func (f *flow) describe(o Flow) spliceFlow {
 	t := spliceFlow{State: spliceFlowStateFLOW_SPLICED}
 	t.Up.Before, t.Down.Before = uint64(o.Up), uint64(o.Down)
 	t.Up.Bytes, t.Down.Bytes = t.Up.Before, t.Down.Before
 	text(t.Id[:], o.ID)
 	text(t.Route[:], o.Route)
-	text(t.Downstream[:], down.RemoteAddr().String())
-	text(t.DownstreamLocal[:], down.LocalAddr().String())
-	text(t.UpstreamLocal[:], up.LocalAddr().String())
-	text(t.Upstream[:], up.RemoteAddr().String())
+	text(t.Downstream[:], f.sockets[0].remote())
+	text(t.DownstreamLocal[:], f.sockets[0].local())
+	text(t.UpstreamLocal[:], f.sockets[1].local())
+	text(t.Upstream[:], f.sockets[1].remote())
 	return t
 }
 

@@ -14,6 +14,7 @@ import (
 // The loader is made for the relay, though neither may import the other.
 var (
 	_ relay.Datapath = (*loader.Loader)(nil)
+	_ relay.Sockets  = (*loader.Loader)(nil)
 	_ relay.Health   = (*loader.Loader)(nil)
 	_ relay.Datapath = (*loader.Local)(nil)
 	_ relay.Health   = (*loader.Local)(nil)

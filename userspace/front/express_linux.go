@@ -93,7 +93,7 @@ func (x *express) readHello(timedOut bool) {
 
 // plain says that r needs nothing but to be dialled.
 func (r *rule) plain() bool {
-	return r.literal.IsValid() && !r.transparent && r.allow == nil && len(r.datapaths) == 0
+	return r.literal.IsValid() && !r.transparent && r.allow == nil
 }
 
 // dial goes on to r's target with head, which is not kept.

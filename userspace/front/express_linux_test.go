@@ -2,15 +2,20 @@ package front
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"slices"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // TestExpressExact: whichever way a connection goes, and wherever it leaves the short one, each byte arrives once. To an address
@@ -35,10 +40,12 @@ func TestExpressExact(t *testing.T) {
 			break
 		}
 	}
-	for _, target := range targets {
+	for i := range 4 * len(targets) {
+		target := targets[i/4]
+		auto := [][]relay.Datapath{nil, {refuser{}, taker{}}, {socketRefuser{}, socketTaker{}}, {socketRefuser{}}}[i%4]
 		for _, mode := range []string{"sni", "tcp"} {
 			addr := freeAddr(t)
-			d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: %s, default: { forward: %q } } ]`, addr, mode, target))
+			d := startOptions(t, parse(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: %s, default: { forward: %q } } ]`, addr, mode, target)), Options{Auto: auto})
 			for _, c := range []struct {
 				name   string
 				pieces [][]byte
@@ -66,12 +73,52 @@ func TestExpressExact(t *testing.T) {
 				conn.SetReadDeadline(time.Now().Add(20 * time.Second))
 				got, err := io.ReadAll(conn)
 				if want := slices.Concat(greeting, sent); err != nil || !bytes.Equal(got, want) {
-					t.Errorf("%s %s, %s: %d bytes come back, want %d: %v", mode, target, c.name, len(got), len(want), err)
+					t.Errorf("%s %s %v, %s: %d bytes come back, want %d: %v", mode, target, auto, c.name, len(got), len(want), err)
 				}
 			}
 			eventually(t, "nothing is left", func() bool { return d.flows.Len() == 0 && d.limiter.Total() == 0 })
 		}
 	}
+}
+
+// taker is a datapath that keeps all promises: it is the relay itself.
+type taker struct{}
+
+func (taker) Name() string { return "taker" }
+
+func (taker) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (func() (int64, int64), error) {
+	relay.Run(ctx, down, up, relay.Options{Buffer: f.Buffer, Idle: f.Idle}, func(r relay.Result) { f.Ended(f.Up+r.Up, f.Down+r.Down, string(r.End), r.Err) })
+	return func() (int64, int64) { return f.Up, f.Down }, nil
+}
+
+type refuser struct{ taker }
+
+func (refuser) Splice(context.Context, *net.TCPConn, *net.TCPConn, relay.Flow) (func() (int64, int64), error) {
+	return nil, errors.New("not today")
+}
+
+// They take bare sockets, too.
+type (
+	socketTaker   struct{ taker }
+	socketRefuser struct{ refuser }
+)
+
+func (s socketTaker) SpliceSockets(ctx context.Context, down, up int, f relay.Flow) (func() (int64, int64), error) {
+	var conns [2]*net.TCPConn
+	for i, fd := range []int{down, up} {
+		file := os.NewFile(uintptr(fd), "")
+		c, err := net.FileConn(file)
+		if err != nil {
+			panic(err)
+		}
+		file.Close()
+		conns[i] = c.(*net.TCPConn)
+	}
+	return s.Splice(ctx, conns[0], conns[1], f)
+}
+
+func (s socketRefuser) SpliceSockets(ctx context.Context, _, _ int, f relay.Flow) (func() (int64, int64), error) {
+	return s.Splice(ctx, nil, nil, f)
 }
 
 // cork keeps a last part of a segment back until the end of the stream.

@@ -44,8 +44,14 @@ func start(t *testing.T, yaml string) *daemon {
 
 func startConfig(t *testing.T, cfg *config.Config) *daemon {
 	t.Helper()
+	return startOptions(t, cfg, Options{})
+}
+
+func startOptions(t *testing.T, cfg *config.Config, o Options) *daemon {
+	t.Helper()
 	d := &daemon{t: t, log: &logs.Log{}}
-	f, err := New(cfg, Options{Log: d.log.Logger(), Version: "test"})
+	o.Log, o.Version = d.log.Logger(), "test"
+	f, err := New(cfg, o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -37,6 +37,12 @@ type Datapath interface {
 	Splice(ctx context.Context, down, up *net.TCPConn, f Flow) (count func() (up, down int64), err error)
 }
 
+// Sockets is what a [Datapath] has besides if it can take bare sockets.
+type Sockets interface {
+	// SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. A nil error: the datapath owns them.
+	SpliceSockets(ctx context.Context, down, up int, f Flow) (count func() (up, down int64), err error)
+}
+
 // Health is what a [Datapath] has besides if it can say how it is, to be shown in `tailsplice status` and the metrics.
 type Health interface {
 	// Health gives why the datapath takes no more flows ("": it does), and how often since its start a flow had come to rest

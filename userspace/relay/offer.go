@@ -25,7 +25,13 @@ func (f *flow) offer() bool {
 }
 
 func (f *flow) offerTo(d Datapath) bool {
-	args := Flow{
+	count, err := d.Splice(f.ctx, f.down.conn.(*net.TCPConn), f.up.conn.(*net.TCPConn), f.told(d))
+	return f.offered(d, count, err)
+}
+
+// told is what d is told of f.
+func (f *flow) told(d Datapath) Flow {
+	return Flow{
 		ID: f.o.ID, Route: f.o.Route,
 		Up: f.counters.up.Load(), Down: f.counters.down.Load(),
 		Buffer: f.o.Buffer, Idle: f.o.Idle,
@@ -44,7 +50,10 @@ func (f *flow) offerTo(d Datapath) bool {
 			}()
 		},
 	}
-	count, err := d.Splice(f.ctx, f.down.conn.(*net.TCPConn), f.up.conn.(*net.TCPConn), args)
+}
+
+// offered takes d's answer.
+func (f *flow) offered(d Datapath, count func() (up, down int64), err error) bool {
 	if err != nil {
 		f.refused(d, err)
 		return false

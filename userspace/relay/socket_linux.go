@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -100,12 +101,7 @@ func (s *Socket) Close() {
 
 // Conn makes a *net.TCPConn of s, which is then gone. With an error it is closed.
 func (s *Socket) Conn() (*net.TCPConn, error) {
-	s.loop.mu.Lock()
-	if s.id != 0 {
-		s.loop.forget(s)
-		unix.EpollCtl(s.loop.fd, unix.EPOLL_CTL_DEL, s.fd, &unix.EpollEvent{})
-	}
-	s.loop.mu.Unlock()
+	s.leave()
 	file := os.NewFile(uintptr(s.fd), "socket")
 	defer file.Close()
 	c, err := net.FileConn(file)
@@ -121,10 +117,67 @@ func (s *Socket) Conn() (*net.TCPConn, error) {
 }
 
 // RunSockets is [Run] for two sockets of one loop that are connected, and that nobody waits for. It has written Head, or copied it, when
-// it returns. No Datapath is offered the flow.
+// it returns.
 func RunSockets(ctx context.Context, down, up *Socket, o Options, done func(Result)) {
 	f := newFlow(ctx, nil, nil, o, done)
+	if len(o.Datapaths) > 0 && f.offerSockets(down, up) {
+		return
+	}
 	f.relayOn(down, up)
+}
+
+// offerSockets offers the flow to the kernel datapaths, and reports whether one of them, or somebody else, has it.
+func (f *flow) offerSockets(down, up *Socket) bool {
+	simple := true
+	for _, d := range f.o.Datapaths {
+		if _, ok := d.(Sockets); !ok {
+			simple = false
+		}
+	}
+	if !simple || f.writeFirst(up.fd) != nil {
+		o := f.o
+		o.Head, o.Counters = bytes.Clone(o.Head), f.counters
+		go runConns(f.ctx, down, up, o, f.done)
+		return true
+	}
+	for _, s := range []*Socket{down, up} {
+		s.leave()
+	}
+	for _, d := range f.o.Datapaths {
+		count, err := d.(Sockets).SpliceSockets(f.ctx, down.fd, up.fd, f.told(d))
+		if f.offered(d, count, err) {
+			return true
+		}
+	}
+	return false
+}
+
+// leave takes s out of its loop. What happens to it is told anew to who watches it next.
+func (s *Socket) leave() {
+	s.loop.mu.Lock()
+	defer s.loop.mu.Unlock()
+	if s.id != 0 {
+		s.loop.forget(s)
+		unix.EpollCtl(s.loop.fd, unix.EPOLL_CTL_DEL, s.fd, &unix.EpollEvent{})
+	}
+	s.more, s.events = false, 0
+}
+
+// runConns is [Run] for sockets that leave their loop.
+func runConns(ctx context.Context, down, up *Socket, o Options, done func(Result)) {
+	d, err := down.Conn()
+	if err != nil {
+		up.Close()
+		done(Result{End: EndError, Err: err, Datapath: userspace})
+		return
+	}
+	u, err := up.Conn()
+	if err != nil {
+		d.Close()
+		done(Result{End: EndError, Err: err, Datapath: userspace})
+		return
+	}
+	Run(ctx, d, u, o, done)
 }
 
 // quicken gives f to a loop, if that can have it.
@@ -188,19 +241,11 @@ func (l *loop) begin(f *flow) (then func()) {
 			return l.leave(f, f.resume) // no memory
 		}
 	}
-	for len(f.o.Preface)+len(f.o.Head) > 0 {
-		n, err := noEINTR(func() (int, error) { return unix.Writev(f.up.socket.fd, [][]byte{f.o.Preface, f.o.Head}) })
-		if err == unix.EAGAIN {
-			return l.leave(f, f.resume) // where the rest is written
-		}
-		if err != nil {
-			return l.leave(f, func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
-		}
-		p := min(n, len(f.o.Preface))
-		f.o.Preface, f.o.Head = f.o.Preface[p:], f.o.Head[n-p:]
-		f.counters.up.Add(int64(n - p))
+	if err := f.writeFirst(f.up.socket.fd); err == unix.EAGAIN {
+		return l.leave(f, f.resume) // where the rest is written
+	} else if err != nil {
+		return l.leave(f, func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
 	}
-	f.o.Preface, f.o.Head = nil, nil
 	for _, s := range []*side{&f.down, &f.up} {
 		if s.socket.more {
 			s.socket.more = false
@@ -209,6 +254,21 @@ func (l *loop) begin(f *flow) (then func()) {
 			}
 		}
 	}
+	return nil
+}
+
+// writeFirst writes what comes first to upstream. With an error some of it may be left.
+func (f *flow) writeFirst(up int) error {
+	for len(f.o.Preface)+len(f.o.Head) > 0 {
+		n, err := noEINTR(func() (int, error) { return unix.Writev(up, [][]byte{f.o.Preface, f.o.Head}) })
+		if err != nil {
+			return err
+		}
+		p := min(n, len(f.o.Preface))
+		f.o.Preface, f.o.Head = f.o.Preface[p:], f.o.Head[n-p:]
+		f.counters.up.Add(int64(n - p))
+	}
+	f.o.Preface, f.o.Head = nil, nil
 	return nil
 }
 

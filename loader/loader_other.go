@@ -24,6 +24,11 @@ func (*Loader) Splice(context.Context, *net.TCPConn, *net.TCPConn, Flow) (func()
 	return nil, unsupported()
 }
 
+// SpliceSockets refuses.
+func (*Loader) SpliceSockets(_ context.Context, down, up int, _ Flow) (func() (upBytes, downBytes int64), error) {
+	return nil, unsupported()
+}
+
 // Local is the datapath for targets on this host, on Linux.
 type Local struct{ Loader }
 

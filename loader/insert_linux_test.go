@@ -125,3 +125,40 @@ func TestEndDuringInsertion(t *testing.T) {
 	}
 	t.Logf("%d of 300 refused", refused)
 }
+
+// Bare sockets are taken over, or left as they were, to who has them.
+func TestSpliceSockets(t *testing.T) {
+	l := open(t, outside(), 1)
+	ended := make(chan string, 1)
+	splice := func() (client, server *net.TCPConn, fds [2]int, err error) {
+		client, down := connect(t, "tcp4")
+		up, server := connect(t, "tcp4")
+		t.Cleanup(func() { client.Close(); server.Close() })
+		for i, c := range []*net.TCPConn{down, up} {
+			s, err := dup(c)
+			must(t, err)
+			c.Close()
+			fds[i] = int(s)
+		}
+		_, err = l.SpliceSockets(t.Context(), fds[0], fds[1], Flow{Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }})
+		return client, server, fds, err
+	}
+	client, server, taken, err := splice()
+	must(t, err)
+	_, _, left, err := splice()
+	if !errors.Is(err, refusedFull) {
+		t.Fatalf("a second flow in one slot: %v", err)
+	}
+	for _, fd := range left {
+		must(t, unix.Close(fd))
+	}
+	must(t, errors.Join(send(client, server, 1, 1<<20), send(server, client, 2, 1<<20)))
+	if end := <-ended; end != endEOF {
+		t.Errorf("it ended with %q", end)
+	}
+	for _, fd := range taken {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != unix.EBADF {
+			t.Errorf("descriptor %d: %v", fd, err)
+		}
+	}
+}

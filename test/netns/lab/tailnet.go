@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -257,6 +258,8 @@ func (n *Node) Wait(ctx context.Context) error {
 func (n *Node) WaitDirect(ctx context.Context, other *Node) (netip.AddrPort, error) {
 	var direct netip.AddrPort
 	err := n.proc.waitFor(ctx, "directly connected to "+other.Name, func() error {
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second) // a ping that is lost, tailscaled never answers
+		defer cancel()
 		pr, err := n.Local.Ping(ctx, other.IP4, tailcfg.PingDisco)
 		if err != nil {
 			return err

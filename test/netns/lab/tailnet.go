@@ -15,8 +15,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"tailscale.com/client/local"

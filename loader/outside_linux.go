@@ -11,11 +11,11 @@ import (
 // at once. It comes in when its sides talk with each other, a little at a time, or when bytes come now and then, since
 // the kernel then moves them sooner and for less. What has left comes in again when it is quiet.
 const (
-	talkTurns = 8           // come in: when it was the other side's turn so often
-	talkBytes = 64 << 10    // and no more than so many bytes came at a time
-	talkNot   = -1 << 30    // turns of a flow that has left
-	quiet1s   = 1 << 20     // come in, also: when so many bytes at most came within quietFor, but some
-	quietFor  = time.Second //
+	talkTurns  = 8           // come in: when it was the other side's turn so often
+	talkBytes  = 64 << 10    // and no more than so many bytes came at a time
+	talkNot    = -1 << 30    // turns of a flow that has left
+	quietBytes = 1 << 20     // come in, also: when so many bytes at most came within quietFor, but some
+	quietFor   = time.Second //
 )
 
 // talk is how often it was the other side's turn.
@@ -48,7 +48,7 @@ func (f *flow) isQuiet(now time.Time, moved uint64) bool {
 	if now.Sub(f.checked) < quietFor {
 		return false
 	}
-	is := !f.checked.IsZero() && moved-f.was <= quiet1s
+	is := !f.checked.IsZero() && moved-f.was <= quietBytes
 	f.checked, f.was = now, moved
 	return is
 }

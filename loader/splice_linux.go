@@ -20,7 +20,7 @@ func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (cou
 
 // SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. When it has taken the flow, it owns them.
 func (l *Loader) SpliceSockets(ctx context.Context, down, up int, o Flow) (count func() (up, down int64), err error) {
-	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, l.rules.outside)
+	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, l.rules.outside, func() {})
 	l.counts.splice(l, err)
 	return count, err
 }
@@ -35,7 +35,8 @@ func (l *Loader) spliceConns(ctx context.Context, down, up *net.TCPConn, o Flow,
 		}
 	}
 	if err == nil {
-		count, err = l.splice(ctx, s, o, process, outside)
+		// Our descriptors hold the sockets; the conns' would wake Go's poller at each message.
+		count, err = l.splice(ctx, s, o, process, outside, func() { _ = down.Close(); _ = up.Close() })
 	}
 	if err != nil {
 		for _, s := range s {
@@ -43,17 +44,13 @@ func (l *Loader) spliceConns(ctx context.Context, down, up *net.TCPConn, o Flow,
 				s.close()
 			}
 		}
-		return nil, err
 	}
-	// Our descriptors hold the sockets; the conns' would wake Go's poller at each message.
-	_ = down.Close()
-	_ = up.Close()
-	return count, nil
+	return count, err
 }
 
 // splice is SpliceSockets without the counting. process is where a process on this host has the other end of up, or nil. outside: the flow begins
-// by splice(2), and comes into the sockmap when it is one for it.
-func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process *process, outside bool) (func() (up, down int64), error) {
+// by splice(2), and comes into the sockmap when it is one for it. taken is called when nothing can fail any more, and the flow has not begun.
+func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process *process, outside bool, taken func()) (func() (up, down int64), error) {
 	if l.counts.isOff() {
 		return nil, refusedOff
 	}
@@ -115,6 +112,7 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process 
 		}
 	}
 
+	taken()
 	l.alive.Add(1)
 	l.live[slot].Store(f)
 	f.begin()

@@ -123,6 +123,12 @@ func (l *loop) forget(s *Socket) {
 	s.id, s.side = 0, nil
 }
 
+// remove is forget for a socket that stays open.
+func (l *loop) remove(s *Socket) {
+	l.forget(s)
+	unix.EpollCtl(l.fd, unix.EPOLL_CTL_DEL, s.fd, &unix.EpollEvent{})
+}
+
 func (l *loop) event(id uint64, events uint32) {
 	l.mu.Lock()
 	s := l.sockets[id]
@@ -240,9 +246,7 @@ func (l *loop) end(f *flow) (then func()) {
 func (l *loop) leave(f *flow, then func()) func() {
 	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
 	for _, s := range []*side{&f.down, &f.up} {
-		l.forget(s.socket)
-		ev := unix.EpollEvent{}
-		unix.EpollCtl(l.fd, unix.EPOLL_CTL_DEL, s.socket.fd, &ev)
+		l.remove(s.socket)
 		s.init(f, sockConn{os.NewFile(uintptr(s.socket.fd), "socket")})
 		s.socket, s.ended = nil, false // whoever reads again is told again of the end
 	}

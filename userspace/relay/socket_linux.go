@@ -157,10 +157,9 @@ func (s *Socket) leave() {
 	s.loop.mu.Lock()
 	defer s.loop.mu.Unlock()
 	if s.id != 0 {
-		s.loop.forget(s)
-		unix.EpollCtl(s.loop.fd, unix.EPOLL_CTL_DEL, s.fd, &unix.EpollEvent{})
+		s.loop.remove(s)
 	}
-	s.more, s.events = false, 0
+	s.more = false
 }
 
 // runConns is [Run] for sockets that leave their loop.

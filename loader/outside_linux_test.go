@@ -115,3 +115,22 @@ func TestRefusedWhenItComesIn(t *testing.T) {
 		t.Errorf("%s, %+v", s, l.Stats())
 	}
 }
+
+// A flow that has left is unknown to the programs, and leaves nothing behind when it ends.
+func TestForgottenOutside(t *testing.T) {
+	l := open(t, allRules, 16)
+	p := splicePath(t, l, pathOptions{})
+	f := l.onlyFlow(t)
+	waitFor(t, func() bool {
+		l.leaver.ask(f)
+		f.outsideMu.Lock()
+		defer f.outsideMu.Unlock()
+		return f.outside
+	}, "the flow to leave")
+	var key uint64
+	var place splicePlace
+	if l.objects.Places.Iterate().Next(&key, &place) {
+		t.Errorf("socket %d has a place, %+v", key, place)
+	}
+	must(t, bothWays(p, 1<<20))
+}

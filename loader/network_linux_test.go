@@ -132,13 +132,17 @@ func (n *lan) lose(oneIn int32) {
 	must(n.t, err)
 	defer program.Close() // the filters hold it
 	at := n.veth.Attrs().Index
-	must(n.t, netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: at, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}))
+	must(n.t, netlink.QdiscAdd(n.clsact()))
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
 		must(n.t, netlink.FilterAdd(&netlink.BpfFilter{
 			FilterAttrs: netlink.FilterAttrs{LinkIndex: at, Parent: parent, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: 1},
 			Fd:          program.FD(), Name: "lose", DirectAction: true,
 		}))
 	}
+}
+
+func (n *lan) clsact() netlink.Qdisc {
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: n.veth.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
 }
 
 func TestVeth(t *testing.T) {
@@ -172,6 +176,41 @@ func TestLoss(t *testing.T) {
 		t.Errorf("%d stalls", n)
 	}
 	t.Logf("%+v", l.Stats())
+}
+
+// Nobody repeats a reset that got lost: a probe of keepalive finds the end gone, and the other one is told.
+func TestLostReset(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	n := newLAN(t)
+	for name, r := range map[string]rules{"inside": allRules, "outside": outside()} {
+		l := open(t, r, 16)
+		for side := range 2 {
+			p := n.splice(l, pathOptions{})
+			ours := int(l.onlyFlow(t).sockets[side])
+			from, to := p.client, p.server
+			if side == 1 {
+				from, to = to, from
+			}
+			must(t, exchangeBytes(p, 1000, 1000))
+			must(t, errors.Join(unix.SetsockoptInt(ours, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1), unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 1),
+				unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 1)))
+			n.lose(1)
+			from.SetLinger(0)
+			from.Close()
+			must(t, netlink.QdiscDel(n.clsact()))
+			start := time.Now()
+			to.SetDeadline(time.Now().Add(10 * time.Second))
+			if read, err := to.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+				t.Errorf("%s, side %d: the end was told %d bytes and %v", name, side, read, err)
+			}
+			if time.Since(start) < 500*time.Millisecond {
+				t.Errorf("%s, side %d: the reset was not lost: this proves nothing", name, side)
+			}
+			p.wait(5 * time.Second)
+		}
+	}
 }
 
 // A queueing discipline that drops at once makes TCP send a segment again as new: bytes_sent counts it twice, and what

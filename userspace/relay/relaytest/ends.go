@@ -54,7 +54,7 @@ func reset(t *testing.T, p Path, s Size) {
 		must(t, transfer(from, to, 1000))
 		must(t, transfer(to, from, 100<<10))
 		abort(from)
-		wantReset(t, to)
+		wantReset(t, p, to)
 	})
 }
 
@@ -69,7 +69,7 @@ func resetBehindData(t *testing.T, p Path, s Size) {
 			abort(from)
 			time.Sleep(20 * time.Millisecond)
 			must(t, in.receive(to, n))
-			wantReset(t, to)
+			wantReset(t, p, to)
 		})
 	}
 }
@@ -86,7 +86,7 @@ func resetBehindWaiting(t *testing.T, p Path, s Size) {
 		abort(from)
 		time.Sleep(100 * time.Millisecond)
 		must(t, in.receive(to, n))
-		wantReset(t, to)
+		wantReset(t, p, to)
 	})
 }
 
@@ -149,7 +149,7 @@ func resetAfterHalfClose(t *testing.T, p Path, s Size) {
 			must(t, transferAll(from, to, 1000))
 			time.Sleep(20 * time.Millisecond)
 			abort(from)
-			must(t, waitBroken(to))
+			must(t, waitBroken(p, to))
 		})
 	})
 	t.Run("by the other one", func(t *testing.T) {
@@ -157,7 +157,7 @@ func resetAfterHalfClose(t *testing.T, p Path, s Size) {
 			must(t, transferAll(to, from, 1000))
 			time.Sleep(20 * time.Millisecond)
 			abort(from)
-			wantReset(t, to)
+			wantReset(t, p, to)
 		})
 	})
 }
@@ -168,7 +168,7 @@ func resetWhileStopped(t *testing.T, p Path, s Size) {
 	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
 		fill(from, newStream())
 		abort(from)
-		must(t, waitBroken(to))
+		must(t, waitBroken(p, to))
 	})
 }
 
@@ -179,6 +179,6 @@ func closeUnread(t *testing.T, p Path, s Size) {
 		must(t, waitAcked(to))
 		time.Sleep(20 * time.Millisecond)
 		from.Close()
-		must(t, waitBroken(to))
+		must(t, waitBroken(p, to))
 	})
 }

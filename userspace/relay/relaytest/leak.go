@@ -29,7 +29,8 @@ func (l left) check(t testing.TB, p Path) {
 	t.Helper()
 	few := 2 + runtime.GOMAXPROCS(0)
 	what := ""
-	for wait := time.Millisecond; wait < 4*time.Second; wait *= 2 {
+	end := time.Now().Add(p.resetIn(8 * time.Second))
+	for wait := time.Millisecond; time.Now().Before(end); wait = min(2*wait, time.Second) {
 		what = ""
 		now := take(p)
 		if p.Connect != nil && now.goroutines > l.goroutines+few {

@@ -199,7 +199,7 @@ func stalledCost(t *testing.T, p Path, s Size) {
 func wantBroken(t testing.TB, p Path, c net.Conn) {
 	t.Helper()
 	if !p.NoReset {
-		wantReset(t, c)
+		wantReset(t, p, c)
 		return
 	}
 	c.SetReadDeadline(time.Now().Add(patience))

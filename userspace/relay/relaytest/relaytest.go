@@ -33,6 +33,10 @@ type Path struct {
 	// NoReset: the path has a unix socket in it, on which there is no reset.
 	NoReset bool
 
+	// Loses: the path loses packets, and with them resets, which nobody repeats: an end is told when a probe of keepalive
+	// finds the other one gone. The daemon's come after a minute of silence, and then every 30 s.
+	Loses bool
+
 	// PIDs are the daemons in between. Their sockets are counted at the end. 0 is this process.
 	PIDs []int
 }
@@ -95,6 +99,14 @@ func SmallSize() Size {
 
 // patience is how long anything may take before it counts as stalled.
 const patience = 60 * time.Second
+
+// resetIn is how long an end may take to be told of a reset, where it is usual on a path that loses nothing.
+func (p Path) resetIn(usual time.Duration) time.Duration {
+	if p.Loses {
+		return 4 * time.Minute
+	}
+	return usual
+}
 
 // A Case is one row of the table.
 type Case struct {

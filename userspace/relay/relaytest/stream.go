@@ -162,9 +162,9 @@ func wantEOF(c net.Conn) error {
 }
 
 // wantReset wants a reset and nothing before it.
-func wantReset(t testing.TB, c net.Conn) {
+func wantReset(t testing.TB, p Path, c net.Conn) {
 	t.Helper()
-	c.SetReadDeadline(time.Now().Add(patience))
+	c.SetReadDeadline(time.Now().Add(p.resetIn(patience)))
 	var b [1]byte
 	if n, err := c.Read(b[:]); n != 0 || !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("instead of a reset: %d bytes, %v", n, err)

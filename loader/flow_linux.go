@@ -149,6 +149,9 @@ func (f *flow) finish(end string, err error) {
 	f.process.release()
 	f.forget()
 	l.give(f.slot)
+	if !f.outside {
+		l.inside.Add(-1)
+	}
 	f.mu.Unlock()
 	f.counts.live.Add(-1)
 	l.alive.Done()

@@ -46,6 +46,9 @@ type Loader struct {
 	splicing sync.WaitGroup // calls of Splice that have a slot; added to under mu
 	alive    sync.WaitGroup // flows; added to while splicing
 
+	inside  atomic.Int32 // flows that are in the sockmap
+	resting atomic.Int32 // so many of them had nothing to move when the sweeper looked
+
 	counts counts
 }
 

@@ -64,3 +64,6 @@ func Probe() []Finding {
 func unsupported() error {
 	return fmt.Errorf("sockmap on %s/%s: %w", runtime.GOOS, runtime.GOARCH, errors.ErrUnsupported)
 }
+
+// Room is none.
+func (*Loader) Room() int { return 0 }

@@ -49,6 +49,7 @@ type Flow = struct {
 	Up, Down  int64
 	Buffer    int64
 	Idle      time.Duration
+	Talks     bool
 	Ended     func(up, down int64, end string, err error)
 	Returned  func(downConn, upConn *net.TCPConn, up, down int64, reason error)
 }

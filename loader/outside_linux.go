@@ -71,7 +71,7 @@ func (f *flow) goOutside(h *half) {
 	defer f.outsideMu.Unlock()
 	h.bulk.behind = true
 	if !f.outside && f.halves[0].bulk.behind && f.halves[1].bulk.behind {
-		f.outside = true
+		f.setOutside(true)
 		f.withdraw()
 	}
 }
@@ -89,7 +89,7 @@ func (h *half) comeIn() bool {
 	why, ok := refusal(""), true
 	if f.outside {
 		why, ok = f.prepare()
-		f.outside = false
+		f.setOutside(false)
 	}
 	if ok {
 		m := h.shared()
@@ -101,7 +101,7 @@ func (h *half) comeIn() bool {
 	if !ok {
 		f.stays = true
 		if f.halves[1-h.i].bulk.behind {
-			f.outside = true
+			f.setOutside(true)
 			f.withdraw()
 		}
 		if why != refusedState {

@@ -13,14 +13,14 @@ import (
 //
 // When it has taken the flow, it has closed down and up, and owns descriptors of its own for their sockets.
 func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
-	count, err = l.spliceConns(ctx, down, up, o, nil, l.rules.outside)
+	count, err = l.spliceConns(ctx, down, up, o, nil, l.rules.outside && !o.Talks)
 	l.counts.splice(l, err)
 	return count, err
 }
 
 // SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. When it has taken the flow, it owns them.
 func (l *Loader) SpliceSockets(ctx context.Context, down, up int, o Flow) (count func() (up, down int64), err error) {
-	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, l.rules.outside, func() {})
+	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, l.rules.outside && !o.Talks, func() {})
 	l.counts.splice(l, err)
 	return count, err
 }
@@ -110,6 +110,7 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process 
 		if why, ok := f.insert(); !ok {
 			return back(why)
 		}
+		l.inside.Add(1)
 	}
 
 	taken()

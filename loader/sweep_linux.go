@@ -60,7 +60,7 @@ func (s *sweeper) run(sweep func(time.Time) time.Duration) {
 func (s *sweeper) close() { s.once.Do(func() { close(s.quit) }) }
 
 func (l *Loader) sweep(now time.Time) time.Duration {
-	pause := sweepEvery
+	pause, resting := sweepEvery, int32(0)
 	for i := range l.live {
 		f := l.live[i].Load()
 		if f == nil {
@@ -72,7 +72,11 @@ func (l *Loader) sweep(now time.Time) time.Duration {
 		if f.sweep(now) {
 			go f.finish(endIdle, nil)
 		}
+		if f.rests(now) {
+			resting++
+		}
 	}
+	l.resting.Store(resting)
 	l.local.sweep()
 	return pause
 }

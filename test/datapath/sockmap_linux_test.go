@@ -1,11 +1,15 @@
 package datapath
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/userspace/relay"
@@ -41,6 +45,116 @@ func TestSockmapWire(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			relaytest.RunWire(t, relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{load(t, o)}}})
 		})
+	}
+}
+
+// TestAuto: flows that begin in userspace, and are given to the kernel while they talk, pass the table from then on. More of them than there
+// is room for stay where they are.
+func TestAuto(t *testing.T) {
+	l := load(t, loader.Options{})
+	p := relaytest.Loopback{Options: relay.Options{WhenTalking: []relay.Sockets{l}}}.Path(t)
+	connect := p.Connect
+	p.Connect = nil
+	var all, taken atomic.Int64
+	p.Dial = func(t testing.TB) (client, server net.Conn) {
+		f := connect(t)
+		var moved relay.Counters
+		f.Start(context.Background(), relay.Options{Counters: &moved})
+		begin := time.Now()
+		up, down, err := relaytest.Talk(f.Client, f.Server, 2<<10, func() bool {
+			return moved.Datapath() == loader.Name || time.Since(begin) > time.Second
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if u, d := moved.Load(); u != up || d != down {
+			t.Errorf("%d bytes up and %d down are counted as %d and %d", up, down, u, d)
+		}
+		all.Add(1)
+		if moved.Datapath() == loader.Name {
+			taken.Add(1)
+		}
+		return f.Client, f.Server
+	}
+	relaytest.Run(t, p, relaytest.SmallSize())
+	t.Logf("%d of %d flows were taken", taken.Load(), all.Load())
+	if taken.Load() < all.Load()/2 {
+		t.Errorf("only %d of %d flows were taken", taken.Load(), all.Load())
+	}
+}
+
+// TestAutoMidStream: flows talk on while they are given to the kernel, and no byte is lost, repeated or changed.
+func TestAutoMidStream(t *testing.T) {
+	l := load(t, loader.Options{})
+	p := relaytest.Loopback{Options: relay.Options{WhenTalking: []relay.Sockets{l}}}.Path(t)
+	for round := range 10 {
+		var all sync.WaitGroup
+		for range 4 {
+			f := p.Connect(t)
+			var moved relay.Counters
+			f.Start(context.Background(), relay.Options{Counters: &moved})
+			all.Go(func() {
+				more := 300
+				begin := time.Now()
+				up, down, err := relaytest.Talk(f.Client, f.Server, []int64{1, 100, 2 << 10}[round%3], func() bool {
+					if moved.Datapath() == loader.Name {
+						more--
+					}
+					return more < 0 || time.Since(begin) > 20*time.Second
+				})
+				f.Client.Close()
+				f.Server.Close()
+				if r := f.Result(t); err != nil || r.Up != up || r.Down != down || r.Datapath != loader.Name || r.End != relay.EndEOF {
+					t.Errorf("%d bytes up, %d down, %v: %+v", up, down, err, r)
+				}
+			})
+		}
+		all.Wait()
+	}
+}
+
+// TestAutoCrowd: while more flows talk than the kernel has room for, it gets none of them, or few if this machine is so slow that not all do; when few do, it
+// gets those.
+func TestAutoCrowd(t *testing.T) {
+	l := load(t, loader.Options{})
+	p := relaytest.Loopback{Options: relay.Options{WhenTalking: []relay.Sockets{l}}}.Path(t)
+	var all sync.WaitGroup
+	var few atomic.Bool
+	talk := func(enough func(datapath string) bool) {
+		f := p.Connect(t)
+		var moved relay.Counters
+		f.Start(context.Background(), relay.Options{Counters: &moved})
+		all.Go(func() {
+			up, down, err := relaytest.Talk(f.Client, f.Server, 200, func() bool { return enough(moved.Datapath()) })
+			f.Client.Close()
+			f.Server.Close()
+			if r := f.Result(t); err != nil || r.Up != up || r.Down != down {
+				t.Errorf("%d bytes up, %d down, %v: %+v", up, down, err, r)
+			}
+		})
+	}
+	room := l.Room()
+	for range 2 * room {
+		talk(func(string) bool { return few.Load() })
+	}
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if n := l.Stats().Flows; n >= room {
+			t.Errorf("%d flows were taken out of a crowd", n)
+			break
+		}
+	}
+	var taken atomic.Bool
+	begin := time.Now()
+	talk(func(datapath string) bool {
+		if time.Since(begin) > time.Second {
+			few.Store(true)
+		}
+		taken.Store(taken.Load() || datapath == loader.Name)
+		return taken.Load() || time.Since(begin) > 10*time.Second
+	})
+	all.Wait()
+	if !taken.Load() {
+		t.Error("the one that was left was not taken")
 	}
 }
 

@@ -42,10 +42,14 @@ func TestExpressExact(t *testing.T) {
 	}
 	for i := range 4 * len(targets) {
 		target := targets[i/4]
-		auto := [][]relay.Datapath{nil, {refuser{}, taker{}}, {socketRefuser{}, socketTaker{}}, {socketRefuser{}}}[i%4]
+		datapaths := [][]relay.Datapath{nil, {refuser{}, taker{}}, {socketRefuser{}, socketTaker{}}, {socketRefuser{}}}[i%4]
+		word := "userspace"
+		if datapaths != nil {
+			word = datapaths[0].Name()
+		}
 		for _, mode := range []string{"sni", "tcp"} {
 			addr := freeAddr(t)
-			d := startOptions(t, parse(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: %s, default: { forward: %q } } ]`, addr, mode, target)), Options{Auto: auto})
+			d := startOptions(t, parse(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: %s, default: { forward: %q, datapath: %s } } ]`, addr, mode, target, word)), Options{Datapaths: datapaths})
 			for _, c := range []struct {
 				name   string
 				pieces [][]byte
@@ -73,7 +77,7 @@ func TestExpressExact(t *testing.T) {
 				conn.SetReadDeadline(time.Now().Add(20 * time.Second))
 				got, err := io.ReadAll(conn)
 				if want := slices.Concat(greeting, sent); err != nil || !bytes.Equal(got, want) {
-					t.Errorf("%s %s %v, %s: %d bytes come back, want %d: %v", mode, target, auto, c.name, len(got), len(want), err)
+					t.Errorf("%s %s %v, %s: %d bytes come back, want %d: %v", mode, target, datapaths, c.name, len(got), len(want), err)
 				}
 			}
 			eventually(t, "nothing is left", func() bool { return d.flows.Len() == 0 && d.limiter.Total() == 0 })
@@ -84,7 +88,7 @@ func TestExpressExact(t *testing.T) {
 // taker is a datapath that keeps all promises: it is the relay itself.
 type taker struct{}
 
-func (taker) Name() string { return "taker" }
+func (taker) Name() string { return "sockmap" }
 
 func (taker) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (func() (int64, int64), error) {
 	relay.Run(ctx, down, up, relay.Options{Buffer: f.Buffer, Idle: f.Idle}, func(r relay.Result) { f.Ended(f.Up+r.Up, f.Down+r.Down, string(r.End), r.Err) })
@@ -102,6 +106,9 @@ type (
 	socketTaker   struct{ taker }
 	socketRefuser struct{ refuser }
 )
+
+func (socketTaker) Room() int   { return 0 }
+func (socketRefuser) Room() int { return 0 }
 
 func (s socketTaker) SpliceSockets(ctx context.Context, down, up int, f relay.Flow) (func() (int64, int64), error) {
 	var conns [2]*net.TCPConn

@@ -50,9 +50,10 @@ type Options struct {
 
 	// Datapaths are those that work on this machine; userspace is always
 	// there and is not listed. A flow that one refuses is offered to those
-	// behind it. Auto are those of them that `datapath: auto`
-	// tries, best first.
-	Datapaths, Auto []relay.Datapath
+	// behind it. Auto are those of them that `datapath: auto` offers
+	// flows to that talk, best first.
+	Datapaths []relay.Datapath
+	Auto      []relay.Sockets
 	// Missing says why a datapath that configuration may name is not there.
 	Missing map[string]string
 }

@@ -66,6 +66,7 @@ type rule struct {
 	asks        []string         // what else a request must satisfy, for people
 	hold        time.Duration    // how long a request waits for a node
 	datapaths   []relay.Datapath // to be tried before userspace, best first
+	whenTalking []relay.Sockets  // to be tried when a flow that is in userspace talks
 
 	http *vhost.Route // http(s) only
 
@@ -205,6 +206,10 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 		r.http.Guard, err = f.compileAccess(cfg, l.Name, r, a)
 		return r, err
 	}
+	if wanted == "auto" {
+		r.whenTalking = f.opts.Auto
+		return r, nil
+	}
 	var err error
 	if r.datapaths, err = f.chooseDatapaths(wanted); err != nil {
 		return nil, &config.Error{File: cfg.File, Pos: a.At("datapath"), Message: err.Error()}
@@ -227,13 +232,9 @@ func written(a *config.Action) string {
 // chooseDatapaths turns the config's word into what to try before userspace.
 // Naming a datapath that this machine can't offer is an error: whoever names
 // one wants to know. A flow that it refuses is offered to those behind it.
-// auto takes what there is.
 func (f *Front) chooseDatapaths(word string) ([]relay.Datapath, error) {
-	switch word {
-	case userspace:
+	if word == userspace {
 		return nil, nil
-	case "auto":
-		return f.opts.Auto, nil
 	}
 	for i, d := range f.opts.Datapaths {
 		if d.Name() == word {

@@ -138,7 +138,7 @@ func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, r
 	f.flows.Add(fl)
 	o := relay.Options{
 		Preface: preface, Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
-		Counters: counters, ID: in.id, Route: r.name, Datapaths: r.datapaths,
+		Counters: counters, ID: in.id, Route: r.name, Datapaths: r.datapaths, WhenTalking: r.whenTalking,
 		Refused: func(datapath string, reason error) {
 			f.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
 		},

@@ -37,10 +37,15 @@ type Datapath interface {
 	Splice(ctx context.Context, down, up *net.TCPConn, f Flow) (count func() (up, down int64), err error)
 }
 
-// Sockets is what a [Datapath] has besides if it can take bare sockets.
+// Sockets is a [Datapath] that can take bare sockets.
 type Sockets interface {
+	Datapath
+
 	// SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. A nil error: the datapath owns them.
 	SpliceSockets(ctx context.Context, down, up int, f Flow) (count func() (up, down int64), err error)
+
+	// Room is how many flows more it should have that talk, so that it moves their messages sooner than a process would. Cheap.
+	Room() int
 }
 
 // Health is what a [Datapath] has besides if it can say how it is, to be shown in `tailsplice status` and the metrics.
@@ -67,6 +72,9 @@ type Flow = struct {
 	// Idle ends the flow when no byte has moved either way for so long; 0 = never. Coarse: a
 	// flow may live up to 1/4 longer.
 	Idle time.Duration
+
+	// Talks: small messages go back and forth, right now.
+	Talks bool
 
 	// Ended reports that the flow is over and that both sockets are closed. end is the text of an
 	// [End]: "eof", "downstream_reset", "upstream_reset", "idle", "canceled" or "error"; err says

@@ -58,6 +58,8 @@ type flow struct {
 	late    time.Time   // when that is
 	settled bool        // no kernel datapath counts any more
 
+	talk talk // on a loop
+
 	tick  *time.Timer // nil while nobody looks for idleness
 	seen  int64       // bytes moved both ways, when they had last changed
 	since time.Time   // when that was seen

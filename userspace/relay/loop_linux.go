@@ -203,11 +203,47 @@ func (l *loop) pass(s *side, toEnd bool) (then func()) {
 		}
 		if n < len(buf) {
 			if full = 0; !toEnd {
+				if f.o.WhenTalking != nil && !dst.ended {
+					if talking := f.talk.says(s, n); talking > 0 {
+						return l.offerTalk(f, talking)
+					}
+				}
 				return nil
 			}
 		} else if full++; full >= fullReads {
 			return l.leave(f, f.resume)
 		}
+	}
+}
+
+// offerTalk takes f off the loop and offers it to who has room for all that talk, if anybody has. It is called with l.mu held.
+func (l *loop) offerTalk(f *flow, talking int) (then func()) {
+	var taker Sockets
+	for _, d := range f.o.WhenTalking {
+		if d.Room() >= talking {
+			taker = d
+			break
+		}
+	}
+	if taker == nil {
+		return nil
+	}
+	down, up := f.down.socket, f.up.socket
+	for _, s := range []*side{&f.down, &f.up} {
+		l.remove(s.socket)
+		s.socket = nil // a ctx that ends meanwhile is seen by who has the flow then
+	}
+	return func() {
+		f.disarm()
+		o := f.told(taker)
+		o.Talks = true
+		count, err := taker.SpliceSockets(f.ctx, down.fd, up.fd, o)
+		if f.offered(taker, count, err) {
+			talkers.gone()
+			return
+		}
+		f.talk.turns = -talkAgain
+		f.relayOn(down, up)
 	}
 }
 

@@ -3,10 +3,13 @@ package relay
 import "net"
 
 // canOffer reports whether a kernel datapath could have the flow.
-func (f *flow) canOffer() bool {
+func (f *flow) canOffer() bool { return f.isTCP() && len(f.o.Datapaths) > 0 }
+
+// isTCP: both conns are bare TCP.
+func (f *flow) isTCP() bool {
 	_, ok1 := f.down.conn.(*net.TCPConn)
 	_, ok2 := f.up.conn.(*net.TCPConn)
-	return ok1 && ok2 && len(f.o.Datapaths) > 0
+	return ok1 && ok2
 }
 
 // offer offers the flow to the kernel datapaths, and reports whether one of them has it.

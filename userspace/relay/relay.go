@@ -47,6 +47,10 @@ type Options struct {
 	// takes it has it. Only flows between two *net.TCPConn are offered.
 	Datapaths []Datapath
 
+	// WhenTalking are offered the flow, in this order, when it is found to talk: small messages go back and forth, quickly. Until then,
+	// and when they refuse, it is relayed here, and offered again later. Only flows between two TCP sockets, on Linux.
+	WhenTalking []Sockets
+
 	// Refused, when not nil, hears of each datapath that refuses the flow, or gives it back later.
 	// It may be called from any goroutine and must not block.
 	Refused func(datapath string, reason error)

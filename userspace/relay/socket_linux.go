@@ -201,6 +201,9 @@ func (f *flow) quicken() bool {
 		f.arm()
 		return false
 	}
+	if !f.isTCP() {
+		f.o.WhenTalking = nil
+	}
 	f.down.conn.Close() // out of Go's poller, which would wake for each message
 	f.up.conn.Close()
 	f.relayOn(down, up)

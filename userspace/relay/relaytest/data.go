@@ -89,6 +89,30 @@ func requestResponse(t *testing.T, p Path, s Size) {
 	must(t, <-done)
 }
 
+// Talk sends messages of up to most bytes back and forth, some of them crossing, until enough. It gives the bytes that went each way.
+func Talk(client, server net.Conn, most int64, enough func() bool) (up, down int64, err error) {
+	toServer, toClient := newStream(), newStream()
+	atServer, atClient := *toServer, *toClient
+	for i := int64(0); err == nil && !enough(); i++ {
+		n, m := 1+i*7919%most, 1+i*104729%most
+		up, down = up+n, down+m
+		ask := func() error { return toServer.send(client, n) }
+		hear := func() error { return atServer.receive(server, n) }
+		answer := func() error { return toClient.send(server, m) }
+		learn := func() error { return atClient.receive(client, m) }
+		steps := []func() error{ask, hear, answer, learn}
+		if i%5 == 4 {
+			steps = []func() error{answer, ask, hear, learn}
+		}
+		for _, step := range steps {
+			if err = step(); err != nil {
+				break
+			}
+		}
+	}
+	return up, down, err
+}
+
 // bulkAndQuiet changes between bursts, small messages and rests, both ways at once: whatever a datapath
 // does differently for bulk, it has to change over in the middle of a stream, many times.
 func bulkAndQuiet(t *testing.T, p Path, s Size) {

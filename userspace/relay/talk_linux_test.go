@@ -1,0 +1,105 @@
+package relay_test
+
+import (
+	"context"
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
+)
+
+// talkTaker takes bare sockets of flows that talk, or refuses them.
+type talkTaker struct {
+	taker
+	room    int
+	refuses bool
+	offered *atomic.Int32
+	begun   *atomic.Int64 // bytes that had been moved
+}
+
+func (d talkTaker) Room() int { return d.room }
+
+func (d talkTaker) SpliceSockets(ctx context.Context, down, up int, f relay.Flow) (func() (int64, int64), error) {
+	if !f.Talks {
+		panic("a flow is offered that does not talk")
+	}
+	d.offered.Add(1)
+	if d.refuses {
+		return nil, errRefused
+	}
+	d.begun.Store(f.Up + f.Down)
+	var conns [2]*net.TCPConn
+	for i, fd := range []int{down, up} {
+		file := os.NewFile(uintptr(fd), "")
+		c, err := net.FileConn(file)
+		if err != nil {
+			panic(err)
+		}
+		file.Close()
+		conns[i] = c.(*net.TCPConn)
+	}
+	return d.Splice(ctx, conns[0], conns[1], f)
+}
+
+// TestWhenTalking: who wants flows that talk is offered one that does, when there is room, and again when it was refused. No byte is lost or counted twice.
+func TestWhenTalking(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		taker  talkTaker
+		most   int64
+		taken  bool
+		offers int32
+	}{
+		{"taken", talkTaker{room: 1}, 2 << 10, true, 1},
+		{"no room", talkTaker{room: 0}, 2 << 10, false, 0},
+		{"refused", talkTaker{room: 1, refuses: true}, 2 << 10, false, 2},
+		{"large messages", talkTaker{room: 1}, 100 << 10, false, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.taker.offered, c.taker.begun = new(atomic.Int32), new(atomic.Int64)
+			refused := 0
+			var moved relay.Counters
+			f := relaytest.Loopback{Options: relay.Options{
+				WhenTalking: []relay.Sockets{c.taker}, Refused: func(string, error) { refused++ }}}.Path(t).Connect(t)
+			f.Start(context.Background(), relay.Options{Counters: &moved})
+			defer f.Client.Close()
+			defer f.Server.Close()
+			begin, more := time.Now(), 1000 // more, after it was taken, too
+			up, down, err := relaytest.Talk(f.Client, f.Server, c.most, func() bool {
+				if time.Since(begin) > 2*time.Second || c.taken && c.taker.offered.Load() > 0 {
+					more--
+				}
+				return more < 0
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.Client.(*net.TCPConn).CloseWrite()
+			if _, err := io.Copy(io.Discard, f.Server); err != nil {
+				t.Error(err)
+			}
+			f.Server.(*net.TCPConn).CloseWrite()
+			r, want := f.Result(t), "userspace"
+			if c.taken {
+				want = "taker"
+			}
+			if u, d := moved.Load(); r.Up != up || r.Down != down || u != up || d != down || r.Datapath != want || r.End != relay.EndEOF {
+				t.Errorf("%d bytes up, %d down: %+v, and counted %d, %d", up, down, r, u, d)
+			}
+			if offers := c.taker.offered.Load(); offers < c.offers || c.offers < 2 && offers > c.offers {
+				t.Errorf("offered %d times, want %d", offers, c.offers)
+			}
+			if c.taker.refuses != (refused > 0) {
+				t.Errorf("%d refusals were told", refused)
+			}
+			if begun := c.taker.begun.Load(); c.taken && begun == 0 {
+				t.Error("taken before it had talked")
+			}
+		})
+	}
+}

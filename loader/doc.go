@@ -10,7 +10,7 @@
 // # How a direction works
 //
 // A flow begins outside of the sockmap, by splice(2), comes in when its sides talk with each other (outside_linux.go), and leaves
-// when it is busy (bulk_linux.go).
+// when it is busy (bulk_linux.go). One that talks already when it is given to Splice (Flow.Talks) begins inside; room_linux.go says how many of those are good.
 //
 // In there, the verdict (bpf/splice.bpf.c) redirects each skb to the peer while the peer's send buffer takes it,
 // and else leaves it in the source's queue, which closes the source's window, and says so through a ring.

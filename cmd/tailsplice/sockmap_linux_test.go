@@ -32,14 +32,16 @@ func TestSockmapAgrees(t *testing.T) {
 	} else if !root {
 		t.Skip("needs root")
 	}
-	t.Run("sockmap", func(t *testing.T) { testAgrees(t, "sockmap", listen(t, "127.0.0.1:0")) })
+	t.Run("sockmap", func(t *testing.T) { testAgrees(t, "sockmap", "sockmap", listen(t, "127.0.0.1:0")) })
+	t.Run("auto", func(t *testing.T) { testAgrees(t, "auto", "sockmap", listen(t, "127.0.0.1:0")) })
 	t.Run("sk_msg", func(t *testing.T) {
 		server, _ := cgroup.Listen(t, "tcp4")
-		testAgrees(t, "sk_msg", server)
+		testAgrees(t, "sk_msg", "sk_msg", server)
 	})
 }
 
-func testAgrees(t *testing.T, datapath string, server net.Listener) {
+// testAgrees has a flow of a route whose configuration says word, until datapath has it.
+func testAgrees(t *testing.T, word, datapath string, server net.Listener) {
 	// Addresses of which nobody's outgoing connection takes the ports between here and the daemon's start.
 	at, metrics := listen(t, "127.0.0.77:0"), listen(t, "127.0.0.77:0")
 	dir, err := os.MkdirTemp("", "ts-cli-")
@@ -50,7 +52,7 @@ func testAgrees(t *testing.T, datapath string, server net.Listener) {
 listeners:
   - { name: web, listen: [%q], mode: sni, default: { forward: %q, datapath: %s } }
 control: { socket: %q, metrics: %q }
-`, at.Addr(), server.Addr(), datapath, control, metrics.Addr()), 0o600))
+`, at.Addr(), server.Addr(), word, control, metrics.Addr()), 0o600))
 	at.Close()
 	metrics.Close()
 
@@ -79,12 +81,24 @@ control: { socket: %q, metrics: %q }
 	var f flow.Snapshot
 	var up, down []byte
 	defer func() { client.Close(); upstream.Close() }()
+	say := func(from, to net.Conn, heard *[]byte, n int) {
+		data, sent := noise(n), make(chan error, 1)
+		go func() { _, err := from.Write(data); sent <- err }()
+		arrives(t, to, data)
+		check(t, <-sent)
+		*heard = append(*heard, data...)
+	}
 	wait(t, "a flow is spliced", func() error { // the first to a target is never past TCP, it is how the target becomes known
 		if client != nil {
 			client.Close()
 			upstream.Close()
 		}
 		client, upstream, up = connect(t, at.Addr(), server)
+		down = nil
+		for end := time.Now().Add(time.Second); word == "auto" && time.Now().Before(end); {
+			say(client, upstream, &up, 100)
+			say(upstream, client, &down, 100)
+		}
 		var all []flow.Snapshot
 		if err := read(&all, "flows"); err != nil {
 			return err
@@ -95,13 +109,6 @@ control: { socket: %q, metrics: %q }
 		f = all[0]
 		return nil
 	})
-	say := func(from, to net.Conn, heard *[]byte, n int) {
-		data, sent := noise(n), make(chan error, 1)
-		go func() { _, err := from.Write(data); sent <- err }()
-		arrives(t, to, data)
-		check(t, <-sent)
-		*heard = append(*heard, data...)
-	}
 	say(upstream, client, &down, 100)
 	wait(t, "bpftool sees what was moved outside of the sockmap", func() error { // within a second
 		if e := pinned(t, f.ID); e.Up.Bytes != int64(len(up)) || e.Down.Bytes != int64(len(down)) {

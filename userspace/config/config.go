@@ -11,7 +11,7 @@ import (
 type Config struct {
 	Section
 	Node      string     `yaml:"node" kind:"label" doc:"How this hop names itself in logs, headers and error pages. Default: the host name."`
-	Datapath  string     `yaml:"datapath" enum:"auto tc sockmap userspace" default:"auto" doc:"How the bytes of flows move. auto picks what the benchmark found best, in this version userspace. sk_msg is for routes only. One that is named and not there keeps the daemon from starting."`
+	Datapath  string     `yaml:"datapath" enum:"auto tc sockmap userspace" default:"auto" doc:"How the bytes of flows move. auto begins in userspace, and gives flows to sockmap that send small messages back and forth, while few do: that is faster then. sk_msg is for routes only. One that is named and not there keeps the daemon from starting."`
 	Listeners []Listener `yaml:"listeners" required:"true" nonempty:"true" noun:"a listener" doc:"Where the daemon accepts connections, and where it sends them."`
 	Limits    Limits     `yaml:"limits" noun:"limits" doc:"Bounds on what strangers can make the daemon spend."`
 	AccessLog *AccessLog `yaml:"access_log" noun:"access_log" doc:"Where the requests of all http and https listeners are written down that say nothing else. Default: only the daemon's own log has them."`

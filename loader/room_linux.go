@@ -14,7 +14,7 @@ func (l *Loader) Room() int {
 	if l.counts.isOff() {
 		return 0
 	}
-	return talkersOf*runtime.NumCPU() - int(l.inside.Load()-l.resting.Load())
+	return talkersOf*runtime.NumCPU() - int(max(l.inside.Load()-l.resting.Load(), 0)) // the sweeper may know of some that have ended since
 }
 
 // setOutside is for a flow that goes in or out, under outsideMu.

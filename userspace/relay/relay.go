@@ -5,9 +5,10 @@
 // relaytest holds the table of cases that all of them pass.
 //
 // On Linux, between TCP and unix sockets, a flow begins on a loop, one goroutine with an epoll for many flows, where small
-// messages are one read and one write, and a flow that talks may be given to the kernel (Options.WhenTalking). A flow with more to move, or one that breaks, leaves it for two pumps, for good: there bulk
-// goes through a pipe with splice(2). A direction that waits for bytes holds neither a buffer nor a pipe, and
-// pumps that have been quiet for a while have no goroutine either: one epoll for all of them waits.
+// messages are one read and one write. One that talks may be given to the kernel from there (Options.WhenTalking). A flow with
+// more to move, or one that breaks, leaves it for two pumps, for good: there bulk goes through a pipe with splice(2). A direction
+// that waits for bytes holds neither a buffer nor a pipe, and pumps that have been quiet for a while have no goroutine either: one
+// epoll for all of them waits.
 package relay
 
 import (

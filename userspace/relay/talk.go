@@ -79,6 +79,5 @@ func (c *talkerCount) count(t *talk, at time.Time) int {
 func (c *talkerCount) gone() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.now--
-	c.last--
+	c.now, c.last = max(c.now-1, 0), max(c.last-1, 0)
 }

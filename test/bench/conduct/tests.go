@@ -105,6 +105,7 @@ func tests(maxFlows int, quick bool) []*test {
 	list = append(list,
 		idle("idle_bytes", n, 1, test{quick: true, fixed: 2500 * time.Millisecond * time.Duration(n) / 10_000}),
 		requests("c256", 256, 200, test{}),
+		requests("c4", 4, 200, test{}),
 		https("c32", 32, test{quick: true}),
 		bulk("loss1_down", agent.Down, bulkFlows, test{duration: time.Second, loss: 0.01}),
 		bulk("loss1_up", agent.Up, bulkFlows, test{duration: time.Second, loss: 0.01}),

@@ -2,11 +2,11 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/userspace/config"
@@ -26,52 +26,87 @@ var (
 // talked. They cost 1.4 KB each from the start.
 const autoFlows = 2048
 
-// loadDatapaths brings up the kernel datapaths that cfg asks for, and says in
-// Missing why another is not there. The caller closes them.
-func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) (o front.Options, closeAll func()) {
-	o.Missing = map[string]string{}
+// datapaths are the kernel's, for one daemon.
+type datapaths struct {
+	options front.Options // what the configuration names, and works; Missing says why another is not there
+	load    func() (*loader.Loader, error)
+	loader  *loader.Loader // nil: none
+	log     *slog.Logger
+	busy    sync.WaitGroup
+}
+
+// loadDatapaths brings up the kernel datapaths that cfg names. The caller closes them.
+func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapaths {
 	const unasked = "no configuration asked for it at start: it is loaded when the daemon is started again"
-	local, named, auto := asksFor(cfg, loader.LocalName), asksFor(cfg, loader.Name), asksFor(cfg, "auto")
-	if !local {
-		o.Missing[loader.LocalName] = unasked
-	}
-	if !local && !named && !auto {
-		o.Missing[loader.Name] = unasked
-		return o, func() {}
-	}
-	flows := cfg.Limits.Connections
+	p := &datapaths{log: log, options: front.Options{Missing: map[string]string{loader.Name: unasked, loader.LocalName: unasked}}}
+	local, named := asksFor(cfg, loader.LocalName), asksFor(cfg, loader.Name)
+	o := loader.Options{Instance: instance(cfg), MaxFlows: cfg.Limits.Connections, Local: local, KnownBad: knownBad, Log: log}
 	if !local && !named {
-		flows = min(flows, autoFlows)
+		if asksFor(cfg, "auto") {
+			o.MaxFlows = min(o.MaxFlows, autoFlows)
+			p.load = func() (*loader.Loader, error) { return loader.New(o) }
+		}
+		return p
 	}
-	l, err := loader.New(loader.Options{Instance: instance(cfg), MaxFlows: flows, Local: local, KnownBad: knownBad, Log: log})
-	if err != nil {
-		reason := err.Error()
-		if errors.Is(err, loader.ErrKnownBad) {
-			reason += " (--allow-known-bad-kernel overrides)"
-		}
-		o.Missing[loader.Name] = reason
+	var err error
+	if p.loader, err = loader.New(o); err != nil {
+		reason := lack(err)
+		p.options.Missing[loader.Name] = reason
 		if local {
-			o.Missing[loader.LocalName] = "it needs sockmap: " + reason
+			p.options.Missing[loader.LocalName] = "it needs sockmap: " + reason
 		}
-		level, what := slog.LevelWarn, "datapath sockmap is not available: `tailsplice doctor` says more"
-		if !local && !named {
-			level, what = slog.LevelInfo, "all flows go through userspace, since datapath sockmap is not available: `tailsplice doctor` says more"
-		}
-		log.Log(context.Background(), level, what, "reason", reason)
-		return o, func() {}
+		log.Warn("datapath sockmap is not available: `tailsplice doctor` says more", "reason", reason)
+		return p
 	}
 	if local {
-		if n, err := l.Local(); err != nil {
-			o.Missing[loader.LocalName] = err.Error()
+		if n, err := p.loader.Local(); err != nil {
+			p.options.Missing[loader.LocalName] = err.Error()
 		} else {
-			o.Datapaths = append(o.Datapaths, n)
+			p.options.Datapaths = append(p.options.Datapaths, n)
+			delete(p.options.Missing, loader.LocalName)
 		}
 	}
-	o.Datapaths, o.Auto = append(o.Datapaths, l), []relay.Sockets{l}
-	return o, func() {
-		if err := l.Close(); err != nil {
-			log.Warn("unload the sockmap datapath", "err", err)
+	p.options.Datapaths = append(p.options.Datapaths, p.loader)
+	delete(p.options.Missing, loader.Name)
+	return p
+}
+
+// offer lets f give flows of auto to the kernel. What is needed for nothing else is loaded only now, while connections are accepted.
+func (p *datapaths) offer(f *front.Front) {
+	if p.loader != nil {
+		f.Offer(p.loader)
+	}
+	if p.load == nil {
+		return
+	}
+	p.busy.Go(func() {
+		l, err := p.load()
+		if err != nil {
+			f.Lacks(loader.Name, lack(err))
+			p.log.Info("all flows go through userspace, since datapath sockmap is not available: `tailsplice doctor` says more", "reason", lack(err))
+			return
 		}
+		p.loader = l
+		f.Lacks(loader.Name, "it was loaded for auto only: start the daemon again to have it for other flows")
+		f.Offer(l)
+	})
+}
+
+func lack(err error) string {
+	if errors.Is(err, loader.ErrKnownBad) {
+		return err.Error() + " (--allow-known-bad-kernel overrides)"
+	}
+	return err.Error()
+}
+
+// close comes after all flows have ended.
+func (p *datapaths) close() {
+	p.busy.Wait()
+	if p.loader == nil {
+		return
+	}
+	if err := p.loader.Close(); err != nil {
+		p.log.Warn("unload the sockmap datapath", "err", err)
 	}
 }
 

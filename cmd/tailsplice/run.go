@@ -103,14 +103,15 @@ func run(ctx context.Context, o runOptions) error {
 		defer metricsListener.Close()
 	}
 
-	options, closeDatapaths := loadDatapaths(cfg, o.knownBad, log)
-	defer closeDatapaths()
-	options.Log, options.Version = log, version()
-	f, err := front.New(cfg, options)
+	datapaths := loadDatapaths(cfg, o.knownBad, log)
+	defer datapaths.close()
+	datapaths.options.Log, datapaths.options.Version = log, version()
+	f, err := front.New(cfg, datapaths.options)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	datapaths.offer(f)
 
 	reload := func() ([]string, error) {
 		daemon.SdNotify(false, daemon.SdNotifyReloading)

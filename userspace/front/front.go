@@ -22,6 +22,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"net/netip"
 	"strings"
@@ -50,10 +51,8 @@ type Options struct {
 
 	// Datapaths are those that work on this machine; userspace is always
 	// there and is not listed. A flow that one refuses is offered to those
-	// behind it. Auto are those of them that `datapath: auto` offers
-	// flows to that talk, best first.
+	// behind it. For `datapath: auto` see Front.Offer.
 	Datapaths []relay.Datapath
-	Auto      []relay.Sockets
 	// Missing says why a datapath that configuration may name is not there.
 	Missing map[string]string
 }
@@ -95,11 +94,13 @@ type Front struct {
 	labels    *labelRoutes
 	closed    bool
 
+	missing      map[string]string         // Options.Missing, as it is now
 	logs         map[string]*accesslog.Log // open access logs, by format and file
 	tailnetAddrs []netip.Addr              // this node's, as last known
 	bindErr      error                     // of tailnet addresses, while they wait
 	wayErr       error                     // why there is no way though a route wants it
 
+	auto     atomic.Pointer[[]relay.Sockets] // that Offer gave
 	nodeName atomic.Pointer[string]
 	held     atomic.Int64 // requests that wait for a node: see hold.go
 }
@@ -109,16 +110,15 @@ type Front struct {
 // a listener from working is an error, and nothing is left running.
 func New(cfg *config.Config, opts Options) (*Front, error) {
 	f := &Front{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
-		listeners: map[string]*listener{}, sockets: map[string]*socket{},
+		listeners: map[string]*listener{}, sockets: map[string]*socket{}, missing: map[string]string{},
 		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}, tailnetMoved: make(chan struct{}, 1),
 		labelsMoved: make(chan struct{}, 1), labels: newLabelRoutes(nil)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.metrics = metrics.New(opts.Version, f.flows.Len)
 	for _, d := range opts.Datapaths {
-		if h, ok := d.(relay.Health); ok {
-			f.metrics.Watch(d.Name(), h.Health)
-		}
+		f.watchHealth(d)
 	}
+	maps.Copy(f.missing, opts.Missing)
 	f.tailnet = tailnet.New("", opts.Log)
 	f.containers = container.New("", opts.Log)
 	f.acme = acme.New(opts.Log)

@@ -66,7 +66,7 @@ type rule struct {
 	asks        []string         // what else a request must satisfy, for people
 	hold        time.Duration    // how long a request waits for a node
 	datapaths   []relay.Datapath // to be tried before userspace, best first
-	whenTalking []relay.Sockets  // to be tried when a flow that is in userspace talks
+	auto        bool             // flows that talk are offered: see Front.Offer
 
 	http *vhost.Route // http(s) only
 
@@ -207,7 +207,7 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 		return r, err
 	}
 	if wanted == "auto" {
-		r.whenTalking = f.opts.Auto
+		r.auto = true
 		return r, nil
 	}
 	var err error
@@ -241,7 +241,7 @@ func (f *Front) chooseDatapaths(word string) ([]relay.Datapath, error) {
 			return f.opts.Datapaths[i:], nil
 		}
 	}
-	reason := f.opts.Missing[word]
+	reason := f.missing[word]
 	if reason == "" {
 		reason = "this version does not have it"
 	}

@@ -138,10 +138,13 @@ func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, r
 	f.flows.Add(fl)
 	o := relay.Options{
 		Preface: preface, Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
-		Counters: counters, ID: in.id, Route: r.name, Datapaths: r.datapaths, WhenTalking: r.whenTalking,
+		Counters: counters, ID: in.id, Route: r.name, Datapaths: r.datapaths,
 		Refused: func(datapath string, reason error) {
 			f.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
 		},
+	}
+	if auto := f.auto.Load(); r.auto && auto != nil {
+		o.WhenTalking = *auto
 	}
 	return o, func(res relay.Result) {
 		f.flows.Remove(fl)

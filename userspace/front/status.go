@@ -83,7 +83,9 @@ func (f *Front) Status() Status {
 	if err := errors.Join(f.bindErr, f.wayErr); err != nil {
 		s.Problem = err.Error()
 	}
-	for _, d := range f.opts.Datapaths {
+	there := map[string]bool{}
+	for _, d := range f.datapaths() {
+		there[d.Name()] = true
 		ds := DatapathStatus{Name: d.Name(), Available: true}
 		if h, ok := d.(relay.Health); ok {
 			ds.Reason, ds.Stalls = h.Health()
@@ -93,8 +95,10 @@ func (f *Front) Status() Status {
 		s.Datapaths = append(s.Datapaths, ds)
 	}
 	s.Datapaths = append(s.Datapaths, DatapathStatus{Name: "userspace", Available: true})
-	for name, why := range f.opts.Missing {
-		s.Datapaths = append(s.Datapaths, DatapathStatus{Name: name, Reason: why})
+	for name, why := range f.missing {
+		if !there[name] {
+			s.Datapaths = append(s.Datapaths, DatapathStatus{Name: name, Reason: why})
+		}
 	}
 	slices.SortStableFunc(s.Datapaths, func(a, b DatapathStatus) int { return strings.Compare(a.Name, b.Name) })
 	for i := range f.cfg.Listeners {

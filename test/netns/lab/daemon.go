@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -58,14 +59,20 @@ func (h *Host) StartTailsplice(ctx context.Context, bin, config string) (*Daemon
 
 func daemonArgs(bin string) []string { return []string{bin, "run", "--config", ConfigFile} }
 
-// WaitReady waits until the daemon accepts on its control socket.
+// WaitReady waits until the daemon answers on its control socket, which is when it listens.
 func (d *Daemon) WaitReady(ctx context.Context) error {
 	socket := filepath.Join(d.Host.Dir, ControlSocket)
 	return d.waitFor(ctx, "ready", func() error {
 		c, err := net.Dial("unix", socket)
-		if err == nil {
-			c.Close()
+		if err != nil {
+			return err
 		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := io.WriteString(c, "GET /v1/status HTTP/1.0\r\n\r\n"); err != nil {
+			return err
+		}
+		_, err = io.ReadFull(c, make([]byte, 1))
 		return err
 	})
 }

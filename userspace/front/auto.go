@@ -1,0 +1,51 @@
+package front
+
+import (
+	"slices"
+
+	"github.com/tailsplice/tailsplice/userspace/relay"
+)
+
+// Offer makes d one that flows of `datapath: auto` are offered to from now on
+// when they talk, behind those that were given before. Safe for concurrent
+// use. d must not be closed before the Front.
+func (f *Front) Offer(d relay.Sockets) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !slices.Contains(f.datapaths(), relay.Datapath(d)) {
+		f.watchHealth(d)
+	}
+	var auto []relay.Sockets
+	if old := f.auto.Load(); old != nil {
+		auto = slices.Clone(*old)
+	}
+	auto = append(auto, d)
+	f.auto.Store(&auto)
+}
+
+// Lacks says why a datapath can't be had by its name. Safe for concurrent use.
+func (f *Front) Lacks(name, why string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.missing[name] = why
+}
+
+// datapaths are those that work: named ones, and those for auto.
+func (f *Front) datapaths() []relay.Datapath {
+	all := slices.Clone(f.opts.Datapaths)
+	if auto := f.auto.Load(); auto != nil {
+		for _, d := range *auto {
+			if !slices.Contains(all, relay.Datapath(d)) {
+				all = append(all, d)
+			}
+		}
+	}
+	return all
+}
+
+// watchHealth shows d in the metrics.
+func (f *Front) watchHealth(d relay.Datapath) {
+	if h, ok := d.(relay.Health); ok {
+		f.metrics.Watch(d.Name(), h.Health)
+	}
+}

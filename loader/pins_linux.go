@@ -37,7 +37,7 @@ func claimPins(bpffs, instance string) (*pins, error) {
 		return nil, fmt.Errorf("open the folder for pinned maps: %w", err)
 	}
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		err = fmt.Errorf("%s belongs to another daemon that runs; give this one another instance name", dir)
+		err = fmt.Errorf("%s belongs to another daemon that runs; give this one another instance name: it comes from control.socket", dir)
 		return nil, errors.Join(err, lock.Close())
 	}
 	p := &pins{dir: dir, lock: lock}

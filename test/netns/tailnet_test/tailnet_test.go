@@ -246,6 +246,10 @@ func TestTailnet(t *testing.T) {
 		})
 		n.Name = "laptop.tn.example."
 		control.UpdateNode(n)
+		within(t, 1500*time.Millisecond, func() error { // for those who dial it next
+			_, err := tailnet.New(w.Home.Node.Socket, nil).Resolve(t.Context(), "laptop")
+			return err
+		})
 	})
 
 	t.Run("dial", func(t *testing.T) {

@@ -39,7 +39,7 @@ type datapaths struct {
 func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapaths {
 	const unasked = "no configuration asked for it at start: it is loaded when the daemon is started again"
 	p := &datapaths{log: log, options: front.Options{Missing: map[string]string{loader.Name: unasked, loader.LocalName: unasked}}}
-	local, named := asksFor(cfg, loader.LocalName), asksFor(cfg, loader.Name)
+	local, named := asksFor(cfg, loader.LocalName), cfg.Datapath == loader.Name || asksFor(cfg, loader.Name)
 	o := loader.Options{Instance: instance(cfg), MaxFlows: cfg.Limits.Connections, Local: local, KnownBad: knownBad, Log: log}
 	if !local && !named {
 		if asksFor(cfg, "auto") {

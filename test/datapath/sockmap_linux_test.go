@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -133,7 +134,10 @@ func TestAutoCrowd(t *testing.T) {
 			}
 		})
 	}
-	room := l.Room()
+	room := 4 * runtime.NumCPU() // as docs/datapaths.md has it
+	if l.Room() != room {
+		t.Fatalf("there is room for %d flows, want %d", l.Room(), room)
+	}
 	for range 2 * room {
 		talk(func(string) bool { return few.Load() })
 	}

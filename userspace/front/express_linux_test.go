@@ -8,7 +8,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"os"
 	"slices"
 	"testing"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
 // TestExpressExact: whichever way a connection goes, and wherever it leaves the short one, each byte arrives once. To an address
@@ -111,17 +111,7 @@ func (socketTaker) Room() int   { return 0 }
 func (socketRefuser) Room() int { return 0 }
 
 func (s socketTaker) SpliceSockets(ctx context.Context, down, up int, f relay.Flow) (func() (int64, int64), error) {
-	var conns [2]*net.TCPConn
-	for i, fd := range []int{down, up} {
-		file := os.NewFile(uintptr(fd), "")
-		c, err := net.FileConn(file)
-		if err != nil {
-			panic(err)
-		}
-		file.Close()
-		conns[i] = c.(*net.TCPConn)
-	}
-	return s.Splice(ctx, conns[0], conns[1], f)
+	return s.Splice(ctx, relaytest.Conn(down), relaytest.Conn(up), f)
 }
 
 func (s socketRefuser) SpliceSockets(ctx context.Context, _, _ int, f relay.Flow) (func() (int64, int64), error) {

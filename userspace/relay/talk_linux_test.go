@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"net"
-	"os"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -33,38 +32,30 @@ func (d talkTaker) SpliceSockets(ctx context.Context, down, up int, f relay.Flow
 		return nil, errRefused
 	}
 	d.begun.Store(f.Up + f.Down)
-	var conns [2]*net.TCPConn
-	for i, fd := range []int{down, up} {
-		file := os.NewFile(uintptr(fd), "")
-		c, err := net.FileConn(file)
-		if err != nil {
-			panic(err)
-		}
-		file.Close()
-		conns[i] = c.(*net.TCPConn)
-	}
-	return d.Splice(ctx, conns[0], conns[1], f)
+	return d.Splice(ctx, relaytest.Conn(down), relaytest.Conn(up), f)
 }
 
 // TestWhenTalking: who wants flows that talk is offered one that does, when there is room, and again when it was refused. No byte is lost or counted twice.
 func TestWhenTalking(t *testing.T) {
 	for _, c := range []struct {
 		name   string
+		up     string
 		taker  talkTaker
 		most   int64
 		taken  bool
 		offers int32
 	}{
-		{"taken", talkTaker{room: 1}, 2 << 10, true, 1},
-		{"no room", talkTaker{room: 0}, 2 << 10, false, 0},
-		{"refused", talkTaker{room: 1, refuses: true}, 2 << 10, false, 2},
-		{"large messages", talkTaker{room: 1}, 100 << 10, false, 0},
+		{"taken", "tcp4", talkTaker{room: 1}, 2 << 10, true, 1},
+		{"no room", "tcp4", talkTaker{room: 0}, 2 << 10, false, 0},
+		{"refused", "tcp4", talkTaker{room: 1, refuses: true}, 2 << 10, false, 2},
+		{"a unix socket", "unix", talkTaker{room: 1}, 2 << 10, false, 0},
+		{"large messages", "tcp4", talkTaker{room: 1}, 100 << 10, false, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.taker.offered, c.taker.begun = new(atomic.Int32), new(atomic.Int64)
 			refused := 0
 			var moved relay.Counters
-			f := relaytest.Loopback{Options: relay.Options{
+			f := relaytest.Loopback{Up: c.up, Options: relay.Options{
 				WhenTalking: []relay.Sockets{c.taker}, Refused: func(string, error) { refused++ }}}.Path(t).Connect(t)
 			f.Start(context.Background(), relay.Options{Counters: &moved})
 			defer f.Client.Close()
@@ -83,7 +74,7 @@ func TestWhenTalking(t *testing.T) {
 			if _, err := io.Copy(io.Discard, f.Server); err != nil {
 				t.Error(err)
 			}
-			f.Server.(*net.TCPConn).CloseWrite()
+			f.Server.(interface{ CloseWrite() error }).CloseWrite()
 			r, want := f.Result(t), "userspace"
 			if c.taken {
 				want = "taker"

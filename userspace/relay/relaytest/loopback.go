@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -65,6 +66,17 @@ func (l Loopback) run(ctx context.Context, f *Flow, o relay.Options) {
 		u = l.WrapUp(u)
 	}
 	go relay.Run(ctx, d, u, all, func(r relay.Result) { f.result <- r })
+}
+
+// Conn makes a conn of a TCP socket, which it then is: for datapaths that take bare sockets.
+func Conn(fd int) *net.TCPConn {
+	file := os.NewFile(uintptr(fd), "socket")
+	defer file.Close()
+	c, err := net.FileConn(file)
+	if err != nil {
+		panic(err)
+	}
+	return c.(*net.TCPConn)
 }
 
 // pairs makes connected pairs of sockets.

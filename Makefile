@@ -13,7 +13,7 @@ VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo 
 LAB         := test/netns
 # So has the benchmark: see `make bench`.
 BENCHDIR    := test/bench
-TESTFLAGS   ?=
+export TESTFLAGS ?=
 # go.mod names the Go version; an older go fetches that one by itself.
 export GOTOOLCHAIN ?= auto
 
@@ -31,18 +31,18 @@ build: ## Build the daemon into build/tailsplice
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.buildVersion=$(VERSION)" -o $(BUILD)/tailsplice ./cmd/tailsplice
 
 .PHONY: test
-test: provision test-unit test-lab ## Run all tests (root runs those in namespaces and on a real tailnet too)
+test: provision ## Run all tests (root runs those in namespaces and on a real tailnet too)
+	GOOS=darwin go build ./...
+	@scripts/test unit lab bench
 
-# One package at a time: some measure CPU and memory, and all would disturb each other's timing.
 .PHONY: test-unit
 test-unit: ## Unit tests with the race detector, and the build for other systems
-	go test -race -p 1 -timeout 15m $(TESTFLAGS) ./...
 	GOOS=darwin go build ./...
+	@scripts/test unit
 
 .PHONY: test-lab
 test-lab: ## The path over a real tailnet, in network namespaces (root)
-	cd $(LAB) && go test -timeout 25m -p 1 $(TESTFLAGS) ./...
-	cd $(BENCHDIR) && go test $(TESTFLAGS) ./...
+	@scripts/test lab bench
 
 .PHONY: test-kernels
 test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in QEMU (root, amd64; not a part of test; 15 minutes)

@@ -150,12 +150,19 @@ func (s socket) widen(n int) {
 	}
 }
 
-// hold keeps the verdict from what comes, until kick, or until a quarter of the receive buffer has come: a larger one would make the
-// kernel enlarge the buffer.
+// hold keeps the verdict from what comes, until kick, or until so much has come as a quarter of the receive buffer, or as the window may be. For
+// more, the kernel would enlarge the buffer, past net.ipv4.tcp_rmem too (tcp_set_rcvlowat): where segments are small, much of the
+// buffer is overhead, and little of it window.
 func (s socket) hold() {
-	if size, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVBUF); err == nil {
-		_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVLOWAT, size/4)
+	size, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVBUF)
+	if err != nil {
+		return
 	}
+	clamp, err := unix.GetsockoptInt(int(s), unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP)
+	if err != nil {
+		return
+	}
+	_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVLOWAT, min(size/4, clamp))
 }
 
 // kick makes the kernel look at what is queued: the verdict runs for it. A plain read would leave EPOLLIN stuck.

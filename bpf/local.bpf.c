@@ -31,6 +31,12 @@
  * If a redirect fails in part all the same (no memory), `out` is too large for good, and nothing is redirected any
  * more; userspace resets both sides when the bytes are still missing a while later.
  *
+ * # Slots
+ *
+ * Unlike the verdict, `back` and `catch` run under the lock of a socket that is not ours to close, so a flow may end while they
+ * are at it. Its slot is given to another flow only when a grace period of RCU is over since its process was taken out of
+ * `local_places`: whoever found the slot there has come to its end by then.
+ *
  * # Ends
  *
  * An end overtakes what the worker has not moved into the ingress queue, so userspace passes a FIN, or a reset, on
@@ -42,10 +48,11 @@
 #define WITH_LOCAL
 #include "splice.bpf.c"
 
-/* limits: each turns off one rule, for tests. */
+/* limits: each turns off one rule, for tests; window_ns makes `back` and `catch` wait between a look and what follows from it. */
 const volatile bool rule_local_order = true;
 const volatile bool rule_local_bound = true;
 const volatile bool rule_local_unread = true;
+const volatile __u32 window_ns = 0;
 
 /* maps */
 
@@ -242,6 +249,22 @@ static __always_inline bool takes(struct local *l, struct tcp_sock *process, __u
 	return !rule_local_bound || (__s64)size + (size >> 2) + SKB_OVERHEAD_BYTES + queued <= most;
 }
 
+static long is_over(__u32 i, void *end) { return bpf_ktime_get_ns() >= *(__u64 *)end; }
+
+/* How often somebody was in the window that window_ns makes. */
+__u32 windows = 0;
+
+static __always_inline void widen(void)
+{
+	__u64 end;
+
+	if (!window_ns)
+		return;
+	__sync_fetch_and_add(&windows, 1);
+	end = bpf_ktime_get_ns() + window_ns;
+	bpf_loop(1 << 23, is_over, &end, 0);
+}
+
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define from_network(x) __builtin_bswap32(x)
 #else
@@ -314,6 +337,7 @@ int back(struct sk_msg_md *msg)
 	l = bpf_map_lookup_elem(&local_flows, &slot);
 	if (!l || !l->on || l->process != cookie || !takes(l, process, size))
 		return SK_PASS;
+	widen();
 	if (bpf_msg_redirect_map(msg, &peers, half, 0) != SK_PASS)
 		return SK_PASS; /* downstream is gone: upstream will be told */
 	WRITE_ONCE(l->out, l->out + size);
@@ -367,7 +391,8 @@ int catch(struct bpf_sock_ops *ops)
 		return 1;
 	slot = at->half >> 1;
 	l = bpf_map_lookup_elem(&local_flows, &slot);
-	if (l && rule_local_unread && closes(ops, tcp) && sock_of(tcp)->sk_backlog.rmem_alloc.counter > 0) {
+	if (l && l->process == cookie && rule_local_unread && closes(ops, tcp) && sock_of(tcp)->sk_backlog.rmem_alloc.counter > 0) {
+		widen();
 		WRITE_ONCE(l->unread, 1);
 		tell(at->half | 1, EVENT_UNREAD);
 	}

@@ -148,7 +148,7 @@ func (f *flow) finish(end string, err error) {
 	}
 	f.process.release()
 	f.forget()
-	l.give(f.slot)
+	f.giveSlot()
 	if !f.outside {
 		l.inside.Add(-1)
 	}

@@ -81,6 +81,8 @@ const (
 	localVarUnusedEvent     = "unused_event"
 	localVarUnusedKind      = "unused_kind"
 	localVarUnusedLeaving   = "unused_leaving"
+	localVarWindowNs        = "window_ns"
+	localVarWindows         = "windows"
 )
 
 // loadLocal returns the embedded CollectionSpec for local.
@@ -166,6 +168,8 @@ type localVariableSpecs struct {
 	UnusedEvent     *ebpf.VariableSpec `ebpf:"unused_event"`
 	UnusedKind      *ebpf.VariableSpec `ebpf:"unused_kind"`
 	UnusedLeaving   *ebpf.VariableSpec `ebpf:"unused_leaving"`
+	WindowNs        *ebpf.VariableSpec `ebpf:"window_ns"`
+	Windows         *ebpf.VariableSpec `ebpf:"windows"`
 }
 
 // localObjects contains all objects after they have been loaded into the kernel.
@@ -236,6 +240,8 @@ type localVariables struct {
 	UnusedEvent     *ebpf.Variable `ebpf:"unused_event"`
 	UnusedKind      *ebpf.Variable `ebpf:"unused_kind"`
 	UnusedLeaving   *ebpf.Variable `ebpf:"unused_leaving"`
+	WindowNs        *ebpf.Variable `ebpf:"window_ns"`
+	Windows         *ebpf.Variable `ebpf:"windows"`
 }
 
 // localPrograms contains all programs after they have been loaded into the kernel.

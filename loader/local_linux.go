@@ -29,6 +29,7 @@ type Local struct {
 	memory  []byte       // the local_flows map
 	flows   []localLocal // the same
 	targets targets
+	graces  graces
 	counts  counts
 	proof   []Finding
 }
@@ -38,9 +39,12 @@ type localRules struct {
 	order, bound, unread bool // in BPF
 	drain                bool // into TCP, and that is an end too, only after what was redirected has reached the process's queue
 	pair                 bool // the two sockets have one connection's numbers
+	grace                bool // a slot is given to another flow only when no program is at work on the one before
+
+	window time.Duration // programs wait so long between a look at a flow and what follows from it
 }
 
-var allLocalRules = localRules{order: true, bound: true, unread: true, drain: true, pair: true}
+var allLocalRules = localRules{order: true, bound: true, unread: true, drain: true, pair: true, grace: true}
 
 var errCutShort = errors.New("a redirect from the process to downstream was cut short")
 
@@ -89,8 +93,10 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 		spec.Maps[name].MaxEntries = uint32(m * flows)
 	}
 	r := l.rules
-	for name, on := range map[string]bool{"rule_local_order": r.local.order, "rule_local_bound": r.local.bound, "rule_local_unread": r.local.unread} {
-		if err := spec.Variables[name].Set(on); err != nil {
+	for name, value := range map[string]any{
+		"rule_local_order": r.local.order, "rule_local_bound": r.local.bound, "rule_local_unread": r.local.unread, "window_ns": uint32(r.local.window),
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)
 		}
 	}
@@ -121,6 +127,9 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 			return nil, fmt.Errorf("pin map %s: %w", name, err)
 		}
 	}
+	if err := n.graces.init(); err != nil {
+		return nil, err
+	}
 	page := os.Getpagesize()
 	size := (flows*int(unsafe.Sizeof(localLocal{})) + page - 1) &^ (page - 1)
 	if n.memory, err = unix.Mmap(n.objects.LocalFlows.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
@@ -148,6 +157,7 @@ func (n *Local) close() error {
 		return nil
 	}
 	err := n.targets.close()
+	n.graces.close()
 	if n.memory != nil {
 		err = errors.Join(err, unix.Munmap(n.memory))
 		n.memory, n.flows = nil, nil
@@ -236,7 +246,6 @@ func (p *process) release() {
 	}
 	p.stop()
 	_ = p.local.objects.LocalPlaces.Delete(p.cookie)
-	*p.shared() = localLocal{}
 	p.there.Store(false)
 }
 

@@ -201,15 +201,20 @@ func (l *Loader) onlyFlow(t testing.TB) *flow {
 // becomeLocal makes flows to the listener until one goes past TCP, which is the only one left.
 func becomeLocal(t testing.TB, n *Local, ln net.Listener) *path {
 	t.Helper()
+	network := "tcp4"
+	if addrPort(ln.Addr()).Addr().Is6() {
+		network = "tcp6"
+	}
 	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
 		p := &path{t: t, ended: make(chan result, 1)}
-		p.client, p.down = connect(t, "tcp4")
-		up, err := net.Dial("tcp4", ln.Addr().String())
+		p.client, p.down = connect(t, network)
+		up, err := net.Dial(network, ln.Addr().String())
 		must(t, err)
 		server, err := ln.Accept()
 		must(t, err)
 		p.up, p.server = up.(*net.TCPConn), server.(*net.TCPConn)
 		ctx, cancel := context.WithCancel(context.Background())
+		p.cancel = cancel
 		t.Cleanup(func() { cancel(); p.client.Close(); p.server.Close() })
 		p.count, err = n.Splice(ctx, p.down, p.up, Flow{ID: "local", Buffer: 1 << 20, Ended: func(up, down int64, end string, err error) { p.ended <- result{up, down, end, err} }})
 		if err == nil {
@@ -217,6 +222,8 @@ func becomeLocal(t testing.TB, n *Local, ln net.Listener) *path {
 		}
 		p.down.Close()
 		p.up.Close()
+		p.client.Close()
+		p.server.Close()
 		if time.Now().After(end) {
 			t.Fatalf("the target does not become local: %+v", n.Stats())
 		}

@@ -64,7 +64,7 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process 
 	if process != nil {
 		f.counts = &process.local.counts
 	}
-	undo := []func(){func() { l.give(slot) }}
+	undo := []func(){f.giveSlot}
 	back := func(why refusal) (func() (up, down int64), error) {
 		for i := len(undo) - 1; i >= 0; i-- {
 			undo[i]()

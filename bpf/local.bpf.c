@@ -122,15 +122,15 @@ static __always_inline void local_find(struct local_flow *l, __u32 half)
 
 static __always_inline struct sock *sock_of(struct tcp_sock *tcp) { return &tcp->inet_conn.icsk_inet.sk; }
 
-static __always_inline struct sk_psock *psock_of(struct tcp_sock *tcp)
+static __always_inline struct sk_psock *psock_of(struct sock *sk)
 {
-	return (void *)((__u64)sock_of(tcp)->sk_user_data & ~7ULL);
+	return (void *)((__u64)sk->sk_user_data & ~7ULL);
 }
 
-/* What waits for the process in its psock: LOCAL_BACKLOG, LOCAL_QUEUE. */
-static __always_inline __u32 waits(struct tcp_sock *tcp)
+/* What waits in a socket's psock: LOCAL_BACKLOG, LOCAL_QUEUE. */
+static __always_inline __u32 waits(struct sock *sk)
 {
-	struct sk_psock *psock = psock_of(tcp);
+	struct sk_psock *psock = psock_of(sk);
 	struct list_head *next = 0;
 	__u32 n = 0, answer = 0;
 
@@ -173,7 +173,7 @@ static __always_inline enum way local_way(struct local_flow *f, struct half *h, 
 	tcp = bpf_skc_to_tcp_sock(sk);
 	if (!tcp)
 		goto out;
-	waiting = waits(tcp) & LOCAL_BACKLOG;
+	waiting = waits(sock_of(tcp)) & LOCAL_BACKLOG;
 	if (!waiting)
 		l->settled = l->in;
 	if (waiting && rule_local_order)
@@ -296,7 +296,7 @@ static __always_inline bool closes(struct bpf_sock_ops *ops, struct tcp_sock *tc
 {
 	__u32 old = READ_ONCE(ops->args[0]), new = READ_ONCE(ops->args[1]);
 
-	if (sock_of(tcp)->sk_shutdown != SHUTDOWN_MASK || psock_of(tcp))
+	if (sock_of(tcp)->sk_shutdown != SHUTDOWN_MASK || psock_of(sock_of(tcp)))
 		return false;
 	if (new == TCP_FIN_WAIT1 || new == TCP_LAST_ACK)
 		return true;
@@ -415,7 +415,7 @@ int ask(struct __sk_buff *skb)
 		return 0;
 	process = bpf_skc_to_tcp_sock(sk);
 	if (process)
-		answer = LOCAL_THERE | waits(process);
+		answer = LOCAL_THERE | waits(sock_of(process));
 	down_sk = bpf_map_lookup_elem(&peers, &half);
 	down = down_sk ? bpf_skc_to_tcp_sock(down_sk) : 0;
 	up_sk = bpf_map_lookup_elem(&peers, &other);
@@ -436,4 +436,14 @@ int ask(struct __sk_buff *skb)
 		bpf_sk_release(down_sk);
 	bpf_sk_release(sk);
 	return answer;
+}
+
+/* Ends the read with EAGAIN at a socket in which bytes wait for its process. Reading the iterator runs it for each socket of a map like
+ * `locals`. */
+SEC("iter/sockmap")
+int unread(struct bpf_iter__sockmap *ctx)
+{
+	struct sock *sk = ctx->sk;
+
+	return sk && waits(sk) ? 1 : 0;
 }

@@ -68,6 +68,7 @@ const (
 	localProgBack           = "back"
 	localProgCatch          = "catch"
 	localProgSpliceLocal    = "splice_local"
+	localProgUnread         = "unread"
 	localVarRuleBound       = "rule_bound"
 	localVarRuleBrake       = "rule_brake"
 	localVarRuleCouple      = "rule_couple"
@@ -131,6 +132,7 @@ type localProgramSpecs struct {
 	Back        *ebpf.ProgramSpec `ebpf:"back"`
 	Catch       *ebpf.ProgramSpec `ebpf:"catch"`
 	SpliceLocal *ebpf.ProgramSpec `ebpf:"splice_local"`
+	Unread      *ebpf.ProgramSpec `ebpf:"unread"`
 }
 
 // localMapSpecs contains maps before they are loaded into the kernel.
@@ -252,6 +254,7 @@ type localPrograms struct {
 	Back        *ebpf.Program `ebpf:"back"`
 	Catch       *ebpf.Program `ebpf:"catch"`
 	SpliceLocal *ebpf.Program `ebpf:"splice_local"`
+	Unread      *ebpf.Program `ebpf:"unread"`
 }
 
 func (p *localPrograms) Close() error {
@@ -260,6 +263,7 @@ func (p *localPrograms) Close() error {
 		p.Back,
 		p.Catch,
 		p.SpliceLocal,
+		p.Unread,
 	)
 }
 

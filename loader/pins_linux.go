@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,10 +18,15 @@ const defaultBPFFS = "/sys/fs/bpf"
 type pins struct {
 	dir  string
 	lock *os.File
+
+	// Of maps that a daemon which has ended left for processes to read.
+	kept   bool
+	next   time.Time // look at them again then
+	unsure error     // why it is not known whether they have to be
 }
 
 // claimPins mounts the BPF file system if it isn't, makes the instance's folder, takes its lock, and
-// removes what an instance that died left in it.
+// removes what an instance that died left in it, but for bytes that a process has not read yet.
 func claimPins(bpffs, instance string) (*pins, error) {
 	if bpffs == "" {
 		bpffs = defaultBPFFS
@@ -41,7 +47,7 @@ func claimPins(bpffs, instance string) (*pins, error) {
 		return nil, errors.Join(err, lock.Close())
 	}
 	p := &pins{dir: dir, lock: lock}
-	if err := p.clear(); err != nil {
+	if err := p.clear(all); err != nil {
 		return nil, errors.Join(fmt.Errorf("remove what a dead daemon left: %w", err), lock.Close())
 	}
 	return p, nil
@@ -49,23 +55,41 @@ func claimPins(bpffs, instance string) (*pins, error) {
 
 func (p *pins) path(name string) string { return filepath.Join(p.dir, name) }
 
-func (p *pins) clear() error {
+// clear removes the pins that which is true for, and keeps those of maps with bytes that a process has not read yet.
+func (p *pins) clear(which func(name string) bool) error {
 	old, err := os.ReadDir(p.dir)
 	if err != nil {
 		return err
 	}
+	p.kept, p.unsure = false, nil
+	var errs []error
 	for _, e := range old {
-		if err := os.Remove(p.path(e.Name())); err != nil {
-			return err
+		name := e.Name()
+		if !which(name) {
+			continue
+		}
+		holds, err := p.holdsUnread(name)
+		if err != nil {
+			p.unsure = fmt.Errorf("%s may hold bytes that a process has not read yet, and stays: %w", p.path(name), err)
+		}
+		if holds {
+			p.kept = true
+			errs = append(errs, p.keep(name))
+		} else {
+			errs = append(errs, os.Remove(p.path(name)))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
+func all(string) bool { return true }
+
 func (p *pins) release() error {
-	err := p.clear()
-	// The lock is still held: nobody has pinned anything here since.
-	return errors.Join(err, os.Remove(p.dir), p.lock.Close())
+	err := p.clear(all)
+	if !p.kept { // the lock is still held: nobody has pinned anything here since
+		err = errors.Join(err, os.Remove(p.dir))
+	}
+	return errors.Join(err, p.unsure, p.lock.Close())
 }
 
 func mountBPFFS(at string) error {

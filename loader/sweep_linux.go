@@ -78,6 +78,9 @@ func (l *Loader) sweep(now time.Time) time.Duration {
 	}
 	l.resting.Store(resting)
 	l.local.sweep()
+	if err := l.pins.sweep(now); err != nil {
+		l.log.Warn("look at what an earlier daemon left for processes to read", "error", err)
+	}
 	return pause
 }
 

@@ -197,11 +197,24 @@ struct atomic {
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 struct sock_common;
+struct sock;
 
 /* The context of iter/tcp programs. */
 struct bpf_iter__tcp {
 	union {
 		struct sock_common *sk_common;
+	} __attribute__((aligned(8)));
+};
+
+struct bpf_map;
+
+/* The context of iter/sockmap programs. */
+struct bpf_iter__sockmap {
+	union {
+		struct bpf_map *map;
+	} __attribute__((aligned(8)));
+	union {
+		struct sock *sk; /* 0: no more of them */
 	} __attribute__((aligned(8)));
 };
 

@@ -13,6 +13,7 @@ enum {
 	EVENT_BYTES = 262144,   /* of the ring of events: 10,000 of them; a power of two */
 
 	MAX_TARGETS = 4096,     /* addresses of processes on this host that flows go to */
+	DOWNSTREAM_MAPS = 2,    /* sockmaps that the downstream of such a flow is in: peers and local_sources */
 
 	/* bpf_skb_adjust_room refuses more than 0xfff (net/core/filter.c). */
 	TRIM_BYTES_A_CALL = 4095,
@@ -150,7 +151,14 @@ struct local {
 	__u32 unread;     /* catch: the process closed its socket with bytes unread, which is a reset in TCP */
 	__u64 in;         /* verdict: bytes that were redirected to the process */
 	__u64 settled;    /* verdict: what `in` was when the worker was last seen to have moved all */
-	__u64 out;        /* back: bytes of the process that were redirected to downstream */
+	__u64 out;        /* back: bytes of the process that were redirected to downstream; ask takes away what was not written */
+};
+
+/* What `ask` is asked to do, beside to answer. */
+enum local_request {
+	LOCAL_LOOK,
+	LOCAL_BEGIN,  /* note where both streams are */
+	LOCAL_SETTLE, /* correct `out` */
 };
 
 /* What `ask` answers: a set of these. */
@@ -159,6 +167,7 @@ enum local_answer {
 	LOCAL_BACKLOG = 2,  /* bytes for it wait for the worker */
 	LOCAL_QUEUE = 4,    /* bytes wait for the process to read them */
 	LOCAL_PAIR = 8,     /* it is our upstream's other end */
+	LOCAL_SETTLED = 16, /* `out` was too large, and is right now */
 };
 
 #endif

@@ -26,10 +26,13 @@
  * returns. What it does not redirect goes by TCP to upstream, whose verdict or userspace writes it to downstream. So
  *  - past TCP only if downstream has been given every byte that the process ever sent, by either way:
  *    downstream.write_seq - base == out + (process.write_seq - base_local);
- *  - past TCP only if downstream's send buffer has room: else send() would fail with EAGAIN, and the process would
- *    wait for room in its own, which has some.
- * If a redirect fails in part all the same (no memory), `out` is too large for good, and nothing is redirected any
- * more; userspace resets both sides when the bytes are still missing a while later.
+ *  - past TCP only if downstream's send buffer has room, and TCP is not short of memory: else send() would fail with
+ *    EAGAIN, and the process would wait for room in its own, which has some.
+ * If a redirect fails in part all the same, send() has told the process how much of it was taken, so no byte is lost. But
+ * `out` is too large then, nothing is redirected any more, and whoever waits for what downstream was given
+ * waits for bytes that never come. When the way back has not moved for a while userspace has `out` corrected (LOCAL_SETTLE),
+ * from what downstream was given: while no redirect is at work (it holds a reference to downstream's
+ * psock), and nothing waits for the worker.
  *
  * # Slots
  *
@@ -110,6 +113,7 @@ struct {
 /* helpers */
 
 const enum local_answer *unused_answer __attribute__((unused));
+const enum local_request *unused_request __attribute__((unused));
 
 static __always_inline void local_find(struct local_flow *l, __u32 half)
 {
@@ -246,7 +250,43 @@ static __always_inline bool takes(struct local *l, struct tcp_sock *process, __u
 		return false;
 	if (rule_local_order && !all_in(l, seq, process))
 		return false;
+	if (short_of_memory(process)) /* one account for all of TCP */
+		return false;
 	return !rule_local_bound || (__s64)size + (size >> 2) + SKB_OVERHEAD_BYTES + queued <= most;
+}
+
+/* Takes from `out` what redirects did not write. by_tcp is what has come to downstream by the worker and by userspace, read
+ * before the last verdict on upstream was over. */
+static __always_inline __u32 settle(struct local *l, __u32 slot, __u32 by_tcp)
+{
+	__u32 half = 2 * slot, other = half + 1, seq, answer = 0;
+	struct half *h = bpf_map_lookup_elem(&halves, &other);
+	struct bpf_sock *sk;
+	struct sk_psock *psock;
+	struct tcp_sock *down;
+	__s32 over;
+	int refs;
+
+	if (!h)
+		return 0;
+	sk = bpf_map_lookup_elem(&peers, &half);
+	if (!sk)
+		return 0; /* the flow has ended */
+	down = bpf_skc_to_tcp_sock(sk);
+	if (!down || waits(sock_of(down)) & LOCAL_BACKLOG)
+		goto out;
+	psock = psock_of(sock_of(down));
+	if (bpf_probe_read_kernel(&refs, sizeof(refs), &psock->refcnt.refs.counter) || refs > DOWNSTREAM_MAPS)
+		goto out; /* a redirect is at work */
+	seq = READ_ONCE(down->write_seq);
+	over = (__u32)l->out - (seq - l->base - by_tcp);
+	if (over <= 0 || (__u32)(READ_ONCE(h->redirected) + READ_ONCE(h->consumed)) != by_tcp)
+		goto out;
+	WRITE_ONCE(l->out, l->out - over);
+	answer = LOCAL_SETTLED;
+out:
+	bpf_sk_release(sk);
+	return answer;
 }
 
 static long is_over(__u32 i, void *end) { return bpf_ktime_get_ns() >= *(__u64 *)end; }
@@ -399,7 +439,7 @@ int catch(struct bpf_sock_ops *ops)
 	return 1;
 }
 
-/* Tells userspace how the flow in slot cb[0] is; with cb[1] it also begins it. Run by BPF_PROG_TEST_RUN only. */
+/* Tells userspace how the flow in slot cb[0] is; cb[1] is the enum local_request. Run by BPF_PROG_TEST_RUN only. */
 SEC("tc")
 int ask(struct __sk_buff *skb)
 {
@@ -410,6 +450,8 @@ int ask(struct __sk_buff *skb)
 
 	if (!l)
 		return 0;
+	if (skb->cb[1] == LOCAL_SETTLE)
+		return settle(l, slot, skb->cb[2]);
 	sk = bpf_map_lookup_elem(&locals, &l->pair);
 	if (!sk)
 		return 0;
@@ -420,7 +462,7 @@ int ask(struct __sk_buff *skb)
 	down = down_sk ? bpf_skc_to_tcp_sock(down_sk) : 0;
 	up_sk = bpf_map_lookup_elem(&peers, &other);
 	up = up_sk ? bpf_skc_to_tcp_sock(up_sk) : 0;
-	if (process && down && up && skb->cb[1]) {
+	if (process && down && up && skb->cb[1] == LOCAL_BEGIN) {
 		/* All that upstream has read is in downstream: that is where both streams are. */
 		l->down = (__u64)down;
 		l->base = down->write_seq;

@@ -42,12 +42,7 @@ type flow struct {
 	over    atomic.Bool
 	broken  atomic.Pointer[breakage]
 
-	// The sweeper's.
-	moved  time.Time
-	seen   uint64
-	looked bool // for a stall, since something moved
-
-	// Likewise, where a half is outside.
+	// The sweeper's, where a half is outside.
 	checked time.Time
 	was     uint64 // what had moved then
 }

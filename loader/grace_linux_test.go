@@ -35,7 +35,7 @@ func TestLocalSlotGivenAgain(t *testing.T) {
 						_, err := first.client.Write([]byte("not read"))
 						must(t, err)
 						waitFor(t, func() bool {
-							answer, err := f.process.ask(0)
+							answer, err := f.process.ask(localLocalRequestLOCAL_LOOK, 0)
 							return answer&localLocalAnswerLOCAL_QUEUE != 0 && err == nil
 						}, "the bytes to reach the process's queue")
 					}

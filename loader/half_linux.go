@@ -56,7 +56,12 @@ type half struct {
 	bulk bulk
 
 	timed atomic.Bool // a timer will wake it
-	still uint64      // the sweeper's: what consumed was at its last look, and 1; 0: nothing was passed
+
+	// The sweeper's.
+	still  uint64    // what consumed was at its last look, and 1; 0: nothing was passed
+	seen   uint64    // what had moved
+	since  time.Time // when that was seen first
+	looked bool      // for a stall, since
 }
 
 func (h *half) init(f *flow, i uint32, read uint64) { h.f, h.i, h.read0 = f, i, read }

@@ -40,6 +40,15 @@ const (
 	localLocalAnswerLOCAL_BACKLOG localLocalAnswer = 2
 	localLocalAnswerLOCAL_QUEUE   localLocalAnswer = 4
 	localLocalAnswerLOCAL_PAIR    localLocalAnswer = 8
+	localLocalAnswerLOCAL_SETTLED localLocalAnswer = 16
+)
+
+type localLocalRequest uint32
+
+const (
+	localLocalRequestLOCAL_LOOK   localLocalRequest = 0
+	localLocalRequestLOCAL_BEGIN  localLocalRequest = 1
+	localLocalRequestLOCAL_SETTLE localLocalRequest = 2
 )
 
 type localPair struct {
@@ -82,6 +91,7 @@ const (
 	localVarUnusedEvent     = "unused_event"
 	localVarUnusedKind      = "unused_kind"
 	localVarUnusedLeaving   = "unused_leaving"
+	localVarUnusedRequest   = "unused_request"
 	localVarWindowNs        = "window_ns"
 	localVarWindows         = "windows"
 )
@@ -170,6 +180,7 @@ type localVariableSpecs struct {
 	UnusedEvent     *ebpf.VariableSpec `ebpf:"unused_event"`
 	UnusedKind      *ebpf.VariableSpec `ebpf:"unused_kind"`
 	UnusedLeaving   *ebpf.VariableSpec `ebpf:"unused_leaving"`
+	UnusedRequest   *ebpf.VariableSpec `ebpf:"unused_request"`
 	WindowNs        *ebpf.VariableSpec `ebpf:"window_ns"`
 	Windows         *ebpf.VariableSpec `ebpf:"windows"`
 }
@@ -242,6 +253,7 @@ type localVariables struct {
 	UnusedEvent     *ebpf.Variable `ebpf:"unused_event"`
 	UnusedKind      *ebpf.Variable `ebpf:"unused_kind"`
 	UnusedLeaving   *ebpf.Variable `ebpf:"unused_leaving"`
+	UnusedRequest   *ebpf.Variable `ebpf:"unused_request"`
 	WindowNs        *ebpf.Variable `ebpf:"window_ns"`
 	Windows         *ebpf.Variable `ebpf:"windows"`
 }

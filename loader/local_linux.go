@@ -40,13 +40,12 @@ type localRules struct {
 	drain                bool // into TCP, and that is an end too, only after what was redirected has reached the process's queue
 	pair                 bool // the two sockets have one connection's numbers
 	grace                bool // a slot is given to another flow only when no program is at work on the one before
+	settle               bool // what a redirect did not write is taken away from what it was to write
 
 	window time.Duration // programs wait so long between a look at a flow and what follows from it
 }
 
-var allLocalRules = localRules{order: true, bound: true, unread: true, drain: true, pair: true, grace: true}
-
-var errCutShort = errors.New("a redirect from the process to downstream was cut short")
+var allLocalRules = localRules{order: true, bound: true, unread: true, drain: true, pair: true, grace: true, settle: true}
 
 // Local gives the datapath for local targets, or says why this machine has none. It is part of the Loader, and is closed with it.
 func (l *Loader) Local() (*Local, error) {
@@ -191,6 +190,7 @@ type process struct {
 	there  atomic.Bool // slot is valid, and has our entry
 
 	arrived uint64 // of who runs half 0: what was redirected when the process was last seen to have got all of it
+	settled uint64 // the sweeper's: that much had moved back when downstream was last seen to have got all of it
 }
 
 func (p *process) shared() *localLocal { return &p.local.flows[p.slot] }
@@ -207,7 +207,7 @@ func (p *process) prepare(f *flow) (why refusal, ok bool) {
 	if err := p.local.objects.LocalPlaces.Put(p.cookie, splicePlace{Flow: f.cookies[0], Half: 2 * f.slot}); err != nil {
 		return refusedMaps, false
 	}
-	answer, err := p.ask(1)
+	answer, err := p.ask(localLocalRequestLOCAL_BEGIN, 0)
 	if err != nil {
 		return refusedMaps, false
 	}
@@ -261,12 +261,12 @@ func (p *process) moved(half uint32) uint64 {
 }
 
 // ask runs the program of that name: some microseconds.
-func (p *process) ask(begin uint32) (localLocalAnswer, error) {
+func (p *process) ask(request localLocalRequest, byTCP uint32) (localLocalAnswer, error) {
 	c := struct { // struct __sk_buff up to cb
 		_  [12]uint32
 		Cb [5]uint32
 		_  [27]uint32
-	}{Cb: [5]uint32{p.slot, begin}}
+	}{Cb: [5]uint32{p.slot, uint32(request), byTCP}}
 	answer, err := p.local.objects.Ask.Run(&ebpf.RunOptions{Data: emptyFrame, Context: c})
 	return localLocalAnswer(answer), err
 }
@@ -282,7 +282,7 @@ func (p *process) isComing() bool {
 	if in == p.arrived {
 		return false
 	}
-	if answer, err := p.ask(0); err == nil && answer&localLocalAnswerLOCAL_BACKLOG != 0 {
+	if answer, err := p.ask(localLocalRequestLOCAL_LOOK, 0); err == nil && answer&localLocalAnswerLOCAL_BACKLOG != 0 {
 		return true
 	}
 	p.arrived = in
@@ -294,18 +294,31 @@ func (p *process) closedUnread() bool {
 	return p != nil && p.there.Load() && atomic.LoadUint32(&p.shared().Unread) != 0
 }
 
-// isCutShort: nothing has moved for so long, and what the process sent past TCP has not reached downstream's TCP, which has room. Only
-// a lack of memory does that, and how much is missing can't be found out.
-func (f *flow) isCutShort(still time.Duration) bool {
-	if f.process.moved(1) == 0 || still < 2*sweepEvery {
-		return false
+// settle is for the sweeper. Where the way back has not moved for a while, and what the process sent past TCP has not all reached downstream's
+// TCP, a redirect was cut short: how far it came is found out then.
+func (f *flow) settle(now time.Time) {
+	p, h := f.process, &f.halves[1]
+	if p == nil || p.settled == h.seen || p.moved(1) == 0 || now.Sub(h.since) < 2*sweepEvery || !p.local.l.rules.local.settle {
+		return
 	}
-	h := &f.halves[1]
-	if n, err := f.sockets[0].unacked(); err != nil || n > 0 {
-		return false
+	m := h.shared()
+	byTCP := load64(&m.Redirected) + load64(&m.Consumed)
+	// A verdict counts before it redirects, under the lock that TCP_INFO takes.
+	var i unix.TCPInfo
+	if h.source().info(&i) != nil {
+		return
 	}
-	n, err := f.sockets[0].written()
-	return err == nil && int64(n-h.written0-h.byTCP()) < 0
+	n, err := h.peer().written()
+	if err != nil {
+		return
+	}
+	if int64(n-h.written0-h.byTCP()) >= 0 {
+		p.settled = h.seen
+		return
+	}
+	if answer, err := p.ask(localLocalRequestLOCAL_SETTLE, uint32(byTCP)); err == nil && answer&localLocalAnswerLOCAL_SETTLED != 0 {
+		f.l.log.Debug("a redirect from a process was cut short, and its bytes go by TCP", "flow", f.cookies[0], "bytes", h.seen-h.moved())
+	}
 }
 
 // insert puts the socket of a process that is this one into the map: what the sockops program does for others.

@@ -30,5 +30,5 @@ func (f *flow) setOutside(is bool) {
 func (f *flow) rests(now time.Time) bool {
 	f.outsideMu.Lock()
 	defer f.outsideMu.Unlock()
-	return !f.outside && now.Sub(f.moved) >= quietFor
+	return !f.outside && now.Sub(f.lastMoved()) >= quietFor
 }

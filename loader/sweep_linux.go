@@ -91,11 +91,21 @@ func (f *flow) sweep(now time.Time) bool {
 	if f.closed {
 		return false
 	}
-	var n uint64
+	var sum uint64
+	moves := false
 	for i := range f.halves {
 		h := &f.halves[i]
 		m := h.shared()
-		n += h.moved()
+		n := h.moved()
+		sum += n
+		switch {
+		case n != h.seen || h.since.IsZero():
+			h.seen, h.since, h.looked = n, now, false
+			moves = true
+		case !h.looked && f.l.rules.look: // once after each time that it moved, so that idle flows cost nothing
+			h.looked = true
+			h.look()
+		}
 		if atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
 			h.wake(0)
 		}
@@ -108,27 +118,25 @@ func (f *flow) sweep(now time.Time) bool {
 		}
 		h.still = still
 	}
-	left := f.halves[0].bulk.left.Load() || f.halves[1].bulk.left.Load()
-	if left && f.isQuiet(now, n) && n != f.seen { // for an idle flow nothing would change
-		f.halves[0].wake(calm)
-		f.halves[1].wake(calm)
-	}
-	switch {
-	case n != f.seen || f.moved.IsZero():
-		f.seen, f.moved, f.looked = n, now, false
-		if left { // no verdict counts
+	if f.halves[0].bulk.left.Load() || f.halves[1].bulk.left.Load() {
+		if f.isQuiet(now, sum) && moves { // for an idle flow nothing would change
+			f.halves[0].wake(calm)
+			f.halves[1].wake(calm)
+		}
+		if moves { // no verdict counts
 			f.publish(func(*spliceFlow) {})
 		}
-	case !f.looked && f.l.rules.look: // once after each time that something moved, so that idle flows cost nothing
-		f.looked = true
-		for i := range f.halves {
-			f.halves[i].look()
-		}
 	}
-	if f.isCutShort(now.Sub(f.moved)) {
-		go f.finish(endError, errCutShort)
+	f.settle(now)
+	return f.idle > 0 && now.Sub(f.lastMoved()) >= f.idle
+}
+
+// lastMoved is when a byte was last seen to have moved, either way.
+func (f *flow) lastMoved() time.Time {
+	if t := f.halves[0].since; t.After(f.halves[1].since) {
+		return t
 	}
-	return f.idle > 0 && now.Sub(f.moved) >= f.idle
+	return f.halves[1].since
 }
 
 // eventDelay is how late an event may be on a busy machine before it counts as lost.

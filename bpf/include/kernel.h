@@ -270,6 +270,11 @@ struct list_head {
 };
 
 struct sk_psock {
+	struct {
+		struct {
+			int counter;
+		} refs;
+	} refcnt; /* one for each map that the socket is in, and for each call that is at work on it */
 	struct sk_buff_head ingress_skb; /* redirected here, and not yet moved on by the worker */
 	struct list_head ingress_msg;    /* to be read by the process */
 };

@@ -55,7 +55,7 @@
 const volatile bool rule_local_order = true;
 const volatile bool rule_local_bound = true;
 const volatile bool rule_local_unread = true;
-const volatile __u32 window_ns = 0;
+const volatile __u64 window_ns = 0;
 
 /* maps */
 
@@ -289,10 +289,11 @@ out:
 	return answer;
 }
 
-static long is_over(__u32 i, void *end) { return bpf_ktime_get_ns() >= *(__u64 *)end; }
-
-/* How often somebody was in the window that window_ns makes. */
+/* The window that window_ns makes: how often somebody was in it, and whether a test has seen enough. */
 __u32 windows = 0;
+__u32 window_shut = 0;
+
+static long is_over(__u32 i, void *end) { return READ_ONCE(window_shut) || bpf_ktime_get_ns() >= *(__u64 *)end; }
 
 static __always_inline void widen(void)
 {
@@ -302,7 +303,8 @@ static __always_inline void widen(void)
 		return;
 	__sync_fetch_and_add(&windows, 1);
 	end = bpf_ktime_get_ns() + window_ns;
-	bpf_loop(1 << 23, is_over, &end, 0);
+	for (int i = 0; i < 64 && !is_over(0, &end); i++)
+		bpf_loop(1 << 23, is_over, &end, 0);
 }
 
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__

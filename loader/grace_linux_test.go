@@ -24,6 +24,9 @@ func TestLocalSlotGivenAgain(t *testing.T) {
 				t.Run(fmt.Sprintf("%s %s grace %v", network, name, grace), func(t *testing.T) {
 					r := allRules
 					r.local.window, r.local.grace = 200*time.Millisecond, grace
+					if !grace { // the next flow has to begin within it, and ends it
+						r.local.window = 10 * time.Second
+					}
 					n := openLocal(t, r)
 					n.l.mu.Lock()
 					n.l.free = n.l.free[:1] // the next flow has the slot of the one before
@@ -46,6 +49,7 @@ func TestLocalSlotGivenAgain(t *testing.T) {
 					first.wait(10 * time.Second)
 					waitFor(t, func() bool { n.l.mu.Lock(); defer n.l.mu.Unlock(); return len(n.l.free) > 0 }, "the slot")
 					second := becomeLocal(t, n, ln)
+					must(t, n.objects.WindowShut.Set(uint32(1)))
 					<-done // with an error, where the first client is gone
 					err := errors.Join(second.client.SetDeadline(time.Now().Add(10*time.Second)), second.server.SetDeadline(time.Now().Add(10*time.Second)))
 					must(t, err)

@@ -93,6 +93,7 @@ const (
 	localVarUnusedLeaving   = "unused_leaving"
 	localVarUnusedRequest   = "unused_request"
 	localVarWindowNs        = "window_ns"
+	localVarWindowShut      = "window_shut"
 	localVarWindows         = "windows"
 )
 
@@ -182,6 +183,7 @@ type localVariableSpecs struct {
 	UnusedLeaving   *ebpf.VariableSpec `ebpf:"unused_leaving"`
 	UnusedRequest   *ebpf.VariableSpec `ebpf:"unused_request"`
 	WindowNs        *ebpf.VariableSpec `ebpf:"window_ns"`
+	WindowShut      *ebpf.VariableSpec `ebpf:"window_shut"`
 	Windows         *ebpf.VariableSpec `ebpf:"windows"`
 }
 
@@ -255,6 +257,7 @@ type localVariables struct {
 	UnusedLeaving   *ebpf.Variable `ebpf:"unused_leaving"`
 	UnusedRequest   *ebpf.Variable `ebpf:"unused_request"`
 	WindowNs        *ebpf.Variable `ebpf:"window_ns"`
+	WindowShut      *ebpf.Variable `ebpf:"window_shut"`
 	Windows         *ebpf.Variable `ebpf:"windows"`
 }
 

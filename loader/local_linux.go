@@ -93,7 +93,7 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 	}
 	r := l.rules
 	for name, value := range map[string]any{
-		"rule_local_order": r.local.order, "rule_local_bound": r.local.bound, "rule_local_unread": r.local.unread, "window_ns": uint32(r.local.window),
+		"rule_local_order": r.local.order, "rule_local_bound": r.local.bound, "rule_local_unread": r.local.unread, "window_ns": uint64(r.local.window),
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)

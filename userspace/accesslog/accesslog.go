@@ -15,6 +15,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -192,8 +193,12 @@ func (l *Log) follow() {
 }
 
 // open takes the file that has the name now. With an error the one before stays.
+// It doesn't wait for somebody to read a named pipe: that nobody does is an error.
 func (l *Log) open() error {
-	f, err := os.OpenFile(l.opts.File, os.O_WRONLY|os.O_APPEND|os.O_CREATE, fileMode)
+	f, err := os.OpenFile(l.opts.File, os.O_WRONLY|os.O_APPEND|os.O_CREATE|syscall.O_NONBLOCK, fileMode)
+	if errors.Is(err, syscall.ENXIO) {
+		return fmt.Errorf("%w: it is a named pipe that nobody reads: start its reader first", err)
+	}
 	if err != nil {
 		return err
 	}

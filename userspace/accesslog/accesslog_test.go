@@ -198,6 +198,40 @@ func TestOpenErrors(t *testing.T) {
 	}
 }
 
+// TestNamedPipe opens a named pipe that nobody reads, which must not wait for a
+// reader, and one whose reader has stopped.
+func TestNamedPipe(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	opened := make(chan error, 1)
+	go func() {
+		l, err := Open(Options{File: file, Format: "common"})
+		if err == nil {
+			l.Close()
+		}
+		opened <- err
+	}()
+	select {
+	case err := <-opened:
+		if err == nil || !strings.Contains(err.Error(), "start its reader first") {
+			t.Errorf("opened without a reader: %v", err)
+		}
+	case <-time.After(time.Minute):
+		t.Error("opening waits for a reader")
+	}
+	r, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	l, _, lost := open(t, file)
+	for lost.Load() == 0 { // nobody reads
+		l.Write(&entry)
+	}
+}
+
 // shortWriter takes so many bytes, and then has no space.
 type shortWriter struct {
 	bytes.Buffer

@@ -122,9 +122,21 @@ func (s *socket) Close() error {
 	return errors.Join(err, os.Remove(s.path))
 }
 
-// Serve answers on ln until ctx ends, then closes it.
+const (
+	// readTimeout is for a request.
+	readTimeout = 5 * time.Second
+	// writeTimeout is for making an answer and for its client to read it. A
+	// reload may wait for tailscaled and for access logs that are closed.
+	writeTimeout = time.Minute
+	// idleTimeout is longer than a scraper's interval.
+	idleTimeout = 2 * time.Minute
+)
+
+// Serve answers on ln until ctx ends, then closes it. Clients that don't read
+// or say nothing are left after a while.
 func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logger) {
-	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
+	srv := &http.Server{Handler: h, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout,
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
 	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {

@@ -110,6 +110,9 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 	if s.Problem != "" {
 		fmt.Fprintf(w, "problem: %s\n", s.Problem)
 	}
+	if s.LogLost > 0 {
+		fmt.Fprintf(w, "the log has lost %s: what reads standard error did not keep up\n", plural(int(s.LogLost), "line"))
+	}
 	for _, l := range s.Listeners {
 		bound := strings.Join(l.Bound, " ")
 		if bound == "" {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	stdlog "log"
 	"log/slog"
@@ -22,6 +23,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/logwriter"
 )
 
 type runOptions struct {
@@ -62,10 +64,13 @@ func run(ctx context.Context, o runOptions) error {
 	if o.drain < 0 {
 		return &usageError{fmt.Errorf("--drain-timeout %s: a time has no sign; 0 cuts at once", o.drain)}
 	}
-	log, err := newLogger(o)
+	// A reader of the log that is gone must not end the daemon.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	log, lines, err := newLogger(o)
 	if err != nil {
 		return err
 	}
+	defer lines.Close(logWait)
 	// What the standard library writes to the global logger (an unsolicited
 	// response on an idle upstream connection) is debugging.
 	stdlog.SetFlags(0)
@@ -105,7 +110,7 @@ func run(ctx context.Context, o runOptions) error {
 
 	datapaths := loadDatapaths(cfg, o.knownBad, log)
 	defer datapaths.close()
-	datapaths.options.Log, datapaths.options.Version = log, version()
+	datapaths.options.Log, datapaths.options.LogLost, datapaths.options.Version = log, lines.Lost, version()
 	f, err := front.New(cfg, datapaths.options)
 	if err != nil {
 		return err
@@ -207,23 +212,29 @@ func drain(f *front.Front, timeout time.Duration, signals <-chan os.Signal, log 
 	return nil
 }
 
-// newLogger writes to standard error.
-func newLogger(o runOptions) (*slog.Logger, error) {
+// logWait is how long the end waits for who reads the log.
+const logWait = 2 * time.Second
+
+// newLogger writes to standard error, and waits for nobody who reads it. The
+// caller closes the writer.
+func newLogger(o runOptions) (*slog.Logger, *logwriter.Writer, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
-		return nil, &usageError{fmt.Errorf("--log-level %q: use debug, info, warn or error", o.logLevel)}
+		return nil, nil, &usageError{fmt.Errorf("--log-level %q: use debug, info, warn or error", o.logLevel)}
 	}
-	ho := &slog.HandlerOptions{Level: level}
-	switch o.logFormat {
-	case "auto":
-		if term.IsTerminal(int(os.Stderr.Fd())) {
-			return slog.New(slog.NewTextHandler(os.Stderr, ho)), nil
+	text := o.logFormat == "text" || o.logFormat == "auto" && term.IsTerminal(int(os.Stderr.Fd()))
+	if !text && o.logFormat != "auto" && o.logFormat != "json" {
+		return nil, nil, &usageError{fmt.Errorf("--log-format %q: use text, json or auto", o.logFormat)}
+	}
+	logger := func(w io.Writer) *slog.Logger {
+		ho := &slog.HandlerOptions{Level: level}
+		if text {
+			return slog.New(slog.NewTextHandler(w, ho))
 		}
-		return slog.New(slog.NewJSONHandler(os.Stderr, ho)), nil
-	case "text":
-		return slog.New(slog.NewTextHandler(os.Stderr, ho)), nil
-	case "json":
-		return slog.New(slog.NewJSONHandler(os.Stderr, ho)), nil
+		return slog.New(slog.NewJSONHandler(w, ho))
 	}
-	return nil, &usageError{fmt.Errorf("--log-format %q: use text, json or auto", o.logFormat)}
+	w := logwriter.New(os.Stderr, func(w io.Writer, lines int) {
+		logger(w).Error("lines of the log are missing here, their reader did not keep up; see that what reads standard error runs", "lines", lines)
+	})
+	return logger(w), w, nil
 }

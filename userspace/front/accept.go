@@ -33,7 +33,7 @@ func (f *Front) admit(l *listener, c newcomer, peer netip.AddrPort) {
 	if err != nil {
 		c.Reset() // so that nothing lingers
 		f.metrics.Refused.WithLabelValues(l.name, "over_limit").Inc()
-		go f.complain.Warn("over_limit", "connection refused: over the limit", "listener", l.name, "err", err) // who reads the log may be slow
+		f.complain.Warn("over_limit", "connection refused: over the limit", "listener", l.name, "err", err)
 		return
 	}
 	in := &inbound{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), uncut: func() bool { return true }}
@@ -66,7 +66,7 @@ func (f *Front) failed(s *socket, err error) (goOn bool) {
 	if !outOfResources(err) {
 		return true // the peer was gone before we came (ECONNABORTED), or a passing network error
 	}
-	go f.complain.Warn("out_of_files", outOfFiles, "err", err)
+	f.complain.Warn("out_of_files", outOfFiles, "err", err)
 	if !f.spare.shed(s.door) {
 		return false
 	}

@@ -3,6 +3,7 @@ package front
 import (
 	"fmt"
 	"os"
+	"sync"
 
 	"github.com/tailsplice/tailsplice/userspace/accesslog"
 	"github.com/tailsplice/tailsplice/userspace/config"
@@ -38,13 +39,16 @@ func (f *Front) openLogs(cfg *config.Config) (logs map[string]*accesslog.Log, dr
 	return logs, drop, nil
 }
 
-// useLogs makes logs those that are open.
+// useLogs makes logs those that are open. The others are closed at the same
+// time: each may wait for a disk or a pipe that takes nothing.
 func (f *Front) useLogs(logs map[string]*accesslog.Log) {
+	var closing sync.WaitGroup
 	for key, l := range f.logs {
 		if logs[key] == nil {
-			l.Close()
+			closing.Go(l.Close)
 		}
 	}
+	closing.Wait()
 	f.logs = logs
 }
 

@@ -47,6 +47,7 @@ import (
 // Options are what the daemon knows beside its configuration.
 type Options struct {
 	Log     *slog.Logger
+	LogLost func() int64 // lines that Log could not write; nil: none
 	Version string
 
 	// Datapaths are those that work on this machine; userspace is always
@@ -115,6 +116,9 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 		labelsMoved: make(chan struct{}, 1), labels: newLabelRoutes(nil)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.metrics = metrics.New(opts.Version, f.flows.Len)
+	if opts.LogLost != nil {
+		f.metrics.WatchLog(opts.LogLost)
+	}
 	for _, d := range opts.Datapaths {
 		f.watchHealth(d)
 	}

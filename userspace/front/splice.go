@@ -153,7 +153,7 @@ func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, r
 			in.release()
 		}
 		if f.log.Enabled(f.ctx, slog.LevelInfo) {
-			go end() // who reads the log may be slow, and relay's goroutine has other flows
+			go end() // a line takes its time to be made, and relay's goroutine has other flows
 			return
 		}
 		end()

@@ -24,6 +24,7 @@ type Status struct {
 	Listeners []ListenerStatus `json:"listeners"`
 	Problem   string           `json:"problem,omitempty"`        // what keeps a tailnet listener from being bound, or transparent from working
 	Labels    []LabelProblem   `json:"label_problems,omitempty"` // labels of containers that make no route, and why
+	LogLost   int64            `json:"log_lost,omitempty"`       // lines that the daemon's log could not write
 
 	Accepted       map[string]int64 `json:"accepted"`        // connections by listener
 	Refused        map[string]int64 `json:"refused"`         // connections and requests by reason
@@ -80,6 +81,9 @@ func (f *Front) Status() Status {
 		Ended: metrics.Totals(f.metrics.Ended, "end"), DialErrors: metrics.Totals(f.metrics.DialError, "reason"),
 		Demoted: metrics.Totals(f.metrics.Demoted, "reason"), Bytes: metrics.Totals(f.metrics.Bytes, "direction"), NotTransparent: metrics.Totals(f.metrics.NotTransparent, "reason")}
 	s.Labels = f.labels.problems
+	if f.opts.LogLost != nil {
+		s.LogLost = f.opts.LogLost()
+	}
 	if err := errors.Join(f.bindErr, f.wayErr); err != nil {
 		s.Problem = err.Error()
 	}

@@ -79,6 +79,14 @@ func (s *Set) Watch(datapath string, health func() (off string, stalls uint64)) 
 			}))
 }
 
+// WatchLog adds the number of lines that the daemon's own log has lost, which is
+// asked for at each scrape.
+func (s *Set) WatchLog(lost func() int64) {
+	s.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "tailsplice_log_lost_total",
+		Help: "Lines of the daemon's log that were not written, because who reads it did not keep up."},
+		func() float64 { return float64(lost()) }))
+}
+
 // Handler serves the set in the Prometheus text format.
 func (s *Set) Handler() http.Handler {
 	return promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})

@@ -191,7 +191,7 @@ var ignorePlaces = cmp.Options{
 
 // TestDesign checks the three examples of the configuration contract, as they are written there.
 func TestDesign(t *testing.T) {
-	limits := Limits{Connections: 65536, ConnectionsPerSource: 256, HelloTimeout: 5 * time.Second, HelloBytes: 65536, IdleTimeout: time.Hour, FlowBuffer: 2 << 20}
+	limits := Limits{Connections: 65536, ConnectionsPerSource: 256, Requests: 8192, RequestsPerSource: 256, HelloTimeout: 5 * time.Second, HelloBytes: 65536, IdleTimeout: time.Hour, FlowBuffer: 2 << 20}
 	control := Control{Socket: "/run/tailsplice/control.sock"}
 	tailnet := func(node string, port uint16) Target { return Target{Scheme: "tailnet", Host: node, Port: port} }
 	to := func(t Target) []Forward { return []Forward{{To: t, Weight: 1}} }
@@ -267,7 +267,7 @@ listeners:
   - { listen: "192.0.2.2:443", mode: sni, default: { forward: "a:1" } }
   - { listen: ["[2001:db8::1]:8443", ":80"], mode: tcp, default: { forward: "a:1" } }
   - { name: sni-443-2, listen: "192.0.2.3:443", mode: sni, default: { forward: "a:1" } }
-limits: { connections: 100 }
+limits: { connections: 100, requests: 50 }
 `)
 	var names []string
 	for _, l := range c.Listeners {
@@ -278,6 +278,9 @@ limits: { connections: 100 }
 	}
 	if c.Limits.ConnectionsPerSource != 100 {
 		t.Errorf("connections_per_source is %d where connections is 100", c.Limits.ConnectionsPerSource)
+	}
+	if c.Limits.RequestsPerSource != 50 {
+		t.Errorf("requests_per_source is %d where requests is 50", c.Limits.RequestsPerSource)
 	}
 	if c.Limits.IdleTimeout != time.Hour {
 		t.Errorf("the limits that are not there: idle_timeout is %v", c.Limits.IdleTimeout)
@@ -423,7 +426,7 @@ f:5:3: unknown key "nod" in limits: it belongs nowhere`},
 				got = err.Error()
 				checkPlaces(t, []byte(c.yaml), err.(Errors))
 			}
-			want := strings.ReplaceAll(c.want, ": it belongs nowhere", ", its keys are connections, connections_per_source, hello_timeout, hello_bytes, idle_timeout, flow_buffer")
+			want := strings.ReplaceAll(c.want, ": it belongs nowhere", ", its keys are connections, connections_per_source, requests, requests_per_source, hello_timeout, hello_bytes, idle_timeout, flow_buffer")
 			if got != want {
 				t.Errorf("got  %s\nwant %s", got, want)
 			}

@@ -457,13 +457,20 @@ func (v *validator) loopTo(node string, f *Forward) {
 }
 
 func (v *validator) limits(l *Limits) {
-	if l.unclear("connections") || l.unclear("connections_per_source") || l.ConnectionsPerSource <= l.Connections {
+	v.share(l, "connections", l.Connections, &l.ConnectionsPerSource)
+	v.share(l, "requests", l.Requests, &l.RequestsPerSource)
+}
+
+// share sees that a source's share of a limit is no more than all.
+func (v *validator) share(l *Limits, key string, all int, perSource *int) {
+	sourceKey := key + "_per_source"
+	if l.unclear(key) || l.unclear(sourceKey) || *perSource <= all {
 		return
 	}
-	if l.has("connections_per_source") {
-		v.warnf(l.At("connections_per_source"), "connections_per_source %d is never reached, connections is %d", l.ConnectionsPerSource, l.Connections)
+	if l.has(sourceKey) {
+		v.warnf(l.At(sourceKey), "%s %d is never reached, %s is %d", sourceKey, *perSource, key, all)
 	} else {
-		l.ConnectionsPerSource = l.Connections // the default is a bound below a bound, not a mistake
+		*perSource = all // the default is a bound below a bound, not a mistake
 	}
 }
 

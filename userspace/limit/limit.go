@@ -1,4 +1,4 @@
-// Package limit counts connections, in all and per source, and says when there are too many.
+// Package limit counts connections, or requests, in all and per source, and says when there are too many.
 //
 // A source is an IPv4 address, or the /64 of an IPv6 address, since that is the least that one customer gets
 // (RFC 6177); an IPv4 address mapped into IPv6 is the IPv4 address. Tailscale's range fd7a:115c:a1e0::/48 is the
@@ -20,10 +20,10 @@ import (
 
 var (
 	// ErrTotal is what an [*OverError] is when the limit on all connections is reached.
-	ErrTotal = errors.New("too many connections")
+	ErrTotal = errors.New("too many")
 
 	// ErrSource is what an [*OverError] is when the limit on one source's connections is reached.
-	ErrSource = errors.New("too many connections from one source")
+	ErrSource = errors.New("too many from one source")
 )
 
 // OverError says which limit refused a connection. It matches [ErrTotal] or [ErrSource].
@@ -32,13 +32,14 @@ type OverError struct {
 	Count  int          // connections that there are: in all, or from Source
 	Limit  int
 	kind   error
+	noun   string
 }
 
 func (e *OverError) Error() string {
 	if e.kind == ErrSource {
-		return fmt.Sprintf("%v: %v has %d, the limit is %d (limits.connections_per_source)", e.kind, name(e.Source), e.Count, e.Limit)
+		return fmt.Sprintf("too many %s from one source: %v has %d, the limit is %d (limits.%s_per_source)", e.noun, name(e.Source), e.Count, e.Limit, e.noun)
 	}
-	return fmt.Sprintf("%v: %d, the limit is %d (limits.connections)", e.kind, e.Count, e.Limit)
+	return fmt.Sprintf("too many %s: %d, the limit is %d (limits.%s)", e.noun, e.Count, e.Limit, e.noun)
 }
 
 func (e *OverError) Unwrap() error { return e.kind }
@@ -46,6 +47,8 @@ func (e *OverError) Unwrap() error { return e.kind }
 // Limiter counts connections. Its memory is bounded by the limit on all connections: a source is remembered for as long
 // as it has one. It is safe for concurrent use.
 type Limiter struct {
+	noun string // what is counted, as the configuration calls it
+
 	mu        sync.Mutex
 	total     int
 	perSource int
@@ -55,8 +58,13 @@ type Limiter struct {
 }
 
 // New returns a limiter of total connections, and perSource of them from any one source. 0 or less means no limit.
-func New(total, perSource int) *Limiter {
-	l := &Limiter{sources: make(map[source]int)}
+func New(total, perSource int) *Limiter { return newLimiter("connections", total, perSource) }
+
+// NewRequests is New for requests: a lease is then the right to one of them.
+func NewRequests(total, perSource int) *Limiter { return newLimiter("requests", total, perSource) }
+
+func newLimiter(noun string, total, perSource int) *Limiter {
+	l := &Limiter{noun: noun, sources: make(map[source]int)}
 	l.SetLimits(total, perSource)
 	return l
 }
@@ -78,7 +86,7 @@ func (l *Limiter) Acquire(src netip.Addr) (*Lease, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.total > 0 && l.held >= l.total {
-		return nil, &OverError{Source: s.prefix(), Count: l.held, Limit: l.total, kind: ErrTotal}
+		return nil, &OverError{Source: s.prefix(), Count: l.held, Limit: l.total, kind: ErrTotal, noun: l.noun}
 	}
 	if err := l.enter(s); err != nil {
 		return nil, err
@@ -94,7 +102,7 @@ func (l *Limiter) enter(s source) error {
 	}
 	n := l.sources[s]
 	if l.perSource > 0 && n >= l.perSource {
-		return &OverError{Source: s.prefix(), Count: n, Limit: l.perSource, kind: ErrSource}
+		return &OverError{Source: s.prefix(), Count: n, Limit: l.perSource, kind: ErrSource, noun: l.noun}
 	}
 	l.sources[s] = n + 1
 	l.peak = max(l.peak, len(l.sources))

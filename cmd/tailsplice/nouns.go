@@ -105,7 +105,7 @@ func printACME(w io.Writer, a acme.Status) {
 }
 
 func printStatus(w io.Writer, s front.Status, now time.Time) {
-	fmt.Fprintf(w, "%s: tailsplice %s, up %s, %s\n", s.Node, s.Version, age(s.Started, now), plural(s.Flows, "flow"))
+	fmt.Fprintf(w, "%s: tailsplice %s, up %s, %s, %s\n", s.Node, s.Version, age(s.Started, now), plural(s.Flows, "flow"), plural(s.Requests, "request"))
 	fmt.Fprintf(w, "config %s, loaded %s ago\n", s.Config, age(s.Loaded, now))
 	if s.Problem != "" {
 		fmt.Fprintf(w, "problem: %s\n", s.Problem)

@@ -73,6 +73,7 @@ type Front struct {
 	// doesn't wait for one that may be restarting.
 	labelDialer *dial.Dialer
 	limiter     *limit.Limiter
+	requests    *limit.Limiter // under way
 	flows       *flow.Registry
 	metrics     *metrics.Set
 	complain    *complaints
@@ -103,7 +104,8 @@ type Front struct {
 
 	auto     atomic.Pointer[[]relay.Sockets] // that Offer gave
 	nodeName atomic.Pointer[string]
-	held     atomic.Int64 // requests that wait for a node: see hold.go
+	held     atomic.Int64   // requests that wait for a node: see hold.go
+	heldBy   *limit.Limiter // the same, by source
 }
 
 // New binds cfg's addresses and starts serving. What can mend itself (no
@@ -129,7 +131,9 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.containers.FollowLabels(config.LabelPrefix, f.lookAtLabels)
 	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers}
 	f.labelDialer = &dial.Dialer{Container: f.containers.Now()}
-	f.limiter = limit.New(math.MaxInt, math.MaxInt) // set by apply
+	f.limiter, f.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt) // set by apply
+	f.metrics.WatchRequests(f.requests.Total)
+	f.heldBy = limit.NewRequests(heldMost, heldPerSource)
 	f.spare = newSpareFiles()
 
 	f.tailnet.OnChange(f.lookAtTailnet)
@@ -205,7 +209,7 @@ func (f *Front) apply(cfg *config.Config) error {
 		}
 	}
 	labels := f.prepareLabels(cfg, services) // of services that are complete but for them
-	connections := f.fitLimits(cfg)
+	connections, requests := f.fitLimits(cfg)
 
 	var waits error
 	if wantsTailnet(cfg) {
@@ -239,6 +243,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	f.useLogs(logs)
 	f.watchNeeded(cfg)
 	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
+	f.requests.SetLimits(requests, cfg.Limits.RequestsPerSource)
 	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
 	f.bindErr = errors.Join(append(pending, waits)...)
 	if f.bindErr != nil {
@@ -288,21 +293,28 @@ func (f *Front) watchNeeded(cfg *config.Config) {
 	}
 }
 
-// fitLimits lowers the limit of connections to what the file descriptors
-// allow, and says so: better to refuse in time than to fail in the middle.
-func (f *Front) fitLimits(cfg *config.Config) int {
-	// A flow has two sockets; the rest is for listeners, pipes, logs, HTTP pools.
+// fitLimits lowers the limits of connections and of requests to what the file
+// descriptors allow, and says so: better to refuse in time than to fail in the
+// middle.
+func (f *Front) fitLimits(cfg *config.Config) (connections, requests int) {
+	// A flow has two sockets, and so has a request that is alone on its connection;
+	// the rest is for listeners, pipes, logs, HTTP pools.
 	const filesPerFlow = 2
 	reserve := 256
-	files, err := raiseFileLimit(uint64(cfg.Limits.Connections*filesPerFlow + reserve))
-	if err != nil || files >= uint64(cfg.Limits.Connections*filesPerFlow+reserve) {
-		return cfg.Limits.Connections
+	connections, requests = cfg.Limits.Connections, cfg.Limits.Requests
+	want := uint64(connections + max(connections, requests) + reserve)
+	files, err := raiseFileLimit(want)
+	if err != nil || files >= want {
+		return connections, requests
 	}
 	reserve = min(reserve, int(files)/2) // where there are few, they are shared
 	fit := max(1, (int(files)-reserve)/filesPerFlow)
-	f.log.Warn("limits.connections is lowered to what the limit of open files allows: raise LimitNOFILE= (systemd) or `ulimit -n`",
-		"connections", cfg.Limits.Connections, "lowered_to", fit, "open_files", files)
-	return fit
+	if connections <= fit && requests <= fit {
+		return connections, requests
+	}
+	f.log.Warn("limits.connections and limits.requests are lowered to what the limit of open files allows: raise LimitNOFILE= (systemd) or `ulimit -n`",
+		"connections", connections, "requests", requests, "lowered_to", fit, "open_files", files)
+	return min(connections, fit), min(requests, fit)
 }
 
 func (f *Front) node() string {

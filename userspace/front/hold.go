@@ -11,9 +11,11 @@ import (
 )
 
 const (
-	// heldMost bounds the requests that wait, in all: a visitor who reloads a
-	// page doesn't queue up for ever.
-	heldMost = 256
+	// heldMost bounds the requests that wait, in all, and heldPerSource those of
+	// one visitor: who reloads a page doesn't queue up for ever, nor take the
+	// places of others.
+	heldMost      = 256
+	heldPerSource = 32
 	// holdFirst bounds the first try, which is often the only one.
 	holdFirst = 4 * time.Second
 	// holdTry bounds each further try: one that began before the node was back
@@ -55,6 +57,12 @@ func (f *Front) dialUpstream(ctx context.Context, listener string, r *rule, who 
 	if err == nil || !mayComeBack(err) || time.Since(began) >= r.hold {
 		return up, err
 	}
+	place, full := f.heldBy.Acquire(who.source())
+	if full != nil {
+		f.complain.Warn("hold_source", "too many requests of one source wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.name, "client", who.client, "waiting", heldPerSource)
+		return nil, err
+	}
+	defer place.Release()
 	if f.held.Add(1) > heldMost {
 		f.held.Add(-1)
 		f.complain.Warn("hold", "too many requests wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.name, "waiting", heldMost)

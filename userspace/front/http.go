@@ -12,6 +12,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -28,7 +29,7 @@ type httpServer struct {
 // nil for http.
 func (f *Front) newHTTPServer(l *listener, certs *tlsterm.Store) *httpServer {
 	ctx, stop := context.WithCancel(f.ctx)
-	o := vhost.Options{Node: f.node(), Log: f.log, Answer: f.acme.ServeChallenge, OnRequest: func(r vhost.Request) { f.requestEnded(l, r) }, Guard: f.listenerGuard(l),
+	o := vhost.Options{Node: f.node(), Log: f.log, Answer: f.acme.ServeChallenge, OnRequest: func(r vhost.Request) { f.requestEnded(l, r) }, Charge: f.charge(l), Guard: f.listenerGuard(l),
 		Route: func(r *http.Request, host, path string) (*vhost.Route, error) {
 			return l.service.Load().routeRequest(r, host, path, certs)
 		},
@@ -108,6 +109,7 @@ func (in *inbound) Info() vhost.ConnInfo {
 	if in.trusted {
 		info.Hop = in.hop
 	}
+	info.Crowded = in.lease.Count() > crowd
 	return info
 }
 
@@ -127,6 +129,10 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 		end = "error"
 	}
 	f.metrics.Ended.WithLabelValues(l.name, userspace, end).Inc()
+	var over *limit.OverError
+	if errors.As(r.Err, &over) {
+		return // whose lines are rationed
+	}
 	if !f.log.Enabled(context.Background(), slog.LevelInfo) {
 		return // a system call and two dozen allocations for nobody
 	}

@@ -20,6 +20,7 @@ type Status struct {
 	Started   time.Time        `json:"started"`
 	Loaded    time.Time        `json:"loaded"` // when the present config came into force
 	Flows     int              `json:"flows"`
+	Requests  int              `json:"requests"` // of HTTP, under way
 	Datapaths []DatapathStatus `json:"datapaths"`
 	Listeners []ListenerStatus `json:"listeners"`
 	Problem   string           `json:"problem,omitempty"`        // what keeps a tailnet listener from being bound, or transparent from working
@@ -76,7 +77,7 @@ func (f *Front) Status() Status {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s := Status{Version: f.opts.Version, Node: f.cfg.Node, Config: f.cfg.File, Started: f.started, Loaded: f.loaded,
-		Flows:    f.flows.Len(),
+		Flows: f.flows.Len(), Requests: f.requests.Total(),
 		Accepted: metrics.Totals(f.metrics.Accepted, "listener"), Refused: metrics.Totals(f.metrics.Refused, "reason"),
 		Ended: metrics.Totals(f.metrics.Ended, "end"), DialErrors: metrics.Totals(f.metrics.DialError, "reason"),
 		Demoted: metrics.Totals(f.metrics.Demoted, "reason"), Bytes: metrics.Totals(f.metrics.Bytes, "direction"), NotTransparent: metrics.Totals(f.metrics.NotTransparent, "reason")}

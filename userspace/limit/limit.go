@@ -149,6 +149,13 @@ func (l *Lease) Move(src netip.Addr) error {
 	return nil
 }
 
+// Count returns how many leases its source holds, 0 where the source is not known.
+func (l *Lease) Count() int {
+	l.limiter.mu.Lock()
+	defer l.limiter.mu.Unlock()
+	return l.limiter.sources[l.source]
+}
+
 // Release gives the lease back. Only the first call counts.
 func (l *Lease) Release() {
 	l.limiter.mu.Lock()

@@ -79,6 +79,13 @@ func (s *Set) Watch(datapath string, health func() (off string, stalls uint64)) 
 			}))
 }
 
+// WatchRequests adds the number of requests under way, which is asked for at
+// each scrape.
+func (s *Set) WatchRequests(underWay func() int) {
+	s.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_requests", Help: "HTTP requests under way now."},
+		func() float64 { return float64(underWay()) }))
+}
+
 // WatchLog adds the number of lines that the daemon's own log has lost, which is
 // asked for at each scrape.
 func (s *Set) WatchLog(lost func() int64) {

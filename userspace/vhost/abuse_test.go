@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -205,20 +206,36 @@ func TestRapidReset(t *testing.T) {
 	t.Logf("at most %d requests at once", most.Load())
 }
 
-// TestStreamLimit checks that the limit on streams is announced.
+// TestStreamLimit checks that the limit on streams is announced: a client gets
+// fewer than a hop that carries many, and fewer still where it has many
+// connections.
 func TestStreamLimit(t *testing.T) {
-	h := protocols[3].hop(t, nil)
-	f, _, _ := framed(t, h)
-	frame, err := f.ReadFrame()
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, ok := frame.(*http2.SettingsFrame)
-	if !ok {
-		t.Fatalf("first frame: %v", frame)
-	}
-	if v, ok := s.Value(http2.SettingMaxConcurrentStreams); !ok || v != maxStreams {
-		t.Errorf("%d streams, %t", v, ok)
+	elsewhere := netip.MustParseAddrPort("192.0.2.1:1")
+	for _, c := range []struct {
+		name string
+		info func(ConnInfo) ConnInfo
+		want uint32
+	}{
+		{"client", nil, clientStreams},
+		{"hop", func(i ConnInfo) ConnInfo { i.Trusted = true; return i }, maxStreams},
+		{"client behind a hop", func(i ConnInfo) ConnInfo { i.Trusted, i.Client = true, elsewhere; return i }, clientStreams},
+		{"client with many connections", func(i ConnInfo) ConnInfo { i.Crowded = true; return i }, crowdStreams},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHop(t, nil, overTLS(t, "example.org"), func(o *config) { o.info = c.info })
+			f, _, _ := framed(t, h)
+			frame, err := f.ReadFrame()
+			if err != nil {
+				t.Fatal(err)
+			}
+			s, ok := frame.(*http2.SettingsFrame)
+			if !ok {
+				t.Fatalf("first frame: %v", frame)
+			}
+			if v, ok := s.Value(http2.SettingMaxConcurrentStreams); !ok || v != c.want {
+				t.Errorf("%d streams, %t: want %d", v, ok, c.want)
+			}
+		})
 	}
 }
 

@@ -29,6 +29,8 @@ type ConnInfo struct {
 	// (accept_proxy.from names it). Whether its forwarding headers are
 	// believed, see believes.
 	Trusted bool
+	// Crowded says that Client has many connections.
+	Crowded bool
 	// Hop says whether the config trusts that address to speak for others, as
 	// it does Peer. It may take a while, and may be nil: then no other is.
 	Hop func(netip.Addr) bool
@@ -39,6 +41,25 @@ type ConnInfo struct {
 	// own handshake. On a plain connection a name means that an earlier hop
 	// terminated TLS.
 	ServerName string
+}
+
+// How many streams an HTTP/2 connection may have depends on whose it is. A client
+// that behaves needs few connections.
+const (
+	crowdOfClient = iota
+	crowdOfHop
+	crowdOfMany
+	crowds
+)
+
+func (i ConnInfo) crowd() int {
+	switch {
+	case i.Trusted && i.Client == i.Peer:
+		return crowdOfHop
+	case i.Crowded:
+		return crowdOfMany
+	}
+	return crowdOfClient
 }
 
 // Infoer is what a net.Conn given to ServeConn may have beside. Info is called

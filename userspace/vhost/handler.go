@@ -35,7 +35,8 @@ type exchange struct {
 	resp *response
 	err  error
 
-	visit Visit
+	visit  Visit
+	charge charge
 
 	upConn     atomic.Pointer[upstreamConn] // that the transport chose
 	reused     bool                         // it had been used before
@@ -71,6 +72,10 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	x.visit = Visit{Request: r, Conn: x.conn.info, ID: x.id, x: x}
 	x.visit.Client, x.visit.Known = clientOf(r, x.conn.info)
+	if !s.charge(x) {
+		return
+	}
+	defer x.charge.end()
 	if !s.guard(x, s.opts.Guard) {
 		return
 	}

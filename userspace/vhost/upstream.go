@@ -78,10 +78,10 @@ func (s *Server) newTransport(p Protocol, idlePerHost int, idle time.Duration) *
 	speaks.SetUnencryptedHTTP2(p == H2C)
 	speaks.SetHTTP2(p == HTTPS)
 	return &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dialUpstream(ctx) },
+		DialContext: charged(func(ctx context.Context) (net.Conn, error) { return dialUpstream(ctx) }),
 		// Instead of TLSClientConfig, which would be the same for all.
-		DialTLSContext:         dialUpstreamTLS,
-		HTTP2:                  &http.HTTP2Config{SendPingTimeout: pingAfter},
+		DialTLSContext:         charged(dialUpstreamTLS),
+		HTTP2:                  &http.HTTP2Config{SendPingTimeout: pingAfter, MaxReceiveBufferPerStream: answerBuffer},
 		Protocols:              &speaks,
 		DisableCompression:     true, // what the client asked for is what it gets
 		MaxIdleConnsPerHost:    idlePerHost,
@@ -100,6 +100,11 @@ func (s *Server) newTransport(p Protocol, idlePerHost int, idle time.Duration) *
 // holds 16 KiB.
 const bufferSize = 16 << 10
 
+// answerBuffer is what an upstream of HTTP/2 may send of an answer before the
+// client has read it. Go's default is 4 MiB, which a client that reads nothing
+// would fill for each of its streams.
+const answerBuffer = 512 << 10
+
 func dialUpstream(ctx context.Context) (*upstreamConn, error) {
 	up, ok := ctx.Value(dialKey{}).(*Upstream)
 	if !ok {
@@ -114,7 +119,7 @@ func dialUpstream(ctx context.Context) (*upstreamConn, error) {
 	return &upstreamConn{Conn: c}, nil
 }
 
-func dialUpstreamTLS(ctx context.Context, _, _ string) (net.Conn, error) {
+func dialUpstreamTLS(ctx context.Context) (net.Conn, error) {
 	c, err := dialUpstream(ctx)
 	if err != nil {
 		return nil, err

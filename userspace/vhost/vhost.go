@@ -50,7 +50,9 @@ const (
 
 // Limits that nobody has wanted to set yet.
 const (
-	maxStreams          = 250              // of one HTTP/2 connection; what Go and nginx (128) settled on
+	maxStreams          = 250              // of an HTTP/2 connection of a trusted hop, which carries many clients
+	clientStreams       = 100              // of a client's; RFC 9113 6.5.2 recommends no fewer
+	crowdStreams        = 16               // of one of a source that has many connections; HTTP/1.1's browsers take 6
 	pingAfter           = 60 * time.Second // of silence on an HTTP/2 connection
 	answerHeaderBytes   = 256 << 10        // of an upstream's answer
 	expectTimeout       = 3 * time.Second  // an upstream's time to say 100 Continue, several slow round trips
@@ -83,7 +85,12 @@ type Options struct {
 	// if it has answered: what an ACME authority asks for.
 	Answer func(http.ResponseWriter, *http.Request) bool
 
-	// Guard, if not nil, decides after Answer and before Route whether a request
+	// Charge, if not nil, is asked after Answer whether there is room for a
+	// request. Its error is as a Guard's. If there is none, done is called when
+	// all work on the request has ended: its handler, and dialling for it.
+	Charge func(*Visit) (done func(), err error)
+
+	// Guard, if not nil, decides after Charge and before Route whether a request
 	// may go on; Upstream.Guard does so after Route.
 	Guard Guard
 
@@ -147,11 +154,11 @@ type Request struct {
 type Server struct {
 	opts   Options
 	log    *slog.Logger
-	http   *http.Server
+	http   [crowds]*http.Server // which differ in the streams of a connection
 	proxy  *httputil.ReverseProxy
 	shared [protocolCount]*http.Transport // for upstreams that speak for all
 	own    [protocolCount]*http.Transport // for the others
-	feed   *feed
+	feeds  [crowds]*feed
 
 	mu     sync.Mutex
 	conns  map[*conn]struct{}
@@ -178,7 +185,7 @@ func New(o Options) *Server {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{opts: o, log: o.Log, feed: newFeed(), conns: map[*conn]struct{}{}, gone: make(chan struct{})}
+	s := &Server{opts: o, log: o.Log, conns: map[*conn]struct{}{}, gone: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for p := range s.shared {
 		s.shared[p] = s.newTransport(Protocol(p), upstreamIdlePerHost, upstreamIdle)
@@ -191,17 +198,20 @@ func New(o Options) *Server {
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(o.TLS == nil)
-	s.http = &http.Server{
-		Handler:           http.HandlerFunc(s.serveHTTP),
-		Protocols:         &protocols,
-		ReadHeaderTimeout: o.HeaderTimeout,
-		IdleTimeout:       o.IdleTimeout,
-		MaxHeaderBytes:    o.HeaderBytes,
-		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams, SendPingTimeout: pingAfter},
-		ErrorLog:          errorLog,
-		ConnContext:       connContext,
+	for c, streams := range [crowds]int{crowdOfClient: clientStreams, crowdOfHop: maxStreams, crowdOfMany: crowdStreams} {
+		s.feeds[c] = newFeed()
+		s.http[c] = &http.Server{
+			Handler:           http.HandlerFunc(s.serveHTTP),
+			Protocols:         &protocols,
+			ReadHeaderTimeout: o.HeaderTimeout,
+			IdleTimeout:       o.IdleTimeout,
+			MaxHeaderBytes:    o.HeaderBytes,
+			HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: streams, SendPingTimeout: pingAfter},
+			ErrorLog:          errorLog,
+			ConnContext:       connContext,
+		}
+		go s.http[c].Serve(s.feeds[c])
 	}
-	go s.http.Serve(s.feed)
 	return s
 }
 
@@ -224,7 +234,7 @@ func (s *Server) ServeConn(c net.Conn) error {
 		}
 		served = tc
 	}
-	if !s.feed.push(served) {
+	if !s.feeds[cn.info.crowd()].push(served) {
 		served.Close()
 		return http.ErrServerClosed
 	}
@@ -278,7 +288,13 @@ func (s *Server) Serve(l net.Listener) error {
 // left and returns ctx's error.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.refuseMore()
-	err := s.http.Shutdown(ctx)
+	var errs [crowds]error
+	var all sync.WaitGroup
+	for c := range s.http {
+		all.Go(func() { errs[c] = s.http[c].Shutdown(ctx) })
+	}
+	all.Wait()
+	err := errors.Join(errs[:]...)
 	if err == nil {
 		select {
 		case <-s.gone:
@@ -294,8 +310,11 @@ func (s *Server) Shutdown(ctx context.Context) error {
 func (s *Server) Close() error {
 	s.refuseMore()
 	s.cancel()
-	err := s.http.Close()
-	s.feed.Close()
+	var errs [crowds]error
+	for c := range s.http {
+		errs[c] = s.http[c].Close()
+		s.feeds[c].Close()
+	}
 	s.mu.Lock()
 	left := make([]*conn, 0, len(s.conns))
 	for c := range s.conns {
@@ -309,7 +328,7 @@ func (s *Server) Close() error {
 		s.shared[p].CloseIdleConnections()
 		s.own[p].CloseIdleConnections()
 	}
-	return err
+	return errors.Join(errs[:]...)
 }
 
 // add registers c until it is closed.

@@ -71,7 +71,7 @@ const (
     listen: [":80"]
     mode: %s
     default: { forward: tailnet://home:80%s }
-limits: { connections_per_source: 4096 }
+limits: { connections_per_source: 4096, requests_per_source: 4096 }
 `
 	homeConfig = `listeners:
   - name: web
@@ -85,7 +85,7 @@ limits: { connections_per_source: 4096 }
     mode: http
     accept_proxy: { from: ["tag:edge"] }
     default: { forward: 127.0.0.1:3000 }
-limits: { connections_per_source: 4096 }
+limits: { connections_per_source: 4096, requests_per_source: 4096 }
 `
 )
 

@@ -45,7 +45,7 @@ listeners:
     mode: https
     certificates: [ { files: { cert: %[2]q, key: %[2]q } } ]
     default: { %[3]s }
-limits: { connections_per_source: 4096 }
+limits: { connections_per_source: 4096, requests_per_source: 4096 }
 `, h.addr, file, action))
 	if err != nil {
 		t.Fatal(err)

@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 // The configurations are the lab's, with limits that let one client make all the connections of a test, and with a
 // second listener each that passes TCP untouched as far as the laptop.
 const (
-	limits     = "limits: { connections_per_source: 4096 }\n"
+	limits     = "limits: { connections_per_source: 4096, requests_per_source: 4096 }\n"
 	edgeConfig = lab.EdgeConfig + `  - name: raw
     listen: [":9000"]
     mode: tcp

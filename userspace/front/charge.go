@@ -1,0 +1,51 @@
+package front
+
+import (
+	"errors"
+	"net/http"
+	"net/netip"
+
+	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+// crowd is how many connections of a source are more than a client needs: each
+// of them may then have few streams.
+const crowd = 8
+
+// overRequests is the metric's word for a request that was one too many.
+const overRequests = "requests_over_limit"
+
+// retryAfter is in seconds, for those who were refused for what others, or they
+// themselves, have under way.
+const retryAfter = "2"
+
+// charge counts the requests to l that are under way, in all and for whom they
+// are from. A trusted hop that doesn't say for whom it speaks carries many
+// clients, so its requests count in the total only, as its connections do.
+func (f *Front) charge(l *listener) func(*vhost.Visit) (done func(), err error) {
+	return func(v *vhost.Visit) (func(), error) {
+		lease, err := f.requests.Acquire(visitorOf(v).source())
+		if err == nil {
+			return lease.Release, nil
+		}
+		f.requestRefused(l.name, v, overRequests, err)
+		no := &vhost.Refusal{Status: http.StatusServiceUnavailable, Title: "Too much is going on here",
+			Text: f.node() + " has as many requests under way as it takes.", Hint: "Try again in a moment. If it is yours, see limits.requests in its configuration.",
+			Header: http.Header{"Retry-After": {retryAfter}}, Err: err}
+		if errors.Is(err, limit.ErrSource) {
+			no.Status, no.Title = http.StatusTooManyRequests, "Too many requests at once"
+			no.Text = f.node() + " has as many requests from where you are under way as it takes."
+			no.Hint = "Try again when some of them have ended. If it is yours, see limits.requests_per_source in its configuration."
+		}
+		return nil, no
+	}
+}
+
+// source is whose limits v counts for: the zero Addr where that is not known.
+func (v visitor) source() netip.Addr {
+	if !v.known || v.silent {
+		return netip.Addr{}
+	}
+	return v.client
+}

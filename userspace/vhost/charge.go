@@ -1,0 +1,72 @@
+package vhost
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+)
+
+// charge is what a request counts for while something is done for it.
+type charge struct {
+	done func() // Options.Charge's
+	work atomic.Int32
+}
+
+// begin counts more work on a request. It reports false where all of it has
+// ended.
+func (c *charge) begin() bool {
+	for n := c.work.Load(); n > 0; n = c.work.Load() {
+		if c.work.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+	return false
+}
+
+// end ends what begin began.
+func (c *charge) end() {
+	if c.work.Add(-1) == 0 && c.done != nil {
+		c.done()
+	}
+}
+
+// refusalWait is how long a client may take to read that it has too many
+// requests under way.
+const refusalWait = 5 * time.Second
+
+// charge begins the work on x's request if there is room for it. If not, the
+// request has been answered.
+func (s *Server) charge(x *exchange) bool {
+	x.charge.work.Store(1)
+	if s.opts.Charge == nil {
+		return true
+	}
+	return s.guard(x, func(w http.ResponseWriter, v *Visit) error {
+		var err error
+		if x.charge.done, err = s.opts.Charge(v); err != nil && x.req.ProtoMajor >= 2 {
+			// Else a stream whose window is empty keeps its handler.
+			_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(refusalWait))
+		}
+		return err
+	})
+}
+
+// charged counts dialling as work on the request that wants the connection: the
+// transport goes on with it when the request has ended, as that of a client
+// which opens streams and resets them. What it would begin afterwards it doesn't
+// begin at all.
+func charged(dial func(context.Context) (net.Conn, error)) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, _, _ string) (net.Conn, error) {
+		x, ok := ctx.Value(exchangeKey{}).(*exchange)
+		if !ok {
+			return dial(ctx)
+		}
+		if !x.charge.begin() {
+			return nil, errClientLeft
+		}
+		defer x.charge.end()
+		return dial(ctx)
+	}
+}

@@ -11,6 +11,7 @@ import (
 // Begin begins to connect a non-blocking socket to an address, for callers with a poller of their own; the caller owns fd.
 // connected: there is nothing to wait for, which is usual on this host. Else the caller waits until fd is writable and calls
 // [Connected]. There is one attempt, and no timeout but TCP's own: where it fails, [Dialer.Dial] tries again and explains.
+// A socket that has connected to itself is reset, and the error is [ErrSelf].
 func Begin(to netip.AddrPort) (fd int, connected bool, err error) {
 	family := unix.AF_INET
 	if to.Addr().Is6() {
@@ -46,12 +47,38 @@ func Begin(to netip.AddrPort) (fd int, connected bool, err error) {
 func Connected(fd int, to netip.AddrPort) (connected bool, err error) {
 	switch err := unix.Connect(fd, sockaddr(to)); err { // which says how the first one went
 	case nil, unix.EISCONN:
+		if isSelf(fd) {
+			// A close would leave the port in TIME_WAIT, or in FIN_WAIT for as long as the caller takes.
+			unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+			return false, ErrSelf
+		}
 		return true, nil
 	case unix.EALREADY, unix.EINPROGRESS, unix.EINTR:
 		return false, nil
 	default:
 		return false, os.NewSyscallError("connect", err)
 	}
+}
+
+// isSelf: fd is connected to its own address.
+func isSelf(fd int) bool {
+	own, err := unix.Getsockname(fd)
+	if err != nil {
+		return false
+	}
+	peer, err := unix.Getpeername(fd)
+	if err != nil {
+		return false
+	}
+	switch own := own.(type) {
+	case *unix.SockaddrInet4:
+		peer, ok := peer.(*unix.SockaddrInet4)
+		return ok && own.Port == peer.Port && own.Addr == peer.Addr
+	case *unix.SockaddrInet6:
+		peer, ok := peer.(*unix.SockaddrInet6)
+		return ok && own.Port == peer.Port && own.Addr == peer.Addr
+	}
+	return false
 }
 
 func sockaddr(a netip.AddrPort) unix.Sockaddr {

@@ -62,6 +62,19 @@ var (
 	errScheme     = errors.New("unknown kind of target")
 )
 
+// ErrSelf is that a connection is one of a socket with itself. TCP allows that, and it comes about where nobody listens on a
+// port of this host that is also one of those that connections are made from.
+var ErrSelf error = selfError{}
+
+type selfError struct{}
+
+func (selfError) Error() string {
+	return "nothing listens there, and the port is one that this host's connections come from (net.ipv4.ip_local_port_range), so that the " +
+		"connection was made with itself: start what should listen, and add the port to net.ipv4.ip_local_reserved_ports"
+}
+
+func (selfError) Is(err error) bool { return err == syscall.ECONNREFUSED }
+
 // failure is what came of one attempt.
 type failure struct {
 	err   error
@@ -151,6 +164,9 @@ func (d *Dialer) explain(ctx context.Context, t Target, f *failure, took time.Du
 		}
 	case Refused:
 		e.msg = fmt.Sprintf("connection refused%s: nothing listens there", at)
+		if errors.Is(f.err, ErrSelf) {
+			e.msg = fmt.Sprintf("connection refused%s: %v", at, ErrSelf)
+		}
 		if errors.Is(f.err, syscall.EAGAIN) {
 			e.msg = "what listens there does not keep up: its queue of new connections is full"
 		}

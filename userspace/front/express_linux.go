@@ -3,6 +3,7 @@ package front
 import (
 	"bytes"
 	"context"
+	"errors"
 	"log/slog"
 	"sync"
 	"time"
@@ -101,6 +102,7 @@ func (x *express) dial(r *rule, head []byte) {
 	x.rule, x.began = r, time.Now()
 	fd, connected, err := dial.Begin(r.literal)
 	if err != nil {
+		x.complain(err)
 		x.detour(head)
 		return
 	}
@@ -123,7 +125,16 @@ func (x *express) connected(timedOut bool) {
 		x.relay()
 	case err == nil && !timedOut && x.up.AwaitConnect(expressDial-time.Since(x.began), x.connected) == nil:
 	default:
+		x.complain(err)
 		x.detour(x.head)
+	}
+}
+
+// complain tells what the long way, which dials anew, may never see.
+func (x *express) complain(err error) {
+	if errors.Is(err, dial.ErrSelf) { // not on the loop: a log may be slow
+		go x.front.complain.Warn("self "+x.rule.written, "a connection to the target was made with itself, and is made again",
+			"listener", x.in.listener.name, "route", x.rule.name, "target", x.rule.written, "err", err)
 	}
 }
 

@@ -19,7 +19,7 @@ type Acceptor struct {
 	taken func(s *Socket, peer unix.Sockaddr)
 	fail  func(err error) (goOn bool)
 
-	accepting sync.RWMutex // read-held while a loop accepts; guards what follows
+	accepting sync.RWMutex // read-held while a loop accepts, held while fail is called besides; guards what follows
 	ids       map[*loop]uint64
 	stopped   bool
 }
@@ -37,19 +37,21 @@ func NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr), fail func(er
 
 // Start begins to accept.
 func (a *Acceptor) Start() {
+	a.accepting.Lock()
+	defer a.accepting.Unlock()
+	if a.stopped || len(a.ids) > 0 { // two loops may have paused at the same time
+		return
+	}
 	if err := a.watch(); err != nil {
 		a.fail(err)
-		a.pause()
+		a.unwatch()
+		time.AfterFunc(acceptPause, a.Start)
 	}
 }
 
 // watch lets one loop know of each connection. EPOLLEXCLUSIVE, which wakes one and not all, is in Linux 4.5: see epoll_ctl(2).
+// It is called with a.accepting held.
 func (a *Acceptor) watch() error {
-	a.accepting.Lock()
-	defer a.accepting.Unlock()
-	if a.stopped || len(a.ids) > 0 { // two loops may have paused at the same time
-		return nil
-	}
 	for _, l := range loops.all {
 		l.mu.Lock()
 		l.last++

@@ -2,6 +2,8 @@ package relay_test
 
 import (
 	"net"
+	"os"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -52,5 +54,40 @@ func TestAcceptorPauses(t *testing.T) {
 	a.Stop()
 	if left := relay.Watches() - before; left != 0 {
 		t.Errorf("%d acceptors are left", left)
+	}
+}
+
+// TestAcceptorStops: when Stop has returned, fail neither runs nor will, also where the acceptor could not begin. A file can't be watched.
+func TestAcceptorStops(t *testing.T) {
+	file, err := os.Create(filepath.Join(t.TempDir(), "f"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	began, goOn := make(chan struct{}), make(chan struct{})
+	var running atomic.Bool
+	a := relay.NewAcceptor(int(file.Fd()), func(*relay.Socket, unix.Sockaddr) {}, func(error) bool {
+		running.Store(true)
+		began <- struct{}{}
+		<-goOn
+		running.Store(false)
+		return false
+	})
+	go a.Start()
+	<-began
+	stopped := make(chan bool)
+	go func() {
+		a.Stop()
+		stopped <- running.Load()
+	}()
+	select {
+	case <-stopped:
+		t.Error("Stop has returned while fail runs")
+		close(goOn)
+	case <-time.After(50 * time.Millisecond): // enough for most runs to see it
+		close(goOn)
+		if <-stopped {
+			t.Error("Stop has returned while fail runs")
+		}
 	}
 }

@@ -46,7 +46,7 @@ type whoIs func(context.Context, netip.Addr) (tailnet.Identity, error)
 // error there means no.
 func (t *peers) check(ctx context.Context, peer netip.Addr, ask whoIs) (trusted bool, who string) {
 	for _, p := range t.prefixes {
-		if p.Contains(peer) {
+		if p.Contains(peer.WithZone("")) { // no prefix has a zone, and so none contains an address with one
 			return true, peer.String()
 		}
 	}

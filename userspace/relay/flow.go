@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net"
@@ -11,12 +12,25 @@ import (
 	"time"
 )
 
-// resetGrace bounds how long bytes that were received before a reset may take to reach the other
-// side, before that is reset as well. End to end, TCP would not have waited at all.
+// resetGrace is how long the reader of bytes that were received before a reset may stop, before it is
+// reset as well. One that goes on reading gets all of them.
 const resetGrace = 2 * time.Second
 
 // past is a deadline that wakes whoever waits.
 var past = time.Unix(1, 0)
+
+// A streamState is how far the stream that a side sends has come. It survives every change of hands.
+//
+//	flowing <-> parked    by pumps, when the flow is quiet, and when there are bytes
+//	flowing  -> ended     by whoever reads the end of the stream
+//	either   -> ended     when the flow ends for another reason, and nobody wants the rest
+type streamState uint8
+
+const (
+	flowing streamState = iota // a loop or a pump reads it, or is about to
+	parked                     // watches looks out for its next byte, and nobody reads
+	ended                      // nobody reads it any more; its end was passed on, if it had a proper one
+)
 
 // A side is one of the flow's two connections.
 type side struct {
@@ -24,15 +38,13 @@ type side struct {
 	conn net.Conn
 	sock syscall.RawConn // the socket under conn, or nil
 	bare bool            // conn is the socket itself, and can be read by way of sock
-	dead atomic.Bool     // broken: what reads as an end of stream is none
-	shut atomic.Bool     // its stream from us has ended, or is about to
+	shut atomic.Bool     // our stream to it has ended, or is about to
 
-	socket *Socket // while the flow is on a loop, whose mutex then guards this and ended
+	socket *Socket // while the flow is on a loop
 	rest   []byte  // read from it there, and not yet written
 
-	// guarded by flow.mu
-	ended  bool // its stream to us has ended
-	parked bool // no pump reads from it: watches looks out for bytes
+	state streamState // guarded by the loop's mutex while the flow is on one, else by flow.mu
+	fault error       // why it can't go on: the first reason, nil while it can; guarded by flow.mu
 
 	// guarded by watches.mu
 	watch   uint64 // its id there, or 0
@@ -48,15 +60,17 @@ type flow struct {
 	done     func(Result)
 	uncancel func() bool // unhooks ctx
 
-	mu      sync.Mutex
-	pumps   int  // that run
-	over    bool // somebody has seen to finish
-	noPark  bool // it does not work
-	end     End  // the first reason wins
-	err     error
-	grace   *time.Timer // until a broken flow is cut off
-	late    time.Time   // when that is
-	settled bool        // no kernel datapath counts any more
+	mu        sync.Mutex
+	pumps     int  // that run
+	over      bool // somebody has seen to finish
+	noPark    bool // it does not work
+	end       End  // the first reason wins
+	err       error
+	guessed   bool        // end and err are what is likely: whoever reads from the broken side will know
+	cut       bool        // nothing is delivered any more
+	grace     *time.Timer // looks whether the reader of a broken flow goes on
+	delivered int64       // what that reader had acknowledged at the last look
+	settled   bool        // no kernel datapath counts any more
 
 	talk talk // on a loop
 
@@ -142,41 +156,73 @@ func (f *flow) run() {
 	f.userspace()
 }
 
-// userspace relays here, at least until downstream's stream has ended or the flow is parked.
+// sides are down and up.
+func (f *flow) sides() [2]*side { return [2]*side{&f.down, &f.up} }
+
+// userspace relays here, with a pump for each stream that is still to be delivered, until they have ended or are parked.
 func (f *flow) userspace() {
 	f.mu.Lock()
-	if f.end != "" {
+	var own *side // pumped by this goroutine, whose stack has grown already
+	for _, s := range f.sides() {
+		switch {
+		case s.state == ended:
+			watchForReset(s)
+		case !f.wants(s):
+			s.state = ended
+		case own == nil:
+			own = s
+		default:
+			f.startPump(s)
+		}
+	}
+	if own == nil {
 		f.pumps--
 		f.unlockAndFinish()
 		return
 	}
-	f.startPump(&f.up)
 	f.mu.Unlock()
-	f.pump(&f.down) // this goroutine's stack has grown already
+	f.pump(own)
+}
+
+// wants reports whether what src sends is still to be delivered: always until the flow is to end, and then what a
+// broken src has sent before. It is called with f.mu held.
+func (f *flow) wants(src *side) bool {
+	if src.state == ended || f.cut {
+		return false
+	}
+	return f.end == "" || src.fault != nil && src.other().fault == nil
 }
 
 // startPump is called with f.mu held.
 func (f *flow) startPump(src *side) {
+	src.state = flowing
 	f.pumps++
 	go f.pump(src)
 }
 
-// pump moves what comes from src until that ends, or there is a reason to stop.
+// pump moves what comes from src until that ends, is parked, or is not wanted any more.
 func (f *flow) pump(src *side) {
-	ended := f.move(src)
-	f.mu.Lock()
-	f.pumps--
-	if f.end == "" && !ended && f.parkable() {
-		f.park(src)
-	} else {
-		src.ended = true
+	for {
+		over := f.move(src)
+		f.mu.Lock()
+		if over || !f.wants(src) {
+			src.state = ended
+			break
+		}
+		// It was told to stop reading. If that was to be parked, and can't be, it goes on.
+		src.conn.SetReadDeadline(time.Time{})
+		if f.park(src) {
+			break
+		}
+		f.mu.Unlock()
 	}
+	f.pumps--
 	f.unlockAndFinish()
 }
 
 // unlockAndFinish is called with f.mu held, by each who could be the last to see that the flow is over.
 func (f *flow) unlockAndFinish() {
-	last := !f.over && f.pumps == 0 && (f.end != "" || f.down.ended && f.up.ended)
+	last := !f.over && f.pumps == 0 && (f.end != "" || f.down.state == ended && f.up.state == ended)
 	f.over = f.over || last
 	f.mu.Unlock()
 	if last {
@@ -184,50 +230,67 @@ func (f *flow) unlockAndFinish() {
 	}
 }
 
-// move copies from src to the other side, and reports whether src's stream has ended and the end is passed on.
-func (f *flow) move(src *side) (ended bool) {
+// move copies from src to the other side. over: src's stream has ended, and its end was passed on, or one of the sides is
+// broken. Else it was told to stop by a deadline.
+func (f *flow) move(src *side) (over bool) {
 	dst, moved := src.other(), &f.counters.down
 	if src == &f.down {
 		moved = &f.counters.up
 		if err := f.writeHead(); err != nil {
-			f.broken(dst, err)
-			return false
+			return f.broken(dst, err)
 		}
 	}
 	p := pump{src: src, dst: dst, moved: moved, limit: int(min(f.o.Buffer, maxPipe))}
 	if bad, err := p.run(); err != nil {
-		f.broken(bad, err)
-		return false
+		return f.broken(bad, err)
 	}
-	if src.dead.Load() || src.gone() {
-		f.broken(src, &sideError{"read from", src.name(), syscall.ECONNRESET})
-		return false
+	proper, fault := src.howEnded()
+	if proper && (fault != nil || !f.lastToEnd(src)) { // else finish closes both, which tells dst
+		if err := dst.closeWrite(); err != nil {
+			f.broken(dst, &sideError{"end the stream to", dst.name(), err})
+		}
 	}
-	if f.lastToEnd(src) {
-		return true // finish closes both, which tells dst
-	}
-	dst.shut.Store(true)
-	if err := dst.closeWrite(); err != nil {
-		f.broken(dst, &sideError{"end the stream to", dst.name(), err})
-		return false
+	if fault != nil {
+		return f.broken(src, &sideError{"read from", src.name(), fault})
 	}
 	watchForReset(src)
 	return true
+}
+
+// howEnded says what it means that a read from s gave no byte. proper: the stream has ended. If not, a reset, or another
+// fault, has cut it off, and somebody else was told. fault is such an end, or one that has come behind the proper one.
+func (s *side) howEnded() (proper bool, fault error) {
+	if err := s.takeError(); err != nil {
+		return true, err // a read gives the error first, but behind a FIN
+	}
+	s.flow.mu.Lock()
+	fault = s.fault
+	s.flow.mu.Unlock()
+	switch {
+	case fault != nil: // and was taken by a write, for which EPIPE is a reset behind a FIN: tcp_reset in net/ipv4/tcp_input.c
+		return errors.Is(fault, syscall.EPIPE), fault
+	case s.gone():
+		return false, syscall.ECONNRESET
+	}
+	return true, nil
 }
 
 // lastToEnd reports whether the end of src's stream is all that was missing.
 func (f *flow) lastToEnd(src *side) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.end == "" && src.other().ended
+	return f.end == "" && src.other().state == ended
 }
 
-// finish closes both sides and reports. Nothing of the flow runs any more.
+// finish closes both sides and reports. Nothing of the flow runs any more, but for what may still cut it.
 func (f *flow) finish() {
-	f.disarm()
 	f.close()
+	f.disarm()
 	up, down := f.counters.Load()
-	f.done(Result{Up: up, Down: down, End: f.end, Err: f.err, Datapath: userspace})
+	f.mu.Lock()
+	r := Result{Up: up, Down: down, End: f.end, Err: f.err, Datapath: userspace}
+	f.mu.Unlock()
+	f.done(r)
 }
 
 // writeHead writes, once, what comes before the first byte that is read.
@@ -246,34 +309,85 @@ func (f *flow) writeHead() error {
 	return nil
 }
 
-// closeWrite ends our stream to s.
+// closeWrite ends our stream to s. Once it has, it does nothing.
 func (s *side) closeWrite() error {
+	if s.shut.Swap(true) {
+		return nil
+	}
 	if c, ok := s.conn.(interface{ CloseWrite() error }); ok {
 		return c.CloseWrite()
 	}
-	return s.conn.SetReadDeadline(past) // no half-close: end the other direction too
+	s.flow.mu.Lock()
+	defer s.flow.mu.Unlock()
+	s.state = ended // no half-close: end the other direction too
+	return s.conn.SetReadDeadline(past)
 }
 
-// broken says that s can't go on. The direction to it stops; the direction from it has until resetGrace
-// to deliver what was received.
-func (f *flow) broken(s *side, err error) {
+// broken says that s can't go on. The direction to it stops. What it has sent before is delivered, for as long as the reader
+// goes on, with no pause of resetGrace. over is false if s is not broken but was told to stop, by one who knows why.
+func (f *flow) broken(s *side, err error) (over bool) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return // not broken but told to stop, by one who knows why
-	}
-	s.dead.Store(true)
-	end := EndError
-	if isReset(err) {
-		end = s.resetEnd()
+		return false
 	}
 	f.mu.Lock()
-	if f.end == "" {
-		f.end, f.err = end, err
-		f.grace = time.AfterFunc(resetGrace, f.wake)
-		f.late = time.Now().Add(resetGrace)
+	f.breaks(s, err, false)
+	f.unlockAndFinish()
+	return true
+}
+
+// faulty is told by watches that s has an error. While s is read its reader is told of that: taken from under it, the error
+// would leave what looks like an end of the stream.
+func (f *flow) faulty(s *side) {
+	f.mu.Lock()
+	err, guess := error(syscall.ECONNRESET), s.state != ended
+	if !guess {
+		err = cmp.Or(s.takeError(), err)
+	}
+	f.breaks(s, &sideError{"watch", s.name(), err}, guess)
+	f.unlockAndFinish()
+}
+
+// breaks is called with f.mu held.
+func (f *flow) breaks(s *side, err error, guess bool) {
+	if f.end == "" || f.guessed && s.fault == f.err {
+		f.end, f.err, f.guessed = EndError, err, guess
+		if isReset(err) {
+			f.end = s.resetEnd()
+		}
+		s.fault = err
+	}
+	if s.fault == nil {
+		s.fault = err
+	}
+	if f.grace == nil {
+		f.delivered = f.acknowledged(s.other())
+		f.grace = time.AfterFunc(resetGrace, func() { f.cutIfStopped(s.other()) })
 	}
 	s.conn.SetWriteDeadline(past)
 	s.other().conn.SetReadDeadline(past)
-	f.unlockAndFinish()
+	f.wakeParked()
+}
+
+// cutIfStopped ends the delivery to a reader that has acknowledged nothing since the last look.
+func (f *flow) cutIfStopped(reader *side) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if n := f.acknowledged(reader); n != f.delivered {
+		f.delivered = n
+		f.grace.Reset(resetGrace)
+		return
+	}
+	f.cut = true
+	f.wake()
+}
+
+// acknowledged is how many bytes of the flow the other end of s has, give or take what else it was sent.
+func (f *flow) acknowledged(s *side) int64 {
+	up, down := f.counters.Load()
+	if s == &f.up {
+		return up - int64(s.unacked())
+	}
+	return down - int64(s.unacked())
 }
 
 // abort ends the flow now.
@@ -282,9 +396,23 @@ func (f *flow) abort(end End, err error) {
 	if f.end == "" {
 		f.end, f.err = end, err
 	}
-	f.late = time.Time{}
+	f.cut = true
 	f.wake()
+	f.wakeParked()
 	f.unlockAndFinish()
+}
+
+// wakeParked leaves no side parked, since the flow is to end. It is called with f.mu held.
+func (f *flow) wakeParked() {
+	for _, s := range f.sides() {
+		switch {
+		case s.state != parked:
+		case f.wants(s):
+			f.startPump(s)
+		default:
+			s.state = ended
+		}
+	}
 }
 
 // wake makes both pumps return.
@@ -325,26 +453,29 @@ func (f *flow) close() {
 	unwatch(&f.down)
 	unwatch(&f.up)
 	f.mu.Lock()
-	late := f.late
-	if f.end == "" {
+	proper := f.end == ""
+	if proper {
 		f.end = EndEOF
-		f.mu.Unlock()
-		f.down.conn.Close()
-		f.up.conn.Close()
-		return
 	}
 	f.mu.Unlock()
-	for _, s := range []*side{&f.down, &f.up} {
-		if !s.dead.Load() {
-			s.drain(f.ctx, late)
+	for _, s := range f.sides() {
+		if proper {
+			s.conn.Close()
+			continue
 		}
+		s.drain()
 		s.reset()
 	}
 }
 
-// drain waits until the other end has acknowledged all that it was sent, or until late.
-func (s *side) drain(ctx context.Context, late time.Time) {
-	for wait := time.Millisecond; s.unacked() > 0 && time.Now().Before(late) && ctx.Err() == nil; wait = min(2*wait, 50*time.Millisecond) {
+// drain waits until the other end of s has acknowledged all that it was sent, if s is not broken, or until the flow is cut.
+func (s *side) drain() {
+	waits := func() bool {
+		s.flow.mu.Lock()
+		defer s.flow.mu.Unlock()
+		return !s.flow.cut && s.fault == nil
+	}
+	for wait := time.Millisecond; waits() && s.unacked() > 0; wait = min(2*wait, 50*time.Millisecond) {
 		time.Sleep(wait)
 	}
 }

@@ -2,6 +2,7 @@ package relay
 
 import (
 	"bytes"
+	"cmp"
 	"os"
 	"runtime"
 	"sync"
@@ -162,15 +163,12 @@ func (l *loop) flowEvent(s *side, events uint32) (then func()) {
 	switch {
 	case events&unix.EPOLLPRI != 0:
 		return l.leave(f, f.resume)
-	case !s.ended:
+	case s.state != ended:
 		return l.pass(s, events&^(unix.EPOLLIN|unix.EPOLLOUT) != 0)
 	case events&unix.EPOLLERR == 0:
 		return nil // its stream has ended, as we know
 	}
-	err := error(unix.ECONNRESET)
-	if errno, e := unix.GetsockoptInt(s.socket.fd, unix.SOL_SOCKET, unix.SO_ERROR); e == nil && errno != 0 {
-		err = unix.Errno(errno)
-	}
+	err := cmp.Or(takeError(s.socket.fd), error(unix.ECONNRESET))
 	return l.leave(f, func() { f.resumeBroken(s, &sideError{"watch", s.name(), err}) })
 }
 
@@ -203,7 +201,7 @@ func (l *loop) pass(s *side, toEnd bool) (then func()) {
 		}
 		if n < len(buf) {
 			if full = 0; !toEnd {
-				if f.o.WhenTalking != nil && !dst.ended {
+				if f.o.WhenTalking != nil && dst.state != ended {
 					if talking := f.talk.says(s, n); talking > 0 {
 						return l.offerTalk(f, talking)
 					}
@@ -229,7 +227,7 @@ func (l *loop) offerTalk(f *flow, talking int) (then func()) {
 		return nil
 	}
 	down, up := f.down.socket, f.up.socket
-	for _, s := range []*side{&f.down, &f.up} {
+	for _, s := range f.sides() {
 		l.remove(s.socket)
 		s.socket = nil // a ctx that ends meanwhile is seen by who has the flow then
 	}
@@ -247,26 +245,27 @@ func (l *loop) offerTalk(f *flow, talking int) (then func()) {
 	}
 }
 
-// eof passes the end of s's stream on. It is called with l.mu held.
+// eof passes the end of s's stream on. An error besides is a reset that came behind it: a read gives one that came alone. It
+// is called with l.mu held.
 func (l *loop) eof(s *side) (then func()) {
-	f, dst := s.flow, s.other()
-	if errno, err := unix.GetsockoptInt(s.socket.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && errno != 0 {
-		return l.leave(f, func() { f.resumeBroken(s, &sideError{"read from", s.name(), unix.Errno(errno)}) })
-	}
-	s.ended = true
-	if dst.ended {
+	f, dst, fault := s.flow, s.other(), takeError(s.socket.fd)
+	s.state = ended
+	if dst.state == ended && fault == nil {
 		return l.end(f)
 	}
 	dst.shut.Store(true)
 	if err := unix.Shutdown(dst.socket.fd, unix.SHUT_WR); err != nil {
 		return l.leave(f, func() { f.resumeBroken(dst, &sideError{"end the stream to", dst.name(), err}) })
 	}
+	if fault != nil {
+		return l.leave(f, func() { f.resumeBroken(s, &sideError{"read from", s.name(), fault}) })
+	}
 	return nil
 }
 
 // end is the proper end of f. It is called with l.mu held.
 func (l *loop) end(f *flow) (then func()) {
-	for _, s := range []*side{&f.down, &f.up} {
+	for _, s := range f.sides() {
 		l.forget(s.socket)
 		unix.Close(s.socket.fd)
 		s.socket = nil
@@ -281,10 +280,10 @@ func (l *loop) end(f *flow) (then func()) {
 // leave gives f to Go's poller, where then, which has a goroutine of its own, goes on with it. It is called with l.mu held.
 func (l *loop) leave(f *flow, then func()) func() {
 	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
-	for _, s := range []*side{&f.down, &f.up} {
+	for _, s := range f.sides() {
 		l.remove(s.socket)
 		s.init(f, sockConn{os.NewFile(uintptr(s.socket.fd), "socket")})
-		s.socket, s.ended = nil, false // whoever reads again is told again of the end
+		s.socket = nil
 	}
 	return func() {
 		f.disarm()
@@ -302,7 +301,7 @@ func (f *flow) resume() {
 func (f *flow) resumeBroken(s *side, err error) {
 	f.arm()
 	f.broken(s, err)
-	f.pump(s)
+	f.userspace()
 }
 
 // resumeAborted ends f now.

@@ -31,6 +31,8 @@ type pump struct {
 	pipe         *pipe  // with bytes in it, or nil
 	inPipe       int    // bytes
 
+	lost error // splice(2) has told of it, and there may be bytes yet that only read(2) gives: those behind an urgent one
+
 	bad *side
 	err error
 }
@@ -82,6 +84,9 @@ func (p *pump) turn(fd uintptr) (done bool) {
 			p.fail("read from", p.src, err)
 			return true
 		case n == 0:
+			if p.lost != nil {
+				p.fail("read from", p.src, p.lost)
+			}
 			return true
 		}
 	}
@@ -150,8 +155,10 @@ func (p *pump) splice(fd int) (n int, err error) {
 			if at, err := unix.IoctlGetInt(fd, unix.SIOCATMARK); err == nil && at != 0 {
 				return p.copy(fd)
 			}
+			return 0, err
 		}
-		return 0, err
+		p.bulk, p.noSplice, p.lost = false, true, err
+		return p.copy(fd)
 	}
 	p.pipe, p.inPipe = pipe, n
 	if err := p.dst.sock.Write(p.drain); err != nil {

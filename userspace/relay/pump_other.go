@@ -31,5 +31,6 @@ type (
 
 func (f *flow) quicken() bool { return false }
 
-func (s *side) gone() bool   { return false }
-func (s *side) unacked() int { return 0 }
+func (s *side) gone() bool       { return false }
+func (s *side) unacked() int     { return 0 }
+func (s *side) takeError() error { return nil }

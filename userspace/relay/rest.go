@@ -61,7 +61,7 @@ func (f *flow) look() {
 		return
 	}
 	defer f.mu.Unlock()
-	if f.canPark() && quiet >= f.parkAfter() {
+	if f.canPark() && f.end == "" && quiet >= f.parkAfter() {
 		// A pump returns by this as soon as it has nothing to read and nothing left to write.
 		f.down.conn.SetReadDeadline(past)
 		f.up.conn.SetReadDeadline(past)
@@ -99,27 +99,27 @@ func (f *flow) parkable() bool { return haveWatches && f.down.bare && f.up.bare 
 // canPark is called with f.mu held.
 func (f *flow) canPark() bool { return f.parkable() && !f.noPark }
 
-// park leaves src, whose pump has returned, to watches. It is called with f.mu held.
-func (f *flow) park(src *side) {
-	src.conn.SetReadDeadline(time.Time{})
-	src.parked = !f.noPark && watchForBytes(src)
-	if !src.parked {
-		f.noPark = true // no descriptor for the epoll, or no memory
-		f.startPump(src)
+// park leaves src, whose pump is about to return, to watches, if it can. It is called with f.mu held.
+func (f *flow) park(src *side) bool {
+	if f.end != "" || !f.canPark() {
+		return false
 	}
+	if !watchForBytes(src) {
+		f.noPark = true // no descriptor for the epoll, or no memory
+		return false
+	}
+	src.state = parked
+	return true
 }
 
 // unpark goes on with src if it was parked, since there is something to read.
 func (f *flow) unpark(src *side) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !src.parked {
+	if src.state != parked {
 		return false
 	}
-	src.parked = false
-	if f.end == "" {
-		f.startPump(src)
-		f.lookAgain(0)
-	}
+	f.startPump(src)
+	f.lookAgain(0)
 	return true
 }

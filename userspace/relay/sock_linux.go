@@ -29,3 +29,19 @@ func (s *side) unacked() int {
 	}
 	return n
 }
+
+// takeError gives the error that TCP has for s, if any, which it tells once.
+func (s *side) takeError() (err error) {
+	if s.sock == nil {
+		return nil
+	}
+	s.sock.Control(func(fd uintptr) { err = takeError(int(fd)) })
+	return err
+}
+
+func takeError(fd int) error {
+	if errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && errno != 0 {
+		return unix.Errno(errno)
+	}
+	return nil
+}

@@ -238,7 +238,7 @@ func (f *flow) relayOn(down, up *Socket) {
 
 // begin writes what comes first and watches both sockets. It is called with l.mu held.
 func (l *loop) begin(f *flow) (then func()) {
-	for _, s := range []*side{&f.down, &f.up} {
+	for _, s := range f.sides() {
 		if err := l.watch(s.socket, onFlow); err != nil {
 			return l.leave(f, f.resume) // no memory
 		}
@@ -248,7 +248,7 @@ func (l *loop) begin(f *flow) (then func()) {
 	} else if err != nil {
 		return l.leave(f, func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
 	}
-	for _, s := range []*side{&f.down, &f.up} {
+	for _, s := range f.sides() {
 		if s.socket.more {
 			s.socket.more = false
 			if then := l.pass(s, true); then != nil {

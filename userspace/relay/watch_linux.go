@@ -3,7 +3,6 @@ package relay
 import (
 	"os"
 	"sync"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -114,14 +113,7 @@ func (w *watcher) event(id uint64, events uint32) {
 	s := w.sides[id]
 	w.mu.Unlock()
 	if s == nil || s.flow.unpark(s) || events&unix.EPOLLERR == 0 {
-		return // closed meanwhile; or its pump finds out; or both streams have ended, and that was all
+		return // closed meanwhile; or a new pump finds out; or both streams have ended, and that was all
 	}
-	s.dead.Store(true) // before the error is taken from under its reader, who then sees an end of stream
-	err := error(syscall.ECONNRESET)
-	s.sock.Control(func(fd uintptr) {
-		if errno, e := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); e == nil && errno != 0 {
-			err = syscall.Errno(errno)
-		}
-	})
-	go s.flow.broken(s, &sideError{"watch", s.name(), err}) // which may wait for the other side
+	go s.flow.faulty(s) // which may wait for the other side
 }

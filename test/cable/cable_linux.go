@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -38,14 +40,18 @@ func InOwnNetwork(t *testing.T) bool {
 		}
 		t.Skip("needs root")
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=0")
+	args := []string{"-test.run=^" + t.Name() + "$"}
+	for _, a := range os.Args[1:] {
+		if name, _, _ := strings.Cut(a, "="); slices.Contains([]string{"-test.v", "-test.parallel", "-test.timeout"}, name) {
+			args = append(args, a)
+		}
+	}
+	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), ownNetwork+"="+t.Name())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Errorf("in a network of its own: %v\n%s", err, out)
-	} else if testing.Verbose() {
-		t.Logf("%s", out)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
+	if err := cmd.Run(); err != nil {
+		t.Errorf("in a network of its own: %v", err)
 	}
 	return false
 }

@@ -23,6 +23,9 @@ type Loopback struct {
 	// Server, when not nil, is where the server accepts; Up is its network then.
 	Server net.Listener
 
+	// Cable, when not nil, has both ends at its far side, and the relay at the near one.
+	Cable Cable
+
 	// WrapDown and WrapUp, when not nil, stand between the relay and the socket.
 	WrapDown, WrapUp func(net.Conn) net.Conn
 
@@ -30,9 +33,15 @@ type Loopback struct {
 	Options relay.Options
 }
 
+// A Cable leads to another network: see package test/cable.
+type Cable interface {
+	Addr(network string, atFar bool) string // of one of its sides, with port 0
+	AtFar(func() error) error               // makes sockets there
+}
+
 // Path opens the listeners, until the end of the test.
 func (l Loopback) Path(t testing.TB) Path {
-	down, up := newPairs(t, l.Down), l.servers(t)
+	down, up := newPairs(t, l.Down, l.Cable, false), l.servers(t)
 	connect := func(t testing.TB) *Flow {
 		t.Helper()
 		f := &Flow{result: make(chan relay.Result, 1)}
@@ -48,9 +57,9 @@ func (l Loopback) Path(t testing.TB) Path {
 func (l Loopback) servers(t testing.TB) *pairs {
 	t.Helper()
 	if l.Server != nil {
-		return &pairs{l: l.Server}
+		return &pairs{l: l.Server, dial: here}
 	}
-	return newPairs(t, l.Up)
+	return newPairs(t, l.Up, l.Cable, true)
 }
 
 // run starts the relay with what l and the case want.
@@ -81,11 +90,15 @@ func Conn(fd int) *net.TCPConn {
 
 // pairs makes connected pairs of sockets.
 type pairs struct {
-	mu sync.Mutex
-	l  net.Listener
+	mu   sync.Mutex
+	l    net.Listener
+	dial func(func() error) error // where the one that dials is
 }
 
-func newPairs(t testing.TB, network string) *pairs {
+func here(f func() error) error { return f() }
+
+// newPairs listens on this host, or on one side of the cable, and dials from the other.
+func newPairs(t testing.TB, network string, c Cable, atFar bool) *pairs {
 	t.Helper()
 	addr := "127.0.0.1:0"
 	switch network {
@@ -96,14 +109,22 @@ func newPairs(t testing.TB, network string) *pairs {
 	case "unix":
 		addr = filepath.Join(t.TempDir(), "s")
 	}
+	p, listen := &pairs{dial: here}, here
+	if c != nil && network != "unix" {
+		addr = c.Addr(network, atFar)
+		if atFar {
+			listen = c.AtFar
+		} else {
+			p.dial = c.AtFar
+		}
+	}
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false) // kernel datapaths can't take MPTCP
-	l, err := lc.Listen(context.Background(), network, addr)
-	if err != nil {
+	if err := listen(func() (err error) { p.l, err = lc.Listen(context.Background(), network, addr); return err }); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { l.Close() })
-	return &pairs{l: l}
+	t.Cleanup(func() { p.l.Close() })
+	return p
 }
 
 func (p *pairs) pair(t testing.TB) (dialled, accepted net.Conn) {
@@ -112,11 +133,13 @@ func (p *pairs) pair(t testing.TB) (dialled, accepted net.Conn) {
 	defer p.mu.Unlock()
 	var d net.Dialer
 	d.SetMultipathTCP(false)
-	dialled, err := d.Dial(p.l.Addr().Network(), p.l.Addr().String())
-	if err != nil {
+	if err := p.dial(func() (err error) {
+		dialled, err = d.Dial(p.l.Addr().Network(), p.l.Addr().String())
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
-	accepted, err = p.l.Accept()
+	accepted, err := p.l.Accept()
 	if err != nil {
 		dialled.Close()
 		t.Fatal(err)

@@ -143,6 +143,21 @@ func Exchange(client, server net.Conn, up, down int64) error {
 	return errors.Join(err, <-other)
 }
 
+// Both sends n bytes each way, one after the other.
+func Both(client, server net.Conn, n int64) error {
+	return errors.Join(transfer(client, server, n), transfer(server, client, n))
+}
+
+// Until waits for ok.
+func Until(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within %v: %s", patience, what)
+		}
+	}
+}
+
 func closeWrite(c net.Conn) error {
 	if err := c.(interface{ CloseWrite() error }).CloseWrite(); err != nil {
 		return fmt.Errorf("end the stream: %w", err)

@@ -1,0 +1,419 @@
+package relaytest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/userspace/relay"
+)
+
+// Hands are where a flow is when an order of its ends begins: with a loop, with pumps, parked, in a kernel datapath. What the order
+// brings may make it change hands again.
+type Hands struct {
+	Name string
+	Path Path // with Connect
+
+	// Take brings the flow there. It may send bytes both ways, so many in all, and has read all of them when it returns.
+	Take func(t testing.TB, f *Flow, moved *relay.Counters) (up, down int64)
+
+	// Rest, when not nil, waits until the flow is there again, after a step of the order: as far as it can be while nothing
+	// comes from end, and anything from the other one.
+	Rest func(t testing.TB, f *Flow, moved *relay.Counters, end net.Conn)
+
+	// Alone: its flows are told apart by what the datapath counts, so that no two may live at once.
+	Alone bool
+}
+
+// The bytes of a burst. They are for a network with small windows at the ends and the buffers of [Buffers] at the relay, where few fit
+// into the send buffer towards a reader that has stopped, and many do not, but are all acknowledged.
+const (
+	few  = 180_000
+	many = 500_000
+)
+
+// Buffers are what the relay's side of a network needs for [RunPairs], by their names below /proc/sys/net. SmallWindow is for the ends' side.
+var Buffers = map[string]string{"ipv4/tcp_rmem": "4096 1048576 6291456", "ipv4/tcp_wmem": "4096 393216 393216"}
+
+// SmallWindow is the receive buffer of an end, in bytes.
+const SmallWindow = 32 << 10
+
+// A pair is an order of ends, resets and bursts that comes to a flow in certain hands. a is the end that acts first.
+type pair struct {
+	t     *testing.T
+	hands Hands
+	f     *Flow
+	moved relay.Counters
+	a, b  net.Conn
+	sent  [2]int64 // bytes up and down
+}
+
+// An order says what TCP promises the two ends when nobody is between them: what was sent before a proper end arrives, and then the end; what was
+// acknowledged before a reset arrives where somebody reads, and then the reset.
+type order struct {
+	name string
+	end  string // of the flow: "eof", "a" or "b" for a reset by that one, "" for any reset
+	// most: what was sent need not have been moved, since who was to read it is gone.
+	most bool
+	run  func(x *pair)
+}
+
+func orders() []order {
+	return []order{
+		{name: "nothing, both end", end: "eof", run: func(x *pair) {
+			x.finish(x.a, x.b)
+			x.wantEOF(x.a, x.b)
+		}},
+		{name: "end, burst, end, and then it is read", end: "eof", run: func(x *pair) {
+			x.finish(x.a)
+			x.wantEOF(x.b)
+			x.rest(x.a)
+			s := x.send(x.b, few, true)
+			s.acked()
+			x.over()
+			s.read()
+			x.wantEOF(x.a)
+		}},
+		{name: "end, long burst, end", end: "eof", run: func(x *pair) {
+			x.finish(x.a)
+			x.wantEOF(x.b)
+			s := x.send(x.b, many, true)
+			s.acked()
+			s.read()
+			x.wantEOF(x.a)
+		}},
+		{name: "burst and end of both at once, and then it is read", end: "eof", run: func(x *pair) {
+			s, r := x.send(x.a, few, true), x.send(x.b, few, true)
+			s.acked()
+			r.acked()
+			x.over()
+			s.read()
+			r.read()
+			x.wantEOF(x.a, x.b)
+		}},
+		{name: "long burst and end of both at once", end: "eof", run: func(x *pair) {
+			s, r := x.send(x.a, many, true), x.send(x.b, many, true)
+			s.acked()
+			r.acked()
+			s.read()
+			r.read()
+			x.wantEOF(x.a, x.b)
+		}},
+		{name: "burst and end, answer and end", end: "eof", run: func(x *pair) {
+			s := x.send(x.a, many, true)
+			s.acked()
+			x.rest(x.b)
+			s.read()
+			x.wantEOF(x.b)
+			x.rest(x.a)
+			s = x.send(x.b, many, true)
+			s.acked()
+			s.read()
+			x.wantEOF(x.a)
+		}},
+		{name: "end while the other way is full", end: "eof", run: func(x *pair) {
+			s := x.send(x.b, many, false)
+			s.acked()
+			x.rest(x.a)
+			x.finish(x.a)
+			x.wantEOF(x.b)
+			x.finish(x.b)
+			s.read()
+			x.wantEOF(x.a)
+		}},
+		{name: "reset", end: "a", run: func(x *pair) {
+			abort(x.a)
+			x.wantReset(x.b)
+		}},
+		{name: "both reset", run: func(x *pair) {
+			abort(x.a)
+			abort(x.b)
+		}},
+		{name: "burst, reset", end: "a", run: func(x *pair) {
+			s := x.send(x.a, few, false)
+			s.acked()
+			abort(x.a)
+			s.read()
+			x.wantReset(x.b)
+		}},
+		{name: "long burst, reset", end: "a", run: func(x *pair) {
+			s := x.send(x.a, many, false)
+			s.acked()
+			x.rest(x.b)
+			abort(x.a)
+			s.read()
+			x.wantReset(x.b)
+		}},
+		{name: "burst around an urgent byte, reset", end: "a", most: true, run: func(x *pair) {
+			s := x.send(x.a, many/2, false)
+			s.wait()
+			x.must(sendUrgent(x.a, '!'))
+			out := newStream()
+			in := *out
+			x.must(out.send(x.a, few))
+			s.acked()
+			abort(x.a)
+			s.read()
+			x.must(in.receiveAround(x.b, '!', few))
+			x.wantReset(x.b)
+		}},
+		{name: "burst, end, and then a reset", end: "a", run: func(x *pair) {
+			s := x.send(x.a, few, true)
+			s.read()
+			x.wantEOF(x.b)
+			x.rest(x.b)
+			abort(x.a)
+			x.wantBroken(x.b)
+		}},
+		{name: "long burst and end, with a reset behind", end: "a", run: func(x *pair) {
+			s := x.send(x.a, many, true)
+			s.acked()
+			x.rest(x.b)
+			abort(x.a)
+			s.read()
+			x.wantEOF(x.b)
+			x.wantBroken(x.b)
+		}},
+		{name: "end, long burst and reset by the other", end: "b", run: func(x *pair) {
+			x.finish(x.a)
+			x.wantEOF(x.b)
+			x.rest(x.a)
+			s := x.send(x.b, many, false)
+			s.acked()
+			abort(x.b)
+			s.read()
+			x.wantReset(x.a)
+		}},
+		{name: "end, long burst, end, and a reset that has no effect any more", end: "eof", run: func(x *pair) {
+			x.finish(x.a)
+			x.wantEOF(x.b)
+			s := x.send(x.b, many, true)
+			s.acked()
+			abort(x.b)
+			s.read()
+			x.wantEOF(x.a)
+		}},
+		{name: "long burst and end, which the other resets", end: "b", most: true, run: func(x *pair) {
+			x.send(x.a, many, true).acked()
+			abort(x.b)
+			x.wantBroken(x.a)
+		}},
+		{name: "burst, reset while the other sends", end: "a", most: true, run: func(x *pair) {
+			x.flood(x.b)
+			s := x.send(x.a, few, false)
+			s.acked()
+			abort(x.a)
+			s.read()
+			x.wantOver(x.b)
+		}},
+		{name: "upload that is answered early", end: "b", most: true, run: func(x *pair) {
+			x.rest(x.a)
+			x.flood(x.a)
+			x.must(waitReadable(x.b))
+			s := x.send(x.b, 1000, false)
+			s.wait()
+			x.b.Close() // which is a reset, with bytes unread
+			s.read()
+			x.wantOver(x.a)
+		}},
+		{name: "reset while the reader has stopped", end: "a", most: true, run: func(x *pair) {
+			fill(x.a, newStream())
+			x.rest(x.b)
+			abort(x.a)
+			x.wantBroken(x.b)
+		}},
+		{name: "close with bytes unread", end: "a", run: func(x *pair) {
+			x.send(x.b, few, false).acked()
+			x.must(waitReadable(x.a))
+			x.a.Close()
+			x.wantBroken(x.b)
+		}, most: true},
+	}
+}
+
+// RunPairs runs every order for every hands, with the client as the one that acts first and with the server.
+func RunPairs(t *testing.T, hands []Hands) {
+	for _, h := range hands {
+		t.Run(h.Name, func(t *testing.T) {
+			before := take(h.Path)
+			t.Run("orders", func(t *testing.T) {
+				for _, o := range orders() {
+					for _, first := range []string{"client", "server"} {
+						t.Run(o.name+"/"+first, func(t *testing.T) {
+							if !h.Alone {
+								t.Parallel()
+							}
+							runPair(t, h, o, first == "client")
+						})
+					}
+				}
+			})
+			before.check(t, h.Path)
+		})
+	}
+}
+
+func runPair(t *testing.T, h Hands, o order, clientFirst bool) {
+	x := &pair{t: t, hands: h, f: h.Path.Connect(t)}
+	defer x.f.Client.Close()
+	defer x.f.Server.Close()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel() // so that a failure leaves nothing
+	x.f.Start(ctx, relay.Options{Counters: &x.moved})
+	x.sent[0], x.sent[1] = h.Take(t, x.f, &x.moved)
+	ends := map[string]relay.End{"eof": relay.EndEOF, "a": relay.EndUpstreamReset, "b": relay.EndDownstreamReset}
+	x.a, x.b = x.f.Server, x.f.Client
+	if clientFirst {
+		x.a, x.b = x.b, x.a
+		ends["a"], ends["b"] = ends["b"], ends["a"]
+	}
+	o.run(x)
+	r := x.over()
+	if want := ends[o.end]; r.End != want && (o.end != "" || r.End != relay.EndDownstreamReset && r.End != relay.EndUpstreamReset) {
+		t.Errorf("the flow ended as %q, want %q: %+v", r.End, want, r)
+	}
+	up, down := x.moved.Load()
+	if r.Up != up || r.Down != down {
+		t.Errorf("the result has %d bytes up and %d down, the counters %d and %d", r.Up, r.Down, up, down)
+	}
+	if !o.most && (up != x.sent[0] || down != x.sent[1]) {
+		t.Errorf("%d bytes up and %d down were moved, of %d and %d", up, down, x.sent[0], x.sent[1])
+	}
+}
+
+func (x *pair) must(err error) {
+	x.t.Helper()
+	must(x.t, err)
+}
+
+func (x *pair) other(c net.Conn) net.Conn {
+	if c == x.a {
+		return x.b
+	}
+	return x.a
+}
+
+// rest lets the flow come to rest, with nothing to come from end.
+func (x *pair) rest(end net.Conn) {
+	if x.hands.Rest != nil {
+		x.hands.Rest(x.t, x.f, &x.moved, end)
+	}
+}
+
+// over waits for the end of the flow.
+func (x *pair) over() relay.Result {
+	x.t.Helper()
+	return x.f.Result(x.t)
+}
+
+// A burst is on its way from one end to the other.
+type burst struct {
+	x        *pair
+	from, to net.Conn
+	in       stream
+	n        int64
+	sent     chan error
+}
+
+// send begins to send n bytes, and the end of the stream.
+func (x *pair) send(from net.Conn, n int64, end bool) *burst {
+	out := newStream()
+	s := &burst{x: x, from: from, to: x.other(from), in: *out, n: n, sent: make(chan error, 1)}
+	way := 0
+	if from == x.f.Server {
+		way = 1
+	}
+	x.sent[way] += n
+	go func() {
+		err := out.send(from, n)
+		if end && err == nil {
+			err = closeWrite(from)
+		}
+		s.sent <- err
+	}()
+	return s
+}
+
+// wait waits until the kernel has all of it.
+func (s *burst) wait() {
+	s.x.t.Helper()
+	err := <-s.sent
+	s.sent <- err
+	s.x.must(err)
+}
+
+// acked waits until the path has acknowledged all of it, the end too.
+func (s *burst) acked() {
+	s.x.t.Helper()
+	s.wait()
+	s.x.must(waitAcked(s.from))
+}
+
+// read wants all of it at the other end.
+func (s *burst) read() {
+	s.x.t.Helper()
+	s.x.must(s.in.receive(s.to, s.n))
+}
+
+// flood sends without end.
+func (x *pair) flood(from net.Conn) {
+	go newStream().send(from, 1<<40)
+}
+
+func (x *pair) finish(ends ...net.Conn) {
+	x.t.Helper()
+	for _, c := range ends {
+		x.must(closeWrite(c))
+	}
+}
+
+func (x *pair) wantEOF(ends ...net.Conn) {
+	x.t.Helper()
+	for _, c := range ends {
+		x.must(wantEOF(c))
+	}
+}
+
+func (x *pair) wantReset(c net.Conn) {
+	x.t.Helper()
+	wantReset(x.t, x.hands.Path, c)
+}
+
+func (x *pair) wantBroken(c net.Conn) {
+	x.t.Helper()
+	x.must(waitBroken(x.hands.Path, c))
+}
+
+// wantOver wants a reset and nothing before it at an end that sends: its sender may have been told, and to the reader it looks like the end
+// of the stream then.
+func (x *pair) wantOver(c net.Conn) {
+	x.t.Helper()
+	c.SetReadDeadline(time.Now().Add(x.hands.Path.resetIn(patience)))
+	if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
+		x.t.Errorf("instead of a reset: %d bytes, %v", n, err)
+	}
+}
+
+// waitReadable waits until bytes have come to c.
+func waitReadable(c net.Conn) error {
+	n := 0
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if err := onSocket(c, func(fd int) (err error) {
+			n, _, err = unix.Recvfrom(fd, make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+			return err
+		}); err != nil && err != unix.EAGAIN {
+			return err
+		}
+		if n > 0 {
+			return nil
+		}
+	}
+	return fmt.Errorf("no bytes come")
+}

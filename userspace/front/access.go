@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"net/url"
 	"strconv"
-	"time"
 	"unicode/utf8"
 
 	"github.com/tailsplice/tailsplice/userspace/auth"
@@ -21,96 +20,65 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// visitorWait is how long a request waits for tailscaled to say who it is from;
-// then it goes on without a name.
-const visitorWait = time.Second
-
-// whoIs asks tailscaled, and from its first answer on follows it: who asks for
-// visitors should not ask anew for each request.
-func (f *Front) whoIs(ctx context.Context, a netip.Addr) (tailnet.Identity, error) {
-	id, err := f.tailnet.WhoIs(ctx, a)
-	if err == nil {
-		f.watchTailnet.Do(func() { go f.tailnet.Run(f.ctx) })
-	}
-	return id, err
-}
-
 // visitor is who is at the other end of a connection or a request.
 type visitor struct {
-	client netip.Addr
-	// known is false if client is a hop that speaks for somebody and doesn't
-	// say for whom.
-	known bool
-	// silent says that client is a hop which accept_proxy.from names, and said
-	// nothing: as likely it left its PROXY header out as it speaks for itself.
-	// It has its name and tags, and is no user.
-	silent bool
+	client  netip.Addr
+	unknown error // why client is not the client, nil if it is
 }
 
-func (in *inbound) visitor() visitor {
-	return visitor{in.client.Addr(), !in.anonymous, in.trusted && in.client == in.peer}
-}
-
-func visitorOf(v *vhost.Visit) visitor {
-	return visitor{v.Client.Addr(), v.Known, v.Conn.Trusted && v.Client == v.Conn.Peer}
-}
-
-// identityOf says who v is on the tailnet.
-func (f *Front) identityOf(ctx context.Context, v visitor) (tailnet.Identity, error) {
-	id, err := f.whoIs(ctx, v.client)
-	if v.silent {
-		id.User, id.DisplayName, id.ProfilePic = "", "", ""
-	}
-	return id, err
-}
+func (in *inbound) visitor() visitor { return visitor{in.client.Addr(), in.unknown} }
 
 // permit checks v against each of the allow lists that is not nil. The error is
-// a *notAllowedError.
-func (f *Front) permit(ctx context.Context, v visitor, lists ...*peers) error {
+// a *notAllowedError or a *notIdentifiedError.
+func (f *Front) permit(q *asker, v visitor, lists ...*peers) error {
 	for _, allow := range lists {
 		if allow == nil {
 			continue
 		}
-		if !v.known {
-			return &notAllowedError{"unknown: " + v.client.String() + " speaks for somebody and does not say for whom"}
+		ok, err := false, v.unknown
+		if err == nil {
+			ok, err = allow.names(v.client, q.whoIs)
 		}
-		ctx, cancel := context.WithTimeout(ctx, allowWait)
-		ok, who := allow.check(ctx, v.client, func(ctx context.Context, _ netip.Addr) (tailnet.Identity, error) { return f.identityOf(ctx, v) })
-		cancel()
-		if !ok {
-			return &notAllowedError{who}
+		var unidentified *notIdentifiedError
+		switch {
+		case errors.As(err, &unidentified):
+			return err
+		case err != nil:
+			return &notAllowedError{"unknown: " + err.Error()}
+		case !ok:
+			return &notAllowedError{q.describe(v.client)}
 		}
 	}
 	return nil
 }
 
-// allowWait is how long tailscaled may take to say who somebody is.
-const allowWait = 5 * time.Second
-
 type notAllowedError struct{ who string }
 
 func (e *notAllowedError) Error() string { return "allow does not name " + e.who }
 
-const notAllowed = "not_allowed"
+// The metric's words for who may not come in, and for whom tailscaled did not name.
+const (
+	notAllowed    = "not_allowed"
+	notIdentified = "not_identified"
+)
 
 // listenerGuard is asked about each request to l, before it is routed.
 func (f *Front) listenerGuard(l *listener) vhost.Guard {
 	return func(_ http.ResponseWriter, v *vhost.Visit) error {
-		f.nameVisitor(v)
-		return f.allowRequest(l.name, v, l.service.Load().allow)
+		err := f.allowRequest(l.name, v, l.service.Load().allow)
+		f.nameVisitor(v) // also of one who is refused, for the access log
+		return err
 	}
 }
 
 // nameVisitor tells the upstream of a request from the tailnet who it is from,
 // as `tailscale serve` does: users have a name, tagged nodes have none.
 func (f *Front) nameVisitor(v *vhost.Visit) {
-	who := visitorOf(v)
-	if !who.known || !tailnet.Contains(who.client) {
+	client := v.Client.Addr()
+	if v.Unknown != nil || !tailnet.Contains(client) {
 		return
 	}
-	ctx, cancel := context.WithTimeout(v.Request.Context(), visitorWait)
-	defer cancel()
-	id, err := f.identityOf(ctx, who)
+	id, err := v.Conn.Hops.(*asker).whoIsWithin(nameWait, client)
 	if err != nil || id.User == "" {
 		return
 	}
@@ -129,18 +97,35 @@ func headerText(v string) string {
 	return mime.QEncoding.Encode("utf-8", v)
 }
 
-// allowRequest refuses a request that allow does not name.
+// allowRequest refuses a request that allow does not name, or on a connection
+// whose PROXY header is not believed any more.
 func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *peers) error {
-	err := f.permit(v.Request.Context(), visitorOf(v), allow)
+	err := v.Unknown
+	var stranger *strangerError
+	if !errors.As(err, &stranger) {
+		err = f.permit(v.Conn.Hops.(*asker), visitor{v.Client.Addr(), v.Unknown}, allow)
+	}
 	if err == nil {
 		return nil
 	}
+	reason := refusal(err)
 	if v.Request.Context().Err() == nil {
-		f.requestRefused(listener, v, notAllowed, err)
+		f.requestRefused(listener, v, reason, err)
 	}
-	return &vhost.Refusal{Status: http.StatusForbidden, Title: "This is not open to you",
+	no := &vhost.Refusal{Status: http.StatusForbidden, Title: "This is not open to you",
 		Text: f.node() + " does not let you in from where you are.",
 		Hint: "If you should be, come by the tailnet or from an address that is allowed; if it is yours, see allow in its configuration.", Err: err}
+	switch reason {
+	case notIdentified:
+		no.Status, no.Title = http.StatusServiceUnavailable, "It can't be told who you are"
+		no.Text = f.node() + " lets in whom it knows, and Tailscale there did not answer who you are."
+		no.Hint = "Try again in a moment. If it is yours, `tailscale status` and its log should tell why."
+		no.Header = http.Header{"Retry-After": {"5"}}
+	case proxyFromStranger:
+		no.Header = http.Header{"Connection": {"close"}}
+		no.Hint = "Try again. If it is yours, see accept_proxy in its configuration: it does not name the hop before any more."
+	}
+	return no
 }
 
 // requestRefused counts and logs a request that a guard refuses.

@@ -25,7 +25,7 @@ const retryAfter = "2"
 // clients, so its requests count in the total only, as its connections do.
 func (f *Front) charge(l *listener) func(*vhost.Visit) (done func(), err error) {
 	return func(v *vhost.Visit) (func(), error) {
-		lease, err := f.requests.Acquire(visitorOf(v).source())
+		lease, err := f.requests.Acquire(visitor{v.Client.Addr(), v.Unknown}.source())
 		if err == nil {
 			return lease.Release, nil
 		}
@@ -44,7 +44,7 @@ func (f *Front) charge(l *listener) func(*vhost.Visit) (done func(), err error) 
 
 // source is whose limits v counts for: the zero Addr where that is not known.
 func (v visitor) source() netip.Addr {
-	if !v.known || v.silent {
+	if v.unknown != nil {
 		return netip.Addr{}
 	}
 	return v.client

@@ -105,20 +105,19 @@ func (h *httpServer) close() {
 
 // Info tells vhost who is at the other end.
 func (in *inbound) Info() vhost.ConnInfo {
-	info := vhost.ConnInfo{Client: in.client, Peer: in.peer, Local: in.local, Trusted: in.trusted, Anonymous: in.anonymous, ID: in.id, ServerName: in.name}
-	if in.trusted {
-		info.Hop = in.hop
-	}
-	info.Crowded = in.lease.Count() > crowd
-	return info
+	return vhost.ConnInfo{Client: in.client, Peer: in.peer, Local: in.local, Unknown: in.unknown, Crowded: in.lease.Count() > crowd, ID: in.id, ServerName: in.name}
 }
 
-// hop says whether a may speak for others, as the peer may.
-func (in *inbound) hop(a netip.Addr) bool {
-	ctx, cancel := context.WithTimeout(in.front.ctx, visitorWait)
-	defer cancel()
-	trusted, _ := in.service.trust.check(ctx, a, in.front.tailnet.WhoIs)
-	return trusted
+// Judge tells vhost, for one request, whom to believe by the service that is in
+// force. All who ask for that request hear the same.
+func (in *inbound) Judge(ctx context.Context, info *vhost.ConnInfo) {
+	q := &asker{ctx: ctx, front: in.front, trust: in.listener.service.Load().trust}
+	info.Hops = q
+	info.Trusted, info.Unknown = in.judge(q)
+	var unsaid *vhost.UnsaidError
+	if info.Trusted && errors.As(info.Unknown, &unsaid) {
+		info.Unknown = nil // a request may say it
+	}
 }
 
 // requestEnded writes the one line of a request, which is a flow of its own.

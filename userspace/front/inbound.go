@@ -1,7 +1,6 @@
 package front
 
 import (
-	"context"
 	"errors"
 	"io"
 	"net"
@@ -13,6 +12,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
 // inbound is one accepted connection on its way through the front. It is a
@@ -26,13 +26,14 @@ type inbound struct {
 	accepted time.Time
 	waited   time.Duration // for the hello, before serve
 
-	id        string         // the path's id
-	peer      netip.AddrPort // the socket's other end
-	client    netip.AddrPort // the client, as far back as it is believed
-	local     netip.AddrPort // what the client connected to, as far as it is known
-	trusted   bool           // accept_proxy.from names the peer
-	anonymous bool           // the peer speaks for somebody, and can't say for whom
-	name      string         // server name, once known
+	id      string              // the path's id
+	peer    netip.AddrPort      // the socket's other end
+	client  netip.AddrPort      // the client, as far back as it is believed
+	local   netip.AddrPort      // what the client connected to, as far as it is known
+	header  *proxyheader.Header // that the peer sent, nil if it sent none
+	unknown error               // why client isn't the client, nil if it is: of the connection, see Judge for requests
+	name    string              // server name, once known
+	asker   *asker              // who has an address, asked for the connection
 
 	ahead []byte // read from the socket, not yet consumed
 
@@ -102,6 +103,7 @@ func (in *inbound) takeAhead() []byte {
 
 // serve brings one connection from accept to its end. It owns in.
 func (f *Front) serve(in *inbound) {
+	in.asker = &asker{ctx: f.ctx, front: f, trust: in.service.trust}
 	if in.service.trust != nil {
 		if err := f.identify(in); err != nil {
 			f.refuseInbound(in, err)
@@ -114,7 +116,7 @@ func (f *Front) serve(in *inbound) {
 	switch in.service.mode {
 	case "tcp":
 		if r := in.service.fallback; r != nil {
-			if err := f.permit(f.ctx, in.visitor(), in.service.allow, r.allow); err != nil {
+			if err := f.permit(in.asker, in.visitor(), in.service.allow, r.allow); err != nil {
 				f.refuseInbound(in, err)
 				return
 			}
@@ -133,50 +135,77 @@ func (f *Front) serve(in *inbound) {
 // (an HTTP hop says the client's address in the request); a tcp listener can't
 // tell and needs it.
 func (f *Front) identify(in *inbound) error {
-	ctx, cancel := context.WithTimeout(f.ctx, in.service.limits.HelloTimeout)
-	defer cancel()
-	trusted, who := in.service.trust.check(ctx, in.peer.Addr(), f.tailnet.WhoIs)
-	in.trusted = trusted
+	trusted, err := in.asker.Hop(in.peer.Addr())
+	stranger := func() error {
+		if err != nil {
+			return err
+		}
+		return &strangerError{in.asker.describe(in.peer.Addr())}
+	}
 	if !trusted {
 		if err := in.lease.Move(in.peer.Addr()); err != nil {
 			return err
 		}
 		if in.service.mode == "tcp" {
-			return &strangerError{who}
+			return stranger()
 		}
 	}
-	h, rest, err := proxyheader.Read(in.TCPConn, in.service.limits.HelloBytes, in.service.limits.HelloTimeout)
+	h, rest, readErr := proxyheader.Read(in.TCPConn, in.service.limits.HelloBytes, in.service.limits.HelloTimeout)
 	in.ahead = rest
 	switch {
-	case err != nil:
-		return err
+	case readErr != nil:
+		return readErr
 	case h == nil && in.service.mode == "tcp":
 		return errNoHeader
-	case h == nil:
+	case h != nil && !trusted:
+		return stranger()
+	case h != nil:
+		in.header, in.id, in.name = h, h.ID, h.ServerName
+		if h.Source.IsValid() {
+			in.client = h.Source
+			if h.Destination.IsValid() {
+				in.local = h.Destination
+			}
+		}
+	}
+	_, in.unknown = in.judge(in.asker)
+	if in.client == in.peer || in.unknown != nil {
 		return nil
-	case !trusted:
-		return &strangerError{who}
 	}
-	in.id = h.ID
-	in.name = h.ServerName
-	if h.Local {
-		return nil // the hop itself: a health check
+	return in.lease.Move(in.client.Addr())
+}
+
+// judge says whether what the peer writes in a request about its client is
+// believed, and why the client is not known, nil if it is. Who speaks for others
+// is never a client: strangers come through it, and it has rights of its own.
+func (in *inbound) judge(q *asker) (believed bool, unknown error) {
+	trusted, err := q.Hop(in.peer.Addr())
+	h := in.header
+	switch {
+	case err != nil:
+		return false, err // not known is not believed, and may be a hop
+	case h == nil, h.Local: // of LOCAL the hop says that it's no client's connection
+		if trusted {
+			return true, &vhost.UnsaidError{Hop: in.peer.Addr(), Itself: true}
+		}
+		return false, nil
+	case !trusted: // any more
+		return false, &strangerError{q.describe(in.peer.Addr())}
+	case !h.Source.IsValid():
+		return false, &vhost.UnsaidError{Hop: in.peer.Addr()}
 	}
-	if !h.Source.IsValid() {
-		// Somebody behind the hop, and it can't say who: what they write about
-		// themselves in a request is not the hop's word.
-		in.trusted, in.anonymous = false, true
-		return nil
+	// What the client wrote about itself is not the hop's word.
+	trusted, err = q.Hop(h.Source.Addr())
+	if trusted {
+		err = &vhost.UnsaidError{Hop: h.Source.Addr(), Itself: true}
 	}
-	in.client = h.Source
-	if h.Destination.IsValid() {
-		in.local = h.Destination
-	}
-	return in.lease.Move(h.Source.Addr())
+	return false, err
 }
 
 // shutdown is the metric's word for a connection that was cut before it had a route, because the daemon ends.
 const shutdown = "shutdown"
+
+const proxyFromStranger = "proxy_from_stranger"
 
 type strangerError struct{ who string }
 
@@ -208,13 +237,16 @@ func (f *Front) refuseInbound(in *inbound, err error) {
 func refusal(err error) string {
 	var over *limit.OverError
 	var stranger *notAllowedError
+	var unidentified *notIdentifiedError
 	switch {
 	case errors.As(err, &stranger):
 		return notAllowed
+	case errors.As(err, &unidentified):
+		return notIdentified
 	case errors.As(err, &over):
 		return "over_limit"
 	case errors.Is(err, errStranger):
-		return "proxy_from_stranger"
+		return proxyFromStranger
 	case errors.Is(err, errNoHeader):
 		return "proxy_missing"
 	case errors.Is(err, proxyheader.ErrEOF):

@@ -156,14 +156,14 @@ func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *
 		Key: fmt.Sprintf("%s proxy=%t transparent=%t at %s connect=%v", r.written, r.sendProxy, r.transparent, r.target, r.dialer.Timeout), Name: publicName(r), Speaks: speaker(r),
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			info, _ := vhost.Info(ctx)
-			up, err := f.dialUpstream(ctx, l.Name, r, visitor{info.Client.Addr(), !info.Anonymous, info.Trusted && info.Client == info.Peer})
+			up, err := f.dialUpstream(ctx, l.Name, r, visitor{info.Client.Addr(), info.Unknown})
 			if err != nil {
 				f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", info.ID, "listener", l.Name, "route", r.name, "target", r.written, "client", info.Client, "err", err)
 				return nil, pageReason(err)
 			}
 			if r.sendProxy {
 				h := proxyheader.Header{Source: info.Client, Destination: info.Local, ServerName: info.ServerName, ID: info.ID}
-				if info.Anonymous {
+				if !vhost.MayTell(info.Client.Addr(), info.Unknown) {
 					h.Source = netip.AddrPort{} // as in proxyHeader
 				}
 				if _, err := up.Write(h.Append(nil)); err != nil {

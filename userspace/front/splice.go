@@ -14,6 +14,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/sni"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
 // serveSNI reads the hello of a connection and sends it where its name says.
@@ -30,7 +31,7 @@ func (f *Front) serveSNI(in *inbound) {
 		return
 	}
 	in.name = hello.ServerName
-	if err := f.permit(f.ctx, in.visitor(), in.service.allow); err != nil {
+	if err := f.permit(in.asker, in.visitor(), in.service.allow); err != nil {
 		f.refuseHello(in, hello, err)
 		return
 	}
@@ -43,7 +44,7 @@ func (f *Front) serveSNI(in *inbound) {
 		f.refuseHello(in, hello, fmt.Errorf("%w (route %s)", errRejectedName, r.name))
 		return
 	}
-	if err := f.permit(f.ctx, in.visitor(), r.allow); err != nil {
+	if err := f.permit(in.asker, in.visitor(), r.allow); err != nil {
 		f.refuseHello(in, hello, fmt.Errorf("%w (route %s)", err, r.name))
 		return
 	}
@@ -63,9 +64,12 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 	var reason string
 	var reject *sni.RejectError
 	var stranger *notAllowedError
+	var unidentified *notIdentifiedError
 	switch {
 	case errors.As(err, &stranger):
 		reason, alert, speaksTLS = notAllowed, sni.AlertAccessDenied, true
+	case errors.As(err, &unidentified):
+		reason, alert, speaksTLS = notIdentified, sni.AlertAccessDenied, true
 	case errors.Is(err, errNobodyServes), errors.Is(err, errRejectedName):
 		reason, alert, speaksTLS = "unrecognized_name", sni.AlertUnrecognizedName, true
 	case errors.As(err, &reject):
@@ -189,8 +193,8 @@ func (f *Front) dialRule(ctx context.Context, listener string, r *rule, who visi
 // proxyHeader says to the next hop what this one knows of the client.
 func (f *Front) proxyHeader(in *inbound, hello *sni.Hello) proxyheader.Header {
 	h := proxyheader.Header{Source: in.client, Destination: in.local, ServerName: in.name, ID: in.id}
-	if in.anonymous {
-		h.Source = netip.AddrPort{} // not the hop before: it isn't the client, and has rights of its own
+	if !vhost.MayTell(in.client.Addr(), in.unknown) {
+		h.Source = netip.AddrPort{}
 	}
 	if hello != nil && len(hello.ALPN) > 0 {
 		h.ALPN = hello.ALPN[0] // the one that the client likes best

@@ -65,8 +65,8 @@ func wantsTransparent(cfg *config.Config) bool {
 func (f *Front) dialTransparent(ctx context.Context, listener string, r *rule, who visitor) (net.Conn, error) {
 	way, client := f.way.Load(), who.client
 	fits := func(to netip.Addr) error {
-		if !who.known {
-			return errClientUnknown
+		if who.unknown != nil {
+			return who.unknown
 		}
 		return way.Fits(client, to)
 	}
@@ -98,5 +98,3 @@ func (f *Front) dialTransparent(ctx context.Context, listener string, r *rule, w
 	f.complain.Warn("not_transparent "+reason, "the target sees this host's address instead of the client's", "listener", listener, "route", r.name, "target", r.written, "client", client, "reason", reason, "err", why)
 	return up, nil
 }
-
-var errClientUnknown = errors.New("the hop before speaks for somebody, and does not say for whom")

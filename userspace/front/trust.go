@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
@@ -39,32 +41,114 @@ func (t *peers) strings() []string {
 	return t.written
 }
 
-type whoIs func(context.Context, netip.Addr) (tailnet.Identity, error)
-
-// check says whether peer is one of those that t names, and who it is, for the
-// log. A tailnet address is an identity only by what tailscaled says of it: an
-// error there means no.
-func (t *peers) check(ctx context.Context, peer netip.Addr, ask whoIs) (trusted bool, who string) {
-	for _, p := range t.prefixes {
-		if p.Contains(peer.WithZone("")) { // no prefix has a zone, and so none contains an address with one
-			return true, peer.String()
-		}
+// names says whether t names an address. A tailnet address is an identity only
+// by what tailscaled says of it; the error is that of ask, where it depends on
+// that.
+func (t *peers) names(a netip.Addr, ask func(netip.Addr) (tailnet.Identity, error)) (bool, error) {
+	a = a.Unmap().WithZone("") // a prefix holds no address with a zone
+	if slices.ContainsFunc(t.prefixes, func(p netip.Prefix) bool { return p.Contains(a) }) {
+		return true, nil
 	}
-	if !tailnet.Contains(peer) {
-		return false, peer.String() + " (not a tailnet address)"
+	if len(t.patterns) == 0 || !tailnet.Contains(a) {
+		return false, nil
 	}
-	id, err := ask(ctx, peer)
-	if err != nil {
-		return false, fmt.Sprintf("%s (tailscaled can't say who it is: %v)", peer, err)
+	id, err := ask(a)
+	if errors.Is(err, tailnet.ErrNotPeer) {
+		return false, nil
 	}
-	who = describe(id)
-	for _, p := range t.patterns {
-		if id.Matches(p) {
-			return true, who
-		}
-	}
-	return false, who
+	return err == nil && slices.ContainsFunc(t.patterns, id.Matches), err
 }
+
+// asker asks tailscaled who has an address, for one request, or for one connection
+// before its requests. Each address is asked about once, so that all who want to
+// know hear the same, and all of it together takes no longer than whoWait. It is
+// not safe for concurrent use.
+type asker struct {
+	ctx     context.Context
+	front   *Front
+	trust   *peers // accept_proxy.from; nil: nobody
+	until   time.Time
+	answers []answer
+}
+
+type answer struct {
+	addr netip.Addr
+	id   tailnet.Identity
+	err  error
+}
+
+const (
+	// whoWait is how long tailscaled may take to say who somebody is, where
+	// something depends on it.
+	whoWait = 5 * time.Second
+	// nameWait is how long it may take where nothing does: for a name to show.
+	nameWait = time.Second
+)
+
+// whoIs says who has an address. The error is a *notIdentifiedError, or wraps
+// tailnet.ErrNotPeer.
+func (q *asker) whoIs(a netip.Addr) (tailnet.Identity, error) { return q.whoIsWithin(whoWait, a) }
+
+// whoIsWithin is whoIs for those who wait for a part of whoWait only: that they
+// got no answer is not the answer that others get.
+func (q *asker) whoIsWithin(wait time.Duration, a netip.Addr) (tailnet.Identity, error) {
+	for i := range q.answers {
+		if q.answers[i].addr == a {
+			return q.answers[i].id, q.answers[i].err
+		}
+	}
+	if q.until.IsZero() {
+		q.until = time.Now().Add(whoWait)
+	}
+	ctx, cancel := context.WithDeadline(q.ctx, q.until.Add(wait-whoWait))
+	defer cancel()
+	id, err := q.front.tailnet.WhoIs(ctx, a)
+	switch {
+	case err == nil:
+		// Who asks once asks again: from now on tailscaled is followed instead.
+		q.front.watchTailnet.Do(func() { go q.front.tailnet.Run(q.front.ctx) })
+	case !errors.Is(err, tailnet.ErrNotPeer):
+		err = &notIdentifiedError{a, err}
+		if wait < whoWait {
+			return id, err
+		}
+	}
+	q.answers = append(q.answers, answer{a, id, err})
+	return id, err
+}
+
+// Hop says whether accept_proxy.from names an address: who has it speaks for
+// others, and is never a client. The error is a *notIdentifiedError.
+func (q *asker) Hop(a netip.Addr) (bool, error) {
+	if q.trust == nil {
+		return false, nil
+	}
+	return q.trust.names(a, q.whoIs)
+}
+
+// describe says who has an address, for the log.
+func (q *asker) describe(a netip.Addr) string {
+	if !tailnet.Contains(a) {
+		return a.String() + " (not a tailnet address)"
+	}
+	id, err := q.whoIsWithin(nameWait, a)
+	if err != nil {
+		return fmt.Sprintf("%s (tailscaled can't say who it is: %v)", a, err)
+	}
+	return describe(id)
+}
+
+// notIdentifiedError says that it could not be found out who has an address: it
+// may be anybody's.
+type notIdentifiedError struct {
+	addr netip.Addr
+	err  error
+}
+
+func (e *notIdentifiedError) Error() string {
+	return fmt.Sprintf("tailscaled did not answer who %s is: %v", e.addr, e.err)
+}
+func (e *notIdentifiedError) Unwrap() error { return e.err }
 
 func describe(id tailnet.Identity) string {
 	if len(id.Tags) > 0 {

@@ -22,18 +22,17 @@ type ConnInfo struct {
 	Peer netip.AddrPort
 	// Local is what the client connected to.
 	Local netip.AddrPort
-	// Anonymous says that Peer speaks for somebody, and Client is Peer only
-	// because it could not say for whom.
-	Anonymous bool
+	// Unknown is nil if Client is the client, else why that is not known: an
+	// UnsaidError, or why nobody can tell whether Peer speaks for others.
+	Unknown error
 	// Trusted says that the config trusts Peer to speak for others
 	// (accept_proxy.from names it). Whether its forwarding headers are
 	// believed, see believes.
 	Trusted bool
 	// Crowded says that Client has many connections.
 	Crowded bool
-	// Hop says whether the config trusts that address to speak for others, as
-	// it does Peer. It may take a while, and may be nil: then no other is.
-	Hop func(netip.Addr) bool
+	// Hops tells who else may speak for others. Nil: nobody.
+	Hops Hops
 	// ID is the path's id. Never empty if it comes from Info.
 	ID string
 	// ServerName is the name that the client asked for in TLS: from the PROXY
@@ -65,6 +64,50 @@ func (i ConnInfo) crowd() int {
 // Infoer is what a net.Conn given to ServeConn may have beside. Info is called
 // once, before the first byte is read.
 type Infoer interface{ Info() ConnInfo }
+
+// Judge is what an Infoer may have beside. Judge is called once for each request, whose context ctx is, and
+// brings Trusted, Unknown and Hops up to date: the configuration may change while a connection is kept.
+type Judge interface {
+	Judge(ctx context.Context, info *ConnInfo)
+}
+
+// Hops says whether the config trusts an address to speak for others (accept_proxy.from names it). An error
+// says that nobody can tell now. Hop may take a while.
+type Hops interface {
+	Hop(netip.Addr) (bool, error)
+}
+
+// MayTell says whether the next hop may hear a client's address. It may not hear
+// that of a hop, which has rights of its own there; but of a process on this
+// host, hop or not, the address says no more than that.
+func MayTell(client netip.Addr, unknown error) bool {
+	var unsaid *UnsaidError
+	return unknown == nil || errors.As(unknown, &unsaid) && unsaid.Itself && client.IsLoopback()
+}
+
+// client says why a is not a client, nil if it is one: it speaks for others, or
+// nobody can tell.
+func (i *ConnInfo) client(a netip.Addr) error {
+	if i.Hops == nil {
+		return nil
+	}
+	hop, err := i.Hops.Hop(a)
+	if hop {
+		return &UnsaidError{Hop: a, Itself: true}
+	}
+	return err
+}
+
+// UnsaidError says that a hop speaks for somebody and doesn't say for whom.
+type UnsaidError struct {
+	Hop netip.Addr
+	// Itself says that nothing was said at all, as if the hop were the client.
+	Itself bool
+}
+
+func (e *UnsaidError) Error() string {
+	return e.Hop.String() + " speaks for somebody and does not say for whom"
+}
 
 // believes says whether the forwarding headers in the requests of a connection
 // are those of a trusted hop.
@@ -103,6 +146,15 @@ func newConn(c net.Conn, s *Server) *conn {
 	cn.info.Client = cn.info.Peer
 	cn.info.Local = addrPort(c.LocalAddr())
 	return cn
+}
+
+// judge puts into v what is known, and believed, of its connection now, and who the client is.
+func (c *conn) judge(v *Visit) {
+	v.Conn = c.info
+	if j, ok := c.Conn.(Judge); ok {
+		j.Judge(v.Request.Context(), &v.Conn)
+	}
+	v.Client, v.Unknown = clientOf(v.Request, v.Conn)
 }
 
 // addrPort is a's address; not valid for a unix socket.
@@ -193,7 +245,7 @@ func connContext(ctx context.Context, c net.Conn) context.Context {
 }
 
 // Info returns what is known of who a request is from; ctx is the request's, or
-// what Upstream.Dial got. For Dial, Client, Anonymous and ID are the request's:
+// what Upstream.Dial got. For Dial, Client, Unknown and ID are the request's:
 // if a hop that is believed said them, Client has port 0 and Local is invalid.
 func Info(ctx context.Context) (ConnInfo, bool) {
 	c, ok := ctx.Value(connKey{}).(*conn)
@@ -202,7 +254,7 @@ func Info(ctx context.Context) (ConnInfo, bool) {
 	}
 	info := c.info
 	if x, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
-		info.ID, info.Anonymous = x.id, !x.visit.Known
+		info.ID, info.Unknown = x.id, x.visit.Unknown
 		if x.visit.Client != info.Client {
 			info.Client, info.Local = x.visit.Client, netip.AddrPort{}
 		}

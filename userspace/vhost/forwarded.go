@@ -1,6 +1,7 @@
 package vhost
 
 import (
+	"errors"
 	"net"
 	"net/http"
 	"net/netip"
@@ -47,7 +48,7 @@ func isForwarding(name string) bool {
 // header is out. From a hop that is believed, what it sent is kept and this hop
 // added; from anyone else all of it is dropped first. Who a tailnet's user is
 // each hop asks its own tailscaled: Tailscale- headers are always dropped. Of a
-// client that is not known (see clientOf) it says so: the hop's own address
+// client that is not known (see MayTell) it says so: the hop's own address
 // would give it the hop's rights further on.
 func setForwarded(in *http.Request, out http.Header, info ConnInfo, known bool, id string) {
 	believed := believes(info, in.TLS != nil)
@@ -102,24 +103,31 @@ func setForwarded(in *http.Request, out http.Header, info ConnInfo, known bool, 
 // clientOf is the client of a request: what a hop that is believed says that it
 // saw, which is the last of its X-Forwarded-For, else that of the connection.
 // What stands before is that one's word: believed if it is such a hop itself,
-// and else anybody's. known is false where a hop
-// speaks for somebody and doesn't say for whom: the client is then that hop.
-func clientOf(r *http.Request, info ConnInfo) (client netip.AddrPort, known bool) {
-	if !believes(info, r.TLS != nil) {
-		return info.Client, !info.Anonymous
+// and else anybody's. A hop is never the client: where one speaks for somebody
+// and doesn't say for whom, or nobody can tell whether it is a hop, unknown says
+// so, and client is the last who said something.
+func clientOf(r *http.Request, info ConnInfo) (client netip.AddrPort, unknown error) {
+	client = info.Client
+	if info.Unknown != nil {
+		return client, info.Unknown
 	}
-	chain := splitList(r.Header["X-Forwarded-For"])
+	var chain []string
+	if believes(info, r.TLS != nil) {
+		chain = splitList(r.Header["X-Forwarded-For"])
+	}
 	if len(chain) == 0 {
-		return info.Client, !info.Anonymous
+		return client, info.client(client.Addr())
 	}
 	for i := len(chain) - 1; ; i-- {
 		addr, err := netip.ParseAddr(chain[i])
 		if err != nil {
-			return info.Client, false
+			return info.Client, &UnsaidError{Hop: info.Client.Addr()}
 		}
-		addr = addr.Unmap()
-		if i == 0 || len(chain)-i >= maxHops || info.Hop == nil || !info.Hop(addr) {
-			return netip.AddrPortFrom(addr, 0), true
+		client = netip.AddrPortFrom(addr.Unmap(), 0)
+		unknown = info.client(client.Addr())
+		var unsaid *UnsaidError
+		if i == 0 || len(chain)-i >= maxHops || !errors.As(unknown, &unsaid) {
+			return client, unknown
 		}
 	}
 }

@@ -167,7 +167,7 @@ func TestTrustedHop(t *testing.T) {
 // not become that hop for the next one.
 func TestAnonymous(t *testing.T) {
 	h := newHop(t, upstream(t, echoHeader), func(c *config) {
-		c.info = func(i ConnInfo) ConnInfo { i.Anonymous = true; return i }
+		c.info = func(i ConnInfo) ConnInfo { i.Unknown = &UnsaidError{Hop: i.Peer.Addr()}; return i }
 	})
 	_, body := get(t, protocols[0].client(t, h), protocols[0].url("/"))
 	if got := parseEcho(body); got.Get("X-Forwarded-For") != "unknown" || got.Get("Forwarded") != "for=unknown;host=example.org;proto=http" {
@@ -223,10 +223,15 @@ func TestUnixPeer(t *testing.T) {
 	}
 }
 
+// hopsIn trusts those in a network to speak for others.
+type hopsIn netip.Prefix
+
+func (h hopsIn) Hop(a netip.Addr) (bool, error) { return netip.Prefix(h).Contains(a), nil }
+
 // TestClientOf: the log names whom a believed hop speaks for, and nobody else's word counts.
 func TestClientOf(t *testing.T) {
 	hop, visitor := netip.MustParseAddrPort("100.64.0.2:40000"), netip.MustParseAddrPort("203.0.113.7:50000")
-	hops := netip.MustParsePrefix("100.64.0.0/10").Contains
+	hops := hopsIn(netip.MustParsePrefix("100.64.0.0/10"))
 	for _, c := range []struct {
 		name string
 		info ConnInfo
@@ -238,11 +243,11 @@ func TestClientOf(t *testing.T) {
 		{"what it passed on", ConnInfo{Client: hop, Peer: hop, Trusted: true}, []string{"6.6.6.6", "2001:db8::7"}, "[2001:db8::7]:0"},
 		{"no header", ConnInfo{Client: hop, Peer: hop, Trusted: true}, nil, "100.64.0.2:40000"},
 		{"nonsense", ConnInfo{Client: hop, Peer: hop, Trusted: true}, []string{"unknown"}, "100.64.0.2:40000"},
-		{"a chain of hops", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hop: hops}, []string{"6.6.6.6, 203.0.113.7, 100.64.0.3", "100.64.0.4"}, "203.0.113.7:0"},
-		{"a hop itself", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hop: hops}, []string{"100.64.0.3, 100.64.0.4"}, "100.64.0.3:0"},
-		{"a hop that speaks for nobody it knows", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hop: hops}, []string{"unknown, 100.64.0.4"}, "100.64.0.2:40000"},
-		{"a stranger among them", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hop: hops}, []string{"203.0.113.7, 192.0.2.1, 100.64.0.4"}, "192.0.2.1:0"},
-		{"too long a chain", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hop: hops}, []string{"203.0.113.7" + strings.Repeat(", 100.64.0.4", 1000)}, "100.64.0.4:0"},
+		{"a chain of hops", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"6.6.6.6, 203.0.113.7, 100.64.0.3", "100.64.0.4"}, "203.0.113.7:0"},
+		{"a hop itself", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"100.64.0.3, 100.64.0.4"}, "100.64.0.3:0"},
+		{"a hop that speaks for nobody it knows", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"unknown, 100.64.0.4"}, "100.64.0.2:40000"},
+		{"a stranger among them", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"203.0.113.7, 192.0.2.1, 100.64.0.4"}, "192.0.2.1:0"},
+		{"too long a chain", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"203.0.113.7" + strings.Repeat(", 100.64.0.4", 1000)}, "100.64.0.4:0"},
 		{"a PROXY header", ConnInfo{Client: visitor, Peer: hop, Trusted: true}, []string{"6.6.6.6"}, "203.0.113.7:50000"},
 	} {
 		r := &http.Request{Header: http.Header{"X-Forwarded-For": c.xff}}

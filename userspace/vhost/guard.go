@@ -20,10 +20,9 @@ type Visit struct {
 	Request *http.Request // as it came in; not to be changed
 	Conn    ConnInfo
 	ID      string
-	// Client is as Request.Client in OnRequest. Known is false if it is the hop
-	// before that speaks for somebody, and doesn't say for whom.
-	Client netip.AddrPort
-	Known  bool
+	// Client is as Request.Client in OnRequest. Unknown is as in ConnInfo, of the request.
+	Client  netip.AddrPort
+	Unknown error
 
 	// User is who it is, for OnRequest. Guards set it.
 	User string
@@ -96,7 +95,7 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 // setHeaders makes a copy of the client's header that of the request which goes
 // out.
 func (x *exchange) setHeaders(out http.Header) {
-	setForwarded(x.req, out, x.conn.info, x.visit.Known, x.id)
+	setForwarded(x.req, out, x.visit.Conn, MayTell(x.visit.Client.Addr(), x.visit.Unknown), x.id)
 	out["X-Request-Id"] = []string{x.requestID}
 	for name := range out {
 		if x.visit.drops(name) {

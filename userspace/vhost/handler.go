@@ -51,9 +51,12 @@ type exchangeKey struct{}
 // serveHTTP is the handler of every request.
 func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r, host: routeHost(r.Host), resp: &response{ResponseWriter: w}}
-	x.id = pathID(r, x.conn.info)
+	x.visit = Visit{Request: r, x: x}
+	x.conn.judge(&x.visit)
+	x.id = pathID(r, x.visit.Conn)
+	x.visit.ID = x.id
 	x.requestID = requestID(r, x.conn, x.id)
-	x.timing = s.wantsTiming(r, x.conn.info)
+	x.timing = s.wantsTiming(r, x.visit.Conn)
 	if s.opts.HSTS != nil && r.TLS != nil {
 		x.hsts = s.opts.HSTS()
 	}
@@ -70,8 +73,6 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		x.whole = true
 		return
 	}
-	x.visit = Visit{Request: r, Conn: x.conn.info, ID: x.id, x: x}
-	x.visit.Client, x.visit.Known = clientOf(r, x.conn.info)
 	if !s.charge(x) {
 		return
 	}
@@ -216,11 +217,10 @@ func (s *Server) report(x *exchange) {
 		return
 	}
 	q := Request{
-		Conn: x.conn.info, ID: x.id, Method: x.req.Method, Host: x.host, Path: x.req.URL.Path, Proto: x.req.Proto,
+		Conn: x.visit.Conn, Client: x.visit.Client, ID: x.id, Method: x.req.Method, Host: x.host, Path: x.req.URL.Path, Proto: x.req.Proto,
 		Header: x.req.Header, URI: x.req.RequestURI, RequestID: x.requestID, User: x.visit.User,
 		Status: x.resp.status, BytesOut: x.resp.bytes, Started: x.started, Duration: time.Since(x.started), Route: x.route, Upstream: x.up, Err: x.err,
 	}
-	q.Client, _ = clientOf(x.req, x.conn.info)
 	if c := x.upConn.Load(); c != nil {
 		q.UpstreamConn = c.Conn
 	}

@@ -11,15 +11,18 @@ import (
 type Docker struct {
 	Section
 	Enabled bool     `yaml:"enabled" kind:"bool" required:"true" doc:"Make routes of the labels tailsplice.host, .path, .port and .tls of containers, as they start and stop."`
-	Hosts   []string `yaml:"hosts" kind:"name" nonempty:"true" doc:"The host names that labels may claim: exact, or *.example.org for what ends so. Default: all that no configured route has."`
+	Hosts   []string `yaml:"hosts" kind:"name" nonempty:"true" doc:"The host names that labels may claim: exact, or *.example.org for what ends so. Default: all. Of a route that asks who it is, or rejects, they may claim no part, unless its host stands here too."`
 }
 
 // Allows reports whether labels may claim a host, which is as [Labels].Host has it.
 func (d *Docker) Allows(host string) bool {
-	return len(d.Hosts) == 0 || slices.ContainsFunc(d.Hosts, func(allowed string) bool {
-		suffix, wild := strings.CutPrefix(allowed, "*")
-		return host == allowed || wild && strings.HasSuffix(host, suffix)
-	})
+	return len(d.Hosts) == 0 || slices.ContainsFunc(d.Hosts, func(allowed string) bool { return Covers(allowed, host) })
+}
+
+// Covers reports whether a name, or all that a wildcard stands for, is among what a pattern stands for.
+func Covers(pattern, name string) bool {
+	suffix, wild := strings.CutPrefix(pattern, "*")
+	return name == pattern || wild && strings.HasSuffix(name, suffix)
 }
 
 // LabelPrefix is how the labels begin that are ours.

@@ -295,12 +295,16 @@ func (f *Front) labelRules(cfg *config.Config, l *config.Listener, all []candida
 				i := slices.IndexFunc(all, func(o candidate) bool { return o.key == holder })
 				by, dup = "container "+all[i].name, true
 			}
+			guard := guarded(cfg, l, host, c.labels.Path)
 			switch {
 			case !l.Docker.Allows(host):
 				next.problem(c.name, "host", l.Name, "%q is not among docker.hosts of the listener", host)
 			case dup && (c.state == "running" || by == "a configured route"):
 				next.problem(c.name, "host", l.Name, "%q belongs to %s already", host+c.labels.Path, by)
-			case !dup:
+			case dup:
+			case guard != "":
+				next.problem(c.name, "host", l.Name, "%q is a part of %s", host+c.labels.Path, guard)
+			default:
 				hosts = append(hosts, host)
 				taken[k], next.holders[k] = "container "+c.name, c.key
 			}

@@ -43,7 +43,9 @@ type AcceptProxy struct {
 	Section
 	// From holds CIDRs (masked), IP addresses, tailnet node names (lower-case), user logins (with an @)
 	// and tags (tag:x).
-	From []string `yaml:"from" kind:"peer" required:"true" nonempty:"true" doc:"Who is believed: a CIDR, an IP address, a tailnet node name, a user's login (with @), or a tag (tag:edge). A header from anyone else closes the connection."`
+	From []string `yaml:"from" kind:"peer" required:"true" nonempty:"true" doc:"Who is believed: a CIDR, an IP address, a tailnet node name, a user's login (with @), or a tag (tag:edge). A header from anyone else closes the connection. Who is named here speaks for others, and is never a client itself."`
+	// Required says that there is a header on each connection, as there must be on tcp listeners.
+	Required bool `yaml:"required" kind:"true" doc:"Close connections without a PROXY header, so that what strangers write about themselves through a hop that forgets send_proxy is not believed. Always so on tcp listeners."`
 }
 
 // Certificate is one source of certificates. Exactly one of its fields is set.

@@ -4,9 +4,11 @@
 //
 //	listen.go   addresses are bound, and follow the tailnet's changes
 //	accept.go   a connection is admitted, or refused at once
-//	inbound.go  who it is: PROXY header and trust
+//	inbound.go  who it is: PROXY header
+//	trust.go    whom the configuration and tailscaled say that is
 //	service.go  the configuration, compiled: routes, rules, certificates
 //	labels.go   routes that the labels of containers add to it
+//	guarded.go  what of it they may not take
 //	splice.go   sni and tcp: hello, route, dial, relay, log
 //	transparent.go  connections from the client's own address
 //	access.go   who may use a route

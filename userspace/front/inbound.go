@@ -132,8 +132,8 @@ func (f *Front) serve(in *inbound) {
 // identify reads the PROXY header of a connection to a listener that has
 // accept_proxy, and believes it only from whom the config names. Such a peer
 // may leave the header out where the client speaks first and the bytes tell
-// (an HTTP hop says the client's address in the request); a tcp listener can't
-// tell and needs it.
+// (an HTTP hop says the client's address in the request), unless it is required;
+// a tcp listener can't tell and needs it.
 func (f *Front) identify(in *inbound) error {
 	trusted, err := in.asker.Hop(in.peer.Addr())
 	stranger := func() error {
@@ -146,7 +146,7 @@ func (f *Front) identify(in *inbound) error {
 		if err := in.lease.Move(in.peer.Addr()); err != nil {
 			return err
 		}
-		if in.service.mode == "tcp" {
+		if in.service.header {
 			return stranger()
 		}
 	}
@@ -155,7 +155,7 @@ func (f *Front) identify(in *inbound) error {
 	switch {
 	case readErr != nil:
 		return readErr
-	case h == nil && in.service.mode == "tcp":
+	case h == nil && in.service.header:
 		return errNoHeader
 	case h != nil && !trusted:
 		return stranger()
@@ -212,7 +212,7 @@ type strangerError struct{ who string }
 func (e *strangerError) Error() string { return errStranger.Error() + ": " + e.who }
 func (e *strangerError) Unwrap() error { return errStranger }
 
-var errNoHeader = errors.New("no PROXY header: a tcp listener with accept_proxy needs one on each connection (send_proxy: v2 at the hop before)")
+var errNoHeader = errors.New("no PROXY header: a tcp listener with accept_proxy, or one with accept_proxy.required, needs one on each connection (send_proxy: v2 at the hop before)")
 
 // refuseInbound ends a connection that did not get as far as its mode.
 func (f *Front) refuseInbound(in *inbound, err error) {

@@ -37,6 +37,7 @@ type service struct {
 	mode     string
 	limits   config.Limits
 	trust    *peers              // nil: a PROXY header is data
+	header   bool                // there must be one
 	allow    *peers              // nil: everybody
 	names    *route.Table[*rule] // sni and http(s): by name, then default
 	fallback *rule               // tcp: the only way
@@ -108,6 +109,7 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 	}
 	if l.AcceptProxy != nil {
 		s.trust = newPeers(l.AcceptProxy.From)
+		s.header = l.AcceptProxy.Required || l.Mode == "tcp"
 	}
 	if len(l.Allow) > 0 {
 		s.allow = newPeers(l.Allow)

@@ -2,6 +2,7 @@ package vhost
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -228,6 +229,11 @@ type hopsIn netip.Prefix
 
 func (h hopsIn) Hop(a netip.Addr) (bool, error) { return netip.Prefix(h).Contains(a), nil }
 
+// nobodyKnows is a tailscaled that doesn't answer.
+type nobodyKnows struct{}
+
+func (nobodyKnows) Hop(netip.Addr) (bool, error) { return false, errors.New("no answer") }
+
 // TestClientOf: the log names whom a believed hop speaks for, and nobody else's word counts.
 func TestClientOf(t *testing.T) {
 	hop, visitor := netip.MustParseAddrPort("100.64.0.2:40000"), netip.MustParseAddrPort("203.0.113.7:50000")
@@ -236,23 +242,30 @@ func TestClientOf(t *testing.T) {
 		name string
 		info ConnInfo
 		xff  []string
-		want string
+		want string // "?" at its end: nobody knows whether that is the client
 	}{
 		{"a stranger", ConnInfo{Client: visitor, Peer: visitor}, []string{"6.6.6.6"}, "203.0.113.7:50000"},
 		{"a believed hop", ConnInfo{Client: hop, Peer: hop, Trusted: true}, []string{"203.0.113.7"}, "203.0.113.7:0"},
 		{"what it passed on", ConnInfo{Client: hop, Peer: hop, Trusted: true}, []string{"6.6.6.6", "2001:db8::7"}, "[2001:db8::7]:0"},
 		{"no header", ConnInfo{Client: hop, Peer: hop, Trusted: true}, nil, "100.64.0.2:40000"},
-		{"nonsense", ConnInfo{Client: hop, Peer: hop, Trusted: true}, []string{"unknown"}, "100.64.0.2:40000"},
+		{"nonsense", ConnInfo{Client: hop, Peer: hop, Trusted: true}, []string{"unknown"}, "100.64.0.2:40000?"},
 		{"a chain of hops", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"6.6.6.6, 203.0.113.7, 100.64.0.3", "100.64.0.4"}, "203.0.113.7:0"},
-		{"a hop itself", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"100.64.0.3, 100.64.0.4"}, "100.64.0.3:0"},
-		{"a hop that speaks for nobody it knows", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"unknown, 100.64.0.4"}, "100.64.0.2:40000"},
+		{"a hop itself", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"100.64.0.3, 100.64.0.4"}, "100.64.0.3:0?"},
+		{"a hop that speaks for nobody it knows", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"unknown, 100.64.0.4"}, "100.64.0.2:40000?"},
 		{"a stranger among them", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"203.0.113.7, 192.0.2.1, 100.64.0.4"}, "192.0.2.1:0"},
-		{"too long a chain", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"203.0.113.7" + strings.Repeat(", 100.64.0.4", 1000)}, "100.64.0.4:0"},
+		{"too long a chain", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, []string{"203.0.113.7" + strings.Repeat(", 100.64.0.4", 1000)}, "100.64.0.4:0?"},
+		{"a hop without a header", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: hops}, nil, "100.64.0.2:40000?"},
+		{"a hop by PROXY", ConnInfo{Client: netip.MustParseAddrPort("100.64.0.3:1"), Peer: hop, Trusted: true, Hops: hops}, []string{"203.0.113.7"}, "100.64.0.3:1?"},
+		{"a hop that may be one", ConnInfo{Client: hop, Peer: hop, Trusted: true, Hops: nobodyKnows{}}, []string{"203.0.113.7, 100.64.0.3"}, "100.64.0.3:0?"},
 		{"a PROXY header", ConnInfo{Client: visitor, Peer: hop, Trusted: true}, []string{"6.6.6.6"}, "203.0.113.7:50000"},
 	} {
 		r := &http.Request{Header: http.Header{"X-Forwarded-For": c.xff}}
-		client, _ := clientOf(r, c.info)
-		if got := client.String(); got != c.want {
+		client, unknown := clientOf(r, c.info)
+		got := client.String()
+		if unknown != nil {
+			got += "?"
+		}
+		if got != c.want {
 			t.Errorf("%s: %s, want %s", c.name, got, c.want)
 		}
 	}

@@ -20,26 +20,45 @@ const overRequests = "requests_over_limit"
 // themselves, have under way.
 const retryAfter = "2"
 
+// requestLease is a vhost.Lease.
+type requestLease struct {
+	*limit.Lease
+	front    *Front
+	listener string
+}
+
 // charge counts the requests to l that are under way, in all and for whom they
 // are from. A trusted hop that doesn't say for whom it speaks carries many
 // clients, so its requests count in the total only, as its connections do.
-func (f *Front) charge(l *listener) func(*vhost.Visit) (done func(), err error) {
-	return func(v *vhost.Visit) (func(), error) {
-		lease, err := f.requests.Acquire(visitor{v.Client.Addr(), v.Unknown}.source())
-		if err == nil {
-			return lease.Release, nil
+func (f *Front) charge(l *listener) func(*vhost.Visit) (vhost.Lease, error) {
+	return func(v *vhost.Visit) (vhost.Lease, error) {
+		lease, err := f.requests.Acquire(netip.Addr{})
+		if err != nil {
+			return nil, f.noRoom(l.name, v, err)
 		}
-		f.requestRefused(l.name, v, overRequests, err)
-		no := &vhost.Refusal{Status: http.StatusServiceUnavailable, Title: "Too much is going on here",
-			Text: f.node() + " has as many requests under way as it takes.", Hint: "Try again in a moment. If it is yours, see limits.requests in its configuration.",
-			Header: http.Header{"Retry-After": {retryAfter}}, Err: err}
-		if errors.Is(err, limit.ErrSource) {
-			no.Status, no.Title = http.StatusTooManyRequests, "Too many requests at once"
-			no.Text = f.node() + " has as many requests from where you are under way as it takes."
-			no.Hint = "Try again when some of them have ended. If it is yours, see limits.requests_per_source in its configuration."
-		}
-		return nil, no
+		return &requestLease{lease, f, l.name}, nil
 	}
+}
+
+func (q *requestLease) Name(v *vhost.Visit) error {
+	if err := q.Move(visitor{v.Client.Addr(), v.Unknown}.source()); err != nil {
+		return q.front.noRoom(q.listener, v, err)
+	}
+	return nil
+}
+
+// noRoom is the answer to a request that is one too many.
+func (f *Front) noRoom(listener string, v *vhost.Visit, err error) error {
+	f.requestRefused(listener, v, overRequests, err)
+	no := &vhost.Refusal{Status: http.StatusServiceUnavailable, Title: "Too much is going on here",
+		Text: f.node() + " has as many requests under way as it takes.", Hint: "Try again in a moment. If it is yours, see limits.requests in its configuration.",
+		Header: http.Header{"Retry-After": {retryAfter}}, Err: err}
+	if errors.Is(err, limit.ErrSource) {
+		no.Status, no.Title = http.StatusTooManyRequests, "Too many requests at once"
+		no.Text = f.node() + " has as many requests from where you are under way as it takes."
+		no.Hint = "Try again when some of them have ended. If it is yours, see limits.requests_per_source in its configuration."
+	}
+	return no
 }
 
 // source is whose limits v counts for: the zero Addr where that is not known.

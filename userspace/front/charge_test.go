@@ -183,8 +183,8 @@ func floods(all []*flooder, what func(*flooder) int64) (sum int64) {
 	return sum
 }
 
-func opened(f *flooder) int64  { return f.opened }
-func refused(f *flooder) int64 { return f.status[429].Load() }
+func openings(f *flooder) int64 { return f.opened }
+func refused(f *flooder) int64  { return f.status[429].Load() }
 
 func told(f *flooder) int64   { return f.retry.Load() }
 func served(f *flooder) int64 { return f.status[200].Load() }
@@ -236,7 +236,7 @@ func TestOneSourceFloods(t *testing.T) {
 			for range 20 {
 				all = append(all, flood(t, at[v.family], tlsConfig, nil, 250))
 			}
-			want := floods(all, opened) - perSource
+			want := floods(all, openings) - perSource
 			if want <= 0 {
 				t.Fatal("the flood is none")
 			}

@@ -25,7 +25,9 @@ func TestPairs(t *testing.T) {
 
 func userspaceHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 	never := relay.WithParkAfter(relay.Options{}, time.Hour)
-	path := func(o relay.Options) relaytest.Path { return relaytest.Loopback{Cable: c, Down: "tcp6", Options: o}.Path(t) }
+	path := func(o relay.Options) relaytest.Path {
+		return relaytest.Loopback{Cable: c, Down: "tcp6", Options: o}.Path(t)
+	}
 	return []relaytest.Hands{
 		{Name: "loop", Path: path(never), Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 			return reach(t, f, moved, 100, "loop")

@@ -217,7 +217,10 @@ func TestStreamLimit(t *testing.T) {
 		want uint32
 	}{
 		{"client", nil, clientStreams},
-		{"hop", func(i ConnInfo) ConnInfo { i.Trusted = true; return i }, maxStreams},
+		{"hop", func(i ConnInfo) ConnInfo {
+			i.Trusted, i.Unknown = true, &UnsaidError{Hop: i.Peer.Addr(), Itself: true}
+			return i
+		}, maxStreams},
 		{"client behind a hop", func(i ConnInfo) ConnInfo { i.Trusted, i.Client = true, elsewhere; return i }, clientStreams},
 		{"client with many connections", func(i ConnInfo) ConnInfo { i.Crowded = true; return i }, crowdStreams},
 	} {

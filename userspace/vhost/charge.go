@@ -10,8 +10,8 @@ import (
 
 // charge is what a request counts for while something is done for it.
 type charge struct {
-	done func() // Options.Charge's
-	work atomic.Int32
+	lease Lease // nil where nothing is counted
+	work  atomic.Int32
 }
 
 // begin counts more work on a request. It reports false where all of it has
@@ -27,8 +27,8 @@ func (c *charge) begin() bool {
 
 // end ends what begin began.
 func (c *charge) end() {
-	if c.work.Add(-1) == 0 && c.done != nil {
-		c.done()
+	if c.work.Add(-1) == 0 && c.lease != nil {
+		c.lease.Release()
 	}
 }
 
@@ -36,21 +36,26 @@ func (c *charge) end() {
 // requests under way.
 const refusalWait = 5 * time.Second
 
-// charge begins the work on x's request if there is room for it. If not, the
-// request has been answered.
-func (s *Server) charge(x *exchange) bool {
+// charge begins the work on x's request, and finds out who it is from. It counts in all before that, since the answer may be
+// long in coming, and then for its source. The error says that there is no room.
+func (s *Server) charge(x *exchange) (err error) {
 	x.charge.work.Store(1)
-	if s.opts.Charge == nil {
-		return true
+	if s.opts.Charge != nil {
+		x.charge.lease, err = s.opts.Charge(&x.visit)
 	}
-	return s.guard(x, func(w http.ResponseWriter, v *Visit) error {
-		var err error
-		if x.charge.done, err = s.opts.Charge(v); err != nil && x.req.ProtoMajor >= 2 {
-			// Else a stream whose window is empty keeps its handler.
-			_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(refusalWait))
-		}
-		return err
-	})
+	if err == nil {
+		x.conn.judge(&x.visit)
+	}
+	x.id = pathID(x.req, x.visit.Conn)
+	x.visit.ID = x.id
+	if err == nil && x.charge.lease != nil {
+		err = x.charge.lease.Name(&x.visit)
+	}
+	if err != nil && x.req.ProtoMajor >= 2 {
+		// Else a stream whose window is empty keeps its handler.
+		_ = http.NewResponseController(x.resp).SetWriteDeadline(time.Now().Add(refusalWait))
+	}
+	return err
 }
 
 // charged counts dialling as work on the request that wants the connection: the

@@ -52,8 +52,9 @@ const (
 )
 
 func (i ConnInfo) crowd() int {
+	var unsaid *UnsaidError
 	switch {
-	case i.Trusted && i.Client == i.Peer:
+	case errors.As(i.Unknown, &unsaid):
 		return crowdOfHop
 	case i.Crowded:
 		return crowdOfMany

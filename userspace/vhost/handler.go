@@ -51,10 +51,9 @@ type exchangeKey struct{}
 // serveHTTP is the handler of every request.
 func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r, host: routeHost(r.Host), resp: &response{ResponseWriter: w}}
-	x.visit = Visit{Request: r, x: x}
-	x.conn.judge(&x.visit)
-	x.id = pathID(r, x.visit.Conn)
-	x.visit.ID = x.id
+	x.visit = Visit{Request: r, ID: x.conn.info.ID, Conn: x.conn.info, Client: x.conn.info.Client, Unknown: x.conn.info.Unknown, x: x}
+	noRoom := s.charge(x)
+	defer x.charge.end()
 	x.requestID = requestID(r, x.conn, x.id)
 	x.timing = s.wantsTiming(r, x.visit.Conn)
 	if s.opts.HSTS != nil && r.TLS != nil {
@@ -62,6 +61,10 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	x.resp.before = func(h http.Header) { s.addOwn(x, h) }
 	defer func() { s.report(x) }() // also while ErrAbortHandler passes
+	if noRoom != nil {
+		s.guard(x, func(http.ResponseWriter, *Visit) error { return noRoom })
+		return
+	}
 	if r.Method == http.MethodConnect {
 		// A tunnel to a place of the client's choice: never.
 		x.resp.Header().Set("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
@@ -73,10 +76,6 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		x.whole = true
 		return
 	}
-	if !s.charge(x) {
-		return
-	}
-	defer x.charge.end()
 	if !s.guard(x, s.opts.Guard) {
 		return
 	}

@@ -85,12 +85,13 @@ type Options struct {
 	// if it has answered: what an ACME authority asks for.
 	Answer func(http.ResponseWriter, *http.Request) bool
 
-	// Charge, if not nil, is asked after Answer whether there is room for a
-	// request. Its error is as a Guard's. If there is none, done is called when
-	// all work on the request has ended: its handler, and dialling for it.
-	Charge func(*Visit) (done func(), err error)
+	// Charge, if not nil, is asked first whether there is room for a request,
+	// whose client is not known yet. Its error is as a Guard's. The lease is
+	// released when all work on the request has ended: its handler, and dialling
+	// for it.
+	Charge func(*Visit) (Lease, error)
 
-	// Guard, if not nil, decides after Charge and before Route whether a request
+	// Guard, if not nil, decides after Answer and before Route whether a request
 	// may go on; Upstream.Guard does so after Route.
 	Guard Guard
 
@@ -106,6 +107,14 @@ type Options struct {
 
 	HeaderTimeout, IdleTimeout, StallTimeout, AnswerTimeout time.Duration
 	HeaderBytes                                             int
+}
+
+// Lease is the right to one request.
+type Lease interface {
+	// Name says whether there is room for a request of who the Visit says that
+	// it is from. Its error is as a Guard's.
+	Name(*Visit) error
+	Release()
 }
 
 // Route's answers for a request that it leads nowhere.

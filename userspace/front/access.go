@@ -132,7 +132,7 @@ func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *peers) erro
 func (f *Front) requestRefused(listener string, v *vhost.Visit, reason string, err error) {
 	f.metrics.Refused.WithLabelValues(listener, reason).Inc()
 	f.complain.Warn(reason, "request refused", "id", v.ID, "listener", listener, "client", clientString(v.Client),
-		"host", v.Request.Host, "path", v.Request.URL.Path, "reason", reason, "err", err)
+		"host", v.URI.Host, "path", v.URI.Path, "reason", reason, "err", err)
 }
 
 // compileAccess makes the guard of a route of an http(s) listener, or nil.
@@ -242,7 +242,7 @@ func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.G
 		header := v.Request.Header.Clone()
 		auth.RemoveHopByHop(header)
 		v.Apply(header)
-		res, err := fw.Ask(v.Request.Context(), v.Request.Method, v.Request.RequestURI, header)
+		res, err := fw.Ask(v.Request.Context(), v.Request.Method, v.URI.String(), header)
 		if err != nil {
 			if v.Request.Context().Err() != nil {
 				return err

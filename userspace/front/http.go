@@ -123,6 +123,12 @@ func (in *inbound) Judge(ctx context.Context, info *vhost.ConnInfo) {
 // requestEnded writes the one line of a request, which is a flow of its own.
 func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	f.logAccess(l, &r)
+	var bad *vhost.BadRequest
+	if errors.As(r.Err, &bad) {
+		f.metrics.Refused.WithLabelValues(l.name, bad.Reason).Inc()
+		f.complain.Warn(bad.Reason, "request refused", "id", r.ID, "listener", l.name, "client", clientString(r.Client),
+			"method", r.Method, "host", r.Host, "uri", r.URI, "proto", r.Proto, "reason", bad.Reason, "err", bad)
+	}
 	end := "eof"
 	if r.Err != nil {
 		end = "error"

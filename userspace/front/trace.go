@@ -179,8 +179,8 @@ func TraceConfig(ctx context.Context, cfg *config.Config, q Question) (Trace, er
 func (f *Front) trace(ctx context.Context, cfg *config.Config, services map[string]*service, q Question) (Trace, error) {
 	ctx, cancel := context.WithTimeout(ctx, traceTimeout)
 	defer cancel()
-	req := &http.Request{Method: cmp.Or(q.Method, http.MethodGet), Host: q.Host, URL: &url.URL{Path: q.Path}, Header: q.Header}
-	t := Trace{Node: cfg.Node, Host: q.Host, Path: vhost.RoutePath(req), Method: req.Method}
+	req := &http.Request{Method: cmp.Or(q.Method, http.MethodGet), Header: q.Header}
+	t := Trace{Node: cfg.Node, Host: q.Host, Path: vhost.RoutePath(q.Path), Method: req.Method}
 	var tries sync.WaitGroup
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]

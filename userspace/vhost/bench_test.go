@@ -138,6 +138,6 @@ func BenchmarkForwarded(b *testing.B) {
 	info := ConnInfo{Client: addr("192.0.2.1:1"), ID: "0123456789abcdef"}
 	b.ReportAllocs()
 	for b.Loop() {
-		setForwarded(in, in.Header.Clone(), info, true, info.ID)
+		setForwarded(in, "example.org", in.Header.Clone(), info, true, info.ID)
 	}
 }

@@ -42,10 +42,10 @@ func checkClient(state *tls.ConnectionState, cas *x509.CertPool, askedFor string
 func (s *Server) clientRefused(x *exchange, err error) {
 	x.err = err
 	if errors.Is(err, errOtherName) {
-		s.page(x, http.StatusMisdirectedRequest, fault{title: "Come again with a connection of its own", text: x.host + " asks for a client certificate, and this connection was made for another name."})
+		s.page(x, http.StatusMisdirectedRequest, fault{title: "Come again with a connection of its own", text: x.uri.Host + " asks for a client certificate, and this connection was made for another name."})
 		return
 	}
-	s.page(x, http.StatusForbidden, fault{title: "This is not open to you", text: x.host + " serves only clients with a certificate of its own authority: " + err.Error() + ".",
+	s.page(x, http.StatusForbidden, fault{title: "This is not open to you", text: x.uri.Host + " serves only clients with a certificate of its own authority: " + err.Error() + ".",
 		hint: "If you have one, install it in the browser, and open a new window."})
 }
 

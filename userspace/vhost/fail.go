@@ -165,20 +165,26 @@ func sentence(name string) string {
 	return name
 }
 
-// refuse answers a request that has no route.
+// refuse answers a request that has no route, or can have none.
 func (s *Server) refuse(x *exchange, err error) {
 	x.err = err
-	host := x.host
+	host := x.uri.Host
 	if host == "" {
 		host = "a request without a host"
 	}
 	var method *MethodError
+	var bad *BadRequest
 	switch {
+	case errors.As(err, &bad):
+		if x.req.ProtoMajor == 1 { // in HTTP/2 it is about one stream
+			x.resp.Header().Set("Connection", "close")
+		}
+		s.page(x, http.StatusBadRequest, fault{title: "It is not clear what this request is for", text: bad.text})
 	case errors.As(err, &method):
 		x.resp.Header().Set("Allow", strings.Join(method.Allow, ", "))
 		s.page(x, http.StatusMethodNotAllowed, fault{title: "Not this way", text: sentence(host) + " does not take " + x.req.Method + " at this path."})
 	case errors.Is(err, ErrMisdirected):
-		s.page(x, http.StatusMisdirectedRequest, fault{title: "Come again with a connection of its own", text: "This connection was made for another name, and requests for " + x.host + " may belong elsewhere."})
+		s.page(x, http.StatusMisdirectedRequest, fault{title: "Come again with a connection of its own", text: "This connection was made for another name, and requests for " + x.uri.Host + " may belong elsewhere."})
 	case errors.Is(err, ErrNoHost) && x.req.TLS != nil:
 		s.page(x, http.StatusMisdirectedRequest, fault{title: "Nothing is served for " + host + " here",
 			text: s.opts.Node + " has no route for " + host + ".",
@@ -195,7 +201,7 @@ func (s *Server) refuse(x *exchange, err error) {
 		s.page(x, http.StatusForbidden, fault{title: "This is not open to you",
 			text: "The configuration of " + s.opts.Node + " rejects requests for " + host + " at this path."})
 	default:
-		s.log.Error("http: routing a request failed", "host", x.host, "path", x.req.URL.Path, "id", x.id, "err", err)
+		s.log.Error("http: routing a request failed", "host", x.uri.Host, "path", x.uri.Path, "id", x.id, "err", err)
 		s.page(x, http.StatusInternalServerError, fault{title: "Something went wrong here",
 			text: s.opts.Node + " could not find out where this request belongs.",
 			hint: "Its log says why."})

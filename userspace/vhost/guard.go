@@ -18,6 +18,7 @@ var ErrAnswered = errors.New("answered")
 // Visit is a request before its guards.
 type Visit struct {
 	Request *http.Request // as it came in; not to be changed
+	URI     URI           // what it is for
 	Conn    ConnInfo
 	ID      string
 	// Client is as Request.Client in OnRequest. Unknown is as in ConnInfo, of the request.
@@ -84,7 +85,7 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 		s.page(x, no.Status, fault{title: no.Title, text: no.Text, hint: no.Hint})
 	default:
 		x.err = err
-		s.log.Error("http: a request could not be checked", "host", x.host, "path", x.req.URL.Path, "id", x.id, "err", err)
+		s.log.Error("http: a request could not be checked", "host", x.uri.Host, "path", x.uri.Path, "id", x.id, "err", err)
 		s.page(x, http.StatusInternalServerError, fault{title: "Something went wrong here",
 			text: s.opts.Node + " could not find out whether this request is allowed.", hint: "Its log says why."})
 	}
@@ -95,7 +96,7 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 // setHeaders makes a copy of the client's header that of the request which goes
 // out.
 func (x *exchange) setHeaders(out http.Header) {
-	setForwarded(x.req, out, x.visit.Conn, MayTell(x.visit.Client.Addr(), x.visit.Unknown), x.id)
+	setForwarded(x.req, x.uri.Authority, out, x.visit.Conn, MayTell(x.visit.Client.Addr(), x.visit.Unknown), x.id)
 	out["X-Request-Id"] = []string{x.requestID}
 	for name := range out {
 		if x.visit.drops(name) {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log"
-	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/http/httputil"
@@ -22,7 +21,7 @@ type exchange struct {
 	conn *conn
 	req  *http.Request // as it came in
 	id   string
-	host string
+	uri  URI // of a request that was refused at once, what it looks like
 
 	started   time.Time
 	requestID string
@@ -50,8 +49,14 @@ type exchangeKey struct{}
 
 // serveHTTP is the handler of every request.
 func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
-	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r, host: routeHost(r.Host), resp: &response{ResponseWriter: w}}
-	x.visit = Visit{Request: r, ID: x.conn.info.ID, Conn: x.conn.info, Client: x.conn.info.Client, Unknown: x.conn.info.Unknown, x: x}
+	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r, resp: &response{ResponseWriter: w}}
+	bad := error(nil)
+	if r.Method == http.MethodConnect {
+		x.uri = URI{Host: r.Host, Path: r.RequestURI}
+	} else {
+		x.uri, bad = readURI(r)
+	}
+	x.visit = Visit{Request: r, URI: x.uri, ID: x.conn.info.ID, Conn: x.conn.info, Client: x.conn.info.Client, Unknown: x.conn.info.Unknown, x: x}
 	noRoom := s.charge(x)
 	defer x.charge.end()
 	x.requestID = requestID(r, x.conn, x.id)
@@ -72,6 +77,11 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		x.whole = true
 		return
 	}
+	if bad != nil {
+		s.refuse(x, bad)
+		x.whole = true
+		return
+	}
 	if s.opts.Answer != nil && s.opts.Answer(x.resp, r) {
 		x.whole = true
 		return
@@ -79,22 +89,17 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	if !s.guard(x, s.opts.Guard) {
 		return
 	}
-	route, err := s.opts.Route(r, x.host, RoutePath(r))
-	if err == nil && route == nil {
-		err = ErrNoHost
-	}
-	if err != nil {
+	if err := s.findRoute(x); err != nil {
 		s.refuse(x, err)
 		x.whole = true
 		return
 	}
-	x.route = route
 	if !s.admit(x) {
 		x.whole = true
 		return
 	}
 	refuseH2CUpgrade(r)
-	x.up = route.pick(nil)
+	x.up = x.route.pick(nil)
 	ctx := context.WithValue(r.Context(), exchangeKey{}, x)
 	ctx = context.WithValue(ctx, dialKey{}, x.up)
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: x.gotConn})
@@ -102,7 +107,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	// the trailers there.
 	in := r.WithContext(ctx)
 	if r.Body != nil && r.Body != http.NoBody {
-		x.body = newBody(r, w, cmp.Or(route.BodyTimeout, s.opts.StallTimeout), route.MaxBody)
+		x.body = newBody(r, w, cmp.Or(x.route.BodyTimeout, s.opts.StallTimeout), x.route.MaxBody)
 		in.Body = x.body
 		// Without it an HTTP/1 server throws the rest of the body away when the
 		// answer begins, though the upstream may still be reading.
@@ -128,11 +133,24 @@ func (s *Server) addOwn(x *exchange, h http.Header) {
 	}
 }
 
+// findRoute finds x's route.
+func (s *Server) findRoute(x *exchange) error {
+	route, err := s.opts.Route(x.req, x.uri.Host, x.uri.Plain)
+	if err != nil {
+		return err
+	}
+	if route == nil {
+		return ErrNoHost
+	}
+	x.route = route
+	return s.checkReadings(x)
+}
+
 // admit says whether x's request goes on to an upstream. If not, it has been
 // answered.
 func (s *Server) admit(x *exchange) bool {
 	if x.route.ClientCAs != nil {
-		if err := checkClient(x.req.TLS, x.route.ClientCAs(), x.host); err != nil {
+		if err := checkClient(x.req.TLS, x.route.ClientCAs(), x.uri.Host); err != nil {
 			s.clientRefused(x, err)
 			return false
 		}
@@ -216,8 +234,8 @@ func (s *Server) report(x *exchange) {
 		return
 	}
 	q := Request{
-		Conn: x.visit.Conn, Client: x.visit.Client, ID: x.id, Method: x.req.Method, Host: x.host, Path: x.req.URL.Path, Proto: x.req.Proto,
-		Header: x.req.Header, URI: x.req.RequestURI, RequestID: x.requestID, User: x.visit.User,
+		Conn: x.visit.Conn, Client: x.visit.Client, ID: x.id, Method: x.req.Method, Host: x.uri.Host, Path: x.uri.Path, Proto: x.req.Proto,
+		Header: x.req.Header, URI: x.uri.String(), RequestID: x.requestID, User: x.visit.User,
 		Status: x.resp.status, BytesOut: x.resp.bytes, Started: x.started, Duration: time.Since(x.started), Route: x.route, Upstream: x.up, Err: x.err,
 	}
 	if c := x.upConn.Load(); c != nil {
@@ -297,29 +315,11 @@ func (s *Server) failed(_ http.ResponseWriter, out *http.Request, err error) {
 // statusClientLeft is nginx's number for a client that did not wait.
 const statusClientLeft = 499
 
-// routeHost is the host that routes are looked up by.
-func routeHost(host string) string {
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	} else {
-		host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
-	}
-	return strings.ToLower(strings.TrimSuffix(host, "."))
-}
-
-// RoutePath is the path of a request that Options.Route gets: as an upstream
-// would read it that decodes and resolves, so that no other way of writing a
-// path leads around a route.
-func RoutePath(r *http.Request) string {
-	p := r.URL.Path
+// RoutePath resolves the dot segments and double slashes of a path that has no escapes.
+func RoutePath(p string) string {
 	if p == "" || p[0] != '/' {
-		return "/" // of an absolute-form target without a path, or OPTIONS *
+		return "/"
 	}
-	return cleanPath(p)
-}
-
-// cleanPath resolves dot segments and double slashes.
-func cleanPath(p string) string {
 	clean := path.Clean(p)
 	if clean != "/" && (strings.HasSuffix(p, "/") || strings.HasSuffix(p, "/.") || strings.HasSuffix(p, "/..")) {
 		clean += "/"

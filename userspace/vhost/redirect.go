@@ -17,15 +17,13 @@ type Redirect struct {
 // redirect answers x's request.
 func (s *Server) redirect(x *exchange, to *Redirect) {
 	target := to.To
-	here := x.req.URL.EscapedPath()
-	if !strings.HasPrefix(here, "/") {
-		here = "/" // OPTIONS *
+	here := strings.ReplaceAll(x.uri.Path, `\`, "%5C") // which browsers take for a slash
+	if here == "*" {
+		here = "/"
 	}
-	if x.req.URL.RawQuery != "" {
-		here += "?" + x.req.URL.RawQuery
-	}
+	here += x.uri.Query
 	if target == "https" {
-		host := x.host
+		host := x.uri.Host
 		if host == "" {
 			s.page(x, http.StatusBadRequest, fault{title: "Which host?", text: "The request names no host, so there is nowhere to send it by https."})
 			return

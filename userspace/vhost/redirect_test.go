@@ -13,6 +13,8 @@ func TestRedirect(t *testing.T) {
 		want              string
 	}{
 		{"https", "/a%2Fb?c=d", "example.org:8080", 308, "https://example.org/a%2Fb?c=d"},
+		{"https", "/a%2Fb|c{}\"?d%2f|", "example.org", 308, "https://example.org/a%2Fb|c{}\"?d%2f|"},
+		{"https", "http://example.org?q", "a", 308, "https://example.org/?q"},
 		{"https", "/", "[2001:db8::1]:80", 307, "https://[2001:db8::1]/"},
 		{"https://new.example", "/a?b", "example.org", 301, "https://new.example/a?b"},
 		{"https://new.example/there", "/a?b", "example.org", 302, "https://new.example/there"},

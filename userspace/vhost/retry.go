@@ -89,7 +89,7 @@ func repeatable(method string) bool {
 // once sends r to x's upstream.
 func (t transports) once(x *exchange, r *http.Request) (*http.Response, error) {
 	p := x.up.Protocol
-	if wantsUpgrade(r) { // HTTP/2 has none, and who speaks it speaks HTTP/1.1 too
+	if needsHTTP1(x, r) { // who speaks HTTP/2 speaks HTTP/1.1 too
 		switch p {
 		case H2C:
 			p = HTTP1
@@ -123,6 +123,12 @@ var errAnswerTimeout = Fail(ReasonTimeout, errors.New("no answer within the rout
 
 func wantsUpgrade(r *http.Request) bool {
 	return r.ProtoMajor == 1 && r.Header.Get("Upgrade") != "" && strings.Contains(strings.ToLower(r.Header.Get("Connection")), "upgrade")
+}
+
+// needsHTTP1 says whether x's request, as it came in or goes out, has what HTTP/2 has not: an Upgrade, or no
+// host.
+func needsHTTP1(x *exchange, r *http.Request) bool {
+	return wantsUpgrade(r) || x.uri.Authority == "" && x.route.RequestHeader.Set["Host"] == ""
 }
 
 // withAnswerTimeout cancels r when it has been sent whole and no answer has

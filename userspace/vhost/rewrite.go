@@ -1,7 +1,6 @@
 package vhost
 
 import (
-	"net/http"
 	"net/http/httputil"
 	"net/url"
 	"strings"
@@ -10,12 +9,10 @@ import (
 // rewrite turns the request that came in into the one that goes out.
 func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 	x := pr.In.Context().Value(exchangeKey{}).(*exchange)
+	r := x.route
 	x.up.address(pr.Out.URL, x)
-	pr.Out.URL.User = nil
-	pr.Out.Host = pr.In.Host
-	// ReverseProxy re-encodes queries that Go's parser finds odd, for the sake
-	// of handlers which decide by them. We don't; the upstream gets what was sent.
-	pr.Out.URL.RawQuery = pr.In.URL.RawQuery
+	setTarget(pr.Out.URL, r.path(&x.uri), x.uri.Query)
+	pr.Out.Host = x.uri.Authority
 	x.setHeaders(pr.Out.Header)
 	if x.timing {
 		pr.Out.Header[timingHeader] = []string{"1"}
@@ -23,68 +20,79 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 	if x.body != nil {
 		x.body.passTrailers(x.req, pr.Out, &x.visit)
 	}
-	r := x.route
 	if r.ClientCAs != nil {
 		delete(pr.Out.Header, "Client-Cert-Chain")
 		setClientCert(pr.Out.Header, x.req.TLS.PeerCertificates[0])
 	}
 	if r.StripPrefix != "" {
-		stripPrefix(pr.Out, r.StripPrefix)
-	}
-	if r.AddPrefix != "" {
-		addPrefix(pr.Out.URL, r.AddPrefix)
+		pr.Out.Header["X-Forwarded-Prefix"] = []string{pr.Out.Header.Get("X-Forwarded-Prefix") + escaped(strings.TrimSuffix(r.StripPrefix, "/"))}
 	}
 	r.RequestHeader.apply(pr.Out.Header)
 	if host := pr.Out.Header["Host"]; host != nil {
 		pr.Out.Host = host[0]
 		delete(pr.Out.Header, "Host")
 	}
+	if pr.Out.Host == "" {
+		pr.Out.Host = noHost
+	}
 }
+
+// noHost makes net/http write a Host without a value, as RFC 9112 3.2 wants it of a request whose URI has no
+// authority. For "" it would write that of the URL, which is the key of a pool of connections.
+const noHost = "/"
 
 // Rewritten is the host and the path that upstreams are asked for, of a request
 // for these.
 func (r *Route) Rewritten(host, path string) (string, string) {
-	out := &http.Request{URL: &url.URL{Path: path}, Header: http.Header{}}
-	if r.StripPrefix != "" {
-		stripPrefix(out, r.StripPrefix)
-	}
-	if r.AddPrefix != "" {
-		addPrefix(out.URL, r.AddPrefix)
-	}
 	if to := r.RequestHeader.Set["Host"]; to != "" {
 		host = to
 	}
-	return host, out.URL.Path
+	path = r.path(&URI{Path: escaped(path), Plain: RoutePath(path)})
+	if plain, err := url.PathUnescape(path); err == nil {
+		path = plain
+	}
+	return host, path
 }
 
-// stripPrefix takes a prefix off the path, which a route has found to match,
-// and says so in X-Forwarded-Prefix. What the client has encoded in the rest
-// stays so, unless it wrote the prefix itself in an unusual way.
-func stripPrefix(out *http.Request, prefix string) {
-	prefix = strings.TrimSuffix(prefix, "/")
-	u := out.URL
-	plain := RoutePath(out)
-	raw := u.EscapedPath()
-	escaped := (&url.URL{Path: prefix}).EscapedPath()
-	if rest, ok := strings.CutPrefix(raw, escaped); ok && plain == u.Path && (rest == "" || rest[0] == '/') {
-		u.Path, u.RawPath = plain[len(prefix):], rest
-	} else {
-		u.Path, u.RawPath = plain[len(prefix):], ""
+// path is what the upstream is asked for at u. What the client has escaped stays so.
+func (r *Route) path(u *URI) string {
+	if r.StripPrefix == "" && r.AddPrefix == "" {
+		return u.Path
 	}
-	if u.Path == "" {
-		u.Path, u.RawPath = "/", ""
+	path := u.resolved()
+	if r.StripPrefix != "" {
+		path = stripPrefix(path, strings.TrimSuffix(r.StripPrefix, "/"))
 	}
-	out.Header["X-Forwarded-Prefix"] = []string{out.Header.Get("X-Forwarded-Prefix") + escaped}
+	return escaped(strings.TrimSuffix(r.AddPrefix, "/")) + path
 }
 
-// addPrefix puts a prefix before the path. Dot segments are resolved first, or
-// they would lead out of it.
-func addPrefix(u *url.URL, prefix string) {
-	escaped := (&url.URL{Path: strings.TrimSuffix(prefix, "/")}).EscapedPath()
-	prefix = strings.TrimSuffix(prefix, "/")
-	if plain := cleanPath(u.Path); plain != u.Path {
-		u.Path, u.RawPath = plain, ""
+// resolved is u's path without dot segments and double slashes, which would lead out of a prefix.
+func (u *URI) resolved() string {
+	if plain, err := url.PathUnescape(u.Path); err == nil && plain == u.Plain {
+		return u.Path
 	}
-	u.RawPath = escaped + u.EscapedPath()
-	u.Path = prefix + u.Path
+	path := RoutePath(strings.NewReplacer("%2e", ".", "%2E", ".").Replace(u.Path))
+	if plain, err := url.PathUnescape(path); err == nil && plain == u.Plain {
+		return path
+	}
+	return escaped(u.Plain) // dot segments between escaped slashes
 }
+
+// stripPrefix takes a prefix off a resolved path, in whatever way the client wrote it there.
+func stripPrefix(path, prefix string) string {
+	i := 0
+	for range len(prefix) {
+		if path[i] == '%' {
+			i += 2
+		}
+		i++
+	}
+	rest := path[i:]
+	if len(rest) >= 3 && strings.EqualFold(rest[:3], "%2f") {
+		rest = rest[3:]
+	}
+	return "/" + strings.TrimPrefix(rest, "/")
+}
+
+// escaped is a path percent-encoded.
+func escaped(plain string) string { return (&url.URL{Path: plain}).EscapedPath() }

@@ -1,6 +1,9 @@
 package vhost
 
 import (
+	"bufio"
+	"io"
+	"net"
 	"net/http"
 	"testing"
 )
@@ -20,27 +23,39 @@ func TestPrefixes(t *testing.T) {
 		{"/api/x/", "/api", "/v2/", "/v2/x/", "/api"},
 		{"/api", "/api", "/v2", "/v2/", "/api"},
 		{"/x", "", "/v2", "/v2/x", ""},
-		{"/%61pi/x%2Fy", "/api", "", "/x/y", "/api"},
+		{"/%61pi/x%2Fy", "/api", "", "/x%2Fy", "/api"},
+		{"/api//x%2Fy|z", "/api", "", "/x%2Fy|z", "/api"},
+		{"/api/./x%2Fy", "/api", "/v2", "/v2/x%2Fy", "/api"},
+		{"/api%2Fx%2Fy", "/api", "", "/x%2Fy", "/api"},
+		{"/x%2F..%2F..%2Fy", "", "/v2", "/v2/y", ""},
 		{"/api/../api/x", "/api", "", "/x", "/api"},
 		{"//api//x", "/api", "", "/x", "/api"},
 		{"/api/../x", "", "/v2", "/v2/x", ""},
 		{"/../../x", "", "/v2", "/v2/x", ""},
 		{"/%2e%2e/x", "", "/v2", "/v2/x", ""},
 		{"/api/%2e%2e/%2e%2e/api/x", "/api", "/v2", "/v2/x", "/api"},
-		{"/a b", "", "/v 2", "/v%202/a%20b", ""},
+		{"/a%20b", "", "/v 2", "/v%202/a%20b", ""},
 	} {
-		r, err := http.NewRequest("GET", "http://a"+c.path, nil)
-		if err != nil {
-			t.Fatal(err)
+		out := make(chan [2]string, 1)
+		up := rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+			r, err := http.ReadRequest(br)
+			if err != nil {
+				return
+			}
+			out <- [2]string{r.RequestURI, r.Header.Get("X-Forwarded-Prefix")}
+			io.WriteString(c, "HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+		})
+		h := newHop(t, nil, func(o *config) {
+			o.Route = func(*http.Request, string, string) (*Route, error) {
+				return &Route{StripPrefix: c.strip, AddPrefix: c.add, Upstreams: []Choice{{up, 1}}}, nil
+			}
+		})
+		if res, body := rawDo(t, h, "GET "+c.path+" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"); res.StatusCode != 204 {
+			t.Errorf("%q: %d %s", c.path, res.StatusCode, body)
+			continue
 		}
-		if c.strip != "" {
-			stripPrefix(r, c.strip)
-		}
-		if c.add != "" {
-			addPrefix(r.URL, c.add)
-		}
-		if got := r.URL.EscapedPath(); got != c.want || r.Header.Get("X-Forwarded-Prefix") != c.prefix {
-			t.Errorf("%q without %q with %q: %q, prefix %q; want %q", c.path, c.strip, c.add, got, r.Header.Get("X-Forwarded-Prefix"), c.want)
+		if got := <-out; got != [2]string{c.want, c.prefix} {
+			t.Errorf("%q without %q with %q: %q; want %q, prefix %q", c.path, c.strip, c.add, got, c.want, c.prefix)
 		}
 	}
 }

@@ -21,7 +21,7 @@ const (
 	HTTP1  Protocol = iota // HTTP/1.1 in the clear
 	H2C                    // HTTP/2 in the clear, with prior knowledge
 	HTTPS                  // TLS, and what it negotiates: HTTP/2 or HTTP/1.1
-	https1                 // HTTPS without HTTP/2, for upgrades
+	https1                 // HTTPS without HTTP/2, see needsHTTP1
 
 	protocolCount = iota
 )
@@ -130,8 +130,8 @@ func dialUpstreamTLS(ctx context.Context) (net.Conn, error) {
 		config.RootCAs, _ = up.Roots()
 	}
 	config.NextProtos = []string{"h2", "http/1.1"}
-	if x := ctx.Value(exchangeKey{}).(*exchange); wantsUpgrade(x.req) {
-		config.NextProtos = config.NextProtos[1:] // HTTP/2 has no Upgrade
+	if x := ctx.Value(exchangeKey{}).(*exchange); needsHTTP1(x, x.req) {
+		config.NextProtos = config.NextProtos[1:]
 	}
 	ctx, cancel := context.WithTimeout(ctx, tlsHandshakeTimeout)
 	defer cancel()

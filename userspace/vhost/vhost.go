@@ -68,11 +68,11 @@ type Options struct {
 	// Node is this hop's name, shown on the pages it makes itself.
 	Node string
 
-	// Route says what becomes of a request. host is lower case, without port
-	// and trailing dot, an IPv6 address without brackets, "" if the client sent
-	// none; path is decoded and has no dot segments. Errors: ErrNoHost,
-	// ErrMisdirected, ErrNoPath, a MethodError, ErrRejected; any other is an internal error
-	// (500). Called for each request, so a reload needs no new Server.
+	// Route says what becomes of a request for host and path, which are URI.Host
+	// and URI.Plain. Errors: ErrNoHost, ErrMisdirected, ErrNoPath, a MethodError,
+	// ErrRejected; any other is an internal error (500). Called for each request,
+	// so a reload needs no new Server, and of a path that servers read in
+	// different ways for each of them.
 	Route func(r *http.Request, host, path string) (*Route, error)
 
 	// HSTS, if not nil, is the value of Strict-Transport-Security in each answer
@@ -141,7 +141,7 @@ type Request struct {
 	Host      string      // as Route got it
 	Path      string      // as the client sent it, without the query
 	Header    http.Header // as the client sent it; not to be changed or kept
-	URI       string      // as the client sent it
+	URI       string      // its path and query, as the client sent them
 	RequestID string      // X-Request-Id, as the upstream got it
 	User      string      // who it is, as a Guard found out; "" if none did
 	Proto     string      // HTTP/1.0, HTTP/1.1 or HTTP/2.0
@@ -218,6 +218,8 @@ func New(o Options) *Server {
 			HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: streams, SendPingTimeout: pingAfter},
 			ErrorLog:          errorLog,
 			ConnContext:       connContext,
+			// OPTIONS * is a request like any other.
+			DisableGeneralOptionsHandler: true,
 		}
 		go s.http[c].Serve(s.feeds[c])
 	}

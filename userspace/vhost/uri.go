@@ -1,0 +1,185 @@
+package vhost
+
+import (
+	"fmt"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+)
+
+// URI is what a request is for. It is read once, when the request enters: what is routed, guarded, logged,
+// told to others and sent on comes from it, and the request's own fields are made those of it. Whatever two
+// servers could read in two ways is no URI, and is refused.
+type URI struct {
+	// Authority is the host, with a port if the client wrote one, in the client's own spelling. "" is only
+	// for HTTP/1.0, where a request need not name a host.
+	Authority string
+	// Host is what routes are looked up by: lower case, without the port and the dot at its end, and of an
+	// IPv6 address the usual form, without brackets.
+	Host string
+	// Path is the client's bytes. It begins with "/", or is "*" in OPTIONS.
+	Path string
+	// Query is the client's bytes from the "?" on; "" if there is none.
+	Query string
+	// Plain is Path as an upstream reads it that decodes and resolves, so that no other way of writing a
+	// path leads around a route: without escapes, dot segments and double slashes. That of "*" is "/".
+	Plain string
+}
+
+// String is the request-target that is sent on.
+func (u *URI) String() string { return u.Path + u.Query }
+
+// BadRequest is why a request was refused before it was routed: 400.
+type BadRequest struct {
+	Reason string // one of the Bad constants, for metrics
+	text   string // for people: what is wrong, and what would be right
+}
+
+func (e *BadRequest) Error() string { return e.text }
+
+// Reasons of a BadRequest.
+const (
+	BadTarget    = "bad_target"    // the request-target has no form that is served
+	BadHost      = "bad_host"      // the host is neither a name nor an address, with a port or without
+	HostMismatch = "host_mismatch" // :authority and Host differ
+	BadPath      = "bad_path"      // servers don't agree which path it is, and the answers to that lead to different rules
+)
+
+// readURI reads what r is for, and makes r's fields that name it what was read. The scheme is none of them: it
+// is the connection's, whatever the client says. The error is a *BadRequest; what comes with it is for logs.
+func readURI(r *http.Request) (URI, error) {
+	asked := URI{Authority: r.Host, Host: r.Host, Path: r.RequestURI} // for the log, if it is refused
+	target, u := r.RequestURI, URI{Authority: r.Host}
+	absolute := false
+	if r.ProtoMajor >= 2 {
+		// net/http takes Host out of the header in HTTP/1 only.
+		if hosts := r.Header["Host"]; len(hosts) > 1 || len(hosts) == 1 && !strings.EqualFold(hosts[0], u.Authority) {
+			return asked, &BadRequest{HostMismatch, "The header Host names another host than :authority: send one of them, or the same in both."}
+		}
+		delete(r.Header, "Host")
+	} else if rest, ok := cutScheme(target); ok {
+		// The target's authority is the host then, and the header Host means nothing (RFC 9112 3.2.2).
+		end := strings.IndexAny(rest, "/?")
+		if end < 0 {
+			end = len(rest)
+		}
+		absolute, u.Authority, target = true, rest[:end], rest[end:]
+		if target == "" || target[0] == '?' {
+			target = "/" + target
+		}
+	}
+	var ok bool
+	if u.Host, ok = readHost(u.Authority); !ok && (u.Authority != "" || absolute || r.ProtoAtLeast(1, 1)) {
+		return asked, &BadRequest{BadHost, "The host of the request is neither a name nor an address, with one port or without: send Host: example.org or Host: example.org:8080."}
+	}
+	u.Path, u.Query = target, ""
+	if i := strings.IndexByte(target, '?'); i >= 0 {
+		u.Path, u.Query = target[:i], target[i:]
+	}
+	plain := u.Path
+	switch {
+	case target == "*" && r.Method == http.MethodOptions:
+		plain = "/"
+	case target == "" || target[0] != '/':
+		return asked, &BadRequest{BadTarget, "The request-target has no form that is served: send a path such as /x?y, or the whole http:// or https:// address."}
+	case strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == '#' || c == 0x7f }):
+		return asked, &BadRequest{BadTarget, "The request-target has a space, a # or a control character: send it percent-encoded."}
+	case strings.IndexByte(plain, '%') >= 0:
+		var err error
+		if plain, err = url.PathUnescape(plain); err != nil || strings.IndexByte(plain, 0) >= 0 {
+			return asked, &BadRequest{BadTarget, "The path has a % that is no escape, or an escaped NUL: send a % as %25."}
+		}
+	}
+	u.Plain = RoutePath(plain)
+	r.Host, r.RequestURI = u.Authority, u.String()
+	*r.URL = url.URL{Path: plain, RawPath: u.Path, RawQuery: strings.TrimPrefix(u.Query, "?"), ForceQuery: u.Query == "?"}
+	return u, nil
+}
+
+// cutScheme takes http:// or https:// off a request-target.
+func cutScheme(target string) (rest string, ok bool) {
+	for _, scheme := range []string{"http://", "https://"} {
+		if len(target) >= len(scheme) && strings.EqualFold(target[:len(scheme)], scheme) {
+			return target[len(scheme):], true
+		}
+	}
+	return target, false
+}
+
+// readHost reads an authority of a name or an address, with one port or without.
+func readHost(authority string) (host string, ok bool) {
+	host = authority
+	if strings.HasPrefix(host, "[") {
+		inner, rest, closed := strings.Cut(host[1:], "]")
+		a, err := netip.ParseAddr(inner)
+		if err != nil || !closed || !a.Is6() || a.Zone() != "" || rest != "" && !isPort(rest) {
+			return "", false
+		}
+		return a.String(), true
+	}
+	if i := strings.IndexByte(host, ':'); i >= 0 {
+		if !isPort(host[i:]) {
+			return "", false
+		}
+		host = host[:i]
+	}
+	return routeHost(host), isName(host)
+}
+
+// isPort says whether s is a colon and a port.
+func isPort(s string) bool {
+	n, err := strconv.ParseUint(s[1:], 10, 16)
+	return s[0] == ':' && err == nil && n > 0 && len(s) <= len(":65535") && s[1] != '0'
+}
+
+// isName says whether s is a name of letters, digits, - and _, or an IPv4 address; there may be a dot at its
+// end.
+func isName(s string) bool {
+	s = strings.TrimSuffix(s, ".")
+	label := 0
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_':
+			label++
+		case c == '.' && label > 0:
+			label = 0
+		default:
+			return false
+		}
+	}
+	return label > 0 && len(s) <= maxName
+}
+
+// maxName is the length of the longest name of the DNS (RFC 1035 2.3.4).
+const maxName = 253
+
+// routeHost is the form of a name that routes are looked up by.
+func routeHost(name string) string { return strings.ToLower(strings.TrimSuffix(name, ".")) }
+
+// setTarget makes path, which is percent-encoded as its sender liked, and query the request-target that out
+// is written with.
+func setTarget(out *url.URL, path, query string) {
+	out.User, out.Path, out.RawPath, out.Opaque = nil, "", "", path
+	out.RawQuery, out.ForceQuery = strings.TrimPrefix(query, "?"), query == "?"
+	if strings.HasPrefix(path, "//") {
+		// net/url writes a scheme before such an Opaque, and the target would take what follows for a host.
+		// Of characters that no URI may have the escaped form is sent then.
+		out.Opaque, out.RawPath = "", escapeOdd(path)
+		out.Path, _ = url.PathUnescape(path) // it was read before
+	}
+}
+
+// escapeOdd escapes what no path may have (RFC 3986 3.3), and leaves all else, escapes too, as it is.
+func escapeOdd(path string) string {
+	var b strings.Builder
+	for i := range len(path) {
+		if c := path[i]; c >= 0x80 || strings.IndexByte("\"<>\\^`{|}", c) >= 0 {
+			fmt.Fprintf(&b, "%%%02X", c)
+		} else {
+			b.WriteByte(c)
+		}
+	}
+	return b.String()
+}

@@ -83,11 +83,9 @@ func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Heade
 		return nil, err
 	}
 	r.Header = header.Clone()
-	for _, name := range []string{"Content-Length", "Content-Encoding", "Content-Type", "Expect"} {
-		r.Header.Del(name)
-	}
-	for name := range r.Header { // frameworks make one of X_Forwarded_Uri and X-Forwarded-Uri
-		if n := strings.ReplaceAll(strings.ToLower(name), "_", "-"); n == "x-forwarded-method" || n == "x-forwarded-uri" {
+	for name := range r.Header {
+		switch fold(name) {
+		case "content-length", "content-encoding", "content-type", "expect", "x-forwarded-method", "x-forwarded-uri":
 			delete(r.Header, name)
 		}
 	}
@@ -114,6 +112,16 @@ func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Heade
 	RemoveHopByHop(res.Header)
 	res.Body = &answerBody{ReadCloser: res.Body, cancel: func() { cancel(nil) }}
 	return res, nil
+}
+
+// fold makes one of names that become one variable in CGI and WSGI: X_Forwarded_Uri, X.Forwarded.Uri.
+func fold(name string) string {
+	return strings.Map(func(c rune) rune {
+		if c >= 'a' && c <= 'z' || c >= '0' && c <= '9' {
+			return c
+		}
+		return '-'
+	}, strings.ToLower(name))
 }
 
 var (

@@ -155,15 +155,18 @@ func parseUser(s string) (any, error) {
 	return s, nil
 }
 
-// notCopied are headers that belong to one connection, or that this hop writes itself.
+// notCopied are headers that belong to one connection, or that this hop writes itself, and those that begin with Tailscale-.
 var notCopied = map[string]bool{"Connection": true, "Proxy-Connection": true, "Keep-Alive": true, "Te": true, "Trailer": true, "Transfer-Encoding": true,
 	"Upgrade": true, "Content-Length": true, "Host": true, "Forwarded": true, "X-Forwarded-For": true, "X-Forwarded-Host": true, "X-Forwarded-Proto": true, "X-Tailsplice-Id": true}
+
+var notAlphanumeric = regexp.MustCompile(`[^A-Za-z0-9]`)
 
 func parseCopiedHeader(s string) (any, error) {
 	if !httpguts.ValidHeaderFieldName(s) {
 		return nil, fmt.Errorf("not a header's name such as Remote-User")
 	}
-	if name := http.CanonicalHeaderKey(s); notCopied[name] || strings.HasPrefix(name, "Tailscale-") {
+	// Targets may make one of X-Forwarded-For, X_Forwarded_For and X.Forwarded.For.
+	if name := http.CanonicalHeaderKey(notAlphanumeric.ReplaceAllString(s, "-")); notCopied[name] || strings.HasPrefix(name, "Tailscale-") {
 		return nil, fmt.Errorf("%s is written by this hop itself", name)
 	}
 	return http.CanonicalHeaderKey(s), nil

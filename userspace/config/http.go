@@ -36,8 +36,8 @@ type Redirect struct {
 // HeaderChanges are made in the order of its fields.
 type HeaderChanges struct {
 	Section
-	Remove []string          `yaml:"remove" kind:"header" nonempty:"true" doc:"Names of headers to remove."`
-	Set    map[string]string `yaml:"set" kind:"header_value" key:"header" nonempty:"true" doc:"Headers to set, by name, in place of what there is."`
+	Remove []string          `yaml:"remove" kind:"header" nonempty:"true" doc:"Names of headers to remove. In requests also other writings of them: X_A and X.A of X-A."`
+	Set    map[string]string `yaml:"set" kind:"header_value" key:"header" nonempty:"true" doc:"Headers to set, by name, in place of what there is. In requests also in place of other writings of the name."`
 }
 
 // Upstream is how to speak with a target.

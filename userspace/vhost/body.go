@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/net/http/httpguts"
 )
 
 // body is a request's body on its way up. It counts, bounds how long the client
@@ -23,7 +25,7 @@ type body struct {
 	control *http.ResponseController
 	bytes   atomic.Int64
 	in, out *http.Request
-	visit   *Visit
+	x       *exchange
 
 	mu          sync.Mutex // Read is the transport's, Close may come from the handler
 	armed       time.Time
@@ -81,7 +83,7 @@ func (b *body) end(err error) {
 		return
 	}
 	for k, v := range b.in.Trailer {
-		if v != nil && !isForwarding(k) && !b.visit.drops(k) {
+		if v != nil && b.x.passesTrailer(k) {
 			b.out.Trailer[k] = v
 		}
 	}
@@ -89,17 +91,42 @@ func (b *body) end(err error) {
 
 // passTrailers makes the trailers of in those of out, once they have come. The
 // transport announces the ones that in announces; HTTP/1 lets others follow.
-func (b *body) passTrailers(in, out *http.Request, v *Visit) {
-	b.in, b.out, b.visit = in, out, v
+func (b *body) passTrailers(in, out *http.Request, x *exchange) {
+	b.in, b.out, b.x = in, out, x
 	out.Trailer = http.Header{}
 	for k := range in.Trailer {
-		if !isForwarding(k) && !v.drops(k) {
+		if x.passesTrailer(k) {
 			out.Trailer[k] = nil
 		}
 	}
 	if len(out.Trailer) > 0 {
 		out.ContentLength = -1 // HTTP/1 has trailers only in chunked bodies, HTTP/2 in all
 	}
+}
+
+// passesTrailer says whether the upstream gets a trailer of this name from the client: none that means something
+// to whoever takes trailers for headers (RFC 9110 6.5.1).
+func (x *exchange) passesTrailer(name string) bool {
+	plain := http.CanonicalHeaderKey(string(foldName(nil, name)))
+	switch plain {
+	case "Cookie", "Upgrade", "X-Request-Id":
+		return false
+	}
+	if !httpguts.ValidTrailerHeader(plain) || isForwarding(name) || x.visit.drops(name) {
+		return false
+	}
+	change := &x.route.RequestHeader
+	for _, removed := range change.Remove {
+		if sameHeader(name, removed) {
+			return false
+		}
+	}
+	for set := range change.Set {
+		if sameHeader(name, set) {
+			return false
+		}
+	}
+	return true
 }
 
 // fault is the status for a client whose body is wrong or too slow, and what was

@@ -1,6 +1,7 @@
 package vhost
 
 import (
+	"bytes"
 	"errors"
 	"net"
 	"net/http"
@@ -24,8 +25,14 @@ var forwarding = map[string]bool{
 	"client-ip":                true,
 	"true-client-ip":           true,
 	"x-cluster-client-ip":      true,
+	"cf-connecting-ip":         true,
+	"cf-connecting-ipv6":       true,
+	"front-end-https":          true,
+	"x-url-scheme":             true,
 	"x-original-forwarded-for": true,
 	"x-original-host":          true,
+	"x-original-uri":           true, // auth servers are told of the path by it
+	"x-original-method":        true,
 	"x-original-url":           true, // some frameworks route by it instead of the path
 	"x-rewrite-url":            true,
 	"x-tailsplice-id":          true,
@@ -35,13 +42,13 @@ var forwarding = map[string]bool{
 }
 
 // isForwarding says whether a header, however it is written, is one of them.
-// CGI and WSGI make one of X_Forwarded_For and X-Forwarded-For.
 func isForwarding(name string) bool {
-	if name == "" || !strings.ContainsRune("cCfFtTxX", rune(name[0])) {
+	if name == "" || strings.IndexByte("cCfFtTxX", name[0]) < 0 {
 		return false
 	}
-	n := strings.ReplaceAll(strings.ToLower(name), "_", "-")
-	return forwarding[n] || strings.HasPrefix(n, "x-forwarded-") || strings.HasPrefix(n, "tailscale-")
+	var buf [64]byte // so that most names take no memory
+	n := foldName(buf[:0], name)
+	return forwarding[string(n)] || bytes.HasPrefix(n, []byte("x-forwarded-")) || bytes.HasPrefix(n, []byte("tailscale-"))
 }
 
 // setForwarded makes the forwarding headers of the request that goes out, whose
@@ -53,7 +60,7 @@ func isForwarding(name string) bool {
 func setForwarded(in *http.Request, authority string, out http.Header, info ConnInfo, known bool, id string) {
 	believed := believes(info, in.TLS != nil)
 	for name := range out {
-		if isForwarding(name) && (!believed || strings.ContainsRune(name, '_') || strings.HasPrefix(strings.ToLower(name), "tailscale-")) {
+		if isForwarding(name) && (!believed || !isPlainName(name) || strings.HasPrefix(strings.ToLower(name), "tailscale-")) {
 			delete(out, name)
 		}
 	}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"net/http"
 	"net/netip"
-	"strings"
 )
 
 // Guard decides whether a request may go on. Nil lets it; ErrAnswered says that
@@ -97,6 +96,7 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 // out.
 func (x *exchange) setHeaders(out http.Header) {
 	setForwarded(x.req, x.uri.Authority, out, x.visit.Conn, MayTell(x.visit.Client.Addr(), x.visit.Unknown), x.id)
+	dropHeader(out, "X-Request-Id")
 	out["X-Request-Id"] = []string{x.requestID}
 	for name := range out {
 		if x.visit.drops(name) {
@@ -111,12 +111,9 @@ func (x *exchange) setHeaders(out http.Header) {
 // drops says whether a header of the client's is not for the upstream.
 func (v *Visit) drops(name string) bool {
 	for _, d := range v.Drop {
-		if strings.EqualFold(spelling(name), spelling(d)) {
+		if sameHeader(name, d) {
 			return true
 		}
 	}
 	return false
 }
-
-// spelling makes one of what CGI and WSGI make one of.
-func spelling(name string) string { return strings.ReplaceAll(name, "_", "-") }

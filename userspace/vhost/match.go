@@ -21,7 +21,7 @@ func (m *Match) Takes(r *http.Request, path string) (ok, otherMethod bool) {
 		return false, false
 	}
 	for name, want := range m.Headers {
-		values := r.Header[name]
+		values := valuesOf(r.Header, name)
 		if len(values) == 0 || want != "*" && !slices.Contains(values, want) {
 			return false, false
 		}
@@ -30,6 +30,16 @@ func (m *Match) Takes(r *http.Request, path string) (ok, otherMethod bool) {
 		return true, false
 	}
 	return false, true
+}
+
+// valuesOf are the values of a header, however its name is written: the target may read all of them as one.
+func valuesOf(h http.Header, name string) (all []string) {
+	for other, values := range h {
+		if sameHeader(other, name) {
+			all = append(all, values...)
+		}
+	}
+	return all
 }
 
 // PathMatches says whether a route's path covers path: the same, or followed by

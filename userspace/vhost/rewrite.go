@@ -18,16 +18,17 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 		pr.Out.Header[timingHeader] = []string{"1"}
 	}
 	if x.body != nil {
-		x.body.passTrailers(x.req, pr.Out, &x.visit)
+		x.body.passTrailers(x.req, pr.Out, x)
 	}
 	if r.ClientCAs != nil {
-		delete(pr.Out.Header, "Client-Cert-Chain")
+		dropHeader(pr.Out.Header, "Client-Cert")
+		dropHeader(pr.Out.Header, "Client-Cert-Chain")
 		setClientCert(pr.Out.Header, x.req.TLS.PeerCertificates[0])
 	}
 	if r.StripPrefix != "" {
 		pr.Out.Header["X-Forwarded-Prefix"] = []string{pr.Out.Header.Get("X-Forwarded-Prefix") + escaped(strings.TrimSuffix(r.StripPrefix, "/"))}
 	}
-	r.RequestHeader.apply(pr.Out.Header)
+	r.RequestHeader.applyFolded(pr.Out.Header)
 	if host := pr.Out.Header["Host"]; host != nil {
 		pr.Out.Host = host[0]
 		delete(pr.Out.Header, "Host")

@@ -50,6 +50,17 @@ type HeaderChange struct {
 	Set    map[string]string
 }
 
+// applyFolded is apply for a request, whose target may read a header by other writings of its name.
+func (c *HeaderChange) applyFolded(h http.Header) {
+	for _, name := range c.Remove {
+		dropHeader(h, name)
+	}
+	for name := range c.Set {
+		dropHeader(h, name)
+	}
+	c.apply(h)
+}
+
 func (c *HeaderChange) apply(h http.Header) {
 	for _, name := range c.Remove {
 		h.Del(name)

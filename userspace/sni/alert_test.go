@@ -9,7 +9,9 @@ import (
 	"net"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -27,7 +29,7 @@ func refuser(t *testing.T, refuse func(net.Conn, uint8) error) (addr string) {
 				return
 			}
 			go func() {
-				if _, _, err := Read(c, 64<<10, 10*time.Second); err != nil {
+				if _, _, err := Read(c, 64<<10, patience); err != nil {
 					c.Close()
 					return
 				}
@@ -76,84 +78,108 @@ func TestRefuse(t *testing.T) {
 }
 
 func run(t *testing.T, program string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, program, args...).CombinedOutput()
 	return string(out), err
 }
 
-// chatty sends a hello and goes on sending, as a client with early data does, before it looks for an answer. It returns
-// what it got, and what went wrong on the way: a client whose write fails rarely looks at what it could still read.
-func chatty(t *testing.T, addr string, more int) ([]byte, error) {
-	c, err := net.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(10 * time.Second))
-	c.Write(records(message(0x303, builder{}.serverName("a.b")), maxPlaintext))
-	for range 8 {
-		time.Sleep(5 * time.Millisecond) // so that some of it comes after the alert was sent
-		if _, err := c.Write(make([]byte, more/8)); err != nil {
-			return nil, err
+// chatty is a client that goes on sending, as one with early data does, before it looks for an answer: some of it is
+// there when the alert is sent, and some comes after the server's first half, or all of it, was closed. It returns what
+// it got, and what went wrong on the way: a client whose write fails rarely looks at what it could still read.
+func chatty(t *testing.T, refuse func(net.Conn, uint8) error) ([]byte, error) {
+	client, server := pair(t)
+	client.SetDeadline(time.Now().Add(patience))
+	client.Write(make([]byte, 4<<10))
+	var failed error
+	late := func() {
+		for range 8 {
+			if _, err := client.Write(make([]byte, 4<<10)); err != nil {
+				failed = err
+			}
 		}
 	}
-	return io.ReadAll(c)
+	if err := refuse(&closing{TCPConn: server, closed: sync.OnceFunc(late)}, AlertUnrecognizedName); err != nil {
+		t.Errorf("refuse: %v", err)
+	}
+	got, err := io.ReadAll(client)
+	return got, errors.Join(failed, err)
 }
+
+// closing calls closed once a direction, or both, have been closed.
+type closing struct {
+	*net.TCPConn
+	closed func()
+}
+
+func (c *closing) CloseWrite() error { defer c.closed(); return c.TCPConn.CloseWrite() }
+func (c *closing) Close() error      { defer c.closed(); return c.TCPConn.Close() }
 
 // TestRefuseSurvivesUnreadData: the alert must arrive although the client is still sending. The second half shows that
 // the test can fail: a plain close loses the alert.
 func TestRefuseSurvivesUnreadData(t *testing.T) {
-	got, err := chatty(t, refuser(t, Refuse), 32<<10)
+	got, err := chatty(t, Refuse)
 	if err != nil || !bytes.Equal(got, Alert(AlertUnrecognizedName)) {
 		t.Errorf("got %x, %v; want the alert and a clean end", got, err)
 	}
-	got, err = chatty(t, refuser(t, func(c net.Conn, desc uint8) error {
+	got, err = chatty(t, func(c net.Conn, desc uint8) error {
 		WriteAlert(c, desc)
 		return c.Close()
-	}), 32<<10)
+	})
 	if err == nil {
 		t.Errorf("a plain close gave the client %x without an error: this test shows nothing", got)
 	}
 }
 
 // TestRefuseIsBounded: a client that does not close, goes on sending, or does not even read, holds us no longer than
-// documented.
+// documented, by a clock that moves only while everybody waits.
 func TestRefuseIsBounded(t *testing.T) {
+	alert := func(c net.Conn) { io.ReadFull(c, make([]byte, len(Alert(0)))) }
 	tests := []struct {
 		name   string
-		client func(*net.TCPConn)
-		limit  time.Duration
+		client func(net.Conn)
+		took   time.Duration
 	}{
-		{"closes", func(c *net.TCPConn) { io.Copy(io.Discard, c); c.Close() }, drainTimeout - 50*time.Millisecond},
-		{"does nothing", func(*net.TCPConn) {}, drainTimeout + 1500*time.Millisecond},
-		{"trickles", func(c *net.TCPConn) {
+		{"closes", func(c net.Conn) { alert(c); c.Close() }, 0},
+		{"does not read", func(net.Conn) {}, alertWriteTimeout},
+		{"reads and does nothing", alert, drainTimeout},
+		{"trickles", func(c net.Conn) {
+			alert(c)
 			for {
 				if _, err := c.Write([]byte{0}); err != nil {
 					return
 				}
-				time.Sleep(10 * time.Millisecond)
+				time.Sleep(drainTimeout / 50)
 			}
-		}, drainTimeout + 1500*time.Millisecond},
-		{"floods", func(c *net.TCPConn) { io.Copy(c, zeros{}) }, drainTimeout + 1500*time.Millisecond},
+		}, drainTimeout},
+		{"floods", func(c net.Conn) { alert(c); io.Copy(c, zeros{}) }, 0},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			client, server := pair(t)
-			go tt.client(client)
-			start := time.Now()
-			if err := Refuse(server, AlertUnrecognizedName); err != nil {
-				t.Error(err)
-			}
-			if d := time.Since(start); d > tt.limit {
-				t.Errorf("took %v, want at most %v", d, tt.limit)
-			}
-			if _, err := server.Write([]byte{0}); !errors.Is(err, net.ErrClosed) {
-				t.Errorf("not closed: %v", err)
-			}
+			synctest.Test(t, func(t *testing.T) {
+				client, server := net.Pipe()
+				var talking sync.WaitGroup
+				talking.Go(func() { tt.client(client) })
+				start := time.Now()
+				if err := Refuse(halves{server}, AlertUnrecognizedName); (err != nil) != (tt.took == alertWriteTimeout) {
+					t.Error(err)
+				}
+				if d := time.Since(start); d != tt.took {
+					t.Errorf("took %v, want %v", d, tt.took)
+				}
+				if _, err := server.Write([]byte{0}); !errors.Is(err, io.ErrClosedPipe) {
+					t.Errorf("not closed: %v", err)
+				}
+				talking.Wait()
+			})
 		})
 	}
 }
+
+// halves gives a pipe what [Refuse] looks for; the pipe has no halves to close.
+type halves struct{ net.Conn }
+
+func (halves) CloseWrite() error { return nil }
 
 type zeros struct{}
 
@@ -164,7 +190,8 @@ func TestRefuseDead(t *testing.T) {
 	client, server := pair(t)
 	client.SetLinger(0)
 	client.Close()
-	time.Sleep(20 * time.Millisecond)
+	server.SetDeadline(time.Now().Add(patience))
+	server.Read(make([]byte, 1)) // until the reset is there
 	if err := Refuse(server, AlertUnrecognizedName); err == nil {
 		t.Error("no error although the client was gone")
 	}

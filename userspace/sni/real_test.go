@@ -29,7 +29,7 @@ func capture(t *testing.T, client func(ctx context.Context, addr string)) []byte
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	hello := make(chan []byte, 1)
 	go func() {

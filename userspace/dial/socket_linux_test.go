@@ -28,8 +28,8 @@ func blackHole(t *testing.T, network, addr string) uint16 {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for {
-		c, err := net.DialTimeout(network, l.Addr().String(), 200*time.Millisecond)
+	for wait := patience; ; wait = 200 * time.Millisecond { // the first finds a place, however slow we are
+		c, err := net.DialTimeout(network, l.Addr().String(), wait)
 		if err != nil {
 			return port(l.Addr())
 		}

@@ -20,20 +20,19 @@ func compose(project, service string) map[string]string {
 	return map[string]string{labelProject: project, labelService: service}
 }
 
-// follows is how soon an answer must be what a command that has returned made
-// of the containers.
-const follows = time.Second
+// patience is for what comes sooner or later, on a machine that is busy too.
+const patience = time.Minute
 
-// within tries f until it succeeds, and fails the test when that takes longer
-// than [follows]. It returns how long it took.
-func within(t *testing.T, f func() error) time.Duration {
+// eventually tries f until it succeeds, and returns how long that took: what
+// does not follow an event never does.
+func eventually(t *testing.T, f func() error) time.Duration {
 	t.Helper()
 	began := time.Now()
 	for {
 		err := f()
 		took := time.Since(began)
 		switch {
-		case took > follows+restartWait: // Resolve itself may wait for a restart
+		case took > patience:
 			t.Fatalf("after %s: %v", took, err)
 		case err == nil:
 			return took
@@ -45,7 +44,7 @@ func within(t *testing.T, f func() error) time.Duration {
 // resolve returns name's addresses once it has some.
 func resolve(t *testing.T, c *Client, name string) (addrs []netip.Addr) {
 	t.Helper()
-	within(t, func() (err error) {
+	eventually(t, func() (err error) {
 		addrs, err = c.Resolve(t.Context(), name)
 		if err == nil && len(addrs) == 0 {
 			t.Fatalf("resolve %s: no address and no error", name)
@@ -58,7 +57,7 @@ func resolve(t *testing.T, c *Client, name string) (addrs []netip.Addr) {
 // count waits until name has n addresses.
 func count(t *testing.T, c *Client, name string, n int) (addrs []netip.Addr) {
 	t.Helper()
-	within(t, func() (err error) {
+	eventually(t, func() (err error) {
 		if addrs, err = c.Resolve(t.Context(), name); err == nil && len(addrs) != n {
 			err = fmt.Errorf("%s is at %s, want %d addresses", name, addrs, n)
 		}
@@ -70,7 +69,7 @@ func count(t *testing.T, c *Client, name string, n int) (addrs []netip.Addr) {
 // refused returns the error that name must give, of that kind, saying all of says.
 func refused(t *testing.T, c *Client, name string, kind Kind, says ...string) (e *Error) {
 	t.Helper()
-	within(t, func() error {
+	eventually(t, func() error {
 		addrs, err := c.Resolve(t.Context(), name)
 		if !errors.As(err, &e) || e.Kind != kind {
 			return fmt.Errorf("resolve %s: %v, %v; want kind %s", name, addrs, err, kind)
@@ -104,7 +103,7 @@ func TestDocker(t *testing.T) {
 		}
 		return nil
 	}
-	d.eventually(5*time.Second, live)
+	d.eventually(live)
 
 	id := d.run("blog", nil, "")
 	t.Run("name and id", func(t *testing.T) {
@@ -124,9 +123,10 @@ func TestDocker(t *testing.T) {
 
 	t.Run("restart with another address", func(t *testing.T) {
 		old := resolve(t, c, "blog")[0]
+		before := time.Now()
 		d.down("blog")
 		e := refused(t, c, "blog", KindStopped, "is stopped since", "docker start blog")
-		if ago := time.Since(e.Stopped); ago < 0 || ago > 10*time.Second {
+		if e.Stopped.Before(before) || e.Stopped.After(time.Now()) {
 			t.Errorf("stopped since %s", e.Stopped)
 		}
 		d.run("squatter", nil, "") // it is given what became free
@@ -135,7 +135,7 @@ func TestDocker(t *testing.T) {
 		}
 		d.up("blog")
 		var now netip.Addr
-		took := within(t, func() error {
+		took := eventually(t, func() error {
 			a, err := c.Resolve(t.Context(), "blog")
 			if err == nil && a[0] == old {
 				err = fmt.Errorf("still at %s", old)
@@ -285,7 +285,7 @@ func TestDocker(t *testing.T) {
 		// look waits until exactly this is listed, and for the call that says so.
 		look := func(want string) {
 			t.Helper()
-			within(t, func() error {
+			eventually(t, func() error {
 				select {
 				case <-moved:
 				case <-time.After(10 * time.Millisecond):
@@ -313,15 +313,26 @@ func TestDocker(t *testing.T) {
 		if _, err := c.Now().Resolve(t.Context(), "labelled"); err == nil {
 			t.Error("a name is taken for an id")
 		}
-		if _, err := d.api.ContainerKill(t.Context(), "labelled", client.ContainerKillOptions{}); err != nil {
-			t.Fatal(err)
-		}
-		look("labelled map[test.host:a.org] [80] running=false host=false shop/page")
-		began := time.Now()
-		_, err := c.Now().Resolve(t.Context(), id)
-		var e *Error
-		if took := time.Since(began); !errors.As(err, &e) || e.Kind != KindStopped || e.Temporary() || took > restartWait/2 {
-			t.Errorf("after %s: %v", took, err)
+		for try := 1; ; try++ { // it never waits; that one of a few is quick shows it on a busy machine too
+			if _, err := d.api.ContainerKill(t.Context(), "labelled", client.ContainerKillOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			look("labelled map[test.host:a.org] [80] running=false host=false shop/page")
+			began := time.Now()
+			_, err := c.Now().Resolve(t.Context(), id)
+			took := time.Since(began)
+			var e *Error
+			if !errors.As(err, &e) || e.Kind != KindStopped || e.Temporary() {
+				t.Errorf("after %s: %v", took, err)
+			}
+			if took < restartWait/2 {
+				break
+			}
+			if try == 10 {
+				t.Fatalf("it waits: the last of %d took %s", try, took)
+			}
+			d.up("labelled")
+			look("labelled map[test.host:a.org] [80] running=true host=false shop/page")
 		}
 		d.remove("labelled")
 		d.run("onhost", map[string]string{"test.host": "b.org"}, "host")
@@ -336,7 +347,7 @@ func TestDocker(t *testing.T) {
 		d.down("copy-api-1")
 		d.run("filler", nil, "")
 		d.up("copy-api-1")
-		within(t, func() error {
+		eventually(t, func() error {
 			if a := resolve(t, c, "copy/api")[0]; a == old {
 				return errors.New("still the old address")
 			}
@@ -347,7 +358,7 @@ func TestDocker(t *testing.T) {
 	t.Run("daemon gone and back", func(t *testing.T) {
 		at := resolve(t, c, "blog")
 		d.command("kill")
-		within(t, func() error {
+		eventually(t, func() error {
 			if live() == nil {
 				return errors.New("the client has not noticed")
 			}
@@ -363,7 +374,7 @@ func TestDocker(t *testing.T) {
 		refused(t, c, "blog", KindAbsent, d.host[len("unix://"):], "systemctl", "DOCKER_HOST")
 		refused(t, New(d.host, slog.New(slog.DiscardHandler)), "blog", KindAbsent)
 		d.start()
-		d.eventually(5*time.Second, live)
+		d.eventually(live)
 		// Without live-restore it ended what it found.
 		d.up("blog")
 		if who := d.whoAt(resolve(t, c, "blog")[0]); who != "blog" {

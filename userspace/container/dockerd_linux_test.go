@@ -136,7 +136,7 @@ func (d *daemon) start() {
 		d.t.Fatal(err)
 	}
 	d.api = api
-	d.eventually(20*time.Second, func() error {
+	d.eventually(func() error {
 		_, err := api.Info(d.t.Context(), client.InfoOptions{})
 		return err
 	})
@@ -222,9 +222,9 @@ func (d *daemon) remove(name string) {
 // whoAt asks a container at a for its host name.
 func (d *daemon) whoAt(a netip.Addr) string {
 	d.t.Helper()
-	web := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: d.dial}}
+	web := http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true, DialContext: d.dial}}
 	var who string
-	d.eventually(5*time.Second, func() error { // it may not listen yet
+	d.eventually(func() error { // it may not listen yet
 		r, err := web.Get("http://" + netip.AddrPortFrom(a, 80).String() + "/hostname")
 		if err != nil {
 			return err
@@ -258,16 +258,16 @@ func (d *daemon) dial(ctx context.Context, network, addr string) (net.Conn, erro
 	return r.c, r.err
 }
 
-func (d *daemon) eventually(within time.Duration, f func() error) {
+func (d *daemon) eventually(f func() error) {
 	d.t.Helper()
-	deadline := time.Now().Add(within)
+	deadline := time.Now().Add(patience)
 	for {
 		err := f()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			d.t.Fatalf("not within %s: %v", within, err)
+			d.t.Fatalf("not within %s: %v", patience, err)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}

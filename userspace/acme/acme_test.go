@@ -152,15 +152,16 @@ func TestRemoved(t *testing.T) {
 // handshake fails or gets one that has expired.
 func TestRenewal(t *testing.T) {
 	t.Parallel()
+	const life = 24 * time.Second // a third is left for each renewal
 	h := newHost(t)
-	a := newAuthority(t, h, acmetest.Config{Validity: 12 * time.Second})
+	a := newAuthority(t, h, acmetest.Config{Validity: life})
 	s := Section{Names: []string{"a.example.org"}, CAs: []CA{a.ca()}, Storage: storageDir(t)}
 	h.apply(s)
 	roots := a.pool()
 	h.wait("a.example.org", roots)
 	serials := map[string]bool{}
 	handshakes := 0
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); len(serials) < 3 && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		cert, err := h.get("a.example.org", roots)
 		if err != nil {
 			t.Fatalf("handshake %d, with %d certificates before: %v", handshakes, len(serials), err)
@@ -169,10 +170,10 @@ func TestRenewal(t *testing.T) {
 		handshakes++
 	}
 	if len(serials) < 3 {
-		t.Errorf("%d certificates in 20 s: want 3 of 12 s each", len(serials))
+		t.Errorf("%d certificates in %v: want 3 of %v each", len(serials), patience, life)
 	}
-	if n := a.issued(); n > 5 {
-		t.Errorf("%d certificates were issued: want no more than 5", n)
+	if n := a.issued(); n > len(serials) {
+		t.Errorf("%d certificates were issued, %d were served", n, len(serials))
 	}
 	t.Logf("%d handshakes, %d certificates", handshakes, len(serials))
 }
@@ -189,7 +190,7 @@ func TestAuthorityDown(t *testing.T) {
 	old := a.pool()
 	first := h.wait("a.example.org", old)
 	a.stop()
-	eventually(t, 25*time.Second, "the failed renewal", func() error {
+	eventually(t, "the failed renewal", func() error {
 		st := h.status("a.example.org")
 		if st.State != StateFailing || st.NextTry.IsZero() {
 			return fmt.Errorf("%+v", st)
@@ -199,7 +200,7 @@ func TestAuthorityDown(t *testing.T) {
 	if err := contains(h.log.String(), "certificate can't be obtained", "can't reach the authority", "serving=\"the certificate that expires"); err != nil {
 		t.Error(err)
 	}
-	if cert, err := h.get("a.example.org", old); err != nil || !cert.Equal(first) {
+	if cert, err := h.get("a.example.org", nil); err != nil || !cert.Equal(first) { // expired or not
 		t.Errorf("while the authority is down: %v", err)
 	}
 	a.start()
@@ -240,7 +241,7 @@ func TestOtherAuthority(t *testing.T) {
 	b.stop()
 	s.CAs = []CA{b.ca()}
 	h.apply(s)
-	eventually(t, 10*time.Second, "the failed order", func() error { return contains(h.status("a.example.org").Problem, "can't reach") })
+	eventually(t, "the failed order", func() error { return contains(h.status("a.example.org").Problem, "can't reach") })
 	if _, err := h.get("a.example.org", a.pool()); err != nil {
 		t.Errorf("the old certificate: %v", err)
 	}
@@ -256,7 +257,7 @@ func TestAccountBinding(t *testing.T) {
 	a := newAuthority(t, h, acmetest.Config{EAB: [2]string{"kid-1", "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"}})
 	s := Section{Names: []string{"a.example.org"}, CAs: []CA{a.ca()}, Storage: storageDir(t)}
 	h.apply(s)
-	eventually(t, 10*time.Second, "the refusal", func() error { return contains(h.status("a.example.org").Problem, "set acme.eab") })
+	eventually(t, "the refusal", func() error { return contains(h.status("a.example.org").Problem, "set acme.eab") })
 	s.CAs[0].EABKeyID, s.CAs[0].EABMACKey = a.EAB[0], a.EAB[1]
 	s.CAs = []CA{s.CAs[0]}
 	s.Storage = storageDir(t)
@@ -321,7 +322,7 @@ func TestProblems(t *testing.T) {
 			}
 			h.apply(s)
 			var st Status
-			eventually(t, 40*time.Second, "the problem", func() error {
+			eventually(t, "the problem", func() error {
 				if st = h.status("a.example.org"); st.Problem == "" {
 					return errors.New("none")
 				}
@@ -552,7 +553,7 @@ func TestRenewalInfo(t *testing.T) {
 	}
 	h.restart() // it asks when it begins
 	h.apply(s)
-	eventually(t, 30*time.Second, "the renewal", func() error {
+	eventually(t, "the renewal", func() error {
 		cert, err := h.get("a.example.org", roots)
 		if err == nil && cert.Equal(first) {
 			err = errors.New("still the first")

@@ -35,7 +35,7 @@ func serve(t *testing.T, d Daemon) Client {
 }
 
 func TestClient(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	var notes []string
 	var reload error

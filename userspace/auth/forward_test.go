@@ -17,7 +17,7 @@ func asking(t *testing.T, h http.HandlerFunc, change ...func(*ForwardOptions)) *
 	s := httptest.NewServer(h)
 	t.Cleanup(s.Close)
 	u, _ := url.Parse(s.URL + "/verify?rd=x")
-	o := ForwardOptions{URL: u, Timeout: 10 * time.Second, Copy: []string{"remote-user"}}
+	o := ForwardOptions{URL: u, Timeout: time.Minute, Copy: []string{"remote-user"}}
 	for _, f := range change {
 		f(&o)
 	}

@@ -133,7 +133,7 @@ func serve(t testing.TB, c *tls.Config) string {
 			}
 			go func() {
 				defer conn.Close()
-				conn.SetDeadline(time.Now().Add(10 * time.Second))
+				conn.SetDeadline(time.Now().Add(patience))
 				tc := tls.Server(conn, c)
 				if tc.Handshake() == nil {
 					b := make([]byte, 1)
@@ -159,7 +159,7 @@ func hello(t testing.TB, addr, name string, change ...func(*tls.Config)) (tls.Co
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	conn.SetDeadline(time.Now().Add(patience))
 	tc := tls.Client(conn, c)
 	if err := tc.Handshake(); err != nil {
 		return tls.ConnectionState{}, err

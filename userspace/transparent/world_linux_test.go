@@ -19,7 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const patience = 20 * time.Second
+// patience is for what comes sooner or later, on a machine that is busy too.
+const patience = time.Minute
 
 // world is a host with a container behind it, and the way to everybody else on
 // its other side. Both are network namespaces of this process.

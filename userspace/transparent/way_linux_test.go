@@ -184,6 +184,8 @@ func TestRepair(t *testing.T) {
 	w := newWorld(t)
 	var log strings.Builder
 	way := w.open(slog.New(slog.NewTextHandler(&log, nil)))
+	way.once.Do(func() { close(way.stop); <-way.stopped }) // or it would repair meanwhile, too
+	t.Cleanup(func() { must(t, way.remove(way.slot)); way.free() })
 	whole := w.state()
 	for _, destroy := range []string{"nft flush ruleset", "nft flush table inet tailsplice-0", "ip rule del pref 1740; ip rule del pref 1741", "ip -6 route flush table 17440"} {
 		way.repair()

@@ -2,11 +2,13 @@ package vhost
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -58,10 +60,9 @@ func TestSmuggling(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			up, n, targets := counting(t)
-			h := newHop(t, up)
+			h := newHop(t, up, func(c *config) { c.IdleTimeout = 200 * time.Millisecond }) // after which it closes
 			c, br := raw(t, h, false)
 			io.WriteString(c, request)
-			c.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
 			answer, _ := io.ReadAll(br)
 			statuses := strings.Count(string(answer), "HTTP/1.")
 			if n.Load() > 1 {
@@ -83,7 +84,7 @@ func TestHeaderFlood(t *testing.T) {
 	up, n, _ := counting(t)
 	change := func(c *config) { c.HeaderTimeout = 500 * time.Millisecond }
 	each(t, func(t *testing.T, p protocol) {
-		h := p.hop(t, up, change)
+		h := p.hop(t, up)
 		req, _ := http.NewRequest("GET", p.url("/"), nil)
 		for i := range 300 {
 			req.Header.Set(fmt.Sprintf("X-%d", i), strings.Repeat("a", 1000))
@@ -109,7 +110,6 @@ func TestHeaderFlood(t *testing.T) {
 		t.Run(fmt.Sprintf("slow, tls=%t", overTLS), func(t *testing.T) {
 			h := protocol{tls: overTLS}.hop(t, up, change)
 			c, br := raw(t, h, overTLS)
-			started := time.Now()
 			go func() {
 				for {
 					if _, err := io.WriteString(c, "G"); err != nil {
@@ -118,9 +118,8 @@ func TestHeaderFlood(t *testing.T) {
 					time.Sleep(50 * time.Millisecond)
 				}
 			}()
-			io.ReadAll(br)
-			if d := time.Since(started); d > 5*time.Second {
-				t.Errorf("a slow header was waited for %v", d)
+			if _, err := io.ReadAll(br); errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Error("a slow header is waited for without end")
 			}
 			eventually(t, "ServeConn returns", func() bool { return h.served.Load() == 1 })
 		})
@@ -246,16 +245,12 @@ func TestStreamLimit(t *testing.T) {
 // request from being served.
 func TestManyIdle(t *testing.T) {
 	up, _, _ := counting(t)
-	h := newHop(t, up)
+	h := newHop(t, up, func(c *config) { c.HeaderTimeout = 10 * deadline }) // until then they stay
 	for range 500 {
 		raw(t, h, false)
 	}
-	started := time.Now()
 	if res, _ := get(t, protocols[0].client(t, h), "http://a/"); res.StatusCode != 200 {
 		t.Errorf("status %d", res.StatusCode)
-	}
-	if d := time.Since(started); d > 2*time.Second {
-		t.Errorf("a normal request took %v", d)
 	}
 }
 

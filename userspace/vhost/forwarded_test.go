@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 )
 
 // echoHeader answers with the header that arrived, one line a value.
@@ -215,7 +214,7 @@ func TestUnixPeer(t *testing.T) {
 	defer l.Close()
 	go s.Serve(l)
 	c := &http.Client{Timeout: deadline, Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
-		return net.DialTimeout("unix", l.Addr().String(), time.Second)
+		return net.DialTimeout("unix", l.Addr().String(), deadline)
 	}}}
 	defer c.CloseIdleConnections()
 	_, body := get(t, c, "http://example.org/")

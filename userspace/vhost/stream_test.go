@@ -54,13 +54,9 @@ func TestStreamsDown(t *testing.T) {
 				defer res.Body.Close()
 				buf := make([]byte, 10)
 				for i := range 3 {
-					next <- true
-					started := time.Now()
+					next <- true // the piece after it is held back
 					if _, err := io.ReadFull(res.Body, buf); err != nil || string(buf) != fmt.Sprintf("data: %d...", i) {
 						t.Fatalf("piece %d: %q, %v", i, buf, err)
-					}
-					if d := time.Since(started); d > 500*time.Millisecond {
-						t.Errorf("piece %d took %v", i, d)
 					}
 				}
 				if n, err := res.Body.Read(buf); n != 0 || err != io.EOF {
@@ -104,7 +100,7 @@ func TestStreamsUp(t *testing.T) {
 				if s != want {
 					t.Fatalf("got %q, want %q", s, want)
 				}
-			case <-time.After(5 * time.Second):
+			case <-time.After(deadline):
 				t.Fatalf("piece %d is held back", i)
 			}
 		}
@@ -387,8 +383,7 @@ func TestUpstreamDiesDuringUpload(t *testing.T) {
 			readHead(br)
 			io.ReadFull(br, make([]byte, len("4\r\npart\r\n")))
 			c.SetLinger(0)
-		}))
-		started := time.Now()
+		}), func(c *config) { c.StallTimeout = 10 * deadline })
 		var res *http.Response
 		var err error
 		if p.h2 {
@@ -409,8 +404,8 @@ func TestUpstreamDiesDuringUpload(t *testing.T) {
 		if b, _ := io.ReadAll(res.Body); !strings.Contains(string(b), "laptop hung up") {
 			t.Errorf("%q", b)
 		}
-		if d := time.Since(started); res.StatusCode != http.StatusBadGateway || d > 5*time.Second {
-			t.Errorf("%d after %v", res.StatusCode, d)
+		if res.StatusCode != http.StatusBadGateway {
+			t.Errorf("status %d", res.StatusCode)
 		}
 		if q := h.request(t, 1); q.Status != http.StatusBadGateway || q.BytesIn != 4 {
 			t.Errorf("reported %d, %d bytes, %v", q.Status, q.BytesIn, q.Err)
@@ -449,24 +444,28 @@ func TestClientLeaves(t *testing.T) {
 					go io.WriteString(pw, "a part of it")
 				}
 				req, _ := http.NewRequestWithContext(ctx, "POST", p.url(when), body)
-				gone := make(chan struct{})
+				midway, gone := make(chan struct{}), make(chan struct{})
 				go func() {
 					defer close(gone)
 					res, err := p.client(t, h).Do(req)
 					if err == nil {
+						io.ReadFull(res.Body, make([]byte, len("hello")))
+						close(midway)
 						io.Copy(io.Discard, res.Body)
 						res.Body.Close()
 					}
 				}()
 				<-started
-				time.Sleep(20 * time.Millisecond)
+				if when == "/during" {
+					<-midway
+				}
 				leave()
 				select {
 				case err := <-ended:
 					if err == nil {
 						t.Error("the upstream saw a whole request")
 					}
-				case <-time.After(5 * time.Second):
+				case <-time.After(deadline):
 					t.Fatal("the upstream works on")
 				}
 				<-gone
@@ -508,51 +507,31 @@ func TestStall(t *testing.T) {
 	const stall = 400 * time.Millisecond
 	each(t, func(t *testing.T, p protocol) {
 		t.Parallel() // it mostly waits
-		var seen atomic.Int64
-		h := p.hop(t, upstream(t, func(w http.ResponseWriter, r *http.Request) {
-			n, err := io.Copy(io.Discard, r.Body)
-			seen.Store(n)
-			if err != nil {
-				return
+		// A busy machine may be the one that pauses: then longer times show whether the hop is to blame.
+		for stall := stall; ; stall *= 3 {
+			err := slowly(t, p, stall)
+			if err == nil {
+				break
 			}
-			time.Sleep(3 * stall) // thinking is not stalling
-			io.WriteString(w, "thanks")
-		}), func(c *config) { c.StallTimeout = stall })
-		send := func(pause time.Duration, pieces int) (*http.Response, error) {
-			pr, pw := io.Pipe()
-			go func() {
-				defer pw.Close()
-				for range pieces {
-					if _, err := io.WriteString(pw, "piece"); err != nil {
-						return
-					}
-					time.Sleep(pause)
-				}
-			}()
-			req, _ := http.NewRequest("POST", p.url("/"), pr)
-			return p.client(t, h).Do(req)
+			if stall > 10*time.Second {
+				t.Fatalf("a body that moves slowly: %v", err)
+			}
 		}
-		res, err := send(stall/4, 12)
-		if err != nil {
-			t.Fatalf("a slow body: %v", err)
-		}
-		body, err := io.ReadAll(res.Body)
-		res.Body.Close()
-		if string(body) != "thanks" || err != nil || seen.Load() != 60 {
-			t.Errorf("a slow body: %d %q, %v, upstream saw %d bytes", res.StatusCode, body, err, seen.Load())
-		}
-		started := time.Now()
-		res, err = send(10*stall, 2)
+	})
+	each(t, func(t *testing.T, p protocol) {
+		h := p.hop(t, upstream(t, func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) }), func(c *config) { c.StallTimeout = stall })
+		pr, pw := io.Pipe()
+		defer pw.Close() // it stands still until there is an answer
+		go io.WriteString(pw, "piece")
+		req, _ := http.NewRequest("POST", p.url("/"), pr)
+		res, err := p.client(t, h).Do(req)
 		if err == nil {
 			res.Body.Close()
 			if res.StatusCode != http.StatusRequestTimeout {
 				t.Errorf("a body that stands still: %d", res.StatusCode)
 			}
 		}
-		if d := time.Since(started); d > 8*stall {
-			t.Errorf("a body that stands still was waited for %v", d)
-		}
-		if q := h.request(t, 2); q.Status != http.StatusRequestTimeout || !errors.Is(q.Err, os.ErrDeadlineExceeded) {
+		if q := h.request(t, 1); q.Status != http.StatusRequestTimeout || !errors.Is(q.Err, os.ErrDeadlineExceeded) {
 			t.Errorf("reported %d, %v", q.Status, q.Err)
 		}
 	})
@@ -582,6 +561,43 @@ func TestStall(t *testing.T) {
 			t.Errorf("got %q", body)
 		}
 	})
+}
+
+// slowly sends a body that takes three times as long as a stall may, to an
+// upstream that thinks as long.
+func slowly(t *testing.T, p protocol, stall time.Duration) error {
+	var seen atomic.Int64
+	h := p.hop(t, upstream(t, func(w http.ResponseWriter, r *http.Request) {
+		n, err := io.Copy(io.Discard, r.Body)
+		seen.Store(n)
+		if err != nil {
+			return
+		}
+		time.Sleep(3 * stall) // thinking is not stalling
+		io.WriteString(w, "thanks")
+	}), func(c *config) { c.StallTimeout = stall })
+	pr, pw := io.Pipe()
+	go func() {
+		defer pw.Close()
+		for range 12 {
+			if _, err := io.WriteString(pw, "piece"); err != nil {
+				return
+			}
+			time.Sleep(stall / 4)
+		}
+	}()
+	req, _ := http.NewRequest("POST", p.url("/"), pr)
+	c := p.client(t, h)
+	c.Timeout += 10 * stall
+	res, err := c.Do(req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	if body, err := io.ReadAll(res.Body); string(body) != "thanks" || err != nil || seen.Load() != 60 {
+		return fmt.Errorf("%d %q, %v, upstream saw %d bytes", res.StatusCode, body, err, seen.Load())
+	}
+	return nil
 }
 
 // TestManyAtOnce sends many requests at once through one hop.

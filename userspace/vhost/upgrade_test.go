@@ -284,12 +284,6 @@ func TestDrain(t *testing.T) {
 			defer cancel()
 			down <- h.Shutdown(ctx)
 		}()
-		time.Sleep(50 * time.Millisecond)
-		select {
-		case err := <-down:
-			t.Fatalf("Shutdown did not wait: %v", err)
-		default:
-		}
 		late, err := net.Dial("tcp", h.addr)
 		if err != nil {
 			t.Fatal(err)
@@ -298,6 +292,11 @@ func TestDrain(t *testing.T) {
 		late.SetDeadline(time.Now().Add(deadline))
 		if n, err := late.Read(make([]byte, 1)); n != 0 || err == nil {
 			t.Error("a connection is served after Shutdown")
+		}
+		select {
+		case err := <-down:
+			t.Fatalf("Shutdown did not wait: %v", err)
+		default:
 		}
 		close(release)
 		if b, err := io.ReadAll(res.Body); string(b) != "whole" || err != nil {

@@ -36,7 +36,7 @@ limits: { connections_per_source: 3 }
 			return err
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(5 * time.Second))
+		c.SetDeadline(time.Now().Add(patience))
 		return ping(c)
 	}
 	if try() == nil {

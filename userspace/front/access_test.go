@@ -187,7 +187,7 @@ func clientHello(t *testing.T, name string) []byte {
 	a, b := net.Pipe()
 	defer b.Close()
 	go tls.Client(a, &tls.Config{ServerName: name}).Handshake()
-	b.SetReadDeadline(time.Now().Add(10 * time.Second))
+	b.SetReadDeadline(time.Now().Add(patience))
 	buf := make([]byte, 16<<10)
 	n, err := b.Read(buf)
 	if err != nil {

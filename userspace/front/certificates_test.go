@@ -186,7 +186,7 @@ listeners:
 			if err != nil {
 				t.Fatal(err)
 			}
-			conn.SetDeadline(time.Now().Add(20 * time.Second))
+			conn.SetDeadline(time.Now().Add(patience))
 			fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", c.name)
 			res, err := http.ReadResponse(bufio.NewReader(conn), nil)
 			if err != nil {

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"strings"
 	"testing"
-	"time"
 )
 
 // TestCoalesced sends requests for several names on one connection, as browsers
@@ -54,7 +53,7 @@ listeners:
 		}}
 		req, _ := http.NewRequest("GET", "https://"+c.name+c.path, nil)
 		req.Host = c.host
-		res, err := (&http.Client{Transport: tr, Timeout: 20 * time.Second}).Do(req)
+		res, err := (&http.Client{Transport: tr, Timeout: patience}).Do(req)
 		if err != nil {
 			t.Fatal(err)
 		}

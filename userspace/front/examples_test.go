@@ -15,7 +15,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 )
@@ -100,7 +99,7 @@ func runExample(t *testing.T, name string, files map[string][]byte) *example {
 			return new(net.Dialer).DialContext(ctx, "tcp", to)
 		}}
 	t.Cleanup(tr.CloseIdleConnections)
-	e.client = &http.Client{Timeout: 20 * time.Second, Transport: tr, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	e.client = &http.Client{Timeout: patience, Transport: tr, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	return e
 }
 

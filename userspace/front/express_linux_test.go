@@ -74,7 +74,7 @@ func TestExpressExact(t *testing.T) {
 					}
 					conn.CloseWrite()
 				}()
-				conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+				conn.SetReadDeadline(time.Now().Add(patience))
 				got, err := io.ReadAll(conn)
 				if want := slices.Concat(greeting, sent); err != nil || !bytes.Equal(got, want) {
 					t.Errorf("%s %s %v, %s: %d bytes come back, want %d: %v", mode, target, datapaths, c.name, len(got), len(want), err)
@@ -142,9 +142,9 @@ func TestExpressSlowTarget(t *testing.T) {
 	}
 	sa, _ := unix.Getsockname(fd)
 	target := sockaddrPort(sa)
-	var fill []net.Conn // the queue takes one more than its length
-	for {
-		c, err := net.DialTimeout("tcp", target.String(), 200*time.Millisecond)
+	var fill []net.Conn                                     // the queue takes one more than its length
+	for wait := patience; ; wait = 200 * time.Millisecond { // the first finds a place, however slow we are
+		c, err := net.DialTimeout("tcp", target.String(), wait)
 		if err != nil {
 			break
 		}
@@ -172,7 +172,7 @@ func TestExpressSlowTarget(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(accepted)
-	unix.SetsockoptTimeval(accepted, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20})
+	unix.SetsockoptTimeval(accepted, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience / time.Second)})
 	got := make([]byte, len(hello))
 	for n := 0; n < len(got); {
 		m, err := unix.Read(accepted, got[n:])

@@ -85,7 +85,7 @@ func TestDrainSilent(t *testing.T) {
 				if http := strings.HasPrefix(c.listener, "mode: http"); !http && (err == nil || !strings.Contains(err.Error(), "cut before their end: 1")) {
 					t.Errorf("got %v", err)
 				}
-			case <-time.After(20 * time.Second):
+			case <-time.After(patience):
 				t.Error("the daemon doesn't end")
 			}
 		})
@@ -104,7 +104,7 @@ func TestDrain(t *testing.T) {
 			conn := dialTCP(t, addr)
 			conn.Write([]byte("x"))
 			io.ReadFull(conn, make([]byte, 1))
-			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			done := make(chan error)
 			go func() { done <- d.Drain(ctx) }()
@@ -121,6 +121,8 @@ func TestDrain(t *testing.T) {
 			}
 			if c.ends {
 				conn.Close()
+			} else {
+				cancel()
 			}
 			if err := <-done; (err == nil) != c.ends {
 				t.Errorf("drain: %v", err)

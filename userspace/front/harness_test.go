@@ -164,13 +164,13 @@ func echo(c net.Conn) {
 }
 
 func dialTLS(addr string, cfg *tls.Config) (string, error) {
-	d := &net.Dialer{Timeout: 5 * time.Second}
+	d := &net.Dialer{Timeout: patience}
 	c, err := tls.DialWithDialer(d, "tcp", addr, cfg)
 	if err != nil {
 		return "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.SetDeadline(time.Now().Add(patience))
 	return bufio.NewReader(c).ReadString('\n')
 }
 
@@ -190,21 +190,23 @@ func helloFor(t *testing.T, name string) []byte {
 
 func dialTCP(t *testing.T, addr string) *net.TCPConn {
 	t.Helper()
-	c, err := net.DialTimeout("tcp", addr, 5*time.Second)
+	c, err := net.DialTimeout("tcp", addr, patience)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(10 * time.Second))
+	c.SetDeadline(time.Now().Add(patience))
 	return c.(*net.TCPConn)
 }
 
 func (d *daemon) refused(reason string) int64 { return d.Status().Refused[reason] }
 
-// eventually waits until ok. It is patient, for machines that do more than this.
+// patience is for what comes sooner or later, on machines that do more than this.
+const patience = time.Minute
+
+// eventually waits until ok.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	const patience = time.Minute
 	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		if ok() {
 			return

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"strings"
 	"testing"
-	"time"
 )
 
 func TestHTTPS(t *testing.T) {
@@ -32,7 +31,7 @@ listeners:
 `, addr, certFile, keyFile, routes)
 	}
 	d := start(t, yaml(fmt.Sprintf(`{ host: [a.test], forward: %q }, { host: [a.test], path: /api/, forward: %q }, { host: [dead.b.test], forward: "127.0.0.1:9" }`, up, api)))
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: pool},
+	client := &http.Client{Timeout: patience, Transport: &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: pool},
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", addr)
 		}}}

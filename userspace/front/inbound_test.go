@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 )
@@ -19,7 +18,7 @@ func TestProxyChain(t *testing.T) {
 	cert, pool := certificate(t, "a.test")
 	headers := make(chan *proxyheader.Header, 1)
 	last := backend(t, func(c net.Conn) {
-		h, rest, err := proxyheader.Read(c, 4096, 5*time.Second)
+		h, rest, err := proxyheader.Read(c, 4096, patience)
 		if err != nil {
 			t.Error(err)
 		}
@@ -61,7 +60,7 @@ func TestProxyUnknown(t *testing.T) {
 	headers := make(chan *proxyheader.Header, 1)
 	last := backend(t, func(c net.Conn) {
 		defer c.Close()
-		h, _, err := proxyheader.Read(c, 4096, 5*time.Second)
+		h, _, err := proxyheader.Read(c, 4096, patience)
 		if err != nil {
 			t.Error(err)
 		}

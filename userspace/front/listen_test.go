@@ -24,12 +24,12 @@ func TestReloadOverlappingAddresses(t *testing.T) {
 	}
 	d := start(t, yaml(one, ""))
 	answer := func() string {
-		c, err := net.DialTimeout("tcp", "127.0.0.1:"+port, 5*time.Second)
+		c, err := net.DialTimeout("tcp", "127.0.0.1:"+port, patience)
 		if err != nil {
 			return err.Error()
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(5 * time.Second))
+		c.SetDeadline(time.Now().Add(patience))
 		b := make([]byte, 1)
 		io.ReadFull(c, b)
 		return string(b)

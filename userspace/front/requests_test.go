@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 // TestRequests checks what routes do with requests, over TLS and HTTP/2.
@@ -86,7 +85,7 @@ listeners:
 				return new(net.Dialer).DialContext(ctx, "tcp", addr)
 			}}
 		t.Cleanup(tr.CloseIdleConnections)
-		return &http.Client{Timeout: 20 * time.Second, Transport: tr, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+		return &http.Client{Timeout: patience, Transport: tr, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	}
 	none := client()
 	for _, c := range []struct {

@@ -67,11 +67,14 @@ listeners:
 
 // TestBadHellos: each is refused with what the protocol has for it, and counted.
 func TestBadHellos(t *testing.T) {
-	addr := freeAddr(t)
-	d := start(t, fmt.Sprintf(`
+	addrs, daemons := map[bool]string{}, map[bool]*daemon{} // by whether the timeout is what ends it
+	for late, timeout := range map[bool]string{false: "1m", true: "200ms"} {
+		addrs[late] = freeAddr(t)
+		daemons[late] = start(t, fmt.Sprintf(`
 listeners: [ { name: web, listen: [%q], mode: sni, default: { forward: "127.0.0.1:9" } } ]
-limits: { hello_timeout: 200ms, hello_bytes: 1024 }
-`, addr))
+limits: { hello_timeout: %s, hello_bytes: 1024 }
+`, addrs[late], timeout))
+	}
 	for _, c := range []struct {
 		name, send, reason string
 		half               bool
@@ -82,8 +85,10 @@ limits: { hello_timeout: 200ms, hello_bytes: 1024 }
 		{name: "cut", send: "\x16\x03\x01\x02\x00\x01", half: true, reason: "hello_incomplete"},
 		{name: "silent", reason: "hello_timeout"},
 	} {
+		late := c.reason == "hello_timeout"
+		d := daemons[late]
 		before := d.refused(c.reason)
-		conn := dialTCP(t, addr)
+		conn := dialTCP(t, addrs[late])
 		io.WriteString(conn, c.send)
 		if c.half {
 			conn.CloseWrite()
@@ -91,5 +96,7 @@ limits: { hello_timeout: 200ms, hello_bytes: 1024 }
 		io.Copy(io.Discard, conn) // until the daemon closes
 		eventually(t, c.name+" is counted as "+c.reason, func() bool { return d.refused(c.reason) == before+1 })
 	}
-	eventually(t, "nothing is left", func() bool { return d.flows.Len() == 0 && d.limiter.Total() == 0 })
+	for _, d := range daemons {
+		eventually(t, "nothing is left", func() bool { return d.flows.Len() == 0 && d.limiter.Total() == 0 })
+	}
 }

@@ -44,7 +44,7 @@ listeners:
 `, addr, secure, up, upCA, certFile, keyFile, clientCA))
 	byUpstream := func() int { res, _ := ask(t, addr, "GET", "checked.test", "/", nil); return res.StatusCode }
 	byClient := func() int {
-		c := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		c := &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true,
 			TLSClientConfig: &tls.Config{RootCAs: pool, ServerName: "a.test", Certificates: []tls.Certificate{client}}}}
 		req, _ := http.NewRequest("GET", "https://"+secure+"/", nil)
 		req.Host = "a.test"
@@ -119,16 +119,24 @@ listeners:
 	if res.StatusCode != 504 {
 		t.Errorf("connect: %d %s", res.StatusCode, body)
 	}
-	if res, body = ask(t, addr, "GET", "answer.test", "/", nil); res.StatusCode != 504 || asked.Load() != 1 {
-		t.Errorf("answer: %d %s, asked %d times", res.StatusCode, body, asked.Load())
+	if res, body = ask(t, addr, "GET", "answer.test", "/", nil); res.StatusCode != 504 {
+		t.Errorf("answer: %d %s", res.StatusCode, body)
 	}
+	eventually(t, "the target was asked once", func() bool { return asked.Load() == 1 })
 	// Which is the time of the target's thinking, not the client's of sending.
-	c := dialTCP(t, addr)
-	io.WriteString(c, "POST /ok HTTP/1.1\r\nHost: answer.test\r\nContent-Length: 2\r\n\r\nx")
-	time.Sleep(1300 * time.Millisecond)
-	io.WriteString(c, "x")
-	if res, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil || res.StatusCode != 200 {
-		t.Errorf("a slow body under a short timeouts.answer: %v, %v", res, err)
+	for try := 1; ; try++ { // one of a few is answered in time on a busy machine too
+		c := dialTCP(t, addr)
+		io.WriteString(c, "POST /ok HTTP/1.1\r\nHost: answer.test\r\nContent-Length: 2\r\n\r\nx")
+		time.Sleep(1300 * time.Millisecond)
+		io.WriteString(c, "x")
+		res, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err == nil && res.StatusCode == 200 {
+			break
+		}
+		if try == 5 {
+			t.Errorf("a slow body under a short timeouts.answer: %v, %v", res, err)
+			break
+		}
 	}
 	if res, body = ask(t, addr, "POST", "body.test", "/", nil, "Content-Length: 10"); res.StatusCode != 408 {
 		t.Errorf("body: %d %s", res.StatusCode, body)
@@ -155,8 +163,8 @@ func full(t *testing.T) string {
 		t.Fatal(err)
 	}
 	addr := fmt.Sprintf("127.0.0.1:%d", sa.(*unix.SockaddrInet4).Port)
-	for {
-		c, err := net.DialTimeout("tcp", addr, 200*time.Millisecond)
+	for wait := patience; ; wait = 200 * time.Millisecond { // the first finds a place, however slow we are
+		c, err := net.DialTimeout("tcp", addr, wait)
 		if err != nil {
 			return addr
 		}

@@ -42,7 +42,7 @@ func TestAcceptorPauses(t *testing.T) {
 	if c, err := net.Dial("tcp", to.String()); err == nil { // else the reset came first
 		defer c.Close()
 	}
-	for deadline := time.Now().Add(10 * time.Second); taken.Load() == 0 && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(time.Minute); taken.Load() == 0 && time.Now().Before(deadline); {
 		time.Sleep(time.Millisecond)
 	}
 	if taken.Load() != 1 || failed.Load() != 0 {

@@ -34,7 +34,7 @@ func TestLoopFullReader(t *testing.T) {
 	// Until nothing moves any more.
 	for last := int64(-1); ; time.Sleep(200 * time.Millisecond) {
 		up, _ := moved.Load()
-		if up == last {
+		if up == last && up > 0 {
 			break
 		}
 		last = up

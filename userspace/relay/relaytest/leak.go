@@ -29,7 +29,7 @@ func (l left) check(t testing.TB, p Path) {
 	t.Helper()
 	few := 2 + runtime.GOMAXPROCS(0)
 	what := ""
-	end := time.Now().Add(p.resetIn(8 * time.Second))
+	end := time.Now().Add(p.resetIn(patience))
 	for wait := time.Millisecond; time.Now().Before(end); wait = min(2*wait, time.Second) {
 		what = ""
 		now := take(p)

@@ -12,7 +12,7 @@ import (
 // waitAcked waits until all that was sent on c is acknowledged.
 func waitAcked(c net.Conn) error {
 	n := -1
-	for end := time.Now().Add(patience / 6); time.Now().Before(end); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if err := onSocket(c, func(fd int) (err error) { n, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ); return err }); err != nil {
 			return err
 		}

@@ -63,12 +63,12 @@ func TestScripts(t *testing.T) {
 				}
 			},
 			"waitfor": func(ts *testscript.TestScript, neg bool, args []string) {
-				for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+				for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 					if _, err := os.Stat(args[0]); err == nil {
 						return
 					}
 				}
-				ts.Fatalf("%s did not appear within 10 s", args[0])
+				ts.Fatalf("%s did not appear within a minute", args[0])
 			},
 		},
 	})

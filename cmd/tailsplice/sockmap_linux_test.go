@@ -253,7 +253,7 @@ func noise(n int) []byte {
 
 func arrives(t *testing.T, c net.Conn, want []byte) {
 	t.Helper()
-	check(t, c.SetReadDeadline(time.Now().Add(30*time.Second)))
+	check(t, c.SetReadDeadline(time.Now().Add(time.Minute)))
 	got := make([]byte, len(want))
 	if n, err := io.ReadFull(c, got); err != nil || !slices.Equal(got, want) {
 		t.Fatalf("%d of %d bytes arrived, %v", n, len(want), err)
@@ -268,11 +268,11 @@ func listen(t *testing.T, at string) net.Listener {
 	return ln
 }
 
-// wait tries until it works, for up to 20 s.
+// wait tries until it works, for up to a minute.
 func wait(t *testing.T, what string, try func() error) {
 	t.Helper()
 	var err error
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		if err = try(); err == nil {
 			return
 		}

@@ -98,7 +98,7 @@ func loadLocal(t testing.TB, name string) (*loader.Loader, *loader.Local) {
 // becomeKnown makes flows until one is taken past TCP: the first to a target never is.
 func becomeKnown(t testing.TB, local *loader.Local, p relaytest.Path) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; {
+	for end := time.Now().Add(time.Minute); ; {
 		before := local.Stats().Spliced
 		f := p.Connect(t)
 		f.Start(context.Background(), relay.Options{})

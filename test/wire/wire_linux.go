@@ -25,7 +25,7 @@ var (
 )
 
 // patience bounds each wait.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 // A Network is a network namespace with a TUN device, whose other end we are. Safe for concurrent use.
 type Network struct {

@@ -27,7 +27,7 @@ func TestSenderIsEarly(t *testing.T) {
 					time.Sleep(20 * time.Millisecond)
 				}
 			}})
-			p.server.SetDeadline(time.Now().Add(3 * time.Second))
+			p.server.SetDeadline(time.Now().Add(patience))
 			if err := expect(p.server, data[c.read:]); err != nil {
 				t.Error(err)
 			}
@@ -87,7 +87,7 @@ func relayed(t *testing.T, p *path) {
 	t.Helper()
 	go io.Copy(p.up, p.down)
 	p.client.Write([]byte("hello"))
-	p.server.SetDeadline(time.Now().Add(time.Second))
+	p.server.SetDeadline(time.Now().Add(patience))
 	if err := expect(p.server, []byte("hello")); err != nil {
 		t.Error(err)
 	}
@@ -111,7 +111,7 @@ func TestEndDuringInsertion(t *testing.T) {
 			refused++
 			continue
 		}
-		p.client.SetDeadline(time.Now().Add(3 * time.Second))
+		p.client.SetDeadline(time.Now().Add(patience))
 		got, rerr := io.ReadAll(p.client)
 		if rerr != nil || !bytes.Equal(got, data) {
 			t.Fatalf("flow %d: %d bytes, %v", i, len(got), rerr)
@@ -119,7 +119,7 @@ func TestEndDuringInsertion(t *testing.T) {
 		if err := send(p.client, p.server, 1, 5000); err != nil {
 			t.Fatal(err)
 		}
-		if r := p.wait(3 * time.Second); r.end != endEOF || r.down != 1000 || r.up != 5000 {
+		if r := p.wait(patience); r.end != endEOF || r.down != 1000 || r.up != 5000 {
 			t.Fatalf("flow %d ended %+v", i, r)
 		}
 	}

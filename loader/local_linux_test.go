@@ -145,7 +145,11 @@ func TestLocalUnread(t *testing.T) {
 			return answer&localLocalAnswerLOCAL_QUEUE != 0 && err == nil
 		}, "the bytes to reach the process's queue")
 		must(t, p.server.Close())
-		must(t, p.client.SetReadDeadline(time.Now().Add(5*time.Second)))
+		long := patience
+		if !on { // it may never be told
+			long = 5 * time.Second
+		}
+		must(t, p.client.SetReadDeadline(time.Now().Add(long)))
 		_, err = p.client.Read(make([]byte, 1))
 		if on != errors.Is(err, unix.ECONNRESET) {
 			t.Errorf("with the rule %v the client is told: %v", on, err)
@@ -179,7 +183,7 @@ func TestPanicsOnWarning(t *testing.T) {
 
 func waitFor(t testing.TB, what func() bool, name string) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !what(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); !what(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("waited in vain for %s", name)
 		}
@@ -205,7 +209,7 @@ func becomeLocal(t testing.TB, n *Local, ln net.Listener) *path {
 	if addrPort(ln.Addr()).Addr().Is6() {
 		network = "tcp6"
 	}
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		p := &path{t: t, ended: make(chan result, 1)}
 		p.client, p.down = connect(t, network)
 		up, err := net.Dial(network, ln.Addr().String())
@@ -306,7 +310,7 @@ func TestLocalCloseAtOnce(t *testing.T) {
 		closed := make(chan error, 1)
 		go func() { closed <- p.client.Close() }()
 		must(t, errors.Join(p.server.Close(), <-closed))
-		if r := p.wait(10 * time.Second); r.end != endEOF {
+		if r := p.wait(patience); r.end != endEOF {
 			t.Fatalf("ended %+v", r)
 		}
 	}

@@ -193,6 +193,7 @@ func TestLostReset(t *testing.T) {
 			if side == 1 {
 				from, to = to, from
 			}
+			start := time.Now() // keepalive begins with the last byte
 			must(t, exchangeBytes(p, 1000, 1000))
 			must(t, errors.Join(unix.SetsockoptInt(ours, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1), unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 1),
 				unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 1)))
@@ -200,15 +201,14 @@ func TestLostReset(t *testing.T) {
 			from.SetLinger(0)
 			from.Close()
 			must(t, netlink.QdiscDel(n.clsact()))
-			start := time.Now()
-			to.SetDeadline(time.Now().Add(10 * time.Second))
+			to.SetDeadline(time.Now().Add(patience))
 			if read, err := to.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 				t.Errorf("%s, side %d: the end was told %d bytes and %v", name, side, read, err)
 			}
 			if time.Since(start) < 500*time.Millisecond {
 				t.Errorf("%s, side %d: the reset was not lost: this proves nothing", name, side)
 			}
-			p.wait(5 * time.Second)
+			p.wait(patience)
 		}
 	}
 }
@@ -262,7 +262,7 @@ func TestLocalDrops(t *testing.T) {
 		t.Logf("bytes_sent - bytes_retrans + notsent was up to %d bytes too high", counted)
 		p.client.Close()
 		p.server.Close()
-		p.wait(5 * time.Second)
+		p.wait(patience)
 	}
 }
 
@@ -279,12 +279,12 @@ func TestRuleOrderOff(t *testing.T) {
 			up.SetWriteBuffer(64 << 10)
 			server.SetReadBuffer(64 << 10)
 		}})
-		p.client.SetDeadline(time.Now().Add(5 * time.Second))
+		p.client.SetDeadline(time.Now().Add(5 * time.Second)) // damage may be a stream that stands
 		p.server.SetDeadline(time.Now().Add(5 * time.Second))
 		err := send(p.client, p.server, uint64(i), 2<<20)
 		p.client.Close()
 		p.server.Close()
-		p.wait(5 * time.Second)
+		p.wait(patience)
 		if err != nil {
 			t.Logf("flow %d: %v", i, err)
 			return
@@ -362,7 +362,7 @@ func TestCopying(t *testing.T) {
 	must(t, expect(p.client, []byte("early")))
 	p.server.SetLinger(0)
 	p.server.Close()
-	if r := p.wait(5 * time.Second); r.end != endUpstreamReset || r.down != 5 {
+	if r := p.wait(patience); r.end != endUpstreamReset || r.down != 5 {
 		t.Errorf("ended %+v", r)
 	}
 }

@@ -39,7 +39,7 @@ func TestComesInWhenQuiet(t *testing.T) {
 	if f.isInside() {
 		t.Error("it came in, and nothing moves")
 	}
-	for end := time.Now().Add(10 * time.Second); !f.isInside(); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(patience); !f.isInside(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("it does not come in")
 		}
@@ -78,7 +78,7 @@ func TestTalk(t *testing.T) {
 				t.Errorf("flow %d: %v", i, err)
 				return
 			}
-			if r := p.wait(10 * time.Second); r.end != endEOF {
+			if r := p.wait(patience); r.end != endEOF {
 				t.Errorf("flow %d ended %+v", i, r)
 			}
 		})
@@ -109,7 +109,7 @@ func TestRefusedWhenItComesIn(t *testing.T) {
 			t.Fatalf("%d bytes, %v", len(got), err)
 		}
 		p.server.Close()
-		p.wait(5 * time.Second)
+		p.wait(patience)
 	}
 	if s := fmt.Sprint(l.Flows()); s != "[]" || l.Stats().Inserted != 0 {
 		t.Errorf("%s, %+v", s, l.Stats())

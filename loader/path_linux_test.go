@@ -130,6 +130,9 @@ func trySplice(t testing.TB, l *Loader, o pathOptions) (*path, error) {
 	return p, err
 }
 
+// patience is for what comes sooner or later, on a machine that is busy too.
+const patience = time.Minute
+
 // wait gives the flow's end, or fails.
 func (p *path) wait(within time.Duration) result {
 	p.t.Helper()

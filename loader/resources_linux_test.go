@@ -125,6 +125,19 @@ func own() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
+// leastCPU is how much CPU this process uses in the quietest of ten spans: a busy machine may still be at what came before.
+func leastCPU(span time.Duration) time.Duration {
+	least := span
+	for range 10 {
+		before := own()
+		time.Sleep(span)
+		if least = min(least, own()-before); least < span/100 {
+			break
+		}
+	}
+	return least
+}
+
 // 200 flows both of whose readers have stopped, and whose senders push all they can: memory is bounded, nothing polls,
 // and all arrives when the readers go on.
 func TestStalledFlows(t *testing.T)        { testStalledFlows(t, allRules) }
@@ -177,8 +190,8 @@ func TestRuleBoundOff(t *testing.T) {
 	r.bound, r.bulk = false, false // splice(2) has a bound of its own
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
-	p.client.SetWriteDeadline(time.Now().Add(3 * time.Second))
-	n, _ := io.Copy(p.client, io.LimitReader(zeroes{}, 256<<20))
+	p.client.SetWriteDeadline(time.Now().Add(patience))
+	n, _ := io.Copy(p.client, io.LimitReader(zeroes{}, 96<<20))
 	if n < 64<<20 {
 		t.Errorf("only %d bytes were taken for a reader that does not read: this test proves nothing", n)
 	}
@@ -230,9 +243,8 @@ func stall(t *testing.T, r rules, size int64, mayEnd int, judge func(perFlow int
 		}
 	}
 	held := before - memAvailable(t)
-	cpu0 := own()
-	time.Sleep(time.Second)
-	waiting, cpu := backlogs(t, l), own()-cpu0
+	cpu := leastCPU(time.Second)
+	waiting := backlogs(t, l)
 	// What clients and servers hold is not ours: their buffers are as large as ours.
 	t.Logf("%d flows stalled after %d MiB; MemAvailable fell by %d MiB, with the endpoints' buffers; %d backlogs wait, %v of CPU in a second; %+v",
 		flows, moved()>>20, held>>20, waiting, cpu, l.Stats())
@@ -259,7 +271,7 @@ func stall(t *testing.T, r rules, size int64, mayEnd int, judge func(perFlow int
 	drained.Wait()
 	n := 0
 	ended.Range(func(p, err any) bool {
-		r := p.(*path).wait(5 * time.Second)
+		r := p.(*path).wait(patience)
 		t.Logf("a flow ended %+v, %v; a reader got %v", r, r.err, err)
 		if r.end == endEOF {
 			t.Error("bytes are missing, and nobody was told")
@@ -303,10 +315,7 @@ func testIdleFlows(t *testing.T, r rules) {
 	}
 	down, up = nil, nil
 	debug.FreeOSMemory()
-	time.Sleep(100 * time.Millisecond)
-	if n := runtime.NumGoroutine() - goroutines; n > 2 {
-		t.Errorf("%d goroutines for %d idle flows", n, flows)
-	}
+	waitFor(t, func() bool { return runtime.NumGoroutine()-goroutines <= 2 }, "idle flows to have no goroutines")
 	grown, flow := residentSet(t)-rss, int64(flows)
 	t.Logf("resident set grew by %d bytes a flow, of %d", grown/flow, flow)
 	if grown/flow > 1536 && !raceEnabled { // the race detector has memory of its own
@@ -314,9 +323,7 @@ func testIdleFlows(t *testing.T, r rules) {
 		t.Errorf("%d bytes of resident set a flow", grown/flow)
 	}
 	time.Sleep(3 * sweepEvery) // until each has been looked at, once
-	before := own()
-	time.Sleep(2 * time.Second)
-	if used := own() - before; used > 40*time.Millisecond {
+	if used := leastCPU(2 * time.Second); used > 40*time.Millisecond {
 		t.Errorf("%d idle flows use %v of CPU in 2 s", flows, used)
 	}
 }
@@ -425,7 +432,7 @@ func testNothingIsLeft(t *testing.T, r rules) {
 				c.SetLinger(0)
 				c.Close()
 				want = endDownstreamReset
-				s.SetReadDeadline(time.Now().Add(5 * time.Second))
+				s.SetReadDeadline(time.Now().Add(patience))
 				s.Read(make([]byte, 1))
 				s.Close()
 			}
@@ -434,12 +441,13 @@ func testNothingIsLeft(t *testing.T, r rules) {
 				if end != want && want == endEOF {
 					t.Fatalf("flow %d ended with %q", i, end)
 				}
-			case <-time.After(5 * time.Second):
+			case <-time.After(patience):
 				t.Fatalf("flow %d did not end", i)
 			}
 		}
 	}
 	left := func() (descriptors, goroutines, entries int) {
+		waitFor(t, func() bool { return l.Stats().Flows == 0 }, "the flows' ends")
 		time.Sleep(300 * time.Millisecond)
 		runtime.GC()
 		for range maxPipes { // which are kept, empty, for the next flows
@@ -475,6 +483,9 @@ func testNothingIsLeft(t *testing.T, r rules) {
 	many := atSoak(5000, 50_000)
 	round(many)
 	d1, g1, e1 := left()
+	for end := time.Now().Add(patience); (d1 > d0 || g1 > g0 || e1 != 0) && time.Now().Before(end); { // what goes in time is not left
+		d1, g1, e1 = left()
+	}
 	kernel1 := slab(t)
 	if d1 > d0 || g1 > g0 || e0 != 0 || e1 != 0 {
 		t.Errorf("descriptors %d then %d, goroutines %d then %d, map entries %d then %d", d0, d1, g0, g1, e0, e1)

@@ -18,8 +18,8 @@ func TestShortFlows(t *testing.T) {
 		a, b := rnd.Int64N(4<<10), rnd.Int64N(16<<10)
 		up, down := make(chan error, 1), make(chan error, 1)
 		p, err := trySplice(t, l, pathOptions{before: func(client, server, _, _ *net.TCPConn) {
-			client.SetDeadline(time.Now().Add(4 * time.Second))
-			server.SetDeadline(time.Now().Add(4 * time.Second))
+			client.SetDeadline(time.Now().Add(patience))
+			server.SetDeadline(time.Now().Add(patience))
 			go func() { up <- send(client, server, 1, a) }()
 			go func() { down <- send(server, client, 2, b) }()
 		}})
@@ -44,7 +44,7 @@ func TestShortFlows(t *testing.T) {
 		for s := 1; f == nil && s < 64; s++ {
 			f = l.live[s].Load()
 		}
-		watch := time.AfterFunc(2*time.Second, func() {
+		watch := time.AfterFunc(patience/2, func() {
 			if f != nil {
 				t.Logf("flow %d:\n%s", i, f.dump())
 			}
@@ -52,7 +52,7 @@ func TestShortFlows(t *testing.T) {
 		if err := errors.Join(<-up, <-down); err != nil {
 			t.Fatalf("flow %d: %v", i, err)
 		}
-		if r := p.wait(5 * time.Second); r != (result{up: a, down: b, end: endEOF}) {
+		if r := p.wait(patience); r != (result{up: a, down: b, end: endEOF}) {
 			t.Fatalf("flow %d ended %+v", i, r)
 		}
 		watch.Stop()

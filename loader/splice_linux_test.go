@@ -35,7 +35,7 @@ func bothWays(p *path, n int64) error {
 	if err := errors.Join(<-up, <-down); err != nil {
 		return err
 	}
-	if r := p.wait(5 * time.Second); r != (result{up: n, down: n, end: endEOF}) {
+	if r := p.wait(patience); r != (result{up: n, down: n, end: endEOF}) {
 		return fmt.Errorf("ended %+v", r)
 	}
 	if u, d := p.count(); u != n || d != n {
@@ -58,7 +58,7 @@ func TestReaderStops(t *testing.T) {
 			from, to := way(p)
 			const n = 96 << 20
 			done := make(chan error, 1)
-			slow := &pausing{r: to, at: []int64{0, 1 << 20, 40 << 20}, pause: 700 * time.Millisecond}
+			slow := &pausing{r: to, at: []int64{0, 1 << 20, 40 << 20}, pause: 700 * time.Millisecond, count: p.count, ended: make(chan struct{})}
 			go func() {
 				hash, err := stream(from, 9, n)
 				from.CloseWrite()
@@ -82,10 +82,12 @@ func TestReaderStops(t *testing.T) {
 	}
 }
 
+// pausing is a reader that stops at some places, each time until nothing has moved for a pause.
 type pausing struct {
 	r     *net.TCPConn
 	at    []int64
 	pause time.Duration
+	count func() (up, down int64)
 	ended chan struct{}
 	hash  [32]byte
 	n     int64
@@ -93,7 +95,6 @@ type pausing struct {
 }
 
 func (p *pausing) run() {
-	p.ended = make(chan struct{})
 	defer close(p.ended)
 	p.hash, p.n, p.err = drain(p)
 }
@@ -101,7 +102,14 @@ func (p *pausing) run() {
 func (p *pausing) Read(b []byte) (int, error) {
 	if len(p.at) > 0 && p.n >= p.at[0] {
 		p.at = p.at[1:]
-		time.Sleep(p.pause)
+		for last := int64(-1); ; {
+			time.Sleep(p.pause)
+			up, down := p.count()
+			if up+down == last {
+				break
+			}
+			last = up + down
+		}
 	}
 	n, err := p.r.Read(b)
 	p.n += int64(n)
@@ -120,7 +128,7 @@ func TestOneByteSegments(t *testing.T) {
 		}
 		p.client.CloseWrite()
 	}()
-	p.server.SetDeadline(time.Now().Add(20 * time.Second))
+	p.server.SetDeadline(time.Now().Add(patience))
 	got, err := io.ReadAll(p.server)
 	if err != nil || !bytes.Equal(got, data) {
 		t.Fatalf("%d of %d bytes: %v", len(got), len(data), err)
@@ -145,12 +153,12 @@ func TestConcurrentFlows(t *testing.T) {
 				errs <- fmt.Errorf("flow %d: %w", i, err)
 				return
 			}
-			if r := p.wait(10 * time.Second); r.end != endEOF {
+			if r := p.wait(patience); r.end != endEOF {
 				errs <- fmt.Errorf("flow %d ended %+v", i, r)
 			}
 		}()
 	}
-	stuck := time.AfterFunc(30*time.Second, func() {
+	stuck := time.AfterFunc(2*patience, func() {
 		for i := range l.live {
 			if f := l.live[i].Load(); f != nil {
 				t.Logf("slot %d:\n%s", i, f.dump())

@@ -51,7 +51,7 @@ func stalling(t *testing.T, r rules) (stalled, *Loader) {
 }
 
 func (p stalled) arrives(t *testing.T, l *Loader) {
-	p.server.SetDeadline(time.Now().Add(60 * time.Second)) // each stall takes seconds
+	p.server.SetDeadline(time.Now().Add(patience)) // each stall takes seconds
 	must(t, expect(p.server, p.data))
 	wantStalls(t, l)
 }
@@ -65,13 +65,13 @@ func TestStallOfTheVerdict(t *testing.T) {
 		client.Write([]byte("hello"))
 		time.Sleep(20 * time.Millisecond)
 	}})
-	p.server.SetDeadline(time.Now().Add(20 * time.Second))
+	p.server.SetDeadline(time.Now().Add(patience))
 	must(t, expect(p.server, []byte("hello")))
 	wantStalls(t, l)
 }
 
 func wantStalls(t *testing.T, l *Loader) {
-	for end := time.Now().Add(5 * time.Second); l.Stats().Stalls == 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); l.Stats().Stalls == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("no stall was counted: %+v", l.Stats())
 		}
@@ -126,7 +126,7 @@ func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
 	atomic.StoreUint64(&h.shared().Consumed, 1<<62) // the verdict passes, since passed is something else
 	_, err = p.client.Write([]byte("hello"))
 	must(t, err)
-	for end := time.Now().Add(5 * time.Second); h.snapshot().passed == 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); h.snapshot().passed == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("nothing was passed")
 		}
@@ -140,9 +140,9 @@ func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
 // has stopped: each way goes on without the other.
 func TestBacklogOfTheOtherWay(t *testing.T) {
 	l, p, data := behind(t, allRules)
-	p.server.SetDeadline(time.Now().Add(30 * time.Second))
+	p.server.SetDeadline(time.Now().Add(patience))
 	must(t, expect(p.server, []byte("hello")))
-	p.client.SetDeadline(time.Now().Add(30 * time.Second))
+	p.client.SetDeadline(time.Now().Add(patience))
 	must(t, expect(p.client, data))
 	must(t, errors.Join(send(p.client, p.server, 1, 1<<20), send(p.server, p.client, 2, 1<<20)))
 	if n := l.Stats().Stalls; n != 0 {

@@ -62,8 +62,8 @@ func overlaps(t *testing.T, l *Loader, rounds int) error {
 		t.Fatal(err)
 	}
 	defer in.close()
-	p.server.SetDeadline(time.Now().Add(30 * time.Second))
-	p.client.SetDeadline(time.Now().Add(30 * time.Second))
+	p.server.SetDeadline(time.Now().Add(patience))
+	p.client.SetDeadline(time.Now().Add(patience))
 	rnd := rand.New(rand.NewPCG(1, 2))
 	data := pattern(rounds*3000 + 20000)
 	at := 0
@@ -132,7 +132,7 @@ func TestOverlapWhileReaderStops(t *testing.T) {
 	data := pattern(8 << 20)
 	at := 0
 	for at < 6<<20 { // fill until the direction is passing
-		p.client.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		p.client.SetWriteDeadline(time.Now().Add(time.Second))
 		n, err := p.client.Write(data[at:min(at+1000, len(data))])
 		at += n
 		if f := l.Flows()[0]; f.UpCopied > 0 || f.UpWaiting > 100<<10 {
@@ -154,18 +154,14 @@ func TestOverlapWhileReaderStops(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	time.Sleep(20 * time.Millisecond)
-	after := l.Flows()[0]
 	t.Logf("%d bytes sent, before %+v", at, before)
-	if after.UpTrimmed == before.UpTrimmed {
-		t.Fatal("no overlap came in")
-	}
+	waitFor(t, func() bool { return l.Flows()[0].UpTrimmed > before.UpTrimmed }, "an overlap to come in")
 	go func() {
-		p.client.SetWriteDeadline(time.Now().Add(10 * time.Second))
+		p.client.SetWriteDeadline(time.Now().Add(patience))
 		p.client.Write(data[at:])
 		p.client.CloseWrite()
 	}()
-	p.server.SetDeadline(time.Now().Add(10 * time.Second))
+	p.server.SetDeadline(time.Now().Add(patience))
 	if err := expect(p.server, data); err != nil {
 		t.Fatal(err)
 	}
@@ -192,7 +188,7 @@ func TestUrgent(t *testing.T) {
 				from, to := way(p)
 				if size < 100 {
 					for _, c := range []*net.TCPConn{p.client, p.server} {
-						c.SetDeadline(time.Now().Add(5 * time.Second))
+						c.SetDeadline(time.Now().Add(patience))
 						var b [1]byte
 						raw, _ := c.SyscallConn()
 						raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
@@ -215,7 +211,7 @@ func TestUrgent(t *testing.T) {
 					_, err2 := from.Write(data)
 					sent <- errors.Join(err, err2, from.CloseWrite())
 				}()
-				to.SetDeadline(time.Now().Add(5 * time.Second))
+				to.SetDeadline(time.Now().Add(patience))
 				got, err := io.ReadAll(to)
 				if want := append(append(bytes.Clone(data), '!'), data...); err != nil || !bytes.Equal(got, want) {
 					t.Errorf("%d bytes, %d expected, %v\n%s", len(got), len(want), err, f.dump())
@@ -225,7 +221,7 @@ func TestUrgent(t *testing.T) {
 				}
 				p.client.Close()
 				p.server.Close()
-				p.wait(5 * time.Second)
+				p.wait(patience)
 			})
 		}
 	}

@@ -37,7 +37,7 @@ func listenerFollows(t *testing.T, h, visitor *lab.Host, now []netip.Prefix, giv
 			}
 		}
 		for _, p := range want { // the accept is what counts: there is nothing behind it
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), patience/6)
 			c, err := visitor.Dial(ctx, "tcp", net.JoinHostPort(p.Addr().String(), "7443"))
 			cancel()
 			if err != nil {
@@ -47,9 +47,9 @@ func listenerFollows(t *testing.T, h, visitor *lab.Host, now []netip.Prefix, giv
 		}
 		return nil
 	}
-	within(t, 10*time.Second, func() error { return listensOn(now) })
+	eventually(t, func() error { return listensOn(now) })
 	give(moved)
-	t.Logf("at its new addresses after %s", within(t, 10*time.Second, func() error { return listensOn(moved) }))
+	t.Logf("at its new addresses after %s", eventually(t, func() error { return listensOn(moved) }))
 	give(now)
-	within(t, 10*time.Second, func() error { return listensOn(now) })
+	eventually(t, func() error { return listensOn(now) })
 }

@@ -3,16 +3,20 @@
 package tailnet_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -99,7 +103,13 @@ func dialOn(t *testing.T, h *lab.Host, r request) response {
 // number of its change notices.
 func follow(t *testing.T, h *lab.Host) (*tailnet.Client, *notices) {
 	t.Helper()
-	c := tailnet.New(h.Node.Socket, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	return followAt(t, h.Node.Socket)
+}
+
+// followAt is follow by the tailscaled behind a socket.
+func followAt(t *testing.T, socket string) (*tailnet.Client, *notices) {
+	t.Helper()
+	c := tailnet.New(socket, slog.New(slog.NewTextHandler(t.Output(), nil)))
 	n := &notices{heard: make(chan struct{}, 100)}
 	c.OnChange(func() { n.heard <- struct{}{} })
 	ctx, cancel := context.WithCancel(context.Background())
@@ -110,6 +120,46 @@ func follow(t *testing.T, h *lab.Host) (*tailnet.Client, *notices) {
 	return c, n
 }
 
+// counting is a socket that leads to another one, and counts the questions who an
+// address is.
+func counting(t *testing.T, to string) (socket string, asked *atomic.Int64) {
+	t.Helper()
+	socket, asked = filepath.Join(t.TempDir(), "s"), new(atomic.Int64)
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			d, err := net.Dial("unix", to)
+			if err != nil {
+				c.Close()
+				continue
+			}
+			go func() {
+				defer c.Close()
+				io.Copy(c, d)
+			}()
+			go func() {
+				defer d.Close()
+				for b := make([]byte, 64<<10); ; {
+					n, err := c.Read(b)
+					asked.Add(int64(bytes.Count(b[:n], []byte("/localapi/v0/whois"))))
+					if _, werr := d.Write(b[:n]); err != nil || werr != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	return socket, asked
+}
+
 // notices are calls of OnChange.
 type notices struct{ heard chan struct{} }
 
@@ -117,7 +167,7 @@ func (n *notices) wait(t *testing.T, what string) {
 	t.Helper()
 	select {
 	case <-n.heard:
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatalf("no notice of %s", what)
 	}
 }
@@ -132,18 +182,21 @@ func (n *notices) forget() {
 	}
 }
 
-// within tries f until it succeeds, and fails the test when that takes longer
-// than a second. It returns how long it took.
-func within(t *testing.T, limit time.Duration, f func() error) time.Duration {
+// patience is for what comes sooner or later, on a machine that is busy too.
+const patience = time.Minute
+
+// eventually tries f until it succeeds, and returns how long that took: what is
+// not heard of by a notice is never asked for again.
+func eventually(t *testing.T, f func() error) time.Duration {
 	t.Helper()
 	began := time.Now()
 	for {
 		err := f()
 		took := time.Since(began)
 		switch {
-		case err == nil && took <= limit:
+		case err == nil:
 			return took
-		case took > limit:
+		case took > patience:
 			t.Fatalf("after %s: %v", took, err)
 		}
 		time.Sleep(5 * time.Millisecond)

@@ -80,6 +80,8 @@ func TestTailnet(t *testing.T) {
 	})
 
 	t.Run("who is", func(t *testing.T) {
+		socket, asked := counting(t, w.Home.Node.Socket)
+		c, _ := followAt(t, socket)
 		for _, n := range w.Tailnet.Nodes {
 			for _, a := range []netip.Addr{n.IP4, n.IP6, netip.AddrFrom16(n.IP4.As16())} {
 				id, err := c.WhoIs(t.Context(), a)
@@ -110,24 +112,26 @@ func TestTailnet(t *testing.T) {
 			}
 		}
 		for _, a := range []string{"192.0.2.1", "100.64.99.99", "fd7a:115c:a1e0::9999", "127.0.0.1", "::1"} {
-			began := time.Now()
+			before := asked.Load()
 			if _, err := c.WhoIs(t.Context(), netip.MustParseAddr(a)); !errors.Is(err, tailnet.ErrNotPeer) {
 				t.Errorf("%s: %v", a, err)
 			}
-			if took := time.Since(began); took > 100*time.Millisecond {
-				t.Errorf("to know nothing of %s took %s", a, took)
+			if n := asked.Load() - before; n > 1 {
+				t.Errorf("to know nothing of %s took %d questions", a, n)
 			}
 		}
-		began := time.Now()
+		if asked.Load() == 0 {
+			t.Error("the questions are not counted")
+		}
+		before, began := asked.Load(), time.Now()
 		for range 1000 {
 			if _, err := c.WhoIs(t.Context(), laptop.IP4); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if each := time.Since(began) / 1000; each > 100*time.Microsecond {
-			t.Errorf("a remembered identity takes %s", each)
-		} else {
-			t.Logf("a remembered identity takes %s", each)
+		t.Logf("a remembered identity takes %s", time.Since(began)/1000)
+		if n := asked.Load() - before; n > 1 { // one, if the netmap has changed meanwhile
+			t.Errorf("a remembered identity was asked for %d times", n)
 		}
 		began = time.Now()
 		for range 1000 {
@@ -153,7 +157,7 @@ func TestTailnet(t *testing.T) {
 		changes.forget()
 		n.Tags = []string{"tag:edge"}
 		control.UpdateNode(n)
-		took := within(t, time.Second, func() error {
+		took := eventually(t, func() error {
 			id, err := c.WhoIs(t.Context(), friend.IP4)
 			if err == nil && !id.Matches("tag:edge") {
 				err = fmt.Errorf("it is still %s", id)
@@ -164,7 +168,7 @@ func TestTailnet(t *testing.T) {
 		changes.wait(t, "the tag")
 		n.Tags = nil
 		control.UpdateNode(n)
-		within(t, time.Second, func() error {
+		eventually(t, func() error {
 			id, err := c.WhoIs(t.Context(), friend.IP4)
 			if err == nil && (id.Matches("tag:edge") || !id.Matches(lab.TestUser)) {
 				err = fmt.Errorf("it is still %s", id)
@@ -195,14 +199,14 @@ func TestTailnet(t *testing.T) {
 		changes.forget()
 		give(n, m.Addresses)
 		give(m, n.Addresses)
-		took := within(t, time.Second, func() error {
+		took := eventually(t, func() error {
 			return errors.Join(isWho(friend.IP4, "laptop"), isWho(laptop.IP4, "friend"), at("friend", laptop.IP4, laptop.IP6))
 		})
 		t.Logf("known after %s", took)
 		changes.wait(t, "the addresses")
 		give(m, m.Addresses)
 		give(n, n.Addresses)
-		within(t, time.Second, func() error { return errors.Join(isWho(friend.IP4, "friend"), at("laptop", laptop.IP4, laptop.IP6)) })
+		eventually(t, func() error { return errors.Join(isWho(friend.IP4, "friend"), at("laptop", laptop.IP4, laptop.IP6)) })
 	})
 
 	t.Run("another tailnet shares a node of the same name", func(t *testing.T) {
@@ -211,7 +215,7 @@ func TestTailnet(t *testing.T) {
 		n.Name = "edge-a.other.example."
 		n.Tags = []string{"tag:edge"}
 		control.UpdateNode(n)
-		within(t, time.Second, func() error { return at("edge-a.other.example", friend.IP4, friend.IP6) })
+		eventually(t, func() error { return at("edge-a.other.example", friend.IP4, friend.IP6) })
 		if err := at("edge-a", w.EdgeA.Node.IP4, w.EdgeA.Node.IP6); err != nil {
 			t.Error(err)
 		}
@@ -229,7 +233,7 @@ func TestTailnet(t *testing.T) {
 		record(t, w.Home, "shared")
 		n.Name, n.Tags = own, nil
 		control.UpdateNode(n)
-		within(t, time.Second, func() error { return at("friend", friend.IP4, friend.IP6) })
+		eventually(t, func() error { return at("friend", friend.IP4, friend.IP6) })
 	})
 
 	t.Run("a client without a watch", func(t *testing.T) {
@@ -240,13 +244,13 @@ func TestTailnet(t *testing.T) {
 		n := node(w.Laptop)
 		n.Name = "phone.tn.example."
 		control.UpdateNode(n)
-		within(t, 1500*time.Millisecond, func() error {
+		eventually(t, func() error {
 			_, err := c.Resolve(t.Context(), "phone")
 			return err
 		})
 		n.Name = "laptop.tn.example."
 		control.UpdateNode(n)
-		within(t, 1500*time.Millisecond, func() error { // for those who dial it next
+		eventually(t, func() error { // for those who dial it next
 			_, err := tailnet.New(w.Home.Node.Socket, nil).Resolve(t.Context(), "laptop")
 			return err
 		})
@@ -287,8 +291,8 @@ func TestTailnet(t *testing.T) {
 			}
 		}
 		// A host that has no tailscaled.
-		res := dialOn(t, w.Client, request{Target: to("laptop", 7006)})
-		if res.Reason != dial.NoTailscaled || !strings.Contains(res.Err, "tailscaled.sock") || res.Took > time.Second {
+		res := dialOn(t, w.Client, request{Target: to("laptop", 7006), Timeout: 10 * patience})
+		if res.Reason != dial.NoTailscaled || !strings.Contains(res.Err, "tailscaled.sock") || res.Took > patience {
 			t.Errorf("%+v", res)
 		}
 	})
@@ -343,7 +347,7 @@ func TestTailnet(t *testing.T) {
 	t.Run("tailscaled restarts", func(t *testing.T) {
 		changes.forget()
 		w.Home.Node.Stop()
-		took := within(t, time.Second, func() error {
+		took := eventually(t, func() error {
 			_, err := c.Resolve(t.Context(), "laptop")
 			return refused(err, tailnet.KindAbsent, w.Home.Node.Socket, "systemctl")
 		})
@@ -358,7 +362,7 @@ func TestTailnet(t *testing.T) {
 		if err := w.Home.Node.Start(); err != nil {
 			t.Fatal(err)
 		}
-		took = within(t, 15*time.Second, func() error { return at("laptop", laptop.IP4, laptop.IP6) })
+		took = eventually(t, func() error { return at("laptop", laptop.IP4, laptop.IP6) })
 		t.Logf("back after %s", took)
 		changes.wait(t, "its return")
 	})
@@ -368,13 +372,25 @@ func TestTailnet(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer w.Home.Node.Process().Signal(syscall.SIGCONT)
-		time.Sleep(200 * time.Millisecond) // its threads stop one by one
-		began := time.Now()
-		if err := at("laptop", laptop.IP4, laptop.IP6); err != nil {
-			t.Error(err)
+		eventually(t, func() error { // its threads stop one by one
+			threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", w.Home.Node.Process().Pid()))
+			for _, f := range threads {
+				if b, _ := os.ReadFile(f); !strings.Contains(string(b), ") T ") {
+					return fmt.Errorf("%s: %s", f, b)
+				}
+			}
+			return err
+		})
+		quickest := patience
+		for try := 0; try < 10 && quickest > time.Second; try++ { // to ask would take seconds each time
+			began := time.Now()
+			if err := at("laptop", laptop.IP4, laptop.IP6); err != nil {
+				t.Error(err)
+			}
+			quickest = min(quickest, time.Since(began))
 		}
-		if took := time.Since(began); took > time.Second {
-			t.Errorf("what is known took %s", took)
+		if quickest > time.Second {
+			t.Errorf("what is known took %s", quickest)
 		}
 		_, err := c.WhoIs(t.Context(), netip.MustParseAddr("100.64.77.77"))
 		if err := refused(err, tailnet.KindAbsent, "does not answer"); err != nil {
@@ -387,7 +403,7 @@ func TestTailnet(t *testing.T) {
 	})
 
 	t.Run("switched off and on", func(t *testing.T) {
-		within(t, 10*time.Second, func() error { return at("laptop", laptop.IP4, laptop.IP6) })
+		eventually(t, func() error { return at("laptop", laptop.IP4, laptop.IP6) })
 		want := func(on bool) {
 			t.Helper()
 			prefs := &ipn.MaskedPrefs{WantRunningSet: true}
@@ -398,7 +414,7 @@ func TestTailnet(t *testing.T) {
 		}
 		changes.forget()
 		want(false)
-		within(t, time.Second, func() error {
+		eventually(t, func() error {
 			_, err := c.Resolve(t.Context(), "laptop")
 			return refused(err, tailnet.KindDown, "switched off", "tailscale up")
 		})
@@ -407,7 +423,7 @@ func TestTailnet(t *testing.T) {
 			t.Errorf("an identity is still believed: %v", err)
 		}
 		want(true)
-		took := within(t, 10*time.Second, func() error { return at("laptop", laptop.IP4, laptop.IP6) })
+		took := eventually(t, func() error { return at("laptop", laptop.IP4, laptop.IP6) })
 		t.Logf("on again after %s", took)
 	})
 
@@ -440,7 +456,7 @@ func TestTailnet(t *testing.T) {
 		}) {
 			t.Fatal("home has no connection to control")
 		}
-		within(t, time.Second, func() error {
+		eventually(t, func() error {
 			if online, at, ok := c.Presence("laptop"); online || !at.Equal(seen) || !ok {
 				return fmt.Errorf("online %v, seen %s, known %v", online, at, ok)
 			}
@@ -454,8 +470,8 @@ func TestTailnet(t *testing.T) {
 		}
 		record(t, w.Home, "offline")
 		laptop.Stop()
-		res := dialOn(t, w.Home, request{Target: dial.Target{Scheme: dial.Tailnet, Host: "laptop", Port: 7004}})
-		if res.Reason != dial.NodeOffline || !strings.Contains(res.Err, "laptop is offline, last seen 1 h ago") || res.Took > 6*time.Second {
+		res := dialOn(t, w.Home, request{Target: dial.Target{Scheme: dial.Tailnet, Host: "laptop", Port: 7004}, Timeout: 10 * patience})
+		if res.Reason != dial.NodeOffline || !strings.Contains(res.Err, "laptop is offline, last seen 1 h ago") || res.Took > patience {
 			t.Errorf("%+v", res)
 		}
 	})
@@ -466,7 +482,7 @@ func TestTailnet(t *testing.T) {
 		if err := friend.Local.Logout(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		within(t, 5*time.Second, func() error {
+		eventually(t, func() error {
 			_, err := c.Resolve(t.Context(), "home")
 			return refused(err, tailnet.KindDown, "not logged in", "tailscale up")
 		})

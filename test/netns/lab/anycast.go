@@ -18,6 +18,7 @@ const (
 var anycastPrefixes = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:80::/48")}
 
 // bfd finds a silent cut in under a second. Slower than routers do it, so that a busy test machine is not a cut.
+// Without it a cut would be found when BGP's hold time is over, for which no test waits.
 const bfdConf = `
 protocol device { scan time 10; }
 protocol bfd {
@@ -26,7 +27,7 @@ protocol bfd {
 template bgp session {
 	direct;
 	bfd on;
-	hold time 9; keepalive time 3;
+	hold time 240; keepalive time 80;
 	connect delay time 1; connect retry time 1; error wait time 1, 2; error forget time 5;
 }
 `
@@ -152,7 +153,7 @@ func (w *World) Route(a netip.Addr) *Host {
 }
 
 func (w *World) waitRoute(ctx context.Context, edge *Host) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for w.Route(Anycast4) != edge || w.Route(Anycast6) != edge {
 		if sleep(ctx, pollInterval/2) != nil {

@@ -27,14 +27,14 @@ type Daemon struct {
 }
 
 // Tailsplice builds the daemon of this repository, installs the configuration, starts the daemon on the host and waits
-// until it is ready. The test fails if it isn't within 20 s.
+// until it is ready. The test fails if it isn't within a minute.
 func (h *Host) Tailsplice(tb testing.TB, config string) *Daemon {
 	tb.Helper()
 	bin, err := BuildTailsplice(tb.Context())
 	if err != nil {
 		tb.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(tb.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(tb.Context(), time.Minute)
 	defer cancel()
 	d, err := h.StartTailsplice(ctx, bin, config)
 	if err != nil {

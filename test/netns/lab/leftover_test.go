@@ -75,7 +75,7 @@ func TestLeavesNothing(t *testing.T) {
 			case "interrupt":
 				cmd.Process.Signal(syscall.SIGINT)
 			}
-			deadline := time.Now().Add(15 * time.Second)
+			deadline := time.Now().Add(time.Minute)
 			for left := leftovers(t, id); len(left) > 0; left = leftovers(t, id) {
 				if time.Now().After(deadline) {
 					t.Fatalf("left behind: %v", left)

@@ -158,7 +158,7 @@ func (w *World) homeNetwork() error {
 
 // nft loads rules in a host.
 func (w *World) nft(h *Host, rules string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	c := h.Command(ctx, "nft", "-f", "-")
 	c.Stdin = strings.NewReader(rules)

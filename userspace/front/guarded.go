@@ -15,8 +15,8 @@ type claimed struct {
 	pattern string // "" for the default
 }
 
-// guarded says which configured route guards requests that a label's route for host and path on listener l would take
-// away, and what it asks for; "" if there is none. Where docker.hosts opens it, it guards nothing.
+// guarded says which configured route guards requests that a label's route for host and path on listener l
+// would take away, and what it asks for; "" if there is none. Where docker.hosts opens it, it guards nothing.
 func guarded(cfg *config.Config, l *config.Listener, host, path string) (by string) {
 	for _, c := range claims(l, host) {
 		goesFirst := c.pattern == host && len(trimmed(c.Path)) >= len(trimmed(path))
@@ -57,7 +57,8 @@ func named(l *config.Listener) (all []claimed) {
 	return all
 }
 
-// claims are those that take requests for host, which may be a wildcard, in the order in which they are tried.
+// claims are those that take requests for host, which may be a wildcard, in the order in which they are
+// tried.
 func claims(l *config.Listener, host string) []claimed {
 	all := slices.DeleteFunc(named(l), func(c claimed) bool { return !config.Covers(c.pattern, host) })
 	slices.SortStableFunc(all, func(a, b claimed) int {
@@ -78,8 +79,8 @@ func claims(l *config.Listener, host string) []claimed {
 // guards says whether not everybody may have what c leads to. A default that rejects is as good as none.
 func (c claimed) guards() bool { return len(asks(&c.Action)) > 0 || c.Reject && c.pattern != "" }
 
-// opened says whether docker.hosts lets labels have what a guarded pattern covers of host: it has the pattern itself, or
-// a part of it. What covers more only bounds what labels may claim.
+// opened says whether docker.hosts lets labels have what a guarded pattern covers of host: it has the pattern
+// itself, or a part of it. What covers more only bounds what labels may claim.
 func opened(d *config.Docker, pattern, host string) bool {
 	return slices.ContainsFunc(d.Hosts, func(h string) bool {
 		return (pattern == "" || config.Covers(pattern, h)) && (config.Covers(h, host) || config.Covers(host, h))

@@ -12,7 +12,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/container"
 )
 
-// TestLabelsTakeNothingGuarded: no label opens a part of what the configuration guards, unless docker.hosts says so.
+// TestLabelsTakeNothingGuarded: no label opens a part of what the configuration guards, unless docker.hosts
+// says so.
 func TestLabelsTakeNothingGuarded(t *testing.T) {
 	t.Setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
 	hash, err := bcrypt.GenerateFromPassword([]byte("secret"), bcrypt.MinCost)
@@ -115,7 +116,8 @@ listeners:
 	}
 }
 
-// TestGuardedStaysShut: who asks for the path that a label wants is refused as for the rest of the host, however he asks.
+// TestGuardedStaysShut: who asks for the path that a label wants is refused as for the rest of the host,
+// however he asks.
 func TestGuardedStaysShut(t *testing.T) {
 	t.Setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
 	app := headers(t)

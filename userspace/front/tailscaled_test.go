@@ -46,7 +46,6 @@ type tailscaled struct {
 	state  string
 	slow   time.Duration  // each whois takes this long
 	asked  map[string]int // whois, by address
-	status int            // requests of it
 	deaf   bool           // it takes requests and doesn't answer
 	noBus  bool           // nobody can follow it
 	moved  chan struct{}  // closed when the netmap changes
@@ -113,12 +112,6 @@ func (ts *tailscaled) times(addr string) int {
 	return ts.asked[addr]
 }
 
-func (ts *tailscaled) statuses() int {
-	ts.mu.Lock()
-	defer ts.mu.Unlock()
-	return ts.status
-}
-
 // wait takes as long as ts does for an answer, and reports whether there is one.
 func (ts *tailscaled) wait(r *http.Request, d time.Duration) bool {
 	ts.mu.Lock()
@@ -138,9 +131,6 @@ func (ts *tailscaled) wait(r *http.Request, d time.Duration) bool {
 }
 
 func (ts *tailscaled) serveStatus(w http.ResponseWriter, r *http.Request) {
-	ts.mu.Lock()
-	ts.status++
-	ts.mu.Unlock()
 	if !ts.wait(r, 0) {
 		return
 	}

@@ -117,4 +117,46 @@ func TestWho(t *testing.T) {
 			}
 		}
 	})
+
+	// One hop further on it is still none: home takes it for a client that it may be, the laptop knows better.
+	t.Run("the user's node as a hop before the last", func(t *testing.T) {
+		ln, err := s.Laptop.Listen("tcp", "127.0.0.1:9101")
+		if err != nil {
+			t.Fatal(err)
+		}
+		srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { json.NewEncoder(w).Encode(r.Header) })}
+		go srv.Serve(ln)
+		t.Cleanup(func() { srv.Close() })
+		s.configure(t, s.home, homeConfig)
+		for _, c := range []struct {
+			hops, path string
+			status     int
+			user       string
+		}{
+			{`"tag:home"`, "/last/user", 200, lab.TestUser}, // nobody could know that it is a hop
+			{`"tag:home", friend`, "/last/user", 403, ""},
+			{`"tag:home", friend`, "/last", 200, ""},
+		} {
+			routes := `    routes:
+      - { host: [` + lab.Site + `], path: /last/user, forward: "127.0.0.1:9101", allow: ["` + lab.TestUser + `"] }
+      - { host: [` + lab.Site + `], path: /last, forward: "127.0.0.1:9101" }
+`
+			cfg := strings.Replace(strings.Replace(laptopConfig, "    routes:\n", routes, 1), `from: ["tag:home"]`, "from: ["+c.hops+"]", 1)
+			s.configure(t, s.laptop, cfg)
+			b := s.browser(s.Friend, "tcp4", false)
+			b.Transport, b.Timeout = directTo(s, s.Friend, home), 20*time.Second
+			res, err := b.Get("https://" + lab.Site + c.path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, _ := io.ReadAll(res.Body)
+			res.Body.Close()
+			b.CloseIdleConnections()
+			var got http.Header
+			json.Unmarshal(body, &got)
+			if res.StatusCode != c.status || got.Get("Tailscale-User-Login") != c.user {
+				t.Errorf("accept_proxy from %s, %s: %s %s", c.hops, c.path, res.Status, body)
+			}
+		}
+	})
 }

@@ -12,8 +12,9 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// TestFoldedNames sends headers and trailers whose names become one variable with those that a hop writes or takes away, in CGI,
-// WSGI and what is like them. None may reach a target or the auth server, from a stranger nor from a hop that is believed.
+// TestFoldedNames sends headers and trailers whose names become one variable with those that a hop writes or
+// takes away, in CGI, WSGI and what is like them. None may reach a target or the auth server, from a
+// stranger nor from a hop that is believed.
 func TestFoldedNames(t *testing.T) {
 	target := witness(t)
 	var mu sync.Mutex

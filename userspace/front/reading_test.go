@@ -42,7 +42,8 @@ type message struct {
 	header, trailer      [][2]string
 }
 
-// send sends m on a connection of its own and returns the status of the answer, or "refused" where there is none, and the body.
+// send sends m on a connection of its own and returns the status of the answer, or "refused" where there is
+// none, and the body.
 func (w wire) send(t *testing.T, addr string, m message) (status, body string) {
 	t.Helper()
 	var c net.Conn = dialTCP(t, addr)
@@ -176,8 +177,9 @@ func witness(t *testing.T) string {
 	})
 }
 
-// gives says whether a target that is asked so, as body has it from a witness, might give what is at host and below prefix: it
-// obeys an address in the request-target, takes what it can for the host, and reads the path in all ways that there are.
+// gives says whether a target that is asked so, as body has it from a witness, might give what is at host
+// and below prefix: it obeys an address in the request-target, takes what it can for the host, and reads the
+// path in all ways that there are.
 func gives(body, host, prefix string) bool {
 	line, rest, _ := strings.Cut(body, "\r\n")
 	target := strings.Fields(line)
@@ -247,7 +249,8 @@ func guards(t *testing.T) map[string]string {
 	}
 }
 
-// freeAddrs are one of 127.0.0.1 and one of ::1. The port is none that the kernel gives to the many connections of these tests.
+// freeAddrs are one of 127.0.0.1 and one of ::1. The port is none that the kernel gives to the many
+// connections of these tests.
 func freeAddrs(t *testing.T) (addrs []string) {
 	t.Helper()
 	for len(addrs) < 2 {
@@ -264,7 +267,8 @@ func freeAddrs(t *testing.T) (addrs []string) {
 	return addrs
 }
 
-// readingConfig has a host that is guarded whole, one with a guarded path, a guarded path below one that is stripped, and a default.
+// readingConfig has a host that is guarded whole, one with a guarded path, a guarded path below one that is
+// stripped, and a default.
 func readingConfig(t *testing.T, guard string, w wire, listen []string, target string) string {
 	mode, guarded := "mode: http", fmt.Sprintf("forward: %q, %s", target, guard)
 	if guard == "" {
@@ -354,8 +358,9 @@ var odd = []struct {
 	{message: message{method: "CONNECT", target: "secret.test:80", host: "secret.test:80"}, only: "h1"}, {message: message{method: "PRI", target: "*"}, refused: true},
 }
 
-// TestOneReading sends requests that can be read in more than one way to listeners with guarded hosts and paths. No guard lets
-// the stranger in, so whatever a target was asked must be nothing guarded, by all that it may read into it.
+// TestOneReading sends requests that can be read in more than one way to listeners with guarded hosts and
+// paths. No guard lets the stranger in, so whatever a target was asked must be nothing guarded, by all that
+// it may read into it.
 func TestOneReading(t *testing.T) {
 	target := witness(t)
 	for name, guard := range guards(t) {
@@ -406,8 +411,8 @@ func TestOneReading(t *testing.T) {
 	}
 }
 
-// TestOneReadingByAll compares what routes, the auth server, the access log and the target learn of a request: it is the same,
-// and what the client sent.
+// TestOneReadingByAll compares what routes, the auth server, the access log and the target learn of a
+// request: it is the same, and what the client sent.
 func TestOneReadingByAll(t *testing.T) {
 	target := witness(t)
 	var mu sync.Mutex
@@ -491,8 +496,8 @@ func TestOneReadingByAll(t *testing.T) {
 	}
 }
 
-// TestNoHost: a target never sees what an upstream is called here, as an HTTP/1.0 client's request without a host has none to
-// pass on. A request_headers that sets it is heeded.
+// TestNoHost: a target never sees what an upstream is called here, as an HTTP/1.0 client's request without a
+// host has none to pass on. A request_headers that sets it is heeded.
 func TestNoHost(t *testing.T) {
 	h2c := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "%s %q", r.Proto, r.Host) }), Protocols: new(http.Protocols)}
 	h2c.Protocols.SetHTTP1(true)

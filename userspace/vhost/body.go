@@ -104,8 +104,8 @@ func (b *body) passTrailers(in, out *http.Request, x *exchange) {
 	}
 }
 
-// passesTrailer says whether the upstream gets a trailer of this name from the client: none that means something
-// to whoever takes trailers for headers (RFC 9110 6.5.1).
+// passesTrailer says whether the upstream gets a trailer of this name from the client: none that means
+// something to whoever takes trailers for headers (RFC 9110 6.5.1).
 func (x *exchange) passesTrailer(name string) bool {
 	plain := http.CanonicalHeaderKey(string(foldName(nil, name)))
 	switch plain {

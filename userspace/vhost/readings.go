@@ -10,15 +10,16 @@ import (
 const maxOddPath = 8 << 10
 
 // checkReadings refuses a path by which x would get round a rule if its target reads paths in another way
-// than Plain was read: it leads to no route then, to one with a guard of its own, or out of the prefix that its
-// route adds. Some servers leave escaped slashes alone, some take a backslash for a slash (IIS, and whatever parses by WHATWG's rules), cut
-// ;parameters off before they resolve dot segments (Tomcat, Jetty), resolve none (Express), or take what
-// follows two slashes at the start for a host (WHATWG). The error is a *BadRequest.
+// than Plain was read: the path leads to no route then, to a route with a guard of its own, or out of the
+// prefix that its route adds. Some servers leave escaped slashes alone, some take a backslash for a slash (IIS,
+// and whatever parses by WHATWG's rules), cut ;parameters off before they resolve dot segments (Tomcat,
+// Jetty), resolve none (Express), or take what follows two slashes at the start for a host (WHATWG). The error
+// is a *BadRequest.
 func (s *Server) checkReadings(x *exchange) error {
-	refuse := &BadRequest{BadPath, "Servers do not agree which path this is, and it might lead past a rule: send it without escaped slashes, backslashes, ;parameters, dot segments and double slashes."}
 	if !isOddPath(x.uri.Path) {
 		return nil
 	}
+	refuse := &BadRequest{BadPath, "Servers do not agree which path this is, and it might lead past a rule: send it without escaped slashes, backslashes, ;parameters, dot segments and double slashes."}
 	if len(x.uri.Path) > maxOddPath {
 		return refuse
 	}

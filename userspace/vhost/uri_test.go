@@ -9,8 +9,9 @@ import (
 	"testing"
 )
 
-// FuzzURI: whatever a client names, the request that goes out names the same, by one line that has one meaning: its target
-// begins with one path, its Host is what routes were looked up by, and reading it again gives the same URI.
+// FuzzURI: whatever a client names, the request that goes out names the same, by one line that has one
+// meaning: its target begins with one path, its Host is what routes were looked up by, and reading it again
+// gives the same URI.
 func FuzzURI(f *testing.F) {
 	for _, target := range []string{"/", "/a%2Fb|c?d#", "*", "//x|y", "http://a.test:80/x", "x:http://a.test/", "/%00", "/a b", `/\x`, "/..;/%2e%2e", "https://[::1]:1?", "/\xff"} {
 		f.Add("GET", target, "a.test", "", 1)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"os"
 	"runtime"
 	"strings"
@@ -41,18 +42,20 @@ type Users struct {
 	log  *slog.Logger
 	key  [sha256.Size]byte
 
+	compare func(hash, password []byte) error // bcrypt's, but in tests
+
 	mu     sync.Mutex
 	set    *set
 	looked time.Time
 	stamp  stamp
 	failed string // the last complaint about the file
-	known  map[[sha256.Size]byte]time.Time
+	known  map[passwordKey]time.Time
 }
 
 // set is one state of the users. It is immutable.
 type set struct {
-	hashes map[string][]byte
-	dummy  []byte // for users that there are not: a hash as dear as the dearest
+	hashes  map[string][]byte
+	dummies [][]byte // which nothing matches, one of each cost from the least to the dearest
 }
 
 // stamp tells whether a file has changed.
@@ -89,7 +92,7 @@ func OpenUsers(file string, log *slog.Logger) (*Users, error) {
 }
 
 func newUsers(s *set, file string, log *slog.Logger) *Users {
-	u := &Users{file: file, log: log, set: s, known: map[[sha256.Size]byte]time.Time{}}
+	u := &Users{file: file, log: log, compare: bcrypt.CompareHashAndPassword, set: s, known: map[passwordKey]time.Time{}}
 	rand.Read(u.key[:]) // never fails (crypto/rand, Go 1.24)
 	return u
 }
@@ -109,7 +112,9 @@ func newSet(hashes map[string]string) (*set, error) {
 		s.hashes[name] = []byte(hash)
 	}
 	// Any salt and any hash will do: nothing matches it but what nobody knows.
-	s.dummy = fmt.Appendf(nil, "$2a$%02d$%s", dearest, strings.Repeat(".", 22)+strings.Repeat("/", 31))
+	for cost := bcrypt.MinCost; cost <= dearest; cost++ {
+		s.dummies = append(s.dummies, fmt.Appendf(nil, "$2a$%02d$%s", cost, strings.Repeat(".", 22)+strings.Repeat("/", 31)))
+	}
 	return s, nil
 }
 
@@ -166,43 +171,52 @@ func parse(text string) (map[string]string, error) {
 	return hashes, nil
 }
 
-// Check reports whether password is user's. It takes the same time for a user
+// Check reports whether password is user's. It takes as much work for a user
 // that there is not as for a wrong password, tens of milliseconds; a password
 // that was right a moment ago takes microseconds. Only a part of the CPUs checks
-// at a time, the others wait their turn: strangers guess, and others have work
-// to do. The error is ctx's, which ended first.
-func (u *Users) Check(ctx context.Context, user, password string) (bool, error) {
+// at a time: strangers guess, and others have work to do. from is where the
+// attempt comes from, the zero Prefix where that is not known: sources have their
+// turns one after the other. The error is ctx's, which ended first, or a
+// [*BusyError].
+func (u *Users) Check(ctx context.Context, from netip.Prefix, user, password string) (bool, error) {
 	s := u.current()
 	hash, ok := s.hashes[user]
 	if !ok {
-		hash = s.dummy
+		hash = s.dummies[len(s.dummies)-1]
 	}
 	key := u.keyOf(user, password, hash)
 	if u.remembers(key) {
 		return true, nil
 	}
-	select {
-	case checks <- struct{}{}:
-	case <-ctx.Done():
-		return false, ctx.Err()
-	}
-	defer func() { <-checks }()
-	if u.remembers(key) { // six connections of a browser asked at once
-		return true, nil
-	}
-	right := bcrypt.CompareHashAndPassword(hash, []byte(password)) == nil && ok
-	if right {
-		u.remember(key)
-	}
-	return right, nil
+	return checks.try(ctx, from, key, func() bool {
+		if u.remembers(key) { // another source has the same one
+			return true
+		}
+		right := u.compare(hash, []byte(password)) == nil && ok
+		if right {
+			u.remember(key)
+			return true
+		}
+		s.even(hash, func(dummy []byte) { _ = u.compare(dummy, []byte(password)) })
+		return false
+	})
 }
 
-// checks are those that run now, in the whole process.
-var checks = make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))
+// even does what is missing from the work on hash to that on the dearest: each
+// step of cost is twice the work of the one before.
+func (s *set) even(hash []byte, work func(dummy []byte)) {
+	cost, _ := bcrypt.Cost(hash) // newSet has looked
+	for _, dummy := range s.dummies[cost-bcrypt.MinCost : len(s.dummies)-1] {
+		work(dummy)
+	}
+}
+
+// checks are those of the whole process.
+var checks = newTurns(max(1, runtime.GOMAXPROCS(0)/2))
 
 // keyOf stands for a password that was right. It holds the hash, so that a
 // changed one is checked anew.
-func (u *Users) keyOf(user, password string, hash []byte) (key [sha256.Size]byte) {
+func (u *Users) keyOf(user, password string, hash []byte) (key passwordKey) {
 	h := hmac.New(sha256.New, u.key[:])
 	for _, part := range [][]byte{[]byte(user), []byte(password), hash} {
 		fmt.Fprintf(h, "%d:", len(part))
@@ -212,14 +226,14 @@ func (u *Users) keyOf(user, password string, hash []byte) (key [sha256.Size]byte
 	return key
 }
 
-func (u *Users) remembers(key [sha256.Size]byte) bool {
+func (u *Users) remembers(key passwordKey) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	at, ok := u.known[key]
 	return ok && time.Since(at) < knownFor
 }
 
-func (u *Users) remember(key [sha256.Size]byte) {
+func (u *Users) remember(key passwordKey) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if len(u.known) >= knownMost {

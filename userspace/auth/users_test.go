@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,7 +31,7 @@ func hash(t testing.TB, password string) string {
 
 func check(t testing.TB, u *Users, user, password string) bool {
 	t.Helper()
-	ok, err := u.Check(t.Context(), user, password)
+	ok, err := u.Check(t.Context(), netip.Prefix{}, user, password)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,15 +85,37 @@ func TestUnknownUser(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := newSet(map[string]string{"cheap": hash(t, "x"), "dear": string(dear)})
+	middle, err := bcrypt.GenerateFromPassword([]byte("x"), 5)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cost, err := bcrypt.Cost(s.dummy); err != nil || cost != 6 {
-		t.Errorf("the cost is %d, %v", cost, err)
+	u, err := NewUsers(map[string]string{"cheap": hash(t, "x"), "middle": string(middle), "dear": string(dear)})
+	if err != nil {
+		t.Fatal(err)
 	}
-	if err := bcrypt.CompareHashAndPassword(s.dummy, []byte("x")); err != bcrypt.ErrMismatchedHashAndPassword {
-		t.Errorf("no work is done: %v", err)
+	work := 0
+	u.compare = func(hash, password []byte) error {
+		cost, err := bcrypt.Cost(hash)
+		if err != nil {
+			t.Error(err)
+		}
+		work += 1 << cost
+		err = bcrypt.CompareHashAndPassword(hash, password)
+		if err != bcrypt.ErrMismatchedHashAndPassword {
+			t.Errorf("no work is done: %v", err)
+		}
+		return err
+	}
+	for _, user := range []string{"cheap", "middle", "dear", "nobody"} {
+		for _, password := range []string{"wrong", "", strings.Repeat("x", 100)} {
+			work = 0
+			if check(t, u, user, password) {
+				t.Errorf("%s with %.5q is let in", user, password)
+			}
+			if work != 1<<6 {
+				t.Errorf("the work on %s with %.5q is %d, that of the dearest user %d", user, password, work, 1<<6)
+			}
+		}
 	}
 }
 
@@ -102,17 +125,14 @@ func TestCheckWaits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range cap(checks) {
-		checks <- struct{}{}
-	}
+	slots := checks.free
+	checks.free = 0
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if ok, err := u.Check(ctx, "me", "secret"); ok || err == nil {
+	if ok, err := u.Check(ctx, netip.Prefix{}, "me", "secret"); ok || err == nil {
 		t.Errorf("%v, %v", ok, err)
 	}
-	for range cap(checks) {
-		<-checks
-	}
+	checks.free = slots
 	if !check(t, u, "me", "secret") {
 		t.Error("refused")
 	}

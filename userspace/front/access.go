@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"mime"
 	"net"
 	"net/http"
@@ -16,6 +17,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/auth"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -182,8 +184,8 @@ func (f *Front) basicGuard(listener string, users *auth.Users) vhost.Guard {
 		right := false
 		if sent {
 			var err error
-			if right, err = users.Check(v.Request.Context(), user, password); err != nil {
-				return err
+			if right, err = users.Check(v.Request.Context(), limit.PrefixOf(visitor{v.Client.Addr(), v.Unknown}.source()), user, password); err != nil {
+				return f.passwordError(listener, v, user, err)
 			}
 		}
 		if right {
@@ -203,6 +205,23 @@ func (f *Front) basicGuard(listener string, users *auth.Users) vhost.Guard {
 			Text:   f.node() + " asks for a user and a password.",
 			Header: http.Header{"Www-Authenticate": {`Basic realm="` + f.node() + `", charset="UTF-8"`}}, Err: err}
 	}
+}
+
+// passwordError is what a request gets whose password was not checked.
+func (f *Front) passwordError(listener string, v *vhost.Visit, user string, err error) error {
+	var busy *auth.BusyError
+	if !errors.As(err, &busy) {
+		return err
+	}
+	f.requestRefused(listener, v, "passwords_over_limit", fmt.Errorf("user %q: %w", user, err))
+	no := &vhost.Refusal{Status: http.StatusServiceUnavailable, Title: "Too many sign in right now",
+		Text: f.node() + " has more passwords to check than it takes.", Hint: "Try again in a moment.",
+		Header: http.Header{"Retry-After": {strconv.Itoa(int(math.Ceil(busy.RetryAfter.Seconds())))}}, Err: err}
+	if busy.Source {
+		no.Status, no.Title = http.StatusTooManyRequests, "Too many tries"
+		no.Text = f.node() + " has got too many passwords to check from where you are."
+	}
+	return no
 }
 
 var (

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -71,7 +72,8 @@ type flooder struct {
 	t      *testing.T
 	scheme string
 	header []string
-	next   uint32 // stream
+	vary   func(stream int64) string // one more header line of each; nil: none
+	next   uint32                    // stream
 
 	opened  int64
 	status  [600]atomic.Int64
@@ -126,7 +128,11 @@ func (f *flooder) open(n int) {
 		for _, kv := range [][2]string{{":method", "GET"}, {":scheme", f.scheme}, {":authority", "a.test"}, {":path", "/"}} {
 			enc.WriteField(hpack.HeaderField{Name: kv[0], Value: kv[1]})
 		}
-		for _, line := range f.header {
+		lines := f.header
+		if f.vary != nil {
+			lines = append(slices.Clone(lines), f.vary(f.opened))
+		}
+		for _, line := range lines {
 			name, value, _ := strings.Cut(line, ": ")
 			enc.WriteField(hpack.HeaderField{Name: strings.ToLower(name), Value: value})
 		}
@@ -189,8 +195,9 @@ func refused(f *flooder) int64  { return f.status[429].Load() }
 func told(f *flooder) int64   { return f.retry.Load() }
 func served(f *flooder) int64 { return f.status[200].Load() }
 
-// floodDaemon has an http and an https listener on both families, in front of up.
-func floodDaemon(t *testing.T, up, more string) (d *daemon, plain, secure [2]string, pool *x509.CertPool) {
+// floodDaemon has an http and an https listener on both families, in front of up;
+// action is what else their default has to say, and more what the configuration has.
+func floodDaemon(t *testing.T, up, more string, action ...string) (d *daemon, plain, secure [2]string, pool *x509.CertPool) {
 	t.Helper()
 	cert, pool := certificate(t, "a.test")
 	certFile, keyFile := writePair(t, cert)
@@ -205,9 +212,9 @@ func floodDaemon(t *testing.T, up, more string) (d *daemon, plain, secure [2]str
 	plain, secure = [2]string{freeAddr(t), six()}, [2]string{freeAddr(t), six()}
 	d = start(t, fmt.Sprintf(`
 listeners:
-  - { name: plain, listen: [%q, %q], mode: http, default: { forward: %q } }
-  - { name: secure, listen: [%q, %q], mode: https, certificates: [ { files: { cert: %q, key: %q } } ], default: { forward: %q } }
-%s`, plain[0], plain[1], up, secure[0], secure[1], certFile, keyFile, up, more))
+  - { name: plain, listen: [%q, %q], mode: http, default: { forward: %q%s } }
+  - { name: secure, listen: [%q, %q], mode: https, certificates: [ { files: { cert: %q, key: %q } } ], default: { forward: %q%s } }
+%s`, plain[0], plain[1], up, strings.Join(action, ""), secure[0], secure[1], certFile, keyFile, up, strings.Join(action, ""), more))
 	return d, plain, secure, pool
 }
 

@@ -35,6 +35,9 @@ func (s source) prefix() netip.Prefix {
 	return netip.PrefixFrom(s.addr, int(s.bits))
 }
 
+// PrefixOf is the source that an address belongs to, the zero Prefix for the zero Addr.
+func PrefixOf(a netip.Addr) netip.Prefix { return sourceOf(a).prefix() }
+
 // name prints a source as people do: a whole address without the number of its bits.
 func name(p netip.Prefix) string {
 	switch {

@@ -295,9 +295,12 @@ func TestStalledLogAtTheEnd(t *testing.T) {
 		d := startStalled(t, yaml)
 		d.log.Close()
 		get(t, 200)
-		if d.status().LogLost == 0 {
-			t.Error("lines that nobody can read are not counted")
-		}
+		wait(t, "lines that nobody can read are counted", func() error {
+			if d.status().LogLost == 0 {
+				return errors.New("none is lost")
+			}
+			return nil
+		})
 		d.ends()
 	})
 }

@@ -185,11 +185,11 @@ func (s *site) startAuthority(validity time.Duration) error {
 	if err != nil {
 		return err
 	}
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+	client := &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			return s.Cloud.Dial(ctx, "tcp", addr)
 		}}}
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
 		res, err := client.Get(c.Roots())
 		if err == nil {
 			b, _ := io.ReadAll(res.Body)
@@ -220,7 +220,7 @@ func (s *site) issued() int { return strings.Count(s.pebble.Output(), "Issued ce
 
 // page requests https://NAME/ from the client, by a connection of its own, and returns the certificate.
 func (s *site) page(ctx context.Context, name string, roots *x509.CertPool) (*x509.Certificate, error) {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots},
 		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
@@ -284,13 +284,16 @@ func (s *site) status(t *testing.T, name string) status {
 	return status{}
 }
 
-func eventually(t *testing.T, within time.Duration, what string, ok func() error) {
+// patience is for what comes sooner or later, on a machine that is busy too.
+const patience = 2 * time.Minute
+
+func eventually(t *testing.T, what string, ok func() error) {
 	t.Helper()
 	var err error
-	for deadline := time.Now().Add(within); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
 		if err = ok(); err == nil {
 			return
 		}
 	}
-	t.Fatalf("%s: not within %v: %v", what, within, err)
+	t.Fatalf("%s: not within %v: %v", what, patience, err)
 }

@@ -63,7 +63,7 @@ func TestH2Spec(t *testing.T) {
 					return
 				}
 				patient := *c // the machine may have been busy
-				patient.Timeout = 20 * time.Second
+				patient.Timeout = time.Minute
 				if tc.Test(&patient, 1); tc.Result.Failed {
 					t.Errorf("%s\n%s\n%v", id, tc.Requirement, tc.Result.Error)
 				}

@@ -158,7 +158,7 @@ func bytesOf(n int, f ws.Frame) (out []ws.Frame) {
 // upgrade opens a WebSocket through the hop, and leaves the frames to the caller.
 func (h hop) upgrade(t *testing.T) net.Conn {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	d := ws.Dialer{NetDial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		conn, err := h.dial(ctx, "http/1.1")

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
@@ -76,10 +75,10 @@ access_log: { file: /var/log/access.log }
 			t.Errorf("after the daemon's end:\n%s\nwant, as before:\n%s", after, before)
 		}
 		s.Laptop.Sh(context.Background(), "umount /sys/fs/bpf")
-		eventually(t, 20*time.Second, "the path after all", func() error { _, err := s.page(context.Background(), "tcp4"); return err })
+		eventually(t, "the path after all", func() error { _, err := s.page(context.Background(), "tcp4"); return err })
 	})
 	// A reload brings it into force.
-	eventually(t, 20*time.Second, "the daemon without transparent", func() error { _, err := s.page(t.Context(), "tcp4"); return err })
+	eventually(t, "the daemon without transparent", func() error { _, err := s.page(t.Context(), "tcp4"); return err })
 	if got := rules(t, s.Laptop); got != before {
 		t.Errorf("a daemon that needs none of it has added\n%s\nto\n%s", got, before)
 	}
@@ -114,7 +113,7 @@ access_log: { file: /var/log/access.log }
 	// want asks until the container says so: its IPv6 address may be a moment old.
 	want := func(web *http.Client, url, peer string) (got seen) {
 		t.Helper()
-		eventually(t, 10*time.Second, url+" seen from "+peer, func() (err error) {
+		eventually(t, url+" seen from "+peer, func() (err error) {
 			if got, err = ask(web, url); err == nil && hostOf(got.Peer) != peer {
 				err = fmt.Errorf("the other end of the socket was %s", got.Peer)
 			}
@@ -171,7 +170,7 @@ access_log: { file: /var/log/access.log }
 	if f, err := ask(ipv6, site+"/ipv4/headers"); err != nil || f.Client != "2001:db8:c::7" || strings.Contains(hostOf(f.Peer), ":") {
 		t.Errorf("a container without IPv6 saw %+v, %v", f, err)
 	}
-	here := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DialContext: s.Laptop.Dial, DisableKeepAlives: true}}
+	here := &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.Laptop.Dial, DisableKeepAlives: true}}
 	want(here, "http://127.0.0.1:8082/headers", "172.30.0.1")
 	out, err := s.laptop.CLI(t.Context(), "status", "--json")
 	if err != nil {
@@ -183,7 +182,7 @@ access_log: { file: /var/log/access.log }
 	if err := json.Unmarshal(out, &st); err != nil || st.Not["family"] == 0 || st.Not["client_address"] == 0 || len(st.Not) != 2 {
 		t.Errorf("not transparent were %v, %v: want both reasons, and no other", st.Not, err)
 	}
-	eventually(t, 10*time.Second, "the access log", func() error {
+	eventually(t, "the access log", func() error {
 		log, err := s.Laptop.ReadFile("/var/log/access.log")
 		if err == nil && !contains(string(log), `"client":"203.0.113.7"`, `"client":"203.0.113.8"`, `"client":"2001:db8:c::7"`) {
 			err = fmt.Errorf("it says\n%s", log)
@@ -191,7 +190,7 @@ access_log: { file: /var/log/access.log }
 		return err
 	})
 	// A flow that ends while it is being taken over stays in userspace.
-	eventually(t, 20*time.Second, "a flow through sockmap", func() error {
+	eventually(t, "a flow through sockmap", func() error {
 		want(s.browser(s.Client, "tcp4", false), raw, "203.0.113.7")
 		for _, l := range s.laptop.LogLines() {
 			if l["msg"] == "flow ended" && l["listener"] == "raw" && l["datapath"] == "sockmap" {

@@ -77,6 +77,7 @@ func TestEdgeKnowsNothing(t *testing.T) {
 // capture keeps what crosses a host's interfaces, headers and all.
 type capture struct {
 	fd   int
+	quit chan struct{}
 	done chan []byte
 }
 
@@ -91,8 +92,9 @@ func (c *capture) start(h *lab.Host) error {
 	}
 	unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20)
 	unix.SetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 200_000})
-	c.done = make(chan []byte, 1)
-	stop := time.Now().Add(20 * time.Second) // routing protocols never are quiet
+	c.quit, c.done = make(chan struct{}), make(chan []byte, 1)
+	quit := c.quit
+	stop := time.Now().Add(10 * time.Minute) // routing protocols never are quiet
 	go func() {
 		var all []byte
 		buf := make([]byte, 1<<17)
@@ -105,8 +107,8 @@ func (c *capture) start(h *lab.Host) error {
 				all = append(all, buf[:n]...)
 			}
 			select {
-			case <-c.done:
-				stop = time.Now().Add(500 * time.Millisecond)
+			case <-quit:
+				stop, quit = time.Now().Add(500*time.Millisecond), nil
 			default:
 			}
 		}
@@ -118,8 +120,7 @@ func (c *capture) start(h *lab.Host) error {
 // stop waits a little for what is under way, and returns all that was seen.
 func (c *capture) stop() []byte {
 	defer unix.Close(c.fd)
-	c.done <- nil
-	time.Sleep(time.Second)
+	close(c.quit)
 	return <-c.done
 }
 

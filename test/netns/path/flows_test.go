@@ -32,7 +32,7 @@ func TestFlows(t *testing.T) {
 				size.Concurrent, size.Flow = 1000, 4<<20
 			}
 			dial := func() (net.Conn, error) {
-				ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+				ctx, cancel := context.WithTimeout(context.Background(), patience)
 				defer cancel()
 				return s.Client.Dial(ctx, family, lab.Site+":9000")
 			}
@@ -52,15 +52,18 @@ func TestStranger(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer home.Close()
-	home.SetDeadline(time.Now().Add(10 * time.Second))
+	home.SetDeadline(time.Now().Add(patience))
 	home.Write(proxyheader.Header{Source: addrPort("203.0.113.99:1234"), Destination: addrPort("192.0.2.80:443")}.Append(nil))
 	if n, err := home.Read(make([]byte, 1)); n != 0 || err == nil {
 		t.Error("home answers a stranger's PROXY header")
 	}
-	if n := status(t, s.home).Refused["proxy_from_stranger"]; n != before+1 {
-		t.Errorf("counted %d times", n-before)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	eventually(t, "it is counted", func() error {
+		if n := status(t, s.home).Refused["proxy_from_stranger"]; n != before+1 {
+			return fmt.Errorf("counted %d times", n-before)
+		}
+		return nil
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	l, err := s.home.WaitLog(ctx, func(l lab.LogLine) bool { return l["reason"] == "proxy_from_stranger" })
 	if err != nil {
@@ -144,6 +147,7 @@ func TestAbuse(t *testing.T) {
 		refused[reason] = n - before.Refused[reason]
 	}
 	meanwhile := median(times)
+	usual = max(usual, s.requestTime(t, 30)) // this machine may have become busier with something else
 	t.Logf("a request takes %v, meanwhile %v (%d requests); of %d connections refused: %v",
 		usual, meanwhile, len(times), after.Accepted["web"]-before.Accepted["web"], refused)
 	if meanwhile > 2*usual {
@@ -152,7 +156,7 @@ func TestAbuse(t *testing.T) {
 	if refused["over_limit"] < 10_000-256*10 || refused["not_tls"] < 10 || refused["hello_too_large"]+refused["hello_rejected"] < 10 || refused["hello_timeout"] < 10 {
 		t.Errorf("refused: %v", refused)
 	}
-	eventually(t, 20*time.Second, "nothing is left at the edge", func() error {
+	eventually(t, "nothing is left at the edge", func() error {
 		if n := s.edgeA.Files(); n > 100 {
 			return fmt.Errorf("%d open files", n)
 		}

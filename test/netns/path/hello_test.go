@@ -39,7 +39,7 @@ func TestHellos(t *testing.T) {
 		}
 	})
 	t.Run("browser", func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
 		dom, err := s.Browse(ctx, "https://"+lab.Site+"/", "")
 		if err != nil {
@@ -68,7 +68,7 @@ func TestHellos(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer raw.Close()
-			raw.SetDeadline(time.Now().Add(20 * time.Second))
+			raw.SetDeadline(time.Now().Add(patience))
 			if c.wrap != nil {
 				raw = c.wrap(raw)
 			}
@@ -91,7 +91,7 @@ func TestHellos(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer raw.Close()
-		raw.SetDeadline(time.Now().Add(20 * time.Second))
+		raw.SetDeadline(time.Now().Add(patience))
 		conf := s.trust()
 		conf.ServerName = "nobody.example"
 		if err := tls.Client(raw, conf).Handshake(); err == nil || !strings.Contains(err.Error(), "unrecognized name") {

@@ -76,7 +76,7 @@ func TestHold(t *testing.T) {
 	}
 	t.Cleanup(func() {
 		start()
-		eventually(t, 30*time.Second, "the path after it", func() error { _, err := s.page(context.Background(), "tcp4"); return err })
+		eventually(t, "the path after it", func() error { _, err := s.page(context.Background(), "tcp4"); return err })
 	})
 	// On a connection from the pool, which nobody acknowledges any more.
 	if got, err := ask("GET", "/status"); err != nil || !strings.Contains(got, "laptop did not answer in time") {

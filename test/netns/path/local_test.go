@@ -45,7 +45,7 @@ control: { socket: /run/tailsplice/local.sock }
 		}
 	}()
 
-	web := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DialContext: s.Laptop.Dial, DisableKeepAlives: true}}
+	web := &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.Laptop.Dial, DisableKeepAlives: true}}
 	send := func(method, path string, body io.Reader) ([]byte, http.Header, error) {
 		req, err := http.NewRequestWithContext(context.Background(), method, "http://127.0.0.1:8090"+path, body)
 		if err != nil {
@@ -67,7 +67,7 @@ control: { socket: /run/tailsplice/local.sock }
 		}
 		return n
 	}
-	eventually(t, 30*time.Second, "a flow past TCP", func() error { // the first is how the container becomes known
+	eventually(t, "a flow past TCP", func() error { // the first is how the container becomes known
 		if _, _, err := send("GET", "/status?code=204", nil); err != nil {
 			return err
 		}
@@ -93,7 +93,7 @@ control: { socket: /run/tailsplice/local.sock }
 			t.Fatalf("%d bytes up, %v: %+v", len(b), err, got)
 		}
 	}
-	eventually(t, 10*time.Second, "its flows in the log", func() error {
+	eventually(t, "its flows in the log", func() error {
 		if n := ended("sk_msg"); n < 11 { // a container's socket may come to be too late for a flow
 			return fmt.Errorf("%d flows past TCP, %d by sockmap", n, ended("sockmap"))
 		}

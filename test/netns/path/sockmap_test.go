@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 	"testing"
-	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 
@@ -37,7 +36,7 @@ func TestSockmap(t *testing.T) {
 		}
 		defer ln.Close()
 		dial := func() (net.Conn, error) {
-			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
 			defer cancel()
 			return s.Client.Dial(ctx, client, fmt.Sprintf("%s:%d", lab.Site, sockmapPort+to))
 		}

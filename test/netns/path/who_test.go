@@ -53,7 +53,7 @@ func TestWho(t *testing.T) {
 			if !c.byEdge {
 				b.Transport = directTo(s, c.from, home)
 			}
-			b.Timeout = 20 * time.Second
+			b.Timeout = patience
 			defer b.CloseIdleConnections()
 			req, err := http.NewRequestWithContext(t.Context(), "GET", "https://"+lab.Site+c.path, nil)
 			if err != nil {
@@ -102,7 +102,7 @@ func TestWho(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			raw.SetDeadline(time.Now().Add(20 * time.Second))
+			raw.SetDeadline(time.Now().Add(patience))
 			io.WriteString(raw, c.preface)
 			conn := tls.Client(raw, s.trust())
 			fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", c.path, lab.Site)

@@ -119,7 +119,7 @@ func begin(ctx context.Context) (*story, error) {
 
 // waitServing waits until a page comes by the whole path.
 func (s *story) waitServing(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
 		_, err := s.page(ctx, "tcp4")
@@ -151,7 +151,7 @@ func (s *story) trust() *tls.Config {
 
 // browser is an HTTP client on a host. It makes a new connection for each request unless keep.
 func (s *story) browser(from *lab.Host, network string, keep bool) *http.Client {
-	return &http.Client{Timeout: 60 * time.Second, Transport: &http.Transport{DialContext: s.dialer(from, network), TLSClientConfig: s.trust(),
+	return &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.dialer(from, network), TLSClientConfig: s.trust(),
 		DisableKeepAlives: !keep, ForceAttemptHTTP2: true}}
 }
 
@@ -244,7 +244,7 @@ func (s *story) configure(t *testing.T, d *lab.Daemon, config string) {
 // flowOf waits for the line of the flow with this path id in a daemon's log.
 func flowOf(t *testing.T, d *lab.Daemon, id string) lab.LogLine {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	l, err := d.WaitLog(ctx, func(l lab.LogLine) bool { return l["msg"] == "flow ended" && l["id"] == id })
 	if err != nil {
@@ -253,16 +253,19 @@ func flowOf(t *testing.T, d *lab.Daemon, id string) lab.LogLine {
 	return l
 }
 
+// patience is for what comes sooner or later, on a machine that is busy too.
+const patience = time.Minute
+
 // eventually waits until ok.
-func eventually(t *testing.T, within time.Duration, what string, ok func() error) {
+func eventually(t *testing.T, what string, ok func() error) {
 	t.Helper()
 	var err error
-	for deadline := time.Now().Add(within); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if err = ok(); err == nil {
 			return
 		}
 	}
-	t.Errorf("%s: not within %v: %v", what, within, err)
+	t.Errorf("%s: not within %v: %v", what, patience, err)
 }
 
 func hostOf(addr any) string {

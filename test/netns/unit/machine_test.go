@@ -47,7 +47,7 @@ func boot(t *testing.T, h *lab.Host) *machine {
 		}
 		p.Stop(20 * time.Second) // it powers the container off
 	})
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		if out, err := exec.Command("pgrep", "-P", fmt.Sprint(p.Pid())).Output(); err == nil {
 			m.leader = strings.Fields(string(out))[0]

@@ -66,7 +66,7 @@ func TestUnit(t *testing.T) {
 	}
 	check := func(t *testing.T, c want) {
 		t.Helper()
-		deadline := time.Now().Add(10 * time.Second)
+		deadline := time.Now().Add(time.Minute)
 		for {
 			seen, had, err := m.flow(t, w, c.port, c.listener)
 			if err != nil {
@@ -104,7 +104,7 @@ func TestUnit(t *testing.T) {
 		t.Run(c.listener, func(t *testing.T) { check(t, c) })
 	}
 	t.Run("container, not looked into", func(t *testing.T) {
-		deadline := time.Now().Add(10 * time.Second)
+		deadline := time.Now().Add(time.Minute)
 		for { // the first flow is refused because nothing is known yet
 			check(t, want{9103, "container", "sockmap", false})
 			s := m.run(t, "tailsplice", "status")
@@ -145,14 +145,14 @@ func dropIn(t *testing.T) string {
 // flow went by.
 func (m *machine) flow(t *testing.T, w *lab.World, port int, listener string) (seen, datapath string, err error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	c, err := w.Client.Dial(ctx, "tcp4", net.JoinHostPort(m.host.IP4.String(), fmt.Sprint(port)))
 	if err != nil {
 		return "", "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	r := bufio.NewReader(c)
 	if seen, err = r.ReadString('\n'); err != nil {
 		return "", "", fmt.Errorf("read whom the target saw: %w", err)

@@ -247,7 +247,8 @@ func (l *Loader) named() map[string]*ebpf.Map {
 	}
 }
 
-// Close resets the flows that live, and removes the programs, maps and pins. It may be called twice.
+// Close resets the flows that live, and removes the programs, maps and pins, but for a map with bytes that a process on this host has not
+// read yet. It may be called twice.
 func (l *Loader) Close() error {
 	l.mu.Lock()
 	if l.closed {

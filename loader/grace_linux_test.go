@@ -49,15 +49,17 @@ func TestLocalSlotGivenAgain(t *testing.T) {
 					first.wait(10 * time.Second)
 					waitFor(t, func() bool { n.l.mu.Lock(); defer n.l.mu.Unlock(); return len(n.l.free) > 0 }, "the slot")
 					second := becomeLocal(t, n, ln)
+					next := n.l.onlyFlow(t).process
 					must(t, n.objects.WindowShut.Set(uint32(1)))
 					<-done // with an error, where the first client is gone
 					err := errors.Join(second.client.SetDeadline(time.Now().Add(10*time.Second)), second.server.SetDeadline(time.Now().Add(10*time.Second)))
 					must(t, err)
 					err = exchangeBytes(second, 1000, 1000)
-					if err == nil {
-						if moved := n.l.onlyFlow(t).process.moved(1); moved != 1000 {
-							err = fmt.Errorf("%d of 1000 bytes were counted", moved)
-						}
+					if moved := next.moved(1); err == nil && moved != 1000 {
+						err = fmt.Errorf("%d of 1000 bytes were counted", moved)
+					}
+					if err == nil && next.closedUnread() { // and it is about to be reset
+						err = errors.New("its process is said to have closed its socket")
 					}
 					if (err == nil) != grace {
 						t.Errorf("the second flow: %v", err)

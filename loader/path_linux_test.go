@@ -88,6 +88,14 @@ func connect(t testing.TB, network string) (dialled, accepted *net.TCPConn) {
 	return c.(*net.TCPConn), a.(*net.TCPConn)
 }
 
+// networks are those that a test goes over: one where all is slow.
+func networks() []string {
+	if os.Getenv("RELAYTEST") == "slow" {
+		return []string{"tcp6"}
+	}
+	return []string{"tcp4", "tcp6"}
+}
+
 func splicePath(t testing.TB, l *Loader, o pathOptions) *path {
 	t.Helper()
 	p, err := trySplice(t, l, o)

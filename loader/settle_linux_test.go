@@ -55,7 +55,7 @@ func chatter(t *testing.T, p *path) {
 
 // What a process sends arrives whole, and goes past TCP again, after a redirect that was cut short, also while the client sends all the time.
 func TestLocalCutShort(t *testing.T) {
-	for _, network := range []string{"tcp4", "tcp6"} {
+	for _, network := range networks() {
 		for _, settle := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s settle %v", network, settle), func(t *testing.T) {
 				r := allRules
@@ -103,7 +103,7 @@ func (f *flow) lacks(t *testing.T) bool {
 
 // A process that ends its stream after a redirect that was cut short: all that its send() took arrives, and the end.
 func TestLocalCutShortAtTheEnd(t *testing.T) {
-	for _, network := range []string{"tcp4", "tcp6"} {
+	for _, network := range networks() {
 		t.Run(network, func(t *testing.T) {
 			p, _ := cutShort(t, allRules, network)
 			data, took := pattern(1<<20), 0
@@ -148,7 +148,7 @@ func TestLocalRedirectWaits(t *testing.T) {
 
 // While TCP is short of memory, nothing goes past it.
 func TestLocalShortOfMemory(t *testing.T) {
-	for _, network := range []string{"tcp4", "tcp6"} {
+	for _, network := range networks() {
 		r := allRules
 		r.pressure = 1 << 63 // less than any number of pages
 		n := openLocal(t, r)
@@ -166,7 +166,7 @@ func TestLocalShortOfMemory(t *testing.T) {
 
 // A half that has stalled is found while the other one moves.
 func TestStallWhileTheOtherWayMoves(t *testing.T) {
-	for _, network := range []string{"tcp4", "tcp6"} {
+	for _, network := range networks() {
 		r := allRules
 		r.kick = false
 		l := open(t, r, 16)

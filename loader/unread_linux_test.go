@@ -28,7 +28,7 @@ func TestLocalUnreadOutlivesTheDaemon(t *testing.T) {
 		daemonOfUnread(t)
 		return
 	}
-	for _, network := range []string{"tcp4", "tcp6"} {
+	for _, network := range networks() {
 		for _, killed := range []bool{false, true} {
 			for _, ended := range []bool{false, true} { // the flow, before the daemon is
 				t.Run(fmt.Sprintf("%s killed %v, ended %v", network, killed, ended), func(t *testing.T) {

@@ -121,7 +121,8 @@ func TestRuleBrakeOff(t *testing.T) {
 	}
 }
 
-// pushBehind sends up what is taken, until nothing is for a second, behind a backlog of the other way, and gives how much that was.
+// pushBehind sends up what is taken, until nothing is for a second, behind a backlog of the other way, and
+// gives how much that was.
 func pushBehind(t *testing.T, r rules) int64 {
 	l, p, data := behind(t, r)
 	n := int64(0)

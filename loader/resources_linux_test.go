@@ -125,7 +125,8 @@ func own() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// leastCPU is how much CPU this process uses in the quietest of ten spans: a busy machine may still be at what came before.
+// leastCPU is how much CPU this process uses in the quietest of ten spans: a busy machine may still be at
+// what came before.
 func leastCPU(span time.Duration) time.Duration {
 	least := span
 	for range 10 {

@@ -239,8 +239,8 @@ func TestReadSocket(t *testing.T) {
 	}
 }
 
-// TestReadTimeout: the timeout is for all of the header, and none is left after it, by a clock that moves only while
-// everybody waits.
+// TestReadTimeout: the timeout is for all of the header, and none is left after it, by a clock that moves
+// only while everybody waits.
 func TestReadTimeout(t *testing.T) {
 	const timeout = 300 * time.Millisecond
 	slow := string(v4.Append(nil))

@@ -84,9 +84,10 @@ func run(t *testing.T, program string, args ...string) (string, error) {
 	return string(out), err
 }
 
-// chatty is a client that goes on sending, as one with early data does, before it looks for an answer: some of it is
-// there when the alert is sent, and some comes after the server's first half, or all of it, was closed. It returns what
-// it got, and what went wrong on the way: a client whose write fails rarely looks at what it could still read.
+// chatty is a client that goes on sending, as one with early data does, before it looks for an answer: some of
+// it is there when the alert is sent, and some comes after the server has closed its first half, or all. It
+// returns what it got, and what went wrong on the way: a client whose write fails rarely looks at what it
+// could still read.
 func chatty(t *testing.T, refuse func(net.Conn, uint8) error) ([]byte, error) {
 	client, server := pair(t)
 	client.SetDeadline(time.Now().Add(patience))

@@ -297,8 +297,8 @@ func TestLinear(t *testing.T) {
 			t.Errorf("records of %d bytes: %v allocations for %d bytes", record, allocs, len(stream))
 		}
 	}
-	// Work: the same total in one-byte records must not take much more CPU when it is one hello than when it is 16. A
-	// quadratic reader takes 16 times as much.
+	// Work: the same total in one-byte records must not take much more CPU when it is one hello than when it is
+	// 16. A quadratic reader takes 16 times as much.
 	const total = 60000
 	work := func(n int) time.Duration {
 		stream := records(message(0x303, builder{}.ext(21, make([]byte, n))), 1)

@@ -550,7 +550,8 @@ func ping(t *testing.T, c net.Conn) time.Duration {
 	return time.Since(begin)
 }
 
-// quickest is the least round trip of a few, until one is at most enough: a busy machine delays, too, but not each.
+// quickest is the least round trip of a few, until one is at most enough: a busy machine delays, too, but
+// not each.
 func quickest(t *testing.T, c net.Conn, enough time.Duration) time.Duration {
 	t.Helper()
 	least := ping(t, c)

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// resetGrace bounds how long bytes that came before a reset may take to reach the other side. The same as in userspace/relay.
+// resetGrace is how long the reader of bytes that came before a reset may stop. The same as in userspace/relay.
 const resetGrace = 2 * time.Second
 
 // flow is one spliced pair. It has no goroutine while nothing happens.
@@ -49,9 +49,12 @@ type flow struct {
 
 // breakage is the error that a side died of. The other one is reset when it has got what came before.
 type breakage struct {
-	side  uint32
-	err   error
+	side uint32
+	err  error
+
+	// Only for who runs the half whose source is dead.
 	until time.Time
+	taken uint64 // what its reader had taken at the last look
 }
 
 func (b *breakage) end() (string, error) {

@@ -187,7 +187,7 @@ func (h *half) work() outcome {
 	}
 	if !h.done.Load() {
 		if o, wait := h.copy(); wait {
-			if b != nil && time.Now().After(b.until) {
+			if b != nil && h.hasStopped(b) {
 				return outcome{finish: true}
 			}
 			if b != nil && o.after == 0 {
@@ -200,7 +200,12 @@ func (h *half) work() outcome {
 		return outcome{} // who broke it meanwhile wakes the half whose source is dead
 	}
 	if b != nil {
-		if h.delivered() || time.Now().After(b.until) {
+		// An end came before the reset, if that is none which only we know of.
+		if !h.done.Load() && h.redirectedIsWritten() && !h.isCut() && !(h.i == 1 && h.f.process.closedUnread()) {
+			h.peer().closeWrite()
+			h.done.Store(true)
+		}
+		if h.delivered() || h.hasStopped(b) {
 			return outcome{finish: true}
 		}
 		return outcome{after: h.patient(20 * time.Millisecond)}
@@ -345,11 +350,16 @@ func (h *half) copy() (o outcome, wait bool) {
 	return outcome{}, false
 }
 
-// isCut is for a half that copies, has read 0 bytes, and holds none: no FIN has come. A socket tells of its reset once, and it may have told somebody
+// isCut is for a half that has moved all that came, which a read of 0 bytes says if it copies: no FIN has come. A socket tells of its reset once, and it may have told somebody
 // else: who wrote to it, the worker even. To who reads it looks like the end of the stream then.
 func (h *half) isCut() bool {
+	m := h.shared()
+	n := load64(&m.Redirected) + load64(&m.Consumed)
+	if h.i == 0 { // but not what a process sends past TCP
+		n += h.f.process.moved(0)
+	}
 	received, err := h.source().received()
-	return err == nil && received-h.read0-1 != h.moved()
+	return err == nil && received-h.read0-1 != n
 }
 
 // awaitRoom: until there is some, what the source has is no reason to look, and there may be a look for every segment that comes.
@@ -423,6 +433,16 @@ func (h *half) delivered() bool {
 	}
 	n, err := h.peer().unacked()
 	return err != nil || n <= 0
+}
+
+// hasStopped: who reads what a dead source has sent has taken nothing for resetGrace.
+func (h *half) hasStopped(b *breakage) bool {
+	now := time.Now()
+	n, _ := h.peer().unacked()
+	if taken := h.moved() - uint64(n); taken != b.taken {
+		b.taken, b.until = taken, now.Add(resetGrace)
+	}
+	return now.After(b.until)
 }
 
 // release gives the buffer back, and the pipe.

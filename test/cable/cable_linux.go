@@ -2,13 +2,13 @@ package cable
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
 	"slices"
-	"strings"
 	"syscall"
 	"testing"
 
@@ -41,11 +41,11 @@ func InOwnNetwork(t *testing.T) bool {
 		t.Skip("needs root")
 	}
 	args := []string{"-test.run=^" + t.Name() + "$"}
-	for _, a := range os.Args[1:] {
-		if name, _, _ := strings.Cut(a, "="); slices.Contains([]string{"-test.v", "-test.parallel", "-test.timeout"}, name) {
-			args = append(args, a)
+	flag.Visit(func(f *flag.Flag) {
+		if slices.Contains([]string{"test.v", "test.parallel", "test.timeout"}, f.Name) {
+			args = append(args, "-"+f.Name+"="+f.Value.String())
 		}
-	}
+	})
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), ownNetwork+"="+t.Name())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}

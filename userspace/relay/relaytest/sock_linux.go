@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -12,7 +11,7 @@ import (
 // waitAcked waits until all that was sent on c is acknowledged.
 func waitAcked(c net.Conn) error {
 	n := -1
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
+	for p := (poll{}); p.again(patience); {
 		if err := onSocket(c, func(fd int) (err error) { n, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ); return err }); err != nil {
 			return err
 		}

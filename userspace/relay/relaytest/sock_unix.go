@@ -27,7 +27,7 @@ func onSocket(c net.Conn, f func(fd int) error) error {
 // waitBroken waits until c's TCP knows that the connection was reset. It neither reads nor writes.
 func waitBroken(p Path, c net.Conn) error {
 	var revents int16
-	for end := time.Now().Add(p.resetIn(patience)); time.Now().Before(end); time.Sleep(time.Millisecond) {
+	for w := (poll{}); w.again(p.resetIn(patience)); {
 		if err := onSocket(c, func(fd int) error {
 			fds := []unix.PollFd{{Fd: int32(fd)}}
 			_, err := unix.Poll(fds, 0)

@@ -151,11 +151,28 @@ func Both(client, server net.Conn, n int64) error {
 // Until waits for ok.
 func Until(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
+	for p := (poll{}); !ok(); {
+		if !p.again(patience) {
 			t.Fatalf("not within %v: %s", patience, what)
 		}
 	}
+}
+
+// A poll waits for what nothing tells of: shortly at first, for what comes soon, then longer, so that many can.
+type poll struct {
+	end   time.Time
+	pause time.Duration
+}
+
+// again is false when that has taken so long. The first one does not wait.
+func (p *poll) again(within time.Duration) bool {
+	if p.end.IsZero() {
+		p.end = time.Now().Add(within)
+		return true
+	}
+	p.pause = min(max(2*p.pause, 100*time.Microsecond), 20*time.Millisecond)
+	time.Sleep(p.pause)
+	return time.Now().Before(p.end)
 }
 
 func closeWrite(c net.Conn) error {

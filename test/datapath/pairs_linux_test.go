@@ -1,0 +1,111 @@
+package datapath
+
+import (
+	"sync/atomic"
+	"testing"
+
+	"github.com/tailsplice/tailsplice/loader"
+	"github.com/tailsplice/tailsplice/test/cable"
+	"github.com/tailsplice/tailsplice/test/cgroup"
+	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
+)
+
+// TestPairs crosses the hands that the kernel datapaths are, and those between them and userspace, with every order of ends, resets and
+// bursts, over a cable to ends with small windows.
+func TestPairs(t *testing.T) {
+	if !cable.InOwnNetwork(t) {
+		return
+	}
+	c := cable.New(t, relaytest.SmallWindow)
+	relaytest.RunPairs(t, sockmapHands(t, c))
+	t.Run("sk_msg", func(t *testing.T) { relaytest.RunPairs(t, localHands(t, c)) })
+}
+
+func sockmapHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
+	path := func(o relay.Options) relaytest.Path {
+		return relaytest.Loopback{Cable: c, Down: "tcp6", Options: o}.Path(t)
+	}
+	atOnce, usual := load(t, loader.Options{AtOnce: true}), load(t, loader.Options{})
+	inside, outside := path(relay.Options{Datapaths: []relay.Datapath{atOnce}}), path(relay.Options{Datapaths: []relay.Datapath{usual}})
+	var taken atomic.Int32
+	t.Cleanup(func() {
+		if taken.Load() == 0 {
+			t.Error("no flow came from a loop into the sockmap")
+		}
+	})
+	return []relaytest.Hands{
+		{Name: "in the sockmap", Path: inside, OneQueue: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+			return exchange(t, f, 1000, func() bool { return moved.Datapath() == loader.Name })
+		}},
+		{Name: "beside the sockmap", Path: outside, OneQueue: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+			return exchange(t, f, 1000, func() bool { return moved.Datapath() == loader.Name })
+		}},
+		{Name: "into the sockmap", Path: outside, OneQueue: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+			last := loader.Info{UpCopied: -1, DownCopied: -1}
+			return exchange(t, f, 1000, func() bool {
+				now := infoOf(t, usual, f)
+				redirects := now.UpCopied == last.UpCopied && now.DownCopied == last.DownCopied
+				last = now
+				return redirects
+			})
+		}},
+		{Name: "out of the sockmap", Path: relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{atOnce}}}.Path(t), Alone: true, Fast: true, OneQueue: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+			before := atOnce.Stats().Bulk
+			return exchange(t, f, 4<<20, func() bool { return atOnce.Stats().Bulk >= before+2 })
+		}},
+		{Name: "from a loop into the sockmap", Path: path(relay.Options{WhenTalking: []relay.Sockets{usual}}), OneQueue: true,
+			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+				rounds := 0 // on a busy machine few are quick enough to talk, and stay on the loop
+				up, down, err := relaytest.Talk(f.Client, f.Server, 200, func() bool {
+					rounds++
+					return moved.Datapath() == loader.Name || rounds > 2000
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if moved.Datapath() == loader.Name {
+					taken.Add(1)
+				}
+				return up, down
+			}},
+	}
+}
+
+func localHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
+	l, local := loadLocal(t, "pairs")
+	server, _ := cgroup.Listen(t, "tcp4")
+	p := relaytest.Loopback{Cable: c, Server: server, Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}.Path(t)
+	becomeKnown(t, local, p)
+	return []relaytest.Hands{
+		{Name: "past TCP", Path: p, OneQueue: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+			return exchange(t, f, 1000, func() bool { return moved.Datapath() == loader.LocalName })
+		}},
+	}
+}
+
+// exchange sends n bytes each way, again and again until enough.
+func exchange(t testing.TB, f *relaytest.Flow, n int64, enough func() bool) (up, down int64) {
+	t.Helper()
+	sent := int64(0)
+	relaytest.Until(t, "the flow comes into other hands", func() bool {
+		if err := relaytest.Both(f.Client, f.Server, n); err != nil {
+			t.Fatal(err)
+		}
+		sent += n
+		return enough()
+	})
+	return sent, sent
+}
+
+// infoOf is what l says of f.
+func infoOf(t testing.TB, l *loader.Loader, f *relaytest.Flow) loader.Info {
+	t.Helper()
+	for _, i := range l.Flows() {
+		if i.Downstream == f.Client.LocalAddr().String() {
+			return i
+		}
+	}
+	t.Fatal("the flow is not spliced")
+	panic("unreachable")
+}

@@ -153,7 +153,7 @@ func (h *Hello) parseServerName(c cursor) error {
 		if problem != "" {
 			return reject(AlertIllegalParameter, problem)
 		}
-		h.ServerName = host
+		h.ServerName, h.FinalDot = host, name[len(name)-1] == '.'
 	}
 	return nil
 }

@@ -139,7 +139,7 @@ func (s *script) SetReadDeadline(time.Time) error  { return nil }
 func (s *script) SetWriteDeadline(time.Time) error { return nil }
 
 func same(a, b Hello) bool {
-	return a.ServerName == b.ServerName && slices.Equal(a.ALPN, b.ALPN) && a.ECH == b.ECH && slices.Equal(a.Versions, b.Versions)
+	return a.ServerName == b.ServerName && a.FinalDot == b.FinalDot && slices.Equal(a.ALPN, b.ALPN) && a.ECH == b.ECH && slices.Equal(a.Versions, b.Versions)
 }
 
 // check holds a hello that a real client sent against crypto/tls, cuts it everywhere, and fragments it anew.

@@ -1,16 +1,30 @@
 package sni
 
+import (
+	"bytes"
+	"net/netip"
+	"strings"
+)
+
 const (
 	maxName  = 253 // bytes of a host name without its trailing dot: RFC 1035 section 2.3.4 less the root's two bytes
 	maxLabel = 63
 )
 
 // hostName returns the canonical form of a host name from the wire, or what is wrong with it. See Hello.ServerName for
-// what is accepted.
+// what is accepted. It is "" without a problem where b is an address, for which no name stands.
 func hostName(b []byte) (name, problem string) {
-	if b[len(b)-1] == '.' {
-		b = b[:len(b)-1]
+	if i := bytes.IndexByte(b, ':'); i >= 0 {
+		host, port := b[:i], b[i+1:]
+		if isIPv6(b) {
+			return "", ""
+		}
+		if !isPort(port) {
+			return "", "the host name has a colon, and is no IPv6 address and no name with a port"
+		}
+		b = host
 	}
+	b = bytes.TrimSuffix(b, []byte("."))
 	if len(b) > maxName {
 		return "", "the host name is longer than 253 bytes"
 	}
@@ -26,8 +40,6 @@ func hostName(b []byte) (name, problem string) {
 				return "", problem
 			}
 			label = i + 1
-		case ch == ':':
-			return "", "the host name is an IPv6 address or has a port"
 		case ch >= 0x80:
 			return "", "the host name is not in ASCII; an internationalized name is sent as xn--..."
 		default:
@@ -41,9 +53,32 @@ func hostName(b []byte) (name, problem string) {
 	}
 	// "127.0.0.1", "127.1" and "2130706433" all mean an address to a resolver; no top-level domain is a number.
 	if number(last) {
-		return "", "the host name is an IP address"
+		return "", ""
 	}
 	return string(lower[:len(b)]), ""
+}
+
+// isIPv6 says whether b is an IPv6 address, in brackets or not, or one in brackets with a port.
+func isIPv6(b []byte) bool {
+	s := string(b)
+	if host, port, ok := strings.Cut(s, "]"); ok && strings.HasPrefix(host, "[") {
+		if port != "" && (port[0] != ':' || !isPort([]byte(port[1:]))) {
+			return false
+		}
+		s = host[1:]
+	}
+	a, err := netip.ParseAddr(s)
+	return err == nil && a.Is6()
+}
+
+// isPort says whether b could be a port: 1 to 5 digits.
+func isPort(b []byte) bool {
+	for _, ch := range b {
+		if ch < '0' || ch > '9' {
+			return false
+		}
+	}
+	return 1 <= len(b) && len(b) <= 5
 }
 
 func badLabel(l []byte) (problem string) {
@@ -52,8 +87,6 @@ func badLabel(l []byte) (problem string) {
 		return "the host name has an empty label"
 	case len(l) > maxLabel:
 		return "the host name has a label of more than 63 bytes"
-	case l[0] == '-' || l[len(l)-1] == '-':
-		return "the host name has a label that begins or ends with a hyphen"
 	}
 	return ""
 }

@@ -16,8 +16,9 @@
 //   - an alert in front of the hello, or between its fragments, is refused, where crypto/tls skips warnings;
 //   - a host name must look like one (see [Hello.ServerName]); crypto/tls takes any bytes.
 //
-// In one case it is the more lenient: one trailing dot is dropped from a name. RFC 6066 says that there is none, some
-// clients send it, and the meaning is not in doubt.
+// Where clients send what RFC 6066 forbids and the meaning is not in doubt, it takes that: one trailing dot, which
+// crypto/tls refuses, is dropped from a name, and so is a port, as nginx does: a route for a name, and what guards it,
+// holds for each of its spellings. An address is no name, so that only a default takes it.
 package sni
 
 import (
@@ -28,10 +29,15 @@ import (
 // Hello is what a ClientHello says that matters for routing.
 type Hello struct {
 	// ServerName is the host_name of the server_name extension (RFC 6066 section 3) in lower case, without a
-	// trailing dot, or "" when there is none. It is at most 253 bytes long, its labels are 1 to 63 bytes of letters,
-	// digits, hyphens (not at either end) and underscores (not legal in a host name, but in use), and its last
-	// label is no number, so that it is never an IP literal. An internationalized name is in its A-label form.
+	// trailing dot and port, or "" when there is none, or an IP address in its place. It is at most 253 bytes long, its
+	// labels are 1 to 63 bytes of letters, digits, hyphens and underscores (those, and hyphens at an end, are not legal
+	// in a host name, but in use), and its last label is no number, so that it is never an IP literal. An internationalized name
+	// is in its A-label form.
 	ServerName string
+
+	// FinalDot says that the name was sent with a dot at its end. RFC 6066 section 3 forbids that, and crypto/tls
+	// refuses such a hello as malformed.
+	FinalDot bool
 
 	// ALPN holds the protocols that the client offers, in its order, as sent (GREASE included: RFC 8701).
 	// Treat it as read-only.

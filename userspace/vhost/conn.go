@@ -127,6 +127,7 @@ type conn struct {
 	server *Server
 	info   ConnInfo
 	done   chan struct{} // closed with the connection
+	late   *time.Timer   // ends a handshake that takes too long
 
 	closeOnce sync.Once
 	closeErr  error

@@ -14,6 +14,7 @@
 package vhost
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -34,6 +35,9 @@ const (
 	// DefaultHeaderTimeout is for the TLS handshake, and then for each
 	// request's header.
 	DefaultHeaderTimeout = 10 * time.Second
+	// DefaultCertificateTimeout is for a TLS handshake in which the client is
+	// asked for a certificate: somebody chooses one, and types a PIN.
+	DefaultCertificateTimeout = 3 * time.Minute
 	// DefaultIdleTimeout is how long a downstream connection may wait for its
 	// next request.
 	DefaultIdleTimeout = 3 * time.Minute
@@ -105,8 +109,8 @@ type Options struct {
 	// Log gets what an administrator should know, and debugging. nil discards.
 	Log *slog.Logger
 
-	HeaderTimeout, IdleTimeout, StallTimeout, AnswerTimeout time.Duration
-	HeaderBytes                                             int
+	HeaderTimeout, CertificateTimeout, IdleTimeout, StallTimeout, AnswerTimeout time.Duration
+	HeaderBytes                                                                 int
 }
 
 // Lease is the right to one request.
@@ -185,12 +189,14 @@ func New(o Options) *Server {
 		}
 	}
 	orDefault(&o.HeaderTimeout, DefaultHeaderTimeout)
+	orDefault(&o.CertificateTimeout, DefaultCertificateTimeout)
 	orDefault(&o.IdleTimeout, DefaultIdleTimeout)
 	orDefault(&o.StallTimeout, DefaultStallTimeout)
 	orDefault(&o.AnswerTimeout, DefaultAnswerTimeout)
 	if o.HeaderBytes == 0 {
 		o.HeaderBytes = DefaultHeaderBytes
 	}
+	o.TLS = patient(o.TLS, o.CertificateTimeout)
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
@@ -255,8 +261,10 @@ func (s *Server) ServeConn(c net.Conn) error {
 
 // handshake terminates TLS on c.
 func (s *Server) handshake(c *conn) (*tls.Conn, error) {
-	ctx, cancel := context.WithTimeout(s.ctx, s.opts.HeaderTimeout)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(s.ctx)
+	defer cancel(nil)
+	c.late = time.AfterFunc(s.opts.HeaderTimeout, func() { cancel(context.DeadlineExceeded) })
+	defer c.late.Stop()
 	tc := tls.Server(c, s.opts.TLS)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		var header tls.RecordHeaderError
@@ -265,12 +273,41 @@ func (s *Server) handshake(c *conn) (*tls.Conn, error) {
 			io.WriteString(header.Conn, "HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\nThis port speaks HTTPS: ask for https:// instead of http://.\n")
 			return nil, errors.New("plain HTTP on a TLS port")
 		}
+		name := tc.ConnectionState().ServerName
+		switch {
+		case context.Cause(ctx) == context.DeadlineExceeded:
+			err = context.DeadlineExceeded
+		case err.Error() == "tls: no certificates configured" && name != "": // crypto/tls's, not exported
+			err = fmt.Errorf("no certificate here is for %q", name)
+		case err.Error() == "tls: no certificates configured":
+			err = errors.New("the client named no server, and the first certificate is not there yet")
+		}
 		return nil, fmt.Errorf("tls handshake: %w", err)
 	}
 	if name := tc.ConnectionState().ServerName; name != "" {
-		c.info.ServerName = name
+		c.info.ServerName = routeHost(name)
 	}
 	return tc, nil
+}
+
+// patient returns c with more time for handshakes in which the client is asked
+// for a certificate.
+func patient(c *tls.Config, timeout time.Duration) *tls.Config {
+	if c == nil {
+		return nil
+	}
+	c = c.Clone()
+	choose := c.GetConfigForClient
+	c.GetConfigForClient = func(hello *tls.ClientHelloInfo) (chosen *tls.Config, err error) {
+		if choose != nil {
+			chosen, err = choose(hello)
+		}
+		if auth := cmp.Or(chosen, c).ClientAuth; auth != tls.NoClientCert {
+			hello.Conn.(*conn).late.Reset(timeout)
+		}
+		return chosen, err
+	}
+	return c
 }
 
 // looksLikeHTTP says whether a record header that is none begins a request.

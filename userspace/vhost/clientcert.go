@@ -45,8 +45,20 @@ func (s *Server) clientRefused(x *exchange, err error) {
 		s.page(x, http.StatusMisdirectedRequest, fault{title: "Come again with a connection of its own", text: x.uri.Host + " asks for a client certificate, and this connection was made for another name."})
 		return
 	}
-	s.page(x, http.StatusForbidden, fault{title: "This is not open to you", text: x.uri.Host + " serves only clients with a certificate of its own authority: " + err.Error() + ".",
+	s.page(x, http.StatusForbidden, fault{title: "This is not open to you", text: x.uri.Host + " serves only clients with a certificate of its own authority: " + whyRefused(err) + ".",
 		hint: "If you have one, install it in the browser, and open a new window."})
+}
+
+// whyRefused is what a stranger may hear of err, which may name the authority.
+func whyRefused(err error) string {
+	var invalid x509.CertificateInvalidError
+	switch {
+	case errors.Is(err, errNoClientCertificate):
+		return err.Error()
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return "the client's certificate has expired, or is not valid yet"
+	}
+	return "the client's certificate is not one of those"
 }
 
 // setClientCert passes the certificate on (RFC 9440 2.2).

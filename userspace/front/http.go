@@ -13,6 +13,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/sni"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -22,6 +23,7 @@ import (
 type httpServer struct {
 	front  *Front
 	server *vhost.Server
+	tls    bool
 	stop   context.CancelFunc // ends the watch over certificate files
 }
 
@@ -38,7 +40,7 @@ func (f *Front) newHTTPServer(l *listener, certs *tlsterm.Store) *httpServer {
 		o.TLS = f.answeringChallenges(l.askingClients(certs.Config()))
 		go certs.Run(ctx)
 	}
-	return &httpServer{front: f, server: vhost.New(o), stop: stop}
+	return &httpServer{front: f, server: vhost.New(o), tls: certs != nil, stop: stop}
 }
 
 // pageReason gives an error of dialling the reason that chooses its page: what
@@ -74,9 +76,23 @@ func publicName(r *rule) string {
 	return "a local service"
 }
 
+// errFinalDot says what nobody can answer who terminates TLS with crypto/tls: it refuses the hello with decode_error,
+// and what it reads can't be changed on the way, for both sides hash the very bytes (golang.org/issue/63117).
+var errFinalDot = errors.New("the client sent the name with a dot at its end, which TLS forbids (RFC 6066 section 3): open the address without it")
+
 // serve serves in until it is closed. It owns in.
 func (h *httpServer) serve(in *inbound) {
 	f := h.front
+	if h.tls {
+		// What sni can't read is crypto/tls's to judge, from the same bytes and within the same time.
+		hello, head, err := sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, vhost.DefaultHeaderTimeout)
+		in.ahead = head
+		if err == nil && hello.FinalDot {
+			in.name = hello.ServerName
+			f.refuseHello(in, hello, errFinalDot)
+			return
+		}
+	}
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: "by request", Name: in.name,
 		Client: in.client.String(), Downstream: in.peer.String(), Target: "by request", Datapath: func() string { return userspace },
 		Started: in.accepted, Bytes: func() (up, down int64) { return in.bytesIn.Load(), in.bytesOut.Load() }}

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -67,8 +66,11 @@ func (s *service) findRequest(req *http.Request, host, path string, certs *tlste
 // this name might have led elsewhere: edges choose by the name in the hello. So
 // only a route for the very name takes such requests.
 func coalesced(req *http.Request, host string, certs *tlsterm.Store) bool {
-	return certs != nil && req.ProtoMajor >= 2 && req.TLS != nil && req.TLS.ServerName != "" &&
-		!strings.EqualFold(req.TLS.ServerName, host) && certs.Shared(req.TLS.ServerName, host)
+	if certs == nil || req.ProtoMajor < 2 || req.TLS == nil {
+		return false
+	}
+	asked := certs.Asked(req.TLS.ServerName)
+	return asked != "" && asked != host && certs.Shared(asked, host)
 }
 
 // asksClients says whether some route of a host wants a client's certificate.
@@ -98,7 +100,7 @@ func (l *listener) askingClients(c *tls.Config) *tls.Config {
 				return own, err
 			}
 		}
-		if l.service.Load().asksClients(hello.ServerName) {
+		if l.service.Load().asksClients(l.certs.Asked(hello.ServerName)) {
 			return asking, nil
 		}
 		return nil, nil

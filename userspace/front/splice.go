@@ -70,7 +70,7 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 		reason, alert, speaksTLS = notAllowed, sni.AlertAccessDenied, true
 	case errors.As(err, &unidentified):
 		reason, alert, speaksTLS = notIdentified, sni.AlertAccessDenied, true
-	case errors.Is(err, errNobodyServes), errors.Is(err, errRejectedName):
+	case errors.Is(err, errNobodyServes), errors.Is(err, errRejectedName), errors.Is(err, errFinalDot):
 		reason, alert, speaksTLS = "unrecognized_name", sni.AlertUnrecognizedName, true
 	case errors.As(err, &reject):
 		reason = "hello_rejected"

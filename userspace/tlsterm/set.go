@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -44,14 +45,14 @@ type set struct {
 	entries  []*entry            // in the config's order; the first is the default
 	exact    map[string][]*entry // "example.org", "192.0.2.1"
 	wildcard map[string][]*entry // "example.org" for *.example.org
-	asked    []*entry            // those with a function
+	sources  []*entry            // those with a function
 }
 
 func newSet(entries []*entry) *set {
 	s := &set{entries: entries, exact: map[string][]*entry{}, wildcard: map[string][]*entry{}}
 	for _, e := range entries {
 		if e.spec.GetCertificate != nil {
-			s.asked = append(s.asked, e)
+			s.sources = append(s.sources, e)
 			continue
 		}
 		for _, n := range e.names {
@@ -70,7 +71,7 @@ func newSet(entries []*entry) *set {
 // candidates are the entries for a canonical name, best first.
 func (s *set) candidates(name string) []*entry {
 	out := s.exact[name]
-	for _, e := range s.asked {
+	for _, e := range s.sources {
 		if e.spec.Covers(name) {
 			out = append(out[:len(out):len(out)], e)
 		}
@@ -82,6 +83,16 @@ func (s *set) candidates(name string) []*entry {
 }
 
 func (s *set) covers(name string) bool { return name != "" && len(s.candidates(name)) > 0 }
+
+// asked is the canonical name that a hello asks for, "" for none. An address is no
+// server name (RFC 6066 3), unless a certificate has it.
+func (s *set) asked(serverName string) string {
+	name := canonical(serverName)
+	if _, err := netip.ParseAddr(name); err == nil && !s.covers(name) {
+		return ""
+	}
+	return name
+}
 
 // find returns the entry that serves spec's files, or nil.
 func (s *set) find(spec Spec) *entry {
@@ -109,9 +120,14 @@ func parent(name string) string {
 	return rest
 }
 
-// canonical is the form that names are compared in: lower case, no trailing
-// dot, IP addresses as netip writes them.
+// canonical is the form that names are compared in: lower case, no port and no
+// trailing dot, IP addresses as netip writes them.
 func canonical(name string) string {
+	if strings.Contains(name, ":") {
+		if host, _, err := net.SplitHostPort(name); err == nil {
+			name = host
+		}
+	}
 	name = strings.TrimSuffix(name, ".")
 	bare := strings.TrimSuffix(strings.TrimPrefix(name, "["), "]")
 	if addr, err := netip.ParseAddr(bare); err == nil {

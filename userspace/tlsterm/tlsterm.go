@@ -4,7 +4,8 @@
 //
 // Choice: a certificate that has the exact name, then one whose wildcard covers
 // it (one label, as browsers read it, RFC 6125 6.4.3), each in the order of the
-// config. A hello without a name gets the first certificate. A hello with a
+// config. A hello without a name gets the first certificate, and so does one with
+// an address in its place (RFC 6066 section 3) that no certificate has. A hello with a
 // name that no certificate covers is refused with the alert unrecognized_name:
 // a wrong certificate would only show its owner's names to a stranger, and
 // people a warning that tells them nothing.
@@ -177,6 +178,11 @@ func (s *Store) Run(ctx context.Context) {
 // IP address (in brackets or not), and end with a dot; it has no port.
 func (s *Store) Covers(host string) bool { return s.set.Load().covers(canonical(host)) }
 
+// Asked is the name that a hello with this server name asks for, as routes and
+// certificates are found by it: lower case, without port and trailing dot, "" for
+// an address that no certificate has.
+func (s *Store) Asked(serverName string) string { return s.set.Load().asked(serverName) }
+
 // Shared says whether the certificate which a client gets for name is good for
 // other too: browsers send requests for both on one connection then (RFC 9113
 // 9.1.1). The names are as in Covers.
@@ -240,7 +246,8 @@ func (s *Store) Config(alpn ...string) *tls.Config {
 		NextProtos:     alpn,
 		GetCertificate: s.getCertificate,
 		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-			if hello.ServerName != "" && !s.set.Load().covers(canonical(hello.ServerName)) {
+			set := s.set.Load()
+			if name := set.asked(hello.ServerName); name != "" && !set.covers(name) {
 				return refuse, nil
 			}
 			return nil, nil
@@ -252,7 +259,12 @@ func (s *Store) Config(alpn ...string) *tls.Config {
 // error makes crypto/tls answer unrecognized_name.
 func (s *Store) getCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	set := s.set.Load()
-	name := canonical(hello.ServerName)
+	name := set.asked(hello.ServerName)
+	if name != hello.ServerName {
+		plain := *hello
+		plain.ServerName = name
+		hello = &plain
+	}
 	candidates := set.entries // for a hello without a name: the first that there is
 	if name != "" {
 		candidates = set.candidates(name)

@@ -26,6 +26,8 @@ type Authorities struct {
 }
 
 // OpenAuthorities reads a PEM file of certificates; the error is a *FileError.
+// Those of them that can't be read are left out, and log hears of each: one odd
+// root in a bundle of many is no reason to do without all.
 // The file is read again when it changes; while it is wrong or missing the
 // authorities stay as they were, and log hears of it once. There is nothing to
 // close.
@@ -72,12 +74,15 @@ func (a *Authorities) look() {
 
 func (a *Authorities) read() error {
 	info, _ := os.Stat(a.file) // before reading: a change meanwhile is seen later
-	chain, err := readChain(a.file)
+	certs, unread, err := readCertificates(a.file)
 	if err != nil {
 		return &FileError{a.file, err}
 	}
+	for _, err := range unread {
+		a.log.Warn("an authority is left out, for its certificate can't be read", "file", a.file, "err", err)
+	}
 	pool, sum := x509.NewCertPool(), sha256.New()
-	for _, c := range chain {
+	for _, c := range certs {
 		pool.AddCert(c)
 		sum.Write(c.Raw)
 	}

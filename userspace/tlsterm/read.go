@@ -143,16 +143,23 @@ func blocks(data []byte, want string) ([]*pem.Block, error) {
 	return nil, errors.New("is not PEM: there is no whole -----BEGIN ...----- block in it")
 }
 
+// readChain reads all certificates of a file: one that can't be read is an error.
 func readChain(name string) ([]*x509.Certificate, error) {
+	chain, unread, err := readCertificates(name)
+	return chain, errors.Join(append(unread, err)...)
+}
+
+// readCertificates reads the certificates of a file. unread is what is wrong with
+// those that it has to leave out; err, that there is none that can be read.
+func readCertificates(name string) (certs []*x509.Certificate, unread []error, err error) {
 	data, err := readFile(name)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	bs, err := blocks(data, "x509")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var chain []*x509.Certificate
 	other := ""
 	for _, b := range bs {
 		if b.Type != "CERTIFICATE" {
@@ -161,19 +168,22 @@ func readChain(name string) ([]*x509.Certificate, error) {
 		}
 		c, err := x509.ParseCertificate(b.Bytes)
 		if err != nil {
-			return nil, fmt.Errorf("certificate %d in it: %w", len(chain)+1, err)
+			unread = append(unread, fmt.Errorf("certificate %d in it: %w", len(certs)+len(unread)+1, err))
+			continue
 		}
-		chain = append(chain, c)
+		certs = append(certs, c)
 	}
 	switch {
-	case len(chain) > 0:
-		return chain, nil
+	case len(certs) > 0:
+		return certs, unread, nil
+	case len(unread) > 0:
+		return nil, nil, errors.Join(unread...)
 	case strings.HasSuffix(other, "PRIVATE KEY"):
-		return nil, errors.New("has a private key and no certificate: are cert and key swapped?")
+		return nil, nil, errors.New("has a private key and no certificate: are cert and key swapped?")
 	case strings.Contains(other, "CERTIFICATE REQUEST"):
-		return nil, errors.New("is a certificate request: put here the certificate that the authority made of it")
+		return nil, nil, errors.New("is a certificate request: put here the certificate that the authority made of it")
 	}
-	return nil, fmt.Errorf("has no certificate, only %s", other)
+	return nil, nil, fmt.Errorf("has no certificate, only %s", other)
 }
 
 func readKey(name string) (crypto.Signer, error) {

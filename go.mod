@@ -2,6 +2,10 @@ module github.com/tailsplice/tailsplice
 
 go 1.26.6
 
+// Devices with a certificate of their own making have such numbers, and crypto/tls reads a certificate even where it is
+// told not to check it.
+godebug x509negativeserial=1
+
 require (
 	github.com/caddyserver/certmagic v0.25.6
 	github.com/cilium/ebpf v0.22.0

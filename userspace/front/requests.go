@@ -189,6 +189,12 @@ func (f *Front) newUpstream(cfg *config.Config, l *config.Listener, r *rule, a *
 	case "https":
 		up.Protocol = vhost.HTTPS
 		up.TLS = &tls.Config{ServerName: u.ServerName, InsecureSkipVerify: u.Insecure}
+		if u.Insecure {
+			up.TLS.MinVersion = tls.VersionTLS10
+			for _, suite := range slices.Concat(tls.CipherSuites(), tls.InsecureCipherSuites()) {
+				up.TLS.CipherSuites = append(up.TLS.CipherSuites, suite.ID)
+			}
+		}
 		if up.TLS.ServerName == "" {
 			up.TLS.ServerName = r.target.Host
 		}

@@ -2,6 +2,7 @@ package vhost
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net/http"
@@ -129,9 +130,16 @@ func (s *Server) hopFailed(x *exchange, err error) {
 		f.text = "What " + name + " answered " + s.opts.Node + " is not HTTP, or its header is too large."
 		f.hint = "If it is yours, see that the route's upstream.protocol is what its port speaks."
 	case ReasonTLS:
-		f.title = sentence(name) + " could not prove who it is"
+		var unproven *tls.CertificateVerificationError
+		if errors.As(err, &unproven) {
+			f.title = sentence(name) + " could not prove who it is"
+			f.text = s.opts.Node + " does not believe the certificate of " + name + "."
+			f.hint = "If it is yours, see that the route's upstream names the authority of its certificate (ca) and the name on it (server_name)."
+			break
+		}
+		f.title = sentence(name) + " does not speak TLS that is understood here"
 		f.text = s.opts.Node + " and " + name + " did not agree on TLS."
-		f.hint = "If it is yours, see that the port speaks TLS, and that the route's upstream names the authority of its certificate (ca) and the name on it (server_name)."
+		f.hint = "If it is yours, see that the port speaks TLS, and in the log of " + s.opts.Node + " what was wrong: a version, or a certificate that can't be read."
 	case ReasonTimeout:
 		status = http.StatusGatewayTimeout
 		f.title = sentence(name) + " did not answer in time"

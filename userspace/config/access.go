@@ -187,7 +187,8 @@ func parseAuthURL(s string) (any, error) {
 	switch u.Scheme {
 	case "http", "https":
 		if _, err := checkAuthHost(u); err != nil {
-			return nil, err
+			before, after, _ := strings.Cut(s, u.Hostname())
+			return nil, within(before, err, after)
 		}
 		return s, nil
 	case "tailnet", "docker":

@@ -403,7 +403,7 @@ func parseEmail(s string) (any, error) {
 		return nil, fmt.Errorf("not an e-mail address")
 	}
 	if _, err := checkName(domain); err != nil {
-		return nil, fmt.Errorf("not an e-mail address: %w", err)
+		return nil, fmt.Errorf("not an e-mail address: %w", within(user+"@", err, ""))
 	}
 	return s, nil
 }

@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 
 	"golang.org/x/net/idna"
@@ -24,7 +25,7 @@ func checkPattern(s string) (string, error) {
 	case wild:
 		name, err := checkName(rest)
 		if err != nil {
-			return "", err
+			return "", within("*.", err, "")
 		}
 		if len(name)+2 > maxName {
 			return "", fmt.Errorf("the name is longer than %d characters", maxName)
@@ -32,6 +33,19 @@ func checkPattern(s string) (string, error) {
 		return "*." + name, nil
 	}
 	return checkName(s)
+}
+
+// adviceError says what to write in the place of a name.
+type adviceError struct{ text, instead string }
+
+func (e *adviceError) Error() string { return e.text + strconv.Quote(e.instead) }
+
+// within puts what stood around a name back into the advice of its error, if it has any.
+func within(before string, err error, after string) error {
+	if e, ok := err.(*adviceError); ok {
+		return &adviceError{e.text, before + e.instead + after}
+	}
+	return err
 }
 
 // checkName checks a DNS name and returns it in the form that server names are compared in: lower-case
@@ -43,17 +57,17 @@ func checkName(s string) (string, error) {
 	if _, after, ok := strings.Cut(s, "://"); ok {
 		host, _, _ := strings.Cut(after, "/")
 		host, _, _ = strings.Cut(host, ":")
-		return "", fmt.Errorf("it is a URL, write the name alone: %q", host)
+		return "", &adviceError{"it is a URL, write the name alone: ", host}
 	}
 	if host, _, ok := strings.Cut(s, "/"); ok {
-		return "", fmt.Errorf("it has a path, write the name alone: %q", host)
+		return "", &adviceError{"it has a path, write the name alone: ", host}
 	}
 	if _, err := netip.ParseAddr(strings.Trim(s, "[]")); err == nil {
 		return "", fmt.Errorf("it is an IP address, and names never are (RFC 6066)")
 	}
 	if host, port, ok := strings.Cut(s, ":"); ok {
 		if _, err := parsePort(port); err == nil {
-			return "", fmt.Errorf("it has a port, write the name alone: %q", host)
+			return "", &adviceError{"it has a port, write the name alone: ", host}
 		}
 		return "", fmt.Errorf("':' cannot be in a name")
 	}
@@ -67,7 +81,7 @@ func checkName(s string) (string, error) {
 			if _, err := checkName(a); err != nil {
 				return "", err
 			}
-			return "", fmt.Errorf("clients send this name as its A-label, write %q", a)
+			return "", &adviceError{"clients send this name as its A-label, write ", a}
 		}
 	}
 	if len(name) > maxName {

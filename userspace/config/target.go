@@ -79,7 +79,7 @@ func parseTarget(s string) (Target, error) {
 			return Target{}, err
 		}
 		host, err = dialHost(host, port)
-		return Target{Scheme: "tcp", Host: host, Port: port}, err
+		return Target{Scheme: "tcp", Host: host, Port: port}, within("", err, fmt.Sprintf(":%d", port))
 	}
 	switch scheme {
 	case "tailnet":
@@ -88,7 +88,7 @@ func parseTarget(s string) (Target, error) {
 			return Target{}, err
 		}
 		host, err = tailnetNode(host)
-		return Target{Scheme: scheme, Host: host, Port: port}, err
+		return Target{Scheme: scheme, Host: host, Port: port}, within("tailnet://", err, fmt.Sprintf(":%d", port))
 	case "docker":
 		host, port, err := splitHostPort("docker://", rest, "")
 		if err != nil {

@@ -23,6 +23,8 @@ type bound struct {
 	ip   netip.Addr // if host is an IP address
 	pos  Pos
 	by   string
+
+	listener *Listener // that listens on it; nil for metrics
 }
 
 func (v *validator) config(c *Config) {
@@ -38,15 +40,7 @@ func (v *validator) config(c *Config) {
 	v.accessLogs(c)
 	v.limits(&c.Limits)
 	v.control(&c.Control)
-	for i := range c.Listeners {
-		l := &c.Listeners[i]
-		for j := range l.Routes {
-			v.loop(c.Node, &l.Routes[j].Action)
-		}
-		if l.Default != nil {
-			v.loop(c.Node, l.Default)
-		}
-	}
+	v.circles(c)
 }
 
 // hostName is how a node is called that the configuration does not name.
@@ -101,13 +95,13 @@ func cutPort(addr string) (host string, port uint16, ip netip.Addr) {
 // addresses refuses addresses that the kernel would refuse because another one is in the way.
 func (v *validator) addresses(l *Listener) {
 	for i, addr := range l.Listen {
-		v.bind(addr, l.At("listen", i), fmt.Sprintf("listener %q", l.Name))
+		v.bind(addr, l.At("listen", i), fmt.Sprintf("listener %q", l.Name), l)
 	}
 }
 
-func (v *validator) bind(addr string, pos Pos, by string) {
+func (v *validator) bind(addr string, pos Pos, by string, l *Listener) {
 	host, port, ip := cutPort(addr)
-	b := bound{text: addr, host: host, ip: ip, pos: pos, by: by}
+	b := bound{text: addr, host: host, ip: ip, pos: pos, by: by, listener: l}
 	for _, o := range v.bound[port] {
 		if o.text == b.text {
 			v.errorf(pos, "listen address %q is taken by %s already, on line %d", addr, o.by, o.pos.Line)
@@ -429,15 +423,68 @@ func (v *validator) meaningless(a *Action, done string, keys ...[]string) {
 	}
 }
 
-// loop warns of a target that is a listener of this very daemon.
-func (v *validator) loop(node string, a *Action) {
-	for i := range a.Forward {
-		v.loopTo(node, &a.Forward[i])
+// leads is a target that is a listener of this very daemon.
+type leads struct {
+	from, to *Listener
+	forward  *Forward
+	bound    bound
+}
+
+// circles warns of targets by which a connection may come back to the listener that it came from.
+func (v *validator) circles(c *Config) {
+	var all []leads
+	for i := range c.Listeners {
+		l := &c.Listeners[i]
+		actions := []*Action{l.Default}
+		for j := range l.Routes {
+			actions = append(actions, &l.Routes[j].Action)
+		}
+		for _, a := range actions {
+			for j := range forwards(a) {
+				if b, ok := v.ownAddress(c.Node, a.Forward[j].To); ok && b.listener != nil {
+					all = append(all, leads{l, b.listener, &a.Forward[j], b})
+				}
+			}
+		}
+	}
+	next := map[*Listener][]*Listener{} // each once
+	for _, e := range all {
+		if !slices.Contains(next[e.from], e.to) {
+			next[e.from] = append(next[e.from], e.to)
+		}
+	}
+	known := map[[2]*Listener]bool{}
+	for _, e := range all {
+		pair := [2]*Listener{e.to, e.from}
+		back, ok := known[pair]
+		if !ok {
+			back = reaches(next, e.to, e.from, map[*Listener]bool{})
+			known[pair] = back
+		}
+		if back {
+			v.warnf(e.forward.At("to"), "forward %q is %q of %s itself: connections would go round in circles, unless another route takes them out", e.forward.To, e.bound.text, e.bound.by)
+		}
 	}
 }
 
-func (v *validator) loopTo(node string, f *Forward) {
-	t := f.To
+func forwards(a *Action) []Forward {
+	if a == nil {
+		return nil
+	}
+	return a.Forward
+}
+
+// reaches says whether connections to one listener may come to another one.
+func reaches(next map[*Listener][]*Listener, from, to *Listener, seen map[*Listener]bool) bool {
+	if from == to {
+		return true
+	}
+	seen[from] = true
+	return slices.ContainsFunc(next[from], func(l *Listener) bool { return !seen[l] && reaches(next, l, to, seen) })
+}
+
+// ownAddress is the address that this daemon listens on and a target leads to, if there is one.
+func (v *validator) ownAddress(node string, t Target) (bound, bool) {
 	for _, b := range v.bound[t.Port] {
 		var hit bool
 		switch t.Scheme {
@@ -450,10 +497,10 @@ func (v *validator) loopTo(node string, f *Forward) {
 			hit = strings.EqualFold(t.Host, node) && !b.ip.IsValid()
 		}
 		if hit {
-			v.warnf(f.At("to"), "forward %q is %q of %s itself: connections would go round in circles, unless another route takes them out", t, b.text, b.by)
-			return
+			return b, true
 		}
 	}
+	return bound{}, false
 }
 
 func (v *validator) limits(l *Limits) {
@@ -484,7 +531,7 @@ func (v *validator) control(c *Control) {
 	if c.Metrics == "" {
 		return
 	}
-	v.bind(c.Metrics, c.At("metrics"), "metrics")
+	v.bind(c.Metrics, c.At("metrics"), "metrics", nil)
 	if host, _, ip := cutPort(c.Metrics); host == "" && (!ip.IsValid() || ip.IsUnspecified()) {
 		v.warnf(c.At("metrics"), "metrics %q can be read from every network of this host, 127.0.0.1 only from here", c.Metrics)
 	}

@@ -178,7 +178,7 @@ func parseAuthURL(s string) (any, error) {
 	case err != nil:
 		return nil, fmt.Errorf("not a URL such as http://127.0.0.1:9091/verify")
 	case u.Host == "" && !strings.Contains(s, "://"):
-		return nil, fmt.Errorf("the scheme is missing, did you mean %q?", "http://"+s)
+		return nil, fmt.Errorf("the scheme is missing, did you mean %q?", masked("http://"+s))
 	case u.User != nil:
 		return nil, fmt.Errorf("it has a user or password in it")
 	case u.Fragment != "":

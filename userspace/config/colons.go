@@ -23,7 +23,7 @@ func (t *tree) joinColons(tokens token.Tokens) token.Tokens {
 			depth--
 		}
 		if depth > 0 && isPlain(tk) && strings.Contains(tk.Value, ": ") {
-			t.errorf(t.pos(tk), `%q has ": " in it: a ',' is missing, or quotes`, clip(tk.Value))
+			t.errorf(t.pos(tk), `": " in the middle of a value: a ',' is missing, or quotes`)
 			return nil
 		}
 		if depth < 1 || tk.Type != token.MappingValueType || t.endsKey(tk.Position) {
@@ -55,7 +55,7 @@ func (t *tree) joinColons(tokens token.Tokens) token.Tokens {
 			return nil
 		}
 		if text += after.Value; strings.Contains(text, ": ") {
-			t.errorf(t.pos(start), `%q has ": " in it: a ',' is missing, or quotes`, clip(text))
+			t.errorf(t.pos(start), `": " in the middle of a value: a ',' is missing, or quotes`)
 			return nil
 		}
 		joined = append(joined, token.String(text, text, start.Position))

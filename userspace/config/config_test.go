@@ -1,6 +1,7 @@
 package config
 
 import (
+	"encoding/base64"
 	"errors"
 	"flag"
 	"fmt"
@@ -587,5 +588,80 @@ func BenchmarkParse(b *testing.B) {
 		if _, err := Parse("f", data); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// TestSecrets puts secrets where they belong and where they don't, each with something wrong about them: no message may
+// show one, for logs and terminals are read by others.
+func TestSecrets(t *testing.T) {
+	const pem = `"-----BEGIN PRIVATE KEY-----\nhunter2MC4CAQAwBQYDK2VwBCIEIOG2\n-----END PRIVATE KEY-----"`
+	der := base64.StdEncoding.EncodeToString(append([]byte{0x30, 0x2e}, "hunter2hunter2hunter2hunter2hunter2hunter2"...))
+	lines := "|\n          " + der[:28] + "\n          " + der[28:]
+	route := func(s string) string {
+		return "listeners:\n  - listen: ':80'\n    mode: http\n    routes:\n      - { host: a.test, forward: 'b:1', " + s + " }\n"
+	}
+	acme := func(s string) string {
+		return "listeners:\n  - listen: ':443'\n    mode: https\n    default: { forward: 'b:1' }\n    certificates: [ { acme: { names: a.test, " + s + " } } ]\n"
+	}
+	files := func(s string) string {
+		return "listeners:\n  - listen: ':443'\n    mode: https\n    default: { forward: 'b:1' }\n    certificates:\n      - files:\n          cert: a\n          key: " + s + "\n"
+	}
+	for _, yaml := range []string{
+		acme(`eab: { key_id: a, mac_key: "hunter2/+" }`),
+		acme(`eab: { key_id: a, mac_key: "hunter2 !" }`),
+		acme(`eab: { key_id: a, mac_key: "hunter2\n" }`),
+		acme(`eab: { key_id: a, mac_key:hunter2 }`),
+		acme(`eab: { key_id: a, mac_kee:hunter2 }`),
+		acme(`eab: { key_id: a, mac_key: [hunter2] }`),
+		acme(`eab: { key_id: a, mac_key: { hunter2: hunter2 } }`),
+		acme(`eab: { key_id: a mac_key: hunter2 }`),
+		acme(`eab: { mac_key: hunter2 key_id: a }`),
+		acme(`eab: { key_id: a, mac_key: !hunter2 }`),
+		acme(`eab: { key_id: a, mac_key: &hunter2 }`),
+		acme(`eab: { key_id: a, mac_key: "hunter2 }`),
+		acme(`eab: { key_id: a, mac_key: @hunter2 }`),
+		acme(`eab: "hunter2"`),
+		acme(`directory: "https://me:hunter2@ca.test/dir"`),
+		acme(`directory: "http://hunter2:hunter2@ca.test/dir"`),
+		acme(`ca: ` + pem),
+		route(`basic_auth: { users: { me: hunter2 } }`),
+		route(`basic_auth: { users: { "me:hunter2": x } }`),
+		route(`basic_auth: { users: { me:hunter2 } }`),
+		route(`basic_auth: { users: "me:hunter2" }`),
+		route(`basic_auth: { users: ["me:hunter2"] }`),
+		route(`basic_auth: { users: { me: "hunter2\n" } }`),
+		route(`basic_auth: { "me:hunter2" }`),
+		route(`basic_auth: "me:hunter2"`),
+		route(`basic_auth: { users: { "me:hunter2\n": x } }`),
+		route(`"basic_auth:me:hunter2": x`),
+		route(`forward_auth: { address: "http://me:hunter2@auth.test/" }`),
+		route(`forward_auth: { address: "me:hunter2@auth.test/" }`),
+		route(`forward_auth: { address: "http://me:p@hunter2@auth.test/" }`),
+		route(`redirect: "https://me:hunter2@b.test/"`),
+		route(`request_headers: { set: { Authorization: "Bearer hunter2 " } }`),
+		route(`request_headers: { set: { Authorization: "Bearer hunter2\n" } }`),
+		route(`request_headers: { set: { Authorization: { Bearer: hunter2 } } }`),
+		route(`request_headers: { set: { "Authorization:hunter2": x } }`),
+		route(`request_headers: { set: { "Authorization: hunter2" } }`),
+		route(`headers: { X-Token: " hunter2" }`),
+		strings.Replace(route(`max_body: 1`), "'b:1'", `"http://me:hunter2@b.test:80/"`, 1),
+		strings.Replace(route(`max_body: 1`), "'b:1'", `"me:hunter2@b.test:80"`, 1),
+		strings.Replace(route(`max_body: 1`), "a.test", `"https://me:hunter2@a.test/"`, 1),
+		strings.Replace(route(`max_body: 1`), "a.test", `"me:hunter2@a.test/x"`, 1),
+		files(pem),
+		files(`"` + der + `"`),
+		files(lines),
+	} {
+		_, err := Parse("f.yaml", []byte(yaml))
+		if err == nil {
+			t.Errorf("accepted: %s", yaml)
+			continue
+		}
+		if text := err.Error(); strings.Contains(text, "hunter2") || strings.Contains(text, der[8:16]) || strings.Contains(text, der[36:44]) {
+			t.Errorf("the message shows a secret: %s\nof %s", text, yaml)
+		}
+	}
+	if _, err := Parse("f.yaml", []byte(route(`request_headers: { set: { Authorization: 4711 } }`))); err == nil || strings.Contains(err.Error(), "4711") {
+		t.Errorf("a header that is a number: %v", err)
 	}
 }

@@ -220,13 +220,13 @@ func (d *decoder) named(n *node, f *field, out reflect.Value, sec *Section) bool
 	out.Set(reflect.MakeMap(out.Type()))
 	for _, e := range n.entries {
 		if strings.ContainsFunc(e.key, unicode.IsControl) {
-			d.errorf(e.pos, "%s %q: there is a line break or another control character in it", f.key, clip(e.key))
+			d.errorf(e.pos, "%s %q: there is a line break or another control character in it", f.key, clipKey(e.key))
 			ok = false
 			continue
 		}
 		name, err := f.names.parse(e.key)
 		if err != nil {
-			d.errorf(e.pos, "%s %q: %v", f.key, clip(e.key), err)
+			d.errorf(e.pos, "%s %q: %v", f.key, clipKey(e.key), err)
 			ok = false
 			continue
 		}
@@ -338,18 +338,24 @@ func (d *decoder) scalar(n *node, f *field, out reflect.Value) bool {
 		d.wrongType(n, f)
 		return false
 	}
-	if strings.ContainsFunc(n.text, unicode.IsControl) {
-		d.errorf(n.pos, "%s %q: there is a line break or another control character in it", f.key, clip(n.text))
+	refuse := func(format string, args ...any) bool {
+		shown := f.key
+		if !f.kind.secret {
+			shown += fmt.Sprintf(" %q", clip(n.text))
+		}
+		d.errorf(n.pos, "%s: %s", shown, fmt.Sprintf(format, args...))
 		return false
+	}
+	control := strings.ContainsFunc(n.text, unicode.IsControl)
+	switch {
+	case control && f.kind == kinds["file"] && isKey(n.text):
+		return refuse("%v", errKey) // its lines are not what is wrong with it
+	case control:
+		return refuse("there is a line break or another control character in it")
 	}
 	v, err := f.parse(n)
-	if err != nil && f.kind.secret {
-		d.errorf(n.pos, "%s: %v", f.key, err)
-		return false
-	}
 	if err != nil {
-		d.errorf(n.pos, "%s %q: %v", f.key, clip(n.text), err)
-		return false
+		return refuse("%v", err)
 	}
 	set(out, v)
 	return true
@@ -419,13 +425,16 @@ func (f *field) want() string {
 func (d *decoder) wrongType(n *node, f *field) {
 	if f.kind != nil && f.kind.instead != nil && len(f.enum) == 0 && (n.kind == kindNumber || n.kind == kindBool) {
 		if s := f.kind.instead(n.text); s != "" {
+			if f.kind.secret {
+				s = "it in quotes"
+			}
 			d.errorf(n.pos, "%s must be %s, not %v: write %s", f.key, f.want(), n.kind, s)
 			return
 		}
 	}
 	help := ""
 	switch {
-	case f.kind != nil && n.kind == kindMapping && len(n.entries) == 1 && n.entries[0].value.kind == kindText:
+	case f.kind != nil && !f.kind.secret && n.kind == kindMapping && len(n.entries) == 1 && n.entries[0].value.kind == kindText:
 		// "- tag: edge" where "- tag:edge" was meant.
 		e := n.entries[0]
 		if _, err := f.kind.parse(e.key + ":" + e.value.text); err == nil {
@@ -454,11 +463,15 @@ func (d *decoder) unknownKey(e entry, sec *Section, fields []field, noun string)
 			free = append(free, k)
 		}
 	}
-	key := clip(e.key)
+	key := clipKey(e.key)
 	// {reject:true} is, in YAML, a key without a value.
-	if k, _, found := strings.Cut(e.key, ":"); found && slices.Contains(keysOf(fields), k) {
+	k, _, found := strings.Cut(e.key, ":")
+	if i := slices.IndexFunc(fields, func(f field) bool { return f.key == k }); found && i >= 0 {
 		if !sec.has(k) {
 			sec.places = append(sec.places, place{key: k, index: -1, pos: e.pos, keyPos: e.pos, unclear: true})
+		}
+		if kind := fields[i].kind; kind != nil && !kind.secret {
+			key = clip(e.key)
 		}
 		d.errorf(e.pos, "unknown key %q in %s: a space is missing behind %q", key, noun, k+":")
 		return
@@ -482,6 +495,14 @@ func (d *decoder) unknownKey(e entry, sec *Section, fields []field, noun string)
 	default:
 		d.errorf(e.pos, "unknown key %q in %s, its keys are %s", key, noun, strings.Join(keysOf(fields), ", "))
 	}
+}
+
+// clipKey is clip for a key. What stands behind a colon in it was meant as a value, which may be a secret.
+func clipKey(s string) string {
+	if key, value, ok := strings.Cut(s, ":"); ok && value != "" {
+		s = key + ":..."
+	}
+	return clip(s)
 }
 
 // synonyms maps what other software calls things to what they are called here.

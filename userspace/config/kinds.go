@@ -2,6 +2,7 @@ package config
 
 import (
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"net/netip"
 	"net/url"
@@ -22,7 +23,7 @@ type kind struct {
 	parse func(text string) (any, error)
 	// instead, if set, says what to write instead of a bare number or true or false; "" is no idea.
 	instead func(text string) string
-	secret  bool // messages don't show it
+	secret  bool // messages don't show it: a password's hash, a key, a header that may be a token
 	// schema has the JSON schema's keywords. It may allow more than parse, never less.
 	schema map[string]any
 }
@@ -96,7 +97,7 @@ var kinds = map[string]*kind{
 		},
 	},
 	"mac": {
-		noun: "a MAC key in base64url", kinds: onlyText, parse: parseMAC, schema: text(`^[A-Za-z0-9_-]+$`),
+		noun: "a MAC key in base64url", kinds: onlyText, secret: true, parse: parseMAC, schema: text(`^[A-Za-z0-9_-]+$`),
 	},
 	"label": {
 		noun: "a name of letters, digits, '.', '_' and '-'", kinds: onlyText, instead: quoted, parse: parseLabel,
@@ -132,7 +133,7 @@ var kinds = map[string]*kind{
 		noun: "a header's name such as X-Api", kinds: onlyText, instead: quoted, parse: parseHeader, schema: text(`^[A-Za-z0-9-]+$`),
 	},
 	"header_value": {
-		noun: "a header's value", kinds: onlyText, instead: quoted, parse: parseHeaderValue, schema: text(""),
+		noun: "a header's value", kinds: onlyText, secret: true, instead: quoted, parse: parseHeaderValue, schema: text(""),
 	},
 	"server_name": {
 		noun: "a name such as example.org", kinds: onlyText, parse: parseServerName, schema: text(`^[A-Za-z0-9._:-]+$`),
@@ -374,12 +375,14 @@ func parsePeer(s string) (any, error) {
 // tag is Tailscale's rule for the name of a tag.
 var tag = regexp.MustCompile(`^[a-zA-Z][a-zA-Z0-9-]*$`)
 
+var errKey = errors.New("it names a file, and is not the PEM text itself")
+
 func parseFile(s string) (any, error) {
 	if strings.TrimSpace(s) == "" {
 		return nil, fmt.Errorf("must not be empty")
 	}
-	if strings.HasPrefix(s, "-----BEGIN") {
-		return nil, fmt.Errorf("it names a file, and is not the PEM text itself")
+	if isKey(s) {
+		return nil, errKey
 	}
 	if strings.HasPrefix(s, "~") {
 		return nil, fmt.Errorf("~ is the shell's, write the whole path")

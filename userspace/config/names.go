@@ -38,7 +38,7 @@ func checkPattern(s string) (string, error) {
 // adviceError says what to write in the place of a name.
 type adviceError struct{ text, instead string }
 
-func (e *adviceError) Error() string { return e.text + strconv.Quote(e.instead) }
+func (e *adviceError) Error() string { return e.text + strconv.Quote(masked(e.instead)) }
 
 // within puts what stood around a name back into the advice of its error, if it has any.
 func within(before string, err error, after string) error {

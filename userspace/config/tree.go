@@ -1,6 +1,7 @@
 package config
 
 import (
+	"encoding/base64"
 	"fmt"
 	"regexp"
 	"strings"
@@ -149,14 +150,14 @@ func (t *tree) plain(tokens token.Tokens) bool {
 			t.errorf(t.pos(tk), "anchors (&name) are not supported: write the value at each place that needs it")
 		case token.AliasType:
 			if i+1 < len(tokens) && strings.HasPrefix(tokens[i+1].Value, ".") {
-				t.errorf(t.pos(tk), `a wildcard needs quotes: "*%s"`, tokens[i+1].Value)
+				t.errorf(t.pos(tk), `a wildcard needs quotes: "*%s"`, clip(tokens[i+1].Value))
 			} else {
 				t.errorf(t.pos(tk), "aliases (*name) are not supported: write the value at each place that needs it; text that begins with * needs quotes")
 			}
 		case token.MergeKeyType:
 			t.errorf(t.pos(tk), "merge keys (<<) are not supported: write the keys at each place that needs them")
 		case token.TagType:
-			t.errorf(t.pos(tk), "tags (%s) are not supported: text that begins with ! needs quotes", clip(tk.Value))
+			t.errorf(t.pos(tk), "tags (!name) are not supported: text that begins with ! needs quotes")
 		case token.MappingKeyType:
 			t.errorf(t.pos(tk), "? keys are not supported: write key: value")
 		case token.DirectiveType:
@@ -397,12 +398,41 @@ func (t *tree) mapping(values []*ast.MappingValueNode, flow bool, start *token.T
 	return m
 }
 
-// clip keeps what messages quote from the file short and on one line.
+// clip keeps what messages quote from the file short and on one line, and secrets out of it.
 func clip(s string) string {
 	const most = 80
+	s = masked(s)
 	s = strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' }), " ")
 	if utf8.RuneCountInString(s) > most {
 		return string([]rune(s)[:most]) + "..."
 	}
 	return s
+}
+
+// masked leaves out what could be a secret, wherever it stands: a private key, the hash of a password, and the user and
+// password of a URL.
+func masked(s string) string {
+	if isKey(s) {
+		return "..."
+	}
+	if i := strings.Index(s, "$2"); i >= 0 {
+		s = s[:i] + "$2..."
+	}
+	_, rest, ok := strings.Cut(s, "://")
+	if !ok {
+		rest = s
+	}
+	if at := strings.LastIndexByte(rest, '@'); at >= 0 && strings.Contains(rest[:at], ":") {
+		s = s[:len(s)-len(rest)] + "..." + rest[at:]
+	}
+	return s
+}
+
+// isKey says whether text is a key or a certificate itself, in PEM or the base64 in it.
+func isKey(s string) bool {
+	if strings.Contains(s, "-----BEGIN") {
+		return true
+	}
+	der, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(s), ""))
+	return err == nil && len(der) > 32 && der[0] == 0x30 // an ASN.1 SEQUENCE
 }

@@ -53,9 +53,12 @@ what it could not see. The exit status is 0 whatever it finds.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r := report{Machine: append(loader.Probe(), findTransparent()), SelfTest: loader.SelfTest(loader.Options{Local: true}), Services: services(cmd.Context(), control)}
 			if asJSON {
-				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc := json.NewEncoder(terminal{cmd.OutOrStdout()})
 				enc.SetIndent("", "  ")
 				return enc.Encode(r)
+			}
+			if err := printable(&r); err != nil {
+				return err
 			}
 			printReport(cmd.OutOrStdout(), r)
 			return nil

@@ -39,10 +39,10 @@ func execute(args []string) int {
 	case err == nil:
 		return 0
 	case errors.As(err, &usage):
-		fmt.Fprintf(os.Stderr, "tailsplice: %v\n%s --help shows how it is used\n", err, cmd.CommandPath())
+		fmt.Fprintf(terminal{os.Stderr}, "tailsplice: %v\n%s --help shows how it is used\n", err, cmd.CommandPath())
 		return 2
 	case !errors.Is(err, errSilent):
-		fmt.Fprintf(os.Stderr, "tailsplice: %v\n", err)
+		fmt.Fprintf(terminal{os.Stderr}, "tailsplice: %v\n", err)
 	}
 	return 1
 }

@@ -75,11 +75,14 @@ func ask(cmd *cobra.Command, control, noun string, asJSON bool, v any, people fu
 		if err := (admin.Client{Socket: control}).Get(ctx, noun, &raw); err != nil {
 			return err
 		}
-		enc := json.NewEncoder(cmd.OutOrStdout())
+		enc := json.NewEncoder(terminal{cmd.OutOrStdout()})
 		enc.SetIndent("", "  ")
 		return errors.Join(enc.Encode(raw), json.Unmarshal(raw, v))
 	}
 	if err := (admin.Client{Socket: control}).Get(ctx, noun, v); err != nil {
+		return err
+	}
+	if err := printable(v); err != nil {
 		return err
 	}
 	people(cmd.OutOrStdout())
@@ -237,7 +240,7 @@ wrong is printed, and the exit status is 1.`,
 			ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
 			defer cancel()
 			notes, err := admin.Client{Socket: control}.Reload(ctx)
-			fmt.Fprint(cmd.ErrOrStderr(), notes)
+			fmt.Fprint(terminal{cmd.ErrOrStderr()}, notes)
 			return err
 		},
 	}

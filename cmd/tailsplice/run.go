@@ -229,9 +229,9 @@ func newLogger(o runOptions) (*slog.Logger, *logwriter.Writer, error) {
 	logger := func(w io.Writer) *slog.Logger {
 		ho := &slog.HandlerOptions{Level: level}
 		if text {
-			return slog.New(slog.NewTextHandler(w, ho))
+			return slog.New(slog.NewTextHandler(terminal{w}, ho))
 		}
-		return slog.New(slog.NewJSONHandler(w, ho))
+		return slog.New(slog.NewJSONHandler(terminal{w}, ho))
 	}
 	w := logwriter.New(os.Stderr, func(w io.Writer, lines int) {
 		logger(w).Error("lines of the log are missing here, their reader did not keep up; see that what reads standard error runs", "lines", lines)

@@ -45,7 +45,7 @@ anew; elsewhere each look is printed below the last. ^C ends it.`,
 			screen := term.IsTerminal(int(os.Stdout.Fd()))
 			switch {
 			case asJSON:
-				show = func(w io.Writer, t topLook, _ int) error { return json.NewEncoder(w).Encode(t) }
+				show = func(w io.Writer, t topLook, _ int) error { return json.NewEncoder(terminal{w}).Encode(t) }
 			case screen:
 				show = redraw
 			}
@@ -53,6 +53,11 @@ anew; elsewhere each look is printed below the last. ^C ends it.`,
 				lines := 0 // all
 				if _, height, err := term.GetSize(int(os.Stdout.Fd())); screen && err == nil {
 					lines = max(height-3, 1)
+				}
+				if !asJSON {
+					if err := printable(&t); err != nil {
+						return err
+					}
 				}
 				return show(cmd.OutOrStdout(), t, lines)
 			})

@@ -64,12 +64,15 @@ answers, else 1.`,
 					return err
 				}
 				if asJSON {
-					enc := json.NewEncoder(cmd.OutOrStdout())
+					enc := json.NewEncoder(terminal{cmd.OutOrStdout()})
 					enc.SetIndent("", "  ")
 					if err := enc.Encode(t); err != nil {
 						return err
 					}
 				} else {
+					if err := printable(&t); err != nil {
+						return err
+					}
 					people(cmd.OutOrStdout())
 				}
 			} else if err := ask(cmd, control, "trace?"+q.Values().Encode(), asJSON, &t, people); err != nil {

@@ -81,8 +81,12 @@ type Manager struct {
 	cache      func() *certmagic.Cache // keeps OCSP staples fresh; made when first needed
 	stopCache  func()
 	challenges challenges
-	budget     budget // of on-demand names
+	budget     budget // of on-demand names without a certificate
+	renewals   budget // of on-demand names with one
 	slots      chan struct{}
+
+	demandSlots chan struct{}
+	demandNames int
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -112,7 +116,8 @@ const never = 365 * 24 * time.Hour
 
 // New makes a Manager without names. What it logs tells what to do.
 func New(log *slog.Logger) *Manager {
-	m := &Manager{log: log, zap: newZap(log), slots: make(chan struct{}, atOnce), dynamic: map[string]*site{}, budget: newBudget()}
+	m := &Manager{log: log, zap: newZap(log), slots: make(chan struct{}, atOnce), demandSlots: make(chan struct{}, demandAtOnce),
+		dynamic: map[string]*site{}, demandNames: demandNames, budget: newBudget(), renewals: newBudget()}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.table.Store(&table{})
 	var made *certmagic.Cache

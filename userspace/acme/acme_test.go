@@ -8,10 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -403,6 +405,114 @@ func TestOnDemandFlood(t *testing.T) {
 	defer h.m.mu.Unlock()
 	if n := len(h.m.dynamic); n != demandBurst {
 		t.Errorf("%d names are ordered: want %d", n, demandBurst)
+	}
+}
+
+// TestOnDemandRetries: an attempt that is made again costs a token as the first one does.
+func TestOnDemandRetries(t *testing.T) {
+	t.Parallel()
+	began := time.Now()
+	h := newHost(t)
+	h.m.demandSlots = make(chan struct{}, demandBurst) // so that it does not take so long
+	s := Section{OnDemand: []string{"*.example.org"}, CAs: []CA{{Directory: fmt.Sprintf("https://127.0.0.1:%d/dir", freePort(t))}}, Storage: storageDir(t)}
+	h.apply(s)
+	var all sync.WaitGroup
+	for i := range demandBurst {
+		all.Go(func() { h.get(fmt.Sprintf("n%d.example.org", i), nil) })
+	}
+	all.Wait()
+	settled := func() error {
+		h.m.mu.Lock()
+		defer h.m.mu.Unlock()
+		for _, s := range h.m.dynamic {
+			s.mu.Lock()
+			waits := !s.trying && len(s.kick) == 0 && time.Now().Before(s.nextTry)
+			s.mu.Unlock()
+			if !waits {
+				return fmt.Errorf("%s: an attempt is due", s.name)
+			}
+		}
+		return nil
+	}
+	for i := range 3 { // somebody changes the settings: all are tried anew
+		eventually(t, "all attempts have ended", settled)
+		s.Email = fmt.Sprintf("me%d@example.org", i)
+		h.apply(s)
+	}
+	eventually(t, "all attempts have ended", settled)
+	if n, most := strings.Count(h.log.String(), "ordering a certificate"), demandBurst+int(time.Since(began)/demandInterval); n > most {
+		t.Errorf("%d attempts: want %d at most", n, most)
+	}
+}
+
+// TestOnDemandSlots: a configured name does not wait for on-demand names, and the other way round.
+func TestOnDemandSlots(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	a := newAuthority(t, h, acmetest.Config{})
+	for range cap(h.m.demandSlots) { // those are all busy, for ever
+		h.m.demandSlots <- struct{}{}
+	}
+	h.apply(Section{Names: []string{"a.example.org"}, CAs: []CA{a.ca()}, Storage: storageDir(t)})
+	h.wait("a.example.org", a.pool())
+}
+
+// TestOnDemandNames: of more names than are looked after, the one goes that nobody has asked for longest.
+func TestOnDemandNames(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.m.demandNames = 3
+	h.apply(Section{OnDemand: []string{"*.example.org"}, CAs: []CA{{Directory: fmt.Sprintf("https://127.0.0.1:%d/dir", freePort(t))}}, Storage: storageDir(t)})
+	for i := range 6 {
+		h.get(fmt.Sprintf("n%d.example.org", i), nil)
+		h.m.mu.Lock()
+		h.m.dynamic[fmt.Sprintf("n%d.example.org", i)].asked.Store(int64(i))
+		h.m.mu.Unlock()
+	}
+	h.m.mu.Lock()
+	defer h.m.mu.Unlock()
+	if got := slices.Sorted(maps.Keys(h.m.dynamic)); !slices.Equal(got, []string{"n3.example.org", "n4.example.org", "n5.example.org"}) {
+		t.Errorf("looked after: %v", got)
+	}
+}
+
+// TestOnDemandExpired: a name whose certificate in storage has expired costs a token, and its handshake waits for the new
+// one.
+func TestOnDemandExpired(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	const validity = 8 * time.Second
+	a := newAuthority(t, h, acmetest.Config{Validity: validity})
+	s := Section{OnDemand: []string{"*.example.org"}, CAs: []CA{a.ca()}, Storage: storageDir(t)}
+	h.apply(s)
+	eventually(t, "a certificate", func() error {
+		_, err := h.get("a.example.org", nil)
+		return err
+	})
+	h.m.Close() // it renews no more
+	time.Sleep(time.Until(h.m.dynamic["a.example.org"].cert.Load().Leaf.NotAfter) + time.Second)
+
+	poor := newHost(t)
+	poor.m.budget.take(time.Now())
+	poor.m.budget.tokens = 0
+	poor.apply(s)
+	if c, err := poor.get("a.example.org", nil); err == nil {
+		t.Errorf("without a token: served a certificate until %v", c.NotAfter)
+	}
+	poor.m.Close()
+
+	h.restart()
+	h.apply(s)
+	began := time.Now()
+	c, err := h.get("a.example.org", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !c.NotAfter.After(began) && time.Since(began) < demandWait {
+		t.Errorf("at %v served a certificate until %v", began, c.NotAfter)
+	}
+	if left := h.m.budget.tokens; left > demandBurst-1 {
+		t.Errorf("%v tokens are left: want one less than %d", left, demandBurst)
 	}
 }
 

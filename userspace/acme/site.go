@@ -24,9 +24,9 @@ type site struct {
 	asked    atomic.Int64 // when a client last asked for it, Unix seconds; on demand only
 
 	kick    chan struct{} // try now
-	tried   chan struct{} // closed when the first attempt has ended
 	cancel  context.CancelFunc
 	running bool // guarded by Manager.mu
+	paid    bool // the token of the first attempt was taken; belongs to run once it is started
 
 	stapling atomic.Bool
 
@@ -35,6 +35,7 @@ type site struct {
 	suggested time.Time  // when its authority wants it renewed; zero if it doesn't say
 	askAt     time.Time  // when to ask it (again)
 	trying    bool
+	tried     chan struct{} // closed when the attempt has ended that is made now, or next
 	failures  int
 	lastTry   time.Time
 	nextTry   time.Time // not before this
@@ -95,7 +96,6 @@ const lookEvery = time.Hour
 
 // run looks after the site until ctx ends.
 func (s *site) run(ctx context.Context) {
-	first := true
 	for {
 		s.adopt()
 		s.ask(ctx)
@@ -116,15 +116,18 @@ func (s *site) run(ctx context.Context) {
 		if s.forgotten() {
 			return
 		}
-		err := s.attempt(ctx)
-		if first {
-			first = false
-			close(s.tried)
+		if !s.mayAttempt(time.Now()) {
+			s.postpone()
+		} else if err := s.attempt(ctx); ctx.Err() == nil {
+			s.ended(err)
 		}
+		s.mu.Lock()
+		close(s.tried)
+		s.tried = make(chan struct{})
+		s.mu.Unlock()
 		if ctx.Err() != nil {
 			return
 		}
-		s.ended(err)
 	}
 }
 
@@ -293,12 +296,16 @@ func attemptOf(ctx context.Context) *attempt {
 
 // attempt tries once to get a certificate.
 func (s *site) attempt(ctx context.Context) error {
+	slots := s.m.slots
+	if s.onDemand.Load() {
+		slots = s.m.demandSlots
+	}
 	select {
-	case s.m.slots <- struct{}{}:
+	case slots <- struct{}{}:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	defer func() { <-s.m.slots }()
+	defer func() { <-slots }()
 	p := s.policy.Load()
 	a := &attempt{}
 	s.mu.Lock()

@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -28,10 +29,12 @@ const (
 	// offlineGrace is how long after a node was last seen it still gets the
 	// whole timeout: it may be moving from one network to another.
 	offlineGrace = time.Minute
-	// fallbackDelay is how long the first address is tried alone before the
-	// second is tried beside it. RFC 8305 says 250 ms for browsers; here the
-	// same path is usual for both, and two connections cost the upstream.
-	fallbackDelay = time.Second
+	// fallbackDelay is how long an address is waited for before the next is tried
+	// beside it, as RFC 8305 section 8 recommends.
+	fallbackDelay = 250 * time.Millisecond
+	// tailnetDelay is the same for nodes of the tailnet: both of a node's
+	// addresses take one path, and a tunnel may have to be set up first.
+	tailnetDelay = time.Second
 	// retryDelay is the pause before a quick failure is tried again.
 	retryDelay = 250 * time.Millisecond
 	// quick is what counts as a quick failure.
@@ -105,6 +108,7 @@ type Dialer struct {
 	Container Resolver      // for docker targets; nil refuses them
 	Timeout   time.Duration // for all of it, names and retries included; 0 is DefaultTimeout
 	DNS       *net.Resolver // for host names; nil is the system's
+	Past      *Past         // what is learnt about addresses; nil remembers nothing
 
 	// From, if not nil, readies a dialer for an attempt to connect to an address:
 	// it may give the connection an address of its own.
@@ -112,14 +116,15 @@ type Dialer struct {
 }
 
 // Dial connects to t, which the caller then owns: a *net.TCPConn or, for a unix
-// target, a *net.UnixConn. Of several addresses those of prefer's family come
-// first (that of the downstream; an invalid prefer has none).
+// target, a *net.UnixConn.
 //
-// At most two addresses are tried: the second when the first fails, or beside
-// it when that takes more than a second. If there is only one, or both were
-// refused at once, the name is resolved anew and tried once more, for the
-// upstream may just be restarting. Every error is an [*Error]; one whose Reason
-// is [Canceled] says that ctx ended and nothing about the target.
+// All addresses of the target are tried: the next as soon as one fails, or
+// beside those that are slow to answer. First come those on networks of this
+// host, and of equals those of prefer's family (that of the downstream; an
+// invalid prefer has none); last come those that failed lately. If that was
+// quick and none answered, the name is resolved anew and tried once more, for
+// the upstream may just be restarting. Every error is an [*Error]; one whose
+// Reason is [Canceled] says that ctx ended and nothing about the target.
 func (d *Dialer) Dial(ctx context.Context, t Target, prefer netip.Addr) (net.Conn, error) {
 	began := time.Now()
 	call, cancel := context.WithTimeout(ctx, cmp.Or(d.Timeout, DefaultTimeout))
@@ -150,7 +155,7 @@ func (d *Dialer) resolver(t Target) Resolver {
 	return nil
 }
 
-// once resolves t and tries one or two of its addresses.
+// once resolves t and tries its addresses.
 func (d *Dialer) once(ctx context.Context, t Target, prefer netip.Addr, fresh bool) (net.Conn, *failure) {
 	if t.Scheme == Unix {
 		nd := dialer()
@@ -170,9 +175,7 @@ func (d *Dialer) once(ctx context.Context, t Target, prefer netip.Addr, fresh bo
 		ctx, cancel = context.WithTimeout(ctx, offlineTimeout)
 		defer cancel()
 	}
-	addrs = choose(addrs, prefer)
-	check, _ := d.resolver(t).(PathChecker)
-	return d.race(ctx, addrs, t.Port, check)
+	return d.race(ctx, t, d.Past.order(addrs, t.Port, prefer))
 }
 
 // longOffline reports whether t's machine went offline more than a moment ago.
@@ -215,81 +218,72 @@ func (d *Dialer) lookup(ctx context.Context, t Target, fresh bool) ([]netip.Addr
 
 func (d *Dialer) dns() *net.Resolver { return cmp.Or(d.DNS, net.DefaultResolver) }
 
-// choose returns the two addresses to try: the first of prefer's family (of the
-// first address's, if prefer is invalid) and the first of the other, or the
-// first two if all are of one family.
-func choose(addrs []netip.Addr, prefer netip.Addr) []netip.Addr {
-	if prefer = prefer.Unmap(); !prefer.IsValid() {
-		prefer = addrs[0]
-	}
-	var same, other []netip.Addr
-	for _, a := range addrs {
-		if a.Is4() == prefer.Is4() {
-			same = append(same, a)
-		} else {
-			other = append(other, a)
-		}
-	}
-	if len(same) == 0 || len(other) == 0 {
-		return addrs[:min(2, len(addrs))]
-	}
-	return []netip.Addr{same[0], other[0]}
-}
-
-// race connects to the first of addrs, and to the second if that fails or takes
-// long. The first connection made is it.
-func (d *Dialer) race(ctx context.Context, addrs []netip.Addr, port uint16, check PathChecker) (net.Conn, *failure) {
+// race connects to addrs, one after the other and beside those that take long.
+// The first connection made is it.
+func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Conn, *failure) {
+	check, _ := d.resolver(t).(PathChecker)
 	if len(addrs) == 1 {
-		r := d.connect(ctx, addrs[0], port, check)
+		r := d.connect(ctx, addrs[0], t.Port, check)
 		return r.conn, r.fail
 	}
-	ctx, cancel := context.WithCancel(ctx) // ends the loser
+	ctx, cancel := context.WithCancel(ctx) // ends the losers
 	defer cancel()
-	results := make(chan result, len(addrs))
-	try := func(a netip.Addr) { results <- d.connect(ctx, a, port, check) }
-	go try(addrs[0])
-	started, ended := 1, 0
-	var first *failure
-	again := true
-	fallback := time.NewTimer(fallbackDelay)
+	delay := fallbackDelay
+	if t.Scheme == Tailnet {
+		delay = tailnetDelay
+	}
+	fallback := time.NewTimer(delay)
 	defer fallback.Stop()
+	results := make(chan result, len(addrs))
+	var waiting []netip.AddrPort // attempts under way, the oldest first
+	var telling *failure
+	again := false
 	for {
+		switch {
+		case len(addrs) > 0 && (ctx.Err() == nil || telling == nil):
+			a := addrs[0]
+			addrs, waiting = addrs[1:], append(waiting, netip.AddrPortFrom(a, t.Port))
+			go func() { results <- d.connect(ctx, a, t.Port, check) }()
+			fallback.Reset(delay)
+		case len(waiting) == 0:
+			telling.again = again
+			return nil, telling
+		}
 		select {
 		case <-fallback.C:
 		case r := <-results:
-			ended++
+			i := slices.Index(waiting, r.to)
 			if r.fail == nil {
-				if started > ended {
-					go closeLate(results)
+				for _, slower := range waiting[:i] {
+					d.Past.noteFailed(slower, Timeout)
 				}
+				d.Past.noteWorked(r.to)
+				go closeLate(results, len(waiting)-1)
 				return r.conn, nil
 			}
-			again = again && r.fail.again
-			if first == nil || first.lesser(r.fail) {
-				first = r.fail
+			waiting = slices.Delete(waiting, i, i+1)
+			d.Past.noteFailed(r.to, reasonOf(r.fail.err))
+			again = again || r.fail.again
+			if telling == nil || telling.lesser(r.fail) {
+				telling = r.fail
 			}
-		}
-		switch {
-		case started < len(addrs) && ctx.Err() == nil:
-			go try(addrs[started])
-			started++
-		case ended == started:
-			first.again = again
-			return nil, first
 		}
 	}
 }
 
 // result is what came of one address.
 type result struct {
+	to   netip.AddrPort
 	conn net.Conn
 	fail *failure
 }
 
-// closeLate closes the connection of the slower attempt, if it still came to be.
-func closeLate(results <-chan result) {
-	if r := <-results; r.conn != nil {
-		r.conn.Close()
+// closeLate closes the connections of the n slower attempts, if they still came to be.
+func closeLate(results <-chan result, n int) {
+	for range n {
+		if r := <-results; r.conn != nil {
+			r.conn.Close()
+		}
 	}
 }
 
@@ -302,7 +296,7 @@ func (d *Dialer) connect(ctx context.Context, addr netip.Addr, port uint16, chec
 	}
 	c, err := nd.DialContext(ctx, "tcp", to.String()) // DialTCP would bind a port for it first
 	if err != nil {
-		return result{fail: &failure{err: err, addr: to.String(), again: quickKind(err)}}
+		return result{to: to, fail: &failure{err: err, addr: to.String(), again: quickKind(err)}}
 	}
 	if c.LocalAddr().String() == c.RemoteAddr().String() { // [net.Dialer] looks only thrice, and not at all where its own port was given
 		c.(*net.TCPConn).SetLinger(0)
@@ -312,10 +306,10 @@ func (d *Dialer) connect(ctx context.Context, addr netip.Addr, port uint16, chec
 	if check != nil {
 		if err := check.CheckPath(addrOf(c.LocalAddr()), addr); err != nil {
 			c.Close()
-			return result{fail: &failure{err: err, addr: to.String()}}
+			return result{to: to, fail: &failure{err: err, addr: to.String()}}
 		}
 	}
-	return result{conn: c}
+	return result{to: to, conn: c}
 }
 
 func dialer() net.Dialer {

@@ -131,8 +131,9 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.containers = container.New("", opts.Log)
 	f.acme = acme.New(opts.Log)
 	f.containers.FollowLabels(config.LabelPrefix, f.lookAtLabels)
-	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers}
-	f.labelDialer = &dial.Dialer{Container: f.containers.Now()}
+	past := new(dial.Past)
+	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers, Past: past}
+	f.labelDialer = &dial.Dialer{Container: f.containers.Now(), Past: past}
 	f.limiter, f.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt) // set by apply
 	f.metrics.WatchRequests(f.requests.Total)
 	f.heldBy = limit.NewRequests(heldMost, heldPerSource)

@@ -1,0 +1,133 @@
+package dial
+
+import (
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	// refusedFor is how long an address that refused a connection is tried after the others: its service may just be
+	// starting, and a refusal costs one round trip.
+	refusedFor = 10 * time.Second
+	// silentFor is the same for an address that did not answer, which costs [fallbackDelay] each time.
+	silentFor = 5 * time.Minute
+	// networksFor is how long the list of this host's networks is good. Only the order of addresses depends on it.
+	networksFor = 5 * time.Second
+)
+
+// Past is what dialers have learnt about addresses. Its zero value knows nothing; several dialers may share one, from
+// any goroutine.
+type Past struct {
+	mu       sync.Mutex
+	bad      map[netip.AddrPort]time.Time // until when others are tried before it
+	networks []netip.Prefix
+	listed   time.Time // when networks was
+}
+
+// noteFailed remembers that a connection to an address failed for that reason.
+func (p *Past) noteFailed(to netip.AddrPort, why Reason) {
+	if p == nil {
+		return
+	}
+	lasts := silentFor
+	switch why {
+	case Refused:
+		lasts = refusedFor
+	case Timeout, Unreachable:
+	default:
+		return // it says nothing about the address
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.bad == nil {
+		p.bad = map[netip.AddrPort]time.Time{}
+	}
+	now := time.Now()
+	maps.DeleteFunc(p.bad, func(_ netip.AddrPort, until time.Time) bool { return now.After(until) })
+	p.bad[to] = now.Add(lasts)
+}
+
+// noteWorked forgets that an address failed.
+func (p *Past) noteWorked(to netip.AddrPort) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.bad, to)
+}
+
+// order returns addrs in the order in which to try them. Those that failed lately come last, and of the others those on
+// a network of this host first: a container may also be on networks that lead nowhere from here. Among equals the
+// families take turns, prefer's first (the first address's, if prefer is invalid).
+func (p *Past) order(addrs []netip.Addr, port uint16, prefer netip.Addr) []netip.Addr {
+	if len(addrs) == 1 {
+		return addrs
+	}
+	if p == nil {
+		p = new(Past)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	if now.Sub(p.listed) > networksFor {
+		p.networks, p.listed = localNetworks(), now
+	}
+	const near, far, bad = 0, 1, 2
+	var classes [3][]netip.Addr
+	for _, a := range addrs {
+		class := far
+		switch {
+		case now.Before(p.bad[netip.AddrPortFrom(a, port)]):
+			class = bad
+		case slices.ContainsFunc(p.networks, func(n netip.Prefix) bool { return n.Contains(a) }):
+			class = near
+		}
+		classes[class] = append(classes[class], a)
+	}
+	if prefer = prefer.Unmap(); !prefer.IsValid() {
+		prefer = addrs[0]
+	}
+	var out []netip.Addr
+	for _, class := range classes {
+		out = append(out, alternate(class, prefer.Is4())...)
+	}
+	return out
+}
+
+// alternate sorts addrs so that the families take turns, IPv4 first if v4First.
+func alternate(addrs []netip.Addr, v4First bool) []netip.Addr {
+	var same, other []netip.Addr
+	for _, a := range addrs {
+		if a.Is4() == v4First {
+			same = append(same, a)
+		} else {
+			other = append(other, a)
+		}
+	}
+	var out []netip.Addr
+	for len(same) > 0 || len(other) > 0 {
+		for _, family := range []*[]netip.Addr{&same, &other} {
+			if len(*family) > 0 {
+				out, *family = append(out, (*family)[0]), (*family)[1:]
+			}
+		}
+	}
+	return out
+}
+
+// localNetworks lists the networks that this host has an address in, none where they can't be seen.
+func localNetworks() []netip.Prefix {
+	addrs, _ := net.InterfaceAddrs()
+	var out []netip.Prefix
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil {
+			out = append(out, p.Masked())
+		}
+	}
+	return out
+}

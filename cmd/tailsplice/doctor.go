@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -76,7 +77,8 @@ func services(ctx context.Context, control string) []loader.Finding {
 		findTailscaled(ctx),
 		ask1(ctx, "docker", "only needed for docker:// targets", func(ctx context.Context) (string, error) {
 			c := container.New("", slog.New(slog.DiscardHandler))
-			return "answers at " + c.Host(), c.Ping(ctx)
+			err := c.Ping(ctx)
+			return "answers at " + c.Host(), cmp.Or(err, c.Problem())
 		}),
 		ask1(ctx, "daemon", "start it with `tailsplice run`, or name its socket with --control", func(ctx context.Context) (string, error) {
 			var s front.Status

@@ -13,14 +13,20 @@
 // One list of all containers is kept. While [Client.Run] follows the daemon's
 // events it has no age, and an event makes the next answer wait for a new list:
 // addresses are reused, so an old one may be another container's. Without the
-// events a list is used for half a second. A daemon that went away leaves its
-// last list in use for [staleFor], for containers outlive it (live-restore, a
-// crash, an upgrade), and nobody else gives their addresses away.
+// events a list is used for half a second. A daemon that answers, but not with
+// its list, leaves the last one in use. A daemon that went away leaves it in
+// use for [staleFor], for containers outlive it (live-restore, a crash, an
+// upgrade), and nobody else gives their addresses away.
+//
+// A filter in front of the daemon's socket must let /_ping, /containers and
+// /events through. Without /events the list is asked for every few seconds,
+// without /info it is taken for granted that this host reaches the containers.
 package container
 
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -42,8 +48,18 @@ const (
 	freshFor = 500 * time.Millisecond
 	// staleFor is how long the last list of a daemon that went away is good.
 	staleFor = 30 * time.Second
-	// askTimeout bounds one request.
+	// askTimeout bounds one request, but for the list and the setup: it bounds
+	// how long is waited for them.
 	askTimeout = 3 * time.Second
+	// listTimeout bounds the request for the list.
+	listTimeout = 10 * time.Second
+	// setupTimeout bounds the request for the daemon's setup, which takes it
+	// seconds on some machines.
+	setupTimeout = 30 * time.Second
+	// setupWait is how long after that request was sent answers wait for it.
+	setupWait = 250 * time.Millisecond
+	// setupAgain is when it is sent again after it failed.
+	setupAgain = time.Minute
 	// restartWait is how long Resolve waits for a container that stopped just
 	// now, or that Docker is restarting.
 	restartWait = 3 * time.Second
@@ -62,15 +78,24 @@ type Client struct {
 	labelsChanged func()
 
 	mu      sync.Mutex
-	api     *client.Client      // replaced when the daemon comes back, maybe as another version
-	table   *table              // the last list, nil before the first
-	noted   time.Time           // when a list older than that became doubtful: an event, or the end of events
-	good    time.Time           // when the table was last known to be right
-	live    bool                // events come in
-	beyond  string              // why this daemon's containers can't be reached, or ""
-	lost    bool                // the events ended, and that was logged
+	api     *client.Client // replaced when the daemon comes back, maybe as another version
+	table   *table         // the last list, nil before the first
+	noted   time.Time      // when a list older than that became doubtful: an event, or the end of events
+	good    time.Time      // when the table was last known to be right
+	live    bool           // events come in
+	failing *Error         // why the last request for the list failed or takes long, nil if it was answered
+	lost    bool           // the events ended, and that was logged
+	setup   setup
 	exposed map[string][]uint16 // TCP ports of labelled containers, by id
 	changed chan struct{}       // closed and replaced with each new table
+}
+
+// setup is what is known of how the daemon runs.
+type setup struct {
+	asked  time.Time // when it was last asked for it
+	known  bool      // it answered
+	err    error     // why it did not
+	beyond string    // why its containers can't be reached, or ""
 }
 
 // New returns a client of the Docker daemon at host, "unix:///PATH" or
@@ -114,10 +139,41 @@ func (c *Client) Host() string { return c.host }
 // Ping asks the daemon for its containers, and says whether they can be reached
 // from here.
 func (c *Client) Ping(ctx context.Context) error {
-	if _, _, err := c.current(ctx, true); err != nil {
+	if err := c.List(ctx); err != nil {
 		return err
 	}
-	return c.reachable()
+	select {
+	case <-ctx.Done():
+	case <-c.inform(ctx):
+	}
+	return c.reachable(ctx)
+}
+
+// List asks the daemon for its containers.
+func (c *Client) List(ctx context.Context) error {
+	_, _, err := c.current(ctx, true)
+	return err
+}
+
+// Problem says what is wrong with the daemon as of the last answers, or nil. It
+// asks nobody.
+func (c *Client) Problem() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := &c.setup
+	switch {
+	case c.failing != nil && c.failing.hangs && c.table != nil:
+		return fmt.Errorf("%w: the list of %s is used", c.failing, c.table.asked.Local().Format("2006-01-02 15:04:05"))
+	case c.failing != nil:
+		return c.failing
+	case s.beyond != "":
+		return &Error{Kind: KindUnreachable, Host: c.host, msg: s.beyond}
+	case s.err != nil:
+		return fmt.Errorf("%w: it is taken for granted that this host reaches its containers, as it does unless Docker is rootless or Docker Desktop", s.err)
+	case !s.known && !s.asked.IsZero() && time.Since(s.asked) > setupWait:
+		return fmt.Errorf("docker at %s takes long to answer /info: until then it is taken for granted that this host reaches its containers", c.host)
+	}
+	return nil
 }
 
 // Resolve returns the addresses of the running container, or of the running
@@ -146,7 +202,7 @@ func (c *Client) resolve(ctx context.Context, name string, fresh bool) ([]netip.
 		}
 		addrs, err := t.resolve(name, int(c.turn.Add(1)))
 		if err == nil {
-			return addrs, c.reachable()
+			return addrs, c.reachable(ctx)
 		}
 		// Unknown or stopped as of that list; an event may be on its way.
 		if !fresh && time.Since(t.asked) > freshFor {
@@ -171,13 +227,24 @@ func (c *Client) resolve(ctx context.Context, name string, fresh bool) ([]netip.
 }
 
 // reachable says why no container of this daemon can be reached, or nil.
-func (c *Client) reachable() error {
+func (c *Client) reachable(ctx context.Context) error {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.beyond == "" {
+	s := c.setup
+	c.mu.Unlock()
+	if left := setupWait - time.Since(s.asked); left > 0 && !s.known && s.err == nil {
+		select {
+		case <-ctx.Done():
+		case <-time.After(left):
+		case <-c.inform(ctx):
+		}
+		c.mu.Lock()
+		s = c.setup
+		c.mu.Unlock()
+	}
+	if s.beyond == "" {
 		return nil
 	}
-	return &Error{Kind: KindUnreachable, Host: c.host, msg: c.beyond}
+	return &Error{Kind: KindUnreachable, Host: c.host, msg: s.beyond}
 }
 
 // current returns the list that answers now, and a channel that is closed when
@@ -188,8 +255,8 @@ func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct
 	}
 	now := time.Now()
 	c.mu.Lock()
-	t, changed, good, need := c.table, c.changed, c.good, c.noted
-	live := c.live
+	t, changed, need := c.table, c.changed, c.noted
+	live, failing := c.live, c.failing
 	c.mu.Unlock()
 	if t != nil && !fresh && !t.asked.Before(need) && (live || now.Sub(t.asked) < freshFor) {
 		return t, changed, nil
@@ -197,15 +264,27 @@ func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct
 	if fresh {
 		need = now
 	}
+	patience := time.NewTimer(askTimeout)
+	defer patience.Stop()
 	for {
 		// Not this caller's ctx: all who ask now share the answer.
 		got := c.flight.DoChan("list", func() (any, error) { return c.ask(context.WithoutCancel(ctx)) })
+		if t != nil && failing != nil && failing.hangs && c.holds(ctx) {
+			return t, changed, nil // nobody waits for it but the first
+		}
 		select {
 		case <-ctx.Done():
 			return nil, nil, &Error{Kind: KindAbsent, Host: c.host, Err: ctx.Err(), msg: "docker at " + c.host + " did not answer in time"}
+		case <-patience.C:
+			e := apiError(c.host, "list containers", context.DeadlineExceeded)
+			c.noteFailing(e)
+			if t != nil && c.holds(ctx) {
+				return t, changed, nil
+			}
+			return nil, nil, e
 		case r := <-got:
 			if r.Err != nil {
-				if t != nil && now.Sub(good) < staleFor {
+				if t != nil && c.holds(ctx) {
 					return t, changed, nil
 				}
 				return nil, nil, r.Err
@@ -217,23 +296,65 @@ func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct
 	}
 }
 
+// holds reports whether the last list may be used although the daemon gives no
+// other: for a while, and as long as it answers at all.
+func (c *Client) holds(ctx context.Context) bool {
+	c.mu.Lock()
+	ok, api := c.live || time.Since(c.good) < staleFor, c.api
+	c.mu.Unlock()
+	if ok {
+		return true
+	}
+	got := c.flight.DoChan("ping", func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
+		defer cancel()
+		_, err := api.Ping(ctx, client.PingOptions{})
+		if err == nil {
+			c.mu.Lock()
+			c.good = time.Now()
+			c.mu.Unlock()
+		}
+		return nil, err
+	})
+	select {
+	case <-ctx.Done():
+		return false
+	case r := <-got:
+		return r.Err == nil
+	}
+}
+
+// noteFailing remembers why there is no newer list.
+func (c *Client) noteFailing(e *Error) {
+	c.mu.Lock()
+	first := e.hangs && (c.failing == nil || !c.failing.hangs)
+	c.failing = e
+	c.mu.Unlock()
+	if first {
+		c.log.Warn("docker does not list its containers in time: the last list is used while it answers otherwise", "docker", c.host)
+	}
+}
+
 // ask requests the list and publishes it. Every error is an *Error.
 func (c *Client) ask(ctx context.Context) (*table, error) {
 	c.mu.Lock()
-	api, first := c.api, c.table == nil
+	api := c.api
+	s := &c.setup
+	due := !s.known && time.Since(s.asked) > setupAgain
 	c.mu.Unlock()
-
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
-	defer cancel()
-	if first {
-		if err := c.inform(ctx, api); err != nil {
-			return nil, err
-		}
+	if due {
+		c.inform(ctx) // nobody waits for it
 	}
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	defer cancel()
 	asked := time.Now()
 	list, err := api.ContainerList(ctx, client.ContainerListOptions{All: true})
 	if err != nil {
-		return nil, apiError(c.host, "list containers", err)
+		e := apiError(c.host, "list containers", err)
+		if !errors.Is(err, context.Canceled) {
+			c.noteFailing(e)
+		}
+		return nil, e
 	}
 	t := newTable(list.Items, asked)
 	t.labelled = c.labelled(ctx, api, list.Items, t)
@@ -252,29 +373,45 @@ func (c *Client) publish(t *table) (labels bool) {
 	if old != nil && t.asked.Before(old.asked) {
 		return false
 	}
-	c.table, c.good = t, t.asked
+	c.table, c.good, c.failing = t, t.asked, nil
 	close(c.changed)
 	c.changed = make(chan struct{})
 	return c.labelsChanged != nil && (old == nil || !slices.EqualFunc(old.labelled, t.labelled, Labelled.equal))
 }
 
-// inform finds out whether this host can reach the daemon's containers.
-func (c *Client) inform(ctx context.Context, api *client.Client) error {
-	info, err := api.Info(ctx, client.InfoOptions{})
-	if err != nil {
-		return apiError(c.host, "ask for its setup", err)
-	}
-	beyond := ""
-	switch {
-	case slices.ContainsFunc(info.Info.SecurityOptions, func(o string) bool { return strings.HasPrefix(o, "name=rootless") }):
-		beyond = "docker at " + c.host + " is rootless, so this host can't reach its containers' addresses: " +
-			"publish the port (-p 127.0.0.1:PORT:PORT) and forward to 127.0.0.1:PORT"
-	case info.Info.OperatingSystem == "Docker Desktop":
-		beyond = "Docker Desktop keeps its containers in a virtual machine that this host can't reach: " +
-			"publish the port (-p 127.0.0.1:PORT:PORT) and forward to 127.0.0.1:PORT"
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.beyond = beyond
-	return nil
+// inform asks the daemon whether this host can reach its containers, unless that
+// is known. The channel gets one value when it has answered.
+func (c *Client) inform(ctx context.Context) <-chan singleflight.Result {
+	return c.flight.DoChan("setup", func() (any, error) {
+		c.mu.Lock()
+		api, s := c.api, c.setup
+		if !s.known {
+			c.setup.asked = time.Now()
+		}
+		c.mu.Unlock()
+		if s.known {
+			return nil, nil
+		}
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), setupTimeout)
+		defer cancel()
+		info, err := api.Info(ctx, client.InfoOptions{})
+		s.known, s.err, s.beyond = err == nil, nil, ""
+		switch {
+		case err != nil:
+			s.err = apiError(c.host, "ask for its setup (/info)", err)
+		case slices.ContainsFunc(info.Info.SecurityOptions, func(o string) bool { return strings.HasPrefix(o, "name=rootless") }):
+			s.beyond = "docker at " + c.host + " is rootless, so this host can't reach its containers' addresses: " +
+				"publish the port (-p 127.0.0.1:PORT:PORT) and forward to 127.0.0.1:PORT"
+		case info.Info.OperatingSystem == "Docker Desktop":
+			s.beyond = "Docker Desktop keeps its containers in a virtual machine that this host can't reach: " +
+				"publish the port (-p 127.0.0.1:PORT:PORT) and forward to 127.0.0.1:PORT"
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		s.asked = c.setup.asked
+		if api == c.api { // else it is another daemon's by now
+			c.setup = s
+		}
+		return nil, nil
+	})
 }

@@ -341,6 +341,8 @@ func TestDocker(t *testing.T) {
 		look("")
 	})
 
+	t.Run("filter", func(t *testing.T) { testFilter(t, d) })
+
 	t.Run("without events", func(t *testing.T) {
 		c := New(d.host, slog.New(slog.DiscardHandler))
 		old := resolve(t, c, "copy/api")[0]

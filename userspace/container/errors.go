@@ -41,6 +41,7 @@ type Error struct {
 
 	msg       string
 	temporary bool
+	hangs     bool // it was asked, and does not answer
 	stopped   *one
 }
 
@@ -98,7 +99,8 @@ func apiError(host, what string, err error) *Error {
 	e := &Error{Kind: KindAbsent, Host: host, Err: err}
 	var n net.Error
 	if errors.Is(err, context.DeadlineExceeded) || errors.As(err, &n) && n.Timeout() {
-		e.msg = fmt.Sprintf("docker at %s does not answer", host)
+		e.hangs = true
+		e.msg = fmt.Sprintf("docker at %s does not answer: %s", host, what)
 	} else {
 		e.msg = fmt.Sprintf("docker at %s: %s: %v", host, what, err)
 	}

@@ -133,7 +133,7 @@ func (n Now) resolve(ctx context.Context, name string, fresh bool) ([]netip.Addr
 	}
 	addrs, err := t.resolveIDs(name, int(n.c.turn.Add(1)))
 	if err == nil {
-		return addrs, n.c.reachable()
+		return addrs, n.c.reachable(ctx)
 	}
 	if e, ok := asStopped(err); ok {
 		n.c.describe(ctx, e)

@@ -2,6 +2,7 @@ package container
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"time"
@@ -55,7 +56,11 @@ func (c *Client) Run(ctx context.Context) {
 		first := !c.lost
 		c.lost = true
 		c.mu.Unlock()
-		if first {
+		_, listErr := c.ask(ctx) // a filter may hide the events alone
+		switch {
+		case first && listErr == nil:
+			c.log.Warn("docker's events are unavailable: its containers are listed every few seconds", "err", err)
+		case first:
 			c.log.Warn("containers unavailable", "err", err)
 		}
 		if !sleep(ctx, pause/2+rand.N(pause)) {
@@ -75,26 +80,23 @@ func (c *Client) watch(ctx context.Context) error {
 		return err
 	}
 	defer api.Close()
-	asking, stop := context.WithTimeout(ctx, askTimeout)
-	err = c.inform(asking, api)
-	stop()
-	if err != nil {
-		return err
-	}
 	c.mu.Lock()
-	c.api = api
+	c.api, c.setup = api, setup{beyond: c.setup.beyond}
 	c.mu.Unlock()
 	// The stream's header comes before its subscription, so ask from now on.
 	now := time.Now()
+	slow := time.AfterFunc(askTimeout, cancel)
 	stream := api.Events(ctx, client.EventsListOptions{Since: fmt.Sprintf("%d.%09d", now.Unix(), now.Nanosecond()), Filters: watched})
-	if _, err := c.ask(ctx); err != nil {
-		return err
+	if !slow.Stop() {
+		return apiError(c.host, "follow events", context.DeadlineExceeded)
 	}
-	c.mu.Lock()
-	c.live, c.lost = true, false
-	n := len(c.table.all)
-	c.mu.Unlock()
-	c.log.Info("containers", "docker", c.host, "api", api.ClientVersion(), "known", n)
+	asked := make(chan error, 1)
+	ask := func() {
+		_, err := c.ask(ctx)
+		asked <- err
+	}
+	go ask()
+	asking := true
 
 	beat := time.NewTicker(pulse)
 	defer beat.Stop()
@@ -122,14 +124,41 @@ func (c *Client) watch(ctx context.Context) error {
 			renew.Reset(settle)
 			echo = 0
 		case <-renew.C:
-			if _, err := c.ask(ctx); err != nil {
-				return err
+			if asking {
+				renew.Reset(echoes[0])
+				continue
 			}
+			go ask()
+			asking = true
+		case err := <-asked:
+			asking = false
+			var e *Error
+			switch {
+			case errors.As(err, &e) && e.hangs:
+				renew.Reset(backoffMax) // the ticker's ping shows whether it answers at all
+				continue
+			case err != nil:
+				return err
+			case len(stream.Err) > 0: // there are no events
+				continue
+			}
+			c.nowLive(api)
 			if echo < len(echoes) {
 				renew.Reset(echoes[echo])
 				echo++
 			}
 		}
+	}
+}
+
+// nowLive says that events tell of everything that is newer than the last list.
+func (c *Client) nowLive(api *client.Client) {
+	c.mu.Lock()
+	was, n := c.live, len(c.table.all)
+	c.live, c.lost = true, false
+	c.mu.Unlock()
+	if !was {
+		c.log.Info("containers", "docker", c.host, "api", api.ClientVersion(), "known", n)
 	}
 }
 

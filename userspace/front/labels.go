@@ -137,7 +137,7 @@ func (f *Front) prepareLabels(cfg *config.Config, services map[string]*service) 
 		// later; containers.Run says why.
 		ctx, cancel := context.WithTimeout(f.ctx, 2*time.Second)
 		defer cancel()
-		f.containers.Ping(ctx)
+		f.containers.List(ctx)
 	}
 	next := f.mergeLabels(cfg, bases, f.containers.Labelled())
 	maps.Copy(services, next.services)

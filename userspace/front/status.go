@@ -23,7 +23,7 @@ type Status struct {
 	Requests  int              `json:"requests"` // of HTTP, under way
 	Datapaths []DatapathStatus `json:"datapaths"`
 	Listeners []ListenerStatus `json:"listeners"`
-	Problem   string           `json:"problem,omitempty"`        // what keeps a tailnet listener from being bound, or transparent from working
+	Problem   string           `json:"problem,omitempty"`        // what keeps a tailnet listener from being bound, transparent from working, or containers from being found
 	Labels    []LabelProblem   `json:"label_problems,omitempty"` // labels of containers that make no route, and why
 	LogLost   int64            `json:"log_lost,omitempty"`       // lines that the daemon's log could not write
 
@@ -85,7 +85,7 @@ func (f *Front) Status() Status {
 	if f.opts.LogLost != nil {
 		s.LogLost = f.opts.LogLost()
 	}
-	if err := errors.Join(f.bindErr, f.wayErr); err != nil {
+	if err := errors.Join(f.bindErr, f.wayErr, f.containers.Problem()); err != nil {
 		s.Problem = err.Error()
 	}
 	there := map[string]bool{}

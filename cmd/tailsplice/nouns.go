@@ -157,6 +157,9 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 			if r.Container != "" && r.Container != "running" {
 				from += " (" + r.Container + ")"
 			}
+			if len(r.Ailing) > 0 {
+				from += "; " + strings.Join(r.Ailing, ", ")
+			}
 			fmt.Fprintf(tw, "  %s\t→ %s\t%s\t%s\n", match, to, r.Datapath, from)
 		}
 		tw.Flush()

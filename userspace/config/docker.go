@@ -72,7 +72,32 @@ func (e *LabelError) Error() string { return e.Label + ": " + e.Err.Error() }
 // Unwrap returns the cause.
 func (e *LabelError) Unwrap() error { return e.Err }
 
-// ParseLabels reads the labels of a container that begin with LabelPrefix; others are left alone. Values are
+// IsLabel reports whether a container's label of that name is ours, or was meant to be: Tailsplice.Host, tailsplice-host.
+func IsLabel(name string) bool { return strings.HasPrefix(name, LabelPrefix) || meantLabel(name) != "" }
+
+// meantLabel returns the label that one with another prefix was meant to be, or "".
+func meantLabel(name string) string {
+	if len(name) > 2*len(labelHost) {
+		return ""
+	}
+	squash := func(s string) string {
+		return strings.Map(func(r rune) rune {
+			if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' {
+				return r
+			}
+			return -1
+		}, strings.ToLower(s))
+	}
+	best, most := "", 2
+	for _, key := range labelKeys {
+		if d := distance(squash(name), squash(LabelPrefix+key)); d <= most {
+			best, most = LabelPrefix+key, d-1
+		}
+	}
+	return best
+}
+
+// ParseLabels reads the labels of a container that are ours by IsLabel; others are left alone. Values are
 // checked as those of a configuration's routes are, but for capitals in names, which are no mistake here.
 // With errors there is no route at all: a mistyped path must not open the whole host.
 func ParseLabels(labels map[string]string) (l Labels, errs []*LabelError) {
@@ -106,6 +131,9 @@ func ParseLabels(labels map[string]string) (l Labels, errs []*LabelError) {
 		default:
 			key, ours := strings.CutPrefix(name, LabelPrefix)
 			if !ours {
+				if meant := meantLabel(name); meant != "" {
+					bad(clip(name), "the label is not called so, did you mean %q?", meant)
+				}
 				continue
 			}
 			if near := nearest(key, labelKeys); near != "" {

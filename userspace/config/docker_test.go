@@ -24,6 +24,12 @@ func TestParseLabels(t *testing.T) {
 		{name: "mistyped", labels: map[string]string{host: "a.org", "tailsplice.pth": "/admin", "tailsplice.hosts": "x", "tailsplice.": "", "tailsplice.frontend": ""},
 			errs: []string{"tailsplice.: unknown label, there are tailsplice.host, .path, .port, .tls", "tailsplice.frontend: unknown label, there are",
 				`tailsplice.hosts: unknown label, did you mean "tailsplice.host"?`, `tailsplice.pth: unknown label, did you mean "tailsplice.path"?`}},
+		{name: "other names", labels: map[string]string{"Tailsplice.Host": "a.org", "tailsplice-port": "80"},
+			errs: []string{`Tailsplice.Host: the label is not called so, did you mean "tailsplice.host"?`, `tailsplice-port: the label is not called so, did you mean "tailsplice.port"?`}},
+		{name: "another name of what narrows", labels: map[string]string{host: "a.org", "TAILSPLICE_PATH": "/admin"},
+			errs: []string{`TAILSPLICE_PATH: the label is not called so, did you mean "tailsplice.path"?`}},
+		{name: "somebody else's", labels: map[string]string{host: "a.org", "tailsplice-build": "7", "host": "b.org", "tailscale.host": "c.org", "traefik.http.routers.tailsplice.host": "d.org"},
+			want: Labels{Host: []string{"a.org"}}},
 		{name: "values", labels: map[string]string{host: "https://a.org/,*,1.2.3.4", path: "x", port: "0", tls: "yes"},
 			errs: []string{`tailsplice.host: "https://a.org/": it is a URL`, `tailsplice.host: "*": a wildcard for every name`, `tailsplice.host: "1.2.3.4": it is an IP address`,
 				`tailsplice.path: "x": must begin with /`, "tailsplice.port: port 0 is out of range", `tailsplice.tls: "yes": must be true`}},
@@ -88,4 +94,17 @@ func FuzzParseLabels(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestIsLabel(t *testing.T) {
+	for name, want := range map[string]bool{
+		"tailsplice.host": true, "tailsplice.anything": true, "Tailsplice.Host": true, "TAILSPLICE.TLS": true, "tailsplice-host": true,
+		"tailsplice_path": true, "tailsplice/port": true, "tailsplice:host": true, "tailspliceHost": true, "tail-splice.host": true,
+		"tailspice.host": true, "tailsplise.path": true, "tailsplice": false, "tailsplice-build": false, "host": false, "": false,
+		"tailscale.host": false, "com.docker.compose.service": false, "org.tailsplice.host": false, strings.Repeat("tailsplice.host", 100000)[1:]: false,
+	} {
+		if IsLabel(name) != want {
+			t.Errorf("IsLabel(%.40q) = %v", name, !want)
+		}
+	}
 }

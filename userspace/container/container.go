@@ -38,6 +38,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/client"
 	"golang.org/x/sync/singleflight"
 )
@@ -74,7 +75,7 @@ type Client struct {
 	flight singleflight.Group
 	turn   atomic.Uint32 // rotates the replicas of a service
 
-	prefix        string // of the labels to remember; "" is none
+	ours          func(label string) bool // which labels to remember; nil is none
 	labelsChanged func()
 
 	mu      sync.Mutex
@@ -176,11 +177,33 @@ func (c *Client) Problem() error {
 	return nil
 }
 
+// Ailing tells which of the running containers that name stands for are starting or unhealthy as of the last list, as
+// "NAME is unhealthy". name is as for Resolve, or ids with commas between them.
+func (c *Client) Ailing(name string) (out []string) {
+	c.mu.Lock()
+	t := c.table
+	c.mu.Unlock()
+	if t == nil {
+		return nil
+	}
+	found, err := t.lookup(name)
+	if err != nil {
+		found = t.lookupIDs(name)
+	}
+	for _, o := range found {
+		if o.state == container.StateRunning && o.health != "" {
+			out = append(out, o.name+" is "+o.health)
+		}
+	}
+	return out
+}
+
 // Resolve returns the addresses of the running container, or of the running
 // containers of the service, that name stands for, at least one. A container's
 // networks come in the order of their names, IPv4 first in each; a service's
-// replicas take turns at being first. A container in the host's network
-// namespace is at the loopback addresses.
+// replicas take turns at being first, but for those that are starting or
+// unhealthy while another is not. A container in the host's network namespace
+// is at the loopback addresses.
 //
 // All errors but those of ctx are an [*Error]. A container that Docker is just
 // restarting is waited for, 3 s at most.

@@ -273,10 +273,42 @@ func TestDocker(t *testing.T) {
 		refused(t, c, "job", KindUnknown)
 	})
 
+	t.Run("health", func(t *testing.T) {
+		// only waits until name is at that container alone, and it is said of those others how they are.
+		only := func(name, container string, ailing ...string) {
+			t.Helper()
+			want := resolve(t, c, container)
+			d.eventually(func() error {
+				for range 4 { // the replicas take turns
+					if got, err := c.Resolve(t.Context(), name); err != nil || !slices.Equal(got, want) {
+						return fmt.Errorf("%s is at %s, %v; want %s, which is %s", name, got, err, want, container)
+					}
+				}
+				if got := c.Ailing(name); !slices.Equal(got, ailing) {
+					return fmt.Errorf("ailing is %q, want %q", got, ailing)
+				}
+				return nil
+			})
+		}
+		d.checked("web-1", compose("health", "web"))
+		only("web", "web-1", "web-1 is unhealthy") // there is no other
+		d.checked("web-2", compose("health", "web"))
+		d.healthy("web-2")
+		only("web", "web-2", "web-1 is unhealthy")
+		only("web-1", "web-1", "web-1 is unhealthy") // its own name means it
+		d.healthy("web-1")
+		count(t, c, "web", 2)
+		d.run("web-3", compose("health", "web"), "") // nobody checks it
+		count(t, c, "web", 3)
+		for _, n := range []string{"web-1", "web-2", "web-3"} {
+			d.remove(n)
+		}
+	})
+
 	t.Run("labels", func(t *testing.T) {
 		c := New(d.host, slog.New(slog.DiscardHandler))
 		moved := make(chan struct{}, 100)
-		c.FollowLabels("test.", func() { moved <- struct{}{} })
+		c.FollowLabels(isTest, func() { moved <- struct{}{} })
 		ctx, cancel := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		running.Go(func() { c.Run(ctx) })

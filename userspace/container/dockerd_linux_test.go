@@ -34,6 +34,7 @@ type daemon struct {
 	commands io.Writer
 	answers  io.Reader
 	net      netns.NsHandle
+	health   *container.HealthConfig // of the containers that create makes
 	api      *client.Client
 }
 
@@ -164,11 +165,32 @@ func (d *daemon) image(name string) {
 	got.Close()
 }
 
+// checked makes a container that runs, with a health check that passes once healthy was called. Until then it is
+// starting, and unhealthy at last.
+func (d *daemon) checked(name string, labels map[string]string) {
+	d.t.Helper()
+	d.health = &container.HealthConfig{Test: []string{"CMD", "/busybox", "test", "-e", "/etc/good"}, Interval: 200 * time.Millisecond, Retries: 5}
+	d.run(name, labels, "")
+	d.health = nil
+}
+
+// healthy makes the health check of a container pass.
+func (d *daemon) healthy(name string) {
+	d.t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	w.WriteHeader(&tar.Header{Name: "good", Mode: 0o644})
+	w.Close()
+	if _, err := d.api.CopyToContainer(d.t.Context(), name, client.CopyToContainerOptions{DestinationPath: "/etc", Content: &b}); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
 // create makes a container that serves its host name, which is its own name.
 func (d *daemon) create(name string, labels map[string]string, mode string, networks ...string) string {
 	d.t.Helper()
 	config := &container.Config{
-		Image: "box", Labels: labels, Hostname: name, StopSignal: "SIGKILL",
+		Image: "box", Labels: labels, Hostname: name, StopSignal: "SIGKILL", Healthcheck: d.health,
 		Cmd: []string{"/busybox", "httpd", "-f", "-p", "80", "-h", "/etc"},
 	}
 	if !strings.HasPrefix(mode, "container:") {

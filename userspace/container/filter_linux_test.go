@@ -105,7 +105,7 @@ func (f *filter) hold(t *testing.T, what string) (asked <-chan struct{}, release
 func follow(t *testing.T, host string) (c *Client, labels chan struct{}) {
 	c = New(host, slog.New(slog.DiscardHandler))
 	labels = make(chan struct{}, 1)
-	c.FollowLabels("test.", func() {
+	c.FollowLabels(isTest, func() {
 		select {
 		case labels <- struct{}{}:
 		default:
@@ -120,6 +120,8 @@ func follow(t *testing.T, host string) (c *Client, labels chan struct{}) {
 	})
 	return c, labels
 }
+
+func isTest(label string) bool { return strings.HasPrefix(label, "test.") }
 
 // await waits for what must come.
 func await(t *testing.T, what string, come <-chan struct{}) {

@@ -13,10 +13,10 @@ import (
 	"github.com/moby/moby/client"
 )
 
-// Labelled is a container that has labels with the prefix of [Client.FollowLabels].
+// Labelled is a container that has labels which [Client.FollowLabels] asks for.
 type Labelled struct {
 	ID, Name string
-	Labels   map[string]string // those with the prefix; not to be changed
+	Labels   map[string]string // those asked for; not to be changed
 	Ports    []uint16          // TCP ports that its image or its creator exposes, ascending
 	Created  time.Time
 	Running  bool
@@ -32,11 +32,11 @@ func (l Labelled) equal(o Labelled) bool {
 		l.Created.Equal(o.Created) && slices.Equal(l.Ports, o.Ports) && maps.Equal(l.Labels, o.Labels)
 }
 
-// FollowLabels makes the client remember the labels that begin with prefix.
+// FollowLabels makes the client remember the labels whose names are ours.
 // changed is called, without a lock and from any goroutine, when what Labelled
 // returns may have become another. Call it once, before anything else.
-func (c *Client) FollowLabels(prefix string, changed func()) {
-	c.prefix, c.labelsChanged = prefix, changed
+func (c *Client) FollowLabels(ours func(name string) bool, changed func()) {
+	c.ours, c.labelsChanged = ours, changed
 }
 
 // Labelled lists the containers with labels as of the last list, by name. Those
@@ -53,7 +53,7 @@ func (c *Client) Labelled() []Labelled {
 // labelled makes the list for a table. Which ports are exposed is asked once for
 // each container, since the list of containers shows it of running ones only.
 func (c *Client) labelled(ctx context.Context, api *client.Client, list []container.Summary, t *table) []Labelled {
-	if c.prefix == "" {
+	if c.ours == nil {
 		return nil
 	}
 	var out []Labelled
@@ -61,7 +61,7 @@ func (c *Client) labelled(ctx context.Context, api *client.Client, list []contai
 	for _, s := range list {
 		labels := map[string]string{}
 		for k, v := range s.Labels {
-			if strings.HasPrefix(k, c.prefix) {
+			if c.ours(k) {
 				labels[k] = v
 			}
 		}

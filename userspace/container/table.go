@@ -42,6 +42,7 @@ type one struct {
 	project string // Compose's, or ""
 	service string
 	state   container.ContainerState
+	health  string // "starting", "unhealthy", or "": it is healthy, or nobody checks
 	mode    string // network mode: "host", "none", "container:ID", "default", a network's name
 	addrs   []netip.Addr
 }
@@ -49,7 +50,7 @@ type one struct {
 func newTable(list []container.Summary, asked time.Time) *table {
 	t := &table{asked: asked, byName: map[string]*one{}, services: map[string]map[string][]*one{}}
 	for _, s := range list {
-		o := &one{id: s.ID, name: s.ID, state: s.State, mode: s.HostConfig.NetworkMode, addrs: addresses(s.NetworkSettings)}
+		o := &one{id: s.ID, name: s.ID, state: s.State, health: health(&s), mode: s.HostConfig.NetworkMode, addrs: addresses(s.NetworkSettings)}
 		for _, n := range s.Names {
 			// Legacy links give it names like "/other/alias": not its own.
 			if n = strings.TrimPrefix(n, "/"); !strings.Contains(n, "/") {
@@ -73,6 +74,22 @@ func newTable(list []container.Summary, asked time.Time) *table {
 		t.services[o.service][o.project] = append(t.services[o.service][o.project], o)
 	}
 	return t
+}
+
+// health is what the container's health check says, if it is anything but good. Before version 1.52 of its API the
+// daemon told it in the status for people only: "Up 3 minutes (unhealthy)", "Up 2 seconds (health: starting)".
+func health(s *container.Summary) string {
+	var says string
+	if s.Health != nil {
+		says = string(s.Health.Status)
+	} else if _, status, ok := strings.Cut(strings.TrimSuffix(s.Status, ")"), "("); ok {
+		says = strings.TrimPrefix(status, "health: ")
+	}
+	switch container.HealthStatus(says) {
+	case container.Starting, container.Unhealthy:
+		return says
+	}
+	return ""
 }
 
 // addresses of all networks, in the order of their names, IPv4 first in each.
@@ -104,13 +121,21 @@ func (t *table) resolve(name string, turn int) ([]netip.Addr, error) {
 	return t.addressesOf(name, found, turn)
 }
 
-// addressesOf returns the addresses of those of found that run.
+// addressesOf returns the addresses of those of found that run. One that is starting or unhealthy is used only where
+// there is no other.
 func (t *table) addressesOf(name string, found []*one, turn int) ([]netip.Addr, error) {
-	var running []*one
+	var running, ailing []*one
 	for _, o := range found {
-		if o.state == container.StateRunning {
+		switch {
+		case o.state != container.StateRunning:
+		case o.health != "":
+			ailing = append(ailing, o)
+		default:
 			running = append(running, o)
 		}
+	}
+	if len(running) == 0 {
+		running = ailing
 	}
 	if len(running) == 0 {
 		return nil, &Error{Kind: KindStopped, Name: name, stopped: found[0], msg: fmt.Sprintf("container %q is %s", found[0].name, found[0].state)}
@@ -224,16 +249,20 @@ func (t *table) lookup(name string) ([]*one, error) {
 // resolveIDs returns the addresses of those of the containers with these whole
 // ids that run. A name can't stand for them, whatever a container is called.
 func (t *table) resolveIDs(ids string, turn int) ([]netip.Addr, error) {
-	var found []*one
+	found := t.lookupIDs(ids)
+	if len(found) == 0 {
+		return nil, &Error{Kind: KindUnknown, Name: ids, msg: "the container was removed"}
+	}
+	return t.addressesOf(ids, found, turn)
+}
+
+func (t *table) lookupIDs(ids string) (found []*one) {
 	for id := range strings.SplitSeq(ids, ",") {
 		if o := t.byID(id); o != nil {
 			found = append(found, o)
 		}
 	}
-	if len(found) == 0 {
-		return nil, &Error{Kind: KindUnknown, Name: ids, msg: "the container was removed"}
-	}
-	return t.addressesOf(ids, found, turn)
+	return found
 }
 
 func (t *table) ambiguous(name string, projects []string, service string) error {

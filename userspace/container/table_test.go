@@ -154,3 +154,19 @@ func TestHost(t *testing.T) {
 		t.Error(h)
 	}
 }
+
+// TestHealth reads what daemons before and since version 1.52 of the API say.
+func TestHealth(t *testing.T) {
+	for want, list := range map[string][]container.Summary{
+		"starting":  {{Status: "Up 2 seconds (health: starting)"}, {Status: "Up 1 second", Health: &container.HealthSummary{Status: container.Starting}}},
+		"unhealthy": {{Status: "Up 3 minutes (unhealthy)"}, {Status: "Up 3 minutes (healthy)", Health: &container.HealthSummary{Status: container.Unhealthy}}},
+		"": {{}, {Status: "Up 3 minutes"}, {Status: "Up 3 minutes (healthy)"}, {Status: "Up 3 minutes (Paused)"}, {Status: "Exited (1) 3 minutes ago"},
+			{Status: "Up 1 hour", Health: &container.HealthSummary{Status: container.NoHealthcheck}}},
+	} {
+		for _, s := range list {
+			if got := health(&s); got != want {
+				t.Errorf("%q, %+v: %q, want %q", s.Status, s.Health, got, want)
+			}
+		}
+	}
+}

@@ -26,12 +26,12 @@ const (
 // writes a network's event before the list shows its effect.
 var echoes = []time.Duration{150 * time.Millisecond, time.Second}
 
-// watched is what can change a container's name, state or addresses. Asking for
-// these alone spares the events of health checks, one every few seconds.
+// watched is what can change a container's name, state, health or addresses. Asking for
+// these alone spares the events of each run of a health check, one every few seconds.
 var watched = client.Filters{}.
 	Add("type", string(events.ContainerEventType), string(events.NetworkEventType)).
 	Add("event", string(events.ActionCreate), string(events.ActionStart), string(events.ActionDie), string(events.ActionDestroy),
-		string(events.ActionRename), string(events.ActionPause), string(events.ActionUnPause),
+		string(events.ActionRename), string(events.ActionHealthStatusHealthy), string(events.ActionHealthStatusUnhealthy), string(events.ActionPause), string(events.ActionUnPause),
 		string(events.ActionConnect), string(events.ActionDisconnect))
 
 // Run follows the daemon's events until ctx is done, through its restarts.

@@ -130,7 +130,7 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.tailnet = tailnet.New("", opts.Log)
 	f.containers = container.New("", opts.Log)
 	f.acme = acme.New(opts.Log)
-	f.containers.FollowLabels(config.LabelPrefix, f.lookAtLabels)
+	f.containers.FollowLabels(config.IsLabel, f.lookAtLabels)
 	past := new(dial.Past)
 	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers, Past: past}
 	f.labelDialer = &dial.Dialer{Container: f.containers.Now(), Past: past}

@@ -194,7 +194,10 @@ func (f *Front) mergeLabels(cfg *config.Config, bases map[string]*service, seen 
 }
 
 func (n *labelRoutes) problem(container, key, listener, format string, args ...any) {
-	p := LabelProblem{Container: container, Label: config.LabelPrefix + key, Listener: listener, Problem: fmt.Sprintf(format, args...)}
+	n.add(LabelProblem{Container: container, Label: config.LabelPrefix + key, Listener: listener, Problem: fmt.Sprintf(format, args...)})
+}
+
+func (n *labelRoutes) add(p LabelProblem) {
 	if !slices.Contains(n.problems, p) {
 		n.problems = append(n.problems, p)
 	}
@@ -210,7 +213,7 @@ func (n *labelRoutes) candidates() []candidate {
 		labels, errs := config.ParseLabels(c.Labels)
 		if state != "removed" { // said already
 			for _, e := range errs {
-				n.problem(c.Name, strings.TrimPrefix(e.Label, config.LabelPrefix), "", "%v", e.Err)
+				n.add(LabelProblem{Container: c.Name, Label: e.Label, Problem: e.Err.Error()})
 			}
 		}
 		if len(errs) > 0 {

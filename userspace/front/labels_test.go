@@ -33,6 +33,13 @@ func box(name string, labels ...string) container.Labelled {
 	return c
 }
 
+// other gives c a label that does not begin as ours do.
+func other(c container.Labelled, label string) container.Labelled {
+	k, v, _ := strings.Cut(label, "=")
+	c.Labels[k] = v
+	return c
+}
+
 // TestLabelRoutes goes through what containers may ask for, one step after the
 // other as they come and go.
 func TestLabelRoutes(t *testing.T) {
@@ -75,6 +82,8 @@ func TestLabelRoutes(t *testing.T) {
 		{"and gone", true, []container.Labelled{box("c", "host=c.org")}, []string{"web c.org→c:80"}, nil},
 		{"replicas again", false, []container.Labelled{replica(box("b", "host=b.org")), replica(box("c", "host=b.org")), replica(box("a2", "host=b.org", "path=/other"))}, []string{"web b.org/other→a2:80", "web b.org→b,c:80"}, nil},
 		{"a replica is replaced", true, []container.Labelled{replica(box("e", "host=b.org"))}, []string{"web b.org/other→a2:80 removed", "web b.org→e:80"}, nil},
+		{"a name that is nearly right", false, []container.Labelled{other(box("b"), "Tailsplice.Host=b.org"), other(box("c", "host=c.org"), "tailsplice-path=/x"), box("d", "host=d.org")},
+			[]string{"web d.org→d:80"}, []string{`b Tailsplice.Host : the label is not called so, did you mean "tailsplice.host"?`, `c tailsplice-path : the label is not called so, did you mean "tailsplice.path"?`}},
 	} {
 		if !step.after {
 			d.labels.seen, d.labels.gone = nil, nil

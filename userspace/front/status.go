@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/acme"
+	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
@@ -70,6 +71,7 @@ type RouteStatus struct {
 	Datapath    string   `json:"datapath,omitempty"`
 	Source      string   `json:"source"`                    // "config", or "container NAME" where its labels made the route
 	Container   string   `json:"container_state,omitempty"` // of that container: running, stopped or removed
+	Ailing      []string `json:"ailing,omitempty"`          // containers that get connections only while no healthy one runs, as "NAME is unhealthy"
 }
 
 // Status describes the daemon as it is now.
@@ -130,6 +132,11 @@ func (f *Front) Status() Status {
 			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Transparent: r.transparent, Source: r.source(), Container: r.state, Allow: r.allow.strings()}
 			if !r.reject {
 				rs.Datapath = r.via()
+			}
+			for _, to := range r.targets {
+				if to.To.Scheme == dial.Docker {
+					rs.Ailing = append(rs.Ailing, f.containers.Ailing(to.To.Host)...)
+				}
 			}
 			ls.Routes = append(ls.Routes, rs)
 		}

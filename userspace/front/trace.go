@@ -152,7 +152,7 @@ func TraceConfig(ctx context.Context, cfg *config.Config, q Question) (Trace, er
 	f := &Front{log: log, opts: Options{Log: log}, labels: newLabelRoutes(nil), tailnet: tailnet.New("", log), containers: container.New("", log)}
 	f.ctx, f.cancel = context.WithCancel(ctx)
 	defer f.cancel()
-	f.containers.FollowLabels(config.LabelPrefix, func() {})
+	f.containers.FollowLabels(config.IsLabel, func() {})
 	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers}
 	f.labelDialer = &dial.Dialer{Container: f.containers.Now()}
 	services := map[string]*service{}

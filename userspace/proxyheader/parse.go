@@ -9,6 +9,7 @@ import (
 	"hash/crc32"
 	"net"
 	"net/netip"
+	"strings"
 
 	"github.com/pires/go-proxyproto"
 )
@@ -34,7 +35,7 @@ func length(b []byte, limit int) (int, error) {
 		case end >= 0:
 			return end + 1, nil
 		case len(b) >= maxV1:
-			return 0, errors.New("version 1 line of more than 107 bytes")
+			return 0, fmt.Errorf("version 1 line of more than 107 bytes: %q...", b[:maxV1])
 		}
 		return 0, nil
 	}
@@ -57,9 +58,14 @@ func parse(b []byte) (*Header, error) {
 		// same as LOCAL, except that there is a client.
 		wire = bytes.Clone(b)
 		wire[12] = byte(proxyproto.LOCAL)
+	} else if !v2 {
+		wire = oneFamily(b)
 	}
 	ph, err := proxyproto.Read(bufio.NewReaderSize(bytes.NewReader(wire), len(wire)))
-	if err != nil {
+	switch {
+	case err != nil && !v2:
+		return nil, fmt.Errorf("%w: %q", err, b)
+	case err != nil:
 		return nil, err
 	}
 	h := new(Header)
@@ -81,6 +87,37 @@ func parse(b []byte) (*Header, error) {
 		return nil, err
 	}
 	return h, nil
+}
+
+// oneFamily rewrites a line of version 1 whose addresses are of two families, so that both are IPv6. nginx writes such
+// lines where it learnt the client's address itself and its own is of the other family. It names the client's family;
+// the specification has no word for two. Its own address may be that of a unix socket, too, which is no destination.
+func oneFamily(line []byte) []byte {
+	words := strings.Split(string(line), " ")
+	if len(words) != 6 || words[1] != "TCP4" && words[1] != "TCP6" {
+		return line
+	}
+	src, err := netip.ParseAddr(words[2])
+	if err != nil {
+		return line
+	}
+	if strings.HasPrefix(words[3], "unix:") {
+		words[3] = "::"
+		if src.Is4() {
+			words[3] = "0.0.0.0"
+		}
+	}
+	dst, err := netip.ParseAddr(words[3])
+	if err != nil || src.Is4() == dst.Is4() {
+		return []byte(strings.Join(words, " "))
+	}
+	words[1] = "TCP6"
+	for i, a := range []netip.Addr{src, dst} {
+		if a.Is4() {
+			words[2+i] = "::ffff:" + words[2+i]
+		}
+	}
+	return []byte(strings.Join(words, " "))
 }
 
 // parseTLVs takes what we use from the TLVs of b, a whole header of version 2 whose address block is right. The first

@@ -441,6 +441,7 @@ func (v *validator) circles(c *Config) {
 		}
 		for _, a := range actions {
 			for j := range forwards(a) {
+				v.multicastName(&a.Forward[j])
 				if b, ok := v.ownAddress(c.Node, a.Forward[j].To); ok && b.listener != nil {
 					all = append(all, leads{l, b.listener, &a.Forward[j], b})
 				}
@@ -490,9 +491,10 @@ func (v *validator) ownAddress(node string, t Target) (bound, bool) {
 		switch t.Scheme {
 		case "tcp":
 			ip, err := netip.ParseAddr(t.Host)
-			local := t.Host == "localhost" || err == nil && ip.IsLoopback()
-			hit = local && b.host != "tailnet" && (!b.ip.IsValid() || b.ip.IsUnspecified() && (t.Host == "localhost" || ip.Is4() == b.ip.Is4())) ||
-				err == nil && ip == b.ip || t.Host == "localhost" && b.ip.IsValid() && b.ip.IsLoopback()
+			named := t.Host == "localhost" || strings.HasSuffix(t.Host, ".localhost")
+			local := named || err == nil && ip.IsLoopback()
+			hit = local && b.host != "tailnet" && (!b.ip.IsValid() || b.ip.IsUnspecified() && (named || ip.Is4() == b.ip.Is4())) ||
+				err == nil && ip == b.ip || named && b.ip.IsValid() && b.ip.IsLoopback()
 		case "tailnet":
 			hit = strings.EqualFold(t.Host, node) && !b.ip.IsValid()
 		}
@@ -501,6 +503,15 @@ func (v *validator) ownAddress(node string, t Target) (bound, bool) {
 		}
 	}
 	return bound{}, false
+}
+
+// multicastName warns of a target such as nas.local:80. Names of more labels, such as svc.cluster.local, are mostly
+// ones of a name server.
+func (v *validator) multicastName(f *Forward) {
+	name, local := strings.CutSuffix(f.To.Host, ".local")
+	if f.To.Scheme == "tcp" && local && !strings.Contains(name, ".") {
+		v.warnf(f.At("to"), "forward %q: names in .local come by multicast DNS, which is not asked: unless the name server or /etc/hosts has it, use its address", f.To)
+	}
 }
 
 func (v *validator) limits(l *Limits) {

@@ -195,6 +195,9 @@ func (d *Dialer) lookup(ctx context.Context, t Target, fresh bool) ([]netip.Addr
 		if a, err := netip.ParseAddr(strings.Trim(t.Host, "[]")); err == nil {
 			return []netip.Addr{a.Unmap()}, nil
 		}
+		if isLocalhost(t.Host) {
+			return []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}, nil
+		}
 		addrs, err := d.dns().LookupNetIP(ctx, "ip", t.Host)
 		if err != nil {
 			return nil, err
@@ -214,6 +217,12 @@ func (d *Dialer) lookup(ctx context.Context, t Target, fresh bool) ([]netip.Addr
 		return r.Resolve(ctx, t.Host)
 	}
 	return nil, errScheme
+}
+
+// isLocalhost reports whether a name is one that is this host whatever a name server says, RFC 6761 section 6.3.
+func isLocalhost(name string) bool {
+	name = strings.ToLower(strings.TrimSuffix(name, "."))
+	return name == "localhost" || strings.HasSuffix(name, ".localhost")
 }
 
 func (d *Dialer) dns() *net.Resolver { return cmp.Or(d.DNS, net.DefaultResolver) }

@@ -185,10 +185,35 @@ func TestErrors(t *testing.T) {
 	fails(t, d, Target{Scheme: Docker, Host: "blog", Port: 1}, Failed, "not available here")
 	fails(t, d, Target{Scheme: "http", Host: "x", Port: 1}, Failed, `unknown kind of target "http"`)
 	fails(t, d, Target{Scheme: TCP, Host: "missing.example", Port: 1}, DNS, "the host name missing.example has no address")
+	fails(t, d, Target{Scheme: TCP, Host: "nas.local", Port: 1}, DNS, "the host name nas.local has no address", "multicast DNS", "/etc/hosts")
 	fails(t, short, Target{Scheme: TCP, Host: "silent.example", Port: 1}, DNS, "did not answer")
 	fails(t, d, Target{Scheme: Unix, Path: dir + "/none"}, NoSocket, "no such socket")
 	fails(t, d, Target{Scheme: Unix, Path: dead}, Refused, "nothing listens there")
 	fails(t, short, Target{Scheme: TCP, Host: "127.0.0.1", Port: blackHole(t, "tcp4", "127.0.0.1:0")}, Timeout, "no answer", "within 500ms")
+}
+
+// TestLocalhost: what ends in localhost is this host, and no name server is asked.
+func TestLocalhost(t *testing.T) {
+	l4, _ := listen(t, "tcp4", "127.0.0.1:0")
+	l6, _ := listen(t, "tcp6", "[::1]:0")
+	d := &Dialer{DNS: serveDNS(t, map[string][]netip.Addr{"app.localhost.": {netip.MustParseAddr("127.0.0.9")}, "notlocalhost.": nil})}
+	for _, host := range []string{"localhost", "localhost.", "app.localhost", "App.LOCALHOST", "a.b.localhost."} {
+		for _, l := range []net.Listener{l4, l6} {
+			for _, prefer := range []netip.Addr{v4, v6, {}} {
+				conn, err := d.Dial(t.Context(), Target{Scheme: TCP, Host: host, Port: port(l.Addr())}, prefer)
+				if err != nil {
+					t.Error(err)
+					continue
+				}
+				if got := conn.RemoteAddr().String(); got != l.Addr().String() {
+					t.Errorf("%s led to %s, want %s", host, got, l.Addr())
+				}
+				conn.Close()
+			}
+		}
+	}
+	d.Timeout = 100 * time.Millisecond
+	fails(t, d, Target{Scheme: TCP, Host: "notlocalhost", Port: 1}, DNS)
 }
 
 // TestFallback: an address that swallows packets costs a second, not the

@@ -258,7 +258,11 @@ func dnsMessage(host string, err error) string {
 	}
 	switch {
 	case dns.IsNotFound:
-		return fmt.Sprintf("the host name %s has no address%s", host, server)
+		msg := fmt.Sprintf("the host name %s has no address%s", host, server)
+		if strings.HasSuffix(strings.ToLower(strings.TrimSuffix(host, ".")), ".local") {
+			msg += ": names in .local come by multicast DNS, which is not asked here; use its address, or a name that the name server or /etc/hosts has"
+		}
+		return msg
 	case dns.IsTimeout:
 		return fmt.Sprintf("the name server did not answer for %s%s", host, server)
 	}

@@ -1,6 +1,7 @@
 package front
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -236,20 +237,27 @@ func (f *Front) newForward(a *config.ForwardAuth) (*auth.Forward, error) {
 		return nil, err
 	}
 	o := auth.ForwardOptions{URL: u, Timeout: a.Timeout, Copy: a.CopyHeaders}
-	if u.Scheme == dial.Tailnet || u.Scheme == dial.Docker {
-		port, err := strconv.ParseUint(u.Port(), 10, 16)
-		if err != nil {
-			return nil, err
-		}
-		target := dial.Target{Scheme: u.Scheme, Host: u.Hostname(), Port: uint16(port)}
-		o.Dial = func(ctx context.Context) (net.Conn, error) {
-			c, err := f.dialer.Dial(ctx, target, netip.Addr{})
-			if err != nil {
-				return nil, auth.DialError(err)
-			}
-			return c, nil
-		}
+	target := dial.Target{Scheme: u.Scheme, Host: u.Hostname()}
+	port := u.Port()
+	switch u.Scheme {
+	case "http":
+		target.Scheme, port = dial.TCP, cmp.Or(port, "80")
+	case "https":
+		target.Scheme, port = dial.TCP, cmp.Or(port, "443")
+	default:
 		u.Scheme = "http"
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		return nil, err
+	}
+	target.Port = uint16(n)
+	o.Dial = func(ctx context.Context) (net.Conn, error) {
+		c, err := f.dialer.Dial(ctx, target, netip.Addr{})
+		if err != nil {
+			return nil, auth.DialError(err)
+		}
+		return c, nil
 	}
 	return auth.NewForward(o), nil
 }

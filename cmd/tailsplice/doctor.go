@@ -7,9 +7,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
+	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -73,8 +77,10 @@ what it could not see. The exit status is 0 whatever it finds.`,
 // services looks at what tailsplice works with: each may be missing where the
 // configuration doesn't need it.
 func services(ctx context.Context, control string) []loader.Finding {
+	tailscaled := findTailscaled(ctx)
+	findInbound(ctx, control, &tailscaled)
 	return []loader.Finding{
-		findTailscaled(ctx),
+		tailscaled,
 		ask1(ctx, "docker", "only needed for docker:// targets", func(ctx context.Context) (string, error) {
 			c := container.New("", slog.New(slog.DiscardHandler))
 			err := c.Ping(ctx)
@@ -141,6 +147,52 @@ func findTailscaled(ctx context.Context) loader.Finding {
 	f.State, f.Detail = loader.StateDegraded, f.Detail+": no interface has its addresses"
 	f.Advice = "run tailscaled without --tun=userspace-networking: what is not in the kernel can't be spliced there"
 	return f
+}
+
+// findInbound adds to f what tailscaled's own settings keep from the tailnet listeners of the daemon that runs; if none
+// runs, what they would keep from one.
+func findInbound(ctx context.Context, control string, f *loader.Finding) {
+	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	defer cancel()
+	in, err := tailnet.New("", slog.New(slog.DiscardHandler)).Inbound(ctx)
+	if err != nil {
+		return // f says why
+	}
+	var s front.Status
+	says, ports := "no connection comes to a tailnet listener", []uint16(nil)
+	runs := (admin.Client{Socket: control}).Get(ctx, "status", &s) == nil
+	if runs {
+		ports = tailnetPorts(s)
+	} else {
+		says, ports = "no connection would come to some tailnet listeners", append(slices.Sorted(maps.Keys(in.Served)), 443)
+	}
+	var problems []string
+	for _, p := range ports {
+		if problem := in.Problem(p); problem != "" && !slices.Contains(problems, problem) {
+			problems = append(problems, problem)
+		}
+	}
+	if len(problems) == 0 {
+		return
+	}
+	if runs {
+		f.State = loader.StateDegraded
+	}
+	f.Detail += "; " + says + ": " + strings.Join(problems, "; ")
+}
+
+// tailnetPorts returns the ports of a daemon's tailnet listeners.
+func tailnetPorts(s front.Status) (ports []uint16) {
+	for _, l := range s.Listeners {
+		for _, a := range l.Listen {
+			if port, ok := strings.CutPrefix(a, "tailnet:"); ok {
+				if n, err := strconv.ParseUint(port, 10, 16); err == nil {
+					ports = append(ports, uint16(n))
+				}
+			}
+		}
+	}
+	return ports
 }
 
 func printReport(w io.Writer, r report) {

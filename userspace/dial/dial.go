@@ -78,8 +78,8 @@ func (t Target) String() string {
 // Reason() string, one of the [Reason] constants, and Temporary() bool, which
 // says that another try within a second may do.
 //
-// A Resolver may also have the methods of [Refresher], [Presence] and
-// [PathChecker].
+// A Resolver may also have the methods of [Refresher], [Presence], [Namesake]
+// and [PathChecker].
 type Resolver interface {
 	Resolve(ctx context.Context, name string) ([]netip.Addr, error)
 }
@@ -93,6 +93,12 @@ type Refresher interface {
 // connected to its network, and when it was last seen if not (zero if unknown).
 type Presence interface {
 	Presence(name string) (online bool, seen time.Time, ok bool)
+}
+
+// Namesake is a [Resolver] that may know another machine, connected to its network,
+// which could be meant where the one of that name is not; else "".
+type Namesake interface {
+	Namesake(name string) string
 }
 
 // PathChecker is a [Resolver] that can tell from a connection's addresses that

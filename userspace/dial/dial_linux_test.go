@@ -301,9 +301,11 @@ type known struct {
 	online bool
 	seen   time.Time
 	path   error
+	other  string
 }
 
 func (k known) Presence(string) (bool, time.Time, bool)  { return k.online, k.seen, true }
+func (k known) Namesake(string) string                   { return k.other }
 func (k known) CheckPath(local, remote netip.Addr) error { return k.path }
 
 func TestPresence(t *testing.T) {
@@ -322,6 +324,8 @@ func TestPresence(t *testing.T) {
 		{"offline for long", known{names: at, seen: time.Now().Add(-3 * time.Hour)}, 10 * time.Minute, NodeOffline, "home is offline, last seen 3 h ago", offlineTimeout},
 		{"just moving", known{names: at, seen: time.Now().Add(-30 * time.Second)}, offlineTimeout + time.Second, NodeOffline, "last seen", offlineTimeout + time.Second},
 		{"offline", known{names: at}, time.Second, NodeOffline, "home is offline", time.Second},
+		{"set up anew", known{names: at, other: "home-1"}, time.Second, NodeOffline, "home is offline; home-1 is online", time.Second},
+		{"set up anew, seen once", known{names: at, seen: time.Now(), other: "home-1"}, time.Second, NodeOffline, "ago; home-1 is online", time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()

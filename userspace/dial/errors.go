@@ -212,14 +212,21 @@ func (d *Dialer) addPresence(e *Error) {
 	online, seen, known := presence.Presence(e.Target.Host)
 	switch {
 	case !known, e.Reason == Refused:
+		return
 	case online:
 		e.msg += fmt.Sprintf("; %s is online, so look for a firewall or an access rule of the tailnet that drops this port", e.Target.Host)
+		return
 	case seen.IsZero():
 		e.Reason = NodeOffline
 		e.msg += fmt.Sprintf("; %s is offline", e.Target.Host)
 	default:
 		e.Reason, e.Seen = NodeOffline, seen
 		e.msg += fmt.Sprintf("; %s is offline, last seen %s ago", e.Target.Host, age(time.Since(seen)))
+	}
+	if namesakes, ok := presence.(Namesake); ok {
+		if other := namesakes.Namesake(e.Target.Host); other != "" {
+			e.msg += fmt.Sprintf("; %s is online: if it is the same machine, set up anew, name that one, or remove %s from the tailnet and rename it", other, e.Target.Host)
+		}
 	}
 }
 

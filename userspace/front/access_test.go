@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -355,6 +356,19 @@ func TestTailscaleHeaders(t *testing.T) {
 	}
 	if got, want := headerText("Jürgen"), "=?utf-8?q?J=C3=BCrgen?="; got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// TestForwardLocalhost: the server of a forward_auth may be called by a localhost name, as a target may.
+func TestForwardLocalhost(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	defer server.Close()
+	addr := freeAddr(t)
+	start(t, fmt.Sprintf(`
+listeners: [{ listen: %q, mode: http, default: { forward: "app.localhost:%[2]s", forward_auth: { address: "http://auth.localhost:%[2]s/verify" } } }]`,
+		addr, portOf(server.Listener.Addr().String())))
+	if res, body := ask(t, addr, "GET", "a", "/", nil); res.StatusCode != 200 {
+		t.Errorf("%d: %s", res.StatusCode, body)
 	}
 }
 

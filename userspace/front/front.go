@@ -248,6 +248,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
 	f.requests.SetLimits(requests, cfg.Limits.RequestsPerSource)
 	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
+	go f.warnOfTailscaled(cfg)
 	f.bindErr = errors.Join(append(pending, waits)...)
 	if f.bindErr != nil {
 		f.log.Warn("tailnet listeners wait until the tailnet is up", "err", f.bindErr)

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -65,9 +64,39 @@ func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []ne
 
 // wantsTailnet says whether a listener binds tailnet addresses.
 func wantsTailnet(cfg *config.Config) bool {
-	return slices.ContainsFunc(cfg.Listeners, func(l config.Listener) bool {
-		return slices.ContainsFunc(l.Listen, func(a string) bool { return strings.HasPrefix(a, tailnetHost+":") })
-	})
+	return len(tailnetListens(cfg)) > 0
+}
+
+// tailnetListens returns the addresses to listen on that are on the tailnet, such as "tailnet:443".
+func tailnetListens(cfg *config.Config) (out []string) {
+	for i := range cfg.Listeners {
+		for _, a := range cfg.Listeners[i].Listen {
+			if strings.HasPrefix(a, tailnetHost+":") {
+				out = append(out, a)
+			}
+		}
+	}
+	return out
+}
+
+// warnOfTailscaled logs what tailscaled's own settings keep from the tailnet listeners.
+func (f *Front) warnOfTailscaled(cfg *config.Config) {
+	listens := tailnetListens(cfg)
+	if len(listens) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(f.ctx, 10*time.Second)
+	defer cancel()
+	in, err := f.tailnet.Inbound(ctx)
+	if err != nil {
+		return // whatever else needs tailscaled says so
+	}
+	for _, a := range listens {
+		port, _ := strconv.ParseUint(portOf(a), 10, 16)
+		if problem := in.Problem(uint16(port)); problem != "" {
+			f.log.Warn("no connection comes to a tailnet listener", "listen", a, "problem", problem)
+		}
+	}
 }
 
 // listen binds addr. MPTCP is off because a real MPTCP socket can not be
@@ -277,6 +306,12 @@ func (f *Front) followTailnet(ctx context.Context) {
 		again, err := f.bindTailnet(ctx)
 		if err != nil && err.Error() != lastErr {
 			f.log.Warn("tailnet listeners wait", "err", err)
+		}
+		if err == nil && lastErr != "" {
+			f.mu.Lock()
+			cfg := f.cfg
+			f.mu.Unlock()
+			f.warnOfTailscaled(cfg)
 		}
 		lastErr = ""
 		if err != nil {

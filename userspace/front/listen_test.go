@@ -5,6 +5,10 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
+	"path"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -71,4 +75,43 @@ func speak(word string) func(net.Conn) {
 		io.Copy(io.Discard, c)
 		c.Close()
 	}
+}
+
+// TestTailscaledInTheWay: what tailscaled's own settings keep from a tailnet listener is in the log of the start, and
+// of a reload that adds one.
+func TestTailscaledInTheWay(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	ln, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answers := map[string]string{"prefs": `{"ShieldsUp":true}`, "serve-config": `{"TCP":{"443":{"HTTPS":true}}}`}
+	tailscaled := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if a, ok := answers[path.Base(r.URL.Path)]; ok {
+			io.WriteString(w, a)
+		} else {
+			http.Error(w, "no", http.StatusForbidden)
+		}
+	})}
+	go tailscaled.Serve(ln)
+	defer tailscaled.Close()
+	t.Setenv("TAILSPLICE_TAILSCALED_SOCKET", socket)
+	d := start(t, `listeners: [{ listen: ["tailnet:443"], mode: tcp, default: { forward: "127.0.0.1:1" } }]`)
+	says := func(want ...string) {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+			log := d.log.String()
+			if !slices.ContainsFunc(want, func(w string) bool { return !strings.Contains(log, w) }) {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("the log does not say all of %q:\n%s", want, log)
+			}
+		}
+	}
+	says("no connection comes to a tailnet listener", "listen=tailnet:443", "`tailscale serve` has port 443")
+	if err := d.Reload(parse(t, `listeners: [{ listen: ["tailnet:444"], mode: tcp, default: { forward: "127.0.0.1:1" } }]`)); err != nil {
+		t.Fatal(err)
+	}
+	says("listen=tailnet:444", "shields are up")
 }

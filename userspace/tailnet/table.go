@@ -213,6 +213,15 @@ func splitName(fqdn, suffix string) (short string, shared bool) {
 	return short, rest != suffix
 }
 
+// withoutNumber returns fqdn without the number that a name gets which is taken already.
+func withoutNumber(fqdn string) string {
+	short, rest, _ := strings.Cut(fqdn, ".")
+	if i := strings.LastIndexByte(short, '-'); i > 0 && i < len(short)-1 && strings.Trim(short[i+1:], "0123456789") == "" {
+		short = short[:i]
+	}
+	return short + "." + rest
+}
+
 // familyOrder returns addrs with IPv4 first.
 func familyOrder(addrs []netip.Addr) []netip.Addr {
 	out := make([]netip.Addr, 0, len(addrs))

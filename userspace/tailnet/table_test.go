@@ -13,6 +13,7 @@ import (
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/ipn/ipnstate"
 	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
 )
 
 // recorded is what tailscaled answered on "home" in the lab; RECORD=... in
@@ -257,5 +258,47 @@ func TestContains(t *testing.T) {
 	}
 	if Contains(netip.Addr{}) {
 		t.Error("no address is contained")
+	}
+}
+
+// TestNamesake: of a machine that was set up anew, and so got a name with a number, the one that is online is found.
+func TestNamesake(t *testing.T) {
+	for _, c := range []struct {
+		asked string
+		nodes string // besides those of the record, ! before one that is offline
+		want  string
+	}{
+		{"laptop", "laptop-1", "laptop-1"},
+		{"laptop.tn.example", "laptop-12", "laptop-12"},
+		{"laptop", "!laptop-1 laptop-2", "laptop-2"},
+		{"laptop", "!laptop-1", ""},
+		{"laptop", "laptop-x laptop2 laptops laptop- old-laptop", ""},
+		{"laptop-1", "!laptop-1 laptop-3", "laptop-3"},
+		{"home", "home-1", ""}, // it is online itself
+		{"laptop", "laptop-1.other.example", ""},
+		{"nobody", "nobody-1", ""},
+	} {
+		st := recorded(t, "offline")
+		var some ipnstate.PeerStatus
+		for _, p := range st.Peer {
+			some = *p
+		}
+		for i, name := range strings.Fields(c.nodes) {
+			p := some
+			name, offline := strings.CutPrefix(name, "!")
+			if !strings.Contains(name, ".") {
+				name += ".tn.example"
+			}
+			p.ID, p.NodeID, p.DNSName, p.Online, p.TailscaleIPs = "", tailcfg.NodeID(1000+i), name+".", !offline, nil
+			st.Peer[key.NewNode().Public()] = &p
+		}
+		cl := New("none", quiet)
+		if got := cl.Namesake(c.asked); got != "" {
+			t.Errorf("it knows %q without a table", got)
+		}
+		cl.table = newTable(st, time.Now())
+		if got := cl.Namesake(c.asked); got != c.want {
+			t.Errorf("of %s beside %s: %q, want %q", c.asked, c.nodes, got, c.want)
+		}
 	}
 }

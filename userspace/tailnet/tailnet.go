@@ -212,6 +212,30 @@ func (c *Client) Presence(node string) (online bool, seen time.Time, ok bool) {
 	return n.online, n.seen, true
 }
 
+// Namesake returns a node that is online and may be the machine that node, which is
+// not, once was: home-1 for home. A machine that is set up anew gets such a name
+// while the old one is still listed. "" is none; like Presence it asks nobody.
+func (c *Client) Namesake(node string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.table == nil {
+		return ""
+	}
+	n, err := c.table.lookup(node)
+	if err != nil || n.online {
+		return ""
+	}
+	for _, o := range c.table.nodes() {
+		if o != n && o.online && o.shared == n.shared && withoutNumber(o.fqdn) == withoutNumber(n.fqdn) {
+			if o.shared {
+				return o.fqdn
+			}
+			return o.short
+		}
+	}
+	return ""
+}
+
 // CheckPath says whether a connection to remote that the kernel gave the
 // address local goes through the tailnet. It doesn't when tailscaled's routes
 // are missing, and then remote may be anybody's, for 100.64.0.0/10 is also what

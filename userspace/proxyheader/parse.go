@@ -35,7 +35,7 @@ func length(b []byte, limit int) (int, error) {
 		case end >= 0:
 			return end + 1, nil
 		case len(b) >= maxV1:
-			return 0, fmt.Errorf("version 1 line of more than 107 bytes: %q...", b[:maxV1])
+			return 0, fmt.Errorf("version 1 line of more than 107 bytes, which begins with %q", b[:maxV1])
 		}
 		return 0, nil
 	}

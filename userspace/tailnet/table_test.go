@@ -3,6 +3,7 @@ package tailnet
 import (
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"net/netip"
 	"os"
 	"slices"
@@ -292,7 +293,7 @@ func TestNamesake(t *testing.T) {
 			p.ID, p.NodeID, p.DNSName, p.Online, p.TailscaleIPs = "", tailcfg.NodeID(1000+i), name+".", !offline, nil
 			st.Peer[key.NewNode().Public()] = &p
 		}
-		cl := New("none", quiet)
+		cl := New("none", slog.New(slog.DiscardHandler))
 		if got := cl.Namesake(c.asked); got != "" {
 			t.Errorf("it knows %q without a table", got)
 		}

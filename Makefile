@@ -46,7 +46,7 @@ test-lab: ## The path over a real tailnet, in network namespaces (root)
 
 .PHONY: soak
 soak: ## How flows end, 2,000 rounds while all processors are busy, over loopback and veth (root; not a part of test; 20 minutes)
-	cd userspace/relay && go test -tags soak -run '^TestSoak$$' -parallel 64 -timeout 40m $(TESTFLAGS)
+	cd userspace/relay && go test -tags soak -run '^TestSoak$$' -parallel 96 -timeout 40m $(TESTFLAGS)
 
 .PHONY: test-kernels
 test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in QEMU (root, amd64; not a part of test; 15 minutes)

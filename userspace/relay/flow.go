@@ -267,8 +267,10 @@ func (s *side) howEnded() (proper bool, fault error) {
 	fault = s.fault
 	s.flow.mu.Unlock()
 	switch {
-	case fault != nil: // and was taken by a write, for which EPIPE is a reset behind a FIN: tcp_reset in net/ipv4/tcp_input.c
-		return errors.Is(fault, syscall.EPIPE), fault
+	case fault != nil:
+		// A write was told. Whether a FIN had come before is not known: EPIPE would say so, but splice(2) gives that also when it
+		// has swallowed the error, for having written a part. A wrong end would be worse than none.
+		return false, fault
 	case s.gone():
 		return false, syscall.ECONNRESET
 	}

@@ -205,9 +205,10 @@ func gives(body, host, prefix string) bool {
 		return false
 	}
 	if rest, ok := strings.CutPrefix(strings.ReplaceAll(p, `\`, "/"), "//"); ok {
-		_, rest, _ = strings.Cut(rest, "/")
-		if below(rest, prefix) {
-			return true
+		for _, rest := range []string{rest, strings.TrimLeft(rest, "/")} {
+			if _, rest, _ = strings.Cut(rest, "/"); below(rest, prefix) {
+				return true
+			}
 		}
 	}
 	return below(p, prefix)
@@ -221,7 +222,10 @@ func below(p, prefix string) bool {
 	}
 	for _, p := range []string{p, strings.Join(names, "/")} {
 		decoded, _ := url.PathUnescape(p)
-		for _, p := range []string{"/" + decoded, path.Clean("/" + p), path.Clean("/" + decoded)} {
+		inOrder := func(p string) string { // a name between two slashes is empty, and one that .. takes back
+			return (&url.URL{Scheme: "x", Host: "x", Path: "/"}).ResolveReference(&url.URL{Path: "/" + strings.TrimLeft(p, "/")}).Path
+		}
+		for _, p := range []string{"/" + decoded, path.Clean("/" + p), path.Clean("/" + decoded), inOrder(p), inOrder(decoded)} {
 			if p = strings.TrimLeft(p, "/"); strings.HasPrefix("/"+p+"/", prefix) {
 				return true
 			}
@@ -330,6 +334,9 @@ var odd = []struct {
 	{message: message{target: "/admin;x"}, refused: true}, {message: message{target: "/open/..;/admin"}, refused: true}, {message: message{target: "/;x/admin"}, refused: true},
 	{message: message{target: "/open/..%5cadmin"}, refused: true}, {message: message{target: `/open\..\admin`}, refused: true}, {message: message{target: `/\x/admin`}, refused: true},
 	{message: message{target: "/admin%5cx"}, refused: true}, {message: message{target: "//x/admin"}, refused: true}, {message: message{target: "/open/..%3b/admin"}},
+	{message: message{target: "///x/admin"}, refused: true}, {message: message{target: `/\/x/admin`}, refused: true}, {message: message{target: "/////x/admin"}, refused: true},
+	{message: message{target: "/x/../admin//../open"}, refused: true}, {message: message{target: "/x/../admin/%2e%2e/open"}, refused: true}, {message: message{target: "/x/..%2fadmin%2f%2f../open"}, refused: true},
+	{message: message{target: "/open/a//../b"}}, {message: message{target: "/open/%2e%2e/b"}}, {message: message{target: "/.well-known//x"}}, {message: message{target: "///open"}},
 	{message: message{target: "/app/x/..%2fprivate"}}, {message: message{target: "/app/..;/admin"}, refused: true}, {message: message{target: "/app/;x/private"}, refused: true},
 	{message: message{target: "/app%2fprivate"}}, {message: message{target: "/app//private"}},
 	{message: message{target: "/sub/..;/..;/sub/x"}, refused: true}, {message: message{target: "/sub/..%2f../sub/x"}}, {message: message{target: `/sub/..\..\sub\x`}, refused: true}, {message: message{target: "/sub/../../sub/x"}},

@@ -11,10 +11,7 @@ const maxOddPath = 8 << 10
 
 // checkReadings refuses a path by which x would get round a rule if its target reads paths in another way
 // than Plain was read: the path leads to no route then, to a route with a guard of its own, or out of the
-// prefix that its route adds. Some servers leave escaped slashes alone, some take a backslash for a slash (IIS,
-// and whatever parses by WHATWG's rules), cut ;parameters off before they resolve dot segments (Tomcat,
-// Jetty), resolve none (Express), or take what follows two slashes at the start for a host (WHATWG). The error
-// is a *BadRequest.
+// prefix that its route adds. The error is a *BadRequest.
 func (s *Server) checkReadings(x *exchange) error {
 	if !isOddPath(x.uri.Path) {
 		return nil
@@ -23,21 +20,18 @@ func (s *Server) checkReadings(x *exchange) error {
 	if len(x.uri.Path) > maxOddPath {
 		return refuse
 	}
-	seen := []string{x.uri.Plain}
-	for way := range reading(readings) {
-		path := way.of(x.uri.Path)
-		if slices.Contains(seen, path) {
+	for _, path := range readings(x.uri.Path) {
+		if path == x.uri.Plain {
 			continue
 		}
-		seen = append(seen, path)
 		other, err := s.opts.Route(x.req, x.uri.Host, path)
 		if err != nil || other == nil || other != x.route && (other.Guard != nil || other.ClientCAs != nil) {
 			return refuse
 		}
 	}
 	if prefix := x.route.AddPrefix; prefix != "" {
-		for way := range reading(readings) {
-			if !PathMatches(prefix, way.of(x.route.path(&x.uri))) {
+		for _, path := range readings(x.route.path(&x.uri)) {
+			if !PathMatches(prefix, path) {
 				return refuse
 			}
 		}
@@ -63,46 +57,97 @@ func isOddPath(path string) bool {
 	}
 }
 
-// reading is a way to read a path: a set of the following.
-type reading uint8
+// readings are the paths that servers may take path for.
+func readings(path string) []string {
+	ways := []string{path}
+	orAlso := func(read func(string) string) {
+		for _, p := range ways {
+			if p = read(p); !slices.Contains(ways, p) {
+				ways = append(ways, p)
+			}
+		}
+	}
+	orAlso(slashBackslashes.Replace) // IIS, and whatever parses by WHATWG's rules
+	orAlso(cutHost)
+	orAlso(cutHostBehindAll)           // WHATWG
+	orAlso(cutParams)                  // Tomcat, Jetty
+	orAlso(keepEscapedSlashes.Replace) // many: an escaped slash divides nothing
+	orAlso(keepEscapedDots.Replace)    // HAProxy, java.net.URI: an escaped dot is a name
+	var all []string
+	for _, p := range ways {
+		plain, err := url.PathUnescape(p)
+		if err != nil {
+			plain = p // readURI has refused such
+		}
+		for _, p := range [...]string{
+			RoutePath(plain),
+			resolveDots(plain),  // WHATWG, HAProxy, nginx with merge_slashes off: the name between two slashes is empty
+			mergeSlashes(plain), // Express, with and without its middleware: dot segments are names
+			plain,
+		} {
+			if !slices.Contains(all, p) {
+				all = append(all, p)
+			}
+		}
+	}
+	return all
+}
 
-const (
-	keepSlashes reading = 1 << iota // an escaped slash divides nothing
-	backslashes                     // a backslash is a slash
-	cutParams                       // what follows a ; in a segment is not of its name
-	keepDots                        // dot segments are names
-	cutHost                         // what follows two slashes at the start is a host
-	readings                        // how many there are
+var (
+	slashBackslashes   = strings.NewReplacer(`\`, "/", "%5c", "/", "%5C", "/")
+	keepEscapedSlashes = strings.NewReplacer("%2f", "%252f", "%2F", "%252f") // which decode to what was there
+	keepEscapedDots    = strings.NewReplacer("%2e", "%252e", "%2E", "%252e")
 )
 
-// of reads path.
-func (w reading) of(path string) string {
-	if w&backslashes != 0 {
-		path = strings.NewReplacer(`\`, "/", "%5c", "/", "%5C", "/").Replace(path)
+// cutHost takes what follows two slashes at the start for a host.
+func cutHost(path string) string {
+	rest, ok := strings.CutPrefix(path, "//")
+	if !ok {
+		return path
 	}
-	if rest, ok := strings.CutPrefix(path, "//"); ok && w&cutHost != 0 {
-		_, rest, _ = strings.Cut(rest, "/")
-		path = "/" + rest
+	_, rest, _ = strings.Cut(rest, "/")
+	return "/" + rest
+}
+
+// cutHostBehindAll takes what follows two slashes or more at the start for a host.
+func cutHostBehindAll(path string) string {
+	if !strings.HasPrefix(path, "//") {
+		return path
 	}
-	if w&cutParams != 0 && strings.IndexByte(path, ';') >= 0 {
-		segments := strings.Split(path, "/")
-		for i := range segments {
-			segments[i], _, _ = strings.Cut(segments[i], ";")
+	return cutHost("//" + strings.TrimLeft(path, "/"))
+}
+
+// cutParams cuts off what follows a ; in each segment.
+func cutParams(path string) string {
+	segments := strings.Split(path, "/")
+	for i := range segments {
+		segments[i], _, _ = strings.Cut(segments[i], ";")
+	}
+	return strings.Join(segments, "/")
+}
+
+// resolveDots resolves dot segments as RFC 3986 5.2.4 does, for which there is an empty segment between two slashes.
+func resolveDots(path string) string {
+	segments := strings.Split(path, "/")[1:] // what is before the first slash is none
+	out := segments[:0]
+	for i, s := range segments {
+		switch {
+		case s == ".." && len(out) > 0:
+			out = out[:len(out)-1]
+		case s != "." && s != "..":
+			out = append(out, s)
+			continue
 		}
-		path = strings.Join(segments, "/")
-	}
-	if w&keepSlashes != 0 {
-		path = strings.NewReplacer("%2f", "%252f", "%2F", "%252f").Replace(path)
-	}
-	plain, err := url.PathUnescape(path)
-	if err != nil {
-		return path // readURI has refused such
-	}
-	if w&keepDots != 0 {
-		for strings.Contains(plain, "//") {
-			plain = strings.ReplaceAll(plain, "//", "/")
+		if i == len(segments)-1 {
+			out = append(out, "") // the path ends in a slash
 		}
-		return plain
 	}
-	return RoutePath(plain)
+	return "/" + strings.Join(out, "/")
+}
+
+func mergeSlashes(path string) string {
+	for strings.Contains(path, "//") {
+		path = strings.ReplaceAll(path, "//", "/")
+	}
+	return path
 }

@@ -54,9 +54,9 @@ func FuzzURI(f *testing.F) {
 		if err != nil || v.Host != u.Host || v.Plain != u.Plain || v.Query != u.Query || routeHost(strings.ToLower(v.Host)) != v.Host {
 			t.Fatalf("%+v is read as %+v, %v", u, v, err)
 		}
-		for way := range reading(readings) {
-			if p := way.of(u.Path); !isOddPath(u.Path) && p != u.Plain {
-				t.Fatalf("%q is not odd, and %b reads %q", u.Path, way, p)
+		for _, p := range readings(u.Path) {
+			if !isOddPath(u.Path) && mergeSlashes(p) != u.Plain {
+				t.Fatalf("%q is not odd, and is also read as %q", u.Path, p)
 			}
 		}
 	})

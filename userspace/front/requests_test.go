@@ -99,6 +99,8 @@ listeners:
 		{none, "GET", "https://a.test/api/x", "", nil, 404, ""},
 		{none, "POST", "https://a.test/api/x", "", map[string]string{"X-Api": "2"}, 405, ""},
 		{none, "GET", "https://a.test/post", "", nil, 405, ""},
+		{none, "post", "https://a.test/post", "", nil, 200, "post /post"}, // a guard of POST is one of what targets take for it
+		{none, "head", "https://a.test/api/x", "", map[string]string{"X-Api": "2"}, 200, ""},
 		{none, "POST", "https://a.test/small", "0123456789", nil, 200, "body=10"},
 		{none, "POST", "https://a.test/small", "0123456789a", nil, 413, "larger than the 10 bytes"},
 		{none, "POST", "https://a.test/two", "once", nil, 200, "body=4"},

@@ -26,7 +26,9 @@ func (m *Match) Takes(r *http.Request, path string) (ok, otherMethod bool) {
 			return false, false
 		}
 	}
-	if m.Methods == nil || slices.Contains(m.Methods, r.Method) || r.Method == http.MethodHead && slices.Contains(m.Methods, http.MethodGet) {
+	// WSGI's frameworks take post for POST, so a rule for one is a rule for both.
+	method := strings.ToUpper(r.Method)
+	if m.Methods == nil || slices.Contains(m.Methods, method) || method == http.MethodHead && slices.Contains(m.Methods, http.MethodGet) {
 		return true, false
 	}
 	return false, true

@@ -71,7 +71,8 @@ var ErrNoAnswer = errors.New("no answer")
 // Ask asks about a request with a GET that has its headers and says what was
 // asked for: header is that of the request as it would go on, with its
 // X-Forwarded-For, -Host and -Proto, and without what is hop-by-hop; Ask adds
-// X-Forwarded-Method and -Uri, and leaves out what belongs to the body.
+// X-Forwarded-Method and -Uri, and leaves out what belongs to the body, and what asks for it only in part or only
+// if it has changed: that is about the target's answer, and no 304 lets a request on.
 //
 // The caller closes the answer's body. Redirects are answers like any other.
 func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Header) (*http.Response, error) {
@@ -85,7 +86,8 @@ func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Heade
 	r.Header = header.Clone()
 	for name := range r.Header {
 		switch fold(name) {
-		case "content-length", "content-encoding", "content-type", "expect", "x-forwarded-method", "x-forwarded-uri":
+		case "content-length", "content-encoding", "content-type", "expect", "x-forwarded-method", "x-forwarded-uri",
+			"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range":
 			delete(r.Header, name)
 		}
 	}
@@ -108,6 +110,11 @@ func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Heade
 			return nil, fmt.Errorf("%w: %w", ErrNoAnswer, err)
 		}
 		return nil, err
+	}
+	if res.StatusCode == http.StatusSwitchingProtocols { // nobody asked for that, and what follows has no end
+		res.Body.Close()
+		cancel(nil)
+		return nil, fmt.Errorf("it answers %s", res.Status)
 	}
 	RemoveHopByHop(res.Header)
 	res.Body = &answerBody{ReadCloser: res.Body, cancel: func() { cancel(nil) }}

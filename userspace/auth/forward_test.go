@@ -39,6 +39,7 @@ func TestAsk(t *testing.T) {
 		io.WriteString(w, "go there")
 	})
 	res, err := f.Ask(t.Context(), "POST", "/a%2Fb?c=d", http.Header{"Cookie": {"s=1"}, "Authorization": {"Bearer x"}, "Content-Length": {"5"}, "Expect": {"100-continue"},
+		"If-None-Match": {"*"}, "If_Modified_Since": {"x"}, "Range": {"bytes=0-1"},
 		"X_forwarded_uri": {"/forged"}, "X-Forwarded-Method": {"forged"}, "X-Forwarded-For": {"192.0.2.7"}})
 	if err != nil {
 		t.Fatal(err)
@@ -55,7 +56,7 @@ func TestAsk(t *testing.T) {
 		t.Errorf("%s %s, %d bytes", got.Method, got.URL, got.ContentLength)
 	}
 	for name, want := range map[string]string{"X-Forwarded-Method": "POST", "X-Forwarded-Uri": "/a%2Fb?c=d", "X-Forwarded-For": "192.0.2.7", "Cookie": "s=1",
-		"Authorization": "Bearer x", "X_forwarded_uri": "", "Expect": "", "User-Agent": "", "Accept-Encoding": ""} {
+		"Authorization": "Bearer x", "X_forwarded_uri": "", "Expect": "", "If-None-Match": "", "If_Modified_Since": "", "Range": "", "User-Agent": "", "Accept-Encoding": ""} {
 		if v := got.Header.Get(name); v != want {
 			t.Errorf("%s is %q, want %q", name, v, want)
 		}
@@ -85,7 +86,11 @@ func TestNoAnswer(t *testing.T) {
 	}()
 	stop := make(chan struct{})
 	defer close(stop)
-	hang := func(_ http.ResponseWriter, r *http.Request) {
+	hang := func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/upgrade" {
+			w.WriteHeader(http.StatusSwitchingProtocols)
+			return
+		}
 		select {
 		case <-stop:
 		case <-r.Context().Done():
@@ -105,6 +110,7 @@ func TestNoAnswer(t *testing.T) {
 			o.Dial = func(context.Context) (net.Conn, error) { return nil, DialError(errors.New("asleep")) }
 		}, true},
 		{"not HTTP", at(nonsense), false},
+		{"another protocol", func(o *ForwardOptions) { o.URL.Path = "/upgrade" }, false},
 	} {
 		_, err := asking(t, hang, c.change).Ask(t.Context(), "GET", "/", http.Header{})
 		if err == nil || errors.Is(err, ErrNoAnswer) != c.noAnswer {

@@ -133,7 +133,7 @@ func TestSpeakers(t *testing.T) {
 	}{
 		{"the client", ForClient, [][2]string{
 			{"192.0.2.1", "id-of-path-1"}, {"192.0.2.2", "id-of-path-2"}, {"192.0.2.1", "id-of-path-3"}, {"6.6.6.6, 2001:db8::2", "id-of-path-4"}, {"", "id-of-path-5"}, {"nonsense", "id-of-path-6"}},
-			[]string{"1 192.0.2.1:0", "2 192.0.2.2:0", "1 192.0.2.1:0", "3 [2001:db8::2]:0", "4 hop", "4 hop"}},
+			[]string{"1 192.0.2.1:0", "2 192.0.2.2:0", "1 192.0.2.1:0", "3 [2001:db8::2]:0", "4 hop", "5 hop"}}, // the last is of nobody that is known
 		{"the path", ForPath, [][2]string{
 			{"192.0.2.1", "id-of-path-1"}, {"192.0.2.1", "id-of-path-2"}, {"192.0.2.1", "id-of-path-1"}, {"192.0.2.2", "id-of-path-1"}},
 			[]string{"1 192.0.2.1:0", "2 192.0.2.1:0", "1 192.0.2.1:0", "3 192.0.2.2:0"}},

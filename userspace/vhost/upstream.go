@@ -162,6 +162,9 @@ func (up *Upstream) address(u *url.URL, x *exchange) {
 	case ForPath:
 		key += "\n" + x.visit.Client.String() + " " + x.id
 	}
+	if up.Speaks != ForAll && x.visit.Unknown != nil {
+		key += "\nunknown" // by now: what was dialled before that speaks for a client
+	}
 	u.Host = hex.EncodeToString([]byte(key))
 }
 

@@ -1,6 +1,7 @@
 package front
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -37,7 +38,7 @@ func TestKeptUpstreamOfAHop(t *testing.T) {
 	}
 	d := start(t, config("192.0.2.1"))
 	conn := d.come(t, "web", "203.0.113.7:1")
-	c := &http.Client{Timeout: patience, Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) { return conn, nil }}}
+	c := &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }}}
 	ask := func() string {
 		t.Helper()
 		res, err := c.Get("http://app.test/")

@@ -52,9 +52,9 @@ type breakage struct {
 	side uint32
 	err  error
 
-	// Only for who runs the half whose source is dead.
-	until time.Time
-	taken uint64 // what its reader had taken at the last look
+	// Only for who is running the half of side.
+	taken   uint64    // what the reader had taken, when that had last changed
+	takenAt time.Time // when that was seen
 }
 
 func (b *breakage) end() (string, error) {
@@ -97,9 +97,9 @@ func (f *flow) look(side uint32) {
 	}
 }
 
-// breakUp ends the flow since a side is dead: what it sent before still goes to the other one, for a while.
+// breakUp ends the flow since a side is dead: what it sent before still goes to the other one, for as long as that goes on reading.
 func (f *flow) breakUp(side uint32, err error) {
-	if !f.broken.CompareAndSwap(nil, &breakage{side: side, err: err, until: time.Now().Add(resetGrace)}) {
+	if !f.broken.CompareAndSwap(nil, &breakage{side: side, err: err}) {
 		if first := f.broken.Load(); first.side != side { // there is nobody left to deliver to
 			f.finish(first.end())
 		}

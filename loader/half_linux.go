@@ -187,7 +187,7 @@ func (h *half) work() outcome {
 	}
 	if !h.done.Load() {
 		if o, wait := h.copy(); wait {
-			if b != nil && h.hasStopped(b) {
+			if b != nil && h.readerStopped(b) {
 				return outcome{finish: true}
 			}
 			if b != nil && o.after == 0 {
@@ -205,7 +205,7 @@ func (h *half) work() outcome {
 			h.peer().closeWrite()
 			h.done.Store(true)
 		}
-		if h.delivered() || h.hasStopped(b) {
+		if h.delivered() || h.readerStopped(b) {
 			return outcome{finish: true}
 		}
 		return outcome{after: h.patient(20 * time.Millisecond)}
@@ -435,14 +435,17 @@ func (h *half) delivered() bool {
 	return err != nil || n <= 0
 }
 
-// hasStopped: who reads what a dead source has sent has taken nothing for resetGrace.
-func (h *half) hasStopped(b *breakage) bool {
-	now := time.Now()
-	n, _ := h.peer().unacked()
-	if taken := h.moved() - uint64(n); taken != b.taken {
-		b.taken, b.until = taken, now.Add(resetGrace)
+// readerStopped is asked again and again of a half whose source is dead: has the other end of its peer taken nothing for resetGrace?
+func (h *half) readerStopped(b *breakage) bool {
+	var i unix.TCPInfo
+	if h.peer().info(&i) != nil {
+		return true
 	}
-	return now.After(b.until)
+	now, n := time.Now(), i.Bytes_acked+h.f.process.moved(h.i)
+	if b.takenAt.IsZero() || n != b.taken {
+		b.taken, b.takenAt = n, now
+	}
+	return now.Sub(b.takenAt) >= resetGrace
 }
 
 // release gives the buffer back, and the pipe.

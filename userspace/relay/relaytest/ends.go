@@ -90,6 +90,24 @@ func resetBehindWaiting(t *testing.T, p Path, s Size) {
 	})
 }
 
+// resetSlowReader: one that goes on reading gets all of it, however long that takes.
+func resetSlowReader(t *testing.T, p Path, s Size) {
+	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+		must(t, to.(*net.TCPConn).SetReadBuffer(32<<10))
+		const n, pieces = 400 << 10, 20
+		out := newStream()
+		in := *out
+		must(t, out.send(from, n))
+		must(t, waitAcked(from))
+		abort(from)
+		for range pieces {
+			time.Sleep(200 * time.Millisecond)
+			must(t, in.receive(to, n/pieces))
+		}
+		wantReset(t, p, to)
+	})
+}
+
 // resetHoldsSender: while what came before a reset waits to be delivered, nothing is taken from the other end: it would be told that its
 // bytes have arrived.
 func resetHoldsSender(t *testing.T, p Path, s Size) {

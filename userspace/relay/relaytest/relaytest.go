@@ -138,6 +138,7 @@ func Cases() []Case {
 		{Name: "reset", Reset: true, Run: reset},
 		{Name: "reset behind data", Reset: true, Run: resetBehindData},
 		{Name: "reset behind data that waits", Reset: true, Run: resetBehindWaiting},
+		{Name: "reset behind data for a slow reader", Slow: true, Reset: true, Run: resetSlowReader},
 		{Name: "reset holds the sender up", Slow: true, Reset: true, Run: resetHoldsSender},
 		{Name: "reset mid-stream", Reset: true, Run: resetMidStream},
 		{Name: "reset after half-close", Reset: true, Run: resetAfterHalfClose},

@@ -428,7 +428,13 @@ func (h *half) drained() bool {
 
 // delivered: all that a dead source sent has reached the other side, so that a reset can't take it away.
 func (h *half) delivered() bool {
-	if !h.copying.Load() && load64(&h.shared().Passed) != h.consumed || !h.redirectedIsWritten() {
+	if !h.copying.Load() {
+		h.source().kick() // the verdict was not run yet for what came before the insertion, or was kept from it
+		if load64(&h.shared().Passed) != h.consumed {
+			return false
+		}
+	}
+	if !h.redirectedIsWritten() {
 		return false
 	}
 	n, err := h.peer().unacked()

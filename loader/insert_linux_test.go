@@ -52,6 +52,24 @@ func TestRuleKickOff(t *testing.T) {
 	}
 }
 
+// A reset that is told before the kick takes nothing away of what came before the splice.
+func TestResetBeforeKick(t *testing.T) {
+	r := allRules
+	r.kick, r.look = false, false
+	l := open(t, r, 16)
+	data := pattern(20_000)
+	p := splicePath(t, l, pathOptions{before: func(client, _, _, _ *net.TCPConn) {
+		client.Write(data)
+		time.Sleep(20 * time.Millisecond)
+	}})
+	p.client.SetLinger(0)
+	p.client.Close()
+	p.server.SetDeadline(time.Now().Add(patience))
+	if got, err := io.ReadAll(p.server); !bytes.Equal(got, data) || !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("%d of %d bytes, %v", len(got), len(data), err)
+	}
+}
+
 // What is refused is left as it was, and goes on in userspace.
 func TestRefusal(t *testing.T) {
 	l := open(t, allRules, 1)

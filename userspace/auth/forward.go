@@ -2,6 +2,7 @@ package auth
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -49,16 +50,54 @@ type ForwardOptions struct {
 // NewForward makes a Forward. It connects to nothing yet. [Forward.Close] closes
 // idle connections.
 func NewForward(o ForwardOptions) *Forward {
-	t := &http.Transport{MaxIdleConns: idleMost, MaxIdleConnsPerHost: idleMost, IdleConnTimeout: idleFor, DisableCompression: true,
-		TLSHandshakeTimeout: o.Timeout}
+	dial := (&net.Dialer{}).DialContext
 	if o.Dial != nil {
-		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) { return o.Dial(ctx) }
+		dial = func(ctx context.Context, _, _ string) (net.Conn, error) { return o.Dial(ctx) }
 	}
+	t := &http.Transport{MaxIdleConns: idleMost, MaxIdleConnsPerHost: idleMost, IdleConnTimeout: idleFor, DisableCompression: true,
+		DialContext: whileAsked(dial), DialTLSContext: whileAsked(overTLS(dial)), ForceAttemptHTTP2: true}
 	f := &Forward{url: o.URL, timeout: o.Timeout, transport: t}
 	for _, name := range o.Copy {
 		f.copied = append(f.copied, textproto.CanonicalMIMEHeaderKey(name))
 	}
 	return f
+}
+
+type askKey struct{}
+
+// whileAsked makes dialling end with the Ask that wants the connection. The
+// transport goes on with it else, and clients that come and leave again while
+// the server does not answer would use up all files.
+func whileAsked(dial dialFunc) dialFunc {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		asked := ctx.Value(askKey{}).(context.Context)
+		ctx, cancel := context.WithCancelCause(ctx)
+		defer cancel(nil)
+		defer context.AfterFunc(asked, func() { cancel(context.Cause(asked)) })()
+		return dial(ctx, network, addr)
+	}
+}
+
+type dialFunc func(ctx context.Context, network, addr string) (net.Conn, error)
+
+// overTLS is what the transport does by itself, within the dialling.
+func overTLS(dial dialFunc) dialFunc {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		host, _, err := net.SplitHostPort(addr)
+		if err != nil {
+			return nil, err
+		}
+		c, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		tc := tls.Client(c, &tls.Config{ServerName: host, NextProtos: []string{"h2", "http/1.1"}})
+		if err := tc.HandshakeContext(ctx); err != nil {
+			c.Close()
+			return nil, err
+		}
+		return tc, nil
+	}
 }
 
 // Close closes idle connections; those in use go on.
@@ -78,6 +117,7 @@ var ErrNoAnswer = errors.New("no answer")
 func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Header) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	timer := time.AfterFunc(f.timeout, func() { cancel(errTooSlow) })
+	ctx = context.WithValue(ctx, askKey{}, ctx)
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, f.url.String(), nil)
 	if err != nil {
 		cancel(nil)

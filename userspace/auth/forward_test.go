@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"sync"
 	"testing"
 	"time"
 )
@@ -141,4 +142,67 @@ func TestEndlessBody(t *testing.T) {
 		t.Fatal(err)
 	}
 	res.Body.Close() // a test that hangs fails
+}
+
+// TestDialEnds leaves while the server is dialled, or does not answer in TLS: no
+// connection stays behind.
+func TestDialEnds(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	begun, ended := make(chan struct{}), make(chan struct{})
+	hang := func(ctx context.Context) (net.Conn, error) {
+		close(begun)
+		<-ctx.Done()
+		close(ended)
+		return nil, ctx.Err()
+	}
+	accepted := func(context.Context) (net.Conn, error) {
+		c, err := net.Dial("tcp", silent.Addr().String())
+		close(begun)
+		return &closing{Conn: c, closed: ended}, err
+	}
+	for scheme, dial := range map[string]func(context.Context) (net.Conn, error){"http": hang, "https": accepted} {
+		begun, ended = make(chan struct{}), make(chan struct{})
+		f := asking(t, func(http.ResponseWriter, *http.Request) {}, func(o *ForwardOptions) { o.URL.Scheme, o.Dial = scheme, dial })
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			<-begun
+			cancel()
+		}()
+		if _, err := f.Ask(ctx, "GET", "/", http.Header{}); !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v", scheme, err)
+		}
+		select {
+		case <-ended:
+		case <-time.After(time.Minute):
+			t.Errorf("%s: dialling goes on after the client has left", scheme)
+		}
+	}
+}
+
+// closing tells when it is closed.
+type closing struct {
+	net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (c *closing) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
+// TestNotBelieved asks a server whose certificate is not believed.
+func TestNotBelieved(t *testing.T) {
+	s := httptest.NewTLSServer(http.NotFoundHandler())
+	defer s.Close()
+	u, _ := url.Parse(s.URL)
+	f := NewForward(ForwardOptions{URL: u, Timeout: time.Minute})
+	defer f.Close()
+	if _, err := f.Ask(t.Context(), "GET", "/", http.Header{}); err == nil || errors.Is(err, ErrNoAnswer) {
+		t.Errorf("a certificate of nobody: %v", err)
+	}
 }

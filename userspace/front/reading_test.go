@@ -321,6 +321,7 @@ var odd = []struct {
 	{message: message{target: "http://?x"}, refused: true},
 	{message: message{target: "http://app.test/admin"}, only: "h2", refused: true}, {message: message{target: "/a /admin"}, only: "h2", refused: true},
 	{message: message{target: "/open HTTP/1.1\r\nHost: secret.test\r\nX: y"}, only: "h2", refused: true}, {message: message{target: ""}, only: "h2", refused: true},
+	{message: message{target: "/", method: "GET /admin"}, only: "h2", refused: true}, {message: message{target: "/", method: `GET"`}, only: "h2", refused: true},
 	// A whole address.
 	{message: message{target: "http://app.test/admin"}, only: "h1"}, {message: message{target: "HTTP://APP.test:80/admin?x=1"}, only: "h1"}, {message: message{target: "https://secret.test"}, only: "h1"},
 	{message: message{target: "http://secret.test/", host: "app.test"}, only: "h1"}, {message: message{target: "http://secret.test?x", host: "app.test"}, only: "h1"},

@@ -7,6 +7,8 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+
+	"golang.org/x/net/http/httpguts"
 )
 
 // URI is what a request is for. It is read once, when the request enters: what is routed, guarded, logged,
@@ -80,6 +82,8 @@ func readURI(r *http.Request) (URI, error) {
 	}
 	plain := u.Path
 	switch {
+	case !httpguts.ValidHeaderFieldName(r.Method): // net/http checks that in HTTP/1 only
+		return asked, &BadRequest{BadTarget, "The method is no token: send one such as GET."}
 	case target == "*" && r.Method == http.MethodOptions:
 		plain = "/"
 	case target == "" || target[0] != '/':

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"os"
 	"os/exec"
 	"strings"
@@ -390,4 +391,21 @@ func TestCurl(t *testing.T) {
 			t.Errorf("%s: %q", version, got)
 		}
 	}
+}
+
+// TestConnectionOutlivesFailure: an upstream that does not answer a request without a body ends no connection of
+// the client's.
+func TestConnectionOutlivesFailure(t *testing.T) {
+	each(t, func(t *testing.T, p protocol) {
+		c := p.client(t, p.hop(t, wayTo(closedPort(t))))
+		for i := range 3 {
+			var reused bool
+			trace := &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { reused = i.Reused }}
+			res, _ := get(t, c, p.url("/"), func(r *http.Request) { *r = *r.WithContext(httptrace.WithClientTrace(r.Context(), trace)) })
+			if res.StatusCode != 502 || reused != (i > 0) {
+				t.Errorf("request %d: %s, reused: %v", i, res.Status, reused)
+			}
+			time.Sleep(20 * time.Millisecond) // a GOAWAY may come behind the answer
+		}
+	})
 }

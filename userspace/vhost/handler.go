@@ -106,7 +106,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	// A copy: the server looks at its own request's Body (for Expect), and puts
 	// the trailers there.
 	in := r.WithContext(ctx)
-	if r.Body != nil && r.Body != http.NoBody {
+	if hasBody(r) {
 		x.body = newBody(r, w, cmp.Or(x.route.BodyTimeout, s.opts.StallTimeout), x.route.MaxBody)
 		in.Body = x.body
 		// Without it an HTTP/1 server throws the rest of the body away when the
@@ -115,6 +115,11 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	s.proxy.ServeHTTP(x.resp, in)
 	x.whole = true
+}
+
+// hasBody says whether a body comes with a request. In HTTP/2 net/http gives every request one to read.
+func hasBody(r *http.Request) bool {
+	return r.Body != nil && r.Body != http.NoBody && (r.ProtoMajor == 1 || r.ContentLength != 0)
 }
 
 const hstsHeader = "Strict-Transport-Security"

@@ -215,6 +215,16 @@ func gives(body, host, prefix string) bool {
 }
 
 func below(p, prefix string) bool {
+	if once, err := url.PathUnescape(p); err == nil && strings.ContainsAny(once, "%?#") { // it is decoded twice
+		cut, _, _ := strings.Cut(strings.ReplaceAll(once, "#", "?"), "?")
+		if belowOnce(cut, prefix) || belowOnce(once, prefix) {
+			return true
+		}
+	}
+	return belowOnce(p, prefix)
+}
+
+func belowOnce(p, prefix string) bool {
 	p = strings.NewReplacer("%5c", "/", "%5C", "/", `\`, "/").Replace(p)
 	names := strings.Split(p, "/")
 	for i := range names {
@@ -337,6 +347,8 @@ var odd = []struct {
 	{message: message{target: "/admin%5cx"}, refused: true}, {message: message{target: "//x/admin"}, refused: true}, {message: message{target: "/open/..%3b/admin"}},
 	{message: message{target: "///x/admin"}, refused: true}, {message: message{target: `/\/x/admin`}, refused: true}, {message: message{target: "/////x/admin"}, refused: true},
 	{message: message{target: "/x/../admin//../open"}, refused: true}, {message: message{target: "/x/../admin/%2e%2e/open"}, refused: true}, {message: message{target: "/x/..%2fadmin%2f%2f../open"}, refused: true},
+	{message: message{target: "/x/%252e%252e/admin"}, refused: true}, {message: message{target: "/%2561dmin"}, refused: true}, {message: message{target: "/admin%3fx"}, refused: true}, {message: message{target: "/admin%23x"}, refused: true},
+	{message: message{target: "/open/100%25"}}, {message: message{target: "/open/why%3F"}}, {message: message{target: "/open/%2523"}},
 	{message: message{target: "/open/a//../b"}}, {message: message{target: "/open/%2e%2e/b"}}, {message: message{target: "/.well-known//x"}}, {message: message{target: "///open"}},
 	{message: message{target: "/app/x/..%2fprivate"}}, {message: message{target: "/app/..;/admin"}, refused: true}, {message: message{target: "/app/;x/private"}, refused: true},
 	{message: message{target: "/app%2fprivate"}}, {message: message{target: "/app//private"}},

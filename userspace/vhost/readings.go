@@ -20,7 +20,11 @@ func (s *Server) checkReadings(x *exchange) error {
 	if len(x.uri.Path) > maxOddPath {
 		return refuse
 	}
-	for _, path := range readings(x.uri.Path) {
+	paths, ok := readings(x.uri.Path)
+	if !ok {
+		return refuse
+	}
+	for _, path := range paths {
 		if path == x.uri.Plain {
 			continue
 		}
@@ -30,10 +34,9 @@ func (s *Server) checkReadings(x *exchange) error {
 		}
 	}
 	if prefix := x.route.AddPrefix; prefix != "" {
-		for _, path := range readings(x.route.path(&x.uri)) {
-			if !PathMatches(prefix, path) {
-				return refuse
-			}
+		paths, ok := readings(x.route.path(&x.uri))
+		if !ok || slices.ContainsFunc(paths, func(path string) bool { return !PathMatches(prefix, path) }) {
+			return refuse
 		}
 	}
 	return nil
@@ -50,30 +53,41 @@ func isOddPath(path string) bool {
 			return false
 		}
 		switch strings.ToLower(rest[i+1 : i+3]) {
-		case "2e", "2f", "5c":
+		case "23", "25", "2e", "2f", "3f", "5c":
 			return true
 		}
 		rest = rest[i+3:]
 	}
 }
 
-// readings are the paths that servers may take path for.
-func readings(path string) []string {
+// maxReadings bounds in how many ways a path may be written for its readers. It takes half a dozen of their
+// differences in one path to have more.
+const maxReadings = 32
+
+// readings are the paths that servers may take path for, if there are not too many.
+func readings(path string) (all []string, ok bool) {
 	ways := []string{path}
 	orAlso := func(read func(string) string) {
+		if len(ways) > maxReadings {
+			return
+		}
 		for _, p := range ways {
 			if p = read(p); !slices.Contains(ways, p) {
 				ways = append(ways, p)
 			}
 		}
 	}
+	orAlso(unescapePercents.Replace) // nginx that sends its decoded $uri on: what is behind it decodes again
+	orAlso(cutQuery)                 // the same: an escaped ? or # is none any more
 	orAlso(slashBackslashes.Replace) // IIS, and whatever parses by WHATWG's rules
 	orAlso(cutHost)
 	orAlso(cutHostBehindAll)           // WHATWG
 	orAlso(cutParams)                  // Tomcat, Jetty
 	orAlso(keepEscapedSlashes.Replace) // many: an escaped slash divides nothing
 	orAlso(keepEscapedDots.Replace)    // HAProxy, java.net.URI: an escaped dot is a name
-	var all []string
+	if len(ways) > maxReadings {
+		return nil, false
+	}
 	for _, p := range ways {
 		plain, err := url.PathUnescape(p)
 		if err != nil {
@@ -90,14 +104,25 @@ func readings(path string) []string {
 			}
 		}
 	}
-	return all
+	return all, true
 }
 
 var (
+	unescapePercents   = strings.NewReplacer("%25", "%")
 	slashBackslashes   = strings.NewReplacer(`\`, "/", "%5c", "/", "%5C", "/")
 	keepEscapedSlashes = strings.NewReplacer("%2f", "%252f", "%2F", "%252f") // which decode to what was there
 	keepEscapedDots    = strings.NewReplacer("%2e", "%252e", "%2E", "%252e")
 )
+
+// cutQuery cuts off an escaped ? or #, and what follows it.
+func cutQuery(path string) string {
+	for i := range len(path) - 2 {
+		if path[i] == '%' && (strings.EqualFold(path[i+1:i+3], "3f") || path[i+1:i+3] == "23") {
+			return path[:i]
+		}
+	}
+	return path
+}
 
 // cutHost takes what follows two slashes at the start for a host.
 func cutHost(path string) string {

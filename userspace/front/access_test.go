@@ -341,6 +341,21 @@ listeners:
 	}
 }
 
+// TestForwardAuthHost: the auth server is asked about the host that is routed, and not about another one that a hop which is
+// believed was told by its client.
+func TestForwardAuthHost(t *testing.T) {
+	asked := make(chan http.Header, 1)
+	server := httpBackend(t, func(w http.ResponseWriter, r *http.Request) { asked <- r.Header })
+	addr, app := freeAddr(t), headers(t)
+	start(t, fmt.Sprintf(`listeners: [{ listen: %q, mode: http, accept_proxy: { from: [127.0.0.1] }, default: { forward: %q, forward_auth: { address: "http://%s/" } } }]`, addr, app, server))
+	for _, line := range []string{"X-Forwarded-Host: public.test", "X_Forwarded_Host: public.test", "x-forwarded-host: app.test, public.test"} {
+		res, body := ask(t, addr, "GET", "app.test", "/", nil, "X-Forwarded-For: 192.0.2.1", line)
+		if h := <-asked; res.StatusCode != 200 || h.Get("X-Forwarded-For") != "192.0.2.1, 127.0.0.1" || len(h["X-Forwarded-Host"]) != 1 || h.Get("X-Forwarded-Host") != "app.test" {
+			t.Errorf("%s: %d %s, the server was asked with %v", line, res.StatusCode, body, h)
+		}
+	}
+}
+
 // TestTailscaleHeaders checks that nobody can bring their own.
 func TestTailscaleHeaders(t *testing.T) {
 	addr, app := freeAddr(t), headers(t)

@@ -260,18 +260,21 @@ func (f *flow) move(src *side) (over bool) {
 // howEnded says what it means that a read from s gave no byte. proper: the stream has ended. If not, a reset, or another
 // fault, has cut it off, and somebody else was told. fault is such an end, or one that has come behind the proper one.
 func (s *side) howEnded() (proper bool, fault error) {
-	if err := s.takeError(); err != nil {
-		return true, err // a read gives the error first, but behind a FIN
-	}
 	s.flow.mu.Lock()
 	fault = s.fault
 	s.flow.mu.Unlock()
+	gone := s.gone()
+	// A read gives the error first, but behind a FIN. It is looked for last, so that a reset which comes meanwhile is one behind
+	// the end, too.
+	if err := s.takeError(); err != nil {
+		return true, err
+	}
 	switch {
 	case fault != nil:
 		// A write was told. Whether a FIN had come before is not known: EPIPE would say so, but splice(2) gives that also when it
 		// has swallowed the error, for having written a part. A wrong end would be worse than none.
 		return false, fault
-	case s.gone():
+	case gone:
 		return false, syscall.ECONNRESET
 	}
 	return true, nil

@@ -205,6 +205,41 @@ func TestRapidReset(t *testing.T) {
 	t.Logf("at most %d requests at once", most.Load())
 }
 
+// TestEmptyWindow checks that nothing is kept of a request whose small answer the
+// client doesn't take: the server does so by itself, for as long as that lasts.
+func TestEmptyWindow(t *testing.T) {
+	var asked atomic.Pointer[http.Request]
+	h := newHop(t, nil, overTLS(t, "example.org"), func(o *config) {
+		o.Guard = func(_ http.ResponseWriter, v *Visit) error {
+			asked.Store(v.Request)
+			return &Refusal{Status: http.StatusForbidden, Title: "No", Err: errors.New("no")}
+		}
+	})
+	f, _, open := framed(t, h)
+	f.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+	open(1, "/", true)
+	// Nobody flushes a page: its header comes once the handler has returned.
+	for answered, ended := false, false; !ended; {
+		frame, err := f.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch frame := frame.(type) {
+		case *http2.HeadersFrame:
+			answered = true
+			if r := asked.Load(); r.Header != nil || r.URL != nil || r.RequestURI != "" {
+				t.Errorf("the server keeps %s and its header", r.RequestURI)
+			}
+			f.WriteWindowUpdate(1, 1<<16)
+		case *http2.DataFrame:
+			if !answered {
+				t.Error("data before the header")
+			}
+			ended = frame.StreamEnded()
+		}
+	}
+}
+
 // TestStreamLimit checks that the limit on streams is announced: a client gets
 // fewer than a hop that carries many, and fewer still where it has many
 // connections.

@@ -58,6 +58,15 @@ func (s *Server) charge(x *exchange) (err error) {
 	return err
 }
 
+// forget lets go of what the client sent. HTTP/2's server keeps the request, and
+// the end of its answer, until the client takes that: of streams whose window is
+// empty there may be many, and the header of each takes up to Options.HeaderBytes.
+func (x *exchange) forget() {
+	if r := x.req; r.ProtoMajor >= 2 {
+		r.Header, r.URL, r.Host, r.RequestURI = nil, nil, "", ""
+	}
+}
+
 // charged counts dialling as work on the request that wants the connection: the
 // transport goes on with it when the request has ended, as that of a client
 // which opens streams and resets them. What it would begin afterwards it doesn't

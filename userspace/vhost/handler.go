@@ -59,6 +59,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	x.visit = Visit{Request: r, URI: x.uri, ID: x.conn.info.ID, Conn: x.conn.info, Client: x.conn.info.Client, Unknown: x.conn.info.Unknown, x: x}
 	noRoom := s.charge(x)
 	defer x.charge.end()
+	defer x.forget()
 	x.requestID = requestID(r, x.conn, x.id)
 	x.timing = s.wantsTiming(r, x.visit.Conn)
 	if s.opts.HSTS != nil && r.TLS != nil {

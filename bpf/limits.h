@@ -37,8 +37,8 @@ enum flow_state {
 	FLOW_ENDING,        /* being reset, what was received is still delivered */
 };
 
-/* Why a half gave up; written by the verdict only, once. Userspace resets both sides then: bytes may be
- * missing, and neither side may take the stream for whole.
+/* Why a half gave up; written by the verdict, or by `brake`, once. Userspace resets both sides then: bytes may
+ * be missing, and neither side may take the stream for whole.
  */
 enum fault {
 	FAULT_NONE,
@@ -46,6 +46,7 @@ enum fault {
 	FAULT_TRIM,      /* an overlap could not be cut off */
 	FAULT_PEER,      /* the peer is gone, or takes no more data */
 	FAULT_REDIRECT,  /* the helper refused */
+	FAULT_RESET,     /* no bytes are missing: the source was reset, of which only `brake` knows */
 };
 
 /* Whether a half goes out of the sockmap. */
@@ -94,7 +95,7 @@ struct half {
 	__u8 seeded;      /* verdict: base, mark and next_seq are valid, and it counts what comes */
 	__u8 leaving;     /* userspace, and `leave` while it is LEAVING */
 	__u16 in_hand;    /* userspace: 4 KiB that it has read and not yet written, where that is more than usual */
-	enum fault fault; /* verdict */
+	enum fault fault; /* verdict, brake */
 };
 
 /* How a cookie is found: the key of `flows`, and which half the socket is the source of. */

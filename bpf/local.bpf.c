@@ -307,12 +307,6 @@ static __always_inline void widen(void)
 		bpf_loop(1 << 23, is_over, &end, 0);
 }
 
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define from_network(x) __builtin_bswap32(x)
-#else
-#define from_network(x) (x)
-#endif
-
 /* The words are read with READ_ONCE, since the verifier refuses a context pointer that the compiler has chosen. */
 static __always_inline void address(__u8 to[16], __u32 family, __u32 ip4, __u32 a, __u32 b, __u32 c, __u32 d)
 {

@@ -48,6 +48,15 @@
  *  - where that is not enough, since the worker that empties the queue comes late, `brake` cuts the payload off what
  *    comes in, before TCP sees it, as if the network had lost it. The sender sends it again.
  *
+ * # A reset
+ *
+ * The worker stops for good at the first skb in that queue that a dead socket does not take, and what the socket
+ * had passed behind it, and acknowledged, is lost. So `brake` keeps a reset from TCP while something in the queue
+ * goes the other way, and tells userspace of it (FAULT_RESET): the queue is emptied as if nothing had come, and both
+ * sides are reset when what the dead one sent has arrived. A reset that TCP would not take (its number is not the
+ * one to come next, maybe since bytes in front of it still wait for the socket's lock) is forgotten: what is in the
+ * queue is about to be sent, and brings another one.
+ *
  * loader/model_test.go runs all interleavings of small cases against this.
  */
 
@@ -63,6 +72,7 @@ const volatile bool rule_trim = true;
 const volatile bool rule_fin = true;
 const volatile bool rule_couple = true;
 const volatile bool rule_brake = true;
+const volatile bool rule_late = true; /* a reset waits for the queue */
 
 /* Pages; from here on (net.ipv4.tcp_mem) the kernel may refuse to take bytes into a send buffer. 0: not known. */
 const volatile __u64 tcp_pressure = 0;
@@ -129,6 +139,12 @@ const enum leaving *unused_leaving __attribute__((unused));
 
 #define READ_ONCE(x) (*(const volatile __typeof__(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile __typeof__(x) *)&(x) = (v))
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define from_network(x) __builtin_bswap32(x)
+#else
+#define from_network(x) (x)
+#endif
 
 /* If the ring is full, userspace finds out by its sweep, within 3 seconds. */
 static __always_inline void tell(__u32 half, enum event_kind kind)
@@ -274,7 +290,7 @@ static __always_inline int verdict(struct __sk_buff *skb)
 	h = bpf_map_lookup_elem(&halves, &half);
 	if (!h || h->source != cookie)
 		return SK_PASS; /* likewise */
-	if (h->fault != FAULT_NONE)
+	if (h->fault != FAULT_NONE && h->fault != FAULT_RESET)
 		return after_fault(h->fault); /* about to be reset */
 
 	local_find(&local, half);
@@ -403,6 +419,30 @@ int leave(struct bpf_iter__tcp *ctx)
 /* Segments whose payload was cut off by `brake`. */
 __u64 braked = 0;
 
+/* Is this reset, of a half's source, too early for what may wait behind bytes of the other way? */
+static __always_inline bool is_early(struct __sk_buff *skb, struct place *at, struct half *h, struct tcp_sock *tcp)
+{
+	__u32 other = at->half ^ 1, written = tcp->write_seq, seq;
+	struct half *back = bpf_map_lookup_elem(&halves, &other);
+	struct flow *f = bpf_map_lookup_elem(&flows, &at->flow);
+	bool next;
+
+	if (!rule_late || !back || !back->seeded || !f)
+		return false;
+	if (other & 1)
+		written -= (__u32)f->down.local;
+	if ((__s32)((__u32)(READ_ONCE(back->redirected) + READ_ONCE(back->consumed)) - (written - back->base)) <= 0)
+		return false;
+	if (bpf_skb_load_bytes(skb, 4, &seq, sizeof(seq)))
+		return false;
+	next = from_network(seq) == READ_ONCE(tcp->rcv_nxt);
+	if (next && READ_ONCE(h->passed) == READ_ONCE(h->consumed))
+		return false; /* nothing waits */
+	if (next)
+		give_up(h, at->half, FAULT_RESET);
+	return true;
+}
+
 /* The filter of a spliced socket (SO_ATTACH_BPF), run for each segment before TCP sees it. It gives how many bytes TCP
  * gets to see, from the TCP header on. What counts is what was passed and is charged to no socket, yet or ever,
  * and not in the hands of userspace, which has a bound of its own. */
@@ -418,11 +458,19 @@ int brake(struct __sk_buff *skb)
 	__s64 free;
 
 	at = bpf_map_lookup_elem(&places, &cookie);
-	if (!at || !rule_brake)
+	if (!at)
 		return -1;
 	half = at->half;
 	h = bpf_map_lookup_elem(&halves, &half);
 	if (!h || h->source != cookie || !h->seeded)
+		return -1;
+	if (bpf_skb_load_bytes(skb, 12, head, sizeof(head)))
+		return -1;
+	if (head[1] & TCP_RST) {
+		tcp = skb->sk ? bpf_skc_to_tcp_sock(skb->sk) : 0;
+		return tcp && is_early(skb, at, h, tcp) ? 0 : -1;
+	}
+	if (!rule_brake)
 		return -1;
 	free = READ_ONCE(h->passed) - READ_ONCE(h->consumed) - ((__s64)READ_ONCE(h->in_hand) << 12);
 	if (free <= h->limit && h->fault == FAULT_NONE)
@@ -432,8 +480,6 @@ int brake(struct __sk_buff *skb)
 		return -1;
 	free -= READ_ONCE(tcp->inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter);
 	if (free <= h->limit && h->fault == FAULT_NONE)
-		return -1;
-	if (bpf_skb_load_bytes(skb, 12, head, sizeof(head)))
 		return -1;
 	if (skb->len <= (head[0] >> 4) * 4)
 		return -1; /* no payload */

@@ -183,6 +183,9 @@ func (h *half) work() outcome {
 		return outcome{}
 	}
 	if why := spliceFault(atomic.LoadUint32((*uint32)(&h.shared().Fault))); why != 0 && b == nil {
+		if why == spliceFaultFAULT_RESET {
+			return outcome{broken: unix.ECONNRESET, side: h.i}
+		}
 		return outcome{fault: why}
 	}
 	if !h.done.Load() {

@@ -82,6 +82,7 @@ const (
 	localVarRuleBrake       = "rule_brake"
 	localVarRuleCouple      = "rule_couple"
 	localVarRuleFin         = "rule_fin"
+	localVarRuleLate        = "rule_late"
 	localVarRuleLocalBound  = "rule_local_bound"
 	localVarRuleLocalOrder  = "rule_local_order"
 	localVarRuleLocalUnread = "rule_local_unread"
@@ -172,6 +173,7 @@ type localVariableSpecs struct {
 	RuleBrake       *ebpf.VariableSpec `ebpf:"rule_brake"`
 	RuleCouple      *ebpf.VariableSpec `ebpf:"rule_couple"`
 	RuleFin         *ebpf.VariableSpec `ebpf:"rule_fin"`
+	RuleLate        *ebpf.VariableSpec `ebpf:"rule_late"`
 	RuleLocalBound  *ebpf.VariableSpec `ebpf:"rule_local_bound"`
 	RuleLocalOrder  *ebpf.VariableSpec `ebpf:"rule_local_order"`
 	RuleLocalUnread *ebpf.VariableSpec `ebpf:"rule_local_unread"`
@@ -246,6 +248,7 @@ type localVariables struct {
 	RuleBrake       *ebpf.Variable `ebpf:"rule_brake"`
 	RuleCouple      *ebpf.Variable `ebpf:"rule_couple"`
 	RuleFin         *ebpf.Variable `ebpf:"rule_fin"`
+	RuleLate        *ebpf.Variable `ebpf:"rule_late"`
 	RuleLocalBound  *ebpf.Variable `ebpf:"rule_local_bound"`
 	RuleLocalOrder  *ebpf.Variable `ebpf:"rule_local_order"`
 	RuleLocalUnread *ebpf.Variable `ebpf:"rule_local_unread"`

@@ -36,6 +36,7 @@ const (
 	spliceFaultFAULT_TRIM     spliceFault = 2
 	spliceFaultFAULT_PEER     spliceFault = 3
 	spliceFaultFAULT_REDIRECT spliceFault = 4
+	spliceFaultFAULT_RESET    spliceFault = 5
 )
 
 type spliceFlow struct {
@@ -137,6 +138,7 @@ const (
 	spliceVarRuleBrake     = "rule_brake"
 	spliceVarRuleCouple    = "rule_couple"
 	spliceVarRuleFin       = "rule_fin"
+	spliceVarRuleLate      = "rule_late"
 	spliceVarRuleTrim      = "rule_trim"
 	spliceVarTcpPressure   = "tcp_pressure"
 	spliceVarUnusedEvent   = "unused_event"
@@ -213,6 +215,7 @@ type spliceVariableSpecs struct {
 	RuleBrake     *ebpf.VariableSpec `ebpf:"rule_brake"`
 	RuleCouple    *ebpf.VariableSpec `ebpf:"rule_couple"`
 	RuleFin       *ebpf.VariableSpec `ebpf:"rule_fin"`
+	RuleLate      *ebpf.VariableSpec `ebpf:"rule_late"`
 	RuleTrim      *ebpf.VariableSpec `ebpf:"rule_trim"`
 	TcpPressure   *ebpf.VariableSpec `ebpf:"tcp_pressure"`
 	UnusedEvent   *ebpf.VariableSpec `ebpf:"unused_event"`
@@ -269,6 +272,7 @@ type spliceVariables struct {
 	RuleBrake     *ebpf.Variable `ebpf:"rule_brake"`
 	RuleCouple    *ebpf.Variable `ebpf:"rule_couple"`
 	RuleFin       *ebpf.Variable `ebpf:"rule_fin"`
+	RuleLate      *ebpf.Variable `ebpf:"rule_late"`
 	RuleTrim      *ebpf.Variable `ebpf:"rule_trim"`
 	TcpPressure   *ebpf.Variable `ebpf:"tcp_pressure"`
 	UnusedEvent   *ebpf.Variable `ebpf:"unused_event"`

@@ -60,6 +60,7 @@ enum {
 
 enum {
 	TCP_FIN = 1, /* of the flags, byte 13 of the header */
+	TCP_RST = 4,
 };
 
 enum {

@@ -35,13 +35,13 @@ func sockmapHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 		}
 	})
 	return []relaytest.Hands{
-		{Name: "in the sockmap", Path: inside, OneQueue: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+		{Name: "in the sockmap", Path: inside, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 			return exchange(t, f, 1000, func() bool { return moved.Datapath() == loader.Name })
 		}},
-		{Name: "beside the sockmap", Path: outside, OneQueue: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+		{Name: "beside the sockmap", Path: outside, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 			return exchange(t, f, 1000, func() bool { return moved.Datapath() == loader.Name })
 		}},
-		{Name: "into the sockmap", Path: outside, OneQueue: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+		{Name: "into the sockmap", Path: outside, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 			last := loader.Info{UpCopied: -1, DownCopied: -1}
 			return exchange(t, f, 1000, func() bool {
 				now := infoOf(t, usual, f)
@@ -50,11 +50,11 @@ func sockmapHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 				return redirects
 			})
 		}},
-		{Name: "out of the sockmap", Path: relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{atOnce}}}.Path(t), Alone: true, Fast: true, OneQueue: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+		{Name: "out of the sockmap", Path: relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{atOnce}}}.Path(t), Alone: true, Fast: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 			before := atOnce.Stats().Bulk
 			return exchange(t, f, 4<<20, func() bool { return atOnce.Stats().Bulk >= before+2 })
 		}},
-		{Name: "from a loop into the sockmap", Path: path(relay.Options{WhenTalking: []relay.Sockets{usual}}), OneQueue: true,
+		{Name: "from a loop into the sockmap", Path: path(relay.Options{WhenTalking: []relay.Sockets{usual}}),
 			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 				rounds := 0 // on a busy machine few are quick enough to talk, and stay on the loop
 				up, down, err := relaytest.Talk(f.Client, f.Server, 200, func() bool {
@@ -78,7 +78,7 @@ func localHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 	p := relaytest.Loopback{Cable: c, Server: server, Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}.Path(t)
 	becomeKnown(t, local, p)
 	return []relaytest.Hands{
-		{Name: "past TCP", Path: p, OneQueue: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+		{Name: "past TCP", Path: p, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 			return exchange(t, f, 1000, func() bool { return moved.Datapath() == loader.LocalName })
 		}},
 	}

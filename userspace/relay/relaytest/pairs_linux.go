@@ -31,10 +31,6 @@ type Hands struct {
 	// Fast: the ends have the windows of Path, since small ones let too little through for Take, or for that network.
 	Fast bool
 
-	// OneQueue: what comes from a side waits behind what goes to it, in one queue of the kernel's that is lost when that side dies
-	// (sk_psock_backlog in net/core/skmsg.c stops at the first that can't be sent). A reset while both are in there takes it along.
-	OneQueue bool
-
 	// Alone: its flows are told apart by what the datapath counts, so that no two may live at once.
 	Alone bool
 }
@@ -228,9 +224,6 @@ func orders() []order {
 			x.flood(x.b)
 			s := x.send(x.a, few, false)
 			s.acked()
-			if x.hands.OneQueue {
-				s.moved()
-			}
 			abort(x.a)
 			s.read()
 			x.wantOver(x.b)
@@ -241,9 +234,6 @@ func orders() []order {
 			x.must(waitReadable(x.b))
 			s := x.send(x.b, 1000, false)
 			s.wait()
-			if x.hands.OneQueue {
-				s.moved()
-			}
 			x.b.Close() // which is a reset, with bytes unread
 			s.read()
 			x.wantOver(x.a)
@@ -390,18 +380,6 @@ func (s *burst) acked() {
 	s.x.t.Helper()
 	s.wait()
 	s.x.must(waitAcked(s.from))
-}
-
-// moved waits until all that its end has sent has been moved.
-func (s *burst) moved() {
-	s.x.t.Helper()
-	Until(s.x.t, "the burst is moved", func() bool {
-		up, down := s.x.moved.Load()
-		if s.from == s.x.f.Client {
-			return up >= s.x.sent[0]
-		}
-		return down >= s.x.sent[1]
-	})
 }
 
 // read wants all of it at the other end.

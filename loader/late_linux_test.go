@@ -1,0 +1,130 @@
+package loader
+
+import (
+	"errors"
+	"io"
+	"net"
+	"runtime"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/test/cgroup"
+)
+
+// What a side sent before its reset arrives, though it waits in the kernel's queue behind bytes that go the other
+// way, which nobody takes any more. The worker that empties the queue runs on this thread's processor, and gets none
+// of its time before the reset is there.
+func TestResetBehindOtherWay(t *testing.T) {
+	for _, late := range []bool{true, false} {
+		r := allRules
+		r.late = late
+		l := open(t, r, 16)
+		for _, network := range networks() {
+			for name, way := range ways {
+				ok := t.Run(name+" "+network+" "+map[bool]string{true: "late", false: "at once"}[late], func(t *testing.T) {
+					const limit = 16 << 10
+					p := splicePath(t, l, pathOptions{network: network, buffer: limit})
+					must(t, exchangeBytes(p, 1000, 1000))
+					from, to := way(p)
+					burst, other := pattern(limit/2), pattern(limit/2)
+					must(t, from.SetLinger(0))
+					alone(t, func() {
+						for range 3 { // two are redirected, and the third one is passed
+							writeRaw(t, to, other)
+						}
+						writeRaw(t, from, burst)
+						from.Close()
+					})
+					must(t, to.SetReadDeadline(time.Now().Add(patience)))
+					err := expect(to, burst)
+					if !late {
+						if err == nil {
+							t.Error("the bytes arrive without the rule: this test proves nothing")
+						}
+						return
+					}
+					must(t, err)
+					if n, err := to.Read(make([]byte, 1)); n != 0 || err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
+						t.Errorf("instead of a reset: %d bytes, %v", n, err)
+					}
+					want := map[string]string{"up": endDownstreamReset, "down": endUpstreamReset}[name]
+					if end := p.wait(patience); end.end != want {
+						t.Errorf("ended %+v, want %s", end, want)
+					}
+				})
+				if !ok {
+					return
+				}
+			}
+		}
+	}
+}
+
+// The same of a flow past TCP, in which some bytes have gone that way and the others go by TCP.
+func TestLocalResetBehindOtherWay(t *testing.T) {
+	for _, network := range networks() {
+		t.Run(network, func(t *testing.T) {
+			const limit = 16 << 10
+			n := openLocal(t, allRules)
+			ln, _ := cgroup.Listen(t, network)
+			p := becomeLocal(t, n, ln)
+			must(t, exchangeBytes(p, 1000, 4*limit))
+			f := n.l.onlyFlow(t)
+			if f.process.moved(1) <= limit {
+				t.Fatal("few bytes of the process went past TCP: this test proves nothing")
+			}
+			// What the process sends goes by TCP.
+			must(t, errors.Join(n.objects.LocalPlaces.Delete(f.process.cookie), p.client.SetLinger(0)))
+			for i := range f.halves {
+				atomic.StoreUint32(&f.halves[i].shared().Limit, limit)
+			}
+			alone(t, func() {
+				for range 3 {
+					writeRaw(t, p.server, pattern(limit/2))
+				}
+				writeRaw(t, p.client, pattern(limit/2))
+				p.client.Close()
+			})
+			must(t, errors.Join(p.server.SetReadDeadline(time.Now().Add(patience)), expect(p.server, pattern(limit/2))))
+			if n, err := p.server.Read(make([]byte, 1)); n != 0 || err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("instead of a reset: %d bytes, %v", n, err)
+			}
+		})
+	}
+}
+
+// alone runs f on one processor, where nothing else that is not as urgent runs meanwhile.
+func alone(t *testing.T, f func()) {
+	t.Helper()
+	runtime.LockOSThread()
+	var one, was unix.CPUSet
+	must(t, unix.SchedGetaffinity(0, &was))
+	for i := range 1024 {
+		if was.IsSet(i) {
+			one.Set(i)
+			break
+		}
+	}
+	must(t, unix.SchedSetaffinity(0, &one))
+	must(t, unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Priority: 1}, 0))
+	f()
+	must(t, unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL}, 0))
+	must(t, unix.SchedSetaffinity(0, &was))
+	runtime.UnlockOSThread()
+}
+
+// writeRaw writes without Go's poller.
+func writeRaw(t *testing.T, c *net.TCPConn, b []byte) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	must(t, err)
+	n := 0
+	must(t, errors.Join(raw.Control(func(fd uintptr) { n, err = unix.Write(int(fd), b) }), err))
+	if n != len(b) {
+		t.Fatalf("%d bytes of %d were taken", n, len(b))
+	}
+}

@@ -57,7 +57,8 @@
  * one to come next, maybe since bytes in front of it still wait for the socket's lock) is forgotten: what is in the
  * queue is about to be sent, and brings another one.
  *
- * loader/model_test.go runs all interleavings of small cases against this.
+ * loader/model_test.go runs all interleavings of small cases against this, and loader/model_reset_test.go those of
+ * a reset.
  */
 
 /* includes */

@@ -465,11 +465,13 @@ int brake(struct __sk_buff *skb)
 	h = bpf_map_lookup_elem(&halves, &half);
 	if (!h || h->source != cookie || !h->seeded)
 		return -1;
-	if (bpf_skb_load_bytes(skb, 12, head, sizeof(head)))
-		return -1;
-	if (head[1] & TCP_RST) {
-		tcp = skb->sk ? bpf_skc_to_tcp_sock(skb->sk) : 0;
-		return tcp && is_early(skb, at, h, tcp) ? 0 : -1;
+	if (skb->len <= MAX_TCP_HEADER) { /* a reset has no payload, but for a few systems' */
+		if (bpf_skb_load_bytes(skb, 12, head, sizeof(head)))
+			return -1;
+		if (head[1] & TCP_RST) {
+			tcp = skb->sk ? bpf_skc_to_tcp_sock(skb->sk) : 0;
+			return tcp && is_early(skb, at, h, tcp) ? 0 : -1;
+		}
 	}
 	if (!rule_brake)
 		return -1;
@@ -481,6 +483,8 @@ int brake(struct __sk_buff *skb)
 		return -1;
 	free -= READ_ONCE(tcp->inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter);
 	if (free <= h->limit && h->fault == FAULT_NONE)
+		return -1;
+	if (bpf_skb_load_bytes(skb, 12, head, sizeof(head)))
 		return -1;
 	if (skb->len <= (head[0] >> 4) * 4)
 		return -1; /* no payload */

@@ -64,6 +64,10 @@ enum {
 };
 
 enum {
+	MAX_TCP_HEADER = 60, /* bytes, options and all: the header's length is 4 bits, in words */
+};
+
+enum {
 	SHUTDOWN_MASK = 3,   /* include/net/sock.h: RCV_SHUTDOWN | SEND_SHUTDOWN */
 	SOCK_DONE = 1U << 1, /* likewise, of skc_flags: a FIN has come */
 };

@@ -334,6 +334,12 @@ func (f *flow) broken(s *side, err error) (over bool) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return false
 	}
+	if e := (*sideError)(nil); !isReset(err) && errors.As(err, &e) {
+		// While a reset comes in, epoll may tell of an error alone, and Go's poller then says "not pollable".
+		if reason := s.takeError(); reason != nil {
+			err = &sideError{e.op, e.side, reason}
+		}
+	}
 	f.mu.Lock()
 	f.breaks(s, err, false)
 	f.unlockAndFinish()

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"syscall"
 	"testing"
 	"time"
 
@@ -422,7 +421,7 @@ func (x *pair) wantBroken(c net.Conn) {
 func (x *pair) wantOver(c net.Conn) {
 	x.t.Helper()
 	c.SetReadDeadline(time.Now().Add(x.hands.Path.resetIn(patience)))
-	if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
+	if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF && !saysReset(err) {
 		x.t.Errorf("instead of a reset: %d bytes, %v", n, err)
 	}
 }

@@ -1,6 +1,8 @@
 package front
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -18,14 +20,14 @@ func TestKeptUpstreamOfAHop(t *testing.T) {
 	sources := make(chan string, 10)
 	app := backend(t, func(c net.Conn) {
 		defer c.Close()
-		h, _, err := proxyheader.Read(c, 4096, patience)
+		h, rest, err := proxyheader.Read(c, 4096, patience)
 		if err != nil || h == nil {
 			t.Errorf("no PROXY header: %v", err)
 			return
 		}
-		buf := make([]byte, 8<<10)
+		requests := bufio.NewReader(io.MultiReader(bytes.NewReader(rest), c)) // the first may have come with the header
 		for {
-			if n, err := c.Read(buf); err != nil || n == 0 {
+			if _, err := http.ReadRequest(requests); err != nil {
 				return
 			}
 			sources <- h.Source.String()

@@ -113,6 +113,7 @@ type Dialer struct {
 	Tailnet   Resolver      // for tailnet targets; nil refuses them
 	Container Resolver      // for docker targets; nil refuses them
 	Timeout   time.Duration // for all of it, names and retries included; 0 is DefaultTimeout
+	AsClient  bool          // From gives the client's own address, where that fits: not every address of a target is as good
 	DNS       *net.Resolver // for host names; nil is the system's
 	Past      *Past         // what is learnt about addresses; nil remembers nothing
 
@@ -181,7 +182,16 @@ func (d *Dialer) once(ctx context.Context, t Target, prefer netip.Addr, fresh bo
 		ctx, cancel = context.WithTimeout(ctx, offlineTimeout)
 		defer cancel()
 	}
-	return d.race(ctx, t, d.Past.order(addrs, t.Port, prefer))
+	return d.race(ctx, t, d.past().order(addrs, t.Port, prefer))
+}
+
+// past is what d goes by: nothing where it dials from a client's own address, since what does not answer the client may
+// well answer this host.
+func (d *Dialer) past() *Past {
+	if d.AsClient {
+		return nil
+	}
+	return d.Past
 }
 
 // longOffline reports whether t's machine went offline more than a moment ago.
@@ -244,9 +254,10 @@ func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Co
 	ctx, cancel := context.WithCancel(ctx) // ends the losers
 	defer cancel()
 	delay := fallbackDelay
-	if t.Scheme == Tailnet {
+	if t.Scheme == Tailnet || d.AsClient { // the next one may be of another family, and see another address than the client's
 		delay = tailnetDelay
 	}
+	past := d.past()
 	fallback := time.NewTimer(delay)
 	defer fallback.Stop()
 	results := make(chan result, len(addrs))
@@ -270,14 +281,14 @@ func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Co
 			i := slices.Index(waiting, r.to)
 			if r.fail == nil {
 				for _, slower := range waiting[:i] {
-					d.Past.noteFailed(slower, Timeout)
+					past.noteFailed(slower, Timeout)
 				}
-				d.Past.noteWorked(r.to)
+				past.noteWorked(r.to)
 				go closeLate(results, len(waiting)-1)
 				return r.conn, nil
 			}
 			waiting = slices.Delete(waiting, i, i+1)
-			d.Past.noteFailed(r.to, reasonOf(r.fail.err))
+			past.noteFailed(r.to, reasonOf(r.fail.err))
 			again = again || r.fail.again
 			if telling == nil || telling.lesser(r.fail) {
 				telling = r.fail

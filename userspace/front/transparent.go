@@ -71,6 +71,7 @@ func (f *Front) dialTransparent(ctx context.Context, listener string, r *rule, w
 		return way.Fits(client, to)
 	}
 	d := *r.dialer
+	d.AsClient = true
 	var asked atomic.Bool // some address was asked to answer the client
 	d.From = func(nd *net.Dialer, to netip.Addr) {
 		if fits(to) == nil {

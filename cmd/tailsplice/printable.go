@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"reflect"
-	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -17,8 +16,7 @@ import (
 type terminal struct{ io.Writer }
 
 func (t terminal) Write(b []byte) (int, error) {
-	// C1 begins with 0xc2 in UTF-8, and so does little else.
-	if !slices.ContainsFunc(b, func(c byte) bool { return c == 0xc2 || commands(rune(c)) && c < 0x80 }) {
+	if !mayCommand(b) {
 		return t.Writer.Write(b)
 	}
 	out := make([]byte, 0, len(b)+16)
@@ -35,6 +33,16 @@ func (t terminal) Write(b []byte) (int, error) {
 		return 0, err
 	}
 	return len(b), nil
+}
+
+// mayCommand is a quick look, since nearly no line commands anything. C1 begins with 0xc2 in UTF-8, and so does little else.
+func mayCommand(b []byte) bool {
+	for _, c := range b {
+		if c < ' ' && c != '\n' && c != '\t' || c == 0x7f || c == 0xc2 {
+			return true
+		}
+	}
+	return false
 }
 
 func commands(r rune) bool { return unicode.IsControl(r) && r != '\n' && r != '\t' }

@@ -157,23 +157,23 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	if !f.log.Enabled(context.Background(), slog.LevelInfo) {
 		return // a system call and two dozen allocations for nobody
 	}
-	args := []any{"id", r.ID, "request_id", r.RequestID, "node", f.node(), "listener", l.name, "name", r.Host,
-		"client", clientString(r.Client), "downstream", r.Conn.Peer.String(),
-		"method", r.Method, "path", r.Path, "proto", r.Proto, "status", r.Status,
-		"bytes_up", r.BytesIn, "bytes_down", r.BytesOut, "duration", seconds(time.Since(r.Started)), "datapath", userspace, "end", end}
+	attrs := make([]slog.Attr, 0, 24)
+	attrs = append(attrs, slog.String("id", r.ID), slog.String("request_id", r.RequestID), slog.String("node", f.node()),
+		slog.String("listener", l.name), slog.String("name", r.Host),
+		slog.String("client", clientString(r.Client)), slog.String("downstream", r.Conn.Peer.String()),
+		slog.String("method", r.Method), slog.String("path", r.Path), slog.String("proto", r.Proto), slog.Int("status", r.Status),
+		slog.Int64("bytes_up", r.BytesIn), slog.Int64("bytes_down", r.BytesOut), duration("duration", time.Since(r.Started)),
+		slog.String("datapath", userspace), slog.String("end", end))
 	if r.Upstream != nil {
-		args = append(args, "route", r.Route.Name, "target", targetOf(r.Upstream))
+		attrs = append(attrs, slog.String("route", r.Route.Name), slog.String("target", targetOf(r.Upstream)))
 	}
 	if r.UpstreamConn != nil {
-		args = append(args, "upstream", remoteString(r.UpstreamConn), "upstream_rtt", seconds(roundTrip(r.UpstreamConn)))
+		attrs = append(attrs, slog.String("upstream", remoteString(r.UpstreamConn)), duration("upstream_rtt", roundTrip(r.UpstreamConn)))
 	}
 	if r.User != "" {
-		args = append(args, "user", r.User)
+		attrs = append(attrs, slog.String("user", r.User))
 	}
-	if r.Err != nil {
-		args = append(args, "err", r.Err)
-	}
-	f.log.Info("flow ended", args...)
+	f.logEnded(attrs, r.Err)
 }
 
 // targetOf is the target of an upstream as the config writes it.

@@ -210,15 +210,27 @@ func (f *Front) ended(fl *flow.Flow, res relay.Result, rtt [2]time.Duration) {
 	if !f.log.Enabled(f.ctx, slog.LevelInfo) {
 		return
 	}
-	args := []any{"id", fl.ID, "node", f.node(), "listener", fl.Listener, "route", fl.Route, "name", fl.Name,
-		"client", fl.Client, "downstream", fl.Downstream, "upstream", fl.Upstream, "target", fl.Target,
-		"bytes_up", res.Up, "bytes_down", res.Down, "duration", seconds(time.Since(fl.Started)), "datapath", res.Datapath, "end", string(res.End),
-		"downstream_rtt", seconds(rtt[0]), "upstream_rtt", seconds(rtt[1])}
-	if res.Err != nil {
-		args = append(args, "err", res.Err)
-	}
-	f.log.Info("flow ended", args...)
+	f.logEnded([]slog.Attr{slog.String("id", fl.ID), slog.String("node", f.node()), slog.String("listener", fl.Listener),
+		slog.String("route", fl.Route), slog.String("name", fl.Name),
+		slog.String("client", fl.Client), slog.String("downstream", fl.Downstream),
+		slog.String("upstream", fl.Upstream), slog.String("target", fl.Target),
+		slog.Int64("bytes_up", res.Up), slog.Int64("bytes_down", res.Down), duration("duration", time.Since(fl.Started)),
+		slog.String("datapath", res.Datapath), slog.String("end", string(res.End)),
+		duration("downstream_rtt", rtt[0]), duration("upstream_rtt", rtt[1])}, res.Err)
 }
+
+// logEnded writes the line of a flow or a request. It gives it to the handler
+// itself: slog.Logger looks up the caller first, which takes as long as the line.
+func (f *Front) logEnded(attrs []slog.Attr, err error) {
+	if err != nil {
+		attrs = append(attrs, slog.Any("err", err))
+	}
+	r := slog.NewRecord(time.Now(), slog.LevelInfo, "flow ended", 0)
+	r.AddAttrs(attrs...)
+	_ = f.log.Handler().Handle(f.ctx, r)
+}
+
+func duration(key string, d time.Duration) slog.Attr { return slog.Float64(key, seconds(d)) }
 
 // seconds is how logs and JSON give a duration: seconds, to the microsecond.
 func seconds(d time.Duration) float64 {

@@ -20,6 +20,11 @@ import (
 // queueBytes bounds the lines that wait to be written, about ten thousand.
 const queueBytes = 4 << 20
 
+// pause is how long lines may gather once some have been written: where there
+// are thousands a second, waking a goroutine and a system call for each cost
+// more than the lines.
+const pause = 5 * time.Millisecond
+
 // Writer is an io.Writer that takes whole lines. Make it with [New], end it with
 // Close. Its methods may be called from any goroutine.
 type Writer struct {
@@ -113,6 +118,9 @@ func (w *Writer) run() {
 				spare = nil // after a burst
 			}
 			if len(batch) > 0 {
+				if !closed {
+					time.Sleep(pause)
+				}
 				continue
 			}
 			if closed {

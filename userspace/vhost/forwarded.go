@@ -217,8 +217,11 @@ func quoted(v string) string {
 	if token {
 		return v
 	}
-	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(v) + `"`
+	return `"` + quotedPairs.Replace(v) + `"`
 }
+
+// quotedPairs makes quoted-pairs of what can't stand in a quoted-string (RFC 9110 5.6.4).
+var quotedPairs = strings.NewReplacer(`\`, `\\`, `"`, `\"`)
 
 // pathID is the id of the path that a request is on: that of the hop before, if
 // it is believed and looks like one, else the connection's.

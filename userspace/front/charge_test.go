@@ -201,15 +201,7 @@ func floodDaemon(t *testing.T, up, more string, action ...string) (d *daemon, pl
 	t.Helper()
 	cert, pool := certificate(t, "a.test")
 	certFile, keyFile := writePair(t, cert)
-	six := func() string {
-		ln, err := net.Listen("tcp", "[::1]:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ln.Close()
-		return ln.Addr().String()
-	}
-	plain, secure = [2]string{freeAddr(t), six()}, [2]string{freeAddr(t), six()}
+	plain, secure = [2]string{freeAddr(t), freeAddrAt(t, "::1")}, [2]string{freeAddr(t), freeAddrAt(t, "::1")}
 	d = start(t, fmt.Sprintf(`
 listeners:
   - { name: plain, listen: [%q, %q], mode: http, default: { forward: %q%s } }

@@ -43,7 +43,7 @@ func TestFoldedNames(t *testing.T) {
 	allowed = append(allowed, [2]string{"X.Own", "kept"}, [2]string{"Remote-Users", "kept"}, [2]string{"Xforwarded.For", "kept"})
 	for _, w := range wires {
 		t.Run(w.name, func(t *testing.T) {
-			listen := freeAddrs(t)
+			listen := []string{freeAddr(t), freeAddrAt(t, "::1")}
 			guard := fmt.Sprintf(`forward_auth: { address: "http://%s/", copy_headers: [Remote-User] }, request_headers: { set: { X-Set: "ours" }, remove: [X-Gone] }`, auth)
 			config := readingConfig(t, guard, w, listen, target)
 			config = strings.Replace(config, "    routes:\n", "    routes:\n      - { host: app.test, headers: { X-Admin: \"1\" }, reject: true }\n", 1)

@@ -8,10 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -65,19 +67,28 @@ func startOptions(t *testing.T, cfg *config.Config, o Options) *daemon {
 	return d
 }
 
-// freeAddr is an address of 127.0.0.1 that nothing listens on. It is given once only.
+// freeAddr is an address of 127.0.0.1 that nothing listens on.
 func freeAddr(t *testing.T) string {
 	t.Helper()
-	for {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		ln.Close()
-		if _, given := givenAddrs.LoadOrStore(ln.Addr().String(), true); !given {
-			return ln.Addr().String()
+	return freeAddrAt(t, "127.0.0.1")
+}
+
+// freeAddrAt is an address of host that nothing listens on. It is given once
+// only, and the port is none that the kernel gives to the many connections of
+// these tests.
+func freeAddrAt(t *testing.T, host string) string {
+	t.Helper()
+	for range 1000 {
+		addr := net.JoinHostPort(host, strconv.Itoa(10000+rand.IntN(20000)))
+		if ln, err := net.Listen("tcp", addr); err == nil {
+			ln.Close()
+			if _, given := givenAddrs.LoadOrStore(addr, true); !given {
+				return addr
+			}
 		}
 	}
+	t.Fatalf("no port of %s is free", host)
+	return ""
 }
 
 var givenAddrs sync.Map

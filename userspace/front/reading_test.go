@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -263,24 +262,6 @@ func guards(t *testing.T) map[string]string {
 	}
 }
 
-// freeAddrs are one of 127.0.0.1 and one of ::1. The port is none that the kernel gives to the many
-// connections of these tests.
-func freeAddrs(t *testing.T) (addrs []string) {
-	t.Helper()
-	for len(addrs) < 2 {
-		addrs = nil
-		for _, host := range []string{"127.0.0.1", "[::1]"} {
-			ln, err := net.Listen("tcp", fmt.Sprintf("%s:%d", host, 10000+rand.IntN(20000)))
-			if err != nil {
-				break
-			}
-			ln.Close()
-			addrs = append(addrs, ln.Addr().String())
-		}
-	}
-	return addrs
-}
-
 // readingConfig has a host that is guarded whole, one with a guarded path, a guarded path below one that is
 // stripped, and a default.
 func readingConfig(t *testing.T, guard string, w wire, listen []string, target string) string {
@@ -389,7 +370,7 @@ func TestOneReading(t *testing.T) {
 				continue
 			}
 			t.Run(name+"/"+w.name, func(t *testing.T) {
-				listen := freeAddrs(t)
+				listen := []string{freeAddr(t), freeAddrAt(t, "::1")}
 				d := start(t, readingConfig(t, guard, w, listen, target))
 				for _, addr := range listen {
 					if status, body := w.send(t, addr, message{target: "/open?x", host: "app.test"}); status != "200" || !strings.HasPrefix(body, "GET /open?x HTTP/1.1\r\nHost: app.test\r\n") {
@@ -444,7 +425,7 @@ func TestOneReadingByAll(t *testing.T) {
 	})
 	for _, w := range wires {
 		t.Run(w.name, func(t *testing.T) {
-			listen, file := freeAddrs(t), filepath.Join(t.TempDir(), "access.log")
+			listen, file := []string{freeAddr(t), freeAddrAt(t, "::1")}, filepath.Join(t.TempDir(), "access.log")
 			guard := fmt.Sprintf(`forward_auth: { address: "http://%s/" }, request_headers: { set: { Guarded: "yes" } }`, auth)
 			d := start(t, readingConfig(t, guard, w, listen, target)+fmt.Sprintf("access_log: { file: %q }\n", file))
 			for _, c := range []struct {
@@ -528,7 +509,7 @@ func TestNoHost(t *testing.T) {
 	}
 	go h2c.Serve(ln)
 	t.Cleanup(func() { h2c.Close() })
-	plain, both, named := freeAddrs(t)[0], freeAddrs(t)[0], freeAddrs(t)[0]
+	plain, both, named := freeAddr(t), freeAddr(t), freeAddr(t)
 	start(t, fmt.Sprintf(`
 listeners:
   - { listen: [%q], mode: http, default: { forward: %q } }

@@ -47,7 +47,7 @@ func Begin(to netip.AddrPort) (fd int, connected bool, err error) {
 func Connected(fd int, to netip.AddrPort) (connected bool, err error) {
 	switch err := unix.Connect(fd, sockaddr(to)); err { // which says how the first one went
 	case nil, unix.EISCONN:
-		if isSelf(fd) {
+		if isSelf(fd, to) {
 			// A close would leave the port in TIME_WAIT, or in FIN_WAIT for as long as the caller takes.
 			unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 			return false, ErrSelf
@@ -60,13 +60,13 @@ func Connected(fd int, to netip.AddrPort) (connected bool, err error) {
 	}
 }
 
-// isSelf: fd is connected to its own address.
-func isSelf(fd int) bool {
+// isSelf: fd, connected to an address, has that for its own, too.
+func isSelf(fd int, to netip.AddrPort) bool {
 	own, err := unix.Getsockname(fd)
-	if err != nil {
+	if err != nil || portOf(own) != int(to.Port()) {
 		return false
 	}
-	peer, err := unix.Getpeername(fd)
+	peer, err := unix.Getpeername(fd) // which is not to where that is the unspecified address
 	if err != nil {
 		return false
 	}
@@ -79,6 +79,16 @@ func isSelf(fd int) bool {
 		return ok && own.Port == peer.Port && own.Addr == peer.Addr
 	}
 	return false
+}
+
+func portOf(a unix.Sockaddr) int {
+	switch a := a.(type) {
+	case *unix.SockaddrInet4:
+		return a.Port
+	case *unix.SockaddrInet6:
+		return a.Port
+	}
+	return 0
 }
 
 func sockaddr(a netip.AddrPort) unix.Sockaddr {

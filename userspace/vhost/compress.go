@@ -30,6 +30,7 @@ func compress(res *http.Response) {
 		res.StatusCode < 200 || res.StatusCode == http.StatusNoContent || res.StatusCode == http.StatusPartialContent || res.StatusCode == http.StatusNotModified,
 		h.Get("Content-Encoding") != "" || h.Get("Content-Range") != "",
 		strings.Contains(strings.ToLower(h.Get("Cache-Control")), "no-transform"),
+		hasDigest(h) || hasDigest(res.Trailer), // of the bytes as they are
 		res.ContentLength >= 0 && res.ContentLength < compressFrom && res.Request.Method != http.MethodHead:
 		return
 	}
@@ -50,6 +51,16 @@ func compress(res *http.Response) {
 	z.zip = writers.Get().(*gzip.Writer)
 	z.zip.Reset(&z.out)
 	res.Body, res.ContentLength = z, -1
+}
+
+// hasDigest says whether one of the headers has a digest of the body (RFC 9530, RFC 3230, RFC 2616 14.15).
+func hasDigest(h http.Header) bool {
+	for _, name := range [...]string{"Content-Digest", "Repr-Digest", "Digest", "Content-Md5"} {
+		if _, ok := h[name]; ok {
+			return true
+		}
+	}
+	return false
 }
 
 // takesGzip reads Accept-Encoding (RFC 9110 12.5.3).

@@ -46,6 +46,10 @@ func TestCompress(t *testing.T) {
 		{"a part", "GET", "gzip", 206, 5000, text, false, false},
 		{"a part of unknown status", "GET", "gzip", 200, 5000, with("Content-Range", "bytes 0-1/2"), false, false},
 		{"not to be changed", "GET", "gzip", 200, 5000, with("Cache-Control", "public, No-Transform"), false, false},
+		{"with a digest", "GET", "gzip", 200, 5000, with("Repr-Digest", "sha-256=:YWJj:"), false, false},
+		{"with one of the content", "GET", "gzip", 200, -1, with("Content-Digest", "sha-256=:YWJj:"), false, false},
+		{"with an old one", "GET", "gzip", 200, 5000, with("Digest", "SHA-256=YWJj"), false, false},
+		{"with a very old one", "HEAD", "gzip", 200, 5000, with("Content-MD5", "YWJj"), false, false},
 		{"not modified", "GET", "gzip", 304, -1, text, false, false},
 		{"no content", "GET", "gzip", 204, -1, text, false, false},
 	} {

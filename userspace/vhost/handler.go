@@ -49,7 +49,7 @@ type exchangeKey struct{}
 
 // serveHTTP is the handler of every request.
 func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
-	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r, resp: &response{ResponseWriter: w}}
+	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r, resp: &response{ResponseWriter: w, plain: !r.ProtoAtLeast(1, 1)}}
 	bad := error(nil)
 	if r.Method == http.MethodConnect {
 		x.uri = URI{Host: r.Host, Path: r.RequestURI}
@@ -99,7 +99,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		x.whole = true
 		return
 	}
-	refuseH2CUpgrade(r)
+	readUpgrade(r)
 	x.up = x.route.pick(nil)
 	ctx := context.WithValue(r.Context(), exchangeKey{}, x)
 	ctx = context.WithValue(ctx, dialKey{}, x.up)
@@ -184,6 +184,17 @@ func tooLarge(r *Route) string {
 // answered changes what an upstream answered, before the client gets it.
 func (s *Server) answered(res *http.Response) error {
 	x := res.Request.Context().Value(exchangeKey{}).(*exchange)
+	switch {
+	case res.StatusCode < 100:
+		return Fail(ReasonMalformed, fmt.Errorf("the upstream answered with the status %03d", res.StatusCode))
+	case res.StatusCode == http.StatusSwitchingProtocols:
+		if err := x.upgrading(res.Header); err != nil {
+			return err
+		}
+	case res.StatusCode == http.StatusNoContent:
+		delete(res.Header, "Content-Length") // which it must not have (RFC 9110 8.6); HTTP/2's clients refuse it
+	}
+	delete(res.Header, "Alt-Svc") // ways to the upstream, around this hop, or to nothing
 	if x.hsts != "" {
 		res.Header.Del(hstsHeader)
 	}
@@ -331,25 +342,6 @@ func RoutePath(p string) string {
 		clean += "/"
 	}
 	return clean
-}
-
-// refuseH2CUpgrade keeps a client from turning its HTTP/1 request into an
-// HTTP/2 connection with the upstream, in which no route would be looked up
-// any more. A server may ignore such a wish (RFC 9110 7.8).
-func refuseH2CUpgrade(r *http.Request) {
-	if r.ProtoMajor >= 2 {
-		r.Header.Del("Upgrade")
-		return
-	}
-	for _, v := range r.Header["Upgrade"] {
-		for token := range strings.SplitSeq(v, ",") {
-			if strings.EqualFold(strings.TrimSpace(token), "h2c") {
-				r.Header.Del("Upgrade")
-				r.Header.Del("Http2-Settings")
-				return
-			}
-		}
-	}
 }
 
 // buffers are for copying bodies.

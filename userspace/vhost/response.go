@@ -16,16 +16,33 @@ type response struct {
 	bytes    int64
 	hijacked *upgraded
 	before   func(http.Header) // called once, with the final answer's header when that is about to be written
+	plain    bool              // the client speaks HTTP/1.0
+	protocol []string          // the header Upgrade of the upstream's 101
+}
+
+// Header is the answer's. ReverseProxy asks for that of a 101 once more when it has put in all that the
+// upstream said, and writes what it gets.
+func (w *response) Header() http.Header {
+	h := w.ResponseWriter.Header()
+	if w.hijacked != nil && h["Upgrade"] != nil {
+		h["Upgrade"] = w.protocol
+		spellWebSocket(h)
+	}
+	return h
 }
 
 // Unwrap lets http.ResponseController flush.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 func (w *response) WriteHeader(status int) {
+	if status < 200 && w.plain {
+		return // HTTP/1.0 has no answer before the answer
+	}
 	if status >= 200 && w.status == 0 {
 		w.status = status
 		h := w.Header()
 		w.before(h)
+		spellWebSocket(h)
 		// An answer without a type stays one: net/http would guess.
 		if h["Content-Type"] == nil {
 			h["Content-Type"] = nil

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"os"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -120,10 +119,6 @@ func (s *Server) pool(up *Upstream, p Protocol) *http.Transport {
 }
 
 var errAnswerTimeout = Fail(ReasonTimeout, errors.New("no answer within the route's timeouts.answer"))
-
-func wantsUpgrade(r *http.Request) bool {
-	return r.ProtoMajor == 1 && r.Header.Get("Upgrade") != "" && strings.Contains(strings.ToLower(r.Header.Get("Connection")), "upgrade")
-}
 
 // needsHTTP1 says whether x's request, as it came in or goes out, has what HTTP/2 has not: an Upgrade, or no
 // host.

@@ -36,6 +36,7 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 	if pr.Out.Host == "" {
 		pr.Out.Host = noHost
 	}
+	spellWebSocket(pr.Out.Header)
 }
 
 // noHost makes net/http write a Host without a value, as RFC 9112 3.2 wants it of a request whose URI has no

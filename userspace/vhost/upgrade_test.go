@@ -348,10 +348,12 @@ func TestUpgradeByTLS(t *testing.T) {
 		}
 		ws.CloseNow()
 		// Whatever it is called: net/http's transport knows of WebSockets only.
-		conn, br := raw(t, h, true)
-		io.WriteString(conn, upgrade)
-		if res, err := http.ReadResponse(br, nil); err != nil || res.StatusCode != 400 {
-			t.Errorf("another protocol: %v, %v; want the upstream's own 400", res, err)
+		for _, request := range []string{upgrade, strings.Replace(upgrade, "keep-alive, Upgrade", "keep-alive\r\nX: y\r\nConnection: Upgrade", 1)} {
+			conn, br := raw(t, h, true)
+			io.WriteString(conn, request)
+			if res, err := http.ReadResponse(br, nil); err != nil || res.StatusCode != 400 {
+				t.Errorf("%q: %v, %v; want the upstream's own 400", request, res, err)
+			}
 		}
 	}
 }

@@ -1,0 +1,166 @@
+package vhost
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"testing"
+)
+
+// answering is an upstream that answers each request with these bytes, and ends the connection.
+func answering(t testing.TB, answer string) *Upstream {
+	return rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+		readHead(br)
+		io.WriteString(c, answer)
+	})
+}
+
+// speak opens a connection to h, writes the request and reads until the connection ends.
+func speak(t testing.TB, h *hop, overTLS bool, request string) (string, error) {
+	c, br := raw(t, h, overTLS)
+	defer c.Close()
+	io.WriteString(c, request)
+	all, err := io.ReadAll(br)
+	return string(all), err
+}
+
+const plainGet = "GET / HTTP/1.0\r\nHost: example.org\r\n\r\n"
+
+// TestWebSocketSpelling checks that the headers of WebSocket are spelled as RFC 6455 does, both ways: there are
+// clients and servers that compare letter by letter.
+func TestWebSocketSpelling(t *testing.T) {
+	const asks = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: chat\r\nSec-WebSocket-Extensions: x-y\r\n"
+	const answers = "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nSec-WebSocket-Protocol: chat\r\nSec-WebSocket-Extensions: x-y\r\n"
+	for _, overTLS := range []bool{false, true} {
+		for _, status := range []string{"101 Switching Protocols", "426 Upgrade Required"} {
+			got := make(chan string, 1)
+			h := protocol{tls: overTLS}.hop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+				got <- readHead(br)
+				fmt.Fprintf(c, "HTTP/1.1 %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n%sSec-WebSocket-Version: 13\r\n\r\n", status, answers)
+			}))
+			answer, _ := speak(t, h, overTLS, "GET / HTTP/1.1\r\nHost: example.org\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"+asks+"\r\n")
+			if head := <-got; !containsLines(head, asks) {
+				t.Errorf("the upstream got %q", head)
+			}
+			if !strings.HasPrefix(answer, "HTTP/1.1 "+status) || !containsLines(answer, answers+"Sec-WebSocket-Version: 13\r\n") {
+				t.Errorf("the client got %q", answer)
+			}
+		}
+	}
+}
+
+func containsLines(head, lines string) bool {
+	for line := range strings.SplitAfterSeq(lines, "\r\n") {
+		if !strings.Contains(head, line) {
+			return false
+		}
+	}
+	return true
+}
+
+// TestUpgradeOffers checks which protocols a client may offer, and which of them an upstream may choose.
+func TestUpgradeOffers(t *testing.T) {
+	for _, c := range []struct{ offer, sent, chosen, status string }{
+		{"Connection: Upgrade\r\nUpgrade: websocket, foo\r\n", "websocket, foo", "websocket", "101"},
+		{"Connection: Upgrade\r\nUpgrade: foo\r\nUpgrade: websocket\r\n", "foo, websocket", "WebSocket", "101"},
+		{"Connection: keep-alive\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", "websocket", "websocket", "101"},
+		{"Connection: Upgrade\r\nUpgrade: websocket\r\n", "websocket", "foo", "502"},
+		{"Connection: Upgrade\r\nUpgrade: websocket\r\n", "websocket", "h2c", "502"},
+		{"Connection: Upgrade\r\nUpgrade: websocket, h2c\r\n", "", "websocket", "502"},
+		{"Upgrade: websocket\r\n", "", "websocket", "502"},
+	} {
+		for _, overTLS := range []bool{false, true} {
+			got := make(chan string, 1)
+			h := protocol{tls: overTLS}.hop(t, rawUpstream(t, func(conn *net.TCPConn, br *bufio.Reader) {
+				got <- readHead(br)
+				fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\nearly", c.chosen)
+				io.Copy(conn, br)
+			}))
+			conn, br := raw(t, h, overTLS)
+			io.WriteString(conn, "GET / HTTP/1.1\r\nHost: example.org\r\n"+c.offer+"\r\n")
+			head, line := <-got, "\r\nUpgrade: "+c.sent+"\r\n"
+			if strings.Contains(head, "\r\nUpgrade:") != (c.sent != "") || c.sent != "" && !strings.Contains(head, line) {
+				t.Errorf("%q: the upstream got %q", c.offer, head)
+			}
+			answer := readHead(br)
+			if !strings.HasPrefix(answer, "HTTP/1.1 "+c.status) {
+				t.Errorf("%q, and %s was chosen: %q", c.offer, c.chosen, answer)
+			}
+			if c.status != "101" {
+				continue
+			}
+			if !strings.Contains(answer, "\r\nUpgrade: "+c.chosen+"\r\n") {
+				t.Errorf("%q: the client is told %q", c.offer, answer)
+			}
+			io.WriteString(conn, "echo")
+			b := make([]byte, 9)
+			if _, err := io.ReadFull(br, b); err != nil || string(b) != "earlyecho" {
+				t.Errorf("%q: then %q, %v", c.offer, b, err)
+			}
+		}
+	}
+}
+
+// TestPlainClients checks that HTTP/1.0 gets one answer, without what it doesn't know.
+func TestPlainClients(t *testing.T) {
+	for _, overTLS := range []bool{false, true} {
+		for _, early := range []string{"100 Continue", "102 Processing", "103 Early Hints\r\nLink: </x>"} {
+			h := protocol{tls: overTLS}.hop(t, answering(t, "HTTP/1.1 "+early+"\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"))
+			if answer, err := speak(t, h, overTLS, plainGet); strings.Count(answer, "HTTP/1.") != 1 || !strings.HasPrefix(answer, "HTTP/1.0 200 OK\r\n") || !strings.HasSuffix(answer, "\r\n\r\nhi") || strings.Contains(answer, "Link") || err != nil {
+				t.Errorf("%q before the answer: %q, %v", early, answer, err)
+			}
+		}
+		offered := make(chan string, 1)
+		h := protocol{tls: overTLS}.hop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+			offered <- readHead(br)
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+		}))
+		speak(t, h, overTLS, "GET / HTTP/1.0\r\nHost: example.org\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+		if head := <-offered; strings.Contains(head, "Upgrade") {
+			t.Errorf("HTTP/1.0 offers an upgrade: %q", head)
+		}
+	}
+}
+
+// TestOddAnswers sends what upstreams answer that another hop must not pass on as it is.
+func TestOddAnswers(t *testing.T) {
+	each(t, func(t *testing.T, p protocol) {
+		for _, c := range []struct {
+			answer string
+			status int
+			lacks  string // header
+		}{
+			{"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, "Content-Length"},
+			{"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\nhello", 204, "Content-Length"},
+			{"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", 204, "Content-Length"},
+			{"HTTP/1.1 099 Odd\r\nContent-Length: 0\r\n\r\n", 502, ""},
+			{"HTTP/1.1 000 Odd\r\nContent-Length: 0\r\n\r\n", 502, ""},
+			{"HTTP/1.1 999 Odd\r\nContent-Length: 2\r\n\r\nhi", 999, ""},
+			{"HTTP/1.1 299 Odd\r\nContent-Length: 2\r\n\r\nhi", 299, ""},
+			{"HTTP/1.1 200 OK\r\nAlt-Svc: h3=\":443\"; ma=86400\r\nContent-Length: 2\r\n\r\nhi", 200, "Alt-Svc"},
+			// Whose end is a matter of opinion, or that begin with what is no answer.
+			{"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\nContent-Length: 2\r\n\r\nhi", 502, ""},
+			{"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nhi", 502, ""},
+			{"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nhi", 502, ""},
+			{"\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", 502, ""},
+			{"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nhi", 200, ""},
+		} {
+			h := p.hop(t, answering(t, c.answer))
+			res, err := p.client(t, h).Get(p.url("/"))
+			if err != nil {
+				t.Errorf("%q: %v", c.answer, err)
+				continue
+			}
+			body, err := io.ReadAll(res.Body)
+			res.Body.Close()
+			if err != nil || res.StatusCode != c.status || c.lacks != "" && res.Header[c.lacks] != nil {
+				t.Errorf("%q: %d %v %q, %v", c.answer, res.StatusCode, res.Header, body, err)
+			}
+			if log := h.log.String(); strings.Contains(log, "panic") {
+				t.Errorf("%q: %s", c.answer, log)
+			}
+		}
+	})
+}

@@ -2,9 +2,12 @@ package vhost
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
+	"net/http"
 	"strings"
 	"testing"
 )
@@ -163,4 +166,105 @@ func TestOddAnswers(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestEarlyAnswers checks that the client gets what an upstream answers that doesn't read the upload, and resets
+// the connection.
+func TestEarlyAnswers(t *testing.T) {
+	const size, tries = 4 << 20, 12
+	for name, c := range map[string]struct{ answer, body string }{
+		"with a body":       {"HTTP/1.1 413 Too Large\r\nContent-Length: 9\r\nConnection: close\r\n\r\ntoo large", "too large"},
+		"with a large body": {"HTTP/1.1 413 Too Large\r\nContent-Length: 60000\r\nConnection: close\r\n\r\n" + strings.Repeat("x", 60000), strings.Repeat("x", 60000)},
+		"chunked":           {"HTTP/1.1 413 Too Large\r\nTransfer-Encoding: chunked\r\n\r\n9\r\ntoo large\r\n0\r\n\r\n", "too large"},
+		"without a body":    {"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", ""},
+		"redirect":          {"HTTP/1.1 302 Found\r\nLocation: /in\r\nContent-Length: 0\r\n\r\n", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			each(t, func(t *testing.T, p protocol) {
+				h := p.hop(t, rawUpstream(t, func(c2 *net.TCPConn, br *bufio.Reader) {
+					readHead(br)
+					io.WriteString(c2, c.answer)
+				}))
+				client := p.client(t, h)
+				for i := range tries {
+					status, body, err := 0, []byte{}, error(nil)
+					if p.h2 {
+						req, _ := http.NewRequest("POST", p.url("/"), io.LimitReader(rand.NewChaCha8([32]byte{}), size))
+						req.ContentLength = size
+						var res *http.Response
+						if res, err = client.Do(req); err == nil {
+							status = res.StatusCode
+							body, err = io.ReadAll(res.Body)
+							res.Body.Close()
+						}
+					} else {
+						conn, br := raw(t, h, p.tls)
+						go func() {
+							fmt.Fprintf(conn, "POST / HTTP/1.1\r\nHost: example.org\r\nContent-Length: %d\r\n\r\n", size)
+							io.Copy(conn, io.LimitReader(rand.NewChaCha8([32]byte{}), size))
+						}()
+						var res *http.Response
+						if res, err = http.ReadResponse(br, nil); err == nil {
+							status = res.StatusCode
+							body, err = io.ReadAll(res.Body)
+						}
+						conn.Close()
+					}
+					if err != nil || fmt.Sprintf("HTTP/1.1 %d", status) != c.answer[:12] || string(body) != c.body {
+						t.Fatalf("try %d: %d, %d bytes: %.80q, %v", i, status, len(body), body, err)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestCutAnswers checks that what there was of an answer reaches the client when the upstream dies, and that it
+// doesn't look whole.
+func TestCutAnswers(t *testing.T) {
+	for name, answer := range map[string]string{
+		"known length": "HTTP/1.1 200 OK\r\nX-A: b\r\nContent-Length: 100\r\n\r\nhello",
+		"chunked":      "HTTP/1.1 200 OK\r\nX-A: b\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+	} {
+		for _, reset := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, reset=%t", name, reset), func(t *testing.T) {
+				up := func() *Upstream {
+					return rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+						readHead(br)
+						io.WriteString(c, answer)
+						if reset {
+							c.SetLinger(0)
+						}
+					})
+				}
+				each(t, func(t *testing.T, p protocol) {
+					h := p.hop(t, up())
+					for i := range 20 {
+						res, err := p.client(t, h).Get(p.url("/"))
+						if err != nil {
+							t.Fatalf("try %d: %v", i, err)
+						}
+						body, err := io.ReadAll(res.Body)
+						res.Body.Close()
+						if res.StatusCode != 200 || res.Header.Get("X-A") != "b" || string(body) != "hello" || err == nil {
+							t.Fatalf("try %d: %d %v %q, %v", i, res.StatusCode, res.Header, body, err)
+						}
+						if q := h.request(t, i+1); !errors.Is(q.Err, errCutOff) {
+							t.Errorf("reported %v", q.Err)
+						}
+					}
+				})
+				for _, overTLS := range []bool{false, true} { // HTTP/1.0
+					h := protocol{tls: overTLS}.hop(t, up())
+					answer, err := speak(t, h, overTLS, plainGet)
+					if !strings.HasPrefix(answer, "HTTP/1.0 200 OK\r\n") || !strings.HasSuffix(answer, "\r\n\r\nhello") {
+						t.Errorf("HTTP/1.0, tls=%t: %q, %v", overTLS, answer, err)
+					}
+					if known := strings.Contains(answer, "Content-Length"); !known && err == nil {
+						t.Errorf("HTTP/1.0, tls=%t: %q looks whole", overTLS, answer)
+					}
+				}
+			})
+		}
+	}
 }

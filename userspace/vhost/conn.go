@@ -179,6 +179,15 @@ func (c *conn) Close() error {
 	return c.closeErr
 }
 
+// reset closes the connection so that its peer can't take that for an end. It is closed below TLS, whose alert
+// would say that all is well.
+func (c *conn) reset() {
+	if l, ok := c.Conn.(interface{ SetLinger(int) error }); ok {
+		_ = l.SetLinger(0)
+	}
+	c.Close()
+}
+
 // Write bounds how long a peer that has stopped reading holds the connection.
 // Setting a deadline for each write costs more than it gives: it is renewed
 // when a quarter of it has passed.

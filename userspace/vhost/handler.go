@@ -66,7 +66,12 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		x.hsts = s.opts.HSTS()
 	}
 	x.resp.before = func(h http.Header) { s.addOwn(x, h) }
-	defer func() { s.report(x) }() // also while ErrAbortHandler passes
+	defer func() { // also while ErrAbortHandler passes
+		if !x.whole {
+			x.cutOff()
+		}
+		s.report(x)
+	}()
 	if noRoom != nil {
 		s.guard(x, func(http.ResponseWriter, *Visit) error { return noRoom })
 		return
@@ -213,6 +218,7 @@ func (x *exchange) gotConn(i httptrace.GotConnInfo) {
 	}
 	x.upConn.Store(c)
 	x.reused, x.sentBefore = i.Reused, c.sent.Load()
+	c.before.Store(x.sentBefore)
 	if i.Reused && x.up.Watch != nil && x.up.Protocol == HTTP1 {
 		x.watch(c)
 	}

@@ -173,6 +173,8 @@ func (up *Upstream) address(u *url.URL, x *exchange) {
 type upstreamConn struct {
 	net.Conn
 	sent    atomic.Int64 // bytes
+	before  atomic.Int64 // bytes that were sent before the last request
+	deaf    atomic.Bool  // the upstream takes no more, see Write
 	unheard atomic.Bool  // it was given up: see Watch
 
 	mu    sync.Mutex
@@ -203,9 +205,18 @@ func (c *upstreamConn) leave(x *exchange) {
 	delete(c.users, x)
 }
 
+// Write reports no reset in the middle of a request: the transport would close the connection, and there may be
+// an answer to read, as from servers that refuse an upload. What comes after that answer, or in its place, says
+// that the connection is gone.
 func (c *upstreamConn) Write(p []byte) (int, error) {
+	if c.deaf.Load() {
+		return len(p), nil
+	}
 	n, err := c.Conn.Write(p)
-	c.sent.Add(int64(n))
+	if sent := c.sent.Add(int64(n)); err != nil && isReset(err) && sent > c.before.Load() {
+		c.deaf.Store(true)
+		return len(p), nil
+	}
 	return n, err
 }
 

@@ -2,9 +2,11 @@ package vhost
 
 import (
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -84,8 +86,12 @@ func (c *upstreamConn) giveUp() {
 
 func (c *upstreamConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	if err != nil && c.unheard.Load() {
+	switch {
+	case err == nil:
+	case c.unheard.Load():
 		err = errUnheard
+	case err == io.EOF && c.deaf.Load():
+		err = syscall.ECONNRESET // which Write was told
 	}
 	return n, err
 }

@@ -54,7 +54,7 @@ type Timeouts struct {
 	Section
 	Connect time.Duration `yaml:"connect" min:"10ms" max:"10m" doc:"How long connecting to the target may take. Default: 10s."`
 	Answer  time.Duration `yaml:"answer" min:"10ms" max:"8760h" doc:"How long the target may think about a request that it has received whole. Default: 5m."`
-	Body    time.Duration `yaml:"body" min:"10ms" max:"8760h" doc:"How long a client may send nothing in the middle of its body. Default: 5m."`
+	Body    time.Duration `yaml:"body" min:"10ms" max:"8760h" doc:"How long a client may send nothing in the middle of its body, until the answer begins. Default: 5m."`
 }
 
 // ClientCertificates says which clients have one that counts.

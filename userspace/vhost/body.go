@@ -3,6 +3,7 @@ package vhost
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -15,7 +16,7 @@ import (
 )
 
 // body is a request's body on its way up. It counts, bounds how long the client
-// may send nothing, remembers what went wrong on the client's side (which the
+// may send nothing before the answer begins, remembers what went wrong on the client's side (which the
 // transport reports as if it were the upstream's), and passes trailers on.
 type body struct {
 	io.ReadCloser
@@ -27,54 +28,87 @@ type body struct {
 	in, out *http.Request
 	x       *exchange
 
-	mu          sync.Mutex // Read is the transport's, Close may come from the handler
-	armed       time.Time
+	mu          sync.Mutex  // Read is the transport's, Close may come from the handler
+	reading     time.Time   // since when Read waits; zero where it does not
+	timer       *time.Timer // looks whether Read waits for too long; nil before the first one
+	late        bool        // it did, and was ended
 	ended       bool
 	interrupted bool  // by us: the upstream is gone
-	kept        bool  // not to be interrupted any more
+	kept        bool  // the answer has begun: neither to be interrupted nor to be late any more
 	abandoned   bool  // nobody reads on: what Read returns is our doing
 	failed      error // what Read returned, other than EOF
 }
 
-func newBody(r *http.Request, w http.ResponseWriter, stall time.Duration, limit int64) *body {
-	return &body{ReadCloser: r.Body, http2: r.ProtoMajor >= 2, stall: stall, limit: limit, control: http.NewResponseController(w)}
+func newBody(x *exchange, w http.ResponseWriter, stall time.Duration, limit int64) *body {
+	return &body{ReadCloser: x.req.Body, http2: x.req.ProtoMajor >= 2, stall: stall, limit: limit, control: http.NewResponseController(w), x: x}
 }
 
 var errTooLarge = errors.New("the request's body is larger than the route allows")
 
+// errLate is what a client's silence is told as.
+type errLate time.Duration
+
+func (e errLate) Error() string {
+	return fmt.Sprintf("the client sent nothing more of the request's body within %v", time.Duration(e))
+}
+func (e errLate) Is(target error) bool { return target == os.ErrDeadlineExceeded }
+
 func (b *body) Read(p []byte) (int, error) {
-	b.arm()
+	b.begin()
 	n, err := b.ReadCloser.Read(p)
 	if total := b.bytes.Add(int64(n)); b.limit > 0 && total > b.limit {
 		n, err = 0, errTooLarge
 	}
-	if err != nil {
-		b.end(err)
-	}
+	b.end(err)
 	return n, err
 }
 
-// arm renews the read deadline once a quarter of it has passed.
-func (b *body) arm() {
+// begin notes that the upstream waits for the client.
+func (b *body) begin() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if now := time.Now(); !b.ended && !b.interrupted && now.Sub(b.armed) > b.stall/4 {
-		b.armed = now
-		b.control.SetReadDeadline(now.Add(b.stall))
+	b.reading = time.Now()
+	if b.timer == nil && !b.kept {
+		b.x.heardNothing(b.reading)
+		b.timer = time.AfterFunc(b.stall, b.look)
 	}
 }
 
-// end notes how the body ended, and hands the trailers on. The deadline is left
-// alone: past the body, the read that waits is the server's own, watching for
-// the client to leave; it has taken the deadline away (HTTP/1), and sets one
-// when it wants that read to end.
+// look ends a Read that has waited for too long. A deadline would not do: in HTTP/2 it also ends a body that
+// nobody reads at the moment.
+func (b *body) look() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ended || b.interrupted || b.kept {
+		return
+	}
+	left := b.stall
+	if !b.reading.IsZero() {
+		left -= time.Since(b.reading)
+	}
+	if left > 0 {
+		b.timer.Reset(left)
+		return
+	}
+	b.late = true
+	b.control.SetReadDeadline(time.Unix(1, 0))
+}
+
+// end notes that a Read has returned err; if not nil, how the body ended, and hands the trailers on. Past the
+// body no deadline is set: the read that waits is the server's own, watching for the client to leave; it has taken the
+// deadline away (HTTP/1), and sets one when it wants that read to end.
 func (b *body) end(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.ended || b.abandoned {
+	b.reading = time.Time{}
+	if err == nil || b.ended || b.abandoned {
 		return
 	}
 	b.ended = true
+	b.stopTimer()
+	if b.late && errors.Is(err, os.ErrDeadlineExceeded) {
+		err = errLate(b.stall)
+	}
 	if err != io.EOF {
 		b.failed = err
 		return
@@ -91,11 +125,11 @@ func (b *body) end(err error) {
 
 // passTrailers makes the trailers of in those of out, once they have come. The
 // transport announces the ones that in announces; HTTP/1 lets others follow.
-func (b *body) passTrailers(in, out *http.Request, x *exchange) {
-	b.in, b.out, b.x = in, out, x
+func (b *body) passTrailers(in, out *http.Request) {
+	b.in, b.out = in, out
 	out.Trailer = http.Header{}
 	for k := range in.Trailer {
-		if x.passesTrailer(k) {
+		if b.x.passesTrailer(k) {
 			out.Trailer[k] = nil
 		}
 	}
@@ -181,11 +215,29 @@ func (b *body) wasInterrupted() bool {
 	return b.interrupted
 }
 
-// keep makes interrupt do nothing from here on.
+// keep says that the answer has begun, or that there will be none: from here on nothing ends the body but its
+// sides. A stream whose client only listens says nothing for as long as it likes.
 func (b *body) keep() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.kept = true
+	b.stopTimer()
+}
+
+// stopTimer is called with b.mu held.
+func (b *body) stopTimer() {
+	if b.timer != nil {
+		b.timer.Stop()
+	}
+}
+
+// leave bounds how long an HTTP/1 server waits for what is left of the body, before the next request.
+func (b *body) leave() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.ended && !b.http2 {
+		b.control.SetReadDeadline(time.Now().Add(b.stall))
+	}
 }
 
 // interrupt ends a Read that waits, and the body with it.

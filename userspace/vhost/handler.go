@@ -41,6 +41,8 @@ type exchange struct {
 	reused     bool                         // it had been used before
 	sentBefore int64                        // bytes that it had taken then
 	watcher    *watcher                     // nil if it is not watched
+	expecting  bool                         // the upstream is asked whether it wants the body
+	heard      atomic.Bool                  // it has said something
 
 	whole bool // the handler returned: it did not abort the answer
 }
@@ -108,12 +110,17 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	x.up = x.route.pick(nil)
 	ctx := context.WithValue(r.Context(), exchangeKey{}, x)
 	ctx = context.WithValue(ctx, dialKey{}, x.up)
-	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: x.gotConn})
+	trace := &httptrace.ClientTrace{GotConn: x.gotConn}
+	if x.expecting = x.expects(); x.expecting {
+		trace.GotFirstResponseByte = func() { x.heard.Store(true) }
+	}
+	ctx = httptrace.WithClientTrace(ctx, trace)
 	// A copy: the server looks at its own request's Body (for Expect), and puts
 	// the trailers there.
 	in := r.WithContext(ctx)
 	if hasBody(r) {
-		x.body = newBody(r, w, cmp.Or(x.route.BodyTimeout, s.opts.StallTimeout), x.route.MaxBody)
+		x.body = newBody(x, w, cmp.Or(x.route.BodyTimeout, s.opts.StallTimeout), x.route.MaxBody)
+		defer x.body.leave()
 		in.Body = x.body
 		// Without it an HTTP/1 server throws the rest of the body away when the
 		// answer begins, though the upstream may still be reading.

@@ -18,7 +18,7 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 		pr.Out.Header[timingHeader] = []string{"1"}
 	}
 	if x.body != nil {
-		x.body.passTrailers(x.req, pr.Out, x)
+		x.body.passTrailers(x.req, pr.Out)
 	}
 	if r.ClientCAs != nil {
 		dropHeader(pr.Out.Header, "Client-Cert")
@@ -37,6 +37,9 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 		pr.Out.Host = noHost
 	}
 	spellWebSocket(pr.Out.Header)
+	if !x.expecting {
+		delete(pr.Out.Header, "Expect")
+	}
 }
 
 // noHost makes net/http write a Host without a value, as RFC 9112 3.2 wants it of a request whose URI has no

@@ -63,6 +63,7 @@ type Upstream struct {
 	Watch *Watch
 
 	health health
+	silent atomic.Int64 // when it last ignored an Expect, Unix ns
 }
 
 // tlsHandshakeTimeout is what net/http's default transport gives a handshake.

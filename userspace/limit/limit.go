@@ -52,9 +52,18 @@ type Limiter struct {
 	mu        sync.Mutex
 	total     int
 	perSource int
-	held      int            // leases held, those without a source included
-	sources   map[source]int // leases held by each source; never 0
-	peak      int            // most sources since the map was made
+	held      int // leases held, those without a source included
+	sources   map[source]charge
+	peak      int // most sources since the map was made
+
+	yielding int // leases that may be taken back
+	queue    queue
+}
+
+// charge is what a source has.
+type charge struct {
+	count int // leases held; never 0
+	queue queue
 }
 
 // New returns a limiter of total connections, and perSource of them from any one source. 0 or less means no limit.
@@ -64,7 +73,7 @@ func New(total, perSource int) *Limiter { return newLimiter("connections", total
 func NewRequests(total, perSource int) *Limiter { return newLimiter("requests", total, perSource) }
 
 func newLimiter(noun string, total, perSource int) *Limiter {
-	l := &Limiter{noun: noun, sources: make(map[source]int)}
+	l := &Limiter{noun: noun, sources: make(map[source]charge)}
 	l.SetLimits(total, perSource)
 	return l
 }
@@ -77,34 +86,66 @@ func (l *Limiter) SetLimits(total, perSource int) {
 	l.total, l.perSource = total, perSource
 }
 
-// Acquire counts one more connection from src. The error is an [*OverError]; there is then nothing to release.
+// Acquire counts one more connection from src. The error is an [*OverError]; there is then nothing to release. Where there
+// is no room the oldest lease that yields gives its place: of src, or of all.
 //
 // The zero Addr is a source that is not known (yet): it counts in all, and is bounded by nothing else. That is for
 // connections of a trusted proxy, which all have its address until [Lease.Move] says whose they are.
 func (l *Limiter) Acquire(src netip.Addr) (*Lease, error) {
 	s := sourceOf(src)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.total > 0 && l.held >= l.total {
-		return nil, &OverError{Source: s.prefix(), Count: l.held, Limit: l.total, kind: ErrTotal, noun: l.noun}
+	for {
+		lease, give, err := l.acquire(s)
+		if give == nil {
+			return lease, err
+		}
+		give() // once for each that yields at most
 	}
-	if err := l.enter(s); err != nil {
-		return nil, err
-	}
-	l.held++
-	return &Lease{limiter: l, source: s}, nil
 }
 
-// enter counts one more for s, leave one less. The caller holds mu.
+// acquire is Acquire, or says how to have a place first.
+func (l *Limiter) acquire(s source) (lease *Lease, give func(), err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err = l.full(s); err != nil { // first: who can't have another's place must not take it
+		c := l.sources[s]
+		give = c.queue.takeOldest()
+	} else if l.total > 0 && l.held >= l.total {
+		give = l.queue.takeOldest()
+	}
+	switch {
+	case give != nil:
+		return nil, give, nil
+	case l.total > 0 && l.held >= l.total:
+		return nil, nil, &OverError{Source: s.prefix(), Count: l.held, Limit: l.total, kind: ErrTotal, noun: l.noun}
+	}
+	if err == nil {
+		err = l.enter(s)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	l.held++
+	return &Lease{limiter: l, source: s}, nil, nil
+}
+
+// full says why s can have no more. The caller holds mu, as for the next two: enter counts one more for s, leave one less.
+func (l *Limiter) full(s source) error {
+	if n := l.sources[s].count; l.perSource > 0 && n >= l.perSource {
+		return &OverError{Source: s.prefix(), Count: n, Limit: l.perSource, kind: ErrSource, noun: l.noun}
+	}
+	return nil
+}
+
 func (l *Limiter) enter(s source) error {
 	if s == (source{}) {
 		return nil
 	}
-	n := l.sources[s]
-	if l.perSource > 0 && n >= l.perSource {
-		return &OverError{Source: s.prefix(), Count: n, Limit: l.perSource, kind: ErrSource, noun: l.noun}
+	if err := l.full(s); err != nil {
+		return err
 	}
-	l.sources[s] = n + 1
+	c := l.sources[s]
+	c.count++
+	l.sources[s] = c
 	l.peak = max(l.peak, len(l.sources))
 	return nil
 }
@@ -113,26 +154,31 @@ func (l *Limiter) leave(s source) {
 	if s == (source{}) {
 		return
 	}
-	if n := l.sources[s]; n > 1 {
-		l.sources[s] = n - 1
+	if c := l.sources[s]; c.count > 1 {
+		c.count--
+		l.sources[s] = c
 		return
 	}
 	delete(l.sources, s)
 	// A Go map keeps the memory of what was deleted. After a flood from many sources that is worth giving back.
 	if len(l.sources) == 0 && l.peak > 1024 {
-		l.sources, l.peak = make(map[source]int), 0
+		l.sources, l.peak = make(map[source]charge), 0
 	}
 }
 
 // Lease is the right to one connection.
 type Lease struct {
-	limiter  *Limiter
-	source   source // guarded by limiter.mu, as is released
+	limiter *Limiter
+
+	// guarded by limiter.mu
+	source   source
 	released bool
+	give     func()        // how to have its place, nil while it is kept
+	links    [2]neighbours // by queue
 }
 
 // Move counts the lease for src from now on, because a PROXY header said where the connection really comes from. The
-// total stays the same. When src has too many already the error is an [*OverError] and the lease stays where it was:
+// total stays the same, and it yields no more. When src has too many already the error is an [*OverError] and the lease stays where it was:
 // the caller releases it as ever. Moving a released lease does nothing.
 func (l *Lease) Move(src netip.Addr) error {
 	s := sourceOf(src)
@@ -144,6 +190,7 @@ func (l *Lease) Move(src netip.Addr) error {
 	if err := l.limiter.enter(s); err != nil {
 		return err
 	}
+	l.keep()
 	l.limiter.leave(l.source)
 	l.source = s
 	return nil
@@ -153,7 +200,7 @@ func (l *Lease) Move(src netip.Addr) error {
 func (l *Lease) Count() int {
 	l.limiter.mu.Lock()
 	defer l.limiter.mu.Unlock()
-	return l.limiter.sources[l.source]
+	return l.limiter.sources[l.source].count
 }
 
 // Release gives the lease back. Only the first call counts.
@@ -163,6 +210,7 @@ func (l *Lease) Release() {
 	if l.released {
 		return
 	}
+	l.keep()
 	l.released = true
 	l.limiter.held--
 	l.limiter.leave(l.source)
@@ -191,8 +239,8 @@ func (l *Limiter) Sources(n int) []Source {
 	}
 	l.mu.Lock()
 	entries := make([]entry, 0, len(l.sources)) // only what must be done under the lock
-	for s, count := range l.sources {
-		entries = append(entries, entry{s, count})
+	for s, c := range l.sources {
+		entries = append(entries, entry{s, c.count})
 	}
 	l.mu.Unlock()
 	list := make([]Source, len(entries))

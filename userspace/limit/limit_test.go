@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -230,7 +231,15 @@ func TestEndsAtZero(t *testing.T) {
 			r := rand.New(rand.NewPCG(1, uint64(g)))
 			var held []*Lease
 			for range 5000 {
-				switch r.IntN(5) {
+				switch r.IntN(6) {
+				case 5:
+					if len(held) > 0 {
+						lease := held[r.IntN(len(held))]
+						lease.Yield(lease.Release)
+						if r.IntN(3) == 0 {
+							lease.Keep()
+						}
+					}
 				case 0, 1:
 					if lease, err := l.Acquire(pick(r)); err == nil {
 						held = append(held, lease)
@@ -275,6 +284,72 @@ func TestEndsAtZero(t *testing.T) {
 	}
 	if len(l.sources) != 0 {
 		t.Errorf("%d entries are left", len(l.sources))
+	}
+	if l.yielding != 0 || l.queue != (queue{}) {
+		t.Errorf("%d leases yield yet: %v", l.yielding, l.queue)
+	}
+}
+
+// TestYield: a newcomer gets the place of who has yielded for longest, of its own source where that has too many.
+func TestYield(t *testing.T) {
+	l := New(4, 2)
+	var given []string
+	lease := func(src, name string) *Lease {
+		a := acquire(t, l, src)
+		a.Yield(func() { given = append(given, name); a.Release() })
+		return a
+	}
+	expect := func(what string, want ...string) {
+		t.Helper()
+		if !slices.Equal(given, want) {
+			t.Errorf("%s: %v gave their place, want %v", what, given, want)
+		}
+		given = nil
+	}
+	lease("192.0.2.1", "a")
+	b := lease("192.0.2.2", "b")
+	lease("192.0.2.2", "c")
+	expect("there is room")
+	acquire(t, l, "192.0.2.2") // d, which keeps its place
+	expect("a third of one source", "b")
+	acquire(t, l, "192.0.2.3")
+	expect("the fourth of all")
+	acquire(t, l, "192.0.2.4")
+	expect("the fifth of all", "a")
+	b.Keep() // has no place any more
+	acquire(t, l, "192.0.2.2")
+	expect("one more of the source", "c")
+	if _, err := l.Acquire(addr("192.0.2.5")); !errors.Is(err, ErrTotal) {
+		t.Errorf("one more of all, where none yields: %v", err)
+	}
+	if l.TakeOldest() || l.Yielding() != 0 {
+		t.Error("some yield yet")
+	}
+}
+
+// TestYieldInVain: who can have no place takes none from another.
+func TestYieldInVain(t *testing.T) {
+	l := New(2, 1)
+	acquire(t, l, "192.0.2.1")
+	acquire(t, l, "192.0.2.2").Yield(func() { t.Error("it was asked for its place") })
+	if _, err := l.Acquire(addr("192.0.2.1")); err == nil {
+		t.Error("a source has more than its limit")
+	}
+}
+
+// TestYieldLate: who has been called for its place and gives none, because it is about to need it, is not called again.
+func TestYieldLate(t *testing.T) {
+	l := New(1, 0)
+	calls := 0
+	a := acquire(t, l, "192.0.2.1")
+	a.Yield(func() { calls++ })
+	for range 3 {
+		if _, err := l.Acquire(addr("192.0.2.2")); !errors.Is(err, ErrTotal) {
+			t.Errorf("got %v", err)
+		}
+	}
+	if calls != 1 {
+		t.Errorf("called %d times", calls)
 	}
 }
 

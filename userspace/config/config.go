@@ -143,7 +143,7 @@ type Forward struct {
 // Limits bounds what strangers can make the daemon spend.
 type Limits struct {
 	Section
-	Connections          int           `yaml:"connections" default:"65536" min:"1" max:"16777216" doc:"Connections at a time, all together."`
+	Connections          int           `yaml:"connections" default:"65536" min:"1" max:"16777216" doc:"Connections at a time, all together. Where there is no room for one more, the oldest that waits for its TLS ClientHello goes."`
 	ConnectionsPerSource int           `yaml:"connections_per_source" default:"256" min:"1" max:"16777216" doc:"Connections at a time from one IPv4 address or one IPv6 /64. It looks at the PROXY address where that is believed."`
 	Requests             int           `yaml:"requests" default:"8192" min:"1" max:"16777216" doc:"HTTP requests under way at a time, all together: upgraded connections and streams count until they end."`
 	RequestsPerSource    int           `yaml:"requests_per_source" default:"256" min:"1" max:"16777216" doc:"HTTP requests under way at a time from one IPv4 address or one IPv6 /64. It looks at the client that a trusted hop names, and does not bound the hop itself."`

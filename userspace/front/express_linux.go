@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math"
 	"sync"
 	"time"
 
@@ -16,13 +17,16 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/sni"
 )
 
-// express is the short way of the usual connection: a tcp listener, or an sni listener and the hello whole in one read; a target that is an address.
+// express is the short way of the usual connection: a tcp listener, or an sni listener; a target that is an address.
 // It goes on the relay's loop from event to event, with no goroutine. At the first thing that is not usual it takes the
-// long way, serve, with the bytes that were read: only that refuses, explains, retries.
+// long way, serve, with the bytes that were read: only that refuses, explains, retries. Hellos wait here until they are whole,
+// those of https listeners too.
 type express struct {
 	front    *Front
 	in       *inbound
 	down, up *relay.Socket
+
+	part *partHello // nil: nothing has come, or all of it at once
 
 	rule  *rule
 	hello *sni.Hello // nil: none is read
@@ -30,26 +34,53 @@ type express struct {
 	began time.Time // the dial
 }
 
+// A partHello is a hello that has not come whole.
+type partHello struct {
+	head     []byte // what has come
+	listener *sni.Listener
+}
+
 const (
 	expressHello = 16 << 10 // bytes; what does not fit takes the long way
 	// expressDial is how long a connect may take here: whatever takes longer needs to be retried, or explained.
 	expressDial = time.Second
+
+	// waitingCost is what a connection that waits for a hello takes of the machine's memory, kernel included: bytes.
+	waitingCost = 8 << 10
+	// partBytes is how many bytes of hellos that are not whole may wait in all.
+	partBytes = 16 << 20
 )
+
+// mostWaiting is how many connections may wait for a hello: they get an eighth of the machine's memory.
+func mostWaiting() int64 {
+	var i unix.Sysinfo_t
+	if err := unix.Sysinfo(&i); err != nil {
+		return math.MaxInt64
+	}
+	return int64(uint64(i.Totalram) * uint64(i.Unit) / 8 / waitingCost)
+}
 
 var hellos = sync.Pool{New: func() any { return new([expressHello]byte) }}
 
 // express takes in, if it may go the short way.
 func (f *Front) express(in *inbound, c newcomer) bool {
 	s := in.service
-	if s.trust != nil || s.allow != nil {
+	if s.trust != nil {
 		return false
 	}
 	x := &express{front: f, in: in, down: c.(*relay.Socket)}
 	switch {
-	case s.mode == "sni" && s.limits.HelloTimeout > 0:
+	case s.mode == "sni", s.mode == "https":
 		in.uncut = context.AfterFunc(f.ctx, x.down.Expire)
-		return x.down.AwaitBytes(s.limits.HelloTimeout, x.readHello) == nil
-	case s.mode == "tcp" && s.fallback != nil && s.fallback.plain():
+		in.lease.Yield(x.giveWay)
+		if int64(f.limiter.Yielding()) > f.mostWaiting.Load() {
+			f.limiter.TakeOldest()
+		}
+		if x.await() == nil {
+			return true
+		}
+		in.lease.Keep()
+	case s.mode == "tcp" && s.allow == nil && s.fallback != nil && s.fallback.plain():
 		x.dial(s.fallback, nil)
 		return true
 	}
@@ -65,25 +96,89 @@ func (x *express) detour(head []byte) {
 	go x.front.enter(x.in, x.down)
 }
 
+func (x *express) await() error {
+	return x.down.AwaitBytes(max(1, x.in.service.helloTimeout()-time.Since(x.in.accepted)), x.readHello)
+}
+
 func (x *express) readHello(timedOut bool) {
 	if timedOut {
-		x.detour(nil)
+		x.refuse(helloTimeout, sni.ErrTimeout)
 		return
 	}
 	buf := hellos.Get().(*[expressHello]byte)
 	defer hellos.Put(buf)
-	n, err := unix.Read(x.down.FD(), buf[:])
-	if err != nil {
-		n = 0
+	for {
+		n, err := unix.Read(x.down.FD(), buf[:])
+		if err == unix.EAGAIN {
+			switch {
+			case !x.in.lease.Yields(): // its place was wanted while it had the loop
+				x.refuse(helloDisplaced, errDisplaced)
+				return
+			case x.await() == nil:
+				return
+			}
+		}
+		head, hello, perr := x.hear(buf[:max(n, 0)])
+		if n > 0 && perr == sni.ErrIncomplete {
+			continue // until the socket says that there is no more, or an end
+		}
+		x.in.lease.Keep()
+		x.forgetPart()
+		x.decide(head, hello, perr, n == len(buf))
+		return
 	}
-	head, limits := buf[:n], x.in.service.limits
-	hello, err := sni.Parse(head)
-	if err != nil || n > limits.HelloBytes || n == len(buf) {
+}
+
+// hear goes on with b. Where all hellos take too much, the oldest go. head is all that has come; it is b, or kept.
+func (x *express) hear(b []byte) (head []byte, hello sni.Hello, err error) {
+	limit := x.in.service.limits.HelloBytes
+	if x.part == nil {
+		hello, err = sni.Parse(b)
+		if err != sni.ErrIncomplete || len(b) == 0 {
+			return b, hello, err
+		}
+		x.part = &partHello{listener: sni.NewListener(limit)}
+	}
+	x.part.head = append(x.part.head, b...)
+	for x.front.partBytes.Add(int64(len(b))) > partBytes && x.front.limiter.TakeOldest() {
+		b = nil
+	}
+	hello, err = x.part.listener.Hear(x.part.head)
+	return x.part.head, hello, err
+}
+
+// forgetPart counts what has come no more.
+func (x *express) forgetPart() {
+	if x.part != nil {
+		x.front.partBytes.Add(-int64(len(x.part.head)))
+		x.part = nil
+	}
+}
+
+// giveWay ends the wait for the hello, unless it has just ended.
+func (x *express) giveWay() {
+	if x.down.Cancel() {
+		x.refuse(helloDisplaced, errDisplaced)
+	}
+}
+
+// refuse ends a connection that has said nothing to the end: there is no one to be told.
+func (x *express) refuse(reason string, err error) {
+	x.forgetPart()
+	x.front.helloRefused(x.in, "", reason, err)
+	x.down.Reset()
+	x.in.release()
+}
+
+// decide goes on with what was read: hello, or err. more: there may be yet more to be read at once.
+func (x *express) decide(head []byte, hello sni.Hello, err error, more bool) {
+	s := x.in.service
+	if err != nil || len(head) > s.limits.HelloBytes || more || s.mode != "sni" || s.allow != nil {
 		x.detour(head)
 		return
 	}
 	x.hello = &hello
-	r, ok := x.in.service.names.Lookup(hello.ServerName, func(r *rule) bool { return r.accepts(hello.ALPN) })
+	r, ok := s.names.Lookup(hello.ServerName, func(r *rule) bool { return r.accepts(hello.ALPN) })
 	if !ok || !r.plain() {
 		x.detour(head)
 		return

@@ -86,6 +86,9 @@ type Front struct {
 	cancel context.CancelFunc
 	conns  sync.WaitGroup // every connection that was accepted
 
+	mostWaiting atomic.Int64 // connections that may wait for a hello
+	partBytes   atomic.Int64 // of hellos that are not whole
+
 	watchTailnet, watchContainers sync.Once
 	tailnetMoved                  chan struct{} // wakes followTailnet
 	labelsMoved                   chan struct{} // wakes followLabels
@@ -138,6 +141,7 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.metrics.WatchRequests(f.requests.Total)
 	f.heldBy = limit.NewRequests(heldMost, heldPerSource)
 	f.spare = newSpareFiles()
+	f.mostWaiting.Store(mostWaiting())
 
 	f.tailnet.OnChange(f.lookAtTailnet)
 	if err := f.apply(cfg); err != nil {

@@ -13,7 +13,6 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
-	"github.com/tailsplice/tailsplice/userspace/sni"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -85,7 +84,7 @@ func (h *httpServer) serve(in *inbound) {
 	f := h.front
 	if h.tls {
 		// What sni can't read is crypto/tls's to judge, from the same bytes and within the same time.
-		hello, head, err := sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, vhost.DefaultHeaderTimeout)
+		hello, head, err := in.readHello()
 		in.ahead = head
 		if err == nil && hello.FinalDot {
 			in.name = hello.ServerName

@@ -20,11 +20,7 @@ import (
 // serveSNI reads the hello of a connection and sends it where its name says.
 // It owns in.
 func (f *Front) serveSNI(in *inbound) {
-	timeout := in.service.limits.HelloTimeout
-	if timeout > 0 {
-		timeout = max(1, timeout-in.waited)
-	}
-	hello, head, err := sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, timeout)
+	hello, head, err := in.readHello()
 	in.ahead = head
 	if err != nil {
 		f.refuseHello(in, hello, err)
@@ -51,10 +47,36 @@ func (f *Front) serveSNI(in *inbound) {
 	f.spliceTo(in, r, &hello)
 }
 
+// helloTimeout and helloDisplaced are the metric's words for a hello that was not complete in time, or before others
+// needed its place.
+const (
+	helloTimeout   = "hello_timeout"
+	helloDisplaced = "hello_displaced"
+)
+
+var errDisplaced = errors.New("its hello was not complete when its place was needed for a newer connection")
+
 var (
 	errNobodyServes = errors.New("no route and no default takes this name")
 	errRejectedName = errors.New("the configuration rejects this name")
 )
+
+// readHello reads the hello of in, as far as it has not been read already. head is all that was.
+func (in *inbound) readHello() (hello sni.Hello, head []byte, err error) {
+	timeout := in.service.helloTimeout()
+	if timeout > 0 {
+		timeout = max(1, timeout-in.waited)
+	}
+	return sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, timeout)
+}
+
+// helloTimeout is how long a client may take for its hello.
+func (s *service) helloTimeout() time.Duration {
+	if s.mode == "https" {
+		return vhost.DefaultHeaderTimeout
+	}
+	return s.limits.HelloTimeout
+}
 
 // refuseHello ends a connection whose hello leads nowhere, with the alert that
 // TLS has for it. It owns in.
@@ -79,24 +101,29 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 	case errors.Is(err, sni.ErrTooLarge):
 		reason = "hello_too_large"
 	case errors.Is(err, sni.ErrTimeout):
-		reason = "hello_timeout"
+		reason = helloTimeout
 	case errors.Is(err, sni.ErrEOF): // a port scan, or a health check
 		reason = "empty"
 	default:
 		reason = "hello_incomplete"
 	}
-	if f.ctx.Err() != nil {
-		reason, speaksTLS = shutdown, false
-	}
-	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
-	if reason != "empty" && reason != shutdown {
-		f.complain.Warn(reason, "connection refused", "id", in.id, "listener", in.listener.name, "client", in.client, "name", hello.ServerName, "reason", reason, "err", err)
-	}
-	if speaksTLS {
+	f.helloRefused(in, hello.ServerName, reason, err)
+	if speaksTLS && f.ctx.Err() == nil {
 		sni.Refuse(in.TCPConn, alert)
 		return
 	}
 	reset(in.TCPConn)
+}
+
+// helloRefused counts a connection that leads nowhere, and says so.
+func (f *Front) helloRefused(in *inbound, name, reason string, err error) {
+	if f.ctx.Err() != nil {
+		reason = shutdown
+	}
+	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
+	if reason != "empty" && reason != shutdown {
+		f.complain.Warn(reason, "connection refused", "id", in.id, "listener", in.listener.name, "client", in.client, "name", name, "reason", reason, "err", err)
+	}
 }
 
 // spliceTo dials r's target and relays the connection to it. It owns in, and

@@ -54,6 +54,13 @@ func (a *Lease) Yield(give func()) {
 	}
 }
 
+// Yields reports whether the lease yields, and has not been asked for its place yet.
+func (a *Lease) Yields() bool {
+	a.limiter.mu.Lock()
+	defer a.limiter.mu.Unlock()
+	return a.give != nil
+}
+
 // Keep undoes Yield.
 func (a *Lease) Keep() {
 	a.limiter.mu.Lock()

@@ -83,6 +83,13 @@ func (s *Socket) Expire() {
 	}
 }
 
+// Cancel makes who waits, if anybody does, wait no more, without a call. It is false where nobody waited.
+func (s *Socket) Cancel() bool {
+	s.loop.mu.Lock()
+	defer s.loop.mu.Unlock()
+	return s.takeWait(false) != nil
+}
+
 // Reset closes the socket so that the other end sees a reset. Nobody may be waiting for it.
 func (s *Socket) Reset() {
 	unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})

@@ -37,10 +37,22 @@ func Read(c net.Conn, maxBytes int, timeout time.Duration) (h Hello, head []byte
 	return Continue(c, nil, maxBytes, timeout)
 }
 
+// A Listener reads a hello from a stream that grows, for who waits for its bytes in another way than [Read].
+type Listener struct{ scanner }
+
+// NewListener makes a Listener with the limit of [Read].
+func NewListener(maxBytes int) *Listener {
+	return &Listener{scanner{maxMessage: maxBytes, maxWire: wireFactor * maxBytes}}
+}
+
+// Hear goes on with b, which is the whole stream so far, and may be kept: what it holds must not change. The error is that
+// of [Parse], or [ErrTooLarge]; after any but [ErrIncomplete] there is nothing more to hear.
+func (l *Listener) Hear(b []byte) (Hello, error) { return l.next(b) }
+
 // Continue is [Read] for a stream whose first bytes have been read already, by a parser of PROXY headers, say. They are
 // in head, and come first in the result. Continue takes head over: its spare capacity is written to.
 func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (Hello, []byte, error) {
-	s := scanner{maxMessage: maxBytes, maxWire: wireFactor * maxBytes}
+	s := NewListener(maxBytes)
 	// What was read already may be enough: no system call then.
 	h, err := s.next(head)
 	if err != ErrIncomplete {

@@ -34,7 +34,8 @@ type stalledDaemon struct {
 	log     *os.File // the end that is to be read
 }
 
-func startStalled(t *testing.T, yaml string) *stalledDaemon {
+// startStalled starts it by way of a command that takes another one, if any is given.
+func startStalled(t *testing.T, yaml string, by ...string) *stalledDaemon {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "ts-cli-")
 	check(t, err)
@@ -47,7 +48,8 @@ func startStalled(t *testing.T, yaml string) *stalledDaemon {
 	t.Cleanup(func() { r.Close() })
 	_, err = unix.FcntlInt(w.Fd(), unix.F_SETPIPE_SZ, 4096) // so that a few lines fill it
 	check(t, err)
-	d.log, d.cmd = r, exec.Command("tailsplice", "run", "--config", file)
+	command := append(by, "tailsplice", "run", "--config", file)
+	d.log, d.cmd = r, exec.Command(command[0], command[1:]...)
 	d.cmd.Stderr = w
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	check(t, d.cmd.Start())

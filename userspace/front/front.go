@@ -301,28 +301,54 @@ func (f *Front) watchNeeded(cfg *config.Config) {
 	}
 }
 
+const (
+	// filesReserved is for what strangers have no share in: listeners, logs, the control socket, a reload. Half of it is for
+	// pipes, without which bulk is copied.
+	filesReserved = 256
+	pipesWanted   = 2048 // where there is room for them
+)
+
 // fitLimits lowers the limits of connections and of requests to what the file
 // descriptors allow, and says so: better to refuse in time than to fail in the
 // middle.
 func (f *Front) fitLimits(cfg *config.Config) (connections, requests int) {
-	// A flow has two sockets, and so has a request that is alone on its connection;
-	// the rest is for listeners, pipes, logs, HTTP pools.
-	const filesPerFlow = 2
-	reserve := 256
 	connections, requests = cfg.Limits.Connections, cfg.Limits.Requests
-	want := uint64(connections + max(connections, requests) + reserve)
-	files, err := raiseFileLimit(want)
-	if err != nil || files >= want {
+	perConnection, perRequest := filesOf(cfg)
+	need := connections*perConnection + requests*perRequest
+	files, err := raiseFileLimit(uint64(need + filesReserved + 2*pipesWanted))
+	if err != nil {
 		return connections, requests
 	}
-	reserve = min(reserve, int(files)/2) // where there are few, they are shared
-	fit := max(1, (int(files)-reserve)/filesPerFlow)
-	if connections <= fit && requests <= fit {
-		return connections, requests
+	reserved := min(filesReserved, int(files)/2) // where there are few, they are shared
+	room := int(files) - reserved
+	if need > room {
+		if perRequest > 0 {
+			requests = max(1, min(requests, room/(2*perConnection)))
+		}
+		connections = max(1, min(connections, (room-requests*perRequest)/perConnection))
+		need = connections*perConnection + requests*perRequest
+		f.log.Warn("limits.connections and limits.requests are lowered to what the limit of open files allows: raise LimitNOFILE= (systemd) or `ulimit -n`",
+			"connections", cfg.Limits.Connections, "requests", cfg.Limits.Requests,
+			"connections_lowered_to", connections, "requests_lowered_to", requests, "open_files", files)
 	}
-	f.log.Warn("limits.connections and limits.requests are lowered to what the limit of open files allows: raise LimitNOFILE= (systemd) or `ulimit -n`",
-		"connections", connections, "requests", requests, "lowered_to", fit, "open_files", files)
-	return min(connections, fit), min(requests, fit)
+	relay.LimitPipes(reserved/4 + max(0, room-need)/2)
+	return connections, requests
+}
+
+// filesOf is how many sockets a connection takes, and a request: the target's of
+// a flow is there as long as the client's, an HTTP client has one and each of its
+// requests may have one more.
+func filesOf(cfg *config.Config) (perConnection, perRequest int) {
+	perConnection = 1
+	for i := range cfg.Listeners {
+		switch cfg.Listeners[i].Mode {
+		case "http", "https":
+			perRequest = 1
+		default:
+			perConnection = 2
+		}
+	}
+	return perConnection, perRequest
 }
 
 func (f *Front) node() string {

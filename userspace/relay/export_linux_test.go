@@ -16,11 +16,12 @@ func Watches() (n int) {
 // DropPipes closes the pipes that are kept.
 func DropPipes() {
 	pipes.Lock()
-	defer pipes.Unlock()
-	for _, p := range pipes.free {
+	free := pipes.free
+	pipes.free = nil
+	pipes.Unlock()
+	for _, p := range free {
 		p.close()
 	}
-	pipes.free = nil
 }
 
 // States says where the flow with these counters is: "loop", or how far the stream of each side is while pumps have it.

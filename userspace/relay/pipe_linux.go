@@ -20,7 +20,17 @@ type pipe struct {
 
 var pipes struct {
 	sync.Mutex
-	free []*pipe
+	free  []*pipe
+	all   int // that there are
+	limit int // 0: none
+}
+
+// LimitPipes says how many pipes, of two descriptors each, the process may have. Those that a reader who has stopped
+// keeps full count: without one, bytes are copied.
+func LimitPipes(n int) {
+	pipes.Lock()
+	defer pipes.Unlock()
+	pipes.limit = n
 }
 
 // getPipe gives an empty pipe, or nil when there is none to be had.
@@ -32,9 +42,15 @@ func getPipe() *pipe {
 		pipes.Unlock()
 		return p
 	}
+	if pipes.limit > 0 && pipes.all >= pipes.limit {
+		pipes.Unlock()
+		return nil
+	}
+	pipes.all++
 	pipes.Unlock()
 	var fds [2]int
 	if unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
+		uncountPipe()
 		return nil
 	}
 	p := &pipe{r: fds[0], w: fds[1]}
@@ -52,15 +68,23 @@ func getPipe() *pipe {
 // putPipe takes an empty pipe back.
 func putPipe(p *pipe) {
 	pipes.Lock()
-	defer pipes.Unlock()
 	if len(pipes.free) < maxPipes {
 		pipes.free = append(pipes.free, p)
+		pipes.Unlock()
 		return
 	}
+	pipes.Unlock()
 	p.close()
 }
 
 func (p *pipe) close() {
 	unix.Close(p.r)
 	unix.Close(p.w)
+	uncountPipe()
+}
+
+func uncountPipe() {
+	pipes.Lock()
+	defer pipes.Unlock()
+	pipes.all--
 }

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// TestFewFiles: 600 descriptors and no right to more. Flows whose readers have stopped, as many as may be, leave
+// some for a good client, the control socket and a reload: pipes are not for all of them.
+func TestFewFiles(t *testing.T) {
+	const files, stopped = 600, 150
+	target := listen(t, "127.0.0.1:0")
+	var sent atomic.Int64
+	go func() { // endless
+		piece := make([]byte, 64<<10)
+		for c, err := target.Accept(); err == nil; c, err = target.Accept() {
+			go func() {
+				defer c.Close()
+				c.(*net.TCPConn).SetWriteBuffer(64 << 10)
+				for {
+					n, err := c.Write(piece)
+					if sent.Add(int64(n)); err != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	echo := listen(t, "127.0.0.1:0")
+	go func() {
+		for c, err := echo.Accept(); err == nil; c, err = echo.Accept() {
+			go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
+		}
+	}()
+	var at [2]string
+	for i := range at {
+		ln := listen(t, "127.0.0.77:0")
+		at[i] = ln.Addr().String()
+		ln.Close()
+	}
+	d := startStalled(t, fmt.Sprintf(`
+listeners:
+  - { name: bulk, listen: [%q], mode: tcp, default: { forward: %q, datapath: userspace } }
+  - { name: good, listen: [%q], mode: sni, default: { forward: %q } }
+limits: { flow_buffer: 64KiB }`, at[0], target.Addr(), at[1], echo.Addr()),
+		"sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$@"`, files), "sh", "setpriv", "--bounding-set=-sys_resource")
+	for range stopped {
+		c, err := net.Dial("tcp", at[0])
+		check(t, err)
+		t.Cleanup(func() { c.Close() })
+		check(t, c.(*net.TCPConn).SetReadBuffer(64<<10))
+		check(t, c.SetReadDeadline(time.Now().Add(time.Minute)))
+		_, err = io.CopyN(io.Discard, c, 1<<20) // so that it is bulk
+		check(t, err)
+	}
+	last := int64(-1)
+	wait(t, "all have stopped", func() error {
+		now := sent.Load()
+		defer func() { last = now }()
+		time.Sleep(300 * time.Millisecond)
+		if now != last {
+			return fmt.Errorf("%d bytes, %d before", now, last)
+		}
+		return nil
+	})
+	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.cmd.Process.Pid))
+	check(t, err)
+	if len(open) < 2*stopped || len(open) > files-50 {
+		t.Errorf("%d descriptors are in use for %d flows that have stopped, of %d", len(open), stopped, files)
+	}
+	first := hello(t)
+	for i := range 20 {
+		c, err := net.Dial("tcp", at[1])
+		check(t, err)
+		_, err = c.Write(first)
+		check(t, err)
+		check(t, c.SetReadDeadline(time.Now().Add(time.Minute)))
+		got := make([]byte, len(first))
+		if _, err := io.ReadFull(c, got); err != nil || string(got) != string(first) {
+			t.Fatalf("good client %d: %v", i+1, err)
+		}
+		defer c.Close()
+	}
+	if out, err := d.ask("reload"); err != nil {
+		t.Errorf("reload: %v: %s", err, out)
+	}
+}

@@ -74,8 +74,8 @@ type rules struct {
 var allRules = rules{bound: true, trim: true, fin: true, couple: true, brake: true, late: true, pressure: tcpPressure(), bulk: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true, look: true,
 	local: allLocalRules}
 
-// New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what a dead daemon left there, and
-// proves on loopback that this kernel splices rightly. The caller closes the Loader.
+// New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what dead daemons left below
+// BPFFS/tailsplice, and proves on loopback that this kernel splices rightly. The caller closes the Loader.
 //
 // It fails with an error that says what is lacking: [ErrKnownBad], a [*SelfTestError], an error that wraps
 // errors.ErrUnsupported where the kernel can't do it at all, or the system's.
@@ -120,7 +120,7 @@ func load(o Options, r rules) (_ *Loader, err error) {
 	if err := rlimit.RemoveMemlock(); err != nil {
 		l.log.Debug("raise the locked memory limit", "error", err)
 	}
-	if l.pins, err = claimPins(o.BPFFS, o.Instance); err != nil {
+	if l.pins, err = claimPins(o.BPFFS, o.Instance, l.log); err != nil {
 		return l, err
 	}
 	if err = l.loadObjects(o); err != nil {

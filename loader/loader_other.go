@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"runtime"
 )
@@ -55,6 +56,9 @@ func (*Loader) SelfTest() []Finding { return SelfTest(Options{}) }
 
 // SelfTest says that there is nothing to test.
 func SelfTest(Options) []Finding { return Probe() }
+
+// RemoveDead has nothing to remove.
+func RemoveDead(string, *slog.Logger) error { return nil }
 
 // Probe says that this system has no sockmap.
 func Probe() []Finding {

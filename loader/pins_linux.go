@@ -1,9 +1,11 @@
 package loader
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,55 +18,116 @@ const defaultBPFFS = "/sys/fs/bpf"
 
 // pins is the folder in the BPF file system that an instance holds, with a lock that dies with the process.
 type pins struct {
-	dir  string
-	lock *os.File
+	above *folder // of all instances
+	dir   *folder // with the lock
 
 	// Of maps that a daemon which has ended left for processes to read.
 	kept   bool
+	others bool      // likewise, in the folders of daemons that are dead
 	next   time.Time // look at them again then
 	unsure error     // why it is not known whether they have to be
 }
 
-// claimPins mounts the BPF file system if it isn't, makes the instance's folder, takes its lock, and
-// removes what an instance that died left in it, but for bytes that a process has not read yet.
-func claimPins(bpffs, instance string) (*pins, error) {
-	if bpffs == "" {
-		bpffs = defaultBPFFS
-	}
+// claimPins mounts the BPF file system if it isn't, makes the instance's folder, takes its lock, and removes
+// what instances that died left there and in folders of theirs, but for bytes that a process has not read
+// yet.
+func claimPins(bpffs, instance string, log *slog.Logger) (p *pins, err error) {
+	bpffs = cmp.Or(bpffs, defaultBPFFS)
 	if err := mountBPFFS(bpffs); err != nil {
 		return nil, err
 	}
-	dir := filepath.Join(bpffs, "tailsplice", pinName(instance))
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make the folder for pinned maps: %w", err)
+	p = &pins{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.close())
+			p = nil
+		}
+	}()
+	if p.above, err = openPinsFolder(bpffs, true); err != nil {
+		return p, err
 	}
-	lock, err := os.Open(dir)
+	// Who looks whether it is left over may have it for a moment, and remove it.
+	for end := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if p.dir, err = p.above.claim(pinName(instance), true); !isTaken(err) || time.Now().After(end) {
+			break
+		}
+	}
+	if err == errHeld {
+		err = fmt.Errorf("%s/%s belongs to another daemon that runs; give this one another instance name: "+
+			"it comes from control.socket", p.above.path, pinName(instance))
+	}
 	if err != nil {
-		return nil, fmt.Errorf("open the folder for pinned maps: %w", err)
+		return p, err
 	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		err = fmt.Errorf("%s belongs to another daemon that runs; give this one another instance name: it comes from control.socket", dir)
-		return nil, errors.Join(err, lock.Close())
-	}
-	p := &pins{dir: dir, lock: lock}
 	if err := p.clear(all); err != nil {
-		return nil, errors.Join(fmt.Errorf("remove what a dead daemon left: %w", err), lock.Close())
+		return p, fmt.Errorf("remove what a dead daemon left: %w", err)
+	}
+	if p.others, err = removeDead(p.above, log); err != nil {
+		log.Warn("remove what dead daemons left", "error", err)
 	}
 	return p, nil
 }
 
-func (p *pins) path(name string) string { return filepath.Join(p.dir, name) }
+// RemoveDead removes the pins of daemons and self-tests that were killed, whatever their names, as each [New]
+// does, for a process that loads nothing. Maps with bytes that a process has not read yet stay. Where this
+// process may not see any pins it does nothing. bpffs is as in [Options].
+func RemoveDead(bpffs string, log *slog.Logger) error {
+	above, err := openPinsFolder(cmp.Or(bpffs, defaultBPFFS), false)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EACCES) || errors.Is(err, errNotBPFFS) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	_, err = removeDead(above, log)
+	return errors.Join(err, above.close())
+}
+
+// removeDead is RemoveDead below a folder. kept: something has to stay, for now.
+func removeDead(above *folder, log *slog.Logger) (kept bool, err error) {
+	names, err := above.names()
+	if err != nil {
+		return false, err
+	}
+	var errs []error
+	for _, name := range names {
+		dir, err := above.claim(name, false)
+		if isTaken(err) || errors.Is(err, unix.EACCES) {
+			continue // a daemon that lives, or nothing any more, or what only root may see
+		}
+		if err == nil {
+			p := &pins{above: above, dir: dir}
+			err = errors.Join(p.remove(), p.unsure, dir.close())
+			kept = kept || p.kept && p.unsure == nil
+			if err == nil && !p.kept {
+				log.Info("what a daemon that was killed had left in the kernel is removed", "pins", dir.path)
+			}
+		}
+		errs = append(errs, err)
+	}
+	return kept, errors.Join(errs...)
+}
+
+func openPinsFolder(bpffs string, create bool) (*folder, error) {
+	root, err := openFolder(unix.AT_FDCWD, bpffs, bpffs)
+	if err != nil {
+		return nil, err
+	}
+	above, err := root.sub("tailsplice", create)
+	return above, errors.Join(err, root.close())
+}
+
+func (p *pins) path(name string) string { return filepath.Join(p.dir.path, name) }
 
 // clear removes the pins that which is true for, and keeps those of maps with bytes that a process has not read yet.
 func (p *pins) clear(which func(name string) bool) error {
-	old, err := os.ReadDir(p.dir)
+	old, err := p.dir.names()
 	if err != nil {
 		return err
 	}
 	p.kept, p.unsure = false, nil
 	var errs []error
-	for _, e := range old {
-		name := e.Name()
+	for _, name := range old {
 		if !which(name) {
 			continue
 		}
@@ -76,7 +139,7 @@ func (p *pins) clear(which func(name string) bool) error {
 			p.kept = true
 			errs = append(errs, p.keep(name))
 		} else {
-			errs = append(errs, os.Remove(p.path(name)))
+			errs = append(errs, p.dir.remove(name, 0))
 		}
 	}
 	return errors.Join(errs...)
@@ -84,12 +147,144 @@ func (p *pins) clear(which func(name string) bool) error {
 
 func all(string) bool { return true }
 
-func (p *pins) release() error {
+// remove is clear of all, and of the folder. The lock is held: nobody has pinned anything here since.
+func (p *pins) remove() error {
 	err := p.clear(all)
-	if !p.kept { // the lock is still held: nobody has pinned anything here since
-		err = errors.Join(err, os.Remove(p.dir))
+	if !p.kept {
+		err = errors.Join(err, p.above.remove(filepath.Base(p.dir.path), unix.AT_REMOVEDIR))
 	}
-	return errors.Join(err, p.unsure, p.lock.Close())
+	return err
+}
+
+func (p *pins) release() error { return errors.Join(p.remove(), p.unsure, p.close()) }
+
+func (p *pins) close() error { return errors.Join(p.dir.close(), p.above.close()) }
+
+// folder is one of the BPF file system in which nobody but root and this user can change anything.
+type folder struct {
+	*os.File
+	path string
+}
+
+// unsafeFolder is why a folder is none: whoever else can change it can have the daemon remove and take what
+// is not its own.
+type unsafeFolder struct{ path, why, advice string }
+
+func (e *unsafeFolder) Error() string {
+	return fmt.Sprintf("%s can't be used for pinned maps: %s: %s", e.path, e.why, e.advice)
+}
+
+var errNotBPFFS = errors.New("is not in a BPF file system")
+
+// openFolder opens a folder in another one that was found safe, or the root of the file system.
+func openFolder(at int, name, path string) (_ *folder, err error) {
+	root := at == unix.AT_FDCWD
+	flags := unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC
+	if !root {
+		flags |= unix.O_NOFOLLOW
+	}
+	fd, err := unix.Openat(at, name, flags, 0)
+	if err == unix.ELOOP || err == unix.ENOTDIR {
+		why := "it is no folder, but maybe a link to one that somebody else has made"
+		return nil, &unsafeFolder{path, why, "look at it, and remove it (rm " + path + ")"}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	f := &folder{os.NewFile(uintptr(fd), path), path}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.close())
+		}
+	}()
+	var fs unix.Statfs_t
+	var s unix.Stat_t
+	if err := errors.Join(unix.Fstatfs(fd, &fs), unix.Fstat(fd, &s)); err != nil {
+		return nil, fmt.Errorf("look at %s: %w", path, err)
+	}
+	if fs.Type != unix.BPF_FS_MAGIC {
+		return nil, fmt.Errorf("%s %w", path, errNotBPFFS)
+	}
+	if s.Uid != 0 && int(s.Uid) != os.Geteuid() {
+		advice := "look at it, and remove it (rm -r " + path + ")"
+		if root {
+			advice = "chown root " + path
+		}
+		return nil, &unsafeFolder{path, fmt.Sprintf("it belongs to the user %d", s.Uid), advice}
+	}
+	// In a file system that was mounted without a mode everybody may make folders, and not change those of
+	// others.
+	if s.Mode&0o022 != 0 && !(root && s.Mode&unix.S_ISVTX != 0) {
+		why := fmt.Sprintf("other users may write to it (mode %#o)", s.Mode&0o7777)
+		return nil, &unsafeFolder{path, why, "chmod 0700 " + path}
+	}
+	return f, nil
+}
+
+// sub opens a folder in this one. create: make it if it is not there.
+func (f *folder) sub(name string, create bool) (*folder, error) {
+	path := filepath.Join(f.path, name)
+	if create {
+		if err := unix.Mkdirat(int(f.Fd()), name, 0o700); err != nil && err != unix.EEXIST {
+			return nil, fmt.Errorf("make the folder for pinned maps %s: %w", path, err)
+		}
+	}
+	return openFolder(int(f.Fd()), name, path)
+}
+
+var errHeld = errors.New("another process has it")
+
+// isTaken: somebody else has the folder, or had it and has removed it.
+func isTaken(err error) bool { return err == errHeld || errors.Is(err, unix.ENOENT) }
+
+// claim is sub with the folder's lock.
+func (f *folder) claim(name string, create bool) (*folder, error) {
+	d, err := f.sub(name, create)
+	if err != nil {
+		return nil, err
+	}
+	if err = unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
+		err = errHeld
+	} else if err == nil {
+		err = f.stillHas(name, d)
+	}
+	if err != nil {
+		_ = d.close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// stillHas is ENOENT if the name is not d's any more.
+func (f *folder) stillHas(name string, d *folder) error {
+	var its, there unix.Stat_t
+	err := errors.Join(unix.Fstat(int(d.Fd()), &its),
+		unix.Fstatat(int(f.Fd()), name, &there, unix.AT_SYMLINK_NOFOLLOW))
+	if err == nil && its.Ino != there.Ino {
+		err = unix.ENOENT
+	}
+	return err
+}
+
+func (f *folder) names() ([]string, error) {
+	if _, err := f.Seek(0, 0); err != nil {
+		return nil, err
+	}
+	return f.Readdirnames(-1)
+}
+
+func (f *folder) remove(name string, flags int) error {
+	if err := unix.Unlinkat(int(f.Fd()), name, flags); err != nil {
+		return &os.PathError{Op: "remove", Path: filepath.Join(f.path, name), Err: err}
+	}
+	return nil
+}
+
+func (f *folder) close() error {
+	if f == nil {
+		return nil
+	}
+	return f.Close()
 }
 
 func mountBPFFS(at string) error {

@@ -523,14 +523,15 @@ func TestPins(t *testing.T) {
 	needRoot(t)
 	instance := fmt.Sprintf("ts-ldr-pins-%d", os.Getpid())
 	if i := os.Getenv("TS_LDR_PINS"); i != "" {
-		l, err := load(Options{Instance: i, MaxFlows: 16}, allRules)
+		l, err := load(Options{BPFFS: os.Getenv("TS_LDR_BPFFS"), Instance: i, MaxFlows: 16}, allRules)
 		must(t, err)
 		splicePath(t, l, pathOptions{})
 		fmt.Println("ready")
 		select {}
 	}
+	at := ownBPFFS(t, "0700") // whoever loads anything removes what was left, elsewhere too
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestPins$")
-	cmd.Env = append(os.Environ(), "TS_LDR_PINS="+instance)
+	cmd.Env = append(os.Environ(), "TS_LDR_PINS="+instance, "TS_LDR_BPFFS="+at)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
 	must(t, err)
@@ -540,18 +541,19 @@ func TestPins(t *testing.T) {
 			t.Fatalf("%q %v", b, err)
 		}
 	}
-	if _, err := load(Options{Instance: instance}, allRules); err == nil || !strings.Contains(err.Error(), "another daemon") {
+	_, err = load(Options{BPFFS: at, Instance: instance}, allRules)
+	if err == nil || !strings.Contains(err.Error(), "another daemon") {
 		t.Errorf("a second daemon of one name: %v", err)
 	}
-	other, err := load(Options{Instance: instance + "x", MaxFlows: 16}, allRules)
+	other, err := load(Options{BPFFS: at, Instance: instance + "x", MaxFlows: 16}, allRules)
 	must(t, err)
 	must(t, cmd.Process.Kill())
 	cmd.Wait()
-	dir := filepath.Join(defaultBPFFS, "tailsplice", instance)
+	dir := filepath.Join(at, "tailsplice", instance)
 	if left, err := os.ReadDir(dir); err != nil || len(left) == 0 {
 		t.Fatalf("the killed daemon left %v, %v", left, err)
 	}
-	l, err := load(Options{Instance: instance, MaxFlows: 16}, allRules)
+	l, err := load(Options{BPFFS: at, Instance: instance, MaxFlows: 16}, allRules)
 	must(t, err)
 	if n := len(l.Flows()); n != 0 {
 		t.Errorf("%d flows of the dead daemon", n)

@@ -34,7 +34,8 @@ func (e *SelfTestError) Error() string {
 // SelfTest loads the programs beside whatever runs, and gives the verdicts of the self-test: what New would find.
 // It takes about 0.2 s, and touches loopback only.
 func SelfTest(o Options) []Finding {
-	o.Instance, o.MaxFlows = fmt.Sprintf("selftest-%d", os.Getpid()), 64
+	// Containers may share the BPF file system, and have processes of one number.
+	o.Instance, o.MaxFlows = fmt.Sprintf("selftest-%d-%x", os.Getpid(), time.Now().UnixNano()), 64
 	if err := refuseKnownBad(o); err != nil {
 		return []Finding{{Name: "version", State: StateMissing, Detail: err.Error(), Advice: "use a newer kernel; flows go through userspace meanwhile"}}
 	}

@@ -78,7 +78,7 @@ func (l *Loader) sweep(now time.Time) time.Duration {
 	}
 	l.resting.Store(resting)
 	l.local.sweep()
-	if err := l.pins.sweep(now); err != nil {
+	if err := l.pins.sweep(now, l.log); err != nil {
 		l.log.Warn("look at what an earlier daemon left for processes to read", "error", err)
 	}
 	return pause

@@ -4,12 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
+	"log/slog"
 	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // What came past TCP and the process has not read yet lives as long as its socket is in a sockmap. So the map of these sockets
@@ -73,23 +74,34 @@ func (p *pins) keep(name string) error {
 	if name != localsPin {
 		return nil
 	}
+	at := int(p.dir.Fd())
 	for i := 1; ; i++ {
-		to := p.path(fmt.Sprint(unreadPin, i))
-		if _, err := os.Lstat(to); errors.Is(err, os.ErrNotExist) {
-			return os.Rename(p.path(name), to)
+		to := fmt.Sprint(unreadPin, i)
+		if err := unix.Fstatat(at, to, &unix.Stat_t{}, unix.AT_SYMLINK_NOFOLLOW); err == unix.ENOENT {
+			return unix.Renameat(at, name, at, to)
+		} else if err != nil {
+			return err
 		}
 	}
 }
 
 // sweep removes the pins of maps whose last byte has been read meanwhile. It gives up where that can't be found out.
-func (p *pins) sweep(now time.Time) error {
-	if !p.kept || now.Before(p.next) {
+func (p *pins) sweep(now time.Time, log *slog.Logger) (err error) {
+	if !p.kept && !p.others || now.Before(p.next) {
 		return nil
 	}
 	p.next = now.Add(sweepEvery)
-	err := p.clear(func(name string) bool { return strings.HasPrefix(name, unreadPin) })
-	if p.unsure != nil {
-		p.kept = false
+	if p.kept {
+		err = p.clear(func(name string) bool { return strings.HasPrefix(name, unreadPin) })
+		if p.unsure != nil {
+			p.kept = false
+		}
+		err = errors.Join(err, p.unsure)
 	}
-	return errors.Join(err, p.unsure)
+	if p.others {
+		var e error
+		p.others, e = removeDead(p.above, log)
+		err = errors.Join(err, e)
+	}
+	return err
 }

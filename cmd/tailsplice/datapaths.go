@@ -37,6 +37,9 @@ type datapaths struct {
 
 // loadDatapaths brings up the kernel datapaths that cfg names. The caller closes them.
 func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapaths {
+	if err := loader.RemoveDead("", log); err != nil {
+		log.Warn("remove what dead daemons left in the kernel", "err", err)
+	}
 	const unasked = "no configuration asked for it at start: it is loaded when the daemon is started again"
 	p := &datapaths{log: log, options: front.Options{Missing: map[string]string{loader.Name: unasked, loader.LocalName: unasked}}}
 	local, named := asksFor(cfg, loader.LocalName), cfg.Datapath == loader.Name || asksFor(cfg, loader.Name)

@@ -1,0 +1,173 @@
+package loader
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// ownBPFFS mounts a BPF file system for one test, in which nobody else looks for what is left over.
+func ownBPFFS(t *testing.T, mode string) string {
+	t.Helper()
+	needRoot(t)
+	dir := t.TempDir()
+	must(t, unix.Mount("bpf", dir, "bpf", 0, "mode="+mode))
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
+}
+
+// Where others may write to the BPF file system, they can't have the daemon empty a folder by a link to it,
+// nor keep its maps in a folder of theirs.
+func TestPinsOfOthers(t *testing.T) {
+	const nobody = 65534
+	mkdir := func(t *testing.T, path string, uid int, mode uint32) {
+		must(t, errors.Join(unix.Mkdir(path, mode), unix.Chmod(path, mode), unix.Chown(path, uid, uid)))
+	}
+	link := func(t *testing.T, to, path string, uid int) {
+		must(t, errors.Join(os.Symlink(to, path), os.Lchown(path, uid, uid)))
+	}
+	const no = " can't be used for pinned maps: "
+	for name, c := range map[string]struct {
+		mode string
+		make func(t *testing.T, at, victim string)
+		want string // of the error, after where the file system is mounted; "": it is used
+	}{
+		"empty, sticky": {"1777", func(*testing.T, string, string) {}, ""},
+		"a link to an instance": {"1777", func(t *testing.T, at, victim string) {
+			mkdir(t, at+"/tailsplice", nobody, 0o755)
+			link(t, victim, at+"/tailsplice/default", nobody)
+		}, "/tailsplice" + no + "it belongs to the user 65534: look at it, and remove it (rm -r "},
+		"a link in a folder of ours": {"0700", func(t *testing.T, at, victim string) {
+			mkdir(t, at+"/tailsplice", 0, 0o700)
+			link(t, victim, at+"/tailsplice/default", nobody)
+		}, "/tailsplice/default" + no + "it is no folder, but maybe a link "},
+		"a link to the folder of all": {"1777", func(t *testing.T, at, victim string) {
+			link(t, filepath.Dir(victim), at+"/tailsplice", nobody)
+		}, "/tailsplice" + no + "it is no folder, but maybe a link "},
+		"anybody's, not sticky": {"1777", func(t *testing.T, at, _ string) {
+			must(t, unix.Chmod(at, 0o777))
+		}, no + "other users may write to it (mode 0777): chmod 0700 "},
+		"another user's root": {"0755", func(t *testing.T, at, _ string) {
+			must(t, unix.Chown(at, nobody, nobody))
+		}, no + "it belongs to the user 65534: chown root "},
+		"our folder, for all": {"1777", func(t *testing.T, at, _ string) {
+			mkdir(t, at+"/tailsplice", 0, 0o1777)
+		}, "/tailsplice" + no + "other users may write to it (mode 01777): chmod 0700 "},
+		"another user's instance": {"0700", func(t *testing.T, at, _ string) {
+			mkdir(t, at+"/tailsplice", 0, 0o700)
+			mkdir(t, at+"/tailsplice/default", nobody, 0o755)
+		}, "/tailsplice/default" + no + "it belongs to the user 65534"},
+		"another file system": {"0700", func(t *testing.T, at, _ string) {
+			mkdir(t, at+"/tailsplice", 0, 0o700)
+			must(t, unix.Mount("none", at+"/tailsplice", "tmpfs", 0, ""))
+			t.Cleanup(func() { unix.Unmount(at+"/tailsplice", unix.MNT_DETACH) })
+		}, "/tailsplice is not in a BPF file system"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			at, victim := ownBPFFS(t, c.mode), filepath.Join(t.TempDir(), "default")
+			must(t, os.MkdirAll(filepath.Join(victim, "empty"), 0o755))
+			must(t, os.WriteFile(filepath.Join(victim, "file"), []byte("precious"), 0o600))
+			c.make(t, at, victim)
+			err := RemoveDead(at, slog.New(slog.DiscardHandler))
+			l, lerr := load(Options{BPFFS: at, MaxFlows: 16}, allRules)
+			if lerr == nil {
+				err = errors.Join(err, l.Close())
+			}
+			for _, kept := range []string{"file", "empty"} {
+				if _, err := os.Lstat(filepath.Join(victim, kept)); err != nil {
+					t.Errorf("somebody else's is gone: %v", err)
+				}
+			}
+			f := probeBPFFS(at, true)
+			if c.want == "" {
+				if err != nil || lerr != nil || f.State != StateOK {
+					t.Errorf("%v, %v, %+v", err, lerr, f)
+				}
+				return
+			}
+			if lerr == nil || !strings.Contains(lerr.Error(), at+c.want) {
+				t.Errorf("load: %v, want %q", lerr, at+c.want)
+			}
+			// It looks at no folder of an instance.
+			if seen := !strings.HasPrefix(c.want, "/tailsplice/"); seen != (f.State == StateMissing) {
+				t.Errorf("doctor says %+v", f)
+			}
+		})
+	}
+}
+
+// Whoever comes next removes what killed daemons and self-tests left, whatever they were called, and nothing
+// of one that lives.
+func TestPinsOfTheDead(t *testing.T) {
+	if name := os.Getenv("TS_LDR_INSTANCE"); name != "" {
+		_, err := load(Options{BPFFS: os.Getenv("TS_LDR_BPFFS"), Instance: name, MaxFlows: 16}, allRules)
+		must(t, err)
+		fmt.Println("ready")
+		select {}
+	}
+	at := ownBPFFS(t, "0700")
+	start := func(instance string) (kill func()) {
+		cmd := exec.Command("/proc/self/exe", "-test.run=^TestPinsOfTheDead$")
+		cmd.Env = append(os.Environ(), "TS_LDR_BPFFS="+at, "TS_LDR_INSTANCE="+instance)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		out, err := cmd.StdoutPipe()
+		must(t, errors.Join(err, cmd.Start()))
+		kill = func() { cmd.Process.Kill(); cmd.Wait() }
+		t.Cleanup(kill)
+		if b := make([]byte, 5); true {
+			if _, err := io.ReadFull(out, b); err != nil || string(b) != "ready" {
+				t.Fatalf("%q %v", b, err)
+			}
+		}
+		return kill
+	}
+	next := map[string]func(t *testing.T){
+		"a daemon of another name": func(t *testing.T) {
+			l, err := load(Options{BPFFS: at, Instance: "new", MaxFlows: 16}, allRules)
+			must(t, err)
+			must(t, l.Close())
+		},
+		"a self-test": func(t *testing.T) {
+			for _, f := range SelfTest(Options{BPFFS: at}) {
+				if f.State == StateMissing {
+					t.Errorf("%+v", f)
+				}
+			}
+		},
+		"a daemon that loads nothing": func(t *testing.T) {
+			var log bytes.Buffer
+			must(t, RemoveDead(at, slog.New(slog.NewTextHandler(&log, nil))))
+			if n := strings.Count(log.String(), "a daemon that was killed"); n != 2 {
+				t.Errorf("two are dead, and the log says: %s", &log)
+			}
+		},
+	}
+	start("alive")
+	alive := filepath.Join(at, "tailsplice", "alive")
+	for name, come := range next {
+		t.Run(name, func(t *testing.T) {
+			for _, kill := range []func(){start("selftest-1"), start("run-tailsplice-old-sock")} {
+				kill()
+			}
+			come(t)
+			left, err := filepath.Glob(filepath.Join(at, "tailsplice", "*"))
+			must(t, err)
+			if len(left) != 1 || left[0] != alive {
+				t.Errorf("%q are there, not only %q", left, alive)
+			}
+			if maps, err := os.ReadDir(alive); err != nil || len(maps) < 5 {
+				t.Errorf("the daemon that lives has %v, %v", maps, err)
+			}
+		})
+	}
+}

@@ -175,7 +175,9 @@ func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (coun
 	}
 	p, err := n.targets.find(up)
 	if err == nil {
-		count, err = n.l.spliceConns(ctx, down, up, o, p, false)
+		if count, err = n.l.spliceConns(ctx, down, up, o, p, false); err != nil {
+			n.targets.left(p)
+		}
 	}
 	n.counts.splice(n.l, err)
 	return count, err
@@ -186,6 +188,7 @@ type process struct {
 	local  *Local
 	pair   localPair
 	cookie uint64
+	group  *group // of its cgroup; nil: this process's own, or left
 	slot   uint32
 	there  atomic.Bool // slot is valid, and has our entry
 
@@ -244,6 +247,7 @@ func (p *process) release() {
 	if p == nil || !p.there.Load() {
 		return
 	}
+	p.local.targets.left(p)
 	p.stop()
 	_ = p.local.objects.LocalPlaces.Delete(p.cookie)
 	p.there.Store(false)

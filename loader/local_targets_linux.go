@@ -30,7 +30,7 @@ type targets struct {
 	mu      sync.Mutex
 	closed  bool
 	known   map[netip.AddrPort]*target
-	links   map[string]link.Link // by cgroup
+	groups  map[string]*group // with the program, by folder
 	working sync.WaitGroup
 }
 
@@ -38,11 +38,18 @@ type target struct {
 	why    error // nil: its sockets are caught
 	group  string
 	again  time.Time // when why is not final
+	used   time.Time
 	missed int
 }
 
+// group is a cgroup that the program is attached to.
+type group struct {
+	link  link.Link
+	flows int // with a socket in it, whose end the program sees
+}
+
 func (t *targets) init(n *Local) {
-	t.n, t.known, t.links = n, make(map[netip.AddrPort]*target), make(map[string]link.Link)
+	t.n, t.known, t.groups = n, make(map[netip.AddrPort]*target), make(map[string]*group)
 }
 
 // find gives the process's socket at the other end of up, or says why there is none. It never waits: an unknown
@@ -54,14 +61,15 @@ func (t *targets) find(up *net.TCPConn) (*process, error) {
 	if t.closed {
 		return nil, refusedOff
 	}
-	k := t.known[at]
-	if k == nil || k.why != nil && !k.again.IsZero() && time.Now().After(k.again) {
-		if k == nil && len(t.known) >= maxTargets {
-			return nil, refusedUnknown
+	k, now := t.known[at], time.Now()
+	if k == nil || k.why != nil && !k.again.IsZero() && now.After(k.again) {
+		if k == nil && len(t.known) >= maxTargets && !t.forget(now) {
+			return nil, refusedTargets
 		}
 		t.learn(at, addrPort(up.LocalAddr()))
 		return nil, refusedUnknown
 	}
+	k.used = now
 	if k.why != nil {
 		return nil, k.why
 	}
@@ -73,15 +81,47 @@ func (t *targets) find(up *net.TCPConn) (*process, error) {
 		return nil, refusedNotCaught
 	}
 	k.missed = 0
+	if p.group = t.groups[k.group]; p.group != nil {
+		p.group.flows++
+	}
 	return p, nil
+}
+
+// left is told that a flow which find gave a process has ended, or has not begun.
+func (t *targets) left(p *process) {
+	if p.group == nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p.group.flows--
+	p.group = nil
 }
 
 // maxTargets is the size of the map.
 const maxTargets = 4096
 
+// forget makes room for a target: the one that no flow went to for the longest time goes, if it was long
+// enough that more targets than there is room for do not take it from each other with every flow.
+func (t *targets) forget(now time.Time) bool {
+	var oldest netip.AddrPort
+	var was *target
+	for at, k := range t.known {
+		if was == nil || k.used.Before(was.used) {
+			oldest, was = at, k
+		}
+	}
+	if now.Sub(was.used) < learnAgain {
+		return false
+	}
+	delete(t.known, oldest)
+	_ = t.n.objects.Targets.Delete(endOf(net.TCPAddrFromAddrPort(oldest)))
+	return true
+}
+
 // learn looks up in the background whose the socket at is that is connected to other, and has its like caught from then on.
 func (t *targets) learn(at, other netip.AddrPort) {
-	k := &target{why: refusedUnknown}
+	k := &target{why: refusedUnknown, used: time.Now()}
 	t.known[at] = k
 	t.working.Add(1)
 	go func() {
@@ -89,7 +129,7 @@ func (t *targets) learn(at, other netip.AddrPort) {
 		group, err := cgroupOf(at, other)
 		t.mu.Lock()
 		defer t.mu.Unlock()
-		if t.closed {
+		if t.closed || t.known[at] != k { // it was forgotten meanwhile
 			return
 		}
 		if err == nil {
@@ -110,27 +150,27 @@ func (t *targets) learn(at, other netip.AddrPort) {
 }
 
 // attach has the sockets that are accepted in the cgroup at that address caught.
-func (t *targets) attach(at netip.AddrPort, group string) error {
-	if t.links[group] == nil {
-		a, err := link.AttachCgroup(link.CgroupOptions{Path: group, Attach: ebpf.AttachCGroupSockOps, Program: t.n.objects.Catch})
+func (t *targets) attach(at netip.AddrPort, path string) error {
+	if t.groups[path] == nil {
+		a, err := link.AttachCgroup(link.CgroupOptions{Path: path, Attach: ebpf.AttachCGroupSockOps, Program: t.n.objects.Catch})
 		if err != nil {
-			return fmt.Errorf("%w (%s: %w)", refusedAttach, group, err)
+			return fmt.Errorf("%w (%s: %w)", refusedAttach, path, err)
 		}
-		t.links[group] = a
+		t.groups[path] = &group{link: a}
 	}
 	return t.n.objects.Targets.Put(endOf(net.TCPAddrFromAddrPort(at)), uint32(1))
 }
 
-// detachUnused closes the links to cgroups in which no target is any more.
+// detachUnused closes the links to cgroups in which neither a target nor a socket of a flow is any more.
 func (t *targets) detachUnused() {
 	used := make(map[string]bool)
 	for _, k := range t.known {
 		used[k.group] = true
 	}
-	for group, a := range t.links {
-		if !used[group] {
-			_ = a.Close()
-			delete(t.links, group)
+	for path, g := range t.groups {
+		if !used[path] && g.flows == 0 {
+			_ = g.link.Close()
+			delete(t.groups, path)
 		}
 	}
 }
@@ -141,10 +181,10 @@ func (t *targets) close() error {
 	t.mu.Unlock()
 	t.working.Wait()
 	var errs []error
-	for _, a := range t.links {
-		errs = append(errs, a.Close())
+	for _, g := range t.groups {
+		errs = append(errs, g.link.Close())
 	}
-	t.links = nil
+	t.groups = nil
 	return errors.Join(errs...)
 }
 

@@ -81,6 +81,7 @@ const (
 	refusedInsert      = refusal("the kernel did not take a socket")
 
 	refusedUnknown    = refusal("where the target's process is, is not known yet")
+	refusedTargets    = refusal("more targets than can be known past TCP are in use")
 	refusedElsewhere  = refusal("the target is not a process on this host")
 	refusedRootCgroup = refusal("the target's process is in the root cgroup")
 	refusedNoCgroup   = refusal("the cgroup of the target's process could not be found")

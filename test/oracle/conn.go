@@ -57,7 +57,7 @@ type Answer struct {
 	Header  http.Header
 	Body    []byte
 	Trailer http.Header
-	// Cut is why the answer is not whole, or there is none. The connection is of no use any more then, but for a
+	// Cut is why the answer is not whole, or there is none. The connection is of no use then, but for a
 	// *Reset.
 	Cut error
 }
@@ -96,7 +96,8 @@ func Dial(addr string, w Wire, conf *tls.Config) (*Conn, error) {
 		conn.enc = hpack.NewEncoder(&conn.block)
 		conn.stream = 1
 		settings := appendFrame([]byte(http2.ClientPreface), http2.FrameSettings, 0, 0,
-			[]byte{0, byte(http2.SettingInitialWindowSize), 0x40, 0, 0, 0, 0, byte(http2.SettingEnablePush), 0, 0, 0, 0})
+			[]byte{0, byte(http2.SettingInitialWindowSize), 0x40, 0, 0, 0, 0, byte(http2.SettingEnablePush),
+				0, 0, 0, 0})
 		settings = appendFrame(settings, http2.FrameWindowUpdate, 0, 0, []byte{0x40, 0, 0, 0})
 		if _, err := conn.c.Write(settings); err != nil {
 			conn.c.Close()

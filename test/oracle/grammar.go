@@ -59,8 +59,10 @@ func (g *Grammar) host(c *Choices) string { return Pick(c, g.Hosts...) }
 func (g *Grammar) path(c *Choices) string { return Pick(c, g.Paths...) }
 
 // pathTokens stand between the segments of paths.
-var pathTokens = []string{"/", "/", "..", "..", ".", "//", "%2f", "%2F", "%2e", "%2E", "%5c", `\`, ";", ";x", "x", "%", "%25", "%252f",
-	"%252e", "%00", "%0a", "%20", "%23", "#", "%3f", "?", "%3b", "%c0%af", "%c0%ae", "\x80", "\xc3\xa9", " ", "\t", "|", "~", ":", "@", "*", "+", "&", "=", "%u002f", "\x7f"}
+var pathTokens = []string{"/", "/", "..", "..", ".", "//", "%2f", "%2F", "%2e", "%2E", "%5c", `\`, ";", ";x",
+	"x", "%", "%25", "%252f",
+	"%252e", "%00", "%0a", "%20", "%23", "#", "%3f", "?", "%3b", "%c0%af", "%c0%ae", "\x80", "\xc3\xa9", " ",
+	"\t", "|", "~", ":", "@", "*", "+", "&", "=", "%u002f", "\x7f"}
 
 func (g *Grammar) changePath(c *Choices, m *Message) {
 	around := func(most int) (s string) {
@@ -111,7 +113,8 @@ func (g *Grammar) changeTarget(c *Choices, m *Message) {
 		m.Target = strings.TrimPrefix(m.Target, "/")
 	default:
 		authority := Pick(c, g.host(c), g.odd(c, g.host(c)), "")
-		m.Target = Pick(c, "http:", "https:", "HTTP:", "x:", "ftp:", "ws:", "", "http", "file:") + Pick(c, "//", "/", "", "///", `\\`) + authority +
+		m.Target = Pick(c, "http:", "https:", "HTTP:", "x:", "ftp:", "ws:", "", "http", "file:") + Pick(c,
+			"//", "/", "", "///", `\\`) + authority +
 			Pick(c, m.Target, g.path(c), "?x", "", "#"+m.Target)
 	}
 }
@@ -121,17 +124,20 @@ func (g *Grammar) odd(c *Choices, host string) string {
 	switch c.Int(8) {
 	case 0, 1, 2:
 		for range 1 + c.Int(3) {
-			host += Pick(c, ":80", ":", ":443", ":0", ":1", ":8a", ":-1", ":99999", ":00080", ".", " ", "\t", "/", "#", "?", ",", ";", "%00", "@", `\`)
+			host += Pick(c, ":80", ":", ":443", ":0", ":1", ":8a", ":-1", ":99999", ":00080", ".", " ", "\t",
+				"/", "#", "?", ",", ";", "%00", "@", `\`)
 		}
 	case 3:
-		host = Pick(c, "me@", "me:pw@", g.host(c)+"@", " ", ".", "[", "//", "http://", "\t", ":", "*.", "%20") + host
+		host = Pick(c, "me@", "me:pw@", g.host(c)+"@", " ", ".", "[", "//", "http://", "\t", ":", "*.",
+			"%20") + host
 	case 4:
 		host = "[" + host + "]" + Pick(c, "", ":80")
 	case 5:
 		host = host + Pick(c, ",", ", ", " ", "@", ";", "/", "\x00", "\\") + g.host(c)
 	case 6:
 		at := c.Int(len(host) + 1)
-		host = host[:at] + Pick(c, "%", "\xc3\xa9", "\xe3\x80\x82", "\xff", "%2e", "\u00ad", "..", "_", "\x01", "\u017f", "\u212a") + host[at:]
+		host = host[:at] + Pick(c, "%", "\xc3\xa9", "\xe3\x80\x82", "\xff", "%2e", "\u00ad", "..", "_",
+			"\x01", "\u017f", "\u212a") + host[at:]
 	case 7:
 		host = spelled(c, host)
 	}
@@ -162,7 +168,8 @@ func (g *Grammar) Name(c *Choices) string {
 	name := Pick(c, g.Names...)
 	switch c.Int(5) {
 	case 1, 2:
-		name = strings.ReplaceAll(name, "-", Pick(c, "_", ".", "~", "!", "+", "--", "$", "'", "^", "|", "*", "#", "&", "`", "%2d", ""))
+		name = strings.ReplaceAll(name, "-", Pick(c, "_", ".", "~", "!", "+", "--", "$", "'", "^", "|", "*",
+			"#", "&", "`", "%2d", ""))
 	case 3:
 		if c.Percent(50) {
 			name = strings.Replace(name, "-", Pick(c, "_", ".", "~"), 1)
@@ -171,7 +178,8 @@ func (g *Grammar) Name(c *Choices) string {
 		}
 	case 4:
 		at := c.Int(len(name) + 1)
-		name = name[:at] + Pick(c, " ", "\t", "\x00", ":", "\xc3\xa9", "\x7f", "\x80", "_", ".", "\r", "\n") + name[at:]
+		name = name[:at] + Pick(c, " ", "\t", "\x00", ":", "\xc3\xa9", "\x7f", "\x80", "_", ".", "\r",
+			"\n") + name[at:]
 	}
 	return name
 }
@@ -194,7 +202,8 @@ func (g *Grammar) addField(c *Choices, m *Message) {
 		f.Value = Pick(c, "x\r\n ", "\r\n\t", "x\r\n", "x\n", "x\r", "\n ", "\x00", "\x0b") + f.Value
 	}
 	if c.Percent(10) {
-		m.Fields = append(m.Fields, Field{"Connection", Pick(c, f.Name, "close", "keep-alive", "Host", "TE", "X-Forwarded-For", "Content-Length", "Authorization")})
+		m.Fields = append(m.Fields, Field{"Connection", Pick(c, f.Name, "close", "keep-alive", "Host", "TE",
+			"X-Forwarded-For", "Content-Length", "Authorization")})
 	}
 	if c.Percent(50) {
 		m.Fields = append(m.Fields, f)
@@ -211,7 +220,8 @@ func (g *Grammar) addBody(c *Choices, m *Message) {
 		for range 1 + c.Int(2) {
 			f := Field{g.Name(c), g.value(c)}
 			if c.Percent(30) {
-				f.Name = Pick(c, "Host", "Content-Length", "Transfer-Encoding", "Authorization", "Cookie", ":path", ":authority", "Connection", "TE", "Expect")
+				f.Name = Pick(c, "Host", "Content-Length", "Transfer-Encoding", "Authorization", "Cookie",
+					":path", ":authority", "Connection", "TE", "Expect")
 			}
 			m.Trailer = append(m.Trailer, f)
 		}
@@ -223,12 +233,16 @@ func (g *Grammar) addBody(c *Choices, m *Message) {
 
 // changeFraming says of the body what is not so. What it takes for the next request is one.
 func (g *Grammar) changeFraming(c *Choices, m *Message) {
-	f := Field{"Transfer-Encoding", Pick(c, "chunked", "Chunked", "identity", "gzip, chunked", "chunked, identity", "x", "\tchunked", "chunked\t", "\x0bchunked", "", "chunked, chunked", `"chunked"`)}
+	f := Field{"Transfer-Encoding", Pick(c, "chunked", "Chunked", "identity", "gzip, chunked",
+		"chunked, identity", "x", "\tchunked", "chunked\t", "\x0bchunked", "", "chunked, chunked",
+		`"chunked"`)}
 	switch c.Int(4) {
 	case 1, 2:
-		f = Field{"Content-Length", Pick(c, "0", "1", "+1", "-1", "4", "0x4", "1, 1", "1,2", "", " 4", "4 ", "4\t", "1_0", "44", "00", "18446744073709551616")}
+		f = Field{"Content-Length", Pick(c, "0", "1", "+1", "-1", "4", "0x4", "1, 1", "1,2", "", " 4", "4 ",
+			"4\t", "1_0", "44", "00", "18446744073709551616")}
 	case 3:
-		f.Name = Pick(c, "Transfer_Encoding", "Transfer-Encoding ", " Transfer-Encoding", "transfer-encoding", "Transfer.Encoding", "Content_Length", "TE", "Content-Length ")
+		f.Name = Pick(c, "Transfer_Encoding", "Transfer-Encoding ", " Transfer-Encoding",
+			"transfer-encoding", "Transfer.Encoding", "Content_Length", "TE", "Content-Length ")
 	}
 	m.Fields = append(m.Fields, f)
 	if m.Body == nil && c.Percent(70) {
@@ -238,18 +252,26 @@ func (g *Grammar) changeFraming(c *Choices, m *Message) {
 
 // request is a whole request, for where none should be.
 func (g *Grammar) request(c *Choices) []byte {
-	m := &Message{Method: "GET", Target: g.path(c), Hosts: []string{g.host(c)}, Fields: []Field{{"Connection", "close"}}}
-	return append([]byte(Pick(c, "", "0\r\n\r\n", "\r\n", "\r\n\r\n", "1\r\nx\r\n0\r\n\r\n", "0\r\n")), m.HTTP1()...)
+	m := &Message{Method: "GET", Target: g.path(c), Hosts: []string{g.host(c)},
+		Fields: []Field{{"Connection", "close"}}}
+	return append([]byte(Pick(c, "", "0\r\n\r\n", "\r\n", "\r\n\r\n", "1\r\nx\r\n0\r\n\r\n", "0\r\n")),
+		m.HTTP1()...)
 }
 
 func (g *Grammar) changeMethod(c *Choices, m *Message) {
-	m.Method = Pick(c, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodOptions, http.MethodConnect, http.MethodTrace, http.MethodDelete, "PRI", "get", "PROPFIND", "X", "", "GET ", " GET",
-		"GET /\x20", "G\x00T", "M-SEARCH", "GET "+g.path(c)+" HTTP/1.1\r\nHost: "+g.host(c)+"\r\n\r\nGET", "COPY", "G_T", "GET\t")
+	m.Method = Pick(c, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodOptions,
+		http.MethodConnect, http.MethodTrace, http.MethodDelete, "PRI", "get", "PROPFIND", "X", "", "GET ",
+		" GET",
+		"GET /\x20", "G\x00T", "M-SEARCH", "GET "+g.path(c)+" HTTP/1.1\r\nHost: "+g.host(c)+"\r\n\r\nGET",
+		"COPY", "G_T", "GET\t")
 }
 
 func (g *Grammar) changeVersion(c *Choices, m *Message) {
-	m.Version = Pick(c, "HTTP/1.0", "HTTP/1.1 ", "HTTP/1.2", "HTTP/0.9", "HTTP/2.0", "http/1.1", "HTTP/1.10", "HTTP/01.1", "", "x", "HTTP/1.1\t", g.path(c)+" HTTP/1.1", " HTTP/1.1", "HTTP/1.0\r\nHost: "+g.host(c))
-	m.Scheme = Pick(c, "", "http", "https", "HTTP", "ftp", "x", "http://"+g.host(c)+"/", "https://"+g.host(c)+g.path(c)+"?", " ", "ws")
+	m.Version = Pick(c, "HTTP/1.0", "HTTP/1.1 ", "HTTP/1.2", "HTTP/0.9", "HTTP/2.0", "http/1.1", "HTTP/1.10",
+		"HTTP/01.1", "", "x", "HTTP/1.1\t", g.path(c)+" HTTP/1.1", " HTTP/1.1",
+		"HTTP/1.0\r\nHost: "+g.host(c))
+	m.Scheme = Pick(c, "", "http", "https", "HTTP", "ftp", "x", "http://"+g.host(c)+"/",
+		"https://"+g.host(c)+g.path(c)+"?", " ", "ws")
 }
 
 func (g *Grammar) changeFrames(c *Choices, m *Message) {
@@ -259,7 +281,8 @@ func (g *Grammar) changeFrames(c *Choices, m *Message) {
 	case 1:
 		m.Pseudo = append(m.Pseudo, Field{":authority", g.host(c)})
 	case 2:
-		m.Pseudo = append(m.Pseudo, Field{Pick(c, ":method", ":scheme", ":protocol", ":status", ":host", ":x", ":Path", ":"), Pick(c, "GET", "http", "websocket", "200", g.host(c), g.path(c))})
+		m.Pseudo = append(m.Pseudo, Field{Pick(c, ":method", ":scheme", ":protocol", ":status", ":host",
+			":x", ":Path", ":"), Pick(c, "GET", "http", "websocket", "200", g.host(c), g.path(c))})
 	case 3:
 		m.Late = true
 	case 4:
@@ -276,18 +299,25 @@ func (g *Grammar) changeFrames(c *Choices, m *Message) {
 func (g *Grammar) changeBytes(c *Choices, m *Message) {
 	for range 1 + c.Int(2) {
 		m.Edits = append(m.Edits, Edit{At: c.Int(256), Cut: Pick(c, 0, 0, 0, 1, 2, c.Int(16)),
-			Put: Pick(c, "\r\n ", "\r\n\t", "\n", "\r", "\x00", " ", "\t", "\x0b", "\x0c", "\r\n", "\r\n\r\n", ":", "\x7f", "\xff", "\xc2\x85", "\xc2\xa0", "", "\n\n", "\r\nHost: "+g.host(c)+"\r\n", "\nHost: "+g.host(c)+"\n", " "+g.path(c), string(rune(c.Int(256))))})
+			Put: Pick(c, "\r\n ", "\r\n\t", "\n", "\r", "\x00", " ", "\t", "\x0b", "\x0c", "\r\n",
+				"\r\n\r\n", ":", "\x7f", "\xff", "\xc2\x85", "\xc2\xa0", "", "\n\n",
+				"\r\nHost: "+g.host(c)+"\r\n", "\nHost: "+g.host(c)+"\n", " "+g.path(c),
+				string(rune(c.Int(256))))})
 	}
 }
 
 // upgrade asks for another protocol, and speaks it at once.
 func (g *Grammar) upgrade(c *Choices, m *Message) {
-	token := Pick(c, "h2c", "H2C", "websocket", "h2c, websocket", "websocket,h2c", "h2", "TLS/1.0", "h2c/1", "\th2c", "x", "HTTP/2.0")
-	m.Fields = append(m.Fields, Field{"Connection", Pick(c, "Upgrade, HTTP2-Settings", "upgrade", "Upgrade", "HTTP2-Settings", "keep-alive, Upgrade")}, Field{Pick(c, "Upgrade", "upgrade", "Upgrade "), token})
+	token := Pick(c, "h2c", "H2C", "websocket", "h2c, websocket", "websocket,h2c", "h2", "TLS/1.0", "h2c/1",
+		"\th2c", "x", "HTTP/2.0")
+	m.Fields = append(m.Fields, Field{"Connection", Pick(c, "Upgrade, HTTP2-Settings", "upgrade", "Upgrade",
+		"HTTP2-Settings", "keep-alive, Upgrade")}, Field{Pick(c, "Upgrade", "upgrade", "Upgrade "), token})
 	if strings.Contains(strings.ToLower(token), "h2") {
-		m.Fields = append(m.Fields, Field{"HTTP2-Settings", Pick(c, "AAMAAABkAAQAoAAAAAIAAAAA", "", "AAMAAABk")})
+		m.Fields = append(m.Fields, Field{"HTTP2-Settings", Pick(c, "AAMAAABkAAQAoAAAAAIAAAAA", "",
+			"AAMAAABk")})
 	} else {
-		m.Fields = append(m.Fields, Field{"Sec-WebSocket-Version", Pick(c, "13", "7")}, Field{"Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="})
+		m.Fields = append(m.Fields, Field{"Sec-WebSocket-Version", Pick(c, "13", "7")},
+			Field{"Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="})
 	}
 	if c.Percent(70) {
 		next := &Message{Method: "GET", Target: g.path(c), Hosts: []string{g.host(c)}}
@@ -311,5 +341,6 @@ func (g *Grammar) follow(c *Choices, m *Message) {
 		g.changePath(c, next)
 	}
 	next.Fields = append(next.Fields, Field{"Connection", "close"})
-	m.After = append([]byte(Pick(c, "", "\r\n", "\n", "\x00", " ", "0\r\n\r\n", "GET ", "x")), next.HTTP1()...)
+	m.After = append([]byte(Pick(c, "", "\r\n", "\n", "\x00", " ", "0\r\n\r\n", "GET ", "x")),
+		next.HTTP1()...)
 }

@@ -16,7 +16,8 @@ func TestConn(t *testing.T) {
 		body, _ := io.ReadAll(r.Body)
 		w.Header().Set("Trailer", "X-End")
 		w.WriteHeader(http.StatusEarlyHints)
-		fmt.Fprintf(w, "%s %s %s %q %q %d %q", r.Method, r.RequestURI, r.Host, r.Header["X"], r.Trailer["X-Sum"], len(body), r.Header["Trailer"])
+		fmt.Fprintf(w, "%s %s %s %q %q %d %q", r.Method, r.RequestURI, r.Host, r.Header["X"],
+			r.Trailer["X-Sum"], len(body), r.Header["Trailer"])
 		w.Header().Set("X-End", "yes")
 	})
 	for _, w := range Wires {
@@ -50,14 +51,19 @@ func TestConn(t *testing.T) {
 			}{
 				{func() {}, `GET /p a.test [] [] 0 []`},
 				{func() { m.Fields = []Field{{"X", "1"}, {"X", "2"}} }, `GET /p a.test ["1" "2"] [] 0 []`},
-				{func() { m.Method, m.Body = "POST", bytes.Repeat([]byte("x"), 40_000) }, `POST /p a.test ["1" "2"] [] 40000 []`},
-				{func() { m.Split, m.Padding, m.Priority = []int{1, 1, 100}, 9, true }, `POST /p a.test ["1" "2"] [] 40000 []`},
-				{func() { m.Chunked, m.Trailer = true, []Field{{"X-Sum", "s"}} }, `POST /p a.test ["1" "2"] ["s"] 40000 []`},
+				{func() { m.Method, m.Body = "POST", bytes.Repeat([]byte("x"), 40_000) },
+					`POST /p a.test ["1" "2"] [] 40000 []`},
+				{func() { m.Split, m.Padding, m.Priority = []int{1, 1, 100}, 9, true },
+					`POST /p a.test ["1" "2"] [] 40000 []`},
+				{func() { m.Chunked, m.Trailer = true, []Field{{"X-Sum", "s"}} },
+					`POST /p a.test ["1" "2"] ["s"] 40000 []`},
 				{func() { m.Body = []byte{} }, `POST /p a.test ["1" "2"] ["s"] 0 []`},
 			} {
 				tt.change()
 				a := c.Do(m)
-				if a.Status != 200 || string(a.Body) != tt.want || a.Cut != nil || a.Trailer.Get("X-End") != "yes" || len(a.Interim) == 0 || !c.Usable() || !bytes.Contains(c.Seen, []byte(tt.want)) {
+				if a.Status != 200 || string(a.Body) != tt.want || a.Cut != nil ||
+					a.Trailer.Get("X-End") != "yes" || len(a.Interim) == 0 || !c.Usable() ||
+					!bytes.Contains(c.Seen, []byte(tt.want)) {
 					t.Fatalf("%+v, %q, usable: %v; want %q", a, a.Body, c.Usable(), tt.want)
 				}
 			}
@@ -76,7 +82,8 @@ func TestGrammar(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := &Grammar{Hosts: []string{"a.test", "b.test"}, Paths: []string{"/", "/x"}, Names: []string{"X-One"}, Values: []string{"1"}, Seeds: seeds}
+	g := &Grammar{Hosts: []string{"a.test", "b.test"}, Paths: []string{"/", "/x"}, Names: []string{"X-One"},
+		Values: []string{"1"}, Seeds: seeds}
 	if got, want := g.Message(FromBytes(nil)).String(), g.Plain().String(); got != want {
 		t.Errorf("without choices it is %s, want %s", got, want)
 	}

@@ -82,7 +82,7 @@ func (g *Grammar) fromSeed(c *Choices, m *Message) {
 	}
 }
 
-// AsHTTP2 is what a client sends that begins a connection of HTTP/2 with a message. That of an upgrade has been
+// AsHTTP2 is what a client sends that begins a connection of HTTP/2 with a message. That of an upgrade was
 // stream 1.
 func AsHTTP2(m *Message) []byte {
 	b := appendFrame([]byte(http2.ClientPreface), http2.FrameSettings, 0, 0, nil)

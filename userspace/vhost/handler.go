@@ -210,6 +210,11 @@ func (s *Server) answered(res *http.Response) error {
 	if x.hsts != "" {
 		res.Header.Del(hstsHeader)
 	}
+	if x.req.ProtoMajor == 1 && res.StatusCode != http.StatusSwitchingProtocols && x.body.unfinished() {
+		// The transport may still read the body when the handler returns. net/http must not begin with the next
+		// request then, and a connection whose body is not read whole is to be closed (RFC 9112 9.3).
+		res.Header["Connection"] = []string{"close"}
+	}
 	if x.route.Compress {
 		compress(res)
 	}

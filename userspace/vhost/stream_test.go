@@ -501,6 +501,47 @@ func TestEarlyAnswer(t *testing.T) {
 	})
 }
 
+// TestEndOfBodyAfterAnswer ends a request's body after the answer, when the transport still waits for it: nothing
+// panics, and the connection, whose answer has said so, ends.
+func TestEndOfBodyAfterAnswer(t *testing.T) {
+	const answer = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nearly"
+	for name, form := range map[string]struct{ head, rest string }{
+		"chunked":          {"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n", "0\r\n\r\n"},
+		"with a length":    {"Content-Length: 5\r\n\r\nhi", "you"},
+		"before the first": {"Content-Length: 5\r\n\r\n", "hello"},
+	} {
+		h := newHop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+			readHead(br)
+			io.WriteString(c, answer)
+			io.Copy(io.Discard, br)
+		}))
+		c, err := net.Dial("tcp", h.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(deadline))
+		io.WriteString(c, "POST /x HTTP/1.1\r\nHost: a\r\n"+form.head)
+		br := bufio.NewReader(c)
+		res, err := http.ReadResponse(br, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(res.Body)
+		if res.StatusCode != 200 || string(body) != "early" || !res.Close {
+			t.Errorf("%s: %s %q, Connection: close: %v", name, res.Status, body, res.Close)
+		}
+		h.request(t, 1)
+		io.WriteString(c, form.rest+"GET /y HTTP/1.1\r\nHost: a\r\n\r\n")
+		if left, _ := io.ReadAll(br); len(left) > 0 {
+			t.Errorf("%s: %q follows the last answer", name, left)
+		}
+		if said := h.log.String(); strings.Contains(said, "panic") {
+			t.Errorf("%s: %s", name, said)
+		}
+	}
+}
+
 // TestStall checks that bodies which move slowly are left alone for longer than
 // the stall timeout, and that those which don't move end.
 func TestStall(t *testing.T) {

@@ -79,6 +79,37 @@ func TestSmuggling(t *testing.T) {
 	}
 }
 
+// TestBothLengths checks that nothing is served that follows a chunked body on its connection. With a length
+// beside it who is before this hop may have seen another end, and taken what follows from somebody else.
+func TestBothLengths(t *testing.T) {
+	const next = "GET /next HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+	for _, overTLS := range []bool{false, true} {
+		for request, served := range map[string]bool{
+			"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n":  false,
+			"POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 99\r\n\r\n0\r\n\r\n": false,
+			"GET /x HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: CHUNKED\r\n\r\n0\r\n\r\n":   false,
+			"POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n":                       false,
+			"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n0\r\n\r\n":                                true,
+			"GET /x HTTP/1.1\r\nHost: a\r\n\r\n":                                                               true,
+		} {
+			for _, hop := range []bool{false, true} {
+				up, n, targets := counting(t)
+				h := protocol{tls: overTLS}.hop(t, up, func(c *config) {
+					c.info = func(i ConnInfo) ConnInfo { i.Trusted = hop; return i }
+				})
+				answer, _ := speak(t, h, overTLS, request+next)
+				want := int64(1)
+				if served || hop && !overTLS {
+					want = 2
+				}
+				if _, ok := targets.Load("/next"); ok != (want == 2) || n.Load() != want || strings.Count(answer, "\r\nConnection: close\r\n") != 1 {
+					t.Errorf("tls=%t, from a hop: %t, %q: %d served, %q", overTLS, hop, request, n.Load(), answer)
+				}
+			}
+		}
+	}
+}
+
 // TestHeaderFlood checks that headers are bounded in size, and in time.
 func TestHeaderFlood(t *testing.T) {
 	up, n, _ := counting(t)

@@ -19,10 +19,17 @@ func sameHeader(a, b string) bool {
 // foldName appends name to buf as sameHeader sees it.
 func foldName(buf []byte, name string) []byte {
 	for i := range len(name) {
-		buf = append(buf, folded(name[i]))
+		buf = append(buf, folds[name[i]])
 	}
 	return buf
 }
+
+var folds = func() (all [256]byte) {
+	for c := range all {
+		all[c] = folded(byte(c))
+	}
+	return all
+}()
 
 func folded(c byte) byte {
 	switch {

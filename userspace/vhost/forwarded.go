@@ -13,42 +13,61 @@ import (
 // IDHeader carries the path's id to HTTP upstreams.
 const IDHeader = "X-Tailsplice-Id"
 
-// forwarding are the headers in which a hop says for whom it speaks, with those
-// that X-Forwarded- and Tailscale- begin. Frameworks believe them by default
-// or by one switch, so none may come from a stranger.
+// forwarding are the headers in which a hop says for whom it speaks, and how it
+// was asked, beside those that isForwarding knows by a part of their name.
+// Frameworks believe them by default or by one switch, so none may come from a
+// stranger.
 var forwarding = map[string]bool{
-	"forwarded":                true, // RFC 7239
-	"forwarded-for":            true,
-	"x-forwarded":              true,
-	"x-real-ip":                true,
-	"x-client-ip":              true,
-	"client-ip":                true,
-	"true-client-ip":           true,
-	"x-cluster-client-ip":      true,
-	"cf-connecting-ip":         true,
-	"cf-connecting-ipv6":       true,
-	"front-end-https":          true,
-	"x-url-scheme":             true,
-	"x-original-forwarded-for": true,
-	"x-original-host":          true,
-	"x-original-uri":           true, // auth servers are told of the path by it
-	"x-original-method":        true,
-	"x-original-url":           true, // some frameworks route by it instead of the path
-	"x-rewrite-url":            true,
-	"x-tailsplice-id":          true,
-	"x-tailsplice-timing":      true,
-	"client-cert":              true, // RFC 9440
-	"client-cert-chain":        true,
+	"forwarded":                 true, // RFC 7239
+	"client-ip":                 true,
+	"remote-addr":               true,
+	"cf-connecting-ipv6":        true,
+	"cf-pseudo-ipv4":            true,
+	"cf-visitor":                true, // the scheme
+	"x-remote-ip":               true,
+	"x-originating-ip":          true,
+	"x-proxyuser-ip":            true,
+	"x-azure-clientip":          true,
+	"x-azure-socketip":          true,
+	"x-sucuri-clientip":         true,
+	"x-envoy-external-address":  true,
+	"x-nf-client-connection-ip": true,
+	"front-end-https":           true,
+	"x-arr-ssl":                 true,
+	"fastly-ssl":                true,
+	"wl-proxy-ssl":              true,
+	"x-scheme":                  true,
+	"x-url-scheme":              true,
+	"x-http-host-override":      true,
+	"x-host":                    true,
+	"x-original-host":           true,
+	"x-original-proto":          true,
+	"x-original-scheme":         true,
+	"x-original-uri":            true, // auth servers are told of the path by it
+	"x-original-method":         true,
+	"x-original-url":            true, // some frameworks route by it instead of the path
+	"x-rewrite-url":             true,
+	"x-tailsplice-id":           true,
+	"x-tailsplice-timing":       true,
+	"client-cert":               true, // RFC 9440
+	"client-cert-chain":         true,
+	"proxy":                     true, // HTTP_PROXY for who makes variables of headers
 }
 
 // isForwarding says whether a header, however it is written, is one of them.
 func isForwarding(name string) bool {
-	if name == "" || strings.IndexByte("cCfFtTxX", name[0]) < 0 {
-		return false
-	}
 	var buf [64]byte // so that most names take no memory
 	n := foldName(buf[:0], name)
-	return forwarding[string(n)] || bytes.HasPrefix(n, []byte("x-forwarded-")) || bytes.HasPrefix(n, []byte("tailscale-"))
+	if len(n) < len("proxy") {
+		return false
+	}
+	for _, end := range [...]string{"-client-ip", "-user-ip", "-real-ip", "-connecting-ip", "-remote-addr", "-viewer-address"} {
+		if n[len(n)-1] == end[len(end)-1] && bytes.HasSuffix(n, []byte(end)) {
+			return true
+		}
+	}
+	return bytes.HasPrefix(n, []byte("forwarded-")) || bytes.HasPrefix(n, []byte("x-forwarded")) || bytes.HasPrefix(n, []byte("tailscale-")) ||
+		bytes.Contains(n, []byte("-forwarded-")) || forwarding[string(n)]
 }
 
 // setForwarded makes the forwarding headers of the request that goes out, whose

@@ -62,6 +62,9 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	noRoom := s.charge(x)
 	defer x.charge.end()
 	defer x.forget()
+	// With a Content-Length beside it, which net/http doesn't show, who is before this hop may see the end of a
+	// chunked body elsewhere, and another client's request begin in it (RFC 9112 6.1).
+	x.resp.last = r.ProtoMajor == 1 && len(r.TransferEncoding) > 0 && !believes(x.visit.Conn, r.TLS != nil)
 	x.requestID = requestID(r, x.conn, x.id)
 	x.timing = s.wantsTiming(r, x.visit.Conn)
 	if s.opts.HSTS != nil && r.TLS != nil {

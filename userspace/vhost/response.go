@@ -18,6 +18,7 @@ type response struct {
 	hijacked *upgraded
 	before   func(http.Header) // called once, with the final answer's header when that is about to be written
 	plain    bool              // the client speaks HTTP/1.0
+	last     bool              // the connection is closed after this answer
 	protocol []string          // the header Upgrade of the upstream's 101
 }
 
@@ -44,6 +45,9 @@ func (w *response) WriteHeader(status int) {
 		h := w.Header()
 		w.before(h)
 		spellWebSocket(h)
+		if w.last {
+			h["Connection"] = []string{"close"}
+		}
 		// An answer without a type stays one: net/http would guess.
 		if h["Content-Type"] == nil {
 			h["Content-Type"] = nil

@@ -186,6 +186,7 @@ func placed(cfg *config.Config, at config.Pos, err error) error {
 // compileRule makes a rule of what a route, or the default, says to do.
 func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string, match vhost.Match, a *config.Action) (*rule, error) {
 	r := &rule{name: name, match: match, reject: a.Reject, dialer: f.dialer}
+	r.match.AnyCase = a.Reject || len(asks(a)) > 0
 	if a.Reject {
 		return r, nil
 	}

@@ -12,12 +12,13 @@ type Match struct {
 	Path    string            // see PathMatches
 	Methods []string          // nil for any; GET takes HEAD too
 	Headers map[string]string // by canonical name; "*" is any value
+	AnyCase bool              // Path is in upper or lower case: servers may take both for the same
 }
 
 // Takes says whether m takes a request whose path is path, as Options.Route got
 // it, and if not, whether it is the method alone that doesn't fit.
 func (m *Match) Takes(r *http.Request, path string) (ok, otherMethod bool) {
-	if !PathMatches(m.Path, path) {
+	if !PathMatches(m.Path, path) && !(m.AnyCase && PathMatches(anyCase(m.Path), anyCase(path))) {
 		return false, false
 	}
 	for name, want := range m.Headers {
@@ -52,6 +53,9 @@ func PathMatches(route, path string) bool {
 	rest, ok := strings.CutPrefix(path, route)
 	return ok && (rest == "" || rest[0] == '/')
 }
+
+// anyCase makes one of the paths that Express, Caddy, IIS and what is like them take for the same.
+func anyCase(path string) string { return strings.ToLower(strings.ToUpper(path)) }
 
 // MethodError says that there are routes for the path, and none for the method:
 // 405.

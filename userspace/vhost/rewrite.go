@@ -86,7 +86,7 @@ func (u *URI) resolved() string {
 // stripPrefix takes a prefix off a resolved path, in whatever way the client wrote it there.
 func stripPrefix(path, prefix string) string {
 	i := 0
-	for range len(prefix) {
+	for n := 0; n < len(prefix) && i < len(path); n++ {
 		if path[i] == '%' {
 			i += 2
 		}

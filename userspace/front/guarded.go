@@ -2,7 +2,10 @@ package front
 
 import (
 	"cmp"
+	"net"
+	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
@@ -20,7 +23,7 @@ type claimed struct {
 func guarded(cfg *config.Config, l *config.Listener, host, path string) (by string) {
 	for _, c := range claims(l, host) {
 		goesFirst := c.pattern == host && len(trimmed(c.Path)) >= len(trimmed(path))
-		if goesFirst || !vhost.PathMatches(c.Path, path) && !vhost.PathMatches(path, c.Path) {
+		if goesFirst || !pathsMeet(c.Path, path) {
 			continue // the label takes nothing from it
 		}
 		if c.guards() && !opened(l.Docker, c.pattern, host) {
@@ -30,20 +33,44 @@ func guarded(cfg *config.Config, l *config.Listener, host, path string) (by stri
 			break // nothing of it comes to those behind
 		}
 	}
-	if l.Mode != "sni" {
-		return ""
-	}
-	// A container that speaks TLS would take the name from the listener where TLS ends.
+	// A label on this listener would take the name from one where its visitors show passwords and cookies.
 	for i := range cfg.Listeners {
 		other := &cfg.Listeners[i]
+		if other == l || other.Mode != "https" && (other.Mode != "http" || l.Mode == "sni") {
+			continue
+		}
 		for _, c := range named(other) {
 			covers := config.Covers(c.pattern, host) || config.Covers(host, c.pattern)
-			if other.Mode == "https" && covers && c.guards() && !opened(l.Docker, c.pattern, host) {
+			within := l.Mode == "sni" || pathsMeet(c.Path, path)
+			if covers && within && c.guards() && !leadsTo(&c.Action, l) && !opened(l.Docker, c.pattern, host) {
 				return c.describe(host) + " (listener " + other.Name + ")"
 			}
 		}
 	}
 	return ""
+}
+
+// pathsMeet says whether one of two paths of routes is below the other, in upper or lower case.
+func pathsMeet(a, b string) bool {
+	below := func(a, b string) bool {
+		m := vhost.Match{Path: a, AnyCase: true}
+		return m.TakesPath(b)
+	}
+	return below(a, b) || below(b, a)
+}
+
+// leadsTo says whether what a does leads to l, on this host.
+func leadsTo(a *config.Action, l *config.Listener) bool {
+	return slices.ContainsFunc(a.Forward, func(f config.Forward) bool {
+		ip, _ := netip.ParseAddr(f.To.Host)
+		if f.To.Scheme != "tcp" || !ip.IsLoopback() && f.To.Host != "localhost" {
+			return false
+		}
+		return slices.ContainsFunc(l.Listen, func(addr string) bool {
+			_, port, _ := net.SplitHostPort(addr)
+			return port == strconv.Itoa(int(f.To.Port))
+		})
+	})
 }
 
 // named are the routes of l with each of their names.

@@ -53,6 +53,13 @@ func TestLabelsTakeNothingGuarded(t *testing.T) {
 		{"sni", "", `routes: [{ sni: "*.bank.test", reject: true }]`, "host=x.bank.test tls=passthrough", "*.bank.test, which rejects"},
 		{"sni", "", `default: { ` + to + " }", "host=secret.test tls=passthrough", "secret.test, which has allow"},
 		{"sni", "", `default: { ` + to + " }", "host=*.test tls=passthrough", "secret.test, which has allow"},
+		{"http", "", "default: { " + to + " }", "host=secret.test", "write secret.test into docker.hosts (listener tls)"},
+		{"http", "", "default: { " + to + " }", "host=secret.test path=/x", "secret.test, which has allow"},
+		{"http", "", "default: { " + to + " }", "host=*.test", "secret.test, which has allow"},
+		{"https", "", "default: { " + to + " }", "host=secret.test", "secret.test, which has allow"},
+		{"http", "", "default: { " + to + " }", "host=part.test", "part.test, which has allow"},
+		{"http", "", "default: { " + to + " }", "host=part.test path=/Admin/x", "part.test, which has allow"},
+		{"http", "", bank(allow + ", path: /admin"), "host=bank.test path=/Admin/x", "bank.test, which has allow"},
 		// docker.hosts that are broader bound labels, and open nothing.
 		{"http", `"*.test"`, bank(allow), "host=bank.test path=/login", "bank.test, which has allow"},
 		{"http", `"*.test", x.test`, wild(allow), "host=x.bank.test", "*.bank.test, which has allow"},
@@ -66,13 +73,17 @@ func TestLabelsTakeNothingGuarded(t *testing.T) {
 		{"http", "app.test", "default: { " + to + ", " + allow + " }", "host=app.test", ""},
 		{"http", `"*.test"`, "default: { " + to + ", " + allow + " }", "host=app.test", ""},
 		{"sni", "secret.test", `default: { ` + to + " }", "host=secret.test tls=passthrough", ""},
+		{"http", "secret.test", `default: { ` + to + " }", "host=secret.test", ""},
+		{"http", "", `default: { ` + to + " }", "host=part.test path=/open", ""},
+		// What stands behind the guarded route itself.
+		{"http", "", `default: { ` + to + " }", "host=behind.test", ""},
 		// What a guarded route leaves, or never had, is anybody's.
 		{"http", "", bank(allow + ", path: /admin"), "host=bank.test path=/adm", ""},
 		{"http", "", bank(allow + ", path: /admin"), "host=bank.test path=/open", ""},
 		{"http", "", bank(allow + ", path: /admin"), "host=bank.test", ""},
 		{"http", "", bank(allow), "host=other.test path=/login", ""},
 		{"http", "", bank(allow), "host=x.bank.test", ""},
-		{"http", "", bank(allow), "host=*.test", ""},
+		{"http", "", strings.Replace(bank(allow), "bank.test", "bank.example", 1), "host=*.example", ""},
 		{"http", "", wild(allow), "host=bank.test", ""},
 		{"http", "", wild(allow), "host=x.open.test path=/y", ""},
 		{"http", "", `routes: [{ host: bank.test, ` + to + ` }]`, "host=bank.test path=/login", ""},
@@ -90,11 +101,14 @@ func TestLabelsTakeNothingGuarded(t *testing.T) {
 			hosts = ", hosts: [" + c.hosts + "]"
 		}
 		other, _ := protocol{tls: true}.certificateYAML(t)
+		web := freeAddr(t)
 		d := start(t, fmt.Sprintf(`
 listeners:
-  - { name: web, listen: [%q], mode: %s, %sdocker: { enabled: true%s }, %s }
-  - { name: tls, listen: [%q], mode: https, %sroutes: [{ host: secret.test, %s, %s }] }
-`, freeAddr(t), c.mode, certs, hosts, c.config, freeAddr(t), other, to, allow))
+  - { name: web, listen: [%[1]q], mode: %[2]s, %[3]sdocker: { enabled: true%[4]s }, %[5]s }
+  - { name: tls, listen: [%[6]q], mode: https, %[7]sroutes: [
+      { host: secret.test, %[8]s, %[9]s }, { host: part.test, path: /admin, %[8]s, %[9]s },
+      { host: behind.test, forward: %[1]q, %[9]s } ] }
+`, web, c.mode, certs, hosts, c.config, freeAddr(t), other, to, allow))
 		d.mu.Lock()
 		labels := d.mergeLabels(d.cfg, map[string]*service{"web": d.listeners["web"].service.Load().base}, []container.Labelled{box("c", strings.Fields(c.labels)...)})
 		d.commitLabels(labels)

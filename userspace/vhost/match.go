@@ -18,7 +18,7 @@ type Match struct {
 // Takes says whether m takes a request whose path is path, as Options.Route got
 // it, and if not, whether it is the method alone that doesn't fit.
 func (m *Match) Takes(r *http.Request, path string) (ok, otherMethod bool) {
-	if !PathMatches(m.Path, path) && !(m.AnyCase && PathMatches(anyCase(m.Path), anyCase(path))) {
+	if !m.TakesPath(path) {
 		return false, false
 	}
 	for name, want := range m.Headers {
@@ -33,6 +33,11 @@ func (m *Match) Takes(r *http.Request, path string) (ok, otherMethod bool) {
 		return true, false
 	}
 	return false, true
+}
+
+// TakesPath says whether m takes this path.
+func (m *Match) TakesPath(path string) bool {
+	return PathMatches(m.Path, path) || m.AnyCase && PathMatches(anyCase(m.Path), anyCase(path))
 }
 
 // valuesOf are the values of a header, however its name is written: the target may read all of them as one.

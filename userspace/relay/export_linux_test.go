@@ -1,5 +1,7 @@
 package relay
 
+import "fmt"
+
 // Pause is what an Acceptor does that could not accept.
 func (a *Acceptor) Pause() { a.pause() }
 
@@ -24,31 +26,68 @@ func DropPipes() {
 	}
 }
 
-// States says where the flow with these counters is: "loop", or how far the stream of each side is while pumps have it.
-func States(c *Counters) (down, up string) {
+// find gives the flow with these counters, and its loop if it is on one. f is nil while its pumps run and
+// nobody watches it.
+func find(c *Counters) (f *flow, on *loop) {
 	for _, l := range loops.all {
 		l.mu.Lock()
 		for _, s := range l.sockets {
 			if s.side != nil && s.side.flow.counters == c {
-				l.mu.Unlock()
-				return "loop", "loop"
+				f = s.side.flow
 			}
 		}
 		l.mu.Unlock()
+		if f != nil {
+			return f, l
+		}
 	}
-	var f *flow
 	watches.mu.Lock()
+	defer watches.mu.Unlock()
 	for _, s := range watches.sides {
 		if s.flow.counters == c {
 			f = s.flow
 		}
 	}
-	watches.mu.Unlock()
-	words := []string{flowing: "flowing", parked: "parked", ended: "ended"}
-	if f == nil { // nobody watches it, and so its pumps run
-		return words[flowing], words[flowing]
+	return f, nil
+}
+
+var stateNames = []string{flowing: "flowing", parked: "parked", ended: "ended"}
+
+// States says where the flow with these counters is: "loop", or how far the stream of each side is while
+// pumps have it.
+func States(c *Counters) (down, up string) {
+	f, on := find(c)
+	switch {
+	case on != nil:
+		return "loop", "loop"
+	case f == nil:
+		return stateNames[flowing], stateNames[flowing]
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return words[f.down.state], words[f.up.state]
+	return stateNames[f.down.state], stateNames[f.up.state]
+}
+
+// Describe says all that the relay knows of the flow with these counters.
+func Describe(c *Counters) string {
+	f, on := find(c)
+	if f == nil {
+		return "its pumps run, and nobody watches it"
+	}
+	if on != nil {
+		on.mu.Lock()
+		defer on.mu.Unlock()
+		return fmt.Sprintf("flow %p, on a loop: %s, %s", f, stateNames[f.down.state], stateNames[f.up.state])
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	b := fmt.Sprintf("flow %p: %d pumps, end %q, guessed %v, cut %v, over %v, noPark %v",
+		f, f.pumps, f.end, f.guessed, f.cut, f.over, f.noPark)
+	watches.mu.Lock()
+	defer watches.mu.Unlock()
+	for _, s := range f.sides() {
+		b += fmt.Sprintf("\n%s %p: %s, shut %v, fault %v, watched for %#x",
+			s.name(), s, stateNames[s.state], s.shut.Load(), s.fault, s.watched)
+	}
+	return b
 }

@@ -5,9 +5,9 @@ import (
 	"fmt"
 	"net"
 	"os/exec"
+	"regexp"
 	"runtime"
 	"slices"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -16,18 +16,35 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
-// Soak runs the cases about how flows end, and every pair of hands and order, again and again, while something else keeps all
-// processors busy: what needs a rare moment comes. Many rounds run at a time (-parallel), since most of a round is waiting. No
-// round begins after limit. It prints how many ran, and how many of them failed.
-func Soak(t *testing.T, rounds int, limit time.Duration, paths map[string]Path, hands []Hands) {
+// A Soak runs the cases about how flows end, and every pair of hands and order, again and again, while
+// something else keeps all processors busy: what needs a rare moment comes.
+type Soak struct {
+	Rounds   int
+	Limit    time.Duration  // no round begins later
+	Only     *regexp.Regexp // of the names below a round; nil: all
+	Paths    map[string]Path
+	Hands    []Hands
+	Watchdog *Watchdog
+}
+
+// Run runs many rounds at a time (-parallel), since most of a round is waiting. It prints how many ran, and
+// how many of them failed.
+func (s Soak) Run(t *testing.T) {
 	burn(t)
+	s.Watchdog.Run(t)
+	for name, p := range s.Paths {
+		s.Paths[name] = s.Watchdog.Path(p)
+	}
+	for i, h := range s.Hands {
+		s.Hands[i].Path = s.Watchdog.Path(h.Path)
+	}
 	begin := time.Now()
 	var ran, failed atomic.Int32
 	t.Run("rounds", func(t *testing.T) {
-		for i := range rounds {
+		for i := range s.Rounds {
 			t.Run(fmt.Sprint(i+1), func(t *testing.T) {
 				t.Parallel()
-				if time.Since(begin) > limit {
+				if time.Since(begin) > s.Limit {
 					return
 				}
 				t.Cleanup(func() {
@@ -35,37 +52,47 @@ func Soak(t *testing.T, rounds int, limit time.Duration, paths map[string]Path, 
 						failed.Add(1)
 					}
 					if n := ran.Add(1); n%100 == 0 {
-						fmt.Printf("soak: %d of %d rounds have run in %v, %d failed\n", n, rounds, time.Since(begin).Round(time.Second), failed.Load())
+						fmt.Printf("soak: %d of %d rounds have run in %v, %d failed\n",
+							n, s.Rounds, time.Since(begin).Round(time.Second), failed.Load())
 					}
 				})
-				soakRound(t, paths, hands)
+				s.round(t)
 			})
 		}
 	})
-	fmt.Printf("soak: %d of %d rounds ran in %v, %d failed\n", ran.Load(), rounds, time.Since(begin).Round(time.Second), failed.Load())
-	if int(ran.Load()) < rounds {
-		t.Errorf("only %d of %d rounds could begin within %v", ran.Load(), rounds, limit)
+	fmt.Printf("soak: %d of %d rounds ran in %v, %d failed\n",
+		ran.Load(), s.Rounds, time.Since(begin).Round(time.Second), failed.Load())
+	if int(ran.Load()) < s.Rounds {
+		t.Errorf("only %d of %d rounds could begin within %v", ran.Load(), s.Rounds, s.Limit)
 	}
 }
 
-func soakRound(t *testing.T, paths map[string]Path, hands []Hands) {
+// ends are the cases about how flows end.
+var ends = regexp.MustCompile("^(concurrent flows$|half-close|reset)")
+
+func (s Soak) round(t *testing.T) {
+	run := func(name string, f func(t *testing.T)) {
+		if s.Only == nil || s.Only.MatchString(name) {
+			t.Run(name, f)
+		}
+	}
 	size := Size{Behind: 64 << 10, Concurrent: 4, Flow: 64 << 10, Repeat: 1, Slow: true}
-	for name, p := range paths {
+	for name, p := range s.Paths {
 		p.Dial = func(t testing.TB) (client, server net.Conn) {
 			f := p.Connect(t)
 			f.Start(context.Background(), relay.Options{})
 			return f.Client, f.Server
 		}
 		for _, c := range Cases() {
-			if c.Name == "concurrent flows" || strings.HasPrefix(c.Name, "half-close") || strings.HasPrefix(c.Name, "reset") {
-				t.Run(name+"/"+c.Name, func(t *testing.T) { c.Run(t, p, size) })
+			if ends.MatchString(c.Name) {
+				run(name+"/"+c.Name, func(t *testing.T) { c.Run(t, p, size) })
 			}
 		}
 	}
 	quick := slices.DeleteFunc(orders(), func(o order) bool { return o.slow })
-	for _, h := range hands {
+	for _, h := range s.Hands {
 		if !h.Alone {
-			t.Run(h.Name, func(t *testing.T) { eachPair(t, h, quick, false) })
+			run(h.Name, func(t *testing.T) { eachPair(t, h, quick, false) })
 		}
 	}
 }

@@ -100,14 +100,28 @@ func (s Soak) round(t *testing.T) {
 // burn keeps all processors busy until the end of the test, with what gives way a little.
 func burn(t *testing.T) {
 	for range runtime.NumCPU() {
-		c := exec.Command("nice", "-n", "5", "sh", "-c", "while :; do :; done")
+		background(t, exec.Command("nice", "-n", "5", "sh", "-c", "while :; do :; done"))
+	}
+}
+
+// background runs c until the end of the test, or of this process.
+func background(t *testing.T, c *exec.Cmd) {
+	started, stop, stopped := make(chan error), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		runtime.LockOSThread() // its end kills c, and not that of a thread that somebody else has locked
 		c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		if err := c.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
+		err := c.Start()
+		started <- err
+		if err == nil {
+			<-stop
 			c.Process.Kill()
 			c.Wait()
-		})
-	}
+		}
+	}()
+	must(t, <-started)
+	t.Cleanup(func() {
+		close(stop)
+		<-stopped
+	})
 }

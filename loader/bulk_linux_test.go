@@ -34,7 +34,8 @@ func sendPart(from, to *net.TCPConn, seed uint64, n int64) error {
 	return nil
 }
 
-// A busy half goes on by splice(2), comes back when it is quiet, and leaves again, with every byte in its place.
+// A busy half goes on by splice(2), comes back when it is quiet, and leaves again, with every byte in its
+// place.
 func TestBulk(t *testing.T) {
 	l := open(t, allRules, 16)
 	p := splicePath(t, l, pathOptions{})
@@ -104,7 +105,8 @@ func TestResetOfBulk(t *testing.T) {
 	}
 }
 
-// What is passed behind bytes of the other way is charged to nobody: the brake bounds it, and all arrives in the end.
+// What is passed behind bytes of the other way is charged to nobody: the brake bounds it, and all arrives in
+// the end.
 func TestBrake(t *testing.T) {
 	r := allRules
 	r.look, r.bulk = false, false // nobody makes way

@@ -220,7 +220,8 @@ func TestRuleDrainOff(t *testing.T) {
 	}
 }
 
-// endBehind sends 16 MiB and the end for a reader that comes late, with a backlog as long as that, and gives how much arrives.
+// endBehind sends 16 MiB and the end for a reader that comes late, with a backlog as long as that, and gives
+// how much arrives.
 func endBehind(t *testing.T, r rules) int64 {
 	r.bound, r.bulk = false, false
 	l := open(t, r, 16)

@@ -10,7 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// resetGrace is how long the reader of bytes that came before a reset may stop. The same as in userspace/relay.
+// resetGrace is how long the reader of bytes that came before a reset may stop. The same as in
+// userspace/relay.
 const resetGrace = 2 * time.Second
 
 // flow is one spliced pair. It has no goroutine while nothing happens.
@@ -97,7 +98,8 @@ func (f *flow) look(side uint32) {
 	}
 }
 
-// breakUp ends the flow since a side is dead: what it sent before still goes to the other one, for as long as that goes on reading.
+// breakUp ends the flow since a side is dead: what it sent before still goes to the other one, for as long as
+// that goes on reading.
 func (f *flow) breakUp(side uint32, err error) {
 	if !f.broken.CompareAndSwap(nil, &breakage{side: side, err: err}) {
 		if first := f.broken.Load(); first.side != side { // there is nobody left to deliver to
@@ -159,8 +161,8 @@ func (f *flow) finish(end string, err error) {
 	}
 }
 
-// watchAlso adds what a socket is watched for, or takes it away. Adding tells at once what is already so. What was there before
-// is edge-triggered, and needs no second telling.
+// watchAlso adds what a socket is watched for, or takes it away. Adding tells at once what is already so.
+// What was there before is edge-triggered, and needs no second telling.
 func (f *flow) watchAlso(side, events uint32, on bool) {
 	f.watchMu.Lock()
 	defer f.watchMu.Unlock()
@@ -176,8 +178,8 @@ func (f *flow) watchAlso(side, events uint32, on bool) {
 	f.watcher().change(f.sockets[side], 2*f.slot+side, f.generation, now)
 }
 
-// watchAgain makes what was told before there was somebody to hear it be told again. The half may have been woken
-// meanwhile, and what it waits for stays watched.
+// watchAgain makes what was told before there was somebody to hear it be told again. The half may have been
+// woken meanwhile, and what it waits for stays watched.
 func (f *flow) watchAgain(side uint32) {
 	f.watchMu.Lock()
 	defer f.watchMu.Unlock()
@@ -194,8 +196,8 @@ func (f *flow) setState(state spliceFlowState) {
 	f.publish(func(t *spliceFlow) { t.State = state })
 }
 
-// publish changes the flow's entry in the flows map. That writes its counters too, which the verdict may be changing,
-// so it is repeated until they have not changed meanwhile. Called with mu held.
+// publish changes the flow's entry in the flows map. That writes its counters too, which the verdict may be
+// changing, so it is repeated until they have not changed meanwhile. Called with mu held.
 func (f *flow) publish(change func(*spliceFlow)) {
 	if f.closed {
 		return

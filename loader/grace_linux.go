@@ -7,7 +7,8 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// graces gives slots back when no program can be at work on the flow that had them. See "Slots" in bpf/local.bpf.c.
+// graces gives slots back when no program can be at work on the flow that had them. See "Slots" in
+// bpf/local.bpf.c.
 type graces struct {
 	outer, inner *ebpf.Map // an update of outer returns after a grace period of RCU
 
@@ -39,7 +40,8 @@ func (g *graces) close() {
 	_ = g.inner.Close()
 }
 
-// giveSlot gives the flow's slot back: a little later if it was known to programs that may still be at work on it.
+// giveSlot gives the flow's slot back: a little later if it was known to programs that may still be at work
+// on it.
 func (f *flow) giveSlot() {
 	if f.process != nil {
 		f.process.local.retire(f.slot)

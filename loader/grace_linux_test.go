@@ -9,8 +9,9 @@ import (
 	"github.com/tailsplice/tailsplice/test/cgroup"
 )
 
-// A flow ends while a program is at work on its process, and the next flow would have its slot: neither do the process's bytes go to the
-// next client, nor is the next flow reset because the process has closed its socket.
+// A flow ends while a program is at work on its process, and the next flow would have its slot: neither do
+// the process's bytes go to the next client, nor is the next flow reset because the process has closed its
+// socket.
 func TestLocalSlotGivenAgain(t *testing.T) {
 	for _, network := range networks() {
 		for name, atWork := range map[string]func(f *flow, p *path) error{

@@ -29,7 +29,8 @@ const turns = 8
 // chunks are the buffers of halves that copy. A half that redirects has none.
 var chunks = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
 
-// half is one direction: what userspace does for it. The verdict does the rest, see bpf/splice.bpf.c for the protocol.
+// half is one direction: what userspace does for it. The verdict does the rest, see bpf/splice.bpf.c for the
+// protocol.
 //
 // It is an actor without a goroutine of its own: wake starts one, which works until there is nothing to do.
 type half struct {
@@ -109,8 +110,8 @@ func (h *half) wake(why uint32) {
 	}
 }
 
-// serve is wake(0) for the watcher, which makes the first step itself where bytes are spliced in bulk: to start a goroutine for each few of them
-// costs a third more of the processor's time.
+// serve is wake(0) for the watcher, which makes the first step itself where bytes are spliced in bulk: to
+// start a goroutine for each few of them costs a third more of the processor's time.
 func (h *half) serve() {
 	if h.bits.Or(again|running)&running == 0 && !(h.bulk.left.Load() && h.turn()) {
 		go h.run()
@@ -312,7 +313,8 @@ func (h *half) copy() (o outcome, wait bool) {
 		}
 		n, err := h.source().read(b)
 		if n > 0 {
-			// Only now: the source's lock, which read took, makes all that was redirected before these bytes visible.
+			// Only now: the source's lock, which read took, makes all that was redirected before these bytes
+			// visible.
 			h.rest, h.held = b[:n], f.l.rules.order && (load64(&m.Redirected) != h.settled || h.i == 0 && f.process.isComing())
 			continue
 		}
@@ -329,8 +331,8 @@ func (h *half) copy() (o outcome, wait bool) {
 		}
 		if err == nil && !h.copying.Load() {
 			if load64(&m.Passed) != h.consumed {
-				// The stream has ended, and bytes that were passed are still in the backlog, behind some that go the
-				// other way: what looks like the end of the stream is none.
+				// The stream has ended, and bytes that were passed are still in the backlog, behind some that
+				// go the other way: what looks like the end of the stream is none.
 				return outcome{after: h.patient(10 * time.Millisecond)}, true
 			}
 			break
@@ -353,8 +355,9 @@ func (h *half) copy() (o outcome, wait bool) {
 	return outcome{}, false
 }
 
-// isCut is for a half that has moved all that came, which a read of 0 bytes says if it copies: no FIN has come. A socket tells of its reset once, and it may have told somebody
-// else: who wrote to it, the worker even. To who reads it looks like the end of the stream then.
+// isCut is for a half that has moved all that came, which a read of 0 bytes says if it copies: no FIN has
+// come. A socket tells of its reset once, and it may have told somebody else: who wrote to it, the worker
+// even. To who reads it looks like the end of the stream then.
 func (h *half) isCut() bool {
 	m := h.shared()
 	n := load64(&m.Redirected) + load64(&m.Consumed)
@@ -365,17 +368,19 @@ func (h *half) isCut() bool {
 	return err == nil && received-h.read0-1 != n
 }
 
-// awaitRoom: until there is some, what the source has is no reason to look, and there may be a look for every segment that comes.
+// awaitRoom: until there is some, what the source has is no reason to look, and there may be a look for every
+// segment that comes.
 func (h *half) awaitRoom() outcome {
 	h.f.watchAlso(h.i, unix.EPOLLIN, false)
 	h.f.watchAlso(1-h.i, unix.EPOLLOUT, true)
 	return outcome{}
 }
 
-// makeWay lets bytes that were passed get past some that go the other way and wait in front of them, since the kernel has one queue
-// for both, for a send buffer to take them: TCP may have cut the buffer down after the verdict found room, for lack of memory. It is made
-// larger. Each way must go on without the other: it may be for the bytes behind that those before are not read. And what waits there is charged to
-// nobody, so the sender is not held up.
+// makeWay lets bytes that were passed get past some that go the other way and wait in front of them, since
+// the kernel has one queue for both, for a send buffer to take them: TCP may have cut the buffer down after
+// the verdict found room, for lack of memory. It is made larger. Each way must go on without the other: it
+// may be for the bytes behind that those before are not read. And what waits there is charged to nobody, so
+// the sender is not held up.
 func (h *half) makeWay() {
 	p := []unix.PollFd{{Fd: int32(h.source()), Events: unix.POLLOUT}}
 	if n, err := unix.Poll(p, 0); n > 0 || err != nil {
@@ -444,7 +449,8 @@ func (h *half) delivered() bool {
 	return err != nil || n <= 0
 }
 
-// readerStopped is asked again and again of a half whose source is dead: has the other end of its peer taken nothing for resetGrace?
+// readerStopped is asked again and again of a half whose source is dead: has the other end of its peer taken
+// nothing for resetGrace?
 func (h *half) readerStopped(b *breakage) bool {
 	var i unix.TCPInfo
 	if h.peer().info(&i) != nil {

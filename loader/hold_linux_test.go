@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// However often a busy half leaves, its source's receive buffer stays within net.ipv4.tcp_rmem, also where segments are so small that most of
-// the buffer is overhead.
+// However often a busy half leaves, its source's receive buffer stays within net.ipv4.tcp_rmem, also where
+// segments are so small that most of the buffer is overhead.
 func TestLeavingKeepsTheReceiveBuffer(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return

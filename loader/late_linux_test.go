@@ -15,9 +15,9 @@ import (
 	"github.com/tailsplice/tailsplice/test/cgroup"
 )
 
-// What a side sent before its reset arrives, though it waits in the kernel's queue behind bytes that go the other
-// way, which nobody takes any more. The worker that empties the queue runs on this thread's processor, and gets none
-// of its time before the reset is there.
+// What a side sent before its reset arrives, though it waits in the kernel's queue behind bytes that go the
+// other way, which nobody takes any more. The worker that empties the queue runs on this thread's processor,
+// and gets none of its time before the reset is there.
 func TestResetBehindOtherWay(t *testing.T) {
 	for _, late := range []bool{true, false} {
 		r := allRules

@@ -116,7 +116,8 @@ func load(o Options, r rules) (_ *Loader, err error) {
 			err = errors.Join(err, l.Close())
 		}
 	}()
-	// Kernels before 5.11 count maps as locked memory. Where it can't be raised and had to be, the maps say so.
+	// Kernels before 5.11 count maps as locked memory. Where it can't be raised and had to be, the maps say
+	// so.
 	if err := rlimit.RemoveMemlock(); err != nil {
 		l.log.Debug("raise the locked memory limit", "error", err)
 	}
@@ -185,8 +186,8 @@ func (l *Loader) setVariables(spec *ebpf.CollectionSpec) error {
 	return nil
 }
 
-// tcpPressure is from how many pages on TCP saves memory. The setting can be read in the first network namespace only; elsewhere it is
-// taken for what the kernel begins with, a sixteenth of what there is.
+// tcpPressure is from how many pages on TCP saves memory. The setting can be read in the first network
+// namespace only; elsewhere it is taken for what the kernel begins with, a sixteenth of what there is.
 func tcpPressure() uint64 {
 	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_mem"); err == nil {
 		if fields := strings.Fields(string(b)); len(fields) == 3 {
@@ -248,8 +249,8 @@ func (l *Loader) named() map[string]*ebpf.Map {
 	}
 }
 
-// Close resets the flows that live, and removes the programs, maps and pins, but for a map with bytes that a process on this host has not
-// read yet. It may be called twice.
+// Close resets the flows that live, and removes the programs, maps and pins, but for a map with bytes that a
+// process on this host has not read yet. It may be called twice.
 func (l *Loader) Close() error {
 	l.mu.Lock()
 	if l.closed {
@@ -360,7 +361,8 @@ func (l *Loader) ringEvent(sample []byte) {
 // ringBehind: there are events in the ring that were not told of yet.
 func (l *Loader) ringBehind() bool { return l.ringBusy.Load() || l.ring.AvailableBytes() > 0 }
 
-// explain says which capability a refusal of the kernel's is about; the kernel doesn't, and cilium/ebpf suspects a limit.
+// explain says which capability a refusal of the kernel's is about; the kernel doesn't, and cilium/ebpf
+// suspects a limit.
 func explain(err error) error {
 	if !errors.Is(err, unix.EPERM) {
 		return err

@@ -17,12 +17,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Local is the datapath for flows whose target is a process on this host, with a socket of its own: sockmap, and past TCP
-// between the process and the other side. bpf/local.bpf.c says how. Flows with other targets are refused. Least kernel: 6.1.
+// Local is the datapath for flows whose target is a process on this host, with a socket of its own: sockmap,
+// and past TCP between the process and the other side. bpf/local.bpf.c says how. Flows with other targets are
+// refused. Least kernel: 6.1.
 //
-// It changes what system calls do on the process's sockets: splice(2) from them and TCP_ZEROCOPY_RECEIVE don't see bytes
-// that came past TCP, FIONREAD doesn't count them, and MSG_WAITALL and SO_RCVLOWAT don't wait for them. Only who knows how
-// the process reads should choose it.
+// It changes what system calls do on the process's sockets: splice(2) from them and TCP_ZEROCOPY_RECEIVE
+// don't see bytes that came past TCP, FIONREAD doesn't count them, and MSG_WAITALL and SO_RCVLOWAT don't wait
+// for them. Only who knows how the process reads should choose it.
 type Local struct {
 	l       *Loader
 	objects localObjects
@@ -47,7 +48,8 @@ type localRules struct {
 
 var allLocalRules = localRules{order: true, bound: true, unread: true, drain: true, pair: true, grace: true, settle: true}
 
-// Local gives the datapath for local targets, or says why this machine has none. It is part of the Loader, and is closed with it.
+// Local gives the datapath for local targets, or says why this machine has none. It is part of the Loader,
+// and is closed with it.
 func (l *Loader) Local() (*Local, error) {
 	if l.local == nil && l.localOff == nil {
 		return nil, errors.New("it was not asked for")
@@ -138,16 +140,17 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 	return n, nil
 }
 
-// panicsOnWarning: the worker charges what it puts into the ingress queue to the socket without the socket's lock (sk_psock_skb_ingress, 6.18 too).
-// At the same time the process may read, and one of the two sums is lost. When the socket is freed, the kernel finds that a few hundred bytes
-// are missing, or are too many, and warns, once: "WARNING ... inet_sock_destruct", in sk_psock_destroy.
+// panicsOnWarning: the worker charges what it puts into the ingress queue to the socket without the socket's
+// lock (sk_psock_skb_ingress, 6.18 too). At the same time the process may read, and one of the two sums is
+// lost. When the socket is freed, the kernel finds that a few hundred bytes are missing, or are too many, and
+// warns, once: "WARNING ... inet_sock_destruct", in sk_psock_destroy.
 func panicsOnWarning() bool {
 	b, err := os.ReadFile("/proc/sys/kernel/panic_on_warn")
 	return err == nil && strings.TrimSpace(string(b)) != "0"
 }
 
-// leastLocal: before it, an empty queue of the worker did not mean that it had moved all (405df89dd52c), and a socket lost
-// what it had not read of its queue when its connection ended (d8616ee2affc).
+// leastLocal: before it, an empty queue of the worker did not mean that it had moved all (405df89dd52c), and
+// a socket lost what it had not read of its queue when its connection ended (d8616ee2affc).
 var leastLocal = version{6, 1, 0}
 
 // close is called when there are no flows any more.
@@ -167,8 +170,8 @@ func (n *Local) close() error {
 	return err
 }
 
-// Splice takes the flow over, as [Loader.Splice] does, if up's other end is a socket of a process on this host that was
-// caught. The first flow to a target is always refused: it is how the target becomes known.
+// Splice takes the flow over, as [Loader.Splice] does, if up's other end is a socket of a process on this
+// host that was caught. The first flow to a target is always refused: it is how the target becomes known.
 func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
 	if n.counts.isOff() {
 		return nil, refusedOff
@@ -277,7 +280,8 @@ func (p *process) ask(request localLocalRequest, byTCP uint32) (localLocalAnswer
 
 var emptyFrame = make([]byte, 64) // more than a header, which all kernels take
 
-// isComing: bytes are on their way to the process's queue. Bytes, and an end, that go to it by TCP now would overtake them.
+// isComing: bytes are on their way to the process's queue. Bytes, and an end, that go to it by TCP now would
+// overtake them.
 func (p *process) isComing() bool {
 	if p == nil || !p.local.l.rules.local.drain {
 		return false
@@ -298,8 +302,8 @@ func (p *process) closedUnread() bool {
 	return p != nil && p.there.Load() && atomic.LoadUint32(&p.shared().Unread) != 0
 }
 
-// settle is for the sweeper. Where the way back has not moved for a while, and what the process sent past TCP has not all reached downstream's
-// TCP, a redirect was cut short: how far it came is found out then.
+// settle is for the sweeper. Where the way back has not moved for a while, and what the process sent past TCP
+// has not all reached downstream's TCP, a redirect was cut short: how far it came is found out then.
 func (f *flow) settle(now time.Time) {
 	p, h := f.process, &f.halves[1]
 	if p == nil || p.settled == h.seen || p.moved(1) == 0 || now.Sub(h.since) < 2*sweepEvery || !p.local.l.rules.local.settle {
@@ -325,7 +329,8 @@ func (f *flow) settle(now time.Time) {
 	}
 }
 
-// insert puts the socket of a process that is this one into the map: what the sockops program does for others.
+// insert puts the socket of a process that is this one into the map: what the sockops program does for
+// others.
 func (n *Local) insert(server *net.TCPConn) (*process, error) {
 	s, err := dup(server)
 	if err != nil {

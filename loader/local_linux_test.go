@@ -78,7 +78,8 @@ func openLocal(t testing.TB, r rules) *Local {
 	return n
 }
 
-// A socket with the addresses of ours, in another network namespace, is none of ours: told by sequence numbers.
+// A socket with the addresses of ours, in another network namespace, is none of ours: told by sequence
+// numbers.
 func TestLocalPair(t *testing.T) {
 	for _, on := range []bool{true, false} {
 		r := allRules
@@ -102,7 +103,8 @@ func TestLocalPair(t *testing.T) {
 	}
 }
 
-// An end must not overtake what is on its way to the process's queue. That is only ever much without the bound.
+// An end must not overtake what is on its way to the process's queue. That is only ever much without the
+// bound.
 func TestLocalDrain(t *testing.T) {
 	for _, on := range []bool{true, false} {
 		r := allRules
@@ -157,7 +159,8 @@ func TestLocalUnread(t *testing.T) {
 	}
 }
 
-// Where the kernel's warning would stop the machine, nothing is put past TCP. The sysctl is covered by a file for this thread only, which ends with the test.
+// Where the kernel's warning would stop the machine, nothing is put past TCP. The sysctl is covered by a file
+// for this thread only, which ends with the test.
 func TestPanicsOnWarning(t *testing.T) {
 	needRoot(t)
 	if panicsOnWarning() {
@@ -234,7 +237,8 @@ func becomeLocal(t testing.TB, n *Local, ln net.Listener) *path {
 	}
 }
 
-// The program is attached to the cgroup of the target, and nowhere else; and a daemon that is killed leaves nothing there.
+// The program is attached to the cgroup of the target, and nowhere else; and a daemon that is killed leaves
+// nothing there.
 func TestLocalAttachment(t *testing.T) {
 	needRoot(t)
 	instance := fmt.Sprintf("ts-ldr-local-%d", os.Getpid())

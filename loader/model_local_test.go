@@ -6,9 +6,10 @@ import (
 	"testing"
 )
 
-// A model of the way back past TCP, as bpf/local.bpf.c has it: the process's send() with `back`, its connection with upstream, the verdict on
-// that, the worker, userspace that copies, and the correction of `out` after a redirect that was cut short. One step is what other CPUs can
-// see of it; each byte is its number.
+// A model of the way back past TCP, as bpf/local.bpf.c has it: the process's send() with `back`, its
+// connection with upstream, the verdict on that, the worker, userspace that copies, and the correction of
+// `out` after a redirect that was cut short. One step is what other CPUs can see of it; each byte is its
+// number.
 type backModel struct {
 	next int8 // the byte that the process sends next
 	push int8 // bytes that a redirect is about to write; those it does not write, the process sends again

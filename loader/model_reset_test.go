@@ -2,10 +2,11 @@ package loader
 
 import "testing"
 
-// A model of the queue of one socket, A, whose other end sends bytes that A passes, and then a reset, while bytes come
-// for it from its peer: over all interleavings of the peer's verdict, the worker, what comes to A, and userspace. Each
-// skb is one byte. It leaves out that something may come while A's socket is locked, and waits for the lock behind the
-// filter: a reset that comes there just after the worker has sent the last byte may still find a new one in front.
+// A model of the queue of one socket, A, whose other end sends bytes that A passes, and then a reset, while
+// bytes come for it from its peer: over all interleavings of the peer's verdict, the worker, what comes to A,
+// and userspace. Each skb is one byte. It leaves out that something may come while A's socket is locked, and
+// waits for the lock behind the filter: a reset that comes there just after the worker has sent the last byte
+// may still find a new one in front.
 type resetModel struct {
 	queue                    string // of the psock: r was redirected to A, p was passed by it
 	toRedirect, toSend       int8   // what both ends still send
@@ -77,7 +78,8 @@ func (m resetModel) next(late bool) (next []resetModel) {
 	return next
 }
 
-// What a side has sent before a reset is delivered in every case, and the reset is known; without the rule it is not.
+// What a side has sent before a reset is delivered in every case, and the reset is known; without the rule it
+// is not.
 func TestModelReset(t *testing.T) {
 	for _, late := range []bool{true, false} {
 		seen, lost := map[resetModel]bool{}, 0

@@ -19,8 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lan is two namespaces with a cable between them: the process's own, where the proxy is, and that of both ends. They are
-// gone when the process is.
+// lan is two namespaces with a cable between them: the process's own, where the proxy is, and that of both
+// ends. They are gone when the process is.
 type lan struct {
 	t    *testing.T
 	here netns.NsHandle
@@ -117,7 +117,8 @@ func (n *lan) splice(l *Loader, o pathOptions) *path {
 	return p
 }
 
-// lose drops a part of what comes in at our end of the cable, and of what comes in at the other. By clsact, since tcx needs 6.6.
+// lose drops a part of what comes in at our end of the cable, and of what comes in at the other. By clsact,
+// since tcx needs 6.6.
 func (n *lan) lose(oneIn int32) {
 	const pass, drop = 0, 2 // TC_ACT_OK, TC_ACT_SHOT
 	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
@@ -213,8 +214,8 @@ func TestLostReset(t *testing.T) {
 	}
 }
 
-// A queueing discipline that drops at once makes TCP send a segment again as new: bytes_sent counts it twice, and what
-// is derived from it ends streams too early. Ours is not.
+// A queueing discipline that drops at once makes TCP send a segment again as new: bytes_sent counts it twice,
+// and what is derived from it ends streams too early. Ours is not.
 func TestLocalDrops(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
@@ -293,8 +294,8 @@ func TestRuleOrderOff(t *testing.T) {
 	t.Error("nothing was damaged without the order: this test proves nothing")
 }
 
-// Failures that come in a burst switch the datapath off, once, with one line in the log. The flows that were refused and those that come
-// after go through userspace, those that live go on.
+// Failures that come in a burst switch the datapath off, once, with one line in the log. The flows that were
+// refused and those that come after go through userspace, those that live go on.
 func TestSwitchOff(t *testing.T) {
 	foreign := open(t, allRules, 2*burstFailures) // whose sockmap has the sockets already, so that the kernel refuses them
 	l := open(t, allRules, 16)

@@ -48,8 +48,9 @@ func TestComesInWhenQuiet(t *testing.T) {
 	must(t, errors.Join(send(p.client, p.server, 1, 1<<20), send(p.server, p.client, 2, 1<<20)))
 }
 
-// Sides that talk bring their flow in; those that become busy send it out; and each byte arrives in its place, wherever the flow is. Both
-// are as they may be, for many flows at a time, on more processors than there are.
+// Sides that talk bring their flow in; those that become busy send it out; and each byte arrives in its
+// place, wherever the flow is. Both are as they may be, for many flows at a time, on more processors than
+// there are.
 func TestTalk(t *testing.T) {
 	r := outside()
 	r.watchers = 4

@@ -119,7 +119,8 @@ func openPinsFolder(bpffs string, create bool) (*folder, error) {
 
 func (p *pins) path(name string) string { return filepath.Join(p.dir.path, name) }
 
-// clear removes the pins that which is true for, and keeps those of maps with bytes that a process has not read yet.
+// clear removes the pins that which is true for, and keeps those of maps with bytes that a process has not
+// read yet.
 func (p *pins) clear(which func(name string) bool) error {
 	old, err := p.dir.names()
 	if err != nil {

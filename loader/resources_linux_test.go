@@ -22,8 +22,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inOwnNetwork runs the rest of the test in a process of its own, in a network namespace of its own that ends with it, with
-// TCP buffers of at most 1 MiB. It returns true there.
+// inOwnNetwork runs the rest of the test in a process of its own, in a network namespace of its own that ends
+// with it, with TCP buffers of at most 1 MiB. It returns true there.
 func inOwnNetwork(t *testing.T) bool {
 	t.Helper()
 	if !inNewNetwork(t) {
@@ -85,7 +85,8 @@ func loopbackUp() error {
 	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, r)
 }
 
-// backlogs counts the halves that have something redirected and not yet written. The kernel retries each of them every jiffy.
+// backlogs counts the halves that have something redirected and not yet written. The kernel retries each of
+// them every jiffy.
 func backlogs(t *testing.T, l *Loader) (n int) {
 	for i := range l.live {
 		f := l.live[i].Load()
@@ -139,8 +140,8 @@ func leastCPU(span time.Duration) time.Duration {
 	return least
 }
 
-// 200 flows both of whose readers have stopped, and whose senders push all they can: memory is bounded, nothing polls,
-// and all arrives when the readers go on.
+// 200 flows both of whose readers have stopped, and whose senders push all they can: memory is bounded,
+// nothing polls, and all arrives when the readers go on.
 func TestStalledFlows(t *testing.T)        { testStalledFlows(t, allRules) }
 func TestStalledFlowsOutside(t *testing.T) { testStalledFlows(t, outside()) }
 
@@ -161,8 +162,8 @@ func testStalledFlows(t *testing.T, r rules) {
 	})
 }
 
-// Likewise with buffers that may become so large that TCP's memory is used up, which the kernel does not take from a spliced socket as it
-// does from others.
+// Likewise with buffers that may become so large that TCP's memory is used up, which the kernel does not take
+// from a spliced socket as it does from others.
 func TestStalledFlowsShortOfMemory(t *testing.T) {
 	if !inNewNetwork(t) {
 		return
@@ -205,7 +206,8 @@ func (zeroes) Read(b []byte) (int, error) { return len(b), nil }
 
 const stalledFlows = 200
 
-// stall lets both senders of each flow push size bytes for readers that begin after judge. Some flows may end with an error.
+// stall lets both senders of each flow push size bytes for readers that begin after judge. Some flows may end
+// with an error.
 func stall(t *testing.T, r rules, size int64, mayEnd int, judge func(perFlow int64, waiting int, cpu time.Duration)) {
 	const flows = stalledFlows
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
@@ -570,7 +572,8 @@ func TestPins(t *testing.T) {
 	must(t, other.Close())
 }
 
-// What bpftool prints, what Flows gives, what TCP_INFO says and what the ends counted are the same, to the byte.
+// What bpftool prints, what Flows gives, what TCP_INFO says and what the ends counted are the same, to the
+// byte.
 func TestFlowsAgree(t *testing.T) {
 	l := open(t, allRules, 16)
 	p := splicePath(t, l, pathOptions{network: "tcp6"})

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// talkersOf is for how many flows a processor's one worker moves each message sooner than a process would: with more of them, they wait
-// for each other. See docs/datapaths.md.
+// talkersOf is for how many flows a processor's one worker moves each message sooner than a process would:
+// with more of them, they wait for each other. See docs/datapaths.md.
 const talkersOf = 4
 
 // Room is how many flows more should be in the sockmap that talk. Those in there that rest don't count.

@@ -15,9 +15,9 @@ import (
 	"github.com/tailsplice/tailsplice/test/cgroup"
 )
 
-// cutShort makes a flow past TCP in which redirects from the process are cut short: downstream's send buffer is small, and nobody looks
-// whether there is room, as when TCP is out of memory. Some bytes have gone by TCP before, and the kernel has redirected them; what goes by TCP
-// afterwards is copied, behind those.
+// cutShort makes a flow past TCP in which redirects from the process are cut short: downstream's send buffer
+// is small, and nobody looks whether there is room, as when TCP is out of memory. Some bytes have gone by TCP
+// before, and the kernel has redirected them; what goes by TCP afterwards is copied, behind those.
 func cutShort(t *testing.T, r rules, network string) (*path, *flow) {
 	r.local.bound = false
 	n := openLocal(t, r)
@@ -53,7 +53,8 @@ func chatter(t *testing.T, p *path) {
 	t.Cleanup(func() { close(stop); p.client.Close(); p.server.Close(); done.Wait() })
 }
 
-// What a process sends arrives whole, and goes past TCP again, after a redirect that was cut short, also while the client sends all the time.
+// What a process sends arrives whole, and goes past TCP again, after a redirect that was cut short, also
+// while the client sends all the time.
 func TestLocalCutShort(t *testing.T) {
 	for _, network := range networks() {
 		for _, settle := range []bool{true, false} {
@@ -101,7 +102,8 @@ func (f *flow) lacks(t *testing.T) bool {
 	return int64(n-h.written0-h.byTCP()) < 0
 }
 
-// A process that ends its stream after a redirect that was cut short: all that its send() took arrives, and the end.
+// A process that ends its stream after a redirect that was cut short: all that its send() took arrives, and
+// the end.
 func TestLocalCutShortAtTheEnd(t *testing.T) {
 	for _, network := range networks() {
 		t.Run(network, func(t *testing.T) {

@@ -88,10 +88,10 @@ func (s socket) unacked() (int, error) { return unix.IoctlGetInt(int(s), unix.SI
 
 // written is a lower bound of how many bytes this socket's TCP was given, and exact when nothing moves.
 //
-// It is what was acknowledged and then what the queue holds, in this order: what is acknowledged between the two
-// calls is missing. bytes_sent - bytes_retrans + notsent would be one call, but counts a segment twice that a
-// queueing discipline dropped at once (tcp_write_xmit sends it again as new), and the tail of a stream would
-// be taken for written while it is not.
+// It is what was acknowledged and then what the queue holds, in this order: what is acknowledged between the
+// two calls is missing. bytes_sent - bytes_retrans + notsent would be one call, but counts a segment twice
+// that a queueing discipline dropped at once (tcp_write_xmit sends it again as new), and the tail of a stream
+// would be taken for written while it is not.
 func (s socket) written() (uint64, error) {
 	var i unix.TCPInfo
 	if err := s.info(&i); err != nil {
@@ -143,16 +143,17 @@ func (s socket) readable() bool {
 	return n > 0 && err == nil
 }
 
-// widen makes room in the send buffer for n bytes more, whatever the limits say. The kernel does not change its size any more then.
+// widen makes room in the send buffer for n bytes more, whatever the limits say. The kernel does not change
+// its size any more then.
 func (s socket) widen(n int) {
 	if size, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_SNDBUF); err == nil {
 		_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, size/2+n) // it takes twice as much, for its own needs
 	}
 }
 
-// hold keeps the verdict from what comes, until kick, or until so much has come as a quarter of the receive buffer, or as the window may be. For
-// more, the kernel would enlarge the buffer, past net.ipv4.tcp_rmem too (tcp_set_rcvlowat): where segments are small, much of the
-// buffer is overhead, and little of it window.
+// hold keeps the verdict from what comes, until kick, or until so much has come as a quarter of the receive
+// buffer, or as the window may be. For more, the kernel would enlarge the buffer, past net.ipv4.tcp_rmem too
+// (tcp_set_rcvlowat): where segments are small, much of the buffer is overhead, and little of it window.
 func (s socket) hold() {
 	size, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVBUF)
 	if err != nil {
@@ -165,7 +166,8 @@ func (s socket) hold() {
 	_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVLOWAT, min(size/4, clamp))
 }
 
-// kick makes the kernel look at what is queued: the verdict runs for it. A plain read would leave EPOLLIN stuck.
+// kick makes the kernel look at what is queued: the verdict runs for it. A plain read would leave EPOLLIN
+// stuck.
 func (s socket) kick() { _ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVLOWAT, 1) }
 
 // attach makes the program decide what TCP gets to see of each segment.

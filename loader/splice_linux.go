@@ -18,7 +18,8 @@ func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (cou
 	return count, err
 }
 
-// SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. When it has taken the flow, it owns them.
+// SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. When it has taken the
+// flow, it owns them.
 func (l *Loader) SpliceSockets(ctx context.Context, down, up int, o Flow) (count func() (up, down int64), err error) {
 	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, l.rules.outside && !o.Talks, func() {})
 	l.counts.splice(l, err)
@@ -48,8 +49,9 @@ func (l *Loader) spliceConns(ctx context.Context, down, up *net.TCPConn, o Flow,
 	return count, err
 }
 
-// splice is SpliceSockets without the counting. process is where a process on this host has the other end of up, or nil. outside: the flow begins
-// by splice(2), and comes into the sockmap when it is one for it. taken is called when nothing can fail any more, and the flow has not begun.
+// splice is SpliceSockets without the counting. process is where a process on this host has the other end of
+// up, or nil. outside: the flow begins by splice(2), and comes into the sockmap when it is one for it. taken
+// is called when nothing can fail any more, and the flow has not begun.
 func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process *process, outside bool, taken func()) (func() (up, down int64), error) {
 	if l.counts.isOff() {
 		return nil, refusedOff
@@ -130,8 +132,8 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process 
 	return f.count, nil
 }
 
-// insert puts both sockets into the sockmap. From then on bytes move, and there is no way back. If upstream has ended or broken
-// meanwhile, its direction is copied to the end.
+// insert puts both sockets into the sockmap. From then on bytes move, and there is no way back. If upstream
+// has ended or broken meanwhile, its direction is copied to the end.
 func (f *flow) insert() (refusal, bool) {
 	if why, ok := f.prepare(); !ok {
 		return why, false
@@ -153,7 +155,8 @@ func (f *flow) insert() (refusal, bool) {
 	return "", true
 }
 
-// prepare lets the programs find the sockets: both can be redirected to before the first of them is asked for a verdict.
+// prepare lets the programs find the sockets: both can be redirected to before the first of them is asked for
+// a verdict.
 func (f *flow) prepare() (refusal, bool) {
 	for i, s := range f.sockets {
 		at := 2*f.slot + uint32(i)
@@ -254,7 +257,8 @@ func (f *flow) setOptions() (undo func(), why refusal, ok bool) {
 			{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
 			// Else sysctl tcp_notsent_lowat decides, which the verdict doesn't see, whether a write is taken.
 			{unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, -1},
-			// The verdict gets urgent bytes in their place. Without this the kernel counts as unread only what is before them.
+			// The verdict gets urgent bytes in their place. Without this the kernel counts as unread only
+			// what is before them.
 			{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1},
 		} {
 			was, err := unix.GetsockoptInt(int(s), want.level, want.name)

@@ -14,7 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The sweep finds what an event should have told of, and counts it: without the events a slow reader gets all the same, but late.
+// The sweep finds what an event should have told of, and counts it: without the events a slow reader gets all
+// the same, but late.
 func TestStallOfCopying(t *testing.T) {
 	r := allRules
 	r.events, r.bulk = false, false
@@ -56,7 +57,8 @@ func (p stalled) arrives(t *testing.T, l *Loader) {
 	wantStalls(t, l)
 }
 
-// The sweep makes the verdict run for what the kernel has kept it from: here what was queued before, without a kick.
+// The sweep makes the verdict run for what the kernel has kept it from: here what was queued before, without
+// a kick.
 func TestStallOfTheVerdict(t *testing.T) {
 	r := allRules
 	r.kick = false
@@ -78,7 +80,8 @@ func wantStalls(t *testing.T, l *Loader) {
 	}
 }
 
-// What a half waits for stays watched when the flow begins: on another CPU it may be woken and come to rest before.
+// What a half waits for stays watched when the flow begins: on another CPU it may be woken and come to rest
+// before.
 func TestBeginKeepsWhatIsWatched(t *testing.T) {
 	l := open(t, allRules, 16)
 	p := splicePath(t, l, pathOptions{})
@@ -114,7 +117,8 @@ func TestBeginKeepsWhatIsWatched(t *testing.T) {
 	must(t, bothWays(p, 1<<20))
 }
 
-// behind makes a flow whose upward direction is passing, with 24 MiB in front of what is passed, for a client that does not read.
+// behind makes a flow whose upward direction is passing, with 24 MiB in front of what is passed, for a client
+// that does not read.
 func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
 	r.bound, r.bulk = false, false // so that there is a backlog: splice(2) has a bound of its own
 	l := open(t, r, 16)
@@ -148,8 +152,8 @@ func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
 	return l, p, data
 }
 
-// Bytes that userspace has to copy get past those that wait in front of them, in the same queue of the kernel's, for a reader that
-// has stopped: each way goes on without the other.
+// Bytes that userspace has to copy get past those that wait in front of them, in the same queue of the
+// kernel's, for a reader that has stopped: each way goes on without the other.
 func TestBacklogOfTheOtherWay(t *testing.T) {
 	l, p, data := behind(t, allRules)
 	p.server.SetDeadline(time.Now().Add(patience))

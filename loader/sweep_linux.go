@@ -8,8 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sweeper looks at all flows from time to time: for idle ones, for events that found no place in the ring, and for
-// stalls, which should not be: it ends them, counts them and says so, since each is a defect of ours or of the kernel's.
+// sweeper looks at all flows from time to time: for idle ones, for events that found no place in the ring,
+// and for stalls, which should not be: it ends them, counts them and says so, since each is a defect of ours
+// or of the kernel's.
 type sweeper struct {
 	every atomic.Int64 // nanoseconds
 	poke  chan struct{}
@@ -170,7 +171,8 @@ func (h *half) missed() bool {
 	return !f.watcher().behind() // else the event may be one of those that wait
 }
 
-// nudge ends a stall of copying, if it still is one. It was one only if that helps: short of memory, TCP takes nothing though poll says so.
+// nudge ends a stall of copying, if it still is one. It was one only if that helps: short of memory, TCP
+// takes nothing though poll says so.
 func (h *half) nudge(consumed uint64) {
 	f := h.f
 	f.mu.RLock()
@@ -194,7 +196,8 @@ func (h *half) nudge(consumed uint64) {
 	})
 }
 
-// look finds bytes that were received and that the verdict was not run for, and makes it run; or, outside, that were not copied.
+// look finds bytes that were received and that the verdict was not run for, and makes it run; or, outside,
+// that were not copied.
 func (h *half) look() {
 	if h.done.Load() {
 		return

@@ -13,15 +13,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What came past TCP and the process has not read yet lives as long as its socket is in a sockmap. So the map of these sockets
-// outlives the daemon, by its pin, while any of them has such bytes: the daemon that stops leaves it, and so does the next one that starts,
-// under another name, until they have been read, or their sockets closed.
+// What came past TCP and the process has not read yet lives as long as its socket is in a sockmap. So the map
+// of these sockets outlives the daemon, by its pin, while any of them has such bytes: the daemon that stops
+// leaves it, and so does the next one that starts, under another name, until they have been read, or their
+// sockets closed.
 const (
 	localsPin = "locals"
 	unreadPin = "unread-" // and a number
 )
 
-// holdsUnread: the pin is that of a map of sockets in which bytes wait for a process. True also where that can't be found out.
+// holdsUnread: the pin is that of a map of sockets in which bytes wait for a process. True also where that
+// can't be found out.
 func (p *pins) holdsUnread(name string) (bool, error) {
 	if name != localsPin && !strings.HasPrefix(name, unreadPin) {
 		return false, nil

@@ -20,8 +20,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/cgroup"
 )
 
-// What a process has not read yet outlives the daemon that put it there: one that stops, one that is killed, and the next one, with sk_msg
-// or without. When it has been read, nothing of it is left.
+// What a process has not read yet outlives the daemon that put it there: one that stops, one that is killed,
+// and the next one, with sk_msg or without. When it has been read, nothing of it is left.
 func TestLocalUnreadOutlivesTheDaemon(t *testing.T) {
 	needRoot(t)
 	if os.Getenv("TS_LDR_UNREAD") != "" {
@@ -155,7 +155,8 @@ func startDaemonOfUnread(t *testing.T, instance, target, network string) (said *
 	return bufio.NewReader(out), stop, func() { must(t, cmd.Process.Kill()); cmd.Wait() }
 }
 
-// daemonOfUnread says where it listens, of each connection whether it goes past TCP, and how that ends. It stops at the end of its input.
+// daemonOfUnread says where it listens, of each connection whether it goes past TCP, and how that ends. It
+// stops at the end of its input.
 func daemonOfUnread(t *testing.T) {
 	network := os.Getenv("TS_LDR_NETWORK")
 	l, err := load(Options{Instance: os.Getenv("TS_LDR_UNREAD"), MaxFlows: 64, Local: true}, allRules)

@@ -53,8 +53,8 @@ func TestOverlaps(t *testing.T) {
 	}
 }
 
-// overlaps makes rounds of: a few real bytes, then injected segments that repeat, overlap and come out of order, then the
-// connection itself sending it all once more.
+// overlaps makes rounds of: a few real bytes, then injected segments that repeat, overlap and come out of
+// order, then the connection itself sending it all once more.
 func overlaps(t *testing.T, l *Loader, rounds int) error {
 	p := splicePath(t, l, pathOptions{})
 	in, err := newInjector(p.client)
@@ -120,8 +120,8 @@ func overlaps(t *testing.T, l *Loader, rounds int) error {
 	return nil
 }
 
-// While bytes are passed and userspace has not read them, copied_seq is behind: only an own count of what was handled
-// can tell an overlap.
+// While bytes are passed and userspace has not read them, copied_seq is behind: only an own count of what was
+// handled can tell an overlap.
 func TestOverlapWhileReaderStops(t *testing.T) {
 	l := open(t, allRules, 16)
 	p := splicePath(t, l, pathOptions{buffer: 64 << 10, before: func(client, server, down, up *net.TCPConn) {

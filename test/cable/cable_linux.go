@@ -24,8 +24,9 @@ var (
 
 const ownNetwork = "TAILSPLICE_TEST_OWN_NETWORK"
 
-// InOwnNetwork runs the rest of the test in a process of its own, in a network namespace that ends with it and whose loopback
-// is up. It returns true there, and false in the process that waited for that. It needs root.
+// InOwnNetwork runs the rest of the test in a process of its own, in a network namespace that ends with it
+// and whose loopback is up. It returns true there, and false in the process that waited for that. It needs
+// root.
 func InOwnNetwork(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv(ownNetwork) == t.Name() {
@@ -69,7 +70,8 @@ func sysctl(name, value string) error { return os.WriteFile("/proc/sys/net/"+nam
 // A Cable leads from the network of this process to another one.
 type Cable struct{ far netns.NsHandle }
 
-// New lays a cable until the end of the test, only after [InOwnNetwork]. Sockets at its far end have windows of at most rmem bytes.
+// New lays a cable until the end of the test, only after [InOwnNetwork]. Sockets at its far end have windows
+// of at most rmem bytes.
 func New(t testing.TB, rmem int) *Cable {
 	t.Helper()
 	c := &Cable{far: -1}

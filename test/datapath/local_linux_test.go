@@ -48,7 +48,8 @@ func TestLocalWire(t *testing.T) {
 	wasTested(t, local, before)
 }
 
-// wasTested: most flows since before went past TCP. A few may have ended when they were offered, or have been too quick to be caught.
+// wasTested: most flows since before went past TCP. A few may have ended when they were offered, or have been
+// too quick to be caught.
 func wasTested(t *testing.T, local *loader.Local, before loader.Stats) {
 	t.Helper()
 	s := local.Stats()

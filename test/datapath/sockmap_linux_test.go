@@ -49,8 +49,8 @@ func TestSockmapWire(t *testing.T) {
 	}
 }
 
-// TestAuto: flows that begin in userspace, and are given to the kernel while they talk, pass the table from then on. More of them than there
-// is room for stay where they are.
+// TestAuto: flows that begin in userspace, and are given to the kernel while they talk, pass the table from
+// then on. More of them than there is room for stay where they are.
 func TestAuto(t *testing.T) {
 	l := load(t, loader.Options{})
 	p := relaytest.Loopback{Options: relay.Options{WhenTalking: []relay.Sockets{l}}}.Path(t)
@@ -88,7 +88,8 @@ func TestAuto(t *testing.T) {
 	}
 }
 
-// TestAutoMidStream: flows talk on while they are given to the kernel, and no byte is lost, repeated or changed.
+// TestAutoMidStream: flows talk on while they are given to the kernel, and no byte is lost, repeated or
+// changed.
 func TestAutoMidStream(t *testing.T) {
 	l := load(t, loader.Options{})
 	p := relaytest.Loopback{Options: relay.Options{WhenTalking: []relay.Sockets{l}}}.Path(t)
@@ -118,8 +119,8 @@ func TestAutoMidStream(t *testing.T) {
 	}
 }
 
-// TestAutoCrowd: while more flows talk than the kernel has room for, it gets none of them, or few if this machine is so slow that not all do; when few do, it
-// gets those.
+// TestAutoCrowd: while more flows talk than the kernel has room for, it gets none of them, or few if this
+// machine is so slow that not all do; when few do, it gets those.
 func TestAutoCrowd(t *testing.T) {
 	l := load(t, loader.Options{})
 	p := relaytest.Loopback{Options: relay.Options{WhenTalking: []relay.Sockets{l}}}.Path(t)

@@ -226,7 +226,8 @@ func parse(b []byte) (s segment, ok bool) {
 	}, true
 }
 
-// packet writes it, with an MSS option in a SYN and no option else: no timestamps, no SACK, no scale of windows.
+// packet writes it, with an MSS option in a SYN and no option else: no timestamps, no SACK, no scale of
+// windows.
 func (s segment) packet() []byte {
 	header := 20
 	if s.flags&syn != 0 {

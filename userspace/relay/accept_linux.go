@@ -11,9 +11,9 @@ import (
 // acceptPause is how long an Acceptor that can't accept, for lack of whatever, keeps off the CPU.
 const acceptPause = 10 * time.Millisecond
 
-// An Acceptor takes connections from a listening socket on the loops of this package: that wakes no goroutine, and the loop
-// that has accepted a connection goes on with it. One event accepts one connection; while more wait, their events come
-// among those of the flows.
+// An Acceptor takes connections from a listening socket on the loops of this package: that wakes no
+// goroutine, and the loop that has accepted a connection goes on with it. One event accepts one connection;
+// while more wait, their events come among those of the flows.
 type Acceptor struct {
 	fd    int
 	taken func(s *Socket, peer unix.Sockaddr)
@@ -24,10 +24,10 @@ type Acceptor struct {
 	stopped   bool
 }
 
-// NewAcceptor makes an Acceptor of fd, a non-blocking socket that listens, and that the caller closes after [Acceptor.Stop].
-// taken is given each connection, and fail each error of accept4(2), which may be that of a peer that is gone; when it returns
-// false, nothing is accepted for 10 ms. Both are called on the loops, also at the same time, and must not block.
-// It is nil when there is no loop for lack of descriptors.
+// NewAcceptor makes an Acceptor of fd, a non-blocking socket that listens, and that the caller closes after
+// [Acceptor.Stop]. taken is given each connection, and fail each error of accept4(2), which may be that of a
+// peer that is gone; when it returns false, nothing is accepted for 10 ms. Both are called on the loops, also
+// at the same time, and must not block. It is nil when there is no loop for lack of descriptors.
 func NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr), fail func(err error) (goOn bool)) *Acceptor {
 	if pickLoop() == nil {
 		return nil
@@ -49,8 +49,8 @@ func (a *Acceptor) Start() {
 	}
 }
 
-// watch lets one loop know of each connection. EPOLLEXCLUSIVE, which wakes one and not all, is in Linux 4.5: see epoll_ctl(2).
-// It is called with a.accepting held.
+// watch lets one loop know of each connection. EPOLLEXCLUSIVE, which wakes one and not all, is in Linux 4.5:
+// see epoll_ctl(2). It is called with a.accepting held.
 func (a *Acceptor) watch() error {
 	for _, l := range loops.all {
 		l.mu.Lock()

@@ -13,7 +13,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
-// TestAcceptorPauses: loops that pause at the same time leave one acceptor, which goes on, and none once it is stopped.
+// TestAcceptorPauses: loops that pause at the same time leave one acceptor, which goes on, and none once it
+// is stopped.
 func TestAcceptorPauses(t *testing.T) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -57,7 +58,8 @@ func TestAcceptorPauses(t *testing.T) {
 	}
 }
 
-// TestAcceptorStops: when Stop has returned, fail neither runs nor will, also where the acceptor could not begin. A file can't be watched.
+// TestAcceptorStops: when Stop has returned, fail neither runs nor will, also where the acceptor could not
+// begin. A file can't be watched.
 func TestAcceptorStops(t *testing.T) {
 	file, err := os.Create(filepath.Join(t.TempDir(), "f"))
 	if err != nil {

@@ -159,7 +159,8 @@ func (f *flow) run() {
 // sides are down and up.
 func (f *flow) sides() [2]*side { return [2]*side{&f.down, &f.up} }
 
-// userspace relays here, with a pump for each stream that is still to be delivered, until they have ended or are parked.
+// userspace relays here, with a pump for each stream that is still to be delivered, until they have ended or
+// are parked.
 func (f *flow) userspace() {
 	f.mu.Lock()
 	var own *side // pumped by this goroutine, whose stack has grown already
@@ -184,8 +185,8 @@ func (f *flow) userspace() {
 	f.pump(own)
 }
 
-// wants reports whether what src sends is still to be delivered: always until the flow is to end, and then what a
-// broken src has sent before. It is called with f.mu held.
+// wants reports whether what src sends is still to be delivered: always until the flow is to end, and then
+// what a broken src has sent before. It is called with f.mu held.
 func (f *flow) wants(src *side) bool {
 	if src.state == ended || f.cut {
 		return false
@@ -230,8 +231,8 @@ func (f *flow) unlockAndFinish() {
 	}
 }
 
-// move copies from src to the other side. over: src's stream has ended, and its end was passed on, or one of the sides is
-// broken. Else it was told to stop by a deadline.
+// move copies from src to the other side. over: src's stream has ended, and its end was passed on, or one of
+// the sides is broken. Else it was told to stop by a deadline.
 func (f *flow) move(src *side) (over bool) {
 	dst, moved := src.other(), &f.counters.down
 	if src == &f.down {
@@ -257,22 +258,24 @@ func (f *flow) move(src *side) (over bool) {
 	return true
 }
 
-// howEnded says what it means that a read from s gave no byte. proper: the stream has ended. If not, a reset, or another
-// fault, has cut it off, and somebody else was told. fault is such an end, or one that has come behind the proper one.
+// howEnded says what it means that a read from s gave no byte. proper: the stream has ended. If not, a reset,
+// or another fault, has cut it off, and somebody else was told. fault is such an end, or one that has come
+// behind the proper one.
 func (s *side) howEnded() (proper bool, fault error) {
 	s.flow.mu.Lock()
 	fault = s.fault
 	s.flow.mu.Unlock()
 	gone := s.gone()
-	// A read gives the error first, but behind a FIN. It is looked for last, so that a reset which comes meanwhile is one behind
-	// the end, too.
+	// A read gives the error first, but behind a FIN. It is looked for last, so that a reset which comes
+	// meanwhile is one behind the end, too.
 	if err := s.takeError(); err != nil {
 		return true, err
 	}
 	switch {
 	case fault != nil:
-		// A write was told. Whether a FIN had come before is not known: EPIPE would say so, but splice(2) gives that also when it
-		// has swallowed the error, for having written a part. A wrong end would be worse than none.
+		// A write was told. Whether a FIN had come before is not known: EPIPE would say so, but splice(2)
+		// gives that also when it has swallowed the error, for having written a part. A wrong end would be
+		// worse than none.
 		return false, fault
 	case gone:
 		return false, syscall.ECONNRESET
@@ -328,8 +331,9 @@ func (s *side) closeWrite() error {
 	return s.conn.SetReadDeadline(past)
 }
 
-// broken says that s can't go on. The direction to it stops. What it has sent before is delivered, for as long as the reader
-// goes on, with no pause of resetGrace. over is false if s is not broken but was told to stop, by one who knows why.
+// broken says that s can't go on. The direction to it stops. What it has sent before is delivered, for as
+// long as the reader goes on, with no pause of resetGrace. over is false if s is not broken but was told to
+// stop, by one who knows why.
 func (f *flow) broken(s *side, err error) (over bool) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return false
@@ -346,8 +350,8 @@ func (f *flow) broken(s *side, err error) (over bool) {
 	return true
 }
 
-// faulty is told by watches that s has an error. While s is read its reader is told of that: taken from under it, the error
-// would leave what looks like an end of the stream.
+// faulty is told by watches that s has an error. While s is read its reader is told of that: taken from under
+// it, the error would leave what looks like an end of the stream.
 func (f *flow) faulty(s *side) {
 	f.mu.Lock()
 	err, guess := error(syscall.ECONNRESET), s.state != ended
@@ -479,7 +483,8 @@ func (f *flow) close() {
 	}
 }
 
-// drain waits until the other end of s has acknowledged all that it was sent, if s is not broken, or until the flow is cut.
+// drain waits until the other end of s has acknowledged all that it was sent, if s is not broken, or until
+// the flow is cut.
 func (s *side) drain() {
 	waits := func() bool {
 		s.flow.mu.Lock()

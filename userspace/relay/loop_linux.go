@@ -14,8 +14,8 @@ import (
 // loops relay the small messages of most flows: one goroutine each, for any number of flows. A message costs
 // no switch of goroutines there, and a flow that waits is a few hundred bytes.
 //
-// A loop does only what is quick and needs no waiting. A flow whose reader falls behind, that has much to move at once, that
-// breaks or is to be cut leaves the loop for pumps, for good (see leave).
+// A loop does only what is quick and needs no waiting. A flow whose reader falls behind, that has much to
+// move at once, that breaks or is to be cut leaves the loop for pumps, for good (see leave).
 var loops struct {
 	once sync.Once
 	all  []*loop
@@ -31,8 +31,8 @@ func pickLoop() *loop {
 				loops.all = append(loops.all, l)
 			}
 		}
-		// A loop in epoll_wait keeps its share of Go's scheduler until somebody notices, which takes up to 10 ms. There must be
-		// one more than loops, for all other goroutines.
+		// A loop in epoll_wait keeps its share of Go's scheduler until somebody notices, which takes up to 10
+		// ms. There must be one more than loops, for all other goroutines.
 		runtime.GOMAXPROCS(n + 1)
 	})
 	if len(loops.all) == 0 {
@@ -88,8 +88,8 @@ func (l *loop) run() {
 	}
 }
 
-// The events of a socket whose bytes are relayed. They come once each time that there is something new; an urgent
-// byte has one of its own since a read stops before it.
+// The events of a socket whose bytes are relayed. They come once each time that there is something new; an
+// urgent byte has one of its own since a read stops before it.
 const onFlow = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
 
 // watch makes events of s come. It is called with l.mu held.
@@ -157,7 +157,8 @@ func (l *loop) event(id uint64, events uint32) {
 	}
 }
 
-// flowEvent does what has come for a flow. It is called with l.mu held and returns what is to be done without.
+// flowEvent does what has come for a flow. It is called with l.mu held and returns what is to be done
+// without.
 func (l *loop) flowEvent(s *side, events uint32) (then func()) {
 	f := s.flow
 	switch {
@@ -172,8 +173,8 @@ func (l *loop) flowEvent(s *side, events uint32) (then func()) {
 	return l.leave(f, func() { f.resumeBroken(s, &sideError{"watch", s.name(), err}) })
 }
 
-// pass moves what s has. With toEnd it reads until it is told that there is no more; else a read that doesn't fill the buffer
-// says so, as epoll(7) promises. It is called with l.mu held.
+// pass moves what s has. With toEnd it reads until it is told that there is no more; else a read that doesn't
+// fill the buffer says so, as epoll(7) promises. It is called with l.mu held.
 func (l *loop) pass(s *side, toEnd bool) (then func()) {
 	f, dst, moved := s.flow, s.other(), &s.flow.counters.down
 	if s == &f.down {
@@ -214,7 +215,8 @@ func (l *loop) pass(s *side, toEnd bool) (then func()) {
 	}
 }
 
-// offerTalk takes f off the loop and offers it to who has room for all that talk, if anybody has. It is called with l.mu held.
+// offerTalk takes f off the loop and offers it to who has room for all that talk, if anybody has. It is
+// called with l.mu held.
 func (l *loop) offerTalk(f *flow, talking int) (then func()) {
 	var taker Sockets
 	for _, d := range f.o.WhenTalking {
@@ -245,8 +247,8 @@ func (l *loop) offerTalk(f *flow, talking int) (then func()) {
 	}
 }
 
-// eof passes the end of s's stream on. An error besides is a reset that came behind it: a read gives one that came alone. It
-// is called with l.mu held.
+// eof passes the end of s's stream on. An error besides is a reset that came behind it: a read gives one that
+// came alone. It is called with l.mu held.
 func (l *loop) eof(s *side) (then func()) {
 	f, dst, fault := s.flow, s.other(), takeError(s.socket.fd)
 	s.state = ended
@@ -277,7 +279,8 @@ func (l *loop) end(f *flow) (then func()) {
 	}
 }
 
-// leave gives f to Go's poller, where then, which has a goroutine of its own, goes on with it. It is called with l.mu held.
+// leave gives f to Go's poller, where then, which has a goroutine of its own, goes on with it. It is called
+// with l.mu held.
 func (l *loop) leave(f *flow, then func()) func() {
 	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
 	for _, s := range f.sides() {

@@ -13,8 +13,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
-// TestLoopFullReader: messages that are too small to be bulk fill the way to a reader that has stopped, so that a loop writes
-// one of them in part. The rest of it goes on with the flow.
+// TestLoopFullReader: messages that are too small to be bulk fill the way to a reader that has stopped, so
+// that a loop writes one of them in part. The rest of it goes on with the flow.
 func TestLoopFullReader(t *testing.T) {
 	f := relaytest.Loopback{}.Path(t).Connect(t)
 	var moved relay.Counters

@@ -11,8 +11,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
-// TestPairs crosses every change of hands that userspace has with every order of ends, resets and bursts, over a cable to ends with
-// small windows.
+// TestPairs crosses every change of hands that userspace has with every order of ends, resets and bursts,
+// over a cable to ends with small windows.
 func TestPairs(t *testing.T) {
 	if !cable.InOwnNetwork(t) {
 		return

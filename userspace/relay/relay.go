@@ -4,11 +4,12 @@
 // It is always there, needs no privilege, and is the oracle for every other datapath: package
 // relaytest holds the table of cases that all of them pass.
 //
-// On Linux, between TCP and unix sockets, a flow begins on a loop, one goroutine with an epoll for many flows, where small
-// messages are one read and one write. One that talks may be given to the kernel from there (Options.WhenTalking). A flow with
-// more to move, or one that breaks, leaves it for two pumps, for good: there bulk goes through a pipe with splice(2). A direction
-// that waits for bytes holds neither a buffer nor a pipe, and pumps that have been quiet for a while have no goroutine either: one
-// epoll for all of them waits.
+// On Linux, between TCP and unix sockets, a flow begins on a loop, one goroutine with an epoll for many
+// flows, where small messages are one read and one write. One that talks may be given to the kernel from
+// there (Options.WhenTalking). A flow with more to move, or one that breaks, leaves it for two pumps, for
+// good: there bulk goes through a pipe with splice(2). A direction that waits for bytes holds neither a
+// buffer nor a pipe, and pumps that have been quiet for a while have no goroutine either: one epoll for all
+// of them waits.
 package relay
 
 import (
@@ -48,8 +49,9 @@ type Options struct {
 	// takes it has it. Only flows between two *net.TCPConn are offered.
 	Datapaths []Datapath
 
-	// WhenTalking are offered the flow, in this order, when it is found to talk: small messages go back and forth, quickly. Until then,
-	// and when they refuse, it is relayed here, and offered again later. Only flows between two TCP sockets, on Linux.
+	// WhenTalking are offered the flow, in this order, when it is found to talk: small messages go back and
+	// forth, quickly. Until then, and when they refuse, it is relayed here, and offered again later. Only
+	// flows between two TCP sockets, on Linux.
 	WhenTalking []Sockets
 
 	// Refused, when not nil, hears of each datapath that refuses the flow, or gives it back later.
@@ -131,8 +133,8 @@ func Relay(ctx context.Context, down, up net.Conn, o Options) Result {
 	return <-ended
 }
 
-// Run is [Relay] for callers that don't want to keep a goroutine for each flow: it returns as soon as the flow
-// is on its way (before that, Preface and Head may wait for upstream). done is called once, on any
+// Run is [Relay] for callers that don't want to keep a goroutine for each flow: it returns as soon as the
+// flow is on its way (before that, Preface and Head may wait for upstream). done is called once, on any
 // goroutine, when the flow has ended and both conns are closed; it must not block.
 func Run(ctx context.Context, down, up net.Conn, o Options, done func(Result)) {
 	newFlow(ctx, down, up, o, done).run()

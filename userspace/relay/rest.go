@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// parkAfter is how long a flow is quiet before its goroutines go. Long enough for what parking and waking cost
-// (some µs) not to matter, short enough for flows that come and stay quiet not to pile up stacks: memory that a burst of
-// 10,000 took once stays with the process.
+// parkAfter is how long a flow is quiet before its goroutines go. Long enough for what parking and waking
+// cost (some µs) not to matter, short enough for flows that come and stay quiet not to pile up stacks: memory
+// that a burst of 10,000 took once stays with the process.
 const parkAfter = 500 * time.Millisecond
 
 // arm makes ctx and idleness end the flow.

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Socket is a connected, or connecting, non-blocking socket that is in a loop of this package and not in Go's poller: its
-// callbacks come without a goroutine, on the loop, and must not block.
+// A Socket is a connected, or connecting, non-blocking socket that is in a loop of this package and not in
+// Go's poller: its callbacks come without a goroutine, on the loop, and must not block.
 type Socket struct {
 	fd     int
 	loop   *loop
@@ -27,14 +27,15 @@ type Socket struct {
 	timer  *time.Timer         // until it has waited long enough
 }
 
-// NewSocket makes a Socket of fd, which is non-blocking and which it owns from then on, to be relayed with near.
+// NewSocket makes a Socket of fd, which is non-blocking and which it owns from then on, to be relayed with
+// near.
 func NewSocket(fd int, near *Socket) *Socket { return &Socket{fd: fd, loop: near.loop} }
 
 // FD is the descriptor.
 func (s *Socket) FD() int { return s.fd }
 
-// AwaitBytes calls ready once when there are bytes, an end of the stream or an error to be read, or when timeout has passed.
-// ready reads all bytes that there are.
+// AwaitBytes calls ready once when there are bytes, an end of the stream or an error to be read, or when
+// timeout has passed. ready reads all bytes that there are.
 func (s *Socket) AwaitBytes(timeout time.Duration, ready func(timedOut bool)) error {
 	return s.await(unix.EPOLLIN, timeout, ready)
 }
@@ -123,8 +124,8 @@ func (s *Socket) Conn() (*net.TCPConn, error) {
 	return tc, nil
 }
 
-// RunSockets is [Run] for two sockets of one loop that are connected, and that nobody waits for. It has written Head, or copied it, when
-// it returns.
+// RunSockets is [Run] for two sockets of one loop that are connected, and that nobody waits for. It has
+// written Head, or copied it, when it returns.
 func RunSockets(ctx context.Context, down, up *Socket, o Options, done func(Result)) {
 	f := newFlow(ctx, nil, nil, o, done)
 	if len(o.Datapaths) > 0 && f.offerSockets(down, up) {
@@ -133,7 +134,8 @@ func RunSockets(ctx context.Context, down, up *Socket, o Options, done func(Resu
 	f.relayOn(down, up)
 }
 
-// offerSockets offers the flow to the kernel datapaths, and reports whether one of them, or somebody else, has it.
+// offerSockets offers the flow to the kernel datapaths, and reports whether one of them, or somebody else,
+// has it.
 func (f *flow) offerSockets(down, up *Socket) bool {
 	simple := true
 	for _, d := range f.o.Datapaths {

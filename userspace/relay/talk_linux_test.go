@@ -35,7 +35,8 @@ func (d talkTaker) SpliceSockets(ctx context.Context, down, up int, f relay.Flow
 	return d.Splice(ctx, relaytest.Conn(down), relaytest.Conn(up), f)
 }
 
-// TestWhenTalking: who wants flows that talk is offered one that does, when there is room, and again when it was refused. No byte is lost or counted twice.
+// TestWhenTalking: who wants flows that talk is offered one that does, when there is room, and again when it
+// was refused. No byte is lost or counted twice.
 func TestWhenTalking(t *testing.T) {
 	for _, c := range []struct {
 		name   string

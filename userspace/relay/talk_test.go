@@ -5,7 +5,8 @@ import (
 	"time"
 )
 
-// TestTalkers: a flow is told how many talk once in each tenth of a second, from the second one on in a row that it talks in.
+// TestTalkers: a flow is told how many talk once in each tenth of a second, from the second one on in a row
+// that it talks in.
 func TestTalkers(t *testing.T) {
 	var c talkerCount
 	start := time.Unix(1000, 0)

@@ -26,7 +26,8 @@ const (
 	onBytes = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLONESHOT
 )
 
-// watchForReset makes a reset of s break its flow: its stream has ended, or the pump that reads it is held up.
+// watchForReset makes a reset of s break its flow: its stream has ended, or the pump that reads it is held
+// up.
 func watchForReset(s *side) { watches.watch(s, onReset) }
 
 // watchForBytes makes the next byte of s, or the end of its stream, or a reset call unpark.

@@ -14,8 +14,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// TestNewName: a new name gets its certificate by either challenge through either edge, while both announce the
-// address that the authority is led to. The edges have no configuration for it.
+// TestNewName: a new name gets its certificate by either challenge through either edge, while both announce
+// the address that the authority is led to. The edges have no configuration for it.
 func TestNewName(t *testing.T) {
 	s := world(t)
 	eventually(t, "the first page", func() error { _, err := s.page(t.Context(), "first.vsq.cz", s.roots); return err })
@@ -90,8 +90,8 @@ func TestNewName(t *testing.T) {
 	}
 }
 
-// TestTailscale: tailscale: true beside acme. A name that is not this node's fails its own handshakes only, with
-// tailscaled's answer in the log, and neither the reload nor the other names.
+// TestTailscale: tailscale: true beside acme. A name that is not this node's fails its own handshakes only,
+// with tailscaled's answer in the log, and neither the reload nor the other names.
 func TestTailscale(t *testing.T) {
 	s := world(t)
 	s.configure(t, strings.Replace(certificates([]string{"http-01", "first.vsq.cz"}), "    certificates:\n", "    certificates:\n      - { tailscale: true }\n", 1))
@@ -111,7 +111,8 @@ func TestTailscale(t *testing.T) {
 	})
 }
 
-// TestRenewal: certificates of a short life are renewed while clients come without a break, and no handshake fails.
+// TestRenewal: certificates of a short life are renewed while clients come without a break, and no handshake
+// fails.
 func TestRenewal(t *testing.T) {
 	s := world(t)
 	const name, life, clients = "renewed.vsq.cz", 30 * time.Second, 6 // a third of its life is left for each renewal
@@ -156,8 +157,8 @@ func TestRenewal(t *testing.T) {
 	}
 }
 
-// TestTrouble: the authority is down, the disk is full, the disk is read-only: the certificate that there is goes on
-// being served, log and status say what to do, and when that is done the renewal follows.
+// TestTrouble: the authority is down, the disk is full, the disk is read-only: the certificate that there is
+// goes on being served, log and status say what to do, and when that is done the renewal follows.
 func TestTrouble(t *testing.T) {
 	s := world(t)
 	const name, life = "trouble.vsq.cz", 30 * time.Second

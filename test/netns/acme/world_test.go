@@ -20,8 +20,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/acme/acmetest"
 )
 
-// Where the authority is: in the cloud, an ordinary host of the internet. Its DNS server says that every name is at
-// the anycast address.
+// Where the authority is: in the cloud, an ordinary host of the internet. Its DNS server says that every name
+// is at the anycast address.
 const (
 	authorityIP   = "198.51.100.82"
 	authorityPort = 14000
@@ -60,7 +60,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// The edges know nothing of certificates. Edge A passes port 80 on as bytes, edge B as requests: both must do.
+// The edges know nothing of certificates. Edge A passes port 80 on as bytes, edge B as requests: both must
+// do.
 const (
 	edgeConfig = `listeners:
   - name: web

@@ -40,8 +40,9 @@ func echo(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// TestWebSocket goes through the cases that Autobahn's test suite made common (github.com/crossbario/autobahn-testsuite),
-// with frames built one by one: what the hop does to them is nothing.
+// TestWebSocket goes through the cases that Autobahn's test suite made common
+// (github.com/crossbario/autobahn-testsuite), with frames built one by one: what the hop does to them is
+// nothing.
 func TestWebSocket(t *testing.T) {
 	h := start(t, "forward: "+backend(t, echo))
 	random := func(n int) []byte {

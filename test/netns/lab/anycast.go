@@ -9,7 +9,8 @@ import (
 	"time"
 )
 
-// Both edges originate the anycast prefixes from one AS, as two sites of one operator do; the router is another AS.
+// Both edges originate the anycast prefixes from one AS, as two sites of one operator do; the router is
+// another AS.
 const (
 	edgeAS   = 64511
 	routerAS = 64500
@@ -17,8 +18,8 @@ const (
 
 var anycastPrefixes = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:80::/48")}
 
-// bfd finds a silent cut in under a second. Slower than routers do it, so that a busy test machine is not a cut.
-// Without it a cut would be found when BGP's hold time is over, for which no test waits.
+// bfd finds a silent cut in under a second. Slower than routers do it, so that a busy test machine is not a
+// cut. Without it a cut would be found when BGP's hold time is over, for which no test waits.
 const bfdConf = `
 protocol device { scan time 10; }
 protocol bfd {
@@ -38,7 +39,8 @@ type anycast struct {
 	birds map[*Host]*Process
 }
 
-// startAnycast announces the anycast prefixes of both edges, edge A preferred, and waits until the router follows.
+// startAnycast announces the anycast prefixes of both edges, edge A preferred, and waits until the router
+// follows.
 func (w *World) startAnycast(ctx context.Context) error {
 	if w.options.NoAnycast {
 		return w.Prefer(ctx, w.EdgeA)
@@ -114,9 +116,9 @@ func (a *anycast) start(ctx context.Context, h *Host, conf string) error {
 	})
 }
 
-// Prefer has the client's traffic to the anycast addresses go to the given edge, without cutting the other off: the
-// other one announces a longer path. It waits until the router has changed its mind. Established connections that
-// went through the other edge break, as in the real world.
+// Prefer has the client's traffic to the anycast addresses go to the given edge, without cutting the other
+// off: the other one announces a longer path. It waits until the router has changed its mind. Established
+// connections that went through the other edge break, as in the real world.
 func (w *World) Prefer(ctx context.Context, edge *Host) error {
 	if w.bird == nil {
 		for i, p := range []netip.Prefix{edge.current.ip4, edge.current.ip6} {

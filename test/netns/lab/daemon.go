@@ -26,8 +26,8 @@ type Daemon struct {
 	bin string
 }
 
-// Tailsplice builds the daemon of this repository, installs the configuration, starts the daemon on the host and waits
-// until it is ready. The test fails if it isn't within a minute.
+// Tailsplice builds the daemon of this repository, installs the configuration, starts the daemon on the host
+// and waits until it is ready. The test fails if it isn't within a minute.
 func (h *Host) Tailsplice(tb testing.TB, config string) *Daemon {
 	tb.Helper()
 	bin, err := BuildTailsplice(tb.Context())
@@ -43,8 +43,8 @@ func (h *Host) Tailsplice(tb testing.TB, config string) *Daemon {
 	return d
 }
 
-// StartTailsplice runs `BIN run --config ConfigFile` on the host with the given configuration, and waits until the
-// daemon answers on its control socket. The world stops it when it ends.
+// StartTailsplice runs `BIN run --config ConfigFile` on the host with the given configuration, and waits
+// until the daemon answers on its control socket. The world stops it when it ends.
 func (h *Host) StartTailsplice(ctx context.Context, bin, config string) (*Daemon, error) {
 	if err := h.WriteFile(ConfigFile, []byte(config), 0o644); err != nil {
 		return nil, err

@@ -45,7 +45,8 @@ func child(how string) {
 	select {}
 }
 
-// TestLeavesNothing: however the owner of a world dies, its processes, namespaces, cgroups and files go with it.
+// TestLeavesNothing: however the owner of a world dies, its processes, namespaces, cgroups and files go with
+// it.
 func TestLeavesNothing(t *testing.T) {
 	lab.Require(t, lab.Options{})
 	for _, how := range []string{"kill", "interrupt", "panic", "exit"} {

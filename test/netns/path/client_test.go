@@ -16,10 +16,10 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// TestClientAddress: a container at the end of the path gets the client's own address in headers, in a PROXY header, and
-// with transparent on its socket: by IPv4 and IPv6, for requests and for plain TCP in userspace and by sockmap, for the
-// public and for the tailnet's users. Where that can't be the reason is counted. Nothing of it outlives the daemon, and
-// what a killed one leaves is not doubled.
+// TestClientAddress: a container at the end of the path gets the client's own address in headers, in a PROXY
+// header, and with transparent on its socket: by IPv4 and IPv6, for requests and for plain TCP in userspace
+// and by sockmap, for the public and for the tailnet's users. Where that can't be the reason is counted.
+// Nothing of it outlives the daemon, and what a killed one leaves is not doubled.
 func TestClientAddress(t *testing.T) {
 	s := world(t)
 	remove, err := s.Docker.Network(t.Context(), "both", netip.MustParsePrefix("172.30.0.0/24"), netip.MustParsePrefix("fd30::/64"))

@@ -17,8 +17,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// TestEdgeKnowsNothing: no key on an edge's disk, and no plaintext on its wires or in its memory, while a secret travels
-// both ways by it.
+// TestEdgeKnowsNothing: no key on an edge's disk, and no plaintext on its wires or in its memory, while a
+// secret travels both ways by it.
 func TestEdgeKnowsNothing(t *testing.T) {
 	s := world(t)
 	secret := []byte("plaintext-" + strconv.FormatInt(time.Now().UnixNano(), 36) + "-plaintext")

@@ -16,8 +16,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// TestFlows runs the table of cases through three daemons and two hops of tailnet: 1,000 flows at once of random sizes up
-// to 4 MiB both ways, half-close in both orders, resets from each side.
+// TestFlows runs the table of cases through three daemons and two hops of tailnet: 1,000 flows at once of
+// random sizes up to 4 MiB both ways, half-close in both orders, resets from each side.
 func TestFlows(t *testing.T) {
 	s := world(t)
 	size := relaytest.SmallSize()
@@ -42,8 +42,8 @@ func TestFlows(t *testing.T) {
 	}
 }
 
-// TestStranger: a PROXY header from a node that accept_proxy.from does not name closes the connection, is counted, and the
-// log says who it was. The same node without a header is a visitor like any other.
+// TestStranger: a PROXY header from a node that accept_proxy.from does not name closes the connection, is
+// counted, and the log says who it was. The same node without a header is a visitor like any other.
 func TestStranger(t *testing.T) {
 	s := world(t)
 	before := status(t, s.home).Refused["proxy_from_stranger"]
@@ -85,8 +85,9 @@ func TestStranger(t *testing.T) {
 	}
 }
 
-// TestAbuse: while strangers do their worst at the edge, each gets what it deserves, and a normal request takes no longer
-// than twice its usual time. The strangers share this machine's two cores with everybody else, so they take their time.
+// TestAbuse: while strangers do their worst at the edge, each gets what it deserves, and a normal request
+// takes no longer than twice its usual time. The strangers share this machine's two cores with everybody
+// else, so they take their time.
 func TestAbuse(t *testing.T) {
 	s := world(t)
 	s.configure(t, s.edgeA, strings.ReplaceAll(edgeConfig, limits, "")) // the default limits

@@ -100,7 +100,8 @@ func TestHellos(t *testing.T) {
 	})
 }
 
-// cutter writes the first record, which carries the hello, in pieces of one byte: as TCP segments, or as TLS records.
+// cutter writes the first record, which carries the hello, in pieces of one byte: as TCP segments, or as TLS
+// records.
 type cutter struct {
 	net.Conn
 	records bool

@@ -13,8 +13,9 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// TestHold: the laptop's tailscaled stops and comes back. Requests wait for it with hold, on connections from the pool
-// as on new ones, and each is answered, what may not be repeated by its one connection. Where hold is over the page comes.
+// TestHold: the laptop's tailscaled stops and comes back. Requests wait for it with hold, on connections from
+// the pool as on new ones, and each is answered, what may not be repeated by its one connection. Where hold
+// is over the page comes.
 func TestHold(t *testing.T) {
 	s := world(t)
 	s.configure(t, s.home, strings.Replace(homeConfig, "    default: { forward: tailnet://laptop:8080 }\n", `    routes:

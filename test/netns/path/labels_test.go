@@ -18,8 +18,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// TestLabels: a container with labels is served as soon as it answers, has its 503 at once when it is killed, and is
-// back when it runs again. What others label wrongly, or want too, disturbs nobody.
+// TestLabels: a container with labels is served as soon as it answers, has its 503 at once when it is killed,
+// and is back when it runs again. What others label wrongly, or want too, disturbs nobody.
 func TestLabels(t *testing.T) {
 	s := world(t)
 	config := strings.Replace(laptopConfig, limits, `  - name: local

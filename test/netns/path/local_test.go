@@ -16,7 +16,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// TestLocal: a container on a bridge is reached past TCP, found by its address alone, in its own network namespace and cgroup.
+// TestLocal: a container on a bridge is reached past TCP, found by its address alone, in its own network
+// namespace and cgroup.
 func TestLocal(t *testing.T) {
 	s := world(t)
 	const config = "/etc/tailsplice/local.yaml"

@@ -24,8 +24,9 @@ func sockmapConfig(home *lab.Host) string {
 	return config
 }
 
-// TestSockmap runs the table of cases through a daemon that splices in the kernel, from veth to the tailnet: IPv4, IPv6, and from
-// the one to the other; then with 1 % of loss on all its ways, which makes retransmits, and segments out of order.
+// TestSockmap runs the table of cases through a daemon that splices in the kernel, from veth to the tailnet:
+// IPv4, IPv6, and from the one to the other; then with 1 % of loss on all its ways, which makes retransmits,
+// and segments out of order.
 func TestSockmap(t *testing.T) {
 	s := world(t)
 	run := func(t *testing.T, client string, to int, size relaytest.Size, loses bool) {

@@ -18,8 +18,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// TestPage: the page comes through either edge, over IPv4 and IPv6; the container sees the browser's address; all hops
-// log the flow under one id.
+// TestPage: the page comes through either edge, over IPv4 and IPv6; the container sees the browser's address;
+// all hops log the flow under one id.
 func TestPage(t *testing.T) {
 	s := world(t)
 	for _, c := range []struct {
@@ -186,8 +186,8 @@ func TestWebSockets(t *testing.T) {
 	wg.Wait()
 }
 
-// TestReload: with a connection open, a broken configuration changes nothing and says why; a good one takes effect
-// for new requests on it.
+// TestReload: with a connection open, a broken configuration changes nothing and says why; a good one takes
+// effect for new requests on it.
 func TestReload(t *testing.T) {
 	s := world(t)
 	c := s.browser(s.Client, "tcp4", true)

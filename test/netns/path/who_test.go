@@ -15,8 +15,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// TestWho: a target hears from home's tailscaled which user a request is from, and from nobody else; allow lets that
-// user in by login and a node by its tag, over the tailnet, and nobody who comes by the edge.
+// TestWho: a target hears from home's tailscaled which user a request is from, and from nobody else; allow
+// lets that user in by login and a node by its tag, over the tailnet, and nobody who comes by the edge.
 func TestWho(t *testing.T) {
 	s := world(t)
 	ln, err := s.Home.Listen("tcp", "127.0.0.1:9100")
@@ -118,7 +118,8 @@ func TestWho(t *testing.T) {
 		}
 	})
 
-	// One hop further on it is still none: home takes it for a client that it may be, the laptop knows better.
+	// One hop further on it is still none: home takes it for a client that it may be, the laptop knows
+	// better.
 	t.Run("the user's node as a hop before the last", func(t *testing.T) {
 		ln, err := s.Laptop.Listen("tcp", "127.0.0.1:9101")
 		if err != nil {

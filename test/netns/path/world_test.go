@@ -18,8 +18,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// story is the world that the tests share, with the daemons of the story on their hosts. Each test leaves it as it
-// found it: edge A preferred, everything connected, the story's configurations in force.
+// story is the world that the tests share, with the daemons of the story on their hosts. Each test leaves it
+// as it found it: edge A preferred, everything connected, the story's configurations in force.
 type story struct {
 	*lab.World
 	edgeA, edgeB, home, laptop *lab.Daemon
@@ -45,8 +45,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// The configurations are the lab's, with limits that let one client make all the connections of a test, and with a
-// second listener each that passes TCP untouched as far as the laptop.
+// The configurations are the lab's, with limits that let one client make all the connections of a test, and
+// with a second listener each that passes TCP untouched as far as the laptop.
 const (
 	limits     = "limits: { connections_per_source: 4096, requests_per_source: 4096 }\n"
 	edgeConfig = lab.EdgeConfig + `  - name: raw

@@ -13,8 +13,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// listenerFollows: a daemon that listens on "tailnet:PORT" follows when control gives its node other addresses than
-// it has now, and comes back with them.
+// listenerFollows: a daemon that listens on "tailnet:PORT" follows when control gives its node other
+// addresses than it has now, and comes back with them.
 func listenerFollows(t *testing.T, h, visitor *lab.Host, now []netip.Prefix, give func([]netip.Prefix)) {
 	d := h.Tailsplice(t, `listeners:
   - name: moving

@@ -16,7 +16,8 @@ import (
 
 const service = "tailsplice.service"
 
-// machine is a systemd in a container that shares a host's network, with this machine's /usr and the daemon installed in it.
+// machine is a systemd in a container that shares a host's network, with this machine's /usr and the daemon
+// installed in it.
 type machine struct {
 	host   *lab.Host
 	root   string // its root folder, as seen from outside
@@ -34,7 +35,8 @@ func boot(t *testing.T, h *lab.Host) *machine {
 		"--register=no", "--keep-unit", "--network-namespace-path=/proc/self/ns/net", "--machine=" + h.Name, "--console=read-only",
 		"--resolv-conf=off", "--timezone=off", "--link-journal=no", "--capability=all", "systemd.unit=basic.target",
 	}, func(c *lab.Cmd) {
-		// As on a machine: one hierarchy of cgroups, /proc/sys and /sys that can be written to, and no filter of system calls but the unit's own.
+		// As on a machine: one hierarchy of cgroups, /proc/sys and /sys that can be written to, and no filter
+		// of system calls but the unit's own.
 		c.Env = append(c.Env, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1", "SYSTEMD_NSPAWN_API_VFS_WRITABLE=yes", "SYSTEMD_SECCOMP=0",
 			"GROUPS_="+strings.Join(groups, " "))
 	})

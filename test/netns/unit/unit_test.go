@@ -18,7 +18,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// Targets say first who connects, and then echo. One is a unit; the other has a network of its own, as a container.
+// Targets say first who connects, and then echo. One is a unit; the other has a network of its own, as a
+// container.
 const (
 	echo = "[Service]\nExecStart=socat TCP-LISTEN:7000,fork,reuseaddr 'SYSTEM:echo $$SOCAT_PEERADDR; exec cat'\n"
 	box  = echo + "NetworkNamespacePath=/run/netns/box\n"
@@ -141,8 +142,8 @@ func dropIn(t *testing.T) string {
 	return string(found[1])
 }
 
-// flow makes a connection from the client, has bytes echoed by it, in small messages and in bulk, and says whom the target saw and what the
-// flow went by.
+// flow makes a connection from the client, has bytes echoed by it, in small messages and in bulk, and says
+// whom the target saw and what the flow went by.
 func (m *machine) flow(t *testing.T, w *lab.World, port int, listener string) (seen, datapath string, err error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

@@ -74,7 +74,8 @@ func resetBehindData(t *testing.T, p Path, s Size) {
 	}
 }
 
-// resetBehindWaiting: what the path had acknowledged still arrives when the reader is slow, but not for good, to take it.
+// resetBehindWaiting: what the path had acknowledged still arrives when the reader is slow, but not for good,
+// to take it.
 func resetBehindWaiting(t *testing.T, p Path, s Size) {
 	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
 		must(t, to.(*net.TCPConn).SetReadBuffer(64<<10))
@@ -108,8 +109,8 @@ func resetSlowReader(t *testing.T, p Path, s Size) {
 	})
 }
 
-// resetHoldsSender: while what came before a reset waits to be delivered, nothing is taken from the other end: it would be told that its
-// bytes have arrived.
+// resetHoldsSender: while what came before a reset waits to be delivered, nothing is taken from the other
+// end: it would be told that its bytes have arrived.
 func resetHoldsSender(t *testing.T, p Path, s Size) {
 	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
 		fill(from, newStream())
@@ -159,8 +160,8 @@ func isReset(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// resetAfterHalfClose: a side that has ended its stream, or has been told of the other's end, can still reset.
-// The other end does not write meanwhile: it has to be told, not to find out.
+// resetAfterHalfClose: a side that has ended its stream, or has been told of the other's end, can still
+// reset. The other end does not write meanwhile: it has to be told, not to find out.
 func resetAfterHalfClose(t *testing.T, p Path, s Size) {
 	t.Run("by the one that ended", func(t *testing.T) {
 		bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
@@ -180,8 +181,8 @@ func resetAfterHalfClose(t *testing.T, p Path, s Size) {
 	})
 }
 
-// resetWhileStopped: an end that doesn't read is told of a reset all the same, within the time that is allowed
-// for the delivery of what is on its way.
+// resetWhileStopped: an end that doesn't read is told of a reset all the same, within the time that is
+// allowed for the delivery of what is on its way.
 func resetWhileStopped(t *testing.T, p Path, s Size) {
 	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
 		fill(from, newStream())

@@ -24,7 +24,8 @@ func take(p Path) left {
 	return l
 }
 
-// check waits until there is no more than before. A few goroutines may be new: those that a process has one of.
+// check waits until there is no more than before. A few goroutines may be new: those that a process has one
+// of.
 func (l left) check(t testing.TB, p Path) {
 	t.Helper()
 	few := 2 + runtime.GOMAXPROCS(0)

@@ -147,9 +147,9 @@ func (p *pairs) pair(t testing.TB) (dialled, accepted net.Conn) {
 	return dialled, accepted
 }
 
-// Through makes a Path.Dial for something outside of this process: dial makes a connection to its listener, and what
-// it forwards arrives at l. hello, if any, is what the client has to say first for the flow to be forwarded;
-// the server is expected to get it as it is. Both ends are given with nothing pending.
+// Through makes a Path.Dial for something outside of this process: dial makes a connection to its listener,
+// and what it forwards arrives at l. hello, if any, is what the client has to say first for the flow to be
+// forwarded; the server is expected to get it as it is. Both ends are given with nothing pending.
 func Through(dial func() (net.Conn, error), l net.Listener, hello []byte) func(t testing.TB) (client, server net.Conn) {
 	w := &waiting{arrived: make(map[string]chan net.Conn)}
 	go w.accept(l, len(hello))

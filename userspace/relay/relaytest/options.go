@@ -123,8 +123,8 @@ func eventually(t testing.TB, f func() bool, format string, args ...any) {
 	}
 }
 
-// bufferBound: with a reader that has stopped, what was taken from one socket and not yet given to the other is
-// within the bound, and nothing of it is lost.
+// bufferBound: with a reader that has stopped, what was taken from one socket and not yet given to the other
+// is within the bound, and nothing of it is lost.
 func bufferBound(t *testing.T, p Path, s Size) {
 	if p.NoReset {
 		return // TCP_INFO is what we measure by

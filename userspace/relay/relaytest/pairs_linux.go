@@ -14,28 +14,30 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
-// Hands are where a flow is when an order of its ends begins: with a loop, with pumps, parked, in a kernel datapath. What the order
-// brings may make it change hands again.
+// Hands are where a flow is when an order of its ends begins: with a loop, with pumps, parked, in a kernel
+// datapath. What the order brings may make it change hands again.
 type Hands struct {
 	Name string
 	Path Path // with Connect
 
-	// Take brings the flow there. It may send bytes both ways, so many in all, and has read all of them when it returns.
+	// Take brings the flow there. It may send bytes both ways, so many in all, and has read all of them when
+	// it returns.
 	Take func(t testing.TB, f *Flow, moved *relay.Counters) (up, down int64)
 
-	// Rest, when not nil, waits until the flow is there again, after a step of the order: as far as it can be while nothing
-	// comes from end, and anything from the other one.
+	// Rest, when not nil, waits until the flow is there again, after a step of the order: as far as it can be
+	// while nothing comes from end, and anything from the other one.
 	Rest func(t testing.TB, f *Flow, moved *relay.Counters, end net.Conn)
 
-	// Fast: the ends have the windows of Path, since small ones let too little through for Take, or for that network.
+	// Fast: the ends have the windows of Path, since small ones let too little through for Take, or for that
+	// network.
 	Fast bool
 
 	// Alone: its flows are told apart by what the datapath counts, so that no two may live at once.
 	Alone bool
 }
 
-// The bytes of a burst, for ends with small windows and the buffers that runPair gives the relay: few fit into the send buffer towards a
-// reader that has stopped, and many do not, but are all acknowledged.
+// The bytes of a burst, for ends with small windows and the buffers that runPair gives the relay: few fit
+// into the send buffer towards a reader that has stopped, and many do not, but are all acknowledged.
 const (
 	few  = 45_000
 	many = 125_000
@@ -44,7 +46,8 @@ const (
 // SmallWindow is the receive buffer of an end, in bytes.
 const SmallWindow = 16 << 10
 
-// A pair is an order of ends, resets and bursts that comes to a flow in certain hands. a is the end that acts first.
+// A pair is an order of ends, resets and bursts that comes to a flow in certain hands. a is the end that acts
+// first.
 type pair struct {
 	t     *testing.T
 	hands Hands
@@ -54,8 +57,9 @@ type pair struct {
 	sent  [2]int64 // bytes up and down
 }
 
-// An order says what TCP promises the two ends when nobody is between them: what was sent before a proper end arrives, and then the end; what was
-// acknowledged before a reset arrives where somebody reads, and then the reset.
+// An order says what TCP promises the two ends when nobody is between them: what was sent before a proper end
+// arrives, and then the end; what was acknowledged before a reset arrives where somebody reads, and then the
+// reset.
 type order struct {
 	name string
 	end  string // of the flow: "eof", "a" or "b" for a reset by that one, "" for any reset
@@ -416,8 +420,8 @@ func (x *pair) wantBroken(c net.Conn) {
 	x.must(waitBroken(x.hands.Path, c))
 }
 
-// wantOver wants a reset and nothing before it at an end that sends: its sender may have been told, and to the reader it looks like the end
-// of the stream then.
+// wantOver wants a reset and nothing before it at an end that sends: its sender may have been told, and to
+// the reader it looks like the end of the stream then.
 func (x *pair) wantOver(c net.Conn) {
 	x.t.Helper()
 	c.SetReadDeadline(time.Now().Add(x.hands.Path.resetIn(patience)))

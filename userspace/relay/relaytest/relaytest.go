@@ -26,15 +26,16 @@ type Path struct {
 	// paths that end in a unix socket. Safe for concurrent use.
 	Dial func(t testing.TB) (client, server net.Conn)
 
-	// Connect makes the sockets of a flow in this process, for a case that starts the relay itself, with options.
-	// Where it is nil, the cases about options, results and memory are left out.
+	// Connect makes the sockets of a flow in this process, for a case that starts the relay itself, with
+	// options. Where it is nil, the cases about options, results and memory are left out.
 	Connect func(t testing.TB) *Flow
 
 	// NoReset: the path has a unix socket in it, on which there is no reset.
 	NoReset bool
 
-	// Loses: the path loses packets, and with them resets, which nobody repeats: an end is told when a probe of keepalive
-	// finds the other one gone. The daemon's come after a minute of silence, and then every 30 s.
+	// Loses: the path loses packets, and with them resets, which nobody repeats: an end is told when a probe
+	// of keepalive finds the other one gone. The daemon's come after a minute of silence, and then every 30
+	// s.
 	Loses bool
 
 	// PIDs are the daemons in between. Their sockets are counted at the end. 0 is this process.
@@ -80,8 +81,8 @@ type Size struct {
 	Slow       bool          // the cases that mostly wait, too
 }
 
-// DefaultSize takes well under a minute with -race on two slow cores. RELAYTEST in the environment says otherwise: "soak" is
-// what a release has to pass, "slow" is for machines of a tenth of the speed.
+// DefaultSize takes well under a minute with -race on two slow cores. RELAYTEST in the environment says
+// otherwise: "soak" is what a release has to pass, "slow" is for machines of a tenth of the speed.
 func DefaultSize() Size {
 	switch os.Getenv("RELAYTEST") {
 	case "slow":

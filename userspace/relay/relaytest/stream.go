@@ -133,8 +133,8 @@ func transferAll(from, to net.Conn, n int64) error {
 	return wantEOF(to)
 }
 
-// Exchange sends up and down bytes, each way at once and with the end of the stream behind them, compares what arrives, and closes
-// both ends.
+// Exchange sends up and down bytes, each way at once and with the end of the stream behind them, compares
+// what arrives, and closes both ends.
 func Exchange(client, server net.Conn, up, down int64) error {
 	defer client.Close()
 	defer server.Close()
@@ -159,7 +159,8 @@ func Until(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// A poll waits for what nothing tells of: shortly at first, for what comes soon, then longer, so that many can.
+// A poll waits for what nothing tells of: shortly at first, for what comes soon, then longer, so that many
+// can.
 type poll struct {
 	end   time.Time
 	pause time.Duration
@@ -204,8 +205,8 @@ func wantReset(t testing.TB, p Path, c net.Conn) {
 	}
 }
 
-// saysReset: err of a read is a reset. While one comes in, there is an instant in which epoll tells of an error and of nothing
-// else, and Go's poller calls such a descriptor "not pollable" from then on.
+// saysReset: err of a read is a reset. While one comes in, there is an instant in which epoll tells of an
+// error and of nothing else, and Go's poller calls such a descriptor "not pollable" from then on.
 func saysReset(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || err != nil && strings.HasSuffix(err.Error(), ": not pollable")
 }

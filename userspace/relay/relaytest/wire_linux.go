@@ -11,8 +11,9 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
-// RunWire runs the cases that need an end which speaks TCP by hand: what overlaps, comes again, out of order, or with one byte, and
-// windows that are closed or small. It is the client, and the server unless l has one. It needs root. l's networks are IPv4.
+// RunWire runs the cases that need an end which speaks TCP by hand: what overlaps, comes again, out of order,
+// or with one byte, and windows that are closed or small. It is the client, and the server unless l has one.
+// It needs root. l's networks are IPv4.
 func RunWire(t *testing.T, l Loopback) {
 	n, servers, clients := wire.New(t), l.servers(t), newPairs(t, "", nil, false)
 	roles := []string{"client", "server"}

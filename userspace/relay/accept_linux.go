@@ -19,7 +19,9 @@ type Acceptor struct {
 	taken func(s *Socket, peer unix.Sockaddr)
 	fail  func(err error) (goOn bool)
 
-	accepting sync.RWMutex // read-held while a loop accepts, held while fail is called besides; guards what follows
+	// accepting is read-held while a loop accepts, and held while fail is called besides. It guards what
+	// follows.
+	accepting sync.RWMutex
 	ids       map[*loop]uint64
 	stopped   bool
 }
@@ -28,7 +30,8 @@ type Acceptor struct {
 // [Acceptor.Stop]. taken is given each connection, and fail each error of accept4(2), which may be that of a
 // peer that is gone; when it returns false, nothing is accepted for 10 ms. Both are called on the loops, also
 // at the same time, and must not block. It is nil when there is no loop for lack of descriptors.
-func NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr), fail func(err error) (goOn bool)) *Acceptor {
+func NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr),
+	fail func(err error) (goOn bool)) *Acceptor {
 	if pickLoop() == nil {
 		return nil
 	}

@@ -460,7 +460,8 @@ func (e *sideError) Error() string {
 func (e *sideError) Unwrap() error { return e.err }
 
 func isReset(err error) bool {
-	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN)
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) ||
+		errors.Is(err, syscall.ENOTCONN)
 }
 
 // close closes both sides, in the way that tells them how the flow ended.

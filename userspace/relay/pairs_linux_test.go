@@ -27,12 +27,14 @@ func userspaceHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 		return relaytest.Loopback{Cable: c, Down: "tcp6", Options: o}.Path(t)
 	}
 	return []relaytest.Hands{
-		{Name: "loop", Path: path(never), Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
-			return reach(t, f, moved, 100, "loop")
-		}},
-		{Name: "pumps", Path: path(never), Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
-			return reach(t, f, moved, 4*buffer, "flowing")
-		}},
+		{Name: "loop", Path: path(never),
+			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+				return reach(t, f, moved, 100, "loop")
+			}},
+		{Name: "pumps", Path: path(never),
+			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+				return reach(t, f, moved, 4*buffer, "flowing")
+			}},
 		{Name: "parked", Path: path(relay.WithParkAfter(relay.Options{Buffer: buffer}, time.Millisecond)),
 			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 				up, down = reach(t, f, moved, 4*buffer, "flowing", "parked")
@@ -47,7 +49,8 @@ func userspaceHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 }
 
 // reach sends n bytes both ways until the flow is in one of those states.
-func reach(t testing.TB, f *relaytest.Flow, moved *relay.Counters, n int64, states ...string) (up, down int64) {
+func reach(t testing.TB, f *relaytest.Flow, moved *relay.Counters, n int64,
+	states ...string) (up, down int64) {
 	t.Helper()
 	sent := int64(0)
 	relaytest.Until(t, "the flow comes into other hands", func() bool {

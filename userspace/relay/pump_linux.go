@@ -31,7 +31,9 @@ type pump struct {
 	pipe         *pipe  // with bytes in it, or nil
 	inPipe       int    // bytes
 
-	lost error // splice(2) has told of it, and there may be bytes yet that only read(2) gives: those behind an urgent one
+	// lost is what splice(2) has told of. There may be bytes yet that only read(2) gives: those behind an
+	// urgent one.
+	lost error
 
 	bad *side
 	err error
@@ -139,7 +141,8 @@ func (p *pump) splice(fd int) (n int, err error) {
 		return p.copy(fd)
 	}
 	n, err = noEINTR(func() (int, error) {
-		n, err := unix.Splice(fd, nil, pipe.w, nil, min(p.limit, pipe.size), unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+		n, err := unix.Splice(fd, nil, pipe.w, nil, min(p.limit, pipe.size),
+			unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
 		return int(n), err
 	})
 	if n <= 0 {
@@ -180,7 +183,8 @@ func (p *pump) splice(fd int) (n int, err error) {
 func (p *pump) drainPipe(fd uintptr) (done bool) {
 	for p.inPipe > 0 && !p.noSplice {
 		n, err := noEINTR(func() (int, error) {
-			n, err := unix.Splice(p.pipe.r, nil, int(fd), nil, p.inPipe, unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+			n, err := unix.Splice(p.pipe.r, nil, int(fd), nil, p.inPipe,
+				unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
 			return int(n), err
 		})
 		switch {

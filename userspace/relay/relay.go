@@ -101,7 +101,7 @@ const (
 	EndUpstreamReset   End = "upstream_reset"   // the side that was dialled did
 	EndIdle            End = "idle"             // Options.Idle passed without a byte
 	EndCanceled        End = "canceled"         // the context was canceled
-	EndError           End = "error"            // a socket failed in another way (timeout, unreachable): see Result.Err
+	EndError           End = "error"            // a socket failed in another way: see Result.Err
 )
 
 // Result is what there is to say about a flow that has ended.

@@ -20,6 +20,12 @@ import (
 
 func TestCases(t *testing.T) {
 	small := relaytest.SmallSize()
+	parkAfter := func(d time.Duration) relaytest.Loopback {
+		return relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{}, d)}
+	}
+	through := func(paths ...relay.Datapath) relaytest.Loopback {
+		return relaytest.Loopback{Options: relay.Options{Datapaths: paths}}
+	}
 	for _, p := range []struct {
 		name string
 		l    relaytest.Loopback
@@ -27,14 +33,14 @@ func TestCases(t *testing.T) {
 	}{
 		{"tcp4", relaytest.Loopback{}, relaytest.DefaultSize()},
 		// Parking would hide that a pump has missed something: a new one starts by reading.
-		{"never parked", relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{}, time.Hour)}, small},
+		{"never parked", parkAfter(time.Hour), small},
 		{"tcp6 to tcp4", relaytest.Loopback{Down: "tcp6"}, small},
 		{"tcp to unix", relaytest.Loopback{Up: "unix"}, small},
 		{"unix to tcp", relaytest.Loopback{Down: "unix"}, small},
-		{"parked at once", relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{}, time.Millisecond)}, small},
+		{"parked at once", parkAfter(time.Millisecond), small},
 		{"small buffer", relaytest.Loopback{Options: relay.Options{Buffer: 4 << 10}}, small},
-		{"datapath", relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{refuser{}, taker{}}}}, small},
-		{"datapath gives back", relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{returner{}}}}, small},
+		{"datapath", through(refuser{}, taker{}), small},
+		{"datapath gives back", through(returner{}), small},
 	} {
 		t.Run(p.name, func(t *testing.T) { relaytest.Run(t, p.l.Path(t), p.size) })
 	}
@@ -84,7 +90,8 @@ func (taker) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (f
 		u, d := c.Load()
 		return f.Up + u, f.Down + d
 	}
-	relay.Run(ctx, down, up, relay.Options{Buffer: f.Buffer, Idle: f.Idle, Counters: &c}, func(r relay.Result) {
+	o := relay.Options{Buffer: f.Buffer, Idle: f.Idle, Counters: &c}
+	relay.Run(ctx, down, up, o, func(r relay.Result) {
 		f.Ended(f.Up+r.Up, f.Down+r.Down, string(r.End), r.Err)
 	})
 	return count, nil
@@ -96,7 +103,8 @@ var errRefused = errors.New("not today")
 
 func (refuser) Name() string { return "refuser" }
 
-func (refuser) Splice(context.Context, *net.TCPConn, *net.TCPConn, relay.Flow) (func() (int64, int64), error) {
+func (refuser) Splice(context.Context, *net.TCPConn, *net.TCPConn,
+	relay.Flow) (func() (int64, int64), error) {
 	return nil, errRefused
 }
 
@@ -105,7 +113,8 @@ type returner struct{}
 
 func (returner) Name() string { return "returner" }
 
-func (returner) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (func() (int64, int64), error) {
+func (returner) Splice(ctx context.Context, down, up *net.TCPConn,
+	f relay.Flow) (func() (int64, int64), error) {
 	dup := func(c *net.TCPConn) *net.TCPConn {
 		file, err := c.File()
 		if err != nil {
@@ -137,11 +146,12 @@ func TestDatapathReasons(t *testing.T) {
 	} {
 		var mu sync.Mutex
 		var heard strings.Builder
-		l := relaytest.Loopback{Options: relay.Options{Datapaths: c.paths, Refused: func(name string, reason error) {
+		hear := func(name string, reason error) {
 			mu.Lock()
 			defer mu.Unlock()
 			heard.WriteString(name + ": " + reason.Error() + "\n")
-		}}}
+		}
+		l := relaytest.Loopback{Options: relay.Options{Datapaths: c.paths, Refused: hear}}
 		var counters relay.Counters
 		f := l.Path(t).Connect(t)
 		f.Start(context.Background(), relay.Options{Head: []byte("head"), Counters: &counters})
@@ -158,7 +168,8 @@ func TestDatapathReasons(t *testing.T) {
 		f.Client.Close()
 		up, down := counters.Load()
 		mu.Lock()
-		if string(b) != "head" || err != nil || r.Datapath != c.had || heard.String() != c.heard || r.Up != 4 || up != 4 || down != 0 {
+		if string(b) != "head" || err != nil || r.Datapath != c.had || heard.String() != c.heard ||
+			r.Up != 4 || up != 4 || down != 0 {
 			t.Errorf("%q, %v, %+v, counted %d and %d, heard %q", b, err, r, up, down, heard.String())
 		}
 		mu.Unlock()
@@ -171,7 +182,8 @@ func TestIdleFlows(t *testing.T) {
 		t.Skip("flows are parked on Linux only")
 	}
 	const n = 200
-	p := relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{Idle: time.Hour}, 50*time.Millisecond)}.Path(t)
+	o := relay.WithParkAfter(relay.Options{Idle: time.Hour}, 50*time.Millisecond)
+	p := relaytest.Loopback{Options: o}.Path(t)
 	before := runtime.NumGoroutine()
 	var flows []*relaytest.Flow
 	for i := range n {
@@ -188,7 +200,8 @@ func TestIdleFlows(t *testing.T) {
 		flows = append(flows, f)
 	}
 	goroutines := n
-	for end := time.Now().Add(time.Minute); goroutines > 5 && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); goroutines > 5 && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
 		goroutines = runtime.NumGoroutine() - before
 	}
 	if goroutines > 5 {

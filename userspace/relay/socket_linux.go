@@ -55,7 +55,8 @@ func (s *Socket) await(event uint32, timeout time.Duration, ready func(timedOut 
 	} else {
 		s.timer.Reset(timeout)
 	}
-	if err := l.watch(s, event|onFlow); err != nil { // those of a flow too, so that it need not be changed for one
+	// For the events of a flow too, so that it need not be changed for one.
+	if err := l.watch(s, event|onFlow); err != nil {
 		s.timer.Stop()
 		s.wait = nil
 		return err
@@ -335,11 +336,14 @@ func (c sockConn) control(do func(fd int) error) error {
 }
 
 func (c sockConn) CloseWrite() error {
-	return c.control(func(fd int) error { return os.NewSyscallError("shutdown", unix.Shutdown(fd, unix.SHUT_WR)) })
+	return c.control(func(fd int) error {
+		return os.NewSyscallError("shutdown", unix.Shutdown(fd, unix.SHUT_WR))
+	})
 }
 
 func (c sockConn) SetLinger(seconds int) error {
 	return c.control(func(fd int) error {
-		return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: int32(seconds)})
+		return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER,
+			&unix.Linger{Onoff: 1, Linger: int32(seconds)})
 	})
 }

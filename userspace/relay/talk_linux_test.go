@@ -23,7 +23,8 @@ type talkTaker struct {
 
 func (d talkTaker) Room() int { return d.room }
 
-func (d talkTaker) SpliceSockets(ctx context.Context, down, up int, f relay.Flow) (func() (int64, int64), error) {
+func (d talkTaker) SpliceSockets(ctx context.Context, down, up int,
+	f relay.Flow) (func() (int64, int64), error) {
 	if !f.Talks {
 		panic("a flow is offered that does not talk")
 	}
@@ -56,8 +57,11 @@ func TestWhenTalking(t *testing.T) {
 			c.taker.offered, c.taker.begun = new(atomic.Int32), new(atomic.Int64)
 			refused := 0
 			var moved relay.Counters
-			f := relaytest.Loopback{Up: c.up, Options: relay.Options{
-				WhenTalking: []relay.Sockets{c.taker}, Refused: func(string, error) { refused++ }}}.Path(t).Connect(t)
+			o := relay.Options{
+				WhenTalking: []relay.Sockets{c.taker},
+				Refused:     func(string, error) { refused++ },
+			}
+			f := relaytest.Loopback{Up: c.up, Options: o}.Path(t).Connect(t)
 			f.Start(context.Background(), relay.Options{Counters: &moved})
 			defer f.Client.Close()
 			defer f.Server.Close()
@@ -84,7 +88,8 @@ func TestWhenTalking(t *testing.T) {
 			if c.taken {
 				want = "taker"
 			}
-			if u, d := moved.Load(); r.Up != up || r.Down != down || u != up || d != down || r.Datapath != want || r.End != relay.EndEOF {
+			if u, d := moved.Load(); r.Up != up || r.Down != down || u != up || d != down ||
+				r.Datapath != want || r.End != relay.EndEOF {
 				t.Errorf("%d bytes up, %d down: %+v, and counted %d, %d", up, down, r, u, d)
 			}
 			if offers := c.taker.offered.Load(); offers < c.offers || c.offers < 2 && offers > c.offers {

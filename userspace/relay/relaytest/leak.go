@@ -63,7 +63,8 @@ func sockets(pid int) int {
 	fds, _ := os.ReadDir(dir)
 	n := 0
 	for _, fd := range fds {
-		if to, err := os.Readlink(filepath.Join(dir, fd.Name())); err == nil && strings.HasPrefix(to, "socket:") {
+		if to, err := os.Readlink(filepath.Join(dir, fd.Name())); err == nil &&
+			strings.HasPrefix(to, "socket:") {
 			n++
 		}
 	}

@@ -120,7 +120,10 @@ func newPairs(t testing.TB, network string, c Cable, atFar bool) *pairs {
 	}
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false) // kernel datapaths can't take MPTCP
-	if err := listen(func() (err error) { p.l, err = lc.Listen(context.Background(), network, addr); return err }); err != nil {
+	if err := listen(func() (err error) {
+		p.l, err = lc.Listen(context.Background(), network, addr)
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.l.Close() })
@@ -150,7 +153,8 @@ func (p *pairs) pair(t testing.TB) (dialled, accepted net.Conn) {
 // Through makes a Path.Dial for something outside of this process: dial makes a connection to its listener,
 // and what it forwards arrives at l. hello, if any, is what the client has to say first for the flow to be
 // forwarded; the server is expected to get it as it is. Both ends are given with nothing pending.
-func Through(dial func() (net.Conn, error), l net.Listener, hello []byte) func(t testing.TB) (client, server net.Conn) {
+func Through(dial func() (net.Conn, error), l net.Listener,
+	hello []byte) func(t testing.TB) (client, server net.Conn) {
 	w := &waiting{arrived: make(map[string]chan net.Conn)}
 	go w.accept(l, len(hello))
 	return func(t testing.TB) (client, server net.Conn) {

@@ -82,7 +82,8 @@ func result(t *testing.T, p Path, s Size) {
 		must(t, transfer(f.Server, f.Client, 2_345_678))
 		c.how(f)
 		r := f.Result(t)
-		if r.End != c.end || r.Up != 12_345 || r.Down != 2_345_678 || (r.Err == nil) != (r.End == relay.EndEOF) {
+		if r.End != c.end || r.Up != 12_345 || r.Down != 2_345_678 ||
+			(r.Err == nil) != (r.End == relay.EndEOF) {
 			t.Errorf("%+v, and not %s", r, c.end)
 		}
 		f.Client.Close()
@@ -93,7 +94,8 @@ func result(t *testing.T, p Path, s Size) {
 func counters(t *testing.T, p Path, s Size) {
 	var c relay.Counters
 	f := p.Connect(t)
-	f.Start(context.Background(), relay.Options{Counters: &c, Preface: []byte("preface"), Head: []byte("head")})
+	f.Start(context.Background(), relay.Options{Counters: &c, Preface: []byte("preface"),
+		Head: []byte("head")})
 	got := make([]byte, len("prefacehead"))
 	_, err := io.ReadFull(f.Server, got)
 	must(t, err)
@@ -110,7 +112,8 @@ func counters(t *testing.T, p Path, s Size) {
 	must(t, Exchange(f.Client, f.Server, 0, 0))
 	r := f.Result(t)
 	if u, d := c.Load(); u != up || d != down || r.Up != up || r.Down != down {
-		t.Errorf("after the end the counters are %d and %d, the result's %d and %d; moved: %d and %d", u, d, r.Up, r.Down, up, down)
+		t.Errorf("after the end the counters are %d and %d, the result's %d and %d; moved: %d and %d", u, d,
+			r.Up, r.Down, up, down)
 	}
 }
 
@@ -178,7 +181,8 @@ func stalledCost(t *testing.T, p Path, s Size) {
 	}
 	const span = time.Second
 	used := span
-	for end := time.Now().Add(patience); used >= span/50 && time.Now().Before(end); { // the buffers take a while to fill
+	// The buffers take a while to fill.
+	for end := time.Now().Add(patience); used >= span/50 && time.Now().Before(end); {
 		before := processCPU()
 		time.Sleep(span)
 		used = processCPU() - before

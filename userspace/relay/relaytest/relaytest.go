@@ -88,14 +88,17 @@ func DefaultSize() Size {
 	case "slow":
 		return SmallSize()
 	case "soak":
-		return Size{Big: 1 << 30, Behind: 32 << 20, Random: 200, Short: 5000, Concurrent: 500, Flow: 4 << 20, Rounds: 20000, Repeat: 20, Stop: 30 * time.Second, Stalled: 200, Slow: true}
+		return Size{Big: 1 << 30, Behind: 32 << 20, Random: 200, Short: 5000, Concurrent: 500, Flow: 4 << 20,
+			Rounds: 20000, Repeat: 20, Stop: 30 * time.Second, Stalled: 200, Slow: true}
 	}
-	return Size{Big: 32 << 20, Behind: 32 << 20, Random: 20, Short: 1000, Concurrent: 100, Flow: 256 << 10, Rounds: 1000, Repeat: 3, Stop: 300 * time.Millisecond, Stalled: 20, Slow: true}
+	return Size{Big: 32 << 20, Behind: 32 << 20, Random: 20, Short: 1000, Concurrent: 100, Flow: 256 << 10,
+		Rounds: 1000, Repeat: 3, Stop: 300 * time.Millisecond, Stalled: 20, Slow: true}
 }
 
 // SmallSize is for the paths that differ little from one that DefaultSize has been through.
 func SmallSize() Size {
-	return Size{Big: 4 << 20, Behind: 4 << 20, Random: 4, Short: 50, Concurrent: 20, Flow: 256 << 10, Rounds: 200, Repeat: 1, Stop: 100 * time.Millisecond}
+	return Size{Big: 4 << 20, Behind: 4 << 20, Random: 4, Short: 50, Concurrent: 20, Flow: 256 << 10,
+		Rounds: 200, Repeat: 1, Stop: 100 * time.Millisecond}
 }
 
 // patience is how long anything may take before it counts as stalled.

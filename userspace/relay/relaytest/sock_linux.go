@@ -12,7 +12,10 @@ import (
 func waitAcked(c net.Conn) error {
 	n := -1
 	for p := (poll{}); p.again(patience); {
-		if err := onSocket(c, func(fd int) (err error) { n, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ); return err }); err != nil {
+		if err := onSocket(c, func(fd int) (err error) {
+			n, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ)
+			return err
+		}); err != nil {
 			return err
 		}
 		if n == 0 {
@@ -24,7 +27,9 @@ func waitAcked(c net.Conn) error {
 
 // cork makes what is sent next share its last segment with the FIN.
 func cork(c net.Conn) error {
-	return onSocket(c, func(fd int) error { return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_CORK, 1) })
+	return onSocket(c, func(fd int) error {
+		return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_CORK, 1)
+	})
 }
 
 // watchHeld looks at two sockets of this process, between which something copies. held tells how many

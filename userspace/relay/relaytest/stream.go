@@ -208,7 +208,8 @@ func wantReset(t testing.TB, p Path, c net.Conn) {
 // saysReset: err of a read is a reset. While one comes in, there is an instant in which epoll tells of an
 // error and of nothing else, and Go's poller calls such a descriptor "not pollable" from then on.
 func saysReset(err error) bool {
-	return errors.Is(err, syscall.ECONNRESET) || err != nil && strings.HasSuffix(err.Error(), ": not pollable")
+	return errors.Is(err, syscall.ECONNRESET) ||
+		err != nil && strings.HasSuffix(err.Error(), ": not pollable")
 }
 
 // abort closes c by a reset.

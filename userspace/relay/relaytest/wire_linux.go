@@ -44,7 +44,8 @@ func RunWire(t *testing.T, l Loopback) {
 				o := relay.Options{}
 				if k.Stopped { // so that little fills it
 					o.Buffer = 64 << 10
-					must(t, errors.Join(from.SetReadBuffer(64<<10), to.SetWriteBuffer(64<<10), other.SetReadBuffer(64<<10)))
+					must(t, errors.Join(from.SetReadBuffer(64<<10), to.SetWriteBuffer(64<<10),
+						other.SetReadBuffer(64<<10)))
 				}
 				must(t, k.Run(c, other, func() { l.run(t.Context(), f, o) }))
 				must(t, other.Close())

@@ -52,7 +52,8 @@ func TestBulk(t *testing.T) {
 	if os.Getenv("RELAYTEST") == "slow" {
 		size = 32 << 20
 	}
-	for round := 0; round < 3 || l.Stats().Bulk < 3 && round < 30; round++ { // on a busy machine fewer halves count as busy
+	// On a busy machine fewer halves count as busy.
+	for round := 0; round < 3 || l.Stats().Bulk < 3 && round < 30; round++ {
 		up, down := make(chan error, 1), make(chan error, 1)
 		go func() { up <- sendPart(p.client, p.server, uint64(2*round), size) }()
 		go func() { down <- sendPart(p.server, p.client, uint64(2*round+1), size) }()
@@ -80,7 +81,8 @@ func TestResetOfBulk(t *testing.T) {
 	for side := range 2 {
 		p := splicePath(t, l, pathOptions{})
 		f := l.onlyFlow(t)
-		waitFor(t, func() bool { l.leaver.ask(f); return f.halves[side].bulk.left.Load() }, "the half to leave")
+		waitFor(t, func() bool { l.leaver.ask(f); return f.halves[side].bulk.left.Load() },
+			"the half to leave")
 		from, to := p.client, p.server
 		if side == 1 {
 			from, to = to, from
@@ -89,7 +91,8 @@ func TestResetOfBulk(t *testing.T) {
 		from.SetLinger(0)
 		from.Close()
 		var err error
-		for end := time.Now().Add(patience); err == nil && time.Now().Before(end); time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(patience); err == nil && time.Now().Before(end); {
+			time.Sleep(time.Millisecond)
 			err = f.sockets[side].fault()
 		}
 		f.mu.Unlock()

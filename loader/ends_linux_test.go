@@ -30,7 +30,8 @@ func TestHalfClose(t *testing.T) {
 					t.Fatal(err)
 				}
 				if i == 0 {
-					waitFor(t, func() bool { return l.Flows()[0].State == "half_closed" }, "the state after the first half")
+					waitFor(t, func() bool { return l.Flows()[0].State == "half_closed" },
+						"the state after the first half")
 				}
 			}
 			if r := p.wait(patience); r != (result{up: 32 << 20, down: 32 << 20, end: endEOF}) {
@@ -122,7 +123,10 @@ func TestReset(t *testing.T) {
 		"downstream": {upward, endDownstreamReset},
 		"upstream":   {downward, endUpstreamReset},
 	} {
-		for _, kind := range []string{"idle", "while it sends", "while it receives", "after it ended its stream", "with a reader that stopped"} {
+		for _, kind := range []string{
+			"idle", "while it sends", "while it receives", "after it ended its stream",
+			"with a reader that stopped",
+		} {
 			t.Run(name+" "+kind, func(t *testing.T) {
 				p := splicePath(t, l, pathOptions{})
 				from, to := c.from(p)
@@ -177,9 +181,11 @@ func TestReset(t *testing.T) {
 					t.Errorf("ended %+v", r)
 				}
 				read(to)
-				if !errors.Is(err, unix.ECONNRESET) && !(kind == "after it ended its stream" && errors.Is(err, unix.EPIPE)) {
+				if !errors.Is(err, unix.ECONNRESET) &&
+					!(kind == "after it ended its stream" && errors.Is(err, unix.EPIPE)) {
 					// After its FIN the stream was read to its end: the reset shows in writing only.
-					if _, werr := to.Write([]byte("x")); err != nil || !errors.Is(werr, unix.ECONNRESET) && !errors.Is(werr, unix.EPIPE) {
+					if _, werr := to.Write([]byte("x")); err != nil ||
+						!errors.Is(werr, unix.ECONNRESET) && !errors.Is(werr, unix.EPIPE) {
 						t.Errorf("the reset arrived as %v, %v", err, werr)
 					}
 				}

@@ -210,7 +210,8 @@ func (f *flow) publish(change func(*spliceFlow)) {
 		change(&t)
 		a, b := f.halves[0].snapshot(), f.halves[1].snapshot()
 		a.into(t.Up.Before, &t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed, &t.Up.Local)
-		b.into(t.Down.Before, &t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed, &t.Down.Local)
+		b.into(t.Down.Before, &t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed,
+			&t.Down.Local)
 		if err := f.l.objects.Flows.Put(f.cookies[0], t); err != nil {
 			return
 		}

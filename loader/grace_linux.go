@@ -23,7 +23,8 @@ func (g *graces) init() (err error) {
 	if g.inner, err = ebpf.NewMap(inner); err != nil {
 		return fmt.Errorf("make a map to wait with: %w", translate(err))
 	}
-	g.outer, err = ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.ArrayOfMaps, KeySize: 4, ValueSize: 4, MaxEntries: 1, InnerMap: inner})
+	g.outer, err = ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.ArrayOfMaps, KeySize: 4, ValueSize: 4, MaxEntries: 1,
+		InnerMap: inner})
 	if err != nil {
 		return fmt.Errorf("make a map to wait with: %w", translate(err))
 	}
@@ -73,7 +74,8 @@ func (n *Local) giveRetired() {
 		}
 		if n.l.rules.local.grace {
 			if err := g.wait(); err != nil {
-				n.l.log.Error("wait for the programs on ended flows; their slots are lost", "slots", len(slots), "error", err)
+				n.l.log.Error("wait for the programs on ended flows; their slots are lost",
+					"slots", len(slots), "error", err)
 				continue
 			}
 		}

@@ -48,12 +48,14 @@ func TestLocalSlotGivenAgain(t *testing.T) {
 					waitFor(t, func() bool { return windows(t, n) != was }, "the program to be at work")
 					first.cancel()
 					first.wait(10 * time.Second)
-					waitFor(t, func() bool { n.l.mu.Lock(); defer n.l.mu.Unlock(); return len(n.l.free) > 0 }, "the slot")
+					waitFor(t, func() bool { n.l.mu.Lock(); defer n.l.mu.Unlock(); return len(n.l.free) > 0 },
+						"the slot")
 					second := becomeLocal(t, n, ln)
 					next := n.l.onlyFlow(t).process
 					must(t, n.objects.WindowShut.Set(uint32(1)))
 					<-done // with an error, where the first client is gone
-					err := errors.Join(second.client.SetDeadline(time.Now().Add(10*time.Second)), second.server.SetDeadline(time.Now().Add(10*time.Second)))
+					err := errors.Join(second.client.SetDeadline(time.Now().Add(10*time.Second)),
+						second.server.SetDeadline(time.Now().Add(10*time.Second)))
 					must(t, err)
 					err = exchangeBytes(second, 1000, 1000)
 					if moved := next.moved(1); err == nil && moved != 1000 {

@@ -94,13 +94,16 @@ type snapshot struct{ redirected, passed, trimmed, local uint64 }
 func (h *half) snapshot() snapshot {
 	m := h.shared()
 	if h.copying.Load() { // there is no verdict that counts
-		return snapshot{load64(&m.Redirected), load64(&m.Consumed), uint64(atomic.LoadUint32(&m.Trimmed)), h.f.process.moved(h.i)}
+		return snapshot{load64(&m.Redirected), load64(&m.Consumed), uint64(atomic.LoadUint32(&m.Trimmed)),
+			h.f.process.moved(h.i)}
 	}
-	return snapshot{load64(&m.Redirected), load64(&m.Passed), uint64(atomic.LoadUint32(&m.Trimmed)), h.f.process.moved(h.i)}
+	return snapshot{load64(&m.Redirected), load64(&m.Passed), uint64(atomic.LoadUint32(&m.Trimmed)),
+		h.f.process.moved(h.i)}
 }
 
 func (s snapshot) into(before uint64, bytes, redirected, passed, trimmed, local *uint64) {
-	*bytes, *redirected, *passed, *trimmed, *local = before+s.redirected+s.passed+s.local, s.redirected, s.passed, s.trimmed, s.local
+	*bytes = before + s.redirected + s.passed + s.local
+	*redirected, *passed, *trimmed, *local = s.redirected, s.passed, s.trimmed, s.local
 }
 
 // wake makes somebody look at the half soon. It never blocks.
@@ -205,7 +208,8 @@ func (h *half) work() outcome {
 	}
 	if b != nil {
 		// An end came before the reset, if that is none which only we know of.
-		if !h.done.Load() && h.redirectedIsWritten() && !h.isCut() && !(h.i == 1 && h.f.process.closedUnread()) {
+		if !h.done.Load() && h.redirectedIsWritten() && !h.isCut() &&
+			!(h.i == 1 && h.f.process.closedUnread()) {
 			h.peer().closeWrite()
 			h.done.Store(true)
 		}
@@ -285,7 +289,8 @@ func (h *half) copy() (o outcome, wait bool) {
 			break // the verdict redirects again
 		}
 		if f.l.rules.order && load64(&m.Redirected) != h.settled && !h.redirectedIsWritten() {
-			return outcome{after: h.patient(10 * time.Millisecond)}, true // else both would wait, and be more than Limit
+			// Else both would wait, and be more than Limit.
+			return outcome{after: h.patient(10 * time.Millisecond)}, true
 		}
 		if h.bulk.left.Load() {
 			if !h.bulk.behind {
@@ -315,7 +320,9 @@ func (h *half) copy() (o outcome, wait bool) {
 		if n > 0 {
 			// Only now: the source's lock, which read took, makes all that was redirected before these bytes
 			// visible.
-			h.rest, h.held = b[:n], f.l.rules.order && (load64(&m.Redirected) != h.settled || h.i == 0 && f.process.isComing())
+			h.rest = b[:n]
+			h.held = f.l.rules.order &&
+				(load64(&m.Redirected) != h.settled || h.i == 0 && f.process.isComing())
 			continue
 		}
 		if isAgain(err) {
@@ -390,7 +397,8 @@ func (h *half) makeWay() {
 	written, err := h.source().written()
 	if waiting := int64(back.byTCP() - (written - back.written0)); err == nil && waiting > 0 {
 		h.source().widen(int(waiting))
-		h.f.l.log.Debug("a send buffer was made larger, for bytes that wait in front of those that go the other way", "flow", h.f.cookies[0], "bytes", waiting)
+		h.f.l.log.Debug("a send buffer was made larger, for bytes that wait in front of the other way's",
+			"flow", h.f.cookies[0], "bytes", waiting)
 	}
 }
 
@@ -437,7 +445,8 @@ func (h *half) drained() bool {
 // delivered: all that a dead source sent has reached the other side, so that a reset can't take it away.
 func (h *half) delivered() bool {
 	if !h.copying.Load() {
-		h.source().kick() // the verdict was not run yet for what came before the insertion, or was kept from it
+		// The verdict was not run yet for what came before the insertion, or was kept from it.
+		h.source().kick()
 		if load64(&h.shared().Passed) != h.consumed {
 			return false
 		}

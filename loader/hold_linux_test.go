@@ -31,7 +31,8 @@ func TestLeavingKeepsTheReceiveBuffer(t *testing.T) {
 	for side, way := range [][2]*net.TCPConn{{p.client, p.server}, {p.server, p.client}} {
 		h := &f.halves[side]
 		for round := range 8 {
-			for _, mtu := range []uint32{160, 170 + uint32(round)} { // the kernel learns how much overhead there is where segments become larger
+			// The kernel learns how much overhead there is where segments become larger.
+			for _, mtu := range []uint32{160, 170 + uint32(round)} {
 				must(t, setMTU("lo", mtu))
 				must(t, sendPart(way[0], way[1], 1, 16<<10))
 			}
@@ -77,7 +78,8 @@ func noOffload(device string) error {
 			_    [16]byte
 		}{data: unsafe.Pointer(&value)}
 		copy(r.name[:], device)
-		if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&r))); e != 0 {
+		if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL,
+			uintptr(unsafe.Pointer(&r))); e != 0 {
 			failed = append(failed, e)
 		}
 	}

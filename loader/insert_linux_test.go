@@ -15,7 +15,9 @@ import (
 // Bytes that came before the splice, unread, read in part, and read to the end.
 func TestSenderIsEarly(t *testing.T) {
 	l := open(t, allRules, 16)
-	for _, c := range []struct{ sent, read int }{{1, 0}, {16, 6}, {100000, 0}, {100000, 1}, {100000, 99999}, {100000, 100000}, {1 << 20, 70000}} {
+	for _, c := range []struct{ sent, read int }{
+		{1, 0}, {16, 6}, {100000, 0}, {100000, 1}, {100000, 99999}, {100000, 100000}, {1 << 20, 70000},
+	} {
 		t.Run(fmt.Sprintf("%d read of %d", c.read, c.sent), func(t *testing.T) {
 			data := pattern(c.sent)
 			p := splicePath(t, l, pathOptions{before: func(client, _, down, _ *net.TCPConn) {
@@ -158,7 +160,8 @@ func TestSpliceSockets(t *testing.T) {
 			c.Close()
 			fds[i] = int(s)
 		}
-		_, err = l.SpliceSockets(t.Context(), fds[0], fds[1], Flow{Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }})
+		_, err = l.SpliceSockets(t.Context(), fds[0], fds[1],
+			Flow{Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }})
 		return client, server, fds, err
 	}
 	client, server, taken, err := splice()

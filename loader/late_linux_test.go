@@ -25,7 +25,8 @@ func TestResetBehindOtherWay(t *testing.T) {
 		l := open(t, r, 16)
 		for _, network := range networks() {
 			for name, way := range ways {
-				ok := t.Run(name+" "+network+" "+map[bool]string{true: "late", false: "at once"}[late], func(t *testing.T) {
+				when := map[bool]string{true: "late", false: "at once"}[late]
+				ok := t.Run(name+" "+network+" "+when, func(t *testing.T) {
 					const limit = 16 << 10
 					p := splicePath(t, l, pathOptions{network: network, buffer: limit})
 					must(t, exchangeBytes(p, 1000, 1000))
@@ -48,7 +49,8 @@ func TestResetBehindOtherWay(t *testing.T) {
 						return
 					}
 					must(t, err)
-					if n, err := to.Read(make([]byte, 1)); n != 0 || err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
+					if n, err := to.Read(make([]byte, 1)); n != 0 ||
+						err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
 						t.Errorf("instead of a reset: %d bytes, %v", n, err)
 					}
 					want := map[string]string{"up": endDownstreamReset, "down": endUpstreamReset}[name]
@@ -89,8 +91,10 @@ func TestLocalResetBehindOtherWay(t *testing.T) {
 				writeRaw(t, p.client, pattern(limit/2))
 				p.client.Close()
 			})
-			must(t, errors.Join(p.server.SetReadDeadline(time.Now().Add(patience)), expect(p.server, pattern(limit/2))))
-			if n, err := p.server.Read(make([]byte, 1)); n != 0 || err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
+			must(t, errors.Join(p.server.SetReadDeadline(time.Now().Add(patience)),
+				expect(p.server, pattern(limit/2))))
+			if n, err := p.server.Read(make([]byte, 1)); n != 0 ||
+				err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
 				t.Errorf("instead of a reset: %d bytes, %v", n, err)
 			}
 		})
@@ -110,7 +114,8 @@ func alone(t *testing.T, f func()) {
 		}
 	}
 	must(t, unix.SchedSetaffinity(0, &one))
-	must(t, unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Priority: 1}, 0))
+	must(t, unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO,
+		Priority: 1}, 0))
 	f()
 	must(t, unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL}, 0))
 	must(t, unix.SchedSetaffinity(0, &was))

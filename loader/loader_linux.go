@@ -60,7 +60,7 @@ type rules struct {
 	late               bool   // a reset waits for what is in front of bytes that were passed before it
 	pressure           uint64 // pages: if TCP has so many, all is passed
 	bulk               bool   // busy halves go on by splice(2)
-	outside            bool   // flows begin by splice(2); not in allRules, since tests are about what is in the sockmap
+	outside            bool   // flows begin by splice(2); not in allRules: tests are about the sockmap
 	watchers           int    // how many; 0: for this machine
 	drain, kick, reset bool
 	quiet              bool // no EPOLLIN for spliced sockets
@@ -71,8 +71,11 @@ type rules struct {
 	local              localRules
 }
 
-var allRules = rules{bound: true, trim: true, fin: true, couple: true, brake: true, late: true, pressure: tcpPressure(), bulk: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true, look: true,
-	local: allLocalRules}
+var allRules = rules{
+	bound: true, trim: true, fin: true, couple: true, brake: true, late: true, pressure: tcpPressure(),
+	bulk: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true,
+	look: true, local: allLocalRules,
+}
 
 // New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what dead daemons left below
 // BPFFS/tailsplice, and proves on loopback that this kernel splices rightly. The caller closes the Loader.
@@ -175,8 +178,8 @@ func (l *Loader) loadObjects(o Options) error {
 // setVariables sets what both objects have.
 func (l *Loader) setVariables(spec *ebpf.CollectionSpec) error {
 	for name, value := range map[string]any{
-		"rule_bound": l.rules.bound, "rule_trim": l.rules.trim, "rule_fin": l.rules.fin, "rule_couple": l.rules.couple, "rule_brake": l.rules.brake, "rule_late": l.rules.late,
-
+		"rule_bound": l.rules.bound, "rule_trim": l.rules.trim, "rule_fin": l.rules.fin,
+		"rule_couple": l.rules.couple, "rule_brake": l.rules.brake, "rule_late": l.rules.late,
 		"tcp_pressure": l.rules.pressure,
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {

@@ -38,15 +38,16 @@ type Local struct {
 // localRules are those that a test may turn off.
 type localRules struct {
 	order, bound, unread bool // in BPF
-	drain                bool // into TCP, and that is an end too, only after what was redirected has reached the process's queue
+	drain                bool // what was redirected reaches the process's queue before what comes by TCP
 	pair                 bool // the two sockets have one connection's numbers
-	grace                bool // a slot is given to another flow only when no program is at work on the one before
+	grace                bool // a slot is given again only when no program is at work on the flow before
 	settle               bool // what a redirect did not write is taken away from what it was to write
 
 	window time.Duration // programs wait so long between a look at a flow and what follows from it
 }
 
-var allLocalRules = localRules{order: true, bound: true, unread: true, drain: true, pair: true, grace: true, settle: true}
+var allLocalRules = localRules{order: true, bound: true, unread: true, drain: true, pair: true, grace: true,
+	settle: true}
 
 // Local gives the datapath for local targets, or says why this machine has none. It is part of the Loader,
 // and is closed with it.
@@ -84,18 +85,22 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 		return nil, fmt.Errorf("kernel %v is older than %v: %w", v, leastLocal, errors.ErrUnsupported)
 	}
 	if panicsOnWarning() {
-		return nil, fmt.Errorf("kernel.panic_on_warn is set, and the kernel may warn of what it charges to a process's socket: %w", errors.ErrUnsupported)
+		return nil, fmt.Errorf("kernel.panic_on_warn is set, and the kernel may warn of what it charges"+
+			" to a process's socket: %w", errors.ErrUnsupported)
 	}
 	spec, err := loadLocal()
 	if err != nil {
 		return nil, fmt.Errorf("read the BPF object: %w", err)
 	}
-	for name, m := range map[string]int{"locals": 2, "caught": 2, "local_places": 1, "local_flows": 1, "local_sources": 2} {
+	for name, m := range map[string]int{
+		"locals": 2, "caught": 2, "local_places": 1, "local_flows": 1, "local_sources": 2,
+	} {
 		spec.Maps[name].MaxEntries = uint32(m * flows)
 	}
 	r := l.rules
 	for name, value := range map[string]any{
-		"rule_local_order": r.local.order, "rule_local_bound": r.local.bound, "rule_local_unread": r.local.unread, "window_ns": uint64(r.local.window),
+		"rule_local_order": r.local.order, "rule_local_bound": r.local.bound,
+		"rule_local_unread": r.local.unread, "window_ns": uint64(r.local.window),
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)
@@ -105,7 +110,8 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 		return nil, err
 	}
 	o := &l.objects
-	shared := map[string]*ebpf.Map{"flows": o.Flows, "places": o.Places, "halves": o.Halves, "peers": o.Peers, "sources": o.Sources, "events": o.Events}
+	shared := map[string]*ebpf.Map{"flows": o.Flows, "places": o.Places, "halves": o.Halves, "peers": o.Peers,
+		"sources": o.Sources, "events": o.Events}
 	for name, m := range shared {
 		spec.Maps[name].MaxEntries = m.MaxEntries() // else they don't match
 	}
@@ -113,7 +119,8 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 		return nil, fmt.Errorf("load the BPF programs: %w", translate(err))
 	}
 	for _, a := range []link.RawAttachProgramOptions{
-		{Target: n.objects.LocalSources.FD(), Program: n.objects.SpliceLocal, Attach: ebpf.AttachSkSKBStreamVerdict},
+		{Target: n.objects.LocalSources.FD(), Program: n.objects.SpliceLocal,
+			Attach: ebpf.AttachSkSKBStreamVerdict},
 		{Target: n.objects.Locals.FD(), Program: n.objects.Back, Attach: ebpf.AttachSkMsgVerdict},
 	} {
 		if err := link.RawAttachProgram(a); err != nil {
@@ -122,7 +129,8 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 	}
 	for name, m := range map[string]*ebpf.Map{
 		"locals": n.objects.Locals, "caught": n.objects.Caught, "targets": n.objects.Targets,
-		"local_places": n.objects.LocalPlaces, "local_flows": n.objects.LocalFlows, "local_sources": n.objects.LocalSources,
+		"local_places": n.objects.LocalPlaces, "local_flows": n.objects.LocalFlows,
+		"local_sources": n.objects.LocalSources,
 	} {
 		if err := m.Pin(l.pins.path(name)); err != nil {
 			return nil, fmt.Errorf("pin map %s: %w", name, err)
@@ -133,7 +141,8 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 	}
 	page := os.Getpagesize()
 	size := (flows*int(unsafe.Sizeof(localLocal{})) + page - 1) &^ (page - 1)
-	if n.memory, err = unix.Mmap(n.objects.LocalFlows.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+	if n.memory, err = unix.Mmap(n.objects.LocalFlows.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_SHARED); err != nil {
 		return nil, fmt.Errorf("map the local flows into memory: %w", err)
 	}
 	n.flows = unsafe.Slice((*localLocal)(unsafe.Pointer(unsafe.SliceData(n.memory))), flows)
@@ -172,7 +181,8 @@ func (n *Local) close() error {
 
 // Splice takes the flow over, as [Loader.Splice] does, if up's other end is a socket of a process on this
 // host that was caught. The first flow to a target is always refused: it is how the target becomes known.
-func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
+func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn,
+	o Flow) (count func() (up, down int64), err error) {
 	if n.counts.isOff() {
 		return nil, refusedOff
 	}
@@ -195,8 +205,10 @@ type process struct {
 	slot   uint32
 	there  atomic.Bool // slot is valid, and has our entry
 
-	arrived uint64 // of who runs half 0: what was redirected when the process was last seen to have got all of it
-	settled uint64 // the sweeper's: that much had moved back when downstream was last seen to have got all of it
+	// arrived is of who runs half 0: what was redirected when the process was last seen to have got all of it.
+	arrived uint64
+	// settled is the sweeper's: so much had moved back when downstream was last seen to have got all of it.
+	settled uint64
 }
 
 func (p *process) shared() *localLocal { return &p.local.flows[p.slot] }
@@ -210,14 +222,16 @@ func (p *process) prepare(f *flow) (why refusal, ok bool) {
 	p.slot = f.slot
 	p.there.Store(true)
 	*p.shared() = localLocal{Pair: p.pair, Process: p.cookie}
-	if err := p.local.objects.LocalPlaces.Put(p.cookie, splicePlace{Flow: f.cookies[0], Half: 2 * f.slot}); err != nil {
+	if err := p.local.objects.LocalPlaces.Put(p.cookie,
+		splicePlace{Flow: f.cookies[0], Half: 2 * f.slot}); err != nil {
 		return refusedMaps, false
 	}
 	answer, err := p.ask(localLocalRequestLOCAL_BEGIN, 0)
 	if err != nil {
 		return refusedMaps, false
 	}
-	if answer&localLocalAnswerLOCAL_PAIR == 0 && p.local.l.rules.local.pair || answer&localLocalAnswerLOCAL_THERE == 0 {
+	if answer&localLocalAnswerLOCAL_PAIR == 0 && p.local.l.rules.local.pair ||
+		answer&localLocalAnswerLOCAL_THERE == 0 {
 		return refusedPair, false
 	}
 	return "", true
@@ -290,7 +304,8 @@ func (p *process) isComing() bool {
 	if in == p.arrived {
 		return false
 	}
-	if answer, err := p.ask(localLocalRequestLOCAL_LOOK, 0); err == nil && answer&localLocalAnswerLOCAL_BACKLOG != 0 {
+	if answer, err := p.ask(localLocalRequestLOCAL_LOOK, 0); err == nil &&
+		answer&localLocalAnswerLOCAL_BACKLOG != 0 {
 		return true
 	}
 	p.arrived = in
@@ -306,7 +321,8 @@ func (p *process) closedUnread() bool {
 // has not all reached downstream's TCP, a redirect was cut short: how far it came is found out then.
 func (f *flow) settle(now time.Time) {
 	p, h := f.process, &f.halves[1]
-	if p == nil || p.settled == h.seen || p.moved(1) == 0 || now.Sub(h.since) < 2*sweepEvery || !p.local.l.rules.local.settle {
+	if p == nil || p.settled == h.seen || p.moved(1) == 0 || now.Sub(h.since) < 2*sweepEvery ||
+		!p.local.l.rules.local.settle {
 		return
 	}
 	m := h.shared()
@@ -324,8 +340,10 @@ func (f *flow) settle(now time.Time) {
 		p.settled = h.seen
 		return
 	}
-	if answer, err := p.ask(localLocalRequestLOCAL_SETTLE, uint32(byTCP)); err == nil && answer&localLocalAnswerLOCAL_SETTLED != 0 {
-		f.l.log.Debug("a redirect from a process was cut short, and its bytes go by TCP", "flow", f.cookies[0], "bytes", h.seen-h.moved())
+	if answer, err := p.ask(localLocalRequestLOCAL_SETTLE, uint32(byTCP)); err == nil &&
+		answer&localLocalAnswerLOCAL_SETTLED != 0 {
+		f.l.log.Debug("a redirect from a process was cut short, and its bytes go by TCP",
+			"flow", f.cookies[0], "bytes", h.seen-h.moved())
 	}
 }
 
@@ -342,7 +360,8 @@ func (n *Local) insert(server *net.TCPConn) (*process, error) {
 		return nil, err
 	}
 	pair := localPair{Own: endOf(server.LocalAddr()), Other: endOf(server.RemoteAddr())}
-	if err := errors.Join(n.objects.Caught.Put(pair, monotonic()), n.objects.Locals.Put(pair, uint64(s))); err != nil {
+	if err := errors.Join(n.objects.Caught.Put(pair, monotonic()),
+		n.objects.Locals.Put(pair, uint64(s))); err != nil {
 		return nil, err
 	}
 	return &process{local: n, pair: pair, cookie: cookie}, nil

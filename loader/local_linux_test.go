@@ -23,7 +23,8 @@ import (
 
 func TestLocalSelfTest(t *testing.T) {
 	needRoot(t)
-	l, err := New(Options{Instance: fmt.Sprintf("ts-ldr-%d-%d", os.Getpid(), instances.Add(1)), MaxFlows: 64, Local: true})
+	l, err := New(Options{Instance: fmt.Sprintf("ts-ldr-%d-%d", os.Getpid(), instances.Add(1)), MaxFlows: 64,
+		Local: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +93,8 @@ func TestLocalPair(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = n.l.spliceConns(context.Background(), down, up, Flow{Buffer: 1 << 20, Ended: func(_, _ int64, _ string, _ error) { n.counts.live.Add(1) }}, at, false)
+		o := Flow{Buffer: 1 << 20, Ended: func(_, _ int64, _ string, _ error) { n.counts.live.Add(1) }}
+		_, err = n.l.spliceConns(context.Background(), down, up, o, at, false)
 		if on && !errors.Is(err, refusedPair) || !on && err != nil {
 			t.Errorf("with the rule %v: %v", on, err)
 		}
@@ -118,7 +120,8 @@ func TestLocalDrain(t *testing.T) {
 		must(t, errors.Join(err, p.client.CloseWrite()))
 		waitFor(t, func() bool {
 			answer, err := f.process.ask(localLocalRequestLOCAL_LOOK, 0)
-			return f.process.moved(0) == uint64(len(data)) && (answer&localLocalAnswerLOCAL_BACKLOG == 0 || f.halves[0].done.Load() || on) && err == nil
+			return f.process.moved(0) == uint64(len(data)) &&
+				(answer&localLocalAnswerLOCAL_BACKLOG == 0 || f.halves[0].done.Load() || on) && err == nil
 		}, "all to be redirected")
 		got, err := io.ReadAll(p.server)
 		if on && (err != nil || string(got) != string(data)) {
@@ -171,7 +174,8 @@ func TestPanicsOnWarning(t *testing.T) {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
-		err := errors.Join(unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+		err := errors.Join(unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS),
+			unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
 			unix.Mount(file, "/proc/sys/kernel/panic_on_warn", "", unix.MS_BIND, ""))
 		if err == nil && !panicsOnWarning() {
 			err = errors.New("it was not seen")
@@ -223,7 +227,9 @@ func becomeLocal(t testing.TB, n *Local, ln net.Listener) *path {
 		ctx, cancel := context.WithCancel(context.Background())
 		p.cancel = cancel
 		t.Cleanup(func() { cancel(); p.client.Close(); p.server.Close() })
-		p.count, err = n.Splice(ctx, p.down, p.up, Flow{ID: "local", Buffer: 1 << 20, Ended: func(up, down int64, end string, err error) { p.ended <- result{up, down, end, err} }})
+		p.count, err = n.Splice(ctx, p.down, p.up,
+			Flow{ID: "local", Buffer: 1 << 20,
+				Ended: func(up, down int64, end string, err error) { p.ended <- result{up, down, end, err} }})
 		if err == nil {
 			return p
 		}

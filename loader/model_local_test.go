@@ -15,7 +15,7 @@ type backModel struct {
 	push int8 // bytes that a redirect is about to write; those it does not write, the process sends again
 	cuts int8 // redirects that were cut short
 
-	out, tcp                     int8 // bytes that went each way, as `back` and the process's write_seq count them
+	out, tcp                     int8 // bytes that went each way, as `back` and write_seq count them
 	wire                         queue
 	verdict                      verdictStep // vDecide, or counted and not yet queued
 	redirected, passed, consumed int8
@@ -128,7 +128,8 @@ func (m backModel) steps(bytes int8, v backVariant) (out []backModel) {
 			add(n)
 		}
 	case sLook:
-		settled := (m.backlog.n == 0 || v.noBacklog) && (m.push == 0 || v.noRefs) && m.redirected+m.consumed == m.byTCP
+		settled := (m.backlog.n == 0 || v.noBacklog) && (m.push == 0 || v.noRefs) &&
+			m.redirected+m.consumed == m.byTCP
 		if settled && m.out > m.peer.n-m.byTCP {
 			n.out = m.peer.n - m.byTCP
 		}
@@ -173,7 +174,8 @@ func checkBack(bytes int8, v backVariant) (states int, wrong string) {
 	}
 	for m := range from {
 		if !live[m] {
-			return len(from), fmt.Sprintf("stands still with %d of %d bytes delivered: %+v", m.peer.n, bytes, m)
+			return len(from), fmt.Sprintf("stands still with %d of %d bytes delivered: %+v", m.peer.n, bytes,
+				m)
 		}
 	}
 	return len(from), ""

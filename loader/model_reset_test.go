@@ -13,7 +13,7 @@ type resetModel struct {
 	redirected, written      int8
 	counted                  bool // the verdict has counted what it will put into the queue
 	passed, source, consumed int8
-	at                       int8 // of the worker: 0 looks, 1 has sent the first, and will take it out of the queue
+	at                       int8 // of the worker: 0 looks, 1 has sent the first, and will unqueue it
 	reset                    bool // a reset is on its way to A
 	dead                     bool // A's TCP knows
 	told                     bool // userspace does
@@ -30,7 +30,8 @@ func (m resetModel) next(late bool) (next []resetModel) {
 		}
 	}
 	// The verdict on the peer.
-	can(m.toRedirect > 0 && !m.counted && !m.dead, func(n *resetModel) { n.toRedirect--; n.redirected++; n.counted = true })
+	can(m.toRedirect > 0 && !m.counted && !m.dead,
+		func(n *resetModel) { n.toRedirect--; n.redirected++; n.counted = true })
 	can(m.counted, func(n *resetModel) {
 		n.counted = false
 		if !m.stopped {
@@ -72,7 +73,8 @@ func (m resetModel) next(late bool) (next []resetModel) {
 		n.dead, n.told = true, true
 	})
 	// An answer to what was sent to who is gone.
-	can(m.toSend == 0 && m.told && !m.dead && m.written > 0 && !m.reset, func(n *resetModel) { n.reset = true })
+	can(m.toSend == 0 && m.told && !m.dead && m.written > 0 && !m.reset,
+		func(n *resetModel) { n.reset = true })
 	// Userspace.
 	can(m.source > 0, func(n *resetModel) { n.source--; n.consumed++ })
 	return next
@@ -92,7 +94,8 @@ func TestModelReset(t *testing.T) {
 			seen[m] = true
 			next := m.next(late)
 			stuck := len(next) == 0
-			if m.stopped && m.passed != m.consumed+m.source || m.told && stuck && m.consumed != resetModelBytes {
+			if m.stopped && m.passed != m.consumed+m.source ||
+				m.told && stuck && m.consumed != resetModelBytes {
 				if lost++; late && lost == 1 {
 					t.Errorf("lost: %+v", m)
 				}

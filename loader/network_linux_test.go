@@ -43,7 +43,8 @@ func newLAN(t *testing.T) *lan {
 	n.ends, err = netns.New() // and enters it
 	must(t, err)
 	must(t, netns.Set(n.here))
-	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ts-ldr-here"}, PeerName: "ts-ldr-ends"}))
+	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ts-ldr-here"},
+		PeerName: "ts-ldr-ends"}))
 	n.veth, err = netlink.LinkByName("ts-ldr-here")
 	must(t, err)
 	peer, err := netlink.LinkByName("ts-ldr-ends")
@@ -121,7 +122,7 @@ func (n *lan) splice(l *Loader, o pathOptions) *path {
 // since tcx needs 6.6.
 func (n *lan) lose(oneIn int32) {
 	const pass, drop = 0, 2 // TC_ACT_OK, TC_ACT_SHOT
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
+	spec := ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
 		asm.FnGetPrandomU32.Call(),
 		asm.Mod.Imm32(asm.R0, oneIn),
 		asm.JEq.Imm32(asm.R0, 0, "drop"),
@@ -129,21 +130,24 @@ func (n *lan) lose(oneIn int32) {
 		asm.Return(),
 		asm.Mov.Imm(asm.R0, drop).WithSymbol("drop"),
 		asm.Return(),
-	}})
+	}}
+	program, err := ebpf.NewProgram(&spec)
 	must(n.t, err)
 	defer program.Close() // the filters hold it
 	at := n.veth.Attrs().Index
 	must(n.t, netlink.QdiscAdd(n.clsact()))
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
 		must(n.t, netlink.FilterAdd(&netlink.BpfFilter{
-			FilterAttrs: netlink.FilterAttrs{LinkIndex: at, Parent: parent, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: 1},
-			Fd:          program.FD(), Name: "lose", DirectAction: true,
+			FilterAttrs: netlink.FilterAttrs{LinkIndex: at, Parent: parent, Handle: 1,
+				Protocol: unix.ETH_P_ALL, Priority: 1},
+			Fd: program.FD(), Name: "lose", DirectAction: true,
 		}))
 	}
 }
 
 func (n *lan) clsact() netlink.Qdisc {
-	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: n.veth.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: n.veth.Attrs().Index,
+		Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
 }
 
 func TestVeth(t *testing.T) {
@@ -196,7 +200,8 @@ func TestLostReset(t *testing.T) {
 			}
 			start := time.Now() // keepalive begins with the last byte
 			must(t, exchangeBytes(p, 1000, 1000))
-			must(t, errors.Join(unix.SetsockoptInt(ours, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1), unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 1),
+			must(t, errors.Join(unix.SetsockoptInt(ours, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
+				unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 1),
 				unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 1)))
 			n.lose(1)
 			from.SetLinger(0)
@@ -223,8 +228,9 @@ func TestLocalDrops(t *testing.T) {
 	n, l := newLAN(t), open(t, allRules, 64)
 	// 100 Mbit/s with room for a few segments.
 	must(t, netlink.QdiscReplace(&netlink.Tbf{
-		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: n.veth.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
-		Rate:       200e6 / 8, Limit: 40000, Buffer: 20000,
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: n.veth.Attrs().Index, Handle: netlink.MakeHandle(1, 0),
+			Parent: netlink.HANDLE_ROOT},
+		Rate: 200e6 / 8, Limit: 40000, Buffer: 20000,
 	}))
 	for i := range 2 {
 		p := n.splice(l, pathOptions{})
@@ -244,11 +250,13 @@ func TestLocalDrops(t *testing.T) {
 					var info unix.TCPInfo
 					h := &f.halves[0]
 					if h.peer().info(&info) == nil {
-						counted = max(counted, int64(info.Bytes_sent-info.Bytes_retrans+uint64(info.Notsent_bytes))-int64(h.moved()))
+						written := info.Bytes_sent - info.Bytes_retrans + uint64(info.Notsent_bytes)
+						counted = max(counted, int64(written)-int64(h.moved()))
 					}
 					w, err := h.peer().written()
 					s := h.snapshot()
-					if all := s.redirected + s.passed; err == nil && w-h.written0 > all+1 { // a FIN counts one
+					// A FIN counts one.
+					if all := s.redirected + s.passed; err == nil && w-h.written0 > all+1 {
 						t.Errorf("%d bytes are said to be written, of %d", w-h.written0, all)
 					}
 				}
@@ -297,11 +305,17 @@ func TestRuleOrderOff(t *testing.T) {
 // Failures that come in a burst switch the datapath off, once, with one line in the log. The flows that were
 // refused and those that come after go through userspace, those that live go on.
 func TestSwitchOff(t *testing.T) {
-	foreign := open(t, allRules, 2*burstFailures) // whose sockmap has the sockets already, so that the kernel refuses them
+	// Its sockmap has the sockets already, so that the kernel refuses them.
+	foreign := open(t, allRules, 2*burstFailures)
 	l := open(t, allRules, 16)
 	var mu sync.Mutex
 	var log bytes.Buffer
-	l.log = slog.New(slog.NewTextHandler(writerFunc(func(b []byte) (int, error) { mu.Lock(); defer mu.Unlock(); return log.Write(b) }), nil))
+	write := writerFunc(func(b []byte) (int, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		return log.Write(b)
+	})
+	l.log = slog.New(slog.NewTextHandler(write, nil))
 	live := splicePath(t, l, pathOptions{})
 	var all sync.WaitGroup
 	for i := range uint32(2 * burstFailures) {
@@ -333,7 +347,8 @@ func TestSwitchOff(t *testing.T) {
 	}
 	relayed(t, p)
 	s := l.Stats()
-	if off, _ := l.Health(); off != refusedInsert.Error() || s.Off != off || s.Refused[off] < burstFailures || s.Flows != 1 {
+	if off, _ := l.Health(); off != refusedInsert.Error() || s.Off != off || s.Refused[off] < burstFailures ||
+		s.Flows != 1 {
 		t.Errorf("%+v", s)
 	}
 	mu.Lock()
@@ -359,7 +374,8 @@ func TestCopying(t *testing.T) {
 		t.Fatal("it is not copying")
 	}
 	must(t, bothWays(p, 32<<20))
-	p = splicePath(t, l, pathOptions{before: func(_, server, _, _ *net.TCPConn) { server.Write([]byte("early")) }})
+	p = splicePath(t, l,
+		pathOptions{before: func(_, server, _, _ *net.TCPConn) { server.Write([]byte("early")) }})
 	must(t, expect(p.client, []byte("early")))
 	p.server.SetLinger(0)
 	p.server.Close()
@@ -389,7 +405,8 @@ func TestMultipath(t *testing.T) {
 	u, s := connect(t, "tcp4")
 	defer u.Close()
 	defer s.Close()
-	if _, err := l.Splice(context.Background(), a.(*net.TCPConn), u, Flow{}); !errors.Is(err, refusedMultipath) {
+	_, err = l.Splice(context.Background(), a.(*net.TCPConn), u, Flow{})
+	if !errors.Is(err, refusedMultipath) {
 		t.Errorf("%v", err)
 	}
 }

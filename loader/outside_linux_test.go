@@ -75,7 +75,8 @@ func TestTalk(t *testing.T) {
 					return
 				}
 			}
-			if err := errors.Join(send(p.client, p.server, 1, rnd.Int64N(1<<20)), send(p.server, p.client, 2, rnd.Int64N(1<<20))); err != nil {
+			if err := errors.Join(send(p.client, p.server, 1, rnd.Int64N(1<<20)),
+				send(p.server, p.client, 2, rnd.Int64N(1<<20))); err != nil {
 				t.Errorf("flow %d: %v", i, err)
 				return
 			}

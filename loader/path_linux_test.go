@@ -21,7 +21,12 @@ var instances atomic.Int64
 func open(t testing.TB, r rules, flows int) *Loader {
 	t.Helper()
 	needRoot(t)
-	l, err := load(Options{Instance: fmt.Sprintf("ts-ldr-%d-%d", os.Getpid(), instances.Add(1)), MaxFlows: flows, Local: r.local != localRules{}, Log: slog.New(slog.NewTextHandler(testWriter{t}, nil))}, r)
+	l, err := load(Options{
+		Instance: fmt.Sprintf("ts-ldr-%d-%d", os.Getpid(), instances.Add(1)),
+		MaxFlows: flows,
+		Local:    r.local != localRules{},
+		Log:      slog.New(slog.NewTextHandler(testWriter{t}, nil)),
+	}, r)
 	if err != nil {
 		t.Fatalf("load: %v", err)
 	}
@@ -157,7 +162,8 @@ func (p *path) wait(within time.Duration) result {
 func stream(w io.Writer, seed uint64, n int64) ([32]byte, error) {
 	h := sha256.New()
 	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16)})
-	_, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(w, h)}, io.LimitReader(struct{ io.Reader }{readerOf{r}}, n), make([]byte, 64<<10))
+	_, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(w, h)},
+		io.LimitReader(struct{ io.Reader }{readerOf{r}}, n), make([]byte, 64<<10))
 	return [32]byte(h.Sum(nil)), err
 }
 

@@ -134,7 +134,8 @@ func (p *pins) clear(which func(name string) bool) error {
 		}
 		holds, err := p.holdsUnread(name)
 		if err != nil {
-			p.unsure = fmt.Errorf("%s may hold bytes that a process has not read yet, and stays: %w", p.path(name), err)
+			p.unsure = fmt.Errorf("%s may hold bytes that a process has not read yet, and stays: %w",
+				p.path(name), err)
 		}
 		if holds {
 			p.kept = true
@@ -299,7 +300,8 @@ func mountBPFFS(at string) error {
 	if s.Type == unix.BPF_FS_MAGIC {
 		return nil
 	}
-	if err := unix.Mount("bpf", at, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+	if err := unix.Mount("bpf", at, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC,
+		"mode=0700"); err != nil {
 		return fmt.Errorf("mount the BPF file system on %s (mount -t bpf bpf %s): %w", at, at, err)
 	}
 	return nil
@@ -307,7 +309,8 @@ func mountBPFFS(at string) error {
 
 // adviseBPFFS says what to do where there is not even a folder to mount the BPF file system on: sysfs has it.
 func adviseBPFFS(at string) string {
-	return "the kernel has no CONFIG_BPF_SYSCALL, or sysfs is not mounted (mount -t sysfs sysfs /sys, then mount -t bpf bpf " + at + ")"
+	return "the kernel has no CONFIG_BPF_SYSCALL, or sysfs is not mounted" +
+		" (mount -t sysfs sysfs /sys, then mount -t bpf bpf " + at + ")"
 }
 
 // pinName makes a name that bpffs accepts (it has no dots), another one for another instance.

@@ -29,7 +29,9 @@ func inOwnNetwork(t *testing.T) bool {
 	if !inNewNetwork(t) {
 		return false
 	}
-	for name, value := range map[string]string{"tcp_rmem": "4096 131072 1048576", "tcp_wmem": "4096 65536 1048576"} {
+	for name, value := range map[string]string{
+		"tcp_rmem": "4096 131072 1048576", "tcp_wmem": "4096 65536 1048576",
+	} {
 		must(t, os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(value), 0))
 	}
 	return true
@@ -149,8 +151,10 @@ func testStalledFlows(t *testing.T, r rules) {
 	if !inOwnNetwork(t) {
 		return
 	}
-	stall(t, r, 16<<20, 0, func(perFlow int64, waiting int, cpu time.Duration) { // 16 MiB are more than all buffers take
-		if perFlow > 2*(2<<20)+2*(1<<20+1<<20)*2 { // 2 flow_buffers, and the buffers of the proxy's two sockets at twice their bytes
+	// 16 MiB are more than all buffers take.
+	stall(t, r, 16<<20, 0, func(perFlow int64, waiting int, cpu time.Duration) {
+		// 2 flow_buffers, and the buffers of the proxy's two sockets at twice their bytes.
+		if perFlow > 2*(2<<20)+2*(1<<20+1<<20)*2 {
 			t.Errorf("%d bytes a flow are held", perFlow)
 		}
 		if waiting > 4 { // of 400
@@ -172,12 +176,14 @@ func TestStalledFlowsShortOfMemory(t *testing.T) {
 	// A flow or two in 200 were seen to end with an error, which is not understood; no byte was wrong.
 	stall(t, allRules, 24<<20, 2, func(perFlow int64, waiting int, cpu time.Duration) {
 		if most := limit*int64(os.Getpagesize())/stalledFlows + 2*(2<<20); perFlow > most {
-			t.Errorf("%d bytes a flow are held, more than %d: TCP's memory and two flow_buffers", perFlow, most)
+			t.Errorf("%d bytes a flow are held, more than %d: TCP's memory and two flow_buffers", perFlow,
+				most)
 		}
 		if waiting > 4 { // of 400
 			t.Errorf("%d backlogs wait", waiting)
 		}
-		if cpu > 80*time.Millisecond { // with that of the 400 senders, which the kernel wakes in vain when it is short of memory
+		// With that of the 400 senders, which the kernel wakes in vain when it is short of memory.
+		if cpu > 80*time.Millisecond {
 			t.Errorf("%v of CPU in a second", cpu)
 		}
 	})
@@ -208,7 +214,8 @@ const stalledFlows = 200
 
 // stall lets both senders of each flow push size bytes for readers that begin after judge. Some flows may end
 // with an error.
-func stall(t *testing.T, r rules, size int64, mayEnd int, judge func(perFlow int64, waiting int, cpu time.Duration)) {
+func stall(t *testing.T, r rules, size int64, mayEnd int,
+	judge func(perFlow int64, waiting int, cpu time.Duration)) {
 	const flows = stalledFlows
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
 	l := open(t, r, 1024)
@@ -226,7 +233,8 @@ func stall(t *testing.T, r rules, size int64, mayEnd int, judge func(perFlow int
 			go func() {
 				defer all.Done()
 				c.SetWriteDeadline(time.Now().Add(3 * time.Minute))
-				sent[2*i+j], failed[2*i+j] = io.CopyBuffer(struct{ io.Writer }{c}, io.LimitReader(zeroes{}, size), make([]byte, 16<<10))
+				sent[2*i+j], failed[2*i+j] = io.CopyBuffer(struct{ io.Writer }{c},
+					io.LimitReader(zeroes{}, size), make([]byte, 16<<10))
 				c.CloseWrite()
 			}()
 		}
@@ -249,7 +257,8 @@ func stall(t *testing.T, r rules, size int64, mayEnd int, judge func(perFlow int
 	cpu := leastCPU(time.Second)
 	waiting := backlogs(t, l)
 	// What clients and servers hold is not ours: their buffers are as large as ours.
-	t.Logf("%d flows stalled after %d MiB; MemAvailable fell by %d MiB, with the endpoints' buffers; %d backlogs wait, %v of CPU in a second; %+v",
+	t.Logf("%d flows stalled after %d MiB; MemAvailable fell by %d MiB, with the endpoints' buffers; "+
+		"%d backlogs wait, %v of CPU in a second; %+v",
 		flows, moved()>>20, held>>20, waiting, cpu, l.Stats())
 	for _, i := range l.Flows()[:2] {
 		t.Logf("%+v", i)
@@ -264,7 +273,8 @@ func stall(t *testing.T, r rules, size int64, mayEnd int, judge func(perFlow int
 			go func() {
 				defer drained.Done()
 				c.SetReadDeadline(time.Now().Add(3 * time.Minute))
-				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 16<<10)); n != size || err != nil {
+				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c},
+					make([]byte, 16<<10)); n != size || err != nil {
 					ended.Store(p, err)
 				}
 			}()
@@ -312,13 +322,15 @@ func testIdleFlows(t *testing.T, r rules) {
 	debug.FreeOSMemory() // as the system would get it back in time
 	goroutines, rss := runtime.NumGoroutine(), residentSet(t)
 	for i := range flows {
-		if _, err := l.Splice(t.Context(), down[i], up[i], Flow{ID: "idle", Buffer: 2 << 20, Idle: time.Hour}); err != nil {
+		if _, err := l.Splice(t.Context(), down[i], up[i],
+			Flow{ID: "idle", Buffer: 2 << 20, Idle: time.Hour}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	down, up = nil, nil
 	debug.FreeOSMemory()
-	waitFor(t, func() bool { return runtime.NumGoroutine()-goroutines <= 2 }, "idle flows to have no goroutines")
+	waitFor(t, func() bool { return runtime.NumGoroutine()-goroutines <= 2 },
+		"idle flows to have no goroutines")
 	grown, flow := residentSet(t)-rss, int64(flows)
 	t.Logf("resident set grew by %d bytes a flow, of %d", grown/flow, flow)
 	if grown/flow > 1536 && !raceEnabled { // the race detector has memory of its own
@@ -414,7 +426,9 @@ func testNothingIsLeft(t *testing.T, r rules) {
 			c, d := connect(t, "tcp4")
 			u, s := connect(t, "tcp4")
 			ended := make(chan string, 1)
-			if _, err := l.Splice(t.Context(), d, u, Flow{Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }}); err != nil {
+			if _, err := l.Splice(t.Context(), d, u,
+				Flow{Buffer: 1 << 20,
+					Ended: func(_, _ int64, end string, _ error) { ended <- end }}); err != nil {
 				t.Fatal(err)
 			}
 			for range 1 + i%2*talkTurns { // every other flow comes in
@@ -496,11 +510,13 @@ func testNothingIsLeft(t *testing.T, r rules) {
 		t.Logf("unreclaimable slab: %d KiB more than %d", grown, before)
 	}
 	d1, g1, e1 := left()
-	for end := time.Now().Add(patience); (d1 > d0 || g1 > g0 || e1 != 0) && time.Now().Before(end); { // what goes in time is not left
+	// What goes in time is not left.
+	for end := time.Now().Add(patience); (d1 > d0 || g1 > g0 || e1 != 0) && time.Now().Before(end); {
 		d1, g1, e1 = left()
 	}
 	if d1 > d0 || g1 > g0 || e0 != 0 || e1 != 0 {
-		t.Errorf("descriptors %d then %d, goroutines %d then %d, map entries %d then %d", d0, d1, g0, g1, e0, e1)
+		t.Errorf("descriptors %d then %d, goroutines %d then %d, map entries %d then %d", d0, d1, g0, g1, e0,
+			e1)
 	}
 	if s := l.Stats(); s.Flows != 0 || s.Spliced != uint64(rounds*many)+300 || (s.Inserted > 0) != r.outside {
 		t.Errorf("%+v", s)
@@ -604,8 +620,10 @@ func TestFlowsAgree(t *testing.T) {
 	if f.Up != 123457 || f.Down != 7654321 || d.Up.Bytes != f.Up || d.Down.Bytes != f.Down {
 		t.Errorf("bpftool says %+v, Flows %+v", d, f)
 	}
-	if d.ID != f.ID || d.ID != "id-"+t.Name() || d.Route != f.Route || d.Downstream != f.Downstream || d.Upstream != f.Upstream || d.State != "FLOW_SPLICED" ||
-		f.Downstream != p.client.LocalAddr().String() || f.Upstream != p.server.LocalAddr().String() || f.DownstreamLocal != p.client.RemoteAddr().String() {
+	if d.ID != f.ID || d.ID != "id-"+t.Name() || d.Route != f.Route || d.Downstream != f.Downstream ||
+		d.Upstream != f.Upstream || d.State != "FLOW_SPLICED" ||
+		f.Downstream != p.client.LocalAddr().String() || f.Upstream != p.server.LocalAddr().String() ||
+		f.DownstreamLocal != p.client.RemoteAddr().String() {
 		t.Errorf("bpftool says %+v, Flows %+v", d, f)
 	}
 	up, down := p.count()
@@ -616,7 +634,8 @@ func TestFlowsAgree(t *testing.T) {
 		written, err := flow.halves[i].peer().written()
 		must(t, err)
 		if int64(got) != want || int64(written-flow.halves[i].written0) != want {
-			t.Errorf("half %d: TCP_INFO says %d received and %d written, the count is %d", i, got, written-flow.halves[i].written0, want)
+			t.Errorf("half %d: TCP_INFO says %d received and %d written, the count is %d", i, got,
+				written-flow.halves[i].written0, want)
 		}
 	}
 }

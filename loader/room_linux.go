@@ -14,7 +14,8 @@ func (l *Loader) Room() int {
 	if l.counts.isOff() {
 		return 0
 	}
-	return talkersOf*runtime.NumCPU() - int(max(l.inside.Load()-l.resting.Load(), 0)) // the sweeper may know of some that have ended since
+	// The sweeper may know of some that have ended since.
+	return talkersOf*runtime.NumCPU() - int(max(l.inside.Load()-l.resting.Load(), 0))
 }
 
 // setOutside is for a flow that goes in or out, under outsideMu.

@@ -24,7 +24,8 @@ func cutShort(t *testing.T, r rules, network string) (*path, *flow) {
 	ln, _ := cgroup.Listen(t, network)
 	p := becomeLocal(t, n, ln)
 	f := n.l.onlyFlow(t)
-	must(t, errors.Join(unix.SetsockoptInt(int(f.sockets[0]), unix.SOL_SOCKET, unix.SO_SNDBUF, 16<<10), p.client.SetReadBuffer(16<<10)))
+	must(t, errors.Join(unix.SetsockoptInt(int(f.sockets[0]), unix.SOL_SOCKET, unix.SO_SNDBUF, 16<<10),
+		p.client.SetReadBuffer(16<<10)))
 	f.process.stop()
 	must(t, exchangeBytes(p, 1000, 1000))
 	f.process.begin()
@@ -111,7 +112,9 @@ func TestLocalCutShortAtTheEnd(t *testing.T) {
 			data, took := pattern(1<<20), 0
 			raw, err := p.server.SyscallConn()
 			must(t, err)
-			must(t, raw.Control(func(fd uintptr) { took, err = unix.SendmsgN(int(fd), data, nil, nil, unix.MSG_DONTWAIT) }))
+			must(t, raw.Control(func(fd uintptr) {
+				took, err = unix.SendmsgN(int(fd), data, nil, nil, unix.MSG_DONTWAIT)
+			}))
 			must(t, err)
 			if took == len(data) {
 				t.Fatal("all was taken: this test proves nothing")

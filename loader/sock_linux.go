@@ -49,7 +49,9 @@ func dup(c *net.TCPConn) (socket, error) {
 		return -1, err
 	}
 	fd, failed := -1, error(nil)
-	if err := raw.Control(func(own uintptr) { fd, failed = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3) }); err != nil {
+	if err := raw.Control(func(own uintptr) {
+		fd, failed = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3)
+	}); err != nil {
 		return -1, err
 	}
 	return socket(fd), failed
@@ -147,7 +149,8 @@ func (s socket) readable() bool {
 // its size any more then.
 func (s socket) widen(n int) {
 	if size, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_SNDBUF); err == nil {
-		_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, size/2+n) // it takes twice as much, for its own needs
+		// It takes twice as much, for its own needs.
+		_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, size/2+n)
 	}
 }
 

@@ -12,7 +12,8 @@ import (
 // says what the caller and it promise each other. It never waits for the flow.
 //
 // When it has taken the flow, it has closed down and up, and owns descriptors of its own for their sockets.
-func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
+func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn,
+	o Flow) (count func() (up, down int64), err error) {
 	count, err = l.spliceConns(ctx, down, up, o, nil, l.rules.outside && !o.Talks)
 	l.counts.splice(l, err)
 	return count, err
@@ -20,14 +21,17 @@ func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn, o Flow) (cou
 
 // SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. When it has taken the
 // flow, it owns them.
-func (l *Loader) SpliceSockets(ctx context.Context, down, up int, o Flow) (count func() (up, down int64), err error) {
-	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, l.rules.outside && !o.Talks, func() {})
+func (l *Loader) SpliceSockets(ctx context.Context, down, up int,
+	o Flow) (count func() (up, down int64), err error) {
+	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, l.rules.outside && !o.Talks,
+		func() {})
 	l.counts.splice(l, err)
 	return count, err
 }
 
 // spliceConns is splice for connections, which it closes if it succeeds.
-func (l *Loader) spliceConns(ctx context.Context, down, up *net.TCPConn, o Flow, process *process, outside bool) (count func() (up, down int64), err error) {
+func (l *Loader) spliceConns(ctx context.Context, down, up *net.TCPConn, o Flow,
+	process *process, outside bool) (count func() (up, down int64), err error) {
 	s := [2]socket{-1, -1}
 	for i, c := range []*net.TCPConn{down, up} {
 		if s[i], err = dup(c); err != nil {
@@ -52,7 +56,8 @@ func (l *Loader) spliceConns(ctx context.Context, down, up *net.TCPConn, o Flow,
 // splice is SpliceSockets without the counting. process is where a process on this host has the other end of
 // up, or nil. outside: the flow begins by splice(2), and comes into the sockmap when it is one for it. taken
 // is called when nothing can fail any more, and the flow has not begun.
-func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process *process, outside bool, taken func()) (func() (up, down int64), error) {
+func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow,
+	process *process, outside bool, taken func()) (func() (up, down int64), error) {
 	if l.counts.isOff() {
 		return nil, refusedOff
 	}
@@ -61,7 +66,8 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process 
 		return nil, err
 	}
 	defer l.splicing.Done()
-	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), ended: o.Ended, idle: o.Idle, before: [2]int64{o.Up, o.Down}, process: process}
+	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), ended: o.Ended, idle: o.Idle,
+		before: [2]int64{o.Up, o.Down}, process: process}
 	f.sockets, f.counts = sockets, &l.counts
 	if process != nil {
 		f.counts = &process.local.counts
@@ -75,7 +81,8 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process 
 	}
 
 	for _, s := range f.sockets {
-		if protocol, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PROTOCOL); err == nil && protocol != unix.IPPROTO_TCP {
+		if protocol, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PROTOCOL); err == nil &&
+			protocol != unix.IPPROTO_TCP {
 			return back(refusedMultipath) // a sockmap takes none
 		}
 	}
@@ -91,7 +98,8 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow, process 
 	text := f.describe(o)
 	text.Slot, text.UpstreamCookie = slot, f.cookies[1]
 	for i := range f.halves {
-		l.halves[2*slot+uint32(i)] = spliceHalf{Source: f.cookies[i], Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
+		l.halves[2*slot+uint32(i)] = spliceHalf{Source: f.cookies[i],
+			Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
 	}
 	undo = append(undo, f.forget)
 	if err := l.objects.Flows.Put(f.cookies[0], text); err != nil {
@@ -200,7 +208,8 @@ func (f *flow) begin() {
 	}
 	for i := range f.halves {
 		h := &f.halves[i]
-		if m := h.shared(); h.copying.Load() && !h.bulk.left.Load() || load64(&m.Passed) != 0 || atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
+		if m := h.shared(); h.copying.Load() && !h.bulk.left.Load() || load64(&m.Passed) != 0 ||
+			atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
 			h.wake(0) // its event came too early
 		}
 	}

@@ -58,7 +58,8 @@ func TestReaderStops(t *testing.T) {
 			from, to := way(p)
 			const n = 96 << 20
 			done := make(chan error, 1)
-			slow := &pausing{r: to, at: []int64{0, 1 << 20, 40 << 20}, pause: 700 * time.Millisecond, count: p.count, ended: make(chan struct{})}
+			slow := &pausing{r: to, at: []int64{0, 1 << 20, 40 << 20}, pause: 700 * time.Millisecond,
+				count: p.count, ended: make(chan struct{})}
 			go func() {
 				hash, err := stream(from, 9, n)
 				from.CloseWrite()

@@ -21,7 +21,8 @@ func TestStallOfCopying(t *testing.T) {
 	r.events, r.bulk = false, false
 	p, l := stalling(t, r)
 	h := &l.onlyFlow(t).halves[0]
-	for s := (snapshot{}); ; time.Sleep(100 * time.Millisecond) { // until it comes to rest, with bytes to copy and no room for them
+	// Until it comes to rest, with bytes to copy and no room for them.
+	for s := (snapshot{}); ; time.Sleep(100 * time.Millisecond) {
 		now := h.snapshot()
 		if now == s && now.passed != load64(&h.shared().Consumed) {
 			break
@@ -45,8 +46,10 @@ type stalled struct {
 
 func stalling(t *testing.T, r rules) (stalled, *Loader) {
 	l := open(t, r, 16)
-	l.log = slog.New(slog.DiscardHandler)                                             // a stall may be told of when the test is over
-	p := stalled{splicePath(t, l, pathOptions{buffer: 256 << 10}), pattern(24 << 20)} // more than the buffers that a reader leaves full
+	// A stall may be told of when the test is over.
+	l.log = slog.New(slog.DiscardHandler)
+	// These are more than the buffers that a reader leaves full.
+	p := stalled{splicePath(t, l, pathOptions{buffer: 256 << 10}), pattern(24 << 20)}
 	go func() { p.client.Write(p.data); p.client.CloseWrite() }()
 	return p, l
 }
@@ -99,7 +102,8 @@ func TestBeginKeepsWhatIsWatched(t *testing.T) {
 		for line := range strings.Lines(string(b)) { // tfd:        9 events: 80002001 data: ...
 			var fd int
 			var events uint32
-			if n, _ := fmt.Sscanf(line, "tfd: %d events: %x", &fd, &events); n == 2 && fd == int(f.sockets[side]) {
+			if n, _ := fmt.Sscanf(line, "tfd: %d events: %x", &fd, &events); n == 2 &&
+				fd == int(f.sockets[side]) {
 				found = true
 				if events&^(unix.EPOLLERR|unix.EPOLLHUP) != want { // which epoll always adds
 					t.Errorf("side %d is watched for %x, not for %x", side, events, want)
@@ -124,7 +128,8 @@ func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
 	l := open(t, r, 16)
 	data := pattern(24 << 20)
 	var p *path
-	for try := 1; ; try++ { // where TCP is short of memory, which others use too, the kernel may not take as much
+	// Where TCP is short of memory, which others use too, the kernel may not take as much.
+	for try := 1; ; try++ {
 		p = splicePath(t, l, pathOptions{buffer: 1 << 20})
 		must(t, p.server.SetWriteDeadline(time.Now().Add(patience/3)))
 		n, err := p.server.Write(data)

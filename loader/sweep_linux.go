@@ -103,7 +103,8 @@ func (f *flow) sweep(now time.Time) bool {
 		case n != h.seen || h.since.IsZero():
 			h.seen, h.since, h.looked = n, now, false
 			moves = true
-		case !h.looked && f.l.rules.look: // once after each time that it moved, so that idle flows cost nothing
+		// Once after each time that it moved, so that idle flows cost nothing.
+		case !h.looked && f.l.rules.look:
 			h.looked = true
 			h.look()
 		}

@@ -137,10 +137,12 @@ func becomeUnread(t *testing.T, said *bufio.Reader, target net.Listener) (client
 }
 
 // startDaemonOfUnread starts a process that splices connections with the target.
-func startDaemonOfUnread(t *testing.T, instance, target, network string) (said *bufio.Reader, stop, kill func()) {
+func startDaemonOfUnread(t *testing.T,
+	instance, target, network string) (said *bufio.Reader, stop, kill func()) {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestLocalUnreadOutlivesTheDaemon$")
-	cmd.Env = append(os.Environ(), "TS_LDR_UNREAD="+instance, "TS_LDR_TARGET="+target, "TS_LDR_NETWORK="+network)
+	cmd.Env = append(os.Environ(), "TS_LDR_UNREAD="+instance, "TS_LDR_TARGET="+target,
+		"TS_LDR_NETWORK="+network)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	in, err := cmd.StdinPipe()
 	must(t, err)
@@ -185,7 +187,8 @@ func daemonOfUnread(t *testing.T) {
 		d.SetMultipathTCP(false)
 		up, err := d.Dial(network, os.Getenv("TS_LDR_TARGET"))
 		must(t, err)
-		o := Flow{ID: "unread", Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { fmt.Println("ended", end) }}
+		o := Flow{ID: "unread", Buffer: 1 << 20,
+			Ended: func(_, _ int64, end string, _ error) { fmt.Println("ended", end) }}
 		if _, err = n.Splice(context.Background(), c.(*net.TCPConn), up.(*net.TCPConn), o); err != nil {
 			c.Close()
 			up.Close()

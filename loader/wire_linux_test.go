@@ -28,7 +28,8 @@ func TestWire(t *testing.T) {
 				c, down := n.Connect(t)
 				up, server := connect(t, "tcp4")
 				defer server.Close()
-				must(t, errors.Join(down.SetReadBuffer(64<<10), up.SetWriteBuffer(64<<10), server.SetReadBuffer(64<<10)))
+				must(t, errors.Join(down.SetReadBuffer(64<<10), up.SetWriteBuffer(64<<10),
+					server.SetReadBuffer(64<<10)))
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				return k.Run(c, server, func() {
@@ -178,9 +179,12 @@ func TestUrgent(t *testing.T) {
 					if size > 100 {
 						return
 					}
-					for _, c := range []*net.TCPConn{client, server} { // urgent bytes in the queue at insertion
+					// urgent bytes in the queue at insertion
+					for _, c := range []*net.TCPConn{client, server} {
 						raw, _ := c.SyscallConn()
-						raw.Write(func(fd uintptr) bool { return unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) == nil })
+						raw.Write(func(fd uintptr) bool {
+							return unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) == nil
+						})
 					}
 					time.Sleep(5 * time.Millisecond)
 				}})
@@ -191,7 +195,9 @@ func TestUrgent(t *testing.T) {
 						c.SetDeadline(time.Now().Add(patience))
 						var b [1]byte
 						raw, _ := c.SyscallConn()
-						raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
+						raw.Control(func(fd uintptr) {
+							unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
+						})
 						if _, err := c.Read(b[:]); err != nil || b[0] != '!' {
 							t.Fatalf("%q %v", b, err)
 						}
@@ -213,7 +219,8 @@ func TestUrgent(t *testing.T) {
 				}()
 				to.SetDeadline(time.Now().Add(patience))
 				got, err := io.ReadAll(to)
-				if want := append(append(bytes.Clone(data), '!'), data...); err != nil || !bytes.Equal(got, want) {
+				if want := append(append(bytes.Clone(data), '!'), data...); err != nil ||
+					!bytes.Equal(got, want) {
 					t.Errorf("%d bytes, %d expected, %v\n%s", len(got), len(want), err, f.dump())
 				}
 				if err := <-sent; err != nil {

@@ -2,6 +2,7 @@ package front
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -165,6 +166,7 @@ func (x *express) giveWay() {
 // refuse ends a connection that has said nothing to the end: there is no one to be told.
 func (x *express) refuse(reason string, err error) {
 	x.forgetPart()
+	x.in.id = cmp.Or(x.in.id, flow.NewID())
 	x.front.helloRefused(x.in, "", reason, err)
 	x.down.Reset()
 	x.in.release()

@@ -150,7 +150,7 @@ type Limits struct {
 	HelloTimeout         time.Duration `yaml:"hello_timeout" default:"5s" min:"10ms" max:"10m" doc:"How long a client may take for its TLS ClientHello or its PROXY header."`
 	HelloBytes           int           `yaml:"hello_bytes" kind:"size" default:"65536" min:"512" max:"1MiB" doc:"How many bytes of TLS records a ClientHello may take."`
 	IdleTimeout          time.Duration `yaml:"idle_timeout" default:"1h" min:"10ms" max:"8760h" doc:"A flow that moves no byte in either direction for this long is closed."`
-	FlowBuffer           int64         `yaml:"flow_buffer" kind:"size" default:"2MiB" min:"4KiB" max:"1GiB" doc:"How much memory a flow may hold while its reader is slower than its writer."`
+	FlowBuffer           int64         `yaml:"flow_buffer" kind:"size" default:"2MiB" min:"4KiB" max:"1GiB" doc:"How much memory a flow may hold while its reader is slower than its writer, beside the kernel's socket buffers (net.ipv4.tcp_rmem, tcp_wmem)."`
 }
 
 // Control is how the daemon is observed and commanded.

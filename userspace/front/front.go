@@ -14,6 +14,7 @@
 //	access.go   who may use a route
 //	http.go     http and https: the same by request
 //	certificates.go  what https listeners show, and how ACME gets at them
+//	memory_linux.go  what is done when the kernel is short of memory for TCP
 //	status.go   what can be seen from outside
 //
 // It is the only package that imports its siblings.
@@ -150,6 +151,7 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	}
 	go f.followTailnet(f.ctx)
 	go f.followLabels(f.ctx)
+	go f.watchMemory()
 	return f, nil
 }
 

@@ -20,6 +20,7 @@ type Set struct {
 	Accepted       *prometheus.CounterVec // listener
 	Refused        *prometheus.CounterVec // listener, reason
 	Ended          *prometheus.CounterVec // listener, datapath, end
+	Cut            *prometheus.CounterVec // reason
 	Bytes          *prometheus.CounterVec // listener, direction: up | down
 	DialError      *prometheus.CounterVec // listener, reason
 	Demoted        *prometheus.CounterVec // datapath, reason
@@ -41,6 +42,7 @@ func New(version string, flows func() int) *Set {
 		Accepted:       counter("connections_accepted_total", "Connections accepted, before any check.", "listener"),
 		Refused:        counter("connections_refused_total", "Connections closed before they became a flow, and requests refused, by reason.", "listener", "reason"),
 		Ended:          counter("flows_ended_total", "Flows that ended, by datapath and by how they ended.", "listener", "datapath", "end"),
+		Cut:            counter("flows_cut_total", "Flows that the daemon has ended for want of what they held, by reason.", "reason"),
 		Bytes:          counter("bytes_total", "Bytes of ended flows; up is from downstream to upstream.", "listener", "direction"),
 		DialError:      counter("dial_errors_total", "Upstreams that could not be reached, by reason.", "listener", "reason"),
 		Demoted:        counter("flows_demoted_total", "Flows that a datapath gave back to userspace, by reason.", "datapath", "reason"),
@@ -57,7 +59,7 @@ func New(version string, flows func() int) *Set {
 	info.Set(1)
 	live := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_flows", Help: "Flows that live now."},
 		func() float64 { return float64(flows()) })
-	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Bytes, s.DialError, s.Demoted, s.NotTransparent, s.Reloads, s.LogLost, s.DialTime, info, live,
+	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Cut, s.Bytes, s.DialError, s.Demoted, s.NotTransparent, s.Reloads, s.LogLost, s.DialTime, info, live,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
 }

@@ -152,7 +152,9 @@ func (t *targets) learn(at, other netip.AddrPort) {
 // attach has the sockets that are accepted in the cgroup at that address caught.
 func (t *targets) attach(at netip.AddrPort, path string) error {
 	if t.groups[path] == nil {
-		a, err := link.AttachCgroup(link.CgroupOptions{Path: path, Attach: ebpf.AttachCGroupSockOps, Program: t.n.objects.Catch})
+		a, err := link.AttachCgroup(link.CgroupOptions{
+			Path: path, Attach: ebpf.AttachCGroupSockOps, Program: t.n.objects.Catch,
+		})
 		if err != nil {
 			return fmt.Errorf("%w (%s: %w)", refusedAttach, path, err)
 		}

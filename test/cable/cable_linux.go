@@ -88,10 +88,12 @@ func New(t testing.TB, rmem int) *Cable {
 	err = onThread(
 		func() (err error) { c.far, err = netns.New(); return err }, // and enters it
 		func() error {
-			return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "far"}, PeerName: "near", PeerNamespace: netlink.NsFd(own)})
+			return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "far"}, PeerName: "near",
+				PeerNamespace: netlink.NsFd(own)})
 		},
 		func() error {
-			return errors.Join(sysctl("ipv4/tcp_rmem", fmt.Sprintf("4096 %d %d", rmem, rmem)), up("lo"), up("far", far...))
+			return errors.Join(sysctl("ipv4/tcp_rmem", fmt.Sprintf("4096 %d %d", rmem, rmem)), up("lo"),
+				up("far", far...))
 		},
 		func() error { return netns.Set(own) },
 		func() error { return up("near", near...) },

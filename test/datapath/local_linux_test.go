@@ -26,7 +26,8 @@ func TestLocal(t *testing.T) {
 		t.Run(c.network, func(t *testing.T) {
 			l, local := loadLocal(t, "table-"+c.network)
 			server, _ := cgroup.Listen(t, c.network)
-			at := relaytest.Loopback{Up: c.network, Server: server, Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}
+			at := relaytest.Loopback{Up: c.network, Server: server,
+				Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}
 			p := at.Path(t)
 			becomeKnown(t, local, p)
 			before := local.Stats()
@@ -80,7 +81,8 @@ func needRoot(t testing.TB) {
 
 func loadLocal(t testing.TB, name string) (*loader.Loader, *loader.Local) {
 	t.Helper()
-	l, err := loader.New(loader.Options{Instance: fmt.Sprintf("ts-ldr-%s-%d", name, os.Getpid()), MaxFlows: 4096, Local: true, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+	l, err := loader.New(loader.Options{Instance: fmt.Sprintf("ts-ldr-%s-%d", name, os.Getpid()),
+		MaxFlows: 4096, Local: true, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,7 +27,9 @@ func sockmapHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 		return relaytest.Loopback{Cable: c, Down: "tcp6", Options: o}.Path(t)
 	}
 	atOnce, usual := load(t, loader.Options{AtOnce: true}), load(t, loader.Options{})
-	inside, outside := path(relay.Options{Datapaths: []relay.Datapath{atOnce}}), path(relay.Options{Datapaths: []relay.Datapath{usual}})
+	inside := path(relay.Options{Datapaths: []relay.Datapath{atOnce}})
+	outside := path(relay.Options{Datapaths: []relay.Datapath{usual}})
+	uncabled := relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{atOnce}}}.Path(t)
 	var taken atomic.Int32
 	t.Cleanup(func() {
 		if taken.Load() == 0 {
@@ -35,25 +37,23 @@ func sockmapHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 		}
 	})
 	return []relaytest.Hands{
-		{Name: "in the sockmap", Path: inside, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
-			return exchange(t, f, 1000, func() bool { return moved.Datapath() == loader.Name })
-		}},
-		{Name: "beside the sockmap", Path: outside, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
-			return exchange(t, f, 1000, func() bool { return moved.Datapath() == loader.Name })
-		}},
-		{Name: "into the sockmap", Path: outside, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
-			last := loader.Info{UpCopied: -1, DownCopied: -1}
-			return exchange(t, f, 1000, func() bool {
-				now := infoOf(t, usual, f)
-				redirects := now.UpCopied == last.UpCopied && now.DownCopied == last.DownCopied
-				last = now
-				return redirects
-			})
-		}},
-		{Name: "out of the sockmap", Path: relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{atOnce}}}.Path(t), Alone: true, Fast: true, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
-			before := atOnce.Stats().Bulk
-			return exchange(t, f, 4<<20, func() bool { return atOnce.Stats().Bulk >= before+2 })
-		}},
+		{Name: "in the sockmap", Path: inside, Take: takenBy(loader.Name)},
+		{Name: "beside the sockmap", Path: outside, Take: takenBy(loader.Name)},
+		{Name: "into the sockmap", Path: outside,
+			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+				last := loader.Info{UpCopied: -1, DownCopied: -1}
+				return exchange(t, f, 1000, func() bool {
+					now := infoOf(t, usual, f)
+					redirects := now.UpCopied == last.UpCopied && now.DownCopied == last.DownCopied
+					last = now
+					return redirects
+				})
+			}},
+		{Name: "out of the sockmap", Path: uncabled, Alone: true, Fast: true,
+			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+				before := atOnce.Stats().Bulk
+				return exchange(t, f, 4<<20, func() bool { return atOnce.Stats().Bulk >= before+2 })
+			}},
 		{Name: "from a loop into the sockmap", Path: path(relay.Options{WhenTalking: []relay.Sockets{usual}}),
 			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 				rounds := 0 // on a busy machine few are quick enough to talk, and stay on the loop
@@ -75,12 +75,16 @@ func sockmapHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 func localHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 	l, local := loadLocal(t, "pairs")
 	server, _ := cgroup.Listen(t, "tcp4")
-	p := relaytest.Loopback{Cable: c, Server: server, Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}.Path(t)
+	p := relaytest.Loopback{Cable: c, Server: server,
+		Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}.Path(t)
 	becomeKnown(t, local, p)
-	return []relaytest.Hands{
-		{Name: "past TCP", Path: p, Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
-			return exchange(t, f, 1000, func() bool { return moved.Datapath() == loader.LocalName })
-		}},
+	return []relaytest.Hands{{Name: "past TCP", Path: p, Take: takenBy(loader.LocalName)}}
+}
+
+// takenBy sends bytes both ways until the datapath of that name has the flow.
+func takenBy(name string) func(testing.TB, *relaytest.Flow, *relay.Counters) (up, down int64) {
+	return func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
+		return exchange(t, f, 1000, func() bool { return moved.Datapath() == name })
 	}
 }
 

@@ -28,9 +28,11 @@ func TestSockmap(t *testing.T) {
 	}{
 		{"tcp4", relaytest.Loopback{}, relaytest.DefaultSize(), loader.Options{}},
 		{"tcp4 at once", relaytest.Loopback{}, relaytest.DefaultSize(), loader.Options{AtOnce: true}},
-		{"tcp6 to tcp4 at once", relaytest.Loopback{Down: "tcp6"}, relaytest.SmallSize(), loader.Options{AtOnce: true}},
+		{"tcp6 to tcp4 at once", relaytest.Loopback{Down: "tcp6"}, relaytest.SmallSize(),
+			loader.Options{AtOnce: true}},
 		{"tcp6", relaytest.Loopback{Down: "tcp6", Up: "tcp6"}, relaytest.SmallSize(), loader.Options{}},
-		{"tcp6 at once", relaytest.Loopback{Down: "tcp6", Up: "tcp6"}, relaytest.SmallSize(), loader.Options{AtOnce: true}},
+		{"tcp6 at once", relaytest.Loopback{Down: "tcp6", Up: "tcp6"}, relaytest.SmallSize(),
+			loader.Options{AtOnce: true}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l := load(t, c.o)
@@ -44,7 +46,8 @@ func TestSockmap(t *testing.T) {
 func TestSockmapWire(t *testing.T) {
 	for name, o := range map[string]loader.Options{"begins outside": {}, "at once": {AtOnce: true}} {
 		t.Run(name, func(t *testing.T) {
-			relaytest.RunWire(t, relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{load(t, o)}}})
+			paths := []relay.Datapath{load(t, o)}
+			relaytest.RunWire(t, relaytest.Loopback{Options: relay.Options{Datapaths: paths}})
 		})
 	}
 }
@@ -110,7 +113,8 @@ func TestAutoMidStream(t *testing.T) {
 				})
 				f.Client.Close()
 				f.Server.Close()
-				if r := f.Result(t); err != nil || r.Up != up || r.Down != down || r.Datapath != loader.Name || r.End != relay.EndEOF {
+				if r := f.Result(t); err != nil || r.Up != up || r.Down != down ||
+					r.Datapath != loader.Name || r.End != relay.EndEOF {
 					t.Errorf("%d bytes up, %d down, %v: %+v", up, down, err, r)
 				}
 			})
@@ -131,7 +135,8 @@ func TestAutoCrowd(t *testing.T) {
 		var moved relay.Counters
 		f.Start(context.Background(), relay.Options{Counters: &moved})
 		all.Go(func() {
-			up, down, err := relaytest.Talk(f.Client, f.Server, 200, func() bool { return enough(moved.Datapath()) })
+			up, down, err := relaytest.Talk(f.Client, f.Server, 200,
+				func() bool { return enough(moved.Datapath()) })
 			f.Client.Close()
 			f.Server.Close()
 			if r := f.Result(t); err != nil || r.Up != up || r.Down != down {
@@ -176,7 +181,8 @@ func TestUserspace(t *testing.T) {
 func load(t *testing.T, o loader.Options) *loader.Loader {
 	t.Helper()
 	needRoot(t)
-	o.Instance, o.MaxFlows, o.Log = fmt.Sprintf("ts-ldr-table-%d-%d", os.Getpid(), instances.Add(1)), 4096, slog.New(slog.NewTextHandler(os.Stderr, nil))
+	o.Instance = fmt.Sprintf("ts-ldr-table-%d-%d", os.Getpid(), instances.Add(1))
+	o.MaxFlows, o.Log = 4096, slog.New(slog.NewTextHandler(os.Stderr, nil))
 	l, err := loader.New(o)
 	if err != nil {
 		t.Fatal(err)

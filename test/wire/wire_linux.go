@@ -179,7 +179,8 @@ func (n *Network) conn(t testing.TB, peer uint16) *Conn {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.port++
-	c := &Conn{n: n, port: n.port, peer: peer, start: 1 << 31, window: 65535} // its numbers wrap where signs are confused
+	// Its numbers wrap where signs are confused.
+	c := &Conn{n: n, port: n.port, peer: peer, start: 1 << 31, window: 65535}
 	c.changed.L = &c.mu
 	n.conns[c.port] = c
 	t.Cleanup(func() {

@@ -18,7 +18,8 @@ import (
 // the address that the authority is led to. The edges have no configuration for it.
 func TestNewName(t *testing.T) {
 	s := world(t)
-	eventually(t, "the first page", func() error { _, err := s.page(t.Context(), "first.vsq.cz", s.roots); return err })
+	eventually(t, "the first page",
+		func() error { _, err := s.page(t.Context(), "first.vsq.cz", s.roots); return err })
 	http, hello := []string{"http-01", "first.vsq.cz"}, []string{"tls-alpn-01"}
 	for _, c := range []struct {
 		edge      *lab.Daemon
@@ -57,7 +58,8 @@ func TestNewName(t *testing.T) {
 			if took > patience {
 				t.Errorf("the reload took %v", took)
 			}
-			eventually(t, "the page", func() error { _, err := s.page(t.Context(), c.name, s.roots); return err })
+			eventually(t, "the page",
+				func() error { _, err := s.page(t.Context(), c.name, s.roots); return err })
 			t.Logf("%s had its certificate after %v", c.name, time.Since(begin))
 			if n := s.issued() - before; n != 1 {
 				t.Errorf("%d certificates were issued for one new name", n)
@@ -69,7 +71,8 @@ func TestNewName(t *testing.T) {
 			if _, err := c.edge.WaitLog(ctx, func(l lab.LogLine) bool {
 				client := fmt.Sprint(l["client"])
 				return l["msg"] == "flow ended" && l["listener"] == listener &&
-					(strings.HasPrefix(client, authorityIP+":") || strings.HasPrefix(client, "[2001:db8:cc::2]:")) &&
+					(strings.HasPrefix(client, authorityIP+":") ||
+						strings.HasPrefix(client, "[2001:db8:cc::2]:")) &&
 					(l["name"] == c.name || c.challenge == "http-01")
 			}); err != nil {
 				t.Error(err)
@@ -81,7 +84,8 @@ func TestNewName(t *testing.T) {
 	if err := s.home.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the page after a restart", func() error { _, err := s.page(t.Context(), "hello-b.vsq.cz", s.roots); return err })
+	eventually(t, "the page after a restart",
+		func() error { _, err := s.page(t.Context(), "hello-b.vsq.cz", s.roots); return err })
 	if n := s.issued() - before; n != 0 {
 		t.Errorf("%d certificates were issued by a restart", n)
 	}
@@ -94,16 +98,20 @@ func TestNewName(t *testing.T) {
 // with tailscaled's answer in the log, and neither the reload nor the other names.
 func TestTailscale(t *testing.T) {
 	s := world(t)
-	s.configure(t, strings.Replace(certificates([]string{"http-01", "first.vsq.cz"}), "    certificates:\n", "    certificates:\n      - { tailscale: true }\n", 1))
-	eventually(t, "the page by acme", func() error { _, err := s.page(t.Context(), "first.vsq.cz", s.roots); return err })
+	s.configure(t, strings.Replace(certificates([]string{"http-01", "first.vsq.cz"}), "    certificates:\n",
+		"    certificates:\n      - { tailscale: true }\n", 1))
+	eventually(t, "the page by acme",
+		func() error { _, err := s.page(t.Context(), "first.vsq.cz", s.roots); return err })
 	const name = "home.tail1234.ts.net"
 	// Such lines are rationed: an earlier one may have taken this one's place.
 	eventually(t, "the reason in the log", func() error {
-		if _, err := s.page(t.Context(), name, s.roots); err == nil || !strings.Contains(err.Error(), "internal error") {
+		if _, err := s.page(t.Context(), name, s.roots); err == nil ||
+			!strings.Contains(err.Error(), "internal error") {
 			return fmt.Errorf("%s: %v: want the alert internal_error", name, err)
 		}
 		for _, l := range s.home.LogLines() {
-			if l["reason"] == "tls_handshake" && strings.Contains(fmt.Sprint(l["err"]), "no certificate for "+name+": tailscaled has them for") {
+			said := "no certificate for " + name + ": tailscaled has them for"
+			if l["reason"] == "tls_handshake" && strings.Contains(fmt.Sprint(l["err"]), said) {
 				return nil
 			}
 		}
@@ -115,11 +123,13 @@ func TestTailscale(t *testing.T) {
 // fails.
 func TestRenewal(t *testing.T) {
 	s := world(t)
-	const name, life, clients = "renewed.vsq.cz", 30 * time.Second, 6 // a third of its life is left for each renewal
+	// A third of its life is left for each renewal.
+	const name, life, clients = "renewed.vsq.cz", 30 * time.Second, 6
 	s.restartAuthority(t, life)
 	s.configure(t, certificates([]string{"tls-alpn-01", name}))
 	roots := s.roots
-	eventually(t, "the first certificate", func() error { _, err := s.page(t.Context(), name, roots); return err })
+	eventually(t, "the first certificate",
+		func() error { _, err := s.page(t.Context(), name, roots); return err })
 	var serials sync.Map
 	var pages, failed atomic.Int64
 	var all sync.WaitGroup
@@ -174,7 +184,8 @@ func TestTrouble(t *testing.T) {
 		break_, fix func(*testing.T)
 		want        []string
 	}{
-		{"disk full", sh("dd if=/dev/zero of=" + storage + "/filler bs=1k 2>/dev/null || true"), sh("rm " + storage + "/filler"),
+		{"disk full", sh("dd if=/dev/zero of=" + storage + "/filler bs=1k 2>/dev/null || true"),
+			sh("rm " + storage + "/filler"),
 			[]string{"no space left on device", "make room on it", "acme.storage"}},
 		{"read-only", sh("mount -o remount,ro " + storage), sh("mount -o remount,rw " + storage),
 			[]string{"read-only file system", "mount it writable", "StateDirectory="}},
@@ -189,7 +200,8 @@ func TestTrouble(t *testing.T) {
 			own := strings.ReplaceAll(c.name, " ", "-") + "." + name
 			s.configure(t, certificates([]string{"http-01", own}))
 			roots := s.roots
-			eventually(t, "the first certificate", func() error { _, err := s.page(t.Context(), own, roots); return err })
+			eventually(t, "the first certificate",
+				func() error { _, err := s.page(t.Context(), own, roots); return err })
 			first, err := s.page(t.Context(), own, roots)
 			if err != nil {
 				t.Fatal(err)

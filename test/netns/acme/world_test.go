@@ -139,7 +139,8 @@ func begin(ctx context.Context, o lab.Options) (_ *site, err error) {
 	if err := s.startAuthority(time.Hour); err != nil {
 		return nil, err
 	}
-	if _, err := w.Home.Sh(ctx, "mkdir -m 700 "+storage+" && mount -t tmpfs -o size=512k,mode=700 tmpfs "+storage); err != nil {
+	if _, err := w.Home.Sh(ctx,
+		"mkdir -m 700 "+storage+" && mount -t tmpfs -o size=512k,mode=700 tmpfs "+storage); err != nil {
 		return nil, err
 	}
 	ln, err := w.Home.Listen("tcp", "127.0.0.1:3000")
@@ -149,7 +150,8 @@ func begin(ctx context.Context, o lab.Options) (_ *site, err error) {
 	go http.Serve(ln, http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(rw, "%s for %s\n", r.Host, r.Header.Get("X-Forwarded-For"))
 	}))
-	if s.edgeA, err = w.EdgeA.StartTailsplice(ctx, bin, fmt.Sprintf(edgeConfig, "tcp", ", send_proxy: v2")); err != nil {
+	if s.edgeA, err = w.EdgeA.StartTailsplice(ctx, bin,
+		fmt.Sprintf(edgeConfig, "tcp", ", send_proxy: v2")); err != nil {
 		return nil, err
 	}
 	if s.edgeB, err = w.EdgeB.StartTailsplice(ctx, bin, fmt.Sprintf(edgeConfig, "http", "")); err != nil {
@@ -165,7 +167,8 @@ func (s *site) startAuthority(validity time.Duration) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	c := acmetest.Config{Host: authorityIP, Port: authorityPort, HTTPPort: 80, TLSPort: 443, DNS: dnsAddr, Validity: validity}
+	c := acmetest.Config{Host: authorityIP, Port: authorityPort, HTTPPort: 80, TLSPort: 443, DNS: dnsAddr,
+		Validity: validity}
 	args, root, err := c.Write(dir)
 	if err != nil {
 		return err
@@ -178,15 +181,19 @@ func (s *site) startAuthority(validity time.Duration) error {
 		return err
 	}
 	if s.pebble == nil {
-		if _, err := s.Cloud.StartProcess("dns", append([]string{s.programs.DNS}, acmetest.DNSArgs(dnsAddr, "127.0.0.1:8055", lab.Anycast4.String(), lab.Anycast6.String())...), nil); err != nil {
+		if _, err := s.Cloud.StartProcess("dns", append([]string{s.programs.DNS},
+			acmetest.DNSArgs(dnsAddr, "127.0.0.1:8055", lab.Anycast4.String(), lab.Anycast6.String())...),
+			nil); err != nil {
 			return err
 		}
 	}
-	s.pebble, err = s.Cloud.StartProcess("pebble", append([]string{s.programs.Pebble}, args...), func(cmd *lab.Cmd) { cmd.Env = append(cmd.Env, acmetest.Env...) })
+	s.pebble, err = s.Cloud.StartProcess("pebble", append([]string{s.programs.Pebble}, args...),
+		func(cmd *lab.Cmd) { cmd.Env = append(cmd.Env, acmetest.Env...) })
 	if err != nil {
 		return err
 	}
-	client := &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+	client := &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true,
+		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			return s.Cloud.Dial(ctx, "tcp", addr)
 		}}}
@@ -223,7 +230,8 @@ func (s *site) issued() int { return strings.Count(s.pebble.Output(), "Issued ce
 func (s *site) page(ctx context.Context, name string, roots *x509.CertPool) (*x509.Certificate, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots},
+	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+		TLSClientConfig: &tls.Config{RootCAs: roots},
 		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
 			_, port, _ := net.SplitHostPort(addr)
 			return s.Client.Dial(ctx, "tcp4", net.JoinHostPort(lab.Anycast4.String(), port))
@@ -291,7 +299,7 @@ const patience = 2 * time.Minute
 func eventually(t *testing.T, what string, ok func() error) {
 	t.Helper()
 	var err error
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		if err = ok(); err == nil {
 			return
 		}

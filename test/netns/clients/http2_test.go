@@ -35,7 +35,8 @@ func TestH2Spec(t *testing.T) {
 	host, port, _ := net.SplitHostPort(h.addr)
 	n, _ := strconv.Atoi(port)
 	asking := func(header int, sections ...string) *config.Config {
-		return &config.Config{Host: host, Port: n, Path: "/", Timeout: 2 * time.Second, MaxHeaderLen: header, TLS: true, Insecure: true, Strict: true, Sections: sections}
+		return &config.Config{Host: host, Port: n, Path: "/", Timeout: 2 * time.Second, MaxHeaderLen: header,
+			TLS: true, Insecure: true, Strict: true, Sections: sections}
 	}
 	// It prints as it goes.
 	out := os.Stdout

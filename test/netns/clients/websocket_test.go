@@ -50,7 +50,8 @@ func TestWebSocket(t *testing.T) {
 		rand.NewChaCha8([32]byte{byte(n)}).Read(b)
 		return b
 	}
-	text := func(n int) []byte { return []byte(strings.Repeat("κόσμε-", n/10+1)[:n]) } // which ends anywhere
+	// Its text ends anywhere in a character.
+	text := func(n int) []byte { return []byte(strings.Repeat("κόσμε-", n/10+1)[:n]) }
 	type frames = []ws.Frame
 	frame := func(op ws.OpCode, fin bool, p []byte) ws.Frame { return ws.NewFrame(op, fin, p) }
 	closing := func(code ws.StatusCode, why string) ws.Frame {
@@ -63,8 +64,10 @@ func TestWebSocket(t *testing.T) {
 	}
 	var tests []test
 	for _, n := range []int{0, 1, 125, 126, 127, 128, 65535, 65536, 65537, 1 << 20, 16 << 20} {
-		tests = append(tests, test{fmt.Sprintf("text of %d", n), frames{ws.NewTextFrame(text(n))}, frames{ws.NewTextFrame(text(n))}, 0},
-			test{fmt.Sprintf("binary of %d", n), frames{ws.NewBinaryFrame(random(n))}, frames{ws.NewBinaryFrame(random(n))}, 0})
+		tests = append(tests, test{fmt.Sprintf("text of %d", n), frames{ws.NewTextFrame(text(n))},
+			frames{ws.NewTextFrame(text(n))}, 0},
+			test{fmt.Sprintf("binary of %d", n), frames{ws.NewBinaryFrame(random(n))},
+				frames{ws.NewBinaryFrame(random(n))}, 0})
 	}
 	fragments := func(op ws.OpCode, data []byte, size int, between ...ws.Frame) (out frames) {
 		for at := 0; at < len(data); at += size {
@@ -79,32 +82,51 @@ func TestWebSocket(t *testing.T) {
 	ping, pong := ws.NewPingFrame(random(125)), ws.NewPongFrame(random(125))
 	two := frames{pong, pong}
 	tests = append(tests,
-		test{"a byte at a time", frames{ws.NewTextFrame(text(1000)), ping}, frames{ws.NewTextFrame(text(1000)), pong}, 1},
-		test{"997 bytes at a time", frames{ws.NewBinaryFrame(random(100 << 10))}, frames{ws.NewBinaryFrame(random(100 << 10))}, 997},
-		test{"many at once", append(bytesOf(50, ws.NewTextFrame(text(10))), ping), append(bytesOf(50, ws.NewTextFrame(text(10))), pong), 1 << 20},
+		test{"a byte at a time", frames{ws.NewTextFrame(text(1000)), ping},
+			frames{ws.NewTextFrame(text(1000)), pong}, 1},
+		test{"997 bytes at a time", frames{ws.NewBinaryFrame(random(100 << 10))},
+			frames{ws.NewBinaryFrame(random(100 << 10))}, 997},
+		test{"many at once", append(bytesOf(50, ws.NewTextFrame(text(10))), ping),
+			append(bytesOf(50, ws.NewTextFrame(text(10))), pong), 1 << 20},
 		test{"fragments", fragments(ws.OpText, text(1000), 100), frames{ws.NewTextFrame(text(1000))}, 0},
-		test{"fragments of one byte", fragments(ws.OpBinary, random(500), 1), frames{ws.NewBinaryFrame(random(500))}, 0},
-		test{"fragments inside of characters", fragments(ws.OpText, text(99), 1), frames{ws.NewTextFrame(text(99))}, 0},
-		test{"fragments of 16 MiB", fragments(ws.OpBinary, random(16<<20), 4<<10), frames{ws.NewBinaryFrame(random(16 << 20))}, 0},
-		test{"empty fragments", frames{frame(ws.OpText, false, nil), frame(ws.OpContinuation, false, nil), frame(ws.OpContinuation, true, nil)}, frames{ws.NewTextFrame(nil)}, 0},
-		test{"pings between fragments", fragments(ws.OpText, text(90), 30, ping), append(two, ws.NewTextFrame(text(90))), 0},
-		test{"the same, a byte at a time", fragments(ws.OpText, text(90), 30, ping), append(two, ws.NewTextFrame(text(90))), 1},
+		test{"fragments of one byte", fragments(ws.OpBinary, random(500), 1),
+			frames{ws.NewBinaryFrame(random(500))}, 0},
+		test{"fragments inside of characters", fragments(ws.OpText, text(99), 1),
+			frames{ws.NewTextFrame(text(99))}, 0},
+		test{"fragments of 16 MiB", fragments(ws.OpBinary, random(16<<20), 4<<10),
+			frames{ws.NewBinaryFrame(random(16 << 20))}, 0},
+		test{"empty fragments", frames{frame(ws.OpText, false, nil), frame(ws.OpContinuation, false, nil),
+			frame(ws.OpContinuation, true, nil)}, frames{ws.NewTextFrame(nil)}, 0},
+		test{"pings between fragments", fragments(ws.OpText, text(90), 30, ping),
+			append(two, ws.NewTextFrame(text(90))), 0},
+		test{"the same, a byte at a time", fragments(ws.OpText, text(90), 30, ping),
+			append(two, ws.NewTextFrame(text(90))), 1},
 		test{"an empty ping", frames{ws.NewPingFrame(nil)}, frames{ws.NewPongFrame(nil)}, 0},
 		test{"a pong that nobody asked for", frames{ws.NewPongFrame([]byte("x")), ping}, frames{pong}, 0},
 		test{"close", frames{closing(1000, "bye")}, frames{closing(1000, "bye")}, 0},
 		test{"close, a byte at a time", frames{closing(1000, "bye")}, frames{closing(1000, "bye")}, 1},
 		test{"close without a word", frames{ws.NewCloseFrame(nil)}, frames{ws.NewCloseFrame(nil)}, 0},
-		test{"close in the middle of a message", frames{frame(ws.OpText, false, text(10)), closing(1001, "")}, frames{closing(1001, "")}, 0},
-		test{"close, and then talk on", frames{closing(1000, ""), ws.NewTextFrame(text(10)), ping}, frames{closing(1000, "")}, 1 << 20},
-		test{"a continuation of nothing", frames{frame(ws.OpContinuation, true, text(10))}, frames{closing(1002, "*")}, 0},
-		test{"a message inside of another", frames{frame(ws.OpText, false, text(10)), ws.NewTextFrame(text(10))}, frames{closing(1002, "*")}, 0},
+		test{"close in the middle of a message", frames{frame(ws.OpText, false, text(10)), closing(1001, "")},
+			frames{closing(1001, "")}, 0},
+		test{"close, and then talk on", frames{closing(1000, ""), ws.NewTextFrame(text(10)), ping},
+			frames{closing(1000, "")}, 1 << 20},
+		test{"a continuation of nothing", frames{frame(ws.OpContinuation, true, text(10))},
+			frames{closing(1002, "*")}, 0},
+		test{"a message inside of another", frames{frame(ws.OpText, false, text(10)),
+			ws.NewTextFrame(text(10))}, frames{closing(1002, "*")}, 0},
 		test{"a reserved opcode", frames{frame(5, true, text(10))}, frames{closing(1002, "*")}, 0},
-		test{"a reserved bit", frames{{Header: ws.Header{Fin: true, Rsv: ws.Rsv(false, true, false), OpCode: ws.OpText, Length: 3}, Payload: text(3)}}, frames{closing(1002, "*")}, 0},
+		test{"a reserved bit", frames{{Header: ws.Header{Fin: true, Rsv: ws.Rsv(false, true, false),
+			OpCode: ws.OpText, Length: 3}, Payload: text(3)}}, frames{closing(1002, "*")}, 0},
 		test{"a ping too large", frames{frame(ws.OpPing, true, random(126))}, frames{closing(1002, "*")}, 0},
 	)
-	for _, code := range []ws.StatusCode{1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4999} {
-		tests = append(tests, test{fmt.Sprintf("close %d", code), frames{closing(code, "why")}, frames{closing(code, "why")}, 0},
-			test{fmt.Sprintf("the server closes, %d", code), frames{ws.NewTextFrame(fmt.Appendf(nil, "close %d", code))}, frames{closing(code, "as you say")}, 0})
+	for _, code := range []ws.StatusCode{
+		1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4999,
+	} {
+		tests = append(tests, test{fmt.Sprintf("close %d", code), frames{closing(code, "why")},
+			frames{closing(code, "why")}, 0},
+			test{fmt.Sprintf("the server closes, %d", code),
+				frames{ws.NewTextFrame(fmt.Appendf(nil, "close %d", code))},
+				frames{closing(code, "as you say")}, 0})
 	}
 	for _, c := range tests {
 		t.Run(c.name, func(t *testing.T) {
@@ -129,12 +151,14 @@ func TestWebSocket(t *testing.T) {
 				if err != nil {
 					t.Fatalf("frame %d: %v", i, err)
 				}
-				if bytes.HasSuffix(want.Payload, []byte("*")) && want.Header.OpCode == ws.OpClose { // whatever the server says
+				// Whatever the server says.
+				if bytes.HasSuffix(want.Payload, []byte("*")) && want.Header.OpCode == ws.OpClose {
 					got.Payload, want.Payload = got.Payload[:2], want.Payload[:2]
 				}
 				if got.Header.OpCode != want.Header.OpCode || !bytes.Equal(got.Payload, want.Payload) {
 					t.Fatalf("frame %d: opcode %d with %d bytes %.40q, want %d with %d bytes %.40q", i,
-						got.Header.OpCode, len(got.Payload), got.Payload, want.Header.OpCode, len(want.Payload), want.Payload)
+						got.Header.OpCode, len(got.Payload), got.Payload,
+						want.Header.OpCode, len(want.Payload), want.Payload)
 				}
 				if want.Header.OpCode == ws.OpClose {
 					if strings.HasPrefix(c.name, "the server") {

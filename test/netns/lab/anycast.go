@@ -16,7 +16,8 @@ const (
 	routerAS = 64500
 )
 
-var anycastPrefixes = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:80::/48")}
+var anycastPrefixes = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
+	netip.MustParsePrefix("2001:db8:80::/48")}
 
 // bfd finds a silent cut in under a second. Slower than routers do it, so that a busy test machine is not a
 // cut. Without it a cut would be found when BGP's hold time is over, for which no test waits.
@@ -105,7 +106,8 @@ func (a *anycast) start(ctx context.Context, h *Host, conf string) error {
 	if err := h.WriteFile(birdConf, []byte("log stderr all;\n"+conf), 0o644); err != nil {
 		return err
 	}
-	p, err := h.StartProcess("bird", []string{"bird", "-f", "-c", birdConf, "-s", birdSocket, "-P", "/run/bird.pid"}, nil)
+	p, err := h.StartProcess("bird", []string{"bird", "-f", "-c", birdConf, "-s", birdSocket, "-P",
+		"/run/bird.pid"}, nil)
 	if err != nil {
 		return err
 	}
@@ -129,7 +131,8 @@ func (w *World) Prefer(ctx context.Context, edge *Host) error {
 		return nil
 	}
 	for _, e := range w.Edges() {
-		if err := e.WriteFile(birdConf, []byte("log stderr all;\n"+edgeConf(e, e == edge)), 0o644); err != nil {
+		if err := e.WriteFile(birdConf, []byte("log stderr all;\n"+edgeConf(e, e == edge)),
+			0o644); err != nil {
 			return err
 		}
 		if _, err := e.Command(ctx, "birdc", "-s", birdSocket, "configure").Output(); err != nil {
@@ -159,7 +162,8 @@ func (w *World) waitRoute(ctx context.Context, edge *Host) error {
 	defer cancel()
 	for w.Route(Anycast4) != edge || w.Route(Anycast6) != edge {
 		if sleep(ctx, pollInterval/2) != nil {
-			state, _ := w.Inet.Command(context.Background(), "birdc", "-s", birdSocket, "show", "protocols", "all").Output()
+			state, _ := w.Inet.Command(context.Background(), "birdc", "-s", birdSocket, "show", "protocols",
+				"all").Output()
 			return fmt.Errorf("the router does not route %v to %s\n%s\n%s", Anycast4, edge.Name, state,
 				(&Process{Log: filepath.Join(edge.Dir, "log", "bird.log")}).tail(30))
 		}

@@ -132,7 +132,8 @@ func (d *Daemon) WaitLog(ctx context.Context, ok func(LogLine) bool) (LogLine, e
 			}
 		}
 		if err := sleep(ctx, pollInterval); err != nil {
-			return nil, fmt.Errorf("tailsplice on %s did not log what was awaited: %w\n%s", d.Host.Name, err, d.tail(20))
+			return nil, fmt.Errorf("tailsplice on %s did not log what was awaited: %w\n%s", d.Host.Name, err,
+				d.tail(20))
 		}
 	}
 }

@@ -33,10 +33,12 @@ func TestHosts(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !strings.HasPrefix(out, "client\n") || !strings.Contains(out, "192.0.2.80 example.vsq.cz") || strings.Contains(out, "netns") {
+		if !strings.HasPrefix(out, "client\n") || !strings.Contains(out, "192.0.2.80 example.vsq.cz") ||
+			strings.Contains(out, "netns") {
 			t.Errorf("the client sees\n%s", out)
 		}
-		if _, err := w.EdgeA.Sh(t.Context(), "! grep -q example.vsq.cz /etc/hosts; ! test -e "+lab.KeyFile); err != nil {
+		if _, err := w.EdgeA.Sh(t.Context(),
+			"! grep -q example.vsq.cz /etc/hosts; ! test -e "+lab.KeyFile); err != nil {
 			t.Errorf("the edge's /etc is not its own: %v", err)
 		}
 	})
@@ -44,7 +46,8 @@ func TestHosts(t *testing.T) {
 		if err := w.Home.InstallCertificate(); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := w.Home.Sh(t.Context(), "openssl x509 -noout -in "+lab.CertFile+"; test -s "+lab.KeyFile); err != nil {
+		if _, err := w.Home.Sh(t.Context(),
+			"openssl x509 -noout -in "+lab.CertFile+"; test -s "+lab.KeyFile); err != nil {
 			t.Error(err)
 		}
 		if _, err := w.EdgeA.Sh(t.Context(), "test -e "+lab.KeyFile); err == nil {
@@ -61,13 +64,15 @@ func TestHosts(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		p, err := w.EdgeA.StartProcess("openssl", []string{"openssl", "s_server", "-accept", "*:443", "-cert", "/etc/c.pem", "-cert_chain", "/etc/c.pem", "-key", "/etc/k.pem", "-www"}, nil)
+		p, err := w.EdgeA.StartProcess("openssl", []string{"openssl", "s_server", "-accept", "*:443", "-cert",
+			"/etc/c.pem", "-cert_chain", "/etc/c.pem", "-key", "/etc/k.pem", "-www"}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer p.Kill()
 		for _, family := range []string{"-4", "-6"} {
-			if out, err := w.Client.Sh(t.Context(), "curl "+family+" -sS --retry 20 --retry-connrefused --retry-delay 1 --max-time 20 https://example.vsq.cz/"); err != nil {
+			if out, err := w.Client.Sh(t.Context(), "curl "+family+" -sS --retry 20 --retry-connrefused"+
+				" --retry-delay 1 --max-time 20 https://example.vsq.cz/"); err != nil {
 				t.Errorf("%v\n%s", err, out)
 			}
 		}
@@ -201,7 +206,8 @@ func TestTailnet(t *testing.T) {
 					t.Fatal(err)
 				}
 				if who.Node.ComputedName != n.Name || fmt.Sprint(who.Node.Tags) != fmt.Sprint(n.Tags) {
-					t.Errorf("%v is %s %v, want %s %v", ip, who.Node.ComputedName, who.Node.Tags, n.Name, n.Tags)
+					t.Errorf("%v is %s %v, want %s %v", ip, who.Node.ComputedName, who.Node.Tags, n.Name,
+						n.Tags)
 				}
 				want := "tagged-devices"
 				if n == w.Friend.Node {
@@ -214,10 +220,12 @@ func TestTailnet(t *testing.T) {
 		}
 	})
 	t.Run("the default socket is the host's own", func(t *testing.T) {
-		if _, err := w.Laptop.Sh(t.Context(), "test -S /run/tailscale/tailscaled.sock; test -S /var/run/tailscale/tailscaled.sock"); err != nil {
+		if _, err := w.Laptop.Sh(t.Context(),
+			"test -S /run/tailscale/tailscaled.sock; test -S /var/run/tailscale/tailscaled.sock"); err != nil {
 			t.Error(err)
 		}
-		if out, err := w.Laptop.Sh(t.Context(), "getent ahosts home.tn.example; getent ahosts home"); err != nil {
+		if out, err := w.Laptop.Sh(t.Context(),
+			"getent ahosts home.tn.example; getent ahosts home"); err != nil {
 			t.Errorf("MagicDNS: %v\n%s", err, out)
 		}
 	})
@@ -315,13 +323,16 @@ func TestDocker(t *testing.T) {
 	}
 	t.Run("page", func(t *testing.T) {
 		_, b := get("/", "Accept", "text/html", "X-Forwarded-For", "203.0.113.7")
-		for _, want := range []string{"Hello from blog", "203.0.113.7", "Hello from the cloud", w.Laptop.IP4.String()} {
+		for _, want := range []string{
+			"Hello from blog", "203.0.113.7", "Hello from the cloud", w.Laptop.IP4.String(),
+		} {
 			if !strings.Contains(string(b), want) {
 				t.Errorf("the page lacks %q:\n%s", want, b)
 			}
 		}
 		var f struct{ Client, Cloud, Container string }
-		if _, b := get("/", "Accept", "application/json"); json.Unmarshal(b, &f) != nil || f.Container != "blog" || !strings.Contains(f.Cloud, "Hello") {
+		if _, b := get("/", "Accept", "application/json"); json.Unmarshal(b, &f) != nil ||
+			f.Container != "blog" || !strings.Contains(f.Cloud, "Hello") {
 			t.Errorf("as JSON: %s", b)
 		}
 	})
@@ -348,7 +359,8 @@ func TestDocker(t *testing.T) {
 			Bytes  int
 		}
 		sum := sha256.Sum256(body)
-		if json.NewDecoder(res.Body).Decode(&got); got.Sha256 != hex.EncodeToString(sum[:]) || got.Bytes != len(body) {
+		if json.NewDecoder(res.Body).Decode(&got); got.Sha256 != hex.EncodeToString(sum[:]) ||
+			got.Bytes != len(body) {
 			t.Errorf("got %+v", got)
 		}
 	})
@@ -371,7 +383,8 @@ func TestDocker(t *testing.T) {
 		}
 	})
 	t.Run("another container", func(t *testing.T) {
-		a, err := w.Docker.RunBlog(t.Context(), "second", map[string]string{"com.docker.compose.service": "web"})
+		a, err := w.Docker.RunBlog(t.Context(), "second",
+			map[string]string{"com.docker.compose.service": "web"})
 		if err != nil || a == addr {
 			t.Fatalf("%v %v", a, err)
 		}
@@ -383,7 +396,8 @@ func TestDocker(t *testing.T) {
 
 // TestImpairments: what Impair promises is what connections see.
 func TestImpairments(t *testing.T) {
-	w := lab.Start(t, lab.Options{NoTailnet: true, NoAnycast: true, NoDocker: true, Cables: []string{"laptop"}})
+	w := lab.Start(t, lab.Options{NoTailnet: true, NoAnycast: true, NoDocker: true,
+		Cables: []string{"laptop"}})
 	serveBytes := func(h *lab.Host) net.Listener {
 		ln, err := h.Listen("tcp", ":7000")
 		if err != nil {
@@ -418,7 +432,8 @@ func TestImpairments(t *testing.T) {
 		again := rate(t, dial(w.EdgeA), 8<<20)
 		t.Logf("%.0f, %.1f, %.0f Mbit/s", free/1e6, limited/1e6, again/1e6)
 		if limited < 10e6 || limited > 24e6 || free < 100e6 || again < 100e6 {
-			t.Errorf("limited to 20 Mbit/s it is %.1f, before %.1f, after %.1f", limited/1e6, free/1e6, again/1e6)
+			t.Errorf("limited to 20 Mbit/s it is %.1f, before %.1f, after %.1f", limited/1e6, free/1e6,
+				again/1e6)
 		}
 	})
 	t.Run("loss", func(t *testing.T) {
@@ -431,7 +446,8 @@ func TestImpairments(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		raw.Control(func(fd uintptr) { // room for all, so that a receiver who is late adds no losses of its own
+		// Room for all, so that a receiver who is late adds no losses of its own.
+		raw.Control(func(fd uintptr) {
 			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20)
 		})
 		if err != nil {

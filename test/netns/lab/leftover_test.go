@@ -26,7 +26,8 @@ func TestMain(m *testing.M) {
 }
 
 func child(how string) {
-	w, err := lab.New(context.Background(), lab.Options{NoAnycast: how != "kill", NoDocker: how != "kill", NoTailnet: how != "kill", Friend: true})
+	w, err := lab.New(context.Background(), lab.Options{NoAnycast: how != "kill", NoDocker: how != "kill",
+		NoTailnet: how != "kill", Friend: true})
 	if err != nil {
 		fmt.Println("error", err)
 		os.Exit(1)

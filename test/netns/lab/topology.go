@@ -46,8 +46,8 @@ func (w *World) topology() error {
 		at   **Host
 		want bool
 	}{
-		{"inet", &w.Inet, true}, {"client", &w.Client, true}, {"edge-a", &w.EdgeA, true}, {"edge-b", &w.EdgeB, true},
-		{"nat", &w.NAT, true}, {"home", &w.Home, true}, {"laptop", &w.Laptop, true},
+		{"inet", &w.Inet, true}, {"client", &w.Client, true}, {"edge-a", &w.EdgeA, true},
+		{"edge-b", &w.EdgeB, true}, {"nat", &w.NAT, true}, {"home", &w.Home, true}, {"laptop", &w.Laptop, true},
 		{"cloud", &w.Cloud, true}, {"friend", &w.Friend, w.options.Friend},
 	} {
 		if !h.want {
@@ -62,7 +62,8 @@ func (w *World) topology() error {
 	}
 	for _, c := range w.options.Cables {
 		if !slices.ContainsFunc(networks, func(n network) bool { return n.host == c }) {
-			return fmt.Errorf("Options.Cables: no host %q has an uplink of its own (home's is that of nat)", c)
+			return fmt.Errorf("Options.Cables: no host %q has an uplink of its own (home's is that of nat)",
+				c)
 		}
 	}
 	if err := w.Inet.forward(); err != nil {
@@ -149,7 +150,8 @@ func (w *World) homeNetwork() error {
 		return err
 	}
 	w.Home.IP4 = Home4
-	w.Home.uplinks, w.Home.current = w.NAT.uplinks, w.NAT.current // what is done to home's uplink is done outside the NAT
+	// What is done to home's uplink is done outside the NAT.
+	w.Home.uplinks, w.Home.current = w.NAT.uplinks, w.NAT.current
 	if err := w.nft(w.NAT, natRules); err != nil {
 		return fmt.Errorf("home's NAT: %w", err)
 	}

@@ -22,7 +22,8 @@ import (
 // Nothing of it outlives the daemon, and what a killed one leaves is not doubled.
 func TestClientAddress(t *testing.T) {
 	s := world(t)
-	remove, err := s.Docker.Network(t.Context(), "both", netip.MustParsePrefix("172.30.0.0/24"), netip.MustParsePrefix("fd30::/64"))
+	remove, err := s.Docker.Network(t.Context(), "both", netip.MustParsePrefix("172.30.0.0/24"),
+		netip.MustParsePrefix("fd30::/64"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +52,8 @@ func TestClientAddress(t *testing.T) {
 	routes += `      - { host: [` + lab.Site + `], path: /lost/, forward: "docker://both:8080", transparent: true, timeouts: { connect: 1s } }
 `
 	config := strings.Replace(laptopConfig, "    routes:\n", routes, 1)
-	config = strings.Replace(config, `default: { forward: "127.0.0.1:9000" }`, `default: { forward: "docker://both:8080", transparent: true, datapath: sockmap }`, 1)
+	config = strings.Replace(config, `default: { forward: "127.0.0.1:9000" }`,
+		`default: { forward: "docker://both:8080", transparent: true, datapath: sockmap }`, 1)
 	config = strings.Replace(config, limits, `  - name: here
     listen: ["127.0.0.1:8082"]
     mode: tcp
@@ -75,10 +77,12 @@ access_log: { file: /var/log/access.log }
 			t.Errorf("after the daemon's end:\n%s\nwant, as before:\n%s", after, before)
 		}
 		s.Laptop.Sh(context.Background(), "umount /sys/fs/bpf")
-		eventually(t, "the path after all", func() error { _, err := s.page(context.Background(), "tcp4"); return err })
+		eventually(t, "the path after all",
+			func() error { _, err := s.page(context.Background(), "tcp4"); return err })
 	})
 	// A reload brings it into force.
-	eventually(t, "the daemon without transparent", func() error { _, err := s.page(t.Context(), "tcp4"); return err })
+	eventually(t, "the daemon without transparent",
+		func() error { _, err := s.page(t.Context(), "tcp4"); return err })
 	if got := rules(t, s.Laptop); got != before {
 		t.Errorf("a daemon that needs none of it has added\n%s\nto\n%s", got, before)
 	}
@@ -124,10 +128,13 @@ access_log: { file: /var/log/access.log }
 	}
 	site, raw := "https://"+lab.Site, "http://"+lab.Site+":9000/headers"
 	check := func(t *testing.T) {
-		for _, c := range []struct{ network, client string }{{"tcp4", "203.0.113.7"}, {"tcp6", "2001:db8:c::7"}} {
+		for _, c := range []struct{ network, client string }{
+			{"tcp4", "203.0.113.7"}, {"tcp6", "2001:db8:c::7"},
+		} {
 			web := s.browser(s.Client, c.network, false)
 			for _, path := range []string{"/proxy", "/transparent", "/both"} {
-				if f := want(web, site+path+"/headers", c.client); f.Client != c.client || !strings.HasPrefix(f.XFF, c.client+", ") {
+				if f := want(web, site+path+"/headers", c.client); f.Client != c.client ||
+					!strings.HasPrefix(f.XFF, c.client+", ") {
 					t.Errorf("%s: the headers say %q, %q: want %s", path, f.Client, f.XFF, c.client)
 				}
 			}
@@ -167,10 +174,12 @@ access_log: { file: /var/log/access.log }
 
 	// Where it can't be: another family; a client that is loopback.
 	ipv6 := s.browser(s.Client, "tcp6", false)
-	if f, err := ask(ipv6, site+"/ipv4/headers"); err != nil || f.Client != "2001:db8:c::7" || strings.Contains(hostOf(f.Peer), ":") {
+	if f, err := ask(ipv6, site+"/ipv4/headers"); err != nil || f.Client != "2001:db8:c::7" ||
+		strings.Contains(hostOf(f.Peer), ":") {
 		t.Errorf("a container without IPv6 saw %+v, %v", f, err)
 	}
-	here := &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.Laptop.Dial, DisableKeepAlives: true}}
+	here := &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.Laptop.Dial,
+		DisableKeepAlives: true}}
 	want(here, "http://127.0.0.1:8082/headers", "172.30.0.1")
 	out, err := s.laptop.CLI(t.Context(), "status", "--json")
 	if err != nil {
@@ -179,12 +188,14 @@ access_log: { file: /var/log/access.log }
 	var st struct {
 		Not map[string]int `json:"not_transparent"`
 	}
-	if err := json.Unmarshal(out, &st); err != nil || st.Not["family"] == 0 || st.Not["client_address"] == 0 || len(st.Not) != 2 {
+	if err := json.Unmarshal(out, &st); err != nil || st.Not["family"] == 0 ||
+		st.Not["client_address"] == 0 || len(st.Not) != 2 {
 		t.Errorf("not transparent were %v, %v: want both reasons, and no other", st.Not, err)
 	}
 	eventually(t, "the access log", func() error {
 		log, err := s.Laptop.ReadFile("/var/log/access.log")
-		if err == nil && !contains(string(log), `"client":"203.0.113.7"`, `"client":"203.0.113.8"`, `"client":"2001:db8:c::7"`) {
+		if err == nil && !contains(string(log), `"client":"203.0.113.7"`, `"client":"203.0.113.8"`,
+			`"client":"2001:db8:c::7"`) {
 			err = fmt.Errorf("it says\n%s", log)
 		}
 		return err
@@ -236,7 +247,8 @@ access_log: { file: /var/log/access.log }
 // rules are a host's policy rules, its routes in tables of nobody else, and the names of its nftables tables.
 func rules(t *testing.T, h *lab.Host) string {
 	t.Helper()
-	out, err := h.Sh(context.Background(), "ip rule; ip -6 rule; ip -4 route show table all proto 116; ip -6 route show table all proto 116; nft list tables | sort")
+	out, err := h.Sh(context.Background(), "ip rule; ip -6 rule; ip -4 route show table all proto 116; "+
+		"ip -6 route show table all proto 116; nft list tables | sort")
 	if err != nil {
 		t.Error(err)
 	}

@@ -30,7 +30,8 @@ func TestEdgeKnowsNothing(t *testing.T) {
 	c := s.browser(s.Client, "tcp4", true)
 	defer c.CloseIdleConnections()
 	for range posts {
-		res, err := c.Post("https://"+lab.Site+"/echo", "application/octet-stream", bytes.NewReader(bytes.Repeat(secret, repeat)))
+		res, err := c.Post("https://"+lab.Site+"/echo", "application/octet-stream",
+			bytes.NewReader(bytes.Repeat(secret, repeat)))
 		if err != nil {
 			t.Fatal(err)
 		}

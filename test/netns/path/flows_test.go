@@ -53,7 +53,8 @@ func TestStranger(t *testing.T) {
 	}
 	defer home.Close()
 	home.SetDeadline(time.Now().Add(patience))
-	home.Write(proxyheader.Header{Source: addrPort("203.0.113.99:1234"), Destination: addrPort("192.0.2.80:443")}.Append(nil))
+	home.Write(proxyheader.Header{Source: addrPort("203.0.113.99:1234"),
+		Destination: addrPort("192.0.2.80:443")}.Append(nil))
 	if n, err := home.Read(make([]byte, 1)); n != 0 || err == nil {
 		t.Error("home answers a stranger's PROXY header")
 	}
@@ -114,10 +115,12 @@ func TestAbuse(t *testing.T) {
 	}
 	const forever = 1 << 30
 	for _, what := range []func(net.Conn){
-		func(c net.Conn) { io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n") },            // not TLS
-		func(c net.Conn) { c.Write(endlessHello) },                                             // too large
-		func(c net.Conn) { io.WriteString(c, "\x16\x03\x01\x02\x00\x01\x00\x01") },             // never complete
-		func(c net.Conn) { io.WriteString(c, "PROXY TCP4 198.51.100.1 192.0.2.80 1 443\r\n") }, // to a listener that takes none
+		func(c net.Conn) { io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n") }, // not TLS
+		func(c net.Conn) { c.Write(endlessHello) },                                  // too large
+		// Never complete.
+		func(c net.Conn) { io.WriteString(c, "\x16\x03\x01\x02\x00\x01\x00\x01") },
+		// To a listener that takes none.
+		func(c net.Conn) { io.WriteString(c, "PROXY TCP4 198.51.100.1 192.0.2.80 1 443\r\n") },
 	} {
 		strangers.Go(func() { connect(50*time.Millisecond, forever, func(c net.Conn) { what(c); drain(c) }) })
 	}
@@ -154,7 +157,8 @@ func TestAbuse(t *testing.T) {
 	if meanwhile > 2*usual {
 		t.Errorf("a request takes %v, meanwhile %v: want twice the usual at most", usual, meanwhile)
 	}
-	if refused["over_limit"] < 10_000-256*10 || refused["not_tls"] < 10 || refused["hello_too_large"]+refused["hello_rejected"] < 10 || refused["hello_timeout"] < 10 {
+	if refused["over_limit"] < 10_000-256*10 || refused["not_tls"] < 10 ||
+		refused["hello_too_large"]+refused["hello_rejected"] < 10 || refused["hello_timeout"] < 10 {
 		t.Errorf("refused: %v", refused)
 	}
 	eventually(t, "nothing is left at the edge", func() error {

@@ -32,7 +32,9 @@ func TestHellos(t *testing.T) {
 	})
 	t.Run("curl", func(t *testing.T) {
 		for _, opt := range []string{"--http1.1", "--http2", "--tls-max 1.2", "-6"} {
-			out, err := s.Client.Sh(t.Context(), fmt.Sprintf("curl -sS -m 20 -o /dev/null -w '%%{http_code}' %s 'https://%s/status?code=204'", opt, lab.Site))
+			out, err := s.Client.Sh(t.Context(),
+				fmt.Sprintf("curl -sS -m 20 -o /dev/null -w '%%{http_code}' %s 'https://%s/status?code=204'",
+					opt, lab.Site))
 			if err != nil || out != "204" {
 				t.Errorf("curl %s: %q %v", opt, out, err)
 			}
@@ -56,9 +58,12 @@ func TestHellos(t *testing.T) {
 	}{
 		{name: "go"},
 		{name: "byte by byte", wrap: func(c net.Conn) net.Conn { return &cutter{Conn: c} }},
-		{name: "one byte a record", wrap: func(c net.Conn) net.Conn { return &cutter{Conn: c, records: true} }},
-		{name: "16 KiB", conf: func(c *tls.Config) { c.NextProtos = append(c.NextProtos, longProtos(16<<10)...) }},
-		{name: "16 KiB byte by byte", conf: func(c *tls.Config) { c.NextProtos = append(c.NextProtos, longProtos(16<<10)...) },
+		{name: "one byte a record",
+			wrap: func(c net.Conn) net.Conn { return &cutter{Conn: c, records: true} }},
+		{name: "16 KiB",
+			conf: func(c *tls.Config) { c.NextProtos = append(c.NextProtos, longProtos(16<<10)...) }},
+		{name: "16 KiB byte by byte",
+			conf: func(c *tls.Config) { c.NextProtos = append(c.NextProtos, longProtos(16<<10)...) },
 			wrap: func(c net.Conn) net.Conn { return &cutter{Conn: c} }},
 		{name: "TLS 1.2", conf: func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }},
 	} {
@@ -94,7 +99,8 @@ func TestHellos(t *testing.T) {
 		raw.SetDeadline(time.Now().Add(patience))
 		conf := s.trust()
 		conf.ServerName = "nobody.example"
-		if err := tls.Client(raw, conf).Handshake(); err == nil || !strings.Contains(err.Error(), "unrecognized name") {
+		if err := tls.Client(raw, conf).Handshake(); err == nil ||
+			!strings.Contains(err.Error(), "unrecognized name") {
 			t.Errorf("got %v: want the alert unrecognized_name", err)
 		}
 	})

@@ -57,7 +57,8 @@ func TestHold(t *testing.T) {
 		return answers
 	}
 	nap := [2]string{"GET", "/sleep?for=200ms"}
-	if got := all(nap, nap, nap); !strings.HasPrefix(got[0]+got[1]+got[2], "200 ") { // three connections in the pool
+	// Three connections in the pool.
+	if got := all(nap, nap, nap); !strings.HasPrefix(got[0]+got[1]+got[2], "200 ") {
 		t.Fatal(got)
 	}
 	s.Laptop.Node.Stop()
@@ -77,10 +78,12 @@ func TestHold(t *testing.T) {
 	}
 	t.Cleanup(func() {
 		start()
-		eventually(t, "the path after it", func() error { _, err := s.page(context.Background(), "tcp4"); return err })
+		eventually(t, "the path after it",
+			func() error { _, err := s.page(context.Background(), "tcp4"); return err })
 	})
 	// On a connection from the pool, which nobody acknowledges any more.
-	if got, err := ask("GET", "/status"); err != nil || !strings.Contains(got, "laptop did not answer in time") {
+	if got, err := ask("GET", "/status"); err != nil ||
+		!strings.Contains(got, "laptop did not answer in time") {
 		t.Errorf("after a hold of 1s: %q, %v", got, err)
 	}
 	requests := [][2]string{{"POST", "/upload"}, nap, nap, nap, nap, nap}
@@ -95,12 +98,14 @@ func TestHold(t *testing.T) {
 	}
 	start()
 	for i, got := range <-answers {
-		if want := map[string]string{"POST": "200 {", "GET": "200 good morning"}[requests[i][0]]; !strings.HasPrefix(got, want) {
+		want := map[string]string{"POST": "200 {", "GET": "200 good morning"}[requests[i][0]]
+		if !strings.HasPrefix(got, want) {
 			t.Errorf("%v: %q, want %q", requests[i], got, want)
 		}
 	}
 	post := func(l lab.LogLine) bool {
-		return l["msg"] == "flow ended" && l["path"] == "/upload" && l["method"] == "POST" && l["bytes_up"] == 4.0
+		return l["msg"] == "flow ended" && l["path"] == "/upload" && l["method"] == "POST" &&
+			l["bytes_up"] == 4.0
 	}
 	if _, err := s.laptop.WaitLog(ctx, post); err != nil {
 		t.Error(err)

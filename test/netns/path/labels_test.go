@@ -33,7 +33,8 @@ func TestLabels(t *testing.T) {
     docker: { enabled: true }
 `+limits, 1)
 	s.configure(t, s.laptop, config)
-	web := &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.Laptop.Dial, DisableKeepAlives: true}}
+	web := &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.Laptop.Dial,
+		DisableKeepAlives: true}}
 	// ask requests a page, and returns its status and the container that made it.
 	ask := func(host, path string) (string, error) {
 		req, err := http.NewRequest("GET", "http://127.0.0.1:8081"+path, nil)
@@ -80,7 +81,8 @@ func TestLabels(t *testing.T) {
 	wants("one.example", "/headers", "200 one")
 	wants("uno.example", "/headers", "200 one")
 
-	run("two", "host=one.example,two.example,fixed.example") // of which one.example and fixed.example are taken
+	// Of which one.example and fixed.example are taken.
+	run("two", "host=one.example,two.example,fixed.example")
 	run("three", "host=one.example", "path=/headers", "port=8080")
 	run("typo", "host=typo.example", "prot=8080")
 	wants("two.example", "/headers", "200 two")
@@ -114,12 +116,14 @@ func TestLabels(t *testing.T) {
 	// A request under way on another route is none of its business.
 	slow := make(chan string, 1)
 	go func() { got, _ := ask("two.example", "/sleep?for=3s"); slow <- got }()
-	if _, err := s.Docker.Client.ContainerKill(t.Context(), "one", client.ContainerKillOptions{}); err != nil {
+	if _, err := s.Docker.Client.ContainerKill(t.Context(), "one",
+		client.ContainerKillOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	wants("uno.example", "/headers", "503")
 	wants("one.example", "/status", "200") // container two's by now: it runs
-	if _, err := s.Docker.Client.ContainerStart(t.Context(), "one", client.ContainerStartOptions{}); err != nil {
+	if _, err := s.Docker.Client.ContainerStart(t.Context(), "one",
+		client.ContainerStartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	wants("uno.example", "/headers", "200 one")
@@ -148,11 +152,13 @@ func TestLabels(t *testing.T) {
 	byTLS("secure.example", "secure HTTP/1.1 200 OK")
 	byTLS("uno.example", "unrecognized name") // http only
 	wants("secure.example", "/headers", "404")
-	if _, err := s.Docker.Client.ContainerKill(t.Context(), "secure", client.ContainerKillOptions{}); err != nil {
+	if _, err := s.Docker.Client.ContainerKill(t.Context(), "secure",
+		client.ContainerKillOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	byTLS("secure.example", "internal error")
-	if _, err := s.Docker.Client.ContainerStart(t.Context(), "secure", client.ContainerStartOptions{}); err != nil {
+	if _, err := s.Docker.Client.ContainerStart(t.Context(), "secure",
+		client.ContainerStartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	byTLS("secure.example", "secure HTTP/1.1 200 OK")
@@ -182,5 +188,6 @@ func handshake(ctx context.Context, from *lab.Host, name string) (string, error)
 	}
 	fmt.Fprintf(c, "GET /headers HTTP/1.0\r\nHost: %s\r\n\r\n", name)
 	line, err := bufio.NewReader(c).ReadString('\n')
-	return c.ConnectionState().PeerCertificates[0].Subject.CommonName + " " + strings.Replace(line, "1.0", "1.1", 1), err
+	return c.ConnectionState().PeerCertificates[0].Subject.CommonName + " " +
+		strings.Replace(line, "1.0", "1.1", 1), err
 }

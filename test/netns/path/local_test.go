@@ -41,14 +41,17 @@ control: { socket: /run/tailsplice/local.sock }
 
 	defer func() {
 		if t.Failed() {
-			out, err := s.Laptop.Command(context.Background(), bin, "status", "--control", "/run/tailsplice/local.sock").CombinedOutput()
+			out, err := s.Laptop.Command(context.Background(), bin, "status", "--control",
+				"/run/tailsplice/local.sock").CombinedOutput()
 			t.Logf("%s%v", out, err)
 		}
 	}()
 
-	web := &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.Laptop.Dial, DisableKeepAlives: true}}
+	web := &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.Laptop.Dial,
+		DisableKeepAlives: true}}
 	send := func(method, path string, body io.Reader) ([]byte, http.Header, error) {
-		req, err := http.NewRequestWithContext(context.Background(), method, "http://127.0.0.1:8090"+path, body)
+		req, err := http.NewRequestWithContext(context.Background(), method, "http://127.0.0.1:8090"+path,
+			body)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -79,7 +82,8 @@ control: { socket: /run/tailsplice/local.sock }
 	})
 	for range 10 {
 		b, trailer, err := send("GET", "/bytes?n=5000000&seed=7", nil)
-		if sum := sha256.Sum256(b); err != nil || len(b) != 5_000_000 || !strings.EqualFold(hex.EncodeToString(sum[:]), trailer.Get("X-Sha256")) {
+		if sum := sha256.Sum256(b); err != nil || len(b) != 5_000_000 ||
+			!strings.EqualFold(hex.EncodeToString(sum[:]), trailer.Get("X-Sha256")) {
 			t.Fatalf("%d bytes down, %v", len(b), err)
 		}
 		var got struct {

@@ -18,7 +18,8 @@ const sockmapPort = 9100 // and the next one
 func sockmapConfig(home *lab.Host) string {
 	config := ""
 	for i, ip := range []netip.Addr{home.Node.IP4, home.Node.IP6} {
-		config += fmt.Sprintf("  - name: sockmap%d\n    listen: [\":%d\"]\n    mode: tcp\n    default: { forward: %q, datapath: sockmap }\n",
+		config += fmt.Sprintf("  - name: sockmap%d\n    listen: [\":%d\"]\n    mode: tcp\n"+
+			"    default: { forward: %q, datapath: sockmap }\n",
 			i, sockmapPort+i, netip.AddrPortFrom(ip, sockmapPort))
 	}
 	return config
@@ -41,7 +42,8 @@ func TestSockmap(t *testing.T) {
 			defer cancel()
 			return s.Client.Dial(ctx, client, fmt.Sprintf("%s:%d", lab.Site, sockmapPort+to))
 		}
-		relaytest.Run(t, relaytest.Path{Dial: relaytest.Through(dial, ln, nil), Loses: loses, PIDs: []int{s.edgeA.Pid()}}, size)
+		relaytest.Run(t, relaytest.Path{Dial: relaytest.Through(dial, ln, nil), Loses: loses,
+			PIDs: []int{s.edgeA.Pid()}}, size)
 		ended := map[any]int{}
 		for _, l := range s.edgeA.LogLines() {
 			if l["msg"] == "flow ended" && l["listener"] == fmt.Sprintf("sockmap%d", to) {
@@ -55,7 +57,8 @@ func TestSockmap(t *testing.T) {
 	}
 	for _, client := range []string{"tcp4", "tcp6"} {
 		for to, family := range []string{"tcp4", "tcp6"} {
-			t.Run(client+" to "+family, func(t *testing.T) { run(t, client, to, relaytest.SmallSize(), false) })
+			t.Run(client+" to "+family,
+				func(t *testing.T) { run(t, client, to, relaytest.SmallSize(), false) })
 		}
 	}
 	t.Run("loss", func(t *testing.T) {
@@ -64,7 +67,8 @@ func TestSockmap(t *testing.T) {
 		}
 		defer s.EdgeA.Impair(lab.Impairment{})
 		size := relaytest.SmallSize()
-		size.Big, size.Behind, size.Random, size.Short, size.Concurrent, size.Rounds = 1<<20, 1<<20, 2, 20, 10, 50
+		size.Big, size.Behind, size.Random = 1<<20, 1<<20, 2
+		size.Short, size.Concurrent, size.Rounds = 20, 10, 50
 		run(t, "tcp4", 0, size, true)
 	})
 }

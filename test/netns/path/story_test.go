@@ -36,8 +36,10 @@ func TestPage(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if f.Client != c.client || f.Proto != "https" || f.Container != "blog" || !strings.Contains(f.Cloud, "Hello from the cloud") {
-				t.Errorf("the container saw %+v: want the client %s, https, and an answer of the cloud", f, c.client)
+			if f.Client != c.client || f.Proto != "https" || f.Container != "blog" ||
+				!strings.Contains(f.Cloud, "Hello from the cloud") {
+				t.Errorf("the container saw %+v: want the client %s, https, and an answer of the cloud", f,
+					c.client)
 			}
 			for _, d := range []*lab.Daemon{c.edge, s.home, s.laptop} {
 				if l := flowOf(t, d, f.Path); l["name"] != lab.Site || hostOf(l["client"]) != c.client {
@@ -111,7 +113,8 @@ func TestRoam(t *testing.T) {
 		if err := s.Laptop.Roam(first); err != nil {
 			t.Error(err)
 		}
-		eventually(t, "the path after roaming back", func() error { _, err := s.page(context.Background(), "tcp4"); return err })
+		eventually(t, "the path after roaming back",
+			func() error { _, err := s.page(context.Background(), "tcp4"); return err })
 	})
 	c := s.browser(s.Client, "tcp4", false)
 	c.Timeout = 10 * patience
@@ -132,7 +135,8 @@ func TestRoam(t *testing.T) {
 		longest, last = max(longest, time.Since(last)), time.Now()
 		if !roamed && total > size/4 {
 			roamed = true
-			if err := s.Laptop.Roam(map[string]string{"wifi": "hotspot", "hotspot": "wifi"}[first]); err != nil {
+			if err := s.Laptop.Roam(map[string]string{"wifi": "hotspot",
+				"hotspot": "wifi"}[first]); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -144,7 +148,8 @@ func TestRoam(t *testing.T) {
 		}
 	}
 	t.Logf("the longest pause was %v", longest)
-	if got, want := hex.EncodeToString(sum.Sum(nil)), res.Trailer.Get("X-Sha256"); total != size || got != want || want == "" {
+	if got, want := hex.EncodeToString(sum.Sum(nil)), res.Trailer.Get("X-Sha256"); total != size ||
+		got != want || want == "" {
 		t.Errorf("%d bytes with sha256 %s: want %d with %s", total, got, size, want)
 	}
 }
@@ -209,7 +214,8 @@ func TestReload(t *testing.T) {
 	if err := s.laptop.SetConfig(laptopConfig + "nonsense: 1\n"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.laptop.CLI(t.Context(), "reload"); err == nil || !strings.Contains(err.Error(), lab.ConfigFile+":") || !strings.Contains(err.Error(), "nonsense") {
+	if _, err := s.laptop.CLI(t.Context(), "reload"); err == nil ||
+		!strings.Contains(err.Error(), lab.ConfigFile+":") || !strings.Contains(err.Error(), "nonsense") {
 		t.Errorf("reload of a broken configuration: %v", err)
 	}
 	if code := get(); code != 200 {

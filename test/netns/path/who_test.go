@@ -15,6 +15,11 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
+// echoHeaders answers with the request's headers.
+var echoHeaders = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	json.NewEncoder(w).Encode(r.Header)
+})
+
 // TestWho: a target hears from home's tailscaled which user a request is from, and from nobody else; allow
 // lets that user in by login and a node by its tag, over the tailnet, and nobody who comes by the edge.
 func TestWho(t *testing.T) {
@@ -23,7 +28,7 @@ func TestWho(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { json.NewEncoder(w).Encode(r.Header) })}
+	srv := &http.Server{Handler: echoHeaders}
 	go srv.Serve(ln)
 	t.Cleanup(func() { srv.Close() })
 	routes := `    routes:
@@ -31,7 +36,8 @@ func TestWho(t *testing.T) {
       - { host: [` + lab.Site + `], path: /who/tag, forward: "127.0.0.1:9100", allow: ["tag:laptop"] }
       - { host: [` + lab.Site + `], path: /who, forward: "127.0.0.1:9100" }
 `
-	s.configure(t, s.home, strings.Replace(homeConfig, "    default: { forward: tailnet://laptop:8080 }\n", routes+"    default: { forward: tailnet://laptop:8080 }\n", 1))
+	s.configure(t, s.home, strings.Replace(homeConfig, "    default: { forward: tailnet://laptop:8080 }\n",
+		routes+"    default: { forward: tailnet://laptop:8080 }\n", 1))
 	home := net.JoinHostPort(s.Home.Node.IP4.String(), "443")
 	for _, c := range []struct {
 		name, path string
@@ -96,8 +102,10 @@ func TestWho(t *testing.T) {
 		for _, c := range []struct {
 			preface, path string
 			status        int
-		}{{"", "/who/user", 403}, {"", "/who", 200}, {"PROXY UNKNOWN\r\n", "/who/user", 403}, {"PROXY UNKNOWN\r\n", "/who", 200},
-			{"PROXY TCP4 203.0.113.7 192.0.2.80 5000 443\r\n", "/who/user", 403}, {"PROXY TCP4 203.0.113.7 192.0.2.80 5000 443\r\n", "/who", 200}} {
+		}{{"", "/who/user", 403}, {"", "/who", 200}, {"PROXY UNKNOWN\r\n", "/who/user",
+			403}, {"PROXY UNKNOWN\r\n", "/who", 200},
+			{"PROXY TCP4 203.0.113.7 192.0.2.80 5000 443\r\n", "/who/user", 403},
+			{"PROXY TCP4 203.0.113.7 192.0.2.80 5000 443\r\n", "/who", 200}} {
 			raw, err := s.Friend.Dial(t.Context(), "tcp", home)
 			if err != nil {
 				t.Fatal(err)
@@ -125,7 +133,7 @@ func TestWho(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { json.NewEncoder(w).Encode(r.Header) })}
+		srv := &http.Server{Handler: echoHeaders}
 		go srv.Serve(ln)
 		t.Cleanup(func() { srv.Close() })
 		s.configure(t, s.home, homeConfig)
@@ -142,7 +150,8 @@ func TestWho(t *testing.T) {
       - { host: [` + lab.Site + `], path: /last/user, forward: "127.0.0.1:9101", allow: ["` + lab.TestUser + `"] }
       - { host: [` + lab.Site + `], path: /last, forward: "127.0.0.1:9101" }
 `
-			cfg := strings.Replace(strings.Replace(laptopConfig, "    routes:\n", routes, 1), `from: ["tag:home"]`, "from: ["+c.hops+"]", 1)
+			cfg := strings.Replace(strings.Replace(laptopConfig, "    routes:\n", routes, 1),
+				`from: ["tag:home"]`, "from: ["+c.hops+"]", 1)
 			s.configure(t, s.laptop, cfg)
 			b := s.browser(s.Friend, "tcp4", false)
 			b.Transport, b.Timeout = directTo(s, s.Friend, home), 20*time.Second

@@ -151,7 +151,8 @@ func (s *story) trust() *tls.Config {
 
 // browser is an HTTP client on a host. It makes a new connection for each request unless keep.
 func (s *story) browser(from *lab.Host, network string, keep bool) *http.Client {
-	return &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.dialer(from, network), TLSClientConfig: s.trust(),
+	return &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: s.dialer(from, network),
+		TLSClientConfig:   s.trust(),
 		DisableKeepAlives: !keep, ForceAttemptHTTP2: true}}
 }
 

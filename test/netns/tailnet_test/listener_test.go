@@ -23,7 +23,8 @@ func listenerFollows(t *testing.T, h, visitor *lab.Host, now []netip.Prefix, giv
     default: { forward: "127.0.0.1:1" }
 `)
 	defer d.Stop(5 * time.Second)
-	moved := []netip.Prefix{netip.MustParsePrefix("100.64.77.1/32"), netip.MustParsePrefix("fd7a:115c:a1e0::7701/128")}
+	moved := []netip.Prefix{netip.MustParsePrefix("100.64.77.1/32"),
+		netip.MustParsePrefix("fd7a:115c:a1e0::7701/128")}
 	listensOn := func(want []netip.Prefix) error {
 		out, err := d.CLI(t.Context(), "status", "--json")
 		if err != nil {

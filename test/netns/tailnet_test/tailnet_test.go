@@ -62,8 +62,9 @@ func TestTailnet(t *testing.T) {
 		}
 		for name, says := range map[string]string{
 			"labtop": `did you mean "laptop"?`, "labtop.tn.example": `did you mean "laptop.tn.example"?`,
-			"something": "it has edge-a, edge-b, friend, laptop", "100.64.99.99": "no node of this tailnet has the address 100.64.99.99",
-			"": "no node", "laptop.other.example": "no node", "127.0.0.1": "no node",
+			"something":    "it has edge-a, edge-b, friend, laptop",
+			"100.64.99.99": "no node of this tailnet has the address 100.64.99.99",
+			"":             "no node", "laptop.other.example": "no node", "127.0.0.1": "no node",
 		} {
 			_, err := c.Resolve(t.Context(), name)
 			if err := refused(err, tailnet.KindUnknownNode, says); err != nil {
@@ -92,7 +93,8 @@ func TestTailnet(t *testing.T) {
 				if n == friend {
 					user = lab.TestUser
 				}
-				if id.Node != n.Name || id.FQDN != n.FQDN || id.User != user || !slices.Equal(id.Tags, n.Tags) || id.Shared ||
+				if id.Node != n.Name || id.FQDN != n.FQDN || id.User != user ||
+					!slices.Equal(id.Tags, n.Tags) || id.Shared ||
 					!slices.Equal(id.Addrs, []netip.Addr{n.IP4, n.IP6}) {
 					t.Errorf("%s is %+v", a, id)
 				}
@@ -200,13 +202,16 @@ func TestTailnet(t *testing.T) {
 		give(n, m.Addresses)
 		give(m, n.Addresses)
 		took := eventually(t, func() error {
-			return errors.Join(isWho(friend.IP4, "laptop"), isWho(laptop.IP4, "friend"), at("friend", laptop.IP4, laptop.IP6))
+			return errors.Join(isWho(friend.IP4, "laptop"), isWho(laptop.IP4, "friend"),
+				at("friend", laptop.IP4, laptop.IP6))
 		})
 		t.Logf("known after %s", took)
 		changes.wait(t, "the addresses")
 		give(m, m.Addresses)
 		give(n, n.Addresses)
-		eventually(t, func() error { return errors.Join(isWho(friend.IP4, "friend"), at("laptop", laptop.IP4, laptop.IP6)) })
+		eventually(t, func() error {
+			return errors.Join(isWho(friend.IP4, "friend"), at("laptop", laptop.IP4, laptop.IP6))
+		})
 	})
 
 	t.Run("another tailnet shares a node of the same name", func(t *testing.T) {
@@ -227,7 +232,8 @@ func TestTailnet(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !id.Shared || id.Matches("edge-a") || id.Matches("edge-a.tn.example") || id.Matches("tag:edge") || !id.Matches("edge-a.other.example") {
+		if !id.Shared || id.Matches("edge-a") || id.Matches("edge-a.tn.example") || id.Matches("tag:edge") ||
+			!id.Matches("edge-a.other.example") {
 			t.Errorf("a stranger's edge-a passes for ours: %+v", id)
 		}
 		record(t, w.Home, "shared")
@@ -292,7 +298,8 @@ func TestTailnet(t *testing.T) {
 		}
 		// A host that has no tailscaled.
 		res := dialOn(t, w.Client, request{Target: to("laptop", 7006), Timeout: 10 * patience})
-		if res.Reason != dial.NoTailscaled || !strings.Contains(res.Err, "tailscaled.sock") || res.Took > patience {
+		if res.Reason != dial.NoTailscaled || !strings.Contains(res.Err, "tailscaled.sock") ||
+			res.Took > patience {
 			t.Errorf("%+v", res)
 		}
 	})
@@ -301,7 +308,8 @@ func TestTailnet(t *testing.T) {
 		w.EdgeB.Node.Stop()
 		target := dial.Target{Scheme: dial.Tailnet, Host: "edge-b", Port: 7000}
 		res := dialOn(t, w.Home, request{Target: target, Timeout: 2 * time.Second})
-		if res.Reason != dial.Timeout || !strings.Contains(res.Err, "edge-b is online") { // the lab's control says so of all
+		// The lab's control says so of all.
+		if res.Reason != dial.Timeout || !strings.Contains(res.Err, "edge-b is online") {
 			t.Errorf("%+v", res)
 		}
 		if err := w.EdgeB.Node.Start(); err != nil {
@@ -320,7 +328,8 @@ func TestTailnet(t *testing.T) {
 		if _, err := w.NAT.Sh(t.Context(), "ip addr add "+laptop.IP4.String()+"/32 dev lo"); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := w.NAT.Sh(t.Context(), "nft add rule inet filter input tcp dport 7008 accept"); err != nil {
+		if _, err := w.NAT.Sh(t.Context(),
+			"nft add rule inet filter input tcp dport 7008 accept"); err != nil {
 			t.Fatal(err)
 		}
 		echo(t, w.NAT, "tcp4", "0.0.0.0:7008")
@@ -331,7 +340,8 @@ func TestTailnet(t *testing.T) {
 		if _, err := w.Home.Sh(t.Context(), "ip -4 route flush table 52"); err != nil {
 			t.Fatal(err)
 		}
-		res := dialOn(t, w.Home, request{Target: dial.Target{Scheme: dial.Tailnet, Host: laptop.IP4.String(), Port: 7008}})
+		res := dialOn(t, w.Home, request{Target: dial.Target{Scheme: dial.Tailnet, Host: laptop.IP4.String(),
+			Port: 7008}})
 		if res.Reason != dial.TailscaleDown || !strings.Contains(res.Err, "past the tailnet") {
 			t.Errorf("an impostor was taken for the laptop: %+v", res)
 		}
@@ -470,8 +480,10 @@ func TestTailnet(t *testing.T) {
 		}
 		record(t, w.Home, "offline")
 		laptop.Stop()
-		res := dialOn(t, w.Home, request{Target: dial.Target{Scheme: dial.Tailnet, Host: "laptop", Port: 7004}, Timeout: 10 * patience})
-		if res.Reason != dial.NodeOffline || !strings.Contains(res.Err, "laptop is offline, last seen 1 h ago") || res.Took > patience {
+		res := dialOn(t, w.Home, request{Target: dial.Target{Scheme: dial.Tailnet, Host: "laptop",
+			Port: 7004}, Timeout: 10 * patience})
+		if res.Reason != dial.NodeOffline || !strings.Contains(res.Err,
+			"laptop is offline, last seen 1 h ago") || res.Took > patience {
 			t.Errorf("%+v", res)
 		}
 	})

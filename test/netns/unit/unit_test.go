@@ -81,13 +81,15 @@ func TestUnit(t *testing.T) {
 			}
 			// The first flow to a target is how sk_msg gets to know it.
 			if c.datapath != "sk_msg" || time.Now().After(deadline) {
-				t.Fatalf("it went by %q, want %s\n%s\n%s", had, c.datapath, m.run(t, "tailsplice", "status"), m.journal())
+				t.Fatalf("it went by %q, want %s\n%s\n%s", had, c.datapath, m.run(t, "tailsplice", "status"),
+					m.journal())
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
 	}
 	t.Run("sandbox", func(t *testing.T) {
-		status := m.run(t, "sh", "-c", "cat /proc/$(systemctl show --value --property=MainPID "+service+")/status")
+		status := m.run(t, "sh", "-c",
+			"cat /proc/$(systemctl show --value --property=MainPID "+service+")/status")
 		for _, line := range []string{"NoNewPrivs:\t1", "Seccomp:\t2"} {
 			if !strings.Contains(status, line) {
 				t.Errorf("%q is not true: this systemd doesn't confine the daemon:\n%s", line, status)

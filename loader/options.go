@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"strings"
 	"time"
 )
 
@@ -109,6 +110,31 @@ type Finding struct {
 	Detail string        `json:"detail,omitempty"` // what was seen
 	Advice string        `json:"advice,omitempty"` // what to do; empty where nothing has to be done
 	Took   time.Duration `json:"took_ns,omitempty"`
+
+	lacks bool // the machine does, and it may be otherwise later
+}
+
+// SelfTestError says which rules this kernel breaks, or what about the machine kept it from proving that it
+// keeps them.
+type SelfTestError struct{ Findings []Finding }
+
+func (e *SelfTestError) Error() string {
+	var what []string
+	for _, f := range e.Findings {
+		if f.State == StateMissing {
+			what = append(what, f.Name+": "+f.Detail)
+		}
+	}
+	if e.Again() {
+		f := e.Findings[len(e.Findings)-1]
+		return "it can't be proven now that this kernel splices rightly: " + f.Detail + " (" + f.Advice + ")"
+	}
+	return "this kernel does not splice rightly: " + strings.Join(what, "; ")
+}
+
+// Again reports whether to try again makes sense: what failed may be the machine's present state.
+func (e *SelfTestError) Again() bool {
+	return len(e.Findings) > 0 && e.Findings[len(e.Findings)-1].lacks
 }
 
 // Info is a spliced flow, live.

@@ -273,18 +273,23 @@ func probeJIT() Finding {
 	return f
 }
 
+// tcpBuffer is the largest buffer that a socket of this network namespace gets by itself, tcp_rmem or
+// tcp_wmem. Bytes; 0: not known.
+func tcpBuffer(name string) (most int64) {
+	b, _ := os.ReadFile("/proc/sys/net/ipv4/" + name)
+	if fields := strings.Fields(string(b)); len(fields) == 3 {
+		most, _ = strconv.ParseInt(fields[2], 10, 64)
+	}
+	return most
+}
+
 // probeMemory says what a flow whose reader has stopped may hold.
 func probeMemory() Finding {
 	f := Finding{Name: "socket memory", State: StateOK}
 	var most [2]int64
 	for i, name := range []string{"tcp_rmem", "tcp_wmem"} {
-		b, err := os.ReadFile("/proc/sys/net/ipv4/" + name)
-		if err != nil {
-			return f.degraded(err.Error(), "")
-		}
-		fields := strings.Fields(string(b))
-		if len(fields) == 3 {
-			most[i], _ = strconv.ParseInt(fields[2], 10, 64)
+		if most[i] = tcpBuffer(name); most[i] == 0 {
+			return f.degraded("net.ipv4."+name+" can't be read", "")
 		}
 	}
 	f.Detail = fmt.Sprintf("a socket may hold %d KiB received and %d KiB to send (tcp_rmem, tcp_wmem); a stalled flow up to %d MiB beside flow_buffer",

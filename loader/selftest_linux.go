@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -17,19 +18,6 @@ import (
 // testPatience bounds one wait of the self-test; bytes that come one after another get it each time, since a busy machine
 // may be slow and is not wrong.
 const testPatience = 3 * time.Second
-
-// SelfTestError says which rules this kernel breaks.
-type SelfTestError struct{ Findings []Finding }
-
-func (e *SelfTestError) Error() string {
-	var what []string
-	for _, f := range e.Findings {
-		if f.State == StateMissing {
-			what = append(what, f.Name+": "+f.Detail)
-		}
-	}
-	return "this kernel does not splice rightly: " + strings.Join(what, "; ")
-}
 
 // SelfTest loads the programs beside whatever runs, and gives the verdicts of the self-test: what New would find.
 // It takes about 0.2 s, and touches loopback only.
@@ -69,6 +57,8 @@ func failed(findings []Finding) error {
 // errUntried: a test could not be made, which is no verdict.
 var errUntried = errors.New("not tried")
 
+var errNoLoopback = errors.New("connect over loopback")
+
 // test is one test of the self-test.
 type test struct {
 	name, proves string
@@ -105,10 +95,62 @@ func (l *Loader) try(local bool, tests []test) []Finding {
 		case err != nil:
 			f.State, f.Detail = StateMissing, err.Error()
 			f.Advice = "use another kernel; flows go through userspace meanwhile"
+			if what, advice := l.lacking(err); what != "" {
+				f.lacks, f.Detail, f.Advice = true, what+": "+f.Detail, advice
+			}
 		}
 		findings = append(findings, f)
+		if f.lacks {
+			break // the others need it, too
+		}
 	}
 	return findings
+}
+
+// What a socket has to be allowed to hold, for anything to be redirected to it. Bytes.
+const leastBuffer = 64 << 10
+
+// lacking says what may have made a test fail beside the kernel's splicing, and what to do about it; "":
+// nothing.
+func (l *Loader) lacking(err error) (what, advice string) {
+	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS, refusedDescriptors} {
+		if errors.Is(err, e) {
+			return "this process is at a limit", "raise its limit of descriptors (ulimit -n), or of memory"
+		}
+	}
+	if i, e := net.InterfaceByName("lo"); e == nil && i.Flags&net.FlagUp == 0 {
+		return "the interface lo is down", "ip link set lo up"
+	}
+	if errors.Is(err, errNoLoopback) {
+		return "no connection over loopback can be made",
+			"look at its address (ip addr show lo), and at the firewall"
+	}
+	if n := tcpMemory(); l.rules.pressure != 0 && n >= l.rules.pressure {
+		return fmt.Sprintf("TCP is short of memory, with %d pages of %d", n, l.rules.pressure),
+			"wait until there is less traffic, or raise the limits: sysctl net.ipv4.tcp_mem"
+	}
+	for _, name := range []string{"tcp_rmem", "tcp_wmem"} {
+		if most := tcpBuffer(name); most > 0 && most < leastBuffer {
+			return fmt.Sprintf("a socket may have a buffer of %d bytes only (net.ipv4.%s), and %d are needed",
+					most, name, leastBuffer),
+				fmt.Sprintf("raise the last number: sysctl -w net.ipv4.%s='4096 65536 4194304'", name)
+		}
+	}
+	return "", ""
+}
+
+// tcpMemory is how many pages TCP has, in all network namespaces.
+func tcpMemory() (pages uint64) {
+	b, _ := os.ReadFile("/proc/net/sockstat")
+	for line := range strings.Lines(string(b)) {
+		// TCP: inuse 30 orphan 0 tw 2 alloc 35 mem 5
+		if rest, ok := strings.CutPrefix(line, "TCP: "); ok {
+			if _, mem, ok := strings.Cut(rest, " mem "); ok {
+				pages, _ = strconv.ParseUint(strings.TrimSpace(mem), 10, 64)
+			}
+		}
+	}
+	return pages
 }
 
 // trial is one test's client, server and what is between them.
@@ -135,9 +177,14 @@ func (t *trial) connect() error {
 func loopback() (dialled, accepted *net.TCPConn, err error) {
 	lc := net.ListenConfig{}
 	lc.SetMultipathTCP(false)
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("%w: %w", errNoLoopback, err)
+		}
+	}()
 	ln, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
 	if err != nil {
-		return nil, nil, fmt.Errorf("listen on loopback: %w", err)
+		return nil, nil, err
 	}
 	defer ln.Close()
 	if err := ln.(*net.TCPListener).SetDeadline(time.Now().Add(testPatience)); err != nil {
@@ -147,7 +194,7 @@ func loopback() (dialled, accepted *net.TCPConn, err error) {
 	d.SetMultipathTCP(false)
 	c, err := d.Dial("tcp4", ln.Addr().String())
 	if err != nil {
-		return nil, nil, fmt.Errorf("connect over loopback: %w", err)
+		return nil, nil, err
 	}
 	a, err := ln.Accept()
 	if err != nil {
@@ -160,7 +207,7 @@ func (t *trial) splice() error {
 	t.ended = make(chan string, 1)
 	ctx, cancel := context.WithCancel(context.Background())
 	t.cancel = cancel
-	limit := time.Now().Add(10 * testPatience)
+	limit := time.Now().Add(20 * testPatience)
 	for _, c := range []*net.TCPConn{t.client, t.server} {
 		if err := c.SetDeadline(limit); err != nil {
 			return err

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/userspace/config"
@@ -33,7 +34,14 @@ type datapaths struct {
 	loader  *loader.Loader // nil: none
 	log     *slog.Logger
 	busy    sync.WaitGroup
+	quit    chan struct{}
 }
+
+// How long a machine that can't prove its kernel now is left alone: at first, and at most.
+const (
+	loadAgain     = 5 * time.Second
+	loadAgainMost = time.Minute
+)
 
 // loadDatapaths brings up the kernel datapaths that cfg names. The caller closes them.
 func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapaths {
@@ -41,7 +49,8 @@ func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapat
 		log.Warn("remove what dead daemons left in the kernel", "err", err)
 	}
 	const unasked = "no configuration asked for it at start: it is loaded when the daemon is started again"
-	p := &datapaths{log: log, options: front.Options{Missing: map[string]string{loader.Name: unasked, loader.LocalName: unasked}}}
+	p := &datapaths{log: log, quit: make(chan struct{})}
+	p.options.Missing = map[string]string{loader.Name: unasked, loader.LocalName: unasked}
 	local, named := asksFor(cfg, loader.LocalName), cfg.Datapath == loader.Name || asksFor(cfg, loader.Name)
 	o := loader.Options{Instance: instance(cfg), MaxFlows: cfg.Limits.Connections, Local: local, KnownBad: knownBad, Log: log}
 	if !local && !named {
@@ -84,10 +93,23 @@ func (p *datapaths) offer(f *front.Front) {
 	}
 	p.busy.Go(func() {
 		l, err := p.load()
-		if err != nil {
+		last, pause := "", loadAgain
+		for ; err != nil; l, err = p.load() {
 			f.Lacks(loader.Name, lack(err))
-			p.log.Info("all flows go through userspace, since datapath sockmap is not available: `tailsplice doctor` says more", "reason", lack(err))
-			return
+			if last != lack(err) {
+				last = lack(err)
+				p.log.Info("all flows go through userspace, since datapath sockmap is not available: "+
+					"`tailsplice doctor` says more", "reason", last)
+			}
+			if e := new(loader.SelfTestError); !errors.As(err, &e) || !e.Again() {
+				return
+			}
+			select {
+			case <-p.quit:
+				return
+			case <-time.After(pause):
+				pause = min(2*pause, loadAgainMost)
+			}
 		}
 		p.loader = l
 		f.Lacks(loader.Name, "it was loaded for auto only: start the daemon again to have it for other flows")
@@ -104,6 +126,7 @@ func lack(err error) string {
 
 // close comes after all flows have ended.
 func (p *datapaths) close() {
+	close(p.quit)
 	p.busy.Wait()
 	if p.loader == nil {
 		return

@@ -146,7 +146,7 @@ func (x *exchange) passesTrailer(name string) bool {
 	case "Cookie", "Upgrade", "X-Request-Id":
 		return false
 	}
-	if !httpguts.ValidTrailerHeader(plain) || isForwarding(name) || x.visit.drops(name) {
+	if !httpguts.ValidTrailerHeader(plain) || !httpguts.ValidHeaderFieldName(name) || isForwarding(name) || x.visit.drops(name) {
 		return false
 	}
 	change := &x.route.RequestHeader

@@ -156,6 +156,22 @@ func TestExpectIgnored(t *testing.T) {
 	}
 }
 
+// TestExpectOther checks that what nobody knows how to expect is no upstream's to ignore. (net/http refuses it of
+// HTTP/1.)
+func TestExpectOther(t *testing.T) {
+	h := newHop(t, upstream(t, echoHeader))
+	req, _ := http.NewRequest("POST", "http://example.org/", strings.NewReader("body"))
+	req.Header.Set("Expect", "miracles")
+	res, err := protocols[1].client(t, h).Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if body, _ := io.ReadAll(res.Body); strings.Contains(string(body), "Expect") {
+		t.Errorf("the upstream got %s", body)
+	}
+}
+
 // TestExpectAnswered checks that an upstream that answers Expect goes on being asked, whatever it says.
 func TestExpectAnswered(t *testing.T) {
 	var heads []string

@@ -154,6 +154,15 @@ func TestTrailers(t *testing.T) {
 			t.Errorf("got:\n%s", body)
 		}
 	})
+	t.Run("up, with a name that is none, h1", func(t *testing.T) {
+		h := newHop(t, upstream(t, echoHeader))
+		for _, name := range []string{"X Sum", "X\xe9", "X(", ""} {
+			res, body := rawDo(t, h, "POST / HTTP/1.1\r\nHost: a\r\nTrailer: "+name+"\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n")
+			if res.StatusCode != 200 || strings.Contains(body, "trailer ") {
+				t.Errorf("%q: %d %s", name, res.StatusCode, body)
+			}
+		}
+	})
 	t.Run("up, h2 with a length", func(t *testing.T) {
 		p := protocols[1]
 		h := p.hop(t, upstream(t, echoHeader))

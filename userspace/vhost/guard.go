@@ -48,8 +48,9 @@ func (v *Visit) SetHeader(name, value string) {
 }
 
 // Apply makes a copy of the client's header, without what is hop-by-hop, the
-// header that the upstream would get as things stand.
-func (v *Visit) Apply(h http.Header) { v.x.setHeaders(h) }
+// header that the upstream would get as things stand, but for the host: that is
+// URI.HostPort.
+func (v *Visit) Apply(h http.Header) { v.x.setHeaders(h, v.URI.HostPort()) }
 
 // Refusal is a guard's no.
 type Refusal struct {
@@ -93,9 +94,9 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 }
 
 // setHeaders makes a copy of the client's header that of the request which goes
-// out.
-func (x *exchange) setHeaders(out http.Header) {
-	setForwarded(x.req, x.uri.Authority, out, x.visit.Conn, MayTell(x.visit.Client.Addr(), x.visit.Unknown), x.id)
+// out. It says that the client has asked for authority.
+func (x *exchange) setHeaders(out http.Header, authority string) {
+	setForwarded(x.req, authority, out, x.visit.Conn, MayTell(x.visit.Client.Addr(), x.visit.Unknown), x.id)
 	dropHeader(out, "X-Request-Id")
 	out["X-Request-Id"] = []string{x.requestID}
 	for name := range out {

@@ -13,7 +13,7 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 	x.up.address(pr.Out.URL, x)
 	setTarget(pr.Out.URL, r.path(&x.uri), x.uri.Query)
 	pr.Out.Host = x.uri.Authority
-	x.setHeaders(pr.Out.Header)
+	x.setHeaders(pr.Out.Header, x.uri.Authority)
 	if x.timing {
 		pr.Out.Header[timingHeader] = []string{"1"}
 	}

@@ -65,3 +65,16 @@ func FuzzURI(f *testing.F) {
 		}
 	})
 }
+
+func TestHostPort(t *testing.T) {
+	for authority, want := range map[string]string{
+		"a.test": "a.test", "A.Test.": "a.test", "A.test.:8080": "a.test:8080", "192.0.2.1:1": "192.0.2.1:1", "": "",
+		"[2001:DB8:0::1]": "[2001:db8::1]", "[2001:db8::1]:443": "[2001:db8::1]:443",
+	} {
+		u := URI{Authority: authority}
+		u.Host, _ = readHost(authority)
+		if got := u.HostPort(); got != want {
+			t.Errorf("%q: %q, want %q", authority, got, want)
+		}
+	}
+}

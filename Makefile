@@ -45,8 +45,9 @@ test-lab: ## The path over a real tailnet, in network namespaces (root)
 	@scripts/test lab bench
 
 .PHONY: soak
-soak: ## How flows end, 2,000 rounds while all processors are busy, over loopback and veth (root; not a part of test; 20 minutes)
+soak: ## How flows end, 2,000 rounds while all processors are busy, over loopback and veth; who is taken for whom (root; not a part of test; 30 minutes)
 	cd userspace/relay && go test -tags soak -run '^TestSoak$$' -parallel 96 -timeout 40m $(TESTFLAGS)
+	go test -tags soak -run '^TestIdentity' -timeout 60m $(TESTFLAGS) ./userspace/front
 
 .PHONY: test-kernels
 test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in QEMU (root, amd64; not a part of test; 15 minutes)
@@ -66,7 +67,7 @@ bench: provision build ## Compare with what others would use (root); BENCH=quick
 .PHONY: lint
 lint: ## gofmt, vet and staticcheck, for Linux and macOS
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted; exit 1; }
-	go vet ./... && go vet -tags soak ./userspace/relay && GOOS=darwin go vet ./...
+	go vet ./... && go vet -tags soak ./userspace/relay ./userspace/front && GOOS=darwin go vet ./...
 	go run $(STATICCHECK) ./...
 	for m in $(LAB) $(BENCHDIR); do (cd $$m && go vet ./... && go run $(STATICCHECK) ./...); done
 	for f in scripts/* .ci/run; do bash -n $$f; done

@@ -15,19 +15,25 @@ import (
 // peers are those that accept_proxy.from or allow names.
 type peers struct {
 	prefixes []netip.Prefix
-	patterns []string // tailnet node names, users, tags
+	parts    []netip.Prefix // of the tailnet's ranges: nodes that have these addresses
+	patterns []string       // tailnet node names, users, tags
 	written  []string
 }
 
 func newPeers(from []string) *peers {
 	t := &peers{written: from}
 	for _, s := range from {
-		if p, err := netip.ParsePrefix(s); err == nil {
-			t.prefixes = append(t.prefixes, p.Masked())
-		} else if a, err := netip.ParseAddr(s); err == nil {
-			t.prefixes = append(t.prefixes, netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()))
-		} else {
+		p, err := netip.ParsePrefix(s)
+		if a, aerr := netip.ParseAddr(s); aerr == nil {
+			p, err = netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), nil
+		}
+		switch {
+		case err != nil:
 			t.patterns = append(t.patterns, s)
+		case tailnet.ContainsPrefix(p):
+			t.parts = append(t.parts, p.Masked())
+		default:
+			t.prefixes = append(t.prefixes, p.Masked())
 		}
 	}
 	return t
@@ -42,21 +48,24 @@ func (t *peers) strings() []string {
 }
 
 // names says whether t names an address. A tailnet address is an identity only
-// by what tailscaled says of it; the error is that of ask, where it depends on
-// that.
+// by what tailscaled says of it, which is so too of a part of the tailnet's ranges:
+// providers use 100.64.0.0/10 for customers whom nobody knows. The error is that
+// of ask, where it depends on that.
 func (t *peers) names(a netip.Addr, ask func(netip.Addr) (tailnet.Identity, error)) (bool, error) {
 	a = a.Unmap().WithZone("") // a prefix holds no address with a zone
-	if slices.ContainsFunc(t.prefixes, func(p netip.Prefix) bool { return p.Contains(a) }) {
+	contains := func(p netip.Prefix) bool { return p.Contains(a) }
+	if slices.ContainsFunc(t.prefixes, contains) {
 		return true, nil
 	}
-	if len(t.patterns) == 0 || !tailnet.Contains(a) {
+	part := slices.ContainsFunc(t.parts, contains)
+	if !tailnet.Contains(a) || !part && len(t.patterns) == 0 {
 		return false, nil
 	}
 	id, err := ask(a)
 	if errors.Is(err, tailnet.ErrNotPeer) {
 		return false, nil
 	}
-	return err == nil && slices.ContainsFunc(t.patterns, id.Matches), err
+	return err == nil && (part || slices.ContainsFunc(t.patterns, id.Matches)), err
 }
 
 // asker asks tailscaled who has an address, for one request, or for one connection

@@ -1,6 +1,7 @@
 package front
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -628,6 +629,43 @@ func TestPeersZone(t *testing.T) {
 	} {
 		if ok, err := newPeers([]string{c.list}).names(netip.MustParseAddr(c.client), nil); ok != c.want || err != nil {
 			t.Errorf("%s in %s: %v (%v), want %v", c.client, c.list, ok, err, c.want)
+		}
+	}
+}
+
+// TestTailnetNetworks: an address of the tailnet's ranges that no node has is a stranger's, such as the neighbour's at a
+// provider that gives 100.64.0.0/10 to its customers.
+func TestTailnetNetworks(t *testing.T) {
+	startTailscaled(t)
+	app := headers(t)
+	d := start(t, fmt.Sprintf(`
+listeners: [{ name: web, listen: %q, mode: http, accept_proxy: { from: [100.64.0.0/24, "fd7a:115c:a1e0::/64"] }, routes: [
+  { host: app.test, path: /net, forward: %[2]q, allow: [100.64.0.0/10, "fd7a:115c:a1e0::/48"] },
+  { host: app.test, path: /one, forward: %[2]q, allow: [100.64.1.99, "fd7a:115c:a1e0:9::99"] },
+  { host: app.test, forward: %[2]q, allow: [0.0.0.0/0, "::/0"] }] }]`, freeAddr(t), app))
+	for _, c := range []struct {
+		peer, preface string
+		status        map[string]int // 0: closed
+	}{
+		{"100.64.0.3:1", string(from("100.64.0.5:1")), map[string]int{"/net": 403, "/": 403}}, // all of that network are hops
+		{"100.64.0.3:1", string(from("203.0.113.9:1")), map[string]int{"/net": 403, "/": 200}},
+		{"[fd7a:115c:a1e0::3]:1", string(from("203.0.113.9:1")), map[string]int{"/net": 403, "/": 200}},
+		{"100.64.0.99:1", "", map[string]int{"/net": 403, "/": 200}},
+		{"100.64.0.99:1", string(from("203.0.113.9:1")), map[string]int{"/": 0}},
+		{"100.64.1.99:1", "", map[string]int{"/net": 403, "/one": 403, "/": 200}},
+		{"[fd7a:115c:a1e0:9::99]:1", "", map[string]int{"/net": 403, "/one": 403, "/": 200}},
+		{"[fd7a:115c:a1e0::99]:1", string(from("203.0.113.9:1")), map[string]int{"/": 0}},
+	} {
+		for path, want := range c.status {
+			conn := d.come(t, "web", c.peer)
+			fmt.Fprintf(conn, "%sGET %s HTTP/1.0\r\nHost: app.test\r\n\r\n", c.preface, path)
+			status := 0
+			if res, err := http.ReadResponse(bufio.NewReader(conn), nil); err == nil {
+				status = res.StatusCode
+			}
+			if status != want {
+				t.Errorf("%s, %q asks for %s: %d, want %d", c.peer, c.preface, path, status, want)
+			}
 		}
 	}
 }

@@ -130,6 +130,16 @@ func Contains(a netip.Addr) bool {
 	return tailnet4.Contains(a) || tailnet6.Contains(a)
 }
 
+// ContainsPrefix reports whether all of p is in one of these ranges.
+func ContainsPrefix(p netip.Prefix) bool {
+	for _, r := range []netip.Prefix{tailnet4, tailnet6} {
+		if p.Bits() >= r.Bits() && r.Contains(p.Addr()) {
+			return true
+		}
+	}
+	return false
+}
+
 // Source: https://tailscale.com/kb/1015/100.x-addresses and kb/1033.
 var (
 	tailnet4 = netip.MustParsePrefix("100.64.0.0/10")

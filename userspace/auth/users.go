@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -78,12 +79,13 @@ func NewUsers(hashes map[string]string) (*Users, error) {
 }
 
 // OpenUsers reads a file of htpasswd -B: USER:HASH on each line, empty lines and
-// those that # begins are skipped. It is read again when it changes; while it is
-// wrong or missing the users stay as they were, and log hears of it once. There
-// is nothing to close.
+// those that # begins are skipped. It is read again when it changes. Who is not in
+// it any more has no password: nobody has one once it is empty or gone, nor has
+// whose line is wrong. While it can't be read the users stay as they were. log
+// hears of both, once. There is nothing to close.
 func OpenUsers(file string, log *slog.Logger) (*Users, error) {
-	s, st, err := readFile(file)
-	if err != nil {
+	s, st, bad, err := readFile(file)
+	if err = errors.Join(append(bad, err)...); err != nil {
 		return nil, err
 	}
 	u := newUsers(s, file, log)
@@ -101,12 +103,9 @@ func newSet(hashes map[string]string) (*set, error) {
 	s := &set{hashes: make(map[string][]byte, len(hashes))}
 	dearest := bcrypt.MinCost
 	for name, hash := range hashes {
-		cost, err := bcrypt.Cost([]byte(hash))
-		switch {
-		case err != nil || len(hash) != 60 || !strings.HasPrefix(hash, "$2"):
-			return nil, fmt.Errorf("user %q has no bcrypt hash: make one with tailsplice hash-password, or htpasswd -B", name)
-		case cost > MaxCost:
-			return nil, fmt.Errorf("user %q: a bcrypt cost of %d is out of range, %d to %d", name, cost, bcrypt.MinCost, MaxCost)
+		cost, err := costOf(name, hash)
+		if err != nil {
+			return nil, err
 		}
 		dearest = max(dearest, cost)
 		s.hashes[name] = []byte(hash)
@@ -118,37 +117,48 @@ func newSet(hashes map[string]string) (*set, error) {
 	return s, nil
 }
 
-func readFile(file string) (*set, stamp, error) {
+func costOf(name, hash string) (int, error) {
+	cost, err := bcrypt.Cost([]byte(hash))
+	switch {
+	case err != nil || len(hash) != 60 || !strings.HasPrefix(hash, "$2"):
+		return 0, fmt.Errorf("user %q has no bcrypt hash: make one with tailsplice hash-password, or htpasswd -B", name)
+	case cost > MaxCost:
+		return 0, fmt.Errorf("user %q: a bcrypt cost of %d is out of range, %d to %d", name, cost, bcrypt.MinCost, MaxCost)
+	}
+	return cost, nil
+}
+
+// readFile reads the users of a file. bad is what is wrong with its lines; they are left out.
+func readFile(file string) (s *set, st stamp, bad []error, err error) {
 	f, err := os.Open(file)
 	if err != nil {
-		return nil, stamp{}, err
+		return nil, stamp{}, nil, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return nil, stamp{}, err
+		return nil, stamp{}, nil, err
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxFileBytes+1))
 	if err != nil {
-		return nil, stamp{}, err
+		return nil, stamp{}, nil, err
 	}
 	if len(data) > maxFileBytes {
-		return nil, stamp{}, fmt.Errorf("%s is larger than %d MiB", file, maxFileBytes>>20)
+		return nil, stamp{}, nil, fmt.Errorf("%s is larger than %d MiB", file, maxFileBytes>>20)
 	}
-	hashes, err := parse(string(data))
-	if err != nil {
-		return nil, stamp{}, fmt.Errorf("%s: %w", file, err)
+	hashes, bad := parse(string(data))
+	for i := range bad {
+		bad[i] = fmt.Errorf("%s: %w", file, bad[i])
 	}
-	s, err := newSet(hashes)
-	if err != nil {
-		return nil, stamp{}, fmt.Errorf("%s: %w", file, err)
-	}
-	return s, stamp{info}, nil
+	s, err = newSet(hashes)
+	return s, stamp{info}, bad, err
 }
 
-// parse reads the lines of an htpasswd file.
-func parse(text string) (map[string]string, error) {
-	hashes := map[string]string{}
+// parse reads the lines of an htpasswd file. What is wrong with a line doesn't hold for the others; of two lines of a
+// user neither counts.
+func parse(text string) (hashes map[string]string, bad []error) {
+	hashes = map[string]string{}
+	seen := map[string]bool{}
 	n := 0
 	for line := range strings.Lines(text) {
 		n++
@@ -157,18 +167,23 @@ func parse(text string) (map[string]string, error) {
 			continue
 		}
 		name, hash, ok := strings.Cut(line, ":")
-		switch {
+		switch _, err := costOf(name, hash); {
 		case !ok || name == "":
-			return nil, fmt.Errorf("line %d: not USER:HASH", n)
-		case hashes[name] != "":
-			return nil, fmt.Errorf("line %d: user %q is there twice", n, name)
+			bad = append(bad, fmt.Errorf("line %d: not USER:HASH", n))
+		case seen[name]:
+			bad = append(bad, fmt.Errorf("line %d: user %q is there twice", n, name))
+			delete(hashes, name)
+		case err != nil:
+			bad = append(bad, fmt.Errorf("line %d: %w", n, err))
+		default:
+			hashes[name] = hash
 		}
-		hashes[name] = hash
+		seen[name] = true
 	}
-	if len(hashes) == 0 {
-		return nil, errors.New("no user is in it: add one with htpasswd -B FILE USER")
+	if len(hashes) == 0 && len(bad) == 0 {
+		bad = append(bad, errors.New("no user is in it: add one with htpasswd -B FILE USER"))
 	}
-	return hashes, nil
+	return hashes, bad
 }
 
 // Check reports whether password is user's. It takes as much work for a user
@@ -253,16 +268,31 @@ func (u *Users) current() *set {
 	if info, err := os.Stat(u.file); err == nil && u.stamp.same(info) {
 		return u.set
 	}
-	s, st, err := readFile(u.file)
-	if err != nil {
+	s, st, bad, err := readFile(u.file)
+	consequence := "those users have no password"
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		s, _ = newSet(nil)
+		consequence = "nobody has a password"
+	case err != nil:
+		s, st = u.set, u.stamp
+		consequence = "those before the change stay in force"
+	case len(s.hashes) == 0:
+		consequence = "nobody has a password"
+	}
+	changed := s != u.set
+	u.set, u.stamp = s, st
+	if changed {
+		clear(u.known)
+	}
+	if err = errors.Join(append(bad, err)...); err != nil {
 		if u.failed != err.Error() {
 			u.failed = err.Error()
-			u.log.Error("the file of users can't be used: those before the change stay in force", "file", u.file, "err", err)
+			u.log.Error("the file of users can't be used as it is: "+consequence, "file", u.file, "err", err)
 		}
 		return u.set
 	}
-	u.set, u.stamp, u.failed = s, st, ""
-	clear(u.known)
+	u.failed = ""
 	u.log.Info("the file of users was read again", "file", u.file, "users", len(s.hashes))
 	return u.set
 }

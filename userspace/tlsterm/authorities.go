@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
+	"errors"
 	"log/slog"
 	"os"
 	"sync"
@@ -28,9 +29,10 @@ type Authorities struct {
 // OpenAuthorities reads a PEM file of certificates; the error is a *FileError.
 // Those of them that can't be read are left out, and log hears of each: one odd
 // root in a bundle of many is no reason to do without all.
-// The file is read again when it changes; while it is wrong or missing the
-// authorities stay as they were, and log hears of it once. There is nothing to
-// close.
+// The file is read again when it changes. One that is gone, empty, or has no
+// certificate that can be read, has no authority either: who removes one wants
+// nobody to come by it any more. While it can't be read the authorities stay as
+// they were. log hears of both, once. There is nothing to close.
 func OpenAuthorities(file string, log *slog.Logger) (*Authorities, error) {
 	a := &Authorities{file: file, log: log}
 	if err := a.read(); err != nil {
@@ -60,9 +62,14 @@ func (a *Authorities) look() {
 	}
 	before := a.version
 	if err := a.read(); err != nil {
+		consequence := "those before the change stay in force"
+		if a.hasNone() {
+			consequence = "nobody's certificate counts"
+			a.pool, a.version = x509.NewCertPool(), "none"
+		}
 		if a.failed != err.Error() {
 			a.failed = err.Error()
-			a.log.Error("the file of authorities can't be used: those before the change stay in force", "err", err)
+			a.log.Error("the file of authorities can't be used: "+consequence, "err", err)
 		}
 		return
 	}
@@ -70,6 +77,12 @@ func (a *Authorities) look() {
 	if a.version != before {
 		a.log.Info("authorities changed", "file", a.file)
 	}
+}
+
+// hasNone says whether a file that read has refused is one without an authority, and not one that can't be read.
+func (a *Authorities) hasNone() bool {
+	_, err := readFile(a.file)
+	return err == nil || errors.Is(err, errNoFile) || errors.Is(err, errEmpty)
 }
 
 func (a *Authorities) read() error {

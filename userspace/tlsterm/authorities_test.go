@@ -48,19 +48,44 @@ func TestAuthorities(t *testing.T) {
 	if _, v := a.Pool(); v == first {
 		t.Error("other certificates are the same version")
 	}
-	write(t, file, []byte("nonsense"))
-	for range 3 {
+	// Whoever takes the last one out, in whatever way, wants nobody to come in by it.
+	for name, take := range map[string]func(){
+		"emptied":            func() { write(t, file) },
+		"only a line's end":  func() { write(t, file, []byte("\n")) },
+		"nonsense":           func() { write(t, file, []byte("nonsense")) },
+		"a certificate, cut": func() { write(t, file, two.certPEM[:len(two.certPEM)/2]) },
+		"removed":            func() { os.Remove(file) },
+	} {
+		write(t, file, two.certPEM)
 		if !trusts(two) {
-			t.Error("a broken file takes what was there")
+			t.Errorf("before %s: it is not trusted", name)
+		}
+		before := log.Count("nobody's certificate counts")
+		take()
+		for range 3 {
+			if trusts(two) {
+				t.Errorf("%s: it is trusted still", name)
+			}
+		}
+		if n := log.Count("nobody's certificate counts") - before; n != 1 {
+			t.Errorf("%s: %d complaints", name, n)
+		}
+		pool, v := a.Pool()
+		if v == first || pool == nil {
+			t.Errorf("%s: version %s, pool %v", name, v, pool)
 		}
 	}
+	// What can't be read at all says nothing of what is in it.
+	write(t, file, two.certPEM)
+	trusts(two)
 	os.Remove(file)
-	if !trusts(two) {
-		t.Error("a missing file takes what was there")
+	if err := os.Mkdir(file, 0o700); err != nil {
+		t.Fatal(err)
 	}
-	if n := strings.Count(log.String(), "stay in force"); n != 2 {
-		t.Errorf("%d complaints, want 2: %s", n, log.String())
+	if !trusts(two) || log.Count("stay in force") != 1 {
+		t.Error("a file that can't be read takes what was there")
 	}
+	os.Remove(file)
 	write(t, file, one.certPEM, two.certPEM)
 	if !trusts(one) || !trusts(two) {
 		t.Error("the change after the trouble is not in force")

@@ -84,6 +84,11 @@ func (s *Store) read(spec Spec) (*entry, error) {
 	return e, nil
 }
 
+var (
+	errNoFile = errors.New("no such file")
+	errEmpty  = errors.New("is empty")
+)
+
 // readFile reads a small file, with errors that say what to do.
 func readFile(name string) ([]byte, error) {
 	info, err := os.Stat(name)
@@ -103,13 +108,13 @@ func readFile(name string) ([]byte, error) {
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, errors.New("no such file")
+		return nil, errNoFile
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("no permission to read it as user id %d: chown or chmod it, or its directory", os.Geteuid())
 	case err != nil:
 		return nil, pathless(err)
 	case len(bytes.TrimSpace(data)) == 0:
-		return nil, errors.New("is empty")
+		return nil, errEmpty
 	}
 	return data, nil
 }

@@ -467,6 +467,7 @@ func FuzzAppend(f *testing.F) {
 	f.Add([]byte{192, 0, 2, 1}, []byte{198, 51, 100, 2}, uint16(1), uint16(2), false, "a.b", "h2", "id")
 	f.Add(make([]byte, 16), []byte{1, 2, 3, 4}, uint16(0), uint16(0), true, "", "\x00", strings.Repeat("x", 300))
 	f.Add([]byte("\x20\x01\x0d\xb8            "), make([]byte, 4), uint16(89), uint16(0), false, "", "", "")
+	f.Add([]byte("\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\xff\xff\x00\x00\x00\x00"), make([]byte, 4), uint16(0), uint16(1), false, "", "", "")
 	f.Fuzz(func(t *testing.T, src, dst []byte, sport, dport uint16, local bool, name, alpn, id string) {
 		s, _ := netip.AddrFromSlice(src)
 		d, _ := netip.AddrFromSlice(dst)
@@ -476,7 +477,7 @@ func FuzzAppend(f *testing.F) {
 		if err != nil || len(rest) > 0 || len(wire) > MaxBytes {
 			t.Fatalf("%+v: %v", h, err)
 		}
-		if !local && !unknown(h.Source) && got.Source != netip.AddrPortFrom(s.Unmap(), sport) {
+		if source := plain(h.Source); !local && !unknown(source) && got.Source != source {
 			t.Fatalf("source %v, want %v", got.Source, h.Source)
 		}
 		if again := got.Append(nil); !bytes.Equal(again, wire) {

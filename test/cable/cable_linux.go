@@ -9,17 +9,12 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
-)
-
-// The addresses at the two ends of the cable, of both families.
-var (
-	near = []string{"10.90.0.1", "fd90::1"}
-	far  = []string{"10.90.0.2", "fd90::2"}
 )
 
 const ownNetwork = "TAILSPLICE_TEST_OWN_NETWORK"
@@ -68,13 +63,23 @@ func Sysctl(t testing.TB, name, value string) {
 func sysctl(name, value string) error { return os.WriteFile("/proc/sys/net/"+name, []byte(value), 0) }
 
 // A Cable leads from the network of this process to another one.
-type Cable struct{ far netns.NsHandle }
+type Cable struct {
+	far  netns.NsHandle
+	near string      // the device here; the one there is called far
+	addr [2][]string // at the near end and at the far one, of both families
+}
+
+var cables atomic.Int32 // laid so far
 
 // New lays a cable until the end of the test, only after [InOwnNetwork]. Sockets at its far end have windows
 // of at most rmem bytes.
 func New(t testing.TB, rmem int) *Cable {
 	t.Helper()
-	c := &Cable{far: -1}
+	n := cables.Add(1)
+	c := &Cable{far: -1, near: fmt.Sprintf("near%d", n)}
+	for i := range c.addr {
+		c.addr[i] = []string{fmt.Sprintf("10.90.%d.%d", n, i+1), fmt.Sprintf("fd90:%d::%d", n, i+1)}
+	}
 	t.Cleanup(func() {
 		if c.far >= 0 {
 			c.far.Close()
@@ -88,15 +93,15 @@ func New(t testing.TB, rmem int) *Cable {
 	err = onThread(
 		func() (err error) { c.far, err = netns.New(); return err }, // and enters it
 		func() error {
-			return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "far"}, PeerName: "near",
+			return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "far"}, PeerName: c.near,
 				PeerNamespace: netlink.NsFd(own)})
 		},
 		func() error {
 			return errors.Join(sysctl("ipv4/tcp_rmem", fmt.Sprintf("4096 %d %d", rmem, rmem)), up("lo"),
-				up("far", far...))
+				up("far", c.addr[1]...))
 		},
 		func() error { return netns.Set(own) },
-		func() error { return up("near", near...) },
+		func() error { return up(c.near, c.addr[0]...) },
 	)
 	if err != nil {
 		t.Fatalf("lay a cable: %v", err)
@@ -106,9 +111,9 @@ func New(t testing.TB, rmem int) *Cable {
 
 // Addr is the address of one of the two ends, of network "tcp4" or "tcp6", with port 0.
 func (c *Cable) Addr(network string, atFar bool) string {
-	at := near
+	at := c.addr[0]
 	if atFar {
-		at = far
+		at = c.addr[1]
 	}
 	addr := at[0]
 	if network == "tcp6" {

@@ -1,0 +1,2 @@
+// Package loss makes a network device lose packets, on kernels without netem.
+package loss

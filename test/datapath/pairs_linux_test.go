@@ -54,7 +54,7 @@ func sockmapHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 				before := atOnce.Stats().Bulk
 				return exchange(t, f, 4<<20, func() bool { return atOnce.Stats().Bulk >= before+2 })
 			}},
-		{Name: "from a loop into the sockmap", Path: path(relay.Options{WhenTalking: []relay.Sockets{usual}}),
+		{Name: "from a loop into the sockmap", Most: 4, Path: path(relay.Options{WhenTalking: []relay.Sockets{usual}}),
 			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 				rounds := 0 // on a busy machine few are quick enough to talk, and stay on the loop
 				up, down, err := relaytest.Talk(f.Client, f.Server, 200, func() bool {

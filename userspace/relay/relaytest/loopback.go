@@ -53,6 +53,24 @@ func (l Loopback) Path(t testing.TB) Path {
 	return Path{Connect: connect, NoReset: l.Down == "unix" || l.Up == "unix", PIDs: []int{0}}
 }
 
+// Direct is a path with nothing in between.
+func (l Loopback) Direct(t testing.TB) Path {
+	p := newPairs(t, l.Down, l.Cable, true)
+	connect := func(t testing.TB) *Flow {
+		t.Helper()
+		f := new(Flow)
+		f.Client, f.Server = p.pair(t)
+		return f
+	}
+	return Path{Connect: connect, PIDs: []int{0}}
+}
+
+// Lossy is p, where packets are lost.
+func Lossy(p Path) Path {
+	p.Loses = true
+	return p
+}
+
 // servers makes the pairs of the relay and the server.
 func (l Loopback) servers(t testing.TB) *pairs {
 	t.Helper()

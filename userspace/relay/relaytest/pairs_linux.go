@@ -32,6 +32,12 @@ type Hands struct {
 	// network.
 	Fast bool
 
+	// Usual: the relay's sockets have the buffers that the kernel gives them, where a program runs.
+	Usual bool
+
+	// Most, when not 0, is how many programs may run at once.
+	Most int
+
 	// Alone: its flows are told apart by what the datapath counts, so that no two may live at once.
 	Alone bool
 }

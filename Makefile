@@ -14,6 +14,7 @@ LAB         := test/netns
 # So has the benchmark: see `make bench`.
 BENCHDIR    := test/bench
 export TESTFLAGS ?=
+FUZZTIME    ?= 1m
 # go.mod names the Go version; an older go fetches that one by itself.
 export GOTOOLCHAIN ?= auto
 
@@ -45,9 +46,18 @@ test-lab: ## The path over a real tailnet, in network namespaces (root)
 	@scripts/test lab bench
 
 .PHONY: soak
-soak: ## How flows end, 2,000 rounds while all processors are busy, over loopback and veth; who is taken for whom (root; not a part of test; 30 minutes)
+soak: ## Hours of what make test does for a minute each (root; not a part of test)
 	cd userspace/relay && go test -tags soak -run '^TestSoak$$' -parallel 96 -timeout 40m $(TESTFLAGS)
+	go test -tags soak -run '^TestPrograms' -p 1 -timeout 40m $(TESTFLAGS) ./userspace/relay ./test/datapath
 	go test -tags soak -run '^TestIdentity' -timeout 60m $(TESTFLAGS) ./userspace/front
+
+# Go would take up to a minute to make each input shorter that finds something, and find nothing else meanwhile.
+.PHONY: fuzz
+fuzz: ## Fuzz what reads bytes of others, FUZZTIME for each target (not a part of test)
+	@git grep -oE '^func Fuzz\w+' -- '*_test.go' | sed -E 's|(.*)/[^/]*:func (.*)|\1 \2|' | while read -r dir target; do \
+		echo "$$dir $$target:"; \
+		go test ./$$dir -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x </dev/null; \
+	done
 
 .PHONY: test-kernels
 test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in QEMU (root, amd64; not a part of test; 15 minutes)
@@ -67,7 +77,7 @@ bench: provision build ## Compare with what others would use (root); BENCH=quick
 .PHONY: lint
 lint: ## gofmt, vet and staticcheck, for Linux and macOS
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted; exit 1; }
-	go vet ./... && go vet -tags soak ./userspace/relay ./userspace/front && GOOS=darwin go vet ./...
+	go vet ./... && go vet -tags soak ./... && GOOS=darwin go vet ./...
 	go run $(STATICCHECK) ./...
 	for m in $(LAB) $(BENCHDIR); do (cd $$m && go vet ./... && go run $(STATICCHECK) ./...); done
 	for f in scripts/* .ci/run; do bash -n $$f; done

@@ -16,7 +16,7 @@ func TestPrograms(t *testing.T) {
 	lossy.Lose(t, 0.01)
 	hands := append(sockmapHands(t, veth), localHands(t, veth)...)
 	for _, h := range sockmapHands(t, lossy) {
-		if !h.Alone { // which is over loopback
+		if !h.Alone && h.Most == 0 { // which is over loopback, or takes too long to talk
 			h.Name, h.Path = h.Name+", where packets are lost", relaytest.Lossy(h.Path)
 			hands = append(hands, h)
 		}

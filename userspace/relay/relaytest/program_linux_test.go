@@ -92,34 +92,38 @@ func TestPromise(t *testing.T) {
 		name     string
 		from, to view
 		proxied  bool
+		short    bool
 		want     string // a part of the fault; "": there is none
 	}{
-		{"all and the end", sent, view{got: 10, over: sawEnd}, true, ""},
-		{"too little before the end", sent, view{got: 9, over: sawEnd}, true, "behind 9 bytes of 10"},
-		{"too much", sent, view{got: 11, over: sawEnd}, true, "read 11 bytes of 10"},
-		{"an end that was not sent yet", sent, view{got: 10, over: sawEnd, early: true}, true, "had not ended"},
-		{"no end", sent, view{got: 10}, true, "no end"},
-		{"a reset out of nothing", sent, view{got: 10, over: sawReset}, true, "nobody made"},
-		{"a reset out of nothing, told to a write", sent, view{got: 10, over: sawEnd, told: true}, true, "nobody made"},
-		{"a reset out of nothing for who left", sent, view{left: opClose, told: true}, true, "nobody made"},
-		{"a reader that left", sent, view{got: 3, left: opReset}, true, ""},
+		{"all and the end", sent, view{got: 10, over: sawEnd}, true, false, ""},
+		{"too little before the end", sent, view{got: 9, over: sawEnd}, true, false, "behind 9 bytes of 10"},
+		{"too much", sent, view{got: 11, over: sawEnd}, true, false, "read 11 bytes of 10"},
+		{"an end that was not sent yet", sent, view{got: 10, over: sawEnd, early: true}, true, false, "had not ended"},
+		{"no end", sent, view{got: 10}, true, false, "no end"},
+		{"a reset out of nothing", sent, view{got: 10, over: sawReset}, true, false, "nobody made"},
+		{"a reset out of nothing, told to a write", sent, view{got: 10, over: sawEnd, told: true}, true, false, "nobody made"},
+		{"a reset out of nothing for who left", sent, view{left: opClose, told: true}, true, false, "nobody made"},
+		{"a reader that left", sent, view{got: 3, left: opReset}, true, false, ""},
 
-		{"a reset behind what was acknowledged", reset, view{got: 7, over: sawReset}, true, ""},
-		{"a reset behind all", reset, view{got: 10, over: sawReset}, true, ""},
-		{"a reset behind less", reset, view{got: 6, over: sawReset}, true, "of 7 that were acknowledged"},
-		{"a reset behind less, told to a write", reset, view{got: 6, over: sawEnd, told: true}, true, "of 7 that were acknowledged"},
-		{"a reset behind less for who stopped", reset, view{got: 6, over: sawReset, paused: slow}, true, ""},
-		{"the same from TCP itself", reset, view{got: 6, over: sawReset, paused: slow}, false, "of 7 that were acknowledged"},
-		{"a reset that looks like an end", reset, view{got: 10, over: sawEnd, early: true}, true, "had not ended"},
-		{"a reset instead of an end", view{sent: 10, acked: 10, ended: true, whole: true, left: opReset}, view{got: 10, over: sawReset}, true, "instead of the end"},
-		{"the same to who sends", view{sent: 10, acked: 10, ended: true, whole: true, left: opReset}, view{sent: 1, got: 10, over: sawReset}, true, ""},
-		{"the same from TCP itself", view{sent: 10, acked: 10, ended: true, whole: true, left: opReset}, view{sent: 1, got: 10, over: sawReset}, false, "instead of the end"},
+		{"a reset behind what was acknowledged", reset, view{got: 7, over: sawReset}, true, false, ""},
+		{"a reset behind all", reset, view{got: 10, over: sawReset}, true, false, ""},
+		{"a reset behind less", reset, view{got: 6, over: sawReset}, true, false, "of 7 that were acknowledged"},
+		{"a reset behind less, told to a write", reset, view{got: 6, over: sawEnd, told: true}, true, false, "of 7 that were acknowledged"},
+		{"a reset behind less for who stopped", reset, view{got: 6, over: sawReset, paused: slow}, true, false, ""},
+		{"a reset behind less for who waited", reset, view{sent: 1, got: 6, over: sawReset, waited: slow}, true, false, "of 7 that were acknowledged"},
+		{"the same where much is missing", reset, view{sent: 1, got: 6, over: sawReset, waited: slow}, true, true, ""},
+		{"the same for who sent nothing", reset, view{got: 6, over: sawReset, waited: slow}, true, true, "of 7 that were acknowledged"},
+		{"the same from TCP itself", reset, view{got: 6, over: sawReset, paused: slow}, false, false, "of 7 that were acknowledged"},
+		{"a reset that looks like an end", reset, view{got: 10, over: sawEnd, early: true}, true, false, "had not ended"},
+		{"a reset instead of an end", view{sent: 10, acked: 10, ended: true, whole: true, left: opReset}, view{got: 10, over: sawReset}, true, false, "instead of the end"},
+		{"the same to who sends", view{sent: 10, acked: 10, ended: true, whole: true, left: opReset}, view{sent: 1, got: 10, over: sawReset}, true, false, ""},
+		{"the same from TCP itself", view{sent: 10, acked: 10, ended: true, whole: true, left: opReset}, view{sent: 1, got: 10, over: sawReset}, false, false, "instead of the end"},
 
-		{"close with bytes unread", view{sent: 10, left: opClose, unread: true}, view{over: sawReset}, true, ""},
-		{"close, and bytes come later", view{sent: 10, ended: true, left: opClose}, view{sent: 1, over: sawReset}, true, ""},
-		{"close with all read", view{sent: 10, ended: true, left: opClose, got: 1}, view{sent: 1, got: 10, over: sawReset}, true, "nobody made"},
+		{"close with bytes unread", view{sent: 10, left: opClose, unread: true}, view{over: sawReset}, true, false, ""},
+		{"close, and bytes come later", view{sent: 10, ended: true, left: opClose}, view{sent: 1, over: sawReset}, true, false, ""},
+		{"close with all read", view{sent: 10, ended: true, left: opClose, got: 1}, view{sent: 1, got: 10, over: sawReset}, true, false, "nobody made"},
 	} {
-		got := strings.Join(promise(&c.from, &c.to, c.proxied), "; ")
+		got := strings.Join(promise(&c.from, &c.to, between{c.proxied, c.short}), "; ")
 		if got != c.want && (c.want == "" || !strings.Contains(got, c.want)) {
 			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}

@@ -21,14 +21,26 @@ type view struct {
 	early  bool          // it saw that end before the other had ended its stream
 	told   bool          // another call than a read told it of a reset
 	paused time.Duration // the longest time for which it did not read
+	waited time.Duration // how long the read waited that told it of a reset
 
-	wrong []string // what it found out by itself: a byte that differs, a step that takes too long
+	wrong   []string // what it found out by itself: a byte that differs, a step that takes too long
+	refused bool     // then, TCP itself stood still
 }
 
 const (
 	sawEnd   = "the end"
 	sawReset = "a reset"
 )
+
+// between is what lies between the two ends.
+type between struct {
+	proxy bool
+
+	// short: of the memory that the sockets of the proxy take, or of packets, much is missing. When a reader sends as well, and the proxy does
+	// not take it, its last segments may be dropped after their sequence number was noted. Linux refuses the reader's window
+	// updates from then on, which have a lower one, until somebody takes what it sent: it seems to have stopped.
+	short bool
+}
 
 // mayStop is less than how long a reader of what came before a reset may stop, so that all of it arrives: 2 s.
 const mayStop = 1500 * time.Millisecond
@@ -51,8 +63,8 @@ func (v *view) breaks(other *view) bool {
 //   - The end of a stream comes behind all of it, and not before it was sent.
 //   - A reset is told as one, by a read or by another call, and only if the other end has made one.
 //   - Who reads on gets what was acknowledged before the reset. A proxy has the leave to forget what waits for a reader
-//     who stops for 2 s, and Linux keeps it.
-func promise(from, to *view, proxied bool) (faults []string) {
+//     who stops for 2 s, or seems to, and Linux keeps it.
+func promise(from, to *view, by between) (faults []string) {
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	reset := to.told || to.over == sawReset
 	if to.got > from.sent {
@@ -72,11 +84,12 @@ func promise(from, to *view, proxied bool) (faults []string) {
 		fault("saw the end of a stream that had not ended, behind %d bytes", to.got)
 	case to.over == sawEnd && to.got < from.sent:
 		fault("saw the end behind %d bytes of %d", to.got, from.sent)
-	case to.over == sawReset && from.whole && from.ended && !(proxied && to.sent+int64(to.urgents) > 0):
+	case to.over == sawReset && from.whole && from.ended && !(by.proxy && to.sent+int64(to.urgents) > 0):
 		// A proxy that is told of the reset by a write does not learn whether an end had come before.
 		fault("saw a reset instead of the end that was acknowledged before it")
 	}
-	if reset && to.got < from.acked && !(proxied && to.paused > mayStop) {
+	stopped := to.paused > mayStop || by.short && to.waited > mayStop && from.got < to.sent
+	if reset && to.got < from.acked && !(by.proxy && stopped) {
 		fault("read %d bytes of %d that were acknowledged before the reset", to.got, from.acked)
 	}
 	return faults

@@ -58,8 +58,12 @@ func runProgram(t testing.TB, h Hands, p Program, patient time.Duration) (faults
 	both.Go(func() { client.run(p.Client) })
 	both.Go(func() { server.run(p.Server) })
 	both.Wait()
+	if client.v.refused || server.v.refused {
+		t.Logf("%s: %q: TCP stands still, whose two ends do not agree about a window", h.Name, p)
+		return nil
+	}
 	for _, way := range []struct{ from, to *end }{{client, server}, {server, client}} {
-		for _, fault := range append(promise(&way.from.v, &way.to.v, proxied), way.to.v.wrong...) {
+		for _, fault := range append(promise(&way.from.v, &way.to.v, between{proxied, !h.Usual || h.Path.Loses}), way.to.v.wrong...) {
 			faults = append(faults, "the "+way.to.name+" "+fault)
 		}
 	}
@@ -146,6 +150,12 @@ func (e *end) wrong(format string, args ...any) {
 	e.v.wrong = append(e.v.wrong, fmt.Sprintf(format, args...))
 }
 
+// late notes that something does not come. It is called with e.mu held.
+func (e *end) late(what string) {
+	e.v.wrong = append(e.v.wrong, what)
+	e.v.refused = e.v.refused || windowRefused(e.c) || windowRefused(e.other.c)
+}
+
 // await waits until ok, which is called with e.mu held, or until it has taken too long.
 func (e *end) await(what string, ok func() bool) {
 	e.mu.Lock()
@@ -154,7 +164,7 @@ func (e *end) await(what string, ok func() bool) {
 	defer time.AfterFunc(e.patient, func() { e.set(func() { late = true }) }).Stop()
 	for !ok() {
 		if late {
-			e.v.wrong = append(e.v.wrong, what+": it does not come")
+			e.late(what + ": it does not come")
 			return
 		}
 		e.changed.Wait()
@@ -175,7 +185,7 @@ func (e *end) poll(what string, ok func() bool) {
 			return
 		}
 	}
-	e.wrong("%s: it does not come", what)
+	e.set(func() { e.late(what + ": it does not come") })
 }
 
 // broken reports whether e's TCP knows of a reset.
@@ -289,7 +299,7 @@ func (e *end) failed(what string, err error) {
 	switch {
 	case err == nil:
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		e.wrong("%s: it takes too long", what)
+		e.set(func() { e.late(what + ": it takes too long") })
 	case isReset(err) || saysReset(err) || errors.Is(err, syscall.ENOTCONN):
 		e.set(func() { e.v.told = true })
 	default:
@@ -335,19 +345,6 @@ func (e *end) leave(how string) {
 func (e *end) unacked() (n int) {
 	onSocket(e.c, func(fd int) (err error) { n, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ); return err })
 	return n
-}
-
-// tcp says how e's TCP is: whether it waits for the other end's window, or for an acknowledgement, and for how long yet.
-func (e *end) tcp() (s string) {
-	onSocket(e.c, func(fd int) error {
-		i, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-		if err == nil {
-			s = fmt.Sprintf("(%s: state %d, %d segments unacked, %d bytes unsent, window to send %d, to receive %d, %d retransmits, %d probes, backoff %d, rto %dms, last sent %dms ago, heard %dms ago)",
-				e.name, i.State, i.Unacked, i.Notsent_bytes, i.Snd_wnd, i.Rcv_wnd, i.Retransmits, i.Probes, i.Backoff, i.Rto/1000, i.Last_data_sent, i.Last_ack_recv)
-		}
-		return err
-	})
-	return s
 }
 
 // readable reports whether bytes wait to be read.
@@ -406,11 +403,12 @@ func (e *end) read() {
 		}
 		n, err := e.c.Read(buf[:most])
 		last = time.Now()
+		waited := last.Sub(now)
 		if errors.Is(err, os.ErrDeadlineExceeded) && last.Sub(begin) < e.patient {
 			continue // it was told to stop
 		}
 		begin = last
-		if !e.took(buf[:n], err) {
+		if !e.took(buf[:n], err, waited) {
 			return
 		}
 		if slow {
@@ -420,7 +418,7 @@ func (e *end) read() {
 }
 
 // took takes what a read gave. It is false when that was the last.
-func (e *end) took(b []byte, err error) (more bool) {
+func (e *end) took(b []byte, err error, waited time.Duration) (more bool) {
 	e.other.mu.Lock()
 	urgent, otherEnded := e.other.urgent, e.other.v.ended
 	e.other.mu.Unlock()
@@ -437,9 +435,9 @@ func (e *end) took(b []byte, err error) (more bool) {
 	case err == io.EOF:
 		e.v.over, e.v.early = sawEnd, !otherEnded
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		e.v.wrong = append(e.v.wrong, fmt.Sprintf("got nothing for %v, behind %d bytes", e.patient, e.v.got), e.tcp(), e.other.tcp())
+		e.late(fmt.Sprintf("got nothing for %v, behind %d bytes", e.patient, e.v.got))
 	case saysReset(err) || isReset(err):
-		e.v.over = sawReset
+		e.v.over, e.v.waited = sawReset, waited
 	default:
 		e.v.wrong = append(e.v.wrong, "read: "+err.Error())
 	}

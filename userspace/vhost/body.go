@@ -32,6 +32,8 @@ type body struct {
 	reading     time.Time   // since when Read waits; zero where it does not
 	timer       *time.Timer // looks whether Read waits for too long; nil before the first one
 	late        bool        // it did, and was ended
+	idle        sync.Cond   // with mu: no Read waits
+	left        bool        // nothing is read any more
 	ended       bool
 	interrupted bool  // by us: the upstream is gone
 	kept        bool  // the answer has begun: neither to be interrupted nor to be late any more
@@ -40,7 +42,9 @@ type body struct {
 }
 
 func newBody(x *exchange, w http.ResponseWriter, stall time.Duration, limit int64) *body {
-	return &body{ReadCloser: x.req.Body, http2: x.req.ProtoMajor >= 2, stall: stall, limit: limit, control: http.NewResponseController(w), x: x}
+	b := &body{ReadCloser: x.req.Body, http2: x.req.ProtoMajor >= 2, stall: stall, limit: limit, control: http.NewResponseController(w), x: x}
+	b.idle.L = &b.mu
+	return b
 }
 
 var errTooLarge = errors.New("the request's body is larger than the route allows")
@@ -54,7 +58,9 @@ func (e errLate) Error() string {
 func (e errLate) Is(target error) bool { return target == os.ErrDeadlineExceeded }
 
 func (b *body) Read(p []byte) (int, error) {
-	b.begin()
+	if !b.begin() {
+		return 0, errGivenUp
+	}
 	n, err := b.ReadCloser.Read(p)
 	if total := b.bytes.Add(int64(n)); b.limit > 0 && total > b.limit {
 		n, err = 0, errTooLarge
@@ -63,15 +69,19 @@ func (b *body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// begin notes that the upstream waits for the client.
-func (b *body) begin() {
+// begin notes that the upstream waits for the client. It reports false where nothing is to be read any more.
+func (b *body) begin() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.left {
+		return false
+	}
 	b.reading = time.Now()
 	if b.timer == nil && !b.kept {
 		b.x.heardNothing(b.reading)
 		b.timer = time.AfterFunc(b.stall, b.look)
 	}
+	return true
 }
 
 // look ends a Read that has waited for too long. A deadline would not do: in HTTP/2 it also ends a body that
@@ -101,6 +111,7 @@ func (b *body) end(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.reading = time.Time{}
+	b.idle.Broadcast()
 	if err == nil || b.ended || b.abandoned {
 		return
 	}
@@ -231,11 +242,21 @@ func (b *body) stopTimer() {
 	}
 }
 
-// leave bounds how long an HTTP/1 server waits for what is left of the body, before the next request.
+// leave ends all reading before the handler returns, for which the transport does not wait. A Read that met the
+// end of an HTTP/1 body then could make the server wait without end for its own read, or panic. It also bounds
+// how long the server waits for what is left of the body, before the next request. b may be nil.
 func (b *body) leave() {
+	if b == nil || b.http2 {
+		return
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if !b.ended && !b.http2 {
+	b.left = true
+	for !b.reading.IsZero() {
+		b.control.SetReadDeadline(time.Unix(1, 0))
+		b.idle.Wait()
+	}
+	if !b.ended || b.failed != nil {
 		b.control.SetReadDeadline(time.Now().Add(b.stall))
 	}
 }

@@ -76,6 +76,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 			x.cutOff()
 		}
 		s.report(x)
+		x.body.leave()
 	}()
 	if noRoom != nil {
 		s.guard(x, func(http.ResponseWriter, *Visit) error { return noRoom })
@@ -123,7 +124,6 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	in := r.WithContext(ctx)
 	if hasBody(r) {
 		x.body = newBody(x, w, cmp.Or(x.route.BodyTimeout, s.opts.StallTimeout), x.route.MaxBody)
-		defer x.body.leave()
 		in.Body = x.body
 		// Without it an HTTP/1 server throws the rest of the body away when the
 		// answer begins, though the upstream may still be reading.

@@ -7,7 +7,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -206,6 +208,66 @@ func TestExpectAnswered(t *testing.T) {
 		h.request(t, i+1)
 		if len(heads) != i+1 || !strings.Contains(heads[i], "Expect") {
 			t.Errorf("%d: the upstream got %q", i, heads)
+		}
+	}
+}
+
+// tardyConn is a client whose last bytes come at the very moment at which somebody ends the read that waits for
+// them. It sends nothing after that.
+type tardyConn struct {
+	net.Conn
+	mu    sync.Mutex
+	woken sync.Cond
+	parts []string // the last of them is the late one
+	past  bool     // the read deadline
+}
+
+func (c *tardyConn) Read(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for len(c.parts) < 2 && !c.past {
+		c.woken.Wait()
+	}
+	if len(c.parts) == 0 {
+		return 0, os.ErrDeadlineExceeded
+	}
+	n := copy(p, c.parts[0])
+	if c.parts[0] = c.parts[0][n:]; c.parts[0] == "" {
+		c.parts = c.parts[1:]
+	}
+	return n, nil
+}
+
+func (c *tardyConn) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.past = !t.IsZero() && t.Before(time.Now())
+	c.woken.Broadcast()
+	return nil
+}
+
+// TestLateEnd ends a request's body when its answer has been given, and the transport still waits for it: the
+// server neither waits for another end then, nor panics.
+func TestLateEnd(t *testing.T) {
+	for name, part := range map[string][2]string{
+		"with a length": {"Content-Length: 4\r\n\r\nbo", "dy"},
+		"chunked":       {"Transfer-Encoding: chunked\r\n\r\n2\r\nbo\r\n", "0\r\n\r\n"},
+	} {
+		h := newHop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+			readHead(br)
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+			io.Copy(io.Discard, br)
+		}))
+		client, server := net.Pipe()
+		c := &tardyConn{Conn: server, parts: []string{"POST / HTTP/1.1\r\nHost: a\r\n" + part[0], part[1]}}
+		c.woken.L = &c.mu
+		go h.ServeConn(c)
+		client.SetDeadline(time.Now().Add(deadline))
+		if answer, err := io.ReadAll(client); !strings.HasSuffix(string(answer), "\r\n\r\nhi") || err != nil {
+			t.Errorf("%s: %q, %v", name, answer, err)
+		}
+		if said := h.log.String(); strings.Contains(said, "panic") {
+			t.Errorf("%s: %s", name, said)
 		}
 	}
 }

@@ -50,6 +50,7 @@ soak: ## Hours of what make test does for a minute each (root; not a part of tes
 	cd userspace/relay && go test -tags soak -run '^TestSoak$$' -parallel 96 -timeout 40m $(TESTFLAGS)
 	go test -tags soak -run '^TestPrograms' -p 1 -timeout 40m $(TESTFLAGS) ./userspace/relay ./test/datapath
 	go test -tags soak -run '^TestIdentity' -timeout 60m $(TESTFLAGS) ./userspace/front
+	cd test/oracle && go test -tags soak -run '^TestGuards$$' -timeout 3h $(TESTFLAGS)
 
 # Go would take up to a minute to make each input shorter that finds something, and find nothing else meanwhile.
 .PHONY: fuzz

@@ -229,14 +229,14 @@ func (c *Conn) doHTTP2(m *Message) (a Answer) {
 			switch {
 			case status/100 == 1:
 				a.Interim = append(a.Interim, status)
-				c.Seen = fmt.Appendf(c.Seen, "%v", header)
+				c.Seen = fmt.Appendf(c.Seen, " %v ", header)
 				continue
 			case status == 0:
 				a.Trailer = header
 			default:
 				a.Status, a.Header = status, header
 			}
-			c.Seen = fmt.Appendf(c.Seen, "%v", header) // what was compressed
+			c.Seen = fmt.Appendf(c.Seen, " %v ", header) // what was compressed
 			if f.StreamEnded() {
 				return a
 			}

@@ -75,7 +75,13 @@ func (g *Grammar) changePath(c *Choices, m *Message) {
 		}
 		return s
 	}
-	switch c.Int(6) {
+	switch c.Int(8) {
+	case 6, 7: // segments, divided by what some take for a slash
+		m.Target = ""
+		for range 2 + c.Int(4) {
+			m.Target += Pick(c, "/", "/", "/", "%2f", `\`, "%5c", "//", ";/", "/;x/", "%252f") +
+				Pick(c, "..", "..", strings.TrimPrefix(g.path(c), "/"), "x", ".", "%2e%2e", "")
+		}
 	case 0, 1, 2:
 		m.Target = g.path(c) + around(4)
 	case 3:
@@ -105,16 +111,20 @@ func spelled(c *Choices, s string) string {
 	return b.String()
 }
 
+var schemes = []string{"http:", "https:", "HTTP:", "x:", "ftp:", "ws:", "", "http", "file:"}
+
 func (g *Grammar) changeTarget(c *Choices, m *Message) {
 	switch c.Int(5) {
 	case 0:
 		m.Target = Pick(c, "*", "", "/", g.host(c), g.host(c)+":443", "?x", "x", ".", "http:")
 	case 1:
 		m.Target = strings.TrimPrefix(m.Target, "/")
+	case 2:
+		m.Target = Pick(c, schemes...) + m.Target
 	default:
 		authority := Pick(c, g.host(c), g.odd(c, g.host(c)), "")
-		m.Target = Pick(c, "http:", "https:", "HTTP:", "x:", "ftp:", "ws:", "", "http", "file:") + Pick(c,
-			"//", "/", "", "///", `\\`) + authority +
+		m.Target = Pick(c, "", "", Pick(c, schemes...)) + Pick(c, schemes...) +
+			Pick(c, "//", "//", "/", "", "///", `\\`) + authority +
 			Pick(c, m.Target, g.path(c), "?x", "", "#"+m.Target)
 	}
 }

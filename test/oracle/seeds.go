@@ -58,28 +58,50 @@ func AllSeeds() (*Seeds, error) {
 
 // fromSeed puts a seed into the message.
 func (g *Grammar) fromSeed(c *Choices, m *Message) {
-	s := g.Seeds
-	if s == nil {
+	if g.Seeds == nil {
 		return
 	}
-	fill := func(text string) string {
-		text = strings.ReplaceAll(text, "HOST", g.host(c))
-		return strings.ReplaceAll(text, "PATH", strings.TrimPrefix(g.path(c), "/"))
+	all := g.Seeds.changes(g.host(c), g.path(c))
+	kind := Pick(c, all[:]...)
+	Pick(c, kind...)(m)
+}
+
+// Messages puts each seed into a message of its own, with a host and a path for those that stand for some.
+func (s *Seeds) Messages(host, path string, plain func() *Message) (all []*Message) {
+	for _, kind := range s.changes(host, path) {
+		for _, change := range kind {
+			m := plain()
+			change(m)
+			all = append(all, m)
+		}
 	}
-	switch c.Int(6) {
-	case 0:
-		m.Target = fill(Pick(c, s.Targets...))
-	case 1:
-		m.Hosts = append(m.Hosts[:0], fill(Pick(c, s.Hosts...)))
-	case 2, 3:
-		m.Target = fill(Pick(c, s.Paths...))
-	case 4:
-		f := Pick(c, s.Fields...)
-		m.Fields = append(m.Fields, Field{fill(f.Name), fill(f.Value)})
-	case 5: // only bytes can be so wrong: those of HTTP/1.1
-		m.Edits = append(m.Edits, Edit{At: 0, Cut: 1 << 20, Put: fill(Pick(c, s.Heads...))})
-		m.Body = nil
+	return all
+}
+
+// changes are what each seed does to a message, by kind.
+func (s *Seeds) changes(host, path string) (all [5][]func(*Message)) {
+	names := strings.NewReplacer("HOST", host, "PATH", strings.TrimPrefix(path, "/"))
+	for _, text := range s.Targets {
+		all[0] = append(all[0], func(m *Message) { m.Target = names.Replace(text) })
 	}
+	for _, text := range s.Hosts {
+		all[1] = append(all[1], func(m *Message) { m.Hosts = []string{names.Replace(text)} })
+	}
+	for _, text := range s.Paths {
+		all[2] = append(all[2], func(m *Message) { m.Target = names.Replace(text) })
+	}
+	for _, f := range s.Fields {
+		all[3] = append(all[3], func(m *Message) {
+			m.Fields = append(m.Fields, Field{names.Replace(f.Name), names.Replace(f.Value)})
+		})
+	}
+	for _, text := range s.Heads { // only bytes can be so wrong: those of HTTP/1.1
+		all[4] = append(all[4], func(m *Message) {
+			m.Edits = append(m.Edits, Edit{At: 0, Cut: 1 << 20, Put: names.Replace(text)})
+			m.Body = nil
+		})
+	}
+	return all
 }
 
 // AsHTTP2 is what a client sends that begins a connection of HTTP/2 with a message. That of an upgrade was

@@ -1,0 +1,5 @@
+//go:build soak
+
+package oracle
+
+func init() { *executions = 1_000_000 }

@@ -122,8 +122,10 @@ func newWorld(t testing.TB, inside bool) *world {
 				forward += ", upstream: { protocol: h2c }"
 			}
 			route := func(match, more string) {
-				fmt.Fprintf(&b, "      - { %s, %s%s }\n", match, forward,
-					more)
+				if !strings.Contains(more, "X-Told") { // which only the auth server says
+					more += ", request_headers: { " + notTold + " }"
+				}
+				fmt.Fprintf(&b, "      - { %s, %s%s }\n", match, forward, more)
 			}
 			for _, kind := range kinds {
 				route("host: "+kind+".test", ", "+guards[kind])

@@ -238,7 +238,8 @@ func judgeVariables(word string, vars map[string]string) (said string) {
 	}
 	said += checkTold(word, vars["HTTP_X_TOLD"], vars["HTTP_HOST"], uri)
 	for _, name := range identities {
-		if v := vars[cgiName(name)]; strings.Contains(v, forged) {
+		// What is asked for may be called forged.
+		if v := vars[cgiName(name)]; strings.Contains(v, forged) && v != vars["HTTP_HOST"] {
 			said += fmt.Sprintf("%s:forged %s=%q ", word, cgiName(name), v)
 		}
 	}

@@ -146,7 +146,7 @@ type Limits struct {
 	Connections          int           `yaml:"connections" default:"65536" min:"1" max:"16777216" doc:"Connections at a time, all together. Where there is no room for one more, the oldest that waits for its TLS ClientHello goes."`
 	ConnectionsPerSource int           `yaml:"connections_per_source" default:"256" min:"1" max:"16777216" doc:"Connections at a time from one IPv4 address or one IPv6 /64. It looks at the PROXY address where that is believed."`
 	Requests             int           `yaml:"requests" default:"8192" min:"1" max:"16777216" doc:"HTTP requests under way at a time, all together: upgraded connections and streams count until they end."`
-	RequestsPerSource    int           `yaml:"requests_per_source" default:"256" min:"1" max:"16777216" doc:"HTTP requests under way at a time from one IPv4 address or one IPv6 /64. It looks at the client that a trusted hop names, and does not bound the hop itself."`
+	RequestsPerSource    int           `yaml:"requests_per_source" default:"256" min:"1" max:"16777216" doc:"HTTP requests under way at a time from one IPv4 address or one IPv6 /64. A few more wait for up to 2 seconds. It looks at the client that a trusted hop names, and does not bound the hop itself."`
 	HelloTimeout         time.Duration `yaml:"hello_timeout" default:"5s" min:"10ms" max:"10m" doc:"How long a client may take for its TLS ClientHello or its PROXY header."`
 	HelloBytes           int           `yaml:"hello_bytes" kind:"size" default:"65536" min:"512" max:"1MiB" doc:"How many bytes of TLS records a ClientHello may take."`
 	IdleTimeout          time.Duration `yaml:"idle_timeout" default:"1h" min:"10ms" max:"8760h" doc:"A flow that moves no byte in either direction for this long is closed."`

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/http"
 	"net/netip"
+	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
@@ -40,8 +41,15 @@ func (f *Front) charge(l *listener) func(*vhost.Visit) (vhost.Lease, error) {
 	}
 }
 
+// requestWait is how long a request waits where its source has too many under way, behind requestsWaiting times as many as it
+// may have: those who come from behind one address load their pages at the same time.
+const (
+	requestWait     = 2 * time.Second
+	requestsWaiting = 3
+)
+
 func (q *requestLease) Name(v *vhost.Visit) error {
-	if err := q.Move(visitor{v.Client.Addr(), v.Unknown}.source()); err != nil {
+	if err := q.MoveSoon(v.Request.Context(), visitor{v.Client.Addr(), v.Unknown}.source(), requestsWaiting, requestWait); err != nil {
 		return q.front.noRoom(q.listener, v, err)
 	}
 	return nil

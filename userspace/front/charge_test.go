@@ -413,3 +413,49 @@ limits: { requests_per_source: %d }
 		})
 	}
 }
+
+// TestPagesAtOnce: 20 people behind one address load a page of six parts at the same time. That is more than their source may
+// have under way: some wait for their turn, and nobody is refused.
+func TestPagesAtOnce(t *testing.T) {
+	const people, parts, perSource = 20, 6, 32
+	up := httpBackend(t, func(w http.ResponseWriter, _ *http.Request) {
+		time.Sleep(20 * time.Millisecond)
+		io.WriteString(w, "part")
+	})
+	d, plain, _, _ := floodDaemon(t, up, fmt.Sprintf("limits: { requests_per_source: %d }", perSource))
+	url := "http://" + plain[0] + "/"
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	var clients []*http.Client
+	var statuses sync.Map
+	get := func(c *http.Client) {
+		res, err := c.Get(url)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		res.Body.Close()
+		n, _ := statuses.LoadOrStore(res.StatusCode, new(atomic.Int64))
+		n.(*atomic.Int64).Add(1)
+	}
+	var all sync.WaitGroup
+	for range people {
+		transport := &http.Transport{Protocols: protocols}
+		t.Cleanup(transport.CloseIdleConnections)
+		clients = append(clients, &http.Client{Transport: transport, Timeout: patience})
+		get(clients[len(clients)-1]) // so that it is connected
+	}
+	for _, c := range clients {
+		for range parts {
+			all.Go(func() { get(c) })
+		}
+	}
+	all.Wait()
+	statuses.Range(func(status, n any) bool {
+		if status != http.StatusOK {
+			t.Errorf("%d requests got %v", n.(*atomic.Int64).Load(), status)
+		}
+		return true
+	})
+	eventually(t, "nothing is charged any more", func() bool { return d.requests.Total() == 0 })
+}

@@ -56,14 +56,16 @@ type Limiter struct {
 	sources   map[source]charge
 	peak      int // most sources since the map was made
 
+	waiting  int // leases that wait for a place of their source
 	yielding int // leases that may be taken back
 	queue    queue
 }
 
 // charge is what a source has.
 type charge struct {
-	count int // leases held; never 0
-	queue queue
+	count   int // leases held; 0 only while others wait
+	queue   queue
+	waiting []*waiter // for one of them, the first comer first
 }
 
 // New returns a limiter of total connections, and perSource of them from any one source. 0 or less means no limit.
@@ -154,8 +156,18 @@ func (l *Limiter) leave(s source) {
 	if s == (source{}) {
 		return
 	}
-	if c := l.sources[s]; c.count > 1 {
-		c.count--
+	c := l.sources[s]
+	if len(c.waiting) > 0 && c.count <= l.perSource && (l.total <= 0 || l.held < l.total) {
+		l.grant(s, c)
+		return
+	}
+	c.count--
+	l.keepSource(s, c)
+}
+
+// keepSource makes c what s has. The caller holds mu.
+func (l *Limiter) keepSource(s source, c charge) {
+	if c.count > 0 || len(c.waiting) > 0 {
 		l.sources[s] = c
 		return
 	}
@@ -240,7 +252,9 @@ func (l *Limiter) Sources(n int) []Source {
 	l.mu.Lock()
 	entries := make([]entry, 0, len(l.sources)) // only what must be done under the lock
 	for s, c := range l.sources {
-		entries = append(entries, entry{s, c.count})
+		if c.count > 0 {
+			entries = append(entries, entry{s, c.count})
+		}
 	}
 	l.mu.Unlock()
 	list := make([]Source, len(entries))

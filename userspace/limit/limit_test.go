@@ -1,13 +1,16 @@
 package limit
 
 import (
+	"context"
 	"errors"
 	"math/rand/v2"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
@@ -231,7 +234,12 @@ func TestEndsAtZero(t *testing.T) {
 			r := rand.New(rand.NewPCG(1, uint64(g)))
 			var held []*Lease
 			for range 5000 {
-				switch r.IntN(6) {
+				switch r.IntN(7) {
+				case 6:
+					if lease, err := l.Acquire(netip.Addr{}); err == nil {
+						_ = lease.MoveSoon(t.Context(), pick(r), 1, time.Duration(r.IntN(300))*time.Microsecond)
+						held = append(held, lease)
+					}
 				case 5:
 					if len(held) > 0 {
 						lease := held[r.IntN(len(held))]
@@ -285,8 +293,85 @@ func TestEndsAtZero(t *testing.T) {
 	if len(l.sources) != 0 {
 		t.Errorf("%d entries are left", len(l.sources))
 	}
+	if l.waiting != 0 {
+		t.Errorf("%d leases wait yet", l.waiting)
+	}
 	if l.yielding != 0 || l.queue != (queue{}) {
 		t.Errorf("%d leases yield yet: %v", l.yielding, l.queue)
+	}
+}
+
+// TestMoveSoon: who waits for a place of a source gets it in his turn, and counts only then.
+func TestMoveSoon(t *testing.T) {
+	l := NewRequests(4, 2)
+	src, ctx := addr("192.0.2.1"), t.Context()
+	held := []*Lease{acquire(t, l, "192.0.2.1"), acquire(t, l, "192.0.2.1")}
+	unknown := func() *Lease {
+		lease, err := l.Acquire(netip.Addr{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return lease
+	}
+	waiting := func(n int) {
+		t.Helper()
+		for {
+			l.mu.Lock()
+			now := l.waiting
+			l.mu.Unlock()
+			if now == n {
+				return
+			}
+			runtime.Gosched()
+		}
+	}
+	turns := make(chan int)
+	for i := range 4 {
+		lease := unknown()
+		go func() {
+			if err := lease.MoveSoon(ctx, src, 2, time.Minute); err != nil {
+				t.Error(err)
+			}
+			turns <- i
+			lease.Release()
+		}()
+		waiting(i + 1)
+	}
+	if n := l.Total(); n != 2 {
+		t.Errorf("%d count while four wait, want 2", n)
+	}
+	last := unknown()
+	if err := last.MoveSoon(ctx, src, 2, time.Minute); !errors.Is(err, ErrSource) {
+		t.Errorf("behind so many: %v", err)
+	}
+	last.Release()
+	for i := range 4 {
+		if i == 0 {
+			held[0].Release()
+		}
+		if got := <-turns; got != i {
+			t.Errorf("number %d has its turn, want %d", got, i)
+		}
+	}
+	waiting(0)
+	for acquired := l.Total(); acquired != 1; acquired = l.Total() {
+		runtime.Gosched() // the last one's release
+	}
+	held[0] = acquire(t, l, "192.0.2.1")
+	cut, cancel := context.WithCancel(ctx)
+	left, late := unknown(), unknown()
+	cancel()
+	if err := left.MoveSoon(cut, src, 2, time.Minute); !errors.Is(err, ErrSource) {
+		t.Errorf("the client has left: %v", err)
+	}
+	if err := late.MoveSoon(ctx, src, 2, time.Millisecond); !errors.Is(err, ErrSource) {
+		t.Errorf("too late: %v", err)
+	}
+	for _, lease := range append(held, left, late) {
+		lease.Release()
+	}
+	if n := l.Total(); n != 0 || len(l.sources) != 0 {
+		t.Errorf("%d leases are left, of %d sources", n, len(l.sources))
 	}
 }
 

@@ -36,6 +36,17 @@ func (c *charge) end() {
 // requests under way.
 const refusalWait = 5 * time.Second
 
+// lastWait is how long a client with many connections may take for the end of an answer whose handler has returned: HTTP/2's
+// server keeps that, some 30 KB a stream, and nothing counts it any more.
+const lastWait = 15 * time.Second
+
+// hurry sets that time.
+func (x *exchange) hurry() {
+	if x.req.ProtoMajor >= 2 && x.conn.info.crowd() == crowdOfMany {
+		_ = http.NewResponseController(x.resp).SetWriteDeadline(time.Now().Add(lastWait))
+	}
+}
+
 // charge begins the work on x's request, and finds out who it is from. It counts in all before that, since the answer may be
 // long in coming, and then for its source. The error says that there is no room.
 func (s *Server) charge(x *exchange) (err error) {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -134,6 +135,7 @@ type conn struct {
 
 	requests atomic.Int64 // that were given an id here
 
+	http1   atomic.Bool  // a request of HTTP/1 has come
 	armed   atomic.Int64 // when the write deadline was last set, Unix ns
 	foreign atomic.Bool  // somebody else has set a write deadline
 }
@@ -188,13 +190,28 @@ func (c *conn) reset() {
 	c.Close()
 }
 
+// serves learns from r which HTTP c speaks.
+func (c *conn) serves(r *http.Request) {
+	if r.ProtoMajor < 2 && !c.http1.Load() {
+		c.http1.Store(true)
+	}
+}
+
+// stall is how long a write to c may take. Who speaks HTTP/2 stops to read streams, and never the connection, for which the
+// server keeps up to 10,000 frames; who has made no request yet is not heard at all.
+func (c *conn) stall() time.Duration {
+	if c.http1.Load() {
+		return c.server.opts.StallTimeout
+	}
+	return min(http2Stall, c.server.opts.StallTimeout)
+}
+
 // Write bounds how long a peer that has stopped reading holds the connection.
 // Setting a deadline for each write costs more than it gives: it is renewed
 // when a quarter of it has passed.
 func (c *conn) Write(b []byte) (int, error) {
 	if !c.foreign.Load() {
-		stall := c.server.opts.StallTimeout
-		now := time.Now()
+		stall, now := c.stall(), time.Now()
 		if now.UnixNano()-c.armed.Load() > int64(stall/4) {
 			c.armed.Store(now.UnixNano())
 			c.Conn.SetWriteDeadline(now.Add(stall))

@@ -59,8 +59,12 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		x.uri, bad = readURI(r)
 	}
 	x.visit = Visit{Request: r, URI: x.uri, ID: x.conn.info.ID, Conn: x.conn.info, Client: x.conn.info.Client, Unknown: x.conn.info.Unknown, x: x}
+	x.conn.serves(r)
 	noRoom := s.charge(x)
 	defer x.charge.end()
+	if noRoom == nil {
+		defer x.hurry()
+	}
 	defer x.forget()
 	// With a Content-Length beside it, which net/http doesn't show, who is before this hop may see the end of a
 	// chunked body elsewhere, and another client's request begin in it (RFC 9112 6.1).

@@ -58,6 +58,7 @@ const (
 	clientStreams       = 100              // of a client's; RFC 9113 6.5.2 recommends no fewer
 	crowdStreams        = 16               // of one of a source that has many connections; HTTP/1.1's browsers take 6
 	pingAfter           = 60 * time.Second // of silence on an HTTP/2 connection
+	http2Stall          = 30 * time.Second // within which an HTTP/2 connection must take some bytes
 	answerHeaderBytes   = 256 << 10        // of an upstream's answer
 	expectTimeout       = 3 * time.Second  // an upstream's time to say 100 Continue, several slow round trips
 	upstreamIdle        = 30 * time.Second // an unused upstream connection's life; shorter than servers keep theirs

@@ -18,6 +18,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
+	"golang.org/x/net/netutil"
 	"golang.org/x/term"
 
 	"github.com/tailsplice/tailsplice/userspace/admin"
@@ -25,6 +26,9 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/logwriter"
 )
+
+// metricsConnections is how many connections to the metrics may be open; more wait in the kernel.
+const metricsConnections = 32
 
 type runOptions struct {
 	config    string
@@ -106,6 +110,7 @@ func run(ctx context.Context, o runOptions) error {
 			return fmt.Errorf("control.metrics: %w: choose another address, or leave it out", err)
 		}
 		defer metricsListener.Close()
+		metricsListener = netutil.LimitListener(metricsListener, metricsConnections)
 	}
 
 	datapaths := loadDatapaths(cfg, o.knownBad, log)

@@ -1,0 +1,80 @@
+package vhost
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+)
+
+// TestAnswerBeforeReset checks that an answer arrives which the upstream gave before it had read the whole body, and
+// reset the connection behind.
+func TestAnswerBeforeReset(t *testing.T) {
+	const size = 4 << 20
+	for _, answer := range []int{100, 60_000} {
+		t.Run(fmt.Sprint(answer), func(t *testing.T) {
+			h := newHop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+				readHead(br)
+				fmt.Fprintf(c, "HTTP/1.1 413 Too Large\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", answer, strings.Repeat("x", answer))
+				c.SetLinger(0)
+			}))
+			for range 20 {
+				status, body := upload(t, h, "", size)
+				if status != http.StatusRequestEntityTooLarge || len(body) != answer {
+					t.Fatalf("got %d with %d bytes", status, len(body))
+				}
+			}
+		})
+	}
+}
+
+// TestCutOffAnswerBeforeReset checks that a reset is not taken for the end of an answer without a length, when it is a write that
+// hears of it, and that the client hears of it though its body may have ended just then.
+func TestCutOffAnswerBeforeReset(t *testing.T) {
+	h := newHop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+		readHead(br)
+		io.WriteString(c, "HTTP/1.1 413 Too Large\r\nConnection: close\r\n\r\nhalf")
+		c.SetLinger(0)
+	}))
+	for range 100 {
+		c, br := raw(t, h, false)
+		go sendUpload(c, "", 4<<20)
+		if res, err := http.ReadResponse(br, nil); err == nil {
+			body, err := io.ReadAll(res.Body)
+			switch {
+			case errors.Is(err, os.ErrDeadlineExceeded):
+				t.Fatal("the client waits for ever")
+			case err == nil && res.StatusCode != http.StatusBadGateway:
+				t.Fatalf("%d, and %q looks whole", res.StatusCode, body)
+			}
+		}
+		c.Close()
+	}
+}
+
+// upload sends a body of size bytes, reads at the same time, and goes on reading when it can't send more.
+func upload(t *testing.T, h *hop, header string, size int) (status int, body []byte) {
+	t.Helper()
+	c, br := raw(t, h, false)
+	defer c.Close()
+	go sendUpload(c, header, size)
+	res, err := http.ReadResponse(br, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err = io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatalf("after %d bytes of %d: %v", len(body), res.StatusCode, err)
+	}
+	return res.StatusCode, body
+}
+
+func sendUpload(c net.Conn, header string, size int) {
+	fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: %d\r\n%s\r\n", size, header)
+	io.CopyN(c, zeros{}, int64(size))
+}

@@ -133,6 +133,7 @@ type conn struct {
 	closeOnce sync.Once
 	closeErr  error
 
+	lingers  atomic.Bool  // Close is to leave the peer time to read
 	requests atomic.Int64 // that were given an id here
 
 	http1   atomic.Bool  // a request of HTTP/1 has come
@@ -171,8 +172,17 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// Close closes the connection.
+// lingerFor is how long a connection stays open after an answer, while the peer
+// sends a body that nobody reads: closing it resets it. It is net/http's own time,
+// which gives none if the request said that the connection would be closed.
+const lingerFor = 500 * time.Millisecond
+
+// Close closes the connection, soon if it lingers.
 func (c *conn) Close() error {
+	if c.lingers.Swap(false) && c.CloseWrite() == nil {
+		time.AfterFunc(lingerFor, func() { c.Close() })
+		return nil
+	}
 	c.closeOnce.Do(func() {
 		c.closeErr = c.Conn.Close()
 		c.server.remove(c)

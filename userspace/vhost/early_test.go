@@ -57,6 +57,32 @@ func TestCutOffAnswerBeforeReset(t *testing.T) {
 	}
 }
 
+// TestAnswerBeforeClose checks that a client which said Connection: close isn't reset right behind the answer when that comes before the
+// end of its body.
+func TestAnswerBeforeClose(t *testing.T) {
+	h := newHop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+		readHead(br)
+		io.WriteString(c, "HTTP/1.1 413 Too Large\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx")
+		c.CloseWrite()
+		io.Copy(io.Discard, br)
+	}))
+	for range 10 {
+		c, br := raw(t, h, false)
+		go sendUpload(c, "Connection: close\r\n", 16<<20)
+		res, err := http.ReadResponse(br, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body, err := io.ReadAll(res.Body); err != nil || res.StatusCode != http.StatusRequestEntityTooLarge || len(body) != 1 {
+			t.Fatalf("%d, %q, %v", res.StatusCode, body, err)
+		}
+		if _, err := br.ReadByte(); err != io.EOF {
+			t.Fatalf("after the answer: %v", err)
+		}
+		c.Close()
+	}
+}
+
 // upload sends a body of size bytes, reads at the same time, and goes on reading when it can't send more.
 func upload(t *testing.T, h *hop, header string, size int) (status int, body []byte) {
 	t.Helper()

@@ -82,6 +82,9 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		s.report(x)
 		x.body.leave()
 	}()
+	if r.ProtoMajor == 1 && r.Close && hasBody(r) {
+		defer func() { x.conn.lingers.Store(x.whole && (x.body == nil || x.body.unfinished())) }()
+	}
 	if noRoom != nil {
 		s.guard(x, func(http.ResponseWriter, *Visit) error { return noRoom })
 		return

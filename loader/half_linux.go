@@ -20,6 +20,15 @@ const (
 // strongOrder: an atomic add in BPF is a full barrier.
 const strongOrder = runtime.GOARCH == "amd64" || runtime.GOARCH == "386"
 
+// lookAgain is for a half that goes to sleep after it has copied: look is called when what the verdict stored
+// before can be seen, and what the half stored could be seen by the verdict. nil where that is so at once.
+func lookAgain() func(look func()) {
+	if strongOrder {
+		return nil
+	}
+	return func(look func()) { time.AfterFunc(time.Millisecond, look) }
+}
+
 // chunk is how much is copied at a time, in bytes.
 const chunk = 128 << 10
 
@@ -44,15 +53,16 @@ type half struct {
 	written0 uint64 // bytes that the peer's TCP had been given before
 
 	// Only for who is running.
-	buffer   *[]byte
-	rest     []byte // read, not yet written; in buffer
-	held     bool   // rest must wait until what was redirected before it has been written
-	fin      bool
-	calm     bool // it may come back under the verdict when it has nothing to do
-	eof      bool // a read said so
-	consumed uint64
-	settled  uint64 // what redirected was when it was last found written
-	patience time.Duration
+	buffer    *[]byte
+	rest      []byte // read, not yet written; in buffer
+	held      bool   // rest must wait until what was redirected before it has been written
+	fin       bool
+	calm      bool // it may come back under the verdict when it has nothing to do
+	eof       bool // a read said so
+	hasCopied bool // something, since it last had nothing to copy
+	consumed  uint64
+	settled   uint64 // what redirected was when it was last found written
+	patience  time.Duration
 
 	bulk bulk
 
@@ -254,7 +264,7 @@ func (h *half) copy() (o outcome, wait bool) {
 			h.held, h.patience = false, 0
 			n, err := h.peer().write(h.rest)
 			h.rest = h.rest[n:]
-			h.consumed += uint64(n)
+			h.consumed, h.hasCopied = h.consumed+uint64(n), true
 			// A release: the verdict may redirect from here on, behind what was just written.
 			atomic.StoreUint64(&m.Consumed, h.consumed)
 			if len(h.rest) == 0 || err != nil && !isAgain(err) {
@@ -272,7 +282,7 @@ func (h *half) copy() (o outcome, wait bool) {
 		if h.bulk.inPipe > 0 {
 			n, err := h.bulk.pipe.drain(h.peer(), h.bulk.inPipe)
 			h.bulk.inPipe -= n
-			h.consumed += uint64(n)
+			h.consumed, h.hasCopied = h.consumed+uint64(n), true
 			atomic.StoreUint64(&m.Consumed, h.consumed)
 			if isAgain(err) {
 				return h.awaitRoom(), true
@@ -352,10 +362,11 @@ func (h *half) copy() (o outcome, wait bool) {
 			return outcome{broken: err, side: h.i}, true
 		}
 	}
-	if h.buffer != nil && !strongOrder {
+	if h.hasCopied && f.l.rules.again != nil {
 		// The verdict's add to passed may not be visible yet, and it may not have seen our consumed either.
-		time.AfterFunc(time.Millisecond, func() { h.wake(0) })
+		f.l.rules.again(func() { h.wake(0) })
 	}
+	h.hasCopied = false
 	h.release()
 	f.watchAlso(h.i, unix.EPOLLIN, false)
 	f.watchAlso(1-h.i, unix.EPOLLOUT, false)

@@ -68,13 +68,14 @@ type rules struct {
 	both               bool // upstream gets a verdict, too
 	events             bool // epoll tells of bytes that can be copied, and of room for them
 	look               bool // the sweep ends stalls
+	again              func(look func())
 	local              localRules
 }
 
 var allRules = rules{
 	bound: true, trim: true, fin: true, couple: true, brake: true, late: true, pressure: tcpPressure(),
 	bulk: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true,
-	look: true, local: allLocalRules,
+	look: true, again: lookAgain(), local: allLocalRules,
 }
 
 // New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what dead daemons left below

@@ -222,10 +222,6 @@ func (p *process) prepare(f *flow) (why refusal, ok bool) {
 	p.slot = f.slot
 	p.there.Store(true)
 	*p.shared() = localLocal{Pair: p.pair, Process: p.cookie}
-	if err := p.local.objects.LocalPlaces.Put(p.cookie,
-		splicePlace{Flow: f.cookies[0], Half: 2 * f.slot}); err != nil {
-		return refusedMaps, false
-	}
 	answer, err := p.ask(localLocalRequestLOCAL_BEGIN, 0)
 	if err != nil {
 		return refusedMaps, false
@@ -233,6 +229,12 @@ func (p *process) prepare(f *flow) (why refusal, ok bool) {
 	if answer&localLocalAnswerLOCAL_PAIR == 0 && p.local.l.rules.local.pair ||
 		answer&localLocalAnswerLOCAL_THERE == 0 {
 		return refusedPair, false
+	}
+	// Whoever finds the slot by this finds all the above in it, whatever order its processor loads in: where
+	// to look depends on what it finds.
+	place := splicePlace{Flow: f.cookies[0], Half: 2 * f.slot}
+	if err := p.local.objects.LocalPlaces.Put(p.cookie, place); err != nil {
+		return refusedMaps, false
 	}
 	return "", true
 }

@@ -472,7 +472,7 @@ func (t *trial) bulk() error {
 	h, client, data, sent := &t.flow().halves[0], t.client, pattern(2<<20), make(chan error, 1)
 	for range 2 {
 		// While nothing comes it leaves at once; while much comes it may not, but what comes is whole.
-		for limit := time.Now().Add(testPatience); !h.bulk.left.Load(); time.Sleep(time.Millisecond) {
+		for limit := time.Now().Add(10 * testPatience); !h.bulk.left.Load(); time.Sleep(time.Millisecond) {
 			t.l.leaver.ask(t.flow())
 			if time.Now().After(limit) {
 				return errors.New("the kernel does not take a socket out of the sockmap")
@@ -495,7 +495,7 @@ func (t *trial) bulk() error {
 		if err := <-sent; err != nil {
 			return err
 		}
-		for limit := time.Now().Add(testPatience); h.bulk.left.Load(); time.Sleep(time.Millisecond) {
+		for limit := time.Now().Add(10 * testPatience); h.bulk.left.Load(); time.Sleep(time.Millisecond) {
 			h.wake(calm)
 			if time.Now().After(limit) {
 				return errors.New("the kernel does not take a socket into the sockmap again")
@@ -503,7 +503,7 @@ func (t *trial) bulk() error {
 		}
 	}
 	// The last time that it was asked may take it out once more.
-	for limit := time.Now().Add(testPatience); ; h.wake(calm) {
+	for limit := time.Now().Add(10 * testPatience); ; h.wake(calm) {
 		before := load64(&h.shared().Redirected)
 		if _, err := client.Write(data[:1000]); err != nil {
 			return err

@@ -170,3 +170,44 @@ func TestBacklogOfTheOtherWay(t *testing.T) {
 		t.Errorf("%d stalls", n)
 	}
 }
+
+// Where a store of the verdict's may be seen late, and it may see one of a half late, so that it does not
+// ring, the half looks once more when it has copied: also what it did not have in its usual buffer.
+func TestLooksAgainAfterACopy(t *testing.T) {
+	for name, take := range map[string]func(h *half){
+		"read":          func(*half) {},
+		"read to leave": func(h *half) { must(t, h.takeInHand(1000)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, looks := allRules, make(chan func(), 100)
+			r.look, r.again = false, func(look func()) { looks <- look }
+			l := open(t, r, 16)
+			p := splicePath(t, l, pathOptions{})
+			h := &l.onlyFlow(t).halves[0]
+			must(t, p.server.SetDeadline(time.Now().Add(patience)))
+			// passes sends what the verdict passes, and does not ring for.
+			passes := func(b []byte) {
+				passed, consumed := h.snapshot().passed, h.consumed
+				atomic.StoreUint64(&h.shared().Consumed, 1<<62)
+				_, err := p.client.Write(b)
+				must(t, err)
+				passed += uint64(len(b))
+				waitFor(t, func() bool { return h.snapshot().passed == passed }, "bytes to be passed")
+				atomic.StoreUint64(&h.shared().Consumed, consumed)
+			}
+			h.bits.Store(running) // it is this test that is
+			data := pattern(1000)
+			passes(data)
+			waitFor(t, h.source().readable, "bytes to be read")
+			take(h)
+			h.run()
+			must(t, expect(p.server, data))
+			if len(looks) == 0 {
+				t.Fatal("it does not look again")
+			}
+			passes([]byte("hello"))
+			(<-looks)()
+			must(t, expect(p.server, []byte("hello")))
+		})
+	}
+}

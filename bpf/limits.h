@@ -162,6 +162,12 @@ enum local_request {
 	LOCAL_SETTLE, /* correct `out` */
 };
 
+/* What `targets` knows of an address. */
+enum local_target {
+	TARGET_CATCH = 1,  /* userspace: what is accepted there is to be caught */
+	TARGET_ZEROCOPY,   /* catch: and it sends with MSG_ZEROCOPY */
+};
+
 /* What `ask` answers: a set of these. */
 enum local_answer {
 	LOCAL_THERE = 1,    /* the process's socket is in `locals` */

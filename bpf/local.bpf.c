@@ -45,6 +45,12 @@
  * An end overtakes what the worker has not moved into the ingress queue, so userspace passes a FIN, or a reset, on
  * only after that (`ask`). What is in the queue stays readable behind either, as what TCP has received.
  * A close() with unread bytes is a reset in TCP; here TCP doesn't know of them, and `catch` notes it for userspace.
+ *
+ * # Zero-copy sends
+ *
+ * A socket in `locals` sends copies, whatever it is asked for, and the kernel never says that a send with
+ * MSG_ZEROCOPY is complete. So a process is told that its socket can't (`no_zerocopy`), and one that can is not
+ * caught.
  */
 
 /* includes */
@@ -114,6 +120,7 @@ struct {
 
 const enum local_answer *unused_answer __attribute__((unused));
 const enum local_request *unused_request __attribute__((unused));
+const enum local_target *unused_target __attribute__((unused));
 
 static __always_inline void local_find(struct local_flow *l, __u32 half)
 {
@@ -123,6 +130,9 @@ static __always_inline void local_find(struct local_flow *l, __u32 half)
 	if (at && at->on)
 		l->at = at;
 }
+
+/* The running kernel's number of an enum sock_flags. */
+#define sock_flag(name) __builtin_preserve_enum_value(*(enum sock_flags *)name, 1)
 
 static __always_inline struct sock *sock_of(struct tcp_sock *tcp) { return &tcp->inet_conn.icsk_inet.sk; }
 
@@ -385,6 +395,27 @@ int back(struct sk_msg_md *msg)
 	return SK_PASS;
 }
 
+/* Refuses to let the sockets of targets send with MSG_ZEROCOPY, as kernels do that don't have it. */
+SEC("cgroup/setsockopt")
+int no_zerocopy(struct bpf_sockopt *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct end own = {};
+
+	if (ctx->level != SOL_SOCKET || ctx->optname != SO_ZEROCOPY || !sk)
+		goto allow;
+	address(own.address, sk->family, READ_ONCE(sk->src_ip4), READ_ONCE(sk->src_ip6[0]),
+		READ_ONCE(sk->src_ip6[1]), READ_ONCE(sk->src_ip6[2]), READ_ONCE(sk->src_ip6[3]));
+	own.port = sk->src_port;
+	if (bpf_map_lookup_elem(&targets, &own)) {
+		bpf_set_retval(-EOPNOTSUPP);
+		return 0;
+	}
+allow:
+	ctx->optlen = 0; /* the kernel takes the value from the process, however long it is */
+	return 1;
+}
+
 /* Puts connections to targets into `locals`, and sees how they are closed. */
 SEC("sockops")
 int catch(struct bpf_sock_ops *ops)
@@ -394,7 +425,7 @@ int catch(struct bpf_sock_ops *ops)
 	struct place *at;
 	struct local *l;
 	__u64 now, cookie;
-	__u32 slot;
+	__u32 slot, zerocopy = TARGET_ZEROCOPY;
 
 	if (ops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
 		address(pair.own.address, ops->family, READ_ONCE(ops->local_ip4), READ_ONCE(ops->local_ip6[0]),
@@ -402,6 +433,12 @@ int catch(struct bpf_sock_ops *ops)
 		pair.own.port = ops->local_port;
 		if (!bpf_map_lookup_elem(&targets, &pair.own))
 			return 1; /* something else in that cgroup */
+		tcp = ops->sk ? bpf_skc_to_tcp_sock(ops->sk) : 0;
+		/* As the listener had it. */
+		if (tcp && sock_of(tcp)->__sk_common.skc_flags >> sock_flag(SOCK_ZEROCOPY) & 1) {
+			bpf_map_update_elem(&targets, &pair.own, &zerocopy, 0);
+			return 1;
+		}
 		address(pair.other.address, ops->family, READ_ONCE(ops->remote_ip4), READ_ONCE(ops->remote_ip6[0]),
 			READ_ONCE(ops->remote_ip6[1]), READ_ONCE(ops->remote_ip6[2]), READ_ONCE(ops->remote_ip6[3]));
 		pair.other.port = from_network(ops->remote_port);

@@ -25,7 +25,15 @@
  * stored consumed, and the verdict rings when it finds consumed == the old passed after it added to passed.
  * With a full barrier between the store and the load on both sides, at least one of them sees the other's store.
  * The atomic add is that barrier on x86. On weakly ordered machines it is not (the variant that is, BPF_FETCH,
- * needs 5.12), and userspace looks once more a moment later.
+ * needs 5.12), so there userspace looks once more a millisecond after it has stored consumed and gone to
+ * sleep: by then all see what a processor has stored.
+ *
+ * Nothing else here needs a barrier beyond those of locks and of map entries:
+ *  - the fields of a slot are written before its entries in `places` and `local_places`, and their address
+ *    depends on what is loaded from there;
+ *  - a socket comes into a sockmap under the lock that its verdict runs under;
+ *  - what follows from a comparison is a store, as a redirect is, and no processor makes that before it has
+ *    loaded what is compared.
  *
  * # Bulk
  *

@@ -8,4 +8,4 @@ package loader
 // local.bpf.c needs more of the kernel (bpf_probe_read_kernel, sk_msg, sockops), and is loaded only where it
 // is asked for; it shares the maps of the first object.
 //
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -tags linux -target bpfel,bpfeb -no-global-types -type local -type pair -type end -type local_answer -type local_request local ../bpf/local.bpf.c -- -mcpu=v3 -nostdinc -Wall -Werror -I../bpf/include
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -tags linux -target bpfel,bpfeb -no-global-types -type local -type pair -type end -type local_answer -type local_target -type local_request local ../bpf/local.bpf.c -- -mcpu=v3 -nostdinc -Wall -Werror -I../bpf/include

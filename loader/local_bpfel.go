@@ -51,6 +51,13 @@ const (
 	localLocalRequestLOCAL_SETTLE localLocalRequest = 2
 )
 
+type localLocalTarget uint32
+
+const (
+	localLocalTargetTARGET_CATCH    localLocalTarget = 1
+	localLocalTargetTARGET_ZEROCOPY localLocalTarget = 2
+)
+
 type localPair struct {
 	_     structs.HostLayout
 	Own   localEnd
@@ -76,6 +83,7 @@ const (
 	localProgAsk            = "ask"
 	localProgBack           = "back"
 	localProgCatch          = "catch"
+	localProgNoZerocopy     = "no_zerocopy"
 	localProgSpliceLocal    = "splice_local"
 	localProgUnread         = "unread"
 	localVarRuleBound       = "rule_bound"
@@ -93,6 +101,7 @@ const (
 	localVarUnusedKind      = "unused_kind"
 	localVarUnusedLeaving   = "unused_leaving"
 	localVarUnusedRequest   = "unused_request"
+	localVarUnusedTarget    = "unused_target"
 	localVarWindowNs        = "window_ns"
 	localVarWindowShut      = "window_shut"
 	localVarWindows         = "windows"
@@ -143,6 +152,7 @@ type localProgramSpecs struct {
 	Ask         *ebpf.ProgramSpec `ebpf:"ask"`
 	Back        *ebpf.ProgramSpec `ebpf:"back"`
 	Catch       *ebpf.ProgramSpec `ebpf:"catch"`
+	NoZerocopy  *ebpf.ProgramSpec `ebpf:"no_zerocopy"`
 	SpliceLocal *ebpf.ProgramSpec `ebpf:"splice_local"`
 	Unread      *ebpf.ProgramSpec `ebpf:"unread"`
 }
@@ -184,6 +194,7 @@ type localVariableSpecs struct {
 	UnusedKind      *ebpf.VariableSpec `ebpf:"unused_kind"`
 	UnusedLeaving   *ebpf.VariableSpec `ebpf:"unused_leaving"`
 	UnusedRequest   *ebpf.VariableSpec `ebpf:"unused_request"`
+	UnusedTarget    *ebpf.VariableSpec `ebpf:"unused_target"`
 	WindowNs        *ebpf.VariableSpec `ebpf:"window_ns"`
 	WindowShut      *ebpf.VariableSpec `ebpf:"window_shut"`
 	Windows         *ebpf.VariableSpec `ebpf:"windows"`
@@ -259,6 +270,7 @@ type localVariables struct {
 	UnusedKind      *ebpf.Variable `ebpf:"unused_kind"`
 	UnusedLeaving   *ebpf.Variable `ebpf:"unused_leaving"`
 	UnusedRequest   *ebpf.Variable `ebpf:"unused_request"`
+	UnusedTarget    *ebpf.Variable `ebpf:"unused_target"`
 	WindowNs        *ebpf.Variable `ebpf:"window_ns"`
 	WindowShut      *ebpf.Variable `ebpf:"window_shut"`
 	Windows         *ebpf.Variable `ebpf:"windows"`
@@ -271,6 +283,7 @@ type localPrograms struct {
 	Ask         *ebpf.Program `ebpf:"ask"`
 	Back        *ebpf.Program `ebpf:"back"`
 	Catch       *ebpf.Program `ebpf:"catch"`
+	NoZerocopy  *ebpf.Program `ebpf:"no_zerocopy"`
 	SpliceLocal *ebpf.Program `ebpf:"splice_local"`
 	Unread      *ebpf.Program `ebpf:"unread"`
 }
@@ -280,6 +293,7 @@ func (p *localPrograms) Close() error {
 		p.Ask,
 		p.Back,
 		p.Catch,
+		p.NoZerocopy,
 		p.SpliceLocal,
 		p.Unread,
 	)

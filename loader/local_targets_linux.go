@@ -21,6 +21,8 @@ const (
 	missedMost = 4
 	// claimWithin is how long a caught socket may wait for its flow, before it is taken out of the map.
 	claimWithin = 5 * time.Second
+	// zeroCopyAgain is how long a target that sends with MSG_ZEROCOPY is left alone.
+	zeroCopyAgain = 10 * time.Minute
 )
 
 // targets are the addresses that flows go to, and what is known about who listens there.
@@ -42,10 +44,18 @@ type target struct {
 	missed int
 }
 
-// group is a cgroup that the program is attached to.
+// group is a cgroup that the programs are attached to.
 type group struct {
-	link  link.Link
-	flows int // with a socket in it, whose end the program sees
+	links []link.Link
+	flows int // with a socket in it, whose end the programs see
+}
+
+func (g *group) close() error {
+	var errs []error
+	for _, a := range g.links {
+		errs = append(errs, a.Close())
+	}
+	return errors.Join(errs...)
 }
 
 func (t *targets) init(n *Local) {
@@ -75,6 +85,11 @@ func (t *targets) find(up *net.TCPConn) (*process, error) {
 	}
 	p := &process{local: t.n, pair: localPair{Own: endOf(up.RemoteAddr()), Other: endOf(up.LocalAddr())}}
 	if err := t.n.objects.Locals.Lookup(p.pair, &p.cookie); err != nil {
+		var is localLocalTarget
+		if t.n.objects.Targets.Lookup(p.pair.Own, &is) == nil && is == localLocalTargetTARGET_ZEROCOPY {
+			k.why, k.again = refusedZeroCopy, now.Add(zeroCopyAgain)
+			return nil, k.why
+		}
 		if k.missed++; k.missed >= missedMost {
 			t.learn(at, addrPort(up.LocalAddr()))
 		}
@@ -152,15 +167,20 @@ func (t *targets) learn(at, other netip.AddrPort) {
 // attach has the sockets that are accepted in the cgroup at that address caught.
 func (t *targets) attach(at netip.AddrPort, path string) error {
 	if t.groups[path] == nil {
-		a, err := link.AttachCgroup(link.CgroupOptions{
-			Path: path, Attach: ebpf.AttachCGroupSockOps, Program: t.n.objects.Catch,
-		})
-		if err != nil {
-			return fmt.Errorf("%w (%s: %w)", refusedAttach, path, err)
+		g := &group{}
+		for _, o := range []link.CgroupOptions{
+			{Path: path, Attach: ebpf.AttachCGroupSetsockopt, Program: t.n.objects.NoZerocopy},
+			{Path: path, Attach: ebpf.AttachCGroupSockOps, Program: t.n.objects.Catch},
+		} {
+			a, err := link.AttachCgroup(o)
+			if err != nil {
+				return errors.Join(fmt.Errorf("%w (%s: %w)", refusedAttach, path, err), g.close())
+			}
+			g.links = append(g.links, a)
 		}
-		t.groups[path] = &group{link: a}
+		t.groups[path] = g
 	}
-	return t.n.objects.Targets.Put(endOf(net.TCPAddrFromAddrPort(at)), uint32(1))
+	return t.n.objects.Targets.Put(endOf(net.TCPAddrFromAddrPort(at)), uint32(localLocalTargetTARGET_CATCH))
 }
 
 // detachUnused closes the links to cgroups in which neither a target nor a socket of a flow is any more.
@@ -171,7 +191,7 @@ func (t *targets) detachUnused() {
 	}
 	for path, g := range t.groups {
 		if !used[path] && g.flows == 0 {
-			_ = g.link.Close()
+			_ = g.close()
 			delete(t.groups, path)
 		}
 	}
@@ -184,7 +204,7 @@ func (t *targets) close() error {
 	t.working.Wait()
 	var errs []error
 	for _, g := range t.groups {
-		errs = append(errs, g.link.Close())
+		errs = append(errs, g.close())
 	}
 	t.groups = nil
 	return errors.Join(errs...)

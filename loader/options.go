@@ -87,6 +87,7 @@ const (
 	refusedRootCgroup = refusal("the target's process is in the root cgroup")
 	refusedNoCgroup   = refusal("the cgroup of the target's process could not be found")
 	refusedAttach     = refusal("the program could not be attached to the cgroup of the target's process")
+	refusedZeroCopy   = refusal("the target's process sends with MSG_ZEROCOPY")
 	refusedNotCaught  = refusal("the target's socket was not caught when it came to be")
 	refusedPair       = refusal("the target's socket is not the other end of ours")
 )

@@ -83,8 +83,44 @@ enum {
 	BPF_SOCK_OPS_STATE_CB = 10,
 };
 
-struct bpf_sock;
+/* The numbers of all architectures that are built for, but MIPS. */
+enum {
+	SOL_SOCKET = 1,
+	SO_ZEROCOPY = 60,
+	EOPNOTSUPP = 95,
+};
+
 struct bpf_flow_keys;
+
+/* A socket, for programs that may not see the kernel's own struct. */
+struct bpf_sock {
+	__u32 bound_dev_if;
+	__u32 family;
+	__u32 type;
+	__u32 protocol;
+	__u32 mark;
+	__u32 priority;
+	__u32 src_ip4;       /* network byte order */
+	__u32 src_ip6[4];
+	__u32 src_port;      /* host byte order */
+};
+
+/* The context of sockopt programs. */
+struct bpf_sockopt {
+	union {
+		struct bpf_sock *sk;
+	} __attribute__((aligned(8)));
+	union {
+		void *optval;
+	} __attribute__((aligned(8)));
+	union {
+		void *optval_end;
+	} __attribute__((aligned(8)));
+	__s32 level;
+	__s32 optname;
+	__s32 optlen;
+	__s32 retval;
+};
 
 /* The context of sk_skb programs. The verifier rewrites each access, so it must not be relocated. */
 struct __sk_buff {
@@ -225,6 +261,10 @@ struct bpf_iter__sockmap {
 
 struct proto {
 	struct atomic *memory_allocated; /* pages that TCP has in all */
+};
+
+enum sock_flags {
+	SOCK_ZEROCOPY = 20, /* a bit of skc_flags; looked up by the loader, as members are */
 };
 
 struct sock_common {

@@ -105,7 +105,7 @@ type DNSHook struct {
 // Route is a match and what happens with what it matches.
 type Route struct {
 	SNI     []string          `yaml:"sni" kind:"name" nonempty:"true" doc:"Server names on an sni listener: exact, or *.example.org for one label or more in its place."`
-	ALPN    []string          `yaml:"alpn" kind:"alpn" nonempty:"true" doc:"Narrows sni: the client offers one of these protocols."`
+	ALPN    []string          `yaml:"alpn" kind:"alpn" nonempty:"true" doc:"Narrows sni: the client offers one of these protocols; acme-tls/1 only if it offers nothing else."`
 	Host    []string          `yaml:"host" kind:"name" nonempty:"true" doc:"Host names on an http or https listener: exact, or *.example.org for one label or more in its place."`
 	Path    string            `yaml:"path" kind:"path" doc:"Narrows host: /api and /api/ both take /api and everything below /api/, but not /apis. The longest wins. It is compared decoded."`
 	Methods []string          `yaml:"methods" kind:"method" nonempty:"true" doc:"Narrows host: the request has one of these methods. GET takes HEAD too."`

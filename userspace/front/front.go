@@ -217,6 +217,17 @@ func (f *Front) apply(cfg *config.Config) error {
 			services[c.Name].accessLog = logs[logKey(a)]
 		}
 	}
+	var edges []*listener
+	for _, l := range listeners {
+		if l.mode == "sni" {
+			edges = append(edges, l)
+		}
+	}
+	for _, s := range services {
+		if s.mode == "https" {
+			s.edges = edges
+		}
+	}
 	labels := f.prepareLabels(cfg, services) // of services that are complete but for them
 	connections, requests := f.fitLimits(cfg)
 

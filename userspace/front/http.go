@@ -144,6 +144,12 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 		f.complain.Warn(bad.Reason, "request refused", "id", r.ID, "listener", l.name, "client", clientString(r.Client),
 			"method", r.Method, "host", r.Host, "uri", r.URI, "proto", r.Proto, "reason", bad.Reason, "err", bad)
 	}
+	var round *passesByError
+	if errors.As(r.Err, &round) {
+		f.metrics.Refused.WithLabelValues(l.name, misdirected).Inc()
+		f.complain.Warn(misdirected, "request refused", "id", r.ID, "listener", l.name, "client", clientString(r.Client),
+			"host", r.Host, "reason", misdirected, "err", round)
+	}
 	end := "eof"
 	if r.Err != nil {
 		end = "error"

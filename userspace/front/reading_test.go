@@ -3,6 +3,7 @@ package front
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
@@ -28,9 +29,10 @@ import (
 type wire struct {
 	name    string
 	h2, tls bool
+	sni     string // the server name in the hello; "" is app.test
 }
 
-var wires = []wire{{"h1", false, false}, {"h2c", true, false}, {"h1 TLS", false, true}, {"h2 TLS", true, true}}
+var wires = []wire{{"h1", false, false, ""}, {"h2c", true, false, ""}, {"h1 TLS", false, true, ""}, {"h2 TLS", true, true, ""}}
 
 // message is a request, whatever is wrong with it. In HTTP/2 target is :path and host is :authority.
 type message struct {
@@ -56,7 +58,7 @@ func (w wire) send(t *testing.T, addr string, m message) (status, body string) {
 		if w.h2 {
 			next = "h2"
 		}
-		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true, ServerName: "app.test", NextProtos: []string{next}})
+		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true, ServerName: cmp.Or(w.sni, "app.test"), NextProtos: []string{next}})
 	}
 	if w.h2 {
 		return sendHTTP2(t, c, w, m)

@@ -13,6 +13,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
+	"github.com/tailsplice/tailsplice/userspace/route"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -48,6 +49,9 @@ func (s *service) findRequest(req *http.Request, host, path string, certs *tlste
 		}
 		return ok
 	})
+	if by := s.passesBy(req, host, certs); by != "" {
+		return nil, &passesByError{by, host}
+	}
 	switch {
 	case ok && !exactly && coalesced(req, host, certs):
 		return nil, vhost.ErrMisdirected
@@ -71,6 +75,52 @@ func coalesced(req *http.Request, host string, certs *tlsterm.Store) bool {
 	}
 	asked := certs.Asked(req.TLS.ServerName)
 	return asked != "" && asked != host && certs.Shared(asked, host)
+}
+
+// misdirected is the metric's word for a request that goes round an sni listener.
+const misdirected = "misdirected"
+
+type passesByError struct{ edge, host string }
+
+func (e *passesByError) Error() string {
+	return fmt.Sprintf("%v: the sni listener %s, by which it may have come, does not let everybody have %s",
+		vhost.ErrMisdirected, e.edge, e.host)
+}
+func (e *passesByError) Unwrap() error { return vhost.ErrMisdirected }
+
+// passesBy names the sni listener of this daemon that a request goes round: its connection may have come by that,
+// with a name in its hello by which it was let through, and the request is for a host whose name would not have
+// been, or only for some. A client comes again with a connection of its own then.
+func (s *service) passesBy(req *http.Request, host string, certs *tlsterm.Store) (listener string) {
+	if len(s.edges) == 0 || certs == nil || req.TLS == nil {
+		return ""
+	}
+	asked := certs.Asked(req.TLS.ServerName)
+	if asked == host || !fromHere(req) {
+		return ""
+	}
+	find := func(names *route.Table[*rule], name string) *rule {
+		r, _ := names.Lookup(name, func(r *rule) bool { return !slices.Equal(r.alpn, []string{acmeTLS}) })
+		return r
+	}
+	for _, edge := range s.edges {
+		names := edge.service.Load().names
+		came, needs := find(names, asked), find(names, host)
+		if came == nil || came.reject || came == needs {
+			continue // that is not the way by which it came, or it is the same
+		}
+		if needs == nil || needs.reject || needs.allow != nil {
+			return edge.name
+		}
+	}
+	return ""
+}
+
+// fromHere says whether the other end of a request's connection is this host itself.
+func fromHere(req *http.Request) bool {
+	peer, err := netip.ParseAddrPort(req.RemoteAddr)
+	local, ok := req.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return err == nil && (peer.Addr().IsLoopback() || ok && addrPort(local).Addr() == peer.Addr().Unmap())
 }
 
 // asksClients says whether some route of a host wants a client's certificate.

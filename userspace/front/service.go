@@ -43,6 +43,7 @@ type service struct {
 	fallback *rule               // tcp: the only way
 	rules    []*rule             // in the config's order, for status
 	base     *service            // with docker enabled: the same without the labels' routes
+	edges    []*listener         // https only: this daemon's sni listeners, by which connections may have come
 
 	hsts        string         // https only
 	timing      bool           // http(s) only
@@ -97,8 +98,15 @@ const userspace = "userspace"
 
 // accepts says whether a hello with these protocols may take the rule.
 func (r *rule) accepts(alpn []string) bool {
-	return len(r.alpn) == 0 || slices.ContainsFunc(alpn, func(p string) bool { return slices.Contains(r.alpn, p) })
+	return len(r.alpn) == 0 || slices.ContainsFunc(alpn, func(p string) bool {
+		// An authority that validates a name offers nothing else (RFC 8737 section 3). Who does may choose what
+		// is for everybody, and would have gone round what guards that.
+		return slices.Contains(r.alpn, p) && (p != acmeTLS || len(alpn) == 1)
+	})
 }
+
+// acmeTLS is the protocol of authorities that validate a name.
+const acmeTLS = "acme-tls/1"
 
 // compile makes the service of one listener. Errors carry the config's file
 // and line.

@@ -36,6 +36,10 @@ func newDoor(ln *net.TCPListener) (*door, error) {
 func (d *door) prepare(f *Front, s *socket) error {
 	d.acceptor = relay.NewAcceptor(d.fd, func(c *relay.Socket, peer unix.Sockaddr) {
 		f.spare.refill()
+		if s.tailnet.Load() {
+			f.admitTailnet(s, c, sockaddrPort(peer))
+			return
+		}
 		f.admit(s.owner.Load(), c, sockaddrPort(peer))
 	}, func(err error) (goOn bool) { return f.failed(s, err) })
 	if d.acceptor == nil {
@@ -43,6 +47,35 @@ func (d *door) prepare(f *Front, s *socket) error {
 	}
 	return nil
 }
+
+// admitTailnet admits what came to an address of the tailnet by the interface that has it, or from this host. The kernel
+// takes connections to it on every interface, so that neighbours in the LAN could come who route to it through this host.
+// tailscaled makes the interface anew as it likes, so who comes by another one than before is looked at, off the loop.
+func (f *Front) admitTailnet(s *socket, c *relay.Socket, peer netip.AddrPort) {
+	local := addrPort(s.door.addr).Addr()
+	index, err := arrivedOn(c.FD(), local)
+	if err == nil && (index == loopbackIndex || int64(index) == s.via.Load()) {
+		f.admit(s.owner.Load(), c, peer)
+		return
+	}
+	go func() {
+		name, ok := has(index, local)
+		if ok {
+			s.via.Store(int64(index))
+			f.admit(s.owner.Load(), c, peer)
+			return
+		}
+		c.Reset()
+		l := s.owner.Load().name
+		f.metrics.Accepted.WithLabelValues(l).Inc()
+		f.metrics.Refused.WithLabelValues(l, notByTailnet).Inc()
+		f.complain.Warn(notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet", "listener", l,
+			"reason", notByTailnet, "peer", peer, "interface", name, "address", s.addr, "err", err)
+	}()
+}
+
+// notByTailnet is the metric's word for a connection that came to a tailnet listener by another network.
+const notByTailnet = "not_by_tailnet"
 
 // accept begins to admit connections.
 func (d *door) accept() { d.acceptor.Start() }

@@ -33,6 +33,9 @@ type socket struct {
 	addr  string // as bound: "host:port"
 	door  *door
 	owner atomic.Pointer[listener]
+
+	tailnet atomic.Bool  // for those who come by the tailnet: see admitTailnet
+	via     atomic.Int64 // the interface by which they came last
 }
 
 // binding is one address that should be bound, and for whom.
@@ -266,8 +269,10 @@ func (f *Front) rebind(want []binding, opened map[string]*socket) {
 		wanted[b.addr] = true
 		if s := f.sockets[b.addr]; s != nil {
 			s.owner.Store(b.owner)
+			s.tailnet.Store(b.tailnet)
 		} else if s := opened[b.addr]; s != nil {
 			s.owner.Store(b.owner)
+			s.tailnet.Store(b.tailnet)
 			f.sockets[b.addr] = s
 			f.log.Info("listening", "address", boundAddress(b.addr, s.door), "listener", b.owner.name, "mode", b.owner.mode)
 			s.door.accept()

@@ -43,6 +43,7 @@ type tailscaled struct {
 	mu     sync.Mutex
 	server *http.Server
 	nodes  map[string]node
+	self   []netip.Addr
 	state  string
 	slow   time.Duration  // each whois takes this long
 	asked  map[string]int // whois, by address
@@ -53,7 +54,7 @@ type tailscaled struct {
 }
 
 func startTailscaled(t *testing.T) *tailscaled {
-	ts := &tailscaled{t: t, socket: filepath.Join(t.TempDir(), "tailscaled.sock"), nodes: map[string]node{}, state: ipn.Running.String(), asked: map[string]int{}, moved: make(chan struct{})}
+	ts := &tailscaled{t: t, socket: filepath.Join(t.TempDir(), "tailscaled.sock"), nodes: map[string]node{}, self: []netip.Addr{netip.MustParseAddr("100.64.0.1")}, state: ipn.Running.String(), asked: map[string]int{}, moved: make(chan struct{})}
 	for name, n := range tailnetNodes {
 		ts.nodes[name] = n
 	}
@@ -136,10 +137,9 @@ func (ts *tailscaled) serveStatus(w http.ResponseWriter, r *http.Request) {
 	}
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
-	self := netip.MustParseAddr("100.64.0.1")
-	json.NewEncoder(w).Encode(ipnstate.Status{BackendState: ts.state, TUN: true, TailscaleIPs: []netip.Addr{self},
+	json.NewEncoder(w).Encode(ipnstate.Status{BackendState: ts.state, TUN: true, TailscaleIPs: ts.self,
 		CurrentTailnet: &ipnstate.TailnetStatus{MagicDNSSuffix: "tail.ts.net"},
-		Self:           &ipnstate.PeerStatus{ID: "self", NodeID: 1, DNSName: "laptop.tail.ts.net.", TailscaleIPs: []netip.Addr{self}}})
+		Self:           &ipnstate.PeerStatus{ID: "self", NodeID: 1, DNSName: "laptop.tail.ts.net.", TailscaleIPs: ts.self}})
 }
 
 func (ts *tailscaled) serveWhoIs(w http.ResponseWriter, r *http.Request) {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -46,7 +47,7 @@ func nftName(slot int) string { return fmt.Sprintf("tailsplice-%d", slot) }
 type Way struct {
 	log  *slog.Logger
 	slot int
-	lock *net.UnixConn // holds the slot
+	lock *os.File // holds the slot
 	nl   *netlink.Handle
 	nft  *nftables.Conn
 	off  map[int]error // by family (unix.AF_INET, ...): why it does not work there
@@ -100,18 +101,41 @@ func (w *Way) install() error {
 func explain(err error) error {
 	switch {
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("it needs CAP_NET_ADMIN: use the systemd unit, or run as root (%w)", err)
+		return fmt.Errorf("it needs CAP_NET_ADMIN and CAP_NET_BIND_SERVICE: use the systemd unit, or run as root (%w)", err)
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT):
 		return fmt.Errorf("this kernel lacks nf_tables or nft_socket (CONFIG_NFT_SOCKET) (%w)", err)
 	}
 	return err
 }
 
+// lockAddr and firstLockPort are bound by who has a slot, without listening: there is nothing to connect to. It needs a
+// port that not everybody may bind, for who has all slots keeps all daemons from having one.
+var lockAddr = [4]byte{127, 116, 17, 40}
+
+const firstLockPort = 1000
+
+func lockSlot(slot int) (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	lock := os.NewFile(uintptr(fd), "transparent's lock")
+	err = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_FREEBIND, 1) // lo may be down
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrInet4{Addr: lockAddr, Port: firstLockPort + slot})
+	}
+	if err != nil {
+		lock.Close()
+		return nil, os.NewSyscallError("bind", err)
+	}
+	return lock, nil
+}
+
 // takeSlot takes a free slot, and removes what is left of daemons that were
 // killed. The kernel frees the slot when this process ends.
 func (w *Way) takeSlot() error {
 	for slot := range slots {
-		lock, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram", Name: fmt.Sprintf("@tailsplice-transparent-%d", slot)})
+		lock, err := lockSlot(slot)
 		if errors.Is(err, unix.EADDRINUSE) {
 			continue
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -168,6 +169,32 @@ func TestRemoved(t *testing.T) {
 	if got := w.state(); got != before {
 		t.Errorf("after the end:\n%s\nwant\n%s", got, before)
 	}
+}
+
+// TestSlotsOfOthers: who may not do what a daemon does can't keep daemons from having a slot.
+func TestSlotsOfOthers(t *testing.T) {
+	w := newWorld(t)
+	w.in(w.host, func() {
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, 65534, 65534, 65534); errno != 0 { // of this thread, which ends here
+			t.Fatal(errno)
+		}
+		for slot := range slots {
+			if name, err := net.Listen("unix", fmt.Sprintf("@tailsplice-transparent-%d", slot)); err == nil {
+				t.Cleanup(func() { name.Close() })
+			}
+			if lock, err := lockSlot(slot); err == nil {
+				t.Cleanup(func() { lock.Close() })
+				t.Errorf("slot %d is anybody's", slot)
+			} else if !errors.Is(err, fs.ErrPermission) {
+				t.Errorf("slot %d: %v", slot, err)
+			}
+		}
+	})
+	way := w.open(slog.New(slog.DiscardHandler))
+	if way.slot != 0 {
+		t.Errorf("it has slot %d", way.slot)
+	}
+	must(t, way.Close())
 }
 
 // kill does with a Way what SIGKILL does.

@@ -10,9 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// resetGrace is how long the reader of bytes that came before a reset may stop. The same as in
-// userspace/relay.
-const resetGrace = 2 * time.Second
+// resetGrace is how long the reader of bytes that came before a reset may stop, and tcpGrace how long TCP may
+// bring nothing to one that has room. The same as in userspace/relay.
+const (
+	resetGrace = 2 * time.Second
+	tcpGrace   = 30 * time.Second
+)
 
 // flow is one spliced pair. It has no goroutine while nothing happens.
 type flow struct {

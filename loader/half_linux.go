@@ -470,7 +470,7 @@ func (h *half) delivered() bool {
 }
 
 // readerStopped is asked again and again of a half whose source is dead: has the other end of its peer taken
-// nothing for resetGrace?
+// nothing for resetGrace, and has no room, or has it taken nothing for tcpGrace?
 func (h *half) readerStopped(b *breakage) bool {
 	var i unix.TCPInfo
 	if h.peer().info(&i) != nil {
@@ -480,7 +480,17 @@ func (h *half) readerStopped(b *breakage) bool {
 	if b.takenAt.IsZero() || n != b.taken {
 		b.taken, b.takenAt = n, now
 	}
-	return now.Sub(b.takenAt) >= resetGrace
+	stopped := now.Sub(b.takenAt)
+	return stopped >= tcpGrace || stopped >= resetGrace && (h.f.process != nil || refuses(&i))
+}
+
+// refuses reports whether the other end has no room for what is written: it has said so, and again when it
+// was asked. While it has room, or says nothing, it is TCP or the network that holds things up.
+func refuses(i *unix.TCPInfo) bool {
+	if i.Unacked > 0 { // they are on their way, or the window was closed behind them
+		return i.Snd_wnd == 0 && i.Last_ack_recv < uint32(resetGrace.Milliseconds())
+	}
+	return i.Snd_wnd < i.Snd_mss && i.Backoff > 0 && i.Probes == 0
 }
 
 // release gives the buffer back, and the pipe.

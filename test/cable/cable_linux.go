@@ -127,6 +127,20 @@ func (c *Cable) AtFar(f func() error) error {
 	return onThread(func() error { return netns.Set(c.far) }, f)
 }
 
+// Plug puts the cable in at the far end, or pulls it. IPv6 addresses there are gone when it was pulled.
+func (c *Cable) Plug(in bool) error {
+	return c.AtFar(func() error {
+		l, err := netlink.LinkByName("far")
+		if err != nil {
+			return err
+		}
+		if !in {
+			return netlink.LinkSetDown(l)
+		}
+		return netlink.LinkSetUp(l)
+	})
+}
+
 // onThread runs steps, until one fails, on a thread of its own, which ends with them.
 func onThread(steps ...func() error) error {
 	done := make(chan error)

@@ -22,6 +22,16 @@ func TestPairs(t *testing.T) {
 	t.Run("sk_msg", func(t *testing.T) { relaytest.RunPairs(t, localHands(t, c)) })
 }
 
+// TestReach is TestReach of userspace/relay.
+func TestReach(t *testing.T) {
+	if !cable.InOwnNetwork(t) {
+		return
+	}
+	c := cable.New(t, relaytest.SmallWindow)
+	o := relay.Options{Datapaths: []relay.Datapath{load(t, loader.Options{AtOnce: true})}}
+	relaytest.RunReach(t, relaytest.Loopback{Cable: c, Options: o}.Path(t), c.Plug)
+}
+
 func sockmapHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 	path := func(o relay.Options) relaytest.Path {
 		return relaytest.Loopback{Cable: c, Down: "tcp6", Options: o}.Path(t)

@@ -16,6 +16,10 @@ import (
 // reset as well. One that goes on reading gets all of them.
 const resetGrace = 2 * time.Second
 
+// tcpGrace is the same where the reader has room, and TCP brings it nothing: it paces, or it retransmits to a
+// network that is silent. After a silence of 8 s it tries again within 13 s, or 15 s on a slow path.
+const tcpGrace = 30 * time.Second
+
 // past is a deadline that wakes whoever waits.
 var past = time.Unix(1, 0)
 
@@ -69,7 +73,8 @@ type flow struct {
 	guessed   bool        // end and err are what is likely: whoever reads from the broken side will know
 	cut       bool        // nothing is delivered any more
 	grace     *time.Timer // looks whether the reader of a broken flow goes on
-	delivered int64       // what that reader had acknowledged at the last look
+	delivered int64       // what that reader has acknowledged
+	takenAt   time.Time   // when that was seen first
 	settled   bool        // no kernel datapath counts any more
 
 	talk talk // on a loop
@@ -375,7 +380,7 @@ func (f *flow) breaks(s *side, err error, guess bool) {
 		s.fault = err
 	}
 	if f.grace == nil {
-		f.delivered = f.acknowledged(s.other())
+		f.delivered, f.takenAt = f.acknowledged(s.other()), time.Now()
 		f.grace = time.AfterFunc(resetGrace, func() { f.cutIfStopped(s.other()) })
 	}
 	s.conn.SetWriteDeadline(past)
@@ -383,12 +388,17 @@ func (f *flow) breaks(s *side, err error, guess bool) {
 	f.wakeParked()
 }
 
-// cutIfStopped ends the delivery to a reader that has acknowledged nothing since the last look.
+// cutIfStopped ends the delivery to a reader that has acknowledged nothing since the last look, and has no
+// room, or has acknowledged nothing for very long.
 func (f *flow) cutIfStopped(reader *side) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if n := f.acknowledged(reader); n != f.delivered {
-		f.delivered = n
+		f.delivered, f.takenAt = n, time.Now()
+		f.grace.Reset(resetGrace)
+		return
+	}
+	if !reader.refuses() && time.Since(f.takenAt) < tcpGrace {
 		f.grace.Reset(resetGrace)
 		return
 	}

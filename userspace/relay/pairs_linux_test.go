@@ -20,6 +20,15 @@ func TestPairs(t *testing.T) {
 	relaytest.RunPairs(t, userspaceHands(t, cable.New(t, relaytest.SmallWindow)))
 }
 
+// TestReach: what came before a reset reaches a reader that goes on, however long that takes TCP.
+func TestReach(t *testing.T) {
+	if !cable.InOwnNetwork(t) {
+		return
+	}
+	c := cable.New(t, relaytest.SmallWindow)
+	relaytest.RunReach(t, relaytest.Loopback{Cable: c}.Path(t), c.Plug)
+}
+
 func userspaceHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 	const buffer = 32 << 10 // little makes a flow leave the loop
 	never := relay.WithParkAfter(relay.Options{Buffer: buffer}, time.Hour)

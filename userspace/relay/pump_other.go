@@ -36,4 +36,5 @@ func (f *flow) quicken() bool { return false }
 
 func (s *side) gone() bool       { return false }
 func (s *side) unacked() int     { return 0 }
+func (s *side) refuses() bool    { return true }
 func (s *side) takeError() error { return nil }

@@ -117,7 +117,7 @@ type Result struct {
 //   - The end of one side's stream is passed on as such (half-close), and the other direction goes on.
 //   - A reset is passed on as a reset, at once also when the direction has already ended, or when the
 //     other side's reader has stopped. What was received before it is still delivered, the end of the
-//     stream too, until the reader takes nothing for 2 s. Meanwhile nothing more is taken from the other
+//     stream too, until the reader has no room for 2 s. Meanwhile nothing more is taken from the other
 //     side. Other failures of a socket reset the other side too.
 //   - Idle timeout and a canceled ctx reset both sides.
 //   - An urgent byte (MSG_OOB) is dropped; the bytes around it arrive in order.

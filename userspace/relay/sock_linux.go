@@ -30,6 +30,26 @@ func (s *side) unacked() int {
 	return n
 }
 
+// refuses reports whether the other end of s has no room for what is written: it has said so, and again when
+// it was asked. While it has room, or says nothing, it is TCP or the network that holds things up.
+func (s *side) refuses() bool {
+	full := true
+	if s.sock == nil {
+		return full
+	}
+	s.sock.Control(func(fd uintptr) {
+		i, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		switch {
+		case err != nil: // no TCP
+		case i.Unacked > 0: // they are on their way, or the window was closed behind them
+			full = i.Snd_wnd == 0 && i.Last_ack_recv < uint32(resetGrace.Milliseconds())
+		default:
+			full = i.Snd_wnd < i.Snd_mss && i.Backoff > 0 && i.Probes == 0
+		}
+	})
+	return full
+}
+
 // takeError gives the error that TCP has for s, if any, which it tells once.
 func (s *side) takeError() (err error) {
 	if s.sock == nil {

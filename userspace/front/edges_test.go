@@ -15,7 +15,8 @@ func TestHostBehindSNI(t *testing.T) {
 	target := witness(t)
 	for i, w := range []wire{wires[2], wires[3], wires[2], wires[3]} {
 		for _, rest := range []string{"forward: HOME, allow: [192.0.2.1]", "reject: true", ""} {
-			edge, home := freeAddrs(t)[i/2], freeAddrs(t)[i/2]
+			host := [...]string{"127.0.0.1", "::1"}[i/2]
+			edge, home := freeAddrAt(t, host), freeAddrAt(t, host)
 			if rest != "" {
 				rest = "    default: { " + strings.Replace(rest, "HOME", fmt.Sprintf("%q", home), 1) + " }\n"
 			}

@@ -2,6 +2,7 @@ package auth
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"net/http"
 	"net/textproto"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 )
@@ -32,6 +34,7 @@ type Forward struct {
 	timeout   time.Duration
 	transport *http.Transport
 	copied    []string
+	id        string // in what it asks
 }
 
 // ForwardOptions says whom to ask and how. All fields are needed but Dial and
@@ -56,12 +59,19 @@ func NewForward(o ForwardOptions) *Forward {
 	}
 	t := &http.Transport{MaxIdleConns: idleMost, MaxIdleConnsPerHost: idleMost, IdleConnTimeout: idleFor, DisableCompression: true,
 		DialContext: whileAsked(dial), DialTLSContext: whileAsked(overTLS(dial)), ForceAttemptHTTP2: true}
-	f := &Forward{url: o.URL, timeout: o.Timeout, transport: t}
+	f := &Forward{url: o.URL, timeout: o.Timeout, transport: t, id: rand.Text()}
 	for _, name := range o.Copy {
 		f.copied = append(f.copied, textproto.CanonicalMIMEHeaderKey(name))
 	}
 	return f
 }
+
+// askedHeader says in a question whose it is, and keeps those of the questions that led to it.
+const askedHeader = "X-Tailsplice-Asked"
+
+// IsOwn says whether a request with this header is one of f's own questions, or comes of one: the way to the
+// server leads back here, and asking again would never end.
+func (f *Forward) IsOwn(header http.Header) bool { return slices.Contains(header[askedHeader], f.id) }
 
 type askKey struct{}
 
@@ -131,6 +141,7 @@ func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Heade
 			delete(r.Header, name)
 		}
 	}
+	r.Header.Add(askedHeader, f.id)
 	r.Header.Set("X-Forwarded-Method", method)
 	r.Header.Set("X-Forwarded-Uri", uri)
 	if r.Header["User-Agent"] == nil {

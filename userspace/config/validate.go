@@ -41,6 +41,7 @@ func (v *validator) config(c *Config) {
 	v.limits(&c.Limits)
 	v.control(&c.Control)
 	v.circles(c)
+	v.questions(c)
 }
 
 // hostName is how a node is called that the configuration does not name.

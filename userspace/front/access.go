@@ -230,6 +230,8 @@ var (
 	errWrongPassword = errors.New("wrong password")
 )
 
+var errAuthLoop = errors.New("the address of forward_auth leads to a route that asks it: write that of the auth server itself, or give it a route without forward_auth")
+
 // newForward finds out how the server of a forward_auth is reached.
 func (f *Front) newForward(a *config.ForwardAuth) (*auth.Forward, error) {
 	u, err := url.Parse(a.Address)
@@ -265,6 +267,13 @@ func (f *Front) newForward(a *config.ForwardAuth) (*auth.Forward, error) {
 // forwardGuard asks another server about each request.
 func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.Guard {
 	return func(w http.ResponseWriter, v *vhost.Visit) error {
+		if fw.IsOwn(v.Request.Header) {
+			err := fmt.Errorf("%w: %s", errAuthLoop, address)
+			f.requestRefused(listener, v, "auth_loop", err)
+			return &vhost.Refusal{Status: http.StatusLoopDetected, Title: "The sign-in service leads back here",
+				Text: f.node() + " asked it whether you are allowed in, and was asked the same itself.",
+				Hint: "If it is yours, see forward_auth in its configuration.", Err: err}
+		}
 		v.Drop = append(v.Drop, fw.Copies()...)
 		header := v.Request.Header.Clone()
 		auth.RemoveHopByHop(header)

@@ -518,6 +518,53 @@ listeners: [{ name: web, listen: %q, mode: %s, %saccept_proxy: { from: [edge], r
 	}
 }
 
+// TestProxyRequiredSplice: the same where bytes are passed on. On a tcp listener it is always so.
+func TestProxyRequiredSplice(t *testing.T) {
+	startTailscaled(t)
+	app := backend(t, echo)
+	d := start(t, fmt.Sprintf(`
+listeners:
+  - { name: sni, listen: %q, mode: sni, accept_proxy: { from: [edge], required: true }, routes: [{ sni: app.test, forward: %[4]q, allow: ["me@vsq.cz"] }] }
+  - { name: tcp, listen: %[2]q, mode: tcp, accept_proxy: { from: [edge], required: true }, default: { forward: %[4]q, allow: ["me@vsq.cz"] } }
+  - { name: always, listen: %[3]q, mode: tcp, accept_proxy: { from: [edge] }, default: { forward: %[4]q, allow: ["me@vsq.cz"] } }`, freeAddr(t), freeAddr(t), freeAddr(t), app))
+	hello := clientHello(t, "app.test")
+	for _, listener := range []string{"sni", "tcp", "always"} {
+		for _, c := range []struct {
+			peer    string
+			preface []byte
+			reason  string // "": it comes in
+		}{
+			{"100.64.0.3:1", nil, "proxy_missing"},
+			{"[fd7a:115c:a1e0::3]:1", nil, "proxy_missing"},
+			{"100.64.0.5:1", nil, proxyFromStranger},
+			{"100.64.0.5:1", from("100.64.0.5:1"), proxyFromStranger},
+			{"203.0.113.9:1", from("100.64.0.5:1"), proxyFromStranger},
+			{"100.64.0.3:1", from("203.0.113.9:1"), notAllowed},
+			{"100.64.0.3:1", slices.Concat(from("203.0.113.9:1"), from("100.64.0.5:1")), "not_tls"}, // the second is data
+			{"100.64.0.3:1", from("100.64.0.5:1"), ""},
+		} {
+			reason := c.reason
+			if reason == "not_tls" && listener != "sni" {
+				reason = notAllowed
+			}
+			before := d.refused(reason)
+			conn := d.come(t, listener, c.peer)
+			conn.Write(slices.Concat(c.preface, hello))
+			if reason != "" {
+				if got, _ := io.ReadAll(conn); len(got) > 0 && got[0] != 21 { // an alert
+					t.Errorf("%s, %q by %s: answered by %q", listener, c.preface, c.peer, got)
+				}
+				eventually(t, "counted as "+reason, func() bool { return d.refused(reason) == before+1 })
+				continue
+			}
+			if _, err := io.ReadFull(conn, make([]byte, len(hello))); err != nil {
+				t.Errorf("%s, %q by %s: %v", listener, c.preface, c.peer, err)
+			}
+			conn.Close()
+		}
+	}
+}
+
 // TestAskedOnce: for one request tailscaled is asked once about each address, also while nobody follows it.
 func TestAskedOnce(t *testing.T) {
 	ts := startTailscaled(t)

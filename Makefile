@@ -47,7 +47,7 @@ test-lab: ## The path over a real tailnet, in network namespaces (root)
 
 .PHONY: soak
 soak: ## Hours of what make test does for a minute each (root; not a part of test)
-	cd userspace/relay && go test -tags soak -run '^TestSoak$$' -parallel 96 -timeout 40m $(TESTFLAGS)
+	cd userspace/relay && go test -tags soak -run '^TestSoak$$' -parallel 96 -timeout 80m $(TESTFLAGS)
 	go test -tags soak -run '^TestPrograms' -p 1 -timeout 40m $(TESTFLAGS) ./userspace/relay ./test/datapath
 	go test -tags soak -run '^TestIdentity' -timeout 60m $(TESTFLAGS) ./userspace/front
 	cd test/oracle && go test -tags soak -run '^TestGuards$$' -timeout 3h $(TESTFLAGS)

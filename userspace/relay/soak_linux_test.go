@@ -29,7 +29,7 @@ func TestSoak(t *testing.T) {
 	veth := cable.New(t, relaytest.SmallWindow)
 	s := relaytest.Soak{
 		Rounds: 2000,
-		Limit:  25 * time.Minute,
+		Limit:  time.Hour,
 		Hands:  userspaceHands(t, nil),
 		Paths: map[string]relaytest.Path{
 			"loopback": relaytest.Loopback{}.Path(t),

@@ -21,7 +21,8 @@ type Datapath interface {
 	// What the caller promises: both sockets are established and no direction has ended; no byte of
 	// the flow is held in this process (whatever was read from one socket was written to the other);
 	// nobody else reads, writes or closes them, or sets a deadline, until the flow is given back.
-	// The receive queues may hold bytes that nobody has read, and the first skb in them may have been read in part.
+	// The receive queues may hold bytes that nobody has read, and the first skb in them may have been read in
+	// part.
 	//
 	// A nil error: the datapath owns both conns and calls exactly one of f.Ended and f.Returned, once,
 	// from any goroutine (possibly before Splice has returned). It keeps the promises of [Relay]:
@@ -41,17 +42,21 @@ type Datapath interface {
 type Sockets interface {
 	Datapath
 
-	// SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. A nil error: the datapath owns them.
+	// SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. A nil error: the
+	// datapath owns them.
 	SpliceSockets(ctx context.Context, down, up int, f Flow) (count func() (up, down int64), err error)
 
-	// Room is how many flows more it should have that talk, so that it moves their messages sooner than a process would. Cheap.
+	// Room is how many flows more it should have that talk, so that it moves their messages sooner than a
+	// process would. Cheap.
 	Room() int
 }
 
-// Health is what a [Datapath] has besides if it can say how it is, to be shown in `tailsplice status` and the metrics.
+// Health is what a [Datapath] has besides if it can say how it is, to be shown in `tailsplice status` and the
+// metrics.
 type Health interface {
-	// Health gives why the datapath takes no more flows ("": it does), and how often since its start a flow had come to rest
-	// with bytes to move, and went on only because somebody looked. Cheap, and safe for concurrent use.
+	// Health gives why the datapath takes no more flows ("": it does), and how often since its start a flow
+	// had come to rest with bytes to move, and went on only because somebody looked. Cheap, and safe for
+	// concurrent use.
 	Health() (off string, stalls uint64)
 }
 
@@ -84,7 +89,7 @@ type Flow = struct {
 
 	// Returned gives the flow back, to go on in userspace: the sockets are out of every map, each
 	// byte that was taken from one was given to the other's TCP, and no direction has ended
-	// (a FIN may wait in a receive queue, unread). The conns may be other ones than those that Splice was given (a dup by
-	// [net.FileConn]); the relay owns them from here on. It does not block.
+	// (a FIN may wait in a receive queue, unread). The conns may be other ones than those that Splice was
+	// given (a dup by [net.FileConn]); the relay owns them from here on. It does not block.
 	Returned func(downConn, upConn *net.TCPConn, up, down int64, reason error)
 }

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A dst that can't splice gets the bytes that are in the pipe already all the same: a file opened for appending
-// refuses with EINVAL.
+// A dst that can't splice gets the bytes that are in the pipe already all the same: a file opened for
+// appending refuses with EINVAL.
 func TestSpliceToRefused(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "f")
 	file, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
@@ -22,7 +22,8 @@ func TestSpliceToRefused(t *testing.T) {
 	f := &flow{}
 	f.up.sock, _ = file.SyscallConn()
 	want := bytes.Repeat([]byte("0123456789"), 6000)
-	p := pump{src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, bulk: true, pipe: getPipe(), inPipe: len(want)}
+	p := pump{src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, bulk: true,
+		pipe: getPipe(), inPipe: len(want)}
 	if n, err := unix.Write(p.pipe.w, want); n != len(want) {
 		t.Fatal(n, err)
 	}

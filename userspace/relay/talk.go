@@ -5,12 +5,12 @@ import (
 	"time"
 )
 
-// A flow talks when its sides send small messages in turn, quickly: then each is waited for, and the kernel passes it on sooner than a
-// process that has to be woken. Larger ones it sends in pieces.
+// A flow talks when its sides send small messages in turn, quickly: then each is waited for, and the kernel
+// passes it on sooner than a process that has to be woken. Larger ones it sends in pieces.
 const (
 	talkBytes  = 2 << 10                // a message has so many at most
 	talkTurns  = 32                     // so many in a row
-	talkWithin = 100 * time.Millisecond // come within this; else the way between the two takes far longer than we do
+	talkWithin = 100 * time.Millisecond // come within this; else the way between takes far longer than we do
 	talkAgain  = 2048                   // turns until a flow that was refused is offered again
 )
 
@@ -22,7 +22,8 @@ type talk struct {
 	within int64     // the last stretch of talkWithin that it talked in; guarded by talkers
 }
 
-// says is told of a message of s. It gives how many flows talk, this one included, if it has talked for a while; now and then.
+// says is told of a message of s. It gives how many flows talk, this one included, if it has talked for a
+// while; now and then.
 func (t *talk) says(s *side, n int) int {
 	switch {
 	case n > talkBytes:
@@ -44,7 +45,8 @@ func (t *talk) says(s *side, n int) int {
 	return talkers.count(t, now)
 }
 
-// talkers counts the flows that talk and are relayed here: in the stretch of talkWithin that is not over, and in the one before.
+// talkers counts the flows that talk and are relayed here: in the stretch of talkWithin that is not over, and
+// in the one before.
 var talkers talkerCount
 
 type talkerCount struct {

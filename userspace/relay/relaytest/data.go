@@ -89,7 +89,8 @@ func requestResponse(t *testing.T, p Path, s Size) {
 	must(t, <-done)
 }
 
-// Talk sends messages of up to most bytes back and forth, some of them crossing, until enough. It gives the bytes that went each way.
+// Talk sends messages of up to most bytes back and forth, some of them crossing, until enough. It gives the
+// bytes that went each way.
 func Talk(client, server net.Conn, most int64, enough func() bool) (up, down int64, err error) {
 	toServer, toClient := newStream(), newStream()
 	atServer, atClient := *toServer, *toClient
@@ -138,7 +139,8 @@ func bulkAndQuiet(t *testing.T, p Path, s Size) {
 		const bursts, burst, message = 10, 300_001, 977
 		go func() {
 			for range bursts {
-				if err := errors.Join(out.send(from, burst), out.sendBy(from, 30*message, message)); err != nil {
+				err := errors.Join(out.send(from, burst), out.sendBy(from, 30*message, message))
+				if err != nil {
 					sent <- err
 					return
 				}
@@ -233,7 +235,8 @@ func zeroWindow(t *testing.T, p Path, s Size) {
 // dropped (the relay does that: read(2) without SO_OOBINLINE skips it), or arrive in its place.
 func urgentByte(t *testing.T, p Path, s Size) {
 	const after = 5000
-	for _, before := range []int64{10, 2 << 20, 24 << 20} { // without bulk, with it, and with a reader that comes late
+	// Without bulk, with it, and with a reader that comes late.
+	for _, before := range []int64{10, 2 << 20, 24 << 20} {
 		for _, fin := range []bool{false, true} {
 			bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
 				out := newStream()
@@ -287,7 +290,9 @@ func keepAlive(t *testing.T, p Path, s Size) {
 	defer client.Close()
 	defer server.Close()
 	for _, c := range []net.Conn{client, server} {
-		must(t, c.(*net.TCPConn).SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 2}))
+		must(t, c.(*net.TCPConn).SetKeepAliveConfig(net.KeepAliveConfig{
+			Enable: true, Idle: time.Second, Interval: time.Second, Count: 2,
+		}))
 	}
 	must(t, transfer(client, server, 1000))
 	time.Sleep(2200 * time.Millisecond)

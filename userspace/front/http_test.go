@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+
+	"golang.org/x/net/http2"
 )
 
 func TestHTTPS(t *testing.T) {
@@ -70,4 +72,21 @@ listeners:
 	eventually(t, "each request has its line", func() bool {
 		return strings.Contains(d.log.String(), "path=/api/y proto=HTTP/2.0 status=200") && strings.Contains(d.log.String(), "route=a.test/api/")
 	})
+}
+
+// TestResetAtOnce: who begins HTTP/2 and resets the connection before it is looked at makes nothing panic.
+func TestResetAtOnce(t *testing.T) {
+	const clients = 200
+	addr := freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], name: web, mode: http, default: { forward: "127.0.0.1:9" } } ]`, addr))
+	for range clients {
+		c := dialTCP(t, addr)
+		io.WriteString(c, http2.ClientPreface)
+		c.SetLinger(0)
+		c.Close()
+	}
+	eventually(t, "all have ended", func() bool { return d.Status().Accepted["web"] >= clients && d.limiter.Total() == 0 })
+	if n := d.log.Count("panic"); n > 0 {
+		t.Errorf("%d panics", n)
+	}
 }

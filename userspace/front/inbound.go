@@ -64,6 +64,10 @@ func (in *inbound) Write(b []byte) (int, error) {
 	return n, err
 }
 
+// RemoteAddr is never nil. That of a TCPConn which was made of a descriptor is, if the peer had reset it by then, and
+// net/http asks it without looking.
+func (in *inbound) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(in.peer) }
+
 // ReadFrom and WriteTo hide TCPConn's, which would pass the bytes that were
 // read ahead, and the counters, by.
 func (in *inbound) ReadFrom(r io.Reader) (int64, error) {

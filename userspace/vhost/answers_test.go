@@ -31,8 +31,8 @@ func speak(t testing.TB, h *hop, overTLS bool, request string) (string, error) {
 
 const plainGet = "GET / HTTP/1.0\r\nHost: example.org\r\n\r\n"
 
-// TestWebSocketSpelling checks that the headers of WebSocket are spelled as RFC 6455 does, both ways: there are
-// clients and servers that compare letter by letter.
+// TestWebSocketSpelling checks that the headers of WebSocket are spelled as RFC 6455 does, both ways: there
+// are clients and servers that compare letter by letter.
 func TestWebSocketSpelling(t *testing.T) {
 	const asks = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: chat\r\nSec-WebSocket-Extensions: x-y\r\n"
 	const answers = "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nSec-WebSocket-Protocol: chat\r\nSec-WebSocket-Extensions: x-y\r\n"
@@ -41,13 +41,16 @@ func TestWebSocketSpelling(t *testing.T) {
 			got := make(chan string, 1)
 			h := protocol{tls: overTLS}.hop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
 				got <- readHead(br)
-				fmt.Fprintf(c, "HTTP/1.1 %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n%sSec-WebSocket-Version: 13\r\n\r\n", status, answers)
+				fmt.Fprintf(c,
+					"HTTP/1.1 %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n%sSec-WebSocket-Version: 13\r\n\r\n", status, answers)
 			}))
-			answer, _ := speak(t, h, overTLS, "GET / HTTP/1.1\r\nHost: example.org\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"+asks+"\r\n")
+			answer, _ := speak(t, h, overTLS,
+				"GET / HTTP/1.1\r\nHost: example.org\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"+asks+"\r\n")
 			if head := <-got; !containsLines(head, asks) {
 				t.Errorf("the upstream got %q", head)
 			}
-			if !strings.HasPrefix(answer, "HTTP/1.1 "+status) || !containsLines(answer, answers+"Sec-WebSocket-Version: 13\r\n") {
+			if !strings.HasPrefix(answer, "HTTP/1.1 "+status) ||
+				!containsLines(answer, answers+"Sec-WebSocket-Version: 13\r\n") {
 				t.Errorf("the client got %q", answer)
 			}
 		}
@@ -67,8 +70,10 @@ func containsLines(head, lines string) bool {
 func TestUpgradeOffers(t *testing.T) {
 	for _, c := range []struct{ offer, sent, chosen, status string }{
 		{"Connection: Upgrade\r\nUpgrade: websocket, foo\r\n", "websocket, foo", "websocket", "101"},
-		{"Connection: Upgrade\r\nUpgrade: foo\r\nUpgrade: websocket\r\n", "foo, websocket", "WebSocket", "101"},
-		{"Connection: keep-alive\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", "websocket", "websocket", "101"},
+		{"Connection: Upgrade\r\nUpgrade: foo\r\nUpgrade: websocket\r\n", "foo, websocket", "WebSocket",
+			"101"},
+		{"Connection: keep-alive\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", "websocket", "websocket",
+			"101"},
 		{"Connection: Upgrade\r\nUpgrade: websocket\r\n", "websocket", "foo", "502"},
 		{"Connection: Upgrade\r\nUpgrade: websocket\r\n", "websocket", "h2c", "502"},
 		{"Connection: Upgrade\r\nUpgrade: websocket, h2c\r\n", "", "websocket", "502"},
@@ -78,13 +83,15 @@ func TestUpgradeOffers(t *testing.T) {
 			got := make(chan string, 1)
 			h := protocol{tls: overTLS}.hop(t, rawUpstream(t, func(conn *net.TCPConn, br *bufio.Reader) {
 				got <- readHead(br)
-				fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\nearly", c.chosen)
+				fmt.Fprintf(conn,
+					"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\nearly", c.chosen)
 				io.Copy(conn, br)
 			}))
 			conn, br := raw(t, h, overTLS)
 			io.WriteString(conn, "GET / HTTP/1.1\r\nHost: example.org\r\n"+c.offer+"\r\n")
 			head, line := <-got, "\r\nUpgrade: "+c.sent+"\r\n"
-			if strings.Contains(head, "\r\nUpgrade:") != (c.sent != "") || c.sent != "" && !strings.Contains(head, line) {
+			if strings.Contains(head, "\r\nUpgrade:") != (c.sent != "") || c.sent != "" &&
+				!strings.Contains(head, line) {
 				t.Errorf("%q: the upstream got %q", c.offer, head)
 			}
 			answer := readHead(br)
@@ -110,8 +117,11 @@ func TestUpgradeOffers(t *testing.T) {
 func TestPlainClients(t *testing.T) {
 	for _, overTLS := range []bool{false, true} {
 		for _, early := range []string{"100 Continue", "102 Processing", "103 Early Hints\r\nLink: </x>"} {
-			h := protocol{tls: overTLS}.hop(t, answering(t, "HTTP/1.1 "+early+"\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"))
-			if answer, err := speak(t, h, overTLS, plainGet); strings.Count(answer, "HTTP/1.") != 1 || !strings.HasPrefix(answer, "HTTP/1.0 200 OK\r\n") || !strings.HasSuffix(answer, "\r\n\r\nhi") || strings.Contains(answer, "Link") || err != nil {
+			h := protocol{tls: overTLS}.hop(t, answering(t,
+				"HTTP/1.1 "+early+"\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"))
+			if answer, err := speak(t, h, overTLS, plainGet); strings.Count(answer, "HTTP/1.") != 1 ||
+				!strings.HasPrefix(answer, "HTTP/1.0 200 OK\r\n") ||
+				!strings.HasSuffix(answer, "\r\n\r\nhi") || strings.Contains(answer, "Link") || err != nil {
 				t.Errorf("%q before the answer: %q, %v", early, answer, err)
 			}
 		}
@@ -120,7 +130,8 @@ func TestPlainClients(t *testing.T) {
 			offered <- readHead(br)
 			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
 		}))
-		speak(t, h, overTLS, "GET / HTTP/1.0\r\nHost: example.org\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+		speak(t, h, overTLS,
+			"GET / HTTP/1.0\r\nHost: example.org\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 		if head := <-offered; strings.Contains(head, "Upgrade") {
 			t.Errorf("HTTP/1.0 offers an upgrade: %q", head)
 		}
@@ -142,7 +153,8 @@ func TestOddAnswers(t *testing.T) {
 			{"HTTP/1.1 000 Odd\r\nContent-Length: 0\r\n\r\n", 502, ""},
 			{"HTTP/1.1 999 Odd\r\nContent-Length: 2\r\n\r\nhi", 999, ""},
 			{"HTTP/1.1 299 Odd\r\nContent-Length: 2\r\n\r\nhi", 299, ""},
-			{"HTTP/1.1 200 OK\r\nAlt-Svc: h3=\":443\"; ma=86400\r\nContent-Length: 2\r\n\r\nhi", 200, "Alt-Svc"},
+			{"HTTP/1.1 200 OK\r\nAlt-Svc: h3=\":443\"; ma=86400\r\nContent-Length: 2\r\n\r\nhi", 200,
+				"Alt-Svc"},
 			// Whose end is a matter of opinion, or that begin with what is no answer.
 			{"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\nContent-Length: 2\r\n\r\nhi", 502, ""},
 			{"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nhi", 502, ""},
@@ -168,16 +180,18 @@ func TestOddAnswers(t *testing.T) {
 	})
 }
 
-// TestEarlyAnswers checks that the client gets what an upstream answers that doesn't read the upload, and resets
-// the connection.
+// TestEarlyAnswers checks that the client gets what an upstream answers that doesn't read the upload, and
+// resets the connection.
 func TestEarlyAnswers(t *testing.T) {
 	const size, tries = 4 << 20, 12
 	for name, c := range map[string]struct{ answer, body string }{
-		"with a body":       {"HTTP/1.1 413 Too Large\r\nContent-Length: 9\r\nConnection: close\r\n\r\ntoo large", "too large"},
-		"with a large body": {"HTTP/1.1 413 Too Large\r\nContent-Length: 60000\r\nConnection: close\r\n\r\n" + strings.Repeat("x", 60000), strings.Repeat("x", 60000)},
-		"chunked":           {"HTTP/1.1 413 Too Large\r\nTransfer-Encoding: chunked\r\n\r\n9\r\ntoo large\r\n0\r\n\r\n", "too large"},
-		"without a body":    {"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", ""},
-		"redirect":          {"HTTP/1.1 302 Found\r\nLocation: /in\r\nContent-Length: 0\r\n\r\n", ""},
+		"with a body": {"HTTP/1.1 413 Too Large\r\nContent-Length: 9\r\nConnection: close\r\n\r\ntoo large", "too large"},
+		"with a large body": {"HTTP/1.1 413 Too Large\r\nContent-Length: 60000\r\nConnection: close\r\n\r\n" +
+			strings.Repeat("x", 60000), strings.Repeat("x", 60000)},
+		"chunked": {"HTTP/1.1 413 Too Large\r\nTransfer-Encoding: chunked\r\n\r\n9\r\ntoo large\r\n0\r\n\r\n", "too large"},
+		"without a body": {"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+			""},
+		"redirect": {"HTTP/1.1 302 Found\r\nLocation: /in\r\nContent-Length: 0\r\n\r\n", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			each(t, func(t *testing.T, p protocol) {
@@ -189,7 +203,8 @@ func TestEarlyAnswers(t *testing.T) {
 				for i := range tries {
 					status, body, err := 0, []byte{}, error(nil)
 					if p.h2 {
-						req, _ := http.NewRequest("POST", p.url("/"), io.LimitReader(rand.NewChaCha8([32]byte{}), size))
+						req, _ := http.NewRequest("POST", p.url("/"),
+							io.LimitReader(rand.NewChaCha8([32]byte{}), size))
 						req.ContentLength = size
 						var res *http.Response
 						if res, err = client.Do(req); err == nil {
@@ -200,7 +215,8 @@ func TestEarlyAnswers(t *testing.T) {
 					} else {
 						conn, br := raw(t, h, p.tls)
 						go func() {
-							fmt.Fprintf(conn, "POST / HTTP/1.1\r\nHost: example.org\r\nContent-Length: %d\r\n\r\n", size)
+							fmt.Fprintf(conn,
+								"POST / HTTP/1.1\r\nHost: example.org\r\nContent-Length: %d\r\n\r\n", size)
 							io.Copy(conn, io.LimitReader(rand.NewChaCha8([32]byte{}), size))
 						}()
 						var res *http.Response
@@ -210,7 +226,8 @@ func TestEarlyAnswers(t *testing.T) {
 						}
 						conn.Close()
 					}
-					if err != nil || fmt.Sprintf("HTTP/1.1 %d", status) != c.answer[:12] || string(body) != c.body {
+					if err != nil || fmt.Sprintf("HTTP/1.1 %d", status) != c.answer[:12] ||
+						string(body) != c.body {
 						t.Fatalf("try %d: %d, %d bytes: %.80q, %v", i, status, len(body), body, err)
 					}
 				}
@@ -219,8 +236,8 @@ func TestEarlyAnswers(t *testing.T) {
 	}
 }
 
-// TestCutAnswers checks that what there was of an answer reaches the client when the upstream dies, and that it
-// doesn't look whole.
+// TestCutAnswers checks that what there was of an answer reaches the client when the upstream dies, and that
+// it doesn't look whole.
 func TestCutAnswers(t *testing.T) {
 	for name, answer := range map[string]string{
 		"known length": "HTTP/1.1 200 OK\r\nX-A: b\r\nContent-Length: 100\r\n\r\nhello",
@@ -246,7 +263,8 @@ func TestCutAnswers(t *testing.T) {
 						}
 						body, err := io.ReadAll(res.Body)
 						res.Body.Close()
-						if res.StatusCode != 200 || res.Header.Get("X-A") != "b" || string(body) != "hello" || err == nil {
+						if res.StatusCode != 200 || res.Header.Get("X-A") != "b" || string(body) != "hello" ||
+							err == nil {
 							t.Fatalf("try %d: %d %v %q, %v", i, res.StatusCode, res.Header, body, err)
 						}
 						if q := h.request(t, i+1); !errors.Is(q.Err, errCutOff) {
@@ -257,7 +275,8 @@ func TestCutAnswers(t *testing.T) {
 				for _, overTLS := range []bool{false, true} { // HTTP/1.0
 					h := protocol{tls: overTLS}.hop(t, up())
 					answer, err := speak(t, h, overTLS, plainGet)
-					if !strings.HasPrefix(answer, "HTTP/1.0 200 OK\r\n") || !strings.HasSuffix(answer, "\r\n\r\nhello") {
+					if !strings.HasPrefix(answer, "HTTP/1.0 200 OK\r\n") ||
+						!strings.HasSuffix(answer, "\r\n\r\nhello") {
 						t.Errorf("HTTP/1.0, tls=%t: %q, %v", overTLS, answer, err)
 					}
 					if known := strings.Contains(answer, "Content-Length"); !known && err == nil {

@@ -42,7 +42,8 @@ type body struct {
 }
 
 func newBody(x *exchange, w http.ResponseWriter, stall time.Duration, limit int64) *body {
-	b := &body{ReadCloser: x.req.Body, http2: x.req.ProtoMajor >= 2, stall: stall, limit: limit, control: http.NewResponseController(w), x: x}
+	b := &body{ReadCloser: x.req.Body, http2: x.req.ProtoMajor >= 2, stall: stall, limit: limit,
+		control: http.NewResponseController(w), x: x}
 	b.idle.L = &b.mu
 	return b
 }
@@ -105,8 +106,8 @@ func (b *body) look() {
 }
 
 // end notes that a Read has returned err; if not nil, how the body ended, and hands the trailers on. Past the
-// body no deadline is set: the read that waits is the server's own, watching for the client to leave; it has taken the
-// deadline away (HTTP/1), and sets one when it wants that read to end.
+// body no deadline is set: the read that waits is the server's own, watching for the client to leave; it has
+// taken the deadline away (HTTP/1), and sets one when it wants that read to end.
 func (b *body) end(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -157,7 +158,8 @@ func (x *exchange) passesTrailer(name string) bool {
 	case "Cookie", "Upgrade", "X-Request-Id":
 		return false
 	}
-	if !httpguts.ValidTrailerHeader(plain) || !httpguts.ValidHeaderFieldName(name) || isForwarding(name) || x.visit.drops(name) {
+	if !httpguts.ValidTrailerHeader(plain) || !httpguts.ValidHeaderFieldName(name) || isForwarding(name) ||
+		x.visit.drops(name) {
 		return false
 	}
 	change := &x.route.RequestHeader
@@ -242,9 +244,9 @@ func (b *body) stopTimer() {
 	}
 }
 
-// leave ends all reading before the handler returns, for which the transport does not wait. A Read that met the
-// end of an HTTP/1 body then could make the server wait without end for its own read, or panic. It also bounds
-// how long the server waits for what is left of the body, before the next request. b may be nil.
+// leave ends all reading before the handler returns, for which the transport does not wait. A Read that met
+// the end of an HTTP/1 body then could make the server wait without end for its own read, or panic. It also
+// bounds how long the server waits for what is left of the body, before the next request. b may be nil.
 func (b *body) leave() {
 	if b == nil || b.http2 {
 		return

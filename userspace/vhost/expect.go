@@ -12,7 +12,8 @@ const expectIgnored = 10 * time.Minute
 // expects says whether the upstream shall decide if it wants the request's body. Otherwise this hop asks the
 // client for it.
 func (x *exchange) expects() bool {
-	return strings.EqualFold(x.req.Header.Get("Expect"), "100-continue") && hasBody(x.req) && x.req.ProtoAtLeast(1, 1) &&
+	return strings.EqualFold(x.req.Header.Get("Expect"), "100-continue") && hasBody(x.req) &&
+		x.req.ProtoAtLeast(1, 1) &&
 		time.Since(time.Unix(0, x.up.silent.Load())) > expectIgnored
 }
 

@@ -61,13 +61,14 @@ func isForwarding(name string) bool {
 	if len(n) < len("proxy") {
 		return false
 	}
-	for _, end := range [...]string{"-client-ip", "-user-ip", "-real-ip", "-connecting-ip", "-remote-addr", "-viewer-address"} {
+	for _, end := range [...]string{"-client-ip", "-user-ip", "-real-ip", "-connecting-ip", "-remote-addr",
+		"-viewer-address"} {
 		if n[len(n)-1] == end[len(end)-1] && bytes.HasSuffix(n, []byte(end)) {
 			return true
 		}
 	}
-	return bytes.HasPrefix(n, []byte("forwarded-")) || bytes.HasPrefix(n, []byte("x-forwarded")) || bytes.HasPrefix(n, []byte("tailscale-")) ||
-		bytes.Contains(n, []byte("-forwarded-")) || forwarding[string(n)]
+	return bytes.HasPrefix(n, []byte("forwarded-")) || bytes.HasPrefix(n, []byte("x-forwarded")) ||
+		bytes.HasPrefix(n, []byte("tailscale-")) || bytes.Contains(n, []byte("-forwarded-")) || forwarding[string(n)]
 }
 
 // setForwarded makes the forwarding headers of the request that goes out, whose

@@ -51,7 +51,8 @@ type exchangeKey struct{}
 
 // serveHTTP is the handler of every request.
 func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
-	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r, resp: &response{ResponseWriter: w, plain: !r.ProtoAtLeast(1, 1)}}
+	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r}
+	x.resp = &response{ResponseWriter: w, plain: !r.ProtoAtLeast(1, 1)}
 	bad := error(nil)
 	if r.Method == http.MethodConnect {
 		x.uri = URI{Host: r.Host, Path: r.RequestURI}
@@ -214,7 +215,7 @@ func (s *Server) answered(res *http.Response) error {
 			return err
 		}
 	case res.StatusCode == http.StatusNoContent:
-		delete(res.Header, "Content-Length") // which it must not have (RFC 9110 8.6); HTTP/2's clients refuse it
+		delete(res.Header, "Content-Length") // HTTP/2's clients refuse it (RFC 9110 8.6)
 	}
 	delete(res.Header, "Alt-Svc") // ways to the upstream, around this hop, or to nothing
 	if x.hsts != "" {

@@ -56,8 +56,8 @@ func (w *response) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// cutOff ends x's answer in the middle, after what there is of it. The end of one to HTTP/1.0 without a length
-// would look right but for a reset.
+// cutOff ends x's answer in the middle, after what there is of it. The end of one to HTTP/1.0 without a
+// length would look right but for a reset.
 func (x *exchange) cutOff() {
 	w := x.resp
 	if w.status < 200 || w.status == statusClientLeft || x.req.Context().Err() != nil {
@@ -65,7 +65,8 @@ func (x *exchange) cutOff() {
 	}
 	rc := http.NewResponseController(w.ResponseWriter)
 	if x.req.ProtoMajor >= 2 {
-		_ = rc.SetWriteDeadline(time.Now().Add(refusalWait)) // else a stream whose window is empty keeps its handler
+		// Else a stream whose window is empty keeps its handler.
+		_ = rc.SetWriteDeadline(time.Now().Add(refusalWait))
 	}
 	_ = rc.Flush()
 	if w.plain && w.Header()["Content-Length"] == nil {

@@ -104,7 +104,9 @@ func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 // TestSilentClient checks who is said to be silent.
 func TestSilentClient(t *testing.T) {
 	each(t, func(t *testing.T, p protocol) {
-		h := p.hop(t, upstream(t, func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) }), func(c *config) { c.StallTimeout = 100 * time.Millisecond })
+		h := p.hop(t, upstream(t, func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+		}), func(c *config) { c.StallTimeout = 100 * time.Millisecond })
 		pr, pw := io.Pipe()
 		defer pw.Close()
 		go io.WriteString(pw, "piece")
@@ -112,13 +114,15 @@ func TestSilentClient(t *testing.T) {
 		if res, err := p.client(t, h).Do(req); err == nil {
 			res.Body.Close()
 		}
-		if q := h.request(t, 1); q.Status != http.StatusRequestTimeout || q.Err == nil || q.Err.Error() != "the client sent nothing more of the request's body within 100ms" {
+		if q := h.request(t, 1); q.Status != http.StatusRequestTimeout || q.Err == nil ||
+			q.Err.Error() != "the client sent nothing more of the request's body within 100ms" {
 			t.Errorf("reported %d, %v", q.Status, q.Err)
 		}
 	})
 }
 
-// TestExpectIgnored checks that an upstream that ignores Expect: 100-continue is waited for once, not each time.
+// TestExpectIgnored checks that an upstream that ignores Expect: 100-continue is waited for once, not each
+// time.
 func TestExpectIgnored(t *testing.T) {
 	for _, overTLS := range []bool{false, true} {
 		var heads []string
@@ -136,7 +140,8 @@ func TestExpectIgnored(t *testing.T) {
 		for i, version := range []string{"1.0", "1.1", "1.1", "1.1"} {
 			c, br := raw(t, h, overTLS)
 			started := time.Now()
-			fmt.Fprintf(c, "PUT / HTTP/%s\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n", version)
+			fmt.Fprintf(c, "PUT / HTTP/%s\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n",
+				version)
 			if version == "1.1" {
 				if line := readHead(br); line != "HTTP/1.1 100 Continue\r\n\r\n" {
 					t.Fatalf("%d: %q", i, line)
@@ -149,7 +154,8 @@ func TestExpectIgnored(t *testing.T) {
 			waited = append(waited, time.Since(started))
 			c.Close()
 		}
-		if strings.Contains(heads[0], "Expect") || !strings.Contains(heads[1], "Expect") || strings.Contains(heads[2], "Expect") || strings.Contains(heads[3], "Expect") {
+		if strings.Contains(heads[0], "Expect") || !strings.Contains(heads[1], "Expect") ||
+			strings.Contains(heads[2], "Expect") || strings.Contains(heads[3], "Expect") {
 			t.Errorf("the upstream got %q", heads)
 		}
 		if waited[1] < expectTimeout || min(waited[0], waited[2], waited[3]) > expectTimeout/2 {
@@ -158,8 +164,8 @@ func TestExpectIgnored(t *testing.T) {
 	}
 }
 
-// TestExpectOther checks that what nobody knows how to expect is no upstream's to ignore. (net/http refuses it of
-// HTTP/1.)
+// TestExpectOther checks that what nobody knows how to expect is no upstream's to ignore. (net/http refuses
+// it of HTTP/1.)
 func TestExpectOther(t *testing.T) {
 	h := newHop(t, upstream(t, echoHeader))
 	req, _ := http.NewRequest("POST", "http://example.org/", strings.NewReader("body"))
@@ -212,8 +218,8 @@ func TestExpectAnswered(t *testing.T) {
 	}
 }
 
-// tardyConn is a client whose last bytes come at the very moment at which somebody ends the read that waits for
-// them. It sends nothing after that.
+// tardyConn is a client whose last bytes come at the very moment at which somebody ends the read that waits
+// for them. It sends nothing after that.
 type tardyConn struct {
 	net.Conn
 	mu    sync.Mutex

@@ -32,13 +32,14 @@ func wantsUpgrade(r *http.Request) bool {
 	return r.Header["Upgrade"] != nil && httpguts.HeaderValuesContainsToken(r.Header["Connection"], "upgrade")
 }
 
-// upgrading makes of an upstream's 101 one that ReverseProxy takes, which wants to see the whole list that was
-// offered where the upstream chose one protocol of it. The client gets what the upstream said, see
+// upgrading makes of an upstream's 101 one that ReverseProxy takes, which wants to see the whole list that
+// was offered where the upstream chose one protocol of it. The client gets what the upstream said, see
 // response.Header.
 func (x *exchange) upgrading(h http.Header) error {
 	offered, chosen := x.req.Header["Upgrade"], h["Upgrade"]
 	if !wantsUpgrade(x.req) || len(chosen) != 1 || !containsFold(splitList(offered), chosen[0]) {
-		return Fail(ReasonMalformed, fmt.Errorf("the upstream changed to %q, and %q was offered", chosen, offered))
+		err := fmt.Errorf("the upstream changed to %q, and %q was offered", chosen, offered)
+		return Fail(ReasonMalformed, err)
 	}
 	x.resp.protocol, h["Upgrade"] = chosen, offered
 	return nil
@@ -51,8 +52,11 @@ func containsFold(all []string, s string) bool {
 // webSocketHeaders are the names that net/http spells in another way than RFC 6455. There are clients and
 // servers that compare letter by letter.
 var webSocketHeaders = [...][2]string{
-	{"Sec-Websocket-Accept", "Sec-WebSocket-Accept"}, {"Sec-Websocket-Extensions", "Sec-WebSocket-Extensions"}, {"Sec-Websocket-Key", "Sec-WebSocket-Key"},
-	{"Sec-Websocket-Protocol", "Sec-WebSocket-Protocol"}, {"Sec-Websocket-Version", "Sec-WebSocket-Version"},
+	{"Sec-Websocket-Accept", "Sec-WebSocket-Accept"},
+	{"Sec-Websocket-Extensions", "Sec-WebSocket-Extensions"},
+	{"Sec-Websocket-Key", "Sec-WebSocket-Key"},
+	{"Sec-Websocket-Protocol", "Sec-WebSocket-Protocol"},
+	{"Sec-Websocket-Version", "Sec-WebSocket-Version"},
 }
 
 // spellWebSocket spells a header's names as RFC 6455 does.

@@ -175,8 +175,8 @@ func TestExpectOther(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer res.Body.Close()
-	if body, _ := io.ReadAll(res.Body); strings.Contains(string(body), "Expect") {
-		t.Errorf("the upstream got %s", body)
+	if body, _ := io.ReadAll(res.Body); res.StatusCode != 200 || strings.Contains(string(body), "Expect") {
+		t.Errorf("%d, the upstream got %s", res.StatusCode, body)
 	}
 }
 

@@ -47,7 +47,7 @@ func claimPins(bpffs, instance string, log *slog.Logger) (p *pins, err error) {
 		return p, err
 	}
 	// Who looks whether it is left over may have it for a moment, and remove it.
-	for end := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		if p.dir, err = p.above.claim(pinName(instance), true); !isTaken(err) || time.Now().After(end) {
 			break
 		}

@@ -17,7 +17,7 @@ import (
 
 // Programs says which programs run.
 type Programs struct {
-	Rows   []string      // those that have failed once, in each hands so many times
+	Rows   []string      // those that have failed once, in each hands so many times; where few may run at once, fewer
 	Times  int           //
 	Number int           // of random ones, in each hands; where few may run at once, fewer
 	Seed   uint64        // of these
@@ -90,7 +90,7 @@ func runAll(t *testing.T, h Hands, c Programs, ran *atomic.Int64) {
 			t.Error(err)
 			return
 		}
-		programs = append(programs, slices.Repeat([]Program{p}, c.Times)...)
+		programs = append(programs, slices.Repeat([]Program{p}, max(1, c.Times*h.atOnce()/usually))...)
 	}
 	for i := range max(c.Number*h.atOnce()/usually, min(c.Number, 10)) {
 		programs = append(programs, RandomProgram(c.Seed, uint64(i)))

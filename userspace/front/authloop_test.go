@@ -12,8 +12,8 @@ import (
 func TestForwardAuthLoop(t *testing.T) {
 	target := witness(t)
 	yes := httpBackend(t, func(w http.ResponseWriter, r *http.Request) {})
-	for i := range 2 {
-		one, two, good := freeAddrs(t)[i], freeAddrs(t)[i], freeAddrs(t)[i]
+	for _, host := range []string{"127.0.0.1", "::1"} {
+		one, two, good := freeAddrAt(t, host), freeAddrAt(t, host), freeAddrAt(t, host)
 		_, port, _ := strings.Cut(good[strings.LastIndex(good, ":")-1:], ":")
 		d := start(t, fmt.Sprintf(`
 limits: { connections_per_source: 16, connections: 64 }

@@ -8,7 +8,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
-// TestPrograms runs random programs of both ends in the hands that the kernel datapaths are, and between them and userspace.
+// TestPrograms runs random programs of both ends in the hands that the kernel datapaths are, and between them
+// and userspace.
 func TestPrograms(t *testing.T) {
 	if !cable.InOwnNetwork(t) {
 		return

@@ -41,7 +41,8 @@ func programHands(t *testing.T) (hands []relaytest.Hands) {
 		"veth":                    relaytest.Loopback{Cable: veth}.Path(t),
 		"veth that loses packets": relaytest.Lossy(relaytest.Loopback{Cable: losing(t)}.Path(t)),
 	} {
-		hands = append(hands, relaytest.Hands{Name: "as shipped over " + name, Path: p, Fast: name == "loopback", Usual: true})
+		h := relaytest.Hands{Name: "as shipped over " + name, Path: p, Fast: name == "loopback", Usual: true}
+		hands = append(hands, h)
 	}
 	for _, h := range userspaceHands(t, nil) {
 		h.Name += " over loopback"

@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// A Program is what the two ends of a flow do, each one step after the other, and what both do afterwards: they read on, and
-// the one that has not left ends its stream and reads to the end of the other's.
+// A Program is what the two ends of a flow do, each one step after the other, and what both do afterwards:
+// they read on, and the one that has not left ends its stream and reads to the end of the other's.
 type Program struct{ Client, Server []Op }
 
 // An Op is one step of one end. While no step says otherwise, the end reads what comes.
@@ -35,8 +35,8 @@ const (
 
 // steps says which of them have a number.
 var steps = map[string]bool{
-	opWrite: true, opUrgent: false, opEnd: false, opReset: false, opClose: false, opStop: true, opSlow: true, opBuffer: true,
-	opPause: true, opAcked: false, opGot: false, opCome: false, opWait: true,
+	opWrite: true, opStop: true, opSlow: true, opBuffer: true, opPause: true, opWait: true,
+	opUrgent: false, opEnd: false, opReset: false, opClose: false, opAcked: false, opGot: false, opCome: false,
 }
 
 // String is the program as [ParseProgram] reads it.

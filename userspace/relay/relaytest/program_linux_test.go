@@ -14,8 +14,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
-// A program is the same after it was printed and read, and no step waits for one that waits for it: neither as it was made up
-// nor when something is left out.
+// A program is the same after it was printed and read, and no step waits for one that waits for it: neither
+// as it was made up nor when something is left out.
 func TestRandomProgram(t *testing.T) {
 	for i := range uint64(2000) {
 		p := RandomProgram(7, i)
@@ -60,7 +60,10 @@ func runsToEnd(t *testing.T, p Program) {
 }
 
 func TestParseProgram(t *testing.T) {
-	for _, s := range []string{"", "client: write 1", "client: write / server:", "client: end 1 / server:", "server: / client:", "client: end,, end / server:"} {
+	for _, s := range []string{
+		"", "client: write 1", "client: write / server:", "client: end 1 / server:", "server: / client:",
+		"client: end,, end / server:",
+	} {
 		if p, err := ParseProgram(s); err == nil {
 			t.Errorf("%q is read as %q", s, p)
 		}
@@ -68,7 +71,8 @@ func TestParseProgram(t *testing.T) {
 }
 
 func TestShrink(t *testing.T) {
-	p, err := ParseProgram("client: stop 5, write 100, wait 2, write 125000, acked, end / server: pause 1, urgent, wait 3, write 45000, wait 5, reset")
+	p, err := ParseProgram("client: stop 5, write 100, wait 2, write 125000, acked, end / " +
+		"server: pause 1, urgent, wait 3, write 45000, wait 5, reset")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,43 +91,48 @@ func TestShrink(t *testing.T) {
 func TestPromise(t *testing.T) {
 	sent := view{sent: 10, ended: true}
 	reset := view{sent: 10, acked: 7, left: opReset}
-	slow := 3 * time.Second
+	whole := view{sent: 10, acked: 10, ended: true, whole: true, left: opReset}
+	closed := view{sent: 10, ended: true, left: opClose}
+	allRead := view{sent: 10, ended: true, left: opClose, got: 1}
+	proxy, scarce, direct := between{proxy: true}, between{proxy: true, short: true}, between{}
+	const slow, behind = 3 * time.Second, "of 7 that were acknowledged"
 	for _, c := range []struct {
 		name     string
 		from, to view
-		proxied  bool
-		short    bool
+		by       between
 		want     string // a part of the fault; "": there is none
 	}{
-		{"all and the end", sent, view{got: 10, over: sawEnd}, true, false, ""},
-		{"too little before the end", sent, view{got: 9, over: sawEnd}, true, false, "behind 9 bytes of 10"},
-		{"too much", sent, view{got: 11, over: sawEnd}, true, false, "read 11 bytes of 10"},
-		{"an end that was not sent yet", sent, view{got: 10, over: sawEnd, early: true}, true, false, "had not ended"},
-		{"no end", sent, view{got: 10}, true, false, "no end"},
-		{"a reset out of nothing", sent, view{got: 10, over: sawReset}, true, false, "nobody made"},
-		{"a reset out of nothing, told to a write", sent, view{got: 10, over: sawEnd, told: true}, true, false, "nobody made"},
-		{"a reset out of nothing for who left", sent, view{left: opClose, told: true}, true, false, "nobody made"},
-		{"a reader that left", sent, view{got: 3, left: opReset}, true, false, ""},
+		{"all and the end", sent, view{got: 10, over: sawEnd}, proxy, ""},
+		{"too little before the end", sent, view{got: 9, over: sawEnd}, proxy, "behind 9 bytes of 10"},
+		{"too much", sent, view{got: 11, over: sawEnd}, proxy, "read 11 bytes of 10"},
+		{"an end that was not sent yet", sent, view{got: 10, over: sawEnd, early: true}, proxy, "had not ended"},
+		{"no end", sent, view{got: 10}, proxy, "no end"},
+		{"a reset out of nothing", sent, view{got: 10, over: sawReset}, proxy, "nobody made"},
+		{"a reset out of nothing, told to a write", sent, view{got: 10, over: sawEnd, told: true}, proxy,
+			"nobody made"},
+		{"a reset out of nothing for who left", sent, view{left: opClose, told: true}, proxy, "nobody made"},
+		{"a reader that left", sent, view{got: 3, left: opReset}, proxy, ""},
 
-		{"a reset behind what was acknowledged", reset, view{got: 7, over: sawReset}, true, false, ""},
-		{"a reset behind all", reset, view{got: 10, over: sawReset}, true, false, ""},
-		{"a reset behind less", reset, view{got: 6, over: sawReset}, true, false, "of 7 that were acknowledged"},
-		{"a reset behind less, told to a write", reset, view{got: 6, over: sawEnd, told: true}, true, false, "of 7 that were acknowledged"},
-		{"a reset behind less for who stopped", reset, view{got: 6, over: sawReset, paused: slow}, true, false, ""},
-		{"a reset behind less for who waited", reset, view{sent: 1, got: 6, over: sawReset, waited: slow}, true, false, "of 7 that were acknowledged"},
-		{"the same where much is missing", reset, view{sent: 1, got: 6, over: sawReset, waited: slow}, true, true, ""},
-		{"the same for who sent nothing", reset, view{got: 6, over: sawReset, waited: slow}, true, true, "of 7 that were acknowledged"},
-		{"the same from TCP itself", reset, view{got: 6, over: sawReset, paused: slow}, false, false, "of 7 that were acknowledged"},
-		{"a reset that looks like an end", reset, view{got: 10, over: sawEnd, early: true}, true, false, "had not ended"},
-		{"a reset instead of an end", view{sent: 10, acked: 10, ended: true, whole: true, left: opReset}, view{got: 10, over: sawReset}, true, false, "instead of the end"},
-		{"the same to who sends", view{sent: 10, acked: 10, ended: true, whole: true, left: opReset}, view{sent: 1, got: 10, over: sawReset}, true, false, ""},
-		{"the same from TCP itself", view{sent: 10, acked: 10, ended: true, whole: true, left: opReset}, view{sent: 1, got: 10, over: sawReset}, false, false, "instead of the end"},
+		{"a reset behind what was acknowledged", reset, view{got: 7, over: sawReset}, proxy, ""},
+		{"a reset behind all", reset, view{got: 10, over: sawReset}, proxy, ""},
+		{"a reset behind less", reset, view{got: 6, over: sawReset}, proxy, behind},
+		{"a reset behind less, told to a write", reset, view{got: 6, over: sawEnd, told: true}, proxy, behind},
+		{"a reset behind less for who stopped", reset, view{got: 6, over: sawReset, paused: slow}, proxy, ""},
+		{"a reset behind less for who waited", reset, view{sent: 1, got: 6, over: sawReset, waited: slow}, proxy,
+			behind},
+		{"the same where much is missing", reset, view{sent: 1, got: 6, over: sawReset, waited: slow}, scarce, ""},
+		{"the same for who sent nothing", reset, view{got: 6, over: sawReset, waited: slow}, scarce, behind},
+		{"the same from TCP itself", reset, view{got: 6, over: sawReset, paused: slow}, direct, behind},
+		{"a reset that looks like an end", reset, view{got: 10, over: sawEnd, early: true}, proxy, "had not ended"},
+		{"a reset instead of an end", whole, view{got: 10, over: sawReset}, proxy, "instead of the end"},
+		{"the same to who sends", whole, view{sent: 1, got: 10, over: sawReset}, proxy, ""},
+		{"the same from TCP itself", whole, view{sent: 1, got: 10, over: sawReset}, direct, "instead of the end"},
 
-		{"close with bytes unread", view{sent: 10, left: opClose, unread: true}, view{over: sawReset}, true, false, ""},
-		{"close, and bytes come later", view{sent: 10, ended: true, left: opClose}, view{sent: 1, over: sawReset}, true, false, ""},
-		{"close with all read", view{sent: 10, ended: true, left: opClose, got: 1}, view{sent: 1, got: 10, over: sawReset}, true, false, "nobody made"},
+		{"close with bytes unread", view{sent: 10, left: opClose, unread: true}, view{over: sawReset}, proxy, ""},
+		{"close, and bytes come later", closed, view{sent: 1, over: sawReset}, proxy, ""},
+		{"close with all read", allRead, view{sent: 1, got: 10, over: sawReset}, proxy, "nobody made"},
 	} {
-		got := strings.Join(promise(&c.from, &c.to, between{c.proxied, c.short}), "; ")
+		got := strings.Join(promise(&c.from, &c.to, c.by), "; ")
 		if got != c.want && (c.want == "" || !strings.Contains(got, c.want)) {
 			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}

@@ -36,13 +36,15 @@ const (
 type between struct {
 	proxy bool
 
-	// short: of the memory that the sockets of the proxy take, or of packets, much is missing. When a reader sends as well, and the proxy does
-	// not take it, its last segments may be dropped after their sequence number was noted. Linux refuses the reader's window
-	// updates from then on, which have a lower one, until somebody takes what it sent: it seems to have stopped.
+	// short: of the memory that the sockets of the proxy take, or of packets, much is missing. When a
+	// reader sends as well, and the proxy does not take it, its last segments may be dropped after their
+	// sequence number was noted. Linux refuses the reader's window updates from then on, which have a
+	// lower one, until somebody takes what it sent: it seems to have stopped.
 	short bool
 }
 
-// mayStop is less than how long a reader of what came before a reset may stop, so that all of it arrives: 2 s.
+// mayStop is less than how long a reader of what came before a reset may stop, so that all of it arrives: 2
+// s.
 const mayStop = 1500 * time.Millisecond
 
 // breaks reports whether the other end may see a reset because of what v did.
@@ -56,14 +58,14 @@ func (v *view) breaks(other *view) bool {
 	return false
 }
 
-// promise holds what came from one end to the other against what TCP promises when nobody is between them, and the
-// Linux of both. Each fault is a sentence.
+// promise holds what came from one end to the other against what TCP promises when nobody is between them,
+// and the Linux of both. Each fault is a sentence.
 //
 //   - Bytes arrive once and in order. (The reader compares them.)
 //   - The end of a stream comes behind all of it, and not before it was sent.
 //   - A reset is told as one, by a read or by another call, and only if the other end has made one.
-//   - Who reads on gets what was acknowledged before the reset. A proxy has the leave to forget what waits for a reader
-//     who stops for 2 s, or seems to, and Linux keeps it.
+//   - Who reads on gets what was acknowledged before the reset. A proxy has the leave to forget what waits for
+//     a reader who stops for 2 s, or seems to, and Linux keeps it.
 func promise(from, to *view, by between) (faults []string) {
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	reset := to.told || to.over == sawReset

@@ -17,8 +17,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
-// runProgram runs p over a flow in the hands h, and gives what it saw that was not right. No step may stand still for longer
-// than patient.
+// runProgram runs p over a flow in the hands h, and gives what it saw that was not right. No step may stand
+// still for longer than patient.
 func runProgram(t testing.TB, h Hands, p Program, patient time.Duration) (faults []string) {
 	f := h.Path.Connect(t)
 	client, server := newEnds(f, h, patient)
@@ -41,7 +41,8 @@ func runProgram(t testing.TB, h Hands, p Program, patient time.Duration) (faults
 	}
 	if h.Path.Loses { // and nobody repeats a reset that was lost, but for who is asked
 		for _, c := range append(relays, f.Client, f.Server) {
-			must(t, c.(*net.TCPConn).SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 30}))
+			probe := net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 30}
+			must(t, c.(*net.TCPConn).SetKeepAliveConfig(probe))
 		}
 	}
 	var moved relay.Counters
@@ -62,8 +63,9 @@ func runProgram(t testing.TB, h Hands, p Program, patient time.Duration) (faults
 		t.Logf("%s: %q: TCP stands still, whose two ends do not agree about a window", h.Name, p)
 		return nil
 	}
+	by := between{proxy: proxied, short: !h.Usual || h.Path.Loses}
 	for _, way := range []struct{ from, to *end }{{client, server}, {server, client}} {
-		for _, fault := range append(promise(&way.from.v, &way.to.v, between{proxied, !h.Usual || h.Path.Loses}), way.to.v.wrong...) {
+		for _, fault := range append(promise(&way.from.v, &way.to.v, by), way.to.v.wrong...) {
 			faults = append(faults, "the "+way.to.name+" "+fault)
 		}
 	}
@@ -84,11 +86,9 @@ func checkResult(f *Flow, client, server *view, taken [2]int64, patient time.Dur
 	case <-time.After(patient):
 		return []string{"the flow does not end"}
 	}
-	ok := r.End == relay.EndEOF || r.End == relay.EndDownstreamReset && client.left != "" || r.End == relay.EndUpstreamReset && server.left != ""
-	if client.left == "" && server.left == "" {
-		ok = r.End == relay.EndEOF
-	}
-	if !ok {
+	if ok := r.End == relay.EndEOF ||
+		r.End == relay.EndDownstreamReset && client.left != "" ||
+		r.End == relay.EndUpstreamReset && server.left != ""; !ok {
 		faults = append(faults, fmt.Sprintf("the flow ended as %q (%v)", r.End, r.Err))
 	}
 	for _, way := range []struct {
@@ -107,6 +107,7 @@ func checkResult(f *Flow, client, server *view, taken [2]int64, patient time.Dur
 // An end runs one of the two parts of a program. A goroutine of its own reads.
 type end struct {
 	name    string
+	flow    *Flow
 	c       *net.TCPConn
 	other   *end
 	fast    bool
@@ -131,7 +132,7 @@ type end struct {
 }
 
 func newEnds(f *Flow, h Hands, patient time.Duration) (client, server *end) {
-	client, server = &end{name: "client"}, &end{name: "server"}
+	client, server = &end{name: "client", flow: f}, &end{name: "server", flow: f}
 	for _, e := range []*end{client, server} {
 		e.c, e.other, e.patient = f.Client.(*net.TCPConn), server, patient
 		e.fast, e.loses = h.Fast, h.Path.Loses
@@ -152,6 +153,16 @@ func (e *end) wrong(format string, args ...any) {
 
 // late notes that something does not come. It is called with e.mu held.
 func (e *end) late(what string) {
+	if s := socketAt(e.c.RemoteAddr(), e.c.LocalAddr()); s != nil {
+		m := s.InetDiagMsg
+		what += fmt.Sprintf(" (the other side of %s: state %d, %d bytes unread, %d unacknowledged)",
+			e.c.LocalAddr(), m.State, m.RQueue, m.WQueue)
+	} else {
+		what += fmt.Sprintf(" (no other side of %s)", e.c.LocalAddr())
+	}
+	if len(e.flow.result) > 0 {
+		what += " (the relay has ended the flow)"
+	}
 	e.v.wrong = append(e.v.wrong, what)
 	e.v.refused = e.v.refused || windowRefused(e.c) || windowRefused(e.other.c)
 }
@@ -288,7 +299,8 @@ func (e *end) step(o Op) {
 			return !held || e.readable()
 		})
 	case opWait:
-		e.otherDoes(fmt.Sprintf("step %d of the other", o.N), func() bool { return e.other.done >= int(o.N) || e.other.over })
+		done := func() bool { return e.other.done >= int(o.N) || e.other.over }
+		e.otherDoes(fmt.Sprintf("step %d of the other", o.N), done)
 	default:
 		e.wrong("does not know how to %q", o.Do)
 	}
@@ -444,8 +456,9 @@ func (e *end) took(b []byte, err error, waited time.Duration) (more bool) {
 	return false
 }
 
-// compare compares bytes that were read with those that the other end has sent. It is called with e.mu held. An urgent byte
-// need not be among them: the reader is shown it in its place only where another one has come before it was read.
+// compare compares bytes that were read with those that the other end has sent. It is called with e.mu held.
+// An urgent byte need not be among them: the reader is shown it in its place only where another one has come
+// before it was read.
 func (e *end) compare(b []byte, urgent []int64) error {
 	for len(b) > 0 {
 		n, here := int64(len(b)), 0

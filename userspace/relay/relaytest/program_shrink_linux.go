@@ -7,10 +7,12 @@ import (
 	"time"
 )
 
-// shrinkPatience is how long a step may take in a program that is made shorter: what stands still does so for good.
+// shrinkPatience is how long a step may take in a program that is made shorter: what stands still does so for
+// good.
 const shrinkPatience = 10 * time.Second
 
-// shrink leaves out of p what it fails without. fails tries a program, with more or less patience for one that fails rarely.
+// shrink leaves out of p what it fails without. fails tries a program, with more or less patience for one
+// that fails rarely.
 func shrink(p Program, fails func(p Program, tries int) bool) (_ Program, failed bool) {
 	failed = fails(p, 20)
 	for again := failed; again; {
@@ -33,9 +35,11 @@ func shrink(p Program, fails func(p Program, tries int) bool) (_ Program, failed
 	return p, failed
 }
 
-// failsInHands gives the fails of shrink, until that time, for a program that fails in one way in the hands h. faults are the last that
-// it saw.
-func failsInHands(t testing.TB, h Hands, way string, until time.Time, faults *[]string) func(Program, int) bool {
+// failsInHands gives the fails of shrink, until that time, for a program that fails in one way in the hands
+// h. faults are the last that it saw.
+func failsInHands(t testing.TB, h Hands, way string, until time.Time, faults *[]string) (
+	fails func(p Program, tries int) bool,
+) {
 	return func(p Program, tries int) bool {
 		for ; tries > 0 && time.Now().Before(until); tries-- {
 			if f := tryMany(t, h, p, way); f != nil {
@@ -47,7 +51,8 @@ func failsInHands(t testing.TB, h Hands, way string, until time.Time, faults *[]
 	}
 }
 
-// tryMany runs p many times at once, since most failures are races, and gives the faults of one that failed in that way.
+// tryMany runs p many times at once, since most failures are races, and gives the faults of one that failed
+// in that way.
 func tryMany(t testing.TB, h Hands, p Program, way string) (faults []string) {
 	var all sync.WaitGroup
 	var mu sync.Mutex

@@ -17,9 +17,9 @@ import (
 
 // Programs says which programs run.
 type Programs struct {
-	Rows   []string      // those that have failed once, in each hands so many times; where few may run at once, fewer
-	Times  int           //
-	Number int           // of random ones, in each hands; where few may run at once, fewer
+	Rows   []string      // those that have failed once
+	Times  int           // that each runs in each hands; fewer where few may run at once
+	Number int           // of random ones, in each hands; fewer where few may run at once
 	Seed   uint64        // of these
 	Shrink time.Duration // how long the first program that fails in some way is made shorter
 	Most   int           // failures in one hands, after which it gives up; 0 = 20
@@ -38,17 +38,21 @@ var rows = []string{
 		"server: write 125000, write 5000, write 45000, wait 2, stop 5, write 1000, reset",
 }
 
-// SomePrograms are rows, and random programs: few, or with -tags soak many. PROGRAMS in the environment says how many.
+// SomePrograms are rows, and random programs: few, or with -tags soak many. PROGRAMS in the environment says
+// how many.
 func SomePrograms() Programs {
 	number := numberOf
 	if n, err := strconv.Atoi(os.Getenv("PROGRAMS")); err == nil {
 		number = n
 	}
-	return Programs{Rows: rows, Times: 5, Number: number, Seed: seedOf(), Shrink: time.Minute, Loud: number > 1000}
+	return Programs{
+		Rows: rows, Times: 5, Number: number, Seed: seedOf(), Shrink: time.Minute, Loud: number > 1000,
+	}
 }
 
-// RunPrograms runs programs in all hands at once, many in each, and says what the ends of a flow saw that TCP does not do. A
-// program that fails is printed as a row, after what can be left out of it while it still fails.
+// RunPrograms runs programs in all hands at once, many in each, and says what the ends of a flow saw that TCP
+// does not do. A program that fails is printed as a row, after what can be left out of it while it still
+// fails.
 func RunPrograms(t *testing.T, hands []Hands, c Programs) {
 	before := take(hands[0].Path)
 	begin := time.Now()

@@ -64,8 +64,8 @@ func (v *view) breaks(other *view) bool {
 //   - Bytes arrive once and in order. (The reader compares them.)
 //   - The end of a stream comes behind all of it, and not before it was sent.
 //   - A reset is told as one, by a read or by another call, and only if the other end has made one.
-//   - Who reads on gets what was acknowledged before the reset. A proxy has the leave to forget what waits for
-//     a reader who stops for 2 s, or seems to, and Linux keeps it.
+//   - Who reads on gets what was acknowledged before the reset. A proxy has the leave to forget what waits
+//     for a reader who stops for 2 s, or seems to, and Linux keeps it.
 func promise(from, to *view, by between) (faults []string) {
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	reset := to.told || to.over == sawReset

@@ -51,6 +51,7 @@ soak: ## Hours of what make test does for a minute each (root; not a part of tes
 	go test -tags soak -run '^TestPrograms' -p 1 -timeout 40m $(TESTFLAGS) ./userspace/relay ./test/datapath
 	go test -tags soak -run '^TestIdentity' -timeout 60m $(TESTFLAGS) ./userspace/front
 	cd test/oracle && go test -tags soak -run '^TestGuards$$' -timeout 3h $(TESTFLAGS)
+	cd cmd/tailsplice && go test -tags soak -run '^TestStrangers$$' -timeout 40m -count=1 -v $(TESTFLAGS)
 
 # Go would take up to a minute to make each input shorter that finds something, and find nothing else meanwhile.
 .PHONY: fuzz

@@ -102,8 +102,8 @@ func (x *express) await() error {
 }
 
 func (x *express) readHello(timedOut bool) {
-	if timedOut {
-		x.refuse(helloTimeout, sni.ErrTimeout)
+	if x.front.ctx.Err() != nil {
+		x.refuse(shutdown, x.front.ctx.Err())
 		return
 	}
 	buf := hellos.Get().(*[expressHello]byte)
@@ -112,6 +112,9 @@ func (x *express) readHello(timedOut bool) {
 		n, err := unix.Read(x.down.FD(), buf[:])
 		if err == unix.EAGAIN {
 			switch {
+			case timedOut: // and not because a busy loop comes late to what has arrived
+				x.refuse(helloTimeout, sni.ErrTimeout)
+				return
 			case !x.in.lease.Yields(): // its place was wanted while it had the loop
 				x.refuse(helloDisplaced, errDisplaced)
 				return

@@ -320,7 +320,7 @@ func (w *world) start(chains []*chain) {
 			b := configs[h.daemon]
 			if b == nil {
 				b = &strings.Builder{}
-				fmt.Fprintf(b, "node: hop%d\nlimits: { connections_per_source: 4096, requests_per_source: 4096 }\nlisteners:\n", place)
+				fmt.Fprintf(b, "node: hop%d\nlimits: { connections_per_source: 4096, requests_per_source: 4096, hello_timeout: 1m }\nlisteners:\n", place)
 				configs[h.daemon] = b
 			}
 			name := fmt.Sprintf("c%d", i)
@@ -633,7 +633,7 @@ func TestIdentity(t *testing.T) {
 	random.Shuffle(len(chains), func(i, j int) { chains[i], chains[j] = chains[j], chains[i] })
 	all := visits()
 	var asked, passed, known int
-	for batch := range slices.Chunk(chains, 400) {
+	for batch := range slices.Chunk(chains, 150) {
 		if t.Failed() {
 			break
 		}
@@ -641,7 +641,7 @@ func TestIdentity(t *testing.T) {
 		w.start(batch)
 		var wg sync.WaitGroup
 		var mu sync.Mutex
-		for part := range slices.Chunk(batch, 20) {
+		for part := range slices.Chunk(batch, 8) {
 			seed := random.Uint64()
 			wg.Go(func() {
 				random := chainMaker{rand.New(rand.NewPCG(seed, 0)), nil}

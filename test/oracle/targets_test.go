@@ -1,3 +1,4 @@
+//lint:file-ignore SA1019 only the deprecated h2c takes Upgrade: h2c, and that a client can't reach it so is to be tried
 package oracle
 
 import (

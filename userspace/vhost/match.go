@@ -5,6 +5,8 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Match is what narrows a host's routes. The zero Match takes every request.
@@ -37,7 +39,17 @@ func (m *Match) Takes(r *http.Request, path string) (ok, otherMethod bool) {
 
 // TakesPath says whether m takes this path.
 func (m *Match) TakesPath(path string) bool {
-	return PathMatches(m.Path, path) || m.AnyCase && PathMatches(anyCase(m.Path), anyCase(path))
+	if !m.AnyCase {
+		return PathMatches(m.Path, path)
+	}
+	for _, want := range strings.TrimSuffix(m.Path, "/") {
+		got, size := utf8.DecodeRuneInString(path)
+		if size == 0 || got != want && anyCase(got) != anyCase(want) {
+			return false
+		}
+		path = path[size:]
+	}
+	return path == "" || path[0] == '/'
 }
 
 // valuesOf are the values of a header, however its name is written: the target may read all of them as one.
@@ -59,8 +71,8 @@ func PathMatches(route, path string) bool {
 	return ok && (rest == "" || rest[0] == '/')
 }
 
-// anyCase makes one of the paths that Express, Caddy, IIS and what is like them take for the same.
-func anyCase(path string) string { return strings.ToLower(strings.ToUpper(path)) }
+// anyCase makes one of the letters that Express, Caddy, IIS, Java and what is like them take for the same.
+func anyCase(r rune) rune { return unicode.ToLower(unicode.ToUpper(r)) }
 
 // MethodError says that there are routes for the path, and none for the method:
 // 405.

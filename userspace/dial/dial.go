@@ -327,7 +327,7 @@ func (d *Dialer) connect(ctx context.Context, addr netip.Addr, port uint16, chec
 	if c.LocalAddr().String() == c.RemoteAddr().String() { // [net.Dialer] looks only thrice, and not at all where its own port was given
 		c.(*net.TCPConn).SetLinger(0)
 		c.Close()
-		return result{fail: &failure{err: ErrSelf, addr: to.String(), again: true}}
+		return result{to: to, fail: &failure{err: ErrSelf, addr: to.String(), again: true}}
 	}
 	if check != nil {
 		if err := check.CheckPath(addrOf(c.LocalAddr()), addr); err != nil {

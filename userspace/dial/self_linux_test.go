@@ -69,4 +69,18 @@ func TestSelf(t *testing.T) {
 			c.Close()
 		}
 	}
+
+	// The same where a target has several addresses.
+	const other = port - 2
+	d := Dialer{From: func(nd *net.Dialer, to netip.Addr) {
+		nd.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(to, other))
+	}}
+	c, err := d.Dial(t.Context(), Target{Scheme: TCP, Host: "localhost", Port: other}, netip.Addr{})
+	var de *Error
+	if !errors.As(err, &de) || de.Reason != Refused || !errors.Is(err, ErrSelf) {
+		t.Errorf("localhost: Dial gives %v", err)
+	}
+	if c != nil {
+		c.Close()
+	}
 }

@@ -71,19 +71,24 @@ func isForwarding(name string) bool {
 		bytes.HasPrefix(n, []byte("tailscale-")) || bytes.Contains(n, []byte("-forwarded-")) || forwarding[string(n)]
 }
 
+// dropForwarding removes from a request's header what a stranger says of whom it is from and how it was asked: routes,
+// guards and targets hear that from a hop that is believed, or not at all. Who a tailnet's user is each hop asks its
+// own tailscaled: Tailscale- headers are always dropped.
+func dropForwarding(h http.Header, believed bool) {
+	for name := range h {
+		if isForwarding(name) && (!believed || !isPlainName(name) || strings.HasPrefix(strings.ToLower(name), "tailscale-")) {
+			delete(h, name)
+		}
+	}
+}
+
 // setForwarded makes the forwarding headers of the request that goes out, whose
 // header is out. From a hop that is believed, what it sent is kept and this hop
-// added; from anyone else all of it is dropped first. Who a tailnet's user is
-// each hop asks its own tailscaled: Tailscale- headers are always dropped. Of a
+// added; of anyone else dropForwarding has left nothing. Of a
 // client that is not known (see MayTell) it says so: the hop's own address
 // would give it the hop's rights further on.
 func setForwarded(in *http.Request, authority string, out http.Header, info ConnInfo, known bool, id string) {
 	believed := believes(info, in.TLS != nil)
-	for name := range out {
-		if isForwarding(name) && (!believed || !isPlainName(name) || strings.HasPrefix(strings.ToLower(name), "tailscale-")) {
-			delete(out, name)
-		}
-	}
 	proto := "http"
 	if in.TLS != nil || info.ServerName != "" {
 		proto = "https"

@@ -141,6 +141,34 @@ func TestForgedHeaders(t *testing.T) {
 	}
 }
 
+// TestForgedMatch checks that routes are chosen by what is believed of a request, too.
+func TestForgedMatch(t *testing.T) {
+	up := upstream(t, echoHeader)
+	for _, trusted := range []bool{false, true} {
+		each(t, func(t *testing.T, p protocol) {
+			h := p.hop(t, up, func(c *config) {
+				c.info = func(i ConnInfo) ConnInfo { i.Trusted = trusted; return i }
+				c.Route = func(r *http.Request, _, path string) (*Route, error) {
+					for _, name := range []string{"X-Forwarded-Proto", "Client-Cert", "Tailscale-User-Login"} {
+						m := Match{Headers: map[string]string{name: "*"}}
+						if ok, _ := m.Takes(r, path); ok {
+							return nil, ErrRejected
+						}
+					}
+					return &Route{Upstreams: []Choice{{Upstream: up, Weight: 1}}}, nil
+				}
+			})
+			for name, value := range map[string]string{"X-Forwarded-Proto": "https", "X_Forwarded_Proto": "https", "Client-Cert": ":bWU=:", "Tailscale-User-Login": "me@vsq.cz"} {
+				res, _ := get(t, p.client(t, h), p.url("/"), func(r *http.Request) { r.Header[name] = []string{value} })
+				believed := trusted && !p.tls && !strings.Contains(name, "_") && name != "Tailscale-User-Login"
+				if matched := res.StatusCode == http.StatusForbidden; matched != believed {
+					t.Errorf("%s, trusted %v: a route by it is taken: %v, want %v", name, trusted, matched, believed)
+				}
+			}
+		})
+	}
+}
+
 // TestTrustedTLS checks that trust in a peer does not extend to what came in
 // TLS: the peer may be an edge that passes it on unread.
 func TestTrustedTLS(t *testing.T) {

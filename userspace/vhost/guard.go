@@ -16,7 +16,7 @@ var ErrAnswered = errors.New("answered")
 
 // Visit is a request before its guards.
 type Visit struct {
-	Request *http.Request // as it came in; not to be changed
+	Request *http.Request // as it came in, but for headers that are not believed; not to be changed
 	URI     URI           // what it is for
 	Conn    ConnInfo
 	ID      string

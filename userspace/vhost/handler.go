@@ -62,6 +62,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	x.visit = Visit{Request: r, URI: x.uri, ID: x.conn.info.ID, Conn: x.conn.info, Client: x.conn.info.Client, Unknown: x.conn.info.Unknown, x: x}
 	x.conn.serves(r)
 	noRoom := s.charge(x)
+	dropForwarding(r.Header, believes(x.visit.Conn, r.TLS != nil))
 	defer x.charge.end()
 	if noRoom == nil {
 		defer x.hurry()

@@ -145,7 +145,7 @@ type Request struct {
 	Method    string
 	Host      string      // as Route got it
 	Path      string      // as the client sent it, without the query
-	Header    http.Header // as the client sent it; not to be changed or kept
+	Header    http.Header // as the client sent it, but for what is not believed of it; not to be changed or kept
 	URI       string      // its path and query, as the client sent them
 	RequestID string      // X-Request-Id, as the upstream got it
 	User      string      // who it is, as a Guard found out; "" if none did

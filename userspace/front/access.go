@@ -101,11 +101,11 @@ func headerText(v string) string {
 }
 
 // allowRequest refuses a request that allow does not name, or on a connection
-// whose PROXY header is not believed any more.
+// whose PROXY header is not believed any more, or is missing now.
 func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *peers) error {
 	err := v.Unknown
 	var stranger *strangerError
-	if !errors.As(err, &stranger) {
+	if !errors.As(err, &stranger) && !errors.Is(err, errNoHeader) {
 		err = f.permit(v.Conn.Hops.(*asker), visitor{v.Client.Addr(), v.Unknown}, allow)
 	}
 	if err == nil {
@@ -124,9 +124,9 @@ func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *peers) erro
 		no.Text = f.node() + " lets in whom it knows, and Tailscale there did not answer who you are."
 		no.Hint = "Try again in a moment. If it is yours, `tailscale status` and its log should tell why."
 		no.Header = http.Header{"Retry-After": {"5"}}
-	case proxyFromStranger:
+	case proxyFromStranger, proxyMissing:
 		no.Header = http.Header{"Connection": {"close"}}
-		no.Hint = "Try again. If it is yours, see accept_proxy in its configuration: it does not name the hop before any more."
+		no.Hint = "Try again. If it is yours, see accept_proxy in its configuration: it wants something else of the hop before now."
 	}
 	return no
 }

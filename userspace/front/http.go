@@ -126,7 +126,8 @@ func (in *inbound) Info() vhost.ConnInfo {
 // Judge tells vhost, for one request, whom to believe by the service that is in
 // force. All who ask for that request hear the same.
 func (in *inbound) Judge(ctx context.Context, info *vhost.ConnInfo) {
-	q := &asker{ctx: ctx, front: in.front, trust: in.listener.service.Load().trust}
+	s := in.listener.service.Load()
+	q := &asker{ctx: ctx, front: in.front, trust: s.trust, header: s.header}
 	info.Hops = q
 	info.Trusted, info.Unknown = in.judge(q)
 	var unsaid *vhost.UnsaidError

@@ -183,8 +183,11 @@ func (f *Front) identify(in *inbound) error {
 // believed, and why the client is not known, nil if it is. Who speaks for others
 // is never a client: strangers come through it, and it has rights of its own.
 func (in *inbound) judge(q *asker) (believed bool, unknown error) {
-	trusted, err := q.Hop(in.peer.Addr())
 	h := in.header
+	if h == nil && q.header {
+		return false, errNoHeader // there need not have been one when the connection came
+	}
+	trusted, err := q.Hop(in.peer.Addr())
 	switch {
 	case err != nil:
 		return false, err // not known is not believed, and may be a hop
@@ -209,7 +212,10 @@ func (in *inbound) judge(q *asker) (believed bool, unknown error) {
 // shutdown is the metric's word for a connection that was cut before it had a route, because the daemon ends.
 const shutdown = "shutdown"
 
-const proxyFromStranger = "proxy_from_stranger"
+const (
+	proxyFromStranger = "proxy_from_stranger"
+	proxyMissing      = "proxy_missing"
+)
 
 type strangerError struct{ who string }
 
@@ -252,7 +258,7 @@ func refusal(err error) string {
 	case errors.Is(err, errStranger):
 		return proxyFromStranger
 	case errors.Is(err, errNoHeader):
-		return "proxy_missing"
+		return proxyMissing
 	case errors.Is(err, proxyheader.ErrEOF):
 		return "empty"
 	case errors.Is(err, proxyheader.ErrTimeout):

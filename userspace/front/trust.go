@@ -76,6 +76,7 @@ type asker struct {
 	ctx     context.Context
 	front   *Front
 	trust   *peers // accept_proxy.from; nil: nobody
+	header  bool   // a connection without a PROXY header is not believed, nor is it a client
 	until   time.Time
 	answers []answer
 }

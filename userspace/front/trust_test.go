@@ -565,6 +565,52 @@ listeners:
 	}
 }
 
+// TestProxyRequiredLater: on a connection that is kept, no request is answered once accept_proxy.required wants a PROXY header
+// which it did not begin with.
+func TestProxyRequiredLater(t *testing.T) {
+	app := headers(t)
+	for _, p := range protocols {
+		certs, pool := p.certificateYAML(t)
+		addr := freeAddr(t)
+		config := func(more string) string {
+			return fmt.Sprintf(`listeners: [{ name: web, listen: %q, mode: %s, %saccept_proxy: { from: [192.0.2.1]%s }, default: { forward: %q } }]`, addr, p.mode(), certs, more, app)
+		}
+		d := start(t, config(""))
+		kept := func(peer, preface string) func() *http.Response {
+			client := p.client(t, pool, func() net.Conn {
+				conn := d.come(t, "web", peer)
+				io.WriteString(conn, preface)
+				return conn
+			})
+			return func() *http.Response {
+				res, _, _ := p.get(t, client, "/", "X-Forwarded-For: 203.0.113.7")
+				return res
+			}
+		}
+		hop, stranger, said := kept("192.0.2.1:1", ""), kept("198.51.100.1:1", ""), kept("192.0.2.1:1", string(from("203.0.113.7:1")))
+		check := func(when string, without int) {
+			t.Helper()
+			for name, ask := range map[string]func() *http.Response{"of the hop": hop, "of a stranger": stranger} {
+				if res := ask(); res.StatusCode != without {
+					t.Errorf("%s, %s, %s: %s, want %d", p.name, when, name, res.Status, without)
+				}
+			}
+			if res := said(); res.StatusCode != 200 {
+				t.Errorf("%s, %s: with a PROXY header: %s", p.name, when, res.Status)
+			}
+		}
+		// Over TLS the hop has not said for whom it speaks, and comes in where there is no allow.
+		check("before", 200)
+		if err := d.Reload(parse(t, config(", required: true"))); err != nil {
+			t.Fatal(err)
+		}
+		check("after", 403)
+		if n := d.refused(proxyMissing); n != 2 {
+			t.Errorf("%s: %d refusals are counted as %s", p.name, n, proxyMissing)
+		}
+	}
+}
+
 // TestAskedOnce: for one request tailscaled is asked once about each address, also while nobody follows it.
 func TestAskedOnce(t *testing.T) {
 	ts := startTailscaled(t)

@@ -30,7 +30,7 @@ func TestHelloInPieces(t *testing.T) {
 listeners:
   - { name: bare, listen: [%q], mode: sni, routes: [ { sni: [a.test], forward: %q } ] }
   - { name: trusting, listen: [%q], mode: sni, accept_proxy: { from: [127.0.0.1/32] }, routes: [ { sni: [a.test], forward: %q } ] }
-limits: { hello_timeout: 1m }
+limits: { hello_timeout: 5m }
 `, bare, echoes, trusting, echoes))
 	hello := helloFor(t, "a.test")
 	header := []byte("PROXY TCP4 192.0.2.1 192.0.2.2 1234 443\r\n")

@@ -116,7 +116,7 @@ type end struct {
 
 	out stream // the next byte that it sends
 
-	mu      sync.Mutex
+	mu      *sync.Mutex // of both ends, so that no change of the other one is missed
 	changed *sync.Cond
 	v       view
 	urgent  []int64 // where in its stream it sent an urgent byte
@@ -132,12 +132,13 @@ type end struct {
 }
 
 func newEnds(f *Flow, h Hands, patient time.Duration) (client, server *end) {
+	changed := sync.NewCond(new(sync.Mutex))
 	client, server = &end{name: "client", flow: f}, &end{name: "server", flow: f}
 	for _, e := range []*end{client, server} {
 		e.c, e.other, e.patient = f.Client.(*net.TCPConn), server, patient
 		e.fast, e.loses = h.Fast, h.Path.Loses
 		e.out = *newStream()
-		e.changed = sync.NewCond(&e.mu)
+		e.mu, e.changed = changed.L.(*sync.Mutex), changed
 	}
 	server.c, server.other = f.Server.(*net.TCPConn), client
 	client.in, server.in = server.out, client.out
@@ -220,17 +221,15 @@ func (e *end) run(ops []Op) {
 	for i, o := range ops {
 		e.step(o)
 		e.set(func() { e.done++ })
-		e.other.set(func() {}) // wakes it
 		if e.v.left != "" && i < len(ops)-1 {
 			e.wrong("has steps behind %q", o.Do)
 		}
 	}
 	e.set(func() { e.over = true })
-	e.other.set(func() {})
 	if e.v.left != "" {
 		return
 	}
-	e.otherDoes("its last step", func() bool { return e.other.over })
+	e.await("its last step", func() bool { return e.other.over })
 	e.mu.Lock()
 	mine := e.v.ended
 	e.mu.Unlock()
@@ -245,17 +244,6 @@ func (e *end) run(ops []Op) {
 	}
 	e.await("the end of the other's stream", func() bool { return e.gone })
 	e.c.Close()
-}
-
-// otherDoes waits for what the other one does.
-func (e *end) otherDoes(what string, ok func() bool) {
-	e.await(what, func() bool {
-		e.mu.Unlock()
-		defer e.mu.Lock()
-		e.other.mu.Lock()
-		defer e.other.mu.Unlock()
-		return ok()
-	})
 }
 
 func (e *end) step(o Op) {
@@ -300,7 +288,7 @@ func (e *end) step(o Op) {
 		})
 	case opWait:
 		done := func() bool { return e.other.done >= int(o.N) || e.other.over }
-		e.otherDoes(fmt.Sprintf("step %d of the other", o.N), done)
+		e.await(fmt.Sprintf("step %d of the other", o.N), done)
 	default:
 		e.wrong("does not know how to %q", o.Do)
 	}

@@ -405,6 +405,7 @@ func (w *world) connect(f *Front, listener string, c *chain, place int) (addr st
 		w.t.Fatal(err)
 	}
 	addr, peer = ln.Addr().String(), &atomic.Pointer[netip.Addr]{}
+	peer.Store(&public) // of whoever else finds this port
 	if place > 0 {
 		peer.Store(&c.hops[place-1].addr)
 	}

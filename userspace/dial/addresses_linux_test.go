@@ -1,9 +1,11 @@
 package dial
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -97,6 +99,52 @@ func TestAllAddresses(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestManySilent: an address that lives is reached behind many that are silent, and few connections are under way meanwhile.
+func TestManySilent(t *testing.T) {
+	const silent = 12
+	addrs := []netip.Addr{}
+	for i := range silent + 1 {
+		addrs = append(addrs, netip.AddrFrom4([4]byte{127, 0, 7, byte(i + 2)}))
+	}
+	l, _ := listen(t, "tcp", netip.AddrPortFrom(addrs[silent], 0).String())
+	p := port(l.Addr())
+	for _, a := range addrs[:silent] {
+		blackHole(t, "tcp", netip.AddrPortFrom(a, p).String())
+	}
+	var mu sync.Mutex
+	most := 0
+	d := Dialer{Container: names{"blog.example": addrs}, Timeout: time.Minute}
+	d.From = func(*net.Dialer, netip.Addr) {
+		table, err := os.ReadFile("/proc/self/net/tcp")
+		if err != nil {
+			t.Error(err)
+		}
+		n := strings.Count(string(table), fmt.Sprintf(":%04X 02 ", p)) // SYN_SENT
+		mu.Lock()
+		defer mu.Unlock()
+		most = max(most, n)
+	}
+	conn, err := d.Dial(t.Context(), Target{Scheme: Docker, Host: "blog.example", Port: p}, v4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if got := addrOf(conn.RemoteAddr()); got != addrs[silent] {
+		t.Errorf("it led to %s, want %s", got, addrs[silent])
+	}
+	if most < maxBeside-1 || most > maxBeside {
+		t.Errorf("%d were under way at a time, want %d at most", most, maxBeside)
+	}
+
+	// Where none lives, it is no answer that is told, and not that somebody has given up.
+	d.Container, d.Timeout = names{"blog.example": addrs[:silent]}, 5*time.Second
+	_, err = d.Dial(t.Context(), Target{Scheme: Docker, Host: "blog.example", Port: p}, v4)
+	var de *Error
+	if !errors.As(err, &de) || de.Reason != Timeout {
+		t.Errorf("where none lives: %v", err)
 	}
 }
 

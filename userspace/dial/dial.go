@@ -11,6 +11,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -35,6 +36,9 @@ const (
 	// tailnetDelay is the same for nodes of the tailnet: both of a node's
 	// addresses take one path, and a tunnel may have to be set up first.
 	tailnetDelay = time.Second
+	// maxBeside is how many addresses are waited for at a time: each takes a file descriptor, and who names the target may
+	// give it any number. For one more the oldest is given up.
+	maxBeside = 4
 	// retryDelay is the pause before a quick failure is tried again.
 	retryDelay = 250 * time.Millisecond
 	// quick is what counts as a quick failure.
@@ -261,15 +265,25 @@ func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Co
 	fallback := time.NewTimer(delay)
 	defer fallback.Stop()
 	results := make(chan result, len(addrs))
-	var waiting []netip.AddrPort // attempts under way, the oldest first
+	var waiting []attempt // those under way, the oldest first
 	var telling *failure
-	again := false
+	again, given := false, false // given: the last that failed was given up, for one that is under way
 	for {
 		switch {
-		case len(addrs) > 0 && (ctx.Err() == nil || telling == nil):
+		case len(addrs) > 0 && (ctx.Err() == nil || telling == nil) && (!given || len(waiting) == 0):
 			a := addrs[0]
-			addrs, waiting = addrs[1:], append(waiting, netip.AddrPortFrom(a, t.Port))
-			go func() { results <- d.connect(ctx, a, t.Port, check) }()
+			if n := len(waiting); n >= maxBeside {
+				waiting[n-maxBeside].giveUp(errSlow)
+			}
+			own, giveUp := context.WithCancelCause(ctx)
+			addrs, waiting = addrs[1:], append(waiting, attempt{netip.AddrPortFrom(a, t.Port), giveUp})
+			go func() {
+				r := d.connect(own, a, t.Port, check)
+				if r.fail != nil && context.Cause(own) == errSlow && errors.Is(r.fail.err, context.Canceled) {
+					r.fail.err = errSlow
+				}
+				results <- r
+			}()
 			fallback.Reset(delay)
 		case len(waiting) == 0:
 			telling.again = again
@@ -277,11 +291,13 @@ func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Co
 		}
 		select {
 		case <-fallback.C:
+			given = false
 		case r := <-results:
-			i := slices.Index(waiting, r.to)
+			i := slices.IndexFunc(waiting, func(a attempt) bool { return a.to == r.to })
+			waiting[i].giveUp(nil)
 			if r.fail == nil {
 				for _, slower := range waiting[:i] {
-					past.noteFailed(slower, Timeout)
+					past.noteFailed(slower.to, Timeout)
 				}
 				past.noteWorked(r.to)
 				go closeLate(results, len(waiting)-1)
@@ -289,13 +305,22 @@ func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Co
 			}
 			waiting = slices.Delete(waiting, i, i+1)
 			past.noteFailed(r.to, reasonOf(r.fail.err))
-			again = again || r.fail.again
+			again, given = again || r.fail.again, r.fail.err == errSlow
 			if telling == nil || telling.lesser(r.fail) {
 				telling = r.fail
 			}
 		}
 	}
 }
+
+// attempt is one that is under way.
+type attempt struct {
+	to     netip.AddrPort
+	giveUp context.CancelCauseFunc
+}
+
+// errSlow is that an address did not answer before others were to be tried.
+var errSlow = fmt.Errorf("no answer before others were tried: %w", context.DeadlineExceeded)
 
 // result is what came of one address.
 type result struct {

@@ -27,8 +27,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/logwriter"
 )
 
-// metricsConnections is how many connections to the metrics may be open; more wait in the kernel.
-const metricsConnections = 32
+// adminConnections is how many connections to the metrics may be open, and to the control socket; more wait in the kernel.
+const adminConnections = 32
 
 type runOptions struct {
 	config    string
@@ -103,6 +103,7 @@ func run(ctx context.Context, o runOptions) error {
 	}
 	if control != nil {
 		defer control.Close()
+		control = netutil.LimitListener(control, adminConnections)
 	}
 	var metricsListener net.Listener
 	if cfg.Control.Metrics != "" {
@@ -110,7 +111,7 @@ func run(ctx context.Context, o runOptions) error {
 			return fmt.Errorf("control.metrics: %w: choose another address, or leave it out", err)
 		}
 		defer metricsListener.Close()
-		metricsListener = netutil.LimitListener(metricsListener, metricsConnections)
+		metricsListener = netutil.LimitListener(metricsListener, adminConnections)
 	}
 
 	datapaths := loadDatapaths(cfg, o.knownBad, log)

@@ -169,6 +169,21 @@ func TestForgedMatch(t *testing.T) {
 	}
 }
 
+// TestOtherPath checks that a target hears of the path that was guarded alone, also from a hop that is believed.
+func TestOtherPath(t *testing.T) {
+	each(t, func(t *testing.T, p protocol) {
+		h := p.hop(t, upstream(t, echoHeader), func(c *config) { c.info = func(i ConnInfo) ConnInfo { i.Trusted = true; return i } })
+		_, body := get(t, p.client(t, h), p.url("/"), func(r *http.Request) {
+			for _, name := range []string{"X-Original-Url", "X-Original-Uri", "X-Original-Method", "X-Rewrite-Url", "X_Original_Url"} {
+				r.Header[name] = []string{"/admin"}
+			}
+		})
+		if strings.Contains(body, "/admin") {
+			t.Errorf("another path got through:\n%s", body)
+		}
+	})
+}
+
 // TestTrustedTLS checks that trust in a peer does not extend to what came in
 // TLS: the peer may be an edge that passes it on unread.
 func TestTrustedTLS(t *testing.T) {

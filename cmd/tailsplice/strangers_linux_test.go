@@ -209,7 +209,7 @@ func (w *world) polite(ctx context.Context, source string) {
 
 func (w *world) client(source string) *http.Client {
 	d := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
-	return &http.Client{Timeout: time.Minute, Transport: &http.Transport{DialContext: d.DialContext, TLSClientConfig: w.tls, ForceAttemptHTTP2: true}}
+	return &http.Client{Timeout: time.Minute, Transport: &http.Transport{DialContext: d.DialContext, TLSClientConfig: w.tls.Clone(), ForceAttemptHTTP2: true}}
 }
 
 // good is a client that does a bit of everything, for so long at least: the 99th of a hundred times.

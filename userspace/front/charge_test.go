@@ -210,6 +210,38 @@ listeners:
 	return d, plain, secure, pool
 }
 
+// TestResetStreamsCount: who opens streams and resets them has no more requests in a second than a source may have
+// under way.
+func TestResetStreamsCount(t *testing.T) {
+	const perSource, rounds = 10, 50
+	var came atomic.Int64
+	up := httpBackend(t, func(_ http.ResponseWriter, r *http.Request) {
+		came.Add(1)
+		<-r.Context().Done()
+	})
+	d, plain, secure, pool := floodDaemon(t, up, fmt.Sprintf("limits: { requests_per_source: %d }", perSource))
+	for i, at := range append(plain[:], secure[:]...) {
+		var tlsConfig *tls.Config
+		if i >= len(plain) {
+			tlsConfig = &tls.Config{RootCAs: pool, ServerName: "a.test"}
+		}
+		before := came.Load()
+		began := time.Now()
+		f := flood(t, at, tlsConfig, nil, perSource)
+		for range rounds {
+			time.Sleep(20 * time.Millisecond) // some reach the target, if any do
+			f.reset()
+			f.open(perSource)
+		}
+		f.reset()
+		most := perSource * int64(time.Since(began)/time.Second+2)
+		if n := came.Load() - before; n > most || n == 0 {
+			t.Errorf("%s: %d of %d requests came to the target, want at most %d", at, n, perSource*(rounds+1), most)
+		}
+		eventually(t, "those that were reset count no more", func() bool { return d.requests.Total() == 0 })
+	}
+}
+
 // TestOneSourceFloods: 20 connections of one source open 250 streams each, of
 // which the target sees what a source may have under way. The rest is refused,
 // counted, and said in few lines; a client elsewhere is served meanwhile, and

@@ -12,6 +12,7 @@ import (
 type charge struct {
 	lease Lease // nil where nothing is counted
 	work  atomic.Int32
+	late  time.Duration // after the end of all work it counts for so long
 }
 
 // begin counts more work on a request. It reports false where all of it has
@@ -27,9 +28,27 @@ func (c *charge) begin() bool {
 
 // end ends what begin began.
 func (c *charge) end() {
-	if c.work.Add(-1) == 0 && c.lease != nil {
-		c.lease.Release()
+	if c.work.Add(-1) > 0 || c.lease == nil {
+		return
 	}
+	if c.late > 0 {
+		time.AfterFunc(c.late, c.lease.Release)
+		return
+	}
+	c.lease.Release()
+}
+
+// resetCost is for how long a request counts at least whose client resets it: who
+// opens and resets streams as fast as possible has no more of them, then, than who
+// waits for answers.
+const resetCost = time.Second
+
+// endRequest ends what charge began.
+func (x *exchange) endRequest() {
+	if x.req.ProtoMajor >= 2 && x.req.Context().Err() != nil {
+		x.charge.late = resetCost - time.Since(x.started)
+	}
+	x.charge.end()
 }
 
 // refusalWait is how long a client may take to read that it has too many

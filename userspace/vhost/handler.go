@@ -63,7 +63,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	x.conn.serves(r)
 	noRoom := s.charge(x)
 	dropForwarding(r.Header, believes(x.visit.Conn, r.TLS != nil))
-	defer x.charge.end()
+	defer x.endRequest()
 	if noRoom == nil {
 		defer x.hurry()
 	}

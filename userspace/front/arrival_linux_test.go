@@ -65,8 +65,13 @@ func TestTailnetNeighbour(t *testing.T) {
 		must("its addresses", up(name, self[0].String()+"/10", self[1].String()+"/48"))
 	}
 	plug()
+	var near, far [2]string
+	for i, network := range []string{"tcp4", "tcp6"} {
+		near[i] = netip.MustParseAddrPort(lan.Addr(network, false)).Addr().String()
+		far[i] = netip.MustParseAddrPort(lan.Addr(network, true)).Addr().String()
+	}
 	must("the neighbour's routes", lan.AtFar(func() error {
-		for _, r := range []struct{ from, via string }{{"10.90.0.2/32", "10.90.0.1"}, {"fd90::2/128", "fd90::1"}} {
+		for _, r := range []struct{ from, via string }{{far[0] + "/32", near[0]}, {far[1] + "/128", near[1]}} {
 			_, src, _ := net.ParseCIDR(r.from)
 			rule := netlink.NewRule()
 			rule.Src, rule.Table, rule.Priority = src, 100, 100
@@ -88,7 +93,7 @@ func TestTailnetNeighbour(t *testing.T) {
 	d := start(t, fmt.Sprintf(`
 listeners:
   - { name: tcp, listen: ["tailnet:4443"], mode: tcp, default: { forward: %[1]q } }
-  - { name: web, listen: ["tailnet:4444", "0.0.0.0:4445"], mode: http, accept_proxy: { from: [10.90.0.2, "fd90::2"] }, default: { forward: %[1]q } }`, backend(t, echo)))
+  - { name: web, listen: ["tailnet:4444", "0.0.0.0:4445"], mode: http, accept_proxy: { from: [%[2]q, %[3]q] }, default: { forward: %[1]q } }`, backend(t, echo), far[0], far[1]))
 	eventually(t, "it listens", func() bool { return len(d.Status().Listeners[0].Listen) > 0 && d.bound() == 5 })
 	ask := func(from, to string) error {
 		dialer := net.Dialer{Timeout: patience}
@@ -109,7 +114,7 @@ listeners:
 	}
 	for _, when := range []string{"at first", "with another interface"} {
 		for i, a := range self {
-			neighbour, node := []string{"10.90.0.2", "fd90::2"}[i], []string{"100.64.0.5", "fd7a:115c:a1e0::5"}[i]
+			neighbour, node := far[i], []string{"100.64.0.5", "fd7a:115c:a1e0::5"}[i]
 			for _, port := range []string{"4443", "4444"} {
 				to := net.JoinHostPort(a.String(), port)
 				if err := lan.AtFar(func() error { return ask(node, to) }); err != nil {
@@ -125,7 +130,7 @@ listeners:
 				eventually(t, "counted", func() bool { return d.refused(notByTailnet) == before+1 })
 			}
 		}
-		if err := lan.AtFar(func() error { return ask("10.90.0.2", "10.90.0.1:4445") }); err != nil {
+		if err := lan.AtFar(func() error { return ask(far[0], near[0]+":4445") }); err != nil {
 			t.Errorf("a neighbour where all may: %v", err)
 		}
 		l, err := netlink.LinkByName(name)

@@ -93,7 +93,7 @@ func (x *express) detour(head []byte) {
 	if x.up != nil {
 		x.up.Close()
 	}
-	x.in.ahead, x.in.waited = bytes.Clone(head), time.Since(x.in.accepted)
+	x.in.ahead, x.in.late = bytes.Clone(head), true
 	go x.front.enter(x.in, x.down)
 }
 

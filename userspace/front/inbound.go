@@ -24,7 +24,6 @@ type inbound struct {
 	service  *service // as it was when the connection came
 	lease    *limit.Lease
 	accepted time.Time
-	waited   time.Duration // for the hello, before serve
 
 	id      string              // the path's id
 	peer    netip.AddrPort      // the socket's other end
@@ -40,6 +39,7 @@ type inbound struct {
 	bytesIn, bytesOut atomic.Int64 // through Read and Write: HTTP's share
 	uncut             func() bool  // from here on f.ctx ends it no more, somebody else does
 	closeOnce         sync.Once
+	late              bool // the time for its hello runs since it was accepted
 }
 
 func (in *inbound) Read(b []byte) (int, error) {

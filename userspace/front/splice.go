@@ -64,8 +64,8 @@ var (
 // readHello reads the hello of in, as far as it has not been read already. head is all that was.
 func (in *inbound) readHello() (hello sni.Hello, head []byte, err error) {
 	timeout := in.service.helloTimeout()
-	if timeout > 0 {
-		timeout = max(1, timeout-in.waited)
+	if timeout > 0 && in.late {
+		timeout = max(1, timeout-time.Since(in.accepted))
 	}
 	return sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, timeout)
 }

@@ -185,8 +185,7 @@ type Lease struct {
 	// guarded by limiter.mu
 	source   source
 	released bool
-	give     func()        // how to have its place, nil while it is kept
-	links    [2]neighbours // by queue
+	yields   *place // nil while its place is kept
 }
 
 // Move counts the lease for src from now on, because a PROXY header said where the connection really comes from. The

@@ -10,10 +10,16 @@ const (
 
 type neighbours struct{ older, newer *Lease }
 
+// place is what a lease has that yields.
+type place struct {
+	give  func()        // how to have it
+	links [2]neighbours // by queue
+}
+
 func (q *queue) push(which int, a *Lease) {
-	a.links[which] = neighbours{older: q.newest}
+	a.yields.links[which] = neighbours{older: q.newest}
 	if q.newest != nil {
-		q.newest.links[which].newer = a
+		q.newest.yields.links[which].newer = a
 	} else {
 		q.oldest = a
 	}
@@ -21,18 +27,18 @@ func (q *queue) push(which int, a *Lease) {
 }
 
 func (q *queue) remove(which int, a *Lease) {
-	n := a.links[which]
+	n := a.yields.links[which]
 	if n.older != nil {
-		n.older.links[which].newer = n.newer
+		n.older.yields.links[which].newer = n.newer
 	} else {
 		q.oldest = n.newer
 	}
 	if n.newer != nil {
-		n.newer.links[which].older = n.older
+		n.newer.yields.links[which].older = n.older
 	} else {
 		q.newest = n.older
 	}
-	a.links[which] = neighbours{}
+	a.yields.links[which] = neighbours{}
 }
 
 // Yield says that until [Lease.Keep] the lease's place may be given to a newcomer, the oldest lease's first. give is then
@@ -41,10 +47,10 @@ func (a *Lease) Yield(give func()) {
 	l := a.limiter
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if a.released || a.give != nil {
+	if a.released || a.yields != nil {
 		return
 	}
-	a.give = give
+	a.yields = &place{give: give}
 	l.yielding++
 	l.queue.push(ofAll, a)
 	if a.source != (source{}) {
@@ -58,7 +64,7 @@ func (a *Lease) Yield(give func()) {
 func (a *Lease) Yields() bool {
 	a.limiter.mu.Lock()
 	defer a.limiter.mu.Unlock()
-	return a.give != nil
+	return a.yields != nil
 }
 
 // Keep undoes Yield.
@@ -70,17 +76,17 @@ func (a *Lease) Keep() {
 
 // keep is called with limiter.mu held, as is the next.
 func (a *Lease) keep() {
-	if a.give == nil {
+	if a.yields == nil {
 		return
 	}
 	l := a.limiter
-	a.give = nil
 	l.yielding--
 	l.queue.remove(ofAll, a)
 	if c, ok := l.sources[a.source]; ok {
 		c.queue.remove(ofSource, a)
 		l.sources[a.source] = c
 	}
+	a.yields = nil
 }
 
 // takeOldest is how to have the oldest place of q, nil where none yields.
@@ -89,7 +95,7 @@ func (q *queue) takeOldest() (give func()) {
 	if a == nil {
 		return nil
 	}
-	give = a.give
+	give = a.yields.give
 	a.keep()
 	return give
 }

@@ -38,17 +38,17 @@ const (
 
 // A side is one of the flow's two connections.
 type side struct {
-	flow *flow
-	conn net.Conn
-	sock syscall.RawConn // the socket under conn, or nil
-	bare bool            // conn is the socket itself, and can be read by way of sock
-	shut atomic.Bool     // our stream to it has ended, or is about to
+	flow  *flow
+	conn  net.Conn
+	sock  syscall.RawConn // the socket under conn, or nil
+	bare  bool            // conn is the socket itself, and can be read by way of sock
+	state streamState     // guarded by the loop's mutex while the flow is on one, else by flow.mu
+	shut  atomic.Bool     // our stream to it has ended, or is about to
 
 	socket *Socket // while the flow is on a loop
 	rest   []byte  // read from it there, and not yet written
 
-	state streamState // guarded by the loop's mutex while the flow is on one, else by flow.mu
-	fault error       // why it can't go on: the first reason, nil while it can; guarded by flow.mu
+	fault error // why it can't go on: the first reason, nil while it can; guarded by flow.mu
 
 	// guarded by watches.mu
 	watch   uint64 // its id there, or 0
@@ -68,14 +68,14 @@ type flow struct {
 	pumps     int  // that run
 	over      bool // somebody has seen to finish
 	noPark    bool // it does not work
+	guessed   bool // end and err are what is likely: whoever reads from the broken side will know
+	cut       bool // nothing is delivered any more
+	settled   bool // no kernel datapath counts any more
 	end       End  // the first reason wins
 	err       error
-	guessed   bool        // end and err are what is likely: whoever reads from the broken side will know
-	cut       bool        // nothing is delivered any more
 	grace     *time.Timer // looks whether the reader of a broken flow goes on
 	delivered int64       // what that reader has acknowledged
 	takenAt   time.Time   // when that was seen first
-	settled   bool        // no kernel datapath counts any more
 
 	talk talk // on a loop
 

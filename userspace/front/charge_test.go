@@ -288,9 +288,7 @@ func TestOneSourceFloods(t *testing.T) {
 			if n := d.refused("requests_over_limit"); n != want {
 				t.Errorf("%d are counted as refused, want %d", n, want)
 			}
-			if n := d.Status().Requests; n != perSource {
-				t.Errorf("status tells of %d requests under way, want %d", n, perSource)
-			}
+			eventually(t, "status tells of the requests under way", func() bool { return d.Status().Requests == perSource })
 			if n := d.log.Count("status=429"); n > 0 || d.log.Count("requests_per_source") == 0 {
 				t.Errorf("%d refused requests have a line each, and %d lines say why", n, d.log.Count("requests_per_source"))
 			}

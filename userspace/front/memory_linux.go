@@ -20,14 +20,15 @@ import (
 
 const (
 	memoryEvery = time.Second
-	// stoppedFor is how long no byte of a flow must have moved before it may be ended for the memory that its sockets hold.
+	// stoppedFor is how long no byte of a flow must have moved before it may be ended for the memory that its
+	// sockets hold.
 	stoppedFor = 15 * time.Second
 	stoppedMin = 16 << 10 // bytes that such a flow holds at least
 )
 
-// memoryWatch ends flows that hold TCP's memory and don't move when the kernel runs short of it: those of the source that
-// holds most of it first. What the kernel has received for a reader who has stopped is charged to nobody else, and can't be
-// given back in another way; while it is short it gives all others next to nothing.
+// memoryWatch ends flows that hold TCP's memory and don't move when the kernel runs short of it: those of the
+// source that holds most of it first. What the kernel has received for a reader who has stopped is charged to
+// nobody else, and can't be given back in another way; while it is short it gives all others next to nothing.
 type memoryWatch struct {
 	front *Front
 	since map[string]rest // by the peer's address, while memory may run short soon
@@ -55,8 +56,8 @@ func (f *Front) watchMemory() {
 	}
 }
 
-// tcpMemory is how many pages all sockets hold, and how many they may before the kernel is short of them: see tcp_mem in
-// tcp(7).
+// tcpMemory is how many pages all sockets hold, and how many they may before the kernel is short of them: see
+// tcp_mem in tcp(7).
 func tcpMemory() (used, short int64, err error) {
 	stat, err := os.ReadFile("/proc/net/sockstat")
 	if err != nil {
@@ -99,7 +100,7 @@ func (w *memoryWatch) look(now time.Time, used, short int64) {
 	if used < short || len(stopped) == 0 {
 		return
 	}
-	n, who, err := endFullest(stopped)
+	n, who, err := endFullest(stopped, w.front.ports())
 	w.front.metrics.Cut.WithLabelValues("tcp_memory").Add(float64(n))
 	if n > 0 {
 		w.front.complain.Warn("tcp_memory", "the kernel is short of memory for TCP (net.ipv4.tcp_mem): flows that stand still are ended, those of who holds most first",
@@ -110,9 +111,21 @@ func (w *memoryWatch) look(now time.Time, used, short int64) {
 	}
 }
 
-// endFullest ends a quarter of the flows that stand still, and hold something: those of the sources that hold most. who is
-// the first of them.
-func endFullest(stopped map[netip.AddrPort]netip.Prefix) (n int, who netip.Prefix, err error) {
+// ports are those that f accepts connections at.
+func (f *Front) ports() map[uint16]bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	ports := make(map[uint16]bool, len(f.sockets))
+	for _, s := range f.sockets {
+		ports[addrPort(s.door.addr).Port()] = true
+	}
+	return ports
+}
+
+// endFullest ends a quarter of the flows that stand still, and hold something: those of the sources that hold
+// most. who is the first of them. A socket at another port than ours is somebody else's, though its peer may
+// be the same.
+func endFullest(stopped map[netip.AddrPort]netip.Prefix, ports map[uint16]bool) (n int, who netip.Prefix, err error) {
 	type holder struct {
 		id     netlink.SocketID
 		family uint8
@@ -127,7 +140,7 @@ func endFullest(stopped map[netip.AddrPort]netip.Prefix) (n int, who netip.Prefi
 		for _, s := range sockets {
 			addr, _ := netip.AddrFromSlice(s.ID.Destination)
 			source, ok := stopped[netip.AddrPortFrom(addr.Unmap(), s.ID.DestinationPort)]
-			if n := s.RQueue + s.WQueue; ok && n >= stoppedMin {
+			if n := s.RQueue + s.WQueue; ok && ports[s.ID.SourcePort] && n >= stoppedMin {
 				all = append(all, holder{s.ID, family, source, n})
 				held[source] += int(n)
 			}

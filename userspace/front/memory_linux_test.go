@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -11,8 +12,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 )
 
-// TestShortOfTCPMemory: flows whose readers have stopped are ended when the kernel is short of memory, and not before; those
-// of the source that has most first, and none that moves or holds nothing.
+// TestShortOfTCPMemory: flows whose readers have stopped are ended when the kernel is short of memory, and
+// not before; those of the source that has most first, and none that moves or holds nothing.
 func TestShortOfTCPMemory(t *testing.T) {
 	const short = 1000 // pages
 	for _, v := range []struct{ listen, bad, other string }{
@@ -111,6 +112,26 @@ func TestShortOfTCPMemory(t *testing.T) {
 				t.Errorf("%d are counted, want %d", n, ended)
 			}
 		})
+	}
+}
+
+// TestSocketsOfOthers: another server's connection is not ended, though its peer has the address and port of one of ours.
+func TestSocketsOfOthers(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	at := addrPort(ln.Addr())
+	c := dialTCP(t, at.String())
+	if _, err := c.Write(make([]byte, 2*stoppedMin)); err != nil { // which nobody reads
+		t.Fatal(err)
+	}
+	stopped := map[netip.AddrPort]netip.Prefix{addrPort(c.LocalAddr()): netip.MustParsePrefix("127.0.0.1/32")}
+	for _, v := range []struct{ port, ended int }{{int(at.Port()) - 1, 0}, {int(at.Port()), 1}} {
+		if n, _, err := endFullest(stopped, map[uint16]bool{uint16(v.port): true}); n != v.ended || err != nil {
+			t.Errorf("%d of the sockets at port %d are ended, want %d: %v", n, v.port, v.ended, err)
+		}
 	}
 }
 

@@ -1,5 +1,5 @@
-// Package oracle asks real servers what they made of a request that came through the daemon. It has a grammar of
-// requests, right and wrong ones, a client that sends them as bytes of HTTP/1.1 and as frames of HTTP/2,
+// Package oracle asks real servers what they made of a request that came through the daemon. It has a grammar
+// of requests, right and wrong ones, a client that sends them as bytes of HTTP/1.1 and as frames of HTTP/2,
 // and in its tests the servers, and what must hold of all that they answer.
 package oracle
 

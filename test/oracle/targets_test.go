@@ -23,14 +23,15 @@ import (
 	"golang.org/x/net/http2/h2c"
 )
 
-// A target is a real server that the daemon forwards to. By its own reading of host and path it says of what is
-// guarded that it is, with a word that no client knows, and which guard it should have been.
+// A target is a real server that the daemon forwards to. By its own reading of host and path it says of what
+// is guarded that it is, with a word that no client knows, and which guard it should have been.
 type target struct {
 	name, socket string
 	h2c          bool // it is spoken to in HTTP/2
 }
 
-// kinds are the guards: each has a host and a path of open.test. At policy.test the auth server decides by the host.
+// kinds are the guards: each has a host and a path of open.test. At policy.test the auth server decides by
+// the host.
 var (
 	kinds = []string{"allow", "basic", "forward", "cert"}
 	hosts = append([]string{"policy"}, kinds...)
@@ -180,6 +181,23 @@ func startSCGI(t testing.TB, socket, word string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	serveEach(t, ln, func(c net.Conn) {
+		c.SetDeadline(time.Now().Add(time.Minute))
+		br := bufio.NewReader(c)
+		vars, err := readSCGI(br)
+		if err != nil {
+			return
+		}
+		n, _ := strconv.Atoi(vars["CONTENT_LENGTH"])
+		io.CopyN(io.Discard, br, int64(n))
+		body := judgeVariables(word, vars) + "open"
+		fmt.Fprintf(c, "Status: 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%s",
+			len(body), body)
+	})
+}
+
+// serveEach has serve talk to each connection that comes, until the end of the test.
+func serveEach(t testing.TB, ln net.Listener, serve func(net.Conn)) {
 	t.Cleanup(func() { ln.Close() })
 	go func() {
 		for {
@@ -189,17 +207,7 @@ func startSCGI(t testing.TB, socket, word string) {
 			}
 			go func() {
 				defer c.Close()
-				c.SetDeadline(time.Now().Add(time.Minute))
-				br := bufio.NewReader(c)
-				vars, err := readSCGI(br)
-				if err != nil {
-					return
-				}
-				n, _ := strconv.Atoi(vars["CONTENT_LENGTH"])
-				io.CopyN(io.Discard, br, int64(n))
-				body := judgeVariables(word, vars) + "open"
-				fmt.Fprintf(c, "Status: 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%s",
-					len(body), body)
+				serve(c)
 			}()
 		}
 	}()

@@ -274,8 +274,8 @@ func authServer(t testing.TB, h http.HandlerFunc) string {
 	return srv.URL + "/"
 }
 
-// freeAddr is an address of 127.0.0.1 that nothing listens on. It is given once only, and none that the kernel
-// gives to connections.
+// freeAddr is an address of 127.0.0.1 that nothing listens on. It is given once only, and none that the
+// kernel gives to connections.
 func freeAddr(t testing.TB) string {
 	t.Helper()
 	for range 1000 {
@@ -301,25 +301,15 @@ func startLabels(t testing.TB, socket string, is target) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				up, err := net.Dial("unix", is.socket)
-				if err != nil {
-					return
-				}
-				defer up.Close()
-				go io.Copy(up, c)
-				io.Copy(c, up)
-			}()
+	serveEach(t, ln, func(c net.Conn) {
+		up, err := net.Dial("unix", is.socket)
+		if err != nil {
+			return
 		}
-	}()
+		defer up.Close()
+		go io.Copy(up, c)
+		io.Copy(c, up)
+	})
 	_, port, _ := net.SplitHostPort(ln.Addr().String())
 	type labels map[string]string
 	var list []map[string]any

@@ -1,8 +1,9 @@
 // Package passage sends requests through the daemon to a target that records every byte, and answers whatever
-// it is told. What arrives at either end is what the other sent, or table_test.go says what may differ. Beside
-// it nginx gets the same requests.
+// it is told. What arrives at either end is what the other sent, or table_test.go says what may differ.
+// Beside it nginx gets the same requests.
 //
-// go test ./test/oracle/passage -run TestPassage -executions 1000000 makes many more exchanges than usual, and
+// go test ./test/oracle/passage -run TestPassage -executions 1000000 makes many more exchanges than usual,
+// and
 // -fuzz FuzzPassage goes on. TAILSPLICE_BINARY names another binary of the daemon, an old one say.
 package passage
 

@@ -205,7 +205,8 @@ type process struct {
 	slot   uint32
 	there  atomic.Bool // slot is valid, and has our entry
 
-	// arrived is of who runs half 0: what was redirected when the process was last seen to have got all of it.
+	// arrived is of who runs half 0: what was redirected when the process was last seen to have got all of
+	// it.
 	arrived uint64
 	// settled is the sweeper's: so much had moved back when downstream was last seen to have got all of it.
 	settled uint64

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// TestFewFiles: 600 descriptors and no right to more. Flows whose readers have stopped, as many as may be, leave
-// some for a good client, the control socket and a reload: pipes are not for all of them.
+// TestFewFiles: 600 descriptors and no right to more. Flows whose readers have stopped, as many as may be,
+// leave some for a good client, the control socket and a reload: pipes are not for all of them.
 func TestFewFiles(t *testing.T) {
 	const files, stopped = 600, 150
 	target := listen(t, "127.0.0.1:0")

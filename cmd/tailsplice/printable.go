@@ -35,7 +35,8 @@ func (t terminal) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// mayCommand is a quick look, since nearly no line commands anything. C1 begins with 0xc2 in UTF-8, and so does little else.
+// mayCommand is a quick look, since nearly no line commands anything. C1 begins with 0xc2 in UTF-8, and so
+// does little else.
 func mayCommand(b []byte) bool {
 	for _, c := range b {
 		if c < ' ' && c != '\n' && c != '\t' || c == 0x7f || c == 0xc2 {

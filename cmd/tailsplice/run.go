@@ -27,7 +27,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/logwriter"
 )
 
-// adminConnections is how many connections to the metrics may be open, and to the control socket; more wait in the kernel.
+// adminConnections is how many connections to the metrics may be open, and to the control socket; more wait
+// in the kernel.
 const adminConnections = 32
 
 type runOptions struct {

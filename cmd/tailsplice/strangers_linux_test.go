@@ -23,8 +23,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 )
 
-// How long strangers go on at a time, how often, with how many connections for each trick and address, and whether a good
-// client's times count: see strangers_soak_test.go.
+// How long strangers go on at a time, how often, with how many connections for each trick and address, and
+// whether a good client's times count: see strangers_soak_test.go.
 var (
 	strangersGoOn   = time.Second
 	strangersRounds = 1
@@ -33,8 +33,8 @@ var (
 	strangersSoak   = false
 )
 
-// TestStrangers: four addresses with every trick that a stranger knows. A good client from another one is served all the while,
-// and when they have gone so have their goroutines, their descriptors and their memory.
+// TestStrangers: four addresses with every trick that a stranger knows. A good client from another one is
+// served all the while, and when they have gone so have their goroutines, their descriptors and their memory.
 func TestStrangers(t *testing.T) {
 	if !cable.InOwnNetwork(t) {
 		return

@@ -13,8 +13,8 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// A trick is what a stranger does with one connection from source, until ctx ends or he is cut. Between two of them he waits a
-// little, so that it is the daemon that is measured, and not how fast one can write.
+// A trick is what a stranger does with one connection from source, until ctx ends or he is cut. Between two
+// of them he waits a little, so that it is the daemon that is measured, and not how fast one can write.
 type trick struct {
 	name string
 	port int
@@ -125,7 +125,8 @@ func slowly(ctx context.Context, c net.Conn, b []byte, every time.Duration) {
 	}
 }
 
-// onHTTP2 does the same again and again on a connection of HTTP/2 that is never read, and whose streams have no window.
+// onHTTP2 does the same again and again on a connection of HTTP/2 that is never read, and whose streams have
+// no window.
 func onHTTP2(do func(f *http2.Framer, id uint32) error) func(context.Context, net.Conn) {
 	return func(ctx context.Context, c net.Conn) {
 		io.WriteString(c, http2.ClientPreface)
@@ -162,7 +163,8 @@ type endless struct{}
 
 func (endless) Read(b []byte) (int, error) { return len(b), nil }
 
-// attack does all tricks from source, conns connections of each at a time, until ctx ends. count is told of each that begins.
+// attack does all tricks from source, conns connections of each at a time, until ctx ends. count is told of
+// each that begins.
 func attack(ctx context.Context, source string, first []byte, conns int, count func(trick string)) {
 	done := make(chan struct{})
 	all := tricks(first)

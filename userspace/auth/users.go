@@ -154,8 +154,8 @@ func readFile(file string) (s *set, st stamp, bad []error, err error) {
 	return s, stamp{info}, bad, err
 }
 
-// parse reads the lines of an htpasswd file. What is wrong with a line doesn't hold for the others; of two lines of a
-// user neither counts.
+// parse reads the lines of an htpasswd file. What is wrong with a line doesn't hold for the others; of two
+// lines of a user neither counts.
 func parse(text string) (hashes map[string]string, bad []error) {
 	hashes = map[string]string{}
 	seen := map[string]bool{}

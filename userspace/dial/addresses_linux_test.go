@@ -102,7 +102,8 @@ func TestAllAddresses(t *testing.T) {
 	}
 }
 
-// TestManySilent: an address that lives is reached behind many that are silent, and few connections are under way meanwhile.
+// TestManySilent: an address that lives is reached behind many that are silent, and few connections are under
+// way meanwhile.
 func TestManySilent(t *testing.T) {
 	const silent = 12
 	addrs := []netip.Addr{}

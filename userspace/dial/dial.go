@@ -36,8 +36,8 @@ const (
 	// tailnetDelay is the same for nodes of the tailnet: both of a node's
 	// addresses take one path, and a tunnel may have to be set up first.
 	tailnetDelay = time.Second
-	// maxBeside is how many addresses are waited for at a time: each takes a file descriptor, and who names the target may
-	// give it any number. For one more the oldest is given up.
+	// maxBeside is how many addresses are waited for at a time: each takes a file descriptor, and who names
+	// the target may give it any number. For one more the oldest is given up.
 	maxBeside = 4
 	// retryDelay is the pause before a quick failure is tried again.
 	retryDelay = 250 * time.Millisecond
@@ -189,8 +189,8 @@ func (d *Dialer) once(ctx context.Context, t Target, prefer netip.Addr, fresh bo
 	return d.race(ctx, t, d.past().order(addrs, t.Port, prefer))
 }
 
-// past is what d goes by: nothing where it dials from a client's own address, since what does not answer the client may
-// well answer this host.
+// past is what d goes by: nothing where it dials from a client's own address, since what does not answer the
+// client may well answer this host.
 func (d *Dialer) past() *Past {
 	if d.AsClient {
 		return nil

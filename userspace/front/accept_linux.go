@@ -48,9 +48,10 @@ func (d *door) prepare(f *Front, s *socket) error {
 	return nil
 }
 
-// admitTailnet admits what came to an address of the tailnet by the interface that has it, or from this host. The kernel
-// takes connections to it on every interface, so that neighbours in the LAN could come who route to it through this host.
-// tailscaled makes the interface anew as it likes, so who comes by another one than before is looked at, off the loop.
+// admitTailnet admits what came to an address of the tailnet by the interface that has it, or from this host.
+// The kernel takes connections to it on every interface, so that neighbours in the LAN could come who route
+// to it through this host. tailscaled makes the interface anew as it likes, so who comes by another one than
+// before is looked at, off the loop.
 func (f *Front) admitTailnet(s *socket, c *relay.Socket, peer netip.AddrPort) {
 	local := addrPort(s.door.addr).Addr()
 	index, err := arrivedOn(c.FD(), local)

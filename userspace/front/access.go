@@ -278,7 +278,8 @@ func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.G
 		header := v.Request.Header.Clone()
 		auth.RemoveHopByHop(header)
 		v.Apply(header)
-		// What was routed is asked about, in one spelling, whatever the hop before says that its own client asked for.
+		// What was routed is asked about, in one spelling, whatever the hop before says that its own client
+		// asked for.
 		header["X-Forwarded-Host"] = []string{v.URI.HostPort()}
 		res, err := fw.Ask(v.Request.Context(), v.Request.Method, v.URI.String(), header)
 		if err != nil {

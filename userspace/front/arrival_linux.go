@@ -13,8 +13,8 @@ import (
 // loopback is the index of lo, in every network namespace.
 const loopbackIndex = 1
 
-// arrivedOn says by which interface the connection of a socket came. The kernel keeps that since Linux 2.6: see
-// IP_PKTOPTIONS in ip_sockglue.c, and RFC 2292 section 6.
+// arrivedOn says by which interface the connection of a socket came. The kernel keeps that since Linux 2.6:
+// see IP_PKTOPTIONS in ip_sockglue.c, and RFC 2292 section 6.
 func arrivedOn(fd int, local netip.Addr) (index int, err error) {
 	level, want, get, kind := unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, unix.IPV6_2292PKTOPTIONS, unix.IPV6_PKTINFO
 	if local.Is4() {

@@ -15,8 +15,9 @@ import (
 	"github.com/tailsplice/tailsplice/test/cable"
 )
 
-// TestTailnetNeighbour: a machine in the LAN that routes to this node's tailnet addresses through this host gets no answer
-// there. Nodes of the tailnet do, and processes of this host, also when tailscaled has made its interface anew.
+// TestTailnetNeighbour: a machine in the LAN that routes to this node's tailnet addresses through this host
+// gets no answer there. Nodes of the tailnet do, and processes of this host, also when tailscaled has made
+// its interface anew.
 func TestTailnetNeighbour(t *testing.T) {
 	if !cable.InOwnNetwork(t) {
 		return
@@ -54,8 +55,8 @@ func TestTailnetNeighbour(t *testing.T) {
 			t.Fatalf("%s: %v", what, err)
 		}
 	}
-	// tailscaled's interface, and the phone at its other end. Whoever is at the far end of the LAN is the phone, too: by
-	// which way it comes is said by its address.
+	// tailscaled's interface, and the phone at its other end. Whoever is at the far end of the LAN is the
+	// phone, too: by which way it comes is said by its address.
 	plug := func() {
 		t.Helper()
 		must("the interface", lan.AtFar(func() error {

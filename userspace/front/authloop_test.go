@@ -7,8 +7,9 @@ import (
 	"testing"
 )
 
-// TestForwardAuthLoop: a forward_auth that leads back to its own listener is told from one that does not answer,
-// after one question, and takes nobody's connections. A route for the auth server on the same listener works.
+// TestForwardAuthLoop: a forward_auth that leads back to its own listener is told from one that does not
+// answer, after one question, and takes nobody's connections. A route for the auth server on the same
+// listener works.
 func TestForwardAuthLoop(t *testing.T) {
 	target := witness(t)
 	yes := httpBackend(t, func(w http.ResponseWriter, r *http.Request) {})

@@ -41,8 +41,8 @@ func (f *Front) charge(l *listener) func(*vhost.Visit) (vhost.Lease, error) {
 	}
 }
 
-// requestWait is how long a request waits where its source has too many under way, behind requestsWaiting times as many as it
-// may have: those who come from behind one address load their pages at the same time.
+// requestWait is how long a request waits where its source has too many under way, behind requestsWaiting
+// times as many as it may have: those who come from behind one address load their pages at the same time.
 const (
 	requestWait     = 2 * time.Second
 	requestsWaiting = 3

@@ -210,8 +210,8 @@ listeners:
 	return d, plain, secure, pool
 }
 
-// TestResetStreamsCount: who opens streams and resets them has no more requests in a second than a source may have
-// under way.
+// TestResetStreamsCount: who opens streams and resets them has no more requests in a second than a source may
+// have under way.
 func TestResetStreamsCount(t *testing.T) {
 	const perSource, rounds = 10, 50
 	var came atomic.Int64
@@ -444,8 +444,8 @@ limits: { requests_per_source: %d }
 	}
 }
 
-// TestPagesAtOnce: 20 people behind one address load a page of six parts at the same time. That is more than their source may
-// have under way: some wait for their turn, and nobody is refused.
+// TestPagesAtOnce: 20 people behind one address load a page of six parts at the same time. That is more than
+// their source may have under way: some wait for their turn, and nobody is refused.
 func TestPagesAtOnce(t *testing.T) {
 	const people, parts, perSource = 20, 6, 32
 	up := httpBackend(t, func(w http.ResponseWriter, _ *http.Request) {

@@ -67,8 +67,8 @@ listeners:
 	}
 }
 
-// TestACMEProtocolAlone: a route for acme-tls/1 takes no hello that offers more, which would go round what guards
-// the name for everything else.
+// TestACMEProtocolAlone: a route for acme-tls/1 takes no hello that offers more, which would go round what
+// guards the name for everything else.
 func TestACMEProtocolAlone(t *testing.T) {
 	cert, _ := certificate(t, "a.test")
 	for _, local := range []string{"127.0.0.1", "::1"} {

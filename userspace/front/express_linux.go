@@ -18,10 +18,10 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/sni"
 )
 
-// express is the short way of the usual connection: a tcp listener, or an sni listener; a target that is an address.
-// It goes on the relay's loop from event to event, with no goroutine. At the first thing that is not usual it takes the
-// long way, serve, with the bytes that were read: only that refuses, explains, retries. Hellos wait here until they are whole,
-// those of https listeners too.
+// express is the short way of the usual connection: a tcp listener, or an sni listener; a target that is an
+// address. It goes on the relay's loop from event to event, with no goroutine. At the first thing that is not
+// usual it takes the long way, serve, with the bytes that were read: only that refuses, explains, retries.
+// Hellos wait here until they are whole, those of https listeners too.
 type express struct {
 	front    *Front
 	in       *inbound
@@ -46,7 +46,8 @@ const (
 	// expressDial is how long a connect may take here: whatever takes longer needs to be retried, or explained.
 	expressDial = time.Second
 
-	// waitingCost is what a connection that waits for a hello takes of the machine's memory, kernel included: bytes.
+	// waitingCost is what a connection that waits for a hello takes of the machine's memory, kernel included:
+	// bytes.
 	waitingCost = 8 << 10
 	// partBytes is how many bytes of hellos that are not whole may wait in all.
 	partBytes = 16 << 20
@@ -133,7 +134,8 @@ func (x *express) readHello(timedOut bool) {
 	}
 }
 
-// hear goes on with b. Where all hellos take too much, the oldest go. head is all that has come; it is b, or kept.
+// hear goes on with b. Where all hellos take too much, the oldest go. head is all that has come; it is b, or
+// kept.
 func (x *express) hear(b []byte) (head []byte, hello sni.Hello, err error) {
 	limit := x.in.service.limits.HelloBytes
 	if x.part == nil {

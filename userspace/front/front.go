@@ -315,8 +315,8 @@ func (f *Front) watchNeeded(cfg *config.Config) {
 }
 
 const (
-	// filesReserved is for what strangers have no share in: listeners, logs, the control socket, a reload. Half of it is for
-	// pipes, without which bulk is copied.
+	// filesReserved is for what strangers have no share in: listeners, logs, the control socket, a reload.
+	// Half of it is for pipes, without which bulk is copied.
 	filesReserved = 256
 	pipesWanted   = 2048 // where there is room for them
 )

@@ -26,8 +26,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
-// Who they are in the chains below. A hop at each place may belong to the victim, to a friend, or have a tag; proxy is
-// one that is none of ours, before the first place.
+// Who they are in the chains below. A hop at each place may belong to the victim, to a friend, or have a tag;
+// proxy is one that is none of ours, before the first place.
 var (
 	me, friend, server = netip.MustParseAddr("100.64.0.5"), netip.MustParseAddr("100.64.0.6"), netip.MustParseAddr("100.64.0.7")
 	public, lan, gone  = netip.MustParseAddr("203.0.113.66"), netip.MustParseAddr("10.1.2.3"), netip.MustParseAddr("100.64.0.99")
@@ -397,8 +397,8 @@ func quotedAll(list []string) (out []string) {
 	return out
 }
 
-// connect makes what stands for the tailnet between two hops: what connects to addr arrives at the listener from the
-// address of the hop before, or, at the first hop, from the one that peer has.
+// connect makes what stands for the tailnet between two hops: what connects to addr arrives at the listener
+// from the address of the hop before, or, at the first hop, from the one that peer has.
 func (w *world) connect(f *Front, listener string, c *chain, place int) (addr string, peer *atomic.Pointer[netip.Addr]) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -504,8 +504,8 @@ func (c *chain) expect(v *visit) (e expected) {
 	return e
 }
 
-// check sends v into c and compares. It reports whether it got through. Where tailscaled may be late, nobody may know more
-// than the model does.
+// check sends v into c and compares. It reports whether it got through. Where tailscaled may be late, nobody
+// may know more than the model does.
 func (w *world) check(c *chain, v *visit, host string, late bool) bool {
 	var got *heard
 	s, err := w.open(c, v, host)
@@ -602,8 +602,9 @@ func (m *chainMaker) visit(c *chain, all []visit) *visit {
 	}
 }
 
-// TestIdentity sends what strangers and hops may send into all chains of one and two hops, and into some of three and
-// four, of real daemons. What they know must be what they can know, and nobody be taken for somebody else.
+// TestIdentity sends what strangers and hops may send into all chains of one and two hops, and into some of
+// three and four, of real daemons. What they know must be what they can know, and nobody be taken for
+// somebody else.
 func TestIdentity(t *testing.T) {
 	ts := startTailscaled(t)
 	ts.nodes = chainNodes()
@@ -673,8 +674,8 @@ func TestIdentity(t *testing.T) {
 	}
 }
 
-// TestIdentityTailscaled does it while hops can't find out who somebody is, or not in time: that is a stranger then, and no
-// other.
+// TestIdentityTailscaled does it while hops can't find out who somebody is, or not in time: that is a
+// stranger then, and no other.
 func TestIdentityTailscaled(t *testing.T) {
 	all := visits()
 	const perState = 120
@@ -748,8 +749,8 @@ func TestIdentityTailscaled(t *testing.T) {
 	}
 }
 
-// TestIdentityNetmap changes the netmap between two requests on a connection: addresses get other owners, hops lose their
-// tags and names. From then on nobody is who had his address, and no hop is what it was.
+// TestIdentityNetmap changes the netmap between two requests on a connection: addresses get other owners,
+// hops lose their tags and names. From then on nobody is who had his address, and no hop is what it was.
 func TestIdentityNetmap(t *testing.T) {
 	ts := startTailscaled(t)
 	ts.nodes = chainNodes()
@@ -759,7 +760,8 @@ func TestIdentityNetmap(t *testing.T) {
 	var sent []*visit
 	for len(chains) < 300 {
 		c := random.chain(1 + random.IntN(3))
-		// Flows that are not looked into keep what was decided at their beginning, and a hop that speaks HTTP keeps its own.
+		// Flows that are not looked into keep what was decided at their beginning, and a hop that speaks HTTP
+		// keeps its own.
 		splices := func(h *hop) bool { return h.mode == "tcp" || h.mode == "sni" }
 		first := slices.IndexFunc(c.hops, func(h *hop) bool { return !splices(h) })
 		if first >= 0 && slices.ContainsFunc(c.hops[first:], splices) {

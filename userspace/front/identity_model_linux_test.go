@@ -82,8 +82,8 @@ func inTailnet(a netip.Addr) bool {
 	return strings.HasPrefix(a.String(), "fd7a:115c:a1e0:") || a.Is4() && a.As4()[0] == 100 && a.As4()[1]>>6 == 1
 }
 
-// pass is what h makes of what it is told: who the client is (invalid: nobody), and what it tells the next hop;
-// not ok is that it goes no further.
+// pass is what h makes of what it is told: who the client is (invalid: nobody), and what it tells the next
+// hop; not ok is that it goes no further.
 func (h *hop) pass(in words) (client netip.Addr, out words, ok bool) {
 	var nobody netip.Addr
 	client = in.by // of a connection

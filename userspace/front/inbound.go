@@ -64,8 +64,8 @@ func (in *inbound) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// RemoteAddr is never nil. That of a TCPConn which was made of a descriptor is, if the peer had reset it by then, and
-// net/http asks it without looking.
+// RemoteAddr is never nil. That of a TCPConn which was made of a descriptor is, if the peer had reset it by
+// then, and net/http asks it without looking.
 func (in *inbound) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(in.peer) }
 
 // ReadFrom and WriteTo hide TCPConn's, which would pass the bytes that were

@@ -422,8 +422,8 @@ func TestOneReading(t *testing.T) {
 }
 
 // TestOneReadingByAll compares what routes, the auth server, the access log and the target learn of a
-// request: it is the same, and what the client sent. Only the auth server, which compares hosts, hears the one
-// spelling that routes are looked up by.
+// request: it is the same, and what the client sent. Only the auth server, which compares hosts, hears the
+// one spelling that routes are looked up by.
 func TestOneReadingByAll(t *testing.T) {
 	target := witness(t)
 	var mu sync.Mutex

@@ -88,9 +88,9 @@ func (e *passesByError) Error() string {
 }
 func (e *passesByError) Unwrap() error { return vhost.ErrMisdirected }
 
-// passesBy names the sni listener of this daemon that a request goes round: its connection may have come by that,
-// with a name in its hello by which it was let through, and the request is for a host whose name would not have
-// been, or only for some. A client comes again with a connection of its own then.
+// passesBy names the sni listener of this daemon that a request goes round: its connection may have come by
+// that, with a name in its hello by which it was let through, and the request is for a host whose name would
+// not have been, or only for some. A client comes again with a connection of its own then.
 func (s *service) passesBy(req *http.Request, host string, certs *tlsterm.Store) (listener string) {
 	if len(s.edges) == 0 || certs == nil || req.TLS == nil {
 		return ""

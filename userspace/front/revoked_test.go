@@ -12,8 +12,9 @@ import (
 	"golang.org/x/crypto/bcrypt"
 )
 
-// TestRevoked takes away the last user and the last authority while connections are kept: from then on nobody comes in by
-// them, on these or on new ones, with a session of TLS that was begun before or not, nor after a reload that fails for that.
+// TestRevoked takes away the last user and the last authority while connections are kept: from then on nobody
+// comes in by them, on these or on new ones, with a session of TLS that was begun before or not, nor after a
+// reload that fails for that.
 func TestRevoked(t *testing.T) {
 	hash, err := bcrypt.GenerateFromPassword([]byte("secret"), bcrypt.MinCost)
 	if err != nil {

@@ -99,8 +99,8 @@ const userspace = "userspace"
 // accepts says whether a hello with these protocols may take the rule.
 func (r *rule) accepts(alpn []string) bool {
 	return len(r.alpn) == 0 || slices.ContainsFunc(alpn, func(p string) bool {
-		// An authority that validates a name offers nothing else (RFC 8737 section 3). Who does may choose what
-		// is for everybody, and would have gone round what guards that.
+		// An authority that validates a name offers nothing else (RFC 8737 section 3). Who does may choose
+		// what is for everybody, and would have gone round what guards that.
 		return slices.Contains(r.alpn, p) && (p != acmeTLS || len(alpn) == 1)
 	})
 }

@@ -47,8 +47,8 @@ func (f *Front) serveSNI(in *inbound) {
 	f.spliceTo(in, r, &hello)
 }
 
-// helloTimeout and helloDisplaced are the metric's words for a hello that was not complete in time, or before others
-// needed its place.
+// helloTimeout and helloDisplaced are the metric's words for a hello that was not complete in time, or before
+// others needed its place.
 const (
 	helloTimeout   = "hello_timeout"
 	helloDisplaced = "hello_displaced"

@@ -565,8 +565,8 @@ listeners:
 	}
 }
 
-// TestProxyRequiredLater: on a connection that is kept, no request is answered once accept_proxy.required wants a PROXY header
-// which it did not begin with.
+// TestProxyRequiredLater: on a connection that is kept, no request is answered once accept_proxy.required
+// wants a PROXY header which it did not begin with.
 func TestProxyRequiredLater(t *testing.T) {
 	app := headers(t)
 	for _, p := range protocols {
@@ -726,8 +726,8 @@ func TestPeersZone(t *testing.T) {
 	}
 }
 
-// TestTailnetNetworks: an address of the tailnet's ranges that no node has is a stranger's, such as the neighbour's at a
-// provider that gives 100.64.0.0/10 to its customers.
+// TestTailnetNetworks: an address of the tailnet's ranges that no node has is a stranger's, such as the
+// neighbour's at a provider that gives 100.64.0.0/10 to its customers.
 func TestTailnetNetworks(t *testing.T) {
 	startTailscaled(t)
 	app := headers(t)

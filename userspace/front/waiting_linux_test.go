@@ -166,7 +166,8 @@ limits: { hello_timeout: 100ms }`, addr))
 	}
 }
 
-// TestOldestHelloGoes: where connections wait for hellos in all places that there are, one who comes gets that of the oldest.
+// TestOldestHelloGoes: where connections wait for hellos in all places that there are, one who comes gets
+// that of the oldest.
 func TestOldestHelloGoes(t *testing.T) {
 	for _, v := range []struct{ name, limits string }{
 		{"limit of all", "connections: 4"},
@@ -208,7 +209,8 @@ limits: { hello_timeout: 5m, %s }`, addr, backend(t, echo), v.limits))
 	}
 }
 
-// TestLongHalfHellos: of what hellos hold before they are whole there is a limit for all together; the oldest go.
+// TestLongHalfHellos: of what hellos hold before they are whole there is a limit for all together; the oldest
+// go.
 func TestLongHalfHellos(t *testing.T) {
 	addr := freeAddr(t)
 	d := start(t, fmt.Sprintf(`

@@ -88,8 +88,8 @@ func (l *Limiter) SetLimits(total, perSource int) {
 	l.total, l.perSource = total, perSource
 }
 
-// Acquire counts one more connection from src. The error is an [*OverError]; there is then nothing to release. Where there
-// is no room the oldest lease that yields gives its place: of src, or of all.
+// Acquire counts one more connection from src. The error is an [*OverError]; there is then nothing to
+// release. Where there is no room the oldest lease that yields gives its place: of src, or of all.
 //
 // The zero Addr is a source that is not known (yet): it counts in all, and is bounded by nothing else. That is for
 // connections of a trusted proxy, which all have its address until [Lease.Move] says whose they are.
@@ -130,7 +130,8 @@ func (l *Limiter) acquire(s source) (lease *Lease, give func(), err error) {
 	return &Lease{limiter: l, source: s}, nil, nil
 }
 
-// full says why s can have no more. The caller holds mu, as for the next two: enter counts one more for s, leave one less.
+// full says why s can have no more. The caller holds mu, as for the next two: enter counts one more for s,
+// leave one less.
 func (l *Limiter) full(s source) error {
 	if n := l.sources[s].count; l.perSource > 0 && n >= l.perSource {
 		return &OverError{Source: s.prefix(), Count: n, Limit: l.perSource, kind: ErrSource, noun: l.noun}
@@ -189,8 +190,8 @@ type Lease struct {
 }
 
 // Move counts the lease for src from now on, because a PROXY header said where the connection really comes from. The
-// total stays the same, and it yields no more. When src has too many already the error is an [*OverError] and the lease stays where it was:
-// the caller releases it as ever. Moving a released lease does nothing.
+// total stays the same, and it yields no more. When src has too many already the error is an [*OverError] and
+// the lease stays where it was: the caller releases it as ever. Moving a released lease does nothing.
 func (l *Lease) Move(src netip.Addr) error {
 	s := sourceOf(src)
 	l.limiter.mu.Lock()

@@ -375,7 +375,8 @@ func TestMoveSoon(t *testing.T) {
 	}
 }
 
-// TestYield: a newcomer gets the place of who has yielded for longest, of its own source where that has too many.
+// TestYield: a newcomer gets the place of who has yielded for longest, of its own source where that has too
+// many.
 func TestYield(t *testing.T) {
 	l := New(4, 2)
 	var given []string
@@ -422,7 +423,8 @@ func TestYieldInVain(t *testing.T) {
 	}
 }
 
-// TestYieldLate: who has been called for its place and gives none, because it is about to need it, is not called again.
+// TestYieldLate: who has been called for its place and gives none, because it is about to need it, is not
+// called again.
 func TestYieldLate(t *testing.T) {
 	l := New(1, 0)
 	calls := 0

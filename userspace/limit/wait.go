@@ -12,9 +12,9 @@ type waiter struct {
 	granted chan struct{} // closed when it is
 }
 
-// MoveSoon is [Lease.Move] for a lease whose source is not known yet. Where src has too many it waits for its turn, for so
-// long, or until ctx ends, and does not count meanwhile. It does not wait behind more others than times the limit of a
-// source, nor than the limit on all.
+// MoveSoon is [Lease.Move] for a lease whose source is not known yet. Where src has too many it waits for its
+// turn, for so long, or until ctx ends, and does not count meanwhile. It does not wait behind more others
+// than times the limit of a source, nor than the limit on all.
 func (a *Lease) MoveSoon(ctx context.Context, src netip.Addr, times int, long time.Duration) error {
 	s, l := sourceOf(src), a.limiter
 	l.mu.Lock()

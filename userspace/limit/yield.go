@@ -41,8 +41,9 @@ func (q *queue) remove(which int, a *Lease) {
 	a.yields.links[which] = neighbours{}
 }
 
-// Yield says that until [Lease.Keep] the lease's place may be given to a newcomer, the oldest lease's first. give is then
-// called once, without a lock and by whoever wants the place, and releases the lease; if it does not, the next has to.
+// Yield says that until [Lease.Keep] the lease's place may be given to a newcomer, the oldest lease's first.
+// give is then called once, without a lock and by whoever wants the place, and releases the lease; if it does
+// not, the next has to.
 func (a *Lease) Yield(give func()) {
 	l := a.limiter
 	l.mu.Lock()

@@ -25,8 +25,8 @@ var pipes struct {
 	limit int // 0: none
 }
 
-// LimitPipes says how many pipes, of two descriptors each, the process may have. Those that a reader who has stopped
-// keeps full count: without one, bytes are copied.
+// LimitPipes says how many pipes, of two descriptors each, the process may have. Those that a reader who has
+// stopped keeps full count: without one, bytes are copied.
 func LimitPipes(n int) {
 	pipes.Lock()
 	defer pipes.Unlock()

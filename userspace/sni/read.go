@@ -45,8 +45,8 @@ func NewListener(maxBytes int) *Listener {
 	return &Listener{scanner{maxMessage: maxBytes, maxWire: wireFactor * maxBytes}}
 }
 
-// Hear goes on with b, which is the whole stream so far, and may be kept: what it holds must not change. The error is that
-// of [Parse], or [ErrTooLarge]; after any but [ErrIncomplete] there is nothing more to hear.
+// Hear goes on with b, which is the whole stream so far, and may be kept: what it holds must not change. The
+// error is that of [Parse], or [ErrTooLarge]; after any but [ErrIncomplete] there is nothing more to hear.
 func (l *Listener) Hear(b []byte) (Hello, error) { return l.next(b) }
 
 // Continue is [Read] for a stream whose first bytes have been read already, by a parser of PROXY headers, say. They are

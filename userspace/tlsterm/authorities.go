@@ -79,7 +79,8 @@ func (a *Authorities) look() {
 	}
 }
 
-// hasNone says whether a file that read has refused is one without an authority, and not one that can't be read.
+// hasNone says whether a file that read has refused is one without an authority, and not one that can't be
+// read.
 func (a *Authorities) hasNone() bool {
 	_, err := readFile(a.file)
 	return err == nil || errors.Is(err, errNoFile) || errors.Is(err, errEmpty)

@@ -108,8 +108,8 @@ func explain(err error) error {
 	return err
 }
 
-// lockAddr and firstLockPort are bound by who has a slot, without listening: there is nothing to connect to. It needs a
-// port that not everybody may bind, for who has all slots keeps all daemons from having one.
+// lockAddr and firstLockPort are bound by who has a slot, without listening: there is nothing to connect to.
+// It needs a port that not everybody may bind, for who has all slots keeps all daemons from having one.
 var lockAddr = [4]byte{127, 116, 17, 40}
 
 const firstLockPort = 1000

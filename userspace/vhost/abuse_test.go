@@ -271,8 +271,8 @@ func TestEmptyWindow(t *testing.T) {
 	}
 }
 
-// TestEmptyWindowInCrowd checks that a client with many connections has to take the end of an answer soon: the handler has
-// returned, and nothing counts what is left. Others may take their time.
+// TestEmptyWindowInCrowd checks that a client with many connections has to take the end of an answer soon:
+// the handler has returned, and nothing counts what is left. Others may take their time.
 func TestEmptyWindowInCrowd(t *testing.T) {
 	t.Parallel()
 	up, _, _ := counting(t)
@@ -313,8 +313,8 @@ func TestEmptyWindowInCrowd(t *testing.T) {
 	}
 }
 
-// TestUnreadConnection checks that a client of HTTP/2 which reads nothing at all is cut soon: the server keeps up to 10,000
-// frames for it, answers to its PINGs. One of HTTP/1 is only slow to take its answer.
+// TestUnreadConnection checks that a client of HTTP/2 which reads nothing at all is cut soon: the server
+// keeps up to 10,000 frames for it, answers to its PINGs. One of HTTP/1 is only slow to take its answer.
 func TestUnreadConnection(t *testing.T) {
 	t.Parallel()
 	endless := func(gone chan<- struct{}) *Upstream {

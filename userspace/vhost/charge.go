@@ -55,8 +55,8 @@ func (x *exchange) endRequest() {
 // requests under way.
 const refusalWait = 5 * time.Second
 
-// lastWait is how long a client with many connections may take for the end of an answer whose handler has returned: HTTP/2's
-// server keeps that, some 30 KB a stream, and nothing counts it any more.
+// lastWait is how long a client with many connections may take for the end of an answer whose handler has
+// returned: HTTP/2's server keeps that, some 30 KB a stream, and nothing counts it any more.
 const lastWait = 15 * time.Second
 
 // hurry sets that time.

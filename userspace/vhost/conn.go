@@ -191,8 +191,8 @@ func (c *conn) Close() error {
 	return c.closeErr
 }
 
-// reset closes the connection so that its peer can't take that for an end. It is closed below TLS, whose alert
-// would say that all is well.
+// reset closes the connection so that its peer can't take that for an end. It is closed below TLS, whose
+// alert would say that all is well.
 func (c *conn) reset() {
 	if l, ok := c.Conn.(interface{ SetLinger(int) error }); ok {
 		_ = l.SetLinger(0)
@@ -207,8 +207,8 @@ func (c *conn) serves(r *http.Request) {
 	}
 }
 
-// stall is how long a write to c may take. Who speaks HTTP/2 stops to read streams, and never the connection, for which the
-// server keeps up to 10,000 frames; who has made no request yet is not heard at all.
+// stall is how long a write to c may take. Who speaks HTTP/2 stops to read streams, and never the connection,
+// for which the server keeps up to 10,000 frames; who has made no request yet is not heard at all.
 func (c *conn) stall() time.Duration {
 	if c.http1.Load() {
 		return c.server.opts.StallTimeout

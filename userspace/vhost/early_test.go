@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// TestAnswerBeforeReset checks that an answer arrives which the upstream gave before it had read the whole body, and
-// reset the connection behind.
+// TestAnswerBeforeReset checks that an answer arrives which the upstream gave before it had read the whole
+// body, and reset the connection behind.
 func TestAnswerBeforeReset(t *testing.T) {
 	const size = 4 << 20
 	for _, answer := range []int{100, 60_000} {
@@ -33,8 +33,9 @@ func TestAnswerBeforeReset(t *testing.T) {
 	}
 }
 
-// TestCutOffAnswerBeforeReset checks that a reset is not taken for the end of an answer without a length, when it is a write that
-// hears of it, and that the client hears of it though its body may have ended just then.
+// TestCutOffAnswerBeforeReset checks that a reset is not taken for the end of an answer without a length,
+// when it is a write that hears of it, and that the client hears of it though its body may have ended just
+// then.
 func TestCutOffAnswerBeforeReset(t *testing.T) {
 	h := newHop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
 		readHead(br)
@@ -57,8 +58,8 @@ func TestCutOffAnswerBeforeReset(t *testing.T) {
 	}
 }
 
-// TestAnswerBeforeClose checks that a client which said Connection: close isn't reset right behind the answer when that comes before the
-// end of its body.
+// TestAnswerBeforeClose checks that a client which said Connection: close isn't reset right behind the answer
+// when that comes before the end of its body.
 func TestAnswerBeforeClose(t *testing.T) {
 	h := newHop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
 		readHead(br)

@@ -54,8 +54,8 @@ var forwarding = map[string]bool{
 	"proxy":                     true, // HTTP_PROXY for who makes variables of headers
 }
 
-// otherPath are those, as net/http spells them, by which a target or an auth server takes another path, or method, than
-// the request's. Hops that are none of tailsplice pass on what their client sends in them.
+// otherPath are those, as net/http spells them, by which a target or an auth server takes another path, or
+// method, than the request's. Hops that are none of tailsplice pass on what their client sends in them.
 var otherPath = map[string]bool{"X-Original-Uri": true, "X-Original-Method": true, "X-Original-Url": true, "X-Rewrite-Url": true}
 
 // isForwarding says whether a header, however it is written, is one of them.
@@ -75,9 +75,10 @@ func isForwarding(name string) bool {
 		bytes.HasPrefix(n, []byte("tailscale-")) || bytes.Contains(n, []byte("-forwarded-")) || forwarding[string(n)]
 }
 
-// dropForwarding removes from a request's header what a stranger says of whom it is from and how it was asked: routes,
-// guards and targets hear that from a hop that is believed, or not at all. Who a tailnet's user is each hop asks its
-// own tailscaled, and guards the path itself that a target takes: Tailscale- headers and other paths are always dropped.
+// dropForwarding removes from a request's header what a stranger says of whom it is from and how it was
+// asked: routes, guards and targets hear that from a hop that is believed, or not at all. Who a tailnet's
+// user is each hop asks its own tailscaled, and guards the path itself that a target takes: Tailscale-
+// headers and other paths are always dropped.
 func dropForwarding(h http.Header, believed bool) {
 	for name := range h {
 		if isForwarding(name) && (!believed || !isPlainName(name) || strings.HasPrefix(strings.ToLower(name), "tailscale-") || otherPath[name]) {

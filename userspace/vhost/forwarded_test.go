@@ -169,7 +169,8 @@ func TestForgedMatch(t *testing.T) {
 	}
 }
 
-// TestOtherPath checks that a target hears of the path that was guarded alone, also from a hop that is believed.
+// TestOtherPath checks that a target hears of the path that was guarded alone, also from a hop that is
+// believed.
 func TestOtherPath(t *testing.T) {
 	each(t, func(t *testing.T, p protocol) {
 		h := p.hop(t, upstream(t, echoHeader), func(c *config) { c.info = func(i ConnInfo) ConnInfo { i.Trusted = true; return i } })

@@ -68,8 +68,8 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		defer x.hurry()
 	}
 	defer x.forget()
-	// With a Content-Length beside it, which net/http doesn't show, who is before this hop may see the end of a
-	// chunked body elsewhere, and another client's request begin in it (RFC 9112 6.1).
+	// With a Content-Length beside it, which net/http doesn't show, who is before this hop may see the end of
+	// a chunked body elsewhere, and another client's request begin in it (RFC 9112 6.1).
 	x.resp.last = r.ProtoMajor == 1 && len(r.TransferEncoding) > 0 && !believes(x.visit.Conn, r.TLS != nil)
 	x.requestID = requestID(r, x.conn, x.id)
 	x.timing = s.wantsTiming(r, x.visit.Conn)
@@ -223,8 +223,8 @@ func (s *Server) answered(res *http.Response) error {
 		res.Header.Del(hstsHeader)
 	}
 	if x.req.ProtoMajor == 1 && res.StatusCode != http.StatusSwitchingProtocols && x.body.unfinished() {
-		// The transport may still read the body when the handler returns. net/http must not begin with the next
-		// request then, and a connection whose body is not read whole is to be closed (RFC 9112 9.3).
+		// The transport may still read the body when the handler returns. net/http must not begin with the
+		// next request then, and a connection whose body is not read whole is to be closed (RFC 9112 9.3).
 		res.Header["Connection"] = []string{"close"}
 	}
 	if x.route.Compress {

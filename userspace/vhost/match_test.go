@@ -2,7 +2,8 @@ package vhost
 
 import "testing"
 
-// TestAnyCase: the path of a guard is matched in whatever case servers take for the same, and costs no memory.
+// TestAnyCase: the path of a guard is matched in whatever case servers take for the same, and costs no
+// memory.
 func TestAnyCase(t *testing.T) {
 	for _, c := range []struct {
 		route, path string

@@ -510,8 +510,8 @@ func TestEarlyAnswer(t *testing.T) {
 	})
 }
 
-// TestEndOfBodyAfterAnswer ends a request's body after the answer, when the transport still waits for it: nothing
-// panics, and the connection, whose answer has said so, ends.
+// TestEndOfBodyAfterAnswer ends a request's body after the answer, when the transport still waits for it:
+// nothing panics, and the connection, whose answer has said so, ends.
 func TestEndOfBodyAfterAnswer(t *testing.T) {
 	const answer = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nearly"
 	for name, form := range map[string]struct{ head, rest string }{

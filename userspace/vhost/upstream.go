@@ -206,9 +206,9 @@ func (c *upstreamConn) leave(x *exchange) {
 	delete(c.users, x)
 }
 
-// Write reports no reset in the middle of a request: the transport would close the connection, and there may be
-// an answer to read, as from servers that refuse an upload. What comes after that answer, or in its place, says
-// that the connection is gone.
+// Write reports no reset in the middle of a request: the transport would close the connection, and there may
+// be an answer to read, as from servers that refuse an upload. What comes after that answer, or in its place,
+// says that the connection is gone.
 func (c *upstreamConn) Write(p []byte) (int, error) {
 	if c.deaf.Load() {
 		return len(p), nil

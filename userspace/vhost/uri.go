@@ -33,8 +33,8 @@ type URI struct {
 // String is the request-target that is sent on.
 func (u *URI) String() string { return u.Path + u.Query }
 
-// HostPort is the host as routes are looked up by it, with the port that the client wrote, if any: Authority in
-// the one spelling that whoever compares hosts will know.
+// HostPort is the host as routes are looked up by it, with the port that the client wrote, if any: Authority
+// in the one spelling that whoever compares hosts will know.
 func (u *URI) HostPort() string {
 	host, port := u.Host, ""
 	if i := strings.LastIndexByte(u.Authority, ':'); i > strings.LastIndexByte(u.Authority, ']') {

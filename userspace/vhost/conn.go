@@ -139,10 +139,16 @@ type conn struct {
 	http1   atomic.Bool  // a request of HTTP/1 has come
 	armed   atomic.Int64 // when the write deadline was last set, Unix ns
 	foreign atomic.Bool  // somebody else has set a write deadline
+
+	preface int     // bytes of HTTP/2's preface that were read; -1: it speaks something else
+	frames  *frames // nil: no HTTP/2, or TLS around it
 }
 
 func newConn(c net.Conn, s *Server) *conn {
 	cn := &conn{Conn: c, server: s, done: make(chan struct{})}
+	if s.opts.TLS != nil {
+		cn.preface = -1
+	}
 	if i, ok := c.(Infoer); ok {
 		cn.info = i.Info()
 		return cn
@@ -227,7 +233,11 @@ func (c *conn) Write(b []byte) (int, error) {
 			c.Conn.SetWriteDeadline(now.Add(stall))
 		}
 	}
-	return c.Conn.Write(b)
+	n, err := c.Conn.Write(b)
+	if c.frames != nil {
+		c.frames.sent.Add(int64(n))
+	}
+	return n, err
 }
 
 // SetWriteDeadline gives way to a deadline of net/http or crypto/tls (for the

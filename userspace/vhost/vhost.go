@@ -228,6 +228,9 @@ func New(o Options) *Server {
 			// OPTIONS * is a request like any other.
 			DisableGeneralOptionsHandler: true,
 		}
+		if err := serveHTTP2(s.http[c]); err != nil {
+			panic(err) // of a TLS configuration, and it has none
+		}
 		go s.http[c].Serve(s.feeds[c])
 	}
 	return s

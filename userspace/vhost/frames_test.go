@@ -1,0 +1,111 @@
+package vhost
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/net/http2"
+)
+
+// TestFrames measures, by a clock of its own, how long it takes to read frames that bring no answer, in reads
+// of all sizes, beside such that do.
+func TestFrames(t *testing.T) {
+	const n = 1500
+	write := func(do func(f *http2.Framer) error) []byte {
+		var b bytes.Buffer
+		f := http2.NewFramer(&b, nil)
+		f.AllowIllegalWrites = true
+		for range n {
+			if err := do(f); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return b.Bytes()
+	}
+	ping := write(func(f *http2.Framer) error { return f.WritePing(false, [8]byte{1}) })
+	headers := write(func(f *http2.Framer) error {
+		return f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x82}, EndHeaders: true})
+	})
+	const slow = (n - frameBurst) * time.Second / framesPerSecond
+	for _, c := range []struct {
+		name   string
+		frames []byte
+		answer int // bytes, for a frame
+		hop    bool
+		want   time.Duration
+	}{
+		{"PING", ping, 0, false, slow},
+		{"PING, with acks that are read", ping, 16, false, (n/2 - frameBurst) * time.Second / framesPerSecond},
+		{"PING of a hop", ping, 0, true, 0},
+		{"SETTINGS", write((*http2.Framer).WriteSettingsAck), 0, false, slow},
+		{"RST_STREAM", write(func(f *http2.Framer) error { return f.WriteRSTStream(1, http2.ErrCodeCancel) }), 0, false, slow},
+		{"PRIORITY", write(func(f *http2.Framer) error { return f.WritePriority(1, http2.PriorityParam{}) }), 0, false, slow},
+		{"CONTINUATION", write(func(f *http2.Framer) error { return f.WriteContinuation(1, false, make([]byte, 1000)) }), 0, false, slow},
+		{"WINDOW_UPDATE", write(func(f *http2.Framer) error { return f.WriteWindowUpdate(0, 1) }), 0, false, slow},
+		{"WINDOW_UPDATE of a reader", write(func(f *http2.Framer) error { return f.WriteWindowUpdate(0, 4096) }), 4096, false, 0},
+		{"requests without answers", headers, 0, false, slow},
+		{"requests", headers, 60, false, 0},
+		{"DATA", write(func(f *http2.Framer) error { return f.WriteData(1, false, []byte("a")) }), 0, false, 0},
+		{"empty DATA", write(func(f *http2.Framer) error { return f.WriteData(1, false, nil) }), 0, false, slow},
+		{"ends", write(func(f *http2.Framer) error { return f.WriteData(1, true, nil) }), 0, false, 0},
+	} {
+		for _, size := range []int{1, 8, frameHeader, 1000} {
+			synctest.Test(t, func(t *testing.T) {
+				near, far := net.Pipe()
+				cn := newConn(near, New(Options{}))
+				defer cn.server.Close()
+				defer cn.Close()
+				if c.hop {
+					cn.info.Unknown = &UnsaidError{}
+				}
+				go func() { io.WriteString(far, http2Preface); far.Write(c.frames); far.Close() }()
+				go io.Copy(io.Discard, far)
+				if _, err := io.ReadFull(cn, make([]byte, len(http2Preface))); err != nil {
+					t.Fatal(err)
+				}
+				began, b, answered, got := time.Now(), make([]byte, size), 0, []byte(nil)
+				for {
+					m, err := cn.Read(b)
+					got = append(got, b[:m]...)
+					if c.answer > 0 {
+						frames := len(got) * n / len(c.frames)
+						cn.frames.sent.Add(int64((frames - answered) * c.answer))
+						answered = frames
+					}
+					if err != nil {
+						break
+					}
+				}
+				if !bytes.Equal(got, c.frames) {
+					t.Errorf("%s in reads of %d: %d bytes of %d", c.name, size, len(got), len(c.frames))
+				}
+				most := c.want
+				if c.want > 0 && size > frameHeader {
+					most = slow // what is read at once is waited for before it can be answered
+				}
+				if took := time.Since(began); took < c.want*9/10 || took > most*11/10 {
+					t.Errorf("%s in reads of %d: %v, want %v", c.name, size, took, c.want)
+				}
+			})
+		}
+	}
+}
+
+// TestNoFrames: what is not HTTP/2 to the last byte of its preface is read as it comes.
+func TestNoFrames(t *testing.T) {
+	for _, s := range []string{"GET / HTTP/1.1\r\n\r\n", http2Preface[:len(http2Preface)-1] + "x", "P", "PRI * HTTP/2.0\r\n\r\nSM\r\n\rPRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"} {
+		near, far := net.Pipe()
+		cn := newConn(near, New(Options{}))
+		go func() { io.WriteString(far, s); far.Close() }()
+		got, err := io.ReadAll(io.MultiReader(io.LimitReader(cn, 14), cn))
+		if err != nil || string(got) != s || cn.frames != nil {
+			t.Errorf("%q: %q, %v, %v", s, got, err, cn.frames)
+		}
+		cn.Close()
+		cn.server.Close()
+	}
+}

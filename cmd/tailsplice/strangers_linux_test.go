@@ -131,6 +131,10 @@ func startWorld(t *testing.T) *world {
 		}
 	})}
 	ln := listen(t, "127.0.0.1:9002")
+	// What a target queues in its kernel is the target's to bound, and this one has its kernel with the daemon.
+	raw, err := ln.(*net.TCPListener).SyscallConn()
+	check(t, err)
+	check(t, raw.Control(func(fd uintptr) { _ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, 128<<10) }))
 	go func() { _ = app.Serve(ln) }()
 	t.Cleanup(func() { app.Close() })
 	files := fmt.Sprintf("{ files: { cert: %s/cert.pem, key: %s/key.pem } }", dir, dir)

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -29,7 +31,7 @@ const (
 // tricks are those that a stranger knows. first is a hello of TLS.
 func tricks(first []byte) []trick {
 	half := func(_ context.Context, c net.Conn) { c.Write(first[:len(first)/2]); keep(c) }
-	return []trick{
+	all := []trick{
 		{"half a hello, sni", portSNI, half},
 		{"half a hello, https", portHTTPS, half},
 		{"nothing at all", portSNI, func(_ context.Context, c net.Conn) { keep(c) }},
@@ -65,52 +67,67 @@ func tricks(first []byte) []trick {
 				time.Sleep(20 * time.Millisecond)
 			}
 		}},
-		{"rapid reset", portHTTP, onHTTP2(func(f *http2.Framer, id uint32) error {
-			for range 20 {
-				if err := request(f, id, "/big", true); err != nil {
-					return err
-				}
-				if err := f.WriteRSTStream(id, http2.ErrCodeCancel); err != nil {
-					return err
-				}
-				id += 2
-			}
-			return nil
-		})},
-		{"a header without end", portHTTP, onHTTP2(func(f *http2.Framer, id uint32) error {
-			if err := request(f, id, "/", false); err != nil {
+	}
+	for _, tr := range http2Tricks {
+		do := onHTTP2(tr.do)
+		inTLS := func(ctx context.Context, c net.Conn) { do(ctx, tls.Client(c, clientTLS)) }
+		all = append(all, trick{tr.name, portHTTP, do}, trick{tr.name + ", in TLS", portHTTPS, inTLS})
+	}
+	return all
+}
+
+var clientTLS = &tls.Config{InsecureSkipVerify: true, ServerName: "a.test", NextProtos: []string{"h2"}}
+
+// http2Tricks are done again and again.
+var http2Tricks = []struct {
+	name string
+	do   func(f *http2.Framer, id uint32) error
+}{
+	{"rapid reset", func(f *http2.Framer, id uint32) error {
+		for range 20 {
+			if err := request(f, id, "/big", true); err != nil {
 				return err
 			}
-			for range 100 {
-				if err := f.WriteContinuation(id, false, []byte("\x00\x01x\x7f\xa1\x07"+strings.Repeat("a", 1056))); err != nil {
-					return err
-				}
+			if err := f.WriteRSTStream(id, http2.ErrCodeCancel); err != nil {
+				return err
 			}
-			return nil
-		})},
-		{"SETTINGS", portHTTP, onHTTP2(func(f *http2.Framer, id uint32) error {
-			for i := range 100 {
-				if err := f.WriteSettings(http2.Setting{ID: http2.SettingHeaderTableSize, Val: uint32(i)}); err != nil {
-					return err
-				}
+			id += 2
+		}
+		return nil
+	}},
+	{"a header without end", func(f *http2.Framer, id uint32) error {
+		if err := request(f, id, "/", false); err != nil {
+			return err
+		}
+		for range 100 {
+			if err := f.WriteContinuation(id, false, []byte("\x00\x01x\x7f\xa1\x07"+strings.Repeat("a", 1056))); err != nil {
+				return err
 			}
-			return nil
-		})},
-		{"PINGs", portHTTP, onHTTP2(func(f *http2.Framer, id uint32) error {
-			for range 100 {
-				if err := f.WritePing(false, [8]byte{1}); err != nil {
-					return err
-				}
+		}
+		return nil
+	}},
+	{"SETTINGS", func(f *http2.Framer, id uint32) error {
+		for i := range 100 {
+			if err := f.WriteSettings(http2.Setting{ID: http2.SettingHeaderTableSize, Val: uint32(i)}); err != nil {
+				return err
 			}
-			return nil
-		})},
-		{"a header table that grows", portHTTP, onHTTP2(func(f *http2.Framer, id uint32) error {
-			block := append(header("/", "x-much", strings.Repeat("b", 3900)), strings.Repeat("\xbe", 100)...) // that again
-			return f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block, EndHeaders: true, EndStream: true})
-		})},
-		{"empty windows, of much", portHTTP, onHTTP2(func(f *http2.Framer, id uint32) error { return request(f, id, "/big", true) })},
-		{"empty windows, of little", portHTTP, onHTTP2(func(f *http2.Framer, id uint32) error { return request(f, id, "/", true) })},
-	}
+		}
+		return nil
+	}},
+	{"PINGs", func(f *http2.Framer, id uint32) error {
+		for range 100 {
+			if err := f.WritePing(false, [8]byte{1}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}},
+	{"a header table that grows", func(f *http2.Framer, id uint32) error {
+		block := append(header("/", "x-much", strings.Repeat("b", 3900)), strings.Repeat("\xbe", 100)...) // that again
+		return f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block, EndHeaders: true, EndStream: true})
+	}},
+	{"empty windows, of much", func(f *http2.Framer, id uint32) error { return request(f, id, "/big", true) }},
+	{"empty windows, of little", func(f *http2.Framer, id uint32) error { return request(f, id, "/", true) }},
 }
 
 // keep waits for the other end to have enough.
@@ -129,13 +146,14 @@ func slowly(ctx context.Context, c net.Conn, b []byte, every time.Duration) {
 // no window.
 func onHTTP2(do func(f *http2.Framer, id uint32) error) func(context.Context, net.Conn) {
 	return func(ctx context.Context, c net.Conn) {
-		io.WriteString(c, http2.ClientPreface)
-		f := http2.NewFramer(c, c)
+		out := bufio.NewWriter(c) // which costs the stranger as little as can be
+		out.WriteString(http2.ClientPreface)
+		f := http2.NewFramer(out, c)
 		f.AllowIllegalWrites = true
 		f.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
 		for id := uint32(1); ctx.Err() == nil; id += 100 {
 			c.SetWriteDeadline(time.Now().Add(time.Second))
-			if do(f, id) != nil {
+			if do(f, id) != nil || out.Flush() != nil {
 				return
 			}
 			time.Sleep(50 * time.Millisecond)

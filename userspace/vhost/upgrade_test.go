@@ -347,8 +347,10 @@ func TestUpgradeByTLS(t *testing.T) {
 			t.Errorf("%q, %v", got, err)
 		}
 		ws.CloseNow()
-		// Whatever it is called: net/http's transport knows of WebSockets only.
-		for _, request := range []string{upgrade, strings.Replace(upgrade, "keep-alive, Upgrade", "keep-alive\r\nX: y\r\nConnection: Upgrade", 1)} {
+		// Whatever it is called: net/http's transport knows of WebSockets only. In two lines first, while no
+		// connection is kept that speaks HTTP/1.1.
+		lines := strings.Replace(upgrade, "keep-alive, Upgrade", "keep-alive\r\nX: y\r\nConnection: Upgrade", 1)
+		for _, request := range []string{lines, upgrade} {
 			conn, br := raw(t, h, true)
 			io.WriteString(conn, request)
 			if res, err := http.ReadResponse(br, nil); err != nil || res.StatusCode != 400 {

@@ -3,11 +3,15 @@ package admin
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -101,5 +105,75 @@ func TestNoDaemon(t *testing.T) {
 	_, err := Client{Socket: filepath.Join(t.TempDir(), "none")}.Reload(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "tailsplice run") {
 		t.Errorf("got %v: want a hint", err)
+	}
+}
+
+// pipes is a listener whose connections are made by dial, in memory.
+type pipes struct {
+	conns chan net.Conn
+	ended chan struct{}
+}
+
+func (p pipes) dial() net.Conn {
+	client, server := net.Pipe()
+	p.conns <- server
+	return client
+}
+
+func (p pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.ended:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p pipes) Close() error   { close(p.ended); return nil }
+func (p pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipes", Net: "unix"} }
+
+// TestIdleClients checks that no client is kept for ever: none that has its answer and asks for nothing more,
+// none that sends half a request or nothing, and none that takes half an answer.
+func TestIdleClients(t *testing.T) {
+	const request = "GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+	for name, c := range map[string]struct {
+		send string
+		read int
+	}{
+		"has its answer":         {request, 1 << 20},
+		"says nothing":           {"", 0},
+		"sends half a header":    {request[:20], 0},
+		"sends half a body":      {strings.Replace(request, "\r\n\r\n", "\r\nContent-Length: 9\r\n\r\nhalf", 1), 1 << 20},
+		"takes half the answer":  {request, 1},
+		"takes nothing at all":   {request, 0},
+		"asks on without taking": {strings.Repeat(request, 9), 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ln := pipes{make(chan net.Conn), make(chan struct{})}
+				ctx, cancel := context.WithCancel(t.Context())
+				answer := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					io.Copy(io.Discard, r.Body)
+					io.WriteString(w, strings.Repeat("x", 1<<20))
+				})
+				go Serve(ctx, ln, answer, slog.New(slog.DiscardHandler))
+				conn := ln.dial()
+				go io.WriteString(conn, c.send)
+				conn.SetReadDeadline(time.Now().Add(time.Hour)) // a bubble may not hang
+				if c.read > 0 {
+					if _, err := io.CopyN(io.Discard, conn, int64(c.read)); err != nil {
+						t.Error(err)
+					}
+				}
+				time.Sleep(2*writeTimeout + idleTimeout)
+				conn.SetWriteDeadline(time.Now().Add(time.Minute))
+				if _, err := conn.Write([]byte{'\n'}); !errors.Is(err, io.ErrClosedPipe) {
+					t.Errorf("the connection is kept: %v", err)
+				}
+				conn.Close()
+				cancel()
+				<-ln.ended
+			})
+		})
 	}
 }

@@ -179,7 +179,7 @@ func TestSlotsOfOthers(t *testing.T) {
 			t.Fatal(errno)
 		}
 		for slot := range slots {
-			if name, err := net.Listen("unix", fmt.Sprintf("@tailsplice-transparent-%d", slot)); err == nil {
+			if name, err := net.ListenPacket("unixgram", fmt.Sprintf("@tailsplice-transparent-%d", slot)); err == nil {
 				t.Cleanup(func() { name.Close() })
 			}
 			if lock, err := lockSlot(slot); err == nil {

@@ -341,6 +341,70 @@ listeners:
 	}
 }
 
+// TestForwardAuthCondition: what a visitor asks of the target's answer is not asked of the auth server, whose
+// file would be as the visitor has it, or too short.
+func TestForwardAuthCondition(t *testing.T) {
+	target, at := witness(t), time.Unix(1_000_000_000, 0)
+	auth := httpBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Etag", `"theirs"`)
+		http.ServeContent(w, r, "", at, strings.NewReader("yes"))
+	})
+	before, after := at.Add(-time.Hour).UTC().Format(http.TimeFormat), at.Add(time.Hour).UTC().Format(http.TimeFormat)
+	for _, w := range wires {
+		listen := []string{freeAddr(t), freeAddrAt(t, "::1")}
+		start(t, readingConfig(t, fmt.Sprintf(`forward_auth: { address: "http://%s/" }`, auth), w, listen, target))
+		for _, header := range [][][2]string{
+			{{"If-None-Match", "*"}}, {{"If-None-Match", `"theirs"`}}, {{"If-Modified-Since", after}},
+			{{"If-Match", `"ours"`}}, {{"If-Unmodified-Since", before}}, {{"Range", "bytes=100-"}},
+			{{"Range", "bytes=100-"}, {"If-Range", `"theirs"`}},
+		} {
+			for _, addr := range listen {
+				m := message{target: "/admin", host: "app.test", header: header}
+				status, body := w.send(t, addr, m)
+				for _, kv := range header {
+					if status != "200" || !strings.Contains(body, "\r\n"+kv[0]+": "+kv[1]+"\r\n") {
+						t.Errorf("%s, %q: %s, the target got %q", w.name, header, status, body)
+					}
+				}
+			}
+		}
+	}
+}
+
+// TestForwardAuthNonsense: an auth server's answer that is no final answer of HTTP lets nobody in, and reaches
+// nobody.
+func TestForwardAuthNonsense(t *testing.T) {
+	target := witness(t)
+	for _, answer := range []string{
+		"101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket", "20 Odd", "2000 Odd",
+	} {
+		auth := backend(t, func(c net.Conn) {
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(time.Minute))
+			br := bufio.NewReader(c)
+			for line := ""; line != "\r\n"; {
+				var err error
+				if line, err = br.ReadString('\n'); err != nil {
+					return
+				}
+			}
+			fmt.Fprintf(c, "HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n", answer)
+		})
+		for _, w := range wires {
+			listen := []string{freeAddr(t), freeAddrAt(t, "::1")}
+			d := start(t, readingConfig(t, fmt.Sprintf(`forward_auth: { address: "http://%s/" }`, auth), w, listen, target))
+			for _, addr := range listen {
+				if status, body := w.send(t, addr, message{target: "/admin", host: "app.test"}); status != "502" {
+					t.Errorf("%s, %.10q: %s %q", w.name, answer, status, body)
+				}
+			}
+			if log := d.log.String(); strings.Contains(log, "panic") {
+				t.Errorf("%s, %.10q: %s", w.name, answer, log)
+			}
+		}
+	}
+}
+
 // TestForwardAuthHost: the auth server is asked about the host that is routed, and not about another one that a hop which is
 // believed was told by its client.
 func TestForwardAuthHost(t *testing.T) {

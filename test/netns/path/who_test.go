@@ -21,7 +21,8 @@ var echoHeaders = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) 
 })
 
 // TestWho: a target hears from home's tailscaled which user a request is from, and from nobody else; allow
-// lets that user in by login and a node by its tag, over the tailnet, and nobody who comes by the edge.
+// lets that user in by login and a node by its tag, over the tailnet, and nobody who comes by the edge, the
+// user himself included.
 func TestWho(t *testing.T) {
 	s := world(t)
 	ln, err := s.Home.Listen("tcp", "127.0.0.1:9100")
@@ -34,32 +35,42 @@ func TestWho(t *testing.T) {
 	routes := `    routes:
       - { host: [` + lab.Site + `], path: /who/user, forward: "127.0.0.1:9100", allow: ["` + lab.TestUser + `"] }
       - { host: [` + lab.Site + `], path: /who/tag, forward: "127.0.0.1:9100", allow: ["tag:laptop"] }
+      - { host: [` + lab.Site + `], path: /who/edge, forward: "127.0.0.1:9100", allow: ["tag:edge"] }
       - { host: [` + lab.Site + `], path: /who, forward: "127.0.0.1:9100" }
 `
-	s.configure(t, s.home, strings.Replace(homeConfig, "    default: { forward: tailnet://laptop:8080 }\n",
-		routes+"    default: { forward: tailnet://laptop:8080 }\n", 1))
+	const rest = "    default: { forward: tailnet://laptop:8080 }\n"
+	believing := func(from string) string { // home's configuration
+		return strings.Replace(strings.Replace(homeConfig, rest, routes+rest, 1), `["tag:edge"]`, from, 1)
+	}
+	s.configure(t, s.home, believing(`["tag:edge"]`))
+	site := lab.Site + ":443"
+	edge := net.JoinHostPort(s.EdgeA.Node.IP4.String(), "443")
 	home := net.JoinHostPort(s.Home.Node.IP4.String(), "443")
 	for _, c := range []struct {
 		name, path string
 		from       *lab.Host
-		byEdge     bool
+		to         string
 		status     int
 		user       string
 	}{
-		{"the user", "/who/user", s.Friend, false, 200, lab.TestUser},
-		{"the user where a tag is wanted", "/who/tag", s.Friend, false, 403, ""},
-		{"the tag", "/who/tag", s.Laptop, false, 200, ""},
-		{"a tag where the user is wanted", "/who/user", s.Laptop, false, 403, ""},
-		{"a tag where anybody may", "/who", s.Laptop, false, 200, ""},
-		{"the public", "/who/user", s.Client, true, 403, ""},
-		{"the public where anybody may", "/who", s.Client, true, 200, ""},
+		{"the user", "/who/user", s.Friend, home, 200, lab.TestUser},
+		{"the user where a tag is wanted", "/who/tag", s.Friend, home, 403, ""},
+		{"the tag", "/who/tag", s.Laptop, home, 200, ""},
+		{"a tag where the user is wanted", "/who/user", s.Laptop, home, 403, ""},
+		{"a tag where anybody may", "/who", s.Laptop, home, 200, ""},
+		{"the user, by the public way", "/who/user", s.Friend, site, 403, ""},
+		{"the user, by the public way, where the edge may", "/who/edge", s.Friend, site, 403, ""},
+		{"the user, by the public way, where anybody may", "/who", s.Friend, site, 200, ""},
+		// The edge says that it is from the user's address on the tailnet, and home's tailscaled whose that is.
+		{"the user, by the edge's address on the tailnet", "/who/user", s.Friend, edge, 200, lab.TestUser},
+		{"the user, by that address, where the edge may", "/who/edge", s.Friend, edge, 403, ""},
+		{"a tag, by that address", "/who/user", s.Laptop, edge, 403, ""},
+		{"the public", "/who/user", s.Client, site, 403, ""},
+		{"the public where the edge may", "/who/edge", s.Client, site, 403, ""},
+		{"the public where anybody may", "/who", s.Client, site, 200, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			b := s.browser(c.from, "tcp4", false)
-			if !c.byEdge {
-				b.Transport = directTo(s, c.from, home)
-			}
-			b.Timeout = patience
+			b := &http.Client{Transport: directTo(s, c.from, c.to), Timeout: patience}
 			defer b.CloseIdleConnections()
 			req, err := http.NewRequestWithContext(t.Context(), "GET", "https://"+lab.Site+c.path, nil)
 			if err != nil {
@@ -91,14 +102,13 @@ func TestWho(t *testing.T) {
 			}
 		})
 	}
-	if n := status(t, s.home).Refused["not_allowed"]; n < 3 {
-		t.Errorf("%d refusals are counted, want 3", n)
+	if n := status(t, s.home).Refused["not_allowed"]; n < 8 {
+		t.Errorf("%d refusals are counted, want 8", n)
 	}
 
 	// A hop of the user's is not the user: whoever comes through it would be.
 	t.Run("the user's node as a hop", func(t *testing.T) {
-		s.configure(t, s.home, strings.Replace(strings.Replace(homeConfig, "    default: { forward: tailnet://laptop:8080 }\n", routes+"    default: { forward: tailnet://laptop:8080 }\n", 1),
-			`from: ["tag:edge"]`, `from: ["tag:edge", friend]`, 1))
+		s.configure(t, s.home, believing(`["tag:edge", friend]`))
 		for _, c := range []struct {
 			preface, path string
 			status        int
@@ -122,6 +132,46 @@ func TestWho(t *testing.T) {
 			raw.Close()
 			if res.StatusCode != c.status || strings.Contains(string(body), "Tailscale-User") {
 				t.Errorf("%q, %s: %s %s", c.preface, c.path, res.Status, body)
+			}
+		}
+	})
+
+	// An edge of the user's: whoever comes by it is not the user, the user neither, whether the edge says for
+	// whom it speaks or not. Beside tag:edge home names its node, or tells it to say so.
+	t.Run("the user's edge", func(t *testing.T) {
+		const listen = "198.51.100.98:443"
+		config := func(send string) string {
+			there := strings.Replace(lab.EdgeConfig, ":443", listen, 1)
+			return strings.Replace(there, ", send_proxy: v2", send, 1)
+		}
+		edge := s.Friend.Tailsplice(t, config(""))
+		t.Cleanup(edge.Kill)
+		for _, c := range []struct {
+			send, from string
+			open       int // the status of what anybody may have
+		}{
+			{"", `["tag:edge", friend]`, 200},
+			{"", `["tag:edge", friend], required: true`, 0}, // closed
+			{", send_proxy: v2", `["tag:edge", friend]`, 200},
+			{", send_proxy: v2", `["tag:edge", friend], required: true`, 200},
+			{", send_proxy: v2", `["tag:edge"]`, 0},
+		} {
+			s.configure(t, edge, config(c.send))
+			s.configure(t, s.home, believing(c.from))
+			for _, from := range []*lab.Host{s.Client, s.Friend} {
+				for path, status := range map[string]int{"/who": c.open, "/who/user": min(c.open, 1) * 403} {
+					b := &http.Client{Transport: directTo(s, from, listen), Timeout: patience}
+					got, body := 0, []byte{}
+					if res, err := b.Get("https://" + lab.Site + path); err == nil {
+						got = res.StatusCode
+						body, _ = io.ReadAll(res.Body)
+						res.Body.Close()
+					}
+					if got != status || strings.Contains(string(body), "Tailscale-User") {
+						t.Errorf("edge%s, accept_proxy from %s, %s asks for %s: %d %s, want %d", c.send, c.from,
+							from.Name, path, got, body, status)
+					}
+				}
 			}
 		}
 	})

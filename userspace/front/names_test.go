@@ -67,6 +67,7 @@ listeners:
 	oddNames(t, addr, func(t *testing.T, addr, version string) {
 		for name, want := range map[string]string{
 			"a.test":              "this is a\n",
+			"a.test.":             "this is a\n",
 			"A.test:443":          "this is a\n",
 			"192.0.2.1":           "this is default\n",
 			"192.0.2.1:443":       "this is default\n",

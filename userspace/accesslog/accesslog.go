@@ -39,6 +39,8 @@ type Options struct {
 	Log *slog.Logger
 	// Lost counts lines that were not written. Nil counts nowhere.
 	Lost func(lines int)
+	// Wait makes it no error that the file can't be opened: it is tried again each second, and lines are lost meanwhile.
+	Wait bool
 }
 
 // Log is one open access log. Make it with [Open], end it with Close. Its
@@ -54,18 +56,18 @@ type Log struct {
 	closed bool
 	done   chan struct{} // closed when the writer has ended
 
-	reopen atomic.Bool
+	reopen  atomic.Bool
+	problem atomic.Pointer[error] // why lines are lost now; nil: none is
 
 	// The writer's own.
-	out    io.Writer
-	file   *os.File // nil for standard error
+	out    io.Writer // nil: the file could not be opened yet
+	file   *os.File  // nil for standard error
 	looked time.Time
-	broken bool // the last write or open failed, and that was said
 	torn   bool // the file ends in the middle of a line
 }
 
 // Open opens the file for appending, and makes it if it is not there. Its folder
-// must exist.
+// must exist, but for Options.Wait.
 func Open(o Options) (*Log, error) {
 	l := &Log{opts: o, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	switch o.Format {
@@ -81,7 +83,10 @@ func Open(o Options) (*Log, error) {
 	if o.File == Stderr {
 		l.out = os.Stderr
 	} else if err := l.open(); err != nil {
-		return nil, err
+		if !o.Wait {
+			return nil, err
+		}
+		l.complain(err)
 	}
 	go l.run()
 	return l, nil
@@ -124,6 +129,14 @@ func (l *Log) Close() {
 	case <-l.done:
 	case <-time.After(closeWait):
 	}
+}
+
+// Problem is why lines are lost now, or nil.
+func (l *Log) Problem() error {
+	if p := l.problem.Load(); p != nil {
+		return *p
+	}
+	return nil
 }
 
 func (l *Log) poke() {
@@ -187,8 +200,11 @@ func (l *Log) follow() {
 			return
 		}
 	}
+	waited := l.out == nil
 	if err := l.open(); err != nil {
 		l.complain(err)
+	} else if waited {
+		l.fine()
 	}
 }
 
@@ -211,6 +227,10 @@ func (l *Log) open() error {
 
 // write writes whole lines, or loses them.
 func (l *Log) write(batch []byte, lines int) {
+	if l.out == nil {
+		l.lost(lines)
+		return
+	}
 	if l.torn {
 		if _, err := l.out.Write([]byte("\n")); err != nil {
 			l.lost(lines)
@@ -220,10 +240,7 @@ func (l *Log) write(batch []byte, lines int) {
 	}
 	n, err := l.out.Write(batch)
 	if err == nil {
-		if l.broken {
-			l.broken = false
-			l.opts.Log.Info("the access log is written again", "file", l.opts.File)
-		}
+		l.fine()
 		return
 	}
 	written := 0
@@ -237,12 +254,22 @@ func (l *Log) write(batch []byte, lines int) {
 	l.complain(err)
 }
 
-// complain says once that lines are lost, until they no longer are.
+// fine says that what complain said is over.
+func (l *Log) fine() {
+	if l.problem.Swap(nil) != nil {
+		l.opts.Log.Info("the access log is written again", "file", l.opts.File)
+	}
+}
+
+// complain says once that lines are lost, until they no longer are. What can't be opened is tried again, also
+// where no line comes.
 func (l *Log) complain(err error) {
-	if l.broken {
+	if l.out == nil {
+		time.AfterFunc(lookEvery, l.Reopen)
+	}
+	if l.problem.Swap(&err) != nil {
 		return
 	}
-	l.broken = true
 	var path *os.PathError
 	if errors.As(err, &path) {
 		err = path.Err

@@ -3,6 +3,7 @@ package accesslog
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -276,5 +277,32 @@ func TestLongTexts(t *testing.T) {
 				t.Errorf("a line of %d bytes", len(line))
 			}
 		}
+	}
+}
+
+// TestFolderComesLate: a log whose folder is not there loses its lines, says so, and is written once the folder is there,
+// also where no line comes meanwhile.
+func TestFolderComesLate(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "late", "a.log")
+	log, lost := &logs.Log{}, new(atomic.Int64)
+	l, err := Open(Options{File: file, Format: "common", Log: log.Logger(), Lost: func(n int) { lost.Add(int64(n)) }, Wait: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := l.Problem(); !errors.Is(err, os.ErrNotExist) || log.Count("requests go on") != 1 {
+		t.Errorf("the problem is %v; %d complaints", err, log.Count("requests go on"))
+	}
+	l.Write(&entry)
+	eventually(t, "the loss is counted", func() bool { return lost.Load() == 1 })
+	if err := os.Mkdir(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the file is there", func() bool { _, err := os.Stat(file); return err == nil })
+	eventually(t, "the problem is over", func() bool { return l.Problem() == nil && log.Count("written again") == 1 })
+	l.Write(&entry)
+	eventually(t, "a line", func() bool { return count(file) == 1 })
+	if n := log.Count("requests go on"); n != 1 {
+		t.Errorf("%d complaints", n)
 	}
 }

@@ -24,34 +24,45 @@ func namesOf(leaf *x509.Certificate) (names, warnings []string) {
 	return nil, []string{"the certificate is for no name at all: it is served only to clients that name none"}
 }
 
-// examine looks at the whole chain: an error is what no client would accept, a
-// warning is what many would not.
-func examine(chain []*x509.Certificate, now time.Time) (warnings []string, err error) {
-	leaf := chain[0]
-	if err := validity(leaf, now); err != nil {
-		return nil, err
-	}
-	issuerFound := selfIssued(leaf)
+// issuerOf finds the issuer of a chain's first certificate in it: its index, or 0.
+func issuerOf(chain []*x509.Certificate) int {
 	for i, c := range chain[1:] {
-		if bytes.Equal(leaf.RawIssuer, c.RawSubject) && leaf.CheckSignatureFrom(c) == nil {
-			issuerFound = true
-			if err := validity(c, now); err != nil {
-				return nil, fmt.Errorf("the issuer's certificate (number %d in the file): %w", i+2, err)
-			}
-		} else if err := validity(c, now); err != nil {
-			warnings = append(warnings, fmt.Sprintf("certificate %d in the file: %v", i+2, err))
+		if bytes.Equal(chain[0].RawIssuer, c.RawSubject) && chain[0].CheckSignatureFrom(c) == nil {
+			return i + 1
 		}
 	}
-	if !issuerFound && !publicRoot(leaf) {
+	return 0
+}
+
+// validChain says that a certificate, or its issuer's, is outside of its validity, which no client accepts.
+func validChain(chain []*x509.Certificate, issuer int, now time.Time) error {
+	if err := validity(chain[0], now); err != nil || issuer == 0 {
+		return err
+	}
+	if err := validity(chain[issuer], now); err != nil {
+		return fmt.Errorf("the issuer's certificate (number %d in the file): %w", issuer+1, err)
+	}
+	return nil
+}
+
+// examine looks at the whole chain for what many clients would not accept.
+func examine(chain []*x509.Certificate, issuer int, now time.Time) (warnings []string) {
+	leaf := chain[0]
+	for i, c := range chain {
+		if err := validity(c, now); err != nil && i != 0 && i != issuer {
+			warnings = append(warnings, fmt.Sprintf("certificate %d in the file: %v", i+1, err))
+		}
+	}
+	if issuer == 0 && !selfIssued(leaf) && !publicRoot(leaf) {
 		warnings = append(warnings, fmt.Sprintf("the certificate of the issuer, %s, is not in the file: unless that is a root which your clients trust, many will refuse: append the intermediate certificate (the authority's \"full chain\")", issuerName(leaf)))
 	}
 	if len(leaf.ExtKeyUsage) > 0 && !serverAuth(leaf) {
 		warnings = append(warnings, "the certificate is not made for servers (no serverAuth in its extended key usage): browsers will refuse it")
 	}
-	if left := leaf.NotAfter.Sub(now); left < soon(leaf) {
+	if left := leaf.NotAfter.Sub(now); left > 0 && left < soon(leaf) {
 		warnings = append(warnings, fmt.Sprintf("the certificate expires on %s: renew it", date(leaf.NotAfter)))
 	}
-	return warnings, nil
+	return warnings
 }
 
 func validity(c *x509.Certificate, now time.Time) error {

@@ -47,7 +47,8 @@ func date(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 MST") }
 // wrong path must not read a disk image.
 const maxFile = 1 << 20
 
-// read makes an entry of a spec. All its errors name a file.
+// read makes an entry of a spec. All its errors name a file. Where a certificate is only outside of its
+// validity the entry is there, too.
 func (s *Store) read(spec Spec) (*entry, error) {
 	if spec.GetCertificate != nil {
 		if spec.Covers == nil {
@@ -67,21 +68,17 @@ func (s *Store) read(spec Spec) (*entry, error) {
 	if err := matches(spec, chain, key); err != nil {
 		return nil, err
 	}
-	e.leaf = chain[0]
+	e.leaf, e.chain, e.issuer = chain[0], chain, issuerOf(chain)
 	e.cert = &tls.Certificate{PrivateKey: key, Leaf: e.leaf}
 	for _, c := range chain {
 		e.cert.Certificate = append(e.cert.Certificate, c.Raw)
 	}
 	e.names, e.warnings = namesOf(e.leaf)
-	w, err := examine(chain, time.Now())
-	if err != nil {
-		return nil, &FileError{spec.Cert, err}
-	}
-	e.warnings = append(e.warnings, w...)
+	e.warnings = append(e.warnings, examine(chain, e.issuer, time.Now())...)
 	if open, mode := readableByAll(spec.key()); open {
 		e.warnings = append(e.warnings, fmt.Sprintf("%s can be read by every user of this machine (mode %o): chmod 600 it", spec.key(), mode))
 	}
-	return e, nil
+	return e, e.problem(time.Now())
 }
 
 var (

@@ -8,18 +8,33 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 )
 
-// entry is one certificate of a set: read from files (cert and leaf are there),
-// or asked for.
+// entry is one certificate of a set: read from files (cert and chain are there, or
+// else err), or asked for.
 type entry struct {
 	spec  Spec
 	stamp stamp // the files when they were read
 
+	err      error // why there is no certificate: the files can't be used
 	cert     *tls.Certificate
 	leaf     *x509.Certificate
-	names    []string // as listed for status: DNS names, then IP addresses
+	chain    []*x509.Certificate // the leaf first
+	issuer   int                 // the leaf's, in chain; 0: it is not there
+	names    []string            // as listed for status: DNS names, then IP addresses
 	warnings []string
+}
+
+// problem is why the entry is of no use to clients now, or nil.
+func (e *entry) problem(now time.Time) error {
+	if e.leaf == nil {
+		return e.err
+	}
+	if err := validChain(e.chain, e.issuer, now); err != nil {
+		return &FileError{e.spec.Cert, err}
+	}
+	return nil
 }
 
 func (e *entry) source() string {
@@ -55,7 +70,7 @@ func newSet(entries []*entry) *set {
 			s.sources = append(s.sources, e)
 			continue
 		}
-		for _, n := range e.names {
+		for _, n := range e.names { // of a broken one none are known
 			m, n := s.exact, canonical(n)
 			if rest, ok := strings.CutPrefix(n, "*."); ok {
 				m, n = s.wildcard, rest

@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -67,8 +68,19 @@ type Store struct {
 // that is wrong with any of them, each by its file's name; *FileError is among
 // what errors.As finds. What is merely doubtful is logged as a warning.
 func Load(specs []Spec, log *slog.Logger) (*Store, error) {
+	return load(specs, log, false)
+}
+
+// Open is Load that does without what can't be used now. A certificate that has expired, or is not valid yet, is
+// served all the same: clients judge. Files that are broken or missing are served from when Run finds
+// them mended. Each is logged, and [Store.Certificates] shows it. It fails where specs are wrong, never for a file.
+func Open(specs []Spec, log *slog.Logger) (*Store, error) {
+	return load(specs, log, true)
+}
+
+func load(specs []Spec, log *slog.Logger, lenient bool) (*Store, error) {
 	s := &Store{log: log}
-	apply, err := s.Prepare(specs)
+	apply, err := s.prepare(specs, lenient)
 	if err != nil {
 		return nil, err
 	}
@@ -77,10 +89,12 @@ func Load(specs []Spec, log *slog.Logger) (*Store, error) {
 }
 
 // Prepare reads the certificates of a new config without serving them yet;
-// apply swaps them in and can't fail. It is as strict as Load but for one case:
-// a certificate from the same files that this store already serves may have
-// expired meanwhile, so that a change of something else can still be made.
-func (s *Store) Prepare(specs []Spec) (apply func(), err error) {
+// apply swaps them in and can't fail. It is as strict as Load but for files whose
+// certificate has expired while this store served it, or that the store could not
+// use before: a change of something else can still be made.
+func (s *Store) Prepare(specs []Spec) (apply func(), err error) { return s.prepare(specs, false) }
+
+func (s *Store) prepare(specs []Spec, lenient bool) (apply func(), err error) {
 	if len(specs) == 0 {
 		return nil, errors.New("no certificates: an https listener needs at least one")
 	}
@@ -89,15 +103,22 @@ func (s *Store) Prepare(specs []Spec) (apply func(), err error) {
 	entries := make([]*entry, 0, len(specs))
 	for _, spec := range specs {
 		e, err := s.read(spec)
-		var expired *ExpiredError
-		if err != nil && errors.As(err, &expired) {
-			if served := old.find(spec); served != nil {
-				e, err = served, nil
-			}
-		}
+		var fe *FileError
 		if err != nil {
-			errs = append(errs, err)
-			continue
+			switch served := old.find(spec); {
+			case !errors.As(err, &fe): // no Covers
+				errs = append(errs, err)
+				continue
+			case served != nil && served.cert != nil && e != nil: // it has expired
+				e = served
+			case lenient || served != nil && served.cert == nil:
+				if e == nil {
+					e = &entry{spec: spec, stamp: stampOf(spec), err: err}
+				}
+			default:
+				errs = append(errs, err)
+				continue
+			}
 		}
 		entries = append(entries, e)
 	}
@@ -110,13 +131,22 @@ func (s *Store) Prepare(specs []Spec) (apply func(), err error) {
 		defer s.reload.Unlock()
 		for _, e := range next.entries {
 			s.warn(e)
+			if now := time.Now(); e.problem(now) != nil && e != old.find(e.spec) {
+				s.log.Error("a certificate can't be used: the others are served, and this one once it is mended", "cert", e.spec.Cert,
+					"err", e.problem(now))
+			}
 		}
 		s.set.Store(next)
 	}, nil
 }
 
+// Usable says whether there is a certificate to serve, or somebody to ask for one.
+func (s *Store) Usable() bool {
+	return slices.ContainsFunc(s.set.Load().entries, func(e *entry) bool { return e.err == nil })
+}
+
 // Reload reads all files again. Pairs that are whole are served from then on; a
-// broken pair keeps what was served before, and is in the error.
+// broken pair keeps what was served before, if anything was, and is in the error.
 func (s *Store) Reload() error {
 	s.reload.Lock()
 	defer s.reload.Unlock()
@@ -138,6 +168,14 @@ func (s *Store) refresh(want func(*entry) bool) error {
 		fresh, err := s.read(e.spec)
 		if err != nil {
 			errs = append(errs, err)
+		}
+		switch {
+		case err == nil, e.cert == nil && fresh != nil: // even one that has expired is more than none
+		case e.cert == nil && err.Error() != e.err.Error():
+			s.log.Error("a certificate can still not be used", "cert", e.spec.Cert, "err", err)
+			entries[i], changed = &entry{spec: e.spec, err: err}, true
+			continue
+		default:
 			continue
 		}
 		if !fresh.sameLeaf(e) {
@@ -157,7 +195,7 @@ func (s *Store) refresh(want func(*entry) bool) error {
 const Interval = time.Second
 
 // Run follows the files until ctx ends: what changed is served within about two
-// intervals. A pair that is broken for longer than one interval (a new
+// intervals. A pair that could not be used when it was opened is read again each time. A pair that is broken for longer than one interval (a new
 // certificate whose key is still on its way is not) is logged, once for each
 // state of its files. It also warns of certificates that expire while served.
 func (s *Store) Run(ctx context.Context) {
@@ -211,15 +249,20 @@ type Info struct {
 	Issuer    string    `json:"issuer,omitempty"`
 	NotBefore time.Time `json:"not_before,omitzero"`
 	NotAfter  time.Time `json:"not_after,omitzero"`
-	Default   bool      `json:"default"` // served to a hello without a name
+	Default   bool      `json:"default"`           // served to a hello without a name
+	Problem   string    `json:"problem,omitempty"` // why clients can't use it now
 }
 
 // Certificates lists what is served, in the order of the config.
 func (s *Store) Certificates() []Info {
-	set := s.set.Load()
+	set, now, first := s.set.Load(), time.Now(), true
 	out := make([]Info, 0, len(set.entries))
-	for i, e := range set.entries {
-		info := Info{Source: e.source(), Names: e.names, Default: i == 0}
+	for _, e := range set.entries {
+		info := Info{Source: e.source(), Names: e.names, Default: first && e.err == nil}
+		first = first && !info.Default
+		if err := e.problem(now); err != nil {
+			info.Problem = err.Error()
+		}
 		if e.leaf != nil {
 			info.Issuer = issuerName(e.leaf)
 			info.NotBefore, info.NotAfter = e.leaf.NotBefore, e.leaf.NotAfter
@@ -271,6 +314,7 @@ func (s *Store) getCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, er
 	}
 	var fallback *tls.Certificate
 	var errs []error
+	now := time.Now()
 	for _, e := range candidates {
 		c, err := e.certificate(hello)
 		if err != nil {
@@ -280,9 +324,9 @@ func (s *Store) getCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, er
 		if c == nil {
 			continue
 		}
-		// Of several for one name (RSA and ECDSA), the first that the client
-		// can verify; if it can none, it shall say itself why not.
-		if len(candidates) == 1 || name == "" || hello.SupportsCertificate(c) == nil {
+		// Of several for one name (RSA and ECDSA, an old one and a new one), the first
+		// that the client can verify; if it can none, it shall say itself why not.
+		if len(candidates) == 1 || name == "" || e.problem(now) == nil && hello.SupportsCertificate(c) == nil {
 			return c, nil
 		}
 		if fallback == nil {

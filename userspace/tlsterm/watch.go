@@ -67,6 +67,10 @@ func (w *watch) look(s *Store) {
 		if e.spec.GetCertificate != nil {
 			continue
 		}
+		if e.cert == nil {
+			_ = s.refresh(func(o *entry) bool { return o == e }) // which logs what is new about it
+			continue
+		}
 		files := e.spec.files()
 		now := stampOf(e.spec)
 		if now.same(e.stamp) {

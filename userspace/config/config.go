@@ -36,6 +36,7 @@ type Listener struct {
 	HSTS         *HSTS         `yaml:"hsts" short:"max_age" noun:"hsts" doc:"Tell browsers to come by https only from now on (Strict-Transport-Security), for this long: 1y, 180d or 24h. On https listeners."`
 	ServerTiming bool          `yaml:"server_timing" kind:"true" doc:"Show in a Server-Timing header how long each hop of the path took, under its node's name: on this hop, and on those behind it that believe it (accept_proxy)."`
 	Default      *Action       `yaml:"default" noun:"default" doc:"Where connections go that no route matched: the next hop."`
+	WhileDown    string        `yaml:"while_down" enum:"accept close" doc:"What an sni or tcp listener does while no target of its default can be reached: accept connections and try (the default), or close its sockets, so that who looks whether the port answers (a load balancer, the announcement of an anycast address) sends new connections elsewhere. Connections that there are go on."`
 }
 
 // AcceptProxy names the peers whose PROXY headers are believed.
@@ -158,6 +159,7 @@ type Control struct {
 	Section
 	Socket  string `yaml:"socket" kind:"socket" default:"/run/tailsplice/control.sock" doc:"The unix socket that the other commands talk to."`
 	Metrics string `yaml:"metrics" kind:"metrics" doc:"IP:PORT where Prometheus metrics are served. Default: nowhere."`
+	Health  string `yaml:"health" kind:"health" doc:"Where /healthz and /readyz answer: IP:PORT, or \"tailnet:9465\" for this node's tailnet addresses only. Default: nowhere."`
 }
 
 // Pos is a place in the configuration file. Both count from 1; columns count characters. The zero Pos is

@@ -113,6 +113,11 @@ var kinds = map[string]*kind{
 		instead: ifValid(parseMetrics, "127.0.0.1:%s"),
 		schema:  text(`^([0-9.]+|\[[0-9A-Za-z:.%_-]+\])?:[0-9]{1,5}$`),
 	},
+	"health": {
+		noun: `an address such as 127.0.0.1:9465 or tailnet:9465`, kinds: onlyText, parse: parseHealth,
+		instead: ifValid(parseHealth, "127.0.0.1:%s"),
+		schema:  text(`^(tailnet|[0-9.]+|\[[0-9A-Za-z:.%_-]+\])?:[0-9]{1,5}$`),
+	},
 	"name": {
 		noun: `a name such as example.org or "*.example.org"`, kinds: onlyText, instead: quoted,
 		parse:  func(s string) (any, error) { return checkPattern(s) },
@@ -267,12 +272,18 @@ func parseListen(s string) (any, error) {
 	return netip.AddrPortFrom(a.Unmap(), port).String(), nil
 }
 
-func parseMetrics(s string) (any, error) {
+func parseHealth(s string) (any, error) { return parseShown("health", s) }
+
+func parseShown(key, s string) (any, error) {
 	switch strings.ToLower(s) {
 	case "off", "no", "none", "disabled", "false":
-		return nil, fmt.Errorf("leave metrics out to serve none")
+		return nil, fmt.Errorf("leave %s out to serve none", key)
 	}
-	v, err := parseListen(s)
+	return parseListen(s)
+}
+
+func parseMetrics(s string) (any, error) {
+	v, err := parseShown("metrics", s)
 	if err != nil {
 		return nil, err
 	}

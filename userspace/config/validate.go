@@ -173,6 +173,20 @@ func (v *validator) listener(l *Listener) {
 		v.access(mode, l, l.Default)
 	}
 	v.listenerHTTP(l)
+	v.whileDown(l)
+}
+
+// whileDown refuses to watch a default that is not there, or where it would close a listener for its pages, too.
+func (v *validator) whileDown(l *Listener) {
+	if l.WhileDown != "close" || l.unclear("while_down") {
+		return
+	}
+	switch {
+	case l.Mode != "sni" && l.Mode != "tcp":
+		v.errorf(l.keyAt("while_down"), "while_down: close belongs on an sni or tcp listener: one of mode %s answers with a page that says what is wrong", l.Mode)
+	case !l.unclear("default") && (l.Default == nil || l.Default.Reject):
+		v.errorf(l.keyAt("while_down"), "while_down: close looks at the targets of default, and there are none: add default: { forward: %s }", "HOST:PORT")
+	}
 }
 
 func (v *validator) acceptProxy(a *AcceptProxy) {
@@ -540,11 +554,17 @@ func (v *validator) control(c *Control) {
 			v.errorf(c.At("socket"), "socket %q: %v", clip(c.Socket), err)
 		}
 	}
-	if c.Metrics == "" {
+	v.controlAddress(c, "metrics", c.Metrics)
+	v.controlAddress(c, "health", c.Health)
+}
+
+// controlAddress checks where something is shown that is for the host's owner.
+func (v *validator) controlAddress(c *Control, key, addr string) {
+	if addr == "" {
 		return
 	}
-	v.bind(c.Metrics, c.At("metrics"), "metrics", nil)
-	if host, _, ip := cutPort(c.Metrics); host == "" && (!ip.IsValid() || ip.IsUnspecified()) {
-		v.warnf(c.At("metrics"), "metrics %q can be read from every network of this host, 127.0.0.1 only from here", c.Metrics)
+	v.bind(addr, c.At(key), key, nil)
+	if host, _, ip := cutPort(addr); host == "" && (!ip.IsValid() || ip.IsUnspecified()) {
+		v.warnf(c.At(key), "%s %q can be read from every network of this host, 127.0.0.1 only from here", key, addr)
 	}
 }

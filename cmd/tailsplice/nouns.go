@@ -110,15 +110,18 @@ func printACME(w io.Writer, a acme.Status) {
 func printStatus(w io.Writer, s front.Status, now time.Time) {
 	fmt.Fprintf(w, "%s: tailsplice %s, up %s, %s, %s\n", s.Node, s.Version, age(s.Started, now), plural(s.Flows, "flow"), plural(s.Requests, "request"))
 	fmt.Fprintf(w, "config %s, loaded %s ago\n", s.Config, age(s.Loaded, now))
-	if s.Problem != "" {
-		fmt.Fprintf(w, "problem: %s\n", s.Problem)
+	for _, p := range s.Problems {
+		fmt.Fprintf(w, "problem: %s\n", p)
 	}
 	if s.LogLost > 0 {
 		fmt.Fprintf(w, "the log has lost %s: what reads standard error did not keep up\n", plural(int(s.LogLost), "line"))
 	}
 	for _, l := range s.Listeners {
 		bound := strings.Join(l.Bound, " ")
-		if bound == "" {
+		switch {
+		case l.Closed != "":
+			bound = "closed, until a target of default answers"
+		case bound == "":
 			bound = "not bound yet"
 		}
 		fmt.Fprintf(w, "\n%s (%s) on %s: %s\n", l.Name, l.Mode, strings.Join(l.Listen, " "), bound)
@@ -132,6 +135,9 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 			}
 			if !c.NotAfter.IsZero() {
 				fmt.Fprintf(w, ", until %s", c.NotAfter.Format(time.DateOnly))
+			}
+			if c.Problem != "" {
+				fmt.Fprint(w, ": can't be used, see problem")
 			}
 			fmt.Fprintln(w)
 		}

@@ -39,7 +39,7 @@ func TestPrintable(t *testing.T) {
 	defer cancel()
 	d := admin.Daemon{
 		Status: func() any {
-			return front.Status{Node: "home", Problem: evil, Refused: map[string]int64{evil: 1}, Listeners: []front.ListenerStatus{{Name: "web", ACME: []acme.Status{{Name: "a.test", State: acme.StateFailing, Problem: evil}}}}}
+			return front.Status{Node: "home", Problems: []front.Problem{{Part: front.PartAddress, Name: evil, Problem: evil}}, Refused: map[string]int64{evil: 1}, Listeners: []front.ListenerStatus{{Name: "web", ACME: []acme.Status{{Name: "a.test", State: acme.StateFailing, Problem: evil}}}}}
 		},
 		Flows: func() any { return []flow.Snapshot{{ID: "1", Name: evil, Target: evil}} },
 	}

@@ -18,11 +18,21 @@ import (
 // believes it.
 func Certificate(t testing.TB, names ...string) tls.Certificate {
 	t.Helper()
+	return mint(t, time.Now(), names)
+}
+
+// Expired makes one that was good until yesterday.
+func Expired(t testing.TB, names ...string) tls.Certificate {
+	t.Helper()
+	return mint(t, time.Now().Add(-24*time.Hour), names)
+}
+
+func mint(t testing.TB, now time.Time, names []string) tls.Certificate {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	now := time.Now()
 	template := &x509.Certificate{SerialNumber: big.NewInt(now.UnixNano()), Subject: pkix.Name{CommonName: names[0]}, DNSNames: names,
 		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)

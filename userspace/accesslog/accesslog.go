@@ -131,6 +131,9 @@ func (l *Log) Close() {
 	}
 }
 
+// File is Options.File.
+func (l *Log) File() string { return l.opts.File }
+
 // Problem is why lines are lost now, or nil.
 func (l *Log) Problem() error {
 	if p := l.problem.Load(); p != nil {

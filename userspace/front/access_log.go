@@ -11,8 +11,9 @@ import (
 )
 
 // openLogs opens the access logs that cfg names, and keeps those that are open
-// already. drop closes what is newly open.
-func (f *Front) openLogs(cfg *config.Config) (logs map[string]*accesslog.Log, drop func(), err error) {
+// already; if the daemon starts, one that can't be opened is waited for. drop
+// closes what is newly open.
+func (f *Front) openLogs(cfg *config.Config, starts bool) (logs map[string]*accesslog.Log, drop func(), err error) {
 	logs = map[string]*accesslog.Log{}
 	var fresh []*accesslog.Log
 	drop = func() {
@@ -27,7 +28,8 @@ func (f *Front) openLogs(cfg *config.Config) (logs map[string]*accesslog.Log, dr
 		}
 		l := f.logs[logKey(a)]
 		if l == nil {
-			l, err = accesslog.Open(accesslog.Options{File: a.File, Format: a.Format, Log: f.log, Lost: func(n int) { f.metrics.LogLost.Add(float64(n)) }})
+			l, err = accesslog.Open(accesslog.Options{File: a.File, Format: a.Format, Log: f.log, Wait: starts,
+				Lost: func(n int) { f.metrics.LogLost.Add(float64(n)) }})
 			if err != nil {
 				drop()
 				return nil, nil, fmt.Errorf("%s:%s: access_log: %w: name a file in a folder that is there and that user %d may write to", cfg.File, a.At("file"), err, os.Getuid())

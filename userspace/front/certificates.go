@@ -12,8 +12,8 @@ import (
 
 // prepareCertificates reads what an https listener shows. The store of a
 // listener that goes on is changed by apply, which can't fail; a new listener
-// gets a store of its own.
-func (f *Front) prepareCertificates(l *config.Listener, old *tlsterm.Store) (store *tlsterm.Store, managed []*acme.Source, apply func(), err error) {
+// gets a store of its own, without what can't be used if the daemon starts.
+func (f *Front) prepareCertificates(l *config.Listener, old *tlsterm.Store, starts bool) (store *tlsterm.Store, managed []*acme.Source, apply func(), err error) {
 	var specs []tlsterm.Spec
 	for i := range l.Certificates {
 		c := &l.Certificates[i]
@@ -33,7 +33,11 @@ func (f *Front) prepareCertificates(l *config.Listener, old *tlsterm.Store) (sto
 		apply, err = old.Prepare(specs)
 		return old, managed, apply, err
 	}
-	store, err = tlsterm.Load(specs, f.log)
+	open := tlsterm.Load
+	if starts {
+		open = tlsterm.Open
+	}
+	store, err = open(specs, f.log)
 	return store, managed, func() {}, err
 }
 

@@ -3,6 +3,7 @@
 // pair to a datapath. Data flows one way through its files:
 //
 //	listen.go   addresses are bound, and follow the tailnet's changes
+//	gate.go     listeners are shut while their default can't be reached
 //	accept.go   a connection is admitted, or refused at once
 //	inbound.go  who it is: PROXY header
 //	trust.go    whom the configuration and tailscaled say that is
@@ -15,6 +16,7 @@
 //	http.go     http and https: the same by request
 //	certificates.go  what https listeners show, and how ACME gets at them
 //	memory_linux.go  what is done when the kernel is short of memory for TCP
+//	problems.go  what of the configuration does not work now, while the rest does
 //	status.go   what can be seen from outside
 //
 // It is the only package that imports its siblings.
@@ -28,6 +30,7 @@ import (
 	"maps"
 	"math"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -91,7 +94,7 @@ type Front struct {
 	partBytes   atomic.Int64 // of hellos that are not whole
 
 	watchTailnet, watchContainers sync.Once
-	tailnetMoved                  chan struct{} // wakes followTailnet
+	addressesMoved                chan struct{} // wakes followAddresses
 	labelsMoved                   chan struct{} // wakes followLabels
 
 	mu        sync.Mutex // guards what follows, and serialises reloads
@@ -105,7 +108,8 @@ type Front struct {
 	missing      map[string]string         // Options.Missing, as it is now
 	logs         map[string]*accesslog.Log // open access logs, by format and file
 	tailnetAddrs []netip.Addr              // this node's, as last known
-	bindErr      error                     // of tailnet addresses, while they wait
+	tailnetErr   error                     // why they are not known now, though a listener wants them
+	unbound      map[string]unboundAddress // what can't be bound now, by address
 	wayErr       error                     // why there is no way though a route wants it
 
 	auto     atomic.Pointer[[]relay.Sockets] // that Offer gave
@@ -114,13 +118,16 @@ type Front struct {
 	heldBy   *limit.Limiter // the same, by source
 }
 
-// New binds cfg's addresses and starts serving. What can mend itself (no
-// tailscaled, no dockerd) is logged and tried again; anything else that keeps
-// a listener from working is an error, and nothing is left running.
+// New binds cfg's addresses and starts serving. What can be mended while the rest
+// serves (an address that is not there yet or whose port is taken, a certificate's
+// file, the folder of an access log, no tailscaled, no dockerd) is logged and
+// tried again, and [Front.Problems] shows it. Where nothing of it would serve, and
+// for anything else that keeps a listener from working, it is an error, and
+// nothing is left running.
 func New(cfg *config.Config, opts Options) (*Front, error) {
 	f := &Front{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
 		listeners: map[string]*listener{}, sockets: map[string]*socket{}, missing: map[string]string{},
-		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}, tailnetMoved: make(chan struct{}, 1),
+		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}, addressesMoved: make(chan struct{}, 1),
 		labelsMoved: make(chan struct{}, 1), labels: newLabelRoutes(nil)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.metrics = metrics.New(opts.Version, f.flows.Len)
@@ -144,19 +151,21 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.spare = newSpareFiles()
 	f.mostWaiting.Store(mostWaiting())
 
-	f.tailnet.OnChange(f.lookAtTailnet)
+	f.tailnet.OnChange(f.lookAtAddresses)
 	if err := f.apply(cfg); err != nil {
 		f.Close()
 		return nil, err
 	}
-	go f.followTailnet(f.ctx)
+	go f.followAddresses(f.ctx)
+	f.watchProblems()
 	go f.followLabels(f.ctx)
 	go f.watchMemory()
 	return f, nil
 }
 
 // Reload changes over to cfg without closing a flow. With an error nothing
-// has changed.
+// has changed. What New would go on without is an error here, unless the daemon
+// does without it already: whoever changes a configuration is there to hear it.
 func (f *Front) Reload(cfg *config.Config) error {
 	err := f.apply(cfg)
 	result := "ok"
@@ -174,6 +183,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	if f.closed {
 		return errors.New("the daemon is shutting down")
 	}
+	starts := f.cfg == nil
 	listeners := map[string]*listener{}
 	services := map[string]*service{}
 	var swaps []func() // what changes a listener that goes on; can't fail
@@ -187,14 +197,14 @@ func (f *Front) apply(cfg *config.Config) error {
 		c := &cfg.Listeners[i]
 		l := f.listeners[c.Name]
 		if l == nil || l.mode != c.Mode {
-			l = &listener{name: c.Name, mode: c.Mode}
+			l = &listener{name: c.Name, mode: c.Mode, shut: true}
 		}
 		s, err := f.compile(cfg, c)
 		if err == nil && c.Mode == "https" {
 			var certs *tlsterm.Store
 			var managed []*acme.Source
 			var swap func()
-			if certs, managed, swap, err = f.prepareCertificates(c, l.certs); err == nil {
+			if certs, managed, swap, err = f.prepareCertificates(c, l.certs, starts); err == nil {
 				swaps = append(swaps, func() { swap(); l.certs, l.managed = certs, managed })
 			}
 		}
@@ -207,7 +217,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
-	logs, dropLogs, err := f.openLogs(cfg)
+	logs, dropLogs, err := f.openLogs(cfg, starts)
 	if err != nil {
 		return err
 	}
@@ -231,12 +241,18 @@ func (f *Front) apply(cfg *config.Config) error {
 	labels := f.prepareLabels(cfg, services) // of services that are complete but for them
 	connections, requests := f.fitLimits(cfg)
 
-	var waits error
+	var tailnetErr error
 	if wantsTailnet(cfg) {
-		waits = f.refreshTailnetAddrs(f.ctx)
+		var addrs []netip.Addr
+		addrs, tailnetErr = f.askTailnetAddrs(f.ctx)
+		f.useTailnetAddrs(addrs)
 	}
-	opened, pending, err := f.bindMissing(bindings(cfg, listeners, f.tailnetAddrs))
-	if err != nil {
+	want := bindings(cfg, listeners, f.tailnetAddrs)
+	opened, failed := f.bindMissing(want)
+	if err := f.mustBind(want, failed); err != nil && !starts {
+		for _, s := range opened {
+			s.door.Close()
+		}
 		dropLogs()
 		return err
 	}
@@ -253,10 +269,10 @@ func (f *Front) apply(cfg *config.Config) error {
 			l.http = f.newHTTPServer(l, l.certs)
 		}
 	}
-	f.rebind(bindings(cfg, listeners, f.tailnetAddrs), opened)
+	f.rebind(want, opened)
 	for name, old := range f.listeners {
-		if listeners[name] != old && old.http != nil {
-			go old.http.shutdown(f.ctx)
+		if listeners[name] != old {
+			old.retire(f.ctx)
 		}
 	}
 	f.commitLabels(labels)
@@ -266,12 +282,58 @@ func (f *Front) apply(cfg *config.Config) error {
 	f.requests.SetLimits(requests, cfg.Limits.RequestsPerSource)
 	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
 	go f.warnOfTailscaled(cfg)
-	f.bindErr = errors.Join(append(pending, waits)...)
-	if f.bindErr != nil {
-		f.log.Warn("tailnet listeners wait until the tailnet is up", "err", f.bindErr)
-		f.lookAtTailnet()
+	f.noteUnbound(want, failed, tailnetErr)
+	f.watchDefaults()
+	if starts {
+		if err := f.nothingServes(want); err != nil {
+			return err
+		}
+	}
+	if f.lacksAddresses() {
+		f.lookAtAddresses()
 	}
 	return nil
+}
+
+// mustBind is an error of what can't be bound, and is no tailnet address (it will
+// be there later) nor one that this daemon does without already.
+//
+// f.mu is held.
+func (f *Front) mustBind(want []binding, failed map[string]error) error {
+	var errs []error
+	for _, b := range want {
+		if err := failed[b.addr]; err != nil && !b.tailnet && f.unbound[b.addr].err == nil {
+			errs = append(errs, fmt.Errorf("listener %q: %w", b.owner.name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// nothingServes says what is wrong where no listener can serve anybody, and none
+// will by itself: who starts such a daemon is better told at once.
+//
+// f.mu is held.
+func (f *Front) nothingServes(want []binding) error {
+	var errs []error
+	for i := range f.cfg.Listeners {
+		c := &f.cfg.Listeners[i]
+		l := f.listeners[c.Name]
+		waits := c.WhileDown == whileDownClose || slices.ContainsFunc(c.Listen, isTailnet)
+		bound := slices.ContainsFunc(want, func(b binding) bool { return b.owner == l && f.sockets[b.addr] != nil })
+		if l.certs != nil && !l.certs.Usable() {
+			for _, cert := range l.certs.Certificates() {
+				errs = append(errs, fmt.Errorf("listener %q: %s", c.Name, cert.Problem))
+			}
+		} else if bound || waits {
+			return nil
+		}
+	}
+	for _, b := range want {
+		if u, ok := f.unbound[b.addr]; ok {
+			errs = append(errs, fmt.Errorf("listener %q: %w", u.listener, u.err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // watchNeeded starts what follows the tailnet and the containers, once cfg

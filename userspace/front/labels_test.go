@@ -224,8 +224,8 @@ func TestDockerBehindFilter(t *testing.T) {
 		}
 	}
 	s := d.Status()
-	if !strings.Contains(s.Problem, "/info") {
-		t.Errorf("the problem is %q", s.Problem)
+	if len(s.Problems) != 1 || s.Problems[0].Part != PartContainers || !strings.Contains(s.Problems[0].Problem, "/info") {
+		t.Errorf("the problems are %q", s.Problems)
 	}
 	for _, r := range s.Listeners[0].Routes {
 		if !slices.Equal(r.Ailing, []string{"shop-web-1 is unhealthy"}) {

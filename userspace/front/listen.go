@@ -23,8 +23,9 @@ import (
 // listen address.
 const tailnetHost = "tailnet"
 
-// rebindEvery is how often a tailnet address that could not be bound is tried
-// again: tailscaled announces an address shortly before the interface has it.
+// rebindEvery is how often an address that could not be bound is tried again: who
+// has the port may end, and an interface gets its address late. tailscaled, too,
+// announces an address shortly before the interface has it.
 const rebindEvery = time.Second
 
 // socket is one bound address. Its owner may change at a reload, the socket
@@ -46,11 +47,17 @@ type binding struct {
 	tailnet bool // may come and go
 }
 
-// bindings lists what cfg wants bound, given this node's tailnet addresses.
+// bindings lists what cfg wants bound now, given this node's tailnet addresses:
+// nothing for listeners that are shut.
+//
+// f.mu is held.
 func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []netip.Addr) []binding {
 	var out []binding
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]
+		if l.WhileDown == whileDownClose && owners[l.Name].shut {
+			continue
+		}
 		for _, written := range l.Listen {
 			host, port, _ := net.SplitHostPort(written) // config has checked it
 			if host != tailnetHost {
@@ -74,13 +81,16 @@ func wantsTailnet(cfg *config.Config) bool {
 func tailnetListens(cfg *config.Config) (out []string) {
 	for i := range cfg.Listeners {
 		for _, a := range cfg.Listeners[i].Listen {
-			if strings.HasPrefix(a, tailnetHost+":") {
+			if isTailnet(a) {
 				out = append(out, a)
 			}
 		}
 	}
 	return out
 }
+
+// isTailnet says whether an address of the config stands for this node's.
+func isTailnet(listen string) bool { return strings.HasPrefix(listen, tailnetHost+":") }
 
 // warnOfTailscaled logs what tailscaled's own settings keep from the tailnet listeners.
 func (f *Front) warnOfTailscaled(cfg *config.Config) {
@@ -205,13 +215,11 @@ func firstFreePort() string {
 }
 
 // bindMissing opens what want lists and is not bound yet, and accepts nothing
-// there yet. Errors of tailnet addresses are returned in pending, since they
-// mend themselves; with any other error nothing stays open.
+// there yet. failed says why the rest could not be opened, by address.
 //
 // f.mu is held.
-func (f *Front) bindMissing(want []binding) (opened map[string]*socket, pending []error, err error) {
-	opened = map[string]*socket{}
-	var fatal []error
+func (f *Front) bindMissing(want []binding) (opened map[string]*socket, failed map[string]error) {
+	opened, failed = map[string]*socket{}, map[string]error{}
 	wanted := map[string]bool{}
 	for _, b := range want {
 		wanted[b.addr] = true
@@ -226,23 +234,13 @@ func (f *Front) bindMissing(want []binding) (opened map[string]*socket, pending 
 		if f.sockets[b.addr] != nil {
 			continue
 		}
-		s, err := f.open(b.addr, leaving[portOf(b.addr)])
-		switch {
-		case err == nil:
+		if s, err := f.open(b.addr, leaving[portOf(b.addr)]); err != nil {
+			failed[b.addr] = err
+		} else {
 			opened[b.addr] = s
-		case b.tailnet:
-			pending = append(pending, err)
-		default:
-			fatal = append(fatal, fmt.Errorf("listener %q: %w", b.owner.name, err))
 		}
 	}
-	if len(fatal) > 0 {
-		for _, s := range opened {
-			s.door.Close()
-		}
-		return nil, nil, errors.Join(fatal...)
-	}
-	return opened, pending, nil
+	return opened, failed
 }
 
 // open binds addr, and accepts nothing yet.
@@ -287,79 +285,112 @@ func (f *Front) rebind(want []binding, opened map[string]*socket) {
 	}
 }
 
-// lookAtTailnet makes followTailnet look again, soon.
-func (f *Front) lookAtTailnet() {
+// noteUnbound remembers which of want could not be bound, and why this node's
+// tailnet addresses are not known, if they are not; it logs what is new of it.
+//
+// f.mu is held.
+func (f *Front) noteUnbound(want []binding, failed map[string]error, tailnet error) {
+	unbound := map[string]unboundAddress{}
+	for _, b := range want {
+		err := failed[b.addr]
+		if err == nil {
+			continue
+		}
+		unbound[b.addr] = unboundAddress{b.owner.name, err}
+		if f.unbound[b.addr].err == nil || f.unbound[b.addr].err.Error() != err.Error() {
+			f.log.Warn("an address of a listener can't be bound yet: it is tried again each second", "listener", b.owner.name, "address", b.addr, "err", err)
+		}
+	}
+	if tailnet != nil && (f.tailnetErr == nil || f.tailnetErr.Error() != tailnet.Error()) {
+		f.log.Warn("tailnet listeners wait until the tailnet is up", "err", tailnet)
+	}
+	f.unbound, f.tailnetErr = unbound, tailnet
+}
+
+// unboundAddress is one that can't be bound, whose, and why.
+type unboundAddress struct {
+	listener string
+	err      error
+}
+
+// lacksAddresses says whether a later try may bind more.
+//
+// f.mu is held.
+func (f *Front) lacksAddresses() bool { return f.tailnetErr != nil || len(f.unbound) > 0 }
+
+// lookAtAddresses makes followAddresses look again, soon.
+func (f *Front) lookAtAddresses() {
 	select {
-	case f.tailnetMoved <- struct{}{}:
+	case f.addressesMoved <- struct{}{}:
 	default:
 	}
 }
 
-// followTailnet keeps the tailnet listeners bound to this node's present
-// addresses until ctx ends.
-func (f *Front) followTailnet(ctx context.Context) {
+// followAddresses keeps the listeners bound to the addresses that they should
+// have, this node's present ones among them, until ctx ends.
+func (f *Front) followAddresses(ctx context.Context) {
 	retry := time.NewTimer(0)
 	defer retry.Stop()
-	var lastErr string
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-f.tailnetMoved:
+		case <-f.addressesMoved:
 		case <-retry.C:
 		}
-		again, err := f.bindTailnet(ctx)
-		if err != nil && err.Error() != lastErr {
-			f.log.Warn("tailnet listeners wait", "err", err)
+		f.mu.Lock()
+		cfg, lacked := f.cfg, f.lacksAddresses()
+		f.mu.Unlock()
+		if !wantsTailnet(cfg) && !lacked {
+			continue
 		}
-		if err == nil && lastErr != "" {
-			f.mu.Lock()
-			cfg := f.cfg
-			f.mu.Unlock()
+		var addrs []netip.Addr
+		var err error
+		if wantsTailnet(cfg) {
+			addrs, err = f.askTailnetAddrs(ctx) // which may take a while
+		}
+		f.mu.Lock()
+		f.useTailnetAddrs(addrs)
+		f.rebindNow(err)
+		lacks := f.lacksAddresses()
+		cfg = f.cfg
+		f.mu.Unlock()
+		if lacks {
+			retry.Reset(rebindEvery)
+		} else if lacked {
 			f.warnOfTailscaled(cfg)
 		}
-		lastErr = ""
-		if err != nil {
-			lastErr = err.Error()
-		}
-		if again {
-			retry.Reset(rebindEvery)
-		}
 	}
 }
 
-// bindTailnet brings the sockets in line with the config and the tailnet
-// addresses once. again says that a later try may do better.
-func (f *Front) bindTailnet(ctx context.Context) (again bool, err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.closed || !wantsTailnet(f.cfg) {
-		return false, nil
-	}
-	if err := f.refreshTailnetAddrs(ctx); err != nil {
-		f.bindErr = err
-		return true, err
-	}
-	want := bindings(f.cfg, f.listeners, f.tailnetAddrs)
-	opened, pending, err := f.bindMissing(want)
-	if err == nil {
-		f.rebind(want, opened)
-	}
-	f.bindErr = errors.Join(append(pending, err)...)
-	return f.bindErr != nil, f.bindErr
-}
-
-// refreshTailnetAddrs asks tailscaled for this node's addresses. With an error
-// the last known ones stay, and so what is bound stays bound: tailscaled may
-// only be restarting.
+// rebindNow brings the sockets in line with what should be bound now. tailnet is
+// why this node's addresses are not known, or nil.
 //
 // f.mu is held.
-func (f *Front) refreshTailnetAddrs(ctx context.Context) error {
+func (f *Front) rebindNow(tailnet error) {
+	if f.closed {
+		return
+	}
+	want := bindings(f.cfg, f.listeners, f.tailnetAddrs)
+	opened, failed := f.bindMissing(want)
+	f.rebind(want, opened)
+	f.noteUnbound(want, failed, tailnet)
+}
+
+// askTailnetAddrs asks tailscaled for this node's addresses.
+func (f *Front) askTailnetAddrs(ctx context.Context) ([]netip.Addr, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	addrs, err := f.tailnet.SelfAddrs(ctx)
-	if err == nil {
+	return f.tailnet.SelfAddrs(ctx)
+}
+
+// useTailnetAddrs takes what askTailnetAddrs returned. Without an answer the last
+// known ones stay, and so what is bound stays bound: tailscaled may only be
+// restarting.
+//
+// f.mu is held.
+func (f *Front) useTailnetAddrs(addrs []netip.Addr) {
+	if len(addrs) > 0 {
 		f.tailnetAddrs = addrs
 	}
-	return err
 }

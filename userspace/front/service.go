@@ -29,6 +29,19 @@ type listener struct {
 	http       *httpServer    // http and https only
 	certs      *tlsterm.Store // https only
 	managed    []*acme.Source // likewise: those of certs that come by ACME
+
+	gate *gate // with while_down: close only; guarded by Front.mu, and so is shut
+	shut bool  // its sockets are to be closed; without while_down: close it says nothing
+}
+
+// retire ends what l does beside its flows, which go on; requests do until ctx ends.
+//
+// Front.mu is held.
+func (l *listener) retire(ctx context.Context) {
+	if l.http != nil {
+		go l.http.shutdown(ctx)
+	}
+	l.gate.stop()
 }
 
 // service is one listener's configuration, ready to be used. It is immutable:

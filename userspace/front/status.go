@@ -1,7 +1,6 @@
 package front
 
 import (
-	"errors"
 	"slices"
 	"strings"
 	"time"
@@ -24,7 +23,7 @@ type Status struct {
 	Requests  int              `json:"requests"` // of HTTP, under way
 	Datapaths []DatapathStatus `json:"datapaths"`
 	Listeners []ListenerStatus `json:"listeners"`
-	Problem   string           `json:"problem,omitempty"`        // what keeps a tailnet listener from being bound, transparent from working, or containers from being found
+	Problems  []Problem        `json:"problems,omitempty"`       // what of the configuration does not work now
 	Labels    []LabelProblem   `json:"label_problems,omitempty"` // labels of containers that make no route, and why
 	LogLost   int64            `json:"log_lost,omitempty"`       // lines that the daemon's log could not write
 
@@ -52,6 +51,8 @@ type ListenerStatus struct {
 	Mode         string         `json:"mode"`
 	Listen       []string       `json:"listen"` // as configured
 	Bound        []string       `json:"bound"`  // as bound now
+	WhileDown    string         `json:"while_down,omitempty"`
+	Closed       string         `json:"closed,omitempty"` // why it is, by while_down
 	AcceptProxy  []string       `json:"accept_proxy,omitempty"`
 	Allow        []string       `json:"allow,omitempty"`
 	Certificates []tlsterm.Info `json:"certificates,omitempty"`
@@ -87,9 +88,7 @@ func (f *Front) Status() Status {
 	if f.opts.LogLost != nil {
 		s.LogLost = f.opts.LogLost()
 	}
-	if err := errors.Join(f.bindErr, f.wayErr, f.containers.Problem()); err != nil {
-		s.Problem = err.Error()
-	}
+	s.Problems = f.problems()
 	there := map[string]bool{}
 	for _, d := range f.datapaths() {
 		there[d.Name()] = true
@@ -112,7 +111,10 @@ func (f *Front) Status() Status {
 		c := &f.cfg.Listeners[i]
 		l := f.listeners[c.Name]
 		svc := l.service.Load()
-		ls := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}, Allow: c.Allow}
+		ls := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}, Allow: c.Allow, WhileDown: c.WhileDown}
+		if err := l.gate.closed(); err != nil {
+			ls.Closed = err.Error()
+		}
 		if c.AcceptProxy != nil {
 			ls.AcceptProxy = c.AcceptProxy.From
 		}

@@ -88,6 +88,14 @@ func (s *Set) WatchRequests(underWay func() int) {
 		func() float64 { return float64(underWay()) }))
 }
 
+// WatchProblems adds the number of problems of a part of the configuration, which is
+// asked for at each scrape.
+func (s *Set) WatchProblems(part string, now func() int) {
+	s.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_problems", ConstLabels: prometheus.Labels{"part": part},
+		Help: "What of the configuration does not work now, by part: `tailsplice status` and /readyz say what is wrong. With address, certificate and default the daemon is not ready."},
+		func() float64 { return float64(now()) }))
+}
+
 // WatchLog adds the number of lines that the daemon's own log has lost, which is
 // asked for at each scrape.
 func (s *Set) WatchLog(lost func() int64) {

@@ -1,0 +1,154 @@
+package front
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestWhileDownClose: a listener is shut until its default answers, shut again when it no longer does, and open once it
+// does; flows go on meanwhile, and one that accepts stays as it is.
+func TestWhileDownClose(t *testing.T) {
+	target, addr, stays := freeAddr(t), freeAddr(t), freeAddr(t)
+	yaml := func(whileDown, more string) string {
+		return fmt.Sprintf(`
+listeners:
+  - { name: web, listen: [%q], mode: tcp, default: { forward: %q }, while_down: %s }
+  - { name: stays, listen: [%q], mode: tcp, default: { forward: %q } }
+%s`, addr, target, whileDown, stays, target, more)
+	}
+	listens := func(addr string) bool {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	}
+	d := start(t, yaml("close", ""))
+	shut := func() bool {
+		l := d.Status().Listeners[0]
+		return l.Closed != "" && len(l.Bound) == 0 && d.has(PartDefault, target, "") && !d.Ready().Ready
+	}
+	if !shut() || listens(addr) {
+		t.Errorf("it is open before its default has answered: %+v", d.Status().Listeners[0])
+	}
+	if !listens(stays) {
+		t.Error("the other listener is closed")
+	}
+	eventually(t, "the log says that it stays closed", func() bool { return d.log.Count("stays closed") == 1 })
+	eventually(t, "status says why", func() bool { return d.has(PartDefault, target, "connection refused") })
+
+	serve := func() net.Listener {
+		ln, err := net.Listen("tcp", target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				go echo(c)
+			}
+		}()
+		return ln
+	}
+	ln := serve()
+	eventually(t, "it opens", func() bool { return listens(addr) })
+	if l := d.Status().Listeners[0]; l.Closed != "" || len(l.Bound) != 1 || !d.Ready().Ready || l.WhileDown != "close" {
+		t.Errorf("open: %+v, %q", l, d.Problems())
+	}
+	flow := dialTCP(t, addr)
+	said := func() {
+		t.Helper()
+		io.WriteString(flow, "x")
+		if _, err := io.ReadFull(flow, make([]byte, 1)); err != nil {
+			t.Errorf("the flow: %v", err)
+		}
+	}
+	said()
+
+	// A reload changes nothing of it.
+	if err := d.Reload(parse(t, yaml("close", "limits: { connections: 1000 }\n"))); err != nil {
+		t.Fatal(err)
+	}
+	if !listens(addr) {
+		t.Error("a reload closes it")
+	}
+	ln.Close()
+	before := time.Now()
+	eventually(t, "it is shut", shut)
+	t.Logf("shut after %v", time.Since(before))
+	if listens(addr) {
+		t.Error("it still listens")
+	}
+	said()
+	if err := d.Reload(parse(t, yaml("close", ""))); err != nil {
+		t.Fatal(err)
+	}
+	if listens(addr) {
+		t.Error("a reload opens it")
+	}
+	// Somebody else takes its port meanwhile: it is open again when that has ended.
+	other, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln = serve()
+	defer ln.Close()
+	eventually(t, "it can't be bound", func() bool { return d.has(PartAddress, addr, "in use") })
+	other.Close()
+	eventually(t, "it opens again", func() bool { return len(d.Status().Listeners[0].Bound) == 1 && listens(addr) })
+	said()
+
+	ln.Close()
+	eventually(t, "it is shut once more", shut)
+	if err := d.Reload(parse(t, yaml("accept", ""))); err != nil {
+		t.Fatal(err)
+	}
+	if !listens(addr) || len(d.Problems()) != 0 {
+		t.Errorf("without while_down: close: %q", d.Problems())
+	}
+	if n := strings.Count(d.log.String(), "a listener is closed"); n != 2 {
+		t.Errorf("%d times closed", n)
+	}
+}
+
+// TestGateCounts: how many checks shut and open a listener, and what a late answer counts.
+func TestGateCounts(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { name: a, listen: [%q], mode: tcp, default: { forward: "127.0.0.1:9" } } ]`, freeAddr(t)))
+	refused := errors.New("refused")
+	for _, c := range []struct {
+		checks string // +: answered, -: failed, l: late
+		opened bool   // it was open before
+		want   string // whether it is shut after each: s, or o for open
+	}{
+		{"++--+---", true, "ooooooos"},
+		{"ll+ll+lll", true, "oooooooos"},
+		{"---+-+++", true, "oossssoo"},
+		{"---+l+", true, "oossso"},
+		{"-+", false, "so"},
+		{"l+", false, "so"},
+	} {
+		l := &listener{name: "test"}
+		g := &gate{front: d.Front, listener: l, shut: !c.opened, opened: c.opened}
+		for i, check := range c.checks {
+			switch check {
+			case '+':
+				g.note(t.Context(), nil, false)
+			case '-':
+				g.note(t.Context(), refused, false)
+			case 'l':
+				g.note(t.Context(), refused, true)
+			}
+			if want := c.want[i] == 's'; g.shut != want || (g.closed() != nil) != want && i > 0 {
+				t.Errorf("%s, after %d: shut %t, %v", c.checks, i+1, g.shut, g.closed())
+			}
+		}
+	}
+}

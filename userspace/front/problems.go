@@ -1,0 +1,161 @@
+package front
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/tailsplice/tailsplice/userspace/tlsterm"
+)
+
+// Problem is a part of the configuration that does not work now. The others do, and this one is tried again.
+type Problem struct {
+	Part     string `json:"part"`
+	Listener string `json:"listener,omitempty"` // whose part it is; "" for one of several, or of all
+	Name     string `json:"name,omitempty"`     // the address, the file, the target
+	Problem  string `json:"problem"`            // what is wrong, and what to do about it
+}
+
+// The parts of a [Problem].
+const (
+	PartAddress     = "address"     // that can't be bound
+	PartCertificate = "certificate" // whose files can't be used, or that has expired
+	PartDefault     = "default"     // that can't be reached, so that its listener is closed
+	PartTailnet     = "tailnet"     // this node's addresses are not known for now; those that were are bound
+	PartAccessLog   = "access_log"  // whose lines are lost
+	PartTransparent = "transparent" // that targets see this host's address without
+	PartContainers  = "containers"  // that dockerd can't be asked for
+	PartACME        = "acme"        // a name whose certificate can't be had now
+)
+
+var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, PartAccessLog, PartTransparent, PartContainers, PartACME}
+
+// Unready says whether the daemon is not ready while there is p: it can't take connections that it should. With
+// the others it can. One of ACME is none, since who sends no connections keeps the authority's out, too.
+func (p Problem) Unready() bool {
+	return p.Part == PartAddress || p.Part == PartCertificate || p.Part == PartDefault
+}
+
+// String is p in a line.
+func (p Problem) String() string {
+	what := p.Part
+	if p.Name != "" {
+		what += " " + p.Name
+	}
+	if p.Listener != "" {
+		what += " of listener " + p.Listener
+	}
+	return what + ": " + p.Problem
+}
+
+// Problems lists what does not work now.
+func (f *Front) Problems() []Problem {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.problems()
+}
+
+// problems is Problems with f.mu held.
+func (f *Front) problems() (out []Problem) {
+	add := func(part, listener, name string, err error) {
+		if err != nil {
+			out = append(out, Problem{part, listener, name, err.Error()})
+		}
+	}
+	for i := range f.cfg.Listeners {
+		c := &f.cfg.Listeners[i]
+		l := f.listeners[c.Name]
+		if len(f.tailnetAddrs) == 0 {
+			for _, a := range c.Listen {
+				if isTailnet(a) {
+					add(PartAddress, c.Name, a, f.tailnetErr)
+				}
+			}
+		}
+		if l.certs != nil {
+			for _, cert := range l.certs.Certificates() {
+				if cert.Problem != "" {
+					out = append(out, certificateProblem(c.Name, cert))
+				}
+			}
+		}
+		for _, src := range l.managed {
+			for _, a := range src.Status() {
+				if a.Problem != "" {
+					out = append(out, Problem{PartACME, c.Name, a.Name, a.Problem})
+				}
+			}
+		}
+		if r := l.service.Load().fallback; r != nil {
+			add(PartDefault, c.Name, r.written, l.gate.closed())
+		}
+	}
+	for addr, u := range f.unbound {
+		add(PartAddress, u.listener, addr, u.err)
+	}
+	if len(f.tailnetAddrs) > 0 {
+		add(PartTailnet, "", "", f.tailnetErr)
+	}
+	for _, l := range f.logs {
+		add(PartAccessLog, "", l.File(), l.Problem())
+	}
+	add(PartTransparent, "", "", f.wayErr)
+	add(PartContainers, "", "", f.containers.Problem())
+	slices.SortFunc(out, func(a, b Problem) int { return strings.Compare(a.String(), b.String()) })
+	return out
+}
+
+func certificateProblem(listener string, cert tlsterm.Info) Problem {
+	return Problem{PartCertificate, listener, cert.Source, strings.TrimPrefix(cert.Problem, cert.Source+": ")}
+}
+
+// watchProblems has the metrics count problems by part.
+func (f *Front) watchProblems() {
+	for _, part := range parts {
+		f.metrics.WatchProblems(part, func() (n int) {
+			for _, p := range f.Problems() {
+				if p.Part == part {
+					n++
+				}
+			}
+			return n
+		})
+	}
+}
+
+// Readiness is whether the daemon can take the connections that it should.
+type Readiness struct {
+	Ready    bool      `json:"ready"`
+	Draining bool      `json:"draining,omitempty"` // it takes no new ones, and ends
+	Problems []Problem `json:"problems,omitempty"` // those that keep it from being ready, and others
+}
+
+// Ready says whether f is ready, and if not what keeps it from that.
+func (f *Front) Ready() Readiness {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r := Readiness{Draining: f.closed, Problems: f.problems()}
+	r.Ready = !r.Draining && !slices.ContainsFunc(r.Problems, Problem.Unready)
+	return r
+}
+
+// String is r for people: what it is, and a line for each problem.
+func (r Readiness) String() string {
+	var b strings.Builder
+	switch {
+	case r.Draining:
+		b.WriteString("not ready: the daemon ends\n")
+	case r.Ready:
+		b.WriteString("ready\n")
+	default:
+		b.WriteString("not ready\n")
+	}
+	for _, p := range r.Problems {
+		note := ""
+		if !p.Unready() {
+			note = " (connections are taken all the same)"
+		}
+		fmt.Fprintf(&b, "%s%s\n", p, note)
+	}
+	return b.String()
+}

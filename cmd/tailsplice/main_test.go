@@ -3,7 +3,9 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"testing"
@@ -31,6 +33,7 @@ func haveRoot() (bool, error) {
 //
 //	freeport NAME...    sets each variable to a free TCP port of 127.0.0.1
 //	waitfor FILE        waits until the file (or socket) is there
+//	get URL             prints the status and the body of what the URL answers
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
@@ -61,6 +64,14 @@ func TestScripts(t *testing.T) {
 					defer ln.Close()
 					ts.Setenv(name, fmt.Sprint(ln.Addr().(*net.TCPAddr).Port))
 				}
+			},
+			"get": func(ts *testscript.TestScript, neg bool, args []string) {
+				res, err := http.Get(args[0])
+				ts.Check(err)
+				defer res.Body.Close()
+				body, err := io.ReadAll(res.Body)
+				ts.Check(err)
+				fmt.Fprintf(ts.Stdout(), "%d %s", res.StatusCode, body)
 			},
 			"waitfor": func(ts *testscript.TestScript, neg bool, args []string) {
 				for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {

@@ -27,7 +27,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/logwriter"
 )
 
-// adminConnections is how many connections to the metrics may be open, and to the control socket; more wait
+// adminConnections is how many connections to the metrics may be open, to /readyz, and to the control socket; more wait
 // in the kernel.
 const adminConnections = 32
 
@@ -106,13 +106,18 @@ func run(ctx context.Context, o runOptions) error {
 		defer control.Close()
 		control = netutil.LimitListener(control, adminConnections)
 	}
-	var metricsListener net.Listener
-	if cfg.Control.Metrics != "" {
-		if metricsListener, err = net.Listen("tcp", cfg.Control.Metrics); err != nil {
-			return fmt.Errorf("control.metrics: %w: choose another address, or leave it out", err)
+	metricsListener, err := listenControl("metrics", cfg.Control.Metrics)
+	if err != nil {
+		return err
+	}
+	healthListener, err := listenControl("health", cfg.Control.Health)
+	if err != nil {
+		return err
+	}
+	for _, ln := range []net.Listener{metricsListener, healthListener} {
+		if ln != nil {
+			defer ln.Close()
 		}
-		defer metricsListener.Close()
-		metricsListener = netutil.LimitListener(metricsListener, adminConnections)
 	}
 
 	datapaths := loadDatapaths(cfg, o.knownBad, log)
@@ -159,6 +164,14 @@ func run(ctx context.Context, o runOptions) error {
 		mux.Handle("/metrics", f.Metrics().Handler())
 		go admin.Serve(ctx, metricsListener, mux, log)
 	}
+	health := admin.Health{Alive: f.Alive, Ready: func() (bool, fmt.Stringer) { r := f.Ready(); return r.Ready, r }}.Handler()
+	if port, ok := front.TailnetPort(cfg.Control.Health); ok {
+		go f.ServeTailnet(ctx, port, func(ln net.Listener) {
+			admin.Serve(ctx, netutil.LimitListener(ln, adminConnections), health, log)
+		})
+	} else if healthListener != nil {
+		go admin.Serve(ctx, healthListener, health, log)
+	}
 	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)
 	daemon.SdNotify(false, daemon.SdNotifyReady)
 
@@ -176,6 +189,19 @@ func run(ctx context.Context, o runOptions) error {
 	}
 }
 
+// listenControl binds an address of the control section, if there is one and it is not the tailnet's. The caller closes
+// the listener.
+func listenControl(key, addr string) (net.Listener, error) {
+	if _, tailnet := front.TailnetPort(addr); addr == "" || tailnet {
+		return nil, nil
+	}
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("control.%s: %w: choose another address, or leave it out", key, err)
+	}
+	return netutil.LimitListener(ln, adminConnections), nil
+}
+
 // reload brings a changed configuration into force, or says why not. Of the
 // control section nothing changes, since its sockets are bound once; notes
 // say so, and what is odd about the configuration.
@@ -191,7 +217,7 @@ func reload(f *front.Front, file string, bound config.Control) (notes []string, 
 	for _, w := range cfg.Warnings {
 		notes = append(notes, w.Error())
 	}
-	if cfg.Control.Socket != bound.Socket || cfg.Control.Metrics != bound.Metrics {
+	if cfg.Control.Socket != bound.Socket || cfg.Control.Metrics != bound.Metrics || cfg.Control.Health != bound.Health {
 		notes = append(notes, "control is as it was when the daemon started: restart it to change that section")
 	}
 	return notes, nil

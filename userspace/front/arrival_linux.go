@@ -62,3 +62,21 @@ func has(index int, a netip.Addr) (name string, ok bool) {
 	}
 	return i.Name, false
 }
+
+// cameByTailnet says whether c came by the interface that has its local address, or from this host.
+func cameByTailnet(c *net.TCPConn) (ok bool) {
+	local := addrPort(c.LocalAddr()).Addr()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	err = raw.Control(func(fd uintptr) {
+		index, err := arrivedOn(int(fd), local)
+		if err == nil && index != loopbackIndex {
+			_, ok = has(index, local)
+			return
+		}
+		ok = err == nil
+	})
+	return ok && err == nil
+}

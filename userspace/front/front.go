@@ -110,6 +110,7 @@ type Front struct {
 	tailnetAddrs []netip.Addr              // this node's, as last known
 	tailnetErr   error                     // why they are not known now, though a listener wants them
 	unbound      map[string]unboundAddress // what can't be bound now, by address
+	healthErr    error                     // why control.health can't be bound on the tailnet
 	wayErr       error                     // why there is no way though a route wants it
 
 	auto     atomic.Pointer[[]relay.Sockets] // that Offer gave
@@ -339,7 +340,7 @@ func (f *Front) nothingServes(want []binding) error {
 // watchNeeded starts what follows the tailnet and the containers, once cfg
 // needs it: a daemon that uses neither doesn't complain that they are missing.
 func (f *Front) watchNeeded(cfg *config.Config) {
-	tailnet, docker := wantsTailnet(cfg), false
+	tailnet, docker := wantsTailnet(cfg) || isTailnet(cfg.Control.Health), false
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]
 		docker = docker || l.Docker != nil && l.Docker.Enabled

@@ -23,12 +23,13 @@ const (
 	PartDefault     = "default"     // that can't be reached, so that its listener is closed
 	PartTailnet     = "tailnet"     // this node's addresses are not known for now; those that were are bound
 	PartAccessLog   = "access_log"  // whose lines are lost
+	PartHealth      = "health"      // control.health, that can't be bound on the tailnet
 	PartTransparent = "transparent" // that targets see this host's address without
 	PartContainers  = "containers"  // that dockerd can't be asked for
 	PartACME        = "acme"        // a name whose certificate can't be had now
 )
 
-var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, PartAccessLog, PartTransparent, PartContainers, PartACME}
+var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, PartAccessLog, PartHealth, PartTransparent, PartContainers, PartACME}
 
 // Unready says whether the daemon is not ready while there is p: it can't take connections that it should. With
 // the others it can. One of ACME is none, since who sends no connections keeps the authority's out, too.
@@ -99,6 +100,7 @@ func (f *Front) problems() (out []Problem) {
 	for _, l := range f.logs {
 		add(PartAccessLog, "", l.File(), l.Problem())
 	}
+	add(PartHealth, "", f.cfg.Control.Health, f.healthErr)
 	add(PartTransparent, "", "", f.wayErr)
 	add(PartContainers, "", "", f.containers.Problem())
 	slices.SortFunc(out, func(a, b Problem) int { return strings.Compare(a.String(), b.String()) })

@@ -1,0 +1,184 @@
+package path
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/test/netns/lab"
+)
+
+// The stand-in for a provider's proxy: it gives connections to edge A while that one's port answers, and else to edge B.
+const balancer = `
+defaults
+	mode tcp
+	timeout connect 5s
+	timeout client 5m
+	timeout server 5m
+listen edges
+	bind 203.0.113.1:443
+	default-server check inter 200ms fall 1 rise 1
+	server a 198.51.100.2:443
+	server b 198.51.100.18:443 backup
+`
+
+// TestWhileDown: an edge that loses its tailnet closes its port, so that a proxy in front of both edges, which looks at
+// nothing else, sends new connections to the other. A connection that there is goes on, and so does the edge, once it is
+// back.
+func TestWhileDown(t *testing.T) {
+	s := world(t)
+	lab.Require(t, lab.Options{}, "haproxy")
+	for _, d := range []*lab.Daemon{s.edgeA, s.edgeB} {
+		old, err := d.Host.ReadFile(lab.ConfigFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.configure(t, d, strings.Replace(string(old), "    mode: sni\n", "    mode: sni\n    while_down: close\n", 1))
+	}
+	const file = "/etc/balancer.cfg"
+	if err := s.Inet.WriteFile(file, []byte(balancer), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	proxy, err := s.Inet.StartProcess("haproxy", []string{"haproxy", "-db", "-f", file}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { proxy.Stop(time.Second) })
+
+	browser := func(keep bool) *http.Client {
+		dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Client.Dial(ctx, "tcp4", "203.0.113.1:443") }
+		return &http.Client{Transport: &http.Transport{DialContext: dial, TLSClientConfig: s.trust(), DisableKeepAlives: !keep}}
+	}
+	get := func(ctx context.Context, c *http.Client) (f facts, err error) {
+		req, err := http.NewRequestWithContext(ctx, "GET", "https://"+lab.Site+"/", nil)
+		if err != nil {
+			return f, err
+		}
+		req.Header.Set("Accept", "application/json")
+		res, err := c.Do(req)
+		if err != nil {
+			return f, err
+		}
+		defer res.Body.Close()
+		body, err := io.ReadAll(res.Body)
+		if err != nil || res.StatusCode != 200 {
+			return f, fmt.Errorf("%s: %s, %v", res.Status, body, err)
+		}
+		return f, json.Unmarshal(body, &f)
+	}
+	// by waits for a page that came by an edge.
+	by := func(d *lab.Daemon) {
+		t.Helper()
+		eventually(t, "a page by "+d.Host.Name, func() error {
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			defer cancel()
+			f, err := get(ctx, browser(false))
+			if err != nil {
+				return err
+			}
+			return logged(d, f.Path)
+		})
+	}
+	for _, c := range []struct {
+		name       string
+		lose, back func() error
+		flows      bool // those that there are go on when the tailnet is back
+	}{
+		{"tailscaled ends", func() error { s.EdgeA.Node.Stop(); return nil }, func() error {
+			return errors.Join(s.EdgeA.Node.Start(), s.EdgeA.Node.Wait(t.Context()))
+		}, false},
+		{"packets vanish", func() error { return s.EdgeA.Node.Process().Signal(syscall.SIGSTOP) },
+			func() error { return s.EdgeA.Node.Process().Signal(syscall.SIGCONT) }, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			by(s.edgeA)
+			kept := browser(true)
+			defer kept.CloseIdleConnections()
+			if _, err := get(t.Context(), kept); err != nil {
+				t.Fatal(err)
+			}
+			back := sync.OnceValue(c.back)
+			t.Cleanup(func() { back() })
+			lost := time.Now()
+			if err := c.lose(); err != nil {
+				t.Fatal(err)
+			}
+			took, f, err := firstPage(t.Context(), func(ctx context.Context) (facts, error) { return get(ctx, browser(false)) })
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("a new connection was served %v after it began, %v after the tailnet was lost", took, time.Since(lost).Round(time.Millisecond))
+			flowOf(t, s.edgeB, f.Path)
+			out, err := s.edgeA.CLI(t.Context(), "status")
+			if err != nil || !strings.Contains(string(out), "closed, until a target of default answers") ||
+				!strings.Contains(string(out), "problem: default tailnet://home:443 of listener web: ") {
+				t.Errorf("status of edge A: %v\n%s", err, out)
+			}
+			if err := back(); err != nil {
+				t.Fatal(err)
+			}
+			by(s.edgeA)
+			if !c.flows {
+				return
+			}
+			reused := false
+			ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { reused = i.Reused }})
+			if _, err := get(ctx, kept); err != nil || !reused {
+				t.Errorf("the connection from before: reused %t, %v", reused, err)
+			}
+		})
+	}
+}
+
+// logged is an error while the daemon's log has no flow of a path id.
+func logged(d *lab.Daemon, id string) error {
+	for _, l := range d.LogLines() {
+		if l["msg"] == "flow ended" && l["id"] == id {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s logs no flow %s", d.Host.Name, id)
+}
+
+// firstPage asks again and again, each time beside those that wait, and returns the first page that comes, with how long
+// that one took.
+func firstPage(ctx context.Context, get func(context.Context) (facts, error)) (time.Duration, facts, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	type page struct {
+		took time.Duration
+		f    facts
+	}
+	pages := make(chan page, 1)
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer cancel()
+	for {
+		all.Go(func() {
+			began := time.Now()
+			if f, err := get(ctx); err == nil {
+				select {
+				case pages <- page{time.Since(began).Round(time.Millisecond), f}:
+				default:
+				}
+			}
+		})
+		select {
+		case p := <-pages:
+			return p.took, p.f, nil
+		case <-ctx.Done():
+			return 0, facts{}, errors.New("nobody served a new connection within a minute")
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}

@@ -56,7 +56,9 @@ func TestWhileDown(t *testing.T) {
 	t.Cleanup(func() { proxy.Stop(time.Second) })
 
 	browser := func(keep bool) *http.Client {
-		dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Client.Dial(ctx, "tcp4", "203.0.113.1:443") }
+		dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return s.Client.Dial(ctx, "tcp4", "203.0.113.1:443")
+		}
 		return &http.Client{Transport: &http.Transport{DialContext: dial, TLSClientConfig: s.trust(), DisableKeepAlives: !keep}}
 	}
 	get := func(ctx context.Context, c *http.Client) (f facts, err error) {

@@ -82,13 +82,15 @@ var allRules = rules{
 // BPFFS/tailsplice, and proves on loopback that this kernel splices rightly. The caller closes the Loader.
 //
 // It fails with an error that says what is lacking: [ErrKnownBad], a [*SelfTestError], an error that wraps
-// errors.ErrUnsupported where the kernel can't do it at all, or the system's.
+// errors.ErrUnsupported where the kernel can't do it at all, or the system's. [Again] tells whether another try
+// makes sense.
 func New(o Options) (*Loader, error) {
 	if err := refuseKnownBad(o); err != nil {
 		return nil, err
 	}
 	r := allRules
 	r.outside = !o.AtOnce
+	r.pressure = tcpPressure() // it may have been raised since the last try
 	l, err := load(o, r)
 	if err != nil {
 		return nil, explain(err)
@@ -99,6 +101,9 @@ func New(o Options) (*Loader, error) {
 	}
 	if o.Local {
 		l.proveLocal()
+		if Again(l.localOff) {
+			return nil, errors.Join(l.localOff, l.Close())
+		}
 	}
 	return l, nil
 }

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -113,6 +115,16 @@ type Finding struct {
 	Took   time.Duration `json:"took_ns,omitempty"`
 
 	lacks bool // the machine does, and it may be otherwise later
+}
+
+// Again reports whether New may do what it failed to do when it is tried again: what was lacking is what the machine, or
+// this process, may have later.
+func Again(err error) bool {
+	if e := new(SelfTestError); errors.As(err, &e) {
+		return e.Again()
+	}
+	return slices.ContainsFunc([]error{syscall.ENOMEM, syscall.ENOBUFS, syscall.EMFILE, syscall.ENFILE, syscall.EAGAIN},
+		func(lack error) bool { return errors.Is(err, lack) })
 }
 
 // SelfTestError says which rules this kernel breaks, or what about the machine kept it from proving that it

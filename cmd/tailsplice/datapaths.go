@@ -29,9 +29,11 @@ const autoFlows = 2048
 
 // datapaths are the kernel's, for one daemon.
 type datapaths struct {
-	options front.Options // what the configuration names, and works; Missing says why another is not there
+	options front.Options // what the configuration names, and works, now or later; Missing says why another is not there
 	load    func() (*loader.Loader, error)
-	loader  *loader.Loader // nil: none
+	lacks   func(f *front.Front, why string)       // hears why load has failed
+	loaded  func(f *front.Front, l *loader.Loader) // hears of what load has loaded
+	loader  *loader.Loader                         // nil: none
 	log     *slog.Logger
 	busy    sync.WaitGroup
 	quit    chan struct{}
@@ -57,11 +59,19 @@ func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapat
 		if asksFor(cfg, "auto") {
 			o.MaxFlows = min(o.MaxFlows, autoFlows)
 			p.load = func() (*loader.Loader, error) { return loader.New(o) }
+			p.lacks = func(f *front.Front, why string) { f.Lacks(loader.Name, why) }
+			p.loaded = func(f *front.Front, l *loader.Loader) {
+				f.Lacks(loader.Name, "it was loaded for auto only: start the daemon again to have it for other flows")
+				f.Offer(l)
+			}
 		}
 		return p
 	}
 	var err error
-	if p.loader, err = loader.New(o); err != nil {
+	if p.loader, err = loader.New(o); loader.Again(err) {
+		p.wait(o, lack(err))
+		return p
+	} else if err != nil {
 		reason := lack(err)
 		p.options.Missing[loader.Name] = reason
 		if local {
@@ -83,10 +93,40 @@ func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapat
 	return p
 }
 
-// offer lets f give flows of auto to the kernel. What is needed for nothing else is loaded only now, while connections are accepted.
+// wait has the datapaths that the configuration names refuse flows until they can be had.
+func (p *datapaths) wait(o loader.Options, why string) {
+	sockmap, local := lateSockets{newLate[relay.Sockets](loader.Name, why)}, newLate[relay.Datapath](loader.LocalName, why)
+	if o.Local {
+		p.options.Datapaths = append(p.options.Datapaths, local)
+		delete(p.options.Missing, loader.LocalName)
+	}
+	p.options.Datapaths = append(p.options.Datapaths, sockmap)
+	delete(p.options.Missing, loader.Name)
+	p.load = func() (*loader.Loader, error) { return loader.New(o) }
+	p.lacks = func(_ *front.Front, why string) {
+		sockmap.why.Store(&why)
+		local.why.Store(&why)
+	}
+	p.loaded = func(_ *front.Front, l *loader.Loader) {
+		d := relay.Sockets(l)
+		sockmap.d.Store(&d)
+		if n, err := l.Local(); o.Local && err == nil {
+			d := relay.Datapath(n)
+			local.d.Store(&d)
+		} else if o.Local {
+			local.why.Store(new(err.Error()))
+		}
+		p.log.Info("datapath sockmap is there: flows that begin from now on can have it")
+	}
+}
+
+// offer lets f give flows of auto to the kernel. What is needed for nothing else is loaded only now, while connections are
+// accepted, and what could not be loaded before is tried again.
 func (p *datapaths) offer(f *front.Front) {
-	if p.loader != nil {
-		f.Offer(p.loader)
+	for _, d := range p.options.Datapaths {
+		if s, ok := d.(relay.Sockets); ok {
+			f.Offer(s)
+		}
 	}
 	if p.load == nil {
 		return
@@ -95,13 +135,13 @@ func (p *datapaths) offer(f *front.Front) {
 		l, err := p.load()
 		last, pause := "", loadAgain
 		for ; err != nil; l, err = p.load() {
-			f.Lacks(loader.Name, lack(err))
+			p.lacks(f, lack(err))
 			if last != lack(err) {
 				last = lack(err)
 				p.log.Info("all flows go through userspace, since datapath sockmap is not available: "+
-					"`tailsplice doctor` says more", "reason", last)
+					"`tailsplice doctor` says more", "reason", last, "tried_again", loader.Again(err))
 			}
-			if e := new(loader.SelfTestError); !errors.As(err, &e) || !e.Again() {
+			if !loader.Again(err) {
 				return
 			}
 			select {
@@ -112,8 +152,7 @@ func (p *datapaths) offer(f *front.Front) {
 			}
 		}
 		p.loader = l
-		f.Lacks(loader.Name, "it was loaded for auto only: start the daemon again to have it for other flows")
-		f.Offer(l)
+		p.loaded(f, l)
 	})
 }
 

@@ -49,3 +49,14 @@ func (f *Front) watchHealth(d relay.Datapath) {
 		f.metrics.Watch(d.Name(), h.Health)
 	}
 }
+
+// A waiter is a datapath that the configuration may name, and that may not be there yet: it refuses flows until it is,
+// and Health says why.
+type waiter interface {
+	Waits() bool
+}
+
+func waits(d relay.Datapath) bool {
+	w, ok := d.(waiter)
+	return ok && w.Waits()
+}

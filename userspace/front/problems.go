@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
@@ -24,12 +25,13 @@ const (
 	PartTailnet     = "tailnet"     // this node's addresses are not known for now; those that were are bound
 	PartAccessLog   = "access_log"  // whose lines are lost
 	PartHealth      = "health"      // control.health, that can't be bound on the tailnet
+	PartDatapath    = "datapath"    // that a route names, and that can't be had yet: its flows go through userspace
 	PartTransparent = "transparent" // that targets see this host's address without
 	PartContainers  = "containers"  // that dockerd can't be asked for
 	PartACME        = "acme"        // a name whose certificate can't be had now
 )
 
-var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, PartAccessLog, PartHealth, PartTransparent, PartContainers, PartACME}
+var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, PartAccessLog, PartHealth, PartDatapath, PartTransparent, PartContainers, PartACME}
 
 // Unready says whether the daemon is not ready while there is p: it can't take connections that it should. With
 // the others it can. One of ACME is none, since who sends no connections keeps the authority's out, too.
@@ -101,6 +103,12 @@ func (f *Front) problems() (out []Problem) {
 		add(PartAccessLog, "", l.File(), l.Problem())
 	}
 	add(PartHealth, "", f.cfg.Control.Health, f.healthErr)
+	for _, d := range f.datapaths() {
+		if h, ok := d.(relay.Health); ok && waits(d) {
+			why, _ := h.Health()
+			out = append(out, Problem{PartDatapath, "", d.Name(), why})
+		}
+	}
 	add(PartTransparent, "", "", f.wayErr)
 	add(PartContainers, "", "", f.containers.Problem())
 	slices.SortFunc(out, func(a, b Problem) int { return strings.Compare(a.String(), b.String()) })

@@ -95,8 +95,8 @@ func (f *Front) Status() Status {
 		ds := DatapathStatus{Name: d.Name(), Available: true}
 		if h, ok := d.(relay.Health); ok {
 			ds.Reason, ds.Stalls = h.Health()
-			ds.SwitchedOff = ds.Reason != ""
-			ds.Available = !ds.SwitchedOff
+			ds.Available = ds.Reason == ""
+			ds.SwitchedOff = !ds.Available && !waits(d)
 		}
 		s.Datapaths = append(s.Datapaths, ds)
 	}

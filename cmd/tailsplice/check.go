@@ -1,24 +1,37 @@
 package main
 
 import (
+	"cmp"
+	"context"
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
+	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/front"
 )
 
 func newCheck() *cobra.Command {
 	var file string
-	var schema bool
+	var schema, here bool
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Check a configuration without running it",
 		Long: `Check a configuration without running it. All that is wrong is printed at once,
 each as FILE:LINE:COL: message, and the exit status is 1. Nothing is bound,
-dialled or changed, so it can be used on any machine.`,
+dialled or changed, so it can be used on any machine, and what the
+configuration needs of one is not looked at, but named.
+
+With --here that is looked at on this machine, as the user that runs the
+command: whether the files are there and good, whether the ports are free (or
+bound by the daemon that runs), and whether tailscaled, dockerd and the name
+server know the nodes, containers and hosts. Each port is bound for a moment;
+nothing is dialled: see tailsplice trace.`,
 		Example: `  tailsplice check --config /etc/tailsplice/tailsplice.yaml
+  sudo tailsplice check --here
   tailsplice check --schema >tailsplice.schema.json   # for your editor`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -31,19 +44,64 @@ dialled or changed, so it can be used on any machine.`,
 				return err
 			}
 			for _, w := range cfg.Warnings {
-				fmt.Fprintf(os.Stderr, "warning: %s\n", w)
+				fmt.Fprintf(terminal{os.Stderr}, "warning: %s\n", w)
 			}
 			routes := 0
 			for _, l := range cfg.Listeners {
 				routes += len(l.Routes)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s is fine: node %s, %s, %s\n", file, cfg.Node, plural(len(cfg.Listeners), "listener"), plural(routes, "route"))
+			sum := fmt.Sprintf("%s is fine: node %s, %s, %s\n", file, cfg.Node, plural(len(cfg.Listeners), "listener"), plural(routes, "route"))
+			needs := front.Needs(cfg)
+			if !here {
+				fmt.Fprint(cmd.OutOrStdout(), sum)
+				if len(needs) > 0 {
+					fmt.Fprintf(cmd.OutOrStdout(), "not looked at: %s; with --here they are, on the machine that it is for\n", count(needs))
+				}
+				return nil
+			}
+			problems := front.LookHere(cmd.Context(), cfg, needs, running(cmd.Context(), cfg))
+			for _, p := range problems {
+				fmt.Fprintln(terminal{os.Stderr}, p)
+			}
+			if len(problems) > 0 {
+				return errSilent
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%slooked at on this machine: %s\n", sum, cmp.Or(count(needs), "nothing, it needs nothing"))
 			return nil
 		},
 	}
 	configFlag(cmd, &file)
 	cmd.Flags().BoolVar(&schema, "schema", false, "print the configuration's JSON schema instead")
+	cmd.Flags().BoolVar(&here, "here", false, "look also at what it needs of this machine: files, ports, nodes, containers")
 	return cmd
+}
+
+// count says how many there are of each kind, as "2 files, 1 port".
+func count(needs []front.Need) string {
+	var out []string
+	for _, kind := range front.NeedKinds {
+		n := 0
+		for _, need := range needs {
+			if need.Kind == kind {
+				n++
+			}
+		}
+		if n > 0 {
+			out = append(out, plural(n, kind))
+		}
+	}
+	return strings.Join(out, ", ")
+}
+
+// running is the status of the daemon that a configuration would be the one of, or nil where none runs.
+func running(ctx context.Context, cfg *config.Config) *front.Status {
+	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	defer cancel()
+	var s front.Status
+	if err := (admin.Client{Socket: cfg.Control.Socket}).Get(ctx, "status", &s); err != nil {
+		return nil
+	}
+	return &s
 }
 
 // loadConfig reads file; what is wrong with it goes to standard error as it

@@ -48,6 +48,7 @@ func TestScripts(t *testing.T) {
 			e.Defer(func() { os.RemoveAll(run) })
 			e.Setenv("RUN", run)
 			e.Setenv("TAILSPLICE_TAILSCALED_SOCKET", filepath.Join(run, "no-tailscaled.sock"))
+			e.Setenv("DOCKER_HOST", "unix://"+filepath.Join(run, "no-dockerd.sock"))
 			return nil
 		},
 		Condition: func(cond string) (bool, error) {

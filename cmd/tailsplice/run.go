@@ -123,6 +123,7 @@ func run(ctx context.Context, o runOptions) error {
 	datapaths := loadDatapaths(cfg, o.knownBad, log)
 	defer datapaths.close()
 	datapaths.options.Log, datapaths.options.LogLost, datapaths.options.Version = log, lines.Lost, version()
+	datapaths.options.Control = []string{cfg.Control.Metrics, cfg.Control.Health}
 	f, err := front.New(cfg, datapaths.options)
 	if err != nil {
 		return err

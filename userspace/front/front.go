@@ -55,6 +55,7 @@ type Options struct {
 	Log     *slog.Logger
 	LogLost func() int64 // lines that Log could not write; nil: none
 	Version string
+	Control []string // addresses that are bound for metrics and health, for status; "" is none
 
 	// Datapaths are those that work on this machine; userspace is always
 	// there and is not listed. A flow that one refuses is offered to those

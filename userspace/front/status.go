@@ -25,6 +25,7 @@ type Status struct {
 	Listeners []ListenerStatus `json:"listeners"`
 	Problems  []Problem        `json:"problems,omitempty"`       // what of the configuration does not work now
 	Labels    []LabelProblem   `json:"label_problems,omitempty"` // labels of containers that make no route, and why
+	Control   []string         `json:"control,omitempty"`        // addresses of metrics and health
 	LogLost   int64            `json:"log_lost,omitempty"`       // lines that the daemon's log could not write
 
 	Accepted       map[string]int64 `json:"accepted"`        // connections by listener
@@ -89,6 +90,11 @@ func (f *Front) Status() Status {
 		s.LogLost = f.opts.LogLost()
 	}
 	s.Problems = f.problems()
+	for _, addr := range f.opts.Control {
+		if addr != "" {
+			s.Control = append(s.Control, addr)
+		}
+	}
 	there := map[string]bool{}
 	for _, d := range f.datapaths() {
 		there[d.Name()] = true

@@ -148,14 +148,28 @@ func (f *Front) Trace(ctx context.Context, q Question) (Trace, error) {
 // TraceConfig answers q by a configuration that is not in force, and uses it up.
 // It binds nothing.
 func TraceConfig(ctx context.Context, cfg *config.Config, q Question) (Trace, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	f, services, err := compileAside(ctx, cfg)
+	if err != nil {
+		return Trace{}, err
+	}
+	f.prepareLabels(cfg, services)
+	return f.trace(ctx, cfg, services, q)
+}
+
+// compileAside compiles a configuration that is not in force, and uses it up: of
+// the Front only what looks and dials is there, until ctx ends. err is all that is
+// wrong; a listener that can't be compiled has no service.
+func compileAside(ctx context.Context, cfg *config.Config) (f *Front, services map[string]*service, err error) {
 	log := slog.New(slog.DiscardHandler)
-	f := &Front{log: log, opts: Options{Log: log}, labels: newLabelRoutes(nil), tailnet: tailnet.New("", log), containers: container.New("", log)}
+	f = &Front{log: log, opts: Options{Log: log}, labels: newLabelRoutes(nil), tailnet: tailnet.New("", log), containers: container.New("", log)}
 	f.ctx, f.cancel = context.WithCancel(ctx)
-	defer f.cancel()
 	f.containers.FollowLabels(config.IsLabel, func() {})
 	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers}
 	f.labelDialer = &dial.Dialer{Container: f.containers.Now()}
-	services := map[string]*service{}
+	services = map[string]*service{}
+	var errs []error
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]
 		// Which datapath moves the bytes is not the question, nor whether it is there.
@@ -168,12 +182,12 @@ func TraceConfig(ctx context.Context, cfg *config.Config, q Question) (Trace, er
 		}
 		s, err := f.compile(cfg, l)
 		if err != nil {
-			return Trace{}, err
+			errs = append(errs, err)
+			continue
 		}
 		services[l.Name] = s
 	}
-	f.prepareLabels(cfg, services)
-	return f.trace(ctx, cfg, services, q)
+	return f, services, errors.Join(errs...)
 }
 
 func (f *Front) trace(ctx context.Context, cfg *config.Config, services map[string]*service, q Question) (Trace, error) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"testing"
 	"time"
@@ -113,6 +114,13 @@ listeners:
 		_, err = io.ReadFull(c, make([]byte, 4))
 		return err
 	}
+	health := http.Server{Handler: http.NotFoundHandler()}
+	go d.ServeTailnet(t.Context(), "4446", func(ln net.Listener) { health.Serve(ln) })
+	t.Cleanup(func() { health.Close() })
+	for _, a := range self {
+		to := net.JoinHostPort(a.String(), "4446")
+		eventually(t, "health is shown", func() bool { return ask("", to) == nil })
+	}
 	for _, when := range []string{"at first", "with another interface"} {
 		for i, a := range self {
 			neighbour, node := far[i], []string{"100.64.0.5", "fd7a:115c:a1e0::5"}[i]
@@ -129,6 +137,13 @@ listeners:
 					t.Errorf("%s, a neighbour at %s: answered", when, to)
 				}
 				eventually(t, "counted", func() bool { return d.refused(notByTailnet) == before+1 })
+			}
+			to := net.JoinHostPort(a.String(), "4446")
+			if err := lan.AtFar(func() error { return ask(node, to) }); err != nil {
+				t.Errorf("%s, a node at %s: %v", when, to, err)
+			}
+			if err := lan.AtFar(func() error { return ask(neighbour, to) }); err == nil {
+				t.Errorf("%s, a neighbour at %s: answered", when, to)
 			}
 		}
 		if err := lan.AtFar(func() error { return ask(far[0], near[0]+":4445") }); err != nil {

@@ -214,3 +214,28 @@ func TestExpiredCertificate(t *testing.T) {
 	}
 	c.Close()
 }
+
+// TestGuardsStayStrict: what would let in whom nobody has named keeps the daemon from starting, though another listener
+// could serve.
+func TestGuardsStayStrict(t *testing.T) {
+	cert, _ := certificate(t, "a.test")
+	certFile, keyFile := writePair(t, cert)
+	none := filepath.Join(t.TempDir(), "none")
+	for _, guard := range []string{
+		fmt.Sprintf("basic_auth: { file: %q }", none),
+		fmt.Sprintf("client_certificates: { ca: %q }", none),
+		fmt.Sprintf("upstream: { protocol: https, ca: %q }", none),
+	} {
+		f, err := New(parse(t, fmt.Sprintf(`
+listeners:
+  - { name: open, listen: [%q], mode: tcp, default: { forward: "127.0.0.1:9" } }
+  - { name: web, listen: [%q], mode: https, certificates: [ { files: { cert: %q, key: %q } } ], default: { forward: "127.0.0.1:9", %s } }
+`, freeAddr(t), freeAddr(t), certFile, keyFile, guard)), Options{Log: slog.New(slog.DiscardHandler)})
+		if err == nil {
+			f.Close()
+			t.Errorf("it starts with %s", guard)
+		} else if !strings.Contains(err.Error(), none) {
+			t.Errorf("%s: %v", guard, err)
+		}
+	}
+}

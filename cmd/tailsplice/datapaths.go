@@ -23,13 +23,13 @@ var (
 	_ relay.Health   = (*loader.Local)(nil)
 )
 
-// autoFlows bounds the flows that auto gives to the kernel, where nothing else is: those that talk, at a time, and those that have
-// talked. They cost 1.4 KB each from the start.
+// autoFlows bounds the flows that auto gives to the kernel, where nothing else is: those that talk, at a
+// time, and those that have talked. They cost 1.4 KB each from the start.
 const autoFlows = 2048
 
 // datapaths are the kernel's, for one daemon.
 type datapaths struct {
-	options front.Options // what the configuration names, and works, now or later; Missing says why another is not there
+	options front.Options // what the configuration names, and works, now or later; Missing is about others
 	load    func() (*loader.Loader, error)
 	lacks   func(f *front.Front, why string)       // hears why load has failed
 	loaded  func(f *front.Front, l *loader.Loader) // hears of what load has loaded
@@ -95,7 +95,8 @@ func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapat
 
 // wait has the datapaths that the configuration names refuse flows until they can be had.
 func (p *datapaths) wait(o loader.Options, why string) {
-	sockmap, local := lateSockets{newLate[relay.Sockets](loader.Name, why)}, newLate[relay.Datapath](loader.LocalName, why)
+	sockmap := lateSockets{newLate[relay.Sockets](loader.Name, why)}
+	local := newLate[relay.Datapath](loader.LocalName, why)
 	if o.Local {
 		p.options.Datapaths = append(p.options.Datapaths, local)
 		delete(p.options.Missing, loader.LocalName)
@@ -120,8 +121,8 @@ func (p *datapaths) wait(o loader.Options, why string) {
 	}
 }
 
-// offer lets f give flows of auto to the kernel. What is needed for nothing else is loaded only now, while connections are
-// accepted, and what could not be loaded before is tried again.
+// offer lets f give flows of auto to the kernel. What is needed for nothing else is loaded only now, while
+// connections are accepted, and what could not be loaded before is tried again.
 func (p *datapaths) offer(f *front.Front) {
 	for _, d := range p.options.Datapaths {
 		if s, ok := d.(relay.Sockets); ok {

@@ -12,8 +12,8 @@ import (
 // errNotYet is how a late datapath refuses flows.
 var errNotYet = errors.New("it can't be had yet")
 
-// late is a datapath that a configuration names, and that can't be had now, for want of what the machine may have
-// later. Until it is there it refuses all flows, which go through userspace.
+// late is a datapath that a configuration names, and that can't be had now, for want of what the machine may
+// have later. Until it is there it refuses all flows, which go through userspace.
 type late[D relay.Datapath] struct {
 	name string
 	d    atomic.Pointer[D]
@@ -33,7 +33,8 @@ func (l *late[D]) Name() string { return l.name }
 func (l *late[D]) Waits() bool { return l.d.Load() == nil }
 
 // Splice is the datapath's, once that is there.
-func (l *late[D]) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (count func() (up, down int64), err error) {
+func (l *late[D]) Splice(ctx context.Context, down, up *net.TCPConn,
+	f relay.Flow) (count func() (up, down int64), err error) {
 	if d := l.d.Load(); d != nil {
 		return (*d).Splice(ctx, down, up, f)
 	}
@@ -56,7 +57,8 @@ func (l *late[D]) Health() (off string, stalls uint64) {
 type lateSockets struct{ *late[relay.Sockets] }
 
 // SpliceSockets is the datapath's, once that is there.
-func (l lateSockets) SpliceSockets(ctx context.Context, down, up int, f relay.Flow) (count func() (up, down int64), err error) {
+func (l lateSockets) SpliceSockets(ctx context.Context, down, up int,
+	f relay.Flow) (count func() (up, down int64), err error) {
 	if d := l.d.Load(); d != nil {
 		return (*d).SpliceSockets(ctx, down, up, f)
 	}

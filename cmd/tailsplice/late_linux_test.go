@@ -15,8 +15,9 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/front"
 )
 
-// TestSockmapComesLate: while TCP is short of memory nobody can prove how this kernel splices. The daemon starts all the
-// same, says so, has flows go through userspace, and has the datapath once there is memory. Doctor blames no kernel.
+// TestSockmapComesLate: while TCP is short of memory nobody can prove how this kernel splices. The daemon
+// starts all the same, says so, has flows go through userspace, and has the datapath once there is memory.
+// Doctor blames no kernel.
 func TestSockmapComesLate(t *testing.T) {
 	if root, err := haveRoot(); err != nil {
 		t.Fatal(err)

@@ -16,12 +16,13 @@ const aliveWait = 2 * time.Second
 type Health struct {
 	// Alive is an error where the process runs, and what moves connections does not go on.
 	Alive func(ctx context.Context) error
-	// Ready says whether connections are taken. answer is what encoding/json can write, and its String is for people.
+	// Ready says whether connections are taken. answer is what encoding/json can write, and its String is for
+	// people.
 	Ready func() (ready bool, answer fmt.Stringer)
 }
 
-// Handler serves h: GET /healthz and GET /readyz, with status 200 or 503. Answers are text, or JSON where the request
-// has ?json or asks for application/json.
+// Handler serves h: GET /healthz and GET /readyz, with status 200 or 503. Answers are text, or JSON where the
+// request has ?json or asks for application/json.
 func (h Health) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {

@@ -14,8 +14,8 @@ import (
 const whileDownClose = "close" // the word of the config
 
 const (
-	// checkEvery is how often the targets of a default are connected to. With checkFall a target that does not
-	// answer any more is found in less than 2.5 s, and one that refuses in 1.5 s.
+	// checkEvery is how often the targets of a default are connected to. With checkFall a target that does
+	// not answer any more is found in less than 2.5 s, and one that refuses in 1.5 s.
 	checkEvery = 500 * time.Millisecond
 	// checkLate is when a check that has not been answered counts as one that failed. An answer after that
 	// counts, too: a slow line is no dead one.
@@ -160,7 +160,8 @@ func (g *gate) note(ctx context.Context, err error, late bool) {
 	case !g.shut && g.fall >= checkFall:
 		g.shut = true
 		g.why.Store(&err)
-		f.log.Warn("a listener is closed: no target of its default can be reached", "listener", l.name, "err", err)
+		f.log.Warn("a listener is closed: no target of its default can be reached",
+			"listener", l.name, "err", err)
 		f.setShut(l, true)
 	case g.shut && (g.rise >= checkRise || g.rise > 0 && !g.opened):
 		g.shut, g.opened = false, true
@@ -169,7 +170,8 @@ func (g *gate) note(ctx context.Context, err error, late bool) {
 		f.setShut(l, false)
 	case g.shut && err != nil:
 		if g.fall == checkFall && !g.opened {
-			f.log.Warn("a listener stays closed: no target of its default can be reached", "listener", l.name, "err", err)
+			f.log.Warn("a listener stays closed: no target of its default can be reached",
+				"listener", l.name, "err", err)
 		}
 		g.why.Store(&err)
 	}

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// TestWhileDownClose: a listener is shut until its default answers, shut again when it no longer does, and open once it
-// does; flows go on meanwhile, and one that accepts stays as it is.
+// TestWhileDownClose: a listener is shut until its default answers, shut again when it no longer does, and
+// open once it does; flows go on meanwhile, and one that accepts stays as it is.
 func TestWhileDownClose(t *testing.T) {
 	target, addr, stays := freeAddr(t), freeAddr(t), freeAddr(t)
 	yaml := func(whileDown, more string) string {

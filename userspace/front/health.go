@@ -13,9 +13,10 @@ import (
 // Alive is an error where what moves connections does not go on before ctx ends.
 func (f *Front) Alive(ctx context.Context) error { return relay.Alive(ctx) }
 
-// ServeTailnet has serve answer on a port of this node's tailnet addresses, as they come and go, until ctx ends. serve
-// is called for each address, and returns when its listener is closed. Connections are those of the tailnet and of this
-// host, as with a listener on "tailnet:PORT". What can't be bound is tried again each second.
+// ServeTailnet has serve answer on a port of this node's tailnet addresses, as they come and go, until ctx
+// ends. serve is called for each address, and returns when its listener is closed. Connections are those of
+// the tailnet and of this host, as with a listener on "tailnet:PORT". What can't be bound is tried again each
+// second.
 func (f *Front) ServeTailnet(ctx context.Context, port string, serve func(net.Listener)) {
 	open := map[netip.Addr]net.Listener{}
 	defer func() {
@@ -37,7 +38,8 @@ func (f *Front) ServeTailnet(ctx context.Context, port string, serve func(net.Li
 			said = err.Error()
 		}
 		if said != last && err != nil {
-			f.log.Warn("control.health can't be bound yet: it is tried again each second", "port", port, "err", err)
+			f.log.Warn("control.health can't be bound yet: it is tried again each second",
+				"port", port, "err", err)
 		}
 		last = said
 		f.mu.Lock()
@@ -52,7 +54,8 @@ func (f *Front) ServeTailnet(ctx context.Context, port string, serve func(net.Li
 }
 
 // openTailnet makes open the listeners of addrs.
-func (f *Front) openTailnet(open map[netip.Addr]net.Listener, addrs []netip.Addr, port string, serve func(net.Listener)) error {
+func (f *Front) openTailnet(open map[netip.Addr]net.Listener, addrs []netip.Addr, port string,
+	serve func(net.Listener)) error {
 	here := map[netip.Addr]bool{}
 	var errs []error
 	for _, a := range addrs {

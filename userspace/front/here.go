@@ -55,7 +55,8 @@ const hereTimeout = 5 * time.Second
 // Needs lists what cfg needs of a machine, each once.
 func Needs(cfg *config.Config) (all []Need) {
 	add := func(kind, name string, at config.Pos, look func(context.Context, *here) error) {
-		if name != "" && !slices.ContainsFunc(all, func(n Need) bool { return n.Kind == kind && n.Name == name }) {
+		same := func(n Need) bool { return n.Kind == kind && n.Name == name }
+		if name != "" && !slices.ContainsFunc(all, same) {
 			all = append(all, Need{kind, name, at, look})
 		}
 	}
@@ -108,7 +109,8 @@ func Needs(cfg *config.Config) (all []Need) {
 			add(needFile, b.File, b.At("file"), nil)
 		}
 		if fa := a.ForwardAuth; fa != nil {
-			if u, err := url.Parse(fa.Address); err == nil && (u.Scheme == dial.Tailnet || u.Scheme == dial.Docker) {
+			u, err := url.Parse(fa.Address)
+			if err == nil && (u.Scheme == dial.Tailnet || u.Scheme == dial.Docker) {
 				target(dial.Target{Scheme: u.Scheme, Host: u.Hostname()}, fa.At("address"))
 			}
 		}
@@ -122,7 +124,9 @@ func Needs(cfg *config.Config) (all []Need) {
 			certificateNeeds(&l.Certificates[j], add)
 		}
 		if log := accessLogOf(cfg, l); log != nil && log.File != accesslog.Stderr {
-			add(needFile, log.File, log.At("file"), func(context.Context, *here) error { return canWrite(log.File) })
+			add(needFile, log.File, log.At("file"), func(context.Context, *here) error {
+				return canWrite(log.File)
+			})
 		}
 		if l.AcceptProxy != nil {
 			peers(&l.AcceptProxy.Section, "from", l.AcceptProxy.From)
@@ -139,7 +143,8 @@ func Needs(cfg *config.Config) (all []Need) {
 	return all
 }
 
-func certificateNeeds(c *config.Certificate, add func(kind, name string, at config.Pos, look func(context.Context, *here) error)) {
+func certificateNeeds(c *config.Certificate,
+	add func(kind, name string, at config.Pos, look func(context.Context, *here) error)) {
 	if f := c.Files; f != nil {
 		add(needFile, f.Cert, f.At("cert"), func(_ context.Context, h *here) error {
 			_, err := tlsterm.Load([]tlsterm.Spec{{Cert: f.Cert, Key: f.Key}}, h.front.log)
@@ -154,7 +159,9 @@ func certificateNeeds(c *config.Certificate, add func(kind, name string, at conf
 		}
 	}
 	if a := c.ACME; a != nil {
-		add(needFile, a.Storage, a.At("storage"), func(context.Context, *here) error { return canWrite(filepath.Join(a.Storage, "x")) })
+		add(needFile, a.Storage, a.At("storage"), func(context.Context, *here) error {
+			return canWrite(filepath.Join(a.Storage, "x"))
+		})
 		add(needFile, a.CA, a.At("ca"), func(context.Context, *here) error { return canRead(a.CA) })
 		if a.DNS != nil {
 			add(needFile, a.DNS.Exec[0], a.DNS.At("exec"), func(context.Context, *here) error {
@@ -165,9 +172,9 @@ func certificateNeeds(c *config.Certificate, add func(kind, name string, at conf
 	}
 }
 
-// LookHere looks at needs on this machine, and returns what is wrong, each with its place in the file. It uses cfg up.
-// running is the status of the daemon that cfg is the configuration of, or nil: what that has bound is free. It takes
-// 10 s at most.
+// LookHere looks at needs on this machine, and returns what is wrong, each with its place in the file. It
+// uses cfg up. running is the status of the daemon that cfg is the configuration of, or nil: what that has
+// bound is free. It takes 10 s at most.
 func LookHere(ctx context.Context, cfg *config.Config, needs []Need, running *Status) []error {
 	ctx, cancel := context.WithTimeout(ctx, 2*hereTimeout)
 	defer cancel()
@@ -237,8 +244,11 @@ func lookPort(addr string) func(context.Context, *here) error {
 // canBind binds addr, and gives it free again. What the daemon that runs has there is its own to take.
 func (h *here) canBind(addr string) error {
 	if h.running != nil {
-		if slices.Contains(h.running.Control, addr) ||
-			slices.ContainsFunc(h.running.Listeners, func(l ListenerStatus) bool { return slices.Contains(l.Bound, addr) }) {
+		bound := slices.Clone(h.running.Control)
+		for _, l := range h.running.Listeners {
+			bound = append(bound, l.Bound...)
+		}
+		if slices.Contains(bound, addr) {
 			return nil
 		}
 	}

@@ -25,16 +25,17 @@ const (
 	PartTailnet     = "tailnet"     // this node's addresses are not known for now; those that were are bound
 	PartAccessLog   = "access_log"  // whose lines are lost
 	PartHealth      = "health"      // control.health, that can't be bound on the tailnet
-	PartDatapath    = "datapath"    // that a route names, and that can't be had yet: its flows go through userspace
+	PartDatapath    = "datapath"    // that a route names, and and flows go by userspace until it is there
 	PartTransparent = "transparent" // that targets see this host's address without
 	PartContainers  = "containers"  // that dockerd can't be asked for
 	PartACME        = "acme"        // a name whose certificate can't be had now
 )
 
-var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, PartAccessLog, PartHealth, PartDatapath, PartTransparent, PartContainers, PartACME}
+var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, PartAccessLog, PartHealth,
+	PartDatapath, PartTransparent, PartContainers, PartACME}
 
-// Unready says whether the daemon is not ready while there is p: it can't take connections that it should. With
-// the others it can. One of ACME is none, since who sends no connections keeps the authority's out, too.
+// Unready says whether the daemon is not ready while there is p: it can't take connections that it should.
+// With the others it can. One of ACME is none, since who sends no connections keeps the authority's out, too.
 func (p Problem) Unready() bool {
 	return p.Part == PartAddress || p.Part == PartCertificate || p.Part == PartDefault
 }

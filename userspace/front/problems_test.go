@@ -33,8 +33,8 @@ func (d *daemon) scrape(metric string) string {
 	return value
 }
 
-// TestOneBadPart starts a daemon whose certificates, log and address are each wrong beside one that is right: that one
-// serves, all else is said where people look, and comes back once it is mended.
+// TestOneBadPart starts a daemon whose certificates, log and address are each wrong beside one that is right:
+// that one serves, all else is said where people look, and comes back once it is mended.
 func TestOneBadPart(t *testing.T) {
 	dir := t.TempDir()
 	good, pool := certificate(t, "good.test")
@@ -215,8 +215,8 @@ func TestExpiredCertificate(t *testing.T) {
 	c.Close()
 }
 
-// TestGuardsStayStrict: what would let in whom nobody has named keeps the daemon from starting, though another listener
-// could serve.
+// TestGuardsStayStrict: what would let in whom nobody has named keeps the daemon from starting, though
+// another listener could serve.
 func TestGuardsStayStrict(t *testing.T) {
 	cert, _ := certificate(t, "a.test")
 	certFile, keyFile := writePair(t, cert)

@@ -9,7 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// asking holds a token while loops are asked: one that never answers must not cost a goroutine for each who asks.
+// asking holds a token while loops are asked: one that never answers must not cost a goroutine for each who
+// asks.
 var asking = make(chan struct{}, 1)
 
 var errSilent = errors.New("a loop that moves connections does not answer")

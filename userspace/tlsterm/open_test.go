@@ -12,8 +12,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/logs"
 )
 
-// TestOpen checks that what is wrong with one pair of files keeps no other from being served, is said, and is over
-// once the files are mended.
+// TestOpen checks that what is wrong with one pair of files keeps no other from being served, is said, and is
+// over once the files are mended.
 func TestOpen(t *testing.T) {
 	dir := t.TempDir()
 	good := mint(t, nil, []string{"good.example.org"})

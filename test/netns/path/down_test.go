@@ -18,7 +18,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// The stand-in for a provider's proxy: it gives connections to edge A while that one's port answers, and else to edge B.
+// The stand-in for a provider's proxy: it gives connections to edge A while that one's port answers, and else
+// to edge B.
 const balancer = `
 defaults
 	mode tcp
@@ -32,9 +33,9 @@ listen edges
 	server b 198.51.100.18:443 backup
 `
 
-// TestWhileDown: an edge that loses its tailnet closes its port, so that a proxy in front of both edges, which looks at
-// nothing else, sends new connections to the other. A connection that there is goes on, and so does the edge, once it is
-// back.
+// TestWhileDown: an edge that loses its tailnet closes its port, so that a proxy in front of both edges,
+// which looks at nothing else, sends new connections to the other. A connection that there is goes on, and so
+// does the edge, once it is back.
 func TestWhileDown(t *testing.T) {
 	s := world(t)
 	lab.Require(t, lab.Options{}, "haproxy")
@@ -152,8 +153,8 @@ func logged(d *lab.Daemon, id string) error {
 	return fmt.Errorf("%s logs no flow %s", d.Host.Name, id)
 }
 
-// firstPage asks again and again, each time beside those that wait, and returns the first page that comes, with how long
-// that one took.
+// firstPage asks again and again, each time beside those that wait, and returns the first page that comes,
+// with how long that one took.
 func firstPage(ctx context.Context, get func(context.Context) (facts, error)) (time.Duration, facts, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()

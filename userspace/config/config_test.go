@@ -68,10 +68,12 @@ func goldens(t testing.TB, archive string, messages func(golden) string) []golde
 }
 
 // errorArchives hold files that Parse refuses.
-var errorArchives = []string{"syntax", "structure", "values", "meaning", "acme", "docker", "http", "access"}
+var errorArchives = []string{"syntax", "structure", "values", "meaning", "acme", "docker", "http", "access",
+	"variables"}
 
 // TestErrors compares every message of every wrong file, with its exact place.
 func TestErrors(t *testing.T) {
+	setVariables(t)
 	messages := func(g golden) string {
 		_, err := Parse(g.name+".yaml", g.yaml)
 		if err == nil {

@@ -319,7 +319,7 @@ func (d *decoder) scalars(n *node, f *field, out reflect.Value, sec *Section) bo
 			continue
 		}
 		if line, dup := seen[v.Interface()]; dup && !f.repeats {
-			d.errorf(item.pos, "%s has %q twice, it is already on line %d", f.key, item.text, line)
+			d.errorf(item.pos, "%s has %q twice, it is already on line %d", f.key, item.shown(), line)
 			ok = false
 			continue
 		}
@@ -334,6 +334,7 @@ func (d *decoder) scalar(n *node, f *field, out reflect.Value) bool {
 	if n.kind == kindUnclear {
 		return false
 	}
+	n = n.typed(f.kind)
 	if !f.kind.takes(n.kind) {
 		d.wrongType(n, f)
 		return false
@@ -341,7 +342,7 @@ func (d *decoder) scalar(n *node, f *field, out reflect.Value) bool {
 	refuse := func(format string, args ...any) bool {
 		shown := f.key
 		if !f.kind.secret {
-			shown += fmt.Sprintf(" %q", clip(n.text))
+			shown += fmt.Sprintf(" %q", clip(n.shown()))
 		}
 		d.errorf(n.pos, "%s: %s", shown, fmt.Sprintf(format, args...))
 		return false
@@ -361,6 +362,33 @@ func (d *decoder) scalar(n *node, f *field, out reflect.Value) bool {
 	return true
 }
 
+// shown is what messages may show of a scalar: never the value of a variable.
+func (n *node) shown() string {
+	if n.written != "" {
+		return n.written
+	}
+	return n.text
+}
+
+// typed is n as a kind takes it: what a variable gives is text, and may stand for a number, or for true or
+// false.
+func (n *node) typed(k *kind) *node {
+	if n.written == "" || k.takes(n.kind) {
+		return n
+	}
+	as := *n
+	switch {
+	case digits.MatchString(n.text):
+		as.kind = kindNumber
+	case n.text == "true" || n.text == "false":
+		as.kind = kindBool
+	}
+	if !k.takes(as.kind) {
+		return n
+	}
+	return &as
+}
+
 // parse reads a scalar and checks it against the field's values and bounds.
 func (f *field) parse(n *node) (any, error) {
 	if len(f.enum) > 0 && !slices.Contains(f.enum, n.text) {
@@ -370,7 +398,10 @@ func (f *field) parse(n *node) (any, error) {
 		return nil, fmt.Errorf("must be one of %s%s", strings.Join(f.enum, ", "), didYouMean(n.text, f.enum))
 	}
 	v, err := f.kind.parse(n.text)
-	if err != nil {
+	switch {
+	case err != nil && n.written != "": // the error may tell a secret that came to the wrong place
+		return nil, fmt.Errorf("with its variables replaced it is not %s", f.want())
+	case err != nil:
 		return nil, err
 	}
 	if i, ok := v.(int64); ok && f.min != "" {

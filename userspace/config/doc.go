@@ -5,8 +5,9 @@
 // be meant but looks like a mistake is a warning (Config.Warnings).
 //
 // The package only looks at the text. It resolves no name, opens no socket and reads no certificate, so a
-// file can be checked on another machine than the one that runs it. Two things come from outside: the host
-// name (the default of node), and the folder of the file, which relative paths start from.
+// file can be checked on another machine than the one that runs it. Three things come from outside: the host
+// name (the default of node), the folder of the file, which relative paths start from, and the environment
+// variables that values name (expand.go).
 //
 // The struct tags of the types here are the only description of the format. The decoder and the JSON
 // schema (Schema) are both driven by them:

@@ -35,6 +35,10 @@ func TestParseLabels(t *testing.T) {
 				`tailsplice.path: "x": must begin with /`, "tailsplice.port: port 0 is out of range", `tailsplice.tls: "yes": must be true`}},
 		{name: "passthrough", labels: map[string]string{host: "a.org", tls: "passthrough"}, want: Labels{Host: []string{"a.org"}, TLS: "passthrough"}},
 		{name: "path in tls", labels: map[string]string{host: "a.org", tls: "passthrough", path: "/x"}, errs: []string{"tailsplice.path: with tailsplice.tls=passthrough"}},
+		// Whoever starts a container has no business with this process's environment.
+		{name: "variable", labels: map[string]string{host: "${HOME}.org", port: "${PORT:-80}"},
+			errs: []string{`tailsplice.host: "${HOME}.org": '$' cannot be in a name`,
+				`tailsplice.port: port "${PORT:-80}" is not a number`}},
 		{name: "flood", labels: map[string]string{host: strings.Repeat("a,", 200)}, errs: []string{"tailsplice.host: 201 names, at most 100"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"reflect"
+	"strings"
 )
 
 // MaxFileBytes is the size of the largest configuration file that is read: twice what 100,000 routes take.
@@ -55,11 +56,17 @@ func explain(err error) error {
 }
 
 // Parse reads a configuration from memory. The file's name is for messages, and relative paths in the
-// configuration start at its folder. The error is Errors: everything that is wrong, in the order of the file.
+// configuration start at its folder. Variables are those of this process's environment. The error is Errors:
+// everything that is wrong, in the order of the file.
 func Parse(file string, data []byte) (*Config, error) {
 	r := &reporter{file: file}
 	c := &Config{File: file}
 	if root := parseTree(r, data); root != nil {
+		if text := string(data); strings.Contains(text, "${") {
+			lines := strings.Split(strings.TrimPrefix(text, "\ufeff"), "\n")
+			x := expander{reporter: r, lines: lines, lookup: os.LookupEnv}
+			x.expand(root)
+		}
 		d := &decoder{reporter: r, fields: map[reflect.Type][]field{}}
 		d.root(root, c)
 		v := &validator{reporter: r, bound: map[uint16][]bound{}}

@@ -117,6 +117,7 @@ func (f *field) schema() map[string]any {
 		// Bounds only bind numbers, so they may stand beside text such as 2MiB.
 		item["minimum"], item["maximum"] = f.number(f.min), f.number(f.max)
 	}
+	item = orVariable(item)
 	s := item
 	if f.names != nil {
 		s = map[string]any{"type": "object", "propertyNames": f.names.schema, "additionalProperties": item}
@@ -136,7 +137,7 @@ func (f *field) schema() map[string]any {
 	s["description"] = f.doc
 	if f.def != "" {
 		s["default"] = f.def
-		if takesInteger(item) && decimal.MatchString(f.def) {
+		if takesInteger(f.kind.schema) && decimal.MatchString(f.def) {
 			s["default"] = f.number(f.def)
 		}
 	}
@@ -160,6 +161,20 @@ func (f *field) sectionSchema() map[string]any {
 		}
 	}
 	s["description"] = f.doc
+	return s
+}
+
+// orVariable takes a text with a variable in it too, whatever s says.
+func orVariable(s map[string]any) map[string]any {
+	const has = `\$\{`
+	pattern, matched := s["pattern"].(string)
+	_, listed := s["enum"]
+	switch {
+	case s["type"] == "string" && matched && !listed:
+		s["pattern"] = pattern + "|" + has
+	case s["type"] != "string" || listed:
+		return map[string]any{"anyOf": []any{s, text(has)}}
+	}
 	return s
 }
 

@@ -23,6 +23,7 @@ type node struct {
 	kind    nodeKind
 	pos     Pos
 	text    string  // of a scalar: a text's value, or a number as it was written
+	written string  // of a text in which variables were replaced: as it was before
 	entries []entry // of a mapping, in order, duplicates included
 	items   []*node // of a list
 }
@@ -257,6 +258,8 @@ func (t *tree) syntaxError(err error) {
 	switch m := bareIPv6.FindStringSubmatch(line); {
 	case strings.Contains(msg, "'\t'"):
 		msg = "YAML is indented with spaces, not with tabs"
+	case strings.HasSuffix(before(line, at.Col), "$") && strings.Contains(msg, "must be specified"):
+		msg = `within { } and [ ] a value with a variable needs quotes: "${NAME}"`
 	case m != nil:
 		msg = fmt.Sprintf(`an IPv6 address needs quotes: "%s"`, m[2])
 	case strings.Contains(msg, "is a reserved character"):
@@ -273,6 +276,12 @@ func (t *tree) syntaxError(err error) {
 		msg = `": " is not allowed here: check the indentation, or put the value in quotes`
 	}
 	t.errorf(at, "not valid YAML: %s", msg)
+}
+
+// before returns what stands before a column of a line.
+func before(line string, col int) string {
+	r := []rune(line)
+	return string(r[:min(max(col-1, 0), len(r))])
 }
 
 // pos returns the place of a token, always inside the file.

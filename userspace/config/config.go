@@ -31,6 +31,7 @@ type Listener struct {
 	Certificates []Certificate `yaml:"certificates" nonempty:"true" noun:"a certificate" doc:"What an https listener shows, chosen by server name. The first one is shown where none fits."`
 	Docker       *Docker       `yaml:"docker" noun:"docker" doc:"Routes by the labels of containers on this host."`
 	Allow        []string      `yaml:"allow" kind:"peer" nonempty:"true" doc:"Who may use this listener, all others are refused: a CIDR, an IP address, or, of the tailnet, a user's login (with @), a tag (tag:home) or a node's name."`
+	Deny         []Deny        `yaml:"deny" short:"from" nonempty:"true" noun:"an item of deny" doc:"Who is refused before a byte is read, and where a PROXY header is believed, by the address in it: a CIDR, an IP address, or { file: FILE } with one of them on each line."`
 	AccessLog    *AccessLog    `yaml:"access_log" noun:"access_log" doc:"Where this listener's requests are written down, instead of the configuration's access_log."`
 	Routes       []Route       `yaml:"routes" noun:"a route" doc:"Matches and their targets. The most exact name wins: exact, then the longest wildcard, then default."`
 	HSTS         *HSTS         `yaml:"hsts" short:"max_age" noun:"hsts" doc:"Tell browsers to come by https only from now on (Strict-Transport-Security), for this long: 1y, 180d or 24h. On https listeners."`
@@ -47,6 +48,14 @@ type AcceptProxy struct {
 	From []string `yaml:"from" kind:"peer" required:"true" nonempty:"true" doc:"Who is believed: a CIDR, an IP address, a tailnet node name, a user's login (with @), or a tag (tag:edge). A header from anyone else closes the connection. Who is named here speaks for others, and is never a client itself."`
 	// Required says that there is a header on each connection, as there must be on tcp listeners.
 	Required bool `yaml:"required" kind:"true" doc:"Close connections without a PROXY header, so that what strangers write about themselves through a hop that forgets send_proxy is not believed. Always so on tcp listeners."`
+}
+
+// Deny is a part of those who may not connect. Exactly one of its fields is set.
+type Deny struct {
+	Section
+	// From is a masked CIDR or an IP address, in the form that [ParsePrefix] reads.
+	From string `yaml:"from" kind:"prefix" doc:"A CIDR or an IP address."`
+	File string `yaml:"file" kind:"file" doc:"A file with a CIDR or an IP address on each line; what # or ; begins is a comment. It is read again when it changes: replace it by renaming a new one. A relative path starts at the configuration file's folder."`
 }
 
 // Certificate is one source of certificates. Exactly one of its fields is set.
@@ -152,6 +161,22 @@ type Limits struct {
 	HelloBytes           int           `yaml:"hello_bytes" kind:"size" default:"65536" min:"512" max:"1MiB" doc:"How many bytes of TLS records a ClientHello may take."`
 	IdleTimeout          time.Duration `yaml:"idle_timeout" default:"1h" min:"10ms" max:"8760h" doc:"A flow that moves no byte in either direction for this long is closed."`
 	FlowBuffer           int64         `yaml:"flow_buffer" kind:"size" default:"2MiB" min:"4KiB" max:"1GiB" doc:"How much memory a flow may hold while its reader is slower than its writer, beside the kernel's socket buffers (net.ipv4.tcp_rmem, tcp_wmem)."`
+
+	// NewConnectionsPerSource is nil where there is no bound.
+	NewConnectionsPerSource *Rate `yaml:"new_connections_per_source" short:"rate" noun:"new_connections_per_source" doc:"New connections over time from one IPv4 address or one IPv6 /64, such as 20/s; more are refused before a byte is read. It looks at the PROXY address where that is believed. Default: no bound."`
+}
+
+// Rate is how often something may happen.
+type Rate struct {
+	Section
+	Rate  string `yaml:"rate" kind:"rate" required:"true" doc:"How many in a second, a minute or an hour: 20/s, 300/m, 1000/h."`
+	Burst int    `yaml:"burst" min:"1" max:"1000000" doc:"How many may come at once after a pause. Default: as many as the rate's number."`
+}
+
+// Every is the time that one of them takes.
+func (r *Rate) Every() time.Duration {
+	n, per := cutRate(r.Rate)
+	return per / time.Duration(n)
 }
 
 // Control is how the daemon is observed and commanded.

@@ -539,11 +539,12 @@ func clipKey(s string) string {
 // synonyms maps what other software calls things to what they are called here.
 var synonyms = map[string]string{
 	"target": "forward", "to": "forward", "backend": "forward", "proxy_pass": "forward", "proxy": "forward",
-	"deny": "reject", "drop": "reject", "proxy_protocol": "send_proxy",
+	"drop": "reject", "proxy_protocol": "send_proxy",
 	"server_name": "sni", "hostname": "sni", "match": "sni", "domain": "host", "domains": "host", "prefix": "path",
 	"address": "listen", "addresses": "listen", "addr": "listen", "bind": "listen", "port": "listen",
 	"type": "mode", "protocol": "mode", "rules": "routes", "fallback": "default", "tls": "certificates",
 	"servers": "listeners", "admin": "control", "prometheus": "metrics", "key_file": "key", "cert_file": "cert", "domain_names": "names", "server": "directory", "acme_ca": "directory",
+	"deny_from": "deny", "blacklist": "deny", "blocklist": "deny", "block": "deny", "rate_limit": "new_connections_per_source",
 	"allow_from": "allow", "whitelist": "allow", "auth": "basic_auth", "basicauth": "basic_auth", "htpasswd": "file", "auth_request": "forward_auth", "forwardauth": "forward_auth",
 	"auth_response_headers": "copy_headers", "accesslog": "access_log", "log": "access_log", "url": "address",
 	"root": "ca", "ca_root": "ca", "ca_file": "ca", "dns_provider": "dns", "command": "exec", "program": "exec", "hook": "exec", "kid": "key_id", "hmac": "mac_key",

@@ -163,6 +163,16 @@ var kinds = map[string]*kind{
 		noun: "a CIDR, an IP address, a node's name, a user's login (with @) or a tag (tag:edge)", kinds: onlyText, instead: quoted,
 		parse: parsePeer, schema: map[string]any{"type": "string", "minLength": 1},
 	},
+	"prefix": {
+		noun: "a CIDR or an IP address", kinds: onlyText,
+		parse:  parsePrefix,
+		schema: text(`^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$`),
+	},
+	"rate": {
+		noun: "a rate such as 20/s, 300/m or 1000/h", kinds: onlyText, parse: parseRate,
+		instead: ifValid(parseRate, "%s/s"),
+		schema:  text(`^[0-9]+/[smh]$`),
+	},
 	"file": {
 		noun: "a file", kinds: onlyText, instead: quoted, parse: parseFile, schema: map[string]any{"type": "string", "minLength": 1},
 	},
@@ -329,24 +339,8 @@ func parsePath(s string) (any, error) {
 }
 
 func parsePeer(s string) (any, error) {
-	if strings.Contains(s, "/") {
-		p, err := netip.ParsePrefix(s)
-		if err != nil {
-			return nil, fmt.Errorf("not a CIDR such as 192.0.2.0/24")
-		}
-		if p != p.Masked() {
-			return nil, fmt.Errorf("it has bits set behind its length, did you mean %s or %s?", p.Masked(), p.Addr())
-		}
-		if p.Addr().Is4In6() {
-			return nil, fmt.Errorf("write it as IPv4")
-		}
-		return p.String(), nil
-	}
-	if a, err := netip.ParseAddr(s); err == nil {
-		if a.Zone() != "" {
-			return nil, fmt.Errorf("an address with an interface cannot be compared, write it without %%%s", a.Zone())
-		}
-		return a.Unmap().String(), nil
+	if _, err := netip.ParseAddr(s); err == nil || strings.Contains(s, "/") {
+		return parsePrefix(s)
 	}
 	if class, rest, ok := strings.Cut(s, ":"); ok {
 		switch {
@@ -381,6 +375,41 @@ func parsePeer(s string) (any, error) {
 		return nil, err
 	}
 	return name, nil
+}
+
+// ParsePrefix reads a CIDR, or an IP address, which is the CIDR that holds it alone.
+func ParsePrefix(s string) (netip.Prefix, error) {
+	a, err := netip.ParseAddr(s)
+	switch {
+	case err == nil && a.Zone() != "":
+		return netip.Prefix{}, fmt.Errorf("an address with an interface cannot be compared, write it without %%%s", a.Zone())
+	case err == nil:
+		return netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), nil
+	case !strings.Contains(s, "/"):
+		return netip.Prefix{}, fmt.Errorf("not a CIDR or an IP address (names, users and tags are for allow)")
+	}
+	p, err := netip.ParsePrefix(s)
+	switch {
+	case err != nil:
+		return netip.Prefix{}, fmt.Errorf("not a CIDR such as 192.0.2.0/24")
+	case p != p.Masked():
+		return netip.Prefix{}, fmt.Errorf("it has bits set behind its length, did you mean %s or %s?", p.Masked(), p.Addr())
+	case p.Addr().Is4In6():
+		return netip.Prefix{}, fmt.Errorf("write it as IPv4")
+	}
+	return p, nil
+}
+
+// parsePrefix returns what ParsePrefix has read as text, an address as one.
+func parsePrefix(s string) (any, error) {
+	p, err := ParsePrefix(s)
+	switch {
+	case err != nil:
+		return nil, err
+	case !strings.Contains(s, "/"):
+		return p.Addr().String(), nil
+	}
+	return p.String(), nil
 }
 
 // tag is Tailscale's rule for the name of a tag.
@@ -487,6 +516,40 @@ func parseDuration(s string) (any, error) {
 	}
 	return nil, fmt.Errorf("not a duration such as 5s, 10m or 1h30m")
 }
+
+// rateUnits are what stands behind the / of a rate.
+var rateUnits = map[string]time.Duration{"s": time.Second, "m": time.Minute, "h": time.Hour}
+
+func parseRate(s string) (any, error) {
+	number, unit, found := strings.Cut(s, "/")
+	n, err := parseCount(number)
+	switch {
+	case err == nil && !found:
+		return nil, fmt.Errorf("the time is missing, did you mean %s/s?", number)
+	case err != nil:
+		return nil, fmt.Errorf("not a rate such as 20/s")
+	case n.(int64) < 1, n.(int64) > maxRate:
+		return nil, fmt.Errorf("out of range: 1 to %d", maxRate)
+	case rateUnits[unit] == 0:
+		for _, u := range []string{"s", "m", "h"} { // sec, min, hour
+			if strings.HasPrefix(strings.ToLower(unit), u) {
+				return nil, fmt.Errorf("did you mean %s/%s?", number, u)
+			}
+		}
+		return nil, fmt.Errorf("%q is no time: write /s, /m or /h", unit)
+	}
+	return s, nil
+}
+
+// cutRate takes a rate apart that parseRate returned.
+func cutRate(s string) (n int, per time.Duration) {
+	number, unit, _ := strings.Cut(s, "/")
+	n, _ = strconv.Atoi(number)
+	return n, rateUnits[unit]
+}
+
+// maxRate is the largest number of a rate.
+const maxRate = 1_000_000
 
 // sizeUnits are the only ones: MB and M mean different things to different people.
 var sizeUnits = []struct {

@@ -80,6 +80,8 @@ func rules(t reflect.Type) map[string]any {
 		}}
 	case reflect.TypeFor[BasicAuth]():
 		return map[string]any{"minProperties": 1, "maxProperties": 1}
+	case reflect.TypeFor[Deny]():
+		return map[string]any{"minProperties": 1, "maxProperties": 1}
 	case reflect.TypeFor[Certificate]():
 		return map[string]any{"minProperties": 1, "maxProperties": 1}
 	case reflect.TypeFor[ACME]():

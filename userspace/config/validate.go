@@ -165,6 +165,7 @@ func (v *validator) listener(l *Listener) {
 	if l.AcceptProxy != nil {
 		v.acceptProxy(l.AcceptProxy)
 	}
+	v.deny(l)
 	v.routesOf(mode, l)
 	if l.Default != nil {
 		v.action(l.Default, "default")
@@ -194,6 +195,21 @@ func (v *validator) acceptProxy(a *AcceptProxy) {
 		if p, err := netip.ParsePrefix(from); err == nil && p.Bits() == 0 {
 			v.warnf(a.At("from", i), "from %q believes the PROXY header of everyone, who can then claim any address", from)
 		}
+	}
+}
+
+func (v *validator) deny(l *Listener) {
+	for i := range l.Deny {
+		d := &l.Deny[i]
+		switch {
+		case d.has("from") && d.has("file"):
+			v.errorf(d.keyAt("file"), "from and file in one item of deny: make file an item of its own")
+		case !d.has("from") && !d.has("file"):
+			v.errorf(d.Pos, "it is empty: write a CIDR, an IP address, or { file: FILE } in deny")
+		case strings.HasSuffix(d.From, "/0"):
+			v.warnf(d.At("from"), "deny %q refuses everybody", d.From)
+		}
+		d.File = v.path(d.File)
 	}
 }
 
@@ -532,6 +548,9 @@ func (v *validator) multicastName(f *Forward) {
 func (v *validator) limits(l *Limits) {
 	v.share(l, "connections", l.Connections, &l.ConnectionsPerSource)
 	v.share(l, "requests", l.Requests, &l.RequestsPerSource)
+	if r := l.NewConnectionsPerSource; r != nil && r.Burst == 0 {
+		r.Burst, _ = cutRate(r.Rate)
+	}
 }
 
 // share sees that a source's share of a limit is no more than all.

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/limit"
 )
 
 // A newcomer is a connection that was accepted and that nobody reads from yet.
@@ -29,11 +31,14 @@ func (f *Front) admit(l *listener, c newcomer, peer netip.AddrPort) {
 		// here it counts in the total only. identify charges the real source.
 		src = netip.Addr{}
 	}
-	lease, err := f.limiter.Acquire(src)
+	err := f.screen(svc, peer.Addr(), src)
+	var lease *limit.Lease
+	if err == nil {
+		lease, err = f.limiter.Acquire(src)
+	}
 	if err != nil {
 		c.Reset() // so that nothing lingers
-		f.metrics.Refused.WithLabelValues(l.name, "over_limit").Inc()
-		f.complain.Warn("over_limit", "connection refused: over the limit", "listener", l.name, "err", err)
+		f.turnedAway(l.name, peer, refusal(err), err)
 		return
 	}
 	in := &inbound{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), uncut: func() bool { return true }}
@@ -41,6 +46,16 @@ func (f *Front) admit(l *listener, c newcomer, peer netip.AddrPort) {
 	if !f.express(in, c) {
 		go f.enter(in, c)
 	}
+}
+
+// turnedAway counts and logs a connection that was refused for whose it is.
+func (f *Front) turnedAway(listener string, peer netip.AddrPort, reason string, err error) {
+	f.metrics.Refused.WithLabelValues(listener, reason).Inc()
+	msg := "connection refused"
+	if reason == overLimit {
+		msg += ": over the limit"
+	}
+	f.complain.Warn(reason, msg, "listener", listener, "peer", peer, "reason", reason, "err", err)
 }
 
 // enter brings c to its end, after what in has read ahead. It owns both.

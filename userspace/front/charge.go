@@ -25,7 +25,7 @@ const retryAfter = "2"
 type requestLease struct {
 	*limit.Lease
 	front    *Front
-	listener string
+	listener *listener
 }
 
 // charge counts the requests to l that are under way, in all and for whom they
@@ -37,7 +37,7 @@ func (f *Front) charge(l *listener) func(*vhost.Visit) (vhost.Lease, error) {
 		if err != nil {
 			return nil, f.noRoom(l.name, v, err)
 		}
-		return &requestLease{lease, f, l.name}, nil
+		return &requestLease{lease, f, l}, nil
 	}
 }
 
@@ -49,8 +49,12 @@ const (
 )
 
 func (q *requestLease) Name(v *vhost.Visit) error {
-	if err := q.MoveSoon(v.Request.Context(), visitor{v.Client.Addr(), v.Unknown}.source(), requestsWaiting, requestWait); err != nil {
-		return q.front.noRoom(q.listener, v, err)
+	source := visitor{v.Client.Addr(), v.Unknown}.source()
+	if err := q.front.deniedRequest(q.listener, v, source); err != nil {
+		return err
+	}
+	if err := q.MoveSoon(v.Request.Context(), source, requestsWaiting, requestWait); err != nil {
+		return q.front.noRoom(q.listener.name, v, err)
 	}
 	return nil
 }

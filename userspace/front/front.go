@@ -5,6 +5,7 @@
 //	listen.go   addresses are bound, and follow the tailnet's changes
 //	gate.go     listeners are shut while their default can't be reached
 //	accept.go   a connection is admitted, or refused at once
+//	screen.go   who is denied, or comes too often
 //	inbound.go  who it is: PROXY header
 //	trust.go    whom the configuration and tailscaled say that is
 //	service.go  the configuration, compiled: routes, rules, certificates
@@ -40,6 +41,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
+	"github.com/tailsplice/tailsplice/userspace/deny"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
@@ -80,6 +82,7 @@ type Front struct {
 	// doesn't wait for one that may be restarting.
 	labelDialer *dial.Dialer
 	limiter     *limit.Limiter
+	newRate     *limit.Rate    // of new connections
 	requests    *limit.Limiter // under way
 	flows       *flow.Registry
 	metrics     *metrics.Set
@@ -108,6 +111,7 @@ type Front struct {
 
 	missing      map[string]string         // Options.Missing, as it is now
 	logs         map[string]*accesslog.Log // open access logs, by format and file
+	denyFiles    []*deny.File              // that are followed
 	tailnetAddrs []netip.Addr              // this node's, as last known
 	tailnetErr   error                     // why they are not known now, though a listener wants them
 	unbound      map[string]unboundAddress // what can't be bound now, by address
@@ -149,6 +153,7 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.labelDialer = &dial.Dialer{Container: f.containers.Now(), Past: past}
 	f.limiter, f.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt) // set by apply
 	f.metrics.WatchRequests(f.requests.Total)
+	f.newRate = limit.NewRate() // set by apply
 	f.heldBy = limit.NewRequests(heldMost, heldPerSource)
 	f.spare = newSpareFiles()
 	f.mostWaiting.Store(mostWaiting())
@@ -219,9 +224,17 @@ func (f *Front) apply(cfg *config.Config) error {
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
-	logs, dropLogs, err := f.openLogs(cfg, starts)
+	denials, denyFiles, err := f.openDenials(cfg)
 	if err != nil {
 		return err
+	}
+	logs, dropLogs, err := f.openLogs(cfg, starts)
+	if err != nil {
+		closeFiles(denyFiles)
+		return err
+	}
+	for name, d := range denials {
+		services[name].deny = d
 	}
 	for i := range cfg.Listeners {
 		c := &cfg.Listeners[i]
@@ -256,6 +269,7 @@ func (f *Front) apply(cfg *config.Config) error {
 			s.door.Close()
 		}
 		dropLogs()
+		closeFiles(denyFiles)
 		return err
 	}
 
@@ -279,9 +293,16 @@ func (f *Front) apply(cfg *config.Config) error {
 	}
 	f.commitLabels(labels)
 	f.useLogs(logs)
+	closeFiles(f.denyFiles)
+	f.denyFiles = denyFiles
 	f.watchNeeded(cfg)
 	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
 	f.requests.SetLimits(requests, cfg.Limits.RequestsPerSource)
+	if r := cfg.Limits.NewConnectionsPerSource; r != nil {
+		f.newRate.Set(r.Every(), r.Burst)
+	} else {
+		f.newRate.Set(0, 0)
+	}
 	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
 	go f.warnOfTailscaled(cfg)
 	f.noteUnbound(want, failed, tailnetErr)
@@ -494,5 +515,6 @@ func (f *Front) Close() {
 	f.conns.Wait()
 	f.closeWay()
 	f.useLogs(nil)
+	closeFiles(f.denyFiles)
 	f.acme.Close()
 }

@@ -147,7 +147,7 @@ func (f *Front) identify(in *inbound) error {
 		return &strangerError{in.asker.describe(in.peer.Addr())}
 	}
 	if !trusted {
-		if err := in.lease.Move(in.peer.Addr()); err != nil {
+		if err := f.attribute(in, in.peer.Addr()); err != nil {
 			return err
 		}
 		if in.service.header {
@@ -176,7 +176,7 @@ func (f *Front) identify(in *inbound) error {
 	if in.client == in.peer || in.unknown != nil {
 		return nil
 	}
-	return in.lease.Move(in.client.Addr())
+	return f.attribute(in, in.client.Addr())
 }
 
 // judge says whether what the peer writes in a request about its client is
@@ -213,6 +213,7 @@ func (in *inbound) judge(q *asker) (believed bool, unknown error) {
 const shutdown = "shutdown"
 
 const (
+	overLimit         = "over_limit"
 	proxyFromStranger = "proxy_from_stranger"
 	proxyMissing      = "proxy_missing"
 )
@@ -234,8 +235,8 @@ func (f *Front) refuseInbound(in *inbound, err error) {
 	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
 	switch reason {
 	case "empty", shutdown: // opened and closed: a port scan or a health check; or cut by us
-	case "over_limit":
-		f.complain.Warn("over_limit", "connection refused: over the limit", "listener", in.listener.name, "err", err)
+	case overLimit:
+		f.complain.Warn(overLimit, "connection refused: over the limit", "listener", in.listener.name, "err", err)
 	default:
 		f.complain.Warn(reason, "connection refused", "listener", in.listener.name, "client", in.client, "peer", in.peer, "reason", reason, "err", err)
 	}
@@ -246,6 +247,8 @@ func (f *Front) refuseInbound(in *inbound, err error) {
 // a route.
 func refusal(err error) string {
 	var over *limit.OverError
+	var often *limit.RateError
+	var unwanted *deniedError
 	var stranger *notAllowedError
 	var unidentified *notIdentifiedError
 	switch {
@@ -254,7 +257,11 @@ func refusal(err error) string {
 	case errors.As(err, &unidentified):
 		return notIdentified
 	case errors.As(err, &over):
-		return "over_limit"
+		return overLimit
+	case errors.As(err, &often):
+		return overRate
+	case errors.As(err, &unwanted):
+		return denied
 	case errors.Is(err, errStranger):
 		return proxyFromStranger
 	case errors.Is(err, errNoHeader):

@@ -52,6 +52,7 @@ type service struct {
 	trust    *peers              // nil: a PROXY header is data
 	header   bool                // there must be one
 	allow    *peers              // nil: everybody
+	deny     *denials            // nil: nobody
 	names    *route.Table[*rule] // sni and http(s): by name, then default
 	fallback *rule               // tcp: the only way
 	rules    []*rule             // in the config's order, for status

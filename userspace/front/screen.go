@@ -1,0 +1,125 @@
+package front
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/deny"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+// The metric's words for strangers who are kept out.
+const (
+	denied   = "denied"
+	overRate = "over_rate"
+)
+
+// denials are those whom a listener's deny names. The nil denials are nobody.
+type denials struct {
+	own   *deny.Table
+	files []*deny.File
+}
+
+// has reports whether deny names a.
+func (d *denials) has(a netip.Addr) bool {
+	if d == nil {
+		return false
+	}
+	if d.own.Contains(a) {
+		return true
+	}
+	for _, file := range d.files {
+		if file.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// deniedError says that deny names an address.
+type deniedError struct{ addr netip.Addr }
+
+func (e *deniedError) Error() string { return fmt.Sprintf("deny names %s", e.addr) }
+
+// screen says why a connection may not come in, before anything of it is charged: addr is denied, or source
+// opens connections too fast. It is asked before a byte is read, with the peer's address, and again with that
+// of a PROXY header that is believed. source is the zero Addr where it is not known yet whose the connection
+// is. It waits for nothing.
+func (f *Front) screen(s *service, addr, source netip.Addr) error {
+	if s.deny.has(addr) {
+		return &deniedError{addr}
+	}
+	return f.newRate.Take(source, time.Now())
+}
+
+// attribute makes a connection that a is the source of count as a's, if it may come in.
+func (f *Front) attribute(in *inbound, a netip.Addr) error {
+	if err := f.screen(in.service, a, a); err != nil {
+		return err
+	}
+	return in.lease.Move(a)
+}
+
+// deniedRequest is the answer to a request whose client is denied, nil if it is not: one that a trusted hop
+// names in the request, or one that has become so since it connected.
+func (f *Front) deniedRequest(l *listener, v *vhost.Visit, client netip.Addr) error {
+	if !l.service.Load().deny.has(client) {
+		return nil
+	}
+	err := &deniedError{client}
+	f.requestRefused(l.name, v, denied, err)
+	return &vhost.Refusal{Status: http.StatusForbidden, Title: "This is not open to you",
+		Text:   f.node() + " does not let you in from where you are.",
+		Hint:   "If you should be, and it is yours, see deny in its configuration.",
+		Header: http.Header{"Connection": {"close"}}, Err: err}
+}
+
+// openDenials reads what the listeners of cfg deny, by listener. The caller closes the files.
+func (f *Front) openDenials(cfg *config.Config) (all map[string]*denials, files []*deny.File, err error) {
+	all = map[string]*denials{}
+	opened := map[string]*deny.File{} // each once
+	var errs []error
+	for i := range cfg.Listeners {
+		l := &cfg.Listeners[i]
+		if len(l.Deny) == 0 {
+			continue
+		}
+		d := &denials{}
+		var own []netip.Prefix
+		for j := range l.Deny {
+			item := &l.Deny[j]
+			if item.File == "" {
+				p, _ := config.ParsePrefix(item.From) // config has checked it
+				own = append(own, p)
+				continue
+			}
+			file := opened[item.File]
+			if file == nil {
+				if file, err = deny.Open(item.File, config.ParsePrefix, f.log); err != nil {
+					errs = append(errs, cfg.Errorf(item.At("file"), "deny: %v", err))
+					continue
+				}
+				opened[item.File] = file
+				files = append(files, file)
+			}
+			d.files = append(d.files, file)
+		}
+		d.own = deny.NewTable(own...)
+		all[l.Name] = d
+	}
+	if len(errs) > 0 {
+		closeFiles(files)
+		return nil, nil, errors.Join(errs...)
+	}
+	return all, files, nil
+}
+
+func closeFiles(files []*deny.File) {
+	for _, file := range files {
+		file.Close()
+	}
+}

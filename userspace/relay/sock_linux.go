@@ -5,29 +5,33 @@ import "golang.org/x/sys/unix"
 // gone reports whether TCP has given the connection up, although we haven't ended our stream: then an end of
 // stream that was read is none, but the rest of a reset that somebody else has been told of.
 func (s *side) gone() bool {
-	const tcpClose = 7 // TCP_CLOSE in include/net/tcp_states.h
-	state := 0
+	closed := false
 	if s.sock == nil || s.shut.Load() {
 		return false
 	}
-	s.sock.Control(func(fd uintptr) {
-		// The first byte of struct tcp_info is the state.
-		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
-			state = int(info.State)
-		}
-	})
-	return state == tcpClose && !s.shut.Load() // that may have come meanwhile
+	s.sock.Control(func(fd uintptr) { closed = isClosed(int(fd)) })
+	return closed && !s.shut.Load() // that may have come meanwhile
 }
 
-// unacked is the number of bytes written to s that its other end has not acknowledged.
+// unacked is the number of bytes written to s that its other end has not acknowledged, and still may.
 func (s *side) unacked() int {
 	n := 0
 	if s.sock != nil {
 		s.sock.Control(func(fd uintptr) {
-			n, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+			if !isClosed(int(fd)) { // a reset leaves the number as it was
+				n, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+			}
 		})
 	}
 	return n
+}
+
+// isClosed reports whether TCP has given the connection up.
+func isClosed(fd int) bool {
+	const tcpClose = 7 // TCP_CLOSE in include/net/tcp_states.h
+	// The first byte of struct tcp_info is the state.
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	return err == nil && info.State == tcpClose
 }
 
 // refuses reports whether the other end of s has no room for what is written: it has said so, and again when

@@ -162,7 +162,9 @@ func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Heade
 		}
 		return nil, err
 	}
-	if res.StatusCode == http.StatusSwitchingProtocols { // nobody asked for that, and what follows has no end
+	switch c := res.StatusCode; {
+	case c < 200, // no final answer: what follows one has no end, or it can't be passed on
+		c == http.StatusNotModified, c == http.StatusPreconditionFailed, c == http.StatusRequestedRangeNotSatisfiable: // nobody asked for that
 		res.Body.Close()
 		cancel(nil)
 		return nil, fmt.Errorf("it answers %s", res.Status)

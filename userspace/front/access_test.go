@@ -377,6 +377,7 @@ func TestForwardAuthNonsense(t *testing.T) {
 	target := witness(t)
 	for _, answer := range []string{
 		"101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket", "20 Odd", "2000 Odd",
+		"099 Odd", "000 Odd", "304 Not Modified", "412 Precondition Failed", "416 Range Not Satisfiable",
 	} {
 		auth := backend(t, func(c net.Conn) {
 			defer c.Close()

@@ -86,7 +86,7 @@ func (v *validator) access(mode string, l *Listener, a *Action) {
 // isPublic reports whether who listens on addr can be reached past the tailnet and this host.
 func isPublic(addr string) bool {
 	host, _, ip := cutPort(addr)
-	return host != "tailnet" && !(ip.IsValid() && (ip.IsLoopback() || inTailnet(ip)))
+	return host != "tailnet" && host != "localhost" && host != "lo" && !(ip.IsValid() && (ip.IsLoopback() || inTailnet(ip)))
 }
 
 // accessLogs checks all access logs together, and finds their files.

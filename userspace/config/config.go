@@ -25,7 +25,7 @@ type Config struct {
 type Listener struct {
 	Section
 	Name         string        `yaml:"name" kind:"label" doc:"The listener's name in logs, metrics and status. Default: the mode and the first port, such as sni-443."`
-	Listen       []string      `yaml:"listen" kind:"listen" required:"true" nonempty:"true" doc:"Addresses to accept on: \":443\" (IPv4 and IPv6), \"192.0.2.1:443\", \"[2001:db8::1]:443\", \"0.0.0.0:443\" (IPv4 only), \"[::]:443\" (IPv6 only), \"tailnet:443\" (this node's tailnet addresses only, for those who come by the tailnet, or from this host)."`
+	Listen       []string      `yaml:"listen" kind:"listen" required:"true" nonempty:"true" doc:"Addresses to accept on: \":443\" (IPv4 and IPv6), \"192.0.2.1:443\", \"[2001:db8::1]:443\", \"0.0.0.0:443\" (IPv4 only), \"[::]:443\" (IPv6 only), \"tailnet:443\" (this node's tailnet addresses only, for those who come by the tailnet, or from this host), \"eth0:443\" (an interface's addresses, followed), \"fly-global-services:443\" (a host's addresses, looked up at start and reload)."`
 	Mode         string        `yaml:"mode" enum:"sni tcp http https" required:"true" doc:"sni routes by the TLS server name and never decrypts, tcp looks at nothing, https terminates TLS and routes by host and path, http does the same without TLS."`
 	AcceptProxy  *AcceptProxy  `yaml:"accept_proxy" noun:"accept_proxy" doc:"Believe PROXY protocol headers, from these peers only. Without it such bytes are data."`
 	Certificates []Certificate `yaml:"certificates" nonempty:"true" noun:"a certificate" doc:"What an https listener shows, chosen by server name. The first one is shown where none fits."`

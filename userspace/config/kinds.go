@@ -104,9 +104,9 @@ var kinds = map[string]*kind{
 		schema: text(`^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$`),
 	},
 	"listen": {
-		noun: `an address to listen on such as ":443", "192.0.2.1:443" or "tailnet:443"`, kinds: onlyText, parse: parseListen,
+		noun: `an address to listen on such as ":443", "192.0.2.1:443", "eth0:443" or "tailnet:443"`, kinds: onlyText, parse: parseListen,
 		instead: ifValid(parseListen, ":%s"),
-		schema:  text(`^(tailnet|[0-9.]+|\[[0-9A-Za-z:.%_-]+\])?:[0-9]{1,5}$`),
+		schema:  text(`^([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Za-z:.%_-]+\])?:[0-9]{1,5}$`),
 	},
 	"metrics": {
 		noun: `an address such as 127.0.0.1:9464`, kinds: onlyText, parse: parseMetrics,
@@ -245,7 +245,23 @@ func parseLabel(s string) (any, error) {
 	return s, nil
 }
 
+// placeName is the name of an interface or a host. One label may be a number: eth0.100 is an interface.
+var placeName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$`)
+
+// numeric is what was meant as an IPv4 address.
+var numeric = regexp.MustCompile(`^[0-9.]+$`)
+
+// parseListen reads an address to listen on: of IP addresses, of the tailnet, of an interface or of a host.
 func parseListen(s string) (any, error) {
+	if host, port, err := splitHostPort("", s, ""); err == nil && len(host) <= maxName && placeName.MatchString(host) &&
+		!numeric.MatchString(host) && !strings.EqualFold(host, "tailnet") {
+		return fmt.Sprintf("%s:%d", host, port), nil
+	}
+	return parseAddress(s)
+}
+
+// parseAddress is parseListen without the names that have to be looked up.
+func parseAddress(s string) (any, error) {
 	if scheme, _, ok := strings.Cut(s, "://"); ok {
 		return nil, fmt.Errorf("%s:// cannot be listened on, only TCP: \":443\" or \"tailnet:443\"", scheme)
 	}
@@ -265,15 +281,11 @@ func parseListen(s string) (any, error) {
 		return fmt.Sprintf("tailnet:%d", port), nil
 	case "*":
 		return nil, fmt.Errorf("did you mean \":%d\"?", port)
-	case "localhost":
-		return nil, fmt.Errorf("names are not looked up for listening, did you mean \"127.0.0.1:%d\" or \"[::1]:%d\"?", port, port)
 	}
 	a, err := netip.ParseAddr(host)
 	switch {
-	case err != nil && nearest(host, []string{"tailnet"}) != "":
-		return nil, fmt.Errorf("did you mean \"tailnet:%d\"?", port)
 	case err != nil:
-		return nil, fmt.Errorf("%q is not an IP address, and names are not looked up for listening: it is \":%d\", \"IP:%d\" or \"tailnet:%d\"", host, port, port, port)
+		return nil, fmt.Errorf("%q is not an IP address: write \":%d\" or \"IP:%d\"", host, port, port)
 	case a.IsMulticast():
 		return nil, fmt.Errorf("%s is a multicast address, TCP cannot listen on it", host)
 	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
@@ -289,7 +301,7 @@ func parseShown(key, s string) (any, error) {
 	case "off", "no", "none", "disabled", "false":
 		return nil, fmt.Errorf("leave %s out to serve none", key)
 	}
-	return parseListen(s)
+	return parseAddress(s)
 }
 
 func parseMetrics(s string) (any, error) {

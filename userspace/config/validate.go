@@ -19,7 +19,7 @@ type validator struct {
 // bound is an address that something listens on.
 type bound struct {
 	text string
-	host string     // "" for all, or tailnet
+	host string     // "" for all, or tailnet, or what has to be looked up
 	ip   netip.Addr // if host is an IP address
 	pos  Pos
 	by   string
@@ -103,6 +103,9 @@ func (v *validator) addresses(l *Listener) {
 func (v *validator) bind(addr string, pos Pos, by string, l *Listener) {
 	host, port, ip := cutPort(addr)
 	b := bound{text: addr, host: host, ip: ip, pos: pos, by: by, listener: l}
+	if near := nearest(host, []string{"tailnet"}); host != "tailnet" && near != "" {
+		v.warnf(pos, "listen address %q is an interface or a host of that name, did you mean %q?", addr, fmt.Sprintf("%s:%d", near, port))
+	}
 	for _, o := range v.bound[port] {
 		if o.text == b.text {
 			v.errorf(pos, "listen address %q is taken by %s already, on line %d", addr, o.by, o.pos.Line)
@@ -119,13 +122,16 @@ func (v *validator) bind(addr string, pos Pos, by string, l *Listener) {
 	v.bound[port] = append(v.bound[port], b)
 }
 
+// all reports whether b is every address of this host.
+func (b bound) all() bool { return b.host == "" && !b.ip.IsValid() }
+
 // covers reports whether listening on b takes all connections that could reach o.
 func (b bound) covers(o bound) bool {
 	switch {
 	case b.host == "tailnet":
 		return o.host == "tailnet"
 	case !b.ip.IsValid():
-		return true // ":443"
+		return b.all() // ":443"; where a name leads is known only where it is bound
 	case b.ip.IsUnspecified():
 		return o.host == "tailnet" || o.ip.IsValid() && o.ip.Is4() == b.ip.Is4()
 	}
@@ -524,10 +530,10 @@ func (v *validator) ownAddress(node string, t Target) (bound, bool) {
 			ip, err := netip.ParseAddr(t.Host)
 			named := t.Host == "localhost" || strings.HasSuffix(t.Host, ".localhost")
 			local := named || err == nil && ip.IsLoopback()
-			hit = local && b.host != "tailnet" && (!b.ip.IsValid() || b.ip.IsUnspecified() && (named || ip.Is4() == b.ip.Is4())) ||
+			hit = local && b.host == "" && (!b.ip.IsValid() || b.ip.IsUnspecified() && (named || ip.Is4() == b.ip.Is4())) ||
 				err == nil && ip == b.ip || named && b.ip.IsValid() && b.ip.IsLoopback()
 		case "tailnet":
-			hit = strings.EqualFold(t.Host, node) && !b.ip.IsValid()
+			hit = strings.EqualFold(t.Host, node) && (b.host == "tailnet" || b.all())
 		}
 		if hit {
 			return b, true

@@ -4,6 +4,7 @@
 //
 //	listen.go   addresses are bound, and follow the tailnet's changes
 //	gate.go     listeners are shut while their default can't be reached
+//	places.go   interfaces and hosts that listeners name
 //	accept.go   a connection is admitted, or refused at once
 //	screen.go   who is denied, or comes too often
 //	inbound.go  who it is: PROXY header
@@ -99,6 +100,7 @@ type Front struct {
 
 	watchTailnet, watchContainers sync.Once
 	addressesMoved                chan struct{} // wakes followAddresses
+	watchInterfaces               sync.Once
 	labelsMoved                   chan struct{} // wakes followLabels
 
 	mu        sync.Mutex // guards what follows, and serialises reloads
@@ -116,6 +118,7 @@ type Front struct {
 	tailnetErr   error                     // why they are not known now, though a listener wants them
 	unbound      map[string]unboundAddress // what can't be bound now, by address
 	healthErr    error                     // why control.health can't be bound on the tailnet
+	places       map[string]place          // that listeners name
 	wayErr       error                     // why there is no way though a route wants it
 
 	auto     atomic.Pointer[[]relay.Sockets] // that Offer gave
@@ -185,6 +188,10 @@ func (f *Front) Reload(cfg *config.Config) error {
 
 // apply compiles cfg, binds what it needs, and only then swaps.
 func (f *Front) apply(cfg *config.Config) error {
+	places, err := findPlaces(f.ctx, cfg) // before the lock: a name server may be slow
+	if err != nil {
+		return err
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.closed {
@@ -262,7 +269,12 @@ func (f *Front) apply(cfg *config.Config) error {
 		addrs, tailnetErr = f.askTailnetAddrs(f.ctx)
 		f.useTailnetAddrs(addrs)
 	}
-	want := bindings(cfg, listeners, f.tailnetAddrs)
+	want := bindings(cfg, listeners, f.tailnetAddrs, places)
+	if err := sameTwice(want); err != nil {
+		dropLogs()
+		closeFiles(denyFiles)
+		return err
+	}
 	opened, failed := f.bindMissing(want)
 	if err := f.mustBind(want, failed); err != nil && !starts {
 		for _, s := range opened {
@@ -286,6 +298,10 @@ func (f *Front) apply(cfg *config.Config) error {
 		}
 	}
 	f.rebind(want, opened)
+	f.places = places
+	if f.namesInterface() {
+		f.watchInterfaces.Do(func() { go f.followInterfaces(f.ctx) })
+	}
 	for name, old := range f.listeners {
 		if listeners[name] != old {
 			old.retire(f.ctx)
@@ -318,14 +334,14 @@ func (f *Front) apply(cfg *config.Config) error {
 	return nil
 }
 
-// mustBind is an error of what can't be bound, and is no tailnet address (it will
+// mustBind is an error of what can't be bound, and is no address of the tailnet or of an interface (it will
 // be there later) nor one that this daemon does without already.
 //
 // f.mu is held.
 func (f *Front) mustBind(want []binding, failed map[string]error) error {
 	var errs []error
 	for _, b := range want {
-		if err := failed[b.addr]; err != nil && !b.tailnet && f.unbound[b.addr].err == nil {
+		if err := failed[b.addr]; err != nil && !b.tailnet && !b.place && f.unbound[b.addr].err == nil {
 			errs = append(errs, fmt.Errorf("listener %q: %w", b.owner.name, err))
 		}
 	}
@@ -341,7 +357,8 @@ func (f *Front) nothingServes(want []binding) error {
 	for i := range f.cfg.Listeners {
 		c := &f.cfg.Listeners[i]
 		l := f.listeners[c.Name]
-		waits := c.WhileDown == whileDownClose || slices.ContainsFunc(c.Listen, isTailnet)
+		waits := c.WhileDown == whileDownClose || slices.ContainsFunc(c.Listen, isTailnet) ||
+			slices.ContainsFunc(c.Listen, func(l string) bool { return f.places[placeOf(l)].isInterface })
 		bound := slices.ContainsFunc(want, func(b binding) bool { return b.owner == l && f.sockets[b.addr] != nil })
 		if l.certs != nil && !l.certs.Usable() {
 			for _, cert := range l.certs.Certificates() {

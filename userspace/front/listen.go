@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -45,13 +46,15 @@ type binding struct {
 	written string // how the config has it
 	owner   *listener
 	tailnet bool // may come and go
+	place   bool // likewise: of an interface or a host
 }
 
-// bindings lists what cfg wants bound now, given this node's tailnet addresses:
-// nothing for listeners that are shut.
+// bindings lists what cfg wants bound now, given this node's tailnet addresses and those of the places that it
+// names: nothing for listeners that are shut.
 //
 // f.mu is held.
-func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []netip.Addr) []binding {
+func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []netip.Addr,
+	places map[string]place) []binding {
 	var out []binding
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]
@@ -60,6 +63,17 @@ func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []ne
 		}
 		for _, written := range l.Listen {
 			host, port, _ := net.SplitHostPort(written) // config has checked it
+			if p, named := places[host]; named {
+				for _, a := range p.addrs {
+					b := binding{addr: netip.AddrPortFrom(a, parsePort(port)).String(), written: written,
+						owner: owners[l.Name], place: p.isInterface}
+					// Two names of one listener may have the same address.
+					if !slices.ContainsFunc(out, func(o binding) bool { return o.addr == b.addr && o.owner == b.owner }) {
+						out = append(out, b)
+					}
+				}
+				continue
+			}
 			if host != tailnetHost {
 				out = append(out, binding{addr: written, written: written, owner: owners[l.Name]})
 				continue
@@ -105,8 +119,7 @@ func (f *Front) warnOfTailscaled(cfg *config.Config) {
 		return // whatever else needs tailscaled says so
 	}
 	for _, a := range listens {
-		port, _ := strconv.ParseUint(portOf(a), 10, 16)
-		if problem := in.Problem(uint16(port)); problem != "" {
+		if problem := in.Problem(parsePort(portOf(a))); problem != "" {
 			f.log.Warn("no connection comes to a tailnet listener", "listen", a, "problem", problem)
 		}
 	}
@@ -173,6 +186,11 @@ func listenOnce(addr string, control func(network, address string, c syscall.Raw
 		return nil, &bindError{addr, err}
 	}
 	return newDoor(ln.(*net.TCPListener))
+}
+
+func parsePort(s string) uint16 {
+	n, _ := strconv.ParseUint(s, 10, 16) // config has checked it
+	return uint16(n)
 }
 
 func portOf(addr string) string {
@@ -339,9 +357,9 @@ func (f *Front) followAddresses(ctx context.Context) {
 		case <-retry.C:
 		}
 		f.mu.Lock()
-		cfg, lacked := f.cfg, f.lacksAddresses()
+		cfg, lacked, named := f.cfg, f.lacksAddresses(), f.namesInterface()
 		f.mu.Unlock()
-		if !wantsTailnet(cfg) && !lacked {
+		if !wantsTailnet(cfg) && !lacked && !named {
 			continue
 		}
 		var addrs []netip.Addr
@@ -371,7 +389,12 @@ func (f *Front) rebindNow(tailnet error) {
 	if f.closed {
 		return
 	}
-	want := bindings(f.cfg, f.listeners, f.tailnetAddrs)
+	f.refreshInterfaces()
+	want := bindings(f.cfg, f.listeners, f.tailnetAddrs, f.places)
+	if err := sameTwice(want); err != nil {
+		f.log.Warn("what is bound stays as it is", "err", err)
+		return
+	}
 	opened, failed := f.bindMissing(want)
 	f.rebind(want, opened)
 	f.noteUnbound(want, failed, tailnet)

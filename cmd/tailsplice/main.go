@@ -80,7 +80,7 @@ connection over the tailnet. The same program runs on every hop of the way.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	root.AddCommand(newRun(), newCheck(), newStatus(), newFlows(), newTrace(), newTop(), newDoctor(), newReload(), newHashPassword(), newVersion(), newMan())
+	root.AddCommand(newRun(), newCheck(), newStatus(), newFlows(), newTrace(), newTop(), newDoctor(), newInit(), newReload(), newHashPassword(), newVersion(), newMan())
 	return root
 }
 

@@ -16,6 +16,9 @@ var (
 
 	// ErrEOF means that the peer closed or reset the connection before it sent anything.
 	ErrEOF = errors.New("the connection ended before its first byte")
+
+	// ErrIncomplete means that a stream may yet begin with a header, or does, and that it has not come whole.
+	ErrIncomplete = errors.New("the PROXY header is not complete")
 )
 
 // InvalidError says that a stream begins like a PROXY header and then isn't one, or is too long.
@@ -43,31 +46,32 @@ const firstRead = 3 << 10
 // The error is an [*InvalidError] that says what is wrong, [ErrTimeout], [ErrEOF], one that wraps [io.ErrUnexpectedEOF]
 // when c ended within the header, or what c.Read returned.
 func Read(c net.Conn, maxBytes int, timeout time.Duration) (h *Header, rest []byte, err error) {
+	return Continue(c, nil, maxBytes, timeout)
+}
+
+// Continue is [Read] where head has been read from c before.
+func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (h *Header, rest []byte, err error) {
 	if timeout > 0 {
 		if err := c.SetReadDeadline(time.Now().Add(timeout)); err != nil {
 			return nil, nil, fmt.Errorf("set the deadline for the PROXY header: %w", err)
 		}
 	}
-	limit := MaxBytes
-	if maxBytes > 0 {
-		limit = min(maxBytes, MaxBytes)
-	}
-	buf := make([]byte, 0, firstRead)
+	buf := append(make([]byte, 0, max(firstRead, len(head))), head...)
 	for ended := false; ; {
-		h, n, done, err := next(buf, limit)
-		if err != nil {
-			return nil, buf, &InvalidError{err}
-		}
-		if done || ended {
+		h, n, err := Parse(buf, maxBytes)
+		switch {
+		case err == nil, ended:
 			if timeout > 0 {
 				if err := c.SetReadDeadline(time.Time{}); err != nil {
 					return h, buf[n:], fmt.Errorf("clear the deadline of the PROXY header: %w", err)
 				}
 			}
 			return h, buf[n:], nil
+		case err != ErrIncomplete:
+			return nil, buf, err
 		}
 		if len(buf) == cap(buf) {
-			bigger := make([]byte, len(buf), limit) // an incomplete header is shorter than the limit
+			bigger := make([]byte, len(buf), limit(maxBytes)) // an incomplete header is shorter than the limit
 			copy(bigger, buf)
 			buf = bigger
 		}
@@ -77,41 +81,57 @@ func Read(c net.Conn, maxBytes int, timeout time.Duration) (h *Header, rest []by
 			if err == nil {
 				err = io.ErrNoProgress
 			}
-			// A stream that ends in what could have become a signature is a short stream without a header.
-			if err == io.EOF && len(buf) > 0 && Sniff(buf) == More {
-				ended = true
-				continue
+			if err := Ended(buf, err); err != nil {
+				return nil, buf, err
 			}
-			return nil, buf, readError(len(buf), err)
+			ended = true
 		}
 	}
 }
 
-// next looks at b, what came so far. When that is enough, done is set, and n is the length of the header.
-func next(b []byte, limit int) (h *Header, n int, done bool, err error) {
+// Parse parses the PROXY header at the start of b, the first bytes of a stream, with the rules of [Read]. n is its length
+// in bytes. When the stream has none, h is nil and n 0 without an error. The error is [ErrIncomplete], or an
+// [*InvalidError].
+func Parse(b []byte, maxBytes int) (h *Header, n int, err error) {
 	switch Sniff(b) {
 	case More:
-		return nil, 0, false, nil
+		return nil, 0, ErrIncomplete
 	case No:
-		return nil, 0, true, nil
+		return nil, 0, nil
 	}
-	n, err = length(b, limit)
-	if err != nil || n == 0 || len(b) < n {
-		return nil, 0, false, err
+	n, err = length(b, limit(maxBytes))
+	switch {
+	case err != nil:
+		return nil, 0, &InvalidError{err}
+	case n == 0, len(b) < n:
+		return nil, 0, ErrIncomplete
 	}
-	h, err = parse(b[:n])
-	return h, n, err == nil, err
+	if h, err = parse(b[:n]); err != nil {
+		return nil, 0, &InvalidError{err}
+	}
+	return h, n, nil
 }
 
-// readError says in our terms how a connection failed after n bytes.
-func readError(n int, err error) error {
+// limit is how long a header may be, bytes.
+func limit(maxBytes int) int {
+	if maxBytes > 0 {
+		return min(maxBytes, MaxBytes)
+	}
+	return MaxBytes
+}
+
+// Ended says what it means that no more of a stream could be read than b, for which [Parse] says [ErrIncomplete], but
+// only err. It is nil when b is a whole stream, without a header, and else the error of [Read].
+func Ended(b []byte, err error) error {
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return ErrTimeout
-	case n == 0 && (err == io.EOF || errors.Is(err, syscall.ECONNRESET)):
+	case len(b) == 0 && (err == io.EOF || errors.Is(err, syscall.ECONNRESET)):
 		return ErrEOF
+	case err == io.EOF && Sniff(b) == More: // a short stream ends in what could have become a signature
+		return nil
 	case err == io.EOF:
-		return fmt.Errorf("the connection ended after %d bytes of a PROXY header: %w", n, io.ErrUnexpectedEOF)
+		return fmt.Errorf("the connection ended after %d bytes of a PROXY header: %w", len(b), io.ErrUnexpectedEOF)
 	}
 	return fmt.Errorf("read the PROXY header: %w", err)
 }

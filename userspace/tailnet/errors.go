@@ -30,6 +30,9 @@ const (
 // belongs to no node of the tailnet: a stranger, not a failure.
 var ErrNotPeer = errors.New("not the address of a tailnet node")
 
+// ErrMustAsk is the error of [Client.Known] for an address that tailscaled must be asked about.
+var ErrMustAsk = errors.New("tailscaled has not been asked yet")
+
 // Error tells people what to do; programs look at its Kind.
 type Error struct {
 	Kind   Kind

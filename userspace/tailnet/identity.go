@@ -1,6 +1,7 @@
 package tailnet
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -126,16 +127,12 @@ func (c *Client) WhoIs(ctx context.Context, a netip.Addr) (Identity, error) {
 	if err != nil {
 		return Identity{}, err
 	}
+	if id, err := c.Known(a); err != ErrMustAsk {
+		return id, err
+	}
 	c.mu.Lock()
-	e, ok := c.whois[a]
-	gen, suffix := c.gen, c.suffix
+	gen, suffix := c.gen, cmp.Or(c.suffix, t.suffix)
 	c.mu.Unlock()
-	if suffix == "" {
-		suffix = t.suffix
-	}
-	if ok && time.Since(e.at) < e.keep() {
-		return e.id.clone(), e.err
-	}
 	// One request for all who ask about a now; not with those before a change.
 	got := c.flight.DoChan(fmt.Sprintf("whois %d %s", gen, a), func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
@@ -166,6 +163,22 @@ func (c *Client) WhoIs(ctx context.Context, a netip.Addr) (Identity, error) {
 		}
 		return r.Val.(Identity).clone(), nil
 	}
+}
+
+// Known is [Client.WhoIs] for callers that must not wait: it gives the answer that WhoIs would give without a request,
+// or [ErrMustAsk].
+func (c *Client) Known(a netip.Addr) (Identity, error) {
+	a = a.Unmap().WithZone("")
+	if !Contains(a) {
+		return Identity{}, fmt.Errorf("%s is %w", a, ErrNotPeer)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e, ok := c.whois[a]
+	if !ok || !c.live || c.table.usable(c.socket) != nil || time.Since(e.at) >= e.keep() {
+		return Identity{}, ErrMustAsk
+	}
+	return e.id.clone(), e.err
 }
 
 func (e whoisEntry) keep() time.Duration {

@@ -68,7 +68,10 @@ func (f *Front) enter(in *inbound, c newcomer) {
 		return
 	}
 	conn.SetKeepAliveConfig(keepAlive)
-	in.TCPConn, in.local = conn, addrPort(conn.LocalAddr())
+	in.TCPConn = conn
+	if !in.local.IsValid() { // else a PROXY header has said it
+		in.local = addrPort(conn.LocalAddr())
+	}
 	in.uncut()
 	in.uncut = context.AfterFunc(f.ctx, func() { conn.Close() })
 	f.serve(in)

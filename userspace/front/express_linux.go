@@ -5,8 +5,10 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"math"
+	"os"
 	"sync"
 	"time"
 
@@ -14,20 +16,23 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/sni"
 )
 
-// express is the short way of the usual connection: a tcp listener, or an sni listener; a target that is an
-// address. It goes on the relay's loop from event to event, with no goroutine. At the first thing that is not
-// usual it takes the long way, serve, with the bytes that were read: only that refuses, explains, retries.
-// Hellos wait here until they are whole, those of https listeners too.
+// express is the fast path, that of the usual connection: a tcp listener, or an sni listener; a target that is an
+// address; a peer and a client whom tailscaled knows already, or need not know. It goes on the relay's loop from
+// event to event, with no goroutine. At the first thing that is not usual it takes the slow path, serve, with the
+// bytes that were read: only that asks, explains, retries. PROXY headers and hellos wait here until they are whole,
+// those of https listeners too.
 type express struct {
 	front    *Front
 	in       *inbound
 	down, up *relay.Socket
 
-	part *partHello // nil: nothing has come, or all of it at once
+	header bool  // what is awaited is a PROXY header, or something that is none
+	part   *part // nil: nothing has come, or all of it at once
 
 	rule  *rule
 	hello *sni.Hello // nil: none is read
@@ -35,21 +40,21 @@ type express struct {
 	began time.Time // the dial
 }
 
-// A partHello is a hello that has not come whole.
-type partHello struct {
-	head     []byte // what has come
-	listener *sni.Listener
+// A part is a PROXY header or a hello that has not come whole.
+type part struct {
+	head     []byte        // what has come
+	listener *sni.Listener // to a hello
 }
 
 const (
-	expressHello = 16 << 10 // bytes; what does not fit takes the long way
+	expressHello = 16 << 10 // bytes; what does not fit takes the slow path
 	// expressDial is how long a connect may take here: whatever takes longer needs to be retried, or explained.
 	expressDial = time.Second
 
 	// waitingCost is what a connection that waits for a hello takes of the machine's memory, kernel included:
 	// bytes.
 	waitingCost = 8 << 10
-	// partBytes is how many bytes of hellos that are not whole may wait in all.
+	// partBytes is how many bytes of PROXY headers and hellos that are not whole may wait in all.
 	partBytes = 16 << 20
 )
 
@@ -64,45 +69,54 @@ func mostWaiting() int64 {
 
 var hellos = sync.Pool{New: func() any { return new([expressHello]byte) }}
 
-// express takes in, if it may go the short way.
+// express takes in, if it may go the fast path. On http listeners a goroutine waits for requests anyhow.
 func (f *Front) express(in *inbound, c newcomer) bool {
-	s := in.service
-	if s.trust != nil {
+	down, ok := c.(*relay.Socket)
+	if !ok || in.service.mode == "http" {
 		return false
 	}
-	x := &express{front: f, in: in, down: c.(*relay.Socket)}
-	switch {
-	case s.mode == "sni", s.mode == "https":
-		in.uncut = context.AfterFunc(f.ctx, x.down.Expire)
-		in.lease.Yield(x.giveWay)
-		if int64(f.limiter.Yielding()) > f.mostWaiting.Load() {
-			f.limiter.TakeOldest()
-		}
-		if x.await() == nil {
+	x := &express{front: f, in: in, down: down, header: in.service.trust != nil}
+	in.asker = in.newAsker()
+	in.asker.onLoop = true
+	if x.header {
+		if err := in.meet(); err != nil {
+			x.reject(err, nil)
 			return true
 		}
-		in.lease.Keep()
-	case s.mode == "tcp" && s.allow == nil && s.fallback != nil && s.fallback.plain():
-		x.dial(s.fallback, nil)
+	} else if in.service.mode == "tcp" {
+		x.decide(nil, nil, nil, false)
 		return true
 	}
+	in.uncut = context.AfterFunc(f.ctx, x.down.Expire)
+	in.lease.Yield(x.giveWay)
+	if int64(f.limiter.Yielding()) > f.mostWaiting.Load() {
+		f.limiter.TakeOldest()
+	}
+	if x.await() == nil {
+		return true
+	}
+	in.lease.Keep()
 	return false
 }
 
-// detour goes the long way, after what was read.
+// detour takes the slow path, after what was read.
 func (x *express) detour(head []byte) {
 	if x.up != nil {
 		x.up.Close()
 	}
-	x.in.ahead, x.in.late = bytes.Clone(head), true
+	x.in.ahead = bytes.Clone(head)
 	go x.front.enter(x.in, x.down)
 }
 
 func (x *express) await() error {
-	return x.down.AwaitBytes(max(1, x.in.service.helloTimeout()-time.Since(x.in.accepted)), x.readHello)
+	left := x.in.timeForHello()
+	if x.header {
+		left = max(1, x.in.service.limits.HelloTimeout-time.Since(x.in.accepted))
+	}
+	return x.down.AwaitBytes(left, x.read)
 }
 
-func (x *express) readHello(timedOut bool) {
+func (x *express) read(timedOut bool) {
 	if x.front.ctx.Err() != nil {
 		x.refuse(shutdown, x.front.ctx.Err())
 		return
@@ -111,9 +125,15 @@ func (x *express) readHello(timedOut bool) {
 	defer hellos.Put(buf)
 	for {
 		n, err := unix.Read(x.down.FD(), buf[:])
-		if err == unix.EAGAIN {
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.EAGAIN:
 			switch {
-			case timedOut: // and not because a busy loop comes late to what has arrived
+			case timedOut && x.header: // and not because a busy loop comes late to what has arrived
+				x.reject(proxyheader.ErrTimeout, nil)
+				return
+			case timedOut:
 				x.refuse(helloTimeout, sni.ErrTimeout)
 				return
 			case !x.in.lease.Yields(): // its place was wanted while it had the loop
@@ -122,46 +142,109 @@ func (x *express) readHello(timedOut bool) {
 			case x.await() == nil:
 				return
 			}
+			x.in.lease.Keep()
+			x.detour(x.forgetPart())
+			return
+		case err != nil:
+			err = os.NewSyscallError("read", err)
+		case n == 0:
+			err = io.EOF
 		}
-		head, hello, perr := x.hear(buf[:max(n, 0)])
-		if n > 0 && perr == sni.ErrIncomplete {
-			continue // until the socket says that there is no more, or an end
-		}
-		x.in.lease.Keep()
-		x.forgetPart()
-		x.decide(head, hello, perr, n == len(buf))
-		return
+		header := x.header
+		if !x.take(buf[:max(n, 0)], err, n == len(buf)) {
+			return
+		} // else on, until the socket says that there is no more, or an end
+		timedOut = timedOut && x.header == header // a hello has time of its own
 	}
 }
 
-// hear goes on with b. Where all hellos take too much, the oldest go. head is all that has come; it is b, or
-// kept.
-func (x *express) hear(b []byte) (head []byte, hello sni.Hello, err error) {
-	limit := x.in.service.limits.HelloBytes
+// take goes on with b, which has just been read, or without any more, for ended. full says that there may be yet more to
+// be read at once. It is true while more is awaited.
+func (x *express) take(b []byte, ended error, full bool) bool {
+	if x.header {
+		head := b
+		if x.part != nil {
+			head = x.keep(b)
+		}
+		h, n, err := proxyheader.Parse(head, x.in.service.limits.HelloBytes)
+		if err == proxyheader.ErrIncomplete {
+			if ended == nil {
+				if x.part == nil {
+					x.keep(b)
+				}
+				return true
+			}
+			err = proxyheader.Ended(head, ended)
+		}
+		x.in.lease.Keep()
+		x.forgetPart()
+		if err == nil {
+			err = x.in.hear(h)
+		}
+		if err != nil {
+			x.reject(err, head)
+			return false
+		}
+		b, x.header = head[n:], false
+		if x.in.service.mode == "tcp" {
+			x.decide(b, nil, nil, full)
+			return false
+		}
+		x.in.lease.Yield(x.giveWay)
+		if len(b) == 0 {
+			return true
+		}
+	}
+	head, hello, err := x.hearHello(b)
+	if err == sni.ErrIncomplete && ended == nil {
+		return true
+	}
+	x.in.lease.Keep()
+	x.forgetPart()
+	x.decide(head, &hello, err, full)
+	return false
+}
+
+// hearHello reads the hello in what has come. head is all of that; it is b, or kept.
+func (x *express) hearHello(b []byte) (head []byte, hello sni.Hello, err error) {
 	if x.part == nil {
 		hello, err = sni.Parse(b)
 		if err != sni.ErrIncomplete || len(b) == 0 {
 			return b, hello, err
 		}
-		x.part = &partHello{listener: sni.NewListener(limit)}
+	}
+	head = x.keep(b)
+	if x.part.listener == nil {
+		x.part.listener = sni.NewListener(x.in.service.limits.HelloBytes)
+	}
+	hello, err = x.part.listener.Hear(head)
+	return head, hello, err
+}
+
+// keep keeps b until there is more, and returns all that is kept. Where that of all connections takes too much, the
+// oldest of them go.
+func (x *express) keep(b []byte) []byte {
+	if x.part == nil {
+		x.part = new(part)
 	}
 	x.part.head = append(x.part.head, b...)
 	for x.front.partBytes.Add(int64(len(b))) > partBytes && x.front.limiter.TakeOldest() {
 		b = nil
 	}
-	hello, err = x.part.listener.Hear(x.part.head)
-	return x.part.head, hello, err
+	return x.part.head
 }
 
-// forgetPart counts what has come no more.
-func (x *express) forgetPart() {
+// forgetPart counts what has come no more, and returns it.
+func (x *express) forgetPart() (head []byte) {
 	if x.part != nil {
-		x.front.partBytes.Add(-int64(len(x.part.head)))
+		head = x.part.head
+		x.front.partBytes.Add(-int64(len(head)))
 		x.part = nil
 	}
+	return head
 }
 
-// giveWay ends the wait for the hello, unless it has just ended.
+// giveWay ends the wait for the PROXY header or the hello, unless it has just ended.
 func (x *express) giveWay() {
 	if x.down.Cancel() {
 		x.refuse(helloDisplaced, errDisplaced)
@@ -177,27 +260,41 @@ func (x *express) refuse(reason string, err error) {
 	x.in.release()
 }
 
-// decide goes on with what was read: hello, or err. more: there may be yet more to be read at once.
-func (x *express) decide(head []byte, hello sni.Hello, err error, more bool) {
+// reject ends a connection that may not come in, as refuseInbound does. Where tailscaled must be asked before that
+// can be said, it takes the slow path, after head.
+func (x *express) reject(err error, head []byte) {
+	x.forgetPart()
+	if x.in.asker.mustAsk {
+		x.detour(head)
+		return
+	}
+	x.front.inboundRefused(x.in, err)
+	x.down.Reset()
+	x.in.release()
+}
+
+// decide goes on with what was read: hello, nil on a tcp listener, or err. more: there may be yet more to be read at
+// once.
+func (x *express) decide(head []byte, hello *sni.Hello, err error, more bool) {
 	s := x.in.service
-	if err != nil || len(head) > s.limits.HelloBytes || more || s.mode != "sni" || s.allow != nil {
+	if err != nil || len(head) > s.limits.HelloBytes || more || s.mode == "https" {
 		x.detour(head)
 		return
 	}
-	x.hello = &hello
-	r, ok := s.names.Lookup(hello.ServerName, func(r *rule) bool { return r.accepts(hello.ALPN) })
-	if !ok || !r.plain() {
+	r, err := x.in.choose(hello)
+	switch {
+	case err != nil && hello == nil:
+		x.reject(err, head)
+	case err != nil, r == nil, !r.plain():
 		x.detour(head)
-		return
+	default:
+		x.hello = hello
+		x.dial(r, head)
 	}
-	x.in.name = hello.ServerName
-	x.dial(r, head)
 }
 
 // plain says that r needs nothing but to be dialled.
-func (r *rule) plain() bool {
-	return r.literal.IsValid() && !r.transparent && r.allow == nil
-}
+func (r *rule) plain() bool { return r.literal.IsValid() && !r.transparent }
 
 // dial goes on to r's target with head, which is not kept.
 func (x *express) dial(r *rule, head []byte) {
@@ -232,7 +329,7 @@ func (x *express) connected(timedOut bool) {
 	}
 }
 
-// complain tells what the long way, which dials anew, may never see.
+// complain tells what the slow path, which dials anew, may never see.
 func (x *express) complain(err error) {
 	if errors.Is(err, dial.ErrSelf) { // not on the loop: a log may be slow
 		go x.front.complain.Warn("self "+x.rule.written, "a connection to the target was made with itself, and is made again",
@@ -244,12 +341,14 @@ func (x *express) relay() {
 	f, in := x.front, x.in
 	in.uncut()
 	f.metrics.DialTime.Observe(time.Since(x.began).Seconds())
-	in.id = flow.NewID()
+	if in.id == "" {
+		in.id = flow.NewID()
+	}
 	var rtt [2]time.Duration
 	if f.log.Enabled(f.ctx, slog.LevelInfo) { // only the log wants it
 		rtt = [2]time.Duration{roundTripFD(x.down.FD()), roundTripFD(x.up.FD())}
 	}
-	if x.rule.sendProxy {
+	if x.rule.sendProxy && !in.local.IsValid() {
 		if local, err := unix.Getsockname(x.down.FD()); err == nil {
 			in.local = sockaddrPort(local)
 		}

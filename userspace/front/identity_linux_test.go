@@ -19,11 +19,8 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // Who they are in the chains below. A hop at each place may belong to the victim, to a friend, or have a tag;
@@ -400,28 +397,16 @@ func quotedAll(list []string) (out []string) {
 // connect makes what stands for the tailnet between two hops: what connects to addr arrives at the listener
 // from the address of the hop before, or, at the first hop, from the one that peer has.
 func (w *world) connect(f *Front, listener string, c *chain, place int) (addr string, peer *atomic.Pointer[netip.Addr]) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	addr, peer = ln.Addr().String(), &atomic.Pointer[netip.Addr]{}
+	peer = &atomic.Pointer[netip.Addr]{}
 	peer.Store(&public) // of whoever else finds this port
 	if place > 0 {
 		peer.Store(&c.hops[place-1].addr)
 	}
-	d, err := newDoor(ln.(*net.TCPListener))
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	f.mu.Lock()
-	l := f.listeners[listener]
-	f.mu.Unlock()
-	d.acceptor = relay.NewAcceptor(d.fd, func(s *relay.Socket, _ unix.Sockaddr) {
-		f.admit(l, s, netip.AddrPortFrom(*peer.Load(), 1234))
-	}, func(error) bool { return true })
+	d := doorTo(w.t, f, listener, false, func() netip.AddrPort { return netip.AddrPortFrom(*peer.Load(), 1234) },
+		func() {})
 	d.accept()
 	w.closers = append(w.closers, d.Close)
-	return addr, peer
+	return d.addr.String(), peer
 }
 
 // session is a connection into a chain, for a host.

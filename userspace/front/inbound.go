@@ -39,7 +39,9 @@ type inbound struct {
 	bytesIn, bytesOut atomic.Int64 // through Read and Write: HTTP's share
 	uncut             func() bool  // from here on f.ctx ends it no more, somebody else does
 	closeOnce         sync.Once
-	late              bool // the time for its hello runs since it was accepted
+	afterHeader       time.Duration // since it was accepted until its PROXY header was there: from then on its hello has time
+	attributed        bool          // that it counts as its source's, if the listener has accept_proxy
+	identified        bool          // if the listener has accept_proxy: what the peer says has been judged
 }
 
 func (in *inbound) Read(b []byte) (int, error) {
@@ -107,9 +109,12 @@ func (in *inbound) takeAhead() []byte {
 
 // serve brings one connection from accept to its end. It owns in.
 func (f *Front) serve(in *inbound) {
-	in.asker = &asker{ctx: f.ctx, front: f, trust: in.service.trust}
-	if in.service.trust != nil {
-		if err := f.identify(in); err != nil {
+	if in.asker == nil {
+		in.asker = in.newAsker()
+	}
+	in.asker.onLoop, in.asker.mustAsk = false, false
+	if in.service.trust != nil && !in.identified {
+		if err := in.identify(); err != nil {
 			f.refuseInbound(in, err)
 			return
 		}
@@ -119,13 +124,12 @@ func (f *Front) serve(in *inbound) {
 	}
 	switch in.service.mode {
 	case "tcp":
-		if r := in.service.fallback; r != nil {
-			if err := f.permit(in.asker, in.visitor(), in.service.allow, r.allow); err != nil {
-				f.refuseInbound(in, err)
-				return
-			}
+		r, err := in.choose(nil)
+		if err != nil {
+			f.refuseInbound(in, err)
+			return
 		}
-		f.spliceTo(in, in.service.fallback, nil)
+		f.spliceTo(in, r, nil)
 	case "sni":
 		f.serveSNI(in)
 	default: // http, https
@@ -133,38 +137,64 @@ func (f *Front) serve(in *inbound) {
 	}
 }
 
+func (in *inbound) newAsker() *asker {
+	return &asker{ctx: in.front.ctx, front: in.front, trust: in.service.trust}
+}
+
 // identify reads the PROXY header of a connection to a listener that has
 // accept_proxy, and believes it only from whom the config names. Such a peer
 // may leave the header out where the client speaks first and the bytes tell
 // (an HTTP hop says the client's address in the request), unless it is required;
 // a tcp listener can't tell and needs it.
-func (f *Front) identify(in *inbound) error {
-	trusted, err := in.asker.Hop(in.peer.Addr())
-	stranger := func() error {
-		if err != nil {
-			return err
-		}
-		return &strangerError{in.asker.describe(in.peer.Addr())}
+func (in *inbound) identify() error {
+	if err := in.meet(); err != nil {
+		return err
 	}
-	if !trusted {
-		if err := f.attribute(in, in.peer.Addr()); err != nil {
-			return err
-		}
-		if in.service.header {
-			return stranger()
-		}
-	}
-	h, rest, readErr := proxyheader.Read(in.TCPConn, in.service.limits.HelloBytes, in.service.limits.HelloTimeout)
+	limits := &in.service.limits
+	h, rest, err := proxyheader.Continue(in.TCPConn, in.takeAhead(), limits.HelloBytes, limits.HelloTimeout)
 	in.ahead = rest
+	if err != nil {
+		return err
+	}
+	return in.hear(h)
+}
+
+// meet judges the peer before anything is read: one that may not speak for others is charged as a client. It may be
+// called again, until nothing must be asked any more.
+func (in *inbound) meet() error {
+	trusted, err := in.asker.Hop(in.peer.Addr())
 	switch {
-	case readErr != nil:
-		return readErr
+	case in.asker.mustAsk:
+		return err
+	case trusted:
+		return nil
+	}
+	if err := in.attribute(in.peer.Addr()); err != nil {
+		return err
+	}
+	if in.service.header {
+		return in.stranger()
+	}
+	return nil
+}
+
+// hear takes in the peer's PROXY header, nil if it sent none: from then on client is who it is, as far as that is
+// believed. It may be called again, until nothing must be asked any more.
+func (in *inbound) hear(h *proxyheader.Header) error {
+	switch trusted, _ := in.asker.Hop(in.peer.Addr()); {
 	case h == nil && in.service.header:
 		return errNoHeader
 	case h != nil && !trusted:
-		return stranger()
-	case h != nil:
-		in.header, in.id, in.name = h, h.ID, h.ServerName
+		return in.stranger()
+	}
+	in.header = h
+	_, unknown := in.judge(in.asker)
+	if in.asker.mustAsk {
+		return unknown
+	}
+	in.unknown = unknown
+	if h != nil {
+		in.id, in.name = h.ID, h.ServerName
 		if h.Source.IsValid() {
 			in.client = h.Source
 			if h.Destination.IsValid() {
@@ -172,11 +202,21 @@ func (f *Front) identify(in *inbound) error {
 			}
 		}
 	}
-	_, in.unknown = in.judge(in.asker)
-	if in.client == in.peer || in.unknown != nil {
-		return nil
+	if in.client != in.peer && in.unknown == nil {
+		if err := in.attribute(in.client.Addr()); err != nil {
+			return err
+		}
 	}
-	return f.attribute(in, in.client.Addr())
+	in.identified, in.afterHeader = true, time.Since(in.accepted)
+	return nil
+}
+
+// stranger is the error of a peer whose PROXY header is not believed.
+func (in *inbound) stranger() error {
+	if _, err := in.asker.Hop(in.peer.Addr()); err != nil {
+		return err
+	}
+	return &strangerError{in.asker.describe(in.peer.Addr())}
 }
 
 // judge says whether what the peer writes in a request about its client is
@@ -228,6 +268,12 @@ var errNoHeader = errors.New("no PROXY header: a tcp listener with accept_proxy,
 // refuseInbound ends a connection that did not get as far as its mode.
 func (f *Front) refuseInbound(in *inbound, err error) {
 	defer in.release()
+	f.inboundRefused(in, err)
+	reset(in.TCPConn)
+}
+
+// inboundRefused counts such a connection, and says so.
+func (f *Front) inboundRefused(in *inbound, err error) {
 	reason := refusal(err)
 	if f.ctx.Err() != nil {
 		reason = shutdown
@@ -240,7 +286,6 @@ func (f *Front) refuseInbound(in *inbound, err error) {
 	default:
 		f.complain.Warn(reason, "connection refused", "listener", in.listener.name, "client", in.client, "peer", in.peer, "reason", reason, "err", err)
 	}
-	reset(in.TCPConn)
 }
 
 // refusal is the metric's word for why a connection was refused before it had

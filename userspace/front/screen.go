@@ -56,11 +56,15 @@ func (f *Front) screen(s *service, addr, source netip.Addr) error {
 	return f.newRate.Take(source, time.Now())
 }
 
-// attribute makes a connection that a is the source of count as a's, if it may come in.
-func (f *Front) attribute(in *inbound, a netip.Addr) error {
-	if err := f.screen(in.service, a, a); err != nil {
+// attribute makes the connection count as a's, whose it is, if it may come in: once, though it may be called again.
+func (in *inbound) attribute(a netip.Addr) error {
+	if in.attributed {
+		return nil
+	}
+	if err := in.front.screen(in.service, a, a); err != nil {
 		return err
 	}
+	in.attributed = true
 	return in.lease.Move(a)
 }
 

@@ -26,25 +26,39 @@ func (f *Front) serveSNI(in *inbound) {
 		f.refuseHello(in, hello, err)
 		return
 	}
-	in.name = hello.ServerName
-	if err := f.permit(in.asker, in.visitor(), in.service.allow); err != nil {
+	r, err := in.choose(&hello)
+	if err != nil {
 		f.refuseHello(in, hello, err)
 		return
 	}
-	r, ok := in.service.names.Lookup(hello.ServerName, func(r *rule) bool { return r.accepts(hello.ALPN) })
-	if !ok {
-		f.refuseHello(in, hello, errNobodyServes)
-		return
-	}
-	if r.reject {
-		f.refuseHello(in, hello, fmt.Errorf("%w (route %s)", errRejectedName, r.name))
-		return
-	}
-	if err := f.permit(in.asker, in.visitor(), r.allow); err != nil {
-		f.refuseHello(in, hello, fmt.Errorf("%w (route %s)", err, r.name))
-		return
-	}
 	f.spliceTo(in, r, &hello)
+}
+
+// choose says which rule takes in, by its hello; by none, on a tcp listener, which may have no rule at all.
+func (in *inbound) choose(hello *sni.Hello) (*rule, error) {
+	s, r := in.service, in.service.fallback
+	permit := func(allow ...*peers) error { return in.front.permit(in.asker, in.visitor(), allow...) }
+	if hello == nil {
+		if r == nil {
+			return nil, nil
+		}
+		return r, permit(s.allow, r.allow)
+	}
+	in.name = hello.ServerName
+	if err := permit(s.allow); err != nil {
+		return nil, err
+	}
+	r, ok := s.names.Lookup(hello.ServerName, func(r *rule) bool { return r.accepts(hello.ALPN) })
+	switch {
+	case !ok:
+		return nil, errNobodyServes
+	case r.reject:
+		return nil, fmt.Errorf("%w (route %s)", errRejectedName, r.name)
+	}
+	if err := permit(r.allow); err != nil {
+		return nil, fmt.Errorf("%w (route %s)", err, r.name)
+	}
+	return r, nil
 }
 
 // helloTimeout and helloDisplaced are the metric's words for a hello that was not complete in time, or before
@@ -54,7 +68,7 @@ const (
 	helloDisplaced = "hello_displaced"
 )
 
-var errDisplaced = errors.New("its hello was not complete when its place was needed for a newer connection")
+var errDisplaced = errors.New("its PROXY header or its hello was not complete when its place was needed for a newer connection")
 
 var (
 	errNobodyServes = errors.New("no route and no default takes this name")
@@ -63,11 +77,12 @@ var (
 
 // readHello reads the hello of in, as far as it has not been read already. head is all that was.
 func (in *inbound) readHello() (hello sni.Hello, head []byte, err error) {
-	timeout := in.service.helloTimeout()
-	if timeout > 0 && in.late {
-		timeout = max(1, timeout-time.Since(in.accepted))
-	}
-	return sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, timeout)
+	return sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, in.timeForHello())
+}
+
+// timeForHello is what in has left for its hello.
+func (in *inbound) timeForHello() time.Duration {
+	return max(1, in.service.helloTimeout()+in.afterHeader-time.Since(in.accepted))
 }
 
 // helloTimeout is how long a client may take for its hello.
@@ -167,6 +182,7 @@ func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, r
 		Client: in.client.String(), Downstream: in.peer.String(), Upstream: upstream,
 		Target: r.written, Started: in.accepted, Bytes: counters.Load, Datapath: counters.Datapath}
 	f.flows.Add(fl)
+	in.asker, in.header = nil, nil // the flow may last
 	o := relay.Options{
 		Preface: preface, Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
 		Counters: counters, ID: in.id, Route: r.name, Datapaths: r.datapaths,

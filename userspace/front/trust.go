@@ -77,6 +77,8 @@ type asker struct {
 	front   *Front
 	trust   *peers // accept_proxy.from; nil: nobody
 	header  bool   // a connection without a PROXY header is not believed, nor is it a client
+	onLoop  bool   // it may not wait, and has the answers that are known already
+	mustAsk bool   // it had no answer for that reason: nothing may be concluded
 	until   time.Time
 	answers []answer
 }
@@ -107,24 +109,32 @@ func (q *asker) whoIsWithin(wait time.Duration, a netip.Addr) (tailnet.Identity,
 			return q.answers[i].id, q.answers[i].err
 		}
 	}
-	if q.until.IsZero() {
-		q.until = time.Now().Add(whoWait)
-	}
-	ctx, cancel := context.WithDeadline(q.ctx, q.until.Add(wait-whoWait))
-	defer cancel()
-	id, err := q.front.tailnet.WhoIs(ctx, a)
+	id, err := q.ask(wait, a)
 	switch {
 	case err == nil:
 		// Who asks once asks again: from now on tailscaled is followed instead.
 		q.front.watchTailnet.Do(func() { go q.front.tailnet.Run(q.front.ctx) })
 	case !errors.Is(err, tailnet.ErrNotPeer):
+		q.mustAsk = q.mustAsk || err == tailnet.ErrMustAsk
 		err = &notIdentifiedError{a, err}
-		if wait < whoWait {
+		if q.onLoop || wait < whoWait {
 			return id, err
 		}
 	}
 	q.answers = append(q.answers, answer{a, id, err})
 	return id, err
+}
+
+func (q *asker) ask(wait time.Duration, a netip.Addr) (tailnet.Identity, error) {
+	if q.onLoop {
+		return q.front.tailnet.Known(a)
+	}
+	if q.until.IsZero() {
+		q.until = time.Now().Add(whoWait)
+	}
+	ctx, cancel := context.WithDeadline(q.ctx, q.until.Add(wait-whoWait))
+	defer cancel()
+	return q.front.tailnet.WhoIs(ctx, a)
 }
 
 // Hop says whether accept_proxy.from names an address: who has it speaks for

@@ -1,0 +1,58 @@
+package front
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/userspace/relay"
+)
+
+// slowly is an accepted connection that can't take the fast path.
+type slowly struct{ *relay.Socket }
+
+// doorTo is an address where connections arrive at a listener of f once it accepts, from whom peer says, by the slow path
+// or by the one that is for them. admitted is called behind each.
+func doorTo(t *testing.T, f *Front, listener string, slow bool, peer func() netip.AddrPort, admitted func()) *door {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := newDoor(ln.(*net.TCPListener))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.mu.Lock()
+	l := f.listeners[listener]
+	f.mu.Unlock()
+	d.acceptor = relay.NewAcceptor(d.fd, func(s *relay.Socket, _ unix.Sockaddr) {
+		var c newcomer = s
+		if slow {
+			c = slowly{s}
+		}
+		f.admit(l, c, peer())
+		admitted()
+	}, func(error) bool { return true })
+	return d
+}
+
+// come connects to a listener of d as somebody from peer would, and returns the peer's end.
+func (d *daemon) come(t *testing.T, listener, peer string) *net.TCPConn {
+	t.Helper()
+	return d.comeBy(t, listener, peer, false)
+}
+
+func (d *daemon) comeBy(t *testing.T, listener, peer string, slow bool) *net.TCPConn {
+	t.Helper()
+	admitted := make(chan struct{}, 1)
+	at := doorTo(t, d.Front, listener, slow, func() netip.AddrPort { return netip.MustParseAddrPort(peer) },
+		func() { admitted <- struct{}{} })
+	defer at.Close()
+	c := dialTCP(t, at.addr.String()) // before it may be reset
+	at.accept()
+	<-admitted
+	return c
+}

@@ -203,17 +203,19 @@ func pathIn(s string) string {
 func TestBothPaths(t *testing.T) {
 	ts := startTailscaled(t)
 	target := heardBy(t)
+	_, port, _ := net.SplitHostPort(target)
 	config := func() string {
 		return fmt.Sprintf(`
 listeners:
   - { name: sni, listen: %q, mode: sni, accept_proxy: { from: ["tag:home", edge, 192.0.2.0/24, 100.64.0.64/26] }, routes: [
       { sni: [a.test], forward: %[5]q, send_proxy: v2 },
       { sni: [mine.test], forward: %[5]q, send_proxy: v2, allow: ["me@vsq.cz", edge, 198.51.100.0/24] },
+      { sni: [named.test], forward: %[6]q, send_proxy: v2 },
       { sni: [no.test], reject: true } ] }
   - { name: required, listen: %[2]q, mode: sni, accept_proxy: { from: ["tag:home", edge, 192.0.2.0/24], required: true }, allow: ["me@vsq.cz", 198.51.100.0/24], default: { forward: %[5]q, send_proxy: v2 } }
   - { name: tcp, listen: %[3]q, mode: tcp, accept_proxy: { from: ["tag:home", edge, 192.0.2.0/24] }, default: { forward: %[5]q, send_proxy: v2, allow: ["me@vsq.cz", 198.51.100.0/24] } }
   - { name: bare, listen: %[4]q, mode: tcp, allow: ["me@vsq.cz", 198.51.100.0/24], default: { forward: %[5]q, send_proxy: v2 } }
-`, freeAddr(t), freeAddr(t), freeAddr(t), freeAddr(t), target)
+`, freeAddr(t), freeAddr(t), freeAddr(t), freeAddr(t), target, "localhost:"+port)
 	}
 	known := start(t, config())
 	alone := startTailscaled(t)
@@ -238,7 +240,7 @@ listeners:
 		headerV2(0x21, 0x11, fromClient4, tlv(4, strings.Repeat("x", proxyheader.MaxBytes))), headerV2(0x21, 0x11, fromClient4[:7]),
 		[]byte("PROXY TCP4 198.51.100.7 192.0.2.80 4321 99999\r\n"), []byte("PROXY " + strings.Repeat("x", 110)), []byte("PROXY TCP4 198.51"), []byte("PRO"),
 		proxiedHeaders[4].header[:20]}
-	payloads := [][]byte{nil, helloFor(t, "a.test"), helloFor(t, "mine.test"), helloFor(t, "no.test"), []byte("GET / HTTP/1.0\r\n\r\n")}
+	payloads := [][]byte{nil, helloFor(t, "a.test"), helloFor(t, "mine.test"), helloFor(t, "no.test"), helloFor(t, "named.test"), []byte("GET / HTTP/1.0\r\n\r\n")}
 
 	// answer is all that can be seen of a connection.
 	answer := func(d *daemon, slow bool, listener, peer string, sent []byte, reset bool) string {
@@ -295,6 +297,12 @@ listeners:
 		}
 	}
 	t.Logf("%d connections", n)
+	// Nor does a hop count for itself, who might be a client yet.
+	c := asking.come(t, "sni", "100.64.0.3:9")
+	if s := asking.limiter.Sources(-1); len(s) > 0 {
+		t.Errorf("who is not known yet counts for %v", s)
+	}
+	c.Close()
 }
 
 // variable is what differs between two connections that are alike.
@@ -505,4 +513,125 @@ limits: { connections_per_source: 2 }`, addr, mode, backend(t, echo)))
 			}
 		})
 	}
+}
+
+// TestKnownIdentities: who was named by tailscaled once comes in without another question, and does not any more once
+// tailscaled says something else, is gone, or can't say: on the fast path as well.
+func TestKnownIdentities(t *testing.T) {
+	ts := startTailscaled(t)
+	target, hello := heardBy(t), helloFor(t, "a.test")
+	d := start(t, fmt.Sprintf(`
+listeners:
+  - { name: sni, listen: %q, mode: sni, accept_proxy: { from: ["tag:home"], required: true }, allow: ["me@vsq.cz"], default: { forward: %[3]q, send_proxy: v2 } }
+  - { name: tcp, listen: %[2]q, mode: tcp, accept_proxy: { from: ["tag:home"] }, default: { forward: %[3]q, send_proxy: v2, allow: ["me@vsq.cz"] } }`, freeAddr(t), freeAddr(t), target))
+	const hop, user = "100.64.0.4", "100.64.0.5"
+	visitBy := func(slow bool) (outcome string) {
+		for _, listener := range []string{"sni", "tcp"} {
+			refused := d.Status().Refused
+			c := d.comeBy(t, listener, hop+":1", slow)
+			c.Write(slices.Concat(from(user+":1"), hello))
+			c.CloseWrite()
+			got, _ := io.ReadAll(c)
+			eventually(t, "it ends", func() bool { return d.limiter.Total() == 0 })
+			this := "in"
+			for reason, n := range d.Status().Refused {
+				if n > refused[reason] {
+					this = reason
+				}
+			}
+			if heard := bytes.HasPrefix(got, []byte("client "+user)); heard != (this == "in") {
+				t.Errorf("%s: %s, and the target heard %q", listener, this, got)
+			}
+			if outcome != "" && outcome != this {
+				outcome += ", " + this
+			} else {
+				outcome = this
+			}
+		}
+		return outcome
+	}
+	visit := func() string { return visitBy(false) }
+	known := func(addr string) bool { _, err := d.tailnet.Known(netip.MustParseAddr(addr)); return err == nil }
+	expect := func(when, want string) {
+		t.Helper()
+		if got := visit(); got != want {
+			t.Errorf("%s: %s, want %s", when, got, want)
+		}
+	}
+	comesIn := func(when string) {
+		t.Helper()
+		eventually(t, when+": they come in, and are known", func() bool { return visit() == "in" && known(hop) && known(user) })
+		const times = 20
+		asked := ts.times(hop) + ts.times(user)
+		var took [2]uint64
+		for i, slow := range []bool{false, true} {
+			before := goroutines()
+			for range times {
+				if got := visitBy(slow); got != "in" {
+					t.Errorf("%s, known, slow path %v: %s", when, slow, got)
+				}
+			}
+			took[i] = goroutines() - before
+		}
+		if n := ts.times(hop) + ts.times(user) - asked; n > 0 {
+			t.Errorf("%s: tailscaled was asked %d times about whom it had named", when, n)
+		}
+		if took[0] > took[1]-times { // of two connections
+			t.Errorf("%s: it took %d goroutines, on the slow path %d", when, took[0], took[1])
+		}
+	}
+	// changes is what happens to the netmap; nobody may be known then by what was said before.
+	changes := func(change func()) {
+		t.Helper()
+		ts.change(change)
+		eventually(t, "the change is heard of", func() bool { return !known(hop) && !known(user) })
+	}
+	home, phone := ts.nodes["home"], ts.nodes["phone"]
+	restore := func() {
+		ts.nodes["home"], ts.nodes["phone"], ts.state = home, phone, "Running"
+		delete(ts.nodes, "other")
+	}
+
+	comesIn("at first")
+	changes(func() { ts.nodes["home"] = node{"friend@vsq.cz", nil, home.addrs} })
+	expect("the hop has lost its tag", proxyFromStranger)
+	eventually(t, "that is known", func() bool { visit(); return known(hop) })
+	expect("the hop has lost its tag, which is known", proxyFromStranger)
+	changes(restore)
+	comesIn("it has it again")
+	changes(func() { ts.nodes["phone"] = node{"friend@vsq.cz", nil, phone.addrs} })
+	expect("the client's device has another owner", notAllowed)
+	eventually(t, "that is known", func() bool { visit(); return known(user) })
+	expect("the client's device has another owner, who is known", notAllowed)
+	changes(restore)
+	comesIn("it has its owner again")
+	changes(func() { delete(ts.nodes, "home") })
+	expect("the hop is gone", proxyFromStranger)
+	changes(func() {
+		restore()
+		delete(ts.nodes, "home")
+		ts.nodes["other"] = node{"", []string{"tag:other"}, home.addrs}
+	})
+	expect("another node has its address", proxyFromStranger)
+	changes(func() { restore(); ts.state = "NeedsLogin" })
+	eventually(t, "that is known", func() bool { return visit() == notIdentified })
+	expect("this machine is logged out", notIdentified)
+	changes(restore)
+	comesIn("it is logged in again")
+	ts.stop()
+	eventually(t, "tailscaled is missed", func() bool { return !known(hop) && !known(user) })
+	expect("tailscaled is gone", notIdentified)
+	ts.nodes["home"] = node{"friend@vsq.cz", nil, home.addrs}
+	ts.start()
+	for range 50 { // until it is followed, and then
+		if got := visit(); got != proxyFromStranger && got != notIdentified {
+			t.Fatalf("tailscaled is back, the tag is not: %s", got)
+		}
+	}
+	eventually(t, "it is known who they are", func() bool { return visit() == proxyFromStranger })
+	changes(restore)
+	ts.mu.Lock()
+	ts.slow = 200 * time.Millisecond
+	ts.mu.Unlock()
+	eventually(t, "tailscaled is slow, and they come in", func() bool { return visit() == "in" })
 }

@@ -72,6 +72,27 @@ func readAll(stream []byte, maxBytes, step int) (h *Header, rest []byte, err err
 	return h, append(bytes.Clone(rest), c.rest...), err
 }
 
+// checkCut reads a stream of which the first bytes have been read before, up to cut, and compares with what is read of all
+// of it; and it asks Parse what they say.
+func checkCut(t *testing.T, stream []byte, cut int, h *Header, rest []byte, err error) {
+	t.Helper()
+	c := &script{rest: stream[cut:]}
+	h2, rest2, err2 := Continue(c, stream[:cut], 0, 0)
+	rest2 = append(bytes.Clone(rest2), c.rest...)
+	if (h == nil) != (h2 == nil) || h != nil && *h != *h2 || !bytes.Equal(rest, rest2) || text(err) != text(err2) {
+		t.Errorf("all: %+v, %d bytes, %v; after the first %d bytes: %+v, %d bytes, %v", h, len(rest), err, cut, h2, len(rest2), err2)
+	}
+	p, n, err2 := Parse(stream[:cut], 0)
+	switch {
+	case err2 == ErrIncomplete && p == nil && n == 0:
+		if h != nil && cut >= len(stream)-len(rest) {
+			t.Errorf("the first %d bytes of a header of %d are not enough", cut, len(stream)-len(rest))
+		}
+	case (h == nil) != (p == nil) || h != nil && *h != *p || h != nil && n != len(stream)-len(rest) || h == nil && n != 0 || text(err) != text(err2):
+		t.Errorf("all: %+v, %v; the first %d bytes: %+v, %d, %v", h, err, cut, p, n, err2)
+	}
+}
+
 func TestRead(t *testing.T) {
 	withCRC := func(damage int) []byte {
 		b := v2(0x21, 0x11, v4block, tlv(3, "\x00\x00\x00\x00"), tlv(2, "example.org"))
@@ -181,6 +202,9 @@ func TestRead(t *testing.T) {
 				if !bytes.Equal(rest, tt.stream) {
 					t.Errorf("%d bytes at a time: the bytes that were read are lost", step)
 				}
+				for cut := range len(tt.stream) + 1 {
+					checkCut(t, tt.stream, cut, h, rest, err)
+				}
 			}
 		})
 	}
@@ -191,6 +215,9 @@ func TestRead(t *testing.T) {
 			h, rest, err := readAll([]byte(stream), 0, step)
 			if h != nil || err != nil || string(rest) != stream {
 				t.Errorf("%q: got %+v, %q, %v; want no header and no error", stream, h, rest, err)
+			}
+			for cut := range len(stream) + 1 {
+				checkCut(t, []byte(stream), cut, h, rest, err)
 			}
 		}
 	}
@@ -431,6 +458,7 @@ func FuzzRead(f *testing.F) {
 		if (h == nil) != (h2 == nil) || h != nil && *h != *h2 || !bytes.Equal(rest, rest2) || text(err) != text(err2) {
 			t.Fatalf("at once: %+v, %d bytes, %v; %d bytes at a time: %+v, %d bytes, %v", h, len(rest), err, int(step)+1, h2, len(rest2), err2)
 		}
+		checkCut(t, stream, int(step)%(len(stream)+1), h, rest, err)
 		if !bytes.HasSuffix(stream, rest) || (h == nil && len(rest) != len(stream)) {
 			t.Fatal("bytes were lost")
 		}

@@ -18,8 +18,9 @@ type Job struct {
 	Cell     uint32
 	Addr     netip.AddrPort
 	Kind     Kind
-	Flows    int // at a time
-	Size     int // bytes of a request and of a response
+	Flows    int    // at a time
+	Size     int    // bytes of a request and of a response
+	Preface  []byte // that each flow sends before the hello, for the proxy alone
 	Warm     time.Duration
 	Duration time.Duration
 	Limit    time.Duration // after Duration, flows that have not ended are broken
@@ -229,7 +230,7 @@ func (w *job) connect() error {
 	default:
 		f.cmd.Op, f.allow = stream.Echo, int64(j.Size)
 	}
-	f.head = f.cmd.Append(slices.Clip(w.client.hello))
+	f.head = f.cmd.Append(slices.Concat(j.Preface, w.client.hello))
 	var sa unix.Sockaddr = &unix.SockaddrInet4{Port: int(j.Addr.Port()), Addr: j.Addr.Addr().As4()}
 	if family == unix.AF_INET6 {
 		sa = &unix.SockaddrInet6{Port: int(j.Addr.Port()), Addr: j.Addr.Addr().As16()}

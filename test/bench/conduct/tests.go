@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/test/bench/agent"
+	"github.com/tailsplice/tailsplice/test/bench/stream"
 	"github.com/tailsplice/tailsplice/test/bench/system"
 )
 
@@ -97,6 +98,7 @@ func tests(maxFlows int, quick bool) []*test {
 		requests("c1", 1, 200, test{quick: true, tailnet: inFull}),
 		connects(),
 		firstByte(),
+		proxied(),
 	}
 	n := min(10_000, maxFlows)
 	if quick {
@@ -231,7 +233,37 @@ func connects() *test {
 		}}
 }
 
-// firstByte is the same, one at a time: from the connect to the first byte of the answer.
+// proxied is the same with a PROXY header before the hello, at a listener that wants one, and between that
+// without, at the one of all other tests, so that neither has the machine's better moments. Header and hello
+// come in one segment.
+func proxied() *test {
+	return &test{name: "proxied_flows", duration: 1600 * time.Millisecond, quick: true, flows: 32,
+		only: []string{system.HAProxy + "$", "tailsplice/", "baseline/"},
+		run: func(ctx context.Context, c *cellRun) error {
+			a := c.conductor.agents
+			c.time /= 4
+			header, plain := c.job(agent.Connects, 32, 64), c.job(agent.Connects, 32, 64)
+			header.Addr, header.Preface = c.system.Proxied, stream.ProxyHeader()
+			var count, seconds [2]float64
+			for _, with := range []int{0, 1, 1, 0} {
+				r, err := a.run(ctx, [2]agent.Job{plain, header}[with])
+				if err != nil {
+					return err
+				}
+				if _, err := a.settle(ctx, r); err != nil {
+					return err
+				}
+				count[with] += float64(r.Count)
+				seconds[with] += r.Seconds
+			}
+			rate := count[1] / seconds[1]
+			c.set("proxied_flows", rate)
+			c.set("proxied_flows_ratio", rate/(count[0]/seconds[0]))
+			return nil
+		}}
+}
+
+// firstByte is new_flows, one at a time: from the connect to the first byte of the answer.
 func firstByte() *test {
 	return &test{name: "first_byte", duration: 300 * time.Millisecond, quick: true, tailnet: inFull,
 		run: func(ctx context.Context, c *cellRun) error {

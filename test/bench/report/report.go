@@ -161,14 +161,16 @@ func Unit(measure string) string {
 		return "B"
 	case has("_p50", "_p99"):
 		return "us"
-	case has("_rate_") || measure == "new_flows":
+	case has("_ratio"):
+		return "ratio"
+	case has("_rate_") || measure == "new_flows" || measure == "proxied_flows":
 		return "1/s"
 	}
 	return "MiB/s"
 }
 
 func better(measure string) string {
-	if u := Unit(measure); u == "MiB/s" || u == "1/s" {
+	if u := Unit(measure); u == "MiB/s" || u == "1/s" || u == "ratio" {
 		return "higher"
 	}
 	return "lower"

@@ -51,7 +51,7 @@ func (r *Run) Table(w io.Writer) {
 		tw.Flush()
 	}
 	fmt.Fprintf(w, "\nMedians of the rounds; below each its ratio to HAProxy, round by round. ~ is not told from noise, which is how much\n"+
-		"direct differs from itself. More is better for MiB/s and 1/s, less for us, s/GiB, B and CPUs.\n")
+		"direct differs from itself. More is better for MiB/s, 1/s and ratio, less for us, s/GiB, B and CPUs.\n")
 	for _, list := range []struct {
 		head  string
 		lines []string

@@ -69,6 +69,12 @@ func Hello() ([]byte, error) {
 	return c.sent, nil
 }
 
+// ProxyHeader is a PROXY header of version 2 that names a client.
+func ProxyHeader() []byte {
+	return []byte("\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" +
+		"\xc6\x33\x64\x07\xcb\x00\x71\x50\x10\xe1\x01\xbb") // from 198.51.100.7:4321 to 203.0.113.80:443
+}
+
 // capture is a connection that keeps what is written, and ends when read from.
 type capture struct {
 	net.Conn

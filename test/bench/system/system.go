@@ -32,6 +32,7 @@ type System struct {
 
 	Addr    netip.AddrPort // what the client dials
 	FarAddr netip.AddrPort // the same over the path with a delay
+	Proxied netip.AddrPort // where it wants a PROXY header first, if it can
 	Pid     int            // of its first process; 0: it is the kernel
 
 	enter, leave func() error // around each of its turns, where it would disturb others
@@ -105,8 +106,12 @@ const (
 	Caddy         = "caddy"
 )
 
-// firstPort is the first system's port.
-const firstPort = 8400
+// firstPort is the first system's port, and proxiedPorts the distance to the one where it wants a PROXY
+// header.
+const (
+	firstPort    = 8400
+	proxiedPorts = 1000
+)
 
 // Start starts a system by name; the caller stops all with Close. It returns when the system accepts connections.
 func (b *Builder) Start(ctx context.Context, name string) (*System, error) {
@@ -120,7 +125,8 @@ func (b *Builder) Start(ctx context.Context, name string) (*System, error) {
 		return s, nil
 	}
 	port := b.nextPort()
-	s := &System{Name: name, Addr: netip.AddrPortFrom(t.Listen, port), target: t.Target}
+	s := &System{Name: name, Addr: netip.AddrPortFrom(t.Listen, port), target: t.Target,
+		Proxied: netip.AddrPortFrom(t.Listen, port+proxiedPorts)}
 	if t.Far.IsValid() {
 		s.FarAddr = netip.AddrPortFrom(t.Far, port)
 	}
@@ -188,7 +194,7 @@ func (b *Builder) launch(s *System) (err error) {
 	words := map[string]string{
 		"CERT": b.certificate(), "BODY": HTTPSBody, "HTTPSPORT": strconv.Itoa(httpsPort),
 
-		"PORT": strconv.Itoa(int(port)), "SERVER": s.target.String(), "DIR": dir, "NAME": stream.ServerName,
+		"PORT": strconv.Itoa(int(port)), "PROXIED": strconv.Itoa(int(port + proxiedPorts)), "SERVER": s.target.String(), "DIR": dir, "NAME": stream.ServerName,
 		"REGEXP": strings.ReplaceAll(stream.ServerName, ".", `\.`), "CPUS": strconv.Itoa(runtime.NumCPU()),
 		"FILES": strconv.Itoa(Files()), "CONNECTIONS": strconv.Itoa(MaxFlows()),
 	}

@@ -13,8 +13,8 @@ import (
 // slowly is an accepted connection that can't take the fast path.
 type slowly struct{ *relay.Socket }
 
-// doorTo is an address where connections arrive at a listener of f once it accepts, from whom peer says, by the slow path
-// or by the one that is for them. admitted is called behind each.
+// doorTo is an address where connections arrive at a listener of f once it accepts, from whom peer says, by
+// the slow path or by the one that is for them. admitted is called behind each.
 func doorTo(t *testing.T, f *Front, listener string, slow bool, peer func() netip.AddrPort, admitted func()) *door {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

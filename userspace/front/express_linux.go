@@ -21,11 +21,11 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/sni"
 )
 
-// express is the fast path, that of the usual connection: a tcp listener, or an sni listener; a target that is an
-// address; a peer and a client whom tailscaled knows already, or need not know. It goes on the relay's loop from
-// event to event, with no goroutine. At the first thing that is not usual it takes the slow path, serve, with the
-// bytes that were read: only that asks, explains, retries. PROXY headers and hellos wait here until they are whole,
-// those of https listeners too.
+// express is the fast path, that of the usual connection: a tcp listener, or an sni listener; a target that
+// is an address; a peer and a client whom tailscaled knows already, or need not know. It goes on the relay's
+// loop from event to event, with no goroutine. At the first thing that is not usual it takes the slow path,
+// serve, with the bytes that were read: only that asks, explains, retries. PROXY headers and hellos wait here
+// until they are whole, those of https listeners too.
 type express struct {
 	front    *Front
 	in       *inbound
@@ -158,8 +158,8 @@ func (x *express) read(timedOut bool) {
 	}
 }
 
-// take goes on with b, which has just been read, or without any more, for ended. full says that there may be yet more to
-// be read at once. It is true while more is awaited.
+// take goes on with b, which has just been read, or without any more, for ended. full says that there may be
+// yet more to be read at once. It is true while more is awaited.
 func (x *express) take(b []byte, ended error, full bool) bool {
 	if x.header {
 		head := b
@@ -221,8 +221,8 @@ func (x *express) hearHello(b []byte) (head []byte, hello sni.Hello, err error) 
 	return head, hello, err
 }
 
-// keep keeps b until there is more, and returns all that is kept. Where that of all connections takes too much, the
-// oldest of them go.
+// keep keeps b until there is more, and returns all that is kept. Where that of all connections takes too
+// much, the oldest of them go.
 func (x *express) keep(b []byte) []byte {
 	if x.part == nil {
 		x.part = new(part)
@@ -260,8 +260,8 @@ func (x *express) refuse(reason string, err error) {
 	x.in.release()
 }
 
-// reject ends a connection that may not come in, as refuseInbound does. Where tailscaled must be asked before that
-// can be said, it takes the slow path, after head.
+// reject ends a connection that may not come in, as refuseInbound does. Where tailscaled must be asked before
+// that can be said, it takes the slow path, after head.
 func (x *express) reject(err error, head []byte) {
 	x.forgetPart()
 	if x.in.asker.mustAsk {
@@ -273,8 +273,8 @@ func (x *express) reject(err error, head []byte) {
 	x.in.release()
 }
 
-// decide goes on with what was read: hello, nil on a tcp listener, or err. more: there may be yet more to be read at
-// once.
+// decide goes on with what was read: hello, nil on a tcp listener, or err. more: there may be yet more to be
+// read at once.
 func (x *express) decide(head []byte, hello *sni.Hello, err error, more bool) {
 	s := x.in.service
 	if err != nil || len(head) > s.limits.HelloBytes || more || s.mode == "https" {

@@ -39,9 +39,9 @@ type inbound struct {
 	bytesIn, bytesOut atomic.Int64 // through Read and Write: HTTP's share
 	uncut             func() bool  // from here on f.ctx ends it no more, somebody else does
 	closeOnce         sync.Once
-	afterHeader       time.Duration // since it was accepted until its PROXY header was there: from then on its hello has time
-	attributed        bool          // that it counts as its source's, if the listener has accept_proxy
-	identified        bool          // if the listener has accept_proxy: what the peer says has been judged
+	afterHeader       time.Duration // from accept to the end of the PROXY header: then its hello's time begins
+	attributed        bool          // with accept_proxy: it counts as its source's
+	identified        bool          // with accept_proxy: what the peer says has been judged
 }
 
 func (in *inbound) Read(b []byte) (int, error) {
@@ -159,8 +159,8 @@ func (in *inbound) identify() error {
 	return in.hear(h)
 }
 
-// meet judges the peer before anything is read: one that may not speak for others is charged as a client. It may be
-// called again, until nothing must be asked any more.
+// meet judges the peer before anything is read: one that may not speak for others is charged as a client. It
+// may be called again, until nothing must be asked any more.
 func (in *inbound) meet() error {
 	trusted, err := in.asker.Hop(in.peer.Addr())
 	switch {
@@ -178,8 +178,8 @@ func (in *inbound) meet() error {
 	return nil
 }
 
-// hear takes in the peer's PROXY header, nil if it sent none: from then on client is who it is, as far as that is
-// believed. It may be called again, until nothing must be asked any more.
+// hear takes in the peer's PROXY header, nil if it sent none: from then on client is who it is, as far as
+// that is believed. It may be called again, until nothing must be asked any more.
 func (in *inbound) hear(h *proxyheader.Header) error {
 	switch trusted, _ := in.asker.Hop(in.peer.Addr()); {
 	case h == nil && in.service.header:

@@ -49,15 +49,17 @@ var proxiedHeaders = []struct {
 	path        string // likewise, or ""
 }{
 	{"v1", []byte("PROXY TCP4 198.51.100.7 192.0.2.80 4321 443\r\n"), proxiedClient, "192.0.2.80:443", ""},
-	{"v1 IPv6", []byte("PROXY TCP6 2001:db8::7 2001:db8:80::80 4321 443\r\n"), "[2001:db8::7]:4321", "[2001:db8:80::80]:443", ""},
+	{"v1 IPv6", []byte("PROXY TCP6 2001:db8::7 2001:db8:80::80 4321 443\r\n"),
+		"[2001:db8::7]:4321", "[2001:db8:80::80]:443", ""},
 	{"v2", headerV2(0x21, 0x11, fromClient4), proxiedClient, "192.0.2.80:443", ""},
 	{"v2 IPv6", headerV2(0x21, 0x21, fromClient6), "[2001:db8::7]:4321", "[2001:db8:80::80]:443", ""},
-	{"v2 with TLVs", headerV2(0x21, 0x11, fromClient4, tlv(1, "h2"), tlv(0x30, "eth0"), tlv(2, "other.test"), tlv(5, proxiedPath), tlv(4, "\x00\x00\x00")),
+	{"v2 with TLVs", headerV2(0x21, 0x11, fromClient4, tlv(1, "h2"), tlv(0x30, "eth0"), tlv(2, "other.test"),
+		tlv(5, proxiedPath), tlv(4, "\x00\x00\x00")),
 		proxiedClient, "192.0.2.80:443", proxiedPath},
 }
 
-// heardBy is a target that answers what it heard once the client has ended its stream: the header, and how many bytes
-// behind it.
+// heardBy is a target that answers what it heard once the client has ended its stream: the header, and how
+// many bytes behind it.
 func heardBy(t *testing.T) string {
 	return backend(t, func(c net.Conn) {
 		defer c.Close()
@@ -67,7 +69,8 @@ func heardBy(t *testing.T) string {
 			return
 		}
 		b, err := io.ReadAll(c)
-		fmt.Fprintf(c, "client %s, to %s, local %v, name %q, path %q, %x, %v", h.Source, h.Destination, h.Local, h.ServerName, h.ID, append(rest, b...), err)
+		fmt.Fprintf(c, "client %s, to %s, local %v, name %q, path %q, %x, %v", h.Source, h.Destination, h.Local,
+			h.ServerName, h.ID, append(rest, b...), err)
 	})
 }
 
@@ -78,15 +81,16 @@ func goroutines() uint64 {
 	return s[0].Value.Uint64()
 }
 
-// TestProxyHeaderCut: wherever a PROXY header, and what is behind it, is cut, the connection is the client's, and each
-// byte behind it arrives once. It takes no goroutine more than one without a header.
+// TestProxyHeaderCut: wherever a PROXY header, and what is behind it, is cut, the connection is the client's,
+// and each byte behind it arrives once. It takes no goroutine more than one without a header.
 func TestProxyHeaderCut(t *testing.T) {
 	target := heardBy(t)
 	hello := helloFor(t, "a.test")
 	config := "listeners:\n"
 	addrs := map[string]string{}
 	for _, mode := range []string{"sni", "tcp"} {
-		for trust, more := range map[string]string{"": "", "trusting ": ", accept_proxy: { from: [127.0.0.0/8] }, allow: [198.51.100.7, 2001:db8::/64]"} {
+		for trust, more := range map[string]string{"": "",
+			"trusting ": ", accept_proxy: { from: [127.0.0.0/8] }, allow: [198.51.100.7, 2001:db8::/64]"} {
 			addrs[trust+mode] = freeAddr(t)
 			config += fmt.Sprintf("- { name: %s, listen: %q, mode: %s%s, default: { forward: %q, send_proxy: v2 } }\n",
 				strings.ReplaceAll(trust+mode, " ", "-"), addrs[trust+mode], mode, more, target)
@@ -152,13 +156,15 @@ func TestProxyHeaderCut(t *testing.T) {
 				want := fmt.Sprintf("client %s, to %s, local false, name %q, path ", h.client, h.dst, named)
 				path := cmp.Or(h.path, pathIn(got))
 				if want += fmt.Sprintf("%q, %x, <nil>", path, hello); got != want || path == "" {
-					t.Fatalf("%s to %s, cut at %d of %d + %d: the target says\n%s, want\n%s", h.name, mode, cut, len(h.header), len(hello), got, want)
+					t.Fatalf("%s to %s, cut at %d of %d + %d: the target says\n%s, want\n%s",
+						h.name, mode, cut, len(h.header), len(hello), got, want)
 				}
 			}
 			eventually(t, "they end", func() bool { return d.limiter.Total() == 0 && d.flows.Len() == 0 })
 			// The test's own waiting takes some now and then.
 			if took := goroutines() - before; took > n*flows[mode]+n/2 {
-				t.Errorf("%s to %s: %d connections took %d goroutines, without a header each takes %d", h.name, mode, n, took, flows[mode])
+				t.Errorf("%s to %s: %d connections took %d goroutines, without a header each takes %d",
+					h.name, mode, n, took, flows[mode])
 			}
 		}
 	}
@@ -198,8 +204,9 @@ func pathIn(s string) string {
 	return ""
 }
 
-// TestBothPaths: whoever comes with whatever, it is the same on the fast path as on the slow one: what the peer gets, what
-// the target hears, what is counted and what the log says; also where tailscaled must be asked at each step.
+// TestBothPaths: whoever comes with whatever, it is the same on the fast path as on the slow one: what the
+// peer gets, what the target hears, what is counted and what the log says; also where tailscaled must be
+// asked at each step.
 func TestBothPaths(t *testing.T) {
 	ts := startTailscaled(t)
 	target := heardBy(t)
@@ -232,15 +239,18 @@ listeners:
 		return err == nil
 	})
 
-	peers := []string{"192.0.2.9:9", "203.0.113.9:9", "198.51.100.9:9", "100.64.0.3:9", "[fd7a:115c:a1e0::4]:9", "100.64.0.5:9", "100.64.0.99:9"}
-	prefaces := [][]byte{nil, []byte("PROXY TCP4 198.51.100.7 192.0.2.80 4321 443\r\n"), []byte("PROXY TCP4 203.0.113.7 192.0.2.80 4321 443\r\n"),
+	peers := []string{"192.0.2.9:9", "203.0.113.9:9", "198.51.100.9:9", "100.64.0.3:9", "[fd7a:115c:a1e0::4]:9",
+		"100.64.0.5:9", "100.64.0.99:9"}
+	prefaces := [][]byte{nil, proxiedHeaders[0].header, []byte("PROXY TCP4 203.0.113.7 192.0.2.80 4321 443\r\n"),
 		[]byte("PROXY UNKNOWN\r\n"), proxiedHeaders[4].header, headerV2(0x20, 0), from("100.64.0.5:1"), from("[fd7a:115c:a1e0::6]:1"),
 		from("100.64.0.4:1"), from("100.64.0.98:1"), from("192.0.2.10:1"),
 		slices.Concat(from("198.51.100.7:1"), from("198.51.100.8:1")), // the second is data
-		headerV2(0x21, 0x11, fromClient4, tlv(4, strings.Repeat("x", proxyheader.MaxBytes))), headerV2(0x21, 0x11, fromClient4[:7]),
-		[]byte("PROXY TCP4 198.51.100.7 192.0.2.80 4321 99999\r\n"), []byte("PROXY " + strings.Repeat("x", 110)), []byte("PROXY TCP4 198.51"), []byte("PRO"),
-		proxiedHeaders[4].header[:20]}
-	payloads := [][]byte{nil, helloFor(t, "a.test"), helloFor(t, "mine.test"), helloFor(t, "no.test"), helloFor(t, "named.test"), []byte("GET / HTTP/1.0\r\n\r\n")}
+		headerV2(0x21, 0x11, fromClient4, tlv(4, strings.Repeat("x", proxyheader.MaxBytes))),
+		headerV2(0x21, 0x11, fromClient4[:7]), []byte("PROXY TCP4 198.51.100.7 192.0.2.80 4321 99999\r\n"),
+		[]byte("PROXY " + strings.Repeat("x", 110)),
+		[]byte("PROXY TCP4 198.51"), []byte("PRO"), proxiedHeaders[4].header[:20]} // the last three are parts
+	payloads := [][]byte{nil, helloFor(t, "a.test"), helloFor(t, "mine.test"), helloFor(t, "no.test"),
+		helloFor(t, "named.test"), []byte("GET / HTTP/1.0\r\n\r\n")}
 
 	// answer is all that can be seen of a connection.
 	answer := func(d *daemon, slow bool, listener, peer string, sent []byte, reset bool) string {
@@ -288,7 +298,8 @@ listeners:
 						for how, d := range map[string]*daemon{"all are known": known, "tailscaled is asked": asking} {
 							n++
 							if got := answer(d, false, listener, peer, sent, reset); got != want {
-								t.Fatalf("%s from %s, %.60q and %.20q, reset %v, %s: on the fast path\n%s\non the slow one\n%s", listener, peer, preface, payload, reset, how, got, want)
+								t.Fatalf("%s from %s, %.60q and %.20q, reset %v, %s: on the fast path\n%s\non the slow one\n%s",
+									listener, peer, preface, payload, reset, how, got, want)
 							}
 						}
 					}
@@ -306,11 +317,12 @@ listeners:
 }
 
 // variable is what differs between two connections that are alike.
-var variable = regexp.MustCompile(`time=\S+|to 127\.0\.0\.1:[0-9]+|id=[0-9a-f]{32}|path "[0-9a-f]{32}"|(duration|downstream_rtt|upstream_rtt)=\S+|` +
-	`read tcp \S+: `)
+var variable = regexp.MustCompile(`time=\S+|to 127\.0\.0\.1:[0-9]+|id=[0-9a-f]{32}|path "[0-9a-f]{32}"|` +
+	`(duration|downstream_rtt|upstream_rtt)=\S+|read tcp \S+: `)
 
-// TestHalfProxyHeadersWait: connections whose PROXY header does not come whole have no goroutine; those whose header has
-// come wait for the hello in the same way, and count for their client. Whom tailscaled has named it is not asked about.
+// TestHalfProxyHeadersWait: connections whose PROXY header does not come whole have no goroutine; those whose
+// header has come wait for the hello in the same way, and count for their client. Whom tailscaled has named
+// it is not asked about.
 func TestHalfProxyHeadersWait(t *testing.T) {
 	const clients = 60
 	ts := startTailscaled(t)
@@ -378,7 +390,8 @@ limits: { hello_timeout: 5m }`, freeAddr(t), v.mode, v.more, up))
 	}
 }
 
-// TestProxyHeaderTimes: a PROXY header has its time from the connection on, and what is behind it from the header on.
+// TestProxyHeaderTimes: a PROXY header has its time from the connection on, and what is behind it from the
+// header on.
 func TestProxyHeaderTimes(t *testing.T) {
 	const timeout = 2 * time.Second
 	addr := freeAddr(t)
@@ -390,7 +403,8 @@ limits: { hello_timeout: %v }`, addr, timeout))
 		c := dialTCP(t, addr)
 		if try == 0 {
 			c.Write(proxiedHeaders[0].header[:20])
-			if n, err := c.Read(make([]byte, 1)); err == nil || err == io.EOF || time.Since(begun) < timeout || d.refused("proxy_timeout") != 1 {
+			n, err := c.Read(make([]byte, 1))
+			if err == nil || err == io.EOF || time.Since(begun) < timeout || d.refused("proxy_timeout") != 1 {
 				t.Errorf("half a header: %d bytes, %v, after %v; %v", n, err, time.Since(begun), d.Status().Refused)
 			}
 			continue
@@ -432,10 +446,12 @@ limits: { hello_timeout: 100ms }`, addr))
 	}
 }
 
-// TestOldestProxyHeaderGoes: who waits for a PROXY header, or behind one for a hello, gives its place to a newcomer.
+// TestOldestProxyHeaderGoes: who waits for a PROXY header, or behind one for a hello, gives its place to a
+// newcomer.
 func TestOldestProxyHeaderGoes(t *testing.T) {
 	header, hello := proxiedHeaders[0].header, helloFor(t, "a.test")
-	for name, first := range map[string][]byte{"half a header": header[:9], "a header": header, "a header and half a hello": slices.Concat(header, hello[:99])} {
+	for name, first := range map[string][]byte{"half a header": header[:9], "a header": header,
+		"a header and half a hello": slices.Concat(header, hello[:99])} {
 		for _, limits := range []string{"connections: 4", ""} {
 			t.Run(name+" "+limits, func(t *testing.T) {
 				addr := freeAddr(t)
@@ -451,7 +467,8 @@ limits: { hello_timeout: 5m, %s }`, addr, backend(t, echo), limits))
 					c.Write(first)
 					waiting = append(waiting, c)
 					eventually(t, "it waits", func() bool {
-						return d.limiter.Yielding() == i+1 && (len(first) < len(header) || len(d.limiter.Sources(-1)) == 1 && d.limiter.Sources(-1)[0].Count == i+1)
+						s := d.limiter.Sources(-1)
+						return d.limiter.Yielding() == i+1 && (len(first) < len(header) || len(s) == 1 && s[0].Count == i+1)
 					})
 				}
 				good := dialTCP(t, addr)
@@ -464,10 +481,9 @@ limits: { hello_timeout: 5m, %s }`, addr, backend(t, echo), limits))
 				}
 				for i, c := range waiting[1:] {
 					c.Write(slices.Concat(header, hello)[len(first):])
-					if got := make([]byte, len(hello)); true {
-						if _, err := io.ReadFull(c, got); err != nil || !bytes.Equal(got, hello) {
-							t.Errorf("number %d of those that waited: %v", i+2, err)
-						}
+					got := make([]byte, len(hello))
+					if _, err := io.ReadFull(c, got); err != nil || !bytes.Equal(got, hello) {
+						t.Errorf("number %d of those that waited: %v", i+2, err)
 					}
 				}
 				if n := d.refused("hello_displaced"); n != 1 {
@@ -515,8 +531,8 @@ limits: { connections_per_source: 2 }`, addr, mode, backend(t, echo)))
 	}
 }
 
-// TestKnownIdentities: who was named by tailscaled once comes in without another question, and does not any more once
-// tailscaled says something else, is gone, or can't say: on the fast path as well.
+// TestKnownIdentities: who was named by tailscaled once comes in without another question, and does not any
+// more once tailscaled says something else, is gone, or can't say: on the fast path as well.
 func TestKnownIdentities(t *testing.T) {
 	ts := startTailscaled(t)
 	target, hello := heardBy(t), helloFor(t, "a.test")

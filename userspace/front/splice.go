@@ -68,7 +68,7 @@ const (
 	helloDisplaced = "hello_displaced"
 )
 
-var errDisplaced = errors.New("its PROXY header or its hello was not complete when its place was needed for a newer connection")
+var errDisplaced = errors.New("its PROXY header or hello was not complete when a newer connection needed its place")
 
 var (
 	errNobodyServes = errors.New("no route and no default takes this name")

@@ -72,8 +72,8 @@ func readAll(stream []byte, maxBytes, step int) (h *Header, rest []byte, err err
 	return h, append(bytes.Clone(rest), c.rest...), err
 }
 
-// checkCut reads a stream of which the first bytes have been read before, up to cut, and compares with what is read of all
-// of it; and it asks Parse what they say.
+// checkCut reads a stream of which the first bytes have been read before, up to cut, and compares with what
+// is read of all of it; and it asks Parse what they say.
 func checkCut(t *testing.T, stream []byte, cut int, h *Header, rest []byte, err error) {
 	t.Helper()
 	c := &script{rest: stream[cut:]}
@@ -544,5 +544,15 @@ func BenchmarkAppend(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		buf = h.Append(buf[:0])
+	}
+}
+
+func BenchmarkParse(b *testing.B) {
+	header := v4.Append(nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, _, err := Parse(header, 0); err != nil {
+			b.Fatal(err)
+		}
 	}
 }

@@ -89,9 +89,9 @@ func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (h *
 	}
 }
 
-// Parse parses the PROXY header at the start of b, the first bytes of a stream, with the rules of [Read]. n is its length
-// in bytes. When the stream has none, h is nil and n 0 without an error. The error is [ErrIncomplete], or an
-// [*InvalidError].
+// Parse parses the PROXY header at the start of b, the first bytes of a stream, with the rules of [Read]. n
+// is its length in bytes. When the stream has none, h is nil and n 0 without an error. The error is
+// [ErrIncomplete], or an [*InvalidError].
 func Parse(b []byte, maxBytes int) (h *Header, n int, err error) {
 	switch Sniff(b) {
 	case More:
@@ -120,8 +120,9 @@ func limit(maxBytes int) int {
 	return MaxBytes
 }
 
-// Ended says what it means that no more of a stream could be read than b, for which [Parse] says [ErrIncomplete], but
-// only err. It is nil when b is a whole stream, without a header, and else the error of [Read].
+// Ended says what it means that no more of a stream could be read than b, for which [Parse] says
+// [ErrIncomplete], but only err. It is nil when b is a whole stream, without a header, and else the error of
+// [Read].
 func Ended(b []byte, err error) error {
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):

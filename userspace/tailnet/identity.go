@@ -165,8 +165,8 @@ func (c *Client) WhoIs(ctx context.Context, a netip.Addr) (Identity, error) {
 	}
 }
 
-// Known is [Client.WhoIs] for callers that must not wait: it gives the answer that WhoIs would give without a request,
-// or [ErrMustAsk].
+// Known is [Client.WhoIs] for callers that must not wait: it gives the answer that WhoIs would give without a
+// request, or [ErrMustAsk].
 func (c *Client) Known(a netip.Addr) (Identity, error) {
 	a = a.Unmap().WithZone("")
 	if !Contains(a) {

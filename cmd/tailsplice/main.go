@@ -79,6 +79,8 @@ connection over the tailnet. The same program runs on every hop of the way.`,
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
+	root.Version = version() // makes --version
+	root.SetVersionTemplate(versionLine() + "\n")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	root.AddCommand(newRun(), newCheck(), newStatus(), newFlows(), newTrace(), newTop(), newDoctor(), newInit(), newReload(), newHashPassword(), newVersion(), newMan())
 	return root

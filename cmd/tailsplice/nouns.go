@@ -270,6 +270,11 @@ func version() string {
 	return "(devel)"
 }
 
+// versionLine is what `tailsplice version` and `tailsplice --version` print.
+func versionLine() string {
+	return fmt.Sprintf("tailsplice %s (%s, %s/%s)", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+}
+
 func newVersion() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
@@ -281,7 +286,7 @@ func newVersion() *cobra.Command {
 				return json.NewEncoder(cmd.OutOrStdout()).Encode(map[string]string{
 					"version": version(), "go": runtime.Version(), "os": runtime.GOOS, "arch": runtime.GOARCH})
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "tailsplice %s (%s, %s/%s)\n", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			fmt.Fprintln(cmd.OutOrStdout(), versionLine())
 			return nil
 		},
 	}

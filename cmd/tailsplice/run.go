@@ -50,7 +50,7 @@ Signals: HUP reads the configuration again and changes over to it without
 closing a connection; a configuration that can't be used changes nothing. It
 also opens the access logs anew, for log rotation.
 TERM and INT stop accepting, let the connections end, and cut what is left
-after --drain-timeout; a second one ends at once.`,
+after --drain-timeout; the same one again ends at once.`,
 		Example: `  tailsplice run --config /etc/tailsplice/tailsplice.yaml
   tailsplice run -c edge.yaml --log-format text --log-level debug`,
 		Args: noArgs,
@@ -183,7 +183,7 @@ func run(ctx context.Context, o runOptions) error {
 				reload()
 				continue
 			}
-			return drain(f, o.drain, signals, log)
+			return drain(f, o.drain, s, signals, log)
 		case <-ctx.Done():
 			return nil
 		}
@@ -224,17 +224,24 @@ func reload(f *front.Front, file string, bound config.Control) (notes []string, 
 	return notes, nil
 }
 
-// drain lets the flows end; a second signal or the deadline cuts them.
-func drain(f *front.Front, timeout time.Duration, signals <-chan os.Signal, log *slog.Logger) error {
+// drain lets the flows end; a signal that comes a second time, or the deadline, cuts them. One of another kind does
+// not: some supervisors send INT, and TERM after a while.
+func drain(f *front.Front, timeout time.Duration, first os.Signal, signals <-chan os.Signal, log *slog.Logger) error {
 	daemon.SdNotify(false, daemon.SdNotifyStopping)
-	log.Info("draining: no new connections; a second signal ends at once", "flows", len(f.Flows()), "deadline", timeout.String())
+	log.Info("draining: no new connections; the same signal again ends at once", "signal", first.String(),
+		"flows", len(f.Flows()), "deadline", timeout.String())
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	go func() {
+		had := map[os.Signal]bool{first: true}
 		for s := range signals {
-			if s != syscall.SIGHUP {
+			if had[s] {
 				cancel()
 				return
+			}
+			if s != syscall.SIGHUP {
+				had[s] = true
+				log.Info("still draining: the same signal again ends at once", "signal", s.String())
 			}
 		}
 	}()

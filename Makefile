@@ -8,7 +8,9 @@ PREFIX      ?= /usr/local
 DESTDIR     ?=
 BUILD       := build
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
-VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+VERSION     := $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null || echo devel)
+# What people install is made by a module of its own, too.
+PACKAGES    := deploy/packages
 # The lab has a module of its own, so that its heavy imports stay out of ours.
 LAB         := test/netns
 # So has the benchmark: see `make bench`.
@@ -34,12 +36,12 @@ build: ## Build the daemon into build/tailsplice
 .PHONY: test
 test: provision ## Run all tests (root runs those in namespaces and on a real tailnet too)
 	GOOS=darwin go build ./...
-	@scripts/test unit lab bench
+	@scripts/test unit deploy lab bench
 
 .PHONY: test-unit
 test-unit: ## Unit tests with the race detector, and the build for other systems
 	GOOS=darwin go build ./...
-	@scripts/test unit
+	@scripts/test unit deploy
 
 .PHONY: test-lab
 test-lab: ## The path over a real tailnet, in network namespaces (root)
@@ -81,26 +83,32 @@ lint: ## gofmt, vet and staticcheck, for Linux and macOS
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted; exit 1; }
 	go vet ./... && go vet -tags soak ./... && GOOS=darwin go vet ./...
 	go run $(STATICCHECK) ./...
-	for m in $(LAB) $(BENCHDIR); do (cd $$m && go vet ./... && go run $(STATICCHECK) ./...); done
-	for f in scripts/* .ci/run; do bash -n $$f; done
+	for m in $(LAB) $(BENCHDIR) $(PACKAGES); do (cd $$m && go vet ./... && go run $(STATICCHECK) ./...); done
+	for f in scripts/* .ci/run $(PACKAGES)/{postinst,prerm,postrm}; do bash -n $$f; done
 
 .PHONY: generate
 generate: ## Generate code, schema and BPF objects again
 	go generate ./...
 
 .PHONY: install
-install: build ## Install into PREFIX (default /usr/local): daemon, unit, man pages, completion
-	install -Dm755 $(BUILD)/tailsplice $(DESTDIR)$(PREFIX)/sbin/tailsplice
+install: build ## Install into PREFIX (default /usr/local): daemon, unit, user, man pages, completion
+	install -Dm755 $(BUILD)/tailsplice $(DESTDIR)$(PREFIX)/bin/tailsplice
 	mkdir -p $(BUILD)/man && $(BUILD)/tailsplice man $(BUILD)/man
 	install -d $(DESTDIR)$(PREFIX)/share/man/man8 && install -m644 $(BUILD)/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8/
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 	$(BUILD)/tailsplice completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/tailsplice
 	$(BUILD)/tailsplice completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_tailsplice
 	$(BUILD)/tailsplice completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/tailsplice.fish
+	install -Dm644 $(PACKAGES)/sysusers.conf $(DESTDIR)$(PREFIX)/lib/sysusers.d/tailsplice.conf
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
-	sed 's#@PREFIX@#$(PREFIX)#' init/tailsplice.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/tailsplice.service
+	sed 's#@PREFIX@#$(PREFIX)#' $(PACKAGES)/tailsplice.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/tailsplice.service
 	install -d -m755 $(DESTDIR)/etc/tailsplice
-	[ -e $(DESTDIR)/etc/tailsplice/tailsplice.yaml ] || install -m644 examples/edge.yaml $(DESTDIR)/etc/tailsplice/tailsplice.yaml
+	[ -e $(DESTDIR)/etc/tailsplice/tailsplice.yaml ] || install -m644 $(PACKAGES)/tailsplice.yaml $(DESTDIR)/etc/tailsplice/tailsplice.yaml
+	[ -n "$(DESTDIR)" ] || ! command -v systemd-sysusers >/dev/null || systemd-sysusers $(PREFIX)/lib/sysusers.d/tailsplice.conf
+
+.PHONY: packages
+packages: ## Debian packages, static tarballs, container images and their bill of materials, into build/packages
+	cd $(PACKAGES) && go run . -version '$(VERSION)' -out ../../$(BUILD)/packages
 
 .PHONY: clean
 clean: ## Remove what was built

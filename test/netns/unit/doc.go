@@ -1,3 +1,3 @@
-// Package unit tests what `make install` installs, under a systemd of its own: each datapath, and transparent, must work inside the
-// sandbox of the shipped unit.
+// Package unit tests what people install, under a systemd of its own: the packages on Debian, and the sandbox of the
+// unit, in which each datapath, and transparent, must work.
 package unit

@@ -16,25 +16,35 @@ import (
 
 const service = "tailsplice.service"
 
-// machine is a systemd in a container that shares a host's network, with this machine's /usr and the daemon
-// installed in it.
+// machine is a systemd in a container that shares a host's network.
 type machine struct {
 	host   *lab.Host
 	root   string // its root folder, as seen from outside
 	leader string // its PID 1, as seen from outside
 }
 
-// boot starts it, without any service of the distribution but the journal. It ends with the test.
+// boot starts what `make install` installs, beside this machine's programs.
 func boot(t *testing.T, h *lab.Host) *machine {
 	t.Helper()
 	m := &machine{host: h, root: filepath.Join(h.Dir, "root")}
 	m.install(t)
+	m.start(t, "--bind-ro=/usr", "--bind-ro="+filepath.Join(h.Dir, "install/usr/local")+":/usr/local")
+	m.run(t, "systemd-sysusers", "/usr/local/lib/sysusers.d/tailsplice.conf") // as make install does where it may
+	return m
+}
+
+// start boots the root folder, without any service of the distribution but the journal. It ends with the
+// test.
+func (m *machine) start(t *testing.T, flags ...string) {
+	t.Helper()
+	h := m.host
 	groups := newCgroups(t)
-	p, err := h.StartProcess("systemd", []string{"/bin/sh", "-ec", `for g in $GROUPS_; do echo $$ >$g/cgroup.procs; done; exec "$@"`, "sh",
-		"systemd-nspawn", "--boot", "--directory=" + m.root, "--bind-ro=/usr", "--bind-ro=" + filepath.Join(h.Dir, "install/usr/local") + ":/usr/local",
-		"--register=no", "--keep-unit", "--network-namespace-path=/proc/self/ns/net", "--machine=" + h.Name, "--console=read-only",
-		"--resolv-conf=off", "--timezone=off", "--link-journal=no", "--capability=all", "systemd.unit=basic.target",
-	}, func(c *lab.Cmd) {
+	argv := []string{"/bin/sh", "-ec", `for g in $GROUPS_; do echo $$ >$g/cgroup.procs; done; exec "$@"`, "sh",
+		"systemd-nspawn", "--boot", "--directory=" + m.root, "--register=no", "--keep-unit",
+		"--network-namespace-path=/proc/self/ns/net", "--machine=" + h.Name, "--console=read-only",
+		"--resolv-conf=off", "--timezone=off", "--link-journal=no", "--capability=all"}
+	argv = append(append(argv, flags...), "systemd.unit=basic.target", "systemd.mask=systemd-modules-load.service")
+	p, err := h.StartProcess("systemd", argv, func(c *lab.Cmd) {
 		// As on a machine: one hierarchy of cgroups, /proc/sys and /sys that can be written to, and no filter
 		// of system calls but the unit's own.
 		c.Env = append(c.Env, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1", "SYSTEMD_NSPAWN_API_VFS_WRITABLE=yes", "SYSTEMD_SECCOMP=0",
@@ -58,12 +68,13 @@ func boot(t *testing.T, h *lab.Host) *machine {
 			}
 		}
 		if !p.Running() || time.Now().After(deadline) {
-			t.Fatal("systemd did not start")
+			state, _ := m.command(context.Background(), "sh", "-c",
+				"systemctl is-system-running; systemctl --no-pager --failed; systemctl --no-pager list-jobs").CombinedOutput()
+			t.Fatalf("systemd did not start: %s", state)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
 	m.run(t, "mount", "-t", "bpf", "-o", "mode=700", "bpf", "/sys/fs/bpf") // systemd does it where it isn't in a container
-	return m
 }
 
 // install makes the root folder.
@@ -163,7 +174,7 @@ func (m *machine) write(t *testing.T, name, text string) {
 // command prepares a command that runs in the container, as its root, outside of any unit.
 func (m *machine) command(ctx context.Context, arg ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, "nsenter", append([]string{"--target=" + m.leader, "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup",
-		"--root", "--wd", "env", "-i", "PATH=/usr/local/sbin:/usr/sbin:/usr/bin"}, arg...)...)
+		"--root", "--wd", "env", "-i", "PATH=/usr/local/bin:/usr/sbin:/usr/bin"}, arg...)...)
 }
 
 func (m *machine) run(t *testing.T, arg ...string) string {

@@ -120,13 +120,13 @@ func TestUnit(t *testing.T) {
 		}
 	})
 	t.Run("container, with the drop-in of docs/local.md", func(t *testing.T) {
-		m.write(t, "etc/systemd/system/tailsplice.service.d/override.conf", "[Service]\n"+dropIn(t)+"\n")
+		m.write(t, "etc/systemd/system/tailsplice.service.d/override.conf", dropIn(t))
 		m.restart(t)
 		check(t, want{9103, "container", "sk_msg", false})
 	})
 }
 
-// dropIn is the line that the documentation tells people to add.
+// dropIn is what the documentation tells people to add.
 func dropIn(t *testing.T) string {
 	t.Helper()
 	root, err := lab.Root()
@@ -137,11 +137,11 @@ func dropIn(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	found := regexp.MustCompile("`(CapabilityBoundingSet=[^`]*)`").FindSubmatch(text)
+	found := regexp.MustCompile("(?s)```ini\n(.*?)```").FindSubmatch(text)
 	if found == nil {
 		t.Fatal("docs/local.md has no drop-in")
 	}
-	return string(found[1])
+	return strings.ReplaceAll(string(found[1]), "\n  ", "\n")
 }
 
 // flow makes a connection from the client, has bytes echoed by it, in small messages and in bulk, and says

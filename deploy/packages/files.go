@@ -1,0 +1,84 @@
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+)
+
+// file is one of a package.
+type file struct {
+	name  string // absolute
+	mode  int64
+	data  []byte
+	owner int
+}
+
+// files are those of the daemon that belong below a prefix, such as /usr.
+func (r *release) files(prefix string, program, bom []byte) ([]file, error) {
+	unit, err := os.ReadFile("tailsplice.service")
+	if err != nil {
+		return nil, err
+	}
+	users, err := os.ReadFile("sysusers.conf")
+	if err != nil {
+		return nil, err
+	}
+	doc := prefix + "/share/doc/tailsplice"
+	files := []file{
+		{name: prefix + "/bin/tailsplice", mode: 0o755, data: program},
+		{name: prefix + "/lib/systemd/system/tailsplice.service", mode: 0o644,
+			data: bytes.ReplaceAll(unit, []byte("@PREFIX@"), []byte(prefix))},
+		{name: prefix + "/lib/sysusers.d/tailsplice.conf", mode: 0o644, data: users},
+		{name: prefix + "/share/bash-completion/completions/tailsplice", mode: 0o644, data: r.completion["bash"]},
+		{name: prefix + "/share/zsh/site-functions/_tailsplice", mode: 0o644, data: r.completion["zsh"]},
+		{name: prefix + "/share/fish/vendor_completions.d/tailsplice.fish", mode: 0o644, data: r.completion["fish"]},
+		{name: doc + "/sbom.cdx.json", mode: 0o644, data: bom},
+	}
+	for name, text := range r.man {
+		page, err := compress(text)
+		if err != nil {
+			return nil, err
+		}
+		files = append(files, file{name: prefix + "/share/man/man8/" + name + ".gz", mode: 0o644, data: page})
+	}
+	for _, pattern := range []string{"README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*", "examples/*"} {
+		found, err := filepath.Glob(filepath.Join(r.repo, pattern))
+		if err != nil || len(found) == 0 {
+			return nil, fmt.Errorf("nothing is called %s (%v)", pattern, err)
+		}
+		for _, f := range found {
+			text, err := os.ReadFile(f)
+			if err != nil {
+				return nil, err
+			}
+			files = append(files, file{name: path.Join(doc, strings.TrimPrefix(f, r.repo)), mode: 0o644, data: text})
+		}
+	}
+	for source, name := range map[string]string{r.repo + "/LICENSE": "copyright", "tailsplice.yaml": "tailsplice.yaml"} {
+		text, err := os.ReadFile(source)
+		if err != nil {
+			return nil, err
+		}
+		files = append(files, file{name: path.Join(doc, name), mode: 0o644, data: text})
+	}
+	return files, nil
+}
+
+// compress is gzip without a name or a time.
+func compress(data []byte) ([]byte, error) {
+	var out bytes.Buffer
+	w, err := gzip.NewWriterLevel(&out, gzip.BestCompression)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := w.Write(data); err != nil {
+		return nil, err
+	}
+	err = w.Close()
+	return out.Bytes(), err
+}

@@ -11,6 +11,8 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null || echo devel)
 # What people install is made by a module of its own, too.
 PACKAGES    := deploy/packages
+FLY         := deploy/fly
+STATIC      := CGO_ENABLED=0 GOOS=linux GOARCH=amd64
 # The lab has a module of its own, so that its heavy imports stay out of ours.
 LAB         := test/netns
 # So has the benchmark: see `make bench`.
@@ -83,7 +85,7 @@ lint: ## gofmt, vet and staticcheck, for Linux and macOS
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted; exit 1; }
 	go vet ./... && go vet -tags soak ./... && GOOS=darwin go vet ./...
 	go run $(STATICCHECK) ./...
-	for m in $(LAB) $(BENCHDIR) $(PACKAGES); do (cd $$m && go vet ./... && go run $(STATICCHECK) ./...); done
+	for m in $(LAB) $(BENCHDIR) $(PACKAGES) $(FLY); do (cd $$m && go vet ./... && go run $(STATICCHECK) ./...); done
 	for f in scripts/* .ci/run $(PACKAGES)/{postinst,prerm,postrm}; do bash -n $$f; done
 
 .PHONY: generate
@@ -109,6 +111,17 @@ install: build ## Install into PREFIX (default /usr/local): daemon, unit, user, 
 .PHONY: packages
 packages: ## Debian packages, static tarballs, container images and their bill of materials, into build/packages
 	cd $(PACKAGES) && go run . -version '$(VERSION)' -out ../../$(BUILD)/packages
+
+.PHONY: fly
+fly: ## What deploy/fly's image is built of, for an edge on fly.io, into build/fly (docs/fly.md)
+	mkdir -p $(BUILD)/fly
+	for f in Dockerfile fly.toml edge.yaml; do [ -e $(BUILD)/fly/$$f ] || cp $(FLY)/$$f $(BUILD)/fly/; done
+	cd $(PACKAGES) && go run . -authorities ../../$(BUILD)/fly/ca-certificates.crt
+	cd $(FLY) && $(STATIC) go build -trimpath -ldflags "-s -w" -o ../../$(BUILD)/fly/edge .
+	$(STATIC) go build -trimpath -ldflags "-s -w -X main.buildVersion=$(VERSION)" -o $(BUILD)/fly/tailsplice ./cmd/tailsplice
+	cd $(FLY) && version=$$(go list -m -f '{{slice .Version 1}}' tailscale.com) && $(STATIC) go build -trimpath -tags ts_include_cli \
+		-ldflags "-s -w -X tailscale.com/version.longStamp=$$version -X tailscale.com/version.shortStamp=$$version" \
+		-o ../../$(BUILD)/fly/tailscaled tailscale.com/cmd/tailscaled
 
 .PHONY: clean
 clean: ## Remove what was built

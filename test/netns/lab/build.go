@@ -100,7 +100,7 @@ func buildBlog(ctx context.Context) (string, error) {
 	return buildInto(ctx, "test/netns", "./blog", "lab-blog", []string{"CGO_ENABLED=0"}, "-ldflags=-s -w")
 }
 
-// BuildTailscaled builds the tailscaled of go.mod's version, or finds the one built before in
+// BuildTailscaled builds the tailscaled of deploy/fly, or finds the one built before in
 // $XDG_CACHE_HOME/tailsplice: it takes minutes, and so is kept outside the repository, by its and Go's version.
 func BuildTailscaled(ctx context.Context, progress func(format string, args ...any)) (string, error) {
 	tailscaledOnce.Lock()
@@ -121,11 +121,12 @@ var tailscaledOnce struct {
 }
 
 func buildTailscaled(ctx context.Context, progress func(format string, args ...any)) (string, error) {
-	version, err := goCommand(ctx, "test/netns", nil, "list", "-m", "-f", "{{.Version}}", "tailscale.com")
+	const module = "deploy/fly" // with the same flags, so that Go's cache serves both
+	version, err := goCommand(ctx, module, nil, "list", "-m", "-f", "{{.Version}}", "tailscale.com")
 	if err != nil {
 		return "", err
 	}
-	goVersion, err := goCommand(ctx, "test/netns", nil, "env", "GOVERSION")
+	goVersion, err := goCommand(ctx, module, nil, "env", "GOVERSION")
 	if err != nil {
 		return "", err
 	}
@@ -134,7 +135,7 @@ func buildTailscaled(ctx context.Context, progress func(format string, args ...a
 		return "", fmt.Errorf("where to keep tailscaled: %w", err)
 	}
 	dir := filepath.Join(cache, "tailsplice")
-	bin := filepath.Join(dir, "tailscaled-"+version+"-"+goVersion)
+	bin := filepath.Join(dir, "tailscaled-"+version+"-static-"+goVersion)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
@@ -154,7 +155,8 @@ func buildTailscaled(ctx context.Context, progress func(format string, args ...a
 	defer os.Remove(tmp)
 	stamp := strings.TrimPrefix(version, "v")
 	ld := "-s -w -X tailscale.com/version.longStamp=" + stamp + " -X tailscale.com/version.shortStamp=" + stamp
-	if _, err := goCommand(ctx, "test/netns", nil, "build", "-o", tmp, "-ldflags="+ld, "tailscale.com/cmd/tailscaled"); err != nil {
+	if _, err := goCommand(ctx, module, []string{"CGO_ENABLED=0"}, "build", "-trimpath", "-tags=ts_include_cli",
+		"-o", tmp, "-ldflags="+ld, "tailscale.com/cmd/tailscaled"); err != nil {
 		return "", err
 	}
 	return bin, os.Rename(tmp, bin)

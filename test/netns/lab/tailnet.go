@@ -65,6 +65,7 @@ const (
 // nodeTags is who is in the tailnet.
 var nodeTags = map[string][]string{
 	"edge-a": {"tag:edge"}, "edge-b": {"tag:edge"}, "home": {"tag:home"}, "laptop": {"tag:laptop"}, "friend": nil,
+	"edge-lab": {"tag:edge"}, // of deploy/fly
 }
 
 func (w *World) startTailnet(ctx context.Context, tailscaled string) error {

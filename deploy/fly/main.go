@@ -1,0 +1,232 @@
+// Command edge is the first process of deploy/fly's image: it starts tailscaled, joins the tailnet, starts
+// tailsplice, and ends with either of them, so that fly.io starts the machine anew. TERM and INT drain.
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/signal"
+	"regexp"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	bin    = "/usr/bin/"
+	config = "/etc/tailsplice/tailsplice.yaml"
+	flyAPI = "/.fly/api" // a socket in each machine of fly.io
+	secret = "/run/edge-secret"
+	grace  = 10 * time.Second // for tailscaled's end
+)
+
+func main() {
+	log.SetFlags(0)
+	log.SetPrefix("edge: ")
+	if err := run(); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// run returns nil when it was told to end, and all have ended well.
+func run() error {
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	drain, err := time.ParseDuration(env("DRAIN_TIMEOUT", "290s"))
+	if err != nil {
+		return fmt.Errorf("DRAIN_TIMEOUT: %w: 290s, for instance", err)
+	}
+	if text, err := os.ReadFile("/etc/tailsplice/fly.toml"); err == nil {
+		if kill := killTimeout(string(text)); drain >= kill {
+			log.Printf("warning: DRAIN_TIMEOUT is %v, but fly.io ends this machine after kill_timeout, which is %v: what is "+
+				"still open then is cut; set kill_timeout to more (300 at most), or DRAIN_TIMEOUT to less", drain, kill)
+		}
+	}
+	for _, dir := range []string{"/run/tailscale", "/run/tailsplice", "/var/run", "/tmp", "/var/lib/tailscale"} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	tailscaled, err := start("tailscaled", env("TAILSCALED_GOMEMLIMIT", "100MiB"), nil,
+		"--state=mem:", "--socket=/run/tailscale/tailscaled.sock", "--tun=tailscale0", "--port=41641")
+	if err != nil {
+		return err
+	}
+	defer tailscaled.end(grace)
+	joined := make(chan error, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() { joined <- join(ctx) }()
+	select {
+	case err := <-joined:
+		if err != nil {
+			return err
+		}
+	case <-tailscaled.done:
+		return fmt.Errorf("tailscaled ended: %v", tailscaled.err)
+	case s := <-signals:
+		return fmt.Errorf("%v, before it was in the tailnet", s)
+	}
+	tailsplice, err := start("tailsplice", env("TAILSPLICE_GOMEMLIMIT", "80MiB"),
+		[]string{"TAILSPLICE_TAILSCALED_SOCKET=/run/tailscale/tailscaled.sock"},
+		"run", "--config", config, "--drain-timeout", drain.String())
+	if err != nil {
+		return err
+	}
+	for told := false; ; {
+		select {
+		case <-tailsplice.done:
+			if told && tailsplice.err == nil {
+				return nil
+			}
+			return fmt.Errorf("tailsplice ended: %v", tailsplice.err)
+		case <-tailscaled.done:
+			tailsplice.end(grace) // its flows go by the tailnet: nothing is left to wait for
+			return fmt.Errorf("tailscaled ended: %v", tailscaled.err)
+		case s := <-signals:
+			told = true
+			tailsplice.cmd.Process.Signal(s)
+		}
+	}
+}
+
+func env(name, otherwise string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return otherwise
+}
+
+// process is a child.
+type process struct {
+	cmd  *exec.Cmd
+	done chan struct{} // closed at its end
+	err  error         // then
+}
+
+func start(name, memory string, environ []string, args ...string) (*process, error) {
+	p := &process{cmd: exec.Command(bin+name, args...), done: make(chan struct{})}
+	p.cmd.Env = append(append(withoutSecrets(os.Environ()), "GOMEMLIMIT="+memory), environ...)
+	p.cmd.Stdout, p.cmd.Stderr = os.Stdout, os.Stderr
+	// Signals of a terminal come to this process alone, and it dies with nothing left behind.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() { p.err = p.cmd.Wait(); close(p.done) }()
+	return p, nil
+}
+
+// end asks a process to end, makes it, and waits.
+func (p *process) end(after time.Duration) {
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(after):
+		p.cmd.Process.Kill()
+		<-p.done
+	}
+}
+
+func withoutSecrets(all []string) (rest []string) {
+	for _, v := range all {
+		if !strings.HasPrefix(v, "TS_AUTHKEY=") {
+			rest = append(rest, v)
+		}
+	}
+	return rest
+}
+
+// join brings this machine into the tailnet, as an ephemeral node with tags: by an auth key, or by the
+// identity that fly.io vouches for.
+func join(ctx context.Context) error {
+	args := []string{"--socket=/run/tailscale/tailscaled.sock", "up", "--hostname=" + env("TS_HOSTNAME", "edge-"+env("FLY_REGION", "lab")),
+		"--netfilter-mode=off", "--accept-dns=false", "--advertise-tags=" + env("TS_TAGS", "tag:edge")}
+	if server := os.Getenv("TS_LOGIN_SERVER"); server != "" {
+		args = append(args, "--login-server="+server)
+	}
+	key, id := os.Getenv("TS_AUTHKEY"), os.Getenv("TS_CLIENT_ID")
+	switch {
+	case key != "":
+		args = append(args, "--auth-key=file:"+secret)
+	case id != "":
+		var err error
+		if key, err = idToken(ctx, env("TS_AUDIENCE", "api.tailscale.com/"+id)); err != nil {
+			return err
+		}
+		args = append(args, "--client-id="+id+"?ephemeral=true&preauthorized=true", "--id-token=file:"+secret)
+	default:
+		return errors.New("neither TS_AUTHKEY nor TS_CLIENT_ID is set: see docs/fly.md, step 5")
+	}
+	if err := os.WriteFile(secret, []byte(key), 0o600); err != nil {
+		return err
+	}
+	defer os.Remove(secret)
+	for try := 1; ; try++ {
+		up := exec.CommandContext(ctx, bin+"tailscaled", args...)
+		up.Env = append(withoutSecrets(os.Environ()), "TS_BE_CLI=1")
+		out, err := up.CombinedOutput()
+		if err == nil || ctx.Err() != nil {
+			return ctx.Err()
+		}
+		// tailscaled's socket may not be there yet.
+		log.Printf("tailscale up: %v: %s", err, bytes.TrimSpace(out))
+		if try == 10 {
+			return errors.New("not in the tailnet after 10 tries: see above")
+		}
+		time.Sleep(time.Duration(try) * time.Second / 2)
+	}
+}
+
+// idToken asks the machine's own API for a token (OpenID Connect) that says which app and machine this is.
+func idToken(ctx context.Context, audience string) (string, error) {
+	api := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", env("FLY_API_SOCKET", flyAPI))
+		}}}
+	body := fmt.Sprintf(`{"aud": %q}`, audience)
+	req, err := http.NewRequestWithContext(ctx, "POST", "http://localhost/v1/tokens/oidc", strings.NewReader(body))
+	if err != nil {
+		return "", err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	res, err := api.Do(req)
+	if err != nil {
+		return "", fmt.Errorf("ask fly.io who this machine is: %w", err)
+	}
+	defer res.Body.Close()
+	token, err := io.ReadAll(io.LimitReader(res.Body, 64<<10))
+	if err == nil && res.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", res.Status, token)
+	}
+	if err != nil {
+		return "", fmt.Errorf("ask fly.io who this machine is: %w", err)
+	}
+	return string(bytes.TrimSpace(token)), nil
+}
+
+var killLine = regexp.MustCompile(`(?m)^\s*kill_timeout\s*=\s*"?(\d+)(s|m)?"?`)
+
+// killTimeout is how long fly.io waits after the first signal, by an app's fly.toml.
+func killTimeout(flyToml string) time.Duration {
+	m := killLine.FindStringSubmatch(flyToml)
+	if m == nil {
+		return 5 * time.Second
+	}
+	if m[2] == "" {
+		m[2] = "s"
+	}
+	d, err := time.ParseDuration(m[1] + m[2])
+	if err != nil {
+		return 5 * time.Second
+	}
+	return d
+}

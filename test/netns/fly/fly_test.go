@@ -1,0 +1,339 @@
+package fly
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/moby/moby/api/pkg/stdcopy"
+	"github.com/moby/moby/api/types/build"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/client"
+
+	"github.com/tailsplice/tailsplice/test/netns/lab"
+)
+
+const (
+	image    = "tailsplice-lab/fly"
+	patience = time.Minute
+	tun      = "/dev/net/tun"
+)
+
+// homeConfig answers with the request's headers.
+var homeConfig = strings.Replace(lab.HomeConfig, "tailnet://laptop:8080", "127.0.0.1:9100", 1)
+
+func TestEdge(t *testing.T) {
+	lab.Require(t, lab.Options{}, "haproxy", "make")
+	w := lab.Start(t, lab.Options{})
+	if w.Docker == nil {
+		t.Fatal("no dockerd")
+	}
+	if err := w.Home.InstallCertificate(); err != nil {
+		t.Fatal(err)
+	}
+	ln, err := w.Home.Listen("tcp", "127.0.0.1:9100")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		json.NewEncoder(w).Encode(r.Header)
+	})}
+	go srv.Serve(ln)
+	t.Cleanup(func() { srv.Close() })
+	w.Home.Tailsplice(t, homeConfig)
+
+	e := &edge{World: w}
+	e.build(t)
+	remove, err := w.Docker.Network(t.Context(), "fly", netip.MustParsePrefix("172.19.0.0/16"),
+		netip.MustParsePrefix("fdaa:0:1::/64"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	e.start(t)
+	e.proxy(t)
+
+	for name, port := range map[string]int{"private IPv4": 4, "private IPv6": 6} {
+		t.Run(name, func(t *testing.T) { e.page(t, e.browser(t, port)) })
+	}
+	t.Run("a node of the tailnet is not believed", func(t *testing.T) {
+		c, err := w.Home.Dial(t.Context(), "tcp", net.JoinHostPort(e.node(t), "443"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		fmt.Fprintf(c, "PROXY TCP4 192.0.2.1 192.0.2.2 1 443\r\n")
+		e.says(t, "proxy_from_stranger")
+	})
+	t.Run("drain", func(t *testing.T) {
+		b := e.browser(t, 4)
+		e.page(t, b) // keeps its connection
+		e.kill(t, "SIGINT")
+		e.says(t, `"draining`)
+		e.kill(t, "SIGTERM")
+		e.says(t, `"still draining`)
+		before := e.connections
+		e.page(t, b)
+		if e.connections != before {
+			t.Error("the connection was cut, and another one made")
+		}
+		b.CloseIdleConnections()
+		if code := e.wait(t); code != 0 {
+			t.Errorf("it ended with status %d, want 0", code)
+		}
+	})
+	t.Run("tailscaled dies", func(t *testing.T) {
+		e.start(t)
+		top, err := w.Docker.Client.ContainerTop(t.Context(), e.id, client.ContainerTopOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pid := ""
+		for _, p := range top.Processes {
+			if strings.HasPrefix(p[len(p)-1], "/usr/bin/tailscaled") {
+				pid = p[1]
+			}
+		}
+		if pid == "" {
+			t.Fatalf("no tailscaled runs: %v", top.Processes)
+		}
+		if _, err := w.Laptop.Sh(t.Context(), "kill -KILL "+pid); err != nil {
+			// dockerd has a PID namespace of its own, in which its ids hold.
+			dockerd := fmt.Sprint(w.Docker.Process().Pid())
+			if out, err := exec.Command("nsenter", "--target="+dockerd, "--pid", "--mount", "kill", "-KILL", pid).
+				CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+		}
+		if code := e.wait(t); code != 1 {
+			t.Errorf("it ended with status %d, want 1, so that the machine is started anew", code)
+		}
+		e.says(t, "tailscaled ended")
+	})
+}
+
+// edge is the container.
+type edge struct {
+	*lab.World
+	id          string
+	ip4, ip6    string
+	connections int // that browsers have made
+}
+
+// build does what `make fly` and `fly deploy` do.
+func (e *edge) build(t *testing.T) {
+	t.Helper()
+	root, err := lab.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(root, "build/test/fly")
+	if err := os.RemoveAll(dir); err != nil { // make keeps configurations that are there
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("make", "-C", root, "fly", "BUILD=build/test").CombinedOutput(); err != nil {
+		t.Fatalf("make fly: %v\n%s", err, out)
+	}
+	var src bytes.Buffer
+	tw := tar.NewWriter(&src)
+	if err := tw.AddFS(os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if err := tw.Close(); err != nil {
+		t.Fatal(err)
+	}
+	res, err := e.Docker.Client.ImageBuild(t.Context(), &src, client.ImageBuildOptions{
+		Tags: []string{image}, Version: build.BuilderV1, Remove: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	log, err := io.ReadAll(res.Body)
+	if err != nil || !strings.Contains(string(log), "Successfully built") {
+		t.Fatalf("build the image: %v\n%s", err, log)
+	}
+}
+
+// start runs a machine, and waits until it serves.
+func (e *edge) start(t *testing.T) {
+	t.Helper()
+	created, err := e.Docker.Client.ContainerCreate(t.Context(), client.ContainerCreateOptions{
+		Config: &container.Config{Image: image, Env: []string{
+			"FLY_REGION=lab", "TS_AUTHKEY=tskey-auth-lab", "DRAIN_TIMEOUT=301s",
+			"TS_LOGIN_SERVER=" + e.Tailnet.Control.ExplicitBaseURL,
+			"TS_PANIC_IF_HIT_MAIN_CONTROL=1", "TS_NO_LOGS_NO_SUPPORT=true", "TS_DISABLE_PORTMAPPER=1"}},
+		HostConfig: &container.HostConfig{NetworkMode: "fly", CapAdd: []string{"NET_ADMIN"},
+			Resources: container.Resources{Memory: 256 << 20, Devices: []container.DeviceMapping{
+				{PathOnHost: tun, PathInContainer: tun, CgroupPermissions: "rwm"}}}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.id = created.ID
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(e.log(t))
+		}
+		if err := e.Docker.Remove(context.Background(), created.ID); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := e.Docker.Client.ContainerStart(t.Context(), e.id, client.ContainerStartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	res, err := e.Docker.Client.ContainerInspect(t.Context(), e.id, client.ContainerInspectOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := res.Container.NetworkSettings.Networks["fly"]
+	e.ip4, e.ip6 = n.IPAddress.String(), n.GlobalIPv6Address.String()
+	e.says(t, `"tailsplice runs"`)
+	e.says(t, "warning: DRAIN_TIMEOUT is 5m1s")
+}
+
+// proxy is the stand-in for fly.io's: it checks the port, and adds a PROXY header. The container's addresses
+// stay.
+func (e *edge) proxy(t *testing.T) {
+	t.Helper()
+	config := "defaults\n mode tcp\n timeout connect 5s\n timeout client 10m\n timeout server 10m\n"
+	for family, ip := range map[int]string{4: e.ip4, 6: e.ip6} {
+		config += fmt.Sprintf("listen web%d\n bind %s:44%d\n server edge %s send-proxy-v2 check inter 500ms\n", family,
+			e.Laptop.IP4, family, net.JoinHostPort(ip, "443"))
+	}
+	file := filepath.Join(e.Laptop.Dir, "haproxy.cfg")
+	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Laptop.StartProcess("haproxy", []string{"haproxy", "-db", "-f", file}, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// browser opens the site by the proxy.
+func (e *edge) browser(t *testing.T, family int) *http.Client {
+	tr := &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			e.connections++
+			return e.Client.Dial(ctx, "tcp4", fmt.Sprintf("%s:44%d", e.Laptop.IP4, family))
+		},
+		TLSClientConfig: &tls.Config{RootCAs: e.CA.Pool},
+	}
+	t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{Transport: tr, Timeout: patience}
+}
+
+// page wants the page with the client's address.
+func (e *edge) page(t *testing.T, b *http.Client) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(200 * time.Millisecond) {
+		body, err := func() ([]byte, error) {
+			res, err := b.Get("https://" + lab.Site + "/")
+			if err != nil {
+				return nil, err
+			}
+			defer res.Body.Close()
+			if res.StatusCode != 200 {
+				return nil, fmt.Errorf("%s", res.Status)
+			}
+			return io.ReadAll(res.Body)
+		}()
+		if err != nil && time.Now().Before(deadline) {
+			continue // home may not know the new node yet
+		}
+		var h http.Header
+		if err == nil {
+			err = json.Unmarshal(body, &h)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if had := h.Get("X-Forwarded-For"); had != e.Client.IP4.String() {
+			t.Fatalf("home was told that the client is %q, want %v", had, e.Client.IP4)
+		}
+		return
+	}
+}
+
+// node is the machine's address in the tailnet.
+func (e *edge) node(t *testing.T) string {
+	t.Helper()
+	s, err := e.Home.Node.Local.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range s.Peer {
+		if strings.HasPrefix(p.DNSName, "edge-lab.") {
+			return p.TailscaleIPs[0].String()
+		}
+	}
+	t.Fatal("home knows no edge-lab")
+	return ""
+}
+
+func (e *edge) kill(t *testing.T, signal string) {
+	t.Helper()
+	if _, err := e.Docker.Client.ContainerKill(t.Context(), e.id, client.ContainerKillOptions{Signal: signal}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wait gives the container's exit status.
+func (e *edge) wait(t *testing.T) int {
+	t.Helper()
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		res, err := e.Docker.Client.ContainerInspect(t.Context(), e.id, client.ContainerInspectOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !res.Container.State.Running {
+			return res.Container.State.ExitCode
+		}
+	}
+	t.Fatal("it does not end")
+	return 0
+}
+
+// says waits until the container has printed a text.
+func (e *edge) says(t *testing.T, text string) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+		log := e.log(t)
+		if strings.Contains(log, text) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("it does not print %q", text)
+		}
+	}
+}
+
+func (e *edge) log(t *testing.T) string {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	r, err := e.Docker.Client.ContainerLogs(ctx, e.id, client.ContainerLogsOptions{ShowStdout: true, ShowStderr: true})
+	if err != nil {
+		return err.Error()
+	}
+	defer r.Close()
+	var b bytes.Buffer
+	stdcopy.StdCopy(&b, &b, r)
+	return regexp.MustCompile(`(?m)^\S+ \S+ magicsock.*\n`).ReplaceAllString(b.String(), "")
+}

@@ -149,8 +149,13 @@ func (e *edge) build(t *testing.T) {
 	if err := os.RemoveAll(dir); err != nil { // make keeps configurations that are there
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("make", "-C", root, "fly", "BUILD=build/test").CombinedOutput(); err != nil {
-		t.Fatalf("make fly: %v\n%s", err, out)
+	for _, text := range []string{"make fly", "tailsplice check"} { // as written, but in a folder of its own
+		c := exec.Command("sh", "-ec", strings.ReplaceAll(block(t, root, text), "build/fly", "build/test/fly"))
+		c.Dir = root
+		c.Env = append(os.Environ(), "MAKEFLAGS=BUILD=build/test")
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", text, err, out)
+		}
 	}
 	var src bytes.Buffer
 	tw := tar.NewWriter(&src)
@@ -170,6 +175,22 @@ func (e *edge) build(t *testing.T) {
 	if err != nil || !strings.Contains(string(log), "Successfully built") {
 		t.Fatalf("build the image: %v\n%s", err, log)
 	}
+}
+
+// block is that of docs/fly.md which has a text.
+func block(t *testing.T, root, text string) string {
+	t.Helper()
+	page, err := os.ReadFile(filepath.Join(root, "docs/fly.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range regexp.MustCompile("(?s)\n```sh\n(.*?)```\n").FindAllSubmatch(page, -1) {
+		if strings.Contains(string(b[1]), text) {
+			return string(b[1])
+		}
+	}
+	t.Fatalf("docs/fly.md has no block with %q", text)
+	return ""
 }
 
 // start runs a machine, and waits until it serves.

@@ -131,7 +131,7 @@ test -s /var/log/tailsplice/access.log && test -s /var/log/tailsplice/access.log
 	// What this version does not take.
 	m.shell(t, "/", "sed -i 's/^listeners:/listenres:/' /etc/tailsplice/tailsplice.yaml")
 	out := m.shell(t, "/", "apt-get install --reinstall ./new/tailsplice_*_amd64.deb")
-	if !strings.Contains(out, "did you mean listeners") || !strings.Contains(out, "the old one still runs") {
+	if !strings.Contains(out, `did you mean "listeners"`) || !strings.Contains(out, "the old one still runs") {
 		t.Errorf("it does not say that the configuration is wrong:\n%s", out)
 	}
 	m.page(t, "http://127.0.0.1:8481/metrics")

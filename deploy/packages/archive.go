@@ -30,7 +30,12 @@ func (r *release) tar(list []file) ([]byte, error) {
 	list = slices.Clone(list)
 	have := map[string]bool{".": true, "/": true}
 	for _, f := range list {
-		for d := path.Dir(f.name); !have[d]; d = path.Dir(d) {
+		if dir, ok := strings.CutSuffix(f.name, "/"); ok {
+			have[dir] = true // with a mode and an owner of its own
+		}
+	}
+	for _, f := range slices.Clone(list) {
+		for d := path.Dir(strings.TrimSuffix(f.name, "/")); !have[d]; d = path.Dir(d) {
 			have[d] = true
 			list = append(list, file{name: d + "/", mode: 0o755})
 		}

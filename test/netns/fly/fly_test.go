@@ -83,6 +83,7 @@ func TestEdge(t *testing.T) {
 		fmt.Fprintf(c, "PROXY TCP4 192.0.2.1 192.0.2.2 1 443\r\n")
 		e.says(t, "proxy_from_stranger")
 	})
+	t.Run("image of make packages", func(t *testing.T) { packagedImage(t, w) })
 	t.Run("drain", func(t *testing.T) {
 		b := e.browser(t, 4)
 		e.page(t, b) // keeps its connection
@@ -128,6 +129,77 @@ func TestEdge(t *testing.T) {
 		}
 		e.says(t, "tailscaled ended")
 	})
+}
+
+// packagedImage runs the image that `make packages` makes, with a configuration that is mounted.
+func packagedImage(t *testing.T, w *lab.World) {
+	root, err := lab.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	c := exec.Command("go", "run", ".", "-arch", "amd64", "-version", "v1.0.0", "-out", out)
+	c.Dir = filepath.Join(root, "deploy/packages")
+	if text, err := c.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, text)
+	}
+	file, err := os.Open(filepath.Join(out, "tailsplice-1.0.0-image-amd64.tar"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	loaded, err := w.Docker.Client.ImageLoad(t.Context(), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, err := io.ReadAll(loaded)
+	loaded.Close()
+	if err != nil || !strings.Contains(string(said), "Loaded image") {
+		t.Fatalf("docker load: %v\n%s", err, said)
+	}
+	config := filepath.Join(w.Laptop.Dir, "image.yaml")
+	yaml := "listeners: [{ listen: [\":80\"], mode: http, default: { forward: \"127.0.0.1:9464\" } }]\n" +
+		"control: { metrics: \"127.0.0.1:9464\" }\n"
+	if err := os.WriteFile(config, []byte(yaml), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	e := &edge{World: w}
+	created, err := w.Docker.Client.ContainerCreate(t.Context(), client.ContainerCreateOptions{
+		Name: "packaged", Config: &container.Config{Image: "tailsplice:v1.0.0"},
+		HostConfig: &container.HostConfig{Binds: []string{config + ":/etc/tailsplice/tailsplice.yaml:ro"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.id = created.ID
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(e.log(t))
+		}
+		if err := w.Docker.Remove(context.Background(), e.id); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := w.Docker.Client.ContainerStart(t.Context(), e.id, client.ContainerStartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	e.says(t, `"tailsplice runs"`)
+	ip, err := w.Docker.Addr(t.Context(), "packaged")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true, DialContext: w.Laptop.Dial}}
+	res, err := b.Get("http://" + ip.String() + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if body, err := io.ReadAll(res.Body); err != nil || !strings.Contains(string(body), "tailsplice_") {
+		t.Errorf("%s: %v: %.300s", res.Status, err, body)
+	}
+	e.kill(t, "SIGTERM")
+	if code := e.wait(t); code != 0 {
+		t.Errorf("it ended with status %d, want 0", code)
+	}
 }
 
 // edge is the container.

@@ -176,6 +176,7 @@ type upstreamConn struct {
 	sent    atomic.Int64 // bytes
 	before  atomic.Int64 // bytes that were sent before the last request
 	deaf    atomic.Bool  // the upstream takes no more, see Write
+	shut    atomic.Bool  // it was sent an end
 	unheard atomic.Bool  // it was given up: see Watch
 
 	mu    sync.Mutex
@@ -234,6 +235,7 @@ func (c *upstreamConn) Close() error {
 
 // CloseWrite passes a half-close on, for upgraded connections.
 func (c *upstreamConn) CloseWrite() error {
+	c.shut.Store(true)
 	if cw, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return cw.CloseWrite()
 	}

@@ -90,8 +90,8 @@ func (c *upstreamConn) Read(p []byte) (int, error) {
 	case err == nil:
 	case c.unheard.Load():
 		err = errUnheard
-	case err == io.EOF && c.deaf.Load():
-		err = syscall.ECONNRESET // which Write was told
+	case err == io.EOF && !c.shut.Load() && (c.deaf.Load() || wasReset(c.Conn)):
+		err = syscall.ECONNRESET // which Write was told, or is just being told
 	}
 	return n, err
 }

@@ -142,6 +142,7 @@ type conn struct {
 
 	preface int     // bytes of HTTP/2's preface that were read; -1: it speaks something else
 	frames  *frames // nil: no HTTP/2, or TLS around it
+	secure  *secure // nil: no HTTP/2, or no TLS around it
 }
 
 func newConn(c net.Conn, s *Server) *conn {
@@ -286,8 +287,11 @@ type connKey struct{}
 
 // connContext gives requests their connection.
 func connContext(ctx context.Context, c net.Conn) context.Context {
-	if tc, ok := c.(*tls.Conn); ok {
-		c = tc.NetConn()
+	switch v := c.(type) {
+	case *tls.Conn:
+		c = v.NetConn()
+	case *secure:
+		c = v.below
 	}
 	return context.WithValue(ctx, connKey{}, c.(*conn))
 }

@@ -2,15 +2,13 @@ package vhost
 
 import (
 	"bufio"
-	"context"
 	"crypto/tls"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/net/http2"
 )
 
 const (
@@ -112,16 +110,22 @@ func (c *conn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// secure is a connection of HTTP/2 in TLS.
+// secure is a connection of HTTP/2 in TLS. It hides that from net/http, whose own way with TLS leaves no room to
+// look at frames: requests get their TLS by secured.
 type secure struct {
-	*tls.Conn
+	net.Conn
+	tls    tls.ConnectionState
+	below  *conn
 	frames *frames
 }
 
+// newSecure takes over tc, whose handshake is done.
 func newSecure(tc *tls.Conn) *secure {
-	f := newFrames(tc.NetConn().(*conn), tc)
-	f.left = len(http2Preface) // is no frame
-	return &secure{tc, f}
+	below := tc.NetConn().(*conn)
+	s := &secure{Conn: tc, tls: tc.ConnectionState(), below: below, frames: newFrames(below, tc)}
+	s.frames.left = len(http2Preface) // is no frame
+	below.secure = s
+	return s
 }
 
 func (s *secure) Read(b []byte) (int, error) { return s.frames.Read(b) }
@@ -132,21 +136,12 @@ func (s *secure) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// serveHTTP2 has hs serve HTTP/2, with the frames counted in TLS, too: for that net/http's own implementation
-// leaves no room, and its twin in x/net does.
-func serveHTTP2(hs *http.Server) error {
-	h2 := &http2.Server{}
-	if err := http2.ConfigureServer(hs, h2); err != nil {
-		return err
+// secured gives a request its connection's TLS, whatever it is a request of: what was agreed on to be HTTP/2, and
+// is HTTP/1, came in TLS, too.
+func (c *conn) secured(r *http.Request) {
+	if c.secure != nil {
+		r.TLS = &c.secure.tls
 	}
-	hs.TLSNextProto[http2.NextProtoTLS] = func(hs *http.Server, tc *tls.Conn, h http.Handler) {
-		ctx := context.Background()
-		if b, ok := h.(interface{ BaseContext() context.Context }); ok { // that of ConnContext
-			ctx = b.BaseContext()
-		}
-		h2.ServeConn(newSecure(tc), &http2.ServeConnOpts{Context: ctx, BaseConfig: hs, Handler: h})
-	}
-	return nil
 }
 
 // wait waits for d, or until the connection is closed.

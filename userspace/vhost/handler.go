@@ -52,6 +52,7 @@ type exchangeKey struct{}
 // serveHTTP is the handler of every request.
 func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r}
+	x.conn.secured(r)
 	x.resp = &response{ResponseWriter: w, plain: !r.ProtoAtLeast(1, 1)}
 	bad := error(nil)
 	if r.Method == http.MethodConnect {

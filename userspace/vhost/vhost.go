@@ -213,7 +213,7 @@ func New(o Options) *Server {
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
-	protocols.SetUnencryptedHTTP2(o.TLS == nil)
+	protocols.SetUnencryptedHTTP2(true) // in TLS, too: see secure
 	for c, streams := range [crowds]int{crowdOfClient: clientStreams, crowdOfHop: maxStreams, crowdOfMany: crowdStreams} {
 		s.feeds[c] = newFeed()
 		s.http[c] = &http.Server{
@@ -227,9 +227,6 @@ func New(o Options) *Server {
 			ConnContext:       connContext,
 			// OPTIONS * is a request like any other.
 			DisableGeneralOptionsHandler: true,
-		}
-		if err := serveHTTP2(s.http[c]); err != nil {
-			panic(err) // of a TLS configuration, and it has none
 		}
 		go s.http[c].Serve(s.feeds[c])
 	}
@@ -254,6 +251,9 @@ func (s *Server) ServeConn(c net.Conn) error {
 			return err
 		}
 		served = tc
+		if tc.ConnectionState().NegotiatedProtocol == "h2" {
+			served = newSecure(tc)
+		}
 	}
 	if !s.feeds[cn.info.crowd()].push(served) {
 		served.Close()

@@ -49,6 +49,10 @@ test-unit: ## Unit tests with the race detector, and the build for other systems
 test-lab: ## The path over a real tailnet, in network namespaces (root)
 	@scripts/test lab bench
 
+.PHONY: test-packages
+test-packages: provision ## Install what make packages and make fly build, on Debian 12 and 13 and in Docker (root; not a part of test)
+	@scripts/test installs
+
 .PHONY: soak
 soak: ## Hours of what make test does for a minute each (root; not a part of test)
 	cd userspace/relay && go test -tags soak -run '^TestSoak$$' -parallel 96 -timeout 80m $(TESTFLAGS)

@@ -1,6 +1,7 @@
 package front
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -67,7 +68,6 @@ listeners:
 	oddNames(t, addr, func(t *testing.T, addr, version string) {
 		for name, want := range map[string]string{
 			"a.test":              "this is a\n",
-			"a.test.":             "this is a\n",
 			"A.test:443":          "this is a\n",
 			"192.0.2.1":           "this is default\n",
 			"192.0.2.1:443":       "this is default\n",
@@ -92,6 +92,39 @@ listeners:
 	})
 	if n := d.refused("unrecognized_name"); n != 4*5 {
 		t.Errorf("%d refused as unrecognized_name", n)
+	}
+}
+
+// TestServerNameWithDot: a name with a dot at its end, which browsers send for https://a.test./, is the one without.
+// The targets read no hello: Go's TLS takes no such name.
+func TestServerNameWithDot(t *testing.T) {
+	says := func(what string) string {
+		return backend(t, func(c net.Conn) { defer c.Close(); io.WriteString(c, what); io.Copy(io.Discard, c) })
+	}
+	addr := freeAddr(t)
+	start(t, fmt.Sprintf(`
+listeners:
+  - name: web
+    listen: [%q]
+    mode: sni
+    routes:
+      - { sni: a.test, forward: %q }
+      - { sni: "*.w.test", forward: %q }
+      - { sni: "*.guarded.test", reject: true }
+    default: { forward: %q }
+`, addr, says("this is a"), says("this is w"), says("this is default")))
+	for name, want := range map[string]string{
+		"a.test.": "this is a", "A.Test.": "this is a", "x.w.test.": "this is w", "b.test.": "this is default",
+		"x.guarded.test.": "\x15\x03\x01\x00\x02\x02\x70",
+	} {
+		hello := bytes.Replace(helloFor(t, name[:len(name)-1]+"x"), []byte(name[:len(name)-1]+"x"), []byte(name), 1)
+		c := dialTCP(t, addr)
+		c.Write(hello)
+		got := make([]byte, len(want))
+		if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
+			t.Errorf("%s: %q, %v, want %q", name, got, err, want)
+		}
+		c.Close()
 	}
 }
 

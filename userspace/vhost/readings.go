@@ -24,6 +24,15 @@ func (s *Server) checkReadings(x *exchange) error {
 	if !ok {
 		return refuse
 	}
+	if x.route.StripPrefix != "" || x.route.AddPrefix != "" { // the target reads what the prefixes leave
+		rest, ok := readings(x.route.rest(&x.uri))
+		if !ok {
+			return refuse
+		}
+		for _, path := range rest {
+			paths = append(paths, strings.TrimSuffix(x.route.StripPrefix, "/")+path)
+		}
+	}
 	for _, path := range paths {
 		if path == x.uri.Plain {
 			continue

@@ -64,11 +64,16 @@ func (r *Route) path(u *URI) string {
 	if r.StripPrefix == "" && r.AddPrefix == "" {
 		return u.Path
 	}
+	return escaped(strings.TrimSuffix(r.AddPrefix, "/")) + r.rest(u)
+}
+
+// rest is u's path behind StripPrefix.
+func (r *Route) rest(u *URI) string {
 	path := u.resolved()
 	if r.StripPrefix != "" {
 		path = stripPrefix(path, strings.TrimSuffix(r.StripPrefix, "/"))
 	}
-	return escaped(strings.TrimSuffix(r.AddPrefix, "/")) + path
+	return path
 }
 
 // resolved is u's path without dot segments and double slashes, which would lead out of a prefix.

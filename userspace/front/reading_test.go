@@ -337,6 +337,7 @@ var odd = []struct {
 	{message: message{target: "/open/a//../b"}}, {message: message{target: "/open/%2e%2e/b"}}, {message: message{target: "/.well-known//x"}}, {message: message{target: "///open"}},
 	{message: message{target: "/app/x/..%2fprivate"}}, {message: message{target: "/app/..;/admin"}, refused: true}, {message: message{target: "/app/;x/private"}, refused: true},
 	{message: message{target: "/app%2fprivate"}}, {message: message{target: "/app//private"}},
+	{message: message{target: "/x/%2e%2e/admin%252f.."}, refused: true}, {message: message{target: "/x/../admin%252f..%252fopen"}, refused: true}, {message: message{target: "/./open/100%25"}},
 	{message: message{target: "/.%2fapp/private%252f.."}, refused: true}, {message: message{target: "/./app/private%252f../x"}, refused: true}, {message: message{target: "//app/private%252f."}, refused: true},
 	{message: message{target: "/sub/..;/..;/sub/x"}, refused: true}, {message: message{target: "/sub/..%2f../sub/x"}}, {message: message{target: `/sub/..\..\sub\x`}, refused: true}, {message: message{target: "/sub/../../sub/x"}},
 	// Paths in another case. The last begins with a letter that becomes a K.

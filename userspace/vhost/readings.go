@@ -86,7 +86,8 @@ func readings(path string) (all []string, ok bool) {
 			}
 		}
 	}
-	orAlso(unescapePercents.Replace) // nginx that sends its decoded $uri on: what is behind it decodes again
+	orAlso(unescapePercents.Replace) // servers behind which another one decodes again
+	orAlso(resolvedOnce)             // nginx that sends its decoded $uri on: the same, after dot segments
 	orAlso(cutQuery)                 // the same: an escaped ? or # is none any more
 	orAlso(slashBackslashes.Replace) // IIS, and whatever parses by WHATWG's rules
 	orAlso(cutHost)
@@ -122,6 +123,15 @@ var (
 	keepEscapedSlashes = strings.NewReplacer("%2f", "%252f", "%2F", "%252f") // which decode to what was there
 	keepEscapedDots    = strings.NewReplacer("%2e", "%252e", "%2E", "%252e")
 )
+
+// resolvedOnce decodes and resolves path, where that leaves something to be decoded again.
+func resolvedOnce(path string) string {
+	plain, err := url.PathUnescape(path)
+	if err != nil || !strings.Contains(plain, "%") {
+		return path
+	}
+	return RoutePath(plain)
+}
 
 // cutQuery cuts off an escaped ? or #, and what follows it.
 func cutQuery(path string) string {

@@ -37,8 +37,8 @@ func (f *Front) admit(l *listener, c newcomer, peer netip.AddrPort) {
 		lease, err = f.limiter.Acquire(src)
 	}
 	if err != nil {
-		c.Reset() // so that nothing lingers
-		f.turnedAway(l.name, peer, refusal(err), err)
+		f.turnedAway(l.name, peer, refusal(err), err) // which whoever is told by the reset can look up
+		c.Reset()                                     // so that nothing lingers
 		return
 	}
 	in := &inbound{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), uncut: func() bool { return true }}

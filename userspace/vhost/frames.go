@@ -114,21 +114,33 @@ func (c *conn) Read(b []byte) (int, error) {
 // look at frames: requests get their TLS by secured.
 type secure struct {
 	net.Conn
-	tls    tls.ConnectionState
-	below  *conn
-	frames *frames
+	tls     tls.ConnectionState
+	below   *conn
+	frames  *frames
+	preface int // bytes of HTTP/2's preface that were read
 }
 
 // newSecure takes over tc, whose handshake is done.
 func newSecure(tc *tls.Conn) *secure {
 	below := tc.NetConn().(*conn)
 	s := &secure{Conn: tc, tls: tc.ConnectionState(), below: below, frames: newFrames(below, tc)}
-	s.frames.left = len(http2Preface) // is no frame
 	below.secure = s
 	return s
 }
 
-func (s *secure) Read(b []byte) (int, error) { return s.frames.Read(b) }
+// Read ends a connection that does not begin as HTTP/2: net/http would take it for HTTP/1.
+func (s *secure) Read(b []byte) (int, error) {
+	rest := http2Preface[s.preface:]
+	if rest == "" {
+		return s.frames.Read(b)
+	}
+	n, err := s.Conn.Read(b[:min(len(b), len(rest))])
+	if !strings.HasPrefix(rest, string(b[:n])) {
+		return 0, io.EOF
+	}
+	s.preface += n
+	return n, err
+}
 
 func (s *secure) Write(b []byte) (int, error) {
 	n, err := s.Conn.Write(b)
@@ -136,8 +148,7 @@ func (s *secure) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// secured gives a request its connection's TLS, whatever it is a request of: what was agreed on to be HTTP/2, and
-// is HTTP/1, came in TLS, too.
+// secured gives a request of HTTP/2 its connection's TLS.
 func (c *conn) secured(r *http.Request) {
 	if c.secure != nil {
 		r.TLS = &c.secure.tls

@@ -23,11 +23,7 @@ import (
 // starts all the same, says so, has flows go through userspace, and has the datapath once there is memory.
 // Doctor blames no kernel.
 func TestSockmapComesLate(t *testing.T) {
-	if root, err := haveRoot(); err != nil {
-		t.Fatal(err)
-	} else if !root {
-		t.Skip("needs root")
-	}
+	needRoot(t)
 	holdMemory(t)
 	for _, word := range []string{"sockmap", "auto"} {
 		t.Run(word, func(t *testing.T) {

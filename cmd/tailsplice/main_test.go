@@ -29,6 +29,16 @@ func haveRoot() (bool, error) {
 	return false, nil
 }
 
+// needRoot skips a test of people who are not root. CI is.
+func needRoot(t *testing.T) {
+	t.Helper()
+	if root, err := haveRoot(); err != nil {
+		t.Fatal(err)
+	} else if !root {
+		t.Skip("needs root")
+	}
+}
+
 // TestScripts runs the command line as people do. Commands of our own:
 //
 //	freeport NAME...    sets each variable to a free TCP port of 127.0.0.1

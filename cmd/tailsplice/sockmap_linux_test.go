@@ -27,11 +27,7 @@ import (
 // TestSockmapAgrees: what `tailsplice flows` says of a flow that is spliced in the kernel, what bpftool finds in the pinned map, what
 // TCP_INFO says of the sockets of both ends and what these have counted is the same, to the byte, hello and all.
 func TestSockmapAgrees(t *testing.T) {
-	if root, err := haveRoot(); err != nil {
-		t.Fatal(err)
-	} else if !root {
-		t.Skip("needs root")
-	}
+	needRoot(t)
 	t.Run("sockmap", func(t *testing.T) { testAgrees(t, "sockmap", "sockmap", listen(t, "127.0.0.1:0")) })
 	t.Run("auto", func(t *testing.T) { testAgrees(t, "auto", "sockmap", listen(t, "127.0.0.1:0")) })
 	t.Run("sk_msg", func(t *testing.T) {

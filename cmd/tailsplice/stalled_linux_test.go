@@ -97,11 +97,7 @@ func (d *stalledDaemon) ends() {
 // it is full. Requests, flows on each datapath, refused connections, reload and
 // the end go on as ever; a reader that is back learns what it has missed.
 func TestNobodyReadsTheLog(t *testing.T) {
-	if root, err := haveRoot(); err != nil {
-		t.Fatal(err)
-	} else if !root {
-		t.Skip("needs root, for the datapaths of the kernel")
-	}
+	needRoot(t)
 	cert, key := filepath.Join(t.TempDir(), "cert.pem"), filepath.Join(t.TempDir(), "key.pem")
 	c := selfsigned.Certificate(t, "app.test")
 	certPEM, keyPEM := selfsigned.PEM(t, c)

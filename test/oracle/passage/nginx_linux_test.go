@@ -91,6 +91,8 @@ func (x *exchange) nginxRefuses() string {
 		return "a path that leads above the root"
 	case x.wire.HTTP2 && len(m.Hosts) > 1:
 		return "a host beside :authority"
+	case x.wire.HTTP2 && slices.ContainsFunc(m.Split, func(share int) bool { return share < 8 }):
+		return "HEADERS without a byte of the block, which may be in CONTINUATION"
 	case x.wire.HTTP2 && len(m.Trailer) > 0:
 		return "trailers of HTTP/2"
 	}

@@ -50,7 +50,7 @@ const (
 
 func (q *requestLease) Name(v *vhost.Visit) error {
 	source := visitor{v.Client.Addr(), v.Unknown}.source()
-	if err := q.front.deniedRequest(q.listener, v, source); err != nil {
+	if err := q.front.deniedRequest(q.listener, v, v.Client.Addr()); err != nil {
 		return err
 	}
 	if err := q.MoveSoon(v.Request.Context(), source, requestsWaiting, requestWait); err != nil {

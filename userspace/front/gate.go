@@ -162,12 +162,12 @@ func (g *gate) note(ctx context.Context, err error, late bool) {
 		g.why.Store(&err)
 		f.log.Warn("a listener is closed: no target of its default can be reached",
 			"listener", l.name, "err", err)
-		f.setShut(l, true)
+		f.setShut(g, true)
 	case g.shut && (g.rise >= checkRise || g.rise > 0 && !g.opened):
 		g.shut, g.opened = false, true
 		g.why.Store(nil)
 		f.log.Info("a listener is open: a target of its default answers", "listener", l.name)
-		f.setShut(l, false)
+		f.setShut(g, false)
 	case g.shut && err != nil:
 		if g.fall == checkFall && !g.opened {
 			f.log.Warn("a listener stays closed: no target of its default can be reached",
@@ -177,14 +177,14 @@ func (g *gate) note(ctx context.Context, err error, late bool) {
 	}
 }
 
-// setShut closes the sockets of l, or opens them.
-func (f *Front) setShut(l *listener, shut bool) {
+// setShut closes the sockets of g's listener, or opens them.
+func (f *Front) setShut(g *gate, shut bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if l.gate == nil { // no longer asked for
+	if g.listener.gate != g { // no longer asked for
 		return
 	}
-	l.shut = shut
+	g.listener.shut = shut
 	f.rebindNow(f.tailnetErr)
 	if f.lacksAddresses() {
 		f.lookAtAddresses()

@@ -202,6 +202,11 @@ func (in *inbound) hear(h *proxyheader.Header) error {
 			}
 		}
 	}
+	if in.client != in.peer {
+		if a := in.client.Addr(); in.service.deny.has(a) { // whoever it is
+			return &deniedError{a}
+		}
+	}
 	if in.client != in.peer && in.unknown == nil {
 		if err := in.attribute(in.client.Addr()); err != nil {
 			return err

@@ -64,8 +64,11 @@ func (in *inbound) attribute(a netip.Addr) error {
 	if err := in.front.screen(in.service, a, a); err != nil {
 		return err
 	}
+	if err := in.lease.Move(a); err != nil {
+		return err
+	}
 	in.attributed = true
-	return in.lease.Move(a)
+	return nil
 }
 
 // deniedRequest is the answer to a request whose client is denied, nil if it is not: one that a trusted hop

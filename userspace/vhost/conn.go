@@ -236,7 +236,7 @@ func (c *conn) Write(b []byte) (int, error) {
 	}
 	n, err := c.Conn.Write(b)
 	if c.frames != nil {
-		c.frames.sent.Add(int64(n))
+		c.frames.wrote(b[:n])
 	}
 	return n, err
 }

@@ -15,29 +15,78 @@ const (
 	http2Preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" // what the first bytes of HTTP/2 are (RFC 9113 3.4)
 
 	frameHeader = 9 // bytes (RFC 9113 4.1)
-	frameData   = 0 // the type of DATA
-	frameEnd    = 1 // the flag END_STREAM of DATA
 	frameBuffer = 4 << 10
 
-	// What brings no answer is read slowly. A frame that is not DATA costs one of frameBurst. Time brings
-	// framesPerSecond back, and each frameAnswer bytes that the client is sent bring one. So neither requests
-	// that are answered nor the windows of who reads answers wait, and PING, SETTINGS, RST_STREAM and
-	// CONTINUATION without end do.
+	// Types of frames, and the flag END_STREAM of DATA.
+	frameDATA, frameHEADERS = 0, 1
+	frameEnd                = 1
+
+	// What brings no answer is read slowly. A frame costs one of frameBurst, but for those that begin requests
+	// and those with a body, which other limits bound. Time brings framesPerSecond back. A frame of an answer
+	// brings frameAnswer, and one more for each frameBytes of its body, up to frameMost: whoever reads answers
+	// acknowledges each, and some, gRPC's clients, also measure the way by a PING. So they never wait, and
+	// PING, SETTINGS, RST_STREAM and CONTINUATION without end do.
 	frameBurst      = 250
 	framesPerSecond = 25
-	frameAnswer     = 32
+	frameAnswer     = 4
+	frameBytes      = 16
+	frameMost       = 32
 )
 
-// frames reads HTTP/2 of one connection.
-type frames struct {
-	from   io.Reader
-	conn   *conn
-	free   bool         // of a hop, which speaks for many
-	sent   atomic.Int64 // bytes, to the client
+// splitter finds the frames of HTTP/2 in a stream of bytes.
+type splitter struct {
 	header [frameHeader]byte
 	have   int // bytes of header
 	left   int // bytes of the frame's payload
-	budget frameBudget
+}
+
+// pass goes on with b. value is called for each frame that begins, and pass returns the sum of what it returned.
+func (s *splitter) pass(b []byte, value func(kind, flags byte, length int) int) (sum int) {
+	for len(b) > 0 {
+		if s.left > 0 {
+			n := min(s.left, len(b))
+			s.left, b = s.left-n, b[n:]
+			continue
+		}
+		n := copy(s.header[s.have:], b)
+		s.have, b = s.have+n, b[n:]
+		if s.have == frameHeader {
+			h := &s.header
+			s.have, s.left = 0, int(h[0])<<16|int(h[1])<<8|int(h[2])
+			sum += value(h[3], h[4], s.left)
+		}
+	}
+	return sum
+}
+
+// cost is what a client pays for a frame that it sends.
+func cost(kind, flags byte, length int) int {
+	switch {
+	case kind == frameHEADERS, kind == frameDATA && (length > 0 || flags&frameEnd != 0):
+		return 0
+	}
+	return 1
+}
+
+// worth is what a client earns by a frame that it is sent.
+func worth(kind, _ byte, length int) int {
+	switch kind {
+	case frameHEADERS:
+		return frameAnswer
+	case frameDATA:
+		return min(frameAnswer+length/frameBytes, frameMost)
+	}
+	return 0
+}
+
+// frames counts the frames of one connection of HTTP/2.
+type frames struct {
+	from    io.Reader
+	conn    *conn
+	free    bool // of a hop, which speaks for many
+	in, out splitter
+	earned  atomic.Int64 // by frames that the client was sent
+	budget  frameBudget
 }
 
 func newFrames(c *conn, from io.Reader) *frames {
@@ -47,46 +96,31 @@ func newFrames(c *conn, from io.Reader) *frames {
 
 func (f *frames) Read(b []byte) (int, error) {
 	n, err := f.from.Read(b)
-	if cost := f.pass(b[:n]); cost > 0 && !f.free {
-		f.conn.wait(f.budget.spend(cost, f.sent.Load(), time.Now()))
+	if cost := f.in.pass(b[:n], cost); cost > 0 && !f.free {
+		f.conn.wait(f.budget.spend(cost, f.earned.Load(), time.Now()))
 	}
 	return n, err
 }
 
-// pass looks at what is read, and tells how many frames of it are to be paid for.
-func (f *frames) pass(b []byte) (cost int) {
-	for len(b) > 0 {
-		if f.left > 0 {
-			n := min(f.left, len(b))
-			f.left, b = f.left-n, b[n:]
-			continue
-		}
-		n := copy(f.header[f.have:], b)
-		f.have, b = f.have+n, b[n:]
-		if f.have < frameHeader {
-			continue
-		}
-		h := &f.header
-		f.have, f.left = 0, int(h[0])<<16|int(h[1])<<8|int(h[2])
-		if h[3] != frameData || f.left == 0 && h[4]&frameEnd == 0 {
-			cost++
-		}
+// wrote counts what the client was sent. net/http writes one thing after the other.
+func (f *frames) wrote(b []byte) {
+	if n := f.out.pass(b, worth); n > 0 {
+		f.earned.Add(int64(n))
 	}
-	return cost
 }
 
 // frameBudget is what a client may still send before it has to wait.
 type frameBudget struct {
 	left float64
 	at   time.Time // when left was that
-	paid int64     // bytes sent to the client until then
+	paid int64     // earned until then
 }
 
-// spend takes cost away, and returns how long to wait until nothing is owed. sent are all bytes that the
-// client was sent until now.
-func (b *frameBudget) spend(cost int, sent int64, now time.Time) time.Duration {
-	earned := now.Sub(b.at).Seconds()*framesPerSecond + float64(sent-b.paid)/frameAnswer
-	b.left, b.at, b.paid = min(b.left+earned, frameBurst)-float64(cost), now, sent
+// spend takes cost away, and returns how long to wait until nothing is owed. earned is all that the client has
+// earned until now.
+func (b *frameBudget) spend(cost int, earned int64, now time.Time) time.Duration {
+	more := now.Sub(b.at).Seconds()*framesPerSecond + float64(earned-b.paid)
+	b.left, b.at, b.paid = min(b.left+more, frameBurst)-float64(cost), now, earned
 	if b.left >= 0 {
 		return 0
 	}
@@ -144,7 +178,7 @@ func (s *secure) Read(b []byte) (int, error) {
 
 func (s *secure) Write(b []byte) (int, error) {
 	n, err := s.Conn.Write(b)
-	s.frames.sent.Add(int64(n))
+	s.frames.wrote(b[:n])
 	return n, err
 }
 

@@ -177,6 +177,7 @@ type upstreamConn struct {
 	before  atomic.Int64 // bytes that were sent before the last request
 	deaf    atomic.Bool  // the upstream takes no more, see Write
 	shut    atomic.Bool  // it was sent an end
+	writes  atomic.Int32 // that are under way
 	unheard atomic.Bool  // it was given up: see Watch
 
 	mu    sync.Mutex
@@ -214,6 +215,8 @@ func (c *upstreamConn) Write(p []byte) (int, error) {
 	if c.deaf.Load() {
 		return len(p), nil
 	}
+	c.writes.Add(1)
+	defer c.writes.Add(-1)
 	n, err := c.Conn.Write(p)
 	if sent := c.sent.Add(int64(n)); err != nil && isReset(err) && sent > c.before.Load() {
 		c.deaf.Store(true)

@@ -90,8 +90,12 @@ func (c *upstreamConn) Read(p []byte) (int, error) {
 	case err == nil:
 	case c.unheard.Load():
 		err = errUnheard
-	case err == io.EOF && !c.shut.Load() && (c.deaf.Load() || wasReset(c.Conn)):
-		err = syscall.ECONNRESET // which Write was told, or is just being told
+	case err == io.EOF && !c.shut.Load():
+		// A reset takes the place of an end only where a write was told of it, or is just being told.
+		writes := c.writes.Load() > 0
+		if c.deaf.Load() || writes && wasReset(c.Conn) {
+			err = syscall.ECONNRESET
+		}
 	}
 	return n, err
 }

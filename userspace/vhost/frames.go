@@ -23,14 +23,13 @@ const (
 
 	// What brings no answer is read slowly. A frame costs one of frameBurst, but for those that begin requests
 	// and those with a body, which other limits bound. Time brings framesPerSecond back. A frame of an answer
-	// brings frameAnswer, and one more for each frameBytes of its body, up to frameMost: whoever reads answers
-	// acknowledges each, and some, gRPC's clients, also measure the way by a PING. So they never wait, and
-	// PING, SETTINGS, RST_STREAM and CONTINUATION without end do.
+	// brings frameAnswer, and one more for each frameBytes of its body: whoever reads answers acknowledges each,
+	// and some, gRPC's clients, also measure the way by a PING. So they never wait, and PING, SETTINGS,
+	// RST_STREAM and CONTINUATION without end do.
 	frameBurst      = 250
 	framesPerSecond = 25
 	frameAnswer     = 4
-	frameBytes      = 16
-	frameMost       = 32
+	frameBytes      = 2 << 10
 )
 
 // splitter finds the frames of HTTP/2 in a stream of bytes.
@@ -74,7 +73,7 @@ func worth(kind, _ byte, length int) int {
 	case frameHEADERS:
 		return frameAnswer
 	case frameDATA:
-		return min(frameAnswer+length/frameBytes, frameMost)
+		return frameAnswer + length/frameBytes
 	}
 	return 0
 }

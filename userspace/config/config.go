@@ -11,7 +11,7 @@ import (
 type Config struct {
 	Section
 	Node      string     `yaml:"node" kind:"label" doc:"How this hop names itself in logs, headers and error pages. Default: the host name."`
-	Datapath  string     `yaml:"datapath" enum:"auto tc sockmap userspace" default:"auto" doc:"How the bytes of flows move. auto begins in userspace, and gives flows to sockmap that send small messages back and forth, while few do: that is faster then. sk_msg is for routes only. One that is named and not there keeps the daemon from starting."`
+	Datapath  string     `yaml:"datapath" enum:"auto sockmap userspace" default:"auto" doc:"How the bytes of flows move. auto begins in userspace, and gives flows to sockmap that send small messages back and forth, while few do: that is faster then. sk_msg is for routes only. One that is named and not there keeps the daemon from starting."`
 	Listeners []Listener `yaml:"listeners" required:"true" nonempty:"true" noun:"a listener" doc:"Where the daemon accepts connections, and where it sends them."`
 	Limits    Limits     `yaml:"limits" noun:"limits" doc:"Bounds on what strangers can make the daemon spend."`
 	AccessLog *AccessLog `yaml:"access_log" noun:"access_log" doc:"Where the requests of all http and https listeners are written down that say nothing else. Default: only the daemon's own log has them."`
@@ -130,7 +130,7 @@ type Action struct {
 	SendProxy   string    `yaml:"send_proxy" enum:"v2" doc:"Begin the connection to the target with a PROXY protocol header of this version."`
 	Transparent bool      `yaml:"transparent" kind:"true" doc:"Connect to the target from the client's own address, so that a container sees the client on its socket. The target's answers must come by this host: it is for containers and virtual machines here."`
 	Reject      bool      `yaml:"reject" kind:"true" doc:"Refuse the connection."`
-	Datapath    string    `yaml:"datapath" enum:"auto tc sockmap sk_msg userspace" doc:"The datapath of these flows. Default: the configuration's datapath. sk_msg is for a target that is a process on this host: its bytes don't pass TCP there (docs/local.md says which processes can't have that)."`
+	Datapath    string    `yaml:"datapath" enum:"auto sockmap sk_msg userspace" doc:"The datapath of these flows. Default: the configuration's datapath. sk_msg is for a target that is a process on this host: its bytes don't pass TCP there (docs/local.md says which processes can't have that)."`
 	HTTP        `yaml:",inline"`
 	Access      `yaml:",inline"`
 }

@@ -12,7 +12,7 @@ import (
 //
 // Implementations must be safe for concurrent use.
 type Datapath interface {
-	// Name is the word that configuration, logs and metrics use for it: "sockmap", "tc".
+	// Name is the word that configuration, logs and metrics use for it: "sockmap", "sk_msg".
 	Name() string
 
 	// Splice takes the flow between down and up over, or refuses it. It returns soon: it never waits

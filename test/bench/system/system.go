@@ -334,17 +334,10 @@ func (b *Builder) Datapaths(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	b.Close()
-	names := []string{"userspace"}
-	for _, name := range []string{"sockmap", "tc"} {
-		if _, err := b.Start(ctx, "tailsplice/"+name); err == nil {
-			names = append(names, name)
-		}
-		b.Close()
+	if _, err := b.Start(ctx, "tailsplice/sockmap"); err != nil {
+		return []string{"userspace"}, nil
 	}
-	if len(names) > 1 {
-		names = append(names, "auto")
-	}
-	return names, nil
+	return []string{"userspace", "sockmap", "auto"}, nil
 }
 
 // Files is how many file descriptors a process may have.

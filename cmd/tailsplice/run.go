@@ -27,9 +27,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/logwriter"
 )
 
-// adminConnections is how many connections to the metrics may be open, to /readyz, and to the control socket; more wait
-// in the kernel.
-const adminConnections = 32
+// controlConnections is how many connections to the control socket may be open; more wait in the kernel.
+const controlConnections = 32
 
 type runOptions struct {
 	config    string
@@ -104,7 +103,7 @@ func run(ctx context.Context, o runOptions) error {
 	}
 	if control != nil {
 		defer control.Close()
-		control = netutil.LimitListener(control, adminConnections)
+		control = netutil.LimitListener(control, controlConnections)
 	}
 	metricsListener, err := listenControl("metrics", cfg.Control.Metrics)
 	if err != nil {
@@ -163,15 +162,13 @@ func run(ctx context.Context, o runOptions) error {
 	if metricsListener != nil {
 		mux := http.NewServeMux()
 		mux.Handle("/metrics", f.Metrics().Handler())
-		go admin.Serve(ctx, metricsListener, mux, log)
+		go admin.Serve(ctx, admin.LimitConnections(metricsListener), mux, log)
 	}
-	health := admin.Health{Alive: f.Alive, Ready: func() (bool, fmt.Stringer) { r := f.Ready(); return r.Ready, r }}.Handler()
+	health := admin.Health{Alive: f.Alive, Ready: func() (bool, fmt.Stringer) { r := f.Ready(); return r.Ready, r }}
 	if port, ok := front.TailnetPort(cfg.Control.Health); ok {
-		go f.ServeTailnet(ctx, port, func(ln net.Listener) {
-			admin.Serve(ctx, netutil.LimitListener(ln, adminConnections), health, log)
-		})
+		go f.ServeTailnet(ctx, port, func(ln net.Listener) { admin.ServeHealth(ctx, ln, health, log) })
 	} else if healthListener != nil {
-		go admin.Serve(ctx, healthListener, health, log)
+		go admin.ServeHealth(ctx, healthListener, health, log)
 	}
 	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)
 	daemon.SdNotify(false, daemon.SdNotifyReady)
@@ -200,7 +197,7 @@ func listenControl(key, addr string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("control.%s: %w: choose another address, or leave it out", key, err)
 	}
-	return netutil.LimitListener(ln, adminConnections), nil
+	return ln, nil
 }
 
 // reload brings a changed configuration into force, or says why not. Of the

@@ -130,17 +130,31 @@ const (
 	writeTimeout = time.Minute
 	// idleTimeout is longer than a scraper's interval.
 	idleTimeout = 2 * time.Minute
+	// healthTimeout is for a request to /healthz or /readyz, and again for the answer.
+	healthTimeout = 5 * time.Second
 )
 
 // Serve answers on ln until ctx ends, then closes it. Clients that don't read
 // or say nothing are left after a while.
 func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logger) {
-	srv := &http.Server{Handler: h, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout,
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
+	srv := &http.Server{Handler: h, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout}
+	runServer(ctx, ln, srv, log)
+}
+
+// ServeHealth is [Serve] for who may be strangers: a connection is for one request, and nobody can keep others
+// from being answered by connections that are open.
+func ServeHealth(ctx context.Context, ln net.Listener, h Health, log *slog.Logger) {
+	srv := &http.Server{Handler: h.Handler(), ReadTimeout: healthTimeout, WriteTimeout: healthTimeout}
+	srv.SetKeepAlivesEnabled(false)
+	runServer(ctx, LimitConnections(ln), srv, log)
+}
+
+func runServer(ctx context.Context, ln net.Listener, srv *http.Server, log *slog.Logger) {
+	srv.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
 	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
-		log.Error("control or metrics server ended", "address", ln.Addr().String(), "err", err)
+		log.Error("a server of the control section ended", "address", ln.Addr().String(), "err", err)
 	}
 }
 

@@ -177,3 +177,48 @@ func TestIdleClients(t *testing.T) {
 		})
 	}
 }
+
+// TestHealthIsNotStarved: whoever asks for health is answered, however many connections others hold, whether
+// those say nothing, send half a request, or had an answer and could ask for more. They are not kept for long.
+func TestHealthIsNotStarved(t *testing.T) {
+	const request = "GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+	h := Health{Alive: func(context.Context) error { return nil }}
+	for name, send := range map[string]string{"silent": "", "half": request[:20], "answered": request} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ln := pipes{make(chan net.Conn), make(chan struct{})}
+				ctx, cancel := context.WithCancel(t.Context())
+				go ServeHealth(ctx, ln, h, slog.New(slog.DiscardHandler))
+				var held []net.Conn
+				dial := func(send string) net.Conn {
+					conn := ln.dial()
+					conn.SetDeadline(time.Now().Add(time.Hour)) // a bubble may not hang
+					go io.WriteString(conn, send)
+					return conn
+				}
+				for range 2 * maxConnections {
+					held = append(held, dial(send))
+				}
+				synctest.Wait()
+				asked := time.Now()
+				good := dial(request)
+				if answer, err := io.ReadAll(good); err != nil || !strings.Contains(string(answer), "alive") {
+					t.Errorf("%q, %v", answer, err)
+				}
+				if took := time.Since(asked); took > 0 { // by the bubble's clock
+					t.Errorf("the answer took %v", took)
+				}
+				good.Close()
+				time.Sleep(2*healthTimeout + time.Second)
+				for _, conn := range held {
+					if _, err := io.Copy(io.Discard, conn); err != nil || time.Since(asked) > 3*healthTimeout {
+						t.Fatalf("a connection is kept: %v", err)
+					}
+					conn.Close()
+				}
+				cancel()
+				<-ln.ended
+			})
+		})
+	}
+}

@@ -156,15 +156,15 @@ func TestFile(t *testing.T) {
 		}
 	}
 	var log logs.Log
-	if _, err := Open(name, parse, log.Logger()); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Open(name, parse, log.Logger(), nil); !errors.Is(err, os.ErrNotExist) {
 		t.Fatalf("a file that is not there: %v", err)
 	}
 	write("192.0.2.1\nx\n")
-	if _, err := Open(name, parse, log.Logger()); err == nil || !strings.Contains(err.Error(), name+":2:1: ") {
+	if _, err := Open(name, parse, log.Logger(), nil); err == nil || !strings.Contains(err.Error(), name+":2:1: ") {
 		t.Fatalf("a bad line: %v", err)
 	}
 	write("192.0.2.1\n")
-	f, err := Open(name, parse, log.Logger())
+	f, err := Open(name, parse, log.Logger(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,11 +210,83 @@ func TestFile(t *testing.T) {
 	has("192.0.2.2", true)
 	logged("can't be read: those before stay in force", 1)
 
-	write("")
+	write("# none\n")
 	f.look()
 	f.look()
 	has("192.0.2.2", false)
 	logged("read again", 2)
+}
+
+// TestEmptied: a file that has lost its prefixes lets in nobody whom it kept out, nor does a reload with it,
+// until it says that nobody is meant.
+func TestEmptied(t *testing.T) {
+	for name, empty := range map[string]string{"truncated": "", "blank": "\n \n",
+		"a header alone": "; list of 2026\n", "a comment like it": "# none of these\n"} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "deny.txt")
+			write := func(text string) { // in place, as > does
+				t.Helper()
+				if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var log logs.Log
+			open := func(before *Table) *File {
+				t.Helper()
+				f, err := Open(file, parse, log.Logger(), before)
+				if err != nil {
+					t.Fatal(err)
+				}
+				f.Close() // we look ourselves
+				return f
+			}
+			check := func(f *File, denied bool, problem string) {
+				t.Helper()
+				if got := f.Contains(addr("192.0.2.1")); got != denied {
+					t.Errorf("it is denied: %v, want %v", got, denied)
+				}
+				err := f.Problem()
+				if (err == nil) != (problem == "") || err != nil && !strings.Contains(err.Error(), problem) {
+					t.Errorf("the problem: %v, want %q", err, problem)
+				}
+			}
+			write("192.0.2.1\n")
+			f := open(nil)
+			check(f, true, "")
+			write(empty)
+			for range 3 {
+				f.look()
+			}
+			check(f, true, `write "# none" into it`)
+			if n := strings.Count(log.String(), "is empty: those before"); n != 1 {
+				t.Errorf("the log says so %d times:\n%s", n, &log)
+			}
+			again := open(f.Table()) // a reload
+			check(again, true, "the 1 that it had stay in force")
+			check(open(nil), false, `has no prefix`) // a start, that knows of none before
+
+			os.Remove(file)
+			again.look()
+			check(again, true, "no such file")
+			write(empty)
+			again.look()
+			again.look()
+			check(again, true, "stay in force")
+
+			write(empty + "\n # none \n")
+			again.look()
+			again.look()
+			check(again, false, "")
+			write("x\n")
+			again.look()
+			again.look()
+			check(again, false, "no prefix")
+			write("192.0.2.1\n# none\n")
+			again.look()
+			again.look()
+			check(again, true, "")
+		})
+	}
 }
 
 // TestFollow sees a change come by itself.
@@ -223,7 +295,7 @@ func TestFollow(t *testing.T) {
 	if err := os.WriteFile(name, []byte("192.0.2.1\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	f, err := Open(name, parse, new(logs.Log).Logger())
+	f, err := Open(name, parse, new(logs.Log).Logger(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

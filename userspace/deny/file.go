@@ -1,6 +1,7 @@
 package deny
 
 import (
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -20,18 +21,22 @@ type File struct {
 	log   *slog.Logger
 	table atomic.Pointer[Table]
 
+	problem atomic.Pointer[error] // of the file as it is now
+
 	stop sync.Once
 	done chan struct{} // closed by Close
 
 	stamp   os.FileInfo // of what was read; nil: not there
 	changed os.FileInfo // what the last look saw instead, nil: nothing
 	missing bool        // the last look has said so
+	bad     error       // what is wrong with what was read
 }
 
 // Open reads a file with a prefix on each line, and reads it again when it changes, until Close. While a
-// changed file can't be used, or is gone, the table stays as it was, and log hears of it once. The caller
-// closes.
-func Open(name string, parse Parse, log *slog.Logger) (*File, error) {
+// changed file can't be used, is gone, or has no prefix any more and does not say that it is meant so, the
+// table stays as it was, and log hears of it once. before is the table of the same file in an earlier
+// configuration, nil for none: it stays where the file has become empty. The caller closes.
+func Open(name string, parse Parse, log *slog.Logger, before *Table) (*File, error) {
 	f := &File{name: name, parse: parse, log: log, done: make(chan struct{})}
 	info, err := os.Stat(name) // before reading: a change meanwhile is seen later
 	if err != nil {
@@ -41,11 +46,56 @@ func Open(name string, parse Parse, log *slog.Logger) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	f.table.Store(t)
+	f.table.Store(before)
 	f.stamp = info
+	f.use(t)
+	if f.bad != nil {
+		log.Warn("a file of denied prefixes is empty", "file", name, "err", f.bad)
+	}
+	f.tell()
 	go f.follow()
 	return f, nil
 }
+
+// use takes what the file has. Emptied, by a disk that is full or a script that failed half-way, it must not
+// let in whom it kept out.
+func (f *File) use(t *Table) (taken bool) {
+	f.bad = nil
+	if t.Len() == 0 && !t.none {
+		f.bad = fmt.Errorf("%s has no prefix: write %q into it if nobody is to be denied", f.name, sayNone)
+		if n := f.Len(); n > 0 {
+			f.bad = fmt.Errorf("%w; the %d that it had stay in force", f.bad, n)
+			return false
+		}
+	}
+	f.table.Store(t)
+	return true
+}
+
+// tell makes known what is wrong with the file now.
+func (f *File) tell() {
+	if f.bad == nil {
+		f.problem.Store(nil)
+		return
+	}
+	bad := f.bad
+	f.problem.Store(&bad)
+}
+
+// Problem is why the file is not in force as it is, or that it has no prefix without saying so; nil if all is
+// well.
+func (f *File) Problem() error {
+	if p := f.problem.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// Name is the file's.
+func (f *File) Name() string { return f.name }
+
+// Table is what is in force now.
+func (f *File) Table() *Table { return f.table.Load() }
 
 // Contains reports whether a is in one of the file's prefixes.
 func (f *File) Contains(a netip.Addr) bool { return f.table.Load().Contains(a) }
@@ -77,24 +127,37 @@ func (f *File) look() {
 		if !f.missing {
 			f.log.Error("a file of denied prefixes can't be read: those before stay in force",
 				"file", f.name, "err", err)
+			f.problem.Store(&err)
 		}
 		f.missing, f.changed = true, nil
 		return
 	}
 	settled := f.changed != nil && same(f.changed, now)
-	f.missing, f.changed = false, now
-	if !settled || same(f.stamp, now) {
+	f.changed = now
+	if !settled {
+		return
+	}
+	if f.missing {
+		f.missing = false
+		f.tell()
+	}
+	if same(f.stamp, now) {
 		return
 	}
 	f.stamp = now
+	defer f.tell()
 	t, err := readFile(f.name, f.parse)
-	if err != nil {
+	switch {
+	case err != nil:
+		f.bad = err
 		f.log.Error("a file of denied prefixes can't be used as it is: those before the change stay in force",
 			"file", f.name, "err", err)
-		return
+	case !f.use(t):
+		f.log.Error("a file of denied prefixes is empty: those before the change stay in force", "file", f.name,
+			"err", f.bad)
+	default:
+		f.log.Info("a file of denied prefixes was read again", "file", f.name, "prefixes", t.Len())
 	}
-	f.table.Store(t)
-	f.log.Info("a file of denied prefixes was read again", "file", f.name, "prefixes", t.Len())
 }
 
 func same(a, b os.FileInfo) bool {

@@ -28,11 +28,12 @@ const (
 	PartDatapath    = "datapath"    // that a route names, and and flows go by userspace until it is there
 	PartTransparent = "transparent" // that targets see this host's address without
 	PartContainers  = "containers"  // that dockerd can't be asked for
+	PartDeny        = "deny"        // a file that is not in force as it is
 	PartACME        = "acme"        // a name whose certificate can't be had now
 )
 
 var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, PartAccessLog, PartHealth,
-	PartDatapath, PartTransparent, PartContainers, PartACME}
+	PartDatapath, PartTransparent, PartContainers, PartDeny, PartACME}
 
 // Unready says whether the daemon is not ready while there is p: it can't take connections that it should.
 // With the others it can. One of ACME is none, since who sends no connections keeps the authority's out, too.
@@ -102,6 +103,9 @@ func (f *Front) problems() (out []Problem) {
 	}
 	for _, l := range f.logs {
 		add(PartAccessLog, "", l.File(), l.Problem())
+	}
+	for _, file := range f.denyFiles {
+		add(PartDeny, "", file.Name(), file.Problem())
 	}
 	add(PartHealth, "", f.cfg.Control.Health, f.healthErr)
 	for _, d := range f.datapaths() {

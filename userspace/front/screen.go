@@ -85,10 +85,14 @@ func (f *Front) deniedRequest(l *listener, v *vhost.Visit, client netip.Addr) er
 		Header: http.Header{"Connection": {"close"}}, Err: err}
 }
 
-// openDenials reads what the listeners of cfg deny, by listener. The caller closes the files.
+// openDenials reads what the listeners of cfg deny, by listener. The caller closes the files. f.mu is held.
 func (f *Front) openDenials(cfg *config.Config) (all map[string]*denials, files []*deny.File, err error) {
 	all = map[string]*denials{}
 	opened := map[string]*deny.File{} // each once
+	before := map[string]*deny.Table{}
+	for _, file := range f.denyFiles {
+		before[file.Name()] = file.Table()
+	}
 	var errs []error
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]
@@ -106,7 +110,8 @@ func (f *Front) openDenials(cfg *config.Config) (all map[string]*denials, files 
 			}
 			file := opened[item.File]
 			if file == nil {
-				if file, err = deny.Open(item.File, config.ParsePrefix, f.log); err != nil {
+				file, err = deny.Open(item.File, config.ParsePrefix, f.log, before[item.File])
+				if err != nil {
 					errs = append(errs, cfg.Errorf(item.At("file"), "deny: %v", err))
 					continue
 				}

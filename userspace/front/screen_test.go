@@ -154,6 +154,9 @@ func TestDenyBehindProxy(t *testing.T) {
 	eventually(t, "the mistake is logged", func() bool {
 		return strings.Contains(d.log.String(), file+`:2:1: \"192.0.2.0/8\": it has bits set behind its length`)
 	})
+	if !d.has(PartDeny, file, ":2:1: ") || !d.Ready().Ready {
+		t.Errorf("the problems: %v", d.Problems())
+	}
 	yaml := fmt.Sprintf("listeners:\n  - { name: tcp, listen: %q, mode: tcp,\n      accept_proxy: { from: 127.0.0.1 },\n"+
 		"      deny: [192.0.2.9, { file: %q }], default: { forward: %q } }\n", tcp, file, back)
 	place := "test.yaml:4:33: deny: "
@@ -173,6 +176,13 @@ func TestDenyBehindProxy(t *testing.T) {
 		if err := comeFrom(t, tcp, "127.0.0.1", client); (err == nil) != want {
 			t.Errorf("%s after the reload: %v", client, err)
 		}
+	}
+	write("")
+	if err := d.Reload(parse(t, yaml)); err != nil {
+		t.Fatal(err)
+	}
+	if err := comeFrom(t, tcp, "127.0.0.1", "192.0.2.8"); err == nil || !d.has(PartDeny, file, "stay in force") {
+		t.Errorf("after a reload with the file emptied: %v, %v", err, d.Problems())
 	}
 	os.Remove(file)
 	if err := d.Reload(parse(t, yaml)); err == nil || !strings.Contains(err.Error(), place+"stat "+file) {

@@ -116,7 +116,7 @@ type Front struct {
 	denyFiles    []*deny.File              // that are followed
 	tailnetAddrs []netip.Addr              // this node's, as last known
 	tailnetErr   error                     // why they are not known now, though a listener wants them
-	unbound      map[string]unboundAddress // what can't be bound now, by address
+	unbound      map[lack]error            // what can't be bound now, and why
 	healthErr    error                     // why control.health can't be bound on the tailnet
 	places       map[string]place          // that listeners name
 	wayErr       error                     // why there is no way though a route wants it
@@ -270,7 +270,8 @@ func (f *Front) apply(cfg *config.Config) error {
 		f.useTailnetAddrs(addrs)
 	}
 	want := bindings(cfg, listeners, f.tailnetAddrs, places)
-	if err := sameTwice(want); err != nil {
+	want, clashes := f.apart(want)
+	if err := f.newClash(clashes); err != nil && !starts {
 		dropLogs()
 		closeFiles(denyFiles)
 		return err
@@ -321,7 +322,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	}
 	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
 	go f.warnOfTailscaled(cfg)
-	f.noteUnbound(want, failed, tailnetErr)
+	f.noteUnbound(want, failed, clashes, tailnetErr)
 	f.watchDefaults()
 	if starts {
 		if err := f.nothingServes(want); err != nil {
@@ -341,7 +342,7 @@ func (f *Front) apply(cfg *config.Config) error {
 func (f *Front) mustBind(want []binding, failed map[string]error) error {
 	var errs []error
 	for _, b := range want {
-		if err := failed[b.addr]; err != nil && !b.tailnet && !b.place && f.unbound[b.addr].err == nil {
+		if err := failed[b.addr]; err != nil && !b.tailnet && !b.place && f.unbound[lack{b.addr, b.owner.name}] == nil {
 			errs = append(errs, fmt.Errorf("listener %q: %w", b.owner.name, err))
 		}
 	}
@@ -368,10 +369,8 @@ func (f *Front) nothingServes(want []binding) error {
 			return nil
 		}
 	}
-	for _, b := range want {
-		if u, ok := f.unbound[b.addr]; ok {
-			errs = append(errs, fmt.Errorf("listener %q: %w", u.listener, u.err))
-		}
+	for c, err := range f.unbound {
+		errs = append(errs, fmt.Errorf("listener %q: %w", c.listener, err))
 	}
 	return errors.Join(errs...)
 }

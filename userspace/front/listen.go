@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -303,32 +304,29 @@ func (f *Front) rebind(want []binding, opened map[string]*socket) {
 	}
 }
 
-// noteUnbound remembers which of want could not be bound, and why this node's
-// tailnet addresses are not known, if they are not; it logs what is new of it.
+// noteUnbound remembers what the listeners do without: what of want could not be bound, and clashes of
+// addresses, and interfaces without one. So it does why this node's tailnet addresses are not known, if they
+// are not. It logs what is new of that.
 //
 // f.mu is held.
-func (f *Front) noteUnbound(want []binding, failed map[string]error, tailnet error) {
-	unbound := map[string]unboundAddress{}
+func (f *Front) noteUnbound(want []binding, failed map[string]error, clashes map[lack]error, tailnet error) {
+	unbound := lacking(f.cfg, f.listeners, f.places)
+	maps.Copy(unbound, clashes)
 	for _, b := range want {
-		err := failed[b.addr]
-		if err == nil {
-			continue
+		if err := failed[b.addr]; err != nil {
+			unbound[lack{b.addr, b.owner.name}] = err
 		}
-		unbound[b.addr] = unboundAddress{b.owner.name, err}
-		if f.unbound[b.addr].err == nil || f.unbound[b.addr].err.Error() != err.Error() {
-			f.log.Warn("an address of a listener can't be bound yet: it is tried again each second", "listener", b.owner.name, "address", b.addr, "err", err)
+	}
+	for c, err := range unbound {
+		if before := f.unbound[c]; before == nil || before.Error() != err.Error() {
+			f.log.Warn("an address of a listener can't be bound yet: it is tried again each second",
+				"listener", c.listener, "address", c.addr, "err", err)
 		}
 	}
 	if tailnet != nil && (f.tailnetErr == nil || f.tailnetErr.Error() != tailnet.Error()) {
 		f.log.Warn("tailnet listeners wait until the tailnet is up", "err", tailnet)
 	}
 	f.unbound, f.tailnetErr = unbound, tailnet
-}
-
-// unboundAddress is one that can't be bound, whose, and why.
-type unboundAddress struct {
-	listener string
-	err      error
 }
 
 // lacksAddresses says whether a later try may bind more.
@@ -391,13 +389,10 @@ func (f *Front) rebindNow(tailnet error) {
 	}
 	f.refreshInterfaces()
 	want := bindings(f.cfg, f.listeners, f.tailnetAddrs, f.places)
-	if err := sameTwice(want); err != nil {
-		f.log.Warn("what is bound stays as it is", "err", err)
-		return
-	}
+	want, clashes := f.apart(want)
 	opened, failed := f.bindMissing(want)
 	f.rebind(want, opened)
-	f.noteUnbound(want, failed, tailnet)
+	f.noteUnbound(want, failed, clashes, tailnet)
 }
 
 // askTailnetAddrs asks tailscaled for this node's addresses.

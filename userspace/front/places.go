@@ -129,15 +129,65 @@ func (f *Front) namesInterface() bool {
 	return false
 }
 
-// sameTwice refuses an address that two listeners are to have: only here is known which ones a name has.
-func sameTwice(want []binding) error {
-	first := map[string]binding{}
+// A lack is what a listener does without: an address, or a name in listen that has none.
+type lack struct{ addr, listener string }
+
+// apart leaves each address of want to one listener: the one that is bound there, else the first. Only here
+// is known which addresses a name has, and an interface may get one at any time. clashes says what the others
+// do without.
+//
+// f.mu is held.
+func (f *Front) apart(want []binding) (kept []binding, clashes map[lack]error) {
+	holders := map[string]binding{}
 	for _, b := range want {
-		if o, taken := first[b.addr]; taken && o.owner != b.owner {
-			return fmt.Errorf("listener %q: %q and %q of listener %q are both %s here: leave one of them out",
-				b.owner.name, b.written, o.written, o.owner.name, b.addr)
+		s := f.sockets[b.addr]
+		if _, held := holders[b.addr]; !held || s != nil && s.owner.Load() == b.owner {
+			holders[b.addr] = b
 		}
-		first[b.addr] = b
 	}
-	return nil
+	clashes = map[lack]error{}
+	for _, b := range want {
+		switch o := holders[b.addr]; {
+		case o == b && !slices.Contains(kept, b):
+			kept = append(kept, b)
+		case o.owner != b.owner:
+			clashes[lack{b.addr, b.owner.name}] = fmt.Errorf(
+				"%q and %q of listener %q are both %s here: leave one of them out",
+				b.written, o.written, o.owner.name, b.addr)
+		}
+	}
+	return kept, clashes
+}
+
+// newClash is an error if two listeners are to have an address, and do not go without it already.
+//
+// f.mu is held.
+func (f *Front) newClash(clashes map[lack]error) error {
+	var errs []error
+	for c, err := range clashes {
+		if f.unbound[c] == nil {
+			errs = append(errs, fmt.Errorf("listener %q: %w", c.listener, err))
+		}
+	}
+	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	return errors.Join(errs...)
+}
+
+// lacking are the interfaces that listeners of cfg name, and that have no address now.
+func lacking(cfg *config.Config, owners map[string]*listener, places map[string]place) map[lack]error {
+	out := map[lack]error{}
+	for i := range cfg.Listeners {
+		l := &cfg.Listeners[i]
+		if l.WhileDown == whileDownClose && owners[l.Name].shut {
+			continue
+		}
+		for _, written := range l.Listen {
+			name := placeOf(written)
+			if p := places[name]; p.isInterface && len(p.addrs) == 0 {
+				out[lack{written, l.Name}] = fmt.Errorf(
+					"the interface %s is not there, or has no address: see `ip address`", name)
+			}
+		}
+	}
+	return out
 }

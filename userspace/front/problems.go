@@ -95,8 +95,8 @@ func (f *Front) problems() (out []Problem) {
 			add(PartDefault, c.Name, r.written, l.gate.closed())
 		}
 	}
-	for addr, u := range f.unbound {
-		add(PartAddress, u.listener, addr, u.err)
+	for c, err := range f.unbound {
+		add(PartAddress, c.listener, c.addr, err)
 	}
 	if len(f.tailnetAddrs) > 0 {
 		add(PartTailnet, "", "", f.tailnetErr)

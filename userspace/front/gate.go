@@ -3,9 +3,11 @@ package front
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -129,23 +131,66 @@ func (g *gate) reach(ctx context.Context) error {
 		}()
 	}
 	var errs []error
+	var unclear error
 	for range r.targets {
 		err := <-answers
-		if err == nil {
+		switch {
+		case err == nil:
 			return nil
+		case !tells(err):
+			unclear = err
 		}
 		errs = append(errs, err)
+	}
+	if unclear != nil { // that one may be well
+		return unclear
 	}
 	return errors.Join(errs...)
 }
 
+// shortages are errors of this host alone, which pass: a stranger can use up descriptors, ports, memory and the
+// firewall's table of connections (EPERM), and must not shut the listener for everybody by that. EAGAIN is that
+// of a unix socket whose server is there, and has many waiting.
+var shortages = []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM,
+	syscall.EADDRNOTAVAIL, syscall.EAGAIN, syscall.EPERM, syscall.EACCES, syscall.EINTR}
+
+// tells reports whether a check that failed says that connections do not get from here to the target, as they
+// may from another edge: it refuses, is silent or unknown, or there is no way to it, be it for want of a route
+// here. What is not known to say so does not.
+func tells(err error) bool {
+	for _, e := range shortages {
+		if errors.Is(err, e) {
+			return false
+		}
+	}
+	var name *net.DNSError
+	if errors.As(err, &name) && name.IsTemporary && !name.IsTimeout {
+		return false // the name server's trouble, or a descriptor that the question lacked
+	}
+	var failed *dial.Error
+	if !errors.As(err, &failed) {
+		return true
+	}
+	switch failed.Reason {
+	case dial.Exhausted, dial.Denied, dial.Canceled, dial.Failed:
+		return false
+	}
+	return true
+}
+
 // note counts a check, and shuts or opens the listener. late: there may yet be an
-// answer, which is only a reason against a listener that is open.
+// answer, which is only a reason against a listener that is open. A check that
+// tells nothing changes neither.
 func (g *gate) note(ctx context.Context, err error, late bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	switch {
 	case ctx.Err() != nil || late && g.shut:
+		return
+	case err != nil && !tells(err):
+		if g.shut {
+			g.why.Store(&err)
+		}
 		return
 	case err == nil:
 		g.rise, g.fall = g.rise+1, 0

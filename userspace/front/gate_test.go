@@ -1,13 +1,21 @@
 package front
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
 )
 
 // TestWhileDownClose: a listener is shut until its default answers, shut again when it no longer does, and
@@ -134,6 +142,9 @@ func TestGateCounts(t *testing.T) {
 		{"---+l+", true, "oossso"},
 		{"-+", false, "so"},
 		{"l+", false, "so"},
+		{"--????????-", true, "oooooooooos"},
+		{"---+?+?-?++", true, "oosssoooooo"},
+		{"????", false, "ssss"},
 	} {
 		l := &listener{name: "test"}
 		g := &gate{front: d.Front, listener: l, shut: !c.opened, opened: c.opened}
@@ -143,12 +154,67 @@ func TestGateCounts(t *testing.T) {
 				g.note(t.Context(), nil, false)
 			case '-':
 				g.note(t.Context(), refused, false)
+			case '?':
+				g.note(t.Context(), syscall.EMFILE, false)
 			case 'l':
 				g.note(t.Context(), refused, true)
 			}
 			if want := c.want[i] == 's'; g.shut != want || (g.closed() != nil) != want && i > 0 {
 				t.Errorf("%s, after %d: shut %t, %v", c.checks, i+1, g.shut, g.closed())
 			}
+		}
+	}
+}
+
+// TestGateTells: which failures of a check are a reason to shut the listener. Each is made where the kernel would
+// make it.
+func TestGateTells(t *testing.T) {
+	check := func(what string, target dial.Target, fail error, want bool) {
+		t.Helper()
+		d := &dial.Dialer{From: func(nd *net.Dialer, _ netip.Addr) {
+			nd.Control = func(string, string, syscall.RawConn) error { return os.NewSyscallError("connect", fail) }
+		}}
+		r := &rule{targets: []config.Forward{{To: config.Target(target)}}, dialer: d}
+		l := &listener{name: "test"}
+		l.service.Store(&service{fallback: r})
+		err := (&gate{listener: l}).reach(t.Context())
+		if err == nil || tells(err) != want {
+			t.Errorf("%s: it tells of the target: %v, want %v: %v", what, !want, want, err)
+		}
+	}
+	v4 := dial.Target{Scheme: dial.TCP, Host: "192.0.2.1", Port: 9}
+	v6 := dial.Target{Scheme: dial.TCP, Host: "2001:db8::1", Port: 9}
+	for errno, want := range map[syscall.Errno]bool{
+		syscall.ECONNREFUSED: true, syscall.ETIMEDOUT: true, syscall.EHOSTUNREACH: true, syscall.EHOSTDOWN: true,
+		syscall.ENETUNREACH: true, syscall.ENETDOWN: true, // also for want of a route here: others may have one
+		syscall.EMFILE: false, syscall.ENFILE: false, syscall.ENOBUFS: false, syscall.ENOMEM: false,
+		syscall.EADDRNOTAVAIL: false, // no port is free; over IPv6 also that this host has no address for it
+		syscall.EAGAIN:        false, syscall.EINTR: false,
+		syscall.EPERM: false, syscall.EACCES: false, // the firewall's table is full; or a rule of this host
+		syscall.EINVAL: false, syscall.EIO: false, // which nobody has thought of
+	} {
+		check(errno.Error()+", IPv4", v4, errno, want)
+		check(errno.Error()+", IPv6", v6, errno, want)
+	}
+	unix := dial.Target{Scheme: dial.Unix, Path: filepath.Join(t.TempDir(), "none.sock")}
+	check("no socket", unix, nil, true)
+	check("no tailnet", dial.Target{Scheme: dial.Tailnet, Host: "home", Port: 9}, nil, false) // never in a plan
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{
+		{&dial.Error{Reason: dial.NodeOffline, Err: context.DeadlineExceeded}, true},
+		{&dial.Error{Reason: dial.NoTailscaled, Err: syscall.ENOENT}, true},
+		{&dial.Error{Reason: dial.NoTailscaled, Err: fmt.Errorf("ask: %w", syscall.EMFILE)}, false},
+		{&dial.Error{Reason: dial.TailscaleDown}, true},
+		{&dial.Error{Reason: dial.UnknownContainer}, true},
+		{&dial.Error{Reason: dial.DNS, Err: &net.DNSError{IsNotFound: true}}, true},
+		{&dial.Error{Reason: dial.DNS, Err: &net.DNSError{IsTemporary: true}}, false},
+		{&dial.Error{Reason: dial.DNS, Err: &net.DNSError{IsTemporary: true, IsTimeout: true}}, true},
+		{&dial.Error{Reason: dial.Canceled}, false},
+	} {
+		if tells(c.err) != c.want {
+			t.Errorf("%#v: it tells of the target: %v", c.err, !c.want)
 		}
 	}
 }

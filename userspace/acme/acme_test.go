@@ -197,7 +197,7 @@ func TestAuthorityDown(t *testing.T) {
 		if st.State != StateFailing || st.NextTry.IsZero() {
 			return fmt.Errorf("%+v", st)
 		}
-		return contains(st.Problem, "127.0.0.1", "can't reach the authority", "refused")
+		return contains(st.Problem, "127.0.0.1", "can't reach the authority", "refuses connections")
 	})
 	if err := contains(h.log.String(), "certificate can't be obtained", "can't reach the authority", "serving=\"the certificate that expires"); err != nil {
 		t.Error(err)

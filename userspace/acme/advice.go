@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"regexp"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/mholt/acmez/v3/acme"
@@ -145,10 +146,21 @@ func transport(ca CA, err error) string {
 		return fmt.Sprintf("its directory's certificate can't be believed: is the URL %s right, and this machine's clock? %v", ca.Directory, err)
 	case errors.As(err, &dns):
 		return fmt.Sprintf("this machine can't look up its directory's name: is the URL %s right, and does DNS work here? %v", ca.Directory, err)
+	case errors.Is(err, syscall.ECONNREFUSED): // its own text would look as if we had refused a connection
+		return "this machine can't reach the authority: it refuses connections to " + peer(err) + ": it may be down; is the URL " + ca.Directory + " right?"
 	case errors.Is(err, context.DeadlineExceeded), unreachable(err):
 		return fmt.Sprintf("this machine can't reach the authority: it may be down; if it stays so, see whether a firewall lets this machine out to it: %v", err)
 	}
 	return err.Error()
+}
+
+// peer is where err, of the network, says that nobody was reached.
+func peer(err error) string {
+	var op *net.OpError
+	if !errors.As(err, &op) || op.Addr == nil {
+		return "it"
+	}
+	return op.Addr.String()
 }
 
 // unreachable says whether err is of the network, and not of what was said.

@@ -163,9 +163,9 @@ func (d *Dialer) explain(ctx context.Context, t Target, f *failure, took time.Du
 			e.msg = fmt.Sprintf("%s was not resolved within %s", t.Host, waited)
 		}
 	case Refused:
-		e.msg = fmt.Sprintf("connection refused%s: nothing listens there", at)
+		e.msg = fmt.Sprintf("the target refused the connection%s: nothing listens there", at)
 		if errors.Is(f.err, ErrSelf) {
-			e.msg = fmt.Sprintf("connection refused%s: %v", at, ErrSelf)
+			e.msg = fmt.Sprintf("the target refused the connection%s: %v", at, ErrSelf)
 		}
 		if errors.Is(f.err, syscall.EAGAIN) {
 			e.msg = "what listens there does not keep up: its queue of new connections is full"
@@ -272,6 +272,9 @@ func dnsMessage(host string, err error) string {
 		return msg
 	case dns.IsTimeout:
 		return fmt.Sprintf("the name server did not answer for %s%s", host, server)
+	}
+	if strings.HasSuffix(dns.Err, syscall.ECONNREFUSED.Error()) {
+		return fmt.Sprintf("look up %s: no name server listens there%s", host, server)
 	}
 	return fmt.Sprintf("look up %s: %s%s", host, strings.TrimSpace(dns.Err), server)
 }

@@ -76,11 +76,11 @@ func accessLogOf(cfg *config.Config, l *config.Listener) *config.AccessLog {
 
 func logKey(a *config.AccessLog) string { return a.Format + " " + a.File }
 
-// logAccess writes a request's line into the access log, if there is one.
-func (f *Front) logAccess(l *listener, r *vhost.Request) {
+// logAccess writes a request's line into the access log, and says whether there is one.
+func (f *Front) logAccess(l *listener, r *vhost.Request) bool {
 	log := l.service.Load().accessLog
 	if log == nil {
-		return
+		return false
 	}
 	e := &accesslog.Entry{Time: r.Started, ID: r.ID, RequestID: r.RequestID, Node: f.node(), Listener: l.name, Client: r.Client.Addr(), User: r.User,
 		Method: r.Method, Host: r.Host, URI: r.URI, Proto: r.Proto, Status: r.Status, BytesUp: r.BytesIn, BytesDown: r.BytesOut,
@@ -95,4 +95,5 @@ func (f *Front) logAccess(l *listener, r *vhost.Request) {
 		e.Err = r.Err.Error()
 	}
 	log.Write(e)
+	return true
 }

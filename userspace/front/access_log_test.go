@@ -1,6 +1,7 @@
 package front
 
 import (
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -46,4 +47,42 @@ listeners: [{ listen: %q, mode: http, access_log: { file: %q }, default: { forwa
 	eventually(t, "the new file", has("b.log", 0))
 	get()
 	eventually(t, "a line in it", has("b.log", 1))
+}
+
+// TestOneLine: a request has one line, and not one in each of two logs.
+func TestOneLine(t *testing.T) {
+	addr, bare, app := freeAddr(t), freeAddr(t), headers(t)
+	file := filepath.Join(t.TempDir(), "a.log")
+	d := start(t, fmt.Sprintf(`
+listeners:
+  - { name: with, listen: %q, mode: http, access_log: { file: %q }, default: { forward: %q } }
+  - { name: without, listen: %q, mode: http, default: { forward: %q } }`, addr, file, app, bare, app))
+	ask(t, addr, "GET", "a.test", "/with", nil)
+	eventually(t, "a line of access", func() bool { b, _ := os.ReadFile(file); return strings.Contains(string(b), "/with") })
+	ask(t, bare, "GET", "a.test", "/without", nil)
+	eventually(t, "a line of the log", func() bool { return d.log.Count("path=/without") == 1 })
+	if n := d.log.Count("path=/with "); n != 0 {
+		t.Errorf("the access log has the request, and the log has it %d times", n)
+	}
+}
+
+// TestWhoRefused: only what this daemon refuses is "refused" in its log.
+func TestWhoRefused(t *testing.T) {
+	edge, web := freeAddr(t), freeAddr(t)
+	d := start(t, fmt.Sprintf(`
+listeners:
+  - { listen: %q, mode: sni, default: { forward: %q } }
+  - { listen: %q, mode: http, default: { forward: %q } }`, edge, freeAddr(t), web, freeAddr(t)))
+	dialTLS(edge, &tls.Config{ServerName: "a.test"})
+	ask(t, web, "GET", "a.test", "/", nil)
+	conn := dialTCP(t, edge)
+	conn.Write([]byte("\x16\x03\x01\x02\x00\x01"))
+	conn.CloseWrite()
+	conn.Read(make([]byte, 1))
+	for msg, n := range map[string]int{"the target refused the connection": 2, "the client left before its TLS hello was complete": 1} {
+		eventually(t, msg, func() bool { return d.log.Count(msg) >= n })
+	}
+	if d.log.Count("connection refused") > 0 {
+		t.Error("nothing was refused here")
+	}
 }

@@ -48,7 +48,7 @@ listeners:
 		t.Error("the other listener is closed")
 	}
 	eventually(t, "the log says that it stays closed", func() bool { return d.log.Count("stays closed") == 1 })
-	eventually(t, "status says why", func() bool { return d.has(PartDefault, target, "connection refused") })
+	eventually(t, "status says why", func() bool { return d.has(PartDefault, target, "the target refused the connection") })
 
 	serve := func() net.Listener {
 		ln, err := net.Listen("tcp", target)

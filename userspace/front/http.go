@@ -102,7 +102,7 @@ func (h *httpServer) serve(in *inbound) {
 	f.metrics.Bytes.WithLabelValues(fl.Listener, "down").Add(float64(in.bytesOut.Load()))
 	if err != nil {
 		f.metrics.Refused.WithLabelValues(in.listener.name, "tls_handshake").Inc()
-		f.complain.Warn("tls_handshake", "connection refused", "id", in.id, "listener", in.listener.name, "client", in.client, "reason", "tls_handshake", "err", err)
+		f.complain.Warn("tls_handshake", "the TLS handshake failed", "id", in.id, "listener", in.listener.name, "client", in.client, "reason", "tls_handshake", "err", err)
 	}
 }
 
@@ -136,9 +136,10 @@ func (in *inbound) Judge(ctx context.Context, info *vhost.ConnInfo) {
 	}
 }
 
-// requestEnded writes the one line of a request, which is a flow of its own.
+// requestEnded writes the one line of a request, which is a flow of its own: into the access log, or where there is none
+// into the daemon's. That has it all the same at level debug.
 func (f *Front) requestEnded(l *listener, r vhost.Request) {
-	f.logAccess(l, &r)
+	logged := f.logAccess(l, &r)
 	var bad *vhost.BadRequest
 	if errors.As(r.Err, &bad) {
 		f.metrics.Refused.WithLabelValues(l.name, bad.Reason).Inc()
@@ -160,7 +161,11 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	if errors.As(r.Err, &over) {
 		return // whose lines are rationed
 	}
-	if !f.log.Enabled(context.Background(), slog.LevelInfo) {
+	level := slog.LevelInfo
+	if logged {
+		level = slog.LevelDebug
+	}
+	if !f.log.Enabled(context.Background(), level) {
 		return // a system call and two dozen allocations for nobody
 	}
 	attrs := make([]slog.Attr, 0, 24)
@@ -179,7 +184,7 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	if r.User != "" {
 		attrs = append(attrs, slog.String("user", r.User))
 	}
-	f.logEnded(attrs, r.Err)
+	f.logEnded(level, attrs, r.Err)
 }
 
 // targetOf is the target of an upstream as the config writes it.

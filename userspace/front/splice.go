@@ -61,11 +61,12 @@ func (in *inbound) choose(hello *sni.Hello) (*rule, error) {
 	return r, nil
 }
 
-// helloTimeout and helloDisplaced are the metric's words for a hello that was not complete in time, or before
-// others needed its place.
+// The metric's words for a hello that was not complete: in time, before others needed its place, or when the client
+// left.
 const (
-	helloTimeout   = "hello_timeout"
-	helloDisplaced = "hello_displaced"
+	helloTimeout    = "hello_timeout"
+	helloDisplaced  = "hello_displaced"
+	helloIncomplete = "hello_incomplete"
 )
 
 var errDisplaced = errors.New("its PROXY header or hello was not complete when a newer connection needed its place")
@@ -120,7 +121,7 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 	case errors.Is(err, sni.ErrEOF): // a port scan, or a health check
 		reason = "empty"
 	default:
-		reason = "hello_incomplete"
+		reason = helloIncomplete
 	}
 	f.helloRefused(in, hello.ServerName, reason, err)
 	if speaksTLS && f.ctx.Err() == nil {
@@ -137,7 +138,11 @@ func (f *Front) helloRefused(in *inbound, name, reason string, err error) {
 	}
 	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
 	if reason != "empty" && reason != shutdown {
-		f.complain.Warn(reason, "connection refused", "id", in.id, "listener", in.listener.name, "client", in.client, "name", name, "reason", reason, "err", err)
+		msg := "connection refused"
+		if reason == helloIncomplete {
+			msg = "the client left before its TLS hello was complete"
+		}
+		f.complain.Warn(reason, msg, "id", in.id, "listener", in.listener.name, "client", in.client, "name", name, "reason", reason, "err", err)
 	}
 }
 
@@ -253,7 +258,7 @@ func (f *Front) ended(fl *flow.Flow, res relay.Result, rtt [2]time.Duration) {
 	if !f.log.Enabled(f.ctx, slog.LevelInfo) {
 		return
 	}
-	f.logEnded([]slog.Attr{slog.String("id", fl.ID), slog.String("node", f.node()), slog.String("listener", fl.Listener),
+	f.logEnded(slog.LevelInfo, []slog.Attr{slog.String("id", fl.ID), slog.String("node", f.node()), slog.String("listener", fl.Listener),
 		slog.String("route", fl.Route), slog.String("name", fl.Name),
 		slog.String("client", fl.Client), slog.String("downstream", fl.Downstream),
 		slog.String("upstream", fl.Upstream), slog.String("target", fl.Target),
@@ -264,11 +269,11 @@ func (f *Front) ended(fl *flow.Flow, res relay.Result, rtt [2]time.Duration) {
 
 // logEnded writes the line of a flow or a request. It gives it to the handler
 // itself: slog.Logger looks up the caller first, which takes as long as the line.
-func (f *Front) logEnded(attrs []slog.Attr, err error) {
+func (f *Front) logEnded(level slog.Level, attrs []slog.Attr, err error) {
 	if err != nil {
 		attrs = append(attrs, slog.Any("err", err))
 	}
-	r := slog.NewRecord(time.Now(), slog.LevelInfo, "flow ended", 0)
+	r := slog.NewRecord(time.Now(), level, "flow ended", 0)
 	r.AddAttrs(attrs...)
 	_ = f.log.Handler().Handle(f.ctx, r)
 }

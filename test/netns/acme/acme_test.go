@@ -193,7 +193,7 @@ func TestTrouble(t *testing.T) {
 			if err := s.startAuthority(life); err != nil {
 				t.Fatal(err)
 			}
-		}, []string{authorityIP, "can't reach the authority", "connection refused"}},
+		}, []string{authorityIP, "can't reach the authority", "it refuses connections to "}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s.restartAuthority(t, life)

@@ -115,14 +115,14 @@ func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *peers) erro
 	if v.Request.Context().Err() == nil {
 		f.requestRefused(listener, v, reason, err)
 	}
-	no := &vhost.Refusal{Status: http.StatusForbidden, Title: "This is not open to you",
-		Text: f.node() + " does not let you in from where you are.",
-		Hint: "If you should be, come by the tailnet or from an address that is allowed; if it is yours, see allow in its configuration.", Err: err}
+	no := &vhost.Refusal{Status: http.StatusForbidden, Title: "Access is not allowed",
+		Text: f.node() + " does not let visitors in from where you are.",
+		Hint: "If you should have access, try again from a network that is allowed, such as the tailnet.", Err: err}
 	switch reason {
 	case notIdentified:
-		no.Status, no.Title = http.StatusServiceUnavailable, "It can't be told who you are"
-		no.Text = f.node() + " lets in whom it knows, and Tailscale there did not answer who you are."
-		no.Hint = "Try again in a moment. If it is yours, `tailscale status` and its log should tell why."
+		no.Status, no.Title = http.StatusServiceUnavailable, "You could not be identified"
+		no.Text = f.node() + " lets in only visitors that it knows, and could not find out who you are."
+		no.Hint = "Try again in a few minutes."
 		no.Header = http.Header{"Retry-After": {"5"}}
 	case proxyFromStranger, proxyMissing:
 		no.Header = http.Header{"Connection": {"close"}}
@@ -202,8 +202,8 @@ func (f *Front) basicGuard(listener string, users *auth.Users) vhost.Guard {
 		} else {
 			f.metrics.Refused.WithLabelValues(listener, "no_password").Inc() // how each visit begins
 		}
-		return &vhost.Refusal{Status: http.StatusUnauthorized, Title: "Who are you?",
-			Text:   f.node() + " asks for a user and a password.",
+		return &vhost.Refusal{Status: http.StatusUnauthorized, Title: "Sign in",
+			Text:   f.node() + " asks for a user name and a password.",
 			Header: http.Header{"Www-Authenticate": {`Basic realm="` + f.node() + `", charset="UTF-8"`}}, Err: err}
 	}
 }
@@ -215,12 +215,12 @@ func (f *Front) passwordError(listener string, v *vhost.Visit, user string, err 
 		return err
 	}
 	f.requestRefused(listener, v, "passwords_over_limit", fmt.Errorf("user %q: %w", user, err))
-	no := &vhost.Refusal{Status: http.StatusServiceUnavailable, Title: "Too many sign in right now",
-		Text: f.node() + " has more passwords to check than it takes.", Hint: "Try again in a moment.",
+	no := &vhost.Refusal{Status: http.StatusServiceUnavailable, Title: "Too many people are signing in",
+		Text: f.node() + " can't check more passwords at the moment.", Hint: "Try again in a few minutes.",
 		Header: http.Header{"Retry-After": {strconv.Itoa(int(math.Ceil(busy.RetryAfter.Seconds())))}}, Err: err}
 	if busy.Source {
-		no.Status, no.Title = http.StatusTooManyRequests, "Too many tries"
-		no.Text = f.node() + " has got too many passwords to check from where you are."
+		no.Status, no.Title = http.StatusTooManyRequests, "Too many attempts to sign in"
+		no.Text = f.node() + " has received too many passwords from your address."
 	}
 	return no
 }
@@ -270,9 +270,8 @@ func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.G
 		if fw.IsOwn(v.Request.Header) {
 			err := fmt.Errorf("%w: %s", errAuthLoop, address)
 			f.requestRefused(listener, v, "auth_loop", err)
-			return &vhost.Refusal{Status: http.StatusLoopDetected, Title: "The sign-in service leads back here",
-				Text: f.node() + " asked it whether you are allowed in, and was asked the same itself.",
-				Hint: "If it is yours, see forward_auth in its configuration.", Err: err}
+			return &vhost.Refusal{Status: http.StatusLoopDetected, Title: "The sign-in service does not work",
+				Text: "It could not be found out whether you have access: " + f.node() + " and the sign-in service ask each other.", Err: err}
 		}
 		v.Drop = append(v.Drop, fw.Copies()...)
 		header := v.Request.Header.Clone()
@@ -289,8 +288,8 @@ func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.G
 			err = fmt.Errorf("forward_auth %s: %w", address, err)
 			f.metrics.Refused.WithLabelValues(listener, "auth_server").Inc()
 			f.complain.Warn("auth_server "+address, "the server of forward_auth gave no usable answer", "id", v.ID, "listener", listener, "address", address, "err", err)
-			no := &vhost.Refusal{Status: http.StatusBadGateway, Title: "The sign-in service gave no usable answer",
-				Text: f.node() + " could not find out whether you are allowed in.", Hint: "Try again in a moment. If it is yours, its log should tell why.", Err: err}
+			no := &vhost.Refusal{Status: http.StatusBadGateway, Title: "The sign-in service sent no valid answer",
+				Text: f.node() + " could not find out whether you have access.", Hint: "Try again in a few minutes.", Err: err}
 			if errors.Is(err, auth.ErrNoAnswer) {
 				no.Status, no.Title = http.StatusServiceUnavailable, "The sign-in service is not answering"
 				no.Header = http.Header{"Retry-After": {"10"}}

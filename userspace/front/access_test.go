@@ -84,7 +84,7 @@ listeners:
 			lines = append(lines, "X-Forwarded-For: "+c.xff)
 		}
 		res, body := ask(t, addr, "GET", c.host, "/", from(c.client), lines...)
-		if res.StatusCode != c.status || c.status == 403 && !strings.Contains(body, "not open to you") {
+		if res.StatusCode != c.status || c.status == 403 && !strings.Contains(body, "Access is not allowed") {
 			t.Errorf("%+v: %d %s", c, res.StatusCode, body)
 		}
 	}

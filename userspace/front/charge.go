@@ -62,13 +62,13 @@ func (q *requestLease) Name(v *vhost.Visit) error {
 // noRoom is the answer to a request that is one too many.
 func (f *Front) noRoom(listener string, v *vhost.Visit, err error) error {
 	f.requestRefused(listener, v, overRequests, err)
-	no := &vhost.Refusal{Status: http.StatusServiceUnavailable, Title: "Too much is going on here",
-		Text: f.node() + " has as many requests under way as it takes.", Hint: "Try again in a moment. If it is yours, see limits.requests in its configuration.",
+	no := &vhost.Refusal{Status: http.StatusServiceUnavailable, Title: "Too many requests at once",
+		Text: f.node() + " can't take more requests at the moment.", Hint: "Try again in a few minutes.",
 		Header: http.Header{"Retry-After": {retryAfter}}, Err: err}
 	if errors.Is(err, limit.ErrSource) {
-		no.Status, no.Title = http.StatusTooManyRequests, "Too many requests at once"
-		no.Text = f.node() + " has as many requests from where you are under way as it takes."
-		no.Hint = "Try again when some of them have ended. If it is yours, see limits.requests_per_source in its configuration."
+		no.Status, no.Title = http.StatusTooManyRequests, "Too many requests from your address"
+		no.Text = f.node() + " can't take more requests from your address at the same time."
+		no.Hint = "Try again when some of them have ended."
 	}
 	return no
 }

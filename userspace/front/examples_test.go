@@ -226,7 +226,7 @@ func TestExamples(t *testing.T) {
 		},
 		"allow": {
 			{"GET", "http://blog.vsq.cz/", nil, "", 200, "3001: ", nil},
-			{"GET", "http://notes.vsq.cz/", nil, "", 403, "not open to you", nil},
+			{"GET", "http://notes.vsq.cz/", nil, "", 403, "Access is not allowed", nil},
 		},
 		"basic-auth": {
 			{"GET", "http://wiki.vsq.cz/", nil, "", 401, "", header{"Www-Authenticate": "*"}},

@@ -26,7 +26,7 @@ func TestFoldedNames(t *testing.T) {
 	})
 	var forged, allowed [][2]string
 	for _, name := range []string{"Tailscale-User-Login", "Tailscale-User-Name", "X-Forwarded-For", "X-Forwarded-User", "X-Forwarded-Uri", "X-Forwarded-Prefix", "X-Forwarded-Proto", "X-Real-Ip", "Client-Cert",
-		"Client-Cert-Chain", "X-Original-Url", "X-Tailsplice-Id", "X-Request-Id", "Remote-User", "X-Set", "X-Gone", "Front-End-Https", "Cf-Connecting-Ip"} {
+		"Client-Cert-Chain", "X-Original-Url", "X-Tailsplice-Id", "X-Tailsplice-Path", "X-Request-Id", "Remote-User", "X-Set", "X-Gone", "Front-End-Https", "Cf-Connecting-Ip"} {
 		for _, other := range "!#$%&'*+.^_`|~" {
 			forged = append(forged, [2]string{strings.ReplaceAll(name, "-", string(other)), "forged"})
 		}

@@ -134,6 +134,12 @@ func (in *inbound) Judge(ctx context.Context, info *vhost.ConnInfo) {
 	if info.Trusted && errors.As(info.Unknown, &unsaid) {
 		info.Unknown = nil // a request may say it
 	}
+	info.Hop = ""
+	if !errors.Is(info.Unknown, errNoHeader) {
+		if hop, _ := q.Hop(in.peer.Addr()); hop {
+			info.Hop = q.name(in.peer.Addr())
+		}
+	}
 }
 
 // requestEnded writes the one line of a request, which is a flow of its own: into the access log, or where there is none

@@ -106,7 +106,7 @@ listeners:
 		{none, "POST", "https://a.test/two", "once", nil, 200, "body=4"},
 		{none, "GET", "https://a.test/h2c", "", nil, 200, "HTTP/2.0"},
 		{none, "GET", "https://a.test/tls", "", nil, 200, "tls HTTP/2.0"},
-		{none, "GET", "https://a.test/badtls", "", nil, 502, "could not prove who it is"},
+		{none, "GET", "https://a.test/badtls", "", nil, 502, "could not prove its identity"},
 		{none, "GET", "https://a.test/old/x?y", "", nil, 308, "https://new.test/old/x?y"},
 		{none, "GET", "http://a.test/x?y", "", nil, 308, "https://a.test/x?y"},
 		{none, "GET", "https://mtls.test/", "", nil, 403, ""},

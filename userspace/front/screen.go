@@ -79,9 +79,8 @@ func (f *Front) deniedRequest(l *listener, v *vhost.Visit, client netip.Addr) er
 	}
 	err := &deniedError{client}
 	f.requestRefused(l.name, v, denied, err)
-	return &vhost.Refusal{Status: http.StatusForbidden, Title: "This is not open to you",
-		Text:   f.node() + " does not let you in from where you are.",
-		Hint:   "If you should be, and it is yours, see deny in its configuration.",
+	return &vhost.Refusal{Status: http.StatusForbidden, Title: "Access is not allowed",
+		Text:   f.node() + " does not let visitors in from where you are.",
 		Header: http.Header{"Connection": {"close"}}, Err: err}
 }
 

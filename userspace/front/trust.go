@@ -146,6 +146,17 @@ func (q *asker) Hop(a netip.Addr) (bool, error) {
 	return q.trust.names(a, q.whoIs)
 }
 
+// name is that of the node which has an address, if it is known already; else "".
+func (q *asker) name(a netip.Addr) string {
+	for i := range q.answers {
+		if q.answers[i].addr == a {
+			return q.answers[i].id.Node
+		}
+	}
+	id, _ := q.front.tailnet.Known(a)
+	return id.Node
+}
+
 // describe says who has an address, for the log.
 func (q *asker) describe(a netip.Addr) string {
 	if !tailnet.Contains(a) {

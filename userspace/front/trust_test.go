@@ -611,6 +611,32 @@ func TestProxyRequiredLater(t *testing.T) {
 	}
 }
 
+// TestPathNames: the target hears the names of the hops that are known, and no name of anybody else.
+func TestPathNames(t *testing.T) {
+	startTailscaled(t)
+	d := start(t, fmt.Sprintf(`
+node: laptop
+listeners: [{ name: web, listen: %q, mode: http, accept_proxy: { from: ["tag:home", 127.0.0.1] }, default: { forward: %q } }]`,
+		freeAddr(t), headers(t)))
+	for _, c := range []struct{ name, peer, preface, header, want string }{
+		{"a hop that passes on a client's bytes", "100.64.0.4:1", string(from("203.0.113.7:1")), "edge-a, forged", "home, laptop"},
+		{"a hop that sends requests", "100.64.0.4:1", "", "edge-a, house", "edge-a, house, laptop"},
+		{"a hop that names none", "100.64.0.4:1", "", "", "home, laptop"},
+		{"a hop without a name", "127.0.0.1:1", string(from("203.0.113.7:1")), "", "laptop"},
+		{"a client", "100.64.0.5:1", "", "forged", "laptop"},
+	} {
+		client := protocols[0].client(t, nil, func() net.Conn {
+			conn := d.come(t, "web", c.peer)
+			io.WriteString(conn, c.preface)
+			return conn
+		})
+		_, got, body := protocols[0].get(t, client, "/", "X-Tailsplice-Path: "+c.header)
+		if path := got.Get("X-Tailsplice-Path"); path != c.want {
+			t.Errorf("%s: %q, want %q: %s", c.name, path, c.want, body)
+		}
+	}
+}
+
 // TestAskedOnce: for one request tailscaled is asked once about each address, also while nobody follows it.
 func TestAskedOnce(t *testing.T) {
 	ts := startTailscaled(t)

@@ -225,10 +225,10 @@ listeners:
 	}{
 		{"GET", "hangs.test", "", 200, "spare GET ", 1},
 		{"PUT", "hangs.test", "whole", 200, "spare PUT whole", 1},
-		{"PUT", "hangs.test", strings.Repeat("x", 200<<10), 502, "hung up", 1}, // more than is kept of it
+		{"PUT", "hangs.test", strings.Repeat("x", 200<<10), 502, "closed the connection", 1}, // more than is kept of it
 		{"DELETE", "hangs.test", "", 200, "spare DELETE ", 1},
-		{"POST", "hangs.test", "pay", 502, "hung up", 1},
-		{"PATCH", "hangs.test", "x", 502, "hung up", 1},
+		{"POST", "hangs.test", "pay", 502, "closed the connection", 1},
+		{"PATCH", "hangs.test", "x", 502, "closed the connection", 1},
 		{"POST", "down.test", "pay", 200, "spare POST pay", 0}, // nothing of it was sent
 	} {
 		heard.Store(0)

@@ -98,7 +98,7 @@ listeners:
 		device(&tls.Config{Certificates: []tls.Certificate{uri}}),
 		backend(t, func(c net.Conn) { io.WriteString(c, "220 no TLS\r\n"); c.Close() })))
 	for path, want := range map[string]string{"/negative": "TLS 1.3", "/tls10": "TLS 1.0", "/rsa": "TLS 1.1", "/new": "TLS 1.3",
-		"/strict": "does not speak TLS that is understood here", "/uri": "does not speak TLS that is understood here", "/none": "does not speak TLS that is understood here"} {
+		"/strict": "There is no secure connection to a local service", "/uri": "There is no secure connection to a local service", "/none": "There is no secure connection to a local service"} {
 		req, _ := http.NewRequest("GET", "http://"+addr+path, nil)
 		req.Host = "a.test"
 		res, err := http.DefaultClient.Do(req)

@@ -42,10 +42,11 @@ func checkClient(state *tls.ConnectionState, cas *x509.CertPool, askedFor string
 func (s *Server) clientRefused(x *exchange, err error) {
 	x.err = err
 	if errors.Is(err, errOtherName) {
-		s.page(x, http.StatusMisdirectedRequest, fault{title: "Come again with a connection of its own", text: x.uri.Host + " asks for a client certificate, and this connection was made for another name."})
+		s.page(x, http.StatusMisdirectedRequest, fault{title: "This needs a connection of its own",
+			text: x.uri.Host + " asks for a client certificate, and the request came on a connection that was made for another name.", hint: "Reload the page."})
 		return
 	}
-	s.page(x, http.StatusForbidden, fault{title: "This is not open to you", text: x.uri.Host + " serves only clients with a certificate of its own authority: " + whyRefused(err) + ".",
+	s.page(x, http.StatusForbidden, fault{title: "A client certificate is needed", text: x.uri.Host + " lets in only visitors with a certificate of its own authority: " + whyRefused(err) + ".",
 		hint: "If you have one, install it in the browser, and open a new window."})
 }
 

@@ -30,6 +30,8 @@ type ConnInfo struct {
 	// (accept_proxy.from names it). Whether its forwarding headers are
 	// believed, see believes.
 	Trusted bool
+	// Hop is the name of the node at the other end, if it is one that may speak for others and its name is known.
+	Hop string
 	// Crowded says that Client has many connections.
 	Crowded bool
 	// Hops tells who else may speak for others. Nil: nobody.
@@ -68,7 +70,7 @@ func (i ConnInfo) crowd() int {
 type Infoer interface{ Info() ConnInfo }
 
 // Judge is what an Infoer may have beside. Judge is called once for each request, whose context ctx is, and
-// brings Trusted, Unknown and Hops up to date: the configuration may change while a connection is kept.
+// brings Trusted, Unknown, Hop and Hops up to date: the configuration may change while a connection is kept.
 type Judge interface {
 	Judge(ctx context.Context, info *ConnInfo)
 }

@@ -81,14 +81,14 @@ func isReset(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNABORTED)
 }
 
-// fault is what a page says.
+// fault is what a page says: nothing that only the owner needs, whom the log tells the rest.
 type fault struct {
 	title  string // also plain text's first line
 	text   string // what happened
-	hint   string // what to do
+	hint   string // what the visitor can do
 	target string // the hop that did not answer, "" if the fault is here
+	state  string // of the target, in a word or two
 	reason string
-	seen   time.Time // of the target; zero if unknown
 }
 
 // ago is how long ago something was, as people say it.
@@ -112,55 +112,50 @@ func ago(d time.Duration) string {
 
 // hopFailed answers with the page for an upstream that did not.
 func (s *Server) hopFailed(x *exchange, err error) {
-	reason := reasonOf(err)
-	name := x.up.Name
-	f := fault{target: name, reason: reason}
+	node, name := s.opts.Node, x.up.Name
+	f := fault{target: name, reason: reasonOf(err), hint: tryAgain}
+	came := "Your request came as far as " + node
+	if x.uri.Host != "" {
+		came = "Your request for " + x.uri.Host + " came as far as " + node
+	}
 	status := http.StatusBadGateway
-	switch reason {
+	switch f.reason {
 	case ReasonRefused:
-		f.title = sentence(name) + " is not answering"
-		f.text = s.opts.Node + " reached " + name + ", and nothing there takes the connection."
-		f.hint = "The service may be starting or stopped. Try again in a moment; if it is yours, see that it runs and listens on the port that the route names."
+		f.title, f.state = sentence(name)+" is not answering", "not answering"
+		f.text = came + ", but " + name + " takes no requests at the moment. It may be starting."
 	case ReasonReset:
-		f.title = sentence(name) + " hung up"
-		f.text = sentence(name) + " closed the connection before it answered " + s.opts.Node + "."
-		f.hint = "Try again. If it is yours, its own log should tell why."
+		f.title, f.state = sentence(name)+" closed the connection", "no answer"
+		f.text = came + ", but " + name + " closed the connection before it sent an answer."
 	case ReasonMalformed:
-		f.title = sentence(name) + " gave no usable answer"
-		f.text = "What " + name + " answered " + s.opts.Node + " is not HTTP, or its header is too large."
-		f.hint = "If it is yours, see that the route's upstream.protocol is what its port speaks."
+		f.title, f.state = sentence(name)+" sent no valid answer", "invalid answer"
+		f.text = came + ", but what " + name + " answered is not valid HTTP."
 	case ReasonTLS:
 		var unproven *tls.CertificateVerificationError
 		if errors.As(err, &unproven) {
-			f.title = sentence(name) + " could not prove who it is"
-			f.text = s.opts.Node + " does not believe the certificate of " + name + "."
-			f.hint = "If it is yours, see that the route's upstream names the authority of its certificate (ca) and the name on it (server_name)."
+			f.title, f.state = sentence(name)+" could not prove its identity", "not verified"
+			f.text = came + ", which could not verify the certificate of " + name + ", so it sent nothing on."
 			break
 		}
-		f.title = sentence(name) + " does not speak TLS that is understood here"
-		f.text = s.opts.Node + " and " + name + " did not agree on TLS."
-		f.hint = "If it is yours, see that the port speaks TLS, and in the log of " + s.opts.Node + " what was wrong: a version, or a certificate that can't be read."
+		f.title, f.state = "There is no secure connection to "+name, "not secure"
+		f.text = came + ", which could not make a secure connection to " + name + ", so it sent nothing on."
 	case ReasonTimeout:
 		status = http.StatusGatewayTimeout
-		f.title = sentence(name) + " did not answer in time"
-		f.text = s.opts.Node + " waited for " + name + " in vain."
-		f.hint = "It may be busy, asleep, or without a network. Try again in a moment."
+		f.title, f.state = sentence(name)+" did not answer in time", "no answer"
+		f.text = came + ", but " + name + " did not answer in time. It may be busy, asleep, or without a network."
 	case ReasonAbsent:
 		status = http.StatusServiceUnavailable
-		f.title = sentence(name) + " is not there right now"
-		f.text = s.opts.Node + " knows " + name + ", but it is offline or not running."
+		f.title, f.state = sentence(name)+" is not available right now", "not available"
+		f.text = came + ", but " + name + " is offline or not running."
 		var absent *failure
 		if errors.As(err, &absent) && !absent.seen.IsZero() {
-			f.seen = absent.seen
-			f.text = s.opts.Node + " knows " + name + ", but it is offline. It was last seen " + ago(time.Since(f.seen)) + ", at " + f.seen.UTC().Format("15:04 on 2 January 2006 UTC") + "."
+			f.state = "offline"
+			f.text = came + ", but " + name + " is offline. It was last seen " + ago(time.Since(absent.seen)) + "."
 		}
-		f.hint = "Try again once it is back. If it is yours, start it; then this page goes away by itself."
 		x.resp.Header().Set("Retry-After", "10")
 	default:
 		f.reason = ReasonUnreachable
-		f.title = sentence(name) + " can't be reached"
-		f.text = s.opts.Node + " found no way to " + name + "."
-		f.hint = "Try again in a moment. If it is yours, see that it is on the network and that the way to it is allowed."
+		f.title, f.state = sentence(name)+" can't be reached", "not reachable"
+		f.text = came + ", but there is no connection from there to " + name + " at the moment."
 	}
 	s.page(x, status, f)
 }
@@ -176,7 +171,7 @@ func sentence(name string) string {
 // refuse answers a request that has no route, or can have none.
 func (s *Server) refuse(x *exchange, err error) {
 	x.err = err
-	host := x.uri.Host
+	node, host := s.opts.Node, x.uri.Host
 	if host == "" {
 		host = "a request without a host"
 	}
@@ -187,31 +182,32 @@ func (s *Server) refuse(x *exchange, err error) {
 		if x.req.ProtoMajor == 1 { // in HTTP/2 it is about one stream
 			x.resp.Header().Set("Connection", "close")
 		}
-		s.page(x, http.StatusBadRequest, fault{title: "It is not clear what this request is for", text: bad.text})
+		s.page(x, http.StatusBadRequest, fault{title: "This request can't be understood", text: bad.text})
 	case errors.As(err, &method):
 		x.resp.Header().Set("Allow", strings.Join(method.Allow, ", "))
-		s.page(x, http.StatusMethodNotAllowed, fault{title: "Not this way", text: sentence(host) + " does not take " + x.req.Method + " at this path."})
+		s.page(x, http.StatusMethodNotAllowed, fault{title: "This method is not allowed here",
+			text: sentence(host) + " does not accept " + x.req.Method + " requests at this address."})
 	case errors.Is(err, ErrMisdirected):
-		s.page(x, http.StatusMisdirectedRequest, fault{title: "Come again with a connection of its own", text: "This connection was made for another name, and requests for " + x.uri.Host + " may belong elsewhere."})
-	case errors.Is(err, ErrNoHost) && x.req.TLS != nil:
-		s.page(x, http.StatusMisdirectedRequest, fault{title: "Nothing is served for " + host + " here",
-			text: s.opts.Node + " has no route for " + host + ".",
-			hint: "Check the name. If it is yours, add a route for it, or a default."})
+		s.page(x, http.StatusMisdirectedRequest, fault{title: "This needs a connection of its own",
+			text: "The request for " + x.uri.Host + " came on a connection that was made for another name.", hint: "Reload the page."})
 	case errors.Is(err, ErrNoHost):
-		s.page(x, http.StatusNotFound, fault{title: "Nothing is served for " + host + " here",
-			text: s.opts.Node + " has no route for " + host + ".",
-			hint: "Check the name. If it is yours, add a route for it, or a default."})
+		status := http.StatusNotFound
+		if x.req.TLS != nil {
+			status = http.StatusMisdirectedRequest
+		}
+		s.page(x, status, fault{title: "Nothing is served for " + host + " here",
+			text: "Your request came to " + node + ", which has no site of that name.", hint: "Check the address for typing errors."})
 	case errors.Is(err, ErrNoPath):
-		s.page(x, http.StatusNotFound, fault{title: "Nothing is served at this path",
-			text: s.opts.Node + " serves " + host + ", but has no route for this path.",
-			hint: "Check the address. If it is yours, add a route for the path, or one for the whole host."})
+		s.page(x, http.StatusNotFound, fault{title: "There is nothing at this address",
+			text: sentence(host) + " is here, but it has no page at this path.", hint: "Check the address for typing errors."})
 	case errors.Is(err, ErrRejected):
-		s.page(x, http.StatusForbidden, fault{title: "This is not open to you",
-			text: "The configuration of " + s.opts.Node + " rejects requests for " + host + " at this path."})
+		s.page(x, http.StatusForbidden, fault{title: "Access is not allowed",
+			text: sentence(host) + " does not let visitors in at this path."})
 	default:
 		s.log.Error("http: routing a request failed", "host", x.uri.Host, "path", x.uri.Path, "id", x.id, "err", err)
 		s.page(x, http.StatusInternalServerError, fault{title: "Something went wrong here",
-			text: s.opts.Node + " could not find out where this request belongs.",
-			hint: "Its log says why."})
+			text: "Your request came to " + node + ", which could not find out where it belongs.", hint: tryAgain})
 	}
 }
+
+const tryAgain = "Nothing is wrong at your end. Try again in a few minutes."

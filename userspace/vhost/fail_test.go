@@ -49,14 +49,14 @@ func TestNothingAnswers(t *testing.T) {
 		"reset, really": {rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
 			readHead(br)
 			c.SetLinger(0)
-		}), 502, "laptop hung up", "reset"},
-		"closed, really": {rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) { readHead(br) }), 502, "laptop hung up", "reset"},
+		}), 502, "laptop closed the connection", "reset"},
+		"closed, really": {rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) { readHead(br) }), 502, "laptop closed the connection", "reset"},
 		"half a header": {rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
 			readHead(br)
 			io.WriteString(c, "HTTP/1.1 200 OK\r\nSet-Cookie: a\r\n")
-		}), 502, "laptop hung up", "reset"},
-		"not HTTP, really": {rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) { readHead(br); io.WriteString(c, "SSH-2.0-OpenSSH_9.2p1\r\n") }), 502, "laptop gave no usable answer", "malformed"},
-		"TLS, really":      {rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) { readHead(br); c.Write([]byte("\x15\x03\x01\x00\x02\x02\x46")) }), 502, "laptop gave no usable answer", "malformed"},
+		}), 502, "laptop closed the connection", "reset"},
+		"not HTTP, really": {rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) { readHead(br); io.WriteString(c, "SSH-2.0-OpenSSH_9.2p1\r\n") }), 502, "laptop sent no valid answer", "malformed"},
+		"TLS, really":      {rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) { readHead(br); c.Write([]byte("\x15\x03\x01\x00\x02\x02\x46")) }), 502, "laptop sent no valid answer", "malformed"},
 		"a header without end": {rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
 			readHead(br)
 			io.WriteString(c, "HTTP/1.1 200 OK\r\n")
@@ -65,9 +65,9 @@ func TestNothingAnswers(t *testing.T) {
 					return
 				}
 			}
-		}), 502, "laptop gave no usable answer", "malformed"},
+		}), 502, "laptop sent no valid answer", "malformed"},
 		"silent, really":      {rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) { readHead(br); io.ReadAll(br) }), 504, "laptop did not answer in time", "timeout"},
-		"dial: absent":        {broken(Fail(ReasonAbsent, secret)), 503, "laptop is not there right now", "absent"},
+		"dial: absent":        {broken(Fail(ReasonAbsent, secret)), 503, "laptop is not available right now", "absent"},
 		"dial: timeout":       {broken(Fail(ReasonTimeout, secret)), 504, "laptop did not answer in time", "timeout"},
 		"dial: unreachable":   {broken(fmt.Errorf("dial: %w", syscall.EHOSTUNREACH)), 502, "laptop can't be reached", "unreachable"},
 		"dial: deadline":      {broken(fmt.Errorf("dial: %w", os.ErrDeadlineExceeded)), 504, "laptop did not answer in time", "timeout"},
@@ -91,7 +91,7 @@ func TestNothingAnswers(t *testing.T) {
 				if res.StatusCode != tc.status || !strings.Contains(body, tc.want) || !strings.Contains(body, "home") || !strings.Contains(body, "id-of-connection-0") {
 					t.Errorf("Accept %q: %d, want %d and %q, the node's name and the id in\n%s", accept, res.StatusCode, tc.status, tc.want, body)
 				}
-				for _, leak := range []string{"127.0.0.1", "192.168", "secret", "dial", "goroutine", "read tcp"} {
+				for _, leak := range []string{"127.0.0.1", "192.168", "secret", "dial", "goroutine", "read tcp", "yours", "config", "upstream", "its log", "route"} {
 					if strings.Contains(body, leak) {
 						t.Errorf("Accept %q: %q leaks:\n%s", accept, leak, body)
 					}
@@ -170,17 +170,21 @@ func TestPageEscapes(t *testing.T) {
 }
 
 // TestNextHopsPage checks that the page of a hop further on passes untouched:
-// it knows better which hop failed.
+// it knows better which hop failed, and shows the whole path.
 func TestNextHopsPage(t *testing.T) {
-	laptop := newHop(t, broken(Fail(ReasonAbsent, io.EOF)), func(c *config) { c.Node = "laptop" })
+	laptop := newHop(t, broken(Fail(ReasonAbsent, io.EOF)), func(c *config) {
+		c.Node, c.info = "laptop", func(i ConnInfo) ConnInfo { i.Trusted = true; return i }
+	})
 	laptop.Server.opts.Route = leading(func(string, string) (*Upstream, error) {
 		up := broken(Fail(ReasonAbsent, io.EOF))
 		up.Name = "container blog"
 		return up, nil
 	})
-	home := newHop(t, wayTo(laptop.addr))
+	home := newHop(t, wayTo(laptop.addr), func(c *config) {
+		c.info = func(i ConnInfo) ConnInfo { i.Hop = "edge-a"; return i } // which has passed on a client's TLS
+	})
 	res, body := rawDo(t, home, "GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: curl/8\r\nConnection: close\r\n\r\n")
-	if res.StatusCode != 503 || !strings.Contains(body, "laptop -x- container blog") || strings.Contains(body, "home") {
+	if res.StatusCode != 503 || !strings.Contains(body, "you -> edge-a -> home -> laptop -x- container blog (not available)\n") {
 		t.Errorf("%d\n%s", res.StatusCode, body)
 	}
 	if q := home.request(t, 1); q.Status != 503 || q.Err != nil {
@@ -222,12 +226,12 @@ func TestNoRoute(t *testing.T) {
 			{"example.org", "/api", 200, "hello"},
 			{"EXAMPLE.org:8443", "/api/x", 200, "hello"},
 			{"example.org.", "/api/", 200, "hello"},
-			{"example.org", "/apis", 404, "serves example.org, but has no route for this path"},
-			{"other.example.org", "/", misdirected, "no route for other.example.org"},
-			{"nil.example.org", "/", misdirected, "no route for nil.example.org"},
-			{"192.0.2.1:80", "/", misdirected, "no route for 192.0.2.1"},
-			{"[2001:db8::1]:80", "/", misdirected, "no route for 2001:db8::1"},
-			{"closed.example.org", "/", 403, "rejects requests for closed.example.org"},
+			{"example.org", "/apis", 404, "it has no page at this path"},
+			{"other.example.org", "/", misdirected, "Nothing is served for other.example.org here"},
+			{"nil.example.org", "/", misdirected, "Nothing is served for nil.example.org here"},
+			{"192.0.2.1:80", "/", misdirected, "Nothing is served for 192.0.2.1 here"},
+			{"[2001:db8::1]:80", "/", misdirected, "Nothing is served for 2001:db8::1 here"},
+			{"closed.example.org", "/", 403, "closed.example.org does not let visitors in"},
 			{"odd.example.org", "/", 500, "could not find out"},
 		} {
 			res, body := get(t, c, p.url(tc.path), func(r *http.Request) { r.Host = tc.host })
@@ -387,7 +391,7 @@ func TestCurl(t *testing.T) {
 		if got := run(h, version, "-T", big, "-w", "%{http_version}"); got != "PUT example.org:PORT 3145728 bytes, https\n"+map[string]string{"--http1.1": "1.1", "--http2": "2"}[version] {
 			t.Errorf("%s: %q", version, got)
 		}
-		if got := run(dead, version); !strings.HasPrefix(got, "502 Bad Gateway: laptop is not answering\n") || !strings.Contains(got, "path: you -> home -x- laptop\n") {
+		if got := run(dead, version); !strings.HasPrefix(got, "502 Bad Gateway: laptop is not answering\n") || !strings.Contains(got, "path: you -> home -x- laptop (not answering)\n") {
 			t.Errorf("%s: %q", version, got)
 		}
 	}

@@ -48,6 +48,7 @@ var forwarding = map[string]bool{
 	"x-original-url":            true, // some frameworks route by it instead of the path
 	"x-rewrite-url":             true,
 	"x-tailsplice-id":           true,
+	"x-tailsplice-path":         true,
 	"x-tailsplice-timing":       true,
 	"client-cert":               true, // RFC 9440
 	"client-cert-chain":         true,

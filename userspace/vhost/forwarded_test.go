@@ -90,7 +90,8 @@ var forged = http.Header{
 	"X-Forwarded_for":          {"6.6.6.6"},
 	"Tailscale-User-Login":     {"root@evil.example"},
 	"X-Tailsplice-Id":          {"forged-id-forged-id"},
-	"Connection":               {"X-Forwarded-For, Forwarded, X-Forwarded-Proto, X-Forwarded-Host, X-Tailsplice-Id"},
+	"X-Tailsplice-Path":        {"forged"},
+	"Connection":               {"X-Forwarded-For, Forwarded, X-Forwarded-Proto, X-Forwarded-Host, X-Tailsplice-Id, X-Tailsplice-Path"},
 }
 
 // TestForgedHeaders sends everything to a hop which does not believe it, for
@@ -203,9 +204,9 @@ func TestTrustedHop(t *testing.T) {
 	for name, tc := range map[string]struct{ send, want http.Header }{
 		"the hop's own": {
 			http.Header{"X-Forwarded-For": {"2001:db8::5"}, "X-Forwarded-Proto": {"https"}, "X-Forwarded-Host": {"www.example.org"},
-				"Forwarded": {`for="[2001:db8::5]";host=www.example.org;proto=https`}, "X-Tailsplice-Id": {"0123456789abcdef"}, "Tailscale-User-Login": {"eva@example.org"}},
+				"Forwarded": {`for="[2001:db8::5]";host=www.example.org;proto=https`}, "X-Tailsplice-Id": {"0123456789abcdef"}, "X-Tailsplice-Path": {"edge-a, gate"}, "Tailscale-User-Login": {"eva@example.org"}},
 			http.Header{"X-Forwarded-For": {"2001:db8::5, 127.0.0.1"}, "X-Forwarded-Proto": {"https"}, "X-Forwarded-Host": {"www.example.org"},
-				"Forwarded": {`for="[2001:db8::5]";host=www.example.org;proto=https, for=127.0.0.1;host=example.org;proto=http`}, "X-Tailsplice-Id": {"0123456789abcdef"}},
+				"Forwarded": {`for="[2001:db8::5]";host=www.example.org;proto=https, for=127.0.0.1;host=example.org;proto=http`}, "X-Tailsplice-Id": {"0123456789abcdef"}, "X-Tailsplice-Path": {"edge-a, gate, home"}},
 		},
 		"somebody": {
 			http.Header{"X-Forwarded-For": {"unknown"}},
@@ -217,7 +218,15 @@ func TestTrustedHop(t *testing.T) {
 		},
 		"nothing": {
 			http.Header{},
-			http.Header{"X-Forwarded-For": {"127.0.0.1"}, "X-Forwarded-Proto": {"http"}, "X-Forwarded-Host": {"example.org"}, "Forwarded": {"for=127.0.0.1;host=example.org;proto=http"}},
+			http.Header{"X-Forwarded-For": {"127.0.0.1"}, "X-Forwarded-Proto": {"http"}, "X-Forwarded-Host": {"example.org"}, "Forwarded": {"for=127.0.0.1;host=example.org;proto=http"}, "X-Tailsplice-Path": {"home"}},
+		},
+		"names that are none": {
+			http.Header{"X-Tailsplice-Path": {"edge-a, <script>"}},
+			http.Header{"X-Tailsplice-Path": {"home"}},
+		},
+		"too many names": {
+			http.Header{"X-Tailsplice-Path": {strings.Repeat("edge, ", 9)}},
+			http.Header{"X-Tailsplice-Path": {"home"}},
 		},
 		"an odd protocol, and an id that is none": {
 			http.Header{"X-Forwarded-Proto": {"javascript"}, "X-Tailsplice-Id": {"<script>alert(1)</script>"}},

@@ -71,7 +71,7 @@ func TestGRPCPages(t *testing.T) {
 		code    string
 		message string
 	}{
-		{func(string, string) (*Upstream, error) { return slow, nil }, "", "14", "is not there right now: home knows "},
+		{func(string, string) (*Upstream, error) { return slow, nil }, "", "14", "is not available right now: Your request for "},
 		{func(string, string) (*Upstream, error) { return slow, nil }, "1H", "14", "(503 from home)"},
 		{func(string, string) (*Upstream, error) { return slow, nil }, "20m", "4", "(503 from home)"},
 		{func(string, string) (*Upstream, error) { return nil, ErrNoPath }, "", "12", "404"},

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/http"
 	"net/netip"
+	"strings"
 )
 
 // Guard decides whether a request may go on. Nil lets it; ErrAnswered says that
@@ -87,7 +88,7 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 		x.err = err
 		s.log.Error("http: a request could not be checked", "host", x.uri.Host, "path", x.uri.Path, "id", x.id, "err", err)
 		s.page(x, http.StatusInternalServerError, fault{title: "Something went wrong here",
-			text: s.opts.Node + " could not find out whether this request is allowed.", hint: "Its log says why."})
+			text: "Your request came to " + s.opts.Node + ", which could not find out whether it is allowed.", hint: tryAgain})
 	}
 	x.whole = true
 	return false
@@ -97,6 +98,7 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 // out. It says that the client has asked for authority.
 func (x *exchange) setHeaders(out http.Header, authority string) {
 	setForwarded(x.req, authority, out, x.visit.Conn, MayTell(x.visit.Client.Addr(), x.visit.Unknown), x.id)
+	out[PathHeader] = []string{strings.Join(append(x.passed(), x.conn.server.opts.Node), ", ")}
 	dropHeader(out, "X-Request-Id")
 	out["X-Request-Id"] = []string{x.requestID}
 	for name := range out {

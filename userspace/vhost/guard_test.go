@@ -83,7 +83,7 @@ func TestLastSeen(t *testing.T) {
 	up.Dial = failing(FailAbsent(time.Now().Add(-5*time.Minute-time.Second), errors.New("no answer")))
 	h := newHop(t, up)
 	res, body := get(t, protocols[0].client(t, h), protocols[0].url("/"), func(r *http.Request) { r.Header.Set("Accept", "application/json") })
-	if res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !strings.Contains(body, "last seen 5 minutes ago, at ") || !strings.Contains(body, `"last_seen":"20`) {
+	if res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !strings.Contains(body, "last seen 5 minutes ago.") {
 		t.Errorf("%d %v %s", res.StatusCode, res.Header, body)
 	}
 	for d, want := range map[time.Duration]string{0: "just now", time.Second: "1 second ago", 59 * time.Second: "59 seconds ago", 90 * time.Minute: "1 hour ago", 72 * time.Hour: "3 days ago"} {

@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
-	"time"
 )
 
 //go:embed page.html
@@ -25,12 +24,13 @@ func (s *Server) page(x *exchange, status int, f fault) {
 		return
 	}
 	var buf bytes.Buffer
+	way := s.stops(x, f)
 	kind := "text/plain; charset=utf-8"
 	switch preferred(x.req) {
 	case "html":
 		kind = "text/html; charset=utf-8"
 		err := pageTemplate.Execute(&buf, map[string]any{"Status": status, "StatusText": http.StatusText(status),
-			"Title": f.title, "Text": f.text, "Hint": f.hint, "Node": s.opts.Node, "Target": f.target, "ID": x.id})
+			"Title": f.title, "Text": f.text, "Hint": f.hint, "Node": s.opts.Node, "Path": way, "ID": x.id})
 		if err != nil {
 			s.log.Error("http: making a page failed", "err", err)
 		}
@@ -38,29 +38,32 @@ func (s *Server) page(x *exchange, status int, f fault) {
 		kind = "application/json"
 		enc := json.NewEncoder(&buf)
 		enc.SetEscapeHTML(false)
-		seen := ""
-		if !f.seen.IsZero() {
-			seen = f.seen.UTC().Format(time.RFC3339)
-		}
 		enc.Encode(struct {
-			Status int    `json:"status"`
-			Error  string `json:"error"`
-			Detail string `json:"detail"`
-			Hint   string `json:"hint,omitempty"`
-			Node   string `json:"node"`
-			Target string `json:"target,omitempty"`
-			Reason string `json:"reason,omitempty"`
-			Seen   string `json:"last_seen,omitempty"`
-			ID     string `json:"id,omitempty"`
-		}{status, f.title, f.text, f.hint, s.opts.Node, f.target, f.reason, seen, x.id})
+			Status int      `json:"status"`
+			Error  string   `json:"error"`
+			Detail string   `json:"detail"`
+			Hint   string   `json:"hint,omitempty"`
+			Passed []string `json:"passed,omitempty"` // the hops before Node
+			Node   string   `json:"node"`
+			Target string   `json:"target,omitempty"`
+			Reason string   `json:"reason,omitempty"`
+			ID     string   `json:"id,omitempty"`
+		}{status, f.title, f.text, f.hint, x.passed(), s.opts.Node, f.target, f.reason, x.id})
 	default:
 		fmt.Fprintf(&buf, "%d %s: %s\n\n%s\n", status, http.StatusText(status), f.title, f.text)
 		if f.hint != "" {
 			fmt.Fprintln(&buf, f.hint)
 		}
 		fmt.Fprintln(&buf)
-		if f.target != "" {
-			fmt.Fprintf(&buf, "path: you -> %s -x- %s\n", s.opts.Node, f.target)
+		for i, p := range way {
+			switch {
+			case i == 0:
+				fmt.Fprint(&buf, "path: ", p.Name)
+			case p.Failed:
+				fmt.Fprintf(&buf, " -x- %s (%s)\n", p.Name, p.State)
+			default:
+				fmt.Fprint(&buf, " -> ", p.Name)
+			}
 		}
 		if x.id != "" {
 			fmt.Fprintf(&buf, "id:   %s\n", x.id)

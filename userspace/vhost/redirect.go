@@ -25,7 +25,7 @@ func (s *Server) redirect(x *exchange, to *Redirect) {
 	if target == "https" {
 		host := x.uri.Host
 		if host == "" {
-			s.page(x, http.StatusBadRequest, fault{title: "Which host?", text: "The request names no host, so there is nowhere to send it by https."})
+			s.page(x, http.StatusBadRequest, fault{title: "This request names no host", text: "Without a host there is no https:// address to send you to."})
 			return
 		}
 		if strings.Contains(host, ":") {

@@ -410,7 +410,7 @@ func TestUpstreamDiesDuringUpload(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer res.Body.Close()
-		if b, _ := io.ReadAll(res.Body); !strings.Contains(string(b), "laptop hung up") {
+		if b, _ := io.ReadAll(res.Body); !strings.Contains(string(b), "laptop closed the connection") {
 			t.Errorf("%q", b)
 		}
 		if res.StatusCode != http.StatusBadGateway {

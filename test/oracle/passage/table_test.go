@@ -40,7 +40,7 @@ var hopByHop = []string{"Connection", "Proxy-Connection", "Keep-Alive", "Proxy-A
 	"Trailer", "Transfer-Encoding", "Upgrade", "Content-Length"}
 
 // Of requests: what this hop says, whoever said it before.
-var own = []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Tailsplice-Id",
+var own = []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Tailsplice-Id", "X-Tailsplice-Path",
 	"X-Request-Id"}
 
 // Trailers that mean something to whom takes them for headers are dropped.

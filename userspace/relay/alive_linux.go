@@ -41,22 +41,35 @@ func Alive(ctx context.Context) error {
 	}
 }
 
-// answer waits until l has taken an event.
-func (l *loop) answer(ctx context.Context) error {
-	fd, err := unix.Eventfd(1, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+// openAsk makes what answer asks by.
+func (l *loop) openAsk() bool {
+	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
 	if err != nil {
-		return os.NewSyscallError("eventfd", err)
+		return false
 	}
-	s, taken := &Socket{fd: fd, loop: l}, make(chan struct{})
-	defer s.Close()
-	if err := s.AwaitBytes(time.Hour, func(bool) { close(taken) }); err != nil {
+	l.ask = &Socket{fd: fd, loop: l}
+	if l.watch(l.ask, onFlow) != nil {
+		unix.Close(fd)
+		return false
+	}
+	l.count.Add(-1) // it is no work
+	return true
+}
+
+// answer waits until l has taken an event. Each write to an eventfd is one.
+func (l *loop) answer(ctx context.Context) error {
+	taken := make(chan struct{})
+	if err := l.ask.AwaitBytes(time.Hour, func(bool) { close(taken) }); err != nil {
 		return err
+	}
+	if _, err := unix.Write(l.ask.fd, []byte{1, 0, 0, 0, 0, 0, 0, 0}); err != nil {
+		return os.NewSyscallError("write", err) // nobody asks 2^64 times
 	}
 	select {
 	case <-taken:
 		return nil
 	case <-ctx.Done():
-		s.Cancel()
+		l.ask.Cancel()
 		return errSilent
 	}
 }

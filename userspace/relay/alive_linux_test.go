@@ -4,6 +4,8 @@ import (
 	"context"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestAlive: a loop that does not go on is found, and one that does again is.
@@ -34,6 +36,34 @@ func TestAlive(t *testing.T) {
 		}
 		if time.Now().After(end) {
 			t.Fatalf("after it went on: %v", err)
+		}
+	}
+}
+
+// TestAliveWithoutDescriptors: who has none left, and serves, is alive. To start it again would only help those
+// who use them up.
+func TestAliveWithoutDescriptors(t *testing.T) {
+	if pickLoop() == nil {
+		t.Fatal("no loop")
+	}
+	var had unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &had); err != nil {
+		t.Fatal(err)
+	}
+	none := unix.Rlimit{Cur: 0, Max: had.Max}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &had)
+	if fd, err := unix.Eventfd(0, 0); err == nil {
+		unix.Close(fd)
+		t.Fatal("there is a descriptor left")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for range 3 {
+		if err := Alive(ctx); err != nil {
+			t.Error(err)
 		}
 	}
 }

@@ -42,7 +42,8 @@ func pickLoop() *loop {
 }
 
 type loop struct {
-	fd int // of the epoll
+	fd  int     // of the epoll
+	ask *Socket // an eventfd, for Alive: when somebody asks there may be none to be had
 
 	count atomic.Int32 // sockets that are here
 
@@ -59,6 +60,10 @@ func newLoop() *loop {
 		return nil
 	}
 	l := &loop{fd: fd, sockets: make(map[uint64]*Socket), acceptors: make(map[uint64]*Acceptor)}
+	if !l.openAsk() {
+		unix.Close(fd)
+		return nil
+	}
 	go l.run()
 	return l
 }

@@ -3,10 +3,13 @@ package vhost
 import (
 	"bufio"
 	"crypto/tls"
+	"encoding/binary"
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -17,12 +20,13 @@ const (
 	frameHeader = 9 // bytes (RFC 9113 4.1)
 	frameBuffer = 4 << 10
 
-	// Types of frames, and the flag END_STREAM of DATA.
-	frameDATA, frameHEADERS = 0, 1
-	frameEnd                = 1
+	// Types of frames, and the flags END_STREAM and PADDED.
+	frameDATA, frameHEADERS, frameRST = 0, 1, 3
+	frameEnd, framePadded             = 1, 8
+	mostPadding                       = 1 + 255 // bytes: its length, and as many as that says (RFC 9113 6.1)
 
 	// What brings no answer is read slowly. A frame costs one of frameBurst, but for those that begin requests
-	// and those with a body, which other limits bound. Time brings framesPerSecond back. A frame of an answer
+	// and those with a part of their body, which other limits bound. Time brings framesPerSecond back. A frame of an answer
 	// brings frameAnswer, and one more for each frameBytes of its body: whoever reads answers acknowledges each,
 	// and some, gRPC's clients, also measure the way by a PING. So they never wait, and PING, SETTINGS,
 	// RST_STREAM and CONTINUATION without end do.
@@ -39,8 +43,15 @@ type splitter struct {
 	left   int // bytes of the frame's payload
 }
 
+// frame is the header of one.
+type frame struct {
+	kind, flags byte
+	length      int
+	stream      uint32
+}
+
 // pass goes on with b. value is called for each frame that begins, and pass returns the sum of what it returned.
-func (s *splitter) pass(b []byte, value func(kind, flags byte, length int) int) (sum int) {
+func (s *splitter) pass(b []byte, value func(frame) int) (sum int) {
 	for len(b) > 0 {
 		if s.left > 0 {
 			n := min(s.left, len(b))
@@ -52,30 +63,92 @@ func (s *splitter) pass(b []byte, value func(kind, flags byte, length int) int) 
 		if s.have == frameHeader {
 			h := &s.header
 			s.have, s.left = 0, int(h[0])<<16|int(h[1])<<8|int(h[2])
-			sum += value(h[3], h[4], s.left)
+			sum += value(frame{h[3], h[4], s.left, binary.BigEndian.Uint32(h[5:]) &^ (1 << 31)})
 		}
 	}
 	return sum
 }
 
 // cost is what a client pays for a frame that it sends.
-func cost(kind, flags byte, length int) int {
+func (f *frames) cost(fr frame) int {
 	switch {
-	case kind == frameHEADERS, kind == frameDATA && (length > 0 || flags&frameEnd != 0):
+	case fr.kind == frameHEADERS:
+		f.bodies.begin(fr)
+		return 0
+	case fr.kind == frameDATA && f.bodies.goesOn(fr):
 		return 0
 	}
 	return 1
 }
 
 // worth is what a client earns by a frame that it is sent.
-func worth(kind, _ byte, length int) int {
-	switch kind {
+func (f *frames) worth(fr frame) int {
+	if fr.kind == frameRST || fr.kind <= frameHEADERS && fr.flags&frameEnd != 0 {
+		f.bodies.answered(fr.stream)
+	}
+	switch fr.kind {
 	case frameHEADERS:
 		return frameAnswer
 	case frameDATA:
-		return frameAnswer + length/frameBytes
+		return frameAnswer + fr.length/frameBytes
 	}
 	return 0
+}
+
+// bodies are the streams whose requests go on: those alone may have DATA.
+type bodies struct {
+	mu   sync.Mutex
+	open map[uint32]struct{}
+	// late are streams that were answered to the end last. Their clients may not have heard of that yet, and
+	// still send what they have.
+	late []uint32
+}
+
+// mostLate is as many as there may be requests on a connection.
+const mostLate = 250
+
+// begin takes note of a request, or of the trailers at its end.
+func (b *bodies) begin(fr frame) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if fr.flags&frameEnd != 0 {
+		b.end(fr.stream)
+		return
+	}
+	if b.open == nil {
+		b.open = map[uint32]struct{}{}
+	}
+	b.open[fr.stream] = struct{}{}
+}
+
+// goesOn reports whether fr is DATA of a request that goes on, and says something: it has bytes behind padding,
+// however long that is, or is the end.
+func (b *bodies) goesOn(fr frame) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	_, open := b.open[fr.stream]
+	open = open || slices.Contains(b.late, fr.stream)
+	if fr.flags&frameEnd != 0 {
+		b.end(fr.stream)
+		return open
+	}
+	return open && (fr.length > mostPadding || fr.length > 0 && fr.flags&framePadded == 0)
+}
+
+// end is called with b.mu held.
+func (b *bodies) end(stream uint32) {
+	delete(b.open, stream)
+	b.late = slices.DeleteFunc(b.late, func(s uint32) bool { return s == stream })
+}
+
+func (b *bodies) answered(stream uint32) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if _, ok := b.open[stream]; !ok {
+		return
+	}
+	delete(b.open, stream)
+	b.late = append(b.late[max(0, len(b.late)+1-mostLate):], stream)
 }
 
 // frames counts the frames of one connection of HTTP/2.
@@ -84,6 +157,7 @@ type frames struct {
 	conn    *conn
 	free    bool // of a hop, which speaks for many
 	in, out splitter
+	bodies  bodies
 	earned  atomic.Int64 // by frames that the client was sent
 	budget  frameBudget
 }
@@ -95,7 +169,7 @@ func newFrames(c *conn, from io.Reader) *frames {
 
 func (f *frames) Read(b []byte) (int, error) {
 	n, err := f.from.Read(b)
-	if cost := f.in.pass(b[:n], cost); cost > 0 && !f.free {
+	if cost := f.in.pass(b[:n], f.cost); cost > 0 && !f.free {
 		f.conn.wait(f.budget.spend(cost, f.earned.Load(), time.Now()))
 	}
 	return n, err
@@ -103,7 +177,7 @@ func (f *frames) Read(b []byte) (int, error) {
 
 // wrote counts what the client was sent. net/http writes one thing after the other.
 func (f *frames) wrote(b []byte) {
-	if n := f.out.pass(b, worth); n > 0 {
+	if n := f.out.pass(b, f.worth); n > 0 {
 		f.earned.Add(int64(n))
 	}
 }

@@ -31,6 +31,23 @@ func TestFrames(t *testing.T) {
 	headers := write(func(f *http2.Framer) error {
 		return f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x82}, EndHeaders: true})
 	})
+	// A request for each of what do writes, and one for all.
+	uploads := func(do func(f *http2.Framer, id uint32) error) []byte {
+		id := uint32(1)
+		return write(func(f *http2.Framer) error {
+			err := f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: []byte{0x83}, EndHeaders: true})
+			id += 2
+			return errors.Join(err, do(f, id-2))
+		})
+	}
+	upload := func(do func(f *http2.Framer) error) []byte {
+		var first bytes.Buffer
+		if err := http2.NewFramer(&first, nil).WriteHeaders(http2.HeadersFrameParam{StreamID: 1,
+			BlockFragment: []byte{0x83}, EndHeaders: true}); err != nil {
+			t.Fatal(err)
+		}
+		return append(first.Bytes(), write(do)...)
+	}
 	const slow = (n - frameBurst) * time.Second / framesPerSecond
 	one := func(do func(f *http2.Framer) error) []byte { b := write(do); return b[:len(b)/n] }
 	acked := one(func(f *http2.Framer) error { return f.WritePing(true, [8]byte{1}) })
@@ -39,6 +56,7 @@ func TestFrames(t *testing.T) {
 	noContent := one(func(f *http2.Framer) error {
 		return f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x89}, EndHeaders: true, EndStream: true})
 	})
+	answered := one(func(f *http2.Framer) error { return f.WriteRSTStream(1, http2.ErrCodeNo) })
 	for _, c := range []struct {
 		name   string
 		frames []byte
@@ -67,9 +85,20 @@ func TestFrames(t *testing.T) {
 			return errors.Join(f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x82}, EndHeaders: true}),
 				f.WriteRSTStream(1, http2.ErrCodeNo))
 		}), noContent, false, 0},
-		{"DATA", write(func(f *http2.Framer) error { return f.WriteData(1, false, []byte("a")) }), nil, false, 0},
-		{"empty DATA", write(func(f *http2.Framer) error { return f.WriteData(1, false, nil) }), nil, false, slow},
-		{"ends", write(func(f *http2.Framer) error { return f.WriteData(1, true, nil) }), nil, false, 0},
+		{"DATA", upload(func(f *http2.Framer) error { return f.WriteData(1, false, []byte("a")) }), nil, false, 0},
+		{"DATA with padding", upload(func(f *http2.Framer) error {
+			return f.WriteDataPadded(1, false, make([]byte, 256), make([]byte, 100))
+		}), nil, false, 0},
+		{"DATA that the client can't know to be late", upload(func(f *http2.Framer) error {
+			return f.WriteData(1, false, []byte("a"))
+		}), answered, false, 0},
+		{"empty DATA", upload(func(f *http2.Framer) error { return f.WriteData(1, false, nil) }), nil, false, slow},
+		{"DATA that is padding alone", upload(func(f *http2.Framer) error {
+			return f.WriteDataPadded(1, false, nil, make([]byte, 255))
+		}), nil, false, slow},
+		{"DATA of no request", write(func(f *http2.Framer) error { return f.WriteData(1, false, []byte("a")) }), nil, false, slow},
+		{"ends", uploads(func(f *http2.Framer, id uint32) error { return f.WriteData(id, true, nil) }), nil, false, 0},
+		{"the same end", upload(func(f *http2.Framer) error { return f.WriteData(1, true, nil) }), nil, false, slow},
 	} {
 		for _, size := range []int{1, 8, frameHeader, 1000} {
 			synctest.Test(t, func(t *testing.T) {
@@ -119,5 +148,26 @@ func TestNoFrames(t *testing.T) {
 		}
 		cn.Close()
 		cn.server.Close()
+	}
+}
+
+// TestBodiesAreBounded: what is remembered of requests is no more than there may be at a time, and those that
+// go on are never forgotten for others.
+func TestBodiesAreBounded(t *testing.T) {
+	var b bodies
+	b.begin(frame{stream: 1})
+	for id := uint32(3); id < 20_001; id += 2 {
+		b.begin(frame{stream: id})
+		b.answered(id)
+		b.answered(id)
+		if !b.goesOn(frame{stream: id, length: 1}) {
+			t.Fatalf("stream %d, just answered, has no body any more", id)
+		}
+	}
+	if len(b.open) != 1 || len(b.late) > mostLate || cap(b.late) > 4*mostLate {
+		t.Errorf("%d are open, and %d late (%d)", len(b.open), len(b.late), cap(b.late))
+	}
+	if !b.goesOn(frame{stream: 1, length: 1}) || b.goesOn(frame{stream: 3, length: 1}) {
+		t.Error("the first is forgotten, or the second not")
 	}
 }

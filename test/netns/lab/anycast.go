@@ -100,20 +100,24 @@ protocol bgp router%[1]d from session {
 	return b.String()
 }
 
-const birdConf, birdSocket = "/etc/bird-lab.conf", "/run/bird.ctl"
+// BirdConfig is the configuration of a host's bird, where Debian's package has it. Its control socket is where
+// birdc looks for it.
+const BirdConfig = "/etc/bird/bird.conf"
 
 func (a *anycast) start(ctx context.Context, h *Host, conf string) error {
-	if err := h.WriteFile(birdConf, []byte("log stderr all;\n"+conf), 0o644); err != nil {
+	if err := h.WriteFile(BirdConfig, []byte("log stderr all;\n"+conf), 0o644); err != nil {
 		return err
 	}
-	p, err := h.StartProcess("bird", []string{"bird", "-f", "-c", birdConf, "-s", birdSocket, "-P",
-		"/run/bird.pid"}, nil)
+	if _, err := h.Sh(ctx, "mkdir -p /run/bird"); err != nil {
+		return err
+	}
+	p, err := h.StartProcess("bird", []string{"bird", "-f"}, nil)
 	if err != nil {
 		return err
 	}
 	a.birds[h] = p
 	return p.waitFor(ctx, "ready", func() error {
-		_, err := h.Command(ctx, "birdc", "-s", birdSocket, "show", "status").Output()
+		_, err := h.Command(ctx, "birdc", "show", "status").Output()
 		return err
 	})
 }
@@ -131,11 +135,11 @@ func (w *World) Prefer(ctx context.Context, edge *Host) error {
 		return nil
 	}
 	for _, e := range w.Edges() {
-		if err := e.WriteFile(birdConf, []byte("log stderr all;\n"+edgeConf(e, e == edge)),
+		if err := e.WriteFile(BirdConfig, []byte("log stderr all;\n"+edgeConf(e, e == edge)),
 			0o644); err != nil {
 			return err
 		}
-		if _, err := e.Command(ctx, "birdc", "-s", birdSocket, "configure").Output(); err != nil {
+		if _, err := e.Command(ctx, "birdc", "configure").Output(); err != nil {
 			return fmt.Errorf("%s: change the announcement: %w", e.Name, err)
 		}
 	}
@@ -162,7 +166,7 @@ func (w *World) waitRoute(ctx context.Context, edge *Host) error {
 	defer cancel()
 	for w.Route(Anycast4) != edge || w.Route(Anycast6) != edge {
 		if sleep(ctx, pollInterval/2) != nil {
-			state, _ := w.Inet.Command(context.Background(), "birdc", "-s", birdSocket, "show", "protocols",
+			state, _ := w.Inet.Command(context.Background(), "birdc", "show", "protocols",
 				"all").Output()
 			return fmt.Errorf("the router does not route %v to %s\n%s\n%s", Anycast4, edge.Name, state,
 				(&Process{Log: filepath.Join(edge.Dir, "log", "bird.log")}).tail(30))

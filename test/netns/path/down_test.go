@@ -9,6 +9,9 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -33,9 +36,9 @@ listen edges
 	server b 198.51.100.18:443 backup
 `
 
-// TestWhileDown: an edge that loses its tailnet closes its port, so that a proxy in front of both edges,
-// which looks at nothing else, sends new connections to the other. A connection that there is goes on, and so
-// does the edge, once it is back.
+// TestWhileDown: an edge that loses its tailnet closes its port, so that what is in front of both edges sends
+// new connections to the other one: a proxy that checks the port, or a router that hears BGP announcements. A
+// connection that is open goes on once the edge is back.
 func TestWhileDown(t *testing.T) {
 	s := world(t)
 	lab.Require(t, lab.Options{}, "haproxy")
@@ -46,20 +49,82 @@ func TestWhileDown(t *testing.T) {
 		}
 		s.configure(t, d, strings.Replace(string(old), "    mode: sni\n", "    mode: sni\n    while_down: close\n", 1))
 	}
-	const file = "/etc/balancer.cfg"
-	if err := s.Inet.WriteFile(file, []byte(balancer), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	proxy, err := s.Inet.StartProcess("haproxy", []string{"haproxy", "-db", "-f", file}, nil)
+	t.Run("a proxy checks the port", func(t *testing.T) {
+		const file = "/etc/balancer.cfg"
+		if err := s.Inet.WriteFile(file, []byte(balancer), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		proxy, err := s.Inet.StartProcess("haproxy", []string{"haproxy", "-db", "-f", file}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { proxy.Stop(time.Second) })
+		s.losesTailnet(t, "203.0.113.1:443")
+	})
+	t.Run("an announcement follows readyz", func(t *testing.T) {
+		s.announce(t)
+		s.losesTailnet(t, net.JoinHostPort(lab.Anycast4.String(), "443"))
+	})
+}
+
+// announce has edge A announce the anycast addresses as docs/health.md says it.
+func (s *story) announce(t *testing.T) {
+	t.Helper()
+	edge := s.EdgeA
+	config, err := edge.ReadFile(lab.ConfigFile)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { proxy.Stop(time.Second) })
-
-	browser := func(keep bool) *http.Client {
-		dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return s.Client.Dial(ctx, "tcp4", "203.0.113.1:443")
+	// control.health is bound at the start only.
+	restart := func(config string) {
+		t.Helper()
+		if err := errors.Join(s.edgeA.SetConfig(config), s.edgeA.Restart(context.Background())); err != nil {
+			t.Fatal(err)
 		}
+	}
+	t.Cleanup(func() { restart(string(config)) })
+	restart(string(config) + "control: { health: \"127.0.0.1:9465\" }\n")
+
+	s.prefer(t, edge) // and afterwards it has its own configuration of bird again
+	script := "/etc/announce"
+	if err := errors.Join(edge.WriteFile(lab.BirdConfig, documented(t, "/etc/bird/bird.conf"), 0o644),
+		edge.WriteFile(script, documented(t, "/usr/local/bin/announce"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := edge.Command(t.Context(), "birdc", "configure").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	p, err := edge.StartProcess("announce", []string{script}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Stop(time.Second) })
+}
+
+// documented is the block of docs/health.md that follows the name of a file.
+func documented(t *testing.T, file string) []byte {
+	t.Helper()
+	root, err := lab.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := os.ReadFile(filepath.Join(root, "docs/health.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(page), "`"+file+"`")
+	found := regexp.MustCompile("(?s)^[^`]*\n```\\w*\n(.*?)```").FindStringSubmatch(after)
+	if found == nil {
+		t.Fatalf("docs/health.md does not show %s", file)
+	}
+	return []byte(found[1])
+}
+
+// losesTailnet has edge A lose its tailnet in each way. The clients connect to addr, which leads to edge A as
+// long as that one serves.
+func (s *story) losesTailnet(t *testing.T, addr string) {
+	browser := func(keep bool) *http.Client {
+		dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Client.Dial(ctx, "tcp4", addr) }
 		return &http.Client{Transport: &http.Transport{DialContext: dial, TLSClientConfig: s.trust(), DisableKeepAlives: !keep}}
 	}
 	get := func(ctx context.Context, c *http.Client) (f facts, err error) {

@@ -109,7 +109,7 @@ install: build ## Install into PREFIX (default /usr/local): daemon, unit, user, 
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's#@PREFIX@#$(PREFIX)#' $(PACKAGES)/tailsplice.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/tailsplice.service
 	install -d -m755 $(DESTDIR)/etc/tailsplice
-	[ -e $(DESTDIR)/etc/tailsplice/tailsplice.yaml ] || install -m644 $(PACKAGES)/tailsplice.yaml $(DESTDIR)/etc/tailsplice/tailsplice.yaml
+	[ -e $(DESTDIR)/etc/tailsplice/tailsplice.yaml ] || install -m644 cmd/tailsplice/installed.yaml $(DESTDIR)/etc/tailsplice/tailsplice.yaml
 	[ -n "$(DESTDIR)" ] || ! command -v systemd-sysusers >/dev/null || systemd-sysusers $(PREFIX)/lib/sysusers.d/tailsplice.conf
 
 .PHONY: packages

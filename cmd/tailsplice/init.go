@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 
@@ -23,6 +25,11 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
+
+// installed is the configuration that the packages install. As long as nobody has changed it, init replaces it.
+//
+//go:embed installed.yaml
+var installed string
 
 // answers are what init needs to know.
 type answers struct {
@@ -167,7 +174,8 @@ no flag says. It looks at this machine, and changes nothing of it but for the fi
 }
 
 func initRole(cmd *cobra.Command, r *role, o initOptions) error {
-	if _, err := os.Lstat(o.file); err == nil && !o.force {
+	old, err := os.ReadFile(o.file)
+	if _, statErr := os.Lstat(o.file); statErr == nil && !o.force && (err != nil || string(old) != installed) {
 		return fmt.Errorf("%s is there already: --force overwrites it, --config names another file", o.file)
 	}
 	if term.IsTerminal(int(os.Stdin.Fd())) && !o.asJSON {
@@ -191,8 +199,8 @@ func initRole(cmd *cobra.Command, r *role, o initOptions) error {
 	if r.name == "edge" {
 		s.DNS = records(o.Names, publicAddrs())
 	}
-	s.Next = "sudo tailsplice run --config " + o.file
-	if err := writeNew(o.file, s.Config, o.force); err != nil {
+	s.Next = next(o.file)
+	if err := writeNew(o.file, s.Config, o.force || old != nil); err != nil {
 		return err
 	}
 	if o.asJSON {
@@ -202,6 +210,17 @@ func initRole(cmd *cobra.Command, r *role, o initOptions) error {
 	}
 	printStarted(terminal{cmd.OutOrStdout()}, s)
 	return nil
+}
+
+// next is the command that brings a new configuration into force. A file in the unit's place is for the unit; its
+// daemon is started anew, because a reload does not change the control section.
+func next(file string) string {
+	if file == defaultConfig {
+		if out, err := exec.Command("systemctl", "cat", "tailsplice.service").Output(); err == nil && len(out) > 0 {
+			return "sudo systemctl restart tailsplice"
+		}
+	}
+	return "sudo tailsplice run --config " + file
 }
 
 // askPerson asks for what no flag has said. An empty line takes what stands in brackets.

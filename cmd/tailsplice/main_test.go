@@ -59,7 +59,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("RUN", run)
 			e.Setenv("TAILSPLICE_TAILSCALED_SOCKET", filepath.Join(run, "no-tailscaled.sock"))
 			e.Setenv("DOCKER_HOST", "unix://"+filepath.Join(run, "no-dockerd.sock"))
-			return nil
+			return os.WriteFile(filepath.Join(e.WorkDir, "installed.yaml"), []byte(installed), 0o644)
 		},
 		Condition: func(cond string) (bool, error) {
 			if cond != "root" {

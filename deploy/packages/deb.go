@@ -78,7 +78,7 @@ func (r *release) deb(arch, version string, program, bom []byte) ([]byte, error)
 		}
 	}
 	for source, name := range map[string]string{
-		"tailsplice.yaml": "/etc/tailsplice/tailsplice.yaml", "logrotate": "/etc/logrotate.d/tailsplice",
+		r.repo + sample: "/etc/tailsplice/tailsplice.yaml", "logrotate": "/etc/logrotate.d/tailsplice",
 	} {
 		data, err := os.ReadFile(source)
 		if err != nil {

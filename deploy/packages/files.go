@@ -10,6 +10,9 @@ import (
 	"strings"
 )
 
+// sample is the configuration that a package installs. `tailsplice init` replaces it, and nothing else, unasked.
+const sample = "/cmd/tailsplice/installed.yaml"
+
 // file is one of a package.
 type file struct {
 	name  string // absolute
@@ -59,7 +62,7 @@ func (r *release) files(prefix string, program, bom []byte) ([]file, error) {
 			files = append(files, file{name: path.Join(doc, strings.TrimPrefix(f, r.repo)), mode: 0o644, data: text})
 		}
 	}
-	for source, name := range map[string]string{r.repo + "/LICENSE": "copyright", "tailsplice.yaml": "tailsplice.yaml"} {
+	for source, name := range map[string]string{r.repo + "/LICENSE": "copyright", r.repo + sample: "tailsplice.yaml"} {
 		text, err := os.ReadFile(source)
 		if err != nil {
 			return nil, err

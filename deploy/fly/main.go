@@ -46,8 +46,8 @@ func run() error {
 	}
 	if text, err := os.ReadFile("/etc/tailsplice/fly.toml"); err == nil {
 		if kill := killTimeout(string(text)); drain >= kill {
-			log.Printf("warning: DRAIN_TIMEOUT is %v, but fly.io ends this machine after kill_timeout, which is %v: what is "+
-				"still open then is cut; set kill_timeout to more (300 at most), or DRAIN_TIMEOUT to less", drain, kill)
+			log.Printf("warning: DRAIN_TIMEOUT is %v, but fly.io kills this machine after kill_timeout, which is %v, and "+
+				"with it all open connections; raise kill_timeout (to 300 at most), or lower DRAIN_TIMEOUT", drain, kill)
 		}
 	}
 	for _, dir := range []string{"/run/tailscale", "/run/tailsplice", "/var/run", "/tmp", "/var/lib/tailscale"} {
@@ -148,7 +148,8 @@ func withoutSecrets(all []string) (rest []string) {
 // join brings this machine into the tailnet, as an ephemeral node with tags: by an auth key, or by the
 // identity that fly.io vouches for.
 func join(ctx context.Context) error {
-	args := []string{"--socket=/run/tailscale/tailscaled.sock", "up", "--hostname=" + env("TS_HOSTNAME", "edge-"+env("FLY_REGION", "lab")),
+	args := []string{"--socket=/run/tailscale/tailscaled.sock", "up",
+		"--hostname=" + env("TS_HOSTNAME", "edge-"+env("FLY_REGION", "lab")),
 		"--netfilter-mode=off", "--accept-dns=false", "--advertise-tags=" + env("TS_TAGS", "tag:edge")}
 	if server := os.Getenv("TS_LOGIN_SERVER"); server != "" {
 		args = append(args, "--login-server="+server)

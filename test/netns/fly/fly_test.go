@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -74,6 +76,36 @@ func TestEdge(t *testing.T) {
 	for name, port := range map[string]int{"private IPv4": 4, "private IPv6": 6} {
 		t.Run(name, func(t *testing.T) { e.page(t, e.browser(t, port)) })
 	}
+	t.Run("step 10", func(t *testing.T) {
+		command := regexp.MustCompile(`fly ssh console -C "(.*)"`).FindStringSubmatch(block(t, e.root(t), "fly ssh"))
+		if command == nil {
+			t.Fatal("docs/fly.md does not ask the edge by fly ssh console")
+		}
+		if out := e.exec(t, strings.Fields(command[1])...); !strings.Contains(out, "edge-waw") {
+			t.Errorf("the node is not named by its region:\n%s", out)
+		}
+	})
+	t.Run("home is out of reach", func(t *testing.T) {
+		w.Home.Node.Stop()
+		t.Cleanup(func() {
+			if err := w.Home.Node.Start(); err != nil {
+				t.Fatal(err)
+			}
+			e.page(t, e.browser(t, 4))
+		})
+		for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+			c, err := w.Laptop.Dial(t.Context(), "tcp", net.JoinHostPort(e.ip4, "443"))
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				return
+			}
+			if err == nil {
+				c.Close()
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("its port is still open: %v", err)
+			}
+		}
+	})
 	t.Run("a node of the tailnet is not believed", func(t *testing.T) {
 		c, err := w.Home.Dial(t.Context(), "tcp", net.JoinHostPort(e.node(t), "443"))
 		if err != nil {
@@ -213,10 +245,7 @@ type edge struct {
 // build does what `make fly` and `fly deploy` do.
 func (e *edge) build(t *testing.T) {
 	t.Helper()
-	root, err := lab.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := e.root(t)
 	dir := filepath.Join(root, "build/test/fly")
 	if err := os.RemoveAll(dir); err != nil { // make keeps configurations that are there
 		t.Fatal(err)
@@ -249,6 +278,15 @@ func (e *edge) build(t *testing.T) {
 	}
 }
 
+func (e *edge) root(t *testing.T) string {
+	t.Helper()
+	root, err := lab.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
 // block is that of docs/fly.md which has a text.
 func block(t *testing.T, root, text string) string {
 	t.Helper()
@@ -270,7 +308,7 @@ func (e *edge) start(t *testing.T) {
 	t.Helper()
 	created, err := e.Docker.Client.ContainerCreate(t.Context(), client.ContainerCreateOptions{
 		Config: &container.Config{Image: image, Env: []string{
-			"FLY_REGION=lab", "TS_AUTHKEY=tskey-auth-lab", "DRAIN_TIMEOUT=301s",
+			"FLY_REGION=waw", "TS_AUTHKEY=tskey-auth-lab", "DRAIN_TIMEOUT=301s",
 			"TS_LOGIN_SERVER=" + e.Tailnet.Control.ExplicitBaseURL,
 			"TS_PANIC_IF_HIT_MAIN_CONTROL=1", "TS_NO_LOGS_NO_SUPPORT=true", "TS_DISABLE_PORTMAPPER=1"}},
 		HostConfig: &container.HostConfig{NetworkMode: "fly", CapAdd: []string{"NET_ADMIN"},
@@ -373,12 +411,32 @@ func (e *edge) node(t *testing.T) string {
 		t.Fatal(err)
 	}
 	for _, p := range s.Peer {
-		if strings.HasPrefix(p.DNSName, "edge-lab.") {
+		if strings.HasPrefix(p.DNSName, "edge-waw.") {
 			return p.TailscaleIPs[0].String()
 		}
 	}
-	t.Fatal("home knows no edge-lab")
+	t.Fatal("home knows no edge-waw")
 	return ""
+}
+
+// exec runs a command in the container, and returns what it printed.
+func (e *edge) exec(t *testing.T, argv ...string) string {
+	t.Helper()
+	c, err := e.Docker.Client.ExecCreate(t.Context(), e.id, client.ExecCreateOptions{
+		Cmd: argv, AttachStdout: true, AttachStderr: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := e.Docker.Client.ExecAttach(t.Context(), c.ID, client.ExecAttachOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	var out bytes.Buffer
+	if _, err := stdcopy.StdCopy(&out, &out, a.Reader); err != nil {
+		t.Fatal(err)
+	}
+	return out.String()
 }
 
 func (e *edge) kill(t *testing.T, signal string) {

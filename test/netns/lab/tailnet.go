@@ -62,10 +62,9 @@ const (
 	friendUser    tailcfg.UserID = 9001
 )
 
-// nodeTags is who is in the tailnet.
+// nodeTags is who is in the tailnet. A node that asks for tags gets these instead.
 var nodeTags = map[string][]string{
 	"edge-a": {"tag:edge"}, "edge-b": {"tag:edge"}, "home": {"tag:home"}, "laptop": {"tag:laptop"}, "friend": nil,
-	"edge-lab": {"tag:edge"}, // of deploy/fly
 }
 
 func (w *World) startTailnet(ctx context.Context, tailscaled string) error {
@@ -175,6 +174,9 @@ func (t *Tailnet) tag(req *tailcfg.MapRequest) (done func()) {
 	t.tagged[req.NodeKey] = true
 	name, _, _ := strings.Cut(n.Name, ".")
 	n.Tags, n.User = nodeTags[name], friendUser
+	if n.Hostinfo.RequestTags().Len() > 0 { // tailscale up --advertise-tags
+		n.Tags = n.Hostinfo.RequestTags().AsSlice()
+	}
 	if len(n.Tags) > 0 {
 		n.User = taggedDevices
 	}

@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -115,8 +116,8 @@ func email(address string) string {
 
 // onPort80 is the same target for plain HTTP.
 func onPort80(target string) string {
-	if before, ok := strings.CutSuffix(target, ":443"); ok {
-		return before + ":80"
+	if i := strings.LastIndex(target, ":"); strings.HasSuffix(target, ":443") || strings.HasPrefix(target, "tailnet://") && i > 0 {
+		return target[:i] + ":80"
 	}
 	return target
 }
@@ -189,13 +190,17 @@ func initRole(cmd *cobra.Command, r *role, o initOptions) error {
 			"--names example.org")}
 	}
 	s := started{Role: r.name, File: o.file, Config: r.config(o.answers), DNS: []string{},
-		Machine: lookAround(cmd.Context(), r)}
+		Machine: lookAround(cmd.Context(), r, o.Names)}
 	if _, err := config.Parse(o.file, []byte(s.Config)); err != nil {
 		return fmt.Errorf("no configuration comes of these answers:\n%w", err)
 	}
+	serves := r.serves
+	if _, port, err := net.SplitHostPort(strings.TrimPrefix(o.Forward, "tailnet://")); err == nil && r.name == "edge" {
+		serves = strings.Replace(serves, "443", port, 1)
+	}
 	s.Policy = fmt.Sprintf(`{"tagOwners": {%q: ["autogroup:admin"], %q: ["autogroup:admin"]},
    "acls": [{"action": "accept", "src": [%q], "dst": [%q]}]}`,
-		r.before, r.serves[:strings.LastIndex(r.serves, ":")], r.before, r.serves)
+		r.before, serves[:strings.LastIndex(serves, ":")], r.before, serves)
 	if r.name == "edge" {
 		s.DNS = records(o.Names, publicAddrs())
 	}
@@ -262,8 +267,8 @@ func writeNew(file, text string, force bool) error {
 	return errors.Join(err, f.Close())
 }
 
-// lookAround says what of this machine matters to a role.
-func lookAround(ctx context.Context, r *role) []loader.Finding {
+// lookAround says what of this machine matters to a role, and where an edge's names lead to.
+func lookAround(ctx context.Context, r *role, names []string) []loader.Finding {
 	var found []loader.Finding
 	look := func(name, advice string, ask func(context.Context) (string, error)) {
 		found = append(found, ask1(ctx, name, advice, ask))
@@ -292,7 +297,37 @@ func lookAround(ctx context.Context, r *role) []loader.Finding {
 				return "is free", ln.Close()
 			})
 	}
+	if r.name != "edge" {
+		return found
+	}
+	ctx, cancel := context.WithTimeout(ctx, askPatience) // for all names
+	defer cancel()
+	for _, n := range names {
+		if !strings.HasPrefix(n, "*.") {
+			look("name "+n, "make the DNS records below", func(ctx context.Context) (string, error) { return leadsHere(ctx, n) })
+		}
+	}
 	return found
+}
+
+// leadsHere looks up whether a name leads to this machine.
+func leadsHere(ctx context.Context, name string) (string, error) {
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", name)
+	if err != nil {
+		return "", err
+	}
+	own := publicAddrs()
+	for i, a := range addrs {
+		addrs[i] = a.Unmap()
+		if slices.Contains(own, addrs[i]) {
+			return "leads to this machine", nil
+		}
+	}
+	text := fmt.Sprintf("leads to %s", strings.Trim(fmt.Sprint(addrs), "[]"))
+	if len(own) == 0 {
+		return text + "; this machine can't tell whether that is its own public address", nil
+	}
+	return "", fmt.Errorf("%s, which is not this machine", text)
 }
 
 // publicAddrs are this machine's addresses that the internet may reach.

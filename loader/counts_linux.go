@@ -109,6 +109,12 @@ func (c *counts) stats() Stats {
 	return s
 }
 
+// ClampedSegments is Stats.Braked; see userspace/front.
+func (l *Loader) ClampedSegments() (n uint64) {
+	_ = l.objects.Braked.Get(&n)
+	return n
+}
+
 // Health is the part of Stats that an operator has to know; see userspace/relay.
 func (l *Loader) Health() (off string, stalls uint64) { return l.counts.health() }
 

@@ -51,6 +51,9 @@ func (*Loader) Stats() Stats { return Stats{Off: unsupported().Error()} }
 // Health is off.
 func (*Loader) Health() (off string, stalls uint64) { return unsupported().Error(), 0 }
 
+// ClampedSegments is 0.
+func (*Loader) ClampedSegments() uint64 { return 0 }
+
 // SelfTest of a Loader finds nothing.
 func (*Loader) SelfTest() []Finding { return SelfTest(Options{}) }
 

@@ -19,6 +19,7 @@ import (
 var (
 	_ relay.Sockets  = (*loader.Loader)(nil)
 	_ relay.Health   = (*loader.Loader)(nil)
+	_ front.Clamper  = (*loader.Loader)(nil)
 	_ relay.Datapath = (*loader.Local)(nil)
 	_ relay.Health   = (*loader.Local)(nil)
 )

@@ -6,6 +6,7 @@ import (
 	"net"
 	"sync/atomic"
 
+	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
@@ -51,6 +52,16 @@ func (l *late[D]) Health() (off string, stalls uint64) {
 		return h.Health()
 	}
 	return "", 0
+}
+
+// ClampedSegments is the datapath's, once that is there.
+func (l *late[D]) ClampedSegments() uint64 {
+	if d := l.d.Load(); d != nil {
+		if c, ok := any(*d).(front.Clamper); ok {
+			return c.ClampedSegments()
+		}
+	}
+	return 0
 }
 
 // lateSockets is late for a datapath that takes bare sockets.

@@ -42,8 +42,27 @@ type Flow struct {
 	Datapath func() string
 
 	// Bytes returns what has moved so far: up (from downstream to upstream)
-	// and down. It must be safe to call at any time.
+	// and down. It must be safe to call at any time, also after the flow has ended.
 	Bytes func() (up, down int64)
+
+	// Account, when not nil, is what the flow is counted in.
+	Account *Account
+
+	place int // in Registry.live, from 1; 0: not there
+}
+
+func (f *Flow) bytes() (up, down int64) {
+	if f.Bytes == nil {
+		return 0, 0
+	}
+	return f.Bytes()
+}
+
+func (f *Flow) datapath() string {
+	if f.Datapath == nil {
+		return ""
+	}
+	return f.Datapath()
 }
 
 // Snapshot is a Flow at one moment, as `tailsplice flows --json` prints it.
@@ -62,17 +81,24 @@ type Snapshot struct {
 	BytesDown  int64     `json:"bytes_down"`
 }
 
-// Registry holds the flows that live. The zero value is not usable: call
+func (f *Flow) snapshot(up, down int64) Snapshot {
+	return Snapshot{ID: f.ID, Listener: f.Listener, Route: f.Route, Name: f.Name, Client: f.Client,
+		Downstream: f.Downstream, Upstream: f.Upstream, Target: f.Target, Datapath: f.datapath(),
+		Started: f.Started, BytesUp: up, BytesDown: down}
+}
+
+// Registry holds the flows that live, and the accounts that they are counted in. The zero value is not usable: call
 // NewRegistry. All methods are safe for concurrent use.
 type Registry struct {
-	mu    sync.Mutex
-	flows map[*Flow]struct{}
-	empty chan struct{} // closed while there is no flow
+	mu       sync.Mutex
+	live     []*Flow
+	empty    chan struct{} // closed while there is no flow
+	accounts accounts
 }
 
 // NewRegistry returns an empty registry.
 func NewRegistry() *Registry {
-	r := &Registry{flows: map[*Flow]struct{}{}, empty: make(chan struct{})}
+	r := &Registry{empty: make(chan struct{}), accounts: newAccounts()}
 	close(r.empty)
 	return r
 }
@@ -81,22 +107,35 @@ func NewRegistry() *Registry {
 func (r *Registry) Add(f *Flow) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.flows) == 0 {
+	if len(r.live) == 0 {
 		r.empty = make(chan struct{})
 	}
-	r.flows[f] = struct{}{}
+	r.live = append(r.live, f)
+	f.place = len(r.live)
+	if f.Account != nil {
+		f.Account.live++
+	}
 }
 
-// Remove forgets f. Removing it twice is harmless.
+// Remove forgets f, whose bytes are final. Removing it twice is harmless.
 func (r *Registry) Remove(f *Flow) {
+	up, down := f.bytes()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, ok := r.flows[f]; !ok {
+	if f.place == 0 {
 		return
 	}
-	delete(r.flows, f)
-	if len(r.flows) == 0 {
+	last := len(r.live) - 1
+	moved := r.live[last]
+	r.live[f.place-1], moved.place = moved, f.place
+	r.live[last], f.place = nil, 0
+	r.live = r.live[:last]
+	if last == 0 {
 		close(r.empty)
+	}
+	if f.Account != nil {
+		f.Account.live--
+		f.Account.add(up, down)
 	}
 }
 
@@ -104,7 +143,7 @@ func (r *Registry) Remove(f *Flow) {
 func (r *Registry) Len() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return len(r.flows)
+	return len(r.live)
 }
 
 // Empty returns a channel that is closed once no flow lives. Flows added after
@@ -115,28 +154,22 @@ func (r *Registry) Empty() <-chan struct{} {
 	return r.empty
 }
 
+// flows are those that live now.
+func (r *Registry) flows() []*Flow {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.live)
+}
+
 // Snapshot lists the live flows, oldest first.
 func (r *Registry) Snapshot() []Snapshot {
-	r.mu.Lock()
-	live := make([]*Flow, 0, len(r.flows))
-	for f := range r.flows {
-		live = append(live, f)
-	}
-	r.mu.Unlock()
-	out := make([]Snapshot, 0, len(live))
-	for _, f := range live {
-		s := Snapshot{ID: f.ID, Listener: f.Listener, Route: f.Route, Name: f.Name, Client: f.Client,
-			Downstream: f.Downstream, Upstream: f.Upstream, Target: f.Target, Started: f.Started}
-		if f.Datapath != nil {
-			s.Datapath = f.Datapath()
-		}
-		if f.Bytes != nil {
-			s.BytesUp, s.BytesDown = f.Bytes()
-		}
-		out = append(out, s)
-	}
-	slices.SortFunc(out, func(a, b Snapshot) int {
+	live := r.flows()
+	slices.SortFunc(live, func(a, b *Flow) int {
 		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.ID, b.ID))
 	})
+	out := make([]Snapshot, 0, len(live))
+	for _, f := range live {
+		out = append(out, f.snapshot(f.bytes()))
+	}
 	return out
 }

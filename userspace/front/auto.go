@@ -12,9 +12,6 @@ import (
 func (f *Front) Offer(d relay.Sockets) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !slices.Contains(f.datapaths(), relay.Datapath(d)) {
-		f.watchHealth(d)
-	}
 	var auto []relay.Sockets
 	if old := f.auto.Load(); old != nil {
 		auto = slices.Clone(*old)
@@ -41,13 +38,6 @@ func (f *Front) datapaths() []relay.Datapath {
 		}
 	}
 	return all
-}
-
-// watchHealth shows d in the metrics.
-func (f *Front) watchHealth(d relay.Datapath) {
-	if h, ok := d.(relay.Health); ok {
-		f.metrics.Watch(d.Name(), h.Health)
-	}
 }
 
 // A waiter is a datapath that the configuration may name, and that may not be there yet: it refuses flows until it is,

@@ -341,6 +341,7 @@ func (x *express) relay() {
 	f, in := x.front, x.in
 	in.uncut()
 	f.metrics.DialTime.Observe(time.Since(x.began).Seconds())
+	f.targets.tried(x.rule.written, nil)
 	if in.id == "" {
 		in.id = flow.NewID()
 	}

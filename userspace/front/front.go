@@ -18,6 +18,7 @@
 //	http.go     http and https: the same by request
 //	certificates.go  what https listeners show, and how ACME gets at them
 //	memory_linux.go  what is done when the kernel is short of memory for TCP
+//	counts.go   what the metrics show of all this
 //	problems.go  what of the configuration does not work now, while the rest does
 //	status.go   what can be seen from outside
 //
@@ -87,6 +88,7 @@ type Front struct {
 	requests    *limit.Limiter // under way
 	flows       *flow.Registry
 	metrics     *metrics.Set
+	targets     targets
 	complain    *complaints
 	spare       *spareFiles
 	started     time.Time
@@ -139,12 +141,9 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}, addressesMoved: make(chan struct{}, 1),
 		labelsMoved: make(chan struct{}, 1), labels: newLabelRoutes(nil)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
-	f.metrics = metrics.New(opts.Version, f.flows.Len)
+	f.metrics = metrics.New(opts.Version, f.state)
 	if opts.LogLost != nil {
 		f.metrics.WatchLog(opts.LogLost)
-	}
-	for _, d := range opts.Datapaths {
-		f.watchHealth(d)
 	}
 	maps.Copy(f.missing, opts.Missing)
 	f.tailnet = tailnet.New("", opts.Log)
@@ -155,8 +154,7 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers, Past: past}
 	f.labelDialer = &dial.Dialer{Container: f.containers.Now(), Past: past}
 	f.limiter, f.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt) // set by apply
-	f.metrics.WatchRequests(f.requests.Total)
-	f.newRate = limit.NewRate() // set by apply
+	f.newRate = limit.NewRate()                                                                              // set by apply
 	f.heldBy = limit.NewRequests(heldMost, heldPerSource)
 	f.spare = newSpareFiles()
 	f.mostWaiting.Store(mostWaiting())
@@ -167,7 +165,6 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 		return nil, err
 	}
 	go f.followAddresses(f.ctx)
-	f.watchProblems()
 	go f.followLabels(f.ctx)
 	go f.watchMemory()
 	return f, nil
@@ -321,6 +318,7 @@ func (f *Front) apply(cfg *config.Config) error {
 		f.newRate.Set(0, 0)
 	}
 	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
+	f.countRoutes()
 	go f.warnOfTailscaled(cfg)
 	f.noteUnbound(want, failed, clashes, tailnetErr)
 	f.watchDefaults()

@@ -127,6 +127,7 @@ func (g *gate) reach(ctx context.Context) error {
 			if err == nil {
 				c.Close()
 			}
+			g.front.targets.tried(to.To.String(), err)
 			answers <- err
 		}()
 	}

@@ -83,6 +83,7 @@ func (f *Front) dialUpstream(ctx context.Context, listener string, r *rule, who 
 		try, done := context.WithTimeout(ctx, min(holdTry, max(holdPause, r.hold-time.Since(began))))
 		up, again := f.dialer.Dial(try, r.target, who.client)
 		done()
+		f.targets.tried(r.written, again)
 		if again == nil {
 			return up, nil
 		}

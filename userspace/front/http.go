@@ -30,7 +30,7 @@ type httpServer struct {
 // nil for http.
 func (f *Front) newHTTPServer(l *listener, certs *tlsterm.Store) *httpServer {
 	ctx, stop := context.WithCancel(f.ctx)
-	o := vhost.Options{Node: f.node(), Log: f.log, Answer: f.acme.ServeChallenge, OnRequest: func(r vhost.Request) { f.requestEnded(l, r) }, Charge: f.charge(l), Guard: f.listenerGuard(l),
+	o := vhost.Options{Node: f.node(), Log: f.log, Answer: f.acme.ServeChallenge, Count: f.account(l), OnRequest: func(r vhost.Request) { f.requestEnded(l, r) }, Charge: f.charge(l), Guard: f.listenerGuard(l),
 		Route: func(r *http.Request, host, path string) (*vhost.Route, error) {
 			return l.service.Load().routeRequest(r, host, path, certs)
 		},
@@ -94,12 +94,11 @@ func (h *httpServer) serve(in *inbound) {
 	}
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: "by request", Name: in.name,
 		Client: in.client.String(), Downstream: in.peer.String(), Target: "by request", Datapath: func() string { return userspace },
+		Account: f.flows.Account(in.listener.name, ""), // which a request has of its route
 		Started: in.accepted, Bytes: func() (up, down int64) { return in.bytesIn.Load(), in.bytesOut.Load() }}
 	f.flows.Add(fl)
 	err := h.server.ServeConn(in)
 	f.flows.Remove(fl)
-	f.metrics.Bytes.WithLabelValues(fl.Listener, "up").Add(float64(in.bytesIn.Load()))
-	f.metrics.Bytes.WithLabelValues(fl.Listener, "down").Add(float64(in.bytesOut.Load()))
 	if err != nil {
 		f.metrics.Refused.WithLabelValues(in.listener.name, "tls_handshake").Inc()
 		f.complain.Warn("tls_handshake", "the TLS handshake failed", "id", in.id, "listener", in.listener.name, "client", in.client, "reason", "tls_handshake", "err", err)
@@ -146,6 +145,7 @@ func (in *inbound) Judge(ctx context.Context, info *vhost.ConnInfo) {
 // into the daemon's. That has it all the same at level debug.
 func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	logged := f.logAccess(l, &r)
+	f.countRequest(l, &r)
 	var bad *vhost.BadRequest
 	if errors.As(r.Err, &bad) {
 		f.metrics.Refused.WithLabelValues(l.name, bad.Reason).Inc()

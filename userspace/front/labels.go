@@ -113,6 +113,7 @@ func (f *Front) applyLabels() (again time.Duration) {
 		f.listeners[name].service.Store(s)
 	}
 	f.commitLabels(next)
+	f.countRoutes()
 	for _, g := range next.gone {
 		if left := max(time.Until(g.at.Add(goneFor)), time.Millisecond); again == 0 || left < again {
 			again = left

@@ -124,20 +124,6 @@ func certificateProblem(listener string, cert tlsterm.Info) Problem {
 	return Problem{PartCertificate, listener, cert.Source, strings.TrimPrefix(cert.Problem, cert.Source+": ")}
 }
 
-// watchProblems has the metrics count problems by part.
-func (f *Front) watchProblems() {
-	for _, part := range parts {
-		f.metrics.WatchProblems(part, func() (n int) {
-			for _, p := range f.Problems() {
-				if p.Part == part {
-					n++
-				}
-			}
-			return n
-		})
-	}
-}
-
 // Readiness is whether the daemon can take the connections that it should.
 type Readiness struct {
 	Ready    bool      `json:"ready"`

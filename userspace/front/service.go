@@ -221,7 +221,7 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 	if len(a.Allow) > 0 {
 		r.allow = newPeers(a.Allow)
 	}
-	wanted := cmp.Or(a.Datapath, cfg.Datapath, "auto")
+	wanted := cmp.Or(a.Datapath, cfg.Datapath, autoDatapath)
 	if l.Mode == "http" || l.Mode == "https" {
 		// What is terminated here can't be moved without this process.
 		var err error
@@ -231,7 +231,7 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 		r.http.Guard, err = f.compileAccess(cfg, l.Name, r, a)
 		return r, err
 	}
-	if wanted == "auto" {
+	if wanted == autoDatapath {
 		r.auto = true
 		return r, nil
 	}

@@ -185,7 +185,8 @@ func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, r
 	counters := new(relay.Counters)
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.name, Name: in.name,
 		Client: in.client.String(), Downstream: in.peer.String(), Upstream: upstream,
-		Target: r.written, Started: in.accepted, Bytes: counters.Load, Datapath: counters.Datapath}
+		Target: r.written, Started: in.accepted, Bytes: counters.Load, Datapath: counters.Datapath,
+		Account: f.flows.Account(in.listener.name, r.name)}
 	f.flows.Add(fl)
 	in.asker, in.header = nil, nil // the flow may last
 	o := relay.Options{
@@ -226,6 +227,7 @@ func (f *Front) dialRule(ctx context.Context, listener string, r *rule, who visi
 		up, err = r.dialer.Dial(ctx, r.target, who.client)
 	}
 	f.metrics.DialTime.Observe(time.Since(started).Seconds())
+	f.targets.tried(r.written, err)
 	if err != nil {
 		reason := "error"
 		var de *dial.Error
@@ -253,8 +255,7 @@ func (f *Front) proxyHeader(in *inbound, hello *sni.Hello) proxyheader.Header {
 // ended writes the one line of a flow that has ended, and counts it.
 func (f *Front) ended(fl *flow.Flow, res relay.Result, rtt [2]time.Duration) {
 	f.metrics.Ended.WithLabelValues(fl.Listener, res.Datapath, string(res.End)).Inc()
-	f.metrics.Bytes.WithLabelValues(fl.Listener, "up").Add(float64(res.Up))
-	f.metrics.Bytes.WithLabelValues(fl.Listener, "down").Add(float64(res.Down))
+	f.metrics.RouteFlows.WithLabelValues(fl.Listener, fl.Account.Route).Observe(time.Since(fl.Started).Seconds())
 	if !f.log.Enabled(f.ctx, slog.LevelInfo) {
 		return
 	}

@@ -8,7 +8,6 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
@@ -32,8 +31,8 @@ type Status struct {
 	Refused        map[string]int64 `json:"refused"`         // connections and requests by reason
 	Ended          map[string]int64 `json:"ended"`           // flows by how they ended
 	DialErrors     map[string]int64 `json:"dial_errors"`     // by reason
-	Demoted        map[string]int64 `json:"demoted"`         // flows given back to userspace, by reason
-	Bytes          map[string]int64 `json:"bytes"`           // of ended flows: up, down
+	Demoted        map[string]int64 `json:"demoted"`         // flows that a datapath refused, or gave back, by reason
+	Bytes          map[string]int64 `json:"bytes"`           // that flows have moved until now: up, down
 	NotTransparent map[string]int64 `json:"not_transparent"` // connections that could not carry the client's address, by reason
 }
 
@@ -43,6 +42,9 @@ type DatapathStatus struct {
 	Available   bool   `json:"available"`
 	SwitchedOff bool   `json:"switched_off,omitempty"` // not available because it failed too often, until the daemon is started again
 	Reason      string `json:"reason,omitempty"`       // why not
+	Wanted      bool   `json:"wanted"`                 // by the configuration, by its name or by auto
+	Flows       int    `json:"flows"`                  // that it has now
+	Clamped     uint64 `json:"clamped_segments"`       // that it cut the payload off, to bound what a flow holds in the kernel
 	Stalls      uint64 `json:"stalls"`                 // times a flow had come to rest with bytes to move, until it was found; should be 0
 }
 
@@ -84,7 +86,7 @@ func (f *Front) Status() Status {
 		Flows: f.flows.Len(), Requests: f.requests.Total(),
 		Accepted: metrics.Totals(f.metrics.Accepted, "listener"), Refused: metrics.Totals(f.metrics.Refused, "reason"),
 		Ended: metrics.Totals(f.metrics.Ended, "end"), DialErrors: metrics.Totals(f.metrics.DialError, "reason"),
-		Demoted: metrics.Totals(f.metrics.Demoted, "reason"), Bytes: metrics.Totals(f.metrics.Bytes, "direction"), NotTransparent: metrics.Totals(f.metrics.NotTransparent, "reason")}
+		Demoted: metrics.Totals(f.metrics.Demoted, "reason"), NotTransparent: metrics.Totals(f.metrics.NotTransparent, "reason")}
 	s.Labels = f.labels.problems
 	if f.opts.LogLost != nil {
 		s.LogLost = f.opts.LogLost()
@@ -95,24 +97,18 @@ func (f *Front) Status() Status {
 			s.Control = append(s.Control, addr)
 		}
 	}
-	there := map[string]bool{}
-	for _, d := range f.datapaths() {
-		there[d.Name()] = true
-		ds := DatapathStatus{Name: d.Name(), Available: true}
-		if h, ok := d.(relay.Health); ok {
-			ds.Reason, ds.Stalls = h.Health()
-			ds.Available = ds.Reason == ""
-			ds.SwitchedOff = !ds.Available && !waits(d)
-		}
-		s.Datapaths = append(s.Datapaths, ds)
-	}
-	s.Datapaths = append(s.Datapaths, DatapathStatus{Name: "userspace", Available: true})
-	for name, why := range f.missing {
-		if !there[name] {
-			s.Datapaths = append(s.Datapaths, DatapathStatus{Name: name, Reason: why})
+	traffic, flows := f.flows.Traffic()
+	s.Bytes = map[string]int64{}
+	for _, t := range traffic {
+		if t.Route == "" {
+			s.Bytes["up"] += t.Up
+			s.Bytes["down"] += t.Down
 		}
 	}
-	slices.SortStableFunc(s.Datapaths, func(a, b DatapathStatus) int { return strings.Compare(a.Name, b.Name) })
+	s.Datapaths = f.datapathStates()
+	for i := range s.Datapaths {
+		s.Datapaths[i].Flows = flows[s.Datapaths[i].Name]
+	}
 	for i := range f.cfg.Listeners {
 		c := &f.cfg.Listeners[i]
 		l := f.listeners[c.Name]

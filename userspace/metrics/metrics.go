@@ -1,12 +1,14 @@
 // Package metrics holds the daemon's counters, in Prometheus' form.
 //
 // Every event that the log mentions per flow is counted here, with labels of
-// bounded cardinality only: names of listeners and fixed reasons, never
-// addresses or server names, which strangers choose.
+// bounded cardinality only: names of listeners and routes, what the configuration
+// names, and fixed reasons; never what strangers choose, such as addresses and
+// server names. Each help says what bounds its series.
 package metrics
 
 import (
 	"net/http"
+	"strconv"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -21,7 +23,6 @@ type Set struct {
 	Refused        *prometheus.CounterVec // listener, reason
 	Ended          *prometheus.CounterVec // listener, datapath, end
 	Cut            *prometheus.CounterVec // reason
-	Bytes          *prometheus.CounterVec // listener, direction: up | down
 	DialError      *prometheus.CounterVec // listener, reason
 	Demoted        *prometheus.CounterVec // datapath, reason
 	NotTransparent *prometheus.CounterVec // listener, reason
@@ -29,12 +30,20 @@ type Set struct {
 	LogLost        prometheus.Counter     // lines
 	DialTime       prometheus.Histogram   // seconds
 
+	RouteFlows       *prometheus.HistogramVec // seconds; listener, route
+	RouteRequests    *prometheus.CounterVec   // listener, route, code
+	RouteRequestTime *prometheus.HistogramVec // seconds; listener, route
+
 	registry *prometheus.Registry
 }
 
 // New makes a set of its own, so that two daemons in one process (tests) do
-// not share counters. flows is asked for the number of live flows.
-func New(version string, flows func() int) *Set {
+// not share counters. now is asked at each scrape.
+func New(version string, now func() State) *Set {
+	histogram := func(name, help string, buckets ...float64) *prometheus.HistogramVec {
+		return prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "tailsplice_" + name, Help: help, Buckets: buckets},
+			[]string{"listener", "route"})
+	}
 	counter := func(name, help string, labels ...string) *prometheus.CounterVec {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tailsplice_" + name, Help: help}, labels)
 	}
@@ -43,57 +52,29 @@ func New(version string, flows func() int) *Set {
 		Refused:        counter("connections_refused_total", "Connections closed before they became a flow, and requests refused, by reason.", "listener", "reason"),
 		Ended:          counter("flows_ended_total", "Flows that ended, by datapath and by how they ended.", "listener", "datapath", "end"),
 		Cut:            counter("flows_cut_total", "Flows that the daemon has ended for want of what they held, by reason.", "reason"),
-		Bytes:          counter("bytes_total", "Bytes of ended flows; up is from downstream to upstream.", "listener", "direction"),
 		DialError:      counter("dial_errors_total", "Upstreams that could not be reached, by reason.", "listener", "reason"),
-		Demoted:        counter("flows_demoted_total", "Flows that a datapath gave back to userspace, by reason.", "datapath", "reason"),
+		Demoted:        counter("flows_demoted_total", "Flows that a datapath refused, or gave back, so that another one had them, by reason.", "datapath", "reason"),
 		NotTransparent: counter("not_transparent_total", "Connections to targets of `transparent` routes that could not carry the client's address, by reason.", "listener", "reason"),
 		LogLost: prometheus.NewCounter(prometheus.CounterOpts{Name: "tailsplice_access_log_lost_total",
 			Help: "Lines of access logs that were not written, because the disk was full or too slow."}),
 		Reloads: counter("config_reloads_total", "Configuration reloads, by result.", "result"),
 		DialTime: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "tailsplice_dial_seconds",
 			Help: "Time to resolve and connect to an upstream.", Buckets: prometheus.ExponentialBuckets(0.0005, 2, 15)}),
+		RouteFlows: histogram("route_flow_seconds", "Duration of flows that have ended, by route; HTTP requests are in tailsplice_route_request_seconds. "+routesBound,
+			0.1, 1, 10, 60, 600, 3600, 6*3600, 24*3600),
+		RouteRequests: counter("route_requests_total", "HTTP requests that have ended, by route and status code. Codes that RFCs do not name are counted as other; 499 says that the client left. A request that no route took has route=\"none\". "+routesBound,
+			"listener", "route", "code"),
+		RouteRequestTime: histogram("route_request_seconds", "Duration of HTTP requests that have ended, by route, from their header to the end of the answer. "+routesBound,
+			0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60),
 		registry: prometheus.NewRegistry(),
 	}
 	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "tailsplice_build_info", Help: "Always 1.",
 		ConstLabels: prometheus.Labels{"version": version}})
 	info.Set(1)
-	live := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_flows", Help: "Flows that live now."},
-		func() float64 { return float64(flows()) })
-	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Cut, s.Bytes, s.DialError, s.Demoted, s.NotTransparent, s.Reloads, s.LogLost, s.DialTime, info, live,
+	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Cut, s.DialError, s.Demoted, s.NotTransparent, s.Reloads, s.LogLost, s.DialTime, info,
+		s.RouteFlows, s.RouteRequests, s.RouteRequestTime, collector(now),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
-}
-
-// Watch adds the health of a datapath, which is asked for it at each scrape.
-func (s *Set) Watch(datapath string, health func() (off string, stalls uint64)) {
-	labels := prometheus.Labels{"datapath": datapath}
-	s.registry.MustRegister(
-		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "tailsplice_datapath_stalls_total", ConstLabels: labels,
-			Help: "Times that a flow of this datapath had come to rest with bytes to move, and went on up to 3 s late because the daemon looked. Should be 0: each is a defect, of the daemon or of the kernel, and is worth a report."},
-			func() float64 { _, n := health(); return float64(n) }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_datapath_on", ConstLabels: labels,
-			Help: "1 while the datapath takes flows; 0 once a burst of failures has switched it off, until the daemon is started again. Flows go through userspace then."},
-			func() float64 {
-				if off, _ := health(); off != "" {
-					return 0
-				}
-				return 1
-			}))
-}
-
-// WatchRequests adds the number of requests under way, which is asked for at
-// each scrape.
-func (s *Set) WatchRequests(underWay func() int) {
-	s.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_requests", Help: "HTTP requests under way now."},
-		func() float64 { return float64(underWay()) }))
-}
-
-// WatchProblems adds the number of problems of a part of the configuration, which is
-// asked for at each scrape.
-func (s *Set) WatchProblems(part string, now func() int) {
-	s.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tailsplice_problems", ConstLabels: prometheus.Labels{"part": part},
-		Help: "What of the configuration does not work now, by part: `tailsplice status` and /readyz say what is wrong. With address, certificate and default the daemon is not ready."},
-		func() float64 { return float64(now()) }))
 }
 
 // WatchLog adds the number of lines that the daemon's own log has lost, which is
@@ -107,6 +88,22 @@ func (s *Set) WatchLog(lost func() int64) {
 // Handler serves the set in the Prometheus text format.
 func (s *Set) Handler() http.Handler {
 	return promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})
+}
+
+// DropRoute forgets a route that is not there any more.
+func (s *Set) DropRoute(listener, route string) {
+	of := prometheus.Labels{"listener": listener, "route": route}
+	s.RouteFlows.DeletePartialMatch(of)
+	s.RouteRequests.DeletePartialMatch(of)
+	s.RouteRequestTime.DeletePartialMatch(of)
+}
+
+// Code is the label of a status code.
+func Code(status int) string {
+	if status != 499 && http.StatusText(status) == "" {
+		return "other"
+	}
+	return strconv.Itoa(status)
 }
 
 // Totals adds a counter up by the values of one of its labels, for

@@ -1,39 +1,65 @@
 package metrics
 
 import (
-	"io"
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 )
 
+func scrape(s *Set) string {
+	rec := httptest.NewRecorder()
+	s.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
+	return rec.Body.String()
+}
+
 func TestHandlerAndTotals(t *testing.T) {
-	s := New("v1", func() int { return 3 })
+	state := State{Flows: 3, Datapaths: []Datapath{{Name: "sockmap", On: true, Stalls: 4}},
+		Traffic:      []Traffic{{"web", "", 0, 7, 8}, {"web", "*.test", 2, 5, 6}},
+		Certificates: []Certificate{{"web", "a.pem", time.Unix(1e9, 0)}}, Targets: []Target{{"a:1", true}, {"b:1", false}},
+		ACME: []ACME{{"web", "a.test", false}}, Problems: map[string]int{"address": 1}}
+	s := New("v1", func() State { return state })
 	s.Refused.WithLabelValues("web", "hello_timeout").Add(2)
 	s.Refused.WithLabelValues("api", "hello_timeout").Inc()
 	s.Refused.WithLabelValues("web", "not_tls").Inc()
+	s.RouteRequests.WithLabelValues("web", "*.test", Code(503)).Inc()
 	if got := Totals(s.Refused, "reason"); got["hello_timeout"] != 3 || got["not_tls"] != 1 || len(got) != 2 {
 		t.Errorf("totals by reason: %v", got)
 	}
 	if got := Totals(s.Refused, "listener"); got["web"] != 3 || got["api"] != 1 {
 		t.Errorf("totals by listener: %v", got)
 	}
-	off := ""
-	s.Watch("sockmap", func() (string, uint64) { return off, 4 })
-	rec := httptest.NewRecorder()
-	s.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
-	body, _ := io.ReadAll(rec.Body)
+	body := scrape(s)
 	for _, want := range []string{`tailsplice_flows 3`, `tailsplice_build_info{version="v1"} 1`,
 		`tailsplice_datapath_stalls_total{datapath="sockmap"} 4`, `tailsplice_datapath_on{datapath="sockmap"} 1`,
+		`tailsplice_bytes_total{direction="up",listener="web"} 7`, `tailsplice_route_flows{listener="web",route="*.test"} 2`,
+		`tailsplice_route_bytes_total{direction="down",listener="web",route="*.test"} 6`,
+		`tailsplice_route_requests_total{code="503",listener="web",route="*.test"} 1`,
+		`tailsplice_target_up{target="a:1"} 1`, `tailsplice_target_up{target="b:1"} 0`, `tailsplice_acme_ok{listener="web",name="a.test"} 0`,
+		`tailsplice_certificate_not_after_timestamp_seconds{certificate="a.pem",listener="web"} 1e+09`, `tailsplice_problems{part="address"} 1`,
 		`tailsplice_connections_refused_total{listener="web",reason="not_tls"} 1`} {
-		if !strings.Contains(string(body), want) {
+		if !strings.Contains(body, want+"\n") {
 			t.Errorf("no %q in\n%s", want, body)
 		}
 	}
-	off = "it failed"
-	rec = httptest.NewRecorder()
-	s.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
-	if want := `tailsplice_datapath_on{datapath="sockmap"} 0`; !strings.Contains(rec.Body.String(), want) {
-		t.Errorf("no %q in\n%s", want, rec.Body)
+	state.Datapaths[0].On = false
+	s.DropRoute("web", "*.test")
+	body = scrape(s)
+	if want := `tailsplice_datapath_on{datapath="sockmap"} 0`; !strings.Contains(body, want) {
+		t.Errorf("no %q in\n%s", want, body)
+	}
+	if strings.Contains(body, "503") {
+		t.Error("a route that was dropped is still shown")
+	}
+}
+
+// TestCode: whoever answers chooses the status, and has no say in how many series there are.
+func TestCode(t *testing.T) {
+	codes := map[string]bool{}
+	for status := range 1000 {
+		codes[Code(status)] = true
+	}
+	if len(codes) > 70 || !codes["other"] || !codes["499"] || !codes["502"] || codes["599"] {
+		t.Errorf("%d codes: %v", len(codes), codes)
 	}
 }

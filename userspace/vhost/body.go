@@ -63,6 +63,7 @@ func (b *body) Read(p []byte) (int, error) {
 		return 0, errGivenUp
 	}
 	n, err := b.ReadCloser.Read(p)
+	add(b.x.resp.traffic.Up, n)
 	if total := b.bytes.Add(int64(n)); b.limit > 0 && total > b.limit {
 		n, err = 0, errTooLarge
 	}

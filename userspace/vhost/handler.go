@@ -82,6 +82,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		if !x.whole {
 			x.cutOff()
 		}
+		add(x.resp.traffic.Requests, -1)
 		s.report(x)
 		x.body.leave()
 	}()
@@ -174,6 +175,10 @@ func (s *Server) findRoute(x *exchange) error {
 		return ErrNoHost
 	}
 	x.route = route
+	if s.opts.Count != nil {
+		x.resp.traffic = s.opts.Count(route)
+		add(x.resp.traffic.Requests, 1)
+	}
 	return s.checkReadings(x)
 }
 

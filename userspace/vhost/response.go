@@ -15,6 +15,7 @@ type response struct {
 	http.ResponseWriter
 	status   int
 	bytes    int64
+	traffic  Traffic // of the route
 	hijacked *upgraded
 	before   func(http.Header) // called once, with the final answer's header when that is about to be written
 	plain    bool              // the client speaks HTTP/1.0
@@ -80,6 +81,7 @@ func (w *response) Write(p []byte) (int, error) {
 	}
 	n, err := w.ResponseWriter.Write(p)
 	w.bytes += int64(n)
+	add(w.traffic.Down, n)
 	return n, err
 }
 
@@ -94,7 +96,7 @@ func (w *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	}
 	w.status = http.StatusSwitchingProtocols
 	w.before(w.Header()) // to which ReverseProxy adds the upstream's
-	w.hijacked = &upgraded{Conn: c, early: rw.Reader}
+	w.hijacked = &upgraded{Conn: c, early: rw.Reader, traffic: w.traffic}
 	return w.hijacked, rw, nil
 }
 
@@ -103,25 +105,32 @@ type upgraded struct {
 	net.Conn
 	early   *bufio.Reader // nil once it is empty; the reader's only
 	in, out atomic.Int64
+	traffic Traffic
 }
 
 func (u *upgraded) Read(p []byte) (int, error) {
 	if u.early != nil {
 		if u.early.Buffered() > 0 {
 			n, err := u.early.Read(p[:min(len(p), u.early.Buffered())])
-			u.in.Add(int64(n))
+			u.read(n)
 			return n, err
 		}
 		u.early = nil
 	}
 	n, err := u.Conn.Read(p)
-	u.in.Add(int64(n))
+	u.read(n)
 	return n, err
+}
+
+func (u *upgraded) read(n int) {
+	u.in.Add(int64(n))
+	add(u.traffic.Up, n)
 }
 
 func (u *upgraded) Write(p []byte) (int, error) {
 	n, err := u.Conn.Write(p)
 	u.out.Add(int64(n))
+	add(u.traffic.Down, n)
 	return n, err
 }
 

@@ -27,6 +27,7 @@ import (
 	"net/http/httputil"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -104,6 +105,9 @@ type Options struct {
 	// HTTP/2 with prior knowledge. It should offer h2 and http/1.1.
 	TLS *tls.Config
 
+	// Count, if not nil, gives what a request of a route is counted in while it is under way.
+	Count func(*Route) Traffic
+
 	// OnRequest, if not nil, is called once for each request when it has ended.
 	OnRequest func(Request)
 
@@ -112,6 +116,17 @@ type Options struct {
 
 	HeaderTimeout, CertificateTimeout, IdleTimeout, StallTimeout, AnswerTimeout time.Duration
 	HeaderBytes                                                                 int
+}
+
+// Traffic is what requests are counted in as they go: how many are under way, and the bytes of their bodies, or of
+// everything after an upgrade, up to the upstream and down to the client. Its zero value counts nothing.
+type Traffic struct{ Requests, Up, Down *atomic.Int64 }
+
+// add counts n in c, which may be nil.
+func add(c *atomic.Int64, n int) {
+	if c != nil {
+		c.Add(int64(n))
+	}
 }
 
 // Lease is the right to one request.

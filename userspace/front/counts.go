@@ -1,0 +1,229 @@
+package front
+
+import (
+	"cmp"
+	"errors"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/acme"
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+// noRoute is the metrics' word for requests that no route takes.
+const noRoute = "none"
+
+// account is what requests of a route are counted in while they are under way.
+func (f *Front) account(l *listener) func(*vhost.Route) vhost.Traffic {
+	return func(r *vhost.Route) vhost.Traffic {
+		a := f.flows.Account(l.name, r.Name)
+		return vhost.Traffic{Requests: &a.Requests, Up: &a.Up, Down: &a.Down}
+	}
+}
+
+// countRoutes has those routes counted by name that are in force now, and forgets the targets of others.
+//
+// f.mu is held.
+func (f *Front) countRoutes() {
+	var routes []flow.Route
+	var labelled []flow.Route
+	targets := map[string]bool{}
+	for i := range f.cfg.Listeners {
+		name := f.cfg.Listeners[i].Name
+		for _, r := range f.listeners[name].service.Load().rules {
+			if r.container == "" {
+				routes = append(routes, flow.Route{Listener: name, Route: r.name})
+			} else {
+				labelled = append(labelled, flow.Route{Listener: name, Route: r.name})
+			}
+			targets[r.written] = true
+			for _, to := range r.targets {
+				targets[to.To.String()] = true
+			}
+		}
+	}
+	for _, gone := range f.flows.Configured(append(routes, labelled...)) {
+		f.metrics.DropRoute(gone.Listener, gone.Route)
+	}
+	f.targets.keep(targets)
+}
+
+// countRequest counts a request that has ended.
+func (f *Front) countRequest(l *listener, r *vhost.Request) {
+	route := noRoute
+	if r.Route != nil {
+		route = r.Route.Name
+	}
+	route = f.flows.Account(l.name, route).Route
+	f.metrics.RouteRequests.WithLabelValues(l.name, route, metrics.Code(r.Status)).Inc()
+	f.metrics.RouteRequestTime.WithLabelValues(l.name, route).Observe(r.Duration.Seconds())
+}
+
+// targets remembers how the last try to connect to each target went.
+type targets struct {
+	mu   sync.Mutex
+	last map[string]error
+}
+
+// tried notes how a try to connect to target went.
+func (t *targets) tried(target string, err error) {
+	var de *dial.Error
+	if errors.As(err, &de) && (de.Reason == dial.Canceled || de.Reason == dial.Exhausted) {
+		return // which says nothing about the target
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, known := t.last[target]; !known && len(t.last) >= metrics.MostNames {
+		return
+	}
+	if t.last == nil {
+		t.last = map[string]error{}
+	}
+	t.last[target] = err
+}
+
+func (t *targets) keep(named map[string]bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	maps.DeleteFunc(t.last, func(target string, _ error) bool { return !named[target] })
+}
+
+// states are how the targets were at the last try, by name.
+func (t *targets) states() (out []metrics.Target) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for target, err := range t.last {
+		out = append(out, metrics.Target{Name: target, Up: err == nil})
+	}
+	slices.SortFunc(out, func(a, b metrics.Target) int { return cmp.Compare(a.Name, b.Name) })
+	return out
+}
+
+// down is why the last try to connect to target failed, nil if it did not.
+func (t *targets) down(target string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.last[target]
+}
+
+// state is what the metrics show of f as it is now.
+func (f *Front) state() metrics.State {
+	s := metrics.State{Flows: f.flows.Len(), Requests: f.requests.Total(), Targets: f.targets.states(), Problems: map[string]int{}}
+	traffic, flows := f.flows.Traffic()
+	for _, t := range traffic {
+		s.Traffic = append(s.Traffic, metrics.Traffic(t))
+	}
+	for _, part := range parts {
+		s.Problems[part] = 0
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.cfg == nil { // it begins
+		return s
+	}
+	for _, p := range f.problems() {
+		s.Problems[p.Part]++
+	}
+	for _, d := range f.datapathStates() {
+		s.Datapaths = append(s.Datapaths, metrics.Datapath{Name: d.Name, On: d.Available, Wanted: d.Wanted, Flows: flows[d.Name], Stalls: d.Stalls, Clamped: d.Clamped})
+	}
+	for i := range f.cfg.Listeners {
+		name := f.cfg.Listeners[i].Name
+		l := f.listeners[name]
+		if l.certs != nil {
+			ends := map[string]time.Time{} // of several with one name, the first that ends
+			for _, c := range l.certs.Certificates() {
+				if end, ok := ends[c.Source]; !c.NotAfter.IsZero() && (!ok || c.NotAfter.Before(end)) {
+					ends[c.Source] = c.NotAfter
+				}
+			}
+			for _, source := range slices.Sorted(maps.Keys(ends)) {
+				s.Certificates = append(s.Certificates, metrics.Certificate{Listener: name, Name: source, NotAfter: ends[source]})
+			}
+		}
+		seen := map[string]bool{}
+		for _, src := range l.managed {
+			for _, a := range src.Status() {
+				if seen[a.Name] || a.State == acme.StateObtaining && a.Problem == "" {
+					continue
+				}
+				seen[a.Name] = true
+				if !a.NotAfter.IsZero() {
+					s.Certificates = append(s.Certificates, metrics.Certificate{Listener: name, Name: a.Name, NotAfter: a.NotAfter})
+				}
+				s.ACME = append(s.ACME, metrics.ACME{Listener: name, Name: a.Name, OK: a.Problem == ""})
+			}
+		}
+	}
+	return s
+}
+
+// Clamper is a datapath that bounds what a flow holds in the kernel by cutting the payload off segments, whose senders
+// send it again.
+type Clamper interface {
+	// ClampedSegments is how many it has cut off since its start.
+	ClampedSegments() uint64
+}
+
+// datapathStates are the datapaths that a configuration may name, by name.
+//
+// f.mu is held.
+func (f *Front) datapathStates() []DatapathStatus {
+	words := map[string]bool{}
+	for i := range f.cfg.Listeners {
+		wantDatapaths(f.cfg, &f.cfg.Listeners[i], words)
+	}
+	wanted := func(name string) bool { return words[name] || name == autoKernel && words[autoDatapath] }
+	all := []DatapathStatus{{Name: userspace, Available: true, Wanted: true}}
+	there := map[string]bool{}
+	for _, d := range f.datapaths() {
+		there[d.Name()] = true
+		s := DatapathStatus{Name: d.Name(), Available: true, Wanted: wanted(d.Name())}
+		if h, ok := d.(relay.Health); ok {
+			s.Reason, s.Stalls = h.Health()
+			s.Available = s.Reason == ""
+			s.SwitchedOff = !s.Available && !waits(d)
+		}
+		if c, ok := d.(Clamper); ok {
+			s.Clamped = c.ClampedSegments()
+		}
+		all = append(all, s)
+	}
+	for name, why := range f.missing {
+		if !there[name] {
+			all = append(all, DatapathStatus{Name: name, Reason: why, Wanted: wanted(name)})
+		}
+	}
+	slices.SortFunc(all, func(a, b DatapathStatus) int { return cmp.Compare(a.Name, b.Name) })
+	return all
+}
+
+// autoDatapath is the configuration's word for a datapath that tailsplice chooses, and autoKernel the one of the kernel
+// that it may choose.
+const (
+	autoDatapath = "auto"
+	autoKernel   = "sockmap"
+)
+
+// wantDatapaths adds to words what the flows of a listener's routes are to have.
+func wantDatapaths(cfg *config.Config, l *config.Listener, words map[string]bool) {
+	if l.Mode == "http" || l.Mode == "https" {
+		return // this process has to see the bytes
+	}
+	add := func(a *config.Action) {
+		if a != nil && !a.Reject {
+			words[cmp.Or(a.Datapath, cfg.Datapath, autoDatapath)] = true
+		}
+	}
+	add(l.Default)
+	for i := range l.Routes {
+		add(&l.Routes[i].Action)
+	}
+}

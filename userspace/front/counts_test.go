@@ -1,0 +1,121 @@
+package front
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+)
+
+// TestCountsByRoute: what lives is seen before it ends.
+func TestCountsByRoute(t *testing.T) {
+	raw, web, secure, dead := freeAddr(t), freeAddr(t), freeAddr(t), freeAddr(t)
+	goOn := make(chan struct{})
+	app := httpBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/teapot" {
+			w.WriteHeader(http.StatusTeapot)
+			return
+		}
+		io.WriteString(w, strings.Repeat("x", 1000))
+		http.NewResponseController(w).Flush()
+		<-goOn
+		io.WriteString(w, strings.Repeat("x", 500))
+	})
+	leaf, _ := certificate(t, "good.test")
+	cert, key := writePair(t, leaf)
+	d := startOptions(t, parse(t, fmt.Sprintf(`
+listeners:
+  - { name: raw, listen: %q, mode: tcp, default: { forward: %q } }
+  - name: web
+    listen: %q
+    mode: http
+    routes:
+      - { host: [a.test], forward: %q }
+      - { host: [dead.test], forward: %q }
+      - { host: [never.test], forward: %q }
+  - { name: secure, listen: %q, mode: https, certificates: [ { files: { cert: %q, key: %q } } ], default: { forward: %q } }
+`, raw, backend(t, echo), web, app, dead, dead, secure, cert, key, app)),
+		Options{Missing: map[string]string{"sockmap": "no reason"}})
+	is := func(series, want string) {
+		t.Helper()
+		eventually(t, series+" is "+want, func() bool { return d.scrape(series) == want })
+	}
+	is(`tailsplice_route_flows{listener="web",route="never.test"}`, "0")
+	is(`tailsplice_datapath_on{datapath="sockmap"}`, "0")
+	is(`tailsplice_datapath_wanted{datapath="sockmap"}`, "1")
+	is(fmt.Sprintf(`tailsplice_certificate_not_after_timestamp_seconds{certificate=%q,listener="secure"}`, cert),
+		fmt.Sprint(float64(leaf.Leaf.NotAfter.Unix())))
+
+	conn := dialTCP(t, raw)
+	io.WriteString(conn, "hello")
+	io.ReadFull(conn, make([]byte, 5))
+	for _, series := range []string{`tailsplice_bytes_total{direction="up",listener="raw"}`, `tailsplice_bytes_total{direction="down",listener="raw"}`,
+		`tailsplice_route_bytes_total{direction="up",listener="raw",route="default"}`} {
+		is(series, "5")
+	}
+	is(`tailsplice_route_flows{listener="raw",route="default"}`, "1")
+	is(`tailsplice_datapath_flows{datapath="userspace"}`, "1")
+	is(fmt.Sprintf(`tailsplice_target_up{target=%q}`, d.cfg.Listeners[0].Default.Forward[0].To), "1")
+	if got := d.Status().Bytes["up"]; got != 5 {
+		t.Errorf("status has %d bytes", got)
+	}
+	conn.Close()
+	is(`tailsplice_route_flows{listener="raw",route="default"}`, "0")
+	is(`tailsplice_bytes_total{direction="up",listener="raw"}`, "5")
+	is(`tailsplice_route_flow_seconds_count{listener="raw",route="default"}`, "1")
+
+	go func() {
+		eventually(t, "bytes of an answer that goes on", func() bool {
+			return d.scrape(`tailsplice_route_bytes_total{direction="down",listener="web",route="a.test"}`) == "1000" &&
+				d.scrape(`tailsplice_route_flows{listener="web",route="a.test"}`) == "1"
+		})
+		close(goOn)
+	}()
+	ask(t, web, "GET", "a.test", "/", nil)
+	ask(t, web, "GET", "a.test", "/teapot", nil)
+	ask(t, web, "GET", "dead.test", "/", nil)
+	ask(t, web, "GET", "nobody.test", "/", nil)
+	is(`tailsplice_route_bytes_total{direction="down",listener="web",route="a.test"}`, "1500")
+	for _, c := range []struct{ route, code string }{{"a.test", "200"}, {"a.test", "418"}, {"dead.test", "502"}, {"none", "404"}} {
+		is(fmt.Sprintf(`tailsplice_route_requests_total{code=%q,listener="web",route=%q}`, c.code, c.route), "1")
+	}
+	is(`tailsplice_route_request_seconds_count{listener="web",route="a.test"}`, "2")
+	is(fmt.Sprintf(`tailsplice_target_up{target=%q}`, dead), "0")
+	is(`tailsplice_route_flows{listener="web",route="a.test"}`, "0")
+
+	// A target that no route has any more is not up, and not down either.
+	if err := d.Reload(parse(t, fmt.Sprintf(`listeners: [ { name: raw, listen: %q, mode: tcp, default: { forward: %q } } ]`, raw, app))); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.scrape(fmt.Sprintf(`tailsplice_target_up{target=%q}`, dead)); got != "" {
+		t.Errorf("a target that is gone is %s", got)
+	}
+}
+
+// TestManyRoutes measures nothing: it keeps a page with many routes from having more than it says.
+func TestManyRoutes(t *testing.T) {
+	var routes strings.Builder
+	for i := range 1200 {
+		fmt.Fprintf(&routes, "      - { sni: [r%d.test], forward: \"127.0.0.1:9\" }\n", i)
+	}
+	d := start(t, fmt.Sprintf("listeners:\n  - name: web\n    listen: %q\n    mode: sni\n    routes:\n%s", freeAddr(t), routes.String()))
+	page := func() string {
+		w := httptest.NewRecorder()
+		d.Metrics().Handler().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+		return w.Body.String()
+	}
+	body := page()
+	if n := strings.Count(body, "\ntailsplice_route_flows{"); n != 1001 {
+		t.Errorf("%d routes are shown, want 1000 and the others as one", n)
+	}
+	for _, want := range []string{`route="r999.test"`, `route="other"`} {
+		if !strings.Contains(body, want) {
+			t.Errorf("no %s", want)
+		}
+	}
+	if strings.Contains(body, `route="r1000.test"`) {
+		t.Error("the bound does not bound")
+	}
+}

@@ -1,0 +1,142 @@
+package metrics
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// State is what a scrape shows as it is now, and what others count.
+type State struct {
+	Flows        int // live
+	Requests     int // of HTTP, under way
+	Traffic      []Traffic
+	Datapaths    []Datapath
+	Targets      []Target
+	Certificates []Certificate
+	ACME         []ACME
+	Problems     map[string]int // by part, also those that have none
+}
+
+// Traffic is what a route has moved until now, or with an empty Route a whole listener.
+type Traffic struct {
+	Listener, Route string
+	Live            int
+	Up, Down        int64
+}
+
+// Datapath is one that the configuration may name.
+type Datapath struct {
+	Name       string
+	On, Wanted bool
+	Flows      int
+	Stalls     uint64
+	Clamped    uint64
+}
+
+// Target is one that was connected to.
+type Target struct {
+	Name string
+	Up   bool
+}
+
+// Certificate is one that a listener serves.
+type Certificate struct {
+	Listener, Name string
+	NotAfter       time.Time
+}
+
+// ACME is a name whose certificate comes by ACME.
+type ACME struct {
+	Listener, Name string
+	OK             bool
+}
+
+// MostNames bounds how many targets, certificates and names of ACME are shown, each.
+const MostNames = 1000
+
+const (
+	routesBound = "The first 1000 routes of the daemon have series of their own, those of the configuration before those of containers' labels; the others are counted as route=\"other\" of their listener."
+	namesBound  = "1000 at most are shown."
+)
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("tailsplice_"+name, help, labels, nil)
+}
+
+var (
+	flowsNow     = desc("flows", "Flows that live now.")
+	requestsNow  = desc("requests", "HTTP requests under way now.")
+	bytesTotal   = desc("bytes_total", "Bytes that flows have moved until now, those that live included; up is from downstream to upstream. Of http and https listeners those of their connections, TLS included.", "listener", "direction")
+	routeFlows   = desc("route_flows", "Flows of a route that live now; of http and https listeners requests under way. "+routesBound, "listener", "route")
+	routeBytes   = desc("route_bytes_total", "Bytes that the flows of a route have moved until now, those that live included; up is from downstream to upstream. Of http and https listeners those of the bodies of requests (up) and answers (down). "+routesBound, "listener", "route", "direction")
+	datapathOn   = desc("datapath_on", "1 while the datapath takes flows; 0 where it is not loaded, can't be had, or was switched off by a burst of failures until the daemon is started again: `tailsplice status` says why. Flows go through userspace then.", "datapath")
+	wanted       = desc("datapath_wanted", "1 if the configuration asks for the datapath, by its name or by auto.", "datapath")
+	datapathFlow = desc("datapath_flows", "Flows that the datapath has now.", "datapath")
+	stalls       = desc("datapath_stalls_total", "Times that a flow of this datapath had come to rest with bytes to move, and went on up to 3 s late because the daemon looked. Should be 0: each is a defect, of the daemon or of the kernel, and is worth a report.", "datapath")
+	clamped      = desc("datapath_clamped_segments_total", "Segments that the datapath cut the payload off, to bound what a flow holds in the kernel: their senders sent it again.", "datapath")
+	targetUp     = desc("target_up", "1 if the last try to connect to the target of a route succeeded, 0 if it failed. A target that nobody has asked for since the start has none. "+namesBound, "target")
+	notAfter     = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, in Unix time; (x - time()) / 86400 are the days that are left. "+namesBound, "listener", "certificate")
+	acmeOK       = desc("acme_ok", "1 if the last attempt to get the name's certificate from its authority succeeded, 0 if it failed. A name whose first attempt has not ended has none. "+namesBound, "listener", "name")
+	problems     = desc("problems", "What of the configuration does not work now, by part: `tailsplice status` and /readyz say what is wrong. With address, certificate and default the daemon is not ready.", "part")
+)
+
+// collector shows what it is told at each scrape, so that all of one page is of one moment.
+type collector func() State
+
+// Describe implements prometheus.Collector.
+func (collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{flowsNow, requestsNow, bytesTotal, routeFlows, routeBytes, datapathOn, wanted,
+		datapathFlow, stalls, clamped, targetUp, notAfter, acmeOK, problems} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (now collector) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	counter := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
+	}
+	s := now()
+	gauge(flowsNow, float64(s.Flows))
+	gauge(requestsNow, float64(s.Requests))
+	for _, t := range s.Traffic {
+		if t.Route == "" {
+			counter(bytesTotal, float64(t.Up), t.Listener, "up")
+			counter(bytesTotal, float64(t.Down), t.Listener, "down")
+			continue
+		}
+		gauge(routeFlows, float64(t.Live), t.Listener, t.Route)
+		counter(routeBytes, float64(t.Up), t.Listener, t.Route, "up")
+		counter(routeBytes, float64(t.Down), t.Listener, t.Route, "down")
+	}
+	for _, d := range s.Datapaths {
+		gauge(datapathOn, bit(d.On), d.Name)
+		gauge(wanted, bit(d.Wanted), d.Name)
+		gauge(datapathFlow, float64(d.Flows), d.Name)
+		counter(stalls, float64(d.Stalls), d.Name)
+		counter(clamped, float64(d.Clamped), d.Name)
+	}
+	for _, t := range s.Targets[:min(len(s.Targets), MostNames)] {
+		gauge(targetUp, bit(t.Up), t.Name)
+	}
+	for _, c := range s.Certificates[:min(len(s.Certificates), MostNames)] {
+		gauge(notAfter, float64(c.NotAfter.Unix()), c.Listener, c.Name)
+	}
+	for _, a := range s.ACME[:min(len(s.ACME), MostNames)] {
+		gauge(acmeOK, bit(a.OK), a.Listener, a.Name)
+	}
+	for part, n := range s.Problems {
+		gauge(problems, float64(n), part)
+	}
+}
+
+func bit(v bool) float64 {
+	if v {
+		return 1
+	}
+	return 0
+}

@@ -48,19 +48,40 @@ func newStatus() *cobra.Command {
 func newFlows() *cobra.Command {
 	var control string
 	var asJSON bool
+	var f flowFilter
 	cmd := &cobra.Command{
 		Use:   "flows",
 		Short: "List the live flows",
 		Long: `List the live flows, oldest first. The id is shared by all hops of a flow's path:
 the same id in another hop's list or log is the same connection of the client.`,
 		Example: `  tailsplice flows
+  tailsplice flows --name example.org --client 192.0.2.0/24
   tailsplice flows --json | jq -r '.[] | [.id, .name, .client] | @tsv'`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			q, err := f.query()
+			if err != nil {
+				return err
+			}
+			noun := "flows?" + q.Values().Encode()
+			if asJSON {
+				var raw json.RawMessage
+				return ask(cmd, control, noun, true, &raw, nil)
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
+			defer cancel()
 			var s []flow.Snapshot
-			return ask(cmd, control, "flows", asJSON, &s, func(w io.Writer) { printFlows(w, s, time.Now()) })
+			if err := (admin.Client{Socket: control}).Get(ctx, noun, &s); err != nil {
+				return err
+			}
+			for i := range s {
+				printableFlow(&s[i])
+			}
+			printFlows(cmd.OutOrStdout(), s, time.Now())
+			return nil
 		},
 	}
+	f.flags(cmd)
 	controlFlag(cmd, &control)
 	jsonFlag(cmd, &asJSON)
 	return cmd

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/tailsplice/tailsplice/userspace/flow"
 )
 
 // terminal escapes on the way to a writer what commands a terminal and encoding/json and log/slog leave as it is: DEL and
@@ -68,6 +70,13 @@ func printable(v any) error {
 	return json.Unmarshal(raw, v)
 }
 
+// printableFlow is printable for one of many flows: all of its texts that others choose.
+func printableFlow(f *flow.Snapshot) {
+	for _, s := range []*string{&f.ID, &f.Listener, &f.Route, &f.Name, &f.Client, &f.Downstream, &f.Upstream, &f.Target, &f.Datapath} {
+		*s = visibleText(*s)
+	}
+}
+
 func visible(v any) any {
 	switch v := v.(type) {
 	case string:
@@ -87,7 +96,7 @@ func visible(v any) any {
 }
 
 func visibleText(s string) string {
-	if strings.IndexFunc(s, hidden) < 0 {
+	if isPlain(s) || strings.IndexFunc(s, hidden) < 0 {
 		return s
 	}
 	var b strings.Builder
@@ -100,6 +109,16 @@ func visibleText(s string) string {
 		}
 	}
 	return b.String()
+}
+
+// isPlain is a quick look: nearly all texts are of ASCII that is seen.
+func isPlain(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] >= 0x7f {
+			return false
+		}
+	}
+	return true
 }
 
 // hidden says whether r is nothing that is seen: a control, or a format character that reorders text.

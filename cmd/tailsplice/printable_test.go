@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -41,7 +42,10 @@ func TestPrintable(t *testing.T) {
 		Status: func() any {
 			return front.Status{Node: "home", Problems: []front.Problem{{Part: front.PartAddress, Name: evil, Problem: evil}}, Refused: map[string]int64{evil: 1}, Listeners: []front.ListenerStatus{{Name: "web", ACME: []acme.Status{{Name: "a.test", State: acme.StateFailing, Problem: evil}}}}}
 		},
-		Flows: func() any { return []flow.Snapshot{{ID: "1", Name: evil, Target: evil}} },
+		Flows: func(url.Values) (any, error) { return []flow.Snapshot{{ID: "1", Name: evil, Target: evil}}, nil },
+		Top: func(_ context.Context, _ url.Values, send func(any) error) error {
+			return send(flow.Look{Flows: []flow.Rate{{Snapshot: flow.Snapshot{ID: "1", Name: evil, Target: evil}}}})
+		},
 	}
 	go admin.Serve(ctx, ln, d.Handler(), new(logs.Log).Logger())
 	for _, args := range []string{"status", "status --json", "flows", "flows --json", "top --rounds 1 --interval 100ms", "top --rounds 1 --interval 100ms --json"} {

@@ -147,7 +147,8 @@ func run(ctx context.Context, o runOptions) error {
 	if control != nil {
 		d := admin.Daemon{
 			Status: func() any { return f.Status() },
-			Flows:  func() any { return f.Flows() },
+			Flows:  func(query url.Values) (any, error) { return f.Flows(query) },
+			Top:    f.Top,
 			Trace: func(ctx context.Context, query url.Values) (any, error) {
 				q, err := front.ParseQuestion(query)
 				if err != nil {
@@ -226,7 +227,7 @@ func reload(f *front.Front, file string, bound config.Control) (notes []string, 
 func drain(f *front.Front, timeout time.Duration, first os.Signal, signals <-chan os.Signal, log *slog.Logger) error {
 	daemon.SdNotify(false, daemon.SdNotifyStopping)
 	log.Info("draining: no new connections; the same signal again ends at once", "signal", first.String(),
-		"flows", len(f.Flows()), "deadline", timeout.String())
+		"flows", f.FlowCount(), "deadline", timeout.String())
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	go func() {

@@ -1,14 +1,15 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
 	"slices"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -20,153 +21,479 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 )
 
+// errRounds ends a watch that has shown what was asked for.
+var errRounds = errors.New("all rounds are shown")
+
 func newTop() *cobra.Command {
 	var control string
 	var asJSON bool
 	var every time.Duration
 	var rounds int
+	var f flowFilter
 	cmd := &cobra.Command{
 		Use:   "top",
 		Short: "Watch the live flows, the busiest first",
 		Long: `Watch the live flows, the busiest first, with the bytes a second that each
-moved since the last look. On a terminal the list fills the screen and is drawn
-anew; elsewhere each look is printed below the last. ^C ends it.`,
+moved since the last look. On a terminal the list fills the screen, and keys
+change it:
+
+  q, ^C   quit
+  s       sort by the next of rate, bytes, age, name, client, route
+  r       reverse the order
+  /       show only flows with a text in their name, client, route, target,
+          listener, datapath or id: type it, then Enter; Esc shows all again
+
+Elsewhere each look is printed below the last. NO_COLOR=1 leaves colours out.`,
 		Example: `  tailsplice top
-  tailsplice top --interval 5s
-  tailsplice top --json --rounds 1 | jq '.flows[0]'   # the busiest of one second`,
+  tailsplice top --route '*.example.org' --sort age
+  tailsplice top --json --rounds 1 --limit 1   # the busiest flow of one second`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if every < 100*time.Millisecond {
-				return &usageError{fmt.Errorf("--interval %v is too short: 100ms at least", every)}
+			if every < flow.MinInterval {
+				return &usageError{fmt.Errorf("--interval %v is too short: %v at least", every, flow.MinInterval)}
+			}
+			q, err := f.query()
+			if err != nil {
+				return err
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
-			show := printTop
-			screen := term.IsTerminal(int(os.Stdout.Fd()))
-			switch {
-			case asJSON:
-				show = func(w io.Writer, t topLook, _ int) error { return json.NewEncoder(terminal{w}).Encode(t) }
-			case screen:
-				show = redraw
+			w := watch{client: admin.Client{Socket: control}, every: every, rounds: rounds}
+			if !asJSON && term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd())) {
+				return runScreen(ctx, w, q)
 			}
-			return watchFlows(ctx, admin.Client{Socket: control}, every, rounds, func(t topLook) error {
-				lines := 0 // all
-				if _, height, err := term.GetSize(int(os.Stdout.Fd())); screen && err == nil {
-					lines = max(height-3, 1)
+			out := terminal{cmd.OutOrStdout()}
+			return w.run(ctx, q, func(line []byte) error {
+				if asJSON {
+					_, err := out.Write(line)
+					return err
 				}
-				if !asJSON {
-					if err := printable(&t); err != nil {
-						return err
-					}
+				l, err := readLook(line)
+				if err != nil {
+					return err
 				}
-				return show(cmd.OutOrStdout(), t, lines)
+				return printTop(cmd.OutOrStdout(), l)
 			})
 		},
 	}
 	cmd.Flags().DurationVar(&every, "interval", time.Second, "time from one look to the next")
 	cmd.Flags().IntVarP(&rounds, "rounds", "n", 0, "end after so many looks; 0 goes on")
+	f.flags(cmd)
+	cmd.Flags().StringVar(&f.sort, "sort", flow.Sorts[0], "order: "+strings.Join(flow.Sorts, ", "))
+	cmd.Flags().BoolVar(&f.Reverse, "reverse", false, "reverse the order")
+	cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions(flow.Sorts, cobra.ShellCompDirectiveNoFileComp))
 	controlFlag(cmd, &control)
 	jsonFlag(cmd, &asJSON)
 	return cmd
 }
 
-// topFlow is a flow and the bytes a second that it moved since the last look.
-type topFlow struct {
-	flow.Snapshot
-	UpRate   float64 `json:"up_rate"`
-	DownRate float64 `json:"down_rate"`
+// flowFilter is what the flags of flows and top choose.
+type flowFilter struct {
+	flow.Query
+	client, sort string
 }
 
-// topLook is what `top --json` prints, one a line: rates are bytes a second.
-type topLook struct {
-	Time     time.Time `json:"time"`
-	UpRate   float64   `json:"up_rate"`
-	DownRate float64   `json:"down_rate"`
-	Flows    []topFlow `json:"flows"` // the busiest first
+func (f *flowFilter) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.Name, "name", "", "only flows with `text` in their server name or host")
+	cmd.Flags().StringVar(&f.client, "client", "", "only flows of a client: an `address`, or a range such as 192.0.2.0/24")
+	cmd.Flags().StringVar(&f.Route, "route", "", "only flows with `text` in their route")
+	cmd.Flags().IntVar(&f.Limit, "limit", 0, "only the first `n` flows; 0 is all")
 }
 
-// watchFlows looks every so often, and shows from the second look on, when
-// there is something to compare with. It ends with ctx, without an error.
-func watchFlows(ctx context.Context, c admin.Client, every time.Duration, rounds int, show func(topLook) error) error {
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	var last []flow.Snapshot
-	var lastTime time.Time
-	for shown := 0; ; {
-		actx, cancel := context.WithTimeout(ctx, answerTimeout)
-		var now []flow.Snapshot
-		err := c.Get(actx, "flows", &now)
-		cancel()
-		if ctx.Err() != nil {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		at := time.Now()
-		if !lastTime.IsZero() {
-			if err := show(compareLooks(last, now, lastTime, at)); err != nil {
-				return err
-			}
-			if shown++; shown == rounds {
-				return nil
-			}
-		}
-		last, lastTime = now, at
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
+// query is what the flags say. The error is one of usage.
+func (f *flowFilter) query() (flow.Query, error) {
+	v := f.Values()
+	if f.client != "" {
+		v.Set("client", f.client)
 	}
+	if f.sort != "" {
+		v.Set("sort", f.sort)
+	}
+	q, err := flow.ParseQuery(v)
+	if err == nil && f.Limit < 0 {
+		err = fmt.Errorf("limit %d: write 0, or how many", f.Limit)
+	}
+	if err != nil {
+		return q, &usageError{fmt.Errorf("--%w", err)}
+	}
+	return q, nil
 }
 
-// compareLooks gives the flows of now with their rates since last. What began in
-// between counts from its beginning.
-func compareLooks(last, now []flow.Snapshot, lastTime, at time.Time) topLook {
-	// Two flows may share an id: both connections of a path that comes by this
-	// node twice.
-	type key struct {
-		id, downstream string
-		started        time.Time
-	}
-	before := make(map[key]flow.Snapshot, len(last))
-	for _, f := range last {
-		before[key{f.ID, f.Downstream, f.Started}] = f
-	}
-	t := topLook{Time: at, Flows: make([]topFlow, 0, len(now))}
-	seconds := at.Sub(lastTime).Seconds()
-	for _, f := range now {
-		b := before[key{f.ID, f.Downstream, f.Started}]
-		tf := topFlow{f, float64(f.BytesUp-b.BytesUp) / seconds, float64(f.BytesDown-b.BytesDown) / seconds}
-		t.UpRate += tf.UpRate
-		t.DownRate += tf.DownRate
-		t.Flows = append(t.Flows, tf)
-	}
-	slices.SortStableFunc(t.Flows, func(a, b topFlow) int { return cmp.Compare(b.UpRate+b.DownRate, a.UpRate+a.DownRate) })
-	return t
+// watch is how the flows of a daemon are watched.
+type watch struct {
+	client admin.Client
+	every  time.Duration
+	rounds int // 0: until ctx ends
 }
 
-// printTop writes the first flows of a look, or all where lines is 0.
-func printTop(w io.Writer, t topLook, lines int) error {
-	fmt.Fprintf(w, "%s  %s, up %s/s, down %s/s\n", t.Time.Format(time.TimeOnly), plural(len(t.Flows), "flow"), bytes(int64(t.UpRate)), bytes(int64(t.DownRate)))
+// run shows each look, a line of JSON. It ends with ctx or after the last round, without an error.
+func (w watch) run(ctx context.Context, q flow.Query, show func(line []byte) error) error {
+	v := q.Values()
+	v.Set("interval", w.every.String())
+	shown := 0
+	err := w.client.Lines(ctx, "top?"+v.Encode(), func(line []byte) error {
+		err := show(line)
+		if shown++; err == nil && shown == w.rounds {
+			err = errRounds
+		}
+		return err
+	})
+	if ctx.Err() != nil || errors.Is(err, errRounds) {
+		return nil
+	}
+	return err
+}
+
+// readLook reads a line. Its texts stay on their lines, and command no terminal.
+func readLook(line []byte) (l flow.Look, err error) {
+	err = json.Unmarshal(line, &l)
+	for i := range l.Flows {
+		printableFlow(&l.Flows[i].Snapshot)
+	}
+	return l, err
+}
+
+// headline says what a look is of.
+func headline(l flow.Look) string {
+	of := plural(l.Live, "flow")
+	if l.Matching != l.Live {
+		of = fmt.Sprintf("%d of %s", l.Matching, of)
+	}
+	return fmt.Sprintf("%s  %s, up %s/s, down %s/s", l.Time.Local().Format(time.TimeOnly), of, bytes(int64(l.UpRate)), bytes(int64(l.DownRate)))
+}
+
+// printTop writes a look where there is no screen to fill.
+func printTop(w io.Writer, l flow.Look) error {
+	fmt.Fprintln(w, headline(l))
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "UP/S\tDOWN/S\tUP\tDOWN\tAGE\tDATAPATH\tNAME\tCLIENT\tUPSTREAM\tID")
-	for i, f := range t.Flows {
-		if lines > 0 && i == lines {
-			break
+	var heads []string
+	for _, c := range topColumns {
+		heads = append(heads, c.head)
+	}
+	fmt.Fprintln(tw, strings.Join(heads, "\t"))
+	cells := make([]string, len(topColumns))
+	for i := range l.Flows {
+		for j, c := range topColumns {
+			cells[j] = c.cell(&l.Flows[i], l.Time)
 		}
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", bytes(int64(f.UpRate)), bytes(int64(f.DownRate)), bytes(f.BytesUp), bytes(f.BytesDown),
-			age(f.Started, t.Time), f.Datapath, f.Name, f.Client, f.Target, f.ID)
+		fmt.Fprintln(tw, strings.Join(cells, "\t"))
 	}
 	return tw.Flush()
 }
 
-// redraw is printTop on a cleared screen.
-func redraw(w io.Writer, t topLook, lines int) error {
-	const home, clearBelow, cutLines, wrapLines = "\x1b[H", "\x1b[J", "\x1b[?7l", "\x1b[?7h"
-	fmt.Fprint(w, cutLines, home, clearBelow)
-	err := printTop(w, t, lines)
-	fmt.Fprint(w, wrapLines)
-	return err
+// topColumn is a column of top. Numbers have a width; texts get what there is, width at least, and are cut.
+type topColumn struct {
+	head  string
+	width int
+	text  bool
+	from  int // the screen's columns from which it is shown
+	cell  func(f *flow.Rate, now time.Time) string
+}
+
+var topColumns = []topColumn{
+	{"UP/S", 8, false, 0, func(f *flow.Rate, _ time.Time) string { return bytes(int64(f.UpRate)) }},
+	{"DOWN/S", 8, false, 0, func(f *flow.Rate, _ time.Time) string { return bytes(int64(f.DownRate)) }},
+	{"UP", 8, false, 120, func(f *flow.Rate, _ time.Time) string { return bytes(f.BytesUp) }},
+	{"DOWN", 8, false, 120, func(f *flow.Rate, _ time.Time) string { return bytes(f.BytesDown) }},
+	{"AGE", 6, false, 0, func(f *flow.Rate, now time.Time) string { return shortAge(now.Sub(f.Started)) }},
+	{"DATAPATH", 9, true, 60, func(f *flow.Rate, _ time.Time) string { return f.Datapath }},
+	{"NAME", 12, true, 0, func(f *flow.Rate, _ time.Time) string { return f.Name }},
+	{"CLIENT", 15, true, 48, func(f *flow.Rate, _ time.Time) string { return f.Client }},
+	{"TARGET", 20, true, 100, func(f *flow.Rate, _ time.Time) string { return f.Target }},
+	{"ROUTE", 15, true, 140, func(f *flow.Rate, _ time.Time) string { return f.Route }},
+	{"ID", 32, true, 180, func(f *flow.Rate, _ time.Time) string { return f.ID }},
+}
+
+// shortAge is d in six characters.
+func shortAge(d time.Duration) string {
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%.1fs", d.Seconds())
+	case d < time.Hour:
+		return fmt.Sprintf("%dm%02ds", int(d.Minutes()), int(d.Seconds())%60)
+	case d < 24*time.Hour:
+		return fmt.Sprintf("%dh%02dm", int(d.Hours()), int(d.Minutes())%60)
+	}
+	return fmt.Sprintf("%dd%02dh", int(d.Hours())/24, int(d.Hours())%24)
+}
+
+// layout is how wide each of topColumns is on a screen of so many columns; 0: not shown. The texts share what the
+// numbers leave, in the measure of what they need.
+func layout(screen int, flows []flow.Rate, now time.Time) []int {
+	widths, needs := make([]int, len(topColumns)), make([]int, len(topColumns))
+	left := screen + 1
+	for i, c := range topColumns {
+		if c.from > screen {
+			continue
+		}
+		widths[i], needs[i] = c.width, c.width
+		left -= c.width + 1
+		if !c.text {
+			continue
+		}
+		for j := range flows {
+			needs[i] = max(needs[i], len([]rune(c.cell(&flows[j], now))))
+		}
+	}
+	for grew := true; left > 0 && grew; {
+		grew = false
+		for i := range widths {
+			if left > 0 && widths[i] < needs[i] {
+				widths[i], left, grew = widths[i]+1, left-1, true
+			}
+		}
+	}
+	return widths
+}
+
+// fit makes s width wide, with numbers on the right.
+func fit(s string, width int, right bool) string {
+	r := []rune(s)
+	if len(r) > width {
+		return string(r[:max(width-1, 0)]) + "…"
+	}
+	pad := strings.Repeat(" ", width-len(r))
+	if right {
+		return pad + s
+	}
+	return s + pad
+}
+
+// The colours of a screen.
+const (
+	plain    = "\x1b[0m"
+	reversed = "\x1b[7m"
+	faint    = "\x1b[2m"
+	green    = "\x1b[32m"
+)
+
+// screen is what top shows on a terminal.
+type screen struct {
+	query  flow.Query
+	look   *flow.Look // nil: none yet
+	typing bool       // a filter
+	typed  string
+	colour bool
+}
+
+// draw is the screen's lines, none longer than width, colours aside.
+func (s *screen) draw(width, height int) []string {
+	paint := func(colour, text string) string {
+		if !s.colour || text == "" {
+			return text
+		}
+		return colour + text + plain
+	}
+	l := s.look
+	if l == nil {
+		l = &flow.Look{Time: time.Now()}
+	}
+	rows := l.Flows[:min(len(l.Flows), max(height-3, 0))]
+	widths := layout(width, rows, l.Time)
+	lines := []string{fit(headline(*l), width, false)}
+	if s.look == nil {
+		lines[0] = fit("looking ...", width, false)
+	}
+	line := func(cell func(c topColumn) string, colour func(c topColumn) string) string {
+		var parts []string
+		for i, c := range topColumns {
+			if widths[i] > 0 {
+				parts = append(parts, paint(colour(c), fit(cell(c), widths[i], !c.text)))
+			}
+		}
+		return strings.Join(parts, " ")
+	}
+	heads := line(func(c topColumn) string { return c.head }, func(topColumn) string { return "" })
+	if s.colour {
+		heads = strings.ReplaceAll(heads, plain, "")
+	}
+	lines = append(lines, paint(reversed, fit(heads, width, false)))
+	for i := range rows {
+		f := &rows[i]
+		lines = append(lines, line(func(c topColumn) string { return c.cell(f, l.Time) }, func(c topColumn) string {
+			switch {
+			case f.UpRate+f.DownRate == 0:
+				return faint
+			case c.head == "DATAPATH" && f.Datapath != "userspace":
+				return green
+			}
+			return plain
+		}))
+	}
+	for len(lines) < height-1 {
+		lines = append(lines, "")
+	}
+	order := s.query.Sort
+	if s.query.Reverse {
+		order += ", reversed"
+	}
+	foot := fmt.Sprintf("q quit  s sort: %s  r reverse  / filter: %s", order, s.query.Text)
+	if s.typing {
+		foot = "/" + s.typed + "_"
+	}
+	return append(lines[:max(height-1, 0)], fit(foot, width, false))
+}
+
+// What a key makes of the screen.
+const (
+	keyNothing = iota
+	keyRedraw
+	keyAsk // the daemon, with another query
+	keyQuit
+)
+
+// key takes what was typed.
+func (s *screen) key(b byte) int {
+	const ctrlC, escape, backspace, del = 3, 27, 8, 127
+	if s.typing {
+		switch {
+		case b == '\r' || b == '\n':
+			s.typing, s.query.Text = false, s.typed
+			return keyAsk
+		case b == escape:
+			s.typing = false
+		case b == ctrlC:
+			return keyQuit
+		case b == backspace || b == del:
+			s.typed = s.typed[:max(len(s.typed)-1, 0)]
+		case b > ' ' && b < del:
+			s.typed += string(b)
+		default:
+			return keyNothing
+		}
+		return keyRedraw
+	}
+	switch b {
+	case 'q', 'Q', ctrlC:
+		return keyQuit
+	case 's':
+		s.query.Sort = flow.Sorts[(slices.Index(flow.Sorts, s.query.Sort)+1)%len(flow.Sorts)]
+		return keyAsk
+	case 'r':
+		s.query.Reverse = !s.query.Reverse
+		return keyAsk
+	case '/':
+		s.typing, s.typed = true, s.query.Text
+		return keyRedraw
+	case escape:
+		if s.query.Text == "" {
+			return keyNothing
+		}
+		s.query.Text = ""
+		return keyAsk
+	}
+	return keyNothing
+}
+
+// fewestRows is how many flows a screen asks for at least: it may grow.
+const fewestRows = 100
+
+// runScreen shows what w sees on the terminal, until somebody quits.
+func runScreen(ctx context.Context, w watch, q flow.Query) error {
+	in, out := int(os.Stdin.Fd()), int(os.Stdout.Fd())
+	was, err := term.MakeRaw(in)
+	if err != nil {
+		return err
+	}
+	defer term.Restore(in, was)
+	const enter, leave = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l" // another screen, no cursor
+	os.Stdout.WriteString(enter)
+	defer os.Stdout.WriteString(leave)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s := &screen{query: q, colour: os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"}
+	if s.query.Sort == "" {
+		s.query.Sort = flow.Sorts[0]
+	}
+	redraw := func() {
+		width, height, err := term.GetSize(out)
+		if err != nil || width <= 0 || height <= 0 {
+			width, height = 80, 24
+		}
+		const home, clearLine, wrapOff, wrapOn = "\x1b[H", "\x1b[K", "\x1b[?7l", "\x1b[?7h"
+		os.Stdout.WriteString(wrapOff + home + strings.Join(s.draw(width, height), clearLine+"\r\n") + clearLine + wrapOn)
+	}
+	keys := make(chan byte)
+	go func() { // ends with the process, or the terminal
+		defer cancel()
+		b := make([]byte, 64)
+		for {
+			n, err := os.Stdin.Read(b)
+			if err != nil {
+				return
+			}
+			if n > 2 && b[0] == 27 { // an arrow or such: not an Esc
+				continue
+			}
+			for _, c := range b[:n] {
+				select {
+				case keys <- c:
+				case <-ctx.Done():
+					return
+				}
+			}
+		}
+	}()
+	type seen struct {
+		look flow.Look
+		err  error
+	}
+	looks := make(chan seen)
+	shown := 0
+	ask := func() (stop func()) {
+		actx, stop := context.WithCancel(ctx)
+		q := s.query
+		q.Limit = max(q.Limit, fewestRows)
+		go func() {
+			send := func(l seen) {
+				select {
+				case looks <- l:
+				case <-actx.Done():
+				}
+			}
+			err := watch{client: w.client, every: w.every}.run(actx, q, func(line []byte) error {
+				l, err := readLook(line)
+				if err == nil {
+					send(seen{look: l})
+				}
+				return err
+			})
+			if actx.Err() == nil {
+				send(seen{err: err})
+			}
+		}()
+		return stop
+	}
+	stop := ask()
+	defer func() { stop() }()
+	redraw()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case l := <-looks:
+			if l.err != nil {
+				return l.err
+			}
+			if limit := q.Limit; limit > 0 {
+				l.look.Flows = l.look.Flows[:min(len(l.look.Flows), limit)]
+			}
+			s.look = &l.look
+			redraw()
+			if shown++; shown == w.rounds {
+				return nil
+			}
+		case b := <-keys:
+			switch s.key(b) {
+			case keyQuit:
+				return nil
+			case keyAsk:
+				stop()
+				stop = ask()
+				redraw()
+			case keyRedraw:
+				redraw()
+			}
+		}
+	}
 }

@@ -3,12 +3,15 @@
 // that the command line uses. Metrics have a TCP address of their own.
 //
 //	GET  /v1/status   what the daemon is and does
-//	GET  /v1/flows    the live flows
-//	GET  /v1/trace    what becomes of a name; 400 with the reason if the query makes no sense
+//	GET  /v1/flows    the live flows; 400 with the reason if the query makes no sense
+//	GET  /v1/top      what the live flows move, a line of JSON each interval; likewise
+//	GET  /v1/trace    what becomes of a name; likewise
 //	POST /v1/reload   reads the configuration again; 422 with the reason if it can't be used
 package admin
 
 import (
+	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -27,11 +30,12 @@ import (
 )
 
 // Daemon is what the socket shows and does. Status, Flows and Trace return values
-// that encoding/json can write. The notes of Reload are for the person who
+// that encoding/json can write; Top sends them, until ctx ends or send fails. The notes of Reload are for the person who
 // asked for it: what is odd about a configuration that is now in force.
 type Daemon struct {
 	Status func() any
-	Flows  func() any
+	Flows  func(query url.Values) (any, error)
+	Top    func(ctx context.Context, query url.Values, send func(any) error) error
 	Trace  func(ctx context.Context, query url.Values) (any, error)
 	Reload func() (notes []string, err error)
 }
@@ -39,23 +43,21 @@ type Daemon struct {
 // Handler serves d.
 func (d Daemon) Handler() http.Handler {
 	mux := http.NewServeMux()
-	show := func(get func() any) http.HandlerFunc {
-		return func(w http.ResponseWriter, _ *http.Request) {
+	show := func(get func(ctx context.Context, query url.Values) (any, error)) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			answer, err := get(r.Context(), r.URL.Query())
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+				return
+			}
 			w.Header().Set("Content-Type", "application/json")
-			json.NewEncoder(w).Encode(get())
+			json.NewEncoder(w).Encode(answer)
 		}
 	}
-	mux.HandleFunc("GET /v1/status", show(d.Status))
-	mux.HandleFunc("GET /v1/flows", show(d.Flows))
-	mux.HandleFunc("GET /v1/trace", func(w http.ResponseWriter, r *http.Request) {
-		answer, err := d.Trace(r.Context(), r.URL.Query())
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadRequest)
-			return
-		}
-		w.Header().Set("Content-Type", "application/json")
-		json.NewEncoder(w).Encode(answer)
-	})
+	mux.HandleFunc("GET /v1/status", show(func(context.Context, url.Values) (any, error) { return d.Status(), nil }))
+	mux.HandleFunc("GET /v1/flows", show(func(_ context.Context, query url.Values) (any, error) { return d.Flows(query) }))
+	mux.HandleFunc("GET /v1/trace", show(func(ctx context.Context, query url.Values) (any, error) { return d.Trace(ctx, query) }))
+	mux.HandleFunc("GET /v1/top", d.top)
 	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, _ *http.Request) {
 		notes, err := d.Reload()
 		if err != nil {
@@ -68,6 +70,23 @@ func (d Daemon) Handler() http.Handler {
 		}
 	})
 	return mux
+}
+
+// top sends lines for as long as the client takes each in time.
+func (d Daemon) top(w http.ResponseWriter, r *http.Request) {
+	rc := http.NewResponseController(w)
+	rc.SetReadDeadline(time.Time{}) // which would end the request's context
+	w.Header().Set("Content-Type", "application/jsonl")
+	lines := json.NewEncoder(w)
+	begun := false
+	err := d.Top(r.Context(), r.URL.Query(), func(v any) error {
+		begun = true
+		rc.SetWriteDeadline(time.Now().Add(writeTimeout))
+		return errors.Join(lines.Encode(v), rc.Flush())
+	})
+	if err != nil && !begun {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+	}
 }
 
 // Listen binds the control socket at path, readable and writable for its
@@ -163,7 +182,8 @@ type Client struct {
 	Socket string
 }
 
-func (c Client) do(ctx context.Context, method, path string) ([]byte, error) {
+// open asks the daemon. The caller closes the answer's body.
+func (c Client) open(ctx context.Context, method, path string) (io.ReadCloser, error) {
 	t := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", c.Socket)
 	}}
@@ -182,15 +202,52 @@ func (c Client) do(ctx context.Context, method, path string) ([]byte, error) {
 	case err != nil:
 		return nil, fmt.Errorf("ask the daemon at %s: %w", c.Socket, err)
 	}
-	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
+	if res.StatusCode == http.StatusOK {
+		return res.Body, nil
+	}
+	body, err := readAll(res.Body)
+	if err == nil {
+		err = errors.New(strings.TrimSpace(string(body)))
+	}
+	return nil, err
+}
+
+func readAll(body io.ReadCloser) ([]byte, error) {
+	defer body.Close()
+	b, err := io.ReadAll(body)
 	if err != nil {
-		return nil, fmt.Errorf("read the daemon's answer: %w", err)
+		err = fmt.Errorf("read the daemon's answer: %w", err)
 	}
-	if res.StatusCode != http.StatusOK {
-		return nil, errors.New(strings.TrimSpace(string(body)))
+	return b, err
+}
+
+func (c Client) do(ctx context.Context, method, path string) ([]byte, error) {
+	body, err := c.open(ctx, method, path)
+	if err != nil {
+		return nil, err
 	}
-	return body, nil
+	return readAll(body)
+}
+
+// Lines gives each line of what a noun answers, such as "top?interval=1s", to line, until that returns an error or ctx
+// ends, whose error it returns. There is no end else: the daemon's is an error.
+func (c Client) Lines(ctx context.Context, noun string, line func([]byte) error) error {
+	body, err := c.open(ctx, http.MethodGet, "/v1/"+noun)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	for r := bufio.NewReader(body); ; {
+		b, err := r.ReadBytes('\n')
+		if err == nil {
+			err = line(b)
+		} else if ctx.Err() == nil {
+			err = fmt.Errorf("the daemon at %s has ended", c.Socket)
+		}
+		if err := cmp.Or(ctx.Err(), err); err != nil {
+			return err
+		}
+	}
 }
 
 // Get reads a noun ("status", "flows", "trace?host=example.org") as JSON into v.

@@ -7,8 +7,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -45,12 +47,41 @@ func TestClient(t *testing.T) {
 	var reload error
 	c := serve(t, Daemon{
 		Status: func() any { return map[string]int{"flows": 7} },
-		Flows:  func() any { return []string{"a"} },
+		Flows: func(q url.Values) (any, error) {
+			if q.Get("client") == "x" {
+				return nil, errors.New("client x")
+			}
+			return []string{"a" + q.Get("name")}, nil
+		},
+		Top: func(ctx context.Context, q url.Values, send func(any) error) error {
+			if q.Get("interval") == "" {
+				return errors.New("no interval")
+			}
+			return errors.Join(send(1), send(2))
+		},
 		Reload: func() ([]string, error) { return notes, reload },
 	})
 	var status map[string]int
 	if err := c.Get(ctx, "status", &status); err != nil || status["flows"] != 7 {
 		t.Errorf("status: %v %v", status, err)
+	}
+	var flows []string
+	if err := c.Get(ctx, "flows?name=b", &flows); err != nil || !slices.Equal(flows, []string{"ab"}) {
+		t.Errorf("flows: %v %v", flows, err)
+	}
+	if err := c.Get(ctx, "flows?client=x", &flows); err == nil || err.Error() != "client x" {
+		t.Errorf("flows of a wrong query: %v", err)
+	}
+	var lines string
+	err := c.Lines(ctx, "top?interval=1s", func(b []byte) error { lines += string(b); return nil })
+	if lines != "1\n2\n" || err == nil || !strings.Contains(err.Error(), "has ended") {
+		t.Errorf("top: %q %v", lines, err)
+	}
+	if err := c.Lines(ctx, "top", nil); err == nil || err.Error() != "no interval" {
+		t.Errorf("top of a wrong query: %v", err)
+	}
+	if err := c.Lines(ctx, "top?interval=1s", func([]byte) error { return io.EOF }); err != io.EOF {
+		t.Errorf("top whose reader has enough: %v", err)
 	}
 	if got, err := c.Reload(ctx); err != nil || got != "" {
 		t.Errorf("reload: %q %v", got, err)

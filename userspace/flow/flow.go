@@ -161,12 +161,15 @@ func (r *Registry) flows() []*Flow {
 	return slices.Clone(r.live)
 }
 
-// Snapshot lists the live flows, oldest first.
-func (r *Registry) Snapshot() []Snapshot {
-	live := r.flows()
+// Snapshot lists the live flows that q takes, oldest first.
+func (r *Registry) Snapshot(q Query) []Snapshot {
+	live := slices.DeleteFunc(r.flows(), func(f *Flow) bool { return !q.takes(f) })
 	slices.SortFunc(live, func(a, b *Flow) int {
 		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.ID, b.ID))
 	})
+	if q.Limit > 0 {
+		live = live[:min(len(live), q.Limit)]
+	}
 	out := make([]Snapshot, 0, len(live))
 	for _, f := range live {
 		out = append(out, f.snapshot(f.bytes()))

@@ -30,7 +30,7 @@ func TestRegistry(t *testing.T) {
 	r.Add(newer)
 	r.Add(older)
 	empty := r.Empty()
-	got := r.Snapshot()
+	got := r.Snapshot(Query{})
 	if len(got) != 2 || got[0].ID != "b" || got[0].BytesUp != 1 || got[0].BytesDown != 2 {
 		t.Fatalf("snapshot %+v: want b (1 up, 2 down) before a", got)
 	}
@@ -53,7 +53,7 @@ func TestRegistryConcurrent(t *testing.T) {
 			for range 500 {
 				f := &Flow{ID: NewID()}
 				r.Add(f)
-				r.Snapshot()
+				r.Snapshot(Query{})
 				r.Remove(f)
 			}
 		})

@@ -33,6 +33,7 @@ import (
 	"maps"
 	"math"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -470,8 +471,47 @@ func (f *Front) node() string {
 	return ""
 }
 
-// Flows lists the live flows, oldest first.
-func (f *Front) Flows() []flow.Snapshot { return f.flows.Snapshot() }
+// FlowCount is how many flows live.
+func (f *Front) FlowCount() int { return f.flows.Len() }
+
+// Flows lists the live flows that query takes, oldest first. It is one that flow.Query makes.
+func (f *Front) Flows(query url.Values) ([]flow.Snapshot, error) {
+	q, err := flow.ParseQuery(query)
+	if err != nil {
+		return nil, err
+	}
+	return f.flows.Snapshot(q), nil
+}
+
+// firstLook is after how much time Top tells for the first time, at most: somebody has just pressed a key.
+const firstLook = 250 * time.Millisecond
+
+// Top sends what the live flows move each interval of query, which else is one that flow.Query makes, until ctx ends
+// or send fails.
+func (f *Front) Top(ctx context.Context, query url.Values, send func(any) error) error {
+	q, err := flow.ParseQuery(query)
+	if err != nil {
+		return err
+	}
+	every, err := time.ParseDuration(query.Get("interval"))
+	if err != nil || every < flow.MinInterval {
+		return fmt.Errorf("interval %q: %v at least", query.Get("interval"), flow.MinInterval)
+	}
+	watcher := f.flows.Watch(q)
+	next := time.NewTimer(min(every, firstLook))
+	defer next.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case now := <-next.C:
+			if err := send(watcher.Look(now)); err != nil {
+				return err
+			}
+			next.Reset(every - time.Since(now))
+		}
+	}
+}
 
 // Metrics are the daemon's counters.
 func (f *Front) Metrics() *metrics.Set { return f.metrics }

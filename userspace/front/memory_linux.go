@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 )
 
@@ -85,7 +86,7 @@ func (w *memoryWatch) look(now time.Time, used, short int64) {
 	}
 	since := make(map[string]rest, len(w.since))
 	stopped := map[netip.AddrPort]netip.Prefix{} // the source, by the peer's address
-	for _, fl := range w.front.flows.Snapshot() {
+	for _, fl := range w.front.flows.Snapshot(flow.Query{}) {
 		r, known := w.since[fl.Downstream]
 		if n := fl.BytesUp + fl.BytesDown; !known || r.bytes != n {
 			r = rest{n, now}

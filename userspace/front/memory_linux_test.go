@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 )
 
@@ -63,7 +64,7 @@ func TestShortOfTCPMemory(t *testing.T) {
 			last := int64(-1)
 			eventually(t, "all stand still", func() bool {
 				sum := int64(0)
-				for _, f := range d.Flows() {
+				for _, f := range d.flows.Snapshot(flow.Query{}) {
 					sum += f.BytesUp + f.BytesDown
 				}
 				same := sum == last && d.flows.Len() == all

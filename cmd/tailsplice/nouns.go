@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -128,77 +129,36 @@ func printACME(w io.Writer, a acme.Status) {
 	}
 }
 
-func printStatus(w io.Writer, s front.Status, now time.Time) {
-	fmt.Fprintf(w, "%s: tailsplice %s, up %s, %s, %s\n", s.Node, s.Version, age(s.Started, now), plural(s.Flows, "flow"), plural(s.Requests, "request"))
-	fmt.Fprintf(w, "config %s, loaded %s ago\n", s.Config, age(s.Loaded, now))
+// mostDown is how many targets that can't be reached printStatus names.
+const mostDown = 10
+
+// printProblems lists all that does not work, so that it is seen first.
+func printProblems(w io.Writer, s front.Status) {
 	for _, p := range s.Problems {
 		fmt.Fprintf(w, "problem: %s\n", p)
 	}
-	if s.LogLost > 0 {
-		fmt.Fprintf(w, "the log has lost %s: what reads standard error did not keep up\n", plural(int(s.LogLost), "line"))
-	}
-	for _, l := range s.Listeners {
-		bound := strings.Join(l.Bound, " ")
-		switch {
-		case l.Closed != "":
-			bound = "closed, until a target of default answers"
-		case bound == "":
-			bound = "not bound yet"
-		}
-		fmt.Fprintf(w, "\n%s (%s) on %s: %s\n", l.Name, l.Mode, strings.Join(l.Listen, " "), bound)
-		if len(l.AcceptProxy) > 0 {
-			fmt.Fprintf(w, "  PROXY headers are believed from %s\n", strings.Join(l.AcceptProxy, ", "))
-		}
-		for _, c := range l.Certificates {
-			fmt.Fprintf(w, "  certificate %s", c.Source)
-			if len(c.Names) > 0 {
-				fmt.Fprintf(w, " for %s", strings.Join(c.Names, ", "))
-			}
-			if !c.NotAfter.IsZero() {
-				fmt.Fprintf(w, ", until %s", c.NotAfter.Format(time.DateOnly))
-			}
-			if c.Problem != "" {
-				fmt.Fprint(w, ": can't be used, see problem")
-			}
-			fmt.Fprintln(w)
-		}
-		for _, a := range l.ACME {
-			printACME(w, a)
-		}
-		tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		for _, r := range l.Routes {
-			match, to := r.Match, r.Forward
-			if len(r.ALPN) > 0 {
-				match += " alpn " + strings.Join(r.ALPN, ",")
-			}
-			if r.Reject {
-				to = "reject"
-			}
-			if r.SendProxy {
-				to += " (PROXY v2)"
-			}
-			if r.Transparent {
-				to += " (transparent)"
-			}
-			from := r.Source
-			if r.Container != "" && r.Container != "running" {
-				from += " (" + r.Container + ")"
-			}
-			if len(r.Ailing) > 0 {
-				from += "; " + strings.Join(r.Ailing, ", ")
-			}
-			fmt.Fprintf(tw, "  %s\t→ %s\t%s\t%s\n", match, to, r.Datapath, from)
-		}
-		tw.Flush()
-	}
-	fmt.Fprintln(w)
 	for _, d := range s.Datapaths {
 		if d.SwitchedOff {
-			fmt.Fprintf(w, "datapath %s is switched off, it failed too often: %s; the daemon tries it again when it is started again\n", d.Name, d.Reason)
+			fmt.Fprintf(w, "problem: datapath %s is switched off until the daemon is started again, because it failed too often: %s\n", d.Name, d.Reason)
 		}
 		if d.Stalls > 0 {
-			fmt.Fprintf(w, "datapath %s: %s, in which a flow waited up to 3 s for nothing: please report it\n", d.Name, plural(int(d.Stalls), "stall"))
+			fmt.Fprintf(w, "problem: datapath %s: a flow waited up to 3 s for nothing %s: please report it\n", d.Name, plural(int(d.Stalls), "time"))
 		}
+	}
+	var down []string
+	for _, l := range s.Listeners {
+		for _, r := range l.Routes {
+			for _, d := range r.Down {
+				down = append(down, fmt.Sprintf("problem: route %s of listener %s: the last try failed: %s\n", r.Match, l.Name, d))
+			}
+		}
+	}
+	for i, d := range down {
+		if i == mostDown {
+			fmt.Fprintf(w, "problem: %s more can't be reached: see down with --json\n", plural(len(down)-i, "target"))
+			break
+		}
+		io.WriteString(w, d)
 	}
 	for _, p := range s.Labels {
 		on := ""
@@ -207,12 +167,108 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 		}
 		fmt.Fprintf(w, "ignored: container %s, %s: %s%s\n", p.Container, p.Label, p.Problem, on)
 	}
+	if s.LogLost > 0 {
+		fmt.Fprintf(w, "problem: the log has lost %s: what reads standard error did not keep up\n", plural(int(s.LogLost), "line"))
+	}
+}
+
+func printStatus(w io.Writer, s front.Status, now time.Time) {
+	fmt.Fprintf(w, "%s: tailsplice %s, up %s, %s, %s\n", s.Node, s.Version, age(s.Started, now), plural(s.Flows, "flow"), plural(s.Requests, "request"))
+	printProblems(w, s)
+	fmt.Fprintf(w, "config %s, loaded %s ago\n", s.Config, age(s.Loaded, now))
+	for _, l := range s.Listeners {
+		printListener(w, l)
+	}
+	fmt.Fprintln(w)
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "DATAPATH\tSTATE\tFLOWS\tWHY")
+	for _, d := range s.Datapaths {
+		state := "off"
+		switch {
+		case d.Available:
+			state = "on"
+		case !d.Wanted:
+			state = "not used"
+		}
+		fmt.Fprintf(tw, "%s\t%s\t%d\t%s\n", d.Name, state, d.Flows, d.Reason)
+	}
+	tw.Flush()
+	fmt.Fprintln(w)
 	printCounts(w, "accepted", s.Accepted)
 	printCounts(w, "flows ended", s.Ended)
 	printCounts(w, "refused", s.Refused)
 	printCounts(w, "dial errors", s.DialErrors)
-	printCounts(w, "demoted", s.Demoted)
+	printCounts(w, "refused by a datapath", s.Demoted)
 	printCounts(w, "not transparent", s.NotTransparent)
+}
+
+func printListener(w io.Writer, l front.ListenerStatus) {
+	bound := strings.Join(l.Bound, " ")
+	switch {
+	case l.Closed != "":
+		bound = "closed, until a target of default answers"
+	case bound == "":
+		bound = "not bound yet"
+	}
+	fmt.Fprintf(w, "\n%s (%s) on %s: %s\n", l.Name, l.Mode, strings.Join(l.Listen, " "), bound)
+	for _, who := range []struct {
+		what string
+		from []string
+	}{{"PROXY headers are believed from", l.AcceptProxy}, {"only for", l.Allow}, {"not for", l.Deny}} {
+		if len(who.from) > 0 {
+			fmt.Fprintf(w, "  %s %s\n", who.what, strings.Join(who.from, ", "))
+		}
+	}
+	for _, c := range l.Certificates {
+		fmt.Fprintf(w, "  certificate %s", c.Source)
+		if len(c.Names) > 0 {
+			fmt.Fprintf(w, " for %s", strings.Join(c.Names, ", "))
+		}
+		if !c.NotAfter.IsZero() {
+			fmt.Fprintf(w, ", until %s", c.NotAfter.Format(time.DateOnly))
+		}
+		if c.Problem != "" {
+			fmt.Fprint(w, ": can't be used, see problem")
+		}
+		fmt.Fprintln(w)
+	}
+	for _, a := range l.ACME {
+		printACME(w, a)
+	}
+	if len(l.Routes) == 0 {
+		return
+	}
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "  MATCH\t  TARGET\tDATAPATH\tRESTRICTIONS\tSOURCE")
+	for _, r := range l.Routes {
+		match, to := r.Match, r.Forward
+		if len(r.ALPN) > 0 {
+			match += " alpn " + strings.Join(r.ALPN, ",")
+		}
+		if r.Reject {
+			to = "reject"
+		}
+		if r.SendProxy {
+			to += " (PROXY v2)"
+		}
+		if r.Transparent {
+			to += " (transparent)"
+		}
+		from := r.Source
+		if r.Container != "" && r.Container != "running" {
+			from += " (" + r.Container + ")"
+		}
+		if len(r.Ailing) > 0 {
+			from += "; " + strings.Join(r.Ailing, ", ")
+		}
+		datapath := r.Datapath
+		if r.Wanted != "" && r.Wanted != r.Datapath {
+			datapath += " (" + r.Wanted + ")" // as configured
+		}
+		asks := cmp.Or(strings.Join(r.Asks, "; "), "-")
+		fmt.Fprintf(tw, "  %s\t→ %s\t%s\t%s\t%s\n", match, to, cmp.Or(datapath, "-"), asks, from)
+	}
+	tw.Flush()
 }
 
 func printCounts(w io.Writer, what string, counts map[string]int64) {

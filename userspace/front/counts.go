@@ -106,11 +106,19 @@ func (t *targets) states() (out []metrics.Target) {
 	return out
 }
 
-// down is why the last try to connect to target failed, nil if it did not.
-func (t *targets) down(target string) error {
+// down are the targets of r that the last try could not connect to, and why.
+func (t *targets) down(r *rule) (out []string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.last[target]
+	if err := t.last[r.written]; err != nil {
+		out = append(out, err.Error())
+	}
+	for _, to := range r.targets {
+		if name := to.To.String(); name != r.written && t.last[name] != nil {
+			out = append(out, t.last[name].Error())
+		}
+	}
+	return out
 }
 
 // state is what the metrics show of f as it is now.

@@ -83,6 +83,7 @@ type rule struct {
 	hold        time.Duration    // how long a request waits for a node
 	datapaths   []relay.Datapath // to be tried before userspace, best first
 	auto        bool             // flows that talk are offered: see Front.Offer
+	wanted      string           // the config's word for all that; "" where requests are served
 
 	http *vhost.Route // http(s) only
 
@@ -99,12 +100,34 @@ func (r *rule) source() string {
 	return "config"
 }
 
-// via names the datapath that a flow of this rule begins with.
-func (r *rule) via() string {
-	if len(r.datapaths) > 0 {
-		return r.datapaths[0].Name()
+// via names the datapath that a flow of this rule begins with now, and says why it is not another one.
+func (r *rule) via(all []DatapathStatus) (name, why string) {
+	kernel := DatapathStatus{}
+	for _, d := range all {
+		if d.Name == autoKernel {
+			kernel = d
+		}
 	}
-	return userspace
+	switch {
+	case r.http != nil:
+		return userspace, "HTTP is served by this process, which has to see the bytes"
+	case r.auto && kernel.Available:
+		return userspace, "auto: flows that send small messages back and forth go on by " + autoKernel
+	case r.auto && kernel.Reason != "":
+		return userspace, "auto: " + autoKernel + " is not there: " + kernel.Reason
+	case r.auto:
+		return userspace, "auto: " + autoKernel + " is not there"
+	case len(r.datapaths) == 0:
+		return userspace, "the configuration says so"
+	}
+	for _, d := range r.datapaths {
+		i := slices.IndexFunc(all, func(s DatapathStatus) bool { return s.Name == d.Name() })
+		if i < 0 || all[i].Available {
+			return d.Name(), why
+		}
+		why = cmp.Or(why, d.Name()+" takes no flows: "+all[i].Reason)
+	}
+	return userspace, why
 }
 
 // userspace is the datapath that is always there.
@@ -231,6 +254,7 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 		r.http.Guard, err = f.compileAccess(cfg, l.Name, r, a)
 		return r, err
 	}
+	r.wanted = wanted
 	if wanted == autoDatapath {
 		r.auto = true
 		return r, nil

@@ -1,6 +1,9 @@
 package front
 
 import (
+	"cmp"
+	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -58,6 +61,7 @@ type ListenerStatus struct {
 	Closed       string         `json:"closed,omitempty"` // why it is, by while_down
 	AcceptProxy  []string       `json:"accept_proxy,omitempty"`
 	Allow        []string       `json:"allow,omitempty"`
+	Deny         []string       `json:"deny,omitempty"` // ranges and files
 	Certificates []tlsterm.Info `json:"certificates,omitempty"`
 	ACME         []acme.Status  `json:"acme,omitempty"` // the names of certificates that come by ACME
 	Routes       []RouteStatus  `json:"routes"`
@@ -72,7 +76,11 @@ type RouteStatus struct {
 	SendProxy   bool     `json:"send_proxy,omitempty"`
 	Transparent bool     `json:"transparent,omitempty"`
 	Allow       []string `json:"allow,omitempty"`
-	Datapath    string   `json:"datapath,omitempty"`
+	Asks        []string `json:"asks,omitempty"`            // what a client must satisfy, besides what its listener asks
+	Datapath    string   `json:"datapath,omitempty"`        // that a flow begins with now
+	Wanted      string   `json:"datapath_wanted,omitempty"` // that the configuration asks for
+	Why         string   `json:"datapath_reason,omitempty"` // why it is the one and not another
+	Down        []string `json:"down,omitempty"`            // targets that the last try could not connect to, and why
 	Source      string   `json:"source"`                    // "config", or "container NAME" where its labels made the route
 	Container   string   `json:"container_state,omitempty"` // of that container: running, stopped or removed
 	Ailing      []string `json:"ailing,omitempty"`          // containers that get connections only while no healthy one runs, as "NAME is unhealthy"
@@ -114,6 +122,9 @@ func (f *Front) Status() Status {
 		l := f.listeners[c.Name]
 		svc := l.service.Load()
 		ls := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}, Allow: c.Allow, WhileDown: c.WhileDown}
+		for _, d := range c.Deny {
+			ls.Deny = append(ls.Deny, cmp.Or(d.From, d.File))
+		}
 		if err := l.gate.closed(); err != nil {
 			ls.Closed = err.Error()
 		}
@@ -133,10 +144,11 @@ func (f *Front) Status() Status {
 		}
 		slices.Sort(ls.Bound)
 		for _, r := range svc.rules {
-			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Transparent: r.transparent, Source: r.source(), Container: r.state, Allow: r.allow.strings()}
+			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Transparent: r.transparent, Source: r.source(), Container: r.state, Allow: r.allow.strings(), Asks: r.restrictions(), Wanted: r.wanted}
 			if !r.reject {
-				rs.Datapath = r.via()
+				rs.Datapath, rs.Why = r.via(s.Datapaths)
 			}
+			rs.Down = f.targets.down(r)
 			for _, to := range r.targets {
 				if to.To.Scheme == dial.Docker {
 					rs.Ailing = append(rs.Ailing, f.containers.Ailing(to.To.Host)...)
@@ -147,6 +159,21 @@ func (f *Front) Status() Status {
 		s.Listeners = append(s.Listeners, ls)
 	}
 	return s
+}
+
+// restrictions are what a client must satisfy for r, for people: who it is, and what it asks for.
+func (r *rule) restrictions() []string {
+	all := slices.Clone(r.asks)
+	if len(r.match.Methods) > 0 {
+		all = append(all, "methods "+strings.Join(r.match.Methods, ", "))
+	}
+	for _, name := range slices.Sorted(maps.Keys(r.match.Headers)) {
+		all = append(all, "header "+name)
+	}
+	if r.http != nil && r.http.MaxBody > 0 {
+		all = append(all, fmt.Sprintf("max_body %d", r.http.MaxBody))
+	}
+	return all
 }
 
 // boundAddress shows the port that the kernel chose where the config says 0.

@@ -25,7 +25,7 @@ import (
 
 // TestClaims compares what the pages and the commented examples say with the code. In them,
 //
-//   - a block of YAML is a configuration that loads, or a part of one: of a listener, a route or an action.
+//   - a block of YAML is a configuration that loads, or a part of one: of any of its sections.
 //     A block that is for another program begins with ```yaml foreign;
 //   - a command line of tailsplice, in a block of sh or in backticks, parses;
 //   - make's targets and variables exist;
@@ -496,10 +496,19 @@ func (c *claims) config(name, body string, line int) error {
 	type part struct{ head, indent string }
 	around := []part{{}}
 	if !regexp.MustCompile(`(?m)^listeners:`).MatchString(body) {
-		around = []part{{head: "listeners: [{ listen: [\":80\"], mode: http, default: { reject: true } }]\n"}}
-		for _, mode := range []string{"http", "https\n  certificates: [{ tailscale: true }]", "sni"} {
-			listener := "listeners:\n- listen: [\":80\"]\n  mode: " + mode + "\n"
-			around = append(around, part{listener, "  "}, part{listener + "  default: { reject: true }\n", "  "},
+		const target = "default: { forward: \"tailnet://home:443\" }\n"
+		around = []part{{head: "listeners:\n- listen: [\":80\"]\n  mode: http\n  " + target}}
+		for _, mode := range []string{"http", "https", "sni", "tcp"} {
+			listener := "listeners:\n-\n"
+			needs := []string{"listen: [\":80\"]", "mode: " + mode, "certificates: [{ tailscale: true }]"}
+			for _, line := range needs {
+				key, _, _ := strings.Cut(line, ":")
+				has := regexp.MustCompile(`(?m)^` + key + `:`).MatchString(body)
+				if !has && (key != "certificates" || mode == "https") {
+					listener += "  " + line + "\n"
+				}
+			}
+			around = append(around, part{listener, "  "}, part{listener + "  " + target, "  "},
 				part{listener + "  routes:\n  -\n", "    "}, part{listener + "  default:\n", "    "})
 		}
 	}
@@ -515,18 +524,23 @@ func (c *claims) config(name, body string, line int) error {
 		if err == nil {
 			return nil
 		}
-		if best == nil || unknown(err) < unknown(best) {
+		if best == nil || badness(err) < badness(best) {
 			best = err
 		}
+	}
+	partial := unknown(best) > 0 || strings.Contains(best.Error(), " is missing in ")
+	if len(around) > 1 && partial && c.value(body) == nil {
+		return nil // some keys of a section
 	}
 	return fmt.Errorf("%w (mark a block that is for another program with ```yaml foreign)", best)
 }
 
-// unknown is how little a configuration has the keys of its place, and then how much else is wrong with it.
+// badness compares the errors of a block in several places: first the keys that can't stand there.
+func badness(err error) int { return 1000*unknown(err) + strings.Count(err.Error(), "\n") }
+
+// unknown is how many keys stand where they can't.
 func unknown(err error) int {
-	text := err.Error()
-	unknown := strings.Count(text, "unknown key") + strings.Count(text, "it belongs in")
-	return 1000*unknown + strings.Count(text, "\n")
+	return strings.Count(err.Error(), "unknown key") + strings.Count(err.Error(), "it belongs in")
 }
 
 var (
@@ -544,9 +558,8 @@ func (c *claims) shell(text string, whole bool) (wrong []string) {
 	for line := range strings.Lines(strings.ReplaceAll(text, "\\\n", " ")) {
 		var command []string
 		judge := func() {
-			for len(command) > 0 && (slices.Contains(runsOther, command[0]) || variable.MatchString(command[0])) {
-				command = command[1:]
-			}
+			isCommand := func(w string) bool { return !slices.Contains(runsOther, w) && !variable.MatchString(w) }
+			command = command[max(0, slices.IndexFunc(command, isCommand)):]
 			if len(command) > 3 && command[0] == "docker" && command[1] == "exec" {
 				command = command[3:]
 			}

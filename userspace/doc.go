@@ -1,5 +1,5 @@
 // Package userspace is empty: it is the folder of the daemon's parts, one
-// package a noun. All of them work without privileges and without a loader.
-// Each is a leaf that imports none of the others; package front joins them.
-// The test beside this file enforces that.
+// package a noun. All of them work without a loader, and all but transparent
+// work without privileges. Each is a leaf that imports none of the others but
+// spelling; package front joins them. The test beside this file enforces that.
 package userspace

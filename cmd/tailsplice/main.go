@@ -1,8 +1,9 @@
 // Command tailsplice accepts public connections, routes them by TLS server
 // name without decrypting, and splices them into connections over a tailnet.
 //
-// This package is thin: it reads flags, wires the packages together, and
-// prints. It is the only place where loader and userspace meet.
+// This package reads flags, wires the packages together, and prints. It is the
+// only place where loader and userspace meet, so it decides which kernel
+// datapaths are loaded and when (datapaths.go).
 package main
 
 import (

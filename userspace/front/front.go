@@ -1,6 +1,6 @@
 // Package front is where the parts meet: it accepts connections, checks
 // limits and PROXY headers, finds the route, dials the upstream and hands the
-// pair to a datapath. Data flows one way through its files:
+// pair to a datapath. Its main files:
 //
 //	listen.go   addresses are bound, and follow the tailnet's changes
 //	gate.go     listeners are shut while their default can't be reached
@@ -22,7 +22,7 @@
 //	problems.go  what of the configuration does not work now, while the rest does
 //	status.go   what can be seen from outside
 //
-// It is the only package that imports its siblings.
+// It is the only package that imports its siblings, apart from spelling.
 package front
 
 import (

@@ -46,7 +46,7 @@ type Options struct {
 	ID, Route string
 
 	// Datapaths are offered the flow, in this order, once Preface and Head are written. The first that
-	// takes it has it. Only flows between two *net.TCPConn are offered.
+	// takes it has it. Only flows between two TCP sockets are offered.
 	Datapaths []Datapath
 
 	// WhenTalking are offered the flow, in this order, when it is found to talk: small messages go back and

@@ -53,7 +53,7 @@ var allLocalRules = localRules{order: true, bound: true, unread: true, drain: tr
 // and is closed with it.
 func (l *Loader) Local() (*Local, error) {
 	if l.local == nil && l.localOff == nil {
-		return nil, errors.New("it was not asked for")
+		return nil, errors.New("it was not requested")
 	}
 	return l.local, l.localOff
 }

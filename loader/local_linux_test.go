@@ -50,8 +50,8 @@ func TestLocalSelfTestFindsBrokenRules(t *testing.T) {
 		off  func(*localRules)
 		test string
 	}{
-		"order": {func(r *localRules) { r.order = false }, "past TCP: order"},
-		"bound": {func(r *localRules) { r.bound = false }, "past TCP: bound"},
+		"order": {func(r *localRules) { r.order = false }, "sk_msg: order"},
+		"bound": {func(r *localRules) { r.bound = false }, "sk_msg: bound"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := allRules

@@ -17,24 +17,24 @@ func (l *Loader) proveLocal() {
 		}
 	}
 	if l.localOff != nil {
-		l.log.Warn("local targets are not reached past TCP, but as others are", "reason", l.localOff)
+		l.log.Warn("datapath sk_msg is not available: its flows use sockmap or userspace", "reason", l.localOff)
 	}
 }
 
 func (n *Local) selfTest() []Finding {
 	return n.l.try(true, []test{
-		{"past TCP", "bytes go both ways past TCP, whole", (*trial).pastTCP, ""},
-		{"past TCP: order", "what went by TCP is read before what goes past it", (*trial).localOrder, ""},
-		{"past TCP: bound", "a process that stops reading holds the sender up, and loses nothing", (*trial).bound, ""},
-		{"past TCP: end", "what a process has not read when a stream ends is not lost", (*trial).localEnd, ""},
-		{"past TCP: reset", "a reset of either side reaches the other", (*trial).reset, ""},
+		{"sk_msg", "data bypasses TCP in both directions, complete and in order", (*trial).pastTCP, ""},
+		{"sk_msg: order", "data that came by TCP is read before data that bypasses it", (*trial).localOrder, ""},
+		{"sk_msg: bound", "a process that stops reading stops the sender, and loses nothing", (*trial).bound, ""},
+		{"sk_msg: end", "what a process has not read when a stream ends is not lost", (*trial).localEnd, ""},
+		{"sk_msg: reset", "a reset of either side reaches the other", (*trial).reset, ""},
 	})
 }
 
 // localFindings are for doctor. The part is no condition for the rest.
 func (l *Loader) localFindings() []Finding {
 	if l.local == nil {
-		return []Finding{{Name: "past TCP", State: StateDegraded, Detail: l.localOff.Error(), Advice: "nothing to do unless a route says `datapath: " + LocalName + "`"}}
+		return []Finding{{Name: "sk_msg", State: StateDegraded, Detail: l.localOff.Error(), Advice: "nothing to do unless a route says `datapath: " + LocalName + "`"}}
 	}
 	findings := append([]Finding(nil), l.local.proof...)
 	for i := range findings {
@@ -69,7 +69,7 @@ func (t *trial) pastTCP() error {
 	}
 	for i := range f.halves {
 		if n := f.halves[i].snapshot().local; n != uint64(3*len(data)) {
-			return fmt.Errorf("%d of %d bytes went past TCP", n, 3*len(data))
+			return fmt.Errorf("%d of %d bytes bypassed TCP", n, 3*len(data))
 		}
 	}
 	t.close()

@@ -154,11 +154,11 @@ func (t *targets) learn(at, other netip.AddrPort) {
 			why := refusedNoCgroup
 			errors.As(err, &why)
 			k.why, k.again = why, time.Now().Add(learnAgain)
-			t.n.l.log.Info("a target is not reached past TCP", "target", at, "reason", err)
+			t.n.l.log.Info("a target can't use datapath sk_msg", "target", at, "reason", err)
 			_ = t.n.objects.Targets.Delete(endOf(net.TCPAddrFromAddrPort(at)))
 		} else {
 			k.why, k.group = nil, group
-			t.n.l.log.Info("a target is a process on this host, and is reached past TCP", "target", at, "cgroup", group)
+			t.n.l.log.Info("a target is a process on this host, and uses datapath sk_msg", "target", at, "cgroup", group)
 		}
 		t.detachUnused()
 	}()

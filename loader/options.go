@@ -81,17 +81,17 @@ const (
 	refusedSocket      = refusal("a socket could not be read")
 	refusedMaps        = refusal("a BPF map could not be written")
 	refusedFilter      = refusal("the filter that bounds memory could not be attached to a socket")
-	refusedInsert      = refusal("the kernel did not take a socket")
+	refusedInsert      = refusal("the kernel refused a socket")
 
-	refusedUnknown    = refusal("where the target's process is, is not known yet")
-	refusedTargets    = refusal("more targets than can be known past TCP are in use")
+	refusedUnknown    = refusal("the target's process is not known yet")
+	refusedTargets    = refusal("more targets than sk_msg can track are in use")
 	refusedElsewhere  = refusal("the target is not a process on this host")
 	refusedRootCgroup = refusal("the target's process is in the root cgroup")
 	refusedNoCgroup   = refusal("the cgroup of the target's process could not be found")
 	refusedAttach     = refusal("the program could not be attached to the cgroup of the target's process")
 	refusedZeroCopy   = refusal("the target's process sends with MSG_ZEROCOPY")
-	refusedNotCaught  = refusal("the target's socket was not caught when it came to be")
-	refusedPair       = refusal("the target's socket is not the other end of ours")
+	refusedNotCaught  = refusal("the target's socket was not seen when it was created")
+	refusedPair       = refusal("the target's socket is not the peer of ours")
 )
 
 // ErrKnownBad is what New fails with on a kernel that is known to damage spliced streams.

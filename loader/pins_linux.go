@@ -60,7 +60,7 @@ func claimPins(bpffs, instance string, log *slog.Logger) (p *pins, err error) {
 		return p, err
 	}
 	if err := p.clear(all); err != nil {
-		return p, fmt.Errorf("remove what a dead daemon left: %w", err)
+		return p, fmt.Errorf("remove what an ended daemon left: %w", err)
 	}
 	if p.others, err = removeDead(p.above, log); err != nil {
 		log.Warn("remove what dead daemons left", "error", err)

@@ -74,9 +74,9 @@ func (l *Loader) selfTest() []Finding {
 		{"kick", "bytes that were queued before the splice arrive", (*trial).kick, ""},
 		{"trim", "an skb that was read in part is cut where cb[0] says", (*trial).trim, ""},
 		{"overlap", "an overlapping retransmit is delivered once", (*trial).overlap, "give the daemon CAP_NET_RAW and CAP_NET_ADMIN"},
-		{"bound", "a reader that stops holds the sender up, and loses nothing", (*trial).bound, ""},
+		{"bound", "a reader that stops also stops the sender, and loses nothing", (*trial).bound, ""},
 		{"bulk", "a busy direction leaves the sockmap and comes back, with every byte in its place", (*trial).bulk, fmt.Sprintf("use Linux %d.%d or newer", leastBulk.major, leastBulk.minor)},
-		{"drain", "what waits when a stream ends arrives before its end", (*trial).drain, ""},
+		{"drain", "data that is queued when a stream ends arrives before the end", (*trial).drain, ""},
 		{"reset", "a reset of either side reaches the other", (*trial).reset, ""},
 	})
 }

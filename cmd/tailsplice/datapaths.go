@@ -49,7 +49,7 @@ const (
 // loadDatapaths brings up the kernel datapaths that cfg names. The caller closes them.
 func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapaths {
 	if err := loader.RemoveDead("", log); err != nil {
-		log.Warn("remove what dead daemons left in the kernel", "err", err)
+		log.Warn("what ended daemons left in the kernel can't be removed", "err", err)
 	}
 	const unasked = "no configuration asked for it at start: it is loaded when the daemon is started again"
 	p := &datapaths{log: log, quit: make(chan struct{})}
@@ -118,7 +118,7 @@ func (p *datapaths) wait(o loader.Options, why string) {
 		} else if o.Local {
 			local.why.Store(new(err.Error()))
 		}
-		p.log.Info("datapath sockmap is there: flows that begin from now on can have it")
+		p.log.Info("datapath sockmap is available: new flows can use it")
 	}
 }
 

@@ -159,7 +159,7 @@ func findInbound(ctx context.Context, control string, f *loader.Finding) {
 		return // f says why
 	}
 	var s front.Status
-	says, ports := "no connection comes to a tailnet listener", []uint16(nil)
+	says, ports := "a tailnet listener gets no connections", []uint16(nil)
 	runs := (admin.Client{Socket: control}).Get(ctx, "status", &s) == nil
 	if runs {
 		ports = tailnetPorts(s)

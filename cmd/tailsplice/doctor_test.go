@@ -42,7 +42,7 @@ func TestFindInbound(t *testing.T) {
 		says                        string // "" is nothing
 	}{
 		{"nothing", `{}`, `{}`, daemon, loader.StateOK, ""},
-		{"serve", `{}`, `{"TCP":{"443":{"HTTPS":true}}}`, daemon, loader.StateDegraded, "no connection comes to a tailnet listener: `tailscale serve` has port 443"},
+		{"serve", `{}`, `{"TCP":{"443":{"HTTPS":true}}}`, daemon, loader.StateDegraded, "a tailnet listener gets no connections: `tailscale serve` has port 443"},
 		{"funnel", `{}`, `{"TCP":{"443":{"HTTPS":true}},"AllowFunnel":{"home.tail1234.ts.net:443":true}}`, daemon, loader.StateDegraded, "`tailscale funnel` has port 443"},
 		{"serve on another port", `{}`, `{"TCP":{"8443":{"HTTPS":true}}}`, daemon, loader.StateOK, ""},
 		{"shields up", `{"ShieldsUp":true}`, `{}`, daemon, loader.StateDegraded, "shields are up"},

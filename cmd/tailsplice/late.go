@@ -11,7 +11,7 @@ import (
 )
 
 // errNotYet is how a late datapath refuses flows.
-var errNotYet = errors.New("it can't be had yet")
+var errNotYet = errors.New("it is not available yet")
 
 // late is a datapath that a configuration names, and that can't be had now, for want of what the machine may
 // have later. Until it is there it refuses all flows, which go through userspace.

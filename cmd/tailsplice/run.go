@@ -66,7 +66,7 @@ after --drain-timeout; the same one again ends at once.`,
 // run is the daemon's life from start to end.
 func run(ctx context.Context, o runOptions) error {
 	if o.drain < 0 {
-		return &usageError{fmt.Errorf("--drain-timeout %s: a time has no sign; 0 cuts at once", o.drain)}
+		return &usageError{fmt.Errorf("--drain-timeout %s: it can't be negative; 0 closes flows at once", o.drain)}
 	}
 	// A reader of the log that is gone must not end the daemon.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
@@ -273,7 +273,7 @@ func newLogger(o runOptions) (*slog.Logger, *logwriter.Writer, error) {
 		return slog.New(slog.NewJSONHandler(terminal{w}, ho))
 	}
 	w := logwriter.New(os.Stderr, func(w io.Writer, lines int) {
-		logger(w).Error("lines of the log are missing here, their reader did not keep up; see that what reads standard error runs", "lines", lines)
+		logger(w).Error("log lines are missing here because the reader of standard error did not keep up: check that it runs", "lines", lines)
 	})
 	return logger(w), w, nil
 }

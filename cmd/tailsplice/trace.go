@@ -50,7 +50,7 @@ answers, else 1.`,
 				return &usageError{err}
 			}
 			if cmd.Flags().Changed("config") && cmd.Flags().Changed("control") {
-				return &usageError{errors.New("--config and --control: ask the one or the other")}
+				return &usageError{errors.New("--config and --control exclude each other: use one")}
 			}
 			q.Dial = !noDial
 			var t front.Trace
@@ -109,7 +109,7 @@ func readQuestion(q *front.Question, what string, headers []string) error {
 	}
 	q.Host, q.Path = strings.TrimSuffix(strings.ToLower(u.Hostname()), "."), u.Path
 	if strings.ContainsAny(q.Host, "* ") || q.Host == "" {
-		return fmt.Errorf("%q is no host that a client could ask for", u.Host)
+		return fmt.Errorf("%q is not a host that a client could ask for", u.Host)
 	}
 	v := q.Values()
 	v["header"] = headers

@@ -116,15 +116,15 @@ func advice(p acme.Problem, s *Section, name string) string {
 	case acme.ProblemTypeRateLimited:
 		return "too many orders or failures lately: it is tried again when the authority allows it; meanwhile do not delete the storage, and try changes with the authority's staging directory"
 	case acme.ProblemTypeRejectedIdentifier, acme.ProblemTypeUnsupportedIdentifier:
-		return fmt.Sprintf("this authority gives no certificate for %s: is it a public name, and spelt right?", name)
+		return fmt.Sprintf("this authority issues no certificate for %s: is it a public name, and spelled correctly?", name)
 	case acme.ProblemTypeExternalAccountRequired:
-		return "this authority wants accounts bound to its customers: get a key id and a MAC key from it, and set acme.eab"
+		return "this authority requires external account binding: get a key id and a MAC key from it, and set acme.eab"
 	case acme.ProblemTypeInvalidContact, acme.ProblemTypeUnsupportedContact:
-		return fmt.Sprintf("the authority does not take the address %q: change acme.email, or leave it out", s.Email)
+		return fmt.Sprintf("the authority does not accept the address %q: change acme.email, or leave it out", s.Email)
 	case acme.ProblemTypeUserActionRequired:
-		return "its terms have changed, or it wants something of you: see the address in the message"
+		return "its terms have changed, or it requires an action by you: see the address in the message"
 	case acme.ProblemTypeServerInternal:
-		return "the authority has trouble of its own: it is tried again"
+		return "the authority has an internal problem: it is tried again"
 	case acme.ProblemTypeMalformed:
 		if s.DNS == nil && strings.HasPrefix(name, "*.") {
 			return "a wildcard needs dns-01: set acme.dns"
@@ -143,7 +143,7 @@ func transport(ca CA, err error) string {
 	case errors.As(err, new(x509.UnknownAuthorityError)):
 		return fmt.Sprintf("its directory has a certificate of an unknown authority: set acme.ca to a file with its root certificate: %v", err)
 	case errors.As(err, new(x509.HostnameError)), errors.As(err, new(x509.CertificateInvalidError)):
-		return fmt.Sprintf("its directory's certificate can't be believed: is the URL %s right, and this machine's clock? %v", ca.Directory, err)
+		return fmt.Sprintf("its directory's certificate can't be verified: is the URL %s right, and this machine's clock? %v", ca.Directory, err)
 	case errors.As(err, &dns):
 		return fmt.Sprintf("this machine can't look up its directory's name: is the URL %s right, and does DNS work here? %v", ca.Directory, err)
 	case errors.Is(err, syscall.ECONNREFUSED): // its own text would look as if we had refused a connection

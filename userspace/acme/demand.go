@@ -112,7 +112,7 @@ func (s *site) await(ctx context.Context) {
 // newcomer begins to look after an on-demand name.
 func (m *Manager) newcomer(name string, p *policy) (*site, error) {
 	if !plausible(name) {
-		return nil, fmt.Errorf("no certificate on demand for %q: it is no host name", name)
+		return nil, fmt.Errorf("no certificate on demand for %q: it is not a host name", name)
 	}
 	found := p.newest(name)
 	m.mu.Lock()

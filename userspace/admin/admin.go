@@ -98,7 +98,7 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("control socket %s: %w", path, err)
 	}
 	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
-		return nil, fmt.Errorf("control socket %s: something that is no socket is there: move it away, or choose another control.socket", path)
+		return nil, fmt.Errorf("control socket %s: a file that is not a socket is in its place: move it away, or choose another control.socket", path)
 	}
 	if c, err := net.Dial("unix", path); err == nil {
 		c.Close()
@@ -198,7 +198,7 @@ func (c Client) open(ctx context.Context, method, path string) (io.ReadCloser, e
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("%s: permission denied: use the account that runs the daemon, or root", c.Socket)
 	case errors.Is(err, context.DeadlineExceeded):
-		return nil, fmt.Errorf("the daemon at %s is there and does not answer: its log may say why", c.Socket)
+		return nil, fmt.Errorf("the daemon at %s does not answer: its log may say why", c.Socket)
 	case err != nil:
 		return nil, fmt.Errorf("ask the daemon at %s: %w", c.Socket, err)
 	}

@@ -171,7 +171,7 @@ func parse(text string) (hashes map[string]string, bad []error) {
 		case !ok || name == "":
 			bad = append(bad, fmt.Errorf("line %d: not USER:HASH", n))
 		case seen[name]:
-			bad = append(bad, fmt.Errorf("line %d: user %q is there twice", n, name))
+			bad = append(bad, fmt.Errorf("line %d: user %q appears twice", n, name))
 			delete(hashes, name)
 		case err != nil:
 			bad = append(bad, fmt.Errorf("line %d: %w", n, err))
@@ -181,7 +181,7 @@ func parse(text string) (hashes map[string]string, bad []error) {
 		seen[name] = true
 	}
 	if len(hashes) == 0 && len(bad) == 0 {
-		bad = append(bad, errors.New("no user is in it: add one with htpasswd -B FILE USER"))
+		bad = append(bad, errors.New("it has no users: add one with htpasswd -B FILE USER"))
 	}
 	return hashes, bad
 }
@@ -276,7 +276,7 @@ func (u *Users) current() *set {
 		consequence = "nobody has a password"
 	case err != nil:
 		s, st = u.set, u.stamp
-		consequence = "those before the change stay in force"
+		consequence = "the previous ones stay in force"
 	case len(s.hashes) == 0:
 		consequence = "nobody has a password"
 	}
@@ -305,7 +305,7 @@ func Hash(password string) (string, error) {
 	}
 	h, err := bcrypt.GenerateFromPassword([]byte(password), DefaultCost)
 	if errors.Is(err, bcrypt.ErrPasswordTooLong) {
-		return "", errors.New("the password is longer than 72 bytes, of which bcrypt takes no notice")
+		return "", errors.New("the password is longer than 72 bytes, and bcrypt ignores the rest")
 	}
 	return string(h), err
 }

@@ -143,7 +143,7 @@ func TestParse(t *testing.T) {
 	h := hash(t, "x")
 	for _, c := range []struct{ text, err string }{
 		{"# people\n\nme:" + h + "\r\nyou:" + h, ""},
-		{"", "no user"}, {"me\n", "line 1: not USER:HASH"}, {":x", "line 1: not"}, {"me:" + h + "\nme:" + h, `line 2: user "me" is there twice`},
+		{"", "no user"}, {"me\n", "line 1: not USER:HASH"}, {":x", "line 1: not"}, {"me:" + h + "\nme:" + h, `line 2: user "me" appears twice`},
 		{"me:$apr1$x$y", `user "me" has no bcrypt hash`}, {"me:" + h + ":more", "no bcrypt hash"}, {"me:" + strings.Replace(h, "$04$", "$31$", 1), "out of range"},
 	} {
 		_, bad := parse(c.text)

@@ -65,7 +65,7 @@ func (v *validator) access(mode string, l *Listener, a *Action) {
 	if a.has("hold") && !a.unclear("hold") && !a.unclear("forward") {
 		for _, to := range a.Forward {
 			if to.To.Scheme != "tailnet" {
-				v.errorf(a.keyAt("hold"), "hold waits for a node of the tailnet, and %s is none: forward to tailnet://NODE:PORT, or leave hold out", to.To)
+				v.errorf(a.keyAt("hold"), "hold waits for a tailnet node, and %s is not one: forward to tailnet://NODE:PORT, or leave hold out", to.To)
 			}
 		}
 	}
@@ -78,7 +78,7 @@ func (v *validator) access(mode string, l *Listener, a *Action) {
 		}
 		b.File = v.path(b.File)
 		if mode == "http" && l.AcceptProxy == nil && slices.ContainsFunc(l.Listen, isPublic) {
-			v.warnf(a.keyAt("basic_auth"), "basic_auth on listener %q: without TLS the passwords can be read on their way", l.Name)
+			v.warnf(a.keyAt("basic_auth"), "basic_auth on listener %q: without TLS the passwords can be read on the network", l.Name)
 		}
 	}
 }
@@ -137,7 +137,7 @@ func parseBcrypt(s string) (any, error) {
 		if strings.HasPrefix(s, "$2") || !strings.ContainsAny(s, "${") {
 			return nil, fmt.Errorf("not a whole bcrypt hash, which has 60 characters: %s", how)
 		}
-		return nil, fmt.Errorf("only bcrypt hashes are taken: %s", how)
+		return nil, fmt.Errorf("only bcrypt hashes are accepted: %s", how)
 	}
 	if cost, _ := strconv.Atoi(m[1]); cost < 4 || cost > maxBcryptCost {
 		return nil, fmt.Errorf("its cost of %d is out of range: 4 to %d", cost, maxBcryptCost)

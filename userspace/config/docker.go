@@ -132,7 +132,7 @@ func ParseLabels(labels map[string]string) (l Labels, errs []*LabelError) {
 			key, ours := strings.CutPrefix(name, LabelPrefix)
 			if !ours {
 				if meant := meantLabel(name); meant != "" {
-					bad(clip(name), "the label is not called so, did you mean %q?", meant)
+					bad(clip(name), "there is no such label, did you mean %q?", meant)
 				}
 				continue
 			}
@@ -180,5 +180,5 @@ func (v *validator) docker(l *Listener) {
 	if l.Docker == nil || l.Mode != "tcp" {
 		return
 	}
-	v.errorf(l.keyAt("docker"), "docker on a tcp listener: it looks at nothing that labels could match, use mode http, https or sni")
+	v.errorf(l.keyAt("docker"), "docker on a tcp listener: it reads nothing that labels could match, use mode http, https or sni")
 }

@@ -56,10 +56,10 @@ func (x *expander) value(s string) (value, problem string) {
 	name, instead, hasDefault := strings.Cut(inner, ":-")
 	switch {
 	case !closed:
-		return "", "the } of a variable is missing; write $${ for a ${ that is no variable's"
+		return "", "the } of a variable is missing; write $${ for a literal ${"
 	case !variableName.MatchString(name):
 		return "", "a variable is ${NAME} or ${NAME:-DEFAULT}, and its name has letters, digits and _; " +
-			"write $${ for a ${ that is no variable's"
+			"write $${ for a literal ${"
 	case strings.Contains(instead, "${"):
 		return "", "the default of ${" + name + "} can't have a variable in it"
 	}

@@ -94,7 +94,7 @@ func (v *validator) http(mode string, a *Action, path, noun string) {
 	if mode == "sni" || mode == "tcp" {
 		for _, key := range httpKeys {
 			if a.has(key) {
-				v.errorf(a.keyAt(key), "%s does not fit the listener's mode: %s looks into no request, only http and https do", key, mode)
+				v.errorf(a.keyAt(key), "%s does not fit the listener's mode: %s reads no requests, only http and https do", key, mode)
 			}
 		}
 		if len(a.Forward) > 1 {
@@ -103,7 +103,7 @@ func (v *validator) http(mode string, a *Action, path, noun string) {
 		return
 	}
 	if a.has("strip_prefix") && strings.Trim(path, "/") == "" {
-		v.errorf(a.keyAt("strip_prefix"), "strip_prefix takes the route's path off, and %s has none", noun)
+		v.errorf(a.keyAt("strip_prefix"), "strip_prefix removes the route's path, and %s has none", noun)
 	}
 	for _, h := range []*HeaderChanges{a.RequestHeaders, a.ResponseHeaders} {
 		if h != nil && !h.has("set") && !h.has("remove") {
@@ -121,7 +121,7 @@ func (v *validator) http(mode string, a *Action, path, noun string) {
 			v.errorf(u.keyAt("insecure"), "ca and insecure: the certificate is checked or it is not")
 		}
 		if u.Insecure {
-			v.warnf(u.keyAt("insecure"), "insecure: the target's certificate is not checked, so anybody on the way may read along: name its authority with ca")
+			v.warnf(u.keyAt("insecure"), "insecure: the target's certificate is not checked, so anybody on the network path can read the traffic: name its authority with ca")
 		}
 		if u.Protocol == "https" && !u.has("server_name") && !u.has("insecure") {
 			for i := range a.Forward {
@@ -138,7 +138,7 @@ func (v *validator) http(mode string, a *Action, path, noun string) {
 		}
 	}
 	if a.Redirect != nil && a.Redirect.To == "https" && mode == "https" {
-		v.errorf(a.At("redirect"), "redirect to https on an https listener: it would go round in circles")
+		v.errorf(a.At("redirect"), "redirect to https on an https listener: it would redirect to itself")
 	}
 }
 
@@ -200,7 +200,7 @@ func parseMethod(s string) (any, error) {
 		return nil, fmt.Errorf("not a method such as GET or POST")
 	}
 	if s == "CONNECT" {
-		return nil, fmt.Errorf("this is no forward proxy, CONNECT is never served")
+		return nil, fmt.Errorf("tailsplice is not a forward proxy, CONNECT is never served")
 	}
 	return s, nil
 }
@@ -210,7 +210,7 @@ func parseRedirect(s string) (any, error) {
 		return s, nil
 	}
 	if s == "http" {
-		return nil, fmt.Errorf("away from https is nowhere to go, did you mean https?")
+		return nil, fmt.Errorf("redirects to http are not supported, did you mean https?")
 	}
 	u, err := url.Parse(s)
 	switch {

@@ -340,11 +340,11 @@ func parsePath(s string) (any, error) {
 		return nil, fmt.Errorf("paths are compared decoded, and cannot have %% in them")
 	}
 	if strings.Contains(s, "//") {
-		return nil, fmt.Errorf("it has // in it, which requests are cleaned of")
+		return nil, fmt.Errorf("it has // in it, which is removed from requests")
 	}
 	for part := range strings.SplitSeq(s, "/") {
 		if part == "." || part == ".." {
-			return nil, fmt.Errorf("it has %s in it, which requests are cleaned of", part)
+			return nil, fmt.Errorf("it has %s in it, which is removed from requests", part)
 		}
 	}
 	return s, nil
@@ -548,7 +548,7 @@ func parseRate(s string) (any, error) {
 				return nil, fmt.Errorf("did you mean %s/%s?", number, u)
 			}
 		}
-		return nil, fmt.Errorf("%q is no time: write /s, /m or /h", unit)
+		return nil, fmt.Errorf("%q is not a unit of time: write /s, /m or /h", unit)
 	}
 	return s, nil
 }

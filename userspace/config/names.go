@@ -19,7 +19,7 @@ var toASCII = idna.New(idna.MapForLookup(), idna.BidiRule(), idna.Transitional(f
 func checkPattern(s string) (string, error) {
 	switch rest, wild := strings.CutPrefix(s, "*."); {
 	case s == "*" || wild && rest == "":
-		return "", fmt.Errorf("a wildcard for every name is what default is for")
+		return "", fmt.Errorf("a wildcard for every name is not supported, use default")
 	case strings.Contains(rest, "*"):
 		return "", fmt.Errorf("a wildcard is the whole first label, as in \"*.example.org\"")
 	case wild:

@@ -210,7 +210,7 @@ func dialHost(host string, port uint16) (string, error) {
 			if a.Is6() {
 				loopback = netip.IPv6Loopback()
 			}
-			return "", fmt.Errorf("%s is nowhere to connect to, did you mean %q?", host, netip.AddrPortFrom(loopback, port))
+			return "", fmt.Errorf("%s can't be connected to, did you mean %q?", host, netip.AddrPortFrom(loopback, port))
 		}
 		if a.IsMulticast() {
 			return "", fmt.Errorf("%s is a multicast address, TCP cannot connect to it", host)

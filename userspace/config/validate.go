@@ -116,7 +116,7 @@ func (v *validator) bind(addr string, pos Pos, by string, l *Listener) {
 			return
 		}
 		if b.host == "tailnet" && o.ip.IsValid() && inTailnet(o.ip) || o.host == "tailnet" && b.ip.IsValid() && inTailnet(b.ip) {
-			v.warnf(pos, "listen address %q is in the way of %q of %s, on line %d, if it is this node's", addr, o.text, o.by, o.pos.Line)
+			v.warnf(pos, "listen address %q conflicts with %q of %s, on line %d, if it is this node's", addr, o.text, o.by, o.pos.Line)
 		}
 	}
 	v.bound[port] = append(v.bound[port], b)
@@ -157,7 +157,7 @@ func (v *validator) listener(l *Listener) {
 	switch {
 	case mode == "tcp":
 		if l.has("routes") {
-			v.errorf(l.keyAt("routes"), "routes on a tcp listener: it looks at nothing that could be matched, use default, or mode sni, http or https")
+			v.errorf(l.keyAt("routes"), "routes on a tcp listener: it reads nothing that could be matched, use default, or mode sni, http or https")
 		} else if !l.has("default") {
 			v.errorf(l.Pos, "default is missing in a listener: mode tcp sends every connection there")
 		}
@@ -199,7 +199,7 @@ func (v *validator) whileDown(l *Listener) {
 func (v *validator) acceptProxy(a *AcceptProxy) {
 	for i, from := range a.From {
 		if p, err := netip.ParsePrefix(from); err == nil && p.Bits() == 0 {
-			v.warnf(a.At("from", i), "from %q believes the PROXY header of everyone, who can then claim any address", from)
+			v.warnf(a.At("from", i), "from %q trusts PROXY headers from everybody: any client can then claim any address", from)
 		}
 	}
 }
@@ -392,7 +392,7 @@ func (v *validator) local(mode string, a *Action) {
 	case "tailnet":
 		v.errorf(at, "datapath sk_msg needs a target on this host, and %s is reached over the tailnet: leave it out, or use it on %s itself", t, t.Host)
 	case "unix":
-		v.errorf(at, "datapath sk_msg spares TCP, which %s does without anyway: leave it out", t)
+		v.errorf(at, "datapath sk_msg bypasses TCP, which %s does not use anyway: leave it out", t)
 	}
 }
 
@@ -439,11 +439,11 @@ func (v *validator) transparent(a *Action) {
 		ip, _ := netip.ParseAddr(t.Host)
 		switch {
 		case t.Scheme == "tailnet":
-			why = "the node would answer the client by its own way, not by the tailnet: write send_proxy: v2, and transparent on the last hop"
+			why = "the node would answer the client directly, not over the tailnet: write send_proxy: v2, and transparent on the last hop"
 		case t.Scheme == "unix":
-			why = "a unix socket has no addresses: write send_proxy: v2, if what listens there can read it"
+			why = "a unix socket has no addresses: write send_proxy: v2, if the target can read it"
 		case t.Host == "localhost", ip.IsLoopback():
-			why = "what listens on loopback has no way to the client: forward to the container itself (docker://CONTAINER:PORT), or write send_proxy: v2"
+			why = "a process on loopback can't answer the client: forward to the container itself (docker://CONTAINER:PORT), or write send_proxy: v2"
 		default:
 			continue
 		}
@@ -500,7 +500,7 @@ func (v *validator) circles(c *Config) {
 			known[pair] = back
 		}
 		if back {
-			v.warnf(e.forward.At("to"), "forward %q is %q of %s itself: connections would go round in circles, unless another route takes them out", e.forward.To, e.bound.text, e.bound.by)
+			v.warnf(e.forward.At("to"), "forward %q is %q of %s itself: connections would loop, unless another route matches them", e.forward.To, e.bound.text, e.bound.by)
 		}
 	}
 }
@@ -547,7 +547,7 @@ func (v *validator) ownAddress(node string, t Target) (bound, bool) {
 func (v *validator) multicastName(f *Forward) {
 	name, local := strings.CutSuffix(f.To.Host, ".local")
 	if f.To.Scheme == "tcp" && local && !strings.Contains(name, ".") {
-		v.warnf(f.At("to"), "forward %q: names in .local come by multicast DNS, which is not asked: unless the name server or /etc/hosts has it, use its address", f.To)
+		v.warnf(f.At("to"), "forward %q: names in .local use multicast DNS, which is not supported: unless the name server or /etc/hosts has it, use its address", f.To)
 	}
 }
 

@@ -170,9 +170,9 @@ func (c *Client) Problem() error {
 	case s.beyond != "":
 		return &Error{Kind: KindUnreachable, Host: c.host, msg: s.beyond}
 	case s.err != nil:
-		return fmt.Errorf("%w: it is taken for granted that this host reaches its containers, as it does unless Docker is rootless or Docker Desktop", s.err)
+		return fmt.Errorf("%w: this host is assumed to reach its containers, as it does unless Docker is rootless or Docker Desktop", s.err)
 	case !s.known && !s.asked.IsZero() && time.Since(s.asked) > setupWait:
-		return fmt.Errorf("docker at %s takes long to answer /info: until then it is taken for granted that this host reaches its containers", c.host)
+		return fmt.Errorf("docker at %s takes long to answer /info: until then this host is assumed to reach its containers", c.host)
 	}
 	return nil
 }

@@ -201,14 +201,14 @@ func TestFile(t *testing.T) {
 	has("192.0.2.2", true)
 	has("192.0.2.3", false)
 	logged(":2:1: ", 1)
-	logged("those before the change stay in force", 1)
+	logged("the previous ones stay in force", 1)
 
 	os.Remove(name)
 	for range 3 {
 		f.look()
 	}
 	has("192.0.2.2", true)
-	logged("can't be read: those before stay in force", 1)
+	logged("can't be read: the previous ones stay in force", 1)
 
 	write("# none\n")
 	f.look()
@@ -258,11 +258,11 @@ func TestEmptied(t *testing.T) {
 				f.look()
 			}
 			check(f, true, `write "# none" into it`)
-			if n := strings.Count(log.String(), "is empty: those before"); n != 1 {
+			if n := strings.Count(log.String(), "is empty: the previous ones"); n != 1 {
 				t.Errorf("the log says so %d times:\n%s", n, &log)
 			}
 			again := open(f.Table()) // a reload
-			check(again, true, "the 1 that it had stay in force")
+			check(again, true, "the previous 1 stay in force")
 			check(open(nil), false, `has no prefix`) // a start, that knows of none before
 
 			os.Remove(file)

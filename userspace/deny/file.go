@@ -64,7 +64,7 @@ func (f *File) use(t *Table) (taken bool) {
 	if t.Len() == 0 && !t.none {
 		f.bad = fmt.Errorf("%s has no prefix: write %q into it if nobody is to be denied", f.name, sayNone)
 		if n := f.Len(); n > 0 {
-			f.bad = fmt.Errorf("%w; the %d that it had stay in force", f.bad, n)
+			f.bad = fmt.Errorf("%w; the previous %d stay in force", f.bad, n)
 			return false
 		}
 	}
@@ -125,7 +125,7 @@ func (f *File) look() {
 	now, err := os.Stat(f.name)
 	if err != nil {
 		if !f.missing {
-			f.log.Error("a file of denied prefixes can't be read: those before stay in force",
+			f.log.Error("a file of denied prefixes can't be read: the previous ones stay in force",
 				"file", f.name, "err", err)
 			f.problem.Store(&err)
 		}
@@ -150,10 +150,10 @@ func (f *File) look() {
 	switch {
 	case err != nil:
 		f.bad = err
-		f.log.Error("a file of denied prefixes can't be used as it is: those before the change stay in force",
+		f.log.Error("a file of denied prefixes can't be used as it is: the previous ones stay in force",
 			"file", f.name, "err", err)
 	case !f.use(t):
-		f.log.Error("a file of denied prefixes is empty: those before the change stay in force", "file", f.name,
+		f.log.Error("a file of denied prefixes is empty: the previous ones stay in force", "file", f.name,
 			"err", f.bad)
 	default:
 		f.log.Info("a file of denied prefixes was read again", "file", f.name, "prefixes", t.Len())

@@ -69,8 +69,8 @@ var ErrSelf error = selfError{}
 type selfError struct{}
 
 func (selfError) Error() string {
-	return "nothing listens there, and the port is one that this host's connections come from (net.ipv4.ip_local_port_range), so that the " +
-		"connection was made with itself: start what should listen, and add the port to net.ipv4.ip_local_reserved_ports"
+	return "nothing listens there, and the port is one that this host uses for outgoing connections (net.ipv4.ip_local_port_range), so the " +
+		"socket was connected to itself: start what should listen, and add the port to net.ipv4.ip_local_reserved_ports"
 }
 
 func (selfError) Is(err error) bool { return err == syscall.ECONNREFUSED }
@@ -148,7 +148,7 @@ func toIPv6(err error) bool {
 func (d *Dialer) explain(ctx context.Context, t Target, f *failure, took time.Duration) *Error {
 	e := &Error{Target: t, Addr: f.addr, Reason: reasonOf(f.err), Err: f.err}
 	if ctx.Err() != nil && errors.Is(ctx.Err(), context.Canceled) {
-		e.Reason, e.msg = Canceled, "given up by the caller"
+		e.Reason, e.msg = Canceled, "canceled by the caller"
 		return e
 	}
 	at := ""
@@ -168,7 +168,7 @@ func (d *Dialer) explain(ctx context.Context, t Target, f *failure, took time.Du
 			e.msg = fmt.Sprintf("the target refused the connection%s: %v", at, ErrSelf)
 		}
 		if errors.Is(f.err, syscall.EAGAIN) {
-			e.msg = "what listens there does not keep up: its queue of new connections is full"
+			e.msg = "the target does not keep up: its queue of new connections is full"
 		}
 	case Unreachable:
 		e.msg = fmt.Sprintf("no route%s: %v", at, cause(f.err))
@@ -185,7 +185,7 @@ func (d *Dialer) explain(ctx context.Context, t Target, f *failure, took time.Du
 	case Exhausted:
 		e.msg = fmt.Sprintf("this machine is out of files, ports or memory: %v", cause(f.err))
 	case Canceled:
-		e.msg = "given up by the caller"
+		e.msg = "canceled by the caller"
 	case Failed:
 		e.msg = fmt.Sprintf("failed%s: %v", at, cause(f.err))
 		switch {
@@ -267,7 +267,7 @@ func dnsMessage(host string, err error) string {
 	case dns.IsNotFound:
 		msg := fmt.Sprintf("the host name %s has no address%s", host, server)
 		if strings.HasSuffix(strings.ToLower(strings.TrimSuffix(host, ".")), ".local") {
-			msg += ": names in .local come by multicast DNS, which is not asked here; use its address, or a name that the name server or /etc/hosts has"
+			msg += ": names in .local use multicast DNS, which is not supported; use its address, or a name that the name server or /etc/hosts has"
 		}
 		return msg
 	case dns.IsTimeout:

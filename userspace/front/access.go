@@ -287,7 +287,7 @@ func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.G
 			}
 			err = fmt.Errorf("forward_auth %s: %w", address, err)
 			f.metrics.Refused.WithLabelValues(listener, "auth_server").Inc()
-			f.complain.Warn("auth_server "+address, "the server of forward_auth gave no usable answer", "id", v.ID, "listener", listener, "address", address, "err", err)
+			f.complain.Warn("auth_server "+address, "the forward_auth server gave no usable answer", "id", v.ID, "listener", listener, "address", address, "err", err)
 			no := &vhost.Refusal{Status: http.StatusBadGateway, Title: "The sign-in service sent no valid answer",
 				Text: f.node() + " could not find out whether you have access.", Hint: "Try again in a few minutes.", Err: err}
 			if errors.Is(err, auth.ErrNoAnswer) {

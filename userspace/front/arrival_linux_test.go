@@ -119,7 +119,7 @@ listeners:
 	t.Cleanup(func() { health.Close() })
 	for _, a := range self {
 		to := net.JoinHostPort(a.String(), "4446")
-		eventually(t, "health is shown", func() bool { return ask("", to) == nil })
+		eventually(t, "health is served", func() bool { return ask("", to) == nil })
 	}
 	for _, when := range []string{"at first", "with another interface"} {
 		for i, a := range self {

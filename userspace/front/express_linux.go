@@ -332,7 +332,7 @@ func (x *express) connected(timedOut bool) {
 // complain tells what the slow path, which dials anew, may never see.
 func (x *express) complain(err error) {
 	if errors.Is(err, dial.ErrSelf) { // not on the loop: a log may be slow
-		go x.front.complain.Warn("self "+x.rule.written, "a connection to the target was made with itself, and is made again",
+		go x.front.complain.Warn("self "+x.rule.written, "a socket was connected to itself instead of to the target: connecting again",
 			"listener", x.in.listener.name, "route", x.rule.name, "target", x.rule.written, "err", err)
 	}
 }

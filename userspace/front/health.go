@@ -69,7 +69,7 @@ func (f *Front) openTailnet(open map[netip.Addr]net.Listener, addrs []netip.Addr
 			errs = append(errs, &bindError{addr, err})
 			continue
 		}
-		f.log.Info("health is shown", "address", addr)
+		f.log.Info("health is served", "address", addr)
 		open[a] = ln
 		go serve(byTailnet{ln})
 	}

@@ -263,7 +263,7 @@ func (h *here) canBind(addr string) error {
 func isSocket(path string) error {
 	info, err := os.Stat(path)
 	if err == nil && info.Mode().Type() != fs.ModeSocket {
-		err = errors.New("it is no socket")
+		err = errors.New("it is not a socket")
 	}
 	return cause(err)
 }
@@ -287,7 +287,7 @@ func canWrite(path string) error {
 	}
 	probe, err := os.CreateTemp(filepath.Dir(path), ".tailsplice-check-")
 	if err != nil {
-		return fmt.Errorf("it can't be made in %s: %w", filepath.Dir(path), cause(err))
+		return fmt.Errorf("it can't be created in %s: %w", filepath.Dir(path), cause(err))
 	}
 	return errors.Join(probe.Close(), os.Remove(probe.Name()))
 }

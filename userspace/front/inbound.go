@@ -268,7 +268,7 @@ type strangerError struct{ who string }
 func (e *strangerError) Error() string { return errStranger.Error() + ": " + e.who }
 func (e *strangerError) Unwrap() error { return errStranger }
 
-var errNoHeader = errors.New("no PROXY header: a tcp listener with accept_proxy, or one with accept_proxy.required, needs one on each connection (send_proxy: v2 at the hop before)")
+var errNoHeader = errors.New("no PROXY header: a tcp listener with accept_proxy, or one with accept_proxy.required, needs one on each connection (send_proxy: v2 at the previous hop)")
 
 // refuseInbound ends a connection that did not get as far as its mode.
 func (f *Front) refuseInbound(in *inbound, err error) {

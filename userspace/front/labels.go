@@ -188,7 +188,7 @@ func (f *Front) mergeLabels(cfg *config.Config, bases map[string]*service, seen 
 	}
 	for _, c := range all {
 		if !fits[c.key] {
-			next.problem(c.name, "tls", "", "no listener for it has docker enabled: without this label it takes http and https, true only https, false only http, passthrough only sni")
+			next.problem(c.name, "tls", "", "no listener for it has docker enabled: without this label http and https listeners take it, with true only https, with false only http, with passthrough only sni")
 		}
 	}
 	return next

@@ -86,7 +86,7 @@ func TestLabelRoutes(t *testing.T) {
 		{"replicas again", false, []container.Labelled{replica(box("b", "host=b.org")), replica(box("c", "host=b.org")), replica(box("a2", "host=b.org", "path=/other"))}, []string{"web b.org/other→a2:80", "web b.org→b,c:80"}, nil},
 		{"a replica is replaced", true, []container.Labelled{replica(box("e", "host=b.org"))}, []string{"web b.org/other→a2:80 removed", "web b.org→e:80"}, nil},
 		{"a name that is nearly right", false, []container.Labelled{other(box("b"), "Tailsplice.Host=b.org"), other(box("c", "host=c.org"), "tailsplice-path=/x"), box("d", "host=d.org")},
-			[]string{"web d.org→d:80"}, []string{`b Tailsplice.Host : the label is not called so, did you mean "tailsplice.host"?`, `c tailsplice-path : the label is not called so, did you mean "tailsplice.path"?`}},
+			[]string{"web d.org→d:80"}, []string{`b Tailsplice.Host : there is no such label, did you mean "tailsplice.host"?`, `c tailsplice-path : there is no such label, did you mean "tailsplice.path"?`}},
 	} {
 		if !step.after {
 			d.labels.seen, d.labels.gone = nil, nil

@@ -121,7 +121,7 @@ func (f *Front) warnOfTailscaled(cfg *config.Config) {
 	}
 	for _, a := range listens {
 		if problem := in.Problem(parsePort(portOf(a))); problem != "" {
-			f.log.Warn("no connection comes to a tailnet listener", "listen", a, "problem", problem)
+			f.log.Warn("a tailnet listener gets no connections", "listen", a, "problem", problem)
 		}
 	}
 }

@@ -109,7 +109,7 @@ func TestTailscaledInTheWay(t *testing.T) {
 			}
 		}
 	}
-	says("no connection comes to a tailnet listener", "listen=tailnet:443", "`tailscale serve` has port 443")
+	says("a tailnet listener gets no connections", "listen=tailnet:443", "`tailscale serve` has port 443")
 	if err := d.Reload(parse(t, `listeners: [{ listen: ["tailnet:444"], mode: tcp, default: { forward: "127.0.0.1:1" } }]`)); err != nil {
 		t.Fatal(err)
 	}

@@ -104,11 +104,11 @@ func (w *memoryWatch) look(now time.Time, used, short int64) {
 	n, who, err := endFullest(stopped, w.front.ports())
 	w.front.metrics.Cut.WithLabelValues("tcp_memory").Add(float64(n))
 	if n > 0 {
-		w.front.complain.Warn("tcp_memory", "the kernel is short of memory for TCP (net.ipv4.tcp_mem): flows that stand still are ended, those of who holds most first",
+		w.front.complain.Warn("tcp_memory", "the kernel is short of memory for TCP (net.ipv4.tcp_mem): flows that make no progress are ended, those of the source that holds most first",
 			"flows", n, "source", who, "pages", used, "short_from", short)
 	}
 	if err != nil {
-		w.front.complain.Warn("tcp_memory_err", "the kernel is short of memory for TCP (net.ipv4.tcp_mem), and flows that stand still can't be ended", "err", err)
+		w.front.complain.Warn("tcp_memory_err", "the kernel is short of memory for TCP (net.ipv4.tcp_mem), and flows that make no progress can't be ended", "err", err)
 	}
 }
 

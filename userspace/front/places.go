@@ -75,7 +75,7 @@ func findPlace(ctx context.Context, name string) (place, error) {
 	if near := spelling.Nearest(name, names); near != "" {
 		guess = fmt.Sprintf(", did you mean %q?", near)
 	}
-	return place{}, fmt.Errorf("%q is no interface here (they are %s), and no host that can be looked up (%v)%s",
+	return place{}, fmt.Errorf("%q is neither an interface here (%s) nor a host that can be looked up (%v)%s",
 		name, strings.Join(names[1:], ", "), err, guess)
 }
 

@@ -101,10 +101,10 @@ listeners:
 
 	// What can't be had is said at its place, and changes nothing.
 	for what, want := range map[string]string{
-		"pub0.8:4443":       `test.yaml:3:27: listen "pub0.8:4443": "pub0.8" is no interface here (they are `,
+		"pub0.8:4443":       `test.yaml:3:27: listen "pub0.8:4443": "pub0.8" is neither an interface here (`,
 		"tailnett:4443":     `did you mean "tailnet"?`,
 		"lo:4445":           `listener "pub": "lo:4445" and "localhost:4445" of listener "here" are both 127.0.0.1:4445`,
-		"host.invalid:4443": `test.yaml:3:27: listen "host.invalid:4443": "host.invalid" is no interface here`,
+		"host.invalid:4443": `test.yaml:3:27: listen "host.invalid:4443": "host.invalid" is neither an interface here`,
 	} {
 		err := d.Reload(parse(t, strings.Replace(yaml, "pub0.7:4443", what, 1)))
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -39,7 +39,7 @@ func TestSelf(t *testing.T) {
 				t.Errorf("%s to %s: the client gets %d bytes, %v", mode, target, len(got), err)
 			}
 			eventually(t, "the log says it", func() bool {
-				return strings.Contains(d.log.String(), "made with itself") && strings.Contains(d.log.String(), "ip_local_reserved_ports")
+				return strings.Contains(d.log.String(), "connected to itself") && strings.Contains(d.log.String(), "ip_local_reserved_ports")
 			})
 		}
 	}

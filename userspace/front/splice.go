@@ -72,7 +72,7 @@ const (
 var errDisplaced = errors.New("its PROXY header or hello was not complete when a newer connection needed its place")
 
 var (
-	errNobodyServes = errors.New("no route and no default takes this name")
+	errNobodyServes = errors.New("no route and no default matches this name")
 	errRejectedName = errors.New("the configuration rejects this name")
 )
 

@@ -244,7 +244,7 @@ func (s *service) find(req *http.Request, path string, q Question) (*rule, strin
 	case "sni":
 		r, ok := s.names.Lookup(q.Host, func(r *rule) bool { return r.accepts(q.ALPN) })
 		if !ok {
-			return nil, "no route and no default takes this name: clients get the TLS alert unrecognized_name"
+			return nil, "no route and no default matches this name: clients get the TLS alert unrecognized_name"
 		}
 		return r, ""
 	}

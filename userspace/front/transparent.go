@@ -83,7 +83,7 @@ func (f *Front) dialTransparent(ctx context.Context, listener string, r *rule, w
 	if err != nil {
 		var de *dial.Error
 		if errors.As(err, &de) && de.Reason == dial.Timeout && asked.Load() {
-			return nil, fmt.Errorf("%w; with transparent it answers %s itself: that works only if this host is its default gateway, on the network that it is reached by", err, client)
+			return nil, fmt.Errorf("%w; with transparent it answers %s directly: that works only if this host is its default gateway on the network that it is reached through", err, client)
 		}
 		return nil, err
 	}

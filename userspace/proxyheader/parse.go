@@ -126,12 +126,12 @@ func (h *Header) parseTLVs(b []byte) error {
 	addresses := [...]int{0, 12, 36, 216}[b[13]>>4] // bytes: none, IPv4, IPv6, unix
 	for i := prefixV2 + addresses; i < len(b); {
 		if len(b)-i < 3 {
-			return errors.New("a TLV ends in its length")
+			return errors.New("a TLV is cut off in its length")
 		}
 		typ, n := proxyproto.PP2Type(b[i]), int(binary.BigEndian.Uint16(b[i+1:]))
 		i += 3
 		if len(b)-i < n {
-			return errors.New("a TLV ends in its value")
+			return errors.New("a TLV is cut off in its value")
 		}
 		v := b[i : i+n]
 		switch typ {

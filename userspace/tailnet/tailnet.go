@@ -255,7 +255,7 @@ func (c *Client) CheckPath(local, remote netip.Addr) error {
 		return nil
 	}
 	return &Error{Kind: KindDown, Socket: c.socket, msg: "the kernel sent " + remote.String() + " out from " + local.String() +
-		", past the tailnet: tailscaled's interface or routes are missing; see `tailscale status` and `ip route show table 52`"}
+		", not through the tailnet: tailscaled's interface or routes are missing; see `tailscale status` and `ip route show table 52`"}
 }
 
 // OnChange calls f whenever the netmap changed: addresses of this node or of

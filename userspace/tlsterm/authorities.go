@@ -62,7 +62,7 @@ func (a *Authorities) look() {
 	}
 	before := a.version
 	if err := a.read(); err != nil {
-		consequence := "those before the change stay in force"
+		consequence := "the previous ones stay in force"
 		if a.hasNone() {
 			consequence = "nobody's certificate counts"
 			a.pool, a.version = x509.NewCertPool(), "none"

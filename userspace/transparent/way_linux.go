@@ -153,7 +153,7 @@ func (w *Way) takeSlot() error {
 		}
 	}
 	if w.slot < 0 {
-		return fmt.Errorf("%d other daemons of this network namespace have all slots", slots)
+		return fmt.Errorf("%d other daemons in this network namespace use all the rules and tables for it", slots)
 	}
 	return nil
 }
@@ -251,7 +251,7 @@ func (w *Way) installRoutes() (added bool, failed map[int]error) {
 			}
 		}
 		if err != nil {
-			failed[f.number] = fmt.Errorf("the way back for %s: %w", f.name, err)
+			failed[f.number] = fmt.Errorf("the return path for %s: %w", f.name, err)
 		}
 	}
 	return added, failed
@@ -319,12 +319,12 @@ func (w *Way) repair() {
 	if !w.nftStands() {
 		missing = true
 		if err := w.installNFT(); err != nil {
-			w.log.Error("the rules by which answers to clients' own addresses come back were removed, and can't be put back: `transparent` connections get no answers", "err", explain(err))
+			w.log.Error("the routing rules of `transparent` were removed and can't be restored: its connections get no answers", "err", explain(err))
 			return
 		}
 	}
 	if missing {
-		w.log.Warn("the rules by which answers to clients' own addresses come back had been removed by something else, and are in force again")
+		w.log.Warn("the routing rules of `transparent` had been removed by something else, and were restored")
 	}
 }
 

@@ -228,7 +228,7 @@ func TestRepair(t *testing.T) {
 			t.Errorf("%s destroyed nothing", destroy)
 		}
 		w.in(w.host, way.repair)
-		if got := w.state(); got != whole || !strings.Contains(log.String(), "in force again") {
+		if got := w.state(); got != whole || !strings.Contains(log.String(), "were restored") {
 			t.Errorf("after %s:\n%s\nwant\n%s\nlog: %s", destroy, got, whole, log.String())
 		}
 		log.Reset()

@@ -342,7 +342,7 @@ func TestTailnet(t *testing.T) {
 		}
 		res := dialOn(t, w.Home, request{Target: dial.Target{Scheme: dial.Tailnet, Host: laptop.IP4.String(),
 			Port: 7008}})
-		if res.Reason != dial.TailscaleDown || !strings.Contains(res.Err, "past the tailnet") {
+		if res.Reason != dial.TailscaleDown || !strings.Contains(res.Err, "not through the tailnet") {
 			t.Errorf("an impostor was taken for the laptop: %+v", res)
 		}
 		var back strings.Builder

@@ -30,6 +30,7 @@ import (
 //   - a command line of tailsplice, in a block of sh or in backticks, parses;
 //   - make's targets and variables exist;
 //   - `key: value` and `section.key` fit the schema, and `section.key` (VALUE) names its default;
+//   - words_with_underscores in backticks are keys, reasons or fields: strings of the code, or of deploy;
 //   - metrics, TAILSPLICE_ variables, flags, tests, paths of this repository, links and anchors exist;
 //   - a number that is a constant of the code has an HTML comment behind it, which names the file and quotes
 //     the line: <!-- userspace/vhost/route.go: avoidFor = 10 * time.Second -->. When the code changes, the
@@ -116,6 +117,7 @@ type claims struct {
 	folders  string // the repository's, as alternatives of a regular expression
 	makefile string
 	code     string // of Go, without tests
+	deploy   string // what is installed with it
 	tests    string
 	bench    string // its command line
 }
@@ -133,6 +135,9 @@ var foreignFlags = map[string]string{
 	"netfilter-mode": "tailscale", "accept-dns": "tailscale",
 	"reverse-proxy": "oauth2-proxy", "upstream": "oauth2-proxy",
 }
+
+// foreignWords are of other programs.
+var foreignWords = map[string]string{"sk_psock_backlog": "Linux", "ssl_preread": "nginx"}
 
 func newClaims(t *testing.T, root string) *claims {
 	c := &claims{root: root}
@@ -185,8 +190,25 @@ func newClaims(t *testing.T, root string) *claims {
 	if err != nil {
 		t.Fatal(err)
 	}
+	c.deploy = readAll(t, filepath.Join(root, "deploy"))
 	c.code, c.tests, c.bench, c.makefile = code.String(), tests.String(), bench.String(), string(makefile)
 	return c
+}
+
+func readAll(t *testing.T, folder string) string {
+	var all strings.Builder
+	err := filepath.WalkDir(folder, func(file string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		text, err := os.ReadFile(file)
+		all.Write(text)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all.String()
 }
 
 // readSchema lists the places of all keys.
@@ -247,6 +269,7 @@ var (
 	envName = regexp.MustCompile(`\bTAILSPLICE_[A-Z_]+\b`)
 	aTest   = regexp.MustCompile(`^(?:Test|Fuzz|Benchmark)[A-Z]\w*$`)
 	keyed   = regexp.MustCompile(`^[a-z_]+: \S`)
+	snake   = regexp.MustCompile(`^[a-z]+(?:_[a-z0-9]+)+$`)
 	dotted  = regexp.MustCompile(`^[a-z_]+(?:\.[a-z_]+)+$`)
 	// notInSlug is what GitHub leaves out of a heading's anchor.
 	notInSlug = regexp.MustCompile(`[^\p{L}\p{N} _-]`)
@@ -380,6 +403,13 @@ func (c *claims) span(s, beside string) (wrong []string) {
 				wrong = append(wrong, fmt.Sprintf("no command has the flag --%s: name one that exists, "+
 					"or that of another program in foreignFlags", m[1]))
 			}
+		}
+	case snake.MatchString(s) && !strings.HasPrefix(s, "tailsplice_"):
+		said := regexp.MustCompile("[\"`]" + s + "[\"`,]")
+		known := said.MatchString(c.code+c.bench) || strings.Contains(c.deploy, s) || len(c.places(s)) > 0
+		if !known && foreignWords[s] == "" {
+			wrong = append(wrong, fmt.Sprintf("nothing in the code is called %s: name what is, "+
+				"or add what is of another program to foreignWords", s))
 		}
 	case keyed.MatchString(s):
 		if err := c.value(s); err != nil {
@@ -558,7 +588,9 @@ func (c *claims) shell(text string, whole bool) (wrong []string) {
 	for line := range strings.Lines(strings.ReplaceAll(text, "\\\n", " ")) {
 		var command []string
 		judge := func() {
-			isCommand := func(w string) bool { return !slices.Contains(runsOther, w) && !variable.MatchString(w) }
+			isCommand := func(w string) bool {
+				return !slices.Contains(runsOther, w) && !variable.MatchString(w)
+			}
 			command = command[max(0, slices.IndexFunc(command, isCommand)):]
 			if len(command) > 3 && command[0] == "docker" && command[1] == "exec" {
 				command = command[3:]

@@ -260,7 +260,7 @@ func (l *Log) write(batch []byte, lines int) {
 // fine says that what complain said is over.
 func (l *Log) fine() {
 	if l.problem.Swap(nil) != nil {
-		l.opts.Log.Info("the access log is written again", "file", l.opts.File)
+		l.opts.Log.Info("the access log can be written again", "file", l.opts.File)
 	}
 }
 

@@ -373,8 +373,8 @@ func (f *Front) commitLabels(next *labelRoutes) {
 		}
 	}
 	before, after := lines(f.labels), lines(next)
-	log("route of a container's labels is gone", before, after)
-	log("route by a container's labels", after, before)
+	log("a route from a container's labels was removed", before, after)
+	log("a route from a container's labels was added", after, before)
 	for _, p := range next.problems {
 		if !slices.Contains(f.labels.problems, p) {
 			f.log.Warn("a container's label is ignored", "container", p.Container, "label", p.Label, "listener", p.Listener, "problem", p.Problem)

@@ -226,7 +226,7 @@ func TestNewConnectionsPerSource(t *testing.T) {
 	if n := d.refused(overRate); n != 27 {
 		t.Errorf("over_rate: %d, want 27", n)
 	}
-	const why = "127.0.0.1 may make one each 1h0m0s, and 3 at once (limits.new_connections_per_source)"
+	const why = "127.0.0.1 may open one every 1h0m0s, and 3 at once (limits.new_connections_per_source)"
 	if !strings.Contains(d.log.String(), why) {
 		t.Error("the log doesn't say why")
 	}

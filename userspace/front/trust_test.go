@@ -136,7 +136,7 @@ listeners: [{ name: web, listen: %q, mode: %s, %saccept_proxy: { from: [%s] }, d
 					if n := laptop.refused(notAllowed); n != 5 {
 						t.Errorf("%d refusals are counted", n)
 					}
-					if !strings.Contains(laptop.log.String(), "speaks for somebody and does not say for whom") {
+					if !strings.Contains(laptop.log.String(), "forwards for a client and does not say for whom") {
 						t.Error("the log does not say why")
 					}
 				})

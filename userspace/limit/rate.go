@@ -100,6 +100,6 @@ type RateError struct {
 }
 
 func (e *RateError) Error() string {
-	return fmt.Sprintf("too many new connections from one source: %v may make one each %v, and %d at once "+
+	return fmt.Sprintf("too many new connections from one source: %v may open one every %v, and %d at once "+
 		"(limits.new_connections_per_source)", name(e.Source), e.Every, e.Burst)
 }

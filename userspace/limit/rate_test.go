@@ -55,7 +55,7 @@ func TestRate(t *testing.T) {
 	var over *RateError
 	if !errors.As(err, &over) || over.After != 50*time.Millisecond ||
 		over.Source != netip.MustParsePrefix("192.0.2.1/32") || !strings.Contains(err.Error(),
-		"192.0.2.1 may make one each 50ms, and 4 at once (limits.new_connections_per_source)") {
+		"192.0.2.1 may open one every 50ms, and 4 at once (limits.new_connections_per_source)") {
 		t.Errorf("got %v", err)
 	}
 	r.Set(0, 0)

@@ -110,7 +110,7 @@ type UnsaidError struct {
 }
 
 func (e *UnsaidError) Error() string {
-	return e.Hop.String() + " speaks for somebody and does not say for whom"
+	return e.Hop.String() + " forwards for a client and does not say for whom"
 }
 
 // believes says whether the forwarding headers in the requests of a connection

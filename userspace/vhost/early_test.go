@@ -58,6 +58,29 @@ func TestCutOffAnswerBeforeReset(t *testing.T) {
 	}
 }
 
+// TestWholeAnswerBeforeReset checks that a reset which comes behind the end of an answer without a length, from
+// who takes no more of an upload, is not taken for one that has cut it off.
+func TestWholeAnswerBeforeReset(t *testing.T) {
+	h := newHop(t, rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+		readHead(br)
+		io.WriteString(c, "HTTP/1.1 413 Too Large\r\nConnection: close\r\n\r\nwhole")
+		c.CloseWrite()
+		c.SetLinger(0)
+	}))
+	for range 200 {
+		c, br := raw(t, h, false)
+		go sendUpload(c, "", 4<<20)
+		res, err := http.ReadResponse(br, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body, err := io.ReadAll(res.Body); err != nil || string(body) != "whole" {
+			t.Fatalf("%d, %q, %v", res.StatusCode, body, err)
+		}
+		c.Close()
+	}
+}
+
 // TestAnswerBeforeClose checks that a client which said Connection: close isn't reset right behind the answer
 // when that comes before the end of its body.
 func TestAnswerBeforeClose(t *testing.T) {

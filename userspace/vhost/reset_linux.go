@@ -1,6 +1,7 @@
 package vhost
 
 import (
+	"errors"
 	"net"
 	"syscall"
 
@@ -27,3 +28,7 @@ func wasReset(c net.Conn) bool {
 	})
 	return closed
 }
+
+// cutsOff reports whether the reset that the first write was told of has cut off the other side's stream. If that
+// had ended before, it is told EPIPE (tcp_reset in net/ipv4/tcp_input.c).
+func cutsOff(err error) bool { return !errors.Is(err, unix.EPIPE) }

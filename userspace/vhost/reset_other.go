@@ -5,3 +5,5 @@ package vhost
 import "net"
 
 func wasReset(net.Conn) bool { return false }
+
+func cutsOff(error) bool { return true }

@@ -176,8 +176,9 @@ type upstreamConn struct {
 	sent    atomic.Int64 // bytes
 	before  atomic.Int64 // bytes that were sent before the last request
 	deaf    atomic.Bool  // the upstream takes no more, see Write
+	cut     atomic.Bool  // and its own stream was cut off by that
 	shut    atomic.Bool  // it was sent an end
-	writes  atomic.Int32 // that are under way
+	writing sync.RWMutex // read-locked by a write that is under way
 	unheard atomic.Bool  // it was given up: see Watch
 
 	mu    sync.Mutex
@@ -215,10 +216,13 @@ func (c *upstreamConn) Write(p []byte) (int, error) {
 	if c.deaf.Load() {
 		return len(p), nil
 	}
-	c.writes.Add(1)
-	defer c.writes.Add(-1)
+	c.writing.RLock()
+	defer c.writing.RUnlock()
 	n, err := c.Conn.Write(p)
 	if sent := c.sent.Add(int64(n)); err != nil && isReset(err) && sent > c.before.Load() {
+		if cutsOff(err) {
+			c.cut.Store(true)
+		}
 		c.deaf.Store(true)
 		return len(p), nil
 	}

@@ -91,9 +91,13 @@ func (c *upstreamConn) Read(p []byte) (int, error) {
 	case c.unheard.Load():
 		err = errUnheard
 	case err == io.EOF && !c.shut.Load():
-		// A reset takes the place of an end only where a write was told of it, or is just being told.
-		writes := c.writes.Load() > 0
-		if c.deaf.Load() || writes && wasReset(c.Conn) {
+		// A reset takes the place of an end where a write was told of it, or is just being told: what it hears
+		// says whether there was an end before. TCP has given the connection up, so it hears that at once.
+		if !c.deaf.Load() && wasReset(c.Conn) {
+			c.writing.Lock()
+			c.writing.Unlock() //lint:ignore SA2001 it is the wait that counts
+		}
+		if c.cut.Load() {
 			err = syscall.ECONNRESET
 		}
 	}

@@ -244,8 +244,9 @@ func proxied() *test {
 			c.time /= 4
 			header, plain := c.job(agent.Connects, 32, 64), c.job(agent.Connects, 32, 64)
 			header.Addr, header.Preface = c.system.Proxied, stream.ProxyHeader()
-			var count, seconds [2]float64
+			var count, seconds, cpu [2]float64
 			for _, with := range []int{0, 1, 1, 0} {
+				before := c.system.RunTime()
 				r, err := a.run(ctx, [2]agent.Job{plain, header}[with])
 				if err != nil {
 					return err
@@ -255,10 +256,13 @@ func proxied() *test {
 				}
 				count[with] += float64(r.Count)
 				seconds[with] += r.Seconds
+				cpu[with] += micros(c.system.RunTime() - before)
 			}
 			rate := count[1] / seconds[1]
 			c.set("proxied_flows", rate)
 			c.set("proxied_flows_ratio", rate/(count[0]/seconds[0]))
+			c.set("cpu_per_flow", cpu[0]/count[0])
+			c.set("proxied_cpu_per_flow", cpu[1]/count[1])
 			return nil
 		}}
 }

@@ -155,6 +155,8 @@ func Unit(measure string) string {
 	switch {
 	case has("cpu_per_gib"):
 		return "s/GiB"
+	case has("cpu_per_flow"):
+		return "us"
 	case has("_cpu"):
 		return "CPUs"
 	case has("_bytes"):

@@ -88,7 +88,7 @@ func TestUnits(t *testing.T) {
 		"bulk_up": "MiB/s higher", "loss1_down": "MiB/s higher", "cpu_per_gib_up": "s/GiB lower", "proxy_cpu_per_gib_down": "s/GiB lower",
 		"https_rate_c32": "1/s higher", "https_p999_c256": "us lower", "idle_bytes_50k": "B lower", "proxy_idle_bytes_50k": "B lower",
 		"rr_rate_c1": "1/s higher", "rr16k_p99_c256": "us lower", "new_flows": "1/s higher", "new_flows_p99": "us lower",
-		"proxied_flows": "1/s higher", "proxied_flows_ratio": "ratio higher",
+		"proxied_flows": "1/s higher", "proxied_flows_ratio": "ratio higher", "proxied_cpu_per_flow": "us lower",
 		"first_byte_p50": "us lower", "idle_bytes": "B lower", "stopped_bytes": "B lower", "stopped_cpu": "CPUs lower",
 	} {
 		if got := Unit(measure) + " " + better(measure); got != want {

@@ -18,9 +18,10 @@ const service = "tailsplice.service"
 
 // machine is a systemd in a container that shares a host's network.
 type machine struct {
-	host   *lab.Host
-	root   string // its root folder, as seen from outside
-	leader string // its PID 1, as seen from outside
+	host     *lab.Host
+	root     string // its root folder, as seen from outside
+	leader   string // its PID 1, as seen from outside
+	standIns string // functions of bash for what a document types and the lab does not have
 }
 
 // boot starts what `make install` installs, beside this machine's programs.

@@ -94,9 +94,12 @@ func TestBuildNeedsGo(t *testing.T) {
 }
 
 func debianPackage(t *testing.T, m *machine) {
-	install := block(t, "apt-get install")
+	install := block(t, "apt install")
 	m.shell(t, "/old", install)
 	m.serves(t, "1.0.0-rc.1")
+	if out := m.shell(t, "/", block(t, ":8480/metrics")); !strings.Contains(out, "tailsplice_") {
+		t.Errorf("it does not serve its metrics:\n%s", out)
+	}
 	for _, want := range []string{
 		"test $(systemctl is-enabled tailsplice) = enabled",
 		"test $(stat -c %U /var/lib/tailsplice /var/log/tailsplice /run/tailsplice | sort -u) = tailsplice",
@@ -130,18 +133,18 @@ test -s /var/log/tailsplice/access.log && test -s /var/log/tailsplice/access.log
 
 	// What this version does not take.
 	m.shell(t, "/", "sed -i 's/^listeners:/listenres:/' /etc/tailsplice/tailsplice.yaml")
-	out := m.shell(t, "/", "apt-get install --reinstall ./new/tailsplice_*_amd64.deb")
+	out := m.shell(t, "/", "apt install --reinstall ./new/tailsplice_*_amd64.deb")
 	if !strings.Contains(out, `did you mean "listeners"`) || !strings.Contains(out, "the old one still runs") {
 		t.Errorf("it does not say that the configuration is wrong:\n%s", out)
 	}
 	m.page(t, "http://127.0.0.1:8481/metrics")
 
-	m.shell(t, "/", strings.SplitAfter(block(t, "apt-get remove"), "\n")[0])
+	m.shell(t, "/", strings.SplitAfter(block(t, "apt remove"), "\n")[0])
 	m.shell(t, "/", `! systemctl is-active tailsplice
 test ! -e /usr/bin/tailsplice
 test -e /etc/tailsplice/tailsplice.yaml
 test -e /var/log/tailsplice/access.log`)
-	m.shell(t, "/", strings.SplitAfter(block(t, "apt-get remove"), "\n")[1])
+	m.shell(t, "/", strings.SplitAfter(block(t, "apt remove"), "\n")[1])
 	m.shell(t, "/", `test ! -e /etc/tailsplice
 test ! -e /etc/logrotate.d/tailsplice
 test ! -e /var/log/tailsplice
@@ -182,9 +185,9 @@ func (m *machine) page(t *testing.T, url string) {
 func (m *machine) shell(t *testing.T, dir, script string) string {
 	t.Helper()
 	c := m.command(t.Context(), "DEBIAN_FRONTEND=noninteractive", "bash", "-ec", `cd "$1"
-apt-get() { command apt-get --yes "$@"; }
+apt() { command apt-get --yes "$@"; }
 sudo() { "$@"; }
-`+script, "bash", dir)
+`+m.standIns+script, "bash", dir)
 	out, err := c.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%s\n%v\n%s\n%s", script, err, out, m.journal())

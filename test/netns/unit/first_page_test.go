@@ -1,0 +1,278 @@
+package unit
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"tailscale.com/ipn/ipnstate"
+	"tailscale.com/tailcfg"
+
+	"github.com/tailsplice/tailsplice/test/netns/lab"
+)
+
+// What stands for what the lab does not have: Tailscale's installer and control server.
+const (
+	tailscaledUnit = `[Service]
+Type=notify
+ExecStart=/usr/sbin/tailscaled --state=/var/lib/tailscale/tailscaled.state --socket=/run/tailscale/tailscaled.sock --port=41641
+Environment=TS_NO_LOGS_NO_SUPPORT=true TS_DEBUG_FIREWALL_MODE=nftables TS_DISABLE_PORTMAPPER=1 TS_PANIC_IF_HIT_MAIN_CONTROL=1
+RuntimeDirectory=tailscale
+StateDirectory=tailscale
+`
+	installer = `cp /lab/tailscaled /usr/sbin/tailscaled
+ln -s /usr/sbin/tailscaled /usr/bin/tailscale
+cp /lab/tailscaled.service /etc/systemd/system/
+systemctl start tailscaled
+`
+	standIns = `
+curl() {
+	case "$*" in
+	*https://tailscale.com/install.sh) cat /lab/install.sh ;;
+	*) command curl "$@" ;;
+	esac
+}
+tailscale() {
+	local verb=$1
+	shift
+	command tailscale "$verb" --login-server=http://10.99.0.1:8080 "$@"
+}
+`
+)
+
+// TestFirstPage types what docs/install.md says from a bare Debian server to the first page through it, and
+// prints how long each line took. Home is a host of the lab; a certificate of the lab's authority stands for
+// the one that Let's Encrypt would issue.
+func TestFirstPage(t *testing.T) {
+	options := lab.Options{NoAnycast: true, NoDocker: true}
+	lab.Require(t, options, "systemd-nspawn", "mmdebstrap", "nsenter", "pgrep", "curl")
+	tree, err := lab.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := lab.Start(t, options)
+	w.EdgeA.Node.Stop() // the server is a node of its own
+	m := &machine{host: w.EdgeA, root: debian(t, "trixie"), standIns: standIns}
+	m.start(t, "--volatile=overlay", "--bind=/dev/net/tun", "--bind-ro="+build(t, tree, releases[1])+":/root",
+		"--bind-ro="+labFolder(t)+":/lab")
+
+	var total time.Duration
+	step := func(line string, do func() string) string {
+		began := time.Now()
+		out := do()
+		took := time.Since(began)
+		total += took
+		t.Logf("%6.2f s  %s", took.Seconds(), line)
+		return out
+	}
+	// own replaces what the page has for examples.
+	own := func(text string) string { return strings.ReplaceAll(text, "example.org", lab.Site) }
+	edge := func(text string) (out string) {
+		for line := range strings.Lines(own(block(t, text))) {
+			line = strings.TrimSpace(line)
+			out += step("edge:   "+line, func() string { return m.shell(t, "/root", line) })
+		}
+		return out
+	}
+
+	said := edge("tailsplice init edge")
+	for _, want := range []string{lab.Site + ". A " + w.EdgeA.IP4.String(), "sudo systemctl restart tailsplice"} {
+		if !strings.Contains(said, want) {
+			t.Fatalf("init does not say %q:\n%s", want, said)
+		}
+	}
+	hosts := ""
+	for _, r := range regexp.MustCompile(`(?m)^ *(\S+)\. (?:A|AAAA) (\S+)$`).FindAllStringSubmatch(said, -1) {
+		hosts += r[2] + " " + r[1] + "\n" // in the place of DNS
+	}
+	if err := w.Client.WriteFile("/etc/hosts", []byte(hosts), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	edge("tailscale up --advertise-tags=tag:edge")
+
+	bin, err := lab.BuildTailsplice(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Home.Sh(t.Context(), "mkdir -p /etc/tailsplice"); err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(own(block(t, "tailsplice init home"))) {
+		if !strings.Contains(line, "tailsplice init home") {
+			continue // Home is in the tailnet, and has the daemon
+		}
+		step("home:   "+strings.TrimSpace(line), func() string {
+			out, err := w.Home.Sh(t.Context(), strings.Replace(line, "sudo tailsplice", bin, 1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return string(out)
+		})
+	}
+	config, err := w.Home.ReadFile(lab.ConfigFile)
+	if err == nil {
+		err = w.Home.InstallCertificate()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Home.Tailsplice(t, regexp.MustCompile(`\{ acme: .*\} \}`).ReplaceAllString(string(config),
+		"{ files: { cert: "+lab.CertFile+", key: "+lab.KeyFile+" } }"))
+	serve(t, w.Home, "127.0.0.1:3000", "hello from home\n")
+
+	page := func() error {
+		out, err := w.Client.Command(t.Context(), "sh", "-c", own(block(t, "curl https://"))).Output()
+		if err == nil && string(out) != "hello from home\n" {
+			err = fmt.Errorf("the page is %q", out)
+		}
+		return err
+	}
+	step("client: "+strings.TrimSpace(own(block(t, "curl https://"))), func() string {
+		soon(t, page) // home may have to hear of the new node
+		return ""
+	})
+	t.Logf("%6.2f s  from the bare server to the first page, without what people do in a browser", total.Seconds())
+
+	t.Run("policy", func(t *testing.T) { policy(t, w, said, page) })
+}
+
+// policy puts the rules that init has printed into force at home: the page still comes, and nothing else does.
+func policy(t *testing.T, w *lab.World, said string, page func() error) {
+	var printed struct {
+		TagOwners map[string][]string
+		ACLs      []struct {
+			Action   string
+			Src, Dst []string
+		}
+	}
+	if err := json.Unmarshal([]byte(regexp.MustCompile(`(?s)\{"tagOwners".*\]\}`).FindString(said)), &printed); err != nil {
+		t.Fatalf("no policy is in %s: %v", said, err)
+	}
+	st, err := w.Home.Node.Local.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rules []tailcfg.FilterRule
+	for _, a := range printed.ACLs {
+		rule := tailcfg.FilterRule{SrcIPs: tagged(st, a.Src[0])}
+		tag, ports, ok := cutLast(a.Dst[0], ":")
+		if a.Action != "accept" || len(a.Src) != 1 || len(a.Dst) != 1 || !ok || tag != "tag:home" || len(printed.TagOwners[tag]) == 0 {
+			t.Fatalf("this test does not know what %+v allows", a)
+		}
+		for p := range strings.SplitSeq(ports, ",") {
+			port, err := strconv.ParseUint(p, 10, 16)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, ip := range st.Self.TailscaleIPs {
+				rule.DstPorts = append(rule.DstPorts, tailcfg.NetPortRange{IP: ip.String(),
+					Ports: tailcfg.PortRange{First: uint16(port), Last: uint16(port)}})
+			}
+		}
+		rules = append(rules, rule)
+	}
+	if len(rules) == 0 {
+		t.Fatalf("nothing is allowed by %s", said)
+	}
+	other := netip.AddrPortFrom(st.Self.TailscaleIPs[0], 9200)
+	serve(t, w.Home, other.String(), "not for edges\n")
+	dial := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		c, err := w.EdgeA.Dial(ctx, "tcp", other.String())
+		if err == nil {
+			c.Close()
+		}
+		return err
+	}
+	soon(t, dial) // it is nothing else that keeps the edge away
+	// The control server has no policy of its own, and sends another filter when a node changes.
+	soon(t, func() error {
+		w.Tailnet.Control.AddRawMapResponse(st.Self.PublicKey, &tailcfg.MapResponse{PacketFilter: rules})
+		if dial() == nil {
+			return errors.New("the edge reaches another port of home")
+		}
+		return nil
+	})
+	if err := page(); err != nil {
+		t.Error(err)
+	}
+}
+
+// tagged are the addresses of the nodes with a tag.
+func tagged(st *ipnstate.Status, tag string) (ips []string) {
+	for _, p := range st.Peer {
+		if p.Tags == nil {
+			continue
+		}
+		for _, had := range p.Tags.All() {
+			if had == tag {
+				for _, ip := range p.TailscaleIPs {
+					ips = append(ips, ip.String())
+				}
+			}
+		}
+	}
+	return ips
+}
+
+func cutLast(s, sep string) (before, after string, found bool) {
+	i := strings.LastIndex(s, sep)
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+len(sep):], true
+}
+
+// labFolder has what is bound to /lab.
+func labFolder(t *testing.T) string {
+	t.Helper()
+	bin, err := lab.BuildTailscaled(t.Context(), t.Logf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	err = errors.Join(os.Link(bin, filepath.Join(dir, "tailscaled")),
+		os.WriteFile(filepath.Join(dir, "install.sh"), []byte(installer), 0o644),
+		os.WriteFile(filepath.Join(dir, "tailscaled.service"), []byte(tailscaledUnit), 0o644))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// serve answers each request at an address of a host with a text.
+func serve(t *testing.T, h *lab.Host, addr, text string) {
+	t.Helper()
+	var ln net.Listener
+	soon(t, func() (err error) { ln, err = h.Listen("tcp", addr); return err })
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, text) })}
+	go srv.Serve(ln)
+	t.Cleanup(func() { srv.Close() })
+}
+
+// soon tries until there is no error.
+func soon(t *testing.T, try func() error) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not within a minute: %v", err)
+		}
+	}
+}

@@ -198,7 +198,8 @@ func initRole(cmd *cobra.Command, r *role, o initOptions) error {
 	if _, port, err := net.SplitHostPort(strings.TrimPrefix(o.Forward, "tailnet://")); err == nil && r.name == "edge" {
 		serves = strings.Replace(serves, "443", port, 1)
 	}
-	s.Policy = fmt.Sprintf(`{"tagOwners": {%q: ["autogroup:admin"], %q: ["autogroup:admin"]},
+	// Without owners a tag is the admins' at Tailscale. Headscale has neither autogroup:admin nor grants.
+	s.Policy = fmt.Sprintf(`{"tagOwners": {%q: [], %q: []},
    "acls": [{"action": "accept", "src": [%q], "dst": [%q]}]}`,
 		r.before, serves[:strings.LastIndex(serves, ":")], r.before, serves)
 	if r.name == "edge" {

@@ -168,7 +168,7 @@ func policy(t *testing.T, w *lab.World, said string, page func() error) {
 	for _, a := range printed.ACLs {
 		rule := tailcfg.FilterRule{SrcIPs: tagged(st, a.Src[0])}
 		tag, ports, ok := cutLast(a.Dst[0], ":")
-		if a.Action != "accept" || len(a.Src) != 1 || len(a.Dst) != 1 || !ok || tag != "tag:home" || len(printed.TagOwners[tag]) == 0 {
+		if a.Action != "accept" || len(a.Src) != 1 || len(a.Dst) != 1 || !ok || tag != "tag:home" || printed.TagOwners[tag] == nil {
 			t.Fatalf("this test does not know what %+v allows", a)
 		}
 		for p := range strings.SplitSeq(ports, ",") {

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailscale/hujson"
 	"tailscale.com/ipn/ipnstate"
 	"tailscale.com/tailcfg"
 
@@ -145,20 +146,32 @@ func TestFirstPage(t *testing.T) {
 	})
 	t.Logf("%6.2f s  from the bare server to the first page, without what people do in a browser", total.Seconds())
 
-	t.Run("policy", func(t *testing.T) { policy(t, w, said, page) })
+	fly, err := os.ReadFile(filepath.Join(tree, "deploy/fly/policy.hujson"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string][]byte{
+		"policy of init": []byte(regexp.MustCompile(`(?s)\{"tagOwners".*\]\}`).FindString(said)), "policy of docs/fly.md": fly,
+	} {
+		t.Run(name, func(t *testing.T) { policy(t, w, text, page) })
+	}
 }
 
-// policy puts the rules that init has printed into force at home: the page still comes, and nothing else does.
-func policy(t *testing.T, w *lab.World, said string, page func() error) {
+// policy puts a policy's rules into force at home: the page still comes, and nothing else does.
+func policy(t *testing.T, w *lab.World, text []byte, page func() error) {
 	var printed struct {
 		TagOwners map[string][]string
 		ACLs      []struct {
-			Action   string
-			Src, Dst []string
+			Action, Proto string
+			Src, Dst      []string
 		}
 	}
-	if err := json.Unmarshal([]byte(regexp.MustCompile(`(?s)\{"tagOwners".*\]\}`).FindString(said)), &printed); err != nil {
-		t.Fatalf("no policy is in %s: %v", said, err)
+	text, err := hujson.Standardize(text)
+	if err == nil {
+		err = json.Unmarshal(text, &printed)
+	}
+	if err != nil {
+		t.Fatalf("%v: %s", err, text)
 	}
 	st, err := w.Home.Node.Local.Status(t.Context())
 	if err != nil {
@@ -166,10 +179,14 @@ func policy(t *testing.T, w *lab.World, said string, page func() error) {
 	}
 	var rules []tailcfg.FilterRule
 	for _, a := range printed.ACLs {
-		rule := tailcfg.FilterRule{SrcIPs: tagged(st, a.Src[0])}
-		tag, ports, ok := cutLast(a.Dst[0], ":")
-		if a.Action != "accept" || len(a.Src) != 1 || len(a.Dst) != 1 || !ok || tag != "tag:home" || printed.TagOwners[tag] == nil {
+		if a.Action != "accept" || len(a.Src) != 1 || len(a.Dst) != 1 || printed.TagOwners[a.Src[0]] == nil ||
+			printed.TagOwners["tag:home"] == nil || a.Proto != "" && a.Proto != "tcp" {
 			t.Fatalf("this test does not know what %+v allows", a)
+		}
+		rule := tailcfg.FilterRule{SrcIPs: tagged(st, a.Src[0])}
+		ports, ok := strings.CutPrefix(a.Dst[0], "tag:home:")
+		if !ok {
+			t.Fatalf("%s is not home", a.Dst[0])
 		}
 		for p := range strings.SplitSeq(ports, ",") {
 			port, err := strconv.ParseUint(p, 10, 16)
@@ -184,7 +201,7 @@ func policy(t *testing.T, w *lab.World, said string, page func() error) {
 		rules = append(rules, rule)
 	}
 	if len(rules) == 0 {
-		t.Fatalf("nothing is allowed by %s", said)
+		t.Fatalf("nothing is allowed by %s", text)
 	}
 	other := netip.AddrPortFrom(st.Self.TailscaleIPs[0], 9200)
 	serve(t, w.Home, other.String(), "not for edges\n")
@@ -197,6 +214,7 @@ func policy(t *testing.T, w *lab.World, said string, page func() error) {
 		}
 		return err
 	}
+	w.Tailnet.Control.AddRawMapResponse(st.Self.PublicKey, &tailcfg.MapResponse{PacketFilter: tailcfg.FilterAllowAll})
 	soon(t, dial) // it is nothing else that keeps the edge away
 	// The control server has no policy of its own, and sends another filter when a node changes.
 	soon(t, func() error {
@@ -226,14 +244,6 @@ func tagged(st *ipnstate.Status, tag string) (ips []string) {
 		}
 	}
 	return ips
-}
-
-func cutLast(s, sep string) (before, after string, found bool) {
-	i := strings.LastIndex(s, sep)
-	if i < 0 {
-		return s, "", false
-	}
-	return s[:i], s[i+len(sep):], true
 }
 
 // labFolder has what is bound to /lab.

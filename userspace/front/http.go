@@ -70,7 +70,7 @@ func publicName(r *rule) string {
 	case "tailnet":
 		return r.target.Host
 	case "docker":
-		return "container " + cmp.Or(r.container, r.target.Host)
+		return "the container " + cmp.Or(r.container, r.target.Host)
 	}
 	return "a local service"
 }

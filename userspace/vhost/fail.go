@@ -160,13 +160,19 @@ func (s *Server) hopFailed(x *exchange, err error) {
 	s.page(x, status, f)
 }
 
-// sentence is name as the first word of one.
+// sentence is name as the first word of one. The case of a node's name or a host's stays as it is.
 func sentence(name string) string {
-	if after, ok := strings.CutPrefix(name, "a "); ok {
+	switch article, after, _ := strings.Cut(name, " "); article {
+	case "a":
 		return "A " + after
+	case "the":
+		return "The " + after
 	}
 	return name
 }
+
+// bare is name without its article.
+func bare(name string) string { return strings.TrimPrefix(strings.TrimPrefix(name, "a "), "the ") }
 
 // refuse answers a request that has no route, or can have none.
 func (s *Server) refuse(x *exchange, err error) {

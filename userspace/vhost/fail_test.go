@@ -177,14 +177,14 @@ func TestNextHopsPage(t *testing.T) {
 	})
 	laptop.Server.opts.Route = leading(func(string, string) (*Upstream, error) {
 		up := broken(Fail(ReasonAbsent, io.EOF))
-		up.Name = "container blog"
+		up.Name = "the container blog"
 		return up, nil
 	})
 	home := newHop(t, wayTo(laptop.addr), func(c *config) {
 		c.info = func(i ConnInfo) ConnInfo { i.Hop = "edge-a"; return i } // which has passed on a client's TLS
 	})
 	res, body := rawDo(t, home, "GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: curl/8\r\nConnection: close\r\n\r\n")
-	if res.StatusCode != 503 || !strings.Contains(body, "you -> edge-a -> home -> laptop -x- container blog (not available)\n") {
+	if res.StatusCode != 503 || !strings.Contains(body, "The container blog is not available right now") || !strings.Contains(body, "you -> edge-a -> home -> laptop -x- container blog (not available)\n") {
 		t.Errorf("%d\n%s", res.StatusCode, body)
 	}
 	if q := home.request(t, 1); q.Status != 503 || q.Err != nil {

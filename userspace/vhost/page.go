@@ -48,7 +48,7 @@ func (s *Server) page(x *exchange, status int, f fault) {
 			Target string   `json:"target,omitempty"`
 			Reason string   `json:"reason,omitempty"`
 			ID     string   `json:"id,omitempty"`
-		}{status, f.title, f.text, f.hint, x.passed(), s.opts.Node, f.target, f.reason, x.id})
+		}{status, f.title, f.text, f.hint, x.passed(), s.opts.Node, bare(f.target), f.reason, x.id})
 	default:
 		fmt.Fprintf(&buf, "%d %s: %s\n\n%s\n", status, http.StatusText(status), f.title, f.text)
 		if f.hint != "" {

@@ -55,5 +55,5 @@ func (s *Server) stops(x *exchange, f fault) []stop {
 	for _, n := range append(x.passed(), s.opts.Node) {
 		way = append(way, stop{Name: n, State: "working"})
 	}
-	return append(way, stop{Name: strings.TrimPrefix(f.target, "a "), State: f.state, Failed: true})
+	return append(way, stop{Name: bare(f.target), State: f.state, Failed: true})
 }

@@ -78,6 +78,12 @@ demo: first provision build ## Show the whole path at work; KEEP=1 leaves it up
 	cd $(LAB) && CGO_ENABLED=0 go build -trimpath -o ../../$(BUILD)/demo ./demo
 	KEEP=$(KEEP) $(BUILD)/demo
 
+.PHONY: pictures
+pictures: build ## Draw the README's picture from the demo's world, and into build/pictures what else people look at (root)
+	@scripts/provision aha pngquant tmux
+	cd $(LAB) && CGO_ENABLED=0 go build -trimpath -o ../../$(BUILD)/demo ./demo
+	$(BUILD)/demo pictures docs
+
 first:
 	@[ -e $(BUILD)/demo ] || echo "The first run installs what is missing, and builds the daemon and a tailscaled: 3 minutes on 2 processors. Later ones take 15 seconds."
 

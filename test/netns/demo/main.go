@@ -7,8 +7,9 @@
 //	demo in HOST COMMAND...   run a command on one of its hosts
 //	demo prefer|cut|blackhole|restore HOST, demo roam UPLINK
 //	demo down                 take it down
+//	demo pictures DIRECTORY   draw the README's picture there, and what else people look at into build/pictures
 //
-// `make demo` builds and runs it. It needs root.
+// `make demo` builds and runs it, and `make pictures` draws. It needs root.
 package main
 
 import (
@@ -28,6 +29,8 @@ func main() {
 	log.SetOutput(io.Discard) // the lab's STUN server has no other logger; ours is the terminal
 	var err error
 	switch {
+	case len(os.Args) == 3 && os.Args[1] == "pictures":
+		err = pictures(os.Args[2])
 	case len(os.Args) > 1:
 		err = control(os.Args[1:])
 	case os.Getenv("KEEP") != "" && os.Getenv("KEEP") != "0":
@@ -42,10 +45,13 @@ func main() {
 }
 
 // printer prints progress with the time since the start.
-type printer struct{ begin time.Time }
+type printer struct {
+	begin time.Time
+	out   io.Writer
+}
 
 func (p printer) step(format string, args ...any) {
-	fmt.Printf("%6.1f s  %s\n", time.Since(p.begin).Seconds(), fmt.Sprintf(format, args...))
+	fmt.Fprintf(p.out, "%6.1f s  %s\n", time.Since(p.begin).Seconds(), fmt.Sprintf(format, args...))
 }
 
 // run is the demo. keep, if any, is called with the world when the show is over, whether it went well or not, and
@@ -60,7 +66,7 @@ func run(keep func(*lab.World, error) error) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute) // tailscaled's first build may be slow
 	defer cancel()
-	p := printer{time.Now()}
+	p := printer{time.Now(), os.Stdout}
 	p.step("bringing the world up")
 	w, err := lab.New(ctx, lab.Options{Progress: p.step})
 	if err != nil {
@@ -81,14 +87,14 @@ func run(keep func(*lab.World, error) error) error {
 	return nil
 }
 
-// show starts the daemons, and makes every request of the demo.
-func show(ctx context.Context, p printer, w *lab.World, root string) error {
+// startSite starts the daemons.
+func startSite(ctx context.Context, p printer, w *lab.World, root string) (*site, error) {
 	bin := filepath.Join(root, "build", "tailsplice")
 	if _, err := os.Stat(bin); err != nil {
-		return fmt.Errorf("%w: run `make build`", err)
+		return nil, fmt.Errorf("%w: run `make build`", err)
 	}
 	if err := w.Home.InstallCertificate(); err != nil {
-		return err
+		return nil, err
 	}
 	s := &site{w: w, daemons: map[string]*lab.Daemon{}}
 	for _, h := range []struct {
@@ -97,11 +103,20 @@ func show(ctx context.Context, p printer, w *lab.World, root string) error {
 	}{{w.Laptop, lab.LaptopConfig}, {w.Home, lab.HomeConfig}, {w.EdgeA, lab.EdgeConfig}, {w.EdgeB, lab.EdgeConfig}} {
 		d, err := h.host.StartTailsplice(ctx, bin, h.config)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		s.daemons[h.host.Name] = d
 	}
 	p.step("tailsplice runs on edge-a, edge-b, home and laptop")
+	return s, nil
+}
+
+// show starts the daemons, and makes every request of the demo.
+func show(ctx context.Context, p printer, w *lab.World, root string) error {
+	s, err := startSite(ctx, p, w, root)
+	if err != nil {
+		return err
+	}
 	if err := s.checkKeys(ctx); err != nil {
 		return err
 	}
@@ -116,9 +131,11 @@ func show(ctx context.Context, p printer, w *lab.World, root string) error {
 				return fmt.Errorf("curl %s through %s: %w", family, edge.Name, err)
 			}
 			p.step("curl %s https://%s/ says 200", family, lab.Site)
-			if err := s.report(ctx, edge, seen); err != nil {
+			path, err := s.path(ctx, edge, seen)
+			if err != nil {
 				return err
 			}
+			printPath(p.out, path, seen)
 		}
 		png := filepath.Join(root, "build", "demo-"+edge.Name+".png")
 		if err := s.browse(ctx, edge, png); err != nil {

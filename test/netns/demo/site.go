@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"image/png"
+	"io"
 	"net/netip"
 	"os"
 	"strings"
@@ -74,8 +75,11 @@ func (s *site) curl(ctx context.Context, family string) (seen, error) {
 	return v, errors.Join(errs...)
 }
 
-// report prints the path of a request, from the log line of each hop that has the path's id.
-func (s *site) report(ctx context.Context, edge *lab.Host, v seen) error {
+// stop is a place on the path of a request.
+type stop struct{ Name, Address, RTT, Target string }
+
+// path is that of a request, from the log line of each hop that has the path's id.
+func (s *site) path(ctx context.Context, edge *lab.Host, v seen) ([]stop, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	hops := []string{edge.Name, "home", "laptop"}
@@ -83,36 +87,41 @@ func (s *site) report(ctx context.Context, edge *lab.Host, v seen) error {
 	for _, hop := range hops {
 		l, err := s.daemons[hop].WaitLog(ctx, func(l lab.LogLine) bool { return l["msg"] == "flow ended" && l["id"] == v.ID })
 		if err != nil {
-			return fmt.Errorf("the log of %s lacks the path %s: %w", hop, v.ID, err)
+			return nil, fmt.Errorf("the log of %s lacks the path %s: %w", hop, v.ID, err)
 		}
 		if l["node"] != hop {
-			return fmt.Errorf("the flow on %s calls its node %v", hop, l["node"])
+			return nil, fmt.Errorf("the flow on %s calls its node %v", hop, l["node"])
 		}
 		lines[hop] = l
 	}
 	first := lines[edge.Name]
 	blog, err := s.w.Docker.Addr(ctx, "blog")
 	if err != nil {
-		return err
+		return nil, err
 	}
 
-	fmt.Printf("\n    path %s\n", v.ID)
-	t := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "    hop\taddress\tround trip\tand sends it to")
-	fmt.Fprintf(t, "    client\t%v\t\thttps://%s/\n", first["client"], v.Host)
+	path := []stop{{Name: "client", Address: fmt.Sprint(first["client"]), Target: "https://" + v.Host + "/"}}
 	address, rtt := s.anycast(first), milliseconds(first["downstream_rtt"])
 	for _, hop := range hops {
 		l := lines[hop]
-		fmt.Fprintf(t, "    %s\t%s\t%s\t%v\n", hop, address, rtt, l["target"])
+		path = append(path, stop{hop, address, rtt, fmt.Sprint(l["target"])})
 		address, rtt = s.upstream(l), milliseconds(l["upstream_rtt"])
 	}
 	if !strings.HasPrefix(address, blog.String()+":") {
-		return fmt.Errorf("the laptop sent the request to %s, and the container is %v", address, blog)
+		return nil, fmt.Errorf("the laptop sent the request to %s, and the container is %v", address, blog)
 	}
-	fmt.Fprintf(t, "    %s\t%s\t%s\t\n", v.Container, address, rtt)
+	return append(path, stop{Name: v.Container, Address: address, RTT: rtt}), nil
+}
+
+func printPath(out io.Writer, path []stop, v seen) {
+	fmt.Fprintf(out, "\n    path %s\n", v.ID)
+	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "    hop\taddress\tround trip\tand sends it to")
+	for _, p := range path {
+		fmt.Fprintf(t, "    %s\t%s\t%s\t%s\n", p.Name, p.Address, p.RTT, p.Target)
+	}
 	t.Flush()
-	fmt.Printf("    the container saw %s as the client, and says: %s\n\n", v.Client, v.Cloud)
-	return nil
+	fmt.Fprintf(out, "    the container saw %s as the client, and says: %s\n\n", v.Client, v.Cloud)
 }
 
 // anycast is the address on the edge that the client reached.

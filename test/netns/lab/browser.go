@@ -10,8 +10,8 @@ import (
 
 // Browse opens a page in a real headless browser on the client, which trusts the lab's CA. It returns the page as the
 // browser has it after its scripts have run, or, if screenshot names a file, takes a PNG instead. A browser shows its
-// error pages as readily: look at what it brought.
-func (w *World) Browse(ctx context.Context, url, screenshot string) (dom string, err error) {
+// error pages as readily: look at what it brought. More flags of the browser win over those that it gets here.
+func (w *World) Browse(ctx context.Context, url, screenshot string, flags ...string) (dom string, err error) {
 	home := filepath.Join(w.Client.Dir, "home")
 	if err := w.browserTrust(ctx, filepath.Join(home, ".pki/nssdb")); err != nil {
 		return "", fmt.Errorf("lab: trust the lab's CA: %w", err)
@@ -20,9 +20,10 @@ func (w *World) Browse(ctx context.Context, url, screenshot string) (dom string,
 	if screenshot != "" {
 		what = "--screenshot=" + screenshot
 	}
-	c := w.Client.Command(ctx, "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+	args := []string{"--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
 		"--no-first-run", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-		"--user-data-dir="+filepath.Join(home, "chromium"), "--window-size=900,620", what, url)
+		"--user-data-dir=" + filepath.Join(home, "chromium"), "--window-size=900,620"}
+	c := w.Client.Command(ctx, "chromium", append(append(args, flags...), what, url)...)
 	var stdout, stderr bytes.Buffer
 	c.Stdout, c.Stderr = &stdout, &stderr
 	if err := c.Run(); err != nil {

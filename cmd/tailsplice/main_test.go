@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -62,10 +63,17 @@ func TestScripts(t *testing.T) {
 			return os.WriteFile(filepath.Join(e.WorkDir, "installed.yaml"), []byte(installed), 0o644)
 		},
 		Condition: func(cond string) (bool, error) {
-			if cond != "root" {
-				return false, fmt.Errorf("unknown condition %q", cond)
+			switch cond {
+			case "root":
+				return haveRoot()
+			case "promtool":
+				_, err := exec.LookPath(cond)
+				if err != nil && os.Getenv("CI") != "" {
+					return false, err
+				}
+				return err == nil, nil
 			}
-			return haveRoot()
+			return false, fmt.Errorf("unknown condition %q", cond)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"freeport": func(ts *testscript.TestScript, neg bool, args []string) {

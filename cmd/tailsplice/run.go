@@ -208,6 +208,7 @@ func reload(f *front.Front, file string, bound config.Control) (notes []string, 
 	f.ReopenLogs() // also where the configuration can't be used: log rotation comes by HUP
 	cfg, err := config.Load(file)
 	if err != nil {
+		f.Metrics().Reloads.WithLabelValues("error").Inc() // as f.Reload does
 		return nil, err
 	}
 	if err := f.Reload(cfg); err != nil {

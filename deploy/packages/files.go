@@ -49,7 +49,8 @@ func (r *release) files(prefix string, program, bom []byte) ([]file, error) {
 		}
 		files = append(files, file{name: prefix + "/share/man/man8/" + name + ".gz", mode: 0o644, data: page})
 	}
-	for _, pattern := range []string{"README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*", "examples/*"} {
+	for _, pattern := range []string{"README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*", "examples/*",
+		"deploy/grafana/*", "deploy/prometheus/*"} {
 		found, err := filepath.Glob(filepath.Join(r.repo, pattern))
 		if err != nil || len(found) == 0 {
 			return nil, fmt.Errorf("nothing is called %s (%v)", pattern, err)

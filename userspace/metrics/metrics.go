@@ -68,6 +68,9 @@ func New(version string, now func() State) *Set {
 			0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60),
 		registry: prometheus.NewRegistry(),
 	}
+	for _, result := range []string{"ok", "error"} {
+		s.Reloads.WithLabelValues(result) // else the first one that fails is no increase
+	}
 	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "tailsplice_build_info", Help: "Always 1.",
 		ConstLabels: prometheus.Labels{"version": version}})
 	info.Set(1)

@@ -48,7 +48,7 @@ func TestHandlerAndTotals(t *testing.T) {
 	if want := `tailsplice_datapath_on{datapath="sockmap"} 0`; !strings.Contains(body, want) {
 		t.Errorf("no %q in\n%s", want, body)
 	}
-	if strings.Contains(body, "503") {
+	if strings.Contains(body, `code="503"`) {
 		t.Error("a route that was dropped is still shown")
 	}
 }

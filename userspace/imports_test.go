@@ -66,7 +66,9 @@ func forbidden(from, to string) string {
 	switch {
 	case in(from, to) || in(to, from) && !in(from, "userspace/front"): // a package's own tests and helpers
 		return ""
-	case in(to, "test/wire"), in(to, "test/cgroup"), in(to, "test/logs"), in(to, "test/selfsigned"): // which import none of ours, and that only tests need
+	// These import none of ours, and only tests need them.
+	case in(to, "test/wire"), in(to, "test/cgroup"), in(to, "test/logs"), in(to, "test/selfsigned"),
+		in(to, "test/reference"):
 		return ""
 	case to == "userspace/spelling": // likewise, and nothing to join
 		return ""

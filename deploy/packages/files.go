@@ -47,9 +47,10 @@ func (r *release) files(prefix string, program, bom []byte) ([]file, error) {
 		if err != nil {
 			return nil, err
 		}
-		files = append(files, file{name: prefix + "/share/man/man8/" + name + ".gz", mode: 0o644, data: page})
+		section := strings.TrimPrefix(path.Ext(name), ".")
+		files = append(files, file{name: prefix + "/share/man/man" + section + "/" + name + ".gz", mode: 0o644, data: page})
 	}
-	for _, pattern := range []string{"README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*", "examples/*",
+	for _, pattern := range []string{"README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*.*", "docs/reference/*", "examples/*",
 		"deploy/grafana/*", "deploy/prometheus/*"} {
 		found, err := filepath.Glob(filepath.Join(r.repo, pattern))
 		if err != nil || len(found) == 0 {

@@ -139,6 +139,10 @@ func (r *release) describe(ctx context.Context) error {
 		}
 		r.man[p.Name()] = text
 	}
+	const format = "tailsplice.yaml.5"
+	if r.man[format], err = os.ReadFile(filepath.Join(r.repo, "docs/man", format)); err != nil {
+		return err
+	}
 	for _, shell := range []string{"bash", "zsh", "fish"} {
 		if r.completion[shell], err = output(exec.CommandContext(ctx, host, "completion", shell)); err != nil {
 			return err

@@ -18,10 +18,10 @@ import (
 // Access says who may use a route, and how long they wait for its target. The zero Access lets everybody in.
 type Access struct {
 	// Allow is in the form of AcceptProxy.From.
-	Allow       []string      `yaml:"allow" kind:"peer" nonempty:"true" doc:"Who may come in here, all others are refused: a CIDR, an IP address, or, of the tailnet, a user's login (with @), a tag (tag:home) or a node's name."`
-	BasicAuth   *BasicAuth    `yaml:"basic_auth" noun:"basic_auth" doc:"Ask for a user and a password, on http and https listeners."`
-	ForwardAuth *ForwardAuth  `yaml:"forward_auth" noun:"forward_auth" doc:"Ask another server about each request, such as Authelia or oauth2-proxy, on http and https listeners."`
-	Hold        time.Duration `yaml:"hold" min:"1s" max:"10m" doc:"How long requests wait for a tailnet:// target that does not answer, for it may be waking up, before they get the error page. On http and https listeners. Default: not at all."`
+	Allow       []string      `yaml:"allow" kind:"peer" nonempty:"true"`
+	BasicAuth   *BasicAuth    `yaml:"basic_auth" noun:"basic_auth"`
+	ForwardAuth *ForwardAuth  `yaml:"forward_auth" noun:"forward_auth"`
+	Hold        time.Duration `yaml:"hold" min:"1s" max:"10m"`
 }
 
 // httpAccessKeys are those of Access that only http and https listeners know, accessKeys all of them.
@@ -33,24 +33,24 @@ var (
 // BasicAuth names those who have a password. Exactly one of its fields is set.
 type BasicAuth struct {
 	Section
-	Users map[string]string `yaml:"users" kind:"bcrypt" key:"user" nonempty:"true" doc:"Users and the bcrypt hashes of their passwords, as tailsplice hash-password or htpasswd -nB prints them."`
-	File  string            `yaml:"file" kind:"file" doc:"A file of htpasswd -B, read again when it changes. A relative path starts at the configuration file's folder."`
+	Users map[string]string `yaml:"users" kind:"bcrypt" key:"user" nonempty:"true"`
+	File  string            `yaml:"file" kind:"file"`
 }
 
 // ForwardAuth is a server that is asked about each request.
 type ForwardAuth struct {
 	Section
 	// Address has scheme http, https, tailnet or docker, and a host; the latter two a port. It may have a path and a query.
-	Address     string        `yaml:"address" kind:"authurl" required:"true" doc:"Where to ask: a URL such as http://127.0.0.1:9091/api/authz/forward-auth. tailnet://NODE:PORT/PATH and docker://CONTAINER:PORT/PATH are asked by plain HTTP."`
-	CopyHeaders []string      `yaml:"copy_headers" kind:"copied_header" nonempty:"true" doc:"Headers of its answer that the target gets, such as Remote-User. The client's own headers of these names never reach the target."`
-	Timeout     time.Duration `yaml:"timeout" default:"5s" min:"100ms" max:"1m" doc:"How long it may take to answer."`
+	Address     string        `yaml:"address" kind:"authurl" required:"true"`
+	CopyHeaders []string      `yaml:"copy_headers" kind:"copied_header" nonempty:"true"`
+	Timeout     time.Duration `yaml:"timeout" default:"5s" min:"100ms" max:"1m"`
 }
 
 // AccessLog is where requests are written down, a line each.
 type AccessLog struct {
 	Section
-	File   string `yaml:"file" kind:"file" default:"stderr" doc:"A file, or stderr. It is opened again on SIGHUP, and when it was renamed or removed. A relative path starts at the configuration file's folder."`
-	Format string `yaml:"format" enum:"json common combined" default:"json" doc:"json, or the common and combined formats of Apache and nginx."`
+	File   string `yaml:"file" kind:"file" default:"stderr"`
+	Format string `yaml:"format" enum:"json common combined" default:"json"`
 }
 
 // access checks what an action on a listener of this mode says about who may use it.

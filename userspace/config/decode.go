@@ -13,10 +13,10 @@ type field struct {
 	key      string
 	index    []int // for reflect.Value.FieldByIndex
 	typ      reflect.Type
-	kind     *kind  // of a scalar, or of the items of a list or mapping of scalars; nil for sections
-	names    *kind  // of a mapping's keys
-	short    string // of a section: its one key that may be written without it
-	doc      string
+	kind     *kind        // of a scalar, or of the items of a list or mapping of scalars; nil for sections
+	names    *kind        // of a mapping's keys
+	short    string       // of a section: its one key that may be written without it
+	home     reflect.Type // the struct that it is a field of
 	noun     string
 	def      string
 	enum     []string
@@ -43,8 +43,8 @@ func fieldsOf(t reflect.Type) []field {
 			continue
 		}
 		f := field{
-			key: key, index: []int{i}, typ: sf.Type,
-			doc: sf.Tag.Get("doc"), noun: sf.Tag.Get("noun"), def: sf.Tag.Get("default"),
+			key: key, index: []int{i}, typ: sf.Type, home: t,
+			noun: sf.Tag.Get("noun"), def: sf.Tag.Get("default"),
 			enum: strings.Fields(sf.Tag.Get("enum")), min: sf.Tag.Get("min"), max: sf.Tag.Get("max"),
 			required: sf.Tag.Get("required") == "true", nonempty: sf.Tag.Get("nonempty") == "true",
 			repeats: sf.Tag.Get("repeats") == "true", short: sf.Tag.Get("short"),

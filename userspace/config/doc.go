@@ -9,12 +9,12 @@
 // name (the default of node), the folder of the file, which relative paths start from, and the environment
 // variables that values name (expand.go).
 //
-// The struct tags of the types here are the only description of the format. The decoder and the JSON
-// schema (Schema) are both driven by them:
+// The struct tags of the types here are the only description of the format, and keys.yaml says in words what
+// each key means. The decoder, the JSON schema (Schema) and the reference (docs/reference/configuration.md and
+// tailsplice.yaml(5)) are made of them:
 //
 //	yaml:"key"        the key; ",inline" on an embedded struct means its keys stand beside
 //	kind:"listen"     how a scalar is read, see kinds.go; the Go type decides when there is none
-//	doc:"..."         what the key means, for the schema's description
 //	noun:"a route"    what an item or section is called in messages
 //	short:"to"        the one key of a section that may be written without it: redirect: https
 //	key:"header"      how the names of a mapping are read whose keys are free

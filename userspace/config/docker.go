@@ -10,8 +10,8 @@ import (
 // Docker makes routes of the labels of containers on this host.
 type Docker struct {
 	Section
-	Enabled bool     `yaml:"enabled" kind:"bool" required:"true" doc:"Make routes of the labels tailsplice.host, .path, .port and .tls of containers, as they start and stop."`
-	Hosts   []string `yaml:"hosts" kind:"name" nonempty:"true" doc:"The host names that labels may claim: exact, or *.example.org for what ends so. Default: all. Of a route that asks who it is, or rejects, they may claim no part, unless its host stands here too."`
+	Enabled bool     `yaml:"enabled" kind:"bool" required:"true"`
+	Hosts   []string `yaml:"hosts" kind:"name" nonempty:"true"`
 }
 
 // Allows reports whether labels may claim a host, which is as [Labels].Host has it.

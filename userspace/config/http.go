@@ -14,61 +14,61 @@ import (
 
 // HTTP is what http and https listeners do with requests on their way.
 type HTTP struct {
-	Redirect           *Redirect           `yaml:"redirect" short:"to" noun:"redirect" doc:"Send the client elsewhere instead of forwarding: https (the same address by https), or an https:// or http:// URL; without a path in it the request's path and query are kept."`
-	StripPrefix        bool                `yaml:"strip_prefix" kind:"true" doc:"Take the route's path off before forwarding. The target hears of it in X-Forwarded-Prefix."`
-	AddPrefix          string              `yaml:"add_prefix" kind:"path" doc:"Put this before the path when forwarding, after strip_prefix."`
-	RequestHeaders     *HeaderChanges      `yaml:"request_headers" noun:"request_headers" doc:"Headers to change on the way to the target."`
-	ResponseHeaders    *HeaderChanges      `yaml:"response_headers" noun:"response_headers" doc:"Headers to change on the way back to the client."`
-	Upstream           *Upstream           `yaml:"upstream" noun:"upstream" doc:"How to speak with the target. Default: HTTP/1.1 in the clear."`
-	MaxBody            int64               `yaml:"max_body" kind:"size" min:"0" max:"1024GiB" doc:"How large a request's body may be; a larger one gets 413. Default: no limit, and 0 is none."`
-	Timeouts           *Timeouts           `yaml:"timeouts" noun:"timeouts" doc:"How long to wait for the target and for the client."`
-	Compress           bool                `yaml:"compress" kind:"true" doc:"Compress what is text with gzip for clients that take it. Pages that show secrets beside what strangers can choose should not be compressed (BREACH)."`
-	ClientCertificates *ClientCertificates `yaml:"client_certificates" noun:"client_certificates" doc:"Serve only clients with a certificate (mutual TLS). On https listeners."`
+	Redirect           *Redirect           `yaml:"redirect" short:"to" noun:"redirect"`
+	StripPrefix        bool                `yaml:"strip_prefix" kind:"true"`
+	AddPrefix          string              `yaml:"add_prefix" kind:"path"`
+	RequestHeaders     *HeaderChanges      `yaml:"request_headers" noun:"request_headers"`
+	ResponseHeaders    *HeaderChanges      `yaml:"response_headers" noun:"response_headers"`
+	Upstream           *Upstream           `yaml:"upstream" noun:"upstream"`
+	MaxBody            int64               `yaml:"max_body" kind:"size" min:"0" max:"1024GiB"`
+	Timeouts           *Timeouts           `yaml:"timeouts" noun:"timeouts"`
+	Compress           bool                `yaml:"compress" kind:"true"`
+	ClientCertificates *ClientCertificates `yaml:"client_certificates" noun:"client_certificates"`
 }
 
 // Redirect answers with another place.
 type Redirect struct {
 	Section
-	To   string `yaml:"to" kind:"redirect" required:"true" doc:"https: the same address by https. Or an https:// or http:// URL; without a path in it the request's path and query are kept."`
-	Code int    `yaml:"code" kind:"redirect_code" default:"308" doc:"The status: 308 (permanent) and 307 (temporary) keep method and body, 301, 302 and 303 may turn them into GET."`
+	To   string `yaml:"to" kind:"redirect" required:"true"`
+	Code int    `yaml:"code" kind:"redirect_code" default:"308"`
 }
 
 // HeaderChanges are made in the order of its fields.
 type HeaderChanges struct {
 	Section
-	Remove []string          `yaml:"remove" kind:"header" nonempty:"true" doc:"Names of headers to remove. In requests also other writings of them: X_A and X.A of X-A."`
-	Set    map[string]string `yaml:"set" kind:"header_value" key:"header" nonempty:"true" doc:"Headers to set, by name, in place of what there is. In requests also in place of other writings of the name."`
+	Remove []string          `yaml:"remove" kind:"header" nonempty:"true"`
+	Set    map[string]string `yaml:"set" kind:"header_value" key:"header" nonempty:"true"`
 }
 
 // Upstream is how to speak with a target.
 type Upstream struct {
 	Section
-	Protocol   string `yaml:"protocol" enum:"http h2c https" default:"http" doc:"http is HTTP/1.1, h2c is HTTP/2 in the clear (gRPC servers), https is TLS with HTTP/2 or HTTP/1.1."`
-	CA         string `yaml:"ca" kind:"file" doc:"A PEM file with the authorities that the target's certificate is checked by, instead of the system's. A relative path starts at the configuration file's folder."`
-	Insecure   bool   `yaml:"insecure" kind:"true" doc:"Don't check the target's certificate: anybody on the way may read along."`
-	ServerName string `yaml:"server_name" kind:"server_name" doc:"The name that the target's certificate must have. Default: the target's host."`
+	Protocol   string `yaml:"protocol" enum:"http h2c https" default:"http"`
+	CA         string `yaml:"ca" kind:"file"`
+	Insecure   bool   `yaml:"insecure" kind:"true"`
+	ServerName string `yaml:"server_name" kind:"server_name"`
 }
 
 // Timeouts are zero where the file says nothing.
 type Timeouts struct {
 	Section
-	Connect time.Duration `yaml:"connect" min:"10ms" max:"10m" doc:"How long connecting to the target may take. Default: 10s."`
-	Answer  time.Duration `yaml:"answer" min:"10ms" max:"8760h" doc:"How long the target may think about a request that it has received whole. Default: 5m."`
-	Body    time.Duration `yaml:"body" min:"10ms" max:"8760h" doc:"How long a client may send nothing in the middle of its body, until the answer begins. Default: 5m."`
+	Connect time.Duration `yaml:"connect" min:"10ms" max:"10m"`
+	Answer  time.Duration `yaml:"answer" min:"10ms" max:"8760h"`
+	Body    time.Duration `yaml:"body" min:"10ms" max:"8760h"`
 }
 
 // ClientCertificates says which clients have one that counts.
 type ClientCertificates struct {
 	Section
-	CA string `yaml:"ca" kind:"file" required:"true" doc:"A PEM file with the authorities that a client's certificate must come from. A relative path starts at the configuration file's folder."`
+	CA string `yaml:"ca" kind:"file" required:"true"`
 }
 
 // HSTS is a Strict-Transport-Security header (RFC 6797).
 type HSTS struct {
 	Section
-	MaxAge     time.Duration `yaml:"max_age" kind:"age" required:"true" min:"0s" max:"10y" doc:"How long browsers shall refuse plain HTTP to this host: 1y, 180d or 24h. 0s takes it back."`
-	Subdomains bool          `yaml:"subdomains" kind:"true" doc:"And to all names below it."`
-	Preload    bool          `yaml:"preload" kind:"true" doc:"Agree to be in the list that browsers are delivered with. It needs subdomains and 1y, and is slow to take back."`
+	MaxAge     time.Duration `yaml:"max_age" kind:"age" required:"true" min:"0s" max:"10y"`
+	Subdomains bool          `yaml:"subdomains" kind:"true"`
+	Preload    bool          `yaml:"preload" kind:"true"`
 }
 
 // Value is the header's value.

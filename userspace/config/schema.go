@@ -136,7 +136,7 @@ func (f *field) schema() map[string]any {
 		}
 		s = map[string]any{"anyOf": []any{list, item}}
 	}
-	s["description"] = f.doc
+	s["description"] = describe(f.home, f.key).Doc
 	if f.def != "" {
 		s["default"] = f.def
 		if takesInteger(f.kind.schema) && decimal.MatchString(f.def) {
@@ -162,7 +162,7 @@ func (f *field) sectionSchema() map[string]any {
 			s = map[string]any{"anyOf": []any{short, s}}
 		}
 	}
-	s["description"] = f.doc
+	s["description"] = describe(f.home, f.key).Doc
 	return s
 }
 

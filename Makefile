@@ -108,9 +108,7 @@ generate: ## Generate code, schema and BPF objects again
 .PHONY: install
 install: build ## Install into PREFIX (default /usr/local): daemon, unit, user, man pages, completion
 	install -Dm755 $(BUILD)/tailsplice $(DESTDIR)$(PREFIX)/bin/tailsplice
-	mkdir -p $(BUILD)/man && $(BUILD)/tailsplice man $(BUILD)/man
-	install -d $(DESTDIR)$(PREFIX)/share/man/man8 && install -m644 $(BUILD)/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8/
-	install -Dm644 docs/man/tailsplice.yaml.5 $(DESTDIR)$(PREFIX)/share/man/man5/tailsplice.yaml.5
+	for s in 5 8; do install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man$$s docs/man/*.$$s; done
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 	$(BUILD)/tailsplice completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/tailsplice
 	$(BUILD)/tailsplice completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_tailsplice

@@ -20,19 +20,20 @@ func newCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Check a configuration without running it",
-		Long: `Check a configuration without running it. All that is wrong is printed at once,
-each as FILE:LINE:COL: message, and the exit status is 1. Nothing is bound,
-dialled or changed, so it can be used on any machine, and what the
-configuration needs of one is not looked at, but named.
+		Long: `Check a configuration without running it. All errors are printed, each as
+FILE:LINE:COL: message, and the exit status is 1 if there are any. The command
+opens no port, connects to nothing and changes nothing, so it works on any
+machine. At the end it counts what the configuration needs of the machine it is
+for, such as files and ports, and what it therefore did not check.
 
-With --here that is looked at on this machine, as the user that runs the
-command: whether the files are there and good, whether the ports are free (or
-bound by the daemon that runs), and whether tailscaled, dockerd and the name
-server know the nodes, containers and hosts. Each port is bound for a moment;
-nothing is dialled: see tailsplice trace.`,
+With --here it checks these as well, on this machine and as the current user:
+files exist and can be used, ports are free or belong to the running daemon,
+and tailscaled, dockerd and the name server know the nodes, containers and
+hosts. Each port is bound for a moment. Targets are not connected to; that is
+what tailsplice trace does.`,
 		Example: `  tailsplice check --config /etc/tailsplice/tailsplice.yaml
   sudo tailsplice check --here
-  tailsplice check --schema >tailsplice.schema.json   # for your editor`,
+  tailsplice check --schema >tailsplice.schema.json   # for editors`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if schema {
@@ -71,8 +72,8 @@ nothing is dialled: see tailsplice trace.`,
 		},
 	}
 	configFlag(cmd, &file)
-	cmd.Flags().BoolVar(&schema, "schema", false, "print the configuration's JSON schema instead")
-	cmd.Flags().BoolVar(&here, "here", false, "look also at what it needs of this machine: files, ports, nodes, containers")
+	cmd.Flags().BoolVar(&schema, "schema", false, "print the JSON schema of configurations, and check nothing")
+	cmd.Flags().BoolVar(&here, "here", false, "also check what the configuration needs of this machine: files, ports, nodes, containers")
 	return cmd
 }
 

@@ -46,12 +46,13 @@ func newDoctor() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Say what this machine has and lacks, and what to do about it",
-		Long: `Say what this machine has and lacks for tailsplice, and what to do about it.
+		Short: "Report what this machine has and lacks, and what to do about it",
+		Long: `Report what this machine has and lacks for tailsplice, and what to do about it.
 
-Nothing that is missing keeps the userspace datapath from working. As root it
-also proves on loopback that this kernel splices rightly; without root it says
-what it could not see. The exit status is 0 whatever it finds.`,
+The userspace datapath works whatever is missing. As root the command also
+tests on loopback that the sockmap datapath of this kernel transfers every byte
+correctly. Without root it reports what it could not see. The exit status is 0
+whatever it finds.`,
 		Example: `  sudo tailsplice doctor
   tailsplice doctor --json | jq '.machine[] | select(.state != "ok")'`,
 		Args: noArgs,

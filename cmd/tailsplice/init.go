@@ -51,7 +51,7 @@ type role struct {
 }
 
 var roles = []role{
-	{name: "edge", short: "a server with a public address, which decrypts nothing",
+	{name: "edge", short: "an edge, a server with a public address that decrypts nothing",
 		forward: "tailnet://home:443", ports: []uint16{443, 80}, before: "tag:edge", serves: "tag:home:443,80",
 		config: func(a answers) string {
 			return fmt.Sprintf(`# An edge of %s: it passes TLS on by its server name, and has no key.
@@ -85,7 +85,7 @@ listeners:
     default: { redirect: https }
 `, strings.Join(a.Names, ", "), list(a.Names), email(a.Email), a.Forward)
 		}},
-	{name: "laptop", short: "a machine that roams, with what serves the requests", forward: "127.0.0.1:8080",
+	{name: "laptop", short: "a machine that roams and answers the requests", forward: "127.0.0.1:8080",
 		before: "tag:home", serves: "tag:laptop:8080", config: func(a answers) string {
 			return fmt.Sprintf(`# A laptop that serves %s to home. There: forward: tailnet://THIS-NODE:8080
 listeners:
@@ -142,10 +142,11 @@ type initOptions struct {
 func newInit() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "init",
-		Short: "Write a first configuration for an edge, for home or for a laptop",
-		Long: `Write a first configuration, and say what else has to be done: what the tailnet's policy
-must allow, which DNS records to make, and which command comes next. On a terminal it asks what
-no flag says. It looks at this machine, and changes nothing of it but for the file.`,
+		Short: "Write a first configuration for an edge, a home server or a laptop",
+		Long: `Write a first configuration, and print what else has to be done: the rules that
+the tailnet's policy needs, the DNS records to create, and the next command. On
+a terminal it asks for everything that no option gives. The file is all that it
+changes on this machine.`,
 		Example: `  sudo tailsplice init edge --names example.org,www.example.org
   sudo tailsplice init home --names example.org --email me@example.org --forward 127.0.0.1:3000`,
 		Args: noArgs,
@@ -156,18 +157,21 @@ no flag says. It looks at this machine, and changes nothing of it but for the fi
 		sub := &cobra.Command{
 			Use:   r.name,
 			Short: "Write a first configuration for " + r.short,
-			Args:  noArgs,
+			Long: "Write a first configuration for " + r.short + ",\nand print what else has to be done. " +
+				"See tailsplice init --help.",
+			Example: "  sudo tailsplice init " + r.name + " --names example.org --forward " + r.forward,
+			Args:    noArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
 				return initRole(cmd, r, o)
 			},
 		}
-		sub.Flags().StringSliceVar(&o.Names, "names", nil, "the `host names` that browsers ask for")
+		sub.Flags().StringSliceVar(&o.Names, "names", nil, "the host `names` that browsers ask for, separated by commas")
 		sub.Flags().StringVar(&o.Forward, "forward", "", "the `target` that they lead to (default "+r.forward+")")
 		if r.email {
 			sub.Flags().StringVar(&o.Email, "email", "", "the `address` that the certificate authority writes to")
 		}
 		configFlag(sub, &o.file)
-		sub.Flags().BoolVar(&o.force, "force", false, "overwrite the file")
+		sub.Flags().BoolVar(&o.force, "force", false, "overwrite an existing file")
 		jsonFlag(sub, &o.asJSON)
 		cmd.AddCommand(sub)
 	}

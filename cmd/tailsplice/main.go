@@ -15,6 +15,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
+//go:generate go test -run IsCurrent$ -update .
+
 // defaultConfig is where `make install` puts the configuration.
 const defaultConfig = "/etc/tailsplice/tailsplice.yaml"
 
@@ -54,19 +56,20 @@ type usageError struct{ error }
 func (e *usageError) Unwrap() error { return e.error }
 
 func newRoot() *cobra.Command {
+	var showVersion, asJSON bool
 	root := &cobra.Command{
 		Use:   "tailsplice",
 		Short: "Your own Funnel: public connections spliced into your tailnet",
-		Long: `tailsplice takes public TCP connections on a cheap edge server, decides by the
-TLS server name where each belongs, without decrypting, and splices it into a
-connection over the tailnet. The same program runs on every hop of the way.`,
-		Example: `  # an edge in four lines
-  printf '%s\n' 'listeners:' '  - listen: [":443"]' '    mode: sni' '    default: { forward: tailnet://home:443 }' >edge.yaml
+		Long: `tailsplice accepts public TCP connections on an edge server and forwards each
+one over a tailnet. It reads the TLS server name to choose the target, and does
+not decrypt the connection. The same program runs on every hop of the path: on
+the edge, on the server that terminates TLS, and on the machine that answers.`,
+		Example: `  # write a first configuration for an edge, check it, and run it
+  tailsplice init edge --names example.org --config edge.yaml
   tailsplice check --config edge.yaml
-  tailsplice run --config edge.yaml`,
+  sudo tailsplice run --config edge.yaml`,
 		SilenceUsage:               true,
 		SilenceErrors:              true,
-		CompletionOptions:          cobra.CompletionOptions{HiddenDefaultCmd: false},
 		SuggestionsMinimumDistance: 2, // typing mistakes in a name
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
@@ -78,12 +81,21 @@ connection over the tailnet. The same program runs on every hop of the way.`,
 			}
 			return &usageError{fmt.Errorf("there is no command %q%s", args[0], nearest)}
 		},
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			switch {
+			case showVersion:
+				return printVersion(cmd.OutOrStdout(), asJSON)
+			case asJSON:
+				return &usageError{errors.New("--json needs a command, or --version")}
+			}
+			return cmd.Help()
+		},
 	}
-	root.Version = version() // makes --version
-	root.SetVersionTemplate(versionLine() + "\n")
+	root.Flags().BoolVarP(&showVersion, "version", "v", false, "print the version, as the command version does")
+	root.Flags().BoolVar(&asJSON, "json", false, "with --version: print JSON")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	root.AddCommand(newRun(), newCheck(), newStatus(), newFlows(), newTrace(), newTop(), newDoctor(), newInit(), newReload(), newHashPassword(), newVersion(), newMan())
+	root.AddCommand(newRun(), newCheck(), newStatus(), newFlows(), newTrace(), newTop(), newDoctor(), newInit(),
+		newReload(), newHashPassword(), newCompletion(), newVersion())
 	return root
 }
 
@@ -103,10 +115,10 @@ func configFlag(cmd *cobra.Command, file *string) {
 
 // controlFlag adds --control.
 func controlFlag(cmd *cobra.Command, socket *string) {
-	cmd.Flags().StringVar(socket, "control", defaultControl, "the daemon's control `socket` (control.socket in its configuration)")
+	cmd.Flags().StringVar(socket, "control", defaultControl, "the control `socket` of the daemon, which its configuration names as control.socket")
 }
 
 // jsonFlag adds --json.
 func jsonFlag(cmd *cobra.Command, asJSON *bool) {
-	cmd.Flags().BoolVar(asJSON, "json", false, "print JSON, for machines")
+	cmd.Flags().BoolVar(asJSON, "json", false, "print JSON")
 }

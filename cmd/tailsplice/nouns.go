@@ -32,7 +32,10 @@ func newStatus() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Show what the daemon listens on, where it routes, and what it has done",
+		Short: "Show the daemon's listeners, routes, problems and counters",
+		Long: `Show the state of the running daemon: its listeners and the addresses they are
+bound to, certificates, routes, datapaths, problems, and counts of what it has
+accepted and refused since it started.`,
 		Example: `  tailsplice status
   tailsplice status --json | jq .refused`,
 		Args: noArgs,
@@ -53,8 +56,8 @@ func newFlows() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "flows",
 		Short: "List the live flows",
-		Long: `List the live flows, oldest first. The id is shared by all hops of a flow's path:
-the same id in another hop's list or log is the same connection of the client.`,
+		Long: `List the live flows, oldest first. All hops of a path use the same id for a flow,
+so the same id in the list or the log of another hop is the same connection.`,
 		Example: `  tailsplice flows
   tailsplice flows --name example.org --client 192.0.2.0/24
   tailsplice flows --json | jq -r '.[] | [.id, .name, .client] | @tsv'`,
@@ -318,8 +321,9 @@ func newReload() *cobra.Command {
 		Use:   "reload",
 		Short: "Make the daemon read its configuration again",
 		Long: `Make the daemon read its configuration again. No connection is closed. If the
-configuration can't be used, the daemon goes on with the old one, what is
-wrong is printed, and the exit status is 1.`,
+configuration can't be used, the daemon keeps the one that it has, the errors
+are printed, and the exit status is 1. SIGHUP does the same, and reports errors
+in the daemon's log.`,
 		Example: `  tailsplice check && tailsplice reload`,
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -347,9 +351,22 @@ func version() string {
 	return "(devel)"
 }
 
-// versionLine is what `tailsplice version` and `tailsplice --version` print.
-func versionLine() string {
-	return fmt.Sprintf("tailsplice %s (%s, %s/%s)", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+// built is what `tailsplice version --json` prints.
+type built struct {
+	Version string `json:"version"`
+	Go      string `json:"go"`
+	OS      string `json:"os"`
+	Arch    string `json:"arch"`
+}
+
+// printVersion is `tailsplice version` and `tailsplice --version`.
+func printVersion(w io.Writer, asJSON bool) error {
+	b := built{version(), runtime.Version(), runtime.GOOS, runtime.GOARCH}
+	if asJSON {
+		return json.NewEncoder(w).Encode(b)
+	}
+	_, err := fmt.Fprintf(w, "tailsplice %s (%s, %s/%s)\n", b.Version, b.Go, b.OS, b.Arch)
+	return err
 }
 
 func newVersion() *cobra.Command {
@@ -357,15 +374,12 @@ func newVersion() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
-		Args:  noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if asJSON {
-				return json.NewEncoder(cmd.OutOrStdout()).Encode(map[string]string{
-					"version": version(), "go": runtime.Version(), "os": runtime.GOOS, "arch": runtime.GOARCH})
-			}
-			fmt.Fprintln(cmd.OutOrStdout(), versionLine())
-			return nil
-		},
+		Long: `Print the version of this program, the version of Go that built it, and the
+system that it is for. The version of a running daemon is in tailsplice status.`,
+		Example: `  tailsplice version
+  tailsplice --version --json | jq -r .version`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return printVersion(cmd.OutOrStdout(), asJSON) },
 	}
 	jsonFlag(cmd, &asJSON)
 	return cmd

@@ -17,9 +17,10 @@ import (
 func newHashPassword() *cobra.Command {
 	return &cobra.Command{
 		Use:   "hash-password",
-		Short: "Make the hash of a password for basic_auth",
+		Short: "Print the hash of a password, for basic_auth",
 		Long: `Ask for a password, or read one line from standard input, and print its bcrypt
-hash as basic_auth takes it. htpasswd -B makes files of them.`,
+hash in the form that basic_auth.users takes. To keep users in a file instead,
+use htpasswd -B and basic_auth.file.`,
 		Example: `  tailsplice hash-password
   printf '%s\n' "$PASSWORD" | tailsplice hash-password`,
 		Args: noArgs,

@@ -43,23 +43,25 @@ func newRun() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run the daemon",
-		Long: `Run the daemon in the foreground until it is told to end.
+		Long: `Run the daemon in the foreground until a signal stops it.
 
-Signals: HUP reads the configuration again and changes over to it without
-closing a connection; a configuration that can't be used changes nothing. It
-also opens the access logs anew, for log rotation.
-TERM and INT stop accepting, let the connections end, and cut what is left
-after --drain-timeout; the same one again ends at once.`,
+SIGHUP reloads the configuration without closing a connection, and reopens the
+access logs after log rotation. A configuration that can't be used changes
+nothing.
+
+SIGTERM and SIGINT stop accepting connections and let the open ones finish.
+After --drain-timeout the daemon closes those that are left. The same signal a
+second time closes them at once.`,
 		Example: `  tailsplice run --config /etc/tailsplice/tailsplice.yaml
   tailsplice run -c edge.yaml --log-format text --log-level debug`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd.Context(), o) },
 	}
 	configFlag(cmd, &o.config)
-	cmd.Flags().DurationVar(&o.drain, "drain-timeout", 30*time.Second, "how long connections may take to end after TERM")
-	cmd.Flags().StringVar(&o.logFormat, "log-format", "auto", "text, json, or auto: text on a terminal and JSON elsewhere")
-	cmd.Flags().StringVar(&o.logLevel, "log-level", "info", "debug, info, warn or error")
-	cmd.Flags().BoolVar(&o.knownBad, "allow-known-bad-kernel", false, "use the sockmap datapath also on kernels known to lose or repeat spliced bytes: connections may be corrupted silently")
+	cmd.Flags().DurationVar(&o.drain, "drain-timeout", 30*time.Second, "how long open connections may take to finish after SIGTERM or SIGINT")
+	cmd.Flags().StringVar(&o.logFormat, "log-format", "auto", "the `format` of the log on standard error: text, json, or auto, which is text on a terminal and JSON elsewhere")
+	cmd.Flags().StringVar(&o.logLevel, "log-level", "info", "the lowest `level` of the lines that are logged: debug, info, warn or error")
+	cmd.Flags().BoolVar(&o.knownBad, "allow-known-bad-kernel", false, "use the sockmap datapath on kernels that are known to lose or repeat bytes: connections may be corrupted without notice")
 	return cmd
 }
 

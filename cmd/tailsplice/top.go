@@ -33,9 +33,8 @@ func newTop() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "top",
 		Short: "Watch the live flows, the busiest first",
-		Long: `Watch the live flows, the busiest first, with the bytes a second that each
-moved since the last look. On a terminal the list fills the screen, and keys
-change it:
+		Long: `Watch the live flows, the busiest first, with the bytes per second of each since
+the last update. On a terminal the list fills the screen, and keys change it:
 
   q, ^C   quit
   s       sort by the next of rate, bytes, age, name, client, route
@@ -43,7 +42,7 @@ change it:
   /       show only flows with a text in their name, client, route, target,
           listener, datapath or id: type it, then Enter; Esc shows all again
 
-Elsewhere each look is printed below the last. NO_COLOR=1 leaves colours out.`,
+Elsewhere each update is printed below the one before.`,
 		Example: `  tailsplice top
   tailsplice top --route '*.example.org' --sort age
   tailsplice top --json --rounds 1 --limit 1   # the busiest flow of one second`,
@@ -76,10 +75,10 @@ Elsewhere each look is printed below the last. NO_COLOR=1 leaves colours out.`,
 			})
 		},
 	}
-	cmd.Flags().DurationVar(&every, "interval", time.Second, "time from one look to the next")
-	cmd.Flags().IntVarP(&rounds, "rounds", "n", 0, "end after so many looks; 0 goes on")
+	cmd.Flags().DurationVar(&every, "interval", time.Second, "the `time` between updates, at least 100ms")
+	cmd.Flags().IntVarP(&rounds, "rounds", "n", 0, "end after this `number` of updates; 0 means never")
 	f.flags(cmd)
-	cmd.Flags().StringVar(&f.sort, "sort", flow.Sorts[0], "order: "+strings.Join(flow.Sorts, ", "))
+	cmd.Flags().StringVar(&f.sort, "sort", flow.Sorts[0], "the `order` of the flows: "+strings.Join(flow.Sorts, ", "))
 	cmd.Flags().BoolVar(&f.Reverse, "reverse", false, "reverse the order")
 	cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions(flow.Sorts, cobra.ShellCompDirectiveNoFileComp))
 	controlFlag(cmd, &control)
@@ -94,10 +93,10 @@ type flowFilter struct {
 }
 
 func (f *flowFilter) flags(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&f.Name, "name", "", "only flows with `text` in their server name or host")
-	cmd.Flags().StringVar(&f.client, "client", "", "only flows of a client: an `address`, or a range such as 192.0.2.0/24")
-	cmd.Flags().StringVar(&f.Route, "route", "", "only flows with `text` in their route")
-	cmd.Flags().IntVar(&f.Limit, "limit", 0, "only the first `n` flows; 0 is all")
+	cmd.Flags().StringVar(&f.Name, "name", "", "show only flows with this `text` in their server name or host")
+	cmd.Flags().StringVar(&f.client, "client", "", "show only flows of this client: an `address`, or a range such as 192.0.2.0/24")
+	cmd.Flags().StringVar(&f.Route, "route", "", "show only flows with this `text` in their route")
+	cmd.Flags().IntVar(&f.Limit, "limit", 0, "show only the first flows, up to this `number`; 0 means all")
 }
 
 // query is what the flags say. The error is one of usage.

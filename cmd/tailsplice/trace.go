@@ -24,17 +24,19 @@ func newTrace() *cobra.Command {
 	q := front.Question{}
 	cmd := &cobra.Command{
 		Use:   "trace HOST[/PATH]",
-		Short: "Say where this hop sends a name, and whether that answers",
-		Long: `Say which listener and which route take a name, where they send it, whether
-that can be reached now, and what the next hop is. The daemon that runs is asked;
-with --config a configuration is, without one that runs. Each target is
-connected to, and the connection closed again, unless --no-dial is given.
+		Short: "Show where this hop sends a host name, and whether the target answers",
+		Long: `Show which listener and route match a host name, which target they lead to,
+whether the target can be reached now, and what the next hop is. The command
+asks the running daemon. With --config it reads a configuration instead, and
+needs no daemon. It connects to each target and closes the connection again,
+unless --no-dial is given.
 
-Who asks for a name is not looked at: allow, passwords and forward_auth are
-listed, and not tried. Follow a path by asking the same on each hop.
+Restrictions on clients (allow, basic_auth, forward_auth, client certificates)
+are listed, but not tried. To follow a path, run the command on each hop.
 
-The exit status is 0 if some listener leads somewhere and none to where nobody
-answers, else 1.`,
+The exit status is 0 if at least one listener leads to a target that answers
+(or to a redirect) and no listener leads only to targets that do not answer.
+Otherwise it is 1.`,
 		Example: `  tailsplice trace example.vsq.cz
   tailsplice trace https://notes.vsq.cz/api/ --method POST
   tailsplice trace example.vsq.cz --config edge.yaml --no-dial
@@ -87,13 +89,13 @@ answers, else 1.`,
 	controlFlag(cmd, &control)
 	jsonFlag(cmd, &asJSON)
 	configFlag(cmd, &file)
-	cmd.Flags().Lookup("config").Usage = "ask this configuration `file` instead of the daemon"
+	cmd.Flags().Lookup("config").Usage = "read this configuration `file` instead of asking the daemon"
 	cmd.Flags().Lookup("config").DefValue = ""
-	cmd.Flags().BoolVar(&noDial, "no-dial", false, "don't connect to the targets")
-	cmd.Flags().StringVar(&q.Listener, "listener", "", "only the listener of this `name`")
-	cmd.Flags().StringVar(&q.Method, "method", "GET", "the request's `method`")
-	cmd.Flags().StringArrayVar(&headers, "header", nil, "a header of the request, `'NAME: VALUE'`; may be repeated")
-	cmd.Flags().StringSliceVar(&q.ALPN, "alpn", []string{"h2", "http/1.1"}, "the `protocols` that the TLS client offers")
+	cmd.Flags().BoolVar(&noDial, "no-dial", false, "do not connect to the targets")
+	cmd.Flags().StringVar(&q.Listener, "listener", "", "show only the listener of this `name`")
+	cmd.Flags().StringVar(&q.Method, "method", "GET", "the `method` of the request")
+	cmd.Flags().StringArrayVar(&headers, "header", nil, "a `header` of the request, as 'NAME: VALUE'; can be repeated")
+	cmd.Flags().StringSliceVar(&q.ALPN, "alpn", []string{"h2", "http/1.1"}, "the `protocols` that the TLS client offers by ALPN")
 	return cmd
 }
 

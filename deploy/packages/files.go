@@ -3,7 +3,7 @@ package main
 import (
 	"bytes"
 	"compress/gzip"
-	"fmt"
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -42,26 +42,28 @@ func (r *release) files(prefix string, program, bom []byte) ([]file, error) {
 		{name: prefix + "/share/fish/vendor_completions.d/tailsplice.fish", mode: 0o644, data: r.completion["fish"]},
 		{name: doc + "/sbom.cdx.json", mode: 0o644, data: bom},
 	}
-	for name, text := range r.man {
-		page, err := compress(text)
+	for _, from := range []string{"README.md", "ARCHITECTURE.md", "SECURITY.md", "docs", "examples", "deploy/grafana",
+		"deploy/prometheus"} {
+		err := filepath.WalkDir(filepath.Join(r.repo, from), func(source string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			text, err := os.ReadFile(source)
+			if err != nil {
+				return err
+			}
+			name := path.Join(doc, strings.TrimPrefix(source, r.repo))
+			if page, ok := strings.CutPrefix(name, doc+"/docs/man/"); ok {
+				name = prefix + "/share/man/man" + strings.TrimPrefix(path.Ext(page), ".") + "/" + page + ".gz"
+				if text, err = compress(text); err != nil {
+					return err
+				}
+			}
+			files = append(files, file{name: name, mode: 0o644, data: text})
+			return nil
+		})
 		if err != nil {
 			return nil, err
-		}
-		section := strings.TrimPrefix(path.Ext(name), ".")
-		files = append(files, file{name: prefix + "/share/man/man" + section + "/" + name + ".gz", mode: 0o644, data: page})
-	}
-	for _, pattern := range []string{"README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*.*", "docs/reference/*", "examples/*",
-		"deploy/grafana/*", "deploy/prometheus/*"} {
-		found, err := filepath.Glob(filepath.Join(r.repo, pattern))
-		if err != nil || len(found) == 0 {
-			return nil, fmt.Errorf("nothing is called %s (%v)", pattern, err)
-		}
-		for _, f := range found {
-			text, err := os.ReadFile(f)
-			if err != nil {
-				return nil, err
-			}
-			files = append(files, file{name: path.Join(doc, strings.TrimPrefix(f, r.repo)), mode: 0o644, data: text})
 		}
 	}
 	for source, name := range map[string]string{r.repo + "/LICENSE": "copyright", r.repo + sample: "tailsplice.yaml"} {

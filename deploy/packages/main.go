@@ -51,8 +51,7 @@ type options struct{ out, version, arch string }
 type release struct {
 	options
 	repo, work string
-	time       time.Time // of the commit: all files have it
-	man        map[string][]byte
+	time       time.Time         // of the commit: all files have it
 	completion map[string][]byte // by shell
 }
 
@@ -115,34 +114,14 @@ func commitTime(ctx context.Context, repo string) (time.Time, error) {
 	return time.Unix(seconds, 0).UTC(), nil
 }
 
-// describe has the daemon, as built for this machine, write its man pages and completion.
+// describe has the daemon, as built for this machine, write its scripts for completion.
 func (r *release) describe(ctx context.Context) error {
 	host := filepath.Join(r.work, "host")
 	if err := r.compile(ctx, host); err != nil {
 		return err
 	}
-	dir := filepath.Join(r.work, "man")
-	man := exec.CommandContext(ctx, host, "man", dir)
-	man.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", r.time.Unix()), "TZ=UTC")
-	if _, err := output(man); err != nil {
-		return err
-	}
-	pages, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	r.man, r.completion = map[string][]byte{}, map[string][]byte{}
-	for _, p := range pages {
-		text, err := os.ReadFile(filepath.Join(dir, p.Name()))
-		if err != nil {
-			return err
-		}
-		r.man[p.Name()] = text
-	}
-	const format = "tailsplice.yaml.5"
-	if r.man[format], err = os.ReadFile(filepath.Join(r.repo, "docs/man", format)); err != nil {
-		return err
-	}
+	var err error
+	r.completion = map[string][]byte{}
 	for _, shell := range []string{"bash", "zsh", "fish"} {
 		if r.completion[shell], err = output(exec.CommandContext(ctx, host, "completion", shell)); err != nil {
 			return err

@@ -16,7 +16,11 @@ import (
 )
 
 // Page is a page that grows from top to bottom. The zero Page is empty.
-type Page struct{ blocks []block }
+type Page struct {
+	Depth int // how many levels its headings are below the usual ones, on the web
+
+	blocks []block
+}
 
 // block is a part of a page in both forms. An empty one is left out.
 type block struct{ markdown, man string }
@@ -29,12 +33,16 @@ func (p *Page) Heading(level int, text string) {
 	if level > 1 {
 		man = ".SS " + quote(text)
 	}
-	p.add(strings.Repeat("#", level+1)+" "+text, man)
+	p.add(strings.Repeat("#", p.Depth+level+1)+" "+text, man)
 }
 
-// Text adds paragraphs, with an empty line between them.
+// Text adds paragraphs, with an empty line between them. One whose first line is indented stays as it is.
 func (p *Page) Text(text string) {
 	for paragraph := range strings.SplitSeq(strings.TrimSpace(text), "\n\n") {
+		if strings.HasPrefix(paragraph, "  ") {
+			p.Code("", strings.ReplaceAll(paragraph[2:], "\n  ", "\n"))
+			continue
+		}
 		p.add(wrap(paragraph), ".PP\n"+roff(paragraph))
 	}
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/container"
+	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 	"github.com/tailsplice/tailsplice/userspace/transparent"
@@ -36,6 +37,7 @@ const leastMTU = 1280
 
 // report is what doctor found.
 type report struct {
+	Format   int              `json:"format_version"` // flow.FormatVersion
 	Machine  []loader.Finding `json:"machine"`
 	SelfTest []loader.Finding `json:"self_test"` // of the sockmap datapath
 	Services []loader.Finding `json:"services"`
@@ -57,7 +59,8 @@ whatever it finds.`,
   tailsplice doctor --json | jq '.machine[] | select(.state != "ok")'`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			r := report{Machine: append(loader.Probe(), findTransparent()), SelfTest: loader.SelfTest(loader.Options{Local: true}), Services: services(cmd.Context(), control)}
+			r := report{Format: flow.FormatVersion, Machine: append(loader.Probe(), findTransparent()),
+				SelfTest: loader.SelfTest(loader.Options{Local: true}), Services: services(cmd.Context(), control)}
 			if asJSON {
 				enc := json.NewEncoder(terminal{cmd.OutOrStdout()})
 				enc.SetIndent("", "  ")

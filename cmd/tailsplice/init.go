@@ -24,6 +24,7 @@ import (
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
+	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
 
@@ -124,6 +125,7 @@ func onPort80(target string) string {
 
 // started is what init has made and found.
 type started struct {
+	Format  int              `json:"format_version"` // flow.FormatVersion
 	Role    string           `json:"role"`
 	File    string           `json:"file"`
 	Config  string           `json:"config"`
@@ -193,7 +195,7 @@ func initRole(cmd *cobra.Command, r *role, o initOptions) error {
 		return &usageError{errors.New("--names is missing: the host names that browsers ask for, such as " +
 			"--names example.org")}
 	}
-	s := started{Role: r.name, File: o.file, Config: r.config(o.answers), DNS: []string{},
+	s := started{Format: flow.FormatVersion, Role: r.name, File: o.file, Config: r.config(o.answers), DNS: []string{},
 		Machine: lookAround(cmd.Context(), r, o.Names)}
 	if _, err := config.Parse(o.file, []byte(s.Config)); err != nil {
 		return fmt.Errorf("no configuration comes of these answers:\n%w", err)

@@ -353,6 +353,7 @@ func version() string {
 
 // built is what `tailsplice version --json` prints.
 type built struct {
+	Format  int    `json:"format_version"` // flow.FormatVersion
 	Version string `json:"version"`
 	Go      string `json:"go"`
 	OS      string `json:"os"`
@@ -361,7 +362,7 @@ type built struct {
 
 // printVersion is `tailsplice version` and `tailsplice --version`.
 func printVersion(w io.Writer, asJSON bool) error {
-	b := built{version(), runtime.Version(), runtime.GOOS, runtime.GOARCH}
+	b := built{flow.FormatVersion, version(), runtime.Version(), runtime.GOOS, runtime.GOARCH}
 	if asJSON {
 		return json.NewEncoder(w).Encode(b)
 	}

@@ -23,6 +23,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/logwriter"
 )
@@ -273,7 +274,7 @@ func newLogger(o runOptions) (*slog.Logger, *logwriter.Writer, error) {
 		if text {
 			return slog.New(slog.NewTextHandler(terminal{w}, ho))
 		}
-		return slog.New(slog.NewJSONHandler(terminal{w}, ho))
+		return slog.New(slog.NewJSONHandler(terminal{w}, ho)).With("format_version", flow.FormatVersion)
 	}
 	w := logwriter.New(os.Stderr, func(w io.Writer, lines int) {
 		logger(w).Error("log lines are missing here because the reader of standard error did not keep up: check that it runs", "lines", lines)

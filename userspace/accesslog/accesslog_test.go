@@ -35,10 +35,10 @@ func TestFormats(t *testing.T) {
 		{appendCommon, &entry, `2001:db8::7 - me@vsq.cz [04/May/2026:03:02:01 +0200] "GET /a?b=c HTTP/2.0" 200 1234` + "\n"},
 		{appendCombined, &entry, `2001:db8::7 - me@vsq.cz [04/May/2026:03:02:01 +0200] "GET /a?b=c HTTP/2.0" 200 1234 "https://vsq.cz/" "curl/8"` + "\n"},
 		{appendCombined, &hostile, `192.0.2.1 - a\x20b\" [04/May/2026:03:02:01 +0200] "GET /\"\x20\\\x1b[2J\x7f\xc2\x9b\x0a\xff<\xc3\xa9 HTTP/1.1" 404 - "-" "x\" \"y\x0d\x0a"` + "\n"},
-		{appendJSON, &entry, `{"time":"2026-05-04T01:02:01.6Z","id":"0123","request_id":"r1","node":"home","listener":"web","client":"2001:db8::7","user":"me@vsq.cz","method":"GET",` +
+		{appendJSON, &entry, `{"time":"2026-05-04T01:02:01.6Z","format_version":1,"id":"0123","request_id":"r1","node":"home","listener":"web","client":"2001:db8::7","user":"me@vsq.cz","method":"GET",` +
 			`"host":"example.vsq.cz","uri":"/a?b=c","proto":"HTTP/2.0","status":200,"bytes_up":1,"bytes_down":1234,"duration":0.0015,"referer":"https://vsq.cz/","user_agent":"curl/8",` +
 			`"route":"default","target":"tailnet://laptop:8080","upstream":"100.64.0.4:8080"}` + "\n"},
-		{appendJSON, &hostile, `{"time":"2026-05-04T01:02:01.6Z","listener":"web","client":"192.0.2.1","user":"a b\"","method":"GET","host":"a","uri":"/\" \\\u001b[2J\u007f\u009b\n\ufffd\u003cé",` +
+		{appendJSON, &hostile, `{"time":"2026-05-04T01:02:01.6Z","format_version":1,"listener":"web","client":"192.0.2.1","user":"a b\"","method":"GET","host":"a","uri":"/\" \\\u001b[2J\u007f\u009b\n\ufffd\u003cé",` +
 			`"proto":"HTTP/1.1","status":404,"bytes_up":0,"bytes_down":0,"duration":0,"user_agent":"x\" \"y\r\n"}` + "\n"},
 	} {
 		if got := string(c.format(nil, c.e)); got != c.want {

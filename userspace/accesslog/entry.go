@@ -37,12 +37,16 @@ type Entry struct {
 // longest is how much of one text is written.
 const longest = 8 << 10
 
+// formatVersion is raised as flow.FormatVersion is, whose value it has.
+const formatVersion = 1
+
 // appendJSON writes e as one JSON object. Keys without a value are left out,
 // but those that every request has.
 func appendJSON(b []byte, e *Entry) []byte {
 	b = append(b, `{"time":"`...)
 	b = e.Time.UTC().AppendFormat(b, time.RFC3339Nano)
 	b = append(b, '"')
+	b = strconv.AppendInt(append(b, `,"format_version":`...), formatVersion, 10)
 	text := func(key, v string, always bool) {
 		if v == "" && !always {
 			return

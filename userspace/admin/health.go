@@ -29,7 +29,7 @@ func (h Health) Handler() http.Handler {
 		ctx, cancel := context.WithTimeout(r.Context(), aliveWait)
 		defer cancel()
 		err := h.Alive(ctx)
-		a := alive{Alive: err == nil}
+		a := Liveness{Format: formatVersion, Alive: err == nil}
 		if err != nil {
 			a.Problem = err.Error()
 		}
@@ -42,12 +42,18 @@ func (h Health) Handler() http.Handler {
 	return mux
 }
 
-type alive struct {
+// formatVersion is raised as flow.FormatVersion is, whose value it has.
+const formatVersion = 1
+
+// Liveness is the answer of /healthz.
+type Liveness struct {
+	Format  int    `json:"format_version"`
 	Alive   bool   `json:"alive"`
 	Problem string `json:"problem,omitempty"`
 }
 
-func (a alive) String() string {
+// String is the answer for people.
+func (a Liveness) String() string {
 	if a.Alive {
 		return "alive\n"
 	}

@@ -28,7 +28,7 @@ func TestHealth(t *testing.T) {
 		{nil, true, "/healthz", "", 200, "alive\n"},
 		{nil, false, "/healthz", "*/*", 200, "alive\n"},
 		{errors.New("it hangs"), true, "/healthz", "", 503, "it hangs\n"},
-		{errors.New("it hangs"), true, "/healthz?json", "", 503, `{"alive":false,"problem":"it hangs"}` + "\n"},
+		{errors.New("it hangs"), true, "/healthz?json", "", 503, `{"format_version":1,"alive":false,"problem":"it hangs"}` + "\n"},
 		{nil, true, "/readyz", "", 200, "ready true\n"},
 		{nil, false, "/readyz", "", 503, "ready false\n"},
 		{nil, false, "/readyz", "application/json", 503, `{"ready":false}` + "\n"},

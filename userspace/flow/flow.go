@@ -65,8 +65,13 @@ func (f *Flow) datapath() string {
 	return f.Datapath()
 }
 
+// FormatVersion is raised when a field of a JSON output goes, or means another thing. A new field leaves it.
+// docs/reference/json.md has the fields.
+const FormatVersion = 1
+
 // Snapshot is a Flow at one moment, as `tailsplice flows --json` prints it.
 type Snapshot struct {
+	Format     int       `json:"format_version"`
 	ID         string    `json:"id"`
 	Listener   string    `json:"listener"`
 	Route      string    `json:"route"`
@@ -82,7 +87,7 @@ type Snapshot struct {
 }
 
 func (f *Flow) snapshot(up, down int64) Snapshot {
-	return Snapshot{ID: f.ID, Listener: f.Listener, Route: f.Route, Name: f.Name, Client: f.Client,
+	return Snapshot{Format: FormatVersion, ID: f.ID, Listener: f.Listener, Route: f.Route, Name: f.Name, Client: f.Client,
 		Downstream: f.Downstream, Upstream: f.Upstream, Target: f.Target, Datapath: f.datapath(),
 		Started: f.Started, BytesUp: up, BytesDown: down}
 }

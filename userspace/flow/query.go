@@ -116,6 +116,7 @@ type Rate struct {
 
 // Look is what `tailsplice top --json` prints, one a line: rates are bytes a second.
 type Look struct {
+	Format   int       `json:"format_version"`
 	Time     time.Time `json:"time"`
 	Live     int       `json:"live"`      // flows, whether the query takes them or not
 	Matching int       `json:"matching"`  // flows that it takes
@@ -159,7 +160,7 @@ func (r *Registry) Watch(q Query) *Watcher {
 // Look says what has moved since the last one. What began since then counts from its beginning.
 func (w *Watcher) Look(now time.Time) Look {
 	live := w.registry.flows()
-	l := Look{Time: now, Live: len(live)}
+	l := Look{Format: FormatVersion, Time: now, Live: len(live)}
 	seconds := now.Sub(w.at).Seconds()
 	w.at, w.looks, w.order = now, w.looks+1, w.order[:0]
 	for _, f := range live {

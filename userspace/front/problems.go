@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
@@ -126,6 +127,7 @@ func certificateProblem(listener string, cert tlsterm.Info) Problem {
 
 // Readiness is whether the daemon can take the connections that it should.
 type Readiness struct {
+	Format   int       `json:"format_version"` // flow.FormatVersion
 	Ready    bool      `json:"ready"`
 	Draining bool      `json:"draining,omitempty"` // it takes no new ones, and ends
 	Problems []Problem `json:"problems,omitempty"` // those that keep it from being ready, and others
@@ -135,7 +137,7 @@ type Readiness struct {
 func (f *Front) Ready() Readiness {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	r := Readiness{Draining: f.closed, Problems: f.problems()}
+	r := Readiness{Format: flow.FormatVersion, Draining: f.closed, Problems: f.problems()}
 	r.Ready = !r.Draining && !slices.ContainsFunc(r.Problems, Problem.Unready)
 	return r
 }

@@ -157,7 +157,7 @@ listeners:
 	if r := d.Ready(); !r.Ready || r.String() != "ready\n" {
 		t.Errorf("ready: %+v", r)
 	}
-	if b, err := json.Marshal(d.Ready()); err != nil || string(b) != `{"ready":true}` {
+	if b, err := json.Marshal(d.Ready()); err != nil || string(b) != `{"format_version":1,"ready":true}` {
 		t.Errorf("%s, %v", b, err)
 	}
 	d.stopAccepting()

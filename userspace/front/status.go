@@ -10,12 +10,14 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
 // Status is what `tailsplice status --json` prints.
 type Status struct {
+	Format    int              `json:"format_version"` // flow.FormatVersion
 	Version   string           `json:"version"`
 	Node      string           `json:"node"`
 	Config    string           `json:"config"`
@@ -90,7 +92,7 @@ type RouteStatus struct {
 func (f *Front) Status() Status {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	s := Status{Version: f.opts.Version, Node: f.cfg.Node, Config: f.cfg.File, Started: f.started, Loaded: f.loaded,
+	s := Status{Format: flow.FormatVersion, Version: f.opts.Version, Node: f.cfg.Node, Config: f.cfg.File, Started: f.started, Loaded: f.loaded,
 		Flows: f.flows.Len(), Requests: f.requests.Total(),
 		Accepted: metrics.Totals(f.metrics.Accepted, "listener"), Refused: metrics.Totals(f.metrics.Refused, "reason"),
 		Ended: metrics.Totals(f.metrics.Ended, "end"), DialErrors: metrics.Totals(f.metrics.DialError, "reason"),

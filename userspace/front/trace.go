@@ -17,6 +17,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -65,6 +66,7 @@ func ParseQuestion(v url.Values) (Question, error) {
 
 // Trace says what this hop would do with a connection or a request.
 type Trace struct {
+	Format    int             `json:"format_version"` // flow.FormatVersion
 	Node      string          `json:"node"`
 	Host      string          `json:"host"`
 	Path      string          `json:"path"`
@@ -194,7 +196,7 @@ func (f *Front) trace(ctx context.Context, cfg *config.Config, services map[stri
 	ctx, cancel := context.WithTimeout(ctx, traceTimeout)
 	defer cancel()
 	req := &http.Request{Method: cmp.Or(q.Method, http.MethodGet), Header: q.Header}
-	t := Trace{Node: cfg.Node, Host: q.Host, Path: vhost.RoutePath(q.Path), Method: req.Method}
+	t := Trace{Format: flow.FormatVersion, Node: cfg.Node, Host: q.Host, Path: vhost.RoutePath(q.Path), Method: req.Method}
 	var tries sync.WaitGroup
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]

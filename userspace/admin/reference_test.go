@@ -1,0 +1,9 @@
+package admin
+
+import (
+	"testing"
+
+	"github.com/tailsplice/tailsplice/test/reference"
+)
+
+func TestFormatVersion(t *testing.T) { reference.CompareFormat(t, formatVersion) }

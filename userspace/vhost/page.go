@@ -17,6 +17,23 @@ var pageHTML string
 
 var pageTemplate = template.Must(template.New("page").Parse(pageHTML))
 
+// formatVersion is raised as flow.FormatVersion is, whose value it has.
+const formatVersion = 1
+
+// errorPage is a page for programs.
+type errorPage struct {
+	Format int      `json:"format_version"`
+	Status int      `json:"status"`
+	Error  string   `json:"error"`
+	Detail string   `json:"detail"`
+	Hint   string   `json:"hint,omitempty"`
+	Passed []string `json:"passed,omitempty"` // the hops before Node
+	Node   string   `json:"node"`
+	Target string   `json:"target,omitempty"`
+	Reason string   `json:"reason,omitempty"`
+	ID     string   `json:"id,omitempty"`
+}
+
 // page answers with a page of this hop's own, in the form that the client reads.
 func (s *Server) page(x *exchange, status int, f fault) {
 	if isGRPC(x.req) {
@@ -38,17 +55,7 @@ func (s *Server) page(x *exchange, status int, f fault) {
 		kind = "application/json"
 		enc := json.NewEncoder(&buf)
 		enc.SetEscapeHTML(false)
-		enc.Encode(struct {
-			Status int      `json:"status"`
-			Error  string   `json:"error"`
-			Detail string   `json:"detail"`
-			Hint   string   `json:"hint,omitempty"`
-			Passed []string `json:"passed,omitempty"` // the hops before Node
-			Node   string   `json:"node"`
-			Target string   `json:"target,omitempty"`
-			Reason string   `json:"reason,omitempty"`
-			ID     string   `json:"id,omitempty"`
-		}{status, f.title, f.text, f.hint, x.passed(), s.opts.Node, bare(f.target), f.reason, x.id})
+		enc.Encode(errorPage{formatVersion, status, f.title, f.text, f.hint, x.passed(), s.opts.Node, bare(f.target), f.reason, x.id})
 	default:
 		fmt.Fprintf(&buf, "%d %s: %s\n\n%s\n", status, http.StatusText(status), f.title, f.text)
 		if f.hint != "" {

@@ -102,7 +102,7 @@ lint: ## gofmt, vet and staticcheck, for Linux and macOS
 	for f in scripts/* .ci/run $(PACKAGES)/{postinst,prerm,postrm}; do bash -n $$f; done
 
 .PHONY: generate
-generate: ## Generate code, schema and BPF objects again
+generate: ## Generate code, schema, reference, man pages and BPF objects again
 	go generate ./...
 
 .PHONY: install

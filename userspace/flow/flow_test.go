@@ -34,6 +34,9 @@ func TestRegistry(t *testing.T) {
 	if len(got) != 2 || got[0].ID != "b" || got[0].BytesUp != 1 || got[0].BytesDown != 2 {
 		t.Fatalf("snapshot %+v: want b (1 up, 2 down) before a", got)
 	}
+	if got[0].Format != FormatVersion {
+		t.Errorf("format_version is %d", got[0].Format)
+	}
 	r.Remove(older)
 	r.Remove(older)
 	select {

@@ -168,7 +168,7 @@ changes on this machine.`,
 			},
 		}
 		sub.Flags().StringSliceVar(&o.Names, "names", nil, "the host `names` that browsers ask for, separated by commas")
-		sub.Flags().StringVar(&o.Forward, "forward", "", "the `target` that they lead to (default "+r.forward+")")
+		sub.Flags().StringVar(&o.Forward, "forward", "", "the `target` that connections for them go to (default "+r.forward+")")
 		if r.email {
 			sub.Flags().StringVar(&o.Email, "email", "", "the `address` that the certificate authority writes to")
 		}

@@ -102,7 +102,7 @@ var manuals = map[string]manual{
 	},
 	"init": {
 		does:        "the file was written",
-		fails:       "the file exists already, can't be written, or would not be a valid configuration",
+		fails:       "the file exists and is not the unchanged one of a package, can't be written, or would not be valid",
 		files:       [][2]string{fileConfig},
 		environment: [][2]string{envTailscaled, envDocker},
 		see:         []string{"check", "run"},

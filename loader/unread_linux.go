@@ -1,15 +1,14 @@
 package loader
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
@@ -20,6 +19,8 @@ import (
 const (
 	localsPin = "locals"
 	unreadPin = "unread-" // and a number
+
+	ethernetHeader = 14 // bytes
 )
 
 // holdsUnread: the pin is that of a map of sockets in which bytes wait for a process. True also where that
@@ -44,31 +45,31 @@ func anyUnread(sockets *ebpf.Map) (bool, error) {
 	if err != nil {
 		return true, fmt.Errorf("read the BPF object: %w", err)
 	}
+	spec.Maps["locals"].MaxEntries = sockets.MaxEntries() // it may be that of another version
 	var o struct {
 		Unread *ebpf.Program `ebpf:"unread"`
 	}
-	if err := spec.LoadAndAssign(&o, nil); err != nil {
-		return true, fmt.Errorf("load the iterator of sockets: %w", translate(err))
+	err = spec.LoadAndAssign(&o, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{"locals": sockets}})
+	if err != nil {
+		return true, fmt.Errorf("load the program that looks at sockets: %w", translate(err))
 	}
 	defer o.Unread.Close()
-	it, err := link.AttachIter(link.IterOptions{Program: o.Unread, Map: sockets})
-	if err != nil {
-		return true, fmt.Errorf("attach the iterator of sockets: %w", translate(err))
+	key := make([]byte, sockets.KeySize())
+	last := any(nil)
+	// A key that is gone meanwhile is followed by the first one.
+	for range 4 * sockets.MaxEntries() {
+		if err := sockets.NextKey(last, key); errors.Is(err, ebpf.ErrKeyNotExist) {
+			return false, nil
+		} else if err != nil {
+			return true, fmt.Errorf("look through the sockets: %w", err)
+		}
+		waits, err := o.Unread.Run(&ebpf.RunOptions{Data: append(make([]byte, ethernetHeader), key...)})
+		if err != nil || waits != 0 {
+			return true, err
+		}
+		last = bytes.Clone(key)
 	}
-	defer it.Close()
-	r, err := it.Open()
-	if err != nil {
-		return true, fmt.Errorf("open the iterator of sockets: %w", err)
-	}
-	defer r.Close()
-	_, err = r.Read(make([]byte, 1)) // the program prints nothing
-	if err == io.EOF {
-		return false, nil
-	}
-	if !isAgain(err) {
-		return true, fmt.Errorf("read the iterator of sockets: %w", err)
-	}
-	return true, nil
+	return true, errors.New("look through the sockets: they change too fast")
 }
 
 // keep gives the map of sockets of a daemon that has ended a name that no other one has.

@@ -247,18 +247,6 @@ struct bpf_iter__tcp {
 	} __attribute__((aligned(8)));
 };
 
-struct bpf_map;
-
-/* The context of iter/sockmap programs. */
-struct bpf_iter__sockmap {
-	union {
-		struct bpf_map *map;
-	} __attribute__((aligned(8)));
-	union {
-		struct sock *sk; /* 0: no more of them */
-	} __attribute__((aligned(8)));
-};
-
 struct proto {
 	struct atomic *memory_allocated; /* pages that TCP has in all */
 };

@@ -34,7 +34,8 @@ func (f *Front) newHTTPServer(l *listener, certs *tlsterm.Store) *httpServer {
 		Route: func(r *http.Request, host, path string) (*vhost.Route, error) {
 			return l.service.Load().routeRequest(r, host, path, certs)
 		},
-		HSTS: func() string { return l.service.Load().hsts }, Timing: func() bool { return l.service.Load().timing }}
+		ByPath: func(host string) bool { return l.service.Load().routesByPath(host) },
+		HSTS:   func() string { return l.service.Load().hsts }, Timing: func() bool { return l.service.Load().timing }}
 	if certs != nil {
 		o.TLS = f.answeringChallenges(l.askingClients(certs.Config()))
 		go certs.Run(ctx)

@@ -553,3 +553,31 @@ listeners:
 func (m message) String() string {
 	return fmt.Sprintf("%s %q host=%q %q", m.method, m.target, m.host, m.header)
 }
+
+// TestOddPathOfOneRoute: how servers read a path is no matter where the host's routes don't look at it, however
+// many readings there are.
+func TestOddPathOfOneRoute(t *testing.T) {
+	addr := freeAddr(t)
+	start(t, fmt.Sprintf(`
+listeners:
+  - name: web
+    listen: %q
+    mode: http
+    routes:
+      - { host: plain.test, forward: %[2]q }
+      - { host: parts.test, path: /part, forward: %[2]q }
+      - { host: parts.test, forward: %[2]q }
+      - { host: added.test, add_prefix: /x, forward: %[2]q }
+`, addr, httpBackend(t, func(http.ResponseWriter, *http.Request) {})))
+	for _, path := range []string{"///{%2e\\%2F%80%25", "/" + strings.Repeat("%2f", 4<<10)} {
+		for host, want := range map[string]int{"plain.test": 200, "parts.test": 400, "added.test": 400} {
+			c := dialTCP(t, addr)
+			fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: %s\r\n\r\n", path, host)
+			res, err := http.ReadResponse(bufio.NewReader(c), nil)
+			c.Close()
+			if err != nil || res.StatusCode != want {
+				t.Errorf("%.30s of %s: %v, %v, want %d", path, host, res, err, want)
+			}
+		}
+	}
+}

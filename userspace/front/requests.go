@@ -65,6 +65,15 @@ func (s *service) findRequest(req *http.Request, host, path string, certs *tlste
 	return nil, vhost.ErrNoHost
 }
 
+// routesByPath says whether any rule for host is for a part of its paths.
+func (s *service) routesByPath(host string) (some bool) {
+	s.names.Lookup(host, func(r *rule) bool {
+		some = some || !r.match.TakesPath("/")
+		return some
+	})
+	return some
+}
+
 // coalesced says whether a browser sends the request on a connection that it has
 // made for another name, because their certificate is the same. A connection for
 // this name might have led elsewhere: edges choose by the name in the hello. So

@@ -16,6 +16,9 @@ func (s *Server) checkReadings(x *exchange) error {
 	if !isOddPath(x.uri.Path) {
 		return nil
 	}
+	if x.route.AddPrefix == "" && s.opts.ByPath != nil && !s.opts.ByPath(x.uri.Host) {
+		return nil // whatever it is read as
+	}
 	refuse := &BadRequest{BadPath, "Servers do not agree which path this is, and it might lead past a rule: send it without escaped slashes, backslashes, ;parameters, dot segments and double slashes."}
 	if len(x.uri.Path) > maxOddPath {
 		return refuse

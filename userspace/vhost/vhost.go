@@ -81,6 +81,10 @@ type Options struct {
 	// different ways for each of them.
 	Route func(r *http.Request, host, path string) (*Route, error)
 
+	// ByPath says whether Route looks at the path of a request for host; nil is
+	// that it does.
+	ByPath func(host string) bool
+
 	// HSTS, if not nil, is the value of Strict-Transport-Security in each answer
 	// over TLS, "" for none; an upstream's own gives way to it. Timing, if not
 	// nil, says whether answers have a Server-Timing header.

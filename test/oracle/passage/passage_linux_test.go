@@ -304,7 +304,7 @@ func known() (all []*exchange) {
 		}
 		hi := reply{status: 200, body: []byte("hi"), cut: -1}
 		for _, target := range []string{"/a%2Fb|c", "/a%2fb{}^\"`\\", "/caf\xc3\xa9%2F", "/?a;b=%zz&c??",
-			"//a|%7C"} {
+			"//a|%7C", "///{%2e\\%2F\x80%25"} {
 			add(oracle.Message{Target: target}, hi)
 		}
 		add(oracle.Message{Fields: []oracle.Field{{Name: "Sec-WebSocket-Key", Value: "x"}}}, hi)

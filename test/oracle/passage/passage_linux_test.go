@@ -226,8 +226,11 @@ func (p *passage) try(x *exchange) (string, *request) {
 		return err.Error(), nil
 	}
 	why := x.refusal()
-	if refused := a.Status == 0 || a.Status == 400 || a.Status == 405 || a.Status == 417; why != "" &&
-		refused {
+	refused := a.Status == 0 || a.Status == 400 || a.Status == 405 || a.Status == 417
+	if len(x.message.Trailer) > 0 && x.reply.early && a.Cut != nil {
+		refused = true // for its trailers, which came when the answer had begun
+	}
+	if why != "" && refused {
 		return "", nil // of what is wrong at the end of a body the target has got some
 	}
 	if q == nil {

@@ -10,8 +10,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"github.com/prometheus/client_golang/prometheus"
 )
 
 // What people load into Grafana and Prometheus.
@@ -26,22 +24,10 @@ func labelsOf(t *testing.T) map[string][]string {
 	t.Helper()
 	s := New("v1", func() State { return State{} })
 	s.WatchLog(func() int64 { return 0 })
-	ch := make(chan *prometheus.Desc)
-	go func() { s.registry.Describe(ch); close(ch) }()
-	described := regexp.MustCompile(`fqName: "([^"]+)".*constLabels: \{(.*)\}, variableLabels: \{(.*)\}\}$`)
 	out := map[string][]string{}
-	for d := range ch {
-		m := described.FindStringSubmatch(d.String())
-		if m == nil {
-			t.Fatalf("not understood: %s", d)
-		}
-		labels := []string{"instance", "job", "le"} // which scraping and histograms add
-		for l := range strings.SplitSeq(m[2]+","+m[3], ",") {
-			if name, _, _ := strings.Cut(l, "="); name != "" {
-				labels = append(labels, name)
-			}
-		}
-		out[m[1]] = labels
+	for _, d := range describe(s.registry) {
+		// Scraping and histograms add three.
+		out[d.name] = append([]string{"instance", "job", "le"}, d.labels...)
 	}
 	if len(out) < 30 {
 		t.Fatalf("only %d metrics: %v", len(out), out)

@@ -27,10 +27,6 @@ var one = State{
 	Problems: map[string]int{"address": 0},
 }
 
-// described reads a metric's name and labels from how prometheus describes it.
-var described = regexp.MustCompile(`^Desc\{fqName: "([^"]+)", help: "((?:[^"\\]|\\.)*)", unit: "[^"]*", ` +
-	`constLabels: \{(.*)\}, variableLabels: \{(.*)\}\}$`)
-
 // row is how the page writes a metric, but for the last column.
 type row struct{ kind, labels string }
 
@@ -65,7 +61,7 @@ func TestReferenceHasEachMetric(t *testing.T) {
 		if c, ok := field.Interface().(prometheus.Collector); ok {
 			for _, d := range describe(c) {
 				kind := strings.TrimSuffix(strings.TrimPrefix(field.Type().String(), "*prometheus."), "Vec")
-				kinds[d[1]] = strings.ToLower(strings.TrimPrefix(kind, "prometheus."))
+				kinds[d.name] = strings.ToLower(strings.TrimPrefix(kind, "prometheus."))
 			}
 		}
 	}
@@ -79,15 +75,13 @@ func TestReferenceHasEachMetric(t *testing.T) {
 		have[m[1]] = row{m[2], m[3]}
 	}
 	for _, d := range describe(s.registry) {
-		name := d[1]
+		name := d.name
 		if !strings.HasPrefix(name, "tailsplice_") {
 			continue // of Go and of the process
 		}
 		var labels []string
-		for l := range strings.SplitSeq(d[3]+","+d[4], ",") {
-			if l, _, _ := strings.Cut(l, "="); l != "" {
-				labels = append(labels, "`"+l+"`")
-			}
+		for _, l := range d.labels {
+			labels = append(labels, "`"+l+"`")
 		}
 		want := row{kinds[name], strings.Join(labels, ", ")}
 		got, ok := have[name]
@@ -97,7 +91,7 @@ func TestReferenceHasEachMetric(t *testing.T) {
 		switch {
 		case !ok:
 			t.Errorf("%s is not in %s: add a row there, with its meaning for an operator and the most series it can have:\n"+
-				"| `%s` | %s | %s | %s | ? |", name, page, name, want.kind, want.labels, d[2])
+				"| `%s` | %s | %s | %s | ? |", name, page, name, want.kind, want.labels, d.help)
 		case got != want:
 			t.Errorf("%s: %s says %q, and it is %q", name, page, got, want)
 		}
@@ -108,17 +102,32 @@ func TestReferenceHasEachMetric(t *testing.T) {
 	}
 }
 
-// describe lists what a collector describes, as described reads it, in the order of names and each once.
-func describe(c prometheus.Collector) (all [][]string) {
+// described is how prometheus describes a metric.
+type described struct {
+	name, help string
+	labels     []string
+}
+
+var descText = regexp.MustCompile(`^Desc\{fqName: "([^"]+)", help: "((?:[^"\\]|\\.)*)", unit: "[^"]*", ` +
+	`constLabels: \{(.*)\}, variableLabels: \{(.*)\}\}$`)
+
+// describe lists what a collector describes, in the order of names and each once.
+func describe(c prometheus.Collector) (all []described) {
 	ch := make(chan *prometheus.Desc)
 	go func() { c.Describe(ch); close(ch) }()
-	for d := range ch {
-		m := described.FindStringSubmatch(d.String())
+	for desc := range ch {
+		m := descText.FindStringSubmatch(desc.String())
 		if m == nil {
-			panic(fmt.Sprintf("prometheus describes a metric in a new way: %s", d))
+			panic(fmt.Sprintf("prometheus describes a metric in a new way: %s", desc))
 		}
-		all = append(all, m)
+		d := described{name: m[1], help: m[2]}
+		for l := range strings.SplitSeq(m[3]+","+m[4], ",") {
+			if l, _, _ := strings.Cut(l, "="); l != "" {
+				d.labels = append(d.labels, l)
+			}
+		}
+		all = append(all, d)
 	}
-	slices.SortFunc(all, func(a, b []string) int { return strings.Compare(a[1], b[1]) })
-	return slices.CompactFunc(all, func(a, b []string) bool { return a[1] == b[1] })
+	slices.SortFunc(all, func(a, b described) int { return strings.Compare(a.name, b.name) })
+	return slices.CompactFunc(all, func(a, b described) bool { return a.name == b.name })
 }

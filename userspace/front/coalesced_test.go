@@ -41,7 +41,7 @@ listeners:
 		{"one.a.test", "one.a.test", "/x", false, 200, "exact"},
 		{"one.a.test", "two.a.test", "/x", false, 200, "exact"},
 		{"one.a.test", "two.a.test", "/y", false, 200, "default"}, // the name is served here, whatever the path
-		{"one.a.test", "three.a.test", "/x", false, 421, "three.a.test may belong elsewhere"},
+		{"one.a.test", "three.a.test", "/x", false, 421, "made for another name"},
 		{"one.a.test", "three.a.test", "/wild", false, 421, ""},
 		{"three.a.test", "three.a.test", "/wild", false, 200, "wildcard"},
 		{"three.a.test", "THREE.a.test:443", "/x", false, 200, "default"},

@@ -177,7 +177,7 @@ func TestGateTells(t *testing.T) {
 		r := &rule{targets: []config.Forward{{To: config.Target(target)}}, dialer: d}
 		l := &listener{name: "test"}
 		l.service.Store(&service{fallback: r})
-		err := (&gate{listener: l}).reach(t.Context())
+		err := (&gate{front: new(Front), listener: l}).reach(t.Context())
 		if err == nil || tells(err) != want {
 			t.Errorf("%s: it tells of the target: %v, want %v: %v", what, !want, want, err)
 		}

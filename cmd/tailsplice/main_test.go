@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -44,7 +45,7 @@ func needRoot(t *testing.T) {
 //
 //	freeport NAME...    sets each variable to a free TCP port of 127.0.0.1
 //	waitfor FILE        waits until the file (or socket) is there
-//	get URL             prints the status and the body of what the URL answers
+//	get URL             prints the status and the body of what the URL answers, once something listens there
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
@@ -86,6 +87,10 @@ func TestScripts(t *testing.T) {
 			},
 			"get": func(ts *testscript.TestScript, neg bool, args []string) {
 				res, err := http.Get(args[0])
+				for end := time.Now().Add(time.Minute); errors.Is(err, syscall.ECONNREFUSED) && time.Now().Before(end); {
+					time.Sleep(20 * time.Millisecond) // the control socket is there before the rest
+					res, err = http.Get(args[0])
+				}
 				ts.Check(err)
 				defer res.Body.Close()
 				body, err := io.ReadAll(res.Body)

@@ -7,8 +7,10 @@ import (
 	"io"
 	"math"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 // sampleRun has direct twice as fast as HAProxy, give or take noise, and ours at factor times HAProxy.
@@ -167,27 +169,115 @@ func TestCompare(t *testing.T) {
 	}
 }
 
-func TestChartIsXML(t *testing.T) {
-	r := sampleRun(1.5, 0.02)
-	r.Machine.Model = `<&"`
-	var b bytes.Buffer
-	r.Chart(&b)
-	d := xml.NewDecoder(&b)
-	bars := 0
+// texts are those of an SVG picture, with their classes and places; rects counts its bars.
+func texts(t *testing.T, svg []byte) (all []svgText, rects int) {
+	t.Helper()
+	d := xml.NewDecoder(bytes.NewReader(svg))
+	var x *svgText
 	for {
 		tok, err := d.Token()
 		if err == io.EOF {
-			break
+			return all, rects
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		if e, ok := tok.(xml.StartElement); ok && e.Name.Local == "rect" {
-			bars++
+		switch e := tok.(type) {
+		case xml.StartElement:
+			x = nil
+			switch e.Name.Local {
+			case "rect":
+				rects++
+			case "text":
+				x = &svgText{}
+				for _, a := range e.Attr {
+					switch a.Name.Local {
+					case "class":
+						x.class = a.Value
+					case "x":
+						x.x, _ = strconv.ParseFloat(a.Value, 64)
+					case "y":
+						x.y, _ = strconv.ParseFloat(a.Value, 64)
+					}
+				}
+			}
+		case xml.CharData:
+			if x != nil {
+				x.text = string(e)
+				all = append(all, *x)
+				x = nil
+			}
 		}
 	}
-	if bars != 3+2+3 {
+}
+
+type svgText struct {
+	class, text string
+	x, y        float64
+}
+
+// width is more than that of a text in most fonts of browsers.
+func (x svgText) width() float64 {
+	size := 12.0
+	if x.class == "h" {
+		size = 16
+	}
+	return 0.6 * size * float64(utf8.RuneCountInString(x.text))
+}
+
+func TestCharts(t *testing.T) {
+	r := sampleRun(1.5, 0.02)
+	for _, p := range panels { // so that each has a title
+		for round := range r.Rounds {
+			r.Add(p.topology, haproxy, p.measure, round, 10)
+			r.Add(p.topology, "tailsplice/userspace", p.measure, round, 15)
+		}
+	}
+	r.Machine.Model = `<&"`
+	r.Finish()
+	var chart, short bytes.Buffer
+	r.Chart(&chart)
+	r.ShortChart(&short)
+	all, bars := texts(t, chart.Bytes())
+	if bars != 3+2*len(panels) { // direct, and Caddy, once each
 		t.Errorf("%d bars", bars)
+	}
+	for _, a := range all {
+		for _, b := range all {
+			if a.class == "t" && b.class == "t" && a.y == b.y && a.x < b.x && a.x+a.width() > b.x {
+				t.Errorf("%q runs into %q", a.text, b.text)
+			}
+		}
+		if a.x+a.width() > 900 && a.class != "n" {
+			t.Errorf("%q leaves the picture", a.text)
+		}
+	}
+	all, bars = texts(t, short.Bytes())
+	for _, a := range all {
+		if a.class == "h" && a.x+a.width() > 900 {
+			t.Errorf("%q leaves the picture", a.text)
+		}
+	}
+	if bars == 0 || all[0].text != r.Headline() && all[1].text != r.Headline() {
+		t.Errorf("%d bars, %v", bars, all)
+	}
+}
+
+// TestSameRatios: where the medians of two systems tell another story than the medians of their rounds' ratios, table,
+// charts and docs all tell the latter.
+func TestSameRatios(t *testing.T) {
+	r := New(true, 5)
+	for round, h := range []float64{1000, 1000, 2000, 2000, 2000} {
+		r.Add("veth", haproxy, "rr_p99_c32", round, h)
+		r.Add("veth", "tailsplice/auto", "rr_p99_c32", round, []float64{1140, 1140, 2280, 1000, 1000}[round])
+	}
+	r.Finish() // medians are 2000 and 1140, which is 0.57
+	for name, show := range map[string]func(io.Writer){"table": r.Table, "chart": r.Chart, "short chart": r.ShortChart, "docs": r.Markdown} {
+		var b strings.Builder
+		show(&b)
+		if !strings.Contains(b.String(), "1.14") || strings.Contains(b.String(), "0.57") {
+			t.Errorf("%s:\n%s", name, b.String())
+		}
 	}
 }
 

@@ -80,7 +80,7 @@ demo: first provision build ## Show the whole path at work; KEEP=1 leaves it up
 
 .PHONY: pictures
 pictures: build ## Draw the README's picture from the demo's world, and into build/pictures what else people look at (root)
-	@scripts/provision aha pngquant tmux
+	@scripts/provision aha cmark-gfm pngquant tmux
 	cd $(LAB) && CGO_ENABLED=0 go build -trimpath -o ../../$(BUILD)/demo ./demo
 	$(BUILD)/demo pictures docs
 

@@ -17,7 +17,7 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-//go:embed path.html terminal.html
+//go:embed path.html readme.html terminal.html
 var pictureFiles embed.FS
 
 var pictureTemplates = template.Must(template.New("").Funcs(template.FuncMap{
@@ -31,9 +31,9 @@ var (
 )
 
 // pictures brings the demo's world up, and draws the README's picture into a directory: path-light.png and path-dark.png.
-// Into build/pictures it draws, to be looked at, the error pages, top, and the benchmark's chart.
+// Into build/pictures it draws, to be looked at, the README, the error pages, top, and the benchmark's charts.
 func pictures(docs string) error {
-	if lacks := lab.Lacks(lab.Options{}, "curl", "chromium", "certutil", "tmux", "aha", "pngquant"); len(lacks) > 0 {
+	if lacks := lab.Lacks(lab.Options{}, "curl", "chromium", "certutil", "tmux", "aha", "cmark-gfm", "pngquant"); len(lacks) > 0 {
 		return fmt.Errorf("this machine lacks %v: `make pictures` as root installs it", lacks)
 	}
 	root, err := lab.Root()
@@ -107,8 +107,27 @@ func draw(ctx context.Context, p printer, w *lab.World, root, docs, dir string) 
 		return err
 	}
 	for theme, flag := range themes {
-		png := filepath.Join(dir, "chart-"+theme+".png")
-		if _, err := w.Browse(ctx, "file://"+filepath.Join(root, "docs", "bench.svg"), png, flag, "--window-size=900,1200"); err != nil {
+		for _, name := range []string{"bench", "bench-short"} {
+			png := filepath.Join(dir, name+"-"+theme+".png")
+			chart := "file://" + filepath.Join(root, "docs", name+".svg")
+			if _, err := w.Browse(ctx, chart, png, flag, "--window-size=900,1200"); err != nil {
+				return err
+			}
+			p.step("drawn: %s", png)
+		}
+	}
+
+	readme, err := exec.CommandContext(ctx, "cmark-gfm", "--extension", "table", "--unsafe", filepath.Join(root, "README.md")).Output()
+	if err != nil {
+		return fmt.Errorf("cmark-gfm: %w", err)
+	}
+	page, err := s.write("readme.html", map[string]any{"Base": "file://" + root + "/", "Text": template.HTML(readme)})
+	if err != nil {
+		return err
+	}
+	for theme, flag := range themes {
+		png := filepath.Join(dir, "readme-"+theme+".png")
+		if _, err := w.Browse(ctx, page, png, flag, "--window-size=1012,3600"); err != nil {
 			return err
 		}
 		p.step("drawn: %s", png)

@@ -93,6 +93,11 @@ bench: provision build ## Compare with what others would use (root); BENCH=quick
 	cd $(BENCHDIR) && CGO_ENABLED=0 go build -o ../../$(BUILD)/bench . && CGO_ENABLED=0 go build -o ../../$(BUILD)/bench-goproxy ./peers/goproxy
 	$(BUILD)/bench run --mode $(or $(BENCH),full) --out $(BUILD)
 
+.PHONY: bench-docs
+bench-docs: ## Show the run of test/bench/recorded.json, a copy of build/bench.json, in README and docs
+	cd $(BENCHDIR) && CGO_ENABLED=0 go build -o ../../$(BUILD)/bench .
+	$(BUILD)/bench publish
+
 .PHONY: lint
 lint: ## gofmt, vet and staticcheck, for Linux and macOS
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted; exit 1; }

@@ -3,6 +3,7 @@
 //	bench run [--mode quick|full]   measure: prints a table, writes build/bench.json, bench.txt (for benchstat) and bench.svg
 //	bench compare OLD.json NEW.json  tell what changed between two runs; exit status 1 if something got worse
 //	bench show RUN.json              print the table of a run again
+//	bench publish                   write test/bench/recorded.json into README, docs and the charts there
 //
 // It needs root and Linux. Everything that it makes is in network namespaces and directories whose names begin with
 // ts-bench- (the tailnet's with tsl-), and is removed however it ends.
@@ -51,8 +52,10 @@ func command(args []string) int {
 		} else if r, err = report.Read(rest[0]); err == nil {
 			r.Table(os.Stdout)
 		}
+	case "publish":
+		err = publish(".")
 	default:
-		err = fmt.Errorf("there is no command %q: run, compare, show", verb)
+		err = fmt.Errorf("there is no command %q: run, compare, show, publish", verb)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -38,7 +39,8 @@ func InOwnNetwork(t *testing.T) bool {
 	}
 	args := []string{"-test.run=^" + t.Name() + "$"}
 	flag.Visit(func(f *flag.Flag) {
-		if slices.Contains([]string{"test.v", "test.parallel", "test.timeout"}, f.Name) {
+		own := !strings.HasPrefix(f.Name, "test.") // the test's
+		if own || slices.Contains([]string{"test.v", "test.parallel", "test.timeout"}, f.Name) {
 			args = append(args, "-"+f.Name+"="+f.Value.String())
 		}
 	})

@@ -402,7 +402,7 @@ func TestTailscaledGone(t *testing.T) {
 						t.Errorf("%s: %d, want %d: %s", c.name, res.StatusCode, c.status, body)
 					}
 					if c.status == 503 {
-						if res.Header.Get("Retry-After") == "" || !strings.Contains(body, "Tailscale there did not answer") || d.refused(notIdentified) != before+1 {
+						if res.Header.Get("Retry-After") == "" || !strings.Contains(body, "could not find out who you are") || d.refused(notIdentified) != before+1 {
 							t.Errorf("%s: %v %s, %d refusals are counted", c.name, res.Header, body, d.refused(notIdentified)-before)
 						}
 						continue

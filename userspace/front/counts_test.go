@@ -1,6 +1,7 @@
 package front
 
 import (
+	"bufio"
 	"fmt"
 	"io"
 	"net/http"
@@ -118,4 +119,48 @@ func TestManyRoutes(t *testing.T) {
 	if strings.Contains(body, `route="r1000.test"`) {
 		t.Error("the bound does not bound")
 	}
+}
+
+// TestCountsOfRequests: the body of an upload counts, and what an upgraded connection moves while it lives.
+func TestCountsOfRequests(t *testing.T) {
+	web := freeAddr(t)
+	app := httpBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Upgrade") == "" {
+			io.Copy(io.Discard, r.Body)
+			return
+		}
+		conn, rw, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+		io.Copy(conn, rw)
+	})
+	d := start(t, fmt.Sprintf(`listeners: [ { name: web, listen: %q, mode: http, default: { forward: %q } } ]`, web, app))
+	is := func(series, want string) {
+		t.Helper()
+		series = "tailsplice_route_" + strings.Replace(series, "ROUTE", `listener="web",route="default"`, 1)
+		eventually(t, series+" is "+want, func() bool { return d.scrape(series) == want })
+	}
+	conn := dialTCP(t, web)
+	io.WriteString(conn, "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 7\r\n\r\nseven.!")
+	is(`bytes_total{direction="up",ROUTE}`, "7")
+	is(`flows{ROUTE}`, "0")
+
+	conn = dialTCP(t, web)
+	io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+	answer := bufio.NewReader(conn)
+	if res, err := http.ReadResponse(answer, nil); err != nil || res.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("%+v, %v", res, err)
+	}
+	io.WriteString(conn, "hello")
+	io.ReadFull(answer, make([]byte, 5))
+	is(`bytes_total{direction="up",ROUTE}`, "12")
+	is(`bytes_total{direction="down",ROUTE}`, "5")
+	is(`flows{ROUTE}`, "1")
+	conn.Close()
+	is(`flows{ROUTE}`, "0")
+	is(`requests_total{code="101",ROUTE}`, "1")
 }

@@ -158,7 +158,8 @@ func headline(l flow.Look) string {
 	if l.Matching != l.Live {
 		of = fmt.Sprintf("%d of %s", l.Matching, of)
 	}
-	return fmt.Sprintf("%s  %s, up %s/s, down %s/s", l.Time.Local().Format(time.TimeOnly), of, bytes(int64(l.UpRate)), bytes(int64(l.DownRate)))
+	return fmt.Sprintf("%s  %s, up %s/s, down %s/s", l.Time.Local().Format(time.TimeOnly), of,
+		bytes(int64(l.UpRate)), bytes(int64(l.DownRate)))
 }
 
 // printTop writes a look where there is no screen to fill.
@@ -410,7 +411,8 @@ func runScreen(ctx context.Context, w watch, q flow.Query) error {
 			width, height = 80, 24
 		}
 		const home, clearLine, wrapOff, wrapOn = "\x1b[H", "\x1b[K", "\x1b[?7l", "\x1b[?7h"
-		os.Stdout.WriteString(wrapOff + home + strings.Join(s.draw(width, height), clearLine+"\r\n") + clearLine + wrapOn)
+		lines := strings.Join(s.draw(width, height), clearLine+"\r\n")
+		os.Stdout.WriteString(wrapOff + home + lines + clearLine + wrapOn)
 	}
 	keys := make(chan byte)
 	go func() { // ends with the process, or the terminal

@@ -66,7 +66,8 @@ func (q Query) Values() url.Values {
 
 // ParseQuery reads a query that Values made.
 func ParseQuery(v url.Values) (q Query, err error) {
-	q = Query{Name: v.Get("name"), Route: v.Get("route"), Text: v.Get("text"), Sort: v.Get("sort"), Reverse: v.Get("reverse") == "true"}
+	q = Query{Name: v.Get("name"), Route: v.Get("route"), Text: v.Get("text"), Sort: v.Get("sort"),
+		Reverse: v.Get("reverse") == "true"}
 	if c := v.Get("client"); c != "" {
 		if q.Client, err = ParseClient(c); err != nil {
 			return q, err
@@ -93,8 +94,15 @@ func (q *Query) takes(f *Flow) bool {
 			return false
 		}
 	}
-	return q.Text == "" || containsFold(f.Name, q.Text) || containsFold(f.Client, q.Text) || containsFold(f.Route, q.Text) ||
-		containsFold(f.Target, q.Text) || containsFold(f.Listener, q.Text) || containsFold(f.datapath(), q.Text) || containsFold(f.ID, q.Text)
+	if q.Text == "" {
+		return true
+	}
+	for _, s := range [...]string{f.Name, f.Client, f.Route, f.Target, f.Listener, f.ID, f.datapath()} {
+		if containsFold(s, q.Text) {
+			return true
+		}
+	}
+	return false
 }
 
 // containsFold says whether part is in s, whatever the case of ASCII letters. It allocates nothing.

@@ -123,7 +123,8 @@ func (t *targets) down(r *rule) (out []string) {
 
 // state is what the metrics show of f as it is now.
 func (f *Front) state() metrics.State {
-	s := metrics.State{Flows: f.flows.Len(), Requests: f.requests.Total(), Targets: f.targets.states(), Problems: map[string]int{}}
+	s := metrics.State{Flows: f.flows.Len(), Requests: f.requests.Total(), Targets: f.targets.states(),
+		Problems: map[string]int{}}
 	traffic, flows := f.flows.Traffic()
 	for _, t := range traffic {
 		s.Traffic = append(s.Traffic, metrics.Traffic(t))
@@ -140,11 +141,15 @@ func (f *Front) state() metrics.State {
 		s.Problems[p.Part]++
 	}
 	for _, d := range f.datapathStates() {
-		s.Datapaths = append(s.Datapaths, metrics.Datapath{Name: d.Name, On: d.Available, Wanted: d.Wanted, Flows: flows[d.Name], Stalls: d.Stalls, Clamped: d.Clamped})
+		s.Datapaths = append(s.Datapaths, metrics.Datapath{Name: d.Name, On: d.Available, Wanted: d.Wanted,
+			Flows: flows[d.Name], Stalls: d.Stalls, Clamped: d.Clamped})
 	}
 	for i := range f.cfg.Listeners {
 		name := f.cfg.Listeners[i].Name
 		l := f.listeners[name]
+		serves := func(certificate string, until time.Time) {
+			s.Certificates = append(s.Certificates, metrics.Certificate{Listener: name, Name: certificate, NotAfter: until})
+		}
 		if l.certs != nil {
 			ends := map[string]time.Time{} // of several with one name, the first that ends
 			for _, c := range l.certs.Certificates() {
@@ -153,7 +158,7 @@ func (f *Front) state() metrics.State {
 				}
 			}
 			for _, source := range slices.Sorted(maps.Keys(ends)) {
-				s.Certificates = append(s.Certificates, metrics.Certificate{Listener: name, Name: source, NotAfter: ends[source]})
+				serves(source, ends[source])
 			}
 		}
 		seen := map[string]bool{}
@@ -164,7 +169,7 @@ func (f *Front) state() metrics.State {
 				}
 				seen[a.Name] = true
 				if !a.NotAfter.IsZero() {
-					s.Certificates = append(s.Certificates, metrics.Certificate{Listener: name, Name: a.Name, NotAfter: a.NotAfter})
+					serves(a.Name, a.NotAfter)
 				}
 				s.ACME = append(s.ACME, metrics.ACME{Listener: name, Name: a.Name, OK: a.Problem == ""})
 			}

@@ -48,23 +48,31 @@ func New(version string, now func() State) *Set {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tailsplice_" + name, Help: help}, labels)
 	}
 	s := &Set{
-		Accepted:       counter("connections_accepted_total", "Connections accepted, before any check.", "listener"),
-		Refused:        counter("connections_refused_total", "Connections closed before they became a flow, and requests refused, by reason.", "listener", "reason"),
-		Ended:          counter("flows_ended_total", "Flows that ended, by datapath and by how they ended.", "listener", "datapath", "end"),
-		Cut:            counter("flows_cut_total", "Flows that the daemon has ended for want of what they held, by reason.", "reason"),
-		DialError:      counter("dial_errors_total", "Upstreams that could not be reached, by reason.", "listener", "reason"),
-		Demoted:        counter("flows_demoted_total", "Flows that a datapath refused, or gave back, so that another one had them, by reason.", "datapath", "reason"),
-		NotTransparent: counter("not_transparent_total", "Connections to targets of `transparent` routes that could not carry the client's address, by reason.", "listener", "reason"),
+		Accepted: counter("connections_accepted_total", "Connections accepted, before any check.", "listener"),
+		Refused: counter("connections_refused_total", "Connections closed before they became a flow, and "+
+			"requests refused, by reason.", "listener", "reason"),
+		Ended: counter("flows_ended_total", "Flows that have ended, by datapath and by how they ended.",
+			"listener", "datapath", "end"),
+		Cut:       counter("flows_cut_total", "Flows that the daemon has ended to free what they held, by reason.", "reason"),
+		DialError: counter("dial_errors_total", "Upstreams that could not be reached, by reason.", "listener", "reason"),
+		Demoted: counter("flows_demoted_total", "Flows that a datapath refused or gave back, so that another one "+
+			"carries them, by reason.", "datapath", "reason"),
+		NotTransparent: counter("not_transparent_total", "Connections to targets of `transparent` routes that could not "+
+			"carry the client's address, by reason.", "listener", "reason"),
 		LogLost: prometheus.NewCounter(prometheus.CounterOpts{Name: "tailsplice_access_log_lost_total",
 			Help: "Lines of access logs that were not written, because the disk was full or too slow."}),
 		Reloads: counter("config_reloads_total", "Configuration reloads, by result.", "result"),
 		DialTime: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "tailsplice_dial_seconds",
 			Help: "Time to resolve and connect to an upstream.", Buckets: prometheus.ExponentialBuckets(0.0005, 2, 15)}),
-		RouteFlows: histogram("route_flow_seconds", "Duration of flows that have ended, by route; HTTP requests are in tailsplice_route_request_seconds. "+routesBound,
+		RouteFlows: histogram("route_flow_seconds", "Duration of flows that have ended, by route. HTTP requests are in "+
+			"tailsplice_route_request_seconds."+routesBound,
 			0.1, 1, 10, 60, 600, 3600, 6*3600, 24*3600),
-		RouteRequests: counter("route_requests_total", "HTTP requests that have ended, by route and status code. Codes that RFCs do not name are counted as other; 499 says that the client left. A request that no route took has route=\"none\". "+routesBound,
+		RouteRequests: counter("route_requests_total", "HTTP requests that have ended, by route and status code. Codes that "+
+			"no RFC defines are counted as other; 499 means that the client left. A request that matches no route has "+
+			"route=\"none\"."+routesBound,
 			"listener", "route", "code"),
-		RouteRequestTime: histogram("route_request_seconds", "Duration of HTTP requests that have ended, by route, from their header to the end of the answer. "+routesBound,
+		RouteRequestTime: histogram("route_request_seconds", "Duration of HTTP requests that have ended, by route, from their "+
+			"header to the end of the response."+routesBound,
 			0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60),
 		registry: prometheus.NewRegistry(),
 	}
@@ -74,8 +82,8 @@ func New(version string, now func() State) *Set {
 	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "tailsplice_build_info", Help: "Always 1.",
 		ConstLabels: prometheus.Labels{"version": version}})
 	info.Set(1)
-	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Cut, s.DialError, s.Demoted, s.NotTransparent, s.Reloads, s.LogLost, s.DialTime, info,
-		s.RouteFlows, s.RouteRequests, s.RouteRequestTime, collector(now),
+	s.registry.MustRegister(s.Accepted, s.Refused, s.Ended, s.Cut, s.DialError, s.Demoted, s.NotTransparent,
+		s.Reloads, s.LogLost, s.DialTime, info, s.RouteFlows, s.RouteRequests, s.RouteRequestTime, collector(now),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
 }
@@ -90,7 +98,8 @@ func (s *Set) WatchLog(lost func() int64) {
 
 // Handler serves the set in the Prometheus text format.
 func (s *Set) Handler() http.Handler {
-	return promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})
+	return promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{
+		ErrorHandling: promhttp.ContinueOnError}) // one metric that is wrong hides no other
 }
 
 // DropRoute forgets a route that is not there any more.

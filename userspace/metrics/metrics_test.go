@@ -43,10 +43,14 @@ func TestHandlerAndTotals(t *testing.T) {
 		}
 	}
 	state.Datapaths[0].On = false
+	state.Certificates = append(state.Certificates, Certificate{"web", "x\xff", time.Unix(1, 0)}, state.Certificates[0])
 	s.DropRoute("web", "*.test")
 	body = scrape(s)
 	if want := `tailsplice_datapath_on{datapath="sockmap"} 0`; !strings.Contains(body, want) {
 		t.Errorf("no %q in\n%s", want, body)
+	}
+	if !strings.Contains(body, "x\ufffd") {
+		t.Error("a certificate whose file is not UTF-8 is not shown")
 	}
 	if strings.Contains(body, `code="503"`) {
 		t.Error("a route that was dropped is still shown")

@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -56,8 +57,9 @@ type ACME struct {
 const MostNames = 1000
 
 const (
-	routesBound = "The first 1000 routes of the daemon have series of their own, those of the configuration before those of containers' labels; the others are counted as route=\"other\" of their listener."
-	namesBound  = "1000 at most are shown."
+	routesBound = " The first 1000 routes of the daemon have series of their own, those of the configuration before " +
+		"those of containers' labels; the others are counted as route=\"other\" of their listener."
+	namesBound = " At most 1000 are shown."
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -65,20 +67,34 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	flowsNow     = desc("flows", "Flows that live now.")
-	requestsNow  = desc("requests", "HTTP requests under way now.")
-	bytesTotal   = desc("bytes_total", "Bytes that flows have moved until now, those that live included; up is from downstream to upstream. Of http and https listeners those of their connections, TLS included.", "listener", "direction")
-	routeFlows   = desc("route_flows", "Flows of a route that live now; of http and https listeners requests under way. "+routesBound, "listener", "route")
-	routeBytes   = desc("route_bytes_total", "Bytes that the flows of a route have moved until now, those that live included; up is from downstream to upstream. Of http and https listeners those of the bodies of requests (up) and answers (down). "+routesBound, "listener", "route", "direction")
-	datapathOn   = desc("datapath_on", "1 while the datapath takes flows; 0 where it is not loaded, can't be had, or was switched off by a burst of failures until the daemon is started again: `tailsplice status` says why. Flows go through userspace then.", "datapath")
+	flowsNow    = desc("flows", "Flows that are open now.")
+	requestsNow = desc("requests", "HTTP requests in progress now.")
+	bytesTotal  = desc("bytes_total", "Bytes that flows have transferred, including those of open flows. up is from the "+
+		"client to the target. On http and https listeners: the bytes of connections of clients, including TLS.",
+		"listener", "direction")
+	routeFlows = desc("route_flows", "Flows of a route that are open now; on http and https listeners requests in "+
+		"progress."+routesBound, "listener", "route")
+	routeBytes = desc("route_bytes_total", "Bytes that the flows of a route have transferred, including those of open "+
+		"flows. up is from the client to the target. On http and https listeners: the bytes of the bodies of requests "+
+		"(up) and responses (down)."+routesBound, "listener", "route", "direction")
+	datapathOn = desc("datapath_on", "1 while the datapath takes flows; 0 if it is not loaded, is not available, or was "+
+		"switched off after many failures until the daemon is restarted. tailsplice status says why. Flows are then "+
+		"carried in userspace.", "datapath")
 	wanted       = desc("datapath_wanted", "1 if the configuration asks for the datapath, by its name or by auto.", "datapath")
-	datapathFlow = desc("datapath_flows", "Flows that the datapath has now.", "datapath")
-	stalls       = desc("datapath_stalls_total", "Times that a flow of this datapath had come to rest with bytes to move, and went on up to 3 s late because the daemon looked. Should be 0: each is a defect, of the daemon or of the kernel, and is worth a report.", "datapath")
-	clamped      = desc("datapath_clamped_segments_total", "Segments that the datapath cut the payload off, to bound what a flow holds in the kernel: their senders sent it again.", "datapath")
-	targetUp     = desc("target_up", "1 if the last try to connect to the target of a route succeeded, 0 if it failed. A target that nobody has asked for since the start has none. "+namesBound, "target")
-	notAfter     = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, in Unix time; (x - time()) / 86400 are the days that are left. "+namesBound, "listener", "certificate")
-	acmeOK       = desc("acme_ok", "1 if the last attempt to get the name's certificate from its authority succeeded, 0 if it failed. A name whose first attempt has not ended has none. "+namesBound, "listener", "name")
-	problems     = desc("problems", "What of the configuration does not work now, by part: `tailsplice status` and /readyz say what is wrong. With address, certificate and default the daemon is not ready.", "part")
+	datapathFlow = desc("datapath_flows", "Flows that the datapath carries now.", "datapath")
+	stalls       = desc("datapath_stalls_total", "Times that a flow of this datapath had stopped with bytes to transfer, "+
+		"and continued up to 3 s late because the daemon checked it. It should stay 0: each one is a defect of the "+
+		"daemon or the kernel, and worth a report.", "datapath")
+	clamped = desc("datapath_clamped_segments_total", "Segments whose payload the datapath has dropped, to bound the "+
+		"memory of a flow in the kernel. Their senders send it again.", "datapath")
+	targetUp = desc("target_up", "1 if the last connection to the target succeeded, 0 if it failed. A target to which "+
+		"nobody has connected since the start is absent."+namesBound, "target")
+	notAfter = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, as a Unix time. The days "+
+		"that are left are (x - time()) / 86400."+namesBound, "listener", "certificate")
+	acmeOK = desc("acme_ok", "1 if the last attempt to get the certificate of a name by ACME succeeded, 0 if it failed. "+
+		"A name whose first attempt has not ended is absent."+namesBound, "listener", "name")
+	problems = desc("problems", "Parts of the configuration that do not work now. tailsplice status and /readyz say "+
+		"what is wrong. The daemon is not ready while one of address, certificate or default is not 0.", "part")
 )
 
 // collector shows what it is told at each scrape, so that all of one page is of one moment.
@@ -94,12 +110,14 @@ func (collector) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (now collector) Collect(ch chan<- prometheus.Metric) {
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	send := func(d *prometheus.Desc, kind prometheus.ValueType, v float64, labels ...string) {
+		for i := range labels {
+			labels[i] = strings.ToValidUTF8(labels[i], "\ufffd") // else it is a panic; the name of a file may be anything
+		}
+		ch <- prometheus.MustNewConstMetric(d, kind, v, labels...)
 	}
-	counter := func(d *prometheus.Desc, v float64, labels ...string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
-	}
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) { send(d, prometheus.GaugeValue, v, labels...) }
+	counter := func(d *prometheus.Desc, v float64, labels ...string) { send(d, prometheus.CounterValue, v, labels...) }
 	s := now()
 	gauge(flowsNow, float64(s.Flows))
 	gauge(requestsNow, float64(s.Requests))

@@ -50,7 +50,7 @@ func (r *Run) ours(topology, measure string) *Result {
 // style is for charts on light and on dark pages.
 const style = `<style>
 text{font:12px system-ui,sans-serif;fill:#24292f}.h{font-size:16px;font-weight:600}.t{font-weight:600}.n{text-anchor:end}.v,.s{fill:#57606a}
-.o{fill:#8c959f}.l{fill:#d0d7de}.u,.better{fill:#1f883d}.worse{fill:#cf222e}.same{fill:#8c959f}.w,.one{stroke:#24292f;fill:none}.w{stroke-opacity:.55}.one{stroke-dasharray:2 2}
+.o{fill:#8c959f}.l{fill:#d0d7de}.u,.better{fill:#1f883d}.worse{fill:#cf222e}.same{fill:#8c959f}.w,.one{stroke:#24292f;fill:none}.w{stroke-opacity:.55}.one{stroke-dasharray:2 2;stroke-opacity:.4}
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.v,.s{fill:#9198a1}.o,.same{fill:#6e7681}.l{fill:#3d444d}.u,.better{fill:#2ea043}.worse{fill:#f85149}.w,.one{stroke:#e6edf3}}
 </style>
 `

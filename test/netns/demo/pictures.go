@@ -121,7 +121,7 @@ func draw(ctx context.Context, p printer, w *lab.World, root, docs, dir string) 
 	if err != nil {
 		return fmt.Errorf("cmark-gfm: %w", err)
 	}
-	page, err := s.write("readme.html", map[string]any{"Base": "file://" + root + "/", "Text": template.HTML(readme)})
+	page, err := s.write("readme.html", map[string]any{"Base": template.URL("file://" + root + "/"), "Text": template.HTML(readme)})
 	if err != nil {
 		return err
 	}

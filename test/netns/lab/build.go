@@ -130,13 +130,32 @@ var tailscaledOnce struct {
 	path string
 }
 
-func buildTailscaled(ctx context.Context, progress func(format string, args ...any)) (string, error) {
-	const module = "deploy/fly"
-	version, err := goCommand(ctx, module, nil, "list", "-m", "-f", "{{.Version}}", "tailscale.com")
+// BuildTailscale builds the command line of that tailscaled, and returns its path under build/.
+func BuildTailscale(ctx context.Context) (string, error) {
+	_, flags, err := tailscaleFlags(ctx)
 	if err != nil {
 		return "", err
 	}
-	goVersion, err := goCommand(ctx, module, nil, "env", "GOVERSION")
+	return buildInto(ctx, tailscaleModule, "tailscale.com/cmd/tailscale", "lab-tailscale", []string{"CGO_ENABLED=0"}, flags...)
+}
+
+// tailscaleModule names the version of Tailscale.
+const tailscaleModule = "deploy/fly"
+
+// tailscaleFlags are the version of Tailscale, and the flags that its programs are built with.
+func tailscaleFlags(ctx context.Context) (version string, flags []string, err error) {
+	version, err = goCommand(ctx, tailscaleModule, nil, "list", "-m", "-f", "{{.Version}}", "tailscale.com")
+	stamp := strings.TrimPrefix(version, "v")
+	return version, []string{"-trimpath", "-tags=ts_omit_" + strings.ReplaceAll(omitted, " ", ",ts_omit_"),
+		"-ldflags=-s -w -X tailscale.com/version.longStamp=" + stamp + " -X tailscale.com/version.shortStamp=" + stamp}, err
+}
+
+func buildTailscaled(ctx context.Context, progress func(format string, args ...any)) (string, error) {
+	version, flags, err := tailscaleFlags(ctx)
+	if err != nil {
+		return "", err
+	}
+	goVersion, err := goCommand(ctx, tailscaleModule, nil, "env", "GOVERSION")
 	if err != nil {
 		return "", err
 	}
@@ -145,8 +164,8 @@ func buildTailscaled(ctx context.Context, progress func(format string, args ...a
 		return "", fmt.Errorf("where to keep tailscaled: %w", err)
 	}
 	dir := filepath.Join(cache, "tailsplice")
-	tags := "ts_omit_" + strings.ReplaceAll(omitted, " ", ",ts_omit_")
-	bin := filepath.Join(dir, fmt.Sprintf("tailscaled-%s-%s-%08x", version, goVersion, crc32.ChecksumIEEE([]byte(tags))))
+	bin := filepath.Join(dir, fmt.Sprintf("tailscaled-%s-%s-%08x", version, goVersion,
+		crc32.ChecksumIEEE([]byte(strings.Join(flags, " ")))))
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
@@ -164,10 +183,8 @@ func buildTailscaled(ctx context.Context, progress func(format string, args ...a
 	progress("lab: building tailscaled %s: two minutes of two processors, and only once (kept as %s)", version, bin)
 	tmp := fmt.Sprintf("%s.%d", bin, os.Getpid())
 	defer os.Remove(tmp)
-	stamp := strings.TrimPrefix(version, "v")
-	ld := "-s -w -X tailscale.com/version.longStamp=" + stamp + " -X tailscale.com/version.shortStamp=" + stamp
-	if _, err := goCommand(ctx, module, []string{"CGO_ENABLED=0"}, "build", "-trimpath", "-tags="+tags,
-		"-o", tmp, "-ldflags="+ld, "tailscale.com/cmd/tailscaled"); err != nil {
+	argv := append(append([]string{"build", "-o", tmp}, flags...), "tailscale.com/cmd/tailscaled")
+	if _, err := goCommand(ctx, tailscaleModule, []string{"CGO_ENABLED=0"}, argv...); err != nil {
 		return "", err
 	}
 	return bin, os.Rename(tmp, bin)

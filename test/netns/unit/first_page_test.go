@@ -27,16 +27,17 @@ import (
 // What stands for what the lab does not have: Tailscale's installer and control server.
 const (
 	tailscaledUnit = `[Service]
-Type=notify
+Type=exec
 ExecStart=/usr/sbin/tailscaled --state=/var/lib/tailscale/tailscaled.state --socket=/run/tailscale/tailscaled.sock --port=41641
 Environment=TS_NO_LOGS_NO_SUPPORT=true TS_DEBUG_FIREWALL_MODE=nftables TS_DISABLE_PORTMAPPER=1 TS_PANIC_IF_HIT_MAIN_CONTROL=1
 RuntimeDirectory=tailscale
 StateDirectory=tailscale
 `
-	installer = `cp /lab/tailscaled /usr/sbin/tailscaled
-ln -s /usr/sbin/tailscaled /usr/bin/tailscale
+	installer = `cp /lab-tailscaled /usr/sbin/tailscaled
+cp /lab-tailscale /usr/bin/tailscale
 cp /lab/tailscaled.service /etc/systemd/system/
 systemctl start tailscaled
+until [ -S /run/tailscale/tailscaled.sock ]; do sleep 0.02; done # the lab's tailscaled does not notify systemd
 `
 	standIns = `
 curl() {
@@ -65,9 +66,17 @@ func TestFirstPage(t *testing.T) {
 	}
 	w := lab.Start(t, options)
 	w.EdgeA.Node.Stop() // the server is a node of its own
+	tailscaled, err := lab.BuildTailscaled(t.Context(), t.Logf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tailscale, err := lab.BuildTailscale(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	m := &machine{host: w.EdgeA, root: debian(t, "trixie"), standIns: standIns}
 	m.start(t, "--volatile=overlay", "--bind=/dev/net/tun", "--bind-ro="+build(t, tree, releases[1])+":/root",
-		"--bind-ro="+labFolder(t)+":/lab")
+		"--bind-ro="+labFolder(t)+":/lab", "--bind-ro="+tailscaled+":/lab-tailscaled", "--bind-ro="+tailscale+":/lab-tailscale")
 
 	var total time.Duration
 	step := func(line string, do func() string) string {
@@ -249,13 +258,8 @@ func tagged(st *ipnstate.Status, tag string) (ips []string) {
 // labFolder has what is bound to /lab.
 func labFolder(t *testing.T) string {
 	t.Helper()
-	bin, err := lab.BuildTailscaled(t.Context(), t.Logf)
-	if err != nil {
-		t.Fatal(err)
-	}
 	dir := t.TempDir()
-	err = errors.Join(os.Link(bin, filepath.Join(dir, "tailscaled")),
-		os.WriteFile(filepath.Join(dir, "install.sh"), []byte(installer), 0o644),
+	err := errors.Join(os.WriteFile(filepath.Join(dir, "install.sh"), []byte(installer), 0o644),
 		os.WriteFile(filepath.Join(dir, "tailscaled.service"), []byte(tailscaledUnit), 0o644))
 	if err != nil {
 		t.Fatal(err)

@@ -127,7 +127,7 @@ func draw(ctx context.Context, p printer, w *lab.World, root, docs, dir string) 
 	}
 	for theme, flag := range themes {
 		png := filepath.Join(dir, "readme-"+theme+".png")
-		if _, err := w.Browse(ctx, page, png, flag, "--window-size=1012,3600"); err != nil {
+		if _, err := w.Browse(ctx, page, png, flag, "--window-size=1012,5000"); err != nil {
 			return err
 		}
 		p.step("drawn: %s", png)

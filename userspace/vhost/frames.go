@@ -77,6 +77,8 @@ func (f *frames) cost(fr frame) int {
 		return 0
 	case fr.kind == frameDATA && f.bodies.goesOn(fr):
 		return 0
+	case fr.kind == frameRST: // of an answer that has no end then
+		f.bodies.givenUp(fr.stream)
 	}
 	return 1
 }
@@ -139,6 +141,12 @@ func (b *bodies) goesOn(fr frame) bool {
 func (b *bodies) end(stream uint32) {
 	delete(b.open, stream)
 	b.late = slices.DeleteFunc(b.late, func(s uint32) bool { return s == stream })
+}
+
+func (b *bodies) givenUp(stream uint32) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.end(stream)
 }
 
 func (b *bodies) answered(stream uint32) {

@@ -171,3 +171,22 @@ func TestBodiesAreBounded(t *testing.T) {
 		t.Error("the first is forgotten, or the second not")
 	}
 }
+
+// TestGivenUpRequestsAreForgotten: a client that gives requests up before their end leaves nothing behind, however
+// many they are. The daemon sends no end of their answers.
+func TestGivenUpRequestsAreForgotten(t *testing.T) {
+	var f frames
+	for id := uint32(1); id < 20_001; id += 2 {
+		f.cost(frame{kind: frameHEADERS, stream: id})
+		f.worth(frame{kind: frameHEADERS, stream: id}) // an answer that would have gone on
+		if n := f.cost(frame{kind: frameRST, length: 4, stream: id}); n != 1 {
+			t.Fatalf("giving up costs %d", n)
+		}
+		if n := f.cost(frame{kind: frameDATA, length: 1, stream: id}); n != 1 {
+			t.Fatalf("DATA behind that costs %d", n)
+		}
+	}
+	if n := len(f.bodies.open) + len(f.bodies.late); n != 0 {
+		t.Errorf("%d requests are remembered", n)
+	}
+}

@@ -119,3 +119,24 @@ func TestRoutesAreBounded(t *testing.T) {
 		t.Errorf("%d accounts", len(all))
 	}
 }
+
+// TestDroppedBeforeItsFlow: a route is dropped between the look-up of its account and the flow that begins.
+func TestDroppedBeforeItsFlow(t *testing.T) {
+	r := NewRegistry()
+	for i := range MostRoutes - 1 {
+		r.Account("web", fmt.Sprint(i))
+	}
+	account := r.Account("web", "gone")
+	if dropped := r.Configured([]Route{{"web", "new"}}); !slices.Contains(dropped, Route{"web", "gone"}) {
+		t.Fatalf("%d routes are dropped, and it is not among them", len(dropped))
+	}
+	f := &Flow{Account: account, Bytes: func() (up, down int64) { return 5, 7 }}
+	r.Add(f)
+	for _, live := range []int{1, 0} {
+		all, _ := r.Traffic()
+		if want := (Traffic{"web", "gone", live, 5, 7}); !slices.Contains(all, want) {
+			t.Errorf("%+v is not in %+v", want, all)
+		}
+		r.Remove(f)
+	}
+}

@@ -117,7 +117,8 @@ func (r *Registry) Add(f *Flow) {
 	}
 	r.live = append(r.live, f)
 	f.place = len(r.live)
-	if f.Account != nil {
+	if f.Account != nil { // Configured may have dropped it since it was looked up
+		f.Account = r.accounts.of(Route{f.Account.Listener, f.Account.Route})
 		f.Account.live++
 	}
 }

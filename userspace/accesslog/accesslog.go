@@ -131,6 +131,9 @@ func (l *Log) Close() {
 	}
 }
 
+// TellsErrors says whether lines have what went wrong with a request, and its id.
+func (l *Log) TellsErrors() bool { return l.opts.Format == "json" }
+
 // File is Options.File.
 func (l *Log) File() string { return l.opts.File }
 

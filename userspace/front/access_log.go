@@ -76,7 +76,8 @@ func accessLogOf(cfg *config.Config, l *config.Listener) *config.AccessLog {
 
 func logKey(a *config.AccessLog) string { return a.Format + " " + a.File }
 
-// logAccess writes a request's line into the access log, and says whether there is one.
+// logAccess writes a request's line into the access log, if there is one, and says whether that line tells all. The
+// formats of Apache have neither the id, which error pages name, nor what went wrong.
 func (f *Front) logAccess(l *listener, r *vhost.Request) bool {
 	log := l.service.Load().accessLog
 	if log == nil {
@@ -95,5 +96,5 @@ func (f *Front) logAccess(l *listener, r *vhost.Request) bool {
 		e.Err = r.Err.Error()
 	}
 	log.Write(e)
-	return true
+	return r.Err == nil || log.TellsErrors()
 }

@@ -66,6 +66,43 @@ listeners:
 	}
 }
 
+// TestErrorsAreLogged: whoever reads the id on an error page finds it in a log, with what went wrong, whatever the access
+// log's format is.
+func TestErrorsAreLogged(t *testing.T) {
+	for _, format := range []string{"json", "common", "combined"} {
+		t.Run(format, func(t *testing.T) {
+			addr := freeAddr(t)
+			file := filepath.Join(t.TempDir(), "a.log")
+			d := start(t, fmt.Sprintf(`
+access_log: { file: %q, format: %s }
+listeners:
+  - name: web
+    listen: %q
+    mode: http
+    routes: [ { host: good.test, forward: %q }, { host: dead.test, forward: %q } ]`, file, format, addr, headers(t), freeAddr(t)))
+			for range 2 {
+				res, _ := ask(t, addr, "GET", "dead.test", "/dead", nil)
+				id := res.Header.Get("X-Tailsplice-Id")
+				eventually(t, "the id and the reason are logged", func() bool {
+					b, _ := os.ReadFile(file)
+					for line := range strings.Lines(string(b) + d.log.String()) {
+						if strings.Contains(line, id) && strings.Contains(line, "/dead") && strings.Contains(line, "refused") {
+							return true
+						}
+					}
+					return false
+				})
+			}
+			ask(t, addr, "GET", "good.test", "/good", nil)
+			eventually(t, "a line of access", func() bool { b, _ := os.ReadFile(file); return strings.Contains(string(b), "/good") })
+			ask(t, addr, "GET", "dead.test", "/last", nil) // whose end comes after that of the one before
+			if d.log.Count("path=/good") > 0 || format == "json" && d.log.Count("path=/dead") > 0 {
+				t.Errorf("a request has two lines:\n%s", d.log)
+			}
+		})
+	}
+}
+
 // TestWhoRefused: only what this daemon refuses is "refused" in its log.
 func TestWhoRefused(t *testing.T) {
 	edge, web := freeAddr(t), freeAddr(t)

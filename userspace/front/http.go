@@ -142,8 +142,8 @@ func (in *inbound) Judge(ctx context.Context, info *vhost.ConnInfo) {
 	}
 }
 
-// requestEnded writes the one line of a request, which is a flow of its own: into the access log, or where there is none
-// into the daemon's. That has it all the same at level debug.
+// requestEnded writes the one line of a request, which is a flow of its own: into the access log, or where there is none,
+// or none that tells all, into the daemon's. That has it all the same at level debug.
 func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	logged := f.logAccess(l, &r)
 	f.countRequest(l, &r)

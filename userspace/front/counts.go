@@ -147,9 +147,6 @@ func (f *Front) state() metrics.State {
 	for i := range f.cfg.Listeners {
 		name := f.cfg.Listeners[i].Name
 		l := f.listeners[name]
-		serves := func(certificate string, until time.Time) {
-			s.Certificates = append(s.Certificates, metrics.Certificate{Listener: name, Name: certificate, NotAfter: until})
-		}
 		if l.certs != nil {
 			ends := map[string]time.Time{} // of several with one name, the first that ends
 			for _, c := range l.certs.Certificates() {
@@ -158,24 +155,32 @@ func (f *Front) state() metrics.State {
 				}
 			}
 			for _, source := range slices.Sorted(maps.Keys(ends)) {
-				serves(source, ends[source])
+				s.Certificates = append(s.Certificates, metrics.Certificate{Listener: name, Name: source, NotAfter: ends[source]})
 			}
 		}
 		seen := map[string]bool{}
 		for _, src := range l.managed {
 			for _, a := range src.Status() {
-				if seen[a.Name] || a.State == acme.StateObtaining && a.Problem == "" {
-					continue
+				if !seen[a.Name] {
+					seen[a.Name] = true
+					addACME(&s, name, a)
 				}
-				seen[a.Name] = true
-				if !a.NotAfter.IsZero() {
-					serves(a.Name, a.NotAfter)
-				}
-				s.ACME = append(s.ACME, metrics.ACME{Listener: name, Name: a.Name, OK: a.Problem == ""})
 			}
 		}
 	}
 	return s
+}
+
+// addACME adds what is known of a name. Strangers ask for those on demand, and make them up: only a certificate says that
+// the DNS has one.
+func addACME(s *metrics.State, listener string, a acme.Status) {
+	has := !a.NotAfter.IsZero()
+	if has {
+		s.Certificates = append(s.Certificates, metrics.Certificate{Listener: listener, Name: a.Name, NotAfter: a.NotAfter})
+	}
+	if has || a.Problem != "" && !a.OnDemand {
+		s.ACME = append(s.ACME, metrics.ACME{Listener: listener, Name: a.Name, OK: a.Problem == ""})
+	}
 }
 
 // Clamper is a datapath that bounds what a flow holds in the kernel by cutting the payload off segments, whose senders

@@ -6,8 +6,13 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/acme"
+	"github.com/tailsplice/tailsplice/userspace/metrics"
 )
 
 // TestCountsByRoute: what lives is seen before it ends.
@@ -163,4 +168,28 @@ func TestCountsOfRequests(t *testing.T) {
 	conn.Close()
 	is(`flows{ROUTE}`, "0")
 	is(`requests_total{code="101",ROUTE}`, "1")
+}
+
+// TestACMEOfStrangers: names that strangers make up are no series.
+func TestACMEOfStrangers(t *testing.T) {
+	end := time.Unix(1e9, 0)
+	var s metrics.State
+	for _, a := range []acme.Status{
+		{Name: "first.test", State: acme.StateObtaining},
+		{Name: "failing.test", State: acme.StateFailing, Problem: "refused"},
+		{Name: "valid.test", State: acme.StateValid, NotAfter: end},
+		{Name: "renewal-fails.test", State: acme.StateFailing, Problem: "refused", NotAfter: end},
+		{Name: "made-up.test", State: acme.StateFailing, Problem: "refused", OnDemand: true},
+		{Name: "demanded.test", State: acme.StateFailing, Problem: "refused", OnDemand: true, NotAfter: end},
+	} {
+		addACME(&s, "web", a)
+	}
+	want := []metrics.ACME{{Listener: "web", Name: "failing.test"}, {Listener: "web", Name: "valid.test", OK: true},
+		{Listener: "web", Name: "renewal-fails.test"}, {Listener: "web", Name: "demanded.test"}}
+	if !slices.Equal(s.ACME, want) {
+		t.Errorf("%+v, want %+v", s.ACME, want)
+	}
+	if len(s.Certificates) != 3 {
+		t.Errorf("%+v", s.Certificates)
+	}
 }

@@ -92,7 +92,8 @@ var (
 	notAfter = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, as a Unix time. The days "+
 		"that are left are (x - time()) / 86400."+namesBound, "listener", "certificate")
 	acmeOK = desc("acme_ok", "1 if the last attempt to get the certificate of a name by ACME succeeded, 0 if it failed. "+
-		"A name whose first attempt has not ended is absent."+namesBound, "listener", "name")
+		"A name whose first attempt has not ended is absent, and one of on_demand until it has a certificate."+namesBound,
+		"listener", "name")
 	problems = desc("problems", "Parts of the configuration that do not work now. tailsplice status and /readyz say "+
 		"what is wrong. The daemon is not ready while one of address, certificate or default is not 0.", "part")
 )

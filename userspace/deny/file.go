@@ -1,7 +1,9 @@
 package deny
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -149,9 +151,14 @@ func (f *File) look() {
 	t, err := readFile(f.name, f.parse)
 	switch {
 	case err != nil:
+		if f.bad == nil || f.bad.Error() != err.Error() {
+			f.log.Error("a file of denied prefixes can't be used as it is: the previous ones stay in force",
+				"file", f.name, "err", err)
+		}
 		f.bad = err
-		f.log.Error("a file of denied prefixes can't be used as it is: the previous ones stay in force",
-			"file", f.name, "err", err)
+		if _, failed := errors.AsType[*fs.PathError](err); failed {
+			f.stamp = nil // it was not read, perhaps for want of a descriptor: the next look tries again
+		}
 	case !f.use(t):
 		f.log.Error("a file of denied prefixes is empty: the previous ones stay in force", "file", f.name,
 			"err", f.bad)

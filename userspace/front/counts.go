@@ -171,14 +171,17 @@ func (f *Front) state() metrics.State {
 	return s
 }
 
-// addACME adds what is known of a name. Strangers ask for those on demand, and make them up: only a certificate says that
-// the DNS has one.
+// madeUp reports whether a stranger may have made up the name: whoever asks for one below a wildcard that is on demand
+// can, and only a certificate says that the DNS has it.
+func madeUp(a acme.Status) bool { return a.OnDemand && a.NotAfter.IsZero() }
+
+// addACME adds what is known of a name.
 func addACME(s *metrics.State, listener string, a acme.Status) {
 	has := !a.NotAfter.IsZero()
 	if has {
 		s.Certificates = append(s.Certificates, metrics.Certificate{Listener: listener, Name: a.Name, NotAfter: a.NotAfter})
 	}
-	if has || a.Problem != "" && !a.OnDemand {
+	if has || a.Problem != "" && !madeUp(a) {
 		s.ACME = append(s.ACME, metrics.ACME{Listener: listener, Name: a.Name, OK: a.Problem == ""})
 	}
 }

@@ -172,6 +172,9 @@ func TestCountsOfRequests(t *testing.T) {
 
 // TestACMEOfStrangers: names that strangers make up are no series.
 func TestACMEOfStrangers(t *testing.T) {
+	if !madeUp(acme.Status{OnDemand: true, Problem: "refused"}) || madeUp(acme.Status{Problem: "refused"}) {
+		t.Error("what is made up is told from what is not by the wildcard")
+	}
 	end := time.Unix(1e9, 0)
 	var s metrics.State
 	for _, a := range []acme.Status{

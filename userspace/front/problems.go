@@ -87,7 +87,7 @@ func (f *Front) problems() (out []Problem) {
 		}
 		for _, src := range l.managed {
 			for _, a := range src.Status() {
-				if a.Problem != "" {
+				if a.Problem != "" && !madeUp(a) {
 					out = append(out, Problem{PartACME, c.Name, a.Name, a.Problem})
 				}
 			}

@@ -55,7 +55,7 @@ func (a *Acceptor) Start() {
 // watch lets one loop know of each connection. EPOLLEXCLUSIVE, which wakes one and not all, is in Linux 4.5:
 // see epoll_ctl(2). It is called with a.accepting held.
 func (a *Acceptor) watch() error {
-	for _, l := range loops.all {
+	for _, l := range allLoops() {
 		l.mu.Lock()
 		l.last++
 		id := l.last

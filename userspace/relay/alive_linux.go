@@ -25,7 +25,7 @@ func Alive(ctx context.Context) error {
 	done := make(chan error, 1)
 	go func() {
 		var err error
-		for _, l := range loops.all {
+		for _, l := range allLoops() {
 			if err = l.answer(ctx); err != nil {
 				break
 			}

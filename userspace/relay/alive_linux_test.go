@@ -21,7 +21,8 @@ func TestAlive(t *testing.T) {
 	if err := try(time.Minute); err != nil {
 		t.Fatal(err)
 	}
-	l := loops.all[len(loops.all)-1]
+	all := allLoops()
+	l := all[len(all)-1]
 	l.mu.Lock() // as who is in the middle of an event
 	for range 3 {
 		if err := try(20 * time.Millisecond); err == nil {

@@ -7,7 +7,7 @@ func (a *Acceptor) Pause() { a.pause() }
 
 // Watches counts what the loops know of acceptors.
 func Watches() (n int) {
-	for _, l := range loops.all {
+	for _, l := range allLoops() {
 		l.mu.Lock()
 		n += len(l.acceptors)
 		l.mu.Unlock()
@@ -29,7 +29,7 @@ func DropPipes() {
 // find gives the flow with these counters, and its loop if it is on one. f is nil while its pumps run and
 // nobody watches it.
 func find(c *Counters) (f *flow, on *loop) {
-	for _, l := range loops.all {
+	for _, l := range allLoops() {
 		l.mu.Lock()
 		for _, s := range l.sockets {
 			if s.side != nil && s.side.flow.counters == c {

@@ -22,8 +22,8 @@ var loops struct {
 	next atomic.Uint32
 }
 
-// pickLoop gives the loop that has the next flow, or nil where there is no descriptor for any.
-func pickLoop() *loop {
+// allLoops gives the loops, which it starts if nobody has yet. There are none where there is no descriptor for any.
+func allLoops() []*loop {
 	loops.once.Do(func() {
 		n := runtime.GOMAXPROCS(0)
 		for range n {
@@ -35,10 +35,16 @@ func pickLoop() *loop {
 		// ms. There must be one more than loops, for all other goroutines.
 		runtime.GOMAXPROCS(n + 1)
 	})
-	if len(loops.all) == 0 {
+	return loops.all
+}
+
+// pickLoop gives the loop that has the next flow, or nil where there is none.
+func pickLoop() *loop {
+	all := allLoops()
+	if len(all) == 0 {
 		return nil
 	}
-	return loops.all[int(loops.next.Add(1))%len(loops.all)]
+	return all[int(loops.next.Add(1))%len(all)]
 }
 
 type loop struct {

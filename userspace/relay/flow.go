@@ -48,6 +48,10 @@ type side struct {
 	socket *Socket // while the flow is on a loop
 	rest   []byte  // read from it there, and not yet written
 
+	held       atomic.Int64 // bytes of its stream that its pump has no room for
+	stoodAt    int64        // how many were moved when MeasureHeld looked
+	stoodSince int64        // and since when no more; Unix time in ns, 0 is never
+
 	fault error // why it can't go on: the first reason, nil while it can; guarded by flow.mu
 
 	// guarded by watches.mu
@@ -136,6 +140,14 @@ func (s *side) name() string {
 		return "downstream"
 	}
 	return "upstream"
+}
+
+// moved counts what the other side was given of s's bytes.
+func (s *side) moved() *atomic.Int64 {
+	if s == &s.flow.down {
+		return &s.flow.counters.up
+	}
+	return &s.flow.counters.down
 }
 
 func (s *side) resetEnd() End {

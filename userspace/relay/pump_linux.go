@@ -49,6 +49,7 @@ func (p *pump) run() (bad *side, err error) {
 			p.fail("write to", p.dst, err)
 		}
 		if p.out = nil; p.err != nil {
+			p.src.hold(0)
 			return p.bad, p.err
 		}
 	}
@@ -58,6 +59,7 @@ func (p *pump) run() (bad *side, err error) {
 	if p.pipe != nil {
 		p.pipe.close() // there are bytes in it
 	}
+	p.src.hold(0)
 	return p.bad, p.err
 }
 
@@ -120,6 +122,7 @@ func (p *pump) flushOut(fd uintptr) (done bool) {
 	for len(p.out) > 0 {
 		n, err := noEINTR(func() (int, error) { return unix.Write(int(fd), p.out) })
 		if err == unix.EAGAIN {
+			p.src.hold(len(p.out) + p.inPipe)
 			watchForReset(p.src)
 			return false
 		}
@@ -130,6 +133,7 @@ func (p *pump) flushOut(fd uintptr) (done bool) {
 		p.moved.Add(int64(n))
 		p.out = p.out[n:]
 	}
+	p.src.hold(p.inPipe)
 	return true
 }
 
@@ -140,8 +144,12 @@ func (p *pump) splice(fd int) (n int, err error) {
 		p.bulk = false
 		return p.copy(fd)
 	}
+	most := min(p.limit, pipe.size)
+	if short.Load() {
+		most = min(most, minPipe)
+	}
 	n, err = noEINTR(func() (int, error) {
-		n, err := unix.Splice(fd, nil, pipe.w, nil, min(p.limit, pipe.size),
+		n, err := unix.Splice(fd, nil, pipe.w, nil, most,
 			unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
 		return int(n), err
 	})
@@ -168,6 +176,7 @@ func (p *pump) splice(fd int) (n int, err error) {
 		p.fail("write to", p.dst, err)
 	}
 	if p.inPipe == 0 {
+		p.src.hold(0)
 		p.pipe = nil
 		putPipe(pipe)
 	}
@@ -189,6 +198,7 @@ func (p *pump) drainPipe(fd uintptr) (done bool) {
 		})
 		switch {
 		case err == unix.EAGAIN:
+			p.src.hold(p.inPipe)
 			watchForReset(p.src)
 			return false
 		case cannotSplice(err):

@@ -5,6 +5,7 @@ package relay
 import (
 	"net"
 	"sync/atomic"
+	"time"
 )
 
 const maxPipe = 1 << 20
@@ -33,6 +34,18 @@ type (
 )
 
 func (f *flow) quicken() bool { return false }
+
+// SaveMemory is for Linux.
+func SaveMemory(bool) {}
+
+// Piped is for Linux.
+func Piped() int64 { return 0 }
+
+// MeasureHeld is for Linux.
+func MeasureHeld(time.Time) {}
+
+// Held is for Linux.
+func (c *Counters) Held() (int64, time.Time) { return 0, time.Time{} }
 
 func (s *side) gone() bool       { return false }
 func (s *side) unacked() int     { return 0 }

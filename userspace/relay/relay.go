@@ -65,6 +65,8 @@ type Options struct {
 type Counters struct {
 	up, down atomic.Int64
 	kernel   atomic.Pointer[holder] // the datapath that has the flow now; nil: this package
+
+	held, since, sweep atomic.Int64 // what MeasureHeld has found, and when
 }
 
 type holder struct {

@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -132,11 +133,13 @@ func run(ctx context.Context, o runOptions) error {
 	}
 	defer f.Close()
 	datapaths.offer(f)
+	limitHeap(f.Memory())
 
 	reload := func() ([]string, error) {
 		daemon.SdNotify(false, daemon.SdNotifyReloading)
 		defer daemon.SdNotify(false, daemon.SdNotifyReady)
 		notes, err := reload(f, o.config, cfg.Control)
+		limitHeap(f.Memory())
 		if err != nil {
 			log.Error("the configuration was not changed", "err", err)
 			return nil, err
@@ -188,6 +191,13 @@ func run(ctx context.Context, o runOptions) error {
 		case <-ctx.Done():
 			return nil
 		}
+	}
+}
+
+// limitHeap has Go's collector aim at half of the memory that flows may hold, in bytes, unless GOMEMLIMIT says at what.
+func limitHeap(memory int64) {
+	if os.Getenv("GOMEMLIMIT") == "" && memory > 0 {
+		debug.SetMemoryLimit(memory / 2)
 	}
 }
 

@@ -160,6 +160,7 @@ type Limits struct {
 	HelloTimeout         time.Duration `yaml:"hello_timeout" default:"5s" min:"10ms" max:"10m"`
 	HelloBytes           int           `yaml:"hello_bytes" kind:"size" default:"65536" min:"512" max:"1MiB"`
 	IdleTimeout          time.Duration `yaml:"idle_timeout" default:"1h" min:"10ms" max:"8760h"`
+	Memory               int64         `yaml:"memory" kind:"size" min:"16MiB" max:"16384GiB"`
 	FlowBuffer           int64         `yaml:"flow_buffer" kind:"size" default:"2MiB" min:"4KiB" max:"1GiB"`
 
 	// NewConnectionsPerSource is nil where there is no bound.

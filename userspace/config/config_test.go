@@ -429,7 +429,7 @@ f:5:3: unknown key "nod" in limits: it belongs nowhere`},
 				got = err.Error()
 				checkPlaces(t, []byte(c.yaml), err.(Errors))
 			}
-			want := strings.ReplaceAll(c.want, ": it belongs nowhere", ", its keys are connections, connections_per_source, requests, requests_per_source, hello_timeout, hello_bytes, idle_timeout, flow_buffer, new_connections_per_source")
+			want := strings.ReplaceAll(c.want, ": it belongs nowhere", ", its keys are connections, connections_per_source, requests, requests_per_source, hello_timeout, hello_bytes, idle_timeout, memory, flow_buffer, new_connections_per_source")
 			if got != want {
 				t.Errorf("got  %s\nwant %s", got, want)
 			}

@@ -45,6 +45,10 @@ type Flow struct {
 	// and down. It must be safe to call at any time, also after the flow has ended.
 	Bytes func() (up, down int64)
 
+	// Held returns how many bytes it holds for readers that have no room, as far as that was measured, and since
+	// when they have taken nothing; nil: that is not known. It must be safe to call at any time.
+	Held func() (bytes int64, since time.Time)
+
 	// Account, when not nil, is what the flow is counted in.
 	Account *Account
 
@@ -84,12 +88,20 @@ type Snapshot struct {
 	Started    time.Time `json:"started"`
 	BytesUp    int64     `json:"bytes_up"`
 	BytesDown  int64     `json:"bytes_down"`
+
+	Held  int64     `json:"-"`
+	Stood time.Time `json:"-"`
 }
 
 func (f *Flow) snapshot(up, down int64) Snapshot {
+	var held int64
+	var stood time.Time
+	if f.Held != nil {
+		held, stood = f.Held()
+	}
 	return Snapshot{Format: FormatVersion, ID: f.ID, Listener: f.Listener, Route: f.Route, Name: f.Name, Client: f.Client,
 		Downstream: f.Downstream, Upstream: f.Upstream, Target: f.Target, Datapath: f.datapath(),
-		Started: f.Started, BytesUp: up, BytesDown: down}
+		Started: f.Started, BytesUp: up, BytesDown: down, Held: held, Stood: stood}
 }
 
 // Registry holds the flows that live, and the accounts that they are counted in. The zero value is not usable: call

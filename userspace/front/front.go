@@ -17,7 +17,8 @@
 //	access.go   who may use a route
 //	http.go     http and https: the same by request
 //	certificates.go  what https listeners show, and how ACME gets at them
-//	memory_linux.go  what is done when the kernel is short of memory for TCP
+//	memory.go   how much memory there is
+//	memory_linux.go  what is done when it is short, or the kernel's for TCP
 //	counts.go   what the metrics show of all this
 //	problems.go  what of the configuration does not work now, while the rest does
 //	status.go   what can be seen from outside
@@ -97,6 +98,9 @@ type Front struct {
 	ctx    context.Context // ends when flows must end at once
 	cancel context.CancelFunc
 	conns  sync.WaitGroup // every connection that was accepted
+
+	memory    atomic.Int64                 // the budget in bytes; 0: none
+	greediest atomic.Pointer[netip.Prefix] // the source that opens no connections while memory is short
 
 	mostWaiting atomic.Int64 // connections that may wait for a hello
 	partBytes   atomic.Int64 // of hellos that are not whole
@@ -259,7 +263,8 @@ func (f *Front) apply(cfg *config.Config) error {
 		}
 	}
 	labels := f.prepareLabels(cfg, services) // of services that are complete but for them
-	connections, requests := f.fitLimits(cfg)
+	memory := memoryOf(cfg)
+	connections, requests := f.fitLimits(cfg, memory)
 
 	var tailnetErr error
 	if wantsTailnet(cfg) {
@@ -311,6 +316,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	closeFiles(f.denyFiles)
 	f.denyFiles = denyFiles
 	f.watchNeeded(cfg)
+	f.memory.Store(memory)
 	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
 	f.requests.SetLimits(requests, cfg.Limits.RequestsPerSource)
 	if r := cfg.Limits.NewConnectionsPerSource; r != nil {
@@ -421,11 +427,16 @@ const (
 	pipesWanted   = 2048 // where there is room for them
 )
 
-// fitLimits lowers the limits of connections and of requests to what the file
-// descriptors allow, and says so: better to refuse in time than to fail in the
-// middle.
-func (f *Front) fitLimits(cfg *config.Config) (connections, requests int) {
+// fitLimits lowers the limits of connections and of requests to what memory and
+// the file descriptors allow, and says so: better to refuse in time than to fail
+// in the middle.
+func (f *Front) fitLimits(cfg *config.Config, memory int64) (connections, requests int) {
 	connections, requests = cfg.Limits.Connections, cfg.Limits.Requests
+	if most := memory / 4 * 3 / connectionBytes; memory > 0 && int64(connections) > most {
+		connections = int(most)
+		f.log.Info("limits.connections is lowered to what limits.memory allows, at 12 KiB for each in three quarters of it",
+			"connections", cfg.Limits.Connections, "connections_lowered_to", connections, "memory", memory)
+	}
 	perConnection, perRequest := filesOf(cfg)
 	need := connections*perConnection + requests*perRequest
 	files, err := raiseFileLimit(uint64(need + filesReserved + 2*pipesWanted))

@@ -299,6 +299,7 @@ func refusal(err error) string {
 	var over *limit.OverError
 	var often *limit.RateError
 	var unwanted *deniedError
+	var greedy *greedyError
 	var stranger *notAllowedError
 	var unidentified *notIdentifiedError
 	switch {
@@ -312,6 +313,8 @@ func refusal(err error) string {
 		return overRate
 	case errors.As(err, &unwanted):
 		return denied
+	case errors.As(err, &greedy):
+		return overMemory
 	case errors.Is(err, errStranger):
 		return proxyFromStranger
 	case errors.Is(err, errNoHeader):

@@ -1,13 +1,12 @@
 package front
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
-	"slices"
+	"runtime/metrics"
 	"strings"
 	"time"
 
@@ -17,44 +16,83 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 const (
 	memoryEvery = time.Second
-	// stoppedFor is how long no byte of a flow must have moved before it may be ended for the memory that its
-	// sockets hold.
-	stoppedFor = 15 * time.Second
-	stoppedMin = 16 << 10 // bytes that such a flow holds at least
+	shortEvery  = memoryEvery / 4 // while half of the memory is taken
+
+	// How long no byte of a flow must have moved before it may be ended for what it holds: from 3/4 of the
+	// memory on, and from 7/8 on.
+	stoppedFor      = 15 * time.Second
+	stoppedForShort = time.Second
+	stoppedMin      = 16 << 10 // bytes that such a flow holds at least
+	greedyMin       = 1 << 20  // bytes that a source holds at least before it may be refused
 )
 
-// memoryWatch ends flows that hold TCP's memory and don't move when the kernel runs short of it: those of the
-// source that holds most of it first. What the kernel has received for a reader who has stopped is charged to
-// nobody else, and can't be given back in another way; while it is short it gives all others next to nothing.
+// memoryWatch keeps what flows hold within the budget, and within what the kernel has for TCP. What the kernel
+// has received for a reader who has stopped can't be given back but with the flow; and where TCP is short of
+// memory it gives all others next to nothing.
 type memoryWatch struct {
 	front *Front
-	since map[string]rest // by the peer's address, while memory may run short soon
+	since map[netip.AddrPort]rest // by the peer's address, while half of the memory is taken
 }
 
-// A rest is a flow at the last look.
+// A rest is a connection at the last look.
 type rest struct {
 	bytes int64
-	since time.Time // that it has moved so many
+	since time.Time // that its flows have moved so many
 }
 
 // watchMemory looks until f ends.
 func (f *Front) watchMemory() {
 	w := &memoryWatch{front: f}
-	for tick := time.NewTicker(memoryEvery); ; {
+	for timer := time.NewTimer(memoryEvery); ; {
 		select {
 		case <-f.ctx.Done():
-			tick.Stop()
+			timer.Stop()
+			relay.SaveMemory(false)
 			return
-		case now := <-tick.C:
-			if used, short, err := tcpMemory(); err == nil {
-				w.look(now, used, short)
-			}
+		case now := <-timer.C:
+			timer.Reset(w.look(now, f.memoryUse()))
 		}
 	}
+}
+
+// A memoryUse is how much is taken of what there is, in bytes.
+type memoryUse struct {
+	used, total int64
+	what        string // the metric's word for it
+}
+
+// over reports whether n of m parts are taken.
+func (u memoryUse) over(n, m int64) bool { return u.total > 0 && u.used >= u.total/m*n }
+
+// memoryUse is that of the budget, or that of what the kernel has for TCP where that is nearer to its end.
+func (f *Front) memoryUse() memoryUse {
+	page := int64(os.Getpagesize())
+	used, short, err := tcpMemory()
+	if err != nil {
+		return memoryUse{}
+	}
+	tcp := memoryUse{used * page, short * page, "tcp_memory"}
+	sockets, ok := cgroupSockets("/proc", "/sys/fs/cgroup")
+	if !ok {
+		sockets = tcp.used // those of others, too
+	}
+	all := memoryUse{sockets + processMemory() + relay.Piped() + int64(f.limiter.Total())*connectionKernel, f.Memory(), overMemory}
+	if all.total > 0 && float64(all.used)/float64(all.total) > float64(tcp.used)/float64(tcp.total) {
+		return all
+	}
+	return tcp
+}
+
+// processMemory is what Go has of the kernel for this process, in bytes.
+func processMemory() int64 {
+	m := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	metrics.Read(m)
+	return int64(m[0].Value.Uint64() - m[1].Value.Uint64())
 }
 
 // tcpMemory is how many pages all sockets hold, and how many they may before the kernel is short of them: see
@@ -75,41 +113,152 @@ func tcpMemory() (used, short int64, err error) {
 	}
 	var low int64
 	_, err = fmt.Sscan(string(limits), &low, &short)
-	return used, short, err
+	return used, max(short, 1), err
 }
 
-// look ends what must end, where used is short.
-func (w *memoryWatch) look(now time.Time, used, short int64) {
-	if used < short/2 {
+// A stalled connection holds bytes for a reader who has no room for them.
+type stalled struct {
+	peer   netip.AddrPort
+	source netip.Prefix
+	since  time.Time
+	held   int64
+}
+
+// look does what u calls for: from half of the memory on little is taken at a time, from 5/8 on the source that
+// holds most opens no more connections, and from 3/4 on its flows that have stood still for longest are ended.
+// It says when to look again.
+func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
+	f := w.front
+	isShort := u.over(1, 2)
+	relay.SaveMemory(isShort)
+	if !isShort {
 		w.since = nil
-		return
+		f.greediest.Store(nil)
+		return memoryEvery
 	}
-	since := make(map[string]rest, len(w.since))
-	stopped := map[netip.AddrPort]netip.Prefix{} // the source, by the peer's address
-	for _, fl := range w.front.flows.Snapshot(flow.Query{}) {
-		r, known := w.since[fl.Downstream]
-		if n := fl.BytesUp + fl.BytesDown; !known || r.bytes != n {
-			r = rest{n, now}
+	var sockets map[netip.AddrPort]tcpSocket
+	var err error
+	if u.over(5, 8) {
+		sockets, err = tcpSockets(f.ports())
+	}
+	all := w.stalled(now, sockets)
+	greedy, held := greediest(all, now)
+	if u.over(5, 8) && held >= greedyMin {
+		if f.greediest.Swap(&greedy) == nil {
+			f.complain.Warn("memory_greedy", "memory is short: the source that holds most of it for readers that have stopped may open no more connections",
+				"source", greedy, "held", held, "what", u.what, "used", u.used, "total", u.total)
 		}
-		since[fl.Downstream] = r
+	} else {
+		f.greediest.Store(nil)
+	}
+	if err == nil && u.over(3, 4) {
+		err = w.end(now, u, all, sockets)
+	}
+	if err != nil {
+		f.complain.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
+	}
+	return shortEvery
+}
+
+// stalled are the connections that hold something, and since when nothing of theirs has moved.
+func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocket) (all []stalled) {
+	relay.MeasureHeld(now)
+	type connection struct {
+		bytes, held int64
+		since       time.Time // of what is held
+		source      netip.Prefix
+	}
+	connections := map[netip.AddrPort]connection{}
+	for _, fl := range w.front.flows.Snapshot(flow.Query{}) {
 		peer, err := netip.ParseAddrPort(fl.Downstream)
-		if client, cerr := netip.ParseAddrPort(fl.Client); err == nil && cerr == nil && now.Sub(r.since) >= stoppedFor {
-			stopped[peer] = limit.PrefixOf(client.Addr())
+		client, cerr := netip.ParseAddrPort(fl.Client)
+		if err != nil || cerr != nil {
+			continue
+		}
+		c := connections[peer]
+		c.source = limit.PrefixOf(client.Addr())
+		c.bytes += fl.BytesUp + fl.BytesDown
+		if c.held += fl.Held; fl.Held > 0 {
+			c.since = fl.Stood
+		}
+		connections[peer] = c
+	}
+	since := make(map[netip.AddrPort]rest, len(connections))
+	for peer, c := range connections {
+		r, known := w.since[peer]
+		if !known || r.bytes != c.bytes {
+			r = rest{c.bytes, now}
+		}
+		since[peer] = r
+		switch held := sockets[peer].held; {
+		case c.held >= stoppedMin:
+			all = append(all, stalled{peer, c.source, c.since, max(c.held, held)})
+		case c.held == 0 && held >= stoppedMin: // the kernel moves the flow, or these are requests
+			all = append(all, stalled{peer, c.source, r.since, held})
 		}
 	}
 	w.since = since
-	if used < short || len(stopped) == 0 {
-		return
+	return all
+}
+
+// greediest is the source that holds most in connections that have stood still until then.
+func greediest(all []stalled, until time.Time) (source netip.Prefix, held int64) {
+	sum := map[netip.Prefix]int64{}
+	for _, s := range all {
+		if !s.since.After(until) {
+			sum[s.source] += s.held
+		}
 	}
-	n, who, err := endFullest(stopped, w.front.ports())
-	w.front.metrics.Cut.WithLabelValues("tcp_memory").Add(float64(n))
+	for p, n := range sum {
+		if n > held || n == held && p.Addr().Less(source.Addr()) {
+			source, held = p, n
+		}
+	}
+	return source, held
+}
+
+// end resets connections of all that have stood still for long enough, until so much is given back that u is
+// over no more: the longest of the source that holds most, again and again.
+func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map[netip.AddrPort]tcpSocket) error {
+	until := now.Add(-stoppedFor)
+	if u.over(7, 8) {
+		until = now.Add(-stoppedForShort)
+	}
+	var first netip.Prefix
+	n := 0
+	for freed := int64(0); freed <= u.used-u.total/4*3; {
+		source, held := greediest(all, until)
+		if held == 0 {
+			break
+		}
+		longest := -1
+		for i, s := range all {
+			if s.source == source && !s.since.After(until) && (longest < 0 || s.since.Before(all[longest].since)) {
+				longest = i
+			}
+		}
+		victim := all[longest]
+		all[longest] = all[len(all)-1]
+		all = all[:len(all)-1]
+		socket, ok := sockets[victim.peer]
+		if !ok {
+			continue // it has ended by itself, or came by another listener's port
+		}
+		if err := destroySocket(socket.family, socket.id); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("end a socket: %w", err)
+		}
+		if n == 0 {
+			first = source
+		}
+		n++
+		freed += victim.held
+	}
 	if n > 0 {
-		w.front.complain.Warn("tcp_memory", "the kernel is short of memory for TCP (net.ipv4.tcp_mem): flows that make no progress are ended, those of the source that holds most first",
-			"flows", n, "source", who, "pages", used, "short_from", short)
+		w.front.metrics.Cut.WithLabelValues(u.what).Add(float64(n))
+		w.front.complain.Warn("memory", "memory is short: flows that make no progress are ended, those of the source that holds most first",
+			"flows", n, "source", first, "what", u.what, "used", u.used, "total", u.total)
 	}
-	if err != nil {
-		w.front.complain.Warn("tcp_memory_err", "the kernel is short of memory for TCP (net.ipv4.tcp_mem), and flows that make no progress can't be ended", "err", err)
-	}
+	return nil
 }
 
 // ports are those that f accepts connections at.
@@ -123,45 +272,29 @@ func (f *Front) ports() map[uint16]bool {
 	return ports
 }
 
-// endFullest ends a quarter of the flows that stand still, and hold something: those of the sources that hold
-// most. who is the first of them. A socket at another port than ours is somebody else's, though its peer may
-// be the same.
-func endFullest(stopped map[netip.AddrPort]netip.Prefix, ports map[uint16]bool) (n int, who netip.Prefix, err error) {
-	type holder struct {
-		id     netlink.SocketID
-		family uint8
-		source netip.Prefix
-		held   uint32
-	}
-	var all []holder
-	held := map[netip.Prefix]int{}
+// A tcpSocket is one of a connection that this host has accepted.
+type tcpSocket struct {
+	family uint8
+	id     netlink.SocketID
+	held   int64 // bytes in its queues
+}
+
+// tcpSockets are those at these ports, by the peer's address. A socket at another port is somebody else's, though its
+// peer may be the same.
+func tcpSockets(ports map[uint16]bool) (map[netip.AddrPort]tcpSocket, error) {
+	all := map[netip.AddrPort]tcpSocket{}
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		sockets, derr := netlink.SocketDiagTCP(family)
-		err = errors.Join(err, derr)
+		sockets, err := netlink.SocketDiagTCP(family)
+		if err != nil {
+			return nil, fmt.Errorf("list sockets: %w", err)
+		}
 		for _, s := range sockets {
-			addr, _ := netip.AddrFromSlice(s.ID.Destination)
-			source, ok := stopped[netip.AddrPortFrom(addr.Unmap(), s.ID.DestinationPort)]
-			if n := s.RQueue + s.WQueue; ok && ports[s.ID.SourcePort] && n >= stoppedMin {
-				all = append(all, holder{s.ID, family, source, n})
-				held[source] += int(n)
+			if addr, ok := netip.AddrFromSlice(s.ID.Destination); ok && ports[s.ID.SourcePort] {
+				all[netip.AddrPortFrom(addr.Unmap(), s.ID.DestinationPort)] = tcpSocket{family, s.ID, int64(s.RQueue) + int64(s.WQueue)}
 			}
 		}
 	}
-	slices.SortFunc(all, func(a, b holder) int {
-		return cmp.Or(cmp.Compare(held[b.source], held[a.source]), a.source.Addr().Compare(b.source.Addr()), cmp.Compare(b.held, a.held))
-	})
-	for _, h := range all[:(len(all)+3)/4] {
-		if derr := destroySocket(h.family, h.id); derr == nil {
-			n++
-		} else if !errors.Is(derr, unix.ENOENT) { // else it has ended by itself
-			err = errors.Join(err, fmt.Errorf("end a socket: %w", derr))
-			break
-		}
-	}
-	if len(all) > 0 {
-		who = all[0].source
-	}
-	return n, who, err
+	return all, nil
 }
 
 // destroySocket resets both ends of a connection of this host. It needs CAP_NET_ADMIN, and Linux 4.5 with

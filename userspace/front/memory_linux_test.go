@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -13,10 +12,10 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 )
 
-// TestShortOfTCPMemory: flows whose readers have stopped are ended when the kernel is short of memory, and
-// not before; those of the source that has most first, and none that moves or holds nothing.
+// TestShortOfTCPMemory: when memory is short, whose readers have stopped opens no more connections, and then those
+// that have stood still for longest are ended, of the source that has most first; none that moves or holds
+// nothing.
 func TestShortOfTCPMemory(t *testing.T) {
-	const short = 1000 // pages
 	for _, v := range []struct{ listen, bad, other string }{
 		{"127.0.0.1:%d", "127.0.0.11", "127.0.0.12"},
 		{":%d", "127.0.0.11", "127.0.0.12"},
@@ -36,10 +35,13 @@ func TestShortOfTCPMemory(t *testing.T) {
 			if strings.HasPrefix(at, ":") {
 				at = addr
 			}
+			dial := func(from string) (net.Conn, error) {
+				dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+				return dialer.Dial("tcp", at)
+			}
 			connect := func(from string, ask bool) *net.TCPConn {
 				t.Helper()
-				dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
-				c, err := dialer.Dial("tcp", at)
+				c, err := dial(from)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -60,40 +62,58 @@ func TestShortOfTCPMemory(t *testing.T) {
 				kept = append(kept, connect(v.other, true), connect(v.other, true))
 			}
 			moves := connect(v.bad, true)
+			moves.SetReadBuffer(256 << 10) // more than a segment of loopback, which else comes by a timer
 			all := len(bad) + len(kept) + 1
-			last := int64(-1)
-			eventually(t, "all stand still", func() bool {
-				sum := int64(0)
-				for _, f := range d.flows.Snapshot(flow.Query{}) {
-					sum += f.BytesUp + f.BytesDown
-				}
-				same := sum == last && d.flows.Len() == all
-				last = sum
-				time.Sleep(200 * time.Millisecond)
-				return same
-			})
+			still := func() {
+				t.Helper()
+				last := int64(-1)
+				eventually(t, "all stand still", func() bool {
+					sum := int64(0)
+					for _, f := range d.flows.Snapshot(flow.Query{}) {
+						sum += f.BytesUp + f.BytesDown
+					}
+					same := sum == last && d.flows.Len() == all
+					last = sum
+					time.Sleep(200 * time.Millisecond)
+					return same
+				})
+			}
+			still()
 
 			w, now := &memoryWatch{front: d.Front}, time.Now()
-			w.look(now, short, short)
-			w.look(now.Add(stoppedFor-1), short, short) // not stopped for long enough
-			if n := d.flows.Len(); n != all {
-				t.Fatalf("%d flows are left of %d", n, all)
+			taken := func(eighths int64) memoryUse { return memoryUse{eighths << 30, 8 << 30, "tcp_memory"} }
+			look := func(after time.Duration, eighths int64, ended int) {
+				t.Helper()
+				w.look(now.Add(after), taken(eighths))
+				all -= ended
+				eventually(t, fmt.Sprintf("%d flows are left", all), func() bool { return d.flows.Len() == all })
 			}
+			refused := func() bool {
+				t.Helper()
+				before := metrics.Totals(d.metrics.Refused, "reason")[overMemory]
+				if c, err := dial(v.bad); err == nil { // else the reset has come already
+					defer c.Close()
+					c.SetDeadline(time.Now().Add(patience))
+					c.Read(make([]byte, 1))
+				}
+				return metrics.Totals(d.metrics.Refused, "reason")[overMemory] > before
+			}
+			look(0, 3, 0)
+			look(0, 4, 0)
+			if d.greediest.Load() != nil {
+				t.Error("a source is refused before memory is short")
+			}
+			look(0, 5, 0)
+			if !refused() {
+				t.Error("who holds most may open connections")
+			}
+			look(stoppedFor-1, 6, 0) // not stopped for long enough
 			io.CopyN(io.Discard, moves, 8<<20)
-			w.look(now.Add(stoppedFor), short-1, short) // not short
-			if n := d.flows.Len(); n != all {
-				t.Fatalf("%d flows are left of %d", n, all)
-			}
-			standing := len(bad)
-			if v.other != "" {
-				standing += 2
-			}
-			ended := 0
-			for range 3 { // who is bad holds most, all the while
-				n := (standing + 3) / 4
-				w.look(now.Add(stoppedFor), short, short)
-				standing, ended = standing-n, ended+n
-				eventually(t, "a quarter is ended", func() bool { return d.flows.Len() == all-ended })
+			look(stoppedFor, 5, 0) // not short
+			look(stoppedFor, 6, 1) // which gives back enough
+			look(stoppedFor, 2, 0)
+			if d.greediest.Load() != nil {
+				t.Error("a source is refused when there is memory again")
 			}
 			reset := 0
 			for _, c := range bad {
@@ -101,16 +121,25 @@ func TestShortOfTCPMemory(t *testing.T) {
 					reset++
 				}
 			}
-			if reset != ended {
-				t.Errorf("%d of who holds most are reset, want %d", reset, ended)
+			if reset != 1 {
+				t.Errorf("%d of who holds most are reset, want 1", reset)
 			}
-			for i, c := range append(kept, moves) {
+			still()
+			// What all of them hold is too little now. What they send is no sign of life.
+			standing := len(bad) - 1
+			if v.other != "" {
+				standing += 2
+			}
+			look(stoppedFor, 7, standing)
+			look(stoppedFor+stoppedForShort-1, 7, 0)
+			look(stoppedFor+stoppedForShort, 7, 1) // moves, which does not any more
+			for i, c := range kept[:1] {
 				if _, err := c.Write([]byte{1}); err != nil {
 					t.Errorf("number %d of the others: %v", i, err)
 				}
 			}
-			if n := metrics.Totals(d.metrics.Cut, "reason")["tcp_memory"]; n != int64(ended) {
-				t.Errorf("%d are counted, want %d", n, ended)
+			if n := metrics.Totals(d.metrics.Cut, "reason")["tcp_memory"]; n != int64(standing+2) {
+				t.Errorf("%d are counted, want %d", n, standing+2)
 			}
 		})
 	}
@@ -128,10 +157,14 @@ func TestSocketsOfOthers(t *testing.T) {
 	if _, err := c.Write(make([]byte, 2*stoppedMin)); err != nil { // which nobody reads
 		t.Fatal(err)
 	}
-	stopped := map[netip.AddrPort]netip.Prefix{addrPort(c.LocalAddr()): netip.MustParsePrefix("127.0.0.1/32")}
-	for _, v := range []struct{ port, ended int }{{int(at.Port()) - 1, 0}, {int(at.Port()), 1}} {
-		if n, _, err := endFullest(stopped, map[uint16]bool{uint16(v.port): true}); n != v.ended || err != nil {
-			t.Errorf("%d of the sockets at port %d are ended, want %d: %v", n, v.port, v.ended, err)
+	for _, v := range []struct {
+		port uint16
+		ours bool
+	}{{at.Port() - 1, false}, {at.Port(), true}} {
+		sockets, err := tcpSockets(map[uint16]bool{v.port: true})
+		s, ok := sockets[addrPort(c.LocalAddr())]
+		if err != nil || ok != v.ours || ok && s.held < 2*stoppedMin {
+			t.Errorf("at port %d: %v, %+v, %v", v.port, ok, s, err)
 		}
 	}
 }

@@ -1,0 +1,136 @@
+package front
+
+import (
+	"fmt"
+	"iter"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/limit"
+)
+
+const (
+	// A connection takes so many bytes of the kernel's while it does nothing, and so many in all, an upstream
+	// one included: see docs/configuration.md.
+	connectionKernel = 4 << 10
+	connectionBytes  = 12 << 10
+
+	leastMemory = 16 << 20 // bytes of a budget, however little there is
+)
+
+// memoryOf is the budget of cfg, in bytes: 5/8 of what this machine, or its cgroup, has where the
+// configuration does not say it. 0: there is none, since nothing is known.
+func memoryOf(cfg *config.Config) int64 {
+	if cfg.Limits.Memory > 0 {
+		return cfg.Limits.Memory
+	}
+	if n := machineMemory("/proc", "/sys/fs/cgroup"); n > 0 {
+		return max(leastMemory, n/8*5)
+	}
+	return 0
+}
+
+// Memory is the budget in force, in bytes; 0: none.
+func (f *Front) Memory() int64 { return f.memory.Load() }
+
+// machineMemory is how much this process may have at most, in bytes: what the machine has, or one of the cgroups
+// that it is in may have. 0: it is not known.
+func machineMemory(proc, cgroups string) int64 {
+	least := int64(0)
+	lower := func(n int64) {
+		if n > 0 && (least == 0 || n < least) {
+			least = n
+		}
+	}
+	info, err := os.ReadFile(filepath.Join(proc, "meminfo"))
+	if err != nil {
+		return 0
+	}
+	var total int64
+	if _, err := fmt.Sscanf(string(info), "MemTotal: %d kB", &total); err == nil {
+		lower(total << 10)
+	}
+	for dir, version := range cgroupsOf(proc, cgroups) {
+		file := "memory.max"
+		if version == 1 {
+			file = "memory.limit_in_bytes"
+		}
+		if text, err := os.ReadFile(filepath.Join(dir, file)); err == nil {
+			n, _ := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64) // "max" is none
+			lower(n)
+		}
+	}
+	return least
+}
+
+// cgroupsOf are the folders of the cgroups that bound this process's memory, its own first, and their version. In a
+// container the path may be that of the host, and only the root is there.
+func cgroupsOf(proc, cgroups string) iter.Seq2[string, int] {
+	return func(yield func(string, int) bool) {
+		groups, _ := os.ReadFile(filepath.Join(proc, "self/cgroup"))
+		for line := range strings.Lines(string(groups)) {
+			parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
+			if len(parts) != 3 {
+				continue
+			}
+			root, version := cgroups, 2
+			switch {
+			case parts[1] == "memory":
+				root, version = filepath.Join(cgroups, "memory"), 1
+			case parts[0] != "0":
+				continue
+			}
+			for path := filepath.Clean("/" + parts[2]); ; path = filepath.Dir(path) {
+				if !yield(filepath.Join(root, path), version) {
+					return
+				}
+				if path == "/" {
+					break
+				}
+			}
+		}
+	}
+}
+
+// cgroupSockets is what the sockets of this process's cgroup hold, in bytes. ok is false where no cgroup says it:
+// those of version 1 do not.
+func cgroupSockets(proc, cgroups string) (bytes int64, ok bool) {
+	for dir, version := range cgroupsOf(proc, cgroups) {
+		if version == 1 {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(dir, "memory.stat"))
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(text)) {
+			if _, err := fmt.Sscanf(line, "sock %d", &bytes); err == nil {
+				return bytes, true
+			}
+		}
+		return 0, false
+	}
+	return 0, false
+}
+
+// overMemory is the metric's word for what is refused, or ended, to save memory.
+const overMemory = "memory"
+
+// greedyError says that a source holds most of the memory, while that is short.
+type greedyError struct{ source netip.Prefix }
+
+func (e *greedyError) Error() string {
+	return fmt.Sprintf("memory is short (limits.memory, net.ipv4.tcp_mem), and readers of %s that have stopped hold most of it", e.source)
+}
+
+// greedy is an error where source holds most of the memory while that is short.
+func (f *Front) greedy(source netip.Addr) error {
+	if g := f.greediest.Load(); g != nil && source.IsValid() && limit.PrefixOf(source) == *g {
+		return &greedyError{*g}
+	}
+	return nil
+}

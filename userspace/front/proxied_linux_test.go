@@ -117,7 +117,7 @@ func TestProxyHeaderCut(t *testing.T) {
 		}
 		return string(got)
 	}
-	flows := map[string]uint64{} // goroutines that each of them took
+	flows := map[string]float64{} // goroutines that each of them took, on average
 	for _, mode := range []string{"sni", "tcp"} {
 		name := ""
 		if mode == "sni" {
@@ -130,7 +130,7 @@ func TestProxyHeaderCut(t *testing.T) {
 			visit(addrs[mode], nil, hello, nil)
 		}
 		eventually(t, "they end", func() bool { return d.limiter.Total() == 0 })
-		flows[mode] = (goroutines() - before) / times
+		flows[mode] = float64(goroutines()-before) / times
 		for _, h := range proxiedHeaders {
 			named := name
 			if mode == "tcp" && h.path != "" {
@@ -161,9 +161,9 @@ func TestProxyHeaderCut(t *testing.T) {
 				}
 			}
 			eventually(t, "they end", func() bool { return d.limiter.Total() == 0 && d.flows.Len() == 0 })
-			// The test's own waiting takes some now and then.
-			if took := goroutines() - before; took > n*flows[mode]+n/2 {
-				t.Errorf("%s to %s: %d connections took %d goroutines, without a header each takes %d",
+			// The test's own waiting takes some now and then. On the slow path each takes one more at least.
+			if took := goroutines() - before; float64(took) > float64(n)*(flows[mode]+0.75) {
+				t.Errorf("%s to %s: %d connections took %d goroutines, without a header each takes %.2f",
 					h.name, mode, n, took, flows[mode])
 			}
 		}

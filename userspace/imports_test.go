@@ -5,26 +5,202 @@ import (
 	"errors"
 	"io"
 	"os/exec"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 )
 
 const module = "github.com/tailsplice/tailsplice/"
 
-// TestImports keeps the data flowing one way. Each rule says why it is there.
+// floors are the packages, from the ground up. A package imports only what stands on a lower floor than its own, unless
+// exceptions has the import with a reason. Tests are held to the same, but for the packages of test/ and the helpers in
+// the package's own folder.
+//
+// A new package takes its place in the commit that brings it, as low as its imports let it: what is high up can be used
+// by few.
+var floors = []struct {
+	holds    string
+	packages []string
+}{
+	{"what several parts do alike, and says nothing of what they do it for", []string{
+		"userspace",
+		"userspace/spelling",
+	}},
+	{"parts: each does one thing, and knows none of the others", []string{
+		"userspace/accesslog",
+		"userspace/acme",
+		"userspace/acme/acmetest",
+		"userspace/admin",
+		"userspace/auth",
+		"userspace/config",
+		"userspace/container",
+		"userspace/deny",
+		"userspace/dial",
+		"userspace/flow",
+		"userspace/limit",
+		"userspace/logwriter",
+		"userspace/metrics",
+		"userspace/proxyheader",
+		"userspace/route",
+		"userspace/sni",
+		"userspace/tailnet",
+		"userspace/tlsterm",
+		"userspace/transparent",
+		"userspace/vhost",
+	}},
+	{"the kernel side, mechanism by mechanism", []string{}},
+	{"the kernel side's face", []string{
+		"loader",
+	}},
+	{"the event loop: sockets and timers, and no flow", []string{}},
+	{"what a datapath is, and which one a flow gets", []string{}},
+	{"how bytes are carried, and what a configuration means: neither needs the other", []string{
+		"userspace/relay",
+	}},
+	{"what tests do with any datapath", []string{
+		"userspace/relay/relaytest",
+	}},
+	{"what serves: all of the above at work", []string{
+		"userspace/front",
+	}},
+	{"commands, the only place where both sides meet", []string{
+		"cmd/tailsplice",
+	}},
+}
+
+// exceptions are the imports of our own packages that do not lead to a lower floor, each with its reason.
+var exceptions = map[edge]string{}
+
+// edge is an import, by the paths below the module.
+type edge struct{ from, to string }
+
+// heavy are the libraries that cost much to link and to read, and who may depend on them, through other packages too.
+// The list is exact: a package that needs one no more is struck out.
+var heavy = []struct {
+	library string
+	why     string
+	users   []string
+}{
+	{"tailscale.com", "the LocalAPI's client brings a hundred packages: ask package tailnet",
+		[]string{"userspace/tailnet", "userspace/front", "cmd/tailsplice"}},
+	{"github.com/moby/moby", "only package container talks with Docker",
+		[]string{"userspace/container", "userspace/front", "cmd/tailsplice"}},
+	{"github.com/cilium/ebpf", "everything but the loader works on a kernel without BPF",
+		[]string{"loader", "cmd/tailsplice"}},
+	{"github.com/caddyserver/certmagic", "only package acme orders certificates",
+		[]string{"userspace/acme", "userspace/front", "cmd/tailsplice"}},
+	{"github.com/prometheus/client_golang", "packages count for themselves, metrics asks them",
+		[]string{"userspace/metrics", "userspace/front", "cmd/tailsplice"}},
+	{"github.com/goccy/go-yaml", "a configuration is read once, by package config",
+		[]string{"userspace/config", "userspace/front", "cmd/tailsplice"}},
+	{"github.com/google/nftables", "only package transparent changes the host's firewall",
+		[]string{"userspace/transparent", "userspace/front", "cmd/tailsplice"}},
+	{"github.com/vishvananda/netlink", "asking the kernel for routes and sockets needs Linux, and often privileges",
+		[]string{"loader", "userspace/transparent", "userspace/front", "cmd/tailsplice"}},
+	{"github.com/spf13/cobra", "only commands have flags",
+		[]string{"cmd/tailsplice"}},
+	{"net/http", "what carries bytes knows no HTTP",
+		[]string{"userspace/acme", "userspace/admin", "userspace/auth", "userspace/config", "userspace/container",
+			"userspace/metrics", "userspace/tailnet", "userspace/vhost", "userspace/front", "cmd/tailsplice"}},
+}
+
+// TestImports keeps the data flowing one way, and each package on its floor.
 func TestImports(t *testing.T) {
-	cmd := exec.Command("go", "list", "-json=ImportPath,Imports,TestImports,XTestImports,Doc,Name", module+"...")
-	out, err := cmd.Output()
+	floor := map[string]int{}
+	for i, f := range floors {
+		for _, p := range f.packages {
+			if _, twice := floor[p]; twice {
+				t.Errorf("%s stands on two floors", p)
+			}
+			floor[p] = i
+		}
+	}
+	exists, used := map[string]bool{}, map[edge]bool{}
+	for _, p := range listPackages(t) {
+		exists[p.path] = true
+		if p.Doc == "" {
+			t.Errorf("%s has no package doc comment: say in one what it is for", p.path)
+		}
+		for _, bad := range []string{"util", "common", "types"} {
+			if strings.HasSuffix("/"+p.path, "/"+bad) {
+				t.Errorf("%s: a package is a noun that says what it holds", p.path)
+			}
+		}
+		if _, ok := floor[p.path]; !ok && !below(p.path, "test") {
+			t.Errorf("%s stands on no floor: give it one in floors", p.path)
+			continue
+		}
+		check := func(imports []string, forTests bool) {
+			for _, imp := range imports {
+				to, ours := strings.CutPrefix(imp, module)
+				e := edge{p.path, to}
+				if !ours || to == p.path {
+					continue
+				}
+				if exceptions[e] != "" {
+					used[e] = true
+					continue
+				}
+				if why := forbidden(floor, e, forTests); why != "" {
+					t.Errorf("%s must not import %s: %s", e.from, e.to, why)
+				}
+			}
+		}
+		check(p.Imports, false)
+		check(append(p.TestImports, p.XTestImports...), true)
+	}
+	for p := range floor {
+		if !exists[p] {
+			t.Errorf("%s stands on a floor and does not exist", p)
+		}
+	}
+	for e := range exceptions {
+		if !used[e] {
+			t.Errorf("the exception for %s importing %s is not used: strike it out", e.from, e.to)
+		}
+	}
+}
+
+// TestHeavyLibraries keeps what is light so, through whatever it imports.
+func TestHeavyLibraries(t *testing.T) {
+	packages := listPackages(t)
+	for _, h := range heavy {
+		var users []string
+		for _, p := range packages {
+			depends := slices.ContainsFunc(p.Deps, func(d string) bool { return below(d, h.library) })
+			if !depends || below(p.path, "test") || strings.HasSuffix(p.path, "test") {
+				continue
+			}
+			users = append(users, p.path)
+			if !slices.Contains(h.users, p.path) {
+				t.Errorf("%s must not depend on %s: %s", p.path, h.library, h.why)
+			}
+		}
+		for _, p := range h.users {
+			if !slices.Contains(users, p) && runtime.GOOS == "linux" {
+				t.Errorf("%s does not depend on %s: strike it out", p, h.library)
+			}
+		}
+	}
+}
+
+type listed struct {
+	path                                     string // below the module
+	ImportPath, Doc                          string
+	Imports, TestImports, XTestImports, Deps []string
+}
+
+// listPackages asks go list for all packages of the module.
+func listPackages(t *testing.T) (all []listed) {
+	t.Helper()
+	fields := "-json=ImportPath,Doc,Imports,TestImports,XTestImports,Deps"
+	out, err := exec.Command("go", "list", fields, module+"...").Output()
 	if err != nil {
 		t.Fatalf("go list: %v", err)
 	}
-	dec := json.NewDecoder(strings.NewReader(string(out)))
-	packages := 0
-	for {
-		var p struct {
-			ImportPath, Name, Doc              string
-			Imports, TestImports, XTestImports []string
-		}
+	for dec := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p listed
 		err := dec.Decode(&p)
 		if errors.Is(err, io.EOF) {
 			break
@@ -32,76 +208,72 @@ func TestImports(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		packages++
-		path := strings.TrimPrefix(p.ImportPath, module)
-		if p.Doc == "" {
-			t.Errorf("%s has no package doc comment: say in one what it is for", path)
-		}
-		for _, bad := range []string{"util", "common", "types"} {
-			if strings.HasSuffix(path, "/"+bad) {
-				t.Errorf("%s: a package is a noun that says what it holds", path)
-			}
-		}
-		for _, imp := range p.Imports {
-			forTests := strings.HasPrefix(path, "test/") || path == "userspace/relay/relaytest"
-			if strings.HasPrefix(imp, module+"test/") && !forTests {
-				t.Errorf("%s must not import %s: it is for tests", path, imp)
-			}
-		}
-		for _, imp := range append(append(p.Imports, p.TestImports...), p.XTestImports...) {
-			to, ours := strings.CutPrefix(imp, module)
-			if why := forbidden(path, to); ours && why != "" {
-				t.Errorf("%s must not import %s: %s", path, to, why)
-			}
-		}
+		p.path = strings.TrimPrefix(p.ImportPath, module)
+		all = append(all, p)
 	}
-	if packages < 10 {
-		t.Fatalf("go list found %d packages: this test looks in the wrong place", packages)
+	if len(all) < 10 {
+		t.Fatalf("go list found %d packages: this test looks in the wrong place", len(all))
 	}
+	return all
 }
 
-// forbidden says why from must not import to (both below the module), or "".
-func forbidden(from, to string) string {
-	in := func(path, folder string) bool { return path == folder || strings.HasPrefix(path, folder+"/") }
+// forbidden says why e may not be, or "".
+func forbidden(floor map[string]int, e edge, forTests bool) string {
+	helper := strings.HasSuffix(e.from, "test")
 	switch {
-	case in(from, to) || in(to, from) && !in(from, "userspace/front"): // a package's own tests and helpers
+	case below(e.from, "test"):
 		return ""
-	// These import none of ours, and only tests need them.
-	case in(to, "test/wire"), in(to, "test/cgroup"), in(to, "test/logs"), in(to, "test/selfsigned"),
-		in(to, "test/reference"):
+	case below(e.to, "test"):
+		if forTests || helper {
+			return ""
+		}
+		return "it is for tests"
+	case forTests && below(e.to, e.from): // helpers of these tests
 		return ""
-	case to == "userspace/spelling": // likewise, and nothing to join
-		return ""
-	case in(from, "loader"):
+	case below(e.from, "loader") && below(e.to, "userspace"):
 		return "the loader is the kernel side alone; what it serves declares the interface"
-	case in(from, "userspace") && in(to, "loader"):
+	case below(e.from, "userspace") && below(e.to, "loader"):
 		return "everything works without a loader: declare the interface that you need"
-	case in(to, "cmd"):
-		return "nothing imports a command"
-	case in(from, "userspace/front"), in(from, "cmd"), in(from, "test"):
-		return ""
-	case in(from, "userspace") && in(to, "userspace"):
-		return "leaf packages import none of ours: front joins them"
+	case floor[e.to] == floor[e.from]:
+		return "both stand on one floor (" + floors[floor[e.to]].holds + "): what stands above joins them"
+	case floor[e.to] > floor[e.from]:
+		return "it stands above (" + floors[floor[e.to]].holds + ")"
 	}
 	return ""
 }
 
+// below says whether a package is folder or stands in it.
+func below(path, folder string) bool { return path == folder || strings.HasPrefix(path, folder+"/") }
+
 func TestForbidden(t *testing.T) {
+	floor := map[string]int{
+		"userspace/spelling": 0, "userspace/sni": 1, "userspace/route": 1, "loader": 3,
+		"userspace/relay": 6, "userspace/relay/relaytest": 7, "userspace/front": 8, "cmd/tailsplice": 9,
+	}
 	for _, c := range []struct {
 		from, to string
+		forTests bool
 		bad      bool
 	}{
-		{"userspace/sni", "userspace/route", true},
-		{"userspace/front", "userspace/route", false},
-		{"userspace/front", "loader", true},
-		{"loader", "userspace/relay", true},
-		{"cmd/tailsplice", "loader", false},
-		{"userspace/relay/relaytest", "userspace/relay", false},
-		{"userspace/relay", "userspace/relay/relaytest", false},
-		{"userspace/relay/relaytest", "userspace/sni", true},
+		{"userspace/sni", "userspace/route", false, true},
+		{"userspace/sni", "userspace/spelling", false, false},
+		{"userspace/spelling", "userspace/sni", false, true},
+		{"userspace/front", "userspace/route", false, false},
+		{"userspace/route", "userspace/front", true, true},
+		{"userspace/front", "loader", false, true},
+		{"loader", "userspace/spelling", false, true},
+		{"cmd/tailsplice", "loader", false, false},
+		{"userspace/front", "cmd/tailsplice", true, true},
+		{"userspace/relay/relaytest", "userspace/relay", false, false},
+		{"userspace/relay", "userspace/relay/relaytest", true, false},
+		{"userspace/relay", "userspace/relay/relaytest", false, true},
+		{"userspace/relay", "test/wire", true, false},
+		{"userspace/relay", "test/wire", false, true},
+		{"userspace/relay/relaytest", "test/wire", false, false},
+		{"test/datapath", "loader", true, false},
 	} {
-		if got := forbidden(c.from, c.to) != ""; got != c.bad {
-			t.Errorf("forbidden(%s, %s) = %v", c.from, c.to, got)
+		if got := forbidden(floor, edge{c.from, c.to}, c.forTests) != ""; got != c.bad {
+			t.Errorf("forbidden(%s, %s), for tests %v, is %v", c.from, c.to, c.forTests, got)
 		}
 	}
 }

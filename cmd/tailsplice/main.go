@@ -4,6 +4,22 @@
 // This package reads flags, wires the packages together, and prints. It is the
 // only place where loader and userspace meet, so it decides which kernel
 // datapaths are loaded and when (datapaths.go).
+//
+// Its files:
+//
+//	main.go        the command line
+//	run.go         run: the daemon's life, from the configuration to the last flow
+//	datapaths.go   the kernel's datapaths: what is loaded, and when
+//	late.go        a datapath that can't be loaded yet
+//	check.go       check
+//	doctor.go      doctor
+//	init.go        init
+//	nouns.go       status, flows and reload
+//	top.go         top
+//	trace.go       trace
+//	password.go    hash-password
+//	completion.go  completion
+//	printable.go   what strangers chose can't command a terminal
 package main
 
 import (

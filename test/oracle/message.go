@@ -1,6 +1,14 @@
 // Package oracle asks real servers what they made of a request that came through the daemon. It has a grammar
 // of requests, right and wrong ones, a client that sends them as bytes of HTTP/1.1 and as frames of HTTP/2,
 // and in its tests the servers, and what must hold of all that they answer.
+//
+// Its files:
+//
+//	message.go  a request, as HTTP/1.1 and as HTTP/2
+//	grammar.go  requests that are wrong in all ways
+//	seeds.go    requests that others found
+//	choices.go  where the grammar's choices come from
+//	conn.go     a connection that requests are sent on
 package oracle
 
 import (

@@ -20,6 +20,20 @@
 // certmagic's own scheduler and listeners are not used: it binds ports 80 and
 // 443 where it finds them free, and looks at certificates every 10 minutes,
 // which is too seldom for short-lived ones.
+//
+// Its files:
+//
+//	acme.go       the manager: which names, from which authority
+//	policy.go     how certificates are obtained: a section without its names
+//	site.go       a name: when its certificate is obtained and renewed
+//	demand.go     names that are found out by hellos, and how many
+//	issuer.go     an attempt at one authority
+//	challenge.go  tls-alpn-01 and http-01
+//	hook.go       dns-01, by a program
+//	storage.go    certificates, keys and accounts on disk
+//	status.go     what can be seen from outside
+//	advice.go     an authority's error, in words that help
+//	log.go        certmagic's log lines become ours
 package acme
 
 import (

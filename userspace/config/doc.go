@@ -23,4 +23,25 @@
 //	min:"" max:""     the bounds, inclusive, in the form that a user would write
 //	required:"true"   an absent key is an error
 //	nonempty:"true"   an empty list is an error
+//
+// Its files:
+//
+//	load.go       a file becomes a Config
+//	expand.go     ${VAR} in values
+//	tree.go       YAML becomes a tree with positions
+//	colons.go     colons in values, where the YAML library splits too early
+//	decode.go     the tree becomes a Config
+//	kinds.go      how each kind of scalar is read
+//	names.go      host names and patterns
+//	target.go     targets
+//	config.go     the format: all that is not in the next three
+//	http.go       the format of HTTP routes
+//	access.go     the format of access rules and logs
+//	docker.go     the format of labels
+//	keys.go       what keys.yaml says about each key
+//	validate.go   what a Config must not contain
+//	questions.go  forward_auth that asks its own listener
+//	suggest.go    the nearest right name
+//	errors.go     errors and warnings with positions
+//	schema.go     the JSON schema
 package config

@@ -21,6 +21,14 @@
 // A filter in front of the daemon's socket must let /_ping, /containers and
 // /events through. Without /events the list is asked for every few seconds,
 // without /info it is taken for granted that this host reaches the containers.
+//
+// Its files:
+//
+//	container.go  the client of the Docker API
+//	table.go      one list of containers: names and addresses
+//	watch.go      the daemon's events
+//	labelled.go   containers whose labels are routes
+//	errors.go     why an answer could not be had
 package container
 
 import (

@@ -5,6 +5,13 @@
 // by DNS. The connections are plain kernel sockets, *net.TCPConn or
 // *net.UnixConn, so that a datapath may splice them: never Multipath TCP, whose
 // sockets can't be spliced, and always TCP_NODELAY.
+//
+// Its files:
+//
+//	dial.go         a target becomes a connection
+//	addresses.go    which of its addresses are tried, and in which order
+//	begin_linux.go  a connection that is begun and not waited for, for an event loop
+//	errors.go       why a target could not be reached, in words
 package dial
 
 import (

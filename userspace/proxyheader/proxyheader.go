@@ -8,6 +8,13 @@
 // attack: whoever may send one says where a connection comes from.
 //
 // Source: https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt ("the specification" below).
+//
+// Its files:
+//
+//	proxyheader.go  a header, and how one is written
+//	read.go         a header is read from a connection, or found in bytes
+//	parse.go        the header's bytes
+//	text.go         its texts: authority, ALPN, unique id
 package proxyheader
 
 import (

@@ -19,6 +19,16 @@
 // Where clients send what RFC 6066 forbids and the meaning is not in doubt, it takes that: one trailing dot, which
 // crypto/tls refuses, is dropped from a name, and so is a port, as nginx does: a route for a name, and what guards it,
 // holds for each of its spellings. An address is no name, so that only a default takes it.
+//
+// Its files:
+//
+//	sni.go      what a hello says, and errors
+//	record.go   records of TLS become messages
+//	hello.go    the message becomes a Hello
+//	name.go     host names
+//	version.go  versions of TLS that a client takes
+//	read.go     a hello is read from a connection, or heard piece by piece
+//	alert.go    alerts of TLS
 package sni
 
 import (

@@ -24,6 +24,16 @@
 // [New] takes its path; empty means the environment's
 // TAILSPLICE_TAILSCALED_SOCKET, for labs and unusual installations, and else
 // the platform's default. Reading needs no privilege on Linux.
+//
+// Its files:
+//
+//	tailnet.go      the client of the LocalAPI
+//	table.go        one Status answer: nodes by name and by address
+//	watch.go        the notification bus
+//	identity.go     who has an address
+//	inbound.go      what of tailscaled keeps connections from coming in
+//	certificate.go  certificates of *.ts.net
+//	errors.go       why an answer could not be had
 package tailnet
 
 import (

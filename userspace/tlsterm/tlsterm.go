@@ -12,6 +12,15 @@
 //
 // A Store is safe for concurrent use. What it serves is one immutable set,
 // swapped as a whole: a handshake never sees a certificate with another's key.
+//
+// Its files:
+//
+//	tlsterm.go      the store, and the choice of a certificate
+//	read.go         PEM files
+//	examine.go      what is wrong with a certificate
+//	set.go          certificates by name
+//	watch.go        files that change, and certificates that expire
+//	authorities.go  the authorities of clients' certificates
 package tlsterm
 
 import (

@@ -16,6 +16,14 @@
 // for no socket has packets any more, and is taken away by the next one.
 //
 // It needs Linux 4.18 with nf_tables and nft_socket, and CAP_NET_ADMIN.
+//
+// Its files:
+//
+//	transparent.go   why it can't be done
+//	way_linux.go     the return path: nftables, rules, a routing table
+//	socket_linux.go  a socket with the client's address
+//	probe_linux.go   whether this process may do it
+//	other.go         elsewhere than on Linux
 package transparent
 
 import "fmt"

@@ -11,6 +11,38 @@
 // What vhost does not know, it is given in standard types: where a request goes
 // (Options.Route), what a connection's client is (Infoer), how to dial
 // (Upstream.Dial).
+//
+// Its files, in the order in which a request meets them:
+//
+//	vhost.go       the server: options, the connections that it is given, TLS
+//	conn.go        a connection: its client, and which hops are believed
+//	frames.go      HTTP/2: a connection's memory is counted by frame
+//	handler.go     a request, from its head to its log line
+//	uri.go         the request's target, parsed once
+//	match.go       what a route takes
+//	route.go       a route, and which of its targets is tried first
+//	charge.go      the request is charged to its source
+//	readings.go    refuses what servers read in different ways behind a guard
+//	guard.go       access rules: what they see, and how they refuse
+//	redirect.go    answers that name another address
+//	rewrite.go     the path that the target gets
+//	fold.go        header names as CGI and WSGI read them
+//	forwarded.go   X-Forwarded-*, Forwarded and the path's id
+//	path.go        the hops that the request has passed
+//	clientcert.go  certificates of clients
+//	body.go        the request's body: its time, size and trailers
+//	expect.go      100-continue
+//	upgrade.go     WebSocket and other upgrades
+//	upstream.go    connections to a target
+//	retry.go       which target, which protocol, and what is sent again
+//	reset.go       whether a connection was reset
+//	watch.go       upstream connections whose other end may have fallen asleep
+//	response.go    the answer, as the client gets it
+//	compress.go    gzip
+//	timing.go      Server-Timing
+//	fail.go        why a request failed, in words
+//	page.go        error pages
+//	grpc.go        failures as gRPC clients read them
 package vhost
 
 import (

@@ -8,6 +8,33 @@
 //	func TestCases(t *testing.T) {
 //		relaytest.Run(t, relaytest.Loopback{}.Path(t), relaytest.DefaultSize())
 //	}
+//
+// The table and its cases:
+//
+//	relaytest.go     the table; a flow, as a case sees it
+//	data.go          cases of bytes
+//	ends.go          cases of how streams end
+//	options.go       cases of what a flow is told: buffers, limits, counters
+//	stream.go        bytes that say where in the stream they belong
+//	leak.go          nothing is left behind
+//	loopback.go      flows on this host
+//	sock.go          what cases ask of sockets
+//	window_linux.go  whether a window update was refused, for want of memory
+//
+// More that runs over the same flows:
+//
+//	wire_linux.go            segments by hand (package wire)
+//	reach_linux.go           a cable that is pulled out
+//	soak_linux.go            the table for an hour
+//	stall_linux.go           flows that stand still and should not
+//	pairs_linux.go           all orders of two events at both ends
+//	programs_linux.go        random programs of both ends
+//	programs_few_linux.go    the same ones each time
+//	programs_many_linux.go   others each time, with the tag soak
+//	program_linux.go         a program: its text, and how one is made up
+//	program_run_linux.go     its run
+//	program_model_linux.go   what its ends may see
+//	program_shrink_linux.go  a shorter one that fails, too
 package relaytest
 
 import (

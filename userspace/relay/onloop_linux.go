@@ -1,0 +1,397 @@
+package relay
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// RunSockets is [Run] for two sockets of one loop that are connected, and that nobody waits for. It has
+// written Head, or copied it, when it returns.
+func RunSockets(ctx context.Context, down, up *Socket, o Options, done func(Result)) {
+	f := newFlow(ctx, nil, nil, o, done)
+	if len(o.Datapaths) > 0 && f.offerSockets(down, up) {
+		return
+	}
+	f.relayOn(down, up)
+}
+
+// offerSockets offers the flow to the kernel datapaths, and reports whether one of them, or somebody else,
+// has it.
+func (f *flow) offerSockets(down, up *Socket) bool {
+	simple := true
+	for _, d := range f.o.Datapaths {
+		if _, ok := d.(Sockets); !ok {
+			simple = false
+		}
+	}
+	if !simple || f.writeFirst(up.fd) != nil {
+		o := f.o
+		o.Head, o.Counters = bytes.Clone(o.Head), f.counters
+		go runConns(f.ctx, down, up, o, f.done)
+		return true
+	}
+	for _, s := range []*Socket{down, up} {
+		s.leave()
+	}
+	for _, d := range f.o.Datapaths {
+		count, err := d.(Sockets).SpliceSockets(f.ctx, down.fd, up.fd, f.told(d))
+		if f.offered(d, count, err) {
+			return true
+		}
+	}
+	return false
+}
+
+// runConns is [Run] for sockets that leave their loop.
+func runConns(ctx context.Context, down, up *Socket, o Options, done func(Result)) {
+	d, err := down.Conn()
+	if err != nil {
+		up.Close()
+		done(Result{End: EndError, Err: err, Datapath: userspace})
+		return
+	}
+	u, err := up.Conn()
+	if err != nil {
+		d.Close()
+		done(Result{End: EndError, Err: err, Datapath: userspace})
+		return
+	}
+	Run(ctx, d, u, o, done)
+}
+
+// quicken gives f to a loop, if that can have it.
+func (f *flow) quicken() bool {
+	if !f.down.bare || !f.up.bare || !f.disarm() {
+		return false
+	}
+	downFD, upFD := dup(f.down.sock), dup(f.up.sock)
+	var down, up *Socket
+	if downFD >= 0 && upFD >= 0 {
+		if l := pickLoop(); l != nil {
+			down = &Socket{fd: downFD, loop: l}
+			up = NewSocket(upFD, down)
+		}
+	}
+	if up == nil {
+		for _, fd := range []int{downFD, upFD} {
+			if fd >= 0 {
+				unix.Close(fd)
+			}
+		}
+		f.arm()
+		return false
+	}
+	if !f.isTCP() {
+		f.o.WhenTalking = nil
+	}
+	f.down.conn.Close() // out of Go's poller, which would wake for each message
+	f.up.conn.Close()
+	f.relayOn(down, up)
+	return true
+}
+
+// dup is another descriptor of a socket, or negative.
+func dup(sock syscall.RawConn) (fd int) {
+	fd = -1
+	sock.Control(func(old uintptr) {
+		if n, err := unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0); err == nil {
+			fd = n
+		}
+	})
+	return fd
+}
+
+// relayOn begins f on the loop of its sockets.
+func (f *flow) relayOn(down, up *Socket) {
+	l := down.loop
+	l.mu.Lock()
+	f.down = side{flow: f, socket: down}
+	f.up = side{flow: f, socket: up}
+	down.side, up.side = &f.down, &f.up
+	f.armOn(l)
+	then := l.begin(f)
+	l.mu.Unlock()
+	if then != nil {
+		then()
+	}
+}
+
+// begin writes what comes first and watches both sockets. It is called with l.mu held.
+func (l *loop) begin(f *flow) (then func()) {
+	for _, s := range f.sides() {
+		if err := l.watch(s.socket, onFlow); err != nil {
+			return l.leave(f, f.resume) // no memory
+		}
+	}
+	if err := f.writeFirst(f.up.socket.fd); err == unix.EAGAIN {
+		return l.leave(f, f.resume) // where the rest is written
+	} else if err != nil {
+		return l.leave(f, func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
+	}
+	for _, s := range f.sides() {
+		if s.socket.more {
+			s.socket.more = false
+			if then := l.pass(s, true); then != nil {
+				return then
+			}
+		}
+	}
+	return nil
+}
+
+// writeFirst writes what comes first to upstream. With an error some of it may be left.
+func (f *flow) writeFirst(up int) error {
+	for len(f.o.Preface)+len(f.o.Head) > 0 {
+		n, err := noEINTR(func() (int, error) { return unix.Writev(up, [][]byte{f.o.Preface, f.o.Head}) })
+		if err != nil {
+			return err
+		}
+		p := min(n, len(f.o.Preface))
+		f.o.Preface, f.o.Head = f.o.Preface[p:], f.o.Head[n-p:]
+		f.counters.up.Add(int64(n - p))
+	}
+	f.o.Preface, f.o.Head = nil, nil
+	return nil
+}
+
+// flowEvent does what has come for a flow. It is called with l.mu held and returns what is to be done
+// without.
+func (l *loop) flowEvent(s *side, events uint32) (then func()) {
+	f := s.flow
+	switch {
+	case events&unix.EPOLLPRI != 0:
+		return l.leave(f, f.resume)
+	case s.state != ended:
+		return l.pass(s, events&^(unix.EPOLLIN|unix.EPOLLOUT) != 0)
+	case events&unix.EPOLLERR == 0:
+		return nil // its stream has ended, as we know
+	}
+	err := cmp.Or(takeError(s.socket.fd), error(unix.ECONNRESET))
+	return l.leave(f, func() { f.resumeBroken(s, &sideError{"watch", s.name(), err}) })
+}
+
+// pass moves what s has. With toEnd it reads until it is told that there is no more; else a read that doesn't
+// fill the buffer says so, as epoll(7) promises. It is called with l.mu held.
+func (l *loop) pass(s *side, toEnd bool) (then func()) {
+	f, dst, moved := s.flow, s.other(), &s.flow.counters.down
+	if s == &f.down {
+		moved = &f.counters.up
+	}
+	buf := l.buf[:min(int64(len(l.buf)), f.o.Buffer)]
+	for full := 0; ; {
+		n, err := noEINTR(func() (int, error) { return unix.Read(s.socket.fd, buf) })
+		switch {
+		case err == unix.EAGAIN:
+			return nil
+		case err != nil:
+			return l.leave(f, func() { f.resumeBroken(s, &sideError{"read from", s.name(), err}) })
+		case n == 0:
+			return l.eof(s)
+		}
+		m, err := noEINTR(func() (int, error) { return unix.Write(dst.socket.fd, buf[:n]) })
+		moved.Add(int64(max(m, 0)))
+		if err != nil && err != unix.EAGAIN {
+			return l.leave(f, func() { f.resumeBroken(dst, &sideError{"write to", dst.name(), err}) })
+		}
+		if m < n {
+			s.rest = bytes.Clone(buf[max(m, 0):n])
+			return l.leave(f, f.resume)
+		}
+		if n < len(buf) {
+			if full = 0; !toEnd {
+				if f.o.WhenTalking != nil && dst.state != ended {
+					if talking := f.talk.says(s, n); talking > 0 {
+						return l.offerTalk(f, talking)
+					}
+				}
+				return nil
+			}
+		} else if full++; full >= fullReads {
+			return l.leave(f, f.resume)
+		}
+	}
+}
+
+// offerTalk takes f off the loop and offers it to who has room for all that talk, if anybody has. It is
+// called with l.mu held.
+func (l *loop) offerTalk(f *flow, talking int) (then func()) {
+	var taker Sockets
+	for _, d := range f.o.WhenTalking {
+		if d.Room() >= talking {
+			taker = d
+			break
+		}
+	}
+	if taker == nil {
+		return nil
+	}
+	down, up := f.down.socket, f.up.socket
+	for _, s := range f.sides() {
+		l.remove(s.socket)
+		s.socket = nil // a ctx that ends meanwhile is seen by who has the flow then
+	}
+	return func() {
+		f.disarm()
+		o := f.told(taker)
+		o.Talks = true
+		count, err := taker.SpliceSockets(f.ctx, down.fd, up.fd, o)
+		if f.offered(taker, count, err) {
+			talkers.gone()
+			return
+		}
+		f.talk.turns = -talkAgain
+		f.relayOn(down, up)
+	}
+}
+
+// eof passes the end of s's stream on. An error besides is a reset that came behind it: a read gives one that
+// came alone. It is called with l.mu held.
+func (l *loop) eof(s *side) (then func()) {
+	f, dst, fault := s.flow, s.other(), takeError(s.socket.fd)
+	s.state = ended
+	if dst.state == ended && fault == nil {
+		return l.end(f)
+	}
+	dst.shut.Store(true)
+	if err := unix.Shutdown(dst.socket.fd, unix.SHUT_WR); err != nil {
+		return l.leave(f, func() { f.resumeBroken(dst, &sideError{"end the stream to", dst.name(), err}) })
+	}
+	if fault != nil {
+		return l.leave(f, func() { f.resumeBroken(s, &sideError{"read from", s.name(), fault}) })
+	}
+	return nil
+}
+
+// end is the proper end of f. It is called with l.mu held.
+func (l *loop) end(f *flow) (then func()) {
+	for _, s := range f.sides() {
+		l.forget(s.socket)
+		unix.Close(s.socket.fd)
+		s.socket = nil
+	}
+	return func() {
+		f.disarm()
+		up, down := f.counters.Load()
+		f.done(Result{Up: up, Down: down, End: EndEOF, Datapath: userspace})
+	}
+}
+
+// leave gives f to Go's poller, where then, which has a goroutine of its own, goes on with it. It is called
+// with l.mu held.
+func (l *loop) leave(f *flow, then func()) func() {
+	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
+	for _, s := range f.sides() {
+		l.remove(s.socket)
+		s.init(f, sockConn{os.NewFile(uintptr(s.socket.fd), "socket")})
+		s.socket = nil
+	}
+	return func() {
+		f.disarm()
+		go then()
+	}
+}
+
+// resume goes on with pumps.
+func (f *flow) resume() {
+	f.arm()
+	f.userspace()
+}
+
+// resumeBroken ends f because of s; what s has sent before is still delivered.
+func (f *flow) resumeBroken(s *side, err error) {
+	f.arm()
+	f.broken(s, err)
+	f.userspace()
+}
+
+// resumeAborted ends f now.
+func (f *flow) resumeAborted(end End, err error) {
+	f.abort(end, err)
+	f.userspace()
+}
+
+// cut ends f, if it is still here, for a reason that no event has.
+func (l *loop) cut(f *flow, end End, err error) {
+	l.mu.Lock()
+	var then func()
+	if f.down.socket != nil {
+		then = l.leave(f, func() { f.resumeAborted(end, err) })
+	}
+	l.mu.Unlock()
+	if then != nil {
+		then()
+	}
+}
+
+// armOn makes ctx and idleness end the flow while it is on l. It is called with l.mu held.
+func (f *flow) armOn(l *loop) {
+	if f.ctx.Done() != nil {
+		f.uncancel = context.AfterFunc(f.ctx, func() { l.cut(f, EndCanceled, context.Cause(f.ctx)) })
+	}
+	if f.o.Idle > 0 {
+		f.seen, f.since = -1, time.Now()
+		f.tick = time.AfterFunc(f.o.Idle/4, func() { l.look(f) })
+	}
+}
+
+// look sees whether bytes have moved since the last time.
+func (l *loop) look(f *flow) {
+	up, down := f.counters.Load()
+	now := time.Now()
+	l.mu.Lock()
+	if f.down.socket == nil {
+		l.mu.Unlock()
+		return
+	}
+	if up+down != f.seen {
+		f.seen, f.since = up+down, now
+	}
+	quiet := now.Sub(f.since)
+	if quiet < f.o.Idle {
+		f.tick.Reset(min(f.o.Idle/4, f.o.Idle-quiet))
+		l.mu.Unlock()
+		return
+	}
+	l.mu.Unlock()
+	l.cut(f, EndIdle, fmt.Errorf("no byte for %v", f.o.Idle))
+}
+
+// A sockConn is a socket that was on a loop, now in Go's poller.
+type sockConn struct{ *os.File }
+
+func (c sockConn) LocalAddr() net.Addr { return nil }
+
+func (c sockConn) RemoteAddr() net.Addr { return nil }
+
+func (c sockConn) control(do func(fd int) error) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(fd uintptr) { err = do(int(fd)) })
+	if cerr != nil {
+		return cerr
+	}
+	return err
+}
+
+func (c sockConn) CloseWrite() error {
+	return c.control(func(fd int) error {
+		return os.NewSyscallError("shutdown", unix.Shutdown(fd, unix.SHUT_WR))
+	})
+}
+
+func (c sockConn) SetLinger(seconds int) error {
+	return c.control(func(fd int) error {
+		return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER,
+			&unix.Linger{Onoff: 1, Linger: int32(seconds)})
+	})
+}

@@ -46,14 +46,7 @@ func machineMemory(proc, cgroups string) int64 {
 			least = n
 		}
 	}
-	info, err := os.ReadFile(filepath.Join(proc, "meminfo"))
-	if err != nil {
-		return 0
-	}
-	var total int64
-	if _, err := fmt.Sscanf(string(info), "MemTotal: %d kB", &total); err == nil {
-		lower(total << 10)
-	}
+	lower(memTotal(proc))
 	for dir, version := range cgroupsOf(proc, cgroups) {
 		file := "memory.max"
 		if version == 1 {
@@ -65,6 +58,14 @@ func machineMemory(proc, cgroups string) int64 {
 		}
 	}
 	return least
+}
+
+// memTotal is what the machine has, in bytes; 0: it is not known.
+func memTotal(proc string) int64 {
+	info, _ := os.ReadFile(filepath.Join(proc, "meminfo"))
+	var total int64
+	_, _ = fmt.Sscanf(string(info), "MemTotal: %d kB", &total)
+	return total << 10
 }
 
 // cgroupsOf are the folders of the cgroups that bound this process's memory, its own first, and their version. In a
@@ -97,7 +98,8 @@ func cgroupsOf(proc, cgroups string) iter.Seq2[string, int] {
 }
 
 // cgroupSockets is what the sockets of this process's cgroup hold, in bytes. ok is false where no cgroup says it:
-// those of version 1 do not.
+// those of version 1 do not; the root, which alone has no limit, is charged for no socket; and with the kernel's
+// option cgroup.memory=nosocket none is charged.
 func cgroupSockets(proc, cgroups string) (bytes int64, ok bool) {
 	for dir, version := range cgroupsOf(proc, cgroups) {
 		if version == 1 {
@@ -107,9 +109,12 @@ func cgroupSockets(proc, cgroups string) (bytes int64, ok bool) {
 		if err != nil {
 			continue
 		}
+		if _, err := os.Stat(filepath.Join(dir, "memory.max")); err != nil {
+			return 0, false
+		}
 		for line := range strings.Lines(string(text)) {
 			if _, err := fmt.Sscanf(line, "sock %d", &bytes); err == nil {
-				return bytes, true
+				return bytes, bytes > 0
 			}
 		}
 		return 0, false

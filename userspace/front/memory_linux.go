@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"runtime/metrics"
 	"strings"
 	"time"
@@ -55,7 +56,7 @@ func (f *Front) watchMemory() {
 			relay.SaveMemory(false)
 			return
 		case now := <-timer.C:
-			timer.Reset(w.look(now, f.memoryUse()))
+			timer.Reset(w.look(now, f.memoryUse("/proc", "/sys/fs/cgroup")))
 		}
 	}
 }
@@ -69,23 +70,27 @@ type memoryUse struct {
 // over reports whether n of m parts are taken.
 func (u memoryUse) over(n, m int64) bool { return u.total > 0 && u.used >= u.total/m*n }
 
-// memoryUse is that of the budget, or that of what the kernel has for TCP where that is nearer to its end.
-func (f *Front) memoryUse() memoryUse {
-	page := int64(os.Getpagesize())
-	used, short, err := tcpMemory()
-	if err != nil {
-		return memoryUse{}
+// part is how much of the whole is taken; 0 where the whole is not known.
+func (u memoryUse) part() float64 {
+	if u.total <= 0 {
+		return 0
 	}
-	tcp := memoryUse{used * page, short * page, "tcp_memory"}
-	sockets, ok := cgroupSockets("/proc", "/sys/fs/cgroup")
+	return float64(u.used) / float64(u.total)
+}
+
+// memoryUse is that of the budget, or that of what the kernel has for TCP where that is nearer to its end. What
+// proc and cgroups don't say is left out.
+func (f *Front) memoryUse(proc, cgroups string) memoryUse {
+	used, short := tcpMemory(proc)
+	sockets, ok := cgroupSockets(proc, cgroups)
 	if !ok {
-		sockets = tcp.used // those of others, too
+		sockets = used // those of others, too
 	}
 	all := memoryUse{sockets + processMemory() + relay.Piped() + int64(f.limiter.Total())*connectionKernel, f.Memory(), overMemory}
-	if all.total > 0 && float64(all.used)/float64(all.total) > float64(tcp.used)/float64(tcp.total) {
-		return all
+	if tcp := (memoryUse{used, short, "tcp_memory"}); tcp.part() > all.part() {
+		return tcp
 	}
-	return tcp
+	return all
 }
 
 // processMemory is what Go has of the kernel for this process, in bytes.
@@ -95,25 +100,25 @@ func processMemory() int64 {
 	return int64(m[0].Value.Uint64() - m[1].Value.Uint64())
 }
 
-// tcpMemory is how many pages all sockets hold, and how many they may before the kernel is short of them: see
-// tcp_mem in tcp(7).
-func tcpMemory() (used, short int64, err error) {
-	stat, err := os.ReadFile("/proc/net/sockstat")
-	if err != nil {
-		return 0, 0, err
+// tcpMemory is how many bytes all TCP sockets of the machine hold, and how many they may before the kernel is short
+// of them: see tcp_mem in tcp(7). 0 is not known.
+//
+// A network namespace other than the first one, such as a container's, does not show tcp_mem: there it is taken for
+// what the kernel makes it at boot, a sixteenth of the memory.
+func tcpMemory(proc string) (used, short int64) {
+	page := int64(os.Getpagesize())
+	if stat, err := os.ReadFile(filepath.Join(proc, "net/sockstat")); err == nil {
+		_, tcp, _ := strings.Cut(string(stat), "\nTCP: ")
+		_, mem, _ := strings.Cut(tcp, " mem ")
+		_, _ = fmt.Sscan(mem, &used)
 	}
-	_, tcp, _ := strings.Cut(string(stat), "\nTCP: ")
-	_, mem, _ := strings.Cut(tcp, " mem ")
-	if _, err := fmt.Sscan(mem, &used); err != nil {
-		return 0, 0, err
-	}
-	limits, err := os.ReadFile("/proc/sys/net/ipv4/tcp_mem")
+	limits, err := os.ReadFile(filepath.Join(proc, "sys/net/ipv4/tcp_mem"))
 	if err != nil {
-		return 0, 0, err
+		return used * page, memTotal(proc) / 16
 	}
 	var low int64
-	_, err = fmt.Sscan(string(limits), &low, &short)
-	return used, max(short, 1), err
+	_, _ = fmt.Sscan(string(limits), &low, &short)
+	return used * page, short * page
 }
 
 // A stalled connection holds bytes for a reader who has no room for them.

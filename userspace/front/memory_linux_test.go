@@ -4,9 +4,12 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
@@ -174,10 +177,42 @@ type forever struct{}
 
 func (forever) Read(b []byte) (int, error) { return len(b), nil }
 
-// TestTCPMemory: what the kernel says of it is understood.
+// TestTCPMemory: what the kernel says of it is understood, in a network namespace of a container too, which has no
+// tcp_mem.
 func TestTCPMemory(t *testing.T) {
-	used, short, err := tcpMemory()
-	if err != nil || used < 0 || short < 100 {
-		t.Errorf("%d pages, short from %d: %v", used, short, err)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+	use := func(where string) (tcp int64) {
+		used, short := tcpMemory("/proc")
+		if used < 0 || short < 100<<12 {
+			t.Errorf("%s: %d bytes, short from %d", where, used, short)
+		}
+		if u := d.memoryUse("/proc", "/sys/fs/cgroup"); u.used <= 0 || u.total <= 0 {
+			t.Errorf("%s: %+v", where, u)
+		}
+		return short
+	}
+	first := use("here")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocks: the thread ends with the goroutine
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			t.Error(err)
+			return
+		}
+		if n := use("in a namespace"); n < first/2 || n > 2*first {
+			t.Logf("%d bytes in a namespace, %d here: has somebody set tcp_mem?", n, first)
+		}
+	}()
+	<-done
+}
+
+// TestNothingSaysWhatIsUsed: the budget is kept by what is known where the kernel hides the rest.
+func TestNothingSaysWhatIsUsed(t *testing.T) {
+	d := start(t, fmt.Sprintf(`
+listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]
+limits: { memory: 16MiB }`, freeAddr(t)))
+	if u := d.memoryUse(t.TempDir(), t.TempDir()); u.used < 1<<20 || u.total != 16<<20 || u.what != overMemory {
+		t.Errorf("%+v", u)
 	}
 }

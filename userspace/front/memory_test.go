@@ -63,9 +63,15 @@ func TestCgroupSockets(t *testing.T) {
 		{"no word of sockets", "0::/a\n", "a", "anon 5\n", 0, false},
 		{"version 1", "5:memory:/a\n", "memory/a", stat, 0, false},
 		{"none", "", "a", stat, 0, false},
+		{"the root of the machine", "0::/\n", "", stat, 0, false},
+		{"sockets are not charged", "0::/a\n", "a", "sock 0\n", 0, false},
 	} {
 		dir := t.TempDir()
-		for name, text := range map[string]string{"proc/self/cgroup": v.groups, "cgroup/" + v.file + "/memory.stat": v.stat} {
+		files := map[string]string{"proc/self/cgroup": v.groups, "cgroup/" + v.file + "/memory.stat": v.stat}
+		if v.name != "the root of the machine" {
+			files["cgroup/"+v.file+"/memory.max"] = "max\n"
+		}
+		for name, text := range files {
 			name = filepath.Join(dir, name)
 			if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 				t.Fatal(err)

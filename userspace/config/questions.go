@@ -10,21 +10,14 @@ import (
 
 // questions warns of a forward_auth whose questions come back to a route that asks them again.
 func (v *validator) questions(c *Config) {
-	for i := range c.Listeners {
-		l := &c.Listeners[i]
-		actions := []*Action{l.Default}
-		for j := range l.Routes {
-			actions = append(actions, &l.Routes[j].Action)
-		}
-		for _, a := range actions {
-			var asked []*Action
-			for next := a; next != nil && next.ForwardAuth != nil && !slices.Contains(asked, next); {
-				asked = append(asked, next)
-				if next = v.answers(c.Node, next.ForwardAuth); next == a {
-					v.warnf(a.ForwardAuth.At("address"), "forward_auth %q leads back to a route that asks it: nobody would "+
-						"ever get in. Write the address of the auth server itself, or give it a route of its own here, "+
-						"without forward_auth", a.ForwardAuth.Address)
-				}
+	for _, a := range c.Actions() {
+		var asked []*Action
+		for next := a; next != nil && next.ForwardAuth != nil && !slices.Contains(asked, next); {
+			asked = append(asked, next)
+			if next = v.answers(c.Node, next.ForwardAuth); next == a {
+				v.warnf(a.ForwardAuth.At("address"), "forward_auth %q leads back to a route that asks it: nobody would "+
+					"ever get in. Write the address of the auth server itself, or give it a route of its own here, "+
+					"without forward_auth", a.ForwardAuth.Address)
 			}
 		}
 	}

@@ -470,18 +470,11 @@ type leads struct {
 // circles warns of targets by which a connection may come back to the listener that it came from.
 func (v *validator) circles(c *Config) {
 	var all []leads
-	for i := range c.Listeners {
-		l := &c.Listeners[i]
-		actions := []*Action{l.Default}
-		for j := range l.Routes {
-			actions = append(actions, &l.Routes[j].Action)
-		}
-		for _, a := range actions {
-			for j := range forwards(a) {
-				v.multicastName(&a.Forward[j])
-				if b, ok := v.ownAddress(c.Node, a.Forward[j].To); ok && b.listener != nil {
-					all = append(all, leads{l, b.listener, &a.Forward[j], b})
-				}
+	for l, a := range c.Actions() {
+		for j := range forwards(a) {
+			v.multicastName(&a.Forward[j])
+			if b, ok := v.ownAddress(c.Node, a.Forward[j].To); ok && b.listener != nil {
+				all = append(all, leads{l, b.listener, &a.Forward[j], b})
 			}
 		}
 	}

@@ -56,6 +56,7 @@ var floors = []struct {
 	{"the event loop: sockets and timers, and no flow", []string{}},
 	{"what a datapath is, and which one a flow gets", []string{}},
 	{"how bytes are carried, and what a configuration means: neither needs the other", []string{
+		"userspace/plan",
 		"userspace/relay",
 	}},
 	{"what tests do with any datapath", []string{
@@ -83,17 +84,17 @@ var heavy = []struct {
 	users   []string
 }{
 	{"tailscale.com", "the LocalAPI's client brings a hundred packages: ask package tailnet",
-		[]string{"userspace/tailnet", "userspace/front", "cmd/tailsplice"}},
+		[]string{"userspace/tailnet", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
 	{"github.com/moby/moby", "only package container talks with Docker",
 		[]string{"userspace/container", "userspace/front", "cmd/tailsplice"}},
 	{"github.com/cilium/ebpf", "everything but the loader works on a kernel without BPF",
 		[]string{"loader", "cmd/tailsplice"}},
 	{"github.com/caddyserver/certmagic", "only package acme orders certificates",
-		[]string{"userspace/acme", "userspace/front", "cmd/tailsplice"}},
+		[]string{"userspace/acme", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
 	{"github.com/prometheus/client_golang", "packages count for themselves, metrics asks them",
 		[]string{"userspace/metrics", "userspace/front", "cmd/tailsplice"}},
 	{"github.com/goccy/go-yaml", "a configuration is read once, by package config",
-		[]string{"userspace/config", "userspace/front", "cmd/tailsplice"}},
+		[]string{"userspace/config", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
 	{"github.com/google/nftables", "only package transparent changes the host's firewall",
 		[]string{"userspace/transparent", "userspace/front", "cmd/tailsplice"}},
 	{"github.com/vishvananda/netlink", "asking the kernel for routes and sockets needs Linux, and often privileges",
@@ -102,7 +103,7 @@ var heavy = []struct {
 		[]string{"cmd/tailsplice"}},
 	{"net/http", "what carries bytes knows no HTTP",
 		[]string{"userspace/acme", "userspace/admin", "userspace/auth", "userspace/config", "userspace/container",
-			"userspace/metrics", "userspace/tailnet", "userspace/vhost", "userspace/front", "cmd/tailsplice"}},
+			"userspace/metrics", "userspace/tailnet", "userspace/vhost", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
 }
 
 // TestImports keeps the data flowing one way, and each package on its floor.

@@ -1,10 +1,8 @@
 package main
 
 import (
-	"cmp"
 	"errors"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -12,6 +10,7 @@ import (
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
@@ -54,10 +53,11 @@ func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapat
 	const unasked = "no configuration asked for it at start: it is loaded when the daemon is started again"
 	p := &datapaths{log: log, quit: make(chan struct{})}
 	p.options.Missing = map[string]string{loader.Name: unasked, loader.LocalName: unasked}
-	local, named := asksFor(cfg, loader.LocalName), cfg.Datapath == loader.Name || asksFor(cfg, loader.Name)
+	wanted := plan.NeedsOf(cfg).Datapaths
+	local, named := wanted[loader.LocalName], cfg.Datapath == loader.Name || wanted[loader.Name]
 	o := loader.Options{Instance: instance(cfg), MaxFlows: cfg.Limits.Connections, Local: local, KnownBad: knownBad, Log: log}
 	if !local && !named {
-		if asksFor(cfg, "auto") {
+		if wanted[plan.Auto] {
 			o.MaxFlows = min(o.MaxFlows, autoFlows)
 			p.load = func() (*loader.Loader, error) { return loader.New(o) }
 			p.lacks = func(f *front.Front, why string) { f.Lacks(loader.Name, why) }
@@ -175,23 +175,6 @@ func (p *datapaths) close() {
 	if err := p.loader.Close(); err != nil {
 		p.log.Warn("unload the sockmap datapath", "err", err)
 	}
-}
-
-// asksFor says whether flows of cfg are to have a datapath.
-func asksFor(cfg *config.Config, name string) bool {
-	has := func(a *config.Action) bool {
-		return a != nil && !a.Reject && cmp.Or(a.Datapath, cfg.Datapath, "auto") == name
-	}
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
-		if l.Mode == "http" || l.Mode == "https" {
-			continue // this process has to see the bytes
-		}
-		if has(l.Default) || slices.ContainsFunc(l.Routes, func(r config.Route) bool { return has(&r.Action) }) {
-			return true
-		}
-	}
-	return false
 }
 
 // instance tells the pins of two daemons on one machine apart by what they

@@ -19,6 +19,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -33,14 +34,14 @@ func (in *inbound) visitor() visitor { return visitor{in.client.Addr(), in.unkno
 
 // permit checks v against each of the allow lists that is not nil. The error is
 // a *notAllowedError or a *notIdentifiedError.
-func (f *Front) permit(q *asker, v visitor, lists ...*peers) error {
+func (f *Front) permit(q *asker, v visitor, lists ...*plan.Peers) error {
 	for _, allow := range lists {
 		if allow == nil {
 			continue
 		}
 		ok, err := false, v.unknown
 		if err == nil {
-			ok, err = allow.names(v.client, q.whoIs)
+			ok, err = allow.Contains(v.client, q.whoIs)
 		}
 		var unidentified *notIdentifiedError
 		switch {
@@ -102,7 +103,7 @@ func headerText(v string) string {
 
 // allowRequest refuses a request that allow does not name, or on a connection
 // whose PROXY header is not believed any more, or is missing now.
-func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *peers) error {
+func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *plan.Peers) error {
 	err := v.Unknown
 	var stranger *strangerError
 	if !errors.As(err, &stranger) && !errors.Is(err, errNoHeader) {

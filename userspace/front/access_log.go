@@ -10,10 +10,10 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// openLogs opens the access logs that cfg names, and keeps those that are open
+// openLogs opens those access logs, and keeps those that are open
 // already; if the daemon starts, one that can't be opened is waited for. drop
 // closes what is newly open.
-func (f *Front) openLogs(cfg *config.Config, starts bool) (logs map[string]*accesslog.Log, drop func(), err error) {
+func (f *Front) openLogs(file string, all []*config.AccessLog, starts bool) (logs map[string]*accesslog.Log, drop func(), err error) {
 	logs = map[string]*accesslog.Log{}
 	var fresh []*accesslog.Log
 	drop = func() {
@@ -21,18 +21,14 @@ func (f *Front) openLogs(cfg *config.Config, starts bool) (logs map[string]*acce
 			l.Close()
 		}
 	}
-	for i := range cfg.Listeners {
-		a := accessLogOf(cfg, &cfg.Listeners[i])
-		if a == nil || logs[logKey(a)] != nil {
-			continue
-		}
+	for _, a := range all {
 		l := f.logs[logKey(a)]
 		if l == nil {
 			l, err = accesslog.Open(accesslog.Options{File: a.File, Format: a.Format, Log: f.log, Wait: starts,
 				Lost: func(n int) { f.metrics.LogLost.Add(float64(n)) }})
 			if err != nil {
 				drop()
-				return nil, nil, fmt.Errorf("%s:%s: access_log: %w: name a file in a folder that is there and that user %d may write to", cfg.File, a.At("file"), err, os.Getuid())
+				return nil, nil, fmt.Errorf("%s:%s: access_log: %w: name a file in a folder that is there and that user %d may write to", file, a.At("file"), err, os.Getuid())
 			}
 			fresh = append(fresh, l)
 		}
@@ -61,17 +57,6 @@ func (f *Front) ReopenLogs() {
 	for _, l := range f.logs {
 		l.Reopen()
 	}
-}
-
-// accessLogOf is where a listener's requests are written down, or nil.
-func accessLogOf(cfg *config.Config, l *config.Listener) *config.AccessLog {
-	switch {
-	case l.Mode != "http" && l.Mode != "https":
-		return nil
-	case l.AccessLog != nil:
-		return l.AccessLog
-	}
-	return cfg.AccessLog
 }
 
 func logKey(a *config.AccessLog) string { return a.Format + " " + a.File }

@@ -9,10 +9,10 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/acme"
-	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -197,11 +197,8 @@ type Clamper interface {
 //
 // f.mu is held.
 func (f *Front) datapathStates() []DatapathStatus {
-	words := map[string]bool{}
-	for i := range f.cfg.Listeners {
-		wantDatapaths(f.cfg, &f.cfg.Listeners[i], words)
-	}
-	wanted := func(name string) bool { return words[name] || name == autoKernel && words[autoDatapath] }
+	words := f.needs.Datapaths
+	wanted := func(name string) bool { return words[name] || name == autoKernel && words[plan.Auto] }
 	all := []DatapathStatus{{Name: userspace, Available: true, Wanted: true}}
 	there := map[string]bool{}
 	for _, d := range f.datapaths() {
@@ -226,25 +223,5 @@ func (f *Front) datapathStates() []DatapathStatus {
 	return all
 }
 
-// autoDatapath is the configuration's word for a datapath that tailsplice chooses, and autoKernel the one of the kernel
-// that it may choose.
-const (
-	autoDatapath = "auto"
-	autoKernel   = "sockmap"
-)
-
-// wantDatapaths adds to words what the flows of a listener's routes are to have.
-func wantDatapaths(cfg *config.Config, l *config.Listener, words map[string]bool) {
-	if l.Mode == "http" || l.Mode == "https" {
-		return // this process has to see the bytes
-	}
-	add := func(a *config.Action) {
-		if a != nil && !a.Reject {
-			words[cmp.Or(a.Datapath, cfg.Datapath, autoDatapath)] = true
-		}
-	}
-	add(l.Default)
-	for i := range l.Routes {
-		add(&l.Routes[i].Action)
-	}
-}
+// autoKernel is the datapath of the kernel that plan.Auto may choose.
+const autoKernel = "sockmap"

@@ -22,8 +22,6 @@
 //	counts.go   what the metrics show of all this
 //	problems.go  what of the configuration does not work now, while the rest does
 //	status.go   what can be seen from outside
-//
-// It is the only package that imports its siblings, apart from spelling.
 package front
 
 import (
@@ -36,7 +34,6 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -50,6 +47,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
@@ -112,6 +110,7 @@ type Front struct {
 
 	mu        sync.Mutex // guards what follows, and serialises reloads
 	cfg       *config.Config
+	needs     plan.Needs
 	loaded    time.Time
 	listeners map[string]*listener // by name
 	sockets   map[string]*socket   // by bound address
@@ -200,11 +199,12 @@ func (f *Front) apply(cfg *config.Config) error {
 		return errors.New("the daemon is shutting down")
 	}
 	starts := f.cfg == nil
+	needs := plan.NeedsOf(cfg)
 	listeners := map[string]*listener{}
 	services := map[string]*service{}
 	var swaps []func() // what changes a listener that goes on; can't fail
 	var errs []error
-	if swap, err := f.prepareACME(cfg); err != nil {
+	if swap, err := f.acme.Prepare(needs.ACME); err != nil {
 		errs = append(errs, err)
 	} else {
 		swaps = append(swaps, swap)
@@ -237,7 +237,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	if err != nil {
 		return err
 	}
-	logs, dropLogs, err := f.openLogs(cfg, starts)
+	logs, dropLogs, err := f.openLogs(cfg.File, needs.AccessLogs, starts)
 	if err != nil {
 		closeFiles(denyFiles)
 		return err
@@ -247,7 +247,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	}
 	for i := range cfg.Listeners {
 		c := &cfg.Listeners[i]
-		if a := accessLogOf(cfg, c); a != nil {
+		if a := cfg.AccessLogOf(c); a != nil {
 			services[c.Name].accessLog = logs[logKey(a)]
 		}
 	}
@@ -264,10 +264,10 @@ func (f *Front) apply(cfg *config.Config) error {
 	}
 	labels := f.prepareLabels(cfg, services) // of services that are complete but for them
 	memory := memoryOf(cfg)
-	connections, requests := f.fitLimits(cfg, memory)
+	connections, requests := f.fitLimits(cfg, needs, memory)
 
 	var tailnetErr error
-	if wantsTailnet(cfg) {
+	if len(needs.Listens) > 0 {
 		var addrs []netip.Addr
 		addrs, tailnetErr = f.askTailnetAddrs(f.ctx)
 		f.useTailnetAddrs(addrs)
@@ -290,7 +290,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	}
 
 	// From here on nothing fails.
-	f.openWay(cfg)
+	f.openWay(needs.Transparent)
 	f.nodeName.Store(&cfg.Node)
 	for _, swap := range swaps {
 		swap()
@@ -315,7 +315,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	f.useLogs(logs)
 	closeFiles(f.denyFiles)
 	f.denyFiles = denyFiles
-	f.watchNeeded(cfg)
+	f.watchNeeded(needs)
 	f.memory.Store(memory)
 	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
 	f.requests.SetLimits(requests, cfg.Limits.RequestsPerSource)
@@ -324,9 +324,9 @@ func (f *Front) apply(cfg *config.Config) error {
 	} else {
 		f.newRate.Set(0, 0)
 	}
-	f.cfg, f.listeners, f.loaded = cfg, listeners, time.Now()
+	f.cfg, f.needs, f.listeners, f.loaded = cfg, needs, listeners, time.Now()
 	f.countRoutes()
-	go f.warnOfTailscaled(cfg)
+	go f.warnOfTailscaled(needs.Listens)
 	f.noteUnbound(want, failed, clashes, tailnetErr)
 	f.watchDefaults()
 	if starts {
@@ -363,7 +363,7 @@ func (f *Front) nothingServes(want []binding) error {
 	for i := range f.cfg.Listeners {
 		c := &f.cfg.Listeners[i]
 		l := f.listeners[c.Name]
-		waits := c.WhileDown == whileDownClose || slices.ContainsFunc(c.Listen, isTailnet) ||
+		waits := c.WhileDown == whileDownClose || slices.ContainsFunc(c.Listen, config.OnTailnet) ||
 			slices.ContainsFunc(c.Listen, func(l string) bool { return f.places[placeOf(l)].isInterface })
 		bound := slices.ContainsFunc(want, func(b binding) bool { return b.owner == l && f.sockets[b.addr] != nil })
 		if l.certs != nil && !l.certs.Usable() {
@@ -380,42 +380,13 @@ func (f *Front) nothingServes(want []binding) error {
 	return errors.Join(errs...)
 }
 
-// watchNeeded starts what follows the tailnet and the containers, once cfg
-// needs it: a daemon that uses neither doesn't complain that they are missing.
-func (f *Front) watchNeeded(cfg *config.Config) {
-	tailnet, docker := wantsTailnet(cfg) || isTailnet(cfg.Control.Health), false
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
-		docker = docker || l.Docker != nil && l.Docker.Enabled
-		if l.AcceptProxy != nil && len(newPeers(l.AcceptProxy.From).patterns) > 0 || len(newPeers(l.Allow).patterns) > 0 {
-			tailnet = true
-		}
-		for _, c := range l.Certificates {
-			tailnet = tailnet || c.Tailscale
-		}
-		actions := []*config.Action{l.Default}
-		for j := range l.Routes {
-			actions = append(actions, &l.Routes[j].Action)
-		}
-		for _, a := range actions {
-			if a == nil {
-				continue
-			}
-			tailnet = tailnet || len(newPeers(a.Allow).patterns) > 0
-			if a.ForwardAuth != nil {
-				tailnet = tailnet || strings.HasPrefix(a.ForwardAuth.Address, dial.Tailnet+":")
-				docker = docker || strings.HasPrefix(a.ForwardAuth.Address, dial.Docker+":")
-			}
-			for _, to := range a.Forward {
-				tailnet = tailnet || to.To.Scheme == dial.Tailnet
-				docker = docker || to.To.Scheme == dial.Docker
-			}
-		}
-	}
-	if tailnet {
+// watchNeeded starts what follows the tailnet and the containers, once it is
+// needed: a daemon that uses neither doesn't complain that they are missing.
+func (f *Front) watchNeeded(n plan.Needs) {
+	if n.Tailnet {
 		f.watchTailnet.Do(func() { go f.tailnet.Run(f.ctx) })
 	}
-	if docker {
+	if n.Docker {
 		f.watchContainers.Do(func() { go f.containers.Run(f.ctx) })
 	}
 }
@@ -430,14 +401,14 @@ const (
 // fitLimits lowers the limits of connections and of requests to what memory and
 // the file descriptors allow, and says so: better to refuse in time than to fail
 // in the middle.
-func (f *Front) fitLimits(cfg *config.Config, memory int64) (connections, requests int) {
+func (f *Front) fitLimits(cfg *config.Config, needs plan.Needs, memory int64) (connections, requests int) {
 	connections, requests = cfg.Limits.Connections, cfg.Limits.Requests
 	if most := memory / 4 * 3 / connectionBytes; memory > 0 && int64(connections) > most {
 		connections = int(most)
 		f.log.Info("limits.connections is lowered to what limits.memory allows, at 12 KiB for each in three quarters of it",
 			"connections", cfg.Limits.Connections, "connections_lowered_to", connections, "memory", memory)
 	}
-	perConnection, perRequest := filesOf(cfg)
+	perConnection, perRequest := filesOf(needs)
 	need := connections*perConnection + requests*perRequest
 	files, err := raiseFileLimit(uint64(need + filesReserved + 2*pipesWanted))
 	if err != nil {
@@ -462,15 +433,13 @@ func (f *Front) fitLimits(cfg *config.Config, memory int64) (connections, reques
 // filesOf is how many sockets a connection takes, and a request: the target's of
 // a flow is there as long as the client's, an HTTP client has one and each of its
 // requests may have one more.
-func filesOf(cfg *config.Config) (perConnection, perRequest int) {
+func filesOf(n plan.Needs) (perConnection, perRequest int) {
 	perConnection = 1
-	for i := range cfg.Listeners {
-		switch cfg.Listeners[i].Mode {
-		case "http", "https":
-			perRequest = 1
-		default:
-			perConnection = 2
-		}
+	if n.Flows {
+		perConnection = 2
+	}
+	if n.Requests {
+		perRequest = 1
 	}
 	return perConnection, perRequest
 }

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
@@ -97,5 +98,5 @@ func (l byTailnet) Accept() (net.Conn, error) {
 
 // TailnetPort is the port of an address of the config that stands for this node's, such as "tailnet:9465".
 func TailnetPort(listen string) (port string, ok bool) {
-	return portOf(listen), isTailnet(listen)
+	return portOf(listen), config.OnTailnet(listen)
 }

@@ -92,9 +92,6 @@ func Needs(cfg *config.Config) (all []Need) {
 		}
 	}
 	action := func(a *config.Action) {
-		if a == nil {
-			return
-		}
 		for i := range a.Forward {
 			target(dial.Target(a.Forward[i].To), a.Forward[i].At("to"))
 		}
@@ -123,7 +120,7 @@ func Needs(cfg *config.Config) (all []Need) {
 		for j := range l.Certificates {
 			certificateNeeds(&l.Certificates[j], add)
 		}
-		if log := accessLogOf(cfg, l); log != nil && log.File != accesslog.Stderr {
+		if log := cfg.AccessLogOf(l); log != nil && log.File != accesslog.Stderr {
 			add(needFile, log.File, log.At("file"), func(context.Context, *here) error {
 				return canWrite(log.File)
 			})
@@ -132,10 +129,9 @@ func Needs(cfg *config.Config) (all []Need) {
 			peers(&l.AcceptProxy.Section, "from", l.AcceptProxy.From)
 		}
 		peers(&l.Section, "allow", l.Allow)
-		for j := range l.Routes {
-			action(&l.Routes[j].Action)
+		for a := range l.Actions() {
+			action(a)
 		}
-		action(l.Default)
 	}
 	for key, addr := range map[string]string{"metrics": cfg.Control.Metrics, "health": cfg.Control.Health} {
 		add(needPort, addr, cfg.Control.At(key), lookPort(addr))
@@ -220,7 +216,7 @@ func lookNode(name string) func(context.Context, *here) error {
 // lookPort says why an address can't be listened on.
 func lookPort(addr string) func(context.Context, *here) error {
 	return func(ctx context.Context, h *here) error {
-		if !isTailnet(addr) {
+		if !config.OnTailnet(addr) {
 			return h.canBind(addr)
 		}
 		addrs, err := h.front.askTailnetAddrs(ctx)

@@ -21,10 +21,6 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/config"
 )
 
-// tailnetHost is the word that stands for this node's tailnet addresses in a
-// listen address.
-const tailnetHost = "tailnet"
-
 // rebindEvery is how often an address that could not be bound is tried again: who
 // has the port may end, and an interface gets its address late. tailscaled, too,
 // announces an address shortly before the interface has it.
@@ -75,7 +71,7 @@ func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []ne
 				}
 				continue
 			}
-			if host != tailnetHost {
+			if host != config.Tailnet {
 				out = append(out, binding{addr: written, written: written, owner: owners[l.Name]})
 				continue
 			}
@@ -87,29 +83,8 @@ func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []ne
 	return out
 }
 
-// wantsTailnet says whether a listener binds tailnet addresses.
-func wantsTailnet(cfg *config.Config) bool {
-	return len(tailnetListens(cfg)) > 0
-}
-
-// tailnetListens returns the addresses to listen on that are on the tailnet, such as "tailnet:443".
-func tailnetListens(cfg *config.Config) (out []string) {
-	for i := range cfg.Listeners {
-		for _, a := range cfg.Listeners[i].Listen {
-			if isTailnet(a) {
-				out = append(out, a)
-			}
-		}
-	}
-	return out
-}
-
-// isTailnet says whether an address of the config stands for this node's.
-func isTailnet(listen string) bool { return strings.HasPrefix(listen, tailnetHost+":") }
-
-// warnOfTailscaled logs what tailscaled's own settings keep from the tailnet listeners.
-func (f *Front) warnOfTailscaled(cfg *config.Config) {
-	listens := tailnetListens(cfg)
+// warnOfTailscaled logs what tailscaled's own settings keep from those addresses of listeners.
+func (f *Front) warnOfTailscaled(listens []string) {
 	if len(listens) == 0 {
 		return
 	}
@@ -355,26 +330,26 @@ func (f *Front) followAddresses(ctx context.Context) {
 		case <-retry.C:
 		}
 		f.mu.Lock()
-		cfg, lacked, named := f.cfg, f.lacksAddresses(), f.namesInterface()
+		listens, lacked, named := f.needs.Listens, f.lacksAddresses(), f.namesInterface()
 		f.mu.Unlock()
-		if !wantsTailnet(cfg) && !lacked && !named {
+		if len(listens) == 0 && !lacked && !named {
 			continue
 		}
 		var addrs []netip.Addr
 		var err error
-		if wantsTailnet(cfg) {
+		if len(listens) > 0 {
 			addrs, err = f.askTailnetAddrs(ctx) // which may take a while
 		}
 		f.mu.Lock()
 		f.useTailnetAddrs(addrs)
 		f.rebindNow(err)
 		lacks := f.lacksAddresses()
-		cfg = f.cfg
+		listens = f.needs.Listens
 		f.mu.Unlock()
 		if lacks {
 			retry.Reset(rebindEvery)
 		} else if lacked {
-			f.warnOfTailscaled(cfg)
+			f.warnOfTailscaled(listens)
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
 // TestMachineMemory: the least that the machine, or a cgroup on the way to ours, may have.
@@ -101,7 +102,7 @@ limits: { memory: 16MiB, connections: 5000 }`, freeAddr(t)))
 		connections, want int
 	}{{5000, 1024}, {100, 100}} {
 		cfg.Limits.Connections = v.connections
-		if n, _ := d.fitLimits(cfg, 16<<20); n != v.want {
+		if n, _ := d.fitLimits(cfg, plan.NeedsOf(cfg), 16<<20); n != v.want {
 			t.Errorf("%d connections are allowed of %d, want %d", n, v.connections, v.want)
 		}
 	}

@@ -24,7 +24,7 @@ type place struct {
 // tailnet's.
 func placeOf(listen string) string {
 	host, _, _ := net.SplitHostPort(listen) // config has checked it
-	if _, err := netip.ParseAddr(host); err == nil || host == tailnetHost {
+	if _, err := netip.ParseAddr(host); err == nil || host == config.Tailnet {
 		return ""
 	}
 	return host
@@ -66,7 +66,7 @@ func findPlace(ctx context.Context, name string) (place, error) {
 		}
 		return place{false, sortedAddrs(addrs)}, nil
 	}
-	names := []string{tailnetHost}
+	names := []string{config.Tailnet}
 	all, _ := net.Interfaces()
 	for _, i := range all {
 		names = append(names, i.Name)

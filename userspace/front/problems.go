@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
@@ -73,7 +74,7 @@ func (f *Front) problems() (out []Problem) {
 		l := f.listeners[c.Name]
 		if len(f.tailnetAddrs) == 0 {
 			for _, a := range c.Listen {
-				if isTailnet(a) {
+				if config.OnTailnet(a) {
 					add(PartAddress, c.Name, a, f.tailnetErr)
 				}
 			}

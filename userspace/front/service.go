@@ -15,6 +15,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/route"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
@@ -49,9 +50,9 @@ func (l *listener) retire(ctx context.Context) {
 type service struct {
 	mode     string
 	limits   config.Limits
-	trust    *peers              // nil: a PROXY header is data
+	trust    *plan.Peers         // nil: a PROXY header is data
 	header   bool                // there must be one
-	allow    *peers              // nil: everybody
+	allow    *plan.Peers         // nil: everybody
 	deny     *denials            // nil: nobody
 	names    *route.Table[*rule] // sni and http(s): by name, then default
 	fallback *rule               // tcp: the only way
@@ -78,7 +79,7 @@ type rule struct {
 	targets     []config.Forward // all of them, with their weights
 	sendProxy   bool
 	transparent bool             // see transparent.go
-	allow       *peers           // nil: everybody
+	allow       *plan.Peers      // nil: everybody
 	asks        []string         // what else a request must satisfy, for people
 	hold        time.Duration    // how long a request waits for a node
 	datapaths   []relay.Datapath // to be tried before userspace, best first
@@ -153,11 +154,11 @@ func (f *Front) compile(cfg *config.Config, l *config.Listener) (*service, error
 		s.hsts = l.HSTS.Value()
 	}
 	if l.AcceptProxy != nil {
-		s.trust = newPeers(l.AcceptProxy.From)
+		s.trust = plan.NewPeers(l.AcceptProxy.From)
 		s.header = l.AcceptProxy.Required || l.Mode == "tcp"
 	}
 	if len(l.Allow) > 0 {
-		s.allow = newPeers(l.Allow)
+		s.allow = plan.NewPeers(l.Allow)
 	}
 	var errs []error
 	for i := range l.Routes {
@@ -242,9 +243,9 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 	r.sendProxy, r.transparent = a.SendProxy != "", a.Transparent
 	r.hold = a.Hold
 	if len(a.Allow) > 0 {
-		r.allow = newPeers(a.Allow)
+		r.allow = plan.NewPeers(a.Allow)
 	}
-	wanted := cmp.Or(a.Datapath, cfg.Datapath, autoDatapath)
+	wanted := cmp.Or(a.Datapath, cfg.Datapath, plan.Auto)
 	if l.Mode == "http" || l.Mode == "https" {
 		// What is terminated here can't be moved without this process.
 		var err error
@@ -255,7 +256,7 @@ func (f *Front) compileRule(cfg *config.Config, l *config.Listener, name string,
 		return r, err
 	}
 	r.wanted = wanted
-	if wanted == autoDatapath {
+	if wanted == plan.Auto {
 		r.auto = true
 		return r, nil
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/sni"
@@ -37,7 +38,7 @@ func (f *Front) serveSNI(in *inbound) {
 // choose says which rule takes in, by its hello; by none, on a tcp listener, which may have no rule at all.
 func (in *inbound) choose(hello *sni.Hello) (*rule, error) {
 	s, r := in.service, in.service.fallback
-	permit := func(allow ...*peers) error { return in.front.permit(in.asker, in.visitor(), allow...) }
+	permit := func(allow ...*plan.Peers) error { return in.front.permit(in.asker, in.visitor(), allow...) }
 	if hello == nil {
 		if r == nil {
 			return nil, nil

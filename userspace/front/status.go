@@ -146,7 +146,7 @@ func (f *Front) Status() Status {
 		}
 		slices.Sort(ls.Bound)
 		for _, r := range svc.rules {
-			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Transparent: r.transparent, Source: r.source(), Container: r.state, Allow: r.allow.strings(), Asks: r.restrictions(), Wanted: r.wanted}
+			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Transparent: r.transparent, Source: r.source(), Container: r.state, Allow: r.allow.Strings(), Asks: r.restrictions(), Wanted: r.wanted}
 			if !r.reject {
 				rs.Datapath, rs.Why = r.via(s.Datapaths)
 			}

@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"sync/atomic"
 
-	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/transparent"
 )
@@ -17,14 +16,14 @@ import (
 // for whom.
 const clientUnknown = "client_unknown"
 
-// openWay makes sure that answers to clients' own addresses come back here, if a
-// route wants that. What was opened stays to the end: flows that a reload leaves
+// openWay makes sure that answers to clients' own addresses come back here, if that
+// is wanted. What was opened stays to the end: flows that a reload leaves
 // alone need it.
 //
 // f.mu is held.
-func (f *Front) openWay(cfg *config.Config) {
+func (f *Front) openWay(wanted bool) {
 	f.wayErr = nil
-	if f.way.Load() != nil || !wantsTransparent(cfg) {
+	if f.way.Load() != nil || !wanted {
 		return
 	}
 	way, err := transparent.Open(f.log)
@@ -42,21 +41,6 @@ func (f *Front) closeWay() {
 			f.log.Warn("the rules for transparent could not be removed: `ip rule` and `nft list tables` show them", "err", err)
 		}
 	}
-}
-
-func wantsTransparent(cfg *config.Config) bool {
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
-		if l.Default != nil && l.Default.Transparent {
-			return true
-		}
-		for j := range l.Routes {
-			if l.Routes[j].Transparent {
-				return true
-			}
-		}
-	}
-	return false
 }
 
 // dialTransparent connects to r's target from the client's own address, where

@@ -5,68 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"strings"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
-
-// peers are those that accept_proxy.from or allow names.
-type peers struct {
-	prefixes []netip.Prefix
-	parts    []netip.Prefix // of the tailnet's ranges: nodes that have these addresses
-	patterns []string       // tailnet node names, users, tags
-	written  []string
-}
-
-func newPeers(from []string) *peers {
-	t := &peers{written: from}
-	for _, s := range from {
-		p, err := netip.ParsePrefix(s)
-		if a, aerr := netip.ParseAddr(s); aerr == nil {
-			p, err = netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), nil
-		}
-		switch {
-		case err != nil:
-			t.patterns = append(t.patterns, s)
-		case tailnet.ContainsPrefix(p):
-			t.parts = append(t.parts, p.Masked())
-		default:
-			t.prefixes = append(t.prefixes, p.Masked())
-		}
-	}
-	return t
-}
-
-// strings are what the config says, for status.
-func (t *peers) strings() []string {
-	if t == nil {
-		return nil
-	}
-	return t.written
-}
-
-// names says whether t names an address. A tailnet address is an identity only
-// by what tailscaled says of it, which is so too of a part of the tailnet's ranges:
-// providers use 100.64.0.0/10 for customers whom nobody knows. The error is that
-// of ask, where it depends on that.
-func (t *peers) names(a netip.Addr, ask func(netip.Addr) (tailnet.Identity, error)) (bool, error) {
-	a = a.Unmap().WithZone("") // a prefix holds no address with a zone
-	contains := func(p netip.Prefix) bool { return p.Contains(a) }
-	if slices.ContainsFunc(t.prefixes, contains) {
-		return true, nil
-	}
-	part := slices.ContainsFunc(t.parts, contains)
-	if !tailnet.Contains(a) || !part && len(t.patterns) == 0 {
-		return false, nil
-	}
-	id, err := ask(a)
-	if errors.Is(err, tailnet.ErrNotPeer) {
-		return false, nil
-	}
-	return err == nil && (part || slices.ContainsFunc(t.patterns, id.Matches)), err
-}
 
 // asker asks tailscaled who has an address, for one request, or for one connection
 // before its requests. Each address is asked about once, so that all who want to
@@ -75,10 +19,10 @@ func (t *peers) names(a netip.Addr, ask func(netip.Addr) (tailnet.Identity, erro
 type asker struct {
 	ctx     context.Context
 	front   *Front
-	trust   *peers // accept_proxy.from; nil: nobody
-	header  bool   // a connection without a PROXY header is not believed, nor is it a client
-	onLoop  bool   // it may not wait, and has the answers that are known already
-	mustAsk bool   // it had no answer for that reason: nothing may be concluded
+	trust   *plan.Peers // accept_proxy.from; nil: nobody
+	header  bool        // a connection without a PROXY header is not believed, nor is it a client
+	onLoop  bool        // it may not wait, and has the answers that are known already
+	mustAsk bool        // it had no answer for that reason: nothing may be concluded
 	until   time.Time
 	answers []answer
 }
@@ -143,7 +87,7 @@ func (q *asker) Hop(a netip.Addr) (bool, error) {
 	if q.trust == nil {
 		return false, nil
 	}
-	return q.trust.names(a, q.whoIs)
+	return q.trust.Contains(a, q.whoIs)
 }
 
 // name is that of the node which has an address, if it is known already; else "".

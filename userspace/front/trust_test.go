@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 )
 
@@ -746,7 +747,7 @@ func TestPeersZone(t *testing.T) {
 		{"fd00::/8", "fe80::1%eth0", false},
 		{"0.0.0.0/0", "fe80::1%eth0", false},
 	} {
-		if ok, err := newPeers([]string{c.list}).names(netip.MustParseAddr(c.client), nil); ok != c.want || err != nil {
+		if ok, err := plan.NewPeers([]string{c.list}).Contains(netip.MustParseAddr(c.client), nil); ok != c.want || err != nil {
 			t.Errorf("%s in %s: %v (%v), want %v", c.client, c.list, ok, err, c.want)
 		}
 	}

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // The queues of TCP_REPAIR_QUEUE (include/uapi/linux/tcp.h).
@@ -67,8 +69,8 @@ func (in *injector) sync() error {
 			*n = uint32(v)
 		}
 		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR_QUEUE, noQueue)
-		info, e := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-		if failed = e; failed != nil {
+		var info unix.TCPInfo
+		if failed = tcpsock.Info(fd, &info); failed != nil {
 			return
 		}
 		in.stamp = 0

@@ -5,10 +5,11 @@ import (
 	"net"
 	"net/netip"
 	"strconv"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // local and remote are the socket's addresses, as [ADDRESS%ZONE]:PORT.
@@ -36,9 +37,6 @@ func address(a unix.Sockaddr, err error) string {
 	return "?"
 }
 
-// As TCP_INFO tells it (include/net/tcp_states.h).
-const tcpEstablished = 1
-
 // socket is a descriptor of a TCP socket, not blocking, closed by its flow.
 type socket int
 
@@ -61,16 +59,7 @@ func (s socket) cookie() (uint64, error) {
 	return unix.GetsockoptUint64(int(s), unix.SOL_SOCKET, unix.SO_COOKIE)
 }
 
-// info is TCP_INFO without an allocation. Fields that the kernel doesn't know are 0.
-func (s socket) info(i *unix.TCPInfo) error {
-	size := uint32(unsafe.Sizeof(*i))
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(s), unix.IPPROTO_TCP, unix.TCP_INFO,
-		uintptr(unsafe.Pointer(i)), uintptr(unsafe.Pointer(&size)), 0)
-	if errno != 0 {
-		return errno
-	}
-	return nil
-}
+func (s socket) info(i *unix.TCPInfo) error { return tcpsock.Info(int(s), i) }
 
 // received is how many bytes the peer's TCP has given this socket, read or not, and one more for a FIN.
 func (s socket) received() (uint64, error) {
@@ -119,7 +108,7 @@ func (s socket) readBefore() (uint64, bool, error) {
 			return 0, false, err
 		}
 		if i.Bytes_received == again.Bytes_received { // nothing came between
-			return i.Bytes_received - n, again.State == tcpEstablished, nil
+			return i.Bytes_received - n, again.State == tcpsock.Established, nil
 		}
 	}
 }

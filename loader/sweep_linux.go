@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // sweeper looks at all flows from time to time: for idle ones, for events that found no place in the ring,
@@ -212,7 +214,7 @@ func (h *half) look() {
 	s := h.source()
 	var i unix.TCPInfo
 	// The verdict runs under the lock that TCP_INFO takes, so what is handled is read after it.
-	if s.info(&i) != nil || i.State != tcpEstablished { // a FIN is looked at by drained
+	if s.info(&i) != nil || i.State != tcpsock.Established { // a FIN is looked at by drained
 		return
 	}
 	handled := h.handled()

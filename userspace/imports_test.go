@@ -24,6 +24,7 @@ var floors = []struct {
 	packages []string
 }{
 	{"what several parts do alike, and says nothing of what they do it for", []string{
+		"tcpsock",
 		"userspace",
 		"userspace/spelling",
 	}},

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
@@ -347,7 +348,7 @@ func (x *express) relay() {
 	}
 	var rtt [2]time.Duration
 	if f.log.Enabled(f.ctx, slog.LevelInfo) { // only the log wants it
-		rtt = [2]time.Duration{roundTripFD(x.down.FD()), roundTripFD(x.up.FD())}
+		rtt = [2]time.Duration{tcpsock.RoundTrip(x.down.FD()), tcpsock.RoundTrip(x.up.FD())}
 	}
 	if x.rule.sendProxy && !in.local.IsValid() {
 		if local, err := unix.Getsockname(x.down.FD()); err == nil {

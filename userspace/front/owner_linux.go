@@ -8,10 +8,9 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-)
 
-// tcpListen is TCP_LISTEN of include/net/tcp_states.h.
-const tcpListen = 10
+	"github.com/tailsplice/tailsplice/tcpsock"
+)
 
 // portOwner names the process that listens on the TCP port, as "nginx (pid
 // 12)", or "" when it can't be told (no such socket, or not root).
@@ -20,7 +19,7 @@ func portOwner(port uint16) string {
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		sockets, _ := netlink.SocketDiagTCP(family)
 		for _, s := range sockets {
-			if s.State == tcpListen && s.ID.SourcePort == port && s.INode != 0 {
+			if s.State == tcpsock.Listening && s.ID.SourcePort == port && s.INode != 0 {
 				inodes[s.INode] = true
 			}
 		}

@@ -1,6 +1,10 @@
 package relay
 
-import "golang.org/x/sys/unix"
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+)
 
 // gone reports whether TCP has given the connection up, although we haven't ended our stream: then an end of
 // stream that was read is none, but the rest of a reset that somebody else has been told of.
@@ -9,7 +13,7 @@ func (s *side) gone() bool {
 	if s.sock == nil || s.shut.Load() {
 		return false
 	}
-	s.sock.Control(func(fd uintptr) { closed = isClosed(int(fd)) })
+	s.sock.Control(func(fd uintptr) { closed = tcpsock.IsClosed(int(fd)) })
 	return closed && !s.shut.Load() // that may have come meanwhile
 }
 
@@ -18,20 +22,12 @@ func (s *side) unacked() int {
 	n := 0
 	if s.sock != nil {
 		s.sock.Control(func(fd uintptr) {
-			if !isClosed(int(fd)) { // a reset leaves the number as it was
+			if !tcpsock.IsClosed(int(fd)) { // a reset leaves the number as it was
 				n, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
 			}
 		})
 	}
 	return n
-}
-
-// isClosed reports whether TCP has given the connection up.
-func isClosed(fd int) bool {
-	const tcpClose = 7 // TCP_CLOSE in include/net/tcp_states.h
-	// The first byte of struct tcp_info is the state.
-	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-	return err == nil && info.State == tcpClose
 }
 
 // refuses reports whether the other end of s has no room for what is written: it has said so, and again when
@@ -42,9 +38,9 @@ func (s *side) refuses() bool {
 		return full
 	}
 	s.sock.Control(func(fd uintptr) {
-		i, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		var i unix.TCPInfo
 		switch {
-		case err != nil: // no TCP
+		case tcpsock.Info(int(fd), &i) != nil: // no TCP
 		case i.Unacked > 0: // they are on their way, or the window was closed behind them
 			full = i.Snd_wnd == 0 && i.Last_ack_recv < uint32(resetGrace.Milliseconds())
 		default:

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // Watch is over connections in the pool whose other end may have fallen asleep,
@@ -82,6 +84,13 @@ func (c *upstreamConn) giveUp() {
 		l.SetLinger(0)
 	}
 	c.Conn.Close()
+}
+
+// wasReset reports whether TCP has given c up, whose stream we have not ended: then an end of stream that was read
+// may be none, but the rest of a reset that a write was told of.
+func wasReset(c net.Conn) (closed bool) {
+	tcpsock.Control(c, func(fd int) { closed = tcpsock.IsClosed(fd) })
+	return closed
 }
 
 func (c *upstreamConn) Read(p []byte) (int, error) {

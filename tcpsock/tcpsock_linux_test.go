@@ -1,0 +1,81 @@
+package tcpsock
+
+import (
+	"io"
+	"net"
+	"testing"
+	"time"
+)
+
+// What TCP_INFO tells follows what happens to the connection.
+func TestStates(t *testing.T) {
+	a, b := pair(t)
+	if rtt := ask(t, a, RoundTrip); rtt <= 0 || rtt > time.Minute {
+		t.Errorf("the round trip on loopback is %v", rtt)
+	}
+	states := func(when string, established, closed bool) {
+		t.Helper()
+		if got := ask(t, a, IsEstablished); got != established {
+			t.Errorf("%s: IsEstablished is %v", when, got)
+		}
+		if got := ask(t, a, IsClosed); got != closed {
+			t.Errorf("%s: IsClosed is %v", when, got)
+		}
+	}
+	states("connected", true, false)
+	b.CloseWrite()
+	io.ReadAll(a)
+	states("the other end has ended its stream", false, false)
+	b.SetLinger(0)
+	b.Close()
+	for !ask(t, a, IsClosed) { // the reset comes by itself
+		time.Sleep(time.Millisecond)
+	}
+	states("reset", false, true)
+}
+
+// A question to what has no TCP socket has an answer.
+func TestNoSocket(t *testing.T) {
+	c, d := net.Pipe()
+	defer c.Close()
+	defer d.Close()
+	if Control(c, func(int) { t.Error("a pipe has a descriptor") }) {
+		t.Error("a pipe has a socket")
+	}
+	a, _ := pair(t)
+	a.Close()
+	if Control(a, func(int) { t.Error("a closed connection has a descriptor") }) {
+		t.Error("a closed connection has a socket")
+	}
+	if IsClosed(-1) || !IsEstablished(-1) || RoundTrip(-1) != 0 || IsUnheard(-1, 0) {
+		t.Error("an answer for what is no socket changes something")
+	}
+}
+
+func ask[T any](t *testing.T, c net.Conn, question func(fd int) T) (answer T) {
+	t.Helper()
+	if !Control(c, func(fd int) { answer = question(fd) }) {
+		t.Fatal("the connection has no socket")
+	}
+	return answer
+}
+
+// pair is both ends of a connection over loopback.
+func pair(t *testing.T) (a, b *net.TCPConn) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close(); d.Close() })
+	return c.(*net.TCPConn), d.(*net.TCPConn)
+}

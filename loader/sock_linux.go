@@ -203,10 +203,7 @@ func (s socket) closeWrite() { _ = unix.Shutdown(int(s), unix.SHUT_WR) }
 func (s socket) close() { _ = unix.Close(int(s)) }
 
 // reset closes with a RST; what was not sent is lost.
-func (s socket) reset() {
-	_ = unix.SetsockoptLinger(int(s), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-	s.close()
-}
+func (s socket) reset() { _ = tcpsock.Reset(int(s)) }
 
 func isAgain(err error) bool { return errors.Is(err, unix.EAGAIN) }
 

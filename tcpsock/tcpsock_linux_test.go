@@ -1,10 +1,13 @@
 package tcpsock
 
 import (
+	"errors"
 	"io"
 	"net"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // What TCP_INFO tells follows what happens to the connection.
@@ -78,4 +81,53 @@ func pair(t *testing.T) (a, b *net.TCPConn) {
 	}
 	t.Cleanup(func() { c.Close(); d.Close() })
 	return c.(*net.TCPConn), d.(*net.TCPConn)
+}
+
+// A reset is seen by the other end, and comes from under the layers of a connection.
+func TestReset(t *testing.T) {
+	for name, reset := range map[string]func(c *net.TCPConn){
+		"connection":     func(c *net.TCPConn) { ResetConn(c) },
+		"layers":         func(c *net.TCPConn) { ResetConn(layer{c, t}) },
+		"closed by hand": func(c *net.TCPConn) { ResetOnClose(layer{c, t}); c.Close() },
+		"descriptor": func(c *net.TCPConn) {
+			Control(c, func(fd int) { ResetFDOnClose(fd) })
+			c.Close()
+		},
+		"last descriptor": func(c *net.TCPConn) {
+			fd := -1
+			Control(c, func(own int) { fd, _ = unix.FcntlInt(uintptr(own), unix.F_DUPFD_CLOEXEC, 0) })
+			c.Close()
+			Reset(fd)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, b := pair(t)
+			reset(a)
+			if _, err := b.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+				t.Errorf("the other end reads %v", err)
+			}
+		})
+	}
+}
+
+// layer is a connection over another, whose Close says farewell.
+type layer struct {
+	under net.Conn
+	t     *testing.T
+}
+
+func (l layer) NetConn() net.Conn                { return l.under }
+func (l layer) Read(b []byte) (int, error)       { return l.under.Read(b) }
+func (l layer) Write(b []byte) (int, error)      { return l.under.Write(b) }
+func (l layer) LocalAddr() net.Addr              { return l.under.LocalAddr() }
+func (l layer) RemoteAddr() net.Addr             { return l.under.RemoteAddr() }
+func (l layer) SetDeadline(time.Time) error      { return nil }
+func (l layer) SetReadDeadline(time.Time) error  { return nil }
+func (l layer) SetWriteDeadline(time.Time) error { return nil }
+
+func (l layer) Close() error {
+	if _, err := l.under.Write([]byte("farewell")); err == nil {
+		l.t.Error("the layer has said farewell before the reset")
+	}
+	return l.under.Close()
 }

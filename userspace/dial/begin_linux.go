@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // Begin begins to connect a non-blocking socket to an address, for callers with a poller of their own; the caller owns fd.
@@ -49,7 +51,7 @@ func Connected(fd int, to netip.AddrPort) (connected bool, err error) {
 	case nil, unix.EISCONN:
 		if isSelf(fd, to) {
 			// A close would leave the port in TIME_WAIT, or in FIN_WAIT for as long as the caller takes.
-			unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+			tcpsock.ResetFDOnClose(fd)
 			return false, ErrSelf
 		}
 		return true, nil

@@ -26,6 +26,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 const (
@@ -357,8 +359,7 @@ func (d *Dialer) connect(ctx context.Context, addr netip.Addr, port uint16, chec
 		return result{to: to, fail: &failure{err: err, addr: to.String(), again: quickKind(err)}}
 	}
 	if c.LocalAddr().String() == c.RemoteAddr().String() { // [net.Dialer] looks only thrice, and not at all where its own port was given
-		c.(*net.TCPConn).SetLinger(0)
-		c.Close()
+		tcpsock.ResetConn(c)
 		return result{to: to, fail: &failure{err: ErrSelf, addr: to.String(), again: true}}
 	}
 	if check != nil {

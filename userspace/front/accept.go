@@ -92,12 +92,6 @@ func (f *Front) failed(s *socket, err error) (goOn bool) {
 	return true
 }
 
-// reset closes c with a RST.
-func reset(c *net.TCPConn) {
-	c.SetLinger(0)
-	c.Close()
-}
-
 func addrPort(a net.Addr) netip.AddrPort {
 	t, ok := a.(*net.TCPAddr)
 	if !ok {

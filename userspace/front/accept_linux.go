@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
@@ -95,8 +96,7 @@ func (d *door) refuseOne() error {
 	if err != nil {
 		return err
 	}
-	unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-	return unix.Close(fd)
+	return tcpsock.Reset(fd)
 }
 
 func (d *door) sharePort(on bool) error { return sharePort(uintptr(d.fd), on) }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"net"
 	"time"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // A door is a bound address, with a goroutine that accepts.
@@ -58,7 +60,7 @@ func (d *door) refuseOne() error {
 	defer d.ln.SetDeadline(time.Time{})
 	c, err := d.ln.AcceptTCP()
 	if err == nil {
-		reset(c)
+		tcpsock.ResetConn(c)
 	}
 	return err
 }
@@ -76,7 +78,7 @@ func (d *door) sharePort(on bool) error {
 type accepted struct{ c *net.TCPConn }
 
 func (a accepted) Conn() (*net.TCPConn, error) { return a.c, nil }
-func (a accepted) Reset()                      { reset(a.c) }
+func (a accepted) Reset()                      { tcpsock.ResetConn(a.c) }
 
 // cameByTailnet can't be told here.
 func cameByTailnet(*net.TCPConn) bool { return true }

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
@@ -92,7 +93,7 @@ func (l byTailnet) Accept() (net.Conn, error) {
 		if err != nil || cameByTailnet(c.(*net.TCPConn)) {
 			return c, err
 		}
-		reset(c.(*net.TCPConn))
+		tcpsock.ResetConn(c)
 	}
 }
 

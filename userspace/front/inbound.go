@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
@@ -274,7 +275,7 @@ var errNoHeader = errors.New("no PROXY header: a tcp listener with accept_proxy,
 func (f *Front) refuseInbound(in *inbound, err error) {
 	defer in.release()
 	f.inboundRefused(in, err)
-	reset(in.TCPConn)
+	tcpsock.ResetConn(in.TCPConn)
 }
 
 // inboundRefused counts such a connection, and says so.

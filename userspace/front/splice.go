@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/plan"
@@ -129,7 +130,7 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 		sni.Refuse(in.TCPConn, alert)
 		return
 	}
-	reset(in.TCPConn)
+	tcpsock.ResetConn(in.TCPConn)
 }
 
 // helloRefused counts a connection that leads nowhere, and says so.
@@ -153,7 +154,7 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 	if r == nil || r.reject {
 		defer in.release()
 		f.metrics.Refused.WithLabelValues(in.listener.name, "rejected").Inc()
-		reset(in.TCPConn)
+		tcpsock.ResetConn(in.TCPConn)
 		return
 	}
 	up, err := f.dialRule(f.ctx, in.listener.name, r, in.visitor())
@@ -164,7 +165,7 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 			sni.Refuse(in.TCPConn, sni.AlertInternalError)
 			return
 		}
-		reset(in.TCPConn)
+		tcpsock.ResetConn(in.TCPConn)
 		return
 	}
 	var rtt [2]time.Duration

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // resetGrace is how long the reader of bytes that were received before a reset may stop, before it is
@@ -502,7 +504,7 @@ func (f *flow) close() {
 			continue
 		}
 		s.drain()
-		s.reset()
+		tcpsock.ResetConn(s.conn)
 	}
 }
 
@@ -516,26 +518,5 @@ func (s *side) drain() {
 	}
 	for wait := time.Millisecond; waits() && s.unacked() > 0; wait = min(2*wait, 50*time.Millisecond) {
 		time.Sleep(wait)
-	}
-}
-
-// reset closes s so that the other end sees a reset, where there is such a thing.
-func (s *side) reset() {
-	c := s.conn
-	for {
-		switch u := c.(type) {
-		case interface{ SetLinger(int) error }: // *net.TCPConn, or a socket that was on a loop
-			u.SetLinger(0)
-			c.Close()
-			if c != s.conn {
-				s.conn.Close()
-			}
-			return
-		case interface{ NetConn() net.Conn }:
-			c = u.NetConn()
-		default:
-			s.conn.Close()
-			return
-		}
 	}
 }

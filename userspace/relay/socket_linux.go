@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // A Socket is a connected, or connecting, non-blocking socket that is in a loop of this package and not in
@@ -91,7 +93,7 @@ func (s *Socket) Cancel() bool {
 
 // Reset closes the socket so that the other end sees a reset. Nobody may be waiting for it.
 func (s *Socket) Reset() {
-	unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	tcpsock.ResetFDOnClose(s.fd)
 	s.Close()
 }
 

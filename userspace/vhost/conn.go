@@ -12,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // ConnInfo says who is at the other end of a downstream connection.
@@ -203,9 +205,7 @@ func (c *conn) Close() error {
 // reset closes the connection so that its peer can't take that for an end. It is closed below TLS, whose
 // alert would say that all is well.
 func (c *conn) reset() {
-	if l, ok := c.Conn.(interface{ SetLinger(int) error }); ok {
-		_ = l.SetLinger(0)
-	}
+	tcpsock.ResetOnClose(c.Conn)
 	c.Close()
 }
 

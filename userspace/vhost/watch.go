@@ -80,10 +80,7 @@ func (w *watcher) look() {
 // later, and its reader learns why.
 func (c *upstreamConn) giveUp() {
 	c.unheard.Store(true)
-	if l, ok := c.Conn.(interface{ SetLinger(int) error }); ok {
-		l.SetLinger(0)
-	}
-	c.Conn.Close()
+	tcpsock.ResetConn(c.Conn)
 }
 
 // wasReset reports whether TCP has given c up, whose stream we have not ended: then an end of stream that was read

@@ -46,13 +46,8 @@ func dup(c *net.TCPConn) (socket, error) {
 	if err != nil {
 		return -1, err
 	}
-	fd, failed := -1, error(nil)
-	if err := raw.Control(func(own uintptr) {
-		fd, failed = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3)
-	}); err != nil {
-		return -1, err
-	}
-	return socket(fd), failed
+	fd, err := tcpsock.Dup(raw)
+	return socket(fd), err
 }
 
 func (s socket) cookie() (uint64, error) {

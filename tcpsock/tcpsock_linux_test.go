@@ -131,3 +131,30 @@ func (l layer) Close() error {
 	}
 	return l.under.Close()
 }
+
+// A duplicate outlives what it was made of, and is closed when a program is started.
+func TestDup(t *testing.T) {
+	a, b := pair(t)
+	raw, err := a.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := Dup(raw)
+	if err != nil || fd < 3 {
+		t.Fatalf("Dup is %d, %v", fd, err)
+	}
+	defer unix.Close(fd)
+	if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+		t.Errorf("the duplicate's flags are %d, %v", flags, err)
+	}
+	a.Close()
+	if _, err := unix.Write(fd, []byte("x")); err != nil {
+		t.Error(err)
+	}
+	if n, err := b.Read(make([]byte, 2)); n != 1 || err != nil {
+		t.Errorf("the other end reads %d bytes, %v", n, err)
+	}
+	if fd, err := Dup(raw); err == nil || fd >= 0 {
+		t.Errorf("Dup of a closed connection is %d, %v", fd, err)
+	}
+}

@@ -25,12 +25,8 @@ func newDoor(ln *net.TCPListener) (*door, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &door{fd: -1, addr: ln.Addr()}
-	cerr := raw.Control(func(fd uintptr) { d.fd, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) })
-	if cerr != nil {
-		return nil, cerr
-	}
-	return d, os.NewSyscallError("fcntl", err)
+	fd, err := tcpsock.Dup(raw)
+	return &door{fd: fd, addr: ln.Addr()}, err
 }
 
 // prepare makes accept possible.

@@ -7,10 +7,11 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // RunSockets is [Run] for two sockets of one loop that are connected, and that nobody waits for. It has
@@ -72,9 +73,10 @@ func (f *flow) quicken() bool {
 	if !f.down.bare || !f.up.bare || !f.disarm() {
 		return false
 	}
-	downFD, upFD := dup(f.down.sock), dup(f.up.sock)
+	downFD, err := tcpsock.Dup(f.down.sock)
+	upFD, upErr := tcpsock.Dup(f.up.sock)
 	var down, up *Socket
-	if downFD >= 0 && upFD >= 0 {
+	if err == nil && upErr == nil {
 		if l := pickLoop(); l != nil {
 			down = &Socket{fd: downFD, loop: l}
 			up = NewSocket(upFD, down)
@@ -96,17 +98,6 @@ func (f *flow) quicken() bool {
 	f.up.conn.Close()
 	f.relayOn(down, up)
 	return true
-}
-
-// dup is another descriptor of a socket, or negative.
-func dup(sock syscall.RawConn) (fd int) {
-	fd = -1
-	sock.Control(func(old uintptr) {
-		if n, err := unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0); err == nil {
-			fd = n
-		}
-	})
-	return fd
 }
 
 // relayOn begins f on the loop of its sockets.

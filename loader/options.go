@@ -28,8 +28,8 @@ type Options struct {
 	// BPFFS is where the BPF file system is or will be mounted; "" = /sys/fs/bpf.
 	BPFFS string
 
-	// MaxFlows bounds the flows at a time; 0 = DefaultMaxFlows. One costs about 1.4 KB of kernel
-	// memory from the start, and about 700 bytes more while it lives.
+	// MaxFlows bounds the flows at a time; 0 = DefaultMaxFlows. One costs 208 bytes of maps from the
+	// start, and about 700 bytes more while it lives, beside what Linux keeps for its sockets.
 	MaxFlows int
 
 	// Local also loads what [Loader.Local] needs. Where that fails, the rest works all the same.

@@ -73,6 +73,10 @@ fuzz: ## Fuzz what reads bytes of others, FUZZTIME for each target (not a part o
 test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in QEMU (root, amd64; not a part of test; 15 minutes)
 	@scripts/test-kernels
 
+.PHONY: test-memory
+test-memory: ## The daemon as an edge of 256 MB that strangers mean harm, in QEMU (root, amd64; not a part of test; 7 minutes)
+	@scripts/test-memory
+
 .PHONY: demo first
 demo: first provision build ## Show the whole path at work; KEEP=1 leaves it up
 	cd $(LAB) && CGO_ENABLED=0 go build -trimpath -o ../../$(BUILD)/demo ./demo

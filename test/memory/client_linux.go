@@ -1,0 +1,125 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A result is what a good client notices.
+type result struct {
+	p50, p99      time.Duration // until the first byte comes, from before connect
+	tried, failed int
+	bulk          float64 // MB a second through one flow at a time
+}
+
+func (r result) String() string {
+	return fmt.Sprintf("first byte p50 %.1f ms, p99 %.1f ms (%d of %d failed), %.2f MB/s", ms(r.p50), ms(r.p99), r.failed, r.tried, r.bulk)
+}
+
+const patience = 10 * time.Second // of a good client
+
+// untilServed waits until flows are served.
+func (v *visitor) untilServed(most time.Duration) error {
+	for deadline := time.Now().Add(most); ; time.Sleep(200 * time.Millisecond) {
+		c, err := v.ask("ping.test", time.Second)
+		if err == nil {
+			abort(c)
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return err
+		}
+	}
+}
+
+// flowsASecond is how many flows begin, and end, where sixteen are always asked for.
+func (v *visitor) flowsASecond(d time.Duration) float64 {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	defer cancel()
+	var n atomic.Int64
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				if c, err := v.ask("ping.test", patience); err == nil {
+					n.Add(1)
+					abort(c)
+				}
+			}
+		})
+	}
+	began := time.Now()
+	wg.Wait()
+	return float64(n.Load()) / time.Since(began).Seconds()
+}
+
+// measure takes each for first bytes, and for throughput; more where one request takes longer.
+func (v *visitor) measure(each time.Duration) (r result) {
+	var took []time.Duration
+	for end := time.Now().Add(each); time.Now().Before(end); {
+		began := time.Now()
+		c, err := v.ask("ping.test", patience)
+		r.tried++
+		if err != nil {
+			r.failed++
+			took = append(took, max(patience, time.Since(began)))
+			continue
+		}
+		took = append(took, time.Since(began))
+		abort(c)
+	}
+	slices.Sort(took)
+	r.p50, r.p99 = took[len(took)/2], took[len(took)*99/100]
+	var bytes int64
+	began := time.Now()
+	for time.Since(began) < each {
+		c, err := v.open("bulk.test", 1)
+		if err != nil {
+			r.failed++
+			continue
+		}
+		c.SetReadDeadline(time.Now().Add(patience))
+		n, err := io.Copy(io.Discard, c)
+		bytes += n
+		if err != nil || n != bulkBytes {
+			r.failed++
+		}
+		r.tried++
+		abort(c)
+	}
+	r.bulk = float64(bytes) / (1 << 20) / time.Since(began).Seconds()
+	return r
+}
+
+// metrics are those of the daemon that tell what it has refused and ended.
+func (c *conductor) metrics() string {
+	client := http.Client{Timeout: patience}
+	resp, err := client.Get("http://" + edgeAddr + ":9464/metrics")
+	if err != nil {
+		return err.Error()
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err.Error()
+	}
+	var all []string
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), "} ")
+		for prefix, word := range map[string]string{"tailsplice_connections_refused_total{": "refused", "tailsplice_flows_cut_total{": "cut"} {
+			if strings.HasPrefix(name, prefix) && value != "0" {
+				_, reason, _ := strings.Cut(name, `reason="`)
+				all = append(all, fmt.Sprintf("%s %s %s", word, strings.Trim(reason, `"`), value))
+			}
+		}
+	}
+	slices.Sort(all)
+	return orElse(strings.Join(all, ", "), "nothing was refused")
+}

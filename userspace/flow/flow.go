@@ -88,20 +88,12 @@ type Snapshot struct {
 	Started    time.Time `json:"started"`
 	BytesUp    int64     `json:"bytes_up"`
 	BytesDown  int64     `json:"bytes_down"`
-
-	Held  int64     `json:"-"`
-	Stood time.Time `json:"-"`
 }
 
 func (f *Flow) snapshot(up, down int64) Snapshot {
-	var held int64
-	var stood time.Time
-	if f.Held != nil {
-		held, stood = f.Held()
-	}
 	return Snapshot{Format: FormatVersion, ID: f.ID, Listener: f.Listener, Route: f.Route, Name: f.Name, Client: f.Client,
 		Downstream: f.Downstream, Upstream: f.Upstream, Target: f.Target, Datapath: f.datapath(),
-		Started: f.Started, BytesUp: up, BytesDown: down, Held: held, Stood: stood}
+		Started: f.Started, BytesUp: up, BytesDown: down}
 }
 
 // Registry holds the flows that live, and the accounts that they are counted in. The zero value is not usable: call
@@ -172,8 +164,8 @@ func (r *Registry) Empty() <-chan struct{} {
 	return r.empty
 }
 
-// flows are those that live now.
-func (r *Registry) flows() []*Flow {
+// Live are the flows that live now, in no order. Making snapshots of thousands takes longer.
+func (r *Registry) Live() []*Flow {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.live)
@@ -181,7 +173,7 @@ func (r *Registry) flows() []*Flow {
 
 // Snapshot lists the live flows that q takes, oldest first.
 func (r *Registry) Snapshot(q Query) []Snapshot {
-	live := slices.DeleteFunc(r.flows(), func(f *Flow) bool { return !q.takes(f) })
+	live := slices.DeleteFunc(r.Live(), func(f *Flow) bool { return !q.takes(f) })
 	slices.SortFunc(live, func(a, b *Flow) int {
 		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.ID, b.ID))
 	})

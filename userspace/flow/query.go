@@ -167,7 +167,7 @@ func (r *Registry) Watch(q Query) *Watcher {
 
 // Look says what has moved since the last one. What began since then counts from its beginning.
 func (w *Watcher) Look(now time.Time) Look {
-	live := w.registry.flows()
+	live := w.registry.Live()
 	l := Look{Format: FormatVersion, Time: now, Live: len(live)}
 	seconds := now.Sub(w.at).Seconds()
 	w.at, w.looks, w.order = now, w.looks+1, w.order[:0]

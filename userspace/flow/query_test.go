@@ -172,6 +172,6 @@ func BenchmarkTraffic(b *testing.B) {
 func BenchmarkCopy(b *testing.B) {
 	r, _ := crowd(10_000)
 	for b.Loop() {
-		r.flows()
+		r.Live()
 	}
 }

@@ -97,8 +97,9 @@ type Front struct {
 	cancel context.CancelFunc
 	conns  sync.WaitGroup // every connection that was accepted
 
-	memory    atomic.Int64                 // the budget in bytes; 0: none
-	greediest atomic.Pointer[netip.Prefix] // the source that opens no connections while memory is short
+	memory    atomic.Int64                    // the budget in bytes; 0: none
+	greediest atomic.Pointer[netip.Prefix]    // the source that opens no connections while memory is short
+	ports     atomic.Pointer[map[uint16]bool] // that connections were accepted at since the start: flows outlive listeners
 
 	mostWaiting atomic.Int64 // connections that may wait for a hello
 	partBytes   atomic.Int64 // of hellos that are not whole
@@ -161,6 +162,7 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.newRate = limit.NewRate()                                                                              // set by apply
 	f.heldBy = limit.NewRequests(heldMost, heldPerSource)
 	f.spare = newSpareFiles()
+	f.ports.Store(&map[uint16]bool{})
 	f.mostWaiting.Store(mostWaiting())
 
 	f.tailnet.OnChange(f.lookAtAddresses)

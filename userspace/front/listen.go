@@ -266,6 +266,9 @@ func (f *Front) rebind(want []binding, opened map[string]*socket) {
 			s.owner.Store(b.owner)
 			s.tailnet.Store(b.tailnet)
 			f.sockets[b.addr] = s
+			ports := maps.Clone(*f.ports.Load())
+			ports[addrPort(s.door.addr).Port()] = true
+			f.ports.Store(&ports)
 			f.log.Info("listening", "address", boundAddress(b.addr, s.door), "listener", b.owner.name, "mode", b.owner.mode)
 			s.door.accept()
 		}

@@ -1,21 +1,16 @@
 package front
 
 import (
-	"encoding/binary"
-	"errors"
+	"cmp"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime/metrics"
+	"slices"
 	"strings"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
-	"golang.org/x/sys/unix"
-
-	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
@@ -23,6 +18,7 @@ import (
 const (
 	memoryEvery = time.Second
 	shortEvery  = memoryEvery / 4 // while half of the memory is taken
+	lookRest    = 20              // times as long as a look takes, which is a twentieth of a CPU at most
 
 	// How long no byte of a flow must have moved before it may be ended for what it holds: from 3/4 of the
 	// memory on, and from 7/8 on.
@@ -56,7 +52,8 @@ func (f *Front) watchMemory() {
 			relay.SaveMemory(false)
 			return
 		case now := <-timer.C:
-			timer.Reset(w.look(now, f.memoryUse("/proc", "/sys/fs/cgroup")))
+			next := w.look(now, f.memoryUse("/proc", "/sys/fs/cgroup"))
+			timer.Reset(max(next, time.Since(now)*lookRest)) // however many flows there are
 		}
 	}
 }
@@ -142,12 +139,15 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 		return memoryEvery
 	}
 	var sockets map[netip.AddrPort]tcpSocket
-	var err error
-	if u.over(5, 8) {
-		sockets, err = tcpSockets(f.ports())
+	diag, err := newSockDiag()
+	if err == nil {
+		defer diag.Close()
+		if u.over(5, 8) {
+			sockets, err = diag.tcpSockets(*f.ports.Load())
+		}
 	}
 	all := w.stalled(now, sockets)
-	greedy, held := greediest(all, now)
+	greedy, held := greediest(all)
 	if u.over(5, 8) && held >= greedyMin {
 		if f.greediest.Swap(&greedy) == nil {
 			f.complain.Warn("memory_greedy", "memory is short: the source that holds most of it for readers that have stopped may open no more connections",
@@ -157,7 +157,7 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 		f.greediest.Store(nil)
 	}
 	if err == nil && u.over(3, 4) {
-		err = w.end(now, u, all, sockets)
+		err = w.end(now, u, all, sockets, diag)
 	}
 	if err != nil {
 		f.complain.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
@@ -173,8 +173,9 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 		since       time.Time // of what is held
 		source      netip.Prefix
 	}
-	connections := map[netip.AddrPort]connection{}
-	for _, fl := range w.front.flows.Snapshot(flow.Query{}) {
+	flows := w.front.flows.Live()
+	connections := make(map[netip.AddrPort]connection, len(flows))
+	for _, fl := range flows {
 		peer, err := netip.ParseAddrPort(fl.Downstream)
 		client, cerr := netip.ParseAddrPort(fl.Client)
 		if err != nil || cerr != nil {
@@ -182,9 +183,13 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 		}
 		c := connections[peer]
 		c.source = limit.PrefixOf(client.Addr())
-		c.bytes += fl.BytesUp + fl.BytesDown
-		if c.held += fl.Held; fl.Held > 0 {
-			c.since = fl.Stood
+		up, down := fl.Bytes()
+		c.bytes += up + down
+		if fl.Held != nil {
+			held, since := fl.Held()
+			if c.held += held; held > 0 {
+				c.since = since
+			}
 		}
 		connections[peer] = c
 	}
@@ -206,13 +211,11 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 	return all
 }
 
-// greediest is the source that holds most in connections that have stood still until then.
-func greediest(all []stalled, until time.Time) (source netip.Prefix, held int64) {
+// greediest is the source that holds most.
+func greediest(all []stalled) (source netip.Prefix, held int64) {
 	sum := map[netip.Prefix]int64{}
 	for _, s := range all {
-		if !s.since.After(until) {
-			sum[s.source] += s.held
-		}
+		sum[s.source] += s.held
 	}
 	for p, n := range sum {
 		if n > held || n == held && p.Addr().Less(source.Addr()) {
@@ -222,117 +225,67 @@ func greediest(all []stalled, until time.Time) (source netip.Prefix, held int64)
 	return source, held
 }
 
-// end resets connections of all that have stood still for long enough, until so much is given back that u is
-// over no more: the longest of the source that holds most, again and again.
-func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map[netip.AddrPort]tcpSocket) error {
+// victims are those of all that have stood still since until, in the order in which they are to be ended: again
+// and again the one of the source that holds most then which has stood still for longest. It takes the time of
+// two sorts.
+func victims(all []stalled, until time.Time) []stalled {
+	type victim struct {
+		stalled
+		most int64 // that its source holds when its turn has come
+	}
+	var order []victim
+	sum := map[netip.Prefix]int64{}
+	for _, s := range all {
+		if !s.since.After(until) {
+			order = append(order, victim{stalled: s})
+			sum[s.source] += s.held
+		}
+	}
+	slices.SortFunc(order, func(a, b victim) int { return cmp.Or(a.since.Compare(b.since), a.peer.Compare(b.peer)) })
+	for i := range order {
+		v := &order[i]
+		v.most = sum[v.source]
+		sum[v.source] -= v.held
+	}
+	slices.SortStableFunc(order, func(a, b victim) int { return cmp.Compare(b.most, a.most) })
+	out := make([]stalled, len(order))
+	for i, v := range order {
+		out[i] = v.stalled
+	}
+	return out
+}
+
+// end resets connections of all that have stood still for long enough, in the order of victims, until so much is
+// given back that u is over no more.
+func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map[netip.AddrPort]tcpSocket, diag *sockDiag) error {
 	until := now.Add(-stoppedFor)
 	if u.over(7, 8) {
 		until = now.Add(-stoppedForShort)
 	}
 	var first netip.Prefix
-	n := 0
-	for freed := int64(0); freed <= u.used-u.total/4*3; {
-		source, held := greediest(all, until)
-		if held == 0 {
+	var err error
+	n, freed := 0, int64(0)
+	for _, v := range victims(all, until) {
+		socket, ok := sockets[v.peer]
+		if !ok {
+			continue // it has ended by itself
+		}
+		if freed > u.used-u.total/4*3 {
 			break
 		}
-		longest := -1
-		for i, s := range all {
-			if s.source == source && !s.since.After(until) && (longest < 0 || s.since.Before(all[longest].since)) {
-				longest = i
-			}
-		}
-		victim := all[longest]
-		all[longest] = all[len(all)-1]
-		all = all[:len(all)-1]
-		socket, ok := sockets[victim.peer]
-		if !ok {
-			continue // it has ended by itself, or came by another listener's port
-		}
-		if err := destroySocket(socket.family, socket.id); err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("end a socket: %w", err)
+		if err = diag.destroy(socket); err != nil {
+			break
 		}
 		if n == 0 {
-			first = source
+			first = v.source
 		}
 		n++
-		freed += victim.held
+		freed += v.held
 	}
 	if n > 0 {
 		w.front.metrics.Cut.WithLabelValues(u.what).Add(float64(n))
 		w.front.complain.Warn("memory", "memory is short: flows that make no progress are ended, those of the source that holds most first",
 			"flows", n, "source", first, "what", u.what, "used", u.used, "total", u.total)
 	}
-	return nil
-}
-
-// ports are those that f accepts connections at.
-func (f *Front) ports() map[uint16]bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	ports := make(map[uint16]bool, len(f.sockets))
-	for _, s := range f.sockets {
-		ports[addrPort(s.door.addr).Port()] = true
-	}
-	return ports
-}
-
-// A tcpSocket is one of a connection that this host has accepted.
-type tcpSocket struct {
-	family uint8
-	id     netlink.SocketID
-	held   int64 // bytes in its queues
-}
-
-// tcpSockets are those at these ports, by the peer's address. A socket at another port is somebody else's, though its
-// peer may be the same.
-func tcpSockets(ports map[uint16]bool) (map[netip.AddrPort]tcpSocket, error) {
-	all := map[netip.AddrPort]tcpSocket{}
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		sockets, err := netlink.SocketDiagTCP(family)
-		if err != nil {
-			return nil, fmt.Errorf("list sockets: %w", err)
-		}
-		for _, s := range sockets {
-			if addr, ok := netip.AddrFromSlice(s.ID.Destination); ok && ports[s.ID.SourcePort] {
-				all[netip.AddrPortFrom(addr.Unmap(), s.ID.DestinationPort)] = tcpSocket{family, s.ID, int64(s.RQueue) + int64(s.WQueue)}
-			}
-		}
-	}
-	return all, nil
-}
-
-// destroySocket resets both ends of a connection of this host. It needs CAP_NET_ADMIN, and Linux 4.5 with
-// CONFIG_INET_DIAG_DESTROY.
-func destroySocket(family uint8, id netlink.SocketID) error {
-	req := nl.NewNetlinkRequest(nl.SOCK_DESTROY, unix.NLM_F_ACK)
-	req.AddData(socketName{family, id})
-	_, err := req.Execute(unix.NETLINK_INET_DIAG, 0)
 	return err
-}
-
-// socketName is a struct inet_diag_req_v2 of linux/inet_diag.h.
-type socketName struct {
-	family uint8
-	id     netlink.SocketID
-}
-
-func (s socketName) Len() int { return 56 }
-
-func (s socketName) Serialize() []byte {
-	b := make([]byte, s.Len())
-	b[0], b[1] = s.family, unix.IPPROTO_TCP
-	binary.NativeEndian.PutUint32(b[4:], 0xffffffff) // whatever its state
-	binary.BigEndian.PutUint16(b[8:], s.id.SourcePort)
-	binary.BigEndian.PutUint16(b[10:], s.id.DestinationPort)
-	source, destination := s.id.Source.To16(), s.id.Destination.To16()
-	if s.family == unix.AF_INET {
-		source, destination = s.id.Source.To4(), s.id.Destination.To4()
-	}
-	copy(b[12:28], source)
-	copy(b[28:44], destination)
-	binary.NativeEndian.PutUint32(b[44:], s.id.Interface)
-	binary.NativeEndian.PutUint32(b[48:], s.id.Cookie[0])
-	binary.NativeEndian.PutUint32(b[52:], s.id.Cookie[1])
-	return b
 }

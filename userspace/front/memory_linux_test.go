@@ -3,8 +3,11 @@ package front
 import (
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
+	"net/netip"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -160,14 +163,23 @@ func TestSocketsOfOthers(t *testing.T) {
 	if _, err := c.Write(make([]byte, 2*stoppedMin)); err != nil { // which nobody reads
 		t.Fatal(err)
 	}
+	diag, err := newSockDiag()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer diag.Close()
 	for _, v := range []struct {
-		port uint16
-		ours bool
-	}{{at.Port() - 1, false}, {at.Port(), true}} {
-		sockets, err := tcpSockets(map[uint16]bool{v.port: true})
+		ports []uint16
+		ours  bool
+	}{{[]uint16{at.Port() - 1}, false}, {[]uint16{at.Port()}, true}, {[]uint16{at.Port(), 1}, true}, {[]uint16{1, 2}, false}} {
+		ports := map[uint16]bool{}
+		for _, p := range v.ports {
+			ports[p] = true
+		}
+		sockets, err := diag.tcpSockets(ports)
 		s, ok := sockets[addrPort(c.LocalAddr())]
 		if err != nil || ok != v.ours || ok && s.held < 2*stoppedMin {
-			t.Errorf("at port %d: %v, %+v, %v", v.port, ok, s, err)
+			t.Errorf("at ports %d: %v, %+v, %v", v.ports, ok, s, err)
 		}
 	}
 }
@@ -176,6 +188,53 @@ func TestSocketsOfOthers(t *testing.T) {
 type forever struct{}
 
 func (forever) Read(b []byte) (int, error) { return len(b), nil }
+
+// TestVictims: connections are ended in the order that one by one would give, and to find it for ten times as many
+// takes about ten times as long.
+func TestVictims(t *testing.T) {
+	now := time.Now()
+	make := func(n, sources int) (all []stalled) {
+		r := rand.New(rand.NewPCG(uint64(n), uint64(sources)))
+		for i := range n {
+			a := netip.AddrFrom4([4]byte{192, 0, byte(i >> 8), byte(i)})
+			all = append(all, stalled{netip.AddrPortFrom(a, uint16(i)), netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 51, 0, byte(r.IntN(sources))}), 32),
+				now.Add(-time.Duration(r.IntN(1e6)) * time.Microsecond), stoppedMin + r.Int64N(1<<20)})
+		}
+		return all
+	}
+	until := now.Add(-100 * time.Millisecond)
+	for _, n := range []int{0, 1, 7, 300} {
+		left := slices.DeleteFunc(make(n, 5), func(s stalled) bool { return s.since.After(until) })
+		for i, v := range victims(make(n, 5), until) {
+			source, _ := greediest(left)
+			longest := -1
+			for j, s := range left {
+				if s.source == source && (longest < 0 || s.since.Before(left[longest].since)) {
+					longest = j
+				}
+			}
+			if v != left[longest] {
+				t.Fatalf("of %d number %d is %v, want %v", n, i, v, left[longest])
+			}
+			left = slices.Delete(left, longest, longest+1)
+		}
+		if len(left) > 0 {
+			t.Errorf("of %d %d are left out", n, len(left))
+		}
+	}
+	took := func(n int) time.Duration {
+		all, least := make(n, 256), time.Hour
+		for range 5 {
+			started := time.Now()
+			victims(all, now)
+			least = min(least, time.Since(started))
+		}
+		return least
+	}
+	if few, many := took(5_000), took(50_000); many > 40*few {
+		t.Errorf("5,000 take %v, and 50,000 %v", few, many)
+	}
+}
 
 // TestTCPMemory: what the kernel says of it is understood, in a network namespace of a container too, which has no
 // tcp_mem.

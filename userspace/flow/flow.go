@@ -37,6 +37,9 @@ type Flow struct {
 	Target     string // how the config writes the target
 	Started    time.Time
 
+	// Shared says that many clients may be behind Client's address: a hop that does not say whom it speaks for.
+	Shared bool
+
 	// Datapath returns the datapath that has the flow now. It must be safe to
 	// call at any time.
 	Datapath func() string
@@ -52,7 +55,7 @@ type Flow struct {
 	// Account, when not nil, is what the flow is counted in.
 	Account *Account
 
-	place int // in Registry.live, from 1; 0: not there
+	place int32 // in Registry.live, from 1; 0: not there
 }
 
 func (f *Flow) bytes() (up, down int64) {
@@ -120,7 +123,7 @@ func (r *Registry) Add(f *Flow) {
 		r.empty = make(chan struct{})
 	}
 	r.live = append(r.live, f)
-	f.place = len(r.live)
+	f.place = int32(len(r.live))
 	if f.Account != nil { // Configured may have dropped it since it was looked up
 		f.Account = r.accounts.of(Route{f.Account.Listener, f.Account.Route})
 		f.Account.live++

@@ -94,7 +94,7 @@ func (h *httpServer) serve(in *inbound) {
 		}
 	}
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: "by request", Name: in.name,
-		Client: in.client.String(), Downstream: in.peer.String(), Target: "by request", Datapath: func() string { return userspace },
+		Client: in.client.String(), Shared: in.shared(), Downstream: in.peer.String(), Target: "by request", Datapath: func() string { return userspace },
 		Account: f.flows.Account(in.listener.name, ""), // which a request has of its route
 		Started: in.accepted, Bytes: func() (up, down int64) { return in.bytesIn.Load(), in.bytesOut.Load() }}
 	f.flows.Add(fl)

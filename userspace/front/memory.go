@@ -11,6 +11,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
 
 const (
@@ -124,6 +125,29 @@ func cgroupSockets(proc, cgroups string) (bytes int64, ok bool) {
 
 // overMemory is the metric's word for what is refused, or ended, to save memory.
 const overMemory = "memory"
+
+// shared reports whether many clients may be behind in's: where a trusted hop does not say whom it speaks for, and
+// where it comes from one that another listener trusts, or from a node of the tailnet, which strangers are not. What
+// one of them holds must not be another's fault: then each connection counts for itself.
+func (in *inbound) shared() bool {
+	if in.unknown != nil {
+		return true
+	}
+	a := in.client.Addr()
+	hop, _ := in.front.hops.Load().names(a, func(netip.Addr) (tailnet.Identity, error) { return tailnet.Identity{}, tailnet.ErrNotPeer })
+	return hop || tailnet.Contains(a)
+}
+
+// hopsOf are all whom accept_proxy.from names.
+func hopsOf(cfg *config.Config) *peers {
+	var from []string
+	for i := range cfg.Listeners {
+		if a := cfg.Listeners[i].AcceptProxy; a != nil {
+			from = append(from, a.From...)
+		}
+	}
+	return newPeers(from)
+}
 
 // greedyError says that a source holds most of the memory, while that is short.
 type greedyError struct{ source netip.Prefix }

@@ -120,10 +120,24 @@ func tcpMemory(proc string) (used, short int64) {
 
 // A stalled connection holds bytes for a reader who has no room for them.
 type stalled struct {
-	peer   netip.AddrPort
+	peer  netip.AddrPort
+	owner owner
+	since time.Time
+	held  int64
+}
+
+// An owner is whose connections are counted together: those of a source, or one alone where many clients may be
+// behind its address.
+type owner struct {
 	source netip.Prefix
-	since  time.Time
-	held   int64
+	alone  netip.AddrPort // the peer
+}
+
+func (o owner) String() string {
+	if o.source.IsValid() {
+		return o.source.String()
+	}
+	return o.alone.String() + " (one of a hop's)"
 }
 
 // look does what u calls for: from half of the memory on little is taken at a time, from 5/8 on the source that
@@ -171,7 +185,7 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 	type connection struct {
 		bytes, held int64
 		since       time.Time // of what is held
-		source      netip.Prefix
+		owner       owner
 	}
 	flows := w.front.flows.Live()
 	connections := make(map[netip.AddrPort]connection, len(flows))
@@ -182,7 +196,9 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 			continue
 		}
 		c := connections[peer]
-		c.source = limit.PrefixOf(client.Addr())
+		if c.owner.source = limit.PrefixOf(client.Addr()); fl.Shared {
+			c.owner = owner{alone: peer}
+		}
 		up, down := fl.Bytes()
 		c.bytes += up + down
 		if fl.Held != nil {
@@ -202,20 +218,22 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 		since[peer] = r
 		switch held := sockets[peer].held; {
 		case c.held >= stoppedMin:
-			all = append(all, stalled{peer, c.source, c.since, max(c.held, held)})
+			all = append(all, stalled{peer, c.owner, c.since, max(c.held, held)})
 		case c.held == 0 && held >= stoppedMin: // the kernel moves the flow, or these are requests
-			all = append(all, stalled{peer, c.source, r.since, held})
+			all = append(all, stalled{peer, c.owner, r.since, held})
 		}
 	}
 	w.since = since
 	return all
 }
 
-// greediest is the source that holds most.
+// greediest is the source that holds most, of those that are one client each.
 func greediest(all []stalled) (source netip.Prefix, held int64) {
 	sum := map[netip.Prefix]int64{}
 	for _, s := range all {
-		sum[s.source] += s.held
+		if s.owner.source.IsValid() {
+			sum[s.owner.source] += s.held
+		}
 	}
 	for p, n := range sum {
 		if n > held || n == held && p.Addr().Less(source.Addr()) {
@@ -226,26 +244,26 @@ func greediest(all []stalled) (source netip.Prefix, held int64) {
 }
 
 // victims are those of all that have stood still since until, in the order in which they are to be ended: again
-// and again the one of the source that holds most then which has stood still for longest. It takes the time of
+// and again the one of the owner that holds most then which has stood still for longest. It takes the time of
 // two sorts.
 func victims(all []stalled, until time.Time) []stalled {
 	type victim struct {
 		stalled
-		most int64 // that its source holds when its turn has come
+		most int64 // that its owner holds when its turn has come
 	}
 	var order []victim
-	sum := map[netip.Prefix]int64{}
+	sum := map[owner]int64{}
 	for _, s := range all {
 		if !s.since.After(until) {
 			order = append(order, victim{stalled: s})
-			sum[s.source] += s.held
+			sum[s.owner] += s.held
 		}
 	}
 	slices.SortFunc(order, func(a, b victim) int { return cmp.Or(a.since.Compare(b.since), a.peer.Compare(b.peer)) })
 	for i := range order {
 		v := &order[i]
-		v.most = sum[v.source]
-		sum[v.source] -= v.held
+		v.most = sum[v.owner]
+		sum[v.owner] -= v.held
 	}
 	slices.SortStableFunc(order, func(a, b victim) int { return cmp.Compare(b.most, a.most) })
 	out := make([]stalled, len(order))
@@ -262,7 +280,7 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 	if u.over(7, 8) {
 		until = now.Add(-stoppedForShort)
 	}
-	var first netip.Prefix
+	var first owner
 	var err error
 	n, freed := 0, int64(0)
 	for _, v := range victims(all, until) {
@@ -277,7 +295,7 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 			break
 		}
 		if n == 0 {
-			first = v.source
+			first = v.owner
 		}
 		n++
 		freed += v.held
@@ -285,7 +303,7 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 	if n > 0 {
 		w.front.metrics.Cut.WithLabelValues(u.what).Add(float64(n))
 		w.front.complain.Warn("memory", "memory is short: flows that make no progress are ended, those of the source that holds most first",
-			"flows", n, "source", first, "what", u.what, "used", u.used, "total", u.total)
+			"flows", n, "source", first.String(), "what", u.what, "used", u.used, "total", u.total)
 	}
 	return err
 }

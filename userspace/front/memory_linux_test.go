@@ -16,6 +16,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // TestShortOfTCPMemory: when memory is short, whose readers have stopped opens no more connections, and then those
@@ -151,6 +152,93 @@ func TestShortOfTCPMemory(t *testing.T) {
 	}
 }
 
+// TestGreedyHop: a hop that many clients stand behind, none of whom it names, is refused nothing for what one of them
+// holds; a client whom it names is. Those behind it are ended one by one.
+func TestGreedyHop(t *testing.T) {
+	up := backend(t, func(c net.Conn) {
+		defer c.Close()
+		io.Copy(c, forever{})
+	})
+	for _, v := range []struct {
+		name, hop, client string
+		refused           bool
+	}{
+		{"a trusted hop says nothing", "127.0.0.21", "", false},
+		{"a trusted hop names a client", "127.0.0.22", "198.51.100.7", true},
+		{"a trusted hop names a node of the tailnet", "127.0.0.23", "100.64.0.9", false},
+		{"another listener's hop", "127.0.0.24", "", false},
+		{"a client", "127.0.0.25", "", true},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			at, plain := freeAddr(t), freeAddr(t)
+			d := start(t, fmt.Sprintf(`
+listeners:
+  - { name: hops, listen: [%q], mode: sni, accept_proxy: { from: [127.0.0.20/30, 127.0.0.24] }, default: { forward: %q } }
+  - { name: plain, listen: [%q], mode: tcp, default: { forward: %q } }`, at, up, plain, up))
+			connect := func() (net.Conn, error) {
+				dialer, where := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(v.hop)}}, at
+				if v.name == "a client" || v.name == "another listener's hop" {
+					where = plain
+				}
+				c, err := dialer.Dial("tcp", where)
+				if err != nil {
+					return nil, err
+				}
+				t.Cleanup(func() { c.Close() })
+				c.(*net.TCPConn).SetReadBuffer(16 << 10)
+				c.SetDeadline(time.Now().Add(patience))
+				if v.client != "" {
+					fmt.Fprintf(c, "PROXY TCP4 %s 192.0.2.1 4000 443\r\n", v.client)
+				}
+				if where == at {
+					c.Write(helloFor(t, "app.test"))
+				}
+				return c, nil
+			}
+			for range 4 {
+				if _, err := connect(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			w, now := &memoryWatch{front: d.Front}, time.Now()
+			var all []stalled
+			eventually(t, "four readers have stopped", func() bool {
+				relay.MeasureHeld(now)
+				diag, err := newSockDiag()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer diag.Close()
+				sockets, err := diag.tcpSockets(*d.ports.Load())
+				if err != nil {
+					t.Fatal(err)
+				}
+				all = w.stalled(now, sockets)
+				sum := int64(0)
+				for _, s := range all {
+					sum += s.held
+				}
+				return len(all) == 4 && sum > greedyMin
+			})
+			owners := map[owner]bool{}
+			for _, s := range all {
+				owners[s.owner] = true
+			}
+			if want := map[bool]int{true: 1, false: 4}[v.refused]; len(owners) != want {
+				t.Errorf("%d owners of what is held, want %d: %v", len(owners), want, owners)
+			}
+			w.look(now, memoryUse{5 << 30, 8 << 30, overMemory})
+			c, err := connect()
+			if err == nil { // else the reset has come already
+				_, err = c.Read(make([]byte, 1))
+			}
+			if refused := err != nil; refused != v.refused {
+				t.Errorf("a connection more is refused: %v (%v), want %v", refused, err, v.refused)
+			}
+		})
+	}
+}
+
 // TestSocketsOfOthers: another server's connection is not ended, though its peer has the address and port of one of ours.
 func TestSocketsOfOthers(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -197,7 +285,7 @@ func TestVictims(t *testing.T) {
 		r := rand.New(rand.NewPCG(uint64(n), uint64(sources)))
 		for i := range n {
 			a := netip.AddrFrom4([4]byte{192, 0, byte(i >> 8), byte(i)})
-			all = append(all, stalled{netip.AddrPortFrom(a, uint16(i)), netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 51, 0, byte(r.IntN(sources))}), 32),
+			all = append(all, stalled{netip.AddrPortFrom(a, uint16(i)), owner{source: netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 51, 0, byte(r.IntN(sources))}), 32)},
 				now.Add(-time.Duration(r.IntN(1e6)) * time.Microsecond), stoppedMin + r.Int64N(1<<20)})
 		}
 		return all
@@ -209,7 +297,7 @@ func TestVictims(t *testing.T) {
 			source, _ := greediest(left)
 			longest := -1
 			for j, s := range left {
-				if s.source == source && (longest < 0 || s.since.Before(left[longest].since)) {
+				if s.owner.source == source && (longest < 0 || s.since.Before(left[longest].since)) {
 					longest = j
 				}
 			}

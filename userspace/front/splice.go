@@ -186,7 +186,7 @@ func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, r
 	}
 	counters := new(relay.Counters)
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.name, Name: in.name,
-		Client: in.client.String(), Downstream: in.peer.String(), Upstream: upstream,
+		Client: in.client.String(), Shared: in.shared(), Downstream: in.peer.String(), Upstream: upstream,
 		Target: r.written, Started: in.accepted, Bytes: counters.Load, Held: counters.Held, Datapath: counters.Datapath,
 		Account: f.flows.Account(in.listener.name, r.name)}
 	f.flows.Add(fl)

@@ -1,8 +1,8 @@
 // Package tcpsock knows TCP sockets: what the kernel tells of one, and what is set on one, by its descriptor.
 //
 // The loader and the parts of the daemon need the same of it, and neither may import the other. So it stands below both,
-// in neither's folder, and imports nothing of ours. What it does is one system call or two, without a policy: when to
-// ask, and what follows from the answer, is its callers'.
+// in neither's folder, and imports nothing of ours. What it does is one system call or two: when to ask, and what follows
+// from the answer, is its callers'.
 //
 // The kernel's side of this is Linux. Elsewhere a question has the answer that changes nothing.
 package tcpsock

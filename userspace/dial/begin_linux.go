@@ -3,7 +3,6 @@ package dial
 import (
 	"net/netip"
 	"os"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,15 +22,7 @@ func Begin(to netip.AddrPort) (fd int, connected bool, err error) {
 	if err != nil {
 		return -1, false, os.NewSyscallError("socket", err)
 	}
-	for _, o := range [][3]int{
-		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
-		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(keepAlive.Idle / time.Second)},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(keepAlive.Interval / time.Second)},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
-	} {
-		unix.SetsockoptInt(fd, o[0], o[1], o[2])
-	}
+	tcpsock.SetOptions(fd)
 	if err = unix.Connect(fd, sockaddr(to)); err != nil && err != unix.EINPROGRESS {
 		unix.Close(fd)
 		return -1, false, os.NewSyscallError("connect", err)

@@ -54,10 +54,6 @@ const (
 	quick = time.Second
 )
 
-// keepAlive notices a dead peer of a silent flow after 5 min. It is that long
-// so that a laptop may sleep or lose its network for a while.
-var keepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 30 * time.Second, Count: 8}
-
 // The schemes of a [Target].
 const (
 	TCP     = "tcp"
@@ -372,7 +368,7 @@ func (d *Dialer) connect(ctx context.Context, addr netip.Addr, port uint16, chec
 }
 
 func dialer() net.Dialer {
-	nd := net.Dialer{KeepAliveConfig: keepAlive}
+	nd := net.Dialer{KeepAliveConfig: tcpsock.KeepAlive}
 	nd.SetMultipathTCP(false)
 	return nd
 }

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 )
 
@@ -67,7 +68,7 @@ func (f *Front) enter(in *inbound, c newcomer) {
 		in.release()
 		return
 	}
-	conn.SetKeepAliveConfig(keepAlive)
+	conn.SetKeepAliveConfig(tcpsock.KeepAlive)
 	in.TCPConn = conn
 	if !in.local.IsValid() { // else a PROXY header has said it
 		in.local = addrPort(conn.LocalAddr())

@@ -2,7 +2,11 @@
 
 package front
 
-import "net"
+import (
+	"net"
 
-// keepFlowsAlive gives the connections that lc's listeners accept keepAlive.
-func keepFlowsAlive(lc *net.ListenConfig) { lc.KeepAliveConfig = keepAlive }
+	"github.com/tailsplice/tailsplice/tcpsock"
+)
+
+// keepFlowsAlive gives the connections that lc's listeners accept the options of a flow's socket.
+func keepFlowsAlive(lc *net.ListenConfig) { lc.KeepAliveConfig = tcpsock.KeepAlive }

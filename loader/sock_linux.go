@@ -4,38 +4,12 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"strconv"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
-
-// local and remote are the socket's addresses, as [ADDRESS%ZONE]:PORT.
-func (s socket) local() string  { return address(unix.Getsockname(int(s))) }
-func (s socket) remote() string { return address(unix.Getpeername(int(s))) }
-
-func address(a unix.Sockaddr, err error) string {
-	if err != nil {
-		return "?"
-	}
-	switch a := a.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port)).String()
-	case *unix.SockaddrInet6:
-		ip := netip.AddrFrom16(a.Addr).Unmap()
-		if a.ZoneId != 0 {
-			zone := strconv.Itoa(int(a.ZoneId))
-			if i, err := net.InterfaceByIndex(int(a.ZoneId)); err == nil {
-				zone = i.Name
-			}
-			ip = ip.WithZone(zone)
-		}
-		return netip.AddrPortFrom(ip, uint16(a.Port)).String()
-	}
-	return "?"
-}
 
 // socket is a descriptor of a TCP socket, not blocking, closed by its flow.
 type socket int
@@ -48,6 +22,17 @@ func dup(c *net.TCPConn) (socket, error) {
 	}
 	fd, err := tcpsock.Dup(raw)
 	return socket(fd), err
+}
+
+// local and remote are the socket's addresses, as [ADDRESS%ZONE]:PORT.
+func (s socket) local() string  { return address(tcpsock.Local(int(s))) }
+func (s socket) remote() string { return address(tcpsock.Remote(int(s))) }
+
+func address(a netip.AddrPort) string {
+	if !a.IsValid() {
+		return "?"
+	}
+	return a.String()
 }
 
 func (s socket) cookie() (uint64, error) {

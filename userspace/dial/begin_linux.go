@@ -23,7 +23,7 @@ func Begin(to netip.AddrPort) (fd int, connected bool, err error) {
 		return -1, false, os.NewSyscallError("socket", err)
 	}
 	tcpsock.SetOptions(fd)
-	if err = unix.Connect(fd, sockaddr(to)); err != nil && err != unix.EINPROGRESS {
+	if err = unix.Connect(fd, tcpsock.Sockaddr(to)); err != nil && err != unix.EINPROGRESS {
 		unix.Close(fd)
 		return -1, false, os.NewSyscallError("connect", err)
 	}
@@ -38,7 +38,7 @@ func Begin(to netip.AddrPort) (fd int, connected bool, err error) {
 
 // Connected reports how far a socket of [Begin] is; err says that the attempt has failed.
 func Connected(fd int, to netip.AddrPort) (connected bool, err error) {
-	switch err := unix.Connect(fd, sockaddr(to)); err { // which says how the first one went
+	switch err := unix.Connect(fd, tcpsock.Sockaddr(to)); err { // which says how the first one went
 	case nil, unix.EISCONN:
 		if isSelf(fd, to) {
 			// A close would leave the port in TIME_WAIT, or in FIN_WAIT for as long as the caller takes.
@@ -55,38 +55,7 @@ func Connected(fd int, to netip.AddrPort) (connected bool, err error) {
 
 // isSelf: fd, connected to an address, has that for its own, too.
 func isSelf(fd int, to netip.AddrPort) bool {
-	own, err := unix.Getsockname(fd)
-	if err != nil || portOf(own) != int(to.Port()) {
-		return false
-	}
-	peer, err := unix.Getpeername(fd) // which is not to where that is the unspecified address
-	if err != nil {
-		return false
-	}
-	switch own := own.(type) {
-	case *unix.SockaddrInet4:
-		peer, ok := peer.(*unix.SockaddrInet4)
-		return ok && own.Port == peer.Port && own.Addr == peer.Addr
-	case *unix.SockaddrInet6:
-		peer, ok := peer.(*unix.SockaddrInet6)
-		return ok && own.Port == peer.Port && own.Addr == peer.Addr
-	}
-	return false
-}
-
-func portOf(a unix.Sockaddr) int {
-	switch a := a.(type) {
-	case *unix.SockaddrInet4:
-		return a.Port
-	case *unix.SockaddrInet6:
-		return a.Port
-	}
-	return 0
-}
-
-func sockaddr(a netip.AddrPort) unix.Sockaddr {
-	if a.Addr().Is4() {
-		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
-	}
-	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
+	own := tcpsock.Local(fd)
+	// The other end is not to where that is the unspecified address.
+	return own.IsValid() && own.Port() == to.Port() && own == tcpsock.Remote(fd)
 }

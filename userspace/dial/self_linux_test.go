@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/test/cable"
 )
 
@@ -33,7 +34,7 @@ func TestSelf(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer unix.Close(fd)
-			if err := errors.Join(unix.Bind(fd, sockaddr(to)), unix.Listen(fd, 1)); err != nil {
+			if err := errors.Join(unix.Bind(fd, tcpsock.Sockaddr(to)), unix.Listen(fd, 1)); err != nil {
 				t.Errorf("%s: after %s nobody can listen on the port: %v", addr, after, err)
 			}
 		}
@@ -48,7 +49,7 @@ func TestSelf(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Connect(fd, sockaddr(to)); err != nil && err != unix.EINPROGRESS {
+		if err := unix.Connect(fd, tcpsock.Sockaddr(to)); err != nil && err != unix.EINPROGRESS {
 			t.Fatal(err)
 		}
 		if connected, err := Connected(fd, to); !errors.Is(err, ErrSelf) || connected {

@@ -34,10 +34,10 @@ func (d *door) prepare(f *Front, s *socket) error {
 	d.acceptor = relay.NewAcceptor(d.fd, func(c *relay.Socket, peer unix.Sockaddr) {
 		f.spare.refill()
 		if s.tailnet.Load() {
-			f.admitTailnet(s, c, sockaddrPort(peer))
+			f.admitTailnet(s, c, tcpsock.AddrPort(peer))
 			return
 		}
-		f.admit(s.owner.Load(), c, sockaddrPort(peer))
+		f.admit(s.owner.Load(), c, tcpsock.AddrPort(peer))
 	}, func(err error) (goOn bool) { return f.failed(s, err) })
 	if d.acceptor == nil {
 		return os.NewSyscallError("epoll_create1", unix.EMFILE)
@@ -96,19 +96,3 @@ func (d *door) refuseOne() error {
 }
 
 func (d *door) sharePort(on bool) error { return sharePort(uintptr(d.fd), on) }
-
-func sockaddrPort(a unix.Sockaddr) netip.AddrPort {
-	switch a := a.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
-	case *unix.SockaddrInet6:
-		addr := netip.AddrFrom16(a.Addr).Unmap()
-		if a.ZoneId != 0 {
-			if i, err := net.InterfaceByIndex(int(a.ZoneId)); err == nil {
-				addr = addr.WithZone(i.Name)
-			}
-		}
-		return netip.AddrPortFrom(addr, uint16(a.Port))
-	}
-	return netip.AddrPort{}
-}

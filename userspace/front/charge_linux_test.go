@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // deafTarget is an address where the kernel answers no SYN any more.
@@ -29,11 +31,7 @@ func deafTarget(t *testing.T) *net.TCPAddr {
 	if err := unix.Listen(fd, 0); err != nil {
 		t.Fatal(err)
 	}
-	name, err := unix.Getsockname(fd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := net.TCPAddrFromAddrPort(sockaddrPort(name))
+	addr := net.TCPAddrFromAddrPort(tcpsock.Local(fd))
 	c, err := net.DialTCP("tcp", nil, addr) // which nobody accepts: the queue is full
 	if err != nil {
 		t.Fatal(err)

@@ -351,9 +351,7 @@ func (x *express) relay() {
 		rtt = [2]time.Duration{tcpsock.RoundTrip(x.down.FD()), tcpsock.RoundTrip(x.up.FD())}
 	}
 	if x.rule.sendProxy && !in.local.IsValid() {
-		if local, err := unix.Getsockname(x.down.FD()); err == nil {
-			in.local = sockaddrPort(local)
-		}
+		in.local = tcpsock.Local(x.down.FD())
 	}
 	o, done := f.begin(in, x.rule, x.hello, x.rule.literal.String(), rtt)
 	o.Head = x.head

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -140,8 +141,7 @@ func TestExpressSlowTarget(t *testing.T) {
 	if err := unix.Listen(fd, 0); err != nil {
 		t.Fatal(err)
 	}
-	sa, _ := unix.Getsockname(fd)
-	target := sockaddrPort(sa)
+	target := tcpsock.Local(fd)
 	var fill []net.Conn                                     // the queue takes one more than its length
 	for wait := patience; ; wait = 200 * time.Millisecond { // the first finds a place, however slow we are
 		c, err := net.DialTimeout("tcp", target.String(), wait)

@@ -67,7 +67,7 @@ func socketOf(peer netip.AddrPort) (fd int, ok bool) {
 	entries, _ := os.ReadDir("/proc/self/fd")
 	for _, e := range entries {
 		fd, _ := strconv.Atoi(e.Name())
-		if a, err := unix.Getpeername(fd); err == nil && sockaddrPort(a) == peer {
+		if tcpsock.Remote(fd) == peer {
 			return fd, true
 		}
 	}

@@ -31,7 +31,8 @@ import (
 //   - make's targets and variables exist;
 //   - `key: value` and `section.key` fit the schema, and `section.key` (VALUE) names its default;
 //   - words_with_underscores in backticks are keys, reasons or fields: strings of the code, or of deploy;
-//   - metrics, TAILSPLICE_ variables, flags, tests, paths of this repository, links and anchors exist;
+//   - tests exist, or begin as those in a block of sh do;
+//   - metrics, TAILSPLICE_ variables, flags, paths of this repository, links and anchors exist;
 //   - a number that is a constant of the code has an HTML comment behind it, which names the file and quotes
 //     the line: <!-- userspace/vhost/route.go: avoidFor = 10 * time.Second -->. When the code changes, the
 //     quote is not found, and the sentence before it has to be read again.
@@ -260,17 +261,18 @@ func (c *claims) places(key string) []place {
 }
 
 var (
-	fence   = regexp.MustCompile("(?ms)^[ \t]*```([^\n]*)\n(.*?)^[ \t]*```[ \t]*$")
-	span    = regexp.MustCompile("`([^`\n]+(?:\n[^`\n]+)*)`(?:\\s\\(([^()]*)\\))?")
-	quote   = regexp.MustCompile(`(?s)<!--\s*(\S+\.\w+): (.*?)\s*-->`)
-	link    = regexp.MustCompile(`\]\(([^()\s]+)\)|(?:src|srcset|href)="([^"]+)"`)
-	heading = regexp.MustCompile(`(?m)^#+ +(.*)$`)
-	metric  = regexp.MustCompile(`\btailsplice_([a-z_]*[a-z])\b`)
-	envName = regexp.MustCompile(`\bTAILSPLICE_[A-Z_]+\b`)
-	aTest   = regexp.MustCompile(`^(?:Test|Fuzz|Benchmark)[A-Z]\w*$`)
-	keyed   = regexp.MustCompile(`^[a-z_]+: \S`)
-	snake   = regexp.MustCompile(`^[a-z]+(?:_[a-z0-9]+)+$`)
-	dotted  = regexp.MustCompile(`^[a-z_]+(?:\.[a-z_]+)+$`)
+	fence    = regexp.MustCompile("(?ms)^[ \t]*```([^\n]*)\n(.*?)^[ \t]*```[ \t]*$")
+	span     = regexp.MustCompile("`([^`\n]+(?:\n[^`\n]+)*)`(?:\\s\\(([^()]*)\\))?")
+	quote    = regexp.MustCompile(`(?s)<!--\s*(\S+\.\w+): (.*?)\s*-->`)
+	link     = regexp.MustCompile(`\]\(([^()\s]+)\)|(?:src|srcset|href)="([^"]+)"`)
+	heading  = regexp.MustCompile(`(?m)^#+ +(.*)$`)
+	metric   = regexp.MustCompile(`\btailsplice_([a-z_]*[a-z])\b`)
+	envName  = regexp.MustCompile(`\bTAILSPLICE_[A-Z_]+\b`)
+	testName = regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark)[A-Z]\w*`)
+	aTest    = regexp.MustCompile(`^(?:Test|Fuzz|Benchmark)[A-Z]\w*$`)
+	keyed    = regexp.MustCompile(`^[a-z_]+: \S`)
+	snake    = regexp.MustCompile(`^[a-z]+(?:_[a-z0-9]+)+$`)
+	dotted   = regexp.MustCompile(`^[a-z_]+(?:\.[a-z_]+)+$`)
 	// notInSlug is what GitHub leaves out of a heading's anchor.
 	notInSlug = regexp.MustCompile(`[^\p{L}\p{N} _-]`)
 
@@ -302,6 +304,11 @@ func (c *claims) page(name, text string) (wrong []string) {
 				}
 			case "sh", "console":
 				at := m[4]
+				for _, m := range testName.FindAllStringIndex(body, -1) {
+					if name := body[m[0]:m[1]]; !strings.Contains(c.tests, "\nfunc "+name) {
+						complain(at+m[0], "there is no test %s", name)
+					}
+				}
 				for _, line := range commandLine.FindAllString(body, -1) {
 					for _, w := range c.shell(line, true) {
 						complain(at, "%s", w)

@@ -99,7 +99,7 @@ type Front struct {
 
 	memory    atomic.Int64                    // the budget in bytes; 0: none
 	greediest atomic.Pointer[netip.Prefix]    // the source that opens no connections while memory is short
-	hops      atomic.Pointer[peers]           // whom accept_proxy.from names, on any listener
+	hops      atomic.Pointer[plan.Peers]      // whom accept_proxy.from names, on any listener
 	ports     atomic.Pointer[map[uint16]bool] // that connections were accepted at since the start: flows outlive listeners
 
 	mostWaiting atomic.Int64 // connections that may wait for a hello
@@ -163,7 +163,7 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f.newRate = limit.NewRate()                                                                              // set by apply
 	f.heldBy = limit.NewRequests(heldMost, heldPerSource)
 	f.spare = newSpareFiles()
-	f.hops.Store(newPeers(nil))
+	f.hops.Store(plan.NewPeers(nil))
 	f.ports.Store(&map[uint16]bool{})
 	f.mostWaiting.Store(mostWaiting())
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
 
@@ -134,19 +135,19 @@ func (in *inbound) shared() bool {
 		return true
 	}
 	a := in.client.Addr()
-	hop, _ := in.front.hops.Load().names(a, func(netip.Addr) (tailnet.Identity, error) { return tailnet.Identity{}, tailnet.ErrNotPeer })
+	hop, _ := in.front.hops.Load().Contains(a, func(netip.Addr) (tailnet.Identity, error) { return tailnet.Identity{}, tailnet.ErrNotPeer })
 	return hop || tailnet.Contains(a)
 }
 
 // hopsOf are all whom accept_proxy.from names.
-func hopsOf(cfg *config.Config) *peers {
+func hopsOf(cfg *config.Config) *plan.Peers {
 	var from []string
 	for i := range cfg.Listeners {
 		if a := cfg.Listeners[i].AcceptProxy; a != nil {
 			from = append(from, a.From...)
 		}
 	}
-	return newPeers(from)
+	return plan.NewPeers(from)
 }
 
 // greedyError says that a source holds most of the memory, while that is short.

@@ -79,15 +79,67 @@ func (u memoryUse) part() float64 {
 // proc and cgroups don't say is left out.
 func (f *Front) memoryUse(proc, cgroups string) memoryUse {
 	used, short := tcpMemory(proc)
-	sockets, ok := cgroupSockets(proc, cgroups)
-	if !ok {
-		sockets = used // those of others, too
+	own, ok := cgroupSockets(proc, cgroups)
+	targets := int64(0)
+	switch {
+	case used >= min(f.Memory(), short)/2:
+		var sockets int64
+		if sockets, targets = f.socketMemory(proc); !ok {
+			own = min(used, sockets)
+		}
+	case !ok:
+		own = used // and it doesn't matter whose they are
 	}
-	all := memoryUse{sockets + processMemory() + relay.Piped() + int64(f.limiter.Total())*connectionKernel, f.Memory(), overMemory}
-	if tcp := (memoryUse{used, short, "tcp_memory"}); tcp.part() > all.part() {
+	all := memoryUse{own + processMemory() + relay.Piped() + int64(f.limiter.Total())*connectionKernel, f.Memory(), overMemory}
+	if tcp := tcpUse(used, min(used, own+targets), short); tcp.part() > all.part() {
 		return tcp
 	}
 	return all
+}
+
+// tcpUse is the use of what the kernel has for TCP, where all sockets of the machine hold used, and own of that is
+// ours. What others hold is none of ours to give back: ours is what they leave, but half in any case.
+func tcpUse(used, own, short int64) memoryUse {
+	return memoryUse{own, max(short-max(used-own, 0), short/2), "tcp_memory"}
+}
+
+// socketMemory is about what the sockets of all connections hold, in bytes: of those that were accepted all, and of
+// those that were dialled what readers have no room for. targets is how much the targets may hold for such
+// readers, in their own sockets on this machine.
+func (f *Front) socketMemory(proc string) (own, targets int64) {
+	if diag, err := newSockDiag(); err == nil {
+		defer diag.Close()
+		sockets, _ := diag.tcpSockets(*f.ports.Load())
+		for _, s := range sockets {
+			own += s.held
+		}
+	}
+	most := tcpSendMost(proc)
+	relay.MeasureHeld(time.Now())
+	for _, fl := range f.flows.Live() {
+		if fl.Held == nil {
+			continue
+		}
+		held, _ := fl.Held()
+		if own += held; held > 0 && maybeHere(fl.Upstream) {
+			targets += most
+		}
+	}
+	return own, targets
+}
+
+// maybeHere reports whether a process on this machine, or in a container on it, may have the address.
+func maybeHere(addr string) bool {
+	a, err := netip.ParseAddrPort(addr)
+	return err == nil && (a.Addr().IsLoopback() || a.Addr().IsPrivate())
+}
+
+// tcpSendMost is how many bytes a socket may hold for its reader, as long as its program does not say it.
+func tcpSendMost(proc string) (bytes int64) {
+	text, _ := os.ReadFile(filepath.Join(proc, "sys/net/ipv4/tcp_wmem"))
+	var least, first int64
+	_, _ = fmt.Sscan(string(text), &least, &first, &bytes)
+	return bytes
 }
 
 // processMemory is what Go has of the kernel for this process, in bytes.
@@ -302,7 +354,7 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 	}
 	if n > 0 {
 		w.front.metrics.Cut.WithLabelValues(u.what).Add(float64(n))
-		w.front.complain.Warn("memory", "memory is short: flows that make no progress are ended, those of the source that holds most first",
+		w.front.complain.Warn("memory_ended", "memory is short: flows that make no progress are ended, those of the source that holds most first",
 			"flows", n, "source", first.String(), "what", u.what, "used", u.used, "total", u.total)
 	}
 	return err

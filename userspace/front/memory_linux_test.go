@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -101,7 +103,8 @@ func TestShortOfTCPMemory(t *testing.T) {
 				if c, err := dial(v.bad); err == nil { // else the reset has come already
 					defer c.Close()
 					c.SetDeadline(time.Now().Add(patience))
-					c.Read(make([]byte, 1))
+					c.Write([]byte{1})
+					c.Read(make([]byte, 1)) // an answer, if it is not refused
 				}
 				return metrics.Totals(d.metrics.Refused, "reason")[overMemory] > before
 			}
@@ -352,6 +355,76 @@ func TestTCPMemory(t *testing.T) {
 		}
 	}()
 	<-done
+}
+
+// TestMemoryOfOthers: what other programs' sockets hold leads to nothing: neither is a source refused for it, nor a flow
+// ended.
+func TestMemoryOfOthers(t *testing.T) {
+	for _, v := range []struct {
+		used, own, short int64
+		over             bool // 3/4
+	}{
+		{75, 75, 100, true},
+		{74, 74, 100, false},
+		{95, 5, 100, false},
+		{200, 5, 100, false},
+		{100, 30, 100, false}, // of 50
+		{100, 38, 100, true},
+		{60, 40, 100, false}, // of 80
+		{80, 60, 100, true},
+		{1000, 1000, 100, true},
+		{0, 0, 0, false},
+		{5, 9, 100, false}, // read one after the other
+	} {
+		if got := tcpUse(v.used<<20, v.own<<20, v.short<<20); got.over(3, 4) != v.over {
+			t.Errorf("%+v: %+v", v, got)
+		}
+	}
+	// A program of this machine whose peer has stopped reading, while nothing is known but all sockets' sum.
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	for range 8 {
+		c := dialTCP(t, ln.Addr().String())
+		c.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+		io.Copy(c, forever{})
+	}
+	up := backend(t, func(c net.Conn) { io.Copy(c, forever{}) })
+	at := freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, at, up))
+	var used int64
+	eventually(t, "the kernel counts what is held", func() bool { used, _ = tcpMemory("/proc"); return used > 8<<20 })
+	if n, targets := d.socketMemory("/proc"); n > 1<<20 || targets > 0 {
+		t.Errorf("%d bytes of %d are said to be ours, and %d those of targets", n, used, targets)
+	}
+	proc := t.TempDir()
+	for name, text := range map[string]string{
+		"net/sockstat":         fmt.Sprintf("sockets: used 9\nTCP: inuse 9 orphan 0 tw 0 alloc 9 mem %d\n", used>>12),
+		"sys/net/ipv4/tcp_mem": fmt.Sprintf("1\t%d\t9\n", used>>12),
+	} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(proc, name)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(proc, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if u := d.memoryUse(proc, t.TempDir()); u.over(1, 2) {
+		t.Errorf("ours are short of memory: %+v", u)
+	}
+	// But what a target on this machine holds for such readers is our clients' fault.
+	for range 8 {
+		dialTCP(t, at).SetReadBuffer(16 << 10)
+	}
+	if err := os.WriteFile(filepath.Join(proc, "sys/net/ipv4/tcp_wmem"), []byte("4096\t16384\t4194304\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "ours are short of memory", func() bool {
+		u := d.memoryUse(proc, t.TempDir())
+		return u.over(3, 4) && u.what == "tcp_memory"
+	})
 }
 
 // TestNothingSaysWhatIsUsed: the budget is kept by what is known where the kernel hides the rest.

@@ -37,11 +37,11 @@
  *
  * # Bulk
  *
- * A half that stays busy may leave, to go on by splice(2), and come back. `leave` takes the source out of the sockmap
- * while it holds the socket's lock, so no skb is under way to the verdict, and only when userspace has read all that
- * was passed, so no byte waits in the psock, where splice(2) does not look. Userspace waits until all that was redirected
- * is written, writes what it has read, and goes on behind it. It comes back with nothing in its hands, as a flow begins:
- * the verdict finds out anew where the streams are.
+ * The halves of a flow that is busy leave, one by one, and when both have left userspace goes on with the flow by
+ * splice(2). `leave` takes the source out of the sockmap while it holds the socket's lock, so no skb is under way to
+ * the verdict, and only when userspace has read all that was passed, so no byte waits in the psock, where splice(2)
+ * does not look. Userspace waits until all that was redirected is written, writes what it has read, and goes on behind
+ * it. The flow may be spliced again, as a new one: the verdict finds out anew where the streams are.
  *
  * Reading makes room, and the sender may fill it before read(2) has returned. So SO_RCVLOWAT is raised for that moment: the
  * kernel tells nobody of what comes, and the verdict does not run for it.

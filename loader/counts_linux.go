@@ -40,17 +40,17 @@ func (c *counts) init(name string) {
 
 func (c *counts) isOff() bool { return c.off.Load() != nil }
 
-// splice counts how a Splice went.
-func (c *counts) splice(l *Loader, err error) {
-	if err == nil {
-		c.spliced.Add(1)
-		c.live.Add(1)
-		return
-	}
-	c.refusal(l, err)
+// begun counts a flow that was taken over.
+func (c *counts) begun() {
+	c.spliced.Add(1)
+	c.live.Add(1)
 }
 
+// refusal counts why a flow was not, if err is not nil.
 func (c *counts) refusal(l *Loader, err error) {
+	if err == nil {
+		return
+	}
 	c.mu.Lock()
 	c.refused[err.Error()]++
 	c.mu.Unlock()

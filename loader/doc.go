@@ -9,8 +9,9 @@
 //
 // # How a direction works
 //
-// A flow begins outside of the sockmap, by splice(2), comes in when its sides talk with each other (outside_linux.go), and leaves
-// when it is busy (bulk_linux.go). One that talks already when it is given to Splice (Flow.Talks) begins inside; room_linux.go says how many of those are good.
+// userspace/relay decides which flows are here: it gives one to [Loader.SpliceSockets] when it is ping-pong or quiet. A
+// flow that becomes busy leaves the sockmap, and is given back (leave_linux.go). One that prefers this datapath is in the
+// flows map from its begin to its end, whoever has it (ledger_linux.go).
 //
 // In there, the verdict (bpf/splice.bpf.c) redirects each skb to the peer while the peer's send buffer takes it,
 // and else leaves it in the source's queue, which closes the source's window, and says so through a ring.

@@ -229,7 +229,7 @@ func TestRuleDrainOff(t *testing.T) {
 // endBehind sends 16 MiB and the end for a reader that comes late, with a backlog as long as that, and gives
 // how much arrives.
 func endBehind(t *testing.T, r rules) int64 {
-	r.bound, r.bulk = false, false
+	r.bound = false
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	limit := time.Now().Add(patience)

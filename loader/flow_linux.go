@@ -28,6 +28,9 @@ type flow struct {
 	before     [2]int64 // bytes that had moved when we got it
 	idle       time.Duration
 	ended      func(up, down int64, end string, err error)
+	returned   func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, reason error)
+	busy       int64                       // bytes per second of a direction from which on the flow is given back; 0: never
+	record     *record                     // of the ledger; nil: the flow is only here
 	stop       atomic.Pointer[func() bool] // unhooks the context
 	process    *process                    // nil: bytes go by TCP only
 	counts     *counts                     // those that it is counted in
@@ -37,18 +40,9 @@ type flow struct {
 	also   [2]uint32 // what each socket is watched for besides quiet; under watchMu
 	total  [2]uint64 // the counts when closed
 
-	outsideMu sync.Mutex
-	outside   bool // both halves are, and the programs know nothing of the sockets
-	stays     bool // likewise, for good: the kernel did not take them
-	talk      talk
-
 	watchMu sync.Mutex
-	over    atomic.Bool
+	over    atomic.Bool // somebody has seen to the flow's end, or gives it back
 	broken  atomic.Pointer[breakage]
-
-	// The sweeper's, where a half is outside.
-	checked time.Time
-	was     uint64 // what had moved then
 }
 
 // breakage is the error that a side died of. The other one is reset when it has got what came before.
@@ -95,19 +89,27 @@ func (f *flow) look(side uint32) {
 		return
 	}
 	err := f.sockets[side].fault()
+	if err != nil {
+		f.breaks(side, err)
+	}
 	f.mu.RUnlock()
 	if err != nil {
 		f.breakUp(side, err)
 	}
 }
 
+// breaks notes that a side is dead. The socket has told its error and won't again, so the note is made under
+// the lock that the error was taken under: a flow that is given back has none.
+func (f *flow) breaks(side uint32, err error) {
+	f.broken.CompareAndSwap(nil, &breakage{side: side, err: err})
+}
+
 // breakUp ends the flow since a side is dead: what it sent before still goes to the other one, for as long as
 // that goes on reading.
 func (f *flow) breakUp(side uint32, err error) {
-	if !f.broken.CompareAndSwap(nil, &breakage{side: side, err: err}) {
-		if first := f.broken.Load(); first.side != side { // there is nobody left to deliver to
-			f.finish(first.end())
-		}
+	f.breaks(side, err)
+	if first := f.broken.Load(); first.side != side { // there is nobody left to deliver to
+		f.finish(first.end())
 		return
 	}
 	f.setState(spliceFlowStateFLOW_ENDING)
@@ -143,8 +145,21 @@ func (f *flow) finish(end string, err error) {
 			s.reset()
 		}
 	}
-	// The sockets have left the sockmaps, and no verdict runs for them any more.
+	f.close()
+	f.record.forget()
+	f.mu.Unlock()
+	l.alive.Done()
+	if f.ended != nil {
+		up, down := f.count()
+		f.ended(up, down, end, err)
+	}
+}
+
+// close gives back all that the flow has in the loader. The sockets have left the sockmaps, so no verdict runs
+// for them any more. Called with mu held for writing.
+func (f *flow) close() {
 	f.total = [2]uint64{f.halves[0].moved(), f.halves[1].moved()}
+	f.record.leave(f)
 	f.closed = true
 	for i := range f.halves {
 		f.halves[i].release()
@@ -152,15 +167,9 @@ func (f *flow) finish(end string, err error) {
 	f.process.release()
 	f.forget()
 	f.giveSlot()
-	if !f.outside {
-		l.inside.Add(-1)
-	}
-	f.mu.Unlock()
-	f.counts.live.Add(-1)
-	l.alive.Done()
-	if f.ended != nil {
-		up, down := f.count()
-		f.ended(up, down, end, err)
+	f.l.inside.Add(-1)
+	if f.record == nil {
+		f.counts.live.Add(-1)
 	}
 }
 
@@ -211,10 +220,7 @@ func (f *flow) publish(change func(*spliceFlow)) {
 			return
 		}
 		change(&t)
-		a, b := f.halves[0].snapshot(), f.halves[1].snapshot()
-		a.into(t.Up.Before, &t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed, &t.Up.Local)
-		b.into(t.Down.Before, &t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed,
-			&t.Down.Local)
+		a, b := f.fill(&t)
 		if err := f.l.objects.Flows.Put(f.cookies[0], t); err != nil {
 			return
 		}
@@ -222,6 +228,14 @@ func (f *flow) publish(change func(*spliceFlow)) {
 			return
 		}
 	}
+}
+
+// fill writes the flow's counters into its entry in the flows map.
+func (f *flow) fill(t *spliceFlow) (up, down snapshot) {
+	up, down = f.halves[0].snapshot(), f.halves[1].snapshot()
+	up.into(t.Up.Before, &t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed, &t.Up.Local)
+	down.into(t.Down.Before, &t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed, &t.Down.Local)
+	return up, down
 }
 
 // fault is told that the verdict gave up: bytes are missing, and both sides have to know.

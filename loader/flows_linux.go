@@ -10,7 +10,23 @@ func (l *Loader) Flows() []Info {
 			}
 		}
 	}
+	for _, r := range l.ledger.all() {
+		if info, ok := r.info(); ok {
+			list = append(list, info)
+		}
+	}
 	return list
+}
+
+// describeInfo is what an entry of the flows map says about who has the flow.
+func describeInfo(t *spliceFlow) Info {
+	return Info{
+		ID: fromText(t.Id[:]), Route: fromText(t.Route[:]), State: t.State.text(),
+		Downstream: fromText(t.Downstream[:]), DownstreamLocal: fromText(t.DownstreamLocal[:]),
+		UpstreamLocal: fromText(t.UpstreamLocal[:]), Upstream: fromText(t.Upstream[:]),
+		UpstreamCookie: t.UpstreamCookie,
+		UpTrimmed:      int64(t.Up.Trimmed), DownTrimmed: int64(t.Down.Trimmed),
+	}
 }
 
 func (f *flow) info() (Info, bool) {
@@ -24,14 +40,11 @@ func (f *flow) info() (Info, bool) {
 		return Info{}, false
 	}
 	up, down := f.halves[0].snapshot(), f.halves[1].snapshot()
-	i := Info{
-		ID: fromText(t.Id[:]), Route: fromText(t.Route[:]), State: t.State.text(),
-		Downstream: fromText(t.Downstream[:]), DownstreamLocal: fromText(t.DownstreamLocal[:]),
-		UpstreamLocal: fromText(t.UpstreamLocal[:]), Upstream: fromText(t.Upstream[:]),
-		DownstreamCookie: f.cookies[0], UpstreamCookie: f.cookies[1],
-		Up: f.before[0] + int64(f.halves[0].moved()), Down: f.before[1] + int64(f.halves[1].moved()),
-		UpTrimmed: int64(up.trimmed), DownTrimmed: int64(down.trimmed), UpLocal: int64(up.local), DownLocal: int64(down.local),
-	}
+	i := describeInfo(&t)
+	i.DownstreamCookie = f.cookies[0]
+	i.Up, i.Down = f.before[0]+int64(f.halves[0].moved()), f.before[1]+int64(f.halves[1].moved())
+	i.UpTrimmed, i.DownTrimmed = int64(up.trimmed), int64(down.trimmed)
+	i.UpLocal, i.DownLocal = int64(up.local), int64(down.local)
 	i.UpCopied, i.UpWaiting = f.halves[0].copied(up)
 	i.DownCopied, i.DownWaiting = f.halves[1].copied(down)
 	return i, true

@@ -14,7 +14,6 @@ const (
 	running uint32 = 1 << iota // a goroutine is at it
 	again                      // look again
 	ended                      // the source's stream has ended (EPOLLRDHUP)
-	calm                       // it may come back under the verdict
 )
 
 // strongOrder: an atomic add in BPF is a full barrier.
@@ -57,14 +56,13 @@ type half struct {
 	rest      []byte // read, not yet written; in buffer
 	held      bool   // rest must wait until what was redirected before it has been written
 	fin       bool
-	calm      bool // it may come back under the verdict when it has nothing to do
 	eof       bool // a read said so
 	hasCopied bool // something, since it last had nothing to copy
 	consumed  uint64
 	settled   uint64 // what redirected was when it was last found written
 	patience  time.Duration
 
-	bulk bulk
+	leaving
 
 	timed atomic.Bool // a timer will wake it
 
@@ -79,6 +77,15 @@ func (h *half) init(f *flow, i uint32, read uint64) { h.f, h.i, h.read0 = f, i, 
 
 // shared is the half's part of the map. Valid until the flow is closed.
 func (h *half) shared() *spliceHalf { return &h.f.l.halves[2*h.f.slot+h.i] }
+
+// resume makes the half go on from where an earlier stay of the flow's here has left it.
+func (h *half) resume(redirected, copied, trimmed uint64) {
+	m, n := h.shared(), redirected+copied
+	m.Redirected, m.Passed, m.Consumed, m.Trimmed = redirected, copied, copied, uint32(trimmed)
+	h.consumed, h.settled = copied, redirected
+	h.read0, h.written0 = h.read0-n, h.written0-n
+	h.f.before[h.i] -= int64(n)
+}
 
 func (h *half) source() socket { return h.f.sockets[h.i] }
 func (h *half) peer() socket   { return h.f.sockets[1-h.i] }
@@ -123,14 +130,6 @@ func (h *half) wake(why uint32) {
 	}
 }
 
-// serve is wake(0) for the watcher, which makes the first step itself where bytes are spliced in bulk: to
-// start a goroutine for each few of them costs a third more of the processor's time.
-func (h *half) serve() {
-	if h.bits.Or(again|running)&running == 0 && !(h.bulk.left.Load() && h.turn()) {
-		go h.run()
-	}
-}
-
 func (h *half) run() {
 	for !h.turn() {
 	}
@@ -138,11 +137,9 @@ func (h *half) run() {
 
 // turn makes a step. idle: there is nothing to do, and nobody at the half any more.
 func (h *half) turn() (idle bool) {
-	bits := h.bits.And(^(again | ended | calm))
-	if bits&ended != 0 {
+	if bits := h.bits.And(^(again | ended)); bits&ended != 0 {
 		h.fin = true
 	}
-	h.calm = bits&calm != 0
 	h.step()
 	return h.bits.CompareAndSwap(running, 0)
 }
@@ -154,6 +151,7 @@ type outcome struct {
 	side     uint32
 	finish   bool // a broken flow has nothing more to deliver
 	halfDone bool
+	giveBack bool
 	after    time.Duration // look again then
 }
 
@@ -165,6 +163,9 @@ func (h *half) step() {
 		return
 	}
 	o := h.work()
+	if o.broken != nil {
+		f.breaks(o.side, o.broken)
+	}
 	f.mu.RUnlock()
 	h.timed.Store(o.after > 0)
 	switch {
@@ -177,6 +178,9 @@ func (h *half) step() {
 	case o.halfDone:
 		h.done.Store(true)
 		f.halfDone()
+	case o.giveBack:
+		f.giveBack()
+		h.wake(0) // it may not have been possible
 	case o.after > 0:
 		time.AfterFunc(o.after, func() { h.wake(0) })
 	default:
@@ -244,133 +248,131 @@ func (h *half) patient(most time.Duration) time.Duration {
 	return h.patience
 }
 
+// A move is what a half can do next for the bytes that were passed.
+type move int
+
+const (
+	goOn  move = iota // it has moved something, and there may be more
+	sleep             // it goes on when it is woken
+	idle              // there is nothing to move
+)
+
 // copy moves what was passed, while there is any. wait: it has to go on later, when woken.
 func (h *half) copy() (o outcome, wait bool) {
-	m, f := h.shared(), h.f
-	for turn := 0; ; turn++ {
-		if turn == turns {
-			h.bits.Or(again) // who wants to close the flow gets the lock in between
-			return outcome{}, true
-		}
-		if o := h.bulk.offer.Load(); o != nil && !h.copying.Load() && !h.eof && f.broken.Load() == nil {
-			if err := h.leave(o); err != nil {
-				return outcome{broken: err, side: h.i}, true
-			}
-		}
-		if len(h.rest) > 0 {
-			if h.held && !h.redirectedIsWritten() {
-				return outcome{after: h.patient(10 * time.Millisecond)}, true
-			}
-			h.held, h.patience = false, 0
-			n, err := h.peer().write(h.rest)
-			h.rest = h.rest[n:]
-			h.consumed, h.hasCopied = h.consumed+uint64(n), true
-			// A release: the verdict may redirect from here on, behind what was just written.
-			atomic.StoreUint64(&m.Consumed, h.consumed)
-			if len(h.rest) == 0 || err != nil && !isAgain(err) {
-				h.openHand()
-			}
-			if isAgain(err) {
-				return h.awaitRoom(), true
-			}
-			if err != nil { // the peer is dead
-				h.rest = nil
-				return outcome{broken: err, side: 1 - h.i}, true
-			}
-			continue
-		}
-		if h.bulk.inPipe > 0 {
-			n, err := h.bulk.pipe.drain(h.peer(), h.bulk.inPipe)
-			h.bulk.inPipe -= n
-			h.consumed, h.hasCopied = h.consumed+uint64(n), true
-			atomic.StoreUint64(&m.Consumed, h.consumed)
-			if isAgain(err) {
-				return h.awaitRoom(), true
-			}
-			if err != nil {
-				return outcome{broken: err, side: 1 - h.i}, true
-			}
-			continue
-		}
-		if h.eof {
-			break
-		}
-		if !h.copying.Load() && load64(&m.Passed) == h.consumed {
-			break // the verdict redirects again
-		}
-		if f.l.rules.order && load64(&m.Redirected) != h.settled && !h.redirectedIsWritten() {
-			// Else both would wait, and be more than Limit.
-			return outcome{after: h.patient(10 * time.Millisecond)}, true
-		}
-		if h.bulk.left.Load() {
-			if !h.bulk.behind {
-				f.goOutside(h)
-			}
-			n, err := h.splice()
-			if n > 0 {
-				continue
-			}
-			if isAgain(err) {
-				if h.mayComeIn() && h.comeIn() {
-					break
-				}
-				h.releasePipe()
-				f.watchAlso(h.i, unix.EPOLLIN, true)
-				return outcome{}, true
-			}
-		}
-		if h.buffer == nil {
-			h.buffer = chunks.Get().(*[]byte)
-		}
-		b := *h.buffer
-		if limit := atomic.LoadUint32(&m.Limit); uint32(len(b)) > limit && limit > 0 {
-			b = b[:limit]
-		}
-		n, err := h.source().read(b)
-		if n > 0 {
-			// Only now: the source's lock, which read took, makes all that was redirected before these bytes
-			// visible.
-			h.rest = b[:n]
-			h.held = f.l.rules.order &&
-				(load64(&m.Redirected) != h.settled || h.i == 0 && f.process.isComing())
-			continue
-		}
-		if isAgain(err) {
-			if h.copying.Load() || load64(&m.Passed) != h.consumed {
-				if h.mayComeIn() && h.comeIn() {
-					break
-				}
-				// Passed, and not in the queue yet.
-				f.watchAlso(h.i, unix.EPOLLIN, true)
-				return outcome{}, true
-			}
-			break
-		}
-		if err == nil && !h.copying.Load() {
-			if load64(&m.Passed) != h.consumed {
-				// The stream has ended, and bytes that were passed are still in the backlog, behind some that
-				// go the other way: what looks like the end of the stream is none.
-				return outcome{after: h.patient(10 * time.Millisecond)}, true
-			}
-			break
-		}
-		h.eof = true
-		if err == nil && h.isCut() {
-			err = unix.ECONNRESET
-		}
-		if err != nil && f.broken.Load() == nil {
-			return outcome{broken: err, side: h.i}, true
+	for range turns {
+		switch o, next := h.next(); next {
+		case sleep:
+			return o, true
+		case idle:
+			h.rests()
+			return outcome{}, false
 		}
 	}
-	if h.hasCopied && f.l.rules.again != nil {
+	h.bits.Or(again) // whoever wants to close the flow gets the lock in between
+	return outcome{}, true
+}
+
+// next makes one move. The order is the protocol: what was read before is written before anything else is
+// read, and nothing is read before what was redirected is written.
+func (h *half) next() (outcome, move) {
+	m := h.shared()
+	if err := h.takeOffer(); err != nil {
+		return outcome{broken: err, side: h.i}, sleep
+	}
+	switch {
+	case len(h.rest) > 0:
+		return h.writeRest()
+	case h.eof:
+		return outcome{}, idle
+	case !h.copying.Load() && load64(&m.Passed) == h.consumed:
+		return outcome{}, idle // the verdict redirects again
+	case h.f.l.rules.order && load64(&m.Redirected) != h.settled && !h.redirectedIsWritten():
+		// Else both would wait, and be more than Limit.
+		return outcome{after: h.patient(10 * time.Millisecond)}, sleep
+	case h.left.Load() && h.readyToReturn():
+		return outcome{giveBack: true}, sleep
+	}
+	return h.readPassed()
+}
+
+// writeRest writes what was read before.
+func (h *half) writeRest() (outcome, move) {
+	if h.held && !h.redirectedIsWritten() {
+		return outcome{after: h.patient(10 * time.Millisecond)}, sleep
+	}
+	h.held, h.patience = false, 0
+	n, err := h.peer().write(h.rest)
+	h.rest = h.rest[n:]
+	h.consumed, h.hasCopied = h.consumed+uint64(n), true
+	// A release: the verdict may redirect from here on, behind what was just written.
+	atomic.StoreUint64(&h.shared().Consumed, h.consumed)
+	if len(h.rest) == 0 || err != nil && !isAgain(err) {
+		h.openHand()
+	}
+	switch {
+	case isAgain(err):
+		return h.awaitRoom(), sleep
+	case err != nil: // the peer is dead
+		h.rest = nil
+		return outcome{broken: err, side: 1 - h.i}, sleep
+	}
+	return outcome{}, goOn
+}
+
+// readPassed reads what was passed, or what comes if there is no verdict any more.
+func (h *half) readPassed() (outcome, move) {
+	m, f := h.shared(), h.f
+	if h.buffer == nil {
+		h.buffer = chunks.Get().(*[]byte)
+	}
+	b := *h.buffer
+	if limit := atomic.LoadUint32(&m.Limit); uint32(len(b)) > limit && limit > 0 {
+		b = b[:limit]
+	}
+	n, err := h.source().read(b)
+	switch {
+	case n > 0:
+		// Only now: the source's lock, which read took, makes all that was redirected before these bytes
+		// visible.
+		h.rest = b[:n]
+		h.held = f.l.rules.order &&
+			(load64(&m.Redirected) != h.settled || h.i == 0 && f.process.isComing())
+		return outcome{}, goOn
+	case isAgain(err):
+		if h.copying.Load() || load64(&m.Passed) != h.consumed {
+			// Passed, and not in the queue yet.
+			f.watchAlso(h.i, unix.EPOLLIN, true)
+			return outcome{}, sleep
+		}
+		return outcome{}, idle
+	case err == nil && !h.copying.Load():
+		if load64(&m.Passed) != h.consumed {
+			// The stream has ended, and bytes that were passed are still in the backlog, behind some that
+			// go the other way: what looks like the end of the stream is none.
+			return outcome{after: h.patient(10 * time.Millisecond)}, sleep
+		}
+		return outcome{}, idle
+	}
+	h.eof = true
+	if err == nil && h.isCut() {
+		err = unix.ECONNRESET
+	}
+	if err != nil && f.broken.Load() == nil {
+		return outcome{broken: err, side: h.i}, sleep
+	}
+	return outcome{}, idle
+}
+
+// rests is for a half that has nothing to move.
+func (h *half) rests() {
+	if h.hasCopied && h.f.l.rules.again != nil {
 		// The verdict's add to passed may not be visible yet, and it may not have seen our consumed either.
-		f.l.rules.again(func() { h.wake(0) })
+		h.f.l.rules.again(func() { h.wake(0) })
 	}
 	h.hasCopied = false
 	h.release()
-	f.watchAlso(h.i, unix.EPOLLIN, false)
-	f.watchAlso(1-h.i, unix.EPOLLOUT, false)
-	return outcome{}, false
+	h.f.watchAlso(h.i, unix.EPOLLIN, false)
+	h.f.watchAlso(1-h.i, unix.EPOLLOUT, false)
 }
 
 // isCut is for a half that has moved all that came, which a read of 0 bytes says if it copies: no FIN has
@@ -444,7 +446,7 @@ func (h *half) handled() uint64 {
 func (h *half) drained() bool {
 	m := h.shared()
 	if h.copying.Load() {
-		return h.eof && len(h.rest) == 0 && h.bulk.inPipe == 0 && h.redirectedIsWritten()
+		return h.eof && len(h.rest) == 0 && h.redirectedIsWritten()
 	}
 	received, err := h.source().received()
 	if err != nil {
@@ -493,9 +495,8 @@ func refuses(i *unix.TCPInfo) bool {
 	return i.Snd_wnd < i.Snd_mss && i.Backoff > 0 && i.Probes == 0
 }
 
-// release gives the buffer back, and the pipe.
+// release gives the buffer back.
 func (h *half) release() {
-	h.releasePipe()
 	if h.f.closed {
 		h.openHand()
 	}

@@ -26,19 +26,18 @@ func TestLeavingKeepsTheReceiveBuffer(t *testing.T) {
 	}
 	must(t, noOffload("lo"))
 	l := open(t, allRules, 16)
-	p := splicePath(t, l, pathOptions{})
-	f := l.onlyFlow(t)
+	p := splicePath(t, l, pathOptions{busy: 1 << 40})
+	sockets := l.onlyFlow(t).sockets
 	for side, way := range [][2]*net.TCPConn{{p.client, p.server}, {p.server, p.client}} {
-		h := &f.halves[side]
 		for round := range 8 {
 			// The kernel learns how much overhead there is where segments become larger.
 			for _, mtu := range []uint32{160, 170 + uint32(round)} {
 				must(t, setMTU("lo", mtu))
 				must(t, sendPart(way[0], way[1], 1, 16<<10))
 			}
-			waitFor(t, func() bool { l.leaver.ask(f); return h.bulk.left.Load() }, "the half to leave")
-			waitFor(t, func() bool { h.wake(calm); return !h.bulk.left.Load() }, "the half to come back")
-			size, err := unix.GetsockoptInt(int(h.source()), unix.SOL_SOCKET, unix.SO_RCVBUF)
+			before := p.returns.Load()
+			waitFor(t, func() bool { leave(l); return p.returns.Load() > before }, "the flow to leave and come back")
+			size, err := unix.GetsockoptInt(int(sockets[side]), unix.SOL_SOCKET, unix.SO_RCVBUF)
 			must(t, err)
 			t.Logf("round %d: the receive buffer of %s is %d bytes", round, sideName(uint32(side)), size)
 			if size > most {

@@ -148,7 +148,7 @@ func TestEndDuringInsertion(t *testing.T) {
 
 // Bare sockets are taken over, or left as they were, to who has them.
 func TestSpliceSockets(t *testing.T) {
-	l := open(t, outside(), 1)
+	l := open(t, allRules, 1)
 	ended := make(chan string, 1)
 	splice := func() (client, server *net.TCPConn, fds [2]int, err error) {
 		client, down := connect(t, "tcp4")

@@ -36,6 +36,7 @@ type Loader struct {
 	localOff error  // why not
 
 	live    []atomic.Pointer[flow] // by slot
+	ledger  ledger
 	sweeper *sweeper
 	leaver  *leaver        // nil: no half can leave
 	loops   sync.WaitGroup // watchers, ring, sweeper, leaver
@@ -59,8 +60,6 @@ type rules struct {
 	brake              bool   // what is charged to nobody is bounded
 	late               bool   // a reset waits for what is in front of bytes that were passed before it
 	pressure           uint64 // pages: if TCP has so many, all is passed
-	bulk               bool   // busy halves go on by splice(2)
-	outside            bool   // flows begin by splice(2); not in allRules: tests are about the sockmap
 	watchers           int    // how many; 0: for this machine
 	drain, kick, reset bool
 	quiet              bool // no EPOLLIN for spliced sockets
@@ -74,7 +73,7 @@ type rules struct {
 
 var allRules = rules{
 	bound: true, trim: true, fin: true, couple: true, brake: true, late: true, pressure: tcpPressure(),
-	bulk: true, drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true,
+	drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true,
 	look: true, again: lookAgain(), local: allLocalRules,
 }
 
@@ -89,18 +88,21 @@ func New(o Options) (*Loader, error) {
 		return nil, err
 	}
 	r := allRules
-	r.outside = !o.AtOnce
 	r.pressure = tcpPressure() // it may have been raised since the last try
 	l, err := load(o, r)
 	if err != nil {
 		return nil, explain(err)
 	}
 	l.findings = l.selfTest()
+	l.counts.spliced.Store(0) // its flows don't count
 	if err := failed(l.findings); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	if o.Local {
 		l.proveLocal()
+		if l.local != nil {
+			l.local.counts.spliced.Store(0)
+		}
 		if Again(l.localOff) {
 			return nil, errors.Join(l.localOff, l.Close())
 		}
@@ -156,6 +158,7 @@ func load(o Options, r rules) (_ *Loader, err error) {
 		l.free[i] = uint32(i)
 	}
 	l.counts.init(Name)
+	l.ledger.init(l)
 	if o.Local {
 		if l.local, l.localOff = loadLocalTargets(l, o.MaxFlows); l.localOff != nil {
 			l.local = nil
@@ -275,6 +278,7 @@ func (l *Loader) Close() error {
 		}
 	}
 	l.alive.Wait() // for those that were about to end by themselves
+	l.ledger.close()
 	var errs []error
 	for _, w := range l.watchers {
 		errs = append(errs, w.close())

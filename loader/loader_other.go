@@ -72,5 +72,10 @@ func unsupported() error {
 	return fmt.Errorf("sockmap on %s/%s: %w", runtime.GOOS, runtime.GOARCH, errors.ErrUnsupported)
 }
 
-// Room is none.
-func (*Loader) Room() int { return 0 }
+// Record refuses.
+func (*Loader) Record(_, _ int, _ Flow, _ func() (up, down int64)) (forget func(), err error) {
+	return nil, unsupported()
+}
+
+// Busy is none.
+func (*Loader) Busy() (flows int, ok bool) { return 0, false }

@@ -188,11 +188,11 @@ func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn,
 	}
 	p, err := n.targets.find(up)
 	if err == nil {
-		if count, err = n.l.spliceConns(ctx, down, up, o, p, false); err != nil {
+		if count, err = n.l.spliceConns(ctx, down, up, o, p); err != nil {
 			n.targets.left(p)
 		}
 	}
-	n.counts.splice(n.l, err)
+	n.counts.refusal(n.l, err)
 	return count, err
 }
 

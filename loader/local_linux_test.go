@@ -93,8 +93,8 @@ func TestLocalPair(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		o := Flow{Buffer: 1 << 20, Ended: func(_, _ int64, _ string, _ error) { n.counts.live.Add(1) }}
-		_, err = n.l.spliceConns(context.Background(), down, up, o, at, false)
+		o := Flow{Buffer: 1 << 20, Ended: func(_, _ int64, _ string, _ error) {}}
+		_, err = n.l.spliceConns(context.Background(), down, up, o, at)
 		if on && !errors.Is(err, refusedPair) || !on && err != nil {
 			t.Errorf("with the rule %v: %v", on, err)
 		}

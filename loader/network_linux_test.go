@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -83,7 +84,7 @@ func (n *lan) splice(l *Loader, o pathOptions) *path {
 	lc.SetMultipathTCP(false)
 	d := net.Dialer{}
 	d.SetMultipathTCP(false)
-	p := &path{t: n.t, ended: make(chan result, 1)}
+	p := &path{t: n.t, ended: make(chan result, 1), returns: new(atomic.Int32)}
 	listen := func(at string) *net.TCPListener {
 		ln, err := lc.Listen(context.Background(), "tcp4", at+":0")
 		must(n.t, err)
@@ -111,8 +112,8 @@ func (n *lan) splice(l *Loader, o pathOptions) *path {
 	must(n.t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	p.cancel = cancel
-	p.count, err = l.Splice(ctx, p.down, p.up, Flow{ID: "lan", Buffer: max(o.buffer, 1<<20),
-		Ended: func(up, down int64, end string, err error) { p.ended <- result{up, down, end, err} }})
+	o.buffer = max(o.buffer, 1<<20)
+	p.count, err = l.Splice(ctx, p.down, p.up, p.flow(ctx, l, o))
 	must(n.t, err)
 	n.t.Cleanup(func() { cancel(); p.client.Close(); p.server.Close() })
 	return p
@@ -189,10 +190,13 @@ func TestLostReset(t *testing.T) {
 		return
 	}
 	n := newLAN(t)
-	for name, r := range map[string]rules{"inside": allRules, "outside": outside()} {
-		l := open(t, r, 16)
+	for name, leaves := range map[string]bool{"inside": false, "outside": true} {
+		l := open(t, allRules, 16)
 		for side := range 2 {
-			p := n.splice(l, pathOptions{})
+			p := n.splice(l, pathOptions{busy: 1 << 40})
+			if leaves {
+				leaveHalf(t, l, l.onlyFlow(t), side)
+			}
 			ours := int(l.onlyFlow(t).sockets[side])
 			from, to := p.client, p.server
 			if side == 1 {

@@ -3,7 +3,6 @@ package loader
 import (
 	"errors"
 	"log/slog"
-	"net"
 	"slices"
 	"strings"
 	"syscall"
@@ -35,9 +34,6 @@ type Options struct {
 	// Local also loads what [Loader.Local] needs. Where that fails, the rest works all the same.
 	Local bool
 
-	// AtOnce puts flows into the sockmap as they begin, not when their two sides turn out to talk with each other: for tests of it.
-	AtOnce bool
-
 	// KnownBad loads also on kernels whose version is known to lose, repeat or corrupt spliced data.
 	KnownBad bool
 
@@ -52,9 +48,9 @@ type Flow = struct {
 	Up, Down  int64
 	Buffer    int64
 	Idle      time.Duration
-	Talks     bool
+	Busy      int64
 	Ended     func(up, down int64, end string, err error)
-	Returned  func(downConn, upConn *net.TCPConn, up, down int64, reason error)
+	Returned  func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, reason error)
 }
 
 // The ends of a flow, as userspace/relay names them.
@@ -163,7 +159,7 @@ type Info struct {
 	State            string `json:"state"`                // spliced, half_closed, ending
 	Up               int64  `json:"up"`                   // bytes, as from the count that Splice gives
 	Down             int64  `json:"down"`                 //
-	UpCopied         int64  `json:"up_copied"`            // of which userspace moved: the peer was slower, or the flow outside of the sockmap
+	UpCopied         int64  `json:"up_copied"`            // of which userspace moved: the peer was slower, or userspace had the flow
 	DownCopied       int64  `json:"down_copied"`          //
 	UpTrimmed        int64  `json:"up_trimmed"`           // bytes that the kernel delivered twice, cut off
 	DownTrimmed      int64  `json:"down_trimmed"`         //
@@ -175,13 +171,13 @@ type Info struct {
 
 // Stats count since New.
 type Stats struct {
-	Flows    int            `json:"flows"`    // now
-	Spliced  uint64         `json:"spliced"`  // flows taken over
-	Refused  map[string]int `json:"refused"`  // by reason; also those that began by splice(2), and go on so
+	Flows    int            `json:"flows"`    // now, with those that are only recorded
+	Spliced  uint64         `json:"spliced"`  // flows taken over, or recorded
+	Refused  map[string]int `json:"refused"`  // by reason
 	Faults   map[string]int `json:"faults"`   // flows reset since the verdict gave up, by reason
 	Inserted uint64         `json:"inserted"` // times a direction came into the sockmap after it had begun
 	Switched uint64         `json:"switched"` // times a direction went from redirecting to copying
-	Bulk     uint64         `json:"bulk"`     // times a direction was busy enough to go on by splice(2)
+	Bulk     uint64         `json:"bulk"`     // times a direction left the sockmap, since the flow was busy
 	Braked   uint64         `json:"braked"`   // segments that were refused their payload, to bound memory; the sender sent it again
 	Stalls   uint64         `json:"stalls"`   // times a flow had to be woken since an event was missing; should be 0
 	Off      string         `json:"off"`      // why the datapath is switched off; empty: it is on

@@ -56,12 +56,14 @@ type path struct {
 	down, up       *net.TCPConn // the proxy's, before Splice closed them
 	count          func() (up, down int64)
 	ended          chan result
+	returns        *atomic.Int32 // how often the flow was given back
 	cancel         context.CancelFunc
 }
 
 type pathOptions struct {
 	buffer  int64
 	idle    time.Duration
+	busy    int64                                       // as Flow.Busy; when the flow is given back, it is spliced again
 	network string                                      // "tcp4" or "tcp6"
 	before  func(client, server, down, up *net.TCPConn) // runs before Splice
 }
@@ -118,7 +120,7 @@ func trySplice(t testing.TB, l *Loader, o pathOptions) (*path, error) {
 	if o.buffer == 0 {
 		o.buffer = 2 << 20
 	}
-	p := &path{t: t, ended: make(chan result, 1)}
+	p := &path{t: t, ended: make(chan result, 1), returns: new(atomic.Int32)}
 	p.client, p.down = connect(t, o.network)
 	p.up, p.server = connect(t, o.network)
 	if o.before != nil {
@@ -127,10 +129,7 @@ func trySplice(t testing.TB, l *Loader, o pathOptions) (*path, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	p.cancel = cancel
 	var err error
-	p.count, err = l.Splice(ctx, p.down, p.up, Flow{
-		ID: "id-" + t.Name(), Route: "web/" + t.Name(), Buffer: o.buffer, Idle: o.idle,
-		Ended: func(up, down int64, end string, err error) { p.ended <- result{up, down, end, err} },
-	})
+	p.count, err = l.Splice(ctx, p.down, p.up, p.flow(ctx, l, o))
 	t.Cleanup(func() {
 		cancel()
 		p.client.Close()
@@ -141,6 +140,63 @@ func trySplice(t testing.TB, l *Loader, o pathOptions) (*path, error) {
 		}
 	})
 	return p, err
+}
+
+// flow is what the loader is told of the path.
+func (p *path) flow(ctx context.Context, l *Loader, o pathOptions) Flow {
+	f := Flow{
+		ID: "id-" + p.t.Name(), Route: "web/" + p.t.Name(), Buffer: o.buffer, Idle: o.idle, Busy: o.busy,
+		Ended: func(up, down int64, end string, err error) { p.ended <- result{up, down, end, err} },
+	}
+	if o.busy > 0 {
+		f.Returned = func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, _ error) {
+			f.Up, f.Down = upBytes+int64(len(downRest)), downBytes+int64(len(upRest))
+			go p.spliceAgain(ctx, l, f, [2]int{down, up}, [2][]byte{downRest, upRest})
+		}
+	}
+	return f
+}
+
+// spliceAgain gives a flow that was given back to l again, when what was read is written.
+func (p *path) spliceAgain(ctx context.Context, l *Loader, f Flow, sockets [2]int, rest [2][]byte) {
+	for i, rest := range rest {
+		for len(rest) > 0 && ctx.Err() == nil {
+			n, err := socket(sockets[1-i]).write(rest)
+			if rest = rest[n:]; err != nil && !isAgain(err) {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	if _, err := l.SpliceSockets(ctx, sockets[0], sockets[1], f); err != nil {
+		for _, s := range sockets {
+			socket(s).reset()
+		}
+		p.ended <- result{f.Up, f.Down, endError, err}
+	}
+	p.returns.Add(1)
+}
+
+// leave asks the flow to leave the sockmap, if it is there.
+func leave(l *Loader) {
+	for i := range l.live {
+		if f := l.live[i].Load(); f != nil {
+			f.mu.RLock()
+			if !f.closed {
+				l.leaver.ask(f)
+			}
+			f.mu.RUnlock()
+		}
+	}
+}
+
+// leaveHalf takes one half of the flow out of the sockmap, and lets the other one stay.
+func leaveHalf(t *testing.T, l *Loader, f *flow, half int) {
+	t.Helper()
+	l.leaver.mu.Lock()
+	f.halves[1-half].asked = true // so that it is not
+	l.leaver.mu.Unlock()
+	waitFor(t, func() bool { leave(l); return f.halves[half].left.Load() }, "the half to leave")
 }
 
 // patience is for what comes sooner or later, on a machine that is busy too.

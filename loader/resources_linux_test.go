@@ -141,15 +141,12 @@ func leastCPU(span time.Duration) time.Duration {
 
 // 200 flows both of whose readers have stopped, and whose senders push all they can: memory is bounded,
 // nothing polls, and all arrives when the readers go on.
-func TestStalledFlows(t *testing.T)        { testStalledFlows(t, allRules) }
-func TestStalledFlowsOutside(t *testing.T) { testStalledFlows(t, outside()) }
-
-func testStalledFlows(t *testing.T, r rules) {
+func TestStalledFlows(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
 	}
 	// 16 MiB are more than all buffers take.
-	stall(t, r, 16<<20, 0, func(perFlow int64, waiting int, cpu time.Duration) {
+	stall(t, allRules, 16<<20, 0, func(perFlow int64, waiting int, cpu time.Duration) {
 		// 2 flow_buffers, and the buffers of the proxy's two sockets at twice their bytes.
 		if perFlow > 2*(2<<20)+2*(1<<20+1<<20)*2 {
 			t.Errorf("%d bytes a flow are held", perFlow)
@@ -192,7 +189,7 @@ func TestRuleBoundOff(t *testing.T) {
 		return
 	}
 	r := allRules
-	r.bound, r.bulk = false, false // splice(2) has a bound of its own
+	r.bound = false
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	p.client.SetWriteDeadline(time.Now().Add(patience))
@@ -296,10 +293,7 @@ func stall(t *testing.T, r rules, size int64, mayEnd int,
 }
 
 // Idle flows have no goroutine and wake nobody.
-func TestIdleFlows(t *testing.T)        { testIdleFlows(t, allRules) }
-func TestIdleFlowsOutside(t *testing.T) { testIdleFlows(t, outside()) }
-
-func testIdleFlows(t *testing.T, r rules) {
+func TestIdleFlows(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
 	}
@@ -308,7 +302,7 @@ func testIdleFlows(t *testing.T, r rules) {
 	// Each is four sockets, and more while it is made.
 	flows := atSoak(2000, min(20000, int(files.Max)/4-200))
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files.Max, Max: files.Max}))
-	l := open(t, r, flows)
+	l := open(t, allRules, flows)
 	var down, up []*net.TCPConn
 	for range flows {
 		c, d := connect(t, "tcp4")
@@ -410,25 +404,28 @@ func wakes(t *testing.T, r rules) int {
 }
 
 // Nothing is left of flows that have ended: no map entry, descriptor, goroutine or kernel memory.
-func TestNothingIsLeft(t *testing.T)        { testNothingIsLeft(t, allRules) }
-func TestNothingIsLeftOutside(t *testing.T) { testNothingIsLeft(t, outside()) }
+func TestNothingIsLeft(t *testing.T)         { testNothingIsLeft(t, false) }
+func TestNothingIsLeftRecorded(t *testing.T) { testNothingIsLeft(t, true) }
 
-func testNothingIsLeft(t *testing.T, r rules) {
+func testNothingIsLeft(t *testing.T, recorded bool) {
 	if !inOwnNetwork(t) {
 		return
 	}
-	l := open(t, r, 64)
+	l := open(t, allRules, 64)
 	round := func(n int) {
 		for i := range n {
 			c, d := connect(t, "tcp4")
 			u, s := connect(t, "tcp4")
 			ended := make(chan string, 1)
-			if _, err := l.Splice(t.Context(), d, u,
-				Flow{Buffer: 1 << 20,
-					Ended: func(_, _ int64, end string, _ error) { ended <- end }}); err != nil {
+			o := Flow{Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }}
+			if recorded {
+				forget := recordFlow(t, l, d, u, o)
+				o.Ended = func(_, _ int64, end string, _ error) { forget(); ended <- end }
+			}
+			if _, err := l.Splice(t.Context(), d, u, o); err != nil {
 				t.Fatal(err)
 			}
-			for range 1 + i%2*talkTurns { // every other flow comes in
+			for range 3 {
 				c.Write([]byte("request"))
 				must(t, expect(s, []byte("request")))
 				s.Write([]byte("response"))
@@ -464,11 +461,6 @@ func testNothingIsLeft(t *testing.T, r rules) {
 		waitFor(t, func() bool { return l.Stats().Flows == 0 }, "the flows' ends")
 		time.Sleep(300 * time.Millisecond)
 		runtime.GC()
-		for range maxPipes { // which are kept, empty, for the next flows
-			if p := getPipe(); p != nil {
-				p.close()
-			}
-		}
 		fds, err := os.ReadDir("/proc/self/fd")
 		must(t, err)
 		for _, m := range []*ebpf.Map{l.objects.Flows, l.objects.Places} {
@@ -515,7 +507,7 @@ func testNothingIsLeft(t *testing.T, r rules) {
 		t.Errorf("descriptors %d then %d, goroutines %d then %d, map entries %d then %d", d0, d1, g0, g1, e0,
 			e1)
 	}
-	if s := l.Stats(); s.Flows != 0 || s.Spliced != uint64(rounds*many)+300 || (s.Inserted > 0) != r.outside {
+	if s := l.Stats(); s.Flows != 0 || s.Spliced != uint64(rounds*many)+300 || (s.Inserted > 0) != recorded {
 		t.Errorf("%+v", s)
 	}
 }

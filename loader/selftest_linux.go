@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -168,7 +169,8 @@ type trial struct {
 	ended          chan string
 	count          func() (up, down int64)
 	cancel         context.CancelFunc
-	local          bool // the server is a process on this host
+	local          bool          // the server is a process on this host
+	returns        *atomic.Int32 // how often the flow was given back
 }
 
 func (t *trial) connect() error {
@@ -211,7 +213,7 @@ func loopback() (dialled, accepted *net.TCPConn, err error) {
 }
 
 func (t *trial) splice() error {
-	t.ended = make(chan string, 1)
+	t.ended, t.returns = make(chan string, 1), new(atomic.Int32)
 	ctx, cancel := context.WithCancel(context.Background())
 	t.cancel = cancel
 	limit := time.Now().Add(20 * testPatience)
@@ -227,11 +229,15 @@ func (t *trial) splice() error {
 			return fmt.Errorf("put the socket of the process into the map: %w", err)
 		}
 	}
-	t.count, err = t.l.spliceConns(ctx, t.down, t.up, Flow{ID: "self-test", Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { t.ended <- end }}, at, false)
-	if err != nil {
+	ended := t.ended
+	o := Flow{ID: "self-test", Buffer: 1 << 20,
+		Ended: func(_, _ int64, end string, _ error) { ended <- end }}
+	o.Returned = func(down, up int, downRest, upRest []byte, _, _ int64, _ error) {
+		go t.takeBack(ctx, o, [2]socket{socket(down), socket(up)}, [2][]byte{downRest, upRest})
+	}
+	if t.count, err = t.l.spliceConns(ctx, t.down, t.up, o, at); err != nil {
 		return fmt.Errorf("splice: %w", err)
 	}
-	t.flow().counts.live.Add(1)
 	return nil
 }
 
@@ -476,15 +482,8 @@ func (t *trial) bulk() error {
 	if err := t.splice(); err != nil {
 		return err
 	}
-	h, client, data, sent := &t.flow().halves[0], t.client, pattern(2<<20), make(chan error, 1)
-	for range 2 {
-		// While nothing comes it leaves at once; while much comes it may not, but what comes is whole.
-		for limit := time.Now().Add(10 * testPatience); !h.bulk.left.Load(); time.Sleep(time.Millisecond) {
-			t.l.leaver.ask(t.flow())
-			if time.Now().After(limit) {
-				return errors.New("the kernel does not take a socket out of the sockmap")
-			}
-		}
+	client, data, sent := t.client, pattern(2<<20), make(chan error, 1)
+	for round := range int32(2) {
 		go func() { // may outlive the trial
 			_, err := client.Write(data)
 			sent <- err
@@ -493,37 +492,81 @@ func (t *trial) bulk() error {
 			if err := expect(patient{t.server}, part[:min(len(part), len(data)/8)]); err != nil {
 				return err
 			}
-			if h.bulk.left.Load() {
-				h.wake(calm)
-			} else {
-				t.l.leaver.ask(t.flow())
-			}
+			t.leave()
 		}
 		if err := <-sent; err != nil {
 			return err
 		}
-		for limit := time.Now().Add(10 * testPatience); h.bulk.left.Load(); time.Sleep(time.Millisecond) {
-			h.wake(calm)
+		// While nothing comes it leaves at once; while much comes it may not, but what comes is whole.
+		for limit := time.Now().Add(10 * testPatience); t.returns.Load() <= round; time.Sleep(time.Millisecond) {
+			t.leave()
 			if time.Now().After(limit) {
-				return errors.New("the kernel does not take a socket into the sockmap again")
+				return errors.New("the kernel does not take a socket out of the sockmap")
 			}
 		}
 	}
 	// The last time that it was asked may take it out once more.
-	for limit := time.Now().Add(10 * testPatience); ; h.wake(calm) {
-		before := load64(&h.shared().Redirected)
+	for limit := time.Now().Add(10 * testPatience); ; {
+		before := t.redirected()
 		if _, err := client.Write(data[:1000]); err != nil {
 			return err
 		}
 		if err := expect(patient{t.server}, data[:1000]); err != nil {
 			return err
 		}
-		if load64(&h.shared().Redirected) != before {
+		if before > 0 && t.redirected() > before {
 			return nil
 		}
 		if time.Now().After(limit) {
 			return errors.New("nothing was redirected by the kernel any more")
 		}
+	}
+}
+
+// leave asks the flow to leave, where it is spliced at the moment.
+func (t *trial) leave() {
+	f := t.flow()
+	if f == nil {
+		return
+	}
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if !f.closed {
+		t.l.leaver.ask(f)
+	}
+}
+
+// redirected is how many bytes have been redirected upwards since the flow is spliced.
+func (t *trial) redirected() uint64 {
+	f := t.flow()
+	if f == nil {
+		return 0
+	}
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.closed {
+		return 0
+	}
+	return load64(&f.halves[0].shared().Redirected)
+}
+
+// takeBack splices a flow again that was given back. What was read and not written is written before.
+func (t *trial) takeBack(ctx context.Context, o Flow, sockets [2]socket, rest [2][]byte) {
+	t.returns.Add(1)
+	for i, rest := range rest {
+		for len(rest) > 0 && ctx.Err() == nil {
+			n, err := sockets[1-i].write(rest)
+			if rest = rest[n:]; err != nil && !isAgain(err) {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	if _, err := t.l.splice(ctx, sockets, o, nil, func() {}); err != nil {
+		for _, s := range sockets {
+			s.reset()
+		}
+		o.Ended(0, 0, endError, err)
 	}
 }
 

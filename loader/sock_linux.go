@@ -35,6 +35,12 @@ func address(a netip.AddrPort) string {
 	return a.String()
 }
 
+// isMultipath: it is not TCP's own.
+func (s socket) isMultipath() bool {
+	protocol, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PROTOCOL)
+	return err == nil && protocol != unix.IPPROTO_TCP
+}
+
 func (s socket) cookie() (uint64, error) {
 	return unix.GetsockoptUint64(int(s), unix.SOL_SOCKET, unix.SO_COOKIE)
 }

@@ -14,8 +14,8 @@ import (
 // When it has taken the flow, it has closed down and up, and owns descriptors of its own for their sockets.
 func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn,
 	o Flow) (count func() (up, down int64), err error) {
-	count, err = l.spliceConns(ctx, down, up, o, nil, l.rules.outside && !o.Talks)
-	l.counts.splice(l, err)
+	count, err = l.spliceConns(ctx, down, up, o, nil)
+	l.counts.refusal(l, err)
 	return count, err
 }
 
@@ -23,15 +23,14 @@ func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn,
 // flow, it owns them.
 func (l *Loader) SpliceSockets(ctx context.Context, down, up int,
 	o Flow) (count func() (up, down int64), err error) {
-	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, l.rules.outside && !o.Talks,
-		func() {})
-	l.counts.splice(l, err)
+	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, func() {})
+	l.counts.refusal(l, err)
 	return count, err
 }
 
 // spliceConns is splice for connections, which it closes if it succeeds.
 func (l *Loader) spliceConns(ctx context.Context, down, up *net.TCPConn, o Flow,
-	process *process, outside bool) (count func() (up, down int64), err error) {
+	process *process) (count func() (up, down int64), err error) {
 	s := [2]socket{-1, -1}
 	for i, c := range []*net.TCPConn{down, up} {
 		if s[i], err = dup(c); err != nil {
@@ -41,7 +40,7 @@ func (l *Loader) spliceConns(ctx context.Context, down, up *net.TCPConn, o Flow,
 	}
 	if err == nil {
 		// Our descriptors hold the sockets; the conns' would wake Go's poller at each message.
-		count, err = l.splice(ctx, s, o, process, outside, func() { _ = down.Close(); _ = up.Close() })
+		count, err = l.splice(ctx, s, o, process, func() { _ = down.Close(); _ = up.Close() })
 	}
 	if err != nil {
 		for _, s := range s {
@@ -53,11 +52,10 @@ func (l *Loader) spliceConns(ctx context.Context, down, up *net.TCPConn, o Flow,
 	return count, err
 }
 
-// splice is SpliceSockets without the counting. process is where a process on this host has the other end of
-// up, or nil. outside: the flow begins by splice(2), and comes into the sockmap when it is one for it. taken
-// is called when nothing can fail any more, and the flow has not begun.
+// splice is SpliceSockets without the counting of refusals. process is where a process on this host has the
+// other end of up, or nil. taken is called when nothing can fail any more, and the flow has not begun.
 func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow,
-	process *process, outside bool, taken func()) (func() (up, down int64), error) {
+	process *process, taken func()) (func() (up, down int64), error) {
 	if l.counts.isOff() {
 		return nil, refusedOff
 	}
@@ -66,8 +64,8 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow,
 		return nil, err
 	}
 	defer l.splicing.Done()
-	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), ended: o.Ended, idle: o.Idle,
-		before: [2]int64{o.Up, o.Down}, process: process}
+	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), ended: o.Ended,
+		returned: o.Returned, busy: o.Busy, idle: o.Idle, before: [2]int64{o.Up, o.Down}, process: process}
 	f.sockets, f.counts = sockets, &l.counts
 	if process != nil {
 		f.counts = &process.local.counts
@@ -80,11 +78,8 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow,
 		return nil, why
 	}
 
-	for _, s := range f.sockets {
-		if protocol, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PROTOCOL); err == nil &&
-			protocol != unix.IPPROTO_TCP {
-			return back(refusedMultipath) // a sockmap takes none
-		}
+	if f.sockets[0].isMultipath() || f.sockets[1].isMultipath() {
+		return back(refusedMultipath) // a sockmap takes none
 	}
 	options, why, ok := f.setOptions()
 	undo = append(undo, options)
@@ -95,14 +90,14 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow,
 		return back(why)
 	}
 
-	text := f.describe(o)
-	text.Slot, text.UpstreamCookie = slot, f.cookies[1]
+	f.record = l.ledger.find(f.cookies[0])
 	for i := range f.halves {
 		l.halves[2*slot+uint32(i)] = spliceHalf{Source: f.cookies[i],
 			Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
+		f.halves[i].resume(f.record.direction(uint32(i), f.before[i]))
 	}
-	undo = append(undo, f.forget)
-	if err := l.objects.Flows.Put(f.cookies[0], text); err != nil {
+	undo = append(undo, func() { f.record.leave(f); f.forget() })
+	if err := f.record.enter(f, o); err != nil {
 		return back(refusedMaps)
 	}
 	// Edge-triggered: what has happened before is told when the flow is live. An end of stream since the
@@ -113,14 +108,15 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow,
 		}
 		undo = append(undo, func() { f.watcher().remove(s) })
 	}
-	if outside {
-		f.beginOutside()
+	undo = append(undo, f.withdraw, process.undo)
+	if why, ok := f.insert(); !ok {
+		return back(why)
+	}
+	l.inside.Add(1)
+	if f.record == nil {
+		f.counts.begun()
 	} else {
-		undo = append(undo, f.withdraw, process.undo)
-		if why, ok := f.insert(); !ok {
-			return back(why)
-		}
-		l.inside.Add(1)
+		f.counts.inserted.Add(uint64(len(f.halves)))
 	}
 
 	taken()
@@ -198,8 +194,8 @@ func (f *flow) begin() {
 	if f.closed {
 		return
 	}
-	for i, s := range f.sockets {
-		if f.l.rules.kick && !f.halves[i].bulk.left.Load() {
+	for _, s := range f.sockets {
+		if f.l.rules.kick {
 			s.kick() // the verdict for what was queued before
 		}
 	}
@@ -208,7 +204,7 @@ func (f *flow) begin() {
 	}
 	for i := range f.halves {
 		h := &f.halves[i]
-		if m := h.shared(); h.copying.Load() && !h.bulk.left.Load() || load64(&m.Passed) != 0 ||
+		if m := h.shared(); h.copying.Load() || load64(&m.Passed) != 0 ||
 			atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
 			h.wake(0) // its event came too early
 		}
@@ -289,23 +285,24 @@ func (f *flow) setOptions() (undo func(), why refusal, ok bool) {
 // forget takes the flow out of the tables. Its sockets have left the sockmaps, or never were there.
 func (f *flow) forget() {
 	for _, cookie := range f.cookies {
-		if !f.outside {
-			_ = f.l.objects.Places.Delete(cookie)
-		}
+		_ = f.l.objects.Places.Delete(cookie)
 	}
-	_ = f.l.objects.Flows.Delete(f.cookies[0])
+	if f.record == nil {
+		_ = f.l.objects.Flows.Delete(f.cookies[0])
+	}
 }
 
-func (f *flow) describe(o Flow) spliceFlow {
-	t := spliceFlow{State: spliceFlowStateFLOW_SPLICED}
+// describe is the entry of a flow that begins, in the flows map.
+func describe(sockets [2]socket, upstream uint64, o Flow) spliceFlow {
+	t := spliceFlow{State: spliceFlowStateFLOW_SPLICED, UpstreamCookie: upstream}
 	t.Up.Before, t.Down.Before = uint64(o.Up), uint64(o.Down)
 	t.Up.Bytes, t.Down.Bytes = t.Up.Before, t.Down.Before
 	text(t.Id[:], o.ID)
 	text(t.Route[:], o.Route)
-	text(t.Downstream[:], f.sockets[0].remote())
-	text(t.DownstreamLocal[:], f.sockets[0].local())
-	text(t.UpstreamLocal[:], f.sockets[1].local())
-	text(t.Upstream[:], f.sockets[1].remote())
+	text(t.Downstream[:], sockets[0].remote())
+	text(t.DownstreamLocal[:], sockets[0].local())
+	text(t.UpstreamLocal[:], sockets[1].local())
+	text(t.Upstream[:], sockets[1].remote())
 	return t
 }
 

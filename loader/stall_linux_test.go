@@ -18,8 +18,9 @@ import (
 // the same, but late.
 func TestStallOfCopying(t *testing.T) {
 	r := allRules
-	r.events, r.bulk = false, false
+	r.events = false
 	p, l := stalling(t, r)
+	go p.push()
 	h := &l.onlyFlow(t).halves[0]
 	// Until it comes to rest, with bytes to copy and no room for them.
 	for s := (snapshot{}); ; time.Sleep(100 * time.Millisecond) {
@@ -32,10 +33,13 @@ func TestStallOfCopying(t *testing.T) {
 	p.arrives(t, l)
 }
 
-func TestStallOutside(t *testing.T) {
+// TestStallOfLeaving: so does a half that has left.
+func TestStallOfLeaving(t *testing.T) {
 	r := allRules
-	r.events, r.outside = false, true
+	r.events = false
 	p, l := stalling(t, r)
+	leaveHalf(t, l, l.onlyFlow(t), 0)
+	go p.push()
 	p.arrives(t, l)
 }
 
@@ -49,10 +53,10 @@ func stalling(t *testing.T, r rules) (stalled, *Loader) {
 	// A stall may be told of when the test is over.
 	l.log = slog.New(slog.DiscardHandler)
 	// These are more than the buffers that a reader leaves full.
-	p := stalled{splicePath(t, l, pathOptions{buffer: 256 << 10}), pattern(24 << 20)}
-	go func() { p.client.Write(p.data); p.client.CloseWrite() }()
-	return p, l
+	return stalled{splicePath(t, l, pathOptions{buffer: 256 << 10, busy: 1 << 40}), pattern(24 << 20)}, l
 }
+
+func (p stalled) push() { p.client.Write(p.data); p.client.CloseWrite() }
 
 func (p stalled) arrives(t *testing.T, l *Loader) {
 	p.server.SetDeadline(time.Now().Add(patience)) // each stall takes seconds
@@ -124,7 +128,7 @@ func TestBeginKeepsWhatIsWatched(t *testing.T) {
 // behind makes a flow whose upward direction is passing, with 24 MiB in front of what is passed, for a client
 // that does not read.
 func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
-	r.bound, r.bulk = false, false // so that there is a backlog: splice(2) has a bound of its own
+	r.bound = false // so that there is a backlog
 	l := open(t, r, 16)
 	data := pattern(24 << 20)
 	var p *path

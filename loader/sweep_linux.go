@@ -80,6 +80,7 @@ func (l *Loader) sweep(now time.Time) time.Duration {
 		}
 	}
 	l.resting.Store(resting)
+	l.ledger.publish()
 	l.local.sweep()
 	if err := l.pins.sweep(now, l.log); err != nil {
 		l.log.Warn("look at what an earlier daemon left for processes to read", "error", err)
@@ -94,13 +95,11 @@ func (f *flow) sweep(now time.Time) bool {
 	if f.closed {
 		return false
 	}
-	var sum uint64
 	moves := false
 	for i := range f.halves {
 		h := &f.halves[i]
 		m := h.shared()
 		n := h.moved()
-		sum += n
 		switch {
 		case n != h.seen || h.since.IsZero():
 			h.seen, h.since, h.looked = n, now, false
@@ -122,12 +121,9 @@ func (f *flow) sweep(now time.Time) bool {
 		}
 		h.still = still
 	}
-	if f.halves[0].bulk.left.Load() || f.halves[1].bulk.left.Load() {
-		if f.isQuiet(now, sum) && moves { // for an idle flow nothing would change
-			f.halves[0].wake(calm)
-			f.halves[1].wake(calm)
-		}
-		if moves { // no verdict counts
+	if f.halves[0].left.Load() || f.halves[1].left.Load() {
+		f.l.leaver.ask(f) // the other one, too
+		if moves {        // no verdict counts
 			f.publish(func(*spliceFlow) {})
 		}
 	}
@@ -158,7 +154,7 @@ func (h *half) missed() bool {
 	switch { // see awaitRoom
 	case in:
 		if !h.source().readable() {
-			if !h.bulk.left.Load() { // nothing is in front of what comes to those
+			if !h.left.Load() { // nothing is in front of what comes to those
 				h.makeWay()
 			}
 			return false
@@ -199,8 +195,8 @@ func (h *half) nudge(consumed uint64) {
 	})
 }
 
-// look finds bytes that were received and that the verdict was not run for, and makes it run; or, outside,
-// that were not copied.
+// look finds bytes that were received and that the verdict was not run for, and makes it run; or, without a
+// verdict, that were not copied.
 func (h *half) look() {
 	if h.done.Load() {
 		return
@@ -226,3 +222,15 @@ func (h *half) look() {
 		h.f.counts.stall(h.f.l, h.f.cookies[0], "the verdict was not run for bytes that had come")
 	}
 }
+
+// Busy is how many spliced flows moved something lately. ok is false where the datapath takes none.
+func (l *Loader) Busy() (flows int, ok bool) {
+	// The sweeper may know of some that have ended since.
+	return int(max(l.inside.Load()-l.resting.Load(), 0)), !l.counts.isOff()
+}
+
+// restsAfter is how long a flow has moved nothing that rests.
+const restsAfter = time.Second
+
+// rests is asked by the sweeper: has the flow nothing to move?
+func (f *flow) rests(now time.Time) bool { return now.Sub(f.lastMoved()) >= restsAfter }

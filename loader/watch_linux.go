@@ -103,9 +103,9 @@ func (l *Loader) event(half, generation, events uint32) {
 		return
 	}
 	if events&unix.EPOLLIN != 0 {
-		f.halves[side].serve()
+		f.halves[side].wake(0)
 	}
 	if events&unix.EPOLLOUT != 0 {
-		f.halves[1-side].serve()
+		f.halves[1-side].wake(0)
 	}
 }

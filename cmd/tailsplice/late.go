@@ -76,10 +76,19 @@ func (l lateSockets) SpliceSockets(ctx context.Context, down, up int,
 	return nil, errNotYet
 }
 
-// Room is the datapath's, once that is there.
-func (l lateSockets) Room() int {
+// Record is the datapath's, once that is there.
+func (l lateSockets) Record(down, up int, f relay.Flow,
+	count func() (up, down int64)) (forget func(), err error) {
 	if d := l.d.Load(); d != nil {
-		return (*d).Room()
+		return (*d).Record(down, up, f, count)
 	}
-	return 0
+	return nil, errNotYet
+}
+
+// Busy is the datapath's, once that is there.
+func (l lateSockets) Busy() (flows int, ok bool) {
+	if d := l.d.Load(); d != nil {
+		return (*d).Busy()
+	}
+	return 0, false
 }

@@ -18,7 +18,7 @@ func TestPairs(t *testing.T) {
 		return
 	}
 	c := cable.New(t, relaytest.SmallWindow)
-	relaytest.RunPairs(t, sockmapHands(t, c, load(t, loader.Options{AtOnce: true}), load(t, loader.Options{})))
+	relaytest.RunPairs(t, sockmapHands(t, c, load(t), load(t)))
 	t.Run("sk_msg", func(t *testing.T) { relaytest.RunPairs(t, localHands(t, c)) })
 }
 
@@ -28,17 +28,17 @@ func TestReach(t *testing.T) {
 		return
 	}
 	c := cable.New(t, relaytest.SmallWindow)
-	o := relay.Options{Datapaths: []relay.Datapath{load(t, loader.Options{AtOnce: true})}}
+	o := relay.Options{Datapaths: []relay.Datapath{atOnce{load(t)}}}
 	relaytest.RunReach(t, relaytest.Loopback{Cable: c, Options: o}.Path(t), c.Plug)
 }
 
-func sockmapHands(t *testing.T, c relaytest.Cable, atOnce, usual *loader.Loader) []relaytest.Hands {
+func sockmapHands(t *testing.T, c relaytest.Cable, inAtOnce, usual *loader.Loader) []relaytest.Hands {
 	path := func(o relay.Options) relaytest.Path {
 		return relaytest.Loopback{Cable: c, Down: "tcp6", Options: o}.Path(t)
 	}
-	inside := path(relay.Options{Datapaths: []relay.Datapath{atOnce}})
+	inside := path(relay.Options{Datapaths: []relay.Datapath{atOnce{inAtOnce}}})
 	outside := path(relay.Options{Datapaths: []relay.Datapath{usual}})
-	uncabled := relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{atOnce}}}.Path(t)
+	uncabled := relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{atOnce{inAtOnce}}}}.Path(t)
 	var offered, taken atomic.Int32
 	t.Cleanup(func() {
 		if offered.Load() > 0 && taken.Load() == 0 {
@@ -60,8 +60,8 @@ func sockmapHands(t *testing.T, c relaytest.Cable, atOnce, usual *loader.Loader)
 			}},
 		{Name: "out of the sockmap", Path: uncabled, Alone: true, Fast: true,
 			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
-				before := atOnce.Stats().Bulk
-				return exchange(t, f, 4<<20, func() bool { return atOnce.Stats().Bulk >= before+2 })
+				before := inAtOnce.Stats().Bulk
+				return exchange(t, f, 4<<20, func() bool { return inAtOnce.Stats().Bulk >= before+2 })
 			}},
 		{Name: "from a loop into the sockmap", Most: 4, Path: path(relay.Options{WhenTalking: []relay.Sockets{usual}}),
 			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
@@ -81,6 +81,9 @@ func sockmapHands(t *testing.T, c relaytest.Cable, atOnce, usual *loader.Loader)
 			}},
 	}
 }
+
+// atOnce has a datapath take flows as they begin, not when they are ping-pong or quiet.
+type atOnce struct{ relay.Datapath }
 
 func localHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 	l, local := loadLocal(t, "pairs")

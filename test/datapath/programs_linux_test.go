@@ -3,7 +3,6 @@ package datapath
 import (
 	"testing"
 
-	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/test/cable"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -16,9 +15,9 @@ func TestPrograms(t *testing.T) {
 	}
 	veth, lossy := cable.New(t, relaytest.SmallWindow), cable.New(t, relaytest.SmallWindow)
 	lossy.Lose(t, 0.01)
-	atOnce, usual := load(t, loader.Options{AtOnce: true}), load(t, loader.Options{})
-	hands := append(sockmapHands(t, veth, atOnce, usual), localHands(t, veth)...)
-	for _, h := range sockmapHands(t, lossy, atOnce, usual) {
+	inAtOnce, usual := load(t), load(t)
+	hands := append(sockmapHands(t, veth, inAtOnce, usual), localHands(t, veth)...)
+	for _, h := range sockmapHands(t, lossy, inAtOnce, usual) {
 		if !h.Alone && h.Most == 0 { // which is over loopback, or takes too long to talk
 			h.Name, h.Path = h.Name+", where packets are lost", relaytest.Lossy(h.Path)
 			hands = append(hands, h)

@@ -25,7 +25,7 @@ type Datapath interface {
 	// part.
 	//
 	// A nil error: the datapath owns both conns and calls exactly one of f.Ended and f.Returned, once,
-	// from any goroutine (possibly before Splice has returned). No datapath calls f.Returned so far. It keeps the promises of [Relay]:
+	// from any goroutine (possibly before Splice has returned). It keeps the promises of [Relay]:
 	// half-close in both orders, a reset passed on as a reset, f.Buffer, f.Idle, and ctx: when ctx
 	// is canceled it resets both sides and ends the flow promptly. It may dup the descriptors and
 	// close the conns at once, to free them from Go's poller.
@@ -38,7 +38,8 @@ type Datapath interface {
 	Splice(ctx context.Context, down, up *net.TCPConn, f Flow) (count func() (up, down int64), err error)
 }
 
-// Sockets is a [Datapath] that can take bare sockets.
+// Sockets is a [Datapath] that takes flows while they are ping-pong or quiet, gives them back when they are busy, and
+// may have each again. talk.go is where that is decided.
 type Sockets interface {
 	Datapath
 
@@ -46,9 +47,14 @@ type Sockets interface {
 	// datapath owns them.
 	SpliceSockets(ctx context.Context, down, up int, f Flow) (count func() (up, down int64), err error)
 
-	// Room is how many flows more it should have that talk, so that it moves their messages sooner than a
-	// process would. Cheap.
-	Room() int
+	// Record shows a flow that prefers this datapath in the datapath's tables, from its begin to forget, whoever
+	// moves its bytes. count is cheap and gives what has moved; it is called while the relay has the flow. An error is
+	// a refusal, as Splice's is: the flow stays with the relay then. forget may be called when the datapath has been
+	// closed.
+	Record(down, up int, f Flow, count func() (up, down int64)) (forget func(), err error)
+
+	// Busy is how many of its flows moved something lately. Cheap. ok is false where it takes no flow at all.
+	Busy() (flows int, ok bool)
 }
 
 // Health is what a [Datapath] has besides if it can say how it is, to be shown in `tailsplice status` and the
@@ -78,8 +84,9 @@ type Flow = struct {
 	// flow may live up to 1/4 longer.
 	Idle time.Duration
 
-	// Talks: small messages go back and forth, right now.
-	Talks bool
+	// Busy is in bytes per second. A flow one of whose directions moves as much for a while is given back, if
+	// the datapath can; 0 = never.
+	Busy int64
 
 	// Ended reports that the flow is over and that both sockets are closed. end is the text of an
 	// [End]: "eof", "downstream_reset", "upstream_reset", "idle", "canceled" or "error"; err says
@@ -87,9 +94,10 @@ type Flow = struct {
 	// It does not block.
 	Ended func(up, down int64, end string, err error)
 
-	// Returned gives the flow back, to go on in userspace: the sockets are out of every map, each
-	// byte that was taken from one was given to the other's TCP, and no direction has ended
-	// (a FIN may wait in a receive queue, unread). The conns may be other ones than those that Splice was
-	// given (a dup by [net.FileConn]); the relay owns them from here on. It does not block.
-	Returned func(downConn, upConn *net.TCPConn, up, down int64, reason error)
+	// Returned gives the flow back, to go on in userspace: the sockets are out of every map, no direction has
+	// ended (a FIN may wait in a receive queue, unread), and each byte that was taken from one socket was given
+	// to the other's TCP, but for downRest and upRest, which were read from downstream and upstream last, are
+	// within Buffer, and are not in upBytes and downBytes. The descriptors are non-blocking and in nobody's
+	// poller; the relay owns them from here on. It does not block.
+	Returned func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, reason error)
 }

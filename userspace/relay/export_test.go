@@ -2,6 +2,8 @@ package relay
 
 import "time"
 
+const TalkPerCPU = talkPerCPU
+
 // WithParkAfter gives o with another time than two seconds.
 func WithParkAfter(o Options, d time.Duration) Options {
 	o.parkAfter = d

@@ -74,20 +74,24 @@ type flow struct {
 	pumps     int  // that run
 	over      bool // somebody has seen to finish
 	noPark    bool // it does not work
+	noCalm    bool // no loop can have the flow again
 	guessed   bool // end and err are what is likely: whoever reads from the broken side will know
 	cut       bool // nothing is delivered any more
-	settled   bool // no kernel datapath counts any more
 	end       End  // the first reason wins
 	err       error
 	grace     *time.Timer // looks whether the reader of a broken flow goes on
 	delivered int64       // what that reader has acknowledged
 	takenAt   time.Time   // when that was seen first
 
-	talk talk // on a loop
+	preferred *holder // the datapath that has recorded the flow; nil: none
+	talk      talk    // on a loop
 
 	tick  *time.Timer // nil while nobody looks for idleness
 	seen  int64       // bytes moved both ways, when they had last changed
 	since time.Time   // when that was seen
+
+	calmSeen  int64     // bytes moved both ways, at calmSince
+	calmSince time.Time // when pumps were last asked whether they move much
 }
 
 func newFlow(ctx context.Context, down, up net.Conn, o Options, done func(Result)) *flow {
@@ -232,6 +236,12 @@ func (f *flow) pump(src *side) {
 		// It was told to stop reading. If that was to be parked, and can't be, it goes on.
 		src.conn.SetReadDeadline(time.Time{})
 		if f.park(src) {
+			if f.mayCalmDown() {
+				f.down.state, f.up.state = flowing, flowing
+				f.mu.Unlock()
+				f.calmDown()
+				return
+			}
 			break
 		}
 		f.mu.Unlock()

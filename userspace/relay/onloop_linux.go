@@ -24,8 +24,7 @@ func RunSockets(ctx context.Context, down, up *Socket, o Options, done func(Resu
 	f.relayOn(down, up)
 }
 
-// offerSockets offers the flow to the kernel datapaths, and reports whether one of them, or somebody else,
-// has it.
+// offerSockets offers the flow to the kernel datapaths, and reports whether somebody else goes on with it.
 func (f *flow) offerSockets(down, up *Socket) bool {
 	simple := true
 	for _, d := range f.o.Datapaths {
@@ -39,13 +38,9 @@ func (f *flow) offerSockets(down, up *Socket) bool {
 		go runConns(f.ctx, down, up, o, f.done)
 		return true
 	}
-	for _, s := range []*Socket{down, up} {
-		s.leave()
-	}
 	for _, d := range f.o.Datapaths {
-		count, err := d.(Sockets).SpliceSockets(f.ctx, down.fd, up.fd, f.told(d))
-		if f.offered(d, count, err) {
-			return true
+		if f.prefer(d.(Sockets), down.fd, up.fd) {
+			break
 		}
 	}
 	return false
@@ -73,21 +68,8 @@ func (f *flow) quicken() bool {
 	if !f.down.bare || !f.up.bare || !f.disarm() {
 		return false
 	}
-	downFD, err := tcpsock.Dup(f.down.sock)
-	upFD, upErr := tcpsock.Dup(f.up.sock)
-	var down, up *Socket
-	if err == nil && upErr == nil {
-		if l := pickLoop(); l != nil {
-			down = &Socket{fd: downFD, loop: l}
-			up = NewSocket(upFD, down)
-		}
-	}
+	down, up := f.socketsOnLoop()
 	if up == nil {
-		for _, fd := range []int{downFD, upFD} {
-			if fd >= 0 {
-				unix.Close(fd)
-			}
-		}
 		f.arm()
 		return false
 	}
@@ -100,12 +82,30 @@ func (f *flow) quicken() bool {
 	return true
 }
 
+// socketsOnLoop makes new descriptors of both sockets, for a loop; nil if there can be none.
+func (f *flow) socketsOnLoop() (down, up *Socket) {
+	downFD, err := tcpsock.Dup(f.down.sock)
+	upFD, upErr := tcpsock.Dup(f.up.sock)
+	if err == nil && upErr == nil {
+		if l := pickLoop(); l != nil {
+			down = &Socket{fd: downFD, loop: l}
+			return down, NewSocket(upFD, down)
+		}
+	}
+	for _, fd := range []int{downFD, upFD} {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+	return nil, nil
+}
+
 // relayOn begins f on the loop of its sockets.
 func (f *flow) relayOn(down, up *Socket) {
 	l := down.loop
 	l.mu.Lock()
-	f.down = side{flow: f, socket: down}
-	f.up = side{flow: f, socket: up}
+	f.down = side{flow: f, socket: down, rest: f.down.rest}
+	f.up = side{flow: f, socket: up, rest: f.up.rest}
 	down.side, up.side = &f.down, &f.up
 	f.armOn(l)
 	then := l.begin(f)
@@ -127,6 +127,10 @@ func (l *loop) begin(f *flow) (then func()) {
 	} else if err != nil {
 		return l.leave(f, func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
 	}
+	if len(f.down.rest)+len(f.up.rest) > 0 {
+		return l.leave(f, f.resume) // pumps write what is left of an earlier stay
+	}
+	calm.add(f, l)
 	for _, s := range f.sides() {
 		if s.socket.more {
 			s.socket.more = false
@@ -199,47 +203,13 @@ func (l *loop) pass(s *side, toEnd bool) (then func()) {
 		if n < len(buf) {
 			if full = 0; !toEnd {
 				if f.o.WhenTalking != nil && dst.state != ended {
-					if talking := f.talk.says(s, n); talking > 0 {
-						return l.offerTalk(f, talking)
-					}
+					return l.offerTalk(f, s, n)
 				}
 				return nil
 			}
 		} else if full++; full >= fullReads {
 			return l.leave(f, f.resume)
 		}
-	}
-}
-
-// offerTalk takes f off the loop and offers it to who has room for all that talk, if anybody has. It is
-// called with l.mu held.
-func (l *loop) offerTalk(f *flow, talking int) (then func()) {
-	var taker Sockets
-	for _, d := range f.o.WhenTalking {
-		if d.Room() >= talking {
-			taker = d
-			break
-		}
-	}
-	if taker == nil {
-		return nil
-	}
-	down, up := f.down.socket, f.up.socket
-	for _, s := range f.sides() {
-		l.remove(s.socket)
-		s.socket = nil // a ctx that ends meanwhile is seen by who has the flow then
-	}
-	return func() {
-		f.disarm()
-		o := f.told(taker)
-		o.Talks = true
-		count, err := taker.SpliceSockets(f.ctx, down.fd, up.fd, o)
-		if f.offered(taker, count, err) {
-			talkers.gone()
-			return
-		}
-		f.talk.turns = -talkAgain
-		f.relayOn(down, up)
 	}
 }
 
@@ -263,6 +233,7 @@ func (l *loop) eof(s *side) (then func()) {
 
 // end is the proper end of f. It is called with l.mu held.
 func (l *loop) end(f *flow) (then func()) {
+	calm.remove(f)
 	for _, s := range f.sides() {
 		l.forget(s.socket)
 		unix.Close(s.socket.fd)
@@ -278,6 +249,7 @@ func (l *loop) end(f *flow) (then func()) {
 // leave gives f to Go's poller, where then, which has a goroutine of its own, goes on with it. It is called
 // with l.mu held.
 func (l *loop) leave(f *flow, then func()) func() {
+	calm.remove(f)
 	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
 	for _, s := range f.sides() {
 		l.remove(s.socket)

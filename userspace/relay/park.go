@@ -61,7 +61,7 @@ func (f *flow) look() {
 		return
 	}
 	defer f.mu.Unlock()
-	if f.canPark() && f.end == "" && quiet >= f.parkAfter() {
+	if f.canPark() && f.end == "" && (quiet >= f.parkAfter() || f.movesLittle(up+down, now)) {
 		// A pump returns by this as soon as it has nothing to read and nothing left to write.
 		f.down.conn.SetReadDeadline(past)
 		f.up.conn.SetReadDeadline(past)
@@ -98,6 +98,25 @@ func (f *flow) parkable() bool { return haveWatches && f.down.bare && f.up.bare 
 
 // canPark is called with f.mu held.
 func (f *flow) canPark() bool { return f.parkable() && !f.noPark }
+
+// movesLittle reports, every parkAfter, whether a flow that a datapath may have has moved so little since the last time
+// that it is no work for pumps. It is called with f.mu held.
+func (f *flow) movesLittle(moved int64, now time.Time) bool {
+	if len(f.o.WhenTalking) == 0 || f.noCalm || now.Sub(f.calmSince) < f.parkAfter() {
+		return false
+	}
+	known, most := !f.calmSince.IsZero(), int64(calmBytes*now.Sub(f.calmSince).Seconds()/calmWithin.Seconds())
+	little := known && moved-f.calmSeen <= most
+	f.calmSeen, f.calmSince = moved, now
+	return little
+}
+
+// mayCalmDown reports whether the flow, both of whose sides are parked, is to go back to a loop, where a datapath may
+// have it again. It is called with f.mu held, by a pump.
+func (f *flow) mayCalmDown() bool {
+	return len(f.o.WhenTalking) > 0 && !f.noCalm && f.pumps == 1 && f.end == "" &&
+		f.down.state == parked && f.up.state == parked
+}
 
 // park leaves src, whose pump is about to return, to watches, if it can. It is called with f.mu held.
 func (f *flow) park(src *side) bool {

@@ -3,6 +3,7 @@
 package relay
 
 import (
+	"errors"
 	"net"
 	"sync/atomic"
 	"time"
@@ -34,6 +35,12 @@ type (
 )
 
 func (f *flow) quicken() bool { return false }
+func (f *flow) calmDown()     {}
+
+// takeBack ends the flow: there is no datapath here that could give one back.
+func (f *flow) takeBack(_, _ int, _, _ []byte) {
+	f.done(Result{End: EndError, Err: errors.New("a flow was given back"), Datapath: userspace})
+}
 
 // SaveMemory is for Linux.
 func SaveMemory(bool) {}

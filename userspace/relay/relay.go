@@ -5,11 +5,12 @@
 // relaytest holds the table of cases that all of them pass.
 //
 // On Linux, between TCP and unix sockets, a flow begins on a loop, one goroutine with an epoll for many
-// flows, where small messages are one read and one write. One that talks may be given to the kernel from
-// there (Options.WhenTalking). A flow with more to move, or one that breaks, leaves it for two pumps, for
-// good: there bulk goes through a pipe with splice(2). A direction that waits for bytes holds neither a
-// buffer nor a pipe, and pumps that have been quiet for a while have no goroutine either: one epoll for all
-// of them waits.
+// flows, where small messages are one read and one write. One that is ping-pong or quiet may be handed off to
+// the kernel from there (talk.go decides), and comes back there when it is busy. A flow with more to move, or
+// one that breaks, leaves the loop for two pumps: there bulk goes through a pipe with splice(2). A direction
+// that waits for bytes holds neither a buffer nor a pipe, and pumps that have been quiet for a while have no
+// goroutine either: one epoll for all of them waits. A flow that a kernel datapath may have goes back to a
+// loop when its pumps have little to do.
 package relay
 
 import (
@@ -46,7 +47,8 @@ type Options struct {
 	ID, Route string
 
 	// Datapaths are offered the flow, in this order, once Preface and Head are written. The first that
-	// takes it has it. Only flows between two TCP sockets are offered.
+	// takes it has it; one that is [Sockets] records it, and has it while it is ping-pong or quiet. Only flows
+	// between two TCP sockets are offered.
 	Datapaths []Datapath
 
 	// WhenTalking are offered the flow, in this order, when it is found to talk: small messages go back and

@@ -108,27 +108,26 @@ func (refuser) Splice(context.Context, *net.TCPConn, *net.TCPConn,
 	return nil, errRefused
 }
 
-// returner moves one round of what there is and gives the flow back, as other conns.
+// returner gives the flow back, as other descriptors of its sockets.
 type returner struct{}
 
 func (returner) Name() string { return "returner" }
 
 func (returner) Splice(ctx context.Context, down, up *net.TCPConn,
 	f relay.Flow) (func() (int64, int64), error) {
-	dup := func(c *net.TCPConn) *net.TCPConn {
-		file, err := c.File()
+	dup := func(c *net.TCPConn) (fd int) {
+		raw, err := c.SyscallConn()
 		if err != nil {
 			panic(err)
 		}
-		defer file.Close()
-		d, err := net.FileConn(file)
+		raw.Control(func(own uintptr) { fd, err = syscall.Dup(int(own)) })
 		if err != nil {
 			panic(err)
 		}
 		c.Close()
-		return d.(*net.TCPConn)
+		return fd
 	}
-	f.Returned(dup(down), dup(up), f.Up, f.Down, errRefused)
+	f.Returned(dup(down), dup(up), nil, nil, f.Up, f.Down, errRefused)
 	return func() (int64, int64) { return -1, -1 }, nil
 }
 

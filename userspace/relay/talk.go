@@ -1,18 +1,43 @@
 package relay
 
 import (
+	"runtime"
 	"sync"
 	"time"
 )
 
-// A flow talks when its sides send small messages in turn, quickly: then each is waited for, and the kernel
-// passes it on sooner than a process that has to be woken. Larger ones it sends in pieces.
+// Which flows a kernel datapath has, of those that it may have.
+//
+// A flow is ping-pong when its sides send small messages in turn, quickly: then each is waited for, and the kernel
+// passes it on sooner than a process that has to be woken. Larger ones it sends in pieces. With too many such flows
+// they wait for each other: see docs/datapaths.md.
+//
+// A flow that prefers the datapath, since the configuration names it, goes there earlier: also for larger messages, with
+// long pauses between them, with any number of others, and when it is quiet, since the kernel moves bytes that come now
+// and then for less. One that moves much at a time stays, or comes back: splice(2) costs less for each byte.
 const (
 	talkBytes  = 2 << 10                // a message has so many at most
 	talkTurns  = 32                     // so many in a row
 	talkWithin = 100 * time.Millisecond // come within this; else the way between takes far longer than we do
 	talkAgain  = 2048                   // turns until a flow that was refused is offered again
+	talkPerCPU = 4                      // flows that talk, and are in the kernel, for each processor
+
+	preferredBytes = 64 << 10 // talkBytes of a flow that prefers the datapath
+	preferredTurns = 8        // and its talkTurns, however long they take
+
+	calmBytes  = 1 << 20     // a flow that moves so many at most
+	calmWithin = time.Second // in this time is quiet, and no work for pumps
+	busyBytes  = 4 << 20     // a direction that moves so many in a second is busy, and goes back
 )
+
+// room is how many flows more d should have that talk.
+func room(d Sockets) int {
+	busy, ok := d.Busy()
+	if !ok {
+		return 0
+	}
+	return talkPerCPU*runtime.NumCPU() - busy
+}
 
 // talk is what is known of that. The loop's mutex guards it, but for within.
 type talk struct {
@@ -75,6 +100,18 @@ func (c *talkerCount) count(t *talk, at time.Time) int {
 		return 0
 	}
 	return c.last
+}
+
+// prefers is says for a flow that prefers the datapath.
+func (t *talk) prefers(s *side, n int) bool {
+	switch {
+	case n > preferredBytes:
+		t.turns = min(t.turns, 0)
+	case t.turn != s:
+		t.turn = s
+		t.turns++
+	}
+	return t.turns >= preferredTurns
 }
 
 // gone is told that a flow that was counted talks elsewhere.

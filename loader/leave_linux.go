@@ -1,6 +1,8 @@
 package loader
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -11,13 +13,15 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
-// A flow with a half that stays busy leaves the sockmap and goes on by splice(2), which costs less for each byte, until it may come in again: see
-// outside_linux.go. See bpf/splice.bpf.c for why no byte is lost on the way. Each half leaves by itself. When both
-// have left, the sockets leave the map of peers, too: the kernel wakes a worker for each socket in there whenever it takes bytes again.
+// A flow with a direction that is busier than it was told to bear goes back to userspace/relay: splice(2) costs less
+// for each byte. Each half leaves the sockmap by itself; see bpf/splice.bpf.c for why no byte is lost on the way. When
+// both have left, and the peers have all that was redirected, the flow is given back. In between, and when a
+// direction has ended, what comes for a half that has left is copied.
 const (
-	bulkWithin = time.Second           // leave: 4 MiB (BULK_SHIFT) came in less, twice in a row
 	leavePause = 2 * time.Millisecond  // at least, between two walks
 	leaveCost  = 10                    // so many times what they take, in the long run
 	leaveBurst = 50 * time.Millisecond // what they may take at once
@@ -25,21 +29,20 @@ const (
 	handSlack  = 64 << 10              // bytes that may come between the look at how many there are and the read
 )
 
-// bulk is what a half has for it. Only for who is running, but where it says otherwise.
-type bulk struct {
-	left   atomic.Bool // out of the sockmap: copying, by splice(2)
-	behind bool        // and nothing that was redirected waits for the peer; under the flow's outsideMu
-	pipe   *pipe       // nil: no bytes of ours are in one
-	inPipe int
-	unable bool // one of the sockets can't splice
-	inHand bool // rest is what was read to leave
+// errBusy is why a flow is given back.
+var errBusy = errors.New("it is busy: splice(2) moves its bytes for less")
 
-	told uint64 // what consumed was when talk was told of it
+// leaving is what a half has for it.
+type leaving struct {
+	left   atomic.Bool // out of the sockmap; it is copying then
+	ready  atomic.Bool // and the peer has all that was redirected
+	inHand bool        // rest is what was read to leave; only for who is running
 
 	asked bool                  // the leaver's, under its lock
 	offer atomic.Pointer[offer] // it may leave now
 
-	last int64 // the ring's: when EVENT_BULK came, nanoseconds
+	last   time.Time // the ring's: when EVENT_BULK came
+	lastAt uint64    // and how many bytes had been handled then
 }
 
 // leaver takes halves out of the sockmap that ask for it.
@@ -93,20 +96,29 @@ func (v *leaver) close() error {
 
 // isBulk is told of EVENT_BULK, by one goroutine.
 func (h *half) isBulk(now time.Time) {
-	l, last := h.f.l, h.bulk.last
-	h.bulk.last = now.UnixNano()
-	if l.leaver != nil && l.rules.bulk && h.f.process == nil && h.bulk.last-last <= int64(bulkWithin) {
-		l.leaver.ask(h.f)
+	f := h.f
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.closed {
+		return
 	}
+	n, took := h.handled(), now.Sub(h.last)
+	if f.busy > 0 && float64(n-h.lastAt) >= float64(f.busy)*took.Seconds() {
+		f.l.leaver.ask(f)
+	}
+	h.last, h.lastAt = now, n
 }
 
-// ask makes both halves leave soon.
+// ask makes both halves leave soon, if the flow can be given back then. Called with the flow's mu held.
 func (v *leaver) ask(f *flow) {
+	if v == nil || f.returned == nil || f.process != nil || f.halves[0].hasFIN() || f.halves[1].hasFIN() {
+		return
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for i := range f.halves {
-		if h := &f.halves[i]; !h.bulk.asked && !h.copying.Load() && !h.done.Load() {
-			h.bulk.asked = true
+		if h := &f.halves[i]; !h.asked && !h.copying.Load() {
+			h.asked = true
 			v.asked = append(v.asked, h)
 		}
 	}
@@ -150,11 +162,13 @@ func (v *leaver) walk() (took time.Duration, err error) {
 		h.setLeaving(spliceLeavingLEAVING)
 	}
 	defer func() {
+		for _, h := range asked {
+			h.setLeaving(spliceLeavingSTAYS)
+		}
 		v.mu.Lock()
 		defer v.mu.Unlock()
 		for _, h := range asked {
-			h.setLeaving(spliceLeavingSTAYS)
-			h.bulk.asked = false
+			h.asked = false
 		}
 	}()
 	r, err := v.iter.Open()
@@ -195,14 +209,14 @@ func (v *leaver) next(r io.Reader, call spliceLeaveCall) (at uint32, err error) 
 
 // offered waits until the half has taken the offer, if it does at all.
 func (h *half) offered(o *offer) {
-	h.bulk.offer.Store(o)
+	h.offer.Store(o)
 	h.wake(0)
 	select {
 	case <-o.taken:
 		return
 	case <-time.After(leaveOffer):
 	}
-	h.bulk.offer.Store(nil)
+	h.offer.Store(nil)
 	o.mu.Lock()
 	o.over = true
 	o.mu.Unlock()
@@ -236,7 +250,7 @@ func (h *half) leave(o *offer) error {
 			return err
 		}
 	}
-	h.bulk.offer.Store(nil)
+	h.offer.Store(nil)
 	defer close(o.taken)
 	defer h.source().kick()
 	v := h.f.l.leaver
@@ -244,9 +258,8 @@ func (h *half) leave(o *offer) error {
 		return nil // the walk finds it, too
 	}
 	if spliceLeaving(m.Leaving) == spliceLeavingHAS_LEFT {
-		h.bulk.left.Store(true)
+		h.left.Store(true)
 		h.copying.Store(true)
-		h.f.talk.turns.Store(talkNot)
 		h.f.l.counts.bulk.Add(1)
 	}
 	return nil
@@ -254,10 +267,10 @@ func (h *half) leave(o *offer) error {
 
 // takeInHand reads up to n bytes, behind those that are to be written already. err: the source is broken.
 func (h *half) takeInHand(n int) error {
-	if h.bulk.inHand {
+	if h.inHand {
 		return nil
 	}
-	h.bulk.inHand = true
+	h.inHand = true
 	h.shared().InHand = uint16((n + 4095) >> 12)
 	b := make([]byte, len(h.rest)+n)
 	m, err := h.source().read(b[copy(b, h.rest):])
@@ -274,8 +287,8 @@ func (h *half) takeInHand(n int) error {
 
 // openHand is for when rest has been written, or never will be.
 func (h *half) openHand() {
-	if h.bulk.inHand {
-		h.bulk.inHand, h.shared().InHand = false, 0
+	if h.inHand {
+		h.inHand, h.shared().InHand = false, 0
 	}
 }
 
@@ -289,42 +302,58 @@ func (h *half) setLeaving(to spliceLeaving) {
 	}
 }
 
-// splice moves bytes from the source to the peer, one pipe full at most. n == 0: read instead, or wait if isAgain(err).
-func (h *half) splice() (n int, err error) {
-	b := &h.bulk
-	if b.unable {
-		return 0, nil
+// takeOffer leaves if that was offered. err: the source is broken.
+func (h *half) takeOffer() error {
+	o := h.offer.Load()
+	if o == nil || h.copying.Load() || h.eof || h.f.broken.Load() != nil {
+		return nil
 	}
-	if b.pipe == nil {
-		if b.pipe = getPipe(); b.pipe == nil {
-			return 0, nil
-		}
-	}
-	most := b.pipe.size
-	if limit := int(h.shared().Limit); limit > 0 {
-		most = min(most, limit)
-	}
-	n, err = b.pipe.fill(h.source(), most)
-	switch {
-	case n > 0:
-		b.inPipe = n
-		return n, nil
-	case isAgain(err):
-		// An urgent byte stops splice(2) for good, and read(2) not.
-		if at, err := unix.IoctlGetInt(int(h.source()), unix.SIOCATMARK); err == nil && at != 0 {
-			return 0, nil
-		}
-		return 0, err
-	case err != nil:
-		b.unable = true // read says what is wrong
-	}
-	return 0, nil
+	return h.leave(o)
 }
 
-// releasePipe gives the pipe back, or away if bytes are in it.
-func (h *half) releasePipe() {
-	if b := &h.bulk; b.pipe != nil {
-		b.pipe.release(b.inPipe)
-		b.pipe, b.inPipe = nil, 0
+// readyToReturn is asked by a half that has left and holds nothing, with all written that was redirected. It is true
+// for the half that is the last to be so.
+func (h *half) readyToReturn() bool {
+	if h.ready.Load() || load64(&h.shared().Redirected) != h.settled && !h.redirectedIsWritten() {
+		return false
 	}
+	h.ready.Store(true)
+	return h.f.halves[1-h.i].ready.Load()
 }
+
+// giveBack gives the flow back, if both its streams go on. What a half has read and not written goes with it.
+func (f *flow) giveBack() {
+	f.mu.Lock()
+	if f.closed || f.broken.Load() != nil || f.halves[0].hasEnded() || f.halves[1].hasEnded() ||
+		!f.over.CompareAndSwap(false, true) {
+		f.mu.Unlock()
+		return
+	}
+	if stop := f.stop.Load(); stop != nil {
+		(*stop)()
+	}
+	f.l.live[f.slot].Store(nil)
+	var rest [2][]byte
+	for i, s := range f.sockets {
+		h := &f.halves[i]
+		rest[i], h.rest = bytes.Clone(h.rest), nil
+		f.watcher().remove(s)
+	}
+	f.withdraw()
+	for _, s := range f.sockets {
+		_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_OOBINLINE, 0) // setOptions turned it on
+	}
+	f.close()
+	f.mu.Unlock()
+	f.l.alive.Done()
+	up, down := f.count()
+	f.returned(int(f.sockets[0]), int(f.sockets[1]), rest[0], rest[1], up, down, errBusy)
+}
+
+// hasFIN: the source's stream has ended, or its end was passed on. Called with the flow's mu held.
+func (h *half) hasFIN() bool {
+	return h.done.Load() || !tcpsock.IsEstablished(int(h.source()))
+}
+
+// hasEnded: the end of the half's stream was read, or passed on.
+func (h *half) hasEnded() bool { return h.eof || h.done.Load() }

@@ -1,0 +1,202 @@
+package loader
+
+import (
+	"sync"
+)
+
+// ledger is of flows that userspace/relay prefers to have in the sockmap. They are in the flows map for as long as they
+// live, also while the relay moves their bytes.
+type ledger struct {
+	l  *Loader
+	mu sync.Mutex
+	by map[uint64]*record // by downstream's cookie
+}
+
+// record is one of them. A nil record is that of a flow which is in the flows map while it is spliced, and no longer.
+type record struct {
+	l      *ledger
+	cookie uint64
+	count  func() (up, down int64)
+
+	mu    sync.Mutex
+	entry spliceFlow // in the flows map, while userspace has the flow
+	flow  *flow      // is spliced here; nil: userspace has it
+	gone  bool
+}
+
+func (g *ledger) init(l *Loader) { g.l, g.by = l, make(map[uint64]*record) }
+
+// Record shows a flow in the flows map that userspace moves, and that may be given to SpliceSockets, and given back, again
+// and again. count gives what has moved so far, while userspace has the flow. forget ends it.
+func (l *Loader) Record(down, up int, o Flow, count func() (up, down int64)) (forget func(), err error) {
+	r, err := l.ledger.add([2]socket{socket(down), socket(up)}, o, count)
+	if err != nil {
+		l.counts.refusal(l, err)
+		return nil, err
+	}
+	l.counts.begun()
+	return r.forget, nil
+}
+
+func (g *ledger) add(s [2]socket, o Flow, count func() (up, down int64)) (*record, error) {
+	if g.l.counts.isOff() {
+		return nil, refusedOff
+	}
+	if s[0].isMultipath() || s[1].isMultipath() {
+		return nil, refusedMultipath
+	}
+	r := &record{l: g, count: count}
+	upstream, err := s[1].cookie()
+	if err != nil {
+		return nil, refusedSocket
+	}
+	if r.cookie, err = s[0].cookie(); err != nil {
+		return nil, refusedSocket
+	}
+	r.entry = describe(s, upstream, o)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.l.mu.Lock()
+	closed := g.l.closed
+	g.l.mu.Unlock()
+	switch {
+	case closed:
+		return nil, refusedOff
+	case len(g.by) >= len(g.l.live):
+		return nil, refusedFull
+	case g.l.objects.Flows.Put(r.cookie, r.entry) != nil:
+		return nil, refusedMaps
+	}
+	g.by[r.cookie] = r
+	return r, nil
+}
+
+func (g *ledger) find(cookie uint64) *record {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.by[cookie]
+}
+
+func (g *ledger) all() []*record {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	all := make([]*record, 0, len(g.by))
+	for _, r := range g.by {
+		all = append(all, r)
+	}
+	return all
+}
+
+// close is for when no more records are made.
+func (g *ledger) close() {
+	for _, r := range g.all() {
+		r.forget()
+	}
+}
+
+// publish writes what userspace has moved.
+func (g *ledger) publish() {
+	for _, r := range g.all() {
+		r.mu.Lock()
+		if r.flow == nil && !r.gone && r.refresh() {
+			_ = g.l.objects.Flows.Put(r.cookie, r.entry)
+		}
+		r.mu.Unlock()
+	}
+}
+
+// refresh is called with mu held while userspace has the flow. changed: something has moved.
+func (r *record) refresh() (changed bool) {
+	up, down := r.count()
+	t := &r.entry
+	if int64(t.Up.Bytes) == up && int64(t.Down.Bytes) == down {
+		return false
+	}
+	t.Up.Bytes, t.Down.Bytes = uint64(up), uint64(down)
+	t.Up.Passed = t.Up.Bytes - t.Up.Before - t.Up.Redirected
+	t.Down.Passed = t.Down.Bytes - t.Down.Before - t.Down.Redirected
+	return true
+}
+
+// direction gives what has been redirected and copied one way since the flow was recorded, of total bytes.
+func (r *record) direction(i uint32, total int64) (redirected, copied, trimmed uint64) {
+	if r == nil {
+		return 0, 0, 0
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	d := &r.entry.Up
+	if i == 1 {
+		d = &r.entry.Down
+	}
+	return d.Redirected, uint64(total) - d.Before - d.Redirected, d.Trimmed
+}
+
+// enter puts f into the flows map, with the record's history if there is one.
+func (r *record) enter(f *flow, o Flow) error {
+	if r == nil {
+		t := describe(f.sockets, f.cookies[1], o)
+		t.Slot = f.slot
+		return f.l.objects.Flows.Put(f.cookies[0], t)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.gone {
+		return refusedState
+	}
+	r.flow = f
+	t := r.entry
+	t.Slot, t.State = f.slot, spliceFlowStateFLOW_SPLICED
+	f.fill(&t)
+	return f.l.objects.Flows.Put(f.cookies[0], t)
+}
+
+// leave is called when f is spliced no longer, or was not: the record keeps what was counted. f's mu is held for
+// writing, or nobody else knows f.
+func (r *record) leave(f *flow) {
+	if r == nil {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.flow = nil
+	f.fill(&r.entry)
+	if !r.gone {
+		_ = f.l.objects.Flows.Put(r.cookie, r.entry)
+	}
+}
+
+// forget takes the flow out of the flows map. Once it has, it does nothing.
+func (r *record) forget() {
+	if r == nil {
+		return
+	}
+	r.mu.Lock()
+	was := r.gone
+	if r.gone = true; !was {
+		_ = r.l.l.objects.Flows.Delete(r.cookie)
+	}
+	r.mu.Unlock()
+	if was {
+		return
+	}
+	r.l.mu.Lock()
+	delete(r.l.by, r.cookie)
+	r.l.mu.Unlock()
+	r.l.l.counts.live.Add(-1)
+}
+
+// info is what there is to say about a flow that userspace has.
+func (r *record) info() (Info, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.gone || r.flow != nil {
+		return Info{}, false
+	}
+	r.refresh()
+	i := describeInfo(&r.entry)
+	i.DownstreamCookie = r.cookie
+	i.Up, i.Down = int64(r.entry.Up.Bytes), int64(r.entry.Down.Bytes)
+	i.UpCopied, i.DownCopied = int64(r.entry.Up.Passed), int64(r.entry.Down.Passed)
+	return i, true
+}

@@ -1,0 +1,168 @@
+package relay
+
+import (
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// offerTalk hands f off if a message of s makes it ping-pong, and a datapath has room for all that are. It is called
+// with l.mu held.
+func (l *loop) offerTalk(f *flow, s *side, n int) (then func()) {
+	if f.preferred != nil {
+		if !f.talk.prefers(s, n) {
+			return nil
+		}
+		return l.handOff(f, f.o.WhenTalking[0], func() {})
+	}
+	talking := f.talk.says(s, n)
+	if talking == 0 {
+		return nil
+	}
+	for _, d := range f.o.WhenTalking {
+		if room(d) >= talking {
+			return l.handOff(f, d, talkers.gone)
+		}
+	}
+	return nil
+}
+
+// handOff takes f off the loop and offers it to d. taken is called if d has it then. It is called with l.mu held.
+func (l *loop) handOff(f *flow, d Sockets, taken func()) (then func()) {
+	calm.remove(f)
+	down, up := f.down.socket, f.up.socket
+	for _, s := range f.sides() {
+		l.remove(s.socket)
+		s.socket = nil // a ctx that ends meanwhile is seen by who has the flow then
+	}
+	return func() {
+		f.disarm()
+		h := &handoff{f: f, to: d}
+		count, err := d.SpliceSockets(f.ctx, down.fd, up.fd, h.record())
+		if h.answered(count, err) {
+			taken()
+			return
+		}
+		f.talk.turns = -talkAgain
+		f.relayOn(down, up)
+	}
+}
+
+// takeBack goes on with a flow that a datapath gives back.
+func (f *flow) takeBack(down, up int, downRest, upRest []byte) {
+	f.down.rest, f.up.rest = downRest, upRest
+	if l := pickLoop(); l != nil {
+		s := &Socket{fd: down, loop: l}
+		f.relayOn(s, NewSocket(up, s))
+		return
+	}
+	f.down.init(f, sockConn{os.NewFile(uintptr(down), "socket")})
+	f.up.init(f, sockConn{os.NewFile(uintptr(up), "socket")})
+	go f.resume()
+}
+
+// calmDown gives f, both of whose sides are parked, back to a loop, where a datapath may have it again. It is called
+// by the last pump, which still counts as one.
+func (f *flow) calmDown() {
+	unwatch(&f.down)
+	unwatch(&f.up)
+	var down, up *Socket
+	if f.disarm() {
+		down, up = f.socketsOnLoop()
+	}
+	f.mu.Lock()
+	if up == nil || f.end != "" {
+		f.noCalm = true
+		f.mu.Unlock()
+		for _, s := range []*Socket{down, up} {
+			if s != nil {
+				unix.Close(s.fd)
+			}
+		}
+		f.arm()
+		f.userspace()
+		return
+	}
+	f.over = true
+	f.mu.Unlock()
+	f.down.conn.Close()
+	f.up.conn.Close()
+	f.resumed().relayOn(down, up)
+}
+
+// calm knows the flows on loops that prefer a datapath, and hands off those that are quiet: they may never be ping-pong.
+var calm calmFlows
+
+type calmFlows struct {
+	mu    sync.Mutex
+	flows map[*flow]*calmFlow
+	looks bool // run does, and ends when there are no flows
+}
+
+type calmFlow struct {
+	on    *loop
+	moved int64 // at the last look
+}
+
+// add is called with l.mu held when f is on l.
+func (c *calmFlows) add(f *flow, l *loop) {
+	if f.preferred == nil {
+		return
+	}
+	up, down := f.counters.Load()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.flows == nil {
+		c.flows = make(map[*flow]*calmFlow)
+	}
+	c.flows[f] = &calmFlow{l, up + down}
+	if !c.looks {
+		c.looks = true
+		time.AfterFunc(calmWithin, c.look)
+	}
+}
+
+// remove is called with the mutex of f's loop held when f leaves that.
+func (c *calmFlows) remove(f *flow) {
+	if f.preferred == nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.flows, f)
+}
+
+// look hands off the flows that have moved something since the last look, but little.
+func (c *calmFlows) look() {
+	quiet := make(map[*flow]*loop)
+	c.mu.Lock()
+	for f, at := range c.flows {
+		up, down := f.counters.Load()
+		if moved := up + down - at.moved; moved > 0 && moved <= calmBytes {
+			quiet[f] = at.on
+		}
+		at.moved = up + down
+	}
+	if c.looks = len(c.flows) > 0; c.looks {
+		time.AfterFunc(calmWithin, c.look)
+	}
+	c.mu.Unlock()
+	for f, l := range quiet {
+		l.offerQuiet(f)
+	}
+}
+
+// offerQuiet hands f off, if it is still here and both its streams go on.
+func (l *loop) offerQuiet(f *flow) {
+	l.mu.Lock()
+	var then func()
+	if f.down.socket != nil && f.down.state == flowing && f.up.state == flowing && f.talk.turns >= 0 {
+		then = l.handOff(f, f.o.WhenTalking[0], func() {})
+	}
+	l.mu.Unlock()
+	if then != nil {
+		then()
+	}
+}

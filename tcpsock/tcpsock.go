@@ -5,6 +5,13 @@
 // from the answer, is its callers'.
 //
 // The kernel's side of this is Linux. Elsewhere a question has the answer that changes nothing.
+//
+//	tcpsock.go  the way from a connection to its descriptor
+//	info.go     what TCP_INFO tells
+//	address.go  the addresses of both ends, and the kernel's form of an address
+//	options.go  what the socket of a flow has set
+//	dup.go      another descriptor
+//	reset.go    closing with a reset
 package tcpsock
 
 import (

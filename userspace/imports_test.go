@@ -87,7 +87,7 @@ var heavy = []struct {
 	{"tailscale.com", "the LocalAPI's client brings a hundred packages: ask package tailnet",
 		[]string{"userspace/tailnet", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
 	{"github.com/moby/moby", "only package container talks with Docker",
-		[]string{"userspace/container", "userspace/front", "cmd/tailsplice"}},
+		[]string{"userspace/container", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
 	{"github.com/cilium/ebpf", "everything but the loader works on a kernel without BPF",
 		[]string{"loader", "cmd/tailsplice"}},
 	{"github.com/caddyserver/certmagic", "only package acme orders certificates",

@@ -8,6 +8,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
 // TestJSONFields: the fields that scripts read are those of docs/reference/json.md, which is changed with care.
@@ -17,7 +18,7 @@ func TestJSONFields(t *testing.T) {
 		"status":   reflect.TypeFor[front.Status](),
 		"flows":    reflect.TypeFor[[]flow.Snapshot](),
 		"top":      reflect.TypeFor[flow.Look](),
-		"trace":    reflect.TypeFor[front.Trace](),
+		"trace":    reflect.TypeFor[plan.Trace](),
 		"doctor":   reflect.TypeFor[report](),
 		"init":     reflect.TypeFor[started](),
 		"version":  reflect.TypeFor[built](),

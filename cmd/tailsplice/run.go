@@ -27,6 +27,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/logwriter"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
 // controlConnections is how many connections to the control socket may be open; more wait in the kernel.
@@ -156,7 +157,7 @@ func run(ctx context.Context, o runOptions) error {
 			Flows:  func(query url.Values) (any, error) { return f.Flows(query) },
 			Top:    f.Top,
 			Trace: func(ctx context.Context, query url.Values) (any, error) {
-				q, err := front.ParseQuestion(query)
+				q, err := plan.ParseQuestion(query)
 				if err != nil {
 					return nil, err
 				}

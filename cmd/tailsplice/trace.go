@@ -14,14 +14,14 @@ import (
 	"golang.org/x/term"
 
 	"github.com/tailsplice/tailsplice/loader"
-	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
 func newTrace() *cobra.Command {
 	var control, file string
 	var asJSON, noDial bool
 	var headers []string
-	q := front.Question{}
+	q := plan.Question{}
 	cmd := &cobra.Command{
 		Use:   "trace HOST[/PATH]",
 		Short: "Show where this hop sends a host name, and whether the target answers",
@@ -55,14 +55,14 @@ Otherwise it is 1.`,
 				return &usageError{errors.New("--config and --control exclude each other: use one")}
 			}
 			q.Dial = !noDial
-			var t front.Trace
+			var t plan.Trace
 			people := func(w io.Writer) { printTrace(w, t) }
 			if cmd.Flags().Changed("config") {
 				cfg, err := loadConfig(file)
 				if err != nil {
 					return err
 				}
-				if t, err = front.TraceConfig(cmd.Context(), cfg, q); err != nil {
+				if t, err = plan.TraceConfig(cmd.Context(), cfg, q); err != nil {
 					return err
 				}
 				if asJSON {
@@ -100,7 +100,7 @@ Otherwise it is 1.`,
 }
 
 // readQuestion takes HOST, HOST/PATH or a URL apart.
-func readQuestion(q *front.Question, what string, headers []string) error {
+func readQuestion(q *plan.Question, what string, headers []string) error {
 	full := what
 	if !strings.Contains(full, "://") {
 		full = "//" + full
@@ -115,12 +115,12 @@ func readQuestion(q *front.Question, what string, headers []string) error {
 	}
 	v := q.Values()
 	v["header"] = headers
-	asked, err := front.ParseQuestion(v)
+	asked, err := plan.ParseQuestion(v)
 	q.Header = asked.Header
 	return err
 }
 
-func printTrace(w io.Writer, t front.Trace) {
+func printTrace(w io.Writer, t plan.Trace) {
 	colour := term.IsTerminal(int(os.Stdout.Fd()))
 	fmt.Fprintf(w, "%s: %s %s%s\n", t.Node, t.Method, t.Host, t.Path)
 	for _, l := range t.Listeners {
@@ -133,13 +133,13 @@ func printTrace(w io.Writer, t front.Trace) {
 			route += " (labels of " + l.Source + ")"
 		}
 		switch l.Outcome {
-		case front.TraceNone:
+		case plan.TraceNone:
 			fmt.Fprintf(w, "  %s\n", l.Reason)
-		case front.TraceReject:
+		case plan.TraceReject:
 			fmt.Fprintf(w, "  %s rejects it\n", route)
-		case front.TraceRedirect:
+		case plan.TraceRedirect:
 			fmt.Fprintf(w, "  %s redirects to %s\n", route, l.Redirect)
-		case front.TraceForward:
+		case plan.TraceForward:
 			fmt.Fprintf(w, "  %s takes it\n", route)
 		}
 		for _, a := range l.Asks {
@@ -151,7 +151,7 @@ func printTrace(w io.Writer, t front.Trace) {
 	}
 }
 
-func printTarget(w io.Writer, l front.ListenerTrace, to front.TargetTrace, colour bool) {
+func printTarget(w io.Writer, l plan.ListenerTrace, to plan.TargetTrace, colour bool) {
 	state := loader.StateOK
 	switch {
 	case !to.Tried:

@@ -27,7 +27,7 @@ func (f *Front) admit(l *listener, c newcomer, peer netip.AddrPort) {
 	f.metrics.Accepted.WithLabelValues(l.name).Inc()
 	svc := l.service.Load()
 	src := peer.Addr()
-	if svc.trust != nil {
+	if svc.Trust != nil {
 		// Who it is isn't known yet; a trusted hop carries many clients, so
 		// here it counts in the total only. identify charges the real source.
 		src = netip.Addr{}

@@ -1,64 +1,29 @@
 package front
 
 import (
-	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math"
 	"mime"
-	"net"
 	"net/http"
-	"net/netip"
-	"net/url"
 	"strconv"
 	"unicode/utf8"
 
 	"github.com/tailsplice/tailsplice/userspace/auth"
-	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// visitor is who is at the other end of a connection or a request.
-type visitor struct {
-	client  netip.Addr
-	unknown error // why client is not the client, nil if it is
+func (in *inbound) visitor() plan.Visitor {
+	return plan.Visitor{Client: in.client.Addr(), Unknown: in.unknown}
 }
 
-func (in *inbound) visitor() visitor { return visitor{in.client.Addr(), in.unknown} }
-
-// permit checks v against each of the allow lists that is not nil. The error is
-// a *notAllowedError or a *notIdentifiedError.
-func (f *Front) permit(q *asker, v visitor, lists ...*plan.Peers) error {
-	for _, allow := range lists {
-		if allow == nil {
-			continue
-		}
-		ok, err := false, v.unknown
-		if err == nil {
-			ok, err = allow.Contains(v.client, q.whoIs)
-		}
-		var unidentified *notIdentifiedError
-		switch {
-		case errors.As(err, &unidentified):
-			return err
-		case err != nil:
-			return &notAllowedError{"unknown: " + err.Error()}
-		case !ok:
-			return &notAllowedError{q.describe(v.client)}
-		}
-	}
-	return nil
+func visitorOf(v *vhost.Visit) plan.Visitor {
+	return plan.Visitor{Client: v.Client.Addr(), Unknown: v.Unknown}
 }
-
-type notAllowedError struct{ who string }
-
-func (e *notAllowedError) Error() string { return "allow does not name " + e.who }
 
 // The metric's words for who may not come in, and for whom tailscaled did not name.
 const (
@@ -69,7 +34,7 @@ const (
 // listenerGuard is asked about each request to l, before it is routed.
 func (f *Front) listenerGuard(l *listener) vhost.Guard {
 	return func(_ http.ResponseWriter, v *vhost.Visit) error {
-		err := f.allowRequest(l.name, v, l.service.Load().allow)
+		err := f.allowRequest(l.name, v, l.service.Load().Allow)
 		f.nameVisitor(v) // also of one who is refused, for the access log
 		return err
 	}
@@ -107,7 +72,7 @@ func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *plan.Peers)
 	err := v.Unknown
 	var stranger *strangerError
 	if !errors.As(err, &stranger) && !errors.Is(err, errNoHeader) {
-		err = f.permit(v.Conn.Hops.(*asker), visitor{v.Client.Addr(), v.Unknown}, allow)
+		err = plan.Permit(visitorOf(v), v.Conn.Hops.(*asker), allow)
 	}
 	if err == nil {
 		return nil
@@ -139,34 +104,20 @@ func (f *Front) requestRefused(listener string, v *vhost.Visit, reason string, e
 		"host", v.URI.Host, "path", v.URI.Path, "reason", reason, "err", err)
 }
 
-// compileAccess makes the guard of a route of an http(s) listener, or nil.
-func (f *Front) compileAccess(cfg *config.Config, listener string, r *rule, a *config.Action) (vhost.Guard, error) {
+// guard makes the guard of a rule of an http(s) listener, or nil.
+func (f *Front) guard(listener string, r *plan.Rule) vhost.Guard {
 	var guards []vhost.Guard
-	if r.allow != nil {
-		guards = append(guards, func(_ http.ResponseWriter, v *vhost.Visit) error { return f.allowRequest(listener, v, r.allow) })
+	if r.Allow != nil {
+		guards = append(guards, func(_ http.ResponseWriter, v *vhost.Visit) error { return f.allowRequest(listener, v, r.Allow) })
 	}
-	if b := a.BasicAuth; b != nil {
-		var users *auth.Users
-		var err error
-		if b.File != "" {
-			users, err = auth.OpenUsers(b.File, f.log)
-		} else {
-			users, err = auth.NewUsers(b.Users)
-		}
-		if err != nil {
-			return nil, &config.Error{File: cfg.File, Pos: b.At("file"), Message: "basic_auth: " + err.Error()}
-		}
-		guards = append(guards, f.basicGuard(listener, users))
+	if r.HTTP.Users != nil {
+		guards = append(guards, f.basicGuard(listener, r.HTTP.Users))
 	}
-	if a.ForwardAuth != nil {
-		fw, err := f.newForward(a.ForwardAuth)
-		if err != nil {
-			return nil, &config.Error{File: cfg.File, Pos: a.ForwardAuth.At("address"), Message: "forward_auth: " + err.Error()}
-		}
-		guards = append(guards, f.forwardGuard(listener, a.ForwardAuth.Address, fw))
+	if r.HTTP.Auth != nil {
+		guards = append(guards, f.forwardGuard(listener, r.HTTP.Asked, r.HTTP.Auth))
 	}
 	if len(guards) == 0 {
-		return nil, nil
+		return nil
 	}
 	return func(w http.ResponseWriter, v *vhost.Visit) error {
 		for _, g := range guards {
@@ -175,7 +126,7 @@ func (f *Front) compileAccess(cfg *config.Config, listener string, r *rule, a *c
 			}
 		}
 		return nil
-	}, nil
+	}
 }
 
 // basicGuard asks for a user and a password. The upstream gets the name, and
@@ -186,7 +137,7 @@ func (f *Front) basicGuard(listener string, users *auth.Users) vhost.Guard {
 		right := false
 		if sent {
 			var err error
-			if right, err = users.Check(v.Request.Context(), limit.PrefixOf(visitor{v.Client.Addr(), v.Unknown}.source()), user, password); err != nil {
+			if right, err = users.Check(v.Request.Context(), limit.PrefixOf(visitorOf(v).Source()), user, password); err != nil {
 				return f.passwordError(listener, v, user, err)
 			}
 		}
@@ -232,38 +183,6 @@ var (
 )
 
 var errAuthLoop = errors.New("the address of forward_auth leads to a route that asks it: write that of the auth server itself, or give it a route without forward_auth")
-
-// newForward finds out how the server of a forward_auth is reached.
-func (f *Front) newForward(a *config.ForwardAuth) (*auth.Forward, error) {
-	u, err := url.Parse(a.Address)
-	if err != nil {
-		return nil, err
-	}
-	o := auth.ForwardOptions{URL: u, Timeout: a.Timeout, Copy: a.CopyHeaders}
-	target := dial.Target{Scheme: u.Scheme, Host: u.Hostname()}
-	port := u.Port()
-	switch u.Scheme {
-	case "http":
-		target.Scheme, port = dial.TCP, cmp.Or(port, "80")
-	case "https":
-		target.Scheme, port = dial.TCP, cmp.Or(port, "443")
-	default:
-		u.Scheme = "http"
-	}
-	n, err := strconv.ParseUint(port, 10, 16)
-	if err != nil {
-		return nil, err
-	}
-	target.Port = uint16(n)
-	o.Dial = func(ctx context.Context) (net.Conn, error) {
-		c, err := f.dialer.Dial(ctx, target, netip.Addr{})
-		if err != nil {
-			return nil, auth.DialError(err)
-		}
-		return c, nil
-	}
-	return auth.NewForward(o), nil
-}
 
 // forwardGuard asks another server about each request.
 func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.Guard {

@@ -49,7 +49,7 @@ const (
 )
 
 func (q *requestLease) Name(v *vhost.Visit) error {
-	source := visitor{v.Client.Addr(), v.Unknown}.source()
+	source := visitorOf(v).Source()
 	if err := q.front.deniedRequest(q.listener, v, v.Client.Addr()); err != nil {
 		return err
 	}
@@ -71,12 +71,4 @@ func (f *Front) noRoom(listener string, v *vhost.Visit, err error) error {
 		no.Hint = "Try again when some of them have ended."
 	}
 	return no
-}
-
-// source is whose limits v counts for: the zero Addr where that is not known.
-func (v visitor) source() netip.Addr {
-	if v.unknown != nil {
-		return netip.Addr{}
-	}
-	return v.client
 }

@@ -35,16 +35,16 @@ func (f *Front) countRoutes() {
 	var routes []flow.Route
 	var labelled []flow.Route
 	targets := map[string]bool{}
-	for i := range f.cfg.Listeners {
-		name := f.cfg.Listeners[i].Name
-		for _, r := range f.listeners[name].service.Load().rules {
-			if r.container == "" {
-				routes = append(routes, flow.Route{Listener: name, Route: r.name})
+	for i := range f.plan.Config.Listeners {
+		name := f.plan.Config.Listeners[i].Name
+		for _, r := range f.listeners[name].service.Load().Rules {
+			if r.Label == nil {
+				routes = append(routes, flow.Route{Listener: name, Route: r.Name})
 			} else {
-				labelled = append(labelled, flow.Route{Listener: name, Route: r.name})
+				labelled = append(labelled, flow.Route{Listener: name, Route: r.Name})
 			}
-			targets[r.written] = true
-			for _, to := range r.targets {
+			targets[r.Written] = true
+			for _, to := range r.All {
 				targets[to.To.String()] = true
 			}
 		}
@@ -107,14 +107,14 @@ func (t *targets) states() (out []metrics.Target) {
 }
 
 // down are the targets of r that the last try could not connect to, and why.
-func (t *targets) down(r *rule) (out []string) {
+func (t *targets) down(r *plan.Rule) (out []string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if err := t.last[r.written]; err != nil {
+	if err := t.last[r.Written]; err != nil {
 		out = append(out, err.Error())
 	}
-	for _, to := range r.targets {
-		if name := to.To.String(); name != r.written && t.last[name] != nil {
+	for _, to := range r.All {
+		if name := to.To.String(); name != r.Written && t.last[name] != nil {
 			out = append(out, t.last[name].Error())
 		}
 	}
@@ -134,7 +134,7 @@ func (f *Front) state() metrics.State {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.cfg == nil { // it begins
+	if f.plan == nil { // it begins
 		return s
 	}
 	for _, p := range f.problems() {
@@ -144,8 +144,8 @@ func (f *Front) state() metrics.State {
 		s.Datapaths = append(s.Datapaths, metrics.Datapath{Name: d.Name, On: d.Available, Wanted: d.Wanted,
 			Flows: flows[d.Name], Stalls: d.Stalls, Clamped: d.Clamped})
 	}
-	for i := range f.cfg.Listeners {
-		name := f.cfg.Listeners[i].Name
+	for i := range f.plan.Config.Listeners {
+		name := f.plan.Config.Listeners[i].Name
 		l := f.listeners[name]
 		if l.certs != nil {
 			ends := map[string]time.Time{} // of several with one name, the first that ends
@@ -197,7 +197,7 @@ type Clamper interface {
 //
 // f.mu is held.
 func (f *Front) datapathStates() []DatapathStatus {
-	words := f.needs.Datapaths
+	words := f.plan.Needs.Datapaths
 	wanted := func(name string) bool { return words[name] || name == autoKernel && words[plan.Auto] }
 	all := []DatapathStatus{{Name: userspace, Available: true, Wanted: true}}
 	there := map[string]bool{}

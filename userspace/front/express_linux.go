@@ -17,6 +17,7 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/sni"
@@ -35,7 +36,7 @@ type express struct {
 	header bool  // what is awaited is a PROXY header, or something that is none
 	part   *part // nil: nothing has come, or all of it at once
 
-	rule  *rule
+	rule  *plan.Rule
 	hello *sni.Hello // nil: none is read
 	head  []byte
 	began time.Time // the dial
@@ -73,10 +74,10 @@ var hellos = sync.Pool{New: func() any { return new([expressHello]byte) }}
 // express takes in, if it may go the fast path. On http listeners a goroutine waits for requests anyhow.
 func (f *Front) express(in *inbound, c newcomer) bool {
 	down, ok := c.(*relay.Socket)
-	if !ok || in.service.mode == "http" {
+	if !ok || in.service.Mode == "http" {
 		return false
 	}
-	x := &express{front: f, in: in, down: down, header: in.service.trust != nil}
+	x := &express{front: f, in: in, down: down, header: in.service.Trust != nil}
 	in.asker = in.newAsker()
 	in.asker.onLoop = true
 	if x.header {
@@ -84,7 +85,7 @@ func (f *Front) express(in *inbound, c newcomer) bool {
 			x.reject(err, nil)
 			return true
 		}
-	} else if in.service.mode == "tcp" {
+	} else if in.service.Mode == "tcp" {
 		x.decide(nil, nil, nil, false)
 		return true
 	}
@@ -112,7 +113,7 @@ func (x *express) detour(head []byte) {
 func (x *express) await() error {
 	left := x.in.timeForHello()
 	if x.header {
-		left = max(1, x.in.service.limits.HelloTimeout-time.Since(x.in.accepted))
+		left = max(1, x.in.service.Limits.HelloTimeout-time.Since(x.in.accepted))
 	}
 	return x.down.AwaitBytes(left, x.read)
 }
@@ -167,7 +168,7 @@ func (x *express) take(b []byte, ended error, full bool) bool {
 		if x.part != nil {
 			head = x.keep(b)
 		}
-		h, n, err := proxyheader.Parse(head, x.in.service.limits.HelloBytes)
+		h, n, err := proxyheader.Parse(head, x.in.service.Limits.HelloBytes)
 		if err == proxyheader.ErrIncomplete {
 			if ended == nil {
 				if x.part == nil {
@@ -187,7 +188,7 @@ func (x *express) take(b []byte, ended error, full bool) bool {
 			return false
 		}
 		b, x.header = head[n:], false
-		if x.in.service.mode == "tcp" {
+		if x.in.service.Mode == "tcp" {
 			x.decide(b, nil, nil, full)
 			return false
 		}
@@ -216,7 +217,7 @@ func (x *express) hearHello(b []byte) (head []byte, hello sni.Hello, err error) 
 	}
 	head = x.keep(b)
 	if x.part.listener == nil {
-		x.part.listener = sni.NewListener(x.in.service.limits.HelloBytes)
+		x.part.listener = sni.NewListener(x.in.service.Limits.HelloBytes)
 	}
 	hello, err = x.part.listener.Hear(head)
 	return head, hello, err
@@ -278,15 +279,15 @@ func (x *express) reject(err error, head []byte) {
 // read at once.
 func (x *express) decide(head []byte, hello *sni.Hello, err error, more bool) {
 	s := x.in.service
-	if err != nil || len(head) > s.limits.HelloBytes || more || s.mode == "https" {
+	if err != nil || len(head) > s.Limits.HelloBytes || more || s.Mode == "https" {
 		x.detour(head)
 		return
 	}
-	r, err := x.in.choose(hello)
+	r, err := x.in.decide(hello)
 	switch {
 	case err != nil && hello == nil:
 		x.reject(err, head)
-	case err != nil, r == nil, !r.plain():
+	case err != nil, !r.IsPlain():
 		x.detour(head)
 	default:
 		x.hello = hello
@@ -294,13 +295,10 @@ func (x *express) decide(head []byte, hello *sni.Hello, err error, more bool) {
 	}
 }
 
-// plain says that r needs nothing but to be dialled.
-func (r *rule) plain() bool { return r.literal.IsValid() && !r.transparent }
-
 // dial goes on to r's target with head, which is not kept.
-func (x *express) dial(r *rule, head []byte) {
+func (x *express) dial(r *plan.Rule, head []byte) {
 	x.rule, x.began = r, time.Now()
-	fd, connected, err := dial.Begin(r.literal)
+	fd, connected, err := dial.Begin(r.Literal)
 	if err != nil {
 		x.complain(err)
 		x.detour(head)
@@ -319,7 +317,7 @@ func (x *express) dial(r *rule, head []byte) {
 }
 
 func (x *express) connected(timedOut bool) {
-	connected, err := dial.Connected(x.up.FD(), x.rule.literal)
+	connected, err := dial.Connected(x.up.FD(), x.rule.Literal)
 	switch {
 	case err == nil && connected:
 		x.relay()
@@ -333,8 +331,8 @@ func (x *express) connected(timedOut bool) {
 // complain tells what the slow path, which dials anew, may never see.
 func (x *express) complain(err error) {
 	if errors.Is(err, dial.ErrSelf) { // not on the loop: a log may be slow
-		go x.front.complain.Warn("self "+x.rule.written, "a socket was connected to itself instead of to the target: connecting again",
-			"listener", x.in.listener.name, "route", x.rule.name, "target", x.rule.written, "err", err)
+		go x.front.complain.Warn("self "+x.rule.Written, "a socket was connected to itself instead of to the target: connecting again",
+			"listener", x.in.listener.name, "route", x.rule.Name, "target", x.rule.Written, "err", err)
 	}
 }
 
@@ -342,7 +340,7 @@ func (x *express) relay() {
 	f, in := x.front, x.in
 	in.uncut()
 	f.metrics.DialTime.Observe(time.Since(x.began).Seconds())
-	f.targets.tried(x.rule.written, nil)
+	f.targets.tried(x.rule.Written, nil)
 	if in.id == "" {
 		in.id = flow.NewID()
 	}
@@ -350,10 +348,10 @@ func (x *express) relay() {
 	if f.log.Enabled(f.ctx, slog.LevelInfo) { // only the log wants it
 		rtt = [2]time.Duration{tcpsock.RoundTrip(x.down.FD()), tcpsock.RoundTrip(x.up.FD())}
 	}
-	if x.rule.sendProxy && !in.local.IsValid() {
+	if x.rule.SendProxy && !in.local.IsValid() {
 		in.local = tcpsock.Local(x.down.FD())
 	}
-	o, done := f.begin(in, x.rule, x.hello, x.rule.literal.String(), rtt)
+	o, done := f.begin(in, x.rule, x.hello, x.rule.Literal.String(), rtt)
 	o.Head = x.head
 	relay.RunSockets(f.ctx, x.down, x.up, o, done)
 }

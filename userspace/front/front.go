@@ -9,9 +9,8 @@
 //	screen.go   who is denied, or comes too often
 //	inbound.go  who it is: PROXY header
 //	trust.go    whom the configuration and tailscaled say that is
-//	service.go  the configuration, compiled: routes, rules, certificates
-//	labels.go   routes that the labels of containers add to it
-//	guarded.go  what of it they may not take
+//	service.go  what a listener does by the plan, and by which datapath
+//	labels.go   routes that the labels of containers add to the plan
 //	splice.go   sni and tcp: hello, route, dial, relay, log
 //	transparent.go  connections from the client's own address
 //	access.go   who may use a route
@@ -43,14 +42,12 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/deny"
-	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
-	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 	"github.com/tailsplice/tailsplice/userspace/transparent"
 )
 
@@ -79,19 +76,16 @@ type Front struct {
 	containers *container.Client
 	acme       *acme.Manager
 	way        atomic.Pointer[transparent.Way] // nil: none is needed, or can be had
-	dialer     *dial.Dialer
-	// labelDialer is for routes by labels: it takes the ids of containers, and
-	// doesn't wait for one that may be restarting.
-	labelDialer *dial.Dialer
-	limiter     *limit.Limiter
-	newRate     *limit.Rate    // of new connections
-	requests    *limit.Limiter // under way
-	flows       *flow.Registry
-	metrics     *metrics.Set
-	targets     targets
-	complain    *complaints
-	spare       *spareFiles
-	started     time.Time
+	deps       plan.Deps
+	limiter    *limit.Limiter
+	newRate    *limit.Rate    // of new connections
+	requests   *limit.Limiter // under way
+	flows      *flow.Registry
+	metrics    *metrics.Set
+	targets    targets
+	complain   *complaints
+	spare      *spareFiles
+	started    time.Time
 
 	ctx    context.Context // ends when flows must end at once
 	cancel context.CancelFunc
@@ -111,12 +105,10 @@ type Front struct {
 	labelsMoved                   chan struct{} // wakes followLabels
 
 	mu        sync.Mutex // guards what follows, and serialises reloads
-	cfg       *config.Config
-	needs     plan.Needs
+	plan      *plan.Plan // in force, with the routes of labels
 	loaded    time.Time
 	listeners map[string]*listener // by name
 	sockets   map[string]*socket   // by bound address
-	labels    *labelRoutes
 	closed    bool
 
 	missing      map[string]string         // Options.Missing, as it is now
@@ -145,20 +137,18 @@ func New(cfg *config.Config, opts Options) (*Front, error) {
 	f := &Front{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
 		listeners: map[string]*listener{}, sockets: map[string]*socket{}, missing: map[string]string{},
 		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}, addressesMoved: make(chan struct{}, 1),
-		labelsMoved: make(chan struct{}, 1), labels: newLabelRoutes(nil)}
+		labelsMoved: make(chan struct{}, 1)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.metrics = metrics.New(opts.Version, f.state)
 	if opts.LogLost != nil {
 		f.metrics.WatchLog(opts.LogLost)
 	}
 	maps.Copy(f.missing, opts.Missing)
-	f.tailnet = tailnet.New("", opts.Log)
-	f.containers = container.New("", opts.Log)
+	f.deps = plan.NewDeps(opts.Log)
+	f.deps.Datapath, f.deps.Upstream, f.deps.Guard = f.has, f.completeUpstream, f.guard
+	f.tailnet, f.containers = f.deps.Tailnet, f.deps.Containers
 	f.acme = acme.New(opts.Log)
 	f.containers.FollowLabels(config.IsLabel, f.lookAtLabels)
-	past := new(dial.Past)
-	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers, Past: past}
-	f.labelDialer = &dial.Dialer{Container: f.containers.Now(), Past: past}
 	f.limiter, f.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt) // set by apply
 	f.newRate = limit.NewRate()                                                                              // set by apply
 	f.heldBy = limit.NewRequests(heldMost, heldPerSource)
@@ -202,85 +192,43 @@ func (f *Front) apply(cfg *config.Config) error {
 	if f.closed {
 		return errors.New("the daemon is shutting down")
 	}
-	starts := f.cfg == nil
-	needs := plan.NeedsOf(cfg)
-	listeners := map[string]*listener{}
-	services := map[string]*service{}
-	var swaps []func() // what changes a listener that goes on; can't fail
-	var errs []error
-	if swap, err := f.acme.Prepare(needs.ACME); err != nil {
-		errs = append(errs, err)
-	} else {
-		swaps = append(swaps, swap)
-	}
-	for i := range cfg.Listeners {
-		c := &cfg.Listeners[i]
-		l := f.listeners[c.Name]
-		if l == nil || l.mode != c.Mode {
-			l = &listener{name: c.Name, mode: c.Mode, shut: true}
-		}
-		s, err := f.compile(cfg, c)
-		if err == nil && c.Mode == "https" {
-			var certs *tlsterm.Store
-			var managed []*acme.Source
-			var swap func()
-			if certs, managed, swap, err = f.prepareCertificates(c, l.certs, starts); err == nil {
-				swaps = append(swaps, func() { swap(); l.certs, l.managed = certs, managed })
-			}
-		}
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		listeners[c.Name], services[c.Name] = l, s
-	}
-	if len(errs) > 0 {
-		return errors.Join(errs...)
+	starts := f.plan == nil
+	p, wrong := plan.Compile(cfg, f.deps)
+	listeners, swaps, err := f.prepareListeners(p, starts)
+	if err := errors.Join(wrong, err); err != nil {
+		return err
 	}
 	denials, denyFiles, err := f.openDenials(cfg)
 	if err != nil {
 		return err
 	}
-	logs, dropLogs, err := f.openLogs(cfg.File, needs.AccessLogs, starts)
+	logs, dropLogs, err := f.openLogs(cfg.File, p.Needs.AccessLogs, starts)
 	if err != nil {
 		closeFiles(denyFiles)
 		return err
 	}
-	for name, d := range denials {
-		services[name].deny = d
+	undo := func() {
+		dropLogs()
+		closeFiles(denyFiles)
 	}
-	for i := range cfg.Listeners {
-		c := &cfg.Listeners[i]
-		if a := cfg.AccessLogOf(c); a != nil {
-			services[c.Name].accessLog = logs[logKey(a)]
-		}
+	var labels *plan.Labels // until now
+	if !starts {
+		labels = f.plan.Labels
 	}
-	var edges []*listener
-	for _, l := range listeners {
-		if l.mode == "sni" {
-			edges = append(edges, l)
-		}
-	}
-	for _, s := range services {
-		if s.mode == "https" {
-			s.edges = edges
-		}
-	}
-	labels := f.prepareLabels(cfg, services) // of services that are complete but for them
+	p = p.WithLabels(labels, p.ListLabelled(f.ctx))
 	memory := memoryOf(cfg)
-	connections, requests := f.fitLimits(cfg, needs, memory)
+	connections, requests := f.fitLimits(cfg, p.Needs, memory)
 
 	var tailnetErr error
-	if len(needs.Listens) > 0 {
+	if len(p.Needs.Listens) > 0 {
 		var addrs []netip.Addr
-		addrs, tailnetErr = f.askTailnetAddrs(f.ctx)
+		addrs, tailnetErr = selfAddrs(f.ctx, f.tailnet)
 		f.useTailnetAddrs(addrs)
 	}
 	want := bindings(cfg, listeners, f.tailnetAddrs, places)
 	want, clashes := f.apart(want)
 	if err := f.newClash(clashes); err != nil && !starts {
-		dropLogs()
-		closeFiles(denyFiles)
+		undo()
 		return err
 	}
 	opened, failed := f.bindMissing(want)
@@ -288,20 +236,34 @@ func (f *Front) apply(cfg *config.Config) error {
 		for _, s := range opened {
 			s.door.Close()
 		}
-		dropLogs()
-		closeFiles(denyFiles)
+		undo()
 		return err
 	}
 
 	// From here on nothing fails.
-	f.openWay(needs.Transparent)
+	f.openWay(p.Needs.Transparent)
 	f.nodeName.Store(&cfg.Node)
 	for _, swap := range swaps {
 		swap()
 	}
-	for name, l := range listeners {
-		l.service.Store(services[name])
-		if l.http == nil && (l.mode == "http" || l.mode == "https") {
+	var edges []*listener
+	for _, l := range listeners {
+		if l.mode == "sni" {
+			edges = append(edges, l)
+		}
+	}
+	for i := range cfg.Listeners {
+		c := &cfg.Listeners[i]
+		s := &service{Service: p.Services[c.Name], deny: denials[c.Name]}
+		if a := cfg.AccessLogOf(c); a != nil {
+			s.accessLog = logs[logKey(a)]
+		}
+		if c.Mode == "https" {
+			s.edges = edges
+		}
+		l := listeners[c.Name]
+		l.service.Store(s)
+		if l.http == nil && c.IsHTTP() {
 			l.http = f.newHTTPServer(l, l.certs)
 		}
 	}
@@ -315,11 +277,10 @@ func (f *Front) apply(cfg *config.Config) error {
 			old.retire(f.ctx)
 		}
 	}
-	f.commitLabels(labels)
 	f.useLogs(logs)
 	closeFiles(f.denyFiles)
 	f.denyFiles = denyFiles
-	f.watchNeeded(needs)
+	f.watchNeeded(p.Needs)
 	f.memory.Store(memory)
 	f.hops.Store(hopsOf(cfg))
 	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
@@ -329,9 +290,11 @@ func (f *Front) apply(cfg *config.Config) error {
 	} else {
 		f.newRate.Set(0, 0)
 	}
-	f.cfg, f.needs, f.listeners, f.loaded = cfg, needs, listeners, time.Now()
+	before := f.plan
+	f.plan, f.listeners, f.loaded = p, listeners, time.Now()
+	f.tellLabels(before)
 	f.countRoutes()
-	go f.warnOfTailscaled(needs.Listens)
+	go f.warnOfTailscaled(p.Needs.Listens)
 	f.noteUnbound(want, failed, clashes, tailnetErr)
 	f.watchDefaults()
 	if starts {
@@ -343,6 +306,30 @@ func (f *Front) apply(cfg *config.Config) error {
 		f.lookAtAddresses()
 	}
 	return nil
+}
+
+// prepareListeners returns the listeners of p: those that are there and go on, and
+// new ones. swaps change those that go on; they can't fail.
+//
+// f.mu is held.
+func (f *Front) prepareListeners(p *plan.Plan, starts bool) (all map[string]*listener, swaps []func(), err error) {
+	all = map[string]*listener{}
+	swap, err := f.acme.Prepare(p.Needs.ACME)
+	errs, swaps := []error{err}, []func(){swap}
+	for i := range p.Config.Listeners {
+		c := &p.Config.Listeners[i]
+		l := f.listeners[c.Name]
+		if l == nil || l.mode != c.Mode {
+			l = &listener{name: c.Name, mode: c.Mode, shut: true}
+		}
+		all[c.Name] = l
+		if c.Mode == "https" && p.Services[c.Name] != nil {
+			certs, managed, swap, err := f.prepareCertificates(c, l.certs, starts)
+			errs = append(errs, err)
+			swaps = append(swaps, func() { swap(); l.certs, l.managed = certs, managed })
+		}
+	}
+	return all, swaps, errors.Join(errs...)
 }
 
 // mustBind is an error of what can't be bound, and is no address of the tailnet or of an interface (it will
@@ -365,8 +352,8 @@ func (f *Front) mustBind(want []binding, failed map[string]error) error {
 // f.mu is held.
 func (f *Front) nothingServes(want []binding) error {
 	var errs []error
-	for i := range f.cfg.Listeners {
-		c := &f.cfg.Listeners[i]
+	for i := range f.plan.Config.Listeners {
+		c := &f.plan.Config.Listeners[i]
 		l := f.listeners[c.Name]
 		waits := c.WhileDown == whileDownClose || slices.ContainsFunc(c.Listen, config.OnTailnet) ||
 			slices.ContainsFunc(c.Listen, func(l string) bool { return f.places[placeOf(l)].isInterface })

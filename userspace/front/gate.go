@@ -49,8 +49,8 @@ var errUnchecked = errors.New("no target of default has answered yet")
 //
 // f.mu is held.
 func (f *Front) watchDefaults() {
-	for i := range f.cfg.Listeners {
-		c := &f.cfg.Listeners[i]
+	for i := range f.plan.Config.Listeners {
+		c := &f.plan.Config.Listeners[i]
 		l := f.listeners[c.Name]
 		if c.WhileDown != whileDownClose {
 			l.gate.stop()
@@ -114,16 +114,16 @@ func (g *gate) check(ctx context.Context) {
 // reach connects to the targets of default, all at once. It is nil once one has
 // answered.
 func (g *gate) reach(ctx context.Context) error {
-	r := g.listener.service.Load().fallback
+	r := g.listener.service.Load().Fallback
 	if r == nil {
 		return errUnchecked
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	answers := make(chan error, len(r.targets))
-	for _, to := range r.targets {
+	answers := make(chan error, len(r.All))
+	for _, to := range r.All {
 		go func() {
-			c, err := r.dialer.Dial(ctx, dial.Target(to.To), netip.Addr{})
+			c, err := r.Dialer.Dial(ctx, dial.Target(to.To), netip.Addr{})
 			if err == nil {
 				c.Close()
 			}
@@ -133,7 +133,7 @@ func (g *gate) reach(ctx context.Context) error {
 	}
 	var errs []error
 	var unclear error
-	for range r.targets {
+	for range r.All {
 		err := <-answers
 		switch {
 		case err == nil:

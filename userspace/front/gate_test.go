@@ -16,6 +16,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
 // TestWhileDownClose: a listener is shut until its default answers, shut again when it no longer does, and
@@ -174,9 +175,9 @@ func TestGateTells(t *testing.T) {
 		d := &dial.Dialer{From: func(nd *net.Dialer, _ netip.Addr) {
 			nd.Control = func(string, string, syscall.RawConn) error { return os.NewSyscallError("connect", fail) }
 		}}
-		r := &rule{targets: []config.Forward{{To: config.Target(target)}}, dialer: d}
+		r := &plan.Rule{Target: plan.Target{All: []config.Forward{{To: config.Target(target)}}, Dialer: d}}
 		l := &listener{name: "test"}
-		l.service.Store(&service{fallback: r})
+		l.service.Store(&service{Service: &plan.Service{Fallback: r}})
 		err := (&gate{front: new(Front), listener: l}).reach(t.Context())
 		if err == nil || tells(err) != want {
 			t.Errorf("%s: it tells of the target: %v, want %v: %v", what, !want, want, err)

@@ -110,12 +110,12 @@ listeners:
       { host: behind.test, forward: %[1]q, %[9]s } ] }
 `, web, c.mode, certs, hosts, c.config, freeAddr(t), other, to, allow))
 		d.mu.Lock()
-		labels := d.mergeLabels(d.cfg, map[string]*service{"web": d.listeners["web"].service.Load().base}, []container.Labelled{box("c", strings.Fields(c.labels)...)})
-		d.commitLabels(labels)
+		d.useLabels([]container.Labelled{box("c", strings.Fields(c.labels)...)})
+		rules := d.plan.Services["web"].Rules
 		d.mu.Unlock()
 		got := false
-		for _, r := range labels.services["web"].rules {
-			got = got || r.container != ""
+		for _, r := range rules {
+			got = got || r.Label != nil
 		}
 		var problems []string
 		for _, p := range d.Status().Labels {
@@ -142,9 +142,7 @@ func TestGuardedStaysShut(t *testing.T) {
 			d := start(t, fmt.Sprintf(`
 listeners: [{ name: web, listen: %q, mode: %s, %sdocker: { enabled: true }, routes: [{ host: [app.test, "*.app.test"], forward: %q, allow: [192.0.2.7] }] }]`, addr, p.mode(), certs, app))
 			d.mu.Lock()
-			labels := d.mergeLabels(d.cfg, map[string]*service{"web": d.listeners["web"].service.Load().base}, []container.Labelled{box("c", "host=app.test,x.app.test", "path=/login")})
-			d.listeners["web"].service.Store(labels.services["web"])
-			d.commitLabels(labels)
+			d.useLabels([]container.Labelled{box("c", "host=app.test,x.app.test", "path=/login")})
 			d.mu.Unlock()
 			client := p.client(t, pool, func() net.Conn { return dialTCP(t, addr) })
 			for _, path := range []string{"/", "/login", "/login/x"} {

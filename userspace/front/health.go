@@ -28,7 +28,7 @@ func (f *Front) ServeTailnet(ctx context.Context, port string, serve func(net.Li
 	}()
 	var last string
 	for {
-		addrs, err := f.askTailnetAddrs(ctx)
+		addrs, err := selfAddrs(ctx, f.tailnet)
 		if ctx.Err() != nil {
 			return
 		}

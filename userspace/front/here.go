@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/netip"
 	"net/url"
@@ -20,6 +21,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/accesslog"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
@@ -45,7 +47,7 @@ const (
 
 // here is what looks.
 type here struct {
-	front   *Front
+	deps    plan.Deps
 	running *Status // of the daemon that the configuration is the one of, or nil
 }
 
@@ -77,7 +79,7 @@ func Needs(cfg *config.Config) (all []Need) {
 			add(needNode, t.Host, at, lookNode(t.Host))
 		case dial.Docker:
 			add(needContainer, t.Host, at, func(ctx context.Context, h *here) error {
-				_, err := h.front.containers.Resolve(ctx, t.Host)
+				_, err := h.deps.Containers.Resolve(ctx, t.Host)
 				return err
 			})
 		case dial.Unix:
@@ -143,7 +145,7 @@ func certificateNeeds(c *config.Certificate,
 	add func(kind, name string, at config.Pos, look func(context.Context, *here) error)) {
 	if f := c.Files; f != nil {
 		add(needFile, f.Cert, f.At("cert"), func(_ context.Context, h *here) error {
-			_, err := tlsterm.Load([]tlsterm.Spec{{Cert: f.Cert, Key: f.Key}}, h.front.log)
+			_, err := tlsterm.Load([]tlsterm.Spec{{Cert: f.Cert, Key: f.Key}}, h.deps.Log)
 			var fe *tlsterm.FileError
 			if errors.As(err, &fe) && fe.File == f.Cert {
 				return fe.Err // it is named already
@@ -168,14 +170,13 @@ func certificateNeeds(c *config.Certificate,
 	}
 }
 
-// LookHere looks at needs on this machine, and returns what is wrong, each with its place in the file. It
-// uses cfg up. running is the status of the daemon that cfg is the configuration of, or nil: what that has
+// LookHere looks at needs on this machine, and returns what is wrong, each with its place in the file. running is the status of the daemon that cfg is the configuration of, or nil: what that has
 // bound is free. It takes 10 s at most.
 func LookHere(ctx context.Context, cfg *config.Config, needs []Need, running *Status) []error {
 	ctx, cancel := context.WithTimeout(ctx, 2*hereTimeout)
 	defer cancel()
-	f, _, err := compileAside(ctx, cfg)
-	h := &here{front: f, running: running}
+	h := &here{plan.NewDeps(slog.New(slog.DiscardHandler)), running}
+	_, err := plan.Compile(cfg, h.deps)
 	found := make([]error, len(needs))
 	var looks sync.WaitGroup
 	for i, n := range needs {
@@ -208,7 +209,7 @@ func LookHere(ctx context.Context, cfg *config.Config, needs []Need, running *St
 
 func lookNode(name string) func(context.Context, *here) error {
 	return func(ctx context.Context, h *here) error {
-		_, err := h.front.tailnet.Resolve(ctx, name)
+		_, err := h.deps.Tailnet.Resolve(ctx, name)
 		return err
 	}
 }
@@ -219,7 +220,7 @@ func lookPort(addr string) func(context.Context, *here) error {
 		if !config.OnTailnet(addr) {
 			return h.canBind(addr)
 		}
-		addrs, err := h.front.askTailnetAddrs(ctx)
+		addrs, err := selfAddrs(ctx, h.deps.Tailnet)
 		if err != nil {
 			return err
 		}
@@ -227,7 +228,7 @@ func lookPort(addr string) func(context.Context, *here) error {
 		for _, a := range addrs {
 			errs = append(errs, h.canBind(net.JoinHostPort(a.String(), portOf(addr))))
 		}
-		if in, err := h.front.tailnet.Inbound(ctx); err == nil {
+		if in, err := h.deps.Tailnet.Inbound(ctx); err == nil {
 			port, _ := strconv.ParseUint(portOf(addr), 10, 16)
 			if problem := in.Problem(uint16(port)); problem != "" {
 				errs = append(errs, errors.New(problem))

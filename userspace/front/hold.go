@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
@@ -30,8 +31,8 @@ const (
 // the request waits for a node that does not answer as long as the tailnet
 // knows it, nothing of the request's body has been read, and the client is
 // there.
-func (f *Front) dialUpstream(ctx context.Context, listener string, r *rule, who visitor) (net.Conn, error) {
-	if r.hold == 0 {
+func (f *Front) dialUpstream(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
+	if r.HTTP.Hold == 0 {
 		return f.dialRule(ctx, listener, r, who)
 	}
 	began := time.Now()
@@ -54,23 +55,23 @@ func (f *Front) dialUpstream(ctx context.Context, listener string, r *rule, who 
 	first, done := context.WithTimeout(ctx, holdFirst)
 	up, err := f.dialRule(first, listener, r, who)
 	done()
-	if err == nil || !mayComeBack(err) || time.Since(began) >= r.hold {
+	if err == nil || !mayComeBack(err) || time.Since(began) >= r.HTTP.Hold {
 		return up, err
 	}
-	place, full := f.heldBy.Acquire(who.source())
+	place, full := f.heldBy.Acquire(who.Source())
 	if full != nil {
-		f.complain.Warn("hold_source", "too many requests of one source wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.name, "client", who.client, "waiting", heldPerSource)
+		f.complain.Warn("hold_source", "too many requests of one source wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.Name, "client", who.Client, "waiting", heldPerSource)
 		return nil, err
 	}
 	defer place.Release()
 	if f.held.Add(1) > heldMost {
 		f.held.Add(-1)
-		f.complain.Warn("hold", "too many requests wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.name, "waiting", heldMost)
+		f.complain.Warn("hold", "too many requests wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.Name, "waiting", heldMost)
 		return nil, err
 	}
 	defer f.held.Add(-1)
-	f.complain.Warn("held "+r.written, "a request waits for a node that does not answer", "listener", listener, "route", r.name, "target", r.written, "hold", r.hold.String(), "err", err)
-	until := time.NewTimer(r.hold - time.Since(began))
+	f.complain.Warn("held "+r.Written, "a request waits for a node that does not answer", "listener", listener, "route", r.Name, "target", r.Written, "hold", r.HTTP.Hold.String(), "err", err)
+	until := time.NewTimer(r.HTTP.Hold - time.Since(began))
 	defer until.Stop()
 	for {
 		select {
@@ -80,10 +81,10 @@ func (f *Front) dialUpstream(ctx context.Context, listener string, r *rule, who 
 			return nil, err
 		case <-time.After(holdPause):
 		}
-		try, done := context.WithTimeout(ctx, min(holdTry, max(holdPause, r.hold-time.Since(began))))
-		up, again := f.dialer.Dial(try, r.target, who.client)
+		try, done := context.WithTimeout(ctx, min(holdTry, max(holdPause, r.HTTP.Hold-time.Since(began))))
+		up, again := f.deps.Dialer.Dial(try, r.To, who.Client)
 		done()
-		f.targets.tried(r.written, again)
+		f.targets.tried(r.Written, again)
 		if again == nil {
 			return up, nil
 		}

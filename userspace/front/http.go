@@ -1,7 +1,6 @@
 package front
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -34,8 +33,8 @@ func (f *Front) newHTTPServer(l *listener, certs *tlsterm.Store) *httpServer {
 		Route: func(r *http.Request, host, path string) (*vhost.Route, error) {
 			return l.service.Load().routeRequest(r, host, path, certs)
 		},
-		ByPath: func(host string) bool { return l.service.Load().routesByPath(host) },
-		HSTS:   func() string { return l.service.Load().hsts }, Timing: func() bool { return l.service.Load().timing }}
+		ByPath: func(host string) bool { return l.service.Load().RoutesByPath(host) },
+		HSTS:   func() string { return l.service.Load().HSTS }, Timing: func() bool { return l.service.Load().Timing }}
 	if certs != nil {
 		o.TLS = f.answeringChallenges(l.askingClients(certs.Config()))
 		go certs.Run(ctx)
@@ -62,18 +61,6 @@ func pageReason(err error) error {
 		return vhost.Fail(vhost.ReasonRefused, err)
 	}
 	return vhost.Fail(vhost.ReasonUnreachable, err)
-}
-
-// publicName is how a visitor may hear of a target: the names of nodes and
-// containers tell which hop failed, addresses are nobody's business.
-func publicName(r *rule) string {
-	switch r.target.Scheme {
-	case "tailnet":
-		return r.target.Host
-	case "docker":
-		return "the container " + cmp.Or(r.container, r.target.Host)
-	}
-	return "a local service"
 }
 
 // errFinalDot says what nobody can answer who terminates TLS with crypto/tls: it refuses the hello with decode_error,
@@ -127,7 +114,7 @@ func (in *inbound) Info() vhost.ConnInfo {
 // force. All who ask for that request hear the same.
 func (in *inbound) Judge(ctx context.Context, info *vhost.ConnInfo) {
 	s := in.listener.service.Load()
-	q := &asker{ctx: ctx, front: in.front, trust: s.trust, header: s.header}
+	q := &asker{ctx: ctx, front: in.front, trust: s.Trust, header: s.NeedsHeader}
 	info.Hops = q
 	info.Trusted, info.Unknown = in.judge(q)
 	var unsaid *vhost.UnsaidError

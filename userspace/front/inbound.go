@@ -12,6 +12,7 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -114,7 +115,7 @@ func (f *Front) serve(in *inbound) {
 		in.asker = in.newAsker()
 	}
 	in.asker.onLoop, in.asker.mustAsk = false, false
-	if in.service.trust != nil && !in.identified {
+	if in.service.Trust != nil && !in.identified {
 		if err := in.identify(); err != nil {
 			f.refuseInbound(in, err)
 			return
@@ -123,9 +124,9 @@ func (f *Front) serve(in *inbound) {
 	if in.id == "" {
 		in.id = flow.NewID()
 	}
-	switch in.service.mode {
+	switch in.service.Mode {
 	case "tcp":
-		r, err := in.choose(nil)
+		r, err := in.decide(nil)
 		if err != nil {
 			f.refuseInbound(in, err)
 			return
@@ -139,7 +140,7 @@ func (f *Front) serve(in *inbound) {
 }
 
 func (in *inbound) newAsker() *asker {
-	return &asker{ctx: in.front.ctx, front: in.front, trust: in.service.trust}
+	return &asker{ctx: in.front.ctx, front: in.front, trust: in.service.Trust}
 }
 
 // identify reads the PROXY header of a connection to a listener that has
@@ -151,7 +152,7 @@ func (in *inbound) identify() error {
 	if err := in.meet(); err != nil {
 		return err
 	}
-	limits := &in.service.limits
+	limits := &in.service.Limits
 	h, rest, err := proxyheader.Continue(in.TCPConn, in.takeAhead(), limits.HelloBytes, limits.HelloTimeout)
 	in.ahead = rest
 	if err != nil {
@@ -173,7 +174,7 @@ func (in *inbound) meet() error {
 	if err := in.attribute(in.peer.Addr()); err != nil {
 		return err
 	}
-	if in.service.header {
+	if in.service.NeedsHeader {
 		return in.stranger()
 	}
 	return nil
@@ -183,7 +184,7 @@ func (in *inbound) meet() error {
 // that is believed. It may be called again, until nothing must be asked any more.
 func (in *inbound) hear(h *proxyheader.Header) error {
 	switch trusted, _ := in.asker.Hop(in.peer.Addr()); {
-	case h == nil && in.service.header:
+	case h == nil && in.service.NeedsHeader:
 		return errNoHeader
 	case h != nil && !trusted:
 		return in.stranger()
@@ -222,7 +223,7 @@ func (in *inbound) stranger() error {
 	if _, err := in.asker.Hop(in.peer.Addr()); err != nil {
 		return err
 	}
-	return &strangerError{in.asker.describe(in.peer.Addr())}
+	return &strangerError{in.asker.Describe(in.peer.Addr())}
 }
 
 // judge says whether what the peer writes in a request about its client is
@@ -243,7 +244,7 @@ func (in *inbound) judge(q *asker) (believed bool, unknown error) {
 		}
 		return false, nil
 	case !trusted: // any more
-		return false, &strangerError{q.describe(in.peer.Addr())}
+		return false, &strangerError{q.Describe(in.peer.Addr())}
 	case !h.Source.IsValid():
 		return false, &vhost.UnsaidError{Hop: in.peer.Addr()}
 	}
@@ -262,6 +263,7 @@ const (
 	overLimit         = "over_limit"
 	proxyFromStranger = "proxy_from_stranger"
 	proxyMissing      = "proxy_missing"
+	rejected          = "rejected" // by the default of a tcp listener, or for want of one
 )
 
 type strangerError struct{ who string }
@@ -286,7 +288,7 @@ func (f *Front) inboundRefused(in *inbound, err error) {
 	}
 	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
 	switch reason {
-	case "empty", shutdown: // opened and closed: a port scan or a health check; or cut by us
+	case "empty", shutdown, rejected: // opened and closed: a port scan or a health check; or cut by us
 	case overLimit:
 		f.complain.Warn(overLimit, "connection refused: over the limit", "listener", in.listener.name, "err", err)
 	default:
@@ -301,8 +303,8 @@ func refusal(err error) string {
 	var often *limit.RateError
 	var unwanted *deniedError
 	var greedy *greedyError
-	var stranger *notAllowedError
-	var unidentified *notIdentifiedError
+	var stranger *plan.NotAllowedError
+	var unidentified *plan.NotIdentifiedError
 	switch {
 	case errors.As(err, &stranger):
 		return notAllowed
@@ -316,6 +318,8 @@ func refusal(err error) string {
 		return denied
 	case errors.As(err, &greedy):
 		return overMemory
+	case errors.Is(err, plan.ErrRejected):
+		return rejected
 	case errors.Is(err, errStranger):
 		return proxyFromStranger
 	case errors.Is(err, errNoHeader):

@@ -9,22 +9,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/container"
 )
-
-// startLabelled starts a daemon without containers of its own.
-func startLabelled(t *testing.T) *daemon {
-	t.Setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
-	return start(t, fmt.Sprintf(`
-listeners:
-  - { name: web, listen: [%q], mode: http, docker: { enabled: true }, routes: [{ host: [fixed.org], path: /api/, forward: "127.0.0.1:1" }], default: { forward: "127.0.0.1:2" } }
-  - { name: some, listen: [%q], mode: http, docker: { enabled: true, hosts: ["*.some.org"] } }
-  - { name: tls, listen: [%q], mode: sni, docker: { enabled: true } }
-  - { name: off, listen: [%q], mode: http, routes: [{ host: [a.org], forward: "127.0.0.1:1" }] }
-`, freeAddr(t), freeAddr(t), freeAddr(t), freeAddr(t)))
-}
 
 // box is a running container; its id is its name.
 func box(name string, labels ...string) container.Labelled {
@@ -34,140 +21,6 @@ func box(name string, labels ...string) container.Labelled {
 		c.Labels["tailsplice."+k] = v
 	}
 	return c
-}
-
-// other gives c a label that does not begin as ours do.
-func other(c container.Labelled, label string) container.Labelled {
-	k, v, _ := strings.Cut(label, "=")
-	c.Labels[k] = v
-	return c
-}
-
-// TestLabelRoutes goes through what containers may ask for, one step after the
-// other as they come and go.
-func TestLabelRoutes(t *testing.T) {
-	d := startLabelled(t)
-	d.mu.Lock() // all the time: what the daemon itself sees, nothing, is not to come between
-	defer d.mu.Unlock()
-	stopped := func(c container.Labelled) container.Labelled { c.Running = false; return c }
-	younger := func(c container.Labelled) container.Labelled { c.Created = time.Unix(1, 0); return c }
-	exposing := func(port uint16, c container.Labelled) container.Labelled { c.Ports = []uint16{port}; return c }
-	replica := func(c container.Labelled) container.Labelled { c.Replicas = "shop/web"; return c }
-	for _, step := range []struct {
-		name     string
-		after    bool // what was there in the step before is remembered
-		seen     []container.Labelled
-		routes   []string // LISTENER MATCH→IDS:PORT, STATE if not running; sorted
-		problems []string // how they begin
-	}{
-		{"appears", false, []container.Labelled{box("a", "host=a.org, *.b.org", "path=/x", "port=8080")}, []string{"web a.org,*.b.org/x→a:8080"}, []string{`a tailsplice.host some: "a.org" is not among`, `a tailsplice.host some: "*.b.org" is not among`}},
-		{"stops", true, []container.Labelled{stopped(box("a", "host=a.org", "port=8080"))}, []string{"web a.org→a:8080 stopped"}, nil},
-		{"is removed", true, nil, []string{"web a.org→a:8080 removed"}, nil},
-		{"comes back under another id", true, []container.Labelled{younger(box("a2", "host=a.org"))}, []string{"web a.org→a2:80"}, nil},
-		{"an older one wants the same", false, []container.Labelled{younger(box("a2", "host=a.org")), box("b", "host=a.org,b.org")},
-			[]string{"web a.org→a2:80", "web b.org→b:80"}, []string{`b tailsplice.host web: "a.org" belongs to container a2 already`}},
-		{"the holder stops", false, []container.Labelled{stopped(younger(box("a2", "host=a.org"))), box("b", "host=a.org,b.org")}, []string{"web a.org,b.org→b:80"}, nil},
-		{"and is back", false, []container.Labelled{younger(box("a2", "host=a.org")), box("b", "host=a.org,b.org")},
-			[]string{"web a.org,b.org→b:80"}, []string{`a2 tailsplice.host web: "a.org" belongs to container b already`}},
-		{"the config wins", false, []container.Labelled{box("c", "host=fixed.org", "path=/api"), box("d", "host=fixed.org"), box("b", "host=b.org"), box("a2", "host=a2.org")},
-			[]string{"web a2.org→a2:80", "web b.org→b:80", "web fixed.org→d:80"}, []string{`c tailsplice.host web: "fixed.org/api" belongs to a configured route already`}},
-		{"bad labels harm nobody", false, []container.Labelled{box("c", "host=c.org", "pth=/admin"), box("d", "host=d.org"), box("b", "host=d.org:80"), box("a2", "host=a2.org", "port=http")},
-			[]string{"web d.org→d:80"}, []string{`c tailsplice.pth : unknown label, did you mean "tailsplice.path"?`, `b tailsplice.host : "d.org:80": it has a port`, `a2 tailsplice.port : port "http" is not a number`}},
-		{"modes", false, []container.Labelled{box("c", "host=x.some.org"), box("d", "host=d.org", "tls=passthrough"), box("b", "host=b.org", "tls=true"), box("a2", "host=y.some.org", "tls=false")},
-			[]string{"some x.some.org→c:80", "some y.some.org→a2:80", "tls d.org→d:80", "web x.some.org→c:80", "web y.some.org→a2:80"}, []string{"b tailsplice.tls : no listener for it"}},
-		{"replicas", false, []container.Labelled{replica(box("b", "host=b.org")), replica(box("c", "host=b.org")), stopped(replica(box("d", "host=b.org"))), replica(box("a2", "host=b.org", "path=/other"))},
-			[]string{"web b.org/other→a2:80", "web b.org→b,c:80"}, nil},
-		{"replicas of two images", false, []container.Labelled{exposing(80, replica(box("b", "host=b.org"))), exposing(81, replica(box("c", "host=b.org")))}, []string{"web b.org→c:81"}, nil},
-		{"a replica that is stopped, and one that runs", false, []container.Labelled{stopped(replica(box("b", "host=b.org"))), replica(box("c", "host=b.org"))}, []string{"web b.org→c:80"}, nil},
-		{"no replicas", false, []container.Labelled{box("e", "host=e.org"), box("f", "host=e.org")}, []string{"web e.org→e:80"}, []string{`f tailsplice.host web: "e.org" belongs to container e already`}},
-		{"two new ones, of which the older goes first", false, []container.Labelled{younger(box("g", "host=new.org")), box("h", "host=new.org")}, []string{"web new.org→h:80"}, []string{`g tailsplice.host web: "new.org" belongs to container h already`}},
-		{"a bad one", false, []container.Labelled{box("b", "hst=b.org"), box("c", "host=c.org")}, []string{"web c.org→c:80"}, []string{"b tailsplice.hst : unknown label"}},
-		{"and gone", true, []container.Labelled{box("c", "host=c.org")}, []string{"web c.org→c:80"}, nil},
-		{"replicas again", false, []container.Labelled{replica(box("b", "host=b.org")), replica(box("c", "host=b.org")), replica(box("a2", "host=b.org", "path=/other"))}, []string{"web b.org/other→a2:80", "web b.org→b,c:80"}, nil},
-		{"a replica is replaced", true, []container.Labelled{replica(box("e", "host=b.org"))}, []string{"web b.org/other→a2:80 removed", "web b.org→e:80"}, nil},
-		{"a name that is nearly right", false, []container.Labelled{other(box("b"), "Tailsplice.Host=b.org"), other(box("c", "host=c.org"), "tailsplice-path=/x"), box("d", "host=d.org")},
-			[]string{"web d.org→d:80"}, []string{`b Tailsplice.Host : there is no such label, did you mean "tailsplice.host"?`, `c tailsplice-path : there is no such label, did you mean "tailsplice.path"?`}},
-	} {
-		if !step.after {
-			d.labels.seen, d.labels.gone = nil, nil
-		}
-		bases := map[string]*service{}
-		for name, l := range d.listeners {
-			if s := l.service.Load(); s.base != nil {
-				bases[name] = s.base
-			}
-		}
-		next := d.mergeLabels(d.cfg, bases, step.seen)
-		d.commitLabels(next)
-		var routes []string
-		for name, s := range next.services {
-			for _, r := range s.rules {
-				if r.container != "" {
-					state := strings.TrimSuffix(" "+r.state, " running")
-					routes = append(routes, fmt.Sprintf("%s %s→%s:%d%s", name, r.name, r.target.Host, r.target.Port, state))
-				}
-			}
-		}
-		slices.Sort(routes)
-		if !slices.Equal(routes, step.routes) {
-			t.Errorf("%s: routes %q, want %q", step.name, routes, step.routes)
-		}
-		var problems []string
-		for _, p := range next.problems {
-			if p.Listener == "some" && strings.Contains(p.Problem, "is not among docker.hosts") && step.name != "appears" {
-				continue
-			}
-			problems = append(problems, fmt.Sprintf("%s %s %s: %s", p.Container, p.Label, p.Listener, p.Problem))
-		}
-		for _, want := range step.problems {
-			if !slices.ContainsFunc(problems, func(p string) bool { return strings.HasPrefix(p, want) }) {
-				t.Errorf("%s: no problem %q in %q", step.name, want, problems)
-			}
-		}
-		if len(step.problems) == 0 && len(problems) > 0 {
-			t.Errorf("%s: problems %q", step.name, problems)
-		}
-	}
-}
-
-// TestLabelsOfTheHost: a container in the host's network can't claim the ports
-// of other programs, and one with several ports says which.
-func TestLabelsOfTheHost(t *testing.T) {
-	d := startLabelled(t)
-	host, two := box("host", "host=a.org", "port=22"), box("two", "host=b.org")
-	host.HostNetwork, two.Ports = true, []uint16{80, 443}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	next := d.mergeLabels(d.cfg, map[string]*service{"web": d.listeners["web"].service.Load().base}, []container.Labelled{host, two})
-	if n := len(next.services["web"].rules); n != 2 {
-		t.Errorf("%d rules, want the two of the configuration", n)
-	}
-	said := fmt.Sprint(next.problems)
-	for _, want := range []string{"{host tailsplice.host  the container is in the host's network", "{two tailsplice.port  it is missing, and the container exposes 80 443"} {
-		if !strings.Contains(said, want) {
-			t.Errorf("%s does not say %s", said, want)
-		}
-	}
-}
-
-// TestLabelsLookup: a label's route is found beside the configured ones, by the
-// longest path, and the default still takes the rest.
-func TestLabelsLookup(t *testing.T) {
-	d := startLabelled(t)
-	d.mu.Lock()
-	next := d.mergeLabels(d.cfg, map[string]*service{"web": d.listeners["web"].service.Load().base}, []container.Labelled{box("a", "host=fixed.org", "path=/api/deep"), box("b", "host=*.org")})
-	d.mu.Unlock()
-	for request, want := range map[string]string{"fixed.org/api/deep/x": "container a", "fixed.org/api/x": "config", "fixed.org/y": "container b", "x.net/": "config"} {
-		host, path, _ := strings.Cut(request, "/")
-		to, err := next.services["web"].routeRequest(new(http.Request), host, "/"+path, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		i := slices.IndexFunc(next.services["web"].rules, func(r *rule) bool { return r.http == to })
-		if got := next.services["web"].rules[i].source(); got != want {
-			t.Errorf("%s goes to %s, want %s", request, got, want)
-		}
-	}
 }
 
 // TestDockerBehindFilter: a daemon whose Docker hides /info serves what labels ask for, by the replica that is healthy,

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
 
 // rebindEvery is how often an address that could not be bound is tried again: who
@@ -288,7 +289,7 @@ func (f *Front) rebind(want []binding, opened map[string]*socket) {
 //
 // f.mu is held.
 func (f *Front) noteUnbound(want []binding, failed map[string]error, clashes map[lack]error, tailnet error) {
-	unbound := lacking(f.cfg, f.listeners, f.places)
+	unbound := lacking(f.plan.Config, f.listeners, f.places)
 	maps.Copy(unbound, clashes)
 	for _, b := range want {
 		if err := failed[b.addr]; err != nil {
@@ -333,7 +334,7 @@ func (f *Front) followAddresses(ctx context.Context) {
 		case <-retry.C:
 		}
 		f.mu.Lock()
-		listens, lacked, named := f.needs.Listens, f.lacksAddresses(), f.namesInterface()
+		listens, lacked, named := f.plan.Needs.Listens, f.lacksAddresses(), f.namesInterface()
 		f.mu.Unlock()
 		if len(listens) == 0 && !lacked && !named {
 			continue
@@ -341,13 +342,13 @@ func (f *Front) followAddresses(ctx context.Context) {
 		var addrs []netip.Addr
 		var err error
 		if len(listens) > 0 {
-			addrs, err = f.askTailnetAddrs(ctx) // which may take a while
+			addrs, err = selfAddrs(ctx, f.tailnet) // which may take a while
 		}
 		f.mu.Lock()
 		f.useTailnetAddrs(addrs)
 		f.rebindNow(err)
 		lacks := f.lacksAddresses()
-		listens = f.needs.Listens
+		listens = f.plan.Needs.Listens
 		f.mu.Unlock()
 		if lacks {
 			retry.Reset(rebindEvery)
@@ -366,21 +367,21 @@ func (f *Front) rebindNow(tailnet error) {
 		return
 	}
 	f.refreshInterfaces()
-	want := bindings(f.cfg, f.listeners, f.tailnetAddrs, f.places)
+	want := bindings(f.plan.Config, f.listeners, f.tailnetAddrs, f.places)
 	want, clashes := f.apart(want)
 	opened, failed := f.bindMissing(want)
 	f.rebind(want, opened)
 	f.noteUnbound(want, failed, clashes, tailnet)
 }
 
-// askTailnetAddrs asks tailscaled for this node's addresses.
-func (f *Front) askTailnetAddrs(ctx context.Context) ([]netip.Addr, error) {
+// selfAddrs asks tailscaled for this node's addresses.
+func selfAddrs(ctx context.Context, c *tailnet.Client) ([]netip.Addr, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	return f.tailnet.SelfAddrs(ctx)
+	return c.SelfAddrs(ctx)
 }
 
-// useTailnetAddrs takes what askTailnetAddrs returned. Without an answer the last
+// useTailnetAddrs takes what selfAddrs returned. Without an answer the last
 // known ones stay, and so what is bound stays bound: tailscaled may only be
 // restarting.
 //

@@ -69,8 +69,8 @@ func (f *Front) problems() (out []Problem) {
 			out = append(out, Problem{part, listener, name, err.Error()})
 		}
 	}
-	for i := range f.cfg.Listeners {
-		c := &f.cfg.Listeners[i]
+	for i := range f.plan.Config.Listeners {
+		c := &f.plan.Config.Listeners[i]
 		l := f.listeners[c.Name]
 		if len(f.tailnetAddrs) == 0 {
 			for _, a := range c.Listen {
@@ -93,8 +93,8 @@ func (f *Front) problems() (out []Problem) {
 				}
 			}
 		}
-		if r := l.service.Load().fallback; r != nil {
-			add(PartDefault, c.Name, r.written, l.gate.closed())
+		if r := l.service.Load().Fallback; r != nil {
+			add(PartDefault, c.Name, r.Written, l.gate.closed())
 		}
 	}
 	for c, err := range f.unbound {
@@ -109,7 +109,7 @@ func (f *Front) problems() (out []Problem) {
 	for _, file := range f.denyFiles {
 		add(PartDeny, "", file.Name(), file.Problem())
 	}
-	add(PartHealth, "", f.cfg.Control.Health, f.healthErr)
+	add(PartHealth, "", f.plan.Config.Control.Health, f.healthErr)
 	for _, d := range f.datapaths() {
 		if h, ok := d.(relay.Health); ok && waits(d) {
 			why, _ := h.Health()

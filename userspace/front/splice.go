@@ -28,7 +28,7 @@ func (f *Front) serveSNI(in *inbound) {
 		f.refuseHello(in, hello, err)
 		return
 	}
-	r, err := in.choose(&hello)
+	r, err := in.decide(&hello)
 	if err != nil {
 		f.refuseHello(in, hello, err)
 		return
@@ -36,31 +36,13 @@ func (f *Front) serveSNI(in *inbound) {
 	f.spliceTo(in, r, &hello)
 }
 
-// choose says which rule takes in, by its hello; by none, on a tcp listener, which may have no rule at all.
-func (in *inbound) choose(hello *sni.Hello) (*rule, error) {
-	s, r := in.service, in.service.fallback
-	permit := func(allow ...*plan.Peers) error { return in.front.permit(in.asker, in.visitor(), allow...) }
-	if hello == nil {
-		if r == nil {
-			return nil, nil
-		}
-		return r, permit(s.allow, r.allow)
+// decide says which rule takes in, by its hello, which is nil on a tcp listener, or why none does. Both ways of a
+// connection ask it. On the loop the asker may have to ask: then nothing may be concluded.
+func (in *inbound) decide(hello *sni.Hello) (*plan.Rule, error) {
+	if hello != nil {
+		in.name = hello.ServerName
 	}
-	in.name = hello.ServerName
-	if err := permit(s.allow); err != nil {
-		return nil, err
-	}
-	r, ok := s.names.Lookup(hello.ServerName, func(r *rule) bool { return r.accepts(hello.ALPN) })
-	switch {
-	case !ok:
-		return nil, errNobodyServes
-	case r.reject:
-		return nil, fmt.Errorf("%w (route %s)", errRejectedName, r.name)
-	}
-	if err := permit(r.allow); err != nil {
-		return nil, fmt.Errorf("%w (route %s)", err, r.name)
-	}
-	return r, nil
+	return in.service.Decide(hello, in.visitor(), in.asker)
 }
 
 // The metric's words for a hello that was not complete: in time, before others needed its place, or when the client
@@ -73,27 +55,14 @@ const (
 
 var errDisplaced = errors.New("its PROXY header or hello was not complete when a newer connection needed its place")
 
-var (
-	errNobodyServes = errors.New("no route and no default matches this name")
-	errRejectedName = errors.New("the configuration rejects this name")
-)
-
 // readHello reads the hello of in, as far as it has not been read already. head is all that was.
 func (in *inbound) readHello() (hello sni.Hello, head []byte, err error) {
-	return sni.Continue(in.TCPConn, in.takeAhead(), in.service.limits.HelloBytes, in.timeForHello())
+	return sni.Continue(in.TCPConn, in.takeAhead(), in.service.Limits.HelloBytes, in.timeForHello())
 }
 
 // timeForHello is what in has left for its hello.
 func (in *inbound) timeForHello() time.Duration {
-	return max(1, in.service.helloTimeout()+in.afterHeader-time.Since(in.accepted))
-}
-
-// helloTimeout is how long a client may take for its hello.
-func (s *service) helloTimeout() time.Duration {
-	if s.mode == "https" {
-		return vhost.DefaultHeaderTimeout
-	}
-	return s.limits.HelloTimeout
+	return max(1, in.service.HelloTimeout()+in.afterHeader-time.Since(in.accepted))
 }
 
 // refuseHello ends a connection whose hello leads nowhere, with the alert that
@@ -103,14 +72,14 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 	alert, speaksTLS := sni.AlertFor(err)
 	var reason string
 	var reject *sni.RejectError
-	var stranger *notAllowedError
-	var unidentified *notIdentifiedError
+	var stranger *plan.NotAllowedError
+	var unidentified *plan.NotIdentifiedError
 	switch {
 	case errors.As(err, &stranger):
 		reason, alert, speaksTLS = notAllowed, sni.AlertAccessDenied, true
 	case errors.As(err, &unidentified):
 		reason, alert, speaksTLS = notIdentified, sni.AlertAccessDenied, true
-	case errors.Is(err, errNobodyServes), errors.Is(err, errRejectedName), errors.Is(err, errFinalDot):
+	case errors.Is(err, plan.ErrNobodyServes), errors.Is(err, plan.ErrRejectedName), errors.Is(err, errFinalDot):
 		reason, alert, speaksTLS = "unrecognized_name", sni.AlertUnrecognizedName, true
 	case errors.As(err, &reject):
 		reason = "hello_rejected"
@@ -150,17 +119,11 @@ func (f *Front) helloRefused(in *inbound, name, reason string, err error) {
 
 // spliceTo dials r's target and relays the connection to it. It owns in, and
 // may return before the flow has ended.
-func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
-	if r == nil || r.reject {
-		defer in.release()
-		f.metrics.Refused.WithLabelValues(in.listener.name, "rejected").Inc()
-		tcpsock.ResetConn(in.TCPConn)
-		return
-	}
+func (f *Front) spliceTo(in *inbound, r *plan.Rule, hello *sni.Hello) {
 	up, err := f.dialRule(f.ctx, in.listener.name, r, in.visitor())
 	if err != nil {
 		defer in.release()
-		f.complain.Warn("dial "+r.written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.name, "target", r.written, "client", in.client, "name", in.name, "err", err)
+		f.complain.Warn("dial "+r.Written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.Name, "target", r.Written, "client", in.client, "name", in.name, "err", err)
 		if hello != nil {
 			sni.Refuse(in.TCPConn, sni.AlertInternalError)
 			return
@@ -179,26 +142,26 @@ func (f *Front) spliceTo(in *inbound, r *rule, hello *sni.Hello) {
 }
 
 // begin registers the flow of in, and says how it is to be relayed. The result's done ends in.
-func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, rtt [2]time.Duration) (relay.Options, func(relay.Result)) {
+func (f *Front) begin(in *inbound, r *plan.Rule, hello *sni.Hello, upstream string, rtt [2]time.Duration) (relay.Options, func(relay.Result)) {
 	var preface []byte
-	if r.sendProxy {
+	if r.SendProxy {
 		preface = f.proxyHeader(in, hello).Append(nil)
 	}
 	counters := new(relay.Counters)
-	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.name, Name: in.name,
+	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.Name, Name: in.name,
 		Client: in.client.String(), Shared: in.shared(), Downstream: in.peer.String(), Upstream: upstream,
-		Target: r.written, Started: in.accepted, Bytes: counters.Load, Held: counters.Held, Datapath: counters.Datapath,
-		Account: f.flows.Account(in.listener.name, r.name)}
+		Target: r.Written, Started: in.accepted, Bytes: counters.Load, Held: counters.Held, Datapath: counters.Datapath,
+		Account: f.flows.Account(in.listener.name, r.Name)}
 	f.flows.Add(fl)
 	in.asker, in.header = nil, nil // the flow may last
 	o := relay.Options{
-		Preface: preface, Buffer: in.service.limits.FlowBuffer, Idle: in.service.limits.IdleTimeout,
-		Counters: counters, ID: in.id, Route: r.name, Datapaths: r.datapaths,
+		Preface: preface, Buffer: in.service.Limits.FlowBuffer, Idle: in.service.Limits.IdleTimeout,
+		Counters: counters, ID: in.id, Route: r.Name, Datapaths: f.named(r.Datapath),
 		Refused: func(datapath string, reason error) {
 			f.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
 		},
 	}
-	if auto := f.auto.Load(); r.auto && auto != nil {
+	if auto := f.auto.Load(); r.Datapath == plan.Auto && auto != nil {
 		o.WhenTalking = *auto
 	}
 	return o, func(res relay.Result) {
@@ -216,20 +179,20 @@ func (f *Front) begin(in *inbound, r *rule, hello *sni.Hello, upstream string, r
 }
 
 // dialRule connects to r's target and counts how that went.
-func (f *Front) dialRule(ctx context.Context, listener string, r *rule, who visitor) (net.Conn, error) {
+func (f *Front) dialRule(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
 	started := time.Now()
 	var up net.Conn
 	var err error
 	switch {
-	case r.container != "":
-		up, err = r.dialLabelled(ctx, who.client)
-	case r.transparent:
+	case r.Label != nil:
+		up, err = dialLabelled(ctx, r, who.Client)
+	case r.Transparent:
 		up, err = f.dialTransparent(ctx, listener, r, who)
 	default:
-		up, err = r.dialer.Dial(ctx, r.target, who.client)
+		up, err = r.Dialer.Dial(ctx, r.To, who.Client)
 	}
 	f.metrics.DialTime.Observe(time.Since(started).Seconds())
-	f.targets.tried(r.written, err)
+	f.targets.tried(r.Written, err)
 	if err != nil {
 		reason := "error"
 		var de *dial.Error

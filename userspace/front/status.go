@@ -2,6 +2,7 @@ package front
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -12,25 +13,26 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
 // Status is what `tailsplice status --json` prints.
 type Status struct {
-	Format    int              `json:"format_version"` // flow.FormatVersion
-	Version   string           `json:"version"`
-	Node      string           `json:"node"`
-	Config    string           `json:"config"`
-	Started   time.Time        `json:"started"`
-	Loaded    time.Time        `json:"loaded"` // when the present config came into force
-	Flows     int              `json:"flows"`
-	Requests  int              `json:"requests"` // of HTTP, under way
-	Datapaths []DatapathStatus `json:"datapaths"`
-	Listeners []ListenerStatus `json:"listeners"`
-	Problems  []Problem        `json:"problems,omitempty"`       // what of the configuration does not work now
-	Labels    []LabelProblem   `json:"label_problems,omitempty"` // labels of containers that make no route, and why
-	Control   []string         `json:"control,omitempty"`        // addresses of metrics and health
-	LogLost   int64            `json:"log_lost,omitempty"`       // lines that the daemon's log could not write
+	Format    int                 `json:"format_version"` // flow.FormatVersion
+	Version   string              `json:"version"`
+	Node      string              `json:"node"`
+	Config    string              `json:"config"`
+	Started   time.Time           `json:"started"`
+	Loaded    time.Time           `json:"loaded"` // when the present config came into force
+	Flows     int                 `json:"flows"`
+	Requests  int                 `json:"requests"` // of HTTP, under way
+	Datapaths []DatapathStatus    `json:"datapaths"`
+	Listeners []ListenerStatus    `json:"listeners"`
+	Problems  []Problem           `json:"problems,omitempty"`       // what of the configuration does not work now
+	Labels    []plan.LabelProblem `json:"label_problems,omitempty"` // labels of containers that make no route, and why
+	Control   []string            `json:"control,omitempty"`        // addresses of metrics and health
+	LogLost   int64               `json:"log_lost,omitempty"`       // lines that the daemon's log could not write
 
 	Accepted       map[string]int64 `json:"accepted"`        // connections by listener
 	Refused        map[string]int64 `json:"refused"`         // connections and requests by reason
@@ -92,12 +94,12 @@ type RouteStatus struct {
 func (f *Front) Status() Status {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	s := Status{Format: flow.FormatVersion, Version: f.opts.Version, Node: f.cfg.Node, Config: f.cfg.File, Started: f.started, Loaded: f.loaded,
+	s := Status{Format: flow.FormatVersion, Version: f.opts.Version, Node: f.plan.Config.Node, Config: f.plan.Config.File, Started: f.started, Loaded: f.loaded,
 		Flows: f.flows.Len(), Requests: f.requests.Total(),
 		Accepted: metrics.Totals(f.metrics.Accepted, "listener"), Refused: metrics.Totals(f.metrics.Refused, "reason"),
 		Ended: metrics.Totals(f.metrics.Ended, "end"), DialErrors: metrics.Totals(f.metrics.DialError, "reason"),
 		Demoted: metrics.Totals(f.metrics.Demoted, "reason"), NotTransparent: metrics.Totals(f.metrics.NotTransparent, "reason")}
-	s.Labels = f.labels.problems
+	s.Labels = f.plan.Labels.Problems
 	if f.opts.LogLost != nil {
 		s.LogLost = f.opts.LogLost()
 	}
@@ -119,8 +121,8 @@ func (f *Front) Status() Status {
 	for i := range s.Datapaths {
 		s.Datapaths[i].Flows = flows[s.Datapaths[i].Name]
 	}
-	for i := range f.cfg.Listeners {
-		c := &f.cfg.Listeners[i]
+	for i := range f.plan.Config.Listeners {
+		c := &f.plan.Config.Listeners[i]
 		l := f.listeners[c.Name]
 		svc := l.service.Load()
 		ls := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}, Allow: c.Allow, WhileDown: c.WhileDown}
@@ -145,13 +147,16 @@ func (f *Front) Status() Status {
 			}
 		}
 		slices.Sort(ls.Bound)
-		for _, r := range svc.rules {
-			rs := RouteStatus{Match: r.name, ALPN: r.alpn, Reject: r.reject, Forward: r.written, SendProxy: r.sendProxy, Transparent: r.transparent, Source: r.source(), Container: r.state, Allow: r.allow.Strings(), Asks: r.restrictions(), Wanted: r.wanted}
-			if !r.reject {
-				rs.Datapath, rs.Why = r.via(s.Datapaths)
+		for _, r := range svc.Rules {
+			rs := RouteStatus{Match: r.Name, ALPN: r.ALPN, Reject: r.Reject, Forward: r.Written, SendProxy: r.SendProxy, Transparent: r.Transparent, Source: r.Source(), Allow: r.Allow.Strings(), Asks: restrictions(r), Wanted: r.Datapath}
+			if r.Label != nil {
+				rs.Container = r.Label.State
+			}
+			if !r.Reject {
+				rs.Datapath, rs.Why = via(r, f.named(r.Datapath), s.Datapaths)
 			}
 			rs.Down = f.targets.down(r)
-			for _, to := range r.targets {
+			for _, to := range r.All {
 				if to.To.Scheme == dial.Docker {
 					rs.Ailing = append(rs.Ailing, f.containers.Ailing(to.To.Host)...)
 				}
@@ -164,16 +169,19 @@ func (f *Front) Status() Status {
 }
 
 // restrictions are what a client must satisfy for r, for people: who it is, and what it asks for.
-func (r *rule) restrictions() []string {
-	all := slices.Clone(r.asks)
-	if len(r.match.Methods) > 0 {
-		all = append(all, "methods "+strings.Join(r.match.Methods, ", "))
+func restrictions(r *plan.Rule) []string {
+	all := slices.Clone(r.Asks)
+	if r.HTTP == nil {
+		return all
 	}
-	for _, name := range slices.Sorted(maps.Keys(r.match.Headers)) {
+	if len(r.HTTP.Match.Methods) > 0 {
+		all = append(all, "methods "+strings.Join(r.HTTP.Match.Methods, ", "))
+	}
+	for _, name := range slices.Sorted(maps.Keys(r.HTTP.Match.Headers)) {
 		all = append(all, "header "+name)
 	}
-	if r.http != nil && r.http.MaxBody > 0 {
-		all = append(all, fmt.Sprintf("max_body %d", r.http.MaxBody))
+	if r.HTTP.Route != nil && r.HTTP.Route.MaxBody > 0 {
+		all = append(all, fmt.Sprintf("max_body %d", r.HTTP.Route.MaxBody))
 	}
 	return all
 }
@@ -184,4 +192,12 @@ func boundAddress(addr string, d *door) string {
 		return d.addr.String()
 	}
 	return addr
+}
+
+// Trace answers q by what is in force.
+func (f *Front) Trace(ctx context.Context, q plan.Question) (plan.Trace, error) {
+	f.mu.Lock()
+	p := f.plan
+	f.mu.Unlock()
+	return p.Trace(ctx, q)
 }

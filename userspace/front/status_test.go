@@ -6,8 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/relay"
-	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
 // namedPath is a datapath that has a name.
@@ -23,22 +23,25 @@ func TestVia(t *testing.T) {
 	on, off := DatapathStatus{Name: "sockmap", Available: true}, DatapathStatus{Name: "sockmap", Reason: "it failed"}
 	local := DatapathStatus{Name: "sk_msg", Reason: "no such map"}
 	sockmap, both := []relay.Datapath{namedPath{name: "sockmap"}}, []relay.Datapath{namedPath{name: "sk_msg"}, namedPath{name: "sockmap"}}
+	auto, none := plan.Rule{Policy: plan.Policy{Datapath: plan.Auto}}, plan.Rule{Policy: plan.Policy{Datapath: userspace}}
+	named := plan.Rule{Policy: plan.Policy{Datapath: "its name"}}
 	for _, c := range []struct {
 		name      string
-		rule      rule
+		rule      plan.Rule
+		named     []relay.Datapath
 		all       []DatapathStatus
 		want, why string
 	}{
-		{"http", rule{http: new(vhost.Route)}, []DatapathStatus{on}, userspace, "HTTP"},
-		{"auto", rule{auto: true}, []DatapathStatus{on}, userspace, "go on by sockmap"},
-		{"auto without", rule{auto: true}, []DatapathStatus{off}, userspace, "sockmap is not there: it failed"},
-		{"userspace", rule{}, []DatapathStatus{on}, userspace, "the configuration says so"},
-		{"sockmap", rule{datapaths: sockmap}, []DatapathStatus{on}, "sockmap", ""},
-		{"sockmap is off", rule{datapaths: sockmap}, []DatapathStatus{off}, userspace, "sockmap takes no flows: it failed"},
-		{"sk_msg is off", rule{datapaths: both}, []DatapathStatus{local, on}, "sockmap", "sk_msg takes no flows: no such map"},
-		{"both are off", rule{datapaths: both}, []DatapathStatus{local, off}, userspace, "sk_msg takes no flows"},
+		{"http", plan.Rule{HTTP: new(plan.HTTP)}, nil, []DatapathStatus{on}, userspace, "HTTP"},
+		{"auto", auto, nil, []DatapathStatus{on}, userspace, "go on by sockmap"},
+		{"auto without", auto, nil, []DatapathStatus{off}, userspace, "sockmap is not there: it failed"},
+		{"userspace", none, nil, []DatapathStatus{on}, userspace, "the configuration says so"},
+		{"sockmap", named, sockmap, []DatapathStatus{on}, "sockmap", ""},
+		{"sockmap is off", named, sockmap, []DatapathStatus{off}, userspace, "sockmap takes no flows: it failed"},
+		{"sk_msg is off", named, both, []DatapathStatus{local, on}, "sockmap", "sk_msg takes no flows: no such map"},
+		{"both are off", named, both, []DatapathStatus{local, off}, userspace, "sk_msg takes no flows"},
 	} {
-		if got, why := c.rule.via(c.all); got != c.want || !strings.Contains(why, c.why) || c.why == "" && why != "" {
+		if got, why := via(&c.rule, c.named, c.all); got != c.want || !strings.Contains(why, c.why) || c.why == "" && why != "" {
 			t.Errorf("%s: %s, since %q", c.name, got, why)
 		}
 	}

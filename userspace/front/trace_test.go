@@ -7,6 +7,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
 // TestTrace: a trace says of each listener what it would do, the same of a
@@ -48,30 +50,30 @@ listeners:
 	}
 	for _, c := range []struct {
 		name, listener   string
-		q                Question
+		q                plan.Question
 		outcome, route   string
 		reason, redirect string
 		asks             string
 		targets          []target
 		ok               bool
 	}{
-		{"tcp takes all", "pass", Question{Host: "whatever.test", Dial: true}, TraceForward, "default", "", "", "", []target{{dead, "local", false, false, "whatever.test/"}}, false},
-		{"and is not tried", "pass", Question{Host: "whatever.test"}, TraceForward, "default", "", "", "", []target{{dead, "local", false, true, "whatever.test/"}}, true},
-		{"alpn", "edge", Question{Host: "a.test", ALPN: []string{"acme-tls/1"}, Dial: true}, TraceForward, "a.test", "", "", "allow 127.0.0.0/8", []target{{alive, "local", true, false, "a.test/"}}, true},
-		{"a node without tailscaled", "edge", Question{Host: "x.a.test", ALPN: []string{"h2"}, Dial: true}, TraceForward, "*.a.test,a.test", "", "", "allow 127.0.0.0/8", []target{{"tailnet://home:443", "node", false, false, "x.a.test/"}}, false},
-		{"rejected", "edge", Question{Host: "no.test"}, TraceReject, "no.test", "", "", "", nil, false},
-		{"nobody's", "edge", Question{Host: "b.test"}, TraceNone, "", "unrecognized_name", "", "", nil, false},
-		{"a path", "web", Question{Host: "a.test", Path: "/x/../api//y", Dial: true}, TraceForward, "a.test/api/", "", "", "basic_auth", []target{{alive, "local", true, false, "b.test/v2/y"}, {dead, "local", false, false, "b.test/v2/y"}}, true},
-		{"another method", "web", Question{Host: "a.test", Path: "/post"}, TraceNone, "", "405", "", "", nil, false},
-		{"the method", "web", Question{Host: "a.test", Path: "/post", Method: "POST", Dial: true}, TraceForward, "a.test/post", "", "", "", []target{{dead, "local", false, false, "a.test/post"}}, false},
-		{"no header", "web", Question{Host: "a.test", Path: "/"}, TraceNone, "", "404", "", "", nil, false},
-		{"the header", "web", Question{Host: "a.test", Path: "/", Header: http.Header{"X-Api": {"2"}}, Dial: true}, TraceForward, "a.test", "", "", "", []target{{alive, "local", true, false, "a.test/"}}, true},
-		{"redirect", "web", Question{Host: "old.test"}, TraceRedirect, "old.test", "", "https", "", nil, true},
-		{"no host", "web", Question{Host: "c.test"}, TraceNone, "", "404", "", "", nil, false},
+		{"tcp takes all", "pass", plan.Question{Host: "whatever.test", Dial: true}, plan.TraceForward, "default", "", "", "", []target{{dead, "local", false, false, "whatever.test/"}}, false},
+		{"and is not tried", "pass", plan.Question{Host: "whatever.test"}, plan.TraceForward, "default", "", "", "", []target{{dead, "local", false, true, "whatever.test/"}}, true},
+		{"alpn", "edge", plan.Question{Host: "a.test", ALPN: []string{"acme-tls/1"}, Dial: true}, plan.TraceForward, "a.test", "", "", "allow 127.0.0.0/8", []target{{alive, "local", true, false, "a.test/"}}, true},
+		{"a node without tailscaled", "edge", plan.Question{Host: "x.a.test", ALPN: []string{"h2"}, Dial: true}, plan.TraceForward, "*.a.test,a.test", "", "", "allow 127.0.0.0/8", []target{{"tailnet://home:443", "node", false, false, "x.a.test/"}}, false},
+		{"rejected", "edge", plan.Question{Host: "no.test"}, plan.TraceReject, "no.test", "", "", "", nil, false},
+		{"nobody's", "edge", plan.Question{Host: "b.test"}, plan.TraceNone, "", "unrecognized_name", "", "", nil, false},
+		{"a path", "web", plan.Question{Host: "a.test", Path: "/x/../api//y", Dial: true}, plan.TraceForward, "a.test/api/", "", "", "basic_auth", []target{{alive, "local", true, false, "b.test/v2/y"}, {dead, "local", false, false, "b.test/v2/y"}}, true},
+		{"another method", "web", plan.Question{Host: "a.test", Path: "/post"}, plan.TraceNone, "", "405", "", "", nil, false},
+		{"the method", "web", plan.Question{Host: "a.test", Path: "/post", Method: "POST", Dial: true}, plan.TraceForward, "a.test/post", "", "", "", []target{{dead, "local", false, false, "a.test/post"}}, false},
+		{"no header", "web", plan.Question{Host: "a.test", Path: "/"}, plan.TraceNone, "", "404", "", "", nil, false},
+		{"the header", "web", plan.Question{Host: "a.test", Path: "/", Header: http.Header{"X-Api": {"2"}}, Dial: true}, plan.TraceForward, "a.test", "", "", "", []target{{alive, "local", true, false, "a.test/"}}, true},
+		{"redirect", "web", plan.Question{Host: "old.test"}, plan.TraceRedirect, "old.test", "", "https", "", nil, true},
+		{"no host", "web", plan.Question{Host: "c.test"}, plan.TraceNone, "", "404", "", "", nil, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.q.Listener = c.listener
-			q, err := ParseQuestion(c.q.Values())
+			q, err := plan.ParseQuestion(c.q.Values())
 			if err != nil || q.Host != c.q.Host || q.Path != c.q.Path || len(q.Header) != len(c.q.Header) || q.Dial != c.q.Dial {
 				t.Fatalf("the question %+v becomes %+v, %v", c.q, q, err)
 			}
@@ -80,11 +82,11 @@ listeners:
 			if err != nil {
 				t.Fatal(err)
 			}
-			config, err := TraceConfig(t.Context(), parse(t, yaml()), q)
+			config, err := plan.TraceConfig(t.Context(), parse(t, yaml()), q)
 			if err != nil {
 				t.Fatal(err)
 			}
-			for name, got := range map[string]Trace{"in force": inForce, "a configuration": config} {
+			for name, got := range map[string]plan.Trace{"in force": inForce, "a configuration": config} {
 				if len(got.Listeners) != 1 || got.Node != "laptop" || got.OK() != c.ok {
 					t.Fatalf("%s: %+v, ok %v", name, got, got.OK())
 				}
@@ -102,7 +104,7 @@ listeners:
 			}
 		})
 	}
-	if _, err := TraceConfig(t.Context(), parse(t, yaml()), Question{Host: "a.test", Listener: "wbe"}); err == nil || !strings.Contains(err.Error(), `no listener "wbe"`) {
+	if _, err := plan.TraceConfig(t.Context(), parse(t, yaml()), plan.Question{Host: "a.test", Listener: "wbe"}); err == nil || !strings.Contains(err.Error(), `no listener "wbe"`) {
 		t.Errorf("a listener that is not there: %v", err)
 	}
 }

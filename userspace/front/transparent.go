@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/transparent"
 )
 
@@ -46,15 +47,15 @@ func (f *Front) closeWay() {
 // dialTransparent connects to r's target from the client's own address, where
 // that can be. Where it can't the target sees this host, and the reason is
 // counted.
-func (f *Front) dialTransparent(ctx context.Context, listener string, r *rule, who visitor) (net.Conn, error) {
-	way, client := f.way.Load(), who.client
+func (f *Front) dialTransparent(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
+	way, client := f.way.Load(), who.Client
 	fits := func(to netip.Addr) error {
-		if who.unknown != nil {
-			return who.unknown
+		if who.Unknown != nil {
+			return who.Unknown
 		}
 		return way.Fits(client, to)
 	}
-	d := *r.dialer
+	d := *r.Dialer
 	d.AsClient = true
 	var asked atomic.Bool // some address was asked to answer the client
 	d.From = func(nd *net.Dialer, to netip.Addr) {
@@ -63,7 +64,7 @@ func (f *Front) dialTransparent(ctx context.Context, listener string, r *rule, w
 			transparent.From(nd, client)
 		}
 	}
-	up, err := d.Dial(ctx, r.target, client)
+	up, err := d.Dial(ctx, r.To, client)
 	if err != nil {
 		var de *dial.Error
 		if errors.As(err, &de) && de.Reason == dial.Timeout && asked.Load() {
@@ -80,6 +81,6 @@ func (f *Front) dialTransparent(ctx context.Context, listener string, r *rule, w
 		reason = string(te.Reason)
 	}
 	f.metrics.NotTransparent.WithLabelValues(listener, reason).Inc()
-	f.complain.Warn("not_transparent "+reason, "the target sees this host's address instead of the client's", "listener", listener, "route", r.name, "target", r.written, "client", client, "reason", reason, "err", why)
+	f.complain.Warn("not_transparent "+reason, "the target sees this host's address instead of the client's", "listener", listener, "route", r.Name, "target", r.Written, "client", client, "reason", reason, "err", why)
 	return up, nil
 }

@@ -41,11 +41,11 @@ const (
 	nameWait = time.Second
 )
 
-// whoIs says who has an address. The error is a *notIdentifiedError, or wraps
+// WhoIs says who has an address. The error is a *plan.NotIdentifiedError, or wraps
 // tailnet.ErrNotPeer.
-func (q *asker) whoIs(a netip.Addr) (tailnet.Identity, error) { return q.whoIsWithin(whoWait, a) }
+func (q *asker) WhoIs(a netip.Addr) (tailnet.Identity, error) { return q.whoIsWithin(whoWait, a) }
 
-// whoIsWithin is whoIs for those who wait for a part of whoWait only: that they
+// whoIsWithin is WhoIs for those who wait for a part of whoWait only: that they
 // got no answer is not the answer that others get.
 func (q *asker) whoIsWithin(wait time.Duration, a netip.Addr) (tailnet.Identity, error) {
 	for i := range q.answers {
@@ -60,7 +60,7 @@ func (q *asker) whoIsWithin(wait time.Duration, a netip.Addr) (tailnet.Identity,
 		q.front.watchTailnet.Do(func() { go q.front.tailnet.Run(q.front.ctx) })
 	case !errors.Is(err, tailnet.ErrNotPeer):
 		q.mustAsk = q.mustAsk || err == tailnet.ErrMustAsk
-		err = &notIdentifiedError{a, err}
+		err = &plan.NotIdentifiedError{Addr: a, Err: err}
 		if q.onLoop || wait < whoWait {
 			return id, err
 		}
@@ -82,12 +82,12 @@ func (q *asker) ask(wait time.Duration, a netip.Addr) (tailnet.Identity, error) 
 }
 
 // Hop says whether accept_proxy.from names an address: who has it speaks for
-// others, and is never a client. The error is a *notIdentifiedError.
+// others, and is never a client. The error is a *plan.NotIdentifiedError.
 func (q *asker) Hop(a netip.Addr) (bool, error) {
 	if q.trust == nil {
 		return false, nil
 	}
-	return q.trust.Contains(a, q.whoIs)
+	return q.trust.Contains(a, q.WhoIs)
 }
 
 // name is that of the node which has an address, if it is known already; else "".
@@ -101,8 +101,8 @@ func (q *asker) name(a netip.Addr) string {
 	return id.Node
 }
 
-// describe says who has an address, for the log.
-func (q *asker) describe(a netip.Addr) string {
+// Describe says who has an address, for the log.
+func (q *asker) Describe(a netip.Addr) string {
 	if !tailnet.Contains(a) {
 		return a.String() + " (not a tailnet address)"
 	}
@@ -112,18 +112,6 @@ func (q *asker) describe(a netip.Addr) string {
 	}
 	return describe(id)
 }
-
-// notIdentifiedError says that it could not be found out who has an address: it
-// may be anybody's.
-type notIdentifiedError struct {
-	addr netip.Addr
-	err  error
-}
-
-func (e *notIdentifiedError) Error() string {
-	return fmt.Sprintf("tailscaled did not answer who %s is: %v", e.addr, e.err)
-}
-func (e *notIdentifiedError) Unwrap() error { return e.err }
 
 func describe(id tailnet.Identity) string {
 	if len(id.Tags) > 0 {

@@ -1,4 +1,4 @@
-package front
+package plan
 
 import (
 	"cmp"
@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -15,10 +16,9 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
-	"github.com/tailsplice/tailsplice/userspace/tailnet"
+	"github.com/tailsplice/tailsplice/userspace/sni"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
@@ -135,72 +135,29 @@ func (t Trace) OK() bool {
 // traceTimeout bounds a trace: all targets are tried at once.
 const traceTimeout = 8 * time.Second
 
-// Trace answers q by what is in force.
-func (f *Front) Trace(ctx context.Context, q Question) (Trace, error) {
-	f.mu.Lock()
-	cfg := f.cfg
-	services := map[string]*service{}
-	for name, l := range f.listeners {
-		services[name] = l.service.Load()
-	}
-	f.mu.Unlock()
-	return f.trace(ctx, cfg, services, q)
-}
-
-// TraceConfig answers q by a configuration that is not in force, and uses it up.
-// It binds nothing.
+// TraceConfig answers q by a configuration that is not in force. It binds nothing.
 func TraceConfig(ctx context.Context, cfg *config.Config, q Question) (Trace, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	f, services, err := compileAside(ctx, cfg)
+	deps := NewDeps(slog.New(slog.DiscardHandler))
+	deps.Containers.FollowLabels(config.IsLabel, func() {})
+	p, err := Compile(cfg, deps)
 	if err != nil {
 		return Trace{}, err
 	}
-	f.prepareLabels(cfg, services)
-	return f.trace(ctx, cfg, services, q)
+	return p.WithLabels(nil, p.ListLabelled(ctx)).Trace(ctx, q)
 }
 
-// compileAside compiles a configuration that is not in force, and uses it up: of
-// the Front only what looks and dials is there, until ctx ends. err is all that is
-// wrong; a listener that can't be compiled has no service.
-func compileAside(ctx context.Context, cfg *config.Config) (f *Front, services map[string]*service, err error) {
-	log := slog.New(slog.DiscardHandler)
-	f = &Front{log: log, opts: Options{Log: log}, labels: newLabelRoutes(nil), tailnet: tailnet.New("", log), containers: container.New("", log)}
-	f.ctx, f.cancel = context.WithCancel(ctx)
-	f.containers.FollowLabels(config.IsLabel, func() {})
-	f.dialer = &dial.Dialer{Tailnet: f.tailnet, Container: f.containers}
-	f.labelDialer = &dial.Dialer{Container: f.containers.Now()}
-	services = map[string]*service{}
-	var errs []error
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
-		// Which datapath moves the bytes is not the question, nor whether it is there.
-		cfg.Datapath = userspace
-		for j := range l.Routes {
-			l.Routes[j].Datapath = userspace
-		}
-		if l.Default != nil {
-			l.Default.Datapath = userspace
-		}
-		s, err := f.compile(cfg, l)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		services[l.Name] = s
-	}
-	return f, services, errors.Join(errs...)
-}
-
-func (f *Front) trace(ctx context.Context, cfg *config.Config, services map[string]*service, q Question) (Trace, error) {
+// Trace answers q.
+func (p *Plan) Trace(ctx context.Context, q Question) (Trace, error) {
 	ctx, cancel := context.WithTimeout(ctx, traceTimeout)
 	defer cancel()
 	req := &http.Request{Method: cmp.Or(q.Method, http.MethodGet), Header: q.Header}
-	t := Trace{Format: flow.FormatVersion, Node: cfg.Node, Host: q.Host, Path: vhost.RoutePath(q.Path), Method: req.Method}
+	t := Trace{Format: flow.FormatVersion, Node: p.Config.Node, Host: q.Host, Path: vhost.RoutePath(q.Path), Method: req.Method}
 	var tries sync.WaitGroup
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
-		s := services[l.Name]
+	for i := range p.Config.Listeners {
+		l := &p.Config.Listeners[i]
+		s := p.Services[l.Name]
 		if s == nil || q.Listener != "" && q.Listener != l.Name {
 			continue
 		}
@@ -209,19 +166,19 @@ func (f *Front) trace(ctx context.Context, cfg *config.Config, services map[stri
 		switch {
 		case r == nil:
 			lt.Outcome, lt.Reason = TraceNone, why
-		case r.reject:
-			lt.Outcome, lt.Route, lt.Source = TraceReject, r.name, r.source()
+		case r.Reject:
+			lt.Outcome, lt.Route, lt.Source = TraceReject, r.Name, r.Source()
 		default:
-			lt.Outcome, lt.Route, lt.Source, lt.SendProxy, lt.Transparent = TraceForward, r.name, r.source(), r.sendProxy, r.transparent
+			lt.Outcome, lt.Route, lt.Source, lt.SendProxy, lt.Transparent = TraceForward, r.Name, r.Source(), r.SendProxy, r.Transparent
 			if len(l.Allow) > 0 {
 				lt.Asks = append(lt.Asks, "allow "+strings.Join(l.Allow, ", "))
 			}
-			lt.Asks = append(lt.Asks, r.asks...)
-			if r.http != nil && r.http.Redirect != nil {
-				lt.Outcome, lt.Redirect = TraceRedirect, r.http.Redirect.To
+			lt.Asks = append(lt.Asks, r.Asks...)
+			if r.HTTP != nil && r.HTTP.Route.Redirect != nil {
+				lt.Outcome, lt.Redirect = TraceRedirect, r.HTTP.Route.Redirect.To
 			}
-			lt.Targets = make([]TargetTrace, len(r.targets))
-			for j, to := range r.targets {
+			lt.Targets = make([]TargetTrace, len(r.All))
+			for j, to := range r.All {
 				lt.Targets[j] = r.describe(to, q.Host, t.Path)
 				if q.Dial {
 					tries.Go(func() { r.try(ctx, dial.Target(to.To), &lt.Targets[j]) })
@@ -239,43 +196,43 @@ func (f *Front) trace(ctx context.Context, cfg *config.Config, services map[stri
 
 // find looks the route of a request up as its listener would; nil if there is
 // none, and why.
-func (s *service) find(req *http.Request, path string, q Question) (*rule, string) {
-	switch s.mode {
+func (s *Service) find(req *http.Request, path string, q Question) (*Rule, string) {
+	switch s.Mode {
 	case "tcp":
-		return s.fallback, ""
+		return s.Fallback, ""
 	case "sni":
-		r, ok := s.names.Lookup(q.Host, func(r *rule) bool { return r.accepts(q.ALPN) })
-		if !ok {
+		r := s.ByHello(&sni.Hello{ServerName: q.Host, ALPN: q.ALPN})
+		if r == nil {
 			return nil, "no route and no default matches this name: clients get the TLS alert unrecognized_name"
 		}
 		return r, ""
 	}
-	r, err := s.findRequest(req, q.Host, path, nil)
+	r, _, err := s.ByRequest(req, q.Host, path)
 	var method *vhost.MethodError
 	switch {
 	case err == nil:
 		return r, ""
 	case errors.As(err, &method):
 		return nil, fmt.Sprintf("%v: clients get 405", err)
-	case errors.Is(err, vhost.ErrNoHost) && s.mode == "https":
+	case errors.Is(err, vhost.ErrNoHost) && s.Mode == "https":
 		return nil, fmt.Sprintf("%v: clients get 421", err)
 	}
 	return nil, fmt.Sprintf("%v: clients get 404", err)
 }
 
 // describe says what a target is.
-func (r *rule) describe(to config.Forward, host, path string) TargetTrace {
+func (r *Rule) describe(to config.Forward, host, path string) TargetTrace {
 	t := TargetTrace{Target: to.To.String(), Weight: to.Weight, Name: to.To.Host, NextHost: host, NextPath: path}
-	if r.http != nil {
-		t.NextHost, t.NextPath = r.http.Rewritten(host, path)
+	if r.HTTP != nil {
+		t.NextHost, t.NextPath = r.HTTP.Route.Rewritten(host, path)
 	}
 	switch to.To.Scheme {
 	case dial.Tailnet:
 		t.Kind = "node"
 	case dial.Docker:
 		t.Kind = "container"
-		if r.container != "" { // by labels: its ids say nothing to people
-			t.Name, t.Target = r.container, r.written
+		if r.Label != nil { // by labels: its ids say nothing to people
+			t.Name, t.Target = r.Label.Container, r.Written
 		}
 	case dial.Unix:
 		t.Kind, t.Name = "socket", to.To.Path
@@ -289,34 +246,18 @@ func (r *rule) describe(to config.Forward, host, path string) TargetTrace {
 }
 
 // try connects to a target, and closes the connection.
-func (r *rule) try(ctx context.Context, to dial.Target, t *TargetTrace) {
+func (r *Rule) try(ctx context.Context, to dial.Target, t *TargetTrace) {
 	began := time.Now()
 	t.Tried = true
-	c, err := r.dialer.Dial(ctx, to, netip.Addr{})
+	c, err := r.Dialer.Dial(ctx, to, netip.Addr{})
 	if err != nil {
 		t.Error = err.Error()
 		return
 	}
 	defer c.Close()
-	t.Took = seconds(time.Since(began))
-	if a := addrPort(c.RemoteAddr()); a.IsValid() {
-		t.Address = a.String()
+	t.Took = float64(time.Since(began).Round(time.Microsecond)) / float64(time.Second)
+	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+		at := a.AddrPort()
+		t.Address = netip.AddrPortFrom(at.Addr().Unmap(), at.Port()).String()
 	}
-}
-
-// asks lists what a may ask of a client, for people.
-func asks(a *config.Action) (all []string) {
-	if len(a.Allow) > 0 {
-		all = append(all, "allow "+strings.Join(a.Allow, ", "))
-	}
-	if a.BasicAuth != nil {
-		all = append(all, "basic_auth")
-	}
-	if a.ForwardAuth != nil {
-		all = append(all, "forward_auth "+a.ForwardAuth.Address)
-	}
-	if a.ClientCertificates != nil {
-		all = append(all, "client_certificates")
-	}
-	return all
 }

@@ -1,0 +1,190 @@
+package plan
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+
+	"github.com/tailsplice/tailsplice/userspace/auth"
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/tlsterm"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+// fillHTTP gives r what a says to do with requests.
+func (p *Plan) fillHTTP(r *Rule, l *config.Listener, a *config.Action) error {
+	out := &vhost.Route{Name: r.Name, AddPrefix: a.AddPrefix, MaxBody: a.MaxBody, Compress: a.Compress,
+		RequestHeader: headerChange(a.RequestHeaders), ResponseHeader: headerChange(a.ResponseHeaders)}
+	r.HTTP.Route, r.HTTP.Hold = out, a.Hold
+	if a.StripPrefix {
+		out.StripPrefix = r.HTTP.Match.Path
+	}
+	if a.Timeouts != nil {
+		out.AnswerTimeout, out.BodyTimeout = a.Timeouts.Answer, a.Timeouts.Body
+	}
+	if a.Redirect != nil {
+		out.Redirect = &vhost.Redirect{To: a.Redirect.To, Code: a.Redirect.Code}
+	}
+	if c := a.ClientCertificates; c != nil {
+		cas, err := tlsterm.OpenAuthorities(c.CA, p.deps.Log)
+		if err != nil {
+			return p.Config.Errorf(c.At("ca"), "client_certificates: %v", err)
+		}
+		out.ClientCAs = func() *x509.CertPool { pool, _ := cas.Pool(); return pool }
+	}
+	for i := range a.Forward {
+		one := *r // with a target of its own; the rest is shared
+		if one.To = dial.Target(a.Forward[i].To); r.Label == nil {
+			one.Written = a.Forward[i].To.String()
+		}
+		up, err := p.upstream(l, &one, a)
+		if err != nil {
+			return err
+		}
+		out.Upstreams = append(out.Upstreams, vhost.Choice{Upstream: up, Weight: a.Forward[i].Weight})
+	}
+	return p.fillAccess(r, l, a)
+}
+
+// fillAccess gives r what a asks of each request.
+func (p *Plan) fillAccess(r *Rule, l *config.Listener, a *config.Action) (err error) {
+	if b := a.BasicAuth; b != nil {
+		if b.File != "" {
+			r.HTTP.Users, err = auth.OpenUsers(b.File, p.deps.Log)
+		} else {
+			r.HTTP.Users, err = auth.NewUsers(b.Users)
+		}
+		if err != nil {
+			return &config.Error{File: p.Config.File, Pos: b.At("file"), Message: "basic_auth: " + err.Error()}
+		}
+	}
+	if fa := a.ForwardAuth; fa != nil {
+		r.HTTP.Asked = fa.Address
+		if r.HTTP.Auth, err = p.newForward(fa); err != nil {
+			return &config.Error{File: p.Config.File, Pos: fa.At("address"), Message: "forward_auth: " + err.Error()}
+		}
+	}
+	if p.deps.Guard != nil {
+		r.HTTP.Route.Guard = p.deps.Guard(l.Name, r)
+	}
+	return nil
+}
+
+// newForward finds out how the server of a forward_auth is reached.
+func (p *Plan) newForward(a *config.ForwardAuth) (*auth.Forward, error) {
+	u, err := url.Parse(a.Address)
+	if err != nil {
+		return nil, err
+	}
+	o := auth.ForwardOptions{URL: u, Timeout: a.Timeout, Copy: a.CopyHeaders}
+	target := dial.Target{Scheme: u.Scheme, Host: u.Hostname()}
+	port := u.Port()
+	switch u.Scheme {
+	case "http":
+		target.Scheme, port = dial.TCP, cmp.Or(port, "80")
+	case "https":
+		target.Scheme, port = dial.TCP, cmp.Or(port, "443")
+	default:
+		u.Scheme = "http"
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		return nil, err
+	}
+	target.Port = uint16(n)
+	o.Dial = func(ctx context.Context) (net.Conn, error) {
+		c, err := p.deps.Dialer.Dial(ctx, target, netip.Addr{})
+		if err != nil {
+			return nil, auth.DialError(err)
+		}
+		return c, nil
+	}
+	return auth.NewForward(o), nil
+}
+
+func headerChange(c *config.HeaderChanges) vhost.HeaderChange {
+	if c == nil {
+		return vhost.HeaderChange{}
+	}
+	return vhost.HeaderChange{Remove: c.Remove, Set: c.Set}
+}
+
+// upstream is where the requests of r go, which is the upstream's own.
+func (p *Plan) upstream(l *config.Listener, r *Rule, a *config.Action) (*vhost.Upstream, error) {
+	if a.Timeouts != nil && a.Timeouts.Connect > 0 {
+		own := *r.Dialer
+		own.Timeout = a.Timeouts.Connect
+		r.Dialer = &own
+	}
+	up := &vhost.Upstream{
+		Key: fmt.Sprintf("%s proxy=%t transparent=%t at %s connect=%v", r.Written, r.SendProxy, r.Transparent,
+			r.To, r.Dialer.Timeout),
+		Name: r.publicName(), Speaks: r.speaker(),
+	}
+	if p.deps.Upstream != nil {
+		p.deps.Upstream(l.Name, r, up)
+	}
+	u := a.Upstream
+	if u == nil {
+		return up, nil
+	}
+	switch u.Protocol {
+	case "h2c":
+		up.Protocol = vhost.H2C
+	case "https":
+		up.Protocol = vhost.HTTPS
+		up.TLS = &tls.Config{ServerName: u.ServerName, InsecureSkipVerify: u.Insecure}
+		if u.Insecure {
+			up.TLS.MinVersion = tls.VersionTLS10
+			for _, suite := range slices.Concat(tls.CipherSuites(), tls.InsecureCipherSuites()) {
+				up.TLS.CipherSuites = append(up.TLS.CipherSuites, suite.ID)
+			}
+		}
+		if up.TLS.ServerName == "" {
+			up.TLS.ServerName = r.To.Host
+		}
+		if u.CA != "" {
+			cas, err := tlsterm.OpenAuthorities(u.CA, p.deps.Log)
+			if err != nil {
+				return nil, p.Config.Errorf(u.At("ca"), "upstream: %v", err)
+			}
+			up.Roots = cas.Pool
+		}
+		up.Key += fmt.Sprintf(" name=%s insecure=%t ca=%s", up.TLS.ServerName, u.Insecure, u.CA)
+	}
+	up.Key += " " + u.Protocol
+	return up, nil
+}
+
+// publicName is how a visitor may hear of a target: the names of nodes and
+// containers tell which hop failed, addresses are nobody's business.
+func (r *Rule) publicName() string {
+	switch {
+	case r.Label != nil:
+		return "the container " + r.Label.Container
+	case r.To.Scheme == dial.Tailnet:
+		return r.To.Host
+	case r.To.Scheme == dial.Docker:
+		return "the container " + r.To.Host
+	}
+	return "a local service"
+}
+
+// speaker is for whom the connections of r speak.
+func (r *Rule) speaker() vhost.Speaker {
+	switch {
+	case r.SendProxy:
+		return vhost.ForPath
+	case r.Transparent:
+		return vhost.ForClient
+	}
+	return vhost.ForAll
+}

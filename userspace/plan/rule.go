@@ -1,0 +1,166 @@
+package plan
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/auth"
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+// Rule is one route, or the default: which connections it takes, where it leads
+// them, and what it asks of them.
+type Rule struct {
+	Name string // how people find it in the config: "*.vsq.cz", "notes.vsq.cz/api/", "default"
+	Match
+	Target
+	Policy
+	HTTP  *HTTP  // of http(s) listeners only, all of them
+	Label *Label // where a container's labels made it
+}
+
+// Match is which connections a rule takes.
+type Match struct {
+	Patterns []string // names; none: that of the default
+	ALPN     []string // protocols, of which a hello has one; none: all
+}
+
+// Target is where a rule leads.
+type Target struct {
+	To          dial.Target      // the first
+	Literal     netip.AddrPort   // To where it needs no lookup
+	Written     string           // as the config has it
+	All         []config.Forward // with their weights
+	Dialer      *dial.Dialer
+	SendProxy   bool
+	Transparent bool // from the client's own address
+}
+
+// Policy is what a rule asks, and which datapath it gives flows.
+type Policy struct {
+	Reject   bool
+	Allow    *Peers   // nil: everybody
+	Asks     []string // what else a client must satisfy, for people
+	Datapath string   // the config's word; "" where requests are served
+}
+
+// HTTP is what a rule says of requests.
+type HTTP struct {
+	Match vhost.Match
+	Route *vhost.Route  // nil: it rejects
+	Hold  time.Duration // how long a request waits for a node
+	Users *auth.Users   // of basic_auth
+	Auth  *auth.Forward // of forward_auth
+	Asked string        // its address, as the config has it
+}
+
+// Label is whose labels made a rule.
+type Label struct {
+	Container string
+	State     string          // running, stopped or removed
+	Current   context.Context // ends when the containers have changed
+}
+
+// Source says where the rule comes from.
+func (r *Rule) Source() string {
+	if r.Label != nil {
+		return "container " + r.Label.Container
+	}
+	return "config"
+}
+
+// IsPlain says that r's target needs nothing but to be dialled.
+func (r *Rule) IsPlain() bool { return r.Literal.IsValid() && !r.Transparent }
+
+func (r *Rule) path() string {
+	if r.HTTP == nil {
+		return ""
+	}
+	return r.HTTP.Match.Path
+}
+
+func (r *Rule) asksCertificate() bool {
+	return r.HTTP != nil && r.HTTP.Route != nil && r.HTTP.Route.ClientCAs != nil
+}
+
+// accepts says whether a hello with these protocols may take the rule.
+func (r *Rule) accepts(alpn []string) bool {
+	return len(r.ALPN) == 0 || slices.ContainsFunc(alpn, func(p string) bool {
+		// An authority that validates a name offers nothing else (RFC 8737 section 3). Who does may choose
+		// what is for everybody, and would have gone round what guards that.
+		return slices.Contains(r.ALPN, p) && (p != acmeTLS || len(alpn) == 1)
+	})
+}
+
+// acmeTLS is the protocol of authorities that validate a name.
+const acmeTLS = "acme-tls/1"
+
+// fill gives r, of which name, match and label are known, what a says to do.
+func (p *Plan) fill(r *Rule, l *config.Listener, a *config.Action) error {
+	r.Reject = a.Reject
+	if r.HTTP != nil {
+		r.HTTP.Match.AnyCase = a.Reject || len(asks(a)) > 0
+	}
+	if a.Reject {
+		return nil
+	}
+	r.Target = Target{To: dial.Target(a.Target()), Written: written(a), All: a.Forward, Dialer: p.deps.Dialer,
+		SendProxy: a.SendProxy != "", Transparent: a.Transparent}
+	r.Literal, _ = r.To.Literal()
+	if r.Label != nil { // by its name: its ids say nothing to people
+		r.Dialer = p.deps.LabelDialer
+		r.Written = config.Target{Scheme: r.To.Scheme, Host: r.Label.Container, Port: r.To.Port}.String()
+	}
+	r.Allow, r.Asks = peersOrAll(a.Allow), asks(a)
+	if r.HTTP != nil {
+		return p.fillHTTP(r, l, a)
+	}
+	r.Datapath = wanted(p.Config, a)
+	if p.deps.Datapath != nil {
+		if err := p.deps.Datapath(r.Datapath); err != nil {
+			return &config.Error{File: p.Config.File, Pos: a.At("datapath"), Message: err.Error()}
+		}
+	}
+	return nil
+}
+
+func peersOrAll(from []string) *Peers {
+	if len(from) == 0 {
+		return nil
+	}
+	return NewPeers(from)
+}
+
+// written is where a rule leads, as the config has it.
+func written(a *config.Action) string {
+	if a.Redirect != nil {
+		return "redirect " + a.Redirect.To
+	}
+	var all []string
+	for i := range a.Forward {
+		all = append(all, a.Forward[i].To.String())
+	}
+	return strings.Join(all, ", ")
+}
+
+// asks lists what a may ask of a client, for people.
+func asks(a *config.Action) (all []string) {
+	if len(a.Allow) > 0 {
+		all = append(all, "allow "+strings.Join(a.Allow, ", "))
+	}
+	if a.BasicAuth != nil {
+		all = append(all, "basic_auth")
+	}
+	if a.ForwardAuth != nil {
+		all = append(all, "forward_auth "+a.ForwardAuth.Address)
+	}
+	if a.ClientCertificates != nil {
+		all = append(all, "client_certificates")
+	}
+	return all
+}

@@ -11,6 +11,16 @@
 // There is no KVM where this runs, and an emulated processor is about ten times as slow. So the daemon is tried on
 // this machine's processor first, for scale: how many flows a second it begins here, over how many it begins in the
 // machine, is the factor by which less is offered and more time is allowed.
+//
+// Its files:
+//
+//	main_linux.go     which of these parts this process is
+//	conduct_linux.go  the network, and the phases of load
+//	machine_linux.go  the machine, from outside
+//	guest_linux.go    the machine, from inside
+//	targets_linux.go  the targets
+//	source_linux.go   what a source opens
+//	client_linux.go   what a good client notices
 package main
 
 import (

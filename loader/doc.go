@@ -24,7 +24,8 @@
 //
 // # Least kernel
 //
-// Linux 5.10 with BTF (CONFIG_DEBUG_INFO_BTF) and CONFIG_BPF_STREAM_PARSER. The process needs CAP_BPF, CAP_PERFMON and
+// Linux 6.1 with BTF (CONFIG_DEBUG_INFO_BTF) and CONFIG_BPF_STREAM_PARSER. The process needs CAP_BPF, CAP_PERFMON and
 // CAP_NET_ADMIN (or CAP_SYS_ADMIN), and CAP_NET_RAW for the self-test. See [Probe]. Elsewhere [New] fails with
-// errors.ErrUnsupported. `make test-kernels` runs the tests on 6.1 and 6.12; 5.10 and 5.15 have not been tried.
+// errors.ErrUnsupported. `make test-kernels` runs the tests on 6.1 and 6.12. On 5.10 flows stall at an
+// urgent byte (kernel.go).
 package loader

@@ -29,8 +29,9 @@ func TestBadKernel(t *testing.T) {
 	}{
 		{version{4, 19, 300}, "can't run"},
 		{version{5, 4, 300}, "can't run"},
-		{version{5, 10, 200}, "use 5.10.239"},
-		{version{5, 10, 239}, ""},
+		{version{5, 10, 262}, "can't run"},
+		{version{5, 15, 186}, "can't run"},
+		{version{6, 0, 19}, "can't run"},
 		{version{6, 1, 141}, "use 6.1.142"},
 		{version{6, 1, 142}, ""},
 		{version{6, 4, 0}, "never fixed"},

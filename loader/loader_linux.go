@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Loader has the programs loaded, and splices flows. Safe for concurrent use. Least kernel: 5.10.
+// Loader has the programs loaded, and splices flows. Safe for concurrent use. Least kernel: 6.1.
 type Loader struct {
 	log      *slog.Logger
 	rules    rules

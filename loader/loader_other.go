@@ -65,7 +65,7 @@ func RemoveDead(string, *slog.Logger) error { return nil }
 
 // Probe says that this system has no sockmap.
 func Probe() []Finding {
-	return []Finding{{Name: "kernel", State: StateMissing, Detail: runtime.GOOS + "/" + runtime.GOARCH, Advice: "the sockmap datapath needs Linux 5.10 or newer; flows go through userspace here"}}
+	return []Finding{{Name: "kernel", State: StateMissing, Detail: runtime.GOOS + "/" + runtime.GOARCH, Advice: "the sockmap datapath needs Linux 6.1 or newer; flows go through userspace here"}}
 }
 
 func unsupported() error {

@@ -26,6 +26,7 @@ var floors = []struct {
 	{"what several parts do alike, and says nothing of what they do it for", []string{
 		"tcpsock",
 		"userspace",
+		"userspace/follow",
 		"userspace/spelling",
 	}},
 	{"parts: each does one thing, and knows none of the others", []string{

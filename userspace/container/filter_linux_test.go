@@ -101,8 +101,8 @@ func (f *filter) hold(t *testing.T, what string) (asked <-chan struct{}, release
 	return r.asked, release
 }
 
-// follow runs a client of the daemon at host until the test ends.
-func follow(t *testing.T, host string) (c *Client, labels chan struct{}) {
+// keepUp runs a client of the daemon at host until the test ends.
+func keepUp(t *testing.T, host string) (c *Client, labels chan struct{}) {
 	c = New(host, slog.New(slog.DiscardHandler))
 	labels = make(chan struct{}, 1)
 	c.FollowLabels(isTest, func() {
@@ -177,7 +177,7 @@ func testFilter(t *testing.T, d *daemon) {
 			if err := says(alone, want); err != nil {
 				t.Error(err)
 			}
-			c, labels := follow(t, f.host)
+			c, labels := keepUp(t, f.host)
 			await(t, "the first list", labels)
 			labelled(t, "newcomer")
 			for !hasLabels(c, "newcomer") {
@@ -192,7 +192,7 @@ func testFilter(t *testing.T, d *daemon) {
 	t.Run("slow setup", func(t *testing.T) {
 		f := newFilter(t, d.host)
 		asked, release := f.hold(t, "info")
-		c, labels := follow(t, f.host)
+		c, labels := keepUp(t, f.host)
 		await(t, "the first list", labels)
 		await(t, "the question for the setup", asked)
 		if a := resolve(t, c, "blog"); !slices.Equal(a, at) {
@@ -213,7 +213,7 @@ func testFilter(t *testing.T, d *daemon) {
 			if !events {
 				f.rules["events"] = &rule{refuse: true}
 			}
-			c, labels := follow(t, f.host)
+			c, labels := keepUp(t, f.host)
 			await(t, "the first list", labels)
 			asked, release := f.hold(t, "containers/json")
 			labelled(t, "newcomer")

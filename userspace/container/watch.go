@@ -4,22 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"time"
 
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/client"
-)
 
-const (
-	// backoffMin and backoffMax bound the pause before the events are asked
-	// for again. Trying costs one connect(2), and a restart should show soon.
-	backoffMin = 50 * time.Millisecond
-	backoffMax = 2 * time.Second
-	// pulse is how often a quiet stream asks whether the daemon still answers.
-	pulse = 15 * time.Second
-	// settle collects the events that come in one go.
-	settle = 5 * time.Millisecond
+	"github.com/tailsplice/tailsplice/userspace/follow"
 )
 
 // echoes are when the list is asked for once more after an event: the daemon
@@ -41,32 +31,24 @@ func (c *Client) Run(ctx context.Context) {
 		c.log.Warn("containers unavailable", "err", c.bad)
 		return
 	}
-	pause := backoffMin
-	for {
-		began := time.Now()
-		err := c.watch(ctx)
-		c.watchEnded()
-		if ctx.Err() != nil {
-			return
-		}
-		if time.Since(began) > backoffMax {
-			pause = backoffMin
-		}
-		c.mu.Lock()
-		first := !c.lost
-		c.lost = true
-		c.mu.Unlock()
-		_, listErr := c.ask(ctx) // a filter may hide the events alone
-		switch {
-		case first && listErr == nil:
-			c.log.Warn("docker's events are unavailable: its containers are listed every few seconds", "err", err)
-		case first:
-			c.log.Warn("containers unavailable", "err", err)
-		}
-		if !sleep(ctx, pause/2+rand.N(pause)) {
-			return
-		}
-		pause = min(2*pause, backoffMax)
+	follow.Run(ctx, func(ctx context.Context) error {
+		defer c.watchEnded()
+		return c.watch(ctx)
+	}, func(err error) { c.reportLoss(ctx, err) })
+}
+
+// reportLoss logs that the daemon or its events went away, once until they come back.
+func (c *Client) reportLoss(ctx context.Context, err error) {
+	c.mu.Lock()
+	first := !c.lost
+	c.lost = true
+	c.mu.Unlock()
+	_, listErr := c.ask(ctx) // a filter may hide the events alone
+	switch {
+	case first && listErr == nil:
+		c.log.Warn("docker's events are unavailable: its containers are listed every few seconds", "err", err)
+	case first:
+		c.log.Warn("containers unavailable", "err", err)
 	}
 }
 
@@ -98,7 +80,7 @@ func (c *Client) watch(ctx context.Context) error {
 	go ask()
 	asking := true
 
-	beat := time.NewTicker(pulse)
+	beat := time.NewTicker(follow.Pulse)
 	defer beat.Stop()
 	renew := time.NewTimer(0)
 	renew.Stop()
@@ -121,7 +103,7 @@ func (c *Client) watch(ctx context.Context) error {
 			c.mu.Lock()
 			c.noted = time.Now()
 			c.mu.Unlock()
-			renew.Reset(settle)
+			renew.Reset(follow.Settle)
 			echo = 0
 		case <-renew.C:
 			if asking {
@@ -135,7 +117,7 @@ func (c *Client) watch(ctx context.Context) error {
 			var e *Error
 			switch {
 			case errors.As(err, &e) && e.hangs:
-				renew.Reset(backoffMax) // the ticker's ping shows whether it answers at all
+				renew.Reset(follow.PauseMax) // the ticker's ping shows whether it answers at all
 				continue
 			case err != nil:
 				return err
@@ -170,14 +152,4 @@ func (c *Client) watchEnded() {
 		c.good = time.Now()
 	}
 	c.live, c.noted = false, time.Now()
-}
-
-// sleep reports whether ctx outlived it.
-func sleep(ctx context.Context, d time.Duration) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case <-time.After(d):
-		return true
-	}
 }

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/test/logs"
+	"github.com/tailsplice/tailsplice/userspace/follow"
 )
 
 var quiet = slog.New(slog.DiscardHandler)
@@ -162,7 +163,7 @@ func testRunWithout(t *testing.T) {
 	const span = time.Minute
 	ctx, cancel := context.WithTimeout(t.Context(), span)
 	defer cancel()
-	const most = 20 + int(span/(backoffMax/2)) // 20 until the pause is the longest
+	const most = 20 + int(span/(follow.PauseMax/2)) // 20 until the pause is the longest
 	tries, dial := 0, c.lc.Dial
 	c.lc.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
 		if tries++; tries > most {

@@ -2,24 +2,17 @@ package tailnet
 
 import (
 	"context"
-	"math/rand/v2"
 	"time"
 
 	"tailscale.com/client/local"
 	"tailscale.com/ipn"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/netmap"
+
+	"github.com/tailsplice/tailsplice/userspace/follow"
 )
 
 const (
-	// backoffMin and backoffMax bound the pause before the watch is tried
-	// again. Trying costs one connect(2), and a restart should show soon.
-	backoffMin = 50 * time.Millisecond
-	backoffMax = 2 * time.Second
-	// pulse is how often a quiet watch asks whether tailscaled still answers.
-	pulse = 15 * time.Second
-	// settle collects the notifications that come in one go.
-	settle = 5 * time.Millisecond
 	// restFactor is how many times the last Status request's duration passes
 	// before the next, so that a netmap of thousands of nodes that never rests
 	// costs a tenth of a CPU at most.
@@ -39,25 +32,10 @@ const watchMask = ipn.NotifyInitialState | ipn.NotifyPeerChanges | ipn.NotifyPee
 // is what makes answers current and calls the functions of [Client.OnChange].
 // Call it once.
 func (c *Client) Run(ctx context.Context) {
-	pause := backoffMin
-	for {
-		began := time.Now()
-		err := c.watch(ctx)
-		c.watchEnded()
-		if ctx.Err() != nil {
-			return
-		}
-		if time.Since(began) > backoffMax {
-			pause = backoffMin
-		}
-		c.reportLoss(err)
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(pause/2 + rand.N(pause)):
-		}
-		pause = min(2*pause, backoffMax)
-	}
+	follow.Run(ctx, func(ctx context.Context) error {
+		defer c.watchEnded()
+		return c.watch(ctx)
+	}, c.reportLoss)
 }
 
 // reportLoss logs that tailscaled went away, once until it comes back.
@@ -131,7 +109,7 @@ func (c *Client) follow(ctx context.Context, dirty <-chan struct{}, failed chan 
 	c.mu.Unlock()
 	c.announce(returned)
 
-	beat := time.NewTicker(pulse)
+	beat := time.NewTicker(follow.Pulse)
 	defer beat.Stop()
 	for {
 		select {
@@ -145,7 +123,7 @@ func (c *Client) follow(ctx context.Context, dirty <-chan struct{}, failed chan 
 				return err
 			}
 		case <-dirty:
-			if !sleep(ctx, settle) {
+			if !follow.Sleep(ctx, follow.Settle) {
 				return ctx.Err()
 			}
 			began := time.Now()
@@ -153,7 +131,7 @@ func (c *Client) follow(ctx context.Context, dirty <-chan struct{}, failed chan 
 				return err
 			}
 			c.announce(false)
-			sleep(ctx, min(restFactor*time.Since(began), restMax))
+			follow.Sleep(ctx, min(restFactor*time.Since(began), restMax))
 		}
 	}
 }
@@ -238,14 +216,4 @@ func (c *Client) presenceLocked(p *tailcfg.PeerChange) bool {
 		n.seen = *p.LastSeen
 	}
 	return true
-}
-
-// sleep reports whether ctx outlived it.
-func sleep(ctx context.Context, d time.Duration) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case <-time.After(d):
-		return true
-	}
 }

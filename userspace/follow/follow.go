@@ -1,0 +1,52 @@
+// Package follow keeps up with a daemon on this host that tells what changes, through its restarts.
+//
+// It is what clients of such daemons have alike: how soon they try again, how often they ask whether a quiet one still
+// answers, and how long they collect what comes in one go.
+package follow
+
+import (
+	"context"
+	"math/rand/v2"
+	"time"
+)
+
+const (
+	// PauseMin and PauseMax bound the pause before the daemon is tried again.
+	// Trying costs one connect(2), and a restart should show soon.
+	PauseMin = 50 * time.Millisecond
+	PauseMax = 2 * time.Second
+	// Pulse is how often a quiet daemon is asked whether it still answers.
+	Pulse = 15 * time.Second
+	// Settle collects the changes that come in one go.
+	Settle = 5 * time.Millisecond
+)
+
+// Run calls watch, which follows the daemon until it fails, again and again until ctx is done, and lost with the error
+// in between. The pauses grow while watch fails at once, and are never quite of one length, so that many
+// clients don't come at the same time.
+func Run(ctx context.Context, watch func(context.Context) error, lost func(error)) {
+	for pause := PauseMin; ; pause = min(2*pause, PauseMax) {
+		began := time.Now()
+		err := watch(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(began) > PauseMax {
+			pause = PauseMin
+		}
+		lost(err)
+		if !Sleep(ctx, pause/2+rand.N(pause)) {
+			return
+		}
+	}
+}
+
+// Sleep reports whether ctx outlived it.
+func Sleep(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}

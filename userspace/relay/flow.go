@@ -75,6 +75,7 @@ type flow struct {
 	over      bool // somebody has seen to finish
 	noPark    bool // it does not work
 	noCalm    bool // no loop can have the flow again
+	parking   bool // its pumps were told to return as soon as they have nothing to write
 	guessed   bool // end and err are what is likely: whoever reads from the broken side will know
 	cut       bool // nothing is delivered any more
 	end       End  // the first reason wins

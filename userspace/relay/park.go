@@ -21,7 +21,7 @@ func (f *flow) arm() {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.seen, f.since = -1, time.Now()
+	f.seen, f.since, f.parking = -1, time.Now(), false
 	f.tick = time.AfterFunc(math.MaxInt64, f.look)
 	f.lookAgain(0)
 }
@@ -65,14 +65,17 @@ func (f *flow) look() {
 		// A pump returns by this as soon as it has nothing to read and nothing left to write.
 		f.down.conn.SetReadDeadline(past)
 		f.up.conn.SetReadDeadline(past)
+		f.parking = true
 	}
 	f.lookAgain(quiet)
 }
 
-// lookAgain sets the timer for a flow that has been quiet for so long. It is called with f.mu held.
+// lookAgain sets the timer for a flow that has been quiet for so long. Pumps that were told to return need no
+// look: each of them parks its side before it reads again, also one that waits for room. It is called with f.mu
+// held.
 func (f *flow) lookAgain(quiet time.Duration) {
 	again := time.Duration(math.MaxInt64)
-	if f.pumps > 0 && f.canPark() {
+	if f.pumps > 0 && f.canPark() && !f.parking {
 		again = f.parkAfter()
 	}
 	switch {
@@ -139,6 +142,7 @@ func (f *flow) unpark(src *side) bool {
 		return false
 	}
 	f.startPump(src)
+	f.parking = false
 	f.lookAgain(0)
 	return true
 }

@@ -37,9 +37,6 @@ type Flow struct {
 	Target     string // how the config writes the target
 	Started    time.Time
 
-	// Shared says that many clients may be behind Client's address: a hop that does not say whom it speaks for.
-	Shared bool
-
 	// Datapath returns the datapath that has the flow now. It must be safe to
 	// call at any time.
 	Datapath func() string
@@ -55,7 +52,9 @@ type Flow struct {
 	// Account, when not nil, is what the flow is counted in.
 	Account *Account
 
-	place int32 // in Registry.live, from 1; 0: not there
+	// Shared says that many clients may be behind Client's address: a hop that does not say whom it speaks for.
+	Shared bool
+	place  int32 // in Registry.live, from 1; 0: not there
 }
 
 func (f *Flow) bytes() (up, down int64) {

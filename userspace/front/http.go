@@ -83,7 +83,7 @@ func (h *httpServer) serve(in *inbound) {
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: "by request", Name: in.name,
 		Client: in.client.String(), Shared: in.shared(), Downstream: in.peer.String(), Target: "by request", Datapath: func() string { return userspace },
 		Account: f.flows.Account(in.listener.name, ""), // which a request has of its route
-		Started: in.accepted, Bytes: func() (up, down int64) { return in.bytesIn.Load(), in.bytesOut.Load() }}
+		Started: in.accepted, Bytes: func() (up, down int64) { return in.bytesIn.Load(), in.bytesOut.Load() }, Held: in.held}
 	f.flows.Add(fl)
 	err := h.server.ServeConn(in)
 	f.flows.Remove(fl)
@@ -108,6 +108,17 @@ func (h *httpServer) close() {
 // Info tells vhost who is at the other end.
 func (in *inbound) Info() vhost.ConnInfo {
 	return vhost.ConnInfo{Client: in.client, Peer: in.peer, Local: in.local, Unknown: in.unknown, Crowded: in.lease.Count() > crowd, ID: in.id, ServerName: in.name}
+}
+
+// Holds learns from vhost what it holds.
+func (in *inbound) Holds(held func() (bytes int64, since time.Time)) { in.holds.Store(&held) }
+
+// held is what vhost holds for the client.
+func (in *inbound) held() (bytes int64, since time.Time) {
+	if held := in.holds.Load(); held != nil {
+		return (*held)()
+	}
+	return 0, time.Time{}
 }
 
 // Judge tells vhost, for one request, whom to believe by the service that is in

@@ -38,8 +38,9 @@ type inbound struct {
 
 	ahead []byte // read from the socket, not yet consumed
 
-	bytesIn, bytesOut atomic.Int64 // through Read and Write: HTTP's share
-	uncut             func() bool  // from here on f.ctx ends it no more, somebody else does
+	bytesIn, bytesOut atomic.Int64                                          // through Read and Write: HTTP's share
+	holds             atomic.Pointer[func() (bytes int64, since time.Time)] // what HTTP holds for its client
+	uncut             func() bool                                           // from here on f.ctx ends it no more, somebody else does
 	closeOnce         sync.Once
 	afterHeader       time.Duration // from accept to the end of the PROXY header: then its hello's time begins
 	attributed        bool          // with accept_proxy: it counts as its source's

@@ -131,7 +131,7 @@ func (f *Front) socketMemory(proc string) (own, targets int64) {
 // maybeHere reports whether a process on this machine, or in a container on it, may have the address.
 func maybeHere(addr string) bool {
 	a, err := netip.ParseAddrPort(addr)
-	return err == nil && (a.Addr().IsLoopback() || a.Addr().IsPrivate())
+	return err != nil || a.Addr().IsLoopback() || a.Addr().IsPrivate() // of requests it is not known
 }
 
 // tcpSendMost is how many bytes a socket may hold for its reader, as long as its program does not say it.

@@ -1,10 +1,13 @@
 package front
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -14,9 +17,12 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
@@ -237,6 +243,73 @@ listeners:
 			}
 			if refused := err != nil; refused != v.refused {
 				t.Errorf("a connection more is refused: %v (%v), want %v", refused, err, v.refused)
+			}
+		})
+	}
+}
+
+// TestSlowHTTP: what the answers hold that an HTTP client does not read is its own, and its connection is ended for it:
+// that of one who reads nothing, and that of one who speaks HTTP/2, reads all but the streams, and pings.
+func TestSlowHTTP(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.Copy(w, forever{}) }))
+	defer server.Close()
+	defer server.CloseClientConnections()
+	for v, streams := range map[string]int{"HTTP/1.1": 8, "HTTP/2": 60} {
+		t.Run(v, func(t *testing.T) {
+			at := freeAddr(t)
+			d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: http, default: { forward: %q } } ]`, at, server.Listener.Addr()))
+			var framer *http2.Framer
+			for i := range streams {
+				if i > 0 && framer != nil {
+					var head bytes.Buffer
+					enc := hpack.NewEncoder(&head)
+					for _, h := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", "app.test"}, {":path", "/"}} {
+						enc.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
+					}
+					if err := framer.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i - 1), BlockFragment: head.Bytes(), EndStream: true, EndHeaders: true}); err != nil {
+						t.Fatal(err)
+					}
+					continue
+				}
+				c := dialTCP(t, at)
+				c.SetReadBuffer(16 << 10)
+				if v == "HTTP/1.1" {
+					io.WriteString(c, "GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
+					continue
+				}
+				io.WriteString(c, http2.ClientPreface)
+				framer = http2.NewFramer(c, c)
+				framer.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+				go func() {
+					for {
+						if _, err := framer.ReadFrame(); err != nil {
+							return
+						}
+					}
+				}()
+			}
+			connections := map[string]int{"HTTP/1.1": streams, "HTTP/2": 1}[v] // of the daemon
+			w := &memoryWatch{front: d.Front}
+			taken := func(eighths int64) memoryUse { return memoryUse{eighths << 30, 8 << 30, overMemory} }
+			eventually(t, "the client is the one that holds most", func() bool {
+				if framer != nil {
+					framer.WritePing(false, [8]byte{})
+				}
+				if d.flows.Len() == connections { // a source that is refused gets no more
+					w.look(time.Now(), taken(5))
+				}
+				g := d.greediest.Load()
+				return d.flows.Len() == connections && g != nil && *g == limit.PrefixOf(netip.MustParseAddr("127.0.0.1"))
+			})
+			eventually(t, "all are ended", func() bool {
+				if framer != nil {
+					framer.WritePing(false, [8]byte{1}) // no sign of life
+				}
+				w.look(time.Now().Add(stoppedFor), taken(7))
+				return d.flows.Len() == 0
+			})
+			if n := metrics.Totals(d.metrics.Cut, "reason")[overMemory]; n < int64(connections) {
+				t.Errorf("%d are counted, want %d", n, connections)
 			}
 		})
 	}

@@ -144,15 +144,21 @@ type conn struct {
 	armed   atomic.Int64 // when the write deadline was last set, Unix ns
 	foreign atomic.Bool  // somebody else has set a write deadline
 
-	preface int     // bytes of HTTP/2's preface that were read; -1: it speaks something else
-	frames  *frames // nil: no HTTP/2, or TLS around it
-	secure  *secure // nil: no HTTP/2, or no TLS around it
+	preface   int // bytes of HTTP/2's preface that were read; -1: it speaks something else
+	mu        sync.Mutex
+	exchanges map[*exchange]struct{} // whose handlers run
+
+	frames *frames // nil: no HTTP/2, or TLS around it
+	secure *secure // nil: no HTTP/2, or no TLS around it
 }
 
 func newConn(c net.Conn, s *Server) *conn {
 	cn := &conn{Conn: c, server: s, done: make(chan struct{})}
 	if s.opts.TLS != nil {
 		cn.preface = -1
+	}
+	if h, ok := c.(Holder); ok {
+		h.Holds(cn.held)
 	}
 	if i, ok := c.(Infoer); ok {
 		cn.info = i.Info()

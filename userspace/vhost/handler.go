@@ -62,6 +62,8 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	x.visit = Visit{Request: r, URI: x.uri, ID: x.conn.info.ID, Conn: x.conn.info, Client: x.conn.info.Client, Unknown: x.conn.info.Unknown, x: x}
 	x.conn.serves(r)
+	x.conn.begins(x)
+	defer x.conn.ends(x)
 	noRoom := s.charge(x)
 	dropForwarding(r.Header, believes(x.visit.Conn, r.TLS != nil))
 	defer x.endRequest()

@@ -15,7 +15,8 @@ type response struct {
 	http.ResponseWriter
 	status   int
 	bytes    int64
-	traffic  Traffic // of the route
+	writes   atomic.Int64 // since when the client is to take something: Unix ns, 0: nothing is written
+	traffic  Traffic      // of the route
 	hijacked *upgraded
 	before   func(http.Header) // called once, with the final answer's header when that is about to be written
 	plain    bool              // the client speaks HTTP/1.0
@@ -79,7 +80,9 @@ func (w *response) Write(p []byte) (int, error) {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
+	w.begins()
 	n, err := w.ResponseWriter.Write(p)
+	w.ends()
 	w.bytes += int64(n)
 	add(w.traffic.Down, n)
 	return n, err

@@ -1,0 +1,67 @@
+package vhost
+
+import (
+	"net/http"
+	"time"
+)
+
+// Holder is what an Infoer may have beside. Holds is called once, before the first byte is read, with a function
+// that says how many bytes the connection holds in this process, and in the sockets of its upstreams, for answers
+// that the client takes nothing of, and since when it has taken nothing of one of them. What the connection's own
+// socket holds is not a part of it: who speaks HTTP/2 stops to read streams, and never the connection.
+type Holder interface {
+	Holds(held func() (bytes int64, since time.Time))
+}
+
+// copyBytes is what copies an answer, of a pool that has no buffers to spare.
+const copyBytes = 32 << 10
+
+// begins and ends are for a request whose handler runs.
+func (c *conn) begins(x *exchange) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.exchanges == nil {
+		c.exchanges = map[*exchange]struct{}{}
+	}
+	c.exchanges[x] = struct{}{}
+}
+
+func (c *conn) ends(x *exchange) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.exchanges, x)
+}
+
+// held is for Holder.
+func (c *conn) held() (bytes int64, since time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	seen := map[*upstreamConn]bool{}
+	for x := range c.exchanges {
+		began := x.resp.writes.Load()
+		if began == 0 {
+			continue
+		}
+		bytes += copyBytes
+		if at := time.Unix(0, began); since.IsZero() || at.Before(since) {
+			since = at
+		}
+		if up := x.upConn.Load(); up != nil && !seen[up] { // HTTP/2 has one for many
+			seen[up] = true
+			bytes += queued(up.Conn)
+		}
+	}
+	return bytes, since
+}
+
+// begins notes that the client must take something for w to go on.
+func (w *response) begins() { w.writes.Store(time.Now().UnixNano()) }
+
+func (w *response) ends() { w.writes.Store(0) }
+
+// FlushError is for http.ResponseController.
+func (w *response) FlushError() error {
+	w.begins()
+	defer w.ends()
+	return http.NewResponseController(w.ResponseWriter).Flush()
+}

@@ -15,15 +15,16 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/limit"
 )
 
-// A newcomer is a connection that was accepted and that nobody reads from yet.
-type newcomer interface {
-	Conn() (*net.TCPConn, error) // with an error it is closed
-	Reset()                      // closes it with a RST
+// admit takes in what was accepted, and starts serving it. It blocks on nothing, and is called for any number of
+// connections at the same time: one over the limit costs no more than to be closed.
+func (f *Front) admit(l *listener, s accepted, peer netip.AddrPort) {
+	if in := f.takeIn(l, s, peer); in != nil && !f.express(in, s) {
+		go f.enter(in, s, nil)
+	}
 }
 
-// admit counts c, checks the limits, and starts serving it. It blocks on nothing, and is called for any number of connections
-// at the same time: one over the limit costs no more than to be closed.
-func (f *Front) admit(l *listener, c newcomer, peer netip.AddrPort) {
+// takeIn counts what was accepted, and checks the limits. It returns nil where it has refused it.
+func (f *Front) takeIn(l *listener, s accepted, peer netip.AddrPort) *conn {
 	f.metrics.Accepted.WithLabelValues(l.name).Inc()
 	svc := l.service.Load()
 	src := peer.Addr()
@@ -39,14 +40,12 @@ func (f *Front) admit(l *listener, c newcomer, peer netip.AddrPort) {
 	}
 	if err != nil {
 		f.turnedAway(l.name, peer, refusal(err), err) // which whoever is told by the reset can look up
-		c.Reset()                                     // so that nothing lingers
-		return
+		s.Reset()                                     // so that nothing lingers
+		return nil
 	}
-	in := &inbound{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), uncut: func() bool { return true }}
+	in := &conn{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), uncut: func() bool { return true }}
 	f.conns.Add(1)
-	if !f.express(in, c) {
-		go f.enter(in, c)
-	}
+	return in
 }
 
 // turnedAway counts and logs a connection that was refused for whose it is.
@@ -59,23 +58,22 @@ func (f *Front) turnedAway(listener string, peer netip.AddrPort, reason string, 
 	f.complain.Warn(reason, msg, "listener", listener, "peer", peer, "reason", reason, "err", err)
 }
 
-// enter brings c to its end, after what in has read ahead. It owns both.
-func (f *Front) enter(in *inbound, c newcomer) {
-	conn, err := c.Conn()
+// enter brings in, which comes by s, to its end on a goroutine, after what was read ahead. It owns both.
+func (f *Front) enter(in *conn, s accepted, ahead []byte) {
+	tcp, err := s.Conn()
 	if err != nil {
 		f.metrics.Refused.WithLabelValues(in.listener.name, "out_of_files").Inc()
 		f.complain.Warn("out_of_files", outOfFiles, "err", err)
 		in.release()
 		return
 	}
-	conn.SetKeepAliveConfig(tcpsock.KeepAlive)
-	in.TCPConn = conn
+	tcp.SetKeepAliveConfig(tcpsock.KeepAlive)
 	if !in.local.IsValid() { // else a PROXY header has said it
-		in.local = addrPort(conn.LocalAddr())
+		in.local = addrPort(tcp.LocalAddr())
 	}
 	in.uncut()
-	in.uncut = context.AfterFunc(f.ctx, func() { conn.Close() })
-	f.serve(in)
+	in.uncut = context.AfterFunc(f.ctx, func() { tcp.Close() })
+	f.serve(&stream{TCPConn: tcp, conn: in, ahead: ahead})
 }
 
 const outOfFiles = "out of file descriptors: connections are closed at once: raise LimitNOFILE= or `ulimit -n`, or lower limits.connections"

@@ -11,6 +11,9 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
+// accepted is a connection that nobody reads from yet.
+type accepted = *relay.Socket
+
 // A door is a bound address. It is not in Go's poller: connections are accepted by package relay's loops.
 type door struct {
 	fd       int

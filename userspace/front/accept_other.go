@@ -75,6 +75,7 @@ func (d *door) sharePort(on bool) error {
 	return errors.Join(err, optErr)
 }
 
+// accepted is a connection that nobody reads from yet.
 type accepted struct{ c *net.TCPConn }
 
 func (a accepted) Conn() (*net.TCPConn, error) { return a.c, nil }

@@ -17,7 +17,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-func (in *inbound) visitor() plan.Visitor {
+func (in *conn) visitor() plan.Visitor {
 	return plan.Visitor{Client: in.client.Addr(), Unknown: in.unknown}
 }
 

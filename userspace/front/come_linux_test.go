@@ -10,9 +10,6 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
-// slowly is an accepted connection that can't take the fast path.
-type slowly struct{ *relay.Socket }
-
 // doorTo is an address where connections arrive at a listener of f once it accepts, from whom peer says, by
 // the slow path or by the one that is for them. admitted is called behind each.
 func doorTo(t *testing.T, f *Front, listener string, slow bool, peer func() netip.AddrPort, admitted func()) *door {
@@ -29,11 +26,11 @@ func doorTo(t *testing.T, f *Front, listener string, slow bool, peer func() neti
 	l := f.listeners[listener]
 	f.mu.Unlock()
 	d.acceptor = relay.NewAcceptor(d.fd, func(s *relay.Socket, _ unix.Sockaddr) {
-		var c newcomer = s
-		if slow {
-			c = slowly{s}
+		if !slow {
+			f.admit(l, s, peer())
+		} else if in := f.takeIn(l, s, peer()); in != nil {
+			go f.enter(in, s, nil)
 		}
-		f.admit(l, c, peer())
 		admitted()
 	}, func(error) bool { return true })
 	return d

@@ -7,15 +7,7 @@ import (
 	"net/netip"
 	"testing"
 	"time"
-
-	"github.com/tailsplice/tailsplice/tcpsock"
 )
-
-// arrived is an accepted connection from an address of our choice.
-type arrived struct{ *net.TCPConn }
-
-func (a arrived) Conn() (*net.TCPConn, error) { return a.TCPConn, nil }
-func (a arrived) Reset()                      { tcpsock.ResetConn(a.TCPConn) }
 
 // come connects to a listener of d as somebody from peer would, and returns the peer's end.
 func (d *daemon) come(t *testing.T, listener, peer string) *net.TCPConn {
@@ -34,6 +26,6 @@ func (d *daemon) come(t *testing.T, listener, peer string) *net.TCPConn {
 	d.mu.Lock()
 	l := d.listeners[listener]
 	d.mu.Unlock()
-	d.admit(l, arrived{there.(*net.TCPConn)}, netip.MustParseAddrPort(peer))
+	d.admit(l, accepted{there.(*net.TCPConn)}, netip.MustParseAddrPort(peer))
 	return c
 }

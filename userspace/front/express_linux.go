@@ -30,7 +30,7 @@ import (
 // until they are whole, those of https listeners too.
 type express struct {
 	front    *Front
-	in       *inbound
+	in       *conn
 	down, up *relay.Socket
 
 	header bool  // what is awaited is a PROXY header, or something that is none
@@ -72,9 +72,8 @@ func mostWaiting() int64 {
 var hellos = sync.Pool{New: func() any { return new([expressHello]byte) }}
 
 // express takes in, if it may go the fast path. On http listeners a goroutine waits for requests anyhow.
-func (f *Front) express(in *inbound, c newcomer) bool {
-	down, ok := c.(*relay.Socket)
-	if !ok || in.service.Mode == "http" {
+func (f *Front) express(in *conn, down accepted) bool {
+	if in.service.Mode == "http" {
 		return false
 	}
 	x := &express{front: f, in: in, down: down, header: in.service.Trust != nil}
@@ -106,8 +105,7 @@ func (x *express) detour(head []byte) {
 	if x.up != nil {
 		x.up.Close()
 	}
-	x.in.ahead = bytes.Clone(head)
-	go x.front.enter(x.in, x.down)
+	go x.front.enter(x.in, x.down, bytes.Clone(head))
 }
 
 func (x *express) await() error {

@@ -68,7 +68,7 @@ func pageReason(err error) error {
 var errFinalDot = errors.New("the client sent the name with a dot at its end, which TLS forbids (RFC 6066 section 3): open the address without it")
 
 // serve serves in until it is closed. It owns in.
-func (h *httpServer) serve(in *inbound) {
+func (h *httpServer) serve(in *stream) {
 	f := h.front
 	if h.tls {
 		// What sni can't read is crypto/tls's to judge, from the same bytes and within the same time.
@@ -106,15 +106,15 @@ func (h *httpServer) close() {
 }
 
 // Info tells vhost who is at the other end.
-func (in *inbound) Info() vhost.ConnInfo {
+func (in *conn) Info() vhost.ConnInfo {
 	return vhost.ConnInfo{Client: in.client, Peer: in.peer, Local: in.local, Unknown: in.unknown, Crowded: in.lease.Count() > crowd, ID: in.id, ServerName: in.name}
 }
 
 // Holds learns from vhost what it holds.
-func (in *inbound) Holds(held func() (bytes int64, since time.Time)) { in.holds.Store(&held) }
+func (in *stream) Holds(held func() (bytes int64, since time.Time)) { in.holds.Store(&held) }
 
 // held is what vhost holds for the client.
-func (in *inbound) held() (bytes int64, since time.Time) {
+func (in *stream) held() (bytes int64, since time.Time) {
 	if held := in.holds.Load(); held != nil {
 		return (*held)()
 	}
@@ -123,7 +123,7 @@ func (in *inbound) held() (bytes int64, since time.Time) {
 
 // Judge tells vhost, for one request, whom to believe by the service that is in
 // force. All who ask for that request hear the same.
-func (in *inbound) Judge(ctx context.Context, info *vhost.ConnInfo) {
+func (in *conn) Judge(ctx context.Context, info *vhost.ConnInfo) {
 	s := in.listener.service.Load()
 	q := &asker{ctx: ctx, front: in.front, trust: s.Trust, header: s.NeedsHeader}
 	info.Hops = q

@@ -259,7 +259,7 @@ func (w *world) answer(c net.Conn) {
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(patience))
 	got := heard{Proxy: []string{}}
-	ahead := &inbound{TCPConn: c.(*net.TCPConn)}
+	ahead := &stream{TCPConn: c.(*net.TCPConn), conn: new(conn)}
 	for {
 		h, rest, err := proxyheader.Read(ahead, 4096, patience)
 		ahead.ahead = rest

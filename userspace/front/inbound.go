@@ -17,10 +17,10 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// inbound is one accepted connection on its way through the front. It is a
-// net.Conn whose Read gives first the bytes that were read ahead.
-type inbound struct {
-	*net.TCPConn
+// conn is an accepted connection: whose it is, and what is known of it. What it is
+// read from is somebody else's: a socket on the relay's loop on the fast path, else a
+// stream.
+type conn struct {
 	front    *Front
 	listener *listener
 	service  *service // as it was when the connection came
@@ -36,18 +36,25 @@ type inbound struct {
 	name    string              // server name, once known
 	asker   *asker              // who has an address, asked for the connection
 
-	ahead []byte // read from the socket, not yet consumed
-
-	bytesIn, bytesOut atomic.Int64                                          // through Read and Write: HTTP's share
-	holds             atomic.Pointer[func() (bytes int64, since time.Time)] // what HTTP holds for its client
-	uncut             func() bool                                           // from here on f.ctx ends it no more, somebody else does
-	closeOnce         sync.Once
-	afterHeader       time.Duration // from accept to the end of the PROXY header: then its hello's time begins
-	attributed        bool          // with accept_proxy: it counts as its source's
-	identified        bool          // with accept_proxy: what the peer says has been judged
+	uncut       func() bool // from here on f.ctx ends it no more, somebody else does
+	closeOnce   sync.Once
+	afterHeader time.Duration // from accept to the end of the PROXY header: then its hello's time begins
+	attributed  bool          // with accept_proxy: it counts as its source's
+	identified  bool          // with accept_proxy: what the peer says has been judged
 }
 
-func (in *inbound) Read(b []byte) (int, error) {
+// stream is a conn that a goroutine reads from. It is a net.Conn whose Read gives
+// first the bytes that were read ahead.
+type stream struct {
+	*net.TCPConn
+	*conn
+	ahead             []byte       // read from the socket, not yet consumed
+	bytesIn, bytesOut atomic.Int64 // through Read and Write: HTTP's share
+
+	holds atomic.Pointer[func() (bytes int64, since time.Time)] // what HTTP holds for its client
+}
+
+func (in *stream) Read(b []byte) (int, error) {
 	var n int
 	var err error
 	if len(in.ahead) > 0 {
@@ -63,7 +70,7 @@ func (in *inbound) Read(b []byte) (int, error) {
 	return n, err
 }
 
-func (in *inbound) Write(b []byte) (int, error) {
+func (in *stream) Write(b []byte) (int, error) {
 	n, err := in.TCPConn.Write(b)
 	in.bytesOut.Add(int64(n))
 	return n, err
@@ -71,22 +78,22 @@ func (in *inbound) Write(b []byte) (int, error) {
 
 // RemoteAddr is never nil. That of a TCPConn which was made of a descriptor is, if the peer had reset it by
 // then, and net/http asks it without looking.
-func (in *inbound) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(in.peer) }
+func (in *stream) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(in.peer) }
 
 // ReadFrom and WriteTo hide TCPConn's, which would pass the bytes that were
 // read ahead, and the counters, by.
-func (in *inbound) ReadFrom(r io.Reader) (int64, error) {
+func (in *stream) ReadFrom(r io.Reader) (int64, error) {
 	n, err := in.TCPConn.ReadFrom(r)
 	in.bytesOut.Add(n)
 	return n, err
 }
 
-func (in *inbound) WriteTo(w io.Writer) (int64, error) {
+func (in *stream) WriteTo(w io.Writer) (int64, error) {
 	return io.Copy(w, struct{ io.Reader }{in})
 }
 
 // Close closes the socket and ends what the limits and the drain count.
-func (in *inbound) Close() error {
+func (in *stream) Close() error {
 	err := in.TCPConn.Close()
 	in.release()
 	return err
@@ -94,7 +101,7 @@ func (in *inbound) Close() error {
 
 // release ends what the limits and the drain count, when somebody else closes
 // the socket. It may be called more than once.
-func (in *inbound) release() {
+func (in *conn) release() {
 	in.closeOnce.Do(func() {
 		in.uncut()
 		in.lease.Release()
@@ -104,14 +111,14 @@ func (in *inbound) release() {
 
 // takeAhead gives the bytes that were read ahead to a caller who uses the bare
 // TCPConn from here on.
-func (in *inbound) takeAhead() []byte {
+func (in *stream) takeAhead() []byte {
 	b := in.ahead
 	in.ahead = nil
 	return b
 }
 
 // serve brings one connection from accept to its end. It owns in.
-func (f *Front) serve(in *inbound) {
+func (f *Front) serve(in *stream) {
 	if in.asker == nil {
 		in.asker = in.newAsker()
 	}
@@ -140,7 +147,7 @@ func (f *Front) serve(in *inbound) {
 	}
 }
 
-func (in *inbound) newAsker() *asker {
+func (in *conn) newAsker() *asker {
 	return &asker{ctx: in.front.ctx, front: in.front, trust: in.service.Trust}
 }
 
@@ -149,7 +156,7 @@ func (in *inbound) newAsker() *asker {
 // may leave the header out where the client speaks first and the bytes tell
 // (an HTTP hop says the client's address in the request), unless it is required;
 // a tcp listener can't tell and needs it.
-func (in *inbound) identify() error {
+func (in *stream) identify() error {
 	if err := in.meet(); err != nil {
 		return err
 	}
@@ -164,7 +171,7 @@ func (in *inbound) identify() error {
 
 // meet judges the peer before anything is read: one that may not speak for others is charged as a client. It
 // may be called again, until nothing must be asked any more.
-func (in *inbound) meet() error {
+func (in *conn) meet() error {
 	trusted, err := in.asker.Hop(in.peer.Addr())
 	switch {
 	case in.asker.mustAsk:
@@ -183,7 +190,7 @@ func (in *inbound) meet() error {
 
 // hear takes in the peer's PROXY header, nil if it sent none: from then on client is who it is, as far as
 // that is believed. It may be called again, until nothing must be asked any more.
-func (in *inbound) hear(h *proxyheader.Header) error {
+func (in *conn) hear(h *proxyheader.Header) error {
 	switch trusted, _ := in.asker.Hop(in.peer.Addr()); {
 	case h == nil && in.service.NeedsHeader:
 		return errNoHeader
@@ -220,7 +227,7 @@ func (in *inbound) hear(h *proxyheader.Header) error {
 }
 
 // stranger is the error of a peer whose PROXY header is not believed.
-func (in *inbound) stranger() error {
+func (in *conn) stranger() error {
 	if _, err := in.asker.Hop(in.peer.Addr()); err != nil {
 		return err
 	}
@@ -230,7 +237,7 @@ func (in *inbound) stranger() error {
 // judge says whether what the peer writes in a request about its client is
 // believed, and why the client is not known, nil if it is. Who speaks for others
 // is never a client: strangers come through it, and it has rights of its own.
-func (in *inbound) judge(q *asker) (believed bool, unknown error) {
+func (in *conn) judge(q *asker) (believed bool, unknown error) {
 	h := in.header
 	if h == nil && q.header {
 		return false, errNoHeader // there need not have been one when the connection came
@@ -275,14 +282,14 @@ func (e *strangerError) Unwrap() error { return errStranger }
 var errNoHeader = errors.New("no PROXY header: a tcp listener with accept_proxy, or one with accept_proxy.required, needs one on each connection (send_proxy: v2 at the previous hop)")
 
 // refuseInbound ends a connection that did not get as far as its mode.
-func (f *Front) refuseInbound(in *inbound, err error) {
+func (f *Front) refuseInbound(in *stream, err error) {
 	defer in.release()
-	f.inboundRefused(in, err)
+	f.inboundRefused(in.conn, err)
 	tcpsock.ResetConn(in.TCPConn)
 }
 
 // inboundRefused counts such a connection, and says so.
-func (f *Front) inboundRefused(in *inbound, err error) {
+func (f *Front) inboundRefused(in *conn, err error) {
 	reason := refusal(err)
 	if f.ctx.Err() != nil {
 		reason = shutdown

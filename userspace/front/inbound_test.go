@@ -23,7 +23,7 @@ func TestProxyChain(t *testing.T) {
 			t.Error(err)
 		}
 		headers <- h
-		tc := tls.Server(&inbound{TCPConn: c.(*net.TCPConn), ahead: rest}, &tls.Config{Certificates: []tls.Certificate{cert}})
+		tc := tls.Server(&stream{TCPConn: c.(*net.TCPConn), conn: new(conn), ahead: rest}, &tls.Config{Certificates: []tls.Certificate{cert}})
 		defer c.Close()
 		fmt.Fprintln(tc, "last")
 	})

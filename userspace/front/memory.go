@@ -130,7 +130,7 @@ const overMemory = "memory"
 // shared reports whether many clients may be behind in's: where a trusted hop does not say whom it speaks for, and
 // where it comes from one that another listener trusts, or from a node of the tailnet, which strangers are not. What
 // one of them holds must not be another's fault: then each connection counts for itself.
-func (in *inbound) shared() bool {
+func (in *conn) shared() bool {
 	if in.unknown != nil {
 		return true
 	}

@@ -9,7 +9,7 @@ import (
 
 // Gone reports whether the peer has closed the connection or its side of it.
 // Bytes that came before may still wait to be read.
-func (in *inbound) Gone() bool {
+func (in *stream) Gone() bool {
 	gone := false
 	open := tcpsock.Control(in.TCPConn, func(fd int) { gone = !tcpsock.IsEstablished(fd) })
 	return gone || !open

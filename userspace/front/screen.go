@@ -60,7 +60,7 @@ func (f *Front) screen(s *service, addr, source netip.Addr) error {
 }
 
 // attribute makes the connection count as a's, whose it is, if it may come in: once, though it may be called again.
-func (in *inbound) attribute(a netip.Addr) error {
+func (in *conn) attribute(a netip.Addr) error {
 	if in.attributed {
 		return nil
 	}

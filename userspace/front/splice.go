@@ -21,7 +21,7 @@ import (
 
 // serveSNI reads the hello of a connection and sends it where its name says.
 // It owns in.
-func (f *Front) serveSNI(in *inbound) {
+func (f *Front) serveSNI(in *stream) {
 	hello, head, err := in.readHello()
 	in.ahead = head
 	if err != nil {
@@ -38,7 +38,7 @@ func (f *Front) serveSNI(in *inbound) {
 
 // decide says which rule takes in, by its hello, which is nil on a tcp listener, or why none does. Both ways of a
 // connection ask it. On the loop the asker may have to ask: then nothing may be concluded.
-func (in *inbound) decide(hello *sni.Hello) (*plan.Rule, error) {
+func (in *conn) decide(hello *sni.Hello) (*plan.Rule, error) {
 	if hello != nil {
 		in.name = hello.ServerName
 	}
@@ -56,18 +56,18 @@ const (
 var errDisplaced = errors.New("its PROXY header or hello was not complete when a newer connection needed its place")
 
 // readHello reads the hello of in, as far as it has not been read already. head is all that was.
-func (in *inbound) readHello() (hello sni.Hello, head []byte, err error) {
+func (in *stream) readHello() (hello sni.Hello, head []byte, err error) {
 	return sni.Continue(in.TCPConn, in.takeAhead(), in.service.Limits.HelloBytes, in.timeForHello())
 }
 
 // timeForHello is what in has left for its hello.
-func (in *inbound) timeForHello() time.Duration {
+func (in *conn) timeForHello() time.Duration {
 	return max(1, in.service.HelloTimeout()+in.afterHeader-time.Since(in.accepted))
 }
 
 // refuseHello ends a connection whose hello leads nowhere, with the alert that
 // TLS has for it. It owns in.
-func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
+func (f *Front) refuseHello(in *stream, hello sni.Hello, err error) {
 	defer in.release() // after Refuse, which takes its time
 	alert, speaksTLS := sni.AlertFor(err)
 	var reason string
@@ -94,7 +94,7 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 	default:
 		reason = helloIncomplete
 	}
-	f.helloRefused(in, hello.ServerName, reason, err)
+	f.helloRefused(in.conn, hello.ServerName, reason, err)
 	if speaksTLS && f.ctx.Err() == nil {
 		sni.Refuse(in.TCPConn, alert)
 		return
@@ -103,7 +103,7 @@ func (f *Front) refuseHello(in *inbound, hello sni.Hello, err error) {
 }
 
 // helloRefused counts a connection that leads nowhere, and says so.
-func (f *Front) helloRefused(in *inbound, name, reason string, err error) {
+func (f *Front) helloRefused(in *conn, name, reason string, err error) {
 	if f.ctx.Err() != nil {
 		reason = shutdown
 	}
@@ -119,7 +119,7 @@ func (f *Front) helloRefused(in *inbound, name, reason string, err error) {
 
 // spliceTo dials r's target and relays the connection to it. It owns in, and
 // may return before the flow has ended.
-func (f *Front) spliceTo(in *inbound, r *plan.Rule, hello *sni.Hello) {
+func (f *Front) spliceTo(in *stream, r *plan.Rule, hello *sni.Hello) {
 	up, err := f.dialRule(f.ctx, in.listener.name, r, in.visitor())
 	if err != nil {
 		defer in.release()
@@ -135,14 +135,14 @@ func (f *Front) spliceTo(in *inbound, r *plan.Rule, hello *sni.Hello) {
 	if f.log.Enabled(f.ctx, slog.LevelInfo) { // only the log wants it
 		rtt = [2]time.Duration{roundTrip(in.TCPConn), roundTrip(up)}
 	}
-	o, done := f.begin(in, r, hello, remoteString(up), rtt)
+	o, done := f.begin(in.conn, r, hello, remoteString(up), rtt)
 	o.Head = in.takeAhead()
 	in.uncut()
 	relay.Run(f.ctx, in.TCPConn, up, o, done)
 }
 
 // begin registers the flow of in, and says how it is to be relayed. The result's done ends in.
-func (f *Front) begin(in *inbound, r *plan.Rule, hello *sni.Hello, upstream string, rtt [2]time.Duration) (relay.Options, func(relay.Result)) {
+func (f *Front) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream string, rtt [2]time.Duration) (relay.Options, func(relay.Result)) {
 	var preface []byte
 	if r.SendProxy {
 		preface = f.proxyHeader(in, hello).Append(nil)
@@ -206,7 +206,7 @@ func (f *Front) dialRule(ctx context.Context, listener string, r *plan.Rule, who
 }
 
 // proxyHeader says to the next hop what this one knows of the client.
-func (f *Front) proxyHeader(in *inbound, hello *sni.Hello) proxyheader.Header {
+func (f *Front) proxyHeader(in *conn, hello *sni.Hello) proxyheader.Header {
 	h := proxyheader.Header{Source: in.client, Destination: in.local, ServerName: in.name, ID: in.id}
 	if !vhost.MayTell(in.client.Addr(), in.unknown) {
 		h.Source = netip.AddrPort{}

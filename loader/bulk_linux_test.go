@@ -48,15 +48,14 @@ func TestBulk(t *testing.T) {
 		go func() { up <- sendPart(p.client, p.server, uint64(2*round), size) }()
 		go func() { down <- sendPart(p.server, p.client, uint64(2*round+1), size) }()
 		if err := errors.Join(<-up, <-down); err != nil {
-			t.Fatalf("round %d: %v, %+v", round, err, l.Flows())
+			t.Fatalf("round %d: %v, %+v, %+v, it ended with %+v", round, err, l.Stats(), l.Flows(), p.wait(patience))
 		}
 		t.Logf("%d times, %+v %+v", p.returns.Load(), l.Stats(), l.Flows())
 	}
 	if n := p.returns.Load(); n < 3 {
 		t.Errorf("it was given back %d times", n)
 	}
-	must(t, errors.Join(send(p.client, p.server, 1, 1<<20), send(p.server, p.client, 2, 1<<20)))
-	p.wait(patience)
+	must(t, errors.Join(sendPart(p.client, p.server, 1, 1<<20), sendPart(p.server, p.client, 2, 1<<20)))
 }
 
 // A reset that something else was told of looks like the end of the stream to who reads, and is none.

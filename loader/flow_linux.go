@@ -28,7 +28,7 @@ type flow struct {
 	before     [2]int64 // bytes that had moved when we got it
 	idle       time.Duration
 	ended      func(up, down int64, end string, err error)
-	returned   func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, reason error)
+	returned   func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error)
 	busy       int64                       // bytes per second of a direction from which on the flow is given back; 0: never
 	record     *record                     // of the ledger; nil: the flow is only here
 	stop       atomic.Pointer[func() bool] // unhooks the context

@@ -347,7 +347,7 @@ func (f *flow) giveBack() {
 	f.mu.Unlock()
 	f.l.alive.Done()
 	up, down := f.count()
-	f.returned(int(f.sockets[0]), int(f.sockets[1]), rest[0], rest[1], up, down, errBusy)
+	f.returned(int(f.sockets[0]), int(f.sockets[1]), rest[0], rest[1], up, down, f.record.forgetter(), errBusy)
 }
 
 // hasFIN: the source's stream has ended, or its end was passed on. Called with the flow's mu held.

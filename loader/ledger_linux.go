@@ -1,11 +1,9 @@
 package loader
 
-import (
-	"sync"
-)
+import "sync"
 
-// ledger is of flows that userspace/relay prefers to have in the sockmap. They are in the flows map for as long as they
-// live, also while the relay moves their bytes.
+// ledger is of the flows that prefer the sockmap, and of those that were there and may come back. They are in the flows
+// map for as long as they live, also while userspace/relay moves their bytes.
 type ledger struct {
 	l  *Loader
 	mu sync.Mutex
@@ -26,10 +24,10 @@ type record struct {
 
 func (g *ledger) init(l *Loader) { g.l, g.by = l, make(map[uint64]*record) }
 
-// Record shows a flow in the flows map that userspace moves, and that may be given to SpliceSockets, and given back, again
-// and again. count gives what has moved so far, while userspace has the flow. forget ends it.
-func (l *Loader) Record(down, up int, o Flow, count func() (up, down int64)) (forget func(), err error) {
-	r, err := l.ledger.add([2]socket{socket(down), socket(up)}, o, count)
+// Record shows a flow in the flows map that userspace moves, and that may be given to SpliceSockets, and given back,
+// again and again. forget ends it.
+func (l *Loader) Record(down, up int, o Flow) (forget func(), err error) {
+	r, err := l.record([2]socket{socket(down), socket(up)}, o)
 	if err != nil {
 		l.counts.refusal(l, err)
 		return nil, err
@@ -38,22 +36,25 @@ func (l *Loader) Record(down, up int, o Flow, count func() (up, down int64)) (fo
 	return r.forget, nil
 }
 
-func (g *ledger) add(s [2]socket, o Flow, count func() (up, down int64)) (*record, error) {
-	if g.l.counts.isOff() {
+func (l *Loader) record(s [2]socket, o Flow) (*record, error) {
+	if l.counts.isOff() {
 		return nil, refusedOff
 	}
-	if s[0].isMultipath() || s[1].isMultipath() {
-		return nil, refusedMultipath
+	var cookies [2]uint64
+	for i, s := range s {
+		if s.isMultipath() {
+			return nil, refusedMultipath
+		}
+		var err error
+		if cookies[i], err = s.cookie(); err != nil {
+			return nil, refusedSocket
+		}
 	}
-	r := &record{l: g, count: count}
-	upstream, err := s[1].cookie()
-	if err != nil {
-		return nil, refusedSocket
-	}
-	if r.cookie, err = s[0].cookie(); err != nil {
-		return nil, refusedSocket
-	}
-	r.entry = describe(s, upstream, o)
+	return l.ledger.add(s, cookies, o)
+}
+
+func (g *ledger) add(s [2]socket, cookies [2]uint64, o Flow) (*record, error) {
+	r := &record{l: g, cookie: cookies[0], count: o.Moved, entry: describe(s, cookies[1], o)}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.l.mu.Lock()
@@ -166,11 +167,23 @@ func (r *record) leave(f *flow) {
 	}
 }
 
-// forget takes the flow out of the flows map. Once it has, it does nothing.
+// forget ends the flow. Once it has, it does nothing.
 func (r *record) forget() {
-	if r == nil {
-		return
+	if r != nil && r.remove() {
+		r.l.l.counts.live.Add(-1)
 	}
+}
+
+// forgetter is forget, or nil where there is nothing to forget.
+func (r *record) forgetter() func() {
+	if r == nil {
+		return nil
+	}
+	return r.forget
+}
+
+// remove takes the flow out of the flows map, and reports whether it was there.
+func (r *record) remove() bool {
 	r.mu.Lock()
 	was := r.gone
 	if r.gone = true; !was {
@@ -178,12 +191,12 @@ func (r *record) forget() {
 	}
 	r.mu.Unlock()
 	if was {
-		return
+		return false
 	}
 	r.l.mu.Lock()
 	delete(r.l.by, r.cookie)
 	r.l.mu.Unlock()
-	r.l.l.counts.live.Add(-1)
+	return true
 }
 
 // info is what there is to say about a flow that userspace has.

@@ -22,7 +22,8 @@ func recordFlow(t testing.TB, l *Loader, down, up *net.TCPConn, o Flow) (forget 
 			t.Fatal(err)
 		}
 	}
-	forget, err := l.Record(fds[0], fds[1], o, func() (up, down int64) { return o.Up, o.Down })
+	o.Moved = func() (up, down int64) { return o.Up, o.Down }
+	forget, err := l.Record(fds[0], fds[1], o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +49,7 @@ func TestRecord(t *testing.T) {
 	back, ended := make(chan returned, 1), make(chan result, 1)
 	o := Flow{ID: "recorded", Up: 5, Buffer: 1 << 20,
 		Ended: func(up, down int64, end string, err error) { ended <- result{up, down, end, err} },
-		Returned: func(_, _ int, downRest, upRest []byte, up, down int64, _ error) {
+		Returned: func(_, _ int, downRest, upRest []byte, up, down int64, _ func(), _ error) {
 			if len(downRest)+len(upRest) > 0 {
 				t.Errorf("%d and %d bytes were left", len(downRest), len(upRest))
 			}
@@ -57,7 +58,8 @@ func TestRecord(t *testing.T) {
 			back <- returned{up, down}
 		}}
 	moved[0].Store(5)
-	forget, err := l.Record(fds[0], fds[1], o, func() (up, down int64) { return moved[0].Load(), moved[1].Load() })
+	o.Moved = func() (up, down int64) { return moved[0].Load(), moved[1].Load() }
+	forget, err := l.Record(fds[0], fds[1], o)
 	must(t, err)
 	cookie, err := socket(fds[0]).cookie()
 	must(t, err)
@@ -149,12 +151,12 @@ func TestRecordIsFull(t *testing.T) {
 	s, err := dup(other)
 	must(t, err)
 	defer s.close()
-	none := func() (up, down int64) { return 0, 0 }
-	if _, err := l.Record(int(s), int(s), Flow{}, none); err != refusedFull {
+	none := Flow{Moved: func() (up, down int64) { return 0, 0 }}
+	if _, err := l.Record(int(s), int(s), none); err != refusedFull {
 		t.Errorf("%v", err)
 	}
 	forget()
-	forget, err = l.Record(int(s), int(s), Flow{}, none)
+	forget, err = l.Record(int(s), int(s), none)
 	must(t, err)
 	forget()
 }

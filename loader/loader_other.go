@@ -73,7 +73,7 @@ func unsupported() error {
 }
 
 // Record refuses.
-func (*Loader) Record(_, _ int, _ Flow, _ func() (up, down int64)) (forget func(), err error) {
+func (*Loader) Record(_, _ int, _ Flow) (forget func(), err error) {
 	return nil, unsupported()
 }
 

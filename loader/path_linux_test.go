@@ -149,7 +149,7 @@ func (p *path) flow(ctx context.Context, l *Loader, o pathOptions) Flow {
 		Ended: func(up, down int64, end string, err error) { p.ended <- result{up, down, end, err} },
 	}
 	if o.busy > 0 {
-		f.Returned = func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, _ error) {
+		f.Returned = func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, _ func(), _ error) {
 			f.Up, f.Down = upBytes+int64(len(downRest)), downBytes+int64(len(upRest))
 			go p.spliceAgain(ctx, l, f, [2]int{down, up}, [2][]byte{downRest, upRest})
 		}
@@ -157,9 +157,14 @@ func (p *path) flow(ctx context.Context, l *Loader, o pathOptions) Flow {
 	return f
 }
 
-// spliceAgain gives a flow that was given back to l again, when what was read is written.
+// spliceAgain gives a flow that was given back to l again, when all that there was to be read is written, as
+// userspace/relay does it.
 func (p *path) spliceAgain(ctx context.Context, l *Loader, f Flow, sockets [2]int, rest [2][]byte) {
+	all := make([]byte, 16<<20) // more than a receive buffer has
 	for i, rest := range rest {
+		n, _ := socket(sockets[i]).read(all)
+		rest = append(rest, all[:n]...)
+		*[]*int64{&f.Up, &f.Down}[i] += int64(n)
 		for len(rest) > 0 && ctx.Err() == nil {
 			n, err := socket(sockets[1-i]).write(rest)
 			if rest = rest[n:]; err != nil && !isAgain(err) {

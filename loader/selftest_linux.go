@@ -232,7 +232,7 @@ func (t *trial) splice() error {
 	ended := t.ended
 	o := Flow{ID: "self-test", Buffer: 1 << 20,
 		Ended: func(_, _ int64, end string, _ error) { ended <- end }}
-	o.Returned = func(down, up int, downRest, upRest []byte, _, _ int64, _ error) {
+	o.Returned = func(down, up int, downRest, upRest []byte, _, _ int64, _ func(), _ error) {
 		go t.takeBack(ctx, o, [2]socket{socket(down), socket(up)}, [2][]byte{downRest, upRest})
 	}
 	if t.count, err = t.l.spliceConns(ctx, t.down, t.up, o, at); err != nil {

@@ -91,6 +91,13 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow,
 	}
 
 	f.record = l.ledger.find(f.cookies[0])
+	isNew := f.record == nil
+	if isNew && o.Returned != nil && o.Moved != nil && process == nil {
+		if f.record, err = l.ledger.add(f.sockets, f.cookies, o); err != nil {
+			return back(err.(refusal))
+		}
+		undo = append(undo, func() { f.record.remove() })
+	}
 	for i := range f.halves {
 		l.halves[2*slot+uint32(i)] = spliceHalf{Source: f.cookies[i],
 			Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
@@ -113,7 +120,7 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow,
 		return back(why)
 	}
 	l.inside.Add(1)
-	if f.record == nil {
+	if isNew {
 		f.counts.begun()
 	} else {
 		f.counts.inserted.Add(uint64(len(f.halves)))

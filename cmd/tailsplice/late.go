@@ -77,10 +77,9 @@ func (l lateSockets) SpliceSockets(ctx context.Context, down, up int,
 }
 
 // Record is the datapath's, once that is there.
-func (l lateSockets) Record(down, up int, f relay.Flow,
-	count func() (up, down int64)) (forget func(), err error) {
+func (l lateSockets) Record(down, up int, f relay.Flow) (forget func(), err error) {
 	if d := l.d.Load(); d != nil {
-		return (*d).Record(down, up, f, count)
+		return (*d).Record(down, up, f)
 	}
 	return nil, errNotYet
 }

@@ -48,10 +48,9 @@ type Sockets interface {
 	SpliceSockets(ctx context.Context, down, up int, f Flow) (count func() (up, down int64), err error)
 
 	// Record shows a flow that prefers this datapath in the datapath's tables, from its begin to forget, whoever
-	// moves its bytes. count is cheap and gives what has moved; it is called while the relay has the flow. An error is
-	// a refusal, as Splice's is: the flow stays with the relay then. forget may be called when the datapath has been
-	// closed.
-	Record(down, up int, f Flow, count func() (up, down int64)) (forget func(), err error)
+	// moves its bytes. An error is a refusal, as Splice's is: the flow stays with the relay then. forget may be
+	// called when the datapath has been closed.
+	Record(down, up int, f Flow) (forget func(), err error)
 
 	// Busy is how many of its flows moved something lately. Cheap. ok is false where it takes no flow at all.
 	Busy() (flows int, ok bool)
@@ -84,6 +83,9 @@ type Flow = struct {
 	// flow may live up to 1/4 longer.
 	Idle time.Duration
 
+	// Moved gives, as from count, what has moved while the relay has the flow. Cheap.
+	Moved func() (up, down int64)
+
 	// Busy is in bytes per second. A flow one of whose directions moves as much for a while is given back, if
 	// the datapath can; 0 = never.
 	Busy int64
@@ -98,6 +100,7 @@ type Flow = struct {
 	// ended (a FIN may wait in a receive queue, unread), and each byte that was taken from one socket was given
 	// to the other's TCP, but for downRest and upRest, which were read from downstream and upstream last, are
 	// within Buffer, and are not in upBytes and downBytes. The descriptors are non-blocking and in nobody's
-	// poller; the relay owns them from here on. It does not block.
-	Returned func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, reason error)
+	// poller; the relay owns them from here on. The flow stays in the datapath's tables, as by Record, until
+	// forget, if that is not nil. It does not block.
+	Returned func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error)
 }

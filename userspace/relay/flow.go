@@ -84,8 +84,9 @@ type flow struct {
 	delivered int64       // what that reader has acknowledged
 	takenAt   time.Time   // when that was seen first
 
-	preferred *holder // the datapath that has recorded the flow; nil: none
-	talk      talk    // on a loop
+	recorded *holder // the datapath that has the flow in its tables; nil: none
+	prefers  bool    // to be in that one
+	talk     talk    // on a loop
 
 	tick  *time.Timer // nil while nobody looks for idleness
 	seen  int64       // bytes moved both ways, when they had last changed

@@ -11,7 +11,7 @@ import (
 // offerTalk hands f off if a message of s makes it ping-pong, and a datapath has room for all that are. It is called
 // with l.mu held.
 func (l *loop) offerTalk(f *flow, s *side, n int) (then func()) {
-	if f.preferred != nil {
+	if f.prefers {
 		if !f.talk.prefers(s, n) {
 			return nil
 		}
@@ -108,7 +108,7 @@ type calmFlow struct {
 
 // add is called with l.mu held when f is on l.
 func (c *calmFlows) add(f *flow, l *loop) {
-	if f.preferred == nil {
+	if !f.prefers {
 		return
 	}
 	up, down := f.counters.Load()
@@ -126,7 +126,7 @@ func (c *calmFlows) add(f *flow, l *loop) {
 
 // remove is called with the mutex of f's loop held when f leaves that.
 func (c *calmFlows) remove(f *flow) {
-	if f.preferred == nil {
+	if !f.prefers {
 		return
 	}
 	c.mu.Lock()

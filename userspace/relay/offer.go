@@ -41,23 +41,28 @@ func (f *flow) offerTo(d Datapath) bool {
 	return h.answered(count, err)
 }
 
-// prefer has d record the flow, which is d's from then on whoever moves its bytes: while it is ping-pong or quiet d does.
+// prefer has d record the flow, which d is to have whenever it is ping-pong or quiet.
 func (f *flow) prefer(d Sockets, down, up int) bool {
-	own := func() (up, down int64) { return f.counters.up.Load(), f.counters.down.Load() }
-	forget, err := d.Record(down, up, (&handoff{f: f, to: d}).record(), own)
+	forget, err := d.Record(down, up, (&handoff{f: f, to: d}).record())
 	if err != nil {
 		f.refused(d, err)
 		return false
 	}
-	f.preferred, f.o.WhenTalking = &holder{d.Name(), own}, []Sockets{d}
-	f.counters.kernel.Store(f.preferred)
+	f.prefers, f.o.WhenTalking = true, []Sockets{d}
+	f.isRecorded(d, forget)
+	f.counters.kernel.Store(f.recorded)
+	return true
+}
+
+// isRecorded makes f one of d's to the end, whoever moves its bytes.
+func (f *flow) isRecorded(d Datapath, forget func()) {
+	f.recorded = &holder{d.Name(), f.counters.own}
 	done := f.done
 	f.done = func(r Result) {
 		forget()
 		r.Datapath = d.Name()
 		done(r)
 	}
-	return true
 }
 
 // A handoff is a flow's stay in a datapath, from the offer on.
@@ -73,15 +78,19 @@ func (h *handoff) record() Flow {
 	return Flow{
 		ID: f.o.ID, Route: f.o.Route,
 		Up: f.counters.up.Load(), Down: f.counters.down.Load(),
-		Buffer: f.o.Buffer, Idle: f.o.Idle, Busy: busyBytes,
+		Buffer: f.o.Buffer, Idle: f.o.Idle, Busy: busyBytes, Moved: f.counters.own,
 		Ended: func(up, down int64, end string, err error) {
 			h.settle(up, down, nil)
 			f.done(Result{Up: up, Down: down, End: End(end), Err: err, Datapath: h.to.Name()})
 		},
-		Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, reason error) {
-			h.settle(upBytes, downBytes, f.preferred)
+		Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error) {
+			g := f.resumed()
+			if forget != nil && g.recorded == nil {
+				g.isRecorded(h.to, forget)
+			}
+			h.settle(upBytes, downBytes, g.recorded)
 			f.refused(h.to, reason)
-			f.resumed().takeBack(down, up, downRest, upRest)
+			g.takeBack(down, up, downRest, upRest)
 		},
 	}
 }
@@ -89,7 +98,7 @@ func (h *handoff) record() Flow {
 // resumed is f with nothing of what it was before: nobody has a hand in that any more but for those who come late.
 func (f *flow) resumed() *flow {
 	g := newFlow(f.ctx, nil, nil, f.o, f.done)
-	g.counters, g.preferred = f.counters, f.preferred
+	g.counters, g.recorded, g.prefers = f.counters, f.recorded, f.prefers
 	return g
 }
 

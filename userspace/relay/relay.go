@@ -85,6 +85,9 @@ func (c *Counters) Load() (up, down int64) {
 	return c.up.Load(), c.down.Load()
 }
 
+// own is what this package has counted.
+func (c *Counters) own() (up, down int64) { return c.up.Load(), c.down.Load() }
+
 // Datapath names what has the flow now, as Result.Datapath does. Safe for concurrent use.
 func (c *Counters) Datapath() string {
 	if k := c.kernel.Load(); k != nil {

@@ -127,7 +127,7 @@ func (returner) Splice(ctx context.Context, down, up *net.TCPConn,
 		c.Close()
 		return fd
 	}
-	f.Returned(dup(down), dup(up), nil, nil, f.Up, f.Down, errRefused)
+	f.Returned(dup(down), dup(up), nil, nil, f.Up, f.Down, nil, errRefused)
 	return func() (int64, int64) { return -1, -1 }, nil
 }
 

@@ -26,7 +26,7 @@ func (d talkTaker) Busy() (flows int, ok bool) {
 	return relay.TalkPerCPU*runtime.NumCPU() - d.room, true
 }
 
-func (d talkTaker) Record(int, int, relay.Flow, func() (int64, int64)) (func(), error) {
+func (d talkTaker) Record(int, int, relay.Flow) (func(), error) {
 	panic("a flow is recorded that does not prefer the datapath")
 }
 

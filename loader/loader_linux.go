@@ -77,7 +77,7 @@ var allRules = rules{
 	look: true, again: lookAgain(), local: allLocalRules,
 }
 
-// New loads the programs, pins the maps below BPFFS/tailsplice/INSTANCE, removes what dead daemons left below
+// New loads the programs, pins the maps in BPFFS/tailsplice/INSTANCE/GENERATION, removes what dead daemons left below
 // BPFFS/tailsplice, and proves on loopback that this kernel splices rightly. The caller closes the Loader.
 //
 // It fails with an error that says what is lacking: [ErrKnownBad], a [*SelfTestError], an error that wraps
@@ -163,6 +163,9 @@ func load(o Options, r rules) (_ *Loader, err error) {
 		if l.local, l.localOff = loadLocalTargets(l, o.MaxFlows); l.localOff != nil {
 			l.local = nil
 		}
+	}
+	if err = l.pins.publish(); err != nil {
+		return l, err
 	}
 	return l, l.start()
 }
@@ -294,7 +297,7 @@ func (l *Loader) Close() error {
 	errs = append(errs, l.leaver.close())
 	errs = append(errs, l.local.close())
 	if l.pins != nil {
-		errs = append(errs, l.pins.release())
+		errs = append(errs, l.pins.release(l.log))
 	}
 	if l.memory != nil {
 		l.mu.Lock()

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -16,27 +17,38 @@ import (
 
 const defaultBPFFS = "/sys/fs/bpf"
 
-// pins is the folder in the BPF file system that an instance holds, with a lock that dies with the process.
+// pins is one generation of an instance: the maps that one process has pinned, in BPFFS/tailsplice/INSTANCE/GENERATION.
+//
+// Each folder of a generation has a lock that dies with its process. A generation whose process lives is left alone, by
+// one of the same instance too: that is a new binary, which lives beside the old one for a while. One whose
+// process is dead is removed by whoever comes next, but for maps with bytes that another process has not read yet.
+//
+// The maps are pinned in a folder of another name (see newPrefix), which becomes the generation by a rename when all
+// are there: who looks from outside sees all of them, or none. The link INSTANCE/current leads to the newest
+// generation that lives. Names within an instance's folder change only under its lock, which is held for a moment.
 type pins struct {
-	above *folder // of all instances
-	dir   *folder // with the lock
+	above    *folder // of all instances
+	instance string
+	dir      *folder // of the generation, with its lock
 
-	// Of maps that a daemon which has ended left for processes to read.
-	kept   bool
-	others bool      // likewise, in the folders of daemons that are dead
+	others bool      // folders of dead daemons have to stay, for now
 	next   time.Time // look at them again then
-	unsure error     // why it is not known whether they have to be
 }
 
-// claimPins mounts the BPF file system if it isn't, makes the instance's folder, takes its lock, and removes
-// what instances that died left there and in folders of theirs, but for bytes that a process has not read
-// yet.
+const (
+	currentLink = "current"
+	newPrefix   = "new-" // and a number: what isn't published yet
+	madeLink    = newPrefix + currentLink
+)
+
+// claimPins mounts the BPF file system if it isn't, makes a folder for a new generation of the instance, takes its lock,
+// and removes what generations of any instance left there that are dead. The caller calls publish and release.
 func claimPins(bpffs, instance string, log *slog.Logger) (p *pins, err error) {
 	bpffs = cmp.Or(bpffs, defaultBPFFS)
 	if err := mountBPFFS(bpffs); err != nil {
 		return nil, err
 	}
-	p = &pins{}
+	p = &pins{instance: pinName(instance)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())
@@ -46,26 +58,96 @@ func claimPins(bpffs, instance string, log *slog.Logger) (p *pins, err error) {
 	if p.above, err = openPinsFolder(bpffs, true); err != nil {
 		return p, err
 	}
-	// Who looks whether it is left over may have it for a moment, and remove it.
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		if p.dir, err = p.above.claim(pinName(instance), true); !isTaken(err) || time.Now().After(end) {
-			break
-		}
-	}
-	if err == errHeld {
-		err = fmt.Errorf("%s/%s belongs to another daemon that runs; give this one another instance name: "+
-			"it comes from control.socket", p.above.path, pinName(instance))
-	}
+	of, err := p.lockInstance()
 	if err != nil {
 		return p, err
 	}
-	if err := p.clear(all); err != nil {
-		return p, fmt.Errorf("remove what an ended daemon left: %w", err)
+	for i := 1; p.dir == nil && err == nil; i++ {
+		name := fmt.Sprint(newPrefix, i)
+		if err = unix.Mkdirat(int(of.Fd()), name, 0o700); err == nil {
+			p.dir, err = of.claim(name, false)
+		} else if err == unix.EEXIST {
+			err = nil
+		} else {
+			err = fmt.Errorf("make the folder for pinned maps %s: %w", filepath.Join(of.path, name), err)
+		}
+	}
+	if err := errors.Join(err, of.close()); err != nil {
+		return p, err
 	}
 	if p.others, err = removeDead(p.above, log); err != nil {
 		log.Warn("remove what dead daemons left", "error", err)
 	}
 	return p, nil
+}
+
+// lockInstance opens the instance's folder, under which names may be changed until it is closed.
+func (p *pins) lockInstance() (of *folder, err error) {
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		if of, err = p.above.claim(p.instance, true); !isTaken(err) || time.Now().After(end) {
+			break
+		}
+	}
+	if err == errHeld { // all the time: a daemon from before there were generations has it as long as it runs
+		err = fmt.Errorf("%s/%s belongs to another daemon that runs; give this one another instance name: "+
+			"it comes from control.socket", p.above.path, p.instance)
+	}
+	return of, err
+}
+
+// publish gives the generation its name, one more than that of the last one, and lets the link lead to it.
+func (p *pins) publish() error {
+	of, err := p.lockInstance()
+	if err != nil {
+		return err
+	}
+	defer of.close()
+	names, err := of.names()
+	if err != nil {
+		return err
+	}
+	last := 0
+	for _, name := range names {
+		last = max(last, generation(name))
+	}
+	to, at := strconv.Itoa(last+1), int(of.Fd())
+	if err := unix.Renameat2(at, filepath.Base(p.dir.path), at, to, unix.RENAME_NOREPLACE); err != nil {
+		return fmt.Errorf("publish the pinned maps as %s: %w", filepath.Join(of.path, to), err)
+	}
+	p.dir.path = filepath.Join(of.path, to)
+	return of.pointTo(to)
+}
+
+// generation is the number that is a generation's name, or 0 for any other name.
+func generation(name string) int {
+	if n, err := strconv.Atoi(name); err == nil && n > 0 && strconv.Itoa(n) == name {
+		return n
+	}
+	return 0
+}
+
+// pointTo makes the link of an instance lead to a generation; "" removes it.
+func (f *folder) pointTo(to string) error {
+	at := int(f.Fd())
+	var b [32]byte
+	n, err := unix.Readlinkat(at, currentLink, b[:])
+	switch {
+	case err == unix.ENOENT && to == "", err == nil && string(b[:n]) == to:
+		return nil
+	case to == "":
+		return f.remove(currentLink, 0)
+	}
+	if err := unix.Unlinkat(at, madeLink, 0); err != nil && err != unix.ENOENT { // one that was never renamed
+		return &os.PathError{Op: "remove", Path: filepath.Join(f.path, madeLink), Err: err}
+	}
+	err = unix.Symlinkat(to, at, madeLink)
+	if err == nil {
+		err = unix.Renameat(at, madeLink, at, currentLink)
+	}
+	if err != nil {
+		return fmt.Errorf("link %s: %w", filepath.Join(f.path, currentLink), err)
+	}
+	return nil
 }
 
 // RemoveDead removes the pins of daemons and self-tests that were killed, whatever their names, as each [New]
@@ -91,21 +173,93 @@ func removeDead(above *folder, log *slog.Logger) (kept bool, err error) {
 	}
 	var errs []error
 	for _, name := range names {
-		dir, err := above.claim(name, false)
+		of, err := above.claim(name, false)
 		if isTaken(err) || errors.Is(err, unix.EACCES) {
-			continue // a daemon that lives, or nothing any more, or what only root may see
+			continue // somebody changes names there, or it is gone, or only root may see it
 		}
 		if err == nil {
-			p := &pins{above: above, dir: dir}
-			err = errors.Join(p.remove(), p.unsure, dir.close())
-			kept = kept || p.kept && p.unsure == nil
-			if err == nil && !p.kept {
-				log.Info("what a daemon that was killed had left in the kernel is removed", "pins", dir.path)
-			}
+			var k bool
+			k, err = of.removeGenerations("", log)
+			kept = kept || k
+			err = errors.Join(err, above.removeEmpty(of), of.close())
 		}
 		errs = append(errs, err)
 	}
 	return kept, errors.Join(errs...)
+}
+
+// removeGenerations removes the generations of an instance whose processes are dead, and the one of that name, which is
+// the caller's own. The link leads to the newest that lives then, or is removed. The instance's lock is held. kept:
+// a map has to stay, which is not known to stay for ever.
+func (f *folder) removeGenerations(own string, log *slog.Logger) (kept bool, err error) {
+	names, err := f.names()
+	if err != nil {
+		return false, err
+	}
+	newest, flat := 0, false
+	var errs []error
+	for _, name := range names {
+		var s unix.Stat_t
+		if err := unix.Fstatat(int(f.Fd()), name, &s, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			errs = append(errs, fmt.Errorf("look at %s: %w", filepath.Join(f.path, name), err))
+			continue
+		}
+		switch s.Mode & unix.S_IFMT {
+		case unix.S_IFDIR:
+		case unix.S_IFLNK:
+			if name == madeLink {
+				errs = append(errs, f.remove(name, 0))
+			}
+			continue
+		default:
+			flat = true
+			continue
+		}
+		var dir *folder
+		if name == own {
+			dir, err = f.sub(name, false)
+		} else {
+			dir, err = f.claim(name, false)
+		}
+		if err == errHeld {
+			newest = max(newest, generation(name))
+			continue
+		}
+		if err == nil {
+			var stays bool
+			stays, err = dir.clear()
+			kept = kept || stays && err == nil
+			if !stays && err == nil {
+				err = f.remove(name, unix.AT_REMOVEDIR)
+				if err == nil && name != own {
+					log.Info("what a daemon that was killed had left in the kernel is removed", "pins", dir.path)
+				}
+			}
+			err = errors.Join(err, dir.close())
+		}
+		errs = append(errs, err)
+	}
+	if flat { // of a daemon from before there were generations, which is dead: it would have the lock
+		stays, err := f.clear()
+		kept = kept || stays && err == nil
+		errs = append(errs, err)
+		if !stays && err == nil {
+			log.Info("what a daemon that was killed had left in the kernel is removed", "pins", f.path)
+		}
+	}
+	to := ""
+	if newest > 0 {
+		to = strconv.Itoa(newest)
+	}
+	return kept, errors.Join(append(errs, f.pointTo(to))...)
+}
+
+// removeEmpty removes a folder in this one if there is nothing in it.
+func (f *folder) removeEmpty(dir *folder) error {
+	if err := f.remove(filepath.Base(dir.path), unix.AT_REMOVEDIR); !errors.Is(err, unix.ENOTEMPTY) {
+		return err
+	}
+	return nil
 }
 
 func openPinsFolder(bpffs string, create bool) (*folder, error) {
@@ -119,48 +273,51 @@ func openPinsFolder(bpffs string, create bool) (*folder, error) {
 
 func (p *pins) path(name string) string { return filepath.Join(p.dir.path, name) }
 
-// clear removes the pins that which is true for, and keeps those of maps with bytes that a process has not
-// read yet.
-func (p *pins) clear(which func(name string) bool) error {
-	old, err := p.dir.names()
+// clear removes the pins in a folder, but for maps with bytes that a process has not read yet, or may have not: the error
+// says why that is not known.
+func (f *folder) clear() (kept bool, err error) {
+	names, err := f.names()
 	if err != nil {
-		return err
+		return true, err
 	}
-	p.kept, p.unsure = false, nil
 	var errs []error
-	for _, name := range old {
-		if !which(name) {
-			continue
-		}
-		holds, err := p.holdsUnread(name)
+	for _, name := range names {
+		path := filepath.Join(f.path, name)
+		holds, err := holdsUnread(path)
 		if err != nil {
-			p.unsure = fmt.Errorf("%s may hold bytes that a process has not read yet, and stays: %w",
-				p.path(name), err)
+			errs = append(errs, fmt.Errorf("%s may hold bytes that a process has not read yet, and stays: %w", path, err))
 		}
 		if holds {
-			p.kept = true
-			errs = append(errs, p.keep(name))
-		} else {
-			errs = append(errs, p.dir.remove(name, 0))
+			kept = true
+		} else if err := f.remove(name, 0); err != nil && !errors.Is(err, unix.EISDIR) {
+			errs = append(errs, err)
 		}
 	}
-	return errors.Join(errs...)
+	return kept, errors.Join(errs...)
 }
 
-func all(string) bool { return true }
-
-// remove is clear of all, and of the folder. The lock is held: nobody has pinned anything here since.
-func (p *pins) remove() error {
-	err := p.clear(all)
-	if !p.kept {
-		err = errors.Join(err, p.above.remove(filepath.Base(p.dir.path), unix.AT_REMOVEDIR))
+// release removes the generation, and what is left of dead ones, from its instance. Maps with bytes that a process has not
+// read yet stay.
+func (p *pins) release(log *slog.Logger) error {
+	of, err := p.lockInstance()
+	if err == nil {
+		_, err = of.removeGenerations(filepath.Base(p.dir.path), log)
+		err = errors.Join(err, p.above.removeEmpty(of), of.close())
 	}
-	return err
+	return errors.Join(err, p.close())
 }
-
-func (p *pins) release() error { return errors.Join(p.remove(), p.unsure, p.close()) }
 
 func (p *pins) close() error { return errors.Join(p.dir.close(), p.above.close()) }
+
+// sweep removes what dead daemons left whose last byte has been read meanwhile. It gives up where that can't be found out.
+func (p *pins) sweep(now time.Time, log *slog.Logger) (err error) {
+	if !p.others || now.Before(p.next) {
+		return nil
+	}
+	p.next = now.Add(sweepEvery)
+	p.others, err = removeDead(p.above, log)
+	return err
+}
 
 // folder is one of the BPF file system in which nobody but root and this user can change anything.
 type folder struct {

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -165,8 +166,111 @@ func TestPinsOfTheDead(t *testing.T) {
 			if len(left) != 1 || left[0] != alive {
 				t.Errorf("%q are there, not only %q", left, alive)
 			}
-			if maps, err := os.ReadDir(alive); err != nil || len(maps) < 5 {
+			if maps, err := os.ReadDir(filepath.Join(alive, currentLink)); err != nil || len(maps) < 5 {
 				t.Errorf("the daemon that lives has %v, %v", maps, err)
+			}
+		})
+	}
+}
+
+// generations are the names in the folder of an instance, with where the link leads.
+func generations(t *testing.T, at, instance string) (names string) {
+	t.Helper()
+	entries, err := os.ReadDir(filepath.Join(at, "tailsplice", instance))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names += e.Name()
+		if to, err := os.Readlink(filepath.Join(at, "tailsplice", instance, e.Name())); err == nil {
+			names += "=" + to
+		}
+		names += " "
+	}
+	return strings.TrimSpace(names)
+}
+
+// A new generation lives beside an old one, whichever ends first, and is seen only when it is whole. The link leads
+// to the newest that lives.
+func TestGenerations(t *testing.T) {
+	at := ownBPFFS(t, "0700")
+	o := Options{BPFFS: at, Instance: "one", MaxFlows: 16}
+	is := func(when, want string) {
+		t.Helper()
+		if got := generations(t, at, "one"); got != want {
+			t.Errorf("%s: there are %q, want %q", when, got, want)
+		}
+	}
+	next := func() *Loader {
+		t.Helper()
+		l, err := load(o, allRules)
+		must(t, err)
+		t.Cleanup(func() { l.Close() })
+		return l
+	}
+	first := next()
+	is("one lives", "1 current=1")
+	second := next()
+	is("two live", "1 2 current=2")
+	third := next()
+	must(t, second.Close())
+	is("the second has ended", "1 3 current=3")
+	must(t, third.Close())
+	is("the newest has ended", "1 current=1")
+
+	unborn, err := claimPins(at, "one", slog.New(slog.DiscardHandler))
+	must(t, err)
+	is("one is being made", "1 current=1 new-1")
+	must(t, RemoveDead(at, slog.New(slog.DiscardHandler)))
+	is("somebody has looked for dead ones", "1 current=1 new-1")
+	must(t, unborn.publish())
+	is("it is published", "1 2 current=2")
+	p := splicePath(t, first, pathOptions{})
+	must(t, bothWays(p, 1<<20))
+	must(t, first.Close())
+	is("the oldest has ended", "2 current=2")
+	must(t, unborn.release(slog.New(slog.DiscardHandler)))
+	is("all have ended", "")
+	if _, err := os.Stat(filepath.Join(at, "tailsplice", "one")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the instance's folder is left: %v", err)
+	}
+}
+
+// Whatever a process was doing when it was killed, the next one goes on.
+func TestDeadGenerations(t *testing.T) {
+	at := ownBPFFS(t, "0700")
+	one := filepath.Join(at, "tailsplice", "one")
+	for name, left := range map[string]func(){
+		"not published": func() { must(t, os.MkdirAll(filepath.Join(one, "new-1"), 0o700)) },
+		"not linked":    func() { must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700)) },
+		"link not renamed": func() {
+			must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700))
+			must(t, os.Symlink("7", filepath.Join(one, madeLink)))
+		},
+		"linked": func() {
+			must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700))
+			must(t, os.Symlink("7", filepath.Join(one, currentLink)))
+		},
+		"from before generations": func() {
+			must(t, os.MkdirAll(one, 0o700))
+			m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+			must(t, err)
+			must(t, errors.Join(m.Pin(filepath.Join(one, "flows")), m.Close()))
+		},
+		"empty": func() { must(t, os.MkdirAll(one, 0o700)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			left()
+			l, err := load(Options{BPFFS: at, Instance: "one", MaxFlows: 16}, allRules)
+			must(t, err)
+			if got := generations(t, at, "one"); got != "1 current=1" {
+				t.Errorf("there are %q", got)
+			}
+			must(t, l.Close())
+			left()
+			must(t, RemoveDead(at, slog.New(slog.DiscardHandler)))
+			if _, err := os.Stat(one); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("%q is left", generations(t, at, "one"))
 			}
 		})
 	}

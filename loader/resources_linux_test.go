@@ -548,9 +548,14 @@ func TestPins(t *testing.T) {
 			t.Fatalf("%q %v", b, err)
 		}
 	}
-	_, err = load(Options{BPFFS: at, Instance: instance}, allRules)
-	if err == nil || !strings.Contains(err.Error(), "another daemon") {
-		t.Errorf("a second daemon of one name: %v", err)
+	beside, err := load(Options{BPFFS: at, Instance: instance, MaxFlows: 16}, allRules)
+	must(t, err)
+	if n := len(beside.Flows()); n != 0 {
+		t.Errorf("the next generation begins with %d flows", n)
+	}
+	must(t, beside.Close())
+	if left, err := os.ReadDir(filepath.Join(at, "tailsplice", instance, currentLink)); err != nil || len(left) == 0 {
+		t.Fatalf("the next generation has left the living daemon %v, %v", left, err)
 	}
 	other, err := load(Options{BPFFS: at, Instance: instance + "x", MaxFlows: 16}, allRules)
 	must(t, err)

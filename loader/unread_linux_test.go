@@ -101,7 +101,7 @@ func testUnread(t *testing.T, network string, killed, ended bool) {
 		t.Errorf("the process has read %d of %d bytes, and %v", len(got), len(data), err)
 	}
 	waitFor(t, func() bool {
-		left, err := filepath.Glob(filepath.Join(dir, unreadPin+"*"))
+		left, err := filepath.Glob(filepath.Join(dir, "*", localsPin))
 		return len(left) == 0 && err == nil
 	}, "the map that was kept to go")
 	must(t, l.Close())

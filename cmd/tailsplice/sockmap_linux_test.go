@@ -188,7 +188,7 @@ type entry struct {
 // pinned finds a flow in the maps that the daemons of this machine have pinned.
 func pinned(t *testing.T, id string) entry {
 	t.Helper()
-	maps, err := filepath.Glob("/sys/fs/bpf/tailsplice/*/flows")
+	maps, err := filepath.Glob("/sys/fs/bpf/tailsplice/*/current/flows")
 	check(t, err)
 	bpftool := "bpftool"
 	if _, err := exec.LookPath(bpftool); err != nil {

@@ -55,7 +55,9 @@ var floors = []struct {
 	{"the kernel side's face", []string{
 		"loader",
 	}},
-	{"the event loop: sockets and timers, and no flow", []string{}},
+	{"the event loop: sockets and timers, and no flow", []string{
+		"userspace/loop",
+	}},
 	{"what a datapath is, and which one a flow gets", []string{}},
 	{"how bytes are carried, and what a configuration means: neither needs the other", []string{
 		"userspace/plan",

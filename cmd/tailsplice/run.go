@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"syscall"
 	"time"
@@ -27,7 +28,9 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/logwriter"
+	"github.com/tailsplice/tailsplice/userspace/loop"
 	"github.com/tailsplice/tailsplice/userspace/plan"
+	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // controlConnections is how many connections to the control socket may be open; more wait in the kernel.
@@ -128,6 +131,12 @@ func run(ctx context.Context, o runOptions) error {
 	defer datapaths.close()
 	datapaths.options.Log, datapaths.options.LogLost, datapaths.options.Version = log, lines.Lost, version()
 	datapaths.options.Control = []string{cfg.Control.Metrics, cfg.Control.Health}
+	loops, err := startLoops()
+	if err != nil {
+		return err
+	}
+	defer loops.Close()
+	datapaths.options.Loops, datapaths.options.Relay = loops, relay.New(loops)
 	f, err := front.New(cfg, datapaths.options)
 	if err != nil {
 		return err
@@ -193,6 +202,15 @@ func run(ctx context.Context, o runOptions) error {
 			return nil
 		}
 	}
+}
+
+// startLoops starts a loop for each processor. Go may use one more, for all other goroutines: a loop that waits in
+// the kernel keeps its processor for up to 10 ms.
+func startLoops() (*loop.Reactor, error) {
+	n := runtime.GOMAXPROCS(0)
+	loops, err := loop.New(n)
+	runtime.GOMAXPROCS(n + 1)
+	return loops, err
 }
 
 // limitHeap has Go's collector aim at half of the memory that flows may hold, in bytes, unless GOMEMLIMIT says at what.

@@ -25,6 +25,7 @@ import (
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
 // quiet is where servers log what clients do wrong.
@@ -189,8 +190,10 @@ func (w *world) runInside(t testing.TB, file, labels string) {
 	}
 	os.Setenv("DOCKER_HOST", "unix://"+labels)
 	os.Setenv("TS_SOCKET", "/nonexistent")
-	f, err := front.New(cfg, front.Options{Version: "test",
-		Log: slog.New(slog.NewTextHandler(w.daemon, &slog.HandlerOptions{Level: slog.LevelError}))})
+	o := front.Options{Version: "test",
+		Log: slog.New(slog.NewTextHandler(w.daemon, &slog.HandlerOptions{Level: slog.LevelError}))}
+	o.Loops, o.Relay = relaytest.Relay()
+	f, err := front.New(cfg, o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,22 +3,21 @@ package front
 import (
 	"net"
 	"net/netip"
-	"os"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
-	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
 // accepted is a connection that nobody reads from yet.
-type accepted = *relay.Socket
+type accepted = *loop.Socket
 
-// A door is a bound address. It is not in Go's poller: connections are accepted by package relay's loops.
+// A door is a bound address. It is not in Go's poller: connections are accepted by the loops.
 type door struct {
 	fd       int
 	addr     net.Addr
-	acceptor *relay.Acceptor // nil before accept
+	acceptor *loop.Acceptor // nil before accept
 }
 
 // newDoor makes a door of ln, which is closed then.
@@ -34,7 +33,7 @@ func newDoor(ln *net.TCPListener) (*door, error) {
 
 // prepare makes accept possible.
 func (d *door) prepare(f *Front, s *socket) error {
-	d.acceptor = relay.NewAcceptor(d.fd, func(c *relay.Socket, peer unix.Sockaddr) {
+	d.acceptor = f.opts.Loops.NewAcceptor(d.fd, func(c *loop.Socket, peer unix.Sockaddr) {
 		f.spare.refill()
 		if s.tailnet.Load() {
 			f.admitTailnet(s, c, tcpsock.AddrPort(peer))
@@ -42,9 +41,6 @@ func (d *door) prepare(f *Front, s *socket) error {
 		}
 		f.admit(s.owner.Load(), c, tcpsock.AddrPort(peer))
 	}, func(err error) (goOn bool) { return f.failed(s, err) })
-	if d.acceptor == nil {
-		return os.NewSyscallError("epoll_create1", unix.EMFILE)
-	}
 	return nil
 }
 
@@ -52,7 +48,7 @@ func (d *door) prepare(f *Front, s *socket) error {
 // The kernel takes connections to it on every interface, so that neighbours in the LAN could come who route
 // to it through this host. tailscaled makes the interface anew as it likes, so who comes by another one than
 // before is looked at, off the loop.
-func (f *Front) admitTailnet(s *socket, c *relay.Socket, peer netip.AddrPort) {
+func (f *Front) admitTailnet(s *socket, c *loop.Socket, peer netip.AddrPort) {
 	local := addrPort(s.door.addr).Addr()
 	index, err := arrivedOn(c.FD(), local)
 	if err == nil && (index == loopbackIndex || int64(index) == s.via.Load()) {

@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
 // doorTo is an address where connections arrive at a listener of f once it accepts, from whom peer says, by
@@ -25,7 +25,7 @@ func doorTo(t *testing.T, f *Front, listener string, slow bool, peer func() neti
 	f.mu.Lock()
 	l := f.listeners[listener]
 	f.mu.Unlock()
-	d.acceptor = relay.NewAcceptor(d.fd, func(s *relay.Socket, _ unix.Sockaddr) {
+	d.acceptor = f.opts.Loops.NewAcceptor(d.fd, func(s *loop.Socket, _ unix.Sockaddr) {
 		if !slow {
 			f.admit(l, s, peer())
 		} else if in := f.takeIn(l, s, peer()); in != nil {

@@ -17,21 +17,21 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/loop"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/sni"
 )
 
 // express is the fast path, that of the usual connection: a tcp listener, or an sni listener; a target that
-// is an address; a peer and a client whom tailscaled knows already, or need not know. It goes on the relay's
+// is an address; a peer and a client whom tailscaled knows already, or need not know. It goes on a
 // loop from event to event, with no goroutine. At the first thing that is not usual it takes the slow path,
 // serve, with the bytes that were read: only that asks, explains, retries. PROXY headers and hellos wait here
 // until they are whole, those of https listeners too.
 type express struct {
 	front    *Front
 	in       *conn
-	down, up *relay.Socket
+	down, up *loop.Socket
 
 	header bool  // what is awaited is a PROXY header, or something that is none
 	part   *part // nil: nothing has come, or all of it at once
@@ -302,7 +302,7 @@ func (x *express) dial(r *plan.Rule, head []byte) {
 		x.detour(head)
 		return
 	}
-	x.up = relay.NewSocket(fd, x.down)
+	x.up = x.down.Loop().NewSocket(fd)
 	x.head = head
 	if connected {
 		x.relay()
@@ -351,5 +351,5 @@ func (x *express) relay() {
 	}
 	o, done := f.begin(in, x.rule, x.hello, x.rule.Literal.String(), rtt)
 	o.Head = x.head
-	relay.RunSockets(f.ctx, x.down, x.up, o, done)
+	f.opts.Relay.RunSockets(f.ctx, x.down, x.up, o, done)
 }

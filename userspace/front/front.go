@@ -44,6 +44,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/deny"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/loop"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/relay"
@@ -56,6 +57,8 @@ type Options struct {
 	Log     *slog.Logger
 	LogLost func() int64 // lines that Log could not write; nil: none
 	Version string
+	Loops   *loop.Reactor // where connections are accepted and relayed: the caller closes it after the Front
+	Relay   *relay.Relay
 	Control []string // addresses that are bound for metrics and health, for status; "" is none
 
 	// Datapaths are those that work on this machine; userspace is always

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -21,6 +22,7 @@ import (
 	"github.com/tailsplice/tailsplice/test/logs"
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
 // daemon is a front under test.
@@ -53,6 +55,7 @@ func startOptions(t *testing.T, cfg *config.Config, o Options) *daemon {
 	t.Helper()
 	d := &daemon{t: t, log: &logs.Log{}}
 	o.Log, o.Version = d.log.Logger(), "test"
+	o.Loops, o.Relay = relaytest.Relay()
 	f, err := New(cfg, o)
 	if err != nil {
 		t.Fatal(err)
@@ -65,6 +68,13 @@ func startOptions(t *testing.T, cfg *config.Config, o Options) *daemon {
 		}
 	})
 	return d
+}
+
+// discard are the Options of a front whose log nobody reads.
+func discard() Options {
+	o := Options{Log: slog.New(slog.DiscardHandler), Version: "test"}
+	o.Loops, o.Relay = relaytest.Relay()
+	return o
 }
 
 // freeAddr is an address of 127.0.0.1 that nothing listens on.

@@ -9,11 +9,10 @@ import (
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // Alive is an error where what moves connections does not go on before ctx ends.
-func (f *Front) Alive(ctx context.Context) error { return relay.Alive(ctx) }
+func (f *Front) Alive(ctx context.Context) error { return f.opts.Loops.Alive(ctx) }
 
 // ServeTailnet has serve answer on a port of this node's tailnet addresses, as they come and go, until ctx
 // ends. serve is called for each address, and returns when its listener is closed. Connections are those of

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -326,7 +325,7 @@ func (w *world) start(chains []*chain) {
 		}
 		for ts, b := range configs {
 			w.t.Setenv("TAILSPLICE_TAILSCALED_SOCKET", ts.socket)
-			f, err := New(parse(w.t, b.String()), Options{Log: slog.New(slog.DiscardHandler), Version: "test"})
+			f, err := New(parse(w.t, b.String()), discard())
 			if err != nil {
 				w.t.Fatal(err)
 			}

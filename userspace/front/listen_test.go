@@ -3,7 +3,6 @@ package front
 import (
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"path"
@@ -61,7 +60,7 @@ func TestReloadOverlappingAddresses(t *testing.T) {
 	}
 	// Sharing a port for a moment must not let a second daemon in.
 	for _, host := range []string{"127.0.0.1", "", "[::1]"} {
-		if f, err := New(parse(t, yaml(one, host)), Options{Log: slog.New(slog.DiscardHandler)}); err == nil {
+		if f, err := New(parse(t, yaml(one, host)), discard()); err == nil {
 			f.Close()
 			t.Errorf("a second daemon took %q on the same port", host)
 		}

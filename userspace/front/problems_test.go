@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/http/httptest"
 	"os"
@@ -184,7 +183,7 @@ func TestNothingServes(t *testing.T) {
   default: { forward: "127.0.0.1:9" } }, { name: b, listen: [%q], mode: https, certificates: [ { files: { cert: /none.pem, key: /none.key } } ],
   default: { forward: "127.0.0.1:9" } } ]`, taken, certFile, keyFile, freeAddr(t)), []string{`listener "a": listen on`, `listener "b": /none.pem`}},
 	} {
-		f, err := New(parse(t, c.yaml), Options{Log: slog.New(slog.DiscardHandler)})
+		f, err := New(parse(t, c.yaml), discard())
 		if err == nil {
 			f.Close()
 			t.Errorf("%s: it starts", c.name)
@@ -230,7 +229,7 @@ func TestGuardsStayStrict(t *testing.T) {
 listeners:
   - { name: open, listen: [%q], mode: tcp, default: { forward: "127.0.0.1:9" } }
   - { name: web, listen: [%q], mode: https, certificates: [ { files: { cert: %q, key: %q } } ], default: { forward: "127.0.0.1:9", %s } }
-`, freeAddr(t), freeAddr(t), certFile, keyFile, guard)), Options{Log: slog.New(slog.DiscardHandler)})
+`, freeAddr(t), freeAddr(t), certFile, keyFile, guard)), discard())
 		if err == nil {
 			f.Close()
 			t.Errorf("it starts with %s", guard)

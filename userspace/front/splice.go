@@ -138,7 +138,7 @@ func (f *Front) spliceTo(in *stream, r *plan.Rule, hello *sni.Hello) {
 	o, done := f.begin(in.conn, r, hello, remoteString(up), rtt)
 	o.Head = in.takeAhead()
 	in.uncut()
-	relay.Run(f.ctx, in.TCPConn, up, o, done)
+	f.opts.Relay.Run(f.ctx, in.TCPConn, up, o, done)
 }
 
 // begin registers the flow of in, and says how it is to be relayed. The result's done ends in.

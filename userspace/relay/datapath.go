@@ -25,7 +25,7 @@ type Datapath interface {
 	// part.
 	//
 	// A nil error: the datapath owns both conns and calls exactly one of f.Ended and f.Returned, once,
-	// from any goroutine (possibly before Splice has returned). It keeps the promises of [Relay]:
+	// from any goroutine (possibly before Splice has returned). It keeps the promises of [Relay.Run]:
 	// half-close in both orders, a reset passed on as a reset, f.Buffer, f.Idle, and ctx: when ctx
 	// is canceled it resets both sides and ends the flow promptly. It may dup the descriptors and
 	// close the conns at once, to free them from Go's poller.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
 // resetGrace is how long the reader of bytes that were received before a reset may stop, before it is
@@ -47,8 +48,8 @@ type side struct {
 	state streamState     // guarded by the loop's mutex while the flow is on one, else by flow.mu
 	shut  atomic.Bool     // our stream to it has ended, or is about to
 
-	socket *Socket // while the flow is on a loop
-	rest   []byte  // read from it there, and not yet written
+	socket *loop.Socket // while the flow is on a loop
+	rest   []byte       // read from it there, and not yet written
 
 	held       atomic.Int64 // bytes of its stream that its pump has no room for
 	stoodAt    int64        // how many were moved when MeasureHeld looked
@@ -63,12 +64,14 @@ type side struct {
 
 // A flow is two sides, and a pump for each stream that has not ended and is not parked.
 type flow struct {
+	relay    *Relay
 	down, up side
 	counters *Counters
 	o        Options
 	ctx      context.Context
 	done     func(Result)
 	uncancel func() bool // unhooks ctx
+	onLoop   atomic.Bool // set by who has the loop
 
 	mu        sync.Mutex
 	pumps     int  // that run
@@ -96,12 +99,13 @@ type flow struct {
 	calmSince time.Time // when pumps were last asked whether they move much
 }
 
-func newFlow(ctx context.Context, down, up net.Conn, o Options, done func(Result)) *flow {
-	f := &flow{ctx: ctx, o: o, done: done, counters: o.Counters}
+func (r *Relay) newFlow(ctx context.Context, down, up net.Conn, o Options, done func(Result)) *flow {
+	f := &flow{relay: r, ctx: ctx, o: o, done: done, counters: o.Counters}
 	f.pumps = 1 // not yet one, but nobody may finish the flow before userspace is called
 	if f.counters == nil {
 		f.counters = new(Counters)
 	}
+	f.counters.flow.Store(f)
 	if f.o.Buffer <= 0 {
 		f.o.Buffer = DefaultBuffer
 	}
@@ -329,6 +333,12 @@ func (f *flow) finish() {
 	f.mu.Lock()
 	r := Result{Up: up, Down: down, End: f.end, Err: f.err, Datapath: userspace}
 	f.mu.Unlock()
+	f.report(r)
+}
+
+// report says how f has ended.
+func (f *flow) report(r Result) {
+	f.counters.flow.Store(nil)
 	f.done(r)
 }
 

@@ -1,21 +1,21 @@
 package relay
 
 import (
-	"os"
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
-// offerTalk hands f off if a message of s makes it ping-pong, and a datapath has room for all that are. It is called
-// with l.mu held.
-func (l *loop) offerTalk(f *flow, s *side, n int) (then func()) {
+// offerTalk hands the flow off if a message of s makes it ping-pong, and a datapath has room for all that are. It is
+// called with the loop held.
+func (s *side) offerTalk(n int) (then func()) {
+	f := s.flow
 	if f.prefers {
 		if !f.talk.prefers(s, n) {
 			return nil
 		}
-		return l.handOff(f, f.o.WhenTalking[0], func() {})
+		return f.handOff(f.o.WhenTalking[0], func() {})
 	}
 	talking := f.talk.says(s, n)
 	if talking == 0 {
@@ -23,24 +23,25 @@ func (l *loop) offerTalk(f *flow, s *side, n int) (then func()) {
 	}
 	for _, d := range f.o.WhenTalking {
 		if room(d) >= talking {
-			return l.handOff(f, d, talkers.gone)
+			return f.handOff(d, talkers.gone)
 		}
 	}
 	return nil
 }
 
-// handOff takes f off the loop and offers it to d. taken is called if d has it then. It is called with l.mu held.
-func (l *loop) handOff(f *flow, d Sockets, taken func()) (then func()) {
+// handOff takes f off the loop and offers it to d. taken is called if d has it then. It is called with the loop held.
+func (f *flow) handOff(d Sockets, taken func()) (then func()) {
 	calm.remove(f)
+	f.onLoop.Store(false)
 	down, up := f.down.socket, f.up.socket
 	for _, s := range f.sides() {
-		l.remove(s.socket)
+		s.socket.Detach()
 		s.socket = nil // a ctx that ends meanwhile is seen by who has the flow then
 	}
 	return func() {
 		f.disarm()
 		h := &handoff{f: f, to: d}
-		count, err := d.SpliceSockets(f.ctx, down.fd, up.fd, h.record())
+		count, err := d.SpliceSockets(f.ctx, down.FD(), up.FD(), h.record())
 		if h.answered(count, err) {
 			taken()
 			return
@@ -53,14 +54,8 @@ func (l *loop) handOff(f *flow, d Sockets, taken func()) (then func()) {
 // takeBack goes on with a flow that a datapath gives back.
 func (f *flow) takeBack(down, up int, downRest, upRest []byte) {
 	f.down.rest, f.up.rest = downRest, upRest
-	if l := pickLoop(); l != nil {
-		s := &Socket{fd: down, loop: l}
-		f.relayOn(s, NewSocket(up, s))
-		return
-	}
-	f.down.init(f, sockConn{os.NewFile(uintptr(down), "socket")})
-	f.up.init(f, sockConn{os.NewFile(uintptr(up), "socket")})
-	go f.resume()
+	l := f.relay.loops.Loop()
+	f.relayOn(l.NewSocket(down), l.NewSocket(up))
 }
 
 // calmDown gives f, both of whose sides are parked, back to a loop, where a datapath may have it again. It is called
@@ -68,7 +63,7 @@ func (f *flow) takeBack(down, up int, downRest, upRest []byte) {
 func (f *flow) calmDown() {
 	unwatch(&f.down)
 	unwatch(&f.up)
-	var down, up *Socket
+	var down, up *loop.Socket
 	if f.disarm() {
 		down, up = f.socketsOnLoop()
 	}
@@ -76,9 +71,9 @@ func (f *flow) calmDown() {
 	if up == nil || f.end != "" {
 		f.noCalm = true
 		f.mu.Unlock()
-		for _, s := range []*Socket{down, up} {
+		for _, s := range []*loop.Socket{down, up} {
 			if s != nil {
-				unix.Close(s.fd)
+				s.Close()
 			}
 		}
 		f.arm()
@@ -102,12 +97,12 @@ type calmFlows struct {
 }
 
 type calmFlow struct {
-	on    *loop
+	on    *loop.Loop
 	moved int64 // at the last look
 }
 
-// add is called with l.mu held when f is on l.
-func (c *calmFlows) add(f *flow, l *loop) {
+// add is called with the loop held when f is on l.
+func (c *calmFlows) add(f *flow, l *loop.Loop) {
 	if !f.prefers {
 		return
 	}
@@ -124,7 +119,7 @@ func (c *calmFlows) add(f *flow, l *loop) {
 	}
 }
 
-// remove is called with the mutex of f's loop held when f leaves that.
+// remove is called with f's loop held when f leaves that.
 func (c *calmFlows) remove(f *flow) {
 	if !f.prefers {
 		return
@@ -136,7 +131,7 @@ func (c *calmFlows) remove(f *flow) {
 
 // look hands off the flows that have moved something since the last look, but little.
 func (c *calmFlows) look() {
-	quiet := make(map[*flow]*loop)
+	quiet := make(map[*flow]*loop.Loop)
 	c.mu.Lock()
 	for f, at := range c.flows {
 		up, down := f.counters.Load()
@@ -150,19 +145,16 @@ func (c *calmFlows) look() {
 	}
 	c.mu.Unlock()
 	for f, l := range quiet {
-		l.offerQuiet(f)
+		f.offerQuiet(l)
 	}
 }
 
-// offerQuiet hands f off, if it is still here and both its streams go on.
-func (l *loop) offerQuiet(f *flow) {
-	l.mu.Lock()
-	var then func()
-	if f.down.socket != nil && f.down.state == flowing && f.up.state == flowing && f.talk.turns >= 0 {
-		then = l.handOff(f, f.o.WhenTalking[0], func() {})
-	}
-	l.mu.Unlock()
-	if then != nil {
-		then()
-	}
+// offerQuiet hands f off, if it is still on l and both its streams go on.
+func (f *flow) offerQuiet(l *loop.Loop) {
+	l.Do(func() (then func()) {
+		if !f.onLoop.Load() || f.down.state != flowing || f.up.state != flowing || f.talk.turns < 0 {
+			return nil
+		}
+		return f.handOff(f.o.WhenTalking[0], func() {})
+	})
 }

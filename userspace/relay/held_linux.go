@@ -56,15 +56,6 @@ func MeasureHeld(now time.Time) {
 		c.held.Add(int64(bytes))
 		c.since.Store(min(c.since.Load(), s.stoodSince))
 	}
-	for _, l := range allLoops() {
-		l.mu.Lock()
-		for _, socket := range l.sockets {
-			if s := socket.side; s != nil && len(s.rest) > 0 {
-				add(s, len(s.rest)+queued(socket.fd, unix.SIOCINQ)+queued(s.other().socket.fd, unix.SIOCOUTQ))
-			}
-		}
-		l.mu.Unlock()
-	}
 	watches.mu.Lock()
 	var stalled []*side // pumps have their sides watched while they wait for room
 	for _, s := range watches.sides {

@@ -81,7 +81,7 @@ func (h *handoff) record() Flow {
 		Buffer: f.o.Buffer, Idle: f.o.Idle, Busy: busyBytes, Moved: f.counters.own,
 		Ended: func(up, down int64, end string, err error) {
 			h.settle(up, down, nil)
-			f.done(Result{Up: up, Down: down, End: End(end), Err: err, Datapath: h.to.Name()})
+			f.report(Result{Up: up, Down: down, End: End(end), Err: err, Datapath: h.to.Name()})
 		},
 		Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error) {
 			g := f.resumed()
@@ -97,8 +97,10 @@ func (h *handoff) record() Flow {
 
 // resumed is f with nothing of what it was before: nobody has a hand in that any more but for those who come late.
 func (f *flow) resumed() *flow {
-	g := newFlow(f.ctx, nil, nil, f.o, f.done)
-	g.counters, g.recorded, g.prefers = f.counters, f.recorded, f.prefers
+	o := f.o
+	o.Counters = f.counters
+	g := f.relay.newFlow(f.ctx, nil, nil, o, f.done)
+	g.recorded, g.prefers = f.recorded, f.prefers
 	return g
 }
 

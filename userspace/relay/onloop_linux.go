@@ -12,12 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
-// RunSockets is [Run] for two sockets of one loop that are connected, and that nobody waits for. It has
+// RunSockets is [Relay.Run] for two sockets of one loop that are connected, and that nobody waits for. It has
 // written Head, or copied it, when it returns.
-func RunSockets(ctx context.Context, down, up *Socket, o Options, done func(Result)) {
-	f := newFlow(ctx, nil, nil, o, done)
+func (r *Relay) RunSockets(ctx context.Context, down, up *loop.Socket, o Options, done func(Result)) {
+	f := r.newFlow(ctx, nil, nil, o, done)
 	if len(o.Datapaths) > 0 && f.offerSockets(down, up) {
 		return
 	}
@@ -25,29 +26,29 @@ func RunSockets(ctx context.Context, down, up *Socket, o Options, done func(Resu
 }
 
 // offerSockets offers the flow to the kernel datapaths, and reports whether somebody else goes on with it.
-func (f *flow) offerSockets(down, up *Socket) bool {
+func (f *flow) offerSockets(down, up *loop.Socket) bool {
 	simple := true
 	for _, d := range f.o.Datapaths {
 		if _, ok := d.(Sockets); !ok {
 			simple = false
 		}
 	}
-	if !simple || f.writeFirst(up.fd) != nil {
+	if !simple || f.writeFirst(up.FD()) != nil {
 		o := f.o
 		o.Head, o.Counters = bytes.Clone(o.Head), f.counters
-		go runConns(f.ctx, down, up, o, f.done)
+		go f.relay.runConns(f.ctx, down, up, o, f.done)
 		return true
 	}
 	for _, d := range f.o.Datapaths {
-		if f.prefer(d.(Sockets), down.fd, up.fd) {
+		if f.prefer(d.(Sockets), down.FD(), up.FD()) {
 			break
 		}
 	}
 	return false
 }
 
-// runConns is [Run] for sockets that leave their loop.
-func runConns(ctx context.Context, down, up *Socket, o Options, done func(Result)) {
+// runConns is [Relay.Run] for sockets that leave their loop.
+func (r *Relay) runConns(ctx context.Context, down, up *loop.Socket, o Options, done func(Result)) {
 	d, err := down.Conn()
 	if err != nil {
 		up.Close()
@@ -60,7 +61,7 @@ func runConns(ctx context.Context, down, up *Socket, o Options, done func(Result
 		done(Result{End: EndError, Err: err, Datapath: userspace})
 		return
 	}
-	Run(ctx, d, u, o, done)
+	r.Run(ctx, d, u, o, done)
 }
 
 // quicken gives f to a loop, if that can have it.
@@ -83,14 +84,12 @@ func (f *flow) quicken() bool {
 }
 
 // socketsOnLoop makes new descriptors of both sockets, for a loop; nil if there can be none.
-func (f *flow) socketsOnLoop() (down, up *Socket) {
+func (f *flow) socketsOnLoop() (down, up *loop.Socket) {
 	downFD, err := tcpsock.Dup(f.down.sock)
 	upFD, upErr := tcpsock.Dup(f.up.sock)
 	if err == nil && upErr == nil {
-		if l := pickLoop(); l != nil {
-			down = &Socket{fd: downFD, loop: l}
-			return down, NewSocket(upFD, down)
-		}
+		l := f.relay.loops.Loop()
+		return l.NewSocket(downFD), l.NewSocket(upFD)
 	}
 	for _, fd := range []int{downFD, upFD} {
 		if fd >= 0 {
@@ -101,40 +100,40 @@ func (f *flow) socketsOnLoop() (down, up *Socket) {
 }
 
 // relayOn begins f on the loop of its sockets.
-func (f *flow) relayOn(down, up *Socket) {
-	l := down.loop
-	l.mu.Lock()
-	f.down = side{flow: f, socket: down, rest: f.down.rest}
-	f.up = side{flow: f, socket: up, rest: f.up.rest}
-	down.side, up.side = &f.down, &f.up
-	f.armOn(l)
-	then := l.begin(f)
-	l.mu.Unlock()
-	if then != nil {
-		then()
-	}
+func (f *flow) relayOn(down, up *loop.Socket) {
+	l := down.Loop()
+	l.Do(func() (then func()) {
+		f.mu.Lock()
+		f.down = side{flow: f, socket: down, rest: f.down.rest}
+		f.up = side{flow: f, socket: up, rest: f.up.rest}
+		f.onLoop.Store(true)
+		f.mu.Unlock()
+		f.armOn(l)
+		return f.begin(l)
+	})
 }
 
-// begin writes what comes first and watches both sockets. It is called with l.mu held.
-func (l *loop) begin(f *flow) (then func()) {
-	for _, s := range f.sides() {
-		if err := l.watch(s.socket, onFlow); err != nil {
-			return l.leave(f, f.resume) // no memory
+// begin attaches both sockets to l and writes what comes first. It is called with the loop held.
+func (f *flow) begin(l *loop.Loop) (then func()) {
+	var missed [2]bool
+	for i, s := range f.sides() {
+		var err error
+		if missed[i], err = s.socket.Attach(s); err != nil {
+			return f.leave(f.resume) // no memory
 		}
 	}
-	if err := f.writeFirst(f.up.socket.fd); err == unix.EAGAIN {
-		return l.leave(f, f.resume) // where the rest is written
+	if err := f.writeFirst(f.up.socket.FD()); err == unix.EAGAIN {
+		return f.leave(f.resume) // where the rest is written
 	} else if err != nil {
-		return l.leave(f, func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
+		return f.leave(func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
 	}
 	if len(f.down.rest)+len(f.up.rest) > 0 {
-		return l.leave(f, f.resume) // pumps write what is left of an earlier stay
+		return f.leave(f.resume) // pumps write what is left of an earlier stay
 	}
 	calm.add(f, l)
-	for _, s := range f.sides() {
-		if s.socket.more {
-			s.socket.more = false
-			if then := l.pass(s, true); then != nil {
+	for i, s := range f.sides() {
+		if missed[i] {
+			if then := s.pass(true); then != nil {
 				return then
 			}
 		}
@@ -157,103 +156,104 @@ func (f *flow) writeFirst(up int) error {
 	return nil
 }
 
-// flowEvent does what has come for a flow. It is called with l.mu held and returns what is to be done
-// without.
-func (l *loop) flowEvent(s *side, events uint32) (then func()) {
+// Handle does what has come for a side whose flow is on a loop. It is called with the loop held.
+func (s *side) Handle(events uint32) (then func()) {
 	f := s.flow
 	switch {
 	case events&unix.EPOLLPRI != 0:
-		return l.leave(f, f.resume)
+		return f.leave(f.resume)
 	case s.state != ended:
-		return l.pass(s, events&^(unix.EPOLLIN|unix.EPOLLOUT) != 0)
+		return s.pass(events&^(unix.EPOLLIN|unix.EPOLLOUT) != 0)
 	case events&unix.EPOLLERR == 0:
 		return nil // its stream has ended, as we know
 	}
-	err := cmp.Or(takeError(s.socket.fd), error(unix.ECONNRESET))
-	return l.leave(f, func() { f.resumeBroken(s, &sideError{"watch", s.name(), err}) })
+	err := cmp.Or(takeError(s.socket.FD()), error(unix.ECONNRESET))
+	return f.leave(func() { f.resumeBroken(s, &sideError{"watch", s.name(), err}) })
 }
 
 // pass moves what s has. With toEnd it reads until it is told that there is no more; else a read that doesn't
-// fill the buffer says so, as epoll(7) promises. It is called with l.mu held.
-func (l *loop) pass(s *side, toEnd bool) (then func()) {
+// fill the buffer says so, as epoll(7) promises. It is called with the loop held.
+func (s *side) pass(toEnd bool) (then func()) {
 	f, dst, moved := s.flow, s.other(), &s.flow.counters.down
 	if s == &f.down {
 		moved = &f.counters.up
 	}
-	buf := l.buf[:min(int64(len(l.buf)), f.o.Buffer)]
+	buf := s.socket.Loop().Buffer()
+	buf = buf[:min(int64(len(buf)), f.o.Buffer)]
 	for full := 0; ; {
-		n, err := noEINTR(func() (int, error) { return unix.Read(s.socket.fd, buf) })
+		n, err := noEINTR(func() (int, error) { return unix.Read(s.socket.FD(), buf) })
 		switch {
 		case err == unix.EAGAIN:
 			return nil
 		case err != nil:
-			return l.leave(f, func() { f.resumeBroken(s, &sideError{"read from", s.name(), err}) })
+			return f.leave(func() { f.resumeBroken(s, &sideError{"read from", s.name(), err}) })
 		case n == 0:
-			return l.eof(s)
+			return s.eof()
 		}
-		m, err := noEINTR(func() (int, error) { return unix.Write(dst.socket.fd, buf[:n]) })
+		m, err := noEINTR(func() (int, error) { return unix.Write(dst.socket.FD(), buf[:n]) })
 		moved.Add(int64(max(m, 0)))
 		if err != nil && err != unix.EAGAIN {
-			return l.leave(f, func() { f.resumeBroken(dst, &sideError{"write to", dst.name(), err}) })
+			return f.leave(func() { f.resumeBroken(dst, &sideError{"write to", dst.name(), err}) })
 		}
 		if m < n {
 			s.rest = bytes.Clone(buf[max(m, 0):n])
-			return l.leave(f, f.resume)
+			return f.leave(f.resume)
 		}
 		if n < len(buf) {
 			if full = 0; !toEnd {
 				if f.o.WhenTalking != nil && dst.state != ended {
-					return l.offerTalk(f, s, n)
+					return s.offerTalk(n)
 				}
 				return nil
 			}
 		} else if full++; full >= fullReads {
-			return l.leave(f, f.resume)
+			return f.leave(f.resume)
 		}
 	}
 }
 
 // eof passes the end of s's stream on. An error besides is a reset that came behind it: a read gives one that
-// came alone. It is called with l.mu held.
-func (l *loop) eof(s *side) (then func()) {
-	f, dst, fault := s.flow, s.other(), takeError(s.socket.fd)
+// came alone. It is called with the loop held.
+func (s *side) eof() (then func()) {
+	f, dst, fault := s.flow, s.other(), takeError(s.socket.FD())
 	s.state = ended
 	if dst.state == ended && fault == nil {
-		return l.end(f)
+		return f.endOnLoop()
 	}
 	dst.shut.Store(true)
-	if err := unix.Shutdown(dst.socket.fd, unix.SHUT_WR); err != nil {
-		return l.leave(f, func() { f.resumeBroken(dst, &sideError{"end the stream to", dst.name(), err}) })
+	if err := unix.Shutdown(dst.socket.FD(), unix.SHUT_WR); err != nil {
+		return f.leave(func() { f.resumeBroken(dst, &sideError{"end the stream to", dst.name(), err}) })
 	}
 	if fault != nil {
-		return l.leave(f, func() { f.resumeBroken(s, &sideError{"read from", s.name(), fault}) })
+		return f.leave(func() { f.resumeBroken(s, &sideError{"read from", s.name(), fault}) })
 	}
 	return nil
 }
 
-// end is the proper end of f. It is called with l.mu held.
-func (l *loop) end(f *flow) (then func()) {
+// endOnLoop is the proper end of f. It is called with the loop held.
+func (f *flow) endOnLoop() (then func()) {
 	calm.remove(f)
+	f.onLoop.Store(false)
 	for _, s := range f.sides() {
-		l.forget(s.socket)
-		unix.Close(s.socket.fd)
+		s.socket.Discard()
 		s.socket = nil
 	}
 	return func() {
 		f.disarm()
 		up, down := f.counters.Load()
-		f.done(Result{Up: up, Down: down, End: EndEOF, Datapath: userspace})
+		f.report(Result{Up: up, Down: down, End: EndEOF, Datapath: userspace})
 	}
 }
 
 // leave gives f to Go's poller, where then, which has a goroutine of its own, goes on with it. It is called
-// with l.mu held.
-func (l *loop) leave(f *flow, then func()) func() {
+// with the loop held.
+func (f *flow) leave(then func()) func() {
 	calm.remove(f)
+	f.onLoop.Store(false)
 	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
 	for _, s := range f.sides() {
-		l.remove(s.socket)
-		s.init(f, sockConn{os.NewFile(uintptr(s.socket.fd), "socket")})
+		s.socket.Detach()
+		s.init(f, sockConn{os.NewFile(uintptr(s.socket.FD()), "socket")})
 		s.socket = nil
 	}
 	return func() {
@@ -281,50 +281,45 @@ func (f *flow) resumeAborted(end End, err error) {
 	f.userspace()
 }
 
-// cut ends f, if it is still here, for a reason that no event has.
-func (l *loop) cut(f *flow, end End, err error) {
-	l.mu.Lock()
-	var then func()
-	if f.down.socket != nil {
-		then = l.leave(f, func() { f.resumeAborted(end, err) })
-	}
-	l.mu.Unlock()
-	if then != nil {
-		then()
-	}
+// cutOn ends f, if it is still on l, for a reason that no event has.
+func (f *flow) cutOn(l *loop.Loop, end End, err error) {
+	l.Do(func() (then func()) {
+		if !f.onLoop.Load() {
+			return nil
+		}
+		return f.leave(func() { f.resumeAborted(end, err) })
+	})
 }
 
-// armOn makes ctx and idleness end the flow while it is on l. It is called with l.mu held.
-func (f *flow) armOn(l *loop) {
+// armOn makes ctx and idleness end the flow while it is on l. It is called with the loop held.
+func (f *flow) armOn(l *loop.Loop) {
 	if f.ctx.Done() != nil {
-		f.uncancel = context.AfterFunc(f.ctx, func() { l.cut(f, EndCanceled, context.Cause(f.ctx)) })
+		f.uncancel = context.AfterFunc(f.ctx, func() { f.cutOn(l, EndCanceled, context.Cause(f.ctx)) })
 	}
 	if f.o.Idle > 0 {
 		f.seen, f.since = -1, time.Now()
-		f.tick = time.AfterFunc(f.o.Idle/4, func() { l.look(f) })
+		f.tick = time.AfterFunc(f.o.Idle/4, func() { f.lookOn(l) })
 	}
 }
 
-// look sees whether bytes have moved since the last time.
-func (l *loop) look(f *flow) {
+// lookOn sees whether bytes have moved on l since the last time.
+func (f *flow) lookOn(l *loop.Loop) {
 	up, down := f.counters.Load()
 	now := time.Now()
-	l.mu.Lock()
-	if f.down.socket == nil {
-		l.mu.Unlock()
-		return
-	}
-	if up+down != f.seen {
-		f.seen, f.since = up+down, now
-	}
-	quiet := now.Sub(f.since)
-	if quiet < f.o.Idle {
-		f.tick.Reset(min(f.o.Idle/4, f.o.Idle-quiet))
-		l.mu.Unlock()
-		return
-	}
-	l.mu.Unlock()
-	l.cut(f, EndIdle, fmt.Errorf("no byte for %v", f.o.Idle))
+	l.Do(func() (then func()) {
+		if !f.onLoop.Load() {
+			return nil
+		}
+		if up+down != f.seen {
+			f.seen, f.since = up+down, now
+		}
+		quiet := now.Sub(f.since)
+		if quiet < f.o.Idle {
+			f.tick.Reset(min(f.o.Idle/4, f.o.Idle-quiet))
+			return nil
+		}
+		return f.leave(func() { f.resumeAborted(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle)) })
+	})
 }
 
 // A sockConn is a socket that was on a loop, now in Go's poller.

@@ -28,18 +28,14 @@ func watchForReset(*side)      {}
 func watchForBytes(*side) bool { return false }
 func unwatch(*side)            {}
 
-// A Socket is on a loop, and there are none here.
-type (
-	Socket   struct{}
-	sockConn struct{ *net.TCPConn }
-)
+type sockConn struct{ *net.TCPConn } // that was on a loop: there are none here
 
 func (f *flow) quicken() bool { return false }
 func (f *flow) calmDown()     {}
 
 // takeBack ends the flow: there is no datapath here that could give one back.
 func (f *flow) takeBack(_, _ int, _, _ []byte) {
-	f.done(Result{End: EndError, Err: errors.New("a flow was given back"), Datapath: userspace})
+	f.report(Result{End: EndError, Err: errors.New("a flow was given back"), Datapath: userspace})
 }
 
 // SaveMemory is for Linux.

@@ -18,7 +18,17 @@ import (
 	"net"
 	"sync/atomic"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/loop"
 )
+
+// A Relay relays flows. Make it with [New].
+type Relay struct {
+	loops *loop.Reactor
+}
+
+// New makes a Relay whose flows begin on loops.
+func New(loops *loop.Reactor) *Relay { return &Relay{loops: loops} }
 
 // DefaultBuffer is Options.Buffer where it is 0, in bytes.
 const DefaultBuffer = 2 << 20
@@ -67,6 +77,7 @@ type Options struct {
 type Counters struct {
 	up, down atomic.Int64
 	kernel   atomic.Pointer[holder] // the datapath that has the flow now; nil: this package
+	flow     atomic.Pointer[flow]   // that is counted, while it lives
 
 	held, since, sweep atomic.Int64 // what MeasureHeld has found, and when
 }
@@ -119,7 +130,9 @@ type Result struct {
 	Datapath string // the datapath that had the flow last: "userspace" or the Name of a Datapath
 }
 
-// Relay copies between down and up until the flow ends, and closes both.
+// Run copies between down and up until the flow ends, and closes both. It returns as soon as the flow is on its
+// way; before that, Preface and Head may wait for upstream. done is called once, on any goroutine, when the flow
+// has ended and both conns are closed; it must not block.
 //
 //   - The end of one side's stream is passed on as such (half-close), and the other direction goes on.
 //   - A reset is passed on as a reset, at once also when the direction has already ended, or when the
@@ -134,15 +147,6 @@ type Result struct {
 // stream closes it, which ends the flow. Only TCP can be reset: a unix socket is closed. On other
 // systems than Linux, and on wrapped connections, a reset that comes after the end of that side's
 // stream is noticed by the next write only.
-func Relay(ctx context.Context, down, up net.Conn, o Options) Result {
-	ended := make(chan Result, 1)
-	Run(ctx, down, up, o, func(r Result) { ended <- r })
-	return <-ended
-}
-
-// Run is [Relay] for callers that don't want to keep a goroutine for each flow: it returns as soon as the
-// flow is on its way (before that, Preface and Head may wait for upstream). done is called once, on any
-// goroutine, when the flow has ended and both conns are closed; it must not block.
-func Run(ctx context.Context, down, up net.Conn, o Options, done func(Result)) {
-	newFlow(ctx, down, up, o, done).run()
+func (r *Relay) Run(ctx context.Context, down, up net.Conn, o Options, done func(Result)) {
+	r.newFlow(ctx, down, up, o, done).run()
 }

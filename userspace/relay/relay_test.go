@@ -91,7 +91,8 @@ func (taker) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (f
 		return f.Up + u, f.Down + d
 	}
 	o := relay.Options{Buffer: f.Buffer, Idle: f.Idle, Counters: &c}
-	relay.Run(ctx, down, up, o, func(r relay.Result) {
+	_, r := relaytest.Relay()
+	r.Run(ctx, down, up, o, func(r relay.Result) {
 		f.Ended(f.Up+r.Up, f.Down+r.Down, string(r.End), r.Err)
 	})
 	return count, nil
@@ -284,7 +285,8 @@ func TestThrough(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			relay.Run(context.Background(), down, up, relay.Options{}, func(relay.Result) {})
+			_, r := relaytest.Relay()
+			r.Run(context.Background(), down, up, relay.Options{}, func(relay.Result) {})
 		}
 	}()
 	dial := func() (net.Conn, error) { return net.Dial("tcp4", front.Addr().String()) }

@@ -14,6 +14,7 @@ import (
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
 const site = "example.vsq.cz"
@@ -50,7 +51,9 @@ limits: { connections_per_source: 4096, requests_per_source: 4096 }
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := front.New(cfg, front.Options{Log: slog.New(slog.DiscardHandler), Version: "test"})
+	o := front.Options{Log: slog.New(slog.DiscardHandler), Version: "test"}
+	o.Loops, o.Relay = relaytest.Relay()
+	f, err := front.New(cfg, o)
 	if err != nil {
 		t.Fatal(err)
 	}

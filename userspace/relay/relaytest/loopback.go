@@ -8,14 +8,16 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/loop"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
-// Loopback makes flows through [relay.Run] in this process.
+// Loopback makes flows through a [relay.Relay] in this process.
 type Loopback struct {
 	// Down and Up are the networks of the two sides: "tcp4" (default), "tcp6" or "unix".
 	Down, Up string
@@ -42,6 +44,7 @@ type Cable interface {
 // Path opens the listeners, until the end of the test.
 func (l Loopback) Path(t testing.TB) Path {
 	down, up := newPairs(t, l.Down, l.Cable, false), l.servers(t)
+	Relay() // while there are descriptors
 	connect := func(t testing.TB) *Flow {
 		t.Helper()
 		f := &Flow{result: make(chan relay.Result, 1)}
@@ -52,6 +55,17 @@ func (l Loopback) Path(t testing.TB) Path {
 	}
 	return Path{Connect: connect, NoReset: l.Down == "unix" || l.Up == "unix", PIDs: []int{0}}
 }
+
+// Relay gives the loops and the relay of this process, which stay.
+var Relay = sync.OnceValues(func() (*loop.Reactor, *relay.Relay) {
+	n := runtime.GOMAXPROCS(0)
+	loops, err := loop.New(n)
+	if err != nil {
+		panic(err)
+	}
+	runtime.GOMAXPROCS(n + 1) // as the daemon does
+	return loops, relay.New(loops)
+})
 
 // Direct is a path with nothing in between.
 func (l Loopback) Direct(t testing.TB) Path {
@@ -92,7 +106,8 @@ func (l Loopback) run(ctx context.Context, f *Flow, o relay.Options) {
 	if l.WrapUp != nil {
 		u = l.WrapUp(u)
 	}
-	go relay.Run(ctx, d, u, all, func(r relay.Result) { f.result <- r })
+	_, r := Relay()
+	go r.Run(ctx, d, u, all, func(r relay.Result) { f.result <- r })
 }
 
 // Conn makes a conn of a TCP socket, which it then is: for datapaths that take bare sockets.

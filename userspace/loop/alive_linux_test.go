@@ -1,4 +1,4 @@
-package relay
+package loop
 
 import (
 	"context"
@@ -10,19 +10,20 @@ import (
 
 // TestAlive: a loop that does not go on is found, and one that does again is.
 func TestAlive(t *testing.T) {
-	if pickLoop() == nil {
-		t.Fatal("no loop")
+	r, err := New(2)
+	if err != nil {
+		t.Fatal(err)
 	}
+	defer r.Close()
 	try := func(wait time.Duration) error {
 		ctx, cancel := context.WithTimeout(t.Context(), wait)
 		defer cancel()
-		return Alive(ctx)
+		return r.Alive(ctx)
 	}
 	if err := try(time.Minute); err != nil {
 		t.Fatal(err)
 	}
-	all := allLoops()
-	l := all[len(all)-1]
+	l := r.loops[len(r.loops)-1]
 	l.mu.Lock() // as who is in the middle of an event
 	for range 3 {
 		if err := try(20 * time.Millisecond); err == nil {
@@ -44,9 +45,11 @@ func TestAlive(t *testing.T) {
 // TestAliveWithoutDescriptors: who has none left, and serves, is alive. To start it again would only help those
 // who use them up.
 func TestAliveWithoutDescriptors(t *testing.T) {
-	if pickLoop() == nil {
-		t.Fatal("no loop")
+	r, err := New(2)
+	if err != nil {
+		t.Fatal(err)
 	}
+	defer r.Close()
 	var had unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &had); err != nil {
 		t.Fatal(err)
@@ -63,7 +66,7 @@ func TestAliveWithoutDescriptors(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for range 3 {
-		if err := Alive(ctx); err != nil {
+		if err := r.Alive(ctx); err != nil {
 			t.Error(err)
 		}
 	}

@@ -1,4 +1,4 @@
-package relay_test
+package loop_test
 
 import (
 	"net"
@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
 // TestAcceptorPauses: loops that pause at the same time leave one acceptor, which goes on, and none once it
@@ -29,11 +29,11 @@ func TestAcceptorPauses(t *testing.T) {
 	}
 	addr, _ := unix.Getsockname(fd)
 	var taken, failed atomic.Int32
-	before := relay.Watches()
-	a := relay.NewAcceptor(fd, func(s *relay.Socket, _ unix.Sockaddr) { taken.Add(1); s.Reset() },
+	r := reactor(t)
+	a := r.NewAcceptor(fd, func(s *loop.Socket, _ unix.Sockaddr) { taken.Add(1); s.Reset() },
 		func(error) bool { failed.Add(1); return true })
 	a.Start()
-	one := relay.Watches() - before
+	one := r.Watches()
 	for range 5 {
 		a.Pause()
 		a.Pause()
@@ -49,11 +49,11 @@ func TestAcceptorPauses(t *testing.T) {
 	if taken.Load() != 1 || failed.Load() != 0 {
 		t.Errorf("%d connections are taken, %d failures: want 1 and 0", taken.Load(), failed.Load())
 	}
-	if now := relay.Watches() - before; now != one {
+	if now := r.Watches(); now != one {
 		t.Errorf("the loops know %d acceptors, want %d", now, one)
 	}
 	a.Stop()
-	if left := relay.Watches() - before; left != 0 {
+	if left := r.Watches(); left != 0 {
 		t.Errorf("%d acceptors are left", left)
 	}
 }
@@ -68,7 +68,7 @@ func TestAcceptorStops(t *testing.T) {
 	defer file.Close()
 	began, goOn := make(chan struct{}), make(chan struct{})
 	var running atomic.Bool
-	a := relay.NewAcceptor(int(file.Fd()), func(*relay.Socket, unix.Sockaddr) {}, func(error) bool {
+	a := reactor(t).NewAcceptor(int(file.Fd()), func(*loop.Socket, unix.Sockaddr) {}, func(error) bool {
 		running.Store(true)
 		began <- struct{}{}
 		<-goOn

@@ -1,0 +1,18 @@
+package loop
+
+// Pause is what an Acceptor does that could not accept.
+func (a *Acceptor) Pause() { a.pause() }
+
+// Watches counts what the loops know of acceptors.
+func (r *Reactor) Watches() (n int) {
+	for _, l := range r.loops {
+		l.mu.Lock()
+		for _, s := range l.sockets {
+			if _, ok := s.handler.(acceptHandler); ok {
+				n++
+			}
+		}
+		l.mu.Unlock()
+	}
+	return n
+}

@@ -1,0 +1,70 @@
+package loop_test
+
+import (
+	"runtime"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/userspace/loop"
+)
+
+// reactor has two loops until the end of the test.
+func reactor(t *testing.T) *loop.Reactor {
+	t.Helper()
+	r, err := loop.New(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(r.Close)
+	return r
+}
+
+// TestClose: a reactor that is closed leaves no goroutine and no descriptor, and what is asked of its sockets
+// fails.
+func TestClose(t *testing.T) {
+	goroutines, fd := runtime.NumGoroutine(), nextFD(t)
+	r, err := loop.New(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := r.Loop().NewSocket(fds[0])
+	called := make(chan bool, 2)
+	if err := s.AwaitBytes(time.Hour, func(timedOut bool) { called <- timedOut }); err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	if err := s.AwaitConnect(time.Hour, func(bool) { t.Error("a loop that has ended calls") }); err == nil {
+		t.Error("a socket waits on a loop that has ended")
+	}
+	s.Close()
+	unix.Close(fds[1])
+	if now := nextFD(t); now != fd {
+		t.Errorf("the next descriptor is %d, before it was %d", now, fd)
+	}
+	for end := time.Now().Add(time.Minute); runtime.NumGoroutine() > goroutines; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d goroutines, before %d", runtime.NumGoroutine(), goroutines)
+		}
+	}
+	select {
+	case timedOut := <-called:
+		t.Errorf("nothing has come, and the wait ends: timed out %v", timedOut)
+	default:
+	}
+}
+
+func nextFD(t *testing.T) int {
+	t.Helper()
+	fd, err := unix.Dup(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd)
+	return fd
+}

@@ -1,0 +1,161 @@
+package loop
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+)
+
+// A Socket is a connected, or connecting, non-blocking socket that is on a loop and not in Go's poller: its
+// callbacks come without a goroutine, on the loop.
+type Socket struct {
+	fd     int
+	loop   *Loop
+	id     uint64 // on the loop; 0: not there
+	events uint32 // that it is watched for
+
+	handler Handler
+	wait    func(timedOut bool) // what is to be called once, or nil
+	awaits  uint32              // for that event
+	missed  bool                // other events came, and won't again
+	timer   *time.Timer         // until wait has waited long enough
+}
+
+// A Handler takes the events of the socket that it is attached to.
+type Handler interface {
+	// Handle is told of events, as epoll(7) has them. It has the loop to itself, as with [Loop.Do].
+	Handle(events uint32) (then func())
+}
+
+// The events of an attached socket. They come once each time that there is something new; an urgent byte has one
+// of its own since a read stops before it.
+const attached = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
+
+// NewSocket makes a Socket on l of fd, which is non-blocking and which it owns from then on.
+func (l *Loop) NewSocket(fd int) *Socket { return &Socket{fd: fd, loop: l} }
+
+// FD is the descriptor.
+func (s *Socket) FD() int { return s.fd }
+
+// Loop is where the socket is.
+func (s *Socket) Loop() *Loop { return s.loop }
+
+// Attach gives all further events of s to h: input, an end of the stream, an urgent byte, an error, each once.
+// missed says that there were some while nobody waited for them. The caller has the loop to itself, and nobody
+// may be waiting for s.
+func (s *Socket) Attach(h Handler) (missed bool, err error) {
+	if err := s.loop.watch(s, attached); err != nil {
+		return false, err
+	}
+	missed, s.missed = s.missed, false
+	s.handler = h
+	return missed, nil
+}
+
+// Detach takes s off its loop. It stays open, and whoever watches it next is told anew what there is. The caller
+// has the loop to itself.
+func (s *Socket) Detach() {
+	if s.id != 0 {
+		s.loop.forget(s)
+		unix.EpollCtl(s.loop.fd, unix.EPOLL_CTL_DEL, s.fd, &unix.EpollEvent{})
+	}
+	s.missed = false
+}
+
+// Discard is Close for a caller who has the loop to itself.
+func (s *Socket) Discard() {
+	s.loop.forget(s)
+	unix.Close(s.fd)
+}
+
+// AwaitBytes calls ready once when there are bytes, an end of the stream or an error to be read, or when
+// timeout has passed. ready reads all bytes that there are.
+func (s *Socket) AwaitBytes(timeout time.Duration, ready func(timedOut bool)) error {
+	return s.await(unix.EPOLLIN, timeout, ready)
+}
+
+// AwaitConnect calls ready once when the connection is made or has failed, or when timeout has passed.
+func (s *Socket) AwaitConnect(timeout time.Duration, ready func(timedOut bool)) error {
+	return s.await(unix.EPOLLOUT, timeout, ready)
+}
+
+func (s *Socket) await(event uint32, timeout time.Duration, ready func(timedOut bool)) error {
+	l := s.loop
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s.wait, s.awaits = ready, event
+	if s.timer == nil {
+		s.timer = time.AfterFunc(timeout, s.Expire)
+	} else {
+		s.timer.Reset(timeout)
+	}
+	// For the events of an attached socket too, so that it need not be changed for one.
+	if err := l.watch(s, event|attached); err != nil {
+		s.timer.Stop()
+		s.wait = nil
+		return err
+	}
+	return nil
+}
+
+// takeWait gives what is to be called now, if anything. The caller has the loop to itself.
+func (s *Socket) takeWait(timedOut bool) func() {
+	ready := s.wait
+	if ready == nil {
+		return nil
+	}
+	s.wait = nil
+	s.timer.Stop()
+	return func() { ready(timedOut) }
+}
+
+// Expire ends a wait, if there is one, as if the timeout had passed.
+func (s *Socket) Expire() { s.loop.Do(func() func() { return s.takeWait(true) }) }
+
+// Cancel ends a wait, if there is one, without a call. It is false where there was none.
+func (s *Socket) Cancel() (waited bool) {
+	s.loop.Do(func() func() {
+		waited = s.takeWait(false) != nil
+		return nil
+	})
+	return waited
+}
+
+// Reset closes the socket so that the other end sees a reset. Nobody may be waiting for it.
+func (s *Socket) Reset() {
+	tcpsock.ResetFDOnClose(s.fd)
+	s.Close()
+}
+
+// Close closes the socket. Nobody may be waiting for it.
+func (s *Socket) Close() {
+	s.loop.Do(func() func() {
+		s.Discard()
+		return nil
+	})
+}
+
+// Conn makes a *net.TCPConn of s, which is then gone. With an error it is closed.
+func (s *Socket) Conn() (*net.TCPConn, error) {
+	s.loop.Do(func() func() {
+		s.Detach()
+		return nil
+	})
+	file := os.NewFile(uintptr(s.fd), "socket")
+	defer file.Close()
+	c, err := net.FileConn(file)
+	if err != nil {
+		return nil, err
+	}
+	tc, ok := c.(*net.TCPConn)
+	if !ok {
+		c.Close()
+		return nil, fmt.Errorf("not a TCP socket: %T", c)
+	}
+	return tc, nil
+}

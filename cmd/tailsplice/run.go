@@ -137,6 +137,7 @@ func run(ctx context.Context, o runOptions) error {
 	}
 	defer loops.Close()
 	datapaths.options.Loops, datapaths.options.Relay = loops, relay.New(loops)
+	defer datapaths.options.Relay.Close()
 	f, err := front.New(cfg, datapaths.options)
 	if err != nil {
 		return err

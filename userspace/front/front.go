@@ -421,7 +421,7 @@ func (f *Front) fitLimits(cfg *config.Config, needs plan.Needs, memory int64) (c
 			"connections", cfg.Limits.Connections, "requests", cfg.Limits.Requests,
 			"connections_lowered_to", connections, "requests_lowered_to", requests, "open_files", files)
 	}
-	relay.LimitPipes(reserved/4 + max(0, room-need)/2)
+	f.opts.Relay.LimitPipes(reserved/4 + max(0, room-need)/2)
 	return connections, requests
 }
 

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/limit"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 const (
@@ -49,7 +48,7 @@ func (f *Front) watchMemory() {
 		select {
 		case <-f.ctx.Done():
 			timer.Stop()
-			relay.SaveMemory(false)
+			f.opts.Relay.SaveMemory(false)
 			return
 		case now := <-timer.C:
 			next := w.look(now, f.memoryUse("/proc", "/sys/fs/cgroup"))
@@ -90,7 +89,7 @@ func (f *Front) memoryUse(proc, cgroups string) memoryUse {
 	case !ok:
 		own = used // and it doesn't matter whose they are
 	}
-	all := memoryUse{own + processMemory() + relay.Piped() + int64(f.limiter.Total())*connectionKernel, f.Memory(), overMemory}
+	all := memoryUse{own + processMemory() + f.opts.Relay.Piped() + int64(f.limiter.Total())*connectionKernel, f.Memory(), overMemory}
 	if tcp := tcpUse(used, min(used, own+targets), short); tcp.part() > all.part() {
 		return tcp
 	}
@@ -115,7 +114,7 @@ func (f *Front) socketMemory(proc string) (own, targets int64) {
 		}
 	}
 	most := tcpSendMost(proc)
-	relay.MeasureHeld(time.Now())
+	f.opts.Relay.MeasureHeld(time.Now())
 	for _, fl := range f.flows.Live() {
 		if fl.Held == nil {
 			continue
@@ -198,7 +197,7 @@ func (o owner) String() string {
 func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 	f := w.front
 	isShort := u.over(1, 2)
-	relay.SaveMemory(isShort)
+	f.opts.Relay.SaveMemory(isShort)
 	if !isShort {
 		w.since = nil
 		f.greediest.Store(nil)
@@ -233,7 +232,7 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 
 // stalled are the connections that hold something, and since when nothing of theirs has moved.
 func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocket) (all []stalled) {
-	relay.MeasureHeld(now)
+	w.front.opts.Relay.MeasureHeld(now)
 	type connection struct {
 		bytes, held int64
 		since       time.Time // of what is held

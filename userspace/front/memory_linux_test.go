@@ -24,7 +24,6 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // TestShortOfTCPMemory: when memory is short, whose readers have stopped opens no more connections, and then those
@@ -212,7 +211,7 @@ listeners:
 			w, now := &memoryWatch{front: d.Front}, time.Now()
 			var all []stalled
 			eventually(t, "four readers have stopped", func() bool {
-				relay.MeasureHeld(now)
+				d.opts.Relay.MeasureHeld(now)
 				diag, err := newSockDiag()
 				if err != nil {
 					t.Fatal(err)

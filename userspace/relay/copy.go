@@ -1,20 +1,14 @@
 package relay
 
-import (
-	"io"
-	"sync"
-)
+import "io"
 
 // bufferSize is what one read takes at most, in bytes.
 const bufferSize = 32 << 10
 
-// buffers are lent for as long as bytes are in them.
-var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
-
 // copyAny is the pump for any pair of connections. It holds its buffer also while it waits.
 func (p *pump) copyAny() (bad *side, err error) {
-	b := buffers.Get().(*[bufferSize]byte)
-	defer buffers.Put(b)
+	b := p.relay.buffers.Get().(*[bufferSize]byte)
+	defer p.relay.buffers.Put(b)
 	buf := b[:min(len(b), p.limit)]
 	for {
 		n, err := p.src.conn.Read(buf)

@@ -3,15 +3,7 @@ package relay
 import "fmt"
 
 // DropPipes closes the pipes that are kept.
-func DropPipes() {
-	pipes.Lock()
-	free := pipes.free
-	pipes.free = nil
-	pipes.Unlock()
-	for _, p := range free {
-		p.close()
-	}
-}
+func (r *Relay) DropPipes() { r.pipes.drop() }
 
 var stateNames = []string{flowing: "flowing", parked: "parked", ended: "ended"}
 
@@ -40,8 +32,8 @@ func Describe(c *Counters) string {
 	defer f.mu.Unlock()
 	b := fmt.Sprintf("flow %p: on a loop %v, %d pumps, end %q, guessed %v, cut %v, over %v, noPark %v",
 		f, f.onLoop.Load(), f.pumps, f.end, f.guessed, f.cut, f.over, f.noPark)
-	watches.mu.Lock()
-	defer watches.mu.Unlock()
+	f.relay.watches.mu.Lock()
+	defer f.relay.watches.mu.Unlock()
 	for _, s := range f.sides() {
 		b += fmt.Sprintf("\n%s %p: %s, shut %v, fault %v, watched for %#x",
 			s.name(), s, stateNames[s.state], s.shut.Load(), s.fault, s.watched)

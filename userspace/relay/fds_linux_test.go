@@ -16,7 +16,8 @@ import (
 func TestNoDescriptors(t *testing.T) {
 	p := relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{}, 1)}.Path(t)
 	f := p.Connect(t)
-	relay.DropPipes()
+	_, r := relaytest.Relay()
+	r.DropPipes()
 
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {

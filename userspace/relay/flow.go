@@ -276,7 +276,7 @@ func (f *flow) move(src *side) (over bool) {
 			return f.broken(dst, err)
 		}
 	}
-	p := pump{src: src, dst: dst, moved: moved, limit: int(min(f.o.Buffer, maxPipe))}
+	p := pump{relay: f.relay, src: src, dst: dst, moved: moved, limit: int(min(f.o.Buffer, maxPipe))}
 	if bad, err := p.run(); err != nil {
 		return f.broken(bad, err)
 	}

@@ -17,13 +17,13 @@ func (s *side) offerTalk(n int) (then func()) {
 		}
 		return f.handOff(f.o.WhenTalking[0], func() {})
 	}
-	talking := f.talk.says(s, n)
+	talking := f.talk.says(s, n, &f.relay.talkers)
 	if talking == 0 {
 		return nil
 	}
 	for _, d := range f.o.WhenTalking {
 		if room(d) >= talking {
-			return f.handOff(d, talkers.gone)
+			return f.handOff(d, f.relay.talkers.gone)
 		}
 	}
 	return nil
@@ -31,7 +31,7 @@ func (s *side) offerTalk(n int) (then func()) {
 
 // handOff takes f off the loop and offers it to d. taken is called if d has it then. It is called with the loop held.
 func (f *flow) handOff(d Sockets, taken func()) (then func()) {
-	calm.remove(f)
+	f.relay.calm.remove(f)
 	f.onLoop.Store(false)
 	down, up := f.down.socket, f.up.socket
 	for _, s := range f.sides() {
@@ -87,9 +87,8 @@ func (f *flow) calmDown() {
 	f.resumed().relayOn(down, up)
 }
 
-// calm knows the flows on loops that prefer a datapath, and hands off those that are quiet: they may never be ping-pong.
-var calm calmFlows
-
+// calmFlows are the flows on loops that prefer a datapath. Those that are quiet are handed off: they may never be
+// ping-pong.
 type calmFlows struct {
 	mu    sync.Mutex
 	flows map[*flow]*calmFlow

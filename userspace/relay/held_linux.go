@@ -8,24 +8,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-var (
+// holding is what is known of the bytes that readers have no room for.
+type holding struct {
 	short atomic.Bool  // of memory
 	piped atomic.Int64 // bytes in this process and its pipes that pumps have no room for
 	sweep atomic.Int64 // the number of the last MeasureHeld
 
 	measuring sync.Mutex
-)
+}
 
 // SaveMemory says whether memory is short: then pipes are filled with little at a time.
-func SaveMemory(isShort bool) { short.Store(isShort) }
+func (r *Relay) SaveMemory(isShort bool) { r.holding.short.Store(isShort) }
 
 // Piped is how many bytes this process and its pipes hold that readers have no room for. Cheap.
-func Piped() int64 { return piped.Load() }
+func (r *Relay) Piped() int64 { return r.holding.piped.Load() }
 
-// Held is what the last [MeasureHeld] has found of the flow, in bytes, and since when no byte has gone to the
+// Held is what the last [Relay.MeasureHeld] has found of the flow, in bytes, and since when no byte has gone to the
 // reader who has no room.
 func (c *Counters) Held() (bytes int64, since time.Time) {
-	if c.sweep.Load() != sweep.Load() {
+	if f := c.flow.Load(); f == nil || c.sweep.Load() != f.relay.holding.sweep.Load() {
 		return 0, time.Time{}
 	}
 	return c.held.Load(), time.Unix(0, c.since.Load())
@@ -34,16 +35,16 @@ func (c *Counters) Held() (bytes int64, since time.Time) {
 // hold notes that the pump of what s sends has so many bytes, and no room for them.
 func (s *side) hold(bytes int) {
 	if old := s.held.Swap(int64(bytes)); old != int64(bytes) {
-		piped.Add(int64(bytes) - old)
+		s.flow.relay.holding.piped.Add(int64(bytes) - old)
 	}
 }
 
 // MeasureHeld finds the flows whose readers have no room, and what they hold for them: in the sockets' queues,
 // in this process and in pipes. It takes about a microsecond for each.
-func MeasureHeld(now time.Time) {
-	measuring.Lock()
-	defer measuring.Unlock()
-	number := sweep.Load() + 1
+func (r *Relay) MeasureHeld(now time.Time) {
+	r.holding.measuring.Lock()
+	defer r.holding.measuring.Unlock()
+	number := r.holding.sweep.Load() + 1
 	add := func(s *side, bytes int) {
 		if moved := s.moved().Load(); s.stoodAt != moved || s.stoodSince == 0 {
 			s.stoodAt, s.stoodSince = moved, now.UnixNano()
@@ -56,14 +57,14 @@ func MeasureHeld(now time.Time) {
 		c.held.Add(int64(bytes))
 		c.since.Store(min(c.since.Load(), s.stoodSince))
 	}
-	watches.mu.Lock()
+	r.watches.mu.Lock()
 	var stalled []*side // pumps have their sides watched while they wait for room
-	for _, s := range watches.sides {
+	for _, s := range r.watches.sides {
 		if s.held.Load() > 0 {
 			stalled = append(stalled, s)
 		}
 	}
-	watches.mu.Unlock()
+	r.watches.mu.Unlock()
 	for _, s := range stalled {
 		n := int(s.held.Load())
 		s.sock.Control(func(fd uintptr) { n += queued(int(fd), unix.SIOCINQ) })
@@ -72,7 +73,7 @@ func MeasureHeld(now time.Time) {
 		}
 		add(s, n)
 	}
-	sweep.Store(number)
+	r.holding.sweep.Store(number)
 }
 
 // queued is 0 where nothing is known.

@@ -16,6 +16,7 @@ func TestHeld(t *testing.T) {
 	f := relaytest.Loopback{}.Path(t).Connect(t)
 	defer f.Client.Close()
 	defer f.Server.Close()
+	_, r := relaytest.Relay()
 	var moved relay.Counters
 	f.Start(context.Background(), relay.Options{Counters: &moved})
 	go func() {
@@ -33,19 +34,19 @@ func TestHeld(t *testing.T) {
 		if _, down := moved.Load(); down != last {
 			last, since = down, time.Now()
 		}
-		return relay.Piped() > 0 && time.Since(since) > 300*time.Millisecond
+		return r.Piped() > 0 && time.Since(since) > 300*time.Millisecond
 	})
 	now := time.Now()
 	for _, later := range []time.Duration{0, time.Minute} {
-		relay.MeasureHeld(now.Add(later))
-		if n, since := moved.Held(); n < relay.Piped() || !since.Equal(now) {
+		r.MeasureHeld(now.Add(later))
+		if n, since := moved.Held(); n < r.Piped() || !since.Equal(now) {
 			t.Errorf("%d bytes are measured, and pipes hold %d; it stands still since %v, and was seen to %v",
-				n, relay.Piped(), since, now)
+				n, r.Piped(), since, now)
 		}
 	}
 	f.Client.Close()
-	relaytest.Until(t, "nothing is held in pipes", func() bool { return relay.Piped() == 0 })
-	relay.MeasureHeld(time.Now())
+	relaytest.Until(t, "nothing is held in pipes", func() bool { return r.Piped() == 0 })
+	r.MeasureHeld(time.Now())
 	if n, _ := moved.Held(); n != 0 {
 		t.Errorf("a flow that has ended holds %d bytes", n)
 	}

@@ -130,7 +130,7 @@ func (f *flow) begin(l *loop.Loop) (then func()) {
 	if len(f.down.rest)+len(f.up.rest) > 0 {
 		return f.leave(f.resume) // pumps write what is left of an earlier stay
 	}
-	calm.add(f, l)
+	f.relay.calm.add(f, l)
 	for i, s := range f.sides() {
 		if missed[i] {
 			if then := s.pass(true); then != nil {
@@ -232,7 +232,7 @@ func (s *side) eof() (then func()) {
 
 // endOnLoop is the proper end of f. It is called with the loop held.
 func (f *flow) endOnLoop() (then func()) {
-	calm.remove(f)
+	f.relay.calm.remove(f)
 	f.onLoop.Store(false)
 	for _, s := range f.sides() {
 		s.socket.Discard()
@@ -248,7 +248,7 @@ func (f *flow) endOnLoop() (then func()) {
 // leave gives f to Go's poller, where then, which has a goroutine of its own, goes on with it. It is called
 // with the loop held.
 func (f *flow) leave(then func()) func() {
-	calm.remove(f)
+	f.relay.calm.remove(f)
 	f.onLoop.Store(false)
 	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
 	for _, s := range f.sides() {

@@ -18,39 +18,40 @@ type pipe struct {
 	size int // bytes
 }
 
-var pipes struct {
-	sync.Mutex
+// A pipePool keeps empty pipes, and counts all.
+type pipePool struct {
+	mu    sync.Mutex
 	free  []*pipe
 	all   int // that there are
 	limit int // 0: none
 }
 
-// LimitPipes says how many pipes, of two descriptors each, the process may have. Those that a reader who has
-// stopped keeps full count: without one, bytes are copied.
-func LimitPipes(n int) {
-	pipes.Lock()
-	defer pipes.Unlock()
-	pipes.limit = n
+// LimitPipes says how many pipes, of two descriptors each, r may have. Those that a reader who has stopped keeps
+// full count: without one, bytes are copied.
+func (r *Relay) LimitPipes(n int) {
+	r.pipes.mu.Lock()
+	defer r.pipes.mu.Unlock()
+	r.pipes.limit = n
 }
 
-// getPipe gives an empty pipe, or nil when there is none to be had.
-func getPipe() *pipe {
-	pipes.Lock()
-	if n := len(pipes.free); n > 0 {
-		p := pipes.free[n-1]
-		pipes.free = pipes.free[:n-1]
-		pipes.Unlock()
+// get gives an empty pipe, or nil when there is none to be had.
+func (pool *pipePool) get() *pipe {
+	pool.mu.Lock()
+	if n := len(pool.free); n > 0 {
+		p := pool.free[n-1]
+		pool.free = pool.free[:n-1]
+		pool.mu.Unlock()
 		return p
 	}
-	if pipes.limit > 0 && pipes.all >= pipes.limit {
-		pipes.Unlock()
+	if pool.limit > 0 && pool.all >= pool.limit {
+		pool.mu.Unlock()
 		return nil
 	}
-	pipes.all++
-	pipes.Unlock()
+	pool.all++
+	pool.mu.Unlock()
 	var fds [2]int
 	if unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
-		uncountPipe()
+		pool.uncount()
 		return nil
 	}
 	p := &pipe{r: fds[0], w: fds[1]}
@@ -59,32 +60,44 @@ func getPipe() *pipe {
 		p.size, _ = unix.FcntlInt(uintptr(p.w), unix.F_GETPIPE_SZ, 0)
 	}
 	if p.size < minPipe {
-		p.close()
+		pool.close(p)
 		return nil
 	}
 	return p
 }
 
-// putPipe takes an empty pipe back.
-func putPipe(p *pipe) {
-	pipes.Lock()
-	if len(pipes.free) < maxPipes {
-		pipes.free = append(pipes.free, p)
-		pipes.Unlock()
+// put takes an empty pipe back.
+func (pool *pipePool) put(p *pipe) {
+	pool.mu.Lock()
+	if len(pool.free) < maxPipes {
+		pool.free = append(pool.free, p)
+		pool.mu.Unlock()
 		return
 	}
-	pipes.Unlock()
-	p.close()
+	pool.mu.Unlock()
+	pool.close(p)
 }
 
-func (p *pipe) close() {
+// close closes a pipe, which may have bytes in it.
+func (pool *pipePool) close(p *pipe) {
 	unix.Close(p.r)
 	unix.Close(p.w)
-	uncountPipe()
+	pool.uncount()
 }
 
-func uncountPipe() {
-	pipes.Lock()
-	defer pipes.Unlock()
-	pipes.all--
+func (pool *pipePool) uncount() {
+	pool.mu.Lock()
+	defer pool.mu.Unlock()
+	pool.all--
+}
+
+// drop closes the pipes that are kept.
+func (pool *pipePool) drop() {
+	pool.mu.Lock()
+	free := pool.free
+	pool.free = nil
+	pool.mu.Unlock()
+	for _, p := range free {
+		pool.close(p)
+	}
 }

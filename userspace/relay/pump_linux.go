@@ -18,6 +18,7 @@ const (
 // The whole run is one call of src.sock.Read: its callback moves all there is and then
 // asks to wait, so that an idle pump is a parked goroutine and nothing else.
 type pump struct {
+	relay    *Relay
 	src, dst *side
 	moved    *atomic.Int64
 	limit    int // bytes that may be held here
@@ -57,7 +58,7 @@ func (p *pump) run() (bad *side, err error) {
 		p.fail("read from", p.src, err)
 	}
 	if p.pipe != nil {
-		p.pipe.close() // there are bytes in it
+		p.relay.pipes.close(p.pipe) // there are bytes in it
 	}
 	p.src.hold(0)
 	return p.bad, p.err
@@ -98,8 +99,8 @@ func (p *pump) turn(fd uintptr) (done bool) {
 
 // copy does one read, and writes what it gave.
 func (p *pump) copy(fd int) (n int, err error) {
-	b := buffers.Get().(*[bufferSize]byte)
-	defer buffers.Put(b)
+	b := p.relay.buffers.Get().(*[bufferSize]byte)
+	defer p.relay.buffers.Put(b)
 	buf := b[:min(len(b), p.limit)]
 	n, err = noEINTR(func() (int, error) { return unix.Read(fd, buf) })
 	if n <= 0 {
@@ -139,13 +140,13 @@ func (p *pump) flushOut(fd uintptr) (done bool) {
 
 // splice moves up to a pipe full.
 func (p *pump) splice(fd int) (n int, err error) {
-	pipe := getPipe()
+	pipe := p.relay.pipes.get()
 	if pipe == nil {
 		p.bulk = false
 		return p.copy(fd)
 	}
 	most := min(p.limit, pipe.size)
-	if short.Load() {
+	if p.relay.holding.short.Load() {
 		most = min(most, minPipe)
 	}
 	n, err = noEINTR(func() (int, error) {
@@ -154,7 +155,7 @@ func (p *pump) splice(fd int) (n int, err error) {
 		return int(n), err
 	})
 	if n <= 0 {
-		putPipe(pipe)
+		p.relay.pipes.put(pipe)
 		switch {
 		case cannotSplice(err):
 			p.bulk, p.noSplice = false, true
@@ -178,7 +179,7 @@ func (p *pump) splice(fd int) (n int, err error) {
 	if p.inPipe == 0 {
 		p.src.hold(0)
 		p.pipe = nil
-		putPipe(pipe)
+		p.relay.pipes.put(pipe)
 	}
 	if n >= quietBytes {
 		p.count = 0

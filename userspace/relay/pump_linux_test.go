@@ -19,11 +19,12 @@ func TestSpliceToRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	f := &flow{}
+	f := &flow{relay: New(nil)}
+	f.down.flow, f.up.flow = f, f
 	f.up.sock, _ = file.SyscallConn()
 	want := bytes.Repeat([]byte("0123456789"), 6000)
-	p := pump{src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, bulk: true,
-		pipe: getPipe(), inPipe: len(want)}
+	p := pump{relay: f.relay, src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, bulk: true,
+		pipe: f.relay.pipes.get(), inPipe: len(want)}
 	if n, err := unix.Write(p.pipe.w, want); n != len(want) {
 		t.Fatal(n, err)
 	}
@@ -37,7 +38,7 @@ func TestSpliceToRefused(t *testing.T) {
 	if !p.noSplice || p.bulk || p.inPipe != 0 {
 		t.Errorf("the pump would splice again: %+v", &p)
 	}
-	putPipe(p.pipe)
+	f.relay.pipes.put(p.pipe)
 }
 
 // A src that can't splice is read: an eventfd refuses with EINVAL.
@@ -53,9 +54,10 @@ func TestSpliceFromRefused(t *testing.T) {
 	}
 	defer r.Close()
 	defer w.Close()
-	f := &flow{}
+	f := &flow{relay: New(nil)}
+	f.down.flow, f.up.flow = f, f
 	f.up.sock, _ = w.SyscallConn()
-	p := pump{src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, bulk: true}
+	p := pump{relay: f.relay, src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, bulk: true}
 	p.flush, p.drain = p.flushOut, p.drainPipe
 	if n, err := p.splice(fd); n != 8 || err != nil || p.err != nil || p.moved.Load() != 8 {
 		t.Fatal(n, err, p.err, p.moved.Load())

@@ -16,19 +16,34 @@ package relay
 import (
 	"context"
 	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
-// A Relay relays flows. Make it with [New].
+// A Relay relays flows, and has what they share. Make it with [New].
 type Relay struct {
-	loops *loop.Reactor
+	loops   *loop.Reactor
+	watches watcher
+	pipes   pipePool
+	buffers sync.Pool // of *[bufferSize]byte, lent for as long as bytes are in them
+	talkers talkerCount
+	calm    calmFlows
+	holding holding
 }
 
-// New makes a Relay whose flows begin on loops.
-func New(loops *loop.Reactor) *Relay { return &Relay{loops: loops} }
+// New makes a Relay whose flows begin on loops. The caller closes it, before loops.
+func New(loops *loop.Reactor) *Relay {
+	return &Relay{loops: loops, buffers: sync.Pool{New: func() any { return new([bufferSize]byte) }}}
+}
+
+// Close gives back what is kept for further flows. There must be none any more.
+func (r *Relay) Close() {
+	r.watches.close()
+	r.pipes.drop()
+}
 
 // DefaultBuffer is Options.Buffer where it is 0, in bytes.
 const DefaultBuffer = 2 << 20

@@ -44,12 +44,12 @@ type talk struct {
 	turn   *side // whose message came last
 	turns  int
 	since  time.Time // when turns was 0
-	within int64     // the last stretch of talkWithin that it talked in; guarded by talkers
+	within int64     // the last stretch of talkWithin that it talked in; guarded by the talkerCount
 }
 
 // says is told of a message of s. It gives how many flows talk, this one included, if it has talked for a
 // while; now and then.
-func (t *talk) says(s *side, n int) int {
+func (t *talk) says(s *side, n int, talkers *talkerCount) int {
 	switch {
 	case n > talkBytes:
 		t.turns = 0
@@ -70,10 +70,8 @@ func (t *talk) says(s *side, n int) int {
 	return talkers.count(t, now)
 }
 
-// talkers counts the flows that talk and are relayed here: in the stretch of talkWithin that is not over, and
+// A talkerCount counts the flows that talk and are relayed here: in the stretch of talkWithin that is not over, and
 // in the one before.
-var talkers talkerCount
-
 type talkerCount struct {
 	mu        sync.Mutex
 	within    int64

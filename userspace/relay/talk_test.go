@@ -60,7 +60,7 @@ func TestTalks(t *testing.T) {
 				if !c.quick {
 					k.since = k.since.Add(-talkWithin / talkTurns)
 				}
-				talking += k.says(&sides[i], c.size)
+				talking += k.says(&sides[i], c.size, new(talkerCount))
 			}
 		}
 		if (talking > 0) != c.want {

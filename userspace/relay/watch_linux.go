@@ -9,10 +9,8 @@ import (
 
 const haveWatches = true
 
-// watches look out on the sockets that nobody reads from. It is an epoll of our own because Go's poller would
+// A watcher looks out on the sockets that nobody reads from. It is an epoll of our own because Go's poller would
 // need a goroutine for each, and would wake it for each message.
-var watches watcher
-
 type watcher struct {
 	mu    sync.Mutex
 	epoll *os.File
@@ -28,10 +26,10 @@ const (
 
 // watchForReset makes a reset of s break its flow: its stream has ended, or the pump that reads it is held
 // up.
-func watchForReset(s *side) { watches.watch(s, onReset) }
+func watchForReset(s *side) { s.flow.relay.watches.watch(s, onReset) }
 
 // watchForBytes makes the next byte of s, or the end of its stream, or a reset call unpark.
-func watchForBytes(s *side) bool { return watches.watch(s, onBytes) }
+func watchForBytes(s *side) bool { return s.flow.relay.watches.watch(s, onBytes) }
 
 func (w *watcher) watch(s *side, events uint32) bool {
 	w.mu.Lock()
@@ -65,14 +63,14 @@ func (w *watcher) watch(s *side, events uint32) bool {
 
 // unwatch is to be called before s is closed, which takes it out of the epoll.
 func unwatch(s *side) {
-	w := &watches
+	w := &s.flow.relay.watches
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.sides, s.watch)
 	s.watch, s.watched = 0, 0
 }
 
-// start opens the epoll when it's needed first. It stays for the life of the process.
+// start opens the epoll when it's needed first.
 func (w *watcher) start() bool {
 	if w.epoll != nil {
 		return true
@@ -85,6 +83,15 @@ func (w *watcher) start() bool {
 	w.fd, w.epoll, w.sides = fd, os.NewFile(uintptr(fd), "epoll"), make(map[uint64]*side)
 	go w.run()
 	return true
+}
+
+// close ends run.
+func (w *watcher) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.epoll != nil {
+		w.epoll.Close()
+	}
 }
 
 func (w *watcher) run() {

@@ -94,10 +94,10 @@ type Front struct {
 	cancel context.CancelFunc
 	conns  sync.WaitGroup // every connection that was accepted
 
-	memory    atomic.Int64                    // the budget in bytes; 0: none
-	greediest atomic.Pointer[netip.Prefix]    // the source that opens no connections while memory is short
-	hops      atomic.Pointer[plan.Peers]      // whom accept_proxy.from names, on any listener
-	ports     atomic.Pointer[map[uint16]bool] // that connections were accepted at since the start: flows outlive listeners
+	memory        atomic.Int64                           // the budget in bytes; 0: none
+	greedySources atomic.Pointer[map[netip.Prefix]int64] // sources that open no connections while memory is short, and what they hold
+	hops          atomic.Pointer[plan.Peers]             // whom accept_proxy.from names, on any listener
+	ports         atomic.Pointer[map[uint16]bool]        // that connections were accepted at since the start: flows outlive listeners
 
 	mostWaiting atomic.Int64 // connections that may wait for a hello
 	partBytes   atomic.Int64 // of hellos that are not whole

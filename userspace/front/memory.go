@@ -150,17 +150,22 @@ func hopsOf(cfg *config.Config) *plan.Peers {
 	return plan.NewPeers(from)
 }
 
-// greedyError says that a source holds most of the memory, while that is short.
+// greedyError says that a source holds much of the memory, while that is short.
 type greedyError struct{ source netip.Prefix }
 
 func (e *greedyError) Error() string {
-	return fmt.Sprintf("memory is short (limits.memory, net.ipv4.tcp_mem), and readers of %s that have stopped hold most of it", e.source)
+	return fmt.Sprintf("memory is short (limits.memory, net.ipv4.tcp_mem), and readers of %s that have stopped hold much of it", e.source)
 }
 
-// greedy is an error where source holds most of the memory while that is short.
+// greedy is an error where source holds much of the memory while that is short.
 func (f *Front) greedy(source netip.Addr) error {
-	if g := f.greediest.Load(); g != nil && source.IsValid() && limit.PrefixOf(source) == *g {
-		return &greedyError{*g}
+	sources := f.greedySources.Load()
+	if sources == nil || !source.IsValid() {
+		return nil
+	}
+	p := limit.PrefixOf(source)
+	if _, ok := (*sources)[p]; ok {
+		return &greedyError{p}
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package front
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -191,16 +192,16 @@ func (o owner) String() string {
 	return o.alone.String() + " (one of a hop's)"
 }
 
-// look does what u calls for: from half of the memory on little is taken at a time, from 5/8 on the source that
-// holds most opens no more connections, and from 3/4 on its flows that have stood still for longest are ended.
-// It says when to look again.
+// look does what u calls for: from half of the memory on little is taken at a time, from 5/8 on sources that hold
+// much open no more connections, and from 3/4 on flows that have stood still for longest are ended, first those of
+// the source that holds most. It says when to look again.
 func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 	f := w.front
 	isShort := u.over(1, 2)
 	f.opts.Relay.SaveMemory(isShort)
 	if !isShort {
 		w.since = nil
-		f.greediest.Store(nil)
+		f.greedySources.Store(nil)
 		return memoryEvery
 	}
 	var sockets map[netip.AddrPort]tcpSocket
@@ -212,14 +213,16 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 		}
 	}
 	all := w.stalled(now, sockets)
-	greedy, held := greediest(all)
-	if u.over(5, 8) && held >= greedyMin {
-		if f.greediest.Swap(&greedy) == nil {
-			f.complain.Warn("memory_greedy", "memory is short: the source that holds most of it for readers that have stopped may open no more connections",
-				"source", greedy, "held", held, "what", u.what, "used", u.used, "total", u.total)
-		}
-	} else {
-		f.greediest.Store(nil)
+	var greedy map[netip.Prefix]int64
+	if u.over(5, 8) {
+		greedy = greedySources(all, greedyMin)
+	}
+	if len(greedy) == 0 {
+		f.greedySources.Store(nil)
+	} else if f.greedySources.Swap(&greedy) == nil {
+		most, held := greediest(greedy)
+		f.complain.Warn("memory_greedy", "memory is short: sources that hold much of it for readers that have stopped may open no more connections",
+			"sources", len(greedy), "source", most, "held", held, "what", u.what, "used", u.used, "total", u.total)
 	}
 	if err == nil && u.over(3, 4) {
 		err = w.end(now, u, all, sockets, diag)
@@ -278,15 +281,21 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 	return all
 }
 
-// greediest is the source that holds most, of those that are one client each.
-func greediest(all []stalled) (source netip.Prefix, held int64) {
-	sum := map[netip.Prefix]int64{}
+// greedySources are those that hold at least so much, of those that are one client each, and how much.
+func greedySources(all []stalled, least int64) map[netip.Prefix]int64 {
+	held := map[netip.Prefix]int64{}
 	for _, s := range all {
 		if s.owner.source.IsValid() {
-			sum[s.owner.source] += s.held
+			held[s.owner.source] += s.held
 		}
 	}
-	for p, n := range sum {
+	maps.DeleteFunc(held, func(_ netip.Prefix, n int64) bool { return n < least })
+	return held
+}
+
+// greediest is the source that holds most.
+func greediest(sources map[netip.Prefix]int64) (source netip.Prefix, held int64) {
+	for p, n := range sources {
 		if n > held || n == held && p.Addr().Less(source.Addr()) {
 			source, held = p, n
 		}

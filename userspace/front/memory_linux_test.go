@@ -115,7 +115,7 @@ func TestShortOfTCPMemory(t *testing.T) {
 			}
 			look(0, 3, 0)
 			look(0, 4, 0)
-			if d.greediest.Load() != nil {
+			if d.greedySources.Load() != nil {
 				t.Error("a source is refused before memory is short")
 			}
 			look(0, 5, 0)
@@ -127,7 +127,7 @@ func TestShortOfTCPMemory(t *testing.T) {
 			look(stoppedFor, 5, 0) // not short
 			look(stoppedFor, 6, 1) // which gives back enough
 			look(stoppedFor, 2, 0)
-			if d.greediest.Load() != nil {
+			if d.greedySources.Load() != nil {
 				t.Error("a source is refused when there is memory again")
 			}
 			reset := 0
@@ -352,6 +352,27 @@ type forever struct{}
 
 func (forever) Read(b []byte) (int, error) { return len(b), nil }
 
+// TestGreedySources: each source that holds much is refused while memory is short, and no other one; a hop is not.
+func TestGreedySources(t *testing.T) {
+	prefix := func(last byte) netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, last}), 32) }
+	var all []stalled
+	for source, n := range map[byte]int64{1: 2 * greedyMin, 2: greedyMin, 3: greedyMin - 1} {
+		all = append(all, stalled{owner: owner{source: prefix(source)}, held: n / 2}, stalled{owner: owner{source: prefix(source)}, held: n - n/2})
+	}
+	all = append(all, stalled{owner: owner{alone: netip.AddrPortFrom(prefix(4).Addr(), 1)}, held: 9 * greedyMin})
+	greedy := greedySources(all, greedyMin)
+	f := new(Front)
+	f.greedySources.Store(&greedy)
+	for source, refused := range map[byte]bool{1: true, 2: true, 3: false, 4: false} {
+		if err := f.greedy(prefix(source).Addr()); (err != nil) != refused {
+			t.Errorf("source %d: %v", source, err)
+		}
+	}
+	if most, held := greediest(greedy); most != prefix(1) || held != 2*greedyMin {
+		t.Errorf("%v holds most: %d bytes", most, held)
+	}
+}
+
 // TestVictims: connections are ended in the order that one by one would give, and to find it for ten times as many
 // takes about ten times as long.
 func TestVictims(t *testing.T) {
@@ -369,7 +390,7 @@ func TestVictims(t *testing.T) {
 	for _, n := range []int{0, 1, 7, 300} {
 		left := slices.DeleteFunc(make(n, 5), func(s stalled) bool { return s.since.After(until) })
 		for i, v := range victims(make(n, 5), until) {
-			source, _ := greediest(left)
+			source, _ := greediest(greedySources(left, 1))
 			longest := -1
 			for j, s := range left {
 				if s.owner.source == source && (longest < 0 || s.since.Before(left[longest].since)) {

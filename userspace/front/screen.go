@@ -46,7 +46,7 @@ type deniedError struct{ addr netip.Addr }
 func (e *deniedError) Error() string { return fmt.Sprintf("deny names %s", e.addr) }
 
 // screen says why a connection may not come in, before anything of it is charged: addr is denied, or source
-// opens connections too fast, or holds most of the memory while that is short. It is asked before a byte is read, with the peer's address, and again with that
+// opens connections too fast, or holds much of the memory while that is short. It is asked before a byte is read, with the peer's address, and again with that
 // of a PROXY header that is believed. source is the zero Addr where it is not known yet whose the connection
 // is. It waits for nothing.
 func (f *Front) screen(s *service, addr, source netip.Addr) error {

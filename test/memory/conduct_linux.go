@@ -71,6 +71,7 @@ func run(args []string) error {
 type conductor struct {
 	dir, kernel, modules, daemon string
 	console, memory, datapath    string
+	parameters                   string
 	mb                           int
 	stopped, idle, hellos        int
 
@@ -101,6 +102,7 @@ func conduct(args []string) error {
 	fs.StringVar(&c.console, "console", "", "where the machine's console goes")
 	fs.StringVar(&c.memory, "memory", "", "limits.memory; default: that of the daemon")
 	fs.StringVar(&c.datapath, "datapath", "auto", "datapath")
+	fs.StringVar(&c.parameters, "parameters", "", "more parameters of the kernel, such as sysctl.net.ipv4.tcp_rmem=\"4096 131072 262144\"")
 	fs.IntVar(&c.mb, "mb", 320, "what the machine has, the kernel's own included, in MB")
 	fs.IntVar(&c.stopped, "stopped", 1000, "flows that are kept open and whose ends send what they can and read nothing")
 	fs.IntVar(&c.hellos, "hellos", 5000, "halves of hellos a second, before they are divided")

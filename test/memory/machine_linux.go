@@ -37,7 +37,7 @@ func (c *conductor) boot(config string) (*machine, error) {
 	}
 	m := &machine{cmd: exec.Command("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", fmt.Sprint(c.mb),
 		"-nographic", "-no-reboot", "-nic", "tap,ifname=edge0,script=no,downscript=no,model=virtio-net-pci",
-		"-kernel", c.kernel, "-initrd", image, "-append", "console=ttyS0 quiet panic=-1 net.ifnames=0")}
+		"-kernel", c.kernel, "-initrd", image, "-append", "console=ttyS0 quiet panic=-1 net.ifnames=0 "+c.parameters)}
 	m.cmd.Stderr = console
 	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	out, err := m.cmd.StdoutPipe()

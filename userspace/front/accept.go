@@ -18,8 +18,8 @@ import (
 // admit takes in what was accepted, and starts serving it. It blocks on nothing, and is called for any number of
 // connections at the same time: one over the limit costs no more than to be closed.
 func (f *Front) admit(l *listener, s accepted, peer netip.AddrPort) {
-	if in := f.takeIn(l, s, peer); in != nil && !f.express(in, s) {
-		go f.enter(in, s, nil)
+	if in := f.takeIn(l, s, peer); in != nil && !f.takeFastPath(in, s) {
+		go f.slowPath(in, s, nil)
 	}
 }
 
@@ -58,8 +58,8 @@ func (f *Front) turnedAway(listener string, peer netip.AddrPort, reason string, 
 	f.complain.Warn(reason, msg, "listener", listener, "peer", peer, "reason", reason, "err", err)
 }
 
-// enter brings in, which comes by s, to its end on a goroutine, after what was read ahead. It owns both.
-func (f *Front) enter(in *conn, s accepted, ahead []byte) {
+// slowPath brings in, which comes by s, to its end on a goroutine, after what was read ahead. It owns both.
+func (f *Front) slowPath(in *conn, s accepted, ahead []byte) {
 	tcp, err := s.Conn()
 	if err != nil {
 		f.metrics.Refused.WithLabelValues(in.listener.name, "out_of_files").Inc()

@@ -29,7 +29,7 @@ func doorTo(t *testing.T, f *Front, listener string, slow bool, peer func() neti
 		if !slow {
 			f.admit(l, s, peer())
 		} else if in := f.takeIn(l, s, peer()); in != nil {
-			go f.enter(in, s, nil)
+			go f.slowPath(in, s, nil)
 		}
 		admitted()
 	}, func(error) bool { return true })

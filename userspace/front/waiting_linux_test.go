@@ -230,7 +230,7 @@ limits: { hello_timeout: 5m }`, addr, backend(t, echo)))
 		dialTCP(t, addr).Write(part)
 	}
 	eventually(t, "the oldest have gone", func() bool { return d.refused("hello_displaced") >= int64(partBytes/len(part)/4) })
-	if n := d.partBytes.Load(); n > partBytes+expressHello*int64(runtime.GOMAXPROCS(0)) {
+	if n := d.partBytes.Load(); n > partBytes+fastHello*int64(runtime.GOMAXPROCS(0)) {
 		t.Errorf("%d bytes wait, the limit is %d", n, partBytes)
 	}
 	good := dialTCP(t, addr)

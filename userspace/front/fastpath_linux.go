@@ -23,12 +23,12 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/sni"
 )
 
-// express is the fast path, that of the usual connection: a tcp listener, or an sni listener; a target that
+// fastPath is the way of the usual connection: a tcp listener, or an sni listener; a target that
 // is an address; a peer and a client whom tailscaled knows already, or need not know. It goes on a
 // loop from event to event, with no goroutine. At the first thing that is not usual it takes the slow path,
 // serve, with the bytes that were read: only that asks, explains, retries. PROXY headers and hellos wait here
 // until they are whole, those of https listeners too.
-type express struct {
+type fastPath struct {
 	front    *Front
 	in       *conn
 	down, up *loop.Socket
@@ -49,9 +49,9 @@ type part struct {
 }
 
 const (
-	expressHello = 16 << 10 // bytes; what does not fit takes the slow path
-	// expressDial is how long a connect may take here: whatever takes longer needs to be retried, or explained.
-	expressDial = time.Second
+	fastHello = 16 << 10 // bytes; what does not fit takes the slow path
+	// fastDial is how long a connect may take here: whatever takes longer needs to be retried, or explained.
+	fastDial = time.Second
 
 	// waitingCost is what a connection that waits for a hello takes of the machine's memory, kernel included:
 	// bytes.
@@ -69,14 +69,14 @@ func mostWaiting() int64 {
 	return int64(uint64(i.Totalram) * uint64(i.Unit) / 8 / waitingCost)
 }
 
-var hellos = sync.Pool{New: func() any { return new([expressHello]byte) }}
+var hellos = sync.Pool{New: func() any { return new([fastHello]byte) }}
 
-// express takes in, if it may go the fast path. On http listeners a goroutine waits for requests anyhow.
-func (f *Front) express(in *conn, down accepted) bool {
+// takeFastPath takes in, if it may go the fast path. On http listeners a goroutine waits for requests anyhow.
+func (f *Front) takeFastPath(in *conn, down accepted) bool {
 	if in.service.Mode == "http" {
 		return false
 	}
-	x := &express{front: f, in: in, down: down, header: in.service.Trust != nil}
+	x := &fastPath{front: f, in: in, down: down, header: in.service.Trust != nil}
 	in.asker = in.newAsker()
 	in.asker.onLoop = true
 	if x.header {
@@ -100,15 +100,15 @@ func (f *Front) express(in *conn, down accepted) bool {
 	return false
 }
 
-// detour takes the slow path, after what was read.
-func (x *express) detour(head []byte) {
+// takeSlowPath goes on by the slow path, after what was read.
+func (x *fastPath) takeSlowPath(head []byte) {
 	if x.up != nil {
 		x.up.Close()
 	}
-	go x.front.enter(x.in, x.down, bytes.Clone(head))
+	go x.front.slowPath(x.in, x.down, bytes.Clone(head))
 }
 
-func (x *express) await() error {
+func (x *fastPath) await() error {
 	left := x.in.timeForHello()
 	if x.header {
 		left = max(1, x.in.service.Limits.HelloTimeout-time.Since(x.in.accepted))
@@ -116,12 +116,12 @@ func (x *express) await() error {
 	return x.down.AwaitBytes(left, x.read)
 }
 
-func (x *express) read(timedOut bool) {
+func (x *fastPath) read(timedOut bool) {
 	if x.front.ctx.Err() != nil {
 		x.refuse(shutdown, x.front.ctx.Err())
 		return
 	}
-	buf := hellos.Get().(*[expressHello]byte)
+	buf := hellos.Get().(*[fastHello]byte)
 	defer hellos.Put(buf)
 	for {
 		n, err := unix.Read(x.down.FD(), buf[:])
@@ -143,7 +143,7 @@ func (x *express) read(timedOut bool) {
 				return
 			}
 			x.in.lease.Keep()
-			x.detour(x.forgetPart())
+			x.takeSlowPath(x.forgetPart())
 			return
 		case err != nil:
 			err = os.NewSyscallError("read", err)
@@ -160,7 +160,7 @@ func (x *express) read(timedOut bool) {
 
 // take goes on with b, which has just been read, or without any more, for ended. full says that there may be
 // yet more to be read at once. It is true while more is awaited.
-func (x *express) take(b []byte, ended error, full bool) bool {
+func (x *fastPath) take(b []byte, ended error, full bool) bool {
 	if x.header {
 		head := b
 		if x.part != nil {
@@ -206,7 +206,7 @@ func (x *express) take(b []byte, ended error, full bool) bool {
 }
 
 // hearHello reads the hello in what has come. head is all of that; it is b, or kept.
-func (x *express) hearHello(b []byte) (head []byte, hello sni.Hello, err error) {
+func (x *fastPath) hearHello(b []byte) (head []byte, hello sni.Hello, err error) {
 	if x.part == nil {
 		hello, err = sni.Parse(b)
 		if err != sni.ErrIncomplete || len(b) == 0 {
@@ -223,7 +223,7 @@ func (x *express) hearHello(b []byte) (head []byte, hello sni.Hello, err error) 
 
 // keep keeps b until there is more, and returns all that is kept. Where that of all connections takes too
 // much, the oldest of them go.
-func (x *express) keep(b []byte) []byte {
+func (x *fastPath) keep(b []byte) []byte {
 	if x.part == nil {
 		x.part = new(part)
 	}
@@ -235,7 +235,7 @@ func (x *express) keep(b []byte) []byte {
 }
 
 // forgetPart counts what has come no more, and returns it.
-func (x *express) forgetPart() (head []byte) {
+func (x *fastPath) forgetPart() (head []byte) {
 	if x.part != nil {
 		head = x.part.head
 		x.front.partBytes.Add(-int64(len(head)))
@@ -245,14 +245,14 @@ func (x *express) forgetPart() (head []byte) {
 }
 
 // giveWay ends the wait for the PROXY header or the hello, unless it has just ended.
-func (x *express) giveWay() {
+func (x *fastPath) giveWay() {
 	if x.down.Cancel() {
 		x.refuse(helloDisplaced, errDisplaced)
 	}
 }
 
 // refuse ends a connection that has said nothing to the end: there is no one to be told.
-func (x *express) refuse(reason string, err error) {
+func (x *fastPath) refuse(reason string, err error) {
 	x.forgetPart()
 	x.in.id = cmp.Or(x.in.id, flow.NewID())
 	x.front.helloRefused(x.in, "", reason, err)
@@ -262,10 +262,10 @@ func (x *express) refuse(reason string, err error) {
 
 // reject ends a connection that may not come in, as refuseInbound does. Where tailscaled must be asked before
 // that can be said, it takes the slow path, after head.
-func (x *express) reject(err error, head []byte) {
+func (x *fastPath) reject(err error, head []byte) {
 	x.forgetPart()
 	if x.in.asker.mustAsk {
-		x.detour(head)
+		x.takeSlowPath(head)
 		return
 	}
 	x.front.inboundRefused(x.in, err)
@@ -275,10 +275,10 @@ func (x *express) reject(err error, head []byte) {
 
 // decide goes on with what was read: hello, nil on a tcp listener, or err. more: there may be yet more to be
 // read at once.
-func (x *express) decide(head []byte, hello *sni.Hello, err error, more bool) {
+func (x *fastPath) decide(head []byte, hello *sni.Hello, err error, more bool) {
 	s := x.in.service
 	if err != nil || len(head) > s.Limits.HelloBytes || more || s.Mode == "https" {
-		x.detour(head)
+		x.takeSlowPath(head)
 		return
 	}
 	r, err := x.in.decide(hello)
@@ -286,7 +286,7 @@ func (x *express) decide(head []byte, hello *sni.Hello, err error, more bool) {
 	case err != nil && hello == nil:
 		x.reject(err, head)
 	case err != nil, !r.IsPlain():
-		x.detour(head)
+		x.takeSlowPath(head)
 	default:
 		x.hello = hello
 		x.dial(r, head)
@@ -294,12 +294,12 @@ func (x *express) decide(head []byte, hello *sni.Hello, err error, more bool) {
 }
 
 // dial goes on to r's target with head, which is not kept.
-func (x *express) dial(r *plan.Rule, head []byte) {
+func (x *fastPath) dial(r *plan.Rule, head []byte) {
 	x.rule, x.began = r, time.Now()
 	fd, connected, err := dial.Begin(r.Literal)
 	if err != nil {
-		x.complain(err)
-		x.detour(head)
+		x.tellSelf(err)
+		x.takeSlowPath(head)
 		return
 	}
 	x.up = x.down.Loop().NewSocket(fd)
@@ -309,32 +309,32 @@ func (x *express) dial(r *plan.Rule, head []byte) {
 		return
 	}
 	x.head = bytes.Clone(head)
-	if x.up.AwaitConnect(expressDial, x.connected) != nil {
-		x.detour(x.head)
+	if x.up.AwaitConnect(fastDial, x.connected) != nil {
+		x.takeSlowPath(x.head)
 	}
 }
 
-func (x *express) connected(timedOut bool) {
+func (x *fastPath) connected(timedOut bool) {
 	connected, err := dial.Connected(x.up.FD(), x.rule.Literal)
 	switch {
 	case err == nil && connected:
 		x.relay()
-	case err == nil && !timedOut && x.up.AwaitConnect(expressDial-time.Since(x.began), x.connected) == nil:
+	case err == nil && !timedOut && x.up.AwaitConnect(fastDial-time.Since(x.began), x.connected) == nil:
 	default:
-		x.complain(err)
-		x.detour(x.head)
+		x.tellSelf(err)
+		x.takeSlowPath(x.head)
 	}
 }
 
-// complain tells what the slow path, which dials anew, may never see.
-func (x *express) complain(err error) {
+// tellSelf tells what the slow path, which dials anew, may never see.
+func (x *fastPath) tellSelf(err error) {
 	if errors.Is(err, dial.ErrSelf) { // not on the loop: a log may be slow
 		go x.front.complain.Warn("self "+x.rule.Written, "a socket was connected to itself instead of to the target: connecting again",
 			"listener", x.in.listener.name, "route", x.rule.Name, "target", x.rule.Written, "err", err)
 	}
 }
 
-func (x *express) relay() {
+func (x *fastPath) relay() {
 	f, in := x.front, x.in
 	in.uncut()
 	f.metrics.DialTime.Observe(time.Since(x.began).Seconds())

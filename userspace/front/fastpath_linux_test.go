@@ -156,7 +156,7 @@ func TestExpressSlowTarget(t *testing.T) {
 	hello := helloFor(t, "a.test")
 	conn := dialTCP(t, addr)
 	conn.Write(hello)
-	time.Sleep(expressDial + 200*time.Millisecond)
+	time.Sleep(fastDial + 200*time.Millisecond)
 	for range fill {
 		c, _, err := unix.Accept(fd)
 		if err != nil {

@@ -16,6 +16,7 @@ func TestStalledHasNoTimer(t *testing.T) {
 	f := relaytest.Loopback{}.Path(t).Connect(t)
 	defer f.Client.Close()
 	defer f.Server.Close()
+	_, r := relaytest.Relay()
 	var moved relay.Counters
 	f.Start(context.Background(), relay.WithParkAfter(relay.Options{Counters: &moved}, time.Millisecond))
 	const size = 32 << 20 // more than all buffers have room for
@@ -24,7 +25,7 @@ func TestStalledHasNoTimer(t *testing.T) {
 		_, err := f.Server.Write(make([]byte, size))
 		sent <- err
 	}()
-	relaytest.Until(t, "the flow stalls", func() bool { return relay.Piped() > 0 })
+	relaytest.Until(t, "the flow stalls", func() bool { return r.Piped() > 0 })
 	for range 3 { // what comes from the reader meanwhile wakes the other direction alone
 		relaytest.Until(t, "no timer runs for a flow that stands still", func() bool { return !relay.Ticks(&moved) })
 		if _, err := f.Client.Write([]byte("x")); err != nil {

@@ -24,8 +24,9 @@ const (
 	// memory on, and from 7/8 on.
 	stoppedFor      = 15 * time.Second
 	stoppedForShort = time.Second
-	stoppedMin      = 16 << 10 // bytes that such a flow holds at least
-	greedyMin       = 1 << 20  // bytes that a source holds at least before it may be refused
+	stoppedMin      = 16 << 10         // bytes that such a flow holds at least
+	greedyFor       = 30 * time.Second // that a source is refused after it held much when memory was short
+	greedyMin       = 1 << 20          // bytes that a source holds at least before it may be refused
 )
 
 // memoryWatch keeps what flows hold within the budget, and within what the kernel has for TCP. What the kernel
@@ -34,6 +35,14 @@ const (
 type memoryWatch struct {
 	front *Front
 	since map[netip.AddrPort]rest // by the peer's address, while half of the memory is taken
+
+	greedy map[netip.Prefix]greed // sources that are refused
+}
+
+// A greed is what a source has held when memory was short for the last time.
+type greed struct {
+	held int64
+	last time.Time
 }
 
 // A rest is a connection at the last look.
@@ -201,7 +210,7 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 	f.opts.Relay.SaveMemory(isShort)
 	if !isShort {
 		w.since = nil
-		f.greedySources.Store(nil)
+		w.refuse(now, u)
 		return memoryEvery
 	}
 	var sockets map[netip.AddrPort]tcpSocket
@@ -213,17 +222,15 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 		}
 	}
 	all := w.stalled(now, sockets)
-	var greedy map[netip.Prefix]int64
 	if u.over(5, 8) {
-		greedy = greedySources(all, greedyMin)
+		for source, held := range greedySources(all, greedyMin) {
+			if w.greedy == nil {
+				w.greedy = map[netip.Prefix]greed{}
+			}
+			w.greedy[source] = greed{held, now}
+		}
 	}
-	if len(greedy) == 0 {
-		f.greedySources.Store(nil)
-	} else if f.greedySources.Swap(&greedy) == nil {
-		most, held := greediest(greedy)
-		f.complain.Warn("memory_greedy", "memory is short: sources that hold much of it for readers that have stopped may open no more connections",
-			"sources", len(greedy), "source", most, "held", held, "what", u.what, "used", u.used, "total", u.total)
-	}
+	w.refuse(now, u)
 	if err == nil && u.over(3, 4) {
 		err = w.end(now, u, all, sockets, diag)
 	}
@@ -231,6 +238,25 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 		f.complain.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
 	}
 	return shortEvery
+}
+
+// refuse has the sources refused that have held much until a short while ago.
+func (w *memoryWatch) refuse(now time.Time, u memoryUse) {
+	f := w.front
+	maps.DeleteFunc(w.greedy, func(_ netip.Prefix, g greed) bool { return now.Sub(g.last) >= greedyFor })
+	if len(w.greedy) == 0 {
+		f.greedySources.Store(nil)
+		return
+	}
+	greedy := make(map[netip.Prefix]int64, len(w.greedy))
+	for source, g := range w.greedy {
+		greedy[source] = g.held
+	}
+	if f.greedySources.Swap(&greedy) == nil {
+		most, held := greediest(greedy)
+		f.complain.Warn("memory_greedy", "memory is short: sources that hold much of it for readers that have stopped may open no more connections",
+			"sources", len(greedy), "source", most, "held", held, "what", u.what, "used", u.used, "total", u.total)
+	}
 }
 
 // stalled are the connections that hold something, and since when nothing of theirs has moved.

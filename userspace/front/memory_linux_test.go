@@ -126,8 +126,12 @@ func TestShortOfTCPMemory(t *testing.T) {
 			look(stoppedFor, 5, 0) // not short
 			look(stoppedFor, 6, 1) // which gives back enough
 			look(stoppedFor, 2, 0)
+			if !refused() {
+				t.Error("who held most may open connections as soon as theirs were reset")
+			}
+			look(stoppedFor+greedyFor, 2, 0)
 			if d.greedySources.Load() != nil {
-				t.Error("a source is refused when there is memory again")
+				t.Error("a source is refused when there has been memory again for long enough")
 			}
 			reset := 0
 			for _, c := range bad {

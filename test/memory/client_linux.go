@@ -17,6 +17,7 @@ type result struct {
 	p50, p99      time.Duration // until the first byte comes, from before connect
 	tried, failed int
 	bulk          float64 // MB a second through one flow at a time
+	bulkFailed    int     // transfers
 }
 
 func (r result) String() string {
@@ -70,6 +71,7 @@ func (v *visitor) measure(each time.Duration) (r result) {
 		if err != nil {
 			r.failed++
 			took = append(took, max(patience, time.Since(began)))
+			time.Sleep(100 * time.Millisecond)
 			continue
 		}
 		took = append(took, time.Since(began))
@@ -82,16 +84,16 @@ func (v *visitor) measure(each time.Duration) (r result) {
 	for time.Since(began) < each {
 		c, err := v.open("bulk.test", 1)
 		if err != nil {
-			r.failed++
+			r.bulkFailed++
+			time.Sleep(100 * time.Millisecond)
 			continue
 		}
 		c.SetReadDeadline(time.Now().Add(patience))
 		n, err := io.Copy(io.Discard, c)
 		bytes += n
 		if err != nil || n != bulkBytes {
-			r.failed++
+			r.bulkFailed++
 		}
-		r.tried++
 		abort(c)
 	}
 	r.bulk = float64(bytes) / (1 << 20) / time.Since(began).Seconds()

@@ -219,8 +219,8 @@ func (c *conductor) findScale() error {
 
 // tryMachine does it all in the machine, and judges.
 func (c *conductor) tryMachine() (err error) {
-	// How long a hello may take is in the configuration, which must be there before the machine can be measured: it is
-	// what a scale of ten makes of it.
+	// How long a hello may take is in the configuration, which must be there before the machine can be
+	// measured: it is what a scale of ten makes of it.
 	config := c.config(edgeAddr, "/run", 10)
 	if c.machine, err = c.boot(config); err != nil {
 		return err
@@ -313,8 +313,9 @@ func (c *conductor) phase(name string, each time.Duration) {
 // bulk is the throughput that there would have been, had others left the machine's processor alone.
 func (p *phase) bulk() float64 { return p.probe.bulk / p.got }
 
-// table shows all phases. "CPU" is what the daemon has used of the machine's, "got" is how much of the time that the
-// machine's processor had something to do it was not kept waiting by others here: throughput is compared without that.
+// table shows all phases. "CPU" is what the daemon has used of the machine's, "got" is how much of the time
+// that the machine's processor had something to do it was not kept waiting by others here: throughput is
+// compared without that.
 func (c *conductor) table(budget int64) {
 	fmt.Printf("%-12s %10s %10s %7s %10s %6s %6s | most at once, MB: %6s %6s %6s %6s %8s  of %s\n", "", "p50 ms", "p99 ms", "failed", "MB/s", "CPU", "got", "taken", "RSS", "TCP", "slab", "sockets", mb(budget))
 	for _, p := range c.phases {

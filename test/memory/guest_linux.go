@@ -31,7 +31,8 @@ type sample struct {
 // mark begins the lines of the console that the conductor reads.
 const mark = "@@ "
 
-// guest is the first process of the machine. It starts the daemon and tells what happens, until the machine is ended.
+// guest is the first process of the machine. It starts the daemon and tells what happens, until the machine
+// is ended.
 func guest() {
 	if err := startMachine(); err != nil {
 		fmt.Println(mark+"failed", err)
@@ -164,8 +165,8 @@ func watchKernel() {
 func takeSample(pid int) sample {
 	info := fields("/proc/meminfo", ":")
 	s := sample{Total: info["MemTotal"] << 10, Free: info["MemFree"] << 10, Slab: info["Slab"] << 10}
-	// Cached counts the files of the initramfs as well, which no machine could give back: they are the same before
-	// and after, and only differences count.
+	// Cached counts the files of the initramfs as well, which no machine could give back: they are the same
+	// before and after, and only differences count.
 	s.Taken = s.Total - s.Free - (info["Buffers"]+info["Cached"])<<10
 	if pid > 0 {
 		s.RSS = fields(fmt.Sprintf("/proc/%d/status", pid), ":")["VmRSS"] << 10

@@ -25,7 +25,8 @@ type machine struct {
 	wrong                   []string
 }
 
-// boot starts the machine: the kernel, and in memory its modules, this program as the first process, and the daemon.
+// boot starts the machine: the kernel, and in memory its modules, this program as the first process, and the
+// daemon.
 func (c *conductor) boot(config string) (*machine, error) {
 	image := filepath.Join(c.dir, "initramfs")
 	if err := c.pack(image, config); err != nil {

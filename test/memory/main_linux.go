@@ -1,16 +1,16 @@
-// Command memory tries an edge of 256 MB: the daemon in a virtual machine of that size, its target and its clients
-// outside, most of whom mean it harm. It says whether the daemon has stayed alive and within its budget, and what a
-// good client noticed. scripts/test-memory builds it and finds the kernel; docs/configuration.md#memory says what the
-// daemon promises.
+// Command memory tries an edge of 256 MB: the daemon in a virtual machine of that size, its target and its
+// clients outside, most of whom mean it harm. It says whether the daemon has stayed alive and within its
+// budget, and what a good client noticed. scripts/test-memory builds it and finds the kernel;
+// docs/configuration.md#memory says what the daemon promises.
 //
 //	run       makes namespaces that end with it, and conducts in them; the parts below are processes that it starts
 //	guest     the machine's first process: starts the daemon, and tells once a second what takes memory
 //	targets   what routes lead to
 //	source    an address that opens what it may
 //
-// There is no KVM where this runs, and an emulated processor is about ten times as slow. So the daemon is tried on
-// this machine's processor first, for scale: how many flows a second it begins here, over how many it begins in the
-// machine, is the factor by which less is offered and more time is allowed.
+// It needs no KVM, but an emulated processor is ten times as slow, or more. So the daemon is tried on this
+// machine's processor first, for scale: how many flows a second it begins here, over how many it begins in
+// the machine, is the factor by which less is offered and more time is allowed.
 //
 // Its files:
 //

@@ -118,8 +118,8 @@ func (r *recorder) SetWriteDeadline(time.Time) error {
 	return nil
 }
 
-// source does as standard input says, a line each, until that ends. args are its address, its number, and the edge's
-// address with port.
+// source does as standard input says, a line each, until that ends. args are its address, its number, and the
+// edge's address with port.
 //
 //	stopped N    keep N flows open whose both ends send what they can, and read nothing
 //	again S      when such a flow ends, or is refused, open it again after S seconds or so

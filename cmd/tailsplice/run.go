@@ -214,10 +214,14 @@ func startLoops() (*loop.Reactor, error) {
 	return loops, err
 }
 
+// leastHeap is what Go's collector aims at at least, in bytes: the daemon takes about 10 MiB when it does nothing, and
+// below that the collector would take half of the CPU time, and free nothing.
+const leastHeap = 24 << 20
+
 // limitHeap has Go's collector aim at half of the memory that flows may hold, in bytes, unless GOMEMLIMIT says at what.
 func limitHeap(memory int64) {
 	if os.Getenv("GOMEMLIMIT") == "" && memory > 0 {
-		debug.SetMemoryLimit(memory / 2)
+		debug.SetMemoryLimit(max(memory/2, leastHeap))
 	}
 }
 

@@ -43,7 +43,7 @@ func (f *Front) takeIn(l *listener, s accepted, peer netip.AddrPort) *conn {
 		s.Reset()                                     // so that nothing lingers
 		return nil
 	}
-	in := &conn{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), uncut: func() bool { return true }}
+	in := &conn{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), stopCancel: func() bool { return true }}
 	f.conns.Add(1)
 	return in
 }
@@ -71,8 +71,8 @@ func (f *Front) slowPath(in *conn, s accepted, ahead []byte) {
 	if !in.local.IsValid() { // else a PROXY header has said it
 		in.local = addrPort(tcp.LocalAddr())
 	}
-	in.uncut()
-	in.uncut = context.AfterFunc(f.ctx, func() { tcp.Close() })
+	in.stopCancel()
+	in.stopCancel = context.AfterFunc(f.ctx, func() { tcp.Close() })
 	f.serve(&stream{TCPConn: tcp, conn: in, ahead: ahead})
 }
 

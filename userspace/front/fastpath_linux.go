@@ -88,7 +88,7 @@ func (f *Front) takeFastPath(in *conn, down accepted) bool {
 		x.decide(nil, nil, nil, false)
 		return true
 	}
-	in.uncut = context.AfterFunc(f.ctx, x.down.Expire)
+	in.stopCancel = context.AfterFunc(f.ctx, x.down.Expire)
 	in.lease.Yield(x.giveWay)
 	if int64(f.limiter.Yielding()) > f.mostWaiting.Load() {
 		f.limiter.TakeOldest()
@@ -260,7 +260,7 @@ func (x *fastPath) refuse(reason string, err error) {
 	x.in.release()
 }
 
-// reject ends a connection that may not come in, as refuseInbound does. Where tailscaled must be asked before
+// reject ends a connection that may not come in, as refuseConn does. Where tailscaled must be asked before
 // that can be said, it takes the slow path, after head.
 func (x *fastPath) reject(err error, head []byte) {
 	x.forgetPart()
@@ -268,7 +268,7 @@ func (x *fastPath) reject(err error, head []byte) {
 		x.takeSlowPath(head)
 		return
 	}
-	x.front.inboundRefused(x.in, err)
+	x.front.connRefused(x.in, err)
 	x.down.Reset()
 	x.in.release()
 }
@@ -336,7 +336,7 @@ func (x *fastPath) tellSelf(err error) {
 
 func (x *fastPath) relay() {
 	f, in := x.front, x.in
-	in.uncut()
+	in.stopCancel()
 	f.metrics.DialTime.Observe(time.Since(x.began).Seconds())
 	f.targets.tried(x.rule.Written, nil)
 	if in.id == "" {

@@ -7,7 +7,7 @@
 //	places.go   interfaces and hosts that listeners name
 //	accept.go   a connection is admitted, or refused at once
 //	screen.go   who is denied, or comes too often
-//	inbound.go  who it is: PROXY header
+//	conn.go     who it is: PROXY header
 //	trust.go    whom the configuration and tailscaled say that is
 //	service.go  what a listener does by the plan, and by which datapath
 //	labels.go   routes that the labels of containers add to the plan

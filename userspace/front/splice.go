@@ -137,7 +137,7 @@ func (f *Front) spliceTo(in *stream, r *plan.Rule, hello *sni.Hello) {
 	}
 	o, done := f.begin(in.conn, r, hello, remoteString(up), rtt)
 	o.Head = in.takeAhead()
-	in.uncut()
+	in.stopCancel()
 	f.opts.Relay.Run(f.ctx, in.TCPConn, up, o, done)
 }
 

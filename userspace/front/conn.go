@@ -36,7 +36,7 @@ type conn struct {
 	name    string              // server name, once known
 	asker   *asker              // who has an address, asked for the connection
 
-	uncut       func() bool // from here on f.ctx ends it no more, somebody else does
+	stopCancel  func() bool // from here on f.ctx ends it no more, somebody else does
 	closeOnce   sync.Once
 	afterHeader time.Duration // from accept to the end of the PROXY header: then its hello's time begins
 	attributed  bool          // with accept_proxy: it counts as its source's
@@ -103,7 +103,7 @@ func (in *stream) Close() error {
 // the socket. It may be called more than once.
 func (in *conn) release() {
 	in.closeOnce.Do(func() {
-		in.uncut()
+		in.stopCancel()
 		in.lease.Release()
 		in.front.conns.Done()
 	})
@@ -125,7 +125,7 @@ func (f *Front) serve(in *stream) {
 	in.asker.onLoop, in.asker.mustAsk = false, false
 	if in.service.Trust != nil && !in.identified {
 		if err := in.identify(); err != nil {
-			f.refuseInbound(in, err)
+			f.refuseConn(in, err)
 			return
 		}
 	}
@@ -136,7 +136,7 @@ func (f *Front) serve(in *stream) {
 	case "tcp":
 		r, err := in.decide(nil)
 		if err != nil {
-			f.refuseInbound(in, err)
+			f.refuseConn(in, err)
 			return
 		}
 		f.spliceTo(in, r, nil)
@@ -281,15 +281,15 @@ func (e *strangerError) Unwrap() error { return errStranger }
 
 var errNoHeader = errors.New("no PROXY header: a tcp listener with accept_proxy, or one with accept_proxy.required, needs one on each connection (send_proxy: v2 at the previous hop)")
 
-// refuseInbound ends a connection that did not get as far as its mode.
-func (f *Front) refuseInbound(in *stream, err error) {
+// refuseConn ends a connection that did not get as far as its mode.
+func (f *Front) refuseConn(in *stream, err error) {
 	defer in.release()
-	f.inboundRefused(in.conn, err)
+	f.connRefused(in.conn, err)
 	tcpsock.ResetConn(in.TCPConn)
 }
 
-// inboundRefused counts such a connection, and says so.
-func (f *Front) inboundRefused(in *conn, err error) {
+// connRefused counts such a connection, and says so.
+func (f *Front) connRefused(in *conn, err error) {
 	reason := refusal(err)
 	if f.ctx.Err() != nil {
 		reason = shutdown

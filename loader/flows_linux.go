@@ -4,7 +4,7 @@ package loader
 func (l *Loader) Flows() []Info {
 	var list []Info
 	for i := range l.live {
-		if f := l.live[i].Load(); f != nil {
+		if f := l.live[i].Load(); f != nil && f.record == nil { // else its record knows who has it
 			if info, ok := f.info(); ok {
 				list = append(list, info)
 			}

@@ -199,17 +199,29 @@ func (r *record) remove() bool {
 	return true
 }
 
-// info is what there is to say about a flow that userspace has.
+// info is what there is to say about the flow, whoever has it.
 func (r *record) info() (Info, bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.gone || r.flow != nil {
-		return Info{}, false
+	for range 10 {
+		r.mu.Lock()
+		f := r.flow
+		if f == nil {
+			defer r.mu.Unlock()
+			return r.infoOfRelayed(), !r.gone
+		}
+		r.mu.Unlock()
+		if info, ok := f.info(); ok {
+			return info, true
+		} // else it has been given back meanwhile
 	}
+	return Info{}, false
+}
+
+// infoOfRelayed is info while userspace has the flow. It is called with mu held.
+func (r *record) infoOfRelayed() Info {
 	r.refresh()
 	i := describeInfo(&r.entry)
 	i.DownstreamCookie = r.cookie
 	i.Up, i.Down = int64(r.entry.Up.Bytes), int64(r.entry.Down.Bytes)
 	i.UpCopied, i.DownCopied = int64(r.entry.Up.Passed), int64(r.entry.Down.Passed)
-	return i, true
+	return i
 }

@@ -50,6 +50,7 @@ func TestTalks(t *testing.T) {
 	} {
 		var sides [2]side
 		var k talk
+		var talkers talkerCount
 		talking := 0
 		long := 3 * talkWithin
 		if c.want { // it ends when it is told, and a busy machine may pause
@@ -60,7 +61,7 @@ func TestTalks(t *testing.T) {
 				if !c.quick {
 					k.since = k.since.Add(-talkWithin / talkTurns)
 				}
-				talking += k.says(&sides[i], c.size, new(talkerCount))
+				talking += k.says(&sides[i], c.size, &talkers)
 			}
 		}
 		if (talking > 0) != c.want {

@@ -11,6 +11,24 @@
 // that waits for bytes holds neither a buffer nor a pipe, and pumps that have been quiet for a while have no
 // goroutine either: one epoll for all of them waits. A flow that a kernel datapath may have goes back to a
 // loop when its pumps have little to do.
+//
+//	relay.go         what callers see: a relay, the options of a flow, its counters and its result
+//	flow.go          a flow between its two sides, its pumps, and its end
+//	onloop_linux.go  a flow on a loop: from its first bytes until it is detached or has ended
+//	pump_linux.go    a goroutine for a direction: reads and writes, or splice(2) through a pipe
+//	pipe_linux.go    the pipes
+//	copy.go          the same for connections that are no bare sockets
+//	park.go          timers, and sides that wait without a goroutine
+//	watch_linux.go   the epoll that waits for them
+//	datapath.go      what a kernel datapath is, and what it is told of a flow
+//	talk.go          which flows a kernel datapath gets
+//	offer.go         a flow's stay in a datapath, from the offer on
+//	handoff_linux.go from a loop to a datapath and back, and from pumps to a loop
+//	held_linux.go    what flows hold for readers that have no room
+//
+// Locks are taken in this order: that of a loop, flow.mu, and then one of those of watcher, calmFlows, talkerCount
+// and pipePool, under which nothing else is locked. holding.measuring comes before that of watcher. What a Datapath
+// is asked, and what a caller has given to be called, is called with no lock held, but for Sockets.Busy and count.
 package relay
 
 import (

@@ -179,7 +179,7 @@ func (f *flow) run() {
 			return
 		}
 	}
-	if !f.ending() && f.quicken() {
+	if !f.ending() && f.attach() {
 		return
 	}
 	f.userspace()

@@ -47,7 +47,7 @@ func (f *flow) handOff(d Sockets, taken func()) (then func()) {
 			return
 		}
 		f.talk.turns = -talkAgain
-		f.relayOn(down, up)
+		f.attachTo(down, up)
 	}
 }
 
@@ -55,7 +55,7 @@ func (f *flow) handOff(d Sockets, taken func()) (then func()) {
 func (f *flow) takeBack(down, up int, downRest, upRest []byte) {
 	f.down.rest, f.up.rest = downRest, upRest
 	l := f.relay.loops.Loop()
-	f.relayOn(l.NewSocket(down), l.NewSocket(up))
+	f.attachTo(l.NewSocket(down), l.NewSocket(up))
 }
 
 // calmDown gives f, both of whose sides are parked, back to a loop, where a datapath may have it again. It is called
@@ -84,7 +84,7 @@ func (f *flow) calmDown() {
 	f.mu.Unlock()
 	f.down.conn.Close()
 	f.up.conn.Close()
-	f.resumed().relayOn(down, up)
+	f.resumed().attachTo(down, up)
 }
 
 // calmFlows are the flows on loops that prefer a datapath. Those that are quiet are handed off: they may never be

@@ -22,7 +22,7 @@ func (r *Relay) RunSockets(ctx context.Context, down, up *loop.Socket, o Options
 	if len(o.Datapaths) > 0 && f.offerSockets(down, up) {
 		return
 	}
-	f.relayOn(down, up)
+	f.attachTo(down, up)
 }
 
 // offerSockets offers the flow to the kernel datapaths, and reports whether somebody else goes on with it.
@@ -64,8 +64,8 @@ func (r *Relay) runConns(ctx context.Context, down, up *loop.Socket, o Options, 
 	r.Run(ctx, d, u, o, done)
 }
 
-// quicken gives f to a loop, if that can have it.
-func (f *flow) quicken() bool {
+// attach gives f to a loop, if that can have it.
+func (f *flow) attach() bool {
 	if !f.down.bare || !f.up.bare || !f.disarm() {
 		return false
 	}
@@ -79,7 +79,7 @@ func (f *flow) quicken() bool {
 	}
 	f.down.conn.Close() // out of Go's poller, which would wake for each message
 	f.up.conn.Close()
-	f.relayOn(down, up)
+	f.attachTo(down, up)
 	return true
 }
 
@@ -99,8 +99,8 @@ func (f *flow) socketsOnLoop() (down, up *loop.Socket) {
 	return nil, nil
 }
 
-// relayOn begins f on the loop of its sockets.
-func (f *flow) relayOn(down, up *loop.Socket) {
+// attachTo begins f on the loop of its sockets.
+func (f *flow) attachTo(down, up *loop.Socket) {
 	l := down.Loop()
 	l.Do(func() (then func()) {
 		f.mu.Lock()
@@ -119,16 +119,16 @@ func (f *flow) begin(l *loop.Loop) (then func()) {
 	for i, s := range f.sides() {
 		var err error
 		if missed[i], err = s.socket.Attach(s); err != nil {
-			return f.leave(f.resume) // no memory
+			return f.detach(f.resume) // no memory
 		}
 	}
 	if err := f.writeFirst(f.up.socket.FD()); err == unix.EAGAIN {
-		return f.leave(f.resume) // where the rest is written
+		return f.detach(f.resume) // where the rest is written
 	} else if err != nil {
-		return f.leave(func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
+		return f.detach(func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
 	}
 	if len(f.down.rest)+len(f.up.rest) > 0 {
-		return f.leave(f.resume) // pumps write what is left of an earlier stay
+		return f.detach(f.resume) // pumps write what is left of an earlier stay
 	}
 	f.relay.calm.add(f, l)
 	for i, s := range f.sides() {
@@ -161,14 +161,14 @@ func (s *side) Handle(events uint32) (then func()) {
 	f := s.flow
 	switch {
 	case events&unix.EPOLLPRI != 0:
-		return f.leave(f.resume)
+		return f.detach(f.resume)
 	case s.state != ended:
 		return s.pass(events&^(unix.EPOLLIN|unix.EPOLLOUT) != 0)
 	case events&unix.EPOLLERR == 0:
 		return nil // its stream has ended, as we know
 	}
 	err := cmp.Or(takeError(s.socket.FD()), error(unix.ECONNRESET))
-	return f.leave(func() { f.resumeBroken(s, &sideError{"watch", s.name(), err}) })
+	return f.detach(func() { f.resumeBroken(s, &sideError{"watch", s.name(), err}) })
 }
 
 // pass moves what s has. With toEnd it reads until it is told that there is no more; else a read that doesn't
@@ -186,18 +186,18 @@ func (s *side) pass(toEnd bool) (then func()) {
 		case err == unix.EAGAIN:
 			return nil
 		case err != nil:
-			return f.leave(func() { f.resumeBroken(s, &sideError{"read from", s.name(), err}) })
+			return f.detach(func() { f.resumeBroken(s, &sideError{"read from", s.name(), err}) })
 		case n == 0:
 			return s.eof()
 		}
 		m, err := noEINTR(func() (int, error) { return unix.Write(dst.socket.FD(), buf[:n]) })
 		moved.Add(int64(max(m, 0)))
 		if err != nil && err != unix.EAGAIN {
-			return f.leave(func() { f.resumeBroken(dst, &sideError{"write to", dst.name(), err}) })
+			return f.detach(func() { f.resumeBroken(dst, &sideError{"write to", dst.name(), err}) })
 		}
 		if m < n {
 			s.rest = bytes.Clone(buf[max(m, 0):n])
-			return f.leave(f.resume)
+			return f.detach(f.resume)
 		}
 		if n < len(buf) {
 			if full = 0; !toEnd {
@@ -207,7 +207,7 @@ func (s *side) pass(toEnd bool) (then func()) {
 				return nil
 			}
 		} else if full++; full >= fullReads {
-			return f.leave(f.resume)
+			return f.detach(f.resume)
 		}
 	}
 }
@@ -222,10 +222,10 @@ func (s *side) eof() (then func()) {
 	}
 	dst.shut.Store(true)
 	if err := unix.Shutdown(dst.socket.FD(), unix.SHUT_WR); err != nil {
-		return f.leave(func() { f.resumeBroken(dst, &sideError{"end the stream to", dst.name(), err}) })
+		return f.detach(func() { f.resumeBroken(dst, &sideError{"end the stream to", dst.name(), err}) })
 	}
 	if fault != nil {
-		return f.leave(func() { f.resumeBroken(s, &sideError{"read from", s.name(), fault}) })
+		return f.detach(func() { f.resumeBroken(s, &sideError{"read from", s.name(), fault}) })
 	}
 	return nil
 }
@@ -245,9 +245,9 @@ func (f *flow) endOnLoop() (then func()) {
 	}
 }
 
-// leave gives f to Go's poller, where then, which has a goroutine of its own, goes on with it. It is called
+// detach gives f to Go's poller, where then, which has a goroutine of its own, goes on with it. It is called
 // with the loop held.
-func (f *flow) leave(then func()) func() {
+func (f *flow) detach(then func()) func() {
 	f.relay.calm.remove(f)
 	f.onLoop.Store(false)
 	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
@@ -287,7 +287,7 @@ func (f *flow) cutOn(l *loop.Loop, end End, err error) {
 		if !f.onLoop.Load() {
 			return nil
 		}
-		return f.leave(func() { f.resumeAborted(end, err) })
+		return f.detach(func() { f.resumeAborted(end, err) })
 	})
 }
 
@@ -318,7 +318,7 @@ func (f *flow) lookOn(l *loop.Loop) {
 			f.tick.Reset(min(f.o.Idle/4, f.o.Idle-quiet))
 			return nil
 		}
-		return f.leave(func() { f.resumeAborted(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle)) })
+		return f.detach(func() { f.resumeAborted(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle)) })
 	})
 }
 

@@ -42,7 +42,7 @@ func unwatch(*side)            {}
 type sockConn struct{ *net.TCPConn } // that was on a loop: there are none here
 
 func (f *flow) attach() bool { return false }
-func (f *flow) calmDown()     {}
+func (f *flow) calmDown()    {}
 
 // takeBack ends the flow: there is no datapath here that could give one back.
 func (f *flow) takeBack(_, _ int, _, _ []byte) {

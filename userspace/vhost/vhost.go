@@ -23,6 +23,7 @@
 //	match.go       what a route takes
 //	route.go       a route, and which of its targets is tried first
 //	charge.go      the request is charged to its source
+//	held.go        what answers take whose clients do not read
 //	readings.go    refuses what servers read in different ways behind a guard
 //	guard.go       access rules: what they see, and how they refuse
 //	redirect.go    answers that name another address

@@ -74,7 +74,7 @@ func logKeys(call *ast.CallExpr) (keys []string) {
 		return text(call.Args, 0, 1)
 	case !slices.Contains([]string{"Debug", "Info", "Warn", "Error"}, method.Sel.Name):
 		return nil
-	case isNamed(method.X, "complain"):
+	case isNamed(method.X, "limited"):
 		first = 2
 	case !isNamed(method.X, "log", "Log", "w"):
 		return nil

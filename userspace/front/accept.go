@@ -55,7 +55,7 @@ func (f *Front) turnedAway(listener string, peer netip.AddrPort, reason string, 
 	if reason == overLimit {
 		msg += ": over the limit"
 	}
-	f.complain.Warn(reason, msg, "listener", listener, "peer", peer, "reason", reason, "err", err)
+	f.limited.Warn(reason, msg, "listener", listener, "peer", peer, "reason", reason, "err", err)
 }
 
 // slowPath brings in, which comes by s, to its end on a goroutine, after what was read ahead. It owns both.
@@ -63,7 +63,7 @@ func (f *Front) slowPath(in *conn, s accepted, ahead []byte) {
 	tcp, err := s.Conn()
 	if err != nil {
 		f.metrics.Refused.WithLabelValues(in.listener.name, "out_of_files").Inc()
-		f.complain.Warn("out_of_files", outOfFiles, "err", err)
+		f.limited.Warn("out_of_files", outOfFiles, "err", err)
 		in.release()
 		return
 	}
@@ -83,7 +83,7 @@ func (f *Front) failed(s *socket, err error) (goOn bool) {
 	if !outOfResources(err) {
 		return true // the peer was gone before we came (ECONNABORTED), or a passing network error
 	}
-	f.complain.Warn("out_of_files", outOfFiles, "err", err)
+	f.limited.Warn("out_of_files", outOfFiles, "err", err)
 	if !f.spare.shed(s.door) {
 		return false
 	}

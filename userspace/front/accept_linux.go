@@ -66,7 +66,7 @@ func (f *Front) admitTailnet(s *socket, c *loop.Socket, peer netip.AddrPort) {
 		l := s.owner.Load().name
 		f.metrics.Accepted.WithLabelValues(l).Inc()
 		f.metrics.Refused.WithLabelValues(l, notByTailnet).Inc()
-		f.complain.Warn(notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet", "listener", l,
+		f.limited.Warn(notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet", "listener", l,
 			"reason", notByTailnet, "peer", peer, "interface", name, "address", s.addr, "err", err)
 	}()
 }

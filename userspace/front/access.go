@@ -100,7 +100,7 @@ func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *plan.Peers)
 // requestRefused counts and logs a request that a guard refuses.
 func (f *Front) requestRefused(listener string, v *vhost.Visit, reason string, err error) {
 	f.metrics.Refused.WithLabelValues(listener, reason).Inc()
-	f.complain.Warn(reason, "request refused", "id", v.ID, "listener", listener, "client", clientString(v.Client),
+	f.limited.Warn(reason, "request refused", "id", v.ID, "listener", listener, "client", clientString(v.Client),
 		"host", v.URI.Host, "path", v.URI.Path, "reason", reason, "err", err)
 }
 
@@ -207,7 +207,7 @@ func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.G
 			}
 			err = fmt.Errorf("forward_auth %s: %w", address, err)
 			f.metrics.Refused.WithLabelValues(listener, "auth_server").Inc()
-			f.complain.Warn("auth_server "+address, "the forward_auth server gave no usable answer", "id", v.ID, "listener", listener, "address", address, "err", err)
+			f.limited.Warn("auth_server "+address, "the forward_auth server gave no usable answer", "id", v.ID, "listener", listener, "address", address, "err", err)
 			no := &vhost.Refusal{Status: http.StatusBadGateway, Title: "The sign-in service sent no valid answer",
 				Text: f.node() + " could not find out whether you have access.", Hint: "Try again in a few minutes.", Err: err}
 			if errors.Is(err, auth.ErrNoAnswer) {

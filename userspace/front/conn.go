@@ -298,9 +298,9 @@ func (f *Front) connRefused(in *conn, err error) {
 	switch reason {
 	case "empty", shutdown, rejected: // opened and closed: a port scan or a health check; or cut by us
 	case overLimit:
-		f.complain.Warn(overLimit, "connection refused: over the limit", "listener", in.listener.name, "err", err)
+		f.limited.Warn(overLimit, "connection refused: over the limit", "listener", in.listener.name, "err", err)
 	default:
-		f.complain.Warn(reason, "connection refused", "listener", in.listener.name, "client", in.client, "peer", in.peer, "reason", reason, "err", err)
+		f.limited.Warn(reason, "connection refused", "listener", in.listener.name, "client", in.client, "peer", in.peer, "reason", reason, "err", err)
 	}
 }
 

@@ -329,7 +329,7 @@ func (x *fastPath) connected(timedOut bool) {
 // tellSelf tells what the slow path, which dials anew, may never see.
 func (x *fastPath) tellSelf(err error) {
 	if errors.Is(err, dial.ErrSelf) { // not on the loop: a log may be slow
-		go x.front.complain.Warn("self "+x.rule.Written, "a socket was connected to itself instead of to the target: connecting again",
+		go x.front.limited.Warn("self "+x.rule.Written, "a socket was connected to itself instead of to the target: connecting again",
 			"listener", x.in.listener.name, "route", x.rule.Name, "target", x.rule.Written, "err", err)
 	}
 }

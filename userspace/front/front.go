@@ -86,7 +86,7 @@ type Front struct {
 	flows      *flow.Registry
 	metrics    *metrics.Set
 	targets    targets
-	complain   *complaints
+	limited    *rateLimited
 	spare      *spareFiles
 	started    time.Time
 
@@ -139,7 +139,7 @@ type Front struct {
 func New(cfg *config.Config, opts Options) (*Front, error) {
 	f := &Front{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
 		listeners: map[string]*listener{}, sockets: map[string]*socket{}, missing: map[string]string{},
-		complain: &complaints{log: opts.Log, last: map[string]*complaint{}}, addressesMoved: make(chan struct{}, 1),
+		limited: &rateLimited{log: opts.Log, last: map[string]*lines{}}, addressesMoved: make(chan struct{}, 1),
 		labelsMoved: make(chan struct{}, 1)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.metrics = metrics.New(opts.Version, f.state)

@@ -60,17 +60,17 @@ func (f *Front) dialUpstream(ctx context.Context, listener string, r *plan.Rule,
 	}
 	place, full := f.heldBy.Acquire(who.Source())
 	if full != nil {
-		f.complain.Warn("hold_source", "too many requests of one source wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.Name, "client", who.Client, "waiting", heldPerSource)
+		f.limited.Warn("hold_source", "too many requests of one source wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.Name, "client", who.Client, "waiting", heldPerSource)
 		return nil, err
 	}
 	defer place.Release()
 	if f.held.Add(1) > heldMost {
 		f.held.Add(-1)
-		f.complain.Warn("hold", "too many requests wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.Name, "waiting", heldMost)
+		f.limited.Warn("hold", "too many requests wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.Name, "waiting", heldMost)
 		return nil, err
 	}
 	defer f.held.Add(-1)
-	f.complain.Warn("held "+r.Written, "a request waits for a node that does not answer", "listener", listener, "route", r.Name, "target", r.Written, "hold", r.HTTP.Hold.String(), "err", err)
+	f.limited.Warn("held "+r.Written, "a request waits for a node that does not answer", "listener", listener, "route", r.Name, "target", r.Written, "hold", r.HTTP.Hold.String(), "err", err)
 	until := time.NewTimer(r.HTTP.Hold - time.Since(began))
 	defer until.Stop()
 	for {

@@ -89,7 +89,7 @@ func (h *httpServer) serve(in *stream) {
 	f.flows.Remove(fl)
 	if err != nil {
 		f.metrics.Refused.WithLabelValues(in.listener.name, "tls_handshake").Inc()
-		f.complain.Warn("tls_handshake", "the TLS handshake failed", "id", in.id, "listener", in.listener.name, "client", in.client, "reason", "tls_handshake", "err", err)
+		f.limited.Warn("tls_handshake", "the TLS handshake failed", "id", in.id, "listener", in.listener.name, "client", in.client, "reason", "tls_handshake", "err", err)
 	}
 }
 
@@ -148,13 +148,13 @@ func (f *Front) requestEnded(l *listener, r vhost.Request) {
 	var bad *vhost.BadRequest
 	if errors.As(r.Err, &bad) {
 		f.metrics.Refused.WithLabelValues(l.name, bad.Reason).Inc()
-		f.complain.Warn(bad.Reason, "request refused", "id", r.ID, "listener", l.name, "client", clientString(r.Client),
+		f.limited.Warn(bad.Reason, "request refused", "id", r.ID, "listener", l.name, "client", clientString(r.Client),
 			"method", r.Method, "host", r.Host, "uri", r.URI, "proto", r.Proto, "reason", bad.Reason, "err", bad)
 	}
 	var round *passesByError
 	if errors.As(r.Err, &round) {
 		f.metrics.Refused.WithLabelValues(l.name, misdirected).Inc()
-		f.complain.Warn(misdirected, "request refused", "id", r.ID, "listener", l.name, "client", clientString(r.Client),
+		f.limited.Warn(misdirected, "request refused", "id", r.ID, "listener", l.name, "client", clientString(r.Client),
 			"host", r.Host, "reason", misdirected, "err", round)
 	}
 	end := "eof"

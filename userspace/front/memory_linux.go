@@ -235,7 +235,7 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 		err = w.end(now, u, all, sockets, diag)
 	}
 	if err != nil {
-		f.complain.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
+		f.limited.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
 	}
 	return shortEvery
 }
@@ -254,7 +254,7 @@ func (w *memoryWatch) refuse(now time.Time, u memoryUse) {
 	}
 	if f.greedySources.Swap(&greedy) == nil {
 		most, held := greediest(greedy)
-		f.complain.Warn("memory_greedy", "memory is short: sources that hold much of it for readers that have stopped may open no more connections",
+		f.limited.Warn("memory_greedy", "memory is short: sources that hold much of it for readers that have stopped may open no more connections",
 			"sources", len(greedy), "source", most, "held", held, "what", u.what, "used", u.used, "total", u.total)
 	}
 }
@@ -388,7 +388,7 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 	}
 	if n > 0 {
 		w.front.metrics.Cut.WithLabelValues(u.what).Add(float64(n))
-		w.front.complain.Warn("memory_ended", "memory is short: flows that make no progress are ended, those of the source that holds most first",
+		w.front.limited.Warn("memory_ended", "memory is short: flows that make no progress are ended, those of the source that holds most first",
 			"flows", n, "source", first.String(), "what", u.what, "used", u.used, "total", u.total)
 	}
 	return err

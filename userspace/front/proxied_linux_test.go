@@ -254,9 +254,9 @@ listeners:
 
 	// answer is all that can be seen of a connection.
 	answer := func(d *daemon, slow bool, listener, peer string, sent []byte, reset bool) string {
-		d.complain.mu.Lock()
-		clear(d.complain.last) // each is told
-		d.complain.mu.Unlock()
+		d.limited.mu.Lock()
+		clear(d.limited.last) // each is told
+		d.limited.mu.Unlock()
 		logged, refused := len(d.log.String()), d.Status().Refused
 		c := d.comeBy(t, listener, peer, slow)
 		c.Write(sent)

@@ -114,7 +114,7 @@ func (f *Front) completeUpstream(listener string, r *plan.Rule, up *vhost.Upstre
 		info, _ := vhost.Info(ctx)
 		up, err := f.dialUpstream(ctx, listener, r, plan.Visitor{Client: info.Client.Addr(), Unknown: info.Unknown})
 		if err != nil {
-			f.complain.Warn("dial "+r.Written, "upstream can't be reached", "id", info.ID, "listener", listener, "route", r.Name, "target", r.Written, "client", info.Client, "err", err)
+			f.limited.Warn("dial "+r.Written, "upstream can't be reached", "id", info.ID, "listener", listener, "route", r.Name, "target", r.Written, "client", info.Client, "err", err)
 			return nil, pageReason(err)
 		}
 		if r.SendProxy {

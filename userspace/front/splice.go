@@ -113,7 +113,7 @@ func (f *Front) helloRefused(in *conn, name, reason string, err error) {
 		if reason == helloIncomplete {
 			msg = "the client left before its TLS hello was complete"
 		}
-		f.complain.Warn(reason, msg, "id", in.id, "listener", in.listener.name, "client", in.client, "name", name, "reason", reason, "err", err)
+		f.limited.Warn(reason, msg, "id", in.id, "listener", in.listener.name, "client", in.client, "name", name, "reason", reason, "err", err)
 	}
 }
 
@@ -123,7 +123,7 @@ func (f *Front) spliceTo(in *stream, r *plan.Rule, hello *sni.Hello) {
 	up, err := f.dialRule(f.ctx, in.listener.name, r, in.visitor())
 	if err != nil {
 		defer in.release()
-		f.complain.Warn("dial "+r.Written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.Name, "target", r.Written, "client", in.client, "name", in.name, "err", err)
+		f.limited.Warn("dial "+r.Written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.Name, "target", r.Written, "client", in.client, "name", in.name, "err", err)
 		if hello != nil {
 			sni.Refuse(in.TCPConn, sni.AlertInternalError)
 			return

@@ -81,6 +81,6 @@ func (f *Front) dialTransparent(ctx context.Context, listener string, r *plan.Ru
 		reason = string(te.Reason)
 	}
 	f.metrics.NotTransparent.WithLabelValues(listener, reason).Inc()
-	f.complain.Warn("not_transparent "+reason, "the target sees this host's address instead of the client's", "listener", listener, "route", r.Name, "target", r.Written, "client", client, "reason", reason, "err", why)
+	f.limited.Warn("not_transparent "+reason, "the target sees this host's address instead of the client's", "listener", listener, "route", r.Name, "target", r.Written, "client", client, "reason", reason, "err", why)
 	return up, nil
 }

@@ -79,12 +79,12 @@ func (f *Front) slowPath(in *conn, s accepted, ahead []byte) {
 const outOfFiles = "out of file descriptors: connections are closed at once: raise LimitNOFILE= or `ulimit -n`, or lower limits.connections"
 
 // failed sees to an error of accept on s. goOn says that the next try may do better.
-func (f *Front) failed(s *socket, err error) (goOn bool) {
+func (f *Front) failed(s *listenerSocket, err error) (goOn bool) {
 	if !outOfResources(err) {
 		return true // the peer was gone before we came (ECONNABORTED), or a passing network error
 	}
 	f.limited.Warn("out_of_files", outOfFiles, "err", err)
-	if !f.spare.shed(s.door) {
+	if !f.spare.shed(s) {
 		return false
 	}
 	f.metrics.Refused.WithLabelValues(s.owner.Load().name, "out_of_files").Inc()
@@ -148,9 +148,9 @@ func (s *spareFiles) refillLocked() {
 	s.missing.Store(len(s.files) < spares)
 }
 
-// shed refuses the connection that waits at d with a reset, and reports
+// shed refuses the connection that waits at from with a reset, and reports
 // whether it could.
-func (s *spareFiles) shed(d *door) bool {
+func (s *spareFiles) shed(from *listenerSocket) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	defer s.refillLocked()
@@ -158,7 +158,7 @@ func (s *spareFiles) shed(d *door) bool {
 		s.files[n-1].Close()
 		s.files = s.files[:n-1]
 		s.missing.Store(true)
-		if err := d.refuseOne(); err == nil || !outOfResources(err) {
+		if err := from.refuseOne(); err == nil || !outOfResources(err) {
 			return err == nil // else whoever waited is gone
 		}
 	}

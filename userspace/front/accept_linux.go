@@ -13,27 +13,26 @@ import (
 // accepted is a connection that nobody reads from yet.
 type accepted = *loop.Socket
 
-// A door is a bound address. It is not in Go's poller: connections are accepted by the loops.
-type door struct {
-	fd       int
-	addr     net.Addr
-	acceptor *loop.Acceptor // nil before accept
+// acceptor is a socket which is not in Go's poller: connections are accepted by the loops.
+type acceptor struct {
+	fd   int
+	loop *loop.Acceptor // nil before prepare
 }
 
-// newDoor makes a door of ln, which is closed then.
-func newDoor(ln *net.TCPListener) (*door, error) {
+// newListenerSocket makes one of ln, which is closed then.
+func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, error) {
 	defer ln.Close()
 	raw, err := ln.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
 	fd, err := tcpsock.Dup(raw)
-	return &door{fd: fd, addr: ln.Addr()}, err
+	return &listenerSocket{written: written, addr: ln.Addr(), acceptor: acceptor{fd: fd}}, err
 }
 
 // prepare makes accept possible.
-func (d *door) prepare(f *Front, s *socket) error {
-	d.acceptor = f.opts.Loops.NewAcceptor(d.fd, func(c *loop.Socket, peer unix.Sockaddr) {
+func (s *listenerSocket) prepare(f *Front) error {
+	s.loop = f.opts.Loops.NewAcceptor(s.fd, func(c *loop.Socket, peer unix.Sockaddr) {
 		f.spare.refill()
 		if s.tailnet.Load() {
 			f.admitTailnet(s, c, tcpsock.AddrPort(peer))
@@ -48,8 +47,8 @@ func (d *door) prepare(f *Front, s *socket) error {
 // The kernel takes connections to it on every interface, so that neighbours in the LAN could come who route
 // to it through this host. tailscaled makes the interface anew as it likes, so who comes by another one than
 // before is looked at, off the loop.
-func (f *Front) admitTailnet(s *socket, c *loop.Socket, peer netip.AddrPort) {
-	local := addrPort(s.door.addr).Addr()
+func (f *Front) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.AddrPort) {
+	local := addrPort(s.addr).Addr()
 	index, err := arrivedOn(c.FD(), local)
 	if err == nil && (index == loopbackIndex || int64(index) == s.via.Load()) {
 		f.admit(s.owner.Load(), c, peer)
@@ -67,7 +66,7 @@ func (f *Front) admitTailnet(s *socket, c *loop.Socket, peer netip.AddrPort) {
 		f.metrics.Accepted.WithLabelValues(l).Inc()
 		f.metrics.Refused.WithLabelValues(l, notByTailnet).Inc()
 		f.limited.Warn(notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet", "listener", l,
-			"reason", notByTailnet, "peer", peer, "interface", name, "address", s.addr, "err", err)
+			"reason", notByTailnet, "peer", peer, "interface", name, "address", s.written, "err", err)
 	}()
 }
 
@@ -75,23 +74,23 @@ func (f *Front) admitTailnet(s *socket, c *loop.Socket, peer netip.AddrPort) {
 const notByTailnet = "not_by_tailnet"
 
 // accept begins to admit connections.
-func (d *door) accept() { d.acceptor.Start() }
+func (s *listenerSocket) accept() { s.loop.Start() }
 
 // Close ends that, and waits until nobody is being admitted.
-func (d *door) Close() {
-	if d.acceptor != nil {
-		d.acceptor.Stop()
+func (s *listenerSocket) Close() {
+	if s.loop != nil {
+		s.loop.Stop()
 	}
-	unix.Close(d.fd)
+	unix.Close(s.fd)
 }
 
 // refuseOne resets the connection that waits.
-func (d *door) refuseOne() error {
-	fd, _, err := unix.Accept4(d.fd, unix.SOCK_CLOEXEC)
+func (s *listenerSocket) refuseOne() error {
+	fd, _, err := unix.Accept4(s.fd, unix.SOCK_CLOEXEC)
 	if err != nil {
 		return err
 	}
 	return tcpsock.Reset(fd)
 }
 
-func (d *door) sharePort(on bool) error { return sharePort(uintptr(d.fd), on) }
+func (s *listenerSocket) sharePort(on bool) error { return sharePort(uintptr(s.fd), on) }

@@ -10,23 +10,24 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
-// A door is a bound address, with a goroutine that accepts.
-type door struct {
+// acceptor is a listener with a goroutine that accepts.
+type acceptor struct {
 	ln   *net.TCPListener
-	addr net.Addr
 	run  func()
 	done chan struct{} // closed when run has ended; nil before accept
 }
 
-func newDoor(ln *net.TCPListener) (*door, error) { return &door{ln: ln, addr: ln.Addr()}, nil }
+func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, error) {
+	return &listenerSocket{written: written, addr: ln.Addr(), acceptor: acceptor{ln: ln}}, nil
+}
 
 // prepare makes accept possible.
-func (d *door) prepare(f *Front, s *socket) error {
-	d.run = func() {
-		defer close(d.done)
+func (s *listenerSocket) prepare(f *Front) error {
+	s.run = func() {
+		defer close(s.done)
 		for {
 			f.spare.refill()
-			c, err := d.ln.AcceptTCP()
+			c, err := s.ln.AcceptTCP()
 			switch {
 			case err == nil:
 				f.admit(s.owner.Load(), accepted{c}, addrPort(c.RemoteAddr()))
@@ -41,32 +42,32 @@ func (d *door) prepare(f *Front, s *socket) error {
 }
 
 // accept begins to admit connections.
-func (d *door) accept() {
-	d.done = make(chan struct{})
-	go d.run()
+func (s *listenerSocket) accept() {
+	s.done = make(chan struct{})
+	go s.run()
 }
 
 // Close ends that, and waits until nobody is being admitted.
-func (d *door) Close() {
-	d.ln.Close()
-	if d.done != nil {
-		<-d.done
+func (s *listenerSocket) Close() {
+	s.ln.Close()
+	if s.done != nil {
+		<-s.done
 	}
 }
 
 // refuseOne resets the connection that waits.
-func (d *door) refuseOne() error {
-	d.ln.SetDeadline(time.Now().Add(10 * time.Millisecond)) // it may be gone by now
-	defer d.ln.SetDeadline(time.Time{})
-	c, err := d.ln.AcceptTCP()
+func (s *listenerSocket) refuseOne() error {
+	s.ln.SetDeadline(time.Now().Add(10 * time.Millisecond)) // it may be gone by now
+	defer s.ln.SetDeadline(time.Time{})
+	c, err := s.ln.AcceptTCP()
 	if err == nil {
 		tcpsock.ResetConn(c)
 	}
 	return err
 }
 
-func (d *door) sharePort(on bool) error {
-	raw, err := d.ln.SyscallConn()
+func (s *listenerSocket) sharePort(on bool) error {
+	raw, err := s.ln.SyscallConn()
 	if err != nil {
 		return err
 	}

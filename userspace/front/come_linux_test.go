@@ -10,22 +10,22 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
-// doorTo is an address where connections arrive at a listener of f once it accepts, from whom peer says, by
+// socketTo is an address where connections arrive at a listener of f once it accepts, from whom peer says, by
 // the slow path or by the one that is for them. admitted is called behind each.
-func doorTo(t *testing.T, f *Front, listener string, slow bool, peer func() netip.AddrPort, admitted func()) *door {
+func socketTo(t *testing.T, f *Front, listener string, slow bool, peer func() netip.AddrPort, admitted func()) *listenerSocket {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := newDoor(ln.(*net.TCPListener))
+	d, err := newListenerSocket("", ln.(*net.TCPListener))
 	if err != nil {
 		t.Fatal(err)
 	}
 	f.mu.Lock()
 	l := f.listeners[listener]
 	f.mu.Unlock()
-	d.acceptor = f.opts.Loops.NewAcceptor(d.fd, func(s *loop.Socket, _ unix.Sockaddr) {
+	d.loop = f.opts.Loops.NewAcceptor(d.fd, func(s *loop.Socket, _ unix.Sockaddr) {
 		if !slow {
 			f.admit(l, s, peer())
 		} else if in := f.takeIn(l, s, peer()); in != nil {
@@ -45,7 +45,7 @@ func (d *daemon) come(t *testing.T, listener, peer string) *net.TCPConn {
 func (d *daemon) comeBy(t *testing.T, listener, peer string, slow bool) *net.TCPConn {
 	t.Helper()
 	admitted := make(chan struct{}, 1)
-	at := doorTo(t, d.Front, listener, slow, func() netip.AddrPort { return netip.MustParseAddrPort(peer) },
+	at := socketTo(t, d.Front, listener, slow, func() netip.AddrPort { return netip.MustParseAddrPort(peer) },
 		func() { admitted <- struct{}{} })
 	defer at.Close()
 	c := dialTCP(t, at.addr.String()) // before it may be reset

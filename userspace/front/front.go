@@ -110,8 +110,8 @@ type Front struct {
 	mu        sync.Mutex // guards what follows, and serialises reloads
 	plan      *plan.Plan // in force, with the routes of labels
 	loaded    time.Time
-	listeners map[string]*listener // by name
-	sockets   map[string]*socket   // by bound address
+	listeners map[string]*listener       // by name
+	sockets   map[string]*listenerSocket // by bound address
 	closed    bool
 
 	missing      map[string]string         // Options.Missing, as it is now
@@ -138,7 +138,7 @@ type Front struct {
 // nothing is left running.
 func New(cfg *config.Config, opts Options) (*Front, error) {
 	f := &Front{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
-		listeners: map[string]*listener{}, sockets: map[string]*socket{}, missing: map[string]string{},
+		listeners: map[string]*listener{}, sockets: map[string]*listenerSocket{}, missing: map[string]string{},
 		limited: &rateLimited{log: opts.Log, last: map[string]*lines{}}, addressesMoved: make(chan struct{}, 1),
 		labelsMoved: make(chan struct{}, 1)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
@@ -237,7 +237,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	opened, failed := f.bindMissing(want)
 	if err := f.mustBind(want, failed); err != nil && !starts {
 		for _, s := range opened {
-			s.door.Close()
+			s.Close()
 		}
 		undo()
 		return err
@@ -496,10 +496,10 @@ func (f *Front) stopAccepting() {
 	f.mu.Lock()
 	f.closed = true
 	sockets := f.sockets
-	f.sockets = map[string]*socket{}
+	f.sockets = map[string]*listenerSocket{}
 	f.mu.Unlock()
 	for _, s := range sockets {
-		s.door.Close()
+		s.Close()
 	}
 }
 

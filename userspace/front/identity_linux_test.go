@@ -401,7 +401,7 @@ func (w *world) connect(f *Front, listener string, c *chain, place int) (addr st
 	if place > 0 {
 		peer.Store(&c.hops[place-1].addr)
 	}
-	d := doorTo(w.t, f, listener, false, func() netip.AddrPort { return netip.AddrPortFrom(*peer.Load(), 1234) },
+	d := socketTo(w.t, f, listener, false, func() netip.AddrPort { return netip.AddrPortFrom(*peer.Load(), 1234) },
 		func() {})
 	d.accept()
 	w.closers = append(w.closers, d.Close)

@@ -27,12 +27,13 @@ import (
 // announces an address shortly before the interface has it.
 const rebindEvery = time.Second
 
-// socket is one bound address. Its owner may change at a reload, the socket
+// listenerSocket is one bound address. Its owner may change at a reload, the socket
 // itself stays, so that no connection is refused meanwhile.
-type socket struct {
-	addr  string // as bound: "host:port"
-	door  *door
-	owner atomic.Pointer[listener]
+type listenerSocket struct {
+	written  string   // what was asked for: "host:port"
+	addr     net.Addr // as bound
+	acceptor          // how this system accepts
+	owner    atomic.Pointer[listener]
 
 	tailnet atomic.Bool  // for those who come by the tailnet: see admitTailnet
 	via     atomic.Int64 // the interface by which they came last
@@ -110,10 +111,10 @@ func (f *Front) warnOfTailscaled(listens []string) {
 // moment, so that the old one need not be closed before it is known that the
 // new one works. SO_REUSEPORT allows that, and is asked for then only: it would
 // let a second daemon take the port unnoticed.
-func listen(addr string, leaving ...*door) (*door, error) {
-	d, err := listenOnce(addr, nil)
+func listen(addr string, leaving ...*listenerSocket) (*listenerSocket, error) {
+	s, err := listenOnce(addr, nil)
 	if len(leaving) == 0 || !errors.Is(err, syscall.EADDRINUSE) {
-		return d, err
+		return s, err
 	}
 	for _, l := range leaving {
 		if shareErr := l.sharePort(true); shareErr != nil {
@@ -121,15 +122,15 @@ func listen(addr string, leaving ...*door) (*door, error) {
 		}
 		defer l.sharePort(false)
 	}
-	d, err = listenOnce(addr, shareNewPort)
+	s, err = listenOnce(addr, shareNewPort)
 	if err != nil {
 		return nil, err
 	}
-	if err := d.sharePort(false); err != nil {
-		d.Close()
+	if err := s.sharePort(false); err != nil {
+		s.Close()
 		return nil, err
 	}
-	return d, nil
+	return s, nil
 }
 
 func shareNewPort(_, _ string, raw syscall.RawConn) error {
@@ -146,7 +147,7 @@ func sharePort(fd uintptr, on bool) error {
 	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, v))
 }
 
-func listenOnce(addr string, control func(network, address string, c syscall.RawConn) error) (*door, error) {
+func listenOnce(addr string, control func(network, address string, c syscall.RawConn) error) (*listenerSocket, error) {
 	lc := net.ListenConfig{Control: control}
 	keepFlowsAlive(&lc)
 	lc.SetMultipathTCP(false)
@@ -162,7 +163,7 @@ func listenOnce(addr string, control func(network, address string, c syscall.Raw
 	if err != nil {
 		return nil, &bindError{addr, err}
 	}
-	return newDoor(ln.(*net.TCPListener))
+	return newListenerSocket(addr, ln.(*net.TCPListener))
 }
 
 func parsePort(s string) uint16 {
@@ -213,16 +214,16 @@ func firstFreePort() string {
 // there yet. failed says why the rest could not be opened, by address.
 //
 // f.mu is held.
-func (f *Front) bindMissing(want []binding) (opened map[string]*socket, failed map[string]error) {
-	opened, failed = map[string]*socket{}, map[string]error{}
+func (f *Front) bindMissing(want []binding) (opened map[string]*listenerSocket, failed map[string]error) {
+	opened, failed = map[string]*listenerSocket{}, map[string]error{}
 	wanted := map[string]bool{}
 	for _, b := range want {
 		wanted[b.addr] = true
 	}
-	leaving := map[string][]*door{} // by port
+	leaving := map[string][]*listenerSocket{} // by port
 	for addr, s := range f.sockets {
 		if !wanted[addr] {
-			leaving[portOf(addr)] = append(leaving[portOf(addr)], s.door)
+			leaving[portOf(addr)] = append(leaving[portOf(addr)], s)
 		}
 	}
 	for _, b := range want {
@@ -239,14 +240,13 @@ func (f *Front) bindMissing(want []binding) (opened map[string]*socket, failed m
 }
 
 // open binds addr, and accepts nothing yet.
-func (f *Front) open(addr string, leaving []*door) (*socket, error) {
-	d, err := listen(addr, leaving...)
+func (f *Front) open(addr string, leaving []*listenerSocket) (*listenerSocket, error) {
+	s, err := listen(addr, leaving...)
 	if err != nil {
 		return nil, err
 	}
-	s := &socket{addr: addr, door: d}
-	if err := d.prepare(f, s); err != nil {
-		d.Close()
+	if err := s.prepare(f); err != nil {
+		s.Close()
 		return nil, &bindError{addr, err}
 	}
 	return s, nil
@@ -256,7 +256,7 @@ func (f *Front) open(addr string, leaving []*door) (*socket, error) {
 // starts what bindMissing has opened, closes the rest.
 //
 // f.mu is held.
-func (f *Front) rebind(want []binding, opened map[string]*socket) {
+func (f *Front) rebind(want []binding, opened map[string]*listenerSocket) {
 	wanted := map[string]bool{}
 	for _, b := range want {
 		wanted[b.addr] = true
@@ -268,15 +268,15 @@ func (f *Front) rebind(want []binding, opened map[string]*socket) {
 			s.tailnet.Store(b.tailnet)
 			f.sockets[b.addr] = s
 			ports := maps.Clone(*f.ports.Load())
-			ports[addrPort(s.door.addr).Port()] = true
+			ports[addrPort(s.addr).Port()] = true
 			f.ports.Store(&ports)
-			f.log.Info("listening", "address", boundAddress(b.addr, s.door), "listener", b.owner.name, "mode", b.owner.mode)
-			s.door.accept()
+			f.log.Info("listening", "address", s.bound(), "listener", b.owner.name, "mode", b.owner.mode)
+			s.accept()
 		}
 	}
 	for addr, s := range f.sockets {
 		if !wanted[addr] {
-			s.door.Close()
+			s.Close()
 			delete(f.sockets, addr)
 			f.log.Info("stopped listening", "address", addr)
 		}

@@ -141,9 +141,9 @@ func (f *Front) Status() Status {
 		for _, src := range l.managed {
 			ls.ACME = append(ls.ACME, src.Status()...)
 		}
-		for addr, sock := range f.sockets {
+		for _, sock := range f.sockets {
 			if sock.owner.Load() == l {
-				ls.Bound = append(ls.Bound, boundAddress(addr, sock.door))
+				ls.Bound = append(ls.Bound, sock.bound())
 			}
 		}
 		slices.Sort(ls.Bound)
@@ -186,12 +186,12 @@ func restrictions(r *plan.Rule) []string {
 	return all
 }
 
-// boundAddress shows the port that the kernel chose where the config says 0.
-func boundAddress(addr string, d *door) string {
-	if strings.HasSuffix(addr, ":0") {
-		return d.addr.String()
+// bound is the address, with the port that the kernel chose where the config says 0.
+func (s *listenerSocket) bound() string {
+	if strings.HasSuffix(s.written, ":0") {
+		return s.addr.String()
 	}
-	return addr
+	return s.written
 }
 
 // Trace answers q by what is in force.

@@ -8,6 +8,9 @@ PREFIX      ?= /usr/local
 DESTDIR     ?=
 BUILD       := build
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+# It checks that a field which says so (+checklocks:mu) is used with that lock held, in these packages.
+CHECKLOCKS  := gvisor.dev/gvisor/tools/checklocks/cmd/checklocks@v0.0.0-20260905035102-160fafc42237
+LOCKS       := ./userspace/accesslog ./userspace/acme ./userspace/admin ./userspace/container ./userspace/flow ./userspace/logwriter
 VERSION     := $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null || echo devel)
 # What people install is made by a module of its own, too.
 PACKAGES    := deploy/packages
@@ -105,10 +108,12 @@ bench-docs: ## Show the run of test/bench/recorded.json, a copy of build/bench.j
 	$(BUILD)/bench publish
 
 .PHONY: lint
-lint: ## gofmt, vet and staticcheck, for Linux and macOS
+lint: ## gofmt, vet and staticcheck, for Linux and macOS, and who holds which lock
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted; exit 1; }
 	go vet ./... && go vet -tags soak ./... && GOOS=darwin go vet ./...
 	go run $(STATICCHECK) ./...
+	GOBIN=$(CURDIR)/$(BUILD) go install $(CHECKLOCKS)
+	go vet -vettool=$(BUILD)/checklocks -inferred=false $(LOCKS)
 	for m in $(LAB) $(BENCHDIR) $(PACKAGES) $(FLY); do (cd $$m && go vet ./... && go run $(STATICCHECK) ./...); done
 	@wide=$$(git ls-files '*.go' | grep -v _test.go | xargs awk '/^\t*\/\/ / { l = $$0; gsub(/\t/, "    ", l); if (length(l) > 110) print FILENAME ":" FNR }'); \
 		[ $$(wc -w <<<"$$wide") -le $(WIDE) ] || { echo "more than $(WIDE) comments are wider than 110 columns:" $$wide; exit 1; }

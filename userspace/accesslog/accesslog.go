@@ -49,10 +49,13 @@ type Log struct {
 	opts   Options
 	format func([]byte, *Entry) []byte
 
-	mu     sync.Mutex
-	queue  []byte // whole lines
-	lines  int    // in queue
-	wake   chan struct{}
+	mu sync.Mutex
+	// +checklocks:mu
+	queue []byte // whole lines
+	// +checklocks:mu
+	lines int // in queue
+	wake  chan struct{}
+	// +checklocks:mu
 	closed bool
 	done   chan struct{} // closed when the writer has ended
 

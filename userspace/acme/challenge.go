@@ -16,8 +16,10 @@ import (
 
 // challenges are those that authorities may ask about now.
 type challenges struct {
-	mu    sync.RWMutex
-	http  map[string]acme.Challenge   // by token
+	mu sync.RWMutex
+	// +checklocks:mu
+	http map[string]acme.Challenge // by token
+	// +checklocks:mu
 	hello map[string]*tls.Certificate // by server name
 }
 

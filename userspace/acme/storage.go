@@ -25,7 +25,8 @@ import (
 type storage struct {
 	files certmagic.FileStorage
 
-	mu    sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	locks map[string]*os.File
 }
 

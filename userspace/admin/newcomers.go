@@ -15,7 +15,8 @@ type newcomers struct {
 	net.Listener
 	room int
 
-	mu   sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	open list.List // of *guest, the oldest first
 }
 

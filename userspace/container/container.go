@@ -86,17 +86,27 @@ type Client struct {
 	ours          func(label string) bool // which labels to remember; nil is none
 	labelsChanged func()
 
-	mu      sync.Mutex
-	api     *client.Client // replaced when the daemon comes back, maybe as another version
-	table   *table         // the last list, nil before the first
-	noted   time.Time      // when a list older than that became doubtful: an event, or the end of events
-	good    time.Time      // when the table was last known to be right
-	live    bool           // events come in
-	failing *Error         // why the last request for the list failed or takes long, nil if it was answered
-	lost    bool           // the events ended, and that was logged
-	setup   setup
+	mu sync.Mutex
+	// +checklocks:mu
+	api *client.Client // replaced when the daemon comes back, maybe as another version
+	// +checklocks:mu
+	table *table // the last list, nil before the first
+	// +checklocks:mu
+	noted time.Time // when a list older than that became doubtful: an event, or the end of events
+	// +checklocks:mu
+	good time.Time // when the table was last known to be right
+	// +checklocks:mu
+	live bool // events come in
+	// +checklocks:mu
+	failing *Error // why the last request for the list failed or takes long, nil if it was answered
+	// +checklocks:mu
+	lost bool // the events ended, and that was logged
+	// +checklocks:mu
+	setup setup
+	// +checklocks:mu
 	exposed map[string][]uint16 // TCP ports of labelled containers, by id
-	changed chan struct{}       // closed and replaced with each new table
+	// +checklocks:mu
+	changed chan struct{} // closed and replaced with each new table
 }
 
 // setup is what is known of how the daemon runs.

@@ -101,9 +101,12 @@ func (f *Flow) snapshot(up, down int64) Snapshot {
 // Registry holds the flows that live, and the accounts that they are counted in. The zero value is not usable: call
 // NewRegistry. All methods are safe for concurrent use.
 type Registry struct {
-	mu       sync.Mutex
-	live     []*Flow
-	empty    chan struct{} // closed while there is no flow
+	mu sync.Mutex
+	// +checklocks:mu
+	live []*Flow
+	// +checklocks:mu
+	empty chan struct{} // closed while there is no flow
+	// +checklocks:mu
 	accounts accounts
 }
 

@@ -31,10 +31,14 @@ type Writer struct {
 	out io.Writer
 	gap func(out io.Writer, lines int)
 
-	mu     sync.Mutex
-	queue  []byte // whole lines
-	lines  int    // in queue
-	missed int    // lines lost behind those in queue
+	mu sync.Mutex
+	// +checklocks:mu
+	queue []byte // whole lines
+	// +checklocks:mu
+	lines int // in queue
+	// +checklocks:mu
+	missed int // lines lost behind those in queue
+	// +checklocks:mu
 	closed bool
 
 	lost atomic.Int64

@@ -27,6 +27,7 @@ var floors = []struct {
 		"tcpsock",
 		"userspace",
 		"userspace/follow",
+		"userspace/preface",
 		"userspace/spelling",
 	}},
 	{"parts: each does one thing, and knows none of the others", []string{

@@ -5,9 +5,9 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
-	"syscall"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/preface"
 )
 
 var (
@@ -124,15 +124,8 @@ func limit(maxBytes int) int {
 // [ErrIncomplete], but only err. It is nil when b is a whole stream, without a header, and else the error of
 // [Read].
 func Ended(b []byte, err error) error {
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return ErrTimeout
-	case len(b) == 0 && (err == io.EOF || errors.Is(err, syscall.ECONNRESET)):
-		return ErrEOF
-	case err == io.EOF && Sniff(b) == More: // a short stream ends in what could have become a signature
+	if err == io.EOF && len(b) > 0 && Sniff(b) == More { // a short stream ends in what could have become a signature
 		return nil
-	case err == io.EOF:
-		return fmt.Errorf("the connection ended after %d bytes of a PROXY header: %w", len(b), io.ErrUnexpectedEOF)
 	}
-	return fmt.Errorf("read the PROXY header: %w", err)
+	return preface.Error("PROXY header", len(b), err, ErrTimeout, ErrEOF)
 }

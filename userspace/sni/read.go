@@ -1,13 +1,12 @@
 package sni
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"net"
-	"os"
-	"syscall"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/preface"
 )
 
 // firstRead is the size of the first buffer, bytes. The hello of a browser with a post-quantum key share fits (Chromium
@@ -71,7 +70,7 @@ func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (Hel
 			if rerr == nil {
 				rerr = io.ErrNoProgress
 			}
-			return Hello{}, head, readError(len(head), rerr)
+			return Hello{}, head, preface.Error("TLS hello", len(head), rerr, ErrTimeout, ErrEOF)
 		}
 		h, err = s.next(head)
 	}
@@ -94,17 +93,4 @@ func (s *scanner) grow(head []byte) []byte {
 	bigger := make([]byte, len(head), size)
 	copy(bigger, head)
 	return bigger
-}
-
-// readError says in our terms how a connection failed after n bytes.
-func readError(n int, err error) error {
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return ErrTimeout
-	case n == 0 && (err == io.EOF || errors.Is(err, syscall.ECONNRESET)):
-		return ErrEOF
-	case err == io.EOF:
-		return fmt.Errorf("the connection ended after %d bytes of a TLS hello: %w", n, io.ErrUnexpectedEOF)
-	}
-	return fmt.Errorf("read the TLS hello: %w", err)
 }

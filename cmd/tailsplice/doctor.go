@@ -153,8 +153,8 @@ func findTailscaled(ctx context.Context) loader.Finding {
 	return f
 }
 
-// findInbound adds to f what tailscaled's own settings keep from the tailnet listeners of the daemon that runs; if none
-// runs, what they would keep from one.
+// findInbound adds to f what tailscaled's own settings keep from the tailnet listeners of the daemon that
+// runs; if none runs, what they would keep from one.
 func findInbound(ctx context.Context, control string, f *loader.Finding) {
 	ctx, cancel := context.WithTimeout(ctx, askPatience)
 	defer cancel()

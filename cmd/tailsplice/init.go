@@ -28,7 +28,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
 
-// installed is the configuration that the packages install. As long as nobody has changed it, init replaces it.
+// installed is the configuration that the packages install. As long as nobody has changed it, init replaces
+// it.
 //
 //go:embed installed.yaml
 var installed string
@@ -224,8 +225,8 @@ func initRole(cmd *cobra.Command, r *role, o initOptions) error {
 	return nil
 }
 
-// next is the command that brings a new configuration into force. A file in the unit's place is for the unit; its
-// daemon is started anew, because a reload does not change the control section.
+// next is the command that brings a new configuration into force. A file in the unit's place is for the unit;
+// its daemon is started anew, because a reload does not change the control section.
 func next(file string) string {
 	if file == defaultConfig {
 		if out, err := exec.Command("systemctl", "cat", "tailsplice.service").Output(); err == nil && len(out) > 0 {

@@ -13,8 +13,9 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 )
 
-// terminal escapes on the way to a writer what commands a terminal and encoding/json and log/slog leave as it is: DEL and
-// C1 (U+0080 to U+009F), and C0 but for line breaks and tabs. The escapes are JSON's, as what is written mostly is.
+// terminal escapes on the way to a writer what commands a terminal and encoding/json and log/slog leave as it
+// is: DEL and C1 (U+0080 to U+009F), and C0 but for line breaks and tabs. The escapes are JSON's, as what is
+// written mostly is.
 type terminal struct{ io.Writer }
 
 func (t terminal) Write(b []byte) (int, error) {
@@ -50,8 +51,8 @@ func mayCommand(b []byte) bool {
 
 func commands(r rune) bool { return unicode.IsControl(r) && r != '\n' && r != '\t' }
 
-// printable changes all texts in v, a pointer to what JSON can hold, so that each stays on its line and commands no
-// terminal: authorities, containers and other daemons may say anything.
+// printable changes all texts in v, a pointer to what JSON can hold, so that each stays on its line and
+// commands no terminal: authorities, containers and other daemons may say anything.
 func printable(v any) error {
 	raw, err := json.Marshal(v)
 	if err != nil {

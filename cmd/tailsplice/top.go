@@ -217,8 +217,8 @@ func shortAge(d time.Duration) string {
 	return fmt.Sprintf("%dd%02dh", int(d.Hours())/24, int(d.Hours())%24)
 }
 
-// layout is how wide each of topColumns is on a screen of so many columns; 0: not shown. The texts share what the
-// numbers leave, in the measure of what they need.
+// layout is how wide each of topColumns is on a screen of so many columns; 0: not shown. The texts share what
+// the numbers leave, in the measure of what they need.
 func layout(screen int, flows []flow.Rate, now time.Time) []int {
 	widths, needs := make([]int, len(topColumns)), make([]int, len(topColumns))
 	left := screen + 1

@@ -10,7 +10,8 @@ import (
 	"strings"
 )
 
-// sample is the configuration that a package installs. `tailsplice init` replaces it, and nothing else, unasked.
+// sample is the configuration that a package installs. `tailsplice init` replaces it, and nothing else,
+// unasked.
 const sample = "/cmd/tailsplice/installed.yaml"
 
 // file is one of a package.

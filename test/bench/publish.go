@@ -10,8 +10,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/bench/report"
 )
 
-// published are the files of the repository that show a run, with their new contents. In pages the run stands between
-// the comments <!-- bench NAME --> and <!-- end -->.
+// published are the files of the repository that show a run, with their new contents. In pages the run stands
+// between the comments <!-- bench NAME --> and <!-- end -->.
 func published(root string, r *report.Run) (map[string][]byte, error) {
 	var chart, short, table bytes.Buffer
 	r.Chart(&chart)

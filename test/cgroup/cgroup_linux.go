@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// Listen listens on loopback, in a new cgroup that goes with the test, while the process stays where it is: the sockets
-// that a listener accepts are in the cgroup that made it. network is tcp4 or tcp6. Root only.
+// Listen listens on loopback, in a new cgroup that goes with the test, while the process stays where it is:
+// the sockets that a listener accepts are in the cgroup that made it. network is tcp4 or tcp6. Root only.
 func Listen(t testing.TB, network string) (l net.Listener, dir string) {
 	t.Helper()
 	at := "127.0.0.1:0"

@@ -1,4 +1,5 @@
-// Package logs keeps what is logged, so that a test can read it. It is for tests only, and imports none of ours.
+// Package logs keeps what is logged, so that a test can read it. It is for tests only, and imports none of
+// ours.
 package logs
 
 import (

@@ -1,5 +1,5 @@
-// Package reference writes the pages of docs/reference and the man pages: what is said once becomes Markdown and
-// roff. It is for the tests that `go generate` runs, so that none of it is in the daemon.
+// Package reference writes the pages of docs/reference and the man pages: what is said once becomes Markdown
+// and roff. It is for the tests that `go generate` runs, so that none of it is in the daemon.
 //
 // Text may have `code` and [links](of Markdown) in it; a man page has the words of a link alone.
 package reference
@@ -73,7 +73,8 @@ func (p *Page) Items(items [][2]string) {
 	p.add(strings.TrimRight(markdown.String(), "\n"), strings.TrimRight(man.String(), "\n"))
 }
 
-// Entry adds a term that has a section of its own on the web: what it means, facts of it a line each, and an example.
+// Entry adds a term that has a section of its own on the web: what it means, facts of it a line each, and an
+// example.
 func (p *Page) Entry(level int, path, term, text string, facts []string, lang, example string) {
 	var markdown, man strings.Builder
 	fmt.Fprintf(&markdown, "%s `%s`\n\n%s\n\n", strings.Repeat("#", level+1), path, wrap(text))

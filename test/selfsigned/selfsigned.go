@@ -1,4 +1,5 @@
-// Package selfsigned makes certificates for the servers of tests. It is for tests only, and imports none of ours.
+// Package selfsigned makes certificates for the servers of tests. It is for tests only, and imports none of
+// ours.
 package selfsigned
 
 import (
@@ -14,8 +15,8 @@ import (
 	"time"
 )
 
-// Certificate makes one for names that is good for an hour, with an ECDSA key. Who has it as an authority ([Pool])
-// believes it.
+// Certificate makes one for names that is good for an hour, with an ECDSA key. Who has it as an authority
+// ([Pool]) believes it.
 func Certificate(t testing.TB, names ...string) tls.Certificate {
 	t.Helper()
 	return mint(t, time.Now(), names)

@@ -111,7 +111,8 @@ func (k Case) compare(r *net.TCPConn, want []byte, length *atomic.Int64) error {
 	}
 }
 
-// goOn sends what is not acknowledged in pieces, each of which repeats the end of the one before, and waits for each burst.
+// goOn sends what is not acknowledged in pieces, each of which repeats the end of the one before, and waits
+// for each burst.
 func goOn(c *Conn, data []byte, step, back int) (int, error) {
 	for at := c.Acked(); at < len(data); {
 		for range 8 {
@@ -143,7 +144,8 @@ func again(c *Conn, data []byte, _, _ func()) (int, error) {
 	return len(data), nil
 }
 
-// large: more than what a call cuts off, and less than an IP packet. Further ahead than the window is nothing taken.
+// large: more than what a call cuts off, and less than an IP packet. Further ahead than the window is nothing
+// taken.
 func large(c *Conn, data []byte, _, _ func()) (int, error) {
 	for at := 0; at < len(data); at += 10_000 {
 		to, from := min(at+10_000, len(data)), max(0, at-13_000)
@@ -203,8 +205,8 @@ func early(c *Conn, data []byte, begin, _ func()) (int, error) {
 	return len(data), c.Until(len(data), data)
 }
 
-// fill sends, with overlaps all the time, until nothing more is taken: meanwhile the datapath goes over to holding bytes back, and
-// has some that it has not read.
+// fill sends, with overlaps all the time, until nothing more is taken: meanwhile the datapath goes over to
+// holding bytes back, and has some that it has not read.
 func fill(c *Conn, data []byte) error {
 	for at := 0; at < len(data)-goOnFor; {
 		was := c.Acked()

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// A Conn is our end of a connection. Positions are bytes of our stream from its beginning. It acknowledges by itself what comes in
-// order, sends nothing twice unless it is told to, and is safe for concurrent use.
+// A Conn is our end of a connection. Positions are bytes of our stream from its beginning. It acknowledges by
+// itself what comes in order, sends nothing twice unless it is told to, and is safe for concurrent use.
 type Conn struct {
 	n          *Network
 	port, peer uint16
@@ -113,7 +113,8 @@ func (c *Conn) sendWith(at int, data []byte, flags byte, urgent uint16) {
 	c.send(s)
 }
 
-// Until waits until n bytes are acknowledged, and sends what is missing of data, which are those before n, when that takes long.
+// Until waits until n bytes are acknowledged, and sends what is missing of data, which are those before n,
+// when that takes long.
 func (c *Conn) Until(n int, data []byte) error {
 	for end := time.Now().Add(patience); ; {
 		was := c.Acked()

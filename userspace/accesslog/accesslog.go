@@ -39,7 +39,8 @@ type Options struct {
 	Log *slog.Logger
 	// Lost counts lines that were not written. Nil counts nowhere.
 	Lost func(lines int)
-	// Wait makes it no error that the file can't be opened: it is tried again each second, and lines are lost meanwhile.
+	// Wait makes it no error that the file can't be opened: it is tried again each second, and lines are lost
+	// meanwhile.
 	Wait bool
 }
 

@@ -30,8 +30,8 @@ import (
 )
 
 // Daemon is what the socket shows and does. Status, Flows and Trace return values
-// that encoding/json can write; Top sends them, until ctx ends or send fails. The notes of Reload are for the person who
-// asked for it: what is odd about a configuration that is now in force.
+// that encoding/json can write; Top sends them, until ctx ends or send fails. The notes of Reload are for the
+// person who asked for it: what is odd about a configuration that is now in force.
 type Daemon struct {
 	Status func() any
 	Flows  func(query url.Values) (any, error)
@@ -160,8 +160,8 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logge
 	runServer(ctx, ln, srv, log)
 }
 
-// ServeHealth is [Serve] for who may be strangers: a connection is for one request, and nobody can keep others
-// from being answered by connections that are open.
+// ServeHealth is [Serve] for who may be strangers: a connection is for one request, and nobody can keep
+// others from being answered by connections that are open.
 func ServeHealth(ctx context.Context, ln net.Listener, h Health, log *slog.Logger) {
 	srv := &http.Server{Handler: h.Handler(), ReadTimeout: healthTimeout, WriteTimeout: healthTimeout}
 	srv.SetKeepAlivesEnabled(false)
@@ -229,8 +229,8 @@ func (c Client) do(ctx context.Context, method, path string) ([]byte, error) {
 	return readAll(body)
 }
 
-// Lines gives each line of what a noun answers, such as "top?interval=1s", to line, until that returns an error or ctx
-// ends, whose error it returns. There is no end else: the daemon's is an error.
+// Lines gives each line of what a noun answers, such as "top?interval=1s", to line, until that returns an
+// error or ctx ends, whose error it returns. There is no end else: the daemon's is an error.
 func (c Client) Lines(ctx context.Context, noun string, line func([]byte) error) error {
 	body, err := c.open(ctx, http.MethodGet, "/v1/"+noun)
 	if err != nil {

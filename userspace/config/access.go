@@ -40,7 +40,8 @@ type BasicAuth struct {
 // ForwardAuth is a server that is asked about each request.
 type ForwardAuth struct {
 	Section
-	// Address has scheme http, https, tailnet or docker, and a host; the latter two a port. It may have a path and a query.
+	// Address has scheme http, https, tailnet or docker, and a host; the latter two a port. It may have a
+	// path and a query.
 	Address     string        `yaml:"address" kind:"authurl" required:"true"`
 	CopyHeaders []string      `yaml:"copy_headers" kind:"copied_header" nonempty:"true"`
 	Timeout     time.Duration `yaml:"timeout" default:"5s" min:"100ms" max:"1m"`
@@ -155,7 +156,8 @@ func parseUser(s string) (any, error) {
 	return s, nil
 }
 
-// notCopied are headers that belong to one connection, or that this hop writes itself, and those that begin with Tailscale-.
+// notCopied are headers that belong to one connection, or that this hop writes itself, and those that begin
+// with Tailscale-.
 var notCopied = map[string]bool{"Connection": true, "Proxy-Connection": true, "Keep-Alive": true, "Te": true, "Trailer": true, "Transfer-Encoding": true,
 	"Upgrade": true, "Content-Length": true, "Host": true, "Forwarded": true, "X-Forwarded-For": true, "X-Forwarded-Host": true, "X-Forwarded-Proto": true, "X-Tailsplice-Id": true}
 

@@ -104,7 +104,8 @@ type Fallback struct {
 	EAB       *EAB   `yaml:"eab" noun:"eab"`
 }
 
-// DNSHook is a program that sets and removes TXT records: it is run as EXEC present FQDN VALUE and EXEC cleanup FQDN VALUE.
+// DNSHook is a program that sets and removes TXT records: it is run as EXEC present FQDN VALUE and EXEC
+// cleanup FQDN VALUE.
 type DNSHook struct {
 	Section
 	Exec    []string      `yaml:"exec" kind:"word" required:"true" nonempty:"true" repeats:"true"`

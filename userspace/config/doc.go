@@ -10,8 +10,8 @@
 // variables that values name (expand.go).
 //
 // The struct tags of the types here are the only description of the format, and keys.yaml says in words what
-// each key means. The decoder, the JSON schema (Schema) and the reference (docs/reference/configuration.md and
-// tailsplice.yaml(5)) are made of them:
+// each key means. The decoder, the JSON schema (Schema) and the reference (docs/reference/configuration.md
+// and tailsplice.yaml(5)) are made of them:
 //
 //	yaml:"key"        the key; ",inline" on an embedded struct means its keys stand beside
 //	kind:"listen"     how a scalar is read, see kinds.go; the Go type decides when there is none

@@ -72,7 +72,8 @@ func (e *LabelError) Error() string { return e.Label + ": " + e.Err.Error() }
 // Unwrap returns the cause.
 func (e *LabelError) Unwrap() error { return e.Err }
 
-// IsLabel reports whether a container's label of that name is ours, or was meant to be: Tailsplice.Host, tailsplice-host.
+// IsLabel reports whether a container's label of that name is ours, or was meant to be: Tailsplice.Host,
+// tailsplice-host.
 func IsLabel(name string) bool { return strings.HasPrefix(name, LabelPrefix) || meantLabel(name) != "" }
 
 // meantLabel returns the label that one with another prefix was meant to be, or "".

@@ -418,8 +418,8 @@ func clip(s string) string {
 	return s
 }
 
-// masked leaves out what could be a secret, wherever it stands: a private key, the hash of a password, and the user and
-// password of a URL.
+// masked leaves out what could be a secret, wherever it stands: a private key, the hash of a password, and
+// the user and password of a URL.
 func masked(s string) string {
 	if isKey(s) {
 		return "..."

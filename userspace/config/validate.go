@@ -183,7 +183,8 @@ func (v *validator) listener(l *Listener) {
 	v.whileDown(l)
 }
 
-// whileDown refuses to watch a default that is not there, or where it would close a listener for its pages, too.
+// whileDown refuses to watch a default that is not there, or where it would close a listener for its pages,
+// too.
 func (v *validator) whileDown(l *Listener) {
 	if l.WhileDown != "close" || l.unclear("while_down") {
 		return
@@ -535,8 +536,8 @@ func (v *validator) ownAddress(node string, t Target) (bound, bool) {
 	return bound{}, false
 }
 
-// multicastName warns of a target such as nas.local:80. Names of more labels, such as svc.cluster.local, are mostly
-// ones of a name server.
+// multicastName warns of a target such as nas.local:80. Names of more labels, such as svc.cluster.local, are
+// mostly ones of a name server.
 func (v *validator) multicastName(f *Forward) {
 	name, local := strings.CutSuffix(f.To.Host, ".local")
 	if f.To.Scheme == "tcp" && local && !strings.Contains(name, ".") {

@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// Actions gives what each listener does with what comes to it, in the order of the file: by each of its routes, then
-// by its default.
+// Actions gives what each listener does with what comes to it, in the order of the file: by each of its
+// routes, then by its default.
 func (c *Config) Actions() iter.Seq2[*Listener, *Action] {
 	return func(yield func(*Listener, *Action) bool) {
 		for i := range c.Listeners {

@@ -6,8 +6,8 @@ import (
 	"sync/atomic"
 )
 
-// MostRoutes bounds the routes that are counted by name: the routes of containers' labels come and go, and whoever
-// starts containers chooses their names.
+// MostRoutes bounds the routes that are counted by name: the routes of containers' labels come and go, and
+// whoever starts containers chooses their names.
 const MostRoutes = 1000
 
 // OtherRoutes is what routes beyond MostRoutes are counted as, for each listener.
@@ -25,7 +25,8 @@ type Account struct {
 	current  bool     // the configuration has it
 	live     int
 	up, down int64 // of flows that have ended
-	// What was shown last: what is counted may not go back, where a datapath counts less in the end than it did before.
+	// What was shown last: what is counted may not go back, where a datapath counts less in the end than it
+	// did before.
 	shownUp, shownDown int64
 	index              int // in accounts.all
 }
@@ -76,8 +77,8 @@ func (s *accounts) of(key Route) *Account {
 	return a
 }
 
-// Configured says which routes there are from now on, so that they are counted before others. Those that are gone, and
-// whose flows have ended, make room if there is too little. dropped are those that did.
+// Configured says which routes there are from now on, so that they are counted before others. Those that are
+// gone, and whose flows have ended, make room if there is too little. dropped are those that did.
 func (r *Registry) Configured(routes []Route) (dropped []Route) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -121,11 +122,11 @@ type Traffic struct {
 	Up, Down        int64  // bytes, also those of what lives
 }
 
-// Traffic says what was counted until now, by listener and route, and how many of the live flows each datapath has.
-// Nobody waits for it longer than it takes to copy two lists.
+// Traffic says what was counted until now, by listener and route, and how many of the live flows each
+// datapath has. Nobody waits for it longer than it takes to copy two lists.
 func (r *Registry) Traffic() (all []Traffic, datapaths map[string]int) {
-	// What ends after the lists are copied still has its bytes, and is not in the sums of the copy: nothing is counted
-	// twice or not at all.
+	// What ends after the lists are copied still has its bytes, and is not in the sums of the copy: nothing
+	// is counted twice or not at all.
 	type part struct {
 		f     *Flow
 		index int // of its account; -1: none

@@ -45,14 +45,15 @@ type Flow struct {
 	// and down. It must be safe to call at any time, also after the flow has ended.
 	Bytes func() (up, down int64)
 
-	// Held returns how many bytes it holds for readers that have no room, as far as that was measured, and since
-	// when they have taken nothing; nil: that is not known. It must be safe to call at any time.
+	// Held returns how many bytes it holds for readers that have no room, as far as that was measured, and
+	// since when they have taken nothing; nil: that is not known. It must be safe to call at any time.
 	Held func() (bytes int64, since time.Time)
 
 	// Account, when not nil, is what the flow is counted in.
 	Account *Account
 
-	// Shared says that many clients may be behind Client's address: a hop that does not say whom it speaks for.
+	// Shared says that many clients may be behind Client's address: a hop that does not say whom it speaks
+	// for.
 	Shared bool
 	place  int32 // in Registry.live, from 1; 0: not there
 }
@@ -98,8 +99,8 @@ func (f *Flow) snapshot(up, down int64) Snapshot {
 		Started: f.Started, BytesUp: up, BytesDown: down}
 }
 
-// Registry holds the flows that live, and the accounts that they are counted in. The zero value is not usable: call
-// NewRegistry. All methods are safe for concurrent use.
+// Registry holds the flows that live, and the accounts that they are counted in. The zero value is not
+// usable: call NewRegistry. All methods are safe for concurrent use.
 type Registry struct {
 	mu sync.Mutex
 	// +checklocks:mu

@@ -136,8 +136,8 @@ type Look struct {
 // MinInterval is the least time between two looks of those who watch the flows of a daemon.
 const MinInterval = 100 * time.Millisecond
 
-// Watcher looks at a registry's flows again and again, and tells what has moved since the last time. It is for one
-// goroutine. A look takes no allocation for a flow that it doesn't tell of.
+// Watcher looks at a registry's flows again and again, and tells what has moved since the last time. It is
+// for one goroutine. A look takes no allocation for a flow that it doesn't tell of.
 type Watcher struct {
 	registry *Registry
 	query    Query

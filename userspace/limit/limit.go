@@ -1,12 +1,12 @@
 // Package limit counts connections, or requests, in all and per source, and says when there are too many.
 //
 // A source is an IPv4 address, or the /64 of an IPv6 address, since that is the least that one customer gets
-// (RFC 6177); an IPv4 address mapped into IPv6 is the IPv4 address. Tailscale's range fd7a:115c:a1e0::/48 is the
-// exception: each of its addresses is a node of its own, and all nodes of a tailnet may share one /64.
+// (RFC 6177); an IPv4 address mapped into IPv6 is the IPv4 address. Tailscale's range fd7a:115c:a1e0::/48 is
+// the exception: each of its addresses is a node of its own, and all nodes of a tailnet may share one /64.
 //
-// One mutex guards it all. Acquire and Release together take 0.2 µs with 65,535 sources, on one CPU as on two, where
-// accepting a connection takes tens of µs; sharding would buy nothing, and make the total inexact or a second shared
-// word. See the benchmarks.
+// One mutex guards it all. Acquire and Release together take 0.2 µs with 65,535 sources, on one CPU as on
+// two, where accepting a connection takes tens of µs; sharding would buy nothing, and make the total inexact
+// or a second shared word. See the benchmarks.
 //
 // Its files:
 //
@@ -52,8 +52,8 @@ func (e *OverError) Error() string {
 
 func (e *OverError) Unwrap() error { return e.kind }
 
-// Limiter counts connections. Its memory is bounded by the limit on all connections: a source is remembered for as long
-// as it has one. It is safe for concurrent use.
+// Limiter counts connections. Its memory is bounded by the limit on all connections: a source is remembered
+// for as long as it has one. It is safe for concurrent use.
 type Limiter struct {
 	noun string // what is counted, as the configuration calls it
 
@@ -76,7 +76,8 @@ type charge struct {
 	waiting []*waiter // for one of them, the first comer first
 }
 
-// New returns a limiter of total connections, and perSource of them from any one source. 0 or less means no limit.
+// New returns a limiter of total connections, and perSource of them from any one source. 0 or less means no
+// limit.
 func New(total, perSource int) *Limiter { return newLimiter("connections", total, perSource) }
 
 // NewRequests is New for requests: a lease is then the right to one of them.
@@ -88,8 +89,8 @@ func newLimiter(noun string, total, perSource int) *Limiter {
 	return l
 }
 
-// SetLimits replaces the limits. Leases that are held stay so, even when there are now too many; new ones are refused
-// until there is room.
+// SetLimits replaces the limits. Leases that are held stay so, even when there are now too many; new ones are
+// refused until there is room.
 func (l *Limiter) SetLimits(total, perSource int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -99,8 +100,8 @@ func (l *Limiter) SetLimits(total, perSource int) {
 // Acquire counts one more connection from src. The error is an [*OverError]; there is then nothing to
 // release. Where there is no room the oldest lease that yields gives its place: of src, or of all.
 //
-// The zero Addr is a source that is not known (yet): it counts in all, and is bounded by nothing else. That is for
-// connections of a trusted proxy, which all have its address until [Lease.Move] says whose they are.
+// The zero Addr is a source that is not known (yet): it counts in all, and is bounded by nothing else. That
+// is for connections of a trusted proxy, which all have its address until [Lease.Move] says whose they are.
 func (l *Limiter) Acquire(src netip.Addr) (*Lease, error) {
 	s := sourceOf(src)
 	for {
@@ -181,7 +182,8 @@ func (l *Limiter) keepSource(s source, c charge) {
 		return
 	}
 	delete(l.sources, s)
-	// A Go map keeps the memory of what was deleted. After a flood from many sources that is worth giving back.
+	// A Go map keeps the memory of what was deleted. After a flood from many sources that is worth giving
+	// back.
 	if len(l.sources) == 0 && l.peak > 1024 {
 		l.sources, l.peak = make(map[source]charge), 0
 	}
@@ -197,9 +199,10 @@ type Lease struct {
 	yields   *place // nil while its place is kept
 }
 
-// Move counts the lease for src from now on, because a PROXY header said where the connection really comes from. The
-// total stays the same, and it yields no more. When src has too many already the error is an [*OverError] and
-// the lease stays where it was: the caller releases it as ever. Moving a released lease does nothing.
+// Move counts the lease for src from now on, because a PROXY header said where the connection really comes
+// from. The total stays the same, and it yields no more. When src has too many already the error is an
+// [*OverError] and the lease stays where it was: the caller releases it as ever. Moving a released lease does
+// nothing.
 func (l *Lease) Move(src netip.Addr) error {
 	s := sourceOf(src)
 	l.limiter.mu.Lock()
@@ -251,7 +254,8 @@ type Source struct {
 
 func (s Source) String() string { return fmt.Sprintf("%s: %d", name(s.Prefix), s.Count) }
 
-// Sources returns the n sources with the most connections, the largest first, equal ones by address. n < 0 means all.
+// Sources returns the n sources with the most connections, the largest first, equal ones by address. n < 0
+// means all.
 func (l *Limiter) Sources(n int) []Source {
 	type entry struct {
 		source

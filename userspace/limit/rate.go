@@ -22,8 +22,8 @@ type Rate struct {
 	began   time.Time
 	rotated time.Duration // since began
 
-	// full says when, since began, the bucket of a source is full again. now has those that came since rotated,
-	// before others that came since the rotation before it.
+	// full says when, since began, the bucket of a source is full again. now has those that came since
+	// rotated, before others that came since the rotation before it.
 	now, before map[source]time.Duration
 }
 

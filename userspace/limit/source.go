@@ -2,8 +2,8 @@ package limit
 
 import "net/netip"
 
-// source is what connections are counted by: an address with the bits that do not count cleared. The zero source is
-// the unknown one.
+// source is what connections are counted by: an address with the bits that do not count cleared. The zero
+// source is the unknown one.
 type source struct {
 	addr netip.Addr
 	bits uint8

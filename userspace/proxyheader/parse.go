@@ -20,14 +20,14 @@ const (
 	crcBytes = 4
 )
 
-// MaxBytes is the longest header that [Read] takes, whatever its caller's limit: go-proxyproto refuses more. Real ones
-// stay below 200 bytes, or 2 KiB with a client certificate.
+// MaxBytes is the longest header that [Read] takes, whatever its caller's limit: go-proxyproto refuses more.
+// Real ones stay below 200 bytes, or 2 KiB with a client certificate.
 const MaxBytes = prefixV2 + 4096
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// length returns how long the header at the start of b is, 0 when b is too short to tell, or what is wrong. b begins
-// with a signature.
+// length returns how long the header at the start of b is, 0 when b is too short to tell, or what is wrong. b
+// begins with a signature.
 func length(b []byte, limit int) (int, error) {
 	if b[0] == signatureV1[0] {
 		end := bytes.IndexByte(b[:min(len(b), maxV1)], '\n')
@@ -54,8 +54,8 @@ func parse(b []byte) (*Header, error) {
 	v2 := b[0] == signatureV2[0]
 	wire := b
 	if v2 && b[12] == byte(proxyproto.PROXY) && b[13] == byte(proxyproto.UNSPEC) {
-		// PROXY without addresses: the specification leaves it to the receiver, go-proxyproto refuses it. It says the
-		// same as LOCAL, except that there is a client.
+		// PROXY without addresses: the specification leaves it to the receiver, go-proxyproto refuses it. It
+		// says the same as LOCAL, except that there is a client.
 		wire = bytes.Clone(b)
 		wire[12] = byte(proxyproto.LOCAL)
 	} else if !v2 {
@@ -89,9 +89,10 @@ func parse(b []byte) (*Header, error) {
 	return h, nil
 }
 
-// oneFamily rewrites a line of version 1 whose addresses are of two families, so that both are IPv6. nginx writes such
-// lines where it learnt the client's address itself and its own is of the other family. It names the client's family;
-// the specification has no word for two. Its own address may be that of a unix socket, too, which is no destination.
+// oneFamily rewrites a line of version 1 whose addresses are of two families, so that both are IPv6. nginx
+// writes such lines where it learnt the client's address itself and its own is of the other family. It names
+// the client's family; the specification has no word for two. Its own address may be that of a unix socket,
+// too, which is no destination.
 func oneFamily(line []byte) []byte {
 	words := strings.Split(string(line), " ")
 	if len(words) != 6 || words[1] != "TCP4" && words[1] != "TCP6" {
@@ -120,8 +121,8 @@ func oneFamily(line []byte) []byte {
 	return []byte(strings.Join(words, " "))
 }
 
-// parseTLVs takes what we use from the TLVs of b, a whole header of version 2 whose address block is right. The first
-// of a type counts; one that is no good is as if it weren't there (see Read).
+// parseTLVs takes what we use from the TLVs of b, a whole header of version 2 whose address block is right.
+// The first of a type counts; one that is no good is as if it weren't there (see Read).
 func (h *Header) parseTLVs(b []byte) error {
 	addresses := [...]int{0, 12, 36, 216}[b[13]>>4] // bytes: none, IPv4, IPv6, unix
 	for i := prefixV2 + addresses; i < len(b); {

@@ -1,11 +1,12 @@
 // Package proxyheader reads and writes PROXY protocol headers, by which each hop learns who the client is.
 //
-// It accepts versions 1 and 2 and sends version 2 only. go-proxyproto parses and formats; this package finds where a
-// header ends without losing what follows, bounds it in bytes and time, checks what it says, and keeps to the three
-// TLVs that the hops of a path need: authority (the server name), ALPN and unique id (the id of the path).
+// It accepts versions 1 and 2 and sends version 2 only. go-proxyproto parses and formats; this package finds
+// where a header ends without losing what follows, bounds it in bytes and time, checks what it says, and
+// keeps to the three TLVs that the hops of a path need: authority (the server name), ALPN and unique id (the
+// id of the path).
 //
-// It does not decide whom to believe. A header must come from a peer that the configuration names, or be treated as an
-// attack: whoever may send one says where a connection comes from.
+// It does not decide whom to believe. A header must come from a peer that the configuration names, or be
+// treated as an attack: whoever may send one says where a connection comes from.
 //
 // Source: https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt ("the specification" below).
 //
@@ -27,8 +28,9 @@ import (
 
 // Header is what a PROXY header says. The zero value says nothing.
 type Header struct {
-	// Source is the client, Destination what it connected to. They are invalid when the header does not say (LOCAL,
-	// UNKNOWN, unix sockets, 0.0.0.0:0): then the connection's own addresses count. IPv4 is never in its IPv6-mapped form.
+	// Source is the client, Destination what it connected to. They are invalid when the header does not say
+	// (LOCAL, UNKNOWN, unix sockets, 0.0.0.0:0): then the connection's own addresses count. IPv4 is never in
+	// its IPv6-mapped form.
 	Source, Destination netip.AddrPort
 
 	// Local says that the sender made the connection for itself, a health check, say.
@@ -41,10 +43,11 @@ type Header struct {
 
 // Append appends the header in version 2 to b.
 //
-// The command is LOCAL when Local is set, without addresses. An invalid Source, of somebody who is not known, is sent as the
-// unspecified address: HAProxy refuses a header that leaves it out. An invalid Destination with a valid
-// Source is sent as the unspecified address. Source and Destination of different families are both sent as IPv6, IPv4
-// in its mapped form. A text field that a reader would ignore (see [Read]) is left out.
+// The command is LOCAL when Local is set, without addresses. An invalid Source, of somebody who is not known,
+// is sent as the unspecified address: HAProxy refuses a header that leaves it out. An invalid Destination
+// with a valid Source is sent as the unspecified address. Source and Destination of different families are
+// both sent as IPv6, IPv4 in its mapped form. A text field that a reader would ignore (see [Read]) is left
+// out.
 func (h Header) Append(b []byte) []byte {
 	ph := proxyproto.Header{Version: 2, Command: proxyproto.LOCAL, TransportProtocol: proxyproto.UNSPEC}
 	src, dst := plain(h.Source), plain(h.Destination)
@@ -116,8 +119,8 @@ var (
 	signatureV2 = proxyproto.SIGV2
 )
 
-// Sniff says whether b, the first bytes of a stream, begins a PROXY header of version 1 or 2. Neither can begin an
-// HTTP request or a TLS hello. It never reads beyond the signature, 12 bytes at most.
+// Sniff says whether b, the first bytes of a stream, begins a PROXY header of version 1 or 2. Neither can
+// begin an HTTP request or a TLS hello. It never reads beyond the signature, 12 bytes at most.
 func Sniff(b []byte) Verdict {
 	verdict := No
 	for _, sig := range [...][]byte{signatureV1, signatureV2} {

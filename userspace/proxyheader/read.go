@@ -28,23 +28,25 @@ func (e *InvalidError) Error() string { return "invalid PROXY header: " + e.Err.
 
 func (e *InvalidError) Unwrap() error { return e.Err }
 
-// firstRead is the size of the first buffer, bytes. What follows a header, a TLS hello mostly, comes with it in one read.
+// firstRead is the size of the first buffer, bytes. What follows a header, a TLS hello mostly, comes with it
+// in one read.
 const firstRead = 3 << 10
 
 // Read reads the PROXY header from c.
 //
-// When the stream has none, h is nil without an error, decided after as few bytes as that takes. maxBytes limits the
-// header, as [MaxBytes] does in any case; timeout is for all of it, from now. 0 or less means no limit, for either.
+// When the stream has none, h is nil without an error, decided after as few bytes as that takes. maxBytes
+// limits the header, as [MaxBytes] does in any case; timeout is for all of it, from now. 0 or less means no
+// limit, for either.
 //
-// rest is what was read from c beyond the header, or everything when there is none or with an error: nothing is lost.
-// It is to be handled before anything else from c; its spare capacity belongs to the caller. On success no read
-// deadline is left on c, on failure it stays. c stays open in any case.
+// rest is what was read from c beyond the header, or everything when there is none or with an error: nothing
+// is lost. It is to be handled before anything else from c; its spare capacity belongs to the caller. On
+// success no read deadline is left on c, on failure it stays. c stays open in any case.
 //
-// A server name, ALPN or unique id that is none is ignored, as if its TLV weren't there; of several the first good one
-// counts. Unknown TLVs are ignored. A checksum must be right.
+// A server name, ALPN or unique id that is none is ignored, as if its TLV weren't there; of several the first
+// good one counts. Unknown TLVs are ignored. A checksum must be right.
 //
-// The error is an [*InvalidError] that says what is wrong, [ErrTimeout], [ErrEOF], one that wraps [io.ErrUnexpectedEOF]
-// when c ended within the header, or what c.Read returned.
+// The error is an [*InvalidError] that says what is wrong, [ErrTimeout], [ErrEOF], one that wraps
+// [io.ErrUnexpectedEOF] when c ended within the header, or what c.Read returned.
 func Read(c net.Conn, maxBytes int, timeout time.Duration) (h *Header, rest []byte, err error) {
 	return Continue(c, nil, maxBytes, timeout)
 }

@@ -4,9 +4,9 @@ import "bytes"
 
 // The functions below return the text of a TLV in the form that a Header has it, or "" when it is no good.
 //
-// Bad text is ignored rather than refused: haproxy, for one, copies what the client put into its TLS hello without a
-// look, so that a strange name is the client's doing and not its proxy's. What passes can be logged, compared with
-// configured names, and put into an HTTP header without harm.
+// Bad text is ignored rather than refused: haproxy, for one, copies what the client put into its TLS hello
+// without a look, so that a strange name is the client's doing and not its proxy's. What passes can be
+// logged, compared with configured names, and put into an HTTP header without harm.
 
 const (
 	maxName     = 253
@@ -15,8 +15,8 @@ const (
 	maxUniqueID = 128 // section 2.2.5 of the specification
 )
 
-// authority takes a host name with the rules of package sni: labels of 1 to 63 letters, digits, hyphens (not at either
-// end) and underscores, the last of which is no number, since that makes an IP address.
+// authority takes a host name with the rules of package sni: labels of 1 to 63 letters, digits, hyphens (not
+// at either end) and underscores, the last of which is no number, since that makes an IP address.
 func authority(b []byte) string {
 	if n := len(b); n > 0 && b[n-1] == '.' {
 		b = b[:n-1]
@@ -49,7 +49,8 @@ func authority(b []byte) string {
 	return string(lower)
 }
 
-// number reports whether a label is one in the sense of inet_aton(3): decimal, octal, or hexadecimal after 0x.
+// number reports whether a label is one in the sense of inet_aton(3): decimal, octal, or hexadecimal after
+// 0x.
 func number(label []byte) bool {
 	hex, is := bytes.CutPrefix(label, []byte("0x"))
 	for _, ch := range hex {

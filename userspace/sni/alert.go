@@ -54,8 +54,8 @@ func alertName(desc uint8) string {
 	return fmt.Sprintf("%d", desc)
 }
 
-// AlertFor returns the alert that a client should get for an error of [Parse] or [Read]; ok is false when it should get
-// none, because it does not speak TLS, is gone, or did not finish its hello in time.
+// AlertFor returns the alert that a client should get for an error of [Parse] or [Read]; ok is false when it
+// should get none, because it does not speak TLS, is gone, or did not finish its hello in time.
 func AlertFor(err error) (desc uint8, ok bool) {
 	var r *RejectError
 	switch {
@@ -70,15 +70,15 @@ func AlertFor(err error) (desc uint8, ok bool) {
 
 // Alert returns a record with a fatal alert, to be sent in answer to a ClientHello.
 //
-// Its record version is TLS 1.0, whatever the client offered: no version has been agreed on, clients of every version
-// take 3.1 from a server that has not yet chosen, and crypto/tls and BoringSSL send the same.
+// Its record version is TLS 1.0, whatever the client offered: no version has been agreed on, clients of every
+// version take 3.1 from a server that has not yet chosen, and crypto/tls and BoringSSL send the same.
 func Alert(desc uint8) []byte {
 	const recordAlert, fatal = 21, 2
 	return []byte{recordAlert, 3, 1, 0, 2, fatal, desc}
 }
 
-// WriteAlert sends a fatal alert with a deadline of one second, and leaves c open. Unless the caller reads on until the
-// client closes, [Refuse] is the better choice.
+// WriteAlert sends a fatal alert with a deadline of one second, and leaves c open. Unless the caller reads on
+// until the client closes, [Refuse] is the better choice.
 func WriteAlert(c net.Conn, desc uint8) error {
 	if err := c.SetWriteDeadline(time.Now().Add(alertWriteTimeout)); err != nil {
 		return fmt.Errorf("send the TLS alert %s: %w", alertName(desc), err)
@@ -91,14 +91,15 @@ func WriteAlert(c net.Conn, desc uint8) error {
 
 // Refuse sends a fatal alert and closes c, always, in a way that lets the alert arrive.
 //
-// A kernel that closes a socket with unread bytes, or gets bytes for a closed one, answers with RST. That fails the
-// client's next write, and on some systems throws away what the client has not read yet: the alert. Either way people
-// see "connection reset" instead of the reason. So Refuse closes its own direction first, then reads and forgets what
-// still comes until the client closes too, but at most 64 KiB and half a second.
+// A kernel that closes a socket with unread bytes, or gets bytes for a closed one, answers with RST. That
+// fails the client's next write, and on some systems throws away what the client has not read yet: the alert.
+// Either way people see "connection reset" instead of the reason. So Refuse closes its own direction first,
+// then reads and forgets what still comes until the client closes too, but at most 64 KiB and half a second.
 //
-// It blocks for that time at most (one second and a half if the client does not even take the alert) and costs the
-// caller's goroutine, 1 KiB and the file descriptor meanwhile. Under attack that is bounded by the limit on connections
-// as long as the caller gives its lease back after Refuse, not before. To refuse at no cost at all, close c instead.
+// It blocks for that time at most (one second and a half if the client does not even take the alert) and
+// costs the caller's goroutine, 1 KiB and the file descriptor meanwhile. Under attack that is bounded by the
+// limit on connections as long as the caller gives its lease back after Refuse, not before. To refuse at no
+// cost at all, close c instead.
 func Refuse(c net.Conn, desc uint8) error {
 	err := WriteAlert(c, desc)
 	if err == nil {

@@ -8,7 +8,8 @@ const (
 	extECH               = 0xfe0d
 )
 
-// cursor is what is left of a buffer. Its methods take a value off the front; ok is false when too little is left.
+// cursor is what is left of a buffer. Its methods take a value off the front; ok is false when too little is
+// left.
 type cursor []byte
 
 func (c *cursor) bytes(n int) (v []byte, ok bool) {
@@ -103,7 +104,8 @@ func (h *Hello) parseExtensions(c cursor) error {
 		if !ok {
 			return reject(AlertDecodeError, "an extension ends in its data")
 		}
-		// Two readers may differ on which one of a pair counts: nothing must depend on it (RFC 8446 section 4.2).
+		// Two readers may differ on which one of a pair counts: nothing must depend on it (RFC 8446 section
+		// 4.2).
 		if !seen.add(uint16(typ)) {
 			return reject(AlertIllegalParameter, "an extension appears twice")
 		}
@@ -137,7 +139,8 @@ func (h *Hello) parseServerName(c cursor) error {
 		if !ok {
 			return reject(AlertDecodeError, "malformed server_name")
 		}
-		// RFC 6066 defines host_name only; any other type is read in the same shape, as all implementations do.
+		// RFC 6066 defines host_name only; any other type is read in the same shape, as all implementations
+		// do.
 		name, ok := list.vector16()
 		if !ok || len(name) == 0 {
 			return reject(AlertDecodeError, "malformed or empty server_name")
@@ -193,8 +196,8 @@ func protocolName(p []byte) string {
 	return string(p)
 }
 
-// typeSet is a set of extension numbers. Hellos have about 20 extensions, all but a few of them below 64; a hello made
-// to hurt can have 16,000, so that comparing each with each is out of the question.
+// typeSet is a set of extension numbers. Hellos have about 20 extensions, all but a few of them below 64; a
+// hello made to hurt can have 16,000, so that comparing each with each is out of the question.
 type typeSet struct {
 	low  uint64              // numbers below 64, one bit each
 	few  [24]uint16          // the others

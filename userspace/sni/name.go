@@ -11,8 +11,9 @@ const (
 	maxLabel = 63
 )
 
-// hostName returns the canonical form of a host name from the wire, or what is wrong with it. See Hello.ServerName for
-// what is accepted. It is "" without a problem where b is an address, for which no name stands.
+// hostName returns the canonical form of a host name from the wire, or what is wrong with it. See
+// Hello.ServerName for what is accepted. It is "" without a problem where b is an address, for which no name
+// stands.
 func hostName(b []byte) (name, problem string) {
 	if i := bytes.IndexByte(b, ':'); i >= 0 {
 		host, port := b[:i], b[i+1:]
@@ -51,7 +52,8 @@ func hostName(b []byte) (name, problem string) {
 	if problem := badLabel(last); problem != "" {
 		return "", problem
 	}
-	// "127.0.0.1", "127.1" and "2130706433" all mean an address to a resolver; no top-level domain is a number.
+	// "127.0.0.1", "127.1" and "2130706433" all mean an address to a resolver; no top-level domain is a
+	// number.
 	if number(last) {
 		return "", ""
 	}
@@ -91,7 +93,8 @@ func badLabel(l []byte) (problem string) {
 	return ""
 }
 
-// number reports whether a label is a number in the sense of inet_aton(3): decimal, octal, or hexadecimal after 0x.
+// number reports whether a label is a number in the sense of inet_aton(3): decimal, octal, or hexadecimal
+// after 0x.
 func number(l []byte) bool {
 	hex := len(l) >= 2 && l[0] == '0' && l[1] == 'x'
 	if hex {

@@ -9,26 +9,28 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/preface"
 )
 
-// firstRead is the size of the first buffer, bytes. The hello of a browser with a post-quantum key share fits (Chromium
-// 156 sends 2.0 KB, a few hundred bytes more when it resumes a session), and an idle connection costs no more than this.
+// firstRead is the size of the first buffer, bytes. The hello of a browser with a post-quantum key share fits
+// (Chromium 156 sends 2.0 KB, a few hundred bytes more when it resumes a session), and an idle connection
+// costs no more than this.
 const firstRead = 3 << 10
 
 // wireFactor says how many bytes of records a hello of one byte may take on average.
 //
-// Record headers are 5 bytes for as little as 1 byte of hello. If they counted in full, a legal hello of 16 KiB in
-// records of one byte (96 KiB) would fail under the default limit of 64 KiB; if they did not count at all, the limit
-// would allow six times the memory that it names. Twice lets that hello pass and is still a bound.
+// Record headers are 5 bytes for as little as 1 byte of hello. If they counted in full, a legal hello of 16
+// KiB in records of one byte (96 KiB) would fail under the default limit of 64 KiB; if they did not count at
+// all, the limit would allow six times the memory that it names. Twice lets that hello pass and is still a
+// bound.
 const wireFactor = 2
 
 // Read reads the ClientHello from c.
 //
-// maxBytes limits the ClientHello message; the records that carry it may take twice as much with their headers, which
-// is also the most that Read reads and keeps in memory. timeout is for all of it together, from now, however the bytes
-// trickle in; 0 or less means no limit.
+// maxBytes limits the ClientHello message; the records that carry it may take twice as much with their
+// headers, which is also the most that Read reads and keeps in memory. timeout is for all of it together,
+// from now, however the bytes trickle in; 0 or less means no limit.
 //
-// head is every byte that was read from c, in success and in failure; at least Length bytes in success, more when the
-// client sent more at once. It is to be passed on before anything else from c. On success no read deadline is left on
-// c, on failure it stays. c stays open in any case.
+// head is every byte that was read from c, in success and in failure; at least Length bytes in success, more
+// when the client sent more at once. It is to be passed on before anything else from c. On success no read
+// deadline is left on c, on failure it stays. c stays open in any case.
 //
 // The error is [ErrNotTLS], [ErrTooLarge], [ErrTimeout], [ErrEOF], a [*RejectError], one that wraps
 // [io.ErrUnexpectedEOF] when c ended within the hello, or what c.Read returned.
@@ -48,8 +50,9 @@ func NewListener(maxBytes int) *Listener {
 // error is that of [Parse], or [ErrTooLarge]; after any but [ErrIncomplete] there is nothing more to hear.
 func (l *Listener) Hear(b []byte) (Hello, error) { return l.next(b) }
 
-// Continue is [Read] for a stream whose first bytes have been read already, by a parser of PROXY headers, say. They are
-// in head, and come first in the result. Continue takes head over: its spare capacity is written to.
+// Continue is [Read] for a stream whose first bytes have been read already, by a parser of PROXY headers,
+// say. They are in head, and come first in the result. Continue takes head over: its spare capacity is
+// written to.
 func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (Hello, []byte, error) {
 	s := NewListener(maxBytes)
 	// What was read already may be enough: no system call then.
@@ -82,8 +85,8 @@ func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (Hel
 	return h, head, err
 }
 
-// grow makes room for at least one byte more. It doubles, so that all copies together are linear, and goes by what has
-// come, not by what a record's header promises.
+// grow makes room for at least one byte more. It doubles, so that all copies together are linear, and goes by
+// what has come, not by what a record's header promises.
 func (s *scanner) grow(head []byte) []byte {
 	if len(head) < cap(head) {
 		return head

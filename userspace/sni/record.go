@@ -14,8 +14,8 @@ const (
 	maxHello = messageHeaderLen + 2 + 32 + (1 + 32) + (2 + 0xffff) + (1 + 0xff) + (2 + 0xffff)
 )
 
-// scanner finds the ClientHello in a growing prefix of a stream. It remembers where it was, so that the work of all
-// calls together is linear in the bytes of the stream, however they arrive.
+// scanner finds the ClientHello in a growing prefix of a stream. It remembers where it was, so that the work
+// of all calls together is linear in the bytes of the stream, however they arrive.
 type scanner struct {
 	maxMessage int // limit for the handshake message, bytes
 	maxWire    int // limit for the records that carry it, bytes
@@ -44,8 +44,8 @@ func (s *scanner) next(b []byte) (Hello, error) {
 	return h, nil
 }
 
-// record takes one more record. What it says depends on the stream's bytes only, not on how many of them came at once,
-// because each byte is judged in its turn.
+// record takes one more record. What it says depends on the stream's bytes only, not on how many of them came
+// at once, because each byte is judged in its turn.
 func (s *scanner) record(b []byte) error {
 	if s.off+recordHeaderLen+1 > s.maxWire {
 		return ErrTooLarge
@@ -55,8 +55,8 @@ func (s *scanner) record(b []byte) error {
 	if len(rec) < 1 {
 		return ErrIncomplete
 	}
-	// The version is to be ignored (RFC 8446 section 5.1), but in the first record its major part tells TLS from
-	// noise and from DTLS.
+	// The version is to be ignored (RFC 8446 section 5.1), but in the first record its major part tells TLS
+	// from noise and from DTLS.
 	if s.off == 0 {
 		if rec[0] < recordChangeCipherSpec || rec[0] > recordHeartbeat {
 			return ErrNotTLS

@@ -1,24 +1,24 @@
 // Package sni reads the TLS ClientHello that begins a connection, and says which name it asks for, so that a
 // connection can be routed without being decrypted.
 //
-// It looks at bytes only: no key, no certificate, no state. [Parse] is a pure function of the bytes, [Read] adds a
-// connection, a limit and a deadline to it, and [Refuse] tells a client in TLS why it is sent away.
+// It looks at bytes only: no key, no certificate, no state. [Parse] is a pure function of the bytes, [Read]
+// adds a connection, a limit and a deadline to it, and [Refuse] tells a client in TLS why it is sent away.
 //
 // # What is judged and what is not
 //
-// The parser is as strict as is needed for the name that it reports to be the one that the server behind will see
-// (framing, extension syntax, no extension twice), and leaves everything else (cipher suites, key shares, random,
-// compression) to that server, which knows better what to answer. It was fuzzed against crypto/tls. The known
-// differences from it, all towards refusing:
+// The parser is as strict as is needed for the name that it reports to be the one that the server behind will
+// see (framing, extension syntax, no extension twice), and leaves everything else (cipher suites, key shares,
+// random, compression) to that server, which knows better what to answer. It was fuzzed against crypto/tls.
+// The known differences from it, all towards refusing:
 //
 //   - the first record must say major version 3, as OpenSSL and BoringSSL demand; a client_version of SSL 3.0 or less
 //     is refused as RFC 8446 appendix D.5 demands;
 //   - an alert in front of the hello, or between its fragments, is refused, where crypto/tls skips warnings;
 //   - a host name must look like one (see [Hello.ServerName]); crypto/tls takes any bytes.
 //
-// Where clients send what RFC 6066 forbids and the meaning is not in doubt, it takes that: one trailing dot, which
-// crypto/tls refuses, is dropped from a name, and so is a port, as nginx does: a route for a name, and what guards it,
-// holds for each of its spellings. An address is no name, so that only a default takes it.
+// Where clients send what RFC 6066 forbids and the meaning is not in doubt, it takes that: one trailing dot,
+// which crypto/tls refuses, is dropped from a name, and so is a port, as nginx does: a route for a name, and
+// what guards it, holds for each of its spellings. An address is no name, so that only a default takes it.
 //
 // Its files:
 //
@@ -39,30 +39,32 @@ import (
 // Hello is what a ClientHello says that matters for routing.
 type Hello struct {
 	// ServerName is the host_name of the server_name extension (RFC 6066 section 3) in lower case, without a
-	// trailing dot and port, or "" when there is none, or an IP address in its place. It is at most 253 bytes long, its
-	// labels are 1 to 63 bytes of letters, digits, hyphens and underscores (those, and hyphens at an end, are not legal
-	// in a host name, but in use), and its last label is no number, so that it is never an IP literal. An internationalized name
-	// is in its A-label form.
+	// trailing dot and port, or "" when there is none, or an IP address in its place. It is at most 253 bytes
+	// long, its labels are 1 to 63 bytes of letters, digits, hyphens and underscores (those, and hyphens at
+	// an end, are not legal in a host name, but in use), and its last label is no number, so that it is never
+	// an IP literal. An internationalized name is in its A-label form.
 	ServerName string
 
-	// FinalDot says that the name was sent with a dot at its end. RFC 6066 section 3 forbids that, and crypto/tls
-	// refuses such a hello as malformed.
+	// FinalDot says that the name was sent with a dot at its end. RFC 6066 section 3 forbids that, and
+	// crypto/tls refuses such a hello as malformed.
 	FinalDot bool
 
 	// ALPN holds the protocols that the client offers, in its order, as sent (GREASE included: RFC 8701).
 	// Treat it as read-only.
 	ALPN []string
 
-	// ECH says that the hello carries an encrypted_client_hello extension, so that ServerName may be only the public
-	// name of whoever can decrypt the real one. Browsers also send random ones (GREASE), which look the same.
+	// ECH says that the hello carries an encrypted_client_hello extension, so that ServerName may be only the
+	// public name of whoever can decrypt the real one. Browsers also send random ones (GREASE), which look
+	// the same.
 	ECH bool
 
-	// Versions holds the TLS versions that the client offers, in its order, without GREASE. A client older than
-	// TLS 1.3 names only its newest one: then it is that and all below it down to TLS 1.0. Treat it as read-only.
+	// Versions holds the TLS versions that the client offers, in its order, without GREASE. A client older
+	// than TLS 1.3 names only its newest one: then it is that and all below it down to TLS 1.0. Treat it as
+	// read-only.
 	Versions []uint16
 
-	// Length is the size of the TLS records that carry the hello, headers included, in bytes from the start of the
-	// stream. What follows (early data, say) belongs to what comes next.
+	// Length is the size of the TLS records that carry the hello, headers included, in bytes from the start
+	// of the stream. What follows (early data, say) belongs to what comes next.
 	Length int
 }
 
@@ -79,8 +81,8 @@ var (
 	// ErrTimeout means that the hello was not complete in time.
 	ErrTimeout = errors.New("the TLS hello was not complete in time")
 
-	// ErrEOF means that the peer closed or reset the connection before it sent anything, as port scanners, health
-	// checks and browsers that connect ahead do. It is rarely worth a line in a log.
+	// ErrEOF means that the peer closed or reset the connection before it sent anything, as port scanners,
+	// health checks and browsers that connect ahead do. It is rarely worth a line in a log.
 	ErrEOF = errors.New("the connection ended before its first byte")
 )
 
@@ -96,8 +98,8 @@ func (e *RejectError) Error() string {
 
 func reject(alert uint8, reason string) error { return &RejectError{alert, reason} }
 
-// Parse parses the ClientHello at the start of b, which holds TLS records from the start of the stream; the hello may
-// be fragmented over records in any way (RFC 8446 section 5.1), and bytes may follow it.
+// Parse parses the ClientHello at the start of b, which holds TLS records from the start of the stream; the
+// hello may be fragmented over records in any way (RFC 8446 section 5.1), and bytes may follow it.
 //
 // The error is [ErrIncomplete] when b ends too early, [ErrNotTLS], or a [*RejectError]. A verdict other than
 // ErrIncomplete is final: more bytes do not change it. The result shares no memory with b.

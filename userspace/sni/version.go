@@ -6,12 +6,12 @@ const (
 	versionTLS13 = 0x0304
 )
 
-// known holds the versions that clients offer in the order in which they do, so that nearly every Hello.Versions is a
-// part of it and needs no memory of its own. It is never written to.
+// known holds the versions that clients offer in the order in which they do, so that nearly every
+// Hello.Versions is a part of it and needs no memory of its own. It is never written to.
 var known = [...]uint16{versionTLS13, versionTLS12, 0x0302, versionTLS10}
 
-// upTo returns TLS 1.0 to version, newest first. Without the supported_versions extension nobody speaks TLS 1.3
-// (RFC 8446 section 4.2.1), whatever version says.
+// upTo returns TLS 1.0 to version, newest first. Without the supported_versions extension nobody speaks TLS
+// 1.3 (RFC 8446 section 4.2.1), whatever version says.
 func upTo(version int) []uint16 {
 	for i := 1; i < len(known); i++ {
 		if version >= int(known[i]) {

@@ -1,5 +1,5 @@
-// Package spelling guesses which name was meant by one that nobody has. It imports none of ours, so that its siblings may
-// import it. The configuration's keys are guessed by config itself, which knows more of them.
+// Package spelling guesses which name was meant by one that nobody has. It imports none of ours, so that its
+// siblings may import it. The configuration's keys are guessed by config itself, which knows more of them.
 package spelling
 
 // Nearest returns the candidate that the fewest edits turn name into, or "" if

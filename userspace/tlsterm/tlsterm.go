@@ -80,9 +80,10 @@ func Load(specs []Spec, log *slog.Logger) (*Store, error) {
 	return load(specs, log, false)
 }
 
-// Open is Load that does without what can't be used now. A certificate that has expired, or is not valid yet, is
-// served all the same: clients judge. Files that are broken or missing are served from when Run finds
-// them mended. Each is logged, and [Store.Certificates] shows it. It fails where specs are wrong, never for a file.
+// Open is Load that does without what can't be used now. A certificate that has expired, or is not valid yet,
+// is served all the same: clients judge. Files that are broken or missing are served from when Run finds them
+// mended. Each is logged, and [Store.Certificates] shows it. It fails where specs are wrong, never for a
+// file.
 func Open(specs []Spec, log *slog.Logger) (*Store, error) {
 	return load(specs, log, true)
 }
@@ -204,9 +205,9 @@ func (s *Store) refresh(want func(*entry) bool) error {
 const Interval = time.Second
 
 // Run follows the files until ctx ends: what changed is served within about two
-// intervals. A pair that could not be used when it was opened is read again each time. A pair that is broken for longer than one interval (a new
-// certificate whose key is still on its way is not) is logged, once for each
-// state of its files. It also warns of certificates that expire while served.
+// intervals. A pair that could not be used when it was opened is read again each time. A pair that is broken
+// for longer than one interval (a new certificate whose key is still on its way is not) is logged, once for
+// each state of its files. It also warns of certificates that expire while served.
 func (s *Store) Run(ctx context.Context) {
 	tick := time.NewTicker(Interval)
 	defer tick.Stop()

@@ -216,7 +216,8 @@ func (w *job) connect() error {
 	}
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	if j.Kind == Stall {
-		// What fills up is to be the proxy, and not this socket: before the connection, for its window's scale.
+		// What fills up is to be the proxy, and not this socket: before the connection, for its window's
+		// scale.
 		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 64<<10)
 	}
 	f := &flow{loop: w.loop, cell: &w.cell, fd: fd, began: now()}

@@ -15,8 +15,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/bench/topology"
 )
 
-// agents are the clients and the servers of a topology. All tests but those with more flows than a process may have
-// files use the first pair.
+// agents are the clients and the servers of a topology. All tests but those with more flows than a process
+// may have files use the first pair.
 type agents struct {
 	*pair
 	pairs    []*pair
@@ -145,7 +145,8 @@ func (p *pair) run(ctx context.Context, j agent.Job) (agent.Report, error) {
 // broken is a system's fault: a byte or a flow was lost.
 type broken struct{ error }
 
-// settle compares what both ends saw of the latest job, and forgets it. An error of type broken is the system's fault.
+// settle compares what both ends saw of the latest job, and forgets it. An error of type broken is the
+// system's fault.
 func (p *pair) settle(ctx context.Context, near agent.Report) (far agent.Report, err error) {
 	defer p.server.Forget(p.cell)
 	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(2 * time.Millisecond) {

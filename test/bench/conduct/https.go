@@ -18,7 +18,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/bench/system"
 )
 
-// startTerminating starts what terminates TLS. Of ours there is only one: requests don't have a datapath in the kernel.
+// startTerminating starts what terminates TLS. Of ours there is only one: requests don't have a datapath in
+// the kernel.
 func (c *conductor) startTerminating(ctx context.Context) error {
 	names := []string{"nginx"}
 	if c.Caddy != "" {
@@ -44,7 +45,8 @@ func (c *conductor) startTerminating(ctx context.Context) error {
 	return nil
 }
 
-// https is requests by wrk over TLS 1.3, kept alive, and answers of 1 KiB, each compared with what it has to be.
+// https is requests by wrk over TLS 1.3, kept alive, and answers of 1 KiB, each compared with what it has to
+// be.
 func https(flowsName string, flows int, t test) *test {
 	t.name, t.https, t.flows = "https_"+flowsName, true, flows
 	t.duration, t.least = 2*time.Second, time.Second // wrk knows only whole seconds
@@ -70,7 +72,8 @@ type wrkReport struct {
 	P50, P99, P999          int
 }
 
-// inHosts runs a program with an /etc/hosts of its own, which has the server name: wrk takes the TLS server name from the URL.
+// inHosts runs a program with an /etc/hosts of its own, which has the server name: wrk takes the TLS server
+// name from the URL.
 const inHosts = `mount --bind "$1" /etc/hosts && shift && exec "$@"`
 
 func (c *cellRun) wrk(ctx context.Context, flows int, d time.Duration) (r wrkReport, err error) {

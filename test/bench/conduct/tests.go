@@ -77,7 +77,8 @@ const (
 	inQuick
 )
 
-// leastBulk is longer than TCP waits before it sends again (RTO_MIN is 200 ms), so that one lost packet is not all of a cell.
+// leastBulk is longer than TCP waits before it sends again (RTO_MIN is 200 ms), so that one lost packet is
+// not all of a cell.
 const leastBulk = 300 * time.Millisecond
 
 // longPause is worth a warning where no packet is lost on purpose: TCP has waited for a timer.
@@ -285,8 +286,8 @@ func firstByte() *test {
 		}}
 }
 
-// idle is the memory of flows that do nothing, without what the client's and the server's sockets take. They are spread
-// over so many instances of the system.
+// idle is the memory of flows that do nothing, without what the client's and the server's sockets take. They
+// are spread over so many instances of the system.
 func idle(name string, flows, copies int, t test) *test {
 	t.name, t.copies, t.fresh = name, copies, true
 	t.flows = (flows + copies - 1) / copies
@@ -341,8 +342,8 @@ func idle(name string, flows, copies int, t test) *test {
 	return &t
 }
 
-// stopped is what flows cost whose client has stopped reading: memory once all buffers are full, and time, both beyond what
-// direct takes. The client's and the server's own buffers are small.
+// stopped is what flows cost whose client has stopped reading: memory once all buffers are full, and time,
+// both beyond what direct takes. The client's and the server's own buffers are small.
 func stopped(flows int) *test {
 	return &test{name: "stopped", fixed: 6 * time.Second, flows: flows, fresh: true,
 		rounds: 3, only: []string{system.Direct, system.HAProxy + "$", "nginx", "goproxy", "tailsplice/", "baseline/"}, // it takes too long for more

@@ -1,4 +1,5 @@
-// Package peers holds the configurations of what is compared, as files to read. @WORDS@ are filled in by the run.
+// Package peers holds the configurations of what is compared, as files to read. @WORDS@ are filled in by the
+// run.
 package peers
 
 import (

@@ -22,7 +22,8 @@ var panels = []struct{ topology, measure, title string }{
 	{"tailnet", "rr_rate_c32", "Requests over a real tailnet"},
 }
 
-// headlines are the measures of the short chart and of the table for the docs, and how a sentence names the main ones.
+// headlines are the measures of the short chart and of the table for the docs, and how a sentence names the
+// main ones.
 var headlines = []struct{ topology, measure, title, short string }{
 	{"veth", "bulk_down", "Bulk download, 4 flows", "throughput"},
 	{"veth", "bulk_up", "Bulk upload, 4 flows", ""},
@@ -39,7 +40,8 @@ var headlines = []struct{ topology, measure, title, short string }{
 	{"veth", "https_rate_c32", "TLS terminated, requests a second", ""},
 }
 
-// ours is the system of the short chart and its sentence: what runs by default. TLS is terminated in userspace only.
+// ours is the system of the short chart and its sentence: what runs by default. TLS is terminated in
+// userspace only.
 func (r *Run) ours(topology, measure string) *Result {
 	if res := r.find(topology, "tailsplice/auto", measure); res != nil {
 		return res
@@ -61,9 +63,9 @@ func (r *Run) about() string {
 		r.Mode, r.Started.Format("2006-01-02"), r.Rounds)
 }
 
-// Chart draws the run as an SVG picture: a panel for each of the main measures, a bar for each system. Bars are the
-// table's ratios to HAProxy, medians of the rounds' ratios, and whiskers are their quartiles; beside each stands the
-// median of the measure itself.
+// Chart draws the run as an SVG picture: a panel for each of the main measures, a bar for each system. Bars
+// are the table's ratios to HAProxy, medians of the rounds' ratios, and whiskers are their quartiles; beside
+// each stands the median of the measure itself.
 func (r *Run) Chart(w io.Writer) {
 	const (
 		width, column, gap = 900, 435, 30
@@ -124,8 +126,8 @@ func (r *Run) Chart(w io.Writer) {
 `, width, height, width, height, style, html.EscapeString(r.about()), body.String())
 }
 
-// ShortChart draws how tailsplice compares with HAProxy, as an SVG picture with a sentence for a headline. Bars to the
-// right are better, to the left worse, on a scale where twice and half are as long.
+// ShortChart draws how tailsplice compares with HAProxy, as an SVG picture with a sentence for a headline.
+// Bars to the right are better, to the left worse, on a scale where twice and half are as long.
 func (r *Run) ShortChart(w io.Writer) {
 	const width, label, middle, bar, octave = 900, 250, 470, 24, 150
 	var body strings.Builder

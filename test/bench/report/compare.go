@@ -10,9 +10,9 @@ import (
 	"golang.org/x/perf/benchmath"
 )
 
-// Compare prints what changed from old to r: differences that are more than both runs' noise, and that the rounds'
-// values bear out (Mann-Whitney U test, p < 0.05). It returns how many got worse. Values are compared as their ratio to
-// HAProxy where there is one, so that a faster or busier machine is no difference.
+// Compare prints what changed from old to r: differences that are more than both runs' noise, and that the
+// rounds' values bear out (Mann-Whitney U test, p < 0.05). It returns how many got worse. Values are compared
+// as their ratio to HAProxy where there is one, so that a faster or busier machine is no difference.
 func (r *Run) Compare(w io.Writer, old *Run) (worse int) {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(tw, "topology\tsystem\tmeasure\told\tnew\tchange\tp\t\n")

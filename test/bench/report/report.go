@@ -1,5 +1,5 @@
-// Package report keeps what was measured, says what of it is a difference, and shows it: as a table, as JSON, as text
-// for benchstat, and as a chart.
+// Package report keeps what was measured, says what of it is a difference, and shows it: as a table, as JSON,
+// as text for benchstat, and as a chart.
 package report
 
 import (
@@ -220,9 +220,10 @@ func ratios(s, base []float64) (all []float64) {
 	return all
 }
 
-// noise is how far a ratio may be from 1 with no difference behind it: three quarters of the rounds have direct and
-// direct again that close together. Where a measure is what a system takes beyond direct, direct again should
-// have taken nothing, and what it did is taken as a part of HAProxy's. Where direct has no such measure, it is HAProxy's own spread.
+// noise is how far a ratio may be from 1 with no difference behind it: three quarters of the rounds have
+// direct and direct again that close together. Where a measure is what a system takes beyond direct, direct
+// again should have taken nothing, and what it did is taken as a part of HAProxy's. Where direct has no such
+// measure, it is HAProxy's own spread.
 func noise(direct, again, haproxy []float64) float64 {
 	var off []float64
 	for _, q := range ratios(again, direct) {
@@ -242,7 +243,8 @@ func noise(direct, again, haproxy []float64) float64 {
 	return math.NaN()
 }
 
-// verdict calls a difference only what is more than noise, and on the same side in all rounds but one of five.
+// verdict calls a difference only what is more than noise, and on the same side in all rounds but one of
+// five.
 func verdict(s, base []float64, ratio, noise float64, better string) string {
 	all := ratios(s, base)
 	above := 0

@@ -8,8 +8,8 @@ import (
 	"text/tabwriter"
 )
 
-// Table prints the run for people: for each measure the medians, and below them the ratios to HAProxy. ~ marks what
-// can't be told from noise.
+// Table prints the run for people: for each measure the medians, and below them the ratios to HAProxy. ~
+// marks what can't be told from noise.
 func (r *Run) Table(w io.Writer) {
 	m := r.Machine
 	fmt.Fprintf(w, "\n%s run, %d rounds, %.0f s on %d CPUs (%s), Linux %s\n", r.Mode, r.Rounds, r.Seconds, m.CPUs, m.Model, m.Kernel)

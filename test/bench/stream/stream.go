@@ -1,11 +1,11 @@
 // Package stream makes the bytes that the benchmark sends, and knows them again when they arrive.
 //
-// A flow begins with a real ClientHello and a [Command]; then it has a payload each way. The payload is a pattern of
-// Period random bytes, over and over, from a phase of the flow's own. Checking it is one comparison with memory that
-// stays in the second-level cache (20 GB/s and more, so 2 to 4 % of what moving the bytes costs), and it finds a byte
-// that is wrong, lost, doubled or out of order, or that belongs to another flow: Period is prime, and no multiple of
-// any buffer's or segment's size. What it could miss is a whole multiple of Period lost, for which the counts of both
-// ends are compared.
+// A flow begins with a real ClientHello and a [Command]; then it has a payload each way. The payload is a
+// pattern of Period random bytes, over and over, from a phase of the flow's own. Checking it is one
+// comparison with memory that stays in the second-level cache (20 GB/s and more, so 2 to 4 % of what moving
+// the bytes costs), and it finds a byte that is wrong, lost, doubled or out of order, or that belongs to
+// another flow: Period is prime, and no multiple of any buffer's or segment's size. What it could miss is a
+// whole multiple of Period lost, for which the counts of both ends are compared.
 package stream
 
 import (

@@ -19,8 +19,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/bench/stream"
 )
 
-// What terminates TLS has a backend of its own on the server's host: plain HTTP/1.1 with keep-alive on one port, and TLS by
-// itself on the other, for direct.
+// What terminates TLS has a backend of its own on the server's host: plain HTTP/1.1 with keep-alive on one
+// port, and TLS by itself on the other, for direct.
 const (
 	httpPort  = 6080
 	httpsPort = 6443
@@ -32,7 +32,8 @@ const terminating = "https-"
 // HTTPSBody is what the backend answers, and all of it: 1 KiB.
 var HTTPSBody = hex.EncodeToString(stream.At(0, 0, 512))
 
-// StartTerminating starts a system that terminates TLS and sends requests to the backend; the first call starts that too.
+// StartTerminating starts a system that terminates TLS and sends requests to the backend; the first call
+// starts that too.
 func (b *Builder) StartTerminating(ctx context.Context, name string) (*System, error) {
 	t := b.Topology
 	server := t.Target.Addr()
@@ -49,8 +50,8 @@ func (b *Builder) StartTerminating(ctx context.Context, name string) (*System, e
 	return s, b.begin(ctx, s)
 }
 
-// certificate is the name of a file with an ECDSA P-256 key and certificate for the server name; all have the same one.
-// It is "" if it can't be made, which whoever reads it will complain of.
+// certificate is the name of a file with an ECDSA P-256 key and certificate for the server name; all have the
+// same one. It is "" if it can't be made, which whoever reads it will complain of.
 func (b *Builder) certificate() string {
 	file := filepath.Join(b.Dir, "certificate.pem")
 	if _, err := os.Stat(file); err == nil {

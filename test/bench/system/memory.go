@@ -23,8 +23,9 @@ func (m Memory) Since(before Memory) Memory {
 	return Memory{m.Process - before.Process, m.Slab - before.Slab, m.TCP - before.TCP, m.BPF - before.BPF}
 }
 
-// Used is all memory that the kernel can't have back, for whatever it is: sockets, pipes, skbs that nobody is charged for; and
-// what the system's processes hold. What other processes hold, which other people may have started meanwhile, is not in it.
+// Used is all memory that the kernel can't have back, for whatever it is: sockets, pipes, skbs that nobody is
+// charged for; and what the system's processes hold. What other processes hold, which other people may have
+// started meanwhile, is not in it.
 func (s *System) Used() int64 {
 	m := func(name string) int64 { return kb("/proc/meminfo", name) }
 	used := m("MemTotal:") - m("MemFree:") - m("Buffers:") - m("Cached:") - m("SReclaimable:") - m("AnonPages:")

@@ -17,9 +17,9 @@ const userHZ = 100
 type CPU struct {
 	// Machine is all time that is not idle, softirq and interrupts included, as /proc/stat has it.
 	Machine float64
-	// Proxy is what the kernel charges to the system's processes. A kernel without IRQ time accounting, as most are,
-	// also charges to a process what softirqs do while it runs: its own packets leave through such, and on a busy
-	// machine some of its neighbours' arrive through them.
+	// Proxy is what the kernel charges to the system's processes. A kernel without IRQ time accounting, as
+	// most are, also charges to a process what softirqs do while it runs: its own packets leave through such,
+	// and on a busy machine some of its neighbours' arrive through them.
 	Proxy float64
 	// Kernel is what kernel threads took: ksoftirqd when softirqs get too much for the processes they
 	// interrupt, and kworkers.
@@ -138,8 +138,8 @@ func (s *System) Tree() []int {
 	return pids
 }
 
-// RunTime is how long the system's threads and those of the kernel have run on a processor. It is exact to the
-// microsecond where ReadCPU counts ticks of 10 ms; threads that have ended are missing.
+// RunTime is how long the system's threads and those of the kernel have run on a processor. It is exact to
+// the microsecond where ReadCPU counts ticks of 10 ms; threads that have ended are missing.
 func (s *System) RunTime() (d time.Duration) {
 	pids := s.Tree()
 	for _, p := range processes() {

@@ -113,7 +113,8 @@ const (
 	proxiedPorts = 1000
 )
 
-// Start starts a system by name; the caller stops all with Close. It returns when the system accepts connections.
+// Start starts a system by name; the caller stops all with Close. It returns when the system accepts
+// connections.
 func (b *Builder) Start(ctx context.Context, name string) (*System, error) {
 	t := b.Topology
 	if name == Direct || name == DirectAgain {
@@ -156,8 +157,9 @@ func (b *Builder) begin(ctx context.Context, s *System) error {
 	return nil
 }
 
-// Multiply starts instances of a system until there are n, each on a port and with a server of its own, so that they can hold
-// more flows than one process may have files. stop ends them. What the kernel does needs no instances.
+// Multiply starts instances of a system until there are n, each on a port and with a server of its own, so
+// that they can hold more flows than one process may have files. stop ends them. What the kernel does needs
+// no instances.
 func (b *Builder) Multiply(ctx context.Context, s *System, n int) (stop func(), err error) {
 	stop = func() {
 		for _, c := range s.copies {
@@ -319,15 +321,16 @@ func (b *Builder) Close() {
 		s.kill()
 	}
 	b.started, b.backend = nil, nil
-	// A daemon that was killed leaves its pins; the next one of that name would remove them, and there is none.
+	// A daemon that was killed leaves its pins; the next one of that name would remove them, and there is
+	// none.
 	pins, _ := filepath.Glob("/sys/fs/bpf/tailsplice/" + strings.ReplaceAll(strings.Trim(b.Dir, "/"), "/", "-") + "-*")
 	for _, dir := range pins {
 		os.RemoveAll(dir)
 	}
 }
 
-// Datapaths lists which of our datapaths this machine has: a daemon that is told to use one that is not there refuses to
-// start. auto is only listed where it has a choice.
+// Datapaths lists which of our datapaths this machine has: a daemon that is told to use one that is not there
+// refuses to start. auto is only listed where it has a choice.
 func (b *Builder) Datapaths(ctx context.Context) ([]string, error) {
 	defer b.Close()
 	if _, err := b.Start(ctx, "tailsplice/userspace"); err != nil {

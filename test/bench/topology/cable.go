@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A cable carries packets between two TUN devices with a delay. Packets are handed on as the kernel gives them,
-// unsegmented and with their virtio header, so that it carries several Gbit/s on little CPU.
+// A cable carries packets between two TUN devices with a delay. Packets are handed on as the kernel gives
+// them, unsegmented and with their virtio header, so that it carries several Gbit/s on little CPU.
 type cable struct {
 	ends  [2]*os.File
 	delay time.Duration

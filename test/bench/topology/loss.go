@@ -2,8 +2,9 @@ package topology
 
 import "github.com/tailsplice/tailsplice/test/loss"
 
-// setLoss loses packets on the client's device, both ways: programs under test that redirect at tc on the proxy would
-// go around a filter there. Both ends of the link stop making super-packets, of which one lost would be forty lost.
+// setLoss loses packets on the client's device, both ways: programs under test that redirect at tc on the
+// proxy would go around a filter there. Both ends of the link stop making super-packets, of which one lost
+// would be forty lost.
 func setLoss(client *namespace, dev string, proxy *namespace, peer string, p float64) error {
 	offload := "on"
 	if p > 0 {

@@ -17,7 +17,8 @@ import (
 // prefix begins the name of everything that a run makes outside of its own processes.
 const prefix = "ts-bench-"
 
-// namespace is a Host that is only a network namespace: one locked thread in it, by which its programs are started.
+// namespace is a Host that is only a network namespace: one locked thread in it, by which its programs are
+// started.
 type namespace struct {
 	name string // under /run/netns
 	jobs chan func()
@@ -110,8 +111,8 @@ type Run struct {
 	pipe   io.Closer
 }
 
-// NewRun sweeps what killed runs left, and makes a directory. A shell in a session of its own waits for the end of
-// this process and then removes everything.
+// NewRun sweeps what killed runs left, and makes a directory. A shell in a session of its own waits for the
+// end of this process and then removes everything.
 func NewRun() (*Run, error) {
 	if err := sweep(); err != nil {
 		return nil, err

@@ -28,8 +28,9 @@ func (h labHost) Start(c *exec.Cmd) error {
 // directPort is where the edge's kernel forwards to the server.
 const directPort = 7001
 
-// NewTailnet makes the lab's world without anycast and Docker: the client reaches an edge through a router, and the edge
-// reaches the laptop by its tailnet address, through tailscaled on both and the router between them.
+// NewTailnet makes the lab's world without anycast and Docker: the client reaches an edge through a router,
+// and the edge reaches the laptop by its tailnet address, through tailscaled on both and the router between
+// them.
 func NewTailnet(ctx context.Context, progress func(format string, args ...any)) (_ *Topology, err error) {
 	w, err := lab.New(ctx, lab.Options{NoAnycast: true, NoDocker: true, Progress: progress})
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package topology makes the three hosts of the benchmark, client, proxy and server, on this machine, each in a
-// network namespace: joined by veth pairs, or with a real tailnet between proxy and server.
+// Package topology makes the three hosts of the benchmark, client, proxy and server, on this machine, each in
+// a network namespace: joined by veth pairs, or with a real tailnet between proxy and server.
 package topology
 
 import (
@@ -35,7 +35,8 @@ type Topology struct {
 	Direct netip.AddrPort // the server as the client dials it, through the proxy's plain forwarding
 	Note   string         // what Direct is here
 
-	// SetDirect and SetNAT make the kernel of the proxy forward Direct, or Listen:port with NAT, and undo it. nil: always there.
+	// SetDirect and SetNAT make the kernel of the proxy forward Direct, or Listen:port with NAT, and undo it.
+	// nil: always there.
 	SetDirect func(on bool) error
 
 	// Far is Listen over a path with a delay; FarDirect is Direct over that path. Invalid: there is none.
@@ -87,8 +88,8 @@ func tune(h Host) error {
 		{"ipv4/ip_local_port_range", "1024 65535"},
 		// Of that, what servers and systems listen on: an outgoing connection must not have it first.
 		{"ipv4/ip_local_reserved_ports", "6080,6443,7000-7099,8400-8599"},
-		// A closed flow's ports can be used again after a second, and few are remembered: otherwise the tests that
-		// open many flows slow down whoever comes after them.
+		// A closed flow's ports can be used again after a second, and few are remembered: otherwise the tests
+		// that open many flows slow down whoever comes after them.
 		{"ipv4/tcp_tw_reuse", "1"},
 		{"ipv4/tcp_max_tw_buckets", "2000"},
 		{"core/somaxconn", "4096"},
@@ -102,9 +103,9 @@ func tune(h Host) error {
 	return errors.Join(err, useCubic(h))
 }
 
-// useCubic gives a host Debian's default congestion control. BBR, which some machines are set to, paces by a timer, and
-// takes minutes to find its rate again after a reader that had stopped goes on. In a namespace only what the machine
-// allows to anybody can be set: it is allowed for that moment.
+// useCubic gives a host Debian's default congestion control. BBR, which some machines are set to, paces by a
+// timer, and takes minutes to find its rate again after a reader that had stopped goes on. In a namespace
+// only what the machine allows to anybody can be set: it is allowed for that moment.
 func useCubic(h Host) error {
 	const allowed = "/proc/sys/net/ipv4/tcp_allowed_congestion_control"
 	was, err := os.ReadFile(allowed)

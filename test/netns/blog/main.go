@@ -1,5 +1,6 @@
-// Command blog is the web site in the container at the end of the path. It answers with a page that says what it saw
-// of the visitor, and with endpoints that tests measure the path by. It is one static binary for an image FROM scratch.
+// Command blog is the web site in the container at the end of the path. It answers with a page that says what
+// it saw of the visitor, and with endpoints that tests measure the path by. It is one static binary for an
+// image FROM scratch.
 //
 //	GET  /                  the page; the same facts as JSON with Accept: application/json
 //	GET  /bytes?n=N&seed=S  N pseudo-random bytes, the same for the same seed; X-Sha256 is a trailer with their sum
@@ -11,8 +12,8 @@
 //	GET  /sleep?for=D       an answer after D
 //	GET  /status?code=N     an empty answer with that status
 //
-// On port 8081 it does the same for connections that begin with a PROXY header, and takes the other end of the socket from there.
-// Port 8443 has the same by TLS.
+// On port 8081 it does the same for connections that begin with a PROXY header, and takes the other end of
+// the socket from there. Port 8443 has the same by TLS.
 package main
 
 import (

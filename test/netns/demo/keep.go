@@ -21,8 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// keeperEnv tells a process that it is the keeper: it holds the world of KEEP=1 after its parent has returned to the
-// shell. Its file 3 is where it says how the show went.
+// keeperEnv tells a process that it is the keeper: it holds the world of KEEP=1 after its parent has returned
+// to the shell. Its file 3 is where it says how the show went.
 const keeperEnv = "TAILSPLICE_DEMO_KEEPER"
 
 // keeperSocket is where the keeper takes commands.

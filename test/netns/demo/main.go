@@ -1,6 +1,6 @@
-// Command demo shows the whole path at work: a client requests https://example.vsq.cz through each of two edges, home,
-// a laptop and a container, with curl and a real browser, and the path that each request took is printed from the
-// daemons' logs. It exits 0 only if all of it worked.
+// Command demo shows the whole path at work: a client requests https://example.vsq.cz through each of two
+// edges, home, a laptop and a container, with curl and a real browser, and the path that each request took is
+// printed from the daemons' logs. It exits 0 only if all of it worked.
 //
 //	demo                      bring the world up, show it, take it down
 //	KEEP=1 demo               leave it up, and say what to type:
@@ -54,8 +54,8 @@ func (p printer) step(format string, args ...any) {
 	fmt.Fprintf(p.out, "%6.1f s  %s\n", time.Since(p.begin).Seconds(), fmt.Sprintf(format, args...))
 }
 
-// run is the demo. keep, if any, is called with the world when the show is over, whether it went well or not, and
-// returns when the world may end.
+// run is the demo. keep, if any, is called with the world when the show is over, whether it went well or not,
+// and returns when the world may end.
 func run(keep func(*lab.World, error) error) error {
 	if lacks := lab.Lacks(lab.Options{}, "curl", "chromium", "certutil"); len(lacks) > 0 {
 		return fmt.Errorf("this machine lacks %v: `make demo` as root installs it", lacks)

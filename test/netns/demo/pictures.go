@@ -30,8 +30,9 @@ var (
 	sizes  = map[string][]string{"desktop": {"--window-size=1280,720"}, "phone": {"--window-size=390,844", "--force-device-scale-factor=2"}}
 )
 
-// pictures brings the demo's world up, and draws the README's picture into a directory: path-light.png and path-dark.png.
-// Into build/pictures it draws, to be looked at, the README, the error pages, top, and the benchmark's charts.
+// pictures brings the demo's world up, and draws the README's picture into a directory: path-light.png and
+// path-dark.png. Into build/pictures it draws, to be looked at, the README, the error pages, top, and the
+// benchmark's charts.
 func pictures(docs string) error {
 	if lacks := lab.Lacks(lab.Options{}, "curl", "chromium", "certutil", "tmux", "aha", "cmark-gfm", "pngquant"); len(lacks) > 0 {
 		return fmt.Errorf("this machine lacks %v: `make pictures` as root installs it", lacks)
@@ -203,8 +204,8 @@ func (s *site) drawTop(ctx context.Context, p printer, root, dir string) error {
 	return nil
 }
 
-// terminal runs a command on a host, on a terminal of some columns and rows, until that shows a text, and returns the
-// screen as HTML.
+// terminal runs a command on a host, on a terminal of some columns and rows, until that shows a text, and
+// returns the screen as HTML.
 func (s *site) terminal(ctx context.Context, h *lab.Host, columns, rows int, text string, command ...string) (string, error) {
 	tmux := func(args ...string) ([]byte, error) {
 		args = append([]string{"-S", filepath.Join(s.w.Dir, "tmux"), "-f", "/dev/null"}, args...)

@@ -144,8 +144,8 @@ func milliseconds(v any) string {
 	return fmt.Sprintf("%.2f ms", sec*1000)
 }
 
-// browse opens the site in a real browser that trusts the lab's CA, takes a screenshot, and makes sure that it shows
-// the page.
+// browse opens the site in a real browser that trusts the lab's CA, takes a screenshot, and makes sure that
+// it shows the page.
 func (s *site) browse(ctx context.Context, edge *lab.Host, screenshot string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()

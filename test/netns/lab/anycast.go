@@ -100,8 +100,8 @@ protocol bgp router%[1]d from session {
 	return b.String()
 }
 
-// BirdConfig is the configuration of a host's bird, where Debian's package has it. Its control socket is where
-// birdc looks for it.
+// BirdConfig is the configuration of a host's bird, where Debian's package has it. Its control socket is
+// where birdc looks for it.
 const BirdConfig = "/etc/bird/bird.conf"
 
 func (a *anycast) start(ctx context.Context, h *Host, conf string) error {

@@ -8,9 +8,10 @@ import (
 	"path/filepath"
 )
 
-// Browse opens a page in a real headless browser on the client, which trusts the lab's CA. It returns the page as the
-// browser has it after its scripts have run, or, if screenshot names a file, takes a PNG instead. A browser shows its
-// error pages as readily: look at what it brought. More flags of the browser win over those that it gets here.
+// Browse opens a page in a real headless browser on the client, which trusts the lab's CA. It returns the
+// page as the browser has it after its scripts have run, or, if screenshot names a file, takes a PNG instead.
+// A browser shows its error pages as readily: look at what it brought. More flags of the browser win over
+// those that it gets here.
 func (w *World) Browse(ctx context.Context, url, screenshot string, flags ...string) (dom string, err error) {
 	home := filepath.Join(w.Client.Dir, "home")
 	if err := w.browserTrust(ctx, filepath.Join(home, ".pki/nssdb")); err != nil {

@@ -58,8 +58,8 @@ var built struct {
 	done map[string]bool
 }
 
-// buildInto builds a main package of the repository into build/ and returns the binary's path. Go's own cache makes
-// a rebuild cheap, so it is done once in each process that asks.
+// buildInto builds a main package of the repository into build/ and returns the binary's path. Go's own cache
+// makes a rebuild cheap, so it is done once in each process that asks.
 func buildInto(ctx context.Context, dir, pkg, name string, env []string, flags ...string) (string, error) {
 	root, err := Root()
 	if err != nil {
@@ -90,8 +90,8 @@ func buildInto(ctx context.Context, dir, pkg, name string, env []string, flags .
 	return out, nil
 }
 
-// BuildTailsplice builds the daemon of this repository, with flags as in `go build` (e.g. "-race"), and returns its path
-// under build/.
+// BuildTailsplice builds the daemon of this repository, with flags as in `go build` (e.g. "-race"), and
+// returns its path under build/.
 func BuildTailsplice(ctx context.Context, flags ...string) (string, error) {
 	name := strings.Join(append([]string{"lab-tailsplice"}, flags...), "")
 	return buildInto(ctx, ".", "./cmd/tailsplice", strings.NewReplacer("/", "_", " ", "_").Replace(name), nil, flags...)
@@ -101,8 +101,8 @@ func buildBlog(ctx context.Context) (string, error) {
 	return buildInto(ctx, "test/netns", "./blog", "lab-blog", []string{"CGO_ENABLED=0"}, "-trimpath", "-ldflags=-s -w")
 }
 
-// omitted are features of tailscaled that no test uses. Without them it builds in less than half the time, which is most
-// of what the first run takes.
+// omitted are features of tailscaled that no test uses. Without them it builds in less than half the time,
+// which is most of what the first run takes.
 const omitted = "ace advertiseexitnode advertiseroutes appconnectors aws bird c2n cachenetmap captiveportal capture " +
 	"clientmetrics clientupdate cloud colorable completion conn25 dbus debugportmapper desktop_sessions doctor drive " +
 	"flashappliance hujsonconf identityfederation iptables kube linkspeed linuxdnsfight logtail netlog networkmanager " +
@@ -111,7 +111,8 @@ const omitted = "ace advertiseexitnode advertiseroutes appconnectors aws bird c2
 	"tundevstats useexitnode usermetrics useroutes wakeonlan webbrowser webclient"
 
 // BuildTailscaled builds the tailscaled of deploy/fly's module, or finds the one built before in
-// $XDG_CACHE_HOME/tailsplice: it takes minutes, and so is kept outside the repository, by its and Go's version.
+// $XDG_CACHE_HOME/tailsplice: it takes minutes, and so is kept outside the repository, by its and Go's
+// version.
 func BuildTailscaled(ctx context.Context, progress func(format string, args ...any)) (string, error) {
 	tailscaledOnce.Lock()
 	defer tailscaledOnce.Unlock()

@@ -68,7 +68,8 @@ func pemBlock(kind string, der []byte) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
 }
 
-// Issue makes a server certificate (the chain without the root) for names, and its key, both PEM. It is valid for a day.
+// Issue makes a server certificate (the chain without the root) for names, and its key, both PEM. It is valid
+// for a day.
 func (ca *CA) Issue(names ...string) (cert, key []byte, err error) {
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -100,7 +101,8 @@ const (
 	KeyFile  = "/etc/tailsplice/vsq.key"
 )
 
-// InstallCertificate writes a certificate for names (by default Site and *.Domain) and its key to CertFile and KeyFile of the host.
+// InstallCertificate writes a certificate for names (by default Site and *.Domain) and its key to CertFile
+// and KeyFile of the host.
 func (h *Host) InstallCertificate(names ...string) error {
 	if len(names) == 0 {
 		names = []string{Site, "*." + Domain}

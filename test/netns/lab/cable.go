@@ -13,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cable is a link with a delay, for kernels without netem: two L3 TUN devices in two hosts, and this process between.
+// cable is a link with a delay, for kernels without netem: two L3 TUN devices in two hosts, and this process
+// between.
 type cable struct {
 	ends          [2]*os.File
 	delay, jitter atomic.Int64 // ns
@@ -109,7 +110,8 @@ func (c *cable) pump(from, to *os.File) {
 	})
 }
 
-// tun makes an L3 TUN device in the host. The file reads and writes one IP packet at a time; closing it removes the device.
+// tun makes an L3 TUN device in the host. The file reads and writes one IP packet at a time; closing it
+// removes the device.
 func (h *Host) tun(dev string) (f *os.File, err error) {
 	err = h.inNet(func() error {
 		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)

@@ -35,8 +35,8 @@ const (
 	BlogPort  = 8080
 )
 
-// dockerInit is PID 1 of a namespace for dockerd, containerd, the shims and the containers: when it dies, the kernel
-// kills them all, which dockerd alone can't promise of its shims. It also reaps what they leave.
+// dockerInit is PID 1 of a namespace for dockerd, containerd, the shims and the containers: when it dies, the
+// kernel kills them all, which dockerd alone can't promise of its shims. It also reaps what they leave.
 const dockerInit = `
 mount -t proc proc /proc
 trap 'kill -TERM $p' TERM
@@ -144,8 +144,9 @@ func (d *Docker) Network(ctx context.Context, name string, prefixes ...netip.Pre
 	}, nil
 }
 
-// RunBlog starts one more container of the blog's image, waits until it answers, and returns its address. Labels may
-// make it look like a service of docker compose. It keeps to the container's name; [Docker.Remove] removes it.
+// RunBlog starts one more container of the blog's image, waits until it answers, and returns its address.
+// Labels may make it look like a service of docker compose. It keeps to the container's name; [Docker.Remove]
+// removes it.
 func (d *Docker) RunBlog(ctx context.Context, name string, labels map[string]string) (netip.Addr, error) {
 	return d.RunBlogIn(ctx, "", name, labels)
 }

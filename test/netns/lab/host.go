@@ -75,9 +75,9 @@ func (w *World) newHost(name string) (*Host, error) {
 	return h, nil
 }
 
-// thread lives in the host's namespaces until the host is closed, and does its jobs one after the other. It is never
-// unlocked: it dies with its goroutine, and so can't carry the namespaces to anyone else. Children started here get
-// PDEATHSIG when this very thread ends.
+// thread lives in the host's namespaces until the host is closed, and does its jobs one after the other. It
+// is never unlocked: it dies with its goroutine, and so can't carry the namespaces to anyone else. Children
+// started here get PDEATHSIG when this very thread ends.
 func (h *Host) thread(ready chan<- error) {
 	runtime.LockOSThread()
 	defer close(h.ended)
@@ -107,8 +107,8 @@ func (h *Host) enter() (err error) {
 	if err := unix.Mount("overlay", "/etc", "overlay", 0, overlay); err != nil {
 		return fmt.Errorf("mount a private /etc (set TMPDIR to a directory that isn't itself on an overlay): %w", err)
 	}
-	// A private /run makes default socket paths right on every host, and hides the machine's D-Bus: tailscaled
-	// would configure the real systemd-resolved through it.
+	// A private /run makes default socket paths right on every host, and hides the machine's D-Bus:
+	// tailscaled would configure the real systemd-resolved through it.
 	if err := unix.Mount(filepath.Join(h.Dir, "run"), "/run", "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mount a private /run: %w", err)
 	}
@@ -139,8 +139,9 @@ func (h *Host) Sysctl(name, value string) error {
 	return h.Do(func() error { return os.WriteFile("/proc/sys/net/"+name, []byte(value), 0) })
 }
 
-// Do runs f on the host's thread, in all of its namespaces; what f opens stays there. f must be short, since all
-// starts of processes on this host wait for it, and must not start goroutines that rely on the namespaces.
+// Do runs f on the host's thread, in all of its namespaces; what f opens stays there. f must be short, since
+// all starts of processes on this host wait for it, and must not start goroutines that rely on the
+// namespaces.
 func (h *Host) Do(f func() error) error {
 	done := make(chan error, 1)
 	select {
@@ -198,8 +199,8 @@ func (h *Host) ReadFile(name string) (b []byte, err error) {
 	return b, err
 }
 
-// Dial connects from the host. Names are looked up in [World.Names] only; a network of "tcp4" or "tcp6" restricts the
-// family, otherwise IPv4 is taken where there is a choice.
+// Dial connects from the host. Names are looked up in [World.Names] only; a network of "tcp4" or "tcp6"
+// restricts the family, otherwise IPv4 is taken where there is a choice.
 func (h *Host) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	return h.DialFrom(ctx, network, "", addr)
 }

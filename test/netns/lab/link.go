@@ -34,7 +34,8 @@ type Impairment struct {
 	Jitter time.Duration // added to or taken from Delay at most, packets stay in order
 }
 
-// newUplink makes a link between the host and the router, which is up on the router's side and down on the host's.
+// newUplink makes a link between the host and the router, which is up on the router's side and down on the
+// host's.
 func (w *World) newUplink(h *Host, n network) (*uplink, error) {
 	u := &uplink{host: h, router: w.Inet, dev: n.dev, routerDev: n.host, ip4: netip.MustParsePrefix(n.net4)}
 	if n.net6 != "" {
@@ -104,7 +105,8 @@ func (h *Host) addAddr(dev string, p netip.Prefix) error {
 	return nil
 }
 
-// AddAddress gives the host one more address on its uplink, e.g. 203.0.113.8/28 on the client, to be many sources.
+// AddAddress gives the host one more address on its uplink, e.g. 203.0.113.8/28 on the client, to be many
+// sources.
 func (h *Host) AddAddress(p netip.Prefix) error { return h.addAddr(h.Uplink(), p) }
 
 func (h *Host) defaultRoute(dev string, via netip.Addr) error {
@@ -160,10 +162,10 @@ func (h *Host) Uplink() string {
 	return h.current.dev
 }
 
-// Roam moves the host to another of its uplinks (the laptop's are "wifi" and "hotspot"), which are in different
-// networks: the new one comes up, then the old one goes away with its address, as when one leaves a building.
-// tailscaled finds its way in 0.1 to 8 s; what TCP then still waits for is its retransmission timer (3.2, 6.6, 13 s
-// after the move on an idle connection).
+// Roam moves the host to another of its uplinks (the laptop's are "wifi" and "hotspot"), which are in
+// different networks: the new one comes up, then the old one goes away with its address, as when one leaves a
+// building. tailscaled finds its way in 0.1 to 8 s; what TCP then still waits for is its retransmission timer
+// (3.2, 6.6, 13 s after the move on an idle connection).
 func (h *Host) Roam(dev string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -181,8 +183,8 @@ func (h *Host) Roam(dev string) error {
 	return h.setLink(old.dev, false)
 }
 
-// Cut takes the host's uplink away. Silent packets just vanish, both ways, as behind a broken switch; otherwise the
-// carrier goes too, as when a cable is pulled.
+// Cut takes the host's uplink away. Silent packets just vanish, both ways, as behind a broken switch;
+// otherwise the carrier goes too, as when a cable is pulled.
 func (h *Host) Cut(silent bool) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -206,7 +208,8 @@ func (h *Host) Restore() error {
 	return u.router.setLink(u.routerDev, true)
 }
 
-// Impair makes the host's current uplink bad in the given way, instead of any way before. Home's is outside its NAT.
+// Impair makes the host's current uplink bad in the given way, instead of any way before. Home's is outside
+// its NAT.
 func (h *Host) Impair(i Impairment) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -221,7 +224,8 @@ func (h *Host) Impair(i Impairment) error {
 	return errors.Join(u.applyLoss(), u.router.setRate(u.routerDev, i.Rate), u.host.setRate(u.dev, i.Rate))
 }
 
-// setRate limits what leaves by dev: a token bucket of 20 ms, but never less than a super-packet, and 100 ms of queue.
+// setRate limits what leaves by dev: a token bucket of 20 ms, but never less than a super-packet, and 100 ms
+// of queue.
 func (h *Host) setRate(dev string, bits float64) error {
 	l, err := h.nl.LinkByName(dev)
 	if err != nil {

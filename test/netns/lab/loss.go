@@ -16,9 +16,9 @@ import (
 // lossPriority orders our filter among others at the same hook.
 const lossPriority = 49152
 
-// applyLoss makes the router's end of the link lose packets both ways. It is done on that end only, since programs
-// under test that redirect at tc on the host would go around a filter there; and in tc rather than in netfilter, since
-// whoever sends into a blackhole must not get EPERM.
+// applyLoss makes the router's end of the link lose packets both ways. It is done on that end only, since
+// programs under test that redirect at tc on the host would go around a filter there; and in tc rather than
+// in netfilter, since whoever sends into a blackhole must not get EPERM.
 func (u *uplink) applyLoss() error {
 	p := u.impairment.Loss
 	if u.blackhole {

@@ -24,8 +24,8 @@ type Process struct {
 	err  error // of Wait, once done is closed
 }
 
-// StartProcess starts argv on the host as a long-running process. prepare, if any, may change the command before the start.
-// The world stops it when it ends.
+// StartProcess starts argv on the host as a long-running process. prepare, if any, may change the command
+// before the start. The world stops it when it ends.
 func (h *Host) StartProcess(name string, argv []string, prepare func(*Cmd)) (*Process, error) {
 	p := &Process{Name: name, Log: filepath.Join(h.Dir, "log", name+".log"), Host: h}
 	if err := p.start(argv, prepare); err != nil {
@@ -110,7 +110,8 @@ func (p *Process) Kill() {
 	<-p.Done()
 }
 
-// Stop ends the process with SIGTERM, or after the grace with SIGKILL, and waits for it. It says whether SIGTERM was enough.
+// Stop ends the process with SIGTERM, or after the grace with SIGKILL, and waits for it. It says whether
+// SIGTERM was enough.
 func (p *Process) Stop(grace time.Duration) bool {
 	if err := p.Signal(syscall.SIGTERM); errors.Is(err, os.ErrProcessDone) {
 		<-p.Done()
@@ -140,7 +141,8 @@ func (p *Process) tail(lines int) string {
 	return strings.Join(all, "\n")
 }
 
-// waitFor polls ok every 10 ms until it says nil, the process ends or ctx does; the error then carries the end of the log.
+// waitFor polls ok every 10 ms until it says nil, the process ends or ctx does; the error then carries the
+// end of the log.
 func (p *Process) waitFor(ctx context.Context, what string, ok func() error) error {
 	done := p.Done()
 	for {

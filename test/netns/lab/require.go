@@ -20,8 +20,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// Require skips the test, naming what lacks, where the machine can't run a world of these options, or other tools
-// that the test needs. Under CI=true it fails instead.
+// Require skips the test, naming what lacks, where the machine can't run a world of these options, or other
+// tools that the test needs. Under CI=true it fails instead.
 func Require(tb testing.TB, o Options, tools ...string) {
 	tb.Helper()
 	lacks := Lacks(o, tools...)

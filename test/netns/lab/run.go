@@ -17,17 +17,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// registryDir keeps one lock file for each run, whose content is the run's directory. The owner holds a flock on it as
-// long as it lives, which, unlike a pid, can't be mistaken for another process.
+// registryDir keeps one lock file for each run, whose content is the run's directory. The owner holds a flock
+// on it as long as it lives, which, unlike a pid, can't be mistaken for another process.
 const registryDir = "/run/tailsplice-lab"
 
 // cgroupParent is where dockerd of a run puts its containers: cgroupParent/ID in every hierarchy.
 const cgroupParent = "/tailsplice-lab"
 
-// reapScript removes what a run named ID with its files in DIR left. It is idempotent. Names of namespaces are removed
-// in a private mount namespace: there one sees also those that a later mount over /run/netns hides (the first `ip netns
-// add` on a machine makes one), and removing the file unmounts it everywhere. Processes that PDEATHSIG is only just
-// ending may still write: hence the tries.
+// reapScript removes what a run named ID with its files in DIR left. It is idempotent. Names of namespaces
+// are removed in a private mount namespace: there one sees also those that a later mount over /run/netns
+// hides (the first `ip netns add` on a machine makes one), and removing the file unmounts it everywhere.
+// Processes that PDEATHSIG is only just ending may still write: hence the tries.
 const reapScript = `
 trap "" INT TERM HUP QUIT
 read -r _
@@ -113,8 +113,8 @@ func newRun() (_ *run, err error) {
 	return r, nil
 }
 
-// shareNetnsDir makes /run/netns a mount of its own, as the first `ip netns add` on a machine does: were that to come
-// later, it would hide the names that we make now.
+// shareNetnsDir makes /run/netns a mount of its own, as the first `ip netns add` on a machine does: were that
+// to come later, it would hide the names that we make now.
 func shareNetnsDir() error {
 	const dir = "/run/netns"
 	if err := os.MkdirAll(dir, 0o755); err != nil {

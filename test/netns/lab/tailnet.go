@@ -99,7 +99,8 @@ func (w *World) startTailnet(ctx context.Context, tailscaled string) error {
 	return nil
 }
 
-// startControl serves control on :8080, DERP on :8443 and STUN on :3478 of Control4, which no other namespace reaches.
+// startControl serves control on :8080, DERP on :8443 and STUN on :3478 of Control4, which no other namespace
+// reaches.
 func (t *Tailnet) startControl() error {
 	w, addr := t.world, Control4.String()
 	controlLn, err := w.Inet.Listen("tcp", addr+":8080")
@@ -162,8 +163,9 @@ func (t *Tailnet) startControl() error {
 	return nil
 }
 
-// tag gives a node its tags or its user. testcontrol calls it for each map request before it looks at the node, and the
-// first request of a node comes before anyone else touches that node, so nothing is overwritten.
+// tag gives a node its tags or its user. testcontrol calls it for each map request before it looks at the
+// node, and the first request of a node comes before anyone else touches that node, so nothing is
+// overwritten.
 func (t *Tailnet) tag(req *tailcfg.MapRequest) (done func()) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -257,7 +259,8 @@ func (n *Node) Wait(ctx context.Context) error {
 	})
 }
 
-// WaitDirect waits until packets to the other node go directly, not by DERP, and returns the endpoint that they go to.
+// WaitDirect waits until packets to the other node go directly, not by DERP, and returns the endpoint that
+// they go to.
 func (n *Node) WaitDirect(ctx context.Context, other *Node) (netip.AddrPort, error) {
 	var direct netip.AddrPort
 	err := n.proc.waitFor(ctx, "directly connected to "+other.Name, func() error {

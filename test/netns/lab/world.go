@@ -35,8 +35,8 @@ type Options struct {
 	NoDocker  bool // no dockerd, no container, no cloud
 	Friend    bool // one more node in the tailnet: without tags, owned by TestUser
 
-	// Cables names hosts whose uplinks can have a delay: they are then TUN relays, slower than veth pairs (about
-	// 1 Gbit/s, and one CPU of this process when busy).
+	// Cables names hosts whose uplinks can have a delay: they are then TUN relays, slower than veth pairs
+	// (about 1 Gbit/s, and one CPU of this process when busy).
 	Cables []string
 
 	// Progress is told of each step; nil is silent.
@@ -65,8 +65,9 @@ type World struct {
 	closed   chan struct{}
 }
 
-// Start brings a world up for a test, and takes it down when the test ends; if the test failed, it then prints the
-// end of every log. It skips, or under CI=true fails, where the machine lacks something: see [Require].
+// Start brings a world up for a test, and takes it down when the test ends; if the test failed, it then
+// prints the end of every log. It skips, or under CI=true fails, where the machine lacks something: see
+// [Require].
 func Start(tb testing.TB, o Options) *World {
 	tb.Helper()
 	Require(tb, o)
@@ -98,8 +99,8 @@ func Start(tb testing.TB, o Options) *World {
 	return w
 }
 
-// New brings a world up. The caller closes it. On an error nothing is left, and the error carries the end of the log
-// of the part that failed. ctx bounds the start only.
+// New brings a world up. The caller closes it. On an error nothing is left, and the error carries the end of
+// the log of the part that failed. ctx bounds the start only.
 func New(ctx context.Context, o Options) (_ *World, err error) {
 	if o.Progress == nil {
 		o.Progress = func(string, ...any) {}
@@ -213,7 +214,8 @@ func (w *World) onClose(f func()) {
 	w.closers = append(w.closers, f)
 }
 
-// Close takes the world down: its processes, its namespaces, its files. It may be called more than once, also at once.
+// Close takes the world down: its processes, its namespaces, its files. It may be called more than once, also
+// at once.
 func (w *World) Close() error {
 	w.mu.Lock()
 	if w.isClosed {

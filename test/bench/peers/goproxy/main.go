@@ -1,4 +1,5 @@
-// Command goproxy is the plain baseline: what a Go programmer writes in an afternoon. Usage: goproxy LISTEN NAME SERVER
+// Command goproxy is the plain baseline: what a Go programmer writes in an afternoon. Usage: goproxy LISTEN
+// NAME SERVER
 package main
 
 import (

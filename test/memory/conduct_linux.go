@@ -349,6 +349,9 @@ func (c *conductor) judge(budget int64, idled bool, rate, reached float64) error
 			p.name, ms(p.probe.p99), ms(bound), c.scale, p.probe.failed, p.probe.tried)
 		say(p.bulk() >= leastBulk*unloaded, "%s: throughput %.2f of unloaded, at least %.1f; %d transfers failed", p.name, p.bulk()/unloaded, leastBulk, p.probe.bulkFailed)
 	}
+	if after := c.phases[len(c.phases)-1].bulk(); after < leastBulk*unloaded {
+		fmt.Printf("note: afterwards it is %.2f as fast as before: the daemon has not recovered, or others keep this machine busy, and no throughput can be compared\n", after/unloaded)
+	}
 	if !ok {
 		return errors.New("something did not hold: see FAIL above")
 	}

@@ -44,7 +44,7 @@ func targets(args []string) error {
 }
 
 func serve(ln net.Listener, port int) {
-	var kept []net.Conn
+	kept := make(map[net.Conn]bool) // or the collector would close them
 	for {
 		c, err := ln.Accept()
 		if err != nil {
@@ -68,7 +68,7 @@ func serve(ln net.Listener, port int) {
 			go writeOn(c)
 		default:
 			c.Write([]byte{1})
-			kept = append(kept, c) // or the collector would close it
+			kept[c] = true
 		}
 	}
 }

@@ -104,8 +104,8 @@ func (f *flow) attachTo(down, up *loop.Socket) {
 	l := down.Loop()
 	l.Do(func() (then func()) {
 		f.mu.Lock()
-		f.down = side{flow: f, socket: down, rest: f.down.rest}
-		f.up = side{flow: f, socket: up, rest: f.up.rest}
+		f.down = side{flow: f, socket: down, rest: f.down.rest, tried: f.down.tried}
+		f.up = side{flow: f, socket: up, rest: f.up.rest, tried: f.up.tried}
 		f.onLoop.Store(true)
 		f.mu.Unlock()
 		f.armOn(l)
@@ -180,6 +180,7 @@ func (s *side) pass(toEnd bool) (then func()) {
 	}
 	buf := s.socket.Loop().Buffer()
 	buf = buf[:min(int64(len(buf)), f.o.Buffer)]
+	buf, onTrial := s.piece(buf, dst.socket.FD())
 	for full := 0; ; {
 		n, err := noEINTR(func() (int, error) { return unix.Read(s.socket.FD(), buf) })
 		switch {
@@ -206,7 +207,12 @@ func (s *side) pass(toEnd bool) (then func()) {
 				}
 				return nil
 			}
-		} else if full++; full >= fullReads {
+			continue
+		}
+		if onTrial && s.socket.Again() == nil {
+			return nil
+		}
+		if full++; full >= fullReads {
 			return f.detach(f.resume)
 		}
 	}

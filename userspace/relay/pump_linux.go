@@ -2,6 +2,7 @@ package relay
 
 import (
 	"fmt"
+	"runtime"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -102,6 +103,10 @@ func (p *pump) copy(fd int) (n int, err error) {
 	b := p.relay.buffers.Get().(*[bufferSize]byte)
 	defer p.relay.buffers.Put(b)
 	buf := b[:min(len(b), p.limit)]
+	onTrial := false
+	if !p.src.tried {
+		p.dst.sock.Control(func(dst uintptr) { buf, onTrial = p.src.piece(buf, int(dst)) })
+	}
 	n, err = noEINTR(func() (int, error) { return unix.Read(fd, buf) })
 	if n <= 0 {
 		return 0, err
@@ -111,7 +116,10 @@ func (p *pump) copy(fd int) (n int, err error) {
 		p.fail("write to", p.dst, err)
 	}
 	p.out = nil
-	if n < len(buf) || p.limit < bufferSize || p.noSplice {
+	if onTrial {
+		runtime.Gosched()
+	}
+	if onTrial || n < len(buf) || p.limit < bufferSize || p.noSplice {
 		p.count = 0
 	} else if p.count++; p.count >= fullReads {
 		p.bulk, p.count = true, 0

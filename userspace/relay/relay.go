@@ -15,6 +15,7 @@
 //	relay.go         what callers see: a relay, the options of a flow, its counters and its result
 //	flow.go          a flow between its two sides, its pumps, and its end
 //	onloop_linux.go  a flow on a loop: from its first bytes until it is detached or has ended
+//	trial_linux.go   how much is read of a side at once, until its other side's reader is seen to read
 //	pump_linux.go    a goroutine for a direction: reads and writes, or splice(2) through a pipe
 //	pipe_linux.go    the pipes
 //	copy.go          the same for connections that are no bare sockets

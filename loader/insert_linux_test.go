@@ -2,7 +2,6 @@ package loader
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -101,33 +100,6 @@ func TestRefusal(t *testing.T) {
 	if s := l.Stats(); s.Flows != 0 || s.Refused[refusedState.Error()] != 1 || s.Off != "" {
 		t.Errorf("%+v", s)
 	}
-}
-
-// A flow whose source was read in the middle of an skb, far behind its begin, is refused until all of that is read: the
-// verdict gets the whole skb, and could not cut off so much.
-func TestReadInPart(t *testing.T) {
-	l := open(t, allRules, 4)
-	const read = 500_000
-	data, got := pattern(1<<20), make([]byte, 1<<20)
-	p, err := trySplice(t, l, pathOptions{before: func(client, _, down, _ *net.TCPConn) {
-		go client.Write(data)
-		if _, err := io.ReadFull(down, got[:read]); err != nil {
-			t.Fatal(err)
-		}
-		s, err := dup(down)
-		must(t, err)
-		defer s.close()
-		waitFor(t, func() bool { n, err := s.charged(); return n > maxPart || err != nil }, "more to come")
-	}})
-	if !errors.Is(err, refusedPart) {
-		t.Fatalf("%v", err)
-	}
-	if _, err := io.ReadFull(p.down, got[read:]); err != nil || !bytes.Equal(got, data) {
-		t.Errorf("%v, the same: %v", err, bytes.Equal(got, data))
-	}
-	p.count, err = l.Splice(context.Background(), p.down, p.up, p.flow(context.Background(), l, pathOptions{buffer: 2 << 20}))
-	must(t, err)
-	must(t, bothWays(p, 1<<20))
 }
 
 // relayed checks that a refused pair of sockets works without us.

@@ -73,7 +73,6 @@ const (
 	refusedOff         = refusal("sockmap is switched off")
 	refusedFull        = refusal("too many spliced flows")
 	refusedState       = refusal("a side has already ended")
-	refusedPart        = refusal("a side was read in the middle of a large piece")
 	refusedMultipath   = refusal("a side is multipath TCP")
 	refusedDescriptors = refusal("out of file descriptors")
 	refusedSocket      = refusal("a socket could not be read")

@@ -158,27 +158,22 @@ func (p *path) flow(ctx context.Context, l *Loader, o pathOptions) Flow {
 }
 
 // spliceAgain gives a flow that was given back to l again, when all that there was to be read is written, as
-// userspace/relay does it. One that sends more than is read at a time may have been read in the middle of an skb.
+// userspace/relay does it.
 func (p *path) spliceAgain(ctx context.Context, l *Loader, f Flow, sockets [2]int, rest [2][]byte) {
-	all := make([]byte, 16<<20)
-	err := error(refusedPart)
-	for errors.Is(err, refusedPart) {
-		for i := range sockets {
-			n, _ := socket(sockets[i]).read(all)
-			rest := append(rest[i], all[:n]...)
-			*[]*int64{&f.Up, &f.Down}[i] += int64(n)
-			for len(rest) > 0 && ctx.Err() == nil {
-				n, err := socket(sockets[1-i]).write(rest)
-				if rest = rest[n:]; err != nil && !isAgain(err) {
-					break
-				}
-				time.Sleep(time.Millisecond)
+	all := make([]byte, 16<<20) // more than a receive buffer has
+	for i, rest := range rest {
+		n, _ := socket(sockets[i]).read(all)
+		rest = append(rest, all[:n]...)
+		*[]*int64{&f.Up, &f.Down}[i] += int64(n)
+		for len(rest) > 0 && ctx.Err() == nil {
+			n, err := socket(sockets[1-i]).write(rest)
+			if rest = rest[n:]; err != nil && !isAgain(err) {
+				break
 			}
+			time.Sleep(time.Millisecond)
 		}
-		rest = [2][]byte{}
-		_, err = l.SpliceSockets(ctx, sockets[0], sockets[1], f)
 	}
-	if err != nil {
+	if _, err := l.SpliceSockets(ctx, sockets[0], sockets[1], f); err != nil {
 		for _, s := range sockets {
 			socket(s).reset()
 		}

@@ -78,26 +78,6 @@ func (s socket) written() (uint64, error) {
 	return i.Bytes_acked + uint64(int64(int32(n))), err
 }
 
-// charged is what the receive queue takes of memory, in bytes.
-func (s socket) charged() (int, error) {
-	return unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_MEMINFO) // its first number is SK_MEMINFO_RMEM_ALLOC
-}
-
-// maxPart is how many bytes of one skb may have been read before it comes to the verdict, which cuts them off: half
-// of what TRIM_CALLS would do (bpf/limits.h), since the kernel allocates as much at once for it, and does not wait for
-// memory.
-const maxPart = 128 << 10
-
-// isPartRead: more than maxPart may have been read of an skb that is still in the queue. An skb leaves the queue when
-// all of it has been read.
-func (s socket) isPartRead() (bool, error) {
-	if n, err := s.unread(); n == 0 || err != nil {
-		return false, err
-	}
-	n, err := s.charged()
-	return n > maxPart, err
-}
-
 // readBefore is how many bytes of the stream somebody has read, and whether the socket is established with
 // both directions open.
 func (s socket) readBefore() (uint64, bool, error) {

@@ -241,13 +241,6 @@ func (f *flow) measure() (refusal, bool) {
 		if !open {
 			return refusedState, false
 		}
-		if read > maxPart {
-			if part, err := s.isPartRead(); err != nil {
-				return refusedSocket, false
-			} else if part {
-				return refusedPart, false
-			}
-		}
 		written, err := s.writtenBefore()
 		if err != nil {
 			return refusedSocket, false

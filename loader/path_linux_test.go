@@ -162,15 +162,17 @@ func (p *path) flow(ctx context.Context, l *Loader, o pathOptions) Flow {
 func (p *path) spliceAgain(ctx context.Context, l *Loader, f Flow, sockets [2]int, rest [2][]byte) {
 	all := make([]byte, 16<<20) // more than a receive buffer has
 	for i, rest := range rest {
-		n, _ := socket(sockets[i]).read(all)
-		rest = append(rest, all[:n]...)
-		*[]*int64{&f.Up, &f.Down}[i] += int64(n)
-		for len(rest) > 0 && ctx.Err() == nil {
-			n, err := socket(sockets[1-i]).write(rest)
-			if rest = rest[n:]; err != nil && !isAgain(err) {
-				break
+		for n := len(all); n == len(all) && ctx.Err() == nil; { // less: no skb was read in part
+			n, _ = socket(sockets[i]).read(all)
+			rest = append(rest, all[:n]...)
+			*[]*int64{&f.Up, &f.Down}[i] += int64(n)
+			for len(rest) > 0 && ctx.Err() == nil {
+				n, err := socket(sockets[1-i]).write(rest)
+				if rest = rest[n:]; err != nil && !isAgain(err) {
+					break
+				}
+				time.Sleep(time.Millisecond)
 			}
-			time.Sleep(time.Millisecond)
 		}
 	}
 	if _, err := l.SpliceSockets(ctx, sockets[0], sockets[1], f); err != nil {

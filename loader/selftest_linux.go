@@ -550,10 +550,14 @@ func (t *trial) redirected() uint64 {
 	return load64(&f.halves[0].shared().Redirected)
 }
 
-// takeBack splices a flow again that was given back. What was read and not written is written before.
+// takeBack splices a flow again that was given back, when all that there was to be read is written, as userspace/relay
+// does it: of an skb that was read in part the verdict can't cut off as much as may have been read.
 func (t *trial) takeBack(ctx context.Context, o Flow, sockets [2]socket, rest [2][]byte) {
 	t.returns.Add(1)
+	all := make([]byte, 4<<20) // more than is sent at a time
 	for i, rest := range rest {
+		n, _ := sockets[i].read(all)
+		rest = append(rest, all[:n]...)
 		for len(rest) > 0 && ctx.Err() == nil {
 			n, err := sockets[1-i].write(rest)
 			if rest = rest[n:]; err != nil && !isAgain(err) {

@@ -44,7 +44,8 @@ type Sockets interface {
 	Datapath
 
 	// SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. A nil error: the
-	// datapath owns them.
+	// datapath owns them. Each was last read until it had no more: the verdict gets whole skbs, and can cut
+	// off 256 KiB at most of one that was read in part.
 	SpliceSockets(ctx context.Context, down, up int, f Flow) (count func() (up, down int64), err error)
 
 	// Record shows a flow that prefers this datapath in the datapath's tables, from its begin to forget, whoever

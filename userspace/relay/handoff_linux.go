@@ -4,6 +4,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
@@ -153,6 +155,11 @@ func (f *flow) offerQuiet(l *loop.Loop) {
 	l.Do(func() (then func()) {
 		if !f.onLoop.Load() || f.down.state != flowing || f.up.state != flowing || f.talk.turns < 0 {
 			return nil
+		}
+		for _, s := range f.sides() {
+			if n, err := unix.IoctlGetInt(s.socket.FD(), unix.SIOCINQ); n > 0 || err != nil {
+				return nil // it has just come here, and may have been read in the middle of an skb
+			}
 		}
 		return f.handOff(f.o.WhenTalking[0], func() {})
 	})

@@ -72,6 +72,9 @@ func (f *flow) calmDown() {
 	f.mu.Lock()
 	if up == nil || f.end != "" {
 		f.noCalm = true
+		if f.grace != nil { // a side broke just before disarm, which has stopped the timer
+			f.grace.Reset(resetGrace)
+		}
 		f.mu.Unlock()
 		for _, s := range []*loop.Socket{down, up} {
 			if s != nil {

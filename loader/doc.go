@@ -5,27 +5,28 @@
 //
 // Bytes arrive exactly once, in order and whole, or the flow is reset. A flow holds at most Flow.Buffer bytes
 // a direction outside of the sockets' own buffers. An idle flow has no goroutine, a stalled one costs no CPU.
-// [New] proves this on loopback before it gives a Loader out, and refuses kernels that are known to lose data.
+// [New] proves this on loopback before it gives a Loader out, and refuses kernels that are known to lose
+// data.
 //
 // # How a direction works
 //
-// userspace/relay decides which flows are here: it gives one to [Loader.SpliceSockets] when it is ping-pong or quiet. A
-// flow that becomes busy leaves the sockmap, and is given back (leave_linux.go). One that prefers this datapath is in the
-// flows map from its begin to its end, whoever has it (ledger_linux.go).
+// userspace/relay decides which flows are here: it gives one to [Loader.SpliceSockets] when it is ping-pong
+// or quiet. A flow that becomes busy leaves the sockmap, and is given back (leave_linux.go). One that prefers
+// this datapath is in the flows map from its begin to its end, whoever has it (ledger_linux.go).
 //
-// In there, the verdict (bpf/splice.bpf.c) redirects each skb to the peer while the peer's send buffer takes it,
-// and else leaves it in the source's queue, which closes the source's window, and says so through a ring.
-// Then this package copies: it waits until all that was redirected has been written, reads what was
-// passed, writes it to the peer, and publishes how far it is; when it has caught up, the verdict redirects again.
+// In there, the verdict (bpf/splice.bpf.c) redirects each skb to the peer while the peer's send buffer takes
+// it, and else leaves it in the source's queue, which closes the source's window, and says so through a ring.
+// Then this package copies: it waits until all that was redirected has been written, reads what was passed,
+// writes it to the peer, and publishes how far it is; when it has caught up, the verdict redirects again.
 // File half_linux.go has this half of the protocol, model_test.go checks the whole by exhaustion.
 //
-// [Local] is for flows whose target is a process on this host: between it and the other side bytes go past TCP. File
-// bpf/local.bpf.c says how.
+// [Local] is for flows whose target is a process on this host: between it and the other side bytes go past
+// TCP. File bpf/local.bpf.c says how.
 //
 // # Least kernel
 //
-// Linux 6.1 with BTF (CONFIG_DEBUG_INFO_BTF) and CONFIG_BPF_STREAM_PARSER. The process needs CAP_BPF, CAP_PERFMON and
-// CAP_NET_ADMIN (or CAP_SYS_ADMIN), and CAP_NET_RAW for the self-test. See [Probe]. Elsewhere [New] fails with
-// errors.ErrUnsupported. `make test-kernels` runs the tests on 6.1 and 6.12. On 5.10 flows stall at an
-// urgent byte (kernel.go).
+// Linux 6.1 with BTF (CONFIG_DEBUG_INFO_BTF) and CONFIG_BPF_STREAM_PARSER. The process needs CAP_BPF,
+// CAP_PERFMON and CAP_NET_ADMIN (or CAP_SYS_ADMIN), and CAP_NET_RAW for the self-test. See [Probe]. Elsewhere
+// [New] fails with errors.ErrUnsupported. `make test-kernels` runs the tests on 6.1 and 6.12. On 5.10 flows
+// stall at an urgent byte (kernel.go).
 package loader

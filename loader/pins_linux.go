@@ -17,15 +17,18 @@ import (
 
 const defaultBPFFS = "/sys/fs/bpf"
 
-// pins is one generation of an instance: the maps that one process has pinned, in BPFFS/tailsplice/INSTANCE/GENERATION.
+// pins is one generation of an instance: the maps that one process has pinned, in
+// BPFFS/tailsplice/INSTANCE/GENERATION.
 //
-// Each folder of a generation has a lock that dies with its process. A generation whose process lives is left alone, by
-// one of the same instance too: that is a new binary, which lives beside the old one for a while. One whose
-// process is dead is removed by whoever comes next, but for maps with bytes that another process has not read yet.
+// Each folder of a generation has a lock that dies with its process. A generation whose process lives is left
+// alone, by one of the same instance too: that is a new binary, which lives beside the old one for a while.
+// One whose process is dead is removed by whoever comes next, but for maps with bytes that another process
+// has not read yet.
 //
-// The maps are pinned in a folder of another name (see newPrefix), which becomes the generation by a rename when all
-// are there: who looks from outside sees all of them, or none. The link INSTANCE/current leads to the newest
-// generation that lives. Names within an instance's folder change only under its lock, which is held for a moment.
+// The maps are pinned in a folder of another name (see newPrefix), which becomes the generation by a rename
+// when all are there: who looks from outside sees all of them, or none. The link INSTANCE/current leads to
+// the newest generation that lives. Names within an instance's folder change only under its lock, which is
+// held for a moment.
 type pins struct {
 	above    *folder // of all instances
 	instance string
@@ -41,8 +44,9 @@ const (
 	madeLink    = newPrefix + currentLink
 )
 
-// claimPins mounts the BPF file system if it isn't, makes a folder for a new generation of the instance, takes its lock,
-// and removes what generations of any instance left there that are dead. The caller calls publish and release.
+// claimPins mounts the BPF file system if it isn't, makes a folder for a new generation of the instance,
+// takes its lock, and removes what generations of any instance left there that are dead. The caller calls
+// publish and release.
 func claimPins(bpffs, instance string, log *slog.Logger) (p *pins, err error) {
 	bpffs = cmp.Or(bpffs, defaultBPFFS)
 	if err := mountBPFFS(bpffs); err != nil {
@@ -188,9 +192,9 @@ func removeDead(above *folder, log *slog.Logger) (kept bool, err error) {
 	return kept, errors.Join(errs...)
 }
 
-// removeGenerations removes the generations of an instance whose processes are dead, and the one of that name, which is
-// the caller's own. The link leads to the newest that lives then, or is removed. The instance's lock is held. kept:
-// a map has to stay, which is not known to stay for ever.
+// removeGenerations removes the generations of an instance whose processes are dead, and the one of that
+// name, which is the caller's own. The link leads to the newest that lives then, or is removed. The
+// instance's lock is held. kept: a map has to stay, which is not known to stay for ever.
 func (f *folder) removeGenerations(own string, log *slog.Logger) (kept bool, err error) {
 	names, err := f.names()
 	if err != nil {
@@ -273,8 +277,8 @@ func openPinsFolder(bpffs string, create bool) (*folder, error) {
 
 func (p *pins) path(name string) string { return filepath.Join(p.dir.path, name) }
 
-// clear removes the pins in a folder, but for maps with bytes that a process has not read yet, or may have not: the error
-// says why that is not known.
+// clear removes the pins in a folder, but for maps with bytes that a process has not read yet, or may have
+// not: the error says why that is not known.
 func (f *folder) clear() (kept bool, err error) {
 	names, err := f.names()
 	if err != nil {
@@ -296,8 +300,8 @@ func (f *folder) clear() (kept bool, err error) {
 	return kept, errors.Join(errs...)
 }
 
-// release removes the generation, and what is left of dead ones, from its instance. Maps with bytes that a process has not
-// read yet stay.
+// release removes the generation, and what is left of dead ones, from its instance. Maps with bytes that a
+// process has not read yet stay.
 func (p *pins) release(log *slog.Logger) error {
 	of, err := p.lockInstance()
 	if err == nil {
@@ -309,7 +313,8 @@ func (p *pins) release(log *slog.Logger) error {
 
 func (p *pins) close() error { return errors.Join(p.dir.close(), p.above.close()) }
 
-// sweep removes what dead daemons left whose last byte has been read meanwhile. It gives up where that can't be found out.
+// sweep removes what dead daemons left whose last byte has been read meanwhile. It gives up where that can't
+// be found out.
 func (p *pins) sweep(now time.Time, log *slog.Logger) (err error) {
 	if !p.others || now.Before(p.next) {
 		return nil

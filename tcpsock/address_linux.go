@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Local is the address of fd's own end, Remote that of the other one; the zero AddrPort where there is none. What IPv4
-// is, is written so, whatever the socket's family.
+// Local is the address of fd's own end, Remote that of the other one; the zero AddrPort where there is none.
+// What IPv4 is, is written so, whatever the socket's family.
 func Local(fd int) netip.AddrPort {
 	a, _ := unix.Getsockname(fd)
 	return AddrPort(a)
@@ -21,7 +21,8 @@ func Remote(fd int) netip.AddrPort {
 	return AddrPort(a)
 }
 
-// AddrPort is what a names, with an IPv4 address that is mapped into IPv6 taken out of it; the zero AddrPort for nil and for what is not IP.
+// AddrPort is what a names, with an IPv4 address that is mapped into IPv6 taken out of it; the zero AddrPort
+// for nil and for what is not IP.
 func AddrPort(a unix.Sockaddr) netip.AddrPort {
 	switch a := a.(type) {
 	case *unix.SockaddrInet4:

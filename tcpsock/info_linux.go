@@ -14,8 +14,8 @@ const (
 	Listening   = 10 // TCP_LISTEN
 )
 
-// Info fills i with TCP_INFO, without an allocation. What this kernel doesn't know is 0. An error means that fd is no TCP
-// socket, mostly.
+// Info fills i with TCP_INFO, without an allocation. What this kernel doesn't know is 0. An error means that
+// fd is no TCP socket, mostly.
 func Info(fd int, i *unix.TCPInfo) error {
 	size := uint32(unsafe.Sizeof(*i))
 	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_TCP, unix.TCP_INFO,
@@ -26,22 +26,22 @@ func Info(fd int, i *unix.TCPInfo) error {
 	return nil
 }
 
-// IsClosed reports whether TCP has given the connection up: by a reset, a timeout, or after both ends have ended their
-// streams.
+// IsClosed reports whether TCP has given the connection up: by a reset, a timeout, or after both ends have
+// ended their streams.
 func IsClosed(fd int) bool {
 	var i unix.TCPInfo
 	return Info(fd, &i) == nil && i.State == Closed
 }
 
-// IsEstablished reports whether neither end has ended its stream, and nothing else has. It is true where nobody knows:
-// fd is no TCP socket.
+// IsEstablished reports whether neither end has ended its stream, and nothing else has. It is true where
+// nobody knows: fd is no TCP socket.
 func IsEstablished(fd int) bool {
 	var i unix.TCPInfo
 	return Info(fd, &i) != nil || i.State == Established
 }
 
-// RoundTrip is the kernel's estimate of the round trip time, or 0 for what is not TCP. Right after the handshake it is
-// the handshake's.
+// RoundTrip is the kernel's estimate of the round trip time, or 0 for what is not TCP. Right after the
+// handshake it is the handshake's.
 func RoundTrip(fd int) time.Duration {
 	var i unix.TCPInfo
 	if Info(fd, &i) != nil {
@@ -50,7 +50,8 @@ func RoundTrip(fd int) time.Duration {
 	return time.Duration(i.Rtt) * time.Microsecond
 }
 
-// IsUnheard reports whether something that was sent is not acknowledged, and the other end has acknowledged nothing for d.
+// IsUnheard reports whether something that was sent is not acknowledged, and the other end has acknowledged
+// nothing for d.
 func IsUnheard(fd int, d time.Duration) bool {
 	var i unix.TCPInfo
 	return Info(fd, &i) == nil && i.Unacked > 0 && time.Duration(i.Last_ack_recv)*time.Millisecond >= d

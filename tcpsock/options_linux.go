@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SetOptions sets [KeepAlive] and TCP_NODELAY, as Go does for connections of its own. What a listening socket accepts
-// inherits both (net/ipv4/tcp_minisocks.c, tcp_create_openreq_child).
+// SetOptions sets [KeepAlive] and TCP_NODELAY, as Go does for connections of its own. What a listening socket
+// accepts inherits both (net/ipv4/tcp_minisocks.c, tcp_create_openreq_child).
 func SetOptions(fd int) (err error) {
 	for _, o := range [][3]int{
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},

@@ -2,9 +2,9 @@ package tcpsock
 
 import "net"
 
-// ResetConn closes c with a reset: its other end can't take that for the end of a stream, and what was not sent is lost.
-// The socket is closed first, under c's layers, whose words of farewell (close_notify of TLS) would say that all is well.
-// What has no TCP socket is closed.
+// ResetConn closes c with a reset: its other end can't take that for the end of a stream, and what was not
+// sent is lost. The socket is closed first, under c's layers, whose words of farewell (close_notify of TLS)
+// would say that all is well. What has no TCP socket is closed.
 func ResetConn(c net.Conn) {
 	if sock := lingering(c); sock != nil {
 		sock.SetLinger(0)

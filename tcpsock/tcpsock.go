@@ -1,8 +1,8 @@
 // Package tcpsock knows TCP sockets: what the kernel tells of one, and what is set on one, by its descriptor.
 //
-// The loader and the parts of the daemon need the same of it, and neither may import the other. So it stands below both,
-// in neither's folder, and imports nothing of ours. What it does is one system call or two: when to ask, and what follows
-// from the answer, is its callers'.
+// The loader and the parts of the daemon need the same of it, and neither may import the other. So it stands
+// below both, in neither's folder, and imports nothing of ours. What it does is one system call or two: when
+// to ask, and what follows from the answer, is its callers'.
 //
 // The kernel's side of this is Linux. Elsewhere a question has the answer that changes nothing.
 //
@@ -19,7 +19,8 @@ import (
 	"syscall"
 )
 
-// Control calls f with c's descriptor, which stays c's, and reports whether there is one: c has a socket that is not closed.
+// Control calls f with c's descriptor, which stays c's, and reports whether there is one: c has a socket that
+// is not closed.
 func Control(c net.Conn, f func(fd int)) bool {
 	sc, ok := c.(syscall.Conn)
 	if !ok {

@@ -10,17 +10,18 @@ import (
 )
 
 const (
-	// refusedFor is how long an address that refused a connection is tried after the others: its service may just be
-	// starting, and a refusal costs one round trip.
+	// refusedFor is how long an address that refused a connection is tried after the others: its service may
+	// just be starting, and a refusal costs one round trip.
 	refusedFor = 10 * time.Second
 	// silentFor is the same for an address that did not answer, which costs [fallbackDelay] each time.
 	silentFor = 5 * time.Minute
-	// networksFor is how long the list of this host's networks is good. Only the order of addresses depends on it.
+	// networksFor is how long the list of this host's networks is good. Only the order of addresses depends
+	// on it.
 	networksFor = 5 * time.Second
 )
 
-// Past is what dialers have learnt about addresses. Its zero value knows nothing; several dialers may share one, from
-// any goroutine.
+// Past is what dialers have learnt about addresses. Its zero value knows nothing; several dialers may share
+// one, from any goroutine.
 type Past struct {
 	mu       sync.Mutex
 	bad      map[netip.AddrPort]time.Time // until when others are tried before it
@@ -61,9 +62,9 @@ func (p *Past) noteWorked(to netip.AddrPort) {
 	delete(p.bad, to)
 }
 
-// order returns addrs in the order in which to try them. Those that failed lately come last, and of the others those on
-// a network of this host first: a container may also be on networks that lead nowhere from here. Among equals the
-// families take turns, prefer's first (the first address's, if prefer is invalid).
+// order returns addrs in the order in which to try them. Those that failed lately come last, and of the
+// others those on a network of this host first: a container may also be on networks that lead nowhere from
+// here. Among equals the families take turns, prefer's first (the first address's, if prefer is invalid).
 func (p *Past) order(addrs []netip.Addr, port uint16, prefer netip.Addr) []netip.Addr {
 	if len(addrs) == 1 {
 		return addrs

@@ -244,7 +244,8 @@ func (d *Dialer) lookup(ctx context.Context, t Target, fresh bool) ([]netip.Addr
 	return nil, errScheme
 }
 
-// isLocalhost reports whether a name is one that is this host whatever a name server says, RFC 6761 section 6.3.
+// isLocalhost reports whether a name is one that is this host whatever a name server says, RFC 6761 section
+// 6.3.
 func isLocalhost(name string) bool {
 	name = strings.ToLower(strings.TrimSuffix(name, "."))
 	return name == "localhost" || strings.HasSuffix(name, ".localhost")

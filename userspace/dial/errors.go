@@ -62,8 +62,8 @@ var (
 	errScheme     = errors.New("unknown kind of target")
 )
 
-// ErrSelf is that a connection is one of a socket with itself. TCP allows that, and it comes about where nobody listens on a
-// port of this host that is also one of those that connections are made from.
+// ErrSelf is that a connection is one of a socket with itself. TCP allows that, and it comes about where
+// nobody listens on a port of this host that is also one of those that connections are made from.
 var ErrSelf error = selfError{}
 
 type selfError struct{}

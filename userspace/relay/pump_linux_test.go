@@ -19,7 +19,7 @@ func TestSpliceToRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	f := &flow{relay: New(nil)}
+	f := &flow{relay: New(nil), counters: new(Counters)}
 	f.down.flow, f.up.flow = f, f
 	f.up.sock, _ = file.SyscallConn()
 	want := bytes.Repeat([]byte("0123456789"), 6000)
@@ -54,7 +54,7 @@ func TestSpliceFromRefused(t *testing.T) {
 	}
 	defer r.Close()
 	defer w.Close()
-	f := &flow{relay: New(nil)}
+	f := &flow{relay: New(nil), counters: new(Counters)}
 	f.down.flow, f.up.flow = f, f
 	f.up.sock, _ = w.SyscallConn()
 	p := pump{relay: f.relay, src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, bulk: true}

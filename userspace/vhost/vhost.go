@@ -17,7 +17,6 @@
 //	vhost.go       the server: options, the connections that it is given, TLS
 //	conn.go        a connection: its client, and which hops are believed
 //	frames.go      HTTP/2: a connection's memory is counted by frame
-//	held.go        what a connection holds for answers that are not read
 //	handler.go     a request, from its head to its log line
 //	uri.go         the request's target, parsed once
 //	match.go       what a route takes

@@ -201,7 +201,7 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 	printCounts(w, "flows ended", s.Ended)
 	printCounts(w, "refused", s.Refused)
 	printCounts(w, "dial errors", s.DialErrors)
-	printCounts(w, "refused by a datapath", s.Demoted)
+	printCounts(w, "refused or given back by a datapath", s.Demoted)
 	printCounts(w, "not transparent", s.NotTransparent)
 }
 

@@ -38,7 +38,7 @@ type Status struct {
 	Refused        map[string]int64 `json:"refused"`         // connections and requests by reason
 	Ended          map[string]int64 `json:"ended"`           // flows by how they ended
 	DialErrors     map[string]int64 `json:"dial_errors"`     // by reason
-	Demoted        map[string]int64 `json:"demoted"`         // flows that a datapath refused, or gave back, by reason
+	Demoted        map[string]int64 `json:"demoted"`         // how often a datapath refused a flow or gave one back, by reason
 	Bytes          map[string]int64 `json:"bytes"`           // that flows have moved until now: up, down
 	NotTransparent map[string]int64 `json:"not_transparent"` // connections that could not carry the client's address, by reason
 }

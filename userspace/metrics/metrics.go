@@ -55,8 +55,8 @@ func New(version string, now func() State) *Set {
 			"listener", "datapath", "end"),
 		Cut:       counter("flows_cut_total", "Flows that the daemon has ended to free what they held, by reason.", "reason"),
 		DialError: counter("dial_errors_total", "Upstreams that could not be reached, by reason.", "listener", "reason"),
-		Demoted: counter("flows_demoted_total", "Flows that a datapath refused or gave back, so that another one "+
-			"carries them, by reason.", "datapath", "reason"),
+		Demoted: counter("flows_demoted_total", "How often a kernel datapath refused a flow or gave one back, "+
+			"so that another datapath carries it, by reason.", "datapath", "reason"),
 		NotTransparent: counter("not_transparent_total", "Connections to targets of `transparent` routes that could not "+
 			"carry the client's address, by reason.", "listener", "reason"),
 		LogLost: prometheus.NewCounter(prometheus.CounterOpts{Name: "tailsplice_access_log_lost_total",

@@ -29,7 +29,7 @@ var (
 	fileConfig  = [2]string{"`/etc/tailsplice/tailsplice.yaml`", "the configuration, see [tailsplice.yaml(5)](configuration.md)"}
 	fileControl = [2]string{"`/run/tailsplice/control.sock`", "the control socket of the daemon, which only the daemon's user " +
 		"and root can open"}
-	filePins = [2]string{"`/sys/fs/bpf/tailsplice`", "the maps of kernel datapaths, in a folder for each daemon"}
+	filePins = [2]string{"`/sys/fs/bpf/tailsplice`", "the maps of kernel datapaths, in INSTANCE/GENERATION; INSTANCE/current leads to the newest"}
 	fileACME = [2]string{"`/var/lib/tailsplice/acme`", "accounts, keys and certificates of ACME"}
 
 	envTailscaled = [2]string{"`TAILSPLICE_TAILSCALED_SOCKET`", "the socket of tailscaled, where it is not at its usual place"}

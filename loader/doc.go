@@ -29,4 +29,39 @@
 // CAP_PERFMON and CAP_NET_ADMIN (or CAP_SYS_ADMIN), and CAP_NET_RAW for the self-test. See [Probe]. Elsewhere
 // [New] fails with errors.ErrUnsupported. `make test-kernels` runs the tests on 6.1 and 6.12. On 5.10 flows
 // stall at an urgent byte (kernel.go).
+//
+// # Files
+//
+// The Loader, and a flow in it:
+//
+//	loader_linux.go  New, which loads the programs, and Close
+//	options.go       how to load, what Splice is told of a flow, and why it refuses one
+//	splice_linux.go  a flow is taken over
+//	flow_linux.go    a flow, from its begin to its end
+//	half_linux.go    a direction: what was passed is copied
+//	leave_linux.go   a busy flow leaves the sockmap, and is given back
+//	ledger_linux.go  flows that are in the flows map, whoever has them
+//	sock_linux.go    the sockets of a flow
+//	watch_linux.go   the epoll that waits for their ends
+//	sweep_linux.go   idle and stalled flows, and events that were lost
+//	counts_linux.go  what is counted, and when the datapath is switched off
+//	flows_linux.go   what the maps say of each flow, for people
+//	pins_linux.go    the maps in the BPF file system, by generation
+//
+// Flows with a process on this host:
+//
+//	local_linux.go          the datapath sk_msg
+//	local_targets_linux.go  the addresses that flows go to, and their cgroups
+//	local_find_linux.go     the cgroup of a process
+//	unread_linux.go         bytes that the process has not read when the daemon ends
+//	grace_linux.go          when a slot of a map can be used again
+//
+// What the kernel must be and do:
+//
+//	kernel.go                which versions are refused
+//	probe_linux.go           what this machine has and lacks
+//	selftest_linux.go        the proof on loopback
+//	local_selftest_linux.go  the same for sk_msg
+//	inject_linux.go          segments of our own making, for the proof
+//	gen.go                   how the programs are compiled
 package loader

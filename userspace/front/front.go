@@ -1,26 +1,52 @@
 // Package front is where the parts meet: it accepts connections, checks
 // limits and PROXY headers, finds the route, dials the upstream and hands the
-// pair to a datapath. Its main files:
+// pair to a datapath.
 //
-//	listen.go   addresses are bound, and follow the tailnet's changes
-//	gate.go     listeners are shut while their default can't be reached
-//	places.go   interfaces and hosts that listeners name
-//	accept.go   a connection is admitted, or refused at once
-//	screen.go   who is denied, or comes too often
-//	conn.go     who it is: PROXY header
-//	trust.go    whom the configuration and tailscaled say that is
-//	service.go  what a listener does by the plan, and by which datapath
-//	labels.go   routes that the labels of containers add to the plan
-//	splice.go   sni and tcp: hello, route, dial, relay, log
-//	transparent.go  connections from the client's own address
-//	access.go   who may use a route
-//	http.go     http and https: the same by request
+// The server and its listeners:
+//
+//	front.go         the server: options, start, reload, drain, close
+//	service.go       what a listener does by the plan, and by which datapath
+//	auto.go          which datapaths there are, and which of them auto has
+//	listen.go        addresses are bound, and follow the tailnet's changes
+//	places.go        interfaces and hosts that listeners name
+//	gate.go          listeners are shut while their default can't be reached
+//	owner_linux.go   which process has a port that is taken
+//	files_unix.go    the limit of open files
 //	certificates.go  what https listeners show, and how ACME gets at them
-//	memory.go   how much memory there is
-//	memory_linux.go  what is done when it is short, or the kernel's for TCP
-//	counts.go   what the metrics show of all this
-//	problems.go  what of the configuration does not work now, while the rest does
-//	status.go   what can be seen from outside
+//	access_log.go    which access logs are open
+//	labels.go        routes that the labels of containers add to the plan
+//
+// A connection, in the order in which it meets them:
+//
+//	accept.go            it is admitted, or refused at once
+//	keepalive_linux.go   the socket options that it has from its listener
+//	screen.go            who is denied, or comes too often
+//	fastpath_linux.go    the usual way, on a loop, without a goroutine
+//	conn.go              what is known of it, and who it is: PROXY header
+//	arrival_linux.go     by which interface it came
+//	trust.go             whom the configuration and tailscaled say that is
+//	splice.go            sni and tcp: hello, route, dial, relay, log
+//	transparent.go       connections from the client's own address
+//	rtt.go               what TCP says of the peer: gone, far, silent
+//
+// http and https, by request:
+//
+//	http.go      the HTTP server of a listener, and a request's log line
+//	requests.go  the route of a request
+//	charge.go    requests are counted for their source
+//	access.go    who may use a route
+//	hold.go      a request waits for a node that will be back
+//
+// What is watched, and shown:
+//
+//	memory_linux.go    how much memory there is, and what is done when it, or the kernel's for TCP, is short
+//	sockdiag_linux.go  what the kernel says of all TCP sockets
+//	ratelimited.go     log lines that strangers cause
+//	counts.go          what the metrics show of all this
+//	problems.go        what of the configuration does not work now, while the rest does
+//	health.go          whether connections move, and who may ask
+//	status.go          what can be seen from outside
+//	here.go            what a configuration needs of a machine, for `check --here`
 package front
 
 import (

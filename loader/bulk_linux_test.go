@@ -48,7 +48,8 @@ func TestBulk(t *testing.T) {
 		go func() { up <- sendPart(p.client, p.server, uint64(2*round), size) }()
 		go func() { down <- sendPart(p.server, p.client, uint64(2*round+1), size) }()
 		if err := errors.Join(<-up, <-down); err != nil {
-			t.Fatalf("round %d: %v, %+v, %+v, it ended with %+v", round, err, l.Stats(), l.Flows(), p.wait(patience))
+			t.Errorf("round %d: %v, %+v, %+v", round, err, l.Stats(), l.Flows())
+			t.Fatalf("it ended with %+v", p.wait(patience))
 		}
 		t.Logf("%d times, %+v %+v", p.returns.Load(), l.Stats(), l.Flows())
 	}

@@ -168,10 +168,11 @@ func (p *path) spliceAgain(ctx context.Context, l *Loader, f Flow, sockets [2]in
 			*[]*int64{&f.Up, &f.Down}[i] += int64(n)
 			for len(rest) > 0 && ctx.Err() == nil {
 				n, err := socket(sockets[1-i]).write(rest)
-				if rest = rest[n:]; err != nil && !isAgain(err) {
+				if rest = rest[n:]; isAgain(err) {
+					time.Sleep(time.Millisecond) // only then: else the sender fills the queue faster than this empties it
+				} else if err != nil {
 					break
 				}
-				time.Sleep(time.Millisecond)
 			}
 		}
 	}

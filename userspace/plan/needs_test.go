@@ -36,6 +36,8 @@ func TestNeeds(t *testing.T) {
 		{"a hop's", `{ listen: ":1", mode: tcp, accept_proxy: { from: [edge] }, default: { forward: "192.0.2.1:1" } }`, "tailnet flows [auto]"},
 		{"prefixes", `{ listen: ":1", mode: sni, allow: [192.0.2.0/24], default: { forward: "192.0.2.1:1" } }`, "flows [auto]"},
 		{"an auth server", `{ listen: ":1", mode: http, default: { forward: "192.0.2.1:1", forward_auth: { address: "docker://auth:1/" } } }`, "docker requests []"},
+		{"a certificate of tailscaled", `{ listen: ":1", mode: https, certificates: [{ tailscale: true }], default: { forward: "192.0.2.1:1" } }`,
+			"tailnet requests []"},
 		{"transparent", `{ listen: ":1", mode: sni, default: { forward: "192.0.2.1:1", transparent: true } }`, "transparent flows [auto]"},
 	} {
 		n := NeedsOf(parse(t, "listeners: ["+c.listener+"]"))

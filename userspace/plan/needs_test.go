@@ -53,4 +53,7 @@ func TestNeeds(t *testing.T) {
 			t.Errorf("%s: %s, want %s", c.what, s, c.want)
 		}
 	}
+	if !NeedsOf(parse(t, `control: { health: "tailnet:9" }`+"\nlisteners: [{ listen: \":1\", mode: tcp, default: { forward: \"192.0.2.1:1\" } }]")).Tailnet {
+		t.Error("health on the tailnet: tailscaled is not needed")
+	}
 }

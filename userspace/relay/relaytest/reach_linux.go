@@ -44,6 +44,7 @@ func RunReach(t *testing.T, p Path, plug func(in bool) error) {
 	t.Run("the cable is cut for a while", func(t *testing.T) {
 		f, server := connect(t)
 		f.Start(context.Background(), relay.Options{})
+		must(t, transfer(f.Client, server, 512<<10)) // a reader who has read that much is given room for n
 		const n = 400 << 10
 		out := newStream()
 		in := *out

@@ -181,6 +181,9 @@ func (s *side) pass(toEnd bool) (then func()) {
 	buf := s.socket.Loop().Buffer()
 	buf = buf[:min(int64(len(buf)), f.o.Buffer)]
 	buf, onTrial := s.piece(buf, dst.socket.FD())
+	if !onTrial && s.pieces*trialRead >= leastBulk {
+		return f.detach(f.resume)
+	}
 	for full := 0; ; {
 		n, err := noEINTR(func() (int, error) { return unix.Read(s.socket.FD(), buf) })
 		switch {
@@ -202,6 +205,9 @@ func (s *side) pass(toEnd bool) (then func()) {
 		}
 		if n < len(buf) {
 			if full = 0; !toEnd {
+				if s.pieces > 0 {
+					n, s.pieces = preferredBytes+1, 0 // it may be bulk as well as a message
+				}
 				if f.o.WhenTalking != nil && dst.state != ended {
 					return s.offerTalk(n)
 				}
@@ -210,6 +216,7 @@ func (s *side) pass(toEnd bool) (then func()) {
 			continue
 		}
 		if onTrial && s.socket.Again() == nil {
+			s.pieces++
 			return nil
 		}
 		if full++; full >= fullReads {

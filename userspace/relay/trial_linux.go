@@ -10,6 +10,7 @@ import "golang.org/x/sys/unix"
 const (
 	trialBytes = 256 << 10 // more than a reader acknowledges that takes a first answer and stops: its buffer, twice
 	trialRead  = 8 << 10   // bytes of a piece
+	leastBulk  = 24 << 10  // bytes that come at once when the trial ends, and leave the loop
 )
 
 // piece is the part of buf that the next read from s may fill, and onTrial whether that is less because s is on

@@ -47,8 +47,8 @@ type greed struct {
 
 // A rest is a connection at the last look.
 type rest struct {
-	bytes int64
-	since time.Time // that its flows have moved so many
+	bytes, down int64     // all that its flows have moved, and to the client
+	since       time.Time // that they have moved so many
 }
 
 // watchMemory looks until f ends.
@@ -263,9 +263,9 @@ func (w *memoryWatch) refuse(now time.Time, u memoryUse) {
 func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocket) (all []stalled) {
 	w.front.opts.Relay.MeasureHeld(now)
 	type connection struct {
-		bytes, held int64
-		since       time.Time // of what is held
-		owner       owner
+		bytes, down, held int64
+		since             time.Time // of what is held
+		owner             owner
 	}
 	flows := w.front.flows.Live()
 	connections := make(map[netip.AddrPort]connection, len(flows))
@@ -281,6 +281,7 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 		}
 		up, down := fl.Bytes()
 		c.bytes += up + down
+		c.down += down
 		if fl.Held != nil {
 			held, since := fl.Held()
 			if c.held += held; held > 0 {
@@ -292,14 +293,15 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 	since := make(map[netip.AddrPort]rest, len(connections))
 	for peer, c := range connections {
 		r, known := w.since[peer]
+		takes := !known || r.down != c.down // since the last look; who is far and fast has a lot on the way
 		if !known || r.bytes != c.bytes {
-			r = rest{c.bytes, now}
+			r = rest{c.bytes, c.down, now}
 		}
 		since[peer] = r
 		switch held := sockets[peer].held; {
 		case c.held >= stoppedMin:
 			all = append(all, stalled{peer, c.owner, c.since, max(c.held, held)})
-		case c.held == 0 && held >= stoppedMin: // the kernel moves the flow, or these are requests
+		case c.held == 0 && held >= stoppedMin && !takes: // the kernel moves the flow, or these are requests
 			all = append(all, stalled{peer, c.owner, r.since, held})
 		}
 	}

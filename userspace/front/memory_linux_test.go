@@ -375,6 +375,29 @@ func TestGreedySources(t *testing.T) {
 	}
 }
 
+// TestGreedyTakes: what is on the way to a client who takes it is held for nobody. What a client sends is no sign that
+// it takes anything.
+func TestGreedyTakes(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+	peer := netip.MustParseAddrPort("192.0.2.1:5")
+	var up, down int64
+	fl := &flow.Flow{Client: peer.String(), Downstream: peer.String(), Bytes: func() (int64, int64) { return up, down }}
+	d.flows.Add(fl)
+	defer d.flows.Remove(fl)
+	w, now := &memoryWatch{front: d.Front}, time.Now()
+	sockets := map[netip.AddrPort]tcpSocket{peer: {held: 2 * greedyMin}}
+	for i, look := range []struct {
+		up, down int64
+		greedy   bool
+	}{{0, 1, false}, {0, 2, false}, {0, 2, true}, {1, 2, true}, {2, 2, true}, {2, 3, false}, {2, 3, true}} {
+		up, down = look.up, look.down
+		now = now.Add(shortEvery)
+		if greedy := len(greedySources(w.stalled(now, sockets), greedyMin)) > 0; greedy != look.greedy {
+			t.Errorf("look %d, with %d bytes up and %d down: greedy is %v", i, up, down, greedy)
+		}
+	}
+}
+
 // TestVictims: connections are ended in the order that one by one would give, and to find it for ten times as many
 // takes about ten times as long.
 func TestVictims(t *testing.T) {

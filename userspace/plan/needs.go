@@ -65,7 +65,12 @@ func NeedsOf(cfg *config.Config) Needs {
 func (n *Needs) listener(cfg *config.Config, l *config.Listener) {
 	n.Requests = n.Requests || l.IsHTTP()
 	n.Flows = n.Flows || !l.IsHTTP()
-	n.Docker = n.Docker || l.Docker != nil && l.Docker.Enabled
+	if takesLabels(l) {
+		n.Docker = true
+		if !l.IsHTTP() { // their routes make flows, also where l has no other
+			n.Datapaths[wanted(cfg, new(config.Action))] = true
+		}
+	}
 	for _, a := range l.Listen {
 		if config.OnTailnet(a) {
 			n.Listens = append(n.Listens, a)

@@ -30,6 +30,7 @@ func TestNeeds(t *testing.T) {
 			"tailnet flows [sockmap]"},
 		{"a container", `{ listen: ":1", mode: http, default: { forward: "docker://a:1" } }`, "docker requests []"},
 		{"labels", `{ listen: ":1", mode: http, docker: { enabled: true } }`, "docker requests []"},
+		{"labels alone, for flows", `{ listen: ":1", mode: sni, docker: { enabled: true } }`, "docker flows [auto]"},
 		{"no labels", `{ listen: ":1", mode: http, docker: { enabled: false }, default: { forward: "192.0.2.1:1" } }`, "requests []"},
 		{"identities", `{ listen: ":1", mode: sni, allow: [a@vsq.cz], default: { forward: "192.0.2.1:1" } }`, "tailnet flows [auto]"},
 		{"a route's", `{ listen: ":1", mode: sni, routes: [{ sni: a.test, allow: [tag:a], forward: "192.0.2.1:1" }] }`, "tailnet flows [auto]"},

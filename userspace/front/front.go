@@ -272,6 +272,7 @@ func (f *Front) apply(cfg *config.Config) error {
 	// From here on nothing fails.
 	f.openWay(p.Needs.Transparent)
 	f.nodeName.Store(&cfg.Node)
+	f.hops.Store(hopsOf(cfg)) // before one of them comes: its flows may last
 	for _, swap := range swaps {
 		swap()
 	}
@@ -311,7 +312,6 @@ func (f *Front) apply(cfg *config.Config) error {
 	f.denyFiles = denyFiles
 	f.watchNeeded(p.Needs)
 	f.memory.Store(memory)
-	f.hops.Store(hopsOf(cfg))
 	f.limiter.SetLimits(connections, cfg.Limits.ConnectionsPerSource)
 	f.requests.SetLimits(requests, cfg.Limits.RequestsPerSource)
 	if r := cfg.Limits.NewConnectionsPerSource; r != nil {

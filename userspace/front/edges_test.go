@@ -3,8 +3,12 @@ package front
 import (
 	"crypto/tls"
 	"fmt"
+	"log/slog"
+	"net/http"
 	"strings"
 	"testing"
+
+	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
 // TestHostBehindSNI sends requests for other hosts than the hello named, through an sni listener to the https
@@ -64,6 +68,21 @@ listeners:
 			}
 			d.Close()
 		}
+	}
+}
+
+// TestNewEdge: while a reload adds an sni listener, requests go on.
+func TestNewEdge(t *testing.T) {
+	cert, _ := certificate(t, "open.test", "too.test")
+	c, k := writePair(t, cert)
+	certs, err := tlsterm.Load([]tlsterm.Spec{{Cert: c, Key: k}}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &service{edges: []*listener{{name: "edge", mode: "sni"}}}
+	req := &http.Request{RemoteAddr: "127.0.0.1:9", TLS: &tls.ConnectionState{ServerName: "open.test"}}
+	if by := s.passesBy(req, "too.test", certs); by != "" {
+		t.Errorf("it goes round %q", by)
 	}
 }
 

@@ -67,6 +67,9 @@ func (s *service) passesBy(req *http.Request, host string, certs *tlsterm.Store)
 	}
 	for _, edge := range s.edges {
 		by := edge.service.Load()
+		if by == nil {
+			continue // a reload has just made it, and nobody has come by it
+		}
 		came, needs := by.ByName(asked), by.ByName(host)
 		if came == nil || came.Reject || came == needs {
 			continue // that is not the way by which it came, or it is the same

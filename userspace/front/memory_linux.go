@@ -89,9 +89,10 @@ func (u memoryUse) part() float64 {
 func (f *Front) memoryUse(proc, cgroups string) memoryUse {
 	used, short := tcpMemory(proc)
 	own, ok := cgroupSockets(proc, cgroups)
+	rest := processMemory() + f.opts.Relay.Piped() + int64(f.limiter.Total())*connectionKernel
 	targets := int64(0)
 	switch {
-	case used >= min(f.Memory(), short)/2:
+	case used >= short/2, !ok && rest+used >= f.Memory()/2:
 		var sockets int64
 		if sockets, targets = f.socketMemory(proc); !ok {
 			own = min(used, sockets)
@@ -99,7 +100,7 @@ func (f *Front) memoryUse(proc, cgroups string) memoryUse {
 	case !ok:
 		own = used // and it doesn't matter whose they are
 	}
-	all := memoryUse{own + processMemory() + f.opts.Relay.Piped() + int64(f.limiter.Total())*connectionKernel, f.Memory(), overMemory}
+	all := memoryUse{own + rest, f.Memory(), overMemory}
 	if tcp := tcpUse(used, min(used, own+targets), short); tcp.part() > all.part() {
 		return tcp
 	}

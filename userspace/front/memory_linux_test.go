@@ -517,18 +517,7 @@ func TestMemoryOfOthers(t *testing.T) {
 	if n, targets := d.socketMemory("/proc"); n > 1<<20 || targets > 0 {
 		t.Errorf("%d bytes of %d are said to be ours, and %d those of targets", n, used, targets)
 	}
-	proc := t.TempDir()
-	for name, text := range map[string]string{
-		"net/sockstat":         fmt.Sprintf("sockets: used 9\nTCP: inuse 9 orphan 0 tw 0 alloc 9 mem %d\n", used>>12),
-		"sys/net/ipv4/tcp_mem": fmt.Sprintf("1\t%d\t9\n", used>>12),
-	} {
-		if err := os.MkdirAll(filepath.Dir(filepath.Join(proc, name)), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(proc, name), []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
+	proc := fakeProc(t, used, used)
 	if u := d.memoryUse(proc, t.TempDir()); u.over(1, 2) {
 		t.Errorf("ours are short of memory: %+v", u)
 	}
@@ -543,6 +532,36 @@ func TestMemoryOfOthers(t *testing.T) {
 		u := d.memoryUse(proc, t.TempDir())
 		return u.over(3, 4) && u.what == "tcp_memory"
 	})
+}
+
+// TestBudgetOfOthers: what other programs' sockets hold is no part of the budget, also where it is less than half of
+// that, and this process has taken the rest.
+func TestBudgetOfOthers(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+	budget := 4 * processMemory()
+	d.memory.Store(budget)
+	proc := fakeProc(t, budget/2-1, 2*budget)
+	if u := d.memoryUse(proc, t.TempDir()); u.over(1, 2) {
+		t.Errorf("ours are short of memory: %+v", u)
+	}
+}
+
+// fakeProc is a /proc where all TCP sockets hold so many bytes, and may hold so many.
+func fakeProc(t *testing.T, used, short int64) (proc string) {
+	t.Helper()
+	proc = t.TempDir()
+	for name, text := range map[string]string{
+		"net/sockstat":         fmt.Sprintf("sockets: used 9\nTCP: inuse 9 orphan 0 tw 0 alloc 9 mem %d\n", used>>12),
+		"sys/net/ipv4/tcp_mem": fmt.Sprintf("1\t%d\t9\n", short>>12),
+	} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(proc, name)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(proc, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return proc
 }
 
 // TestNothingSaysWhatIsUsed: the budget is kept by what is known where the kernel hides the rest.

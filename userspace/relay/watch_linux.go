@@ -61,11 +61,16 @@ func (w *watcher) watch(s *side, events uint32) bool {
 	return true
 }
 
-// unwatch is to be called before s is closed, which takes it out of the epoll.
+// unwatch is to be called before s is closed. A socket with another descriptor would stay in the epoll, and
+// could not be added again under the number of this one.
 func unwatch(s *side) {
 	w := &s.flow.relay.watches
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if s.watch == 0 {
+		return
+	}
+	s.sock.Control(func(fd uintptr) { unix.EpollCtl(w.fd, unix.EPOLL_CTL_DEL, int(fd), nil) })
 	delete(w.sides, s.watch)
 	s.watch, s.watched = 0, 0
 }

@@ -39,7 +39,7 @@ type leaving struct {
 	inHand bool        // rest is what was read to leave; only for who is running
 
 	asked bool                  // the leaver's, under its lock
-	offer atomic.Pointer[offer] // it may leave now
+	offer atomic.Pointer[offer] // it may leave now; until what came meanwhile has a verdict again
 
 	last   time.Time // the ring's: when EVENT_BULK came
 	lastAt uint64    // and how many bytes had been handled then
@@ -216,10 +216,10 @@ func (h *half) offered(o *offer) {
 		return
 	case <-time.After(leaveOffer):
 	}
-	h.offer.Store(nil)
 	o.mu.Lock()
 	o.over = true
 	o.mu.Unlock()
+	defer h.offer.Store(nil)
 	h.f.mu.RLock()
 	defer h.f.mu.RUnlock()
 	if !h.f.closed {
@@ -250,8 +250,8 @@ func (h *half) leave(o *offer) error {
 			return err
 		}
 	}
-	h.offer.Store(nil)
 	defer close(o.taken)
+	defer h.offer.Store(nil)
 	defer h.source().kick()
 	v := h.f.l.leaver
 	if _, err := v.next(o.at, spliceLeaveCall{Half: h.index(), Read: h.consumed + uint64(len(h.rest))}); err != nil {

@@ -215,3 +215,35 @@ func TestLooksAgainAfterACopy(t *testing.T) {
 		})
 	}
 }
+
+// While a half may leave, the verdict is kept from what comes: that is no stall.
+func TestHeldIsNoStall(t *testing.T) {
+	r := allRules
+	r.look = false // nobody looks but this test
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{busy: 1 << 40})
+	must(t, sendPart(p.client, p.server, 1, 1000))
+	h := &l.onlyFlow(t).halves[0]
+	h.offer.Store(&offer{over: true})
+	h.source().hold()
+	before, err := h.source().received()
+	must(t, err)
+	_, err = p.client.Write([]byte("hello"))
+	must(t, err)
+	waitFor(t, func() bool { n, err := h.source().received(); return n > before || err != nil }, "the bytes to come")
+	if n := h.handled(); n != 1000 {
+		t.Fatalf("%d bytes were handled: this test proves nothing", n)
+	}
+	h.looked = true
+	h.look()
+	if h.looked {
+		t.Error("nobody looks again")
+	}
+	h.source().kick()
+	h.offer.Store(nil)
+	p.server.SetDeadline(time.Now().Add(patience))
+	must(t, expect(p.server, []byte("hello")))
+	if n := l.Stats().Stalls; n != 0 {
+		t.Errorf("%d stalls", n)
+	}
+}

@@ -207,6 +207,10 @@ func (h *half) look() {
 		}
 		return
 	}
+	if h.offer.Load() != nil { // the verdict may be kept from what comes
+		h.looked = false
+		return
+	}
 	s := h.source()
 	var i unix.TCPInfo
 	// The verdict runs under the lock that TCP_INFO takes, so what is handled is read after it.
@@ -218,7 +222,7 @@ func (h *half) look() {
 		return
 	}
 	s.kick()
-	if h.handled() != handled {
+	if h.handled() != handled && h.offer.Load() == nil {
 		h.f.counts.stall(h.f.l, h.f.cookies[0], "the verdict was not run for bytes that had come")
 	}
 }

@@ -208,7 +208,7 @@ func (s *side) pass(toEnd bool) (then func()) {
 				if s.pieces > 0 {
 					n, s.pieces = preferredBytes+1, 0 // it may be bulk as well as a message
 				}
-				if f.o.WhenTalking != nil && dst.state != ended {
+				if f.o.WhenTalking != nil && dst.state != ended && dst.pieces == 0 { // else dst is read in part
 					return s.offerTalk(n)
 				}
 				return nil

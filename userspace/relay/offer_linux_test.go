@@ -1,0 +1,90 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"net"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/loop"
+)
+
+// A refuser refuses all flows.
+type refuser struct{ Sockets }
+
+func (refuser) Name() string { return "refuser" }
+
+func (refuser) SpliceSockets(context.Context, int, int, Flow) (func() (int64, int64), error) {
+	return nil, errors.New("refused")
+}
+
+// TestNoOfferWithinPieces: a message makes a flow ping-pong, but it is not offered while the other side is read in
+// pieces: the skb that is read in part would come to the verdict whole.
+func TestNoOfferWithinPieces(t *testing.T) {
+	loops, err := loop.New(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer loops.Close()
+	r, l, done := New(loops), loops.Loop(), make(chan Result, 1)
+	defer r.Close()
+	f := r.newFlow(context.Background(), nil, nil, Options{WhenTalking: []Sockets{refuser{}}},
+		func(r Result) { done <- r })
+	client, down := connected(t)
+	server, up := connected(t)
+	f.attachTo(l.NewSocket(down), l.NewSocket(up))
+	for _, pieces := range []int{1, 0} {
+		var then func()
+		l.Do(func() func() {
+			f.prefers, f.talk, f.up.pieces = true, talk{turn: &f.up, turns: preferredTurns - 1}, pieces
+			if _, err := client.Write([]byte("x")); err != nil {
+				t.Error(err)
+			}
+			for n := 0; n == 0; time.Sleep(time.Millisecond) {
+				n, _ = unix.IoctlGetInt(down, unix.SIOCINQ)
+			}
+			then = f.down.pass(false)
+			return nil
+		})
+		if offered := then != nil; offered != (pieces == 0) {
+			t.Errorf("after %d pieces of the other side it is offered: %v", pieces, offered)
+		}
+		if then != nil {
+			then()
+		}
+	}
+	client.Close()
+	server.Close()
+	<-done
+}
+
+// connected is a connection, and the descriptor of its other end.
+func connected(t *testing.T) (net.Conn, int) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	far, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	near, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer near.Close()
+	raw, err := near.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := tcpsock.Dup(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return far, fd
+}

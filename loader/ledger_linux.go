@@ -110,6 +110,8 @@ func (g *ledger) publish() {
 func (r *record) refresh() (changed bool) {
 	up, down := r.count()
 	t := &r.entry
+	// Who gets the flow back may not know yet what was counted here.
+	up, down = max(up, int64(t.Up.Bytes)), max(down, int64(t.Down.Bytes))
 	if int64(t.Up.Bytes) == up && int64(t.Down.Bytes) == down {
 		return false
 	}

@@ -53,6 +53,10 @@ func TestRecord(t *testing.T) {
 			if len(downRest)+len(upRest) > 0 {
 				t.Errorf("%d and %d bytes were left", len(downRest), len(upRest))
 			}
+			l.ledger.publish() // before userspace knows what was moved here
+			if f := l.Flows(); len(f) != 1 || f[0].Up != up || f[0].Down != down || f[0].UpCopied < 0 {
+				t.Errorf("%d bytes up and %d down, and listed are %+v", up, down, f)
+			}
 			moved[0].Store(up)
 			moved[1].Store(down)
 			back <- returned{up, down}

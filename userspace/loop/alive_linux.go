@@ -64,7 +64,15 @@ func (l *Loop) answer(ctx context.Context) error {
 	if err := l.ask.AwaitBytes(time.Hour, func(bool) { close(taken) }); err != nil {
 		return err
 	}
-	if err := l.ask.wake(); err != nil {
+	err := errSilent
+	l.Do(func() func() {
+		if l.fd >= 0 { // else the eventfd is closed, or about to be
+			err = l.ask.wake()
+		}
+		return nil
+	})
+	if err != nil {
+		l.ask.Cancel()
 		return err
 	}
 	select {

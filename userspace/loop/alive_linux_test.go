@@ -71,3 +71,30 @@ func TestAliveWithoutDescriptors(t *testing.T) {
 		}
 	}
 }
+
+// TestAliveAfterClose: a reactor that is closed is not alive, and writes to no descriptor that was its own.
+func TestAliveAfterClose(t *testing.T) {
+	r, err := New(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	was := r.loops[0].ask.fd
+	other, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(other)
+	r.Close()
+	if err := unix.Dup3(other, was, unix.O_CLOEXEC); err != nil { // as what is opened next may be
+		t.Fatal(err)
+	}
+	defer unix.Close(was)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if r.Alive(ctx) == nil {
+		t.Error("it is alive")
+	}
+	if n, err := unix.Read(other, make([]byte, 8)); err != unix.EAGAIN {
+		t.Errorf("%d bytes were written to somebody else's descriptor, %v", n, err)
+	}
+}

@@ -10,7 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tailsplice/tailsplice/loader"
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -172,6 +175,40 @@ func TestHandedOffAgain(t *testing.T) {
 			f.Client.Close()
 			f.Server.Close()
 		})
+	}
+}
+
+// TestIdleAfterUrgent: a flow that was given back, and had an urgent byte in the sockmap, is quiet then: its idle timeout
+// ends it. The kernel tells of that byte until something is read behind it.
+func TestIdleAfterUrgent(t *testing.T) {
+	l := load(t)
+	o := relay.Options{Datapaths: []relay.Datapath{l}, Idle: 5 * time.Second}
+	f := relaytest.Loopback{Options: o}.Path(t).Connect(t)
+	defer f.Client.Close()
+	defer f.Server.Close()
+	f.Start(context.Background(), relay.Options{})
+	relaytest.Until(t, "the flow is handed off", func() bool {
+		if _, _, err := relaytest.Talk(f.Client, f.Server, 200, rounds(20)); err != nil {
+			t.Fatal(err)
+		}
+		return l.Stats().Inserted > 0
+	})
+	var err error
+	tcpsock.Control(f.Client, func(fd int) { err = unix.Sendto(fd, []byte("!"), unix.MSG_OOB, nil) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(f.Server, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	relaytest.Until(t, "the flow is given back", func() bool {
+		if err := sendOneWay(f.Server, f.Client, make([]byte, 8<<20)); err != nil {
+			t.Fatal(err)
+		}
+		return l.Stats().Bulk >= 2
+	})
+	if r := f.Result(t); r.End != relay.EndIdle {
+		t.Errorf("%+v", r)
 	}
 }
 

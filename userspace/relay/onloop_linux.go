@@ -161,6 +161,8 @@ func (s *side) Handle(events uint32) (then func()) {
 	f := s.flow
 	switch {
 	case events&unix.EPOLLPRI != 0:
+		// It is dropped. Read as a part of the stream, as a datapath reads it, it would be told of for ever.
+		unix.Recvfrom(s.socket.FD(), make([]byte, 1), unix.MSG_OOB|unix.MSG_DONTWAIT)
 		return f.detach(f.resume)
 	case s.state != ended:
 		return s.pass(events&^(unix.EPOLLIN|unix.EPOLLOUT) != 0)

@@ -101,8 +101,9 @@ type calmFlows struct {
 }
 
 type calmFlow struct {
-	on    *loop.Loop
-	moved int64 // at the last look
+	on     *loop.Loop
+	moved  int64 // at the last look
+	looked bool  // there was one since it came: what it moved since is that of a whole stretch
 }
 
 // add is called with the loop held when f is on l.
@@ -116,7 +117,7 @@ func (c *calmFlows) add(f *flow, l *loop.Loop) {
 	if c.flows == nil {
 		c.flows = make(map[*flow]*calmFlow)
 	}
-	c.flows[f] = &calmFlow{l, up + down}
+	c.flows[f] = &calmFlow{on: l, moved: up + down}
 	if !c.looks {
 		c.looks = true
 		time.AfterFunc(calmWithin, c.look)
@@ -139,10 +140,10 @@ func (c *calmFlows) look() {
 	c.mu.Lock()
 	for f, at := range c.flows {
 		up, down := f.counters.Load()
-		if moved := up + down - at.moved; moved > 0 && moved <= calmBytes {
+		if moved := up + down - at.moved; at.looked && moved > 0 && moved <= calmBytes {
 			quiet[f] = at.on
 		}
-		at.moved = up + down
+		at.moved, at.looked = up+down, true
 	}
 	if c.looks = len(c.flows) > 0; c.looks {
 		time.AfterFunc(calmWithin, c.look)

@@ -103,7 +103,7 @@ type calmFlows struct {
 type calmFlow struct {
 	on     *loop.Loop
 	moved  int64 // at the last look
-	looked bool  // there was one since it came: what it moved since is that of a whole stretch
+	looked bool  // there was one since it came
 }
 
 // add is called with the loop held when f is on l.
@@ -134,10 +134,24 @@ func (c *calmFlows) remove(f *flow) {
 	delete(c.flows, f)
 }
 
-// look hands off the flows that have moved something since the last look, but little.
+// look hands off the flows that are quiet, and looks again later while there are flows.
 func (c *calmFlows) look() {
+	for f, l := range c.quiet() {
+		f.offerQuiet(l)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.looks = len(c.flows) > 0; c.looks {
+		time.AfterFunc(calmWithin, c.look)
+	}
+}
+
+// quiet gives the flows that have moved something since the last look, but little, and were there then. One that has
+// come since may be in the middle of bulk, and has had no time to move much.
+func (c *calmFlows) quiet() map[*flow]*loop.Loop {
 	quiet := make(map[*flow]*loop.Loop)
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	for f, at := range c.flows {
 		up, down := f.counters.Load()
 		if moved := up + down - at.moved; at.looked && moved > 0 && moved <= calmBytes {
@@ -145,13 +159,7 @@ func (c *calmFlows) look() {
 		}
 		at.moved, at.looked = up+down, true
 	}
-	if c.looks = len(c.flows) > 0; c.looks {
-		time.AfterFunc(calmWithin, c.look)
-	}
-	c.mu.Unlock()
-	for f, l := range quiet {
-		f.offerQuiet(l)
-	}
+	return quiet
 }
 
 // offerQuiet hands f off, if it is still on l and both its streams go on.

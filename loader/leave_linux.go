@@ -12,7 +12,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
@@ -340,9 +339,6 @@ func (f *flow) giveBack() {
 		f.watcher().remove(s)
 	}
 	f.withdraw()
-	for _, s := range f.sockets {
-		_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_OOBINLINE, 0) // setOptions turned it on
-	}
 	f.close()
 	f.mu.Unlock()
 	f.l.alive.Done()

@@ -114,6 +114,8 @@ func (r *Relay) newFlow(ctx context.Context, down, up net.Conn, o Options, done 
 	if down != nil {
 		f.down.init(f, down)
 		f.up.init(f, up)
+		f.down.keepUrgent()
+		f.up.keepUrgent()
 	}
 	return f
 }

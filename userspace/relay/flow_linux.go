@@ -6,6 +6,13 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
+// keepUrgent: see [tcpsock.KeepUrgent].
+func (s *side) keepUrgent() {
+	if s.sock != nil {
+		s.sock.Control(func(fd uintptr) { tcpsock.KeepUrgent(int(fd)) })
+	}
+}
+
 // gone reports whether TCP has given the connection up, although we haven't ended our stream: then an end of
 // stream that was read is none, but the rest of a reset that somebody else has been told of.
 func (s *side) gone() bool {

@@ -102,6 +102,8 @@ func (f *flow) socketsOnLoop() (down, up *loop.Socket) {
 // attachTo begins f on the loop of its sockets.
 func (f *flow) attachTo(down, up *loop.Socket) {
 	l := down.Loop()
+	tcpsock.KeepUrgent(down.FD())
+	tcpsock.KeepUrgent(up.FD())
 	l.Do(func() (then func()) {
 		f.mu.Lock()
 		f.down = side{flow: f, socket: down, rest: f.down.rest, tried: f.down.tried}
@@ -160,11 +162,8 @@ func (f *flow) writeFirst(up int) error {
 func (s *side) Handle(events uint32) (then func()) {
 	f := s.flow
 	switch {
-	case events&unix.EPOLLPRI != 0:
-		// It is dropped. Read as a part of the stream, as a datapath reads it, it would be told of for ever.
-		unix.Recvfrom(s.socket.FD(), make([]byte, 1), unix.MSG_OOB|unix.MSG_DONTWAIT)
-		return f.detach(f.resume)
 	case s.state != ended:
+		// A read stops in front of an urgent byte, too (EPOLLPRI).
 		return s.pass(events&^(unix.EPOLLIN|unix.EPOLLOUT) != 0)
 	case events&unix.EPOLLERR == 0:
 		return nil // its stream has ended, as we know

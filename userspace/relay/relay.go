@@ -174,7 +174,7 @@ type Result struct {
 //     stream too, until the reader has no room for 2 s. Meanwhile nothing more is taken from the other
 //     side. Other failures of a socket reset the other side too.
 //   - Idle timeout and a canceled ctx reset both sides.
-//   - An urgent byte (MSG_OOB) is dropped; the bytes around it arrive in order.
+//   - An urgent byte (MSG_OOB) arrives in its place in the stream, as an ordinary one.
 //
 // *net.TCPConn and *net.UnixConn must be given bare, not wrapped, for splice(2), and for idle flows
 // to be cheap. Any other net.Conn works; where it has no CloseWrite, the end of the other side's

@@ -232,7 +232,7 @@ func zeroWindow(t *testing.T, p Path, s Size) {
 }
 
 // urgentByte: an urgent byte in the middle neither corrupts nor holds up the bytes around it. It may be
-// dropped (the relay does that: read(2) without SO_OOBINLINE skips it), or arrive in its place.
+// dropped (a relay without SO_OOBINLINE does that), or arrive in its place.
 func urgentByte(t *testing.T, p Path, s Size) {
 	const after = 5000
 	// Without bulk, with it, and with a reader that comes late.

@@ -60,7 +60,7 @@ func (s *stream) receive(c net.Conn, n int64) error {
 		c.SetReadDeadline(time.Now().Add(patience))
 		m, err := c.Read(buf[:min(n, int64(len(buf)))])
 		if err := s.compare(buf[:m]); err != nil {
-			return err
+			return fmt.Errorf("receive, with %d bytes to go before this read: %w", n, err)
 		}
 		n -= int64(m)
 		if err != nil {
@@ -80,12 +80,27 @@ func (s *stream) compare(b []byte) error {
 			for b[i] == want[i] {
 				i++
 			}
-			return fmt.Errorf("byte %d of the stream differs", s.pos+int64(i))
+			return fmt.Errorf("byte %d of the stream differs%s", s.pos+int64(i), s.whose(b[i:], int64(i)))
 		}
 		s.pos += int64(len(want))
 		b = b[len(want):]
 	}
 	return nil
+}
+
+// whose says where in the stream the bytes b are, which came i bytes behind s.pos, if they are near.
+func (s *stream) whose(b []byte, i int64) string {
+	const near, enough = 256 << 10, 16
+	b = b[:min(len(b), enough)]
+	for off := int64(1); len(b) == enough && off <= near; off++ {
+		for _, d := range []int64{off, -off} {
+			at := stream{s.pos + i + d}
+			if at.pos >= 0 && bytes.HasPrefix(at.next(enough), b) {
+				return fmt.Sprintf(": what came belongs %d bytes later", d)
+			}
+		}
+	}
+	return ""
 }
 
 // drain reads and compares until the stream ends, and gives the number of bytes and how it ended.

@@ -1,7 +1,6 @@
-// Package acme obtains certificates from ACME authorities, keeps them renewed,
-// and answers the authorities' challenges from the listeners that exist anyway:
-// it binds nothing, so that a host behind edges which only pass bytes on gets
-// its certificates through them.
+// Package acme obtains certificates from ACME authorities, keeps them renewed, and answers the authorities'
+// challenges from the listeners that exist anyway: it binds nothing, so that a host behind edges which only
+// pass bytes on gets its certificates through them.
 //
 //   - tls-alpn-01 (RFC 8737): [Manager.ChallengeConfig] answers hellos with ALPN
 //     acme-tls/1 on any listener that terminates TLS.
@@ -10,16 +9,14 @@
 //   - dns-01 (RFC 8555 8.4): a [Hook], a program of the administrator's, sets and
 //     removes the TXT record. It is the only way to wildcards.
 //
-// Issuing is in the background and never in the way: what is in storage is
-// served at once, an attempt that fails is repeated later ([Status] says when
-// and why), and the certificate that there is stays in use meanwhile, whatever
-// happens to the authority, the network or the disk.
+// Issuing is in the background and never in the way: what is in storage is served at once, an attempt that
+// fails is repeated later ([Status] says when and why), and the certificate that there is stays in use
+// meanwhile, whatever happens to the authority, the network or the disk.
 //
-// It stands on certmagic (storage layout, keys, requests, fallback from one
-// authority to the next, OCSP) and on acmez, certmagic's protocol client.
-// certmagic's own scheduler and listeners are not used: it binds ports 80 and
-// 443 where it finds them free, and looks at certificates every 10 minutes,
-// which is too seldom for short-lived ones.
+// It stands on certmagic (storage layout, keys, requests, fallback from one authority to the next, OCSP) and
+// on acmez, certmagic's protocol client. certmagic's own scheduler and listeners are not used: it binds ports
+// 80 and 443 where it finds them free, and looks at certificates every 10 minutes, which is too seldom for
+// short-lived ones.
 //
 // Its files:
 //
@@ -65,11 +62,11 @@ const (
 
 // Section says which names get certificates, and from whom.
 type Section struct {
-	// Names are obtained at once, each with a certificate of its own: exact, or
-	// "*.example.org" (one label in its place, dns-01 only). Lower-case A-labels.
+	// Names are obtained at once, each with a certificate of its own: exact, or "*.example.org" (one label in
+	// its place, dns-01 only). Lower-case A-labels.
 	Names []string
-	// OnDemand names get theirs when a client first asks for them: exact, or
-	// "*.example.org" (one label or more in its place). Nothing else ever does.
+	// OnDemand names get theirs when a client first asks for them: exact, or "*.example.org" (one label or
+	// more in its place). Nothing else ever does.
 	OnDemand []string
 
 	Email      string   // whom the authority writes to; may be empty
@@ -87,8 +84,8 @@ type CA struct {
 	EABMACKey string // base64url
 }
 
-// Manager obtains, keeps and serves the certificates of all sections. It is
-// safe for concurrent use. Close ends it.
+// Manager obtains, keeps and serves the certificates of all sections. It is safe for concurrent use. Close
+// ends it.
 type Manager struct {
 	log        *slog.Logger
 	zap        *zap.Logger
@@ -121,8 +118,8 @@ type table struct {
 	policies []*policy
 }
 
-// atOnce is how many certificates are ordered at a time: a first start with
-// hundreds of names must not look like an attack to the authority.
+// atOnce is how many certificates are ordered at a time: a first start with hundreds of names must not look
+// like an attack to the authority.
 const atOnce = 4
 
 // never is the interval of those of certmagic's duties that this package does.
@@ -147,8 +144,7 @@ func New(log *slog.Logger) *Manager {
 	return m
 }
 
-// configFor says how certmagic may renew a certificate, which it does when OCSP
-// says that it was revoked.
+// configFor says how certmagic may renew a certificate, which it does when OCSP says that it was revoked.
 func (m *Manager) configFor(c certmagic.Certificate) (*certmagic.Config, error) {
 	for _, name := range c.Names {
 		if s := m.site(name); s != nil {
@@ -182,11 +178,10 @@ func (m *Manager) Close() {
 	m.stopCache()
 }
 
-// Prepare checks sections and reads from storage what they already have.
-// Nothing changes before apply is called, which can't fail. Names whose section
-// is as it was go on undisturbed; a name whose authority changed keeps its
-// certificate until the new one is there. An error is a mistake in the
-// sections; storage or an authority that is out of order is none.
+// Prepare checks sections and reads from storage what they already have. Nothing changes before apply is
+// called, which can't fail. Names whose section is as it was go on undisturbed; a name whose authority
+// changed keeps its certificate until the new one is there. An error is a mistake in the sections; storage or
+// an authority that is out of order is none.
 func (m *Manager) Prepare(sections []Section) (apply func(), err error) {
 	next := &table{sites: map[string]*site{}, exact: map[string]*policy{}, wildcard: map[string]*policy{}}
 	old := m.table.Load()
@@ -313,8 +308,7 @@ func (s Section) withDefaults() Section {
 	return s
 }
 
-// check refuses what no authority could do. Configuration says it earlier, with
-// file and line.
+// check refuses what no authority could do. Configuration says it earlier, with file and line.
 func (s Section) check() error {
 	if len(s.CAs) == 0 {
 		return errors.New("acme: no authority")
@@ -355,8 +349,7 @@ func (t *table) allows(name string) *policy {
 	}
 }
 
-// lookup finds the site that has a certificate for name: its own, or that of a
-// wildcard one label up.
+// lookup finds the site that has a certificate for name: its own, or that of a wildcard one label up.
 func (t *table) lookup(name string) *site {
 	if s := t.sites[name]; s != nil {
 		return s
@@ -376,8 +369,8 @@ type Source struct {
 	describe string
 }
 
-// Source returns the certificates of a section, which are those of the Manager
-// from the apply on that has the section.
+// Source returns the certificates of a section, which are those of the Manager from the apply on that has the
+// section.
 func (m *Manager) Source(s Section) *Source {
 	src := &Source{m: m, names: map[string]bool{}, demand: table{exact: map[string]*policy{}, wildcard: map[string]*policy{}}}
 	for _, n := range s.Names {
@@ -411,10 +404,9 @@ func (s *Source) Covers(name string) bool {
 	return s.demand.allows(name) != nil
 }
 
-// GetCertificate returns the certificate for the hello's name, or without a
-// name the section's first. It waits only for a first certificate on demand. No
-// certificate and no error means that the name is not the section's; an error
-// says why there is none yet.
+// GetCertificate returns the certificate for the hello's name, or without a name the section's first. It
+// waits only for a first certificate on demand. No certificate and no error means that the name is not the
+// section's; an error says why there is none yet.
 func (s *Source) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	name := strings.ToLower(strings.TrimSuffix(hello.ServerName, "."))
 	if name == "" {

@@ -169,10 +169,9 @@ func unreachable(err error) bool {
 	return errors.As(err, &op)
 }
 
-// backoff is the pause after so many failures before this one. An authority
-// counts failed validations (Let's Encrypt: 5 an hour, name and account), of
-// which an attempt makes one for each challenge; that it can't be reached costs
-// nothing, nor does a disk that is full.
+// backoff is the pause after so many failures before this one. An authority counts failed validations (Let's
+// Encrypt: 5 an hour, name and account), of which an attempt makes one for each challenge; that it can't be
+// reached costs nothing, nor does a disk that is full.
 func (e *attemptError) backoff(failures int) time.Duration {
 	steps := []time.Duration{2 * time.Minute, 10 * time.Minute, 30 * time.Minute, time.Hour, 2 * time.Hour, 6 * time.Hour}
 	if e.cheap() {
@@ -194,8 +193,8 @@ func (e *attemptError) cheap() bool {
 	return true
 }
 
-// retryTime is how Let's Encrypt says in words when it allows the next order;
-// acmez does not pass the Retry-After header on.
+// retryTime is how Let's Encrypt says in words when it allows the next order; acmez does not pass the
+// Retry-After header on.
 var retryTime = regexp.MustCompile(`retry after (\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)`)
 
 // retryAfter is how long an authority wants to be left alone.

@@ -67,10 +67,9 @@ func (s helloSolver) CleanUp(_ context.Context, ch acme.Challenge) error {
 	return nil
 }
 
-// ChallengeConfig returns the configuration that answers an authority's
-// tls-alpn-01 hello, and nil for any other hello. It belongs in front of
-// [tls.Config.GetConfigForClient]; the connection ends after the handshake
-// (RFC 8737 3), by itself where net/http serves it.
+// ChallengeConfig returns the configuration that answers an authority's tls-alpn-01 hello, and nil for any
+// other hello. It belongs in front of [tls.Config.GetConfigForClient]; the connection ends after the
+// handshake (RFC 8737 3), by itself where net/http serves it.
 func (m *Manager) ChallengeConfig(hello *tls.ClientHelloInfo) *tls.Config {
 	if !slices.Contains(hello.SupportedProtos, acmez.ACMETLS1Protocol) {
 		return nil
@@ -89,9 +88,8 @@ func (m *Manager) ChallengeConfig(hello *tls.ClientHelloInfo) *tls.Config {
 // ChallengePath is where http-01 asks.
 const ChallengePath = "/.well-known/acme-challenge/"
 
-// HasChallenge says whether a request for host and path is an authority's for
-// a challenge that is open now. Others that look like it are for whoever the
-// routes lead to: another hop may have the same name.
+// HasChallenge says whether a request for host and path is an authority's for a challenge that is open now.
+// Others that look like it are for whoever the routes lead to: another hop may have the same name.
 func (m *Manager) HasChallenge(host, path string) bool {
 	_, ok := m.answer(host, path)
 	return ok
@@ -115,9 +113,8 @@ func (m *Manager) answer(host, path string) (string, bool) {
 	return ch.KeyAuthorization, true
 }
 
-// ServeChallenge answers a request of http-01 for a challenge that is open now,
-// and says whether it was one. It belongs before routing, on every listener
-// that speaks HTTP.
+// ServeChallenge answers a request of http-01 for a challenge that is open now, and says whether it was one.
+// It belongs before routing, on every listener that speaks HTTP.
 func (m *Manager) ServeChallenge(w http.ResponseWriter, r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return false

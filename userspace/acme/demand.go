@@ -10,29 +10,25 @@ import (
 	"time"
 )
 
-// What strangers can cause by asking for ever new names below an allowed
-// wildcard: so many attempts at once, and one more in each interval; as many
-// again for renewals, which must not wait for strangers. An attempt that fails
-// is an order for each challenge: 240 in the first three hours. Let's Encrypt
-// takes 300 orders of an account in that time, gives 50 new certificates a week
-// to a registered domain, and refills one every 202 minutes
-// (https://letsencrypt.org/docs/rate-limits/).
+// What strangers can cause by asking for ever new names below an allowed wildcard: so many attempts at once,
+// and one more in each interval; as many again for renewals, which must not wait for strangers. An attempt
+// that fails is an order for each challenge: 240 in the first three hours. Let's Encrypt takes 300 orders of
+// an account in that time, gives 50 new certificates a week to a registered domain, and refills one every 202
+// minutes (https://letsencrypt.org/docs/rate-limits/).
 const (
 	demandBurst    = 20
 	demandInterval = 3 * time.Minute
 )
 
-// demandAtOnce is how many of them are made at a time, beside those of configured
-// names.
+// demandAtOnce is how many of them are made at a time, beside those of configured names.
 const demandAtOnce = 2
 
-// demandNames is how many on-demand names are looked after. Of more, the one that
-// nobody has asked for longest is dropped: its certificate stays in storage, and
-// is served from there when somebody does.
+// demandNames is how many on-demand names are looked after. Of more, the one that nobody has asked for
+// longest is dropped: its certificate stays in storage, and is served from there when somebody does.
 const demandNames = 1000
 
-// demandWait is how long a first handshake waits for its certificate. Listeners
-// give a handshake 10 s; what takes longer is there for the client's next one.
+// demandWait is how long a first handshake waits for its certificate. Listeners give a handshake 10 s; what
+// takes longer is there for the client's next one.
 const demandWait = 9 * time.Second
 
 // budget is a token bucket of attempts.
@@ -142,8 +138,7 @@ func (m *Manager) newcomer(name string, p *policy) (*site, error) {
 	return s, nil
 }
 
-// dropOldest ends looking after the name that nobody has asked for longest. m.mu
-// is held.
+// dropOldest ends looking after the name that nobody has asked for longest. m.mu is held.
 func (m *Manager) dropOldest() {
 	var oldest *site
 	for _, s := range m.dynamic {
@@ -156,8 +151,8 @@ func (m *Manager) dropOldest() {
 	m.log.Debug("too many names on demand: one is not renewed any more until somebody asks for it", "name", oldest.name)
 }
 
-// mayAttempt takes the token that an attempt costs, which is none for a configured
-// name. It is called by run alone.
+// mayAttempt takes the token that an attempt costs, which is none for a configured name. It is called by run
+// alone.
 func (s *site) mayAttempt(now time.Time) bool {
 	switch {
 	case !s.onDemand.Load():
@@ -181,8 +176,8 @@ func (s *site) postpone() {
 	}
 }
 
-// plausible says whether a server name could be a host's in the public DNS. It
-// becomes part of a path and of an order.
+// plausible says whether a server name could be a host's in the public DNS. It becomes part of a path and of
+// an order.
 func plausible(name string) bool {
 	if len(name) > 253 || !strings.Contains(name, ".") {
 		return false

@@ -18,10 +18,9 @@ import (
 //	EXEC... present FQDN VALUE     set the record, and return when the zone's servers answer with it
 //	EXEC... cleanup FQDN VALUE     remove the record with that value; others of the same name stay
 //
-// with FQDN such as "_acme-challenge.example.org." (with the dot at its end),
-// without a shell and with the daemon's environment. Status 0 is success;
-// what it prints is shown when it fails. It is the interface of lego's exec
-// provider, so that hooks written for that one work.
+// with FQDN such as "_acme-challenge.example.org." (with the dot at its end), without a shell and with the
+// daemon's environment. Status 0 is success; what it prints is shown when it fails. It is the interface of
+// lego's exec provider, so that hooks written for that one work.
 type Hook struct {
 	Exec    []string      // program and arguments
 	Timeout time.Duration // of one run; 0 means DefaultHookTimeout. Then it is killed, with all that it started.

@@ -22,8 +22,8 @@ import (
 	"github.com/mholt/acmez/v3/acme"
 )
 
-// issuer orders certificates from one authority. It is certmagic's Issuer over
-// acmez, because certmagic's own binds ports for its challenges.
+// issuer orders certificates from one authority. It is certmagic's Issuer over acmez, because certmagic's own
+// binds ports for its challenges.
 type issuer struct {
 	m      *Manager
 	policy *policy
@@ -42,8 +42,8 @@ func newIssuer(m *Manager, p *policy, ca CA) (*issuer, error) {
 	return &issuer{m: m, policy: p, ca: ca, http: c}, nil
 }
 
-// IssuerKey implements certmagic.Issuer. It is the key that certmagic's own
-// ACME issuer has, so that its storage can be taken over.
+// IssuerKey implements certmagic.Issuer. It is the key that certmagic's own ACME issuer has, so that its
+// storage can be taken over.
 func (i *issuer) IssuerKey() string { return (&certmagic.ACMEIssuer{CA: i.ca.Directory}).IssuerKey() }
 
 // client is for one attempt, so that what it reports belongs to that one.
@@ -109,8 +109,7 @@ func (i *issuer) issue(ctx context.Context, a *attempt, csr *x509.CertificateReq
 			}
 			continue
 		case isProblem && p.Resource == nil && p.Type != acme.ProblemTypeRateLimited && replaces != nil:
-			// It may not know the certificate, nor who signed it: an authority
-			// that was set up anew.
+			// It may not know the certificate, nor who signed it: an authority that was set up anew.
 			replaces = nil
 			continue
 		case err != nil:

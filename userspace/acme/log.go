@@ -11,9 +11,8 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// newZap makes a zap logger, which certmagic wants, that writes to log. What
-// certmagic tells of each of its steps is for debugging; what this package says
-// better itself is too.
+// newZap makes a zap logger, which certmagic wants, that writes to log. What certmagic tells of each of its
+// steps is for debugging; what this package says better itself is too.
 func newZap(log *slog.Logger) *zap.Logger { return zap.New(bridge{log.Handler()}) }
 
 // bridge is a zapcore.Core over a slog.Handler.
@@ -76,9 +75,8 @@ func attrs(fields []zapcore.Field) []slog.Attr {
 	return out
 }
 
-// protocolLog takes acmez's log: all of it is for debugging, and the problems
-// that authorities report are kept for the attempt. When several challenges
-// fail, acmez returns an error that has none of them.
+// protocolLog takes acmez's log: all of it is for debugging, and the problems that authorities report are
+// kept for the attempt. When several challenges fail, acmez returns an error that has none of them.
 type protocolLog struct {
 	h slog.Handler
 	a *attempt

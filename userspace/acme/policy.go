@@ -67,9 +67,8 @@ type pair struct {
 	issuer *issuer
 }
 
-// newest finds the certificate for name in storage that is valid longest, or
-// nil. What can't be read or doesn't fit together is passed over: an attempt
-// replaces it, and says why if it can't.
+// newest finds the certificate for name in storage that is valid longest, or nil. What can't be read or
+// doesn't fit together is passed over: an attempt replaces it, and says why if it can't.
 func (p *policy) newest(name string) *pair {
 	var best *pair
 	for _, i := range p.issuers {
@@ -89,8 +88,7 @@ func (p *policy) newest(name string) *pair {
 	return best
 }
 
-// checkStorage says in the log what is wrong with the storage's folder, which
-// keeps nobody from being served.
+// checkStorage says in the log what is wrong with the storage's folder, which keeps nobody from being served.
 func (p *policy) checkStorage(log *slog.Logger) {
 	if err := p.storage.usable(); err != nil {
 		log.Error("acme storage can't be used: certificates that it has are served, new ones can't be obtained", "storage", p.settings.Storage, "err", err)

@@ -74,8 +74,8 @@ func (s *site) stop() {
 // kickAfter keeps a daemon that is reloaded often from ordering as often.
 const kickAfter = time.Minute
 
-// reloaded tries again at once what has failed: somebody may just have mended
-// it. With another policy it always does.
+// reloaded tries again at once what has failed: somebody may just have mended it. With another policy it
+// always does.
 func (s *site) reloaded(changed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -142,8 +142,8 @@ func (s *site) due() time.Time {
 	return at
 }
 
-// renewAt is when the certificate is to be renewed: as its authority suggests,
-// else when a third of its time is left. s.mu is held.
+// renewAt is when the certificate is to be renewed: as its authority suggests, else when a third of its time
+// is left. s.mu is held.
 func (s *site) renewAt() time.Time {
 	c := s.cert.Load()
 	if c == nil {
@@ -160,8 +160,8 @@ func (s *site) renewAt() time.Time {
 	return at
 }
 
-// adopt takes what is in storage and better than what is served: a certificate
-// of this policy, or one that another process has renewed.
+// adopt takes what is in storage and better than what is served: a certificate of this policy, or one that
+// another process has renewed.
 func (s *site) adopt() {
 	s.mu.Lock()
 	known, at := s.issuer != nil, s.renewAt()
@@ -179,12 +179,11 @@ func (s *site) adopt() {
 	s.use(f)
 }
 
-// askFrom is the least lifetime of certificates that are worth the question
-// when to renew them; others are renewed by the clock.
+// askFrom is the least lifetime of certificates that are worth the question when to renew them; others are
+// renewed by the clock.
 const askFrom = 24 * time.Hour
 
-// askEvery is how often it is asked, unless it wants it more often
-// (RFC 9773 4.3.2).
+// askEvery is how often it is asked, unless it wants it more often (RFC 9773 4.3.2).
 const askEvery = 6 * time.Hour
 
 // ask asks the authority when it wants the certificate renewed.
@@ -217,8 +216,8 @@ func (s *site) ask(ctx context.Context) {
 	}
 }
 
-// staple has certmagic get the OCSP response of the certificate, in the
-// background: a responder that hangs must not stop a renewal.
+// staple has certmagic get the OCSP response of the certificate, in the background: a responder that hangs
+// must not stop a renewal.
 func (s *site) staple(ctx context.Context) {
 	c := s.cert.Load()
 	if c == nil || len(c.Leaf.OCSPServer) == 0 || !s.stapling.CompareAndSwap(false, true) {
@@ -260,8 +259,7 @@ func (s *site) staple(ctx context.Context) {
 
 type attemptKey struct{}
 
-// attempt collects what an attempt comes to, from where certmagic and acmez
-// lose it on the way.
+// attempt collects what an attempt comes to, from where certmagic and acmez lose it on the way.
 type attempt struct {
 	replaces   *x509.Certificate
 	replacesOf string
@@ -384,9 +382,8 @@ func (s *site) missing() error {
 	return fmt.Errorf("no certificate for %s yet: it is being obtained", s.name)
 }
 
-// forgotten says whether an on-demand name is not wanted any more, and drops it:
-// nobody has asked for it for a third of the certificate's life, or, without
-// one, for an hour.
+// forgotten says whether an on-demand name is not wanted any more, and drops it: nobody has asked for it for
+// a third of the certificate's life, or, without one, for an hour.
 func (s *site) forgotten() bool {
 	if !s.onDemand.Load() {
 		return false

@@ -28,8 +28,7 @@ type Status struct {
 	NextTry  time.Time `json:"next_try,omitzero"`
 }
 
-// Status lists the names of a section, and those on demand that were asked for,
-// by name.
+// Status lists the names of a section, and those on demand that were asked for, by name.
 func (s *Source) Status() []Status {
 	var sites []*site
 	t := s.m.table.Load()

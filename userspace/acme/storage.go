@@ -15,8 +15,7 @@ import (
 	"github.com/caddyserver/certmagic"
 )
 
-// storage is a folder in certmagic's layout, folders 0700 and files 0600. Over
-// certmagic's own it
+// storage is a folder in certmagic's layout, folders 0700 and files 0600. Over certmagic's own it
 //   - locks by flock(2), so that a daemon that was killed leaves no lock behind;
 //   - keeps the generation before of each certificate and key beside the new
 //     one, because the two files can't be replaced as one: whatever happens in
@@ -61,8 +60,7 @@ func (e *StorageError) Error() string {
 	return what
 }
 
-// fail wraps err, and leaves it with the attempt that ctx belongs to: certmagic
-// gives only its text further.
+// fail wraps err, and leaves it with the attempt that ctx belongs to: certmagic gives only its text further.
 func (s *storage) fail(ctx context.Context, op string, err error) error {
 	if err == nil || errors.Is(err, fs.ErrNotExist) && op == "read" {
 		return err

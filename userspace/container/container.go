@@ -1,26 +1,22 @@
-// Package container finds the addresses of containers on this host by asking
-// its Docker daemon, and follows them through restarts by its events.
+// Package container finds the addresses of containers on this host by asking its Docker daemon, and follows
+// them through restarts by its events.
 //
-// A name is a container's name, its id (12 hex digits of it at least), a
-// Compose service, or PROJECT/SERVICE where several projects have a service of
-// that name (PROJECT_SERVICE and PROJECT-SERVICE are understood too). The
-// addresses are the container's own, on its Docker networks, so it needs no
-// published port. The daemon must be one whose networks this host can reach,
-// which rootless Docker and Docker Desktop are not.
+// A name is a container's name, its id (12 hex digits of it at least), a Compose service, or PROJECT/SERVICE
+// where several projects have a service of that name (PROJECT_SERVICE and PROJECT-SERVICE are understood
+// too). The addresses are the container's own, on its Docker networks, so it needs no published port. The
+// daemon must be one whose networks this host can reach, which rootless Docker and Docker Desktop are not.
 //
 // # What is remembered, and for how long
 //
-// One list of all containers is kept. While [Client.Run] follows the daemon's
-// events it has no age, and an event makes the next answer wait for a new list:
-// addresses are reused, so an old one may be another container's. Without the
-// events a list is used for half a second. A daemon that answers, but not with
-// its list, leaves the last one in use. A daemon that went away leaves it in
-// use for [staleFor], for containers outlive it (live-restore, a crash, an
-// upgrade), and nobody else gives their addresses away.
+// One list of all containers is kept. While [Client.Run] follows the daemon's events it has no age, and an
+// event makes the next answer wait for a new list: addresses are reused, so an old one may be another
+// container's. Without the events a list is used for half a second. A daemon that answers, but not with its
+// list, leaves the last one in use. A daemon that went away leaves it in use for [staleFor], for containers
+// outlive it (live-restore, a crash, an upgrade), and nobody else gives their addresses away.
 //
-// A filter in front of the daemon's socket must let /_ping, /containers and
-// /events through. Without /events the list is asked for every few seconds,
-// without /info it is taken for granted that this host reaches the containers.
+// A filter in front of the daemon's socket must let /_ping, /containers and /events through. Without /events
+// the list is asked for every few seconds, without /info it is taken for granted that this host reaches the
+// containers.
 //
 // Its files:
 //
@@ -52,30 +48,28 @@ import (
 )
 
 const (
-	// freshFor is how long a list is good without events, and how soon after
-	// one an unknown name is asked for again.
+	// freshFor is how long a list is good without events, and how soon after one an unknown name is asked for
+	// again.
 	freshFor = 500 * time.Millisecond
 	// staleFor is how long the last list of a daemon that went away is good.
 	staleFor = 30 * time.Second
-	// askTimeout bounds one request, but for the list and the setup: it bounds
-	// how long is waited for them.
+	// askTimeout bounds one request, but for the list and the setup: it bounds how long is waited for them.
 	askTimeout = 3 * time.Second
 	// listTimeout bounds the request for the list.
 	listTimeout = 10 * time.Second
-	// setupTimeout bounds the request for the daemon's setup, which takes it
-	// seconds on some machines.
+	// setupTimeout bounds the request for the daemon's setup, which takes it seconds on some machines.
 	setupTimeout = 30 * time.Second
 	// setupWait is how long after that request was sent answers wait for it.
 	setupWait = 250 * time.Millisecond
 	// setupAgain is when it is sent again after it failed.
 	setupAgain = time.Minute
-	// restartWait is how long Resolve waits for a container that stopped just
-	// now, or that Docker is restarting.
+	// restartWait is how long Resolve waits for a container that stopped just now, or that Docker is
+	// restarting.
 	restartWait = 3 * time.Second
 )
 
-// Client knows the containers of one Docker daemon. Make it with [New]. Its
-// methods may be called from any goroutine, with or without [Client.Run].
+// Client knows the containers of one Docker daemon. Make it with [New]. Its methods may be called from any
+// goroutine, with or without [Client.Run].
 type Client struct {
 	host   string
 	bad    error // why there can be no api
@@ -117,11 +111,10 @@ type setup struct {
 	beyond string    // why its containers can't be reached, or ""
 }
 
-// New returns a client of the Docker daemon at host, "unix:///PATH" or
-// "tcp://HOST:PORT". An empty host means $DOCKER_HOST, and if that is empty too
-// the platform's default socket; DOCKER_API_VERSION, DOCKER_CERT_PATH and
-// DOCKER_TLS_VERIFY are honoured. A host that can't be right is reported by
-// [Client.Resolve]. It connects to nothing yet, and there is nothing to close.
+// New returns a client of the Docker daemon at host, "unix:///PATH" or "tcp://HOST:PORT". An empty host means
+// $DOCKER_HOST, and if that is empty too the platform's default socket; DOCKER_API_VERSION, DOCKER_CERT_PATH
+// and DOCKER_TLS_VERIFY are honoured. A host that can't be right is reported by [Client.Resolve]. It connects
+// to nothing yet, and there is nothing to close.
 func New(host string, log *slog.Logger) *Client {
 	c := &Client{
 		host:    cmp.Or(host, os.Getenv(client.EnvOverrideHost), client.DefaultDockerHost),
@@ -155,8 +148,7 @@ func (c *Client) newAPI() (*client.Client, error) {
 // Host returns the daemon's address in use, such as unix:///var/run/docker.sock.
 func (c *Client) Host() string { return c.host }
 
-// Ping asks the daemon for its containers, and says whether they can be reached
-// from here.
+// Ping asks the daemon for its containers, and says whether they can be reached from here.
 func (c *Client) Ping(ctx context.Context) error {
 	if err := c.List(ctx); err != nil {
 		return err
@@ -174,8 +166,7 @@ func (c *Client) List(ctx context.Context) error {
 	return err
 }
 
-// Problem says what is wrong with the daemon as of the last answers, or nil. It
-// asks nobody.
+// Problem says what is wrong with the daemon as of the last answers, or nil. It asks nobody.
 func (c *Client) Problem() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -195,8 +186,8 @@ func (c *Client) Problem() error {
 	return nil
 }
 
-// Ailing tells which of the running containers that name stands for are starting or unhealthy as of the last list, as
-// "NAME is unhealthy". name is as for Resolve, or ids with commas between them.
+// Ailing tells which of the running containers that name stands for are starting or unhealthy as of the last
+// list, as "NAME is unhealthy". name is as for Resolve, or ids with commas between them.
 func (c *Client) Ailing(name string) (out []string) {
 	c.mu.Lock()
 	t := c.table
@@ -216,15 +207,13 @@ func (c *Client) Ailing(name string) (out []string) {
 	return out
 }
 
-// Resolve returns the addresses of the running container, or of the running
-// containers of the service, that name stands for, at least one. A container's
-// networks come in the order of their names, IPv4 first in each; a service's
-// replicas take turns at being first, but for those that are starting or
-// unhealthy while another is not. A container in the host's network namespace
-// is at the loopback addresses.
+// Resolve returns the addresses of the running container, or of the running containers of the service, that
+// name stands for, at least one. A container's networks come in the order of their names, IPv4 first in each;
+// a service's replicas take turns at being first, but for those that are starting or unhealthy while another
+// is not. A container in the host's network namespace is at the loopback addresses.
 //
-// All errors but those of ctx are an [*Error]. A container that Docker is just
-// restarting is waited for, 3 s at most.
+// All errors but those of ctx are an [*Error]. A container that Docker is just restarting is waited for, 3 s
+// at most.
 func (c *Client) Resolve(ctx context.Context, name string) ([]netip.Addr, error) {
 	return c.resolve(ctx, name, false)
 }
@@ -288,8 +277,7 @@ func (c *Client) reachable(ctx context.Context) error {
 	return &Error{Kind: KindUnreachable, Host: c.host, msg: s.beyond}
 }
 
-// current returns the list that answers now, and a channel that is closed when
-// another one takes its place.
+// current returns the list that answers now, and a channel that is closed when another one takes its place.
 func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct{}, error) {
 	if c.bad != nil {
 		return nil, nil, c.bad
@@ -337,8 +325,8 @@ func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct
 	}
 }
 
-// holds reports whether the last list may be used although the daemon gives no
-// other: for a while, and as long as it answers at all.
+// holds reports whether the last list may be used although the daemon gives no other: for a while, and as
+// long as it answers at all.
 func (c *Client) holds(ctx context.Context) bool {
 	c.mu.Lock()
 	ok, api := c.live || time.Since(c.good) < staleFor, c.api
@@ -405,8 +393,8 @@ func (c *Client) ask(ctx context.Context) (*table, error) {
 	return t, nil
 }
 
-// publish makes t the last list, unless a later one was quicker, and reports
-// whether the labels in it are other ones.
+// publish makes t the last list, unless a later one was quicker, and reports whether the labels in it are
+// other ones.
 func (c *Client) publish(t *table) (labels bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -420,8 +408,8 @@ func (c *Client) publish(t *table) (labels bool) {
 	return c.labelsChanged != nil && (old == nil || !slices.EqualFunc(old.labelled, t.labelled, Labelled.equal))
 }
 
-// inform asks the daemon whether this host can reach its containers, unless that
-// is known. The channel gets one value when it has answered.
+// inform asks the daemon whether this host can reach its containers, unless that is known. The channel gets
+// one value when it has answered.
 func (c *Client) inform(ctx context.Context) <-chan singleflight.Result {
 	return c.flight.DoChan("setup", func() (any, error) {
 		c.mu.Lock()

@@ -18,8 +18,7 @@ import (
 type Kind string
 
 const (
-	// KindAbsent: the Docker daemon can't be asked: not running, no
-	// permission, or it doesn't answer.
+	// KindAbsent: the Docker daemon can't be asked: not running, no permission, or it doesn't answer.
 	KindAbsent Kind = "no_dockerd"
 	// KindUnknown: no container or service has that name.
 	KindUnknown Kind = "unknown_container"
@@ -57,8 +56,8 @@ func (e *Error) Reason() string { return string(e.Kind) }
 // Temporary reports whether it may pass within seconds by itself.
 func (e *Error) Temporary() bool { return e.temporary }
 
-// dialFailed carries an *Error through the Docker client, which replaces the
-// errors of the system that it recognizes by its own text.
+// dialFailed carries an *Error through the Docker client, which replaces the errors of the system that it
+// recognizes by its own text.
 type dialFailed struct{ e *Error }
 
 func (d dialFailed) Error() string { return d.e.msg }
@@ -107,8 +106,8 @@ func apiError(host, what string, err error) *Error {
 	return e
 }
 
-// describe asks the daemon since when e's container is stopped, and says so in
-// e. It also judges whether a restart is under way.
+// describe asks the daemon since when e's container is stopped, and says so in e. It also judges whether a
+// restart is under way.
 func (c *Client) describe(ctx context.Context, e *Error) {
 	o := e.stopped
 	switch o.state {

@@ -20,8 +20,7 @@ type Labelled struct {
 	Ports    []uint16          // TCP ports that its image or its creator exposes, ascending
 	Created  time.Time
 	Running  bool
-	// HostNetwork says that it is in the host's network namespace, where a port
-	// may be anybody's.
+	// HostNetwork says that it is in the host's network namespace, where a port may be anybody's.
 	HostNetwork bool
 	// Replicas is what the containers of one Compose service share, or "".
 	Replicas string
@@ -32,15 +31,15 @@ func (l Labelled) equal(o Labelled) bool {
 		l.Created.Equal(o.Created) && slices.Equal(l.Ports, o.Ports) && maps.Equal(l.Labels, o.Labels)
 }
 
-// FollowLabels makes the client remember the labels whose names are ours.
-// changed is called, without a lock and from any goroutine, when what Labelled
-// returns may have become another. Call it once, before anything else.
+// FollowLabels makes the client remember the labels whose names are ours. changed is called, without a lock
+// and from any goroutine, when what Labelled returns may have become another. Call it once, before anything
+// else.
 func (c *Client) FollowLabels(ours func(name string) bool, changed func()) {
 	c.ours, c.labelsChanged = ours, changed
 }
 
-// Labelled lists the containers with labels as of the last list, by name. Those
-// that never ran are left out. It is empty before [Client.Run] has the first list.
+// Labelled lists the containers with labels as of the last list, by name. Those that never ran are left out.
+// It is empty before [Client.Run] has the first list.
 func (c *Client) Labelled() []Labelled {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -50,8 +49,8 @@ func (c *Client) Labelled() []Labelled {
 	return c.table.labelled
 }
 
-// labelled makes the list for a table. Which ports are exposed is asked once for
-// each container, since the list of containers shows it of running ones only.
+// labelled makes the list for a table. Which ports are exposed is asked once for each container, since the
+// list of containers shows it of running ones only.
 func (c *Client) labelled(ctx context.Context, api *client.Client, list []container.Summary, t *table) []Labelled {
 	if c.ours == nil {
 		return nil
@@ -108,9 +107,8 @@ func tcpPorts(set network.PortSet) []uint16 {
 	return ports
 }
 
-// Now returns a resolver of the same containers whose names are whole ids, with
-// commas between those of replicas, and that never waits for one which may be
-// restarting: what is stopped is stopped.
+// Now returns a resolver of the same containers whose names are whole ids, with commas between those of
+// replicas, and that never waits for one which may be restarting: what is stopped is stopped.
 func (c *Client) Now() Now { return Now{c} }
 
 // Now is what [Client.Now] returns.

@@ -22,8 +22,8 @@ const (
 	labelOneOff  = "com.docker.compose.oneoff" // "True" for `docker compose run`
 )
 
-// idPrefix is the least part of an id that names a container: what `docker ps`
-// shows. Docker takes less, but then a name that doesn't exist may hit an id.
+// idPrefix is the least part of an id that names a container: what `docker ps` shows. Docker takes less, but
+// then a name that doesn't exist may hit an id.
 const idPrefix = 12
 
 // table is one list of all containers, immutable.
@@ -76,8 +76,9 @@ func newTable(list []container.Summary, asked time.Time) *table {
 	return t
 }
 
-// health is what the container's health check says, if it is anything but good. Before version 1.52 of its API the
-// daemon told it in the status for people only: "Up 3 minutes (unhealthy)", "Up 2 seconds (health: starting)".
+// health is what the container's health check says, if it is anything but good. Before version 1.52 of its
+// API the daemon told it in the status for people only: "Up 3 minutes (unhealthy)", "Up 2 seconds (health:
+// starting)".
 func health(s *container.Summary) string {
 	var says string
 	if s.Health != nil {
@@ -121,8 +122,8 @@ func (t *table) resolve(name string, turn int) ([]netip.Addr, error) {
 	return t.addressesOf(name, found, turn)
 }
 
-// addressesOf returns the addresses of those of found that run. One that is starting or unhealthy is used only where
-// there is no other.
+// addressesOf returns the addresses of those of found that run. One that is starting or unhealthy is used
+// only where there is no other.
 func (t *table) addressesOf(name string, found []*one, turn int) ([]netip.Addr, error) {
 	var running, ailing []*one
 	for _, o := range found {
@@ -202,8 +203,8 @@ func noAddress(o *one) error {
 	return e
 }
 
-// lookup finds what name stands for: one container, or the replicas of a
-// service. A container's own name goes before everything else, as in Docker.
+// lookup finds what name stands for: one container, or the replicas of a service. A container's own name goes
+// before everything else, as in Docker.
 func (t *table) lookup(name string) ([]*one, error) {
 	name = strings.TrimPrefix(name, "/")
 	if o := t.byName[name]; o != nil {
@@ -246,8 +247,8 @@ func (t *table) lookup(name string) ([]*one, error) {
 	return nil, &Error{Kind: KindAmbiguous, Name: name, msg: fmt.Sprintf("%q may be %s: name one of them", name, either(candidates))}
 }
 
-// resolveIDs returns the addresses of those of the containers with these whole
-// ids that run. A name can't stand for them, whatever a container is called.
+// resolveIDs returns the addresses of those of the containers with these whole ids that run. A name can't
+// stand for them, whatever a container is called.
 func (t *table) resolveIDs(ids string, turn int) ([]netip.Addr, error) {
 	found := t.lookupIDs(ids)
 	if len(found) == 0 {

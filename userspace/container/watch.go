@@ -12,20 +12,19 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/follow"
 )
 
-// echoes are when the list is asked for once more after an event: the daemon
-// writes a network's event before the list shows its effect.
+// echoes are when the list is asked for once more after an event: the daemon writes a network's event before
+// the list shows its effect.
 var echoes = []time.Duration{150 * time.Millisecond, time.Second}
 
-// watched is what can change a container's name, state, health or addresses. Asking for
-// these alone spares the events of each run of a health check, one every few seconds.
+// watched is what can change a container's name, state, health or addresses. Asking for these alone spares
+// the events of each run of a health check, one every few seconds.
 var watched = client.Filters{}.
 	Add("type", string(events.ContainerEventType), string(events.NetworkEventType)).
 	Add("event", string(events.ActionCreate), string(events.ActionStart), string(events.ActionDie), string(events.ActionDestroy),
 		string(events.ActionRename), string(events.ActionHealthStatusHealthy), string(events.ActionHealthStatusUnhealthy), string(events.ActionPause), string(events.ActionUnPause),
 		string(events.ActionConnect), string(events.ActionDisconnect))
 
-// Run follows the daemon's events until ctx is done, through its restarts.
-// Call it once.
+// Run follows the daemon's events until ctx is done, through its restarts. Call it once.
 func (c *Client) Run(ctx context.Context) {
 	if c.bad != nil {
 		c.log.Warn("containers unavailable", "err", c.bad)

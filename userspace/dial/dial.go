@@ -1,10 +1,9 @@
 // Package dial opens the upstream connection of a flow.
 //
-// A [Target] is a TCP host, a tailnet node, a container or a unix socket. Names
-// of nodes and containers are resolved by what the [Dialer] is given, host names
-// by DNS. The connections are plain kernel sockets, *net.TCPConn or
-// *net.UnixConn, so that a datapath may splice them: never Multipath TCP, whose
-// sockets can't be spliced, and always TCP_NODELAY.
+// A [Target] is a TCP host, a tailnet node, a container or a unix socket. Names of nodes and containers are
+// resolved by what the [Dialer] is given, host names by DNS. The connections are plain kernel sockets,
+// *net.TCPConn or *net.UnixConn, so that a datapath may splice them: never Multipath TCP, whose sockets can't
+// be spliced, and always TCP_NODELAY.
 //
 // Its files:
 //
@@ -33,17 +32,17 @@ import (
 const (
 	// DefaultTimeout is [Dialer].Timeout if zero.
 	DefaultTimeout = 10 * time.Second
-	// offlineTimeout is all that a node gets which control says is offline:
-	// enough for one that is just coming back, and a quick answer else.
+	// offlineTimeout is all that a node gets which control says is offline: enough for one that is just
+	// coming back, and a quick answer else.
 	offlineTimeout = 4 * time.Second
-	// offlineGrace is how long after a node was last seen it still gets the
-	// whole timeout: it may be moving from one network to another.
+	// offlineGrace is how long after a node was last seen it still gets the whole timeout: it may be moving
+	// from one network to another.
 	offlineGrace = time.Minute
-	// fallbackDelay is how long an address is waited for before the next is tried
-	// beside it, as RFC 8305 section 8 recommends.
+	// fallbackDelay is how long an address is waited for before the next is tried beside it, as RFC 8305
+	// section 8 recommends.
 	fallbackDelay = 250 * time.Millisecond
-	// tailnetDelay is the same for nodes of the tailnet: both of a node's
-	// addresses take one path, and a tunnel may have to be set up first.
+	// tailnetDelay is the same for nodes of the tailnet: both of a node's addresses take one path, and a
+	// tunnel may have to be set up first.
 	tailnetDelay = time.Second
 	// maxBeside is how many addresses are waited for at a time: each takes a file descriptor, and who names
 	// the target may give it any number. For one more the oldest is given up.
@@ -62,8 +61,8 @@ const (
 	Unix    = "unix"
 )
 
-// Target is where to connect. Its fields are those of the configuration's
-// targets, so one converts to the other.
+// Target is where to connect. Its fields are those of the configuration's targets, so one converts to the
+// other.
 type Target struct {
 	Scheme string // "tcp", "tailnet", "docker" or "unix"
 	Host   string // host name or address, node, container or service; "" for unix
@@ -82,13 +81,11 @@ func (t Target) String() string {
 	return t.Scheme + "://" + net.JoinHostPort(t.Host, strconv.Itoa(int(t.Port)))
 }
 
-// Resolver turns the name of a node or a container into addresses, at least one
-// if err is nil, in order of preference. Its errors may have the methods
-// Reason() string, one of the [Reason] constants, and Temporary() bool, which
-// says that another try within a second may do.
+// Resolver turns the name of a node or a container into addresses, at least one if err is nil, in order of
+// preference. Its errors may have the methods Reason() string, one of the [Reason] constants, and Temporary()
+// bool, which says that another try within a second may do.
 //
-// A Resolver may also have the methods of [Refresher], [Presence], [Namesake]
-// and [PathChecker].
+// A Resolver may also have the methods of [Refresher], [Presence], [Namesake] and [PathChecker].
 type Resolver interface {
 	Resolve(ctx context.Context, name string) ([]netip.Addr, error)
 }
@@ -98,26 +95,26 @@ type Refresher interface {
 	Refresh(ctx context.Context, name string) ([]netip.Addr, error)
 }
 
-// Presence is a [Resolver] that knows whether the machine of that name is
-// connected to its network, and when it was last seen if not (zero if unknown).
+// Presence is a [Resolver] that knows whether the machine of that name is connected to its network, and when
+// it was last seen if not (zero if unknown).
 type Presence interface {
 	Presence(name string) (online bool, seen time.Time, ok bool)
 }
 
-// Namesake is a [Resolver] that may know another machine, connected to its network,
-// which could be meant where the one of that name is not; else "".
+// Namesake is a [Resolver] that may know another machine, connected to its network, which could be meant
+// where the one of that name is not; else "".
 type Namesake interface {
 	Namesake(name string) string
 }
 
-// PathChecker is a [Resolver] that can tell from a connection's addresses that
-// it did not take the way it should have.
+// PathChecker is a [Resolver] that can tell from a connection's addresses that it did not take the way it
+// should have.
 type PathChecker interface {
 	CheckPath(local, remote netip.Addr) error
 }
 
-// Dialer opens connections. Its fields must not change once it is in use; its
-// zero value dials TCP and unix targets.
+// Dialer opens connections. Its fields must not change once it is in use; its zero value dials TCP and unix
+// targets.
 type Dialer struct {
 	Tailnet   Resolver      // for tailnet targets; nil refuses them
 	Container Resolver      // for docker targets; nil refuses them
@@ -126,21 +123,18 @@ type Dialer struct {
 	DNS       *net.Resolver // for host names; nil is the system's
 	Past      *Past         // what is learnt about addresses; nil remembers nothing
 
-	// From, if not nil, readies a dialer for an attempt to connect to an address:
-	// it may give the connection an address of its own.
+	// From, if not nil, readies a dialer for an attempt to connect to an address: it may give the connection
+	// an address of its own.
 	From func(d *net.Dialer, to netip.Addr)
 }
 
-// Dial connects to t, which the caller then owns: a *net.TCPConn or, for a unix
-// target, a *net.UnixConn.
+// Dial connects to t, which the caller then owns: a *net.TCPConn or, for a unix target, a *net.UnixConn.
 //
-// All addresses of the target are tried: the next as soon as one fails, or
-// beside those that are slow to answer. First come those on networks of this
-// host, and of equals those of prefer's family (that of the downstream; an
-// invalid prefer has none); last come those that failed lately. If that was
-// quick and none answered, the name is resolved anew and tried once more, for
-// the upstream may just be restarting. Every error is an [*Error]; one whose
-// Reason is [Canceled] says that ctx ended and nothing about the target.
+// All addresses of the target are tried: the next as soon as one fails, or beside those that are slow to
+// answer. First come those on networks of this host, and of equals those of prefer's family (that of the
+// downstream; an invalid prefer has none); last come those that failed lately. If that was quick and none
+// answered, the name is resolved anew and tried once more, for the upstream may just be restarting. Every
+// error is an [*Error]; one whose Reason is [Canceled] says that ctx ended and nothing about the target.
 func (d *Dialer) Dial(ctx context.Context, t Target, prefer netip.Addr) (net.Conn, error) {
 	began := time.Now()
 	call, cancel := context.WithTimeout(ctx, cmp.Or(d.Timeout, DefaultTimeout))
@@ -253,8 +247,8 @@ func isLocalhost(name string) bool {
 
 func (d *Dialer) dns() *net.Resolver { return cmp.Or(d.DNS, net.DefaultResolver) }
 
-// race connects to addrs, one after the other and beside those that take long.
-// The first connection made is it.
+// race connects to addrs, one after the other and beside those that take long. The first connection made is
+// it.
 func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Conn, *failure) {
 	check, _ := d.resolver(t).(PathChecker)
 	if len(addrs) == 1 {

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// Reason says why a dial failed, for those who count, decide or choose a status
-// code. It may be one that a [Resolver] made up; these are the known ones.
+// Reason says why a dial failed, for those who count, decide or choose a status code. It may be one that a
+// [Resolver] made up; these are the known ones.
 type Reason string
 
 const (
@@ -53,8 +53,8 @@ func (e *Error) Error() string { return "dial " + e.Target.String() + ": " + e.m
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
-// Timeout reports whether the upstream, or who resolves its name, did not
-// answer in time: what an HTTP gateway says with a 504.
+// Timeout reports whether the upstream, or who resolves its name, did not answer in time: what an HTTP
+// gateway says with a 504.
 func (e *Error) Timeout() bool { return e.Reason == Timeout || e.Reason == NodeOffline }
 
 var (
@@ -82,8 +82,8 @@ type failure struct {
 	again bool   // worth another try soon
 }
 
-// lesser reports whether o tells more than f: an answer, even a bad one, says
-// more about the upstream than none or no way there.
+// lesser reports whether o tells more than f: an answer, even a bad one, says more about the upstream than
+// none or no way there.
 func (f *failure) lesser(o *failure) bool { return rank(reasonOf(f.err)) < rank(reasonOf(o.err)) }
 
 func rank(r Reason) int {

@@ -1,8 +1,8 @@
 // Package flow names flows and keeps the registry of those that live.
 //
-// A flow is one spliced pair of connections (for HTTP: one request and its
-// answer). Its id is made by the first hop and kept by every hop of its path,
-// so that one grep over the hops' logs shows the whole way of a connection.
+// A flow is one spliced pair of connections (for HTTP: one request and its answer). Its id is made by the
+// first hop and kept by every hop of its path, so that one grep over the hops' logs shows the whole way of a
+// connection.
 package flow
 
 import (
@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// idBytes is the entropy of a path id: 128 bits, so that ids made by hops that
-// do not know each other do not collide.
+// idBytes is the entropy of a path id: 128 bits, so that ids made by hops that do not know each other do not
+// collide.
 const idBytes = 16
 
 // NewID returns a fresh path id: 32 lower-case hex digits.
@@ -37,12 +37,11 @@ type Flow struct {
 	Target     string // how the config writes the target
 	Started    time.Time
 
-	// Datapath returns the datapath that has the flow now. It must be safe to
-	// call at any time.
+	// Datapath returns the datapath that has the flow now. It must be safe to call at any time.
 	Datapath func() string
 
-	// Bytes returns what has moved so far: up (from downstream to upstream)
-	// and down. It must be safe to call at any time, also after the flow has ended.
+	// Bytes returns what has moved so far: up (from downstream to upstream) and down. It must be safe to call
+	// at any time, also after the flow has ended.
 	Bytes func() (up, down int64)
 
 	// Held returns how many bytes it holds for readers that have no room, as far as that was measured, and
@@ -162,8 +161,8 @@ func (r *Registry) Len() int {
 	return len(r.live)
 }
 
-// Empty returns a channel that is closed once no flow lives. Flows added after
-// the call may or may not be waited for.
+// Empty returns a channel that is closed once no flow lives. Flows added after the call may or may not be
+// waited for.
 func (r *Registry) Empty() <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()

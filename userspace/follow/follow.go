@@ -1,7 +1,7 @@
 // Package follow keeps up with a daemon on this host that tells what changes, through its restarts.
 //
-// It is what clients of such daemons have alike: how soon they try again, how often they ask whether a quiet one still
-// answers, and how long they collect what comes in one go.
+// It is what clients of such daemons have alike: how soon they try again, how often they ask whether a quiet
+// one still answers, and how long they collect what comes in one go.
 package follow
 
 import (
@@ -11,8 +11,8 @@ import (
 )
 
 const (
-	// PauseMin and PauseMax bound the pause before the daemon is tried again.
-	// Trying costs one connect(2), and a restart should show soon.
+	// PauseMin and PauseMax bound the pause before the daemon is tried again. Trying costs one connect(2),
+	// and a restart should show soon.
 	PauseMin = 50 * time.Millisecond
 	PauseMax = 2 * time.Second
 	// Pulse is how often a quiet daemon is asked whether it still answers.
@@ -21,9 +21,9 @@ const (
 	Settle = 5 * time.Millisecond
 )
 
-// Run calls watch, which follows the daemon until it fails, again and again until ctx is done, and lost with the error
-// in between. The pauses grow while watch fails at once, and are never quite of one length, so that many
-// clients don't come at the same time.
+// Run calls watch, which follows the daemon until it fails, again and again until ctx is done, and lost with
+// the error in between. The pauses grow while watch fails at once, and are never quite of one length, so that
+// many clients don't come at the same time.
 func Run(ctx context.Context, watch func(context.Context) error, lost func(error)) {
 	for pause := PauseMin; ; pause = min(2*pause, PauseMax) {
 		began := time.Now()

@@ -1,10 +1,8 @@
-// Package logwriter writes the daemon's log without ever waiting for who reads
-// it: a pipe that nobody empties, a terminal that was stopped, a journal that
-// hangs.
+// Package logwriter writes the daemon's log without ever waiting for who reads it: a pipe that nobody
+// empties, a terminal that was stopped, a journal that hangs.
 //
-// Lines are queued, within bounds, and one goroutine writes them in their
-// order. A line that finds the queue full is lost and counted, and the log says
-// how many are missing in the place where they would stand.
+// Lines are queued, within bounds, and one goroutine writes them in their order. A line that finds the queue
+// full is lost and counted, and the log says how many are missing in the place where they would stand.
 package logwriter
 
 import (
@@ -20,13 +18,12 @@ import (
 // queueBytes bounds the lines that wait to be written, about ten thousand.
 const queueBytes = 4 << 20
 
-// pause is how long lines may gather once some have been written: where there
-// are thousands a second, waking a goroutine and a system call for each cost
-// more than the lines.
+// pause is how long lines may gather once some have been written: where there are thousands a second, waking
+// a goroutine and a system call for each cost more than the lines.
 const pause = 5 * time.Millisecond
 
-// Writer is an io.Writer that takes whole lines. Make it with [New], end it with
-// Close. Its methods may be called from any goroutine.
+// Writer is an io.Writer that takes whole lines. Make it with [New], end it with Close. Its methods may be
+// called from any goroutine.
 type Writer struct {
 	out io.Writer
 	gap func(out io.Writer, lines int)
@@ -50,16 +47,16 @@ type Writer struct {
 	torn   bool // out ends in the middle of a line
 }
 
-// New returns a writer to out. gap is called with out and the number of lines
-// that are missing in that place, once out takes lines again.
+// New returns a writer to out. gap is called with out and the number of lines that are missing in that place,
+// once out takes lines again.
 func New(out io.Writer, gap func(out io.Writer, lines int)) *Writer {
 	w := &Writer{out: out, gap: gap, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go w.run()
 	return w
 }
 
-// Write queues a copy of line. It never blocks and never fails: a line that
-// finds the queue full, or the writer closed, is lost.
+// Write queues a copy of line. It never blocks and never fails: a line that finds the queue full, or the
+// writer closed, is lost.
 func (w *Writer) Write(line []byte) (int, error) {
 	w.mu.Lock()
 	first := len(w.queue) == 0
@@ -82,8 +79,8 @@ func (w *Writer) Write(line []byte) (int, error) {
 // Lost returns how many lines were not written.
 func (w *Writer) Lost() int64 { return w.lost.Load() }
 
-// Close writes what is queued, for as long as wait. It does not close the
-// underlying writer. Lines that are written afterwards are lost.
+// Close writes what is queued, for as long as wait. It does not close the underlying writer. Lines that are
+// written afterwards are lost.
 func (w *Writer) Close(wait time.Duration) {
 	w.mu.Lock()
 	w.closed = true
@@ -157,8 +154,7 @@ func (w *Writer) lose(lines int) {
 	w.unsaid += lines
 }
 
-// writeAll is out.Write, and waits where out is a pipe that somebody else made
-// non-blocking.
+// writeAll is out.Write, and waits where out is a pipe that somebody else made non-blocking.
 func (w *Writer) writeAll(b []byte) (n int, err error) {
 	for {
 		var m int

@@ -1,4 +1,5 @@
-// Package preface says how a connection failed before what it begins with had come: a TLS hello, a PROXY header.
+// Package preface says how a connection failed before what it begins with had come: a TLS hello, a PROXY
+// header.
 package preface
 
 import (
@@ -9,9 +10,9 @@ import (
 	"syscall"
 )
 
-// Error is what it means that reading on failed with err after n bytes of what, such as "TLS hello". It is timeout where
-// the deadline has passed, and eof where the connection ended or was reset before its first byte; one that wraps
-// [io.ErrUnexpectedEOF] where it ended later; else one that wraps err.
+// Error is what it means that reading on failed with err after n bytes of what, such as "TLS hello". It is
+// timeout where the deadline has passed, and eof where the connection ended or was reset before its first
+// byte; one that wraps [io.ErrUnexpectedEOF] where it ended later; else one that wraps err.
 func Error(what string, n int, err, timeout, eof error) error {
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):

@@ -14,14 +14,12 @@ import (
 )
 
 const (
-	// certFor is how long a certificate is used before tailscaled is asked
-	// again, which renews it by itself (it keeps 90-day ones, and starts at a
-	// third of the time left).
+	// certFor is how long a certificate is used before tailscaled is asked again, which renews it by itself
+	// (it keeps 90-day ones, and starts at a third of the time left).
 	certFor = 10 * time.Minute
 	// certErrFor is how long a failure is repeated without asking.
 	certErrFor = 5 * time.Second
-	// certTimeout bounds a request; the first certificate of a name is made by
-	// ACME meanwhile.
+	// certTimeout bounds a request; the first certificate of a name is made by ACME meanwhile.
 	certTimeout = 2 * time.Minute
 )
 
@@ -40,9 +38,8 @@ type certEntry struct {
 
 var errNoName = errors.New("the client named no server")
 
-// CertDomains returns the names that tailscaled can get certificates for, lower
-// case: this node's full name where the tailnet has HTTPS on, else none.
-// Errors are those of [Client.Resolve].
+// CertDomains returns the names that tailscaled can get certificates for, lower case: this node's full name
+// where the tailnet has HTTPS on, else none. Errors are those of [Client.Resolve].
 func (c *Client) CertDomains(ctx context.Context) ([]string, error) {
 	t, err := c.running(ctx, false)
 	if err != nil {
@@ -51,10 +48,9 @@ func (c *Client) CertDomains(ctx context.Context) ([]string, error) {
 	return slices.Clone(t.certs), nil
 }
 
-// GetCertificate returns the certificate that tailscaled has, or gets, for the
-// server name in hi, which must be one of [Client.CertDomains]. It has the
-// signature that [tls.Config] wants. The user of this process must be root or
-// the one that tailscaled's TS_PERMIT_CERT_UID names.
+// GetCertificate returns the certificate that tailscaled has, or gets, for the server name in hi, which must
+// be one of [Client.CertDomains]. It has the signature that [tls.Config] wants. The user of this process must
+// be root or the one that tailscaled's TS_PERMIT_CERT_UID names.
 func (c *Client) GetCertificate(hi *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	ctx := hi.Context()
 	if ctx == nil { // a hi that crypto/tls didn't make
@@ -118,8 +114,8 @@ func (cc *certCache) valid(name string) *tls.Certificate {
 	return nil
 }
 
-// get asks, once for all who want name now, and goes on when ctx ends. A
-// certificate that is still valid outlives a failure to renew it.
+// get asks, once for all who want name now, and goes on when ctx ends. A certificate that is still valid
+// outlives a failure to renew it.
 func (cc *certCache) get(ctx context.Context, name string, ask func(string) (*tls.Certificate, error)) (*tls.Certificate, error) {
 	got := cc.flight.DoChan(name, func() (any, error) {
 		cert, err := ask(name)

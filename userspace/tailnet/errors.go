@@ -16,18 +16,16 @@ import (
 type Kind string
 
 const (
-	// KindAbsent: tailscaled can't be asked: not running, no permission, or
-	// it doesn't answer.
+	// KindAbsent: tailscaled can't be asked: not running, no permission, or it doesn't answer.
 	KindAbsent Kind = "no_tailscaled"
-	// KindDown: tailscaled runs, but this machine isn't on its tailnet;
-	// [Error].State tells the state.
+	// KindDown: tailscaled runs, but this machine isn't on its tailnet; [Error].State tells the state.
 	KindDown Kind = "tailscale_down"
 	// KindUnknownNode: no node has that name or address.
 	KindUnknownNode Kind = "unknown_node"
 )
 
-// ErrNotPeer is wrapped by the error of [Client.WhoIs] for an address that
-// belongs to no node of the tailnet: a stranger, not a failure.
+// ErrNotPeer is wrapped by the error of [Client.WhoIs] for an address that belongs to no node of the tailnet:
+// a stranger, not a failure.
 var ErrNotPeer = errors.New("not the address of a tailnet node")
 
 // ErrMustAsk is the error of [Client.Known] for an address that tailscaled must be asked about.

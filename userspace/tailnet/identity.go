@@ -17,8 +17,8 @@ import (
 const (
 	// whoisFor bounds how long an identity is believed, beside the watch.
 	whoisFor = 30 * time.Second
-	// strangerFor is how long an unknown address is remembered as one, so that
-	// a stranger who connects often costs few requests.
+	// strangerFor is how long an unknown address is remembered as one, so that a stranger who connects often
+	// costs few requests.
 	strangerFor = 2 * time.Second
 	// whoisMost bounds how many addresses are remembered.
 	whoisMost = 16384
@@ -57,9 +57,9 @@ func (i Identity) String() string {
 //   - a node's fully qualified name, "home.tail1234.ts.net";
 //   - a node's name in this tailnet, "home".
 //
-// Case doesn't matter. A node that another tailnet shares with this one is
-// matched only by its user and its full name: names and tags mean something
-// else there. Owners may rename their machines, so where that matters use tags.
+// Case doesn't matter. A node that another tailnet shares with this one is matched only by its user and its
+// full name: names and tags mean something else there. Owners may rename their machines, so where that
+// matters use tags.
 func (i Identity) Matches(pattern string) bool {
 	p := strings.ToLower(strings.TrimSpace(pattern))
 	switch {
@@ -112,11 +112,10 @@ type whoisEntry struct {
 	at  time.Time
 }
 
-// WhoIs returns who uses the tailnet address a. An address outside of the
-// tailnet's ranges, or of no node, is an error that wraps [ErrNotPeer];
-// everything else is an [*Error]. It takes a LocalAPI request (about 1 ms) the
-// first time; while [Client.Run] watches, the answer is kept for half a minute
-// at most, and forgotten whenever the netmap changes.
+// WhoIs returns who uses the tailnet address a. An address outside of the tailnet's ranges, or of no node, is
+// an error that wraps [ErrNotPeer]; everything else is an [*Error]. It takes a LocalAPI request (about 1 ms)
+// the first time; while [Client.Run] watches, the answer is kept for half a minute at most, and forgotten
+// whenever the netmap changes.
 func (c *Client) WhoIs(ctx context.Context, a netip.Addr) (Identity, error) {
 	a = a.Unmap().WithZone("")
 	if !Contains(a) {
@@ -137,8 +136,8 @@ func (c *Client) WhoIs(ctx context.Context, a netip.Addr) (Identity, error) {
 	got := c.flight.DoChan(fmt.Sprintf("whois %d %s", gen, a), func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
 		defer cancel()
-		// The bare address: with a port tailscaled also looks, and waits, for
-		// connections that it forwards itself (365 ms for an unknown one).
+		// The bare address: with a port tailscaled also looks, and waits, for connections that it forwards
+		// itself (365 ms for an unknown one).
 		at := time.Now()
 		w, err := c.lc.WhoIs(ctx, a.String())
 		e := whoisEntry{at: at}
@@ -194,8 +193,7 @@ func (i Identity) clone() Identity {
 	return i
 }
 
-// rememberIdentity keeps e, unless the netmap changed since generation gen or
-// nobody would tell when it does.
+// rememberIdentity keeps e, unless the netmap changed since generation gen or nobody would tell when it does.
 func (c *Client) rememberIdentity(a netip.Addr, e whoisEntry, gen uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -45,7 +45,8 @@ func (in *Inbound) add(s *ipn.ServeConfig) {
 	}
 }
 
-// Problem says why no connection comes to a listener on that port of this node's tailnet addresses, and what to do, or "".
+// Problem says why no connection comes to a listener on that port of this node's tailnet addresses, and what
+// to do, or "".
 func (in Inbound) Problem(port uint16) string {
 	switch who := in.Served[port]; {
 	case who != "":

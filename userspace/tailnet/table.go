@@ -16,8 +16,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/spelling"
 )
 
-// table is one Status answer, arranged for lookups. It is immutable but for
-// the nodes' presence, which the client's mutex guards.
+// table is one Status answer, arranged for lookups. It is immutable but for the nodes' presence, which the
+// client's mutex guards.
 type table struct {
 	asked  time.Time // when it was asked for
 	state  string    // ipn.State
@@ -187,8 +187,8 @@ func (t *table) nodes() []*node {
 	return ns
 }
 
-// sameAs reports whether o names the same nodes at the same addresses with the
-// same tags and owners, in the same state. Presence doesn't count.
+// sameAs reports whether o names the same nodes at the same addresses with the same tags and owners, in the
+// same state. Presence doesn't count.
 func (t *table) sameAs(o *table) bool {
 	if t.state != o.state || t.tun != o.tun || t.suffix != o.suffix || len(t.byID) != len(o.byID) ||
 		(t.self == nil) != (o.self == nil) || t.self != nil && t.self.id != o.self.id {
@@ -206,8 +206,7 @@ func (t *table) sameAs(o *table) bool {
 // normalName returns a DNS name in lower case without its trailing dot.
 func normalName(s string) string { return strings.ToLower(strings.Trim(s, ".")) }
 
-// splitName returns the first label of fqdn, and whether the rest is another
-// tailnet's suffix.
+// splitName returns the first label of fqdn, and whether the rest is another tailnet's suffix.
 func splitName(fqdn, suffix string) (short string, shared bool) {
 	short, rest, _ := strings.Cut(fqdn, ".")
 	return short, rest != suffix

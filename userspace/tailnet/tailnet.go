@@ -1,29 +1,25 @@
 // Package tailnet asks the local tailscaled who is on the tailnet.
 //
-// It turns node names into addresses ([Client.Resolve]), addresses into
-// identities ([Client.WhoIs]) and tells which addresses are this node's own
-// ([Client.SelfAddrs]). All of it comes from tailscaled's LocalAPI, a unix
-// socket; nothing here opens a connection to a peer.
+// It turns node names into addresses ([Client.Resolve]), addresses into identities ([Client.WhoIs]) and tells
+// which addresses are this node's own ([Client.SelfAddrs]). All of it comes from tailscaled's LocalAPI, a
+// unix socket; nothing here opens a connection to a peer.
 //
 // # What is remembered, and for how long
 //
-// One Status answer is kept as an immutable table. While [Client.Run] watches
-// tailscaled's notification bus the table has no age: every change of the
-// netmap replaces it. Without the watch an answer is used for a second, then
-// asked for again. A daemon that is gone is an error at once, for its routes
-// went with it and the kernel would send packets for tailnet addresses to the
-// default gateway. A daemon that is there and doesn't answer in time leaves
-// what it said last in use for [staleFor].
+// One Status answer is kept as an immutable table. While [Client.Run] watches tailscaled's notification bus
+// the table has no age: every change of the netmap replaces it. Without the watch an answer is used for a
+// second, then asked for again. A daemon that is gone is an error at once, for its routes went with it and
+// the kernel would send packets for tailnet addresses to the default gateway. A daemon that is there and
+// doesn't answer in time leaves what it said last in use for [staleFor].
 //
-// Identities are kept only while the watch is on, and every netmap change
-// forgets all of them, so an answer never outlives the assignment of an address
-// by more than the time that tailscaled takes to write the notification.
+// Identities are kept only while the watch is on, and every netmap change forgets all of them, so an answer
+// never outlives the assignment of an address by more than the time that tailscaled takes to write the
+// notification.
 //
 // # The socket
 //
-// [New] takes its path; empty means the environment's
-// TAILSPLICE_TAILSCALED_SOCKET, for labs and unusual installations, and else
-// the platform's default. Reading needs no privilege on Linux.
+// [New] takes its path; empty means the environment's TAILSPLICE_TAILSCALED_SOCKET, for labs and unusual
+// installations, and else the platform's default. Reading needs no privilege on Linux.
 //
 // Its files:
 //
@@ -55,8 +51,7 @@ import (
 	"tailscale.com/paths"
 )
 
-// SocketEnv is the environment variable that names tailscaled's socket when
-// [New] is given none.
+// SocketEnv is the environment variable that names tailscaled's socket when [New] is given none.
 const SocketEnv = "TAILSPLICE_TAILSCALED_SOCKET"
 
 const (
@@ -70,8 +65,8 @@ const (
 	startWait = 5 * time.Second
 )
 
-// Client is the tailnet as this node's tailscaled sees it. Make it with [New].
-// Its methods may be called from any goroutine, with or without [Client.Run].
+// Client is the tailnet as this node's tailscaled sees it. Make it with [New]. Its methods may be called from
+// any goroutine, with or without [Client.Run].
 type Client struct {
 	lc     *local.Client
 	socket string
@@ -94,9 +89,8 @@ type Client struct {
 	announced *table // what the callbacks were last called for; Run's alone
 }
 
-// New returns a client of the tailscaled at socket. An empty socket means
-// $TAILSPLICE_TAILSCALED_SOCKET, and if that is empty too the platform's
-// default. It connects to nothing yet, and there is nothing to close.
+// New returns a client of the tailscaled at socket. An empty socket means $TAILSPLICE_TAILSCALED_SOCKET, and
+// if that is empty too the platform's default. It connects to nothing yet, and there is nothing to close.
 func New(socket string, log *slog.Logger) *Client {
 	given := cmp.Or(socket, os.Getenv(SocketEnv))
 	c := &Client{
@@ -108,8 +102,8 @@ func New(socket string, log *slog.Logger) *Client {
 	}
 	c.lc = &local.Client{
 		Socket: c.socket,
-		// The graphical macOS client has no socket: there the library finds
-		// its port, unless a socket was asked for.
+		// The graphical macOS client has no socket: there the library finds its port, unless a socket was
+		// asked for.
 		UseSocketOnly: given != "" || runtime.GOOS != "darwin",
 	}
 	if c.lc.UseSocketOnly {
@@ -121,8 +115,8 @@ func New(socket string, log *slog.Logger) *Client {
 // Socket returns the path of the socket in use.
 func (c *Client) Socket() string { return c.socket }
 
-// dialSocket reports failures as our own error. The library would run
-// systemctl for a hint each time that the socket is missing.
+// dialSocket reports failures as our own error. The library would run systemctl for a hint each time that the
+// socket is missing.
 func (c *Client) dialSocket(ctx context.Context, _, _ string) (net.Conn, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", c.socket)
@@ -132,9 +126,8 @@ func (c *Client) dialSocket(ctx context.Context, _, _ string) (net.Conn, error) 
 	return conn, nil
 }
 
-// Contains reports whether a is in the ranges that Tailscale assigns from:
-// 100.64.0.0/10 and fd7a:115c:a1e0::/48. An IPv4-mapped a counts as IPv4.
-// It doesn't say that a node has this address.
+// Contains reports whether a is in the ranges that Tailscale assigns from: 100.64.0.0/10 and
+// fd7a:115c:a1e0::/48. An IPv4-mapped a counts as IPv4. It doesn't say that a node has this address.
 func Contains(a netip.Addr) bool {
 	a = a.Unmap()
 	return tailnet4.Contains(a) || tailnet6.Contains(a)
@@ -156,15 +149,13 @@ var (
 	tailnet6 = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
 )
 
-// Resolve returns the tailnet addresses of node, at least one: IPv4 first if
-// the node has both. node is a name in this node's own tailnet ("home"), a
-// fully qualified name ("home.tail1234.ts.net", trailing dot or not; the only
-// way to name a node that another tailnet shares with this one), or a tailnet
-// address that some node has, which is returned alone. Case doesn't matter.
+// Resolve returns the tailnet addresses of node, at least one: IPv4 first if the node has both. node is a
+// name in this node's own tailnet ("home"), a fully qualified name ("home.tail1234.ts.net", trailing dot or
+// not; the only way to name a node that another tailnet shares with this one), or a tailnet address that some
+// node has, which is returned alone. Case doesn't matter.
 //
-// A node that is offline is resolved all the same, see [Client.Presence].
-// All errors but those of ctx are an [*Error]. A tailscaled that is starting is
-// waited for, 5 s at most.
+// A node that is offline is resolved all the same, see [Client.Presence]. All errors but those of ctx are an
+// [*Error]. A tailscaled that is starting is waited for, 5 s at most.
 func (c *Client) Resolve(ctx context.Context, node string) ([]netip.Addr, error) {
 	return c.resolve(ctx, node, false)
 }
@@ -196,8 +187,8 @@ func (c *Client) resolve(ctx context.Context, node string, fresh bool) ([]netip.
 	return t.resolve(node)
 }
 
-// SelfAddrs returns this node's own tailnet addresses, at least one, IPv4
-// first. Errors are those of [Client.Resolve].
+// SelfAddrs returns this node's own tailnet addresses, at least one, IPv4 first. Errors are those of
+// [Client.Resolve].
 func (c *Client) SelfAddrs(ctx context.Context) ([]netip.Addr, error) {
 	t, err := c.running(ctx, false)
 	if err != nil {
@@ -215,10 +206,9 @@ func (c *Client) Self(ctx context.Context) (Identity, error) {
 	return t.identity(t.self), nil
 }
 
-// Presence tells what was last heard of node, for messages and for judging how
-// long to wait: whether control has a connection to it, and when it was last
-// seen if not (zero if unknown). It asks nobody; ok is false for a node that
-// isn't in the table.
+// Presence tells what was last heard of node, for messages and for judging how long to wait: whether control
+// has a connection to it, and when it was last seen if not (zero if unknown). It asks nobody; ok is false for
+// a node that isn't in the table.
 func (c *Client) Presence(node string) (online bool, seen time.Time, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -232,9 +222,9 @@ func (c *Client) Presence(node string) (online bool, seen time.Time, ok bool) {
 	return n.online, n.seen, true
 }
 
-// Namesake returns a node that is online and may be the machine that node, which is
-// not, once was: home-1 for home. A machine that is set up anew gets such a name
-// while the old one is still listed. "" is none; like Presence it asks nobody.
+// Namesake returns a node that is online and may be the machine that node, which is not, once was: home-1 for
+// home. A machine that is set up anew gets such a name while the old one is still listed. "" is none; like
+// Presence it asks nobody.
 func (c *Client) Namesake(node string) string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -256,10 +246,9 @@ func (c *Client) Namesake(node string) string {
 	return ""
 }
 
-// CheckPath says whether a connection to remote that the kernel gave the
-// address local goes through the tailnet. It doesn't when tailscaled's routes
-// are missing, and then remote may be anybody's, for 100.64.0.0/10 is also what
-// providers use for their own networks.
+// CheckPath says whether a connection to remote that the kernel gave the address local goes through the
+// tailnet. It doesn't when tailscaled's routes are missing, and then remote may be anybody's, for
+// 100.64.0.0/10 is also what providers use for their own networks.
 func (c *Client) CheckPath(local, remote netip.Addr) error {
 	if Contains(local) {
 		return nil
@@ -268,11 +257,10 @@ func (c *Client) CheckPath(local, remote netip.Addr) error {
 		", not through the tailnet: tailscaled's interface or routes are missing; see `tailscale status` and `ip route show table 52`"}
 }
 
-// OnChange calls f whenever the netmap changed: addresses of this node or of
-// others, nodes added, removed or renamed, and when tailscaled comes or goes.
-// Nodes going online and offline don't count. f runs on a goroutine of
-// [Client.Run], one at a time, so it should be quick; it may call the client.
-// stop ends it; a call under way may still finish.
+// OnChange calls f whenever the netmap changed: addresses of this node or of others, nodes added, removed or
+// renamed, and when tailscaled comes or goes. Nodes going online and offline don't count. f runs on a
+// goroutine of [Client.Run], one at a time, so it should be quick; it may call the client. stop ends it; a
+// call under way may still finish.
 func (c *Client) OnChange(f func()) (stop func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -303,8 +291,7 @@ func (c *Client) notifyChange() {
 	}
 }
 
-// running returns the table of a tailscaled that is up, waiting for one that
-// is just starting.
+// running returns the table of a tailscaled that is up, waiting for one that is just starting.
 func (c *Client) running(ctx context.Context, fresh bool) (*table, error) {
 	deadline := time.Now().Add(startWait)
 	for {
@@ -327,9 +314,9 @@ func (c *Client) running(ctx context.Context, fresh bool) (*table, error) {
 	}
 }
 
-// current returns the table that answers now, and a channel that is closed when
-// another one takes its place. While the watch is on, a table that a change has
-// overtaken is good enough: its successor is being asked for.
+// current returns the table that answers now, and a channel that is closed when another one takes its place.
+// While the watch is on, a table that a change has overtaken is good enough: its successor is being asked
+// for.
 func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct{}, error) {
 	now := time.Now()
 	c.mu.Lock()

@@ -13,24 +13,21 @@ import (
 )
 
 const (
-	// restFactor is how many times the last Status request's duration passes
-	// before the next, so that a netmap of thousands of nodes that never rests
-	// costs a tenth of a CPU at most.
+	// restFactor is how many times the last Status request's duration passes before the next, so that a
+	// netmap of thousands of nodes that never rests costs a tenth of a CPU at most.
 	restFactor = 10
 	// restMax bounds that.
 	restMax = 2 * time.Second
 )
 
-// watchMask asks for the state at once (which shows that the watch works), for
-// nodes that were added, changed or removed, and for one node's online state
-// as a small patch. It asks for no netmap, no engine statistics, no health.
-// A tailscaled before these bits existed sends a whole netmap for each change
-// instead, which serves as well.
+// watchMask asks for the state at once (which shows that the watch works), for nodes that were added, changed
+// or removed, and for one node's online state as a small patch. It asks for no netmap, no engine statistics,
+// no health. A tailscaled before these bits existed sends a whole netmap for each change instead, which
+// serves as well.
 const watchMask = ipn.NotifyInitialState | ipn.NotifyPeerChanges | ipn.NotifyPeerPatches | ipn.NotifyNoNetMap
 
-// Run follows the netmap until ctx is done, through restarts of tailscaled. It
-// is what makes answers current and calls the functions of [Client.OnChange].
-// Call it once.
+// Run follows the netmap until ctx is done, through restarts of tailscaled. It is what makes answers current
+// and calls the functions of [Client.OnChange]. Call it once.
 func (c *Client) Run(ctx context.Context) {
 	follow.Run(ctx, func(ctx context.Context) error {
 		defer c.watchEnded()
@@ -171,8 +168,8 @@ func (c *Client) watchEnded() {
 	c.forgetIdentitiesLocked()
 }
 
-// heard takes in one notification, at once what matters for identities, and
-// reports whether the table must be asked for again.
+// heard takes in one notification, at once what matters for identities, and reports whether the table must be
+// asked for again.
 func (c *Client) heard(n *ipn.Notify) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -196,8 +193,8 @@ func (c *Client) heard(n *ipn.Notify) bool {
 	return true
 }
 
-// presenceLocked applies a patch of what can change without changing who a
-// node is or where. It reports false for any other patch.
+// presenceLocked applies a patch of what can change without changing who a node is or where. It reports false
+// for any other patch.
 func (c *Client) presenceLocked(p *tailcfg.PeerChange) bool {
 	if p.Key != nil || p.KeySignature != nil || p.CapMap != nil || p.KeyExpiry != nil {
 		return false

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Probe tries a Way in a network namespace of its own, so that nothing of this
-// machine changes. The error says what is missing. It needs root.
+// Probe tries a Way in a network namespace of its own, so that nothing of this machine changes. The error
+// says what is missing. It needs root.
 func Probe() error {
 	done := make(chan error, 1)
 	go func() {

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Fits says whether a connection from this host to `to` can carry client's
-// address. The error is an *Error. w may be nil: then none can.
+// Fits says whether a connection from this host to `to` can carry client's address. The error is an *Error. w
+// may be nil: then none can.
 func (w *Way) Fits(client, to netip.Addr) error {
 	client, to = client.Unmap(), to.Unmap()
 	number := unix.AF_INET
@@ -54,8 +54,7 @@ func (w *Way) linkName(index int) string {
 	return "the same interface"
 }
 
-// From makes d's connections carry client's address. Their targets must be ones
-// that it Fits.
+// From makes d's connections carry client's address. Their targets must be ones that it Fits.
 func From(d *net.Dialer, client netip.Addr) {
 	client = client.Unmap()
 	d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(client, 0))
@@ -74,8 +73,7 @@ func prepare(fd int, v6 bool) error {
 	for _, o := range [][3]int{
 		transparent,
 		{unix.SOL_SOCKET, unix.SO_MARK, socketMark},
-		// The port is chosen by connect, which knows the target: each target has
-		// all ports of each client.
+		// The port is chosen by connect, which knows the target: each target has all ports of each client.
 		{unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1},
 	} {
 		if err := unix.SetsockoptInt(fd, o[0], o[1], o[2]); err != nil {

@@ -1,19 +1,17 @@
-// Package transparent makes connections that carry the client's own address, so
-// that a container sees the client on its socket though it speaks with this host.
+// Package transparent makes connections that carry the client's own address, so that a container sees the
+// client on its socket though it speaks with this host.
 //
-// The connection's socket is bound to the client's address (IP_TRANSPARENT), and
-// its port is the kernel's choice. What the container answers is addressed to the
-// client: it must come by this host, which is so where this host is the
-// container's default gateway, and this host must keep it. That is what a [Way]
-// is:
+// The connection's socket is bound to the client's address (IP_TRANSPARENT), and its port is the kernel's
+// choice. What the container answers is addressed to the client: it must come by this host, which is so where
+// this host is the container's default gateway, and this host must keep it. That is what a [Way] is:
 //
 //	nftables, prerouting   packets of such sockets get a mark
 //	ip rule                the mark leads to a routing table of our own
 //	that table             everything is delivered here
 //
-// It touches no packet of anything else, and works beside the rules of Docker,
-// tailscaled and firewalls. What is left of a daemon that was killed does nothing,
-// for no socket has packets any more, and is taken away by the next one.
+// It touches no packet of anything else, and works beside the rules of Docker, tailscaled and firewalls. What
+// is left of a daemon that was killed does nothing, for no socket has packets any more, and is taken away by
+// the next one.
 //
 // It needs Linux 4.18 with nf_tables and nft_socket, and CAP_NET_ADMIN.
 //

@@ -19,8 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Each Way of a network namespace has a slot: a routing table, two priorities of
-// rules, and an nftables table of its own.
+// Each Way of a network namespace has a slot: a routing table, two priorities of rules, and an nftables table
+// of its own.
 const (
 	slots         = 16
 	firstTable    = 17440
@@ -28,22 +28,21 @@ const (
 	// protocol marks routes and rules as ours (`ip rule` shows it as "proto 116").
 	protocol = 116
 
-	// socketMark tells our sockets from transparent ones of others. No rule of
-	// ours looks at it in routing.
+	// socketMark tells our sockets from transparent ones of others. No rule of ours looks at it in routing.
 	socketMark = 0x20
-	// packetMark is one bit. Others use 0xff0000 (tailscaled), 0xc000
-	// (Kubernetes), 0xf00 (Cilium), 0x1 (examples of TPROXY).
+	// packetMark is one bit. Others use 0xff0000 (tailscaled), 0xc000 (Kubernetes), 0xf00 (Cilium), 0x1
+	// (examples of TPROXY).
 	packetMark = 0x40
 
-	// repairEvery is how often it is looked whether the Way is still there: `nft
-	// flush ruleset`, or systemd-networkd as it starts, take it away.
+	// repairEvery is how often it is looked whether the Way is still there: `nft flush ruleset`, or
+	// systemd-networkd as it starts, take it away.
 	repairEvery = 5 * time.Second
 )
 
 func nftName(slot int) string { return fmt.Sprintf("tailsplice-%d", slot) }
 
-// Way brings the answers to connections with the client's address back to this
-// process. It is for the network namespace of the thread that opened it.
+// Way brings the answers to connections with the client's address back to this process. It is for the network
+// namespace of the thread that opened it.
 type Way struct {
 	log  *slog.Logger
 	slot int
@@ -131,8 +130,8 @@ func lockSlot(slot int) (*os.File, error) {
 	return lock, nil
 }
 
-// takeSlot takes a free slot, and removes what is left of daemons that were
-// killed. The kernel frees the slot when this process ends.
+// takeSlot takes a free slot, and removes what is left of daemons that were killed. The kernel frees the slot
+// when this process ends.
 func (w *Way) takeSlot() error {
 	for slot := range slots {
 		lock, err := lockSlot(slot)
@@ -219,16 +218,15 @@ func (f family) rules(slot int) []*netlink.Rule {
 		r.Mark, r.Mask, r.Protocol, r.SuppressPrefixlen = packetMark, &mask, protocol, -1
 		return r
 	}
-	// With src_valid_mark the check of a packet's source looks the way to it up
-	// with the packet's mark, as if it came from lo. Our table would say that the
-	// container is this host.
+	// With src_valid_mark the check of a packet's source looks the way to it up with the packet's mark, as if
+	// it came from lo. Our table would say that the container is this host.
 	back := rule(0, unix.RT_TABLE_MAIN)
 	back.IifName = "lo"
 	return []*netlink.Rule{back, rule(1, firstTable+slot)}
 }
 
-// installRoutes adds what is not there of routes and rules. added says whether
-// anything was missing, failed has the families that they could not be added for.
+// installRoutes adds what is not there of routes and rules. added says whether anything was missing, failed
+// has the families that they could not be added for.
 func (w *Way) installRoutes() (added bool, failed map[int]error) {
 	failed = map[int]error{}
 	loopback, err := w.nl.LinkByName("lo")
@@ -339,8 +337,7 @@ func (w *Way) Close() error {
 	return w.err
 }
 
-// free closes what the Way has open: the slot last, for whoever has it may do
-// with its things what it likes.
+// free closes what the Way has open: the slot last, for whoever has it may do with its things what it likes.
 func (w *Way) free() {
 	if w.nl != nil {
 		w.nl.Close()

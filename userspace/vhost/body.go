@@ -15,9 +15,9 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// body is a request's body on its way up. It counts, bounds how long the client
-// may send nothing before the answer begins, remembers what went wrong on the client's side (which the
-// transport reports as if it were the upstream's), and passes trailers on.
+// body is a request's body on its way up. It counts, bounds how long the client may send nothing before the
+// answer begins, remembers what went wrong on the client's side (which the transport reports as if it were
+// the upstream's), and passes trailers on.
 type body struct {
 	io.ReadCloser
 	http2   bool // of the client
@@ -136,8 +136,8 @@ func (b *body) end(err error) {
 	}
 }
 
-// passTrailers makes the trailers of in those of out, once they have come. The
-// transport announces the ones that in announces; HTTP/1 lets others follow.
+// passTrailers makes the trailers of in those of out, once they have come. The transport announces the ones
+// that in announces; HTTP/1 lets others follow.
 func (b *body) passTrailers(in, out *http.Request) {
 	b.in, b.out = in, out
 	out.Trailer = http.Header{}
@@ -177,8 +177,8 @@ func (x *exchange) passesTrailer(name string) bool {
 	return true
 }
 
-// fault is the status for a client whose body is wrong or too slow, and what was
-// wrong; 0 if it is not the body's fault, or the client has left. b may be nil.
+// fault is the status for a client whose body is wrong or too slow, and what was wrong; 0 if it is not the
+// body's fault, or the client has left. b may be nil.
 func (b *body) fault(ctx context.Context) (status int, cause error) {
 	if b == nil {
 		return 0, nil
@@ -208,8 +208,7 @@ func (b *body) lost() bool {
 	return b.failed != nil
 }
 
-// unfinished says whether there is, or was, more than has been read. b may be
-// nil.
+// unfinished says whether there is, or was, more than has been read. b may be nil.
 func (b *body) unfinished() bool {
 	if b == nil {
 		return false
@@ -274,12 +273,11 @@ func (b *body) interrupt() {
 	}
 }
 
-// abandon ends a Read that waits, when the transport wants no more. Otherwise an
-// upstream could not end its answer before a client on HTTP/2 has ended its
-// request, as gRPC servers do with streams that fail: Go's HTTP/2 transport waits
-// for its reading of the body, and ReverseProxy (Go 1.26) keeps it from closing
-// that itself. A body of HTTP/1 is left to the server: closing it may wait for the
-// client, and such clients send on.
+// abandon ends a Read that waits, when the transport wants no more. Otherwise an upstream could not end its
+// answer before a client on HTTP/2 has ended its request, as gRPC servers do with streams that fail: Go's
+// HTTP/2 transport waits for its reading of the body, and ReverseProxy (Go 1.26) keeps it from closing that
+// itself. A body of HTTP/1 is left to the server: closing it may wait for the client, and such clients send
+// on.
 func (b *body) abandon() {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -15,8 +15,7 @@ type charge struct {
 	late  time.Duration // after the end of all work it counts for so long
 }
 
-// begin counts more work on a request. It reports false where all of it has
-// ended.
+// begin counts more work on a request. It reports false where all of it has ended.
 func (c *charge) begin() bool {
 	for n := c.work.Load(); n > 0; n = c.work.Load() {
 		if c.work.CompareAndSwap(n, n+1) {
@@ -38,9 +37,8 @@ func (c *charge) end() {
 	c.lease.Release()
 }
 
-// resetCost is for how long a request counts at least whose client resets it: who
-// opens and resets streams as fast as possible has no more of them, then, than who
-// waits for answers.
+// resetCost is for how long a request counts at least whose client resets it: who opens and resets streams as
+// fast as possible has no more of them, then, than who waits for answers.
 const resetCost = time.Second
 
 // endRequest ends what charge began.
@@ -51,8 +49,7 @@ func (x *exchange) endRequest() {
 	x.charge.end()
 }
 
-// refusalWait is how long a client may take to read that it has too many
-// requests under way.
+// refusalWait is how long a client may take to read that it has too many requests under way.
 const refusalWait = 5 * time.Second
 
 // lastWait is how long a client with many connections may take for the end of an answer whose handler has
@@ -66,8 +63,8 @@ func (x *exchange) hurry() {
 	}
 }
 
-// charge begins the work on x's request, and finds out who it is from. It counts in all before that, since the answer may be
-// long in coming, and then for its source. The error says that there is no room.
+// charge begins the work on x's request, and finds out who it is from. It counts in all before that, since
+// the answer may be long in coming, and then for its source. The error says that there is no room.
 func (s *Server) charge(x *exchange) (err error) {
 	x.charge.work.Store(1)
 	if s.opts.Charge != nil {
@@ -88,19 +85,18 @@ func (s *Server) charge(x *exchange) (err error) {
 	return err
 }
 
-// forget lets go of what the client sent. HTTP/2's server keeps the request, and
-// the end of its answer, until the client takes that: of streams whose window is
-// empty there may be many, and the header of each takes up to Options.HeaderBytes.
+// forget lets go of what the client sent. HTTP/2's server keeps the request, and the end of its answer, until
+// the client takes that: of streams whose window is empty there may be many, and the header of each takes up
+// to Options.HeaderBytes.
 func (x *exchange) forget() {
 	if r := x.req; r.ProtoMajor >= 2 {
 		r.Header, r.URL, r.Host, r.RequestURI = nil, nil, "", ""
 	}
 }
 
-// charged counts dialling as work on the request that wants the connection: the
-// transport goes on with it when the request has ended, as that of a client
-// which opens streams and resets them. What it would begin afterwards it doesn't
-// begin at all.
+// charged counts dialling as work on the request that wants the connection: the transport goes on with it
+// when the request has ended, as that of a client which opens streams and resets them. What it would begin
+// afterwards it doesn't begin at all.
 func charged(dial func(context.Context) (net.Conn, error)) func(context.Context, string, string) (net.Conn, error) {
 	return func(ctx context.Context, _, _ string) (net.Conn, error) {
 		x, ok := ctx.Value(exchangeKey{}).(*exchange)

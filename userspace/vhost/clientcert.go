@@ -14,9 +14,8 @@ var (
 	errOtherName           = errors.New("the connection was made for another name, for which no client certificate is asked")
 )
 
-// checkClient says whether a client may use a route that wants a certificate of
-// it. The handshake only asked for one, so it is judged here: each route has its
-// own authorities. askedFor is the host of the request.
+// checkClient says whether a client may use a route that wants a certificate of it. The handshake only asked
+// for one, so it is judged here: each route has its own authorities. askedFor is the host of the request.
 func checkClient(state *tls.ConnectionState, cas *x509.CertPool, askedFor string) error {
 	if state == nil {
 		return errNoClientCertificate
@@ -36,9 +35,8 @@ func checkClient(state *tls.ConnectionState, cas *x509.CertPool, askedFor string
 	return err
 }
 
-// clientRefused answers a client without a certificate that counts: 421 if a
-// browser reused a connection for one more name of the certificate, as with a
-// fresh one it will be asked.
+// clientRefused answers a client without a certificate that counts: 421 if a browser reused a connection for
+// one more name of the certificate, as with a fresh one it will be asked.
 func (s *Server) clientRefused(x *exchange, err error) {
 	x.err = err
 	if errors.Is(err, errOtherName) {

@@ -13,8 +13,8 @@ import (
 // compressFrom is the length from which gzip is worth its header and the CPU.
 const compressFrom = 1024
 
-// compressible are the types that shrink. Images, archives and films are
-// compressed as they are, and event streams must not wait for more.
+// compressible are the types that shrink. Images, archives and films are compressed as they are, and event
+// streams must not wait for more.
 var compressible = []string{"text/", "application/json", "application/javascript", "application/xml", "application/wasm", "application/manifest+json", "image/svg+xml", "application/xhtml+xml", "application/ld+json", "application/rss+xml", "application/atom+xml"}
 
 // compress makes res's body one of gzip, if the client takes that and it helps.

@@ -18,21 +18,21 @@ import (
 
 // ConnInfo says who is at the other end of a downstream connection.
 type ConnInfo struct {
-	// Client is the client as far back as it is believed: from a PROXY header
-	// if there was one, else Peer. Invalid if unknown (a unix socket).
+	// Client is the client as far back as it is believed: from a PROXY header if there was one, else Peer.
+	// Invalid if unknown (a unix socket).
 	Client netip.AddrPort
 	// Peer is the other end of the socket.
 	Peer netip.AddrPort
 	// Local is what the client connected to.
 	Local netip.AddrPort
-	// Unknown is nil if Client is the client, else why that is not known: an
-	// UnsaidError, or why nobody can tell whether Peer speaks for others.
+	// Unknown is nil if Client is the client, else why that is not known: an UnsaidError, or why nobody can
+	// tell whether Peer speaks for others.
 	Unknown error
-	// Trusted says that the config trusts Peer to speak for others
-	// (accept_proxy.from names it). Whether its forwarding headers are
-	// believed, see believes.
+	// Trusted says that the config trusts Peer to speak for others (accept_proxy.from names it). Whether its
+	// forwarding headers are believed, see believes.
 	Trusted bool
-	// Hop is the name of the node at the other end, if it is one that may speak for others and its name is known.
+	// Hop is the name of the node at the other end, if it is one that may speak for others and its name is
+	// known.
 	Hop string
 	// Crowded says that Client has many connections.
 	Crowded bool
@@ -40,15 +40,14 @@ type ConnInfo struct {
 	Hops Hops
 	// ID is the path's id. Never empty if it comes from Info.
 	ID string
-	// ServerName is the name that the client asked for in TLS: from the PROXY
-	// header of an earlier hop, and where this hop terminates TLS from its
-	// own handshake. On a plain connection a name means that an earlier hop
-	// terminated TLS.
+	// ServerName is the name that the client asked for in TLS: from the PROXY header of an earlier hop, and
+	// where this hop terminates TLS from its own handshake. On a plain connection a name means that an
+	// earlier hop terminated TLS.
 	ServerName string
 }
 
-// How many streams an HTTP/2 connection may have depends on whose it is. A client
-// that behaves needs few connections.
+// How many streams an HTTP/2 connection may have depends on whose it is. A client that behaves needs few
+// connections.
 const (
 	crowdOfClient = iota
 	crowdOfHop
@@ -67,8 +66,8 @@ func (i ConnInfo) crowd() int {
 	return crowdOfClient
 }
 
-// Infoer is what a net.Conn given to ServeConn may have beside. Info is called
-// once, before the first byte is read.
+// Infoer is what a net.Conn given to ServeConn may have beside. Info is called once, before the first byte is
+// read.
 type Infoer interface{ Info() ConnInfo }
 
 // Judge is what an Infoer may have beside. Judge is called once for each request, whose context ctx is, and
@@ -83,16 +82,14 @@ type Hops interface {
 	Hop(netip.Addr) (bool, error)
 }
 
-// MayTell says whether the next hop may hear a client's address. It may not hear
-// that of a hop, which has rights of its own there; but of a process on this
-// host, hop or not, the address says no more than that.
+// MayTell says whether the next hop may hear a client's address. It may not hear that of a hop, which has
+// rights of its own there; but of a process on this host, hop or not, the address says no more than that.
 func MayTell(client netip.Addr, unknown error) bool {
 	var unsaid *UnsaidError
 	return unknown == nil || errors.As(unknown, &unsaid) && unsaid.Itself && client.IsLoopback()
 }
 
-// client says why a is not a client, nil if it is one: it speaks for others, or
-// nobody can tell.
+// client says why a is not a client, nil if it is one: it speaks for others, or nobody can tell.
 func (i *ConnInfo) client(a netip.Addr) error {
 	if i.Hops == nil {
 		return nil
@@ -115,13 +112,11 @@ func (e *UnsaidError) Error() string {
 	return e.Hop.String() + " forwards for a client and does not say for whom"
 }
 
-// believes says whether the forwarding headers in the requests of a connection
-// are those of a trusted hop.
+// believes says whether the forwarding headers in the requests of a connection are those of a trusted hop.
 //
-// Being trusted is not enough. A hop that sends a PROXY header may be an edge
-// which passes its client's bytes on: then the client wrote the headers, and
-// the PROXY header has said already what is true. And what comes in TLS was
-// written by whoever made the handshake, which an edge never does.
+// Being trusted is not enough. A hop that sends a PROXY header may be an edge which passes its client's bytes
+// on: then the client wrote the headers, and the PROXY header has said already what is true. And what comes
+// in TLS was written by whoever made the handshake, which an edge never does.
 func believes(i ConnInfo, overTLS bool) bool {
 	return i.Trusted && !overTLS && i.Client == i.Peer
 }
@@ -189,9 +184,9 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// lingerFor is how long a connection stays open after an answer, while the peer
-// sends a body that nobody reads: closing it resets it. It is net/http's own time,
-// which gives none if the request said that the connection would be closed.
+// lingerFor is how long a connection stays open after an answer, while the peer sends a body that nobody
+// reads: closing it resets it. It is net/http's own time, which gives none if the request said that the
+// connection would be closed.
 const lingerFor = 500 * time.Millisecond
 
 // Close closes the connection, soon if it lingers.
@@ -231,9 +226,8 @@ func (c *conn) stall() time.Duration {
 	return min(http2Stall, c.server.opts.StallTimeout)
 }
 
-// Write bounds how long a peer that has stopped reading holds the connection.
-// Setting a deadline for each write costs more than it gives: it is renewed
-// when a quarter of it has passed.
+// Write bounds how long a peer that has stopped reading holds the connection. Setting a deadline for each
+// write costs more than it gives: it is renewed when a quarter of it has passed.
 func (c *conn) Write(b []byte) (int, error) {
 	if !c.foreign.Load() {
 		stall, now := c.stall(), time.Now()
@@ -249,8 +243,7 @@ func (c *conn) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// SetWriteDeadline gives way to a deadline of net/http or crypto/tls (for the
-// last alert).
+// SetWriteDeadline gives way to a deadline of net/http or crypto/tls (for the last alert).
 func (c *conn) SetWriteDeadline(t time.Time) error {
 	c.foreign.Store(!t.IsZero())
 	c.armed.Store(0)
@@ -270,22 +263,19 @@ func (c *conn) CloseWrite() error {
 	return errors.ErrUnsupported
 }
 
-// gone says whether the peer has closed its side, as far as that can be seen
-// without reading.
+// gone says whether the peer has closed its side, as far as that can be seen without reading.
 func (c *conn) gone() bool {
 	g, ok := c.Conn.(interface{ Gone() bool })
 	return ok && g.Gone()
 }
 
-// clientLeft says whether nobody waits for the answer. While a body is to be
-// read net/http does not look.
+// clientLeft says whether nobody waits for the answer. While a body is to be read net/http does not look.
 func (x *exchange) clientLeft() bool {
 	return x.req.Context().Err() != nil || x.req.ProtoMajor == 1 && x.conn.gone()
 }
 
-// ClientLeft says whether the client of the request that wants a connection has
-// left; ctx is what Upstream.Dial got. It sees more if the downstream net.Conn
-// has the method Gone() bool.
+// ClientLeft says whether the client of the request that wants a connection has left; ctx is what
+// Upstream.Dial got. It sees more if the downstream net.Conn has the method Gone() bool.
 func ClientLeft(ctx context.Context) bool {
 	x, ok := ctx.Value(exchangeKey{}).(*exchange)
 	return ok && x.clientLeft()
@@ -304,9 +294,9 @@ func connContext(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, c.(*conn))
 }
 
-// Info returns what is known of who a request is from; ctx is the request's, or
-// what Upstream.Dial got. For Dial, Client, Unknown and ID are the request's:
-// if a hop that is believed said them, Client has port 0 and Local is invalid.
+// Info returns what is known of who a request is from; ctx is the request's, or what Upstream.Dial got. For
+// Dial, Client, Unknown and ID are the request's: if a hop that is believed said them, Client has port 0 and
+// Local is invalid.
 func Info(ctx context.Context) (ConnInfo, bool) {
 	c, ok := ctx.Value(connKey{}).(*conn)
 	if !ok {
@@ -322,8 +312,8 @@ func Info(ctx context.Context) (ConnInfo, bool) {
 	return info, true
 }
 
-// logBridge turns net/http's log lines into slog's. They are what strangers
-// cause (bad requests, broken connections), but for a panic of our own.
+// logBridge turns net/http's log lines into slog's. They are what strangers cause (bad requests, broken
+// connections), but for a panic of our own.
 type logBridge struct{ log *slog.Logger }
 
 func (b logBridge) Write(p []byte) (int, error) {

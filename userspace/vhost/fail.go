@@ -24,8 +24,8 @@ const (
 	ReasonTLS         = "tls"         // it has no TLS, or a certificate that is not believed: 502
 )
 
-// Reasoner is an error that knows its reason, one of the Reason constants;
-// Upstream.Dial's errors should. Others are classed by what they wrap.
+// Reasoner is an error that knows its reason, one of the Reason constants; Upstream.Dial's errors should.
+// Others are classed by what they wrap.
 type Reasoner interface {
 	error
 	Reason() string
@@ -34,8 +34,8 @@ type Reasoner interface {
 // Fail gives err a reason.
 func Fail(reason string, err error) error { return &failure{reason: reason, err: err} }
 
-// FailAbsent gives err the reason ReasonAbsent, and the time when the upstream was
-// last seen, for the page; zero if unknown.
+// FailAbsent gives err the reason ReasonAbsent, and the time when the upstream was last seen, for the page;
+// zero if unknown.
 func FailAbsent(seen time.Time, err error) error { return &failure{ReasonAbsent, err, seen} }
 
 type failure struct {

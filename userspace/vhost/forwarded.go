@@ -13,10 +13,9 @@ import (
 // IDHeader carries the path's id to HTTP upstreams.
 const IDHeader = "X-Tailsplice-Id"
 
-// forwarding are the headers in which a hop says for whom it speaks, and how it
-// was asked, beside those that isForwarding knows by a part of their name.
-// Frameworks believe them by default or by one switch, so none may come from a
-// stranger.
+// forwarding are the headers in which a hop says for whom it speaks, and how it was asked, beside those that
+// isForwarding knows by a part of their name. Frameworks believe them by default or by one switch, so none
+// may come from a stranger.
 var forwarding = map[string]bool{
 	"forwarded":                 true, // RFC 7239
 	"client-ip":                 true,
@@ -88,11 +87,10 @@ func dropForwarding(h http.Header, believed bool) {
 	}
 }
 
-// setForwarded makes the forwarding headers of the request that goes out, whose
-// header is out. From a hop that is believed, what it sent is kept and this hop
-// added; of anyone else dropForwarding has left nothing. Of a
-// client that is not known (see MayTell) it says so: the hop's own address
-// would give it the hop's rights further on.
+// setForwarded makes the forwarding headers of the request that goes out, whose header is out. From a hop
+// that is believed, what it sent is kept and this hop added; of anyone else dropForwarding has left nothing.
+// Of a client that is not known (see MayTell) it says so: the hop's own address would give it the hop's
+// rights further on.
 func setForwarded(in *http.Request, authority string, out http.Header, info ConnInfo, known bool, id string) {
 	believed := believes(info, in.TLS != nil)
 	proto := "http"
@@ -138,12 +136,11 @@ func setForwarded(in *http.Request, authority string, out http.Header, info Conn
 	}
 }
 
-// clientOf is the client of a request: what a hop that is believed says that it
-// saw, which is the last of its X-Forwarded-For, else that of the connection.
-// What stands before is that one's word: believed if it is such a hop itself,
-// and else anybody's. A hop is never the client: where one speaks for somebody
-// and doesn't say for whom, or nobody can tell whether it is a hop, unknown says
-// so, and client is the last who said something.
+// clientOf is the client of a request: what a hop that is believed says that it saw, which is the last of its
+// X-Forwarded-For, else that of the connection. What stands before is that one's word: believed if it is such
+// a hop itself, and else anybody's. A hop is never the client: where one speaks for somebody and doesn't say
+// for whom, or nobody can tell whether it is a hop, unknown says so, and client is the last who said
+// something.
 func clientOf(r *http.Request, info ConnInfo) (client netip.AddrPort, unknown error) {
 	client = info.Client
 	if info.Unknown != nil {
@@ -197,8 +194,8 @@ func splitElements(lines []string) []string {
 	return out
 }
 
-// elementsOf says in Forwarded what a hop said only in X-Forwarded-For. The
-// host and the protocol are those of the first, the client's own request.
+// elementsOf says in Forwarded what a hop said only in X-Forwarded-For. The host and the protocol are those
+// of the first, the client's own request.
 func elementsOf(chain []string, host, proto string) []string {
 	out := make([]string, 0, len(chain))
 	for i, v := range chain {

@@ -25,11 +25,11 @@ const (
 	frameEnd, framePadded             = 1, 8
 	mostPadding                       = 1 + 255 // bytes: its length, and as many as that says (RFC 9113 6.1)
 
-	// What brings no answer is read slowly. A frame costs one of frameBurst, but for those that begin requests
-	// and those with a part of their body, which other limits bound. Time brings framesPerSecond back. A frame of an answer
-	// brings frameAnswer, and one more for each frameBytes of its body: whoever reads answers acknowledges each,
-	// and some, gRPC's clients, also measure the way by a PING. So they never wait, and PING, SETTINGS,
-	// RST_STREAM and CONTINUATION without end do.
+	// What brings no answer is read slowly. A frame costs one of frameBurst, but for those that begin
+	// requests and those with a part of their body, which other limits bound. Time brings framesPerSecond
+	// back. A frame of an answer brings frameAnswer, and one more for each frameBytes of its body: whoever
+	// reads answers acknowledges each, and some, gRPC's clients, also measure the way by a PING. So they
+	// never wait, and PING, SETTINGS, RST_STREAM and CONTINUATION without end do.
 	frameBurst      = 250
 	framesPerSecond = 25
 	frameAnswer     = 4
@@ -50,7 +50,8 @@ type frame struct {
 	stream      uint32
 }
 
-// pass goes on with b. value is called for each frame that begins, and pass returns the sum of what it returned.
+// pass goes on with b. value is called for each frame that begins, and pass returns the sum of what it
+// returned.
 func (s *splitter) pass(b []byte, value func(frame) int) (sum int) {
 	for len(b) > 0 {
 		if s.left > 0 {
@@ -123,8 +124,8 @@ func (b *bodies) begin(fr frame) {
 	b.open[fr.stream] = struct{}{}
 }
 
-// goesOn reports whether fr is DATA of a request that goes on, and says something: it has bytes behind padding,
-// however long that is, or is the end.
+// goesOn reports whether fr is DATA of a request that goes on, and says something: it has bytes behind
+// padding, however long that is, or is the end.
 func (b *bodies) goesOn(fr frame) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -197,8 +198,8 @@ type frameBudget struct {
 	paid int64     // earned until then
 }
 
-// spend takes cost away, and returns how long to wait until nothing is owed. earned is all that the client has
-// earned until now.
+// spend takes cost away, and returns how long to wait until nothing is owed. earned is all that the client
+// has earned until now.
 func (b *frameBudget) spend(cost int, earned int64, now time.Time) time.Duration {
 	more := now.Sub(b.at).Seconds()*framesPerSecond + float64(earned-b.paid)
 	b.left, b.at, b.paid = min(b.left+more, frameBurst)-float64(cost), now, earned
@@ -225,8 +226,8 @@ func (c *conn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// secure is a connection of HTTP/2 in TLS. It hides that from net/http, whose own way with TLS leaves no room to
-// look at frames: requests get their TLS by secured.
+// secure is a connection of HTTP/2 in TLS. It hides that from net/http, whose own way with TLS leaves no room
+// to look at frames: requests get their TLS by secured.
 type secure struct {
 	net.Conn
 	tls     tls.ConnectionState

@@ -20,15 +20,14 @@ const (
 	grpcUnauthenticated  = 16
 )
 
-// isGRPC says whether a request's client reads its answer's status in the
-// header Grpc-Status: gRPC and gRPC-Web.
+// isGRPC says whether a request's client reads its answer's status in the header Grpc-Status: gRPC and
+// gRPC-Web.
 func isGRPC(r *http.Request) bool {
 	return strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
 }
 
-// grpcPage is a page for a program: the answer without a body that gRPC calls
-// Trailers-Only. Clients would make the same code of a page's status, but for a
-// deadline, and not see a word of it.
+// grpcPage is a page for a program: the answer without a body that gRPC calls Trailers-Only. Clients would
+// make the same code of a page's status, but for a deadline, and not see a word of it.
 func (s *Server) grpcPage(x *exchange, status int, f fault) {
 	code := grpcUnknown
 	switch status {
@@ -43,8 +42,7 @@ func (s *Server) grpcPage(x *exchange, status int, f fault) {
 	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
 		code = grpcUnavailable
 	}
-	// A server ends a call when its deadline is over, and may be quicker than
-	// its client.
+	// A server ends a call when its deadline is over, and may be quicker than its client.
 	if d, ok := grpcTimeout(x.req.Header.Get("Grpc-Timeout")); ok && time.Since(x.started) >= d {
 		code = grpcDeadlineExceeded
 	}
@@ -72,8 +70,7 @@ func grpcTimeout(v string) (time.Duration, bool) {
 	return time.Duration(min(n, uint64(math.MaxInt64/unit))) * unit, true
 }
 
-// grpcMessage writes a text as Grpc-Message has it: percent-encoded where it is
-// not printable ASCII.
+// grpcMessage writes a text as Grpc-Message has it: percent-encoded where it is not printable ASCII.
 func grpcMessage(text string) string {
 	var b strings.Builder
 	for i := range len(text) {

@@ -7,9 +7,8 @@ import (
 	"strings"
 )
 
-// Guard decides whether a request may go on. Nil lets it; ErrAnswered says that
-// the guard has answered by w; a *Refusal makes a page; any other error is an
-// internal one (500). It must not read the request's body.
+// Guard decides whether a request may go on. Nil lets it; ErrAnswered says that the guard has answered by w;
+// a *Refusal makes a page; any other error is an internal one (500). It must not read the request's body.
 type Guard func(w http.ResponseWriter, v *Visit) error
 
 // ErrAnswered is a guard's word for having answered the request itself.
@@ -27,13 +26,12 @@ type Visit struct {
 
 	// User is who it is, for OnRequest. Guards set it.
 	User string
-	// Set are headers that the upstream gets, Drop names headers that it gets
-	// only so: whatever the client sent in them, however it wrote them, is
-	// dropped.
+	// Set are headers that the upstream gets, Drop names headers that it gets only so: whatever the client
+	// sent in them, however it wrote them, is dropped.
 	Set  http.Header
 	Drop []string
-	// Answer are headers that the client gets beside those of the answer,
-	// whoever makes that. Names are canonical.
+	// Answer are headers that the client gets beside those of the answer, whoever makes that. Names are
+	// canonical.
 	Answer http.Header
 
 	x *exchange
@@ -48,9 +46,8 @@ func (v *Visit) SetHeader(name, value string) {
 	v.Drop = append(v.Drop, name)
 }
 
-// Apply makes a copy of the client's header, without what is hop-by-hop, the
-// header that the upstream would get as things stand, but for the host: that is
-// URI.HostPort.
+// Apply makes a copy of the client's header, without what is hop-by-hop, the header that the upstream would
+// get as things stand, but for the host: that is URI.HostPort.
 func (v *Visit) Apply(h http.Header) { v.x.setHeaders(h, v.URI.HostPort()) }
 
 // Refusal is a guard's no.
@@ -94,8 +91,8 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 	return false
 }
 
-// setHeaders makes a copy of the client's header that of the request which goes
-// out. It says that the client has asked for authority.
+// setHeaders makes a copy of the client's header that of the request which goes out. It says that the client
+// has asked for authority.
 func (x *exchange) setHeaders(out http.Header, authority string) {
 	setForwarded(x.req, authority, out, x.visit.Conn, MayTell(x.visit.Client.Addr(), x.visit.Unknown), x.id)
 	out[PathHeader] = []string{strings.Join(append(x.passed(), x.conn.server.opts.Node), ", ")}

@@ -132,14 +132,13 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		trace.GotFirstResponseByte = func() { x.heard.Store(true) }
 	}
 	ctx = httptrace.WithClientTrace(ctx, trace)
-	// A copy: the server looks at its own request's Body (for Expect), and puts
-	// the trailers there.
+	// A copy: the server looks at its own request's Body (for Expect), and puts the trailers there.
 	in := r.WithContext(ctx)
 	if hasBody(r) {
 		x.body = newBody(x, w, cmp.Or(x.route.BodyTimeout, s.opts.StallTimeout), x.route.MaxBody)
 		in.Body = x.body
-		// Without it an HTTP/1 server throws the rest of the body away when the
-		// answer begins, though the upstream may still be reading.
+		// Without it an HTTP/1 server throws the rest of the body away when the answer begins, though the
+		// upstream may still be reading.
 		http.NewResponseController(w).EnableFullDuplex()
 	}
 	s.proxy.ServeHTTP(x.resp, in)
@@ -153,8 +152,7 @@ func hasBody(r *http.Request) bool {
 
 const hstsHeader = "Strict-Transport-Security"
 
-// addOwn gives the header of x's final answer what is this hop's own, whoever
-// makes the answer.
+// addOwn gives the header of x's final answer what is this hop's own, whoever makes the answer.
 func (s *Server) addOwn(x *exchange, h http.Header) {
 	if x.hsts != "" {
 		h[hstsHeader] = []string{x.hsts}
@@ -184,8 +182,7 @@ func (s *Server) findRoute(x *exchange) error {
 	return s.checkReadings(x)
 }
 
-// admit says whether x's request goes on to an upstream. If not, it has been
-// answered.
+// admit says whether x's request goes on to an upstream. If not, it has been answered.
 func (s *Server) admit(x *exchange) bool {
 	if x.route.ClientCAs != nil {
 		if err := checkClient(x.req.TLS, x.route.ClientCAs(), x.uri.Host); err != nil {
@@ -259,10 +256,9 @@ func (x *exchange) gotConn(i httptrace.GotConnInfo) {
 	}
 }
 
-// upstreamClosed ends the wait for more of the request's body when the upstream
-// is gone: the transport reports that only once its read has returned, and a
-// client that streams may have nothing to say for long. An answer that came
-// before the end of the body is no such case; it is given time to be seen.
+// upstreamClosed ends the wait for more of the request's body when the upstream is gone: the transport
+// reports that only once its read has returned, and a client that streams may have nothing to say for long.
+// An answer that came before the end of the body is no such case; it is given time to be seen.
 func (x *exchange) upstreamClosed(c *upstreamConn) {
 	time.AfterFunc(100*time.Millisecond, func() {
 		if x.upConn.Load() == c {
@@ -324,10 +320,9 @@ func (s *Server) newProxy(errorLog *log.Logger) *httputil.ReverseProxy {
 		Rewrite:        s.rewrite,
 		ModifyResponse: s.answered,
 		Transport:      transports{s},
-		// Answers of unknown length and event streams are flushed with each
-		// write, always. Those of known length may wait this long, so that a
-		// small one takes one segment and one TLS record instead of two or three
-		// (15 to 20 % of the CPU that a small request takes).
+		// Answers of unknown length and event streams are flushed with each write, always. Those of known
+		// length may wait this long, so that a small one takes one segment and one TLS record instead of two
+		// or three (15 to 20 % of the CPU that a small request takes).
 		FlushInterval: time.Millisecond,
 		BufferPool:    &buffers{},
 		ErrorLog:      errorLog,

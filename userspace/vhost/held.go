@@ -5,10 +5,11 @@ import (
 	"time"
 )
 
-// Holder is what an Infoer may have beside. Holds is called once, before the first byte is read, with a function
-// that says how many bytes the connection holds in this process, and in the sockets of its upstreams, for answers
-// that the client takes nothing of, and since when it has taken nothing of one of them. What the connection's own
-// socket holds is not a part of it: who speaks HTTP/2 stops to read streams, and never the connection.
+// Holder is what an Infoer may have beside. Holds is called once, before the first byte is read, with a
+// function that says how many bytes the connection holds in this process, and in the sockets of its
+// upstreams, for answers that the client takes nothing of, and since when it has taken nothing of one of
+// them. What the connection's own socket holds is not a part of it: who speaks HTTP/2 stops to read streams,
+// and never the connection.
 type Holder interface {
 	Holds(held func() (bytes int64, since time.Time))
 }

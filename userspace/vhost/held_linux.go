@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// queued is how many bytes c's socket has received, and nobody has read. What it has not sent is of requests, which
-// may be others': HTTP/2 has one connection for many.
+// queued is how many bytes c's socket has received, and nobody has read. What it has not sent is of requests,
+// which may be others': HTTP/2 has one connection for many.
 func queued(c net.Conn) (bytes int64) {
 	s, ok := c.(syscall.Conn)
 	if !ok {

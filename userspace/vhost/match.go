@@ -17,8 +17,8 @@ type Match struct {
 	AnyCase bool              // Path is in upper or lower case: servers may take both for the same
 }
 
-// Takes says whether m takes a request whose path is path, as Options.Route got
-// it, and if not, whether it is the method alone that doesn't fit.
+// Takes says whether m takes a request whose path is path, as Options.Route got it, and if not, whether it is
+// the method alone that doesn't fit.
 func (m *Match) Takes(r *http.Request, path string) (ok, otherMethod bool) {
 	if !m.TakesPath(path) {
 		return false, false
@@ -62,9 +62,8 @@ func valuesOf(h http.Header, name string) (all []string) {
 	return all
 }
 
-// PathMatches says whether a route's path covers path: the same, or followed by
-// more segments. "/api/" and "/api" both cover /api, /api/ and /api/x, and not
-// /apis; "" and "/" cover everything.
+// PathMatches says whether a route's path covers path: the same, or followed by more segments. "/api/" and
+// "/api" both cover /api, /api/ and /api/x, and not /apis; "" and "/" cover everything.
 func PathMatches(route, path string) bool {
 	route = strings.TrimSuffix(route, "/")
 	rest, ok := strings.CutPrefix(path, route)
@@ -74,8 +73,7 @@ func PathMatches(route, path string) bool {
 // anyCase makes one of the letters that Express, Caddy, IIS, Java and what is like them take for the same.
 func anyCase(r rune) rune { return unicode.ToLower(unicode.ToUpper(r)) }
 
-// MethodError says that there are routes for the path, and none for the method:
-// 405.
+// MethodError says that there are routes for the path, and none for the method: 405.
 type MethodError struct{ Allow []string }
 
 func (e *MethodError) Error() string {

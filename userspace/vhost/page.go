@@ -89,8 +89,8 @@ func (s *Server) page(x *exchange, status int, f fault) {
 	x.resp.Write(buf.Bytes()) // for HEAD net/http sends the header alone
 }
 
-// preferred is the form of page that a client wants most: html, json or text.
-// Who accepts anything is a program, and its user reads a terminal.
+// preferred is the form of page that a client wants most: html, json or text. Who accepts anything is a
+// program, and its user reads a terminal.
 func preferred(r *http.Request) string {
 	best, bestQ := "text", 0.0
 	for _, line := range r.Header["Accept"] {

@@ -5,12 +5,12 @@ import (
 	"strings"
 )
 
-// PathHeader tells the next hop by which hops a request has come, the first one first, for the pages that show its
-// path. It is believed from a hop that is believed only.
+// PathHeader tells the next hop by which hops a request has come, the first one first, for the pages that
+// show its path. It is believed from a hop that is believed only.
 const PathHeader = "X-Tailsplice-Path"
 
-// passed are the names of the hops before this one, as far as they are known: what the last of them says, or that one
-// itself.
+// passed are the names of the hops before this one, as far as they are known: what the last of them says, or
+// that one itself.
 func (x *exchange) passed() []string {
 	c := x.visit.Conn
 	if believes(c, x.req.TLS != nil) {

@@ -173,7 +173,8 @@ func cutParams(path string) string {
 	return strings.Join(segments, "/")
 }
 
-// resolveDots resolves dot segments as RFC 3986 5.2.4 does, for which there is an empty segment between two slashes.
+// resolveDots resolves dot segments as RFC 3986 5.2.4 does, for which there is an empty segment between two
+// slashes.
 func resolveDots(path string) string {
 	segments := strings.Split(path, "/")[1:] // what is before the first slash is none
 	out := segments[:0]

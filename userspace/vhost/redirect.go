@@ -8,8 +8,8 @@ import (
 
 // Redirect answers with another place.
 type Redirect struct {
-	// To is "https", for the same address by https, or an absolute URL. One
-	// without a path gets the request's path and query.
+	// To is "https", for the same address by https, or an absolute URL. One without a path gets the request's
+	// path and query.
 	To   string
 	Code int
 }

@@ -88,10 +88,9 @@ func (w *response) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// Hijack hands the connection over to an upgraded protocol. ReverseProxy reads
-// from the connection and not from the buffer that comes with it, in which
-// there is what the client sent early: the connection that it gets from here
-// gives that first.
+// Hijack hands the connection over to an upgraded protocol. ReverseProxy reads from the connection and not
+// from the buffer that comes with it, in which there is what the client sent early: the connection that it
+// gets from here gives that first.
 func (w *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	c, rw, err := http.NewResponseController(w.ResponseWriter).Hijack()
 	if err != nil {

@@ -12,14 +12,12 @@ import (
 	"time"
 )
 
-// transports sends a request by the transport that its upstream needs, and
-// again where that can do no harm.
+// transports sends a request by the transport that its upstream needs, and again where that can do no harm.
 type transports struct{ s *Server }
 
-// RoundTrip tries the upstream that was picked first. If that can't be reached,
-// or fails a request that may be repeated, the others are tried. A request of
-// which nothing was sent, because the connection had gone stale in the pool,
-// gets a fresh one.
+// RoundTrip tries the upstream that was picked first. If that can't be reached, or fails a request that may
+// be repeated, the others are tried. A request of which nothing was sent, because the connection had gone
+// stale in the pool, gets a fresh one.
 func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 	x := r.Context().Value(exchangeKey{}).(*exchange)
 	defer x.roundTripOver()
@@ -71,12 +69,11 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 }
 
-// maxStale bounds how many stale connections in a row a request may meet: more
-// than the pool holds would be another fault.
+// maxStale bounds how many stale connections in a row a request may meet: more than the pool holds would be
+// another fault.
 const maxStale = upstreamIdlePerHost + 1
 
-// repeatable says whether a request may be sent again though an upstream may
-// have seen it (RFC 9110 9.2.2).
+// repeatable says whether a request may be sent again though an upstream may have seen it (RFC 9110 9.2.2).
 func repeatable(method string) bool {
 	switch method {
 	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
@@ -126,8 +123,7 @@ func needsHTTP1(x *exchange, r *http.Request) bool {
 	return wantsUpgrade(r) || x.uri.Authority == "" && x.route.RequestHeader.Set["Host"] == ""
 }
 
-// withAnswerTimeout cancels r when it has been sent whole and no answer has
-// begun after d. stop ends that.
+// withAnswerTimeout cancels r when it has been sent whole and no answer has begun after d. stop ends that.
 func withAnswerTimeout(r *http.Request, d time.Duration) (*http.Request, func()) {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	var timer answerTimer
@@ -137,8 +133,8 @@ func withAnswerTimeout(r *http.Request, d time.Duration) (*http.Request, func())
 	return r.WithContext(ctx), timer.stop
 }
 
-// answerTimer starts once the transport's writer is done, and stops in the one
-// that waits for the answer: whichever comes first.
+// answerTimer starts once the transport's writer is done, and stops in the one that waits for the answer:
+// whichever comes first.
 type answerTimer struct {
 	mu      sync.Mutex
 	timer   *time.Timer
@@ -162,8 +158,7 @@ func (t *answerTimer) stop() {
 	}
 }
 
-// spareBody is a request's body that can be sent again while what was read of
-// it still fits in memory.
+// spareBody is a request's body that can be sent again while what was read of it still fits in memory.
 type spareBody struct {
 	body    io.ReadCloser
 	abandon func()       // ends a Read of body that waits
@@ -189,8 +184,7 @@ func (s *spareBody) whole() bool {
 	return !s.over && (s.err == nil || s.err == io.EOF)
 }
 
-// lastAttempt says that there will be no other. The transport may have closed
-// the body by now, or will.
+// lastAttempt says that there will be no other. The transport may have closed the body by now, or will.
 func (s *spareBody) lastAttempt() {
 	s.done.Store(true)
 	if s.attempt.closed.Load() {

@@ -46,8 +46,7 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 // authority. For "" it would write that of the URL, which is the key of a pool of connections.
 const noHost = "/"
 
-// Rewritten is the host and the path that upstreams are asked for, of a request
-// for these.
+// Rewritten is the host and the path that upstreams are asked for, of a request for these.
 func (r *Route) Rewritten(host, path string) (string, string) {
 	if to := r.RequestHeader.Set["Host"]; to != "" {
 		host = to

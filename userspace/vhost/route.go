@@ -9,32 +9,30 @@ import (
 	"time"
 )
 
-// Route says what becomes of the requests that it takes. It is not changed
-// once it is in use.
+// Route says what becomes of the requests that it takes. It is not changed once it is in use.
 type Route struct {
 	// Name is the route's name, for OnRequest.
 	Name string
 	// Guard, if not nil, decides whether a request may go on.
 	Guard Guard
-	// Upstreams are where its requests may go. It needs one, but for a
-	// Redirect.
+	// Upstreams are where its requests may go. It needs one, but for a Redirect.
 	Upstreams []Choice
 	// Redirect, if not nil, is the answer.
 	Redirect *Redirect
 	// StripPrefix is taken off the path, and then AddPrefix put before it.
 	StripPrefix, AddPrefix string
-	// RequestHeader is changed after the forwarding headers were made,
-	// ResponseHeader in whatever an upstream answers.
+	// RequestHeader is changed after the forwarding headers were made, ResponseHeader in whatever an upstream
+	// answers.
 	RequestHeader, ResponseHeader HeaderChange
 	// MaxBody bounds a request's body, in bytes; 0 doesn't.
 	MaxBody int64
-	// AnswerTimeout and BodyTimeout (Options.StallTimeout for the request's
-	// body), if not 0, take the place of the server's.
+	// AnswerTimeout and BodyTimeout (Options.StallTimeout for the request's body), if not 0, take the place
+	// of the server's.
 	AnswerTimeout, BodyTimeout time.Duration
 	// Compress answers with gzip where that is asked for and of use.
 	Compress bool
-	// ClientCAs, if not nil, says what a client's certificate must come from,
-	// for each request anew. The TLS configuration has to ask for one.
+	// ClientCAs, if not nil, says what a client's certificate must come from, for each request anew. The TLS
+	// configuration has to ask for one.
 	ClientCAs func() *x509.CertPool
 }
 
@@ -70,8 +68,7 @@ func (c *HeaderChange) apply(h http.Header) {
 	}
 }
 
-// avoidFor is how long an upstream that could not be reached is asked only if
-// there is no other.
+// avoidFor is how long an upstream that could not be reached is asked only if there is no other.
 const avoidFor = 10 * time.Second
 
 // health is what is known of an upstream from the last requests.
@@ -79,9 +76,8 @@ type health struct{ failed atomic.Int64 } // when it could last not be reached, 
 
 func (h *health) good(now time.Time) bool { return now.UnixNano()-h.failed.Load() > int64(avoidFor) }
 
-// pick chooses an upstream that is not in tried, or nil: by weight among those
-// that could be reached lately, else among the others, and those without a
-// weight last.
+// pick chooses an upstream that is not in tried, or nil: by weight among those that could be reached lately,
+// else among the others, and those without a weight last.
 func (r *Route) pick(tried []*Upstream) *Upstream {
 	if len(r.Upstreams) == 1 && len(tried) == 0 {
 		return r.Upstreams[0].Upstream

@@ -26,8 +26,7 @@ const (
 	protocolCount = iota
 )
 
-// Speaker says for whom a connection to an upstream speaks, and so which
-// requests may share it.
+// Speaker says for whom a connection to an upstream speaks, and so which requests may share it.
 type Speaker uint8
 
 const (
@@ -38,26 +37,24 @@ const (
 
 // Upstream is where requests are sent.
 type Upstream struct {
-	// Key tells upstreams apart: connections are reused for every request
-	// whose Upstream has the same Key, within what Speaks allows. The target as the config writes it is
-	// a good one.
+	// Key tells upstreams apart: connections are reused for every request whose Upstream has the same Key,
+	// within what Speaks allows. The target as the config writes it is a good one.
 	Key string
-	// Name is how pages call it. Visitors see it: name a node, a container, or
-	// "a local service", not an internal address.
+	// Name is how pages call it. Visitors see it: name a node, a container, or "a local service", not an
+	// internal address.
 	Name string
-	// Dial connects to it. ctx carries the values of the request that wants
-	// the connection (Info(ctx) works), not its end: Dial has a timeout of its
-	// own. An error with a reason (see Fail) makes a better page.
+	// Dial connects to it. ctx carries the values of the request that wants the connection (Info(ctx) works),
+	// not its end: Dial has a timeout of its own. An error with a reason (see Fail) makes a better page.
 	Dial func(ctx context.Context) (net.Conn, error)
-	// Speaks says for whom its connections speak. Those which don't for all are
-	// closed soon after their last request.
+	// Speaks says for whom its connections speak. Those which don't for all are closed soon after their last
+	// request.
 	Speaks Speaker
-	// Protocol is how to speak with it. TLS is for HTTPS: it needs a ServerName,
-	// and no NextProtos. Upstreams with different ones have different Keys.
+	// Protocol is how to speak with it. TLS is for HTTPS: it needs a ServerName, and no NextProtos. Upstreams
+	// with different ones have different Keys.
 	Protocol Protocol
 	TLS      *tls.Config
-	// Roots, if not nil, is what TLS.RootCAs are, for each connection anew.
-	// Connections under another version are not used any more.
+	// Roots, if not nil, is what TLS.RootCAs are, for each connection anew. Connections under another version
+	// are not used any more.
 	Roots func() (pool *x509.CertPool, version string)
 	// Watch, if not nil, is kept over connections that are used again.
 	Watch *Watch
@@ -71,8 +68,8 @@ const tlsHandshakeTimeout = 10 * time.Second
 
 type dialKey struct{}
 
-// newTransport makes a transport that dials with the request's own Upstream.
-// Its pool is keyed by the URL's host, which address makes.
+// newTransport makes a transport that dials with the request's own Upstream. Its pool is keyed by the URL's
+// host, which address makes.
 func (s *Server) newTransport(p Protocol, idlePerHost int, idle time.Duration) *http.Transport {
 	var speaks http.Protocols
 	speaks.SetHTTP1(p != H2C)
@@ -96,14 +93,12 @@ func (s *Server) newTransport(p Protocol, idlePerHost int, idle time.Duration) *
 	}
 }
 
-// bufferSize is of an upstream connection, each way: chunked bodies are read
-// through it, so it is also their largest write downstream, and one TLS record
-// holds 16 KiB.
+// bufferSize is of an upstream connection, each way: chunked bodies are read through it, so it is also their
+// largest write downstream, and one TLS record holds 16 KiB.
 const bufferSize = 16 << 10
 
-// answerBuffer is what an upstream of HTTP/2 may send of an answer before the
-// client has read it. Go's default is 4 MiB, which a client that reads nothing
-// would fill for each of its streams.
+// answerBuffer is what an upstream of HTTP/2 may send of an answer before the client has read it. Go's
+// default is 4 MiB, which a client that reads nothing would fill for each of its streams.
 const answerBuffer = 512 << 10
 
 func dialUpstream(ctx context.Context) (*upstreamConn, error) {
@@ -144,9 +139,8 @@ func dialUpstreamTLS(ctx context.Context) (net.Conn, error) {
 	return tc, nil
 }
 
-// address makes u lead to the upstream, in the transport's eyes only: the host
-// stands for Key, the version of Roots, and for whom the connection speaks,
-// whatever characters they have.
+// address makes u lead to the upstream, in the transport's eyes only: the host stands for Key, the version of
+// Roots, and for whom the connection speaks, whatever characters they have.
 func (up *Upstream) address(u *url.URL, x *exchange) {
 	u.Scheme = "http"
 	if up.Protocol == HTTPS {
@@ -169,8 +163,7 @@ func (up *Upstream) address(u *url.URL, x *exchange) {
 	u.Host = hex.EncodeToString([]byte(key))
 }
 
-// upstreamConn is a connection in a pool. It tells the exchanges that use it
-// when the transport closes it.
+// upstreamConn is a connection in a pool. It tells the exchanges that use it when the transport closes it.
 type upstreamConn struct {
 	net.Conn
 	sent    atomic.Int64 // bytes

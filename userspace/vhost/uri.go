@@ -25,8 +25,8 @@ type URI struct {
 	Path string
 	// Query is the client's bytes from the "?" on; "" if there is none.
 	Query string
-	// Plain is Path as an upstream reads it that decodes and resolves, so that no other way of writing a
-	// path leads around a route: without escapes, dot segments and double slashes. That of "*" is "/".
+	// Plain is Path as an upstream reads it that decodes and resolves, so that no other way of writing a path
+	// leads around a route: without escapes, dot segments and double slashes. That of "*" is "/".
 	Plain string
 }
 
@@ -62,8 +62,9 @@ const (
 	BadPath      = "bad_path"      // servers don't agree which path it is, and the answers to that lead to different rules
 )
 
-// readURI reads what r is for, and makes r's fields that name it what was read. The scheme is none of them: it
-// is the connection's, whatever the client says. The error is a *BadRequest; what comes with it is for logs.
+// readURI reads what r is for, and makes r's fields that name it what was read. The scheme is none of them:
+// it is the connection's, whatever the client says. The error is a *BadRequest; what comes with it is for
+// logs.
 func readURI(r *http.Request) (URI, error) {
 	asked := URI{Authority: r.Host, Host: r.Host, Path: r.RequestURI} // for the log, if it is refused
 	target, u := r.RequestURI, URI{Authority: r.Host}

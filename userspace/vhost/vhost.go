@@ -1,16 +1,14 @@
-// Package vhost serves HTTP for `http` and `https` listeners: it takes accepted
-// connections, terminates TLS if it is given a configuration for it, and proxies
-// each request to the upstream that its host and path lead to.
+// Package vhost serves HTTP for `http` and `https` listeners: it takes accepted connections, terminates TLS
+// if it is given a configuration for it, and proxies each request to the upstream that its host and path lead
+// to.
 //
-// It is net/http's server and httputil's ReverseProxy with what a hop among
-// hops needs beside them: forwarding headers that can't be forged, upstream
-// connections that are never shared between clients where a PROXY header
-// speaks for one of them, upgrades that lose no byte, trailers both ways, and
-// pages which name the hop that failed.
+// It is net/http's server and httputil's ReverseProxy with what a hop among hops needs beside them:
+// forwarding headers that can't be forged, upstream connections that are never shared between clients where a
+// PROXY header speaks for one of them, upgrades that lose no byte, trailers both ways, and pages which name
+// the hop that failed.
 //
-// What vhost does not know, it is given in standard types: where a request goes
-// (Options.Route), what a connection's client is (Infoer), how to dial
-// (Upstream.Dial).
+// What vhost does not know, it is given in standard types: where a request goes (Options.Route), what a
+// connection's client is (Infoer), how to dial (Upstream.Dial).
 //
 // Its files, in the order in which a request meets them:
 //
@@ -66,23 +64,21 @@ import (
 
 // Defaults of Options.
 const (
-	// DefaultHeaderTimeout is for the TLS handshake, and then for each
-	// request's header.
+	// DefaultHeaderTimeout is for the TLS handshake, and then for each request's header.
 	DefaultHeaderTimeout = 10 * time.Second
-	// DefaultCertificateTimeout is for a TLS handshake in which the client is
-	// asked for a certificate: somebody chooses one, and types a PIN.
+	// DefaultCertificateTimeout is for a TLS handshake in which the client is asked for a certificate:
+	// somebody chooses one, and types a PIN.
 	DefaultCertificateTimeout = 3 * time.Minute
-	// DefaultIdleTimeout is how long a downstream connection may wait for its
-	// next request.
+	// DefaultIdleTimeout is how long a downstream connection may wait for its next request.
 	DefaultIdleTimeout = 3 * time.Minute
-	// DefaultStallTimeout is how long a body may make no progress at all while
-	// somebody waits for it. Bodies that move may take forever.
+	// DefaultStallTimeout is how long a body may make no progress at all while somebody waits for it. Bodies
+	// that move may take forever.
 	DefaultStallTimeout = 5 * time.Minute
-	// DefaultAnswerTimeout is how long an upstream may think about a request
-	// that it has received whole. Long polls take minutes.
+	// DefaultAnswerTimeout is how long an upstream may think about a request that it has received whole. Long
+	// polls take minutes.
 	DefaultAnswerTimeout = 5 * time.Minute
-	// DefaultHeaderBytes bounds a request's header. Cookies are what is large:
-	// servers behind us take 8 to 64 KiB.
+	// DefaultHeaderBytes bounds a request's header. Cookies are what is large: servers behind us take 8 to 64
+	// KiB.
 	DefaultHeaderBytes = 128 << 10
 )
 
@@ -107,39 +103,35 @@ type Options struct {
 	// Node is this hop's name, shown on the pages it makes itself.
 	Node string
 
-	// Route says what becomes of a request for host and path, which are URI.Host
-	// and URI.Plain. Errors: ErrNoHost, ErrMisdirected, ErrNoPath, a MethodError,
-	// ErrRejected; any other is an internal error (500). Called for each request,
-	// so a reload needs no new Server, and of a path that servers read in
-	// different ways for each of them.
+	// Route says what becomes of a request for host and path, which are URI.Host and URI.Plain. Errors:
+	// ErrNoHost, ErrMisdirected, ErrNoPath, a MethodError, ErrRejected; any other is an internal error (500).
+	// Called for each request, so a reload needs no new Server, and of a path that servers read in different
+	// ways for each of them.
 	Route func(r *http.Request, host, path string) (*Route, error)
 
-	// ByPath says whether Route looks at the path of a request for host; nil is
-	// that it does.
+	// ByPath says whether Route looks at the path of a request for host; nil is that it does.
 	ByPath func(host string) bool
 
-	// HSTS, if not nil, is the value of Strict-Transport-Security in each answer
-	// over TLS, "" for none; an upstream's own gives way to it. Timing, if not
-	// nil, says whether answers have a Server-Timing header.
+	// HSTS, if not nil, is the value of Strict-Transport-Security in each answer over TLS, "" for none; an
+	// upstream's own gives way to it. Timing, if not nil, says whether answers have a Server-Timing header.
 	HSTS   func() string
 	Timing func() bool
 
-	// Answer, if not nil, sees each request before Route does, and returns true
-	// if it has answered: what an ACME authority asks for.
+	// Answer, if not nil, sees each request before Route does, and returns true if it has answered: what an
+	// ACME authority asks for.
 	Answer func(http.ResponseWriter, *http.Request) bool
 
-	// Charge, if not nil, is asked first whether there is room for a request,
-	// whose client is not known yet. Its error is as a Guard's. The lease is
-	// released when all work on the request has ended: its handler, and dialling
-	// for it.
+	// Charge, if not nil, is asked first whether there is room for a request, whose client is not known yet.
+	// Its error is as a Guard's. The lease is released when all work on the request has ended: its handler,
+	// and dialling for it.
 	Charge func(*Visit) (Lease, error)
 
-	// Guard, if not nil, decides after Answer and before Route whether a request
-	// may go on; Upstream.Guard does so after Route.
+	// Guard, if not nil, decides after Answer and before Route whether a request may go on; Upstream.Guard
+	// does so after Route.
 	Guard Guard
 
-	// TLS terminates TLS on each connection; nil serves plain HTTP/1.1, and
-	// HTTP/2 with prior knowledge. It should offer h2 and http/1.1.
+	// TLS terminates TLS on each connection; nil serves plain HTTP/1.1, and HTTP/2 with prior knowledge. It
+	// should offer h2 and http/1.1.
 	TLS *tls.Config
 
 	// Count, if not nil, gives what a request of a route is counted in while it is under way.
@@ -155,8 +147,9 @@ type Options struct {
 	HeaderBytes                                                                 int
 }
 
-// Traffic is what requests are counted in as they go: how many are under way, and the bytes of their bodies, or of
-// everything after an upgrade, up to the upstream and down to the client. Its zero value counts nothing.
+// Traffic is what requests are counted in as they go: how many are under way, and the bytes of their bodies,
+// or of everything after an upgrade, up to the upstream and down to the client. Its zero value counts
+// nothing.
 type Traffic struct{ Requests, Up, Down *atomic.Int64 }
 
 // add counts n in c, which may be nil.
@@ -168,20 +161,19 @@ func add(c *atomic.Int64, n int) {
 
 // Lease is the right to one request.
 type Lease interface {
-	// Name says whether there is room for a request of who the Visit says that
-	// it is from. Its error is as a Guard's.
+	// Name says whether there is room for a request of who the Visit says that it is from. Its error is as a
+	// Guard's.
 	Name(*Visit) error
 	Release()
 }
 
 // Route's answers for a request that it leads nowhere.
 var (
-	// ErrNoHost says that the listener has no route for the host: 421 over TLS,
-	// so that a browser which reused a connection for one more name of the
-	// certificate tries again with a fresh one; 404 otherwise.
+	// ErrNoHost says that the listener has no route for the host: 421 over TLS, so that a browser which
+	// reused a connection for one more name of the certificate tries again with a fresh one; 404 otherwise.
 	ErrNoHost = errors.New("no route for this host")
-	// ErrMisdirected says that the connection is one for another name, and that
-	// the request may belong elsewhere: 421, and browsers try again as above.
+	// ErrMisdirected says that the connection is one for another name, and that the request may belong
+	// elsewhere: 421, and browsers try again as above.
 	ErrMisdirected = errors.New("the connection was made for another name")
 	// ErrNoPath says that the host has routes, and none for the path: 404.
 	ErrNoPath = errors.New("no route for this path")
@@ -209,9 +201,8 @@ type Request struct {
 	Duration  time.Duration
 	Route     *Route    // nil if none was found
 	Upstream  *Upstream // the last that was tried; nil if none was
-	// UpstreamConn is what Upstream.Dial returned for this request or an
-	// earlier one, for its addresses and the kernel's view of it only: it is
-	// not the receiver's, and may be closed. Nil if there was none.
+	// UpstreamConn is what Upstream.Dial returned for this request or an earlier one, for its addresses and
+	// the kernel's view of it only: it is not the receiver's, and may be closed. Nil if there was none.
 	UpstreamConn net.Conn
 	Err          error // why it did not end well, or nil
 }
@@ -285,10 +276,9 @@ func New(o Options) *Server {
 	return s
 }
 
-// ServeConn serves c until it is closed, by whichever side, and returns then.
-// It owns c. If c has Info (Infoer), that tells who is at its other end. The
-// error says why no request could be served: the TLS handshake failed, or the
-// server is closed (http.ErrServerClosed).
+// ServeConn serves c until it is closed, by whichever side, and returns then. It owns c. If c has Info
+// (Infoer), that tells who is at its other end. The error says why no request could be served: the TLS
+// handshake failed, or the server is closed (http.ErrServerClosed).
 func (s *Server) ServeConn(c net.Conn) error {
 	cn := newConn(c, s)
 	if !s.add(cn) {
@@ -346,8 +336,7 @@ func (s *Server) handshake(c *conn) (*tls.Conn, error) {
 	return tc, nil
 }
 
-// patient returns c with more time for handshakes in which the client is asked
-// for a certificate.
+// patient returns c with more time for handshakes in which the client is asked for a certificate.
 func patient(c *tls.Config, timeout time.Duration) *tls.Config {
 	if c == nil {
 		return nil
@@ -375,8 +364,8 @@ func looksLikeHTTP(b [5]byte) bool {
 	return false
 }
 
-// Serve accepts connections from l and serves them until l is closed. It is for
-// whoever has nothing to do between accept and ServeConn.
+// Serve accepts connections from l and serves them until l is closed. It is for whoever has nothing to do
+// between accept and ServeConn.
 func (s *Server) Serve(l net.Listener) error {
 	for {
 		c, err := l.Accept()
@@ -387,9 +376,8 @@ func (s *Server) Serve(l net.Listener) error {
 	}
 }
 
-// Shutdown takes no more connections, closes idle ones, and waits for the
-// others, upgraded ones too, to end. When ctx ends first, it closes what is
-// left and returns ctx's error.
+// Shutdown takes no more connections, closes idle ones, and waits for the others, upgraded ones too, to end.
+// When ctx ends first, it closes what is left and returns ctx's error.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.refuseMore()
 	var errs [crowds]error

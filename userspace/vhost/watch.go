@@ -12,15 +12,14 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
-// Watch is over connections in the pool whose other end may have fallen asleep,
-// which shows only once something is sent. It is for HTTP1.
+// Watch is over connections in the pool whose other end may have fallen asleep, which shows only once
+// something is sent. It is for HTTP1.
 type Watch struct {
-	// Soon is how long the other end may acknowledge nothing of a request which
-	// may be repeated, before that gets a connection of its own. Late is for
-	// all others: they fail then.
+	// Soon is how long the other end may acknowledge nothing of a request which may be repeated, before that
+	// gets a connection of its own. Late is for all others: they fail then.
 	Soon, Late time.Duration
-	// Unheard says whether a connection, as Dial returned it, has sent what was
-	// not acknowledged, and heard nothing for d.
+	// Unheard says whether a connection, as Dial returned it, has sent what was not acknowledged, and heard
+	// nothing for d.
 	Unheard func(c net.Conn, d time.Duration) bool
 }
 
@@ -76,15 +75,15 @@ func (w *watcher) look() {
 	}
 }
 
-// giveUp resets the connection, so that nothing of what is under way arrives
-// later, and its reader learns why.
+// giveUp resets the connection, so that nothing of what is under way arrives later, and its reader learns
+// why.
 func (c *upstreamConn) giveUp() {
 	c.unheard.Store(true)
 	tcpsock.ResetConn(c.Conn)
 }
 
-// wasReset reports whether TCP has given c up, whose stream we have not ended: then an end of stream that was read
-// may be none, but the rest of a reset that a write was told of.
+// wasReset reports whether TCP has given c up, whose stream we have not ended: then an end of stream that was
+// read may be none, but the rest of a reset that a write was told of.
 func wasReset(c net.Conn) (closed bool) {
 	tcpsock.Control(c, func(fd int) { closed = tcpsock.IsClosed(fd) })
 	return closed
@@ -97,8 +96,9 @@ func (c *upstreamConn) Read(p []byte) (int, error) {
 	case c.unheard.Load():
 		err = errUnheard
 	case err == io.EOF && !c.shut.Load():
-		// A reset takes the place of an end where a write was told of it, or is just being told: what it hears
-		// says whether there was an end before. TCP has given the connection up, so it hears that at once.
+		// A reset takes the place of an end where a write was told of it, or is just being told: what it
+		// hears says whether there was an end before. TCP has given the connection up, so it hears that at
+		// once.
 		if !c.deaf.Load() && wasReset(c.Conn) {
 			c.writing.Lock()
 			c.writing.Unlock() //lint:ignore SA2001 it is the wait that counts

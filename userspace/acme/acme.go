@@ -105,9 +105,11 @@ type Manager struct {
 
 	table atomic.Pointer[table]
 
-	mu      sync.Mutex       // guards changes of table and of what follows
+	mu sync.Mutex // held for changes of table; the first to be taken of this package's locks
+	// +checklocks:mu
 	dynamic map[string]*site // on-demand names that somebody asked for
-	closed  bool
+	// +checklocks:mu
+	closed bool
 }
 
 // table is what a Manager knows by configuration. It is immutable.
@@ -251,20 +253,20 @@ func (m *Manager) apply(next *table, wanted map[string]*policy, found map[string
 		changed := s.policy.Swap(p) != p
 		next.sites[name] = s
 		if !s.running {
-			s.start()
+			m.start(s)
 		} else {
 			s.reloaded(changed)
 		}
 	}
 	for name, s := range old.sites {
 		if next.sites[name] == nil {
-			s.stop()
+			m.stop(s)
 		}
 	}
 	for name, s := range m.dynamic {
 		p := next.allows(name)
 		if p == nil {
-			s.stop()
+			m.stop(s)
 			delete(m.dynamic, name)
 			continue
 		}

@@ -478,6 +478,8 @@ func TestOnDemandNames(t *testing.T) {
 
 // TestOnDemandExpired: a name whose certificate in storage has expired costs a token, and its handshake waits for the new
 // one.
+//
+// +checklocksignore
 func TestOnDemandExpired(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)

@@ -16,30 +16,20 @@ import (
 
 // challenges are those that authorities may ask about now.
 type challenges struct {
-	mu sync.RWMutex
-	// +checklocks:mu
-	http map[string]acme.Challenge // by token
-	// +checklocks:mu
-	hello map[string]*tls.Certificate // by server name
+	http  sync.Map // an acme.Challenge by token
+	hello sync.Map // a *tls.Certificate by server name
 }
 
 // httpSolver presents http-01.
 type httpSolver struct{ c *challenges }
 
 func (s httpSolver) Present(_ context.Context, ch acme.Challenge) error {
-	s.c.mu.Lock()
-	defer s.c.mu.Unlock()
-	if s.c.http == nil {
-		s.c.http = map[string]acme.Challenge{}
-	}
-	s.c.http[ch.Token] = ch
+	s.c.http.Store(ch.Token, ch)
 	return nil
 }
 
 func (s httpSolver) CleanUp(_ context.Context, ch acme.Challenge) error {
-	s.c.mu.Lock()
-	defer s.c.mu.Unlock()
-	delete(s.c.http, ch.Token)
+	s.c.http.Delete(ch.Token)
 	return nil
 }
 
@@ -48,22 +38,14 @@ type helloSolver struct{ c *challenges }
 
 func (s helloSolver) Present(_ context.Context, ch acme.Challenge) error {
 	cert, err := acmez.TLSALPN01ChallengeCert(ch)
-	if err != nil {
-		return err
+	if err == nil {
+		s.c.hello.Store(ch.Identifier.Value, cert)
 	}
-	s.c.mu.Lock()
-	defer s.c.mu.Unlock()
-	if s.c.hello == nil {
-		s.c.hello = map[string]*tls.Certificate{}
-	}
-	s.c.hello[ch.Identifier.Value] = cert
-	return nil
+	return err
 }
 
 func (s helloSolver) CleanUp(_ context.Context, ch acme.Challenge) error {
-	s.c.mu.Lock()
-	defer s.c.mu.Unlock()
-	delete(s.c.hello, ch.Identifier.Value)
+	s.c.hello.Delete(ch.Identifier.Value)
 	return nil
 }
 
@@ -74,27 +56,20 @@ func (m *Manager) ChallengeConfig(hello *tls.ClientHelloInfo) *tls.Config {
 	if !slices.Contains(hello.SupportedProtos, acmez.ACMETLS1Protocol) {
 		return nil
 	}
-	m.challenges.mu.RLock()
-	cert := m.challenges.hello[strings.ToLower(hello.ServerName)]
-	m.challenges.mu.RUnlock()
-	if cert == nil {
+	cert, ok := m.challenges.hello.Load(strings.ToLower(hello.ServerName))
+	if !ok {
 		return nil
 	}
 	m.log.Debug("the authority asks by tls-alpn-01", "name", hello.ServerName)
-	return &tls.Config{Certificates: []tls.Certificate{*cert}, NextProtos: []string{acmez.ACMETLS1Protocol},
+	return &tls.Config{Certificates: []tls.Certificate{*cert.(*tls.Certificate)}, NextProtos: []string{acmez.ACMETLS1Protocol},
 		MinVersion: tls.VersionTLS12, SessionTicketsDisabled: true}
 }
 
 // ChallengePath is where http-01 asks.
 const ChallengePath = "/.well-known/acme-challenge/"
 
-// HasChallenge says whether a request for host and path is an authority's for a challenge that is open now.
-// Others that look like it are for whoever the routes lead to: another hop may have the same name.
-func (m *Manager) HasChallenge(host, path string) bool {
-	_, ok := m.answer(host, path)
-	return ok
-}
-
+// answer is what an open challenge wants to hear at host and path. Other requests that look like an authority's
+// are for whoever the routes lead to: another hop may have the same name.
 func (m *Manager) answer(host, path string) (string, bool) {
 	token, ok := strings.CutPrefix(path, ChallengePath)
 	if !ok {
@@ -103,9 +78,8 @@ func (m *Manager) answer(host, path string) (string, bool) {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	m.challenges.mu.RLock()
-	ch, ok := m.challenges.http[token]
-	m.challenges.mu.RUnlock()
+	open, _ := m.challenges.http.Load(token)
+	ch, ok := open.(acme.Challenge)
 	// The name must fit: a page in another's DNS must not get our answer.
 	if !ok || !strings.EqualFold(strings.TrimSuffix(host, "."), ch.Identifier.Value) {
 		return "", false

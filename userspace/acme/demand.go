@@ -33,9 +33,11 @@ const demandWait = 9 * time.Second
 
 // budget is a token bucket of attempts.
 type budget struct {
-	mu     sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	tokens float64
-	at     time.Time
+	// +checklocks:mu
+	at time.Time
 }
 
 func newBudget() budget { return budget{tokens: demandBurst} }
@@ -134,11 +136,13 @@ func (m *Manager) newcomer(name string, p *policy) (*site, error) {
 		s.use(found)
 	}
 	m.dynamic[name] = s
-	s.start()
+	m.start(s)
 	return s, nil
 }
 
-// dropOldest ends looking after the name that nobody has asked for longest. m.mu is held.
+// dropOldest ends looking after the name that nobody has asked for longest.
+//
+// +checklocks:m.mu
 func (m *Manager) dropOldest() {
 	var oldest *site
 	for _, s := range m.dynamic {
@@ -146,7 +150,7 @@ func (m *Manager) dropOldest() {
 			oldest = s
 		}
 	}
-	oldest.stop()
+	m.stop(oldest)
 	delete(m.dynamic, oldest.name)
 	m.log.Debug("too many names on demand: one is not renewed any more until somebody asks for it", "name", oldest.name)
 }

@@ -2,10 +2,12 @@ package acme
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -33,15 +35,8 @@ const DefaultHookTimeout = 2 * time.Minute
 // hookOutput is how much of what a hook prints is shown: its end, in bytes.
 const hookOutput = 2048
 
-func (h *Hook) timeout() time.Duration {
-	if h == nil {
-		return 0
-	}
-	if h.Timeout == 0 {
-		return DefaultHookTimeout + h.Wait
-	}
-	return h.Timeout + h.Wait
-}
+// limit is how long a run may take.
+func (h *Hook) limit() time.Duration { return cmp.Or(h.Timeout, DefaultHookTimeout) }
 
 // HookError is a hook that failed.
 type HookError struct {
@@ -61,13 +56,9 @@ func (e *HookError) Error() string {
 }
 
 func (h *Hook) run(ctx context.Context, verb, fqdn, value string) error {
-	limit := h.Timeout
-	if limit == 0 {
-		limit = DefaultHookTimeout
-	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithTimeout(ctx, h.limit())
 	defer cancel()
-	argv := append(append([]string{}, h.Exec...), verb, fqdn, value)
+	argv := slices.Concat(h.Exec, []string{verb, fqdn, value})
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	var out tail
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -79,7 +70,7 @@ func (h *Hook) run(ctx context.Context, verb, fqdn, value string) error {
 	case err == nil:
 		return nil
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		err = fmt.Errorf("it was killed after %v: raise acme.dns.timeout if it needs longer", limit)
+		err = fmt.Errorf("it was killed after %v: raise acme.dns.timeout if it needs longer", h.limit())
 	}
 	return &HookError{Command: strings.Join(argv, " "), Err: err, Output: strings.TrimSpace(out.String())}
 }

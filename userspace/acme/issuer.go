@@ -1,6 +1,7 @@
 package acme
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -30,16 +31,9 @@ type issuer struct {
 	ca     CA
 	http   *http.Client
 
-	mu      sync.Mutex // one registration at a time
+	mu sync.Mutex // one registration at a time
+	// +checklocks:mu
 	account *acme.Account
-}
-
-func newIssuer(m *Manager, p *policy, ca CA) (*issuer, error) {
-	c, err := newHTTPClient(ca.RootFile)
-	if err != nil {
-		return nil, err
-	}
-	return &issuer{m: m, policy: p, ca: ca, http: c}, nil
 }
 
 // IssuerKey implements certmagic.Issuer. It is the key that certmagic's own ACME issuer has, so that its
@@ -121,11 +115,6 @@ func (i *issuer) issue(ctx context.Context, a *attempt, csr *x509.CertificateReq
 	}
 }
 
-// renewalInfo asks when the authority wants the certificate renewed (RFC 9773).
-func (i *issuer) renewalInfo(ctx context.Context, leaf *x509.Certificate) (acme.RenewalInfo, error) {
-	return i.client(&attempt{}).GetRenewalInfo(ctx, leaf)
-}
-
 // storedAccount is an account as it is kept.
 type storedAccount struct {
 	acme.Account
@@ -133,10 +122,7 @@ type storedAccount struct {
 }
 
 func (i *issuer) accountKey() string {
-	who := i.policy.settings.Email
-	if who == "" {
-		who = "default"
-	}
+	who := cmp.Or(i.policy.settings.Email, "default")
 	if i.ca.EABKeyID != "" {
 		who += " " + i.ca.EABKeyID
 	}
@@ -151,16 +137,15 @@ func (i *issuer) register(ctx context.Context, client *acmez.Client) (acme.Accou
 		return *i.account, nil
 	}
 	account, err := i.load(ctx)
-	if err != nil {
-		if !errors.Is(err, fs.ErrNotExist) {
-			return account, fmt.Errorf("read the acme account: %w", err)
-		}
-		if account, err = i.create(ctx, client); err != nil {
-			return account, err
-		}
+	if errors.Is(err, fs.ErrNotExist) {
+		account, err = i.create(ctx, client)
+	} else if err != nil {
+		err = fmt.Errorf("read the acme account: %w", err)
 	}
-	i.account = &account
-	return account, nil
+	if err == nil {
+		i.account = &account
+	}
+	return account, err
 }
 
 func (i *issuer) load(ctx context.Context) (acme.Account, error) {

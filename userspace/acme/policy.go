@@ -26,10 +26,11 @@ func newPolicy(m *Manager, s Section) (*policy, error) {
 	p := &policy{settings: s, storage: storageAt(s.Storage)}
 	var issuers []certmagic.Issuer
 	for _, ca := range s.CAs {
-		i, err := newIssuer(m, p, ca)
+		client, err := newHTTPClient(ca.RootFile)
 		if err != nil {
 			return nil, err
 		}
+		i := &issuer{m: m, policy: p, ca: ca, http: client}
 		p.issuers = append(p.issuers, i)
 		issuers = append(issuers, i)
 	}
@@ -103,7 +104,7 @@ func (p *policy) checkStorage(log *slog.Logger) {
 func (p *policy) attemptTimeout() time.Duration {
 	d := 5 * time.Minute
 	if slices.Contains(p.settings.Challenges, DNS01) {
-		d += 2 * p.settings.DNS.timeout()
+		d += 2 * (p.settings.DNS.limit() + p.settings.DNS.Wait)
 	}
 	return d
 }

@@ -30,10 +30,16 @@ type site struct {
 
 	stapling atomic.Bool
 
-	mu        sync.Mutex // guards what follows
-	issuer    *issuer    // of cert, if it is known
-	suggested time.Time  // when its authority wants it renewed; zero if it doesn't say
-	askAt     time.Time  // when to ask it (again)
+	mu sync.Mutex // taken behind Manager.mu, where both are held
+	// +checklocks:mu
+	progress
+}
+
+// progress is what is known of a site's certificate and of the attempts to get it.
+type progress struct {
+	issuer    *issuer   // of cert, if it is known
+	suggested time.Time // when its authority wants it renewed; zero if it doesn't say
+	askAt     time.Time // when to ask it (again)
 	trying    bool
 	tried     chan struct{} // closed when the attempt has ended that is made now, or next
 	failures  int
@@ -43,7 +49,7 @@ type site struct {
 }
 
 func newSite(m *Manager, name string, onDemand bool) *site {
-	s := &site{m: m, name: name, kick: make(chan struct{}, 1), tried: make(chan struct{})}
+	s := &site{m: m, name: name, kick: make(chan struct{}, 1), progress: progress{tried: make(chan struct{})}}
 	s.onDemand.Store(onDemand)
 	return s
 }
@@ -56,16 +62,18 @@ func (s *site) use(f *pair) {
 	s.cert.Store(f.cert)
 }
 
-// start begins to look after the site. Manager.mu is held.
-func (s *site) start() {
+// start begins to look after the site, until stop.
+//
+// +checklocks:m.mu
+func (m *Manager) start(s *site) {
 	s.running = true
 	var ctx context.Context
-	ctx, s.cancel = context.WithCancel(s.m.ctx)
-	s.m.tasks.Go(func() { s.run(ctx) })
+	ctx, s.cancel = context.WithCancel(m.ctx)
+	m.tasks.Go(func() { s.run(ctx) })
 }
 
-// stop ends that. Manager.mu is held.
-func (s *site) stop() {
+// +checklocks:m.mu
+func (m *Manager) stop(s *site) {
 	if s.running {
 		s.cancel()
 	}
@@ -135,21 +143,19 @@ func (s *site) run(ctx context.Context) {
 func (s *site) due() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	at := s.renewAt()
-	if at.Before(s.nextTry) {
-		return s.nextTry
+	if at := s.renewAt(); at.After(s.nextTry) {
+		return at
 	}
-	return at
+	return s.nextTry
 }
 
 // renewAt is when the certificate is to be renewed: as its authority suggests, else when a third of its time
-// is left. s.mu is held.
+// is left.
+//
+// +checklocks:s.mu
 func (s *site) renewAt() time.Time {
 	c := s.cert.Load()
-	if c == nil {
-		return time.Time{}
-	}
-	if s.issuer == nil { // of an authority that is not configured any more
+	if c == nil || s.issuer == nil { // of an authority that is not configured any more
 		return time.Time{}
 	}
 	life := c.Leaf.NotAfter.Sub(c.Leaf.NotBefore)
@@ -196,7 +202,7 @@ func (s *site) ask(ctx context.Context) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	info, err := i.renewalInfo(ctx, c.Leaf)
+	info, err := i.client(&attempt{}).GetRenewalInfo(ctx, c.Leaf) // RFC 9773
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.askAt != at {

@@ -92,13 +92,13 @@ const oldSuffix = ".old"
 func (s *storage) Store(ctx context.Context, key string, value []byte) error {
 	if strings.HasPrefix(key, "certificates/") && (strings.HasSuffix(key, ".crt") || strings.HasSuffix(key, ".key")) {
 		name := s.files.Filename(key)
-		os.Remove(name + oldSuffix + ".new")
-		if err := os.Link(name, name+oldSuffix+".new"); err == nil {
-			err = os.Rename(name+oldSuffix+".new", name+oldSuffix)
-			if err != nil {
-				return s.fail(ctx, "write", err)
-			}
-		} else if !errors.Is(err, fs.ErrNotExist) {
+		old := name + oldSuffix
+		os.Remove(old + ".new")
+		err := os.Link(name, old+".new")
+		if err == nil {
+			err = os.Rename(old+".new", old)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return s.fail(ctx, "write", err)
 		}
 	}
@@ -115,26 +115,22 @@ func (s *storage) generations(key string) (out [][]byte) {
 	return out
 }
 
-// Load implements certmagic.Storage.
+// Load, Delete, Exists, List and Stat implement certmagic.Storage.
 func (s *storage) Load(ctx context.Context, key string) ([]byte, error) {
 	b, err := s.files.Load(ctx, key)
 	return b, s.fail(ctx, "read", err)
 }
 
-// Delete implements certmagic.Storage.
 func (s *storage) Delete(ctx context.Context, key string) error {
 	return s.fail(ctx, "remove", s.files.Delete(ctx, key))
 }
 
-// Exists implements certmagic.Storage.
 func (s *storage) Exists(ctx context.Context, key string) bool { return s.files.Exists(ctx, key) }
 
-// List implements certmagic.Storage.
 func (s *storage) List(ctx context.Context, prefix string, recursive bool) ([]string, error) {
 	return s.files.List(ctx, prefix, recursive)
 }
 
-// Stat implements certmagic.Storage.
 func (s *storage) Stat(ctx context.Context, key string) (certmagic.KeyInfo, error) {
 	return s.files.Stat(ctx, key)
 }

@@ -1,5 +1,0 @@
-//go:build !linux
-
-package vhost
-
-func cutsOff(error) bool { return true }

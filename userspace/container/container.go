@@ -82,25 +82,21 @@ type Client struct {
 
 	mu sync.Mutex
 	// +checklocks:mu
-	api *client.Client // replaced when the daemon comes back, maybe as another version
-	// +checklocks:mu
-	table *table // the last list, nil before the first
-	// +checklocks:mu
-	noted time.Time // when a list older than that became doubtful: an event, or the end of events
-	// +checklocks:mu
-	good time.Time // when the table was last known to be right
-	// +checklocks:mu
-	live bool // events come in
-	// +checklocks:mu
-	failing *Error // why the last request for the list failed or takes long, nil if it was answered
-	// +checklocks:mu
-	lost bool // the events ended, and that was logged
-	// +checklocks:mu
-	setup setup
-	// +checklocks:mu
+	known
+}
+
+// known is what the daemon has said.
+type known struct {
+	api     *client.Client      // replaced when the daemon comes back, maybe as another version
+	table   *table              // the last list, nil before the first
+	noted   time.Time           // when a list older than that became doubtful: an event, or the end of events
+	good    time.Time           // when the table was last known to be right
+	live    bool                // events come in
+	failing *Error              // why the last request for the list failed or takes long, nil if it was answered
+	lost    bool                // the events ended, and that was logged
+	setup   setup               // how the daemon runs
 	exposed map[string][]uint16 // TCP ports of labelled containers, by id
-	// +checklocks:mu
-	changed chan struct{} // closed and replaced with each new table
+	changed chan struct{}       // closed and replaced with each new table
 }
 
 // setup is what is known of how the daemon runs.
@@ -116,11 +112,8 @@ type setup struct {
 // and DOCKER_TLS_VERIFY are honoured. A host that can't be right is reported by [Client.Resolve]. It connects
 // to nothing yet, and there is nothing to close.
 func New(host string, log *slog.Logger) *Client {
-	c := &Client{
-		host:    cmp.Or(host, os.Getenv(client.EnvOverrideHost), client.DefaultDockerHost),
-		log:     log,
-		changed: make(chan struct{}),
-	}
+	c := &Client{host: cmp.Or(host, os.Getenv(client.EnvOverrideHost), client.DefaultDockerHost), log: log,
+		known: known{changed: make(chan struct{})}}
 	c.api, c.bad = c.newAPI()
 	return c
 }

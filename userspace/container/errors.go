@@ -5,13 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"syscall"
 	"time"
 
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/client"
+
+	"github.com/tailsplice/tailsplice/userspace/follow"
 )
 
 // Kind says what failed, for those who count or decide.
@@ -45,16 +46,10 @@ type Error struct {
 }
 
 // Error returns a message for people, with what to do.
-func (e *Error) Error() string { return e.msg }
-
-// Unwrap returns the cause.
-func (e *Error) Unwrap() error { return e.Err }
-
-// Reason returns the Kind as a string.
-func (e *Error) Reason() string { return string(e.Kind) }
-
-// Temporary reports whether it may pass within seconds by itself.
-func (e *Error) Temporary() bool { return e.temporary }
+func (e *Error) Error() string   { return e.msg }
+func (e *Error) Unwrap() error   { return e.Err }
+func (e *Error) Reason() string  { return string(e.Kind) }
+func (e *Error) Temporary() bool { return e.temporary } // it may pass within seconds by itself
 
 // dialFailed carries an *Error through the Docker client, which replaces the errors of the system that it
 // recognizes by its own text.
@@ -96,12 +91,9 @@ func apiError(host, what string, err error) *Error {
 		return own
 	}
 	e := &Error{Kind: KindAbsent, Host: host, Err: err}
-	var n net.Error
-	if errors.Is(err, context.DeadlineExceeded) || errors.As(err, &n) && n.Timeout() {
-		e.hangs = true
-		e.msg = fmt.Sprintf("docker at %s does not answer: %s", host, what)
-	} else {
-		e.msg = fmt.Sprintf("docker at %s: %s: %v", host, what, err)
+	e.msg = fmt.Sprintf("docker at %s: %s: %v", host, what, err)
+	if follow.IsTimeout(err) {
+		e.hangs, e.msg = true, fmt.Sprintf("docker at %s does not answer: %s", host, what)
 	}
 	return e
 }
@@ -116,11 +108,9 @@ func (c *Client) describe(ctx context.Context, e *Error) {
 		return
 	case container.StateCreated:
 		e.msg = fmt.Sprintf("container %q was never started: start it (docker start %s)", o.name, o.name)
-		e.temporary = false
 		return
-	case container.StateRestarting:
-		e.temporary = true
 	}
+	e.temporary = o.state == container.StateRestarting
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	c.mu.Lock()

@@ -6,7 +6,9 @@ package follow
 
 import (
 	"context"
+	"errors"
 	"math/rand/v2"
+	"net"
 	"time"
 )
 
@@ -39,6 +41,12 @@ func Run(ctx context.Context, watch func(context.Context) error, lost func(error
 			return
 		}
 	}
+}
+
+// IsTimeout says whether err is that the daemon did not answer in time.
+func IsTimeout(err error) bool {
+	var n net.Error
+	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &n) && n.Timeout()
 }
 
 // Sleep reports whether ctx outlived it.

@@ -27,6 +27,7 @@ const (
 type certCache struct {
 	flight singleflight.Group
 	mu     sync.Mutex
+	// +checklocks:mu
 	byName map[string]certEntry
 }
 

@@ -31,6 +31,7 @@ func certificate(t *testing.T, until time.Time) *tls.Certificate {
 	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}
 }
 
+// +checklocksignore
 func TestCertificateCache(t *testing.T) {
 	var cache certCache
 	var now *tls.Certificate // what tailscaled would give

@@ -1,15 +1,15 @@
 package tailnet
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"syscall"
 
 	"tailscale.com/client/local"
+
+	"github.com/tailsplice/tailsplice/userspace/follow"
 )
 
 // Kind says what failed, for those who count or decide.
@@ -45,16 +45,10 @@ type Error struct {
 }
 
 // Error returns a message for people, with what to do.
-func (e *Error) Error() string { return e.msg }
-
-// Unwrap returns the cause.
-func (e *Error) Unwrap() error { return e.Err }
-
-// Reason returns the Kind as a string.
-func (e *Error) Reason() string { return string(e.Kind) }
-
-// Temporary reports whether it may pass within seconds by itself.
-func (e *Error) Temporary() bool { return e.temporary }
+func (e *Error) Error() string   { return e.msg }
+func (e *Error) Unwrap() error   { return e.Err }
+func (e *Error) Reason() string  { return string(e.Kind) }
+func (e *Error) Temporary() bool { return e.temporary } // it may pass within seconds by itself
 
 // socketError explains why nothing answered at socket.
 func socketError(socket string, err error) *Error {
@@ -68,7 +62,7 @@ func socketError(socket string, err error) *Error {
 	case errors.Is(err, fs.ErrPermission):
 		e.msg = fmt.Sprintf("no permission to use tailscaled's socket %s as user %d: run as root, or let this user in "+
 			"(tailscale set --operator=USER, and access to the socket's folder)", socket, os.Getuid())
-	case isTimeout(err):
+	case follow.IsTimeout(err):
 		e.msg, e.hangs = fmt.Sprintf("tailscaled at %s does not answer", socket), true
 	default:
 		e.msg = fmt.Sprintf("connect to tailscaled at %s: %v", socket, err)
@@ -80,6 +74,8 @@ func socketError(socket string, err error) *Error {
 func localError(socket string, err error) error {
 	var own *Error
 	switch {
+	case err == nil:
+		return nil
 	case errors.As(err, &own):
 		return own
 	case local.IsAccessDeniedError(err):
@@ -87,9 +83,4 @@ func localError(socket string, err error) error {
 			"(tailscale set --operator=USER)", socket, os.Getuid())}
 	}
 	return socketError(socket, err)
-}
-
-func isTimeout(err error) bool {
-	var n net.Error
-	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &n) && n.Timeout()
 }

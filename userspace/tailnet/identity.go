@@ -207,6 +207,8 @@ func (c *Client) rememberIdentity(a netip.Addr, e whoisEntry, gen uint64) {
 }
 
 // forgetIdentitiesLocked drops every identity, and those still being asked for.
+//
+// +checklocks:c.mu
 func (c *Client) forgetIdentitiesLocked() {
 	c.gen++
 	clear(c.whois)

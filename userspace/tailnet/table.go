@@ -44,14 +44,8 @@ type node struct {
 }
 
 func newTable(st *ipnstate.Status, asked time.Time) *table {
-	t := &table{
-		asked:  asked,
-		state:  st.BackendState,
-		tun:    st.TUN,
-		byName: map[string]*node{},
-		byAddr: map[netip.Addr]*node{},
-		byID:   map[tailcfg.NodeID]*node{},
-	}
+	t := &table{asked: asked, state: st.BackendState, tun: st.TUN, byName: map[string]*node{},
+		byAddr: map[netip.Addr]*node{}, byID: map[tailcfg.NodeID]*node{}}
 	for _, d := range st.CertDomains {
 		t.certs = append(t.certs, normalName(d))
 	}
@@ -68,13 +62,7 @@ func newTable(st *ipnstate.Status, asked time.Time) *table {
 }
 
 func (t *table) add(p *ipnstate.PeerStatus, users map[tailcfg.UserID]tailcfg.UserProfile) *node {
-	n := &node{
-		id:     p.NodeID,
-		fqdn:   normalName(p.DNSName),
-		addrs:  familyOrder(p.TailscaleIPs),
-		online: p.Online,
-		seen:   p.LastSeen,
-	}
+	n := &node{id: p.NodeID, fqdn: normalName(p.DNSName), addrs: familyOrder(p.TailscaleIPs), online: p.Online, seen: p.LastSeen}
 	n.short, n.shared = splitName(n.fqdn, t.suffix)
 	if p.Tags != nil && p.Tags.Len() > 0 {
 		n.tags = p.Tags.AsSlice()
@@ -177,14 +165,8 @@ func (t *table) suggest(name string) string {
 
 // nodes returns all nodes that have a name, by name.
 func (t *table) nodes() []*node {
-	ns := make([]*node, 0, len(t.byID))
-	for _, n := range t.byID {
-		if n.fqdn != "" {
-			ns = append(ns, n)
-		}
-	}
-	slices.SortFunc(ns, func(a, b *node) int { return strings.Compare(a.fqdn, b.fqdn) })
-	return ns
+	ns := slices.SortedFunc(maps.Values(t.byID), func(a, b *node) int { return strings.Compare(a.fqdn, b.fqdn) })
+	return slices.DeleteFunc(ns, func(n *node) bool { return n.fqdn == "" })
 }
 
 // sameAs reports whether o names the same nodes at the same addresses with the same tags and owners, in the

@@ -263,6 +263,8 @@ func TestContains(t *testing.T) {
 }
 
 // TestNamesake: of a machine that was set up anew, and so got a name with a number, the one that is online is found.
+//
+// +checklocksignore
 func TestNamesake(t *testing.T) {
 	for _, c := range []struct {
 		asked string

@@ -74,7 +74,13 @@ type Client struct {
 	flight singleflight.Group
 	certs  certCache
 
-	mu        sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
+	known
+}
+
+// known is what tailscaled has said.
+type known struct {
 	table     *table    // the last Status, nil before the first
 	noted     time.Time // when a table older than that became doubtful: a change, or the end of the watch
 	good      time.Time // when the table was last known to be right
@@ -84,8 +90,7 @@ type Client struct {
 	gen       uint64    // counts what invalidates identities
 	whois     map[netip.Addr]whoisEntry
 	changed   chan struct{} // closed and replaced with each new table
-	callbacks map[int]func()
-	callback  int    // the next callback's key
+	callbacks []*func()
 	announced *table // what the callbacks were last called for; Run's alone
 }
 
@@ -93,13 +98,8 @@ type Client struct {
 // if that is empty too the platform's default. It connects to nothing yet, and there is nothing to close.
 func New(socket string, log *slog.Logger) *Client {
 	given := cmp.Or(socket, os.Getenv(SocketEnv))
-	c := &Client{
-		socket:    cmp.Or(given, paths.DefaultTailscaledSocket()),
-		log:       log,
-		whois:     map[netip.Addr]whoisEntry{},
-		changed:   make(chan struct{}),
-		callbacks: map[int]func(){},
-	}
+	c := &Client{socket: cmp.Or(given, paths.DefaultTailscaledSocket()), log: log,
+		known: known{whois: map[netip.Addr]whoisEntry{}, changed: make(chan struct{})}}
 	c.lc = &local.Client{
 		Socket: c.socket,
 		// The graphical macOS client has no socket: there the library finds its port, unless a socket was
@@ -135,12 +135,9 @@ func Contains(a netip.Addr) bool {
 
 // ContainsPrefix reports whether all of p is in one of these ranges.
 func ContainsPrefix(p netip.Prefix) bool {
-	for _, r := range []netip.Prefix{tailnet4, tailnet6} {
-		if p.Bits() >= r.Bits() && r.Contains(p.Addr()) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc([]netip.Prefix{tailnet4, tailnet6}, func(r netip.Prefix) bool {
+		return p.Bits() >= r.Bits() && r.Contains(p.Addr())
+	})
 }
 
 // Source: https://tailscale.com/kb/1015/100.x-addresses and kb/1033.
@@ -212,14 +209,21 @@ func (c *Client) Self(ctx context.Context) (Identity, error) {
 func (c *Client) Presence(node string) (online bool, seen time.Time, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if n := c.find(node); n != nil {
+		return n.online, n.seen, true
+	}
+	return false, time.Time{}, false
+}
+
+// find is the node of that name in the last table, or nil.
+//
+// +checklocks:c.mu
+func (c *Client) find(name string) *node {
 	if c.table == nil {
-		return false, time.Time{}, false
+		return nil
 	}
-	n, err := c.table.lookup(node)
-	if err != nil {
-		return false, time.Time{}, false
-	}
-	return n.online, n.seen, true
+	n, _ := c.table.lookup(name)
+	return n
 }
 
 // Namesake returns a node that is online and may be the machine that node, which is not, once was: home-1 for
@@ -228,11 +232,8 @@ func (c *Client) Presence(node string) (online bool, seen time.Time, ok bool) {
 func (c *Client) Namesake(node string) string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.table == nil {
-		return ""
-	}
-	n, err := c.table.lookup(node)
-	if err != nil || n.online {
+	n := c.find(node)
+	if n == nil || n.online {
 		return ""
 	}
 	for _, o := range c.table.nodes() {
@@ -264,30 +265,20 @@ func (c *Client) CheckPath(local, remote netip.Addr) error {
 func (c *Client) OnChange(f func()) (stop func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	key := c.callback
-	c.callback++
-	c.callbacks[key] = f
+	c.callbacks = append(c.callbacks, &f)
 	return func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		delete(c.callbacks, key)
+		c.callbacks = slices.DeleteFunc(c.callbacks, func(other *func()) bool { return other == &f })
 	}
 }
 
 func (c *Client) notifyChange() {
 	c.mu.Lock()
-	keys := make([]int, 0, len(c.callbacks))
-	for k := range c.callbacks {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	fs := make([]func(), len(keys))
-	for i, k := range keys {
-		fs[i] = c.callbacks[k]
-	}
+	callbacks := slices.Clone(c.callbacks)
 	c.mu.Unlock()
-	for _, f := range fs {
-		f()
+	for _, f := range callbacks {
+		(*f)()
 	}
 }
 

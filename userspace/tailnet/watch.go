@@ -151,10 +151,8 @@ func (c *Client) announce(anyway bool) {
 func (c *Client) alive(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	if _, err := c.lc.StatusWithoutPeers(ctx); err != nil {
-		return localError(c.socket, err)
-	}
-	return nil
+	_, err := c.lc.StatusWithoutPeers(ctx)
+	return localError(c.socket, err)
 }
 
 // watchEnded makes every answer ask again.
@@ -195,6 +193,8 @@ func (c *Client) heard(n *ipn.Notify) bool {
 
 // presenceLocked applies a patch of what can change without changing who a node is or where. It reports false
 // for any other patch.
+//
+// +checklocks:c.mu
 func (c *Client) presenceLocked(p *tailcfg.PeerChange) bool {
 	if p.Key != nil || p.KeySignature != nil || p.CapMap != nil || p.KeyExpiry != nil {
 		return false

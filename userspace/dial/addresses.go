@@ -23,10 +23,13 @@ const (
 // Past is what dialers have learnt about addresses. Its zero value knows nothing; several dialers may share
 // one, from any goroutine.
 type Past struct {
-	mu       sync.Mutex
-	bad      map[netip.AddrPort]time.Time // until when others are tried before it
+	mu sync.Mutex
+	// +checklocks:mu
+	bad map[netip.AddrPort]time.Time // until when others are tried before it
+	// +checklocks:mu
 	networks []netip.Prefix
-	listed   time.Time // when networks was
+	// +checklocks:mu
+	listed time.Time // when networks was
 }
 
 // noteFailed remembers that a connection to an address failed for that reason.

@@ -21,6 +21,8 @@ func addresses(s string) (out []netip.Addr) {
 }
 
 // attempts makes d record the addresses that it tries.
+//
+// +checklocksignore
 func attempts(d *Dialer) func() string {
 	var mu sync.Mutex
 	var tried []netip.Addr

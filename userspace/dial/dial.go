@@ -20,7 +20,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -217,7 +216,7 @@ func (d *Dialer) lookup(ctx context.Context, t Target, fresh bool) ([]netip.Addr
 		if isLocalhost(t.Host) {
 			return []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}, nil
 		}
-		addrs, err := d.dns().LookupNetIP(ctx, "ip", t.Host)
+		addrs, err := cmp.Or(d.DNS, net.DefaultResolver).LookupNetIP(ctx, "ip", t.Host)
 		if err != nil {
 			return nil, err
 		}
@@ -244,8 +243,6 @@ func isLocalhost(name string) bool {
 	name = strings.ToLower(strings.TrimSuffix(name, "."))
 	return name == "localhost" || strings.HasSuffix(name, ".localhost")
 }
-
-func (d *Dialer) dns() *net.Resolver { return cmp.Or(d.DNS, net.DefaultResolver) }
 
 // race connects to addrs, one after the other and beside those that take long. The first connection made is
 // it.
@@ -374,9 +371,6 @@ func addrOf(a net.Addr) netip.Addr {
 	}
 	return netip.Addr{}
 }
-
-// userID is who to name where permission is missing.
-func userID() int { return os.Getuid() }
 
 // Literal is the address that t names without any lookup, if it is such a target.
 func (t Target) Literal() (to netip.AddrPort, ok bool) {

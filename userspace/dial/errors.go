@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"os"
 	"strings"
 	"syscall"
 	"time"
@@ -48,10 +49,8 @@ type Error struct {
 }
 
 // Error returns a message for people, with what to do where that is known.
-func (e *Error) Error() string { return "dial " + e.Target.String() + ": " + e.msg }
-
-// Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
+func (e *Error) Error() string { return "dial " + e.Target.String() + ": " + e.msg }
 
 // Timeout reports whether the upstream, or who resolves its name, did not answer in time: what an HTTP
 // gateway says with a 504.
@@ -178,7 +177,7 @@ func (d *Dialer) explain(ctx context.Context, t Target, f *failure, took time.Du
 		e.msg = "there is no such socket"
 	case Denied:
 		if t.Scheme == Unix {
-			e.msg = fmt.Sprintf("user %d may not write to the socket: put the daemon in the socket's group (SupplementaryGroups= in its unit), or change the socket's mode", userID())
+			e.msg = fmt.Sprintf("user %d may not write to the socket: put the daemon in the socket's group (SupplementaryGroups= in its unit), or change the socket's mode", os.Getuid())
 		} else {
 			e.msg = fmt.Sprintf("no permission to connect%s: a firewall rule of this machine forbids it", at)
 		}

@@ -26,18 +26,14 @@ var Sorts = []string{"rate", "bytes", "age", "name", "client", "route"}
 
 // ParseClient reads what Query.Client is: an address, or a range of them.
 func ParseClient(s string) (netip.Prefix, error) {
-	if strings.Contains(s, "/") {
-		p, err := netip.ParsePrefix(s)
-		if err != nil {
-			return p, fmt.Errorf("client %q: write an address, or a range such as 192.0.2.0/24", s)
-		}
-		return p.Masked(), nil
+	if a, err := netip.ParseAddr(s); err == nil {
+		return netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), nil
 	}
-	a, err := netip.ParseAddr(s)
+	p, err := netip.ParsePrefix(s)
 	if err != nil {
 		return netip.Prefix{}, fmt.Errorf("client %q: write an address, or a range such as 192.0.2.0/24", s)
 	}
-	return netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), nil
+	return p.Masked(), nil
 }
 
 // Values is q as a query, ParseQuery reads it.
@@ -97,12 +93,8 @@ func (q *Query) takes(f *Flow) bool {
 	if q.Text == "" {
 		return true
 	}
-	for _, s := range [...]string{f.Name, f.Client, f.Route, f.Target, f.Listener, f.ID, f.datapath()} {
-		if containsFold(s, q.Text) {
-			return true
-		}
-	}
-	return false
+	texts := [...]string{f.Name, f.Client, f.Route, f.Target, f.Listener, f.ID, f.datapath()}
+	return slices.ContainsFunc(texts[:], func(s string) bool { return containsFold(s, q.Text) })
 }
 
 // containsFold says whether part is in s, whatever the case of ASCII letters. It allocates nothing.

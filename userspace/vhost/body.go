@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,14 +27,21 @@ type body struct {
 	limit   int64 // bytes; 0 is none
 	control *http.ResponseController
 	bytes   atomic.Int64
-	in, out *http.Request
 	x       *exchange
 
-	mu          sync.Mutex  // Read is the transport's, Close may come from the handler
+	idle sync.Cond  // with mu: no Read waits
+	mu   sync.Mutex // Read is the transport's, Close may come from the handler
+	// +checklocks:mu
+	bodyState
+
+	in, out *http.Request // whose trailers are passed on
+}
+
+// bodyState is how far a body is.
+type bodyState struct {
 	reading     time.Time   // since when Read waits; zero where it does not
 	timer       *time.Timer // looks whether Read waits for too long; nil before the first one
 	late        bool        // it did, and was ended
-	idle        sync.Cond   // with mu: no Read waits
 	left        bool        // nothing is read any more
 	ended       bool
 	interrupted bool  // by us: the upstream is gone
@@ -155,78 +164,53 @@ func (b *body) passTrailers(in, out *http.Request) {
 // something to whoever takes trailers for headers (RFC 9110 6.5.1).
 func (x *exchange) passesTrailer(name string) bool {
 	plain := http.CanonicalHeaderKey(string(foldName(nil, name)))
-	switch plain {
-	case "Cookie", "Upgrade", "X-Request-Id":
-		return false
-	}
-	if !httpguts.ValidTrailerHeader(plain) || !httpguts.ValidHeaderFieldName(name) || isForwarding(name) ||
+	if plain == "Cookie" || plain == "Upgrade" || plain == "X-Request-Id" || !httpguts.ValidTrailerHeader(plain) || !httpguts.ValidHeaderFieldName(name) || isForwarding(name) ||
 		x.visit.drops(name) {
 		return false
 	}
+	isSame := func(other string) bool { return sameHeader(name, other) }
 	change := &x.route.RequestHeader
-	for _, removed := range change.Remove {
-		if sameHeader(name, removed) {
-			return false
-		}
+	return !slices.ContainsFunc(change.Remove, isSame) && !slices.ContainsFunc(slices.Collect(maps.Keys(change.Set)), isSame)
+}
+
+// state is that of now. b may be nil: then there is no body to read.
+func (b *body) state() bodyState {
+	if b == nil {
+		return bodyState{ended: true}
 	}
-	for set := range change.Set {
-		if sameHeader(name, set) {
-			return false
-		}
-	}
-	return true
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.bodyState
 }
 
 // fault is the status for a client whose body is wrong or too slow, and what was wrong; 0 if it is not the
 // body's fault, or the client has left. b may be nil.
 func (b *body) fault(ctx context.Context) (status int, cause error) {
-	if b == nil {
-		return 0, nil
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
+	failed := b.state().failed
 	switch {
-	case b.failed == nil:
+	case failed == nil:
 		return 0, nil
-	case errors.Is(b.failed, errTooLarge):
-		return http.StatusRequestEntityTooLarge, b.failed
-	case errors.Is(b.failed, os.ErrDeadlineExceeded):
-		return http.StatusRequestTimeout, b.failed
-	case ctx.Err() != nil || isGone(b.failed):
+	case errors.Is(failed, errTooLarge):
+		return http.StatusRequestEntityTooLarge, failed
+	case errors.Is(failed, os.ErrDeadlineExceeded):
+		return http.StatusRequestTimeout, failed
+	case ctx.Err() != nil || isGone(failed):
 		return 0, nil
 	}
-	return http.StatusBadRequest, b.failed
+	return http.StatusBadRequest, failed
 }
 
 // lost says whether the client went away in the middle. b may be nil.
-func (b *body) lost() bool {
-	if b == nil {
-		return false
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.failed != nil
-}
+func (b *body) lost() bool { return b.state().failed != nil }
 
 // unfinished says whether there is, or was, more than has been read. b may be nil.
 func (b *body) unfinished() bool {
-	if b == nil {
-		return false
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return !b.ended || b.failed != nil
+	s := b.state()
+	return !s.ended || s.failed != nil
 }
 
 // wasInterrupted says whether interrupt was called in time. b may be nil.
-func (b *body) wasInterrupted() bool {
-	if b == nil {
-		return false
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.interrupted
-}
+func (b *body) wasInterrupted() bool { return b.state().interrupted }
 
 // keep says that the answer has begun, or that there will be none: from here on nothing ends the body but its
 // sides. A stream whose client only listens says nothing for as long as it likes.
@@ -237,7 +221,7 @@ func (b *body) keep() {
 	b.stopTimer()
 }
 
-// stopTimer is called with b.mu held.
+// +checklocks:b.mu
 func (b *body) stopTimer() {
 	if b.timer != nil {
 		b.timer.Stop()
@@ -290,4 +274,23 @@ func (b *body) abandon() {
 // isGone says whether err is that of a connection which has ended.
 func isGone(err error) bool {
 	return errors.Is(err, io.ErrUnexpectedEOF) || isReset(err) || strings.Contains(err.Error(), "client disconnected")
+}
+
+// expectIgnored is for how long an upstream that says nothing to Expect: 100-continue is not asked again. The
+// client of each request would wait for expectTimeout.
+const expectIgnored = 10 * time.Minute
+
+// expects says whether the upstream shall decide if it wants the request's body. Otherwise this hop asks the
+// client for it.
+func (x *exchange) expects() bool {
+	return strings.EqualFold(x.req.Header.Get("Expect"), "100-continue") && hasBody(x.req) &&
+		x.req.ProtoAtLeast(1, 1) &&
+		time.Since(time.Unix(0, x.up.silent.Load())) > expectIgnored
+}
+
+// heardNothing notes that the upstream gets the body although it has said nothing yet.
+func (x *exchange) heardNothing(now time.Time) {
+	if x.expecting && !x.heard.Load() {
+		x.up.silent.Store(now.UnixNano())
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,12 +22,9 @@ var compressible = []string{"text/", "application/json", "application/javascript
 func compress(res *http.Response) {
 	h := res.Header
 	kind, _, _ := strings.Cut(strings.ToLower(h.Get("Content-Type")), ";")
-	fits := false
-	for _, c := range compressible {
-		fits = fits || strings.HasPrefix(kind, c)
-	}
+	fits := func(prefix string) bool { return strings.HasPrefix(kind, prefix) }
 	switch {
-	case !fits || strings.TrimSpace(kind) == "text/event-stream",
+	case !slices.ContainsFunc(compressible, fits) || strings.TrimSpace(kind) == "text/event-stream",
 		res.StatusCode < 200 || res.StatusCode == http.StatusNoContent || res.StatusCode == http.StatusPartialContent || res.StatusCode == http.StatusNotModified,
 		h.Get("Content-Encoding") != "" || h.Get("Content-Range") != "",
 		strings.Contains(strings.ToLower(h.Get("Cache-Control")), "no-transform"),

@@ -139,8 +139,9 @@ type conn struct {
 	armed   atomic.Int64 // when the write deadline was last set, Unix ns
 	foreign atomic.Bool  // somebody else has set a write deadline
 
-	preface   int // bytes of HTTP/2's preface that were read; -1: it speaks something else
-	mu        sync.Mutex
+	preface int // bytes of HTTP/2's preface that were read; -1: it speaks something else
+	mu      sync.Mutex
+	// +checklocks:mu
 	exchanges map[*exchange]struct{} // whose handlers run
 
 	frames *frames // nil: no HTTP/2, or TLS around it
@@ -148,7 +149,7 @@ type conn struct {
 }
 
 func newConn(c net.Conn, s *Server) *conn {
-	cn := &conn{Conn: c, server: s, done: make(chan struct{})}
+	cn := &conn{Conn: c, server: s, done: make(chan struct{}), exchanges: map[*exchange]struct{}{}}
 	if s.opts.TLS != nil {
 		cn.preface = -1
 	}
@@ -256,8 +257,11 @@ func (c *conn) SetDeadline(t time.Time) error {
 }
 
 // CloseWrite passes a half-close on, for upgraded connections.
-func (c *conn) CloseWrite() error {
-	if cw, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+func (c *conn) CloseWrite() error { return closeWrite(c.Conn) }
+
+// closeWrite ends c's stream: TCP's, or TLS's by close_notify.
+func closeWrite(c net.Conn) error {
+	if cw, ok := c.(interface{ CloseWrite() error }); ok {
 		return cw.CloseWrite()
 	}
 	return errors.ErrUnsupported

@@ -110,54 +110,63 @@ func ago(d time.Duration) string {
 	return strconv.Itoa(n) + " " + unit + " ago"
 }
 
+// hopFaults are the pages for an upstream that did not answer, by reason. In their texts NAME stands for its name,
+// and Name for the same at the start of a sentence; text goes on from "Your request came as far as this node".
+var hopFaults = map[string]struct {
+	status             int
+	title, state, text string
+}{
+	ReasonRefused: {http.StatusBadGateway, "Name is not answering", "not answering",
+		", but NAME takes no requests at the moment. It may be starting."},
+	ReasonReset: {http.StatusBadGateway, "Name closed the connection", "no answer",
+		", but NAME closed the connection before it sent an answer."},
+	ReasonMalformed: {http.StatusBadGateway, "Name sent no valid answer", "invalid answer",
+		", but what NAME answered is not valid HTTP."},
+	reasonUnproven: {http.StatusBadGateway, "Name could not prove its identity", "not verified",
+		", which could not verify the certificate of NAME, so it sent nothing on."},
+	ReasonTLS: {http.StatusBadGateway, "There is no secure connection to NAME", "not secure",
+		", which could not make a secure connection to NAME, so it sent nothing on."},
+	ReasonTimeout: {http.StatusGatewayTimeout, "Name did not answer in time", "no answer",
+		", but NAME did not answer in time. It may be busy, asleep, or without a network."},
+	ReasonAbsent: {http.StatusServiceUnavailable, "Name is not available right now", "not available",
+		", but NAME is offline or not running."},
+	reasonOffline: {http.StatusServiceUnavailable, "Name is not available right now", "offline",
+		", but NAME is offline. It was last seen AGO."},
+	ReasonUnreachable: {http.StatusBadGateway, "Name can't be reached", "not reachable",
+		", but there is no connection from there to NAME at the moment."},
+}
+
+// What the pages for ReasonTLS and ReasonAbsent say where more is known.
+const (
+	reasonUnproven = "tls: unproven"
+	reasonOffline  = "absent: offline"
+)
+
 // hopFailed answers with the page for an upstream that did not.
 func (s *Server) hopFailed(x *exchange, err error) {
-	node, name := s.opts.Node, x.up.Name
-	f := fault{target: name, reason: reasonOf(err), hint: tryAgain}
-	came := "Your request came as far as " + node
-	if x.uri.Host != "" {
-		came = "Your request for " + x.uri.Host + " came as far as " + node
+	reason := reasonOf(err)
+	if _, ok := hopFaults[reason]; !ok {
+		reason = ReasonUnreachable
 	}
-	status := http.StatusBadGateway
-	switch f.reason {
-	case ReasonRefused:
-		f.title, f.state = sentence(name)+" is not answering", "not answering"
-		f.text = came + ", but " + name + " takes no requests at the moment. It may be starting."
-	case ReasonReset:
-		f.title, f.state = sentence(name)+" closed the connection", "no answer"
-		f.text = came + ", but " + name + " closed the connection before it sent an answer."
-	case ReasonMalformed:
-		f.title, f.state = sentence(name)+" sent no valid answer", "invalid answer"
-		f.text = came + ", but what " + name + " answered is not valid HTTP."
-	case ReasonTLS:
-		var unproven *tls.CertificateVerificationError
-		if errors.As(err, &unproven) {
-			f.title, f.state = sentence(name)+" could not prove its identity", "not verified"
-			f.text = came + ", which could not verify the certificate of " + name + ", so it sent nothing on."
-			break
-		}
-		f.title, f.state = "There is no secure connection to "+name, "not secure"
-		f.text = came + ", which could not make a secure connection to " + name + ", so it sent nothing on."
-	case ReasonTimeout:
-		status = http.StatusGatewayTimeout
-		f.title, f.state = sentence(name)+" did not answer in time", "no answer"
-		f.text = came + ", but " + name + " did not answer in time. It may be busy, asleep, or without a network."
-	case ReasonAbsent:
-		status = http.StatusServiceUnavailable
-		f.title, f.state = sentence(name)+" is not available right now", "not available"
-		f.text = came + ", but " + name + " is offline or not running."
-		var absent *failure
-		if errors.As(err, &absent) && !absent.seen.IsZero() {
-			f.state = "offline"
-			f.text = came + ", but " + name + " is offline. It was last seen " + ago(time.Since(absent.seen)) + "."
-		}
+	kind, seen := reason, time.Time{}
+	var absent *failure
+	switch {
+	case reason == ReasonTLS && errors.As(err, new(*tls.CertificateVerificationError)):
+		kind = reasonUnproven
+	case reason == ReasonAbsent:
 		x.resp.Header().Set("Retry-After", "10")
-	default:
-		f.reason = ReasonUnreachable
-		f.title, f.state = sentence(name)+" can't be reached", "not reachable"
-		f.text = came + ", but there is no connection from there to " + name + " at the moment."
+		if errors.As(err, &absent) && !absent.seen.IsZero() {
+			kind, seen = reasonOffline, absent.seen
+		}
 	}
-	s.page(x, status, f)
+	came := "Your request came as far as "
+	if x.uri.Host != "" {
+		came = "Your request for " + x.uri.Host + " came as far as "
+	}
+	f := hopFaults[kind]
+	fill := strings.NewReplacer("NAME", x.up.Name, "Name", sentence(x.up.Name), "AGO", ago(time.Since(seen))).Replace
+	s.page(x, f.status, fault{title: fill(f.title), text: came + s.opts.Node + fill(f.text), hint: tryAgain, target: x.up.Name,
+		state: f.state, reason: reason})
 }
 
 // sentence is name as the first word of one. The case of a node's name or a host's stays as it is.

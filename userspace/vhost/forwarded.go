@@ -3,60 +3,47 @@ package vhost
 import (
 	"bytes"
 	"errors"
-	"net"
 	"net/http"
 	"net/netip"
 	"strconv"
 	"strings"
+
+	"golang.org/x/net/http/httpguts"
 )
 
 // IDHeader carries the path's id to HTTP upstreams.
 const IDHeader = "X-Tailsplice-Id"
 
 // forwarding are the headers in which a hop says for whom it speaks, and how it was asked, beside those that
-// isForwarding knows by a part of their name. Frameworks believe them by default or by one switch, so none
-// may come from a stranger.
-var forwarding = map[string]bool{
-	"forwarded":                 true, // RFC 7239
-	"client-ip":                 true,
-	"remote-addr":               true,
-	"cf-connecting-ipv6":        true,
-	"cf-pseudo-ipv4":            true,
-	"cf-visitor":                true, // the scheme
-	"x-remote-ip":               true,
-	"x-originating-ip":          true,
-	"x-proxyuser-ip":            true,
-	"x-azure-clientip":          true,
-	"x-azure-socketip":          true,
-	"x-sucuri-clientip":         true,
-	"x-envoy-external-address":  true,
-	"x-nf-client-connection-ip": true,
-	"front-end-https":           true,
-	"x-arr-ssl":                 true,
-	"fastly-ssl":                true,
-	"wl-proxy-ssl":              true,
-	"x-scheme":                  true,
-	"x-url-scheme":              true,
-	"x-http-host-override":      true,
-	"x-host":                    true,
-	"x-original-host":           true,
-	"x-original-proto":          true,
-	"x-original-scheme":         true,
-	"x-original-uri":            true, // auth servers are told of the path by it
-	"x-original-method":         true,
-	"x-original-url":            true, // some frameworks route by it instead of the path
-	"x-rewrite-url":             true,
-	"x-tailsplice-id":           true,
-	"x-tailsplice-path":         true,
-	"x-tailsplice-timing":       true,
-	"client-cert":               true, // RFC 9440
-	"client-cert-chain":         true,
-	"proxy":                     true, // HTTP_PROXY for who makes variables of headers
+// isForwarding knows by a part of their name. Frameworks believe them by default or by one switch, so none may
+// come from a stranger.
+var forwarding = setOf(
+	"forwarded", // RFC 7239
+	"client-ip", "remote-addr", "cf-connecting-ipv6", "cf-pseudo-ipv4", "x-remote-ip", "x-originating-ip",
+	"x-proxyuser-ip", "x-azure-clientip", "x-azure-socketip", "x-sucuri-clientip", "x-envoy-external-address",
+	"x-nf-client-connection-ip",
+	// The scheme.
+	"cf-visitor", "front-end-https", "x-arr-ssl", "fastly-ssl", "wl-proxy-ssl", "x-scheme", "x-url-scheme",
+	"x-original-proto", "x-original-scheme",
+	"x-http-host-override", "x-host", "x-original-host",
+	// The request: auth servers are told of its path, and some frameworks route by it instead of the path.
+	"x-original-uri", "x-original-method", "x-original-url", "x-rewrite-url",
+	"x-tailsplice-id", "x-tailsplice-path", "x-tailsplice-timing",
+	"client-cert", "client-cert-chain", // RFC 9440
+	"proxy", // HTTP_PROXY where variables are made of headers
+)
+
+func setOf(names ...string) map[string]bool {
+	set := map[string]bool{}
+	for _, n := range names {
+		set[n] = true
+	}
+	return set
 }
 
 // otherPath are those, as net/http spells them, by which a target or an auth server takes another path, or
 // method, than the request's. Hops that are none of tailsplice pass on what their client sends in them.
-var otherPath = map[string]bool{"X-Original-Uri": true, "X-Original-Method": true, "X-Original-Url": true, "X-Rewrite-Url": true}
+var otherPath = setOf("X-Original-Uri", "X-Original-Method", "X-Original-Url", "X-Rewrite-Url")
 
 // isForwarding says whether a header, however it is written, is one of them.
 func isForwarding(name string) bool {
@@ -234,15 +221,7 @@ func nodeName(a netip.Addr) string {
 
 // quoted is a value as a token (RFC 9110 5.6.2), or in quotes.
 func quoted(v string) string {
-	token := v != ""
-	for i := range len(v) {
-		c := v[i]
-		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0) {
-			token = false
-			break
-		}
-	}
-	if token {
+	if httpguts.ValidHeaderFieldName(v) { // which is a token
 		return v
 	}
 	return `"` + quotedPairs.Replace(v) + `"`
@@ -275,16 +254,7 @@ func requestID(r *http.Request, c *conn, id string) string {
 
 // validID bounds what is copied from a header into logs and pages.
 func validID(id string) bool {
-	if len(id) < 8 || len(id) > 64 {
-		return false
-	}
-	for i := range len(id) {
-		c := id[i]
-		if !(c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c == '-' || c == '_') {
-			return false
-		}
-	}
-	return true
+	return len(id) >= 8 && len(id) <= 64 && strings.Trim(id, alphanumeric+"-_") == ""
 }
 
-var _ net.Conn = (*conn)(nil)
+const alphanumeric = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"

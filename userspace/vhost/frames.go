@@ -100,10 +100,12 @@ func (f *frames) worth(fr frame) int {
 
 // bodies are the streams whose requests go on: those alone may have DATA.
 type bodies struct {
-	mu   sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	open map[uint32]struct{}
 	// late are streams that were answered to the end last. Their clients may not have heard of that yet, and
 	// still send what they have.
+	// +checklocks:mu
 	late []uint32
 }
 
@@ -138,7 +140,7 @@ func (b *bodies) goesOn(fr frame) bool {
 	return open && (fr.length > mostPadding || fr.length > 0 && fr.flags&framePadded == 0)
 }
 
-// end is called with b.mu held.
+// +checklocks:b.mu
 func (b *bodies) end(stream uint32) {
 	delete(b.open, stream)
 	b.late = slices.DeleteFunc(b.late, func(s uint32) bool { return s == stream })

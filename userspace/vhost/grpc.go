@@ -1,6 +1,7 @@
 package vhost
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"net/http"
@@ -9,16 +10,22 @@ import (
 	"time"
 )
 
-// gRPC's status codes (google.golang.org/grpc/codes).
+// gRPC's status codes (google.golang.org/grpc/codes), and those that its clients make of HTTP's.
 const (
 	grpcUnknown          = 2
 	grpcDeadlineExceeded = 4
-	grpcPermissionDenied = 7
-	grpcUnimplemented    = 12
-	grpcInternal         = 13
-	grpcUnavailable      = 14
-	grpcUnauthenticated  = 16
 )
+
+var grpcCodes = map[int]int{
+	http.StatusBadRequest:         13, // INTERNAL
+	http.StatusUnauthorized:       16, // UNAUTHENTICATED
+	http.StatusForbidden:          7,  // PERMISSION_DENIED
+	http.StatusNotFound:           12, // UNIMPLEMENTED
+	http.StatusTooManyRequests:    14, // UNAVAILABLE
+	http.StatusBadGateway:         14,
+	http.StatusServiceUnavailable: 14,
+	http.StatusGatewayTimeout:     14,
+}
 
 // isGRPC says whether a request's client reads its answer's status in the header Grpc-Status: gRPC and
 // gRPC-Web.
@@ -29,19 +36,7 @@ func isGRPC(r *http.Request) bool {
 // grpcPage is a page for a program: the answer without a body that gRPC calls Trailers-Only. Clients would
 // make the same code of a page's status, but for a deadline, and not see a word of it.
 func (s *Server) grpcPage(x *exchange, status int, f fault) {
-	code := grpcUnknown
-	switch status {
-	case http.StatusBadRequest:
-		code = grpcInternal
-	case http.StatusUnauthorized:
-		code = grpcUnauthenticated
-	case http.StatusForbidden:
-		code = grpcPermissionDenied
-	case http.StatusNotFound:
-		code = grpcUnimplemented
-	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-		code = grpcUnavailable
-	}
+	code := cmp.Or(grpcCodes[status], grpcUnknown)
 	// A server ends a call when its deadline is over, and may be quicker than its client.
 	if d, ok := grpcTimeout(x.req.Header.Get("Grpc-Timeout")); ok && time.Since(x.started) >= d {
 		code = grpcDeadlineExceeded
@@ -72,13 +67,5 @@ func grpcTimeout(v string) (time.Duration, bool) {
 
 // grpcMessage writes a text as Grpc-Message has it: percent-encoded where it is not printable ASCII.
 func grpcMessage(text string) string {
-	var b strings.Builder
-	for i := range len(text) {
-		if c := text[i]; c < ' ' || c > '~' || c == '%' {
-			fmt.Fprintf(&b, "%%%02X", c)
-		} else {
-			b.WriteByte(c)
-		}
-	}
-	return b.String()
+	return escapeBytes(text, func(c byte) bool { return c < ' ' || c > '~' || c == '%' })
 }

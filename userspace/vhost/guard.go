@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -87,7 +88,6 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 		s.page(x, http.StatusInternalServerError, fault{title: "Something went wrong here",
 			text: "Your request came to " + s.opts.Node + ", which could not find out whether it is allowed.", hint: tryAgain})
 	}
-	x.whole = true
 	return false
 }
 
@@ -110,10 +110,5 @@ func (x *exchange) setHeaders(out http.Header, authority string) {
 
 // drops says whether a header of the client's is not for the upstream.
 func (v *Visit) drops(name string) bool {
-	for _, d := range v.Drop {
-		if sameHeader(name, d) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(v.Drop, func(d string) bool { return sameHeader(name, d) })
 }

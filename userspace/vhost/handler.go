@@ -51,10 +51,28 @@ type exchangeKey struct{}
 
 // serveHTTP is the handler of every request.
 func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
-	x := &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r}
+	x, bad := newExchange(w, r)
+	x.conn.begins(x)
+	defer x.conn.ends(x)
+	noRoom := s.charge(x)
+	defer x.endRequest()
+	if noRoom == nil {
+		defer x.hurry()
+	}
+	defer x.forget()
+	s.readHeader(x)
+	defer s.finish(x) // also while ErrAbortHandler passes
+	if s.enter(x, bad, noRoom) {
+		s.forward(x, w)
+	}
+	x.whole = true
+}
+
+// newExchange begins with a request. bad is what is wrong with its target.
+func newExchange(w http.ResponseWriter, r *http.Request) (x *exchange, bad error) {
+	x = &exchange{started: time.Now(), conn: r.Context().Value(connKey{}).(*conn), req: r}
 	x.conn.secured(r)
 	x.resp = &response{ResponseWriter: w, plain: !r.ProtoAtLeast(1, 1)}
-	bad := error(nil)
 	if r.Method == http.MethodConnect {
 		x.uri = URI{Host: r.Host, Path: r.RequestURI}
 	} else {
@@ -62,79 +80,72 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	x.visit = Visit{Request: r, URI: x.uri, ID: x.conn.info.ID, Conn: x.conn.info, Client: x.conn.info.Client, Unknown: x.conn.info.Unknown, x: x}
 	x.conn.serves(r)
-	x.conn.begins(x)
-	defer x.conn.ends(x)
-	noRoom := s.charge(x)
-	dropForwarding(r.Header, believes(x.visit.Conn, r.TLS != nil))
-	defer x.endRequest()
-	if noRoom == nil {
-		defer x.hurry()
-	}
-	defer x.forget()
-	// With a Content-Length beside it, which net/http doesn't show, who is before this hop may see the end of
-	// a chunked body elsewhere, and another client's request begin in it (RFC 9112 6.1).
-	x.resp.last = r.ProtoMajor == 1 && len(r.TransferEncoding) > 0 && !believes(x.visit.Conn, r.TLS != nil)
+	return x, bad
+}
+
+// readHeader takes from a charged request's header what every answer needs.
+func (s *Server) readHeader(x *exchange) {
+	r := x.req
+	isBelieved := believes(x.visit.Conn, r.TLS != nil)
+	dropForwarding(r.Header, isBelieved)
+	// With a Content-Length beside it, which net/http doesn't show, a hop before this one may see the end of a
+	// chunked body elsewhere, and another client's request begin in it (RFC 9112 6.1).
+	x.resp.last = r.ProtoMajor == 1 && len(r.TransferEncoding) > 0 && !isBelieved
 	x.requestID = requestID(r, x.conn, x.id)
 	x.timing = s.wantsTiming(r, x.visit.Conn)
 	if s.opts.HSTS != nil && r.TLS != nil {
 		x.hsts = s.opts.HSTS()
 	}
 	x.resp.before = func(h http.Header) { s.addOwn(x, h) }
-	defer func() { // also while ErrAbortHandler passes
-		if !x.whole {
-			x.cutOff()
-		}
-		add(x.resp.traffic.Requests, -1)
-		s.report(x)
-		x.body.leave()
-	}()
-	if r.ProtoMajor == 1 && r.Close && hasBody(r) {
-		defer func() { x.conn.lingers.Store(x.whole && (x.body == nil || x.body.unfinished())) }()
+}
+
+// finish ends x's answer, and tells of it.
+func (s *Server) finish(x *exchange) {
+	if r := x.req; r.ProtoMajor == 1 && r.Close && hasBody(r) {
+		x.conn.lingers.Store(x.whole && (x.body == nil || x.body.unfinished()))
 	}
-	if noRoom != nil {
+	if !x.whole {
+		x.cutOff()
+	}
+	add(x.resp.traffic.Requests, -1)
+	s.report(x)
+	x.body.leave()
+}
+
+// enter says whether x's request goes on to an upstream. If not, it has been answered.
+func (s *Server) enter(x *exchange, bad, noRoom error) bool {
+	switch {
+	case noRoom != nil:
 		s.guard(x, func(http.ResponseWriter, *Visit) error { return noRoom })
-		return
-	}
-	if r.Method == http.MethodConnect {
-		// A tunnel to a place of the client's choice: never.
+	case x.req.Method == http.MethodConnect: // a tunnel to a place of the client's choice: never
 		x.resp.Header().Set("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
 		s.page(x, http.StatusMethodNotAllowed, fault{title: "This is not a forward proxy", text: "CONNECT is not served here."})
-		x.whole = true
-		return
-	}
-	if bad != nil {
+	case bad != nil:
 		s.refuse(x, bad)
-		x.whole = true
-		return
+	case s.opts.Answer != nil && s.opts.Answer(x.resp, x.req):
+	case s.guard(x, s.opts.Guard):
+		if err := s.findRoute(x); err != nil {
+			s.refuse(x, err)
+			return false
+		}
+		return s.admit(x)
 	}
-	if s.opts.Answer != nil && s.opts.Answer(x.resp, r) {
-		x.whole = true
-		return
-	}
-	if !s.guard(x, s.opts.Guard) {
-		return
-	}
-	if err := s.findRoute(x); err != nil {
-		s.refuse(x, err)
-		x.whole = true
-		return
-	}
-	if !s.admit(x) {
-		x.whole = true
-		return
-	}
-	readUpgrade(r)
+	return false
+}
+
+// forward sends x's request to an upstream of its route, and the answer back.
+func (s *Server) forward(x *exchange, w http.ResponseWriter) {
+	readUpgrade(x.req)
 	x.up = x.route.pick(nil)
-	ctx := context.WithValue(r.Context(), exchangeKey{}, x)
+	ctx := context.WithValue(x.req.Context(), exchangeKey{}, x)
 	ctx = context.WithValue(ctx, dialKey{}, x.up)
 	trace := &httptrace.ClientTrace{GotConn: x.gotConn}
 	if x.expecting = x.expects(); x.expecting {
 		trace.GotFirstResponseByte = func() { x.heard.Store(true) }
 	}
-	ctx = httptrace.WithClientTrace(ctx, trace)
 	// A copy: the server looks at its own request's Body (for Expect), and puts the trailers there.
-	in := r.WithContext(ctx)
-	if hasBody(r) {
+	in := x.req.WithContext(httptrace.WithClientTrace(ctx, trace))
+	if hasBody(x.req) {
 		x.body = newBody(x, w, cmp.Or(x.route.BodyTimeout, s.opts.StallTimeout), x.route.MaxBody)
 		in.Body = x.body
 		// Without it an HTTP/1 server throws the rest of the body away when the answer begins, though the
@@ -142,7 +153,6 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		http.NewResponseController(w).EnableFullDuplex()
 	}
 	s.proxy.ServeHTTP(x.resp, in)
-	x.whole = true
 }
 
 // hasBody says whether a body comes with a request. In HTTP/2 net/http gives every request one to read.

@@ -325,3 +325,14 @@ func eventually(t testing.TB, what string, ok func() bool) {
 }
 
 func addr(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
+
+// Serve accepts connections from l and serves them until l is closed.
+func (s *Server) Serve(l net.Listener) error {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go s.ServeConn(c)
+	}
+}

@@ -14,16 +14,10 @@ type Holder interface {
 	Holds(held func() (bytes int64, since time.Time))
 }
 
-// copyBytes is what copies an answer, of a pool that has no buffers to spare.
-const copyBytes = 32 << 10
-
 // begins and ends are for a request whose handler runs.
 func (c *conn) begins(x *exchange) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.exchanges == nil {
-		c.exchanges = map[*exchange]struct{}{}
-	}
 	c.exchanges[x] = struct{}{}
 }
 
@@ -43,7 +37,7 @@ func (c *conn) held() (bytes int64, since time.Time) {
 		if began == 0 {
 			continue
 		}
-		bytes += copyBytes
+		bytes += copyBuffer // of a pool that has none to spare
 		if at := time.Unix(0, began); since.IsZero() || at.Before(since) {
 			since = at
 		}

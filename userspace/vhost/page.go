@@ -8,6 +8,7 @@ import (
 	"html/template"
 	"mime"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -126,9 +127,5 @@ func preferred(r *http.Request) string {
 // isTerminal says whether a user agent is one that people read as it comes.
 func isTerminal(agent string) bool {
 	name, _, _ := strings.Cut(strings.ToLower(agent), "/")
-	switch name {
-	case "curl", "wget", "httpie", "xh":
-		return true
-	}
-	return false
+	return slices.Contains([]string{"curl", "wget", "httpie", "xh"}, name)
 }

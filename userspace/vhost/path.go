@@ -1,8 +1,11 @@
 package vhost
 
 import (
+	"fmt"
 	"net/http"
+	"slices"
 	"strings"
+	"time"
 )
 
 // PathHeader tells the next hop by which hops a request has come, the first one first, for the pages that
@@ -30,12 +33,8 @@ func hopNames(h http.Header) []string {
 	if len(names) > maxHops {
 		return nil
 	}
-	for _, n := range names {
-		if len(n) > 63 || strings.ContainsFunc(n, func(r rune) bool {
-			return !(r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r == '-' || r == '_' || r == '.')
-		}) {
-			return nil
-		}
+	if slices.ContainsFunc(names, func(n string) bool { return len(n) > 63 || strings.Trim(n, alphanumeric+"-_.") != "" }) {
+		return nil
 	}
 	return names
 }
@@ -51,9 +50,24 @@ func (s *Server) stops(x *exchange, f fault) []stop {
 	if f.target == "" {
 		return nil
 	}
-	way := []stop{{Name: "you", State: "working"}}
-	for _, n := range append(x.passed(), s.opts.Node) {
+	var way []stop
+	for _, n := range slices.Concat([]string{"you"}, x.passed(), []string{s.opts.Node}) {
 		way = append(way, stop{Name: n, State: "working"})
 	}
 	return append(way, stop{Name: bare(f.target), State: f.state, Failed: true})
+}
+
+// timingHeader asks the hops behind this one to show what they took. It is believed from a hop that is
+// believed only.
+const timingHeader = "X-Tailsplice-Timing"
+
+// wantsTiming says whether the answer shall show how long the hops took.
+func (s *Server) wantsTiming(r *http.Request, info ConnInfo) bool {
+	return s.opts.Timing != nil && s.opts.Timing() || r.Header[timingHeader] != nil && believes(info, r.TLS != nil)
+}
+
+// addTiming adds this hop to those behind it, which the upstream has named, as one metric of Server-Timing:
+// the node's name, and the milliseconds since the request's header was read.
+func (s *Server) addTiming(h http.Header, started time.Time) {
+	h.Add("Server-Timing", fmt.Sprintf("%s;dur=%.3f", s.opts.Node, float64(time.Since(started))/float64(time.Millisecond)))
 }

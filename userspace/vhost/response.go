@@ -2,7 +2,6 @@ package vhost
 
 import (
 	"bufio"
-	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -111,22 +110,16 @@ type upgraded struct {
 }
 
 func (u *upgraded) Read(p []byte) (int, error) {
-	if u.early != nil {
-		if u.early.Buffered() > 0 {
-			n, err := u.early.Read(p[:min(len(p), u.early.Buffered())])
-			u.read(n)
-			return n, err
-		}
+	from := io.Reader(u.Conn)
+	if u.early != nil && u.early.Buffered() > 0 {
+		from, p = u.early, p[:min(len(p), u.early.Buffered())]
+	} else {
 		u.early = nil
 	}
-	n, err := u.Conn.Read(p)
-	u.read(n)
-	return n, err
-}
-
-func (u *upgraded) read(n int) {
+	n, err := from.Read(p)
 	u.in.Add(int64(n))
 	add(u.traffic.Up, n)
+	return n, err
 }
 
 func (u *upgraded) Write(p []byte) (int, error) {
@@ -136,12 +129,5 @@ func (u *upgraded) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// CloseWrite passes a half-close on: of TCP, or TLS's close_notify.
-func (u *upgraded) CloseWrite() error {
-	if cw, ok := u.Conn.(interface{ CloseWrite() error }); ok {
-		return cw.CloseWrite()
-	}
-	return errors.ErrUnsupported
-}
-
-var _ io.ReadWriter = (*upgraded)(nil)
+// CloseWrite passes a half-close on.
+func (u *upgraded) CloseWrite() error { return closeWrite(u.Conn) }

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,9 +16,7 @@ import (
 // transports sends a request by the transport that its upstream needs, and again where that can do no harm.
 type transports struct{ s *Server }
 
-// RoundTrip tries the upstream that was picked first. If that can't be reached, or fails a request that may
-// be repeated, the others are tried. A request of which nothing was sent, because the connection had gone
-// stale in the pool, gets a fresh one.
+// RoundTrip tries the upstream that was picked first. What follows from an attempt that failed is its remedy.
 func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 	x := r.Context().Value(exchangeKey{}).(*exchange)
 	defer x.roundTripOver()
@@ -30,30 +29,18 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 		defer spare.lastAttempt()
 	}
 	var tried []*Upstream
-	stale := 0
-	for {
-		attempt := r
-		if spare != nil {
-			attempt = r.WithContext(r.Context())
-			spare.attempt = &attemptBody{spare: spare}
-			attempt.Body = spare.attempt
-		}
+	for stale := 0; ; {
 		x.upConn.Store(nil)
-		res, err := t.once(x, attempt)
-		if err == nil || r.Context().Err() != nil || x.resp.status != 0 || !spare.whole() || x.body.wasInterrupted() {
-			return res, err
+		res, err := t.once(x, spare.attemptOf(r))
+		if err == nil {
+			return res, nil
 		}
-		unsent := errors.As(err, new(*dialError))
-		if c := x.upConn.Load(); c != nil {
-			c.leave(x)
-			unsent = c.sent.Load() == x.sentBefore
-			if unsent && x.reused && stale < maxStale {
-				stale++
-				continue
-			}
-		}
-		if !unsent && (!repeatable(r.Method) || errors.Is(err, os.ErrDeadlineExceeded) || reasonOf(err) == ReasonTimeout) {
+		switch x.remedy(r, err, spare, stale) {
+		case giveUp:
 			return nil, err
+		case sameUpstream:
+			stale++
+			continue
 		}
 		tried = append(tried, x.up)
 		next := x.route.pick(tried)
@@ -69,17 +56,49 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 }
 
+// remedy is what is done about an attempt that has failed.
+type remedy int
+
+const (
+	giveUp        remedy = iota
+	sameUpstream         // once more, on another connection
+	otherUpstream        // the next one that the route picks
+)
+
+// remedy judges the attempt that failed with err, after so many stale connections. The first line that fits counts:
+//
+//	the client has left or is being answered, or the body can't be sent again   giveUp
+//	nothing was sent on a connection of the pool, which had gone stale          sameUpstream, maxStale times
+//	nothing was sent                                                            otherUpstream
+//	the request may be repeated, and this was no timeout                        otherUpstream
+//	else                                                                        giveUp
+func (x *exchange) remedy(r *http.Request, err error, spare *spareBody, stale int) remedy {
+	if r.Context().Err() != nil || x.resp.status != 0 || !spare.whole() || x.body.wasInterrupted() {
+		return giveUp
+	}
+	isUnsent := errors.As(err, new(*dialError))
+	if c := x.upConn.Load(); c != nil {
+		c.leave(x)
+		isUnsent = c.sent.Load() == x.sentBefore
+		if isUnsent && x.reused && stale < maxStale {
+			return sameUpstream
+		}
+	}
+	isTimeout := errors.Is(err, os.ErrDeadlineExceeded) || reasonOf(err) == ReasonTimeout
+	if isUnsent || repeatable(r.Method) && !isTimeout {
+		return otherUpstream
+	}
+	return giveUp
+}
+
 // maxStale bounds how many stale connections in a row a request may meet: more than the pool holds would be
 // another fault.
 const maxStale = upstreamIdlePerHost + 1
 
 // repeatable says whether a request may be sent again though an upstream may have seen it (RFC 9110 9.2.2).
 func repeatable(method string) bool {
-	switch method {
-	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
-		return true
-	}
-	return false
+	return slices.Contains([]string{http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut,
+		http.MethodDelete}, method)
 }
 
 // once sends r to x's upstream.
@@ -123,38 +142,20 @@ func needsHTTP1(x *exchange, r *http.Request) bool {
 	return wantsUpgrade(r) || x.uri.Authority == "" && x.route.RequestHeader.Set["Host"] == ""
 }
 
-// withAnswerTimeout cancels r when it has been sent whole and no answer has begun after d. stop ends that.
-func withAnswerTimeout(r *http.Request, d time.Duration) (*http.Request, func()) {
+// withAnswerTimeout cancels r when it has been sent whole and no answer has begun after d. stop ends that. It
+// may come before the transport's writer is done: the first of both sets timer, so that none runs on.
+func withAnswerTimeout(r *http.Request, d time.Duration) (_ *http.Request, stop func()) {
 	ctx, cancel := context.WithCancelCause(r.Context())
-	var timer answerTimer
+	var timer atomic.Pointer[time.Timer]
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{WroteRequest: func(httptrace.WroteRequestInfo) {
-		timer.start(d, func() { cancel(errAnswerTimeout) })
+		if t := time.AfterFunc(d, func() { cancel(errAnswerTimeout) }); !timer.CompareAndSwap(nil, t) {
+			t.Stop()
+		}
 	}})
-	return r.WithContext(ctx), timer.stop
-}
-
-// answerTimer starts once the transport's writer is done, and stops in the one that waits for the answer:
-// whichever comes first.
-type answerTimer struct {
-	mu      sync.Mutex
-	timer   *time.Timer
-	stopped bool
-}
-
-func (t *answerTimer) start(d time.Duration, f func()) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.timer == nil && !t.stopped {
-		t.timer = time.AfterFunc(d, f)
-	}
-}
-
-func (t *answerTimer) stop() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.stopped = true
-	if t.timer != nil {
-		t.timer.Stop()
+	return r.WithContext(ctx), func() {
+		if !timer.CompareAndSwap(nil, new(time.Timer)) {
+			timer.Load().Stop()
+		}
 	}
 }
 
@@ -165,10 +166,24 @@ type spareBody struct {
 	attempt *attemptBody // the last that was made; RoundTrip's own
 	done    atomic.Bool  // there will be no other attempt
 
-	mu   sync.Mutex // held while body is read, which may take long
-	read []byte     // from body, by whichever attempt
-	err  error      // how body ended
-	over bool       // more was read than is kept
+	mu sync.Mutex // held while body is read, which may take long
+	// +checklocks:mu
+	read []byte // from body, by whichever attempt
+	// +checklocks:mu
+	err error // how body ended
+	// +checklocks:mu
+	isOver bool // more was read than is kept
+}
+
+// attemptOf is r for one more attempt. s may be nil.
+func (s *spareBody) attemptOf(r *http.Request) *http.Request {
+	if s == nil {
+		return r
+	}
+	r = r.WithContext(r.Context())
+	s.attempt = &attemptBody{spare: s}
+	r.Body = s.attempt
+	return r
 }
 
 // spareBytes are what a transport's buffers take before any of it is sent.
@@ -181,7 +196,7 @@ func (s *spareBody) whole() bool {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return !s.over && (s.err == nil || s.err == io.EOF)
+	return !s.isOver && (s.err == nil || s.err == io.EOF)
 }
 
 // lastAttempt says that there will be no other. The transport may have closed the body by now, or will.
@@ -219,9 +234,9 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 	n, err := s.body.Read(p)
 	s.err = err
 	switch {
-	case s.over:
+	case s.isOver:
 	case len(s.read)+n > spareBytes:
-		s.over, s.read, a.at = true, nil, 0
+		s.isOver, s.read, a.at = true, nil, 0
 	default:
 		s.read = append(s.read, p[:n]...)
 		a.at += n

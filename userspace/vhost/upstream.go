@@ -9,8 +9,10 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"runtime"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -112,7 +114,7 @@ func dialUpstream(ctx context.Context) (*upstreamConn, error) {
 		return nil, &dialError{err}
 	}
 	up.health.failed.Store(0)
-	return &upstreamConn{Conn: c}, nil
+	return &upstreamConn{Conn: c, users: map[*exchange]struct{}{}}, nil
 }
 
 func dialUpstreamTLS(ctx context.Context) (net.Conn, error) {
@@ -174,7 +176,8 @@ type upstreamConn struct {
 	writing sync.RWMutex // read-locked by a write that is under way
 	unheard atomic.Bool  // it was given up: see Watch
 
-	mu    sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	users map[*exchange]struct{} // whose requests have a body and no answer yet
 }
 
@@ -190,9 +193,6 @@ func asUpstreamConn(c net.Conn) *upstreamConn {
 func (c *upstreamConn) join(x *exchange) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.users == nil {
-		c.users = map[*exchange]struct{}{}
-	}
 	c.users[x] = struct{}{}
 }
 
@@ -213,7 +213,8 @@ func (c *upstreamConn) Write(p []byte) (int, error) {
 	defer c.writing.RUnlock()
 	n, err := c.Conn.Write(p)
 	if sent := c.sent.Add(int64(n)); err != nil && isReset(err) && sent > c.before.Load() {
-		if cutsOff(err) {
+		// EPIPE says on Linux that its stream had ended before (tcp_reset in net/ipv4/tcp_input.c).
+		if runtime.GOOS != "linux" || !errors.Is(err, syscall.EPIPE) {
 			c.cut.Store(true)
 		}
 		c.deaf.Store(true)
@@ -236,8 +237,5 @@ func (c *upstreamConn) Close() error {
 // CloseWrite passes a half-close on, for upgraded connections.
 func (c *upstreamConn) CloseWrite() error {
 	c.shut.Store(true)
-	if cw, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return cw.CloseWrite()
-	}
-	return errors.ErrUnsupported
+	return closeWrite(c.Conn)
 }

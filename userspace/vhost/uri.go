@@ -191,12 +191,17 @@ func setTarget(out *url.URL, path, query string) {
 
 // escapeOdd escapes what no path may have (RFC 3986 3.3), and leaves all else, escapes too, as it is.
 func escapeOdd(path string) string {
+	return escapeBytes(path, func(c byte) bool { return c >= 0x80 || strings.IndexByte("\"<>\\^`{|}", c) >= 0 })
+}
+
+// escapeBytes percent-encodes those bytes of text that are odd.
+func escapeBytes(text string, odd func(byte) bool) string {
 	var b strings.Builder
-	for i := range len(path) {
-		if c := path[i]; c >= 0x80 || strings.IndexByte("\"<>\\^`{|}", c) >= 0 {
-			fmt.Fprintf(&b, "%%%02X", c)
+	for i := range len(text) {
+		if odd(text[i]) {
+			fmt.Fprintf(&b, "%%%02X", text[i])
 		} else {
-			b.WriteByte(c)
+			b.WriteByte(text[i])
 		}
 	}
 	return b.String()

@@ -27,18 +27,15 @@
 //	rewrite.go     the path that the target gets
 //	fold.go        header names as CGI and WSGI read them
 //	forwarded.go   X-Forwarded-*, Forwarded and the path's id
-//	path.go        the hops that the request has passed
+//	path.go        the hops that the request has passed, and how long they took (Server-Timing)
 //	clientcert.go  certificates of clients
-//	body.go        the request's body: its time, size and trailers
-//	expect.go      100-continue
+//	body.go        the request's body: its time, size and trailers, and 100-continue
 //	upgrade.go     WebSocket and other upgrades
 //	upstream.go    connections to a target
 //	retry.go       which target, which protocol, and what is sent again
-//	reset.go       whether a connection was reset
 //	watch.go       upstream connections whose other end may have fallen asleep
 //	response.go    the answer, as the client gets it
 //	compress.go    gzip
-//	timing.go      Server-Timing
 //	fail.go        why a request failed, in words
 //	page.go        error pages
 //	grpc.go        failures as gRPC clients read them
@@ -53,10 +50,12 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -217,35 +216,33 @@ type Server struct {
 	own    [protocolCount]*http.Transport // for the others
 	feeds  [crowds]*feed
 
-	mu     sync.Mutex
-	conns  map[*conn]struct{}
-	closed bool          // no more connections
-	gone   chan struct{} // closed when closed and conns is empty
-	ctx    context.Context
-	cancel context.CancelFunc
+	mu sync.Mutex
+	// +checklocks:mu
+	conns map[*conn]struct{}
+	// +checklocks:mu
+	closed bool // no more connections
+
+	ctx      context.Context
+	cancel   context.CancelFunc
+	gone     context.Context // done when closed and conns is empty
+	tellGone context.CancelFunc
 }
 
 // New returns a server that is ready for connections. Close or Shutdown ends it.
 func New(o Options) *Server {
-	orDefault := func(d *time.Duration, v time.Duration) {
-		if *d == 0 {
-			*d = v
-		}
-	}
-	orDefault(&o.HeaderTimeout, DefaultHeaderTimeout)
-	orDefault(&o.CertificateTimeout, DefaultCertificateTimeout)
-	orDefault(&o.IdleTimeout, DefaultIdleTimeout)
-	orDefault(&o.StallTimeout, DefaultStallTimeout)
-	orDefault(&o.AnswerTimeout, DefaultAnswerTimeout)
-	if o.HeaderBytes == 0 {
-		o.HeaderBytes = DefaultHeaderBytes
-	}
+	o.HeaderTimeout = cmp.Or(o.HeaderTimeout, DefaultHeaderTimeout)
+	o.CertificateTimeout = cmp.Or(o.CertificateTimeout, DefaultCertificateTimeout)
+	o.IdleTimeout = cmp.Or(o.IdleTimeout, DefaultIdleTimeout)
+	o.StallTimeout = cmp.Or(o.StallTimeout, DefaultStallTimeout)
+	o.AnswerTimeout = cmp.Or(o.AnswerTimeout, DefaultAnswerTimeout)
+	o.HeaderBytes = cmp.Or(o.HeaderBytes, DefaultHeaderBytes)
 	o.TLS = patient(o.TLS, o.CertificateTimeout)
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{opts: o, log: o.Log, conns: map[*conn]struct{}{}, gone: make(chan struct{})}
+	s := &Server{opts: o, log: o.Log, conns: map[*conn]struct{}{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.gone, s.tellGone = context.WithCancel(context.Background())
 	for p := range s.shared {
 		s.shared[p] = s.newTransport(Protocol(p), upstreamIdlePerHost, upstreamIdle)
 		s.own[p] = s.newTransport(Protocol(p), ownIdlePerHost, ownIdle)
@@ -312,28 +309,27 @@ func (s *Server) handshake(c *conn) (*tls.Conn, error) {
 	c.late = time.AfterFunc(s.opts.HeaderTimeout, func() { cancel(context.DeadlineExceeded) })
 	defer c.late.Stop()
 	tc := tls.Server(c, s.opts.TLS)
-	if err := tc.HandshakeContext(ctx); err != nil {
-		var header tls.RecordHeaderError
-		if errors.As(err, &header) && header.Conn != nil && looksLikeHTTP(header.RecordHeader) {
-			header.Conn.SetWriteDeadline(time.Now().Add(s.opts.HeaderTimeout))
-			io.WriteString(header.Conn, "HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\nThis port speaks HTTPS: ask for https:// instead of http://.\n")
-			return nil, errors.New("plain HTTP on a TLS port")
+	err := tc.HandshakeContext(ctx)
+	name := tc.ConnectionState().ServerName
+	var header tls.RecordHeaderError
+	switch {
+	case err == nil:
+		if name != "" {
+			c.info.ServerName = routeHost(name)
 		}
-		name := tc.ConnectionState().ServerName
-		switch {
-		case context.Cause(ctx) == context.DeadlineExceeded:
-			err = context.DeadlineExceeded
-		case err.Error() == "tls: no certificates configured" && name != "": // crypto/tls's, not exported
-			err = fmt.Errorf("no certificate here is for %q", name)
-		case err.Error() == "tls: no certificates configured":
-			err = errors.New("the client named no server, and the first certificate is not there yet")
-		}
-		return nil, fmt.Errorf("tls handshake: %w", err)
+		return tc, nil
+	case errors.As(err, &header) && header.Conn != nil && looksLikeHTTP(header.RecordHeader):
+		header.Conn.SetWriteDeadline(time.Now().Add(s.opts.HeaderTimeout))
+		io.WriteString(header.Conn, "HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\nThis port speaks HTTPS: ask for https:// instead of http://.\n")
+		return nil, errors.New("plain HTTP on a TLS port")
+	case context.Cause(ctx) == context.DeadlineExceeded:
+		err = context.DeadlineExceeded
+	case err.Error() == "tls: no certificates configured" && name != "": // crypto/tls's, not exported
+		err = fmt.Errorf("no certificate here is for %q", name)
+	case err.Error() == "tls: no certificates configured":
+		err = errors.New("the client named no server, and the first certificate is not there yet")
 	}
-	if name := tc.ConnectionState().ServerName; name != "" {
-		c.info.ServerName = routeHost(name)
-	}
-	return tc, nil
+	return nil, fmt.Errorf("tls handshake: %w", err)
 }
 
 // patient returns c with more time for handshakes in which the client is asked for a certificate.
@@ -357,23 +353,7 @@ func patient(c *tls.Config, timeout time.Duration) *tls.Config {
 
 // looksLikeHTTP says whether a record header that is none begins a request.
 func looksLikeHTTP(b [5]byte) bool {
-	switch string(b[:]) {
-	case "GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "DELET", "PATCH":
-		return true
-	}
-	return false
-}
-
-// Serve accepts connections from l and serves them until l is closed. It is for whoever has nothing to do
-// between accept and ServeConn.
-func (s *Server) Serve(l net.Listener) error {
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		go s.ServeConn(c)
-	}
+	return slices.Contains([]string{"GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "DELET", "PATCH"}, string(b[:]))
 }
 
 // Shutdown takes no more connections, closes idle ones, and waits for the others, upgraded ones too, to end.
@@ -389,7 +369,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	err := errors.Join(errs[:]...)
 	if err == nil {
 		select {
-		case <-s.gone:
+		case <-s.gone.Done():
 		case <-ctx.Done():
 			err = ctx.Err()
 		}
@@ -408,10 +388,7 @@ func (s *Server) Close() error {
 		s.feeds[c].Close()
 	}
 	s.mu.Lock()
-	left := make([]*conn, 0, len(s.conns))
-	for c := range s.conns {
-		left = append(left, c)
-	}
+	left := slices.Collect(maps.Keys(s.conns))
 	s.mu.Unlock()
 	for _, c := range left {
 		c.Close()
@@ -438,42 +415,38 @@ func (s *Server) remove(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.conns, c)
-	s.tellGone()
+	if s.closed && len(s.conns) == 0 {
+		s.tellGone()
+	}
 }
 
 func (s *Server) refuseMore() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
-	s.tellGone()
-}
-
-// tellGone closes s.gone when nothing is left. The caller holds s.mu.
-func (s *Server) tellGone() {
-	if !s.closed || len(s.conns) > 0 {
-		return
-	}
-	select {
-	case <-s.gone:
-	default:
-		close(s.gone)
+	if len(s.conns) == 0 {
+		s.tellGone()
 	}
 }
 
 // feed is the listener that gives http.Server the connections of ServeConn.
 type feed struct {
-	conns  chan net.Conn
-	closed chan struct{}
-	once   sync.Once
+	conns chan net.Conn
+	open  context.Context // until Close
+	close context.CancelFunc
 }
 
-func newFeed() *feed { return &feed{conns: make(chan net.Conn), closed: make(chan struct{})} }
+func newFeed() *feed {
+	f := &feed{conns: make(chan net.Conn)}
+	f.open, f.close = context.WithCancel(context.Background())
+	return f
+}
 
 func (f *feed) push(c net.Conn) bool {
 	select {
 	case f.conns <- c:
 		return true
-	case <-f.closed:
+	case <-f.open.Done():
 		return false
 	}
 }
@@ -482,19 +455,15 @@ func (f *feed) Accept() (net.Conn, error) {
 	select {
 	case c := <-f.conns:
 		return c, nil
-	case <-f.closed:
+	case <-f.open.Done():
 		return nil, net.ErrClosed
 	}
 }
 
 func (f *feed) Close() error {
-	f.once.Do(func() { close(f.closed) })
+	f.close()
 	return nil
 }
 
-type feedAddr struct{}
-
-func (feedAddr) Network() string { return "tcp" }
-func (feedAddr) String() string  { return "connections" }
-
-func (f *feed) Addr() net.Addr { return feedAddr{} }
+// Addr is for [net.Listener]; nobody asks.
+func (*feed) Addr() net.Addr { return &net.TCPAddr{} }

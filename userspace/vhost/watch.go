@@ -32,9 +32,11 @@ type watcher struct {
 	limit time.Duration
 	pool  *http.Transport
 
-	mu    sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	timer *time.Timer
-	over  bool
+	// +checklocks:mu
+	isOver bool
 }
 
 // watch begins to watch x's connection, which was used before.
@@ -54,7 +56,7 @@ func (x *exchange) watch(c *upstreamConn) {
 func (x *exchange) unwatch() {
 	if w := x.watcher; w != nil {
 		w.mu.Lock()
-		w.over = true
+		w.isOver = true
 		w.timer.Stop()
 		w.mu.Unlock()
 		x.watcher = nil
@@ -65,9 +67,9 @@ func (w *watcher) look() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
-	case w.over:
+	case w.isOver:
 	case w.watch.Unheard(w.conn.Conn, w.limit):
-		w.over = true
+		w.isOver = true
 		w.pool.CloseIdleConnections() // or each of them would be tried, one after the other
 		w.conn.giveUp()
 	default:

@@ -1,6 +1,8 @@
 package config
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
@@ -58,33 +60,24 @@ type AccessLog struct {
 func (v *validator) access(mode string, l *Listener, a *Action) {
 	if mode == "sni" || mode == "tcp" {
 		for _, key := range httpAccessKeys {
-			if a.has(key) && !a.unclear(key) {
-				v.errorf(a.keyAt(key), "%s belongs on an http or https listener, this one's mode is %s and sees no requests", key, mode)
-			}
+			v.errorIf(a.sets(key), a.keyAt(key), "%s belongs on an http or https listener, this one's mode is %s and sees no requests", key, mode)
 		}
 	}
-	if a.has("hold") && !a.unclear("hold") && !a.unclear("forward") {
+	if a.sets("hold") && !a.unclear("forward") {
 		for _, to := range a.Forward {
-			if to.To.Scheme != "tailnet" {
-				v.errorf(a.keyAt("hold"), "hold waits for a tailnet node, and %s is not one: forward to tailnet://NODE:PORT, or leave hold out", to.To)
-			}
+			v.errorIf(to.To.Scheme != "tailnet", a.keyAt("hold"), "hold waits for a tailnet node, and %s is not one: forward to tailnet://NODE:PORT, or leave hold out", to.To)
 		}
 	}
 	if b := a.BasicAuth; b != nil {
-		switch {
-		case !b.has("users") && !b.has("file"):
-			v.errorf(b.Pos, "users is missing in basic_auth: users and bcrypt hashes of their passwords; or file: a file of htpasswd -B")
-		case b.has("users") && b.has("file"):
-			v.errorf(b.keyAt("file"), "users and file in basic_auth: it has one or the other")
-		}
+		v.errorIf(!b.has("users") && !b.has("file"), b.Pos, "users is missing in basic_auth: users and bcrypt hashes of their passwords; or file: a file of htpasswd -B")
+		v.errorIf(b.has("users") && b.has("file"), b.keyAt("file"), "users and file in basic_auth: it has one or the other")
 		b.File = v.path(b.File)
-		if mode == "http" && l.AcceptProxy == nil && slices.ContainsFunc(l.Listen, isPublic) {
-			v.warnf(a.keyAt("basic_auth"), "basic_auth on listener %q: without TLS the passwords can be read on the network", l.Name)
-		}
+		v.warnIf(mode == "http" && l.AcceptProxy == nil && slices.ContainsFunc(l.Listen, isPublic),
+			a.keyAt("basic_auth"), "basic_auth on listener %q: without TLS the passwords can be read on the network", l.Name)
 	}
 }
 
-// isPublic reports whether who listens on addr can be reached past the tailnet and this host.
+// isPublic reports whether a listener on addr can be reached from beyond the tailnet and this host.
 func isPublic(addr string) bool {
 	host, _, ip := cutPort(addr)
 	return host != "tailnet" && host != "localhost" && host != "lo" && !(ip.IsValid() && (ip.IsLoopback() || inTailnet(ip)))
@@ -92,7 +85,7 @@ func isPublic(addr string) bool {
 
 // accessLogs checks all access logs together, and finds their files.
 func (v *validator) accessLogs(c *Config) {
-	http := false
+	served := false
 	formats := map[string]*AccessLog{}
 	check := func(a *AccessLog) {
 		if a == nil {
@@ -110,108 +103,89 @@ func (v *validator) accessLogs(c *Config) {
 	check(c.AccessLog)
 	for i := range c.Listeners {
 		l := &c.Listeners[i]
-		serves := l.Mode == "http" || l.Mode == "https"
-		http = http || serves || l.Mode == ""
-		if l.has("access_log") && !serves && l.Mode != "" && !l.unclear("access_log") {
+		reads := l.IsHTTP() || l.Mode == "" // the decoder refused the mode: it may be one of these
+		served = served || reads
+		if l.sets("access_log") && !reads {
 			v.errorf(l.keyAt("access_log"), "access_log belongs on an http or https listener, this one's mode is %s and sees no requests: the daemon's own log has a line for each connection", l.Mode)
 			continue
 		}
 		check(l.AccessLog)
 	}
-	if c.AccessLog != nil && !http {
-		v.warnf(c.keyAt("access_log"), "access_log stays empty: there is no http or https listener")
-	}
+	v.warnIf(c.AccessLog != nil && !served, c.keyAt("access_log"), "access_log stays empty: there is no http or https listener")
 }
 
-// bcryptHash has the version, the cost, and 22 characters of salt with 31 of hash.
-var bcryptHash = regexp.MustCompile(`^\$2[aby]\$([0-9]{2})\$[./A-Za-z0-9]{53}$`)
-
+// bcryptPattern has the version, the cost, and 22 characters of salt with 31 of hash.
 const bcryptPattern = `^\$2[aby]\$[0-9]{2}\$[./A-Za-z0-9]{53}$`
+
+var bcryptHash = regexp.MustCompile(bcryptPattern)
 
 // maxBcryptCost is that of a check which takes a quarter of a minute: more is a mistake.
 const maxBcryptCost = 16
 
 func parseBcrypt(s string) (any, error) {
-	m := bcryptHash.FindStringSubmatch(s)
-	if m == nil {
+	if !bcryptHash.MatchString(s) {
 		const how = "make one with tailsplice hash-password, or htpasswd -nB USER"
 		if strings.HasPrefix(s, "$2") || !strings.ContainsAny(s, "${") {
 			return nil, fmt.Errorf("not a whole bcrypt hash, which has 60 characters: %s", how)
 		}
 		return nil, fmt.Errorf("only bcrypt hashes are accepted: %s", how)
 	}
-	if cost, _ := strconv.Atoi(m[1]); cost < 4 || cost > maxBcryptCost {
-		return nil, fmt.Errorf("its cost of %d is out of range: 4 to %d", cost, maxBcryptCost)
-	}
-	return s, nil
+	cost, _ := strconv.Atoi(s[4:6])
+	return s, refuse(cost < 4 || cost > maxBcryptCost, "its cost of %d is out of range: 4 to %d", cost, maxBcryptCost)
 }
 
 func parseUser(s string) (any, error) {
-	switch {
-	case s == "":
-		return nil, fmt.Errorf("must not be empty")
-	case strings.Contains(s, ":"):
-		return nil, fmt.Errorf("browsers can't send a user with a ':'")
-	}
-	return s, nil
+	return s, cmp.Or(
+		refuse(s == "", "must not be empty"),
+		refuse(strings.Contains(s, ":"), "browsers can't send a user with a ':'"))
 }
 
 // notCopied are headers that belong to one connection, or that this hop writes itself, and those that begin
 // with Tailscale-.
-var notCopied = map[string]bool{"Connection": true, "Proxy-Connection": true, "Keep-Alive": true, "Te": true, "Trailer": true, "Transfer-Encoding": true,
-	"Upgrade": true, "Content-Length": true, "Host": true, "Forwarded": true, "X-Forwarded-For": true, "X-Forwarded-Host": true, "X-Forwarded-Proto": true, "X-Tailsplice-Id": true}
+var notCopied = []string{"Connection", "Proxy-Connection", "Keep-Alive", "Te", "Trailer", "Transfer-Encoding", "Upgrade", "Content-Length",
+	"Host", "Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Tailsplice-Id"}
 
 var notAlphanumeric = regexp.MustCompile(`[^A-Za-z0-9]`)
 
 func parseCopiedHeader(s string) (any, error) {
-	if !httpguts.ValidHeaderFieldName(s) {
-		return nil, fmt.Errorf("not a header's name such as Remote-User")
-	}
 	// Targets may make one of X-Forwarded-For, X_Forwarded_For and X.Forwarded.For.
-	if name := http.CanonicalHeaderKey(notAlphanumeric.ReplaceAllString(s, "-")); notCopied[name] || strings.HasPrefix(name, "Tailscale-") {
-		return nil, fmt.Errorf("%s is written by this hop itself", name)
-	}
-	return http.CanonicalHeaderKey(s), nil
+	name := http.CanonicalHeaderKey(notAlphanumeric.ReplaceAllString(s, "-"))
+	return http.CanonicalHeaderKey(s), cmp.Or(
+		refuse(!httpguts.ValidHeaderFieldName(s), "not a header's name such as Remote-User"),
+		refuse(slices.Contains(notCopied, name) || strings.HasPrefix(name, "Tailscale-"), "%s is written by this hop itself", name))
 }
 
 func parseAuthURL(s string) (any, error) {
 	u, err := url.Parse(s)
-	switch {
-	case err != nil:
-		return nil, fmt.Errorf("not a URL such as http://127.0.0.1:9091/verify")
-	case u.Host == "" && !strings.Contains(s, "://"):
-		return nil, fmt.Errorf("the scheme is missing, did you mean %q?", masked("http://"+s))
-	case u.User != nil:
-		return nil, fmt.Errorf("it has a user or password in it")
-	case u.Fragment != "":
-		return nil, fmt.Errorf("a # is never sent to a server")
+	if err != nil {
+		return nil, errors.New("not a URL such as http://127.0.0.1:9091/verify")
+	}
+	if err := cmp.Or(
+		refuse(u.Host == "" && !strings.Contains(s, "://"), "the scheme is missing, did you mean %q?", masked("http://"+s)),
+		refuse(u.User != nil, "it has a user or password in it"),
+		refuse(u.Fragment != "", "a # is never sent to a server")); err != nil {
+		return nil, err
 	}
 	switch u.Scheme {
 	case "http", "https":
-		if _, err := checkAuthHost(u); err != nil {
-			before, after, _ := strings.Cut(s, u.Hostname())
-			return nil, within(before, err, after)
-		}
-		return s, nil
+		before, after, _ := strings.Cut(s, u.Hostname())
+		return s, within(before, checkAuthHost(u), after)
 	case "tailnet", "docker":
-		if _, err := parseTarget(u.Scheme + "://" + u.Host); err != nil {
-			return nil, err
-		}
-		return s, nil
+		_, err := parseTarget(u.Scheme + "://" + u.Host)
+		return s, err
 	}
-	return nil, fmt.Errorf("must begin with http://, https://, tailnet:// or docker://")
+	return nil, errors.New("must begin with http://, https://, tailnet:// or docker://")
 }
 
-func checkAuthHost(u *url.URL) (string, error) {
+func checkAuthHost(u *url.URL) error {
 	if _, err := netip.ParseAddr(u.Hostname()); err != nil {
 		if _, err := checkName(u.Hostname()); err != nil {
-			return "", err
+			return err
 		}
 	}
-	if u.Port() != "" {
-		if _, err := parsePort(u.Port()); err != nil {
-			return "", err
-		}
+	if u.Port() == "" {
+		return nil
 	}
-	return u.Host, nil
+	_, err := parsePort(u.Port())
+	return err
 }

@@ -1,6 +1,8 @@
 package config
 
 import (
+	"cmp"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -199,13 +201,11 @@ type Pos struct {
 func (p Pos) IsValid() bool { return p.Line > 0 }
 
 // String returns LINE:COL.
-func (p Pos) String() string {
-	return strconv.Itoa(p.Line) + ":" + strconv.Itoa(p.Col)
-}
+func (p Pos) String() string { return strconv.Itoa(p.Line) + ":" + strconv.Itoa(p.Col) }
 
-// before reports whether p stands before q in the file.
-func (p Pos) before(q Pos) bool {
-	return p.Line < q.Line || p.Line == q.Line && p.Col < q.Col
+// compare is negative where p stands before q in the file.
+func (p Pos) compare(q Pos) int {
+	return cmp.Or(cmp.Compare(p.Line, q.Line), cmp.Compare(p.Col, q.Col))
 }
 
 // Section is where a part of the configuration stands in its file. A Section that was made in Go is empty,
@@ -228,24 +228,20 @@ type place struct {
 // list of scalars, such as At("listen", 0), so that later errors can point there. For a key that the file
 // does not have (a default) it is the section's own position.
 func (s *Section) At(key string, index ...int) Pos {
-	if len(index) > 0 {
-		if p := s.find(key, index[0]); p != nil {
+	for _, i := range append(index, -1) {
+		if p := s.find(key, i); p != nil {
 			return p.pos
 		}
-	}
-	if p := s.find(key, -1); p != nil {
-		return p.pos
 	}
 	return s.Pos
 }
 
 func (s *Section) find(key string, index int) *place {
-	for i := range s.places {
-		if p := &s.places[i]; p.key == key && p.index == index {
-			return p
-		}
+	i := slices.IndexFunc(s.places, func(p place) bool { return p.key == key && p.index == index })
+	if i < 0 {
+		return nil
 	}
-	return nil
+	return &s.places[i]
 }
 
 // has reports whether the file has the key here, understood or not.
@@ -255,6 +251,17 @@ func (s *Section) has(key string) bool { return s.find(key, -1) != nil }
 func (s *Section) unclear(key string) bool {
 	p := s.find(key, -1)
 	return p != nil && p.unclear
+}
+
+// sets reports whether the file has the key here with a value that was understood.
+func (s *Section) sets(key string) bool {
+	p := s.find(key, -1)
+	return p != nil && !p.unclear
+}
+
+// among returns those of some keys that the file has here.
+func (s *Section) among(keys ...string) []string {
+	return slices.DeleteFunc(keys, func(key string) bool { return !s.has(key) })
 }
 
 // keyAt returns where the key itself stands, or else the section.

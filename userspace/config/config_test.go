@@ -140,7 +140,7 @@ func checkPlaces(t *testing.T, yaml []byte, errs []*Error) {
 		if e.Pos.Line < 1 || e.Pos.Line > len(lines) || e.Pos.Col < 1 || e.Pos.Col > len([]rune(lines[e.Pos.Line-1]))+1 {
 			t.Errorf("%v is outside the file of %d lines", e, len(lines))
 		}
-		if i > 0 && e.Pos.before(errs[i-1].Pos) {
+		if i > 0 && e.Pos.compare(errs[i-1].Pos) < 0 {
 			t.Errorf("%v comes after %v", e, errs[i-1])
 		}
 		if e.Message == "" || strings.ContainsAny(e.Error(), "\n\r") {

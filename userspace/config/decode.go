@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"reflect"
 	"slices"
@@ -65,10 +66,7 @@ func fieldsOf(t reflect.Type) []field {
 
 // isSection reports whether values of t (or its items) are mappings with keys of their own.
 func isSection(t reflect.Type) bool {
-	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
-		t = t.Elem()
-	}
-	return t.Kind() == reflect.Struct && t != targetType
+	return deref(t).Kind() == reflect.Struct && deref(t) != targetType
 }
 
 // decoder fills the structs from the tree, and reports all that does not fit.
@@ -160,8 +158,7 @@ func (d *decoder) value(e entry, f *field, out reflect.Value, sec *Section) bool
 	case n.kind == kindUnclear:
 		return false
 	case n.kind == kindNull:
-		d.errorf(e.pos, "%s has no value: give it %s, or remove the key", f.key, f.want())
-		return false
+		return d.errorf(e.pos, "%s has no value: give it %s, or remove the key", f.key, f.want())
 	case f.kind != nil && out.Kind() == reflect.Slice:
 		return d.scalars(n, f, out, sec)
 	case f.names != nil:
@@ -172,13 +169,17 @@ func (d *decoder) value(e entry, f *field, out reflect.Value, sec *Section) bool
 		return d.sections(n, f, out)
 	}
 	if n.kind != kindMapping && (f.short == "" || !n.isScalar()) {
-		d.wrongType(n, f)
-		return false
+		return d.wrongType(n, f)
 	}
 	if out.Kind() == reflect.Pointer {
 		out.Set(reflect.New(out.Type().Elem()))
 		out = out.Elem()
 	}
+	return d.oneSection(n, f, out)
+}
+
+// oneSection fills a struct from a mapping, or from the scalar that may stand for it.
+func (d *decoder) oneSection(n *node, f *field, out reflect.Value) bool {
 	if n.isScalar() {
 		return d.short(n, f, out)
 	}
@@ -208,46 +209,41 @@ func (d *decoder) short(n *node, f *field, out reflect.Value) bool {
 // named fills a map from a mapping whose keys are free.
 func (d *decoder) named(n *node, f *field, out reflect.Value, sec *Section) bool {
 	if n.kind != kindMapping {
-		d.wrongType(n, f)
-		return false
+		return d.wrongType(n, f)
 	}
 	if f.nonempty && len(n.entries) == 0 {
-		d.errorf(n.pos, "%s is empty: %s", f.key, f.want())
-		return false
+		return d.errorf(n.pos, "%s is empty: %s", f.key, f.want())
 	}
 	ok := true
 	lines := map[any]int{}
 	out.Set(reflect.MakeMap(out.Type()))
 	for _, e := range n.entries {
-		if strings.ContainsFunc(e.key, unicode.IsControl) {
-			d.errorf(e.pos, "%s %q: there is a line break or another control character in it", f.key, clipKey(e.key))
-			ok = false
-			continue
-		}
-		name, err := f.names.parse(e.key)
-		if err != nil {
-			d.errorf(e.pos, "%s %q: %v", f.key, clipKey(e.key), err)
-			ok = false
-			continue
-		}
-		if line := lines[name]; line > 0 {
-			d.errorf(e.pos, "%s has %q twice, it is already on line %d", f.key, name, line)
-			ok = false
-			continue
-		}
-		lines[name] = e.pos.Line
-		inner := *f
-		inner.key, inner.names = f.key+": "+name.(string), nil
-		if e.value.kind == kindNull {
-			d.errorf(e.pos, "%s has no value: give it %s, or remove it", inner.key, f.kind.noun)
-			ok = false
-			continue
-		}
-		v := reflect.New(out.Type().Elem()).Elem()
-		if !d.scalar(e.value, &inner, v) {
-			ok = false
-			continue
-		}
+		ok = d.namedValue(e, f, out, lines) && ok
+	}
+	return ok
+}
+
+// namedValue adds one entry to a map. lines has the line of each name that the map has already.
+func (d *decoder) namedValue(e entry, f *field, out reflect.Value, lines map[any]int) bool {
+	if strings.ContainsFunc(e.key, unicode.IsControl) {
+		return d.errorf(e.pos, "%s %q: there is a line break or another control character in it", f.key, clipKey(e.key))
+	}
+	name, err := f.names.parse(e.key)
+	if err != nil {
+		return d.errorf(e.pos, "%s %q: %v", f.key, clipKey(e.key), err)
+	}
+	if line := lines[name]; line > 0 {
+		return d.errorf(e.pos, "%s has %q twice, it is already on line %d", f.key, name, line)
+	}
+	lines[name] = e.pos.Line
+	inner := *f
+	inner.key, inner.names = f.key+": "+name.(string), nil
+	if e.value.kind == kindNull {
+		return d.errorf(e.pos, "%s has no value: give it %s, or remove it", inner.key, f.kind.noun)
+	}
+	v := reflect.New(out.Type().Elem()).Elem()
+	ok := d.scalar(e.value, &inner, v)
+	if ok {
 		out.SetMapIndex(reflect.ValueOf(name), v)
 	}
 	return ok
@@ -255,43 +251,30 @@ func (d *decoder) named(n *node, f *field, out reflect.Value, sec *Section) bool
 
 // sections fills a list of structs. Items that are no mappings are left out.
 func (d *decoder) sections(n *node, f *field, out reflect.Value) bool {
-	if f.short != "" && n.isScalar() {
-		v := reflect.New(out.Type().Elem()).Elem()
-		ok := d.short(n, f, v)
-		out.Set(reflect.Append(out, v))
-		return ok
-	}
-	if n.kind != kindList {
-		d.wrongType(n, f)
-		return false
-	}
-	if f.nonempty && len(n.items) == 0 {
-		d.errorf(n.pos, "%s is an empty list: %s", f.key, f.want())
-		return false
+	items := n.items
+	switch {
+	case f.short != "" && n.isScalar():
+		items = []*node{n}
+	case n.kind != kindList:
+		return d.wrongType(n, f)
+	case f.nonempty && len(n.items) == 0:
+		return d.errorf(n.pos, "%s is an empty list: %s", f.key, f.want())
 	}
 	ok := true
-	out.Set(reflect.MakeSlice(out.Type(), 0, len(n.items)))
-	for _, item := range n.items {
+	out.Set(reflect.MakeSlice(out.Type(), 0, len(items)))
+	for _, item := range items {
 		switch {
-		case f.short != "" && item.isScalar():
+		case f.short != "" && item.isScalar(), item.kind == kindMapping:
 			v := reflect.New(out.Type().Elem()).Elem()
-			ok = d.short(item, f, v) && ok
+			ok = d.oneSection(item, f, v) && ok
 			out.Set(reflect.Append(out, v))
-			continue
-		case item.kind == kindMapping:
-			before := len(d.errs)
-			v := reflect.New(out.Type().Elem()).Elem()
-			d.section(item, v, f.noun)
-			out.Set(reflect.Append(out, v))
-			ok = ok && len(d.errs) == before
-			continue
 		case item.kind == kindNull:
-			d.errorf(item.pos, "an item of %s has no value: remove its dash, or write %s behind it", f.key, f.noun)
+			ok = d.errorf(item.pos, "an item of %s has no value: remove its dash, or write %s behind it", f.key, f.noun)
 		case item.kind == kindUnclear:
+			ok = false
 		default:
-			d.errorf(item.pos, "%s must be a mapping with keys, not %v", f.noun, item.kind)
+			ok = d.errorf(item.pos, "%s must be a mapping with keys, not %v", f.noun, item.kind)
 		}
-		ok = false
 	}
 	return ok
 }
@@ -302,16 +285,14 @@ func (d *decoder) scalars(n *node, f *field, out reflect.Value, sec *Section) bo
 	if n.kind != kindList {
 		items = []*node{n}
 	} else if f.nonempty && len(items) == 0 {
-		d.errorf(n.pos, "%s is an empty list: %s", f.key, f.want())
-		return false
+		return d.errorf(n.pos, "%s is an empty list: %s", f.key, f.want())
 	}
 	ok := true
 	seen := map[any]int{}
 	for _, item := range items {
 		v := reflect.New(out.Type().Elem()).Elem()
 		if item.kind == kindNull {
-			d.errorf(item.pos, "an item of %s has no value: %s", f.key, f.want())
-			ok = false
+			ok = d.errorf(item.pos, "an item of %s has no value: %s", f.key, f.want())
 			continue
 		}
 		if !d.scalar(item, f, v) {
@@ -319,8 +300,7 @@ func (d *decoder) scalars(n *node, f *field, out reflect.Value, sec *Section) bo
 			continue
 		}
 		if line, dup := seen[v.Interface()]; dup && !f.repeats {
-			d.errorf(item.pos, "%s has %q twice, it is already on line %d", f.key, item.shown(), line)
-			ok = false
+			ok = d.errorf(item.pos, "%s has %q twice, it is already on line %d", f.key, item.shown(), line)
 			continue
 		}
 		seen[v.Interface()] = item.pos.Line
@@ -336,30 +316,22 @@ func (d *decoder) scalar(n *node, f *field, out reflect.Value) bool {
 	}
 	n = n.typed(f.kind)
 	if !f.kind.takes(n.kind) {
-		d.wrongType(n, f)
-		return false
-	}
-	refuse := func(format string, args ...any) bool {
-		shown := f.key
-		if !f.kind.secret {
-			shown += fmt.Sprintf(" %q", clip(n.shown()))
-		}
-		d.errorf(n.pos, "%s: %s", shown, fmt.Sprintf(format, args...))
-		return false
+		return d.wrongType(n, f)
 	}
 	control := strings.ContainsFunc(n.text, unicode.IsControl)
-	switch {
-	case control && f.kind == kinds["file"] && isKey(n.text):
-		return refuse("%v", errKey) // its lines are not what is wrong with it
-	case control:
-		return refuse("there is a line break or another control character in it")
-	}
 	v, err := f.parse(n)
-	if err != nil {
-		return refuse("%v", err)
+	err = cmp.Or(
+		refuse(control && f.kind == kinds["file"] && isKey(n.text), notTheKey), // its lines are not what is wrong with it
+		refuse(control, "there is a line break or another control character in it"),
+		err)
+	switch {
+	case err == nil:
+		set(out, v)
+		return true
+	case f.kind.secret:
+		return d.errorf(n.pos, "%s: %v", f.key, err)
 	}
-	set(out, v)
-	return true
+	return d.errorf(n.pos, "%s %q: %v", f.key, clip(n.shown()), err)
 }
 
 // shown is what messages may show of a scalar: never the value of a variable.
@@ -405,19 +377,18 @@ func (f *field) parse(n *node) (any, error) {
 		return nil, err
 	}
 	if i, ok := v.(int64); ok && f.min != "" {
-		lo, err := f.kind.parse(f.min)
-		if err != nil {
-			panic(fmt.Sprintf("min of %s: %v", f.key, err))
-		}
-		hi, err := f.kind.parse(f.max)
-		if err != nil {
-			panic(fmt.Sprintf("max of %s: %v", f.key, err))
-		}
-		if i < lo.(int64) || i > hi.(int64) {
-			return nil, fmt.Errorf("out of range: %s to %s", f.min, f.max)
-		}
+		return v, refuse(i < f.number(f.min) || i > f.number(f.max), "out of range: %s to %s", f.min, f.max)
 	}
 	return v, nil
+}
+
+// number reads a bound or a default of the field's own kind.
+func (f *field) number(s string) int64 {
+	v, err := f.kind.parse(s)
+	if err != nil {
+		panic("bound of " + f.key + ": " + err.Error())
+	}
+	return v.(int64)
 }
 
 // set stores what a kind's parse returned: int64 for every number, duration and size.
@@ -435,12 +406,8 @@ func (f *field) want() string {
 	case f.names != nil:
 		return "a mapping of " + f.names.noun + " to " + f.kind.noun
 	case f.short != "":
-		for _, inner := range fieldsOf(deref(f.typ)) {
-			if inner.key == f.short {
-				return inner.want()
-			}
-		}
-		panic("no key " + f.short + " in " + f.key)
+		fields := fieldsOf(deref(f.typ))
+		return fields[slices.Index(keysOf(fields), f.short)].want()
 	case f.kind == nil && f.typ.Kind() == reflect.Slice:
 		return "a list with " + f.noun + " behind each dash"
 	case f.kind == nil:
@@ -453,78 +420,91 @@ func (f *field) want() string {
 	return f.kind.noun
 }
 
-func (d *decoder) wrongType(n *node, f *field) {
-	if f.kind != nil && f.kind.instead != nil && len(f.enum) == 0 && (n.kind == kindNumber || n.kind == kindBool) {
-		if s := f.kind.instead(n.text); s != "" {
-			if f.kind.secret {
-				s = "it in quotes"
-			}
-			d.errorf(n.pos, "%s must be %s, not %v: write %s", f.key, f.want(), n.kind, s)
-			return
-		}
+// wrongType reports a value of the wrong type. It returns false, as errorf does.
+func (d *decoder) wrongType(n *node, f *field) bool {
+	help := f.sectionAdvice(n)
+	if f.kind != nil {
+		help = f.scalarAdvice(n)
 	}
-	help := ""
+	return d.errorf(n.pos, "%s must be %s, not %v%s", f.key, f.want(), n.kind, help)
+}
+
+// scalarAdvice says what to write where n stands in the place of a scalar.
+func (f *field) scalarAdvice(n *node) string {
 	switch {
-	case f.kind != nil && !f.kind.secret && n.kind == kindMapping && len(n.entries) == 1 && n.entries[0].value.kind == kindText:
+	case (n.kind == kindNumber || n.kind == kindBool) && f.kind.instead != nil && len(f.enum) == 0:
+		s := f.kind.instead(n.text)
+		if s != "" && f.kind.secret {
+			s = "it in quotes"
+		}
+		if s != "" {
+			return ": write " + s
+		}
+	case n.kind == kindMapping && len(n.entries) == 1 && n.entries[0].value.kind == kindText && !f.kind.secret:
 		// "- tag: edge" where "- tag:edge" was meant.
 		e := n.entries[0]
 		if _, err := f.kind.parse(e.key + ":" + e.value.text); err == nil {
-			help = fmt.Sprintf(": write %q, without a space", e.key+":"+e.value.text)
-		}
-	case f.kind == nil && f.short == "" && f.typ.Kind() == reflect.Slice && n.kind == kindMapping:
-		help = ": begin it with a dash"
-	case f.kind == nil && f.typ.Kind() == reflect.Slice && n.kind == kindMapping:
-		help = ": several are a list, begin each with a dash"
-	case deref(f.typ) == actionType && n.kind == kindText:
-		if n.text == "reject" {
-			help = ": write { reject: true }"
-		} else if t, err := parseTarget(n.text); err == nil {
-			help = fmt.Sprintf(": write { forward: %q }", t.String())
+			return fmt.Sprintf(": write %q, without a space", e.key+":"+e.value.text)
 		}
 	}
-	d.errorf(n.pos, "%s must be %s, not %v%s", f.key, f.want(), n.kind, help)
+	return ""
+}
+
+// sectionAdvice says what to write where n stands in the place of a section, or of several.
+func (f *field) sectionAdvice(n *node) string {
+	switch {
+	case f.typ.Kind() == reflect.Slice && n.kind == kindMapping && f.short == "":
+		return ": begin it with a dash"
+	case f.typ.Kind() == reflect.Slice && n.kind == kindMapping:
+		return ": several are a list, begin each with a dash"
+	case deref(f.typ) != actionType || n.kind != kindText:
+		return ""
+	case n.text == "reject":
+		return ": write { reject: true }"
+	}
+	if t, err := parseTarget(n.text); err == nil {
+		return fmt.Sprintf(": write { forward: %q }", t.String())
+	}
+	return ""
 }
 
 // unknownKey reports a key that its section does not have, and the one that was probably meant. That one
 // counts as present, so that it is not reported as missing too.
 func (d *decoder) unknownKey(e entry, sec *Section, fields []field, noun string) {
-	var free []string
-	for _, k := range keysOf(fields) {
-		if !sec.has(k) {
-			free = append(free, k)
-		}
-	}
-	key := clipKey(e.key)
-	// {reject:true} is, in YAML, a key without a value.
-	k, _, found := strings.Cut(e.key, ":")
-	if i := slices.IndexFunc(fields, func(f field) bool { return f.key == k }); found && i >= 0 {
+	keys, key, lower := keysOf(fields), clipKey(e.key), strings.ToLower(e.key)
+	// meant notes the key that was meant: it counts as present.
+	meant := func(k string) {
 		if !sec.has(k) {
 			sec.places = append(sec.places, place{key: k, index: -1, pos: e.pos, keyPos: e.pos, unclear: true})
 		}
+	}
+	// {reject:true} is, in YAML, a key without a value.
+	k, _, found := strings.Cut(e.key, ":")
+	if i := slices.Index(keys, k); found && i >= 0 {
+		meant(k)
 		if kind := fields[i].kind; kind != nil && !kind.secret {
 			key = clip(e.key)
 		}
 		d.errorf(e.pos, "unknown key %q in %s: a space is missing behind %q", key, noun, k+":")
 		return
 	}
+	free := slices.DeleteFunc(slices.Clone(keys), sec.has)
 	guess := nearest(e.key, free)
-	if guess == "" {
-		if s := synonyms[strings.ToLower(e.key)]; slices.Contains(free, s) {
-			guess = s
-		}
+	if s := synonyms[lower]; guess == "" && slices.Contains(free, s) {
+		guess = s
 	}
 	// A key that another section has was probably meant for that one, unless it is just one letter off here.
 	owner := ownerOf(e.key)
 	switch {
-	case guess != "" && (owner == "" || guess == synonyms[strings.ToLower(e.key)] || distance(strings.ToLower(e.key), guess) <= 1):
-		sec.places = append(sec.places, place{key: guess, index: -1, pos: e.pos, keyPos: e.pos, unclear: true})
+	case guess != "" && (owner == "" || guess == synonyms[lower] || distance(lower, guess) <= 1):
+		meant(guess)
 		d.errorf(e.pos, "unknown key %q in %s, did you mean %q?", key, noun, guess)
 	case owner != "" && owner != noun:
 		d.errorf(e.pos, "unknown key %q in %s: it belongs in %s", key, noun, owner)
-	case nearest(e.key, keysOf(fields)) != "":
-		d.errorf(e.pos, "unknown key %q in %s, did you mean %q, which is here already?", key, noun, nearest(e.key, keysOf(fields)))
+	case nearest(e.key, keys) != "":
+		d.errorf(e.pos, "unknown key %q in %s, did you mean %q, which is here already?", key, noun, nearest(e.key, keys))
 	default:
-		d.errorf(e.pos, "unknown key %q in %s, its keys are %s", key, noun, strings.Join(keysOf(fields), ", "))
+		d.errorf(e.pos, "unknown key %q in %s, its keys are %s", key, noun, strings.Join(keys, ", "))
 	}
 }
 
@@ -555,10 +535,8 @@ func ownerOf(key string) string {
 	var find func(t reflect.Type, noun string) string
 	find = func(t reflect.Type, noun string) string {
 		fields := fieldsOf(t)
-		for _, f := range fields {
-			if f.key == key {
-				return noun
-			}
+		if slices.Contains(keysOf(fields), key) {
+			return noun
 		}
 		for _, f := range fields {
 			if f.kind == nil {

@@ -175,11 +175,3 @@ func parseLabelHosts(value string, bad func(label, format string, args ...any)) 
 	}
 	return hosts
 }
-
-// docker checks the section of a listener.
-func (v *validator) docker(l *Listener) {
-	if l.Docker == nil || l.Mode != "tcp" {
-		return
-	}
-	v.errorf(l.keyAt("docker"), "docker on a tcp listener: it reads nothing that labels could match, use mode http, https or sni")
-}

@@ -62,12 +62,28 @@ type reporter struct {
 	warnings []*Error
 }
 
-func (r *reporter) errorf(at Pos, format string, args ...any) {
+// errorf reports an error. It returns false, which callers return for a value that was not understood.
+func (r *reporter) errorf(at Pos, format string, args ...any) (ok bool) {
 	r.errs = append(r.errs, &Error{File: r.file, Pos: at, Message: oneLine(format, args)})
+	return false
+}
+
+// errorIf reports an error if something is wrong.
+func (r *reporter) errorIf(wrong bool, at Pos, format string, args ...any) {
+	if wrong {
+		r.errorf(at, format, args...)
+	}
 }
 
 func (r *reporter) warnf(at Pos, format string, args ...any) {
 	r.warnings = append(r.warnings, &Error{File: r.file, Pos: at, Message: oneLine(format, args)})
+}
+
+// warnIf reports a warning if something is odd.
+func (r *reporter) warnIf(odd bool, at Pos, format string, args ...any) {
+	if odd {
+		r.warnf(at, format, args...)
+	}
 }
 
 // oneLine keeps a message on its line, whatever of the file is in it.
@@ -82,14 +98,6 @@ func oneLine(format string, args []any) string {
 
 // sorted orders errors by place. Those of one place keep their order.
 func sorted(errs []*Error) []*Error {
-	slices.SortStableFunc(errs, func(a, b *Error) int {
-		switch {
-		case a.Pos.before(b.Pos):
-			return -1
-		case b.Pos.before(a.Pos):
-			return 1
-		}
-		return 0
-	})
+	slices.SortStableFunc(errs, func(a, b *Error) int { return a.Pos.compare(b.Pos) })
 	return errs
 }

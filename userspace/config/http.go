@@ -1,7 +1,8 @@
 package config
 
 import (
-	"fmt"
+	"cmp"
+	"errors"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -93,60 +94,46 @@ var forwardKeys = []string{"strip_prefix", "add_prefix", "request_headers", "ups
 func (v *validator) http(mode string, a *Action, path, noun string) {
 	if mode == "sni" || mode == "tcp" {
 		for _, key := range httpKeys {
-			if a.has(key) {
-				v.errorf(a.keyAt(key), "%s does not fit the listener's mode: %s reads no requests, only http and https do", key, mode)
-			}
+			v.errorIf(a.has(key), a.keyAt(key), "%s does not fit the listener's mode: %s reads no requests, only http and https do", key, mode)
 		}
 		if len(a.Forward) > 1 {
 			v.errorf(a.Forward[1].Pos, "several targets do not fit the listener's mode: only http and https know which requests may be tried again")
 		}
 		return
 	}
-	if a.has("strip_prefix") && strings.Trim(path, "/") == "" {
-		v.errorf(a.keyAt("strip_prefix"), "strip_prefix removes the route's path, and %s has none", noun)
-	}
+	v.errorIf(a.has("strip_prefix") && strings.Trim(path, "/") == "", a.keyAt("strip_prefix"), "strip_prefix removes the route's path, and %s has none", noun)
 	for _, h := range []*HeaderChanges{a.RequestHeaders, a.ResponseHeaders} {
-		if h != nil && !h.has("set") && !h.has("remove") {
-			v.errorf(h.Pos, "nothing is changed here: write set: { NAME: VALUE }, or remove: [NAME]")
+		if h != nil {
+			v.errorIf(!h.has("set") && !h.has("remove"), h.Pos, "nothing is changed here: write set: { NAME: VALUE }, or remove: [NAME]")
 		}
 	}
-	if u := a.Upstream; u != nil {
-		u.CA = v.path(u.CA)
-		for _, key := range []string{"ca", "insecure", "server_name"} {
-			if u.has(key) && !u.unclear("protocol") && u.Protocol != "https" {
-				v.errorf(u.keyAt(key), "%s is about TLS: add protocol: https, or remove it", key)
-			}
-		}
-		if u.has("insecure") && u.has("ca") {
-			v.errorf(u.keyAt("insecure"), "ca and insecure: the certificate is checked or it is not")
-		}
-		if u.Insecure {
-			v.warnf(u.keyAt("insecure"), "insecure: the target's certificate is not checked, so anybody on the network path can read the traffic: name its authority with ca")
-		}
-		if u.Protocol == "https" && !u.has("server_name") && !u.has("insecure") {
-			for i := range a.Forward {
-				if f := &a.Forward[i]; f.To.Scheme == "unix" || f.To.Scheme == "docker" {
-					v.errorf(u.Pos, "server_name is missing in upstream: the name on the certificate of %q", f.To)
-				}
-			}
-		}
+	if a.Upstream != nil {
+		v.upstream(a, a.Upstream)
 	}
 	if c := a.ClientCertificates; c != nil {
 		c.CA = v.path(c.CA)
-		if mode == "http" {
-			v.errorf(a.keyAt("client_certificates"), "client_certificates does not fit the listener's mode: certificates are shown in TLS, and only https terminates it")
-		}
+		v.errorIf(mode == "http", a.keyAt("client_certificates"), "client_certificates does not fit the listener's mode: certificates are shown in TLS, and only https terminates it")
 	}
-	if a.Redirect != nil && a.Redirect.To == "https" && mode == "https" {
-		v.errorf(a.At("redirect"), "redirect to https on an https listener: it would redirect to itself")
+	v.errorIf(a.Redirect != nil && a.Redirect.To == "https" && mode == "https", a.At("redirect"), "redirect to https on an https listener: it would redirect to itself")
+}
+
+func (v *validator) upstream(a *Action, u *Upstream) {
+	u.CA = v.path(u.CA)
+	for _, key := range []string{"ca", "insecure", "server_name"} {
+		v.errorIf(u.has(key) && !u.unclear("protocol") && u.Protocol != "https", u.keyAt(key), "%s is about TLS: add protocol: https, or remove it", key)
+	}
+	v.errorIf(u.has("insecure") && u.has("ca"), u.keyAt("insecure"), "ca and insecure: the certificate is checked or it is not")
+	v.warnIf(u.Insecure, u.keyAt("insecure"), "insecure: the target's certificate is not checked, so anybody on the network path can read the traffic: name its authority with ca")
+	if u.Protocol == "https" && !u.has("server_name") && !u.has("insecure") {
+		for _, f := range a.Forward {
+			v.errorIf(f.To.Scheme == "unix" || f.To.Scheme == "docker", u.Pos, "server_name is missing in upstream: the name on the certificate of %q", f.To)
+		}
 	}
 }
 
 // listenerHTTP checks the keys of a listener that are about requests.
 func (v *validator) listenerHTTP(l *Listener) {
-	if l.has("server_timing") && (l.Mode == "sni" || l.Mode == "tcp") {
-		v.errorf(l.keyAt("server_timing"), "server_timing does not fit the listener's mode: only http and https answer requests")
-	}
+	v.errorIf(l.has("server_timing") && !l.IsHTTP(), l.keyAt("server_timing"), "server_timing does not fit the listener's mode: only http and https answer requests")
 	if h := l.HSTS; l.has("hsts") && l.Mode != "https" {
 		v.errorf(l.keyAt("hsts"), "hsts does not fit the listener's mode: browsers believe it over TLS only, and only https terminates that")
 	} else if h != nil && h.Preload && !h.unclear("max_age") && (!h.Subdomains || h.MaxAge < 365*24*time.Hour) {
@@ -177,60 +164,45 @@ var headerName = regexp.MustCompile(`^[A-Za-z0-9-]+$`)
 var hopHeaders = []string{"Connection", "Content-Length", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade", "X-Tailsplice-Id"}
 
 func parseHeader(s string) (any, error) {
-	switch {
-	case s == "":
-		return nil, fmt.Errorf("must not be empty")
-	case strings.Contains(s, "_"):
-		return nil, fmt.Errorf("many servers drop headers with _ in their name, did you mean %q?", strings.ReplaceAll(s, "_", "-"))
-	case !headerName.MatchString(s):
-		return nil, fmt.Errorf("a header's name has letters, digits and -")
-	}
 	name := http.CanonicalHeaderKey(s)
-	if slices.Contains(hopHeaders, name) {
-		return nil, fmt.Errorf("it belongs to the connection or the message itself, and is made on each hop")
-	}
-	return name, nil
+	return name, cmp.Or(
+		refuse(s == "", "must not be empty"),
+		refuse(strings.Contains(s, "_"), "many servers drop headers with _ in their name, did you mean %q?", strings.ReplaceAll(s, "_", "-")),
+		refuse(!headerName.MatchString(s), "a header's name has letters, digits and -"),
+		refuse(slices.Contains(hopHeaders, name), "it belongs to the connection or the message itself, and is made on each hop"))
 }
 
+var method = regexp.MustCompile(`^[A-Z]+$`)
+
 func parseMethod(s string) (any, error) {
-	if s == "" || strings.ContainsFunc(s, func(r rune) bool { return r < 'A' || r > 'Z' }) {
-		if up := strings.ToUpper(s); up != s && !strings.ContainsFunc(up, func(r rune) bool { return r < 'A' || r > 'Z' }) {
-			return nil, fmt.Errorf("methods are upper-case, write %q", up)
-		}
-		return nil, fmt.Errorf("not a method such as GET or POST")
-	}
-	if s == "CONNECT" {
-		return nil, fmt.Errorf("tailsplice is not a forward proxy, CONNECT is never served")
-	}
-	return s, nil
+	up := strings.ToUpper(s)
+	return s, cmp.Or(
+		refuse(up != s && method.MatchString(up), "methods are upper-case, write %q", up),
+		refuse(!method.MatchString(s), "not a method such as GET or POST"),
+		refuse(s == "CONNECT", "tailsplice is not a forward proxy, CONNECT is never served"))
 }
 
 func parseRedirect(s string) (any, error) {
-	if s == "https" {
+	switch s {
+	case "https":
 		return s, nil
-	}
-	if s == "http" {
-		return nil, fmt.Errorf("redirects to http are not supported, did you mean https?")
+	case "http":
+		return nil, errors.New("redirects to http are not supported, did you mean https?")
 	}
 	u, err := url.Parse(s)
-	switch {
-	case err != nil:
-		return nil, fmt.Errorf("not a URL")
-	case u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Opaque != "":
-		return nil, fmt.Errorf("must be https, or a URL such as https://example.org")
-	case u.User != nil:
-		return nil, fmt.Errorf("it has a user or password in it")
+	if err != nil {
+		return nil, errors.New("not a URL")
 	}
-	return s, nil
+	return s, cmp.Or(
+		refuse(u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Opaque != "", "must be https, or a URL such as https://example.org"),
+		refuse(u.User != nil, "it has a user or password in it"))
 }
 
 var redirectCodes = []string{"301", "302", "303", "307", "308"}
 
 func parseRedirectCode(s string) (any, error) {
-	if !slices.Contains(redirectCodes, s) {
-		return nil, fmt.Errorf("must be one of %s", strings.Join(redirectCodes, ", "))
-	}
-	return parseCount(s)
+	code, err := parseCount(s)
+	return code, cmp.Or(refuse(!slices.Contains(redirectCodes, s), "must be one of %s", strings.Join(redirectCodes, ", ")), err)
 }
 
 var age = regexp.MustCompile(`^([0-9]{1,6})([yd])$`)
@@ -240,33 +212,23 @@ func parseAge(s string) (any, error) {
 	m := age.FindStringSubmatch(s)
 	if m == nil {
 		v, err := parseDuration(s)
-		if err != nil {
-			return nil, fmt.Errorf("not an age such as 1y, 180d or 24h")
-		}
-		return v, nil
+		return v, refuse(err != nil, "not an age such as 1y, 180d or 24h")
 	}
 	n, _ := strconv.ParseInt(m[1], 10, 32)
 	day := int64(24 * time.Hour)
 	if m[2] == "y" {
 		day *= 365
 	}
-	if n > (1<<62)/day {
-		return nil, fmt.Errorf("it is far too large")
-	}
-	return n * day, nil
+	return n * day, refuse(n > (1<<62)/day, "it is far too large")
 }
 
 func parseHeaderValue(s string) (any, error) {
-	if s != strings.TrimSpace(s) {
-		return nil, fmt.Errorf("it begins or ends with a space, which is cut off on the way")
-	}
-	return s, nil
+	return s, refuse(s != strings.TrimSpace(s), "it begins or ends with a space, which is cut off on the way")
 }
 
 func parseServerName(s string) (any, error) {
 	if a, err := netip.ParseAddr(s); err == nil && a.Zone() == "" {
 		return a.String(), nil
 	}
-	name, err := checkName(s)
-	return name, err
+	return asAny(checkName)(s)
 }

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"net/url"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -28,14 +30,7 @@ type kind struct {
 	schema map[string]any
 }
 
-func (k *kind) takes(n nodeKind) bool {
-	for _, t := range k.kinds {
-		if t == n {
-			return true
-		}
-	}
-	return false
-}
+func (k *kind) takes(n nodeKind) bool { return slices.Contains(k.kinds, n) }
 
 // kindOf picks the kind of a struct field: by its tag, or else by its Go type.
 func kindOf(sf reflect.StructField) *kind {
@@ -61,6 +56,7 @@ func kindOf(sf reflect.StructField) *kind {
 
 var onlyText = []nodeKind{kindText}
 
+// text is the schema of a text with a pattern, which may be "".
 func text(pattern string) map[string]any {
 	s := map[string]any{"type": "string"}
 	if pattern != "" {
@@ -68,6 +64,9 @@ func text(pattern string) map[string]any {
 	}
 	return s
 }
+
+// notEmpty is the schema of any other text.
+var notEmpty = map[string]any{"type": "string", "minLength": 1}
 
 func quoted(s string) string { return strconv.Quote(s) + " in quotes" }
 
@@ -82,19 +81,27 @@ func ifValid(parse func(string) (any, error), form string) func(string) string {
 	}
 }
 
+// asAny is parse for a kind.
+func asAny[T any](parse func(string) (T, error)) func(string) (any, error) {
+	return func(s string) (any, error) { return parse(s) }
+}
+
+// refuse is an error if something is wrong: the first one of several counts, as cmp.Or has it.
+func refuse(wrong bool, format string, args ...any) error {
+	if !wrong {
+		return nil
+	}
+	return fmt.Errorf(format, args...)
+}
+
 var kinds = map[string]*kind{
 	"text": {
 		noun: "text", kinds: onlyText, instead: quoted, schema: text(""),
 		parse: func(s string) (any, error) { return s, nil },
 	},
 	"word": {
-		noun: "text", kinds: onlyText, instead: quoted, schema: map[string]any{"type": "string", "minLength": 1},
-		parse: func(s string) (any, error) {
-			if s == "" {
-				return nil, fmt.Errorf("must not be empty")
-			}
-			return s, nil
-		},
+		noun: "text", kinds: onlyText, instead: quoted, schema: notEmpty,
+		parse: func(s string) (any, error) { return s, refuse(s == "", "must not be empty") },
 	},
 	"mac": {
 		noun: "a MAC key in base64url", kinds: onlyText, secret: true, parse: parseMAC, schema: text(`^[A-Za-z0-9_-]+$`),
@@ -120,7 +127,7 @@ var kinds = map[string]*kind{
 	},
 	"name": {
 		noun: `a name such as example.org or "*.example.org"`, kinds: onlyText, instead: quoted,
-		parse:  func(s string) (any, error) { return checkPattern(s) },
+		parse:  asAny(checkPattern),
 		schema: text(`^(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?$`),
 	},
 	"alpn": {
@@ -128,8 +135,7 @@ var kinds = map[string]*kind{
 		schema: map[string]any{"type": "string", "minLength": 1, "maxLength": 255, "examples": []string{"h2", "http/1.1", "acme-tls/1"}},
 	},
 	"path": {
-		noun: "a path such as /api/", kinds: onlyText, parse: parsePath,
-		schema: text(`^/[^?#*%]*$`),
+		noun: "a path such as /api/", kinds: onlyText, parse: parsePath, schema: text(`^/[^?#*%]*$`),
 	},
 	"method": {
 		noun: "a method such as GET", kinds: onlyText, parse: parseMethod, schema: text(`^[A-Z]+$`),
@@ -154,19 +160,16 @@ var kinds = map[string]*kind{
 		noun: "an age such as 1y, 180d or 24h", kinds: onlyText, parse: parseAge, schema: text(`^([0-9]+[yd]|([0-9]+(\.[0-9]*)?(ns|us|µs|μs|ms|s|m|h))+)$`),
 	},
 	"target": {
-		noun: targetNoun, kinds: onlyText,
-		parse:   func(s string) (any, error) { return parseTarget(s) },
-		instead: ifValid(func(s string) (any, error) { return parseTarget(s) }, "127.0.0.1:%s"),
+		noun: targetNoun, kinds: onlyText, parse: asAny(parseTarget),
+		instead: ifValid(asAny(parseTarget), "127.0.0.1:%s"),
 		schema:  text(`^((tailnet://)?(\[[0-9A-Za-z:.%_-]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}|docker://[A-Za-z0-9._/-]+:[0-9]{1,5}|unix:///.+)$`),
 	},
 	"peer": {
 		noun: "a CIDR, an IP address, a node's name, a user's login (with @) or a tag (tag:edge)", kinds: onlyText, instead: quoted,
-		parse: parsePeer, schema: map[string]any{"type": "string", "minLength": 1},
+		parse: parsePeer, schema: notEmpty,
 	},
 	"prefix": {
-		noun: "a CIDR or an IP address", kinds: onlyText,
-		parse:  parsePrefix,
-		schema: text(`^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$`),
+		noun: "a CIDR or an IP address", kinds: onlyText, parse: parsePrefix, schema: text(`^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$`),
 	},
 	"rate": {
 		noun: "a rate such as 20/s, 300/m or 1000/h", kinds: onlyText, parse: parseRate,
@@ -174,10 +177,10 @@ var kinds = map[string]*kind{
 		schema:  text(`^[0-9]+/[smh]$`),
 	},
 	"file": {
-		noun: "a file", kinds: onlyText, instead: quoted, parse: parseFile, schema: map[string]any{"type": "string", "minLength": 1},
+		noun: "a file", kinds: onlyText, instead: quoted, parse: parseFile, schema: notEmpty,
 	},
 	"socket": {
-		noun: "the path of a unix socket", kinds: onlyText, parse: parseSocket, schema: map[string]any{"type": "string", "minLength": 1},
+		noun: "the path of a unix socket", kinds: onlyText, parse: parseSocket, schema: notEmpty,
 	},
 	"email": {
 		noun: "an e-mail address", kinds: onlyText, parse: parseEmail, schema: text(`^[^@\s]+@[^@\s]+$`),
@@ -199,12 +202,7 @@ var kinds = map[string]*kind{
 	},
 	"true": {
 		noun: "true, or left out", kinds: []nodeKind{kindBool},
-		parse: func(s string) (any, error) {
-			if s != "true" {
-				return nil, fmt.Errorf("must be true, or left out")
-			}
-			return true, nil
-		},
+		parse:  func(s string) (any, error) { return true, refuse(s != "true", "must be true, or left out") },
 		schema: map[string]any{"type": "boolean", "const": true},
 	},
 	"bool": {
@@ -234,26 +232,19 @@ var kinds = map[string]*kind{
 var label = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$`)
 
 func parseLabel(s string) (any, error) {
-	switch {
-	case s == "":
-		return nil, fmt.Errorf("must not be empty")
-	case len(s) > maxName:
-		return nil, fmt.Errorf("it is longer than %d characters", maxName)
-	case !label.MatchString(s):
-		return nil, fmt.Errorf("it may have letters, digits and, between them, '.', '_' and '-'")
-	}
-	return s, nil
+	return s, cmp.Or(
+		refuse(s == "", "must not be empty"),
+		refuse(len(s) > maxName, "it is longer than %d characters", maxName),
+		refuse(!label.MatchString(s), "it may have letters, digits and, between them, '.', '_' and '-'"))
 }
-
-// placeName is the name of an interface or a host. One label may be a number: eth0.100 is an interface.
-var placeName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$`)
 
 // numeric is what was meant as an IPv4 address.
 var numeric = regexp.MustCompile(`^[0-9.]+$`)
 
-// parseListen reads an address to listen on: of IP addresses, of the tailnet, of an interface or of a host.
+// parseListen reads an address to listen on: of IP addresses, of the tailnet, of an interface or of a host. The name of
+// an interface or a host may end in a number: eth0.100 is an interface.
 func parseListen(s string) (any, error) {
-	if host, port, err := splitHostPort("", s, ""); err == nil && len(host) <= maxName && placeName.MatchString(host) &&
+	if host, port, err := splitHostPort("", s, ""); err == nil && len(host) <= maxName && label.MatchString(host) &&
 		!numeric.MatchString(host) && !strings.EqualFold(host, "tailnet") {
 		return fmt.Sprintf("%s:%d", host, port), nil
 	}
@@ -283,25 +274,18 @@ func parseAddress(s string) (any, error) {
 		return nil, fmt.Errorf("did you mean \":%d\"?", port)
 	}
 	a, err := netip.ParseAddr(host)
-	switch {
-	case err != nil:
-		return nil, fmt.Errorf("%q is not an IP address: write \":%d\" or \"IP:%d\"", host, port, port)
-	case a.IsMulticast():
-		return nil, fmt.Errorf("%s is a multicast address, TCP cannot listen on it", host)
-	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
-		return nil, fmt.Errorf("a link-local address needs its interface: \"[%s%%eth0]:%d\"", host, port)
-	}
-	return netip.AddrPortFrom(a.Unmap(), port).String(), nil
+	return netip.AddrPortFrom(a.Unmap(), port).String(), cmp.Or(
+		refuse(err != nil, "%q is not an IP address: write \":%d\" or \"IP:%d\"", host, port, port),
+		refuse(a.IsMulticast(), "%s is a multicast address, TCP cannot listen on it", host),
+		refuse(a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "", "a link-local address needs its interface: \"[%s%%eth0]:%d\"", host, port))
 }
 
 func parseHealth(s string) (any, error) { return parseShown("health", s) }
 
 func parseShown(key, s string) (any, error) {
-	switch strings.ToLower(s) {
-	case "off", "no", "none", "disabled", "false":
-		return nil, fmt.Errorf("leave %s out to serve none", key)
-	}
-	return parseAddress(s)
+	off := slices.Contains([]string{"off", "no", "none", "disabled", "false"}, strings.ToLower(s))
+	addr, err := parseAddress(s)
+	return addr, cmp.Or(refuse(off, "leave %s out to serve none", key), err)
 }
 
 func parseMetrics(s string) (any, error) {
@@ -309,45 +293,30 @@ func parseMetrics(s string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if port, ok := strings.CutPrefix(v.(string), "tailnet:"); ok {
-		return nil, fmt.Errorf("metrics are not served on tailnet:, write this node's tailnet address or \"127.0.0.1:%s\"", port)
-	}
-	return v, nil
+	port, on := strings.CutPrefix(v.(string), "tailnet:")
+	return v, refuse(on, "metrics are not served on tailnet:, write this node's tailnet address or \"127.0.0.1:%s\"", port)
 }
 
 func parseALPN(s string) (any, error) {
-	if s == "" || len(s) > 255 {
-		return nil, fmt.Errorf("it has 1 to 255 bytes (RFC 7301)")
-	}
-	return s, nil
+	return s, refuse(s == "" || len(s) > 255, "it has 1 to 255 bytes (RFC 7301)")
 }
 
 func parsePath(s string) (any, error) {
-	switch {
-	case s == "":
-		return nil, fmt.Errorf("must not be empty")
-	case s[0] != '/':
-		return nil, fmt.Errorf("must begin with /, did you mean %q?", "/"+s)
-	case strings.Contains(s, "*"):
-		return nil, fmt.Errorf("a path has no wildcards, it takes everything below it")
-	case strings.ContainsAny(s, "?#"):
-		return nil, fmt.Errorf("only the path is matched, without ? and #")
-	case strings.Contains(s, "%"):
-		// Requests are compared after decoding, so that no other way of writing a path leads around a route.
-		if plain, err := url.PathUnescape(s); err == nil && !strings.ContainsAny(plain, "%?#*") {
-			return nil, fmt.Errorf("paths are compared decoded, write %q", plain)
-		}
-		return nil, fmt.Errorf("paths are compared decoded, and cannot have %% in them")
-	}
-	if strings.Contains(s, "//") {
-		return nil, fmt.Errorf("it has // in it, which is removed from requests")
-	}
+	// Requests are compared after decoding, so that no other way of writing a path leads around a route.
+	plain, err := url.PathUnescape(s)
+	decodes := err == nil && !strings.ContainsAny(plain, "%?#*")
+	problem := cmp.Or(
+		refuse(s == "", "must not be empty"),
+		refuse(!strings.HasPrefix(s, "/"), "must begin with /, did you mean %q?", "/"+s),
+		refuse(strings.Contains(s, "*"), "a path has no wildcards, it takes everything below it"),
+		refuse(strings.ContainsAny(s, "?#"), "only the path is matched, without ? and #"),
+		refuse(strings.Contains(s, "%") && decodes, "paths are compared decoded, write %q", plain),
+		refuse(strings.Contains(s, "%"), "paths are compared decoded, and cannot have %% in them"),
+		refuse(strings.Contains(s, "//"), "it has // in it, which is removed from requests"))
 	for part := range strings.SplitSeq(s, "/") {
-		if part == "." || part == ".." {
-			return nil, fmt.Errorf("it has %s in it, which is removed from requests", part)
-		}
+		problem = cmp.Or(problem, refuse(part == "." || part == "..", "it has %s in it, which is removed from requests", part))
 	}
-	return s, nil
+	return s, problem
 }
 
 func parsePeer(s string) (any, error) {
@@ -359,34 +328,25 @@ func parsePeer(s string) (any, error) {
 		case class == "tag" && tag.MatchString(rest):
 			return s, nil
 		case class == "tag":
-			return nil, fmt.Errorf("a tag has letters, digits and hyphens, and begins with a letter")
+			return nil, errors.New("a tag has letters, digits and hyphens, and begins with a letter")
 		case class == "autogroup" || class == "group":
-			return nil, fmt.Errorf("groups are not known to a node, name users or tags")
+			return nil, errors.New("groups are not known to a node, name users or tags")
 		case nearest(class, []string{"tag"}) != "" && tag.MatchString(rest):
 			return nil, fmt.Errorf("did you mean %q?", "tag:"+rest)
 		case strings.Contains(rest, ":"):
-			return nil, fmt.Errorf("not an IP address")
+			return nil, errors.New("not an IP address")
 		}
 		if _, err := parsePort(rest); err == nil {
 			return nil, fmt.Errorf("peers have no port, did you mean %q?", class)
 		}
-		return nil, fmt.Errorf("not a CIDR, IP address, node name, login or tag:NAME")
+		return nil, errors.New("not a CIDR, IP address, node name, login or tag:NAME")
 	}
 	if user, domain, ok := strings.Cut(s, "@"); ok {
 		// Headscale's users have no domain: me@.
-		if user == "" || strings.ContainsAny(s, " \t\n") || strings.Contains(domain, "@") {
-			return nil, fmt.Errorf("a login is USER@DOMAIN, or USER@")
-		}
-		return s, nil
-	}
-	if strings.Contains(s, "*") {
-		return nil, fmt.Errorf("peers have no wildcards, name a CIDR or a tag")
+		return s, refuse(user == "" || strings.ContainsAny(s, " \t\n") || strings.Contains(domain, "@"), "a login is USER@DOMAIN, or USER@")
 	}
 	name, err := checkName(s)
-	if err != nil {
-		return nil, err
-	}
-	return name, nil
+	return name, cmp.Or(refuse(strings.Contains(s, "*"), "peers have no wildcards, name a CIDR or a tag"), err)
 }
 
 // ParsePrefix reads a CIDR, or an IP address, which is the CIDR that holds it alone.
@@ -398,113 +358,84 @@ func ParsePrefix(s string) (netip.Prefix, error) {
 	case err == nil:
 		return netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), nil
 	case !strings.Contains(s, "/"):
-		return netip.Prefix{}, fmt.Errorf("not a CIDR or an IP address (names, users and tags are for allow)")
+		return netip.Prefix{}, errors.New("not a CIDR or an IP address (names, users and tags are for allow)")
 	}
 	p, err := netip.ParsePrefix(s)
-	switch {
-	case err != nil:
-		return netip.Prefix{}, fmt.Errorf("not a CIDR such as 192.0.2.0/24")
-	case p != p.Masked():
-		return netip.Prefix{}, fmt.Errorf("it has bits set behind its length, did you mean %s or %s?", p.Masked(), p.Addr())
-	case p.Addr().Is4In6():
-		return netip.Prefix{}, fmt.Errorf("write it as IPv4")
-	}
-	return p, nil
+	return p, cmp.Or(
+		refuse(err != nil, "not a CIDR such as 192.0.2.0/24"),
+		refuse(p != p.Masked(), "it has bits set behind its length, did you mean %s or %s?", p.Masked(), p.Addr()),
+		refuse(p.Addr().Is4In6(), "write it as IPv4"))
 }
 
 // parsePrefix returns what ParsePrefix has read as text, an address as one.
 func parsePrefix(s string) (any, error) {
 	p, err := ParsePrefix(s)
-	switch {
-	case err != nil:
-		return nil, err
-	case !strings.Contains(s, "/"):
-		return p.Addr().String(), nil
+	if !strings.Contains(s, "/") {
+		return p.Addr().String(), err
 	}
-	return p.String(), nil
+	return p.String(), err
 }
 
 // tag is Tailscale's rule for the name of a tag.
 var tag = regexp.MustCompile(`^[a-zA-Z][a-zA-Z0-9-]*$`)
 
-var errKey = errors.New("it names a file, and is not the PEM text itself")
+const notTheKey = "it names a file, and is not the PEM text itself"
 
 func parseFile(s string) (any, error) {
-	if strings.TrimSpace(s) == "" {
-		return nil, fmt.Errorf("must not be empty")
-	}
-	if isKey(s) {
-		return nil, errKey
-	}
-	if strings.HasPrefix(s, "~") {
-		return nil, fmt.Errorf("~ is the shell's, write the whole path")
-	}
-	return s, nil
+	return s, cmp.Or(
+		refuse(strings.TrimSpace(s) == "", "must not be empty"),
+		refuse(isKey(s), notTheKey),
+		refuse(strings.HasPrefix(s, "~"), "~ is the shell's, write the whole path"))
 }
 
 func parseSocket(s string) (any, error) {
-	if path, ok := strings.CutPrefix(s, "unix://"); ok {
-		return nil, fmt.Errorf("it is a path, did you mean %q?", path)
-	}
-	if _, err := parseFile(s); err != nil {
-		return nil, err
-	}
-	return s, socketPath(s)
+	path, isURL := strings.CutPrefix(s, "unix://")
+	_, err := parseFile(s)
+	return s, cmp.Or(refuse(isURL, "it is a path, did you mean %q?", path), err, socketPath(s))
 }
 
 func parseEmail(s string) (any, error) {
 	user, domain, ok := strings.Cut(s, "@")
-	if !ok || user == "" || strings.ContainsAny(s, " \t\n<>") {
-		return nil, fmt.Errorf("not an e-mail address")
-	}
-	if _, err := checkName(domain); err != nil {
-		return nil, fmt.Errorf("not an e-mail address: %w", within(user+"@", err, ""))
-	}
-	return s, nil
+	_, err := checkName(domain)
+	return s, cmp.Or(
+		refuse(!ok || user == "" || strings.ContainsAny(s, " \t\n<>"), "not an e-mail address"),
+		refuse(err != nil, "not an e-mail address: %w", within(user+"@", err, "")))
 }
 
 func parseURL(s string) (any, error) {
 	u, err := url.Parse(s)
-	switch {
-	case err != nil || u.Host == "" && u.Scheme == "https":
-		return nil, fmt.Errorf("not a URL")
-	case u.Scheme != "https":
-		return nil, fmt.Errorf("must begin with https://")
-	case u.User != nil:
-		return nil, fmt.Errorf("it has a user or password in it")
+	if err != nil {
+		return nil, errors.New("not a URL")
 	}
-	return s, nil
+	return s, cmp.Or(
+		refuse(u.Host == "" && u.Scheme == "https", "not a URL"),
+		refuse(u.Scheme != "https", "must begin with https://"),
+		refuse(u.User != nil, "it has a user or password in it"))
 }
 
 func parseMAC(s string) (any, error) {
 	if strings.ContainsAny(s, "+/=") {
 		plain := strings.NewReplacer("+", "-", "/", "_", "=", "").Replace(s)
 		if _, err := base64.RawURLEncoding.DecodeString(plain); err == nil {
-			return nil, fmt.Errorf("it is base64, and must be base64url: write - for +, _ for /, and leave out =")
+			return nil, errors.New("it is base64, and must be base64url: write - for +, _ for /, and leave out =")
 		}
 	}
-	if b, err := base64.RawURLEncoding.DecodeString(s); err != nil || len(b) == 0 {
-		return nil, fmt.Errorf("not base64url")
-	}
-	return s, nil
+	b, err := base64.RawURLEncoding.DecodeString(s)
+	return s, refuse(err != nil || len(b) == 0, "not base64url")
 }
 
 func parseCount(s string) (any, error) {
-	if !decimal.MatchString(s) {
-		return nil, fmt.Errorf("must be a whole number in plain digits")
-	}
 	n, err := strconv.ParseInt(s, 10, 64)
-	if err != nil {
-		return nil, fmt.Errorf("it is far too large")
-	}
-	return n, nil
+	return n, cmp.Or(
+		refuse(!decimal.MatchString(s), "must be a whole number in plain digits"),
+		refuse(err != nil, "it is far too large"))
 }
 
 func parseDuration(s string) (any, error) {
 	d, err := time.ParseDuration(s)
 	switch {
 	case err == nil && d < 0, strings.HasPrefix(s, "-"), strings.HasPrefix(s, "+"):
-		return nil, fmt.Errorf("a duration has no sign")
+		return nil, errors.New("a duration has no sign")
 	case err == nil && decimal.MatchString(s):
 		return nil, fmt.Errorf("the unit is missing, write %ss for seconds", s) // "0"
 	case err == nil:
@@ -526,7 +457,7 @@ func parseDuration(s string) (any, error) {
 			}
 		}
 	}
-	return nil, fmt.Errorf("not a duration such as 5s, 10m or 1h30m")
+	return nil, errors.New("not a duration such as 5s, 10m or 1h30m")
 }
 
 // rateUnits are what stands behind the / of a rate.
@@ -539,7 +470,7 @@ func parseRate(s string) (any, error) {
 	case err == nil && !found:
 		return nil, fmt.Errorf("the time is missing, did you mean %s/s?", number)
 	case err != nil:
-		return nil, fmt.Errorf("not a rate such as 20/s")
+		return nil, errors.New("not a rate such as 20/s")
 	case n.(int64) < 1, n.(int64) > maxRate:
 		return nil, fmt.Errorf("out of range: 1 to %d", maxRate)
 	case rateUnits[unit] == 0:
@@ -580,7 +511,7 @@ func parseSize(s string) (any, error) {
 	if decimal.MatchString(digits) {
 		n, err := strconv.ParseInt(digits, 10, 64)
 		if err != nil || n > (1<<62)/unit {
-			return nil, fmt.Errorf("it is far too large")
+			return nil, errors.New("it is far too large")
 		}
 		return n * unit, nil
 	}
@@ -594,5 +525,5 @@ func parseSize(s string) (any, error) {
 			return nil, fmt.Errorf("did you mean %sB?", number)
 		}
 	}
-	return nil, fmt.Errorf("not a size such as 64KiB, 2MiB or a number of bytes")
+	return nil, errors.New("not a size such as 64KiB, 2MiB or a number of bytes")
 }

@@ -1,10 +1,12 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"golang.org/x/net/idna"
 )
@@ -19,7 +21,7 @@ var toASCII = idna.New(idna.MapForLookup(), idna.BidiRule(), idna.Transitional(f
 func checkPattern(s string) (string, error) {
 	switch rest, wild := strings.CutPrefix(s, "*."); {
 	case s == "*" || wild && rest == "":
-		return "", fmt.Errorf("a wildcard for every name is not supported, use default")
+		return "", errors.New("a wildcard for every name is not supported, use default")
 	case strings.Contains(rest, "*"):
 		return "", fmt.Errorf("a wildcard is the whole first label, as in \"*.example.org\"")
 	case wild:
@@ -27,10 +29,7 @@ func checkPattern(s string) (string, error) {
 		if err != nil {
 			return "", within("*.", err, "")
 		}
-		if len(name)+2 > maxName {
-			return "", fmt.Errorf("the name is longer than %d characters", maxName)
-		}
-		return "*." + name, nil
+		return "*." + name, refuse(len(name)+2 > maxName, "the name is longer than %d characters", maxName)
 	}
 	return checkName(s)
 }
@@ -52,7 +51,7 @@ func within(before string, err error, after string) error {
 // A-labels without a dot at the end. Underscores are let through: they are no host names, but are used.
 func checkName(s string) (string, error) {
 	if s == "" {
-		return "", fmt.Errorf("the name is empty")
+		return "", errors.New("the name is empty")
 	}
 	if _, after, ok := strings.Cut(s, "://"); ok {
 		host, _, _ := strings.Cut(after, "/")
@@ -63,26 +62,24 @@ func checkName(s string) (string, error) {
 		return "", &adviceError{"it has a path, write the name alone: ", host}
 	}
 	if _, err := netip.ParseAddr(strings.Trim(s, "[]")); err == nil {
-		return "", fmt.Errorf("it is an IP address, and names never are (RFC 6066)")
+		return "", errors.New("it is an IP address, and names never are (RFC 6066)")
 	}
 	if host, port, ok := strings.Cut(s, ":"); ok {
 		if _, err := parsePort(port); err == nil {
 			return "", &adviceError{"it has a port, write the name alone: ", host}
 		}
-		return "", fmt.Errorf("':' cannot be in a name")
+		return "", errors.New("':' cannot be in a name")
 	}
 	name := strings.ToLower(strings.TrimSuffix(s, "."))
-	for _, c := range name {
-		if c >= 0x80 {
-			a, err := toASCII.ToASCII(name)
-			if err != nil || !isASCII(a) {
-				return "", fmt.Errorf("not a valid internationalised name")
-			}
-			if _, err := checkName(a); err != nil {
-				return "", err
-			}
-			return "", &adviceError{"clients send this name as its A-label, write ", a}
+	if strings.ContainsFunc(name, beyondASCII) {
+		a, err := toASCII.ToASCII(name)
+		if err != nil || strings.ContainsFunc(a, beyondASCII) {
+			return "", errors.New("not a valid internationalised name")
 		}
+		if _, err := checkName(a); err != nil {
+			return "", err
+		}
+		return "", &adviceError{"clients send this name as its A-label, write ", a}
 	}
 	if len(name) > maxName {
 		return "", fmt.Errorf("the name is longer than %d characters", maxName)
@@ -91,9 +88,9 @@ func checkName(s string) (string, error) {
 	for _, l := range labels {
 		switch {
 		case l == "" && len(labels) == 1:
-			return "", fmt.Errorf("the name is empty")
+			return "", errors.New("the name is empty")
 		case l == "":
-			return "", fmt.Errorf("a label between dots is empty")
+			return "", errors.New("a label between dots is empty")
 		case len(l) > 63:
 			return "", fmt.Errorf("the label %q is longer than 63 characters", l)
 		case l[0] == '-' || l[len(l)-1] == '-':
@@ -111,16 +108,9 @@ func checkName(s string) (string, error) {
 		}
 	}
 	if last := labels[len(labels)-1]; len(labels) > 1 && strings.Trim(last, "0123456789") == "" {
-		return "", fmt.Errorf("its last label is a number, as in an IP address")
+		return "", errors.New("its last label is a number, as in an IP address")
 	}
 	return name, nil
 }
 
-func isASCII(s string) bool {
-	for i := range len(s) {
-		if s[i] >= 0x80 {
-			return false
-		}
-	}
-	return true
-}
+func beyondASCII(r rune) bool { return r > unicode.MaxASCII }

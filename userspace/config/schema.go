@@ -3,6 +3,7 @@ package config
 import (
 	"bytes"
 	"encoding/json"
+	"maps"
 	"reflect"
 	"slices"
 )
@@ -37,9 +38,7 @@ func sectionSchema(t reflect.Type) map[string]any {
 	if len(required) > 0 {
 		s["required"] = required
 	}
-	for key, rule := range rules(t) {
-		s[key] = rule
-	}
+	maps.Copy(s, rules(t))
 	return s
 }
 
@@ -56,9 +55,7 @@ func rules(t reflect.Type) map[string]any {
 	obj := func(parts ...map[string]any) map[string]any {
 		all := map[string]any{}
 		for _, p := range parts {
-			for k, v := range p {
-				all[k] = v
-			}
+			maps.Copy(all, p)
 		}
 		return all
 	}
@@ -78,11 +75,7 @@ func rules(t reflect.Type) map[string]any {
 			obj(need("reject"), no(slices.Concat(httpKeys, proxyKeys, accessKeys)...)),
 			obj(need("redirect"), no(slices.Concat(forwardKeys, proxyKeys)...)),
 		}}
-	case reflect.TypeFor[BasicAuth]():
-		return map[string]any{"minProperties": 1, "maxProperties": 1}
-	case reflect.TypeFor[Deny]():
-		return map[string]any{"minProperties": 1, "maxProperties": 1}
-	case reflect.TypeFor[Certificate]():
+	case reflect.TypeFor[BasicAuth](), reflect.TypeFor[Deny](), reflect.TypeFor[Certificate]():
 		return map[string]any{"minProperties": 1, "maxProperties": 1}
 	case reflect.TypeFor[ACME]():
 		return map[string]any{"anyOf": []any{need("names"), need("on_demand")}}
@@ -108,10 +101,7 @@ func (f *field) schema() map[string]any {
 	if f.kind == nil {
 		return f.sectionSchema()
 	}
-	item := map[string]any{}
-	for k, v := range f.kind.schema {
-		item[k] = v
-	}
+	item := maps.Clone(f.kind.schema)
 	if len(f.enum) > 0 {
 		item["enum"] = f.enum
 	}
@@ -127,12 +117,9 @@ func (f *field) schema() map[string]any {
 			s["minProperties"] = 1
 		}
 	} else if f.typ.Kind() == reflect.Slice {
-		list := map[string]any{"type": "array", "items": item}
+		list := f.listSchema(item)
 		if !f.repeats {
 			list["uniqueItems"] = true
-		}
-		if f.nonempty {
-			list["minItems"] = 1
 		}
 		s = map[string]any{"anyOf": []any{list, item}}
 	}
@@ -154,16 +141,21 @@ func (f *field) sectionSchema() map[string]any {
 		s = map[string]any{"anyOf": []any{short, s}}
 	}
 	if f.typ.Kind() == reflect.Slice {
-		s = map[string]any{"type": "array", "items": s}
-		if f.nonempty {
-			s["minItems"] = 1
-		}
+		s = f.listSchema(s)
 		if short != nil {
 			s = map[string]any{"anyOf": []any{short, s}}
 		}
 	}
 	s["description"] = describe(f.home, f.key).Doc
 	return s
+}
+
+func (f *field) listSchema(item map[string]any) map[string]any {
+	list := map[string]any{"type": "array", "items": item}
+	if f.nonempty {
+		list["minItems"] = 1
+	}
+	return list
 }
 
 // orVariable takes a text with a variable in it too, whatever s says.
@@ -183,13 +175,4 @@ func orVariable(s map[string]any) map[string]any {
 func takesInteger(s map[string]any) bool {
 	types, _ := s["type"].([]string)
 	return s["type"] == "integer" || slices.Contains(types, "integer")
-}
-
-// number reads a bound or a default of the field's own kind.
-func (f *field) number(s string) int64 {
-	v, err := f.kind.parse(s)
-	if err != nil {
-		panic("bound of " + f.key + ": " + err.Error())
-	}
-	return v.(int64)
 }

@@ -1,11 +1,13 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -53,12 +55,7 @@ const maxSocketPath = 107
 var tailnetRanges = []netip.Prefix{netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("fd7a:115c:a1e0::/48")}
 
 func inTailnet(a netip.Addr) bool {
-	for _, p := range tailnetRanges {
-		if p.Contains(a.Unmap()) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(tailnetRanges, func(p netip.Prefix) bool { return p.Contains(a.Unmap()) })
 }
 
 func parseTarget(s string) (Target, error) {
@@ -66,11 +63,10 @@ func parseTarget(s string) (Target, error) {
 	if !found {
 		for _, known := range []string{"tailnet:", "docker:", "unix:"} {
 			if after, ok := strings.CutPrefix(s, known); ok && (strings.Contains(after, ":") || known == "unix:") {
-				if t, err := parseTarget(known + "//" + strings.TrimLeft(after, "/")); err == nil {
-					return Target{}, fmt.Errorf("did you mean %q?", t)
-				}
-				if t, err := parseTarget(known + "///" + strings.TrimLeft(after, "/")); err == nil {
-					return Target{}, fmt.Errorf("did you mean %q?", t)
+				for _, slashes := range []string{"//", "///"} {
+					if t, err := parseTarget(known + slashes + strings.TrimLeft(after, "/")); err == nil {
+						return Target{}, fmt.Errorf("did you mean %q?", t)
+					}
 				}
 			}
 		}
@@ -94,15 +90,12 @@ func parseTarget(s string) (Target, error) {
 		if err != nil {
 			return Target{}, err
 		}
-		if !container.MatchString(host) {
-			return Target{}, fmt.Errorf("%q is not the name of a container, a compose service or PROJECT/SERVICE", host)
-		}
-		return Target{Scheme: scheme, Host: host, Port: port}, nil
+		return Target{Scheme: scheme, Host: host, Port: port},
+			refuse(!container.MatchString(host), "%q is not the name of a container, a compose service or PROJECT/SERVICE", host)
 	case "unix":
-		if !strings.HasPrefix(rest, "/") {
-			return Target{}, fmt.Errorf(`the path is absolute, did you mean "unix:///%s"?`, rest)
-		}
-		return Target{Scheme: scheme, Path: rest}, socketPath(rest)
+		return Target{Scheme: scheme, Path: rest}, cmp.Or(
+			refuse(!strings.HasPrefix(rest, "/"), `the path is absolute, did you mean "unix:///%s"?`, rest),
+			socketPath(rest))
 	case "http", "tcp":
 		return Target{}, withoutScheme(rest, map[string]string{
 			"http": "http and https listeners speak HTTP to every target",
@@ -111,7 +104,7 @@ func parseTarget(s string) (Target, error) {
 	case "https", "tls":
 		return Target{}, withoutScheme(rest, "an sni listener passes TLS on untouched, and http and https listeners speak it with upstream: { protocol: https }")
 	case "":
-		return Target{}, fmt.Errorf("the scheme before :// is missing")
+		return Target{}, errors.New("the scheme before :// is missing")
 	}
 	// tailscale and container are near in meaning only.
 	guess := didYouMean(scheme, []string{"tailnet", "docker", "unix"})
@@ -129,10 +122,7 @@ var container = regexp.MustCompile(`^([a-zA-Z0-9][a-zA-Z0-9_.-]*/)?[a-zA-Z0-9][a
 
 // withoutScheme teaches to leave a scheme out.
 func withoutScheme(rest, why string) error {
-	rest = strings.TrimRight(rest, "/")
-	if host, _, cut := strings.Cut(rest, "/"); cut {
-		rest = host
-	}
+	rest, _, _ = strings.Cut(strings.TrimRight(rest, "/"), "/")
 	if _, err := parseTarget(rest); err == nil {
 		return fmt.Errorf("write %q without a scheme: %s", rest, why)
 	}
@@ -160,42 +150,29 @@ func splitHostPort(scheme, s, instead string) (string, uint16, error) {
 				return "", 0, fmt.Errorf("did you mean %q?", instead+":"+s)
 			}
 			if s == "" {
-				return "", 0, fmt.Errorf("must not be empty")
+				return "", 0, errors.New("must not be empty")
 			}
 			return "", 0, fmt.Errorf("the port is missing: %q", scheme+s+":PORT")
 		}
-		return "", 0, fmt.Errorf("not HOST:PORT")
+		return "", 0, errors.New("not HOST:PORT")
 	}
 	p, err := parsePort(port)
 	if err != nil {
 		return "", 0, err
 	}
-	if host == "" {
-		if instead != "" {
-			return "", 0, fmt.Errorf("the host is missing, did you mean %q?", instead+":"+port)
-		}
-		return "", 0, fmt.Errorf("the host is missing")
-	}
-	if strings.HasPrefix(s, "[") {
-		if a, err := netip.ParseAddr(host); err != nil || !a.Is6() {
-			return "", 0, fmt.Errorf("%q is not an IPv6 address, only those stand in brackets", host)
-		}
-	}
-	return host, p, nil
+	a, _ := netip.ParseAddr(host)
+	return host, p, cmp.Or(
+		refuse(host == "" && instead != "", "the host is missing, did you mean %q?", instead+":"+port),
+		refuse(host == "", "the host is missing"),
+		refuse(strings.HasPrefix(s, "[") && !a.Is6(), "%q is not an IPv6 address, only those stand in brackets", host))
 }
 
 func parsePort(s string) (uint16, error) {
-	switch {
-	case s == "":
-		return 0, fmt.Errorf("the port is missing")
-	case !decimal.MatchString(s):
-		return 0, fmt.Errorf("port %q is not a number from 1 to 65535", s)
-	}
 	n, err := strconv.ParseUint(s, 10, 16)
-	if err != nil || n == 0 {
-		return 0, fmt.Errorf("port %s is out of range: 1 to 65535", s)
-	}
-	return uint16(n), nil
+	return uint16(n), cmp.Or(
+		refuse(s == "", "the port is missing"),
+		refuse(!decimal.MatchString(s), "port %q is not a number from 1 to 65535", s),
+		refuse(err != nil || n == 0, "port %s is out of range: 1 to 65535", s))
 }
 
 // decimal is a number without sign, leading zeros, underscores or another base: YAML 1.1 and 1.2 read
@@ -205,17 +182,13 @@ var decimal = regexp.MustCompile(`^(0|[1-9][0-9]*)$`)
 // dialHost checks the host of a plain target.
 func dialHost(host string, port uint16) (string, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
-		if a.IsUnspecified() {
-			loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
-			if a.Is6() {
-				loopback = netip.IPv6Loopback()
-			}
-			return "", fmt.Errorf("%s can't be connected to, did you mean %q?", host, netip.AddrPortFrom(loopback, port))
+		loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		if a.Is6() {
+			loopback = netip.IPv6Loopback()
 		}
-		if a.IsMulticast() {
-			return "", fmt.Errorf("%s is a multicast address, TCP cannot connect to it", host)
-		}
-		return a.String(), nil
+		return a.String(), cmp.Or(
+			refuse(a.IsUnspecified(), "%s can't be connected to, did you mean %q?", host, netip.AddrPortFrom(loopback, port)),
+			refuse(a.IsMulticast(), "%s is a multicast address, TCP cannot connect to it", host))
 	}
 	return checkName(host)
 }
@@ -223,22 +196,15 @@ func dialHost(host string, port uint16) (string, error) {
 // tailnetNode checks the node of a tailnet target.
 func tailnetNode(host string) (string, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
-		if !inTailnet(a) {
-			return "", fmt.Errorf("%s is not a tailnet address (100.64.0.0/10 or fd7a:115c:a1e0::/48): a target without tailnet:// may be any address", host)
-		}
-		return a.Unmap().String(), nil
+		return a.Unmap().String(),
+			refuse(!inTailnet(a), "%s is not a tailnet address (100.64.0.0/10 or fd7a:115c:a1e0::/48): a target without tailnet:// may be any address", host)
 	}
 	return checkName(host)
 }
 
 func socketPath(path string) error {
-	switch {
-	case len(path) > maxSocketPath:
-		return fmt.Errorf("the path has %d bytes, a unix socket's has at most %d", len(path), maxSocketPath)
-	case strings.HasSuffix(path, "/"):
-		return fmt.Errorf("it names a folder, not a socket")
-	case strings.HasPrefix(path, "@"):
-		return fmt.Errorf("abstract sockets (@name) are not supported")
-	}
-	return nil
+	return cmp.Or(
+		refuse(len(path) > maxSocketPath, "the path has %d bytes, a unix socket's has at most %d", len(path), maxSocketPath),
+		refuse(strings.HasSuffix(path, "/"), "it names a folder, not a socket"),
+		refuse(strings.HasPrefix(path, "@"), "abstract sockets (@name) are not supported"))
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"fmt"
 	"regexp"
+	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -110,8 +111,7 @@ func parseTree(r *reporter, data []byte) (root *node) {
 func cleanText(r *reporter, data []byte) (string, bool) {
 	s := string(data)
 	if strings.HasPrefix(s, "\xff\xfe") || strings.HasPrefix(s, "\xfe\xff") {
-		r.errorf(Pos{1, 1}, "the file is UTF-16: save it as UTF-8")
-		return "", false
+		return "", r.errorf(Pos{1, 1}, "the file is UTF-16: save it as UTF-8")
 	}
 	s = strings.TrimPrefix(s, "\ufeff")
 	p := Pos{1, 1}
@@ -121,12 +121,10 @@ func cleanText(r *reporter, data []byte) (string, bool) {
 			p = Pos{p.Line + 1, 1}
 			continue
 		case c == utf8.RuneError && !strings.HasPrefix(s[i:], "\ufffd"):
-			r.errorf(p, "byte 0x%02x is not UTF-8 text", s[i])
-			return "", false
+			return "", r.errorf(p, "byte 0x%02x is not UTF-8 text", s[i])
 		case c == '\r' && strings.HasPrefix(s[i:], "\r\n"), c == '\t':
 		case unicode.IsControl(c), c == '\u2028', c == '\u2029', c == '\ufeff':
-			r.errorf(p, "the invisible character %U does not belong here", c)
-			return "", false
+			return "", r.errorf(p, "the invisible character %U does not belong here", c)
 		}
 		p.Col++
 	}
@@ -140,36 +138,30 @@ type tree struct {
 	lines []string // of text, split when a message first needs them
 }
 
-// plain refuses by their tokens the parts of YAML that a configuration has no need of. It returns false
-// when the rest is not worth parsing.
+// unsupported are the parts of YAML that a configuration has no need of.
+var unsupported = map[token.Type]string{
+	token.AnchorType:     "anchors (&name) are not supported: write the value at each place that needs it",
+	token.AliasType:      "aliases (*name) are not supported: write the value at each place that needs it; text that begins with * needs quotes",
+	token.MergeKeyType:   "merge keys (<<) are not supported: write the keys at each place that needs them",
+	token.TagType:        "tags (!name) are not supported: text that begins with ! needs quotes",
+	token.MappingKeyType: "? keys are not supported: write key: value",
+}
+
+// plain refuses by their tokens the parts of YAML that are not supported. It returns false when the rest is not
+// worth parsing.
 func (t *tree) plain(tokens token.Tokens) bool {
-	var depth, line, onLine, documents int
+	var n nesting
+	var documents int
 	content, ended := false, false
 	for i, tk := range tokens {
 		switch tk.Type {
-		case token.AnchorType:
-			t.errorf(t.pos(tk), "anchors (&name) are not supported: write the value at each place that needs it")
-		case token.AliasType:
-			if i+1 < len(tokens) && strings.HasPrefix(tokens[i+1].Value, ".") {
-				t.errorf(t.pos(tk), `a wildcard needs quotes: "*%s"`, clip(tokens[i+1].Value))
-			} else {
-				t.errorf(t.pos(tk), "aliases (*name) are not supported: write the value at each place that needs it; text that begins with * needs quotes")
-			}
-		case token.MergeKeyType:
-			t.errorf(t.pos(tk), "merge keys (<<) are not supported: write the keys at each place that needs them")
-		case token.TagType:
-			t.errorf(t.pos(tk), "tags (!name) are not supported: text that begins with ! needs quotes")
-		case token.MappingKeyType:
-			t.errorf(t.pos(tk), "? keys are not supported: write key: value")
 		case token.DirectiveType:
 			if tk.Position.Column == 1 { // elsewhere it is a syntax error
-				t.errorf(t.pos(tk), "directives (%%) are not supported")
-				return false
+				return t.errorf(t.pos(tk), "directives (%%) are not supported")
 			}
 		case token.DocumentHeaderType:
 			if documents++; content || documents > 1 {
-				t.errorf(t.pos(tk), "a second document: a file holds one configuration, without --- in it")
-				return false
+				return t.errorf(t.pos(tk), "a second document: a file holds one configuration, without --- in it")
 			}
 			continue
 		case token.DocumentEndType:
@@ -178,32 +170,44 @@ func (t *tree) plain(tokens token.Tokens) bool {
 		case token.CommentType:
 			continue
 		}
+		message, refused := unsupported[tk.Type]
+		if tk.Type == token.AliasType && i+1 < len(tokens) && strings.HasPrefix(tokens[i+1].Value, ".") {
+			message = fmt.Sprintf(`a wildcard needs quotes: "*%s"`, clip(tokens[i+1].Value))
+		}
+		t.errorIf(refused, t.pos(tk), "%s", message)
 		if ended {
-			t.errorf(t.pos(tk), "a second document: a file holds one configuration, without ... in it")
-			return false
+			return t.errorf(t.pos(tk), "a second document: a file holds one configuration, without ... in it")
 		}
 		content = true
-		if tk.Position.Line != line {
-			line, onLine = tk.Position.Line, 0
-		}
-		switch tk.Type {
-		case token.SequenceStartType, token.MappingStartType:
-			depth++
-		case token.SequenceEndType, token.MappingEndType:
-			depth--
-		case token.SequenceEntryType, token.MappingKeyType, token.AnchorType, token.TagType:
-			onLine++
-		case token.MappingValueType:
-			if depth == 0 {
-				onLine++
-			}
-		}
-		if depth > maxDepth || onLine > maxDepth {
-			t.errorf(t.pos(tk), "nested too deeply")
-			return false
+		if n.add(tk); n.brackets > maxDepth || n.onLine > maxDepth {
+			return t.errorf(t.pos(tk), "nested too deeply")
 		}
 	}
 	return true
+}
+
+// nesting is how deep the last of some tokens stands.
+type nesting struct {
+	brackets     int // that are open
+	line, onLine int // on the last line: dashes, keys and such
+}
+
+func (n *nesting) add(tk *token.Token) {
+	if tk.Position.Line != n.line {
+		n.line, n.onLine = tk.Position.Line, 0
+	}
+	switch tk.Type {
+	case token.SequenceStartType, token.MappingStartType:
+		n.brackets++
+	case token.SequenceEndType, token.MappingEndType:
+		n.brackets--
+	case token.SequenceEntryType, token.MappingKeyType, token.AnchorType, token.TagType:
+		n.onLine++
+	case token.MappingValueType:
+		if n.brackets == 0 {
+			n.onLine++
+		}
+	}
 }
 
 // noTabs refuses tabs, but for those in comments and at the ends of lines: the library drops a tab inside of
@@ -225,8 +229,7 @@ func (t *tree) noTabs(tokens token.Tokens) bool {
 		}
 		line = strings.TrimRight(line, " \t")
 		if before, _, found := strings.Cut(line, "\t"); found {
-			t.errorf(Pos{i + 1, utf8.RuneCountInString(before) + 1}, `a tab: use spaces, or \t in double quotes`)
-			return false
+			return t.errorf(Pos{i + 1, utf8.RuneCountInString(before) + 1}, `a tab: use spaces, or \t in double quotes`)
 		}
 	}
 	return true
@@ -242,15 +245,12 @@ var noSpace = regexp.MustCompile(`^[\s-]*[a-z_]+:\S`)
 
 // syntaxError reports an error of the YAML parser, with help for the mistakes that people make most.
 func (t *tree) syntaxError(err error) {
-	var at Pos
-	msg := err.Error()
+	at, msg := Pos{1, 1}, err.Error()
 	if e, ok := err.(interface {
 		GetToken() *token.Token
 		GetMessage() string
 	}); ok {
 		at, msg = t.pos(e.GetToken()), e.GetMessage()
-	} else {
-		at = Pos{1, 1}
 	}
 	// One line each: messages of the library may quote the text.
 	msg = clip(strings.ReplaceAll(msg, "\n", " "))
@@ -337,20 +337,10 @@ func (t *tree) node(n ast.Node) *node {
 		return &node{kind: kind, pos: t.pos(n.Token), text: n.Value}
 	case *ast.LiteralNode:
 		return &node{kind: kindText, pos: t.pos(n.Start), text: n.Value.Value}
-	case *ast.IntegerNode:
-		return &node{kind: kindNumber, pos: t.pos(n.Token), text: n.Token.Value}
-	case *ast.FloatNode:
-		return &node{kind: kindNumber, pos: t.pos(n.Token), text: n.Token.Value}
-	case *ast.InfinityNode:
-		return &node{kind: kindNumber, pos: t.pos(n.Token), text: n.Token.Value}
-	case *ast.NanNode:
-		return &node{kind: kindNumber, pos: t.pos(n.Token), text: n.Token.Value}
+	case *ast.IntegerNode, *ast.FloatNode, *ast.InfinityNode, *ast.NanNode:
+		return &node{kind: kindNumber, pos: t.pos(n.GetToken()), text: n.GetToken().Value}
 	case *ast.BoolNode:
-		text := "false"
-		if n.Value {
-			text = "true"
-		}
-		return &node{kind: kindBool, pos: t.pos(n.Token), text: text}
+		return &node{kind: kindBool, pos: t.pos(n.Token), text: strconv.FormatBool(n.Value)}
 	case *ast.NullNode:
 		return &node{kind: kindNull, pos: t.pos(n.Token)}
 	case *ast.AnchorNode:

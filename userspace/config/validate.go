@@ -103,19 +103,17 @@ func (v *validator) addresses(l *Listener) {
 func (v *validator) bind(addr string, pos Pos, by string, l *Listener) {
 	host, port, ip := cutPort(addr)
 	b := bound{text: addr, host: host, ip: ip, pos: pos, by: by, listener: l}
-	if near := nearest(host, []string{"tailnet"}); host != "tailnet" && near != "" {
-		v.warnf(pos, "listen address %q is an interface or a host of that name, did you mean %q?", addr, fmt.Sprintf("%s:%d", near, port))
-	}
+	near := nearest(host, []string{"tailnet"})
+	v.warnIf(host != "tailnet" && near != "", pos, "listen address %q is an interface or a host of that name, did you mean %q?", addr, fmt.Sprintf("%s:%d", near, port))
 	for _, o := range v.bound[port] {
-		if o.text == b.text {
+		switch {
+		case o.text == b.text:
 			v.errorf(pos, "listen address %q is taken by %s already, on line %d", addr, o.by, o.pos.Line)
 			return
-		}
-		if b.covers(o) || o.covers(b) {
+		case b.covers(o) || o.covers(b):
 			v.errorf(pos, "listen address %q overlaps %q of %s, on line %d", addr, o.text, o.by, o.pos.Line)
 			return
-		}
-		if b.host == "tailnet" && o.ip.IsValid() && inTailnet(o.ip) || o.host == "tailnet" && b.ip.IsValid() && inTailnet(b.ip) {
+		case b.host == "tailnet" && inTailnet(o.ip), o.host == "tailnet" && inTailnet(b.ip):
 			v.warnf(pos, "listen address %q conflicts with %q of %s, on line %d, if it is this node's", addr, o.text, o.by, o.pos.Line)
 		}
 	}
@@ -144,13 +142,8 @@ func (v *validator) listener(l *Listener) {
 		v.routesOf("", l)
 		return // the decoder said so
 	}
-	if mode == "https" {
-		if !l.has("certificates") {
-			v.errorf(l.Pos, "certificates is missing in a listener: mode https needs at least one, mode sni passes TLS on without")
-		}
-	} else if l.has("certificates") && !l.unclear("certificates") {
-		v.errorf(l.keyAt("certificates"), "certificates belongs on an https listener, this one's mode is %s and never decrypts", mode)
-	}
+	v.errorIf(mode == "https" && !l.has("certificates"), l.Pos, "certificates is missing in a listener: mode https needs at least one, mode sni passes TLS on without")
+	v.errorIf(mode != "https" && l.sets("certificates"), l.keyAt("certificates"), "certificates belongs on an https listener, this one's mode is %s and never decrypts", mode)
 	for i := range l.Certificates {
 		v.certificate(&l.Certificates[i])
 	}
@@ -167,7 +160,7 @@ func (v *validator) listener(l *Listener) {
 	case !l.has("default") && len(l.Routes) == 0 && !l.unclear("routes"):
 		v.errorf(l.keyAt("routes"), "a listener without routes and default would refuse everything: add default: { forward: %s }", "HOST:PORT")
 	}
-	v.docker(l)
+	v.errorIf(l.Docker != nil && mode == "tcp", l.keyAt("docker"), "docker on a tcp listener: it reads nothing that labels could match, use mode http, https or sni")
 	if l.AcceptProxy != nil {
 		v.acceptProxy(l.AcceptProxy)
 	}
@@ -208,29 +201,17 @@ func (v *validator) acceptProxy(a *AcceptProxy) {
 func (v *validator) deny(l *Listener) {
 	for i := range l.Deny {
 		d := &l.Deny[i]
-		switch {
-		case d.has("from") && d.has("file"):
-			v.errorf(d.keyAt("file"), "from and file in one item of deny: make file an item of its own")
-		case !d.has("from") && !d.has("file"):
-			v.errorf(d.Pos, "it is empty: write a CIDR, an IP address, or { file: FILE } in deny")
-		case strings.HasSuffix(d.From, "/0"):
-			v.warnf(d.At("from"), "deny %q refuses everybody", d.From)
-		}
+		v.errorIf(d.has("from") && d.has("file"), d.keyAt("file"), "from and file in one item of deny: make file an item of its own")
+		v.errorIf(!d.has("from") && !d.has("file"), d.Pos, "it is empty: write a CIDR, an IP address, or { file: FILE } in deny")
+		v.warnIf(strings.HasSuffix(d.From, "/0"), d.At("from"), "deny %q refuses everybody", d.From)
 		d.File = v.path(d.File)
 	}
 }
 
 func (v *validator) certificate(c *Certificate) {
-	var set []string
-	for _, key := range []string{"files", "acme", "tailscale"} {
-		if c.has(key) {
-			set = append(set, key)
-		}
-	}
-	switch {
-	case len(set) == 0:
-		v.errorf(c.Pos, "a certificate has one of files, acme and tailscale")
-	case len(set) > 1:
+	set := c.among("files", "acme", "tailscale")
+	v.errorIf(len(set) == 0, c.Pos, "a certificate has one of files, acme and tailscale")
+	if len(set) > 1 {
 		v.errorf(c.keyAt(set[1]), "a certificate has one of files, acme and tailscale: make %s an item of its own", set[1])
 	}
 	if f := c.Files; f != nil {
@@ -243,32 +224,22 @@ func (v *validator) certificate(c *Certificate) {
 
 // acme checks what no authority could do.
 func (v *validator) acme(a *ACME) {
-	if !a.has("names") && !a.has("on_demand") {
-		v.errorf(a.Pos, "names is missing in acme: the names to get certificates for; or on_demand")
-	}
+	v.errorIf(!a.has("names") && !a.has("on_demand"), a.Pos, "names is missing in acme: the names to get certificates for; or on_demand")
 	a.CA, a.Storage = v.path(a.CA), v.path(a.Storage)
 	if a.DNS != nil && len(a.DNS.Exec) > 0 && strings.Contains(a.DNS.Exec[0], "/") {
 		a.DNS.Exec[0] = v.path(a.DNS.Exec[0])
 	}
-	uses := func(challenge string) bool { return slices.Contains(a.Challenges, challenge) }
-	if i := slices.Index(a.Challenges, "dns-01"); i >= 0 && !a.has("dns") {
-		v.errorf(a.At("challenges", i), "challenge dns-01 needs dns: the program that sets the record, such as dns: { exec: [/etc/tailsplice/dns-hook] }")
-	}
-	if a.DNS != nil && a.has("challenges") && !a.unclear("challenges") && !uses("dns-01") {
-		v.errorf(a.keyAt("dns"), "dns is never used: add dns-01 to challenges, or remove challenges")
-	}
-	if !a.has("dns") || a.has("challenges") && !a.unclear("challenges") && !uses("dns-01") {
-		for i, name := range a.Names {
-			if strings.HasPrefix(name, "*.") {
-				v.errorf(a.At("names", i), "names %q: certificates for wildcards are only given for challenge dns-01: add dns: { exec: [PROGRAM] }, or list the names, or move it to on_demand", name)
-			}
-		}
+	at := slices.Index(a.Challenges, "dns-01")
+	excluded := a.sets("challenges") && at < 0
+	v.errorIf(at >= 0 && !a.has("dns"), a.At("challenges", at), "challenge dns-01 needs dns: the program that sets the record, such as dns: { exec: [/etc/tailsplice/dns-hook] }")
+	v.errorIf(a.DNS != nil && excluded, a.keyAt("dns"), "dns is never used: add dns-01 to challenges, or remove challenges")
+	for i, name := range a.Names {
+		v.errorIf(strings.HasPrefix(name, "*.") && (!a.has("dns") || excluded), a.At("names", i),
+			"names %q: certificates for wildcards are only given for challenge dns-01: add dns: { exec: [PROGRAM] }, or list the names, or move it to on_demand", name)
 	}
 	if f := a.Fallback; f != nil {
 		f.CA = v.path(f.CA)
-		if f.Directory != "" && f.Directory == a.Directory {
-			v.errorf(f.At("directory"), "directory %q: the fallback must be another authority", f.Directory)
-		}
+		v.errorIf(f.Directory != "" && f.Directory == a.Directory, f.At("directory"), "directory %q: the fallback must be another authority", f.Directory)
 	}
 }
 
@@ -294,15 +265,11 @@ func (v *validator) routesOf(mode string, l *Listener) {
 			for _, key := range []string{"path", "methods", "headers"} {
 				v.foreign(r, key, "it is inside TLS, only mode https sees it")
 			}
-			if !r.has("sni") && !r.has("host") {
-				v.errorf(r.Pos, "sni is missing in a route: which server names it takes; default takes the rest")
-			}
+			v.errorIf(!r.has("sni") && !r.has("host"), r.Pos, "sni is missing in a route: which server names it takes; default takes the rest")
 		case "http", "https":
 			v.foreign(r, "sni", "write host: an "+mode+" listener routes by host and path")
 			v.foreign(r, "alpn", "it belongs on an sni listener")
-			if !r.has("host") && !r.has("sni") {
-				v.errorf(r.Pos, "host is missing in a route: which host names it takes; default takes the rest")
-			}
+			v.errorIf(!r.has("host") && !r.has("sni"), r.Pos, "host is missing in a route: which host names it takes; default takes the rest")
 		default:
 			continue
 		}
@@ -310,20 +277,16 @@ func (v *validator) routesOf(mode string, l *Listener) {
 		v.reachable(seen, r, "sni", r.SNI)
 		v.reachable(seen, r, "host", r.Host)
 		for j, p := range r.ALPN {
-			if known := []string{"h2", "http/1.1", "http/1.0", "acme-tls/1"}; !slices.Contains(known, p) {
-				if n := nearest(p, known); n != "" {
-					v.warnf(r.At("alpn", j), "alpn %q is not a protocol that clients are known to offer, did you mean %q?", p, n)
-				}
-			}
+			known := []string{"h2", "http/1.1", "http/1.0", "acme-tls/1"}
+			n := nearest(p, known)
+			v.warnIf(n != "" && !slices.Contains(known, p), r.At("alpn", j), "alpn %q is not a protocol that clients are known to offer, did you mean %q?", p, n)
 		}
 	}
 }
 
 // foreign refuses a key of another mode.
 func (v *validator) foreign(r *Route, key, why string) {
-	if r.has(key) && !r.unclear(key) {
-		v.errorf(r.keyAt(key), "%s does not fit the listener's mode: %s", key, why)
-	}
+	v.errorIf(r.sets(key), r.keyAt(key), "%s does not fit the listener's mode: %s", key, why)
 }
 
 // match is what decides between routes: a name, with a path on http and https.
@@ -331,10 +294,8 @@ type match struct{ key, name, path string }
 
 // taken is an earlier route for the same match.
 type taken struct {
-	alpn    []string // nil: whatever the client offers
-	methods []string // nil: any
-	headers map[string]string
-	line    int
+	*Route
+	line int
 }
 
 // reachable refuses names for which an earlier route takes every connection.
@@ -345,38 +306,41 @@ func (v *validator) reachable(seen map[match][]taken, r *Route, key string, name
 	for i, name := range names {
 		m := match{key, name, strings.TrimSuffix(r.Path, "/")} // /api and /api/ take the same, and / takes all
 		at := r.At(key, i)
-		// What is left of the protocols that this route could see, after the routes before it.
-		left, dup, covered := slices.Clone(r.ALPN), 0, 0
-		for _, t := range seen[m] {
-			if !methodsCover(t.methods, r.Methods) || !headersCover(t.headers, r.Headers) {
-				continue
-			}
-			if t.alpn == nil {
-				dup = t.line
-				break
-			}
-			if len(left) > 0 {
-				left = slices.DeleteFunc(left, func(p string) bool { return slices.Contains(t.alpn, p) })
-				if len(left) == 0 {
-					covered = t.line
-				}
-			}
-		}
+		all, rest := takers(seen[m], r)
 		switch {
-		case dup > 0 && len(r.ALPN) > 0:
-			v.errorf(at, "this route is unreachable: the one on line %d takes %s %q whatever its alpn, move that one behind this one", dup, key, name)
-		case dup > 0 && (r.Methods != nil || r.Headers != nil):
-			v.errorf(at, "this route is unreachable: the one on line %d takes all its requests, move that one behind this one", dup)
-		case dup > 0 && r.Path != "":
-			v.errorf(at, "duplicate route: the one on line %d takes host %q with path %q already", dup, name, r.Path)
-		case dup > 0:
-			v.errorf(at, "duplicate route: the one on line %d takes %s %q already", dup, key, name)
-		case covered > 0:
-			v.errorf(at, "this route is unreachable: the routes up to line %d take %s %q with every alpn in it", covered, key, name)
+		case all > 0 && len(r.ALPN) > 0:
+			v.errorf(at, "this route is unreachable: the one on line %d takes %s %q whatever its alpn, move that one behind this one", all, key, name)
+		case all > 0 && (r.Methods != nil || r.Headers != nil):
+			v.errorf(at, "this route is unreachable: the one on line %d takes all its requests, move that one behind this one", all)
+		case all > 0 && r.Path != "":
+			v.errorf(at, "duplicate route: the one on line %d takes host %q with path %q already", all, name, r.Path)
+		case all > 0:
+			v.errorf(at, "duplicate route: the one on line %d takes %s %q already", all, key, name)
+		case rest > 0:
+			v.errorf(at, "this route is unreachable: the routes up to line %d take %s %q with every alpn in it", rest, key, name)
 		default:
-			seen[m] = append(seen[m], taken{alpn: r.ALPN, methods: r.Methods, headers: r.Headers, line: at.Line})
+			seen[m] = append(seen[m], taken{r, at.Line})
 		}
 	}
+}
+
+// takers finds among earlier routes for the same match the line of the one that takes all that r could, whatever its
+// ALPN, or else of the one that takes the last of r's protocols. A line is 0 if there is none.
+func takers(earlier []taken, r *Route) (all, rest int) {
+	left := slices.Clone(r.ALPN)
+	for _, t := range earlier {
+		switch {
+		case !methodsCover(t.Methods, r.Methods) || !headersCover(t.Headers, r.Headers):
+		case t.ALPN == nil:
+			return t.line, 0
+		case len(left) > 0:
+			left = slices.DeleteFunc(left, func(p string) bool { return slices.Contains(t.ALPN, p) })
+			if len(left) == 0 {
+				rest = t.line
+			}
+		}
+	}
+	return 0, rest
 }
 
 // local refuses sk_msg where the target can't be a process that this host has a TCP connection to.
@@ -385,14 +349,12 @@ func (v *validator) local(mode string, a *Action) {
 		return
 	}
 	at := a.At("datapath")
-	if mode == "http" || mode == "https" {
+	switch t := a.Target(); {
+	case mode == "http" || mode == "https":
 		v.errorf(at, "datapath sk_msg moves bytes past this process, and a listener of mode %s has to see them: use mode sni or tcp, or leave it out", mode)
-		return
-	}
-	switch t := a.Target(); t.Scheme {
-	case "tailnet":
+	case t.Scheme == "tailnet":
 		v.errorf(at, "datapath sk_msg needs a target on this host, and %s is reached over the tailnet: leave it out, or use it on %s itself", t, t.Host)
-	case "unix":
+	case t.Scheme == "unix":
 		v.errorf(at, "datapath sk_msg bypasses TCP, which %s does not use anyway: leave it out", t)
 	}
 }
@@ -401,33 +363,20 @@ func (v *validator) local(mode string, a *Action) {
 var proxyKeys = []string{"send_proxy", "transparent", "datapath"}
 
 func (v *validator) action(a *Action, noun string) {
-	var does []string
-	for _, key := range []string{"forward", "reject", "redirect"} {
-		if a.has(key) {
-			does = append(does, key)
-		}
-	}
-	if len(does) == 0 {
+	switch does := a.among("forward", "reject", "redirect"); {
+	case len(does) == 0:
 		v.errorf(a.Pos, "forward is missing in %s: %s; or reject: true", noun, targetNoun)
 		return
-	}
-	if len(does) > 1 {
+	case len(does) > 1:
 		v.errorf(a.keyAt(does[1]), "%s and %s in %s: it does one or the other", does[0], does[1], noun)
 		return
-	}
-	switch does[0] {
-	case "reject":
+	case does[0] == "reject":
 		v.meaningless(a, "rejected", proxyKeys, httpKeys, accessKeys)
-	case "redirect":
+	case does[0] == "redirect":
 		v.meaningless(a, "redirected", proxyKeys, forwardKeys)
 	}
-	total := 0
-	for i := range a.Forward {
-		total += a.Forward[i].Weight
-	}
-	if len(a.Forward) > 0 && total == 0 && !a.unclear("forward") {
-		v.errorf(a.At("forward"), "no target in forward has a weight: at least one must be above 0")
-	}
+	weighs := func(f Forward) bool { return f.Weight > 0 }
+	v.errorIf(a.sets("forward") && !slices.ContainsFunc(a.Forward, weighs), a.At("forward"), "no target in forward has a weight: at least one must be above 0")
 	if a.Transparent {
 		v.transparent(a)
 	}
@@ -455,9 +404,7 @@ func (v *validator) transparent(a *Action) {
 // meaningless refuses keys about what is not done.
 func (v *validator) meaningless(a *Action, done string, keys ...[]string) {
 	for _, key := range slices.Concat(keys...) {
-		if a.has(key) && !a.unclear(key) {
-			v.errorf(a.keyAt(key), "%s has no meaning where connections are %s", key, done)
-		}
+		v.errorIf(a.sets(key), a.keyAt(key), "%s has no meaning where connections are %s", key, done)
 	}
 }
 
@@ -472,7 +419,7 @@ type leads struct {
 func (v *validator) circles(c *Config) {
 	var all []leads
 	for l, a := range c.Actions() {
-		for j := range forwards(a) {
+		for j := range a.Forward {
 			v.multicastName(&a.Forward[j])
 			if b, ok := v.ownAddress(c.Node, a.Forward[j].To); ok && b.listener != nil {
 				all = append(all, leads{l, b.listener, &a.Forward[j], b})
@@ -488,22 +435,11 @@ func (v *validator) circles(c *Config) {
 	known := map[[2]*Listener]bool{}
 	for _, e := range all {
 		pair := [2]*Listener{e.to, e.from}
-		back, ok := known[pair]
-		if !ok {
-			back = reaches(next, e.to, e.from, map[*Listener]bool{})
-			known[pair] = back
+		if _, ok := known[pair]; !ok {
+			known[pair] = reaches(next, e.to, e.from, map[*Listener]bool{})
 		}
-		if back {
-			v.warnf(e.forward.At("to"), "forward %q is %q of %s itself: connections would loop, unless another route matches them", e.forward.To, e.bound.text, e.bound.by)
-		}
+		v.warnIf(known[pair], e.forward.At("to"), "forward %q is %q of %s itself: connections would loop, unless another route matches them", e.forward.To, e.bound.text, e.bound.by)
 	}
-}
-
-func forwards(a *Action) []Forward {
-	if a == nil {
-		return nil
-	}
-	return a.Forward
 }
 
 // reaches says whether connections to one listener may come to another one.
@@ -518,31 +454,35 @@ func reaches(next map[*Listener][]*Listener, from, to *Listener, seen map[*Liste
 // ownAddress is the address that this daemon listens on and a target leads to, if there is one.
 func (v *validator) ownAddress(node string, t Target) (bound, bool) {
 	for _, b := range v.bound[t.Port] {
-		var hit bool
-		switch t.Scheme {
-		case "tcp":
-			ip, err := netip.ParseAddr(t.Host)
-			named := t.Host == "localhost" || strings.HasSuffix(t.Host, ".localhost")
-			local := named || err == nil && ip.IsLoopback()
-			hit = local && b.host == "" && (!b.ip.IsValid() || b.ip.IsUnspecified() && (named || ip.Is4() == b.ip.Is4())) ||
-				err == nil && ip == b.ip || named && b.ip.IsValid() && b.ip.IsLoopback()
-		case "tailnet":
-			hit = strings.EqualFold(t.Host, node) && (b.host == "tailnet" || b.all())
-		}
-		if hit {
+		onTailnet := t.Scheme == "tailnet" && strings.EqualFold(t.Host, node) && (b.host == "tailnet" || b.all())
+		if onTailnet || t.Scheme == "tcp" && b.takes(t.Host) {
 			return b, true
 		}
 	}
 	return bound{}, false
 }
 
+// takes reports whether connections of this host to a host or an address come to b.
+func (b bound) takes(host string) bool {
+	if host == "localhost" || strings.HasSuffix(host, ".localhost") { // 127.0.0.1 or ::1
+		return b.all() || b.ip.IsUnspecified() || b.ip.IsLoopback()
+	}
+	ip, err := netip.ParseAddr(host)
+	switch {
+	case err != nil:
+		return false
+	case ip.IsLoopback() && b.ip.IsUnspecified():
+		return ip.Is4() == b.ip.Is4()
+	}
+	return ip == b.ip || ip.IsLoopback() && b.all()
+}
+
 // multicastName warns of a target such as nas.local:80. Names of more labels, such as svc.cluster.local, are
 // mostly ones of a name server.
 func (v *validator) multicastName(f *Forward) {
 	name, local := strings.CutSuffix(f.To.Host, ".local")
-	if f.To.Scheme == "tcp" && local && !strings.Contains(name, ".") {
-		v.warnf(f.At("to"), "forward %q: names in .local use multicast DNS, which is not supported: unless the name server or /etc/hosts has it, use its address", f.To)
-	}
+	v.warnIf(f.To.Scheme == "tcp" && local && !strings.Contains(name, "."), f.At("to"),
+		"forward %q: names in .local use multicast DNS, which is not supported: unless the name server or /etc/hosts has it, use its address", f.To)
 }
 
 func (v *validator) limits(l *Limits) {
@@ -567,7 +507,7 @@ func (v *validator) share(l *Limits, key string, all int, perSource *int) {
 }
 
 func (v *validator) control(c *Control) {
-	if c.has("socket") && !c.unclear("socket") {
+	if c.sets("socket") {
 		c.Socket = v.path(c.Socket)
 		if err := socketPath(c.Socket); err != nil {
 			v.errorf(c.At("socket"), "socket %q: %v", clip(c.Socket), err)
@@ -583,7 +523,6 @@ func (v *validator) controlAddress(c *Control, key, addr string) {
 		return
 	}
 	v.bind(addr, c.At(key), key, nil)
-	if host, _, ip := cutPort(addr); host == "" && (!ip.IsValid() || ip.IsUnspecified()) {
-		v.warnf(c.At(key), "%s %q can be read from every network of this host, 127.0.0.1 only from here", key, addr)
-	}
+	host, _, ip := cutPort(addr)
+	v.warnIf(host == "" && (!ip.IsValid() || ip.IsUnspecified()), c.At(key), "%s %q can be read from every network of this host, 127.0.0.1 only from here", key, addr)
 }

@@ -1,10 +1,6 @@
 package main
 
-import (
-	"errors"
-
-	"github.com/spf13/cobra"
-)
+import "github.com/spf13/cobra"
 
 // newCompletion takes the place of cobra's own command, whose help and exit statuses are another program's.
 func newCompletion() *cobra.Command {
@@ -17,12 +13,7 @@ of tailsplice. The packages install the scripts for bash, zsh and fish.`,
   tailsplice completion zsh >"${fpath[1]}/_tailsplice"
   tailsplice completion fish >~/.config/fish/completions/tailsplice.fish`,
 		ValidArgs: []string{"bash", "zsh", "fish"},
-		Args: func(cmd *cobra.Command, args []string) error {
-			if len(args) != 1 || cobra.OnlyValidArgs(cmd, args) != nil {
-				return &usageError{errors.New("name one shell: bash, zsh or fish")}
-			}
-			return nil
-		},
+		Args:      exactlyOne("name one shell: bash, zsh or fish"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			root, out := cmd.Root(), cmd.OutOrStdout()
 			switch args[0] {

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
@@ -59,18 +58,9 @@ whatever it finds.`,
   tailsplice doctor --json | jq '.machine[] | select(.state != "ok")'`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			r := report{Format: flow.FormatVersion, Machine: append(loader.Probe(), findTransparent()),
+			r := report{Format: flow.FormatVersion, Machine: append(loader.Probe(), findTransparent(cmd.Context())),
 				SelfTest: loader.SelfTest(loader.Options{Local: true}), Services: services(cmd.Context(), control)}
-			if asJSON {
-				enc := json.NewEncoder(terminal{cmd.OutOrStdout()})
-				enc.SetIndent("", "  ")
-				return enc.Encode(r)
-			}
-			if err := printable(&r); err != nil {
-				return err
-			}
-			printReport(cmd.OutOrStdout(), r)
-			return nil
+			return show(cmd, asJSON, &r, func(w io.Writer) { printReport(w, r) })
 		},
 	}
 	controlFlag(cmd, &control)
@@ -78,19 +68,14 @@ whatever it finds.`,
 	return cmd
 }
 
-// services looks at what tailsplice works with: each may be missing where the
-// configuration doesn't need it.
+// services looks at what tailsplice works with: each may be missing where the configuration doesn't need it.
 func services(ctx context.Context, control string) []loader.Finding {
 	tailscaled := findTailscaled(ctx)
 	findInbound(ctx, control, &tailscaled)
 	return []loader.Finding{
 		tailscaled,
-		ask1(ctx, "docker", "only needed for docker:// targets", func(ctx context.Context) (string, error) {
-			c := container.New("", slog.New(slog.DiscardHandler))
-			err := c.Ping(ctx)
-			return "answers at " + c.Host(), cmp.Or(err, c.Problem())
-		}),
-		ask1(ctx, "daemon", "start it with `tailsplice run`, or name its socket with --control", func(ctx context.Context) (string, error) {
+		findDocker(ctx),
+		find(ctx, "daemon", "start it with `tailsplice run`, or name its socket with --control", func(ctx context.Context) (string, error) {
 			var s front.Status
 			err := admin.Client{Socket: control}.Get(ctx, "status", &s)
 			return fmt.Sprintf("%s runs as %s with %s", s.Version, s.Node, plural(s.Flows, "flow")), err
@@ -98,17 +83,32 @@ func services(ctx context.Context, control string) []loader.Finding {
 	}
 }
 
-// findTransparent tries what routes with transparent need.
-func findTransparent() loader.Finding {
-	if err := transparent.Probe(); err != nil {
-		return loader.Finding{Name: "transparent", State: loader.StateDegraded, Detail: err.Error(),
-			Advice: "only needed for routes with transparent: without it containers see this host's address instead of the client's"}
-	}
-	return loader.Finding{Name: "transparent", State: loader.StateOK, Detail: "containers can see the client's own address, IPv4 and IPv6"}
+func findDocker(ctx context.Context) loader.Finding {
+	return find(ctx, "docker", "only needed for docker:// targets", func(ctx context.Context) (string, error) {
+		c := container.New("", slog.New(slog.DiscardHandler))
+		err := c.Ping(ctx)
+		return "answers at " + c.Host(), cmp.Or(err, c.Problem())
+	})
 }
 
-// ask1 makes a finding of an answer.
-func ask1(ctx context.Context, name, advice string, ask func(context.Context) (string, error)) loader.Finding {
+// findTransparent tries what routes with transparent need.
+func findTransparent(ctx context.Context) loader.Finding {
+	const advice = "only needed for routes with transparent: without it containers see this host's address instead of the client's"
+	return find(ctx, "transparent", advice, func(context.Context) (string, error) {
+		return "containers can see the client's own address, IPv4 and IPv6", transparent.Probe()
+	})
+}
+
+// findNode asks tailscaled who this node is.
+func findNode(ctx context.Context, advice string) loader.Finding {
+	return find(ctx, "tailscaled", advice, func(ctx context.Context) (string, error) {
+		id, err := tailnet.New("", slog.New(slog.DiscardHandler)).Self(ctx)
+		return id.String(), err
+	})
+}
+
+// find makes a finding of an answer.
+func find(ctx context.Context, name, advice string, ask func(context.Context) (string, error)) loader.Finding {
 	ctx, cancel := context.WithTimeout(ctx, askPatience)
 	defer cancel()
 	detail, err := ask(ctx)
@@ -120,10 +120,7 @@ func ask1(ctx context.Context, name, advice string, ask func(context.Context) (s
 
 // findTailscaled looks at tailscaled and the interface that it made.
 func findTailscaled(ctx context.Context) loader.Finding {
-	f := ask1(ctx, "tailscaled", "only needed for tailnet targets, tailnet listeners, and accept_proxy by identity", func(ctx context.Context) (string, error) {
-		id, err := tailnet.New("", slog.New(slog.DiscardHandler)).Self(ctx)
-		return id.String(), err
-	})
+	f := findNode(ctx, "only needed for tailnet targets, tailnet listeners, and accept_proxy by identity")
 	if f.State != loader.StateOK {
 		return f
 	}
@@ -134,23 +131,23 @@ func findTailscaled(ctx context.Context) loader.Finding {
 	}
 	for _, i := range ifs {
 		addrs, _ := i.Addrs()
-		for _, a := range addrs {
-			p, ok := a.(*net.IPNet)
-			if !ok {
-				continue
+		if slices.ContainsFunc(addrs, func(a net.Addr) bool { return tailnet.Contains(addrOf(a)) }) {
+			f.Detail += fmt.Sprintf(", %s has an MTU of %d", i.Name, i.MTU)
+			if i.MTU < leastMTU {
+				f.State, f.Advice = loader.StateDegraded, fmt.Sprintf("less than %d breaks IPv6: unset TS_DEBUG_MTU", leastMTU)
 			}
-			if ip, ok := netip.AddrFromSlice(p.IP); ok && tailnet.Contains(ip.Unmap()) {
-				f.Detail += fmt.Sprintf(", %s has an MTU of %d", i.Name, i.MTU)
-				if i.MTU < leastMTU {
-					f.State, f.Advice = loader.StateDegraded, fmt.Sprintf("less than %d breaks IPv6: unset TS_DEBUG_MTU", leastMTU)
-				}
-				return f
-			}
+			return f
 		}
 	}
 	f.State, f.Detail = loader.StateDegraded, f.Detail+": no interface has its addresses"
 	f.Advice = "run tailscaled without --tun=userspace-networking: what is not in the kernel can't be spliced there"
 	return f
+}
+
+// addrOf is the address of an interface, without the length of its network. It is the zero Addr for anything else.
+func addrOf(a net.Addr) netip.Addr {
+	p, _ := netip.ParsePrefix(a.String())
+	return p.Addr().Unmap()
 }
 
 // findInbound adds to f what tailscaled's own settings keep from the tailnet listeners of the daemon that
@@ -217,16 +214,12 @@ func printReport(w io.Writer, r report) {
 	section("what it works with", r.Services)
 }
 
-// mark is a state, coloured for people. All marks are of the same width, so
-// that the columns stay straight.
+// mark is a state, coloured for people. All marks are of the same width, so that the columns stay straight.
 func mark(s loader.State, colour bool) string {
 	text := fmt.Sprintf("%-8s", s)
 	if !colour {
 		return text
 	}
 	code := map[loader.State]string{loader.StateOK: "32", loader.StateDegraded: "33", loader.StateMissing: "31"}[s]
-	if code == "" {
-		code = "39"
-	}
-	return "\x1b[" + code + "m" + text + "\x1b[0m"
+	return "\x1b[" + cmp.Or(code, "39") + "m" + text + "\x1b[0m"
 }

@@ -2,14 +2,13 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	_ "embed"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -23,7 +22,6 @@ import (
 
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
@@ -189,9 +187,7 @@ func initRole(cmd *cobra.Command, r *role, o initOptions) error {
 	if term.IsTerminal(int(os.Stdin.Fd())) && !o.asJSON {
 		askPerson(cmd.ErrOrStderr(), os.Stdin, r, &o.answers)
 	}
-	if o.Forward == "" {
-		o.Forward = r.forward
-	}
+	o.Forward = cmp.Or(o.Forward, r.forward)
 	if len(o.Names) == 0 {
 		return &usageError{errors.New("--names is missing: the host names that browsers ask for, such as " +
 			"--names example.org")}
@@ -217,9 +213,7 @@ func initRole(cmd *cobra.Command, r *role, o initOptions) error {
 		return err
 	}
 	if o.asJSON {
-		enc := json.NewEncoder(terminal{cmd.OutOrStdout()})
-		enc.SetIndent("", "  ")
-		return enc.Encode(s)
+		return printJSON(cmd, s)
 	}
 	printStarted(terminal{cmd.OutOrStdout()}, s)
 	return nil
@@ -261,11 +255,11 @@ func askPerson(w io.Writer, r io.Reader, role *role, a *answers) {
 
 // writeNew writes a file that is not there, whole or not at all; with force also over one that is.
 func writeNew(file, text string, force bool) error {
-	flags := os.O_WRONLY | os.O_CREATE | os.O_EXCL
+	unless := os.O_EXCL
 	if force {
-		flags = os.O_WRONLY | os.O_CREATE | os.O_TRUNC
+		unless = os.O_TRUNC
 	}
-	f, err := os.OpenFile(file, flags, 0o644)
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|unless, 0o644)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w: make its folder first, or name another file with --config", err)
 	} else if err != nil {
@@ -277,21 +271,12 @@ func writeNew(file, text string, force bool) error {
 
 // lookAround says what of this machine matters to a role, and where an edge's names lead to.
 func lookAround(ctx context.Context, r *role, names []string) []loader.Finding {
-	var found []loader.Finding
+	found := []loader.Finding{findNode(ctx, "install Tailscale, then: sudo tailscale up --advertise-tags=tag:"+r.name)}
 	look := func(name, advice string, ask func(context.Context) (string, error)) {
-		found = append(found, ask1(ctx, name, advice, ask))
+		found = append(found, find(ctx, name, advice, ask))
 	}
-	log := slog.New(slog.DiscardHandler)
-	look("tailscaled", "install Tailscale, then: sudo tailscale up --advertise-tags=tag:"+r.name,
-		func(ctx context.Context) (string, error) {
-			id, err := tailnet.New("", log).Self(ctx)
-			return id.String(), err
-		})
 	if r.name == "laptop" {
-		look("docker", "only needed for docker:// targets", func(ctx context.Context) (string, error) {
-			c := container.New("", log)
-			return "answers at " + c.Host(), c.Ping(ctx)
-		})
+		found = append(found, findDocker(ctx))
 	}
 	for _, port := range r.ports {
 		look(fmt.Sprintf("port %d", port), "stop what listens there, or change listen in the file",
@@ -342,8 +327,7 @@ func leadsHere(ctx context.Context, name string) (string, error) {
 func publicAddrs() (public []netip.Addr) {
 	addrs, _ := net.InterfaceAddrs()
 	for _, a := range addrs {
-		p, err := netip.ParsePrefix(a.String())
-		if ip := p.Addr(); err == nil && ip.IsGlobalUnicast() && !ip.IsPrivate() && !tailnet.Contains(ip) {
+		if ip := addrOf(a); ip.IsGlobalUnicast() && !ip.IsPrivate() && !tailnet.Contains(ip) {
 			public = append(public, ip)
 		}
 	}

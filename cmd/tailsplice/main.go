@@ -1,9 +1,8 @@
 // Command tailsplice accepts public connections, routes them by TLS server
 // name without decrypting, and splices them into connections over a tailnet.
 //
-// This package reads flags, wires the packages together, and prints. It is the
-// only place where loader and userspace meet, so it decides which kernel
-// datapaths are loaded and when (datapaths.go).
+// This package reads flags, wires the packages together, and prints. It is the only place where loader and
+// userspace meet, so it decides which kernel datapaths are loaded and when (datapaths.go).
 //
 // Its files:
 //
@@ -23,8 +22,10 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 
@@ -43,8 +44,7 @@ func main() {
 	os.Exit(execute(os.Args[1:]))
 }
 
-// errSilent ends the program with status 1 when all that there is to say has
-// been said.
+// errSilent ends the program with status 1 when all that there is to say has been said.
 var errSilent = errors.New("")
 
 // execute runs the command line and returns the exit status: 0 all went well,
@@ -123,6 +123,16 @@ func noArgs(_ *cobra.Command, args []string) error {
 	return nil
 }
 
+// exactlyOne refuses all but one argument, which is one of the command's ValidArgs if it has some.
+func exactlyOne(help string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != 1 || cobra.OnlyValidArgs(cmd, args) != nil {
+			return &usageError{errors.New(help)}
+		}
+		return nil
+	}
+}
+
 // configFlag adds --config.
 func configFlag(cmd *cobra.Command, file *string) {
 	cmd.Flags().StringVarP(file, "config", "c", defaultConfig, "the configuration `file`")
@@ -137,4 +147,22 @@ func controlFlag(cmd *cobra.Command, socket *string) {
 // jsonFlag adds --json.
 func jsonFlag(cmd *cobra.Command, asJSON *bool) {
 	cmd.Flags().BoolVar(asJSON, "json", false, "print JSON")
+}
+
+// show prints v, a pointer: as JSON, or by people, once all texts in v are printable.
+func show(cmd *cobra.Command, asJSON bool, v any, people func(io.Writer)) error {
+	if asJSON {
+		return printJSON(cmd, v)
+	}
+	if err := printable(v); err != nil {
+		return err
+	}
+	people(cmd.OutOrStdout())
+	return nil
+}
+
+func printJSON(cmd *cobra.Command, v any) error {
+	enc := json.NewEncoder(terminal{cmd.OutOrStdout()})
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
 }

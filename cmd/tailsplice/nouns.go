@@ -23,8 +23,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/front"
 )
 
-// answerTimeout bounds how long a command waits for the daemon. A reload may
-// have to ask tailscaled.
+// answerTimeout bounds how long a command waits for the daemon. A reload may have to ask tailscaled.
 const answerTimeout = 15 * time.Second
 
 func newStatus() *cobra.Command {
@@ -69,13 +68,10 @@ so the same id in the list or the log of another hop is the same connection.`,
 			}
 			noun := "flows?" + q.Values().Encode()
 			if asJSON {
-				var raw json.RawMessage
-				return ask(cmd, control, noun, true, &raw, nil)
+				return ask(cmd, control, noun, true, new(json.RawMessage), nil)
 			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
-			defer cancel()
 			var s []flow.Snapshot
-			if err := (admin.Client{Socket: control}).Get(ctx, noun, &s); err != nil {
+			if err := get(cmd, control, noun, &s); err != nil {
 				return err
 			}
 			for i := range s {
@@ -91,41 +87,41 @@ so the same id in the list or the log of another hop is the same connection.`,
 	return cmd
 }
 
-// ask reads a noun from the daemon and prints it, as it came or for people.
-func ask(cmd *cobra.Command, control, noun string, asJSON bool, v any, people func(io.Writer)) error {
+// get reads a noun from the daemon into v.
+func get(cmd *cobra.Command, control, noun string, v any) error {
 	ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
 	defer cancel()
+	return admin.Client{Socket: control}.Get(ctx, noun, v)
+}
+
+// ask reads a noun from the daemon into v and prints it, as it came or for people.
+func ask(cmd *cobra.Command, control, noun string, asJSON bool, v any, people func(io.Writer)) error {
+	var raw json.RawMessage // it may have more than v takes
+	if err := get(cmd, control, noun, &raw); err != nil {
+		return err
+	}
 	if asJSON {
-		var raw json.RawMessage
-		if err := (admin.Client{Socket: control}).Get(ctx, noun, &raw); err != nil {
-			return err
-		}
-		enc := json.NewEncoder(terminal{cmd.OutOrStdout()})
-		enc.SetIndent("", "  ")
-		return errors.Join(enc.Encode(raw), json.Unmarshal(raw, v))
+		return errors.Join(printJSON(cmd, raw), json.Unmarshal(raw, v))
 	}
-	if err := (admin.Client{Socket: control}).Get(ctx, noun, v); err != nil {
+	if err := json.Unmarshal(raw, v); err != nil {
 		return err
 	}
-	if err := printable(v); err != nil {
-		return err
-	}
-	people(cmd.OutOrStdout())
-	return nil
+	return show(cmd, false, v, people)
 }
 
 // printACME tells of one name whose certificate comes by ACME.
 func printACME(w io.Writer, a acme.Status) {
 	fmt.Fprintf(w, "    %s: %s", a.Name, a.State)
-	if !a.NotAfter.IsZero() {
-		fmt.Fprintf(w, ", until %s", a.NotAfter.UTC().Format("2006-01-02 15:04 MST"))
+	on := func(what string, t time.Time) {
+		if !t.IsZero() {
+			fmt.Fprintf(w, ", %s %s", what, t.UTC().Format("2006-01-02 15:04 MST"))
+		}
 	}
-	if !a.RenewAt.IsZero() && a.State == acme.StateValid {
-		fmt.Fprintf(w, ", renewed about %s", a.RenewAt.UTC().Format("2006-01-02 15:04 MST"))
+	on("until", a.NotAfter)
+	if a.State == acme.StateValid {
+		on("renewed about", a.RenewAt)
 	}
-	if !a.NextTry.IsZero() {
-		fmt.Fprintf(w, ", next try %s", a.NextTry.UTC().Format("2006-01-02 15:04 MST"))
-	}
+	on("next try", a.NextTry)
 	fmt.Fprintln(w)
 	if a.Problem != "" {
 		fmt.Fprintf(w, "      %s\n", a.Problem)
@@ -148,20 +144,18 @@ func printProblems(w io.Writer, s front.Status) {
 			fmt.Fprintf(w, "problem: datapath %s: a flow waited up to 3 s for nothing %s: please report it\n", d.Name, plural(int(d.Stalls), "time"))
 		}
 	}
-	var down []string
+	down := 0
 	for _, l := range s.Listeners {
 		for _, r := range l.Routes {
 			for _, d := range r.Down {
-				down = append(down, fmt.Sprintf("problem: route %s of listener %s: the last try failed: %s\n", r.Match, l.Name, d))
+				if down++; down <= mostDown {
+					fmt.Fprintf(w, "problem: route %s of listener %s: the last try failed: %s\n", r.Match, l.Name, d)
+				}
 			}
 		}
 	}
-	for i, d := range down {
-		if i == mostDown {
-			fmt.Fprintf(w, "problem: %s more can't be reached: see down with --json\n", plural(len(down)-i, "target"))
-			break
-		}
-		io.WriteString(w, d)
+	if down > mostDown {
+		fmt.Fprintf(w, "problem: %s more can't be reached: see down with --json\n", plural(down-mostDown, "target"))
 	}
 	for _, p := range s.Labels {
 		on := ""
@@ -222,6 +216,19 @@ func printListener(w io.Writer, l front.ListenerStatus) {
 			fmt.Fprintf(w, "  %s %s\n", who.what, strings.Join(who.from, ", "))
 		}
 	}
+	printCertificates(w, l)
+	if len(l.Routes) == 0 {
+		return
+	}
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "  MATCH\t  TARGET\tDATAPATH\tRESTRICTIONS\tSOURCE")
+	for _, r := range l.Routes {
+		printRoute(tw, r)
+	}
+	tw.Flush()
+}
+
+func printCertificates(w io.Writer, l front.ListenerStatus) {
 	for _, c := range l.Certificates {
 		fmt.Fprintf(w, "  certificate %s", c.Source)
 		if len(c.Names) > 0 {
@@ -238,51 +245,46 @@ func printListener(w io.Writer, l front.ListenerStatus) {
 	for _, a := range l.ACME {
 		printACME(w, a)
 	}
-	if len(l.Routes) == 0 {
-		return
+}
+
+// printRoute writes a row of the table of routes.
+func printRoute(w io.Writer, r front.RouteStatus) {
+	match, to := r.Match, r.Forward
+	if len(r.ALPN) > 0 {
+		match += " alpn " + strings.Join(r.ALPN, ",")
 	}
-	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "  MATCH\t  TARGET\tDATAPATH\tRESTRICTIONS\tSOURCE")
-	for _, r := range l.Routes {
-		match, to := r.Match, r.Forward
-		if len(r.ALPN) > 0 {
-			match += " alpn " + strings.Join(r.ALPN, ",")
-		}
-		if r.Reject {
-			to = "reject"
-		}
-		if r.SendProxy {
-			to += " (PROXY v2)"
-		}
-		if r.Transparent {
-			to += " (transparent)"
-		}
-		from := r.Source
-		if r.Container != "" && r.Container != "running" {
-			from += " (" + r.Container + ")"
-		}
-		if len(r.Ailing) > 0 {
-			from += "; " + strings.Join(r.Ailing, ", ")
-		}
-		datapath := r.Datapath
-		if r.Wanted != "" && r.Wanted != r.Datapath {
-			datapath += " (" + r.Wanted + ")" // as configured
-		}
-		asks := cmp.Or(strings.Join(r.Asks, "; "), "-")
-		fmt.Fprintf(tw, "  %s\t→ %s\t%s\t%s\t%s\n", match, to, cmp.Or(datapath, "-"), asks, from)
+	if r.Reject {
+		to = "reject"
 	}
-	tw.Flush()
+	if r.SendProxy {
+		to += " (PROXY v2)"
+	}
+	if r.Transparent {
+		to += " (transparent)"
+	}
+	from := r.Source
+	if r.Container != "" && r.Container != "running" {
+		from += " (" + r.Container + ")"
+	}
+	if len(r.Ailing) > 0 {
+		from += "; " + strings.Join(r.Ailing, ", ")
+	}
+	datapath := r.Datapath
+	if r.Wanted != "" && r.Wanted != r.Datapath {
+		datapath += " (" + r.Wanted + ")" // as configured
+	}
+	asks := cmp.Or(strings.Join(r.Asks, "; "), "-")
+	fmt.Fprintf(w, "  %s\t→ %s\t%s\t%s\t%s\n", match, to, cmp.Or(datapath, "-"), asks, from)
 }
 
 func printCounts(w io.Writer, what string, counts map[string]int64) {
-	if len(counts) == 0 {
-		return
-	}
 	var parts []string
 	for _, k := range slices.Sorted(maps.Keys(counts)) {
 		parts = append(parts, fmt.Sprintf("%s %d", k, counts[k]))
 	}
-	fmt.Fprintf(w, "%s: %s\n", what, strings.Join(parts, ", "))
+	if len(parts) > 0 {
+		fmt.Fprintf(w, "%s: %s\n", what, strings.Join(parts, ", "))
+	}
 }
 
 func printFlows(w io.Writer, flows []flow.Snapshot, now time.Time) {
@@ -309,10 +311,11 @@ func bytes(n int64) string {
 	for v >= 1000 && i < len(units)-1 {
 		v, i = v/1024, i+1
 	}
+	digits := 1
 	if i == 0 || v >= 100 {
-		return fmt.Sprintf("%.0f %s", v, units[i])
+		digits = 0
 	}
-	return fmt.Sprintf("%.1f %s", v, units[i])
+	return fmt.Sprintf("%.*f %s", digits, v, units[i])
 }
 
 func newReload() *cobra.Command {

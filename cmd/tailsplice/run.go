@@ -95,38 +95,18 @@ func run(ctx context.Context, o runOptions) error {
 		log.Warn(w.Error())
 	}
 
-	// Signals are ours before anything is bound: a HUP in the first second
-	// must not kill the daemon.
+	// Signals are ours before anything is bound: a HUP in the first second must not kill the daemon.
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 
-	control, err := admin.Listen(cfg.Control.Socket)
-	if errors.Is(err, fs.ErrPermission) && os.Getuid() != 0 {
-		log.Warn("no control socket: `tailsplice status` and `reload` will not reach this daemon: set control.socket to a path of your own", "err", err)
-	} else if err != nil {
+	var control controls
+	defer control.close()
+	if err := control.bind(cfg, log); err != nil {
 		return err
 	}
-	if control != nil {
-		defer control.Close()
-		control = netutil.LimitListener(control, controlConnections)
-	}
-	metricsListener, err := listenControl("metrics", cfg.Control.Metrics)
-	if err != nil {
-		return err
-	}
-	healthListener, err := listenControl("health", cfg.Control.Health)
-	if err != nil {
-		return err
-	}
-	for _, ln := range []net.Listener{metricsListener, healthListener} {
-		if ln != nil {
-			defer ln.Close()
-		}
-	}
-
 	datapaths := loadDatapaths(cfg, o.knownBad, log)
 	defer datapaths.close()
 	datapaths.options.Log, datapaths.options.LogLost, datapaths.options.Version = log, lines.Lost, version()
@@ -161,33 +141,7 @@ func run(ctx context.Context, o runOptions) error {
 		log.Info("the configuration was reloaded", "config", o.config)
 		return notes, nil
 	}
-	if control != nil {
-		d := admin.Daemon{
-			Status: func() any { return f.Status() },
-			Flows:  func(query url.Values) (any, error) { return f.Flows(query) },
-			Top:    f.Top,
-			Trace: func(ctx context.Context, query url.Values) (any, error) {
-				q, err := plan.ParseQuestion(query)
-				if err != nil {
-					return nil, err
-				}
-				return f.Trace(ctx, q)
-			},
-			Reload: reload,
-		}
-		go admin.Serve(ctx, control, d.Handler(), log)
-	}
-	if metricsListener != nil {
-		mux := http.NewServeMux()
-		mux.Handle("/metrics", f.Metrics().Handler())
-		go admin.Serve(ctx, admin.LimitConnections(metricsListener), mux, log)
-	}
-	health := admin.Health{Alive: f.Alive, Ready: func() (bool, fmt.Stringer) { r := f.Ready(); return r.Ready, r }}
-	if port, ok := front.TailnetPort(cfg.Control.Health); ok {
-		go f.ServeTailnet(ctx, port, func(ln net.Listener) { admin.ServeHealth(ctx, ln, health, log) })
-	} else if healthListener != nil {
-		go admin.ServeHealth(ctx, healthListener, health, log)
-	}
+	control.serve(ctx, f, reload, cfg, log)
 	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)
 	daemon.SdNotify(false, daemon.SdNotifyReady)
 
@@ -205,8 +159,68 @@ func run(ctx context.Context, o runOptions) error {
 	}
 }
 
-// startLoops starts a loop for each processor. Go may use one more, for all other goroutines: a loop that waits in
-// the kernel keeps its processor for up to 10 ms.
+// controls are the listeners of the control section; nil: there is none.
+type controls struct{ socket, metrics, health net.Listener }
+
+// bind binds what cfg names.
+func (c *controls) bind(cfg *config.Config, log *slog.Logger) error {
+	socket, err := admin.Listen(cfg.Control.Socket)
+	switch {
+	case err == nil:
+		c.socket = netutil.LimitListener(socket, controlConnections)
+	case errors.Is(err, fs.ErrPermission) && os.Getuid() != 0:
+		log.Warn("no control socket: `tailsplice status` and `reload` will not reach this daemon: set control.socket to a path of your own", "err", err)
+	default:
+		return err
+	}
+	if c.metrics, err = listenControl("metrics", cfg.Control.Metrics); err != nil {
+		return err
+	}
+	c.health, err = listenControl("health", cfg.Control.Health)
+	return err
+}
+
+func (c *controls) close() {
+	for _, ln := range []net.Listener{c.health, c.metrics, c.socket} {
+		if ln != nil {
+			ln.Close()
+		}
+	}
+}
+
+// serve shows f and does what is asked of it, until ctx ends.
+func (c *controls) serve(ctx context.Context, f *front.Front, reload func() ([]string, error), cfg *config.Config, log *slog.Logger) {
+	if c.socket != nil {
+		d := admin.Daemon{
+			Status: func() any { return f.Status() },
+			Flows:  func(query url.Values) (any, error) { return f.Flows(query) },
+			Top:    f.Top,
+			Trace: func(ctx context.Context, query url.Values) (any, error) {
+				q, err := plan.ParseQuestion(query)
+				if err != nil {
+					return nil, err
+				}
+				return f.Trace(ctx, q)
+			},
+			Reload: reload,
+		}
+		go admin.Serve(ctx, c.socket, d.Handler(), log)
+	}
+	if c.metrics != nil {
+		mux := http.NewServeMux()
+		mux.Handle("/metrics", f.Metrics().Handler())
+		go admin.Serve(ctx, admin.LimitConnections(c.metrics), mux, log)
+	}
+	health := admin.Health{Alive: f.Alive, Ready: func() (bool, fmt.Stringer) { r := f.Ready(); return r.Ready, r }}
+	if port, ok := front.TailnetPort(cfg.Control.Health); ok {
+		go f.ServeTailnet(ctx, port, func(ln net.Listener) { admin.ServeHealth(ctx, ln, health, log) })
+	} else if c.health != nil {
+		go admin.ServeHealth(ctx, c.health, health, log)
+	}
+}
+
+// startLoops starts a loop for each processor. Go may use one more, for all other goroutines: a loop that
+// waits in the kernel keeps its processor for up to 10 ms.
 func startLoops() (*loop.Reactor, error) {
 	n := runtime.GOMAXPROCS(0)
 	loops, err := loop.New(n)
@@ -214,19 +228,20 @@ func startLoops() (*loop.Reactor, error) {
 	return loops, err
 }
 
-// leastHeap is what Go's collector aims at at least, in bytes: the daemon takes about 10 MiB when it does nothing, and
-// below that the collector would take half of the CPU time, and free nothing.
+// leastHeap is what Go's collector aims at at least, in bytes: the daemon takes about 10 MiB when it does
+// nothing, and below that the collector would take half of the CPU time, and free nothing.
 const leastHeap = 24 << 20
 
-// limitHeap has Go's collector aim at half of the memory that flows may hold, in bytes, unless GOMEMLIMIT says at what.
+// limitHeap has Go's collector aim at half of the memory that flows may hold, in bytes, unless GOMEMLIMIT
+// says at what.
 func limitHeap(memory int64) {
 	if os.Getenv("GOMEMLIMIT") == "" && memory > 0 {
 		debug.SetMemoryLimit(max(memory/2, leastHeap))
 	}
 }
 
-// listenControl binds an address of the control section, if there is one and it is not the tailnet's. The caller closes
-// the listener.
+// listenControl binds an address of the control section, if there is one and it is not the tailnet's. The
+// caller closes the listener.
 func listenControl(key, addr string) (net.Listener, error) {
 	if _, tailnet := front.TailnetPort(addr); addr == "" || tailnet {
 		return nil, nil
@@ -238,9 +253,8 @@ func listenControl(key, addr string) (net.Listener, error) {
 	return ln, nil
 }
 
-// reload brings a changed configuration into force, or says why not. Of the
-// control section nothing changes, since its sockets are bound once; notes
-// say so, and what is odd about the configuration.
+// reload brings a changed configuration into force, or says why not. Of the control section nothing changes,
+// since its sockets are bound once; notes say so, and what is odd about the configuration.
 func reload(f *front.Front, file string, bound config.Control) (notes []string, err error) {
 	f.ReopenLogs() // also where the configuration can't be used: log rotation comes by HUP
 	cfg, err := config.Load(file)
@@ -260,8 +274,8 @@ func reload(f *front.Front, file string, bound config.Control) (notes []string, 
 	return notes, nil
 }
 
-// drain lets the flows end; a signal that comes a second time, or the deadline, cuts them. One of another kind does
-// not: some supervisors send INT, and TERM after a while.
+// drain lets the flows end; a signal that comes a second time, or the deadline, cuts them. One of another
+// kind does not: some supervisors send INT, and TERM after a while.
 func drain(f *front.Front, timeout time.Duration, first os.Signal, signals <-chan os.Signal, log *slog.Logger) error {
 	daemon.SdNotify(false, daemon.SdNotifyStopping)
 	log.Info("draining: no new connections; the same signal again ends at once", "signal", first.String(),
@@ -292,8 +306,7 @@ func drain(f *front.Front, timeout time.Duration, first os.Signal, signals <-cha
 // logWait is how long the end waits for who reads the log.
 const logWait = 2 * time.Second
 
-// newLogger writes to standard error, and waits for nobody who reads it. The
-// caller closes the writer.
+// newLogger writes to standard error, and waits for nobody who reads it. The caller closes the writer.
 func newLogger(o runOptions) (*slog.Logger, *logwriter.Writer, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {

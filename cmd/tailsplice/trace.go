@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -41,12 +40,7 @@ Otherwise it is 1.`,
   tailsplice trace https://notes.vsq.cz/api/ --method POST
   tailsplice trace example.vsq.cz --config edge.yaml --no-dial
   tailsplice trace example.vsq.cz --json | jq -r '.listeners[].targets[]?.error // empty'`,
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) != 1 {
-				return &usageError{fmt.Errorf("name one host, such as example.org or example.org/api/")}
-			}
-			return nil
-		},
+		Args: exactlyOne("name one host, such as example.org or example.org/api/"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := readQuestion(&q, args[0], headers); err != nil {
 				return &usageError{err}
@@ -65,17 +59,8 @@ Otherwise it is 1.`,
 				if t, err = plan.TraceConfig(cmd.Context(), cfg, q); err != nil {
 					return err
 				}
-				if asJSON {
-					enc := json.NewEncoder(terminal{cmd.OutOrStdout()})
-					enc.SetIndent("", "  ")
-					if err := enc.Encode(t); err != nil {
-						return err
-					}
-				} else {
-					if err := printable(&t); err != nil {
-						return err
-					}
-					people(cmd.OutOrStdout())
+				if err := show(cmd, asJSON, &t, people); err != nil {
+					return err
 				}
 			} else if err := ask(cmd, control, "trace?"+q.Values().Encode(), asJSON, &t, people); err != nil {
 				return err

@@ -36,13 +36,13 @@ func sendPart(from, to *net.TCPConn, seed uint64, n int64) error {
 
 // A busy flow is given back, and may be spliced again at once, again and again, with every byte in its place.
 func TestBulk(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	p := splicePath(t, l, pathOptions{busy: 4 << 20})
 	size := int64(256 << 20)
 	if os.Getenv("RELAYTEST") == "slow" {
 		size = 32 << 20
 	}
-	// On a busy machine fewer halves count as busy.
+	// On a busy machine fewer directions count as busy.
 	for round := 0; round < 3 || p.returns.Load() < 3 && round < 30; round++ {
 		up, down := make(chan error, 1), make(chan error, 1)
 		go func() { up <- sendPart(p.client, p.server, uint64(2*round), size) }()
@@ -61,13 +61,12 @@ func TestBulk(t *testing.T) {
 
 // A reset that something else was told of looks like the end of the stream to who reads, and is none.
 func TestResetOfBulk(t *testing.T) {
-	r := allRules
-	r.reset = false // nobody looks
+	r := new(hooks).without(ruleReset) // nobody looks
 	l := open(t, r, 16)
 	for side := range 2 {
 		p := splicePath(t, l, pathOptions{busy: 1 << 40})
 		f := l.onlyFlow(t)
-		leaveHalf(t, l, f, side)
+		detachOne(t, l, f, side)
 		from, to := p.client, p.server
 		if side == 1 {
 			from, to = to, from
@@ -96,16 +95,14 @@ func TestResetOfBulk(t *testing.T) {
 // What is passed behind bytes of the other way is charged to nobody: the brake bounds it, and all arrives in
 // the end.
 func TestBrake(t *testing.T) {
-	r := allRules
-	r.look = false // nobody makes way
+	r := new(hooks).without(ruleSweep) // nobody makes way
 	if n := pushBehind(t, r); n > 24<<20 {
 		t.Errorf("%d MiB were taken behind a backlog", n>>20)
 	}
 }
 
 func TestRuleBrakeOff(t *testing.T) {
-	r := allRules
-	r.look, r.brake = false, false
+	r := new(hooks).without(ruleSweep, ruleClamp)
 	if n := pushBehind(t, r); n < 64<<20 {
 		t.Errorf("only %d MiB were taken behind a backlog: this test proves nothing", n>>20)
 	}
@@ -113,7 +110,7 @@ func TestRuleBrakeOff(t *testing.T) {
 
 // pushBehind sends up what is taken, until nothing is for a second, behind a backlog of the other way, and
 // gives how much that was.
-func pushBehind(t *testing.T, r rules) int64 {
+func pushBehind(t *testing.T, r *hooks) int64 {
 	l, p, data := behind(t, r)
 	n := int64(0)
 	for m := int64(1 << 20); m == 1<<20 && n < 96<<20; n += m {
@@ -121,7 +118,7 @@ func pushBehind(t *testing.T, r rules) int64 {
 		m, _ = io.Copy(p.client, io.LimitReader(zeroes{}, 1<<20))
 	}
 	t.Logf("%d MiB were taken, %+v", n>>20, l.Stats())
-	if n := l.Stats().Braked; (n > 0) != r.brake {
+	if n := l.Stats().Braked; (n > 0) != r.keeps(ruleClamp) {
 		t.Errorf("%d segments were braked", n)
 	}
 	p.server.SetDeadline(time.Now().Add(patience))
@@ -137,26 +134,25 @@ func pushBehind(t *testing.T, r rules) int64 {
 
 // While one way passes, the other one does not put bytes in front of what is passed.
 func TestCoupled(t *testing.T) {
-	if s := other(t, allRules); s.passed != 5 || s.redirected != 0 {
+	if s := other(t, nil); s.passed != 5 || s.redirected != 0 {
 		t.Errorf("%+v", s)
 	}
 }
 
 func TestRuleCoupleOff(t *testing.T) {
-	r := allRules
-	r.couple = false
+	r := new(hooks).without(ruleMutual)
 	if s := other(t, r); s.passed != 0 || s.redirected != 5 {
 		t.Errorf("%+v: this test proves nothing", s)
 	}
 }
 
 // other sends 5 bytes down while the way up is passing.
-func other(t *testing.T, r rules) snapshot {
+func other(t *testing.T, r *hooks) snapshot {
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	f := l.live[firstLive(l)].Load()
 	must(t, sendPart(p.client, p.server, 1, 5)) // the verdict has begun
-	up, down := &f.halves[0], &f.halves[1]
+	up, down := &f.directions[0], &f.directions[1]
 	atomic.StoreUint64(&up.shared().Consumed, 1<<62)
 	must(t, sendPart(p.server, p.client, 2, 5))
 	s := down.snapshot()
@@ -167,16 +163,15 @@ func other(t *testing.T, r rules) snapshot {
 
 // Where TCP is short of memory all is passed, since nothing redirected may be taken.
 func TestShortOfMemory(t *testing.T) {
-	r := allRules
-	r.pressure = 1 << 63 // less than any number of pages
+	r := &hooks{pressure: 1 << 63} // less than any number of pages
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	f := l.live[firstLive(l)].Load()
 	must(t, sendPart(p.client, p.server, 1, 1<<20))
 	must(t, sendPart(p.server, p.client, 1, 1<<20))
-	for i := range f.halves {
-		if s := f.halves[i].snapshot(); s.redirected != 0 || s.passed != 1<<20 {
-			t.Errorf("half %d: %+v", i, s)
+	for i := range f.directions {
+		if s := f.directions[i].snapshot(); s.redirected != 0 || s.passed != 1<<20 {
+			t.Errorf("direction %d: %+v", i, s)
 		}
 	}
 }

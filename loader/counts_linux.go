@@ -24,7 +24,7 @@ type counts struct {
 	spliced    atomic.Uint64
 	switched   atomic.Uint64
 	stalls     atomic.Uint64
-	bulk       atomic.Uint64
+	detached   atomic.Uint64
 	inserted   atomic.Uint64
 	off        atomic.Pointer[string]
 
@@ -40,14 +40,14 @@ func (c *counts) init(name string) {
 
 func (c *counts) isOff() bool { return c.off.Load() != nil }
 
-// begun counts a flow that was taken over.
-func (c *counts) begun() {
+// countBegun counts a flow that was taken over.
+func (c *counts) countBegun() {
 	c.spliced.Add(1)
 	c.live.Add(1)
 }
 
-// refusal counts why a flow was not, if err is not nil.
-func (c *counts) refusal(l *Loader, err error) {
+// countRefusal counts why a flow was not, if err is not nil.
+func (c *counts) countRefusal(l *Loader, err error) {
 	if err == nil {
 		return
 	}
@@ -55,29 +55,29 @@ func (c *counts) refusal(l *Loader, err error) {
 	c.refused[err.Error()]++
 	c.mu.Unlock()
 	if errors.Is(err, refusedMaps) || errors.Is(err, refusedInsert) {
-		c.failure(l, err.Error())
+		c.countFailure(l, err.Error())
 	}
 }
 
-// fault counts a flow that the verdict gave up.
-func (c *counts) fault(l *Loader, name string) {
+// countFault counts a flow that the verdict gave up.
+func (c *counts) countFault(l *Loader, name string) {
 	c.mu.Lock()
 	c.faults[name]++
 	c.mu.Unlock()
 	if name != faultName(spliceFaultFAULT_PEER) { // a peer may die at any time
-		c.failure(l, name)
+		c.countFailure(l, name)
 	}
 }
 
-// stall counts a flow that had come to rest with bytes to move, until the sweep found it. The first few are logged.
-func (c *counts) stall(l *Loader, cookie uint64, why string) {
+// countStall counts a flow that had come to rest with bytes to move, until the sweep found it. The first few are logged.
+func (c *counts) countStall(l *Loader, cookie uint64, why string) {
 	if n := c.stalls.Add(1); n <= 10 {
 		l.log.Warn("a spliced flow had stalled, and goes on", "flow", cookie, "why", why, "stalls", n)
 	}
 }
 
-// failure switches the datapath off if there have been too many lately. Flows that live go on.
-func (c *counts) failure(l *Loader, why string) {
+// countFailure switches the datapath off if there have been too many lately. Flows that live go on.
+func (c *counts) countFailure(l *Loader, why string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
@@ -101,7 +101,7 @@ func (l *Loader) Stats() Stats {
 }
 
 func (c *counts) stats() Stats {
-	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load(), Inserted: c.inserted.Load(), Bulk: c.bulk.Load()}
+	s := Stats{Flows: int(c.live.Load()), Spliced: c.spliced.Load(), Switched: c.switched.Load(), Inserted: c.inserted.Load(), Bulk: c.detached.Load()}
 	s.Off, s.Stalls = c.health()
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -11,14 +11,14 @@
 // # How a direction works
 //
 // userspace/relay decides which flows are here: it gives one to [Loader.SpliceSockets] when it is ping-pong
-// or quiet. A flow that becomes busy leaves the sockmap, and is given back (leave_linux.go). One that prefers
+// or quiet. A flow that becomes busy leaves the sockmap, and is given back (detach_linux.go). One that prefers
 // this datapath is in the flows map from its begin to its end, whoever has it (ledger_linux.go).
 //
 // In there, the verdict (bpf/splice.bpf.c) redirects each skb to the peer while the peer's send buffer takes
 // it, and else leaves it in the source's queue, which closes the source's window, and says so through a ring.
 // Then this package copies: it waits until all that was redirected has been written, reads what was passed,
 // writes it to the peer, and publishes how far it is; when it has caught up, the verdict redirects again.
-// File half_linux.go has this half of the protocol, model_test.go checks the whole by exhaustion.
+// File direction_linux.go has this half of the protocol, model_test.go checks the whole by exhaustion.
 //
 // [Local] is for flows whose target is a process on this host: between it and the other side bytes go past
 // TCP. File bpf/local.bpf.c says how.
@@ -34,19 +34,20 @@
 //
 // The Loader, and a flow in it:
 //
-//	loader_linux.go  New, which loads the programs, and Close
-//	options.go       how to load, what Splice is told of a flow, and why it refuses one
-//	splice_linux.go  a flow is taken over
-//	flow_linux.go    a flow, from its begin to its end
-//	half_linux.go    a direction: what was passed is copied
-//	leave_linux.go   a busy flow leaves the sockmap, and is given back
-//	ledger_linux.go  flows that are in the flows map, whoever has them
-//	sock_linux.go    the sockets of a flow
-//	watch_linux.go   the epoll that waits for their ends
-//	sweep_linux.go   idle and stalled flows, and events that were lost
-//	counts_linux.go  what is counted, and when the datapath is switched off
-//	flows_linux.go   what the maps say of each flow, for people
-//	pins_linux.go    the maps in the BPF file system, by generation
+//	loader_linux.go     New, which loads the programs, and Close
+//	options.go          how to load, what Splice is told of a flow, and why it refuses one
+//	splice_linux.go     a flow is taken over
+//	flow_linux.go       a flow, from its begin to its end
+//	direction_linux.go  what was passed one way is copied
+//	detach_linux.go     a busy flow leaves the sockmap, and is given back
+//	ledger_linux.go     flows that are in the flows map, whoever has them
+//	sock_linux.go       the sockets of a flow
+//	events_linux.go     what epoll and the verdict's ring tell
+//	sweep_linux.go      idle and stalled flows, and events that were lost
+//	counts_linux.go     what is counted, and when the datapath is switched off
+//	flows_linux.go      what the maps say of each flow, for people
+//	pins_linux.go       the maps in the BPF file system, by generation
+//	hooks_linux.go      the rules that a test can switch off
 //
 // Flows with a process on this host:
 //
@@ -58,6 +59,7 @@
 //
 // What the kernel must be and do:
 //
+//	finding.go               what was found, for people
 //	kernel.go                which versions are refused
 //	probe_linux.go           what this machine has and lacks
 //	selftest_linux.go        the proof on loopback

@@ -14,7 +14,7 @@ import (
 )
 
 func TestHalfClose(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	for _, c := range []struct {
 		name        string
 		first, last func(*path) (from, to *net.TCPConn)
@@ -43,7 +43,7 @@ func TestHalfClose(t *testing.T) {
 
 // A FIN in the segment of the last bytes wakes userspace before the verdict has run for them.
 func TestFINWithData(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	for name, way := range ways {
 		t.Run(name, func(t *testing.T) {
 			for i := range 200 {
@@ -85,15 +85,14 @@ func setOption(t testing.TB, c *net.TCPConn, name, value int) {
 }
 
 // A FIN alone runs the verdict with an empty skb; the other direction must go on after it.
-func TestFINAlone(t *testing.T) { testFINAlone(t, allRules, false) }
+func TestFINAlone(t *testing.T) { testFINAlone(t, nil, false) }
 
 func TestRuleFinOff(t *testing.T) {
-	r := allRules
-	r.fin = false
+	r := new(hooks).without(ruleFIN)
 	testFINAlone(t, r, true)
 }
 
-func testFINAlone(t *testing.T, r rules, mustFail bool) {
+func testFINAlone(t *testing.T, r *hooks, mustFail bool) {
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	p.client.CloseWrite()
@@ -115,7 +114,7 @@ func testFINAlone(t *testing.T, r rules, mustFail bool) {
 }
 
 func TestReset(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	for name, c := range map[string]struct {
 		from func(*path) (from, to *net.TCPConn)
 		end  string
@@ -202,8 +201,7 @@ func isTimeout(err error) bool {
 
 // Without the watch a reset of upstream shows nowhere: the client's bytes are acknowledged and thrown away.
 func TestRuleResetOff(t *testing.T) {
-	r := allRules
-	r.reset = false
+	r := new(hooks).without(ruleReset)
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	p.server.SetLinger(0)
@@ -216,11 +214,10 @@ func TestRuleResetOff(t *testing.T) {
 
 // Without draining, what waits in the backlog when the FIN comes is lost.
 func TestRuleDrainOff(t *testing.T) {
-	if n := endBehind(t, allRules); n != 16<<20 {
+	if n := endBehind(t, nil); n != 16<<20 {
 		t.Errorf("%d bytes arrived", n)
 	}
-	r := allRules
-	r.drain = false
+	r := new(hooks).without(ruleDrain)
 	if n := endBehind(t, r); n == 16<<20 {
 		t.Error("nothing was lost without draining: this test proves nothing")
 	}
@@ -228,8 +225,8 @@ func TestRuleDrainOff(t *testing.T) {
 
 // endBehind sends 16 MiB and the end for a reader that comes late, with a backlog as long as that, and gives
 // how much arrives.
-func endBehind(t *testing.T, r rules) int64 {
-	r.bound = false
+func endBehind(t *testing.T, r *hooks) int64 {
+	r = r.without(ruleBound)
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	limit := time.Now().Add(patience)
@@ -240,19 +237,19 @@ func endBehind(t *testing.T, r rules) int64 {
 		t.Fatal(err)
 	}
 	must(t, p.client.CloseWrite())
-	if r.drain {
+	if r.keeps(ruleDrain) {
 		time.Sleep(200 * time.Millisecond) // it must not be over
 	} else {
 		f := l.onlyFlow(t)
-		waitFor(t, func() bool { return f.halves[0].done.Load() }, "the end to overtake the backlog")
+		waitFor(t, func() bool { return f.directions[0].isDone.Load() }, "the end to overtake the backlog")
 	}
 	n, err := io.Copy(io.Discard, p.server)
-	t.Logf("draining %v: %d bytes arrived, %v", r.drain, n, err)
+	t.Logf("draining %v: %d bytes arrived, %v", r.keeps(ruleDrain), n, err)
 	return n
 }
 
 func TestIdleAndCancel(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	// A busy machine may be the one that pauses: then a longer timeout shows whether the loader is to blame.
 	for idle := 400 * time.Millisecond; ; idle *= 3 {
 		p := splicePath(t, l, pathOptions{idle: idle})

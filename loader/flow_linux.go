@@ -24,8 +24,8 @@ type flow struct {
 	generation uint32 // tells events of this flow from those of an earlier one in its slot
 	sockets    [2]socket
 	cookies    [2]uint64
-	halves     [2]half  // 0: downstream to upstream, whose source is downstream's socket; 1: back
-	before     [2]int64 // bytes that had moved when we got it
+	directions [2]direction // 0: downstream to upstream, whose source is downstream's socket; 1: back
+	before     [2]int64     // bytes that had moved when we got it
 	idle       time.Duration
 	ended      func(up, down int64, end string, err error)
 	returned   func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error)
@@ -35,13 +35,13 @@ type flow struct {
 	process    *process                    // nil: bytes go by TCP only
 	counts     *counts                     // those that it is counted in
 
-	mu     sync.RWMutex // held for reading while the sockets are used, for writing to close them
-	closed bool
-	also   [2]uint32 // what each socket is watched for besides quiet; under watchMu
-	total  [2]uint64 // the counts when closed
+	mu       sync.RWMutex // held for reading while the sockets are used, for writing to close them
+	isClosed bool
+	watched  [2]uint32 // what each socket is watched for besides quiet; under watchMu
+	total    [2]uint64 // the counts when closed
 
 	watchMu sync.Mutex
-	over    atomic.Bool // somebody has seen to the flow's end, or gives it back
+	isOver  atomic.Bool // somebody has seen to the flow's end, or gives it back
 	broken  atomic.Pointer[breakage]
 }
 
@@ -50,7 +50,7 @@ type breakage struct {
 	side uint32
 	err  error
 
-	// Only for who is running the half of side.
+	// Only for who is running the direction of side.
 	taken   uint64    // what the reader had taken, when that had last changed
 	takenAt time.Time // when that was seen
 }
@@ -75,16 +75,16 @@ func (f *flow) count() (up, down int64) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	n := f.total
-	if !f.closed {
-		n = [2]uint64{f.halves[0].moved(), f.halves[1].moved()}
+	if !f.isClosed {
+		n = [2]uint64{f.directions[0].moved(), f.directions[1].moved()}
 	}
 	return f.before[0] + int64(n[0]), f.before[1] + int64(n[1])
 }
 
-// look finds out whether a side that epoll complains of is broken.
-func (f *flow) look(side uint32) {
+// checkSocket finds out whether a side that epoll complains of is broken.
+func (f *flow) checkSocket(side uint32) {
 	f.mu.RLock()
-	if f.closed {
+	if f.isClosed {
 		f.mu.RUnlock()
 		return
 	}
@@ -113,12 +113,12 @@ func (f *flow) breakUp(side uint32, err error) {
 		return
 	}
 	f.setState(spliceFlowStateFLOW_ENDING)
-	f.halves[side].wake(0)
+	f.directions[side].wake(0)
 }
 
-// halfDone is told that a direction has ended and that its end was passed on.
-func (f *flow) halfDone() {
-	if f.halves[0].done.Load() && f.halves[1].done.Load() {
+// directionDone is told that the end of a direction was passed on.
+func (f *flow) directionDone() {
+	if f.directions[0].isDone.Load() && f.directions[1].isDone.Load() {
 		f.finish(endEOF, nil)
 		return
 	}
@@ -127,7 +127,7 @@ func (f *flow) halfDone() {
 
 // finish closes both sockets, with a reset unless both streams have ended, and reports the end. Once.
 func (f *flow) finish(end string, err error) {
-	if !f.over.CompareAndSwap(false, true) {
+	if !f.isOver.CompareAndSwap(false, true) {
 		return
 	}
 	if stop := f.stop.Load(); stop != nil {
@@ -136,9 +136,9 @@ func (f *flow) finish(end string, err error) {
 	l := f.l
 	l.live[f.slot].Store(nil)
 	f.mu.Lock()
-	f.process.stop()
+	f.process.disable()
 	for _, s := range f.sockets {
-		f.watcher().remove(s)
+		f.poller().remove(s)
 		if end == endEOF {
 			s.close()
 		} else {
@@ -158,11 +158,11 @@ func (f *flow) finish(end string, err error) {
 // close gives back all that the flow has in the loader. The sockets have left the sockmaps, so no verdict runs
 // for them any more. Called with mu held for writing.
 func (f *flow) close() {
-	f.total = [2]uint64{f.halves[0].moved(), f.halves[1].moved()}
+	f.total = [2]uint64{f.directions[0].moved(), f.directions[1].moved()}
 	f.record.leave(f)
-	f.closed = true
-	for i := range f.halves {
-		f.halves[i].release()
+	f.isClosed = true
+	for i := range f.directions {
+		f.directions[i].release()
 	}
 	f.process.release()
 	f.forget()
@@ -173,12 +173,12 @@ func (f *flow) close() {
 	}
 }
 
-// watchAlso adds what a socket is watched for, or takes it away. Adding tells at once what is already so.
+// watchFor adds what a socket is watched for, or takes it away. Adding tells at once what is already so.
 // What was there before is edge-triggered, and needs no second telling.
-func (f *flow) watchAlso(side, events uint32, on bool) {
+func (f *flow) watchFor(side, events uint32, on bool) {
 	f.watchMu.Lock()
 	defer f.watchMu.Unlock()
-	was := f.also[side]
+	was := f.watched[side]
 	now := was &^ events
 	if on {
 		now = was | events
@@ -186,19 +186,19 @@ func (f *flow) watchAlso(side, events uint32, on bool) {
 	if now == was {
 		return
 	}
-	f.also[side] = now
-	f.watcher().change(f.sockets[side], 2*f.slot+side, f.generation, now)
+	f.watched[side] = now
+	f.poller().change(f.sockets[side], 2*f.slot+side, f.generation, now)
 }
 
-// watchAgain makes what was told before there was somebody to hear it be told again. The half may have been
+// rearm makes what was told before there was somebody to hear it be told again. The direction may have been
 // woken meanwhile, and what it waits for stays watched.
-func (f *flow) watchAgain(side uint32) {
+func (f *flow) rearm(side uint32) {
 	f.watchMu.Lock()
 	defer f.watchMu.Unlock()
-	if !f.l.rules.quiet {
-		f.also[side] = unix.EPOLLIN | unix.EPOLLOUT // as Go's poller does
+	if !f.l.hooks.keeps(ruleQuiet) {
+		f.watched[side] = unix.EPOLLIN | unix.EPOLLOUT // as Go's poller does
 	}
-	f.watcher().change(f.sockets[side], 2*f.slot+side, f.generation, f.also[side])
+	f.poller().change(f.sockets[side], 2*f.slot+side, f.generation, f.watched[side])
 }
 
 // setState is for those who look at the flows map.
@@ -211,7 +211,7 @@ func (f *flow) setState(state spliceFlowState) {
 // publish changes the flow's entry in the flows map. That writes its counters too, which the verdict may be
 // changing, so it is repeated until they have not changed meanwhile. Called with mu held.
 func (f *flow) publish(change func(*spliceFlow)) {
-	if f.closed {
+	if f.isClosed {
 		return
 	}
 	for range 100 {
@@ -224,7 +224,7 @@ func (f *flow) publish(change func(*spliceFlow)) {
 		if err := f.l.objects.Flows.Put(f.cookies[0], t); err != nil {
 			return
 		}
-		if a == f.halves[0].snapshot() && b == f.halves[1].snapshot() {
+		if a == f.directions[0].snapshot() && b == f.directions[1].snapshot() {
 			return
 		}
 	}
@@ -232,20 +232,20 @@ func (f *flow) publish(change func(*spliceFlow)) {
 
 // fill writes the flow's counters into its entry in the flows map.
 func (f *flow) fill(t *spliceFlow) (up, down snapshot) {
-	up, down = f.halves[0].snapshot(), f.halves[1].snapshot()
+	up, down = f.directions[0].snapshot(), f.directions[1].snapshot()
 	up.into(t.Up.Before, &t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed, &t.Up.Local)
 	down.into(t.Down.Before, &t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed, &t.Down.Local)
 	return up, down
 }
 
 // fault is told that the verdict gave up: bytes are missing, and both sides have to know.
-func (f *flow) fault(half uint32, why spliceFault) {
+func (f *flow) fault(side uint32, why spliceFault) {
 	name := faultName(why)
-	f.counts.fault(f.l, name)
+	f.counts.countFault(f.l, name)
 	if why == spliceFaultFAULT_PEER {
 		// The peer died, and its event is on its way; what it sent before is still delivered.
-		f.look(1 - half)
-		f.breakUp(1-half, unix.ECONNRESET)
+		f.checkSocket(1 - side)
+		f.breakUp(1-side, unix.ECONNRESET)
 		return
 	}
 	f.finish(endError, errors.New("the verdict gave up: "+name))

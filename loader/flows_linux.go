@@ -32,27 +32,27 @@ func describeInfo(t *spliceFlow) Info {
 func (f *flow) info() (Info, bool) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if f.closed {
+	if f.isClosed {
 		return Info{}, false
 	}
 	var t spliceFlow
 	if err := f.l.objects.Flows.Lookup(f.cookies[0], &t); err != nil {
 		return Info{}, false
 	}
-	up, down := f.halves[0].snapshot(), f.halves[1].snapshot()
+	up, down := f.directions[0].snapshot(), f.directions[1].snapshot()
 	i := describeInfo(&t)
 	i.DownstreamCookie = f.cookies[0]
-	i.Up, i.Down = f.before[0]+int64(f.halves[0].moved()), f.before[1]+int64(f.halves[1].moved())
+	i.Up, i.Down = f.before[0]+int64(f.directions[0].moved()), f.before[1]+int64(f.directions[1].moved())
 	i.UpTrimmed, i.DownTrimmed = int64(up.trimmed), int64(down.trimmed)
 	i.UpLocal, i.DownLocal = int64(up.local), int64(down.local)
-	i.UpCopied, i.UpWaiting = f.halves[0].copied(up)
-	i.DownCopied, i.DownWaiting = f.halves[1].copied(down)
+	i.UpCopied, i.UpWaiting = f.directions[0].copied(up)
+	i.DownCopied, i.DownWaiting = f.directions[1].copied(down)
 	return i, true
 }
 
 // copied is what userspace has copied, and what waits to be.
-func (h *half) copied(s snapshot) (copied, waiting int64) {
-	n := load64(&h.shared().Consumed)
+func (d *direction) copied(s snapshot) (copied, waiting int64) {
+	n := load64(&d.shared().Consumed)
 	return int64(n), max(int64(s.passed-n), 0)
 }
 

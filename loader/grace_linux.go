@@ -14,7 +14,7 @@ type graces struct {
 
 	mu      sync.Mutex
 	retired []uint32
-	waiting bool // somebody is at them
+	isBusy  bool // somebody is at them
 	done    sync.WaitGroup
 }
 
@@ -56,8 +56,8 @@ func (n *Local) retire(slot uint32) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.retired = append(g.retired, slot)
-	if !g.waiting {
-		g.waiting = true
+	if !g.isBusy {
+		g.isBusy = true
 		g.done.Go(n.giveRetired)
 	}
 }
@@ -67,12 +67,12 @@ func (n *Local) giveRetired() {
 	for {
 		g.mu.Lock()
 		slots := g.retired
-		g.retired, g.waiting = nil, len(slots) > 0
+		g.retired, g.isBusy = nil, len(slots) > 0
 		g.mu.Unlock()
 		if len(slots) == 0 {
 			return
 		}
-		if n.l.rules.local.grace {
+		if n.l.hooks.keeps(ruleLocalGrace) {
 			if err := g.wait(); err != nil {
 				n.l.log.Error("wait for the programs on ended flows; their slots are lost",
 					"slots", len(slots), "error", err)

@@ -23,10 +23,9 @@ func TestLocalSlotGivenAgain(t *testing.T) {
 		} {
 			for _, grace := range []bool{true, false} {
 				t.Run(fmt.Sprintf("%s %s grace %v", network, name, grace), func(t *testing.T) {
-					r := allRules
-					r.local.window, r.local.grace = 200*time.Millisecond, grace
+					r := &hooks{window: 200 * time.Millisecond}
 					if !grace { // the next flow has to begin within it, and ends it
-						r.local.window = 10 * time.Second
+						r = (&hooks{window: 10 * time.Second}).without(ruleLocalGrace)
 					}
 					n := openLocal(t, r)
 					n.l.mu.Lock()

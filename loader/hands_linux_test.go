@@ -35,7 +35,7 @@ func BenchmarkChangeOfHands(b *testing.B) {
 		}},
 	} {
 		b.Run(c.name, func(b *testing.B) {
-			l := open(b, allRules, 16)
+			l := open(b, nil, 16)
 			client, d := connect(b, "tcp4")
 			u, server := connect(b, "tcp4")
 			var fds [2]int

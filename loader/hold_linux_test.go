@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// However often a busy half leaves, its source's receive buffer stays within net.ipv4.tcp_rmem, also where
+// However often a busy direction leaves, its source's receive buffer stays within net.ipv4.tcp_rmem, also where
 // segments are so small that most of the buffer is overhead.
 func TestLeavingKeepsTheReceiveBuffer(t *testing.T) {
 	if !inOwnNetwork(t) {
@@ -25,7 +25,7 @@ func TestLeavingKeepsTheReceiveBuffer(t *testing.T) {
 		t.Fatalf("tcp_rmem is %q", b)
 	}
 	must(t, noOffload("lo"))
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	p := splicePath(t, l, pathOptions{busy: 1 << 40})
 	sockets := l.onlyFlow(t).sockets
 	for side, way := range [][2]*net.TCPConn{{p.client, p.server}, {p.server, p.client}} {

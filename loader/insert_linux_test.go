@@ -14,7 +14,7 @@ import (
 
 // Bytes that came before the splice, unread, read in part, and read to the end.
 func TestSenderIsEarly(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	for _, c := range []struct{ sent, read int }{
 		{1, 0}, {16, 6}, {100000, 0}, {100000, 1}, {100000, 99999}, {100000, 100000}, {1 << 20, 70000},
 	} {
@@ -41,8 +41,7 @@ func TestSenderIsEarly(t *testing.T) {
 }
 
 func TestRuleKickOff(t *testing.T) {
-	r := allRules
-	r.kick, r.look = false, false
+	r := new(hooks).without(ruleKick, ruleSweep)
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{before: func(client, _, _, _ *net.TCPConn) {
 		client.Write([]byte("hello"))
@@ -56,8 +55,7 @@ func TestRuleKickOff(t *testing.T) {
 
 // A reset that is told before the kick takes nothing away of what came before the splice.
 func TestResetBeforeKick(t *testing.T) {
-	r := allRules
-	r.kick, r.look = false, false
+	r := new(hooks).without(ruleKick, ruleSweep)
 	l := open(t, r, 16)
 	data := pattern(20_000)
 	p := splicePath(t, l, pathOptions{before: func(client, _, _, _ *net.TCPConn) {
@@ -74,7 +72,7 @@ func TestResetBeforeKick(t *testing.T) {
 
 // What is refused is left as it was, and goes on in userspace.
 func TestRefusal(t *testing.T) {
-	l := open(t, allRules, 1)
+	l := open(t, nil, 1)
 	splicePath(t, l, pathOptions{})
 	p, err := trySplice(t, l, pathOptions{})
 	if !errors.Is(err, refusedFull) {
@@ -82,7 +80,7 @@ func TestRefusal(t *testing.T) {
 	}
 	relayed(t, p)
 
-	l = open(t, allRules, 4)
+	l = open(t, nil, 4)
 	p, err = trySplice(t, l, pathOptions{before: func(client, _, down, _ *net.TCPConn) {
 		down.SetNoDelay(false)
 		client.CloseWrite()
@@ -115,7 +113,7 @@ func relayed(t *testing.T, p *path) {
 
 // The other side ends or breaks while a flow is being inserted.
 func TestEndDuringInsertion(t *testing.T) {
-	l := open(t, allRules, 64)
+	l := open(t, nil, 64)
 	refused := 0
 	for i := range 300 {
 		data := pattern(1000)
@@ -148,7 +146,7 @@ func TestEndDuringInsertion(t *testing.T) {
 
 // Bare sockets are taken over, or left as they were, to who has them.
 func TestSpliceSockets(t *testing.T) {
-	l := open(t, allRules, 1)
+	l := open(t, nil, 1)
 	ended := make(chan string, 1)
 	splice := func() (client, server *net.TCPConn, fds [2]int, err error) {
 		client, down := connect(t, "tcp4")

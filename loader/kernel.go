@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"errors"
 	"fmt"
 	"regexp"
 	"strconv"
@@ -83,3 +84,6 @@ func parseVersion(release, build, signature string) (version, bool) {
 	}
 	return version{}, false
 }
+
+// ErrKnownBad is what New fails with on a kernel that is known to damage spliced streams.
+var ErrKnownBad = errors.New("this kernel is known to damage spliced streams")

@@ -21,8 +21,10 @@ import (
 // and gets none of its time before the reset is there.
 func TestResetBehindOtherWay(t *testing.T) {
 	for _, late := range []bool{true, false} {
-		r := allRules
-		r.late = late
+		var r *hooks
+		if !late {
+			r = r.without(ruleLate)
+		}
 		l := open(t, r, 16)
 		for _, network := range networks() {
 			for name, way := range ways {
@@ -78,7 +80,7 @@ func TestLocalResetBehindOtherWay(t *testing.T) {
 	for _, network := range networks() {
 		t.Run(network, func(t *testing.T) {
 			const limit = 16 << 10
-			n := openLocal(t, allRules)
+			n := openLocal(t, nil)
 			ln, _ := cgroup.Listen(t, network)
 			p := becomeLocal(t, n, ln)
 			must(t, exchangeBytes(p, 1000, 4*limit))
@@ -88,8 +90,8 @@ func TestLocalResetBehindOtherWay(t *testing.T) {
 			}
 			// What the process sends goes by TCP.
 			must(t, errors.Join(n.objects.LocalPlaces.Delete(f.process.cookie), p.client.SetLinger(0)))
-			for i := range f.halves {
-				atomic.StoreUint32(&f.halves[i].shared().Limit, limit)
+			for i := range f.directions {
+				atomic.StoreUint32(&f.directions[i].shared().Limit, limit)
 			}
 			alone(t, func() {
 				for range 3 {

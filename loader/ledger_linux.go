@@ -16,10 +16,10 @@ type record struct {
 	cookie uint64
 	count  func() (up, down int64)
 
-	mu    sync.Mutex
-	entry spliceFlow // in the flows map, while userspace has the flow
-	flow  *flow      // is spliced here; nil: userspace has it
-	gone  bool
+	mu          sync.Mutex
+	entry       spliceFlow // in the flows map, while userspace has the flow
+	flow        *flow      // is spliced here; nil: userspace has it
+	isForgotten bool
 }
 
 func (g *ledger) init(l *Loader) { g.l, g.by = l, make(map[uint64]*record) }
@@ -29,10 +29,10 @@ func (g *ledger) init(l *Loader) { g.l, g.by = l, make(map[uint64]*record) }
 func (l *Loader) Record(down, up int, o Flow) (forget func(), err error) {
 	r, err := l.record([2]socket{socket(down), socket(up)}, o)
 	if err != nil {
-		l.counts.refusal(l, err)
+		l.counts.countRefusal(l, err)
 		return nil, err
 	}
-	l.counts.begun()
+	l.counts.countBegun()
 	return r.forget, nil
 }
 
@@ -99,7 +99,7 @@ func (g *ledger) close() {
 func (g *ledger) publish() {
 	for _, r := range g.all() {
 		r.mu.Lock()
-		if r.flow == nil && !r.gone && r.refresh() {
+		if r.flow == nil && !r.isForgotten && r.refresh() {
 			_ = g.l.objects.Flows.Put(r.cookie, r.entry)
 		}
 		r.mu.Unlock()
@@ -121,8 +121,8 @@ func (r *record) refresh() (changed bool) {
 	return true
 }
 
-// direction gives what has been redirected and copied one way since the flow was recorded, of total bytes.
-func (r *record) direction(i uint32, total int64) (redirected, copied, trimmed uint64) {
+// history gives what has been redirected and copied one way since the flow was recorded, of total bytes.
+func (r *record) history(i uint32, total int64) (redirected, copied, trimmed uint64) {
 	if r == nil {
 		return 0, 0, 0
 	}
@@ -144,7 +144,7 @@ func (r *record) enter(f *flow, o Flow) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.gone {
+	if r.isForgotten {
 		return refusedState
 	}
 	r.flow = f
@@ -164,7 +164,7 @@ func (r *record) leave(f *flow) {
 	defer r.mu.Unlock()
 	r.flow = nil
 	f.fill(&r.entry)
-	if !r.gone {
+	if !r.isForgotten {
 		_ = f.l.objects.Flows.Put(r.cookie, r.entry)
 	}
 }
@@ -187,8 +187,8 @@ func (r *record) forgetter() func() {
 // remove takes the flow out of the flows map, and reports whether it was there.
 func (r *record) remove() bool {
 	r.mu.Lock()
-	was := r.gone
-	if r.gone = true; !was {
+	was := r.isForgotten
+	if r.isForgotten = true; !was {
 		_ = r.l.l.objects.Flows.Delete(r.cookie)
 	}
 	r.mu.Unlock()
@@ -208,7 +208,7 @@ func (r *record) info() (Info, bool) {
 		f := r.flow
 		if f == nil {
 			defer r.mu.Unlock()
-			return r.infoOfRelayed(), !r.gone
+			return r.infoOfRelayed(), !r.isForgotten
 		}
 		r.mu.Unlock()
 		if info, ok := f.info(); ok {

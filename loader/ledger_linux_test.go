@@ -32,7 +32,7 @@ func recordFlow(t testing.TB, l *Loader, down, up *net.TCPConn, o Flow) (forget 
 
 // A recorded flow is in the flows map, with all that it has moved by whoever moved it, until it is forgotten.
 func TestRecord(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	client, d := connect(t, "tcp4")
 	u, server := connect(t, "tcp4")
 	defer client.Close()
@@ -117,7 +117,7 @@ func TestRecord(t *testing.T) {
 
 // A recorded flow whose sockets the kernel does not take stays recorded; a burst of them switches the datapath off.
 func TestRefusedWhenItIsHandedOff(t *testing.T) {
-	l := open(t, allRules, 2*burstFailures)
+	l := open(t, nil, 2*burstFailures)
 	must(t, l.objects.Sources.Freeze())
 	for i := range burstFailures {
 		_, d := connect(t, "tcp4")
@@ -147,7 +147,7 @@ func TestRefusedWhenItIsHandedOff(t *testing.T) {
 
 // No more flows are recorded than the flows map has room for.
 func TestRecordIsFull(t *testing.T) {
-	l := open(t, allRules, 1)
+	l := open(t, nil, 1)
 	_, d := connect(t, "tcp4")
 	u, _ := connect(t, "tcp4")
 	forget := recordFlow(t, l, d, u, Flow{})

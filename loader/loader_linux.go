@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,23 +22,24 @@ import (
 // Loader has the programs loaded, and splices flows. Safe for concurrent use. Least kernel: 6.1.
 type Loader struct {
 	log      *slog.Logger
-	rules    rules
+	hooks    *hooks
+	pressure uint64 // pages: if TCP has so many, all is passed
 	pins     *pins
 	objects  spliceObjects
 	memory   []byte       // the halves map
 	halves   []spliceHalf // the same
-	watchers []*watcher   // one for some of the slots each
+	pollers  []*poller    // one for some of the slots each
 	ring     *ringbuf.Reader
 	ringBusy atomic.Bool // with an event that was taken from it
 	findings []Finding
 	local    *Local // nil: not asked for, or not possible
 	localOff error  // why not
 
-	live    []atomic.Pointer[flow] // by slot
-	ledger  ledger
-	sweeper *sweeper
-	leaver  *leaver        // nil: no half can leave
-	loops   sync.WaitGroup // watchers, ring, sweeper, leaver
+	live     []atomic.Pointer[flow] // by slot
+	ledger   ledger
+	sweeper  *sweeper
+	detacher *detacher      // nil: no direction can leave
+	loops    sync.WaitGroup // pollers, ring, sweeper, detacher
 
 	mu       sync.Mutex
 	free     []uint32 // slots, the longest free first
@@ -47,34 +47,10 @@ type Loader struct {
 	splicing sync.WaitGroup // calls of Splice that have a slot; added to under mu
 	alive    sync.WaitGroup // flows; added to while splicing
 
-	inside  atomic.Int32 // flows that are in the sockmap
-	resting atomic.Int32 // so many of them had nothing to move when the sweeper looked
+	inside atomic.Int32 // flows that are in the sockmap
+	quiet  atomic.Int32 // so many of them had nothing to move when the sweeper looked
 
 	counts counts
-}
-
-// rules that a test may turn off, to prove that each is needed. All are on in production.
-type rules struct {
-	bound, trim, fin   bool   // in the verdict
-	couple             bool   // likewise: while one way passes, the other one does
-	brake              bool   // what is charged to nobody is bounded
-	late               bool   // a reset waits for what is in front of bytes that were passed before it
-	pressure           uint64 // pages: if TCP has so many, all is passed
-	watchers           int    // how many; 0: for this machine
-	drain, kick, reset bool
-	quiet              bool // no EPOLLIN for spliced sockets
-	order              bool // copy only when what was redirected is written
-	both               bool // upstream gets a verdict, too
-	events             bool // epoll tells of bytes that can be copied, and of room for them
-	look               bool // the sweep ends stalls
-	again              func(look func())
-	local              localRules
-}
-
-var allRules = rules{
-	bound: true, trim: true, fin: true, couple: true, brake: true, late: true, pressure: tcpPressure(),
-	drain: true, kick: true, reset: true, quiet: true, order: true, both: true, events: true,
-	look: true, again: lookAgain(), local: allLocalRules,
 }
 
 // New loads the programs, pins the maps in BPFFS/tailsplice/INSTANCE/GENERATION, removes what dead daemons left below
@@ -84,12 +60,10 @@ var allRules = rules{
 // errors.ErrUnsupported where the kernel can't do it at all, or the system's. [Again] tells whether another try
 // makes sense.
 func New(o Options) (*Loader, error) {
-	if err := refuseKnownBad(o); err != nil {
+	if err := refuseKnownBad(o.KnownBad); err != nil {
 		return nil, err
 	}
-	r := allRules
-	r.pressure = tcpPressure() // it may have been raised since the last try
-	l, err := load(o, r)
+	l, err := load(o, nil)
 	if err != nil {
 		return nil, explain(err)
 	}
@@ -110,17 +84,25 @@ func New(o Options) (*Loader, error) {
 	return l, nil
 }
 
+// Probe looks at what the datapaths need of this machine, for people. See [probeHost].
+func Probe() []Finding {
+	return probeHost(func(privileged bool) Finding { return probeBPFFS(defaultBPFFS, privileged) })
+}
+
 // Name is the datapath's name.
 func (l *Loader) Name() string { return Name }
 
 // load is New without the proof.
-func load(o Options, r rules) (_ *Loader, err error) {
+func load(o Options, h *hooks) (_ *Loader, err error) {
 	if o.MaxFlows <= 0 {
 		o.MaxFlows = DefaultMaxFlows
 	}
-	l := &Loader{log: o.Log, rules: r}
+	l := &Loader{log: o.Log, hooks: h, pressure: tcpPressure()}
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
+	}
+	if h != nil && h.pressure != 0 {
+		l.pressure = h.pressure
 	}
 	defer func() {
 		if err != nil {
@@ -189,33 +171,18 @@ func (l *Loader) loadObjects(o Options) error {
 
 // setVariables sets what both objects have.
 func (l *Loader) setVariables(spec *ebpf.CollectionSpec) error {
-	for name, value := range map[string]any{
-		"rule_bound": l.rules.bound, "rule_trim": l.rules.trim, "rule_fin": l.rules.fin,
-		"rule_couple": l.rules.couple, "rule_brake": l.rules.brake, "rule_late": l.rules.late,
-		"tcp_pressure": l.rules.pressure,
-	} {
+	values := map[string]any{"tcp_pressure": l.pressure}
+	for name := range spec.Variables {
+		if r, ok := strings.CutPrefix(name, "rule_"); ok {
+			values[name] = l.hooks.keeps(rule(r))
+		}
+	}
+	for name, value := range values {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return fmt.Errorf("set %s: %w", name, err)
 		}
 	}
 	return nil
-}
-
-// tcpPressure is from how many pages on TCP saves memory. The setting can be read in the first network
-// namespace only; elsewhere it is taken for what the kernel begins with, a sixteenth of what there is.
-func tcpPressure() uint64 {
-	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_mem"); err == nil {
-		if fields := strings.Fields(string(b)); len(fields) == 3 {
-			if n, err := strconv.ParseUint(fields[1], 10, 64); err == nil {
-				return n
-			}
-		}
-	}
-	var i unix.Sysinfo_t
-	if unix.Sysinfo(&i) != nil {
-		return 0
-	}
-	return uint64(i.Totalram) * uint64(i.Unit) / uint64(os.Getpagesize()) / 16
 }
 
 func (l *Loader) mapHalves(flows int) error {
@@ -232,24 +199,24 @@ func (l *Loader) mapHalves(flows int) error {
 
 func (l *Loader) start() (err error) {
 	// Each serves its flows on one processor at a time; userspace needs the others.
-	for range max(l.rules.watchers, runtime.GOMAXPROCS(0)/2, 1) {
-		w, err := newWatcher()
+	for range max(runtime.GOMAXPROCS(0)/2, 1) {
+		w, err := newPoller()
 		if err != nil {
 			return err
 		}
-		l.watchers = append(l.watchers, w)
+		l.pollers = append(l.pollers, w)
 	}
 	if l.ring, err = ringbuf.NewReader(l.objects.Events); err != nil {
 		return fmt.Errorf("open the ring of events: %w", err)
 	}
-	if l.leaver, err = newLeaver(l); err != nil {
+	if l.detacher, err = newDetacher(l); err != nil {
 		l.log.Info("busy flows stay in the sockmap", "error", err)
 	}
 	l.sweeper = newSweeper()
-	if l.leaver != nil {
-		l.loops.Go(func() { l.leaver.run(l) })
+	if l.detacher != nil {
+		l.loops.Go(func() { l.detacher.run(l) })
 	}
-	for _, w := range l.watchers {
+	for _, w := range l.pollers {
 		l.loops.Go(func() { w.run(l.event) })
 	}
 	l.loops.Go(l.readRing)
@@ -283,7 +250,7 @@ func (l *Loader) Close() error {
 	l.alive.Wait() // for those that were about to end by themselves
 	l.ledger.close()
 	var errs []error
-	for _, w := range l.watchers {
+	for _, w := range l.pollers {
 		errs = append(errs, w.close())
 	}
 	if l.ring != nil {
@@ -292,9 +259,9 @@ func (l *Loader) Close() error {
 	if l.sweeper != nil {
 		l.sweeper.close()
 	}
-	l.leaver.stop()
+	l.detacher.stop()
 	l.loops.Wait()
-	errs = append(errs, l.leaver.close())
+	errs = append(errs, l.detacher.close())
 	errs = append(errs, l.local.close())
 	if l.pins != nil {
 		errs = append(errs, l.pins.release(l.log))
@@ -336,65 +303,6 @@ func (l *Loader) give(slot uint32) {
 	l.mu.Lock()
 	l.free = append(l.free, slot)
 	l.mu.Unlock()
-}
-
-func (l *Loader) readRing() {
-	var r ringbuf.Record
-	for {
-		if err := l.ring.ReadInto(&r); err != nil {
-			if !errors.Is(err, os.ErrClosed) {
-				l.log.Error("read the ring of events; flows are looked at once a second now", "error", err)
-			}
-			return
-		}
-		l.ringBusy.Store(true)
-		l.ringEvent(r.RawSample)
-		l.ringBusy.Store(false)
-	}
-}
-
-func (l *Loader) ringEvent(sample []byte) {
-	if len(sample) < int(unsafe.Sizeof(spliceEvent{})) {
-		return
-	}
-	e := *(*spliceEvent)(unsafe.Pointer(unsafe.SliceData(sample)))
-	if int(e.Half/2) >= len(l.live) {
-		return
-	}
-	if f := l.live[e.Half/2].Load(); f != nil {
-		h := &f.halves[e.Half&1]
-		switch spliceEventKind(e.Kind) {
-		case spliceEventKindEVENT_BULK:
-			h.isBulk(time.Now())
-			return
-		case spliceEventKindEVENT_PASSED:
-			f.counts.switched.Add(1)
-		}
-		h.wake(0)
-	}
-}
-
-// ringBehind: there are events in the ring that were not told of yet.
-func (l *Loader) ringBehind() bool { return l.ringBusy.Load() || l.ring.AvailableBytes() > 0 }
-
-// explain says which capability a refusal of the kernel's is about; the kernel doesn't, and cilium/ebpf
-// suspects a limit.
-func explain(err error) error {
-	if !errors.Is(err, unix.EPERM) {
-		return err
-	}
-	if f := probeCapabilities(); f.State == StateMissing {
-		return fmt.Errorf("%s (%s): %w", f.Detail, f.Advice, unix.EPERM)
-	}
-	return err
-}
-
-// translate makes cilium/ebpf's notion of what a kernel can't do into the standard library's.
-func translate(err error) error {
-	if errors.Is(err, ebpf.ErrNotSupported) && !errors.Is(err, errors.ErrUnsupported) {
-		return fmt.Errorf("%w (%w)", err, errors.ErrUnsupported)
-	}
-	return err
 }
 
 const sweepEvery = time.Second

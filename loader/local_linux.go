@@ -35,19 +35,16 @@ type Local struct {
 	proof   []Finding
 }
 
-// localRules are those that a test may turn off.
-type localRules struct {
-	order, bound, unread bool // in BPF
-	drain                bool // what was redirected reaches the process's queue before what comes by TCP
-	pair                 bool // the two sockets have one connection's numbers
-	grace                bool // a slot is given again only when no program is at work on the flow before
-	settle               bool // what a redirect did not write is taken away from what it was to write
-
-	window time.Duration // programs wait so long between a look at a flow and what follows from it
-}
-
-var allLocalRules = localRules{order: true, bound: true, unread: true, drain: true, pair: true, grace: true,
-	settle: true}
+// What tests may switch off, beside the rules of sockmap.
+const (
+	ruleLocalOrder  rule = "local_order"  // either way is used only while the other one is empty
+	ruleLocalBound  rule = "local_bound"  // as ruleBound
+	ruleLocalUnread rule = "local_unread" // a process that closes with bytes unread resets the flow
+	ruleLocalDrain  rule = "local_drain"  // what was redirected reaches the process's queue before what comes by TCP
+	ruleLocalPair   rule = "local_pair"   // the two sockets have one connection's numbers
+	ruleLocalGrace  rule = "local_grace"  // a slot is given again when no program is at work on the flow before
+	ruleLocalSettle rule = "local_settle" // what a redirect did not write is taken away from what it was to write
+)
 
 // Local gives the datapath for local targets, or says why this machine has none. It is part of the Loader,
 // and is closed with it.
@@ -97,13 +94,9 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 	} {
 		spec.Maps[name].MaxEntries = uint32(m * flows)
 	}
-	r := l.rules
-	for name, value := range map[string]any{
-		"rule_local_order": r.local.order, "rule_local_bound": r.local.bound,
-		"rule_local_unread": r.local.unread, "window_ns": uint64(r.local.window),
-	} {
-		if err := spec.Variables[name].Set(value); err != nil {
-			return nil, fmt.Errorf("set %s: %w", name, err)
+	if l.hooks != nil {
+		if err := spec.Variables["window_ns"].Set(uint64(l.hooks.window)); err != nil {
+			return nil, fmt.Errorf("set window_ns: %w", err)
 		}
 	}
 	if err := l.setVariables(spec); err != nil {
@@ -189,23 +182,23 @@ func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn,
 	p, err := n.targets.find(up)
 	if err == nil {
 		if count, err = n.l.spliceConns(ctx, down, up, o, p); err != nil {
-			n.targets.left(p)
+			n.targets.release(p)
 		}
 	}
-	n.counts.refusal(n.l, err)
+	n.counts.countRefusal(n.l, err)
 	return count, err
 }
 
 // process is the process's socket, for one flow. A nil one is that of a flow whose target is elsewhere.
 type process struct {
-	local  *Local
-	pair   localPair
-	cookie uint64
-	group  *group // of its cgroup; nil: this process's own, or left
-	slot   uint32
-	there  atomic.Bool // slot is valid, and has our entry
+	local      *Local
+	pair       localPair
+	cookie     uint64
+	group      *group // of its cgroup; nil: this process's own, or left
+	slot       uint32
+	isPrepared atomic.Bool // slot is valid, and has our entry
 
-	// arrived is of who runs half 0: what was redirected when the process was last seen to have got all of
+	// arrived is of who runs direction 0: what was redirected when the process was last seen to have got all of
 	// it.
 	arrived uint64
 	// settled is the sweeper's: so much had moved back when downstream was last seen to have got all of it.
@@ -215,40 +208,40 @@ type process struct {
 func (p *process) shared() *localLocal { return &p.local.flows[p.slot] }
 
 // prepare makes the flow known to the programs. Nothing moves before begin.
-func (p *process) prepare(f *flow) (why refusal, ok bool) {
+func (p *process) prepare(f *flow) error {
 	// Only one has it: the sweep takes a socket out of its map that nobody has claimed in time.
 	if err := p.local.objects.Caught.Delete(p.pair); err != nil {
-		return refusedNotCaught, false
+		return refusedNotCaught
 	}
 	p.slot = f.slot
-	p.there.Store(true)
+	p.isPrepared.Store(true)
 	*p.shared() = localLocal{Pair: p.pair, Process: p.cookie}
 	answer, err := p.ask(localLocalRequestLOCAL_BEGIN, 0)
 	if err != nil {
-		return refusedMaps, false
+		return refusedMaps
 	}
-	if answer&localLocalAnswerLOCAL_PAIR == 0 && p.local.l.rules.local.pair ||
+	if answer&localLocalAnswerLOCAL_PAIR == 0 && p.local.l.hooks.keeps(ruleLocalPair) ||
 		answer&localLocalAnswerLOCAL_THERE == 0 {
-		return refusedPair, false
+		return refusedPair
 	}
 	// Whoever finds the slot by this finds all the above in it, whatever order its processor loads in: where
 	// to look depends on what it finds.
 	place := splicePlace{Flow: f.cookies[0], Half: 2 * f.slot}
 	if err := p.local.objects.LocalPlaces.Put(p.cookie, place); err != nil {
-		return refusedMaps, false
+		return refusedMaps
 	}
-	return "", true
+	return nil
 }
 
-// begin lets bytes go past TCP.
-func (p *process) begin() {
+// enable lets bytes go past TCP.
+func (p *process) enable() {
 	if p != nil {
 		atomic.StoreUint32(&p.shared().On, 1)
 	}
 }
 
-// stop ends that: downstream's socket is about to be closed.
-func (p *process) stop() {
+// disable ends that: downstream's socket is about to be closed.
+func (p *process) disable() {
 	if p != nil {
 		atomic.StoreUint32(&p.shared().On, 0)
 	}
@@ -256,7 +249,7 @@ func (p *process) stop() {
 
 // undo is release of a flow that has not begun: nothing was redirected to the socket, which leaves its map.
 func (p *process) undo() {
-	if p != nil && p.there.Load() {
+	if p != nil && p.isPrepared.Load() {
 		_ = p.local.objects.Locals.Delete(p.pair)
 	}
 	p.release()
@@ -264,21 +257,21 @@ func (p *process) undo() {
 
 // release forgets the flow. The process's socket stays in its map until it is closed.
 func (p *process) release() {
-	if p == nil || !p.there.Load() {
+	if p == nil || !p.isPrepared.Load() {
 		return
 	}
-	p.local.targets.left(p)
-	p.stop()
+	p.local.targets.release(p)
+	p.disable()
 	_ = p.local.objects.LocalPlaces.Delete(p.cookie)
-	p.there.Store(false)
+	p.isPrepared.Store(false)
 }
 
-// moved is how many bytes of a half went past TCP. Valid until the flow is closed.
-func (p *process) moved(half uint32) uint64 {
-	if p == nil || !p.there.Load() {
+// moved is how many bytes of a direction went past TCP. Valid until the flow is closed.
+func (p *process) moved(side uint32) uint64 {
+	if p == nil || !p.isPrepared.Load() {
 		return 0
 	}
-	if half == 0 {
+	if side == 0 {
 		return load64(&p.shared().In)
 	}
 	return load64(&p.shared().Out)
@@ -297,10 +290,10 @@ func (p *process) ask(request localLocalRequest, byTCP uint32) (localLocalAnswer
 
 var emptyFrame = make([]byte, 64) // more than a header, which all kernels take
 
-// isComing: bytes are on their way to the process's queue. Bytes, and an end, that go to it by TCP now would
+// hasBacklog: bytes are on their way to the process's queue. Bytes, and an end, that go to it by TCP now would
 // overtake them.
-func (p *process) isComing() bool {
-	if p == nil || !p.local.l.rules.local.drain {
+func (p *process) hasBacklog() bool {
+	if p == nil || !p.local.l.hooks.keeps(ruleLocalDrain) {
 		return false
 	}
 	in := p.moved(0)
@@ -317,36 +310,36 @@ func (p *process) isComing() bool {
 
 // closedUnread: the process has closed its socket with bytes unread, which resets a connection.
 func (p *process) closedUnread() bool {
-	return p != nil && p.there.Load() && atomic.LoadUint32(&p.shared().Unread) != 0
+	return p != nil && p.isPrepared.Load() && atomic.LoadUint32(&p.shared().Unread) != 0
 }
 
 // settle is for the sweeper. Where the way back has not moved for a while, and what the process sent past TCP
 // has not all reached downstream's TCP, a redirect was cut short: how far it came is found out then.
 func (f *flow) settle(now time.Time) {
-	p, h := f.process, &f.halves[1]
-	if p == nil || p.settled == h.seen || p.moved(1) == 0 || now.Sub(h.since) < 2*sweepEvery ||
-		!p.local.l.rules.local.settle {
+	p, d := f.process, &f.directions[1]
+	if p == nil || p.settled == d.seen || p.moved(1) == 0 || now.Sub(d.since) < 2*sweepEvery ||
+		!p.local.l.hooks.keeps(ruleLocalSettle) {
 		return
 	}
-	m := h.shared()
+	m := d.shared()
 	byTCP := load64(&m.Redirected) + load64(&m.Consumed)
 	// A verdict counts before it redirects, under the lock that TCP_INFO takes.
 	var i unix.TCPInfo
-	if h.source().info(&i) != nil {
+	if d.source().info(&i) != nil {
 		return
 	}
-	n, err := h.peer().written()
+	n, err := d.peer().written()
 	if err != nil {
 		return
 	}
-	if int64(n-h.written0-h.byTCP()) >= 0 {
-		p.settled = h.seen
+	if int64(n-d.written0-d.byTCP()) >= 0 {
+		p.settled = d.seen
 		return
 	}
 	if answer, err := p.ask(localLocalRequestLOCAL_SETTLE, uint32(byTCP)); err == nil &&
 		answer&localLocalAnswerLOCAL_SETTLED != 0 {
 		f.l.log.Debug("a redirect from a process was cut short, and its bytes go by TCP",
-			"flow", f.cookies[0], "bytes", h.seen-h.moved())
+			"flow", f.cookies[0], "bytes", d.seen-d.moved())
 	}
 }
 

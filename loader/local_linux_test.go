@@ -47,16 +47,14 @@ func TestLocalSelfTest(t *testing.T) {
 // Each rule that the self-test is there for makes it fail when it is off.
 func TestLocalSelfTestFindsBrokenRules(t *testing.T) {
 	for name, c := range map[string]struct {
-		off  func(*localRules)
+		off  rule
 		test string
 	}{
-		"order": {func(r *localRules) { r.order = false }, "sk_msg: order"},
-		"bound": {func(r *localRules) { r.bound = false }, "sk_msg: bound"},
+		"order": {ruleLocalOrder, "sk_msg: order"},
+		"bound": {ruleLocalBound, "sk_msg: bound"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := allRules
-			c.off(&r.local)
-			n := openLocal(t, r)
+			n := openLocal(t, new(hooks).without(c.off))
 			for _, f := range n.selfTest() {
 				if f.Name != c.test {
 					continue
@@ -70,7 +68,7 @@ func TestLocalSelfTestFindsBrokenRules(t *testing.T) {
 	}
 }
 
-func openLocal(t testing.TB, r rules) *Local {
+func openLocal(t testing.TB, r *hooks) *Local {
 	t.Helper()
 	n, err := open(t, r, 16).Local()
 	if err != nil {
@@ -83,8 +81,10 @@ func openLocal(t testing.TB, r rules) *Local {
 // numbers.
 func TestLocalPair(t *testing.T) {
 	for _, on := range []bool{true, false} {
-		r := allRules
-		r.local.pair = on
+		var r *hooks
+		if !on {
+			r = r.without(ruleLocalPair)
+		}
 		n := openLocal(t, r)
 		_, down := connect(t, "tcp4")
 		up, _ := connect(t, "tcp4")
@@ -109,8 +109,10 @@ func TestLocalPair(t *testing.T) {
 // bound.
 func TestLocalDrain(t *testing.T) {
 	for _, on := range []bool{true, false} {
-		r := allRules
-		r.local.bound, r.local.drain = false, on
+		r := new(hooks).without(ruleLocalBound)
+		if !on {
+			r = r.without(ruleLocalDrain)
+		}
 		n := openLocal(t, r)
 		p := &trial{l: n.l, local: true}
 		defer p.close()
@@ -121,7 +123,7 @@ func TestLocalDrain(t *testing.T) {
 		waitFor(t, func() bool {
 			answer, err := f.process.ask(localLocalRequestLOCAL_LOOK, 0)
 			return f.process.moved(0) == uint64(len(data)) &&
-				(answer&localLocalAnswerLOCAL_BACKLOG == 0 || f.halves[0].done.Load() || on) && err == nil
+				(answer&localLocalAnswerLOCAL_BACKLOG == 0 || f.directions[0].isDone.Load() || on) && err == nil
 		}, "all to be redirected")
 		got, err := io.ReadAll(p.server)
 		if on && (err != nil || string(got) != string(data)) {
@@ -137,8 +139,10 @@ func TestLocalDrain(t *testing.T) {
 // A process that closes with bytes unread resets the other side, though TCP doesn't know of them.
 func TestLocalUnread(t *testing.T) {
 	for _, on := range []bool{true, false} {
-		r := allRules
-		r.local.unread = on
+		var r *hooks
+		if !on {
+			r = r.without(ruleLocalUnread)
+		}
 		n := openLocal(t, r)
 		ln, _ := cgroup.Listen(t, "tcp4")
 		p := becomeLocal(t, n, ln)
@@ -249,7 +253,7 @@ func TestLocalAttachment(t *testing.T) {
 	needRoot(t)
 	instance := fmt.Sprintf("ts-ldr-local-%d", os.Getpid())
 	if i := os.Getenv("TS_LDR_LOCAL"); i != "" {
-		l, err := load(Options{Instance: i, MaxFlows: 16, Local: true}, allRules)
+		l, err := load(Options{Instance: i, MaxFlows: 16, Local: true}, nil)
 		must(t, err)
 		n, err := l.Local()
 		must(t, err)
@@ -285,7 +289,7 @@ func TestLocalAttachment(t *testing.T) {
 	cmd.Wait()
 	waitFor(t, func() bool { return attached(t, dir) == 0 }, "the dead daemon's program to go")
 
-	l, err := load(Options{Instance: instance, MaxFlows: 16, Local: true}, allRules)
+	l, err := load(Options{Instance: instance, MaxFlows: 16, Local: true}, nil)
 	must(t, err)
 	n, err := l.Local()
 	must(t, err)
@@ -312,7 +316,7 @@ func attached(t testing.TB, dir string) int {
 
 // Streams that end at the same moment have both ended: a FIN that comes to a closed socket is nothing unread.
 func TestLocalCloseAtOnce(t *testing.T) {
-	n := openLocal(t, allRules)
+	n := openLocal(t, nil)
 	ln, _ := cgroup.Listen(t, "tcp4")
 	for range 200 {
 		p := becomeLocal(t, n, ln)

@@ -67,8 +67,8 @@ func (t *trial) pastTCP() error {
 			return err
 		}
 	}
-	for i := range f.halves {
-		if n := f.halves[i].snapshot().local; n != uint64(3*len(data)) {
+	for i := range f.directions {
+		if n := f.directions[i].snapshot().local; n != uint64(3*len(data)) {
 			return fmt.Errorf("%d of %d bytes bypassed TCP", n, 3*len(data))
 		}
 	}

@@ -102,8 +102,8 @@ func (t *targets) find(up *net.TCPConn) (*process, error) {
 	return p, nil
 }
 
-// left is told that a flow which find gave a process has ended, or has not begun.
-func (t *targets) left(p *process) {
+// release is told that a flow which find gave a process has ended, or has not begun.
+func (t *targets) release(p *process) {
 	if p.group == nil {
 		return
 	}

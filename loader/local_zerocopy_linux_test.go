@@ -19,7 +19,7 @@ import (
 func TestLocalZeroCopy(t *testing.T) {
 	for _, network := range networks() {
 		t.Run(network, func(t *testing.T) {
-			n := openLocal(t, allRules)
+			n := openLocal(t, nil)
 			ln, _ := cgroup.Listen(t, network)
 			p := becomeLocal(t, n, ln)
 			control(t, p.server, func(fd int) {
@@ -39,7 +39,7 @@ func TestLocalZeroCopy(t *testing.T) {
 			must(t, exchangeBytes(p, 1000, 1000))
 		})
 		t.Run(network+", as the listener's", func(t *testing.T) {
-			n := openLocal(t, allRules)
+			n := openLocal(t, nil)
 			ln, _ := cgroup.Listen(t, network)
 			control(t, ln.(*net.TCPListener), func(fd int) { must(t, zeroCopy(fd)) })
 			var server *net.TCPConn

@@ -155,7 +155,7 @@ func TestVeth(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
 	}
-	n, l := newLAN(t), open(t, allRules, 64)
+	n, l := newLAN(t), open(t, nil, 64)
 	start := time.Now()
 	must(t, bothWays(n.splice(l, pathOptions{}), 128<<20))
 	t.Logf("128 MiB each way in %v, %+v", time.Since(start), l.Stats())
@@ -166,7 +166,7 @@ func TestLoss(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
 	}
-	n, l := newLAN(t), open(t, allRules, 64)
+	n, l := newLAN(t), open(t, nil, 64)
 	n.lose(100)
 	var all sync.WaitGroup
 	for i := range atSoak(20, 60) {
@@ -191,11 +191,11 @@ func TestLostReset(t *testing.T) {
 	}
 	n := newLAN(t)
 	for name, leaves := range map[string]bool{"inside": false, "outside": true} {
-		l := open(t, allRules, 16)
+		l := open(t, nil, 16)
 		for side := range 2 {
 			p := n.splice(l, pathOptions{busy: 1 << 40})
 			if leaves {
-				leaveHalf(t, l, l.onlyFlow(t), side)
+				detachOne(t, l, l.onlyFlow(t), side)
 			}
 			ours := int(l.onlyFlow(t).sockets[side])
 			from, to := p.client, p.server
@@ -229,7 +229,7 @@ func TestLocalDrops(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
 	}
-	n, l := newLAN(t), open(t, allRules, 64)
+	n, l := newLAN(t), open(t, nil, 64)
 	// 100 Mbit/s with room for a few segments.
 	must(t, netlink.QdiscReplace(&netlink.Tbf{
 		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: n.veth.Attrs().Index, Handle: netlink.MakeHandle(1, 0),
@@ -250,18 +250,18 @@ func TestLocalDrops(t *testing.T) {
 				case <-time.After(2 * time.Millisecond):
 				}
 				f.mu.RLock()
-				if !f.closed {
+				if !f.isClosed {
 					var info unix.TCPInfo
-					h := &f.halves[0]
-					if h.peer().info(&info) == nil {
+					d := &f.directions[0]
+					if d.peer().info(&info) == nil {
 						written := info.Bytes_sent - info.Bytes_retrans + uint64(info.Notsent_bytes)
-						counted = max(counted, int64(written)-int64(h.moved()))
+						counted = max(counted, int64(written)-int64(d.moved()))
 					}
-					w, err := h.peer().written()
-					s := h.snapshot()
+					w, err := d.peer().written()
+					s := d.snapshot()
 					// A FIN counts one.
-					if all := s.redirected + s.passed; err == nil && w-h.written0 > all+1 {
-						t.Errorf("%d bytes are said to be written, of %d", w-h.written0, all)
+					if all := s.redirected + s.passed; err == nil && w-d.written0 > all+1 {
+						t.Errorf("%d bytes are said to be written, of %d", w-d.written0, all)
 					}
 				}
 				f.mu.RUnlock()
@@ -284,8 +284,7 @@ func TestRuleOrderOff(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
 	}
-	r := allRules
-	r.order = false
+	r := new(hooks).without(ruleOrder)
 	l := open(t, r, 16)
 	for i := range 400 {
 		p := splicePath(t, l, pathOptions{buffer: 64 << 10, before: func(client, server, _, up *net.TCPConn) {
@@ -310,8 +309,8 @@ func TestRuleOrderOff(t *testing.T) {
 // refused and those that come after go through userspace, those that live go on.
 func TestSwitchOff(t *testing.T) {
 	// Its sockmap has the sockets already, so that the kernel refuses them.
-	foreign := open(t, allRules, 2*burstFailures)
-	l := open(t, allRules, 16)
+	foreign := open(t, nil, 2*burstFailures)
+	l := open(t, nil, 16)
 	var mu sync.Mutex
 	var log bytes.Buffer
 	write := writerFunc(func(b []byte) (int, error) {
@@ -369,12 +368,11 @@ func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 
 // Copying is what a direction gets whose source the kernel did not take.
 func TestCopying(t *testing.T) {
-	r := allRules
-	r.both = false
+	r := new(hooks).without(ruleBoth)
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	f := l.live[firstLive(l)].Load()
-	if !f.halves[1].copying.Load() {
+	if !f.directions[1].isCopying.Load() {
 		t.Fatal("it is not copying")
 	}
 	must(t, bothWays(p, 32<<20))
@@ -390,7 +388,7 @@ func TestCopying(t *testing.T) {
 
 // Real multipath TCP is refused by its name, not as a failure of the kernel.
 func TestMultipath(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	lc, d := net.ListenConfig{}, net.Dialer{}
 	lc.SetMultipathTCP(true)
 	d.SetMultipathTCP(true)

@@ -91,29 +91,6 @@ const (
 	refusedPair       = refusal("the target's socket is not the peer of ours")
 )
 
-// ErrKnownBad is what New fails with on a kernel that is known to damage spliced streams.
-var ErrKnownBad = errors.New("this kernel is known to damage spliced streams")
-
-// State is how a Finding came out.
-type State string
-
-const (
-	StateOK       State = "ok"
-	StateDegraded State = "degraded" // works, but less well, or could not be seen
-	StateMissing  State = "missing"  // the sockmap datapath can't work without it
-)
-
-// Finding is one thing that was looked at, for people: by Probe about the machine, by SelfTest about the splice.
-type Finding struct {
-	Name   string        `json:"name"`
-	State  State         `json:"state"`
-	Detail string        `json:"detail,omitempty"` // what was seen
-	Advice string        `json:"advice,omitempty"` // what to do; empty where nothing has to be done
-	Took   time.Duration `json:"took_ns,omitempty"`
-
-	lacks bool // the machine does, and it may be otherwise later
-}
-
 // Again reports whether New may do what it failed to do when it is tried again: what was lacking is what the machine, or
 // this process, may have later.
 func Again(err error) bool {
@@ -144,7 +121,7 @@ func (e *SelfTestError) Error() string {
 
 // Again reports whether to try again makes sense: what failed may be the machine's present state.
 func (e *SelfTestError) Again() bool {
-	return len(e.Findings) > 0 && e.Findings[len(e.Findings)-1].lacks
+	return len(e.Findings) > 0 && e.Findings[len(e.Findings)-1].Lacks
 }
 
 // Info is a spliced flow, live.

@@ -18,13 +18,13 @@ import (
 var instances atomic.Int64
 
 // open loads a Loader for one test, with rules, and closes it after.
-func open(t testing.TB, r rules, flows int) *Loader {
+func open(t testing.TB, r *hooks, flows int) *Loader {
 	t.Helper()
 	needRoot(t)
 	l, err := load(Options{
 		Instance: fmt.Sprintf("ts-ldr-%d-%d", os.Getpid(), instances.Add(1)),
 		MaxFlows: flows,
-		Local:    r.local != localRules{},
+		Local:    true,
 		Log:      slog.New(slog.NewTextHandler(testWriter{t}, nil)),
 	}, r)
 	if err != nil {
@@ -190,21 +190,21 @@ func leave(l *Loader) {
 	for i := range l.live {
 		if f := l.live[i].Load(); f != nil {
 			f.mu.RLock()
-			if !f.closed {
-				l.leaver.ask(f)
+			if !f.isClosed {
+				l.detacher.ask(f)
 			}
 			f.mu.RUnlock()
 		}
 	}
 }
 
-// leaveHalf takes one half of the flow out of the sockmap, and lets the other one stay.
-func leaveHalf(t *testing.T, l *Loader, f *flow, half int) {
+// detachOne takes one direction of the flow out of the sockmap, and lets the other one stay.
+func detachOne(t *testing.T, l *Loader, f *flow, side int) {
 	t.Helper()
-	l.leaver.mu.Lock()
-	f.halves[1-half].asked = true // so that it is not
-	l.leaver.mu.Unlock()
-	waitFor(t, func() bool { leave(l); return f.halves[half].left.Load() }, "the half to leave")
+	l.detacher.mu.Lock()
+	f.directions[1-side].wasAsked = true // so that it is not
+	l.detacher.mu.Unlock()
+	waitFor(t, func() bool { leave(l); return f.directions[side].isDetached.Load() }, "the side to leave")
 }
 
 // patience is for what comes sooner or later, on a machine that is busy too.

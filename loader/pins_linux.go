@@ -495,3 +495,34 @@ func pinName(instance string) string {
 	}
 	return safe
 }
+
+// probeBPFFS looks at whether pins can be in the BPF file system at that place.
+func probeBPFFS(at string, privileged bool) Finding {
+	f := Finding{Name: "bpffs", State: StateOK, Detail: at}
+	var s unix.Statfs_t
+	if err := unix.Statfs(at, &s); err != nil {
+		if errors.Is(err, unix.ENOENT) {
+			return f.missing(at+" does not exist", adviseBPFFS(at))
+		}
+		return f.missing(at+": "+err.Error(), "mount -t bpf bpf "+at)
+	}
+	if s.Type == unix.BPF_FS_MAGIC {
+		above, err := openPinsFolder(at, false)
+		_ = above.close()
+		if e := new(unsafeFolder); errors.As(err, &e) {
+			return f.missing(e.path+" can't be used: "+e.why, e.advice)
+		}
+		if errors.Is(err, errNotBPFFS) {
+			return f.missing(err.Error(), "umount it")
+		}
+		return f
+	}
+	if capable(unix.CAP_SYS_ADMIN) {
+		f.Detail = at + " is not mounted; the daemon mounts it at start"
+		return f
+	}
+	if !privileged {
+		return f.degraded(at+" is not mounted; a daemon that runs as root mounts it", "")
+	}
+	return f.missing(at+" is not mounted", "mount -t bpf bpf "+at)
+}

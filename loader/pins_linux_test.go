@@ -80,7 +80,7 @@ func TestPinsOfOthers(t *testing.T) {
 			must(t, os.WriteFile(filepath.Join(victim, "file"), []byte("precious"), 0o600))
 			c.make(t, at, victim)
 			err := RemoveDead(at, slog.New(slog.DiscardHandler))
-			l, lerr := load(Options{BPFFS: at, MaxFlows: 16}, allRules)
+			l, lerr := load(Options{BPFFS: at, MaxFlows: 16}, nil)
 			if lerr == nil {
 				err = errors.Join(err, l.Close())
 			}
@@ -111,7 +111,7 @@ func TestPinsOfOthers(t *testing.T) {
 // of one that lives.
 func TestPinsOfTheDead(t *testing.T) {
 	if name := os.Getenv("TS_LDR_INSTANCE"); name != "" {
-		_, err := load(Options{BPFFS: os.Getenv("TS_LDR_BPFFS"), Instance: name, MaxFlows: 16}, allRules)
+		_, err := load(Options{BPFFS: os.Getenv("TS_LDR_BPFFS"), Instance: name, MaxFlows: 16}, nil)
 		must(t, err)
 		fmt.Println("ready")
 		select {}
@@ -134,7 +134,7 @@ func TestPinsOfTheDead(t *testing.T) {
 	}
 	next := map[string]func(t *testing.T){
 		"a daemon of another name": func(t *testing.T) {
-			l, err := load(Options{BPFFS: at, Instance: "new", MaxFlows: 16}, allRules)
+			l, err := load(Options{BPFFS: at, Instance: "new", MaxFlows: 16}, nil)
 			must(t, err)
 			must(t, l.Close())
 		},
@@ -203,7 +203,7 @@ func TestGenerations(t *testing.T) {
 	}
 	next := func() *Loader {
 		t.Helper()
-		l, err := load(o, allRules)
+		l, err := load(o, nil)
 		must(t, err)
 		t.Cleanup(func() { l.Close() })
 		return l
@@ -261,7 +261,7 @@ func TestDeadGenerations(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			left()
-			l, err := load(Options{BPFFS: at, Instance: "one", MaxFlows: 16}, allRules)
+			l, err := load(Options{BPFFS: at, Instance: "one", MaxFlows: 16}, nil)
 			must(t, err)
 			if got := generations(t, at, "one"); got != "1 current=1" {
 				t.Errorf("there are %q", got)

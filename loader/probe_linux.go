@@ -17,9 +17,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Probe looks at what the sockmap datapath needs of this machine, for people. It changes nothing, works without
-// root, and says what it could not see. Whether the splice works is SelfTest's to say.
-func Probe() []Finding {
+// probeHost looks at what the sockmap datapath needs of this machine, for people. It changes nothing, works without
+// root, and says what it could not see. Whether the splice works is the self-test's to say. bpffs gives what there is to
+// say about pins, to a process that may load programs or not.
+func probeHost(bpffs func(privileged bool) Finding) []Finding {
 	privileged := capable(unix.CAP_SYS_ADMIN) || capable(unix.CAP_BPF) && capable(unix.CAP_NET_ADMIN)
 	return []Finding{
 		probeKernel(),
@@ -27,7 +28,7 @@ func Probe() []Finding {
 		probeConfig(),
 		probeCapabilities(),
 		probeFeatures(privileged),
-		probeBPFFS(defaultBPFFS, privileged),
+		bpffs(privileged),
 		probeCgroup2(),
 		probeJIT(),
 		probeMemory(),
@@ -48,16 +49,6 @@ func probeKernel() Finding {
 		f.State, f.Detail = StateMissing, why
 		f.Advice = "upgrade the kernel; flows go through userspace meanwhile"
 	}
-	return f
-}
-
-func (f Finding) degraded(detail, advice string) Finding {
-	f.State, f.Detail, f.Advice = StateDegraded, detail, advice
-	return f
-}
-
-func (f Finding) missing(detail, advice string) Finding {
-	f.State, f.Detail, f.Advice = StateMissing, detail, advice
 	return f
 }
 
@@ -200,36 +191,6 @@ func probeFeatures(privileged bool) Finding {
 	return f
 }
 
-func probeBPFFS(at string, privileged bool) Finding {
-	f := Finding{Name: "bpffs", State: StateOK, Detail: at}
-	var s unix.Statfs_t
-	if err := unix.Statfs(at, &s); err != nil {
-		if errors.Is(err, unix.ENOENT) {
-			return f.missing(at+" does not exist", adviseBPFFS(at))
-		}
-		return f.missing(at+": "+err.Error(), "mount -t bpf bpf "+at)
-	}
-	if s.Type == unix.BPF_FS_MAGIC {
-		above, err := openPinsFolder(at, false)
-		_ = above.close()
-		if e := new(unsafeFolder); errors.As(err, &e) {
-			return f.missing(e.path+" can't be used: "+e.why, e.advice)
-		}
-		if errors.Is(err, errNotBPFFS) {
-			return f.missing(err.Error(), "umount it")
-		}
-		return f
-	}
-	if capable(unix.CAP_SYS_ADMIN) {
-		f.Detail = at + " is not mounted; the daemon mounts it at start"
-		return f
-	}
-	if !privileged {
-		return f.degraded(at+" is not mounted; a daemon that runs as root mounts it", "")
-	}
-	return f.missing(at+" is not mounted", "mount -t bpf bpf "+at)
-}
-
 func probeCgroup2() Finding {
 	f := Finding{Name: "cgroup2", State: StateOK}
 	at, err := cgroup2Mount()
@@ -295,4 +256,21 @@ func probeMemory() Finding {
 	f.Detail = fmt.Sprintf("a socket may hold %d KiB received and %d KiB to send (tcp_rmem, tcp_wmem); a stalled flow up to %d MiB beside flow_buffer",
 		most[0]>>10, most[1]>>10, 2*(most[0]+most[1])>>20)
 	return f
+}
+
+// tcpPressure is from how many pages on TCP saves memory. The setting can be read in the first network
+// namespace only; elsewhere it is taken for what the kernel begins with, a sixteenth of what there is.
+func tcpPressure() uint64 {
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_mem"); err == nil {
+		if fields := strings.Fields(string(b)); len(fields) == 3 {
+			if n, err := strconv.ParseUint(fields[1], 10, 64); err == nil {
+				return n
+			}
+		}
+	}
+	var i unix.Sysinfo_t
+	if unix.Sysinfo(&i) != nil {
+		return 0
+	}
+	return uint64(i.Totalram) * uint64(i.Unit) / uint64(os.Getpagesize()) / 16
 }

@@ -84,7 +84,7 @@ func loopbackUp() error {
 	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, r)
 }
 
-// backlogs counts the halves that have something redirected and not yet written. The kernel retries each of
+// backlogs counts the directions that have something redirected and not yet written. The kernel retries each of
 // them every jiffy.
 func backlogs(t *testing.T, l *Loader) (n int) {
 	for i := range l.live {
@@ -92,11 +92,11 @@ func backlogs(t *testing.T, l *Loader) (n int) {
 		if f == nil {
 			continue
 		}
-		for j := range f.halves {
-			h := &f.halves[j]
-			written, err := h.peer().written()
+		for j := range f.directions {
+			d := &f.directions[j]
+			written, err := d.peer().written()
 			must(t, err)
-			if written-h.written0 < h.moved() {
+			if written-d.written0 < d.moved() {
 				n++
 			}
 		}
@@ -146,7 +146,7 @@ func TestStalledFlows(t *testing.T) {
 		return
 	}
 	// 16 MiB are more than all buffers take.
-	stall(t, allRules, 16<<20, 0, func(perFlow int64, waiting int, cpu time.Duration) {
+	stall(t, nil, 16<<20, 0, func(perFlow int64, waiting int, cpu time.Duration) {
 		// 2 flow_buffers, and the buffers of the proxy's two sockets at twice their bytes.
 		if perFlow > 2*(2<<20)+2*(1<<20+1<<20)*2 {
 			t.Errorf("%d bytes a flow are held", perFlow)
@@ -168,7 +168,7 @@ func TestStalledFlowsShortOfMemory(t *testing.T) {
 	}
 	limit := int64(tcpPressure()) * 3 / 2 // as the kernel sets it
 	// A flow or two in 200 were seen to end with an error, which is not understood; no byte was wrong.
-	stall(t, allRules, 24<<20, 2, func(perFlow int64, waiting int, cpu time.Duration) {
+	stall(t, nil, 24<<20, 2, func(perFlow int64, waiting int, cpu time.Duration) {
 		if most := limit*int64(os.Getpagesize())/stalledFlows + 2*(2<<20); perFlow > most {
 			t.Errorf("%d bytes a flow are held, more than %d: TCP's memory and two flow_buffers", perFlow,
 				most)
@@ -188,8 +188,7 @@ func TestRuleBoundOff(t *testing.T) {
 	if !inOwnNetwork(t) {
 		return
 	}
-	r := allRules
-	r.bound = false
+	r := new(hooks).without(ruleBound)
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	p.client.SetWriteDeadline(time.Now().Add(patience))
@@ -208,7 +207,7 @@ const stalledFlows = 200
 
 // stall lets both senders of each flow push size bytes for readers that begin after judge. Some flows may end
 // with an error.
-func stall(t *testing.T, r rules, size int64, mayEnd int,
+func stall(t *testing.T, r *hooks, size int64, mayEnd int,
 	judge func(perFlow int64, waiting int, cpu time.Duration)) {
 	const flows = stalledFlows
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
@@ -302,7 +301,7 @@ func TestIdleFlows(t *testing.T) {
 	// Each is four sockets, and more while it is made.
 	flows := atSoak(2000, min(20000, int(files.Max)/4-200))
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files.Max, Max: files.Max}))
-	l := open(t, allRules, flows)
+	l := open(t, nil, flows)
 	var down, up []*net.TCPConn
 	for range flows {
 		c, d := connect(t, "tcp4")
@@ -357,30 +356,29 @@ func residentSet(t *testing.T) int64 {
 
 // Messages over a spliced flow wake nobody here: they take no CPU of this process but that of the two ends.
 func TestQuiet(t *testing.T) {
-	if n := wakes(t, allRules); n != 0 {
+	if n := wakes(t, nil); n != 0 {
 		t.Errorf("%d wakes for 500 messages each way", n)
 	}
 }
 
 func TestRuleQuietOff(t *testing.T) {
-	r := allRules
-	r.quiet = false
+	r := new(hooks).without(ruleQuiet)
 	if n := wakes(t, r); n < 100 {
 		t.Errorf("%d wakes for 500 messages each way: this test proves nothing", n)
 	}
 }
 
-// wakes counts the events that the watcher gets while messages go to and fro.
-func wakes(t *testing.T, r rules) int {
+// wakes counts the events that the poller gets while messages go to and fro.
+func wakes(t *testing.T, r *hooks) int {
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{})
 	f := l.live[firstLive(l)].Load()
-	// A second epoll with the same interest sees what the watcher sees, and does not take it away.
+	// A second epoll with the same interest sees what the poller sees, and does not take it away.
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	must(t, err)
 	defer unix.Close(fd)
-	events := uint32(quiet)
-	if !r.quiet {
+	events := uint32(baseEvents)
+	if !r.keeps(ruleQuiet) {
 		events |= unix.EPOLLIN | unix.EPOLLOUT
 	}
 	for _, s := range f.sockets {
@@ -411,7 +409,7 @@ func testNothingIsLeft(t *testing.T, recorded bool) {
 	if !inOwnNetwork(t) {
 		return
 	}
-	l := open(t, allRules, 64)
+	l := open(t, nil, 64)
 	round := func(n int) {
 		for i := range n {
 			c, d := connect(t, "tcp4")
@@ -530,7 +528,7 @@ func TestPins(t *testing.T) {
 	needRoot(t)
 	instance := fmt.Sprintf("ts-ldr-pins-%d", os.Getpid())
 	if i := os.Getenv("TS_LDR_PINS"); i != "" {
-		l, err := load(Options{BPFFS: os.Getenv("TS_LDR_BPFFS"), Instance: i, MaxFlows: 16}, allRules)
+		l, err := load(Options{BPFFS: os.Getenv("TS_LDR_BPFFS"), Instance: i, MaxFlows: 16}, nil)
 		must(t, err)
 		splicePath(t, l, pathOptions{})
 		fmt.Println("ready")
@@ -548,7 +546,7 @@ func TestPins(t *testing.T) {
 			t.Fatalf("%q %v", b, err)
 		}
 	}
-	beside, err := load(Options{BPFFS: at, Instance: instance, MaxFlows: 16}, allRules)
+	beside, err := load(Options{BPFFS: at, Instance: instance, MaxFlows: 16}, nil)
 	must(t, err)
 	if n := len(beside.Flows()); n != 0 {
 		t.Errorf("the next generation begins with %d flows", n)
@@ -557,7 +555,7 @@ func TestPins(t *testing.T) {
 	if left, err := os.ReadDir(filepath.Join(at, "tailsplice", instance, currentLink)); err != nil || len(left) == 0 {
 		t.Fatalf("the next generation has left the living daemon %v, %v", left, err)
 	}
-	other, err := load(Options{BPFFS: at, Instance: instance + "x", MaxFlows: 16}, allRules)
+	other, err := load(Options{BPFFS: at, Instance: instance + "x", MaxFlows: 16}, nil)
 	must(t, err)
 	must(t, cmd.Process.Kill())
 	cmd.Wait()
@@ -565,7 +563,7 @@ func TestPins(t *testing.T) {
 	if left, err := os.ReadDir(dir); err != nil || len(left) == 0 {
 		t.Fatalf("the killed daemon left %v, %v", left, err)
 	}
-	l, err := load(Options{BPFFS: at, Instance: instance, MaxFlows: 16}, allRules)
+	l, err := load(Options{BPFFS: at, Instance: instance, MaxFlows: 16}, nil)
 	must(t, err)
 	if n := len(l.Flows()); n != 0 {
 		t.Errorf("%d flows of the dead daemon", n)
@@ -585,7 +583,7 @@ func TestPins(t *testing.T) {
 // What bpftool prints, what Flows gives, what TCP_INFO says and what the ends counted are the same, to the
 // byte.
 func TestFlowsAgree(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	p := splicePath(t, l, pathOptions{network: "tcp6"})
 	must(t, exchangeBytes(p, 123457, 7654321))
 	bpftool, err := exec.LookPath("bpftool")
@@ -623,13 +621,13 @@ func TestFlowsAgree(t *testing.T) {
 	up, down := p.count()
 	flow := l.live[firstLive(l)].Load()
 	for i, want := range []int64{up, down} {
-		got, err := flow.halves[i].source().received()
+		got, err := flow.directions[i].source().received()
 		must(t, err)
-		written, err := flow.halves[i].peer().written()
+		written, err := flow.directions[i].peer().written()
 		must(t, err)
-		if int64(got) != want || int64(written-flow.halves[i].written0) != want {
-			t.Errorf("half %d: TCP_INFO says %d received and %d written, the count is %d", i, got,
-				written-flow.halves[i].written0, want)
+		if int64(got) != want || int64(written-flow.directions[i].written0) != want {
+			t.Errorf("direction %d: TCP_INFO says %d received and %d written, the count is %d", i, got,
+				written-flow.directions[i].written0, want)
 		}
 	}
 }

@@ -23,14 +23,12 @@ const testPatience = 3 * time.Second
 // SelfTest loads the programs beside whatever runs, and gives the verdicts of the self-test: what New would find.
 // It takes about 0.2 s, and touches loopback only.
 func SelfTest(o Options) []Finding {
-	r := allRules
-	r.pressure = tcpPressure()
 	// Containers may share the BPF file system, and have processes of one number.
 	o.Instance, o.MaxFlows = fmt.Sprintf("selftest-%d-%x", os.Getpid(), time.Now().UnixNano()), 64
-	if err := refuseKnownBad(o); err != nil {
+	if err := refuseKnownBad(o.KnownBad); err != nil {
 		return []Finding{{Name: "version", State: StateMissing, Detail: err.Error(), Advice: "use a newer kernel; flows go through userspace meanwhile"}}
 	}
-	l, err := load(o, r)
+	l, err := load(o, nil)
 	if err != nil {
 		return []Finding{{Name: "load", State: StateMissing, Detail: explain(err).Error(), Advice: "see the findings about the machine"}}
 	}
@@ -50,7 +48,7 @@ func (l *Loader) SelfTest() []Finding { return l.findings }
 
 func failed(findings []Finding) error {
 	for _, f := range findings {
-		if f.State == StateMissing || f.lacks {
+		if f.State == StateMissing || f.Lacks {
 			return &SelfTestError{findings}
 		}
 	}
@@ -76,7 +74,7 @@ func (l *Loader) selfTest() []Finding {
 		{"trim", "an skb that was read in part is cut where cb[0] says", (*trial).trim, ""},
 		{"overlap", "an overlapping retransmit is delivered once", (*trial).overlap, "give the daemon CAP_NET_RAW and CAP_NET_ADMIN"},
 		{"bound", "a reader that stops also stops the sender, and loses nothing", (*trial).bound, ""},
-		{"bulk", "a busy direction leaves the sockmap and comes back, with every byte in its place", (*trial).bulk, fmt.Sprintf("use Linux %d.%d or newer", leastBulk.major, leastBulk.minor)},
+		{"bulk", "a busy direction leaves the sockmap and comes back, with every byte in its place", (*trial).bulk, fmt.Sprintf("use Linux %d.%d or newer", leastDetach.major, leastDetach.minor)},
 		{"drain", "data that is queued when a stream ends arrives before the end", (*trial).drain, ""},
 		{"reset", "a reset of either side reaches the other", (*trial).reset, ""},
 	})
@@ -100,13 +98,13 @@ func (l *Loader) try(local bool, tests []test) []Finding {
 			f.State, f.Detail = StateDegraded, err.Error()
 			f.Advice = test.advice
 		case what != "": // no proof could be made, which proves nothing
-			f.lacks, f.State, f.Detail, f.Advice = true, StateDegraded, what+": "+err.Error(), advice
+			f.Lacks, f.State, f.Detail, f.Advice = true, StateDegraded, what+": "+err.Error(), advice
 		case err != nil:
 			f.State, f.Detail = StateMissing, err.Error()
 			f.Advice = "use another kernel; flows go through userspace meanwhile"
 		}
 		findings = append(findings, f)
-		if f.lacks {
+		if f.Lacks {
 			break // the others need it, too
 		}
 	}
@@ -133,8 +131,8 @@ func (l *Loader) lacking(err error) (what, advice string) {
 	}
 	// The kernel goes on saving memory until TCP has less than the first number of tcp_mem, which is by itself
 	// three quarters of the second: see tcp(7) and tcp_init_mem.
-	if n, most := tcpMemory(), l.rules.pressure; most != 0 && n >= most-most/4 {
-		return fmt.Sprintf("TCP is short of memory, with %d pages of %d", n, l.rules.pressure),
+	if n, most := tcpMemory(), l.pressure; most != 0 && n >= most-most/4 {
+		return fmt.Sprintf("TCP is short of memory, with %d pages of %d", n, l.pressure),
 			"wait until there is less traffic, or raise the limits: sysctl net.ipv4.tcp_mem"
 	}
 	for _, name := range []string{"tcp_rmem", "tcp_wmem"} {
@@ -348,8 +346,8 @@ func (t *trial) redirect() error {
 			return err
 		}
 	}
-	for i := range f.halves {
-		if s := f.halves[i].snapshot(); s.redirected+s.local == 0 {
+	for i := range f.directions {
+		if s := f.directions[i].snapshot(); s.redirected+s.local == 0 {
 			return errors.New("nothing was redirected by the kernel")
 		}
 	}
@@ -420,7 +418,7 @@ func (t *trial) overlap() error {
 		return fmt.Errorf("%w: %w", errUntried, err)
 	}
 	if err := expect(patient{t.server}, data[100:5100]); err != nil {
-		if t.flow().halves[0].snapshot().redirected == 100 {
+		if t.flow().directions[0].snapshot().redirected == 100 {
 			return fmt.Errorf("%w: the segment did not come in, a firewall may have dropped it", errUntried)
 		}
 		return err
@@ -455,7 +453,7 @@ func (t *trial) bound() error {
 	var last snapshot
 	for still, limit := 0, time.Now().Add(3*testPatience); still < 5 || last.passed == 0; {
 		time.Sleep(5 * time.Millisecond)
-		now := f.halves[0].snapshot()
+		now := f.directions[0].snapshot()
 		if still++; now != last {
 			last, still = now, 0
 		}
@@ -473,7 +471,7 @@ func (t *trial) bound() error {
 }
 
 func (t *trial) bulk() error {
-	if t.l.leaver == nil {
+	if t.l.detacher == nil {
 		return fmt.Errorf("%w: busy flows stay in the sockmap, which costs them some speed", errUntried)
 	}
 	if err := t.connect(); err != nil {
@@ -531,8 +529,8 @@ func (t *trial) leave() {
 	}
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if !f.closed {
-		t.l.leaver.ask(f)
+	if !f.isClosed {
+		t.l.detacher.ask(f)
 	}
 }
 
@@ -544,10 +542,10 @@ func (t *trial) redirected() uint64 {
 	}
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if f.closed {
+	if f.isClosed {
 		return 0
 	}
-	return load64(&f.halves[0].shared().Redirected)
+	return load64(&f.directions[0].shared().Redirected)
 }
 
 // takeBack splices a flow again that was given back, when all that there was to be read is written, as userspace/relay

@@ -11,9 +11,9 @@ import (
 )
 
 func TestSelfTest(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	all := l.selfTest()
-	for end := time.Now().Add(patience); len(all) > 0 && all[len(all)-1].lacks && time.Now().Before(end); {
+	for end := time.Now().Add(patience); len(all) > 0 && all[len(all)-1].Lacks && time.Now().Before(end); {
 		t.Logf("once more, since %s", all[len(all)-1].Detail) // what others on this machine use
 		time.Sleep(time.Second)
 		all = l.selfTest()
@@ -32,18 +32,16 @@ func TestSelfTest(t *testing.T) {
 // Each rule that the self-test is there for makes it fail when it is off.
 func TestSelfTestFindsBrokenRules(t *testing.T) {
 	for name, c := range map[string]struct {
-		off   func(*rules)
+		off   []rule
 		tests []string
 	}{
-		"bound": {func(r *rules) { r.bound = false }, []string{"bound"}},
-		"trim":  {func(r *rules) { r.trim = false }, []string{"trim", "overlap"}},
-		"kick":  {func(r *rules) { r.kick, r.look = false, false }, []string{"kick"}},
-		"reset": {func(r *rules) { r.reset = false }, []string{"reset"}},
+		"bound": {[]rule{ruleBound}, []string{"bound"}},
+		"trim":  {[]rule{ruleTrim}, []string{"trim", "overlap"}},
+		"kick":  {[]rule{ruleKick, ruleSweep}, []string{"kick"}},
+		"reset": {[]rule{ruleReset}, []string{"reset"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := allRules
-			c.off(&r)
-			l := open(t, r, 16)
+			l := open(t, new(hooks).without(c.off...), 16)
 			found := map[string]Finding{}
 			all := l.selfTest()
 			for _, f := range all {
@@ -69,20 +67,20 @@ func TestSelfTestSaysWhatIsLacking(t *testing.T) {
 	if !inNewNetwork(t) {
 		return
 	}
-	set := func(name, value string) func(*rules) {
-		return func(*rules) { must(t, os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(value), 0)) }
+	set := func(name, value string) func(*hooks) {
+		return func(*hooks) { must(t, os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(value), 0)) }
 	}
-	loopback := func(set func(netlink.Link) error) func(*rules) {
-		return func(*rules) {
+	loopback := func(set func(netlink.Link) error) func(*hooks) {
+		return func(*hooks) {
 			lo, err := netlink.LinkByName("lo")
 			must(t, errors.Join(err, set(lo)))
 		}
 	}
-	nothing := func(*rules) {}
+	nothing := func(*hooks) {}
 	const small = "a socket may have a buffer of 4096 bytes only"
 	for _, c := range []struct {
 		name         string
-		make, unmake func(*rules)
+		make, unmake func(*hooks)
 		detail       string
 		advice       string
 	}{
@@ -90,7 +88,7 @@ func TestSelfTestSaysWhatIsLacking(t *testing.T) {
 			small + " (net.ipv4.tcp_wmem)", "sysctl -w net.ipv4.tcp_wmem="},
 		{"small receive buffers", set("tcp_rmem", "4096 4096 4096"), set("tcp_rmem", "4096 131072 6291456"),
 			small + " (net.ipv4.tcp_rmem)", "sysctl -w net.ipv4.tcp_rmem="},
-		{"no memory", func(r *rules) { r.pressure = 1 }, nothing,
+		{"no memory", func(r *hooks) { r.pressure = 1 }, nothing,
 			"TCP is short of memory", "sysctl net.ipv4.tcp_mem"},
 		{"lo is down", loopback(netlink.LinkSetDown), loopback(netlink.LinkSetUp),
 			"the interface lo is down", "ip link set lo up"},
@@ -100,9 +98,9 @@ func TestSelfTestSaysWhatIsLacking(t *testing.T) {
 		}), nothing, "no connection over loopback can be made", "ip addr show lo"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			r := allRules
-			c.make(&r)
-			defer c.unmake(&r)
+			r := new(hooks)
+			c.make(r)
+			defer c.unmake(r)
 			l := open(t, r, 16)
 			all := l.selfTest()
 			f := all[len(all)-1]

@@ -18,18 +18,18 @@ import (
 // cutShort makes a flow past TCP in which redirects from the process are cut short: downstream's send buffer
 // is small, and nobody looks whether there is room, as when TCP is out of memory. Some bytes have gone by TCP
 // before, and the kernel has redirected them; what goes by TCP afterwards is copied, behind those.
-func cutShort(t *testing.T, r rules, network string) (*path, *flow) {
-	r.local.bound = false
+func cutShort(t *testing.T, r *hooks, network string) (*path, *flow) {
+	r = r.without(ruleLocalBound)
 	n := openLocal(t, r)
 	ln, _ := cgroup.Listen(t, network)
 	p := becomeLocal(t, n, ln)
 	f := n.l.onlyFlow(t)
 	must(t, errors.Join(unix.SetsockoptInt(int(f.sockets[0]), unix.SOL_SOCKET, unix.SO_SNDBUF, 16<<10),
 		p.client.SetReadBuffer(16<<10)))
-	f.process.stop()
+	f.process.disable()
 	must(t, exchangeBytes(p, 1000, 1000))
-	f.process.begin()
-	atomic.StoreUint32(&f.halves[1].shared().Limit, 4096)
+	f.process.enable()
+	atomic.StoreUint32(&f.directions[1].shared().Limit, 4096)
 	end := time.Now().Add(60 * time.Second)
 	must(t, errors.Join(p.client.SetDeadline(end), p.server.SetDeadline(end)))
 	return p, f
@@ -60,8 +60,10 @@ func TestLocalCutShort(t *testing.T) {
 	for _, network := range networks() {
 		for _, settle := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s settle %v", network, settle), func(t *testing.T) {
-				r := allRules
-				r.local.settle = settle
+				var r *hooks
+				if !settle {
+					r = r.without(ruleLocalSettle)
+				}
 				p, f := cutShort(t, r, network)
 				chatter(t, p)
 				data, sent := pattern(1<<20), make(chan error, 1)
@@ -97,10 +99,10 @@ func TestLocalCutShort(t *testing.T) {
 // lacks: downstream's TCP was given less than is counted.
 func (f *flow) lacks(t *testing.T) bool {
 	t.Helper()
-	h := &f.halves[1]
-	n, err := h.peer().written()
+	d := &f.directions[1]
+	n, err := d.peer().written()
 	must(t, err)
-	return int64(n-h.written0-h.byTCP()) < 0
+	return int64(n-d.written0-d.byTCP()) < 0
 }
 
 // A process that ends its stream after a redirect that was cut short: all that its send() took arrives, and
@@ -108,7 +110,7 @@ func (f *flow) lacks(t *testing.T) bool {
 func TestLocalCutShortAtTheEnd(t *testing.T) {
 	for _, network := range networks() {
 		t.Run(network, func(t *testing.T) {
-			p, _ := cutShort(t, allRules, network)
+			p, _ := cutShort(t, nil, network)
 			data, took := pattern(1<<20), 0
 			raw, err := p.server.SyscallConn()
 			must(t, err)
@@ -130,7 +132,7 @@ func TestLocalCutShortAtTheEnd(t *testing.T) {
 
 // A redirect that waits for room is not cut short: what it has not written yet still counts.
 func TestLocalRedirectWaits(t *testing.T) {
-	p, f := cutShort(t, allRules, "tcp4")
+	p, f := cutShort(t, nil, "tcp4")
 	file, err := p.server.File()
 	must(t, err)
 	defer file.Close()
@@ -141,7 +143,7 @@ func TestLocalRedirectWaits(t *testing.T) {
 		sent <- err
 	}()
 	waitFor(t, func() bool { return f.lacks(t) }, "a redirect to wait")
-	m := f.halves[1].shared()
+	m := f.directions[1].shared()
 	byTCP := load64(&m.Redirected) + load64(&m.Consumed)
 	answer, err := f.process.ask(localLocalRequestLOCAL_SETTLE, uint32(byTCP))
 	if must(t, err); answer&localLocalAnswerLOCAL_SETTLED != 0 || !f.lacks(t) {
@@ -154,26 +156,24 @@ func TestLocalRedirectWaits(t *testing.T) {
 // While TCP is short of memory, nothing goes past it.
 func TestLocalShortOfMemory(t *testing.T) {
 	for _, network := range networks() {
-		r := allRules
-		r.pressure = 1 << 63 // less than any number of pages
+		r := &hooks{pressure: 1 << 63} // less than any number of pages
 		n := openLocal(t, r)
 		ln, _ := cgroup.Listen(t, network)
 		p := becomeLocal(t, n, ln)
 		must(t, exchangeBytes(p, 1<<20, 1<<20))
 		f := n.l.onlyFlow(t)
-		for i := range f.halves {
-			if s := f.halves[i].snapshot(); s.local != 0 || s.passed+s.redirected != 1<<20 {
-				t.Errorf("%s, half %d: %+v", network, i, s)
+		for i := range f.directions {
+			if s := f.directions[i].snapshot(); s.local != 0 || s.passed+s.redirected != 1<<20 {
+				t.Errorf("%s, direction %d: %+v", network, i, s)
 			}
 		}
 	}
 }
 
-// A half that has stalled is found while the other one moves.
+// A direction that has stalled is found while the other one moves.
 func TestStallWhileTheOtherWayMoves(t *testing.T) {
 	for _, network := range networks() {
-		r := allRules
-		r.kick = false
+		r := new(hooks).without(ruleKick)
 		l := open(t, r, 16)
 		p := splicePath(t, l, pathOptions{network: network, before: func(client, _, down, _ *net.TCPConn) {
 			client.Write([]byte("hello"))

@@ -3,6 +3,7 @@ package loader
 import (
 	"context"
 	"net"
+	"slices"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -15,7 +16,7 @@ import (
 func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn,
 	o Flow) (count func() (up, down int64), err error) {
 	count, err = l.spliceConns(ctx, down, up, o, nil)
-	l.counts.refusal(l, err)
+	l.counts.countRefusal(l, err)
 	return count, err
 }
 
@@ -24,7 +25,7 @@ func (l *Loader) Splice(ctx context.Context, down, up *net.TCPConn,
 func (l *Loader) SpliceSockets(ctx context.Context, down, up int,
 	o Flow) (count func() (up, down int64), err error) {
 	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, nil, func() {})
-	l.counts.refusal(l, err)
+	l.counts.countRefusal(l, err)
 	return count, err
 }
 
@@ -64,124 +65,134 @@ func (l *Loader) splice(ctx context.Context, sockets [2]socket, o Flow,
 		return nil, err
 	}
 	defer l.splicing.Done()
-	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), ended: o.Ended,
-		returned: o.Returned, busy: o.Busy, idle: o.Idle, before: [2]int64{o.Up, o.Down}, process: process}
-	f.sockets, f.counts = sockets, &l.counts
+	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), sockets: sockets, ended: o.Ended,
+		returned: o.Returned, busy: o.Busy, idle: o.Idle, before: [2]int64{o.Up, o.Down}, process: process,
+		counts: &l.counts}
 	if process != nil {
 		f.counts = &process.local.counts
 	}
-	undo := []func(){f.giveSlot}
-	back := func(why refusal) (func() (up, down int64), error) {
-		for i := len(undo) - 1; i >= 0; i-- {
-			undo[i]()
-		}
-		return nil, why
+	undo := undo{f.giveSlot}
+	if err := f.enter(o, &undo); err != nil {
+		undo.run()
+		return nil, err
 	}
+	taken()
+	f.begin(ctx)
+	return f.count, nil
+}
 
+// undo is what takes back the steps of something that fails in the end.
+type undo []func()
+
+func (u *undo) add(back func()) { *u = append(*u, back) }
+
+func (u undo) run() {
+	for _, back := range slices.Backward(u) {
+		back()
+	}
+}
+
+// enter makes all that a spliced flow needs, and puts it into the sockmap, or says why that can't be. undo gets what
+// takes it back.
+func (f *flow) enter(o Flow, undo *undo) error {
 	if f.sockets[0].isMultipath() || f.sockets[1].isMultipath() {
-		return back(refusedMultipath) // a sockmap takes none
+		return refusedMultipath // a sockmap takes none
 	}
-	options, why, ok := f.setOptions()
-	undo = append(undo, options)
-	if !ok {
-		return back(why)
-	}
-	if why, ok := f.measure(); !ok {
-		return back(why)
-	}
-
-	f.record = l.ledger.find(f.cookies[0])
-	isNew := f.record == nil
-	if isNew && o.Returned != nil && o.Moved != nil && process == nil {
-		if f.record, err = l.ledger.add(f.sockets, f.cookies, o); err != nil {
-			return back(err.(refusal))
+	for _, s := range f.sockets {
+		if err := s.setOptions(undo); err != nil {
+			return err
 		}
-		undo = append(undo, func() { f.record.remove() })
 	}
-	for i := range f.halves {
-		l.halves[2*slot+uint32(i)] = spliceHalf{Source: f.cookies[i],
-			Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
-		f.halves[i].resume(f.record.direction(uint32(i), f.before[i]))
+	if err := f.measure(); err != nil {
+		return err
 	}
-	undo = append(undo, func() { f.record.leave(f); f.forget() })
-	if err := f.record.enter(f, o); err != nil {
-		return back(refusedMaps)
+	isNew, err := f.list(o, undo)
+	if err != nil {
+		return err
 	}
 	// Edge-triggered: what has happened before is told when the flow is live. An end of stream since the
 	// measurement makes the insertion fail.
 	for i, s := range f.sockets {
-		if err := f.watcher().add(s, 2*slot+uint32(i), f.generation); err != nil {
-			return back(refusedDescriptors)
+		if err := f.poller().add(s, 2*f.slot+uint32(i), f.generation); err != nil {
+			return refusedDescriptors
 		}
-		undo = append(undo, func() { f.watcher().remove(s) })
+		undo.add(func() { f.poller().remove(s) })
 	}
-	undo = append(undo, f.withdraw, process.undo)
-	if why, ok := f.insert(); !ok {
-		return back(why)
+	undo.add(f.withdraw)
+	undo.add(f.process.undo)
+	if err := f.insert(); err != nil {
+		return err
 	}
-	l.inside.Add(1)
+	f.l.inside.Add(1)
 	if isNew {
-		f.counts.begun()
+		f.counts.countBegun()
 	} else {
-		f.counts.inserted.Add(uint64(len(f.halves)))
+		f.counts.inserted.Add(uint64(len(f.directions)))
 	}
+	return nil
+}
 
-	taken()
-	l.alive.Add(1)
-	l.live[slot].Store(f)
-	f.begin()
-	if ctx.Done() != nil {
-		stop := context.AfterFunc(ctx, func() { f.finish(endCanceled, context.Cause(ctx)) })
-		f.stop.Store(&stop)
-		if f.over.Load() {
-			stop()
+// list puts the flow into the flows map, where it goes on from what the ledger knows of it.
+func (f *flow) list(o Flow, undo *undo) (isNew bool, err error) {
+	l := f.l
+	f.record = l.ledger.find(f.cookies[0])
+	isNew = f.record == nil
+	if isNew && o.Returned != nil && o.Moved != nil && f.process == nil {
+		if f.record, err = l.ledger.add(f.sockets, f.cookies, o); err != nil {
+			return isNew, err
 		}
+		undo.add(func() { f.record.remove() })
 	}
-	if o.Idle > 0 {
-		l.sweeper.atLeast(o.Idle / 4)
+	for i := range f.directions {
+		l.halves[2*f.slot+uint32(i)] = spliceHalf{Source: f.cookies[i], Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
+		f.directions[i].resume(f.record.history(uint32(i), f.before[i]))
 	}
-	return f.count, nil
+	undo.add(func() { f.record.leave(f); f.forget() })
+	if err := f.record.enter(f, o); err != nil {
+		return isNew, refusedMaps
+	}
+	return isNew, nil
 }
 
 // insert puts both sockets into the sockmap. From then on bytes move, and there is no way back. If upstream
 // has ended or broken meanwhile, its direction is copied to the end.
-func (f *flow) insert() (refusal, bool) {
-	if why, ok := f.prepare(); !ok {
-		return why, false
+func (f *flow) insert() error {
+	if err := f.prepare(); err != nil {
+		return err
 	}
 	sources := f.l.objects.Sources
 	if f.process != nil {
 		sources = f.process.local.objects.LocalSources
-		if why, ok := f.process.prepare(f); !ok {
-			return why, false
+		if err := f.process.prepare(f); err != nil {
+			return err
 		}
 	}
 	if err := sources.Put(2*f.slot, uint64(f.sockets[0])); err != nil {
-		return insertion(err), false
+		return insertion(err)
 	}
-	if !f.l.rules.both || sources.Put(2*f.slot+1, uint64(f.sockets[1])) != nil {
-		f.halves[1].copying.Store(true)
+	if !f.l.hooks.keeps(ruleBoth) || sources.Put(2*f.slot+1, uint64(f.sockets[1])) != nil {
+		f.directions[1].isCopying.Store(true)
 	}
-	f.process.begin()
-	return "", true
+	f.process.enable()
+	return nil
 }
 
 // prepare lets the programs find the sockets: both can be redirected to before the first of them is asked for
 // a verdict.
-func (f *flow) prepare() (refusal, bool) {
+func (f *flow) prepare() error {
 	for i, s := range f.sockets {
 		at := 2*f.slot + uint32(i)
 		if f.l.objects.Places.Put(f.cookies[i], splicePlace{Flow: f.cookies[0], Half: at}) != nil {
-			return refusedMaps, false
+			return refusedMaps
 		}
 		if s.attach(f.l.objects.Brake) != nil {
-			return refusedFilter, false
+			return refusedFilter
 		}
 		if err := f.l.objects.Peers.Put(at, uint64(s)); err != nil {
-			return insertion(err), false
+			return insertion(err)
 		}
 	}
-	return "", true
+	return nil
 }
 
 // withdraw undoes prepare, however far that came.
@@ -193,27 +204,42 @@ func (f *flow) withdraw() {
 	}
 }
 
-// begin does what a flow needs once its events are listened to. It may be over by then, and its descriptors
-// another flow's, hence the lock.
-func (f *flow) begin() {
-	f.mu.RLock()
-	defer f.mu.RUnlock()
-	if f.closed {
-		return
-	}
-	for _, s := range f.sockets {
-		if f.l.rules.kick {
-			s.kick() // the verdict for what was queued before
+// begin lets the flow live: it hears of events from now on, and does what came too early to be told of.
+func (f *flow) begin(ctx context.Context) {
+	f.l.alive.Add(1)
+	f.l.live[f.slot].Store(f)
+	f.wakeAll()
+	if ctx.Done() != nil {
+		stop := context.AfterFunc(ctx, func() { f.finish(endCanceled, context.Cause(ctx)) })
+		f.stop.Store(&stop)
+		if f.isOver.Load() {
+			stop()
 		}
 	}
-	for i := range f.sockets {
-		f.watchAgain(uint32(i))
+	if f.idle > 0 {
+		f.l.sweeper.atLeast(f.idle / 4)
 	}
-	for i := range f.halves {
-		h := &f.halves[i]
-		if m := h.shared(); h.copying.Load() || load64(&m.Passed) != 0 ||
+}
+
+// wakeAll is for what had come before events were listened to. The flow may be over by then, and its descriptors
+// another flow's, hence the lock.
+func (f *flow) wakeAll() {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.isClosed {
+		return
+	}
+	for i, s := range f.sockets {
+		if f.l.hooks.keeps(ruleKick) {
+			s.kick() // the verdict for what was queued before
+		}
+		f.rearm(uint32(i))
+	}
+	for i := range f.directions {
+		d := &f.directions[i]
+		if m := d.shared(); d.isCopying.Load() || load64(&m.Passed) != 0 ||
 			atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
-			h.wake(0) // its event came too early
+			d.wake(0) // its event came too early
 		}
 	}
 }
@@ -227,66 +253,54 @@ func insertion(err error) refusal {
 }
 
 // measure finds out where both sockets' streams are, before anything moves.
-func (f *flow) measure() (refusal, bool) {
+func (f *flow) measure() error {
 	for i, s := range f.sockets {
 		cookie, err := s.cookie()
 		if err != nil {
-			return refusedSocket, false
+			return refusedSocket
 		}
 		f.cookies[i] = cookie
 		read, open, err := s.readBefore()
 		if err != nil {
-			return refusedSocket, false
+			return refusedSocket
 		}
 		if !open {
-			return refusedState, false
+			return refusedState
 		}
 		written, err := s.writtenBefore()
 		if err != nil {
-			return refusedSocket, false
+			return refusedSocket
 		}
-		f.halves[i].init(f, uint32(i), read)
-		f.halves[1-i].written0 = written
+		f.directions[i].init(f, uint32(i), read)
+		f.directions[1-i].written0 = written
 	}
-	return "", true
+	return nil
 }
 
-// setOptions makes the kernel send what it is given, when it is given it. undo gives the old options back.
-func (f *flow) setOptions() (undo func(), why refusal, ok bool) {
-	type old struct {
-		s                socket
-		level, name, was int
-	}
-	var changed []old
-	undo = func() {
-		for _, c := range changed {
-			_ = unix.SetsockoptInt(int(c.s), c.level, c.name, c.was)
+// setOptions makes the kernel send what it is given, when it is given it. undo gets what gives the old options back.
+func (s socket) setOptions(undo *undo) error {
+	for _, want := range []struct{ level, name, value int }{
+		// The kernel sends a redirected skb fragment by fragment; Nagle would hold the last one back.
+		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
+		// Else sysctl tcp_notsent_lowat decides, which the verdict doesn't see, whether a write is taken.
+		{unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, -1},
+		// The verdict gets urgent bytes in their place. Without this the kernel counts as unread only what is before
+		// them.
+		{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1},
+	} {
+		was, err := unix.GetsockoptInt(int(s), want.level, want.name)
+		if err != nil {
+			return refusedSocket
 		}
-	}
-	for _, s := range f.sockets {
-		for _, want := range []struct{ level, name, value int }{
-			// The kernel sends a redirected skb fragment by fragment; Nagle would hold the last one back.
-			{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
-			// Else sysctl tcp_notsent_lowat decides, which the verdict doesn't see, whether a write is taken.
-			{unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, -1},
-			// The verdict gets urgent bytes in their place. Without this the kernel counts as unread only
-			// what is before them.
-			{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1},
-		} {
-			was, err := unix.GetsockoptInt(int(s), want.level, want.name)
-			if err != nil {
-				return undo, refusedSocket, false
-			}
-			if was == want.value {
-				continue
-			}
-			if err := unix.SetsockoptInt(int(s), want.level, want.name, want.value); err != nil {
-				return undo, refusedSocket, false
-			}
-			changed = append(changed, old{s, want.level, want.name, was})
+		if was == want.value {
+			continue
 		}
+		if err := unix.SetsockoptInt(int(s), want.level, want.name, want.value); err != nil {
+			return refusedSocket
+		}
+		undo.add(func() { _ = unix.SetsockoptInt(int(s), want.level, want.name, was) })
 	}
-	return undo, "", true
+	return nil
 }
 
 // forget takes the flow out of the tables. Its sockets have left the sockmaps, or never were there.

@@ -15,7 +15,7 @@ import (
 func TestBothWays(t *testing.T) {
 	for _, network := range []string{"tcp4", "tcp6"} {
 		t.Run(network, func(t *testing.T) {
-			l := open(t, allRules, 16)
+			l := open(t, nil, 16)
 			p := splicePath(t, l, pathOptions{network: network})
 			const n = 256 << 20
 			start := time.Now()
@@ -51,7 +51,7 @@ var ways = map[string]func(*path) (from, to *net.TCPConn){"up": upward, "down": 
 
 // A reader that stops holds the sender up; nothing is lost when it goes on.
 func TestReaderStops(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	for name, way := range ways {
 		t.Run(name, func(t *testing.T) {
 			p := splicePath(t, l, pathOptions{buffer: 256 << 10})
@@ -118,7 +118,7 @@ func (p *pausing) Read(b []byte) (int, error) {
 }
 
 func TestOneByteSegments(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	p := splicePath(t, l, pathOptions{})
 	data := pattern(20000)
 	go func() {
@@ -137,7 +137,7 @@ func TestOneByteSegments(t *testing.T) {
 }
 
 func TestConcurrentFlows(t *testing.T) {
-	l := open(t, allRules, 1024)
+	l := open(t, nil, 1024)
 	const flows = 200
 	var all sync.WaitGroup
 	errs := make(chan error, flows)

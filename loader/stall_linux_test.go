@@ -17,15 +17,14 @@ import (
 // The sweep finds what an event should have told of, and counts it: without the events a slow reader gets all
 // the same, but late.
 func TestStallOfCopying(t *testing.T) {
-	r := allRules
-	r.events = false
+	r := new(hooks).without(ruleEvents)
 	p, l := stalling(t, r)
 	go p.push()
-	h := &l.onlyFlow(t).halves[0]
+	d := &l.onlyFlow(t).directions[0]
 	// Until it comes to rest, with bytes to copy and no room for them.
 	for s := (snapshot{}); ; time.Sleep(100 * time.Millisecond) {
-		now := h.snapshot()
-		if now == s && now.passed != load64(&h.shared().Consumed) {
+		now := d.snapshot()
+		if now == s && now.passed != load64(&d.shared().Consumed) {
 			break
 		}
 		s = now
@@ -33,12 +32,11 @@ func TestStallOfCopying(t *testing.T) {
 	p.arrives(t, l)
 }
 
-// TestStallOfLeaving: so does a half that has left.
+// TestStallOfLeaving: so does a direction that has left.
 func TestStallOfLeaving(t *testing.T) {
-	r := allRules
-	r.events = false
+	r := new(hooks).without(ruleEvents)
 	p, l := stalling(t, r)
-	leaveHalf(t, l, l.onlyFlow(t), 0)
+	detachOne(t, l, l.onlyFlow(t), 0)
 	go p.push()
 	p.arrives(t, l)
 }
@@ -48,7 +46,7 @@ type stalled struct {
 	data []byte // on its way up
 }
 
-func stalling(t *testing.T, r rules) (stalled, *Loader) {
+func stalling(t *testing.T, r *hooks) (stalled, *Loader) {
 	l := open(t, r, 16)
 	// A stall may be told of when the test is over.
 	l.log = slog.New(slog.DiscardHandler)
@@ -67,8 +65,7 @@ func (p stalled) arrives(t *testing.T, l *Loader) {
 // The sweep makes the verdict run for what the kernel has kept it from: here what was queued before, without
 // a kick.
 func TestStallOfTheVerdict(t *testing.T) {
-	r := allRules
-	r.kick = false
+	r := new(hooks).without(ruleKick)
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{before: func(client, _, _, _ *net.TCPConn) {
 		client.Write([]byte("hello"))
@@ -87,21 +84,21 @@ func wantStalls(t *testing.T, l *Loader) {
 	}
 }
 
-// What a half waits for stays watched when the flow begins: on another CPU it may be woken and come to rest
+// What a direction waits for stays watched when the flow begins: on another CPU it may be woken and come to rest
 // before.
 func TestBeginKeepsWhatIsWatched(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	p := splicePath(t, l, pathOptions{})
 	f := l.live[firstLive(l)].Load()
-	for i := range f.halves { // nobody takes away what is watched
-		f.halves[i].bits.Store(running)
+	for i := range f.directions { // nobody takes away what is watched
+		f.directions[i].bits.Store(isRunning)
 	}
-	f.watchAlso(0, unix.EPOLLIN, true)
-	f.watchAlso(1, unix.EPOLLOUT, true)
-	f.begin()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", f.watcher().fd))
+	f.watchFor(0, unix.EPOLLIN, true)
+	f.watchFor(1, unix.EPOLLOUT, true)
+	f.wakeAll()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", f.poller().fd))
 	must(t, err)
-	for side, want := range []uint32{quiet | unix.EPOLLIN, quiet | unix.EPOLLOUT} {
+	for side, want := range []uint32{baseEvents | unix.EPOLLIN, baseEvents | unix.EPOLLOUT} {
 		found := false
 		for line := range strings.Lines(string(b)) { // tfd:        9 events: 80002001 data: ...
 			var fd int
@@ -118,17 +115,17 @@ func TestBeginKeepsWhatIsWatched(t *testing.T) {
 			t.Errorf("side %d is not watched:\n%s", side, b)
 		}
 	}
-	for i := range f.halves {
-		f.halves[i].bits.Store(0)
-		f.halves[i].wake(0)
+	for i := range f.directions {
+		f.directions[i].bits.Store(0)
+		f.directions[i].wake(0)
 	}
 	must(t, bothWays(p, 1<<20))
 }
 
 // behind makes a flow whose upward direction is passing, with 24 MiB in front of what is passed, for a client
 // that does not read.
-func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
-	r.bound = false // so that there is a backlog
+func behind(t *testing.T, r *hooks) (*Loader, *path, []byte) {
+	r = r.without(ruleBound) // so that there is a backlog
 	l := open(t, r, 16)
 	data := pattern(24 << 20)
 	var p *path
@@ -147,24 +144,24 @@ func behind(t *testing.T, r rules) (*Loader, *path, []byte) {
 		p.wait(patience)
 	}
 	must(t, p.server.SetWriteDeadline(time.Time{}))
-	h := &l.onlyFlow(t).halves[0]
-	atomic.StoreUint64(&h.shared().Consumed, 1<<62) // the verdict passes, since passed is something else
+	d := &l.onlyFlow(t).directions[0]
+	atomic.StoreUint64(&d.shared().Consumed, 1<<62) // the verdict passes, since passed is something else
 	_, err := p.client.Write([]byte("hello"))
 	must(t, err)
-	for end := time.Now().Add(patience); h.snapshot().passed == 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); d.snapshot().passed == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("nothing was passed")
 		}
 	}
-	atomic.StoreUint64(&h.shared().Consumed, 0)
-	h.wake(0) // the verdict has rung, but for another number
+	atomic.StoreUint64(&d.shared().Consumed, 0)
+	d.wake(0) // the verdict has rung, but for another number
 	return l, p, data
 }
 
 // Bytes that userspace has to copy get past those that wait in front of them, in the same queue of the
 // kernel's, for a reader that has stopped: each way goes on without the other.
 func TestBacklogOfTheOtherWay(t *testing.T) {
-	l, p, data := behind(t, allRules)
+	l, p, data := behind(t, nil)
 	p.server.SetDeadline(time.Now().Add(patience))
 	must(t, expect(p.server, []byte("hello")))
 	p.client.SetDeadline(time.Now().Add(patience))
@@ -175,36 +172,36 @@ func TestBacklogOfTheOtherWay(t *testing.T) {
 	}
 }
 
-// Where a store of the verdict's may be seen late, and it may see one of a half late, so that it does not
-// ring, the half looks once more when it has copied: also what it did not have in its usual buffer.
+// Where a store of the verdict's may be seen late, and it may see one of a direction late, so that it does not
+// ring, the direction looks once more when it has copied: also what it did not have in its usual buffer.
 func TestLooksAgainAfterACopy(t *testing.T) {
-	for name, take := range map[string]func(h *half){
-		"read":          func(*half) {},
-		"read to leave": func(h *half) { must(t, h.takeInHand(1000)) },
+	for name, take := range map[string]func(d *direction){
+		"read":          func(*direction) {},
+		"read to leave": func(d *direction) { must(t, d.takeInHand(1000)) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			r, looks := allRules, make(chan func(), 100)
-			r.look, r.again = false, func(look func()) { looks <- look }
+			looks := make(chan func(), 100)
+			r := (&hooks{again: func(look func()) { looks <- look }}).without(ruleSweep)
 			l := open(t, r, 16)
 			p := splicePath(t, l, pathOptions{})
-			h := &l.onlyFlow(t).halves[0]
+			d := &l.onlyFlow(t).directions[0]
 			must(t, p.server.SetDeadline(time.Now().Add(patience)))
 			// passes sends what the verdict passes, and does not ring for.
 			passes := func(b []byte) {
-				passed, consumed := h.snapshot().passed, h.consumed
-				atomic.StoreUint64(&h.shared().Consumed, 1<<62)
+				passed, consumed := d.snapshot().passed, d.consumed
+				atomic.StoreUint64(&d.shared().Consumed, 1<<62)
 				_, err := p.client.Write(b)
 				must(t, err)
 				passed += uint64(len(b))
-				waitFor(t, func() bool { return h.snapshot().passed == passed }, "bytes to be passed")
-				atomic.StoreUint64(&h.shared().Consumed, consumed)
+				waitFor(t, func() bool { return d.snapshot().passed == passed }, "bytes to be passed")
+				atomic.StoreUint64(&d.shared().Consumed, consumed)
 			}
-			h.bits.Store(running) // it is this test that is
+			d.bits.Store(isRunning) // it is this test that is
 			data := pattern(1000)
 			passes(data)
-			waitFor(t, h.source().readable, "bytes to be read")
-			take(h)
-			h.run()
+			waitFor(t, d.source().readable, "bytes to be read")
+			take(d)
+			d.run()
 			must(t, expect(p.server, data))
 			if len(looks) == 0 {
 				t.Fatal("it does not look again")
@@ -216,31 +213,30 @@ func TestLooksAgainAfterACopy(t *testing.T) {
 	}
 }
 
-// While a half may leave, the verdict is kept from what comes: that is no stall.
+// While a direction may leave, the verdict is kept from what comes: that is no stall.
 func TestHeldIsNoStall(t *testing.T) {
-	r := allRules
-	r.look = false // nobody looks but this test
+	r := new(hooks).without(ruleSweep) // nobody looks but this test
 	l := open(t, r, 16)
 	p := splicePath(t, l, pathOptions{busy: 1 << 40})
 	must(t, sendPart(p.client, p.server, 1, 1000))
-	h := &l.onlyFlow(t).halves[0]
-	h.offer.Store(&offer{over: true})
-	h.source().hold()
-	before, err := h.source().received()
+	d := &l.onlyFlow(t).directions[0]
+	d.offer.Store(&offer{isOver: true})
+	d.source().hold()
+	before, err := d.source().received()
 	must(t, err)
 	_, err = p.client.Write([]byte("hello"))
 	must(t, err)
-	waitFor(t, func() bool { n, err := h.source().received(); return n > before || err != nil }, "the bytes to come")
-	if n := h.handled(); n != 1000 {
+	waitFor(t, func() bool { n, err := d.source().received(); return n > before || err != nil }, "the bytes to come")
+	if n := d.handled(); n != 1000 {
 		t.Fatalf("%d bytes were handled: this test proves nothing", n)
 	}
-	h.looked = true
-	h.look()
-	if h.looked {
+	d.wasChecked = true
+	d.checkVerdict()
+	if d.wasChecked {
 		t.Error("nobody looks again")
 	}
-	h.source().kick()
-	h.offer.Store(nil)
+	d.source().kick()
+	d.offer.Store(nil)
 	p.server.SetDeadline(time.Now().Add(patience))
 	must(t, expect(p.server, []byte("hello")))
 	if n := l.Stats().Stalls; n != 0 {

@@ -75,11 +75,11 @@ func (l *Loader) sweep(now time.Time) time.Duration {
 		if f.sweep(now) {
 			go f.finish(endIdle, nil)
 		}
-		if f.rests(now) {
+		if f.isQuiet(now) {
 			resting++
 		}
 	}
-	l.resting.Store(resting)
+	l.quiet.Store(resting)
 	l.ledger.publish()
 	l.local.sweep()
 	if err := l.pins.sweep(now, l.log); err != nil {
@@ -92,38 +92,16 @@ func (l *Loader) sweep(now time.Time) time.Duration {
 func (f *flow) sweep(now time.Time) bool {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if f.closed {
+	if f.isClosed {
 		return false
 	}
 	moves := false
-	for i := range f.halves {
-		h := &f.halves[i]
-		m := h.shared()
-		n := h.moved()
-		switch {
-		case n != h.seen || h.since.IsZero():
-			h.seen, h.since, h.looked = n, now, false
-			moves = true
-		// Once after each time that it moved, so that idle flows cost nothing.
-		case !h.looked && f.l.rules.look:
-			h.looked = true
-			h.look()
-		}
-		if atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
-			h.wake(0)
-		}
-		consumed, still := load64(&m.Consumed), uint64(0)
-		if h.snapshot().passed != consumed {
-			still = consumed + 1
-		}
-		if still != 0 && still == h.still && f.l.rules.look && h.missed() {
-			time.AfterFunc(eventDelay, func() { h.nudge(consumed) })
-		}
-		h.still = still
+	for i := range f.directions {
+		moves = f.directions[i].sweep(now) || moves
 	}
-	if f.halves[0].left.Load() || f.halves[1].left.Load() {
-		f.l.leaver.ask(f) // the other one, too
-		if moves {        // no verdict counts
+	if f.directions[0].isDetached.Load() || f.directions[1].isDetached.Load() {
+		f.l.detacher.ask(f) // the other one, too
+		if moves {          // no verdict counts
 			f.publish(func(*spliceFlow) {})
 		}
 	}
@@ -131,110 +109,141 @@ func (f *flow) sweep(now time.Time) bool {
 	return f.idle > 0 && now.Sub(f.lastMoved()) >= f.idle
 }
 
+// sweep looks for what no event has told of, and reports whether the direction has moved since the last sweep.
+func (d *direction) sweep(now time.Time) (moves bool) {
+	m, n := d.shared(), d.moved()
+	switch {
+	case n != d.seen || d.since.IsZero():
+		d.seen, d.since, d.wasChecked = n, now, false
+		moves = true
+	// Once after each time that it moved, so that idle flows cost nothing.
+	case !d.wasChecked && d.f.l.hooks.keeps(ruleSweep):
+		d.wasChecked = true
+		d.checkVerdict()
+	}
+	if atomic.LoadUint32((*uint32)(&m.Fault)) != 0 {
+		d.wake(0)
+	}
+	consumed, still := load64(&m.Consumed), uint64(0)
+	if d.snapshot().passed != consumed {
+		still = consumed + 1
+	}
+	if still != 0 && still == d.still && d.f.l.hooks.keeps(ruleSweep) && d.hasMissed() {
+		d.nudgeLater(consumed)
+	}
+	d.still = still
+	return moves
+}
+
 // lastMoved is when a byte was last seen to have moved, either way.
 func (f *flow) lastMoved() time.Time {
-	if t := f.halves[0].since; t.After(f.halves[1].since) {
+	if t := f.directions[0].since; t.After(f.directions[1].since) {
 		return t
 	}
-	return f.halves[1].since
+	return f.directions[1].since
 }
 
 // eventDelay is how late an event may be on a busy machine before it counts as lost.
 const eventDelay = 200 * time.Millisecond
 
-// missed: nobody is at the half, though it could go on with what it waits for.
-func (h *half) missed() bool {
-	f := h.f
-	if h.bits.Load()&running != 0 || h.timed.Load() || f.broken.Load() != nil {
+// hasMissed: nobody is at the direction, though it could go on with what it waits for.
+func (d *direction) hasMissed() bool {
+	f := d.f
+	if d.bits.Load()&isRunning != 0 || d.hasTimer.Load() || f.broken.Load() != nil {
 		return false
 	}
 	f.watchMu.Lock()
-	in, out := f.also[h.i]&unix.EPOLLIN != 0, f.also[1-h.i]&unix.EPOLLOUT != 0
+	in, out := f.watched[d.side]&unix.EPOLLIN != 0, f.watched[1-d.side]&unix.EPOLLOUT != 0
 	f.watchMu.Unlock()
 	switch { // see awaitRoom
 	case in:
-		if !h.source().readable() {
-			if !h.left.Load() { // nothing is in front of what comes to those
-				h.makeWay()
+		if !d.source().readable() {
+			if !d.isDetached.Load() { // nothing is in front of what comes to those
+				d.makeWay()
 			}
 			return false
 		}
 	case out:
-		p := []unix.PollFd{{Fd: int32(h.peer()), Events: unix.POLLOUT}}
+		p := []unix.PollFd{{Fd: int32(d.peer()), Events: unix.POLLOUT}}
 		if n, err := unix.Poll(p, 0); n <= 0 || err != nil {
 			return false
 		}
 	default: // asleep, with bytes that were passed
-		return !f.l.ringBehind()
+		return !f.l.ringHasPending()
 	}
-	return !f.watcher().behind() // else the event may be one of those that wait
+	return !f.poller().hasPending() // else the event may be one of those that wait
+}
+
+// nudgeLater calls nudge when an event that is only late would have come.
+func (d *direction) nudgeLater(consumed uint64) {
+	time.AfterFunc(eventDelay, func() { d.nudge(consumed) })
 }
 
 // nudge ends a stall of copying, if it still is one. It was one only if that helps: short of memory, TCP
 // takes nothing though poll says so.
-func (h *half) nudge(consumed uint64) {
-	f := h.f
+func (d *direction) nudge(consumed uint64) {
+	f := d.f
 	f.mu.RLock()
-	if f.closed || load64(&h.shared().Consumed) != consumed || !h.missed() {
+	if f.isClosed || load64(&d.shared().Consumed) != consumed || !d.hasMissed() {
 		f.mu.RUnlock()
 		return
 	}
-	before := h.moved()
+	before := d.moved()
 	f.mu.RUnlock()
-	h.wake(0)
+	d.wake(0)
 	time.AfterFunc(eventDelay, func() {
 		f.mu.RLock()
-		now := f.total[h.i]
-		if !f.closed {
-			now = h.moved()
+		now := f.total[d.side]
+		if !f.isClosed {
+			now = d.moved()
 		}
 		f.mu.RUnlock()
 		if now != before {
-			f.counts.stall(f.l, f.cookies[0], "nobody was told of bytes to copy, or of room for them")
+			f.counts.countStall(f.l, f.cookies[0], "nobody was told of bytes to copy, or of room for them")
 		}
 	})
 }
 
-// look finds bytes that were received and that the verdict was not run for, and makes it run; or, without a
+// checkVerdict finds bytes that were received and that the verdict was not run for, and makes it run; or, without a
 // verdict, that were not copied.
-func (h *half) look() {
-	if h.done.Load() {
+func (d *direction) checkVerdict() {
+	if d.isDone.Load() {
 		return
 	}
-	if h.copying.Load() {
-		if consumed := load64(&h.shared().Consumed); h.missed() {
-			time.AfterFunc(eventDelay, func() { h.nudge(consumed) })
+	if d.isCopying.Load() {
+		if consumed := load64(&d.shared().Consumed); d.hasMissed() {
+			d.nudgeLater(consumed)
 		}
 		return
 	}
-	if h.offer.Load() != nil { // the verdict may be kept from what comes
-		h.looked = false
+	if d.offer.Load() != nil { // the verdict may be kept from what comes
+		d.wasChecked = false
 		return
 	}
-	s := h.source()
+	s := d.source()
 	var i unix.TCPInfo
 	// The verdict runs under the lock that TCP_INFO takes, so what is handled is read after it.
 	if s.info(&i) != nil || i.State != tcpsock.Established { // a FIN is looked at by drained
 		return
 	}
-	handled := h.handled()
-	if int64(i.Bytes_received-h.read0-handled) <= 0 {
+	handled := d.handled()
+	if int64(i.Bytes_received-d.read0-handled) <= 0 {
 		return
 	}
 	s.kick()
-	if h.handled() != handled && h.offer.Load() == nil {
-		h.f.counts.stall(h.f.l, h.f.cookies[0], "the verdict was not run for bytes that had come")
+	if d.handled() != handled && d.offer.Load() == nil {
+		d.f.counts.countStall(d.f.l, d.f.cookies[0], "the verdict was not run for bytes that had come")
 	}
 }
 
 // Busy is how many spliced flows moved something lately. ok is false where the datapath takes none.
 func (l *Loader) Busy() (flows int, ok bool) {
 	// The sweeper may know of some that have ended since.
-	return int(max(l.inside.Load()-l.resting.Load(), 0)), !l.counts.isOff()
+	return int(max(l.inside.Load()-l.quiet.Load(), 0)), !l.counts.isOff()
 }
 
 // restsAfter is how long a flow has moved nothing that rests.
-const restsAfter = time.Second
+const quietAfter = time.Second
 
-// rests is asked by the sweeper: has the flow nothing to move?
-func (f *flow) rests(now time.Time) bool { return now.Sub(f.lastMoved()) >= restsAfter }
+// isQuiet is asked by the sweeper: has the flow nothing to move?
+func (f *flow) isQuiet(now time.Time) bool { return now.Sub(f.lastMoved()) >= quietAfter }

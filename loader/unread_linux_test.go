@@ -85,14 +85,14 @@ func testUnread(t *testing.T, network string, killed, ended bool) {
 	wait(unix.POLLRDHUP) // the daemon's end of the connection is closed
 
 	for _, local := range []bool{true, false} {
-		l, err := load(Options{Instance: instance, MaxFlows: 16, Local: local}, allRules)
+		l, err := load(Options{Instance: instance, MaxFlows: 16, Local: local}, nil)
 		must(t, err)
 		if local {
 			must(t, exchangeBytes(splicePath(t, l, pathOptions{network: network}), 1000, 1000))
 		}
 		must(t, l.Close())
 	}
-	l, err := load(Options{Instance: instance, MaxFlows: 16}, allRules)
+	l, err := load(Options{Instance: instance, MaxFlows: 16}, nil)
 	must(t, err)
 	defer l.Close()
 	must(t, server.SetReadDeadline(time.Now().Add(60*time.Second)))
@@ -161,7 +161,7 @@ func startDaemonOfUnread(t *testing.T,
 // stops at the end of its input.
 func daemonOfUnread(t *testing.T) {
 	network := os.Getenv("TS_LDR_NETWORK")
-	l, err := load(Options{Instance: os.Getenv("TS_LDR_UNREAD"), MaxFlows: 64, Local: true}, allRules)
+	l, err := load(Options{Instance: os.Getenv("TS_LDR_UNREAD"), MaxFlows: 64, Local: true}, nil)
 	must(t, err)
 	n, err := l.Local()
 	must(t, err)

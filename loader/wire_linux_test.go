@@ -19,9 +19,8 @@ import (
 // Without the trim all that overlaps on the wire comes out damaged, and with it nothing does.
 func TestWire(t *testing.T) {
 	needRoot(t)
-	r := allRules
-	r.trim = false
-	n, trims, not := wire.New(t), open(t, allRules, 64), open(t, r, 64)
+	r := new(hooks).without(ruleTrim)
+	n, trims, not := wire.New(t), open(t, nil, 64), open(t, r, 64)
 	for _, k := range wire.Cases() {
 		t.Run(k.Name, func(t *testing.T) {
 			try := func(l *Loader) error {
@@ -48,7 +47,7 @@ func TestWire(t *testing.T) {
 }
 
 func TestOverlaps(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	if err := overlaps(t, l, 300); err != nil {
 		t.Error(err)
 	}
@@ -115,7 +114,7 @@ func overlaps(t *testing.T, l *Loader, rounds int) error {
 		return fmt.Errorf("%d bytes were sent, flows say %+v", at, f)
 	}
 	t.Logf("%d bytes, %d trimmed, %d copied", at, f[0].UpTrimmed, f[0].UpCopied)
-	if f[0].UpTrimmed == 0 && l.rules.trim {
+	if f[0].UpTrimmed == 0 && l.hooks.keeps(ruleTrim) {
 		t.Error("nothing was trimmed: the segments did not come in")
 	}
 	return nil
@@ -124,7 +123,7 @@ func overlaps(t *testing.T, l *Loader, rounds int) error {
 // While bytes are passed and userspace has not read them, copied_seq is behind: only an own count of what was
 // handled can tell an overlap.
 func TestOverlapWhileReaderStops(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	p := splicePath(t, l, pathOptions{buffer: 64 << 10, before: func(client, server, down, up *net.TCPConn) {
 		client.SetWriteBuffer(32 << 10)
 		server.SetReadBuffer(32 << 10)
@@ -170,7 +169,7 @@ func TestOverlapWhileReaderStops(t *testing.T) {
 
 // An urgent byte stays where it is in the stream, as RFC 6093 wants.
 func TestUrgent(t *testing.T) {
-	l := open(t, allRules, 16)
+	l := open(t, nil, 16)
 	for name, way := range ways {
 		for _, size := range []int{10, 2 << 20} {
 			t.Run(fmt.Sprintf("%s %d", name, size), func(t *testing.T) {

@@ -88,6 +88,7 @@ type phase struct {
 	probe result
 	most  sample  // of each, but Taken and Slab are those beyond before
 	cpu   float64 // of the machine's: what the daemon has used
+	short float64 // of the time: the kernel was short of memory for TCP; more than 1 if that began before the phase
 	got   float64 // of this machine's processors: what the other one's was given of what it could have used
 }
 
@@ -298,11 +299,13 @@ func (c *conductor) tryMachine() (err error) {
 // phase measures, and notes what took memory meanwhile.
 func (c *conductor) phase(name string, each time.Duration) {
 	c.machine.mostSince(true)
-	began, cpu, waited := time.Now(), c.machine.last().CPU, c.machine.waited()
+	began, first, waited := time.Now(), c.machine.last(), c.machine.waited()
 	p := phase{name: name, probe: c.client.measure(each)}
 	took := time.Since(began)
 	p.got = 1 - float64(c.machine.waited()-waited)/float64(took)
-	p.cpu = float64(c.machine.last().CPU-cpu) / float64(took.Milliseconds())
+	last := c.machine.last()
+	p.cpu = float64(last.CPU-first.CPU) / float64(took.Milliseconds())
+	p.short = float64(last.Short-first.Short) / float64(took.Milliseconds())
 	p.most = c.machine.mostSince(false)
 	p.most.Taken -= c.before.Taken
 	p.most.Slab -= c.before.Slab
@@ -317,9 +320,9 @@ func (p *phase) bulk() float64 { return p.probe.bulk / p.got }
 // that the machine's processor had something to do it was not kept waiting by others here: throughput is
 // compared without that.
 func (c *conductor) table(budget int64) {
-	fmt.Printf("%-12s %10s %10s %7s %10s %6s %6s | most at once, MB: %6s %6s %6s %6s %8s  of %s\n", "", "p50 ms", "p99 ms", "failed", "MB/s", "CPU", "got", "taken", "RSS", "TCP", "slab", "sockets", mb(budget))
+	fmt.Printf("%-12s %10s %10s %7s %10s %6s %6s %6s | most at once, MB: %6s %6s %6s %6s %8s  of %s\n", "", "p50 ms", "p99 ms", "failed", "MB/s", "CPU", "got", "short", "taken", "RSS", "TCP", "slab", "sockets", mb(budget))
 	for _, p := range c.phases {
-		fmt.Printf("%-12s %10.1f %10.1f %7d %10.2f %6.2f %6.2f | %18s %6s %6s %6s %6s %8d\n", p.name, ms(p.probe.p50), ms(p.probe.p99), p.probe.failed, p.probe.bulk, max(0, p.cpu), p.got, "",
+		fmt.Printf("%-12s %10.1f %10.1f %7d %10.2f %6.2f %6.2f %6.2f | %18s %6s %6s %6s %6s %8d\n", p.name, ms(p.probe.p50), ms(p.probe.p99), p.probe.failed, p.probe.bulk, max(0, p.cpu), p.got, p.short, "",
 			mb(p.most.Taken), mb(p.most.RSS), mb(p.most.TCP), mb(p.most.Slab), p.most.Socket)
 	}
 	fmt.Println()

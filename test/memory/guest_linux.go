@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -26,6 +27,7 @@ type sample struct {
 	TCP    int64 // what sockets hold
 	Socket int64 // sockets of TCP: how many
 	CPU    int64 // what the daemon has used, in ms
+	Short  int64 // how long the kernel has been short of memory for TCP, in ms: since boot, of the times that have ended
 }
 
 // mark begins the lines of the console that the conductor reads.
@@ -187,7 +189,20 @@ func takeSample(pid int) sample {
 		fmt.Sscanf(tcp, "inuse %d orphan %d tw %d alloc %d mem %d", &inuse, &orphan, &tw, &alloc, &mem)
 		s.Socket, s.TCP = alloc, mem*int64(os.Getpagesize())
 	}
+	s.Short = tcpExt("TCPMemoryPressuresChrono")
 	return s
+}
+
+// tcpExt is a counter of the kernel's TCP.
+func tcpExt(name string) (n int64) {
+	b, _ := os.ReadFile("/proc/net/netstat")
+	names, rest, _ := strings.Cut(string(b), "\n")
+	values, _, _ := strings.Cut(rest, "\n")
+	v := strings.Fields(values)
+	if i := slices.Index(strings.Fields(names), name); i >= 0 && i < len(v) {
+		fmt.Sscan(v[i], &n)
+	}
+	return n
 }
 
 // fields are the numbers of a file of lines "NAME: NUMBER".

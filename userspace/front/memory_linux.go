@@ -17,6 +17,7 @@ import (
 
 const (
 	memoryEvery = time.Second
+	scarceTCP   = 64 << 20 // bytes that all sockets may have, as on a machine of 1 GiB
 	shortEvery  = memoryEvery / 4 // while half of the memory is taken
 	lookRest    = 20              // times as long as a look takes, which is a twentieth of a CPU at most
 
@@ -62,9 +63,17 @@ func (f *Front) watchMemory() {
 			return
 		case now := <-timer.C:
 			next := w.look(now, f.memoryUse("/proc", "/sys/fs/cgroup"))
+			f.opts.Relay.SpareTCP(isTCPScarce("/proc"))
 			timer.Reset(max(next, time.Since(now)*lookRest)) // however many flows there are
 		}
 	}
+}
+
+// isTCPScarce: the kernel has so little for TCP that a hundred readers who stop could take it all, or a part of it is
+// taken.
+func isTCPScarce(proc string) bool {
+	used, short := tcpMemory(proc)
+	return short > 0 && (short < scarceTCP || used >= short/4)
 }
 
 // A memoryUse is how much is taken of what there is, in bytes.
@@ -208,7 +217,7 @@ func (o owner) String() string {
 func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 	f := w.front
 	isShort := u.over(1, 2)
-	f.opts.Relay.SaveMemory(isShort)
+	f.opts.Relay.SaveMemory(isShort && u.what == overMemory)
 	if !isShort {
 		w.since = nil
 		w.refuse(now, u)
@@ -365,9 +374,14 @@ func victims(all []stalled, until time.Time) []stalled {
 // end resets connections of all that have stood still for long enough, in the order of victims, until so much is
 // given back that u is over no more.
 func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map[netip.AddrPort]tcpSocket, diag *sockDiag) error {
-	until := now.Add(-stoppedFor)
+	until, enough := now.Add(-stoppedFor), u.total/4*3
 	if u.over(7, 8) {
 		until = now.Add(-stoppedForShort)
+		if u.what != overMemory {
+			// The kernel is short from here on, and gives every connection next to nothing until less than 3/4
+			// are taken.
+			enough = u.total / 2
+		}
 	}
 	var first owner
 	var err error
@@ -377,7 +391,7 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 		if !ok {
 			continue // it has ended by itself
 		}
-		if freed > u.used-u.total/4*3 {
+		if freed > u.used-enough {
 			break
 		}
 		if err = diag.destroy(socket); err != nil {

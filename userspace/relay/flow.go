@@ -51,6 +51,7 @@ type side struct {
 	socket *loop.Socket // while the flow is on a loop
 	rest   []byte       // read from it there, and not yet written
 	tried  bool         // its stream is on trial no more: see trial_linux.go; guarded as the stream is
+	spared bool         // what is written on trial is kept short; as tried
 	pieces int          // in a row that were read on trial, on a loop, and were full
 
 	held       atomic.Int64 // bytes of its stream that its pump has no room for

@@ -10,9 +10,10 @@ import (
 
 // holding is what is known of the bytes that readers have no room for.
 type holding struct {
-	short atomic.Bool  // of memory
-	piped atomic.Int64 // bytes in this process and its pipes that pumps have no room for
-	sweep atomic.Int64 // the number of the last MeasureHeld
+	short     atomic.Bool  // of memory
+	scarceTCP atomic.Bool  // memory of TCP
+	piped     atomic.Int64 // bytes in this process and its pipes that pumps have no room for
+	sweep     atomic.Int64 // the number of the last MeasureHeld
 
 	measuring sync.Mutex
 }

@@ -106,8 +106,8 @@ func (f *flow) attachTo(down, up *loop.Socket) {
 	tcpsock.KeepUrgent(up.FD())
 	l.Do(func() (then func()) {
 		f.mu.Lock()
-		f.down = side{flow: f, socket: down, rest: f.down.rest, tried: f.down.tried}
-		f.up = side{flow: f, socket: up, rest: f.up.rest, tried: f.up.tried}
+		f.down = side{flow: f, socket: down, rest: f.down.rest, tried: f.down.tried, spared: f.down.spared}
+		f.up = side{flow: f, socket: up, rest: f.up.rest, tried: f.up.tried, spared: f.up.spared}
 		f.onLoop.Store(true)
 		f.mu.Unlock()
 		f.armOn(l)

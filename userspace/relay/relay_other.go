@@ -55,6 +55,9 @@ func (f *flow) takeBack(_, _ int, _, _ []byte) {
 // SaveMemory is for Linux.
 func (*Relay) SaveMemory(bool) {}
 
+// SpareTCP is for Linux.
+func (*Relay) SpareTCP(bool) {}
+
 // Piped is for Linux.
 func (*Relay) Piped() int64 { return 0 }
 

@@ -11,7 +11,15 @@ const (
 	trialBytes = 256 << 10 // more than a reader acknowledges that takes a first answer and stops: its buffer, twice
 	trialRead  = 8 << 10   // bytes of a piece
 	leastBulk  = 24 << 10  // bytes that come at once when the trial ends, and leave the loop
+
+	// What a reader on trial may have been written beyond what TCP could send, where TCP's memory is scarce. What a
+	// direction with a reader that stops has read sizes the receive buffer of its sender.
+	trialUnsent = 16 << 10
 )
+
+// SpareTCP says whether TCP's memory is scarce on this machine: then directions on trial take less of it, and leave
+// the loop more often.
+func (r *Relay) SpareTCP(isScarce bool) { r.holding.scarceTCP.Store(isScarce) }
 
 // piece is the part of buf that the next read from s may fill, and onTrial whether that is less because s is on
 // trial. dst is the other side's socket. It is for the pump of s, or for whoever has its loop.
@@ -22,8 +30,15 @@ func (s *side) piece(buf []byte, dst int) (part []byte, onTrial bool) {
 	if moved := s.moved().Load(); moved >= trialBytes {
 		queued, err := unix.IoctlGetInt(dst, unix.TIOCOUTQ) // SIOCOUTQ: what the reader has not acknowledged
 		if s.tried = err != nil || moved-int64(queued) >= trialBytes; s.tried {
+			if s.spared {
+				_ = unix.SetsockoptInt(dst, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 0) // what the sysctl says
+			}
 			return buf, false
 		}
+	}
+	if !s.spared && s.flow.relay.holding.scarceTCP.Load() {
+		s.spared = true
+		_ = unix.SetsockoptInt(dst, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, trialUnsent)
 	}
 	return buf[:min(len(buf), trialRead)], true
 }

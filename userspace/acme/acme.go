@@ -34,6 +34,7 @@
 package acme
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -299,9 +300,7 @@ func (m *Manager) policyFor(s Section, old, next *table) (*policy, error) {
 }
 
 func (s Section) withDefaults() Section {
-	if s.Storage == "" {
-		s.Storage = DefaultStorage
-	}
+	s.Storage = cmp.Or(s.Storage, DefaultStorage)
 	if len(s.Challenges) == 0 {
 		if s.Challenges = []string{HTTP01, TLSALPN01}; s.DNS != nil {
 			s.Challenges = []string{DNS01}
@@ -336,45 +335,32 @@ func (t *table) allows(name string) *policy {
 	if p := t.exact[name]; p != nil {
 		return p
 	}
-	if len(t.wildcard) == 0 {
-		return nil
-	}
-	for rest := name; ; {
-		_, after, ok := strings.Cut(rest, ".")
-		if !ok {
-			return nil
-		}
-		if p := t.wildcard[after]; p != nil {
+	for _, rest, ok := strings.Cut(name, "."); ok && len(t.wildcard) > 0; _, rest, ok = strings.Cut(rest, ".") {
+		if p := t.wildcard[rest]; p != nil {
 			return p
 		}
-		rest = after
-	}
-}
-
-// lookup finds the site that has a certificate for name: its own, or that of a wildcard one label up.
-func (t *table) lookup(name string) *site {
-	if s := t.sites[name]; s != nil {
-		return s
-	}
-	if _, parent, ok := strings.Cut(name, "."); ok {
-		return t.sites["*."+parent]
 	}
 	return nil
 }
 
+// lookup finds the site that has a certificate for name: its own, or that of a wildcard one label up.
+func (t *table) lookup(name string) *site {
+	_, parent, _ := strings.Cut(name, ".")
+	return cmp.Or(t.sites[name], t.sites["*."+parent])
+}
+
 // Source is a section as a place to get certificates from.
 type Source struct {
-	m        *Manager
-	names    map[string]bool
-	demand   table
-	first    string
-	describe string
+	m       *Manager
+	section Section
+	names   map[string]bool
+	demand  table
 }
 
 // Source returns the certificates of a section, which are those of the Manager from the apply on that has the
 // section.
 func (m *Manager) Source(s Section) *Source {
-	src := &Source{m: m, names: map[string]bool{}, demand: table{exact: map[string]*policy{}, wildcard: map[string]*policy{}}}
+	src := &Source{m: m, section: s, names: map[string]bool{}, demand: table{exact: map[string]*policy{}, wildcard: map[string]*policy{}}}
 	for _, n := range s.Names {
 		src.names[n] = true
 	}
@@ -385,25 +371,18 @@ func (m *Manager) Source(s Section) *Source {
 			src.demand.exact[n] = &policy{}
 		}
 	}
-	if len(s.Names) > 0 {
-		src.first = s.Names[0]
-	}
-	src.describe = "acme: " + strings.Join(append(slices.Clone(s.Names), s.OnDemand...), ", ")
 	return src
 }
 
 // String names the source in status.
-func (s *Source) String() string { return s.describe }
+func (s *Source) String() string {
+	return "acme: " + strings.Join(slices.Concat(s.section.Names, s.section.OnDemand), ", ")
+}
 
 // Covers says whether name (lower case, no trailing dot) is one of the section's.
 func (s *Source) Covers(name string) bool {
-	if s.names[name] {
-		return true
-	}
-	if _, parent, ok := strings.Cut(name, "."); ok && s.names["*."+parent] {
-		return true
-	}
-	return s.demand.allows(name) != nil
+	_, parent, _ := strings.Cut(name, ".")
+	return s.names[name] || s.names["*."+parent] || s.demand.allows(name) != nil
 }
 
 // GetCertificate returns the certificate for the hello's name, or without a name the section's first. It
@@ -411,11 +390,10 @@ func (s *Source) Covers(name string) bool {
 // section's; an error says why there is none yet.
 func (s *Source) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	name := strings.ToLower(strings.TrimSuffix(hello.ServerName, "."))
-	if name == "" {
-		if site := s.m.table.Load().sites[s.first]; site != nil {
+	if name == "" && len(s.section.Names) > 0 {
+		if site := s.m.table.Load().sites[s.section.Names[0]]; site != nil {
 			return site.cert.Load(), nil
 		}
-		return nil, nil
 	}
 	if !s.Covers(name) {
 		return nil, nil

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -185,12 +186,7 @@ func (e *attemptError) cheap() bool {
 	if e.storage != nil {
 		return len(e.failed) == 0 && e.issuer == nil
 	}
-	for _, f := range e.failed {
-		if len(f.problems) > 0 || !unreachable(f.err) {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(e.failed, func(f failure) bool { return len(f.problems) > 0 || !unreachable(f.err) })
 }
 
 // retryTime is how Let's Encrypt says in words when it allows the next order; acmez does not pass the

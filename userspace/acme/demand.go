@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -98,11 +99,9 @@ func (s *site) await(ctx context.Context) {
 	case s.kick <- struct{}{}: // a machine that has slept may not know yet
 	default:
 	}
-	timer := time.NewTimer(demandWait)
-	defer timer.Stop()
 	select {
 	case <-tried:
-	case <-timer.C:
+	case <-time.After(demandWait):
 	case <-ctx.Done():
 	}
 }
@@ -183,18 +182,9 @@ func (s *site) postpone() {
 // plausible says whether a server name could be a host's in the public DNS. It becomes part of a path and of
 // an order.
 func plausible(name string) bool {
-	if len(name) > 253 || !strings.Contains(name, ".") {
-		return false
-	}
-	for label := range strings.SplitSeq(name, ".") {
-		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
-			return false
-		}
-		for _, c := range []byte(label) {
-			if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
-				return false
-			}
-		}
-	}
-	return true
+	isLong := func(label string) bool { return len(label) > 63 }
+	around := "." + name + "."
+	return len(name) <= 253 && strings.Contains(name, ".") && strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-.") == "" &&
+		!strings.Contains(around, "..") && !strings.Contains(around, ".-") && !strings.Contains(around, "-.") &&
+		!slices.ContainsFunc(strings.Split(name, "."), isLong)
 }

@@ -19,11 +19,7 @@ func newZap(log *slog.Logger) *zap.Logger { return zap.New(bridge{log.Handler()}
 type bridge struct{ h slog.Handler }
 
 // saidBetter are messages of certmagic that this package's own make needless.
-var saidBetter = []string{
-	"could not get certificate from issuer",
-	"stapling OCSP",
-	"job failed",
-}
+var saidBetter = []string{"could not get certificate from issuer", "stapling OCSP", "job failed"}
 
 func bridgeLevel(l zapcore.Level) slog.Level {
 	if l >= zapcore.WarnLevel {

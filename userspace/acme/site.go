@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -109,15 +110,11 @@ func (s *site) run(ctx context.Context) {
 		s.ask(ctx)
 		s.staple(ctx)
 		if wait := min(time.Until(s.due()), lookEvery); wait > 0 {
-			timer := time.NewTimer(wait)
 			select {
 			case <-ctx.Done():
-			case <-s.kick:
-			case <-timer.C:
-			}
-			timer.Stop()
-			if ctx.Err() != nil {
 				return
+			case <-s.kick:
+			case <-time.After(wait):
 			}
 			continue // what is in storage may have changed as well
 		}
@@ -131,7 +128,7 @@ func (s *site) run(ctx context.Context) {
 		}
 		s.mu.Lock()
 		close(s.tried)
-		s.tried = make(chan struct{})
+		s.tried, s.trying = make(chan struct{}), false
 		s.mu.Unlock()
 		if ctx.Err() != nil {
 			return
@@ -278,12 +275,10 @@ type attempt struct {
 
 // note keeps a problem, which acmez may report more than once.
 func (a *attempt) note(p acme.Problem) {
-	for _, known := range a.problems {
-		if known.Type == p.Type && known.Detail == p.Detail {
-			return
-		}
+	isSame := func(other acme.Problem) bool { return other.Type == p.Type && other.Detail == p.Detail }
+	if !slices.ContainsFunc(a.problems, isSame) {
+		a.problems = append(a.problems, p)
 	}
-	a.problems = append(a.problems, p)
 }
 
 // failure is what came of one authority.
@@ -318,22 +313,17 @@ func (s *site) attempt(ctx context.Context) error {
 		a.replaces, a.replacesOf = c.Leaf, s.issuer.IssuerKey()
 	}
 	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.trying = false
-	}()
 	ctx, cancel := context.WithTimeout(context.WithValue(ctx, attemptKey{}, a), p.attemptTimeout())
 	defer cancel()
 
 	s.m.log.Info("ordering a certificate", "name", s.name, "ca", p.settings.CAs[0].Directory)
 	err := p.config.RenewCertSync(ctx, s.name, true) // obtains it, if there is none
+	f := p.newest(s.name)
+	if err == nil && f == nil {
+		err = errors.New("the certificate was stored, and can't be read back")
+	}
 	if err != nil {
 		return &attemptError{attempt: a, settings: &p.settings, name: s.name, err: err}
-	}
-	f := p.newest(s.name)
-	if f == nil {
-		return &attemptError{attempt: a, settings: &p.settings, name: s.name, err: errors.New("the certificate was stored, and can't be read back")}
 	}
 	s.use(f)
 	for _, failed := range a.failed { // the fallback has saved us
@@ -351,22 +341,19 @@ func (s *site) ended(err error) {
 		s.failures, s.problem, s.nextTry = 0, "", time.Time{}
 		return
 	}
-	wait := 0 * time.Second
-	text := err.Error()
+	wait, text := time.Duration(0), err.Error()
 	var ae *attemptError
 	if errors.As(err, &ae) {
-		text = ae.explain()
-		wait = ae.backoff(s.failures)
+		wait, text = ae.backoff(s.failures), ae.explain()
 	}
 	serving := "nothing: connections for this name fail"
 	if c := s.cert.Load(); c != nil {
-		left := time.Until(c.Leaf.NotAfter)
+		left, end := time.Until(c.Leaf.NotAfter), c.Leaf.NotAfter.UTC().Format("2006-01-02 15:04:05 MST")
+		serving = "the certificate that expires " + end
 		if left > 0 { // short-lived certificates leave no time for long breaks
 			wait = min(wait, max(left/4, 5*time.Second))
-		}
-		serving = fmt.Sprintf("the certificate that expires %s", c.Leaf.NotAfter.UTC().Format("2006-01-02 15:04:05 MST"))
-		if left < 0 {
-			serving = fmt.Sprintf("a certificate that expired %s: browsers refuse it", c.Leaf.NotAfter.UTC().Format("2006-01-02 15:04:05 MST"))
+		} else {
+			serving = "a certificate that expired " + end + ": browsers refuse it"
 		}
 	}
 	if ae != nil {

@@ -140,7 +140,7 @@ const lockPoll = 100 * time.Millisecond
 
 // Lock implements certmagic.Storage.
 func (s *storage) Lock(ctx context.Context, name string) error {
-	file := s.lockFile(name)
+	file := filepath.Join(s.files.Path, "locks", certmagic.StorageKeys.Safe(name)+".lock")
 	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 		return s.fail(ctx, "lock", err)
 	}
@@ -182,8 +182,4 @@ func (s *storage) Unlock(_ context.Context, name string) error {
 	}
 	os.Remove(f.Name()) // while it is ours; an error leaves an empty file
 	return f.Close()
-}
-
-func (s *storage) lockFile(name string) string {
-	return filepath.Join(s.files.Path, "locks", certmagic.StorageKeys.Safe(name)+".lock")
 }

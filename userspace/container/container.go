@@ -51,18 +51,14 @@ const (
 	// freshFor is how long a list is good without events, and how soon after one an unknown name is asked for
 	// again.
 	freshFor = 500 * time.Millisecond
-	// staleFor is how long the last list of a daemon that went away is good.
-	staleFor = 30 * time.Second
+	staleFor = 30 * time.Second // how long the last list of a daemon that went away is good
 	// askTimeout bounds one request, but for the list and the setup: it bounds how long is waited for them.
-	askTimeout = 3 * time.Second
-	// listTimeout bounds the request for the list.
-	listTimeout = 10 * time.Second
+	askTimeout  = 3 * time.Second
+	listTimeout = 10 * time.Second // bounds the request for the list
 	// setupTimeout bounds the request for the daemon's setup, which takes it seconds on some machines.
 	setupTimeout = 30 * time.Second
-	// setupWait is how long after that request was sent answers wait for it.
-	setupWait = 250 * time.Millisecond
-	// setupAgain is when it is sent again after it failed.
-	setupAgain = time.Minute
+	setupWait    = 250 * time.Millisecond // how long after that request was sent answers wait for it
+	setupAgain   = time.Minute            // when it is sent again after it failed
 	// restartWait is how long Resolve waits for a container that stopped just now, or that Docker is
 	// restarting.
 	restartWait = 3 * time.Second

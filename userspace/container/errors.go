@@ -20,15 +20,11 @@ type Kind string
 
 const (
 	// KindAbsent: the Docker daemon can't be asked: not running, no permission, or it doesn't answer.
-	KindAbsent Kind = "no_dockerd"
-	// KindUnknown: no container or service has that name.
-	KindUnknown Kind = "unknown_container"
-	// KindAmbiguous: several Compose projects have a service of that name.
-	KindAmbiguous Kind = "ambiguous_container"
-	// KindStopped: the container, or all of the service's, is not running.
-	KindStopped Kind = "container_stopped"
-	// KindUnreachable: it runs, and has no address that this host can reach.
-	KindUnreachable Kind = "container_unreachable"
+	KindAbsent      Kind = "no_dockerd"
+	KindUnknown     Kind = "unknown_container"     // no container or service has that name
+	KindAmbiguous   Kind = "ambiguous_container"   // several Compose projects have a service of that name
+	KindStopped     Kind = "container_stopped"     // the container, or all of the service's, is not running
+	KindUnreachable Kind = "container_unreachable" // it runs, and has no address that this host can reach
 )
 
 // Error tells people what to do; programs look at its Kind.

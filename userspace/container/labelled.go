@@ -15,15 +15,13 @@ import (
 
 // Labelled is a container that has labels which [Client.FollowLabels] asks for.
 type Labelled struct {
-	ID, Name string
-	Labels   map[string]string // those asked for; not to be changed
-	Ports    []uint16          // TCP ports that its image or its creator exposes, ascending
-	Created  time.Time
-	Running  bool
-	// HostNetwork says that it is in the host's network namespace, where a port may be anybody's.
-	HostNetwork bool
-	// Replicas is what the containers of one Compose service share, or "".
-	Replicas string
+	ID, Name    string
+	Labels      map[string]string // those asked for; not to be changed
+	Ports       []uint16          // TCP ports that its image or its creator exposes, ascending
+	Created     time.Time
+	Running     bool
+	HostNetwork bool   // it is in the host's network namespace, where a port may be anybody's
+	Replicas    string // what the containers of one Compose service share, or ""
 }
 
 func (l Labelled) equal(o Labelled) bool {

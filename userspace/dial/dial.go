@@ -29,8 +29,7 @@ import (
 )
 
 const (
-	// DefaultTimeout is [Dialer].Timeout if zero.
-	DefaultTimeout = 10 * time.Second
+	DefaultTimeout = 10 * time.Second // [Dialer].Timeout if zero
 	// offlineTimeout is all that a node gets which control says is offline: enough for one that is just
 	// coming back, and a quick answer else.
 	offlineTimeout = 4 * time.Second
@@ -45,11 +44,9 @@ const (
 	tailnetDelay = time.Second
 	// maxBeside is how many addresses are waited for at a time: each takes a file descriptor, and who names
 	// the target may give it any number. For one more the oldest is given up.
-	maxBeside = 4
-	// retryDelay is the pause before a quick failure is tried again.
-	retryDelay = 250 * time.Millisecond
-	// quick is what counts as a quick failure.
-	quick = time.Second
+	maxBeside  = 4
+	retryDelay = 250 * time.Millisecond // the pause before a quick failure is tried again
+	quick      = time.Second            // what counts as a quick failure
 )
 
 // The schemes of a [Target].

@@ -48,8 +48,7 @@ type Flow struct {
 	// since when they have taken nothing; nil: that is not known. It must be safe to call at any time.
 	Held func() (bytes int64, since time.Time)
 
-	// Account, when not nil, is what the flow is counted in.
-	Account *Account
+	Account *Account // what the flow is counted in; may be nil
 
 	// Shared says that many clients may be behind Client's address: a hop that does not say whom it speaks
 	// for.

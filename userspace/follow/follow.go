@@ -17,10 +17,8 @@ const (
 	// and a restart should show soon.
 	PauseMin = 50 * time.Millisecond
 	PauseMax = 2 * time.Second
-	// Pulse is how often a quiet daemon is asked whether it still answers.
-	Pulse = 15 * time.Second
-	// Settle collects the changes that come in one go.
-	Settle = 5 * time.Millisecond
+	Pulse    = 15 * time.Second     // how often a quiet daemon is asked whether it still answers
+	Settle   = 5 * time.Millisecond // collects the changes that come in one go
 )
 
 // Run calls watch, which follows the daemon until it fails, again and again until ctx is done, and lost with

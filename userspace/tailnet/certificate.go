@@ -16,9 +16,8 @@ import (
 const (
 	// certFor is how long a certificate is used before tailscaled is asked again, which renews it by itself
 	// (it keeps 90-day ones, and starts at a third of the time left).
-	certFor = 10 * time.Minute
-	// certErrFor is how long a failure is repeated without asking.
-	certErrFor = 5 * time.Second
+	certFor    = 10 * time.Minute
+	certErrFor = 5 * time.Second // how long a failure is repeated without asking
 	// certTimeout bounds a request; the first certificate of a name is made by ACME meanwhile.
 	certTimeout = 2 * time.Minute
 )

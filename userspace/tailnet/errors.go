@@ -19,9 +19,8 @@ const (
 	// KindAbsent: tailscaled can't be asked: not running, no permission, or it doesn't answer.
 	KindAbsent Kind = "no_tailscaled"
 	// KindDown: tailscaled runs, but this machine isn't on its tailnet; [Error].State tells the state.
-	KindDown Kind = "tailscale_down"
-	// KindUnknownNode: no node has that name or address.
-	KindUnknownNode Kind = "unknown_node"
+	KindDown        Kind = "tailscale_down"
+	KindUnknownNode Kind = "unknown_node" // no node has that name or address
 )
 
 // ErrNotPeer is wrapped by the error of [Client.WhoIs] for an address that belongs to no node of the tailnet:

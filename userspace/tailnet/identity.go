@@ -15,13 +15,11 @@ import (
 )
 
 const (
-	// whoisFor bounds how long an identity is believed, beside the watch.
-	whoisFor = 30 * time.Second
+	whoisFor = 30 * time.Second // bounds how long an identity is believed, beside the watch
 	// strangerFor is how long an unknown address is remembered as one, so that a stranger who connects often
 	// costs few requests.
 	strangerFor = 2 * time.Second
-	// whoisMost bounds how many addresses are remembered.
-	whoisMost = 16384
+	whoisMost   = 16384 // bounds how many addresses are remembered
 )
 
 // Identity is who uses a tailnet address.

@@ -55,14 +55,10 @@ import (
 const SocketEnv = "TAILSPLICE_TAILSCALED_SOCKET"
 
 const (
-	// freshFor is how long a Status answer is good without a watch.
-	freshFor = time.Second
-	// staleFor is how long the last answer of a daemon that hangs is good.
-	staleFor = 30 * time.Second
-	// askTimeout bounds one LocalAPI request.
-	askTimeout = 3 * time.Second
-	// startWait is how long Resolve waits for a tailscaled that is starting.
-	startWait = 5 * time.Second
+	freshFor   = time.Second      // how long a Status answer is good without a watch
+	staleFor   = 30 * time.Second // how long the last answer of a daemon that hangs is good
+	askTimeout = 3 * time.Second  // bounds one LocalAPI request
+	startWait  = 5 * time.Second  // how long Resolve waits for a tailscaled that is starting
 )
 
 // Client is the tailnet as this node's tailscaled sees it. Make it with [New]. Its methods may be called from

@@ -16,8 +16,7 @@ const (
 	// restFactor is how many times the last Status request's duration passes before the next, so that a
 	// netmap of thousands of nodes that never rests costs a tenth of a CPU at most.
 	restFactor = 10
-	// restMax bounds that.
-	restMax = 2 * time.Second
+	restMax    = 2 * time.Second // bounds the pause of restFactor
 )
 
 // watchMask asks for the state at once (which shows that the watch works), for nodes that were added, changed

@@ -25,8 +25,7 @@ const (
 	slots         = 16
 	firstTable    = 17440
 	firstPriority = 1740 // before tailscaled's (5210 to 5270), which would lead to clients on the tailnet
-	// protocol marks routes and rules as ours (`ip rule` shows it as "proto 116").
-	protocol = 116
+	protocol      = 116  // marks routes and rules as ours (`ip rule` shows it as "proto 116")
 
 	// socketMark tells our sockets from transparent ones of others. No rule of ours looks at it in routing.
 	socketMark = 0x20

@@ -3,7 +3,6 @@ package vhost
 import (
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/base64"
 	"errors"
 	"net/http"
 	"time"
@@ -58,9 +57,4 @@ func whyRefused(err error) string {
 		return "the client's certificate has expired, or is not valid yet"
 	}
 	return "the client's certificate is not one of those"
-}
-
-// setClientCert passes the certificate on (RFC 9440 2.2).
-func setClientCert(h http.Header, c *x509.Certificate) {
-	h["Client-Cert"] = []string{":" + base64.StdEncoding.EncodeToString(c.Raw) + ":"}
 }

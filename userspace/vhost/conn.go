@@ -21,10 +21,8 @@ type ConnInfo struct {
 	// Client is the client as far back as it is believed: from a PROXY header if there was one, else Peer.
 	// Invalid if unknown (a unix socket).
 	Client netip.AddrPort
-	// Peer is the other end of the socket.
-	Peer netip.AddrPort
-	// Local is what the client connected to.
-	Local netip.AddrPort
+	Peer   netip.AddrPort // the other end of the socket
+	Local  netip.AddrPort // what the client connected to
 	// Unknown is nil if Client is the client, else why that is not known: an UnsaidError, or why nobody can
 	// tell whether Peer speaks for others.
 	Unknown error
@@ -33,13 +31,10 @@ type ConnInfo struct {
 	Trusted bool
 	// Hop is the name of the node at the other end, if it is one that may speak for others and its name is
 	// known.
-	Hop string
-	// Crowded says that Client has many connections.
-	Crowded bool
-	// Hops tells who else may speak for others. Nil: nobody.
-	Hops Hops
-	// ID is the path's id. Never empty if it comes from Info.
-	ID string
+	Hop     string
+	Crowded bool   // Client has many connections
+	Hops    Hops   // tells who else may speak for others. Nil: nobody.
+	ID      string // the path's id. Never empty if it comes from Info.
 	// ServerName is the name that the client asked for in TLS: from the PROXY header of an earlier hop, and
 	// where this hop terminates TLS from its own handshake. On a plain connection a name means that an
 	// earlier hop terminated TLS.
@@ -103,9 +98,8 @@ func (i *ConnInfo) client(a netip.Addr) error {
 
 // UnsaidError says that a hop speaks for somebody and doesn't say for whom.
 type UnsaidError struct {
-	Hop netip.Addr
-	// Itself says that nothing was said at all, as if the hop were the client.
-	Itself bool
+	Hop    netip.Addr
+	Itself bool // nothing was said at all, as if the hop were the client
 }
 
 func (e *UnsaidError) Error() string {
@@ -321,11 +315,10 @@ func Info(ctx context.Context) (ConnInfo, bool) {
 type logBridge struct{ log *slog.Logger }
 
 func (b logBridge) Write(p []byte) (int, error) {
-	text := string(bytes.TrimSpace(p))
+	level := slog.LevelDebug
 	if bytes.Contains(p, []byte("panic serving")) {
-		b.log.Error("http: " + text)
-	} else {
-		b.log.Debug("http: " + text)
+		level = slog.LevelError
 	}
+	b.log.Log(context.Background(), level, "http: "+string(bytes.TrimSpace(p)))
 	return len(p), nil
 }

@@ -93,6 +93,9 @@ type fault struct {
 
 // ago is how long ago something was, as people say it.
 func ago(d time.Duration) string {
+	if d < time.Second {
+		return "just now"
+	}
 	n, unit := int(d/time.Second), "second"
 	switch {
 	case d >= 48*time.Hour:
@@ -101,8 +104,6 @@ func ago(d time.Duration) string {
 		n, unit = int(d/time.Hour), "hour"
 	case d >= time.Minute:
 		n, unit = int(d/time.Minute), "minute"
-	case d < time.Second:
-		return "just now"
 	}
 	if n != 1 {
 		unit += "s"
@@ -192,37 +193,38 @@ func (s *Server) refuse(x *exchange, err error) {
 	}
 	var method *MethodError
 	var bad *BadRequest
+	const checkSpelling = "Check the address for typing errors."
+	status, f := http.StatusNotFound, fault{}
 	switch {
 	case errors.As(err, &bad):
 		if x.req.ProtoMajor == 1 { // in HTTP/2 it is about one stream
 			x.resp.Header().Set("Connection", "close")
 		}
-		s.page(x, http.StatusBadRequest, fault{title: "This request can't be understood", text: bad.text})
+		status, f = http.StatusBadRequest, fault{title: "This request can't be understood", text: bad.text}
 	case errors.As(err, &method):
 		x.resp.Header().Set("Allow", strings.Join(method.Allow, ", "))
-		s.page(x, http.StatusMethodNotAllowed, fault{title: "This method is not allowed here",
-			text: sentence(host) + " does not accept " + x.req.Method + " requests at this address."})
+		status, f = http.StatusMethodNotAllowed, fault{title: "This method is not allowed here",
+			text: sentence(host) + " does not accept " + x.req.Method + " requests at this address."}
 	case errors.Is(err, ErrMisdirected):
-		s.page(x, http.StatusMisdirectedRequest, fault{title: "This needs a connection of its own",
-			text: "The request for " + x.uri.Host + " came on a connection that was made for another name.", hint: "Reload the page."})
+		status, f = http.StatusMisdirectedRequest, fault{title: "This needs a connection of its own",
+			text: "The request for " + x.uri.Host + " came on a connection that was made for another name.", hint: "Reload the page."}
 	case errors.Is(err, ErrNoHost):
-		status := http.StatusNotFound
 		if x.req.TLS != nil {
 			status = http.StatusMisdirectedRequest
 		}
-		s.page(x, status, fault{title: "Nothing is served for " + host + " here",
-			text: "Your request came to " + node + ", which has no site of that name.", hint: "Check the address for typing errors."})
+		f = fault{title: "Nothing is served for " + host + " here", text: "Your request came to " + node + ", which has no site of that name.",
+			hint: checkSpelling}
 	case errors.Is(err, ErrNoPath):
-		s.page(x, http.StatusNotFound, fault{title: "There is nothing at this address",
-			text: sentence(host) + " is here, but it has no page at this path.", hint: "Check the address for typing errors."})
+		f = fault{title: "There is nothing at this address", text: sentence(host) + " is here, but it has no page at this path.",
+			hint: checkSpelling}
 	case errors.Is(err, ErrRejected):
-		s.page(x, http.StatusForbidden, fault{title: "Access is not allowed",
-			text: sentence(host) + " does not let visitors in at this path."})
+		status, f = http.StatusForbidden, fault{title: "Access is not allowed", text: sentence(host) + " does not let visitors in at this path."}
 	default:
 		s.log.Error("http: routing a request failed", "host", x.uri.Host, "path", x.uri.Path, "id", x.id, "err", err)
-		s.page(x, http.StatusInternalServerError, fault{title: "Something went wrong here",
-			text: "Your request came to " + node + ", which could not find out where it belongs.", hint: tryAgain})
+		status, f = http.StatusInternalServerError, fault{title: "Something went wrong here",
+			text: "Your request came to " + node + ", which could not find out where it belongs.", hint: tryAgain}
 	}
+	s.page(x, status, f)
 }
 
 const tryAgain = "Nothing is wrong at your end. Try again in a few minutes."

@@ -1,6 +1,9 @@
 package vhost
 
-import "net/http"
+import (
+	"maps"
+	"net/http"
+)
 
 // sameHeader says whether two names of headers become one variable in CGI, WSGI and what is like them: each
 // byte outside of letters and digits is the same there, and letters have no case.
@@ -53,9 +56,5 @@ func isPlainName(name string) bool {
 
 // dropHeader removes a header, however it is written.
 func dropHeader(h http.Header, name string) {
-	for other := range h {
-		if sameHeader(other, name) {
-			delete(h, other)
-		}
-	}
+	maps.DeleteFunc(h, func(other string, _ []string) bool { return sameHeader(other, name) })
 }

@@ -3,6 +3,7 @@ package vhost
 import (
 	"bytes"
 	"errors"
+	"maps"
 	"net/http"
 	"net/netip"
 	"strconv"
@@ -67,11 +68,9 @@ func isForwarding(name string) bool {
 // user is each hop asks its own tailscaled, and guards the path itself that a target takes: Tailscale-
 // headers and other paths are always dropped.
 func dropForwarding(h http.Header, believed bool) {
-	for name := range h {
-		if isForwarding(name) && (!believed || !isPlainName(name) || strings.HasPrefix(strings.ToLower(name), "tailscale-") || otherPath[name]) {
-			delete(h, name)
-		}
-	}
+	maps.DeleteFunc(h, func(name string, _ []string) bool {
+		return isForwarding(name) && (!believed || !isPlainName(name) || strings.HasPrefix(strings.ToLower(name), "tailscale-") || otherPath[name])
+	})
 }
 
 // setForwarded makes the forwarding headers of the request that goes out, whose header is out. From a hop
@@ -184,12 +183,9 @@ func splitElements(lines []string) []string {
 // elementsOf says in Forwarded what a hop said only in X-Forwarded-For. The host and the protocol are those
 // of the first, the client's own request.
 func elementsOf(chain []string, host, proto string) []string {
-	out := make([]string, 0, len(chain))
+	var out []string
 	for i, v := range chain {
-		addr, err := netip.ParseAddr(v)
-		if err != nil {
-			addr = netip.Addr{}
-		}
+		addr, _ := netip.ParseAddr(v) // what is none is unknown
 		if i == 0 {
 			out = append(out, element(addr, host, proto))
 		} else {

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"io"
 	"net"
-	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -229,7 +228,7 @@ func (c *conn) Read(b []byte) (int, error) {
 }
 
 // secure is a connection of HTTP/2 in TLS. It hides that from net/http, whose own way with TLS leaves no room
-// to look at frames: requests get their TLS by secured.
+// to look at frames: newExchange gives requests their TLS.
 type secure struct {
 	net.Conn
 	tls     tls.ConnectionState
@@ -266,22 +265,13 @@ func (s *secure) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// secured gives a request of HTTP/2 its connection's TLS.
-func (c *conn) secured(r *http.Request) {
-	if c.secure != nil {
-		r.TLS = &c.secure.tls
-	}
-}
-
 // wait waits for d, or until the connection is closed.
 func (c *conn) wait(d time.Duration) {
 	if d <= 0 {
 		return
 	}
-	t := time.NewTimer(d)
-	defer t.Stop()
 	select {
-	case <-t.C:
+	case <-time.After(d):
 	case <-c.done:
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"math"
 	"net/http"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -25,12 +24,6 @@ var grpcCodes = map[int]int{
 	http.StatusBadGateway:         14,
 	http.StatusServiceUnavailable: 14,
 	http.StatusGatewayTimeout:     14,
-}
-
-// isGRPC says whether a request's client reads its answer's status in the header Grpc-Status: gRPC and
-// gRPC-Web.
-func isGRPC(r *http.Request) bool {
-	return strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
 }
 
 // grpcPage is a page for a program: the answer without a body that gRPC calls Trailers-Only. Clients would

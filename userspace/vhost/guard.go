@@ -2,6 +2,7 @@ package vhost
 
 import (
 	"errors"
+	"maps"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -21,12 +22,10 @@ type Visit struct {
 	URI     URI           // what it is for
 	Conn    ConnInfo
 	ID      string
-	// Client is as Request.Client in OnRequest. Unknown is as in ConnInfo, of the request.
-	Client  netip.AddrPort
+	Client  netip.AddrPort // as Request.Client in OnRequest. Unknown is as in ConnInfo, of the request.
 	Unknown error
 
-	// User is who it is, for OnRequest. Guards set it.
-	User string
+	User string // who it is, for OnRequest. Guards set it.
 	// Set are headers that the upstream gets, Drop names headers that it gets only so: whatever the client
 	// sent in them, however it wrote them, is dropped.
 	Set  http.Header
@@ -78,9 +77,7 @@ func (s *Server) guard(x *exchange, g Guard) bool {
 		panic(http.ErrAbortHandler) // nobody is there to read a page
 	case errors.As(err, &no):
 		x.err = no.Err
-		for name, values := range no.Header {
-			x.resp.Header()[name] = values
-		}
+		maps.Copy(x.resp.Header(), no.Header)
 		s.page(x, no.Status, fault{title: no.Title, text: no.Text, hint: no.Hint})
 	default:
 		x.err = err
@@ -98,14 +95,8 @@ func (x *exchange) setHeaders(out http.Header, authority string) {
 	out[PathHeader] = []string{strings.Join(append(x.passed(), x.conn.server.opts.Node), ", ")}
 	dropHeader(out, "X-Request-Id")
 	out["X-Request-Id"] = []string{x.requestID}
-	for name := range out {
-		if x.visit.drops(name) {
-			delete(out, name)
-		}
-	}
-	for name, values := range x.visit.Set {
-		out[name] = values
-	}
+	maps.DeleteFunc(out, func(name string, _ []string) bool { return x.visit.drops(name) })
+	maps.Copy(out, x.visit.Set)
 }
 
 // drops says whether a header of the client's is not for the upstream.

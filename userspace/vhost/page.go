@@ -37,7 +37,7 @@ type errorPage struct {
 
 // page answers with a page of this hop's own, in the form that the client reads.
 func (s *Server) page(x *exchange, status int, f fault) {
-	if isGRPC(x.req) {
+	if strings.HasPrefix(x.req.Header.Get("Content-Type"), "application/grpc") { // gRPC and gRPC-Web
 		s.grpcPage(x, status, f)
 		return
 	}
@@ -118,14 +118,9 @@ func preferred(r *http.Request) string {
 			}
 		}
 	}
-	if best == "html" && isTerminal(r.UserAgent()) {
+	agent, _, _ := strings.Cut(strings.ToLower(r.UserAgent()), "/")
+	if best == "html" && slices.Contains([]string{"curl", "wget", "httpie", "xh"}, agent) { // people read what it gets
 		return "text"
 	}
 	return best
-}
-
-// isTerminal says whether a user agent is one that people read as it comes.
-func isTerminal(agent string) bool {
-	name, _, _ := strings.Cut(strings.ToLower(agent), "/")
-	return slices.Contains([]string{"curl", "wget", "httpie", "xh"}, name)
 }

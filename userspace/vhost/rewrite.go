@@ -1,6 +1,7 @@
 package vhost
 
 import (
+	"encoding/base64"
 	"net/http/httputil"
 	"net/url"
 	"strings"
@@ -23,7 +24,8 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 	if r.ClientCAs != nil {
 		dropHeader(pr.Out.Header, "Client-Cert")
 		dropHeader(pr.Out.Header, "Client-Cert-Chain")
-		setClientCert(pr.Out.Header, x.req.TLS.PeerCertificates[0])
+		raw := base64.StdEncoding.EncodeToString(x.req.TLS.PeerCertificates[0].Raw)
+		pr.Out.Header["Client-Cert"] = []string{":" + raw + ":"} // RFC 9440 2.2
 	}
 	if r.StripPrefix != "" {
 		pr.Out.Header["X-Forwarded-Prefix"] = []string{pr.Out.Header.Get("X-Forwarded-Prefix") + escaped(strings.TrimSuffix(r.StripPrefix, "/"))}

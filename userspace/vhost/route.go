@@ -2,6 +2,7 @@ package vhost
 
 import (
 	"crypto/x509"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -11,26 +12,20 @@ import (
 
 // Route says what becomes of the requests that it takes. It is not changed once it is in use.
 type Route struct {
-	// Name is the route's name, for OnRequest.
-	Name string
-	// Guard, if not nil, decides whether a request may go on.
-	Guard Guard
-	// Upstreams are where its requests may go. It needs one, but for a Redirect.
-	Upstreams []Choice
-	// Redirect, if not nil, is the answer.
-	Redirect *Redirect
+	Name      string    // the route's name, for OnRequest
+	Guard     Guard     // if not nil, decides whether a request may go on
+	Upstreams []Choice  // where its requests may go. It needs one, but for a Redirect.
+	Redirect  *Redirect // if not nil, the answer
 	// StripPrefix is taken off the path, and then AddPrefix put before it.
 	StripPrefix, AddPrefix string
 	// RequestHeader is changed after the forwarding headers were made, ResponseHeader in whatever an upstream
 	// answers.
 	RequestHeader, ResponseHeader HeaderChange
-	// MaxBody bounds a request's body, in bytes; 0 doesn't.
-	MaxBody int64
+	MaxBody                       int64 // bounds a request's body, in bytes; 0 doesn't
 	// AnswerTimeout and BodyTimeout (Options.StallTimeout for the request's body), if not 0, take the place
 	// of the server's.
 	AnswerTimeout, BodyTimeout time.Duration
-	// Compress answers with gzip where that is asked for and of use.
-	Compress bool
+	Compress                   bool // answers with gzip where that is asked for and of use
 	// ClientCAs, if not nil, says what a client's certificate must come from, for each request anew. The TLS
 	// configuration has to ask for one.
 	ClientCAs func() *x509.CertPool
@@ -50,10 +45,7 @@ type HeaderChange struct {
 
 // applyFolded is apply for a request, whose target may read a header by other writings of its name.
 func (c *HeaderChange) applyFolded(h http.Header) {
-	for _, name := range c.Remove {
-		dropHeader(h, name)
-	}
-	for name := range c.Set {
+	for _, name := range slices.AppendSeq(slices.Clone(c.Remove), maps.Keys(c.Set)) {
 		dropHeader(h, name)
 	}
 	c.apply(h)
@@ -88,21 +80,16 @@ func (r *Route) pick(tried []*Upstream) *Upstream {
 		func(c Choice) bool { return c.Weight == 0 && c.health.good(now) },
 		func(c Choice) bool { return true },
 	} {
-		total := 0
+		total, fit := 0, []Choice(nil)
 		for _, c := range r.Upstreams {
 			if wanted(c) && !slices.Contains(tried, c.Upstream) {
-				total += max(c.Weight, 1)
+				total, fit = total+max(c.Weight, 1), append(fit, c)
 			}
 		}
-		if total == 0 {
-			continue
-		}
-		n := rand.IntN(total)
-		for _, c := range r.Upstreams {
-			if wanted(c) && !slices.Contains(tried, c.Upstream) {
-				if n -= max(c.Weight, 1); n < 0 {
-					return c.Upstream
-				}
+		n := rand.IntN(max(total, 1))
+		for _, c := range fit {
+			if n -= max(c.Weight, 1); n < 0 {
+				return c.Upstream
 			}
 		}
 	}

@@ -58,8 +58,7 @@ type Upstream struct {
 	// Roots, if not nil, is what TLS.RootCAs are, for each connection anew. Connections under another version
 	// are not used any more.
 	Roots func() (pool *x509.CertPool, version string)
-	// Watch, if not nil, is kept over connections that are used again.
-	Watch *Watch
+	Watch *Watch // if not nil, kept over connections that are used again
 
 	health health
 	silent atomic.Int64 // when it last ignored an Expect, Unix ns

@@ -20,11 +20,9 @@ type URI struct {
 	Authority string
 	// Host is what routes are looked up by: lower case, without the port and the dot at its end, and of an
 	// IPv6 address the usual form, without brackets.
-	Host string
-	// Path is the client's bytes. It begins with "/", or is "*" in OPTIONS.
-	Path string
-	// Query is the client's bytes from the "?" on; "" if there is none.
-	Query string
+	Host  string
+	Path  string // the client's bytes. It begins with "/", or is "*" in OPTIONS.
+	Query string // the client's bytes from the "?" on; "" if there is none
 	// Plain is Path as an upstream reads it that decodes and resolves, so that no other way of writing a path
 	// leads around a route: without escapes, dot segments and double slashes. That of "*" is "/".
 	Plain string
@@ -118,12 +116,8 @@ func readURI(r *http.Request) (URI, error) {
 
 // cutScheme takes http:// or https:// off a request-target.
 func cutScheme(target string) (rest string, ok bool) {
-	for _, scheme := range []string{"http://", "https://"} {
-		if len(target) >= len(scheme) && strings.EqualFold(target[:len(scheme)], scheme) {
-			return target[len(scheme):], true
-		}
-	}
-	return target, false
+	scheme, rest, ok := strings.Cut(target, "://")
+	return rest, ok && (strings.EqualFold(scheme, "http") || strings.EqualFold(scheme, "https"))
 }
 
 // readHost reads an authority of a name or an address, with one port or without.
@@ -156,18 +150,8 @@ func isPort(s string) bool {
 // end.
 func isName(s string) bool {
 	s = strings.TrimSuffix(s, ".")
-	label := 0
-	for i := range len(s) {
-		switch c := s[i]; {
-		case c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_':
-			label++
-		case c == '.' && label > 0:
-			label = 0
-		default:
-			return false
-		}
-	}
-	return label > 0 && len(s) <= maxName
+	return s != "" && len(s) <= maxName && s[0] != '.' && s[len(s)-1] != '.' && !strings.Contains(s, "..") &&
+		strings.Trim(s, alphanumeric+"-_.") == ""
 }
 
 // maxName is the length of the longest name of the DNS (RFC 1035 2.3.4).

@@ -63,13 +63,11 @@ import (
 
 // Defaults of Options.
 const (
-	// DefaultHeaderTimeout is for the TLS handshake, and then for each request's header.
-	DefaultHeaderTimeout = 10 * time.Second
+	DefaultHeaderTimeout = 10 * time.Second // for the TLS handshake, and then for each request's header
 	// DefaultCertificateTimeout is for a TLS handshake in which the client is asked for a certificate:
 	// somebody chooses one, and types a PIN.
 	DefaultCertificateTimeout = 3 * time.Minute
-	// DefaultIdleTimeout is how long a downstream connection may wait for its next request.
-	DefaultIdleTimeout = 3 * time.Minute
+	DefaultIdleTimeout        = 3 * time.Minute // how long a downstream connection may wait for its next request
 	// DefaultStallTimeout is how long a body may make no progress at all while somebody waits for it. Bodies
 	// that move may take forever.
 	DefaultStallTimeout = 5 * time.Minute
@@ -99,8 +97,7 @@ const (
 
 // Options says what a Server serves. Route is needed; the rest has defaults.
 type Options struct {
-	// Node is this hop's name, shown on the pages it makes itself.
-	Node string
+	Node string // this hop's name, shown on the pages it makes itself
 
 	// Route says what becomes of a request for host and path, which are URI.Host and URI.Plain. Errors:
 	// ErrNoHost, ErrMisdirected, ErrNoPath, a MethodError, ErrRejected; any other is an internal error (500).
@@ -136,11 +133,9 @@ type Options struct {
 	// Count, if not nil, gives what a request of a route is counted in while it is under way.
 	Count func(*Route) Traffic
 
-	// OnRequest, if not nil, is called once for each request when it has ended.
-	OnRequest func(Request)
+	OnRequest func(Request) // onRequest, if not nil, is called once for each request when it has ended
 
-	// Log gets what an administrator should know, and debugging. nil discards.
-	Log *slog.Logger
+	Log *slog.Logger // gets what an administrator should know, and debugging. nil discards.
 
 	HeaderTimeout, CertificateTimeout, IdleTimeout, StallTimeout, AnswerTimeout time.Duration
 	HeaderBytes                                                                 int

@@ -84,13 +84,6 @@ func (c *upstreamConn) giveUp() {
 	tcpsock.ResetConn(c.Conn)
 }
 
-// wasReset reports whether TCP has given c up, whose stream we have not ended: then an end of stream that was
-// read may be none, but the rest of a reset that a write was told of.
-func wasReset(c net.Conn) (closed bool) {
-	tcpsock.Control(c, func(fd int) { closed = tcpsock.IsClosed(fd) })
-	return closed
-}
-
 func (c *upstreamConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	switch {
@@ -98,10 +91,12 @@ func (c *upstreamConn) Read(p []byte) (int, error) {
 	case c.unheard.Load():
 		err = errUnheard
 	case err == io.EOF && !c.shut.Load():
-		// A reset takes the place of an end where a write was told of it, or is just being told: what it
-		// hears says whether there was an end before. TCP has given the connection up, so it hears that at
-		// once.
-		if !c.deaf.Load() && wasReset(c.Conn) {
+		// A reset takes the place of an end where a write was told of it, or is just being told: what it hears
+		// says whether there was an end before. TCP has given the connection up, whose stream we have not ended,
+		// so it hears that at once.
+		isClosed := false
+		tcpsock.Control(c.Conn, func(fd int) { isClosed = tcpsock.IsClosed(fd) })
+		if !c.deaf.Load() && isClosed {
 			c.writing.Lock()
 			c.writing.Unlock() //lint:ignore SA2001 it is the wait that counts
 		}

@@ -26,9 +26,8 @@ const (
 	drainFor   = time.Second
 )
 
-// Forward is a server that is asked about each request, as Authelia and
-// oauth2-proxy are. Make it with [NewForward]; its methods may be called from
-// any goroutine.
+// Forward is a server that is asked about each request, as Authelia and oauth2-proxy are. Make it with
+// [NewForward]; its methods may be called from any goroutine.
 type Forward struct {
 	url       *url.URL
 	timeout   time.Duration
@@ -37,8 +36,7 @@ type Forward struct {
 	id        string // in what it asks
 }
 
-// ForwardOptions says whom to ask and how. All fields are needed but Dial and
-// Copy.
+// ForwardOptions says whom to ask and how. All fields are needed but Dial and Copy.
 type ForwardOptions struct {
 	// URL is http or https.
 	URL *url.URL
@@ -50,8 +48,7 @@ type ForwardOptions struct {
 	Copy []string
 }
 
-// NewForward makes a Forward. It connects to nothing yet. [Forward.Close] closes
-// idle connections.
+// NewForward makes a Forward. It connects to nothing yet. [Forward.Close] closes idle connections.
 func NewForward(o ForwardOptions) *Forward {
 	dial := (&net.Dialer{}).DialContext
 	if o.Dial != nil {
@@ -75,9 +72,8 @@ func (f *Forward) IsOwn(header http.Header) bool { return slices.Contains(header
 
 type askKey struct{}
 
-// whileAsked makes dialling end with the Ask that wants the connection. The
-// transport goes on with it else, and clients that come and leave again while
-// the server does not answer would use up all files.
+// whileAsked makes dialling end with the Ask that wants the connection. The transport goes on with it else,
+// and clients that come and leave again while the server does not answer would use up all files.
 func whileAsked(dial dialFunc) dialFunc {
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
 		asked := ctx.Value(askKey{}).(context.Context)
@@ -117,11 +113,10 @@ func (f *Forward) Close() { f.transport.CloseIdleConnections() }
 // be reached or took too long; all others are for one whose answer is not HTTP.
 var ErrNoAnswer = errors.New("no answer")
 
-// Ask asks about a request with a GET that has its headers and says what was
-// asked for: header is that of the request as it would go on, with its
-// X-Forwarded-For, -Host and -Proto, and without what is hop-by-hop; Ask adds
-// X-Forwarded-Method and -Uri, and leaves out what belongs to the body, and what asks for it only in part or
-// only if it has changed: that is about the target's answer, and no 304 lets a request on.
+// Ask asks about a request with a GET that has its headers and says what was asked for: header is that of the
+// request as it would go on, with its X-Forwarded-For, -Host and -Proto, and without what is hop-by-hop; Ask
+// adds X-Forwarded-Method and -Uri, and leaves out what belongs to the body, and what asks for it only in
+// part or only if it has changed: that is about the target's answer, and no 304 lets a request on.
 //
 // The caller closes the answer's body. Redirects are answers like any other.
 func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Header) (*http.Response, error) {
@@ -189,8 +184,7 @@ var (
 	errDial    = errors.New("dial")
 )
 
-// DialError marks an error of ForwardOptions.Dial, which is then one of no
-// answer.
+// DialError marks an error of ForwardOptions.Dial, which is then one of no answer.
 func DialError(err error) error { return fmt.Errorf("%w: %w", errDial, err) }
 
 // answerBody is drained, within bounds, and ends its request's context.
@@ -207,8 +201,7 @@ func (b *answerBody) Close() error {
 	return err
 }
 
-// Copies lists the headers that the target gets from the server, never from
-// the client.
+// Copies lists the headers that the target gets from the server, never from the client.
 func (f *Forward) Copies() []string { return f.copied }
 
 // Copied are those of an answer that are to be copied.
@@ -222,8 +215,7 @@ func (f *Forward) Copied(answer http.Header) http.Header {
 	return out
 }
 
-// RemoveHopByHop removes from h what is for one connection only (RFC 9110
-// 7.6.1).
+// RemoveHopByHop removes from h what is for one connection only (RFC 9110 7.6.1).
 func RemoveHopByHop(h http.Header) {
 	for _, line := range h["Connection"] {
 		for name := range strings.SplitSeq(line, ",") {

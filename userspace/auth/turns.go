@@ -11,17 +11,15 @@ import (
 )
 
 const (
-	// sourceAttempts bounds the different passwords of one source that are being
-	// checked or wait for it.
+	// sourceAttempts bounds the different passwords of one source that are being checked or wait for it.
 	sourceAttempts = 4
 	// sharedAttempts is the same for all sources that are not known, together.
 	sharedAttempts = 32
 	// waitingSources bounds the sources that wait, of those that have failed lately
 	// and of those that have not.
 	waitingSources = 64
-	// freeFailures is how many wrong passwords of a source cost it nothing; then
-	// it has one attempt in failureTime, and each of those times makes good for
-	// one failure.
+	// freeFailures is how many wrong passwords of a source cost it nothing; then it has one attempt in
+	// failureTime, and each of those times makes good for one failure.
 	freeFailures = 20
 	failureTime  = time.Second
 
@@ -29,8 +27,7 @@ const (
 	sweepEvery = time.Minute
 )
 
-// BusyError says that a password was not checked, because there are too many to
-// check.
+// BusyError says that a password was not checked, because there are too many to check.
 type BusyError struct {
 	// Source says that those of the same source are too many.
 	Source bool
@@ -46,14 +43,15 @@ func (e *BusyError) Error() string { return "the password was not checked: " + e
 // come behind all others, and who fails often waits before each further attempt.
 type turns struct {
 	mu      sync.Mutex
-	free    int // checks that may run beside those that do
-	sources map[netip.Prefix]*source
-	next    [2][]*source // those with attempts that wait, in their order: have not failed, have failed
-	swept   time.Time
+	sources map[netip.Prefix]*source // +checklocks:mu
+	swept   time.Time                // +checklocks:mu
+	// +checklocks:mu
+	free int // checks that may run beside those that do
+	// +checklocks:mu
+	next [2][]*source // those with attempts that wait, in their order: have not failed, have failed
 }
 
-// source is where attempts come from. The zero Prefix stands for all that are not
-// known.
+// source is where attempts come from. The zero Prefix stands for all that are not known.
 type source struct {
 	known    bool
 	attempts []*attempt // that run or wait
@@ -75,9 +73,8 @@ type attempt struct {
 
 func newTurns(n int) *turns { return &turns{free: n, sources: map[netip.Prefix]*source{}} }
 
-// try runs check when it is from's turn. The same password of the same source is
-// checked once for all who ask meanwhile, and once more only after another one if
-// it was wrong. The error is ctx's or a *BusyError.
+// try runs check when it is from's turn. The same password of the same source is checked once for all who ask
+// meanwhile, and once more only after another one if it was wrong. The error is ctx's or a *BusyError.
 func (t *turns) try(ctx context.Context, from netip.Prefix, key passwordKey, check func() bool) (bool, error) {
 	for {
 		a, mine, delay, err := t.enter(from, key)
@@ -162,6 +159,7 @@ func (t *turns) queue(from netip.Prefix, a *attempt) {
 	t.enqueue(t.sources[from], a, time.Now())
 }
 
+// +checklocks:t.mu
 func (t *turns) enqueue(s *source, a *attempt, now time.Time) {
 	s.waiting = append(s.waiting, a)
 	if len(s.waiting) == 1 {
@@ -205,6 +203,8 @@ func (t *turns) leave(from netip.Prefix, a *attempt, checked, right bool) {
 }
 
 // grant gives turns to those that wait.
+//
+// +checklocks:t.mu
 func (t *turns) grant(now time.Time) {
 	for class := range t.next {
 		for t.free > 0 && len(t.next[class]) > 0 {
@@ -230,6 +230,8 @@ func (s *source) class(now time.Time) int {
 }
 
 // sweep forgets sources with nothing to remember.
+//
+// +checklocks:t.mu
 func (t *turns) sweep(now time.Time) {
 	if now.Sub(t.swept) < sweepEvery {
 		return

@@ -96,6 +96,8 @@ func eventually(t *testing.T, what string, ok func() bool) {
 
 // TestOneSourceGuesses has a source guess 245 passwords at once. A few of them
 // wait; another source has its turn among the first.
+//
+// +checklocksignore
 func TestOneSourceGuesses(t *testing.T) {
 	tr := newTrial(t, 1)
 	refused := 0
@@ -126,6 +128,8 @@ func TestOneSourceGuesses(t *testing.T) {
 
 // TestManySourcesGuess has more sources fail, and try again, than may wait. One
 // that has not failed comes before all of them.
+//
+// +checklocksignore
 func TestManySourcesGuess(t *testing.T) {
 	tr := newTrial(t, 1)
 	for n := range waitingSources + 1 { // one of them runs
@@ -166,6 +170,8 @@ func TestManySourcesGuess(t *testing.T) {
 
 // TestFailuresSlow: who fails often waits before each attempt, others don't; those
 // of sources that are not known are nobody's.
+//
+// +checklocksignore
 func TestFailuresSlow(t *testing.T) {
 	tr := newTurns(1)
 	fail := func(from netip.Prefix, k int) {
@@ -232,6 +238,8 @@ func TestSamePassword(t *testing.T) {
 
 // TestLeaving has attempts given up: while they wait, and while others wait for
 // their result.
+//
+// +checklocksignore
 func TestLeaving(t *testing.T) {
 	tr := newTrial(t, 1)
 	if err := tr.start(sourceN(1), 1); err != nil {
@@ -273,6 +281,7 @@ func TestLeaving(t *testing.T) {
 	}
 }
 
+// +checklocksignore
 func TestSweep(t *testing.T) {
 	tr := newTurns(1)
 	for n := range 100 {

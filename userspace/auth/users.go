@@ -46,11 +46,12 @@ type Users struct {
 	compare func(hash, password []byte) error // bcrypt's, but in tests
 
 	mu     sync.Mutex
-	set    *set
-	looked time.Time
-	stamp  stamp
+	set    *set                      // +checklocks:mu
+	looked time.Time                 // +checklocks:mu
+	stamp  stamp                     // +checklocks:mu
+	known  map[passwordKey]time.Time // +checklocks:mu
+	// +checklocks:mu
 	failed string // the last complaint about the file
-	known  map[passwordKey]time.Time
 }
 
 // set is one state of the users. It is immutable.
@@ -68,33 +69,30 @@ func (s stamp) same(i os.FileInfo) bool {
 	return s.info != nil && os.SameFile(s.info, i) && s.info.Size() == i.Size() && s.info.ModTime().Equal(i.ModTime())
 }
 
-// NewUsers makes users of names and their bcrypt hashes. An error names the
-// user whose hash is none.
+// NewUsers makes users of names and their bcrypt hashes. An error names the user whose hash is none.
 func NewUsers(hashes map[string]string) (*Users, error) {
 	s, err := newSet(hashes)
 	if err != nil {
 		return nil, err
 	}
-	return newUsers(s, "", nil), nil
+	return newUsers(s, "", stamp{}, nil), nil
 }
 
-// OpenUsers reads a file of htpasswd -B: USER:HASH on each line, empty lines and
-// those that # begins are skipped. It is read again when it changes. Who is not in
-// it any more has no password: nobody has one once it is empty or gone, nor has
-// whose line is wrong. While it can't be read the users stay as they were. log
+// OpenUsers reads a file of htpasswd -B: USER:HASH on each line, empty lines and those that # begins are
+// skipped. It is read again when it changes. Who is not in it any more has no password: nobody has one once
+// it is empty or gone, nor has whose line is wrong. While it can't be read the users stay as they were. log
 // hears of both, once. There is nothing to close.
 func OpenUsers(file string, log *slog.Logger) (*Users, error) {
 	s, st, bad, err := readFile(file)
 	if err = errors.Join(append(bad, err)...); err != nil {
 		return nil, err
 	}
-	u := newUsers(s, file, log)
-	u.stamp, u.looked = st, time.Now()
-	return u, nil
+	return newUsers(s, file, st, log), nil
 }
 
-func newUsers(s *set, file string, log *slog.Logger) *Users {
-	u := &Users{file: file, log: log, compare: bcrypt.CompareHashAndPassword, set: s, known: map[passwordKey]time.Time{}}
+func newUsers(s *set, file string, st stamp, log *slog.Logger) *Users {
+	u := &Users{file: file, log: log, compare: bcrypt.CompareHashAndPassword, set: s, stamp: st, looked: time.Now(),
+		known: map[passwordKey]time.Time{}}
 	rand.Read(u.key[:]) // never fails (crypto/rand, Go 1.24)
 	return u
 }
@@ -186,13 +184,11 @@ func parse(text string) (hashes map[string]string, bad []error) {
 	return hashes, bad
 }
 
-// Check reports whether password is user's. It takes as much work for a user
-// that there is not as for a wrong password, tens of milliseconds; a password
-// that was right a moment ago takes microseconds. Only a part of the CPUs checks
-// at a time: strangers guess, and others have work to do. from is where the
-// attempt comes from, the zero Prefix where that is not known: sources have their
-// turns one after the other. The error is ctx's, which ended first, or a
-// [*BusyError].
+// Check reports whether password is user's. It takes as much work for a user that there is not as for a wrong
+// password, tens of milliseconds; a password that was right a moment ago takes microseconds. Only a part of
+// the CPUs checks at a time: strangers guess, and others have work to do. from is where the attempt comes
+// from, the zero Prefix where that is not known: sources have their turns one after the other. The error is
+// ctx's, which ended first, or a [*BusyError].
 func (u *Users) Check(ctx context.Context, from netip.Prefix, user, password string) (bool, error) {
 	s := u.current()
 	hash, ok := s.hashes[user]
@@ -229,8 +225,7 @@ func (s *set) even(hash []byte, work func(dummy []byte)) {
 // checks are those of the whole process.
 var checks = newTurns(max(1, runtime.GOMAXPROCS(0)/2))
 
-// keyOf stands for a password that was right. It holds the hash, so that a
-// changed one is checked anew.
+// keyOf stands for a password that was right. It holds the hash, so that a changed one is checked anew.
 func (u *Users) keyOf(user, password string, hash []byte) (key passwordKey) {
 	h := hmac.New(sha256.New, u.key[:])
 	for _, part := range [][]byte{[]byte(user), []byte(password), hash} {
@@ -297,8 +292,7 @@ func (u *Users) current() *set {
 	return u.set
 }
 
-// Hash makes the bcrypt hash of a password. bcrypt looks at 72 bytes: longer
-// passwords are an error.
+// Hash makes the bcrypt hash of a password. bcrypt looks at 72 bytes: longer passwords are an error.
 func Hash(password string) (string, error) {
 	if password == "" {
 		return "", errors.New("the password is empty")

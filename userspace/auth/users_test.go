@@ -121,6 +121,8 @@ func TestUnknownUser(t *testing.T) {
 }
 
 // TestCheckWaits checks that who waits for others' checks can leave.
+//
+// +checklocksignore
 func TestCheckWaits(t *testing.T) {
 	u, err := NewUsers(map[string]string{"me": hash(t, "secret")})
 	if err != nil {
@@ -273,6 +275,8 @@ func TestHash(t *testing.T) {
 
 // TestKnown checks that right passwords are remembered for a while, and not more
 // of them than there is room for.
+//
+// +checklocksignore
 func TestKnown(t *testing.T) {
 	u, err := NewUsers(map[string]string{"me": hash(t, "secret")})
 	if err != nil {

@@ -58,15 +58,18 @@ type Limiter struct {
 	noun string // what is counted, as the configuration calls it
 
 	mu        sync.Mutex
-	total     int
-	perSource int
-	held      int // leases held, those without a source included
-	sources   map[source]charge
-	peak      int // most sources since the map was made
-
-	waiting  int // leases that wait for a place of their source
+	total     int               // +checklocks:mu
+	perSource int               // +checklocks:mu
+	sources   map[source]charge // +checklocks:mu
+	queue     queue             // +checklocks:mu
+	// +checklocks:mu
+	held int // leases held, those without a source included
+	// +checklocks:mu
+	peak int // most sources since the map was made
+	// +checklocks:mu
+	waiting int // leases that wait for a place of their source
+	// +checklocks:mu
 	yielding int // leases that may be taken back
-	queue    queue
 }
 
 // charge is what a source has.
@@ -139,8 +142,9 @@ func (l *Limiter) acquire(s source) (lease *Lease, give func(), err error) {
 	return &Lease{limiter: l, source: s}, nil, nil
 }
 
-// full says why s can have no more. The caller holds mu, as for the next two: enter counts one more for s,
-// leave one less.
+// full says why s can have no more.
+//
+// +checklocks:l.mu
 func (l *Limiter) full(s source) error {
 	if n := l.sources[s].count; l.perSource > 0 && n >= l.perSource {
 		return &OverError{Source: s.prefix(), Count: n, Limit: l.perSource, kind: ErrSource, noun: l.noun}
@@ -148,6 +152,9 @@ func (l *Limiter) full(s source) error {
 	return nil
 }
 
+// enter counts one more for s.
+//
+// +checklocks:l.mu
 func (l *Limiter) enter(s source) error {
 	if s == (source{}) {
 		return nil
@@ -162,6 +169,9 @@ func (l *Limiter) enter(s source) error {
 	return nil
 }
 
+// leave counts one less for s.
+//
+// +checklocks:l.mu
 func (l *Limiter) leave(s source) {
 	if s == (source{}) {
 		return
@@ -175,7 +185,9 @@ func (l *Limiter) leave(s source) {
 	l.keepSource(s, c)
 }
 
-// keepSource makes c what s has. The caller holds mu.
+// keepSource makes c what s has.
+//
+// +checklocks:l.mu
 func (l *Limiter) keepSource(s source, c charge) {
 	if c.count > 0 || len(c.waiting) > 0 {
 		l.sources[s] = c
@@ -191,12 +203,11 @@ func (l *Limiter) keepSource(s source, c charge) {
 
 // Lease is the right to one connection.
 type Lease struct {
-	limiter *Limiter
-
-	// guarded by limiter.mu
-	source   source
-	released bool
-	yields   *place // nil while its place is kept
+	limiter  *Limiter
+	source   source // +checklocks:limiter.mu
+	released bool   // +checklocks:limiter.mu
+	// +checklocks:limiter.mu
+	yields *place // nil while its place is kept
 }
 
 // Move counts the lease for src from now on, because a PROXY header said where the connection really comes

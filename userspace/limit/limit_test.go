@@ -192,6 +192,8 @@ func TestSources(t *testing.T) {
 
 // TestEndsAtZero lets many goroutines acquire, move and release at random, holds the counts against the limits all the
 // while, and expects nothing to be left in the end.
+//
+// +checklocksignore
 func TestEndsAtZero(t *testing.T) {
 	const total, perSource = 60, 7
 	l := New(total, perSource)
@@ -302,6 +304,8 @@ func TestEndsAtZero(t *testing.T) {
 }
 
 // TestMoveSoon: who waits for a place of a source gets it in his turn, and counts only then.
+//
+// +checklocksignore
 func TestMoveSoon(t *testing.T) {
 	l := NewRequests(4, 2)
 	src, ctx := addr("192.0.2.1"), t.Context()
@@ -441,6 +445,8 @@ func TestYieldLate(t *testing.T) {
 }
 
 // TestFloodIsForgotten: after many sources came and went, the map that knew them is gone too.
+//
+// +checklocksignore
 func TestFloodIsForgotten(t *testing.T) {
 	l := New(0, 0)
 	var leases []*Lease

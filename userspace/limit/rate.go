@@ -15,16 +15,20 @@ const rateSources = 65536
 // as long as its bucket takes to fill, and where there are too many, those that have not come for longest.
 // What is refused takes no token. It is safe for concurrent use.
 type Rate struct {
-	mu      sync.Mutex
-	every   time.Duration // 0: no bound
-	burst   int
-	most    int // sources remembered
-	began   time.Time
+	most int // sources remembered
+
+	mu    sync.Mutex
+	burst int       // +checklocks:mu
+	began time.Time // +checklocks:mu
+	// +checklocks:mu
+	every time.Duration // 0: no bound
+	// +checklocks:mu
 	rotated time.Duration // since began
 
-	// full says when, since began, the bucket of a source is full again. now has those that came since
-	// rotated, before others that came since the rotation before it.
-	now, before map[source]time.Duration
+	// now has when, since began, the bucket of each source is full again that came since rotated, before the
+	// same of others that came since the rotation before it.
+	now    map[source]time.Duration // +checklocks:mu
+	before map[source]time.Duration // +checklocks:mu
 }
 
 // NewRate returns a Rate without a bound.
@@ -74,6 +78,8 @@ func (r *Rate) Take(src netip.Addr, at time.Time) error {
 
 // rotate forgets those that have not come since the rotation before, once their buckets are full or there are
 // too many.
+//
+// +checklocks:r.mu
 func (r *Rate) rotate(now time.Duration) {
 	if len(r.now) < r.most/2 && now-r.rotated < time.Duration(r.burst)*r.every {
 		return

@@ -63,13 +63,15 @@ func (a *Lease) MoveSoon(ctx context.Context, src netip.Addr, times int, long ti
 	return nil // granted just now
 }
 
-// grant gives the place of a lease of s that ends to the first that waits for it. The caller holds mu.
+// grant gives the place of a lease of s that ends to the first that waits for it.
+//
+// +checklocks:l.mu
 func (l *Limiter) grant(s source, c charge) {
 	w := c.waiting[0]
 	c.waiting = c.waiting[1:]
 	l.sources[s] = c
 	l.waiting--
 	l.held++
-	w.lease.source = s
+	w.lease.source = s // +checklocksignore: w.lease.limiter is l
 	close(w.granted)
 }

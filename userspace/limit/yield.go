@@ -10,12 +10,14 @@ const (
 
 type neighbours struct{ older, newer *Lease }
 
-// place is what a lease has that yields.
+// place is what a lease has that yields. The next three are called with the limiter's mutex held: the analyzer
+// can't follow it to the neighbours in a queue.
 type place struct {
 	give  func()        // how to have it
 	links [2]neighbours // by queue
 }
 
+// +checklocksignore
 func (q *queue) push(which int, a *Lease) {
 	a.yields.links[which] = neighbours{older: q.newest}
 	if q.newest != nil {
@@ -26,6 +28,7 @@ func (q *queue) push(which int, a *Lease) {
 	q.newest = a
 }
 
+// +checklocksignore
 func (q *queue) remove(which int, a *Lease) {
 	n := a.yields.links[which]
 	if n.older != nil {
@@ -39,6 +42,19 @@ func (q *queue) remove(which int, a *Lease) {
 		q.newest = n.older
 	}
 	a.yields.links[which] = neighbours{}
+}
+
+// takeOldest is how to have the oldest place of q, nil where none yields.
+//
+// +checklocksignore
+func (q *queue) takeOldest() (give func()) {
+	a := q.oldest
+	if a == nil {
+		return nil
+	}
+	give = a.yields.give
+	a.keep()
+	return give
 }
 
 // Yield says that until [Lease.Keep] the lease's place may be given to a newcomer, the oldest lease's first.
@@ -75,7 +91,7 @@ func (a *Lease) Keep() {
 	a.keep()
 }
 
-// keep is called with limiter.mu held, as is the next.
+// +checklocks:a.limiter.mu
 func (a *Lease) keep() {
 	if a.yields == nil {
 		return
@@ -88,17 +104,6 @@ func (a *Lease) keep() {
 		l.sources[a.source] = c
 	}
 	a.yields = nil
-}
-
-// takeOldest is how to have the oldest place of q, nil where none yields.
-func (q *queue) takeOldest() (give func()) {
-	a := q.oldest
-	if a == nil {
-		return nil
-	}
-	give = a.yields.give
-	a.keep()
-	return give
 }
 
 // Yielding returns how many leases yield.

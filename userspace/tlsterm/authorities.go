@@ -11,34 +11,34 @@ import (
 	"time"
 )
 
-// Authorities are those of a PEM file, by which others' certificates are
-// verified. Make them with [OpenAuthorities]; their methods may be called from
-// any goroutine.
+// Authorities are those of a PEM file, by which others' certificates are verified. Make them with
+// [OpenAuthorities]; their methods may be called from any goroutine.
 type Authorities struct {
 	file string
 	log  *slog.Logger
 
 	mu      sync.Mutex
-	pool    *x509.CertPool
-	version string
-	info    os.FileInfo // of the file that was read
-	looked  time.Time
-	failed  string // the last complaint
+	pool    *x509.CertPool // +checklocks:mu
+	version string         // +checklocks:mu
+	looked  time.Time      // +checklocks:mu
+	// +checklocks:mu
+	info os.FileInfo // of the file that was read
+	// +checklocks:mu
+	failed string // the last complaint
 }
 
-// OpenAuthorities reads a PEM file of certificates; the error is a *FileError.
-// Those of them that can't be read are left out, and log hears of each: one odd
-// root in a bundle of many is no reason to do without all.
-// The file is read again when it changes. One that is gone, empty, or has no
-// certificate that can be read, has no authority either: who removes one wants
-// nobody to come by it any more. While it can't be read the authorities stay as
-// they were. log hears of both, once. There is nothing to close.
+// OpenAuthorities reads a PEM file of certificates; the error is a *FileError. Those of them that can't be
+// read are left out, and log hears of each: one odd root in a bundle of many is no reason to do without all.
+// The file is read again when it changes. One that is gone, empty, or has no certificate that can be read,
+// has no authority either: who removes one wants nobody to come by it any more. While it can't be read the
+// authorities stay as they were. log hears of both, once. There is nothing to close.
 func OpenAuthorities(file string, log *slog.Logger) (*Authorities, error) {
-	a := &Authorities{file: file, log: log}
+	a := &Authorities{file: file, log: log, looked: time.Now()}
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	if err := a.read(); err != nil {
 		return nil, err
 	}
-	a.looked = time.Now()
 	return a, nil
 }
 
@@ -54,7 +54,9 @@ func (a *Authorities) Pool() (pool *x509.CertPool, version string) {
 	return a.pool, a.version
 }
 
-// look reads the file if it has changed. The caller holds a.mu.
+// look reads the file if it has changed.
+//
+// +checklocks:a.mu
 func (a *Authorities) look() {
 	now, err := os.Stat(a.file)
 	if err == nil && sameFile(now, a.info) {
@@ -86,6 +88,7 @@ func (a *Authorities) hasNone() bool {
 	return err == nil || errors.Is(err, errNoFile) || errors.Is(err, errEmpty)
 }
 
+// +checklocks:a.mu
 func (a *Authorities) read() error {
 	info, _ := os.Stat(a.file) // before reading: a change meanwhile is seen later
 	certs, unread, err := readCertificates(a.file)

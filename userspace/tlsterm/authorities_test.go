@@ -13,6 +13,8 @@ import (
 )
 
 // TestAuthorities changes a file of authorities, breaks it and removes it.
+//
+// +checklocksignore
 func TestAuthorities(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	one, two := mint(t, nil, []string{"one"}, authority("one")), mint(t, nil, []string{"two"}, authority("two"))

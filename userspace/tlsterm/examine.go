@@ -2,9 +2,11 @@ package tlsterm
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -66,11 +68,8 @@ func examine(chain []*x509.Certificate, issuer int, now time.Time) (warnings []s
 }
 
 func validity(c *x509.Certificate, now time.Time) error {
-	switch {
-	case now.After(c.NotAfter):
-		return &ExpiredError{Subject: subject(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter}
-	case now.Before(c.NotBefore):
-		return &ExpiredError{Subject: subject(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter, Early: true}
+	if early := now.Before(c.NotBefore); early || now.After(c.NotAfter) {
+		return &ExpiredError{Subject: subject(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter, Early: early}
 	}
 	return nil
 }
@@ -91,12 +90,7 @@ func publicRoot(leaf *x509.Certificate) bool {
 }
 
 func serverAuth(c *x509.Certificate) bool {
-	for _, u := range c.ExtKeyUsage {
-		if u == x509.ExtKeyUsageServerAuth || u == x509.ExtKeyUsageAny {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageServerAuth) || slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageAny)
 }
 
 // subject names a certificate in messages.
@@ -110,9 +104,4 @@ func subject(c *x509.Certificate) string {
 	return "with serial " + c.SerialNumber.String()
 }
 
-func issuerName(c *x509.Certificate) string {
-	if c.Issuer.CommonName != "" {
-		return c.Issuer.CommonName
-	}
-	return c.Issuer.String()
-}
+func issuerName(c *x509.Certificate) string { return cmp.Or(c.Issuer.CommonName, c.Issuer.String()) }

@@ -13,12 +13,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 )
 
-// FileError is what is wrong with a certificate's or key's file, and what to do
-// about it.
+// FileError is what is wrong with a certificate's or key's file, and what to do about it.
 type FileError struct {
 	File string
 	Err  error
@@ -89,18 +89,16 @@ var (
 // readFile reads a small file, with errors that say what to do.
 func readFile(name string) ([]byte, error) {
 	info, err := os.Stat(name)
-	if err == nil {
-		switch {
-		case info.IsDir():
-			return nil, errors.New("is a directory: name the PEM file in it")
-		case !info.Mode().IsRegular():
-			return nil, errors.New("is not a regular file")
-		case info.Size() > maxFile:
-			return nil, fmt.Errorf("has %d bytes, more than any certificate has: is it the right file?", info.Size())
-		}
-	}
 	var data []byte
-	if err == nil {
+	switch {
+	case err != nil:
+	case info.IsDir():
+		return nil, errors.New("is a directory: name the PEM file in it")
+	case !info.Mode().IsRegular():
+		return nil, errors.New("is not a regular file")
+	case info.Size() > maxFile:
+		return nil, fmt.Errorf("has %d bytes, more than any certificate has: is it the right file?", info.Size())
+	default:
 		data, err = os.ReadFile(name)
 	}
 	switch {
@@ -109,37 +107,29 @@ func readFile(name string) ([]byte, error) {
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("no permission to read it as user id %d: chown or chmod it, or its directory", os.Geteuid())
 	case err != nil:
-		return nil, pathless(err)
+		if pe, ok := errors.AsType[*fs.PathError](err); ok {
+			return nil, pe.Err // FileError has the path
+		}
+		return nil, err
 	case len(bytes.TrimSpace(data)) == 0:
 		return nil, errEmpty
 	}
 	return data, nil
 }
 
-// pathless takes the path out of err, since FileError says it already.
-func pathless(err error) error {
-	var pe *fs.PathError
-	if errors.As(err, &pe) {
-		return pe.Err
+// readBlocks reads the PEM blocks of a file. want is what openssl calls what should be in it.
+func readBlocks(name, want string) (out []*pem.Block, err error) {
+	data, err := readFile(name)
+	if err != nil {
+		return nil, err
 	}
-	return err
-}
-
-// blocks are the PEM blocks of a file.
-func blocks(data []byte, want string) ([]*pem.Block, error) {
-	var out []*pem.Block
-	for {
-		var b *pem.Block
-		b, data = pem.Decode(data)
-		if b == nil {
-			break
-		}
+	for b, rest := pem.Decode(data); b != nil; b, rest = pem.Decode(rest) {
 		out = append(out, b)
 	}
-	if len(out) > 0 {
+	switch {
+	case len(out) > 0:
 		return out, nil
-	}
-	if data[0] == 0x30 { // an ASN.1 SEQUENCE: DER, or PKCS #12
+	case data[0] == 0x30: // an ASN.1 SEQUENCE: DER, or PKCS #12
 		return nil, fmt.Errorf("is not PEM but binary: convert it with `openssl %s -inform DER -in IN -out OUT`, or `openssl pkcs12 -nodes -in IN -out OUT` if it is a .p12 or .pfx", want)
 	}
 	return nil, errors.New("is not PEM: there is no whole -----BEGIN ...----- block in it")
@@ -154,11 +144,7 @@ func readChain(name string) ([]*x509.Certificate, error) {
 // readCertificates reads the certificates of a file. unread is what is wrong with
 // those that it has to leave out; err, that there is none that can be read.
 func readCertificates(name string) (certs []*x509.Certificate, unread []error, err error) {
-	data, err := readFile(name)
-	if err != nil {
-		return nil, nil, err
-	}
-	bs, err := blocks(data, "x509")
+	bs, err := readBlocks(name, "x509")
 	if err != nil {
 		return nil, nil, err
 	}
@@ -189,11 +175,7 @@ func readCertificates(name string) (certs []*x509.Certificate, unread []error, e
 }
 
 func readKey(name string) (crypto.Signer, error) {
-	data, err := readFile(name)
-	if err != nil {
-		return nil, err
-	}
-	bs, err := blocks(data, "pkey")
+	bs, err := readBlocks(name, "pkey")
 	if err != nil {
 		return nil, err
 	}
@@ -217,22 +199,17 @@ func readKey(name string) (crypto.Signer, error) {
 func parseKey(der []byte) (crypto.Signer, error) {
 	key, err := x509.ParsePKCS8PrivateKey(der)
 	if err != nil {
-		if k, err1 := x509.ParsePKCS1PrivateKey(der); err1 == nil {
-			key, err = k, nil
-		} else if k, err1 := x509.ParseECPrivateKey(der); err1 == nil {
-			key, err = k, nil
+		if k, err := x509.ParsePKCS1PrivateKey(der); err == nil {
+			return k, nil
 		}
-	}
-	if err != nil {
+		if k, err := x509.ParseECPrivateKey(der); err == nil {
+			return k, nil
+		}
 		return nil, fmt.Errorf("the private key can't be parsed: %w", err)
 	}
 	switch k := key.(type) {
-	case *rsa.PrivateKey:
-		return k, nil
-	case *ecdsa.PrivateKey:
-		return k, nil
-	case ed25519.PrivateKey:
-		return k, nil
+	case *rsa.PrivateKey, *ecdsa.PrivateKey, ed25519.PrivateKey:
+		return k.(crypto.Signer), nil
 	}
 	return nil, fmt.Errorf("keys of type %T can't serve TLS: make an ECDSA P-256 or RSA key", key)
 }
@@ -243,16 +220,13 @@ func matches(spec Spec, chain []*x509.Certificate, key crypto.Signer) error {
 	if !ok {
 		return &FileError{spec.key(), errors.New("the key can't be compared with the certificate's")}
 	}
-	for i, c := range chain {
-		if !public.Equal(c.PublicKey) {
-			continue
-		}
-		if i == 0 {
-			return nil
-		}
-		return &FileError{spec.Cert, fmt.Errorf("the key belongs to certificate %d in the file (%s): put that one first, its intermediates after it", i+1, subject(c))}
-	}
-	if spec.key() == spec.Cert {
+	at := slices.IndexFunc(chain, func(c *x509.Certificate) bool { return public.Equal(c.PublicKey) })
+	switch {
+	case at == 0:
+		return nil
+	case at > 0:
+		return &FileError{spec.Cert, fmt.Errorf("the key belongs to certificate %d in the file (%s): put that one first, its intermediates after it", at+1, subject(chain[at]))}
+	case spec.key() == spec.Cert:
 		return &FileError{spec.Cert, fmt.Errorf("the private key in it does not match the certificate %s", subject(chain[0]))}
 	}
 	return &FileError{spec.key(), fmt.Errorf("the private key does not match the certificate %s in %s", subject(chain[0]), spec.Cert)}

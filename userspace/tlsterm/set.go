@@ -11,8 +11,7 @@ import (
 	"time"
 )
 
-// entry is one certificate of a set: read from files (cert and chain are there, or
-// else err), or asked for.
+// entry is one certificate of a set: read from files (cert and chain are there, or else err), or asked for.
 type entry struct {
 	spec  Spec
 	stamp stamp // the files when they were read
@@ -85,16 +84,13 @@ func newSet(entries []*entry) *set {
 
 // candidates are the entries for a canonical name, best first.
 func (s *set) candidates(name string) []*entry {
-	out := s.exact[name]
+	out := slices.Clip(s.exact[name]) // appending copies
 	for _, e := range s.sources {
 		if e.spec.Covers(name) {
-			out = append(out[:len(out):len(out)], e)
+			out = append(out, e)
 		}
 	}
-	if wild := s.wildcard[parent(name)]; len(wild) > 0 {
-		out = append(out[:len(out):len(out)], wild...)
-	}
-	return out
+	return append(out, s.wildcard[parent(name)]...)
 }
 
 func (s *set) covers(name string) bool { return name != "" && len(s.candidates(name)) > 0 }
@@ -114,22 +110,20 @@ func (s *set) find(spec Spec) *entry {
 	if s == nil || spec.GetCertificate != nil {
 		return nil
 	}
-	for _, e := range s.entries {
-		if e.spec.GetCertificate == nil && e.spec.files() == spec.files() {
-			return e
-		}
+	i := slices.IndexFunc(s.entries, func(e *entry) bool { return e.spec.GetCertificate == nil && e.spec.files() == spec.files() })
+	if i < 0 {
+		return nil
 	}
-	return nil
+	return s.entries[i]
 }
 
-// parent is name without its first label, "" if nothing is left. An IP address
-// has no labels.
+// parent is name without its first label, "" if nothing is left. An IP address has no labels.
 func parent(name string) string {
 	if _, err := netip.ParseAddr(name); err == nil {
 		return ""
 	}
-	first, rest, ok := strings.Cut(name, ".")
-	if !ok || first == "" {
+	first, rest, _ := strings.Cut(name, ".")
+	if first == "" {
 		return ""
 	}
 	return rest

@@ -2,13 +2,11 @@
 // it reads them from PEM files, says in words what is wrong with them, chooses
 // among them by server name, and follows the files when they change.
 //
-// Choice: a certificate that has the exact name, then one whose wildcard covers
-// it (one label, as browsers read it, RFC 6125 6.4.3), each in the order of the
-// config. A hello without a name gets the first certificate, and so does one with
-// an address in its place (RFC 6066 section 3) that no certificate has. A hello with a
-// name that no certificate covers is refused with the alert unrecognized_name:
-// a wrong certificate would only show its owner's names to a stranger, and
-// people a warning that tells them nothing.
+// Choice: a certificate that has the exact name, then one whose wildcard covers it (one label, as browsers
+// read it, RFC 6125 6.4.3), each in the order of the config. A hello without a name gets the first
+// certificate, and so does one with an address in its place (RFC 6066 section 3) that no certificate has. A
+// hello with a name that no certificate covers is refused with the alert unrecognized_name: a wrong
+// certificate would only show its owner's names to a stranger, and people a warning that tells them nothing.
 //
 // A Store is safe for concurrent use. What it serves is one immutable set,
 // swapped as a whole: a handshake never sees a certificate with another's key.
@@ -43,14 +41,12 @@ type Spec struct {
 	// SEC 1). Both may name the same file; an empty Key means Cert.
 	Cert, Key string
 
-	// GetCertificate, if not nil, is asked for each handshake whose name it
-	// covers, and Cert and Key are not used. It must be quick or cached. Its
-	// error ends the handshake with internal_error; no certificate and no error
-	// means that it does not have one after all.
+	// GetCertificate, if not nil, is asked for each handshake whose name it covers, and Cert and Key are not
+	// used. It must be quick or cached. Its error ends the handshake with internal_error; no certificate and
+	// no error means that it does not have one after all.
 	GetCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
-	// Covers says whether GetCertificate answers for a name (lower case, no
-	// trailing dot, never empty). It is needed with GetCertificate: without it
-	// the function would be the judge of every name on the internet.
+	// Covers says whether GetCertificate answers for a name (lower case, no trailing dot, never empty). It is
+	// needed with GetCertificate: without it the function would be the judge of every name on the internet.
 	Covers func(name string) bool
 	// Name is how status and messages name what is behind GetCertificate.
 	Name string
@@ -98,10 +94,9 @@ func load(specs []Spec, log *slog.Logger, lenient bool) (*Store, error) {
 	return s, nil
 }
 
-// Prepare reads the certificates of a new config without serving them yet;
-// apply swaps them in and can't fail. It is as strict as Load but for files whose
-// certificate has expired while this store served it, or that the store could not
-// use before: a change of something else can still be made.
+// Prepare reads the certificates of a new config without serving them yet; apply swaps them in and can't
+// fail. It is as strict as Load but for files whose certificate has expired while this store served it, or
+// that the store could not use before: a change of something else can still be made.
 func (s *Store) Prepare(specs []Spec) (apply func(), err error) { return s.prepare(specs, false) }
 
 func (s *Store) prepare(specs []Spec, lenient bool) (apply func(), err error) {
@@ -164,7 +159,8 @@ func (s *Store) Reload() error {
 }
 
 // refresh reads again the entries that want says, and swaps in what is good.
-// The caller holds s.reload.
+//
+// +checklocks:s.reload
 func (s *Store) refresh(want func(*entry) bool) error {
 	old := s.set.Load()
 	entries := make([]*entry, len(old.entries))
@@ -226,14 +222,12 @@ func (s *Store) Run(ctx context.Context) {
 // IP address (in brackets or not), and end with a dot; it has no port.
 func (s *Store) Covers(host string) bool { return s.set.Load().covers(canonical(host)) }
 
-// Asked is the name that a hello with this server name asks for, as routes and
-// certificates are found by it: lower case, without port and trailing dot, "" for
-// an address that no certificate has.
+// Asked is the name that a hello with this server name asks for, as routes and certificates are found by it:
+// lower case, without port and trailing dot, "" for an address that no certificate has.
 func (s *Store) Asked(serverName string) string { return s.set.Load().asked(serverName) }
 
-// Shared says whether the certificate which a client gets for name is good for
-// other too: browsers send requests for both on one connection then (RFC 9113
-// 9.1.1). The names are as in Covers.
+// Shared says whether the certificate which a client gets for name is good for other too: browsers send
+// requests for both on one connection then (RFC 9113 9.1.1). The names are as in Covers.
 func (s *Store) Shared(name, other string) bool {
 	name, other = canonical(name), canonical(other)
 	for _, e := range s.set.Load().candidates(name) {
@@ -282,17 +276,15 @@ func (s *Store) Certificates() []Info {
 	return out
 }
 
-// Config returns a server configuration that always serves the store's newest
-// certificates: TLS 1.2 and 1.3, crypto/tls's choice of suites and curves,
-// session tickets with keys that crypto/tls rotates. alpn is what the server
-// speaks, best first; none means h2 and http/1.1.
+// Config returns a server configuration that always serves the store's newest certificates: TLS 1.2 and 1.3,
+// crypto/tls's choice of suites and curves, session tickets with keys that crypto/tls rotates. alpn is what
+// the server speaks, best first; none means h2 and http/1.1.
 func (s *Store) Config(alpn ...string) *tls.Config {
 	if len(alpn) == 0 {
 		alpn = []string{"h2", "http/1.1"}
 	}
-	// A configuration with no certificate makes crypto/tls answer
-	// unrecognized_name. It is chosen at the hello, before a session ticket
-	// from another name could spare its holder the choice of a certificate.
+	// A configuration with no certificate makes crypto/tls answer unrecognized_name. It is chosen at the
+	// hello, before a session ticket from another name could spare its holder the choice of a certificate.
 	refuse := &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: alpn, SessionTicketsDisabled: true}
 	return &tls.Config{
 		MinVersion:     tls.VersionTLS12,

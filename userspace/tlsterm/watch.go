@@ -20,22 +20,15 @@ func stampOf(spec Spec) stamp {
 	return s
 }
 
-func (s stamp) same(o stamp) bool {
-	for i := range s {
-		a, b := s[i], o[i]
-		if (a == nil) != (b == nil) {
-			return false
-		}
-		if a != nil && !sameFile(a, b) {
-			return false
-		}
-	}
-	return true
-}
+func (s stamp) same(o stamp) bool { return sameFile(s[0], o[0]) && sameFile(s[1], o[1]) }
 
-// sameFile says whether nobody has written or replaced a file between two looks.
+// sameFile says whether nobody has written or replaced a file between two looks, or it was missing both
+// times.
 func sameFile(a, b fs.FileInfo) bool {
-	return b != nil && os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size() && a.Mode() == b.Mode()
+	if a == nil || b == nil {
+		return a == nil && b == nil
+	}
+	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size() && a.Mode() == b.Mode()
 }
 
 // watch is what Run remembers between two looks.
@@ -84,6 +77,8 @@ func (w *watch) look(s *Store) {
 
 // changed reads a pair whose files are not what is served. One look's grace
 // lets a writer finish that replaces the two files one after the other.
+//
+// +checklocks:s.reload
 func (w *watch) changed(s *Store, e *entry, now stamp) {
 	files := e.spec.files()
 	before, seen := w.broken[files]

@@ -1,10 +1,9 @@
 // Package accesslog writes a line for each request to a file or to standard
 // error, as JSON or in the formats that Apache and nginx made common.
 //
-// Writing never waits for a disk: lines are queued, within bounds, and one
-// goroutine writes them. What can't be written is counted and complained of
-// once. Rotation is the system's: a file that was renamed or removed is made
-// anew within a second, and [Log.Reopen] does so at once.
+// Writing never waits for a disk: lines are queued, within bounds, and one goroutine writes them. What can't
+// be written is counted and complained of once. Rotation is the system's: a file that was renamed or removed
+// is made anew within a second, and [Log.Reopen] does so at once.
 package accesslog
 
 import (
@@ -122,8 +121,7 @@ func (l *Log) Reopen() {
 	l.poke()
 }
 
-// Close writes what is queued and closes the file. It gives up on a disk or a
-// pipe that takes nothing.
+// Close writes what is queued and closes the file. It gives up on a disk or a pipe that takes nothing.
 func (l *Log) Close() {
 	l.mu.Lock()
 	l.closed = true

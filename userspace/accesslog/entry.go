@@ -86,8 +86,7 @@ func appendJSON(b []byte, e *Entry) []byte {
 	return append(b, '}', '\n')
 }
 
-// appendString writes v as a JSON string. encoding/json leaves DEL and C1, which
-// terminals obey, as they are.
+// appendString writes v as a JSON string. encoding/json leaves DEL and C1, which terminals obey, as they are.
 func appendString(b []byte, v string) []byte {
 	if len(v) > longest {
 		v = v[:longest]

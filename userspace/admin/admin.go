@@ -89,9 +89,8 @@ func (d Daemon) top(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// Listen binds the control socket at path, readable and writable for its
-// owner only. A socket that a dead daemon left is replaced; that of a live one
-// is an error, and so is a file of another kind. The error wraps
+// Listen binds the control socket at path, readable and writable for its owner only. A socket that a dead
+// daemon left is replaced; that of a live one is an error, and so is a file of another kind. The error wraps
 // [fs.ErrPermission] where the process may not make the socket there.
 func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -259,9 +258,8 @@ func (c Client) Get(ctx context.Context, noun string, v any) error {
 	return json.Unmarshal(body, v)
 }
 
-// Reload asks the daemon to read its configuration again. notes is what there
-// is to say about the new one, one a line; the error is the daemon's reason for
-// keeping the old one.
+// Reload asks the daemon to read its configuration again. notes is what there is to say about the new one,
+// one a line; the error is the daemon's reason for keeping the old one.
 func (c Client) Reload(ctx context.Context) (notes string, err error) {
 	body, err := c.do(ctx, http.MethodPost, "/v1/reload")
 	return string(body), err

@@ -1,9 +1,8 @@
 // Package metrics holds the daemon's counters, in Prometheus' form.
 //
-// Every event that the log mentions per flow is counted here, with labels of
-// bounded cardinality only: names of listeners and routes, what the configuration
-// names, and fixed reasons; never what strangers choose, such as addresses and
-// server names. Each help says what bounds its series.
+// Every event that the log mentions per flow is counted here, with labels of bounded cardinality only: names
+// of listeners and routes, what the configuration names, and fixed reasons; never what strangers choose, such
+// as addresses and server names. Each help says what bounds its series.
 package metrics
 
 import (
@@ -16,8 +15,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// Set is one daemon's metrics. Make it with New; all fields are safe for
-// concurrent use.
+// Set is one daemon's metrics. Make it with New; all fields are safe for concurrent use.
 type Set struct {
 	Accepted       *prometheus.CounterVec // listener
 	Refused        *prometheus.CounterVec // listener, reason
@@ -88,8 +86,7 @@ func New(version string, now func() State) *Set {
 	return s
 }
 
-// WatchLog adds the number of lines that the daemon's own log has lost, which is
-// asked for at each scrape.
+// WatchLog adds the number of lines that the daemon's own log has lost, which is asked for at each scrape.
 func (s *Set) WatchLog(lost func() int64) {
 	s.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "tailsplice_log_lost_total",
 		Help: "Lines of the daemon's log that were not written, because who reads it did not keep up."},
@@ -118,8 +115,7 @@ func Code(status int) string {
 	return strconv.Itoa(status)
 }
 
-// Totals adds a counter up by the values of one of its labels, for
-// `tailsplice status`.
+// Totals adds a counter up by the values of one of its labels, for `tailsplice status`.
 func Totals(c *prometheus.CounterVec, label string) map[string]int64 {
 	ch := make(chan prometheus.Metric)
 	go func() { c.Collect(ch); close(ch) }()

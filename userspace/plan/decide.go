@@ -38,8 +38,8 @@ var (
 	ErrRejected     = errors.New("the configuration rejects all connections")
 )
 
-// Decide says which rule takes a connection of v with this hello, which is nil on a tcp listener, or why none does. Only q may
-// wait, and remember: with equal answers of it the decision is the same.
+// Decide says which rule takes a connection of v with this hello, which is nil on a tcp listener, or why none
+// does. Only q may wait, and remember: with equal answers of it the decision is the same.
 func (s *Service) Decide(hello *sni.Hello, v Visitor, q Asker) (*Rule, error) {
 	if hello == nil {
 		r := s.Fallback
@@ -99,8 +99,7 @@ type NotAllowedError struct{ Who string }
 
 func (e *NotAllowedError) Error() string { return "allow does not name " + e.Who }
 
-// NotIdentifiedError says that it could not be found out who has an address: it
-// may be anybody's.
+// NotIdentifiedError says that it could not be found out who has an address: it may be anybody's.
 type NotIdentifiedError struct {
 	Addr netip.Addr
 	Err  error

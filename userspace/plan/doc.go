@@ -1,6 +1,5 @@
-// Package plan compiles a configuration: it says what is made of the connections
-// and requests that come in. It serves nobody, binds no address and follows
-// nothing; package front runs a plan.
+// Package plan compiles a configuration: it says what is made of the connections and requests that come in.
+// It serves nobody, binds no address and follows nothing; package front runs a plan.
 //
 //	plan.go     the plan of a configuration, and what it is compiled with
 //	needs.go    what a configuration needs of the daemon that runs it

@@ -15,13 +15,11 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// goneFor is how long a container that was removed still answers 503 for its
-// names: `docker compose up` removes one before it makes the next, and until
-// then the name must not lead elsewhere.
+// goneFor is how long a container that was removed still answers 503 for its names: `docker compose up`
+// removes one before it makes the next, and until then the name must not lead elsewhere.
 const goneFor = time.Minute
 
-// LabelProblem is what keeps a container's labels, or a part of them, from
-// making a route.
+// LabelProblem is what keeps a container's labels, or a part of them, from making a route.
 type LabelProblem struct {
 	Container string `json:"container"`
 	Label     string `json:"label"`
@@ -29,8 +27,7 @@ type LabelProblem struct {
 	Problem   string `json:"problem"`
 }
 
-// Labels is what the labels of containers make of the listeners of a plan. It is
-// immutable.
+// Labels is what the labels of containers make of the listeners of a plan. It is immutable.
 type Labels struct {
 	Problems []LabelProblem
 
@@ -50,8 +47,7 @@ func newLabels(seen []container.Labelled) *Labels {
 // End says that others have taken the place of n: dials by its rules begin anew.
 func (n *Labels) End() { n.end() }
 
-// Forgets is when the next removed container is to be forgotten, 0 if there is
-// none.
+// Forgets is when the next removed container is to be forgotten, 0 if there is none.
 func (n *Labels) Forgets() (again time.Duration) {
 	for _, g := range n.gone {
 		if left := max(time.Until(g.at.Add(goneFor)), time.Millisecond); again == 0 || left < again {
@@ -80,9 +76,8 @@ type candidate struct {
 	labels  config.Labels
 }
 
-// ListLabelled returns the containers with labels, if the plan has a listener that
-// takes them: so that the first request finds its route. Without an answer they
-// come later; what follows them says why.
+// ListLabelled returns the containers with labels, if the plan has a listener that takes them: so that the
+// first request finds its route. Without an answer they come later; what follows them says why.
 func (p *Plan) ListLabelled(ctx context.Context) []container.Labelled {
 	takes := func(l config.Listener) bool { return takesLabels(&l) }
 	if slices.ContainsFunc(p.Config.Listeners, takes) {
@@ -236,9 +231,8 @@ func portList(ports []uint16) string {
 	return strings.Trim(fmt.Sprint(ports), "[]")
 }
 
-// labelRules makes the rules of one listener: of those that want the same name
-// and path one that runs goes before one that does not, then whoever has it
-// already, then the older one.
+// labelRules makes the rules of one listener: of those that want the same name and path one that runs goes
+// before one that does not, then whoever has it already, then the older one.
 func (p *Plan) labelRules(l *config.Listener, all []candidate, taken map[claim]string, before *Labels) []*Rule {
 	next := p.Labels
 	order := map[string]int{"running": 0, "stopped": 1, "removed": 2}

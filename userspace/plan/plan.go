@@ -11,8 +11,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// Plan is a configuration, compiled. It is immutable: a flow that has begun by one
-// keeps what it has of it.
+// Plan is a configuration, compiled. It is immutable: a flow that has begun by one keeps what it has of it.
 type Plan struct {
 	Config   *config.Config
 	Needs    Needs

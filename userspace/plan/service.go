@@ -135,10 +135,9 @@ func (s *Service) ByName(name string) *Rule {
 	return r
 }
 
-// ByRequest finds the rule of a request. A host's rules are tried by path, longest
-// first, then in the config's order; then shorter wildcards, then the default.
-// exactly says that some rule is for the very host. The error is a
-// *[vhost.MethodError], [vhost.ErrNoPath] or [vhost.ErrNoHost].
+// ByRequest finds the rule of a request. A host's rules are tried by path, longest first, then in the
+// config's order; then shorter wildcards, then the default. exactly says that some rule is for the very host.
+// The error is a *[vhost.MethodError], [vhost.ErrNoPath] or [vhost.ErrNoHost].
 func (s *Service) ByRequest(req *http.Request, host, path string) (r *Rule, exactly bool, err error) {
 	known := false
 	var allow []string

@@ -108,14 +108,12 @@ type TargetTrace struct {
 	Address string  `json:"address,omitempty"` // where it answered; "" for a socket
 	Took    float64 `json:"took,omitempty"`    // seconds
 	Error   string  `json:"error,omitempty"`   // why it can't be reached
-	// What a hop behind it would be asked for: it differs from what came where
-	// the route changes it.
+	// What a hop behind it would be asked for: it differs from what came where the route changes it.
 	NextHost string `json:"next_host"`
 	NextPath string `json:"next_path"`
 }
 
-// OK says whether some listener leads somewhere, and none to where nobody
-// answers.
+// OK says whether some listener leads somewhere, and none to where nobody answers.
 func (t Trace) OK() bool {
 	leads := false
 	for _, l := range t.Listeners {
@@ -194,8 +192,7 @@ func (p *Plan) Trace(ctx context.Context, q Question) (Trace, error) {
 	return t, nil
 }
 
-// find looks the route of a request up as its listener would; nil if there is
-// none, and why.
+// find looks the route of a request up as its listener would; nil if there is none, and why.
 func (s *Service) find(req *http.Request, path string, q Question) (*Rule, string) {
 	switch s.Mode {
 	case "tcp":

@@ -13,7 +13,7 @@ enum {
 	EVENT_BYTES = 262144,   /* of the ring of events: 10,000 of them; a power of two */
 
 	MAX_TARGETS = 4096,     /* addresses of processes on this host that flows go to */
-	DOWNSTREAM_MAPS = 2,    /* sockmaps that the downstream of such a flow is in: peers and local_sources */
+	DOWNSTREAM_MAPS = 2,    /* sockmaps that its downstream is in: peers and local_sources */
 
 	/* bpf_skb_adjust_room refuses more than 0xfff (net/core/filter.c). */
 	TRIM_BYTES_A_CALL = 4095,
@@ -26,7 +26,7 @@ enum {
 	 */
 	SKB_OVERHEAD_BYTES = 4096,
 
-	/* After each so many bytes of a half userspace is told, which may find splice(2) better for them. 4 MiB. */
+	/* After each 4 MiB of a half userspace is told, which may find splice(2) better for them. */
 	BULK_SHIFT = 22,
 };
 
@@ -37,8 +37,8 @@ enum flow_state {
 	FLOW_ENDING,        /* being reset, what was received is still delivered */
 };
 
-/* Why a half gave up; written by the verdict, or by `brake`, once. Userspace resets both sides then: bytes may
- * be missing, and neither side may take the stream for whole.
+/* Why a half gave up; written by the verdict, or by `ingress_clamp`, once. Userspace resets both sides then:
+ * bytes may be missing, and neither side may take the stream for whole.
  */
 enum fault {
 	FAULT_NONE,
@@ -46,20 +46,20 @@ enum fault {
 	FAULT_TRIM,      /* an overlap could not be cut off */
 	FAULT_PEER,      /* the peer is gone, or takes no more data */
 	FAULT_REDIRECT,  /* the helper refused */
-	FAULT_RESET,     /* no bytes are missing: the source was reset, of which only `brake` knows */
+	FAULT_RESET,     /* no bytes are missing: the source was reset, of which only `ingress_clamp` knows */
 };
 
 /* Whether a half goes out of the sockmap. */
 enum leaving {
 	STAYS,
-	LEAVING,  /* `leave` may take it out */
+	LEAVING,  /* `iter_leave` may take it out */
 	HAS_LEFT, /* it did, and has set seeded to 0 */
 };
 
-/* What `leave` is told, and tells. */
+/* What `iter_leave` is told, and tells. */
 struct leave_call {
 	__u64 read; /* userspace: how many of the half's bytes that were passed it has read */
-	__u32 half; /* userspace: the one that is to leave; leave: the one whose socket it stands at, which left or did not */
+	__u32 half; /* userspace: the one that is to leave; iter_leave: the one whose socket it stands at */
 	__u32 pad;
 };
 
@@ -76,7 +76,7 @@ struct event {
 	__u32 kind;
 };
 
-/* One direction of a flow, 64 bytes: the protocol between the verdict and userspace (see splice.bpf.c).
+/* One direction of a flow, 64 bytes: the protocol between the verdict and userspace (see verdict.h).
  * Half 2n of slot n is downstream to upstream; its source socket has index 2n in the sockmaps, its peer 2n+1.
  * Every field has one writer.
  */
@@ -93,9 +93,9 @@ struct half {
 	__u16 newer;      /* verdict: those after mark */
 	__u32 trimmed;    /* verdict: bytes cut off, which had been handled before */
 	__u8 seeded;      /* verdict: base, mark and next_seq are valid, and it counts what comes */
-	__u8 leaving;     /* userspace, and `leave` while it is LEAVING */
-	__u16 in_hand;    /* userspace: 4 KiB that it has read and not yet written, where that is more than usual */
-	enum fault fault; /* verdict, brake */
+	__u8 leaving;     /* userspace, and `iter_leave` while it is LEAVING */
+	__u16 in_hand;    /* userspace: 4 KiB it has read and not yet written, where that is more than usual */
+	enum fault fault; /* verdict, ingress_clamp */
 };
 
 /* How a cookie is found: the key of `flows`, and which half the socket is the source of. */
@@ -114,7 +114,7 @@ struct direction {
 	__u64 local;      /* moved between the other side and a process on this host, past TCP */
 };
 
-/* What `bpftool map dump` shows of a flow. The key is downstream's socket cookie, which `ss -e` prints as sk. */
+/* What `bpftool map dump` shows of a flow. The key is downstream's socket cookie, that `ss -e` prints as sk. */
 struct flow {
 	char id[ID_BYTES];
 	char route[ROUTE_BYTES];
@@ -141,21 +141,21 @@ struct pair {
 	struct end other;
 };
 
-/* A flow whose target is a process on this host, by slot (see local.bpf.c). */
+/* A flow whose target is a process on this host, by slot (see skmsg.bpf.c). */
 struct local {
 	struct pair pair; /* userspace: how the process's socket is found in `locals` */
 	__u64 process;    /* userspace: the cookie of that socket */
-	__u64 down;       /* ask: where downstream's struct tcp_sock is */
+	__u64 down;       /* query: where downstream's struct tcp_sock is */
 	__u32 on;         /* userspace: the rest is valid */
-	__u32 base;       /* ask: downstream's write_seq when the flow began */
-	__u32 base_local; /* ask: the process's write_seq for which that was so */
-	__u32 unread;     /* catch: the process closed its socket with bytes unread, which is a reset in TCP */
+	__u32 base;       /* query: downstream's write_seq when the flow began */
+	__u32 base_local; /* query: the process's write_seq for which that was so */
+	__u32 unread;     /* sockops_capture: the process closed with bytes unread, a reset in TCP */
 	__u64 in;         /* verdict: bytes that were redirected to the process */
 	__u64 settled;    /* verdict: what `in` was when the worker was last seen to have moved all */
-	__u64 out;        /* back: bytes of the process that were redirected to downstream; ask takes away what was not written */
+	__u64 out;        /* msg_redirect: bytes redirected to downstream; query takes what was not written */
 };
 
-/* What `ask` is asked to do, beside to answer. */
+/* What `query` is asked to do, beside to answer. */
 enum local_request {
 	LOCAL_LOOK,
 	LOCAL_BEGIN,  /* note where both streams are */
@@ -164,11 +164,11 @@ enum local_request {
 
 /* What `targets` knows of an address. */
 enum local_target {
-	TARGET_CATCH = 1,  /* userspace: what is accepted there is to be caught */
-	TARGET_ZEROCOPY,   /* catch: and it sends with MSG_ZEROCOPY */
+	TARGET_CAPTURE = 1, /* userspace: what is accepted there is to be captured */
+	TARGET_ZEROCOPY,    /* sockops_capture: and it sends with MSG_ZEROCOPY */
 };
 
-/* What `ask` answers: a set of these. */
+/* What `query` answers: a set of these. */
 enum local_answer {
 	LOCAL_THERE = 1,    /* the process's socket is in `locals` */
 	LOCAL_BACKLOG = 2,  /* bytes for it wait for the worker */

@@ -92,16 +92,16 @@ func TestResetOfBulk(t *testing.T) {
 	}
 }
 
-// What is passed behind bytes of the other way is charged to nobody: the brake bounds it, and all arrives in
+// What is passed behind bytes of the other way is charged to nobody: the clamp bounds it, and all arrives in
 // the end.
-func TestBrake(t *testing.T) {
+func TestIngressClamp(t *testing.T) {
 	r := new(hooks).without(ruleSweep) // nobody makes way
 	if n := pushBehind(t, r); n > 24<<20 {
 		t.Errorf("%d MiB were taken behind a backlog", n>>20)
 	}
 }
 
-func TestRuleBrakeOff(t *testing.T) {
+func TestRuleClampOff(t *testing.T) {
 	r := new(hooks).without(ruleSweep, ruleClamp)
 	if n := pushBehind(t, r); n < 64<<20 {
 		t.Errorf("only %d MiB were taken behind a backlog: this test proves nothing", n>>20)
@@ -118,8 +118,8 @@ func pushBehind(t *testing.T, r *hooks) int64 {
 		m, _ = io.Copy(p.client, io.LimitReader(zeroes{}, 1<<20))
 	}
 	t.Logf("%d MiB were taken, %+v", n>>20, l.Stats())
-	if n := l.Stats().Braked; (n > 0) != r.keeps(ruleClamp) {
-		t.Errorf("%d segments were braked", n)
+	if n := l.Stats().Clamped; (n > 0) != r.keeps(ruleClamp) {
+		t.Errorf("%d segments were clamped", n)
 	}
 	p.server.SetDeadline(time.Now().Add(patience))
 	p.client.SetDeadline(time.Now().Add(patience))

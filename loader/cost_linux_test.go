@@ -14,7 +14,7 @@ import (
 // TestCostOfFlows: what maps take for each flow that they have room for, from the start, is what is said where
 // somebody chooses how many flows that is.
 func TestCostOfFlows(t *testing.T) {
-	spec, err := loadSplice()
+	spec, err := loadSockmap()
 	must(t, err)
 	const flows = 1 << 12
 	l := open(t, nil, flows)

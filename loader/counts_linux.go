@@ -64,7 +64,7 @@ func (c *counts) countFault(l *Loader, name string) {
 	c.mu.Lock()
 	c.faults[name]++
 	c.mu.Unlock()
-	if name != faultName(spliceFaultFAULT_PEER) { // a peer may die at any time
+	if name != faultName(sockmapFaultFAULT_PEER) { // a peer may die at any time
 		c.countFailure(l, name)
 	}
 }
@@ -96,7 +96,7 @@ func (c *counts) countFailure(l *Loader, why string) {
 // Stats counts since New. Those of [Loader.Local] count by themselves.
 func (l *Loader) Stats() Stats {
 	s := l.counts.stats()
-	_ = l.objects.Braked.Get(&s.Braked)
+	_ = l.objects.Clamped.Get(&s.Clamped)
 	return s
 }
 
@@ -109,9 +109,9 @@ func (c *counts) stats() Stats {
 	return s
 }
 
-// ClampedSegments is Stats.Braked; see userspace/front.
+// ClampedSegments is Stats.Clamped; see userspace/front.
 func (l *Loader) ClampedSegments() (n uint64) {
-	_ = l.objects.Braked.Get(&n)
+	_ = l.objects.Clamped.Get(&n)
 	return n
 }
 

@@ -17,7 +17,7 @@ import (
 )
 
 // A flow with a direction that is busier than it was told to bear goes back to userspace/relay: splice(2) costs less
-// for each byte. Each direction leaves the sockmap by itself; see bpf/splice.bpf.c for why no byte is lost on the way. When
+// for each byte. Each direction leaves the sockmap by itself; see bpf/verdict.h for why no byte is lost on the way. When
 // both have left, and the peers have all that was redirected, the flow is given back. In between, and when a
 // direction has ended, what comes for a direction that has left is copied.
 const (
@@ -47,7 +47,7 @@ type detaching struct {
 // detacher takes directions out of the sockmap that ask for it.
 type detacher struct {
 	iter *link.Iter
-	call *ebpf.Variable // spliceLeaveCall
+	call *ebpf.Variable // sockmapLeaveCall
 	poke chan struct{}
 	quit chan struct{}
 
@@ -72,7 +72,7 @@ func newDetacher(l *Loader) (*detacher, error) {
 	if v, _, err := runningKernel(); err != nil || v.less(leastDetach) {
 		return nil, nil
 	}
-	it, err := link.AttachIter(link.IterOptions{Program: l.objects.Leave})
+	it, err := link.AttachIter(link.IterOptions{Program: l.objects.IterLeave})
 	if err != nil {
 		return nil, fmt.Errorf("attach the iterator of sockets: %w", translate(err))
 	}
@@ -158,11 +158,11 @@ func (v *detacher) walk() (took time.Duration, err error) {
 	v.asked = nil
 	v.mu.Unlock()
 	for _, d := range asked {
-		d.setDetaching(spliceLeavingLEAVING)
+		d.setDetaching(sockmapLeavingLEAVING)
 	}
 	defer func() {
 		for _, d := range asked {
-			d.setDetaching(spliceLeavingSTAYS)
+			d.setDetaching(sockmapLeavingSTAYS)
 		}
 		v.mu.Lock()
 		defer v.mu.Unlock()
@@ -177,7 +177,7 @@ func (v *detacher) walk() (took time.Duration, err error) {
 	defer r.Close()
 	for {
 		start := time.Now()
-		at, err := v.next(r, spliceLeaveCall{Half: ^uint32(0)})
+		at, err := v.next(r, sockmapLeaveCall{Half: ^uint32(0)})
 		took += time.Since(start)
 		if err != nil || at == ^uint32(0) {
 			return took, err
@@ -187,12 +187,12 @@ func (v *detacher) walk() (took time.Duration, err error) {
 			return took, fmt.Errorf("direction %d leaves, and did not ask", at)
 		}
 		asked[i].offered(&offer{at: r, taken: make(chan struct{})})
-		asked[i].setDetaching(spliceLeavingSTAYS)
+		asked[i].setDetaching(sockmapLeavingSTAYS)
 	}
 }
 
 // next goes on with the iterator, and says which direction it stands at then; ^0: it has come to the end.
-func (v *detacher) next(r io.Reader, call spliceLeaveCall) (at uint32, err error) {
+func (v *detacher) next(r io.Reader, call sockmapLeaveCall) (at uint32, err error) {
 	if err := v.call.Set(call); err != nil {
 		return 0, err
 	}
@@ -253,10 +253,10 @@ func (d *direction) detach(o *offer) error {
 	defer d.offer.Store(nil)
 	defer d.source().kick()
 	v := d.f.l.detacher
-	if _, err := v.next(o.at, spliceLeaveCall{Half: d.index(), Read: d.consumed + uint64(len(d.rest))}); err != nil {
+	if _, err := v.next(o.at, sockmapLeaveCall{Half: d.index(), Read: d.consumed + uint64(len(d.rest))}); err != nil {
 		return nil // the walk finds it, too
 	}
-	if spliceLeaving(m.Leaving) == spliceLeavingHAS_LEFT {
+	if sockmapLeaving(m.Leaving) == sockmapLeavingHAS_LEFT {
 		d.isDetached.Store(true)
 		d.isCopying.Store(true)
 		d.f.l.counts.detached.Add(1)
@@ -293,7 +293,7 @@ func (d *direction) openHand() {
 
 func (d *direction) index() uint32 { return 2*d.f.slot + d.side }
 
-func (d *direction) setDetaching(to spliceLeaving) {
+func (d *direction) setDetaching(to sockmapLeaving) {
 	d.f.mu.RLock()
 	defer d.f.mu.RUnlock()
 	if !d.f.isClosed {

@@ -39,7 +39,7 @@ const turns = 8
 // chunks are the buffers of directions that copy. A direction that redirects has none.
 var chunks = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
 
-// direction is one direction: what userspace does for it. The verdict does the rest, see bpf/splice.bpf.c for the
+// direction is one direction: what userspace does for it. The verdict does the rest, see bpf/verdict.h for the
 // protocol.
 //
 // It is an actor without a goroutine of its own: wake starts one, which works until there is nothing to do.
@@ -78,7 +78,7 @@ type direction struct {
 func (d *direction) init(f *flow, i uint32, read uint64) { d.f, d.side, d.read0 = f, i, read }
 
 // shared is the direction's part of the map. Valid until the flow is closed.
-func (d *direction) shared() *spliceHalf { return &d.f.l.halves[2*d.f.slot+d.side] }
+func (d *direction) shared() *sockmapHalf { return &d.f.l.halves[2*d.f.slot+d.side] }
 
 // resume makes the direction go on from where an earlier stay of the flow's here has left it.
 func (d *direction) resume(redirected, copied, trimmed uint64) {
@@ -148,7 +148,7 @@ func (d *direction) turn() (idle bool) {
 
 // outcome is what a step found out, to be done without the lock.
 type outcome struct {
-	fault     spliceFault
+	fault     sockmapFault
 	broken    error // a socket said so, that of side
 	side      uint32
 	isOver    bool // a broken flow has nothing more to deliver
@@ -211,9 +211,9 @@ func (d *direction) workOpen() outcome {
 	if d.isDone.Load() {
 		return outcome{}
 	}
-	switch why := spliceFault(atomic.LoadUint32((*uint32)(&d.shared().Fault))); why {
-	case spliceFaultFAULT_NONE:
-	case spliceFaultFAULT_RESET:
+	switch why := sockmapFault(atomic.LoadUint32((*uint32)(&d.shared().Fault))); why {
+	case sockmapFaultFAULT_NONE:
+	case sockmapFaultFAULT_RESET:
 		return outcome{broken: unix.ECONNRESET, side: d.side}
 	default:
 		return outcome{fault: why}

@@ -14,14 +14,14 @@
 // or quiet. A flow that becomes busy leaves the sockmap, and is given back (detach_linux.go). One that prefers
 // this datapath is in the flows map from its begin to its end, whoever has it (ledger_linux.go).
 //
-// In there, the verdict (bpf/splice.bpf.c) redirects each skb to the peer while the peer's send buffer takes
+// In there, the verdict (bpf/verdict.h) redirects each skb to the peer while the peer's send buffer takes
 // it, and else leaves it in the source's queue, which closes the source's window, and says so through a ring.
 // Then this package copies: it waits until all that was redirected has been written, reads what was passed,
 // writes it to the peer, and publishes how far it is; when it has caught up, the verdict redirects again.
 // File direction_linux.go has this half of the protocol, model_test.go checks the whole by exhaustion.
 //
 // [Local] is for flows whose target is a process on this host: between it and the other side bytes go past
-// TCP. File bpf/local.bpf.c says how.
+// TCP. File bpf/skmsg.bpf.c says how.
 //
 // # Least kernel
 //

@@ -130,20 +130,20 @@ func (l *Loader) readRing() {
 }
 
 func (l *Loader) ringEvent(sample []byte) {
-	if len(sample) < int(unsafe.Sizeof(spliceEvent{})) {
+	if len(sample) < int(unsafe.Sizeof(sockmapEvent{})) {
 		return
 	}
-	e := *(*spliceEvent)(unsafe.Pointer(unsafe.SliceData(sample)))
+	e := *(*sockmapEvent)(unsafe.Pointer(unsafe.SliceData(sample)))
 	if int(e.Half/2) >= len(l.live) {
 		return
 	}
 	if f := l.live[e.Half/2].Load(); f != nil {
 		d := &f.directions[e.Half&1]
-		switch spliceEventKind(e.Kind) {
-		case spliceEventKindEVENT_BULK:
+		switch sockmapEventKind(e.Kind) {
+		case sockmapEventKindEVENT_BULK:
 			d.noteRate(time.Now())
 			return
-		case spliceEventKindEVENT_PASSED:
+		case sockmapEventKindEVENT_PASSED:
 			f.counts.switched.Add(1)
 		}
 		d.wake(0)

@@ -112,7 +112,7 @@ func (f *flow) breakUp(side uint32, err error) {
 		f.finish(first.end())
 		return
 	}
-	f.setState(spliceFlowStateFLOW_ENDING)
+	f.setState(sockmapFlowStateFLOW_ENDING)
 	f.directions[side].wake(0)
 }
 
@@ -122,7 +122,7 @@ func (f *flow) directionDone() {
 		f.finish(endEOF, nil)
 		return
 	}
-	f.setState(spliceFlowStateFLOW_HALF_CLOSED)
+	f.setState(sockmapFlowStateFLOW_HALF_CLOSED)
 }
 
 // finish closes both sockets, with a reset unless both streams have ended, and reports the end. Once.
@@ -202,20 +202,20 @@ func (f *flow) rearm(side uint32) {
 }
 
 // setState is for those who look at the flows map.
-func (f *flow) setState(state spliceFlowState) {
+func (f *flow) setState(state sockmapFlowState) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	f.publish(func(t *spliceFlow) { t.State = state })
+	f.publish(func(t *sockmapFlow) { t.State = state })
 }
 
 // publish changes the flow's entry in the flows map. That writes its counters too, which the verdict may be
 // changing, so it is repeated until they have not changed meanwhile. Called with mu held.
-func (f *flow) publish(change func(*spliceFlow)) {
+func (f *flow) publish(change func(*sockmapFlow)) {
 	if f.isClosed {
 		return
 	}
 	for range 100 {
-		var t spliceFlow
+		var t sockmapFlow
 		if err := f.l.objects.Flows.Lookup(f.cookies[0], &t); err != nil {
 			return
 		}
@@ -231,7 +231,7 @@ func (f *flow) publish(change func(*spliceFlow)) {
 }
 
 // fill writes the flow's counters into its entry in the flows map.
-func (f *flow) fill(t *spliceFlow) (up, down snapshot) {
+func (f *flow) fill(t *sockmapFlow) (up, down snapshot) {
 	up, down = f.directions[0].snapshot(), f.directions[1].snapshot()
 	up.into(t.Up.Before, &t.Up.Bytes, &t.Up.Redirected, &t.Up.Passed, &t.Up.Trimmed, &t.Up.Local)
 	down.into(t.Down.Before, &t.Down.Bytes, &t.Down.Redirected, &t.Down.Passed, &t.Down.Trimmed, &t.Down.Local)
@@ -239,10 +239,10 @@ func (f *flow) fill(t *spliceFlow) (up, down snapshot) {
 }
 
 // fault is told that the verdict gave up: bytes are missing, and both sides have to know.
-func (f *flow) fault(side uint32, why spliceFault) {
+func (f *flow) fault(side uint32, why sockmapFault) {
 	name := faultName(why)
 	f.counts.countFault(f.l, name)
-	if why == spliceFaultFAULT_PEER {
+	if why == sockmapFaultFAULT_PEER {
 		// The peer died, and its event is on its way; what it sent before is still delivered.
 		f.checkSocket(1 - side)
 		f.breakUp(1-side, unix.ECONNRESET)
@@ -251,15 +251,15 @@ func (f *flow) fault(side uint32, why spliceFault) {
 	f.finish(endError, errors.New("the verdict gave up: "+name))
 }
 
-func faultName(why spliceFault) string {
+func faultName(why sockmapFault) string {
 	switch why {
-	case spliceFaultFAULT_GAP:
+	case sockmapFaultFAULT_GAP:
 		return "gap in sequence numbers"
-	case spliceFaultFAULT_TRIM:
+	case sockmapFaultFAULT_TRIM:
 		return "overlap could not be trimmed"
-	case spliceFaultFAULT_PEER:
+	case sockmapFaultFAULT_PEER:
 		return "peer is gone"
-	case spliceFaultFAULT_REDIRECT:
+	case sockmapFaultFAULT_REDIRECT:
 		return "redirect was refused"
 	}
 	return fmt.Sprintf("fault %d", why)

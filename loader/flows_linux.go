@@ -19,7 +19,7 @@ func (l *Loader) Flows() []Info {
 }
 
 // describeInfo is what an entry of the flows map says about who has the flow.
-func describeInfo(t *spliceFlow) Info {
+func describeInfo(t *sockmapFlow) Info {
 	return Info{
 		ID: fromText(t.Id[:]), Route: fromText(t.Route[:]), State: t.State.text(),
 		Downstream: fromText(t.Downstream[:]), DownstreamLocal: fromText(t.DownstreamLocal[:]),
@@ -35,7 +35,7 @@ func (f *flow) info() (Info, bool) {
 	if f.isClosed {
 		return Info{}, false
 	}
-	var t spliceFlow
+	var t sockmapFlow
 	if err := f.l.objects.Flows.Lookup(f.cookies[0], &t); err != nil {
 		return Info{}, false
 	}
@@ -56,13 +56,13 @@ func (d *direction) copied(s snapshot) (copied, waiting int64) {
 	return int64(n), max(int64(s.passed-n), 0)
 }
 
-func (s spliceFlowState) text() string {
+func (s sockmapFlowState) text() string {
 	switch s {
-	case spliceFlowStateFLOW_SPLICED:
+	case sockmapFlowStateFLOW_SPLICED:
 		return "spliced"
-	case spliceFlowStateFLOW_HALF_CLOSED:
+	case sockmapFlowStateFLOW_HALF_CLOSED:
 		return "half_closed"
-	case spliceFlowStateFLOW_ENDING:
+	case sockmapFlowStateFLOW_ENDING:
 		return "ending"
 	}
 	return "unknown"

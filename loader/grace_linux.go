@@ -8,7 +8,7 @@ import (
 )
 
 // graces gives slots back when no program can be at work on the flow that had them. See "Slots" in
-// bpf/local.bpf.c.
+// bpf/skmsg.bpf.c.
 type graces struct {
 	outer, inner *ebpf.Map // an update of outer returns after a grace period of RCU
 
@@ -80,7 +80,7 @@ func (n *Local) giveRetired() {
 			}
 		}
 		for _, slot := range slots {
-			n.flows[slot] = localLocal{}
+			n.flows[slot] = skmsgLocal{}
 			n.l.give(slot)
 		}
 	}

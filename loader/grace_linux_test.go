@@ -38,8 +38,8 @@ func TestLocalSlotGivenAgain(t *testing.T) {
 						_, err := first.client.Write([]byte("not read"))
 						must(t, err)
 						waitFor(t, func() bool {
-							answer, err := f.process.ask(localLocalRequestLOCAL_LOOK, 0)
-							return answer&localLocalAnswerLOCAL_QUEUE != 0 && err == nil
+							answer, err := f.process.query(skmsgLocalRequestLOCAL_LOOK, 0)
+							return answer&skmsgLocalAnswerLOCAL_QUEUE != 0 && err == nil
 						}, "the bytes to reach the process's queue")
 					}
 					was, done := windows(t, n), make(chan error, 1)

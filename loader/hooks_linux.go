@@ -13,8 +13,8 @@ const (
 	ruleBound  rule = "bound"  // no more is redirected than the peer takes
 	ruleTrim   rule = "trim"   // what was handled already is cut off
 	ruleFIN    rule = "fin"    // an empty skb is dropped
-	ruleMutual rule = "couple" // while one way passes, the other one does
-	ruleClamp  rule = "brake"  // what is charged to nobody is bounded
+	ruleMutual rule = "mutual" // while one way passes, the other one does
+	ruleClamp  rule = "clamp"  // what is charged to nobody is bounded
 	ruleLate   rule = "late"   // a reset waits for what is in front of bytes that were passed before it
 
 	ruleDrain  rule = "drain"  // an end is passed on when all before it is written

@@ -17,8 +17,8 @@ type record struct {
 	count  func() (up, down int64)
 
 	mu          sync.Mutex
-	entry       spliceFlow // in the flows map, while userspace has the flow
-	flow        *flow      // is spliced here; nil: userspace has it
+	entry       sockmapFlow // in the flows map, while userspace has the flow
+	flow        *flow       // is spliced here; nil: userspace has it
 	isForgotten bool
 }
 
@@ -149,7 +149,7 @@ func (r *record) enter(f *flow, o Flow) error {
 	}
 	r.flow = f
 	t := r.entry
-	t.Slot, t.State = f.slot, spliceFlowStateFLOW_SPLICED
+	t.Slot, t.State = f.slot, sockmapFlowStateFLOW_SPLICED
 	f.fill(&t)
 	return f.l.objects.Flows.Put(f.cookies[0], t)
 }

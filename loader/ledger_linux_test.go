@@ -67,7 +67,7 @@ func TestRecord(t *testing.T) {
 	must(t, err)
 	cookie, err := socket(fds[0]).cookie()
 	must(t, err)
-	entry := func() (e spliceFlow) {
+	entry := func() (e sockmapFlow) {
 		must(t, l.objects.Flows.Lookup(cookie, &e))
 		return e
 	}
@@ -98,7 +98,7 @@ func TestRecord(t *testing.T) {
 			t.Errorf("round %d: %+v", round, f)
 		}
 		var key uint64
-		var place splicePlace
+		var place sockmapPlace
 		if l.objects.Places.Iterate().Next(&key, &place) {
 			t.Errorf("round %d: socket %d has a place, %+v", round, key, place)
 		}
@@ -108,7 +108,7 @@ func TestRecord(t *testing.T) {
 	}
 	forget()
 	forget()
-	if s := l.Stats(); s.Flows != 0 || len(l.Flows()) != 0 || l.objects.Flows.Iterate().Next(new(uint64), new(spliceFlow)) {
+	if s := l.Stats(); s.Flows != 0 || len(l.Flows()) != 0 || l.objects.Flows.Iterate().Next(new(uint64), new(sockmapFlow)) {
 		t.Errorf("%+v, %+v", s, l.Flows())
 	}
 	must(t, unix.Close(fds[0]))

@@ -25,10 +25,10 @@ type Loader struct {
 	hooks    *hooks
 	pressure uint64 // pages: if TCP has so many, all is passed
 	pins     *pins
-	objects  spliceObjects
-	memory   []byte       // the halves map
-	halves   []spliceHalf // the same
-	pollers  []*poller    // one for some of the slots each
+	objects  sockmapObjects
+	memory   []byte        // the halves map
+	halves   []sockmapHalf // the same
+	pollers  []*poller     // one for some of the slots each
 	ring     *ringbuf.Reader
 	ringBusy atomic.Bool // with an event that was taken from it
 	findings []Finding
@@ -124,7 +124,7 @@ func load(o Options, h *hooks) (_ *Loader, err error) {
 		return l, err
 	}
 	err = link.RawAttachProgram(link.RawAttachProgramOptions{
-		Target: l.objects.Sources.FD(), Program: l.objects.Splice, Attach: ebpf.AttachSkSKBStreamVerdict,
+		Target: l.objects.Sources.FD(), Program: l.objects.Verdict, Attach: ebpf.AttachSkSKBStreamVerdict,
 	})
 	if err != nil {
 		return l, fmt.Errorf("attach the verdict to the sockmap: %w", translate(err))
@@ -153,7 +153,7 @@ func load(o Options, h *hooks) (_ *Loader, err error) {
 }
 
 func (l *Loader) loadObjects(o Options) error {
-	spec, err := loadSplice()
+	spec, err := loadSockmap()
 	if err != nil {
 		return fmt.Errorf("read the BPF object: %w", err)
 	}
@@ -187,13 +187,13 @@ func (l *Loader) setVariables(spec *ebpf.CollectionSpec) error {
 
 func (l *Loader) mapHalves(flows int) error {
 	page := os.Getpagesize()
-	size := (2*flows*int(unsafe.Sizeof(spliceHalf{})) + page - 1) &^ (page - 1)
+	size := (2*flows*int(unsafe.Sizeof(sockmapHalf{})) + page - 1) &^ (page - 1)
 	b, err := unix.Mmap(l.objects.Halves.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return fmt.Errorf("map the halves into memory: %w", err)
 	}
 	l.memory = b
-	l.halves = unsafe.Slice((*spliceHalf)(unsafe.Pointer(unsafe.SliceData(b))), 2*flows)
+	l.halves = unsafe.Slice((*sockmapHalf)(unsafe.Pointer(unsafe.SliceData(b))), 2*flows)
 	return nil
 }
 
@@ -273,7 +273,7 @@ func (l *Loader) Close() error {
 		l.memory = nil
 		l.mu.Unlock()
 	}
-	if l.objects.Splice != nil {
+	if l.objects.Verdict != nil {
 		errs = append(errs, l.objects.Close())
 	}
 	return errors.Join(errs...)
@@ -298,8 +298,8 @@ func (l *Loader) take() (uint32, error) {
 // give returns a slot. The one that was free longest is taken next, so that whoever still holds a stale
 // number sees an empty slot.
 func (l *Loader) give(slot uint32) {
-	l.halves[2*slot] = spliceHalf{}
-	l.halves[2*slot+1] = spliceHalf{}
+	l.halves[2*slot] = sockmapHalf{}
+	l.halves[2*slot+1] = sockmapHalf{}
 	l.mu.Lock()
 	l.free = append(l.free, slot)
 	l.mu.Unlock()

@@ -18,7 +18,7 @@ import (
 )
 
 // Local is the datapath for flows whose target is a process on this host, with a socket of its own: sockmap,
-// and past TCP between the process and the other side. bpf/local.bpf.c says how. Flows with other targets are
+// and past TCP between the process and the other side. bpf/skmsg.bpf.c says how. Flows with other targets are
 // refused. Least kernel: 6.1.
 //
 // It changes what system calls do on the process's sockets: splice(2) from them and TCP_ZEROCOPY_RECEIVE
@@ -26,9 +26,9 @@ import (
 // for them. Only who knows how the process reads should choose it.
 type Local struct {
 	l       *Loader
-	objects localObjects
+	objects skmsgObjects
 	memory  []byte       // the local_flows map
-	flows   []localLocal // the same
+	flows   []skmsgLocal // the same
 	targets targets
 	graces  graces
 	counts  counts
@@ -85,7 +85,7 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 		return nil, fmt.Errorf("kernel.panic_on_warn is set, and the kernel may warn of what it charges"+
 			" to a process's socket: %w", errors.ErrUnsupported)
 	}
-	spec, err := loadLocal()
+	spec, err := loadSkmsg()
 	if err != nil {
 		return nil, fmt.Errorf("read the BPF object: %w", err)
 	}
@@ -104,7 +104,7 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 	}
 	o := &l.objects
 	shared := map[string]*ebpf.Map{"flows": o.Flows, "places": o.Places, "halves": o.Halves, "peers": o.Peers,
-		"sources": o.Sources, "events": o.Events}
+		"events": o.Events}
 	for name, m := range shared {
 		spec.Maps[name].MaxEntries = m.MaxEntries() // else they don't match
 	}
@@ -112,9 +112,9 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 		return nil, fmt.Errorf("load the BPF programs: %w", translate(err))
 	}
 	for _, a := range []link.RawAttachProgramOptions{
-		{Target: n.objects.LocalSources.FD(), Program: n.objects.SpliceLocal,
+		{Target: n.objects.LocalSources.FD(), Program: n.objects.LocalVerdict,
 			Attach: ebpf.AttachSkSKBStreamVerdict},
-		{Target: n.objects.Locals.FD(), Program: n.objects.Back, Attach: ebpf.AttachSkMsgVerdict},
+		{Target: n.objects.Locals.FD(), Program: n.objects.MsgRedirect, Attach: ebpf.AttachSkMsgVerdict},
 	} {
 		if err := link.RawAttachProgram(a); err != nil {
 			return nil, fmt.Errorf("attach %v: %w", a.Attach, translate(err))
@@ -133,12 +133,12 @@ func loadLocalTargets(l *Loader, flows int) (_ *Local, err error) {
 		return nil, err
 	}
 	page := os.Getpagesize()
-	size := (flows*int(unsafe.Sizeof(localLocal{})) + page - 1) &^ (page - 1)
+	size := (flows*int(unsafe.Sizeof(skmsgLocal{})) + page - 1) &^ (page - 1)
 	if n.memory, err = unix.Mmap(n.objects.LocalFlows.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_SHARED); err != nil {
 		return nil, fmt.Errorf("map the local flows into memory: %w", err)
 	}
-	n.flows = unsafe.Slice((*localLocal)(unsafe.Pointer(unsafe.SliceData(n.memory))), flows)
+	n.flows = unsafe.Slice((*skmsgLocal)(unsafe.Pointer(unsafe.SliceData(n.memory))), flows)
 	return n, nil
 }
 
@@ -166,7 +166,7 @@ func (n *Local) close() error {
 		err = errors.Join(err, unix.Munmap(n.memory))
 		n.memory, n.flows = nil, nil
 	}
-	if n.objects.Ask != nil {
+	if n.objects.Query != nil {
 		err = errors.Join(err, n.objects.Close())
 	}
 	return err
@@ -192,7 +192,7 @@ func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn,
 // process is the process's socket, for one flow. A nil one is that of a flow whose target is elsewhere.
 type process struct {
 	local      *Local
-	pair       localPair
+	pair       skmsgPair
 	cookie     uint64
 	group      *group // of its cgroup; nil: this process's own, or left
 	slot       uint32
@@ -205,7 +205,7 @@ type process struct {
 	settled uint64
 }
 
-func (p *process) shared() *localLocal { return &p.local.flows[p.slot] }
+func (p *process) shared() *skmsgLocal { return &p.local.flows[p.slot] }
 
 // prepare makes the flow known to the programs. Nothing moves before begin.
 func (p *process) prepare(f *flow) error {
@@ -215,18 +215,18 @@ func (p *process) prepare(f *flow) error {
 	}
 	p.slot = f.slot
 	p.isPrepared.Store(true)
-	*p.shared() = localLocal{Pair: p.pair, Process: p.cookie}
-	answer, err := p.ask(localLocalRequestLOCAL_BEGIN, 0)
+	*p.shared() = skmsgLocal{Pair: p.pair, Process: p.cookie}
+	answer, err := p.query(skmsgLocalRequestLOCAL_BEGIN, 0)
 	if err != nil {
 		return refusedMaps
 	}
-	if answer&localLocalAnswerLOCAL_PAIR == 0 && p.local.l.hooks.keeps(ruleLocalPair) ||
-		answer&localLocalAnswerLOCAL_THERE == 0 {
+	if answer&skmsgLocalAnswerLOCAL_PAIR == 0 && p.local.l.hooks.keeps(ruleLocalPair) ||
+		answer&skmsgLocalAnswerLOCAL_THERE == 0 {
 		return refusedPair
 	}
 	// Whoever finds the slot by this finds all the above in it, whatever order its processor loads in: where
 	// to look depends on what it finds.
-	place := splicePlace{Flow: f.cookies[0], Half: 2 * f.slot}
+	place := sockmapPlace{Flow: f.cookies[0], Half: 2 * f.slot}
 	if err := p.local.objects.LocalPlaces.Put(p.cookie, place); err != nil {
 		return refusedMaps
 	}
@@ -277,15 +277,15 @@ func (p *process) moved(side uint32) uint64 {
 	return load64(&p.shared().Out)
 }
 
-// ask runs the program of that name: some microseconds.
-func (p *process) ask(request localLocalRequest, byTCP uint32) (localLocalAnswer, error) {
+// query runs the program of that name: some microseconds.
+func (p *process) query(request skmsgLocalRequest, byTCP uint32) (skmsgLocalAnswer, error) {
 	c := struct { // struct __sk_buff up to cb
 		_  [12]uint32
 		Cb [5]uint32
 		_  [27]uint32
 	}{Cb: [5]uint32{p.slot, uint32(request), byTCP}}
-	answer, err := p.local.objects.Ask.Run(&ebpf.RunOptions{Data: emptyFrame, Context: c})
-	return localLocalAnswer(answer), err
+	answer, err := p.local.objects.Query.Run(&ebpf.RunOptions{Data: emptyFrame, Context: c})
+	return skmsgLocalAnswer(answer), err
 }
 
 var emptyFrame = make([]byte, 64) // more than a header, which all kernels take
@@ -300,8 +300,8 @@ func (p *process) hasBacklog() bool {
 	if in == p.arrived {
 		return false
 	}
-	if answer, err := p.ask(localLocalRequestLOCAL_LOOK, 0); err == nil &&
-		answer&localLocalAnswerLOCAL_BACKLOG != 0 {
+	if answer, err := p.query(skmsgLocalRequestLOCAL_LOOK, 0); err == nil &&
+		answer&skmsgLocalAnswerLOCAL_BACKLOG != 0 {
 		return true
 	}
 	p.arrived = in
@@ -336,8 +336,8 @@ func (f *flow) settle(now time.Time) {
 		p.settled = d.seen
 		return
 	}
-	if answer, err := p.ask(localLocalRequestLOCAL_SETTLE, uint32(byTCP)); err == nil &&
-		answer&localLocalAnswerLOCAL_SETTLED != 0 {
+	if answer, err := p.query(skmsgLocalRequestLOCAL_SETTLE, uint32(byTCP)); err == nil &&
+		answer&skmsgLocalAnswerLOCAL_SETTLED != 0 {
 		f.l.log.Debug("a redirect from a process was cut short, and its bytes go by TCP",
 			"flow", f.cookies[0], "bytes", d.seen-d.moved())
 	}
@@ -355,7 +355,7 @@ func (n *Local) insert(server *net.TCPConn) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	pair := localPair{Own: endOf(server.LocalAddr()), Other: endOf(server.RemoteAddr())}
+	pair := skmsgPair{Own: endOf(server.LocalAddr()), Other: endOf(server.RemoteAddr())}
 	if err := errors.Join(n.objects.Caught.Put(pair, monotonic()),
 		n.objects.Locals.Put(pair, uint64(s))); err != nil {
 		return nil, err
@@ -363,9 +363,9 @@ func (n *Local) insert(server *net.TCPConn) (*process, error) {
 	return &process{local: n, pair: pair, cookie: cookie}, nil
 }
 
-func endOf(a net.Addr) localEnd {
+func endOf(a net.Addr) skmsgEnd {
 	at := addrPort(a)
-	return localEnd{Address: at.Addr().As16(), Port: uint32(at.Port())}
+	return skmsgEnd{Address: at.Addr().As16(), Port: uint32(at.Port())}
 }
 
 func addrPort(a net.Addr) netip.AddrPort {

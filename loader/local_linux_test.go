@@ -121,9 +121,9 @@ func TestLocalDrain(t *testing.T) {
 		_, err := p.client.Write(data)
 		must(t, errors.Join(err, p.client.CloseWrite()))
 		waitFor(t, func() bool {
-			answer, err := f.process.ask(localLocalRequestLOCAL_LOOK, 0)
+			answer, err := f.process.query(skmsgLocalRequestLOCAL_LOOK, 0)
 			return f.process.moved(0) == uint64(len(data)) &&
-				(answer&localLocalAnswerLOCAL_BACKLOG == 0 || f.directions[0].isDone.Load() || on) && err == nil
+				(answer&skmsgLocalAnswerLOCAL_BACKLOG == 0 || f.directions[0].isDone.Load() || on) && err == nil
 		}, "all to be redirected")
 		got, err := io.ReadAll(p.server)
 		if on && (err != nil || string(got) != string(data)) {
@@ -150,8 +150,8 @@ func TestLocalUnread(t *testing.T) {
 		_, err := p.client.Write(pattern(1000))
 		must(t, err)
 		waitFor(t, func() bool {
-			answer, err := f.process.ask(localLocalRequestLOCAL_LOOK, 0)
-			return answer&localLocalAnswerLOCAL_QUEUE != 0 && err == nil
+			answer, err := f.process.query(skmsgLocalRequestLOCAL_LOOK, 0)
+			return answer&skmsgLocalAnswerLOCAL_QUEUE != 0 && err == nil
 		}, "the bytes to reach the process's queue")
 		must(t, p.server.Close())
 		long := patience

@@ -26,7 +26,7 @@ func (n *Local) selfTest() []Finding {
 		{"sk_msg", "data bypasses TCP in both directions, complete and in order", (*trial).pastTCP, ""},
 		{"sk_msg: order", "data that came by TCP is read before data that bypasses it", (*trial).localOrder, ""},
 		{"sk_msg: bound", "a process that stops reading stops the sender, and loses nothing", (*trial).bound, ""},
-		{"sk_msg: end", "what a process has not read when a stream ends is not lost", (*trial).localEnd, ""},
+		{"sk_msg: end", "what a process has not read when a stream ends is not lost", (*trial).skmsgEnd, ""},
 		{"sk_msg: reset", "a reset of either side reaches the other", (*trial).reset, ""},
 	})
 }
@@ -100,8 +100,8 @@ func (t *trial) localOrder() error {
 	return errors.Join(expect(t.server, data), expect(t.client, data))
 }
 
-// localEnd: the process has ended its stream; the other one ends with bytes that it has not read.
-func (t *trial) localEnd() error {
+// skmsgEnd: the process has ended its stream; the other one ends with bytes that it has not read.
+func (t *trial) skmsgEnd() error {
 	if err := t.connect(); err != nil {
 		return err
 	}

@@ -83,10 +83,10 @@ func (t *targets) find(up *net.TCPConn) (*process, error) {
 	if k.why != nil {
 		return nil, k.why
 	}
-	p := &process{local: t.n, pair: localPair{Own: endOf(up.RemoteAddr()), Other: endOf(up.LocalAddr())}}
+	p := &process{local: t.n, pair: skmsgPair{Own: endOf(up.RemoteAddr()), Other: endOf(up.LocalAddr())}}
 	if err := t.n.objects.Locals.Lookup(p.pair, &p.cookie); err != nil {
-		var is localLocalTarget
-		if t.n.objects.Targets.Lookup(p.pair.Own, &is) == nil && is == localLocalTargetTARGET_ZEROCOPY {
+		var is skmsgLocalTarget
+		if t.n.objects.Targets.Lookup(p.pair.Own, &is) == nil && is == skmsgLocalTargetTARGET_ZEROCOPY {
 			k.why, k.again = refusedZeroCopy, now.Add(zeroCopyAgain)
 			return nil, k.why
 		}
@@ -169,8 +169,8 @@ func (t *targets) attach(at netip.AddrPort, path string) error {
 	if t.groups[path] == nil {
 		g := &group{}
 		for _, o := range []link.CgroupOptions{
-			{Path: path, Attach: ebpf.AttachCGroupSetsockopt, Program: t.n.objects.NoZerocopy},
-			{Path: path, Attach: ebpf.AttachCGroupSockOps, Program: t.n.objects.Catch},
+			{Path: path, Attach: ebpf.AttachCGroupSetsockopt, Program: t.n.objects.SockoptRefuse},
+			{Path: path, Attach: ebpf.AttachCGroupSockOps, Program: t.n.objects.SockopsCapture},
 		} {
 			a, err := link.AttachCgroup(o)
 			if err != nil {
@@ -180,7 +180,7 @@ func (t *targets) attach(at netip.AddrPort, path string) error {
 		}
 		t.groups[path] = g
 	}
-	return t.n.objects.Targets.Put(endOf(net.TCPAddrFromAddrPort(at)), uint32(localLocalTargetTARGET_CATCH))
+	return t.n.objects.Targets.Put(endOf(net.TCPAddrFromAddrPort(at)), uint32(skmsgLocalTargetTARGET_CAPTURE))
 }
 
 // detachUnused closes the links to cgroups in which neither a target nor a socket of a flow is any more.
@@ -216,9 +216,9 @@ func (n *Local) sweep() {
 		return
 	}
 	now := monotonic()
-	var pair localPair
+	var pair skmsgPair
 	var since uint64
-	var old []localPair
+	var old []skmsgPair
 	for i := n.objects.Caught.Iterate(); i.Next(&pair, &since); {
 		if now > since+uint64(claimWithin) {
 			old = append(old, pair)

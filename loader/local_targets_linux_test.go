@@ -47,8 +47,8 @@ func TestLocalForgetsTargets(t *testing.T) {
 	_, err := p.client.Write(pattern(1000))
 	must(t, err)
 	waitFor(t, func() bool {
-		answer, err := f.process.ask(localLocalRequestLOCAL_LOOK, 0)
-		return answer&localLocalAnswerLOCAL_QUEUE != 0 && err == nil
+		answer, err := f.process.query(skmsgLocalRequestLOCAL_LOOK, 0)
+		return answer&skmsgLocalAnswerLOCAL_QUEUE != 0 && err == nil
 	}, "the bytes to reach the process's queue")
 	must(t, errors.Join(p.server.Close(), p.client.SetReadDeadline(time.Now().Add(patience))))
 	if _, err = p.client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {

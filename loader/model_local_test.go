@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// A model of the way back past TCP, as bpf/local.bpf.c has it: the process's send() with `back`, its
+// A model of the way back past TCP, as bpf/skmsg.bpf.c has it: the process's send() with `msg_redirect`, its
 // connection with upstream, the verdict on that, the worker, userspace that copies, and the correction of
 // `out` after a redirect that was cut short. One step is what other CPUs can see of it; each byte is its
 // number.
@@ -15,7 +15,7 @@ type backModel struct {
 	push int8 // bytes that a redirect is about to write; those it does not write, the process sends again
 	cuts int8 // redirects that were cut short
 
-	out, tcp                     int8 // bytes that went each way, as `back` and write_seq count them
+	out, tcp                     int8 // bytes that went each way, as `msg_redirect` and write_seq count them
 	wire                         queue
 	verdict                      verdictStep // vDecide, or counted and not yet queued
 	redirected, passed, consumed int8

@@ -7,7 +7,7 @@ import (
 )
 
 // A model of one direction's flow control, checked over all interleavings of small cases: the verdict of
-// bpf/splice.bpf.c, the kernel's backlog worker, and the copying of direction_linux.go, each step by step, as
+// bpf/verdict.h, the kernel's backlog worker, and the copying of direction_linux.go, each step by step, as
 // other CPUs can see it. Each skb is one byte with its number as content, so order and loss show at once.
 //
 // The state is small enough to be a map key; the search visits each reachable state once.

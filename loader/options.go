@@ -156,7 +156,7 @@ type Stats struct {
 	Inserted uint64         `json:"inserted"` // times a direction came into the sockmap after it had begun
 	Switched uint64         `json:"switched"` // times a direction went from redirecting to copying
 	Bulk     uint64         `json:"bulk"`     // times a direction left the sockmap, since the flow was busy
-	Braked   uint64         `json:"braked"`   // segments that were refused their payload, to bound memory; the sender sent it again
+	Clamped  uint64         `json:"clamped"`  // segments that were refused their payload, to bound memory; the sender sent it again
 	Stalls   uint64         `json:"stalls"`   // times a flow had to be woken since an event was missing; should be 0
 	Off      string         `json:"off"`      // why the datapath is switched off; empty: it is on
 }

@@ -145,8 +145,8 @@ func TestLocalRedirectWaits(t *testing.T) {
 	waitFor(t, func() bool { return f.lacks(t) }, "a redirect to wait")
 	m := f.directions[1].shared()
 	byTCP := load64(&m.Redirected) + load64(&m.Consumed)
-	answer, err := f.process.ask(localLocalRequestLOCAL_SETTLE, uint32(byTCP))
-	if must(t, err); answer&localLocalAnswerLOCAL_SETTLED != 0 || !f.lacks(t) {
+	answer, err := f.process.query(skmsgLocalRequestLOCAL_SETTLE, uint32(byTCP))
+	if must(t, err); answer&skmsgLocalAnswerLOCAL_SETTLED != 0 || !f.lacks(t) {
 		t.Error("what waits was taken for what failed")
 	}
 	must(t, expect(p.client, data))

@@ -144,7 +144,7 @@ func (f *flow) list(o Flow, undo *undo) (isNew bool, err error) {
 		undo.add(func() { f.record.remove() })
 	}
 	for i := range f.directions {
-		l.halves[2*f.slot+uint32(i)] = spliceHalf{Source: f.cookies[i], Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
+		l.halves[2*f.slot+uint32(i)] = sockmapHalf{Source: f.cookies[i], Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
 		f.directions[i].resume(f.record.history(uint32(i), f.before[i]))
 	}
 	undo.add(func() { f.record.leave(f); f.forget() })
@@ -182,10 +182,10 @@ func (f *flow) insert() error {
 func (f *flow) prepare() error {
 	for i, s := range f.sockets {
 		at := 2*f.slot + uint32(i)
-		if f.l.objects.Places.Put(f.cookies[i], splicePlace{Flow: f.cookies[0], Half: at}) != nil {
+		if f.l.objects.Places.Put(f.cookies[i], sockmapPlace{Flow: f.cookies[0], Half: at}) != nil {
 			return refusedMaps
 		}
-		if s.attach(f.l.objects.Brake) != nil {
+		if s.attach(f.l.objects.IngressClamp) != nil {
 			return refusedFilter
 		}
 		if err := f.l.objects.Peers.Put(at, uint64(s)); err != nil {
@@ -314,8 +314,8 @@ func (f *flow) forget() {
 }
 
 // describe is the entry of a flow that begins, in the flows map.
-func describe(sockets [2]socket, upstream uint64, o Flow) spliceFlow {
-	t := spliceFlow{State: spliceFlowStateFLOW_SPLICED, UpstreamCookie: upstream}
+func describe(sockets [2]socket, upstream uint64, o Flow) sockmapFlow {
+	t := sockmapFlow{State: sockmapFlowStateFLOW_SPLICED, UpstreamCookie: upstream}
 	t.Up.Before, t.Down.Before = uint64(o.Up), uint64(o.Down)
 	t.Up.Bytes, t.Down.Bytes = t.Up.Before, t.Down.Before
 	text(t.Id[:], o.ID)

@@ -102,7 +102,7 @@ func (f *flow) sweep(now time.Time) bool {
 	if f.directions[0].isDetached.Load() || f.directions[1].isDetached.Load() {
 		f.l.detacher.ask(f) // the other one, too
 		if moves {          // no verdict counts
-			f.publish(func(*spliceFlow) {})
+			f.publish(func(*sockmapFlow) {})
 		}
 	}
 	f.settle(now)

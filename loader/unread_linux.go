@@ -38,13 +38,13 @@ func holdsUnread(path string) (bool, error) {
 }
 
 func anyUnread(sockets *ebpf.Map) (bool, error) {
-	spec, err := loadLocal()
+	spec, err := loadSkmsg()
 	if err != nil {
 		return true, fmt.Errorf("read the BPF object: %w", err)
 	}
 	spec.Maps["locals"].MaxEntries = sockets.MaxEntries() // it may be that of another version
 	var o struct {
-		Unread *ebpf.Program `ebpf:"unread"`
+		Unread *ebpf.Program `ebpf:"query_unread"`
 	}
 	err = spec.LoadAndAssign(&o, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{"locals": sockets}})
 	if err != nil {

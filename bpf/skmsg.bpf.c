@@ -2,70 +2,75 @@
 /* The last hop to a process on this host, past TCP.
  *
  *	client ── TCP ── downstream ──verdict──► process         redirect into its ingress queue
- *	                 downstream ◄───back──── process         redirect of what it sends
+ *	                 downstream ◄───msg───── process         redirect of what it sends
  *	                                 upstream ── TCP ── process    still there: what can't be redirected, FIN, RST
  *
- * The TCP connection between upstream and the process stays, with splice.bpf.c's whole protocol on it: it is where
- * bytes go when a redirect would have to wait, so whoever has to wait is held up, and woken, by TCP. Only at moments
- * when that connection is empty may bytes go past it:
+ * The TCP connection between upstream and the process stays, with verdict.h's whole protocol on it: it is
+ * where bytes go when a redirect would have to wait, so whoever has to wait is held up, and woken, by TCP.
+ * Only at moments when that connection is empty may bytes go past it:
  *
  * # To the process
  *
  * The process reads its ingress queue before what TCP has for it. So
- *  - past TCP only if the process has read all that upstream's TCP was ever given: its copied_seq is upstream's
- *    write_seq (they count in one space), and nothing waits to be written to upstream;
- *  - into TCP only if the worker has moved all redirected skbs into the ingress queue, where they come first. The verdict
- *    and userspace (`ask`) both look.
- * The kernel charges what is in the ingress queue to the process's socket, but what is on its way there to nobody, and
- * tries again every jiffy when there is no room: the verdict goes past TCP only while at most half of the receive
- * buffer is in use, counting what may still be on its way.
+ *  - past TCP only if the process has read all that upstream's TCP was ever given: its copied_seq is
+ *    upstream's write_seq (they count in one space), and nothing waits to be written to upstream;
+ *  - into TCP only if the worker has moved all redirected skbs into the ingress queue, where they come first.
+ *    The verdict and userspace (`query`) both look.
+ * The kernel charges what is in the ingress queue to the process's socket, but what is on its way there to
+ * nobody, and tries again every jiffy when there is no room: the verdict goes past TCP only while at most
+ * half of the receive buffer is in use, counting what may still be on its way.
  *
  * # From the process
  *
- * `back` runs in the process's send(), under its socket's lock, and a redirect writes to downstream before send()
- * returns. What it does not redirect goes by TCP to upstream, whose verdict or userspace writes it to downstream. So
+ * `msg_redirect` runs in the process's send(), under its socket's lock, and a redirect writes to downstream
+ * before send() returns. What it does not redirect goes by TCP to upstream, whose verdict or userspace writes
+ * it to downstream. So
  *  - past TCP only if downstream has been given every byte that the process ever sent, by either way:
  *    downstream.write_seq - base == out + (process.write_seq - base_local);
- *  - past TCP only if downstream's send buffer has room, and TCP is not short of memory: else send() would fail with
- *    EAGAIN, and the process would wait for room in its own, which has some.
- * If a redirect fails in part all the same, send() has told the process how much of it was taken, so no byte is lost. But
- * `out` is too large then, nothing is redirected any more, and whoever waits for what downstream was given
- * waits for bytes that never come. When the way back has not moved for a while userspace has `out` corrected (LOCAL_SETTLE),
- * from what downstream was given: while no redirect is at work (it holds a reference to downstream's
- * psock), and nothing waits for the worker. loader/model_local_test.go runs all interleavings of small cases against this.
+ *  - past TCP only if downstream's send buffer has room, and TCP is not short of memory: else send() would
+ *    fail with EAGAIN, and the process would wait for room in its own, which has some.
+ * If a redirect fails in part all the same, send() has told the process how much of it was taken, so no byte
+ * is lost. But `out` is too large then, nothing is redirected any more, and whoever waits for what downstream
+ * was given waits for bytes that never come. When the way back has not moved for a while userspace has `out`
+ * corrected (LOCAL_SETTLE), from what downstream was given: while no redirect is at work (it holds a
+ * reference to downstream's psock), and nothing waits for the worker. loader/model_local_test.go runs all
+ * interleavings of small cases against this.
  *
  * # Slots
  *
- * Unlike the verdict, `back` and `catch` run under the lock of a socket that is not ours to close, so a flow may end while they
- * are at it. Its slot is given to another flow only when a grace period of RCU is over since its process was taken out of
- * `local_places`: whoever found the slot there has come to its end by then.
+ * Unlike the verdict, `msg_redirect` and `sockops_capture` run under the lock of a socket that is not ours to
+ * close, so a flow may end while they are at it. Its slot is given to another flow only when a grace period
+ * of RCU is over since its process was taken out of `local_places`: whoever found the slot there has come to
+ * its end by then.
  *
  * # Ends
  *
- * An end overtakes what the worker has not moved into the ingress queue, so userspace passes a FIN, or a reset, on
- * only after that (`ask`). What is in the queue stays readable behind either, as what TCP has received.
- * A close() with unread bytes is a reset in TCP; here TCP doesn't know of them, and `catch` notes it for userspace.
+ * An end overtakes what the worker has not moved into the ingress queue, so userspace passes a FIN, or a
+ * reset, on only after that (`query`). What is in the queue stays readable behind either, as what TCP has
+ * received. A close() with unread bytes is a reset in TCP; here TCP doesn't know of them, and
+ * `sockops_capture` notes it for userspace.
  *
  * # Zero-copy sends
  *
  * A socket in `locals` sends copies, whatever it is asked for, and the kernel never says that a send with
- * MSG_ZEROCOPY is complete. So a process is told that its socket can't (`no_zerocopy`), and one that can is not
- * caught.
+ * MSG_ZEROCOPY is complete. So a process is told that its socket can't (`sockopt_refuse`), and one that can
+ * is not captured.
  */
 
-/* includes */
-#define WITH_LOCAL
-#include "splice.bpf.c"
+#include "verdict.h"
 
-/* limits: each turns off one rule, for tests; window_ns makes `back` and `catch` wait between a look and what follows from it. */
+/* For tests, as those of verdict.h. */
 const volatile bool rule_local_order = true;
 const volatile bool rule_local_bound = true;
 const volatile bool rule_local_unread = true;
-const volatile __u64 window_ns = 0;
+const volatile __u64 window_ns = 0; /* how long msg_redirect and sockops_capture wait before they act */
 
-/* maps */
+/* So that bpf2go finds them in the BTF. */
+const enum local_answer *unused_answer __attribute__((unused));
+const enum local_request *unused_request __attribute__((unused));
+const enum local_target *unused_target __attribute__((unused));
 
-/* Sockets of processes that are targets. It has the program `back`. */
+/* Sockets of processes that are targets. It has the program `msg_redirect`. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
 	__uint(max_entries, 2 * MAX_FLOWS);
@@ -73,7 +78,7 @@ struct {
 	__type(value, __u64);
 } locals SEC(".maps");
 
-/* When a socket was put there (CLOCK_MONOTONIC), until a flow claims it. Userspace removes those that none does. */
+/* When a socket was put there (CLOCK_MONOTONIC), until a flow claims it. Userspace removes what none does. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -108,7 +113,7 @@ struct {
 	__type(value, struct local);
 } local_flows SEC(".maps");
 
-/* Both sockets of a flow with a local target: what gets the verdict `splice_local`. */
+/* Both sockets of a flow with a local target: what gets the verdict `local_verdict`. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
 	__uint(max_entries, 2 * MAX_FLOWS);
@@ -116,25 +121,8 @@ struct {
 	__type(value, __u64);
 } local_sources SEC(".maps");
 
-/* helpers */
-
-const enum local_answer *unused_answer __attribute__((unused));
-const enum local_request *unused_request __attribute__((unused));
-const enum local_target *unused_target __attribute__((unused));
-
-static __always_inline void local_find(struct local_flow *l, __u32 half)
-{
-	__u32 slot = half >> 1;
-	struct local *at = bpf_map_lookup_elem(&local_flows, &slot);
-
-	if (at && at->on)
-		l->at = at;
-}
-
 /* The running kernel's number of an enum sock_flags. */
 #define sock_flag(name) __builtin_preserve_enum_value(*(enum sock_flags *)name, 1)
-
-static __always_inline struct sock *sock_of(struct tcp_sock *tcp) { return &tcp->inet_conn.icsk_inet.sk; }
 
 static __always_inline struct sk_psock *psock_of(struct sock *sk)
 {
@@ -148,7 +136,7 @@ static __always_inline __u32 waits(struct sock *sk)
 	struct list_head *next = 0;
 	__u32 n = 0, answer = 0;
 
-	/* A psock that is gone holds nothing. One that is freed meanwhile reads as nothing or as something. */
+	/* A psock that is gone holds nothing. One that is freed meanwhile reads as anything. */
 	if (!psock)
 		return 0;
 	if (bpf_probe_read_kernel(&n, sizeof(n), &psock->ingress_skb.qlen) || n)
@@ -158,8 +146,8 @@ static __always_inline __u32 waits(struct sock *sk)
 	return answer;
 }
 
-/* Is there room in the process's receive buffer for len bytes, behind those that may still be on their way to it? */
-static __always_inline bool room(struct local *l, struct half *h, struct tcp_sock *tcp, __u32 len)
+/* Has the process's receive buffer room for len bytes, behind those that may still be on their way? */
+static __always_inline bool has_room(struct local *l, struct half *h, struct tcp_sock *tcp, __u32 len)
 {
 	__u64 coming = l->in - l->settled + len;
 	__s64 used = READ_ONCE(sock_of(tcp)->sk_backlog.rmem_alloc.counter);
@@ -171,19 +159,18 @@ static __always_inline bool room(struct local *l, struct half *h, struct tcp_soc
 	return used <= h->limit && 2 * used <= READ_ONCE(sock_of(tcp)->sk_rcvbuf);
 }
 
-static __always_inline enum way local_way(struct local_flow *f, struct half *h, __u32 half, struct tcp_sock *up, __u32 len)
+/* Where to send what comes from downstream: to the process where order and room allow it. */
+static __always_inline enum way to_process(struct local *l, struct arrival *a)
 {
-	struct local *l = f->at;
-	enum way way = WAY_PEER;
+	enum way way = TO_PEER;
+	struct half *h = a->h;
 	struct tcp_sock *tcp;
 	struct bpf_sock *sk;
 	__u32 waiting;
 
-	if (!l || half & 1)
-		return WAY_PEER;
 	sk = bpf_map_lookup_elem(&locals, &l->pair);
 	if (!sk)
-		return WAY_PEER; /* closed: upstream will be told */
+		return TO_PEER; /* closed: upstream will be told */
 	tcp = bpf_skc_to_tcp_sock(sk);
 	if (!tcp)
 		goto out;
@@ -191,47 +178,17 @@ static __always_inline enum way local_way(struct local_flow *f, struct half *h, 
 	if (!waiting)
 		l->settled = l->in;
 	if (waiting && rule_local_order)
-		way = WAY_WAIT; /* nothing may overtake it in TCP */
-	if (rule_local_order &&
-	    ((__u32)(h->redirected + h->consumed) != up->write_seq - h->base || READ_ONCE(tcp->copied_seq) != up->write_seq))
+		way = TO_USERSPACE; /* nothing may overtake it in TCP */
+	if (rule_local_order && ((__u32)(h->redirected + h->consumed) != a->tcp->write_seq - h->base ||
+				 READ_ONCE(tcp->copied_seq) != a->tcp->write_seq))
 		goto out;
-	if (!room(l, h, tcp, len))
+	if (!has_room(l, h, tcp, a->len))
 		goto out;
-	WRITE_ONCE(l->in, l->in + len);
-	way = WAY_LOCAL;
+	WRITE_ONCE(l->in, l->in + a->len);
+	way = TO_PROCESS;
 out:
 	bpf_sk_release(sk);
 	return way;
-}
-
-/* What is in the peer's stream beside redirected and consumed. */
-static __always_inline __u64 local_beside(struct local_flow *l, __u32 half)
-{
-	return l->at && half & 1 ? READ_ONCE(l->at->out) : 0;
-}
-
-/* Downstream's write_seq may have moved on past TCP by now. */
-static __always_inline __u32 local_base(struct local_flow *l, __u32 half, struct tcp_sock *peer)
-{
-	__u32 seq = READ_ONCE(peer->write_seq);
-
-	if (l->at && half & 1)
-		seq = READ_ONCE(l->at->base);
-	return seq;
-}
-
-static __always_inline __u64 local_moved(struct local_flow *l, __u32 half)
-{
-	if (!l->at)
-		return 0;
-	return half & 1 ? READ_ONCE(l->at->out) : l->at->in;
-}
-
-static __always_inline long local_redirect(struct local_flow *l, struct __sk_buff *skb)
-{
-	if (!l->at)
-		return SK_DROP;
-	return bpf_sk_redirect_hash(skb, &locals, &l->at->pair, BPF_F_INGRESS);
 }
 
 /* Has downstream, whose write_seq is given, got all that the process sent? */
@@ -240,9 +197,10 @@ static __always_inline bool all_in(struct local *l, __u32 down, struct tcp_sock 
 	return down - l->base == (__u32)l->out + READ_ONCE(process->write_seq) - l->base_local;
 }
 
-/* May the process's next bytes be written to downstream now? An sk_msg program can look no socket up in a sockmap (it may
- * not release it), so it reads downstream through the address that `ask` has left. Userspace holds that socket
- * until `on` is 0, and afterwards the read finds at worst another socket's numbers, and the redirect no socket. */
+/* May the process's next bytes be written to downstream now? An sk_msg program can look no socket up in a
+ * sockmap (it may not release it), so it reads downstream through the address that `query` has left.
+ * Userspace holds that socket until `on` is 0, and afterwards the read finds at worst another socket's
+ * numbers, and the redirect no socket. */
 static __always_inline bool takes(struct local *l, struct tcp_sock *process, __u32 size)
 {
 	struct tcp_sock *down = (void *)l->down;
@@ -265,8 +223,8 @@ static __always_inline bool takes(struct local *l, struct tcp_sock *process, __u
 	return !rule_local_bound || (__s64)size + (size >> 2) + SKB_OVERHEAD_BYTES + queued <= most;
 }
 
-/* Takes from `out` what redirects did not write. by_tcp is what has come to downstream by the worker and by userspace, read
- * before the last verdict on upstream was over. */
+/* Takes from `out` what redirects did not write. by_tcp is what has come to downstream by the worker and by
+ * userspace, read before the last verdict on upstream was over. */
 static __always_inline __u32 settle(struct local *l, __u32 slot, __u32 by_tcp)
 {
 	__u32 half = 2 * slot, other = half + 1, seq, answer = 0;
@@ -317,7 +275,7 @@ static __always_inline void widen(void)
 		bpf_loop(1 << 23, is_over, &end, 0);
 }
 
-/* The words are read with READ_ONCE, since the verifier refuses a context pointer that the compiler has chosen. */
+/* READ_ONCE in the callers: the verifier refuses a context pointer that the compiler has chosen. */
 static __always_inline void address(__u8 to[16], __u32 family, __u32 ip4, __u32 a, __u32 b, __u32 c, __u32 d)
 {
 	__u32 *w = (__u32 *)to;
@@ -335,9 +293,9 @@ static __always_inline void address(__u8 to[16], __u32 family, __u32 ip4, __u32 
 	w[3] = ip4;
 }
 
-/* Has close() just taken out what TCP had received? Then what is left was redirected: it is freed after a grace period of RCU.
- * close() takes the psock away before, which shutdown() and a FIN don't. A FIN that comes later is in the queue itself when
- * the state changes because of it. */
+/* Has close() just taken out what TCP had received? Then what is left was redirected: it is freed after a
+ * grace period of RCU. close() takes the psock away before, which shutdown() and a FIN don't. A FIN that
+ * comes later is in the queue itself when the state changes because of it. */
 static __always_inline bool closes(struct bpf_sock_ops *ops, struct tcp_sock *tcp)
 {
 	__u32 old = READ_ONCE(ops->args[0]), new = READ_ONCE(ops->args[1]);
@@ -346,21 +304,57 @@ static __always_inline bool closes(struct bpf_sock_ops *ops, struct tcp_sock *tc
 		return false;
 	if (new == TCP_FIN_WAIT1 || new == TCP_LAST_ACK)
 		return true;
-	/* After a shutdown() close() changes no state, or goes from FIN_WAIT2 to a socket of its own for TIME_WAIT. */
-	return new == TCP_FIN_WAIT2 || (old == TCP_FIN_WAIT2 && new == TCP_CLOSE && !(sock_of(tcp)->__sk_common.skc_flags & SOCK_DONE));
+	/* After a shutdown() close() changes no state, or leaves FIN_WAIT2 to a socket of its own for TIME_WAIT. */
+	return new == TCP_FIN_WAIT2 || (old == TCP_FIN_WAIT2 && new == TCP_CLOSE &&
+					!(sock_of(tcp)->__sk_common.skc_flags & SOCK_DONE));
 }
 
-/* programs */
-
 SEC("sk_skb/stream_verdict")
-int splice_local(struct __sk_buff *skb)
+int local_verdict(struct __sk_buff *skb)
 {
-	return verdict(skb);
+	enum way way = TO_USERSPACE;
+	__u64 moved = 0, beside = 0;
+	struct arrival a;
+	struct local *l;
+	__u32 slot, seq;
+	bool from_process;
+	int action = arrive(skb, &a);
+
+	if (action != UNDECIDED)
+		return action;
+	slot = a.half >> 1;
+	from_process = a.half & 1;
+	l = bpf_map_lookup_elem(&local_flows, &slot);
+	if (l && !l->on)
+		l = 0; /* only TCP */
+
+	if (!a.h->seeded) {
+		seq = READ_ONCE(a.tcp->write_seq);
+		if (l && from_process) /* downstream's write_seq may have moved on past TCP by now */
+			seq = READ_ONCE(l->base);
+		seed(a.h, seq);
+	}
+	if (may_redirect(&a))
+		way = l && !from_process ? to_process(l, &a) : TO_PEER;
+	if (l && from_process)
+		beside = READ_ONCE(l->out);
+	if (way == TO_PEER && !fits(a.h, a.tcp, a.len, beside))
+		way = TO_USERSPACE;
+	bpf_sk_release(a.peer);
+
+	if (l)
+		moved = from_process ? READ_ONCE(l->out) : l->in;
+	count(&a, way, moved);
+	if (way == TO_PEER)
+		return redirect_to_peer(skb, &a);
+	if (way == TO_PROCESS && bpf_sk_redirect_hash(skb, &locals, &l->pair, BPF_F_INGRESS) != SK_PASS)
+		return give_up(a.h, a.half, FAULT_REDIRECT);
+	return SK_PASS;
 }
 
 /* What the process sends. */
 SEC("sk_msg")
-int back(struct sk_msg_md *msg)
+int msg_redirect(struct sk_msg_md *msg)
 {
 	struct tcp_sock *process;
 	struct place *at;
@@ -397,7 +391,7 @@ int back(struct sk_msg_md *msg)
 
 /* Refuses to let the sockets of targets send with MSG_ZEROCOPY, as kernels do that don't have it. */
 SEC("cgroup/setsockopt")
-int no_zerocopy(struct bpf_sockopt *ctx)
+int sockopt_refuse(struct bpf_sockopt *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct end own = {};
@@ -418,7 +412,7 @@ allow:
 
 /* Puts connections to targets into `locals`, and sees how they are closed. */
 SEC("sockops")
-int catch(struct bpf_sock_ops *ops)
+int sockops_capture(struct bpf_sock_ops *ops)
 {
 	struct tcp_sock *tcp;
 	struct pair pair = {};
@@ -464,7 +458,8 @@ int catch(struct bpf_sock_ops *ops)
 		return 1;
 	slot = at->half >> 1;
 	l = bpf_map_lookup_elem(&local_flows, &slot);
-	if (l && l->process == cookie && rule_local_unread && closes(ops, tcp) && sock_of(tcp)->sk_backlog.rmem_alloc.counter > 0) {
+	if (l && l->process == cookie && rule_local_unread && closes(ops, tcp) &&
+	    sock_of(tcp)->sk_backlog.rmem_alloc.counter > 0) {
 		widen();
 		WRITE_ONCE(l->unread, 1);
 		tell(at->half | 1, EVENT_UNREAD);
@@ -472,9 +467,9 @@ int catch(struct bpf_sock_ops *ops)
 	return 1;
 }
 
-/* Tells userspace how the flow in slot cb[0] is; cb[1] is the enum local_request. Run by BPF_PROG_TEST_RUN only. */
+/* Tells userspace how the flow in slot cb[0] is; cb[1] is the enum local_request. BPF_PROG_TEST_RUN only. */
 SEC("tc")
-int ask(struct __sk_buff *skb)
+int query(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk, *down_sk, *up_sk;
 	struct tcp_sock *process, *down, *up;
@@ -513,10 +508,11 @@ int ask(struct __sk_buff *skb)
 	return answer;
 }
 
-/* What waits for the process whose socket has the key that follows an Ethernet header in skb. Run by BPF_PROG_TEST_RUN only. An iterator of
- * `locals` would say it at once, but there are kernels that refuse to load any iterator of a map's elements. */
+/* What waits for the process whose socket has the key that follows an Ethernet header in skb. Run by
+ * BPF_PROG_TEST_RUN only. An iterator of `locals` would say it at once, but there are kernels that refuse to
+ * load any iterator of a map's elements. */
 SEC("tc")
-int unread(struct __sk_buff *skb)
+int query_unread(struct __sk_buff *skb)
 {
 	struct tcp_sock *tcp;
 	struct bpf_sock *sk;
@@ -534,3 +530,5 @@ int unread(struct __sk_buff *skb)
 	bpf_sk_release(sk);
 	return answer;
 }
+
+char _license[] SEC("license") = "Dual BSD/GPL";

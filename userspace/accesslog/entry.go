@@ -118,9 +118,7 @@ func appendString(b []byte, v string) []byte {
 }
 
 // appendCommon is Apache's: %h %l %u %t "%r" %>s %b.
-func appendCommon(b []byte, e *Entry) []byte {
-	return append(common(b, e), '\n')
-}
+func appendCommon(b []byte, e *Entry) []byte { return append(common(b, e), '\n') }
 
 // appendCombined adds "%{Referer}i" "%{User-agent}i".
 func appendCombined(b []byte, e *Entry) []byte {

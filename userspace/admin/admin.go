@@ -4,8 +4,8 @@
 //
 //	GET  /v1/status   what the daemon is and does
 //	GET  /v1/flows    the live flows; 400 with the reason if the query makes no sense
-//	GET  /v1/top      what the live flows move, a line of JSON each interval; likewise
-//	GET  /v1/trace    what becomes of a name; likewise
+//	GET  /v1/top      what the live flows move, a line of JSON each interval; 400 as for flows
+//	GET  /v1/trace    what becomes of a name; 400 as for flows
 //	POST /v1/reload   reads the configuration again; 422 with the reason if it can't be used
 package admin
 
@@ -159,8 +159,8 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logge
 	runServer(ctx, ln, srv, log)
 }
 
-// ServeHealth is [Serve] for who may be strangers: a connection is for one request, and nobody can keep
-// others from being answered by connections that are open.
+// ServeHealth is [Serve] for clients that may be strangers: a connection is for one request, and open
+// connections of one client keep no other from being answered.
 func ServeHealth(ctx context.Context, ln net.Listener, h Health, log *slog.Logger) {
 	srv := &http.Server{Handler: h.Handler(), ReadTimeout: healthTimeout, WriteTimeout: healthTimeout}
 	srv.SetKeepAlivesEnabled(false)

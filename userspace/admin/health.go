@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// aliveWait bounds how long /healthz waits: who asks gives up after a second or few, mostly.
+// aliveWait bounds how long /healthz waits: most clients give up after a second or a few.
 const aliveWait = 2 * time.Second
 
 // Health is what machines ask to know whether to send connections here, or to start the daemon anew.

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -15,22 +16,14 @@ type Error struct {
 }
 
 // Error returns FILE:LINE:COL: MESSAGE, on one line.
-func (e *Error) Error() string {
-	return e.File + ":" + e.Pos.String() + ": " + e.Message
-}
+func (e *Error) Error() string { return e.File + ":" + e.Pos.String() + ": " + e.Message }
 
 // Errors is everything that is wrong with a configuration file, in the order of the file. It is never
 // empty where it is returned as an error.
 type Errors []*Error
 
 // Error returns one line for each error, without a newline at the end.
-func (e Errors) Error() string {
-	lines := make([]string, len(e))
-	for i, x := range e {
-		lines[i] = x.Error()
-	}
-	return strings.Join(lines, "\n")
-}
+func (e Errors) Error() string { return errors.Join(e.Unwrap()...).Error() }
 
 // Unwrap lets errors.As find the single errors.
 func (e Errors) Unwrap() []error {

@@ -19,7 +19,7 @@ import (
 // kind is how one sort of scalar is read, and how the schema describes it.
 type kind struct {
 	noun  string     // what messages call it, with an example
-	kinds []nodeKind // the YAML scalars that it takes
+	kinds []nodeKind // the YAML scalars that it takes; none: text
 	// parse returns a string, a bool, a Target, or an int64 (numbers, nanoseconds, bytes), in the form that
 	// the rest of the program compares and uses. Its errors begin after the value: `listen "x": ERROR`.
 	parse func(text string) (any, error)
@@ -30,7 +30,9 @@ type kind struct {
 	schema map[string]any
 }
 
-func (k *kind) takes(n nodeKind) bool { return slices.Contains(k.kinds, n) }
+func (k *kind) takes(n nodeKind) bool {
+	return k.kinds == nil && n == kindText || slices.Contains(k.kinds, n)
+}
 
 // kindOf picks the kind of a struct field: by its tag, or else by its Go type.
 func kindOf(sf reflect.StructField) *kind {
@@ -53,8 +55,6 @@ func kindOf(sf reflect.StructField) *kind {
 	}
 	return k
 }
-
-var onlyText = []nodeKind{kindText}
 
 // text is the schema of a text with a pattern, which may be "".
 func text(pattern string) map[string]any {
@@ -95,111 +95,61 @@ func refuse(wrong bool, format string, args ...any) error {
 }
 
 var kinds = map[string]*kind{
-	"text": {
-		noun: "text", kinds: onlyText, instead: quoted, schema: text(""),
-		parse: func(s string) (any, error) { return s, nil },
-	},
-	"word": {
-		noun: "text", kinds: onlyText, instead: quoted, schema: notEmpty,
-		parse: func(s string) (any, error) { return s, refuse(s == "", "must not be empty") },
-	},
-	"mac": {
-		noun: "a MAC key in base64url", kinds: onlyText, secret: true, parse: parseMAC, schema: text(`^[A-Za-z0-9_-]+$`),
-	},
-	"label": {
-		noun: "a name of letters, digits, '.', '_' and '-'", kinds: onlyText, instead: quoted, parse: parseLabel,
-		schema: text(`^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$`),
-	},
+	"text":  {noun: "text", instead: quoted, schema: text(""), parse: func(s string) (any, error) { return s, nil }},
+	"word":  {noun: "text", instead: quoted, schema: notEmpty, parse: func(s string) (any, error) { return s, refuse(s == "", "must not be empty") }},
+	"mac":   {noun: "a MAC key in base64url", secret: true, parse: parseMAC, schema: text(`^[A-Za-z0-9_-]+$`)},
+	"label": {noun: "a name of letters, digits, '.', '_' and '-'", instead: quoted, parse: parseLabel, schema: text(`^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$`)},
 	"listen": {
-		noun: `an address to listen on such as ":443", "192.0.2.1:443", "eth0:443" or "tailnet:443"`, kinds: onlyText, parse: parseListen,
+		noun: `an address to listen on such as ":443", "192.0.2.1:443", "eth0:443" or "tailnet:443"`, parse: parseListen,
 		instead: ifValid(parseListen, ":%s"),
 		schema:  text(`^([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Za-z:.%_-]+\])?:[0-9]{1,5}$`),
 	},
 	"metrics": {
-		noun: `an address such as 127.0.0.1:9464`, kinds: onlyText, parse: parseMetrics,
+		noun: `an address such as 127.0.0.1:9464`, parse: parseMetrics,
 		instead: ifValid(parseMetrics, "127.0.0.1:%s"),
 		schema:  text(`^([0-9.]+|\[[0-9A-Za-z:.%_-]+\])?:[0-9]{1,5}$`),
 	},
 	"health": {
-		noun: `an address such as 127.0.0.1:9465 or tailnet:9465`, kinds: onlyText, parse: parseHealth,
+		noun: `an address such as 127.0.0.1:9465 or tailnet:9465`, parse: parseHealth,
 		instead: ifValid(parseHealth, "127.0.0.1:%s"),
 		schema:  text(`^(tailnet|[0-9.]+|\[[0-9A-Za-z:.%_-]+\])?:[0-9]{1,5}$`),
 	},
 	"name": {
-		noun: `a name such as example.org or "*.example.org"`, kinds: onlyText, instead: quoted,
+		noun: `a name such as example.org or "*.example.org"`, instead: quoted,
 		parse:  asAny(checkPattern),
 		schema: text(`^(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?$`),
 	},
 	"alpn": {
-		noun: "a protocol such as h2, http/1.1 or acme-tls/1", kinds: onlyText, instead: quoted, parse: parseALPN,
+		noun: "a protocol such as h2, http/1.1 or acme-tls/1", instead: quoted, parse: parseALPN,
 		schema: map[string]any{"type": "string", "minLength": 1, "maxLength": 255, "examples": []string{"h2", "http/1.1", "acme-tls/1"}},
 	},
-	"path": {
-		noun: "a path such as /api/", kinds: onlyText, parse: parsePath, schema: text(`^/[^?#*%]*$`),
-	},
-	"method": {
-		noun: "a method such as GET", kinds: onlyText, parse: parseMethod, schema: text(`^[A-Z]+$`),
-	},
-	"header": {
-		noun: "a header's name such as X-Api", kinds: onlyText, instead: quoted, parse: parseHeader, schema: text(`^[A-Za-z0-9-]+$`),
-	},
-	"header_value": {
-		noun: "a header's value", kinds: onlyText, secret: true, instead: quoted, parse: parseHeaderValue, schema: text(""),
-	},
-	"server_name": {
-		noun: "a name such as example.org", kinds: onlyText, parse: parseServerName, schema: text(`^[A-Za-z0-9._:-]+$`),
-	},
-	"redirect": {
-		noun: "https, or a URL such as https://example.org", kinds: onlyText, parse: parseRedirect, schema: text(`^(https$|https?://.+)`),
-	},
+	"path":         {noun: "a path such as /api/", parse: parsePath, schema: text(`^/[^?#*%]*$`)},
+	"method":       {noun: "a method such as GET", parse: parseMethod, schema: text(`^[A-Z]+$`)},
+	"header":       {noun: "a header's name such as X-Api", instead: quoted, parse: parseHeader, schema: text(`^[A-Za-z0-9-]+$`)},
+	"header_value": {noun: "a header's value", secret: true, instead: quoted, parse: parseHeaderValue, schema: text("")},
+	"server_name":  {noun: "a name such as example.org", parse: parseServerName, schema: text(`^[A-Za-z0-9._:-]+$`)},
+	"redirect":     {noun: "https, or a URL such as https://example.org", parse: parseRedirect, schema: text(`^(https$|https?://.+)`)},
 	"redirect_code": {
 		noun: "one of " + strings.Join(redirectCodes, ", "), kinds: []nodeKind{kindNumber}, parse: parseRedirectCode,
 		schema: map[string]any{"type": "integer", "enum": []int{301, 302, 303, 307, 308}},
 	},
-	"age": {
-		noun: "an age such as 1y, 180d or 24h", kinds: onlyText, parse: parseAge, schema: text(`^([0-9]+[yd]|([0-9]+(\.[0-9]*)?(ns|us|µs|μs|ms|s|m|h))+)$`),
-	},
+	"age": {noun: "an age such as 1y, 180d or 24h", parse: parseAge, schema: text(`^([0-9]+[yd]|([0-9]+(\.[0-9]*)?(ns|us|µs|μs|ms|s|m|h))+)$`)},
 	"target": {
-		noun: targetNoun, kinds: onlyText, parse: asAny(parseTarget),
+		noun: targetNoun, parse: asAny(parseTarget),
 		instead: ifValid(asAny(parseTarget), "127.0.0.1:%s"),
 		schema:  text(`^((tailnet://)?(\[[0-9A-Za-z:.%_-]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}|docker://[A-Za-z0-9._/-]+:[0-9]{1,5}|unix:///.+)$`),
 	},
-	"peer": {
-		noun: "a CIDR, an IP address, a node's name, a user's login (with @) or a tag (tag:edge)", kinds: onlyText, instead: quoted,
-		parse: parsePeer, schema: notEmpty,
-	},
-	"prefix": {
-		noun: "a CIDR or an IP address", kinds: onlyText, parse: parsePrefix, schema: text(`^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$`),
-	},
-	"rate": {
-		noun: "a rate such as 20/s, 300/m or 1000/h", kinds: onlyText, parse: parseRate,
-		instead: ifValid(parseRate, "%s/s"),
-		schema:  text(`^[0-9]+/[smh]$`),
-	},
-	"file": {
-		noun: "a file", kinds: onlyText, instead: quoted, parse: parseFile, schema: notEmpty,
-	},
-	"socket": {
-		noun: "the path of a unix socket", kinds: onlyText, parse: parseSocket, schema: notEmpty,
-	},
-	"email": {
-		noun: "an e-mail address", kinds: onlyText, parse: parseEmail, schema: text(`^[^@\s]+@[^@\s]+$`),
-	},
-	"url": {
-		noun: "an https:// URL", kinds: onlyText, parse: parseURL, schema: text(`^https://.+`),
-	},
-	"bcrypt": {
-		noun: "a bcrypt hash such as $2y$10$...", kinds: onlyText, secret: true, parse: parseBcrypt, schema: text(bcryptPattern),
-	},
-	"user": {
-		noun: "a user's name", kinds: onlyText, instead: quoted, parse: parseUser, schema: text(`^[^:]+$`),
-	},
-	"copied_header": {
-		noun: "a header's name such as Remote-User", kinds: onlyText, instead: quoted, parse: parseCopiedHeader, schema: text("^[!#$%&'*+.^_`|~0-9A-Za-z-]+$"),
-	},
-	"authurl": {
-		noun: "a URL such as http://127.0.0.1:9091/verify", kinds: onlyText, parse: parseAuthURL, schema: text(`^(http|https|tailnet|docker)://.+`),
-	},
+	"peer":          {noun: "a CIDR, an IP address, a node's name, a user's login (with @) or a tag (tag:edge)", instead: quoted, parse: parsePeer, schema: notEmpty},
+	"prefix":        {noun: "a CIDR or an IP address", parse: parsePrefix, schema: text(`^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$`)},
+	"rate":          {noun: "a rate such as 20/s, 300/m or 1000/h", parse: parseRate, instead: ifValid(parseRate, "%s/s"), schema: text(`^[0-9]+/[smh]$`)},
+	"file":          {noun: "a file", instead: quoted, parse: parseFile, schema: notEmpty},
+	"socket":        {noun: "the path of a unix socket", parse: parseSocket, schema: notEmpty},
+	"email":         {noun: "an e-mail address", parse: parseEmail, schema: text(`^[^@\s]+@[^@\s]+$`)},
+	"url":           {noun: "an https:// URL", parse: parseURL, schema: text(`^https://.+`)},
+	"bcrypt":        {noun: "a bcrypt hash such as $2y$10$...", secret: true, parse: parseBcrypt, schema: text(bcryptPattern)},
+	"user":          {noun: "a user's name", instead: quoted, parse: parseUser, schema: text(`^[^:]+$`)},
+	"copied_header": {noun: "a header's name such as Remote-User", instead: quoted, parse: parseCopiedHeader, schema: text("^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")},
+	"authurl":       {noun: "a URL such as http://127.0.0.1:9091/verify", parse: parseAuthURL, schema: text(`^(http|https|tailnet|docker)://.+`)},
 	"true": {
 		noun: "true, or left out", kinds: []nodeKind{kindBool},
 		parse:  func(s string) (any, error) { return true, refuse(s != "true", "must be true, or left out") },
@@ -210,11 +160,9 @@ var kinds = map[string]*kind{
 		parse:  func(s string) (any, error) { return s == "true", nil },
 		schema: map[string]any{"type": "boolean"},
 	},
-	"count": {
-		noun: "a number", kinds: []nodeKind{kindNumber}, parse: parseCount, schema: map[string]any{"type": "integer"},
-	},
+	"count": {noun: "a number", kinds: []nodeKind{kindNumber}, parse: parseCount, schema: map[string]any{"type": "integer"}},
 	"duration": {
-		noun: "a duration such as 5s, 10m or 1h", kinds: onlyText, parse: parseDuration,
+		noun: "a duration such as 5s, 10m or 1h", parse: parseDuration,
 		instead: func(s string) string {
 			if !decimal.MatchString(s) {
 				return ""

@@ -121,8 +121,8 @@ func (f *File) follow() {
 	}
 }
 
-// look reads the file again if it has changed since it was read, but not since the last look: who writes into
-// it may not be done.
+// look reads the file again if it has changed since it was read, but not since the last look: a writer may not
+// be done with it yet.
 func (f *File) look() {
 	now, err := os.Stat(f.name)
 	if err != nil {

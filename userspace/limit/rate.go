@@ -90,13 +90,6 @@ func (r *Rate) rotate(now time.Duration) {
 	r.rotated = now
 }
 
-// sources is how many are remembered; some count twice.
-func (r *Rate) sources() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return len(r.now) + len(r.before)
-}
-
 // RateError says that a source comes too often.
 type RateError struct {
 	Source netip.Prefix

@@ -148,3 +148,10 @@ func BenchmarkRate(b *testing.B) {
 		r.Take(a, now.Add(time.Duration(i)*time.Millisecond))
 	}
 }
+
+// sources is how many are remembered; some count twice.
+func (r *Rate) sources() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.now) + len(r.before)
+}

@@ -25,9 +25,9 @@ func (v Visitor) Source() netip.Addr {
 
 // Asker says who has an address of the tailnet.
 type Asker interface {
-	// WhoIs gives who has it. The error is a *[NotIdentifiedError], or wraps [tailnet.ErrNotPeer].
+	// WhoIs returns the identity. The error is a *[NotIdentifiedError], or wraps [tailnet.ErrNotPeer].
 	WhoIs(netip.Addr) (tailnet.Identity, error)
-	// Describe is the same for people, in the log.
+	// Describe names the owner of an address for people, in the log.
 	Describe(netip.Addr) string
 }
 
@@ -94,12 +94,12 @@ func Permit(v Visitor, q Asker, lists ...*Peers) error {
 	return nil
 }
 
-// NotAllowedError says whom no allow list names.
+// NotAllowedError says that no allow list names a visitor.
 type NotAllowedError struct{ Who string }
 
 func (e *NotAllowedError) Error() string { return "allow does not name " + e.Who }
 
-// NotIdentifiedError says that it could not be found out who has an address: it may be anybody's.
+// NotIdentifiedError says that tailscaled did not answer who has an address.
 type NotIdentifiedError struct {
 	Addr netip.Addr
 	Err  error

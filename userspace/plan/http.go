@@ -178,7 +178,7 @@ func (r *Rule) publicName() string {
 	return "a local service"
 }
 
-// speaker is for whom the connections of r speak.
+// speaker says on whose behalf the connections of r are made.
 func (r *Rule) speaker() vhost.Speaker {
 	switch {
 	case r.SendProxy:

@@ -150,7 +150,7 @@ func (p *Plan) addLabels(before *Labels) {
 	}
 }
 
-// configured is who has a claim that no container can have.
+// configured is the holder of a claim that no container can have.
 const configured = "a configured route"
 
 func (n *Labels) problem(container, key, listener, format string, args ...any) {

@@ -32,7 +32,7 @@ type Deps struct {
 	// doesn't wait for one that may be restarting.
 	LabelDialer *dial.Dialer
 
-	// The rest is of those who serve by the plan.
+	// The rest is set by a server that runs the plan.
 
 	// Datapath is an error where flows can't have what that word of the
 	// configuration stands for. Nil: that is not the question.
@@ -43,7 +43,7 @@ type Deps struct {
 	Guard func(listener string, r *Rule) vhost.Guard
 }
 
-// NewDeps returns what is needed by those who look and dial, and serve nobody.
+// NewDeps returns what is needed to look at targets and to dial them, without serving anybody.
 func NewDeps(log *slog.Logger) Deps {
 	d := Deps{Log: log, Tailnet: tailnet.New("", log), Containers: container.New("", log)}
 	past := new(dial.Past)

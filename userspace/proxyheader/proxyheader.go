@@ -104,16 +104,6 @@ const (
 	No                  // this is something else
 )
 
-func (v Verdict) String() string {
-	switch v {
-	case More:
-		return "more"
-	case Yes:
-		return "yes"
-	}
-	return "no"
-}
-
 var (
 	signatureV1 = []byte("PROXY ")
 	signatureV2 = proxyproto.SIGV2

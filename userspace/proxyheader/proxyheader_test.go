@@ -556,3 +556,13 @@ func BenchmarkParse(b *testing.B) {
 		}
 	}
 }
+
+func (v Verdict) String() string {
+	switch v {
+	case More:
+		return "more"
+	case Yes:
+		return "yes"
+	}
+	return "no"
+}

@@ -50,9 +50,7 @@ func (e *entry) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error
 	return e.cert, nil
 }
 
-func (e *entry) sameLeaf(o *entry) bool {
-	return o.leaf != nil && bytes.Equal(e.leaf.Raw, o.leaf.Raw)
-}
+func (e *entry) sameLeaf(o *entry) bool { return o.leaf != nil && bytes.Equal(e.leaf.Raw, o.leaf.Raw) }
 
 // set is what a store serves at one moment. It is immutable.
 type set struct {

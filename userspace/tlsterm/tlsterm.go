@@ -72,17 +72,13 @@ type Store struct {
 // Load reads all the certificates of specs. It fails as a whole with everything
 // that is wrong with any of them, each by its file's name; *FileError is among
 // what errors.As finds. What is merely doubtful is logged as a warning.
-func Load(specs []Spec, log *slog.Logger) (*Store, error) {
-	return load(specs, log, false)
-}
+func Load(specs []Spec, log *slog.Logger) (*Store, error) { return load(specs, log, false) }
 
 // Open is Load that does without what can't be used now. A certificate that has expired, or is not valid yet,
 // is served all the same: clients judge. Files that are broken or missing are served from when Run finds them
 // mended. Each is logged, and [Store.Certificates] shows it. It fails where specs are wrong, never for a
 // file.
-func Open(specs []Spec, log *slog.Logger) (*Store, error) {
-	return load(specs, log, true)
-}
+func Open(specs []Spec, log *slog.Logger) (*Store, error) { return load(specs, log, true) }
 
 func load(specs []Spec, log *slog.Logger, lenient bool) (*Store, error) {
 	s := &Store{log: log}
@@ -148,14 +144,6 @@ func (s *Store) prepare(specs []Spec, lenient bool) (apply func(), err error) {
 // Usable says whether there is a certificate to serve, or somebody to ask for one.
 func (s *Store) Usable() bool {
 	return slices.ContainsFunc(s.set.Load().entries, func(e *entry) bool { return e.err == nil })
-}
-
-// Reload reads all files again. Pairs that are whole are served from then on; a
-// broken pair keeps what was served before, if anything was, and is in the error.
-func (s *Store) Reload() error {
-	s.reload.Lock()
-	defer s.reload.Unlock()
-	return s.refresh(func(*entry) bool { return true })
 }
 
 // refresh reads again the entries that want says, and swaps in what is good.

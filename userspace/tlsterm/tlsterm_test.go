@@ -576,3 +576,11 @@ func BenchmarkCovers(b *testing.B) {
 		s.Covers("www.example.org")
 	}
 }
+
+// Reload reads all files again. Pairs that are whole are served from then on; a
+// broken pair keeps what was served before, if anything was, and is in the error.
+func (s *Store) Reload() error {
+	s.reload.Lock()
+	defer s.reload.Unlock()
+	return s.refresh(func(*entry) bool { return true })
+}

@@ -43,8 +43,7 @@ type report struct {
 }
 
 func newDoctor() *cobra.Command {
-	var control string
-	var asJSON bool
+	var a asker
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Report what this machine has and lacks, and what to do about it",
@@ -59,13 +58,11 @@ whatever it finds.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r := report{Format: flow.FormatVersion, Machine: append(loader.Probe(), findTransparent(cmd.Context())),
-				SelfTest: loader.SelfTest(loader.Options{Local: true}), Services: services(cmd.Context(), control)}
-			return show(cmd, asJSON, &r, func(w io.Writer) { printReport(w, r) })
+				SelfTest: loader.SelfTest(loader.Options{Local: true}), Services: services(cmd.Context(), a.Socket)}
+			return show(cmd, a.asJSON, &r, func(w io.Writer) { printReport(w, r) })
 		},
 	}
-	controlFlag(cmd, &control)
-	jsonFlag(cmd, &asJSON)
-	return cmd
+	return a.flags(cmd)
 }
 
 // services looks at what tailsplice works with: each may be missing where the configuration doesn't need it.

@@ -40,9 +40,7 @@ const defaultConfig = "/etc/tailsplice/tailsplice.yaml"
 // defaultControl is config's default of control.socket.
 const defaultControl = "/run/tailsplice/control.sock"
 
-func main() {
-	os.Exit(execute(os.Args[1:]))
-}
+func main() { os.Exit(execute(os.Args[1:])) }
 
 // errSilent ends the program with status 1 when all that there is to say has been said.
 var errSilent = errors.New("")

@@ -27,8 +27,7 @@ import (
 const answerTimeout = 15 * time.Second
 
 func newStatus() *cobra.Command {
-	var control string
-	var asJSON bool
+	var a asker
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Show the daemon's listeners, routes, problems and counters",
@@ -40,17 +39,14 @@ accepted and refused since it started.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var s front.Status
-			return ask(cmd, control, "status", asJSON, &s, func(w io.Writer) { printStatus(w, s, time.Now()) })
+			return a.ask(cmd, "status", &s, func(w io.Writer) { printStatus(w, s, time.Now()) })
 		},
 	}
-	controlFlag(cmd, &control)
-	jsonFlag(cmd, &asJSON)
-	return cmd
+	return a.flags(cmd)
 }
 
 func newFlows() *cobra.Command {
-	var control string
-	var asJSON bool
+	var a asker
 	var f flowFilter
 	cmd := &cobra.Command{
 		Use:   "flows",
@@ -67,11 +63,11 @@ so the same id in the list or the log of another hop is the same connection.`,
 				return err
 			}
 			noun := "flows?" + q.Values().Encode()
-			if asJSON {
-				return ask(cmd, control, noun, true, new(json.RawMessage), nil)
+			if a.asJSON {
+				return a.ask(cmd, noun, new(json.RawMessage), nil)
 			}
 			var s []flow.Snapshot
-			if err := get(cmd, control, noun, &s); err != nil {
+			if err := a.get(cmd, noun, &s); err != nil {
 				return err
 			}
 			for i := range s {
@@ -82,25 +78,36 @@ so the same id in the list or the log of another hop is the same connection.`,
 		},
 	}
 	f.flags(cmd)
-	controlFlag(cmd, &control)
-	jsonFlag(cmd, &asJSON)
+	return a.flags(cmd)
+}
+
+// asker is a command that asks the daemon.
+type asker struct {
+	admin.Client
+	asJSON bool
+}
+
+// flags adds --control and --json.
+func (a *asker) flags(cmd *cobra.Command) *cobra.Command {
+	controlFlag(cmd, &a.Socket)
+	jsonFlag(cmd, &a.asJSON)
 	return cmd
 }
 
 // get reads a noun from the daemon into v.
-func get(cmd *cobra.Command, control, noun string, v any) error {
+func (a *asker) get(cmd *cobra.Command, noun string, v any) error {
 	ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
 	defer cancel()
-	return admin.Client{Socket: control}.Get(ctx, noun, v)
+	return a.Get(ctx, noun, v)
 }
 
 // ask reads a noun from the daemon into v and prints it, as it came or for people.
-func ask(cmd *cobra.Command, control, noun string, asJSON bool, v any, people func(io.Writer)) error {
+func (a *asker) ask(cmd *cobra.Command, noun string, v any, people func(io.Writer)) error {
 	var raw json.RawMessage // it may have more than v takes
-	if err := get(cmd, control, noun, &raw); err != nil {
+	if err := a.get(cmd, noun, &raw); err != nil {
 		return err
 	}
-	if asJSON {
+	if a.asJSON {
 		return errors.Join(printJSON(cmd, raw), json.Unmarshal(raw, v))
 	}
 	if err := json.Unmarshal(raw, v); err != nil {
@@ -319,7 +326,7 @@ func bytes(n int64) string {
 }
 
 func newReload() *cobra.Command {
-	var control string
+	var daemon admin.Client
 	cmd := &cobra.Command{
 		Use:   "reload",
 		Short: "Make the daemon read its configuration again",
@@ -332,12 +339,12 @@ in the daemon's log.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
 			defer cancel()
-			notes, err := admin.Client{Socket: control}.Reload(ctx)
+			notes, err := daemon.Reload(ctx)
 			fmt.Fprint(terminal{cmd.ErrOrStderr()}, notes)
 			return err
 		},
 	}
-	controlFlag(cmd, &control)
+	controlFlag(cmd, &daemon.Socket)
 	return cmd
 }
 

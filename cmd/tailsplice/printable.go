@@ -97,7 +97,7 @@ func visible(v any) any {
 }
 
 func visibleText(s string) string {
-	if isPlain(s) || strings.IndexFunc(s, hidden) < 0 {
+	if !strings.ContainsFunc(s, hidden) {
 		return s
 	}
 	var b strings.Builder
@@ -112,15 +112,5 @@ func visibleText(s string) string {
 	return b.String()
 }
 
-// isPlain is a quick look: nearly all texts are of ASCII that is seen.
-func isPlain(s string) bool {
-	for i := range len(s) {
-		if s[i] < ' ' || s[i] >= 0x7f {
-			return false
-		}
-	}
-	return true
-}
-
-// hidden says whether r is nothing that is seen: a control, or a format character that reorders text.
+// hidden says whether r can't be seen: a control, or a format character that reorders text.
 func hidden(r rune) bool { return !unicode.IsGraphic(r) }

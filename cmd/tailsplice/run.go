@@ -254,7 +254,7 @@ func listenControl(key, addr string) (net.Listener, error) {
 }
 
 // reload brings a changed configuration into force, or says why not. Of the control section nothing changes,
-// since its sockets are bound once; notes say so, and what is odd about the configuration.
+// since its sockets are bound once. notes are what a person should know of the new configuration.
 func reload(f *front.Front, file string, bound config.Control) (notes []string, err error) {
 	f.ReopenLogs() // also where the configuration can't be used: log rotation comes by HUP
 	cfg, err := config.Load(file)
@@ -303,10 +303,10 @@ func drain(f *front.Front, timeout time.Duration, first os.Signal, signals <-cha
 	return nil
 }
 
-// logWait is how long the end waits for who reads the log.
+// logWait bounds how long the daemon waits at its end for the reader of the log.
 const logWait = 2 * time.Second
 
-// newLogger writes to standard error, and waits for nobody who reads it. The caller closes the writer.
+// newLogger writes to standard error, and never waits for its reader. The caller closes the writer.
 func newLogger(o runOptions) (*slog.Logger, *logwriter.Writer, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {

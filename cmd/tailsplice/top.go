@@ -25,8 +25,7 @@ import (
 var errRounds = errors.New("all rounds are shown")
 
 func newTop() *cobra.Command {
-	var control string
-	var asJSON bool
+	var a asker
 	var every time.Duration
 	var rounds int
 	var f flowFilter
@@ -57,13 +56,13 @@ Elsewhere each update is printed below the one before.`,
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
-			w := watch{client: admin.Client{Socket: control}, every: every, rounds: rounds}
-			if !asJSON && term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd())) {
+			w := watch{client: a.Client, every: every, rounds: rounds}
+			if !a.asJSON && term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd())) {
 				return runScreen(ctx, w, q)
 			}
 			out := terminal{cmd.OutOrStdout()}
 			return w.run(ctx, q, func(line []byte) error {
-				if asJSON {
+				if a.asJSON {
 					_, err := out.Write(line)
 					return err
 				}
@@ -81,9 +80,7 @@ Elsewhere each update is printed below the one before.`,
 	cmd.Flags().StringVar(&f.sort, "sort", flow.Sorts[0], "the `order` of the flows: "+strings.Join(flow.Sorts, ", "))
 	cmd.Flags().BoolVar(&f.Reverse, "reverse", false, "reverse the order")
 	cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions(flow.Sorts, cobra.ShellCompDirectiveNoFileComp))
-	controlFlag(cmd, &control)
-	jsonFlag(cmd, &asJSON)
-	return cmd
+	return a.flags(cmd)
 }
 
 // flowFilter is what the flags of flows and top choose.
@@ -279,7 +276,7 @@ type screen struct {
 // draw is the screen's lines, none longer than width, colours aside.
 func (s *screen) draw(width, height int) []string {
 	paint := func(colour, text string) string {
-		if !s.colour || text == "" {
+		if !s.colour || text == "" || colour == "" {
 			return text
 		}
 		return colour + text + plain
@@ -290,9 +287,9 @@ func (s *screen) draw(width, height int) []string {
 	}
 	rows := l.Flows[:min(len(l.Flows), max(height-3, 0))]
 	widths := layout(width, rows, l.Time)
-	lines := []string{fit(headline(*l), width, false)}
-	if s.look == nil {
-		lines[0] = fit("looking ...", width, false)
+	title := "looking ..."
+	if s.look != nil {
+		title = headline(*l)
 	}
 	line := func(cell func(c topColumn) string, colour func(c topColumn) string) string {
 		var parts []string
@@ -304,10 +301,7 @@ func (s *screen) draw(width, height int) []string {
 		return strings.Join(parts, " ")
 	}
 	heads := line(func(c topColumn) string { return c.head }, func(topColumn) string { return "" })
-	if s.colour {
-		heads = strings.ReplaceAll(heads, plain, "")
-	}
-	lines = append(lines, paint(reversed, fit(heads, width, false)))
+	lines := []string{fit(title, width, false), paint(reversed, fit(heads, width, false))}
 	for i := range rows {
 		f := &rows[i]
 		lines = append(lines, line(func(c topColumn) string { return c.cell(f, l.Time) }, func(c topColumn) string {
@@ -405,69 +399,16 @@ func runScreen(ctx context.Context, w watch, q flow.Query) error {
 	if s.query.Sort == "" {
 		s.query.Sort = flow.Sorts[0]
 	}
-	redraw := func() {
-		width, height, err := term.GetSize(out)
-		if err != nil || width <= 0 || height <= 0 {
-			width, height = 80, 24
-		}
-		const home, clearLine, wrapOff, wrapOn = "\x1b[H", "\x1b[K", "\x1b[?7l", "\x1b[?7h"
-		lines := strings.Join(s.draw(width, height), clearLine+"\r\n")
-		os.Stdout.WriteString(wrapOff + home + lines + clearLine + wrapOn)
-	}
 	keys := make(chan byte)
 	go func() { // ends with the process, or the terminal
 		defer cancel()
-		b := make([]byte, 64)
-		for {
-			n, err := os.Stdin.Read(b)
-			if err != nil {
-				return
-			}
-			if n > 2 && b[0] == 27 { // an arrow or such: not an Esc
-				continue
-			}
-			for _, c := range b[:n] {
-				select {
-				case keys <- c:
-				case <-ctx.Done():
-					return
-				}
-			}
-		}
+		readKeys(ctx, keys)
 	}()
-	type seen struct {
-		look flow.Look
-		err  error
-	}
 	looks := make(chan seen)
 	shown := 0
-	ask := func() (stop func()) {
-		actx, stop := context.WithCancel(ctx)
-		q := s.query
-		q.Limit = max(q.Limit, fewestRows)
-		go func() {
-			send := func(l seen) {
-				select {
-				case looks <- l:
-				case <-actx.Done():
-				}
-			}
-			err := watch{client: w.client, every: w.every}.run(actx, q, func(line []byte) error {
-				l, err := readLook(line)
-				if err == nil {
-					send(seen{look: l})
-				}
-				return err
-			})
-			if actx.Err() == nil {
-				send(seen{err: err})
-			}
-		}()
-		return stop
-	}
-	stop := ask()
+	stop := w.look(ctx, s.query, looks)
 	defer func() { stop() }()
-	redraw()
+	s.show(out)
 	for {
 		select {
 		case <-ctx.Done():
@@ -480,7 +421,7 @@ func runScreen(ctx context.Context, w watch, q flow.Query) error {
 				l.look.Flows = l.look.Flows[:min(len(l.look.Flows), limit)]
 			}
 			s.look = &l.look
-			redraw()
+			s.show(out)
 			if shown++; shown == w.rounds {
 				return nil
 			}
@@ -490,11 +431,75 @@ func runScreen(ctx context.Context, w watch, q flow.Query) error {
 				return nil
 			case keyAsk:
 				stop()
-				stop = ask()
-				redraw()
+				stop = w.look(ctx, s.query, looks)
+				s.show(out)
 			case keyRedraw:
-				redraw()
+				s.show(out)
 			}
 		}
 	}
+}
+
+// show draws the screen on a terminal.
+func (s *screen) show(out int) {
+	width, height, err := term.GetSize(out)
+	if err != nil || width <= 0 || height <= 0 {
+		width, height = 80, 24
+	}
+	const home, clearLine, wrapOff, wrapOn = "\x1b[H", "\x1b[K", "\x1b[?7l", "\x1b[?7h"
+	lines := strings.Join(s.draw(width, height), clearLine+"\r\n")
+	os.Stdout.WriteString(wrapOff + home + lines + clearLine + wrapOn)
+}
+
+// readKeys sends what is typed, until ctx ends or the terminal does.
+func readKeys(ctx context.Context, keys chan<- byte) {
+	b := make([]byte, 64)
+	for {
+		n, err := os.Stdin.Read(b)
+		if err != nil {
+			return
+		}
+		if n > 2 && b[0] == 27 { // an arrow or such: not an Esc
+			continue
+		}
+		for _, c := range b[:n] {
+			select {
+			case keys <- c:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+// seen is a look, or why there will be none.
+type seen struct {
+	look flow.Look
+	err  error
+}
+
+// look sends what w sees to looks, until stop is called or ctx ends.
+func (w watch) look(ctx context.Context, q flow.Query, looks chan<- seen) (stop func()) {
+	ctx, stop = context.WithCancel(ctx)
+	q.Limit = max(q.Limit, fewestRows)
+	w.rounds = 0
+	send := func(l seen) {
+		select {
+		case looks <- l:
+		case <-ctx.Done():
+		}
+	}
+	go func() {
+		err := w.run(ctx, q, func(line []byte) error {
+			l, err := readLook(line)
+			if err == nil {
+				send(seen{look: l})
+			}
+			return err
+		})
+		if ctx.Err() == nil {
+			send(seen{err: err})
+		}
+	}()
+	return stop
 }

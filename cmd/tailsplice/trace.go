@@ -17,8 +17,9 @@ import (
 )
 
 func newTrace() *cobra.Command {
-	var control, file string
-	var asJSON, noDial bool
+	var a asker
+	var file string
+	var noDial bool
 	var headers []string
 	q := plan.Question{}
 	cmd := &cobra.Command{
@@ -59,10 +60,10 @@ Otherwise it is 1.`,
 				if t, err = plan.TraceConfig(cmd.Context(), cfg, q); err != nil {
 					return err
 				}
-				if err := show(cmd, asJSON, &t, people); err != nil {
+				if err := show(cmd, a.asJSON, &t, people); err != nil {
 					return err
 				}
-			} else if err := ask(cmd, control, "trace?"+q.Values().Encode(), asJSON, &t, people); err != nil {
+			} else if err := a.ask(cmd, "trace?"+q.Values().Encode(), &t, people); err != nil {
 				return err
 			}
 			if !t.OK() {
@@ -71,8 +72,6 @@ Otherwise it is 1.`,
 			return nil
 		},
 	}
-	controlFlag(cmd, &control)
-	jsonFlag(cmd, &asJSON)
 	configFlag(cmd, &file)
 	cmd.Flags().Lookup("config").Usage = "read this configuration `file` instead of asking the daemon"
 	cmd.Flags().Lookup("config").DefValue = ""
@@ -81,7 +80,7 @@ Otherwise it is 1.`,
 	cmd.Flags().StringVar(&q.Method, "method", "GET", "the `method` of the request")
 	cmd.Flags().StringArrayVar(&headers, "header", nil, "a `header` of the request, as 'NAME: VALUE'; can be repeated")
 	cmd.Flags().StringSliceVar(&q.ALPN, "alpn", []string{"h2", "http/1.1"}, "the `protocols` that the TLS client offers by ALPN")
-	return cmd
+	return a.flags(cmd)
 }
 
 // readQuestion takes HOST, HOST/PATH or a URL apart.

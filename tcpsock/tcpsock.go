@@ -6,17 +6,14 @@
 //
 // The kernel's side of this is Linux. Elsewhere a question has the answer that changes nothing.
 //
-//	tcpsock.go  the way from a connection to its descriptor
-//	info.go     what TCP_INFO tells
-//	address.go  the addresses of both ends, and the kernel's form of an address
-//	options.go  what the socket of a flow has set
-//	dup.go      another descriptor
-//	reset.go    closing with a reset
+//	tcpsock.go  connections: their descriptors, their options, closing with a reset
+//	fd.go       descriptors: what TCP_INFO tells, the addresses of both ends, options, copies, resets
 package tcpsock
 
 import (
 	"net"
 	"syscall"
+	"time"
 )
 
 // Control calls f with c's descriptor, which stays c's, and reports whether there is one: c has a socket that
@@ -28,4 +25,50 @@ func Control(c net.Conn, f func(fd int)) bool {
 	}
 	raw, err := sc.SyscallConn()
 	return err == nil && raw.Control(func(fd uintptr) { f(int(fd)) }) == nil
+}
+
+// KeepAlive is what each connection of a flow has, accepted or dialled: a dead peer of a silent flow is
+// noticed after 5 minutes. It is that long so that a laptop may sleep or lose its network for a while. Go's
+// default asks four times a minute: too much for many idle flows, and for phones.
+var KeepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 30 * time.Second, Count: 8}
+
+// ResetConn closes c with a reset: its other end can't take that for the end of a stream, and what was not
+// sent is lost. The socket is closed first, under c's layers, whose words of farewell (close_notify of TLS)
+// would say that all is well. What has no TCP socket is closed.
+func ResetConn(c net.Conn) {
+	if sock := lingering(c); sock != nil {
+		sock.SetLinger(0)
+		sock.Close()
+		if net.Conn(sock) == c {
+			return
+		}
+	}
+	c.Close()
+}
+
+// ResetOnClose makes c's socket send a reset when it is closed.
+func ResetOnClose(c net.Conn) {
+	if sock := lingering(c); sock != nil {
+		sock.SetLinger(0)
+	}
+}
+
+// lingerer is a [*net.TCPConn], or is used in its place.
+type lingerer interface {
+	net.Conn
+	SetLinger(sec int) error
+}
+
+// lingering is the socket under c's layers, or nil.
+func lingering(c net.Conn) lingerer {
+	for {
+		switch u := c.(type) {
+		case lingerer:
+			return u
+		case interface{ NetConn() net.Conn }: // a [*tls.Conn], for one
+			c = u.NetConn()
+		default:
+			return nil
+		}
+	}
 }

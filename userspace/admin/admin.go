@@ -159,8 +159,8 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logge
 	runServer(ctx, ln, srv, log)
 }
 
-// ServeHealth is [Serve] for clients that may be strangers: a connection is for one request, and open
-// connections of one client keep no other from being answered.
+// ServeHealth is [Serve] for clients that may be strangers: a connection is for one request, and the open
+// connections of one client keep no other client from being answered.
 func ServeHealth(ctx context.Context, ln net.Listener, h Health, log *slog.Logger) {
 	srv := &http.Server{Handler: h.Handler(), ReadTimeout: healthTimeout, WriteTimeout: healthTimeout}
 	srv.SetKeepAlivesEnabled(false)

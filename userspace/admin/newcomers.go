@@ -9,8 +9,8 @@ import (
 // maxConnections is how many connections may be open to the metrics, and to /healthz and /readyz.
 const maxConnections = 128
 
-// newcomers is a listener with room for so many connections. One more has the place of the oldest, which is
-// closed: who asks has an answer within milliseconds, so whoever has been there for longest wants none.
+// newcomers is a listener with room for so many connections. One more takes the place of the oldest, which is
+// closed: a client that asks has its answer within milliseconds, so the oldest does not ask.
 type newcomers struct {
 	net.Listener
 	room int

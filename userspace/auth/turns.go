@@ -38,9 +38,9 @@ type BusyError struct {
 
 func (e *BusyError) Error() string { return "the password was not checked: " + e.why }
 
-// turns shares out the CPUs that check passwords. Sources have their turns one
-// after the other, however many attempts each has; those that have failed lately
-// come behind all others, and who fails often waits before each further attempt.
+// turns shares out the CPUs that check passwords. Sources have their turns one after the other, however many
+// attempts each has. Sources that have failed lately come behind all others, and one that fails often waits
+// before each further attempt.
 type turns struct {
 	mu      sync.Mutex
 	sources map[netip.Prefix]*source // +checklocks:mu

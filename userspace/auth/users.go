@@ -78,10 +78,10 @@ func NewUsers(hashes map[string]string) (*Users, error) {
 	return newUsers(s, "", stamp{}, nil), nil
 }
 
-// OpenUsers reads a file of htpasswd -B: USER:HASH on each line, empty lines and those that # begins are
-// skipped. It is read again when it changes. Who is not in it any more has no password: nobody has one once
-// it is empty or gone, nor has whose line is wrong. While it can't be read the users stay as they were. log
-// hears of both, once. There is nothing to close.
+// OpenUsers reads a file of htpasswd -B: USER:HASH on each line; empty lines and lines that begin with # are
+// skipped. It is read again when it changes. A user that is gone from it, or whose line is wrong, has no
+// password any more; once the file is empty or gone nobody has one. While it can't be read the users stay as
+// they were. Either is logged once. There is nothing to close.
 func OpenUsers(file string, log *slog.Logger) (*Users, error) {
 	s, st, bad, err := readFile(file)
 	if err = errors.Join(append(bad, err)...); err != nil {

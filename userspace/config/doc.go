@@ -39,10 +39,9 @@
 //	access.go     the format of access rules and logs
 //	docker.go     the format of labels
 //	walk.go       each listener, and each thing that it does
-//	keys.go       what keys.yaml says about each key
 //	validate.go   what a Config must not contain
 //	questions.go  forward_auth that asks its own listener
 //	suggest.go    the nearest right name
 //	errors.go     errors and warnings with positions
-//	schema.go     the JSON schema
+//	schema.go     the JSON schema, and what keys.yaml says about each key
 package config

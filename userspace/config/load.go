@@ -36,7 +36,7 @@ func read(file string) ([]byte, error) {
 	if st.IsDir() {
 		return nil, fmt.Errorf("read configuration %s: it is a folder, name a file in it", file)
 	}
-	// One byte more than allowed lets Parse see that it is too much, and say so.
+	// One byte more than allowed lets Parse report that it is too much.
 	data, err := io.ReadAll(io.LimitReader(f, MaxFileBytes+1))
 	if err != nil {
 		return nil, explain(err)

@@ -57,14 +57,11 @@ func (v *validator) listenerNames(ls []Listener) {
 	taken := map[string]Pos{}
 	for i := range ls {
 		l := &ls[i]
-		if l.Name == "" {
-			continue
+		first, dup := taken[l.Name]
+		v.errorIf(dup, l.At("name"), "name %q is that of another listener already, on line %d", l.Name, first.Line)
+		if l.Name != "" && !dup {
+			taken[l.Name] = l.At("name")
 		}
-		if first, dup := taken[l.Name]; dup {
-			v.errorf(l.At("name"), "name %q is that of another listener already, on line %d", l.Name, first.Line)
-			continue
-		}
-		taken[l.Name] = l.At("name")
 	}
 	for i := range ls {
 		l := &ls[i]
@@ -73,10 +70,7 @@ func (v *validator) listenerNames(ls []Listener) {
 		}
 		_, port, _ := cutPort(l.Listen[0])
 		name := fmt.Sprintf("%s-%d", l.Mode, port)
-		for n := 2; ; n++ {
-			if _, dup := taken[name]; !dup {
-				break
-			}
+		for n := 2; taken[name].IsValid(); n++ {
 			name = fmt.Sprintf("%s-%d-%d", l.Mode, port, n)
 		}
 		l.Name, taken[name] = name, l.Pos

@@ -59,8 +59,8 @@ func Open(name string, parse Parse, log *slog.Logger, before *Table) (*File, err
 	return f, nil
 }
 
-// use takes what the file has. Emptied, by a disk that is full or a script that failed half-way, it must not
-// let in whom it kept out.
+// use takes what the file has. A file that was emptied, by a full disk or a script that failed half-way, must
+// not let in the clients that it kept out.
 func (f *File) use(t *Table) (taken bool) {
 	f.bad = nil
 	if t.Len() == 0 && !t.none {

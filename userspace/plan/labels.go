@@ -47,7 +47,7 @@ func newLabels(seen []container.Labelled) *Labels {
 // End says that others have taken the place of n: dials by its rules begin anew.
 func (n *Labels) End() { n.end() }
 
-// Forgets is when the next removed container is to be forgotten, 0 if there is none.
+// Forgets is how long it is until the next removed container is forgotten, 0 if none is left.
 func (n *Labels) Forgets() (again time.Duration) {
 	for _, g := range n.gone {
 		if left := max(time.Until(g.at.Add(goneFor)), time.Millisecond); again == 0 || left < again {

@@ -44,9 +44,9 @@ func (t *Peers) Strings() []string {
 	return t.written
 }
 
-// Contains reports whether t names an address. A tailnet address is an identity only by what tailscaled says
-// of it, which is so too of a part of the tailnet's ranges: providers use 100.64.0.0/10 for customers whom
-// nobody knows. The error is that of ask, where the answer depends on that.
+// Contains reports whether t names an address. Only tailscaled can tell whose a tailnet address is, also
+// where t names a part of the tailnet's ranges: providers give addresses of 100.64.0.0/10 to unknown
+// customers. The error is ask's, where the answer depends on it.
 func (t *Peers) Contains(a netip.Addr, ask func(netip.Addr) (tailnet.Identity, error)) (bool, error) {
 	a = a.Unmap().WithZone("") // a prefix holds no address with a zone
 	contains := func(p netip.Prefix) bool { return p.Contains(a) }

@@ -91,8 +91,8 @@ func (r *Rule) asksCertificate() bool {
 // accepts says whether a hello with these protocols may take the rule.
 func (r *Rule) accepts(alpn []string) bool {
 	return len(r.ALPN) == 0 || slices.ContainsFunc(alpn, func(p string) bool {
-		// An authority that validates a name offers nothing else (RFC 8737 section 3). Who does may choose
-		// what is for everybody, and would have gone round what guards that.
+		// An authority that validates a name offers nothing else (RFC 8737 section 3). A client that does may
+		// choose a protocol that is for everybody, and must not get around the guards of that.
 		return slices.Contains(r.ALPN, p) && (p != acmeTLS || len(alpn) == 1)
 	})
 }

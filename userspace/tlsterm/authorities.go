@@ -27,11 +27,11 @@ type Authorities struct {
 	failed string // the last complaint
 }
 
-// OpenAuthorities reads a PEM file of certificates; the error is a *FileError. Those of them that can't be
-// read are left out, and log hears of each: one odd root in a bundle of many is no reason to do without all.
-// The file is read again when it changes. One that is gone, empty, or has no certificate that can be read,
-// has no authority either: who removes one wants nobody to come by it any more. While it can't be read the
-// authorities stay as they were. log hears of both, once. There is nothing to close.
+// OpenAuthorities reads a PEM file of certificates; the error is a *FileError. A certificate that can't be
+// read is left out and logged: one odd root in a bundle of many is no reason to do without all. The file is
+// read again when it changes. A file that is gone, empty, or without a readable certificate stands for no
+// authority: its owner took the authorities away. While the file can't be read they stay as they were. Either
+// is logged once. There is nothing to close.
 func OpenAuthorities(file string, log *slog.Logger) (*Authorities, error) {
 	a := &Authorities{file: file, log: log, looked: time.Now()}
 	a.mu.Lock()

@@ -34,7 +34,6 @@ const askPatience = 3 * time.Second
 // leastMTU is IPv6's, and what tailscaled gives its interface.
 const leastMTU = 1280
 
-// report is what doctor found.
 type report struct {
 	Format   int              `json:"format_version"` // flow.FormatVersion
 	Machine  []loader.Finding `json:"machine"`

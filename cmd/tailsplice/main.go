@@ -113,7 +113,6 @@ the edge, on the server that terminates TLS, and on the machine that answers.`,
 	return root
 }
 
-// noArgs refuses arguments, as a usage error.
 func noArgs(_ *cobra.Command, args []string) error {
 	if len(args) > 0 {
 		return &usageError{fmt.Errorf("unexpected argument %q", args[0])}
@@ -131,18 +130,15 @@ func exactlyOne(help string) cobra.PositionalArgs {
 	}
 }
 
-// configFlag adds --config.
 func configFlag(cmd *cobra.Command, file *string) {
 	cmd.Flags().StringVarP(file, "config", "c", defaultConfig, "the configuration `file`")
 	cmd.MarkFlagFilename("config", "yaml", "yml")
 }
 
-// controlFlag adds --control.
 func controlFlag(cmd *cobra.Command, socket *string) {
 	cmd.Flags().StringVar(socket, "control", defaultControl, "the control `socket` of the daemon, which its configuration names as control.socket")
 }
 
-// jsonFlag adds --json.
 func jsonFlag(cmd *cobra.Command, asJSON *bool) {
 	cmd.Flags().BoolVar(asJSON, "json", false, "print JSON")
 }

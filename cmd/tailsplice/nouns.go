@@ -81,13 +81,11 @@ so the same id in the list or the log of another hop is the same connection.`,
 	return a.flags(cmd)
 }
 
-// asker is a command that asks the daemon.
 type asker struct {
 	admin.Client
 	asJSON bool
 }
 
-// flags adds --control and --json.
 func (a *asker) flags(cmd *cobra.Command) *cobra.Command {
 	controlFlag(cmd, &a.Socket)
 	jsonFlag(cmd, &a.asJSON)
@@ -370,7 +368,6 @@ type built struct {
 	Arch    string `json:"arch"`
 }
 
-// printVersion is `tailsplice version` and `tailsplice --version`.
 func printVersion(w io.Writer, asJSON bool) error {
 	b := built{flow.FormatVersion, version(), runtime.Version(), runtime.GOOS, runtime.GOARCH}
 	if asJSON {

@@ -162,7 +162,6 @@ func run(ctx context.Context, o runOptions) error {
 // controls are the listeners of the control section; nil: there is none.
 type controls struct{ socket, metrics, health net.Listener }
 
-// bind binds what cfg names.
 func (c *controls) bind(cfg *config.Config, log *slog.Logger) error {
 	socket, err := admin.Listen(cfg.Control.Socket)
 	switch {

@@ -48,7 +48,7 @@ type Users struct {
 	mu     sync.Mutex
 	set    *set                      // +checklocks:mu
 	looked time.Time                 // +checklocks:mu
-	stamp  stamp                     // +checklocks:mu
+	info   os.FileInfo               // +checklocks:mu
 	known  map[passwordKey]time.Time // +checklocks:mu
 	// +checklocks:mu
 	failed string // the last complaint about the file
@@ -60,22 +60,13 @@ type set struct {
 	dummies [][]byte // which nothing matches, one of each cost from the least to the dearest
 }
 
-// stamp tells whether a file has changed.
-type stamp struct {
-	info os.FileInfo
-}
-
-func (s stamp) same(i os.FileInfo) bool {
-	return s.info != nil && os.SameFile(s.info, i) && s.info.Size() == i.Size() && s.info.ModTime().Equal(i.ModTime())
-}
-
 // NewUsers makes users of names and their bcrypt hashes. An error names the user whose hash is none.
 func NewUsers(hashes map[string]string) (*Users, error) {
 	s, err := newSet(hashes)
 	if err != nil {
 		return nil, err
 	}
-	return newUsers(s, "", stamp{}, nil), nil
+	return newUsers(s, "", nil, nil), nil
 }
 
 // OpenUsers reads a file of htpasswd -B: USER:HASH on each line; empty lines and lines that begin with # are
@@ -83,15 +74,15 @@ func NewUsers(hashes map[string]string) (*Users, error) {
 // password any more; once the file is empty or gone nobody has one. While it can't be read the users stay as
 // they were. Either is logged once. There is nothing to close.
 func OpenUsers(file string, log *slog.Logger) (*Users, error) {
-	s, st, bad, err := readFile(file)
+	s, info, bad, err := readFile(file)
 	if err = errors.Join(append(bad, err)...); err != nil {
 		return nil, err
 	}
-	return newUsers(s, file, st, log), nil
+	return newUsers(s, file, info, log), nil
 }
 
-func newUsers(s *set, file string, st stamp, log *slog.Logger) *Users {
-	u := &Users{file: file, log: log, compare: bcrypt.CompareHashAndPassword, set: s, stamp: st, looked: time.Now(),
+func newUsers(s *set, file string, info os.FileInfo, log *slog.Logger) *Users {
+	u := &Users{file: file, log: log, compare: bcrypt.CompareHashAndPassword, set: s, info: info, looked: time.Now(),
 		known: map[passwordKey]time.Time{}}
 	rand.Read(u.key[:]) // never fails (crypto/rand, Go 1.24)
 	return u
@@ -127,29 +118,29 @@ func costOf(name, hash string) (int, error) {
 }
 
 // readFile reads the users of a file. bad is what is wrong with its lines; they are left out.
-func readFile(file string) (s *set, st stamp, bad []error, err error) {
+func readFile(file string) (s *set, info os.FileInfo, bad []error, err error) {
 	f, err := os.Open(file)
 	if err != nil {
-		return nil, stamp{}, nil, err
+		return nil, nil, nil, err
 	}
 	defer f.Close()
-	info, err := f.Stat()
+	info, err = f.Stat()
 	if err != nil {
-		return nil, stamp{}, nil, err
+		return nil, nil, nil, err
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxFileBytes+1))
-	if err != nil {
-		return nil, stamp{}, nil, err
-	}
-	if len(data) > maxFileBytes {
-		return nil, stamp{}, nil, fmt.Errorf("%s is larger than %d MiB", file, maxFileBytes>>20)
+	switch {
+	case err != nil:
+		return nil, nil, nil, err
+	case len(data) > maxFileBytes:
+		return nil, nil, nil, fmt.Errorf("%s is larger than %d MiB", file, maxFileBytes>>20)
 	}
 	hashes, bad := parse(string(data))
 	for i := range bad {
 		bad[i] = fmt.Errorf("%s: %w", file, bad[i])
 	}
 	s, err = newSet(hashes)
-	return s, stamp{info}, bad, err
+	return s, info, bad, err
 }
 
 // parse reads the lines of an htpasswd file. What is wrong with a line doesn't hold for the others; of two
@@ -260,26 +251,26 @@ func (u *Users) current() *set {
 		return u.set
 	}
 	u.looked = time.Now()
-	if info, err := os.Stat(u.file); err == nil && u.stamp.same(info) {
+	if now, err := os.Stat(u.file); err == nil && u.info != nil && os.SameFile(now, u.info) && now.Size() == u.info.Size() &&
+		now.ModTime().Equal(u.info.ModTime()) {
 		return u.set
 	}
-	s, st, bad, err := readFile(u.file)
+	s, info, bad, err := readFile(u.file)
 	consequence := "those users have no password"
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		s, _ = newSet(nil)
 		consequence = "nobody has a password"
 	case err != nil:
-		s, st = u.set, u.stamp
+		s, info = u.set, u.info
 		consequence = "the previous ones stay in force"
 	case len(s.hashes) == 0:
 		consequence = "nobody has a password"
 	}
-	changed := s != u.set
-	u.set, u.stamp = s, st
-	if changed {
+	if s != u.set {
 		clear(u.known)
 	}
+	u.set, u.info = s, info
 	if err = errors.Join(append(bad, err)...); err != nil {
 		if u.failed != err.Error() {
 			u.failed = err.Error()

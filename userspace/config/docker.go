@@ -81,14 +81,7 @@ func meantLabel(name string) string {
 	if len(name) > 2*len(labelHost) {
 		return ""
 	}
-	squash := func(s string) string {
-		return strings.Map(func(r rune) rune {
-			if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' {
-				return r
-			}
-			return -1
-		}, strings.ToLower(s))
-	}
+	squash := func(s string) string { return notAlphanumeric.ReplaceAllString(strings.ToLower(s), "") }
 	best, most := "", 2
 	for _, key := range labelKeys {
 		if d := distance(squash(name), squash(LabelPrefix+key)); d <= most {
@@ -131,16 +124,14 @@ func ParseLabels(labels map[string]string) (l Labels, errs []*LabelError) {
 			}
 		default:
 			key, ours := strings.CutPrefix(name, LabelPrefix)
-			if !ours {
-				if meant := meantLabel(name); meant != "" {
-					bad(clip(name), "there is no such label, did you mean %q?", meant)
-				}
-				continue
-			}
-			if near := nearest(key, labelKeys); near != "" {
+			near, meant := nearest(key, labelKeys), meantLabel(name)
+			switch {
+			case ours && near != "":
 				bad(clip(name), "unknown label, did you mean %q?", LabelPrefix+near)
-			} else {
+			case ours:
 				bad(clip(name), "unknown label, there are %s%s", LabelPrefix, strings.Join(labelKeys, ", ."))
+			case meant != "":
+				bad(clip(name), "there is no such label, did you mean %q?", meant)
 			}
 		}
 	}

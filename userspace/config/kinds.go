@@ -81,7 +81,6 @@ func ifValid(parse func(string) (any, error), form string) func(string) string {
 	}
 }
 
-// asAny is parse for a kind.
 func asAny[T any](parse func(string) (T, error)) func(string) (any, error) {
 	return func(s string) (any, error) { return parse(s) }
 }

@@ -23,7 +23,7 @@ func checkPattern(s string) (string, error) {
 	case s == "*" || wild && rest == "":
 		return "", errors.New("a wildcard for every name is not supported, use default")
 	case strings.Contains(rest, "*"):
-		return "", fmt.Errorf("a wildcard is the whole first label, as in \"*.example.org\"")
+		return "", errors.New("a wildcard is the whole first label, as in \"*.example.org\"")
 	case wild:
 		name, err := checkName(rest)
 		if err != nil {
@@ -84,33 +84,38 @@ func checkName(s string) (string, error) {
 	if len(name) > maxName {
 		return "", fmt.Errorf("the name is longer than %d characters", maxName)
 	}
+	if name == "" {
+		return "", errors.New("the name is empty")
+	}
 	labels := strings.Split(name, ".")
 	for _, l := range labels {
-		switch {
-		case l == "" && len(labels) == 1:
-			return "", errors.New("the name is empty")
-		case l == "":
-			return "", errors.New("a label between dots is empty")
-		case len(l) > 63:
-			return "", fmt.Errorf("the label %q is longer than 63 characters", l)
-		case l[0] == '-' || l[len(l)-1] == '-':
-			return "", fmt.Errorf("the label %q begins or ends with a hyphen", l)
-		}
-		for _, c := range l {
-			if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' {
-				return "", fmt.Errorf("%q cannot be in a name", c)
-			}
-		}
-		if strings.HasPrefix(l, "xn--") {
-			if _, err := toASCII.ToUnicode(l); err != nil {
-				return "", fmt.Errorf("%q is not a valid A-label", l)
-			}
+		if err := checkLabel(l); err != nil {
+			return "", err
 		}
 	}
-	if last := labels[len(labels)-1]; len(labels) > 1 && strings.Trim(last, "0123456789") == "" {
-		return "", errors.New("its last label is a number, as in an IP address")
+	number := strings.Trim(labels[len(labels)-1], "0123456789") == ""
+	return name, refuse(len(labels) > 1 && number, "its last label is a number, as in an IP address")
+}
+
+func checkLabel(l string) error {
+	switch {
+	case l == "":
+		return errors.New("a label between dots is empty")
+	case len(l) > 63:
+		return fmt.Errorf("the label %q is longer than 63 characters", l)
+	case l[0] == '-' || l[len(l)-1] == '-':
+		return fmt.Errorf("the label %q begins or ends with a hyphen", l)
 	}
-	return name, nil
+	for _, c := range l {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' {
+			return fmt.Errorf("%q cannot be in a name", c)
+		}
+	}
+	if strings.HasPrefix(l, "xn--") {
+		_, err := toASCII.ToUnicode(l)
+		return refuse(err != nil, "%q is not a valid A-label", l)
+	}
+	return nil
 }
 
 func beyondASCII(r rune) bool { return r > unicode.MaxASCII }

@@ -2,17 +2,13 @@ package config
 
 import "strings"
 
+// separators drops what people mix up between the words of a name.
+var separators = strings.NewReplacer("-", "", "_", "", " ", "")
+
 // nearest returns the candidate that word was probably meant to be, or "". Case, - and _ do not count; of
 // the rest about a third may be wrong.
 func nearest(word string, candidates []string) string {
-	fold := func(s string) string {
-		return strings.Map(func(r rune) rune {
-			if r == '-' || r == '_' || r == ' ' {
-				return -1
-			}
-			return r
-		}, strings.ToLower(s))
-	}
+	fold := func(s string) string { return separators.Replace(strings.ToLower(s)) }
 	w := fold(word)
 	if w == "" || len(w) > 64 {
 		return ""

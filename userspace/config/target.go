@@ -61,37 +61,21 @@ func inTailnet(a netip.Addr) bool {
 func parseTarget(s string) (Target, error) {
 	scheme, rest, found := strings.Cut(s, "://")
 	if !found {
-		for _, known := range []string{"tailnet:", "docker:", "unix:"} {
-			if after, ok := strings.CutPrefix(s, known); ok && (strings.Contains(after, ":") || known == "unix:") {
-				for _, slashes := range []string{"//", "///"} {
-					if t, err := parseTarget(known + slashes + strings.TrimLeft(after, "/")); err == nil {
-						return Target{}, fmt.Errorf("did you mean %q?", t)
-					}
-				}
-			}
-		}
-		host, port, err := splitHostPort("", s, "127.0.0.1")
-		if err != nil {
-			return Target{}, err
-		}
-		host, err = dialHost(host, port)
-		return Target{Scheme: "tcp", Host: host, Port: port}, within("", err, fmt.Sprintf(":%d", port))
+		return parseTCP(s)
 	}
 	switch scheme {
-	case "tailnet":
-		host, port, err := splitHostPort("tailnet://", rest, "")
+	case "tailnet", "docker":
+		host, port, err := splitHostPort(scheme+"://", rest, "")
 		if err != nil {
 			return Target{}, err
 		}
-		host, err = tailnetNode(host)
-		return Target{Scheme: scheme, Host: host, Port: port}, within("tailnet://", err, fmt.Sprintf(":%d", port))
-	case "docker":
-		host, port, err := splitHostPort("docker://", rest, "")
-		if err != nil {
-			return Target{}, err
+		if scheme == "tailnet" {
+			host, err = tailnetNode(host)
+			err = within("tailnet://", err, fmt.Sprintf(":%d", port))
+		} else {
+			err = refuse(!container.MatchString(host), "%q is not the name of a container, a compose service or PROJECT/SERVICE", host)
 		}
-		return Target{Scheme: scheme, Host: host, Port: port},
-			refuse(!container.MatchString(host), "%q is not the name of a container, a compose service or PROJECT/SERVICE", host)
+		return Target{Scheme: scheme, Host: host, Port: port}, err
 	case "unix":
 		return Target{Scheme: scheme, Path: rest}, cmp.Or(
 			refuse(!strings.HasPrefix(rest, "/"), `the path is absolute, did you mean "unix:///%s"?`, rest),
@@ -115,6 +99,24 @@ func parseTarget(s string) (Target, error) {
 		guess = `, did you mean "docker"?`
 	}
 	return Target{}, fmt.Errorf("unknown scheme %q, must be tailnet, docker, unix or none%s", scheme, guess)
+}
+
+func parseTCP(s string) (Target, error) {
+	for _, known := range []string{"tailnet:", "docker:", "unix:"} {
+		if after, ok := strings.CutPrefix(s, known); ok && (strings.Contains(after, ":") || known == "unix:") {
+			for _, slashes := range []string{"//", "///"} {
+				if t, err := parseTarget(known + slashes + strings.TrimLeft(after, "/")); err == nil {
+					return Target{}, fmt.Errorf("did you mean %q?", t)
+				}
+			}
+		}
+	}
+	host, port, err := splitHostPort("", s, "127.0.0.1")
+	if err != nil {
+		return Target{}, err
+	}
+	host, err = dialHost(host, port)
+	return Target{Scheme: "tcp", Host: host, Port: port}, within("", err, fmt.Sprintf(":%d", port))
 }
 
 // container is the Docker engine's rule for names, with an optional compose project before it.

@@ -67,7 +67,7 @@ func parseTree(r *reporter, data []byte) (root *node) {
 	if !ok {
 		return nil
 	}
-	t := &tree{reporter: r, text: text}
+	t := &tree{reporter: r, lines: strings.Split(strings.ReplaceAll(text, "\r\n", "\n"), "\n")}
 
 	// The library is careful, but reads what we did not write: a fault of it is an error, not our end.
 	defer func() {
@@ -134,8 +134,7 @@ func cleanText(r *reporter, data []byte) (string, bool) {
 // tree turns the library's syntax tree into nodes.
 type tree struct {
 	*reporter
-	text  string
-	lines []string // of text, split when a message first needs them
+	lines []string
 }
 
 // unsupported are the parts of YAML that a configuration has no need of.
@@ -213,8 +212,8 @@ func (n *nesting) add(tk *token.Token) {
 // noTabs refuses tabs, but for those in comments and at the ends of lines: the library drops a tab inside of
 // an unquoted value silently, so that 12<tab>7.0.0.1 would be 127.0.0.1.
 func (t *tree) noTabs(tokens token.Tokens) bool {
-	if !strings.Contains(t.text, "\t") || tokens.InvalidToken() != nil {
-		return true // an invalid token is a syntax error, and ends the tokens
+	if tokens.InvalidToken() != nil {
+		return true // it is a syntax error, and ends the tokens
 	}
 	comments := map[int]int{} // column by line
 	for _, tk := range tokens {
@@ -222,7 +221,6 @@ func (t *tree) noTabs(tokens token.Tokens) bool {
 			comments[tk.Position.Line] = tk.Position.Column
 		}
 	}
-	t.split()
 	for i, line := range t.lines {
 		if col := comments[i+1]; col > 0 {
 			line = string([]rune(line)[:min(col, utf8.RuneCountInString(line)+1)-1])
@@ -289,28 +287,15 @@ func (t *tree) pos(tk *token.Token) Pos {
 	if tk == nil || tk.Position == nil {
 		return Pos{1, 1}
 	}
-	p := Pos{max(1, tk.Position.Line), max(1, tk.Position.Column)}
-	t.split()
-	p.Line = min(p.Line, len(t.lines))
-	p.Col = min(p.Col, utf8.RuneCountInString(t.lines[p.Line-1])+1)
-	return p
+	line := min(max(1, tk.Position.Line), len(t.lines))
+	return Pos{line, min(max(1, tk.Position.Column), utf8.RuneCountInString(t.lines[line-1])+1)}
 }
 
 func (t *tree) line(n int) string {
-	t.split()
 	if n < 1 || n > len(t.lines) {
 		return ""
 	}
 	return t.lines[n-1]
-}
-
-func (t *tree) split() {
-	if t.lines == nil {
-		t.lines = strings.Split(t.text, "\n")
-		for i, l := range t.lines {
-			t.lines[i] = strings.TrimSuffix(l, "\r")
-		}
-	}
 }
 
 func (t *tree) node(n ast.Node) *node {

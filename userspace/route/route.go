@@ -8,6 +8,7 @@
 package route
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -54,17 +55,17 @@ func check(name string) error {
 	for i := range len(name) {
 		switch c := name[i]; {
 		case c >= 0x80:
-			return fmt.Errorf("give an international name as its A-labels")
+			return errors.New("give an international name as its A-labels")
 		case c == '*':
-			return fmt.Errorf("a wildcard is the whole first label, as in *.example.org; for every name use the default")
+			return errors.New("a wildcard is the whole first label, as in *.example.org; for every name use the default")
 		case c <= ' ' || c == 0x7f:
-			return fmt.Errorf("there is a space or control character in the name")
+			return errors.New("there is a space or control character in the name")
 		case c == '.' && (i == 0 || name[i-1] == '.' || i == len(name)-1):
-			return fmt.Errorf("a label between dots is empty")
+			return errors.New("a label between dots is empty")
 		}
 	}
 	if name == "" {
-		return fmt.Errorf("the name is empty")
+		return errors.New("the name is empty")
 	}
 	return nil
 }

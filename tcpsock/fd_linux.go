@@ -134,9 +134,9 @@ func SetOptions(fd int) (err error) {
 	return err
 }
 
-// KeepUrgent leaves urgent bytes of fd in their place in the stream, as RFC 6093 asks. Without it a reader loses
-// more than those: while an urgent byte is over 64 KiB ahead, Linux marks the byte before that distance as urgent
-// (net/ipv4/tcp_output.c, tcp_transmit_skb), and the reader's kernel leaves that one out.
+// KeepUrgent leaves urgent bytes of fd in their place in the stream, as RFC 6093 asks. Without it a reader
+// loses more than those: while an urgent byte is over 64 KiB ahead, Linux marks the byte before that distance
+// as urgent (net/ipv4/tcp_output.c, tcp_transmit_skb), and the reader's kernel leaves that one out.
 func KeepUrgent(fd int) { _ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) }
 
 // Dup gives another descriptor of sock's socket, which is the caller's; with an error it is negative. It is

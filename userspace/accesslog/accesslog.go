@@ -19,12 +19,10 @@ import (
 )
 
 const (
-	// queueBytes bounds the lines that wait to be written.
-	queueBytes = 4 << 20
-	// lookEvery is how often the file's name is looked at for a rotation.
-	lookEvery = time.Second
-	fileMode  = 0o640
-	closeWait = 2 * time.Second
+	queueBytes = 4 << 20     // bounds the lines that wait to be written
+	lookEvery  = time.Second // how often the file's name is looked at for a rotation
+	fileMode   = 0o640
+	closeWait  = 2 * time.Second
 )
 
 // Stderr as a file's name is standard error.
@@ -32,12 +30,10 @@ const Stderr = "stderr"
 
 // Options says where lines go.
 type Options struct {
-	File   string // a path, or [Stderr]
-	Format string // "json", "common" or "combined"
-	// Log hears, once, when lines are lost, and when that is over.
-	Log *slog.Logger
-	// Lost counts lines that were not written. Nil counts nowhere.
-	Lost func(lines int)
+	File   string          // a path, or [Stderr]
+	Format string          // "json", "common" or "combined"
+	Log    *slog.Logger    // is told once when lines are lost, and when that is over
+	Lost   func(lines int) // counts lines that were not written. Nil counts nowhere.
 	// Wait makes it no error that the file can't be opened: it is tried again each second, and lines are lost
 	// meanwhile.
 	Wait bool
@@ -89,7 +85,7 @@ func Open(o Options) (*Log, error) {
 		if !o.Wait {
 			return nil, err
 		}
-		l.complain(err)
+		l.fail(err)
 	}
 	go l.run()
 	return l, nil
@@ -210,9 +206,9 @@ func (l *Log) follow() {
 	}
 	waited := l.out == nil
 	if err := l.open(); err != nil {
-		l.complain(err)
+		l.fail(err)
 	} else if waited {
-		l.fine()
+		l.recovered()
 	}
 }
 
@@ -248,7 +244,7 @@ func (l *Log) write(batch []byte, lines int) {
 	}
 	n, err := l.out.Write(batch)
 	if err == nil {
-		l.fine()
+		l.recovered()
 		return
 	}
 	written := 0
@@ -259,19 +255,19 @@ func (l *Log) write(batch []byte, lines int) {
 	}
 	l.torn = n > 0 && batch[n-1] != '\n'
 	l.lost(lines - written)
-	l.complain(err)
+	l.fail(err)
 }
 
-// fine says that what complain said is over.
-func (l *Log) fine() {
+// recovered logs that lines are written again, if fail has logged that they are lost.
+func (l *Log) recovered() {
 	if l.problem.Swap(nil) != nil {
 		l.opts.Log.Info("the access log can be written again", "file", l.opts.File)
 	}
 }
 
-// complain says once that lines are lost, until they no longer are. What can't be opened is tried again, also
+// fail logs once that lines are lost, until they no longer are. A file that can't be opened is tried again, also
 // where no line comes.
-func (l *Log) complain(err error) {
+func (l *Log) fail(err error) {
 	if l.out == nil {
 		time.AfterFunc(lookEvery, l.Reopen)
 	}

@@ -12,6 +12,7 @@ package admin
 import (
 	"bufio"
 	"cmp"
+	"container/list"
 	"context"
 	"encoding/json"
 	"errors"
@@ -25,6 +26,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -141,15 +143,12 @@ func (s *socket) Close() error {
 }
 
 const (
-	// readTimeout is for a request.
-	readTimeout = 5 * time.Second
+	readTimeout = 5 * time.Second // for a request
 	// writeTimeout is for making an answer and for its client to read it. A
 	// reload may wait for tailscaled and for access logs that are closed.
-	writeTimeout = time.Minute
-	// idleTimeout is longer than a scraper's interval.
-	idleTimeout = 2 * time.Minute
-	// healthTimeout is for a request to /healthz or /readyz, and again for the answer.
-	healthTimeout = 5 * time.Second
+	writeTimeout  = time.Minute
+	idleTimeout   = 2 * time.Minute // longer than a scraper's interval
+	healthTimeout = 5 * time.Second // for a request to /healthz or /readyz, and again for the answer
 )
 
 // Serve answers on ln until ctx ends, then closes it. Clients that don't read
@@ -174,6 +173,62 @@ func runServer(ctx context.Context, ln net.Listener, srv *http.Server, log *slog
 	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 		log.Error("a server of the control section ended", "address", ln.Addr().String(), "err", err)
 	}
+}
+
+// maxConnections is how many connections may be open to the metrics, and to /healthz and /readyz.
+const maxConnections = 128
+
+// bounded is a listener with room for so many connections. One more takes the place of the oldest, which is
+// closed: a client that asks has its answer within milliseconds, so the oldest does not ask.
+type bounded struct {
+	net.Listener
+	room int
+
+	mu sync.Mutex
+	// +checklocks:mu
+	open list.List // of *boundedConn, the oldest first
+}
+
+// LimitConnections bounds the connections of ln such that a new one always has a place.
+func LimitConnections(ln net.Listener) net.Listener {
+	return &bounded{Listener: ln, room: maxConnections}
+}
+
+func (b *bounded) Accept() (net.Conn, error) {
+	accepted, err := b.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	c := &boundedConn{Conn: accepted, of: b}
+	b.mu.Lock()
+	var oldest *boundedConn
+	if b.open.Len() >= b.room {
+		oldest = b.open.Remove(b.open.Front()).(*boundedConn)
+		oldest.place = nil // +checklocksignore: oldest.of is b
+	}
+	c.place = b.open.PushBack(c)
+	b.mu.Unlock()
+	if oldest != nil {
+		oldest.Close()
+	}
+	return c, nil
+}
+
+type boundedConn struct {
+	net.Conn
+	of *bounded
+	// +checklocks:of.mu
+	place *list.Element // nil once another connection has taken it
+}
+
+func (c *boundedConn) Close() error {
+	c.of.mu.Lock()
+	if c.place != nil {
+		c.of.open.Remove(c.place)
+		c.place = nil
+	}
+	c.of.mu.Unlock()
+	return c.Conn.Close()
 }
 
 // Client talks to the daemon at a control socket.

@@ -17,8 +17,7 @@ import (
 )
 
 const (
-	// idleFor is an unused connection's life.
-	idleFor  = 30 * time.Second
+	idleFor  = 30 * time.Second // an unused connection's life
 	idleMost = 32
 	// drainBytes is how much of an answer that nobody reads is read, so that its
 	// connection can be used again.
@@ -38,14 +37,10 @@ type Forward struct {
 
 // ForwardOptions says whom to ask and how. All fields are needed but Dial and Copy.
 type ForwardOptions struct {
-	// URL is http or https.
-	URL *url.URL
-	// Timeout bounds the time until the header of an answer.
-	Timeout time.Duration
-	// Dial connects to the server. Nil dials the URL's host.
-	Dial func(context.Context) (net.Conn, error)
-	// Copy are the headers that [Forward.Copied] takes out of an answer.
-	Copy []string
+	URL     *url.URL                                // http or https
+	Timeout time.Duration                           // bounds the time until the header of an answer
+	Dial    func(context.Context) (net.Conn, error) // connects to the server. Nil dials the URL's host.
+	Copy    []string                                // the headers that [Forward.Copied] takes out of an answer
 }
 
 // NewForward makes a Forward. It connects to nothing yet. [Forward.Close] closes idle connections.

@@ -11,10 +11,8 @@ import (
 )
 
 const (
-	// sourceAttempts bounds the different passwords of one source that are being checked or wait for it.
-	sourceAttempts = 4
-	// sharedAttempts is the same for all sources that are not known, together.
-	sharedAttempts = 32
+	sourceAttempts = 4  // bounds the different passwords of one source that are being checked or wait for it
+	sharedAttempts = 32 // the same for all sources that are not known, together
 	// waitingSources bounds the sources that wait, of those that have failed lately
 	// and of those that have not.
 	waitingSources = 64
@@ -29,10 +27,8 @@ const (
 
 // BusyError says that a password was not checked, because there are too many to check.
 type BusyError struct {
-	// Source says that those of the same source are too many.
-	Source bool
-	// RetryAfter is when it may be tried again.
-	RetryAfter time.Duration
+	Source     bool          // too many of the same source
+	RetryAfter time.Duration // when it may be tried again
 	why        string
 }
 

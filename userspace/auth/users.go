@@ -21,19 +21,15 @@ import (
 )
 
 const (
-	// MaxCost of a bcrypt hash: one check takes about 4 s. More is a mistake.
-	MaxCost = 16
-	// DefaultCost is of hashes that are made here: about 60 ms a check.
-	DefaultCost = 10
+	MaxCost     = 16 // of a bcrypt hash: one check takes about 4 s. More is a mistake.
+	DefaultCost = 10 // of hashes made here: about 60 ms a check
 
 	maxFileBytes = 1 << 20
-	// lookEvery is how often a file is looked at for a change.
-	lookEvery = time.Second
+	lookEvery    = time.Second // how often a file is looked at for a change
 	// knownFor is how long a right password is remembered (as a keyed hash), so
 	// that a page of fifty parts doesn't cost fifty checks.
-	knownFor = 5 * time.Minute
-	// knownMost bounds how many are.
-	knownMost = 4096
+	knownFor  = 5 * time.Minute
+	knownMost = 4096 // bounds how many are
 )
 
 // Users are those who have a password. Make them with [NewUsers] or [OpenUsers].

@@ -45,11 +45,9 @@ func (t *Table) Len() int {
 }
 
 const (
-	// maxFileBytes is ten times what 200,000 prefixes take.
-	maxFileBytes = 64 << 20
+	maxFileBytes = 64 << 20 // ten times what 200,000 prefixes take
 	maxLineBytes = 4 << 10
-	// maxShown is how many bad lines an error shows.
-	maxShown = 10
+	maxShown     = 10 // how many bad lines an error shows
 )
 
 // Parse is how a line becomes a prefix, without bits behind its length. Its error says what is wrong with the

@@ -54,7 +54,7 @@ func Open(name string, parse Parse, log *slog.Logger, before *Table) (*File, err
 	if f.bad != nil {
 		log.Warn("a file of denied prefixes is empty", "file", name, "err", f.bad)
 	}
-	f.tell()
+	f.publish()
 	go f.follow()
 	return f, nil
 }
@@ -74,8 +74,8 @@ func (f *File) use(t *Table) (taken bool) {
 	return true
 }
 
-// tell makes known what is wrong with the file now.
-func (f *File) tell() {
+// publish lets Problem say what is wrong with the file now.
+func (f *File) publish() {
 	if f.bad == nil {
 		f.problem.Store(nil)
 		return
@@ -121,8 +121,8 @@ func (f *File) follow() {
 	}
 }
 
-// look reads the file again if it has changed since it was read, but not since the last look: a writer may not
-// be done with it yet.
+// look reads the file again if it has changed since it was read, but not since the last look: a writer may
+// not be done with it yet.
 func (f *File) look() {
 	now, err := os.Stat(f.name)
 	if err != nil {
@@ -141,13 +141,13 @@ func (f *File) look() {
 	}
 	if f.missing {
 		f.missing = false
-		f.tell()
+		f.publish()
 	}
 	if same(f.stamp, now) {
 		return
 	}
 	f.stamp = now
-	defer f.tell()
+	defer f.publish()
 	t, err := readFile(f.name, f.parse)
 	switch {
 	case err != nil:

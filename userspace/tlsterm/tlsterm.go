@@ -48,8 +48,7 @@ type Spec struct {
 	// Covers says whether GetCertificate answers for a name (lower case, no trailing dot, never empty). It is
 	// needed with GetCertificate: without it the function would be the judge of every name on the internet.
 	Covers func(name string) bool
-	// Name is how status and messages name what is behind GetCertificate.
-	Name string
+	Name   string // how status and messages name what is behind GetCertificate
 }
 
 func (s Spec) key() string {

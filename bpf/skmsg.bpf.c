@@ -33,8 +33,8 @@
  * is lost. But `out` is too large then, nothing is redirected any more, and whoever waits for what downstream
  * was given waits for bytes that never come. When the way back has not moved for a while userspace has `out`
  * corrected (LOCAL_SETTLE), from what downstream was given: while no redirect is at work (it holds a
- * reference to downstream's psock), and nothing waits for the worker. loader/model_local_test.go runs all
- * interleavings of small cases against this.
+ * reference to downstream's psock), and nothing waits for the worker. loader/sockmap/model_local_test.go runs
+ * all interleavings of small cases against this.
  *
  * # Slots
  *

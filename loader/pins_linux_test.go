@@ -15,17 +15,12 @@ import (
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
-)
 
-// ownBPFFS mounts a BPF file system for one test, in which nobody else looks for what is left over.
-func ownBPFFS(t *testing.T, mode string) string {
-	t.Helper()
-	needRoot(t)
-	dir := t.TempDir()
-	must(t, unix.Mount("bpf", dir, "bpf", 0, "mode="+mode))
-	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
-	return dir
-}
+	"github.com/tailsplice/tailsplice/loader/host"
+	"github.com/tailsplice/tailsplice/loader/loadertest"
+	"github.com/tailsplice/tailsplice/loader/pins"
+	"github.com/tailsplice/tailsplice/loader/skmsg"
+)
 
 // Where others may write to the BPF file system, they can't have the daemon empty a folder by a link to it,
 // nor keep its maps in a folder of theirs.
@@ -75,7 +70,7 @@ func TestPinsOfOthers(t *testing.T) {
 		}, "/tailsplice is not in a BPF file system"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			at, victim := ownBPFFS(t, c.mode), filepath.Join(t.TempDir(), "default")
+			at, victim := loadertest.OwnBPFFS(t, c.mode), filepath.Join(t.TempDir(), "default")
 			must(t, os.MkdirAll(filepath.Join(victim, "empty"), 0o755))
 			must(t, os.WriteFile(filepath.Join(victim, "file"), []byte("precious"), 0o600))
 			c.make(t, at, victim)
@@ -89,9 +84,9 @@ func TestPinsOfOthers(t *testing.T) {
 					t.Errorf("somebody else's is gone: %v", err)
 				}
 			}
-			f := probeBPFFS(at, true)
+			f := pins.ProbeBPFFS(at, true)
 			if c.want == "" {
-				if err != nil || lerr != nil || f.State != StateOK {
+				if err != nil || lerr != nil || f.State != host.StateOK {
 					t.Errorf("%v, %v, %+v", err, lerr, f)
 				}
 				return
@@ -100,7 +95,7 @@ func TestPinsOfOthers(t *testing.T) {
 				t.Errorf("load: %v, want %q", lerr, at+c.want)
 			}
 			// It looks at no folder of an instance.
-			if seen := !strings.HasPrefix(c.want, "/tailsplice/"); seen != (f.State == StateMissing) {
+			if seen := !strings.HasPrefix(c.want, "/tailsplice/"); seen != (f.State == host.StateMissing) {
 				t.Errorf("doctor says %+v", f)
 			}
 		})
@@ -116,7 +111,7 @@ func TestPinsOfTheDead(t *testing.T) {
 		fmt.Println("ready")
 		select {}
 	}
-	at := ownBPFFS(t, "0700")
+	at := loadertest.OwnBPFFS(t, "0700")
 	start := func(instance string) (kill func()) {
 		cmd := exec.Command("/proc/self/exe", "-test.run=^TestPinsOfTheDead$")
 		cmd.Env = append(os.Environ(), "TS_LDR_BPFFS="+at, "TS_LDR_INSTANCE="+instance)
@@ -140,7 +135,7 @@ func TestPinsOfTheDead(t *testing.T) {
 		},
 		"a self-test": func(t *testing.T) {
 			for _, f := range SelfTest(Options{BPFFS: at}) {
-				if f.State == StateMissing {
+				if f.State == host.StateMissing {
 					t.Errorf("%+v", f)
 				}
 			}
@@ -166,7 +161,7 @@ func TestPinsOfTheDead(t *testing.T) {
 			if len(left) != 1 || left[0] != alive {
 				t.Errorf("%q are there, not only %q", left, alive)
 			}
-			if maps, err := os.ReadDir(filepath.Join(alive, currentLink)); err != nil || len(maps) < 5 {
+			if maps, err := os.ReadDir(filepath.Join(alive, "current")); err != nil || len(maps) < 5 {
 				t.Errorf("the daemon that lives has %v, %v", maps, err)
 			}
 		})
@@ -193,7 +188,7 @@ func generations(t *testing.T, at, instance string) (names string) {
 // A new generation lives beside an old one, whichever ends first, and is seen only when it is whole. The link leads
 // to the newest that lives.
 func TestGenerations(t *testing.T) {
-	at := ownBPFFS(t, "0700")
+	at := loadertest.OwnBPFFS(t, "0700")
 	o := Options{BPFFS: at, Instance: "one", MaxFlows: 16}
 	is := func(when, want string) {
 		t.Helper()
@@ -218,18 +213,18 @@ func TestGenerations(t *testing.T) {
 	must(t, third.Close())
 	is("the newest has ended", "1 current=1")
 
-	unborn, err := claimPins(at, "one", slog.New(slog.DiscardHandler))
+	unborn, err := pins.Claim(at, "one", skmsg.HoldsUnread, slog.New(slog.DiscardHandler))
 	must(t, err)
 	is("one is being made", "1 current=1 new-1")
 	must(t, RemoveDead(at, slog.New(slog.DiscardHandler)))
 	is("somebody has looked for dead ones", "1 current=1 new-1")
-	must(t, unborn.publish())
+	must(t, unborn.Publish())
 	is("it is published", "1 2 current=2")
 	p := splicePath(t, first, pathOptions{})
 	must(t, bothWays(p, 1<<20))
 	must(t, first.Close())
 	is("the oldest has ended", "2 current=2")
-	must(t, unborn.release(slog.New(slog.DiscardHandler)))
+	must(t, unborn.Release())
 	is("all have ended", "")
 	if _, err := os.Stat(filepath.Join(at, "tailsplice", "one")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the instance's folder is left: %v", err)
@@ -238,18 +233,18 @@ func TestGenerations(t *testing.T) {
 
 // Whatever a process was doing when it was killed, the next one goes on.
 func TestDeadGenerations(t *testing.T) {
-	at := ownBPFFS(t, "0700")
+	at := loadertest.OwnBPFFS(t, "0700")
 	one := filepath.Join(at, "tailsplice", "one")
 	for name, left := range map[string]func(){
 		"not published": func() { must(t, os.MkdirAll(filepath.Join(one, "new-1"), 0o700)) },
 		"not linked":    func() { must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700)) },
 		"link not renamed": func() {
 			must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700))
-			must(t, os.Symlink("7", filepath.Join(one, madeLink)))
+			must(t, os.Symlink("7", filepath.Join(one, "new-current")))
 		},
 		"linked": func() {
 			must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700))
-			must(t, os.Symlink("7", filepath.Join(one, currentLink)))
+			must(t, os.Symlink("7", filepath.Join(one, "current")))
 		},
 		"from before generations": func() {
 			must(t, os.MkdirAll(one, 0o700))
@@ -274,4 +269,61 @@ func TestDeadGenerations(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What a killed daemon leaves is found and removed; what a living one has is left alone.
+func TestPins(t *testing.T) {
+	loadertest.NeedRoot(t)
+	instance := fmt.Sprintf("ts-ldr-pins-%d", os.Getpid())
+	if i := os.Getenv("TS_LDR_PINS"); i != "" {
+		l, err := load(Options{BPFFS: os.Getenv("TS_LDR_BPFFS"), Instance: i, MaxFlows: 16}, nil)
+		must(t, err)
+		splicePath(t, l, pathOptions{})
+		fmt.Println("ready")
+		select {}
+	}
+	at := loadertest.OwnBPFFS(t, "0700") // whoever loads anything removes what was left, elsewhere too
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestPins$")
+	cmd.Env = append(os.Environ(), "TS_LDR_PINS="+instance, "TS_LDR_BPFFS="+at)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	if b := make([]byte, 5); true {
+		if _, err := io.ReadFull(out, b); err != nil || string(b) != "ready" {
+			t.Fatalf("%q %v", b, err)
+		}
+	}
+	beside, err := load(Options{BPFFS: at, Instance: instance, MaxFlows: 16}, nil)
+	must(t, err)
+	if n := len(beside.Flows()); n != 0 {
+		t.Errorf("the next generation begins with %d flows", n)
+	}
+	must(t, beside.Close())
+	if left, err := os.ReadDir(filepath.Join(at, "tailsplice", instance, "current")); err != nil || len(left) == 0 {
+		t.Fatalf("the next generation has left the living daemon %v, %v", left, err)
+	}
+	other, err := load(Options{BPFFS: at, Instance: instance + "x", MaxFlows: 16}, nil)
+	must(t, err)
+	must(t, cmd.Process.Kill())
+	cmd.Wait()
+	dir := filepath.Join(at, "tailsplice", instance)
+	if left, err := os.ReadDir(dir); err != nil || len(left) == 0 {
+		t.Fatalf("the killed daemon left %v, %v", left, err)
+	}
+	l, err := load(Options{BPFFS: at, Instance: instance, MaxFlows: 16}, nil)
+	must(t, err)
+	if n := len(l.Flows()); n != 0 {
+		t.Errorf("%d flows of the dead daemon", n)
+	}
+	p := splicePath(t, l, pathOptions{})
+	must(t, bothWays(p, 1<<20))
+	must(t, l.Close())
+	must(t, l.Close())
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("%s is left: %v", dir, err)
+	}
+	p = splicePath(t, other, pathOptions{})
+	must(t, bothWays(p, 1<<20))
+	must(t, other.Close())
 }

@@ -6,19 +6,22 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/tailsplice/tailsplice/loader/host"
+	"github.com/tailsplice/tailsplice/loader/loadertest"
 )
 
 func TestProbe(t *testing.T) {
 	if os.Getenv("TS_LDR_PROBE") != "" {
 		for _, f := range Probe() {
 			t.Logf("%-14s %-8s %s | %s", f.Name, f.State, f.Detail, f.Advice)
-			if os.Getuid() != 0 && f.State == StateOK && (f.Name == "capabilities" || f.Name == "bpf features") {
+			if os.Getuid() != 0 && f.State == host.StateOK && (f.Name == "capabilities" || f.Name == "bpf features") {
 				t.Errorf("%s is ok without root", f.Name)
 			}
-			if os.Getuid() == 0 && f.State == StateMissing {
+			if os.Getuid() == 0 && f.State == host.StateMissing {
 				t.Errorf("%s is missing here: %s", f.Name, f.Detail)
 			}
-			if f.State != StateOK && f.Detail == "" {
+			if f.State != host.StateOK && f.Detail == "" {
 				t.Errorf("%s says not what was seen", f.Name)
 			}
 		}
@@ -43,7 +46,7 @@ func TestProbe(t *testing.T) {
 	for name, uid := range map[string]uint32{"root": 0, "nobody": 65534} {
 		t.Run(name, func(t *testing.T) {
 			if uid == 0 {
-				needRoot(t)
+				loadertest.NeedRoot(t)
 			}
 			cmd := exec.Command(copied, "-test.run=^TestProbe$", "-test.v")
 			cmd.Env = append(os.Environ(), "TS_LDR_PROBE=1")

@@ -11,19 +11,25 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/loader/loadertest"
+	"github.com/tailsplice/tailsplice/loader/prove"
+	"github.com/tailsplice/tailsplice/loader/sockmap"
 	"github.com/tailsplice/tailsplice/test/cgroup"
 )
+
+var instances atomic.Int64
 
 // What a process has not read yet outlives the daemon that put it there: one that stops, one that is killed,
 // and the next one, with sk_msg or without. When it has been read, nothing of it is left.
 func TestLocalUnreadOutlivesTheDaemon(t *testing.T) {
-	needRoot(t)
+	loadertest.NeedRoot(t)
 	if os.Getenv("TS_LDR_UNREAD") != "" {
 		daemonOfUnread(t)
 		return
@@ -41,13 +47,13 @@ func TestLocalUnreadOutlivesTheDaemon(t *testing.T) {
 
 func testUnread(t *testing.T, network string, killed, ended bool) {
 	instance := fmt.Sprintf("ts-ldr-unread-%d-%d", os.Getpid(), instances.Add(1))
-	dir := filepath.Join(defaultBPFFS, "tailsplice", instance)
+	dir := filepath.Join("/sys/fs/bpf", "tailsplice", instance)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	target, _ := cgroup.Listen(t, network)
 	said, stop, kill := startDaemonOfUnread(t, instance, target.Addr().String(), network)
 
 	client, server := becomeUnread(t, said, target)
-	data := pattern(20_000)
+	data := prove.Pattern(20_000)
 	_, err := client.Write(data)
 	must(t, err)
 	if ended { // an end is passed on only when the bytes before it are in the process's queue
@@ -73,7 +79,7 @@ func testUnread(t *testing.T, network string, killed, ended bool) {
 		must(t, raw.Control(func(fd uintptr) {
 			n, _, err = unix.Recvfrom(int(fd), make([]byte, len(data)), unix.MSG_PEEK|unix.MSG_DONTWAIT)
 		}))
-		if err != nil && !isAgain(err) {
+		if err != nil && err != unix.EAGAIN {
 			t.Fatal(err)
 		}
 	}
@@ -88,7 +94,7 @@ func testUnread(t *testing.T, network string, killed, ended bool) {
 		l, err := load(Options{Instance: instance, MaxFlows: 16, Local: local}, nil)
 		must(t, err)
 		if local {
-			must(t, exchangeBytes(splicePath(t, l, pathOptions{network: network}), 1000, 1000))
+			must(t, exchangeBytes(splicePath(t, l, pathOptions{Network: network}), 1000, 1000))
 		}
 		must(t, l.Close())
 	}
@@ -101,7 +107,7 @@ func testUnread(t *testing.T, network string, killed, ended bool) {
 		t.Errorf("the process has read %d of %d bytes, and %v", len(got), len(data), err)
 	}
 	waitFor(t, func() bool {
-		left, err := filepath.Glob(filepath.Join(dir, "*", localsPin))
+		left, err := filepath.Glob(filepath.Join(dir, "*", "locals"))
 		return len(left) == 0 && err == nil
 	}, "the map that was kept to go")
 	must(t, l.Close())
@@ -187,7 +193,7 @@ func daemonOfUnread(t *testing.T) {
 		d.SetMultipathTCP(false)
 		up, err := d.Dial(network, os.Getenv("TS_LDR_TARGET"))
 		must(t, err)
-		o := Flow{ID: "unread", Buffer: 1 << 20,
+		o := sockmap.Flow{ID: "unread", Buffer: 1 << 20,
 			Ended: func(_, _ int64, end string, _ error) { fmt.Println("ended", end) }}
 		if _, err = n.Splice(context.Background(), c.(*net.TCPConn), up.(*net.TCPConn), o); err != nil {
 			c.Close()

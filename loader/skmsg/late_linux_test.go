@@ -1,0 +1,48 @@
+package skmsg
+
+import (
+	"errors"
+	"io"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/loader/loadertest"
+	"github.com/tailsplice/tailsplice/loader/prove"
+	"github.com/tailsplice/tailsplice/test/cgroup"
+)
+
+// The same of a flow past TCP, in which some bytes have gone that way and the others go by TCP.
+func TestLocalResetBehindOtherWay(t *testing.T) {
+	for _, network := range networks() {
+		t.Run(network, func(t *testing.T) {
+			const limit = 16 << 10
+			n := openLocal(t, nil)
+			ln, _ := cgroup.Listen(t, network)
+			p := loadertest.BecomeLocal(t, n, ln)
+			must(t, exchangeBytes(p, 1000, 4*limit))
+			at := onlyProcess(t, n)
+			if at.Moved(1) <= limit {
+				t.Fatal("few bytes of the process went past TCP: this test proves nothing")
+			}
+			// What the process sends goes by TCP.
+			must(t, errors.Join(n.objects.LocalPlaces.Delete(at.cookie), p.Client.SetLinger(0)))
+			for side := range uint32(2) {
+				setLimit(t, n, 2*at.slot+side, limit)
+			}
+			loadertest.Alone(t, func() {
+				for range 3 {
+					loadertest.WriteRaw(t, p.Server, prove.Pattern(limit/2))
+				}
+				loadertest.WriteRaw(t, p.Client, prove.Pattern(limit/2))
+				p.Client.Close()
+			})
+			must(t, errors.Join(p.Server.SetReadDeadline(time.Now().Add(patience)),
+				prove.Expect(p.Server, prove.Pattern(limit/2))))
+			if n, err := p.Server.Read(make([]byte, 1)); n != 0 ||
+				err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("instead of a reset: %d bytes, %v", n, err)
+			}
+		})
+	}
+}

@@ -1,0 +1,373 @@
+package skmsg
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/loader/host"
+	"github.com/tailsplice/tailsplice/loader/prove"
+	"github.com/tailsplice/tailsplice/loader/sockmap"
+)
+
+// Local is the datapath for flows whose target is a process on this host, with a socket of its own: sockmap,
+// and past TCP between the process and the other side. bpf/skmsg.bpf.c says how. Flows with other targets are
+// refused. Least kernel: 6.1.
+//
+// It changes what system calls do on the process's sockets: splice(2) from them and TCP_ZEROCOPY_RECEIVE
+// don't see bytes that came past TCP, FIONREAD doesn't count them, and MSG_WAITALL and SO_RCVLOWAT don't wait
+// for them. Only who knows how the process reads should choose it.
+type Local struct {
+	l       *sockmap.Engine
+	log     *slog.Logger
+	hooks   *sockmap.Hooks
+	objects skmsgObjects
+	memory  []byte       // the local_flows map
+	flows   []skmsgLocal // the same
+	targets targets
+	graces  graces
+	counts  sockmap.Counts
+	proof   []host.Finding
+}
+
+// What tests may switch off, beside the rules of sockmap.
+const (
+	ruleLocalOrder  sockmap.Rule = "local_order"  // either way is used only while the other one is empty
+	ruleLocalBound  sockmap.Rule = "local_bound"  // as ruleBound
+	ruleLocalUnread sockmap.Rule = "local_unread" // a process that closes with bytes unread resets the flow
+	ruleLocalDrain  sockmap.Rule = "local_drain"  // what was redirected reaches the process's queue before what comes by TCP
+	ruleLocalPair   sockmap.Rule = "local_pair"   // the two sockets have one connection's numbers
+	ruleLocalGrace  sockmap.Rule = "local_grace"  // a slot is given again when no program is at work on the flow before
+	ruleLocalSettle sockmap.Rule = "local_settle" // what a redirect did not write is taken away from what it was to write
+)
+
+// Name is the datapath's name.
+func (*Local) Name() string { return Name }
+
+// Stats counts since New.
+func (n *Local) Stats() sockmap.Stats { return n.counts.Stats() }
+
+// Health is as [Loader.Health].
+func (n *Local) Health() (off string, stalls uint64) {
+	if off, stalls = n.counts.Health(); off == "" {
+		off, _ = n.l.Health()
+	}
+	return off, stalls
+}
+
+// Load loads the programs, beside those of l, and pins the maps. The caller closes it, after the flows of l.
+func Load(l *sockmap.Engine, c sockmap.Config) (_ *Local, err error) {
+	n := &Local{l: l, log: c.Log, hooks: c.Hooks}
+	n.counts.Init(Name)
+	n.targets.init(n)
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("local targets: %w", err), n.Close())
+		}
+	}()
+	if v, _, err := host.Kernel(); err == nil && v.Less(leastLocal) {
+		return nil, fmt.Errorf("kernel %v is older than %v: %w", v, leastLocal, errors.ErrUnsupported)
+	}
+	if panicsOnWarning() {
+		return nil, fmt.Errorf("kernel.panic_on_warn is set, and the kernel may warn of what it charges"+
+			" to a process's socket: %w", errors.ErrUnsupported)
+	}
+	spec, err := loadSkmsg()
+	if err != nil {
+		return nil, fmt.Errorf("read the BPF object: %w", err)
+	}
+	flows := uint32(l.MaxFlows())
+	for name, m := range map[string]uint32{
+		"locals": 2, "caught": 2, "local_places": 1, "local_flows": 1, "local_sources": 2,
+	} {
+		spec.Maps[name].MaxEntries = m * flows
+	}
+	if n.hooks != nil {
+		if err := spec.Variables["window_ns"].Set(uint64(n.hooks.Window)); err != nil {
+			return nil, fmt.Errorf("set window_ns: %w", err)
+		}
+	}
+	if err := l.SetVariables(spec); err != nil {
+		return nil, err
+	}
+	shared := map[string]*ebpf.Map{}
+	for name, m := range l.Shared() {
+		if spec.Maps[name] != nil {
+			shared[name], spec.Maps[name].MaxEntries = m, m.MaxEntries() // else they don't match
+		}
+	}
+	if err := spec.LoadAndAssign(&n.objects, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
+		return nil, fmt.Errorf("load the BPF programs: %w", host.Translate(err))
+	}
+	for _, a := range []link.RawAttachProgramOptions{
+		{Target: n.objects.LocalSources.FD(), Program: n.objects.LocalVerdict,
+			Attach: ebpf.AttachSkSKBStreamVerdict},
+		{Target: n.objects.Locals.FD(), Program: n.objects.MsgRedirect, Attach: ebpf.AttachSkMsgVerdict},
+	} {
+		if err := link.RawAttachProgram(a); err != nil {
+			return nil, fmt.Errorf("attach %v: %w", a.Attach, host.Translate(err))
+		}
+	}
+	if err := c.Pin(map[string]*ebpf.Map{
+		"locals": n.objects.Locals, "caught": n.objects.Caught, "targets": n.objects.Targets,
+		"local_places": n.objects.LocalPlaces, "local_flows": n.objects.LocalFlows,
+		"local_sources": n.objects.LocalSources,
+	}); err != nil {
+		return nil, err
+	}
+	if err := n.graces.init(); err != nil {
+		return nil, err
+	}
+	if n.memory, n.flows, err = sockmap.Mapped[skmsgLocal](n.objects.LocalFlows); err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+// panicsOnWarning: the worker charges what it puts into the ingress queue to the socket without the socket's
+// lock (sk_psock_skb_ingress, 6.18 too). At the same time the process may read, and one of the two sums is
+// lost. When the socket is freed, the kernel finds that a few hundred bytes are missing, or are too many, and
+// warns, once: "WARNING ... inet_sock_destruct", in sk_psock_destroy.
+func panicsOnWarning() bool {
+	b, err := os.ReadFile("/proc/sys/kernel/panic_on_warn")
+	return err == nil && strings.TrimSpace(string(b)) != "0"
+}
+
+// leastLocal: before it, an empty queue of the worker did not mean that it had moved all (405df89dd52c), and
+// a socket lost what it had not read of its queue when its connection ended (d8616ee2affc).
+var leastLocal = host.Version{Major: 6, Minor: 1}
+
+// Close is called when there are no flows any more.
+func (n *Local) Close() error {
+	err := n.targets.close()
+	n.graces.close()
+	if n.memory != nil {
+		err = errors.Join(err, unix.Munmap(n.memory))
+		n.memory, n.flows = nil, nil
+	}
+	if n.objects.Query != nil {
+		err = errors.Join(err, n.objects.Close())
+	}
+	return err
+}
+
+// Splice takes the flow over, as [Loader.Splice] does, if up's other end is a socket of a process on this
+// host that was caught. The first flow to a target is always refused: it is how the target becomes known.
+func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn,
+	o sockmap.Flow) (count func() (up, down int64), err error) {
+	if n.counts.IsOff() {
+		return nil, sockmap.RefusedOff
+	}
+	p, err := n.targets.find(up)
+	if err == nil {
+		if count, err = n.l.SpliceConns(ctx, down, up, o, p); err != nil {
+			n.targets.release(p)
+		}
+	}
+	n.counts.CountRefusal(n.log, err)
+	return count, err
+}
+
+// process is the process's socket, for one flow, and its [Bypass].
+type process struct {
+	local      *Local
+	pair       skmsgPair
+	cookie     uint64
+	group      *group // of its cgroup; nil: this process's own, or left
+	slot       uint32
+	isPrepared atomic.Bool // slot is valid, and has our entry
+
+	// arrived is of who runs the direction up: what was redirected when the process was last seen to have got
+	// all of it.
+	arrived uint64
+}
+
+func (p *process) Sources() *ebpf.Map      { return p.local.objects.LocalSources }
+func (p *process) Counts() *sockmap.Counts { return &p.local.counts }
+
+func (p *process) shared() *skmsgLocal { return &p.local.flows[p.slot] }
+
+func (p *process) Prepare(slot uint32, downstream uint64) error {
+	// Only one has it: the sweep takes a socket out of its map that nobody has claimed in time.
+	if err := p.local.objects.Caught.Delete(p.pair); err != nil {
+		return refusedNotCaught
+	}
+	p.slot = slot
+	p.isPrepared.Store(true)
+	*p.shared() = skmsgLocal{Pair: p.pair, Process: p.cookie}
+	answer, err := p.query(skmsgLocalRequestLOCAL_BEGIN, 0)
+	if err != nil {
+		return sockmap.RefusedMaps
+	}
+	if answer&skmsgLocalAnswerLOCAL_PAIR == 0 && p.local.hooks.Keeps(ruleLocalPair) ||
+		answer&skmsgLocalAnswerLOCAL_THERE == 0 {
+		return refusedPair
+	}
+	// Whoever finds the slot by this finds all the above in it, whatever order its processor loads in: where
+	// to look depends on what it finds.
+	place := skmsgPlace{Flow: downstream, Half: 2 * slot}
+	if err := p.local.objects.LocalPlaces.Put(p.cookie, place); err != nil {
+		return sockmap.RefusedMaps
+	}
+	return nil
+}
+
+// What the programs read and write at the same time.
+func load32(p *uint32) uint32     { return atomic.LoadUint32(p) }
+func load64(p *uint64) uint64     { return atomic.LoadUint64(p) }
+func store32(p *uint32, v uint32) { atomic.StoreUint32(p, v) }
+
+func (p *process) Enable()  { store32(&p.shared().On, 1) }
+func (p *process) Disable() { store32(&p.shared().On, 0) }
+
+// Undo also takes the socket out of its map, since nothing was redirected to it.
+func (p *process) Undo() {
+	if p.isPrepared.Load() {
+		_ = p.local.objects.Locals.Delete(p.pair)
+	}
+	p.Release()
+}
+
+// Release leaves the process's socket in its map until it is closed.
+func (p *process) Release() {
+	if !p.isPrepared.Load() {
+		return
+	}
+	p.local.targets.release(p)
+	p.Disable()
+	_ = p.local.objects.LocalPlaces.Delete(p.cookie)
+	p.isPrepared.Store(false)
+}
+
+func (p *process) FreeSlot(slot uint32) { p.local.retire(slot) }
+
+func (p *process) Moved(side uint32) uint64 {
+	if !p.isPrepared.Load() {
+		return 0
+	}
+	if side == 0 {
+		return load64(&p.shared().In)
+	}
+	return load64(&p.shared().Out)
+}
+
+// query runs the program of that name: some microseconds.
+func (p *process) query(request skmsgLocalRequest, byTCP uint32) (skmsgLocalAnswer, error) {
+	c := struct { // struct __sk_buff up to cb
+		_  [12]uint32
+		Cb [5]uint32
+		_  [27]uint32
+	}{Cb: [5]uint32{p.slot, uint32(request), byTCP}}
+	answer, err := p.local.objects.Query.Run(&ebpf.RunOptions{Data: emptyFrame, Context: c})
+	return skmsgLocalAnswer(answer), err
+}
+
+var emptyFrame = make([]byte, 64) // more than a header, which all kernels take
+
+func (p *process) HasBacklog() bool {
+	in := p.Moved(0)
+	if in == p.arrived || !p.local.hooks.Keeps(ruleLocalDrain) {
+		return false
+	}
+	if answer, err := p.query(skmsgLocalRequestLOCAL_LOOK, 0); err == nil &&
+		answer&skmsgLocalAnswerLOCAL_BACKLOG != 0 {
+		return true
+	}
+	p.arrived = in
+	return false
+}
+
+func (p *process) ClosedUnread() bool {
+	return p.isPrepared.Load() && load32(&p.shared().Unread) != 0
+}
+
+// Settle is as [Bypass] says.
+func (p *process) Settle(byTCP uint32) bool {
+	if !p.local.hooks.Keeps(ruleLocalSettle) {
+		return false
+	}
+	answer, err := p.query(skmsgLocalRequestLOCAL_SETTLE, byTCP)
+	return err == nil && answer&skmsgLocalAnswerLOCAL_SETTLED != 0
+}
+
+// insert puts the socket of a process that is this one into the map: what the sockops program does for
+// others.
+func (n *Local) insert(server *net.TCPConn) (*process, error) {
+	raw, err := server.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	p := &process{local: n, pair: skmsgPair{Own: endOf(server.LocalAddr()), Other: endOf(server.RemoteAddr())}}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		if p.cookie, failed = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_COOKIE); failed == nil {
+			failed = errors.Join(n.objects.Caught.Put(p.pair, monotonic()), n.objects.Locals.Put(p.pair, uint64(fd)))
+		}
+	})
+	return p, errors.Join(err, failed)
+}
+
+func endOf(a net.Addr) skmsgEnd {
+	at := addrPort(a)
+	return skmsgEnd{Address: at.Addr().As16(), Port: uint32(at.Port())}
+}
+
+func addrPort(a net.Addr) netip.AddrPort {
+	t, _ := a.(*net.TCPAddr)
+	at := t.AddrPort()
+	return netip.AddrPortFrom(at.Addr().Unmap().WithZone(""), at.Port())
+}
+
+// Prove makes the tests of a datapath past TCP, keeps what they found, and switches the datapath off if they
+// failed.
+func (n *Local) Prove() error {
+	n.proof = n.SelfTest()
+	err := prove.Failed(n.proof)
+	if err != nil {
+		n.counts.Off.Store(new(string))
+	}
+	return err
+}
+
+// SelfTest makes the tests of a datapath past TCP. Its flows don't count.
+func (n *Local) SelfTest() []host.Finding {
+	findings := prove.Run(tried{n.l.Tried(), n}, prove.PastTCP)
+	n.counts.Spliced.Store(0)
+	return findings
+}
+
+// tried is the datapath as a proof sees it, with this process in place of another one.
+type tried struct {
+	prove.Datapath
+	n *Local
+}
+
+func (t tried) Splice(ctx context.Context, down, up, server *net.TCPConn, o sockmap.Flow) (count func() (up, down int64), err error) {
+	p, err := t.n.insert(server)
+	if err != nil {
+		return nil, fmt.Errorf("put the socket of the process into the map: %w", err)
+	}
+	return t.n.l.SpliceConns(ctx, down, up, o, p)
+}
+
+// Findings are what the tests found, for doctor. The datapath is no condition for the rest.
+func (n *Local) Findings() []host.Finding {
+	findings := slices.Clone(n.proof)
+	for i := range findings {
+		if findings[i].State == host.StateMissing {
+			findings[i].State = host.StateDegraded
+		}
+	}
+	return findings
+}

@@ -1,0 +1,262 @@
+package skmsg
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/loader/sockmap"
+)
+
+const (
+	// learnAgain is how long a target that could not be learned is left alone.
+	learnAgain = 10 * time.Second
+	// missedMost is how many sockets in a row may be missed before a target is learned anew: its process may
+	// have been started again, in another cgroup.
+	missedMost = 4
+	// claimWithin is how long a caught socket may wait for its flow, before it is taken out of the map.
+	claimWithin = 5 * time.Second
+	// zeroCopyAgain is how long a target that sends with MSG_ZEROCOPY is left alone.
+	zeroCopyAgain = 10 * time.Minute
+)
+
+// Why a flow is not taken, beside the reasons of sockmap.
+const (
+	refusedUnknown    = sockmap.Refusal("the target's process is not known yet")
+	refusedTargets    = sockmap.Refusal("more targets than sk_msg can track are in use")
+	refusedElsewhere  = sockmap.Refusal("the target is not a process on this host")
+	refusedRootCgroup = sockmap.Refusal("the target's process is in the root cgroup")
+	refusedNoCgroup   = sockmap.Refusal("the cgroup of the target's process could not be found")
+	refusedAttach     = sockmap.Refusal("the program could not be attached to the cgroup of the target's process")
+	refusedZeroCopy   = sockmap.Refusal("the target's process sends with MSG_ZEROCOPY")
+	refusedNotCaught  = sockmap.Refusal("the target's socket was not seen when it was created")
+	refusedPair       = sockmap.Refusal("the target's socket is not the peer of ours")
+)
+
+// targets are the addresses that flows go to, and what is known about who listens there.
+type targets struct {
+	n *Local
+
+	mu sync.Mutex
+	// +checklocks:mu
+	closed bool
+	// +checklocks:mu
+	known map[netip.AddrPort]*target
+	// +checklocks:mu
+	groups  map[string]*group // with the program, by folder
+	working sync.WaitGroup
+}
+
+type target struct {
+	why    error // nil: its sockets are caught
+	group  string
+	again  time.Time // when why is not final
+	used   time.Time
+	missed int
+}
+
+// group is a cgroup that the programs are attached to.
+type group struct {
+	links []link.Link
+	flows int // with a socket in it, whose end the programs see
+}
+
+func (g *group) close() error {
+	var errs []error
+	for _, a := range g.links {
+		errs = append(errs, a.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// +checklocksignore: nobody else has it yet.
+func (t *targets) init(n *Local) {
+	t.n, t.known, t.groups = n, make(map[netip.AddrPort]*target), make(map[string]*group)
+}
+
+// find gives the process's socket at the other end of up, or says why there is none. It never waits: an
+// unknown target is looked up meanwhile, for the flows to come.
+func (t *targets) find(up *net.TCPConn) (*process, error) {
+	at := addrPort(up.RemoteAddr())
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return nil, sockmap.RefusedOff
+	}
+	k, now := t.known[at], time.Now()
+	if k == nil || k.why != nil && !k.again.IsZero() && now.After(k.again) {
+		if k == nil && len(t.known) >= maxTargets && !t.forget(now) {
+			return nil, refusedTargets
+		}
+		t.learn(at, addrPort(up.LocalAddr()))
+		return nil, refusedUnknown
+	}
+	k.used = now
+	if k.why != nil {
+		return nil, k.why
+	}
+	p := &process{local: t.n, pair: skmsgPair{Own: endOf(up.RemoteAddr()), Other: endOf(up.LocalAddr())}}
+	if err := t.n.objects.Locals.Lookup(p.pair, &p.cookie); err != nil {
+		var is skmsgLocalTarget
+		if t.n.objects.Targets.Lookup(p.pair.Own, &is) == nil && is == skmsgLocalTargetTARGET_ZEROCOPY {
+			k.why, k.again = refusedZeroCopy, now.Add(zeroCopyAgain)
+			return nil, k.why
+		}
+		if k.missed++; k.missed >= missedMost {
+			t.learn(at, addrPort(up.LocalAddr()))
+		}
+		return nil, refusedNotCaught
+	}
+	k.missed = 0
+	if p.group = t.groups[k.group]; p.group != nil {
+		p.group.flows++
+	}
+	return p, nil
+}
+
+// release is told that a flow which find gave a process has ended, or has not begun.
+func (t *targets) release(p *process) {
+	if p.group == nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p.group.flows--
+	p.group = nil
+}
+
+// maxTargets is the size of the map.
+const maxTargets = 4096
+
+// forget makes room for a target: the one that no flow went to for the longest time goes, if it was long
+// enough that more targets than there is room for do not take it from each other with every flow.
+// +checklocks:t.mu
+func (t *targets) forget(now time.Time) bool {
+	var oldest netip.AddrPort
+	var was *target
+	for at, k := range t.known {
+		if was == nil || k.used.Before(was.used) {
+			oldest, was = at, k
+		}
+	}
+	if now.Sub(was.used) < learnAgain {
+		return false
+	}
+	delete(t.known, oldest)
+	_ = t.n.objects.Targets.Delete(endOf(net.TCPAddrFromAddrPort(oldest)))
+	return true
+}
+
+// learn looks up in the background whose the socket at is that is connected to other, and has its like caught
+// from then on.
+// +checklocks:t.mu
+func (t *targets) learn(at, other netip.AddrPort) {
+	k := &target{why: refusedUnknown, used: time.Now()}
+	t.known[at] = k
+	t.working.Add(1)
+	go func() {
+		defer t.working.Done()
+		group, err := cgroupOf(at, other)
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.closed || t.known[at] != k { // it was forgotten meanwhile
+			return
+		}
+		if err == nil {
+			err = t.attach(at, group)
+		}
+		if err != nil {
+			why := refusedNoCgroup
+			errors.As(err, &why)
+			k.why, k.again = why, time.Now().Add(learnAgain)
+			t.n.log.Info("a target can't use datapath sk_msg", "target", at, "reason", err)
+			_ = t.n.objects.Targets.Delete(endOf(net.TCPAddrFromAddrPort(at)))
+		} else {
+			k.why, k.group = nil, group
+			t.n.log.Info("a target is a process on this host, and uses datapath sk_msg", "target", at, "cgroup", group)
+		}
+		t.detachUnused()
+	}()
+}
+
+// attach has the sockets that are accepted in the cgroup at that address caught.
+// +checklocks:t.mu
+func (t *targets) attach(at netip.AddrPort, path string) error {
+	if t.groups[path] == nil {
+		g := &group{}
+		for _, o := range []link.CgroupOptions{
+			{Path: path, Attach: ebpf.AttachCGroupSetsockopt, Program: t.n.objects.SockoptRefuse},
+			{Path: path, Attach: ebpf.AttachCGroupSockOps, Program: t.n.objects.SockopsCapture},
+		} {
+			a, err := link.AttachCgroup(o)
+			if err != nil {
+				return errors.Join(fmt.Errorf("%w (%s: %w)", refusedAttach, path, err), g.close())
+			}
+			g.links = append(g.links, a)
+		}
+		t.groups[path] = g
+	}
+	return t.n.objects.Targets.Put(endOf(net.TCPAddrFromAddrPort(at)), uint32(skmsgLocalTargetTARGET_CAPTURE))
+}
+
+// detachUnused closes the links to cgroups in which neither a target nor a socket of a flow is any more.
+// +checklocks:t.mu
+func (t *targets) detachUnused() {
+	used := make(map[string]bool)
+	for _, k := range t.known {
+		used[k.group] = true
+	}
+	for path, g := range t.groups {
+		if !used[path] && g.flows == 0 {
+			_ = g.close()
+			delete(t.groups, path)
+		}
+	}
+}
+
+func (t *targets) close() error {
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
+	t.working.Wait()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var errs []error
+	for _, g := range t.groups {
+		errs = append(errs, g.close())
+	}
+	t.groups = nil
+	return errors.Join(errs...)
+}
+
+// Sweep gives the sockets back that no flow has claimed: somebody else's connections to the same target.
+func (n *Local) Sweep() {
+	now := monotonic()
+	var pair skmsgPair
+	var since uint64
+	var old []skmsgPair
+	for i := n.objects.Caught.Iterate(); i.Next(&pair, &since); {
+		if now > since+uint64(claimWithin) {
+			old = append(old, pair)
+		}
+	}
+	for _, pair := range old {
+		if n.objects.Caught.Delete(pair) == nil { // else a flow has just claimed it
+			_ = n.objects.Locals.Delete(pair)
+		}
+	}
+}
+
+// monotonic is bpf_ktime_get_ns.
+func monotonic() uint64 {
+	var now unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) // there always is one
+	return uint64(now.Nano())
+}

@@ -1,0 +1,64 @@
+package skmsg
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/loader/loadertest"
+	"github.com/tailsplice/tailsplice/loader/prove"
+	"github.com/tailsplice/tailsplice/test/cgroup"
+)
+
+// A target that no flow goes to any more makes room for a new one, and the program stays where its flows are.
+func TestLocalForgetsTargets(t *testing.T) {
+	n := openLocal(t, nil)
+	first, dir := cgroup.Listen(t, "tcp4")
+	p := loadertest.BecomeLocal(t, n, first)
+	at := onlyProcess(t, n)
+	const hour = time.Hour
+	n.targets.mu.Lock()
+	n.targets.known[addrPort(first.Addr())].used = time.Now().Add(-hour)
+	for i := 1; i < maxTargets; i++ {
+		at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 9, byte(i >> 8), byte(i)}), 80)
+		n.targets.known[at] = &target{used: time.Now().Add(-hour / 2)}
+		must(t, n.objects.Targets.Put(endOf(net.TCPAddrFromAddrPort(at)), uint32(1)))
+	}
+	n.targets.mu.Unlock()
+
+	second, _ := cgroup.Listen(t, "tcp4")
+	q := loadertest.BecomeLocal(t, n, second)
+	must(t, exchangeBytes(q, 1000, 1000))
+	n.targets.mu.Lock()
+	if n.targets.known[addrPort(first.Addr())] != nil || len(n.targets.known) != maxTargets {
+		t.Errorf("%d targets are known, with the oldest", len(n.targets.known))
+	}
+	for _, k := range n.targets.known {
+		k.used = time.Now()
+	}
+	n.targets.mu.Unlock()
+
+	// The program still sees how the socket of the first one's flow ends.
+	if n := loadertest.Attached(t, dir); n == 0 {
+		t.Error("no program is attached to the cgroup of a target whose flow lives")
+	}
+	_, err := p.Client.Write(prove.Pattern(1000))
+	must(t, err)
+	waitFor(t, func() bool {
+		answer, err := at.query(skmsgLocalRequestLOCAL_LOOK, 0)
+		return answer&skmsgLocalAnswerLOCAL_QUEUE != 0 && err == nil
+	}, "the bytes to reach the process's queue")
+	must(t, errors.Join(p.Server.Close(), p.Client.SetReadDeadline(time.Now().Add(patience))))
+	if _, err = p.Client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("the process closed with bytes unread, and the client is told: %v", err)
+	}
+
+	// More targets than there is room for do not take it from each other.
+	if _, err := n.targets.find(q.Client); err != refusedTargets {
+		t.Errorf("with all in use: %v", err)
+	}
+}

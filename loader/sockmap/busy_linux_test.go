@@ -1,0 +1,20 @@
+package sockmap
+
+import "testing"
+
+// Flows in the sockmap are busy while they move something, and no more when they rest, go out or end.
+func TestBusy(t *testing.T) {
+	l := open(t, nil, 16)
+	busy := func() int { n, _ := l.Busy(); return n }
+	a, b := splicePath(t, l, pathOptions{}), splicePath(t, l, pathOptions{})
+	if n := busy(); n != 2 {
+		t.Errorf("%d of two flows are busy", n)
+	}
+	waitFor(t, func() bool { return busy() == 0 }, "both to rest")
+	waitFor(t, func() bool { must(t, exchangeBytes(a, 100, 100)); return busy() == 1 }, "one to be busy")
+	for _, p := range []*path{a, b} {
+		p.Client.Close()
+		p.Server.Close()
+	}
+	waitFor(t, func() bool { return l.Stats().Flows == 0 && l.inside.Load() == 0 && busy() == 0 }, "the end of both")
+}

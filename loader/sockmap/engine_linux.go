@@ -1,0 +1,272 @@
+package sockmap
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/loader/host"
+	"github.com/tailsplice/tailsplice/loader/prove"
+)
+
+// Engine has the verdict and its maps, and splices flows. Safe for concurrent use. Least kernel: 6.1.
+type Engine struct {
+	log      *slog.Logger
+	hooks    *Hooks
+	pressure uint64 // pages: if TCP has so many, all is passed
+	objects  sockmapObjects
+	memory   []byte        // the halves map
+	halves   []sockmapHalf // the same
+	pollers  []*poller     // one for some of the slots each
+	ring     *ringbuf.Reader
+	ringBusy atomic.Bool // with an event that was taken from it
+	onSweep  func(now time.Time)
+
+	live     []atomic.Pointer[flow] // by slot
+	ledger   ledger
+	sweeper  *sweeper
+	detacher *detacher      // nil: no direction can leave
+	loops    sync.WaitGroup // pollers, ring, sweeper, detacher
+
+	mu sync.Mutex
+	// +checklocks:mu
+	free []uint32 // slots, the longest free first
+	// +checklocks:mu
+	closed   bool
+	splicing sync.WaitGroup // calls of Splice that have a slot; added to under mu
+	alive    sync.WaitGroup // flows; added to while splicing
+	unload   sync.Once
+
+	inside atomic.Int32 // flows that are in the sockmap
+	quiet  atomic.Int32 // so many of them had nothing to move when the sweeper looked
+
+	counts Counts
+}
+
+// Config says how to load an Engine.
+type Config struct {
+	MaxFlows int                              // at a time
+	Pin      func(map[string]*ebpf.Map) error // pins the maps by their names
+	Log      *slog.Logger
+	Hooks    *Hooks // nil in production
+}
+
+// Name is the datapath's name.
+func (l *Engine) Name() string { return Name }
+
+// Load loads the programs, and pins the maps. It splices after Start. The caller closes the Engine.
+func Load(c Config) (_ *Engine, err error) {
+	free := make([]uint32, c.MaxFlows)
+	for i := range free {
+		free[i] = uint32(i)
+	}
+	if c.Hooks != nil && c.Hooks.Slots > 0 {
+		free = free[:c.Hooks.Slots]
+	}
+	l := &Engine{log: c.Log, hooks: c.Hooks, pressure: host.TCPPressure(), free: free,
+		live: make([]atomic.Pointer[flow], c.MaxFlows)}
+	if c.Hooks != nil && c.Hooks.Pressure != 0 {
+		l.pressure = c.Hooks.Pressure
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	if err = l.loadObjects(c.MaxFlows); err != nil {
+		return nil, err
+	}
+	if l.memory, l.halves, err = Mapped[sockmapHalf](l.objects.Halves); err != nil {
+		return nil, err
+	}
+	err = link.RawAttachProgram(link.RawAttachProgramOptions{
+		Target: l.objects.Sources.FD(), Program: l.objects.Verdict, Attach: ebpf.AttachSkSKBStreamVerdict,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("attach the verdict to the sockmap: %w", host.Translate(err))
+	}
+	if err = c.Pin(l.named()); err != nil {
+		return nil, err
+	}
+	l.counts.Init(Name)
+	l.ledger.init(l)
+	return l, nil
+}
+
+// Mapped gives the entries of an array that userspace may write to, in memory that is to be unmapped.
+func Mapped[T any](m *ebpf.Map) (memory []byte, entries []T, err error) {
+	page := os.Getpagesize()
+	size := (int(m.MaxEntries())*int(unsafe.Sizeof(*new(T))) + page - 1) &^ (page - 1)
+	memory, err = unix.Mmap(m.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, nil, fmt.Errorf("map %v into memory: %w", m, err)
+	}
+	return memory, unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(memory))), m.MaxEntries()), nil
+}
+
+func (l *Engine) loadObjects(flows int) error {
+	spec, err := loadSockmap()
+	if err != nil {
+		return fmt.Errorf("read the BPF object: %w", err)
+	}
+	for name, n := range map[string]int{"flows": 1, "places": 2, "halves": 2, "peers": 2, "sources": 2} {
+		spec.Maps[name].MaxEntries = uint32(n * flows)
+	}
+	if err := l.SetVariables(spec); err != nil {
+		return err
+	}
+	if err := spec.LoadAndAssign(&l.objects, nil); err != nil {
+		return fmt.Errorf("load the BPF programs: %w", host.Translate(err))
+	}
+	return nil
+}
+
+// SetVariables sets what each object with a verdict has, of hooks too.
+func (l *Engine) SetVariables(spec *ebpf.CollectionSpec) error {
+	values := map[string]any{"tcp_pressure": l.pressure}
+	for name := range spec.Variables {
+		if r, ok := strings.CutPrefix(name, "rule_"); ok {
+			values[name] = l.hooks.Keeps(Rule(r))
+		}
+	}
+	for name, value := range values {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// Start lets flows be spliced. onSweep is called at each sweep, about once a second.
+func (l *Engine) Start(onSweep func(now time.Time)) (err error) {
+	l.onSweep = onSweep
+	// Each serves its flows on one processor at a time; userspace needs the others.
+	for range max(runtime.GOMAXPROCS(0)/2, 1) {
+		w, err := newPoller()
+		if err != nil {
+			return err
+		}
+		l.pollers = append(l.pollers, w)
+	}
+	if l.ring, err = ringbuf.NewReader(l.objects.Events); err != nil {
+		return fmt.Errorf("open the ring of events: %w", err)
+	}
+	if l.detacher, err = newDetacher(l); err != nil {
+		l.log.Info("busy flows stay in the sockmap", "error", err)
+	}
+	l.sweeper = newSweeper()
+	if l.detacher != nil {
+		l.loops.Go(func() { l.detacher.run(l) })
+	}
+	for _, w := range l.pollers {
+		l.loops.Go(func() { w.run(l.event) })
+	}
+	l.loops.Go(l.readRing)
+	l.loops.Go(func() { l.sweeper.run(l.sweep) })
+	return nil
+}
+
+// Shared are the maps that another object with a verdict uses, too.
+func (l *Engine) Shared() map[string]*ebpf.Map {
+	maps := l.named()
+	maps["events"] = l.objects.Events
+	return maps
+}
+
+// MaxFlows is how many flows there is room for.
+func (l *Engine) MaxFlows() int { return len(l.live) }
+
+func (l *Engine) named() map[string]*ebpf.Map {
+	return map[string]*ebpf.Map{
+		"flows": l.objects.Flows, "places": l.objects.Places, "halves": l.objects.Halves,
+		"peers": l.objects.Peers, "sources": l.objects.Sources,
+	}
+}
+
+// Stop resets the flows that live, and refuses new ones. Slots may still be given back.
+func (l *Engine) Stop() error {
+	l.mu.Lock()
+	closed := l.closed
+	l.closed = true
+	l.mu.Unlock()
+	if closed {
+		return nil
+	}
+	l.splicing.Wait()
+	for i := range l.live {
+		if f := l.live[i].Load(); f != nil {
+			f.finish(prove.EndCanceled, errors.New("the sockmap datapath was closed"))
+		}
+	}
+	l.alive.Wait() // for those that were about to end by themselves
+	l.ledger.close()
+	var errs []error
+	for _, p := range l.pollers {
+		errs = append(errs, p.close())
+	}
+	if l.ring != nil {
+		errs = append(errs, l.ring.Close())
+	}
+	if l.sweeper != nil {
+		l.sweeper.close()
+	}
+	l.detacher.stop()
+	l.loops.Wait()
+	return errors.Join(append(errs, l.detacher.close())...)
+}
+
+// Close stops, and removes the programs and maps. It may be called twice.
+func (l *Engine) Close() error {
+	err := l.Stop()
+	l.unload.Do(func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.halves = nil; l.memory != nil {
+			err = errors.Join(err, unix.Munmap(l.memory))
+		}
+		if l.objects.Verdict != nil {
+			err = errors.Join(err, l.objects.Close())
+		}
+	})
+	return err
+}
+
+// take reserves a slot.
+func (l *Engine) take() (uint32, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return 0, RefusedOff
+	}
+	if len(l.free) == 0 {
+		return 0, refusedFull
+	}
+	slot := l.free[0]
+	l.free = l.free[1:]
+	l.splicing.Add(1)
+	return slot, nil
+}
+
+// FreeSlot returns a slot. The one that was free longest is taken next, so that whoever still holds a stale
+// number sees an empty slot.
+func (l *Engine) FreeSlot(slot uint32) {
+	l.halves[2*slot] = sockmapHalf{}
+	l.halves[2*slot+1] = sockmapHalf{}
+	l.mu.Lock()
+	l.free = append(l.free, slot)
+	l.mu.Unlock()
+}
+
+const sweepEvery = time.Second

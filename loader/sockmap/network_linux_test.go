@@ -1,0 +1,417 @@
+package sockmap
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/loader/loadertest"
+	"github.com/tailsplice/tailsplice/loader/prove"
+)
+
+// lan is two namespaces with a cable between them: the process's own, where the proxy is, and that of both
+// ends. They are gone when the process is.
+type lan struct {
+	t    *testing.T
+	here netns.NsHandle
+	ends netns.NsHandle
+	veth netlink.Link // our end of the cable
+}
+
+const (
+	lanHere = "10.88.0.1"
+	lanEnds = "10.88.0.2"
+)
+
+func newLAN(t *testing.T) *lan {
+	n := &lan{t: t}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var err error
+	n.here, err = netns.Get()
+	must(t, err)
+	n.ends, err = netns.New() // and enters it
+	must(t, err)
+	must(t, netns.Set(n.here))
+	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ts-ldr-here"},
+		PeerName: "ts-ldr-ends"}))
+	n.veth, err = netlink.LinkByName("ts-ldr-here")
+	must(t, err)
+	peer, err := netlink.LinkByName("ts-ldr-ends")
+	must(t, err)
+	must(t, netlink.LinkSetNsFd(peer, int(n.ends)))
+	up := func(name, addr string) {
+		l, err := netlink.LinkByName(name)
+		must(t, err)
+		a, err := netlink.ParseAddr(addr + "/24")
+		must(t, err)
+		must(t, netlink.AddrAdd(l, a))
+		must(t, netlink.LinkSetUp(l))
+	}
+	up("ts-ldr-here", lanHere)
+	must(t, netns.Set(n.ends))
+	up("ts-ldr-ends", lanEnds)
+	must(t, netns.Set(n.here))
+	return n
+}
+
+// atEnds runs f in the namespace of the ends.
+func (n *lan) atEnds(f func() error) {
+	n.t.Helper()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	must(n.t, netns.Set(n.ends))
+	err := f()
+	must(n.t, netns.Set(n.here))
+	must(n.t, err)
+}
+
+// splice makes a flow whose ends are on the other side of the cable.
+func (n *lan) splice(l *Engine, o pathOptions) *path {
+	n.t.Helper()
+	lc := net.ListenConfig{}
+	lc.SetMultipathTCP(false)
+	d := net.Dialer{}
+	d.SetMultipathTCP(false)
+	p := &path{T: n.t, Ended: make(chan result, 1), Returns: new(atomic.Int32)}
+	listen := func(at string) *net.TCPListener {
+		ln, err := lc.Listen(context.Background(), "tcp4", at+":0")
+		must(n.t, err)
+		return ln.(*net.TCPListener)
+	}
+	front := listen(lanHere)
+	defer front.Close()
+	var back *net.TCPListener
+	n.atEnds(func() error {
+		back = listen(lanEnds)
+		c, err := d.Dial("tcp4", front.Addr().String())
+		if err == nil {
+			p.Client = c.(*net.TCPConn)
+		}
+		return err
+	})
+	defer back.Close()
+	var err error
+	p.Down, err = front.AcceptTCP()
+	must(n.t, err)
+	c, err := d.Dial("tcp4", back.Addr().String())
+	must(n.t, err)
+	p.Up = c.(*net.TCPConn)
+	p.Server, err = back.AcceptTCP()
+	must(n.t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	p.Cancel = cancel
+	o.Buffer = max(o.Buffer, 1<<20)
+	p.Count, err = l.Splice(ctx, p.Down, p.Up, p.Flow(ctx, l, o))
+	must(n.t, err)
+	n.t.Cleanup(func() { cancel(); p.Client.Close(); p.Server.Close() })
+	return p
+}
+
+// lose drops a part of what comes in at our end of the cable, and of what comes in at the other. By clsact,
+// since tcx needs 6.6.
+func (n *lan) lose(oneIn int32) {
+	const pass, drop = 0, 2 // TC_ACT_OK, TC_ACT_SHOT
+	spec := ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
+		asm.FnGetPrandomU32.Call(),
+		asm.Mod.Imm32(asm.R0, oneIn),
+		asm.JEq.Imm32(asm.R0, 0, "drop"),
+		asm.Mov.Imm(asm.R0, pass),
+		asm.Return(),
+		asm.Mov.Imm(asm.R0, drop).WithSymbol("drop"),
+		asm.Return(),
+	}}
+	program, err := ebpf.NewProgram(&spec)
+	must(n.t, err)
+	defer program.Close() // the filters hold it
+	at := n.veth.Attrs().Index
+	must(n.t, netlink.QdiscAdd(n.clsact()))
+	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+		must(n.t, netlink.FilterAdd(&netlink.BpfFilter{
+			FilterAttrs: netlink.FilterAttrs{LinkIndex: at, Parent: parent, Handle: 1,
+				Protocol: unix.ETH_P_ALL, Priority: 1},
+			Fd: program.FD(), Name: "lose", DirectAction: true,
+		}))
+	}
+}
+
+func (n *lan) clsact() netlink.Qdisc {
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: n.veth.Attrs().Index,
+		Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
+}
+
+func TestVeth(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	n, l := newLAN(t), open(t, nil, 64)
+	start := time.Now()
+	must(t, bothWays(n.splice(l, pathOptions{}), 128<<20))
+	t.Logf("128 MiB each way in %v, %+v", time.Since(start), l.Stats())
+}
+
+// Loss makes retransmits, and with them segments that come out of order and twice.
+func TestLoss(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	n, l := newLAN(t), open(t, nil, 64)
+	n.lose(100)
+	var all sync.WaitGroup
+	for i := range loadertest.AtSoak(20, 60) {
+		p := n.splice(l, pathOptions{})
+		all.Go(func() {
+			if err := bothWays(p, int64(1+i)<<18); err != nil {
+				t.Errorf("flow %d: %v", i, err)
+			}
+		})
+	}
+	all.Wait()
+	if n := l.Stats().Stalls; n != 0 {
+		t.Errorf("%d stalls", n)
+	}
+	t.Logf("%+v", l.Stats())
+}
+
+// Nobody repeats a reset that got lost: a probe of keepalive finds the end gone, and the other one is told.
+func TestLostReset(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	n := newLAN(t)
+	for name, leaves := range map[string]bool{"inside": false, "outside": true} {
+		l := open(t, nil, 16)
+		for side := range 2 {
+			p := n.splice(l, pathOptions{Busy: 1 << 40})
+			if leaves {
+				detachOne(t, l, l.onlyFlow(t), side)
+			}
+			ours := int(l.onlyFlow(t).sockets[side])
+			from, to := p.Client, p.Server
+			if side == 1 {
+				from, to = to, from
+			}
+			start := time.Now() // keepalive begins with the last byte
+			must(t, exchangeBytes(p, 1000, 1000))
+			must(t, errors.Join(unix.SetsockoptInt(ours, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
+				unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 1),
+				unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 1)))
+			n.lose(1)
+			from.SetLinger(0)
+			from.Close()
+			must(t, netlink.QdiscDel(n.clsact()))
+			to.SetDeadline(time.Now().Add(patience))
+			if read, err := to.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+				t.Errorf("%s, side %d: the end was told %d bytes and %v", name, side, read, err)
+			}
+			if time.Since(start) < 500*time.Millisecond {
+				t.Errorf("%s, side %d: the reset was not lost: this proves nothing", name, side)
+			}
+			p.Wait(patience)
+		}
+	}
+}
+
+// A queueing discipline that drops at once makes TCP send a segment again as new: bytes_sent counts it twice,
+// and what is derived from it ends streams too early. Ours is not.
+func TestLocalDrops(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	n, l := newLAN(t), open(t, nil, 64)
+	// 100 Mbit/s with room for a few segments.
+	must(t, netlink.QdiscReplace(&netlink.Tbf{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: n.veth.Attrs().Index, Handle: netlink.MakeHandle(1, 0),
+			Parent: netlink.HANDLE_ROOT},
+		Rate: 200e6 / 8, Limit: 40000, Buffer: 20000,
+	}))
+	for i := range 2 {
+		p := n.splice(l, pathOptions{})
+		f := l.live[firstLive(l)].Load()
+		counted := int64(0)
+		stop, stopped := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(stopped)
+			for {
+				select {
+				case <-stop:
+					return
+				case <-time.After(2 * time.Millisecond):
+				}
+				f.mu.RLock()
+				if !f.isClosed {
+					var info unix.TCPInfo
+					d := &f.directions[0]
+					if d.peer().info(&info) == nil {
+						written := info.Bytes_sent - info.Bytes_retrans + uint64(info.Notsent_bytes)
+						counted = max(counted, int64(written)-int64(d.moved()))
+					}
+					w, err := d.peer().written()
+					s := d.snapshot()
+					// A FIN counts one.
+					if all := s.redirected + s.passed; err == nil && w-d.written0 > all+1 {
+						t.Errorf("%d bytes are said to be written, of %d", w-d.written0, all)
+					}
+				}
+				f.mu.RUnlock()
+			}
+		}()
+		if err := send(p.Client, p.Server, uint64(i), 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		close(stop)
+		<-stopped
+		t.Logf("bytes_sent - bytes_retrans + notsent was up to %d bytes too high", counted)
+		p.Client.Close()
+		p.Server.Close()
+		p.Wait(patience)
+	}
+}
+
+// Without waiting for the backlog what is copied overtakes what was redirected.
+func TestRuleOrderOff(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	r := new(Hooks).Without(ruleOrder)
+	l := open(t, r, 16)
+	for i := range 400 {
+		p := splicePath(t, l, pathOptions{Buffer: 64 << 10, Before: func(client, server, _, up *net.TCPConn) {
+			up.SetWriteBuffer(64 << 10)
+			server.SetReadBuffer(64 << 10)
+		}})
+		p.Client.SetDeadline(time.Now().Add(5 * time.Second)) // damage may be a stream that stands
+		p.Server.SetDeadline(time.Now().Add(5 * time.Second))
+		err := send(p.Client, p.Server, uint64(i), 2<<20)
+		p.Client.Close()
+		p.Server.Close()
+		p.Wait(patience)
+		if err != nil {
+			t.Logf("flow %d: %v", i, err)
+			return
+		}
+	}
+	t.Error("nothing was damaged without the order: this test proves nothing")
+}
+
+// Failures that come in a burst switch the datapath off, once, with one line in the log. The flows that were
+// refused and those that come after go through userspace, those that live go on.
+func TestSwitchOff(t *testing.T) {
+	// Its sockmap has the sockets already, so that the kernel refuses them.
+	foreign := open(t, nil, 2*burstFailures)
+	l := open(t, nil, 16)
+	var mu sync.Mutex
+	var log bytes.Buffer
+	write := writerFunc(func(b []byte) (int, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		return log.Write(b)
+	})
+	l.log = slog.New(slog.NewTextHandler(write, nil))
+	live := splicePath(t, l, pathOptions{})
+	var all sync.WaitGroup
+	for i := range uint32(2 * burstFailures) {
+		all.Go(func() {
+			p, err := trySplice(t, l, pathOptions{Before: func(_, _, down, _ *net.TCPConn) {
+				s, err := dup(down)
+				if err == nil {
+					err = foreign.objects.Sources.Put(i, uint64(s))
+					s.close()
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}})
+			if !errors.Is(err, refusedInsert) && !errors.Is(err, RefusedOff) {
+				t.Errorf("a socket that is in another sockmap: %v", err)
+				return
+			}
+			if err := foreign.objects.Sources.Delete(i); err != nil {
+				t.Error(err)
+			}
+			relayed(t, p)
+		})
+	}
+	all.Wait()
+	p, err := trySplice(t, l, pathOptions{})
+	if !errors.Is(err, RefusedOff) {
+		t.Fatalf("still on: %v", err)
+	}
+	relayed(t, p)
+	s := l.Stats()
+	if off, _ := l.Health(); off != refusedInsert.Error() || s.Off != off || s.Refused[off] < burstFailures ||
+		s.Flows != 1 {
+		t.Errorf("%+v", s)
+	}
+	mu.Lock()
+	if n := strings.Count(log.String(), "\n"); n != 1 || !strings.Contains(log.String(), "switched off") {
+		t.Errorf("%d lines in the log:\n%s", n, log.String())
+	}
+	mu.Unlock()
+	must(t, bothWays(live, 1<<20))
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
+
+// Copying is what a direction gets whose source the kernel did not take.
+func TestCopying(t *testing.T) {
+	r := new(Hooks).Without(ruleBoth)
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	f := l.live[firstLive(l)].Load()
+	if !f.directions[1].isCopying.Load() {
+		t.Fatal("it is not copying")
+	}
+	must(t, bothWays(p, 32<<20))
+	p = splicePath(t, l,
+		pathOptions{Before: func(_, server, _, _ *net.TCPConn) { server.Write([]byte("early")) }})
+	must(t, prove.Expect(p.Client, []byte("early")))
+	p.Server.SetLinger(0)
+	p.Server.Close()
+	if r := p.Wait(patience); r.End != prove.EndUpstreamReset || r.Down != 5 {
+		t.Errorf("ended %+v", r)
+	}
+}
+
+// Real multipath TCP is refused by its name, not as a failure of the kernel.
+func TestMultipath(t *testing.T) {
+	l := open(t, nil, 16)
+	lc, d := net.ListenConfig{}, net.Dialer{}
+	lc.SetMultipathTCP(true)
+	d.SetMultipathTCP(true)
+	ln, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
+	must(t, err)
+	defer ln.Close()
+	c, err := d.Dial("tcp4", ln.Addr().String())
+	must(t, err)
+	defer c.Close()
+	a, err := ln.Accept()
+	must(t, err)
+	defer a.Close()
+	if multipath, err := a.(*net.TCPConn).MultipathTCP(); !multipath {
+		t.Skipf("this kernel has no multipath TCP (%v): nothing to refuse", err)
+	}
+	u, s := connect(t, "tcp4")
+	defer u.Close()
+	defer s.Close()
+	_, err = l.Splice(context.Background(), a.(*net.TCPConn), u, Flow{})
+	if !errors.Is(err, refusedMultipath) {
+		t.Errorf("%v", err)
+	}
+}

@@ -1,0 +1,72 @@
+package sockmap
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/loader/loadertest"
+	"github.com/tailsplice/tailsplice/loader/pins"
+)
+
+var opened atomic.Int64
+
+// pinnedAt is where the maps of an Engine are pinned.
+var pinnedAt sync.Map
+
+// open loads an Engine for one test, with hooks, and closes it after.
+func open(t testing.TB, h *Hooks, flows int) *Engine {
+	t.Helper()
+	at, instance := loadertest.OwnBPFFS(t, "0700"), fmt.Sprint("ts-ldr-", opened.Add(1))
+	g, err := pins.Claim(at, instance, func(string) (bool, error) { return false, nil }, loadertest.LogTo(t))
+	must(t, err)
+	l, err := Load(Config{MaxFlows: flows, Pin: g.Pin, Log: loadertest.LogTo(t), Hooks: h})
+	must(t, err)
+	must(t, g.Publish())
+	must(t, l.Start(func(time.Time) {}))
+	pinnedAt.Store(l, filepath.Join(at, "tailsplice", instance, "current"))
+	t.Cleanup(func() {
+		if err := errors.Join(l.Close(), g.Release()); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	})
+	return l
+}
+
+// leave asks the flow to leave the sockmap, if it is there.
+func leave(l *Engine) {
+	for i := range l.live {
+		if f := l.live[i].Load(); f != nil {
+			f.mu.RLock()
+			if !f.isClosed {
+				l.detacher.ask(f)
+			}
+			f.mu.RUnlock()
+		}
+	}
+}
+
+// detachOne takes one direction of the flow out of the sockmap, and lets the other one stay.
+func detachOne(t *testing.T, l *Engine, f *flow, side int) {
+	t.Helper()
+	l.detacher.mu.Lock()
+	f.directions[1-side].wasAsked = true // so that it is not
+	l.detacher.mu.Unlock()
+	waitFor(t, func() bool { leave(l); return f.directions[side].isDetached.Load() }, "the side to leave")
+}
+
+// onlyFlow is the one that lives.
+func (l *Engine) onlyFlow(t testing.TB) *flow {
+	t.Helper()
+	for i := range l.live {
+		if f := l.live[i].Load(); f != nil {
+			return f
+		}
+	}
+	t.Fatal("there is no flow")
+	return nil
+}

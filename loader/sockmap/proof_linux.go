@@ -1,0 +1,63 @@
+package sockmap
+
+import (
+	"context"
+	"fmt"
+	"net"
+
+	"github.com/tailsplice/tailsplice/loader/host"
+	"github.com/tailsplice/tailsplice/loader/prove"
+)
+
+// SelfTest makes the tests that every datapath has to pass. Its flows don't count.
+func (l *Engine) SelfTest() []host.Finding {
+	findings := prove.Run(l.Tried(), prove.Stream)
+	l.counts.Spliced.Store(0)
+	return findings
+}
+
+// Tried is the datapath as a proof sees it.
+func (l *Engine) Tried() prove.Datapath { return tried{l} }
+
+type tried struct{ l *Engine }
+
+func (t tried) Splice(ctx context.Context, down, up, _ *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
+	return t.l.SpliceConns(ctx, down, up, o, tcpOnly{t.l})
+}
+
+func (t tried) SpliceAgain(ctx context.Context, down, up int, o Flow) error {
+	_, err := t.l.splice(ctx, [2]socket{socket(down), socket(up)}, o, tcpOnly{t.l}, func() {})
+	return err
+}
+
+// do calls what with the flow, if there is one.
+func (t tried) do(what func(*flow)) {
+	for i := range t.l.live {
+		if f := t.l.live[i].Load(); f != nil {
+			f.mu.RLock()
+			if !f.isClosed {
+				what(f)
+			}
+			f.mu.RUnlock()
+			return
+		}
+	}
+}
+
+func (t tried) Moved(direction int) (m prove.Moved) {
+	t.do(func(f *flow) {
+		s := f.directions[direction].snapshot()
+		m = prove.Moved{Redirected: s.redirected, Passed: s.passed, PastTCP: s.local}
+	})
+	return m
+}
+
+func (t tried) GiveBack() (needs string) {
+	if t.l.detacher == nil {
+		return fmt.Sprintf("Linux %d.%d or newer", leastDetach.Major, leastDetach.Minor)
+	}
+	t.do(t.l.detacher.ask)
+	return ""
+}
+
+func (t tried) Pressure() uint64 { return t.l.pressure }

@@ -1,0 +1,5 @@
+//go:build race
+
+package sockmap
+
+const raceEnabled = true

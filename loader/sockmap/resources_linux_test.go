@@ -1,0 +1,504 @@
+package sockmap
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/loader/host"
+	"github.com/tailsplice/tailsplice/loader/loadertest"
+	"github.com/tailsplice/tailsplice/loader/prove"
+)
+
+// backlogs counts the directions that have something redirected and not yet written. The kernel retries each of
+// them every jiffy.
+func backlogs(t *testing.T, l *Engine) (n int) {
+	for i := range l.live {
+		f := l.live[i].Load()
+		if f == nil {
+			continue
+		}
+		for j := range f.directions {
+			d := &f.directions[j]
+			written, err := d.peer().written()
+			must(t, err)
+			if written-d.written0 < d.moved() {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+func memAvailable(t *testing.T) int64 {
+	b, err := os.ReadFile("/proc/meminfo")
+	must(t, err)
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); f[0] == "MemAvailable:" {
+			n, err := strconv.ParseInt(f[1], 10, 64)
+			must(t, err)
+			return n << 10
+		}
+	}
+	t.Fatal("no MemAvailable")
+	return 0
+}
+
+// own is how much CPU this process has used.
+func own() time.Duration {
+	var u unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// leastCPU is how much CPU this process uses in the quietest of ten spans: a busy machine may still be at
+// what came before.
+func leastCPU(span time.Duration) time.Duration {
+	least := span
+	for range 10 {
+		before := own()
+		time.Sleep(span)
+		if least = min(least, own()-before); least < span/100 {
+			break
+		}
+	}
+	return least
+}
+
+// 200 flows both of whose readers have stopped, and whose senders push all they can: memory is bounded,
+// nothing polls, and all arrives when the readers go on.
+func TestStalledFlows(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	// 16 MiB are more than all buffers take.
+	stall(t, nil, 16<<20, 0, func(perFlow int64, waiting int, cpu time.Duration) {
+		// 2 flow_buffers, and the buffers of the proxy's two sockets at twice their bytes.
+		if perFlow > 2*(2<<20)+2*(1<<20+1<<20)*2 {
+			t.Errorf("%d bytes a flow are held", perFlow)
+		}
+		if waiting > 4 { // of 400
+			t.Errorf("%d backlogs wait", waiting)
+		}
+		if cpu > 20*time.Millisecond {
+			t.Errorf("%v of CPU in a second", cpu)
+		}
+	})
+}
+
+// Likewise with buffers that may become so large that TCP's memory is used up, which the kernel does not take
+// from a spliced socket as it does from others.
+func TestStalledFlowsShortOfMemory(t *testing.T) {
+	if !loadertest.InNewNetwork(t) {
+		return
+	}
+	limit := int64(host.TCPPressure()) * 3 / 2 // as the kernel sets it
+	// A flow or two in 200 were seen to end with an error, which is not understood; no byte was wrong.
+	stall(t, nil, 24<<20, 2, func(perFlow int64, waiting int, cpu time.Duration) {
+		if most := limit*int64(os.Getpagesize())/stalledFlows + 2*(2<<20); perFlow > most {
+			t.Errorf("%d bytes a flow are held, more than %d: TCP's memory and two flow_buffers", perFlow,
+				most)
+		}
+		if waiting > 4 { // of 400
+			t.Errorf("%d backlogs wait", waiting)
+		}
+		// With that of the 400 senders, which the kernel wakes in vain when it is short of memory.
+		if cpu > 80*time.Millisecond {
+			t.Errorf("%v of CPU in a second", cpu)
+		}
+	})
+}
+
+// Without the bound a flow takes whatever it is sent.
+func TestRuleBoundOff(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	r := new(Hooks).Without(ruleBound)
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	p.Client.SetWriteDeadline(time.Now().Add(patience))
+	n, _ := io.Copy(p.Client, io.LimitReader(loadertest.Zeroes{}, 96<<20))
+	if n < 64<<20 {
+		t.Errorf("only %d bytes were taken for a reader that does not read: this test proves nothing", n)
+	}
+	t.Logf("%d MiB were taken for a reader that does not read", n>>20)
+}
+
+const stalledFlows = 200
+
+// stall lets both senders of each flow push size bytes for readers that begin after judge. Some flows may end
+// with an error.
+func stall(t *testing.T, r *Hooks, size int64, mayEnd int,
+	judge func(perFlow int64, waiting int, cpu time.Duration)) {
+	const flows = stalledFlows
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
+	l := open(t, r, 1024)
+	var paths []*path
+	for range flows {
+		paths = append(paths, splicePath(t, l, pathOptions{}))
+	}
+	runtime.GC()
+	before := memAvailable(t)
+	var all sync.WaitGroup
+	sent, failed := make([]int64, 2*flows), make([]error, 2*flows)
+	for i, p := range paths {
+		for j, c := range []*net.TCPConn{p.Client, p.Server} {
+			all.Add(1)
+			go func() {
+				defer all.Done()
+				c.SetWriteDeadline(time.Now().Add(3 * time.Minute))
+				sent[2*i+j], failed[2*i+j] = io.CopyBuffer(struct{ io.Writer }{c},
+					io.LimitReader(loadertest.Zeroes{}, size), make([]byte, 16<<10))
+				c.CloseWrite()
+			}()
+		}
+	}
+	moved := func() (n int64) {
+		for _, p := range paths {
+			up, down := p.Count()
+			n += up + down
+		}
+		return n
+	}
+	for last, still := int64(-1), 0; still < 4; time.Sleep(250 * time.Millisecond) {
+		if n := moved(); n == last {
+			still++
+		} else {
+			last, still = n, 0
+		}
+	}
+	held := before - memAvailable(t)
+	cpu := leastCPU(time.Second)
+	waiting := backlogs(t, l)
+	// What clients and servers hold is not ours: their buffers are as large as ours.
+	t.Logf("%d flows stalled after %d MiB; MemAvailable fell by %d MiB, with the endpoints' buffers; "+
+		"%d backlogs wait, %v of CPU in a second; %+v",
+		flows, moved()>>20, held>>20, waiting, cpu, l.Stats())
+	for _, i := range l.Flows()[:2] {
+		t.Logf("%+v", i)
+	}
+	judge(held/flows, waiting, cpu)
+
+	var drained sync.WaitGroup
+	var ended sync.Map
+	for _, p := range paths {
+		for _, c := range []*net.TCPConn{p.Client, p.Server} {
+			drained.Add(1)
+			go func() {
+				defer drained.Done()
+				c.SetReadDeadline(time.Now().Add(3 * time.Minute))
+				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c},
+					make([]byte, 16<<10)); n != size || err != nil {
+					ended.Store(p, err)
+				}
+			}()
+		}
+	}
+	all.Wait()
+	drained.Wait()
+	n := 0
+	ended.Range(func(p, err any) bool {
+		r := p.(*path).Wait(patience)
+		t.Logf("a flow ended %+v, %v; a reader got %v", r, r.Err, err)
+		if r.End == prove.EndEOF {
+			t.Error("bytes are missing, and nobody was told")
+		}
+		n++
+		return true
+	})
+	if err := errors.Join(failed...); n > mayEnd || err != nil && n == 0 {
+		t.Errorf("%d flows did not arrive whole, %v", n, err)
+	}
+	t.Logf("%+v", l.Stats())
+}
+
+// Idle flows have no goroutine and wake nobody.
+func TestIdleFlows(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	var files unix.Rlimit
+	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &files))
+	// Each is four sockets, and more while it is made.
+	flows := loadertest.AtSoak(2000, min(20000, int(files.Max)/4-200))
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files.Max, Max: files.Max}))
+	l := open(t, nil, flows)
+	var down, up []*net.TCPConn
+	for range flows {
+		c, d := connect(t, "tcp4")
+		u, s := connect(t, "tcp4")
+		t.Cleanup(func() { c.Close(); s.Close() })
+		down, up = append(down, d), append(up, u)
+	}
+	debug.FreeOSMemory() // as the system would get it back in time
+	goroutines, rss := runtime.NumGoroutine(), residentSet(t)
+	for i := range flows {
+		if _, err := l.Splice(t.Context(), down[i], up[i],
+			Flow{ID: "idle", Buffer: 2 << 20, Idle: time.Hour}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	down, up = nil, nil
+	debug.FreeOSMemory()
+	waitFor(t, func() bool { return runtime.NumGoroutine()-goroutines <= 2 },
+		"idle flows to have no goroutines")
+	grown, flow := residentSet(t)-rss, int64(flows)
+	t.Logf("resident set grew by %d bytes a flow, of %d", grown/flow, flow)
+	if grown/flow > 1536 && !raceEnabled { // the race detector has memory of its own
+
+		t.Errorf("%d bytes of resident set a flow", grown/flow)
+	}
+	time.Sleep(3 * sweepEvery) // until each has been looked at, once
+	if used := leastCPU(2 * time.Second); used > 40*time.Millisecond {
+		t.Errorf("%d idle flows use %v of CPU in 2 s", flows, used)
+	}
+}
+
+func residentSet(t *testing.T) int64 {
+	b, err := os.ReadFile("/proc/self/smaps_rollup")
+	must(t, err)
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); f[0] == "Rss:" {
+			n, err := strconv.ParseInt(f[1], 10, 64)
+			must(t, err)
+			return n << 10
+		}
+	}
+	return 0
+}
+
+// Messages over a spliced flow wake nobody here: they take no CPU of this process but that of the two ends.
+func TestQuiet(t *testing.T) {
+	if n := wakes(t, nil); n != 0 {
+		t.Errorf("%d wakes for 500 messages each way", n)
+	}
+}
+
+func TestRuleQuietOff(t *testing.T) {
+	r := new(Hooks).Without(ruleQuiet)
+	if n := wakes(t, r); n < 100 {
+		t.Errorf("%d wakes for 500 messages each way: this test proves nothing", n)
+	}
+}
+
+// wakes counts the events that the poller gets while messages go to and fro.
+func wakes(t *testing.T, r *Hooks) int {
+	l := open(t, r, 16)
+	p := splicePath(t, l, pathOptions{})
+	f := l.live[firstLive(l)].Load()
+	// A second epoll with the same interest sees what the poller sees, and does not take it away.
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	must(t, err)
+	defer unix.Close(fd)
+	events := uint32(baseEvents)
+	if !r.Keeps(ruleQuiet) {
+		events |= unix.EPOLLIN | unix.EPOLLOUT
+	}
+	for _, s := range f.sockets {
+		must(t, unix.EpollCtl(fd, unix.EPOLL_CTL_ADD, int(s), &unix.EpollEvent{Events: events}))
+	}
+	list, n, b := make([]unix.EpollEvent, 8), 0, make([]byte, 64)
+	for range 500 {
+		for _, way := range [][2]*net.TCPConn{{p.Client, p.Server}, {p.Server, p.Client}} {
+			if _, err := way[0].Write(b); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(way[1], b); err != nil {
+				t.Fatal(err)
+			}
+			got, err := unix.EpollWait(fd, list, 0)
+			must(t, err)
+			n += got
+		}
+	}
+	return n
+}
+
+// Nothing is left of flows that have ended: no map entry, descriptor, goroutine or kernel memory.
+func TestNothingIsLeft(t *testing.T)         { testNothingIsLeft(t, false) }
+func TestNothingIsLeftRecorded(t *testing.T) { testNothingIsLeft(t, true) }
+
+func testNothingIsLeft(t *testing.T, recorded bool) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	l := open(t, nil, 64)
+	round := func(n int) {
+		for i := range n {
+			c, d := connect(t, "tcp4")
+			u, s := connect(t, "tcp4")
+			ended := make(chan string, 1)
+			o := Flow{Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }}
+			if recorded {
+				forget := recordFlow(t, l, d, u, o)
+				o.Ended = func(_, _ int64, end string, _ error) { forget(); ended <- end }
+			}
+			if _, err := l.Splice(t.Context(), d, u, o); err != nil {
+				t.Fatal(err)
+			}
+			for range 3 {
+				c.Write([]byte("request"))
+				must(t, prove.Expect(s, []byte("request")))
+				s.Write([]byte("response"))
+				must(t, prove.Expect(c, []byte("response")))
+			}
+			want := prove.EndEOF
+			switch i % 3 {
+			case 0:
+				s.Close()
+				c.Close()
+			case 1:
+				c.Close()
+				s.Close()
+			case 2:
+				c.SetLinger(0)
+				c.Close()
+				want = prove.EndDownstreamReset
+				s.SetReadDeadline(time.Now().Add(patience))
+				s.Read(make([]byte, 1))
+				s.Close()
+			}
+			select {
+			case end := <-ended:
+				if end != want && want == prove.EndEOF {
+					t.Fatalf("flow %d ended with %q", i, end)
+				}
+			case <-time.After(patience):
+				t.Fatalf("flow %d did not end", i)
+			}
+		}
+	}
+	left := func() (descriptors, goroutines, entries int) {
+		waitFor(t, func() bool { return l.Stats().Flows == 0 }, "the flows' ends")
+		time.Sleep(300 * time.Millisecond)
+		runtime.GC()
+		fds, err := os.ReadDir("/proc/self/fd")
+		must(t, err)
+		for _, m := range []*ebpf.Map{l.objects.Flows, l.objects.Places} {
+			var key uint64
+			var value []byte
+			for it := m.Iterate(); it.Next(&key, &value); {
+				entries++
+			}
+		}
+		for i := range uint32(128) {
+			var cookie uint64
+			for _, m := range []*ebpf.Map{l.objects.Peers, l.objects.Sources} {
+				if m.Lookup(i, &cookie) == nil {
+					entries++
+				}
+			}
+			if l.halves[i].Source != 0 {
+				entries++
+			}
+		}
+		return len(fds), runtime.NumGoroutine(), entries
+	}
+	round(300)
+	d0, g0, e0 := left()
+	many, rounds := loadertest.AtSoak(5000, 50_000), 0
+	// Others use the machine too: an object a flow is what would be found, and in each of a few rounds.
+	for grown := int64(many)*4 + 1; grown > int64(many)*4; rounds++ {
+		if rounds == 5 {
+			t.Errorf("unreclaimable slab grew by %d KiB again", grown)
+			break
+		}
+		before := slab(t)
+		round(many)
+		left()
+		grown = slab(t) - before
+		t.Logf("unreclaimable slab: %d KiB more than %d", grown, before)
+	}
+	d1, g1, e1 := left()
+	// What goes in time is not left.
+	for end := time.Now().Add(patience); (d1 > d0 || g1 > g0 || e1 != 0) && time.Now().Before(end); {
+		d1, g1, e1 = left()
+	}
+	if d1 > d0 || g1 > g0 || e0 != 0 || e1 != 0 {
+		t.Errorf("descriptors %d then %d, goroutines %d then %d, map entries %d then %d", d0, d1, g0, g1, e0,
+			e1)
+	}
+	if s := l.Stats(); s.Flows != 0 || s.Spliced != uint64(rounds*many)+300 || (s.Inserted > 0) != recorded {
+		t.Errorf("%+v", s)
+	}
+}
+
+func slab(t *testing.T) int64 {
+	b, err := os.ReadFile("/proc/meminfo")
+	must(t, err)
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); f[0] == "SUnreclaim:" {
+			n, err := strconv.ParseInt(f[1], 10, 64)
+			must(t, err)
+			return n
+		}
+	}
+	return 0
+}
+
+// What bpftool prints, what Flows gives, what TCP_INFO says and what the ends counted are the same, to the
+// byte.
+func TestFlowsAgree(t *testing.T) {
+	l := open(t, nil, 16)
+	p := splicePath(t, l, pathOptions{Network: "tcp6"})
+	must(t, exchangeBytes(p, 123457, 7654321))
+	bpftool, err := exec.LookPath("bpftool")
+	if err != nil {
+		bpftool = "/usr/sbin/bpftool"
+	}
+	at, _ := pinnedAt.Load(l)
+	out, err := exec.Command(bpftool, "-j", "map", "dump", "pinned", at.(string)+"/flows").Output()
+	must(t, err)
+	var dump []struct {
+		Formatted struct {
+			Key   uint64
+			Value struct {
+				ID, Route, Downstream, Upstream, State string
+				DownstreamLocal                        string `json:"downstream_local"`
+				UpstreamLocal                          string `json:"upstream_local"`
+				Up, Down                               struct{ Bytes, Redirected, Passed, Trimmed int64 }
+			}
+		}
+	}
+	must(t, json.Unmarshal(out, &dump))
+	if len(dump) != 1 {
+		t.Fatalf("%d entries: %s", len(dump), out)
+	}
+	t.Logf("%s", out)
+	d, f := dump[0].Formatted.Value, l.Flows()[0]
+	if f.Up != 123457 || f.Down != 7654321 || d.Up.Bytes != f.Up || d.Down.Bytes != f.Down {
+		t.Errorf("bpftool says %+v, Flows %+v", d, f)
+	}
+	if d.ID != f.ID || d.ID != "id-"+t.Name() || d.Route != f.Route || d.Downstream != f.Downstream ||
+		d.Upstream != f.Upstream || d.State != "FLOW_SPLICED" ||
+		f.Downstream != p.Client.LocalAddr().String() || f.Upstream != p.Server.LocalAddr().String() ||
+		f.DownstreamLocal != p.Client.RemoteAddr().String() {
+		t.Errorf("bpftool says %+v, Flows %+v", d, f)
+	}
+	up, down := p.Count()
+	flow := l.live[firstLive(l)].Load()
+	for i, want := range []int64{up, down} {
+		got, err := flow.directions[i].source().received()
+		must(t, err)
+		written, err := flow.directions[i].peer().written()
+		must(t, err)
+		if int64(got) != want || int64(written-flow.directions[i].written0) != want {
+			t.Errorf("direction %d: TCP_INFO says %d received and %d written, the count is %d", i, got,
+				written-flow.directions[i].written0, want)
+		}
+	}
+}

@@ -1,0 +1,199 @@
+package sockmap
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+)
+
+// socket is a descriptor of a TCP socket, not blocking, closed by its flow.
+type socket int
+
+// dup gives a descriptor of its own for c's socket. c stays usable.
+func dup(c *net.TCPConn) (socket, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	fd, err := tcpsock.Dup(raw)
+	return socket(fd), err
+}
+
+// local and remote are the socket's addresses, as [ADDRESS%ZONE]:PORT.
+func (s socket) local() string  { return address(tcpsock.Local(int(s))) }
+func (s socket) remote() string { return address(tcpsock.Remote(int(s))) }
+
+func address(a netip.AddrPort) string {
+	if !a.IsValid() {
+		return "?"
+	}
+	return a.String()
+}
+
+// isMultipath: it is not TCP's own.
+func (s socket) isMultipath() bool {
+	protocol, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PROTOCOL)
+	return err == nil && protocol != unix.IPPROTO_TCP
+}
+
+func (s socket) cookie() (uint64, error) {
+	return unix.GetsockoptUint64(int(s), unix.SOL_SOCKET, unix.SO_COOKIE)
+}
+
+func (s socket) info(i *unix.TCPInfo) error { return tcpsock.Info(int(s), i) }
+
+// received is how many bytes the peer's TCP has given this socket, read or not, and one more for a FIN.
+func (s socket) received() (uint64, error) {
+	var i unix.TCPInfo
+	err := s.info(&i)
+	return i.Bytes_received, err
+}
+
+// unread is how many bytes wait in the receive queue. Exact only while the socket is in no sockmap.
+func (s socket) unread() (uint64, error) {
+	n, err := unix.IoctlGetInt(int(s), unix.SIOCINQ)
+	return uint64(n), err
+}
+
+// unacked is how many bytes the send queue holds.
+func (s socket) unacked() (int, error) { return unix.IoctlGetInt(int(s), unix.SIOCOUTQ) }
+
+// written is a lower bound of how many bytes this socket's TCP was given, and exact when nothing moves.
+//
+// It is what was acknowledged and then what the queue holds, in this order: what is acknowledged between the
+// two calls is missing. bytes_sent - bytes_retrans + notsent would be one call, but counts a segment twice
+// that a queueing discipline dropped at once (tcp_write_xmit sends it again as new), and the tail of a stream
+// would be taken for written while it is not.
+func (s socket) written() (uint64, error) {
+	var i unix.TCPInfo
+	if err := s.info(&i); err != nil {
+		return 0, err
+	}
+	n, err := s.unacked()
+	return i.Bytes_acked + uint64(int64(int32(n))), err
+}
+
+// readBefore is how many bytes of the stream somebody has read, and whether the socket is established with
+// both directions open.
+func (s socket) readBefore() (uint64, bool, error) {
+	for {
+		var i, again unix.TCPInfo
+		if err := s.info(&i); err != nil {
+			return 0, false, err
+		}
+		n, err := s.unread()
+		if err != nil {
+			return 0, false, err
+		}
+		if err := s.info(&again); err != nil {
+			return 0, false, err
+		}
+		if i.Bytes_received == again.Bytes_received { // nothing came between
+			return i.Bytes_received - n, again.State == tcpsock.Established, nil
+		}
+	}
+}
+
+// writtenBefore is written, exactly; nobody may be writing.
+func (s socket) writtenBefore() (uint64, error) {
+	for {
+		n, err := s.written()
+		if err != nil {
+			return 0, err
+		}
+		again, err := s.written()
+		if err != nil || n == again {
+			return again, err
+		}
+	}
+}
+
+// readable: there are bytes to be read. poll says so already when they are somewhere on their way.
+func (s socket) readable() bool {
+	var b [1]byte
+	n, _, err := unix.Recvfrom(int(s), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	return n > 0 && err == nil
+}
+
+// widen makes room in the send buffer for n bytes more, whatever the limits say. The kernel does not change
+// its size any more then.
+func (s socket) widen(n int) {
+	if size, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_SNDBUF); err == nil {
+		// It takes twice as much, for its own needs.
+		_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, size/2+n)
+	}
+}
+
+// hold keeps the verdict from what comes, until kick, or until so much has come as a quarter of the receive
+// buffer, or as the window may be. For more, the kernel would enlarge the buffer, past net.ipv4.tcp_rmem too
+// (tcp_set_rcvlowat): where segments are small, much of the buffer is overhead, and little of it window.
+func (s socket) hold() {
+	size, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVBUF)
+	if err != nil {
+		return
+	}
+	clamp, err := unix.GetsockoptInt(int(s), unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP)
+	if err != nil {
+		return
+	}
+	_ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVLOWAT, min(size/4, clamp))
+}
+
+// kick makes the kernel look at what is queued: the verdict runs for it. A plain read would leave EPOLLIN
+// stuck.
+func (s socket) kick() { _ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_RCVLOWAT, 1) }
+
+// attach makes the program decide what TCP gets to see of each segment.
+func (s socket) attach(p *ebpf.Program) error {
+	return unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_ATTACH_BPF, p.FD())
+}
+
+func (s socket) detach() { _ = unix.SetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0) }
+
+// fault is the error that broke the socket, or nil. It clears the error. A closed state alone is no fault: a
+// socket whose both directions have ended is closed by its TIME_WAIT.
+func (s socket) fault() error {
+	n, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_ERROR)
+	if err == nil && n != 0 {
+		err = unix.Errno(n)
+	}
+	return err
+}
+
+func (s socket) read(b []byte) (int, error) {
+	for {
+		n, err := unix.Read(int(s), b)
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+func (s socket) write(b []byte) (int, error) {
+	for {
+		// MSG_NOSIGNAL: a broken pipe is an error like others.
+		n, err := unix.SendmsgN(int(s), b, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+func (s socket) closeWrite() { _ = unix.Shutdown(int(s), unix.SHUT_WR) }
+
+func (s socket) close() { _ = unix.Close(int(s)) }
+
+// reset closes with a RST; what was not sent is lost.
+func (s socket) reset() { _ = tcpsock.Reset(int(s)) }
+
+func isAgain(err error) bool { return errors.Is(err, unix.EAGAIN) }
+
+// isReset: the other side, and not the way to it, ended the connection.
+func isReset(err error) bool {
+	return errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ENOTCONN)
+}

@@ -315,7 +315,7 @@ static __always_inline void count(struct arrival *a, enum way way, __u64 local)
 	}
 
 	now = h->redirected + h->passed;
-	if ((now ^ (now - a->len)) >> BULK_SHIFT)
+	if (way != TO_PROCESS && (now ^ (now - a->len)) >> BULK_SHIFT)
 		tell(a->half, EVENT_BULK);
 
 	f = bpf_map_lookup_elem(&flows, &a->at->flow);

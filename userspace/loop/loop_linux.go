@@ -26,9 +26,9 @@ type Reactor struct {
 	asking chan struct{} // holds a token while Alive asks
 }
 
-// New starts so many loops, which must be at least one. A loop in epoll_wait keeps its share of Go's scheduler
-// until somebody notices, which takes up to 10 ms: GOMAXPROCS should be greater than loops. The caller closes
-// the Reactor.
+// New starts so many loops, which must be at least one. A loop in epoll_wait keeps its share of Go's
+// scheduler until somebody notices, which takes up to 10 ms: GOMAXPROCS should be greater than loops. The
+// caller closes the Reactor.
 func New(loops int) (*Reactor, error) {
 	r := &Reactor{asking: make(chan struct{}, 1)}
 	for range loops {
@@ -145,20 +145,20 @@ func (l *Loop) event(id uint64, events uint32) (goOn bool) {
 		case s.handler != nil:
 			return s.handler.Handle(events)
 		case s.wait == nil || events&^s.awaits != 0:
-			s.missed = true
+			s.hasMissed = true
 		}
 		return s.takeWait(false)
 	})
 	return goOn
 }
 
-// watch makes events of s come. The caller has the loop to itself.
+// watch makes events of s come, also those that were missed and still hold. The caller has the loop to itself.
 func (l *Loop) watch(s *Socket, events uint32) error {
 	op, id := unix.EPOLL_CTL_MOD, s.id
 	if id == 0 {
 		l.last++
 		op, id = unix.EPOLL_CTL_ADD, l.last
-	} else if s.events&events == events {
+	} else if s.events&events == events && !s.hasMissed {
 		return nil
 	}
 	ev := unix.EpollEvent{Events: events, Fd: int32(id), Pad: int32(id >> 32)}
@@ -173,8 +173,8 @@ func (l *Loop) watch(s *Socket, events uint32) error {
 	return nil
 }
 
-// forget is for a socket that is about to be closed, which takes it out of the epoll. The caller has the loop to
-// itself.
+// forget is for a socket that is about to be closed, which takes it out of the epoll. The caller has the loop
+// to itself.
 func (l *Loop) forget(s *Socket) {
 	if s.id != 0 {
 		delete(l.sockets, s.id)

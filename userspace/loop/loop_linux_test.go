@@ -59,6 +59,46 @@ func TestClose(t *testing.T) {
 	}
 }
 
+// TestAwaitAfterMissed: bytes that come when nobody waits, and of which the loop was told, end the next wait.
+func TestAwaitAfterMissed(t *testing.T) {
+	r := reactor(t)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fds[1])
+	s := r.Loop().NewSocket(fds[0])
+	defer s.Close()
+	called := make(chan bool, 1)
+	for _, isMissed := range []bool{false, true} {
+		send := func() {
+			if _, err := unix.Write(fds[1], []byte("x")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if isMissed {
+			send()
+			if err := r.Alive(t.Context()); err != nil { // the loop has taken that event
+				t.Fatal(err)
+			}
+		}
+		if err := s.AwaitBytes(time.Hour, func(timedOut bool) { called <- timedOut }); err != nil {
+			t.Fatal(err)
+		}
+		if !isMissed {
+			send()
+		}
+		select {
+		case timedOut := <-called:
+			if n, err := unix.Read(fds[0], make([]byte, 2)); n != 1 || timedOut {
+				t.Errorf("%d bytes, %v, timed out %v", n, err, timedOut)
+			}
+		case <-time.After(time.Minute):
+			t.Fatalf("the wait does not end for bytes that came before it: %v", isMissed)
+		}
+	}
+}
+
 func nextFD(t *testing.T) int {
 	t.Helper()
 	fd, err := unix.Dup(0)

@@ -19,11 +19,11 @@ type Socket struct {
 	id     uint64 // on the loop; 0: not there
 	events uint32 // that it is watched for
 
-	handler Handler
-	wait    func(timedOut bool) // what is to be called once, or nil
-	awaits  uint32              // for that event
-	missed  bool                // other events came, and won't again
-	timer   *time.Timer         // until wait has waited long enough
+	handler   Handler
+	wait      func(timedOut bool) // what is to be called once, or nil
+	awaits    uint32              // for that event
+	hasMissed bool                // other events came, and won't again unless they are asked for
+	timer     *time.Timer         // until wait has waited long enough
 }
 
 // A Handler takes the events of the socket that it is attached to.
@@ -32,8 +32,8 @@ type Handler interface {
 	Handle(events uint32) (then func())
 }
 
-// The events of an attached socket. They come once each time that there is something new; an urgent byte has one
-// of its own since a read stops before it.
+// The events of an attached socket. They come once each time that there is something new; an urgent byte has
+// one of its own since a read stops before it.
 const attached = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
 
 // NewSocket makes a Socket on l of fd, which is non-blocking and which it owns from then on.
@@ -45,33 +45,33 @@ func (s *Socket) FD() int { return s.fd }
 // Loop is where the socket is.
 func (s *Socket) Loop() *Loop { return s.loop }
 
-// Attach gives all further events of s to h: input, an end of the stream, an urgent byte, an error, each once.
-// missed says that there were some while nobody waited for them. The caller has the loop to itself, and nobody
-// may be waiting for s.
-func (s *Socket) Attach(h Handler) (missed bool, err error) {
+// Attach gives all further events of s to h: input, an end of the stream, an urgent byte, an error, each
+// once. hasMissed says that there were some while nobody waited for them. The caller has the loop to itself,
+// and nobody may be waiting for s.
+func (s *Socket) Attach(h Handler) (hasMissed bool, err error) {
+	hasMissed, s.hasMissed = s.hasMissed, false
 	if err := s.loop.watch(s, attached); err != nil {
 		return false, err
 	}
-	missed, s.missed = s.missed, false
 	s.handler = h
-	return missed, nil
+	return hasMissed, nil
 }
 
-// Again makes the events of an attached socket that still hold come once more, behind those of other sockets. The
-// caller has the loop to itself.
+// Again makes the events of an attached socket that still hold come once more, behind those of other sockets.
+// The caller has the loop to itself.
 func (s *Socket) Again() error {
 	ev := unix.EpollEvent{Events: s.events, Fd: int32(s.id), Pad: int32(s.id >> 32)}
 	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(s.loop.fd, unix.EPOLL_CTL_MOD, s.fd, &ev))
 }
 
-// Detach takes s off its loop. It stays open, and whoever watches it next is told anew what there is. The caller
-// has the loop to itself.
+// Detach takes s off its loop. It stays open, and whoever watches it next is told anew what there is. The
+// caller has the loop to itself.
 func (s *Socket) Detach() {
 	if s.id != 0 {
 		s.loop.forget(s)
 		unix.EpollCtl(s.loop.fd, unix.EPOLL_CTL_DEL, s.fd, &unix.EpollEvent{})
 	}
-	s.missed = false
+	s.hasMissed = false
 }
 
 // Discard is Close for a caller who has the loop to itself.
@@ -107,6 +107,7 @@ func (s *Socket) await(event uint32, timeout time.Duration, ready func(timedOut 
 		s.wait = nil
 		return err
 	}
+	s.hasMissed = false
 	return nil
 }
 

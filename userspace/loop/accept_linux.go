@@ -11,20 +11,21 @@ import (
 // acceptPause is how long an Acceptor that can't accept, for lack of whatever, keeps off the CPU.
 const acceptPause = 10 * time.Millisecond
 
-// An Acceptor takes connections from a listening socket on the loops: that wakes no goroutine, and the loop that
-// has accepted a connection goes on with it. One event accepts one connection; while more wait, their events
-// come among those of the other sockets.
+// An Acceptor takes connections from a listening socket on the loops: that wakes no goroutine, and the loop
+// that has accepted a connection goes on with it. One event accepts one connection; while more wait, their
+// events come among those of the other sockets.
 type Acceptor struct {
 	reactor *Reactor
 	fd      int
 	taken   func(s *Socket, peer unix.Sockaddr)
 	fail    func(err error) (goOn bool)
 
-	// accepting is read-held while a loop accepts, and held while fail is called besides. It guards what
-	// follows.
+	// accepting is read-held while a loop accepts, and held while fail is called besides.
 	accepting sync.RWMutex
-	sockets   []*Socket // fd on each loop, while it accepts
-	stopped   bool
+	// +checklocks:accepting
+	sockets []*Socket // fd on each loop, while it accepts
+	// +checklocks:accepting
+	isStopped bool
 }
 
 // NewAcceptor makes an Acceptor of fd, a non-blocking socket that listens, and that the caller closes after
@@ -40,7 +41,7 @@ func (r *Reactor) NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr),
 func (a *Acceptor) Start() {
 	a.accepting.Lock()
 	defer a.accepting.Unlock()
-	if a.stopped || len(a.sockets) > 0 { // two loops may have paused at the same time
+	if a.isStopped || len(a.sockets) > 0 { // two loops may have paused at the same time
 		return
 	}
 	if err := a.watch(); err != nil {
@@ -51,14 +52,16 @@ func (a *Acceptor) Start() {
 }
 
 // watch lets one loop know of each connection. EPOLLEXCLUSIVE, which wakes one and not all, is in Linux 4.5:
-// see epoll_ctl(2). It is called with a.accepting held.
+// see epoll_ctl(2).
+//
+// +checklocks:a.accepting
 func (a *Acceptor) watch() (err error) {
 	for _, l := range a.reactor.loops {
 		s := l.NewSocket(a.fd)
 		a.sockets = append(a.sockets, s)
 		l.Do(func() func() {
 			err = l.watch(s, unix.EPOLLIN|unix.EPOLLEXCLUSIVE)
-			s.handler = acceptHandler{a, func() { a.event(l) }}
+			s.handler = acceptHandler(func() { a.event(l) })
 			return nil
 		})
 		if err != nil {
@@ -68,7 +71,7 @@ func (a *Acceptor) watch() (err error) {
 	return nil
 }
 
-// unwatch is called with a.accepting held.
+// +checklocks:a.accepting
 func (a *Acceptor) unwatch() {
 	for _, s := range a.sockets {
 		s.loop.Do(func() func() {
@@ -83,17 +86,14 @@ func (a *Acceptor) unwatch() {
 func (a *Acceptor) Stop() {
 	a.accepting.Lock()
 	defer a.accepting.Unlock()
-	a.stopped = true
+	a.isStopped = true
 	a.unwatch()
 }
 
 // An acceptHandler has an Acceptor accept what waits, on one loop.
-type acceptHandler struct {
-	acceptor *Acceptor
-	accept   func()
-}
+type acceptHandler func()
 
-func (h acceptHandler) Handle(uint32) (then func()) { return h.accept }
+func (h acceptHandler) Handle(uint32) (then func()) { return h }
 
 // event accepts what waits, on l.
 func (a *Acceptor) event(l *Loop) {
@@ -112,7 +112,7 @@ func (a *Acceptor) pause() {
 func (a *Acceptor) acceptOne(l *Loop) (goOn bool) {
 	a.accepting.RLock()
 	defer a.accepting.RUnlock()
-	if a.stopped {
+	if a.isStopped {
 		return true
 	}
 	fd, peer, err := unix.Accept4(a.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)

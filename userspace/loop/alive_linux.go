@@ -11,8 +11,8 @@ import (
 
 var errSilent = errors.New("a loop that moves connections does not answer")
 
-// Alive waits until each loop has taken an event. It fails when ctx ends before, or where it can't be tried. A
-// loop that never answers costs one goroutine, however often it is asked.
+// Alive waits until each loop has taken an event. It fails when ctx ends before, or where it can't be tried.
+// A loop that never answers costs one goroutine, however often it is asked.
 func (r *Reactor) Alive(ctx context.Context) error {
 	select {
 	case r.asking <- struct{}{}:

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"runtime"
 )
 
@@ -37,11 +36,7 @@ func (*Loader) SelfTest() []Finding                     { return Probe() }
 func (*Loader) Record(_, _ int, _ Flow) (func(), error) { return nil, unsupported() }
 func (*Loader) Busy() (flows int, ok bool)              { return 0, false }
 
-func (*Loader) Splice(context.Context, *net.TCPConn, *net.TCPConn, Flow) (func() (up, down int64), error) {
-	return nil, unsupported()
-}
-
-func (*Loader) SpliceSockets(_ context.Context, down, up int, _ Flow) (func() (upBytes, downBytes int64), error) {
+func (*Loader) Splice(_ context.Context, down, up int, _ Flow) (func() (upBytes, downBytes int64), error) {
 	return nil, unsupported()
 }
 

@@ -195,7 +195,7 @@ func daemonOfUnread(t *testing.T) {
 		must(t, err)
 		o := sockmap.Flow{ID: "unread", Buffer: 1 << 20,
 			Ended: func(_, _ int64, end string, _ error) { fmt.Println("ended", end) }}
-		if _, err = n.Splice(context.Background(), c.(*net.TCPConn), up.(*net.TCPConn), o); err != nil {
+		if _, err = loadertest.Splice(context.Background(), n, c.(*net.TCPConn), up.(*net.TCPConn), o); err != nil {
 			c.Close()
 			up.Close()
 			fmt.Println("refused")

@@ -72,7 +72,9 @@ var floors = []struct {
 	{"the event loop: sockets and timers, and no flow", []string{
 		"userspace/loop",
 	}},
-	{"what a datapath is, and which one a flow gets", []string{}},
+	{"what a datapath is, and which one a flow gets", []string{
+		"userspace/datapath",
+	}},
 	{"how bytes are carried, and what a configuration means: neither needs the other", []string{
 		"userspace/plan",
 		"userspace/relay",

@@ -9,18 +9,18 @@ import (
 
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/plan"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // The loader is made for the relay, though neither may import the other.
 var (
-	_ relay.Sockets  = (*loader.Loader)(nil)
-	_ relay.Health   = (*loader.Loader)(nil)
-	_ front.Clamper  = (*loader.Loader)(nil)
-	_ relay.Datapath = (*loader.Local)(nil)
-	_ relay.Health   = (*loader.Local)(nil)
+	_ datapath.Returner = (*loader.Loader)(nil)
+	_ datapath.Health   = (*loader.Loader)(nil)
+	_ front.Clamper     = (*loader.Loader)(nil)
+	_ datapath.Datapath = (*loader.Local)(nil)
+	_ datapath.Health   = (*loader.Local)(nil)
 )
 
 // autoFlows bounds the flows that auto gives to the kernel, where nothing else is: those that talk, at a
@@ -96,8 +96,8 @@ func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapat
 
 // wait has the datapaths that the configuration names refuse flows until they can be had.
 func (p *datapaths) wait(o loader.Options, why string) {
-	sockmap := lateSockets{newLate[relay.Sockets](loader.Name, why)}
-	local := newLate[relay.Datapath](loader.LocalName, why)
+	sockmap := lateReturner{newLate[datapath.Returner](loader.Name, why)}
+	local := newLate[datapath.Datapath](loader.LocalName, why)
 	if o.Local {
 		p.options.Datapaths = append(p.options.Datapaths, local)
 		delete(p.options.Missing, loader.LocalName)
@@ -110,10 +110,10 @@ func (p *datapaths) wait(o loader.Options, why string) {
 		local.why.Store(&why)
 	}
 	p.loaded = func(_ *front.Front, l *loader.Loader) {
-		d := relay.Sockets(l)
+		d := datapath.Returner(l)
 		sockmap.d.Store(&d)
 		if n, err := l.Local(); o.Local && err == nil {
-			d := relay.Datapath(n)
+			d := datapath.Datapath(n)
 			local.d.Store(&d)
 		} else if o.Local {
 			local.why.Store(new(err.Error()))
@@ -126,7 +126,7 @@ func (p *datapaths) wait(o loader.Options, why string) {
 // connections are accepted, and what could not be loaded before is tried again.
 func (p *datapaths) offer(f *front.Front) {
 	for _, d := range p.options.Datapaths {
-		if s, ok := d.(relay.Sockets); ok {
+		if s, ok := d.(datapath.Returner); ok {
 			f.Offer(s)
 		}
 	}

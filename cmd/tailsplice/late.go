@@ -3,11 +3,10 @@ package main
 import (
 	"context"
 	"errors"
-	"net"
 	"sync/atomic"
 
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/front"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // errNotYet is how a late datapath refuses flows.
@@ -15,13 +14,13 @@ var errNotYet = errors.New("it is not available yet")
 
 // late is a datapath that a configuration names, and that can't be had now, for want of what the machine may
 // have later. Until it is there it refuses all flows, which go through userspace.
-type late[D relay.Datapath] struct {
+type late[D datapath.Datapath] struct {
 	name string
 	d    atomic.Pointer[D]
 	why  atomic.Pointer[string] // it is not there
 }
 
-func newLate[D relay.Datapath](name, why string) *late[D] {
+func newLate[D datapath.Datapath](name, why string) *late[D] {
 	l := &late[D]{name: name}
 	l.why.Store(&why)
 	return l
@@ -34,10 +33,10 @@ func (l *late[D]) Name() string { return l.name }
 func (l *late[D]) Waits() bool { return l.d.Load() == nil }
 
 // Splice is the datapath's, once that is there.
-func (l *late[D]) Splice(ctx context.Context, down, up *net.TCPConn,
-	f relay.Flow) (count func() (up, down int64), err error) {
+func (l *late[D]) Splice(ctx context.Context, down, up int,
+	h datapath.Handoff) (count func() (up, down int64), err error) {
 	if d := l.d.Load(); d != nil {
-		return (*d).Splice(ctx, down, up, f)
+		return (*d).Splice(ctx, down, up, h)
 	}
 	return nil, errNotYet
 }
@@ -48,7 +47,7 @@ func (l *late[D]) Health() (off string, stalls uint64) {
 	if d == nil {
 		return *l.why.Load(), 0
 	}
-	if h, ok := any(*d).(relay.Health); ok {
+	if h, ok := any(*d).(datapath.Health); ok {
 		return h.Health()
 	}
 	return "", 0
@@ -64,28 +63,19 @@ func (l *late[D]) ClampedSegments() uint64 {
 	return 0
 }
 
-// lateSockets is late for a datapath that takes bare sockets.
-type lateSockets struct{ *late[relay.Sockets] }
-
-// SpliceSockets is the datapath's, once that is there.
-func (l lateSockets) SpliceSockets(ctx context.Context, down, up int,
-	f relay.Flow) (count func() (up, down int64), err error) {
-	if d := l.d.Load(); d != nil {
-		return (*d).SpliceSockets(ctx, down, up, f)
-	}
-	return nil, errNotYet
-}
+// lateReturner is late for a datapath that gives flows back.
+type lateReturner struct{ *late[datapath.Returner] }
 
 // Record is the datapath's, once that is there.
-func (l lateSockets) Record(down, up int, f relay.Flow) (forget func(), err error) {
+func (l lateReturner) Record(down, up int, h datapath.Handoff) (forget func(), err error) {
 	if d := l.d.Load(); d != nil {
-		return (*d).Record(down, up, f)
+		return (*d).Record(down, up, h)
 	}
 	return nil, errNotYet
 }
 
 // Busy is the datapath's, once that is there.
-func (l lateSockets) Busy() (flows int, ok bool) {
+func (l lateReturner) Busy() (flows int, ok bool) {
 	if d := l.d.Load(); d != nil {
 		return (*d).Busy()
 	}

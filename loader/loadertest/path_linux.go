@@ -41,8 +41,14 @@ type Path struct {
 
 // splicer is a datapath.
 type splicer interface {
-	Splice(ctx context.Context, down, up *net.TCPConn, o prove.Flow) (count func() (up, down int64), err error)
-	SpliceSockets(ctx context.Context, down, up int, o prove.Flow) (count func() (upBytes, downBytes int64), err error)
+	Splice(ctx context.Context, down, up int, o prove.Flow) (count func() (upBytes, downBytes int64), err error)
+}
+
+// Splice gives d a flow of connections, which are closed if d takes it.
+func Splice(ctx context.Context, d splicer, down, up *net.TCPConn, o prove.Flow) (count func() (up, down int64), err error) {
+	return prove.OfConns(down, up, func(down, up int) (func() (up, down int64), error) {
+		return d.Splice(ctx, down, up, o)
+	})
 }
 
 // PathOptions say how the flow of a path is.
@@ -117,7 +123,7 @@ func TrySplice(t testing.TB, l splicer, o PathOptions) (*Path, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	p.Cancel = cancel
 	var err error
-	p.Count, err = l.Splice(ctx, p.Down, p.Up, p.Flow(ctx, l, o))
+	p.Count, err = Splice(ctx, l, p.Down, p.Up, p.Flow(ctx, l, o))
 	t.Cleanup(func() {
 		cancel()
 		p.Client.Close()
@@ -165,7 +171,7 @@ func (p *Path) spliceAgain(ctx context.Context, l splicer, f prove.Flow, sockets
 			}
 		}
 	}
-	if _, err := l.SpliceSockets(ctx, sockets[0], sockets[1], f); err != nil {
+	if _, err := l.Splice(ctx, sockets[0], sockets[1], f); err != nil {
 		for _, s := range sockets {
 			_ = tcpsock.Reset(s)
 		}
@@ -288,9 +294,7 @@ func ExchangeBytes(p *Path, up, down int) error {
 }
 
 // BecomeLocal makes flows to the listener until one goes past TCP, which is the only one left.
-func BecomeLocal(t testing.TB, n interface {
-	Splice(ctx context.Context, down, up *net.TCPConn, o prove.Flow) (count func() (up, down int64), err error)
-}, ln net.Listener) *Path {
+func BecomeLocal(t testing.TB, n splicer, ln net.Listener) *Path {
 	t.Helper()
 	network := "tcp4"
 	if strings.HasPrefix(ln.Addr().String(), "[") {
@@ -307,7 +311,7 @@ func BecomeLocal(t testing.TB, n interface {
 		ctx, cancel := context.WithCancel(context.Background())
 		p.Cancel = cancel
 		t.Cleanup(func() { cancel(); p.Client.Close(); p.Server.Close() })
-		p.Count, err = n.Splice(ctx, p.Down, p.Up,
+		p.Count, err = Splice(ctx, n, p.Down, p.Up,
 			prove.Flow{ID: "local", Buffer: 1 << 20,
 				Ended: func(up, down int64, end string, err error) { p.Ended <- Result{up, down, end, err} }})
 		if err == nil {

@@ -20,8 +20,8 @@ import (
 	"github.com/tailsplice/tailsplice/loader/host"
 )
 
-// Flow is what a datapath is told about a flow, and how it answers. It is identical to userspace/relay's
-// Flow, which explains each field; the two packages may not import each other.
+// Flow is what a datapath is told about a flow, and how it answers. It is identical to userspace/datapath's
+// Handoff, which explains each field; the two packages may not import each other.
 type Flow = struct {
 	ID, Route string
 	Up, Down  int64

@@ -224,3 +224,28 @@ func whole(from, to *net.TCPConn, data []byte) error {
 	}
 	return errors.Join(err, <-sent)
 }
+
+// OfConns calls splice with descriptors of the sockets of down and up, which a datapath owns if it takes the flow.
+// Then the connections are closed: they would wake Go's poller at each message.
+func OfConns(down, up *net.TCPConn, splice func(down, up int) (func() (up, down int64), error)) (count func() (up, down int64), err error) {
+	fds := []int{-1, -1}
+	for i, c := range []*net.TCPConn{down, up} {
+		raw, rerr := c.SyscallConn()
+		if rerr == nil {
+			fds[i], rerr = tcpsock.Dup(raw)
+		}
+		err = errors.Join(err, rerr)
+	}
+	if err == nil {
+		if count, err = splice(fds[0], fds[1]); err == nil {
+			_, _ = down.Close(), up.Close()
+			return count, nil
+		}
+	}
+	for _, fd := range fds {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+	return nil, err
+}

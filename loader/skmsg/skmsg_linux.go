@@ -164,14 +164,14 @@ func (n *Local) Close() error {
 
 // Splice takes the flow over, as [Loader.Splice] does, if up's other end is a socket of a process on this
 // host that was caught. The first flow to a target is always refused: it is how the target becomes known.
-func (n *Local) Splice(ctx context.Context, down, up *net.TCPConn,
+func (n *Local) Splice(ctx context.Context, down, up int,
 	o sockmap.Flow) (count func() (up, down int64), err error) {
 	if n.counts.IsOff() {
 		return nil, sockmap.RefusedOff
 	}
 	p, err := n.targets.find(up)
 	if err == nil {
-		if count, err = n.l.SpliceConns(ctx, down, up, o, p); err != nil {
+		if count, err = n.l.SpliceBy(ctx, down, up, o, p); err != nil {
 			n.targets.release(p)
 		}
 	}
@@ -308,7 +308,7 @@ func (n *Local) insert(server *net.TCPConn) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &process{local: n, pair: skmsgPair{Own: endOf(server.LocalAddr()), Other: endOf(server.RemoteAddr())}}
+	p := &process{local: n, pair: pairOf(addrPort(server.LocalAddr()), addrPort(server.RemoteAddr()))}
 	var failed error
 	err = raw.Control(func(fd uintptr) {
 		if p.cookie, failed = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_COOKIE); failed == nil {
@@ -318,14 +318,20 @@ func (n *Local) insert(server *net.TCPConn) (*process, error) {
 	return p, errors.Join(err, failed)
 }
 
-func endOf(a net.Addr) skmsgEnd {
-	at := addrPort(a)
+func pairOf(own, other netip.AddrPort) skmsgPair {
+	return skmsgPair{Own: endOf(own), Other: endOf(other)}
+}
+
+func endOf(at netip.AddrPort) skmsgEnd {
 	return skmsgEnd{Address: at.Addr().As16(), Port: uint32(at.Port())}
 }
 
 func addrPort(a net.Addr) netip.AddrPort {
 	t, _ := a.(*net.TCPAddr)
-	at := t.AddrPort()
+	return withoutZone(t.AddrPort())
+}
+
+func withoutZone(at netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(at.Addr().Unmap().WithZone(""), at.Port())
 }
 
@@ -358,7 +364,9 @@ func (t tried) Splice(ctx context.Context, down, up, server *net.TCPConn, o sock
 	if err != nil {
 		return nil, fmt.Errorf("put the socket of the process into the map: %w", err)
 	}
-	return t.n.l.SpliceConns(ctx, down, up, o, p)
+	return prove.OfConns(down, up, func(down, up int) (func() (up, down int64), error) {
+		return t.n.l.SpliceBy(ctx, down, up, o, p)
+	})
 }
 
 // Findings are what the tests found, for doctor. The datapath is no condition for the rest.

@@ -121,7 +121,9 @@ func TestLocalPair(t *testing.T) {
 			t.Fatal(err)
 		}
 		o := sockmap.Flow{Buffer: 1 << 20, Ended: func(_, _ int64, _ string, _ error) {}}
-		_, err = n.l.SpliceConns(context.Background(), down, up, o, at)
+		_, err = prove.OfConns(down, up, func(down, up int) (func() (up, down int64), error) {
+			return n.l.SpliceBy(context.Background(), down, up, o, at)
+		})
 		if on && !errors.Is(err, refusedPair) || !on && err != nil {
 			t.Errorf("with the rule %v: %v", on, err)
 		}
@@ -147,7 +149,9 @@ func TestLocalDrain(t *testing.T) {
 		defer server.Close()
 		at, err := n.insert(server)
 		must(t, errors.Join(err, server.SetReadBuffer(32<<10)))
-		_, err = n.l.SpliceConns(t.Context(), down, up, sockmap.Flow{Buffer: 1 << 20}, at)
+		_, err = prove.OfConns(down, up, func(down, up int) (func() (up, down int64), error) {
+			return n.l.SpliceBy(t.Context(), down, up, sockmap.Flow{Buffer: 1 << 20}, at)
+		})
 		must(t, err)
 		data := prove.Pattern(512 << 10)
 		_, err = client.Write(data)

@@ -3,7 +3,6 @@ package skmsg
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"sync"
 	"time"
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/loader/sockmap"
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 const (
@@ -83,8 +83,8 @@ func (t *targets) init(n *Local) {
 
 // find gives the process's socket at the other end of up, or says why there is none. It never waits: an
 // unknown target is looked up meanwhile, for the flows to come.
-func (t *targets) find(up *net.TCPConn) (*process, error) {
-	at := addrPort(up.RemoteAddr())
+func (t *targets) find(up int) (*process, error) {
+	at, own := withoutZone(tcpsock.Remote(up)), withoutZone(tcpsock.Local(up))
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.closed {
@@ -95,14 +95,14 @@ func (t *targets) find(up *net.TCPConn) (*process, error) {
 		if k == nil && len(t.known) >= maxTargets && !t.forget(now) {
 			return nil, refusedTargets
 		}
-		t.learn(at, addrPort(up.LocalAddr()))
+		t.learn(at, own)
 		return nil, refusedUnknown
 	}
 	k.used = now
 	if k.why != nil {
 		return nil, k.why
 	}
-	p := &process{local: t.n, pair: skmsgPair{Own: endOf(up.RemoteAddr()), Other: endOf(up.LocalAddr())}}
+	p := &process{local: t.n, pair: pairOf(at, own)}
 	if err := t.n.objects.Locals.Lookup(p.pair, &p.cookie); err != nil {
 		var is skmsgLocalTarget
 		if t.n.objects.Targets.Lookup(p.pair.Own, &is) == nil && is == skmsgLocalTargetTARGET_ZEROCOPY {
@@ -110,7 +110,7 @@ func (t *targets) find(up *net.TCPConn) (*process, error) {
 			return nil, k.why
 		}
 		if k.missed++; k.missed >= missedMost {
-			t.learn(at, addrPort(up.LocalAddr()))
+			t.learn(at, own)
 		}
 		return nil, refusedNotCaught
 	}
@@ -150,7 +150,7 @@ func (t *targets) forget(now time.Time) bool {
 		return false
 	}
 	delete(t.known, oldest)
-	_ = t.n.objects.Targets.Delete(endOf(net.TCPAddrFromAddrPort(oldest)))
+	_ = t.n.objects.Targets.Delete(endOf(oldest))
 	return true
 }
 
@@ -177,7 +177,7 @@ func (t *targets) learn(at, other netip.AddrPort) {
 			errors.As(err, &why)
 			k.why, k.again = why, time.Now().Add(learnAgain)
 			t.n.log.Info("a target can't use datapath sk_msg", "target", at, "reason", err)
-			_ = t.n.objects.Targets.Delete(endOf(net.TCPAddrFromAddrPort(at)))
+			_ = t.n.objects.Targets.Delete(endOf(at))
 		} else {
 			k.why, k.group = nil, group
 			t.n.log.Info("a target is a process on this host, and uses datapath sk_msg", "target", at, "cgroup", group)
@@ -203,7 +203,7 @@ func (t *targets) attach(at netip.AddrPort, path string) error {
 		}
 		t.groups[path] = g
 	}
-	return t.n.objects.Targets.Put(endOf(net.TCPAddrFromAddrPort(at)), uint32(skmsgLocalTargetTARGET_CAPTURE))
+	return t.n.objects.Targets.Put(endOf(at), uint32(skmsgLocalTargetTARGET_CAPTURE))
 }
 
 // detachUnused closes the links to cgroups in which neither a target nor a socket of a flow is any more.

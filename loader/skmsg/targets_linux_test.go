@@ -11,6 +11,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/loader/loadertest"
 	"github.com/tailsplice/tailsplice/loader/prove"
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/test/cgroup"
 )
 
@@ -26,7 +27,7 @@ func TestLocalForgetsTargets(t *testing.T) {
 	for i := 1; i < maxTargets; i++ {
 		at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 9, byte(i >> 8), byte(i)}), 80)
 		n.targets.known[at] = &target{used: time.Now().Add(-hour / 2)}
-		must(t, n.objects.Targets.Put(endOf(net.TCPAddrFromAddrPort(at)), uint32(1)))
+		must(t, n.objects.Targets.Put(endOf(at), uint32(1)))
 	}
 	n.targets.mu.Unlock()
 
@@ -58,7 +59,9 @@ func TestLocalForgetsTargets(t *testing.T) {
 	}
 
 	// More targets than there is room for do not take it from each other.
-	if _, err := n.targets.find(q.Client); err != refusedTargets {
-		t.Errorf("with all in use: %v", err)
-	}
+	tcpsock.Control(q.Client, func(fd int) {
+		if _, err := n.targets.find(fd); err != refusedTargets {
+			t.Errorf("with all in use: %v", err)
+		}
+	})
 }

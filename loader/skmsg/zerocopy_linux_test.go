@@ -55,7 +55,7 @@ func TestLocalZeroCopy(t *testing.T) {
 				t.Cleanup(func() { client.Close(); down.Close(); up.Close(); s.Close() })
 				server = s.(*net.TCPConn)
 				o := sockmap.Flow{Ended: func(int64, int64, string, error) {}}
-				_, err = n.Splice(context.Background(), down, up.(*net.TCPConn), o)
+				_, err = loadertest.Splice(context.Background(), n, down, up.(*net.TCPConn), o)
 				if errors.Is(err, refusedZeroCopy) {
 					break
 				}

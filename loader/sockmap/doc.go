@@ -2,7 +2,7 @@
 //
 // # How a direction works
 //
-// userspace/relay decides which flows are here: it gives one to [Engine.SpliceSockets] when it is ping-pong
+// userspace/datapath decides which flows are here: the relay gives one to [Engine.Splice] when it is ping-pong
 // or quiet. A flow that becomes busy leaves the sockmap, and is given back. One that prefers this datapath is
 // in the flows map from its begin to its end, whoever has it.
 //

@@ -57,7 +57,7 @@ func BenchmarkChangeOfHands(b *testing.B) {
 			written := 0
 			for b.Loop() {
 				begin := time.Now()
-				if _, err := l.SpliceSockets(b.Context(), fds[0], fds[1], o); err != nil {
+				if _, err := l.Splice(b.Context(), fds[0], fds[1], o); err != nil {
 					b.Fatal(err)
 				}
 				taken := time.Now()

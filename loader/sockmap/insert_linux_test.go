@@ -147,7 +147,7 @@ func TestEndDuringInsertion(t *testing.T) {
 }
 
 // Bare sockets are taken over, or left as they were, to who has them.
-func TestSpliceSockets(t *testing.T) {
+func TestSplice(t *testing.T) {
 	l := open(t, nil, 1)
 	ended := make(chan string, 1)
 	splice := func() (client, server *net.TCPConn, fds [2]int, err error) {
@@ -160,7 +160,7 @@ func TestSpliceSockets(t *testing.T) {
 			c.Close()
 			fds[i] = int(s)
 		}
-		_, err = l.SpliceSockets(t.Context(), fds[0], fds[1],
+		_, err = l.Splice(t.Context(), fds[0], fds[1],
 			Flow{Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }})
 		return client, server, fds, err
 	}

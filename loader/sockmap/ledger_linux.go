@@ -28,7 +28,7 @@ type record struct {
 
 func (g *ledger) init(l *Engine) { g.l, g.by = l, make(map[uint64]*record) }
 
-// Record shows a flow in the flows map that userspace moves, and that may be given to SpliceSockets, and
+// Record shows a flow in the flows map that userspace moves, and that may be given to Splice, and
 // given back, again and again. forget ends it.
 func (l *Engine) Record(down, up int, o Flow) (forget func(), err error) {
 	r, err := l.record([2]socket{socket(down), socket(up)}, o)

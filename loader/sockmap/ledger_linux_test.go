@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/loader/loadertest"
 )
 
 // recordFlow records the flow between down and up, of which userspace moves nothing.
@@ -78,7 +80,7 @@ func TestRecord(t *testing.T) {
 	waitFor(t, func() bool { return entry().Up.Bytes == 105 && entry().Up.Passed == 100 }, "the sweep")
 	for round := range int64(3) {
 		o.Up, o.Down = moved[0].Load(), moved[1].Load()
-		count, err := l.SpliceSockets(t.Context(), fds[0], fds[1], o)
+		count, err := l.Splice(t.Context(), fds[0], fds[1], o)
 		must(t, err)
 		must(t, sendPart(client, server, 1, 1000))
 		must(t, sendPart(server, client, 2, 2000))
@@ -124,7 +126,7 @@ func TestRefusedWhenItIsHandedOff(t *testing.T) {
 		u, _ := connect(t, "tcp4")
 		o := Flow{ID: fmt.Sprint(i), Up: 7}
 		forget := recordFlow(t, l, d, u, o)
-		if _, err := l.Splice(t.Context(), d, u, o); err != refusedInsert {
+		if _, err := loadertest.Splice(t.Context(), l, d, u, o); err != refusedInsert {
 			t.Fatalf("%v", err)
 		}
 		if n := l.Stats().Refused[refusedInsert.Error()]; n != i+1 {

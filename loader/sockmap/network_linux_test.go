@@ -116,7 +116,7 @@ func (n *lan) splice(l *Engine, o pathOptions) *path {
 	ctx, cancel := context.WithCancel(context.Background())
 	p.Cancel = cancel
 	o.Buffer = max(o.Buffer, 1<<20)
-	p.Count, err = l.Splice(ctx, p.Down, p.Up, p.Flow(ctx, l, o))
+	p.Count, err = loadertest.Splice(ctx, l, p.Down, p.Up, p.Flow(ctx, l, o))
 	must(n.t, err)
 	n.t.Cleanup(func() { cancel(); p.Client.Close(); p.Server.Close() })
 	return p
@@ -410,7 +410,7 @@ func TestMultipath(t *testing.T) {
 	u, s := connect(t, "tcp4")
 	defer u.Close()
 	defer s.Close()
-	_, err = l.Splice(context.Background(), a.(*net.TCPConn), u, Flow{})
+	_, err = loadertest.Splice(context.Background(), l, a.(*net.TCPConn), u, Flow{})
 	if !errors.Is(err, refusedMultipath) {
 		t.Errorf("%v", err)
 	}

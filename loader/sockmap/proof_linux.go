@@ -22,11 +22,13 @@ func (l *Engine) Tried() prove.Datapath { return tried{l} }
 type tried struct{ l *Engine }
 
 func (t tried) Splice(ctx context.Context, down, up, _ *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
-	return t.l.SpliceConns(ctx, down, up, o, tcpOnly{t.l})
+	return prove.OfConns(down, up, func(down, up int) (func() (up, down int64), error) {
+		return t.l.SpliceBy(ctx, down, up, o, tcpOnly{t.l})
+	})
 }
 
 func (t tried) SpliceAgain(ctx context.Context, down, up int, o Flow) error {
-	_, err := t.l.splice(ctx, [2]socket{socket(down), socket(up)}, o, tcpOnly{t.l}, func() {})
+	_, err := t.l.SpliceBy(ctx, down, up, o, tcpOnly{t.l})
 	return err
 }
 

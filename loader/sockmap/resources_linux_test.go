@@ -247,7 +247,7 @@ func TestIdleFlows(t *testing.T) {
 	debug.FreeOSMemory() // as the system would get it back in time
 	goroutines, rss := runtime.NumGoroutine(), residentSet(t)
 	for i := range flows {
-		if _, err := l.Splice(t.Context(), down[i], up[i],
+		if _, err := loadertest.Splice(t.Context(), l, down[i], up[i],
 			Flow{ID: "idle", Buffer: 2 << 20, Idle: time.Hour}); err != nil {
 			t.Fatal(err)
 		}
@@ -347,7 +347,7 @@ func testNothingIsLeft(t *testing.T, recorded bool) {
 				forget := recordFlow(t, l, d, u, o)
 				o.Ended = func(_, _ int64, end string, _ error) { forget(); ended <- end }
 			}
-			if _, err := l.Splice(t.Context(), d, u, o); err != nil {
+			if _, err := loadertest.Splice(t.Context(), l, d, u, o); err != nil {
 				t.Fatal(err)
 			}
 			for range 3 {

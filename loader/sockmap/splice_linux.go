@@ -2,7 +2,6 @@ package sockmap
 
 import (
 	"context"
-	"net"
 	"slices"
 	"sync/atomic"
 
@@ -12,54 +11,18 @@ import (
 	"github.com/tailsplice/tailsplice/loader/prove"
 )
 
-// Splice takes the flow between down and up over, or refuses it with an error; userspace/relay's Datapath
-// says what the caller and it promise each other. It never waits for the flow.
-//
-// When it has taken the flow, it has closed down and up, and owns descriptors of its own for their sockets.
-func (l *Engine) Splice(ctx context.Context, down, up *net.TCPConn,
-	o Flow) (count func() (up, down int64), err error) {
-	count, err = l.SpliceConns(ctx, down, up, o, tcpOnly{l})
+// Splice takes the flow between two non-blocking sockets that are in nobody's poller, or refuses it with an
+// error; userspace/datapath says what the caller and it promise each other. It never waits for the flow. When it
+// has taken the flow, it owns the sockets.
+func (l *Engine) Splice(ctx context.Context, down, up int, o Flow) (count func() (up, down int64), err error) {
+	count, err = l.SpliceBy(ctx, down, up, o, tcpOnly{l})
 	l.counts.CountRefusal(l.log, err)
 	return count, err
 }
 
-// SpliceSockets is Splice for two non-blocking sockets, which are in nobody's poller. When it has taken the
-// flow, it owns them.
-func (l *Engine) SpliceSockets(ctx context.Context, down, up int,
-	o Flow) (count func() (up, down int64), err error) {
-	count, err = l.splice(ctx, [2]socket{socket(down), socket(up)}, o, tcpOnly{l}, func() {})
-	l.counts.CountRefusal(l.log, err)
-	return count, err
-}
-
-// SpliceConns is splice for connections, which it closes if it succeeds.
-func (l *Engine) SpliceConns(ctx context.Context, down, up *net.TCPConn, o Flow,
+// SpliceBy is Splice with a way past TCP, and without the counting of refusals.
+func (l *Engine) SpliceBy(ctx context.Context, down, up int, o Flow,
 	bypass Bypass) (count func() (up, down int64), err error) {
-	s := [2]socket{-1, -1}
-	for i, c := range []*net.TCPConn{down, up} {
-		if s[i], err = dup(c); err != nil {
-			err = refusedDescriptors
-			break
-		}
-	}
-	if err == nil {
-		// Our descriptors hold the sockets; the conns' would wake Go's poller at each message.
-		count, err = l.splice(ctx, s, o, bypass, func() { _ = down.Close(); _ = up.Close() })
-	}
-	if err != nil {
-		for _, s := range s {
-			if s >= 0 {
-				s.close()
-			}
-		}
-	}
-	return count, err
-}
-
-// splice is SpliceSockets without the counting of refusals. taken is called when nothing can fail any more,
-// and the flow has not begun.
-func (l *Engine) splice(ctx context.Context, sockets [2]socket, o Flow,
-	bypass Bypass, taken func()) (func() (up, down int64), error) {
 	if l.counts.IsOff() {
 		return nil, RefusedOff
 	}
@@ -68,7 +31,8 @@ func (l *Engine) splice(ctx context.Context, sockets [2]socket, o Flow,
 		return nil, err
 	}
 	defer l.splicing.Done()
-	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1), sockets: sockets, ended: o.Ended,
+	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1),
+		sockets: [2]socket{socket(down), socket(up)}, ended: o.Ended,
 		returned: o.Returned, busy: o.Busy, idle: o.Idle, before: [2]int64{o.Up, o.Down}, bypass: bypass,
 		counts: bypass.Counts()}
 	undo := undo{func() { bypass.FreeSlot(slot) }}
@@ -76,7 +40,6 @@ func (l *Engine) splice(ctx context.Context, sockets [2]socket, o Flow,
 		undo.run()
 		return nil, err
 	}
-	taken()
 	f.begin(ctx)
 	return f.count, nil
 }

@@ -34,7 +34,7 @@ func TestWire(t *testing.T) {
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				return k.Run(c, server, func() {
-					_, err := l.Splice(ctx, down, up, Flow{ID: "wire", Buffer: 64 << 10})
+					_, err := loadertest.Splice(ctx, l, down, up, Flow{ID: "wire", Buffer: 64 << 10})
 					must(t, err)
 				})
 			}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/test/cgroup"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -23,12 +24,12 @@ func BenchmarkDatapaths(b *testing.B) {
 	needRoot(b)
 	l, local := loadLocal(b, "bench")
 	target, _ := cgroup.Listen(b, "tcp4")
-	becomeKnown(b, local, relaytest.Loopback{Server: target, Options: relay.Options{Datapaths: []relay.Datapath{local}}}.Path(b))
+	becomeKnown(b, local, relaytest.Loopback{Server: target, Options: relay.Options{Datapaths: []datapath.Datapath{local}}}.Path(b))
 	for _, d := range []struct {
 		name   string
-		list   []relay.Datapath
+		list   []datapath.Datapath
 		server net.Listener
-	}{{"userspace", nil, nil}, {"sockmap", []relay.Datapath{l}, nil}, {"sk_msg", []relay.Datapath{local}, target}} {
+	}{{"userspace", nil, nil}, {"sockmap", []datapath.Datapath{l}, nil}, {"sk_msg", []datapath.Datapath{local}, target}} {
 		start := func(b *testing.B) (client, server net.Conn) {
 			lb := relaytest.Loopback{Server: d.server, Options: relay.Options{Datapaths: d.list}}
 			f := lb.Path(b).Connect(b)

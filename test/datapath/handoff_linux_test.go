@@ -14,6 +14,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -21,7 +22,7 @@ import (
 // preferred starts a flow that prefers l.
 func preferred(t testing.TB, l *loader.Loader) (f *relaytest.Flow, moved *relay.Counters) {
 	t.Helper()
-	f = relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{l}}}.Path(t).Connect(t)
+	f = relaytest.Loopback{Options: relay.Options{Datapaths: []datapath.Datapath{l}}}.Path(t).Connect(t)
 	moved = new(relay.Counters)
 	f.Start(context.Background(), relay.Options{Counters: moved})
 	t.Cleanup(func() { f.Client.Close(); f.Server.Close() })
@@ -134,8 +135,8 @@ func TestHandedOffAgain(t *testing.T) {
 		name string
 		o    func(l *loader.Loader) relay.Options
 	}{
-		{"preferred", func(l *loader.Loader) relay.Options { return relay.Options{Datapaths: []relay.Datapath{l}} }},
-		{"auto", func(l *loader.Loader) relay.Options { return relay.Options{WhenTalking: []relay.Sockets{l}} }},
+		{"preferred", func(l *loader.Loader) relay.Options { return relay.Options{Datapaths: []datapath.Datapath{l}} }},
+		{"auto", func(l *loader.Loader) relay.Options { return relay.Options{WhenPingPong: []datapath.Returner{l}} }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l := load(t)
@@ -147,7 +148,7 @@ func TestHandedOffAgain(t *testing.T) {
 			for range 3 {
 				before := spliced()
 				relaytest.Until(t, "the flow is handed off", func() bool {
-					u, d, err := relaytest.Talk(f.Client, f.Server, 200, rounds(20))
+					u, d, err := relaytest.PingPong(f.Client, f.Server, 200, rounds(20))
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -182,13 +183,13 @@ func TestHandedOffAgain(t *testing.T) {
 // ends it. The kernel tells of that byte until something is read behind it.
 func TestIdleAfterUrgent(t *testing.T) {
 	l := load(t)
-	o := relay.Options{Datapaths: []relay.Datapath{l}, Idle: 5 * time.Second}
+	o := relay.Options{Datapaths: []datapath.Datapath{l}, Idle: 5 * time.Second}
 	f := relaytest.Loopback{Options: o}.Path(t).Connect(t)
 	defer f.Client.Close()
 	defer f.Server.Close()
 	f.Start(context.Background(), relay.Options{})
 	relaytest.Until(t, "the flow is handed off", func() bool {
-		if _, _, err := relaytest.Talk(f.Client, f.Server, 200, rounds(20)); err != nil {
+		if _, _, err := relaytest.PingPong(f.Client, f.Server, 200, rounds(20)); err != nil {
 			t.Fatal(err)
 		}
 		return l.Stats().Inserted > 0

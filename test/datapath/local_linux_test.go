@@ -10,11 +10,12 @@ import (
 
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/test/cgroup"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
-var _ relay.Datapath = (*loader.Local)(nil)
+var _ datapath.Datapath = (*loader.Local)(nil)
 
 // TestLocal runs the table over flows to a process on this host, whose listener is in a cgroup of its own.
 func TestLocal(t *testing.T) {
@@ -27,7 +28,7 @@ func TestLocal(t *testing.T) {
 			l, local := loadLocal(t, "table-"+c.network)
 			server, _ := cgroup.Listen(t, c.network)
 			at := relaytest.Loopback{Up: c.network, Server: server,
-				Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}
+				Options: relay.Options{Datapaths: []datapath.Datapath{local, l}}}
 			p := at.Path(t)
 			becomeKnown(t, local, p)
 			before := local.Stats()
@@ -42,7 +43,7 @@ func TestLocalWire(t *testing.T) {
 	needRoot(t)
 	l, local := loadLocal(t, "wire")
 	server, _ := cgroup.Listen(t, "tcp4")
-	at := relaytest.Loopback{Server: server, Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}
+	at := relaytest.Loopback{Server: server, Options: relay.Options{Datapaths: []datapath.Datapath{local, l}}}
 	becomeKnown(t, local, at.Path(t))
 	before := local.Stats()
 	relaytest.RunWire(t, at)

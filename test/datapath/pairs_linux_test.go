@@ -7,6 +7,7 @@ import (
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/test/cable"
 	"github.com/tailsplice/tailsplice/test/cgroup"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -28,7 +29,7 @@ func TestReach(t *testing.T) {
 		return
 	}
 	c := cable.New(t, relaytest.SmallWindow)
-	o := relay.Options{Datapaths: []relay.Datapath{atOnce{load(t)}}}
+	o := relay.Options{Datapaths: []datapath.Datapath{atOnce{load(t)}}}
 	relaytest.RunReach(t, relaytest.Loopback{Cable: c, Options: o}.Path(t), c.Plug)
 }
 
@@ -36,9 +37,9 @@ func sockmapHands(t *testing.T, c relaytest.Cable, inAtOnce, usual *loader.Loade
 	path := func(o relay.Options) relaytest.Path {
 		return relaytest.Loopback{Cable: c, Down: "tcp6", Options: o}.Path(t)
 	}
-	inside := path(relay.Options{Datapaths: []relay.Datapath{atOnce{inAtOnce}}})
-	outside := path(relay.Options{Datapaths: []relay.Datapath{usual}})
-	uncabled := relaytest.Loopback{Options: relay.Options{Datapaths: []relay.Datapath{atOnce{inAtOnce}}}}.Path(t)
+	inside := path(relay.Options{Datapaths: []datapath.Datapath{atOnce{inAtOnce}}})
+	outside := path(relay.Options{Datapaths: []datapath.Datapath{usual}})
+	uncabled := relaytest.Loopback{Options: relay.Options{Datapaths: []datapath.Datapath{atOnce{inAtOnce}}}}.Path(t)
 	var offered, taken atomic.Int32
 	t.Cleanup(func() {
 		if offered.Load() > 0 && taken.Load() == 0 {
@@ -63,11 +64,11 @@ func sockmapHands(t *testing.T, c relaytest.Cable, inAtOnce, usual *loader.Loade
 				before := inAtOnce.Stats().Bulk
 				return exchange(t, f, 4<<20, func() bool { return inAtOnce.Stats().Bulk >= before+2 })
 			}},
-		{Name: "from a loop into the sockmap", Most: 4, Path: path(relay.Options{WhenTalking: []relay.Sockets{usual}}),
+		{Name: "from a loop into the sockmap", Most: 4, Path: path(relay.Options{WhenPingPong: []datapath.Returner{usual}}),
 			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 				offered.Add(1)
 				rounds := 0 // on a busy machine few are quick enough to talk, and stay on the loop
-				up, down, err := relaytest.Talk(f.Client, f.Server, 200, func() bool {
+				up, down, err := relaytest.PingPong(f.Client, f.Server, 200, func() bool {
 					rounds++
 					return moved.Datapath() == loader.Name || rounds > 2000
 				})
@@ -83,13 +84,13 @@ func sockmapHands(t *testing.T, c relaytest.Cable, inAtOnce, usual *loader.Loade
 }
 
 // atOnce has a datapath take flows as they begin, not when they are ping-pong or quiet.
-type atOnce struct{ relay.Datapath }
+type atOnce struct{ datapath.Datapath }
 
 func localHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 	l, local := loadLocal(t, "pairs")
 	server, _ := cgroup.Listen(t, "tcp4")
 	p := relaytest.Loopback{Cable: c, Server: server,
-		Options: relay.Options{Datapaths: []relay.Datapath{local, l}}}.Path(t)
+		Options: relay.Options{Datapaths: []datapath.Datapath{local, l}}}.Path(t)
 	becomeKnown(t, local, p)
 	return []relaytest.Hands{{Name: "past TCP", Path: p, Take: takenBy(loader.LocalName)}}
 }

@@ -13,11 +13,12 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/loader"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
-var _ relay.Datapath = (*loader.Loader)(nil)
+var _ datapath.Datapath = (*loader.Loader)(nil)
 
 func TestSockmap(t *testing.T) {
 	for _, c := range []struct {
@@ -35,11 +36,11 @@ func TestSockmap(t *testing.T) {
 			true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			d := relay.Datapath(load(t))
+			d := datapath.Datapath(load(t))
 			if c.atOnce {
 				d = atOnce{d}
 			}
-			c.l.Options.Datapaths = []relay.Datapath{d}
+			c.l.Options.Datapaths = []datapath.Datapath{d}
 			relaytest.Run(t, c.l.Path(t), c.size)
 		})
 	}
@@ -47,12 +48,12 @@ func TestSockmap(t *testing.T) {
 
 // TestSockmapWire: with an end that sends what overlaps, comes again and out of order.
 func TestSockmapWire(t *testing.T) {
-	usual := func(d relay.Datapath) relay.Datapath { return d }
-	for name, as := range map[string]func(relay.Datapath) relay.Datapath{
-		"begins outside": usual, "at once": func(d relay.Datapath) relay.Datapath { return atOnce{d} },
+	usual := func(d datapath.Datapath) datapath.Datapath { return d }
+	for name, as := range map[string]func(datapath.Datapath) datapath.Datapath{
+		"begins outside": usual, "at once": func(d datapath.Datapath) datapath.Datapath { return atOnce{d} },
 	} {
 		t.Run(name, func(t *testing.T) {
-			paths := []relay.Datapath{as(load(t))}
+			paths := []datapath.Datapath{as(load(t))}
 			relaytest.RunWire(t, relaytest.Loopback{Options: relay.Options{Datapaths: paths}})
 		})
 	}
@@ -62,7 +63,7 @@ func TestSockmapWire(t *testing.T) {
 // then on. More of them than there is room for stay where they are.
 func TestAuto(t *testing.T) {
 	l := load(t)
-	p := relaytest.Loopback{Options: relay.Options{WhenTalking: []relay.Sockets{l}}}.Path(t)
+	p := relaytest.Loopback{Options: relay.Options{WhenPingPong: []datapath.Returner{l}}}.Path(t)
 	connect := p.Connect
 	p.Connect = nil
 	var all, taken atomic.Int64
@@ -71,7 +72,7 @@ func TestAuto(t *testing.T) {
 		var moved relay.Counters
 		f.Start(context.Background(), relay.Options{Counters: &moved})
 		begin := time.Now()
-		up, down, err := relaytest.Talk(f.Client, f.Server, 2<<10, func() bool {
+		up, down, err := relaytest.PingPong(f.Client, f.Server, 2<<10, func() bool {
 			long := time.Second
 			if room(l) > 0 { // then it is taken sooner or later
 				long = 5 * time.Second
@@ -109,7 +110,7 @@ func TestAuto(t *testing.T) {
 // changed.
 func TestAutoMidStream(t *testing.T) {
 	l := load(t)
-	p := relaytest.Loopback{Options: relay.Options{WhenTalking: []relay.Sockets{l}}}.Path(t)
+	p := relaytest.Loopback{Options: relay.Options{WhenPingPong: []datapath.Returner{l}}}.Path(t)
 	for round := range 10 {
 		var all sync.WaitGroup
 		for range 4 {
@@ -119,7 +120,7 @@ func TestAutoMidStream(t *testing.T) {
 			all.Go(func() {
 				more := 300
 				begin := time.Now()
-				up, down, err := relaytest.Talk(f.Client, f.Server, []int64{1, 100, 2 << 10}[round%3], func() bool {
+				up, down, err := relaytest.PingPong(f.Client, f.Server, []int64{1, 100, 2 << 10}[round%3], func() bool {
 					if moved.Datapath() == loader.Name {
 						more--
 					}
@@ -141,7 +142,7 @@ func TestAutoMidStream(t *testing.T) {
 // machine is so slow that not all do; when few do, it gets those.
 func TestAutoCrowd(t *testing.T) {
 	l := load(t)
-	p := relaytest.Loopback{Options: relay.Options{WhenTalking: []relay.Sockets{l}}}.Path(t)
+	p := relaytest.Loopback{Options: relay.Options{WhenPingPong: []datapath.Returner{l}}}.Path(t)
 	var all sync.WaitGroup
 	var few atomic.Bool
 	talk := func(enough func(datapath string) bool) {
@@ -149,7 +150,7 @@ func TestAutoCrowd(t *testing.T) {
 		var moved relay.Counters
 		f.Start(context.Background(), relay.Options{Counters: &moved})
 		all.Go(func() {
-			up, down, err := relaytest.Talk(f.Client, f.Server, 200,
+			up, down, err := relaytest.PingPong(f.Client, f.Server, 200,
 				func() bool { return enough(moved.Datapath()) })
 			f.Client.Close()
 			f.Server.Close()

@@ -3,16 +3,16 @@ package front
 import (
 	"slices"
 
-	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 )
 
 // Offer makes d one that flows of `datapath: auto` are offered to from now on
 // when they talk, behind those that were given before. Safe for concurrent
 // use. d must not be closed before the Front.
-func (f *Front) Offer(d relay.Sockets) {
+func (f *Front) Offer(d datapath.Returner) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	var auto []relay.Sockets
+	var auto []datapath.Returner
 	if old := f.auto.Load(); old != nil {
 		auto = slices.Clone(*old)
 	}
@@ -28,11 +28,11 @@ func (f *Front) Lacks(name, why string) {
 }
 
 // datapaths are those that work: named ones, and those for auto.
-func (f *Front) datapaths() []relay.Datapath {
+func (f *Front) datapaths() []datapath.Datapath {
 	all := slices.Clone(f.opts.Datapaths)
 	if auto := f.auto.Load(); auto != nil {
 		for _, d := range *auto {
-			if !slices.Contains(all, relay.Datapath(d)) {
+			if !slices.Contains(all, datapath.Datapath(d)) {
 				all = append(all, d)
 			}
 		}
@@ -46,7 +46,7 @@ type waiter interface {
 	Waits() bool
 }
 
-func waits(d relay.Datapath) bool {
+func waits(d datapath.Datapath) bool {
 	w, ok := d.(waiter)
 	return ok && w.Waits()
 }

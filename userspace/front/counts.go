@@ -9,11 +9,11 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/acme"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/plan"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
@@ -204,7 +204,7 @@ func (f *Front) datapathStates() []DatapathStatus {
 	for _, d := range f.datapaths() {
 		there[d.Name()] = true
 		s := DatapathStatus{Name: d.Name(), Available: true, Wanted: wanted(d.Name())}
-		if h, ok := d.(relay.Health); ok {
+		if h, ok := d.(datapath.Health); ok {
 			s.Reason, s.Stalls = h.Health()
 			s.Available = s.Reason == ""
 			s.SwitchedOff = !s.Available && !waits(d)

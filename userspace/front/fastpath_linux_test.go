@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -43,7 +44,7 @@ func TestExpressExact(t *testing.T) {
 	}
 	for i := range 4 * len(targets) {
 		target := targets[i/4]
-		datapaths := [][]relay.Datapath{nil, {refuser{}, taker{}}, {socketRefuser{}, socketTaker{}}, {socketRefuser{}}}[i%4]
+		datapaths := [][]datapath.Datapath{nil, {refuser{}, taker{}}, {lateRefuser{}, lateTaker{}}, {lateRefuser{}}}[i%4]
 		word := "userspace"
 		if datapaths != nil {
 			word = datapaths[0].Name()
@@ -91,34 +92,29 @@ type taker struct{}
 
 func (taker) Name() string { return "sockmap" }
 
-func (taker) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (func() (int64, int64), error) {
+func (taker) Splice(ctx context.Context, down, up int, f datapath.Handoff) (func() (int64, int64), error) {
 	_, r := relaytest.Relay()
-	r.Run(ctx, down, up, relay.Options{Buffer: f.Buffer, Idle: f.Idle}, func(r relay.Result) { f.Ended(f.Up+r.Up, f.Down+r.Down, string(r.End), r.Err) })
+	r.Run(ctx, relaytest.Conn(down), relaytest.Conn(up), relay.Options{Buffer: f.Buffer, Idle: f.Idle}, func(r relay.Result) { f.Ended(f.Up+r.Up, f.Down+r.Down, string(r.End), r.Err) })
 	return func() (int64, int64) { return f.Up, f.Down }, nil
 }
 
 type refuser struct{ taker }
 
-func (refuser) Splice(context.Context, *net.TCPConn, *net.TCPConn, relay.Flow) (func() (int64, int64), error) {
+func (refuser) Splice(context.Context, int, int, datapath.Handoff) (func() (int64, int64), error) {
 	return nil, errors.New("not today")
 }
 
-// They take bare sockets, too.
+// They record flows, and are offered them later.
 type (
-	socketTaker   struct{ taker }
-	socketRefuser struct{ refuser }
+	lateTaker   struct{ taker }
+	lateRefuser struct{ refuser }
 )
 
-func (socketTaker) Room() int   { return 0 }
-func (socketRefuser) Room() int { return 0 }
+func (lateTaker) Busy() (flows int, ok bool)   { return 0, true }
+func (lateRefuser) Busy() (flows int, ok bool) { return 0, true }
 
-func (s socketTaker) SpliceSockets(ctx context.Context, down, up int, f relay.Flow) (func() (int64, int64), error) {
-	return s.Splice(ctx, relaytest.Conn(down), relaytest.Conn(up), f)
-}
-
-func (s socketRefuser) SpliceSockets(ctx context.Context, _, _ int, f relay.Flow) (func() (int64, int64), error) {
-	return s.Splice(ctx, nil, nil, f)
-}
+func (lateTaker) Record(_, _ int, _ datapath.Handoff) (func(), error)   { return func() {}, nil }
+func (lateRefuser) Record(_, _ int, _ datapath.Handoff) (func(), error) { return func() {}, nil }
 
 // cork keeps a last part of a segment back until the end of the stream.
 func cork(c *net.TCPConn) {

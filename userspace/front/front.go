@@ -67,6 +67,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/deny"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
@@ -90,7 +91,7 @@ type Options struct {
 	// Datapaths are those that work on this machine; userspace is always
 	// there and is not listed. A flow that one refuses is offered to those
 	// behind it. For `datapath: auto` see Front.Offer.
-	Datapaths []relay.Datapath
+	Datapaths []datapath.Datapath
 	// Missing says why a datapath that configuration may name is not there.
 	Missing map[string]string
 }
@@ -150,7 +151,7 @@ type Front struct {
 	places       map[string]place          // that listeners name
 	wayErr       error                     // why there is no way though a route wants it
 
-	auto     atomic.Pointer[[]relay.Sockets] // that Offer gave
+	auto     atomic.Pointer[[]datapath.Returner] // that Offer gave
 	nodeName atomic.Pointer[string]
 	held     atomic.Int64   // requests that wait for a node: see hold.go
 	heldBy   *limit.Limiter // the same, by source

@@ -6,8 +6,8 @@ import (
 	"strings"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/flow"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
@@ -111,7 +111,7 @@ func (f *Front) problems() (out []Problem) {
 	}
 	add(PartHealth, "", f.plan.Config.Control.Health, f.healthErr)
 	for _, d := range f.datapaths() {
-		if h, ok := d.(relay.Health); ok && waits(d) {
+		if h, ok := d.(datapath.Health); ok && waits(d) {
 			why, _ := h.Health()
 			out = append(out, Problem{PartDatapath, "", d.Name(), why})
 		}

@@ -9,8 +9,8 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/accesslog"
 	"github.com/tailsplice/tailsplice/userspace/acme"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/plan"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
@@ -48,7 +48,7 @@ type service struct {
 
 // via names the datapath that a flow of r begins with now, and says why it is not another one. named are those of
 // its word.
-func via(r *plan.Rule, named []relay.Datapath, all []DatapathStatus) (name, why string) {
+func via(r *plan.Rule, named []datapath.Datapath, all []DatapathStatus) (name, why string) {
 	kernel, auto := DatapathStatus{}, r.Datapath == plan.Auto
 	for _, d := range all {
 		if d.Name == autoKernel {
@@ -83,8 +83,8 @@ const userspace = "userspace"
 // named are the datapaths to be tried before userspace, best first, where the
 // configuration has that word: a flow that one refuses is offered to those behind
 // it.
-func (f *Front) named(word string) []relay.Datapath {
-	i := slices.IndexFunc(f.opts.Datapaths, func(d relay.Datapath) bool { return d.Name() == word })
+func (f *Front) named(word string) []datapath.Datapath {
+	i := slices.IndexFunc(f.opts.Datapaths, func(d datapath.Datapath) bool { return d.Name() == word })
 	if i < 0 {
 		return nil
 	}

@@ -162,7 +162,7 @@ func (f *Front) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream string,
 		},
 	}
 	if auto := f.auto.Load(); r.Datapath == plan.Auto && auto != nil {
-		o.WhenTalking = *auto
+		o.WhenPingPong = *auto
 	}
 	return o, func(res relay.Result) {
 		f.flows.Remove(fl)

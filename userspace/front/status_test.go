@@ -6,13 +6,13 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/plan"
-	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // namedPath is a datapath that has a name.
 type namedPath struct {
-	relay.Datapath
+	datapath.Datapath
 	name string
 }
 
@@ -22,13 +22,13 @@ func (n namedPath) Name() string { return n.name }
 func TestVia(t *testing.T) {
 	on, off := DatapathStatus{Name: "sockmap", Available: true}, DatapathStatus{Name: "sockmap", Reason: "it failed"}
 	local := DatapathStatus{Name: "sk_msg", Reason: "no such map"}
-	sockmap, both := []relay.Datapath{namedPath{name: "sockmap"}}, []relay.Datapath{namedPath{name: "sk_msg"}, namedPath{name: "sockmap"}}
+	sockmap, both := []datapath.Datapath{namedPath{name: "sockmap"}}, []datapath.Datapath{namedPath{name: "sk_msg"}, namedPath{name: "sockmap"}}
 	auto, none := plan.Rule{Policy: plan.Policy{Datapath: plan.Auto}}, plan.Rule{Policy: plan.Policy{Datapath: userspace}}
 	named := plan.Rule{Policy: plan.Policy{Datapath: "its name"}}
 	for _, c := range []struct {
 		name      string
 		rule      plan.Rule
-		named     []relay.Datapath
+		named     []datapath.Datapath
 		all       []DatapathStatus
 		want, why string
 	}{

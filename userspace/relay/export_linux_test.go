@@ -5,21 +5,21 @@ import "fmt"
 // DropPipes closes the pipes that are kept.
 func (r *Relay) DropPipes() { r.pipes.drop() }
 
-var stateNames = []string{flowing: "flowing", parked: "parked", ended: "ended"}
+var streamNames = []string{flowing: "flowing", waiting: "waiting", ended: "ended"}
 
 // States says where the flow with these counters is: "loop", or how far the stream of each side is while
 // pumps have it.
 func States(c *Counters) (down, up string) {
 	f := c.flow.Load()
 	if f == nil {
-		return stateNames[ended], stateNames[ended]
+		return streamNames[ended], streamNames[ended]
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.onLoop.Load() {
+	if f.state == onLoop {
 		return "loop", "loop"
 	}
-	return stateNames[f.down.state], stateNames[f.up.state]
+	return streamNames[f.down.state], streamNames[f.up.state]
 }
 
 // Describe says all that the relay knows of the flow with these counters.
@@ -30,13 +30,13 @@ func Describe(c *Counters) string {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	b := fmt.Sprintf("flow %p: on a loop %v, %d pumps, end %q, guessed %v, cut %v, over %v, noPark %v",
-		f, f.onLoop.Load(), f.pumps, f.end, f.guessed, f.cut, f.over, f.noPark)
+	b := fmt.Sprintf("flow %p: %s, %d pumps, end %q, guess %v, cut %v, cannot park %v",
+		f, stateNames[f.state], f.pumps, f.end, f.isGuess, f.isCut, f.cannotPark)
 	f.relay.watches.mu.Lock()
 	defer f.relay.watches.mu.Unlock()
 	for _, s := range f.sides() {
 		b += fmt.Sprintf("\n%s %p: %s, shut %v, fault %v, watched for %#x",
-			s.name(), s, stateNames[s.state], s.shut.Load(), s.fault, s.watched)
+			s.name(), s, streamNames[s.state], s.isShut.Load(), s.fault, s.watched)
 	}
 	return b
 }
@@ -45,7 +45,7 @@ func Describe(c *Counters) string {
 // timer run at once, and so a flow that needs none comes to rest.
 func Ticks(c *Counters) bool {
 	f := c.flow.Load()
-	if f == nil || f.onLoop.Load() {
+	if f == nil || f.isIn(onLoop) {
 		return true
 	}
 	f.mu.Lock()

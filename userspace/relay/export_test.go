@@ -2,8 +2,6 @@ package relay
 
 import "time"
 
-const TalkPerCPU = talkPerCPU
-
 // WithParkAfter gives o with another time than two seconds.
 func WithParkAfter(o Options, d time.Duration) Options {
 	o.parkAfter = d

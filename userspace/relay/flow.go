@@ -12,11 +12,12 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
-// resetGrace is how long the reader of bytes that were received before a reset may stop, before it is
-// reset as well. One that goes on reading gets all of them.
+// resetGrace is how long the reader of bytes that were received before a reset may stop, before it is reset
+// as well. One that goes on reading gets all of them.
 const resetGrace = 2 * time.Second
 
 // tcpGrace is the same where the reader has room, and TCP brings it nothing: it paces, or it retransmits to a
@@ -28,14 +29,14 @@ var past = time.Unix(1, 0)
 
 // A streamState is how far the stream that a side sends has come. It survives every change of hands.
 //
-//	flowing <-> parked    by pumps, when the flow is quiet, and when there are bytes
+//	flowing <-> waiting   by pumps, when the flow is idle or quiet, and when there are bytes
 //	flowing  -> ended     by whoever reads the end of the stream
 //	either   -> ended     when the flow ends for another reason, and nobody wants the rest
 type streamState uint8
 
 const (
 	flowing streamState = iota // a loop or a pump reads it, or is about to
-	parked                     // watches looks out for its next byte, and nobody reads
+	waiting                    // watches looks out for its next byte, and nobody reads
 	ended                      // nobody reads it any more; its end was passed on, if it had a proper one
 )
 
@@ -44,15 +45,14 @@ type side struct {
 	flow  *flow
 	conn  net.Conn
 	sock  syscall.RawConn // the socket under conn, or nil
-	bare  bool            // conn is the socket itself, and can be read by way of sock
 	state streamState     // guarded by the loop's mutex while the flow is on one, else by flow.mu
-	shut  atomic.Bool     // our stream to it has ended, or is about to
+
+	isBare bool        // conn is the socket itself, and can be read by way of sock
+	isShut atomic.Bool // our stream to it has ended, or is about to
 
 	socket *loop.Socket // while the flow is on a loop
-	rest   []byte       // read from it there, and not yet written
-	tried  bool         // its stream is on trial no more: see trial_linux.go; guarded as the stream is
-	spared bool         // what is written on trial is kept short; as tried
-	pieces int          // in a row that were read on trial, on a loop, and were full
+	pieces int          // in a row that were read there on trial, and left bytes in the queue
+	lasting
 
 	held       atomic.Int64 // bytes of its stream that its pump has no room for
 	stoodAt    int64        // how many were moved when MeasureHeld looked
@@ -65,46 +65,58 @@ type side struct {
 	watched uint32 // what is looked out for
 }
 
-// A flow is two sides, and a pump for each stream that has not ended and is not parked.
+// lasting is what a side takes with it to a loop and back. It is guarded as the stream is.
+type lasting struct {
+	rest     []byte // read from it, and not yet written
+	isTried  bool   // its stream is on trial no more: see trial_linux.go
+	isSpared bool   // what is written on trial is kept short
+}
+
+// A flow is two sides, and who has it: see state.
 type flow struct {
 	relay    *Relay
-	down, up side
+	down     side
+	up       side
 	counters *Counters
 	o        Options
 	ctx      context.Context
 	done     func(Result)
 	uncancel func() bool // unhooks ctx
-	onLoop   atomic.Bool // set by who has the loop
 
-	mu        sync.Mutex
-	pumps     int  // that run
-	over      bool // somebody has seen to finish
-	noPark    bool // it does not work
-	noCalm    bool // no loop can have the flow again
-	parking   bool // its pumps were told to return as soon as they have nothing to write
-	guessed   bool // end and err are what is likely: whoever reads from the broken side will know
-	cut       bool // nothing is delivered any more
-	end       End  // the first reason wins
+	recorded *holder         // the datapath that has the flow in its tables; nil: none
+	choice   datapath.Choice // of the datapath that gets it
+
+	mu sync.Mutex
+	// +checklocks:mu
+	progress
+
+	// guarded by the loop's mutex while the flow is on one, else by mu
+	tick  *time.Timer // nil while nobody asks for idleness
+	seen  int64       // bytes moved both ways, when they had last changed
+	since time.Time   // when that was seen
+}
+
+// progress is how far a flow has come.
+type progress struct {
+	state state
+	pumps int // that run
+
+	cannotPark     bool      // watches had no descriptor or no memory
+	cannotReattach bool      // no loop can have the flow again
+	quietSeen      int64     // bytes moved both ways, at quietSince
+	quietSince     time.Time // when pumps were last asked whether they move much
+
+	end       End // the first reason wins
 	err       error
+	isGuess   bool        // end and err are what is likely: whoever reads from the broken side will know
+	isCut     bool        // nothing is delivered any more
 	grace     *time.Timer // looks whether the reader of a broken flow goes on
 	delivered int64       // what that reader has acknowledged
 	takenAt   time.Time   // when that was seen first
-
-	recorded *holder // the datapath that has the flow in its tables; nil: none
-	prefers  bool    // to be in that one
-	talk     talk    // on a loop
-
-	tick  *time.Timer // nil while nobody looks for idleness
-	seen  int64       // bytes moved both ways, when they had last changed
-	since time.Time   // when that was seen
-
-	calmSeen  int64     // bytes moved both ways, at calmSince
-	calmSince time.Time // when pumps were last asked whether they move much
 }
 
 func (r *Relay) newFlow(ctx context.Context, down, up net.Conn, o Options, done func(Result)) *flow {
-	f := &flow{relay: r, ctx: ctx, o: o, done: done, counters: o.Counters}
-	f.pumps = 1 // not yet one, but nobody may finish the flow before userspace is called
+	f := &flow{relay: r, ctx: ctx, o: o, done: done, counters: o.Counters, choice: datapath.Choice{Of: o.WhenPingPong}}
 	if f.counters == nil {
 		f.counters = new(Counters)
 	}
@@ -112,6 +124,7 @@ func (r *Relay) newFlow(ctx context.Context, down, up net.Conn, o Options, done 
 	if f.o.Buffer <= 0 {
 		f.o.Buffer = DefaultBuffer
 	}
+	f.o.parkAfter = cmp.Or(o.parkAfter, parkAfter)
 	if down != nil {
 		f.down.init(f, down)
 		f.up.init(f, up)
@@ -123,12 +136,12 @@ func (r *Relay) newFlow(ctx context.Context, down, up net.Conn, o Options, done 
 
 func (s *side) init(f *flow, c net.Conn) {
 	s.flow, s.conn = f, c
-	s.sock, s.bare = socket(c)
+	s.sock, s.isBare = socket(c)
 }
 
-// socket finds the socket under c. bare: there is nothing else in between.
-func socket(c net.Conn) (sock syscall.RawConn, bare bool) {
-	bare = true
+// socket finds the socket under c. isBare: there is nothing else in between.
+func socket(c net.Conn) (sock syscall.RawConn, isBare bool) {
+	isBare = true
 	for {
 		switch s := c.(type) {
 		case *net.TCPConn, *net.UnixConn, sockConn:
@@ -136,9 +149,9 @@ func socket(c net.Conn) (sock syscall.RawConn, bare bool) {
 			if err != nil {
 				return nil, false
 			}
-			return sock, bare
+			return sock, isBare
 		case interface{ NetConn() net.Conn }: // *tls.Conn
-			c, bare = s.NetConn(), false
+			c, isBare = s.NetConn(), false
 		default:
 			return nil, false
 		}
@@ -167,27 +180,12 @@ func (s *side) moved() *atomic.Int64 {
 	return &s.flow.counters.down
 }
 
-func (s *side) resetEnd() End {
-	if s == &s.flow.down {
-		return EndDownstreamReset
-	}
-	return EndUpstreamReset
-}
-
-// run offers the flow to the kernel datapaths, or begins to relay it here.
+// run gives the flow to a datapath or a loop, or begins to relay it here.
 func (f *flow) run() {
 	f.arm()
-	if f.canOffer() {
-		if err := f.writeHead(); err != nil {
-			f.broken(&f.up, err)
-		} else if f.offer() {
-			return
-		}
+	if !f.attach() {
+		f.userspace()
 	}
-	if !f.ending() && f.attach() {
-		return
-	}
-	f.userspace()
 }
 
 // sides are down and up.
@@ -197,38 +195,37 @@ func (f *flow) sides() [2]*side { return [2]*side{&f.down, &f.up} }
 // are parked.
 func (f *flow) userspace() {
 	f.mu.Lock()
-	var own *side // pumped by this goroutine, whose stack has grown already
+	f.enter(pumping)
+	if f.end != "" {
+		f.enter(ending)
+	}
 	for _, s := range f.sides() {
 		switch {
 		case s.state == ended:
 			watchForReset(s)
-		case !f.wants(s):
-			s.state = ended
-		case own == nil:
-			own = s
-		default:
+		case f.wants(s):
 			f.startPump(s)
+		default:
+			s.state = ended
 		}
 	}
-	if own == nil {
-		f.pumps--
-		f.unlockAndFinish()
-		return
-	}
-	f.mu.Unlock()
-	f.pump(own)
+	f.unlockAndFinish()
 }
 
 // wants reports whether what src sends is still to be delivered: always until the flow is to end, and then
-// what a broken src has sent before. It is called with f.mu held.
+// what a broken src has sent before.
+//
+// +checklocks:f.mu
 func (f *flow) wants(src *side) bool {
-	if src.state == ended || f.cut {
+	if src.state == ended || f.isCut {
 		return false
 	}
 	return f.end == "" || src.fault != nil && src.other().fault == nil
 }
 
-// startPump is called with f.mu held.
+// startPump starts a pump for src, which none reads.
+//
+// +checklocks:f.mu
 func (f *flow) startPump(src *side) {
 	src.state = flowing
 	f.pumps++
@@ -238,19 +235,21 @@ func (f *flow) startPump(src *side) {
 // pump moves what comes from src until that ends, is parked, or is not wanted any more.
 func (f *flow) pump(src *side) {
 	for {
-		over := f.move(src)
+		isOver := f.move(src)
 		f.mu.Lock()
-		if over || !f.wants(src) {
+		if isOver || !f.wants(src) {
 			src.state = ended
 			break
 		}
 		// It was told to stop reading. If that was to be parked, and can't be, it goes on.
 		src.conn.SetReadDeadline(time.Time{})
 		if f.park(src) {
-			if f.mayCalmDown() {
+			if f.mayReattach() {
+				f.pumps--
 				f.down.state, f.up.state = flowing, flowing
+				f.enter(inTransit)
 				f.mu.Unlock()
-				f.calmDown()
+				f.reattach()
 				return
 			}
 			break
@@ -261,27 +260,34 @@ func (f *flow) pump(src *side) {
 	f.unlockAndFinish()
 }
 
-// unlockAndFinish is called with f.mu held, by each who could be the last to see that the flow is over.
+// unlockAndFinish is called by each who could be the last to see that the flow is over, or is parked.
+//
+// +checklocksrelease:f.mu
 func (f *flow) unlockAndFinish() {
-	last := !f.over && f.pumps == 0 && (f.end != "" || f.down.state == ended && f.up.state == ended)
-	f.over = f.over || last
+	isLast := false
+	if f.hasPumps() && f.pumps == 0 {
+		if isLast = f.end != "" || f.down.state == ended && f.up.state == ended; isLast {
+			f.enter(done)
+		} else if f.state != parked {
+			f.enter(parked)
+		}
+	}
 	f.mu.Unlock()
-	if last {
+	if isLast {
 		f.finish()
 	}
 }
 
-// move copies from src to the other side. over: src's stream has ended, and its end was passed on, or one of
-// the sides is broken. Else it was told to stop by a deadline.
-func (f *flow) move(src *side) (over bool) {
-	dst, moved := src.other(), &f.counters.down
+// move copies from src to the other side. isOver: src's stream has ended, and its end was passed on, or one
+// of the sides is broken. Else it was told to stop by a deadline.
+func (f *flow) move(src *side) (isOver bool) {
+	dst := src.other()
 	if src == &f.down {
-		moved = &f.counters.up
 		if err := f.writeHead(); err != nil {
 			return f.broken(dst, err)
 		}
 	}
-	p := pump{relay: f.relay, src: src, dst: dst, moved: moved, limit: int(min(f.o.Buffer, maxPipe))}
+	p := pump{relay: f.relay, src: src, dst: dst, moved: src.moved(), limit: int(min(f.o.Buffer, maxPipe))}
 	if bad, err := p.run(); err != nil {
 		return f.broken(bad, err)
 	}
@@ -365,7 +371,7 @@ func (f *flow) writeHead() error {
 
 // closeWrite ends our stream to s. Once it has, it does nothing.
 func (s *side) closeWrite() error {
-	if s.shut.Swap(true) {
+	if s.isShut.Swap(true) {
 		return nil
 	}
 	if c, ok := s.conn.(interface{ CloseWrite() error }); ok {
@@ -378,9 +384,9 @@ func (s *side) closeWrite() error {
 }
 
 // broken says that s can't go on. The direction to it stops. What it has sent before is delivered, for as
-// long as the reader goes on, with no pause of resetGrace. over is false if s is not broken but was told to
+// long as the reader goes on, with no pause of resetGrace. isOver is false if s is not broken but was told to
 // stop, by one who knows why.
-func (f *flow) broken(s *side, err error) (over bool) {
+func (f *flow) broken(s *side, err error) (isOver bool) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return false
 	}
@@ -400,20 +406,26 @@ func (f *flow) broken(s *side, err error) (over bool) {
 // it, the error would leave what looks like an end of the stream.
 func (f *flow) faulty(s *side) {
 	f.mu.Lock()
-	err, guess := error(syscall.ECONNRESET), s.state != ended
-	if !guess {
+	if f.state == done {
+		f.mu.Unlock()
+		return
+	}
+	err, isGuess := error(syscall.ECONNRESET), s.state != ended
+	if !isGuess {
 		err = cmp.Or(s.takeError(), err)
 	}
-	f.breaks(s, &sideError{"watch", s.name(), err}, guess)
+	f.breaks(s, &sideError{"watch", s.name(), err}, isGuess)
 	f.unlockAndFinish()
 }
 
-// breaks is called with f.mu held.
-func (f *flow) breaks(s *side, err error, guess bool) {
-	if f.end == "" || f.guessed && s.fault == f.err {
-		f.end, f.err, f.guessed = EndError, err, guess
+// breaks notes that s can't go on.
+//
+// +checklocks:f.mu
+func (f *flow) breaks(s *side, err error, isGuess bool) {
+	if f.end == "" || f.isGuess && s.fault == f.err {
+		f.end, f.err, f.isGuess = EndError, err, isGuess
 		if isReset(err) {
-			f.end = s.resetEnd()
+			f.end = End(s.name() + "_reset")
 		}
 		s.fault = err
 	}
@@ -426,7 +438,7 @@ func (f *flow) breaks(s *side, err error, guess bool) {
 	}
 	s.conn.SetWriteDeadline(past)
 	s.other().conn.SetReadDeadline(past)
-	f.wakeParked()
+	f.beginToEnd()
 }
 
 // cutIfStopped ends the delivery to a reader that has acknowledged nothing since the last look, and has no
@@ -443,7 +455,7 @@ func (f *flow) cutIfStopped(reader *side) {
 		f.grace.Reset(resetGrace)
 		return
 	}
-	f.cut = true
+	f.isCut = true
 	f.wake()
 }
 
@@ -456,23 +468,33 @@ func (f *flow) acknowledged(s *side) int64 {
 	return down - int64(s.unacked())
 }
 
-// abort ends the flow now.
+// abort ends the flow now, unless it has left for a loop, where others see to that, or is done.
 func (f *flow) abort(end End, err error) {
 	f.mu.Lock()
+	if f.state != inTransit && !f.hasPumps() {
+		f.mu.Unlock()
+		return
+	}
 	if f.end == "" {
 		f.end, f.err = end, err
 	}
-	f.cut = true
+	f.isCut = true
 	f.wake()
-	f.wakeParked()
+	f.beginToEnd()
 	f.unlockAndFinish()
 }
 
-// wakeParked leaves no side parked, since the flow is to end. It is called with f.mu held.
-func (f *flow) wakeParked() {
+// beginToEnd has pumps deliver what is wanted of a flow that is to end, and leaves no side parked. Where
+// pumps don't have it, whoever does sees that it ends.
+//
+// +checklocks:f.mu
+func (f *flow) beginToEnd() {
+	if f.hasPumps() && f.state != ending {
+		f.enter(ending)
+	}
 	for _, s := range f.sides() {
 		switch {
-		case s.state != parked:
+		case s.state != waiting:
 		case f.wants(s):
 			f.startPump(s)
 		default:
@@ -541,7 +563,7 @@ func (s *side) drain() {
 	waits := func() bool {
 		s.flow.mu.Lock()
 		defer s.flow.mu.Unlock()
-		return !s.flow.cut && s.fault == nil
+		return !s.flow.isCut && s.fault == nil
 	}
 	for wait := time.Millisecond; waits() && s.unacked() > 0; wait = min(2*wait, 50*time.Millisecond) {
 		time.Sleep(wait)

@@ -17,11 +17,11 @@ func (s *side) keepUrgent() {
 // stream that was read is none, but the rest of a reset that somebody else has been told of.
 func (s *side) gone() bool {
 	closed := false
-	if s.sock == nil || s.shut.Load() {
+	if s.sock == nil || s.isShut.Load() {
 		return false
 	}
 	s.sock.Control(func(fd uintptr) { closed = tcpsock.IsClosed(int(fd)) })
-	return closed && !s.shut.Load() // that may have come meanwhile
+	return closed && !s.isShut.Load() // that may have come meanwhile
 }
 
 // unacked is the number of bytes written to s that its other end has not acknowledged, and still may.

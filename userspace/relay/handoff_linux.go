@@ -1,68 +1,210 @@
 package relay
 
 import (
+	"context"
+	"net"
+	"slices"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
-// offerTalk hands the flow off if a message of s makes it ping-pong, and a datapath has room for all that are. It is
-// called with the loop held.
-func (s *side) offerTalk(n int) (then func()) {
-	f := s.flow
-	if f.prefers {
-		if !f.talk.prefers(s, n) {
-			return nil
-		}
-		return f.handOff(f.o.WhenTalking[0], func() {})
+// RunSockets is [Relay.Run] for two TCP sockets of one loop that are connected, and that nobody waits for. It
+// has written Head, or copied it, when it returns.
+func (r *Relay) RunSockets(ctx context.Context, down, up *loop.Socket, o Options, done func(Result)) {
+	f := r.newFlow(ctx, nil, nil, o, done)
+	if !f.goesAtOnce() {
+		f.begin(down, up)
+		return
 	}
-	talking := f.talk.says(s, n, &f.relay.talkers)
-	if talking == 0 {
-		return nil
-	}
-	for _, d := range f.o.WhenTalking {
-		if room(d) >= talking {
-			return f.handOff(d, f.relay.talkers.gone)
-		}
-	}
-	return nil
+	down.Loop().Do(func() (then func()) {
+		f.toPoller(down, up)
+		return func() { go f.run() }
+	})
 }
 
-// handOff takes f off the loop and offers it to d. taken is called if d has it then. It is called with the loop held.
-func (f *flow) handOff(d Sockets, taken func()) (then func()) {
-	f.relay.calm.remove(f)
-	f.onLoop.Store(false)
-	down, up := f.down.socket, f.up.socket
-	for _, s := range f.sides() {
-		s.socket.Detach()
-		s.socket = nil // a ctx that ends meanwhile is seen by who has the flow then
+// goesAtOnce reports whether a datapath may take the flow as it begins.
+func (f *flow) goesAtOnce() bool {
+	return slices.ContainsFunc(f.o.Datapaths, func(d datapath.Datapath) bool {
+		_, isReturner := d.(datapath.Returner)
+		return !isReturner
+	})
+}
+
+// attach gives f, which is in transit, to a datapath or a loop, if there can be one.
+func (f *flow) attach() bool {
+	if !f.parkable() {
+		return false
 	}
-	return func() {
-		f.disarm()
-		h := &handoff{f: f, to: d}
-		count, err := d.SpliceSockets(f.ctx, down.FD(), up.FD(), h.record())
-		if h.answered(count, err) {
-			taken()
+	_, isUnix := f.down.conn.(*net.UnixConn)
+	if _, ok := f.up.conn.(*net.UnixConn); ok || isUnix {
+		f.o.Datapaths, f.choice = nil, datapath.Choice{}
+	}
+	if f.goesAtOnce() {
+		if err := f.writeHead(); err != nil {
+			f.broken(&f.up, err)
+			return false
+		}
+	}
+	if !f.disarm() {
+		return false
+	}
+	down, up := f.socketsOnLoop()
+	if up == nil {
+		f.arm()
+		return false
+	}
+	f.down.conn.Close() // out of Go's poller, which would wake for each message
+	f.up.conn.Close()
+	f.begin(down, up)
+	return true
+}
+
+// socketsOnLoop makes new descriptors of both sockets, for a loop; nil if there can be none.
+func (f *flow) socketsOnLoop() (down, up *loop.Socket) {
+	downFD, err := tcpsock.Dup(f.down.sock)
+	if err != nil {
+		return nil, nil
+	}
+	upFD, err := tcpsock.Dup(f.up.sock)
+	if err != nil {
+		unix.Close(downFD)
+		return nil, nil
+	}
+	l := f.relay.loops.Loop()
+	return l.NewSocket(downFD), l.NewSocket(upFD)
+}
+
+// begin gives f, which is in transit, to the datapath that takes it as it begins, or to the loop of its
+// sockets. One that may have it later records it first.
+func (f *flow) begin(down, up *loop.Socket) {
+	for _, d := range f.o.Datapaths {
+		if r, ok := d.(datapath.Returner); ok {
+			if f.prefer(r, down, up) {
+				break
+			}
+		} else if f.offer(d, down, up) {
 			return
 		}
-		f.talk.turns = -talkAgain
+	}
+	f.attachTo(down, up)
+}
+
+// prefer has d record the flow, which d is to have whenever it is ping-pong or quiet.
+func (f *flow) prefer(d datapath.Returner, down, up *loop.Socket) bool {
+	forget, err := d.Record(down.FD(), up.FD(), f.handoff(d))
+	if err != nil {
+		f.refused(d, err)
+		return false
+	}
+	f.choice = datapath.Choice{Of: []datapath.Returner{d}, Prefers: true}
+	f.isRecorded(d, forget)
+	f.counters.kernel.Store(f.recorded)
+	return true
+}
+
+// isRecorded makes f one of d's to the end, whoever moves its bytes.
+func (f *flow) isRecorded(d datapath.Datapath, forget func()) {
+	f.recorded = &holder{d.Name(), f.counters.own}
+	done := f.done
+	f.done = func(r Result) {
+		forget()
+		r.Datapath = d.Name()
+		done(r)
+	}
+}
+
+// offer asks d to take f, which is in transit, and is so again if d refuses it. Nobody has the sockets in a poller.
+func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool) {
+	f.mu.Lock()
+	f.enter(handedOff)
+	f.mu.Unlock()
+	count, err := d.Splice(f.ctx, down.FD(), up.FD(), f.handoff(d))
+	f.mu.Lock()
+	if err != nil {
+		f.enter(inTransit)
+	} else if f.state == handedOff { // else it has had the flow
+		f.counters.kernel.Store(&holder{d.Name(), count})
+	}
+	f.mu.Unlock()
+	if err != nil {
+		f.refused(d, err)
+	}
+	return err == nil
+}
+
+// handoff is what d is told of the flow.
+func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
+	return datapath.Handoff{
+		ID: f.o.ID, Route: f.o.Route,
+		Up: f.counters.up.Load(), Down: f.counters.down.Load(),
+		Buffer: f.o.Buffer, Idle: f.o.Idle, Busy: datapath.BusyBytes, Moved: f.counters.own,
+		Ended: func(up, down int64, end string, err error) {
+			f.settle(up, down, nil)
+			f.report(Result{Up: up, Down: down, End: End(end), Err: err, Datapath: d.Name()})
+		},
+		Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error) {
+			g := f.resumed()
+			if forget != nil && g.recorded == nil {
+				g.isRecorded(d, forget)
+			}
+			f.settle(upBytes, downBytes, g.recorded)
+			f.refused(d, reason)
+			g.down.rest, g.up.rest = downRest, upRest
+			l := g.relay.loops.Loop()
+			g.attachTo(l.NewSocket(down), l.NewSocket(up))
+		},
+	}
+}
+
+// settle ends the time in which a datapath has f and counts. It may come before Splice has returned.
+func (f *flow) settle(up, down int64, next *holder) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.enter(done)
+	f.counters.up.Store(up)
+	f.counters.down.Store(down)
+	f.counters.kernel.Store(next)
+}
+
+// resumed is the flow that goes on where f is done.
+func (f *flow) resumed() *flow {
+	o := f.o
+	o.Counters = f.counters
+	g := f.relay.newFlow(f.ctx, nil, nil, o, f.done)
+	g.recorded, g.choice = f.recorded, datapath.Choice{Of: f.choice.Of, Prefers: f.choice.Prefers}
+	return g
+}
+
+func (f *flow) refused(d datapath.Datapath, reason error) {
+	if f.o.Refused != nil {
+		f.o.Refused(d.Name(), reason)
+	}
+}
+
+// handOff takes f off its loop, which the caller has to itself, and offers it to d.
+func (f *flow) handOff(d datapath.Returner) (then func()) {
+	down, up := f.leave(inTransit)
+	down.Detach()
+	up.Detach()
+	return func() {
+		f.disarm() // a ctx that ends meanwhile is seen by who has the flow then
+		if f.offer(d, down, up) {
+			f.relay.chooser.Taken(&f.choice)
+			return
+		}
+		f.choice.Refused()
 		f.attachTo(down, up)
 	}
 }
 
-// takeBack goes on with a flow that a datapath gives back.
-func (f *flow) takeBack(down, up int, downRest, upRest []byte) {
-	f.down.rest, f.up.rest = downRest, upRest
-	l := f.relay.loops.Loop()
-	f.attachTo(l.NewSocket(down), l.NewSocket(up))
-}
-
-// calmDown gives f, both of whose sides are parked, back to a loop, where a datapath may have it again. It is called
-// by the last pump, which still counts as one.
-func (f *flow) calmDown() {
+// reattach gives f, whose pumps are gone, to a loop, where a datapath may have it again.
+func (f *flow) reattach() {
 	unwatch(&f.down)
 	unwatch(&f.up)
 	var down, up *loop.Socket
@@ -71,93 +213,93 @@ func (f *flow) calmDown() {
 	}
 	f.mu.Lock()
 	if up == nil || f.end != "" {
-		f.noCalm = true
+		f.cannotReattach = true
 		if f.grace != nil { // a side broke just before disarm, which has stopped the timer
 			f.grace.Reset(resetGrace)
 		}
 		f.mu.Unlock()
-		for _, s := range []*loop.Socket{down, up} {
-			if s != nil {
-				s.Close()
-			}
+		if up != nil {
+			down.Close()
+			up.Close()
 		}
 		f.arm()
 		f.userspace()
 		return
 	}
-	f.over = true
+	f.enter(done)
 	f.mu.Unlock()
 	f.down.conn.Close()
 	f.up.conn.Close()
 	f.resumed().attachTo(down, up)
 }
 
-// calmFlows are the flows on loops that prefer a datapath. Those that are quiet are handed off: they may never be
-// ping-pong.
-type calmFlows struct {
-	mu    sync.Mutex
-	flows map[*flow]*calmFlow
-	looks bool // run does, and ends when there are no flows
+// quietSweep hands off the flows on loops that prefer a datapath and are quiet: they may never be ping-pong.
+type quietSweep struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	flows map[*flow]*sweptFlow
+	// +checklocks:mu
+	isRunning bool // run is called again and again, until there are no flows
 }
 
-type calmFlow struct {
-	on     *loop.Loop
-	moved  int64 // at the last look
-	looked bool  // there was one since it came
+type sweptFlow struct {
+	on      *loop.Loop
+	moved   int64 // when it was swept last
+	isSwept bool  // it was, since it came
 }
 
-// add is called with the loop held when f is on l.
-func (c *calmFlows) add(f *flow, l *loop.Loop) {
-	if !f.prefers {
+// add is called with l held when f is on l.
+func (q *quietSweep) add(f *flow, l *loop.Loop) {
+	if !f.choice.Prefers {
 		return
 	}
 	up, down := f.counters.Load()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.flows == nil {
-		c.flows = make(map[*flow]*calmFlow)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.flows == nil {
+		q.flows = make(map[*flow]*sweptFlow)
 	}
-	c.flows[f] = &calmFlow{on: l, moved: up + down}
-	if !c.looks {
-		c.looks = true
-		time.AfterFunc(calmWithin, c.look)
+	q.flows[f] = &sweptFlow{on: l, moved: up + down}
+	if !q.isRunning {
+		q.isRunning = true
+		time.AfterFunc(datapath.QuietWithin, q.run)
 	}
 }
 
 // remove is called with f's loop held when f leaves that.
-func (c *calmFlows) remove(f *flow) {
-	if !f.prefers {
+func (q *quietSweep) remove(f *flow) {
+	if !f.choice.Prefers {
 		return
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	delete(c.flows, f)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	delete(q.flows, f)
 }
 
-// look hands off the flows that are quiet, and looks again later while there are flows.
-func (c *calmFlows) look() {
-	for f, l := range c.quiet() {
+func (q *quietSweep) run() {
+	for f, l := range q.quiet() {
 		f.offerQuiet(l)
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.looks = len(c.flows) > 0; c.looks {
-		time.AfterFunc(calmWithin, c.look)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.isRunning = len(q.flows) > 0; q.isRunning {
+		time.AfterFunc(datapath.QuietWithin, q.run)
 	}
 }
 
-// quiet gives the flows that have moved something since the last look, but little, and were there then. One that has
-// come since may be in the middle of bulk, and has had no time to move much.
-func (c *calmFlows) quiet() map[*flow]*loop.Loop {
+// quiet gives the flows that have moved something since the last time, but little, and were there then. One
+// that has come since may be in the middle of bulk, and has had no time to move much.
+func (q *quietSweep) quiet() map[*flow]*loop.Loop {
 	quiet := make(map[*flow]*loop.Loop)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for f, at := range c.flows {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for f, at := range q.flows {
 		up, down := f.counters.Load()
-		if moved := up + down - at.moved; at.looked && moved > 0 && moved <= calmBytes {
+		moved := up + down - at.moved
+		if at.isSwept && moved > 0 && datapath.IsQuiet(moved, datapath.QuietWithin) {
 			quiet[f] = at.on
 		}
-		at.moved, at.looked = up+down, true
+		at.moved, at.isSwept = up+down, true
 	}
 	return quiet
 }
@@ -165,14 +307,14 @@ func (c *calmFlows) quiet() map[*flow]*loop.Loop {
 // offerQuiet hands f off, if it is still on l and both its streams go on.
 func (f *flow) offerQuiet(l *loop.Loop) {
 	l.Do(func() (then func()) {
-		if !f.onLoop.Load() || f.down.state != flowing || f.up.state != flowing || f.talk.turns < 0 {
+		if !f.isIn(onLoop) || f.down.state != flowing || f.up.state != flowing || !f.choice.MayBeOffered(time.Now()) {
 			return nil
 		}
 		for _, s := range f.sides() {
-			if n, err := unix.IoctlGetInt(s.socket.FD(), unix.SIOCINQ); n > 0 || err != nil {
+			if s.hasUnread() {
 				return nil // it has just come here, and may have been read in the middle of an skb
 			}
 		}
-		return f.handOff(f.o.WhenTalking[0], func() {})
+		return f.handOff(f.choice.Of[0])
 	})
 }

@@ -1,28 +1,30 @@
 package relay
 
-import "testing"
+import (
+	"testing"
+)
 
 // TestQuiet: a flow is quiet when it has moved little between two looks. One that has come since the last look is not,
 // though it has moved little: it may be in the middle of bulk.
 func TestQuiet(t *testing.T) {
-	c := calmFlows{looks: true} // by nobody but this test
+	q := quietSweep{isRunning: true} // by nobody but this test
 	f := (&Relay{}).newFlow(t.Context(), nil, nil, Options{}, nil)
-	f.prefers = true
-	c.add(f, nil)
-	defer c.remove(f)
-	for i, look := range []struct {
+	f.choice.Prefers = true
+	q.add(f, nil)
+	defer q.remove(f)
+	for i, sweep := range []struct {
 		moved int64
 		quiet bool
 	}{
 		{1000, false}, // it has just come
 		{1000, true},
 		{0, false}, // there is nothing to win
-		{calmBytes, true},
-		{calmBytes + 1, false},
+		{1 << 20, true},
+		{1<<20 + 1, false},
 	} {
-		f.counters.down.Add(look.moved)
-		if _, quiet := c.quiet()[f]; quiet != look.quiet {
-			t.Errorf("look %d, %d bytes moved: quiet %v, want %v", i, look.moved, quiet, look.quiet)
+		f.counters.down.Add(sweep.moved)
+		if _, quiet := q.quiet()[f]; quiet != sweep.quiet {
+			t.Errorf("sweep %d, %d bytes moved: quiet %v, want %v", i, sweep.moved, quiet, sweep.quiet)
 		}
 	}
 }

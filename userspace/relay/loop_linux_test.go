@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"math/rand/v2"
+	"net"
 	"slices"
 	"testing"
 	"time"
@@ -46,5 +47,29 @@ func TestLoopFullReader(t *testing.T) {
 	}
 	if !bytes.Equal(got, sent) {
 		t.Error("other bytes arrive than were sent")
+	}
+}
+
+// TestLoopEvenMessages: messages that fill the pieces in which a side on trial is read exactly are no bulk: their flow
+// stays on its loop when the trial ends.
+func TestLoopEvenMessages(t *testing.T) {
+	f := relaytest.Loopback{}.Path(t).Connect(t)
+	defer f.Server.Close()
+	defer f.Client.Close()
+	var moved relay.Counters
+	f.Start(context.Background(), relay.Options{Counters: &moved})
+	message := make([]byte, 16<<10)
+	for range 64 { // four times what a reader acknowledges until its trial ends
+		for _, way := range [][2]net.Conn{{f.Client, f.Server}, {f.Server, f.Client}} {
+			if _, err := way[0].Write(message); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(way[1], message); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if down, up := relay.States(&moved); down != "loop" || up != "loop" {
+		t.Errorf("after messages of 16 KiB in turn its sides are %s and %s", down, up)
 	}
 }

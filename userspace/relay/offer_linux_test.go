@@ -10,15 +10,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
 // A refuser refuses all flows.
-type refuser struct{ Sockets }
+type refuser struct{ datapath.Returner }
 
 func (refuser) Name() string { return "refuser" }
 
-func (refuser) SpliceSockets(context.Context, int, int, Flow) (func() (int64, int64), error) {
+func (refuser) Splice(context.Context, int, int, datapath.Handoff) (func() (int64, int64), error) {
 	return nil, errors.New("refused")
 }
 
@@ -32,7 +33,7 @@ func TestNoOfferWithinPieces(t *testing.T) {
 	defer loops.Close()
 	r, l, done := New(loops), loops.Loop(), make(chan Result, 1)
 	defer r.Close()
-	f := r.newFlow(context.Background(), nil, nil, Options{WhenTalking: []Sockets{refuser{}}},
+	f := r.newFlow(context.Background(), nil, nil, Options{WhenPingPong: []datapath.Returner{refuser{}}},
 		func(r Result) { done <- r })
 	client, down := connected(t)
 	server, up := connected(t)
@@ -40,7 +41,10 @@ func TestNoOfferWithinPieces(t *testing.T) {
 	for _, pieces := range []int{1, 0} {
 		var then func()
 		l.Do(func() func() {
-			f.prefers, f.talk, f.up.pieces = true, talk{turn: &f.up, turns: preferredTurns - 1}, pieces
+			f.choice, f.up.pieces = datapath.Choice{Of: []datapath.Returner{refuser{}}, Prefers: true}, pieces
+			for from := datapath.Downstream; r.chooser.Message(&f.choice, from, 1) == nil; {
+				from = datapath.Downstream + datapath.Upstream - from
+			}
 			if _, err := client.Write([]byte("x")); err != nil {
 				t.Error(err)
 			}

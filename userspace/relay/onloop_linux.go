@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"time"
@@ -12,129 +13,45 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
-// RunSockets is [Relay.Run] for two sockets of one loop that are connected, and that nobody waits for. It has
-// written Head, or copied it, when it returns.
-func (r *Relay) RunSockets(ctx context.Context, down, up *loop.Socket, o Options, done func(Result)) {
-	f := r.newFlow(ctx, nil, nil, o, done)
-	if len(o.Datapaths) > 0 && f.offerSockets(down, up) {
-		return
-	}
-	f.attachTo(down, up)
-}
+// What is in this file and returns then has the loop to itself, but for attachTo. then is called without that.
 
-// offerSockets offers the flow to the kernel datapaths, and reports whether somebody else goes on with it.
-func (f *flow) offerSockets(down, up *loop.Socket) bool {
-	simple := true
-	for _, d := range f.o.Datapaths {
-		if _, ok := d.(Sockets); !ok {
-			simple = false
-		}
-	}
-	if !simple || f.writeFirst(up.FD()) != nil {
-		o := f.o
-		o.Head, o.Counters = bytes.Clone(o.Head), f.counters
-		go f.relay.runConns(f.ctx, down, up, o, f.done)
-		return true
-	}
-	for _, d := range f.o.Datapaths {
-		if f.prefer(d.(Sockets), down.FD(), up.FD()) {
-			break
-		}
-	}
-	return false
-}
-
-// runConns is [Relay.Run] for sockets that leave their loop.
-func (r *Relay) runConns(ctx context.Context, down, up *loop.Socket, o Options, done func(Result)) {
-	d, err := down.Conn()
-	if err != nil {
-		up.Close()
-		done(Result{End: EndError, Err: err, Datapath: userspace})
-		return
-	}
-	u, err := up.Conn()
-	if err != nil {
-		d.Close()
-		done(Result{End: EndError, Err: err, Datapath: userspace})
-		return
-	}
-	r.Run(ctx, d, u, o, done)
-}
-
-// attach gives f to a loop, if that can have it.
-func (f *flow) attach() bool {
-	if !f.down.bare || !f.up.bare || !f.disarm() {
-		return false
-	}
-	down, up := f.socketsOnLoop()
-	if up == nil {
-		f.arm()
-		return false
-	}
-	if !f.isTCP() {
-		f.o.WhenTalking = nil
-	}
-	f.down.conn.Close() // out of Go's poller, which would wake for each message
-	f.up.conn.Close()
-	f.attachTo(down, up)
-	return true
-}
-
-// socketsOnLoop makes new descriptors of both sockets, for a loop; nil if there can be none.
-func (f *flow) socketsOnLoop() (down, up *loop.Socket) {
-	downFD, err := tcpsock.Dup(f.down.sock)
-	upFD, upErr := tcpsock.Dup(f.up.sock)
-	if err == nil && upErr == nil {
-		l := f.relay.loops.Loop()
-		return l.NewSocket(downFD), l.NewSocket(upFD)
-	}
-	for _, fd := range []int{downFD, upFD} {
-		if fd >= 0 {
-			unix.Close(fd)
-		}
-	}
-	return nil, nil
-}
-
-// attachTo begins f on the loop of its sockets.
+// attachTo gives f, which is in transit, to the loop of its sockets.
 func (f *flow) attachTo(down, up *loop.Socket) {
 	l := down.Loop()
 	tcpsock.KeepUrgent(down.FD())
 	tcpsock.KeepUrgent(up.FD())
 	l.Do(func() (then func()) {
 		f.mu.Lock()
-		f.down = side{flow: f, socket: down, rest: f.down.rest, tried: f.down.tried, spared: f.down.spared}
-		f.up = side{flow: f, socket: up, rest: f.up.rest, tried: f.up.tried, spared: f.up.spared}
-		f.onLoop.Store(true)
+		f.down = side{flow: f, socket: down, lasting: f.down.lasting}
+		f.up = side{flow: f, socket: up, lasting: f.up.lasting}
+		f.enter(onLoop)
 		f.mu.Unlock()
 		f.armOn(l)
-		return f.begin(l)
+		return f.beginOn(l)
 	})
 }
 
-// begin attaches both sockets to l and writes what comes first. It is called with the loop held.
-func (f *flow) begin(l *loop.Loop) (then func()) {
-	var missed [2]bool
+// beginOn attaches both sockets to l and writes what comes first.
+func (f *flow) beginOn(l *loop.Loop) (then func()) {
+	var hasMissed [2]bool
 	for i, s := range f.sides() {
 		var err error
-		if missed[i], err = s.socket.Attach(s); err != nil {
+		if hasMissed[i], err = s.socket.Attach(s); err != nil {
 			return f.detach(f.resume) // no memory
 		}
 	}
-	if err := f.writeFirst(f.up.socket.FD()); err == unix.EAGAIN {
-		return f.detach(f.resume) // where the rest is written
-	} else if err != nil {
-		return f.detach(func() { f.resumeBroken(&f.up, &sideError{"write to", f.up.name(), err}) })
+	if err := f.writeFirst(f.up.socket.FD()); err != nil && err != unix.EAGAIN {
+		return f.detachBroken("write to", &f.up, err)
+	} else if err != nil || len(f.down.rest)+len(f.up.rest) > 0 {
+		return f.detach(f.resume) // pumps write what is left of this, or of an earlier stay
 	}
-	if len(f.down.rest)+len(f.up.rest) > 0 {
-		return f.detach(f.resume) // pumps write what is left of an earlier stay
-	}
-	f.relay.calm.add(f, l)
+	f.relay.quiet.add(f, l)
 	for i, s := range f.sides() {
-		if missed[i] {
+		if hasMissed[i] {
 			if then := s.pass(true); then != nil {
 				return then
 			}
@@ -158,9 +75,8 @@ func (f *flow) writeFirst(up int) error {
 	return nil
 }
 
-// Handle does what has come for a side whose flow is on a loop. It is called with the loop held.
+// Handle does what has come for a side whose flow is on a loop.
 func (s *side) Handle(events uint32) (then func()) {
-	f := s.flow
 	switch {
 	case s.state != ended:
 		// A read stops in front of an urgent byte, too (EPOLLPRI).
@@ -168,90 +84,142 @@ func (s *side) Handle(events uint32) (then func()) {
 	case events&unix.EPOLLERR == 0:
 		return nil // its stream has ended, as we know
 	}
-	err := cmp.Or(takeError(s.socket.FD()), error(unix.ECONNRESET))
-	return f.detach(func() { f.resumeBroken(s, &sideError{"watch", s.name(), err}) })
+	return s.flow.detachBroken("watch", s, cmp.Or(takeError(s.socket.FD()), error(unix.ECONNRESET)))
 }
 
 // pass moves what s has. With toEnd it reads until it is told that there is no more; else a read that doesn't
-// fill the buffer says so, as epoll(7) promises. It is called with the loop held.
+// fill the buffer says so, as epoll(7) promises.
 func (s *side) pass(toEnd bool) (then func()) {
-	f, dst, moved := s.flow, s.other(), &s.flow.counters.down
-	if s == &f.down {
-		moved = &f.counters.up
-	}
 	buf := s.socket.Loop().Buffer()
-	buf = buf[:min(int64(len(buf)), f.o.Buffer)]
-	buf, onTrial := s.piece(buf, dst.socket.FD())
-	if !onTrial && s.pieces*trialRead >= leastBulk {
-		return f.detach(f.resume)
+	buf = buf[:min(int64(len(buf)), s.flow.o.Buffer)]
+	if piece, isOnTrial := s.piece(buf, s.other().socket.FD()); isOnTrial {
+		return s.passPiece(piece, toEnd)
 	}
-	for full := 0; ; {
-		n, err := noEINTR(func() (int, error) { return unix.Read(s.socket.FD(), buf) })
+	if s.pieces*trialRead >= leastBulk {
+		return s.flow.detach(s.flow.resume)
+	}
+	for full := 0; full < fullReads; {
+		n, then := s.transfer(buf)
 		switch {
-		case err == unix.EAGAIN:
-			return nil
-		case err != nil:
-			return f.detach(func() { f.resumeBroken(s, &sideError{"read from", s.name(), err}) })
 		case n == 0:
-			return s.eof()
+			return then
+		case n == len(buf):
+			full++
+		case toEnd:
+			full = 0
+		default:
+			return s.message(n)
 		}
-		m, err := noEINTR(func() (int, error) { return unix.Write(dst.socket.FD(), buf[:n]) })
-		moved.Add(int64(max(m, 0)))
-		if err != nil && err != unix.EAGAIN {
-			return f.detach(func() { f.resumeBroken(dst, &sideError{"write to", dst.name(), err}) })
-		}
-		if m < n {
-			s.rest = bytes.Clone(buf[max(m, 0):n])
-			return f.detach(f.resume)
-		}
-		if n < len(buf) {
-			if full = 0; !toEnd {
-				if s.pieces > 0 {
-					n, s.pieces = preferredBytes+1, 0 // it may be bulk as well as a message
-				}
-				if f.o.WhenTalking != nil && dst.state != ended && dst.pieces == 0 { // else dst is read in part
-					return s.offerTalk(n)
-				}
-				return nil
+	}
+	return s.flow.detach(s.flow.resume)
+}
+
+// passPiece is pass for a side on trial: others have their turn between two pieces.
+func (s *side) passPiece(buf []byte, toEnd bool) (then func()) {
+	for {
+		n, then := s.transfer(buf)
+		switch {
+		case n == 0:
+			s.pieces = 0
+			return then
+		case n == len(buf) && s.hasUnread():
+			if s.pieces++; s.socket.Again() != nil {
+				return s.flow.detach(s.flow.resume)
 			}
-			continue
-		}
-		if onTrial && s.socket.Again() == nil {
-			s.pieces++
 			return nil
-		}
-		if full++; full >= fullReads {
-			return f.detach(f.resume)
+		case !toEnd:
+			return s.message(n)
 		}
 	}
 }
 
+// transfer does one read and one write. Where n is 0 there is nothing more to read, or s has left the loop,
+// and then is what follows.
+func (s *side) transfer(buf []byte) (n int, then func()) {
+	f, dst := s.flow, s.other()
+	n, err := noEINTR(func() (int, error) { return unix.Read(s.socket.FD(), buf) })
+	switch {
+	case err == unix.EAGAIN:
+		return 0, nil
+	case err != nil:
+		return 0, f.detachBroken("read from", s, err)
+	case n == 0:
+		return 0, s.eof()
+	}
+	m, err := noEINTR(func() (int, error) { return unix.Write(dst.socket.FD(), buf[:n]) })
+	m = max(m, 0)
+	s.moved().Add(int64(m))
+	if err != nil && err != unix.EAGAIN {
+		return 0, f.detachBroken("write to", dst, err)
+	}
+	if m < n {
+		s.rest = bytes.Clone(buf[m:n])
+		return 0, f.detach(f.resume)
+	}
+	return n, nil
+}
+
+// message hands the flow off if that is due now that a message of s, whose last n bytes were read, has passed.
+func (s *side) message(n int) (then func()) {
+	f, dst := s.flow, s.other()
+	if s.pieces > 0 {
+		n, s.pieces = math.MaxInt, 0 // it may be bulk as well as a message
+	}
+	if len(f.choice.Of) == 0 || dst.state == ended || dst.pieces > 0 { // then dst is read in part
+		return nil
+	}
+	from := datapath.Downstream
+	if s == &f.up {
+		from = datapath.Upstream
+	}
+	d := f.relay.chooser.Message(&f.choice, from, n)
+	if d == nil {
+		return nil
+	}
+	offer := f.handOff(d)
+	return func() { go offer() } // it takes 0.1 ms, and the loop has other flows
+}
+
+// hasUnread reports whether there are bytes to be read from s, or that can't be said.
+func (s *side) hasUnread() bool {
+	n, err := unix.IoctlGetInt(s.socket.FD(), unix.SIOCINQ)
+	return n > 0 || err != nil
+}
+
 // eof passes the end of s's stream on. An error besides is a reset that came behind it: a read gives one that
-// came alone. It is called with the loop held.
+// came alone.
 func (s *side) eof() (then func()) {
 	f, dst, fault := s.flow, s.other(), takeError(s.socket.FD())
 	s.state = ended
 	if dst.state == ended && fault == nil {
 		return f.endOnLoop()
 	}
-	dst.shut.Store(true)
+	dst.isShut.Store(true)
 	if err := unix.Shutdown(dst.socket.FD(), unix.SHUT_WR); err != nil {
-		return f.detach(func() { f.resumeBroken(dst, &sideError{"end the stream to", dst.name(), err}) })
+		return f.detachBroken("end the stream to", dst, err)
 	}
 	if fault != nil {
-		return f.detach(func() { f.resumeBroken(s, &sideError{"read from", s.name(), fault}) })
+		return f.detachBroken("read from", s, fault)
 	}
 	return nil
 }
 
-// endOnLoop is the proper end of f. It is called with the loop held.
+// leave takes f off its loop. The sockets are still in that.
+func (f *flow) leave(next state) (down, up *loop.Socket) {
+	f.relay.quiet.remove(f)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.enter(next)
+	down, up = f.down.socket, f.up.socket
+	f.down.socket, f.up.socket = nil, nil
+	return down, up
+}
+
+// endOnLoop is the proper end of f.
 func (f *flow) endOnLoop() (then func()) {
-	f.relay.calm.remove(f)
-	f.onLoop.Store(false)
-	for _, s := range f.sides() {
-		s.socket.Discard()
-		s.socket = nil
-	}
+	down, up := f.leave(done)
+	down.Discard()
+	up.Discard()
 	return func() {
 		f.disarm()
 		up, down := f.counters.Load()
@@ -259,21 +227,39 @@ func (f *flow) endOnLoop() (then func()) {
 	}
 }
 
-// detach gives f to Go's poller, where then, which has a goroutine of its own, goes on with it. It is called
-// with the loop held.
-func (f *flow) detach(then func()) func() {
-	f.relay.calm.remove(f)
-	f.onLoop.Store(false)
-	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
-	for _, s := range f.sides() {
-		s.socket.Detach()
-		s.init(f, sockConn{os.NewFile(uintptr(s.socket.FD()), "socket")})
-		s.socket = nil
-	}
+// detach takes f off its loop, and gives it to next, which has a goroutine of its own.
+func (f *flow) detach(next func()) (then func()) {
+	f.toPoller(f.leave(inTransit))
 	return func() {
 		f.disarm()
-		go then()
+		go next()
 	}
+}
+
+// detachBroken has pumps end f because of s; what s has sent before is still delivered.
+func (f *flow) detachBroken(op string, s *side, err error) (then func()) {
+	return f.detach(func() {
+		f.arm()
+		f.broken(s, &sideError{op, s.name(), err})
+		f.userspace()
+	})
+}
+
+// detachAborted ends f now.
+func (f *flow) detachAborted(end End, err error) (then func()) {
+	return f.detach(func() {
+		f.abort(end, err)
+		f.userspace()
+	})
+}
+
+// toPoller gives both sockets, which leave their loop, to Go's poller.
+func (f *flow) toPoller(down, up *loop.Socket) {
+	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
+	down.Detach()
+	up.Detach()
+	f.down.init(f, sockConn{os.NewFile(uintptr(down.FD()), "socket")})
+	f.up.init(f, sockConn{os.NewFile(uintptr(up.FD()), "socket")})
 }
 
 // resume goes on with pumps.
@@ -282,58 +268,35 @@ func (f *flow) resume() {
 	f.userspace()
 }
 
-// resumeBroken ends f because of s; what s has sent before is still delivered.
-func (f *flow) resumeBroken(s *side, err error) {
-	f.arm()
-	f.broken(s, err)
-	f.userspace()
-}
-
-// resumeAborted ends f now.
-func (f *flow) resumeAborted(end End, err error) {
-	f.abort(end, err)
-	f.userspace()
-}
-
-// cutOn ends f, if it is still on l, for a reason that no event has.
-func (f *flow) cutOn(l *loop.Loop, end End, err error) {
-	l.Do(func() (then func()) {
-		if !f.onLoop.Load() {
-			return nil
-		}
-		return f.detach(func() { f.resumeAborted(end, err) })
-	})
-}
-
-// armOn makes ctx and idleness end the flow while it is on l. It is called with the loop held.
+// armOn makes ctx and idleness end the flow while it is on l.
 func (f *flow) armOn(l *loop.Loop) {
 	if f.ctx.Done() != nil {
-		f.uncancel = context.AfterFunc(f.ctx, func() { f.cutOn(l, EndCanceled, context.Cause(f.ctx)) })
+		f.uncancel = context.AfterFunc(f.ctx, func() {
+			l.Do(func() (then func()) {
+				if f.isIn(onLoop) {
+					then = f.detachAborted(EndCanceled, context.Cause(f.ctx))
+				}
+				return then
+			})
+		})
 	}
 	if f.o.Idle > 0 {
 		f.seen, f.since = -1, time.Now()
-		f.tick = time.AfterFunc(f.o.Idle/4, func() { f.lookOn(l) })
+		f.tick = time.AfterFunc(f.o.Idle/4, func() { l.Do(f.checkIdleOn) })
 	}
 }
 
-// lookOn sees whether bytes have moved on l since the last time.
-func (f *flow) lookOn(l *loop.Loop) {
-	up, down := f.counters.Load()
-	now := time.Now()
-	l.Do(func() (then func()) {
-		if !f.onLoop.Load() {
-			return nil
-		}
-		if up+down != f.seen {
-			f.seen, f.since = up+down, now
-		}
-		quiet := now.Sub(f.since)
-		if quiet < f.o.Idle {
-			f.tick.Reset(min(f.o.Idle/4, f.o.Idle-quiet))
-			return nil
-		}
-		return f.detach(func() { f.resumeAborted(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle)) })
-	})
+// checkIdleOn sees whether bytes have moved on the loop since the last time.
+func (f *flow) checkIdleOn() (then func()) {
+	if !f.isIn(onLoop) {
+		return nil
+	}
+	idle := f.idle(time.Now())
+	if idle >= f.o.Idle {
+		return f.detachAborted(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle))
+	}
+	f.tick.Reset(min(f.o.Idle/4, f.o.Idle-idle))
+	return nil
 }
 
 // A sockConn is a socket that was on a loop, now in Go's poller.
@@ -343,27 +306,16 @@ func (c sockConn) LocalAddr() net.Addr { return nil }
 
 func (c sockConn) RemoteAddr() net.Addr { return nil }
 
-func (c sockConn) control(do func(fd int) error) error {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return err
+func (c sockConn) CloseWrite() (err error) {
+	if !tcpsock.Control(c, func(fd int) { err = unix.Shutdown(fd, unix.SHUT_WR) }) {
+		return net.ErrClosed
 	}
-	cerr := raw.Control(func(fd uintptr) { err = do(int(fd)) })
-	if cerr != nil {
-		return cerr
-	}
+	return os.NewSyscallError("shutdown", err)
+}
+
+func (c sockConn) SetLinger(seconds int) (err error) {
+	tcpsock.Control(c, func(fd int) {
+		err = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: int32(seconds)})
+	})
 	return err
-}
-
-func (c sockConn) CloseWrite() error {
-	return c.control(func(fd int) error {
-		return os.NewSyscallError("shutdown", unix.Shutdown(fd, unix.SHUT_WR))
-	})
-}
-
-func (c sockConn) SetLinger(seconds int) error {
-	return c.control(func(fd int) error {
-		return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER,
-			&unix.Linger{Onoff: 1, Linger: int32(seconds)})
-	})
 }

@@ -46,13 +46,13 @@ func userspaceHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 			}},
 		{Name: "parked", Path: path(relay.WithParkAfter(relay.Options{Buffer: buffer}, time.Millisecond)),
 			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
-				up, down = reach(t, f, moved, 4*buffer, "flowing", "parked")
-				await(t, moved, f.Client, f, "parked")
-				await(t, moved, f.Server, f, "parked")
+				up, down = reach(t, f, moved, 4*buffer, "flowing", "waiting")
+				await(t, moved, f.Client, f, "waiting")
+				await(t, moved, f.Server, f, "waiting")
 				return up, down
 			},
 			Rest: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters, end net.Conn) {
-				await(t, moved, end, f, "parked", "ended")
+				await(t, moved, end, f, "waiting", "ended")
 			}},
 	}
 }

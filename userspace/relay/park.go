@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"math"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 )
 
 // parkAfter is how long a flow is quiet before its goroutines go. Long enough for what parking and waking
@@ -12,7 +14,7 @@ import (
 // that a burst of 10,000 took once stays with the process.
 const parkAfter = 500 * time.Millisecond
 
-// arm makes ctx and idleness end the flow.
+// arm makes ctx and idleness end the flow, which is in transit.
 func (f *flow) arm() {
 	f.down.conn.SetDeadline(time.Time{})
 	f.up.conn.SetDeadline(time.Time{})
@@ -21,9 +23,9 @@ func (f *flow) arm() {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.seen, f.since, f.parking = -1, time.Now(), false
-	f.tick = time.AfterFunc(math.MaxInt64, f.look)
-	f.lookAgain(0)
+	f.seen, f.since = -1, time.Now()
+	f.tick = time.AfterFunc(math.MaxInt64, f.checkIdle)
+	f.resetTick(0)
 }
 
 // disarm undoes arm. It is false when ctx is ending the flow already.
@@ -42,95 +44,101 @@ func (f *flow) disarm() (ok bool) {
 	return ok
 }
 
-// look sees whether bytes have moved since the last time, so that no message has to touch a timer.
-func (f *flow) look() {
-	up, down := f.counters.Load()
-	now := time.Now()
+// checkIdle sees whether bytes have moved since the last time, so that no message has to touch a timer.
+func (f *flow) checkIdle() {
 	f.mu.Lock()
 	if f.tick == nil {
 		f.mu.Unlock()
 		return
 	}
-	if up+down != f.seen {
-		f.seen, f.since = up+down, now
-	}
-	quiet := now.Sub(f.since)
-	if f.o.Idle > 0 && quiet >= f.o.Idle {
+	now := time.Now()
+	idle := f.idle(now)
+	if f.o.Idle > 0 && idle >= f.o.Idle {
 		f.mu.Unlock()
 		f.abort(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle))
 		return
 	}
 	defer f.mu.Unlock()
-	if f.canPark() && f.end == "" && (quiet >= f.parkAfter() || f.movesLittle(up+down, now)) {
+	if f.state == pumping && f.canPark() && (idle >= f.o.parkAfter || f.isQuiet(f.seen, now)) {
 		// A pump returns by this as soon as it has nothing to read and nothing left to write.
 		f.down.conn.SetReadDeadline(past)
 		f.up.conn.SetReadDeadline(past)
-		f.parking = true
+		f.enter(parking)
 	}
-	f.lookAgain(quiet)
+	f.resetTick(idle)
 }
 
-// lookAgain sets the timer for a flow that has been quiet for so long. Pumps that were told to return need no
-// look: each of them parks its side before it reads again, also one that waits for room. It is called with f.mu
-// held.
-func (f *flow) lookAgain(quiet time.Duration) {
+// idle is for how long no byte has moved. The caller has what guards seen and since.
+func (f *flow) idle(now time.Time) time.Duration {
+	if up, down := f.counters.Load(); up+down != f.seen {
+		f.seen, f.since = up+down, now
+	}
+	return now.Sub(f.since)
+}
+
+// resetTick sets the timer for a flow that has been idle for so long. Pumps that were told to return need
+// none: each of them parks its side before it reads again, also one that waits for room.
+//
+// +checklocks:f.mu
+func (f *flow) resetTick(idle time.Duration) {
 	again := time.Duration(math.MaxInt64)
-	if f.pumps > 0 && f.canPark() && !f.parking {
-		again = f.parkAfter()
+	if (f.state == pumping || f.state == inTransit) && f.canPark() {
+		again = f.o.parkAfter
 	}
 	switch {
-	case f.o.Idle > 0 && f.pumps > 0:
+	case f.o.Idle > 0 && (f.pumps > 0 || f.state == inTransit):
 		again = min(again, f.o.Idle/4)
 	case f.o.Idle > 0: // nothing moves unseen
-		again = f.o.Idle - quiet
+		again = f.o.Idle - idle
 	}
 	if f.tick != nil && again < math.MaxInt64 {
 		f.tick.Reset(max(again, time.Millisecond))
 	}
 }
 
-func (f *flow) parkAfter() time.Duration {
-	if f.o.parkAfter > 0 {
-		return f.o.parkAfter
-	}
-	return parkAfter
-}
-
 // parkable: the pumps wait in a way that can be taken over.
-func (f *flow) parkable() bool { return haveWatches && f.down.bare && f.up.bare }
+func (f *flow) parkable() bool { return haveWatches && f.down.isBare && f.up.isBare }
 
-// canPark is called with f.mu held.
-func (f *flow) canPark() bool { return f.parkable() && !f.noPark }
+// +checklocks:f.mu
+func (f *flow) canPark() bool { return f.parkable() && !f.cannotPark }
 
-// movesLittle reports, every parkAfter, whether a flow that a datapath may have has moved so little since the last time
-// that it is no work for pumps. It is called with f.mu held.
-func (f *flow) movesLittle(moved int64, now time.Time) bool {
-	if len(f.o.WhenTalking) == 0 || f.noCalm || now.Sub(f.calmSince) < f.parkAfter() {
+// isQuiet reports, every parkAfter, whether a flow that a datapath may have has moved so little since the
+// last time that it is no work for pumps.
+//
+// +checklocks:f.mu
+func (f *flow) isQuiet(moved int64, now time.Time) (isQuiet bool) {
+	within := now.Sub(f.quietSince)
+	if len(f.choice.Of) == 0 || f.cannotReattach || within < f.o.parkAfter {
 		return false
 	}
-	known, most := !f.calmSince.IsZero(), int64(calmBytes*now.Sub(f.calmSince).Seconds()/calmWithin.Seconds())
-	little := known && moved-f.calmSeen <= most
-	f.calmSeen, f.calmSince = moved, now
-	return little
+	isQuiet = !f.quietSince.IsZero() && datapath.IsQuiet(moved-f.quietSeen, within)
+	f.quietSeen, f.quietSince = moved, now
+	return isQuiet
 }
 
-// mayCalmDown reports whether the flow, both of whose sides are parked, is to go back to a loop, where a datapath may
-// have it again. It is called with f.mu held, by a pump.
-func (f *flow) mayCalmDown() bool {
-	return len(f.o.WhenTalking) > 0 && !f.noCalm && f.pumps == 1 && f.end == "" &&
-		f.down.state == parked && f.up.state == parked
+// mayReattach reports whether the flow, whose last pump calls, is to go back to a loop, where a datapath may
+// have it again.
+//
+// +checklocks:f.mu
+func (f *flow) mayReattach() bool {
+	return len(f.choice.Of) > 0 && !f.cannotReattach && f.pumps == 1 && f.down.state == waiting && f.up.state == waiting
 }
 
-// park leaves src, whose pump is about to return, to watches, if it can. It is called with f.mu held.
+// park leaves src, whose pump is about to return, to watches, if it can.
+//
+// +checklocks:f.mu
 func (f *flow) park(src *side) bool {
 	if f.end != "" || !f.canPark() {
 		return false
 	}
 	if !watchForBytes(src) {
-		f.noPark = true // no descriptor for the epoll, or no memory
+		f.cannotPark = true
+		if f.state == parking {
+			f.enter(pumping)
+		}
 		return false
 	}
-	src.state = parked
+	src.state = waiting
 	return true
 }
 
@@ -138,11 +146,13 @@ func (f *flow) park(src *side) bool {
 func (f *flow) unpark(src *side) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if src.state != parked {
+	if src.state != waiting {
 		return false
 	}
+	if f.state != pumping {
+		f.enter(pumping)
+	}
 	f.startPump(src)
-	f.parking = false
-	f.lookAgain(0)
+	f.resetTick(0)
 	return true
 }

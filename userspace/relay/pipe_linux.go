@@ -20,14 +20,17 @@ type pipe struct {
 
 // A pipePool keeps empty pipes, and counts all.
 type pipePool struct {
-	mu    sync.Mutex
-	free  []*pipe
-	all   int // that there are
+	mu sync.Mutex
+	// +checklocks:mu
+	free []*pipe
+	// +checklocks:mu
+	all int // that there are
+	// +checklocks:mu
 	limit int // 0: none
 }
 
-// LimitPipes says how many pipes, of two descriptors each, r may have. Those that a reader who has stopped keeps
-// full count: without one, bytes are copied.
+// LimitPipes says how many pipes, of two descriptors each, r may have. Those that a reader who has stopped
+// keeps full count: without one, bytes are copied.
 func (r *Relay) LimitPipes(n int) {
 	r.pipes.mu.Lock()
 	defer r.pipes.mu.Unlock()

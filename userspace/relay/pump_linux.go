@@ -9,24 +9,24 @@ import (
 )
 
 const (
-	fullReads  = 2        // so many reads in a row that filled the buffer begin bulk
-	quietReads = 8        // so many splices in a row of less than quietBytes end it
-	quietBytes = 16 << 10 //
+	fullReads    = 2        // so many reads in a row that filled the buffer begin bulk
+	smallSplices = 8        // so many splices in a row of less than smallSplice end it
+	smallSplice  = 16 << 10 // bytes
 )
 
 // A pump moves the bytes of one direction.
 //
-// The whole run is one call of src.sock.Read: its callback moves all there is and then
-// asks to wait, so that an idle pump is a parked goroutine and nothing else.
+// The whole run is one call of src.sock.Read: its callback moves all there is and then asks to wait, so that
+// an idle pump is a parked goroutine and nothing else.
 type pump struct {
 	relay    *Relay
 	src, dst *side
 	moved    *atomic.Int64
 	limit    int // bytes that may be held here
 
-	bulk     bool // splice instead of copying
-	count    int  // reads in a row that speak for the other mode
-	noSplice bool // one of the sockets can't
+	isBulk       bool // splice instead of copying
+	count        int  // reads in a row that speak for the other mode
+	cannotSplice bool // one of the sockets can't
 
 	flush, drain func(fd uintptr) bool
 	out          []byte // read and not yet written
@@ -42,7 +42,7 @@ type pump struct {
 }
 
 func (p *pump) run() (bad *side, err error) {
-	if !p.src.bare || !p.dst.bare {
+	if !p.src.isBare || !p.dst.isBare {
 		return p.copyAny()
 	}
 	p.flush, p.drain = p.flushOut, p.drainPipe
@@ -76,7 +76,7 @@ func (p *pump) turn(fd uintptr) (done bool) {
 	for {
 		var n int
 		var err error
-		if p.bulk {
+		if p.isBulk {
 			n, err = p.splice(int(fd))
 		} else {
 			n, err = p.copy(int(fd))
@@ -103,9 +103,9 @@ func (p *pump) copy(fd int) (n int, err error) {
 	b := p.relay.buffers.Get().(*[bufferSize]byte)
 	defer p.relay.buffers.Put(b)
 	buf := b[:min(len(b), p.limit)]
-	onTrial := false
-	if !p.src.tried {
-		p.dst.sock.Control(func(dst uintptr) { buf, onTrial = p.src.piece(buf, int(dst)) })
+	isOnTrial := false
+	if !p.src.isTried {
+		p.dst.sock.Control(func(dst uintptr) { buf, isOnTrial = p.src.piece(buf, int(dst)) })
 	}
 	n, err = noEINTR(func() (int, error) { return unix.Read(fd, buf) })
 	if n <= 0 {
@@ -116,13 +116,13 @@ func (p *pump) copy(fd int) (n int, err error) {
 		p.fail("write to", p.dst, err)
 	}
 	p.out = nil
-	if onTrial {
+	if isOnTrial {
 		runtime.Gosched()
 	}
-	if onTrial || n < len(buf) || p.limit < bufferSize || p.noSplice {
+	if isOnTrial || n < len(buf) || p.limit < bufferSize || p.cannotSplice {
 		p.count = 0
 	} else if p.count++; p.count >= fullReads {
-		p.bulk, p.count = true, 0
+		p.isBulk, p.count = true, 0
 	}
 	return n, nil
 }
@@ -150,7 +150,7 @@ func (p *pump) flushOut(fd uintptr) (done bool) {
 func (p *pump) splice(fd int) (n int, err error) {
 	pipe := p.relay.pipes.get()
 	if pipe == nil {
-		p.bulk = false
+		p.isBulk = false
 		return p.copy(fd)
 	}
 	most := min(p.limit, pipe.size)
@@ -165,8 +165,8 @@ func (p *pump) splice(fd int) (n int, err error) {
 	if n <= 0 {
 		p.relay.pipes.put(pipe)
 		switch {
-		case cannotSplice(err):
-			p.bulk, p.noSplice = false, true
+		case isUnspliceable(err):
+			p.isBulk, p.cannotSplice = false, true
 			return p.copy(fd)
 		case err == nil:
 			return p.copy(fd) // to be told that the stream has ended: before an urgent byte it only looks so
@@ -177,7 +177,7 @@ func (p *pump) splice(fd int) (n int, err error) {
 			}
 			return 0, err
 		}
-		p.bulk, p.noSplice, p.lost = false, true, err
+		p.isBulk, p.cannotSplice, p.lost = false, true, err
 		return p.copy(fd)
 	}
 	p.pipe, p.inPipe = pipe, n
@@ -189,17 +189,17 @@ func (p *pump) splice(fd int) (n int, err error) {
 		p.pipe = nil
 		p.relay.pipes.put(pipe)
 	}
-	if n >= quietBytes {
+	if n >= smallSplice {
 		p.count = 0
-	} else if p.count++; p.count >= quietReads {
-		p.bulk, p.count = false, 0
+	} else if p.count++; p.count >= smallSplices {
+		p.isBulk, p.count = false, 0
 	}
 	return n, nil
 }
 
 // drainPipe gives what is in the pipe to dst.
 func (p *pump) drainPipe(fd uintptr) (done bool) {
-	for p.inPipe > 0 && !p.noSplice {
+	for p.inPipe > 0 && !p.cannotSplice {
 		n, err := noEINTR(func() (int, error) {
 			n, err := unix.Splice(p.pipe.r, nil, int(fd), nil, p.inPipe,
 				unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
@@ -210,8 +210,8 @@ func (p *pump) drainPipe(fd uintptr) (done bool) {
 			p.src.hold(p.inPipe)
 			watchForReset(p.src)
 			return false
-		case cannotSplice(err):
-			p.bulk, p.noSplice = false, true
+		case isUnspliceable(err):
+			p.isBulk, p.cannotSplice = false, true
 		case err != nil:
 			p.fail("write to", p.dst, err)
 			return true
@@ -246,7 +246,7 @@ func (p *pump) emptyPipe(fd uintptr) (done bool) {
 	return true
 }
 
-func cannotSplice(err error) bool {
+func isUnspliceable(err error) bool {
 	return err == unix.EINVAL || err == unix.ENOSYS || err == unix.EOPNOTSUPP
 }
 

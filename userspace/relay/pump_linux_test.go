@@ -23,7 +23,7 @@ func TestSpliceToRefused(t *testing.T) {
 	f.down.flow, f.up.flow = f, f
 	f.up.sock, _ = file.SyscallConn()
 	want := bytes.Repeat([]byte("0123456789"), 6000)
-	p := pump{relay: f.relay, src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, bulk: true,
+	p := pump{relay: f.relay, src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, isBulk: true,
 		pipe: f.relay.pipes.get(), inPipe: len(want)}
 	if n, err := unix.Write(p.pipe.w, want); n != len(want) {
 		t.Fatal(n, err)
@@ -35,7 +35,7 @@ func TestSpliceToRefused(t *testing.T) {
 	if !bytes.Equal(got, want) || p.moved.Load() != int64(len(want)) {
 		t.Errorf("%d bytes written, %d counted, %v", len(got), p.moved.Load(), err)
 	}
-	if !p.noSplice || p.bulk || p.inPipe != 0 {
+	if !p.cannotSplice || p.isBulk || p.inPipe != 0 {
 		t.Errorf("the pump would splice again: %+v", &p)
 	}
 	f.relay.pipes.put(p.pipe)
@@ -57,12 +57,12 @@ func TestSpliceFromRefused(t *testing.T) {
 	f := &flow{relay: New(nil), counters: new(Counters)}
 	f.down.flow, f.up.flow = f, f
 	f.up.sock, _ = w.SyscallConn()
-	p := pump{relay: f.relay, src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, bulk: true}
+	p := pump{relay: f.relay, src: &f.down, dst: &f.up, moved: new(atomic.Int64), limit: 1 << 20, isBulk: true}
 	p.flush, p.drain = p.flushOut, p.drainPipe
 	if n, err := p.splice(fd); n != 8 || err != nil || p.err != nil || p.moved.Load() != 8 {
 		t.Fatal(n, err, p.err, p.moved.Load())
 	}
-	if !p.noSplice || p.bulk {
+	if !p.cannotSplice || p.isBulk {
 		t.Errorf("the pump would splice again: %+v", &p)
 	}
 }

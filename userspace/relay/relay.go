@@ -1,18 +1,19 @@
-// Package relay is the userspace datapath: it copies the bytes of a flow between two connections,
-// and hands the flow to a kernel [Datapath] where there is one that takes it.
+// Package relay is the userspace datapath: it copies the bytes of a flow between two connections, and hands
+// the flow to a kernel [datapath.Datapath] where there is one that takes it.
 //
-// It is always there, needs no privilege, and is the oracle for every other datapath: package
-// relaytest holds the table of cases that all of them pass.
+// It is always there, needs no privilege, and is the oracle for every other datapath: package relaytest holds
+// the table of cases that all of them pass.
 //
 // On Linux, between TCP and unix sockets, a flow begins on a loop, one goroutine with an epoll for many
 // flows, where small messages are one read and one write. One that is ping-pong or quiet may be handed off to
-// the kernel from there (talk.go decides), and comes back there when it is busy. A flow with more to move, or
-// one that breaks, leaves the loop for two pumps: there bulk goes through a pipe with splice(2). A direction
-// that waits for bytes holds neither a buffer nor a pipe, and pumps that have been quiet for a while have no
-// goroutine either: one epoll for all of them waits. A flow that a kernel datapath may have goes back to a
-// loop when its pumps have little to do.
+// the kernel from there (package datapath decides), and comes back there when it is busy. A flow with more to
+// move, or one that breaks, leaves the loop for two pumps: there bulk goes through a pipe with splice(2). A
+// direction that waits for bytes holds neither a buffer nor a pipe, and pumps that have been quiet for a
+// while have no goroutine either: one epoll for all of them waits. A flow that a kernel datapath may have
+// goes back to a loop when its pumps have little to do.
 //
 //	relay.go         what callers see: a relay, the options of a flow, its counters and its result
+//	state.go         who has a flow, and which changes of that there are
 //	flow.go          a flow between its two sides, its pumps, and its end
 //	onloop_linux.go  a flow on a loop: from its first bytes until it is detached or has ended
 //	trial_linux.go   how much is read of a side at once, until its other side's reader is seen to read
@@ -21,15 +22,13 @@
 //	copy.go          the same for connections that are no bare sockets
 //	park.go          timers, and sides that wait without a goroutine
 //	watch_linux.go   the epoll that waits for them
-//	datapath.go      what a kernel datapath is, and what it is told of a flow
-//	talk.go          which flows a kernel datapath gets
-//	offer.go         a flow's stay in a datapath, from the offer on
-//	handoff_linux.go from a loop to a datapath and back, and from pumps to a loop
+//	handoff_linux.go from the begin to a loop, to a datapath and back, and from pumps to a loop
 //	held_linux.go    what flows hold for readers that have no room
 //
-// Locks are taken in this order: that of a loop, flow.mu, and then one of those of watcher, calmFlows, talkerCount
-// and pipePool, under which nothing else is locked. holding.measuring comes before that of watcher. What a Datapath
-// is asked, and what a caller has given to be called, is called with no lock held, but for Sockets.Busy and count.
+// Locks are taken in this order: that of a loop, flow.mu, and then one of those of watcher, quietSweep,
+// pipePool and [datapath.Chooser], under which nothing else is locked. holding.measuring comes before that of
+// watcher. What a datapath is asked, and what a caller has given to be called, is called with no lock held,
+// but for datapath.Returner's Busy, and count.
 package relay
 
 import (
@@ -39,6 +38,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
@@ -48,9 +48,10 @@ type Relay struct {
 	watches watcher
 	pipes   pipePool
 	buffers sync.Pool // of *[bufferSize]byte, lent for as long as bytes are in them
-	talkers talkerCount
-	calm    calmFlows
+	chooser datapath.Chooser
+	quiet   quietSweep
 	holding holding
+	illegal atomic.Pointer[string]
 }
 
 // New makes a Relay whose flows begin on loops. The caller closes it, before loops.
@@ -72,16 +73,16 @@ type Options struct {
 	// Preface is written to upstream before everything else, and is not counted: a PROXY header.
 	Preface []byte
 
-	// Head is what was already read from downstream: it goes to upstream after Preface, in the same
-	// segment where possible, and is counted as the flow's bytes.
+	// Head is what was already read from downstream: it goes to upstream after Preface, in the same segment
+	// where possible, and is counted as the flow's bytes.
 	Head []byte
 
-	// Buffer bounds in bytes what one direction of the flow may hold in this process and its
-	// pipe; the sockets' own buffers are bounded by sysctls. 0 = DefaultBuffer.
+	// Buffer bounds in bytes what one direction of the flow may hold in this process and its pipe; the
+	// sockets' own buffers are bounded by sysctls. 0 = DefaultBuffer.
 	Buffer int64
 
-	// Idle ends the flow when no byte has moved either way for so long; 0 = never. Coarse: the
-	// flow may live up to 1/4 longer. A flow whose reader has stopped is idle too.
+	// Idle ends the flow when no byte has moved either way for so long; 0 = never. Coarse: the flow may live
+	// up to 1/4 longer. A flow whose reader has stopped is idle too.
 	Idle time.Duration
 
 	// Counters, when not nil, can be read while the flow lives.
@@ -90,18 +91,18 @@ type Options struct {
 	// ID and Route name the flow in a kernel datapath's tables.
 	ID, Route string
 
-	// Datapaths are offered the flow, in this order, once Preface and Head are written. The first that
-	// takes it has it; one that is [Sockets] records it, and has it while it is ping-pong or quiet. Only flows
-	// between two TCP sockets are offered.
-	Datapaths []Datapath
+	// Datapaths are offered the flow, in this order, as it begins. The first that takes it has it; one that
+	// is a [datapath.Returner] records it, and has it while it is ping-pong or quiet. Only flows between two
+	// TCP sockets are offered, on Linux.
+	Datapaths []datapath.Datapath
 
-	// WhenTalking are offered the flow, in this order, when it is found to talk: small messages go back and
-	// forth, quickly. Until then, and when they refuse, it is relayed here, and offered again later. Only
-	// flows between two TCP sockets, on Linux.
-	WhenTalking []Sockets
+	// WhenPingPong are offered the flow, in this order, when it is found to be ping-pong: small messages go
+	// back and forth, quickly. Until then, and when they refuse, it is relayed here, and offered again later.
+	// Only flows between two TCP sockets, on Linux.
+	WhenPingPong []datapath.Returner
 
-	// Refused, when not nil, hears of each datapath that refuses the flow, or gives it back later.
-	// It may be called from any goroutine and must not block.
+	// Refused, when not nil, hears of each datapath that refuses the flow, or gives it back later. It may be
+	// called from any goroutine and must not block.
 	Refused func(datapath string, reason error)
 
 	parkAfter time.Duration // for tests; 0 = parkAfter
@@ -121,8 +122,8 @@ type holder struct {
 	count func() (up, down int64)
 }
 
-// Load gives the bytes that went to upstream and to downstream, without Options.Preface.
-// Safe for concurrent use, also after the flow has ended.
+// Load gives the bytes that went to upstream and to downstream, without Options.Preface. Safe for concurrent
+// use, also after the flow has ended.
 func (c *Counters) Load() (up, down int64) {
 	if k := c.kernel.Load(); k != nil {
 		return k.count()
@@ -164,9 +165,9 @@ type Result struct {
 	Datapath string // the datapath that had the flow last: "userspace" or the Name of a Datapath
 }
 
-// Run copies between down and up until the flow ends, and closes both. It returns as soon as the flow is on its
-// way; before that, Preface and Head may wait for upstream. done is called once, on any goroutine, when the flow
-// has ended and both conns are closed; it must not block.
+// Run copies between down and up until the flow ends, and closes both. It returns as soon as the flow is on
+// its way; before that, Preface and Head may wait for upstream. done is called once, on any goroutine, when
+// the flow has ended and both conns are closed; it must not block.
 //
 //   - The end of one side's stream is passed on as such (half-close), and the other direction goes on.
 //   - A reset is passed on as a reset, at once also when the direction has already ended, or when the
@@ -176,11 +177,11 @@ type Result struct {
 //   - Idle timeout and a canceled ctx reset both sides.
 //   - An urgent byte (MSG_OOB) arrives in its place in the stream, as an ordinary one.
 //
-// *net.TCPConn and *net.UnixConn must be given bare, not wrapped, for splice(2), and for idle flows
-// to be cheap. Any other net.Conn works; where it has no CloseWrite, the end of the other side's
-// stream closes it, which ends the flow. Only TCP can be reset: a unix socket is closed. On other
-// systems than Linux, and on wrapped connections, a reset that comes after the end of that side's
-// stream is noticed by the next write only.
+// *net.TCPConn and *net.UnixConn must be given bare, not wrapped, for splice(2), and for idle flows to be
+// cheap. Any other net.Conn works; where it has no CloseWrite, the end of the other side's stream closes it,
+// which ends the flow. Only TCP can be reset: a unix socket is closed. On other systems than Linux, and on
+// wrapped connections, a reset that comes after the end of that side's stream is noticed by the next write
+// only.
 func (r *Relay) Run(ctx context.Context, down, up net.Conn, o Options, done func(Result)) {
 	r.newFlow(ctx, down, up, o, done).run()
 }

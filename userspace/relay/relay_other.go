@@ -3,7 +3,6 @@
 package relay
 
 import (
-	"errors"
 	"net"
 	"sync/atomic"
 	"time"
@@ -24,10 +23,10 @@ func (p *pump) run() (bad *side, err error) { return p.copyAny() }
 func (*Relay) LimitPipes(int) {}
 
 type (
-	watcher   struct{}
-	pipePool  struct{}
-	holding   struct{}
-	calmFlows struct{}
+	watcher    struct{}
+	pipePool   struct{}
+	holding    struct{}
+	quietSweep struct{}
 )
 
 func (*watcher) close() {}
@@ -45,12 +44,7 @@ type sockConn struct{ *net.TCPConn } // that was on a loop: there are none here
 func (*side) keepUrgent() {}
 
 func (f *flow) attach() bool { return false }
-func (f *flow) calmDown()    {}
-
-// takeBack ends the flow: there is no datapath here that could give one back.
-func (f *flow) takeBack(_, _ int, _, _ []byte) {
-	f.report(Result{End: EndError, Err: errors.New("a flow was given back"), Datapath: userspace})
-}
+func (f *flow) reattach()    {}
 
 // SaveMemory is for Linux.
 func (*Relay) SaveMemory(bool) {}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/test/selfsigned"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -23,7 +24,7 @@ func TestCases(t *testing.T) {
 	parkAfter := func(d time.Duration) relaytest.Loopback {
 		return relaytest.Loopback{Options: relay.WithParkAfter(relay.Options{}, d)}
 	}
-	through := func(paths ...relay.Datapath) relaytest.Loopback {
+	through := func(paths ...datapath.Datapath) relaytest.Loopback {
 		return relaytest.Loopback{Options: relay.Options{Datapaths: paths}}
 	}
 	for _, p := range []struct {
@@ -84,7 +85,7 @@ type taker struct{}
 
 func (taker) Name() string { return "taker" }
 
-func (taker) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (func() (int64, int64), error) {
+func (taker) Splice(ctx context.Context, down, up int, f datapath.Handoff) (func() (int64, int64), error) {
 	var c relay.Counters
 	count := func() (int64, int64) {
 		u, d := c.Load()
@@ -92,7 +93,7 @@ func (taker) Splice(ctx context.Context, down, up *net.TCPConn, f relay.Flow) (f
 	}
 	o := relay.Options{Buffer: f.Buffer, Idle: f.Idle, Counters: &c}
 	_, r := relaytest.Relay()
-	r.Run(ctx, down, up, o, func(r relay.Result) {
+	r.Run(ctx, relaytest.Conn(down), relaytest.Conn(up), o, func(r relay.Result) {
 		f.Ended(f.Up+r.Up, f.Down+r.Down, string(r.End), r.Err)
 	})
 	return count, nil
@@ -104,8 +105,7 @@ var errRefused = errors.New("not today")
 
 func (refuser) Name() string { return "refuser" }
 
-func (refuser) Splice(context.Context, *net.TCPConn, *net.TCPConn,
-	relay.Flow) (func() (int64, int64), error) {
+func (refuser) Splice(context.Context, int, int, datapath.Handoff) (func() (int64, int64), error) {
 	return nil, errRefused
 }
 
@@ -114,18 +114,13 @@ type returner struct{}
 
 func (returner) Name() string { return "returner" }
 
-func (returner) Splice(ctx context.Context, down, up *net.TCPConn,
-	f relay.Flow) (func() (int64, int64), error) {
-	dup := func(c *net.TCPConn) (fd int) {
-		raw, err := c.SyscallConn()
+func (returner) Splice(_ context.Context, down, up int, f datapath.Handoff) (func() (int64, int64), error) {
+	dup := func(own int) (fd int) {
+		fd, err := syscall.Dup(own)
 		if err != nil {
 			panic(err)
 		}
-		raw.Control(func(own uintptr) { fd, err = syscall.Dup(int(own)) })
-		if err != nil {
-			panic(err)
-		}
-		c.Close()
+		syscall.Close(own)
 		return fd
 	}
 	f.Returned(dup(down), dup(up), nil, nil, f.Up, f.Down, nil, errRefused)
@@ -134,15 +129,15 @@ func (returner) Splice(ctx context.Context, down, up *net.TCPConn,
 
 func TestDatapathReasons(t *testing.T) {
 	for _, c := range []struct {
-		paths []relay.Datapath
+		paths []datapath.Datapath
 		heard string
 		had   string
 	}{
 		{nil, "", "userspace"},
-		{[]relay.Datapath{refuser{}}, "refuser: not today\n", "userspace"},
-		{[]relay.Datapath{refuser{}, taker{}}, "refuser: not today\n", "taker"},
-		{[]relay.Datapath{taker{}, refuser{}}, "", "taker"},
-		{[]relay.Datapath{returner{}}, "returner: not today\n", "userspace"},
+		{[]datapath.Datapath{refuser{}}, "refuser: not today\n", "userspace"},
+		{[]datapath.Datapath{refuser{}, taker{}}, "refuser: not today\n", "taker"},
+		{[]datapath.Datapath{taker{}, refuser{}}, "", "taker"},
+		{[]datapath.Datapath{returner{}}, "returner: not today\n", "userspace"},
 	} {
 		var mu sync.Mutex
 		var heard strings.Builder

@@ -43,6 +43,6 @@ func TestStalledHasNoTimer(t *testing.T) {
 	}
 	relaytest.Until(t, "the flow is parked", func() bool {
 		down, up := relay.States(&moved)
-		return down == "parked" && up == "parked"
+		return down == "waiting" && up == "waiting"
 	})
 }

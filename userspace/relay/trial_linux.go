@@ -2,11 +2,11 @@ package relay
 
 import "golang.org/x/sys/unix"
 
-// A direction is on trial until its reader has acknowledged trialBytes. Many readers that stop do so before, and a
-// flow is to hold little for them. What it would hold is, for the most part, in the receive buffer of the sender's
-// socket. The kernel sizes that by what is read before the next packet comes, and one read of more than ten
-// segments makes megabytes of it (tcp_rcv_space_adjust in net/ipv4/tcp_input.c). So a direction on trial is read
-// in pieces of less, is not spliced, and lets others have their turn between two pieces.
+// A direction is on trial until its reader has acknowledged trialBytes. Many readers that stop do so before,
+// and a flow is to hold little for them. What it would hold is, for the most part, in the receive buffer of
+// the sender's socket. The kernel sizes that by what is read before the next packet comes, and one read of
+// more than ten segments makes megabytes of it (tcp_rcv_space_adjust in net/ipv4/tcp_input.c). So a direction
+// on trial is read in pieces of less, is not spliced, and lets others have their turn between two pieces.
 const (
 	trialBytes = 256 << 10 // more than a reader acknowledges that takes a first answer and stops: its buffer, twice
 	trialRead  = 8 << 10   // bytes of a piece
@@ -21,23 +21,23 @@ const (
 // the loop more often.
 func (r *Relay) SpareTCP(isScarce bool) { r.holding.scarceTCP.Store(isScarce) }
 
-// piece is the part of buf that the next read from s may fill, and onTrial whether that is less because s is on
-// trial. dst is the other side's socket. It is for the pump of s, or for whoever has its loop.
-func (s *side) piece(buf []byte, dst int) (part []byte, onTrial bool) {
-	if s.tried {
+// piece is the part of buf that the next read from s may fill, and isOnTrial whether that is less because s
+// is on trial. dst is the other side's socket. It is for the pump of s, or for whoever has its loop.
+func (s *side) piece(buf []byte, dst int) (part []byte, isOnTrial bool) {
+	if s.isTried {
 		return buf, false
 	}
 	if moved := s.moved().Load(); moved >= trialBytes {
 		queued, err := unix.IoctlGetInt(dst, unix.TIOCOUTQ) // SIOCOUTQ: what the reader has not acknowledged
-		if s.tried = err != nil || moved-int64(queued) >= trialBytes; s.tried {
-			if s.spared {
+		if s.isTried = err != nil || moved-int64(queued) >= trialBytes; s.isTried {
+			if s.isSpared {
 				_ = unix.SetsockoptInt(dst, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 0) // what the sysctl says
 			}
 			return buf, false
 		}
 	}
-	if !s.spared && s.flow.relay.holding.scarceTCP.Load() {
-		s.spared = true
+	if !s.isSpared && s.flow.relay.holding.scarceTCP.Load() {
+		s.isSpared = true
 		_ = unix.SetsockoptInt(dst, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, trialUnsent)
 	}
 	return buf[:min(len(buf), trialRead)], true

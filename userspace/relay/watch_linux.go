@@ -9,13 +9,17 @@ import (
 
 const haveWatches = true
 
-// A watcher looks out on the sockets that nobody reads from. It is an epoll of our own because Go's poller would
-// need a goroutine for each, and would wake it for each message.
+// A watcher looks out on the sockets that nobody reads from. It is an epoll of our own because Go's poller
+// would need a goroutine for each, and would wake it for each message.
 type watcher struct {
-	mu    sync.Mutex
-	epoll *os.File
-	fd    int
-	last  uint64
+	mu sync.Mutex
+	// +checklocks:mu
+	epoll *os.File // and its descriptor
+	// +checklocks:mu
+	fd int
+	// +checklocks:mu
+	last uint64 // id of a side
+	// +checklocks:mu
 	sides map[uint64]*side
 }
 
@@ -47,10 +51,8 @@ func (w *watcher) watch(s *side, events uint32) bool {
 		w.sides[id] = s // before there can be an event
 	}
 	var err error
-	cerr := s.sock.Control(func(fd uintptr) {
-		ev := unix.EpollEvent{Events: events, Fd: int32(id), Pad: int32(id >> 32)}
-		err = unix.EpollCtl(w.fd, op, int(fd), &ev)
-	})
+	epoll, ev := w.fd, unix.EpollEvent{Events: events, Fd: int32(id), Pad: int32(id >> 32)}
+	cerr := s.sock.Control(func(fd uintptr) { err = unix.EpollCtl(epoll, op, int(fd), &ev) })
 	if cerr != nil || err != nil {
 		if s.watch == 0 {
 			delete(w.sides, id)
@@ -70,12 +72,15 @@ func unwatch(s *side) {
 	if s.watch == 0 {
 		return
 	}
-	s.sock.Control(func(fd uintptr) { unix.EpollCtl(w.fd, unix.EPOLL_CTL_DEL, int(fd), nil) })
+	epoll := w.fd
+	s.sock.Control(func(fd uintptr) { unix.EpollCtl(epoll, unix.EPOLL_CTL_DEL, int(fd), nil) })
 	delete(w.sides, s.watch)
 	s.watch, s.watched = 0, 0
 }
 
 // start opens the epoll when it's needed first.
+//
+// +checklocks:w.mu
 func (w *watcher) start() bool {
 	if w.epoll != nil {
 		return true
@@ -86,7 +91,7 @@ func (w *watcher) start() bool {
 	}
 	unix.SetNonblock(fd, true) // so that Go's poller takes it
 	w.fd, w.epoll, w.sides = fd, os.NewFile(uintptr(fd), "epoll"), make(map[uint64]*side)
-	go w.run()
+	go w.run(w.epoll)
 	return true
 }
 
@@ -99,8 +104,8 @@ func (w *watcher) close() {
 	}
 }
 
-func (w *watcher) run() {
-	raw, err := w.epoll.SyscallConn()
+func (w *watcher) run(epoll *os.File) {
+	raw, err := epoll.SyscallConn()
 	if err != nil {
 		return
 	}

@@ -89,9 +89,9 @@ func requestResponse(t *testing.T, p Path, s Size) {
 	must(t, <-done)
 }
 
-// Talk sends messages of up to most bytes back and forth, some of them crossing, until enough. It gives the
+// PingPong sends messages of up to most bytes back and forth, some of them crossing, until enough. It gives the
 // bytes that went each way.
-func Talk(client, server net.Conn, most int64, enough func() bool) (up, down int64, err error) {
+func PingPong(client, server net.Conn, most int64, enough func() bool) (up, down int64, err error) {
 	toServer, toClient := newStream(), newStream()
 	atServer, atClient := *toServer, *toClient
 	for i := int64(0); err == nil && !enough(); i++ {

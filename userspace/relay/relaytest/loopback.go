@@ -44,7 +44,12 @@ type Cable interface {
 // Path opens the listeners, until the end of the test.
 func (l Loopback) Path(t testing.TB) Path {
 	down, up := newPairs(t, l.Down, l.Cable, false), l.servers(t)
-	Relay() // while there are descriptors
+	_, r := Relay() // while there are descriptors
+	t.Cleanup(func() {
+		if change := r.Illegal(); change != nil {
+			t.Errorf("a flow goes from %s, which its table of states does not have", *change)
+		}
+	})
 	connect := func(t testing.TB) *Flow {
 		t.Helper()
 		f := &Flow{result: make(chan relay.Result, 1)}

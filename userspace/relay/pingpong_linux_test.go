@@ -9,12 +9,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
-// talkTaker takes bare sockets of flows that talk, or refuses them.
-type talkTaker struct {
+// pingPongTaker takes flows that are ping-pong, or refuses them.
+type pingPongTaker struct {
 	taker
 	room    int
 	refuses bool
@@ -22,55 +23,55 @@ type talkTaker struct {
 	begun   *atomic.Int64 // bytes that had been moved
 }
 
-func (d talkTaker) Busy() (flows int, ok bool) {
-	return relay.TalkPerCPU*runtime.NumCPU() - d.room, true
+func (d pingPongTaker) Busy() (flows int, ok bool) {
+	return 4*runtime.NumCPU() - d.room, true
 }
 
-func (d talkTaker) Record(int, int, relay.Flow) (func(), error) {
+func (d pingPongTaker) Record(int, int, datapath.Handoff) (func(), error) {
 	panic("a flow is recorded that does not prefer the datapath")
 }
 
-func (d talkTaker) SpliceSockets(ctx context.Context, down, up int,
-	f relay.Flow) (func() (int64, int64), error) {
+func (d pingPongTaker) Splice(ctx context.Context, down, up int,
+	f datapath.Handoff) (func() (int64, int64), error) {
 	d.offered.Add(1)
 	if d.refuses {
 		return nil, errRefused
 	}
 	d.begun.Store(f.Up + f.Down)
-	return d.Splice(ctx, relaytest.Conn(down), relaytest.Conn(up), f)
+	return d.taker.Splice(ctx, down, up, f)
 }
 
-// TestWhenTalking: who wants flows that talk is offered one that does, when there is room, and again when it
-// was refused. No byte is lost or counted twice.
-func TestWhenTalking(t *testing.T) {
+// TestWhenPingPong: a datapath for flows that are ping-pong is offered one that is, when there is room, and again
+// when it was refused. No byte is lost or counted twice.
+func TestWhenPingPong(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		up     string
-		taker  talkTaker
+		taker  pingPongTaker
 		most   int64
 		taken  bool
 		offers int32
 	}{
-		{"taken", "tcp4", talkTaker{room: 1}, 2 << 10, true, 1},
-		{"no room", "tcp4", talkTaker{room: 0}, 2 << 10, false, 0},
-		{"refused", "tcp4", talkTaker{room: 1, refuses: true}, 2 << 10, false, 2},
-		{"a unix socket", "unix", talkTaker{room: 1}, 2 << 10, false, 0},
-		{"large messages", "tcp4", talkTaker{room: 1}, 100 << 10, false, 0},
+		{"taken", "tcp4", pingPongTaker{room: 1}, 2 << 10, true, 1},
+		{"no room", "tcp4", pingPongTaker{room: 0}, 2 << 10, false, 0},
+		{"refused", "tcp4", pingPongTaker{room: 1, refuses: true}, 2 << 10, false, 2},
+		{"a unix socket", "unix", pingPongTaker{room: 1}, 2 << 10, false, 0},
+		{"large messages", "tcp4", pingPongTaker{room: 1}, 100 << 10, false, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.taker.offered, c.taker.begun = new(atomic.Int32), new(atomic.Int64)
 			refused := 0
 			var moved relay.Counters
 			o := relay.Options{
-				WhenTalking: []relay.Sockets{c.taker},
-				Refused:     func(string, error) { refused++ },
+				WhenPingPong: []datapath.Returner{c.taker},
+				Refused:      func(string, error) { refused++ },
 			}
 			f := relaytest.Loopback{Up: c.up, Options: o}.Path(t).Connect(t)
 			f.Start(context.Background(), relay.Options{Counters: &moved})
 			defer f.Client.Close()
 			defer f.Server.Close()
 			begin, more := time.Now(), 1000 // more, after it was taken, too
-			up, down, err := relaytest.Talk(f.Client, f.Server, c.most, func() bool {
+			up, down, err := relaytest.PingPong(f.Client, f.Server, c.most, func() bool {
 				long := 2 * time.Second
 				if c.offers > 0 { // it ends with the last of them
 					long = time.Minute
@@ -103,7 +104,7 @@ func TestWhenTalking(t *testing.T) {
 				t.Errorf("%d refusals were told", refused)
 			}
 			if begun := c.taker.begun.Load(); c.taken && begun == 0 {
-				t.Error("taken before it had talked")
+				t.Error("taken before it was ping-pong")
 			}
 		})
 	}

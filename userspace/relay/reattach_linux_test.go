@@ -6,15 +6,16 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
-// TestCalmsDownAgain: a flow goes from pumps back to a loop each time that it is quiet, however often it was busy.
+// TestReattaches: a flow goes from pumps back to a loop each time that it is quiet, however often it was busy.
 // Its descriptors change each time; the third time they have the numbers that they had at first.
-func TestCalmsDownAgain(t *testing.T) {
-	taker := talkTaker{offered: new(atomic.Int32), begun: new(atomic.Int64)} // without room
-	o := relay.Options{WhenTalking: []relay.Sockets{taker}}
+func TestReattaches(t *testing.T) {
+	taker := pingPongTaker{offered: new(atomic.Int32), begun: new(atomic.Int64)} // without room
+	o := relay.Options{WhenPingPong: []datapath.Returner{taker}}
 	f := relaytest.Loopback{Options: o}.Path(t).Connect(t)
 	defer f.Client.Close()
 	defer f.Server.Close()

@@ -61,7 +61,11 @@ func (a *Acceptor) watch() (err error) {
 		a.sockets = append(a.sockets, s)
 		l.Do(func() func() {
 			err = l.watch(s, unix.EPOLLIN|unix.EPOLLEXCLUSIVE)
-			s.handler = acceptHandler(func() { a.event(l) })
+			s.handler = acceptHandler(func() {
+				if !a.acceptOne(l) {
+					a.pause()
+				}
+			})
 			return nil
 		})
 		if err != nil {
@@ -95,13 +99,6 @@ type acceptHandler func()
 
 func (h acceptHandler) Handle(uint32) (then func()) { return h }
 
-// event accepts what waits, on l.
-func (a *Acceptor) event(l *Loop) {
-	if !a.acceptOne(l) {
-		a.pause()
-	}
-}
-
 func (a *Acceptor) pause() {
 	a.accepting.Lock()
 	a.unwatch()
@@ -109,6 +106,7 @@ func (a *Acceptor) pause() {
 	time.AfterFunc(acceptPause, a.Start)
 }
 
+// acceptOne accepts what waits, on l.
 func (a *Acceptor) acceptOne(l *Loop) (goOn bool) {
 	a.accepting.RLock()
 	defer a.accepting.RUnlock()

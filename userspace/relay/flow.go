@@ -125,6 +125,9 @@ func (r *Relay) newFlow(ctx context.Context, down, up net.Conn, o Options, done 
 		f.o.Buffer = DefaultBuffer
 	}
 	f.o.parkAfter = cmp.Or(o.parkAfter, parkAfter)
+	if f.o.Refused == nil {
+		f.o.Refused = func(string, error) {}
+	}
 	if down != nil {
 		f.down.init(f, down)
 		f.up.init(f, up)
@@ -132,6 +135,13 @@ func (r *Relay) newFlow(ctx context.Context, down, up net.Conn, o Options, done 
 		f.up.keepUrgent()
 	}
 	return f
+}
+
+// control calls do with the descriptor of s, if there is one.
+func (s *side) control(do func(fd int)) {
+	if s.sock != nil {
+		s.sock.Control(func(fd uintptr) { do(int(fd)) })
+	}
 }
 
 func (s *side) init(f *flow, c net.Conn) {
@@ -292,7 +302,10 @@ func (f *flow) move(src *side) (isOver bool) {
 		return f.broken(bad, err)
 	}
 	proper, fault := src.howEnded()
-	if proper && (fault != nil || !f.lastToEnd(src)) { // else finish closes both, which tells dst
+	f.mu.Lock()
+	isLast := f.end == "" && dst.state == ended // to end: then finish closes both, which tells dst
+	f.mu.Unlock()
+	if proper && (fault != nil || !isLast) {
 		if err := dst.closeWrite(); err != nil {
 			f.broken(dst, &sideError{"end the stream to", dst.name(), err})
 		}
@@ -329,22 +342,15 @@ func (s *side) howEnded() (proper bool, fault error) {
 	return true, nil
 }
 
-// lastToEnd reports whether the end of src's stream is all that was missing.
-func (f *flow) lastToEnd(src *side) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.end == "" && src.other().state == ended
-}
-
 // finish closes both sides and reports. Nothing of the flow runs any more, but for what may still cut it.
 func (f *flow) finish() {
 	f.close()
 	f.disarm()
 	up, down := f.counters.Load()
 	f.mu.Lock()
-	r := Result{Up: up, Down: down, End: f.end, Err: f.err, Datapath: userspace}
+	end, err := f.end, f.err
 	f.mu.Unlock()
-	f.report(r)
+	f.report(Result{Up: up, Down: down, End: end, Err: err, Datapath: userspace})
 }
 
 // report says how f has ended.
@@ -507,13 +513,6 @@ func (f *flow) beginToEnd() {
 func (f *flow) wake() {
 	f.down.conn.SetDeadline(past)
 	f.up.conn.SetDeadline(past)
-}
-
-// ending reports whether there is a reason for the flow to end, other than that both sides have.
-func (f *flow) ending() bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.end != ""
 }
 
 // A sideError says what failed on which side.

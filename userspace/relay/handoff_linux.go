@@ -3,7 +3,6 @@ package relay
 import (
 	"context"
 	"net"
-	"slices"
 	"sync"
 	"time"
 
@@ -18,22 +17,16 @@ import (
 // has written Head, or copied it, when it returns.
 func (r *Relay) RunSockets(ctx context.Context, down, up *loop.Socket, o Options, done func(Result)) {
 	f := r.newFlow(ctx, nil, nil, o, done)
-	if !f.goesAtOnce() {
-		f.begin(down, up)
-		return
+	for _, d := range o.Datapaths {
+		if _, ok := d.(datapath.Returner); !ok { // it may take the flow at once, which lasts
+			down.Loop().Do(func() (then func()) {
+				f.toPoller(down, up)
+				return func() { go f.run() }
+			})
+			return
+		}
 	}
-	down.Loop().Do(func() (then func()) {
-		f.toPoller(down, up)
-		return func() { go f.run() }
-	})
-}
-
-// goesAtOnce reports whether a datapath may take the flow as it begins.
-func (f *flow) goesAtOnce() bool {
-	return slices.ContainsFunc(f.o.Datapaths, func(d datapath.Datapath) bool {
-		_, isReturner := d.(datapath.Returner)
-		return !isReturner
-	})
+	f.begin(down, up)
 }
 
 // attach gives f, which is in transit, to a datapath or a loop, if there can be one.
@@ -45,7 +38,7 @@ func (f *flow) attach() bool {
 	if _, ok := f.up.conn.(*net.UnixConn); ok || isUnix {
 		f.o.Datapaths, f.choice = nil, datapath.Choice{}
 	}
-	if f.goesAtOnce() {
+	if len(f.o.Datapaths) > 0 {
 		if err := f.writeHead(); err != nil {
 			f.broken(&f.up, err)
 			return false
@@ -99,7 +92,7 @@ func (f *flow) begin(down, up *loop.Socket) {
 func (f *flow) prefer(d datapath.Returner, down, up *loop.Socket) bool {
 	forget, err := d.Record(down.FD(), up.FD(), f.handoff(d))
 	if err != nil {
-		f.refused(d, err)
+		f.o.Refused(d.Name(), err)
 		return false
 	}
 	f.choice = datapath.Choice{Of: []datapath.Returner{d}, Prefers: true}
@@ -125,15 +118,15 @@ func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool)
 	f.enter(handedOff)
 	f.mu.Unlock()
 	count, err := d.Splice(f.ctx, down.FD(), up.FD(), f.handoff(d))
+	if err != nil {
+		f.o.Refused(d.Name(), err)
+	}
 	f.mu.Lock()
+	defer f.mu.Unlock()
 	if err != nil {
 		f.enter(inTransit)
 	} else if f.state == handedOff { // else it has had the flow
 		f.counters.kernel.Store(&holder{d.Name(), count})
-	}
-	f.mu.Unlock()
-	if err != nil {
-		f.refused(d, err)
 	}
 	return err == nil
 }
@@ -154,7 +147,7 @@ func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
 				g.isRecorded(d, forget)
 			}
 			f.settle(upBytes, downBytes, g.recorded)
-			f.refused(d, reason)
+			f.o.Refused(d.Name(), reason)
 			g.down.rest, g.up.rest = downRest, upRest
 			l := g.relay.loops.Loop()
 			g.attachTo(l.NewSocket(down), l.NewSocket(up))
@@ -179,12 +172,6 @@ func (f *flow) resumed() *flow {
 	g := f.relay.newFlow(f.ctx, nil, nil, o, f.done)
 	g.recorded, g.choice = f.recorded, datapath.Choice{Of: f.choice.Of, Prefers: f.choice.Prefers}
 	return g
-}
-
-func (f *flow) refused(d datapath.Datapath, reason error) {
-	if f.o.Refused != nil {
-		f.o.Refused(d.Name(), reason)
-	}
 }
 
 // handOff takes f off its loop, which the caller has to itself, and offers it to d.
@@ -307,13 +294,9 @@ func (q *quietSweep) quiet() map[*flow]*loop.Loop {
 // offerQuiet hands f off, if it is still on l and both its streams go on.
 func (f *flow) offerQuiet(l *loop.Loop) {
 	l.Do(func() (then func()) {
-		if !f.isIn(onLoop) || f.down.state != flowing || f.up.state != flowing || !f.choice.MayBeOffered(time.Now()) {
+		if !f.isIn(onLoop) || f.down.state != flowing || f.up.state != flowing || !f.choice.MayBeOffered(time.Now()) ||
+			f.down.hasUnread() || f.up.hasUnread() { // it has just come here, and may have been read in part of an skb
 			return nil
-		}
-		for _, s := range f.sides() {
-			if s.hasUnread() {
-				return nil // it has just come here, and may have been read in the middle of an skb
-			}
 		}
 		return f.handOff(f.choice.Of[0])
 	})

@@ -50,10 +50,8 @@ func (r *Relay) MeasureHeld(now time.Time) {
 	number := r.holding.sweep.Load() + 1
 	for _, s := range r.watches.stalled() {
 		n := int(s.held.Load())
-		s.sock.Control(func(fd uintptr) { n += queued(int(fd), unix.SIOCINQ) })
-		if to := s.other().sock; to != nil {
-			to.Control(func(fd uintptr) { n += queued(int(fd), unix.SIOCOUTQ) })
-		}
+		s.control(func(fd int) { n += queued(fd, unix.SIOCINQ) })
+		s.other().control(func(fd int) { n += queued(fd, unix.SIOCOUTQ) })
 		if moved := s.moved().Load(); s.stoodAt != moved || s.stoodSince == 0 {
 			s.stoodAt, s.stoodSince = moved, now.UnixNano()
 		}

@@ -41,13 +41,13 @@ func (f *flow) beginOn(l *loop.Loop) (then func()) {
 	for i, s := range f.sides() {
 		var err error
 		if hasMissed[i], err = s.socket.Attach(s); err != nil {
-			return f.detach(f.resume) // no memory
+			return f.toPumps() // no memory
 		}
 	}
 	if err := f.writeFirst(f.up.socket.FD()); err != nil && err != unix.EAGAIN {
 		return f.detachBroken("write to", &f.up, err)
 	} else if err != nil || len(f.down.rest)+len(f.up.rest) > 0 {
-		return f.detach(f.resume) // pumps write what is left of this, or of an earlier stay
+		return f.toPumps() // pumps write what is left of this, or of an earlier stay
 	}
 	f.relay.quiet.add(f, l)
 	for i, s := range f.sides() {
@@ -96,7 +96,7 @@ func (s *side) pass(toEnd bool) (then func()) {
 		return s.passPiece(piece, toEnd)
 	}
 	if s.pieces*trialRead >= leastBulk {
-		return s.flow.detach(s.flow.resume)
+		return s.flow.toPumps()
 	}
 	for full := 0; full < fullReads; {
 		n, then := s.transfer(buf)
@@ -111,7 +111,7 @@ func (s *side) pass(toEnd bool) (then func()) {
 			return s.message(n)
 		}
 	}
-	return s.flow.detach(s.flow.resume)
+	return s.flow.toPumps()
 }
 
 // passPiece is pass for a side on trial: others have their turn between two pieces.
@@ -124,7 +124,7 @@ func (s *side) passPiece(buf []byte, toEnd bool) (then func()) {
 			return then
 		case n == len(buf) && s.hasUnread():
 			if s.pieces++; s.socket.Again() != nil {
-				return s.flow.detach(s.flow.resume)
+				return s.flow.toPumps()
 			}
 			return nil
 		case !toEnd:
@@ -154,7 +154,7 @@ func (s *side) transfer(buf []byte) (n int, then func()) {
 	}
 	if m < n {
 		s.rest = bytes.Clone(buf[m:n])
-		return 0, f.detach(f.resume)
+		return 0, f.toPumps()
 	}
 	return n, nil
 }
@@ -227,30 +227,24 @@ func (f *flow) endOnLoop() (then func()) {
 	}
 }
 
-// detach takes f off its loop, and gives it to next, which has a goroutine of its own.
+// detach takes f off its loop. After next, pumps go on with it.
 func (f *flow) detach(next func()) (then func()) {
 	f.toPoller(f.leave(inTransit))
 	return func() {
 		f.disarm()
-		go next()
+		go func() {
+			f.arm()
+			next()
+			f.userspace()
+		}()
 	}
 }
 
-// detachBroken has pumps end f because of s; what s has sent before is still delivered.
-func (f *flow) detachBroken(op string, s *side, err error) (then func()) {
-	return f.detach(func() {
-		f.arm()
-		f.broken(s, &sideError{op, s.name(), err})
-		f.userspace()
-	})
-}
+func (f *flow) toPumps() (then func()) { return f.detach(func() {}) }
 
-// detachAborted ends f now.
-func (f *flow) detachAborted(end End, err error) (then func()) {
-	return f.detach(func() {
-		f.abort(end, err)
-		f.userspace()
-	})
+// detachBroken ends f because of s; what s has sent before is still delivered.
+func (f *flow) detachBroken(op string, s *side, err error) (then func()) {
+	return f.detach(func() { f.broken(s, &sideError{op, s.name(), err}) })
 }
 
 // toPoller gives both sockets, which leave their loop, to Go's poller.
@@ -262,19 +256,13 @@ func (f *flow) toPoller(down, up *loop.Socket) {
 	f.up.init(f, sockConn{os.NewFile(uintptr(up.FD()), "socket")})
 }
 
-// resume goes on with pumps.
-func (f *flow) resume() {
-	f.arm()
-	f.userspace()
-}
-
 // armOn makes ctx and idleness end the flow while it is on l.
 func (f *flow) armOn(l *loop.Loop) {
 	if f.ctx.Done() != nil {
 		f.uncancel = context.AfterFunc(f.ctx, func() {
 			l.Do(func() (then func()) {
 				if f.isIn(onLoop) {
-					then = f.detachAborted(EndCanceled, context.Cause(f.ctx))
+					then = f.detach(func() { f.abort(EndCanceled, context.Cause(f.ctx)) })
 				}
 				return then
 			})
@@ -293,7 +281,7 @@ func (f *flow) checkIdleOn() (then func()) {
 	}
 	idle := f.idle(time.Now())
 	if idle >= f.o.Idle {
-		return f.detachAborted(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle))
+		return f.detach(func() { f.abort(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle)) })
 	}
 	f.tick.Reset(min(f.o.Idle/4, f.o.Idle-idle))
 	return nil

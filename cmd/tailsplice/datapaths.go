@@ -23,8 +23,8 @@ var (
 	_ datapath.Health   = (*loader.Local)(nil)
 )
 
-// autoFlows bounds the flows that auto gives to the kernel, where nothing else is: those that talk, at a
-// time, and those that have talked. They cost 208 bytes of maps each from the start.
+// autoFlows bounds the flows that auto gives to the kernel, where nothing else is: those that are
+// ping-pong, at a time, and those that have been. They cost 208 bytes of maps each from the start.
 const autoFlows = 2048
 
 // datapaths are the kernel's, for one daemon.

@@ -116,7 +116,7 @@ func TestSockmapComesLate(t *testing.T) {
 				return nil
 			})
 			if word == "auto" {
-				return // gives it flows that talk
+				return // gives it flows that are ping-pong
 			}
 			wait(t, "a flow has it", func() error {
 				if d, err := with(); err != nil || d != "sockmap" {

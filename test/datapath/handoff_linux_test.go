@@ -86,7 +86,7 @@ func TestHandedOffWhenQuiet(t *testing.T) {
 	closeBoth(t, f, 0, moved)
 }
 
-// TestChangesHands: sides that talk have their flow handed off; those that become busy have it given back; calm, it is
+// TestChangesHands: sides that are ping-pong have their flow handed off; those that become busy have it given back; quiet, it is
 // handed off again. Each byte arrives in its place, for many flows at a time.
 func TestChangesHands(t *testing.T) {
 	l := load(t)

@@ -67,7 +67,7 @@ func sockmapHands(t *testing.T, c relaytest.Cable, inAtOnce, usual *loader.Loade
 		{Name: "from a loop into the sockmap", Most: 4, Path: path(relay.Options{WhenPingPong: []datapath.Returner{usual}}),
 			Take: func(t testing.TB, f *relaytest.Flow, moved *relay.Counters) (up, down int64) {
 				offered.Add(1)
-				rounds := 0 // on a busy machine few are quick enough to talk, and stay on the loop
+				rounds := 0 // on a busy machine few are quick enough, and stay on the loop
 				up, down, err := relaytest.PingPong(f.Client, f.Server, 200, func() bool {
 					rounds++
 					return moved.Datapath() == loader.Name || rounds > 2000

@@ -59,7 +59,7 @@ func TestSockmapWire(t *testing.T) {
 	}
 }
 
-// TestAuto: flows that begin in userspace, and are given to the kernel while they talk, pass the table from
+// TestAuto: flows that begin in userspace, and are given to the kernel while they are ping-pong, pass the table from
 // then on. More of them than there is room for stay where they are.
 func TestAuto(t *testing.T) {
 	l := load(t)
@@ -106,7 +106,7 @@ func TestAuto(t *testing.T) {
 	}
 }
 
-// TestAutoMidStream: flows talk on while they are given to the kernel, and no byte is lost, repeated or
+// TestAutoMidStream: flows are ping-pong while they are given to the kernel, and no byte is lost, repeated or
 // changed.
 func TestAutoMidStream(t *testing.T) {
 	l := load(t)
@@ -138,7 +138,7 @@ func TestAutoMidStream(t *testing.T) {
 	}
 }
 
-// TestAutoCrowd: while more flows talk than the kernel has room for, it gets none of them, or few if this
+// TestAutoCrowd: while more flows are ping-pong than the kernel has room for, it gets none of them, or few if this
 // machine is so slow that not all do; when few do, it gets those.
 func TestAutoCrowd(t *testing.T) {
 	l := load(t)

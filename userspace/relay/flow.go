@@ -51,7 +51,7 @@ type side struct {
 	isShut atomic.Bool // our stream to it has ended, or is about to
 
 	socket *loop.Socket // while the flow is on a loop
-	pieces int          // in a row that were read there on trial, and left bytes in the queue
+	pieces int          // in a row that were read there on trial, and were full
 	lasting
 
 	held       atomic.Int64 // bytes of its stream that its pump has no room for

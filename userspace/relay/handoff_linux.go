@@ -96,13 +96,13 @@ func (f *flow) prefer(d datapath.Returner, down, up *loop.Socket) bool {
 		return false
 	}
 	f.choice = datapath.Choice{Of: []datapath.Returner{d}, Prefers: true}
-	f.isRecorded(d, forget)
+	f.keepRecord(d, forget)
 	f.counters.kernel.Store(f.recorded)
 	return true
 }
 
-// isRecorded makes f one of d's to the end, whoever moves its bytes.
-func (f *flow) isRecorded(d datapath.Datapath, forget func()) {
+// keepRecord makes f one of d's to the end, whoever moves its bytes.
+func (f *flow) keepRecord(d datapath.Datapath, forget func()) {
 	f.recorded = &holder{d.Name(), f.counters.own}
 	done := f.done
 	f.done = func(r Result) {
@@ -144,7 +144,7 @@ func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
 		Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error) {
 			g := f.resumed()
 			if forget != nil && g.recorded == nil {
-				g.isRecorded(d, forget)
+				g.keepRecord(d, forget)
 			}
 			f.settle(upBytes, downBytes, g.recorded)
 			f.o.Refused(d.Name(), reason)

@@ -118,12 +118,16 @@ func (s *side) pass(toEnd bool) (then func()) {
 func (s *side) passPiece(buf []byte, toEnd bool) (then func()) {
 	for {
 		n, then := s.transfer(buf)
-		switch {
-		case n == 0:
+		if n == 0 {
 			s.pieces = 0
 			return then
+		}
+		if n == len(buf) {
+			s.pieces++
+		}
+		switch {
 		case n == len(buf) && s.hasUnread():
-			if s.pieces++; s.socket.Again() != nil {
+			if s.socket.Again() != nil {
 				return s.flow.toPumps()
 			}
 			return nil

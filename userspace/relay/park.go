@@ -9,8 +9,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/datapath"
 )
 
-// parkAfter is how long a flow is quiet before its goroutines go. Long enough for what parking and waking
-// cost (some µs) not to matter, short enough for flows that come and stay quiet not to pile up stacks: memory
+// parkAfter is how long a flow is idle before its goroutines go. Long enough for what parking and waking
+// cost (some µs) not to matter, short enough for flows that come and stay idle not to pile up stacks: memory
 // that a burst of 10,000 took once stays with the process.
 const parkAfter = 500 * time.Millisecond
 

@@ -8,7 +8,7 @@
 // flows, where small messages are one read and one write. One that is ping-pong or quiet may be handed off to
 // the kernel from there (package datapath decides), and comes back there when it is busy. A flow with more to
 // move, or one that breaks, leaves the loop for two pumps: there bulk goes through a pipe with splice(2). A
-// direction that waits for bytes holds neither a buffer nor a pipe, and pumps that have been quiet for a
+// direction that waits for bytes holds neither a buffer nor a pipe, and pumps that have been idle for a
 // while have no goroutine either: one epoll for all of them waits. A flow that a kernel datapath may have
 // goes back to a loop when its pumps have little to do.
 //

@@ -4,15 +4,15 @@ import "slices"
 
 // A state says who has a flow. It changes by enter alone, as the table below allows.
 //
-//	           ┌──────────────────────────────────────────────┐
-//	           ▼                                              │ reattach
-//	 ┌──── inTransit ─────────────────────► pumping ◄──► parking, parked
-//	 │     ▲  ▲   │ attachTo                   │              │
-//	 │     │  │   ▼                            ▼              │
-//	 │     │  └─ onLoop                     ending ◄──────────┘
-//	 │     │      │
-//	 ▼     │      ▼
-//	handedOff ◄───┘                    each of them ──► done
+//	onLoop ◄───► inTransit ◄───► handedOff
+//	               │   ▲
+//	               ▼   │ reattach
+//	              pumping ◄───► parking
+//	               │   ▲           │
+//	               │   │           ▼
+//	               │   └──────── parked
+//	               ▼               │
+//	             ending ◄──────────┘        each but parked ───► done
 //
 // A flow that a datapath gives back, or that goes from pumps to a loop, goes on as another one, and the
 // former is done: timers and watches that come late find that it is, and leave the sockets alone.
@@ -35,7 +35,7 @@ var stateNames = [states]string{"in transit", "on a loop", "handed off", "pumpin
 // next are the states that may follow each.
 var next = [states][]state{
 	inTransit: {onLoop, handedOff, pumping, ending, done},
-	onLoop:    {inTransit, handedOff, done},
+	onLoop:    {inTransit, done},
 	handedOff: {inTransit, done},
 	pumping:   {inTransit, parking, parked, ending, done},
 	parking:   {inTransit, pumping, parked, ending, done},

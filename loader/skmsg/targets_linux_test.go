@@ -2,7 +2,6 @@ package skmsg
 
 import (
 	"errors"
-	"net"
 	"net/netip"
 	"testing"
 	"time"

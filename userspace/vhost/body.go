@@ -17,9 +17,8 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// body is a request's body on its way up. It counts, bounds how long the client may send nothing before the
-// answer begins, remembers what went wrong on the client's side (which the transport reports as if it were
-// the upstream's), and passes trailers on.
+// body is a request's body on its way up. It counts, bounds the client's silence before the answer begins,
+// keeps what went wrong on the client's side (the transport blames the upstream), and passes trailers on.
 type body struct {
 	io.ReadCloser
 	http2   bool // of the client
@@ -95,8 +94,7 @@ func (b *body) begin() bool {
 	return true
 }
 
-// look ends a Read that has waited for too long. A deadline would not do: in HTTP/2 it also ends a body that
-// nobody reads at the moment.
+// look ends a Read that waits too long. A deadline would, in HTTP/2, also end a body that nobody reads now.
 func (b *body) look() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -145,8 +143,7 @@ func (b *body) end(err error) {
 	}
 }
 
-// passTrailers makes the trailers of in those of out, once they have come. The transport announces the ones
-// that in announces; HTTP/1 lets others follow.
+// passTrailers makes in's trailers out's, once they have come: those announced, and with HTTP/1 others.
 func (b *body) passTrailers(in, out *http.Request) {
 	b.in, b.out = in, out
 	out.Trailer = http.Header{}
@@ -258,10 +255,9 @@ func (b *body) interrupt() {
 }
 
 // abandon ends a Read that waits, when the transport wants no more. Otherwise an upstream could not end its
-// answer before a client on HTTP/2 has ended its request, as gRPC servers do with streams that fail: Go's
+// answer before a client on HTTP/2 has ended its request, as gRPC servers do with failing streams: Go's
 // HTTP/2 transport waits for its reading of the body, and ReverseProxy (Go 1.26) keeps it from closing that
-// itself. A body of HTTP/1 is left to the server: closing it may wait for the client, and such clients send
-// on.
+// itself. A body of HTTP/1 is left to the server: closing it may wait for a client that sends on.
 func (b *body) abandon() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -280,8 +276,7 @@ func isGone(err error) bool {
 // client of each request would wait for expectTimeout.
 const expectIgnored = 10 * time.Minute
 
-// expects says whether the upstream shall decide if it wants the request's body. Otherwise this hop asks the
-// client for it.
+// expects says whether the upstream is to decide if it wants the request's body, rather than this hop.
 func (x *exchange) expects() bool {
 	return strings.EqualFold(x.req.Header.Get("Expect"), "100-continue") && hasBody(x.req) &&
 		x.req.ProtoAtLeast(1, 1) &&

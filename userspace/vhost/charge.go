@@ -37,9 +37,15 @@ func (c *charge) end() {
 	c.lease.Release()
 }
 
-// resetCost is for how long a request counts at least whose client resets it: who opens and resets streams as
-// fast as possible has no more of them, then, than who waits for answers.
-const resetCost = time.Second
+const (
+	// resetCost is for how long a request at least counts that its client resets: who opens and resets
+	// streams as fast as possible then has no more of them than who waits for answers.
+	resetCost   = time.Second
+	refusalWait = 5 * time.Second // for a client to read that it has too many requests under way
+	// lastWait is how long a client with many connections may take for the end of an answer whose handler has
+	// returned: HTTP/2's server keeps that, some 30 KB a stream, and nothing counts it any more.
+	lastWait = 15 * time.Second
+)
 
 // endRequest ends what charge began.
 func (x *exchange) endRequest() {
@@ -49,14 +55,7 @@ func (x *exchange) endRequest() {
 	x.charge.end()
 }
 
-// refusalWait is how long a client may take to read that it has too many requests under way.
-const refusalWait = 5 * time.Second
-
-// lastWait is how long a client with many connections may take for the end of an answer whose handler has
-// returned: HTTP/2's server keeps that, some 30 KB a stream, and nothing counts it any more.
-const lastWait = 15 * time.Second
-
-// hurry sets that time.
+// hurry gives a client with many connections lastWait for the end of its answer.
 func (x *exchange) hurry() {
 	if x.req.ProtoMajor >= 2 && x.conn.info.crowd() == crowdOfMany {
 		_ = http.NewResponseController(x.resp).SetWriteDeadline(time.Now().Add(lastWait))
@@ -85,18 +84,16 @@ func (s *Server) charge(x *exchange) (err error) {
 	return err
 }
 
-// forget lets go of what the client sent. HTTP/2's server keeps the request, and the end of its answer, until
-// the client takes that: of streams whose window is empty there may be many, and the header of each takes up
-// to Options.HeaderBytes.
+// forget lets go of what the client sent. HTTP/2's server keeps the request until the client takes the end of
+// its answer: many streams may have an empty window, and each header takes up to Options.HeaderBytes.
 func (x *exchange) forget() {
 	if r := x.req; r.ProtoMajor >= 2 {
 		r.Header, r.URL, r.Host, r.RequestURI = nil, nil, "", ""
 	}
 }
 
-// charged counts dialling as work on the request that wants the connection: the transport goes on with it
-// when the request has ended, as that of a client which opens streams and resets them. What it would begin
-// afterwards it doesn't begin at all.
+// charged counts dialling as work on the request that wants the connection: the transport goes on when that
+// has ended, as with streams that a client opens and resets. What it would only begin then it doesn't begin.
 func charged(dial func(context.Context) (net.Conn, error)) func(context.Context, string, string) (net.Conn, error) {
 	return func(ctx context.Context, _, _ string) (net.Conn, error) {
 		x, ok := ctx.Value(exchangeKey{}).(*exchange)

@@ -14,8 +14,7 @@ import (
 // compressFrom is the length from which gzip is worth its header and the CPU.
 const compressFrom = 1024
 
-// compressible are the types that shrink. Images, archives and films are compressed as they are, and event
-// streams must not wait for more.
+// compressible are the types that shrink: no images, archives, films, nor event streams, which can't wait.
 var compressible = []string{"text/", "application/json", "application/javascript", "application/xml", "application/wasm", "application/manifest+json", "image/svg+xml", "application/xhtml+xml", "application/ld+json", "application/rss+xml", "application/atom+xml"}
 
 // compress makes res's body one of gzip, if the client takes that and it helps.
@@ -53,12 +52,8 @@ func compress(res *http.Response) {
 
 // hasDigest says whether one of the headers has a digest of the body (RFC 9530, RFC 3230, RFC 2616 14.15).
 func hasDigest(h http.Header) bool {
-	for _, name := range [...]string{"Content-Digest", "Repr-Digest", "Digest", "Content-Md5"} {
-		if _, ok := h[name]; ok {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc([]string{"Content-Digest", "Repr-Digest", "Digest", "Content-Md5"},
+		func(name string) bool { return h[name] != nil })
 }
 
 // takesGzip reads Accept-Encoding (RFC 9110 12.5.3).

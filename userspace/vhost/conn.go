@@ -7,7 +7,6 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -18,31 +17,23 @@ import (
 
 // ConnInfo says who is at the other end of a downstream connection.
 type ConnInfo struct {
-	// Client is the client as far back as it is believed: from a PROXY header if there was one, else Peer.
-	// Invalid if unknown (a unix socket).
+	// Client is the client as far back as believed: a PROXY header's, else Peer. Invalid: a unix socket's.
 	Client netip.AddrPort
 	Peer   netip.AddrPort // the other end of the socket
 	Local  netip.AddrPort // what the client connected to
-	// Unknown is nil if Client is the client, else why that is not known: an UnsaidError, or why nobody can
-	// tell whether Peer speaks for others.
+	// Unknown is nil if Client is the client, else why not: an UnsaidError, or why nobody can tell of Peer.
 	Unknown error
-	// Trusted says that the config trusts Peer to speak for others (accept_proxy.from names it). Whether its
-	// forwarding headers are believed, see believes.
-	Trusted bool
-	// Hop is the name of the node at the other end, if it is one that may speak for others and its name is
-	// known.
-	Hop     string
+	Trusted bool   // accept_proxy.from names Peer. For its forwarding headers see believes.
+	Hop     string // the name, if known, of the node at the other end, if that one may speak for others
 	Crowded bool   // Client has many connections
 	Hops    Hops   // tells who else may speak for others. Nil: nobody.
 	ID      string // the path's id. Never empty if it comes from Info.
-	// ServerName is the name that the client asked for in TLS: from the PROXY header of an earlier hop, and
-	// where this hop terminates TLS from its own handshake. On a plain connection a name means that an
-	// earlier hop terminated TLS.
+	// ServerName is the name that the client asked for in TLS: from an earlier hop's PROXY header, or from
+	// the handshake here. On a plain connection a name means that an earlier hop terminated TLS.
 	ServerName string
 }
 
-// How many streams an HTTP/2 connection may have depends on whose it is. A client that behaves needs few
-// connections.
+// How many streams an HTTP/2 connection may have depends on whose it is. Good clients need few connections.
 const (
 	crowdOfClient = iota
 	crowdOfHop
@@ -61,8 +52,7 @@ func (i ConnInfo) crowd() int {
 	return crowdOfClient
 }
 
-// Infoer is what a net.Conn given to ServeConn may have beside. Info is called once, before the first byte is
-// read.
+// Infoer is a net.Conn for ServeConn that knows more. Info is called once, before the first byte is read.
 type Infoer interface{ Info() ConnInfo }
 
 // Judge is what an Infoer may have beside. Judge is called once for each request, whose context ctx is, and
@@ -111,35 +101,28 @@ func (e *UnsaidError) Error() string {
 // Being trusted is not enough. A hop that sends a PROXY header may be an edge which passes its client's bytes
 // on: then the client wrote the headers, and the PROXY header has said already what is true. And what comes
 // in TLS was written by whoever made the handshake, which an edge never does.
-func believes(i ConnInfo, overTLS bool) bool {
-	return i.Trusted && !overTLS && i.Client == i.Peer
-}
+func believes(i ConnInfo, overTLS bool) bool { return i.Trusted && !overTLS && i.Client == i.Peer }
 
 // conn is one downstream connection, below TLS.
 type conn struct {
 	net.Conn
-	server *Server
-	info   ConnInfo
-	done   chan struct{} // closed with the connection
-	late   *time.Timer   // ends a handshake that takes too long
-
+	server    *Server
+	info      ConnInfo
+	done      chan struct{} // closed with the connection
+	late      *time.Timer   // ends a handshake that takes too long
 	closeOnce sync.Once
 	closeErr  error
-
-	lingers  atomic.Bool  // Close is to leave the peer time to read
-	requests atomic.Int64 // that were given an id here
-
-	http1   atomic.Bool  // a request of HTTP/1 has come
-	armed   atomic.Int64 // when the write deadline was last set, Unix ns
-	foreign atomic.Bool  // somebody else has set a write deadline
-
-	preface int // bytes of HTTP/2's preface that were read; -1: it speaks something else
-	mu      sync.Mutex
+	lingers   atomic.Bool  // Close is to leave the peer time to read
+	requests  atomic.Int64 // that were given an id here
+	http1     atomic.Bool  // a request of HTTP/1 has come
+	armed     atomic.Int64 // when the write deadline was last set, Unix ns
+	foreign   atomic.Bool  // somebody else has set a write deadline
+	preface   int          // bytes of HTTP/2's preface that were read; -1: it speaks something else
+	mu        sync.Mutex
 	// +checklocks:mu
 	exchanges map[*exchange]struct{} // whose handlers run
-
-	frames *frames // nil: no HTTP/2, or TLS around it
-	secure *secure // nil: no HTTP/2, or no TLS around it
+	frames    *frames                // nil: no HTTP/2, or TLS around it
+	secure    *secure                // nil: no HTTP/2, or no TLS around it
 }
 
 func newConn(c net.Conn, s *Server) *conn {
@@ -180,8 +163,7 @@ func addrPort(a net.Addr) netip.AddrPort {
 }
 
 // lingerFor is how long a connection stays open after an answer, while the peer sends a body that nobody
-// reads: closing it resets it. It is net/http's own time, which gives none if the request said that the
-// connection would be closed.
+// reads: closing resets it. net/http takes as long, but no time where the request said "close".
 const lingerFor = 500 * time.Millisecond
 
 // Close closes the connection, soon if it lingers.
@@ -198,22 +180,14 @@ func (c *conn) Close() error {
 	return c.closeErr
 }
 
-// reset closes the connection so that its peer can't take that for an end. It is closed below TLS, whose
-// alert would say that all is well.
+// reset closes the connection, below TLS, whose alert says that all is well: no peer takes this for an end.
 func (c *conn) reset() {
 	tcpsock.ResetOnClose(c.Conn)
 	c.Close()
 }
 
-// serves learns from r which HTTP c speaks.
-func (c *conn) serves(r *http.Request) {
-	if r.ProtoMajor < 2 && !c.http1.Load() {
-		c.http1.Store(true)
-	}
-}
-
-// stall is how long a write to c may take. Who speaks HTTP/2 stops to read streams, and never the connection,
-// for which the server keeps up to 10,000 frames; who has made no request yet is not heard at all.
+// stall is how long a write to c may take. Clients of HTTP/2 stop reading streams, and never the connection,
+// for which the server keeps up to 10,000 frames; a client without a request is not heard at all.
 func (c *conn) stall() time.Duration {
 	if c.http1.Load() {
 		return c.server.opts.StallTimeout
@@ -261,15 +235,11 @@ func closeWrite(c net.Conn) error {
 	return errors.ErrUnsupported
 }
 
-// gone says whether the peer has closed its side, as far as that can be seen without reading.
-func (c *conn) gone() bool {
-	g, ok := c.Conn.(interface{ Gone() bool })
-	return ok && g.Gone()
-}
-
-// clientLeft says whether nobody waits for the answer. While a body is to be read net/http does not look.
+// clientLeft says whether nobody waits for the answer. While a body is to be read net/http does not look; the
+// connection may see without reading whether its peer has closed its side.
 func (x *exchange) clientLeft() bool {
-	return x.req.Context().Err() != nil || x.req.ProtoMajor == 1 && x.conn.gone()
+	c, ok := x.conn.Conn.(interface{ Gone() bool })
+	return x.req.Context().Err() != nil || x.req.ProtoMajor == 1 && ok && c.Gone()
 }
 
 // ClientLeft says whether the client of the request that wants a connection has left; ctx is what
@@ -293,8 +263,7 @@ func connContext(ctx context.Context, c net.Conn) context.Context {
 }
 
 // Info returns what is known of who a request is from; ctx is the request's, or what Upstream.Dial got. For
-// Dial, Client, Unknown and ID are the request's: if a hop that is believed said them, Client has port 0 and
-// Local is invalid.
+// Dial, Client, Unknown and ID are the request's: one that a believed hop said has port 0 and no Local.
 func Info(ctx context.Context) (ConnInfo, bool) {
 	c, ok := ctx.Value(connKey{}).(*conn)
 	if !ok {
@@ -310,8 +279,7 @@ func Info(ctx context.Context) (ConnInfo, bool) {
 	return info, true
 }
 
-// logBridge turns net/http's log lines into slog's. They are what strangers cause (bad requests, broken
-// connections), but for a panic of our own.
+// logBridge turns net/http's log into slog's: what strangers cause, but for a panic of our own.
 type logBridge struct{ log *slog.Logger }
 
 func (b logBridge) Write(p []byte) (int, error) {

@@ -24,8 +24,7 @@ const (
 	ReasonTLS         = "tls"         // it has no TLS, or a certificate that is not believed: 502
 )
 
-// Reasoner is an error that knows its reason, one of the Reason constants; Upstream.Dial's errors should.
-// Others are classed by what they wrap.
+// Reasoner is an error that knows its reason, as Upstream.Dial's should. Others go by what they wrap.
 type Reasoner interface {
 	error
 	Reason() string
@@ -34,8 +33,7 @@ type Reasoner interface {
 // Fail gives err a reason.
 func Fail(reason string, err error) error { return &failure{reason: reason, err: err} }
 
-// FailAbsent gives err the reason ReasonAbsent, and the time when the upstream was last seen, for the page;
-// zero if unknown.
+// FailAbsent gives err the reason ReasonAbsent, and when the upstream was last seen, for the page (or zero).
 func FailAbsent(seen time.Time, err error) error { return &failure{ReasonAbsent, err, seen} }
 
 type failure struct {
@@ -111,8 +109,8 @@ func ago(d time.Duration) string {
 	return strconv.Itoa(n) + " " + unit + " ago"
 }
 
-// hopFaults are the pages for an upstream that did not answer, by reason. In their texts NAME stands for its name,
-// and Name for the same at the start of a sentence; text goes on from "Your request came as far as this node".
+// hopFaults are the pages for an upstream that did not answer, by reason. NAME stands for its name, Name for
+// the same at the start of a sentence; text goes on from "Your request came as far as this node".
 var hopFaults = map[string]struct {
 	status             int
 	title, state, text string

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -16,8 +17,7 @@ import (
 const IDHeader = "X-Tailsplice-Id"
 
 // forwarding are the headers in which a hop says for whom it speaks, and how it was asked, beside those that
-// isForwarding knows by a part of their name. Frameworks believe them by default or by one switch, so none may
-// come from a stranger.
+// isForwarding knows by a part of their name. Frameworks believe them easily, so no stranger may send them.
 var forwarding = setOf(
 	"forwarded", // RFC 7239
 	"client-ip", "remote-addr", "cf-connecting-ipv6", "cf-pseudo-ipv4", "x-remote-ip", "x-originating-ip",
@@ -64,19 +64,17 @@ func isForwarding(name string) bool {
 }
 
 // dropForwarding removes from a request's header what a stranger says of whom it is from and how it was
-// asked: routes, guards and targets hear that from a hop that is believed, or not at all. Who a tailnet's
-// user is each hop asks its own tailscaled, and guards the path itself that a target takes: Tailscale-
-// headers and other paths are always dropped.
+// asked: routes, guards and targets hear that from a hop that is believed, or not at all. Each hop asks its
+// own tailscaled for the user, and guards its target's path: Tailscale- headers and other paths always go.
 func dropForwarding(h http.Header, believed bool) {
 	maps.DeleteFunc(h, func(name string, _ []string) bool {
 		return isForwarding(name) && (!believed || !isPlainName(name) || strings.HasPrefix(strings.ToLower(name), "tailscale-") || otherPath[name])
 	})
 }
 
-// setForwarded makes the forwarding headers of the request that goes out, whose header is out. From a hop
-// that is believed, what it sent is kept and this hop added; of anyone else dropForwarding has left nothing.
-// Of a client that is not known (see MayTell) it says so: the hop's own address would give it the hop's
-// rights further on.
+// setForwarded makes the forwarding headers of the request that goes out, whose header is out. What a
+// believed hop sent is kept, and this hop added; of anyone else dropForwarding has left nothing. A client
+// that is not known (see MayTell) is named so: the hop's own address would give it that hop's rights.
 func setForwarded(in *http.Request, authority string, out http.Header, info ConnInfo, known bool, id string) {
 	believed := believes(info, in.TLS != nil)
 	proto := "http"
@@ -122,11 +120,10 @@ func setForwarded(in *http.Request, authority string, out http.Header, info Conn
 	}
 }
 
-// clientOf is the client of a request: what a hop that is believed says that it saw, which is the last of its
-// X-Forwarded-For, else that of the connection. What stands before is that one's word: believed if it is such
-// a hop itself, and else anybody's. A hop is never the client: where one speaks for somebody and doesn't say
-// for whom, or nobody can tell whether it is a hop, unknown says so, and client is the last who said
-// something.
+// clientOf is the client of a request: the last of a believed hop's X-Forwarded-For, which is what it saw,
+// else that of the connection. What stands before it is the word of the client so found, and is believed if
+// that is such a hop too. A hop is never the client: where one speaks for somebody and doesn't say for whom,
+// or nobody can tell whether it is a hop, unknown says so, and client is the last who said something.
 func clientOf(r *http.Request, info ConnInfo) (client netip.AddrPort, unknown error) {
 	client = info.Client
 	if info.Unknown != nil {
@@ -180,8 +177,7 @@ func splitElements(lines []string) []string {
 	return out
 }
 
-// elementsOf says in Forwarded what a hop said only in X-Forwarded-For. The host and the protocol are those
-// of the first, the client's own request.
+// elementsOf puts X-Forwarded-For into Forwarded's words. host and proto are the first one's, the client's.
 func elementsOf(chain []string, host, proto string) []string {
 	var out []string
 	for i, v := range chain {
@@ -226,8 +222,8 @@ func quoted(v string) string {
 // quotedPairs makes quoted-pairs of what can't stand in a quoted-string (RFC 9110 5.6.4).
 var quotedPairs = strings.NewReplacer(`\`, `\\`, `"`, `\"`)
 
-// pathID is the id of the path that a request is on: that of the hop before, if
-// it is believed and looks like one, else the connection's.
+// pathID is the id of the path that a request is on: that of the hop before, if it is believed and looks like
+// one, else the connection's.
 func pathID(r *http.Request, info ConnInfo) string {
 	if believes(info, r.TLS != nil) {
 		if id := r.Header.Get(IDHeader); validID(id) {
@@ -237,9 +233,8 @@ func pathID(r *http.Request, info ConnInfo) string {
 	return info.ID
 }
 
-// requestID is the id that applications log a request by: the client's own, if
-// it sent one that fits on a line of a log, else the path's with the number of
-// the request on its connection.
+// requestID is the id that applications log a request by: the client's own, if that fits on a line of a log,
+// else the path's with the number of the request on its connection.
 func requestID(r *http.Request, c *conn, id string) string {
 	v := r.Header["X-Request-Id"]
 	if len(v) == 1 && v[0] != "" && len(v[0]) <= 128 && !strings.ContainsFunc(v[0], func(r rune) bool { return r <= ' ' || r > '~' }) {
@@ -254,3 +249,95 @@ func validID(id string) bool {
 }
 
 const alphanumeric = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+// PathHeader tells the next hop by which hops a request has come, the first one first, for the pages that
+// show its path. It is believed from a hop that is believed only.
+const PathHeader = "X-Tailsplice-Path"
+
+// passed are the names of the hops before this one, as far as known: what the last of them says, or its own.
+func (x *exchange) passed() []string {
+	c := x.visit.Conn
+	if believes(c, x.req.TLS != nil) {
+		if names := hopNames(x.req.Header); len(names) > 0 {
+			return names
+		}
+	}
+	if c.Hop != "" {
+		return []string{c.Hop}
+	}
+	return nil
+}
+
+// hopNames reads PathHeader. Nothing of it counts if a part of it is no node's name, or it has too many.
+func hopNames(h http.Header) []string {
+	names := splitList(h[PathHeader])
+	if len(names) > maxHops {
+		return nil
+	}
+	if slices.ContainsFunc(names, func(n string) bool { return len(n) > 63 || strings.Trim(n, alphanumeric+"-_.") != "" }) {
+		return nil
+	}
+	return names
+}
+
+// stop is a place on the path that a page shows.
+type stop struct {
+	Name, State string
+	Failed      bool
+}
+
+// stops is the path of a request to the hop that did not answer it; nil if the fault is here.
+func (s *Server) stops(x *exchange, f fault) []stop {
+	if f.target == "" {
+		return nil
+	}
+	var way []stop
+	for _, n := range slices.Concat([]string{"you"}, x.passed(), []string{s.opts.Node}) {
+		way = append(way, stop{Name: n, State: "working"})
+	}
+	return append(way, stop{Name: bare(f.target), State: f.state, Failed: true})
+}
+
+// timingHeader asks the hops behind this one to show what they took. Only a hop that is believed may ask.
+const timingHeader = "X-Tailsplice-Timing"
+
+// sameHeader says whether two names of headers become one variable in CGI, WSGI and what is like them: each
+// byte outside of letters and digits is the same there, and letters have no case.
+func sameHeader(a, b string) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range len(a) {
+		if a[i] != b[i] && folds[a[i]] != folds[b[i]] {
+			return false
+		}
+	}
+	return true
+}
+
+// foldName appends name to buf as sameHeader sees it.
+func foldName(buf []byte, name string) []byte {
+	for i := range len(name) {
+		buf = append(buf, folds[name[i]])
+	}
+	return buf
+}
+
+// folds are what bytes become: letters lower case, and what is neither letter nor digit "-".
+var folds = func() (all [256]byte) {
+	for c := range all {
+		all[c] = '-'
+		if strings.IndexByte(alphanumeric, byte(c)) >= 0 {
+			all[c] = strings.ToLower(string(rune(c)))[0]
+		}
+	}
+	return all
+}()
+
+// isPlainName says whether nothing but - stands between a name's letters and digits.
+func isPlainName(name string) bool { return strings.Trim(name, alphanumeric+"-") == "" }
+
+// dropHeader removes a header, however it is written.
+func dropHeader(h http.Header, name string) {
+	maps.DeleteFunc(h, func(other string, _ []string) bool { return sameHeader(other, name) })
+}

@@ -49,8 +49,7 @@ type frame struct {
 	stream      uint32
 }
 
-// pass goes on with b. value is called for each frame that begins, and pass returns the sum of what it
-// returned.
+// pass goes on with b. It calls value for each frame that begins, and returns the sum of what that returned.
 func (s *splitter) pass(b []byte, value func(frame) int) (sum int) {
 	for len(b) > 0 {
 		if s.left > 0 {
@@ -102,8 +101,7 @@ type bodies struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	open map[uint32]struct{}
-	// late are streams that were answered to the end last. Their clients may not have heard of that yet, and
-	// still send what they have.
+	// late are the last streams that were answered to the end. Their clients may still send what they have.
 	// +checklocks:mu
 	late []uint32
 }
@@ -125,8 +123,7 @@ func (b *bodies) begin(fr frame) {
 	b.open[fr.stream] = struct{}{}
 }
 
-// goesOn reports whether fr is DATA of a request that goes on, and says something: it has bytes behind
-// padding, however long that is, or is the end.
+// goesOn reports whether fr is DATA of a request that goes on, and more than padding, or is the end.
 func (b *bodies) goesOn(fr frame) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -199,8 +196,7 @@ type frameBudget struct {
 	paid int64     // earned until then
 }
 
-// spend takes cost away, and returns how long to wait until nothing is owed. earned is all that the client
-// has earned until now.
+// spend takes cost away, and returns how long to wait until nothing is owed, given all that was earned.
 func (b *frameBudget) spend(cost int, earned int64, now time.Time) time.Duration {
 	more := now.Sub(b.at).Seconds()*framesPerSecond + float64(earned-b.paid)
 	b.left, b.at, b.paid = min(b.left+more, frameBurst)-float64(cost), now, earned
@@ -235,14 +231,6 @@ type secure struct {
 	below   *conn
 	frames  *frames
 	preface int // bytes of HTTP/2's preface that were read
-}
-
-// newSecure takes over tc, whose handshake is done.
-func newSecure(tc *tls.Conn) *secure {
-	below := tc.NetConn().(*conn)
-	s := &secure{Conn: tc, tls: tc.ConnectionState(), below: below, frames: newFrames(below, tc)}
-	below.secure = s
-	return s
 }
 
 // Read ends a connection that does not begin as HTTP/2: net/http would take it for HTTP/1.

@@ -3,6 +3,7 @@ package vhost
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log"
@@ -18,33 +19,28 @@ import (
 
 // exchange is one request on its way.
 type exchange struct {
-	conn *conn
-	req  *http.Request // as it came in
-	id   string
-	uri  URI // of a request that was refused at once, what it looks like
-
-	started   time.Time
-	requestID string
-	route     *Route
-	up        *Upstream // the one that is tried
-	timing    bool      // the answer shall have Server-Timing
-	hsts      string    // the answer's Strict-Transport-Security, "" for none
-
-	body *body // nil if the request has none
-	resp *response
-	err  error
-
-	visit  Visit
-	charge charge
-
+	conn       *conn
+	req        *http.Request // as it came in
+	id         string
+	uri        URI // of a request that was refused at once, what it looks like
+	started    time.Time
+	requestID  string
+	route      *Route
+	up         *Upstream // the one that is tried
+	timing     bool      // the answer shall have Server-Timing
+	hsts       string    // the answer's Strict-Transport-Security, "" for none
+	body       *body     // nil if the request has none
+	resp       *response
+	err        error
+	visit      Visit
+	charge     charge
 	upConn     atomic.Pointer[upstreamConn] // that the transport chose
 	reused     bool                         // it had been used before
 	sentBefore int64                        // bytes that it had taken then
 	watcher    *watcher                     // nil if it is not watched
 	expecting  bool                         // the upstream is asked whether it wants the body
 	heard      atomic.Bool                  // it has said something
-
-	whole bool // the handler returned: it did not abort the answer
+	whole      bool                         // the handler returned: it did not abort the answer
 }
 
 type exchangeKey struct{}
@@ -81,7 +77,9 @@ func newExchange(w http.ResponseWriter, r *http.Request) (x *exchange, bad error
 		x.uri, bad = readURI(r)
 	}
 	x.visit = Visit{Request: r, URI: x.uri, ID: x.conn.info.ID, Conn: x.conn.info, Client: x.conn.info.Client, Unknown: x.conn.info.Unknown, x: x}
-	x.conn.serves(r)
+	if r.ProtoMajor < 2 && !x.conn.http1.Load() {
+		x.conn.http1.Store(true)
+	}
 	return x, bad
 }
 
@@ -90,8 +88,8 @@ func (s *Server) readHeader(x *exchange) {
 	r := x.req
 	isBelieved := believes(x.visit.Conn, r.TLS != nil)
 	dropForwarding(r.Header, isBelieved)
-	// With a Content-Length beside it, which net/http doesn't show, a hop before this one may see the end of a
-	// chunked body elsewhere, and another client's request begin in it (RFC 9112 6.1).
+	// With a Content-Length beside it, which net/http doesn't show, a hop before may see the end of a chunked
+	// body elsewhere, and another client's request begin in it (RFC 9112 6.1).
 	x.resp.last = r.ProtoMajor == 1 && len(r.TransferEncoding) > 0 && !isBelieved
 	x.requestID = requestID(r, x.conn, x.id)
 	x.timing = s.opts.Timing != nil && s.opts.Timing() || isBelieved && r.Header[timingHeader] != nil
@@ -150,8 +148,7 @@ func (s *Server) forward(x *exchange, w http.ResponseWriter) {
 	if hasBody(x.req) {
 		x.body = newBody(x, w, cmp.Or(x.route.BodyTimeout, s.opts.StallTimeout), x.route.MaxBody)
 		in.Body = x.body
-		// Without it an HTTP/1 server throws the rest of the body away when the answer begins, though the
-		// upstream may still be reading.
+		// Else an HTTP/1 server, when the answer begins, drops the rest of the body, which may still be read.
 		http.NewResponseController(w).EnableFullDuplex()
 	}
 	s.proxy.ServeHTTP(x.resp, in)
@@ -253,8 +250,12 @@ func (s *Server) answered(res *http.Response) error {
 
 // gotConn learns which upstream connection the transport chose.
 func (x *exchange) gotConn(i httptrace.GotConnInfo) {
-	c := asUpstreamConn(i.Conn)
-	if c == nil {
+	under := i.Conn
+	if tc, ok := under.(*tls.Conn); ok {
+		under = tc.NetConn()
+	}
+	c, ok := under.(*upstreamConn) // what dialUpstream made
+	if !ok {
 		return
 	}
 	x.upConn.Store(c)
@@ -336,7 +337,7 @@ func (s *Server) newProxy(errorLog *log.Logger) *httputil.ReverseProxy {
 		// length may wait this long, so that a small one takes one segment and one TLS record instead of two
 		// or three (15 to 20 % of the CPU that a small request takes).
 		FlushInterval: time.Millisecond,
-		BufferPool:    &buffers{},
+		BufferPool:    newBuffers(),
 		ErrorLog:      errorLog,
 		ErrorHandler:  s.failed,
 	}
@@ -394,12 +395,11 @@ type buffers struct{ pool sync.Pool }
 
 const copyBuffer = 32 << 10
 
-func (b *buffers) Get() []byte {
-	if p, ok := b.pool.Get().(*[copyBuffer]byte); ok {
-		return p[:]
-	}
-	return make([]byte, copyBuffer)
+func newBuffers() *buffers {
+	return &buffers{sync.Pool{New: func() any { return new([copyBuffer]byte) }}}
 }
+
+func (b *buffers) Get() []byte { return b.pool.Get().(*[copyBuffer]byte)[:] }
 
 func (b *buffers) Put(buf []byte) {
 	if len(buf) == copyBuffer {

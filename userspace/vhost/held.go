@@ -6,10 +6,9 @@ import (
 )
 
 // Holder is what an Infoer may have beside. Holds is called once, before the first byte is read, with a
-// function that says how many bytes the connection holds in this process, and in the sockets of its
+// function that says how many bytes the connection holds, in this process and in the sockets of its
 // upstreams, for answers that the client takes nothing of, and since when it has taken nothing of one of
-// them. What the connection's own socket holds is not a part of it: who speaks HTTP/2 stops to read streams,
-// and never the connection.
+// them. Its own socket does not count: clients of HTTP/2 stop reading streams, and never the connection.
 type Holder interface {
 	Holds(held func() (bytes int64, since time.Time))
 }
@@ -52,11 +51,9 @@ func (c *conn) held() (bytes int64, since time.Time) {
 // begins notes that the client must take something for w to go on.
 func (w *response) begins() { w.writes.Store(time.Now().UnixNano()) }
 
-func (w *response) ends() { w.writes.Store(0) }
-
 // FlushError is for http.ResponseController.
 func (w *response) FlushError() error {
 	w.begins()
-	defer w.ends()
+	defer w.writes.Store(0)
 	return http.NewResponseController(w.ResponseWriter).Flush()
 }

@@ -72,8 +72,7 @@ func isOddPath(path string) bool {
 	}
 }
 
-// maxReadings bounds in how many ways a path may be written for its readers. It takes half a dozen of their
-// differences in one path to have more.
+// maxReadings bounds the ways to write a path for its readers: half a dozen differences in one have more.
 const maxReadings = 32
 
 // readings are the paths that servers may take path for, if there are not too many.
@@ -173,8 +172,7 @@ func cutParams(path string) string {
 	return strings.Join(segments, "/")
 }
 
-// resolveDots resolves dot segments as RFC 3986 5.2.4 does, for which there is an empty segment between two
-// slashes.
+// resolveDots resolves dot segments as in RFC 3986 5.2.4, where the segment between two slashes is empty.
 func resolveDots(path string) string {
 	segments := strings.Split(path, "/")[1:] // what is before the first slash is none
 	out := segments[:0]

@@ -23,8 +23,7 @@ type response struct {
 	protocol []string          // the header Upgrade of the upstream's 101
 }
 
-// Header is the answer's. ReverseProxy asks for that of a 101 once more when it has put in all that the
-// upstream said, and writes what it gets.
+// Header is the answer's. ReverseProxy asks again for a 101's, with the upstream's in it, to write that.
 func (w *response) Header() http.Header {
 	h := w.ResponseWriter.Header()
 	if w.hijacked != nil && h["Upgrade"] != nil {
@@ -57,8 +56,7 @@ func (w *response) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// cutOff ends x's answer in the middle, after what there is of it. The end of one to HTTP/1.0 without a
-// length would look right but for a reset.
+// cutOff ends x's answer in the middle. HTTP/1.0 without a length needs a reset, or it would look whole.
 func (x *exchange) cutOff() {
 	w := x.resp
 	if w.status < 200 || w.status == statusClientLeft || x.req.Context().Err() != nil {
@@ -81,15 +79,14 @@ func (w *response) Write(p []byte) (int, error) {
 	}
 	w.begins()
 	n, err := w.ResponseWriter.Write(p)
-	w.ends()
+	w.writes.Store(0)
 	w.bytes += int64(n)
 	add(w.traffic.Down, n)
 	return n, err
 }
 
-// Hijack hands the connection over to an upgraded protocol. ReverseProxy reads from the connection and not
-// from the buffer that comes with it, in which there is what the client sent early: the connection that it
-// gets from here gives that first.
+// Hijack hands the connection over to an upgraded protocol. ReverseProxy does not read from the buffer that
+// comes with it, which has what the client sent early: the connection that it gets gives that first.
 func (w *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	c, rw, err := http.NewResponseController(w.ResponseWriter).Hijack()
 	if err != nil {

@@ -65,7 +65,8 @@ const (
 	otherUpstream        // the next one that the route picks
 )
 
-// remedy judges the attempt that failed with err, after so many stale connections. The first line that fits counts:
+// remedy judges the attempt that failed with err, after so many stale connections, by the first line that
+// fits:
 //
 //	the client has left or is being answered, or the body can't be sent again   giveUp
 //	nothing was sent on a connection of the pool, which had gone stale          sameUpstream, maxStale times
@@ -91,8 +92,7 @@ func (x *exchange) remedy(r *http.Request, err error, spare *spareBody, stale in
 	return giveUp
 }
 
-// maxStale bounds how many stale connections in a row a request may meet: more than the pool holds would be
-// another fault.
+// maxStale bounds how many stale connections a request may meet: more than the pool holds is another fault.
 const maxStale = upstreamIdlePerHost + 1
 
 // repeatable says whether a request may be sent again though an upstream may have seen it (RFC 9110 9.2.2).
@@ -113,17 +113,16 @@ func (t transports) once(x *exchange, r *http.Request) (*http.Response, error) {
 		}
 	}
 	transport := t.s.pool(x.up, p)
-	if x.route.AnswerTimeout > 0 {
-		var stop func()
-		r, stop = withAnswerTimeout(r, x.route.AnswerTimeout)
-		defer stop()
-		res, err := transport.RoundTrip(r)
-		if err != nil && errors.Is(context.Cause(r.Context()), errAnswerTimeout) {
-			err = errAnswerTimeout
-		}
-		return res, err
+	if x.route.AnswerTimeout == 0 {
+		return transport.RoundTrip(r)
 	}
-	return transport.RoundTrip(r)
+	r, stop := withAnswerTimeout(r, x.route.AnswerTimeout)
+	defer stop()
+	res, err := transport.RoundTrip(r)
+	if err != nil && errors.Is(context.Cause(r.Context()), errAnswerTimeout) {
+		err = errAnswerTimeout
+	}
+	return res, err
 }
 
 // pool is where the connections to up are kept that speak p.
@@ -136,8 +135,7 @@ func (s *Server) pool(up *Upstream, p Protocol) *http.Transport {
 
 var errAnswerTimeout = Fail(ReasonTimeout, errors.New("no answer within the route's timeouts.answer"))
 
-// needsHTTP1 says whether x's request, as it came in or goes out, has what HTTP/2 has not: an Upgrade, or no
-// host.
+// needsHTTP1 says whether x's request, as it came or goes, has what HTTP/2 can't: an Upgrade, or no host.
 func needsHTTP1(x *exchange, r *http.Request) bool {
 	return wantsUpgrade(r) || x.uri.Authority == "" && x.route.RequestHeader.Set["Host"] == ""
 }

@@ -32,9 +32,8 @@ func wantsUpgrade(r *http.Request) bool {
 	return r.Header["Upgrade"] != nil && httpguts.HeaderValuesContainsToken(r.Header["Connection"], "upgrade")
 }
 
-// upgrading makes of an upstream's 101 one that ReverseProxy takes, which wants to see the whole list that
-// was offered where the upstream chose one protocol of it. The client gets what the upstream said, see
-// response.Header.
+// upgrading makes of an upstream's 101 one that ReverseProxy takes: it wants to see the whole list that was
+// offered, not the one protocol that the upstream chose. The client gets what was said, see response.Header.
 func (x *exchange) upgrading(h http.Header) error {
 	offered, chosen := x.req.Header["Upgrade"], h["Upgrade"]
 	if !wantsUpgrade(x.req) || len(chosen) != 1 || !containsFold(splitList(offered), chosen[0]) {
@@ -49,8 +48,7 @@ func containsFold(all []string, s string) bool {
 	return slices.ContainsFunc(all, func(v string) bool { return strings.EqualFold(v, s) })
 }
 
-// webSocketHeaders are the names that net/http spells in another way than RFC 6455. There are clients and
-// servers that compare letter by letter.
+// webSocketHeaders are net/http's names and RFC 6455's, where some clients and servers compare by letter.
 var webSocketHeaders = [...][2]string{
 	{"Sec-Websocket-Accept", "Sec-WebSocket-Accept"},
 	{"Sec-Websocket-Extensions", "Sec-WebSocket-Extensions"},

@@ -42,21 +42,16 @@ type Upstream struct {
 	// Key tells upstreams apart: connections are reused for every request whose Upstream has the same Key,
 	// within what Speaks allows. The target as the config writes it is a good one.
 	Key string
-	// Name is how pages call it. Visitors see it: name a node, a container, or "a local service", not an
-	// internal address.
+	// Name is how pages call it, for visitors: a node, a container, "a local service", no internal address.
 	Name string
 	// Dial connects to it. ctx carries the values of the request that wants the connection (Info(ctx) works),
 	// not its end: Dial has a timeout of its own. An error with a reason (see Fail) makes a better page.
 	Dial func(ctx context.Context) (net.Conn, error)
-	// Speaks says for whom its connections speak. Those which don't for all are closed soon after their last
-	// request.
-	Speaks Speaker
-	// Protocol is how to speak with it. TLS is for HTTPS: it needs a ServerName, and no NextProtos. Upstreams
-	// with different ones have different Keys.
-	Protocol Protocol
-	TLS      *tls.Config
-	// Roots, if not nil, is what TLS.RootCAs are, for each connection anew. Connections under another version
-	// are not used any more.
+	// Speaks says for whom its connections speak. Those not for all are closed soon after their last request.
+	Speaks   Speaker
+	Protocol Protocol    // how to speak with it
+	TLS      *tls.Config // for HTTPS: with a ServerName, without NextProtos; other settings are another Key's
+	// Roots, if not nil, takes the place of TLS.RootCAs. Connections under another version are used no more.
 	Roots func() (pool *x509.CertPool, version string)
 	Watch *Watch // if not nil, kept over connections that are used again
 
@@ -64,13 +59,9 @@ type Upstream struct {
 	silent atomic.Int64 // when it last ignored an Expect, Unix ns
 }
 
-// tlsHandshakeTimeout is what net/http's default transport gives a handshake.
-const tlsHandshakeTimeout = 10 * time.Second
-
 type dialKey struct{}
 
-// newTransport makes a transport that dials with the request's own Upstream. Its pool is keyed by the URL's
-// host, which address makes.
+// newTransport makes one that dials with the request's own Upstream. It pools by the URL's host, see address.
 func (s *Server) newTransport(p Protocol, idlePerHost int, idle time.Duration) *http.Transport {
 	var speaks http.Protocols
 	speaks.SetHTTP1(p != H2C)
@@ -94,19 +85,18 @@ func (s *Server) newTransport(p Protocol, idlePerHost int, idle time.Duration) *
 	}
 }
 
-// bufferSize is of an upstream connection, each way: chunked bodies are read through it, so it is also their
-// largest write downstream, and one TLS record holds 16 KiB.
-const bufferSize = 16 << 10
-
-// answerBuffer is what an upstream of HTTP/2 may send of an answer before the client has read it. Go's
-// default is 4 MiB, which a client that reads nothing would fill for each of its streams.
-const answerBuffer = 512 << 10
+const (
+	// bufferSize is of an upstream connection, each way: chunked bodies are read through it, so it is also
+	// their largest write downstream, and one TLS record holds 16 KiB.
+	bufferSize = 16 << 10
+	// answerBuffer is what an upstream of HTTP/2 may send of an answer before the client has read it. Go's
+	// default is 4 MiB, which a client that reads nothing would fill for each of its streams.
+	answerBuffer        = 512 << 10
+	tlsHandshakeTimeout = 10 * time.Second // what net/http's default transport gives a handshake
+)
 
 func dialUpstream(ctx context.Context) (*upstreamConn, error) {
-	up, ok := ctx.Value(dialKey{}).(*Upstream)
-	if !ok {
-		return nil, errors.New("no upstream in the request's context")
-	}
+	up := ctx.Value(dialKey{}).(*Upstream)
 	c, err := up.Dial(ctx)
 	if err != nil {
 		up.health.failed.Store(time.Now().UnixNano())
@@ -180,15 +170,6 @@ type upstreamConn struct {
 	users map[*exchange]struct{} // whose requests have a body and no answer yet
 }
 
-// asUpstreamConn finds what dialUpstream made, below TLS. It may be nil.
-func asUpstreamConn(c net.Conn) *upstreamConn {
-	if tc, ok := c.(*tls.Conn); ok {
-		c = tc.NetConn()
-	}
-	up, _ := c.(*upstreamConn)
-	return up
-}
-
 func (c *upstreamConn) join(x *exchange) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -202,8 +183,7 @@ func (c *upstreamConn) leave(x *exchange) {
 }
 
 // Write reports no reset in the middle of a request: the transport would close the connection, and there may
-// be an answer to read, as from servers that refuse an upload. What comes after that answer, or in its place,
-// says that the connection is gone.
+// be an answer to read, as from servers that refuse an upload. A read says later that the connection is gone.
 func (c *upstreamConn) Write(p []byte) (int, error) {
 	if c.deaf.Load() {
 		return len(p), nil

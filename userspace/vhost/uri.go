@@ -18,11 +18,9 @@ type URI struct {
 	// Authority is the host, with a port if the client wrote one, in the client's own spelling. "" is only
 	// for HTTP/1.0, where a request need not name a host.
 	Authority string
-	// Host is what routes are looked up by: lower case, without the port and the dot at its end, and of an
-	// IPv6 address the usual form, without brackets.
-	Host  string
-	Path  string // the client's bytes. It begins with "/", or is "*" in OPTIONS.
-	Query string // the client's bytes from the "?" on; "" if there is none
+	Host      string // what routes are looked up by: lower case, no port, no dot at its end, no brackets
+	Path      string // the client's bytes. It begins with "/", or is "*" in OPTIONS.
+	Query     string // the client's bytes from the "?" on; "" if there is none
 	// Plain is Path as an upstream reads it that decodes and resolves, so that no other way of writing a path
 	// leads around a route: without escapes, dot segments and double slashes. That of "*" is "/".
 	Plain string
@@ -60,9 +58,8 @@ const (
 	BadPath      = "bad_path"      // servers don't agree which path it is, and the answers to that lead to different rules
 )
 
-// readURI reads what r is for, and makes r's fields that name it what was read. The scheme is none of them:
-// it is the connection's, whatever the client says. The error is a *BadRequest; what comes with it is for
-// logs.
+// readURI reads what r is for, and sets r's fields that name it. The scheme is the connection's, whatever the
+// client says. The error is a *BadRequest; the URI that comes with it is for logs.
 func readURI(r *http.Request) (URI, error) {
 	asked := URI{Authority: r.Host, Host: r.Host, Path: r.RequestURI} // for the log, if it is refused
 	target, u := r.RequestURI, URI{Authority: r.Host}
@@ -146,8 +143,7 @@ func isPort(s string) bool {
 	return s[0] == ':' && err == nil && n > 0 && len(s) <= len(":65535") && s[1] != '0'
 }
 
-// isName says whether s is a name of letters, digits, - and _, or an IPv4 address; there may be a dot at its
-// end.
+// isName says whether s is of labels of letters, digits, - and _, with or without a dot at the end.
 func isName(s string) bool {
 	s = strings.TrimSuffix(s, ".")
 	return s != "" && len(s) <= maxName && s[0] != '.' && s[len(s)-1] != '.' && !strings.Contains(s, "..") &&
@@ -160,8 +156,7 @@ const maxName = 253
 // routeHost is the form of a name that routes are looked up by.
 func routeHost(name string) string { return strings.ToLower(strings.TrimSuffix(name, ".")) }
 
-// setTarget makes path, which is percent-encoded as its sender liked, and query the request-target that out
-// is written with.
+// setTarget makes path, percent-encoded as its sender liked, and query the request-target of out.
 func setTarget(out *url.URL, path, query string) {
 	out.User, out.Path, out.RawPath, out.Opaque = nil, "", "", path
 	out.RawQuery, out.ForceQuery = strings.TrimPrefix(query, "?"), query == "?"

@@ -1,14 +1,14 @@
 // Package vhost serves HTTP for `http` and `https` listeners: it takes accepted connections, terminates TLS
-// if it is given a configuration for it, and proxies each request to the upstream that its host and path lead
-// to.
+// if it has a configuration for it, and proxies each request to the upstream that its host and path lead to.
 //
-// It is net/http's server and httputil's ReverseProxy with what a hop among hops needs beside them:
-// forwarding headers that can't be forged, upstream connections that are never shared between clients where a
-// PROXY header speaks for one of them, upgrades that lose no byte, trailers both ways, and pages which name
-// the hop that failed.
+// It is net/http's server and httputil's ReverseProxy with what a hop among hops needs: forwarding headers
+// that can't be forged, upstream connections that no two clients share where a PROXY header speaks for one of
+// them, upgrades that lose no byte, trailers both ways, and pages that name the hop which failed.
 //
 // What vhost does not know, it is given in standard types: where a request goes (Options.Route), what a
 // connection's client is (Infoer), how to dial (Upstream.Dial).
+//
+// Two pairs of its locks nest: spareBody.mu is taken before body.mu, watcher.mu before upstreamConn.mu.
 //
 // Its files, in the order in which a request meets them:
 //
@@ -17,18 +17,13 @@
 //	frames.go      HTTP/2: a connection's memory is counted by frame
 //	handler.go     a request, from its head to its log line
 //	uri.go         the request's target, parsed once
-//	match.go       what a route takes
-//	route.go       a route, and which of its targets is tried first
+//	route.go       what a route takes, and which of its targets is tried first
 //	charge.go      the request is charged to its source
 //	held.go        what answers take whose clients do not read
 //	readings.go    refuses what servers read in different ways behind a guard
-//	guard.go       access rules: what they see, and how they refuse
-//	redirect.go    answers that name another address
-//	rewrite.go     the path that the target gets
-//	fold.go        header names as CGI and WSGI read them
-//	forwarded.go   X-Forwarded-*, Forwarded and the path's id
-//	path.go        the hops that the request has passed, and how long they took (Server-Timing)
-//	clientcert.go  certificates of clients
+//	guard.go       access rules and certificates of clients: what they see, and how they refuse
+//	rewrite.go     the path that the target gets, and answers that name another address
+//	forwarded.go   X-Forwarded-*, Forwarded, the path's id and hops, and header names as CGI and WSGI read them
 //	body.go        the request's body: its time, size and trailers, and 100-continue
 //	upgrade.go     WebSocket and other upgrades
 //	upstream.go    connections to a target
@@ -37,8 +32,7 @@
 //	response.go    the answer, as the client gets it
 //	compress.go    gzip
 //	fail.go        why a request failed, in words
-//	page.go        error pages
-//	grpc.go        failures as gRPC clients read them
+//	page.go        error pages, and failures as gRPC clients read them
 package vhost
 
 import (
@@ -64,18 +58,14 @@ import (
 // Defaults of Options.
 const (
 	DefaultHeaderTimeout = 10 * time.Second // for the TLS handshake, and then for each request's header
-	// DefaultCertificateTimeout is for a TLS handshake in which the client is asked for a certificate:
-	// somebody chooses one, and types a PIN.
+	// DefaultCertificateTimeout is for a handshake with a client certificate: choosing one, typing a PIN.
 	DefaultCertificateTimeout = 3 * time.Minute
 	DefaultIdleTimeout        = 3 * time.Minute // how long a downstream connection may wait for its next request
-	// DefaultStallTimeout is how long a body may make no progress at all while somebody waits for it. Bodies
-	// that move may take forever.
+	// DefaultStallTimeout is how long a body may make no progress while somebody waits for it.
 	DefaultStallTimeout = 5 * time.Minute
-	// DefaultAnswerTimeout is how long an upstream may think about a request that it has received whole. Long
-	// polls take minutes.
+	// DefaultAnswerTimeout is an upstream's time to think about a whole request. Long polls take minutes.
 	DefaultAnswerTimeout = 5 * time.Minute
-	// DefaultHeaderBytes bounds a request's header. Cookies are what is large: servers behind us take 8 to 64
-	// KiB.
+	// DefaultHeaderBytes bounds a request's header. Cookies are large: servers behind us take 8 to 64 KiB.
 	DefaultHeaderBytes = 128 << 10
 )
 
@@ -98,52 +88,35 @@ const (
 // Options says what a Server serves. Route is needed; the rest has defaults.
 type Options struct {
 	Node string // this hop's name, shown on the pages it makes itself
-
 	// Route says what becomes of a request for host and path, which are URI.Host and URI.Plain. Errors:
 	// ErrNoHost, ErrMisdirected, ErrNoPath, a MethodError, ErrRejected; any other is an internal error (500).
-	// Called for each request, so a reload needs no new Server, and of a path that servers read in different
-	// ways for each of them.
+	// It is called for each request, so a reload needs no new Server, and for each reading of a path.
 	Route func(r *http.Request, host, path string) (*Route, error)
-
 	// ByPath says whether Route looks at the path of a request for host; nil is that it does.
 	ByPath func(host string) bool
-
 	// HSTS, if not nil, is the value of Strict-Transport-Security in each answer over TLS, "" for none; an
 	// upstream's own gives way to it. Timing, if not nil, says whether answers have a Server-Timing header.
 	HSTS   func() string
 	Timing func() bool
-
-	// Answer, if not nil, sees each request before Route does, and returns true if it has answered: what an
-	// ACME authority asks for.
+	// Answer, if not nil, sees each request before Route, and says whether it answered: ACME's challenges.
 	Answer func(http.ResponseWriter, *http.Request) bool
-
 	// Charge, if not nil, is asked first whether there is room for a request, whose client is not known yet.
-	// Its error is as a Guard's. The lease is released when all work on the request has ended: its handler,
-	// and dialling for it.
+	// Its error is as a Guard's. The lease is released when all work on the request, dialling too, has ended.
 	Charge func(*Visit) (Lease, error)
-
-	// Guard, if not nil, decides after Answer and before Route whether a request may go on; Upstream.Guard
-	// does so after Route.
+	// Guard, if not nil, decides after Answer and before Route whether a request goes on; a Route's, later.
 	Guard Guard
-
-	// TLS terminates TLS on each connection; nil serves plain HTTP/1.1, and HTTP/2 with prior knowledge. It
-	// should offer h2 and http/1.1.
+	// TLS is for each connection, with h2 and http/1.1; nil is HTTP/1.1, and HTTP/2 with prior knowledge.
 	TLS *tls.Config
-
 	// Count, if not nil, gives what a request of a route is counted in while it is under way.
-	Count func(*Route) Traffic
-
-	OnRequest func(Request) // onRequest, if not nil, is called once for each request when it has ended
-
-	Log *slog.Logger // gets what an administrator should know, and debugging. nil discards.
-
+	Count                                                                       func(*Route) Traffic
+	OnRequest                                                                   func(Request) // if not nil, is called once for each request when it has ended
+	Log                                                                         *slog.Logger  // gets what an administrator should know, and debugging. nil discards.
 	HeaderTimeout, CertificateTimeout, IdleTimeout, StallTimeout, AnswerTimeout time.Duration
 	HeaderBytes                                                                 int
 }
 
 // Traffic is what requests are counted in as they go: how many are under way, and the bytes of their bodies,
-// or of everything after an upgrade, up to the upstream and down to the client. Its zero value counts
-// nothing.
+// or of all after an upgrade, up to the upstream and down to the client. Its zero value counts nothing.
 type Traffic struct{ Requests, Up, Down *atomic.Int64 }
 
 // add counts n in c, which may be nil.
@@ -155,8 +128,7 @@ func add(c *atomic.Int64, n int) {
 
 // Lease is the right to one request.
 type Lease interface {
-	// Name says whether there is room for a request of who the Visit says that it is from. Its error is as a
-	// Guard's.
+	// Name says whether there is room for a request of the Visit's client. Its error is as a Guard's.
 	Name(*Visit) error
 	Release()
 }
@@ -166,13 +138,10 @@ var (
 	// ErrNoHost says that the listener has no route for the host: 421 over TLS, so that a browser which
 	// reused a connection for one more name of the certificate tries again with a fresh one; 404 otherwise.
 	ErrNoHost = errors.New("no route for this host")
-	// ErrMisdirected says that the connection is one for another name, and that the request may belong
-	// elsewhere: 421, and browsers try again as above.
+	// ErrMisdirected says that the connection is one for another name: 421, and browsers try a fresh one.
 	ErrMisdirected = errors.New("the connection was made for another name")
-	// ErrNoPath says that the host has routes, and none for the path: 404.
-	ErrNoPath = errors.New("no route for this path")
-	// ErrRejected says that the config rejects such requests: 403.
-	ErrRejected = errors.New("rejected by the configuration")
+	ErrNoPath      = errors.New("no route for this path")        // but for the host: 404
+	ErrRejected    = errors.New("rejected by the configuration") // 403
 )
 
 // Request is what OnRequest learns of a request that has ended.
@@ -286,7 +255,8 @@ func (s *Server) ServeConn(c net.Conn) error {
 		}
 		served = tc
 		if tc.ConnectionState().NegotiatedProtocol == "h2" {
-			served = newSecure(tc)
+			cn.secure = &secure{Conn: tc, tls: tc.ConnectionState(), below: cn, frames: newFrames(cn, tc)}
+			served = cn.secure
 		}
 	}
 	if !s.feeds[cn.info.crowd()].push(served) {

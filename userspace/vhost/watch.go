@@ -12,14 +12,12 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
-// Watch is over connections in the pool whose other end may have fallen asleep, which shows only once
-// something is sent. It is for HTTP1.
+// Watch is over pooled HTTP1 connections whose other end may be asleep, as only shows when something is sent.
 type Watch struct {
 	// Soon is how long the other end may acknowledge nothing of a request which may be repeated, before that
 	// gets a connection of its own. Late is for all others: they fail then.
 	Soon, Late time.Duration
-	// Unheard says whether a connection, as Dial returned it, has sent what was not acknowledged, and heard
-	// nothing for d.
+	// Unheard says whether a connection of Dial's waits for an acknowledgement, and heard nothing for d.
 	Unheard func(c net.Conn, d time.Duration) bool
 }
 
@@ -52,7 +50,7 @@ func (x *exchange) watch(c *upstreamConn) {
 	x.watcher = w
 }
 
-// unwatch ends that.
+// unwatch ends the watch over x's connection.
 func (x *exchange) unwatch() {
 	if w := x.watcher; w != nil {
 		w.mu.Lock()
@@ -77,8 +75,7 @@ func (w *watcher) look() {
 	}
 }
 
-// giveUp resets the connection, so that nothing of what is under way arrives later, and its reader learns
-// why.
+// giveUp resets the connection: nothing that is under way arrives later, and its reader learns why.
 func (c *upstreamConn) giveUp() {
 	c.unheard.Store(true)
 	tcpsock.ResetConn(c.Conn)
@@ -91,9 +88,8 @@ func (c *upstreamConn) Read(p []byte) (int, error) {
 	case c.unheard.Load():
 		err = errUnheard
 	case err == io.EOF && !c.shut.Load():
-		// A reset takes the place of an end where a write was told of it, or is just being told: what it hears
-		// says whether there was an end before. TCP has given the connection up, whose stream we have not ended,
-		// so it hears that at once.
+		// A write may be told of a reset in the place of an end, perhaps just now: what it hears says whether
+		// there was an end before. TCP has given up the connection, which we have not ended: it hears soon.
 		isClosed := false
 		tcpsock.Control(c.Conn, func(fd int) { isClosed = tcpsock.IsClosed(fd) })
 		if !c.deaf.Load() && isClosed {

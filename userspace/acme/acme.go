@@ -1,6 +1,6 @@
-// Package acme obtains certificates from ACME authorities, keeps them renewed, and answers the authorities'
-// challenges from the listeners that exist anyway: it binds nothing, so that a host behind edges which only
-// pass bytes on gets its certificates through them.
+// Package acme obtains certificates from ACME authorities, keeps them renewed, and answers challenges from
+// the listeners that exist anyway: it binds nothing, so that a host behind edges which pass bytes on gets
+// some.
 //
 //   - tls-alpn-01 (RFC 8737): [Manager.ChallengeConfig] answers hellos with ALPN
 //     acme-tls/1 on any listener that terminates TLS.
@@ -15,20 +15,18 @@
 //
 // It stands on certmagic (storage layout, keys, requests, fallback from one authority to the next, OCSP) and
 // on acmez, certmagic's protocol client. certmagic's own scheduler and listeners are not used: it binds ports
-// 80 and 443 where it finds them free, and looks at certificates every 10 minutes, which is too seldom for
-// short-lived ones.
+// 80 and 443 where they are free, and looks at certificates too seldom (10 minutes) for short-lived ones.
 //
 // Its files:
 //
 //	acme.go       the manager: which names, from which authority
 //	policy.go     how certificates are obtained: a section without its names
-//	site.go       a name: when its certificate is obtained and renewed
+//	site.go       a name: when its certificate is obtained and renewed, and what can be seen of it from outside
 //	demand.go     names that are found out by hellos, and how many
 //	issuer.go     an attempt at one authority
 //	challenge.go  tls-alpn-01 and http-01
 //	hook.go       dns-01, by a program
 //	storage.go    certificates, keys and accounts on disk
-//	status.go     what can be seen from outside
 //	advice.go     an authority's error, in words that help
 //	log.go        certmagic's log lines become ours
 package acme
@@ -63,11 +61,8 @@ const (
 
 // Section says which names get certificates, and from whom.
 type Section struct {
-	// Names are obtained at once, each with a certificate of its own: exact, or "*.example.org" (one label in
-	// its place, dns-01 only). Lower-case A-labels.
-	Names []string
-	// OnDemand names get theirs when a client first asks for them: exact, or "*.example.org" (one label or
-	// more in its place). Nothing else ever does.
+	Names []string // obtained at once, each for itself: exact, or "*.example.org" (one label, dns-01 only)
+	// OnDemand names get theirs when a client first asks: exact, or "*.example.org" (one label or more).
 	OnDemand []string
 
 	Email      string   // whom the authority writes to; may be empty
@@ -85,28 +80,22 @@ type CA struct {
 	EABMACKey string // base64url
 }
 
-// Manager obtains, keeps and serves the certificates of all sections. It is safe for concurrent use. Close
-// ends it.
+// Manager obtains, keeps and serves all sections' certificates. It is safe for concurrent use. Close ends it.
 type Manager struct {
-	log        *slog.Logger
-	zap        *zap.Logger
-	cache      func() *certmagic.Cache // keeps OCSP staples fresh; made when first needed
-	stopCache  func()
-	challenges challenges
-	budget     budget // of on-demand names without a certificate
-	renewals   budget // of on-demand names with one
-	slots      chan struct{}
-
+	log         *slog.Logger
+	zap         *zap.Logger
+	cache       func() *certmagic.Cache // keeps OCSP staples fresh; made when first needed
+	challenges  challenges
+	budget      budget // of on-demand names without a certificate
+	renewals    budget // of on-demand names with one
+	slots       chan struct{}
 	demandSlots chan struct{}
 	demandNames int
-
-	ctx    context.Context
-	cancel context.CancelFunc
-	tasks  sync.WaitGroup
-
-	table atomic.Pointer[table]
-
-	mu sync.Mutex // held for changes of table; the first to be taken of this package's locks
+	ctx         context.Context
+	cancel      context.CancelFunc
+	tasks       sync.WaitGroup
+	table       atomic.Pointer[table]
+	mu          sync.Mutex // held for changes of table; it is taken before site.mu and budget.mu
 	// +checklocks:mu
 	dynamic map[string]*site // on-demand names that somebody asked for
 	// +checklocks:mu
@@ -121,8 +110,7 @@ type table struct {
 	policies []*policy
 }
 
-// atOnce is how many certificates are ordered at a time: a first start with hundreds of names must not look
-// like an attack to the authority.
+// atOnce is how many certificates are ordered at a time: a first start must not look like an attack.
 const atOnce = 4
 
 // never is the interval of those of certmagic's duties that this package does.
@@ -134,16 +122,14 @@ func New(log *slog.Logger) *Manager {
 		dynamic: map[string]*site{}, demandNames: demandNames, budget: newBudget(), renewals: newBudget()}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.table.Store(&table{})
-	var made *certmagic.Cache
 	m.cache = sync.OnceValue(func() *certmagic.Cache {
-		made = certmagic.NewCache(certmagic.CacheOptions{GetConfigForCert: m.configFor, RenewCheckInterval: never, Logger: m.zap})
-		return made
+		c := certmagic.NewCache(certmagic.CacheOptions{GetConfigForCert: m.configFor, RenewCheckInterval: never, Logger: m.zap})
+		m.tasks.Go(func() {
+			<-m.ctx.Done()
+			c.Stop()
+		})
+		return c
 	})
-	m.stopCache = func() {
-		if made != nil {
-			made.Stop()
-		}
-	}
 	return m
 }
 
@@ -178,13 +164,12 @@ func (m *Manager) Close() {
 	}
 	m.cancel()
 	m.tasks.Wait()
-	m.stopCache()
 }
 
 // Prepare checks sections and reads from storage what they already have. Nothing changes before apply is
 // called, which can't fail. Names whose section is as it was go on undisturbed; a name whose authority
-// changed keeps its certificate until the new one is there. An error is a mistake in the sections; storage or
-// an authority that is out of order is none.
+// changed keeps its certificate until the new one is there. An error is a mistake in the sections, not in
+// storage or an authority.
 func (m *Manager) Prepare(sections []Section) (apply func(), err error) {
 	next := &table{sites: map[string]*site{}, exact: map[string]*policy{}, wildcard: map[string]*policy{}}
 	old := m.table.Load()
@@ -253,7 +238,7 @@ func (m *Manager) apply(next *table, wanted map[string]*policy, found map[string
 		}
 		changed := s.policy.Swap(p) != p
 		next.sites[name] = s
-		if !s.running {
+		if s.cancel == nil {
 			m.start(s)
 		} else {
 			s.reloaded(changed)
@@ -357,8 +342,7 @@ type Source struct {
 	demand  table
 }
 
-// Source returns the certificates of a section, which are those of the Manager from the apply on that has the
-// section.
+// Source returns the certificates of a section, from the apply on that has the section.
 func (m *Manager) Source(s Section) *Source {
 	src := &Source{m: m, section: s, names: map[string]bool{}, demand: table{exact: map[string]*policy{}, wildcard: map[string]*policy{}}}
 	for _, n := range s.Names {
@@ -386,8 +370,7 @@ func (s *Source) Covers(name string) bool {
 }
 
 // GetCertificate returns the certificate for the hello's name, or without a name the section's first. It
-// waits only for a first certificate on demand. No certificate and no error means that the name is not the
-// section's; an error says why there is none yet.
+// waits only for a first one on demand. Without certificate and error the name is not the section's.
 func (s *Source) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	name := strings.ToLower(strings.TrimSuffix(hello.ServerName, "."))
 	if name == "" && len(s.section.Names) > 0 {
@@ -398,24 +381,20 @@ func (s *Source) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, e
 	if !s.Covers(name) {
 		return nil, nil
 	}
-	ctx := hello.Context()
-	if ctx == nil { // a hello that crypto/tls did not make
-		ctx = context.Background()
-	}
-	return s.m.certificate(ctx, name)
-}
-
-func (m *Manager) certificate(ctx context.Context, name string) (*tls.Certificate, error) {
-	t := m.table.Load()
-	if s := t.lookup(name); s != nil {
-		if c := s.cert.Load(); c != nil {
+	t := s.m.table.Load()
+	if site := t.lookup(name); site != nil {
+		if c := site.cert.Load(); c != nil {
 			return c, nil
 		}
-		return nil, s.missing()
+		return nil, site.missing()
 	}
 	p := t.allows(name)
 	if p == nil {
 		return nil, nil
 	}
-	return m.demand(ctx, name, p)
+	ctx := hello.Context()
+	if ctx == nil { // a hello that crypto/tls did not make
+		ctx = context.Background()
+	}
+	return s.m.demand(ctx, name, p)
 }

@@ -90,7 +90,7 @@ func advice(p acme.Problem, s *Section, name string) string {
 	if p.Type == acme.ProblemTypeUnauthorized && strings.HasPrefix(p.Detail, "Failed to connect") { // as pebble has it
 		p.Type = acme.ProblemTypeConnection
 	}
-	if p.Type == acme.ProblemTypeConnection && strings.Contains(p.Detail, "could not resolve") { // likewise
+	if p.Type == acme.ProblemTypeConnection && strings.Contains(p.Detail, "could not resolve") { // as pebble has it, too
 		p.Type = acme.ProblemTypeDNS
 	}
 	switch p.Type {
@@ -136,16 +136,15 @@ func advice(p acme.Problem, s *Section, name string) string {
 
 // transport explains an error of talking to the authority.
 func transport(ca CA, err error) string {
-	var dns *net.DNSError
-	var hook *HookError
-	switch {
-	case errors.As(err, &hook):
+	if hook, ok := errors.AsType[*HookError](err); ok {
 		return hook.Error()
+	}
+	switch {
 	case errors.As(err, new(x509.UnknownAuthorityError)):
 		return fmt.Sprintf("its directory has a certificate of an unknown authority: set acme.ca to a file with its root certificate: %v", err)
 	case errors.As(err, new(x509.HostnameError)), errors.As(err, new(x509.CertificateInvalidError)):
 		return fmt.Sprintf("its directory's certificate can't be verified: is the URL %s right, and this machine's clock? %v", ca.Directory, err)
-	case errors.As(err, &dns):
+	case errors.As(err, new(*net.DNSError)):
 		return fmt.Sprintf("this machine can't look up its directory's name: is the URL %s right, and does DNS work here? %v", ca.Directory, err)
 	case errors.Is(err, syscall.ECONNREFUSED): // its own text would look as if we had refused a connection
 		return "this machine can't reach the authority: it refuses connections to " + peer(err) + ": it may be down; is the URL " + ca.Directory + " right?"
@@ -157,11 +156,10 @@ func transport(ca CA, err error) string {
 
 // peer is where err, of the network, says that nobody was reached.
 func peer(err error) string {
-	var op *net.OpError
-	if !errors.As(err, &op) || op.Addr == nil {
-		return "it"
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Addr != nil {
+		return op.Addr.String()
 	}
-	return op.Addr.String()
+	return "it"
 }
 
 // unreachable says whether err is of the network, and not of what was said.
@@ -189,8 +187,7 @@ func (e *attemptError) cheap() bool {
 	return !slices.ContainsFunc(e.failed, func(f failure) bool { return len(f.problems) > 0 || !unreachable(f.err) })
 }
 
-// retryTime is how Let's Encrypt says in words when it allows the next order; acmez does not pass the
-// Retry-After header on.
+// retryTime is how Let's Encrypt allows the next order; acmez does not pass the Retry-After header on.
 var retryTime = regexp.MustCompile(`retry after (\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)`)
 
 // retryAfter is how long an authority wants to be left alone.

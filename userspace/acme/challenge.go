@@ -68,8 +68,8 @@ func (m *Manager) ChallengeConfig(hello *tls.ClientHelloInfo) *tls.Config {
 // ChallengePath is where http-01 asks.
 const ChallengePath = "/.well-known/acme-challenge/"
 
-// answer is what an open challenge wants to hear at host and path. Other requests that look like an authority's
-// are for whoever the routes lead to: another hop may have the same name.
+// answer is what an open challenge wants to hear at host and path. Other requests that look like an
+// authority's are for whoever the routes lead to: another hop may have the same name.
 func (m *Manager) answer(host, path string) (string, bool) {
 	token, ok := strings.CutPrefix(path, ChallengePath)
 	if !ok {

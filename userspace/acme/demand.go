@@ -21,16 +21,14 @@ const (
 	demandInterval = 3 * time.Minute
 )
 
-// demandAtOnce is how many of them are made at a time, beside those of configured names.
-const demandAtOnce = 2
-
-// demandNames is how many on-demand names are looked after. Of more, the one that nobody has asked for
-// longest is dropped: its certificate stays in storage, and is served from there when somebody does.
-const demandNames = 1000
-
-// demandWait is how long a first handshake waits for its certificate. Listeners give a handshake 10 s; what
-// takes longer is there for the client's next one.
-const demandWait = 9 * time.Second
+const (
+	demandAtOnce = 2 // attempts for on-demand names at a time, beside those for configured ones
+	// demandNames is how many on-demand names are looked after. Of more, the one that nobody has asked for
+	// longest is dropped: its certificate stays in storage, and is served from there when somebody does.
+	demandNames = 1000
+	// demandWait is how long a first handshake waits for its certificate, within the 10 s of listeners.
+	demandWait = 9 * time.Second
+)
 
 // budget is a token bucket of attempts.
 type budget struct {
@@ -154,8 +152,7 @@ func (m *Manager) dropOldest() {
 	m.log.Debug("too many names on demand: one is not renewed any more until somebody asks for it", "name", oldest.name)
 }
 
-// mayAttempt takes the token that an attempt costs, which is none for a configured name. It is called by run
-// alone.
+// mayAttempt takes the token that an attempt costs: none for a configured name. It is called by run alone.
 func (s *site) mayAttempt(now time.Time) bool {
 	switch {
 	case !s.onDemand.Load():
@@ -179,8 +176,7 @@ func (s *site) postpone() {
 	}
 }
 
-// plausible says whether a server name could be a host's in the public DNS. It becomes part of a path and of
-// an order.
+// plausible says whether name, which becomes a part of a path and of an order, could be in the public DNS.
 func plausible(name string) bool {
 	isLong := func(label string) bool { return len(label) > 63 }
 	around := "." + name + "."

@@ -1,7 +1,6 @@
 package acme
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -105,18 +104,12 @@ func (s hookSolver) CleanUp(ctx context.Context, ch acme.Challenge) error {
 }
 
 // tail keeps the end of what is written to it.
-type tail struct{ b bytes.Buffer }
+type tail []byte
 
 func (t *tail) Write(p []byte) (int, error) {
-	n := len(p)
-	if len(p) > hookOutput {
-		p = p[len(p)-hookOutput:]
-	}
-	if over := t.b.Len() + len(p) - hookOutput; over > 0 {
-		t.b.Next(over)
-	}
-	t.b.Write(p)
-	return n, nil
+	*t = append(*t, p...)
+	*t = (*t)[max(0, len(*t)-hookOutput):]
+	return len(p), nil
 }
 
-func (t *tail) String() string { return strings.ToValidUTF8(t.b.String(), "?") }
+func (t tail) String() string { return strings.ToValidUTF8(string(t), "?") }

@@ -23,8 +23,7 @@ import (
 	"github.com/mholt/acmez/v3/acme"
 )
 
-// issuer orders certificates from one authority. It is certmagic's Issuer over acmez, because certmagic's own
-// binds ports for its challenges.
+// issuer orders certificates from one authority, for certmagic, whose own binds ports for its challenges.
 type issuer struct {
 	m      *Manager
 	policy *policy
@@ -36,8 +35,7 @@ type issuer struct {
 	account *acme.Account
 }
 
-// IssuerKey implements certmagic.Issuer. It is the key that certmagic's own ACME issuer has, so that its
-// storage can be taken over.
+// IssuerKey implements certmagic.Issuer: the key of certmagic's own ACME issuer, so its storage can be used.
 func (i *issuer) IssuerKey() string { return (&certmagic.ACMEIssuer{CA: i.ca.Directory}).IssuerKey() }
 
 // client is for one attempt, so that what it reports belongs to that one.

@@ -1,6 +1,7 @@
 package acme
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -15,6 +16,13 @@ import (
 	"github.com/mholt/acmez/v3/acme"
 )
 
+const (
+	kickAfter = time.Minute    // keeps a daemon that is reloaded often from ordering as often
+	lookEvery = time.Hour      // between looks for news from OCSP and from the authority
+	askFrom   = 24 * time.Hour // the least lifetime of certificates about which the authority is asked; others go by the clock
+	askEvery  = 6 * time.Hour  // between those questions, unless the authority wants more (RFC 9773 4.3.2)
+)
+
 // site is one name with its certificate.
 type site struct {
 	m        *Manager
@@ -22,16 +30,12 @@ type site struct {
 	onDemand atomic.Bool
 	policy   atomic.Pointer[policy]
 	cert     atomic.Pointer[tls.Certificate]
-	asked    atomic.Int64 // when a client last asked for it, Unix seconds; on demand only
-
-	kick    chan struct{} // try now
-	cancel  context.CancelFunc
-	running bool // guarded by Manager.mu
-	paid    bool // the token of the first attempt was taken; belongs to run once it is started
-
+	asked    atomic.Int64       // when a client last asked for it, Unix seconds; on demand only
+	kick     chan struct{}      // try now
+	cancel   context.CancelFunc // nil before start; guarded by Manager.mu
+	paid     bool               // the token of the first attempt was taken; belongs to run once it is started
 	stapling atomic.Bool
-
-	mu sync.Mutex // taken behind Manager.mu, where both are held
+	mu       sync.Mutex
 	// +checklocks:mu
 	progress
 }
@@ -67,7 +71,6 @@ func (s *site) use(f *pair) {
 //
 // +checklocks:m.mu
 func (m *Manager) start(s *site) {
-	s.running = true
 	var ctx context.Context
 	ctx, s.cancel = context.WithCancel(m.ctx)
 	m.tasks.Go(func() { s.run(ctx) })
@@ -75,16 +78,12 @@ func (m *Manager) start(s *site) {
 
 // +checklocks:m.mu
 func (m *Manager) stop(s *site) {
-	if s.running {
+	if s.cancel != nil {
 		s.cancel()
 	}
 }
 
-// kickAfter keeps a daemon that is reloaded often from ordering as often.
-const kickAfter = time.Minute
-
-// reloaded tries again at once what has failed: somebody may just have mended it. With another policy it
-// always does.
+// reloaded tries again at once what has failed, for it may just have been mended; with another policy always.
 func (s *site) reloaded(changed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -99,9 +98,6 @@ func (s *site) reloaded(changed bool) {
 		}
 	}
 }
-
-// lookEvery is how often a site looks for news from OCSP and from its authority.
-const lookEvery = time.Hour
 
 // run looks after the site until ctx ends.
 func (s *site) run(ctx context.Context) {
@@ -146,8 +142,7 @@ func (s *site) due() time.Time {
 	return s.nextTry
 }
 
-// renewAt is when the certificate is to be renewed: as its authority suggests, else when a third of its time
-// is left.
+// renewAt is when to renew the certificate: as its authority suggests, else when a third of its time is left.
 //
 // +checklocks:s.mu
 func (s *site) renewAt() time.Time {
@@ -163,8 +158,7 @@ func (s *site) renewAt() time.Time {
 	return at
 }
 
-// adopt takes what is in storage and better than what is served: a certificate of this policy, or one that
-// another process has renewed.
+// adopt takes from storage what is better than what is served: of this policy, or renewed by another process.
 func (s *site) adopt() {
 	s.mu.Lock()
 	known, at := s.issuer != nil, s.renewAt()
@@ -181,13 +175,6 @@ func (s *site) adopt() {
 	}
 	s.use(f)
 }
-
-// askFrom is the least lifetime of certificates that are worth the question when to renew them; others are
-// renewed by the clock.
-const askFrom = 24 * time.Hour
-
-// askEvery is how often it is asked, unless it wants it more often (RFC 9773 4.3.2).
-const askEvery = 6 * time.Hour
 
 // ask asks the authority when it wants the certificate renewed.
 func (s *site) ask(ctx context.Context) {
@@ -219,8 +206,7 @@ func (s *site) ask(ctx context.Context) {
 	}
 }
 
-// staple has certmagic get the OCSP response of the certificate, in the background: a responder that hangs
-// must not stop a renewal.
+// staple has certmagic get the OCSP response in the background: a responder that hangs must stop no renewal.
 func (s *site) staple(ctx context.Context) {
 	c := s.cert.Load()
 	if c == nil || len(c.Leaf.OCSPServer) == 0 || !s.stapling.CompareAndSwap(false, true) {
@@ -266,11 +252,10 @@ type attemptKey struct{}
 type attempt struct {
 	replaces   *x509.Certificate
 	replacesOf string
-
-	issuer   *issuer
-	problems []acme.Problem // of the authority that is being tried
-	failed   []failure
-	storage  *StorageError
+	issuer     *issuer
+	problems   []acme.Problem // of the authority that is being tried
+	failed     []failure
+	storage    *StorageError
 }
 
 // note keeps a problem, which acmez may report more than once.
@@ -396,4 +381,71 @@ func (s *site) forgotten() bool {
 	delete(s.m.dynamic, s.name)
 	s.m.log.Info("nobody asks for a certificate on demand any more: it is not renewed", "name", s.name)
 	return true
+}
+
+// States of a name.
+const (
+	StateValid     = "valid"     // served, and nothing to do
+	StateObtaining = "obtaining" // its first certificate is on its way
+	StateRenewing  = "renewing"  // served, and the next one is on its way
+	StateFailing   = "failing"   // the last attempt failed: see Problem and NextTry
+	StateExpired   = "expired"   // what is served has expired: see Problem
+)
+
+// Status is one name's.
+type Status struct {
+	Name     string    `json:"name"`
+	State    string    `json:"state"`
+	OnDemand bool      `json:"on_demand,omitempty"`
+	CA       string    `json:"ca,omitempty"` // directory URL that the certificate is from
+	NotAfter time.Time `json:"not_after,omitzero"`
+	RenewAt  time.Time `json:"renew_at,omitzero"`
+	Problem  string    `json:"problem,omitempty"`  // what the last attempt failed for, and what to do
+	Attempts int       `json:"attempts,omitempty"` // that failed since the last success
+	NextTry  time.Time `json:"next_try,omitzero"`
+}
+
+// Status lists the names of a section, and those on demand that were asked for, by name.
+func (s *Source) Status() []Status {
+	out := []Status{}
+	t := s.m.table.Load()
+	for name := range s.names {
+		if site := t.sites[name]; site != nil {
+			out = append(out, site.status())
+		}
+	}
+	s.m.mu.Lock()
+	defer s.m.mu.Unlock()
+	for name, site := range s.m.dynamic {
+		if s.demand.allows(name) != nil {
+			out = append(out, site.status())
+		}
+	}
+	slices.SortFunc(out, func(a, b Status) int { return cmp.Compare(a.Name, b.Name) })
+	return out
+}
+
+func (s *site) status() Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := Status{Name: s.name, OnDemand: s.onDemand.Load(), Problem: s.problem, Attempts: s.failures, State: StateObtaining}
+	if s.failures > 0 {
+		st.NextTry = s.nextTry
+	}
+	c := s.cert.Load()
+	if c != nil {
+		st.NotAfter, st.RenewAt, st.State = c.Leaf.NotAfter, s.renewAt(), StateValid
+		if s.issuer != nil {
+			st.CA = s.issuer.ca.Directory
+		}
+	}
+	switch {
+	case c != nil && time.Now().After(c.Leaf.NotAfter):
+		st.State = StateExpired
+	case s.problem != "":
+		st.State = StateFailing
+	case c != nil && s.trying:
+		st.State = StateRenewing
+	}
+	return st
 }

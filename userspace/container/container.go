@@ -1,5 +1,4 @@
-// Package container finds the addresses of containers on this host by asking its Docker daemon, and follows
-// them through restarts by its events.
+// Package container asks the Docker daemon for addresses of containers, and follows restarts by its events.
 //
 // A name is a container's name, its id (12 hex digits of it at least), a Compose service, or PROJECT/SERVICE
 // where several projects have a service of that name (PROJECT_SERVICE and PROJECT-SERVICE are understood
@@ -15,8 +14,7 @@
 // outlive it (live-restore, a crash, an upgrade), and nobody else gives their addresses away.
 //
 // A filter in front of the daemon's socket must let /_ping, /containers and /events through. Without /events
-// the list is asked for every few seconds, without /info it is taken for granted that this host reaches the
-// containers.
+// the list is asked for every few seconds; without /info this host is assumed to reach the containers.
 //
 // Its files:
 //
@@ -36,6 +34,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -48,8 +47,7 @@ import (
 )
 
 const (
-	// freshFor is how long a list is good without events, and how soon after one an unknown name is asked for
-	// again.
+	// freshFor is how long a list is good without events, and how soon an unknown name is asked for again.
 	freshFor = 500 * time.Millisecond
 	staleFor = 30 * time.Second // how long the last list of a daemon that went away is good
 	// askTimeout bounds one request, but for the list and the setup: it bounds how long is waited for them.
@@ -59,13 +57,11 @@ const (
 	setupTimeout = 30 * time.Second
 	setupWait    = 250 * time.Millisecond // how long after that request was sent answers wait for it
 	setupAgain   = time.Minute            // when it is sent again after it failed
-	// restartWait is how long Resolve waits for a container that stopped just now, or that Docker is
-	// restarting.
+	// restartWait is how long Resolve waits for a container that just stopped, or that Docker is restarting.
 	restartWait = 3 * time.Second
 )
 
-// Client knows the containers of one Docker daemon. Make it with [New]. Its methods may be called from any
-// goroutine, with or without [Client.Run].
+// Client knows the containers of one Docker daemon. Its methods, with or without Run, are for any goroutine.
 type Client struct {
 	host   string
 	bad    error // why there can be no api
@@ -95,6 +91,13 @@ type known struct {
 	changed chan struct{}       // closed and replaced with each new table
 }
 
+// now is a copy of what is known.
+func (c *Client) now() known {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.known
+}
+
 // setup is what is known of how the daemon runs.
 type setup struct {
 	asked  time.Time // when it was last asked for it
@@ -103,10 +106,9 @@ type setup struct {
 	beyond string    // why its containers can't be reached, or ""
 }
 
-// New returns a client of the Docker daemon at host, "unix:///PATH" or "tcp://HOST:PORT". An empty host means
-// $DOCKER_HOST, and if that is empty too the platform's default socket; DOCKER_API_VERSION, DOCKER_CERT_PATH
-// and DOCKER_TLS_VERIFY are honoured. A host that can't be right is reported by [Client.Resolve]. It connects
-// to nothing yet, and there is nothing to close.
+// New returns a client of the Docker daemon at host, "unix:///PATH" or "tcp://HOST:PORT"; empty means
+// $DOCKER_HOST, or else the platform's default socket. DOCKER_API_VERSION, DOCKER_CERT_PATH and
+// DOCKER_TLS_VERIFY are honoured. [Client.Resolve] reports a wrong host. There is nothing to close.
 func New(host string, log *slog.Logger) *Client {
 	c := &Client{host: cmp.Or(host, os.Getenv(client.EnvOverrideHost), client.DefaultDockerHost), log: log,
 		known: known{changed: make(chan struct{})}}
@@ -157,14 +159,13 @@ func (c *Client) List(ctx context.Context) error {
 
 // Problem says what is wrong with the daemon as of the last answers, or nil. It asks nobody.
 func (c *Client) Problem() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	s := &c.setup
+	k := c.now()
+	s := k.setup
 	switch {
-	case c.failing != nil && c.failing.hangs && c.table != nil:
-		return fmt.Errorf("%w: the list of %s is used", c.failing, c.table.asked.Local().Format("2006-01-02 15:04:05"))
-	case c.failing != nil:
-		return c.failing
+	case k.failing != nil && k.failing.hangs && k.table != nil:
+		return fmt.Errorf("%w: the list of %s is used", k.failing, k.table.asked.Local().Format("2006-01-02 15:04:05"))
+	case k.failing != nil:
+		return k.failing
 	case s.beyond != "":
 		return &Error{Kind: KindUnreachable, Host: c.host, msg: s.beyond}
 	case s.err != nil:
@@ -178,9 +179,7 @@ func (c *Client) Problem() error {
 // Ailing tells which of the running containers that name stands for are starting or unhealthy as of the last
 // list, as "NAME is unhealthy". name is as for Resolve, or ids with commas between them.
 func (c *Client) Ailing(name string) (out []string) {
-	c.mu.Lock()
-	t := c.table
-	c.mu.Unlock()
+	t := c.now().table
 	if t == nil {
 		return nil
 	}
@@ -201,8 +200,7 @@ func (c *Client) Ailing(name string) (out []string) {
 // a service's replicas take turns at being first, but for those that are starting or unhealthy while another
 // is not. A container in the host's network namespace is at the loopback addresses.
 //
-// All errors but those of ctx are an [*Error]. A container that Docker is just restarting is waited for, 3 s
-// at most.
+// All errors but those of ctx are an [*Error]. A container that just restarts is waited for, 3 s at most.
 func (c *Client) Resolve(ctx context.Context, name string) ([]netip.Addr, error) {
 	return c.resolve(ctx, name, false)
 }
@@ -247,18 +245,14 @@ func (c *Client) resolve(ctx context.Context, name string, fresh bool) ([]netip.
 
 // reachable says why no container of this daemon can be reached, or nil.
 func (c *Client) reachable(ctx context.Context) error {
-	c.mu.Lock()
-	s := c.setup
-	c.mu.Unlock()
+	s := c.now().setup
 	if left := setupWait - time.Since(s.asked); left > 0 && !s.known && s.err == nil {
 		select {
 		case <-ctx.Done():
 		case <-time.After(left):
 		case <-c.inform(ctx):
 		}
-		c.mu.Lock()
-		s = c.setup
-		c.mu.Unlock()
+		s = c.now().setup
 	}
 	if s.beyond == "" {
 		return nil
@@ -271,29 +265,25 @@ func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct
 	if c.bad != nil {
 		return nil, nil, c.bad
 	}
-	now := time.Now()
-	c.mu.Lock()
-	t, changed, need := c.table, c.changed, c.noted
-	live, failing := c.live, c.failing
-	c.mu.Unlock()
-	if t != nil && !fresh && !t.asked.Before(need) && (live || now.Sub(t.asked) < freshFor) {
+	began, k := time.Now(), c.now()
+	t, changed, need := k.table, k.changed, k.noted
+	if t != nil && !fresh && !t.asked.Before(need) && (k.live || began.Sub(t.asked) < freshFor) {
 		return t, changed, nil
 	}
 	if fresh {
-		need = now
+		need = began
 	}
-	patience := time.NewTimer(askTimeout)
-	defer patience.Stop()
+	patience := time.After(askTimeout)
 	for {
 		// Not this caller's ctx: all who ask now share the answer.
 		got := c.flight.DoChan("list", func() (any, error) { return c.ask(context.WithoutCancel(ctx)) })
-		if t != nil && failing != nil && failing.hangs && c.holds(ctx) {
+		if t != nil && k.failing != nil && k.failing.hangs && c.holds(ctx) {
 			return t, changed, nil // nobody waits for it but the first
 		}
 		select {
 		case <-ctx.Done():
 			return nil, nil, &Error{Kind: KindAbsent, Host: c.host, Err: ctx.Err(), msg: "docker at " + c.host + " did not answer in time"}
-		case <-patience.C:
+		case <-patience:
 			e := apiError(c.host, "list containers", context.DeadlineExceeded)
 			c.noteFailing(e)
 			if t != nil && c.holds(ctx) {
@@ -314,19 +304,14 @@ func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct
 	}
 }
 
-// holds reports whether the last list may be used although the daemon gives no other: for a while, and as
-// long as it answers at all.
+// holds reports whether the last list is good without another: for a while, and while the daemon answers.
 func (c *Client) holds(ctx context.Context) bool {
-	c.mu.Lock()
-	ok, api := c.live || time.Since(c.good) < staleFor, c.api
-	c.mu.Unlock()
-	if ok {
+	k := c.now()
+	if k.live || time.Since(k.good) < staleFor {
 		return true
 	}
 	got := c.flight.DoChan("ping", func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
-		defer cancel()
-		_, err := api.Ping(ctx, client.PingOptions{})
+		err := ping(context.WithoutCancel(ctx), k.api)
 		if err == nil {
 			c.mu.Lock()
 			c.good = time.Now()
@@ -342,6 +327,13 @@ func (c *Client) holds(ctx context.Context) bool {
 	}
 }
 
+func ping(ctx context.Context, api *client.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	_, err := api.Ping(ctx, client.PingOptions{})
+	return err
+}
+
 // noteFailing remembers why there is no newer list.
 func (c *Client) noteFailing(e *Error) {
 	c.mu.Lock()
@@ -355,18 +347,14 @@ func (c *Client) noteFailing(e *Error) {
 
 // ask requests the list and publishes it. Every error is an *Error.
 func (c *Client) ask(ctx context.Context) (*table, error) {
-	c.mu.Lock()
-	api := c.api
-	s := &c.setup
-	due := !s.known && time.Since(s.asked) > setupAgain
-	c.mu.Unlock()
-	if due {
+	k := c.now()
+	if !k.setup.known && time.Since(k.setup.asked) > setupAgain {
 		c.inform(ctx) // nobody waits for it
 	}
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
 	asked := time.Now()
-	list, err := api.ContainerList(ctx, client.ContainerListOptions{All: true})
+	list, err := k.api.ContainerList(ctx, client.ContainerListOptions{All: true})
 	if err != nil {
 		e := apiError(c.host, "list containers", err)
 		if !errors.Is(err, context.Canceled) {
@@ -375,15 +363,14 @@ func (c *Client) ask(ctx context.Context) (*table, error) {
 		return nil, e
 	}
 	t := newTable(list.Items, asked)
-	t.labelled = c.labelled(ctx, api, list.Items, t)
+	t.labelled = c.labelled(ctx, k, list.Items, t)
 	if c.publish(t) {
 		c.labelsChanged()
 	}
 	return t, nil
 }
 
-// publish makes t the last list, unless a later one was quicker, and reports whether the labels in it are
-// other ones.
+// publish makes t the last list, unless a later one was quicker, and reports whether its labels are others.
 func (c *Client) publish(t *table) (labels bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -394,11 +381,10 @@ func (c *Client) publish(t *table) (labels bool) {
 	c.table, c.good, c.failing = t, t.asked, nil
 	close(c.changed)
 	c.changed = make(chan struct{})
-	return c.labelsChanged != nil && (old == nil || !slices.EqualFunc(old.labelled, t.labelled, Labelled.equal))
+	return c.labelsChanged != nil && (old == nil || !reflect.DeepEqual(old.labelled, t.labelled))
 }
 
-// inform asks the daemon whether this host can reach its containers, unless that is known. The channel gets
-// one value when it has answered.
+// inform asks whether this host can reach the containers, unless that is known, and then sends one value.
 func (c *Client) inform(ctx context.Context) <-chan singleflight.Result {
 	return c.flight.DoChan("setup", func() (any, error) {
 		c.mu.Lock()

@@ -47,8 +47,7 @@ func (e *Error) Unwrap() error   { return e.Err }
 func (e *Error) Reason() string  { return string(e.Kind) }
 func (e *Error) Temporary() bool { return e.temporary } // it may pass within seconds by itself
 
-// dialFailed carries an *Error through the Docker client, which replaces the errors of the system that it
-// recognizes by its own text.
+// dialFailed carries an *Error through the Docker client, which has its own text for some system errors.
 type dialFailed struct{ e *Error }
 
 func (d dialFailed) Error() string { return d.e.msg }
@@ -82,8 +81,7 @@ func socketError(path string, err error) *Error {
 
 // apiError explains a failed request.
 func apiError(host, what string, err error) *Error {
-	var own *Error
-	if errors.As(err, &own) {
+	if own, ok := errors.AsType[*Error](err); ok {
 		return own
 	}
 	e := &Error{Kind: KindAbsent, Host: host, Err: err}
@@ -94,8 +92,7 @@ func apiError(host, what string, err error) *Error {
 	return e
 }
 
-// describe asks the daemon since when e's container is stopped, and says so in e. It also judges whether a
-// restart is under way.
+// describe asks since when e's container is stopped, says so in e, and judges whether a restart is under way.
 func (c *Client) describe(ctx context.Context, e *Error) {
 	o := e.stopped
 	switch o.state {
@@ -109,10 +106,7 @@ func (c *Client) describe(ctx context.Context, e *Error) {
 	e.temporary = o.state == container.StateRestarting
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	c.mu.Lock()
-	api := c.api
-	c.mu.Unlock()
-	got, err := api.ContainerInspect(ctx, o.id, client.ContainerInspectOptions{})
+	got, err := c.now().api.ContainerInspect(ctx, o.id, client.ContainerInspectOptions{})
 	if err != nil || got.Container.State == nil {
 		return // what e says already is true
 	}

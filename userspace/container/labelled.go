@@ -24,14 +24,8 @@ type Labelled struct {
 	Replicas    string // what the containers of one Compose service share, or ""
 }
 
-func (l Labelled) equal(o Labelled) bool {
-	return l.ID == o.ID && l.Name == o.Name && l.Running == o.Running && l.HostNetwork == o.HostNetwork && l.Replicas == o.Replicas &&
-		l.Created.Equal(o.Created) && slices.Equal(l.Ports, o.Ports) && maps.Equal(l.Labels, o.Labels)
-}
-
 // FollowLabels makes the client remember the labels whose names are ours. changed is called, without a lock
-// and from any goroutine, when what Labelled returns may have become another. Call it once, before anything
-// else.
+// and from any goroutine, when Labelled may return something else. Call it once, before anything else.
 func (c *Client) FollowLabels(ours func(name string) bool, changed func()) {
 	c.ours, c.labelsChanged = ours, changed
 }
@@ -39,29 +33,22 @@ func (c *Client) FollowLabels(ours func(name string) bool, changed func()) {
 // Labelled lists the containers with labels as of the last list, by name. Those that never ran are left out.
 // It is empty before [Client.Run] has the first list.
 func (c *Client) Labelled() []Labelled {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.table == nil {
-		return nil
+	if t := c.now().table; t != nil {
+		return t.labelled
 	}
-	return c.table.labelled
+	return nil
 }
 
-// labelled makes the list for a table. Which ports are exposed is asked once for each container, since the
-// list of containers shows it of running ones only.
-func (c *Client) labelled(ctx context.Context, api *client.Client, list []container.Summary, t *table) []Labelled {
+// labelled makes the list for a table. It asks each container once for its exposed ports, as lists lack them.
+func (c *Client) labelled(ctx context.Context, k known, list []container.Summary, t *table) []Labelled {
 	if c.ours == nil {
 		return nil
 	}
 	var out []Labelled
 	exposed := map[string][]uint16{}
 	for _, s := range list {
-		labels := map[string]string{}
-		for k, v := range s.Labels {
-			if c.ours(k) {
-				labels[k] = v
-			}
-		}
+		labels := maps.Clone(s.Labels)
+		maps.DeleteFunc(labels, func(name, _ string) bool { return !c.ours(name) })
 		if len(labels) == 0 || s.State == container.StateCreated {
 			continue
 		}
@@ -69,19 +56,18 @@ func (c *Client) labelled(ctx context.Context, api *client.Client, list []contai
 		if o == nil {
 			continue
 		}
-		c.mu.Lock()
-		ports, known := c.exposed[s.ID]
-		c.mu.Unlock()
+		ports, known := k.exposed[s.ID]
 		if !known {
-			got, err := api.ContainerInspect(ctx, s.ID, client.ContainerInspectOptions{})
+			got, err := k.api.ContainerInspect(ctx, s.ID, client.ContainerInspectOptions{})
 			if err != nil || got.Container.Config == nil {
 				continue // removed meanwhile, as the next list will show
 			}
 			ports = tcpPorts(got.Container.Config.ExposedPorts)
 		}
 		exposed[s.ID] = ports
+		host, err := t.networkOf(o)
 		l := Labelled{ID: s.ID, Name: o.name, Labels: labels, Ports: ports, Created: time.Unix(s.Created, 0),
-			Running: s.State == container.StateRunning, HostNetwork: t.onHost(o)}
+			Running: s.State == container.StateRunning, HostNetwork: err == nil && host.mode == "host"}
 		if o.service != "" {
 			l.Replicas = o.project + "/" + o.service
 		}

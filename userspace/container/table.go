@@ -22,8 +22,7 @@ const (
 	labelOneOff  = "com.docker.compose.oneoff" // "True" for `docker compose run`
 )
 
-// idPrefix is the least part of an id that names a container: what `docker ps` shows. Docker takes less, but
-// then a name that doesn't exist may hit an id.
+// idPrefix is the least part of an id that names a container, as `docker ps` shows: less may hit by chance.
 const idPrefix = 12
 
 // table is one list of all containers, immutable.
@@ -76,9 +75,8 @@ func newTable(list []container.Summary, asked time.Time) *table {
 	return t
 }
 
-// health is what the container's health check says, if it is anything but good. Before version 1.52 of its
-// API the daemon told it in the status for people only: "Up 3 minutes (unhealthy)", "Up 2 seconds (health:
-// starting)".
+// health is what the container's health check says, if it is anything but good. Before version 1.52 of the
+// API only the status told it: "Up 3 minutes (unhealthy)", "Up 2 seconds (health: starting)".
 func health(s *container.Summary) string {
 	var says string
 	if s.Health != nil {
@@ -122,8 +120,7 @@ func (t *table) resolve(name string, turn int) ([]netip.Addr, error) {
 	return t.addressesOf(name, found, turn)
 }
 
-// addressesOf returns the addresses of those of found that run. One that is starting or unhealthy is used
-// only where there is no other.
+// addressesOf returns the addresses of what runs of found: starting or unhealthy ones if there is no other.
 func (t *table) addressesOf(name string, found []*one, turn int) ([]netip.Addr, error) {
 	var running, ailing []*one
 	for _, o := range found {
@@ -172,12 +169,6 @@ func (t *table) networkOf(o *one) (*one, error) {
 	return o, nil
 }
 
-// onHost reports whether o is in the host's network namespace.
-func (t *table) onHost(o *one) bool {
-	o, err := t.networkOf(o)
-	return err == nil && o.mode == "host"
-}
-
 // reach returns the addresses at which o's ports are.
 func (t *table) reach(o *one) ([]netip.Addr, error) {
 	o, err := t.networkOf(o)
@@ -203,8 +194,7 @@ func noAddress(o *one) error {
 	return e
 }
 
-// lookup finds what name stands for: one container, or the replicas of a service. A container's own name goes
-// before everything else, as in Docker.
+// lookup finds a container, or a service's replicas. As in Docker, a container's own name goes first.
 func (t *table) lookup(name string) ([]*one, error) {
 	name = strings.TrimPrefix(name, "/")
 	if o := t.byName[name]; o != nil {
@@ -224,7 +214,12 @@ func (t *table) lookup(name string) ([]*one, error) {
 			return found, nil
 		}
 	} else if len(projects) > 1 {
-		return nil, t.ambiguous(name, slices.Sorted(maps.Keys(projects)), name)
+		var candidates []string
+		for _, project := range slices.Sorted(maps.Keys(projects)) {
+			candidates = append(candidates, project+"/"+name)
+		}
+		return nil, &Error{Kind: KindAmbiguous, Name: name,
+			msg: fmt.Sprintf("service %q is in %d Compose projects: say %s", name, len(projects), either(candidates))}
 	}
 	// PROJECT_SERVICE and PROJECT-SERVICE, as in the names that Compose makes.
 	var found []*one
@@ -247,8 +242,7 @@ func (t *table) lookup(name string) ([]*one, error) {
 	return nil, &Error{Kind: KindAmbiguous, Name: name, msg: fmt.Sprintf("%q may be %s: name one of them", name, either(candidates))}
 }
 
-// resolveIDs returns the addresses of those of the containers with these whole ids that run. A name can't
-// stand for them, whatever a container is called.
+// resolveIDs returns the addresses of what runs of the containers with these whole ids, and no names.
 func (t *table) resolveIDs(ids string, turn int) ([]netip.Addr, error) {
 	found := t.lookupIDs(ids)
 	if len(found) == 0 {
@@ -264,15 +258,6 @@ func (t *table) lookupIDs(ids string) (found []*one) {
 		}
 	}
 	return found
-}
-
-func (t *table) ambiguous(name string, projects []string, service string) error {
-	var candidates []string
-	for _, p := range projects {
-		candidates = append(candidates, p+"/"+service)
-	}
-	return &Error{Kind: KindAmbiguous, Name: name,
-		msg: fmt.Sprintf("service %q is in %d Compose projects: say %s", name, len(projects), either(candidates))}
 }
 
 // either joins to "a or b", "a, b or c".
@@ -333,9 +318,6 @@ func (t *table) unknown(name string) error {
 
 // asStopped returns err as the error about a stopped container.
 func asStopped(err error) (*Error, bool) {
-	var e *Error
-	if errors.As(err, &e) && e.stopped != nil {
-		return e, true
-	}
-	return nil, false
+	e, ok := errors.AsType[*Error](err)
+	return e, ok && e.stopped != nil
 }

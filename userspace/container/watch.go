@@ -12,8 +12,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/follow"
 )
 
-// echoes are when the list is asked for once more after an event: the daemon writes a network's event before
-// the list shows its effect.
+// echoes are when to list once more after an event: a network's event comes before the list shows its effect.
 var echoes = []time.Duration{150 * time.Millisecond, time.Second}
 
 // watched is what can change a container's name, state, health or addresses. Asking for these alone spares
@@ -71,6 +70,11 @@ func (c *Client) watch(ctx context.Context) error {
 	if !slow.Stop() {
 		return apiError(c.host, "follow events", context.DeadlineExceeded)
 	}
+	return c.follow(ctx, api, stream)
+}
+
+// follow keeps the list current until the stream of events fails.
+func (c *Client) follow(ctx context.Context, api *client.Client, stream client.EventsResult) error {
 	asked := make(chan error, 1)
 	ask := func() {
 		_, err := c.ask(ctx)
@@ -79,44 +83,37 @@ func (c *Client) watch(ctx context.Context) error {
 	go ask()
 	asking := true
 
-	beat := time.NewTicker(follow.Pulse)
-	defer beat.Stop()
-	renew := time.NewTimer(0)
-	renew.Stop()
-	defer renew.Stop()
-	echo := len(echoes) // the next of echoes to wait for
+	beat := time.Tick(follow.Pulse)
+	var renew <-chan time.Time // when to ask again
+	echo := len(echoes)        // the next of echoes to wait for
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case err := <-stream.Err:
 			return apiError(c.host, "follow events", err)
-		case <-beat.C:
-			asking, stop := context.WithTimeout(ctx, askTimeout)
-			_, err := api.Ping(asking, client.PingOptions{})
-			stop()
-			if err != nil {
+		case <-beat:
+			if err := ping(ctx, api); err != nil {
 				return apiError(c.host, "ping", err)
 			}
 		case <-stream.Messages:
 			c.mu.Lock()
 			c.noted = time.Now()
 			c.mu.Unlock()
-			renew.Reset(follow.Settle)
+			renew = time.After(follow.Settle)
 			echo = 0
-		case <-renew.C:
+		case <-renew:
 			if asking {
-				renew.Reset(echoes[0])
+				renew = time.After(echoes[0])
 				continue
 			}
 			go ask()
 			asking = true
 		case err := <-asked:
 			asking = false
-			var e *Error
-			switch {
-			case errors.As(err, &e) && e.hangs:
-				renew.Reset(follow.PauseMax) // the ticker's ping shows whether it answers at all
+			switch e, ok := errors.AsType[*Error](err); {
+			case ok && e.hangs:
+				renew = time.After(follow.PauseMax) // the ticker's ping shows whether it answers at all
 				continue
 			case err != nil:
 				return err
@@ -125,7 +122,7 @@ func (c *Client) watch(ctx context.Context) error {
 			}
 			c.nowLive(api)
 			if echo < len(echoes) {
-				renew.Reset(echoes[echo])
+				renew = time.After(echoes[echo])
 				echo++
 			}
 		}

@@ -13,8 +13,7 @@ import (
 )
 
 const (
-	// PauseMin and PauseMax bound the pause before the daemon is tried again. Trying costs one connect(2),
-	// and a restart should show soon.
+	// PauseMin and PauseMax bound the pause before another try, which costs one connect(2).
 	PauseMin = 50 * time.Millisecond
 	PauseMax = 2 * time.Second
 	Pulse    = 15 * time.Second     // how often a quiet daemon is asked whether it still answers
@@ -22,8 +21,7 @@ const (
 )
 
 // Run calls watch, which follows the daemon until it fails, again and again until ctx is done, and lost with
-// the error in between. The pauses grow while watch fails at once, and are never quite of one length, so that
-// many clients don't come at the same time.
+// the error in between. The pauses grow while watch fails at once, and differ from client to client.
 func Run(ctx context.Context, watch func(context.Context) error, lost func(error)) {
 	for pause := PauseMin; ; pause = min(2*pause, PauseMax) {
 		began := time.Now()

@@ -114,8 +114,7 @@ func (cc *certCache) valid(name string) *tls.Certificate {
 	return nil
 }
 
-// get asks, once for all who want name now, and goes on when ctx ends. A certificate that is still valid
-// outlives a failure to renew it.
+// get asks once for all who want name now, and goes on without ctx. A failure leaves a valid certificate.
 func (cc *certCache) get(ctx context.Context, name string, ask func(string) (*tls.Certificate, error)) (*tls.Certificate, error) {
 	got := cc.flight.DoChan(name, func() (any, error) {
 		cert, err := ask(name)

@@ -23,8 +23,7 @@ const (
 	KindUnknownNode Kind = "unknown_node" // no node has that name or address
 )
 
-// ErrNotPeer is wrapped by the error of [Client.WhoIs] for an address that belongs to no node of the tailnet:
-// a stranger, not a failure.
+// ErrNotPeer is wrapped by [Client.WhoIs]'s error for an address of no node: a stranger, not a failure.
 var ErrNotPeer = errors.New("not the address of a tailnet node")
 
 // ErrMustAsk is the error of [Client.Known] for an address that tailscaled must be asked about.

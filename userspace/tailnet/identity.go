@@ -16,8 +16,7 @@ import (
 
 const (
 	whoisFor = 30 * time.Second // bounds how long an identity is believed, beside the watch
-	// strangerFor is how long an unknown address is remembered as one, so that a stranger who connects often
-	// costs few requests.
+	// strangerFor is how long an unknown address is remembered, so that a busy stranger costs few requests.
 	strangerFor = 2 * time.Second
 	whoisMost   = 16384 // bounds how many addresses are remembered
 )
@@ -56,8 +55,7 @@ func (i Identity) String() string {
 //   - a node's name in this tailnet, "home".
 //
 // Case doesn't matter. A node that another tailnet shares with this one is matched only by its user and its
-// full name: names and tags mean something else there. Owners may rename their machines, so where that
-// matters use tags.
+// full name: its names and tags mean something else. Owners may rename machines: where it matters use tags.
 func (i Identity) Matches(pattern string) bool {
 	p := strings.ToLower(strings.TrimSpace(pattern))
 	switch {
@@ -112,20 +110,16 @@ type whoisEntry struct {
 
 // WhoIs returns who uses the tailnet address a. An address outside of the tailnet's ranges, or of no node, is
 // an error that wraps [ErrNotPeer]; everything else is an [*Error]. It takes a LocalAPI request (about 1 ms)
-// the first time; while [Client.Run] watches, the answer is kept for half a minute at most, and forgotten
-// whenever the netmap changes.
+// at first; while [Client.Run] watches, the answer is kept, for half a minute or until the netmap changes.
 func (c *Client) WhoIs(ctx context.Context, a netip.Addr) (Identity, error) {
 	a = a.Unmap().WithZone("")
-	if !Contains(a) {
-		return Identity{}, fmt.Errorf("%s is %w", a, ErrNotPeer)
+	if id, err := c.Known(a); err != ErrMustAsk {
+		return id, err
 	}
 	// The table is needed for the suffix, which tells own names from others'.
 	t, err := c.running(ctx, false)
 	if err != nil {
 		return Identity{}, err
-	}
-	if id, err := c.Known(a); err != ErrMustAsk {
-		return id, err
 	}
 	c.mu.Lock()
 	gen, suffix := c.gen, cmp.Or(c.suffix, t.suffix)
@@ -134,8 +128,7 @@ func (c *Client) WhoIs(ctx context.Context, a netip.Addr) (Identity, error) {
 	got := c.flight.DoChan(fmt.Sprintf("whois %d %s", gen, a), func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
 		defer cancel()
-		// The bare address: with a port tailscaled also looks, and waits, for connections that it forwards
-		// itself (365 ms for an unknown one).
+		// Without a port, with which tailscaled also waits for connections that it forwards itself (365 ms).
 		at := time.Now()
 		w, err := c.lc.WhoIs(ctx, a.String())
 		e := whoisEntry{at: at}
@@ -162,8 +155,7 @@ func (c *Client) WhoIs(ctx context.Context, a netip.Addr) (Identity, error) {
 	}
 }
 
-// Known is [Client.WhoIs] for callers that must not wait: it gives the answer that WhoIs would give without a
-// request, or [ErrMustAsk].
+// Known is [Client.WhoIs] for callers that must not wait: the answer that needs no request, or [ErrMustAsk].
 func (c *Client) Known(a netip.Addr) (Identity, error) {
 	a = a.Unmap().WithZone("")
 	if !Contains(a) {

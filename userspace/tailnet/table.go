@@ -16,8 +16,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/spelling"
 )
 
-// table is one Status answer, arranged for lookups. It is immutable but for the nodes' presence, which the
-// client's mutex guards.
+// table is one Status answer, immutable but for the nodes' presence, which the client's mutex guards.
 type table struct {
 	asked  time.Time // when it was asked for
 	state  string    // ipn.State
@@ -169,8 +168,7 @@ func (t *table) nodes() []*node {
 	return slices.DeleteFunc(ns, func(n *node) bool { return n.fqdn == "" })
 }
 
-// sameAs reports whether o names the same nodes at the same addresses with the same tags and owners, in the
-// same state. Presence doesn't count.
+// sameAs reports whether o has the same state, nodes, addresses, tags and owners, whoever is present.
 func (t *table) sameAs(o *table) bool {
 	if t.state != o.state || t.tun != o.tun || t.suffix != o.suffix || len(t.byID) != len(o.byID) ||
 		(t.self == nil) != (o.self == nil) || t.self != nil && t.self.id != o.self.id {

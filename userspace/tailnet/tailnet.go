@@ -12,9 +12,8 @@
 // the kernel would send packets for tailnet addresses to the default gateway. A daemon that is there and
 // doesn't answer in time leaves what it said last in use for [staleFor].
 //
-// Identities are kept only while the watch is on, and every netmap change forgets all of them, so an answer
-// never outlives the assignment of an address by more than the time that tailscaled takes to write the
-// notification.
+// Identities are kept only while the watch is on, and every netmap change forgets all of them: an answer
+// outlives the assignment of an address by no more than tailscaled takes to write the notification.
 //
 // # The socket
 //
@@ -23,11 +22,10 @@
 //
 // Its files:
 //
-//	tailnet.go      the client of the LocalAPI
+//	tailnet.go      the client of the LocalAPI, and what of tailscaled keeps connections from coming in
 //	table.go        one Status answer: nodes by name and by address
 //	watch.go        the notification bus
 //	identity.go     who has an address
-//	inbound.go      what of tailscaled keeps connections from coming in
 //	certificate.go  certificates of *.ts.net
 //	errors.go       why an answer could not be had
 package tailnet
@@ -36,6 +34,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -61,8 +60,7 @@ const (
 	startWait  = 5 * time.Second  // how long Resolve waits for a tailscaled that is starting
 )
 
-// Client is the tailnet as this node's tailscaled sees it. Make it with [New]. Its methods may be called from
-// any goroutine, with or without [Client.Run].
+// Client is the tailnet as tailscaled sees it. Its methods, with or without Run, are for any goroutine.
 type Client struct {
 	lc     *local.Client
 	socket string
@@ -98,8 +96,7 @@ func New(socket string, log *slog.Logger) *Client {
 		known: known{whois: map[netip.Addr]whoisEntry{}, changed: make(chan struct{})}}
 	c.lc = &local.Client{
 		Socket: c.socket,
-		// The graphical macOS client has no socket: there the library finds its port, unless a socket was
-		// asked for.
+		// The graphical macOS client has no socket: unless one was asked for, the library finds its port.
 		UseSocketOnly: given != "" || runtime.GOOS != "darwin",
 	}
 	if c.lc.UseSocketOnly {
@@ -111,8 +108,7 @@ func New(socket string, log *slog.Logger) *Client {
 // Socket returns the path of the socket in use.
 func (c *Client) Socket() string { return c.socket }
 
-// dialSocket reports failures as our own error. The library would run systemctl for a hint each time that the
-// socket is missing.
+// dialSocket reports our own error. The library would run systemctl for a hint where the socket is missing.
 func (c *Client) dialSocket(ctx context.Context, _, _ string) (net.Conn, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", c.socket)
@@ -180,8 +176,7 @@ func (c *Client) resolve(ctx context.Context, node string, fresh bool) ([]netip.
 	return t.resolve(node)
 }
 
-// SelfAddrs returns this node's own tailnet addresses, at least one, IPv4 first. Errors are those of
-// [Client.Resolve].
+// SelfAddrs returns this node's tailnet addresses, at least one, IPv4 first. Errors are [Client.Resolve]'s.
 func (c *Client) SelfAddrs(ctx context.Context) ([]netip.Addr, error) {
 	t, err := c.running(ctx, false)
 	if err != nil {
@@ -199,9 +194,8 @@ func (c *Client) Self(ctx context.Context) (Identity, error) {
 	return t.identity(t.self), nil
 }
 
-// Presence tells what was last heard of node, for messages and for judging how long to wait: whether control
-// has a connection to it, and when it was last seen if not (zero if unknown). It asks nobody; ok is false for
-// a node that isn't in the table.
+// Presence tells, for messages and waits, whether control has a connection to node, and when it was last seen
+// if not (zero if unknown). It asks nobody; ok is false for a node that isn't in the table.
 func (c *Client) Presence(node string) (online bool, seen time.Time, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -223,8 +217,7 @@ func (c *Client) find(name string) *node {
 }
 
 // Namesake returns a node that is online and may be the machine that node, which is not, once was: home-1 for
-// home. A machine that is set up anew gets such a name while the old one is still listed. "" is none; like
-// Presence it asks nobody.
+// home. A machine set up anew gets such a name while the old one is listed. "" is none; it asks nobody.
 func (c *Client) Namesake(node string) string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -255,9 +248,9 @@ func (c *Client) CheckPath(local, remote netip.Addr) error {
 }
 
 // OnChange calls f whenever the netmap changed: addresses of this node or of others, nodes added, removed or
-// renamed, and when tailscaled comes or goes. Nodes going online and offline don't count. f runs on a
-// goroutine of [Client.Run], one at a time, so it should be quick; it may call the client. stop ends it; a
-// call under way may still finish.
+// renamed, and when tailscaled comes or goes, but not for a node's presence. f runs on a goroutine of
+// [Client.Run], one at a time, so it should be quick; it may call the client. stop ends it, but no call under
+// way.
 func (c *Client) OnChange(f func()) (stop func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -301,9 +294,8 @@ func (c *Client) running(ctx context.Context, fresh bool) (*table, error) {
 	}
 }
 
-// current returns the table that answers now, and a channel that is closed when another one takes its place.
-// While the watch is on, a table that a change has overtaken is good enough: its successor is being asked
-// for.
+// current returns the table that answers now, and a channel that is closed when another takes its place.
+// While the watch is on, a table that a change has overtaken is good enough: its successor is on its way.
 func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct{}, error) {
 	now := time.Now()
 	c.mu.Lock()
@@ -326,8 +318,7 @@ func (c *Client) current(ctx context.Context, fresh bool) (*table, <-chan struct
 		case r := <-got:
 			if r.Err != nil {
 				// Hanging is not being gone: what it said a moment ago still holds.
-				var e *Error
-				if errors.As(r.Err, &e) && e.hangs && t != nil && !fresh && now.Sub(good) < staleFor {
+				if e, ok := errors.AsType[*Error](r.Err); ok && e.hangs && t != nil && !fresh && now.Sub(good) < staleFor {
 					return t, changed, nil
 				}
 				return nil, nil, r.Err
@@ -370,4 +361,53 @@ func (c *Client) ask(ctx context.Context) (*table, error) {
 // states that pass by themselves.
 func (t *table) starting() bool {
 	return t.state == ipn.Starting.String() || t.state == ipn.NoState.String()
+}
+
+// Inbound is what tailscaled's own settings do to connections to this node's tailnet addresses.
+type Inbound struct {
+	ShieldsUp bool              // it refuses all of them
+	Served    map[uint16]string // it answers on these ports itself, for "tailscale serve" or "tailscale funnel"
+}
+
+// Inbound asks tailscaled for these settings. All errors but those of ctx are an [*Error].
+func (c *Client) Inbound(ctx context.Context) (Inbound, error) {
+	prefs, err := c.lc.GetPrefs(ctx)
+	if err != nil {
+		return Inbound{}, localError(c.socket, err)
+	}
+	serve, err := c.lc.GetServeConfig(ctx)
+	if err != nil {
+		return Inbound{}, localError(c.socket, err)
+	}
+	in := Inbound{ShieldsUp: prefs.ShieldsUp, Served: map[uint16]string{}}
+	in.add(serve)
+	for _, f := range serve.Foreground { // of commands that run in a terminal
+		in.add(f)
+	}
+	return in, nil
+}
+
+func (in *Inbound) add(s *ipn.ServeConfig) {
+	if s == nil {
+		return
+	}
+	for port := range s.TCP {
+		in.Served[port] = "tailscale serve"
+	}
+	for at, on := range s.AllowFunnel {
+		if port, err := at.Port(); err == nil && on && in.Served[port] != "" {
+			in.Served[port] = "tailscale funnel"
+		}
+	}
+}
+
+// Problem says why no connection comes in on that port of this node's tailnet addresses, what to do, or "".
+func (in Inbound) Problem(port uint16) string {
+	switch who := in.Served[port]; {
+	case who != "":
+		return fmt.Sprintf("`%s` has port %d of this node, so tailscaled answers there itself: `%s status` shows it, `tailscale serve reset` ends all of it; or listen on another port", who, port, who)
+	case in.ShieldsUp:
+		return "shields are up on this node, so tailscaled refuses all connections from the tailnet: `tailscale set --shields-up=false`"
+	}
+	return ""
 }

@@ -20,9 +20,8 @@ const (
 )
 
 // watchMask asks for the state at once (which shows that the watch works), for nodes that were added, changed
-// or removed, and for one node's online state as a small patch. It asks for no netmap, no engine statistics,
-// no health. A tailscaled before these bits existed sends a whole netmap for each change instead, which
-// serves as well.
+// or removed, and for one node's online state as a small patch, but for no netmap, engine statistics or
+// health. An older tailscaled sends a whole netmap for each change instead, which serves as well.
 const watchMask = ipn.NotifyInitialState | ipn.NotifyPeerChanges | ipn.NotifyPeerPatches | ipn.NotifyNoNetMap
 
 // Run follows the netmap until ctx is done, through restarts of tailscaled. It is what makes answers current
@@ -165,8 +164,7 @@ func (c *Client) watchEnded() {
 	c.forgetIdentitiesLocked()
 }
 
-// heard takes in one notification, at once what matters for identities, and reports whether the table must be
-// asked for again.
+// heard takes in one notification, and reports whether the table must be asked for again.
 func (c *Client) heard(n *ipn.Notify) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -190,8 +188,7 @@ func (c *Client) heard(n *ipn.Notify) bool {
 	return true
 }
 
-// presenceLocked applies a patch of what can change without changing who a node is or where. It reports false
-// for any other patch.
+// presenceLocked applies a patch that leaves who a node is, and where; it reports false for any other.
 //
 // +checklocks:c.mu
 func (c *Client) presenceLocked(p *tailcfg.PeerChange) bool {

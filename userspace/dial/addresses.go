@@ -15,13 +15,11 @@ const (
 	refusedFor = 10 * time.Second
 	// silentFor is the same for an address that did not answer, which costs [fallbackDelay] each time.
 	silentFor = 5 * time.Minute
-	// networksFor is how long the list of this host's networks is good. Only the order of addresses depends
-	// on it.
+	// networksFor is how long the list of this host's networks is good: the order of addresses depends on it.
 	networksFor = 5 * time.Second
 )
 
-// Past is what dialers have learnt about addresses. Its zero value knows nothing; several dialers may share
-// one, from any goroutine.
+// Past is what dialers have learnt about addresses. Several dialers, in any goroutine, may share one.
 type Past struct {
 	mu sync.Mutex
 	// +checklocks:mu

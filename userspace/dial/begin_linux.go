@@ -10,10 +10,9 @@ import (
 )
 
 // Begin begins to connect a non-blocking socket to an address, for callers with a poller of their own; the
-// caller owns fd. connected: there is nothing to wait for, which is usual on this host. Else the caller waits
-// until fd is writable and calls [Connected]. There is one attempt, and no timeout but TCP's own: where it
-// fails, [Dialer.Dial] tries again and explains. A socket that has connected to itself is reset, and the
-// error is [ErrSelf].
+// caller owns fd. Where connected, as is usual on this host, there is nothing to wait for. Else the caller
+// waits until fd is writable and calls [Connected]. There is one attempt, and no timeout but TCP's own: where
+// it fails, [Dialer.Dial] tries again and explains. A socket connected to itself is reset: [ErrSelf].
 func Begin(to netip.AddrPort) (fd int, connected bool, err error) {
 	family := unix.AF_INET
 	if to.Addr().Is6() {

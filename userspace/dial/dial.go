@@ -30,17 +30,13 @@ import (
 
 const (
 	DefaultTimeout = 10 * time.Second // [Dialer].Timeout if zero
-	// offlineTimeout is all that a node gets which control says is offline: enough for one that is just
-	// coming back, and a quick answer else.
+	// offlineTimeout is all that a node gets which control says is offline; it may just be coming back.
 	offlineTimeout = 4 * time.Second
-	// offlineGrace is how long after a node was last seen it still gets the whole timeout: it may be moving
-	// from one network to another.
+	// offlineGrace is how long a node that was seen gets the whole timeout: it may be changing networks.
 	offlineGrace = time.Minute
-	// fallbackDelay is how long an address is waited for before the next is tried beside it, as RFC 8305
-	// section 8 recommends.
+	// fallbackDelay is an address's time before the next one is tried beside it (RFC 8305 section 8).
 	fallbackDelay = 250 * time.Millisecond
-	// tailnetDelay is the same for nodes of the tailnet: both of a node's addresses take one path, and a
-	// tunnel may have to be set up first.
+	// tailnetDelay is the same for nodes, whose addresses all take one tunnel, which may have to be set up.
 	tailnetDelay = time.Second
 	// maxBeside is how many addresses are waited for at a time: each takes a file descriptor, and who names
 	// the target may give it any number. For one more the oldest is given up.
@@ -57,8 +53,7 @@ const (
 	Unix    = "unix"
 )
 
-// Target is where to connect. Its fields are those of the configuration's targets, so one converts to the
-// other.
+// Target is where to connect. Its fields are those of the configuration's targets, so one converts to it.
 type Target struct {
 	Scheme string // "tcp", "tailnet", "docker" or "unix"
 	Host   string // host name or address, node, container or service; "" for unix
@@ -91,26 +86,22 @@ type Refresher interface {
 	Refresh(ctx context.Context, name string) ([]netip.Addr, error)
 }
 
-// Presence is a [Resolver] that knows whether the machine of that name is connected to its network, and when
-// it was last seen if not (zero if unknown).
+// Presence is a [Resolver] that knows whether a machine is connected, and when it was last seen (or zero).
 type Presence interface {
 	Presence(name string) (online bool, seen time.Time, ok bool)
 }
 
-// Namesake is a [Resolver] that may know another machine, connected to its network, which could be meant
-// where the one of that name is not; else "".
+// Namesake is a [Resolver] that may know a connected machine in place of the one of that name; else "".
 type Namesake interface {
 	Namesake(name string) string
 }
 
-// PathChecker is a [Resolver] that can tell from a connection's addresses that it did not take the way it
-// should have.
+// PathChecker is a [Resolver] that tells from a connection's addresses that it took the wrong way.
 type PathChecker interface {
 	CheckPath(local, remote netip.Addr) error
 }
 
-// Dialer opens connections. Its fields must not change once it is in use; its zero value dials TCP and unix
-// targets.
+// Dialer opens connections. Its fields must not change in use; its zero value dials TCP and unix targets.
 type Dialer struct {
 	Tailnet   Resolver      // for tailnet targets; nil refuses them
 	Container Resolver      // for docker targets; nil refuses them
@@ -119,8 +110,7 @@ type Dialer struct {
 	DNS       *net.Resolver // for host names; nil is the system's
 	Past      *Past         // what is learnt about addresses; nil remembers nothing
 
-	// From, if not nil, readies a dialer for an attempt to connect to an address: it may give the connection
-	// an address of its own.
+	// From, if not nil, readies a dialer for an address: it may give the connection an address of its own.
 	From func(d *net.Dialer, to netip.Addr)
 }
 
@@ -184,8 +174,7 @@ func (d *Dialer) once(ctx context.Context, t Target, prefer netip.Addr, fresh bo
 	return d.race(ctx, t, d.past().order(addrs, t.Port, prefer))
 }
 
-// past is what d goes by: nothing where it dials from a client's own address, since what does not answer the
-// client may well answer this host.
+// past is what d goes by: nothing from a client's address, since what fails there may well answer this host.
 func (d *Dialer) past() *Past {
 	if d.AsClient {
 		return nil
@@ -234,15 +223,13 @@ func (d *Dialer) lookup(ctx context.Context, t Target, fresh bool) ([]netip.Addr
 	return nil, errScheme
 }
 
-// isLocalhost reports whether a name is one that is this host whatever a name server says, RFC 6761 section
-// 6.3.
+// isLocalhost reports whether a name is this host, whatever a name server says (RFC 6761 section 6.3).
 func isLocalhost(name string) bool {
 	name = strings.ToLower(strings.TrimSuffix(name, "."))
 	return name == "localhost" || strings.HasSuffix(name, ".localhost")
 }
 
-// race connects to addrs, one after the other and beside those that take long. The first connection made is
-// it.
+// race connects to addrs, one after the other and beside the slow ones. It takes the first connection made.
 func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Conn, *failure) {
 	check, _ := d.resolver(t).(PathChecker)
 	if len(addrs) == 1 {

@@ -12,8 +12,7 @@ import (
 	"time"
 )
 
-// Reason says why a dial failed, for those who count, decide or choose a status code. It may be one that a
-// [Resolver] made up; these are the known ones.
+// Reason says why a dial failed, to count or decide by. A [Resolver] may have others than these.
 type Reason string
 
 const (
@@ -52,8 +51,7 @@ type Error struct {
 func (e *Error) Unwrap() error { return e.Err }
 func (e *Error) Error() string { return "dial " + e.Target.String() + ": " + e.msg }
 
-// Timeout reports whether the upstream, or who resolves its name, did not answer in time: what an HTTP
-// gateway says with a 504.
+// Timeout reports whether the upstream, or a resolver, did not answer in time: an HTTP gateway's 504.
 func (e *Error) Timeout() bool { return e.Reason == Timeout || e.Reason == NodeOffline }
 
 var (
@@ -81,8 +79,7 @@ type failure struct {
 	again bool   // worth another try soon
 }
 
-// lesser reports whether o tells more than f: an answer, even a bad one, says more about the upstream than
-// none or no way there.
+// lesser reports whether o tells more than f: an answer, even a bad one, says more than none or no way.
 func (f *failure) lesser(o *failure) bool { return rank(reasonOf(f.err)) < rank(reasonOf(o.err)) }
 
 func rank(r Reason) int {
@@ -106,14 +103,13 @@ func quickKind(err error) bool {
 // reasonOf translates what the system or a resolver said.
 func reasonOf(err error) Reason {
 	var own interface{ Reason() string }
-	var dns *net.DNSError
 	var timeout net.Error
 	switch {
 	case errors.As(err, &own):
 		return Reason(own.Reason())
 	case errors.Is(err, context.Canceled):
 		return Canceled
-	case errors.As(err, &dns):
+	case errors.As(err, new(*net.DNSError)):
 		return DNS
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EAGAIN): // a unix socket's full backlog
 		return Refused
@@ -135,8 +131,8 @@ func reasonOf(err error) Reason {
 
 // toIPv6 reports whether err is of a connection to an IPv6 address.
 func toIPv6(err error) bool {
-	var op *net.OpError
-	if !errors.As(err, &op) {
+	op, ok := errors.AsType[*net.OpError](err)
+	if !ok {
 		return false
 	}
 	to, ok := op.Addr.(*net.TCPAddr)
@@ -146,9 +142,8 @@ func toIPv6(err error) bool {
 // explain makes the error that the caller sees.
 func (d *Dialer) explain(ctx context.Context, t Target, f *failure, took time.Duration) *Error {
 	e := &Error{Target: t, Addr: f.addr, Reason: reasonOf(f.err), Err: f.err}
-	if ctx.Err() != nil && errors.Is(ctx.Err(), context.Canceled) {
-		e.Reason, e.msg = Canceled, "canceled by the caller"
-		return e
+	if errors.Is(ctx.Err(), context.Canceled) {
+		e.Reason = Canceled
 	}
 	at := ""
 	if f.addr != "" && t.Scheme != Unix && f.addr != t.String() {
@@ -244,20 +239,17 @@ func age(d time.Duration) string {
 
 // cause is the innermost part of what the net package says.
 func cause(err error) error {
-	var op *net.OpError
-	if errors.As(err, &op) && op.Err != nil {
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Err != nil {
 		err = op.Err
 	}
-	var number syscall.Errno
-	if errors.As(err, &number) {
+	if number, ok := errors.AsType[syscall.Errno](err); ok {
 		return number
 	}
 	return err
 }
 
 func dnsMessage(host string, err error) string {
-	var dns *net.DNSError
-	errors.As(err, &dns)
+	dns, _ := errors.AsType[*net.DNSError](err)
 	server := ""
 	if dns.Server != "" {
 		server = " (asked " + dns.Server + ")"

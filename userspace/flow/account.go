@@ -6,8 +6,7 @@ import (
 	"sync/atomic"
 )
 
-// MostRoutes bounds the routes that are counted by name: the routes of containers' labels come and go, and
-// whoever starts containers chooses their names.
+// MostRoutes bounds the routes counted by name: whoever starts containers chooses the names of some.
 const MostRoutes = 1000
 
 // OtherRoutes is what routes beyond MostRoutes are counted as, for each listener.
@@ -25,8 +24,7 @@ type Account struct {
 	current  bool     // the configuration has it
 	live     int
 	up, down int64 // of flows that have ended
-	// What was shown last: what is counted may not go back, where a datapath counts less in the end than it
-	// did before.
+	// What was shown last: a count may not go back, where a datapath counts less in the end than before.
 	shownUp, shownDown int64
 	index              int // in accounts.all
 }
@@ -44,8 +42,6 @@ type accounts struct {
 	named map[Route]*Account
 	count int // of those in all that MostRoutes bounds
 }
-
-func newAccounts() accounts { return accounts{named: map[Route]*Account{}} }
 
 // Route names a route for counting.
 type Route struct{ Listener, Route string }
@@ -125,8 +121,7 @@ type Traffic struct {
 // Traffic says what was counted until now, by listener and route, and how many of the live flows each
 // datapath has. Nobody waits for it longer than it takes to copy two lists.
 func (r *Registry) Traffic() (all []Traffic, datapaths map[string]int) {
-	// What ends after the lists are copied still has its bytes, and is not in the sums of the copy: nothing
-	// is counted twice or not at all.
+	// What ends after the copy still has its bytes, and is not in the copy's sums: everything counts once.
 	type part struct {
 		f     *Flow
 		index int // of its account; -1: none

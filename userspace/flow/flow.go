@@ -1,8 +1,7 @@
 // Package flow names flows and keeps the registry of those that live.
 //
 // A flow is one spliced pair of connections (for HTTP: one request and its answer). Its id is made by the
-// first hop and kept by every hop of its path, so that one grep over the hops' logs shows the whole way of a
-// connection.
+// first hop and kept by every hop of its path: one grep over the hops' logs shows the way of a connection.
 package flow
 
 import (
@@ -14,8 +13,7 @@ import (
 	"time"
 )
 
-// idBytes is the entropy of a path id: 128 bits, so that ids made by hops that do not know each other do not
-// collide.
+// idBytes is a path id's entropy: 128 bits, so that ids of hops that don't know each other don't collide.
 const idBytes = 16
 
 // NewID returns a fresh path id: 32 lower-case hex digits.
@@ -36,24 +34,16 @@ type Flow struct {
 	Upstream   string // peer address of the dialled connection
 	Target     string // how the config writes the target
 	Started    time.Time
-
 	// Datapath returns the datapath that has the flow now. It must be safe to call at any time.
 	Datapath func() string
-
-	// Bytes returns what has moved so far: up (from downstream to upstream) and down. It must be safe to call
-	// at any time, also after the flow has ended.
+	// Bytes returns what has moved up (to the upstream) and down. It must be safe at any time, also later.
 	Bytes func() (up, down int64)
-
 	// Held returns how many bytes it holds for readers that have no room, as far as that was measured, and
 	// since when they have taken nothing; nil: that is not known. It must be safe to call at any time.
-	Held func() (bytes int64, since time.Time)
-
+	Held    func() (bytes int64, since time.Time)
 	Account *Account // what the flow is counted in; may be nil
-
-	// Shared says that many clients may be behind Client's address: a hop that does not say whom it speaks
-	// for.
-	Shared bool
-	place  int32 // in Registry.live, from 1; 0: not there
+	Shared  bool     // Client may be a hop that does not say whom it speaks for, and so many clients
+	place   int32    // in Registry.live, from 1; 0: not there
 }
 
 func (f *Flow) bytes() (up, down int64) {
@@ -70,8 +60,7 @@ func (f *Flow) datapath() string {
 	return f.Datapath()
 }
 
-// FormatVersion is raised when a field of a JSON output goes, or means another thing. A new field leaves it.
-// docs/reference/json.md has the fields.
+// FormatVersion of JSON (docs/reference/json.md) is raised when a field goes, or means another thing.
 const FormatVersion = 1
 
 // Snapshot is a Flow at one moment, as `tailsplice flows --json` prints it.
@@ -111,7 +100,7 @@ type Registry struct {
 
 // NewRegistry returns an empty registry.
 func NewRegistry() *Registry {
-	r := &Registry{empty: make(chan struct{}), accounts: newAccounts()}
+	r := &Registry{empty: make(chan struct{}), accounts: accounts{named: map[Route]*Account{}}}
 	close(r.empty)
 	return r
 }
@@ -160,8 +149,7 @@ func (r *Registry) Len() int {
 	return len(r.live)
 }
 
-// Empty returns a channel that is closed once no flow lives. Flows added after the call may or may not be
-// waited for.
+// Empty returns a channel that is closed once no flow lives. It may or may not wait for flows added later.
 func (r *Registry) Empty() <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()

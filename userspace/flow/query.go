@@ -49,13 +49,13 @@ func (q Query) Values() url.Values {
 	set("text", q.Text)
 	set("sort", q.Sort)
 	if q.Client.IsValid() {
-		v.Set("client", q.Client.String())
+		set("client", q.Client.String())
 	}
 	if q.Reverse {
-		v.Set("reverse", "true")
+		set("reverse", "true")
 	}
 	if q.Limit > 0 {
-		v.Set("limit", strconv.Itoa(q.Limit))
+		set("limit", strconv.Itoa(q.Limit))
 	}
 	return v
 }

@@ -22,8 +22,7 @@ const queueBytes = 4 << 20
 // a goroutine and a system call for each cost more than the lines.
 const pause = 5 * time.Millisecond
 
-// Writer is an io.Writer that takes whole lines. Make it with [New], end it with Close. Its methods may be
-// called from any goroutine.
+// Writer is an io.Writer of whole lines, made by [New] and ended by Close, for use from any goroutine.
 type Writer struct {
 	out io.Writer
 	gap func(out io.Writer, lines int)
@@ -47,16 +46,14 @@ type Writer struct {
 	torn   bool // out ends in the middle of a line
 }
 
-// New returns a writer to out. gap is called with out and the number of lines that are missing in that place,
-// once out takes lines again.
+// New returns a writer to out. gap gets out, once that takes lines again, and how many are missing there.
 func New(out io.Writer, gap func(out io.Writer, lines int)) *Writer {
 	w := &Writer{out: out, gap: gap, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go w.run()
 	return w
 }
 
-// Write queues a copy of line. It never blocks and never fails: a line that finds the queue full, or the
-// writer closed, is lost.
+// Write queues a copy of line. It never blocks or fails: with a full queue, or after Close, line is lost.
 func (w *Writer) Write(line []byte) (int, error) {
 	w.mu.Lock()
 	first := len(w.queue) == 0
@@ -79,8 +76,7 @@ func (w *Writer) Write(line []byte) (int, error) {
 // Lost returns how many lines were not written.
 func (w *Writer) Lost() int64 { return w.lost.Load() }
 
-// Close writes what is queued, for as long as wait. It does not close the underlying writer. Lines that are
-// written afterwards are lost.
+// Close writes what is queued, for as long as wait, and leaves out open. Lines written afterwards are lost.
 func (w *Writer) Close(wait time.Duration) {
 	w.mu.Lock()
 	w.closed = true

@@ -1,5 +1,4 @@
-// Package preface says how a connection failed before what it begins with had come: a TLS hello, a PROXY
-// header.
+// Package preface says how a connection failed before its beginning, a TLS hello or a PROXY header, had come.
 package preface
 
 import (

@@ -11,20 +11,11 @@ import (
 
 var errLinux = errors.New("only Linux can do this")
 
-// Way is of Linux only.
+// Way is for Linux. What is here says so, or does nothing.
 type Way struct{}
 
-// Open says that it can't.
-func Open(*slog.Logger) (*Way, error) { return nil, errLinux }
-
-// Probe says that it can't.
-func Probe() error { return errLinux }
-
-// Close does nothing.
-func (*Way) Close() error { return nil }
-
-// Fits says that nothing does.
+func Open(*slog.Logger) (*Way, error)   { return nil, errLinux }
+func Probe() error                      { return errLinux }
+func (*Way) Close() error               { return nil }
 func (*Way) Fits(_, _ netip.Addr) error { return no(Unavailable, "%v", errLinux) }
-
-// From does nothing.
-func From(*net.Dialer, netip.Addr) {}
+func From(*net.Dialer, netip.Addr)      {}

@@ -10,8 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Fits says whether a connection from this host to `to` can carry client's address. The error is an *Error. w
-// may be nil: then none can.
+// Fits says why a connection from here to `to` can't carry client's address (an *Error). w may be nil.
 func (w *Way) Fits(client, to netip.Addr) error {
 	client, to = client.Unmap(), to.Unmap()
 	number := unix.AF_INET

@@ -10,17 +10,15 @@
 //	that table             everything is delivered here
 //
 // It touches no packet of anything else, and works beside the rules of Docker, tailscaled and firewalls. What
-// is left of a daemon that was killed does nothing, for no socket has packets any more, and is taken away by
-// the next one.
+// a killed daemon leaves does nothing, for no socket has packets any more, and the next one takes it away.
 //
 // It needs Linux 4.18 with nf_tables and nft_socket, and CAP_NET_ADMIN.
 //
 // Its files:
 //
 //	transparent.go   why it can't be done
-//	way_linux.go     the return path: nftables, rules, a routing table
+//	way_linux.go     the return path: nftables, rules, a routing table; and whether it can be had
 //	socket_linux.go  a socket with the client's address
-//	probe_linux.go   whether this process may do it
 //	other.go         elsewhere than on Linux
 package transparent
 

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -19,8 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Each Way of a network namespace has a slot: a routing table, two priorities of rules, and an nftables table
-// of its own.
+// Each Way of a network namespace has a slot: a routing table, two priorities of rules, an nftables table.
 const (
 	slots         = 16
 	firstTable    = 17440
@@ -29,19 +29,15 @@ const (
 
 	// socketMark tells our sockets from transparent ones of others. No rule of ours looks at it in routing.
 	socketMark = 0x20
-	// packetMark is one bit. Others use 0xff0000 (tailscaled), 0xc000 (Kubernetes), 0xf00 (Cilium), 0x1
-	// (examples of TPROXY).
-	packetMark = 0x40
+	packetMark = 0x40 // one bit. Others have 0xff0000 (tailscaled), 0xc000 (Kubernetes), 0xf00 (Cilium), 1.
 
-	// repairEvery is how often it is looked whether the Way is still there: `nft flush ruleset`, or
-	// systemd-networkd as it starts, take it away.
+	// repairEvery is between looks whether the Way stands: `nft flush ruleset`, or systemd-networkd, end it.
 	repairEvery = 5 * time.Second
 )
 
 func nftName(slot int) string { return fmt.Sprintf("tailsplice-%d", slot) }
 
-// Way brings the answers to connections with the client's address back to this process. It is for the network
-// namespace of the thread that opened it.
+// Way brings answers to the client's address back here, in the network namespace of Open's thread.
 type Way struct {
 	log  *slog.Logger
 	slot int
@@ -129,8 +125,7 @@ func lockSlot(slot int) (*os.File, error) {
 	return lock, nil
 }
 
-// takeSlot takes a free slot, and removes what is left of daemons that were killed. The kernel frees the slot
-// when this process ends.
+// takeSlot takes a free slot, which the kernel frees with this process, and cleans up after killed daemons.
 func (w *Way) takeSlot() error {
 	for slot := range slots {
 		lock, err := lockSlot(slot)
@@ -224,8 +219,7 @@ func (f family) rules(slot int) []*netlink.Rule {
 	return []*netlink.Rule{back, rule(1, firstTable+slot)}
 }
 
-// installRoutes adds what is not there of routes and rules. added says whether anything was missing, failed
-// has the families that they could not be added for.
+// installRoutes adds the missing routes and rules. added says whether there were any, failed why not.
 func (w *Way) installRoutes() (added bool, failed map[int]error) {
 	failed = map[int]error{}
 	loopback, err := w.nl.LinkByName("lo")
@@ -298,13 +292,11 @@ func whole[T any](list func() ([]T, error)) (all []T, err error) {
 // keep repairs the Way until it is closed.
 func (w *Way) keep() {
 	defer close(w.stopped)
-	tick := time.NewTicker(repairEvery)
-	defer tick.Stop()
 	for {
 		select {
 		case <-w.stop:
 			return
-		case <-tick.C:
+		case <-time.After(repairEvery):
 			w.repair()
 		}
 	}
@@ -347,4 +339,32 @@ func (w *Way) free() {
 	if w.lock != nil {
 		w.lock.Close()
 	}
+}
+
+// Probe tries a Way in a network namespace of its own, as root only. The error says what is missing.
+func Probe() error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends here, and with it the namespace
+		done <- probe()
+	}()
+	return <-done
+}
+
+func probe() error {
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("it can be tried as root only (%w)", err)
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		err = netlink.LinkSetUp(lo)
+	}
+	if err != nil {
+		return fmt.Errorf("lo: %w", err)
+	}
+	w, err := Open(slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	return errors.Join(append(slices.Collect(maps.Values(w.off)), w.Close())...)
 }

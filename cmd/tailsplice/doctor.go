@@ -140,7 +140,8 @@ func findTailscaled(ctx context.Context) loader.Finding {
 	return f
 }
 
-// addrOf is the address of an interface, without the length of its network. It is the zero Addr for anything else.
+// addrOf is the address of an interface, without the length of its network. It is the zero Addr for anything
+// else.
 func addrOf(a net.Addr) netip.Addr {
 	p, _ := netip.ParsePrefix(a.String())
 	return p.Addr().Unmap()

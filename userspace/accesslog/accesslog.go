@@ -265,8 +265,8 @@ func (l *Log) recovered() {
 	}
 }
 
-// fail logs once that lines are lost, until they no longer are. A file that can't be opened is tried again, also
-// where no line comes.
+// fail logs once that lines are lost, until they no longer are. A file that can't be opened is tried again,
+// also where no line comes.
 func (l *Log) fail(err error) {
 	if l.out == nil {
 		time.AfterFunc(lookEvery, l.Reopen)

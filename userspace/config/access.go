@@ -19,8 +19,7 @@ import (
 
 // Access says who may use a route, and how long they wait for its target. The zero Access lets everybody in.
 type Access struct {
-	// Allow is in the form of AcceptProxy.From.
-	Allow       []string      `yaml:"allow" kind:"peer" nonempty:"true"`
+	Allow       []string      `yaml:"allow" kind:"peer" nonempty:"true"` // in the form of AcceptProxy.From
 	BasicAuth   *BasicAuth    `yaml:"basic_auth" noun:"basic_auth"`
 	ForwardAuth *ForwardAuth  `yaml:"forward_auth" noun:"forward_auth"`
 	Hold        time.Duration `yaml:"hold" min:"1s" max:"10m"`
@@ -47,6 +46,23 @@ type ForwardAuth struct {
 	Address     string        `yaml:"address" kind:"authurl" required:"true"`
 	CopyHeaders []string      `yaml:"copy_headers" kind:"copied_header" nonempty:"true"`
 	Timeout     time.Duration `yaml:"timeout" default:"5s" min:"100ms" max:"1m"`
+}
+
+// Target is the server that is asked: the zero Target for an address that Parse would refuse.
+func (f *ForwardAuth) Target() Target {
+	u, err := url.Parse(f.Address)
+	if err != nil {
+		return Target{}
+	}
+	t, port := Target{Scheme: u.Scheme, Host: u.Hostname()}, u.Port()
+	switch u.Scheme {
+	case "http":
+		t.Scheme, port = "tcp", cmp.Or(port, "80")
+	case "https":
+		t.Scheme, port = "tcp", cmp.Or(port, "443")
+	}
+	t.Port, _ = parsePort(port)
+	return t
 }
 
 // AccessLog is where requests are written down, a line each.

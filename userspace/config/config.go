@@ -208,8 +208,8 @@ func (p Pos) compare(q Pos) int {
 	return cmp.Or(cmp.Compare(p.Line, q.Line), cmp.Compare(p.Col, q.Col))
 }
 
-// Section is where a part of the configuration stands in its file. A Section that was made in Go is empty,
-// and says so with zero positions.
+// Section is where a part of the configuration stands in its file. A Section that was made in Go has zero
+// positions.
 type Section struct {
 	Pos    Pos `yaml:"-"` // its first key, or its brace
 	places []place

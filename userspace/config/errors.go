@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -42,10 +43,7 @@ func (c *Config) Errorf(at Pos, format string, args ...any) error {
 	if at.IsValid() {
 		return &Error{File: c.File, Pos: at, Message: msg}
 	}
-	if c.File == "" {
-		return fmt.Errorf("configuration: %s", msg)
-	}
-	return fmt.Errorf("%s: %s", c.File, msg)
+	return fmt.Errorf("%s: %s", cmp.Or(c.File, "configuration"), msg)
 }
 
 // reporter collects errors and warnings about one file.

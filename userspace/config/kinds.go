@@ -25,9 +25,8 @@ type kind struct {
 	parse func(text string) (any, error)
 	// instead, if set, says what to write instead of a bare number or true or false; "" is no idea.
 	instead func(text string) string
-	secret  bool // messages don't show it: a password's hash, a key, a header that may be a token
-	// schema has the JSON schema's keywords. It may allow more than parse, never less.
-	schema map[string]any
+	secret  bool           // messages don't show it: a password's hash, a key, a header that may be a token
+	schema  map[string]any // the JSON schema's keywords, which may allow more than parse, never less
 }
 
 func (k *kind) takes(n nodeKind) bool {
@@ -188,8 +187,8 @@ func parseLabel(s string) (any, error) {
 // numeric is what was meant as an IPv4 address.
 var numeric = regexp.MustCompile(`^[0-9.]+$`)
 
-// parseListen reads an address to listen on: of IP addresses, of the tailnet, of an interface or of a host. The name of
-// an interface or a host may end in a number: eth0.100 is an interface.
+// parseListen reads an address to listen on: of IP addresses, of the tailnet, of an interface or of a host.
+// The name of an interface or a host may end in a number: eth0.100 is an interface.
 func parseListen(s string) (any, error) {
 	if host, port, err := splitHostPort("", s, ""); err == nil && len(host) <= maxName && label.MatchString(host) &&
 		!numeric.MatchString(host) && !strings.EqualFold(host, "tailnet") {

@@ -1,10 +1,8 @@
 package config
 
 import (
-	"cmp"
 	"net/url"
 	"slices"
-	"strconv"
 	"strings"
 )
 
@@ -26,21 +24,8 @@ func (v *validator) questions(c *Config) {
 // answers is what a listener of this daemon does with the questions of f, nil if they don't lead to one.
 func (v *validator) answers(node string, f *ForwardAuth) *Action {
 	u, err := url.Parse(f.Address)
-	if err != nil {
-		return nil
-	}
-	t := Target{Scheme: u.Scheme, Host: u.Hostname()}
-	port := u.Port()
-	switch u.Scheme {
-	case "http":
-		t.Scheme, port = "tcp", cmp.Or(port, "80")
-	case "https":
-		t.Scheme, port = "tcp", cmp.Or(port, "443")
-	}
-	n, _ := strconv.ParseUint(port, 10, 16)
-	t.Port = uint16(n)
-	b, ok := v.ownAddress(node, t)
-	if !ok || b.listener == nil || b.listener.Mode != "http" && b.listener.Mode != "https" {
+	b, ok := v.ownAddress(node, f.Target())
+	if err != nil || !ok || b.listener == nil || !b.listener.IsHTTP() {
 		return nil
 	}
 	var found *Route

@@ -14,15 +14,12 @@ import (
 
 // Target is where connections are forwarded to. The zero Target is no target.
 type Target struct {
-	// Scheme is tcp (HOST:PORT), tailnet, docker or unix.
-	Scheme string
+	Scheme string // tcp (HOST:PORT), tailnet, docker or unix
 	// Host is a host name or IP address (tcp), a node's name or tailnet address (tailnet), or a container,
 	// a compose service, or PROJECT/SERVICE (docker). IPv6 addresses stand without brackets.
 	Host string
-	// Port is never 0, except for unix, which has none.
-	Port uint16
-	// Path is the absolute path of a unix socket.
-	Path string
+	Port uint16 // never 0, except for unix, which has none
+	Path string // the absolute path of a unix socket
 }
 
 // IsZero reports whether t is no target.

@@ -146,8 +146,8 @@ var unsupported = map[token.Type]string{
 	token.MappingKeyType: "? keys are not supported: write key: value",
 }
 
-// plain refuses by their tokens the parts of YAML that are not supported. It returns false when the rest is not
-// worth parsing.
+// plain refuses by their tokens the parts of YAML that are not supported. It returns false when the rest is
+// not worth parsing.
 func (t *tree) plain(tokens token.Tokens) bool {
 	var n nesting
 	var documents int

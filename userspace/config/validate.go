@@ -318,8 +318,8 @@ func (v *validator) reachable(seen map[match][]taken, r *Route, key string, name
 	}
 }
 
-// takers finds among earlier routes for the same match the line of the one that takes all that r could, whatever its
-// ALPN, or else of the one that takes the last of r's protocols. A line is 0 if there is none.
+// takers finds among earlier routes for the same match the line of the one that takes all that r could,
+// whatever its ALPN, or else of the one that takes the last of r's protocols. A line is 0 if there is none.
 func takers(earlier []taken, r *Route) (all, rest int) {
 	left := slices.Clone(r.ALPN)
 	for _, t := range earlier {

@@ -1,7 +1,6 @@
 package plan
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -10,7 +9,6 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
-	"strconv"
 
 	"github.com/tailsplice/tailsplice/userspace/auth"
 	"github.com/tailsplice/tailsplice/userspace/config"
@@ -84,30 +82,18 @@ func (p *Plan) newForward(a *config.ForwardAuth) (*auth.Forward, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := auth.ForwardOptions{URL: u, Timeout: a.Timeout, Copy: a.CopyHeaders}
-	target := dial.Target{Scheme: u.Scheme, Host: u.Hostname()}
-	port := u.Port()
-	switch u.Scheme {
-	case "http":
-		target.Scheme, port = dial.TCP, cmp.Or(port, "80")
-	case "https":
-		target.Scheme, port = dial.TCP, cmp.Or(port, "443")
-	default:
+	if u.Scheme != "https" {
 		u.Scheme = "http"
 	}
-	n, err := strconv.ParseUint(port, 10, 16)
-	if err != nil {
-		return nil, err
-	}
-	target.Port = uint16(n)
-	o.Dial = func(ctx context.Context) (net.Conn, error) {
+	target := dial.Target(a.Target())
+	dialServer := func(ctx context.Context) (net.Conn, error) {
 		c, err := p.deps.Dialer.Dial(ctx, target, netip.Addr{})
 		if err != nil {
 			return nil, auth.DialError(err)
 		}
 		return c, nil
 	}
-	return auth.NewForward(o), nil
+	return auth.NewForward(auth.ForwardOptions{URL: u, Timeout: a.Timeout, Dial: dialServer, Copy: a.CopyHeaders}), nil
 }
 
 func headerChange(c *config.HeaderChanges) vhost.HeaderChange {

@@ -38,7 +38,8 @@ func Read(c net.Conn, maxBytes int, timeout time.Duration) (h Hello, head []byte
 	return Continue(c, nil, maxBytes, timeout)
 }
 
-// A Listener reads a hello from a stream that grows, for callers that wait for its bytes in another way than [Read].
+// A Listener reads a hello from a stream that grows, for callers that wait for its bytes in another way than
+// [Read].
 type Listener struct{ scanner }
 
 // NewListener makes a Listener with the limit of [Read].

@@ -22,6 +22,7 @@
 package tlsterm
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -103,22 +104,12 @@ func (s *Store) prepare(specs []Spec, lenient bool) (apply func(), err error) {
 	entries := make([]*entry, 0, len(specs))
 	for _, spec := range specs {
 		e, err := s.read(spec)
-		var fe *FileError
 		if err != nil {
-			switch served := old.find(spec); {
-			case !errors.As(err, &fe): // no Covers
-				errs = append(errs, err)
-				continue
-			case served != nil && served.cert != nil && e != nil: // it has expired
-				e = served
-			case lenient || served != nil && served.cert == nil:
-				if e == nil {
-					e = &entry{spec: spec, stamp: stampOf(spec), err: err}
-				}
-			default:
-				errs = append(errs, err)
-				continue
-			}
+			e, err = instead(spec, e, err, old.find(spec), lenient)
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
 		}
 		entries = append(entries, e)
 	}
@@ -140,6 +131,21 @@ func (s *Store) prepare(specs []Spec, lenient bool) (apply func(), err error) {
 	}, nil
 }
 
+// instead is the entry in the place of one that was read with an error, or the error if there must be none.
+// served is the entry that serves the same files until now, or nil.
+func instead(spec Spec, read *entry, err error, served *entry, lenient bool) (*entry, error) {
+	_, ofFile := errors.AsType[*FileError](err)
+	switch {
+	case !ofFile: // no Covers
+		return nil, err
+	case served != nil && served.cert != nil && read != nil: // it has expired
+		return served, nil
+	case lenient || served != nil && served.cert == nil:
+		return cmp.Or(read, &entry{spec: spec, stamp: stampOf(spec), err: err}), nil
+	}
+	return nil, err
+}
+
 // Usable says whether there is a certificate to serve, or somebody to ask for one.
 func (s *Store) Usable() bool {
 	return slices.ContainsFunc(s.set.Load().entries, func(e *entry) bool { return e.err == nil })
@@ -150,8 +156,7 @@ func (s *Store) Usable() bool {
 // +checklocks:s.reload
 func (s *Store) refresh(want func(*entry) bool) error {
 	old := s.set.Load()
-	entries := make([]*entry, len(old.entries))
-	copy(entries, old.entries)
+	entries := slices.Clone(old.entries)
 	var errs []error
 	changed := false
 	for i, e := range entries {

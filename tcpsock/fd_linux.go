@@ -63,8 +63,8 @@ func IsUnheard(fd int, d time.Duration) bool {
 	return Info(fd, &i) == nil && i.Unacked > 0 && time.Duration(i.Last_ack_recv)*time.Millisecond >= d
 }
 
-// Local is the address of fd's own end, Remote that of the other one; the zero AddrPort where there is none.
-// What IPv4 is, is written so, whatever the socket's family.
+// Local is the address of fd's own end, Remote the address of its peer; the zero AddrPort where there is
+// none. What IPv4 is, is written so, whatever the socket's family.
 func Local(fd int) netip.AddrPort {
 	a, _ := unix.Getsockname(fd)
 	return AddrPort(a)

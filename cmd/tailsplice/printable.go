@@ -14,8 +14,8 @@ import (
 )
 
 // terminal escapes on the way to a writer what commands a terminal and encoding/json and log/slog leave as it
-// is: DEL and C1 (U+0080 to U+009F), and C0 but for line breaks and tabs. The escapes are JSON's, as what is
-// written mostly is.
+// is: DEL and C1 (U+0080 to U+009F), and C0 but for line breaks and tabs. The escapes are JSON's, since most
+// writers here write JSON.
 type terminal struct{ io.Writer }
 
 func (t terminal) Write(b []byte) (int, error) {

@@ -92,8 +92,8 @@ func (d Daemon) top(w http.ResponseWriter, r *http.Request) {
 }
 
 // Listen binds the control socket at path, readable and writable for its owner only. A socket that a dead
-// daemon left is replaced; that of a live one is an error, and so is a file of another kind. The error wraps
-// [fs.ErrPermission] where the process may not make the socket there.
+// daemon left is replaced; the socket of a live one is an error, and so is a file of another kind. The error
+// wraps [fs.ErrPermission] where the process may not make the socket there.
 func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("control socket %s: %w", path, err)

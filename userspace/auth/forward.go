@@ -108,10 +108,10 @@ func (f *Forward) Close() { f.transport.CloseIdleConnections() }
 // be reached or took too long; all others are for one whose answer is not HTTP.
 var ErrNoAnswer = errors.New("no answer")
 
-// Ask asks about a request with a GET that has its headers and says what was asked for: header is that of the
-// request as it would go on, with its X-Forwarded-For, -Host and -Proto, and without what is hop-by-hop; Ask
-// adds X-Forwarded-Method and -Uri, and leaves out what belongs to the body, and what asks for it only in
-// part or only if it has changed: that is about the target's answer, and no 304 lets a request on.
+// Ask asks about a request with a GET that has its headers. header is the request's as it would go on, with
+// its X-Forwarded-For, -Host and -Proto, and without hop-by-hop headers. Ask adds X-Forwarded-Method and
+// -Uri. It leaves out headers about the body, and ranges and conditions, which are about the target's answer:
+// a 304 of the auth server must not let a request on.
 //
 // The caller closes the answer's body. Redirects are answers like any other.
 func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Header) (*http.Response, error) {

@@ -135,7 +135,7 @@ const bcryptPattern = `^\$2[aby]\$[0-9]{2}\$[./A-Za-z0-9]{53}$`
 
 var bcryptHash = regexp.MustCompile(bcryptPattern)
 
-// maxBcryptCost is that of a check which takes a quarter of a minute: more is a mistake.
+// maxBcryptCost makes a check take a quarter of a minute: a higher cost is a mistake.
 const maxBcryptCost = 16
 
 func parseBcrypt(s string) (any, error) {

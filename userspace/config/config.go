@@ -215,7 +215,7 @@ type Section struct {
 	places []place
 }
 
-// place is where one value stands: that of a key (index -1), or one item of a list of scalars.
+// place is where one value stands: the value of a key (index -1), or one item of a list of scalars.
 type place struct {
 	key     string
 	index   int

@@ -468,11 +468,10 @@ func (f *field) sectionAdvice(n *node) string {
 	return ""
 }
 
-// unknownKey reports a key that its section does not have, and the one that was probably meant. That one
+// unknownKey reports a key that its section does not have, and the one that was probably meant. The latter
 // counts as present, so that it is not reported as missing too.
 func (d *decoder) unknownKey(e entry, sec *Section, fields []field, noun string) {
 	keys, key, lower := keysOf(fields), clipKey(e.key), strings.ToLower(e.key)
-	// meant notes the key that was meant: it counts as present.
 	meant := func(k string) {
 		if !sec.has(k) {
 			sec.places = append(sec.places, place{key: k, index: -1, pos: e.pos, keyPos: e.pos, unclear: true})

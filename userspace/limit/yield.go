@@ -10,8 +10,8 @@ const (
 
 type neighbours struct{ older, newer *Lease }
 
-// place is what a lease has that yields. The next three are called with the limiter's mutex held: the
-// analyzer can't follow it to the neighbours in a queue.
+// place belongs to a lease that yields. push, remove and takeOldest are called with the limiter's mutex held:
+// the analyzer can't follow it to the neighbours in a queue.
 type place struct {
 	give  func()        // how to have it
 	links [2]neighbours // by queue

@@ -12,7 +12,8 @@ import (
 // graces gives slots back when no program can be at work on the flow that had them. See "Slots" in
 // bpf/skmsg.bpf.c.
 type graces struct {
-	outer, inner *ebpf.Map // an update of outer returns after a grace period of RCU
+	outer *ebpf.Map // an update of it returns after a grace period of RCU
+	inner *ebpf.Map
 
 	mu sync.Mutex
 	// +checklocks:mu

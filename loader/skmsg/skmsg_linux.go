@@ -58,7 +58,7 @@ func (*Local) Name() string { return Name }
 // Stats counts since New.
 func (n *Local) Stats() sockmap.Stats { return n.counts.Stats() }
 
-// Health is as [Loader.Health].
+// Health is as [sockmap.Engine.Health].
 func (n *Local) Health() (off string, stalls uint64) {
 	if off, stalls = n.counts.Health(); off == "" {
 		off, _ = n.l.Health()
@@ -87,28 +87,9 @@ func Load(l *sockmap.Engine, c sockmap.Config) (_ *Local, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the BPF object: %w", err)
 	}
-	flows := uint32(l.MaxFlows())
-	for name, m := range map[string]uint32{
-		"locals": 2, "caught": 2, "local_places": 1, "local_flows": 1, "local_sources": 2,
-	} {
-		spec.Maps[name].MaxEntries = m * flows
-	}
-	if n.hooks != nil {
-		if err := spec.Variables["window_ns"].Set(uint64(n.hooks.Window)); err != nil {
-			return nil, fmt.Errorf("set window_ns: %w", err)
-		}
-	}
-	if err := l.SetVariables(spec); err != nil {
+	entries := map[string]int{"locals": 2, "caught": 2, "local_places": 1, "local_flows": 1, "local_sources": 2}
+	if err := l.Assign(spec, entries, &n.objects); err != nil {
 		return nil, err
-	}
-	shared := map[string]*ebpf.Map{}
-	for name, m := range l.Shared() {
-		if spec.Maps[name] != nil {
-			shared[name], spec.Maps[name].MaxEntries = m, m.MaxEntries() // else they don't match
-		}
-	}
-	if err := spec.LoadAndAssign(&n.objects, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
-		return nil, fmt.Errorf("load the BPF programs: %w", host.Translate(err))
 	}
 	for _, a := range []link.RawAttachProgramOptions{
 		{Target: n.objects.LocalSources.FD(), Program: n.objects.LocalVerdict,
@@ -162,7 +143,7 @@ func (n *Local) Close() error {
 	return err
 }
 
-// Splice takes the flow over, as [Loader.Splice] does, if up's other end is a socket of a process on this
+// Splice takes the flow over, as [sockmap.Engine.Splice] does, if up's other end is a socket of a process on this
 // host that was caught. The first flow to a target is always refused: it is how the target becomes known.
 func (n *Local) Splice(ctx context.Context, down, up int,
 	o sockmap.Flow) (count func() (up, down int64), err error) {
@@ -273,6 +254,11 @@ func (p *process) query(request skmsgLocalRequest, byTCP uint32) (skmsgLocalAnsw
 	return skmsgLocalAnswer(answer), err
 }
 
+func (p *process) answers(request skmsgLocalRequest, byTCP uint32, what skmsgLocalAnswer) bool {
+	answer, err := p.query(request, byTCP)
+	return err == nil && answer&what != 0
+}
+
 var emptyFrame = make([]byte, 64) // more than a header, which all kernels take
 
 func (p *process) HasBacklog() bool {
@@ -280,8 +266,7 @@ func (p *process) HasBacklog() bool {
 	if in == p.arrived || !p.local.hooks.Keeps(ruleLocalDrain) {
 		return false
 	}
-	if answer, err := p.query(skmsgLocalRequestLOCAL_LOOK, 0); err == nil &&
-		answer&skmsgLocalAnswerLOCAL_BACKLOG != 0 {
+	if p.answers(skmsgLocalRequestLOCAL_LOOK, 0, skmsgLocalAnswerLOCAL_BACKLOG) {
 		return true
 	}
 	p.arrived = in
@@ -292,13 +277,9 @@ func (p *process) ClosedUnread() bool {
 	return p.isPrepared.Load() && load32(&p.shared().Unread) != 0
 }
 
-// Settle is as [Bypass] says.
 func (p *process) Settle(byTCP uint32) bool {
-	if !p.local.hooks.Keeps(ruleLocalSettle) {
-		return false
-	}
-	answer, err := p.query(skmsgLocalRequestLOCAL_SETTLE, byTCP)
-	return err == nil && answer&skmsgLocalAnswerLOCAL_SETTLED != 0
+	return p.local.hooks.Keeps(ruleLocalSettle) &&
+		p.answers(skmsgLocalRequestLOCAL_SETTLE, byTCP, skmsgLocalAnswerLOCAL_SETTLED)
 }
 
 // insert puts the socket of a process that is this one into the map: what the sockops program does for

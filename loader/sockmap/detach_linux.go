@@ -250,13 +250,12 @@ func (d *direction) take(o *offer) error {
 		d.source().hold()
 	}
 	m := d.shared()
-	unread := func() int { return int(load64(&m.Passed)-d.consumed) - len(d.rest) }
-	if n := unread(); n > 0 {
+	if n := d.unread(); n > 0 {
 		room := int(load32(&m.Limit)) - len(d.rest)
 		if n > room || d.f.l.hooks.Keeps(ruleOrder) && load64(&m.Redirected) != d.settled && !d.redirectedIsWritten() {
 			return nil
 		}
-		if err := d.takeInHand(min(n+handSlack, room)); err != nil || unread() > 0 {
+		if err := d.takeInHand(min(n+handSlack, room)); err != nil || d.unread() > 0 {
 			return err
 		}
 	}
@@ -274,6 +273,9 @@ func (d *direction) take(o *offer) error {
 	}
 	return nil
 }
+
+// unread is how many bytes were passed and not read yet.
+func (d *direction) unread() int { return int(load64(&d.shared().Passed)-d.consumed) - len(d.rest) }
 
 // takeInHand reads up to n bytes, behind those that are to be written already. err: the source is broken.
 func (d *direction) takeInHand(n int) error {

@@ -85,7 +85,12 @@ func Load(c Config) (_ *Engine, err error) {
 			err = errors.Join(err, l.Close())
 		}
 	}()
-	if err = l.loadObjects(c.MaxFlows); err != nil {
+	spec, err := loadSockmap()
+	if err != nil {
+		return nil, fmt.Errorf("read the BPF object: %w", err)
+	}
+	entries := map[string]int{"flows": 1, "places": 2, "halves": 2, "peers": 2, "sources": 2}
+	if err = l.Assign(spec, entries, &l.objects); err != nil {
 		return nil, err
 	}
 	if l.memory, l.halves, err = Mapped[sockmapHalf](l.objects.Halves); err != nil {
@@ -116,35 +121,34 @@ func Mapped[T any](m *ebpf.Map) (memory []byte, entries []T, err error) {
 	return memory, unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(memory))), m.MaxEntries()), nil
 }
 
-func (l *Engine) loadObjects(flows int) error {
-	spec, err := loadSockmap()
-	if err != nil {
-		return fmt.Errorf("read the BPF object: %w", err)
+// Assign loads an object, whose maps get room for so many entries a flow, or are those that l has. It sets the variables
+// that all objects have.
+func (l *Engine) Assign(spec *ebpf.CollectionSpec, entries map[string]int, to any) error {
+	for name, n := range entries {
+		spec.Maps[name].MaxEntries = uint32(n * len(l.live))
 	}
-	for name, n := range map[string]int{"flows": 1, "places": 2, "halves": 2, "peers": 2, "sources": 2} {
-		spec.Maps[name].MaxEntries = uint32(n * flows)
-	}
-	if err := l.SetVariables(spec); err != nil {
-		return err
-	}
-	if err := spec.LoadAndAssign(&l.objects, nil); err != nil {
-		return fmt.Errorf("load the BPF programs: %w", host.Translate(err))
-	}
-	return nil
-}
-
-// SetVariables sets what each object with a verdict has, of hooks too.
-func (l *Engine) SetVariables(spec *ebpf.CollectionSpec) error {
-	values := map[string]any{"tcp_pressure": l.pressure}
-	for name := range spec.Variables {
-		if r, ok := strings.CutPrefix(name, "rule_"); ok {
-			values[name] = l.hooks.Keeps(Rule(r))
+	have := map[string]*ebpf.Map{}
+	for name, m := range l.Shared() {
+		if m != nil && spec.Maps[name] != nil {
+			have[name], spec.Maps[name].MaxEntries = m, m.MaxEntries() // else they don't match
 		}
 	}
-	for name, value := range values {
-		if err := spec.Variables[name].Set(value); err != nil {
+	for name, v := range spec.Variables {
+		var err error
+		switch r, isRule := strings.CutPrefix(name, "rule_"); {
+		case isRule:
+			err = v.Set(l.hooks.Keeps(Rule(r)))
+		case name == "tcp_pressure":
+			err = v.Set(l.pressure)
+		case name == "window_ns" && l.hooks != nil:
+			err = v.Set(uint64(l.hooks.Window))
+		}
+		if err != nil {
 			return fmt.Errorf("set %s: %w", name, err)
 		}
+	}
+	if err := spec.LoadAndAssign(to, &ebpf.CollectionOptions{MapReplacements: have}); err != nil {
+		return fmt.Errorf("load the BPF programs: %w", host.Translate(err))
 	}
 	return nil
 }
@@ -184,9 +188,6 @@ func (l *Engine) Shared() map[string]*ebpf.Map {
 	maps["events"] = l.objects.Events
 	return maps
 }
-
-// MaxFlows is how many flows there is room for.
-func (l *Engine) MaxFlows() int { return len(l.live) }
 
 func (l *Engine) named() map[string]*ebpf.Map {
 	return map[string]*ebpf.Map{

@@ -40,7 +40,7 @@ type flow struct {
 	mu       sync.RWMutex // held for reading while the sockets are used, for writing to close them
 	isClosed bool
 	// +checklocks:watchMu
-	watched [2]uint32 // what each socket is watched for besides quiet; under watchMu
+	watched [2]uint32 // what each socket is watched for besides baseEvents
 	total   [2]uint64 // the counts when closed
 
 	// settled is the sweeper's: so much had moved back when downstream was last seen to have got all of it.

@@ -15,6 +15,7 @@
 //	relay.go         what callers see: a relay, the options of a flow, its counters and its result
 //	state.go         who has a flow, and which changes of that there are
 //	flow.go          a flow between its two sides, its pumps, and its end
+//	connect_linux.go a flow whose upstream is still connecting
 //	onloop_linux.go  a flow on a loop: from its first bytes until it is detached or has ended
 //	trial_linux.go   how much is read of a side at once, until its other side's reader is seen to read
 //	pump_linux.go    a goroutine for a direction: reads and writes, or splice(2) through a pipe
@@ -38,6 +39,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
@@ -84,6 +86,9 @@ type Options struct {
 	// Idle ends the flow when no byte has moved either way for so long; 0 = never. Coarse: the flow may live
 	// up to 1/4 longer. A flow whose reader has stopped is idle too.
 	Idle time.Duration
+
+	// MeasureRTT asks for Result.RTT.
+	MeasureRTT bool
 
 	// Counters, when not nil, can be read while the flow lives.
 	Counters *Counters
@@ -163,6 +168,10 @@ type Result struct {
 	End      End    //
 	Err      error  // more about End; nil with EndEOF
 	Datapath string // the datapath that had the flow last: "userspace" or the Name of a Datapath
+
+	// RTT is TCP's estimate of the round trip time to downstream and to upstream as the flow began, 0 for what
+	// is not TCP, and without Options.MeasureRTT.
+	RTT [2]time.Duration
 }
 
 // Run copies between down and up until the flow ends, and closes both. It returns as soon as the flow is on
@@ -183,5 +192,20 @@ type Result struct {
 // wrapped connections, a reset that comes after the end of that side's stream is noticed by the next write
 // only.
 func (r *Relay) Run(ctx context.Context, down, up net.Conn, o Options, done func(Result)) {
+	if o.MeasureRTT {
+		done = withRTT(done, roundTrip(down), roundTrip(up))
+	}
 	r.newFlow(ctx, down, up, o, done).run()
+}
+
+func roundTrip(c net.Conn) (rtt time.Duration) {
+	tcpsock.Control(c, func(fd int) { rtt = tcpsock.RoundTrip(fd) })
+	return rtt
+}
+
+func withRTT(done func(Result), down, up time.Duration) func(Result) {
+	return func(r Result) {
+		r.RTT = [2]time.Duration{down, up}
+		done(r)
+	}
 }

@@ -2,9 +2,11 @@ package plan
 
 import (
 	"cmp"
+	"net/url"
 	"slices"
 	"strings"
 
+	"github.com/tailsplice/tailsplice/userspace/accesslog"
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -13,7 +15,7 @@ import (
 // Auto is the configuration's word for a datapath that tailsplice chooses.
 const Auto = "auto"
 
-// Needs are what a configuration needs of the daemon that runs it.
+// Needs are what a configuration needs of the daemon that runs it, and of the machine.
 type Needs struct {
 	Tailnet     bool // tailscaled, for an address, an identity or a certificate
 	Docker      bool // dockerd, for a target or for labels
@@ -25,40 +27,130 @@ type Needs struct {
 	Datapaths  map[string]bool     // the words for those that flows are to have
 	ACME       []acme.Section      // the certificates of all listeners
 	AccessLogs []*config.AccessLog // each file and format once
+	Things     []Thing             // each once
+
+	listed map[[2]string]bool // kind and name of each of Things
 }
+
+// A Thing is something of the machine that a configuration names.
+type Thing struct {
+	Kind string // one of ThingKinds
+	Name string // the path, the address, the name
+	At   config.Pos
+	Use  Use
+	Key  string // with UseCertificate: its file
+}
+
+// The kinds of things.
+const (
+	ThingFile      = "file"
+	ThingPort      = "port"
+	ThingNode      = "node"
+	ThingContainer = "container"
+	ThingHost      = "host name"
+)
+
+// ThingKinds are all kinds, in the order in which people are told of them.
+var ThingKinds = []string{ThingFile, ThingPort, ThingNode, ThingContainer, ThingHost}
+
+// Use is what a file is used for.
+type Use int
+
+const (
+	UseCompiled    Use = iota // Compile reads it, or it is no file
+	UseRead                   // it is read later
+	UseWrite                  // it is written, or made
+	UseFolder                 // files are made in it
+	UseRun                    // it is a program, which PATH may find
+	UseSocket                 // it is a unix socket
+	UseCertificate            // it is read with its key
+	UseKey                    // it is read with its certificate
+)
 
 // NeedsOf finds what cfg needs.
 func NeedsOf(cfg *config.Config) Needs {
-	n := Needs{Datapaths: map[string]bool{}, Tailnet: config.OnTailnet(cfg.Control.Health)}
-	identities := func(from []string) { n.Tailnet = n.Tailnet || len(NewPeers(from).patterns) > 0 }
-	scheme := func(s string) {
-		n.Tailnet = n.Tailnet || s == dial.Tailnet
-		n.Docker = n.Docker || s == dial.Docker
-	}
+	n := Needs{Datapaths: map[string]bool{}, Tailnet: config.OnTailnet(cfg.Control.Health), listed: map[[2]string]bool{}}
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]
 		n.listener(cfg, l)
-		identities(l.Allow)
-		if l.AcceptProxy != nil {
-			identities(l.AcceptProxy.From)
+		for a := range l.Actions() {
+			n.action(cfg, l, a)
 		}
 	}
-	for l, a := range cfg.Actions() {
-		identities(a.Allow)
-		n.Transparent = n.Transparent || a.Transparent
-		if !l.IsHTTP() && !a.Reject {
-			n.Datapaths[wanted(cfg, a)] = true
-		}
-		for _, to := range a.Forward {
-			scheme(to.To.Scheme)
-		}
-		if a.ForwardAuth != nil {
-			s, _, _ := strings.Cut(a.ForwardAuth.Address, ":")
-			scheme(s)
-		}
-	}
+	n.thing(Thing{Kind: ThingPort, Name: cfg.Control.Metrics, At: cfg.Control.At("metrics")})
+	n.thing(Thing{Kind: ThingPort, Name: cfg.Control.Health, At: cfg.Control.At("health")})
 	n.Tailnet = n.Tailnet || len(n.Listens) > 0
 	return n
+}
+
+// thing adds a thing, unless it has no name or is there.
+func (n *Needs) thing(t Thing) {
+	if key := [2]string{t.Kind, t.Name}; t.Name != "" && !n.listed[key] {
+		n.listed[key] = true
+		n.Things = append(n.Things, t)
+	}
+}
+
+func (n *Needs) file(name string, at config.Pos, use Use) {
+	n.thing(Thing{Kind: ThingFile, Name: name, At: at, Use: use})
+}
+
+// identities adds those of the tailnet whom a list of s names.
+func (n *Needs) identities(s *config.Section, key string, from []string) {
+	for i, who := range from {
+		if len(NewPeers(from[i:i+1]).patterns) == 0 {
+			continue
+		}
+		n.Tailnet = true
+		if !strings.ContainsAny(who, "@:") { // a user, a tag
+			n.thing(Thing{Kind: ThingNode, Name: who, At: s.At(key, i)})
+		}
+	}
+}
+
+// target adds what has to be there to connect to t.
+func (n *Needs) target(t dial.Target, at config.Pos) {
+	switch t.Scheme {
+	case dial.Tailnet:
+		n.Tailnet = true
+		n.thing(Thing{Kind: ThingNode, Name: t.Host, At: at})
+	case dial.Docker:
+		n.Docker = true
+		n.thing(Thing{Kind: ThingContainer, Name: t.Host, At: at})
+	case dial.Unix:
+		n.file(t.Path, at, UseSocket)
+	default:
+		if _, ok := t.Literal(); !ok {
+			n.thing(Thing{Kind: ThingHost, Name: t.Host, At: at})
+		}
+	}
+}
+
+// action adds what an action of l needs.
+func (n *Needs) action(cfg *config.Config, l *config.Listener, a *config.Action) {
+	n.identities(&a.Section, "allow", a.Allow)
+	n.Transparent = n.Transparent || a.Transparent
+	if !l.IsHTTP() && !a.Reject {
+		n.Datapaths[wanted(cfg, a)] = true
+	}
+	for i := range a.Forward {
+		n.target(dial.Target(a.Forward[i].To), a.Forward[i].At("to"))
+	}
+	if u := a.Upstream; u != nil {
+		n.file(u.CA, u.At("ca"), UseCompiled)
+	}
+	if c := a.ClientCertificates; c != nil {
+		n.file(c.CA, c.At("ca"), UseCompiled)
+	}
+	if b := a.BasicAuth; b != nil {
+		n.file(b.File, b.At("file"), UseCompiled)
+	}
+	if fa := a.ForwardAuth; fa != nil {
+		u, err := url.Parse(fa.Address)
+		if err == nil && (u.Scheme == dial.Tailnet || u.Scheme == dial.Docker) {
+			n.target(dial.Target{Scheme: u.Scheme, Host: u.Hostname()}, fa.At("address"))
+		}
+	}
 }
 
 // listener adds what l needs beside what its actions do.
@@ -71,22 +163,43 @@ func (n *Needs) listener(cfg *config.Config, l *config.Listener) {
 			n.Datapaths[wanted(cfg, new(config.Action))] = true
 		}
 	}
-	for _, a := range l.Listen {
+	for i, a := range l.Listen {
+		n.thing(Thing{Kind: ThingPort, Name: a, At: l.At("listen", i)})
 		if config.OnTailnet(a) {
 			n.Listens = append(n.Listens, a)
 		}
 	}
 	for i := range l.Certificates {
-		c := &l.Certificates[i]
-		n.Tailnet = n.Tailnet || c.Tailscale
-		if c.ACME != nil {
-			n.ACME = append(n.ACME, ACMESection(c.ACME))
+		n.certificate(&l.Certificates[i])
+	}
+	if log := cfg.AccessLogOf(l); log != nil {
+		if log.File != accesslog.Stderr {
+			n.file(log.File, log.At("file"), UseWrite)
+		}
+		same := func(a *config.AccessLog) bool { return a.File == log.File && a.Format == log.Format }
+		if !slices.ContainsFunc(n.AccessLogs, same) {
+			n.AccessLogs = append(n.AccessLogs, log)
 		}
 	}
-	log := cfg.AccessLogOf(l)
-	same := func(a *config.AccessLog) bool { return a.File == log.File && a.Format == log.Format }
-	if log != nil && !slices.ContainsFunc(n.AccessLogs, same) {
-		n.AccessLogs = append(n.AccessLogs, log)
+	if l.AcceptProxy != nil {
+		n.identities(&l.AcceptProxy.Section, "from", l.AcceptProxy.From)
+	}
+	n.identities(&l.Section, "allow", l.Allow)
+}
+
+func (n *Needs) certificate(c *config.Certificate) {
+	n.Tailnet = n.Tailnet || c.Tailscale
+	if f := c.Files; f != nil {
+		n.thing(Thing{Kind: ThingFile, Name: f.Cert, At: f.At("cert"), Use: UseCertificate, Key: f.Key})
+		n.file(f.Key, f.At("key"), UseKey)
+	}
+	if a := c.ACME; a != nil {
+		n.ACME = append(n.ACME, ACMESection(a))
+		n.file(a.Storage, a.At("storage"), UseFolder)
+		n.file(a.CA, a.At("ca"), UseRead)
+		if a.DNS != nil {
+			n.file(a.DNS.Exec[0], a.DNS.At("exec"), UseRun)
+		}
 	}
 }
 

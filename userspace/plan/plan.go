@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 
+	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -33,6 +34,9 @@ type Deps struct {
 	LabelDialer *dial.Dialer
 
 	// The rest is set by a server that runs the plan.
+
+	// ACME obtains certificates.
+	ACME *acme.Manager
 
 	// Datapath is an error where flows can't have what that word of the
 	// configuration stands for. Nil: that is not the question.

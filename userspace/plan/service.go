@@ -9,9 +9,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/route"
 	"github.com/tailsplice/tailsplice/userspace/sni"
+	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
@@ -26,6 +28,9 @@ type Service struct {
 	Rules       []*Rule // all, in the config's order, for status
 	HSTS        string  // https only
 	Timing      bool    // http(s) only
+
+	Certificates []tlsterm.Spec // https only: what it shows
+	Managed      []*acme.Source // those of Certificates that come by ACME
 
 	names       *route.Table[*Rule] // sni and http(s): by name, then default
 	clientCerts bool                // some rule wants a client's certificate
@@ -50,6 +55,9 @@ func (p *Plan) service(l *config.Listener) (*Service, error) {
 		s.NeedsHeader = l.AcceptProxy.Required || l.Mode == "tcp"
 	}
 	s.Allow = peersOrAll(l.Allow)
+	for i := range l.Certificates {
+		s.certificate(&l.Certificates[i], p.deps)
+	}
 	var errs []error
 	add := func(r *Rule, a *config.Action) *Rule {
 		if err := p.fill(r, l, a); err != nil {
@@ -79,6 +87,21 @@ func (p *Plan) service(l *config.Listener) (*Service, error) {
 		errs = append(errs, fmt.Errorf("listener %q: %w", l.Name, err))
 	}
 	return s, errors.Join(errs...)
+}
+
+// certificate adds one that s shows.
+func (s *Service) certificate(c *config.Certificate, deps Deps) {
+	switch {
+	case c.Files != nil:
+		s.Certificates = append(s.Certificates, tlsterm.Spec{Cert: c.Files.Cert, Key: c.Files.Key})
+	case c.Tailscale:
+		s.Certificates = append(s.Certificates, tlsterm.Spec{Name: "tailscale", GetCertificate: deps.Tailnet.GetCertificate,
+			Covers: func(name string) bool { return strings.HasSuffix(name, ".ts.net") }})
+	case c.ACME != nil && deps.ACME != nil:
+		src := deps.ACME.Source(ACMESection(c.ACME))
+		s.Managed = append(s.Managed, src)
+		s.Certificates = append(s.Certificates, tlsterm.Spec{Name: src.String(), GetCertificate: src.GetCertificate, Covers: src.Covers})
+	}
 }
 
 // placed gives err a place in the file, if it has none yet.

@@ -2,6 +2,7 @@ package flow
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"net/netip"
 	"net/url"
@@ -214,4 +215,43 @@ func (q *Query) compare(a, b moving) int {
 		c = -c
 	}
 	return cmp.Or(c, a.f.Started.Compare(b.f.Started), strings.Compare(a.f.ID, b.f.ID))
+}
+
+// List lists the live flows that query takes, oldest first. It is one that [ParseQuery] reads.
+func (r *Registry) List(query url.Values) ([]Snapshot, error) {
+	q, err := ParseQuery(query)
+	if err != nil {
+		return nil, err
+	}
+	return r.Snapshot(q), nil
+}
+
+// firstLook is after how much time Top tells for the first time, at most: somebody has just pressed a key.
+const firstLook = 250 * time.Millisecond
+
+// Top sends what the live flows move each interval of query, which else is as for List, until
+// ctx ends or send fails.
+func (r *Registry) Top(ctx context.Context, query url.Values, send func(any) error) error {
+	q, err := ParseQuery(query)
+	if err != nil {
+		return err
+	}
+	every, err := time.ParseDuration(query.Get("interval"))
+	if err != nil || every < MinInterval {
+		return fmt.Errorf("interval %q: %v at least", query.Get("interval"), MinInterval)
+	}
+	watcher := r.Watch(q)
+	next := time.NewTimer(min(every, firstLook))
+	defer next.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case now := <-next.C:
+			if err := send(watcher.Look(now)); err != nil {
+				return err
+			}
+			next.Reset(every - time.Since(now))
+		}
+	}
 }

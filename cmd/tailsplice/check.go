@@ -12,6 +12,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
 func newCheck() *cobra.Command {
@@ -52,22 +53,22 @@ what tailsplice trace does.`,
 				routes += len(l.Routes)
 			}
 			sum := fmt.Sprintf("%s is fine: node %s, %s, %s\n", file, cfg.Node, plural(len(cfg.Listeners), "listener"), plural(routes, "route"))
-			needs := front.Needs(cfg)
+			things := plan.NeedsOf(cfg).Things
 			if !here {
 				fmt.Fprint(cmd.OutOrStdout(), sum)
-				if len(needs) > 0 {
-					fmt.Fprintf(cmd.OutOrStdout(), "not looked at: %s; with --here they are, on the machine that it is for\n", count(needs))
+				if len(things) > 0 {
+					fmt.Fprintf(cmd.OutOrStdout(), "not looked at: %s; with --here they are, on the machine that it is for\n", count(things))
 				}
 				return nil
 			}
-			problems := front.LookHere(cmd.Context(), cfg, needs, running(cmd.Context(), cfg))
+			problems := front.LookHere(cmd.Context(), cfg, running(cmd.Context(), cfg))
 			for _, p := range problems {
 				fmt.Fprintln(terminal{os.Stderr}, p)
 			}
 			if len(problems) > 0 {
 				return errSilent
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%slooked at on this machine: %s\n", sum, cmp.Or(count(needs), "nothing, it needs nothing"))
+			fmt.Fprintf(cmd.OutOrStdout(), "%slooked at on this machine: %s\n", sum, cmp.Or(count(things), "nothing, it needs nothing"))
 			return nil
 		},
 	}
@@ -78,12 +79,12 @@ what tailsplice trace does.`,
 }
 
 // count says how many there are of each kind, as "2 files, 1 port".
-func count(needs []front.Need) string {
+func count(things []plan.Thing) string {
 	var out []string
-	for _, kind := range front.NeedKinds {
+	for _, kind := range plan.ThingKinds {
 		n := 0
-		for _, need := range needs {
-			if need.Kind == kind {
+		for _, t := range things {
+			if t.Kind == kind {
 				n++
 			}
 		}

@@ -31,8 +31,8 @@ const autoFlows = 2048
 type datapaths struct {
 	options front.Options // what the configuration names, and works, now or later; Missing is about others
 	load    func() (*loader.Loader, error)
-	lacks   func(f *front.Front, why string)       // hears why load has failed
-	loaded  func(f *front.Front, l *loader.Loader) // hears of what load has loaded
+	lacks   func(f *front.Server, why string)       // hears why load has failed
+	loaded  func(f *front.Server, l *loader.Loader) // hears of what load has loaded
 	loader  *loader.Loader                         // nil: none
 	log     *slog.Logger
 	busy    sync.WaitGroup
@@ -60,8 +60,8 @@ func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapat
 		if wanted[plan.Auto] {
 			o.MaxFlows = min(o.MaxFlows, autoFlows)
 			p.load = func() (*loader.Loader, error) { return loader.New(o) }
-			p.lacks = func(f *front.Front, why string) { f.Lacks(loader.Name, why) }
-			p.loaded = func(f *front.Front, l *loader.Loader) {
+			p.lacks = func(f *front.Server, why string) { f.Lacks(loader.Name, why) }
+			p.loaded = func(f *front.Server, l *loader.Loader) {
 				f.Lacks(loader.Name, "it was loaded for auto only: start the daemon again to have it for other flows")
 				f.Offer(l)
 			}
@@ -105,11 +105,11 @@ func (p *datapaths) wait(o loader.Options, why string) {
 	p.options.Datapaths = append(p.options.Datapaths, sockmap)
 	delete(p.options.Missing, loader.Name)
 	p.load = func() (*loader.Loader, error) { return loader.New(o) }
-	p.lacks = func(_ *front.Front, why string) {
+	p.lacks = func(_ *front.Server, why string) {
 		sockmap.why.Store(&why)
 		local.why.Store(&why)
 	}
-	p.loaded = func(_ *front.Front, l *loader.Loader) {
+	p.loaded = func(_ *front.Server, l *loader.Loader) {
 		d := datapath.Returner(l)
 		sockmap.d.Store(&d)
 		if n, err := l.Local(); o.Local && err == nil {
@@ -124,7 +124,7 @@ func (p *datapaths) wait(o loader.Options, why string) {
 
 // offer lets f give flows of auto to the kernel. What is needed for nothing else is loaded only now, while
 // connections are accepted, and what could not be loaded before is tried again.
-func (p *datapaths) offer(f *front.Front) {
+func (p *datapaths) offer(f *front.Server) {
 	for _, d := range p.options.Datapaths {
 		if s, ok := d.(datapath.Returner); ok {
 			f.Offer(s)

@@ -72,6 +72,8 @@ func logKeys(call *ast.CallExpr) (keys []string) {
 		return text(call.Args, 0, 1)
 	case isNamed(method.X, "slog") && slices.Contains([]string{"String", "Int", "Int64", "Float64", "Any", "Bool"}, method.Sel.Name):
 		return text(call.Args, 0, 1)
+	case method.Sel.Name == "noteRefused":
+		first = 3
 	case !slices.Contains([]string{"Debug", "Info", "Warn", "Error"}, method.Sel.Name):
 		return nil
 	case isNamed(method.X, "limited"):

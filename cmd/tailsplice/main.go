@@ -8,6 +8,7 @@
 //
 //	main.go        the command line
 //	run.go         run: the daemon's life, from the configuration to the last flow
+//	files_unix.go  the limit of open files
 //	datapaths.go   the kernel's datapaths: what is loaded, and when
 //	late.go        a datapath that can't be loaded yet
 //	check.go       check

@@ -116,7 +116,7 @@ func run(ctx context.Context, o runOptions) error {
 		return err
 	}
 	defer loops.Close()
-	datapaths.options.Loops, datapaths.options.Relay = loops, relay.New(loops)
+	datapaths.options.Loops, datapaths.options.Relay, datapaths.options.RaiseFiles = loops, relay.New(loops), raiseFileLimit
 	defer datapaths.options.Relay.Close()
 	f, err := front.New(cfg, datapaths.options)
 	if err != nil {
@@ -188,12 +188,12 @@ func (c *controls) close() {
 }
 
 // serve shows f and does what is asked of it, until ctx ends.
-func (c *controls) serve(ctx context.Context, f *front.Front, reload func() ([]string, error), cfg *config.Config, log *slog.Logger) {
+func (c *controls) serve(ctx context.Context, f *front.Server, reload func() ([]string, error), cfg *config.Config, log *slog.Logger) {
 	if c.socket != nil {
 		d := admin.Daemon{
 			Status: func() any { return f.Status() },
-			Flows:  func(query url.Values) (any, error) { return f.Flows(query) },
-			Top:    f.Top,
+			Flows:  func(query url.Values) (any, error) { return f.Flows().List(query) },
+			Top:    f.Flows().Top,
 			Trace: func(ctx context.Context, query url.Values) (any, error) {
 				q, err := plan.ParseQuestion(query)
 				if err != nil {
@@ -254,7 +254,7 @@ func listenControl(key, addr string) (net.Listener, error) {
 
 // reload brings a changed configuration into force, or says why not. Of the control section nothing changes,
 // since its sockets are bound once. notes are what a person should know of the new configuration.
-func reload(f *front.Front, file string, bound config.Control) (notes []string, err error) {
+func reload(f *front.Server, file string, bound config.Control) (notes []string, err error) {
 	f.ReopenLogs() // also where the configuration can't be used: log rotation comes by HUP
 	cfg, err := config.Load(file)
 	if err != nil {
@@ -275,10 +275,10 @@ func reload(f *front.Front, file string, bound config.Control) (notes []string, 
 
 // drain lets the flows end; a signal that comes a second time, or the deadline, cuts them. One of another
 // kind does not: some supervisors send INT, and TERM after a while.
-func drain(f *front.Front, timeout time.Duration, first os.Signal, signals <-chan os.Signal, log *slog.Logger) error {
+func drain(f *front.Server, timeout time.Duration, first os.Signal, signals <-chan os.Signal, log *slog.Logger) error {
 	daemon.SdNotify(false, daemon.SdNotifyStopping)
 	log.Info("draining: no new connections; the same signal again ends at once", "signal", first.String(),
-		"flows", f.FlowCount(), "deadline", timeout.String())
+		"flows", f.Flows().Len(), "deadline", timeout.String())
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	go func() {

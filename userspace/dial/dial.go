@@ -10,6 +10,7 @@
 //	dial.go         a target becomes a connection
 //	addresses.go    which of its addresses are tried, and in which order
 //	begin_linux.go  a connection that is begun and not waited for, for an event loop
+//	outcomes.go     how the last try to connect to each target went
 //	errors.go       why a target could not be reached, in words
 package dial
 

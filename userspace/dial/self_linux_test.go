@@ -38,9 +38,9 @@ func TestSelf(t *testing.T) {
 				t.Errorf("%s: after %s nobody can listen on the port: %v", addr, after, err)
 			}
 		}
-		if fd, connected, err := Begin(to); !errors.Is(err, ErrSelf) || connected {
-			t.Errorf("%s: Begin gives connected %v, %v", addr, connected, err)
-			unix.Close(fd)
+		if a, err := Begin(to, addr, new(Outcomes)); !errors.Is(err, ErrSelf) {
+			t.Errorf("%s: Begin gives %+v, %v", addr, a, err)
+			unix.Close(a.FD)
 		}
 		isFree("Begin")
 
@@ -52,11 +52,11 @@ func TestSelf(t *testing.T) {
 		if err := unix.Connect(fd, tcpsock.Sockaddr(to)); err != nil && err != unix.EINPROGRESS {
 			t.Fatal(err)
 		}
-		if connected, err := Connected(fd, to); !errors.Is(err, ErrSelf) || connected {
-			t.Errorf("%s: Connected gives %v, %v", addr, connected, err)
+		if connected, err := (&Attempt{FD: fd, to: to}).Check(); !errors.Is(err, ErrSelf) || connected {
+			t.Errorf("%s: Check gives %v, %v", addr, connected, err)
 		}
 		unix.Close(fd)
-		isFree("Connected")
+		isFree("Check")
 
 		// With an address and port of its own, [net.Dialer] does not look.
 		other := netip.AddrPortFrom(to.Addr(), port-1)

@@ -15,55 +15,36 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/limit"
 )
 
-// admit takes in what was accepted, and starts serving it. It blocks on nothing, and is called for any number of
-// connections at the same time: one over the limit costs no more than to be closed.
-func (f *Front) admit(l *listener, s accepted, peer netip.AddrPort) {
-	if in := f.takeIn(l, s, peer); in != nil && !f.takeFastPath(in, s) {
-		go f.slowPath(in, s, nil)
-	}
-}
-
 // takeIn counts what was accepted, and checks the limits. It returns nil where it has refused it.
-func (f *Front) takeIn(l *listener, s accepted, peer netip.AddrPort) *conn {
-	f.metrics.Accepted.WithLabelValues(l.name).Inc()
+func (srv *Server) takeIn(l *listener, s accepted, peer netip.AddrPort) *conn {
+	srv.metrics.Accepted.WithLabelValues(l.name).Inc()
 	svc := l.service.Load()
 	src := peer.Addr()
 	if svc.Trust != nil {
-		// Who it is isn't known yet; a trusted hop carries many clients, so
-		// here it counts in the total only. identify charges the real source.
+		// Who it is isn't known yet; a trusted hop carries many clients, so here it counts in the total only.
+		// identify charges the real source.
 		src = netip.Addr{}
 	}
-	err := f.screen(svc, peer.Addr(), src)
+	err := srv.screen(svc, peer.Addr(), src)
 	var lease *limit.Lease
 	if err == nil {
-		lease, err = f.limiter.Acquire(src)
+		lease, err = srv.limiter.Acquire(src)
 	}
 	if err != nil {
-		f.turnedAway(l.name, peer, refusal(err), err) // which whoever is told by the reset can look up
-		s.Reset()                                     // so that nothing lingers
+		srv.turnedAway(l.name, peer, refusal(err), err) // which whoever is told by the reset can look up
+		s.Reset()                                       // so that nothing lingers
 		return nil
 	}
-	in := &conn{front: f, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), stopCancel: func() bool { return true }}
-	f.conns.Add(1)
+	in := &conn{server: srv, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), stopCancel: func() bool { return true }}
+	srv.conns.Add(1)
 	return in
 }
 
-// turnedAway counts and logs a connection that was refused for whose it is.
-func (f *Front) turnedAway(listener string, peer netip.AddrPort, reason string, err error) {
-	f.metrics.Refused.WithLabelValues(listener, reason).Inc()
-	msg := "connection refused"
-	if reason == overLimit {
-		msg += ": over the limit"
-	}
-	f.limited.Warn(reason, msg, "listener", listener, "peer", peer, "reason", reason, "err", err)
-}
-
 // slowPath brings in, which comes by s, to its end on a goroutine, after what was read ahead. It owns both.
-func (f *Front) slowPath(in *conn, s accepted, ahead []byte) {
+func (srv *Server) slowPath(in *conn, s accepted, ahead []byte) {
 	tcp, err := s.Conn()
 	if err != nil {
-		f.metrics.Refused.WithLabelValues(in.listener.name, "out_of_files").Inc()
-		f.limited.Warn("out_of_files", outOfFiles, "err", err)
+		srv.noteRefused(in.listener.name, outOfFiles, outOfFilesText, "err", err)
 		in.release()
 		return
 	}
@@ -72,22 +53,22 @@ func (f *Front) slowPath(in *conn, s accepted, ahead []byte) {
 		in.local = addrPort(tcp.LocalAddr())
 	}
 	in.stopCancel()
-	in.stopCancel = context.AfterFunc(f.ctx, func() { tcp.Close() })
-	f.serve(&stream{TCPConn: tcp, conn: in, ahead: ahead})
+	in.stopCancel = context.AfterFunc(srv.ctx, func() { tcp.Close() })
+	srv.serve(&stream{TCPConn: tcp, conn: in, ahead: ahead})
 }
 
-const outOfFiles = "out of file descriptors: connections are closed at once: raise LimitNOFILE= or `ulimit -n`, or lower limits.connections"
+const outOfFilesText = "out of file descriptors: connections are closed at once: raise LimitNOFILE= or `ulimit -n`, or lower limits.connections"
 
 // failed sees to an error of accept on s. goOn says that the next try may do better.
-func (f *Front) failed(s *listenerSocket, err error) (goOn bool) {
+func (srv *Server) failed(s *listenerSocket, err error) (goOn bool) {
 	if !outOfResources(err) {
 		return true // the peer was gone before we came (ECONNABORTED), or a passing network error
 	}
-	f.limited.Warn("out_of_files", outOfFiles, "err", err)
-	if !f.spare.shed(s) {
+	srv.limited.Warn(outOfFiles, outOfFilesText, "err", err)
+	if !srv.spare.shed(s) {
 		return false
 	}
-	f.metrics.Refused.WithLabelValues(s.owner.Load().name, "out_of_files").Inc()
+	srv.metrics.Refused.WithLabelValues(s.owner.Load().name, outOfFiles).Inc()
 	return true
 }
 
@@ -105,16 +86,18 @@ func outOfResources(err error) bool {
 		errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
 }
 
-// spareFiles are file descriptors held back for the day when there are none
-// left: one is given up to accept, and close, the connection that waits, which
-// would otherwise make accept fail in a busy loop while the client hangs.
+// spareFiles are file descriptors held back for the day when there are none left: one is given up to accept,
+// and close, the connection that waits, which would otherwise make accept fail in a busy loop while the
+// client hangs.
 //
-// There are a few, because whoever dials at that moment may take the one that
-// was given up, and keep it for a long time.
+// There are a few, because whoever dials at that moment may take the one that was given up, and keep it for a
+// long time.
 type spareFiles struct {
-	mu      sync.Mutex
-	files   []*os.File
 	missing atomic.Bool
+
+	mu sync.Mutex
+	// +checklocks:mu
+	files []*os.File
 }
 
 const spares = 8
@@ -126,8 +109,7 @@ func newSpareFiles() *spareFiles {
 	return s
 }
 
-// refill takes back what was given up, before anybody else does. It costs
-// nothing when nothing is missing.
+// refill takes back what was given up, before anybody else does. It costs nothing when nothing is missing.
 func (s *spareFiles) refill() {
 	if !s.missing.Load() {
 		return
@@ -137,6 +119,7 @@ func (s *spareFiles) refill() {
 	s.refillLocked()
 }
 
+// +checklocks:s.mu
 func (s *spareFiles) refillLocked() {
 	for len(s.files) < spares {
 		file, err := os.Open(os.DevNull)
@@ -148,8 +131,7 @@ func (s *spareFiles) refillLocked() {
 	s.missing.Store(len(s.files) < spares)
 }
 
-// shed refuses the connection that waits at from with a reset, and reports
-// whether it could.
+// shed refuses the connection that waits at from with a reset, and reports whether it could.
 func (s *spareFiles) shed(from *listenerSocket) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -3,8 +3,11 @@
 package front
 
 import (
+	"context"
 	"errors"
+	"math"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
@@ -17,23 +20,32 @@ type acceptor struct {
 	done chan struct{} // closed when run has ended; nil before accept
 }
 
+// admit takes in what was accepted, and starts serving it.
+func (srv *Server) admit(l *listener, s accepted, peer netip.AddrPort) {
+	if in := srv.takeIn(l, s, peer); in != nil {
+		go srv.slowPath(in, s, nil)
+	}
+}
+
+func mostWaiting() int64 { return math.MaxInt64 }
+
 func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, error) {
 	return &listenerSocket{written: written, addr: ln.Addr(), acceptor: acceptor{ln: ln}}, nil
 }
 
 // prepare makes accept possible.
-func (s *listenerSocket) prepare(f *Front) error {
+func (s *listenerSocket) prepare(srv *Server) error {
 	s.run = func() {
 		defer close(s.done)
 		for {
-			f.spare.refill()
+			srv.spare.refill()
 			c, err := s.ln.AcceptTCP()
 			switch {
 			case err == nil:
-				f.admit(s.owner.Load(), accepted{c}, addrPort(c.RemoteAddr()))
+				srv.admit(s.owner.Load(), accepted{c}, addrPort(c.RemoteAddr()))
 			case errors.Is(err, net.ErrClosed):
 				return
-			case !f.failed(s, err):
+			case !srv.failed(s, err):
 				time.Sleep(10 * time.Millisecond)
 			}
 		}
@@ -84,3 +96,15 @@ func (a accepted) Reset()                      { tcpsock.ResetConn(a.c) }
 
 // cameByTailnet can't be told here.
 func cameByTailnet(*net.TCPConn) bool { return true }
+
+// keepFlowsAlive gives the connections that lc's listeners accept the options of a flow's socket.
+func keepFlowsAlive(lc *net.ListenConfig) { lc.KeepAliveConfig = tcpsock.KeepAlive }
+
+// portOwner can't tell here: see listen_linux.go.
+func portOwner(uint16) string { return "" }
+
+// followInterfaces does nothing here: a reload looks at the interfaces again.
+func (srv *Server) followInterfaces(context.Context) {}
+
+// watchMemory is for Linux: see memory_linux.go.
+func (srv *Server) watchMemory() {}

@@ -25,24 +25,18 @@ func visitorOf(v *vhost.Visit) plan.Visitor {
 	return plan.Visitor{Client: v.Client.Addr(), Unknown: v.Unknown}
 }
 
-// The metric's words for who may not come in, and for whom tailscaled did not name.
-const (
-	notAllowed    = "not_allowed"
-	notIdentified = "not_identified"
-)
-
 // listenerGuard is asked about each request to l, before it is routed.
-func (f *Front) listenerGuard(l *listener) vhost.Guard {
+func (srv *Server) listenerGuard(l *listener) vhost.Guard {
 	return func(_ http.ResponseWriter, v *vhost.Visit) error {
-		err := f.allowRequest(l.name, v, l.service.Load().Allow)
-		f.nameVisitor(v) // also of one who is refused, for the access log
+		err := srv.allowRequest(l.name, v, l.service.Load().Allow)
+		srv.nameVisitor(v) // also of one who is refused, for the access log
 		return err
 	}
 }
 
-// nameVisitor tells the upstream of a request from the tailnet who it is from,
-// as `tailscale serve` does: users have a name, tagged nodes have none.
-func (f *Front) nameVisitor(v *vhost.Visit) {
+// nameVisitor tells the upstream of a request from the tailnet who it is from, as `tailscale serve` does:
+// users have a name, tagged nodes have none.
+func (srv *Server) nameVisitor(v *vhost.Visit) {
 	client := v.Client.Addr()
 	if v.Unknown != nil || !tailnet.Contains(client) {
 		return
@@ -66,12 +60,11 @@ func headerText(v string) string {
 	return mime.QEncoding.Encode("utf-8", v)
 }
 
-// allowRequest refuses a request that allow does not name, or on a connection
-// whose PROXY header is not believed any more, or is missing now.
-func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *plan.Peers) error {
+// allowRequest refuses a request that allow does not name, or on a connection whose PROXY header is not
+// believed any more, or is missing now.
+func (srv *Server) allowRequest(listener string, v *vhost.Visit, allow *plan.Peers) error {
 	err := v.Unknown
-	var stranger *strangerError
-	if !errors.As(err, &stranger) && !errors.Is(err, errNoHeader) {
+	if !is[*strangerError](err) && !errors.Is(err, errNoHeader) {
 		err = plan.Permit(visitorOf(v), v.Conn.Hops.(*asker), allow)
 	}
 	if err == nil {
@@ -79,15 +72,15 @@ func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *plan.Peers)
 	}
 	reason := refusal(err)
 	if v.Request.Context().Err() == nil {
-		f.requestRefused(listener, v, reason, err)
+		srv.requestRefused(listener, v, reason, err)
 	}
 	no := &vhost.Refusal{Status: http.StatusForbidden, Title: "Access is not allowed",
-		Text: f.node() + " does not let visitors in from where you are.",
+		Text: srv.node() + " does not let visitors in from where you are.",
 		Hint: "If you should have access, try again from a network that is allowed, such as the tailnet.", Err: err}
 	switch reason {
 	case notIdentified:
 		no.Status, no.Title = http.StatusServiceUnavailable, "You could not be identified"
-		no.Text = f.node() + " lets in only visitors that it knows, and could not find out who you are."
+		no.Text = srv.node() + " lets in only visitors that it knows, and could not find out who you are."
 		no.Hint = "Try again in a few minutes."
 		no.Header = http.Header{"Retry-After": {"5"}}
 	case proxyFromStranger, proxyMissing:
@@ -97,24 +90,17 @@ func (f *Front) allowRequest(listener string, v *vhost.Visit, allow *plan.Peers)
 	return no
 }
 
-// requestRefused counts and logs a request that a guard refuses.
-func (f *Front) requestRefused(listener string, v *vhost.Visit, reason string, err error) {
-	f.metrics.Refused.WithLabelValues(listener, reason).Inc()
-	f.limited.Warn(reason, "request refused", "id", v.ID, "listener", listener, "client", clientString(v.Client),
-		"host", v.URI.Host, "path", v.URI.Path, "reason", reason, "err", err)
-}
-
 // guard makes the guard of a rule of an http(s) listener, or nil.
-func (f *Front) guard(listener string, r *plan.Rule) vhost.Guard {
+func (srv *Server) guard(listener string, r *plan.Rule) vhost.Guard {
 	var guards []vhost.Guard
 	if r.Allow != nil {
-		guards = append(guards, func(_ http.ResponseWriter, v *vhost.Visit) error { return f.allowRequest(listener, v, r.Allow) })
+		guards = append(guards, func(_ http.ResponseWriter, v *vhost.Visit) error { return srv.allowRequest(listener, v, r.Allow) })
 	}
 	if r.HTTP.Users != nil {
-		guards = append(guards, f.basicGuard(listener, r.HTTP.Users))
+		guards = append(guards, srv.basicGuard(listener, r.HTTP.Users))
 	}
 	if r.HTTP.Auth != nil {
-		guards = append(guards, f.forwardGuard(listener, r.HTTP.Asked, r.HTTP.Auth))
+		guards = append(guards, srv.forwardGuard(listener, r.HTTP.Asked, r.HTTP.Auth))
 	}
 	if len(guards) == 0 {
 		return nil
@@ -129,16 +115,15 @@ func (f *Front) guard(listener string, r *plan.Rule) vhost.Guard {
 	}
 }
 
-// basicGuard asks for a user and a password. The upstream gets the name, and
-// not the password.
-func (f *Front) basicGuard(listener string, users *auth.Users) vhost.Guard {
+// basicGuard asks for a user and a password. The upstream gets the name, and not the password.
+func (srv *Server) basicGuard(listener string, users *auth.Users) vhost.Guard {
 	return func(_ http.ResponseWriter, v *vhost.Visit) error {
 		user, password, sent := v.Request.BasicAuth()
 		right := false
 		if sent {
 			var err error
 			if right, err = users.Check(v.Request.Context(), limit.PrefixOf(visitorOf(v).Source()), user, password); err != nil {
-				return f.passwordError(listener, v, user, err)
+				return srv.passwordError(listener, v, user, err)
 			}
 		}
 		if right {
@@ -150,29 +135,29 @@ func (f *Front) basicGuard(listener string, users *auth.Users) vhost.Guard {
 		err := errNoPassword
 		if sent {
 			err = fmt.Errorf("%w for user %q", errWrongPassword, user)
-			f.requestRefused(listener, v, "wrong_password", err)
+			srv.requestRefused(listener, v, "wrong_password", err)
 		} else {
-			f.metrics.Refused.WithLabelValues(listener, "no_password").Inc() // how each visit begins
+			srv.metrics.Refused.WithLabelValues(listener, "no_password").Inc() // how each visit begins
 		}
 		return &vhost.Refusal{Status: http.StatusUnauthorized, Title: "Sign in",
-			Text:   f.node() + " asks for a user name and a password.",
-			Header: http.Header{"Www-Authenticate": {`Basic realm="` + f.node() + `", charset="UTF-8"`}}, Err: err}
+			Text:   srv.node() + " asks for a user name and a password.",
+			Header: http.Header{"Www-Authenticate": {`Basic realm="` + srv.node() + `", charset="UTF-8"`}}, Err: err}
 	}
 }
 
 // passwordError is what a request gets whose password was not checked.
-func (f *Front) passwordError(listener string, v *vhost.Visit, user string, err error) error {
-	var busy *auth.BusyError
-	if !errors.As(err, &busy) {
+func (srv *Server) passwordError(listener string, v *vhost.Visit, user string, err error) error {
+	busy, ok := errors.AsType[*auth.BusyError](err)
+	if !ok {
 		return err
 	}
-	f.requestRefused(listener, v, "passwords_over_limit", fmt.Errorf("user %q: %w", user, err))
+	srv.requestRefused(listener, v, "passwords_over_limit", fmt.Errorf("user %q: %w", user, err))
 	no := &vhost.Refusal{Status: http.StatusServiceUnavailable, Title: "Too many people are signing in",
-		Text: f.node() + " can't check more passwords at the moment.", Hint: "Try again in a few minutes.",
+		Text: srv.node() + " can't check more passwords at the moment.", Hint: "Try again in a few minutes.",
 		Header: http.Header{"Retry-After": {strconv.Itoa(int(math.Ceil(busy.RetryAfter.Seconds())))}}, Err: err}
 	if busy.Source {
 		no.Status, no.Title = http.StatusTooManyRequests, "Too many attempts to sign in"
-		no.Text = f.node() + " has received too many passwords from your address."
+		no.Text = srv.node() + " has received too many passwords from your address."
 	}
 	return no
 }
@@ -185,13 +170,13 @@ var (
 var errAuthLoop = errors.New("the address of forward_auth leads to a route that asks it: write that of the auth server itself, or give it a route without forward_auth")
 
 // forwardGuard asks another server about each request.
-func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.Guard {
+func (srv *Server) forwardGuard(listener, address string, fw *auth.Forward) vhost.Guard {
 	return func(w http.ResponseWriter, v *vhost.Visit) error {
 		if fw.IsOwn(v.Request.Header) {
 			err := fmt.Errorf("%w: %s", errAuthLoop, address)
-			f.requestRefused(listener, v, "auth_loop", err)
+			srv.requestRefused(listener, v, "auth_loop", err)
 			return &vhost.Refusal{Status: http.StatusLoopDetected, Title: "The sign-in service does not work",
-				Text: "It could not be found out whether you have access: " + f.node() + " and the sign-in service ask each other.", Err: err}
+				Text: "It could not be found out whether you have access: " + srv.node() + " and the sign-in service ask each other.", Err: err}
 		}
 		v.Drop = append(v.Drop, fw.Copies()...)
 		header := v.Request.Header.Clone()
@@ -206,10 +191,10 @@ func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.G
 				return err
 			}
 			err = fmt.Errorf("forward_auth %s: %w", address, err)
-			f.metrics.Refused.WithLabelValues(listener, "auth_server").Inc()
-			f.limited.Warn("auth_server "+address, "the forward_auth server gave no usable answer", "id", v.ID, "listener", listener, "address", address, "err", err)
+			srv.metrics.Refused.WithLabelValues(listener, "auth_server").Inc()
+			srv.limited.Warn("auth_server "+address, "the forward_auth server gave no usable answer", "id", v.ID, "listener", listener, "address", address, "err", err)
 			no := &vhost.Refusal{Status: http.StatusBadGateway, Title: "The sign-in service sent no valid answer",
-				Text: f.node() + " could not find out whether you have access.", Hint: "Try again in a few minutes.", Err: err}
+				Text: srv.node() + " could not find out whether you have access.", Hint: "Try again in a few minutes.", Err: err}
 			if errors.Is(err, auth.ErrNoAnswer) {
 				no.Status, no.Title = http.StatusServiceUnavailable, "The sign-in service is not answering"
 				no.Header = http.Header{"Retry-After": {"10"}}
@@ -233,7 +218,7 @@ func (f *Front) forwardGuard(listener, address string, fw *auth.Forward) vhost.G
 			}
 			return nil
 		}
-		f.metrics.Refused.WithLabelValues(listener, "forward_auth").Inc() // who is not signed in is sent to do so
+		srv.metrics.Refused.WithLabelValues(listener, "forward_auth").Inc() // who is not signed in is sent to do so
 		for name, values := range res.Header {
 			w.Header()[name] = values
 		}

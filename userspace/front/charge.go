@@ -10,34 +10,30 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// crowd is how many connections of a source are more than a client needs: each
-// of them may then have few streams.
+// crowd is how many connections of a source are more than a client needs: each of them may then have few
+// streams.
 const crowd = 8
 
-// overRequests is the metric's word for a request that was one too many.
-const overRequests = "requests_over_limit"
-
-// retryAfter is in seconds, for those who were refused for what others, or they
-// themselves, have under way.
+// retryAfter is in seconds, for those who were refused for what others, or they themselves, have under way.
 const retryAfter = "2"
 
 // requestLease is a vhost.Lease.
 type requestLease struct {
 	*limit.Lease
-	front    *Front
+	server   *Server
 	listener *listener
 }
 
-// charge counts the requests to l that are under way, in all and for whom they
-// are from. A trusted hop that doesn't say for whom it speaks carries many
-// clients, so its requests count in the total only, as its connections do.
-func (f *Front) charge(l *listener) func(*vhost.Visit) (vhost.Lease, error) {
+// charge counts the requests to l that are under way, in all and for whom they are from. A trusted hop that
+// doesn't say for whom it speaks carries many clients, so its requests count in the total only, as its
+// connections do.
+func (srv *Server) charge(l *listener) func(*vhost.Visit) (vhost.Lease, error) {
 	return func(v *vhost.Visit) (vhost.Lease, error) {
-		lease, err := f.requests.Acquire(netip.Addr{})
+		lease, err := srv.requests.Acquire(netip.Addr{})
 		if err != nil {
-			return nil, f.noRoom(l.name, v, err)
+			return nil, srv.noRoom(l.name, v, err)
 		}
-		return &requestLease{lease, f, l}, nil
+		return &requestLease{lease, srv, l}, nil
 	}
 }
 
@@ -50,24 +46,24 @@ const (
 
 func (q *requestLease) Name(v *vhost.Visit) error {
 	source := visitorOf(v).Source()
-	if err := q.front.deniedRequest(q.listener, v, v.Client.Addr()); err != nil {
+	if err := q.server.deniedRequest(q.listener, v, v.Client.Addr()); err != nil {
 		return err
 	}
 	if err := q.MoveSoon(v.Request.Context(), source, requestsWaiting, requestWait); err != nil {
-		return q.front.noRoom(q.listener.name, v, err)
+		return q.server.noRoom(q.listener.name, v, err)
 	}
 	return nil
 }
 
 // noRoom is the answer to a request that is one too many.
-func (f *Front) noRoom(listener string, v *vhost.Visit, err error) error {
-	f.requestRefused(listener, v, overRequests, err)
+func (srv *Server) noRoom(listener string, v *vhost.Visit, err error) error {
+	srv.requestRefused(listener, v, overRequests, err)
 	no := &vhost.Refusal{Status: http.StatusServiceUnavailable, Title: "Too many requests at once",
-		Text: f.node() + " can't take more requests at the moment.", Hint: "Try again in a few minutes.",
+		Text: srv.node() + " can't take more requests at the moment.", Hint: "Try again in a few minutes.",
 		Header: http.Header{"Retry-After": {retryAfter}}, Err: err}
 	if errors.Is(err, limit.ErrSource) {
 		no.Status, no.Title = http.StatusTooManyRequests, "Too many requests from your address"
-		no.Text = f.node() + " can't take more requests from your address at the same time."
+		no.Text = srv.node() + " can't take more requests from your address at the same time."
 		no.Hint = "Try again when some of them have ended."
 	}
 	return no

@@ -4,6 +4,7 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -12,7 +13,7 @@ import (
 
 // socketTo is an address where connections arrive at a listener of f once it accepts, from whom peer says, by
 // the slow path or by the one that is for them. admitted is called behind each.
-func socketTo(t *testing.T, f *Front, listener string, slow bool, peer func() netip.AddrPort, admitted func()) *listenerSocket {
+func socketTo(t *testing.T, f *Server, listener string, slow bool, peer func() netip.AddrPort, admitted func()) *listenerSocket {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -25,13 +26,15 @@ func socketTo(t *testing.T, f *Front, listener string, slow bool, peer func() ne
 	f.mu.Lock()
 	l := f.listeners[listener]
 	f.mu.Unlock()
-	d.loop = f.opts.Loops.NewAcceptor(d.fd, func(s *loop.Socket, _ unix.Sockaddr) {
+	d.loop = f.opts.Loops.NewAcceptor(d.fd, func(s *loop.Socket, _ unix.Sockaddr) (time.Duration, func(bool)) {
+		defer admitted()
 		if !slow {
-			f.admit(l, s, peer())
-		} else if in := f.takeIn(l, s, peer()); in != nil {
+			return f.admit(l, s, peer())
+		}
+		if in := f.takeIn(l, s, peer()); in != nil {
 			go f.slowPath(in, s, nil)
 		}
-		admitted()
+		return 0, nil
 	}, func(error) bool { return true })
 	return d
 }
@@ -45,7 +48,7 @@ func (d *daemon) come(t *testing.T, listener, peer string) *net.TCPConn {
 func (d *daemon) comeBy(t *testing.T, listener, peer string, slow bool) *net.TCPConn {
 	t.Helper()
 	admitted := make(chan struct{}, 1)
-	at := socketTo(t, d.Front, listener, slow, func() netip.AddrPort { return netip.MustParseAddrPort(peer) },
+	at := socketTo(t, d.Server, listener, slow, func() netip.AddrPort { return netip.MustParseAddrPort(peer) },
 		func() { admitted <- struct{}{} })
 	defer at.Close()
 	c := dialTCP(t, at.addr.String()) // before it may be reset

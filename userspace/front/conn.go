@@ -1,7 +1,6 @@
 package front
 
 import (
-	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -12,16 +11,14 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
-	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// conn is an accepted connection: whose it is, and what is known of it. What it is
-// read from is somebody else's: a socket on the relay's loop on the fast path, else a
-// stream.
+// conn is an accepted connection: whose it is, and what is known of it. What it is read from is somebody
+// else's: a socket on the relay's loop on the fast path, else a stream.
 type conn struct {
-	front    *Front
+	server   *Server
 	listener *listener
 	service  *service // as it was when the connection came
 	lease    *limit.Lease
@@ -36,15 +33,15 @@ type conn struct {
 	name    string              // server name, once known
 	asker   *asker              // who has an address, asked for the connection
 
-	stopCancel  func() bool // from here on f.ctx ends it no more, somebody else does
-	closeOnce   sync.Once
-	afterHeader time.Duration // from accept to the end of the PROXY header: then its hello's time begins
-	attributed  bool          // with accept_proxy: it counts as its source's
-	identified  bool          // with accept_proxy: what the peer says has been judged
+	stopCancel   func() bool // from here on srv.ctx ends it no more, somebody else does
+	closeOnce    sync.Once
+	afterHeader  time.Duration // from accept to the end of the PROXY header: then its hello's time begins
+	isAttributed bool          // with accept_proxy: it counts as its source's
+	isIdentified bool          // with accept_proxy: what the peer says has been judged
 }
 
-// stream is a conn that a goroutine reads from. It is a net.Conn whose Read gives
-// first the bytes that were read ahead.
+// stream is a conn that a goroutine reads from. It is a net.Conn whose Read gives first the bytes that were
+// read ahead.
 type stream struct {
 	*net.TCPConn
 	*conn
@@ -80,8 +77,7 @@ func (in *stream) Write(b []byte) (int, error) {
 // then, and net/http asks it without looking.
 func (in *stream) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(in.peer) }
 
-// ReadFrom and WriteTo hide TCPConn's, which would pass the bytes that were
-// read ahead, and the counters, by.
+// ReadFrom and WriteTo hide TCPConn's, which would pass the bytes that were read ahead, and the counters, by.
 func (in *stream) ReadFrom(r io.Reader) (int64, error) {
 	n, err := in.TCPConn.ReadFrom(r)
 	in.bytesOut.Add(n)
@@ -99,18 +95,17 @@ func (in *stream) Close() error {
 	return err
 }
 
-// release ends what the limits and the drain count, when somebody else closes
-// the socket. It may be called more than once.
+// release ends what the limits and the drain count, when somebody else closes the socket. It may be called
+// more than once.
 func (in *conn) release() {
 	in.closeOnce.Do(func() {
 		in.stopCancel()
 		in.lease.Release()
-		in.front.conns.Done()
+		in.server.conns.Done()
 	})
 }
 
-// takeAhead gives the bytes that were read ahead to a caller who uses the bare
-// TCPConn from here on.
+// takeAhead gives the bytes that were read ahead to a caller who uses the bare TCPConn from here on.
 func (in *stream) takeAhead() []byte {
 	b := in.ahead
 	in.ahead = nil
@@ -118,14 +113,14 @@ func (in *stream) takeAhead() []byte {
 }
 
 // serve brings one connection from accept to its end. It owns in.
-func (f *Front) serve(in *stream) {
+func (srv *Server) serve(in *stream) {
 	if in.asker == nil {
 		in.asker = in.newAsker()
 	}
 	in.asker.onLoop, in.asker.mustAsk = false, false
-	if in.service.Trust != nil && !in.identified {
+	if in.service.Trust != nil && !in.isIdentified {
 		if err := in.identify(); err != nil {
-			f.refuseConn(in, err)
+			srv.refuseConn(in, err)
 			return
 		}
 	}
@@ -136,26 +131,25 @@ func (f *Front) serve(in *stream) {
 	case "tcp":
 		r, err := in.decide(nil)
 		if err != nil {
-			f.refuseConn(in, err)
+			srv.refuseConn(in, err)
 			return
 		}
-		f.spliceTo(in, r, nil)
+		srv.spliceTo(in, r, nil)
 	case "sni":
-		f.serveSNI(in)
+		srv.serveSNI(in)
 	default: // http, https
 		in.listener.http.serve(in)
 	}
 }
 
 func (in *conn) newAsker() *asker {
-	return &asker{ctx: in.front.ctx, front: in.front, trust: in.service.Trust}
+	return &asker{ctx: in.server.ctx, server: in.server, trust: in.service.Trust}
 }
 
-// identify reads the PROXY header of a connection to a listener that has
-// accept_proxy, and believes it only from whom the config names. Such a peer
-// may leave the header out where the client speaks first and the bytes tell
-// (an HTTP hop says the client's address in the request), unless it is required;
-// a tcp listener can't tell and needs it.
+// identify reads the PROXY header of a connection to a listener that has accept_proxy, and believes it only
+// from whom the config names. Such a peer may leave the header out where the client speaks first and the
+// bytes tell (an HTTP hop says the client's address in the request), unless it is required; a tcp listener
+// can't tell and needs it.
 func (in *stream) identify() error {
 	if err := in.meet(); err != nil {
 		return err
@@ -222,7 +216,7 @@ func (in *conn) hear(h *proxyheader.Header) error {
 			return err
 		}
 	}
-	in.identified, in.afterHeader = true, time.Since(in.accepted)
+	in.isIdentified, in.afterHeader = true, time.Since(in.accepted)
 	return nil
 }
 
@@ -234,12 +228,12 @@ func (in *conn) stranger() error {
 	return &strangerError{in.asker.Describe(in.peer.Addr())}
 }
 
-// judge says whether what the peer writes in a request about its client is
-// believed, and why the client is not known, nil if it is. Who speaks for others
-// is never a client: strangers come through it, and it has rights of its own.
+// judge says whether what the peer writes in a request about its client is believed, and why the client is
+// not known, nil if it is. Who speaks for others is never a client: strangers come through it, and it has
+// rights of its own.
 func (in *conn) judge(q *asker) (believed bool, unknown error) {
 	h := in.header
-	if h == nil && q.header {
+	if h == nil && q.needsHeader {
 		return false, errNoHeader // there need not have been one when the connection came
 	}
 	trusted, err := q.Hop(in.peer.Addr())
@@ -264,78 +258,10 @@ func (in *conn) judge(q *asker) (believed bool, unknown error) {
 	return false, err
 }
 
-// shutdown is the metric's word for a connection that was cut before it had a route, because the daemon ends.
-const shutdown = "shutdown"
-
-const (
-	overLimit         = "over_limit"
-	proxyFromStranger = "proxy_from_stranger"
-	proxyMissing      = "proxy_missing"
-	rejected          = "rejected" // by the default of a tcp listener, or for want of one
-)
-
-type strangerError struct{ who string }
-
-func (e *strangerError) Error() string { return errStranger.Error() + ": " + e.who }
-func (e *strangerError) Unwrap() error { return errStranger }
-
-var errNoHeader = errors.New("no PROXY header: a tcp listener with accept_proxy, or one with accept_proxy.required, needs one on each connection (send_proxy: v2 at the previous hop)")
-
-// refuseConn ends a connection that did not get as far as its mode.
-func (f *Front) refuseConn(in *stream, err error) {
-	defer in.release()
-	f.connRefused(in.conn, err)
-	tcpsock.ResetConn(in.TCPConn)
-}
-
-// connRefused counts such a connection, and says so.
-func (f *Front) connRefused(in *conn, err error) {
-	reason := refusal(err)
-	if f.ctx.Err() != nil {
-		reason = shutdown
-	}
-	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
-	switch reason {
-	case "empty", shutdown, rejected: // opened and closed: a port scan or a health check; or cut by us
-	case overLimit:
-		f.limited.Warn(overLimit, "connection refused: over the limit", "listener", in.listener.name, "err", err)
-	default:
-		f.limited.Warn(reason, "connection refused", "listener", in.listener.name, "client", in.client, "peer", in.peer, "reason", reason, "err", err)
-	}
-}
-
-// refusal is the metric's word for why a connection was refused before it had
-// a route.
-func refusal(err error) string {
-	var over *limit.OverError
-	var often *limit.RateError
-	var unwanted *deniedError
-	var greedy *greedyError
-	var stranger *plan.NotAllowedError
-	var unidentified *plan.NotIdentifiedError
-	switch {
-	case errors.As(err, &stranger):
-		return notAllowed
-	case errors.As(err, &unidentified):
-		return notIdentified
-	case errors.As(err, &over):
-		return overLimit
-	case errors.As(err, &often):
-		return overRate
-	case errors.As(err, &unwanted):
-		return denied
-	case errors.As(err, &greedy):
-		return overMemory
-	case errors.Is(err, plan.ErrRejected):
-		return rejected
-	case errors.Is(err, errStranger):
-		return proxyFromStranger
-	case errors.Is(err, errNoHeader):
-		return proxyMissing
-	case errors.Is(err, proxyheader.ErrEOF):
-		return "empty"
-	case errors.Is(err, proxyheader.ErrTimeout):
-		return "proxy_timeout"
-	}
-	return "proxy_invalid"
+// Gone reports whether the peer has closed the connection or its side of it. Bytes that came before may still
+// wait to be read.
+func (in *stream) Gone() bool {
+	gone := false
+	open := tcpsock.Control(in.TCPConn, func(fd int) { gone = !tcpsock.IsEstablished(fd) })
+	return gone || !open
 }

@@ -63,7 +63,10 @@ listeners:
 	}
 	is(`tailsplice_route_flows{listener="raw",route="default"}`, "1")
 	is(`tailsplice_datapath_flows{datapath="userspace"}`, "1")
-	is(fmt.Sprintf(`tailsplice_target_up{target=%q}`, d.plan.Config.Listeners[0].Default.Forward[0].To), "1")
+	d.mu.Lock()
+	p := d.plan
+	d.mu.Unlock()
+	is(fmt.Sprintf(`tailsplice_target_up{target=%q}`, p.Config.Listeners[0].Default.Forward[0].To), "1")
 	if got := d.Status().Bytes["up"]; got != 5 {
 		t.Errorf("status has %d bytes", got)
 	}

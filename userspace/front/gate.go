@@ -28,17 +28,23 @@ const (
 	checkRise    = 2 // successes in a row that open it again; at the start 1
 )
 
-// A gate shuts the sockets of a listener while no target of its default can be
-// reached (while_down: close), and opens them again.
+// A gate shuts the sockets of a listener while no target of its default can be reached (while_down: close),
+// and opens them again.
 type gate struct {
-	front    *Front
+	server   *Server
 	listener *listener
 	cancel   context.CancelFunc
 	why      atomic.Pointer[error] // the last failure while it is shut
 
-	mu         sync.Mutex // held while the listener is shut or opened; Front.mu is locked after it
-	shut       bool
-	opened     bool // once at least
+	mu sync.Mutex // held while the listener is shut or opened
+	// +checklocks:mu
+	checked
+}
+
+// checked is what a gate's checks have led to.
+type checked struct {
+	isShut     bool
+	wasOpen    bool // once at least
 	rise, fall int  // checks in a row that succeeded, or failed
 }
 
@@ -47,23 +53,23 @@ var errUnchecked = errors.New("no target of default has answered yet")
 
 // watchDefaults starts and ends the gates of the listeners that there are.
 //
-// f.mu is held.
-func (f *Front) watchDefaults() {
-	for i := range f.plan.Config.Listeners {
-		c := &f.plan.Config.Listeners[i]
-		l := f.listeners[c.Name]
+// +checklocks:srv.mu
+func (srv *Server) watchDefaults() {
+	for i := range srv.plan.Config.Listeners {
+		c := &srv.plan.Config.Listeners[i]
+		l := srv.listeners[c.Name]
 		if c.WhileDown != whileDownClose {
 			l.gate.stop()
-			l.gate, l.shut = nil, false
+			l.gate, l.isShut = nil, false
 			continue
 		}
 		if l.gate == nil {
-			g := &gate{front: f, listener: l, shut: l.shut, opened: !l.shut}
-			if g.shut {
+			g := &gate{server: srv, listener: l, checked: checked{isShut: l.isShut, wasOpen: !l.isShut}}
+			if g.isShut {
 				g.why.Store(&errUnchecked)
 			}
 			var ctx context.Context
-			ctx, g.cancel = context.WithCancel(f.ctx)
+			ctx, g.cancel = context.WithCancel(srv.ctx)
 			l.gate = g
 			go g.run(ctx)
 		}
@@ -111,8 +117,7 @@ func (g *gate) check(ctx context.Context) {
 	} // else it has been counted
 }
 
-// reach connects to the targets of default, all at once. It is nil once one has
-// answered.
+// reach connects to the targets of default, all at once. It is nil once one has answered.
 func (g *gate) reach(ctx context.Context) error {
 	r := g.listener.service.Load().Fallback
 	if r == nil {
@@ -127,7 +132,7 @@ func (g *gate) reach(ctx context.Context) error {
 			if err == nil {
 				c.Close()
 			}
-			g.front.targets.tried(to.To.String(), err)
+			g.server.targets.Note(to.To.String(), err)
 			answers <- err
 		}()
 	}
@@ -149,27 +154,26 @@ func (g *gate) reach(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// shortages are errors of this host alone, which pass: a stranger can use up descriptors, ports, memory and the
-// firewall's table of connections (EPERM), and must not shut the listener for everybody by that. EAGAIN is that
-// of a unix socket whose server is there, and has many waiting.
+// shortages are errors of this host alone, which pass: a stranger can use up descriptors, ports, memory and
+// the firewall's table of connections (EPERM), and must not shut the listener for everybody by that. EAGAIN
+// is that of a unix socket whose server is there, and has many waiting.
 var shortages = []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM,
 	syscall.EADDRNOTAVAIL, syscall.EAGAIN, syscall.EPERM, syscall.EACCES, syscall.EINTR}
 
 // tells reports whether a check that failed says that connections do not get from here to the target, as they
-// may from another edge: it refuses, is silent or unknown, or there is no way to it, be it for want of a route
-// here. What is not known to say so does not.
+// may from another edge: it refuses, is silent or unknown, or there is no way to it, be it for want of a
+// route here. What is not known to say so does not.
 func tells(err error) bool {
 	for _, e := range shortages {
 		if errors.Is(err, e) {
 			return false
 		}
 	}
-	var name *net.DNSError
-	if errors.As(err, &name) && name.IsTemporary && !name.IsTimeout {
+	if name, ok := errors.AsType[*net.DNSError](err); ok && name.IsTemporary && !name.IsTimeout {
 		return false // the name server's trouble, or a descriptor that the question lacked
 	}
-	var failed *dial.Error
-	if !errors.As(err, &failed) {
+	failed, ok := errors.AsType[*dial.Error](err)
+	if !ok {
 		return true
 	}
 	switch failed.Reason {
@@ -179,17 +183,16 @@ func tells(err error) bool {
 	return true
 }
 
-// note counts a check, and shuts or opens the listener. late: there may yet be an
-// answer, which is only a reason against a listener that is open. A check that
-// tells nothing changes neither.
+// note counts a check, and shuts or opens the listener. late: there may yet be an answer, which is only a
+// reason against a listener that is open. A check that tells nothing changes neither.
 func (g *gate) note(ctx context.Context, err error, late bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	switch {
-	case ctx.Err() != nil || late && g.shut:
+	case ctx.Err() != nil || late && g.isShut:
 		return
 	case err != nil && !tells(err):
-		if g.shut {
+		if g.isShut {
 			g.why.Store(&err)
 		}
 		return
@@ -201,22 +204,22 @@ func (g *gate) note(ctx context.Context, err error, late bool) {
 	if late {
 		err = errors.New("no target of default answers")
 	}
-	f, l := g.front, g.listener
+	srv, l := g.server, g.listener
 	switch {
-	case !g.shut && g.fall >= checkFall:
-		g.shut = true
+	case !g.isShut && g.fall >= checkFall:
+		g.isShut = true
 		g.why.Store(&err)
-		f.log.Warn("a listener is closed: no target of its default can be reached",
+		srv.log.Warn("a listener is closed: no target of its default can be reached",
 			"listener", l.name, "err", err)
-		f.setShut(g, true)
-	case g.shut && (g.rise >= checkRise || g.rise > 0 && !g.opened):
-		g.shut, g.opened = false, true
+		srv.setShut(g, true)
+	case g.isShut && (g.rise >= checkRise || g.rise > 0 && !g.wasOpen):
+		g.isShut, g.wasOpen = false, true
 		g.why.Store(nil)
-		f.log.Info("a listener is open: a target of its default answers", "listener", l.name)
-		f.setShut(g, false)
-	case g.shut && err != nil:
-		if g.fall == checkFall && !g.opened {
-			f.log.Warn("a listener stays closed: no target of its default can be reached",
+		srv.log.Info("a listener is open: a target of its default answers", "listener", l.name)
+		srv.setShut(g, false)
+	case g.isShut && err != nil:
+		if g.fall == checkFall && !g.wasOpen {
+			srv.log.Warn("a listener stays closed: no target of its default can be reached",
 				"listener", l.name, "err", err)
 		}
 		g.why.Store(&err)
@@ -224,15 +227,15 @@ func (g *gate) note(ctx context.Context, err error, late bool) {
 }
 
 // setShut closes the sockets of g's listener, or opens them.
-func (f *Front) setShut(g *gate, shut bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+func (srv *Server) setShut(g *gate, shut bool) {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
 	if g.listener.gate != g { // no longer asked for
 		return
 	}
-	g.listener.shut = shut
-	f.rebindNow(f.tailnetErr)
-	if f.lacksAddresses() {
-		f.lookAtAddresses()
+	g.listener.isShut = shut
+	srv.rebindNow(srv.tailnetErr)
+	if srv.lacksAddresses() {
+		srv.addressesMoved.wake()
 	}
 }

@@ -148,7 +148,7 @@ func TestGateCounts(t *testing.T) {
 		{"????", false, "ssss"},
 	} {
 		l := &listener{name: "test"}
-		g := &gate{front: d.Front, listener: l, shut: !c.opened, opened: c.opened}
+		g := &gate{server: d.Server, listener: l, checked: checked{isShut: !c.opened, wasOpen: c.opened}}
 		for i, check := range c.checks {
 			switch check {
 			case '+':
@@ -160,8 +160,8 @@ func TestGateCounts(t *testing.T) {
 			case 'l':
 				g.note(t.Context(), refused, true)
 			}
-			if want := c.want[i] == 's'; g.shut != want || (g.closed() != nil) != want && i > 0 {
-				t.Errorf("%s, after %d: shut %t, %v", c.checks, i+1, g.shut, g.closed())
+			if want := c.want[i] == 's'; g.isShut != want || (g.closed() != nil) != want && i > 0 {
+				t.Errorf("%s, after %d: shut %t, %v", c.checks, i+1, g.isShut, g.closed())
 			}
 		}
 	}
@@ -178,7 +178,7 @@ func TestGateTells(t *testing.T) {
 		r := &plan.Rule{Target: plan.Target{All: []config.Forward{{To: config.Target(target)}}, Dialer: d}}
 		l := &listener{name: "test"}
 		l.service.Store(&service{Service: &plan.Service{Fallback: r}})
-		err := (&gate{front: new(Front), listener: l}).reach(t.Context())
+		err := (&gate{server: new(Server), listener: l}).reach(t.Context())
 		if err == nil || tells(err) != want {
 			t.Errorf("%s: it tells of the target: %v, want %v: %v", what, !want, want, err)
 		}

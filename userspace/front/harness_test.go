@@ -27,7 +27,7 @@ import (
 
 // daemon is a front under test.
 type daemon struct {
-	*Front
+	*Server
 	t   *testing.T
 	log *logs.Log
 }
@@ -60,7 +60,7 @@ func startOptions(t *testing.T, cfg *config.Config, o Options) *daemon {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.Front = f
+	d.Server = f
 	t.Cleanup(func() {
 		f.Close()
 		if t.Failed() {

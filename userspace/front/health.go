@@ -12,13 +12,13 @@ import (
 )
 
 // Alive is an error where what moves connections does not go on before ctx ends.
-func (f *Front) Alive(ctx context.Context) error { return f.opts.Loops.Alive(ctx) }
+func (srv *Server) Alive(ctx context.Context) error { return srv.opts.Loops.Alive(ctx) }
 
 // ServeTailnet has serve answer on a port of this node's tailnet addresses, as they come and go, until ctx
 // ends. serve is called for each address, and returns when its listener is closed. Connections are those of
 // the tailnet and of this host, as with a listener on "tailnet:PORT". What can't be bound is tried again each
 // second.
-func (f *Front) ServeTailnet(ctx context.Context, port string, serve func(net.Listener)) {
+func (srv *Server) ServeTailnet(ctx context.Context, port string, serve func(net.Listener)) {
 	open := map[netip.Addr]net.Listener{}
 	defer func() {
 		for _, ln := range open {
@@ -27,25 +27,25 @@ func (f *Front) ServeTailnet(ctx context.Context, port string, serve func(net.Li
 	}()
 	var last string
 	for {
-		addrs, err := selfAddrs(ctx, f.tailnet)
+		addrs, err := selfAddrs(ctx, srv.tailnet)
 		if ctx.Err() != nil {
 			return
 		}
 		if err == nil {
-			err = f.openTailnet(open, addrs, port, serve)
+			err = srv.openTailnet(open, addrs, port, serve)
 		}
 		said := ""
 		if err != nil {
 			said = err.Error()
 		}
 		if said != last && err != nil {
-			f.log.Warn("control.health can't be bound yet: it is tried again each second",
+			srv.log.Warn("control.health can't be bound yet: it is tried again each second",
 				"port", port, "err", err)
 		}
 		last = said
-		f.mu.Lock()
-		f.healthErr = err
-		f.mu.Unlock()
+		srv.mu.Lock()
+		srv.healthErr = err
+		srv.mu.Unlock()
 		select {
 		case <-ctx.Done():
 			return
@@ -55,7 +55,7 @@ func (f *Front) ServeTailnet(ctx context.Context, port string, serve func(net.Li
 }
 
 // openTailnet makes open the listeners of addrs.
-func (f *Front) openTailnet(open map[netip.Addr]net.Listener, addrs []netip.Addr, port string,
+func (srv *Server) openTailnet(open map[netip.Addr]net.Listener, addrs []netip.Addr, port string,
 	serve func(net.Listener)) error {
 	here := map[netip.Addr]bool{}
 	var errs []error
@@ -70,7 +70,7 @@ func (f *Front) openTailnet(open map[netip.Addr]net.Listener, addrs []netip.Addr
 			errs = append(errs, &bindError{addr, err})
 			continue
 		}
-		f.log.Info("health is served", "address", addr)
+		srv.log.Info("health is served", "address", addr)
 		open[a] = ln
 		go serve(byTailnet{ln})
 	}

@@ -7,45 +7,19 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
-	"net/netip"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
-	"github.com/tailsplice/tailsplice/userspace/accesslog"
 	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
 
-// A Need is something that a configuration needs of the machine that it is for.
-type Need struct {
-	Kind string // one of NeedKinds
-	Name string // the path, the address, the name
-	At   config.Pos
-
-	look func(context.Context, *here) error // nil: compiling the configuration looks at it
-}
-
-// NeedKinds are the kinds of needs, in the order in which people are told of them.
-var NeedKinds = []string{needFile, needPort, needNode, needContainer, needHost}
-
-const (
-	needFile      = "file"
-	needPort      = "port"
-	needNode      = "node"
-	needContainer = "container"
-	needHost      = "host name"
-)
-
-// here is what looks.
+// here is what looks at the things that a configuration names.
 type here struct {
 	deps    plan.Deps
 	running *Status // of the daemon that the configuration is the one of, or nil
@@ -54,140 +28,22 @@ type here struct {
 // hereTimeout bounds one look.
 const hereTimeout = 5 * time.Second
 
-// Needs lists what cfg needs of a machine, each once.
-func Needs(cfg *config.Config) (all []Need) {
-	add := func(kind, name string, at config.Pos, look func(context.Context, *here) error) {
-		same := func(n Need) bool { return n.Kind == kind && n.Name == name }
-		if name != "" && !slices.ContainsFunc(all, same) {
-			all = append(all, Need{kind, name, at, look})
-		}
-	}
-	peers := func(s *config.Section, key string, from []string) {
-		for i, p := range from {
-			if _, err := netip.ParsePrefix(p); err == nil || strings.ContainsAny(p, "@:") {
-				continue
-			}
-			if _, err := netip.ParseAddr(p); err == nil {
-				continue
-			}
-			add(needNode, p, s.At(key, i), lookNode(p))
-		}
-	}
-	target := func(t dial.Target, at config.Pos) {
-		switch t.Scheme {
-		case dial.Tailnet:
-			add(needNode, t.Host, at, lookNode(t.Host))
-		case dial.Docker:
-			add(needContainer, t.Host, at, func(ctx context.Context, h *here) error {
-				_, err := h.deps.Containers.Resolve(ctx, t.Host)
-				return err
-			})
-		case dial.Unix:
-			add(needFile, t.Path, at, func(context.Context, *here) error { return isSocket(t.Path) })
-		default:
-			if _, ok := t.Literal(); !ok {
-				add(needHost, t.Host, at, func(ctx context.Context, _ *here) error {
-					_, err := net.DefaultResolver.LookupNetIP(ctx, "ip", t.Host)
-					return err
-				})
-			}
-		}
-	}
-	action := func(a *config.Action) {
-		for i := range a.Forward {
-			target(dial.Target(a.Forward[i].To), a.Forward[i].At("to"))
-		}
-		peers(&a.Section, "allow", a.Allow)
-		if u := a.Upstream; u != nil {
-			add(needFile, u.CA, u.At("ca"), nil)
-		}
-		if c := a.ClientCertificates; c != nil {
-			add(needFile, c.CA, c.At("ca"), nil)
-		}
-		if b := a.BasicAuth; b != nil {
-			add(needFile, b.File, b.At("file"), nil)
-		}
-		if fa := a.ForwardAuth; fa != nil {
-			u, err := url.Parse(fa.Address)
-			if err == nil && (u.Scheme == dial.Tailnet || u.Scheme == dial.Docker) {
-				target(dial.Target{Scheme: u.Scheme, Host: u.Hostname()}, fa.At("address"))
-			}
-		}
-	}
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
-		for j, addr := range l.Listen {
-			add(needPort, addr, l.At("listen", j), lookPort(addr))
-		}
-		for j := range l.Certificates {
-			certificateNeeds(&l.Certificates[j], add)
-		}
-		if log := cfg.AccessLogOf(l); log != nil && log.File != accesslog.Stderr {
-			add(needFile, log.File, log.At("file"), func(context.Context, *here) error {
-				return canWrite(log.File)
-			})
-		}
-		if l.AcceptProxy != nil {
-			peers(&l.AcceptProxy.Section, "from", l.AcceptProxy.From)
-		}
-		peers(&l.Section, "allow", l.Allow)
-		for a := range l.Actions() {
-			action(a)
-		}
-	}
-	for key, addr := range map[string]string{"metrics": cfg.Control.Metrics, "health": cfg.Control.Health} {
-		add(needPort, addr, cfg.Control.At(key), lookPort(addr))
-	}
-	return all
-}
-
-func certificateNeeds(c *config.Certificate,
-	add func(kind, name string, at config.Pos, look func(context.Context, *here) error)) {
-	if f := c.Files; f != nil {
-		add(needFile, f.Cert, f.At("cert"), func(_ context.Context, h *here) error {
-			_, err := tlsterm.Load([]tlsterm.Spec{{Cert: f.Cert, Key: f.Key}}, h.deps.Log)
-			var fe *tlsterm.FileError
-			if errors.As(err, &fe) && fe.File == f.Cert {
-				return fe.Err // it is named already
-			}
-			return err
-		})
-		if f.Key != f.Cert {
-			add(needFile, f.Key, f.At("key"), nil) // the certificate's look has seen it
-		}
-	}
-	if a := c.ACME; a != nil {
-		add(needFile, a.Storage, a.At("storage"), func(context.Context, *here) error {
-			return canWrite(filepath.Join(a.Storage, "x"))
-		})
-		add(needFile, a.CA, a.At("ca"), func(context.Context, *here) error { return canRead(a.CA) })
-		if a.DNS != nil {
-			add(needFile, a.DNS.Exec[0], a.DNS.At("exec"), func(context.Context, *here) error {
-				_, err := exec.LookPath(a.DNS.Exec[0])
-				return err
-			})
-		}
-	}
-}
-
-// LookHere looks at needs on this machine, and returns what is wrong, each with its place in the file. running is the status of the daemon that cfg is the configuration of, or nil: what that has
-// bound is free. It takes 10 s at most.
-func LookHere(ctx context.Context, cfg *config.Config, needs []Need, running *Status) []error {
+// LookHere looks at what cfg needs of this machine, and returns what is wrong, each with its place in the file.
+// running is the status of the daemon that cfg is the configuration of, or nil: what that has bound is free. It
+// takes 10 s at most.
+func LookHere(ctx context.Context, cfg *config.Config, running *Status) []error {
 	ctx, cancel := context.WithTimeout(ctx, 2*hereTimeout)
 	defer cancel()
 	h := &here{plan.NewDeps(slog.New(slog.DiscardHandler)), running}
-	_, err := plan.Compile(cfg, h.deps)
-	found := make([]error, len(needs))
+	p, err := plan.Compile(cfg, h.deps)
+	found := make([]error, len(p.Needs.Things))
 	var looks sync.WaitGroup
-	for i, n := range needs {
-		if n.look == nil {
-			continue
-		}
+	for i, t := range p.Needs.Things {
 		looks.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, hereTimeout)
 			defer cancel()
-			if err := n.look(ctx, h); err != nil {
-				found[i] = cfg.Errorf(n.At, "%s %s: %v", n.Kind, n.Name, err)
+			if err := h.look(ctx, t); err != nil {
+				found[i] = cfg.Errorf(t.At, "%s %s: %v", t.Kind, t.Name, err)
 			}
 		})
 	}
@@ -197,8 +53,7 @@ func LookHere(ctx context.Context, cfg *config.Config, needs []Need, running *St
 		found = append(found, all.Unwrap()...)
 	}
 	line := func(err error) int {
-		var placed *config.Error
-		if errors.As(err, &placed) {
+		if placed, ok := errors.AsType[*config.Error](err); ok {
 			return placed.Pos.Line
 		}
 		return 0
@@ -207,35 +62,66 @@ func LookHere(ctx context.Context, cfg *config.Config, needs []Need, running *St
 	return found
 }
 
-func lookNode(name string) func(context.Context, *here) error {
-	return func(ctx context.Context, h *here) error {
-		_, err := h.deps.Tailnet.Resolve(ctx, name)
+// look says what is wrong with t.
+func (h *here) look(ctx context.Context, t plan.Thing) (err error) {
+	switch t.Kind {
+	case plan.ThingPort:
+		return h.lookPort(ctx, t.Name)
+	case plan.ThingNode:
+		_, err = h.deps.Tailnet.Resolve(ctx, t.Name)
+	case plan.ThingContainer:
+		_, err = h.deps.Containers.Resolve(ctx, t.Name)
+	case plan.ThingHost:
+		_, err = net.DefaultResolver.LookupNetIP(ctx, "ip", t.Name)
+	default:
+		return h.lookFile(t)
+	}
+	return err
+}
+
+// lookFile says why a file can't be used.
+func (h *here) lookFile(t plan.Thing) error {
+	switch t.Use {
+	case plan.UseSocket:
+		return isSocket(t.Name)
+	case plan.UseRead:
+		return canRead(t.Name)
+	case plan.UseWrite:
+		return canWrite(t.Name)
+	case plan.UseFolder:
+		return canWrite(filepath.Join(t.Name, "x"))
+	case plan.UseRun:
+		_, err := exec.LookPath(t.Name)
+		return err
+	case plan.UseCertificate:
+		_, err := tlsterm.Load([]tlsterm.Spec{{Cert: t.Name, Key: t.Key}}, h.deps.Log)
+		if fe, ok := errors.AsType[*tlsterm.FileError](err); ok && fe.File == t.Name {
+			return fe.Err // it is named already
+		}
 		return err
 	}
+	return nil // compiling the configuration, or the certificate's look, has seen it
 }
 
 // lookPort says why an address can't be listened on.
-func lookPort(addr string) func(context.Context, *here) error {
-	return func(ctx context.Context, h *here) error {
-		if !config.OnTailnet(addr) {
-			return h.canBind(addr)
-		}
-		addrs, err := selfAddrs(ctx, h.deps.Tailnet)
-		if err != nil {
-			return err
-		}
-		var errs []error
-		for _, a := range addrs {
-			errs = append(errs, h.canBind(net.JoinHostPort(a.String(), portOf(addr))))
-		}
-		if in, err := h.deps.Tailnet.Inbound(ctx); err == nil {
-			port, _ := strconv.ParseUint(portOf(addr), 10, 16)
-			if problem := in.Problem(uint16(port)); problem != "" {
-				errs = append(errs, errors.New(problem))
-			}
-		}
-		return errors.Join(errs...)
+func (h *here) lookPort(ctx context.Context, addr string) error {
+	if !config.OnTailnet(addr) {
+		return h.canBind(addr)
 	}
+	addrs, err := selfAddrs(ctx, h.deps.Tailnet)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, a := range addrs {
+		errs = append(errs, h.canBind(net.JoinHostPort(a.String(), portOf(addr))))
+	}
+	if in, err := h.deps.Tailnet.Inbound(ctx); err == nil {
+		if problem := in.Problem(parsePort(portOf(addr))); problem != "" {
+			errs = append(errs, errors.New(problem))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // canBind binds addr, and gives it free again. What the daemon that runs has there is its own to take.
@@ -291,8 +177,7 @@ func canWrite(path string) error {
 
 // cause is err without the path, which is said already.
 func cause(err error) error {
-	var path *fs.PathError
-	if errors.As(err, &path) {
+	if path, ok := errors.AsType[*fs.PathError](err); ok {
 		return path.Err
 	}
 	return err

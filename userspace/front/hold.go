@@ -12,28 +12,26 @@ import (
 )
 
 const (
-	// heldMost bounds the requests that wait, in all, and heldPerSource those of
-	// one visitor: who reloads a page doesn't queue up for ever, nor take the
-	// places of others.
+	// heldMost bounds the requests that wait, in all, and heldPerSource those of one visitor: who reloads a
+	// page doesn't queue up for ever, nor take the places of others.
 	heldMost      = 256
 	heldPerSource = 32
 	// holdFirst bounds the first try, which is often the only one.
 	holdFirst = 4 * time.Second
-	// holdTry bounds each further try: one that began before the node was back
-	// would wait for TCP's next, later and later, repetition.
+	// holdTry bounds each further try: one that began before the node was back would wait for TCP's next,
+	// later and later, repetition.
 	holdTry = 2 * time.Second
-	// holdPause is between tries that fail at once, and how often it is looked
-	// whether the client still waits.
+	// holdPause is between tries that fail at once, and how often it is looked whether the client still
+	// waits.
 	holdPause = 250 * time.Millisecond
 )
 
-// dialUpstream connects to the upstream of a request. Where the route has hold,
-// the request waits for a node that does not answer as long as the tailnet
-// knows it, nothing of the request's body has been read, and the client is
-// there.
-func (f *Front) dialUpstream(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
+// dialUpstream connects to the upstream of a request. Where the route has hold, the request waits for a node
+// that does not answer as long as the tailnet knows it, nothing of the request's body has been read, and the
+// client is there.
+func (srv *Server) dialUpstream(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
 	if r.HTTP.Hold == 0 {
-		return f.dialRule(ctx, listener, r, who)
+		return srv.dialRule(ctx, listener, r, who)
 	}
 	began := time.Now()
 	ctx, cancel := context.WithCancel(ctx)
@@ -53,24 +51,24 @@ func (f *Front) dialUpstream(ctx context.Context, listener string, r *plan.Rule,
 		}
 	}()
 	first, done := context.WithTimeout(ctx, holdFirst)
-	up, err := f.dialRule(first, listener, r, who)
+	up, err := srv.dialRule(first, listener, r, who)
 	done()
 	if err == nil || !mayComeBack(err) || time.Since(began) >= r.HTTP.Hold {
 		return up, err
 	}
-	place, full := f.heldBy.Acquire(who.Source())
+	place, full := srv.heldBy.Acquire(who.Source())
 	if full != nil {
-		f.limited.Warn("hold_source", "too many requests of one source wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.Name, "client", who.Client, "waiting", heldPerSource)
+		srv.limited.Warn("hold_source", "too many requests of one source wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.Name, "client", who.Client, "waiting", heldPerSource)
 		return nil, err
 	}
 	defer place.Release()
-	if f.held.Add(1) > heldMost {
-		f.held.Add(-1)
-		f.limited.Warn("hold", "too many requests wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.Name, "waiting", heldMost)
+	if srv.held.Add(1) > heldMost {
+		srv.held.Add(-1)
+		srv.limited.Warn("hold", "too many requests wait for nodes that do not answer: this one gets the error page at once", "listener", listener, "route", r.Name, "waiting", heldMost)
 		return nil, err
 	}
-	defer f.held.Add(-1)
-	f.limited.Warn("held "+r.Written, "a request waits for a node that does not answer", "listener", listener, "route", r.Name, "target", r.Written, "hold", r.HTTP.Hold.String(), "err", err)
+	defer srv.held.Add(-1)
+	srv.limited.Warn("held "+r.Written, "a request waits for a node that does not answer", "listener", listener, "route", r.Name, "target", r.Written, "hold", r.HTTP.Hold.String(), "err", err)
 	until := time.NewTimer(r.HTTP.Hold - time.Since(began))
 	defer until.Stop()
 	for {
@@ -82,9 +80,9 @@ func (f *Front) dialUpstream(ctx context.Context, listener string, r *plan.Rule,
 		case <-time.After(holdPause):
 		}
 		try, done := context.WithTimeout(ctx, min(holdTry, max(holdPause, r.HTTP.Hold-time.Since(began))))
-		up, again := f.deps.Dialer.Dial(try, r.To, who.Client)
+		up, again := srv.deps.Dialer.Dial(try, r.To, who.Client)
 		done()
-		f.targets.tried(r.Written, again)
+		srv.targets.Note(r.Written, again)
 		if again == nil {
 			return up, nil
 		}
@@ -94,11 +92,11 @@ func (f *Front) dialUpstream(ctx context.Context, listener string, r *plan.Rule,
 	}
 }
 
-// mayComeBack says whether an error of dialling a node is that of one which is
-// known and does not answer: asleep, between networks, or starting.
+// mayComeBack says whether an error of dialling a node is that of one which is known and does not answer:
+// asleep, between networks, or starting.
 func mayComeBack(err error) bool {
-	var de *dial.Error
-	if !errors.As(err, &de) {
+	de, ok := errors.AsType[*dial.Error](err)
+	if !ok {
 		return false
 	}
 	switch de.Reason {

@@ -212,7 +212,7 @@ type world struct {
 	cert      tls.Certificate
 	file, key string
 
-	fronts  []*Front
+	fronts  []*Server
 	closers []func()
 }
 
@@ -395,7 +395,7 @@ func quotedAll(list []string) (out []string) {
 
 // connect makes what stands for the tailnet between two hops: what connects to addr arrives at the listener
 // from the address of the hop before, or, at the first hop, from the one that peer has.
-func (w *world) connect(f *Front, listener string, c *chain, place int) (addr string, peer *atomic.Pointer[netip.Addr]) {
+func (w *world) connect(f *Server, listener string, c *chain, place int) (addr string, peer *atomic.Pointer[netip.Addr]) {
 	peer = &atomic.Pointer[netip.Addr]{}
 	peer.Store(&public) // of whoever else finds this port
 	if place > 0 {

@@ -22,95 +22,96 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
 
-// rebindEvery is how often an address that could not be bound is tried again: who
-// has the port may end, and an interface gets its address late. tailscaled, too,
-// announces an address shortly before the interface has it.
+// rebindEvery is how often an address that could not be bound is tried again: who has the port may end, and
+// an interface gets its address late. tailscaled, too, announces an address shortly before the interface has
+// it.
 const rebindEvery = time.Second
 
-// listenerSocket is one bound address. Its owner may change at a reload, the socket
-// itself stays, so that no connection is refused meanwhile.
+// listenerSocket is one bound address. Its owner may change at a reload, the socket itself stays, so that no
+// connection is refused meanwhile.
 type listenerSocket struct {
 	written  string   // what was asked for: "host:port"
 	addr     net.Addr // as bound
 	acceptor          // how this system accepts
 	owner    atomic.Pointer[listener]
 
-	tailnet atomic.Bool  // for those who come by the tailnet: see admitTailnet
-	via     atomic.Int64 // the interface by which they came last
+	onTailnet atomic.Bool  // for those who come by the tailnet: see admitTailnet
+	via       atomic.Int64 // the interface by which they came last
 }
 
 // binding is one address that should be bound, and for whom.
 type binding struct {
-	addr    string // "host:port" for net.Listen
-	written string // how the config has it
-	owner   *listener
-	tailnet bool // may come and go
-	place   bool // likewise: of an interface or a host
+	addr        string // "host:port" for net.Listen
+	written     string // how the config has it
+	owner       *listener
+	onTailnet   bool // it may come and go
+	onInterface bool // it is that of a named interface, and may come and go
 }
 
 // bindings lists what cfg wants bound now, given this node's tailnet addresses and those of the places that it
-// names: nothing for listeners that are shut.
+// names: nothing for listeners that are shut. lacks says which interfaces have no address now.
 //
-// f.mu is held.
+// Server.mu is held.
 func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []netip.Addr,
-	places map[string]place) []binding {
-	var out []binding
+	places map[string]place) (want []binding, lacks map[lack]error) {
+	lacks = map[lack]error{}
 	for i := range cfg.Listeners {
 		l := &cfg.Listeners[i]
-		if l.WhileDown == whileDownClose && owners[l.Name].shut {
+		owner := owners[l.Name]
+		if l.WhileDown == whileDownClose && owner.isShut {
 			continue
 		}
 		for _, written := range l.Listen {
 			host, port, _ := net.SplitHostPort(written) // config has checked it
-			if p, named := places[host]; named {
+			p, named := places[host]
+			switch {
+			case named && p.isInterface && len(p.addrs) == 0:
+				lacks[lack{written, l.Name}] = fmt.Errorf("the interface %s is not there, or has no address: see `ip address`", host)
+			case named:
 				for _, a := range p.addrs {
-					b := binding{addr: netip.AddrPortFrom(a, parsePort(port)).String(), written: written,
-						owner: owners[l.Name], place: p.isInterface}
+					b := binding{addr: netip.AddrPortFrom(a, parsePort(port)).String(), written: written, owner: owner, onInterface: p.isInterface}
 					// Two names of one listener may have the same address.
-					if !slices.ContainsFunc(out, func(o binding) bool { return o.addr == b.addr && o.owner == b.owner }) {
-						out = append(out, b)
+					if !slices.ContainsFunc(want, func(o binding) bool { return o.addr == b.addr && o.owner == b.owner }) {
+						want = append(want, b)
 					}
 				}
-				continue
-			}
-			if host != config.Tailnet {
-				out = append(out, binding{addr: written, written: written, owner: owners[l.Name]})
-				continue
-			}
-			for _, a := range tailnetAddrs {
-				out = append(out, binding{addr: net.JoinHostPort(a.String(), port), written: written, owner: owners[l.Name], tailnet: true})
+			case host == config.Tailnet:
+				for _, a := range tailnetAddrs {
+					want = append(want, binding{addr: net.JoinHostPort(a.String(), port), written: written, owner: owner, onTailnet: true})
+				}
+			default:
+				want = append(want, binding{addr: written, written: written, owner: owner})
 			}
 		}
 	}
-	return out
+	return want, lacks
 }
 
 // warnOfTailscaled logs what tailscaled's own settings keep from those addresses of listeners.
-func (f *Front) warnOfTailscaled(listens []string) {
+func (srv *Server) warnOfTailscaled(listens []string) {
 	if len(listens) == 0 {
 		return
 	}
-	ctx, cancel := context.WithTimeout(f.ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(srv.ctx, 10*time.Second)
 	defer cancel()
-	in, err := f.tailnet.Inbound(ctx)
+	in, err := srv.tailnet.Inbound(ctx)
 	if err != nil {
 		return // whatever else needs tailscaled says so
 	}
 	for _, a := range listens {
 		if problem := in.Problem(parsePort(portOf(a))); problem != "" {
-			f.log.Warn("a tailnet listener gets no connections", "listen", a, "problem", problem)
+			srv.log.Warn("a tailnet listener gets no connections", "listen", a, "problem", problem)
 		}
 	}
 }
 
-// listen binds addr. MPTCP is off because a real MPTCP socket can not be
-// spliced in the kernel. The error says what to do about it.
+// listen binds addr. MPTCP is off because a real MPTCP socket can not be spliced in the kernel. The error
+// says what to do about it.
 //
-// leaving are sockets on the same port that are about to be closed. Where one
-// of them is in the way (":443" becomes "192.0.2.1:443"), both are bound for a
-// moment, so that the old one need not be closed before it is known that the
-// new one works. SO_REUSEPORT allows that, and is asked for then only: it would
-// let a second daemon take the port unnoticed.
+// leaving are sockets on the same port that are about to be closed. Where one of them is in the way (":443"
+// becomes "192.0.2.1:443"), both are bound for a moment, so that the old one need not be closed before it is
+// known that the new one works. SO_REUSEPORT allows that, and is asked for then only: it would let a second
+// daemon take the port unnoticed.
 func listen(addr string, leaving ...*listenerSocket) (*listenerSocket, error) {
 	s, err := listenOnce(addr, nil)
 	if len(leaving) == 0 || !errors.Is(err, syscall.EADDRINUSE) {
@@ -210,27 +211,27 @@ func firstFreePort() string {
 	return strings.TrimSpace(string(b))
 }
 
-// bindMissing opens what want lists and is not bound yet, and accepts nothing
-// there yet. failed says why the rest could not be opened, by address.
+// bindMissing opens what want lists and is not bound yet, and accepts nothing there yet. failed says why the
+// rest could not be opened, by address.
 //
-// f.mu is held.
-func (f *Front) bindMissing(want []binding) (opened map[string]*listenerSocket, failed map[string]error) {
+// +checklocks:srv.mu
+func (srv *Server) bindMissing(want []binding) (opened map[string]*listenerSocket, failed map[string]error) {
 	opened, failed = map[string]*listenerSocket{}, map[string]error{}
 	wanted := map[string]bool{}
 	for _, b := range want {
 		wanted[b.addr] = true
 	}
 	leaving := map[string][]*listenerSocket{} // by port
-	for addr, s := range f.sockets {
+	for addr, s := range srv.sockets {
 		if !wanted[addr] {
 			leaving[portOf(addr)] = append(leaving[portOf(addr)], s)
 		}
 	}
 	for _, b := range want {
-		if f.sockets[b.addr] != nil {
+		if srv.sockets[b.addr] != nil {
 			continue
 		}
-		if s, err := f.open(b.addr, leaving[portOf(b.addr)]); err != nil {
+		if s, err := srv.open(b.addr, leaving[portOf(b.addr)]); err != nil {
 			failed[b.addr] = err
 		} else {
 			opened[b.addr] = s
@@ -240,138 +241,160 @@ func (f *Front) bindMissing(want []binding) (opened map[string]*listenerSocket, 
 }
 
 // open binds addr, and accepts nothing yet.
-func (f *Front) open(addr string, leaving []*listenerSocket) (*listenerSocket, error) {
+func (srv *Server) open(addr string, leaving []*listenerSocket) (*listenerSocket, error) {
 	s, err := listen(addr, leaving...)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.prepare(f); err != nil {
+	if err := s.prepare(srv); err != nil {
 		s.Close()
 		return nil, &bindError{addr, err}
 	}
 	return s, nil
 }
 
-// rebind makes the sockets those that want lists: hands over what stays,
-// starts what bindMissing has opened, closes the rest.
+// rebind makes the sockets those that want lists: hands over what stays, starts what bindMissing has opened,
+// closes the rest.
 //
-// f.mu is held.
-func (f *Front) rebind(want []binding, opened map[string]*listenerSocket) {
+// +checklocks:srv.mu
+func (srv *Server) rebind(want []binding, opened map[string]*listenerSocket) {
 	wanted := map[string]bool{}
 	for _, b := range want {
 		wanted[b.addr] = true
-		if s := f.sockets[b.addr]; s != nil {
+		if s := srv.sockets[b.addr]; s != nil {
 			s.owner.Store(b.owner)
-			s.tailnet.Store(b.tailnet)
+			s.onTailnet.Store(b.onTailnet)
 		} else if s := opened[b.addr]; s != nil {
 			s.owner.Store(b.owner)
-			s.tailnet.Store(b.tailnet)
-			f.sockets[b.addr] = s
-			ports := maps.Clone(*f.ports.Load())
+			s.onTailnet.Store(b.onTailnet)
+			srv.sockets[b.addr] = s
+			ports := maps.Clone(*srv.ports.Load())
 			ports[addrPort(s.addr).Port()] = true
-			f.ports.Store(&ports)
-			f.log.Info("listening", "address", s.bound(), "listener", b.owner.name, "mode", b.owner.mode)
+			srv.ports.Store(&ports)
+			srv.log.Info("listening", "address", s.bound(), "listener", b.owner.name, "mode", b.owner.mode)
 			s.accept()
 		}
 	}
-	for addr, s := range f.sockets {
+	for addr, s := range srv.sockets {
 		if !wanted[addr] {
 			s.Close()
-			delete(f.sockets, addr)
-			f.log.Info("stopped listening", "address", addr)
+			delete(srv.sockets, addr)
+			srv.log.Info("stopped listening", "address", addr)
 		}
 	}
 }
 
-// noteUnbound remembers what the listeners do without: what of want could not be bound, and clashes of
-// addresses, and interfaces without one. So it does why this node's tailnet addresses are not known, if they
-// are not. It logs what is new of that.
+// noteUnbound remembers what the listeners do without: what could not be bound, clashes of addresses, interfaces
+// without one, and why this node's tailnet addresses are not known. It logs what is new of that.
 //
-// f.mu is held.
-func (f *Front) noteUnbound(want []binding, failed map[string]error, clashes map[lack]error, tailnet error) {
-	unbound := lacking(f.plan.Config, f.listeners, f.places)
-	maps.Copy(unbound, clashes)
-	for _, b := range want {
-		if err := failed[b.addr]; err != nil {
-			unbound[lack{b.addr, b.owner.name}] = err
+// +checklocks:srv.mu
+func (srv *Server) noteUnbound(b bound) {
+	unbound := b.lacks
+	maps.Copy(unbound, b.clashes)
+	for _, w := range b.want {
+		if err := b.failed[w.addr]; err != nil {
+			unbound[lack{w.addr, w.owner.name}] = err
 		}
 	}
 	for c, err := range unbound {
-		if before := f.unbound[c]; before == nil || before.Error() != err.Error() {
-			f.log.Warn("an address of a listener can't be bound yet: it is tried again each second",
+		if before := srv.unbound[c]; before == nil || before.Error() != err.Error() {
+			srv.log.Warn("an address of a listener can't be bound yet: it is tried again each second",
 				"listener", c.listener, "address", c.addr, "err", err)
 		}
 	}
-	if tailnet != nil && (f.tailnetErr == nil || f.tailnetErr.Error() != tailnet.Error()) {
-		f.log.Warn("tailnet listeners wait until the tailnet is up", "err", tailnet)
+	if b.tailnetErr != nil && (srv.tailnetErr == nil || srv.tailnetErr.Error() != b.tailnetErr.Error()) {
+		srv.log.Warn("tailnet listeners wait until the tailnet is up", "err", b.tailnetErr)
 	}
-	f.unbound, f.tailnetErr = unbound, tailnet
+	srv.unbound, srv.tailnetErr = unbound, b.tailnetErr
 }
 
 // lacksAddresses says whether a later try may bind more.
 //
-// f.mu is held.
-func (f *Front) lacksAddresses() bool { return f.tailnetErr != nil || len(f.unbound) > 0 }
+// +checklocks:srv.mu
+func (srv *Server) lacksAddresses() bool { return srv.tailnetErr != nil || len(srv.unbound) > 0 }
 
-// lookAtAddresses makes followAddresses look again, soon.
-func (f *Front) lookAtAddresses() {
+// A wakeup makes a goroutine look again, soon.
+type wakeup chan struct{}
+
+func (w wakeup) wake() {
 	select {
-	case f.addressesMoved <- struct{}{}:
+	case w <- struct{}{}:
 	default:
 	}
 }
 
-// followAddresses keeps the listeners bound to the addresses that they should
-// have, this node's present ones among them, until ctx ends.
-func (f *Front) followAddresses(ctx context.Context) {
+// followAddresses keeps the listeners bound to the addresses that they should have, this node's present ones
+// among them, until ctx ends.
+func (srv *Server) followAddresses(ctx context.Context) {
 	retry := time.NewTimer(0)
 	defer retry.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-f.addressesMoved:
+		case <-srv.addressesMoved:
 		case <-retry.C:
 		}
-		f.mu.Lock()
-		listens, lacked, named := f.plan.Needs.Listens, f.lacksAddresses(), f.namesInterface()
-		f.mu.Unlock()
+		srv.mu.Lock()
+		listens, lacked, named := srv.plan.Needs.Listens, srv.lacksAddresses(), srv.namesInterface()
+		srv.mu.Unlock()
 		if len(listens) == 0 && !lacked && !named {
 			continue
 		}
 		var addrs []netip.Addr
 		var err error
 		if len(listens) > 0 {
-			addrs, err = selfAddrs(ctx, f.tailnet) // which may take a while
+			addrs, err = selfAddrs(ctx, srv.tailnet) // which may take a while
 		}
-		f.mu.Lock()
-		f.useTailnetAddrs(addrs)
-		f.rebindNow(err)
-		lacks := f.lacksAddresses()
-		listens = f.plan.Needs.Listens
-		f.mu.Unlock()
+		srv.mu.Lock()
+		srv.useTailnetAddrs(addrs)
+		srv.rebindNow(err)
+		lacks := srv.lacksAddresses()
+		listens = srv.plan.Needs.Listens
+		srv.mu.Unlock()
 		if lacks {
 			retry.Reset(rebindEvery)
 		} else if lacked {
-			f.warnOfTailscaled(listens)
+			srv.warnOfTailscaled(listens)
 		}
 	}
 }
 
-// rebindNow brings the sockets in line with what should be bound now. tailnet is
-// why this node's addresses are not known, or nil.
+// bound are the addresses that should be bound now, what was bound for that and accepts nothing yet, and what is
+// lacking.
+type bound struct {
+	want       []binding
+	opened     map[string]*listenerSocket // by address
+	failed     map[string]error           // by address
+	clashes    map[lack]error             // of two listeners
+	lacks      map[lack]error             // of interfaces
+	tailnetErr error                      // why this node's addresses are not known
+}
+
+// bind binds what listeners want by cfg, and is not bound yet. tailnetErr is why this node's addresses are not
+// known, or nil.
 //
-// f.mu is held.
-func (f *Front) rebindNow(tailnet error) {
-	if f.closed {
+// +checklocks:srv.mu
+func (srv *Server) bind(cfg *config.Config, listeners map[string]*listener, places map[string]place, tailnetErr error) bound {
+	b := bound{tailnetErr: tailnetErr}
+	want, lacks := bindings(cfg, listeners, srv.tailnetAddrs, places)
+	b.lacks = lacks
+	b.want, b.clashes = srv.apart(want)
+	b.opened, b.failed = srv.bindMissing(b.want)
+	return b
+}
+
+// rebindNow brings the sockets in line with what should be bound now. tailnetErr is as in bind.
+//
+// +checklocks:srv.mu
+func (srv *Server) rebindNow(tailnetErr error) {
+	if srv.isClosed {
 		return
 	}
-	f.refreshInterfaces()
-	want := bindings(f.plan.Config, f.listeners, f.tailnetAddrs, f.places)
-	want, clashes := f.apart(want)
-	opened, failed := f.bindMissing(want)
-	f.rebind(want, opened)
-	f.noteUnbound(want, failed, clashes, tailnet)
+	srv.refreshInterfaces()
+	b := srv.bind(srv.plan.Config, srv.listeners, srv.places, tailnetErr)
+	srv.rebind(b.want, b.opened)
+	srv.noteUnbound(b)
 }
 
 // selfAddrs asks tailscaled for this node's addresses.
@@ -381,13 +404,12 @@ func selfAddrs(ctx context.Context, c *tailnet.Client) ([]netip.Addr, error) {
 	return c.SelfAddrs(ctx)
 }
 
-// useTailnetAddrs takes what selfAddrs returned. Without an answer the last
-// known ones stay, and so what is bound stays bound: tailscaled may only be
-// restarting.
+// useTailnetAddrs takes what selfAddrs returned. Without an answer the last known ones stay, and so what is
+// bound stays bound: tailscaled may only be restarting.
 //
-// f.mu is held.
-func (f *Front) useTailnetAddrs(addrs []netip.Addr) {
+// +checklocks:srv.mu
+func (srv *Server) useTailnetAddrs(addrs []netip.Addr) {
 	if len(addrs) > 0 {
-		f.tailnetAddrs = addrs
+		srv.tailnetAddrs = addrs
 	}
 }

@@ -17,7 +17,7 @@ import (
 
 const (
 	memoryEvery = time.Second
-	scarceTCP   = 64 << 20 // bytes that all sockets may have, as on a machine of 1 GiB
+	scarceTCP   = 64 << 20        // bytes that all sockets may have, as on a machine of 1 GiB
 	shortEvery  = memoryEvery / 4 // while half of the memory is taken
 	lookRest    = 20              // times as long as a look takes, which is a twentieth of a CPU at most
 
@@ -30,12 +30,12 @@ const (
 	greedyMin       = 1 << 20          // bytes that a source holds at least before it may be refused
 )
 
-// memoryWatch keeps what flows hold within the budget, and within what the kernel has for TCP. What the kernel
-// has received for a reader who has stopped can't be given back but with the flow; and where TCP is short of
-// memory it gives all others next to nothing.
+// memoryWatch keeps what flows hold within the budget, and within what the kernel has for TCP. What the
+// kernel has received for a reader who has stopped can't be given back but with the flow; and where TCP is
+// short of memory it gives all others next to nothing.
 type memoryWatch struct {
-	front *Front
-	since map[netip.AddrPort]rest // by the peer's address, while half of the memory is taken
+	server *Server
+	since  map[netip.AddrPort]rest // by the peer's address, while half of the memory is taken
 
 	greedy map[netip.Prefix]greed // sources that are refused
 }
@@ -52,25 +52,25 @@ type rest struct {
 	since       time.Time // that they have moved so many
 }
 
-// watchMemory looks until f ends.
-func (f *Front) watchMemory() {
-	w := &memoryWatch{front: f}
+// watchMemory looks until the server ends.
+func (srv *Server) watchMemory() {
+	w := &memoryWatch{server: srv}
 	for timer := time.NewTimer(memoryEvery); ; {
 		select {
-		case <-f.ctx.Done():
+		case <-srv.ctx.Done():
 			timer.Stop()
-			f.opts.Relay.SaveMemory(false)
+			srv.opts.Relay.SaveMemory(false)
 			return
 		case now := <-timer.C:
-			next := w.look(now, f.memoryUse("/proc", "/sys/fs/cgroup"))
-			f.opts.Relay.SpareTCP(isTCPScarce("/proc"))
+			next := w.look(now, srv.memoryUse("/proc", "/sys/fs/cgroup"))
+			srv.opts.Relay.SpareTCP(isTCPScarce("/proc"))
 			timer.Reset(max(next, time.Since(now)*lookRest)) // however many flows there are
 		}
 	}
 }
 
-// isTCPScarce: the kernel has so little for TCP that a hundred readers who stop could take it all, or a part of it is
-// taken.
+// isTCPScarce: the kernel has so little for TCP that a hundred readers who stop could take it all, or a part
+// of it is taken.
 func isTCPScarce(proc string) bool {
 	used, short := tcpMemory(proc)
 	return short > 0 && (short < scarceTCP || used >= short/4)
@@ -93,49 +93,49 @@ func (u memoryUse) part() float64 {
 	return float64(u.used) / float64(u.total)
 }
 
-// memoryUse is that of the budget, or that of what the kernel has for TCP where that is nearer to its end. What
-// proc and cgroups don't say is left out.
-func (f *Front) memoryUse(proc, cgroups string) memoryUse {
+// memoryUse is that of the budget, or that of what the kernel has for TCP where that is nearer to its end.
+// What proc and cgroups don't say is left out.
+func (srv *Server) memoryUse(proc, cgroups string) memoryUse {
 	used, short := tcpMemory(proc)
 	own, ok := cgroupSockets(proc, cgroups)
-	rest := processMemory() + f.opts.Relay.Piped() + int64(f.limiter.Total())*connectionKernel
+	rest := processMemory() + srv.opts.Relay.Piped() + int64(srv.limiter.Total())*connectionKernel
 	targets := int64(0)
 	switch {
-	case used >= short/2, !ok && rest+used >= f.Memory()/2:
+	case used >= short/2, !ok && rest+used >= srv.Memory()/2:
 		var sockets int64
-		if sockets, targets = f.socketMemory(proc); !ok {
+		if sockets, targets = srv.socketMemory(proc); !ok {
 			own = min(used, sockets)
 		}
 	case !ok:
 		own = used // and it doesn't matter whose they are
 	}
-	all := memoryUse{own + rest, f.Memory(), overMemory}
+	all := memoryUse{own + rest, srv.Memory(), overMemory}
 	if tcp := tcpUse(used, min(used, own+targets), short); tcp.part() > all.part() {
 		return tcp
 	}
 	return all
 }
 
-// tcpUse is the use of what the kernel has for TCP, where all sockets of the machine hold used, and own of that is
-// ours. What others hold is none of ours to give back: ours is what they leave, but half in any case.
+// tcpUse is the use of what the kernel has for TCP, where all sockets of the machine hold used, and own of
+// that is ours. What others hold is none of ours to give back: ours is what they leave, but half in any case.
 func tcpUse(used, own, short int64) memoryUse {
 	return memoryUse{own, max(short-max(used-own, 0), short/2), "tcp_memory"}
 }
 
-// socketMemory is about what the sockets of all connections hold, in bytes: of those that were accepted all, and of
-// those that were dialled what readers have no room for. targets is how much the targets may hold for such
-// readers, in their own sockets on this machine.
-func (f *Front) socketMemory(proc string) (own, targets int64) {
+// socketMemory is about what the sockets of all connections hold, in bytes: of those that were accepted all,
+// and of those that were dialled what readers have no room for. targets is how much the targets may hold for
+// such readers, in their own sockets on this machine.
+func (srv *Server) socketMemory(proc string) (own, targets int64) {
 	if diag, err := newSockDiag(); err == nil {
 		defer diag.Close()
-		sockets, _ := diag.tcpSockets(*f.ports.Load())
+		sockets, _ := diag.tcpSockets(*srv.ports.Load())
 		for _, s := range sockets {
 			own += s.held
 		}
 	}
 	most := tcpSendMost(proc)
-	f.opts.Relay.MeasureHeld(time.Now())
-	for _, fl := range f.flows.Live() {
+	srv.opts.Relay.MeasureHeld(time.Now())
+	for _, fl := range srv.flows.Live() {
 		if fl.Held == nil {
 			continue
 		}
@@ -168,11 +168,11 @@ func processMemory() int64 {
 	return int64(m[0].Value.Uint64() - m[1].Value.Uint64())
 }
 
-// tcpMemory is how many bytes all TCP sockets of the machine hold, and how many they may before the kernel is short
-// of them: see tcp_mem in tcp(7). 0 is not known.
+// tcpMemory is how many bytes all TCP sockets of the machine hold, and how many they may before the kernel is
+// short of them: see tcp_mem in tcp(7). 0 is not known.
 //
-// A network namespace other than the first one, such as a container's, does not show tcp_mem: there it is taken for
-// what the kernel makes it at boot, a sixteenth of the memory.
+// A network namespace other than the first one, such as a container's, does not show tcp_mem: there it is
+// taken for what the kernel makes it at boot, a sixteenth of the memory.
 func tcpMemory(proc string) (used, short int64) {
 	page := int64(os.Getpagesize())
 	if stat, err := os.ReadFile(filepath.Join(proc, "net/sockstat")); err == nil {
@@ -197,8 +197,8 @@ type stalled struct {
 	held  int64
 }
 
-// An owner is whose connections are counted together: those of a source, or one alone where many clients may be
-// behind its address.
+// An owner is whose connections are counted together: those of a source, or one alone where many clients may
+// be behind its address.
 type owner struct {
 	source netip.Prefix
 	alone  netip.AddrPort // the peer
@@ -211,13 +211,13 @@ func (o owner) String() string {
 	return o.alone.String() + " (one of a hop's)"
 }
 
-// look does what u calls for: from half of the memory on little is taken at a time, from 5/8 on sources that hold
-// much open no more connections, and from 3/4 on flows that have stood still for longest are ended, first those of
-// the source that holds most. It says when to look again.
+// look does what u calls for: from half of the memory on little is taken at a time, from 5/8 on sources that
+// hold much open no more connections, and from 3/4 on flows that have stood still for longest are ended,
+// first those of the source that holds most. It says when to look again.
 func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
-	f := w.front
+	srv := w.server
 	isShort := u.over(1, 2)
-	f.opts.Relay.SaveMemory(isShort && u.what == overMemory)
+	srv.opts.Relay.SaveMemory(isShort && u.what == overMemory)
 	if !isShort {
 		w.since = nil
 		w.refuse(now, u)
@@ -228,7 +228,7 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 	if err == nil {
 		defer diag.Close()
 		if u.over(5, 8) {
-			sockets, err = diag.tcpSockets(*f.ports.Load())
+			sockets, err = diag.tcpSockets(*srv.ports.Load())
 		}
 	}
 	all := w.stalled(now, sockets)
@@ -245,39 +245,39 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 		err = w.end(now, u, all, sockets, diag)
 	}
 	if err != nil {
-		f.limited.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
+		srv.limited.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
 	}
 	return shortEvery
 }
 
 // refuse has the sources refused that have held much until a short while ago.
 func (w *memoryWatch) refuse(now time.Time, u memoryUse) {
-	f := w.front
+	srv := w.server
 	maps.DeleteFunc(w.greedy, func(_ netip.Prefix, g greed) bool { return now.Sub(g.last) >= greedyFor })
 	if len(w.greedy) == 0 {
-		f.greedySources.Store(nil)
+		srv.greedySources.Store(nil)
 		return
 	}
 	greedy := make(map[netip.Prefix]int64, len(w.greedy))
 	for source, g := range w.greedy {
 		greedy[source] = g.held
 	}
-	if f.greedySources.Swap(&greedy) == nil {
+	if srv.greedySources.Swap(&greedy) == nil {
 		most, held := greediest(greedy)
-		f.limited.Warn("memory_greedy", "memory is short: sources that hold much of it for readers that have stopped may open no more connections",
+		srv.limited.Warn("memory_greedy", "memory is short: sources that hold much of it for readers that have stopped may open no more connections",
 			"sources", len(greedy), "source", most, "held", held, "what", u.what, "used", u.used, "total", u.total)
 	}
 }
 
 // stalled are the connections that hold something, and since when nothing of theirs has moved.
 func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocket) (all []stalled) {
-	w.front.opts.Relay.MeasureHeld(now)
+	w.server.opts.Relay.MeasureHeld(now)
 	type connection struct {
 		bytes, down, held int64
 		since             time.Time // of what is held
 		owner             owner
 	}
-	flows := w.front.flows.Live()
+	flows := w.server.flows.Live()
 	connections := make(map[netip.AddrPort]connection, len(flows))
 	for _, fl := range flows {
 		peer, err := netip.ParseAddrPort(fl.Downstream)
@@ -341,9 +341,9 @@ func greediest(sources map[netip.Prefix]int64) (source netip.Prefix, held int64)
 	return source, held
 }
 
-// victims are those of all that have stood still since until, in the order in which they are to be ended: again
-// and again the one of the owner that holds most then which has stood still for longest. It takes the time of
-// two sorts.
+// victims are those of all that have stood still since until, in the order in which they are to be ended:
+// again and again the one of the owner that holds most then which has stood still for longest. It takes the
+// time of two sorts.
 func victims(all []stalled, until time.Time) []stalled {
 	type victim struct {
 		stalled
@@ -371,15 +371,15 @@ func victims(all []stalled, until time.Time) []stalled {
 	return out
 }
 
-// end resets connections of all that have stood still for long enough, in the order of victims, until so much is
-// given back that u is over no more.
+// end resets connections of all that have stood still for long enough, in the order of victims, until so much
+// is given back that u is over no more.
 func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map[netip.AddrPort]tcpSocket, diag *sockDiag) error {
 	until, enough := now.Add(-stoppedFor), u.total/4*3
 	if u.over(7, 8) {
 		until = now.Add(-stoppedForShort)
 		if u.what != overMemory {
-			// The kernel is short from here on, and gives every connection next to nothing until less than 3/4
-			// are taken.
+			// The kernel is short from here on, and gives every connection next to nothing until less than
+			// 3/4 are taken.
 			enough = u.total / 2
 		}
 	}
@@ -404,8 +404,8 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 		freed += v.held
 	}
 	if n > 0 {
-		w.front.metrics.Cut.WithLabelValues(u.what).Add(float64(n))
-		w.front.limited.Warn("memory_ended", "memory is short: flows that make no progress are ended, those of the source that holds most first",
+		w.server.metrics.Cut.WithLabelValues(u.what).Add(float64(n))
+		w.server.limited.Warn("memory_ended", "memory is short: flows that make no progress are ended, those of the source that holds most first",
 			"flows", n, "source", first.String(), "what", u.what, "used", u.used, "total", u.total)
 	}
 	return err

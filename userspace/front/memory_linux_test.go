@@ -93,7 +93,7 @@ func TestShortOfTCPMemory(t *testing.T) {
 			}
 			still()
 
-			w, now := &memoryWatch{front: d.Front}, time.Now()
+			w, now := &memoryWatch{server: d.Server}, time.Now()
 			taken := func(eighths int64) memoryUse { return memoryUse{eighths << 30, 8 << 30, "tcp_memory"} }
 			look := func(after time.Duration, eighths int64, ended int) {
 				t.Helper()
@@ -211,7 +211,7 @@ listeners:
 					t.Fatal(err)
 				}
 			}
-			w, now := &memoryWatch{front: d.Front}, time.Now()
+			w, now := &memoryWatch{server: d.Server}, time.Now()
 			var all []stalled
 			eventually(t, "four readers have stopped", func() bool {
 				d.opts.Relay.MeasureHeld(now)
@@ -291,7 +291,7 @@ func TestSlowHTTP(t *testing.T) {
 				}()
 			}
 			connections := map[string]int{"HTTP/1.1": streams, "HTTP/2": 1}[v] // of the daemon
-			w := &memoryWatch{front: d.Front}
+			w := &memoryWatch{server: d.Server}
 			taken := func(eighths int64) memoryUse { return memoryUse{eighths << 30, 8 << 30, overMemory} }
 			eventually(t, "the client may open no more", func() bool {
 				if framer != nil {
@@ -363,7 +363,7 @@ func TestGreedySources(t *testing.T) {
 	}
 	all = append(all, stalled{owner: owner{alone: netip.AddrPortFrom(prefix(4).Addr(), 1)}, held: 9 * greedyMin})
 	greedy := greedySources(all, greedyMin)
-	f := new(Front)
+	f := new(Server)
 	f.greedySources.Store(&greedy)
 	for source, refused := range map[byte]bool{1: true, 2: true, 3: false, 4: false} {
 		if err := f.greedy(prefix(source).Addr()); (err != nil) != refused {
@@ -384,7 +384,7 @@ func TestGreedyTakes(t *testing.T) {
 	fl := &flow.Flow{Client: peer.String(), Downstream: peer.String(), Bytes: func() (int64, int64) { return up, down }}
 	d.flows.Add(fl)
 	defer d.flows.Remove(fl)
-	w, now := &memoryWatch{front: d.Front}, time.Now()
+	w, now := &memoryWatch{server: d.Server}, time.Now()
 	sockets := map[netip.AddrPort]tcpSocket{peer: {held: 2 * greedyMin}}
 	for i, look := range []struct {
 		up, down int64

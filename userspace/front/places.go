@@ -109,19 +109,21 @@ func sortedAddrs(addrs []netip.Addr) []netip.Addr {
 // refreshInterfaces looks at the interfaces among the places again. What is gone has no address; it may come
 // back.
 //
-// f.mu is held.
-func (f *Front) refreshInterfaces() {
-	for name, p := range f.places {
+// +checklocks:srv.mu
+func (srv *Server) refreshInterfaces() {
+	for name, p := range srv.places {
 		if p.isInterface {
 			addrs, _ := interfaceAddrs(name)
-			f.places[name] = place{true, addrs}
+			srv.places[name] = place{true, addrs}
 		}
 	}
 }
 
-// namesInterface says whether a listener is on an interface. f.mu is held.
-func (f *Front) namesInterface() bool {
-	for _, p := range f.places {
+// namesInterface says whether a listener is on an interface.
+//
+// +checklocks:srv.mu
+func (srv *Server) namesInterface() bool {
+	for _, p := range srv.places {
 		if p.isInterface {
 			return true
 		}
@@ -136,11 +138,11 @@ type lack struct{ addr, listener string }
 // is known which addresses a name has, and an interface may get one at any time. clashes says what the others
 // do without.
 //
-// f.mu is held.
-func (f *Front) apart(want []binding) (kept []binding, clashes map[lack]error) {
+// +checklocks:srv.mu
+func (srv *Server) apart(want []binding) (kept []binding, clashes map[lack]error) {
 	holders := map[string]binding{}
 	for _, b := range want {
-		s := f.sockets[b.addr]
+		s := srv.sockets[b.addr]
 		if _, held := holders[b.addr]; !held || s != nil && s.owner.Load() == b.owner {
 			holders[b.addr] = b
 		}
@@ -161,33 +163,14 @@ func (f *Front) apart(want []binding) (kept []binding, clashes map[lack]error) {
 
 // newClash is an error if two listeners are to have an address, and do not go without it already.
 //
-// f.mu is held.
-func (f *Front) newClash(clashes map[lack]error) error {
+// +checklocks:srv.mu
+func (srv *Server) newClash(clashes map[lack]error) error {
 	var errs []error
 	for c, err := range clashes {
-		if f.unbound[c] == nil {
+		if srv.unbound[c] == nil {
 			errs = append(errs, fmt.Errorf("listener %q: %w", c.listener, err))
 		}
 	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return errors.Join(errs...)
-}
-
-// lacking are the interfaces that listeners of cfg name, and that have no address now.
-func lacking(cfg *config.Config, owners map[string]*listener, places map[string]place) map[lack]error {
-	out := map[lack]error{}
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
-		if l.WhileDown == whileDownClose && owners[l.Name].shut {
-			continue
-		}
-		for _, written := range l.Listen {
-			name := placeOf(written)
-			if p := places[name]; p.isInterface && len(p.addrs) == 0 {
-				out[lack{written, l.Name}] = fmt.Errorf(
-					"the interface %s is not there, or has no address: see `ip address`", name)
-			}
-		}
-	}
-	return out
 }

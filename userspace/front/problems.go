@@ -56,70 +56,77 @@ func (p Problem) String() string {
 }
 
 // Problems lists what does not work now.
-func (f *Front) Problems() []Problem {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.problems()
+func (srv *Server) Problems() []Problem {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	return srv.problems()
 }
 
-// problems is Problems with f.mu held.
-func (f *Front) problems() (out []Problem) {
-	add := func(part, listener, name string, err error) {
-		if err != nil {
-			out = append(out, Problem{part, listener, name, err.Error()})
-		}
+type problems []Problem
+
+// add adds what err says, if it is one.
+func (p *problems) add(part, listener, name string, err error) {
+	if err != nil {
+		*p = append(*p, Problem{part, listener, name, err.Error()})
 	}
-	for i := range f.plan.Config.Listeners {
-		c := &f.plan.Config.Listeners[i]
-		l := f.listeners[c.Name]
-		if len(f.tailnetAddrs) == 0 {
+}
+
+// problems is Problems for who has the lock.
+//
+// +checklocks:srv.mu
+func (srv *Server) problems() []Problem {
+	var all problems
+	for i := range srv.plan.Config.Listeners {
+		c := &srv.plan.Config.Listeners[i]
+		l := srv.listeners[c.Name]
+		if len(srv.tailnetAddrs) == 0 {
 			for _, a := range c.Listen {
 				if config.OnTailnet(a) {
-					add(PartAddress, c.Name, a, f.tailnetErr)
+					all.add(PartAddress, c.Name, a, srv.tailnetErr)
 				}
 			}
 		}
 		if l.certs != nil {
 			for _, cert := range l.certs.Certificates() {
 				if cert.Problem != "" {
-					out = append(out, certificateProblem(c.Name, cert))
+					all = append(all, certificateProblem(c.Name, cert))
 				}
 			}
 		}
-		for _, src := range l.managed {
+		for _, src := range l.service.Load().Managed {
 			for _, a := range src.Status() {
 				if a.Problem != "" && !madeUp(a) {
-					out = append(out, Problem{PartACME, c.Name, a.Name, a.Problem})
+					all = append(all, Problem{PartACME, c.Name, a.Name, a.Problem})
 				}
 			}
 		}
 		if r := l.service.Load().Fallback; r != nil {
-			add(PartDefault, c.Name, r.Written, l.gate.closed())
+			all.add(PartDefault, c.Name, r.Written, l.gate.closed())
 		}
 	}
-	for c, err := range f.unbound {
-		add(PartAddress, c.listener, c.addr, err)
+	for c, err := range srv.unbound {
+		all.add(PartAddress, c.listener, c.addr, err)
 	}
-	if len(f.tailnetAddrs) > 0 {
-		add(PartTailnet, "", "", f.tailnetErr)
+	if len(srv.tailnetAddrs) > 0 {
+		all.add(PartTailnet, "", "", srv.tailnetErr)
 	}
-	for _, l := range f.logs {
-		add(PartAccessLog, "", l.File(), l.Problem())
+	for _, l := range srv.logs {
+		all.add(PartAccessLog, "", l.File(), l.Problem())
 	}
-	for _, file := range f.denyFiles {
-		add(PartDeny, "", file.Name(), file.Problem())
+	for _, file := range srv.denyFiles {
+		all.add(PartDeny, "", file.Name(), file.Problem())
 	}
-	add(PartHealth, "", f.plan.Config.Control.Health, f.healthErr)
-	for _, d := range f.datapaths() {
+	all.add(PartHealth, "", srv.plan.Config.Control.Health, srv.healthErr)
+	for _, d := range srv.datapaths() {
 		if h, ok := d.(datapath.Health); ok && waits(d) {
 			why, _ := h.Health()
-			out = append(out, Problem{PartDatapath, "", d.Name(), why})
+			all = append(all, Problem{PartDatapath, "", d.Name(), why})
 		}
 	}
-	add(PartTransparent, "", "", f.wayErr)
-	add(PartContainers, "", "", f.containers.Problem())
-	slices.SortFunc(out, func(a, b Problem) int { return strings.Compare(a.String(), b.String()) })
-	return out
+	all.add(PartTransparent, "", "", srv.wayErr)
+	all.add(PartContainers, "", "", srv.containers.Problem())
+	slices.SortFunc(all, func(a, b Problem) int { return strings.Compare(a.String(), b.String()) })
+	return all
 }
 
 func certificateProblem(listener string, cert tlsterm.Info) Problem {
@@ -134,11 +141,11 @@ type Readiness struct {
 	Problems []Problem `json:"problems,omitempty"` // those that keep it from being ready, and others
 }
 
-// Ready says whether f is ready, and if not what keeps it from that.
-func (f *Front) Ready() Readiness {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	r := Readiness{Format: flow.FormatVersion, Draining: f.closed, Problems: f.problems()}
+// Ready says whether the server is ready, and if not what keeps it from that.
+func (srv *Server) Ready() Readiness {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	r := Readiness{Format: flow.FormatVersion, Draining: srv.isClosed, Problems: srv.problems()}
 	r.Ready = !r.Draining && !slices.ContainsFunc(r.Problems, Problem.Unready)
 	return r
 }

@@ -105,7 +105,7 @@ func TestProxyHeaderCut(t *testing.T) {
 			c.Write(first)
 			for deadline := time.Now().Add(patience); !read(); time.Sleep(50 * time.Microsecond) {
 				if time.Now().After(deadline) {
-					t.Fatalf("%d bytes are not taken in: %d wait", len(first), d.partBytes.Load())
+					t.Fatalf("%d bytes are not taken in: %d wait", len(first), d.partialBytes.Load())
 				}
 			}
 		}
@@ -151,7 +151,7 @@ func TestProxyHeaderCut(t *testing.T) {
 					waits -= int64(len(h.header))
 				}
 				got := visit(addrs["trusting "+mode], stream[:cut], stream[cut:], func() bool {
-					return d.partBytes.Load() == waits && (waits > 0 || slices.Contains(sourcesOf(d), h.client))
+					return d.partialBytes.Load() == waits && (waits > 0 || slices.Contains(sourcesOf(d), h.client))
 				})
 				want := fmt.Sprintf("client %s, to %s, local false, name %q, path ", h.client, h.dst, named)
 				path := cmp.Or(h.path, pathIn(got))
@@ -168,7 +168,7 @@ func TestProxyHeaderCut(t *testing.T) {
 			}
 		}
 	}
-	if n, y := d.partBytes.Load(), d.limiter.Yielding(); n != 0 || y != 0 {
+	if n, y := d.partialBytes.Load(), d.limiter.Yielding(); n != 0 || y != 0 {
 		t.Errorf("%d bytes and %d connections wait yet", n, y)
 	}
 	log := d.log.String()
@@ -370,7 +370,7 @@ limits: { hello_timeout: 5m }`, freeAddr(t), v.mode, v.more, up))
 			whole, waits := n > 0, len(v.header)-n+len(v.hello)
 			eventually(t, "all wait", func() bool {
 				sources := d.limiter.Sources(-1)
-				return d.limiter.Yielding() == clients && d.partBytes.Load() == int64(clients*waits) &&
+				return d.limiter.Yielding() == clients && d.partialBytes.Load() == int64(clients*waits) &&
 					(!whole && len(sources) == 0 || whole && len(sources) == 1 && sources[0].Count == clients)
 			})
 			if n := runtime.NumGoroutine() - before; n > clients/5 {
@@ -383,7 +383,7 @@ limits: { hello_timeout: 5m }`, freeAddr(t), v.mode, v.more, up))
 				c.Close()
 			}
 			eventually(t, "they end", func() bool { return d.limiter.Total() == 0 })
-			if n, y := d.partBytes.Load(), d.limiter.Yielding(); n != 0 || y != 0 {
+			if n, y := d.partialBytes.Load(), d.limiter.Yielding(); n != 0 || y != 0 {
 				t.Errorf("%d bytes and %d connections wait yet", n, y)
 			}
 		})

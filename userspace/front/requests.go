@@ -2,12 +2,13 @@ package front
 
 import (
 	"context"
-	"crypto/tls"
 	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
+	"time"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
@@ -31,10 +32,9 @@ func (s *service) routeRequest(req *http.Request, host, path string, certs *tlst
 	return r.HTTP.Route, nil
 }
 
-// coalesced says whether a browser sends the request on a connection that it has
-// made for another name, because their certificate is the same. A connection for
-// this name might have led elsewhere: edges choose by the name in the hello. So
-// only a route for the very name takes such requests.
+// coalesced says whether a browser sends the request on a connection that it has made for another name,
+// because their certificate is the same. A connection for this name might have led elsewhere: edges choose by
+// the name in the hello. So only a route for the very name takes such requests.
 func coalesced(req *http.Request, host string, certs *tlsterm.Store) bool {
 	if certs == nil || req.ProtoMajor < 2 || req.TLS == nil {
 		return false
@@ -42,9 +42,6 @@ func coalesced(req *http.Request, host string, certs *tlsterm.Store) bool {
 	asked := certs.Asked(req.TLS.ServerName)
 	return asked != "" && asked != host && certs.Shared(asked, host)
 }
-
-// misdirected is the metric's word for a request that goes round an sni listener.
-const misdirected = "misdirected"
 
 type passesByError struct{ edge, host string }
 
@@ -88,36 +85,13 @@ func fromHere(req *http.Request) bool {
 	return err == nil && (peer.Addr().IsLoopback() || ok && addrPort(local).Addr() == peer.Addr().Unmap())
 }
 
-// askingClients makes c ask for a certificate where a route wants one, and
-// nowhere else: browsers ask their user. No session is resumed there, for it
-// would bring the certificate, or the lack of it, of the first handshake.
-func (l *listener) askingClients(c *tls.Config) *tls.Config {
-	next := c.GetConfigForClient
-	asking := c.Clone()
-	asking.GetConfigForClient = nil
-	asking.ClientAuth = tls.RequestClientCert
-	asking.SessionTicketsDisabled = true
-	c.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-		if next != nil {
-			if own, err := next(hello); own != nil || err != nil {
-				return own, err
-			}
-		}
-		if l.service.Load().AsksClients(l.certs.Asked(hello.ServerName)) {
-			return asking, nil
-		}
-		return nil, nil
-	}
-	return c
-}
-
 // completeUpstream gives up, where the requests of r go, what dials and watches it.
-func (f *Front) completeUpstream(listener string, r *plan.Rule, up *vhost.Upstream) {
+func (srv *Server) completeUpstream(listener string, r *plan.Rule, up *vhost.Upstream) {
 	up.Dial = func(ctx context.Context) (net.Conn, error) {
 		info, _ := vhost.Info(ctx)
-		up, err := f.dialUpstream(ctx, listener, r, plan.Visitor{Client: info.Client.Addr(), Unknown: info.Unknown})
+		up, err := srv.dialUpstream(ctx, listener, r, plan.Visitor{Client: info.Client.Addr(), Unknown: info.Unknown})
 		if err != nil {
-			f.limited.Warn("dial "+r.Written, "upstream can't be reached", "id", info.ID, "listener", listener, "route", r.Name, "target", r.Written, "client", info.Client, "err", err)
+			srv.limited.Warn("dial "+r.Written, "upstream can't be reached", "id", info.ID, "listener", listener, "route", r.Name, "target", r.Written, "client", info.Client, "err", err)
 			return nil, pageReason(err)
 		}
 		if r.SendProxy {
@@ -135,4 +109,11 @@ func (f *Front) completeUpstream(listener string, r *plan.Rule, up *vhost.Upstre
 	if r.HTTP.Hold > 0 {
 		up.Watch = &vhost.Watch{Soon: holdFirst, Late: max(r.HTTP.Hold, holdFirst), Unheard: unheard}
 	}
+}
+
+// unheard says whether something that c has sent is not acknowledged, and its other end has acknowledged
+// nothing for d.
+func unheard(c net.Conn, d time.Duration) (silent bool) {
+	tcpsock.Control(c, func(fd int) { silent = tcpsock.IsUnheard(fd, d) })
+	return silent
 }

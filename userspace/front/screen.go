@@ -9,13 +9,8 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/deny"
+	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
-)
-
-// The metric's words for strangers who are kept out.
-const (
-	denied   = "denied"
-	overRate = "over_rate"
 )
 
 // denials are those whom a listener's deny names. The nil denials are nobody.
@@ -46,53 +41,56 @@ type deniedError struct{ addr netip.Addr }
 func (e *deniedError) Error() string { return fmt.Sprintf("deny names %s", e.addr) }
 
 // screen says why a connection may not come in, before anything of it is charged: addr is denied, or source
-// opens connections too fast, or holds much of the memory while that is short. It is asked before a byte is read, with the peer's address, and again with that
-// of a PROXY header that is believed. source is the zero Addr where it is not known yet whose the connection
-// is. It waits for nothing.
-func (f *Front) screen(s *service, addr, source netip.Addr) error {
+// opens connections too fast, or holds much of the memory while that is short. It is asked before a byte is
+// read, with the peer's address, and again with that of a PROXY header that is believed. source is the zero
+// Addr where it is not known yet whose the connection is. It waits for nothing.
+func (srv *Server) screen(s *service, addr, source netip.Addr) error {
 	if s.deny.has(addr) {
 		return &deniedError{addr}
 	}
-	if err := f.greedy(source); err != nil {
+	if err := srv.greedy(source); err != nil {
 		return err
 	}
-	return f.newRate.Take(source, time.Now())
+	return srv.newRate.Take(source, time.Now())
 }
 
-// attribute makes the connection count as a's, whose it is, if it may come in: once, though it may be called again.
+// attribute makes the connection count as a's, whose it is, if it may come in: once, though it may be called
+// again.
 func (in *conn) attribute(a netip.Addr) error {
-	if in.attributed {
+	if in.isAttributed {
 		return nil
 	}
-	if err := in.front.screen(in.service, a, a); err != nil {
+	if err := in.server.screen(in.service, a, a); err != nil {
 		return err
 	}
 	if err := in.lease.Move(a); err != nil {
 		return err
 	}
-	in.attributed = true
+	in.isAttributed = true
 	return nil
 }
 
 // deniedRequest is the answer to a request whose client is denied, nil if it is not: one that a trusted hop
 // names in the request, or one that has become so since it connected.
-func (f *Front) deniedRequest(l *listener, v *vhost.Visit, client netip.Addr) error {
+func (srv *Server) deniedRequest(l *listener, v *vhost.Visit, client netip.Addr) error {
 	if !l.service.Load().deny.has(client) {
 		return nil
 	}
 	err := &deniedError{client}
-	f.requestRefused(l.name, v, denied, err)
+	srv.requestRefused(l.name, v, denied, err)
 	return &vhost.Refusal{Status: http.StatusForbidden, Title: "Access is not allowed",
-		Text:   f.node() + " does not let visitors in from where you are.",
+		Text:   srv.node() + " does not let visitors in from where you are.",
 		Header: http.Header{"Connection": {"close"}}, Err: err}
 }
 
-// openDenials reads what the listeners of cfg deny, by listener. The caller closes the files. f.mu is held.
-func (f *Front) openDenials(cfg *config.Config) (all map[string]*denials, files []*deny.File, err error) {
+// openDenials reads what the listeners of cfg deny, by listener. The caller closes the files.
+//
+// +checklocks:srv.mu
+func (srv *Server) openDenials(cfg *config.Config) (all map[string]*denials, files []*deny.File, err error) {
 	all = map[string]*denials{}
 	opened := map[string]*deny.File{} // each once
 	before := map[string]*deny.Table{}
-	for _, file := range f.denyFiles {
+	for _, file := range srv.denyFiles {
 		before[file.Name()] = file.Table()
 	}
 	var errs []error
@@ -112,7 +110,7 @@ func (f *Front) openDenials(cfg *config.Config) (all map[string]*denials, files 
 			}
 			file := opened[item.File]
 			if file == nil {
-				file, err = deny.Open(item.File, config.ParsePrefix, f.log, before[item.File])
+				file, err = deny.Open(item.File, config.ParsePrefix, srv.log, before[item.File])
 				if err != nil {
 					errs = append(errs, cfg.Errorf(item.At("file"), "deny: %v", err))
 					continue
@@ -136,4 +134,24 @@ func closeFiles(files []*deny.File) {
 	for _, file := range files {
 		file.Close()
 	}
+}
+
+// greedyError says that a source holds much of the memory, while that is short.
+type greedyError struct{ source netip.Prefix }
+
+func (e *greedyError) Error() string {
+	return fmt.Sprintf("memory is short (limits.memory, net.ipv4.tcp_mem), and readers of %s that have stopped hold much of it", e.source)
+}
+
+// greedy is an error where source holds much of the memory while that is short.
+func (srv *Server) greedy(source netip.Addr) error {
+	sources := srv.greedySources.Load()
+	if sources == nil || !source.IsValid() {
+		return nil
+	}
+	p := limit.PrefixOf(source)
+	if _, ok := (*sources)[p]; ok {
+		return &greedyError{p}
+	}
+	return nil
 }

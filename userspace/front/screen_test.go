@@ -108,7 +108,10 @@ func TestDenyBehindProxy(t *testing.T) {
   - { name: web, listen: %q, mode: http, accept_proxy: { from: 127.0.0.1 }, deny: [{ file: %q }],
       default: { forward: %q } }
 `, tcp, file, back, web, file, target))
-	if n := len(d.denyFiles); n != 1 {
+	d.mu.Lock()
+	n := len(d.denyFiles)
+	d.mu.Unlock()
+	if n != 1 {
 		t.Errorf("%d files are followed, want one that both share", n)
 	}
 	for client, want := range map[string]bool{"198.51.100.7": false, "2001:db8::7": false,

@@ -52,8 +52,8 @@ func newSockDiag() (*sockDiag, error) {
 
 func (d *sockDiag) Close() { _ = unix.Close(d.fd) }
 
-// tcpSockets are those at these ports, by the peer's address. A socket at another port is somebody else's, though its
-// peer may be the same.
+// tcpSockets are those at these ports, by the peer's address. A socket at another port is somebody else's,
+// though its peer may be the same.
 func (d *sockDiag) tcpSockets(ports map[uint16]bool) (map[netip.AddrPort]tcpSocket, error) {
 	all := map[netip.AddrPort]tcpSocket{}
 	var id [diagIDSize]byte

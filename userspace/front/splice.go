@@ -19,39 +19,30 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// serveSNI reads the hello of a connection and sends it where its name says.
-// It owns in.
-func (f *Front) serveSNI(in *stream) {
+// serveSNI reads the hello of a connection and sends it where its name says. It owns in.
+func (srv *Server) serveSNI(in *stream) {
 	hello, head, err := in.readHello()
 	in.ahead = head
 	if err != nil {
-		f.refuseHello(in, hello, err)
+		srv.refuseHello(in, hello, err)
 		return
 	}
 	r, err := in.decide(&hello)
 	if err != nil {
-		f.refuseHello(in, hello, err)
+		srv.refuseHello(in, hello, err)
 		return
 	}
-	f.spliceTo(in, r, &hello)
+	srv.spliceTo(in, r, &hello)
 }
 
-// decide says which rule takes in, by its hello, which is nil on a tcp listener, or why none does. Both ways of a
-// connection ask it. On the loop the asker may have to ask: then nothing may be concluded.
+// decide says which rule takes in, by its hello, which is nil on a tcp listener, or why none does. Both ways
+// of a connection ask it. On the loop the asker may have to ask: then nothing may be concluded.
 func (in *conn) decide(hello *sni.Hello) (*plan.Rule, error) {
 	if hello != nil {
 		in.name = hello.ServerName
 	}
 	return in.service.Decide(hello, in.visitor(), in.asker)
 }
-
-// The metric's words for a hello that was not complete: in time, before others needed its place, or when the client
-// left.
-const (
-	helloTimeout    = "hello_timeout"
-	helloDisplaced  = "hello_displaced"
-	helloIncomplete = "hello_incomplete"
-)
 
 var errDisplaced = errors.New("its PROXY header or hello was not complete when a newer connection needed its place")
 
@@ -65,65 +56,13 @@ func (in *conn) timeForHello() time.Duration {
 	return max(1, in.service.HelloTimeout()+in.afterHeader-time.Since(in.accepted))
 }
 
-// refuseHello ends a connection whose hello leads nowhere, with the alert that
-// TLS has for it. It owns in.
-func (f *Front) refuseHello(in *stream, hello sni.Hello, err error) {
-	defer in.release() // after Refuse, which takes its time
-	alert, speaksTLS := sni.AlertFor(err)
-	var reason string
-	var reject *sni.RejectError
-	var stranger *plan.NotAllowedError
-	var unidentified *plan.NotIdentifiedError
-	switch {
-	case errors.As(err, &stranger):
-		reason, alert, speaksTLS = notAllowed, sni.AlertAccessDenied, true
-	case errors.As(err, &unidentified):
-		reason, alert, speaksTLS = notIdentified, sni.AlertAccessDenied, true
-	case errors.Is(err, plan.ErrNobodyServes), errors.Is(err, plan.ErrRejectedName), errors.Is(err, errFinalDot):
-		reason, alert, speaksTLS = "unrecognized_name", sni.AlertUnrecognizedName, true
-	case errors.As(err, &reject):
-		reason = "hello_rejected"
-	case errors.Is(err, sni.ErrNotTLS):
-		reason = "not_tls"
-	case errors.Is(err, sni.ErrTooLarge):
-		reason = "hello_too_large"
-	case errors.Is(err, sni.ErrTimeout):
-		reason = helloTimeout
-	case errors.Is(err, sni.ErrEOF): // a port scan, or a health check
-		reason = "empty"
-	default:
-		reason = helloIncomplete
-	}
-	f.helloRefused(in.conn, hello.ServerName, reason, err)
-	if speaksTLS && f.ctx.Err() == nil {
-		sni.Refuse(in.TCPConn, alert)
-		return
-	}
-	tcpsock.ResetConn(in.TCPConn)
-}
-
-// helloRefused counts a connection that leads nowhere, and says so.
-func (f *Front) helloRefused(in *conn, name, reason string, err error) {
-	if f.ctx.Err() != nil {
-		reason = shutdown
-	}
-	f.metrics.Refused.WithLabelValues(in.listener.name, reason).Inc()
-	if reason != "empty" && reason != shutdown {
-		msg := "connection refused"
-		if reason == helloIncomplete {
-			msg = "the client left before its TLS hello was complete"
-		}
-		f.limited.Warn(reason, msg, "id", in.id, "listener", in.listener.name, "client", in.client, "name", name, "reason", reason, "err", err)
-	}
-}
-
-// spliceTo dials r's target and relays the connection to it. It owns in, and
-// may return before the flow has ended.
-func (f *Front) spliceTo(in *stream, r *plan.Rule, hello *sni.Hello) {
-	up, err := f.dialRule(f.ctx, in.listener.name, r, in.visitor())
+// spliceTo dials r's target and relays the connection to it. It owns in, and may return before the flow has
+// ended.
+func (srv *Server) spliceTo(in *stream, r *plan.Rule, hello *sni.Hello) {
+	up, err := srv.dialRule(srv.ctx, in.listener.name, r, in.visitor())
 	if err != nil {
 		defer in.release()
-		f.limited.Warn("dial "+r.Written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.Name, "target", r.Written, "client", in.client, "name", in.name, "err", err)
+		srv.limited.Warn("dial "+r.Written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.Name, "target", r.Written, "client", in.client, "name", in.name, "err", err)
 		if hello != nil {
 			sni.Refuse(in.TCPConn, sni.AlertInternalError)
 			return
@@ -131,46 +70,43 @@ func (f *Front) spliceTo(in *stream, r *plan.Rule, hello *sni.Hello) {
 		tcpsock.ResetConn(in.TCPConn)
 		return
 	}
-	var rtt [2]time.Duration
-	if f.log.Enabled(f.ctx, slog.LevelInfo) { // only the log wants it
-		rtt = [2]time.Duration{roundTrip(in.TCPConn), roundTrip(up)}
-	}
-	o, done := f.begin(in.conn, r, hello, remoteString(up), rtt)
+	_, o, done := srv.begin(in.conn, r, hello, remoteString(up))
 	o.Head = in.takeAhead()
 	in.stopCancel()
-	f.opts.Relay.Run(f.ctx, in.TCPConn, up, o, done)
+	srv.opts.Relay.Run(srv.ctx, in.TCPConn, up, o, done)
 }
 
 // begin registers the flow of in, and says how it is to be relayed. The result's done ends in.
-func (f *Front) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream string, rtt [2]time.Duration) (relay.Options, func(relay.Result)) {
+func (srv *Server) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream string) (*flow.Flow, relay.Options, func(relay.Result)) {
 	var preface []byte
 	if r.SendProxy {
-		preface = f.proxyHeader(in, hello).Append(nil)
+		preface = srv.proxyHeader(in, hello).Append(nil)
 	}
 	counters := new(relay.Counters)
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.Name, Name: in.name,
 		Client: in.client.String(), Shared: in.shared(), Downstream: in.peer.String(), Upstream: upstream,
 		Target: r.Written, Started: in.accepted, Bytes: counters.Load, Held: counters.Held, Datapath: counters.Datapath,
-		Account: f.flows.Account(in.listener.name, r.Name)}
-	f.flows.Add(fl)
+		Account: srv.flows.Account(in.listener.name, r.Name)}
+	srv.flows.Add(fl)
 	in.asker, in.header = nil, nil // the flow may last
 	o := relay.Options{
 		Preface: preface, Buffer: in.service.Limits.FlowBuffer, Idle: in.service.Limits.IdleTimeout,
-		Counters: counters, ID: in.id, Route: r.Name, Datapaths: f.named(r.Datapath),
+		Counters: counters, ID: in.id, Route: r.Name, Datapaths: srv.named(r.Datapath),
+		MeasureRTT: srv.log.Enabled(srv.ctx, slog.LevelInfo), // only the log wants it
 		Refused: func(datapath string, reason error) {
-			f.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
+			srv.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
 		},
 	}
-	if auto := f.auto.Load(); r.Datapath == plan.Auto && auto != nil {
+	if auto := srv.auto.Load(); r.Datapath == plan.Auto && auto != nil {
 		o.WhenPingPong = *auto
 	}
-	return o, func(res relay.Result) {
-		f.flows.Remove(fl)
+	return fl, o, func(res relay.Result) {
+		srv.flows.Remove(fl)
 		end := func() {
-			f.ended(fl, res, rtt)
+			srv.ended(fl, res)
 			in.release()
 		}
-		if f.log.Enabled(f.ctx, slog.LevelInfo) {
+		if srv.log.Enabled(srv.ctx, slog.LevelInfo) {
 			go end() // a line takes its time to be made, and relay's goroutine has other flows
 			return
 		}
@@ -179,7 +115,7 @@ func (f *Front) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream string,
 }
 
 // dialRule connects to r's target and counts how that went.
-func (f *Front) dialRule(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
+func (srv *Server) dialRule(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
 	started := time.Now()
 	var up net.Conn
 	var err error
@@ -187,26 +123,25 @@ func (f *Front) dialRule(ctx context.Context, listener string, r *plan.Rule, who
 	case r.Label != nil:
 		up, err = dialLabelled(ctx, r, who.Client)
 	case r.Transparent:
-		up, err = f.dialTransparent(ctx, listener, r, who)
+		up, err = srv.dialTransparent(ctx, listener, r, who)
 	default:
 		up, err = r.Dialer.Dial(ctx, r.To, who.Client)
 	}
-	f.metrics.DialTime.Observe(time.Since(started).Seconds())
-	f.targets.tried(r.Written, err)
+	srv.metrics.DialTime.Observe(time.Since(started).Seconds())
+	srv.targets.Note(r.Written, err)
 	if err != nil {
 		reason := "error"
-		var de *dial.Error
-		if errors.As(err, &de) {
+		if de, ok := errors.AsType[*dial.Error](err); ok {
 			reason = string(de.Reason)
 		}
-		f.metrics.DialError.WithLabelValues(listener, reason).Inc()
+		srv.metrics.DialError.WithLabelValues(listener, reason).Inc()
 		return nil, err
 	}
 	return up, nil
 }
 
 // proxyHeader says to the next hop what this one knows of the client.
-func (f *Front) proxyHeader(in *conn, hello *sni.Hello) proxyheader.Header {
+func (srv *Server) proxyHeader(in *conn, hello *sni.Hello) proxyheader.Header {
 	h := proxyheader.Header{Source: in.client, Destination: in.local, ServerName: in.name, ID: in.id}
 	if !vhost.MayTell(in.client.Addr(), in.unknown) {
 		h.Source = netip.AddrPort{}
@@ -218,30 +153,30 @@ func (f *Front) proxyHeader(in *conn, hello *sni.Hello) proxyheader.Header {
 }
 
 // ended writes the one line of a flow that has ended, and counts it.
-func (f *Front) ended(fl *flow.Flow, res relay.Result, rtt [2]time.Duration) {
-	f.metrics.Ended.WithLabelValues(fl.Listener, res.Datapath, string(res.End)).Inc()
-	f.metrics.RouteFlows.WithLabelValues(fl.Listener, fl.Account.Route).Observe(time.Since(fl.Started).Seconds())
-	if !f.log.Enabled(f.ctx, slog.LevelInfo) {
+func (srv *Server) ended(fl *flow.Flow, res relay.Result) {
+	srv.metrics.Ended.WithLabelValues(fl.Listener, res.Datapath, string(res.End)).Inc()
+	srv.metrics.RouteFlows.WithLabelValues(fl.Listener, fl.Account.Route).Observe(time.Since(fl.Started).Seconds())
+	if !srv.log.Enabled(srv.ctx, slog.LevelInfo) {
 		return
 	}
-	f.logEnded(slog.LevelInfo, []slog.Attr{slog.String("id", fl.ID), slog.String("node", f.node()), slog.String("listener", fl.Listener),
+	srv.logEnded(slog.LevelInfo, []slog.Attr{slog.String("id", fl.ID), slog.String("node", srv.node()), slog.String("listener", fl.Listener),
 		slog.String("route", fl.Route), slog.String("name", fl.Name),
 		slog.String("client", fl.Client), slog.String("downstream", fl.Downstream),
 		slog.String("upstream", fl.Upstream), slog.String("target", fl.Target),
 		slog.Int64("bytes_up", res.Up), slog.Int64("bytes_down", res.Down), duration("duration", time.Since(fl.Started)),
 		slog.String("datapath", res.Datapath), slog.String("end", string(res.End)),
-		duration("downstream_rtt", rtt[0]), duration("upstream_rtt", rtt[1])}, res.Err)
+		duration("downstream_rtt", res.RTT[0]), duration("upstream_rtt", res.RTT[1])}, res.Err)
 }
 
-// logEnded writes the line of a flow or a request. It gives it to the handler
-// itself: slog.Logger looks up the caller first, which takes as long as the line.
-func (f *Front) logEnded(level slog.Level, attrs []slog.Attr, err error) {
+// logEnded writes the line of a flow or a request. It gives it to the handler itself: slog.Logger looks up
+// the caller first, which takes as long as the line.
+func (srv *Server) logEnded(level slog.Level, attrs []slog.Attr, err error) {
 	if err != nil {
 		attrs = append(attrs, slog.Any("err", err))
 	}
 	r := slog.NewRecord(time.Now(), level, "flow ended", 0)
 	r.AddAttrs(attrs...)
-	_ = f.log.Handler().Handle(f.ctx, r)
+	_ = srv.log.Handler().Handle(srv.ctx, r)
 }
 
 func duration(key string, d time.Duration) slog.Attr { return slog.Float64(key, seconds(d)) }

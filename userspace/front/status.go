@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/acme"
+	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
@@ -91,25 +92,25 @@ type RouteStatus struct {
 }
 
 // Status describes the daemon as it is now.
-func (f *Front) Status() Status {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	s := Status{Format: flow.FormatVersion, Version: f.opts.Version, Node: f.plan.Config.Node, Config: f.plan.Config.File, Started: f.started, Loaded: f.loaded,
-		Flows: f.flows.Len(), Requests: f.requests.Total(),
-		Accepted: metrics.Totals(f.metrics.Accepted, "listener"), Refused: metrics.Totals(f.metrics.Refused, "reason"),
-		Ended: metrics.Totals(f.metrics.Ended, "end"), DialErrors: metrics.Totals(f.metrics.DialError, "reason"),
-		Demoted: metrics.Totals(f.metrics.Demoted, "reason"), NotTransparent: metrics.Totals(f.metrics.NotTransparent, "reason")}
-	s.Labels = f.plan.Labels.Problems
-	if f.opts.LogLost != nil {
-		s.LogLost = f.opts.LogLost()
+func (srv *Server) Status() Status {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	s := Status{Format: flow.FormatVersion, Version: srv.opts.Version, Node: srv.plan.Config.Node, Config: srv.plan.Config.File, Started: srv.started, Loaded: srv.loaded,
+		Flows: srv.flows.Len(), Requests: srv.requests.Total(),
+		Accepted: metrics.Totals(srv.metrics.Accepted, "listener"), Refused: metrics.Totals(srv.metrics.Refused, "reason"),
+		Ended: metrics.Totals(srv.metrics.Ended, "end"), DialErrors: metrics.Totals(srv.metrics.DialError, "reason"),
+		Demoted: metrics.Totals(srv.metrics.Demoted, "reason"), NotTransparent: metrics.Totals(srv.metrics.NotTransparent, "reason")}
+	s.Labels = srv.plan.Labels.Problems
+	if srv.opts.LogLost != nil {
+		s.LogLost = srv.opts.LogLost()
 	}
-	s.Problems = f.problems()
-	for _, addr := range f.opts.Control {
+	s.Problems = srv.problems()
+	for _, addr := range srv.opts.Control {
 		if addr != "" {
 			s.Control = append(s.Control, addr)
 		}
 	}
-	traffic, flows := f.flows.Traffic()
+	traffic, flows := srv.flows.Traffic()
 	s.Bytes = map[string]int64{}
 	for _, t := range traffic {
 		if t.Route == "" {
@@ -117,53 +118,68 @@ func (f *Front) Status() Status {
 			s.Bytes["down"] += t.Down
 		}
 	}
-	s.Datapaths = f.datapathStates()
+	s.Datapaths = srv.datapathStates()
+	tried := srv.targets.Last()
 	for i := range s.Datapaths {
 		s.Datapaths[i].Flows = flows[s.Datapaths[i].Name]
 	}
-	for i := range f.plan.Config.Listeners {
-		c := &f.plan.Config.Listeners[i]
-		l := f.listeners[c.Name]
-		svc := l.service.Load()
-		ls := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}, Allow: c.Allow, WhileDown: c.WhileDown}
-		for _, d := range c.Deny {
-			ls.Deny = append(ls.Deny, cmp.Or(d.From, d.File))
-		}
-		if err := l.gate.closed(); err != nil {
-			ls.Closed = err.Error()
-		}
-		if c.AcceptProxy != nil {
-			ls.AcceptProxy = c.AcceptProxy.From
-		}
-		if l.certs != nil {
-			ls.Certificates = l.certs.Certificates()
-		}
-		for _, src := range l.managed {
-			ls.ACME = append(ls.ACME, src.Status()...)
-		}
-		for _, sock := range f.sockets {
-			if sock.owner.Load() == l {
-				ls.Bound = append(ls.Bound, sock.bound())
-			}
-		}
-		slices.Sort(ls.Bound)
-		for _, r := range svc.Rules {
-			rs := RouteStatus{Match: r.Name, ALPN: r.ALPN, Reject: r.Reject, Forward: r.Written, SendProxy: r.SendProxy, Transparent: r.Transparent, Source: r.Source(), Allow: r.Allow.Strings(), Asks: restrictions(r), Wanted: r.Datapath}
-			if r.Label != nil {
-				rs.Container = r.Label.State
-			}
-			if !r.Reject {
-				rs.Datapath, rs.Why = via(r, f.named(r.Datapath), s.Datapaths)
-			}
-			rs.Down = f.targets.down(r)
-			for _, to := range r.All {
-				if to.To.Scheme == dial.Docker {
-					rs.Ailing = append(rs.Ailing, f.containers.Ailing(to.To.Host)...)
-				}
-			}
+	for i := range srv.plan.Config.Listeners {
+		c := &srv.plan.Config.Listeners[i]
+		ls := srv.listenerStatus(c)
+		for _, r := range srv.listeners[c.Name].service.Load().Rules {
+			rs := srv.routeStatus(r, s.Datapaths)
+			rs.Down = down(r, tried)
 			ls.Routes = append(ls.Routes, rs)
 		}
 		s.Listeners = append(s.Listeners, ls)
+	}
+	return s
+}
+
+// listenerStatus describes a listener, without its routes.
+//
+// +checklocks:srv.mu
+func (srv *Server) listenerStatus(c *config.Listener) ListenerStatus {
+	l := srv.listeners[c.Name]
+	s := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}, Allow: c.Allow, WhileDown: c.WhileDown}
+	for _, d := range c.Deny {
+		s.Deny = append(s.Deny, cmp.Or(d.From, d.File))
+	}
+	if err := l.gate.closed(); err != nil {
+		s.Closed = err.Error()
+	}
+	if c.AcceptProxy != nil {
+		s.AcceptProxy = c.AcceptProxy.From
+	}
+	if l.certs != nil {
+		s.Certificates = l.certs.Certificates()
+	}
+	for _, src := range l.service.Load().Managed {
+		s.ACME = append(s.ACME, src.Status()...)
+	}
+	for _, sock := range srv.sockets {
+		if sock.owner.Load() == l {
+			s.Bound = append(s.Bound, sock.bound())
+		}
+	}
+	slices.Sort(s.Bound)
+	return s
+}
+
+// routeStatus describes a route by its rule.
+func (srv *Server) routeStatus(r *plan.Rule, datapaths []DatapathStatus) RouteStatus {
+	s := RouteStatus{Match: r.Name, ALPN: r.ALPN, Reject: r.Reject, Forward: r.Written, SendProxy: r.SendProxy, Transparent: r.Transparent,
+		Source: r.Source(), Allow: r.Allow.Strings(), Asks: restrictions(r), Wanted: r.Datapath}
+	if r.Label != nil {
+		s.Container = r.Label.State
+	}
+	if !r.Reject {
+		s.Datapath, s.Why = via(r, srv.named(r.Datapath), datapaths)
+	}
+	for _, to := range r.All {
+		if to.To.Scheme == dial.Docker {
+			s.Ailing = append(s.Ailing, srv.containers.Ailing(to.To.Host)...)
+		}
 	}
 	return s
 }
@@ -195,9 +211,22 @@ func (s *listenerSocket) bound() string {
 }
 
 // Trace answers q by what is in force.
-func (f *Front) Trace(ctx context.Context, q plan.Question) (plan.Trace, error) {
-	f.mu.Lock()
-	p := f.plan
-	f.mu.Unlock()
+func (srv *Server) Trace(ctx context.Context, q plan.Question) (plan.Trace, error) {
+	srv.mu.Lock()
+	p := srv.plan
+	srv.mu.Unlock()
 	return p.Trace(ctx, q)
+}
+
+// down are the targets of r that the last try could not connect to, and why. tried is how the last tries went.
+func down(r *plan.Rule, tried map[string]error) (out []string) {
+	if err := tried[r.Written]; err != nil {
+		out = append(out, err.Error())
+	}
+	for _, to := range r.All {
+		if name := to.To.String(); name != r.Written && tried[name] != nil {
+			out = append(out, tried[name].Error())
+		}
+	}
+	return out
 }

@@ -13,42 +13,39 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/transparent"
 )
 
-// clientUnknown is the reason where a hop speaks for somebody, and doesn't say
-// for whom.
+// clientUnknown is the reason where a hop speaks for somebody, and doesn't say for whom.
 const clientUnknown = "client_unknown"
 
-// openWay makes sure that answers to clients' own addresses come back here, if that
-// is wanted. What was opened stays to the end: flows that a reload leaves
-// alone need it.
+// openWay makes sure that answers to clients' own addresses come back here, if that is wanted. What was
+// opened stays to the end: flows that a reload leaves alone need it.
 //
-// f.mu is held.
-func (f *Front) openWay(wanted bool) {
-	f.wayErr = nil
-	if f.way.Load() != nil || !wanted {
+// +checklocks:srv.mu
+func (srv *Server) openWay(wanted bool) {
+	srv.wayErr = nil
+	if srv.way.Load() != nil || !wanted {
 		return
 	}
-	way, err := transparent.Open(f.log)
+	way, err := transparent.Open(srv.log)
 	if err != nil {
-		f.log.Warn("transparent does not work here: targets see this host's address instead of the client's", "err", err)
-		f.wayErr = fmt.Errorf("transparent does not work here: %w", err)
+		srv.log.Warn("transparent does not work here: targets see this host's address instead of the client's", "err", err)
+		srv.wayErr = fmt.Errorf("transparent does not work here: %w", err)
 		return
 	}
-	f.way.Store(way)
+	srv.way.Store(way)
 }
 
-func (f *Front) closeWay() {
-	if way := f.way.Swap(nil); way != nil {
+func (srv *Server) closeWay() {
+	if way := srv.way.Swap(nil); way != nil {
 		if err := way.Close(); err != nil {
-			f.log.Warn("the rules for transparent could not be removed: `ip rule` and `nft list tables` show them", "err", err)
+			srv.log.Warn("the rules for transparent could not be removed: `ip rule` and `nft list tables` show them", "err", err)
 		}
 	}
 }
 
-// dialTransparent connects to r's target from the client's own address, where
-// that can be. Where it can't the target sees this host, and the reason is
-// counted.
-func (f *Front) dialTransparent(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
-	way, client := f.way.Load(), who.Client
+// dialTransparent connects to r's target from the client's own address, where that can be. Where it can't the
+// target sees this host, and the reason is counted.
+func (srv *Server) dialTransparent(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
+	way, client := srv.way.Load(), who.Client
 	fits := func(to netip.Addr) error {
 		if who.Unknown != nil {
 			return who.Unknown
@@ -66,8 +63,7 @@ func (f *Front) dialTransparent(ctx context.Context, listener string, r *plan.Ru
 	}
 	up, err := d.Dial(ctx, r.To, client)
 	if err != nil {
-		var de *dial.Error
-		if errors.As(err, &de) && de.Reason == dial.Timeout && asked.Load() {
+		if de, ok := errors.AsType[*dial.Error](err); ok && de.Reason == dial.Timeout && asked.Load() {
 			return nil, fmt.Errorf("%w; with transparent it answers %s directly: that works only if this host is its default gateway on the network that it is reached through", err, client)
 		}
 		return nil, err
@@ -76,11 +72,10 @@ func (f *Front) dialTransparent(ctx context.Context, listener string, r *plan.Ru
 		return up, nil
 	}
 	reason, why := clientUnknown, fits(addrPort(up.RemoteAddr()).Addr())
-	var te *transparent.Error
-	if errors.As(why, &te) {
+	if te, ok := errors.AsType[*transparent.Error](why); ok {
 		reason = string(te.Reason)
 	}
-	f.metrics.NotTransparent.WithLabelValues(listener, reason).Inc()
-	f.limited.Warn("not_transparent "+reason, "the target sees this host's address instead of the client's", "listener", listener, "route", r.Name, "target", r.Written, "client", client, "reason", reason, "err", why)
+	srv.metrics.NotTransparent.WithLabelValues(listener, reason).Inc()
+	srv.limited.Warn("not_transparent "+reason, "the target sees this host's address instead of the client's", "listener", listener, "route", r.Name, "target", r.Written, "client", client, "reason", reason, "err", why)
 	return up, nil
 }

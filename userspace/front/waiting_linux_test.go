@@ -68,7 +68,7 @@ limits: { hello_timeout: 5m }
 		})
 	}
 	eventually(t, "nothing is left", func() bool { return d.limiter.Total() == 0 })
-	if n, y := d.partBytes.Load(), d.limiter.Yielding(); n != 0 || y != 0 {
+	if n, y := d.partialBytes.Load(), d.limiter.Yielding(); n != 0 || y != 0 {
 		t.Errorf("%d bytes of hellos and %d connections wait yet", n, y)
 	}
 }
@@ -130,7 +130,7 @@ limits: { hello_timeout: 10s }`, addr, mode, more, up))
 				conns = append(conns, half(t, addr, hello))
 			}
 			eventually(t, "all wait", func() bool {
-				return d.limiter.Total() == clients && d.partBytes.Load() == int64(clients*(len(hello)/2))
+				return d.limiter.Total() == clients && d.partialBytes.Load() == int64(clients*(len(hello)/2))
 			})
 			if n := runtime.NumGoroutine() - before; n > clients/5 {
 				t.Errorf("%d goroutines for %d connections that wait", n, clients)
@@ -142,7 +142,7 @@ limits: { hello_timeout: 10s }`, addr, mode, more, up))
 				c.Close()
 			}
 			eventually(t, "they end", func() bool { return d.limiter.Total() == 0 })
-			if n, y := d.partBytes.Load(), d.limiter.Yielding(); n != 0 || y != 0 {
+			if n, y := d.partialBytes.Load(), d.limiter.Yielding(); n != 0 || y != 0 {
 				t.Errorf("%d bytes of hellos and %d connections wait yet", n, y)
 			}
 		})
@@ -219,19 +219,19 @@ limits: { hello_timeout: 5m }`, addr, backend(t, echo)))
 	// A hello of 64 KiB, which is what one may be, but for its last record.
 	long := append([]byte{1, 0, 0xff, 0xfc}, make([]byte, 60_000)...)
 	part := inRecords(append([]byte{22, 3, 1, 0, 0}, long...), 16<<10)
-	for range 2 * partBytes / len(part) / 3 {
+	for range 2 * partialBytes / len(part) / 3 {
 		dialTCP(t, addr).Write(part)
 	}
-	eventually(t, "all wait", func() bool { return d.partBytes.Load() > partBytes*6/10 })
+	eventually(t, "all wait", func() bool { return d.partialBytes.Load() > partialBytes*6/10 })
 	if n := d.refused("hello_displaced"); n != 0 {
 		t.Errorf("%d have gone though there was room", n)
 	}
-	for range partBytes / len(part) * 2 / 3 {
+	for range partialBytes / len(part) * 2 / 3 {
 		dialTCP(t, addr).Write(part)
 	}
-	eventually(t, "the oldest have gone", func() bool { return d.refused("hello_displaced") >= int64(partBytes/len(part)/4) })
-	if n := d.partBytes.Load(); n > partBytes+fastHello*int64(runtime.GOMAXPROCS(0)) {
-		t.Errorf("%d bytes wait, the limit is %d", n, partBytes)
+	eventually(t, "the oldest have gone", func() bool { return d.refused("hello_displaced") >= int64(partialBytes/len(part)/4) })
+	if n := d.partialBytes.Load(); n > partialBytes+fastHello*int64(runtime.GOMAXPROCS(0)) {
+		t.Errorf("%d bytes wait, the limit is %d", n, partialBytes)
 	}
 	good := dialTCP(t, addr)
 	hello := helloFor(t, "a.test")

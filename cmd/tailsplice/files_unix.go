@@ -1,12 +1,11 @@
 //go:build unix
 
-package front
+package main
 
 import "golang.org/x/sys/unix"
 
-// raiseFileLimit raises RLIMIT_NOFILE as far as it may towards want, and
-// returns what the limit is now. Raising the hard limit needs
-// CAP_SYS_RESOURCE; the soft one goes up to the hard one for everybody.
+// raiseFileLimit raises RLIMIT_NOFILE as far as it may towards want, and returns what the limit is now.
+// Raising the hard limit needs CAP_SYS_RESOURCE; the soft one goes up to the hard one for everybody.
 func raiseFileLimit(want uint64) (uint64, error) {
 	var l unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {

@@ -33,7 +33,7 @@ type datapaths struct {
 	load    func() (*loader.Loader, error)
 	lacks   func(f *front.Server, why string)       // hears why load has failed
 	loaded  func(f *front.Server, l *loader.Loader) // hears of what load has loaded
-	loader  *loader.Loader                         // nil: none
+	loader  *loader.Loader                          // nil: none
 	log     *slog.Logger
 	busy    sync.WaitGroup
 	quit    chan struct{}

@@ -310,19 +310,19 @@ func (x *fastPath) decide(head []byte, hello *sni.Hello, err error, more bool) {
 // relay begins to connect to r's target, and gives the relay both, with head, which is not kept.
 func (x *fastPath) relay(r *plan.Rule, hello *sni.Hello, head []byte) {
 	srv, in := x.server, x.in
+	x.stage = decided // from here on x is the relay's, and may be used on another goroutine
 	fail := func(head []byte, err error) { // the slow path dials anew, and may never see why
 		if errors.Is(err, dial.ErrSelf) { // not on the loop: a log may be slow
 			go srv.limited.Warn("self "+r.Written, "a socket was connected to itself instead of to the target: connecting again",
 				"listener", in.listener.name, "route", r.Name, "target", r.Written, "err", err)
 		}
-		x.takeSlowPath(head)
+		go srv.slowPath(in, x.down, bytes.Clone(head))
 	}
 	up, err := dial.Begin(r.Literal, r.Written, &srv.targets)
 	if err != nil {
 		fail(head, err)
 		return
 	}
-	x.stage = decided
 	in.stopCancel()
 	if in.id == "" {
 		in.id = flow.NewID()

@@ -12,8 +12,10 @@
 //	find_linux.go     the cgroup of a process
 //	unread_linux.go   bytes that the process has not read when the daemon ends
 //	grace_linux.go    when a slot of a map can be used again
-//	name.go           the datapath's name
 package skmsg
+
+// Name is what configuration, logs and metrics call this datapath.
+const Name = "sk_msg"
 
 // This object needs more of the kernel (bpf_probe_read_kernel, sk_msg, sockops), and is loaded only where it is asked
 // for; it shares the maps of sockmap's.

@@ -100,7 +100,7 @@ func (c *Counts) countFailure(log *slog.Logger, why string) {
 	}
 }
 
-// Stats counts since New. Those of [Engine.Local] count by themselves.
+// Stats counts since New. Those of skmsg are counted apart.
 func (l *Engine) Stats() Stats {
 	s := l.counts.Stats()
 	_ = l.objects.Clamped.Get(&s.Clamped)

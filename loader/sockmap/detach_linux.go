@@ -83,20 +83,6 @@ func newDetacher(l *Engine) (*detacher, error) {
 	return &detacher{iter: it, call: l.objects.Call, poke: make(chan struct{}, 1), quit: make(chan struct{})}, nil
 }
 
-func (v *detacher) stop() {
-	if v != nil {
-		close(v.quit)
-	}
-}
-
-// close comes after run has ended.
-func (v *detacher) close() error {
-	if v == nil {
-		return nil
-	}
-	return v.iter.Close()
-}
-
 // noteRate is told of EVENT_BULK, by one goroutine.
 func (d *direction) noteRate(now time.Time) {
 	f := d.f

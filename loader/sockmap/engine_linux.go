@@ -223,9 +223,14 @@ func (l *Engine) Stop() error {
 	if l.sweeper != nil {
 		l.sweeper.close()
 	}
-	l.detacher.stop()
+	if l.detacher != nil {
+		close(l.detacher.quit)
+	}
 	l.loops.Wait()
-	return errors.Join(append(errs, l.detacher.close())...)
+	if l.detacher != nil {
+		errs = append(errs, l.detacher.iter.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // Close stops, and removes the programs and maps. It may be called twice.

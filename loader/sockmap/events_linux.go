@@ -61,15 +61,10 @@ func (w *poller) run(event func(index, generation, events uint32)) {
 	})
 }
 
-func (w *poller) add(s socket, index, generation uint32) error {
-	e := unix.EpollEvent{Events: baseEvents, Fd: int32(index), Pad: int32(generation)}
-	return unix.EpollCtl(w.fd, unix.EPOLL_CTL_ADD, int(s), &e)
-}
-
-// change sets what is watched besides quiet. What is already so is told at once.
-func (w *poller) change(s socket, index, generation, also uint32) {
+// control sets what a socket is watched for besides baseEvents. What is already so is told at once.
+func (w *poller) control(op int, s socket, index, generation, also uint32) error {
 	e := unix.EpollEvent{Events: baseEvents | also, Fd: int32(index), Pad: int32(generation)}
-	_ = unix.EpollCtl(w.fd, unix.EPOLL_CTL_MOD, int(s), &e)
+	return unix.EpollCtl(w.fd, op, int(s), &e)
 }
 
 // hasPending: there are events that run has not told of yet, since the machine is busy.

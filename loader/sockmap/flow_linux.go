@@ -193,7 +193,7 @@ func (f *flow) watchFor(side, events uint32, on bool) {
 		return
 	}
 	f.watched[side] = now
-	f.poller().change(f.sockets[side], 2*f.slot+side, f.generation, now)
+	_ = f.poller().control(unix.EPOLL_CTL_MOD, f.sockets[side], 2*f.slot+side, f.generation, now)
 }
 
 // rearm makes what was told before there was somebody to hear it be told again. The direction may have been
@@ -204,7 +204,7 @@ func (f *flow) rearm(side uint32) {
 	if !f.l.hooks.Keeps(ruleQuiet) {
 		f.watched[side] = unix.EPOLLIN | unix.EPOLLOUT // as Go's poller does
 	}
-	f.poller().change(f.sockets[side], 2*f.slot+side, f.generation, f.watched[side])
+	_ = f.poller().control(unix.EPOLL_CTL_MOD, f.sockets[side], 2*f.slot+side, f.generation, f.watched[side])
 }
 
 // setState is for those who look at the flows map.

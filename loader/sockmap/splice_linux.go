@@ -76,7 +76,7 @@ func (f *flow) enter(o Flow, undo *undo) error {
 	// Edge-triggered: what has happened before is told when the flow is live. An end of stream since the
 	// measurement makes the insertion fail.
 	for i, s := range f.sockets {
-		if err := f.poller().add(s, 2*f.slot+uint32(i), f.generation); err != nil {
+		if f.poller().control(unix.EPOLL_CTL_ADD, s, 2*f.slot+uint32(i), f.generation, 0) != nil {
 			return refusedDescriptors
 		}
 		undo.add(func() { f.poller().remove(s) })

@@ -77,6 +77,7 @@ func (f *flow) socketsOnLoop() (down, up *loop.Socket) {
 // sockets. One that may have it later records it first.
 func (f *flow) begin(down, up *loop.Socket) {
 	for _, d := range f.o.Datapaths {
+		_ = f.writeFirst(up.FD()) // so that it counts as moved before; attachTo sees to what is left, and why
 		if r, ok := d.(datapath.Returner); ok {
 			if f.prefer(r, down, up) {
 				break

@@ -10,8 +10,8 @@ import (
 	"runtime"
 )
 
-// Loader and Local splice flows in the kernel, on Linux. Here there are none: New fails with errors.ErrUnsupported, and
-// what their methods say is that nothing is there.
+// Loader and Local splice flows in the kernel, on Linux. Here there are none: New fails with
+// errors.ErrUnsupported, and what their methods say is that nothing is there.
 type (
 	Loader struct{}
 	Local  struct{ Loader }

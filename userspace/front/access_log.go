@@ -10,8 +10,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
-// openLogs opens those access logs, and keeps those that are open already; if the daemon starts, one that can't be
-// opened is waited for. fresh are those that are newly open, with an error too.
+// openLogs opens those access logs, and keeps those that are open already; if the daemon starts, one that
+// can't be opened is waited for. fresh are those that are newly open, with an error too.
 //
 // +checklocks:srv.mu
 func (srv *Server) openLogs(file string, all []*config.AccessLog, starts bool) (logs map[string]*accesslog.Log, fresh []*accesslog.Log, err error) {

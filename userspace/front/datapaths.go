@@ -39,8 +39,8 @@ func (srv *Server) named(word string) []datapath.Datapath {
 	return srv.opts.Datapaths[i:]
 }
 
-// has gives what is an error where this machine can't offer the datapath of a word: whoever names one wants to know.
-// missing says why others than those that there are can't be had.
+// has gives what is an error where this machine can't offer the datapath of a word: whoever names one wants
+// to know. missing says why others than those that there are can't be had.
 func (srv *Server) has(missing map[string]string) func(word string) error {
 	return func(word string) error {
 		if word == userspace || word == plan.Auto || srv.named(word) != nil {

@@ -24,11 +24,11 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/sni"
 )
 
-// fastPath is the way of the usual connection: a tcp listener, or an sni listener; a target that is an address; a
-// peer and a client whom tailscaled knows already, or need not know. It goes on a loop from event to event, with
-// no goroutine, and the relay gets it with an upstream that may still be connecting. At the first thing that is
-// not usual it takes the slow path, serve, with the bytes that were read: only that asks, explains, retries. PROXY
-// headers and hellos wait here until they are whole, those of https listeners too.
+// fastPath is the way of the usual connection: a tcp listener, or an sni listener; a target that is an
+// address; a peer and a client whom tailscaled knows already, or need not know. It goes on a loop from event
+// to event, with no goroutine, and the relay gets it with an upstream that may still be connecting. At the
+// first thing that is not usual it takes the slow path, serve, with the bytes that were read: only that asks,
+// explains, retries. PROXY headers and hellos wait here until they are whole, those of https listeners too.
 type fastPath struct {
 	server  *Server
 	in      *conn
@@ -78,9 +78,9 @@ func mostWaiting() int64 {
 
 var hellos = sync.Pool{New: func() any { return new([fastHello]byte) }}
 
-// admit takes in what was accepted, and starts serving it, or returns what is to be called when its first bytes
-// have come, or have not in time. It blocks on nothing, and is called for any number of connections at the same
-// time: one over the limit costs no more than to be closed.
+// admit takes in what was accepted, and starts serving it, or returns what is to be called when its first
+// bytes have come, or have not in time. It blocks on nothing, and is called for any number of connections at
+// the same time: one over the limit costs no more than to be closed.
 func (srv *Server) admit(l *listener, down *loop.Socket, peer netip.AddrPort) (left time.Duration, ready func(timedOut bool)) {
 	in := srv.takeIn(l, down, peer)
 	if in == nil {
@@ -167,8 +167,8 @@ func (x *fastPath) readAll(timedOut bool) {
 	}
 }
 
-// take goes on with b, which has just been read, or without any more, for ended. full says that there may be yet
-// more to be read at once.
+// take goes on with b, which has just been read, or without any more, for ended. full says that there may be
+// yet more to be read at once.
 func (x *fastPath) take(b []byte, ended error, full bool) {
 	if x.stage == awaitsHeader {
 		b = x.takeHeader(b, ended, full)
@@ -310,7 +310,7 @@ func (x *fastPath) decide(head []byte, hello *sni.Hello, err error, more bool) {
 // relay begins to connect to r's target, and gives the relay both, with head, which is not kept.
 func (x *fastPath) relay(r *plan.Rule, hello *sni.Hello, head []byte) {
 	srv, in := x.server, x.in
-	x.stage = decided // from here on x is the relay's, and may be used on another goroutine
+	x.stage = decided                      // from here on x is the relay's, and may be used on another goroutine
 	fail := func(head []byte, err error) { // the slow path dials anew, and may never see why
 		if errors.Is(err, dial.ErrSelf) { // not on the loop: a log may be slow
 			go srv.limited.Warn("self "+r.Written, "a socket was connected to itself instead of to the target: connecting again",

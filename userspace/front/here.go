@@ -28,9 +28,9 @@ type here struct {
 // hereTimeout bounds one look.
 const hereTimeout = 5 * time.Second
 
-// LookHere looks at what cfg needs of this machine, and returns what is wrong, each with its place in the file.
-// running is the status of the daemon that cfg is the configuration of, or nil: what that has bound is free. It
-// takes 10 s at most.
+// LookHere looks at what cfg needs of this machine, and returns what is wrong, each with its place in the
+// file. running is the status of the daemon that cfg is the configuration of, or nil: what that has bound is
+// free. It takes 10 s at most.
 func LookHere(ctx context.Context, cfg *config.Config, running *Status) []error {
 	ctx, cancel := context.WithTimeout(ctx, 2*hereTimeout)
 	defer cancel()

@@ -48,8 +48,8 @@ type binding struct {
 	onInterface bool // it is that of a named interface, and may come and go
 }
 
-// bindings lists what cfg wants bound now, given this node's tailnet addresses and those of the places that it
-// names: nothing for listeners that are shut. lacks says which interfaces have no address now.
+// bindings lists what cfg wants bound now, given this node's tailnet addresses and those of the places that
+// it names: nothing for listeners that are shut. lacks says which interfaces have no address now.
 //
 // Server.mu is held.
 func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []netip.Addr,
@@ -284,8 +284,8 @@ func (srv *Server) rebind(want []binding, opened map[string]*listenerSocket) {
 	}
 }
 
-// noteUnbound remembers what the listeners do without: what could not be bound, clashes of addresses, interfaces
-// without one, and why this node's tailnet addresses are not known. It logs what is new of that.
+// noteUnbound remembers what the listeners do without: what could not be bound, clashes of addresses,
+// interfaces without one, and why this node's tailnet addresses are not known. It logs what is new of that.
 //
 // +checklocks:srv.mu
 func (srv *Server) noteUnbound(b bound) {
@@ -360,8 +360,8 @@ func (srv *Server) followAddresses(ctx context.Context) {
 	}
 }
 
-// bound are the addresses that should be bound now, what was bound for that and accepts nothing yet, and what is
-// lacking.
+// bound are the addresses that should be bound now, what was bound for that and accepts nothing yet, and what
+// is lacking.
 type bound struct {
 	want       []binding
 	opened     map[string]*listenerSocket // by address
@@ -371,8 +371,8 @@ type bound struct {
 	tailnetErr error                      // why this node's addresses are not known
 }
 
-// bind binds what listeners want by cfg, and is not bound yet. tailnetErr is why this node's addresses are not
-// known, or nil.
+// bind binds what listeners want by cfg, and is not bound yet. tailnetErr is why this node's addresses are
+// not known, or nil.
 //
 // +checklocks:srv.mu
 func (srv *Server) bind(cfg *config.Config, listeners map[string]*listener, places map[string]place, tailnetErr error) bound {

@@ -191,8 +191,9 @@ func (srv *Server) swapServices(c *change) {
 	}
 }
 
-// prepareListeners returns the listeners of p: those that are there and go on, and new ones. swaps change those
-// that go on; they can't fail. A new listener shows certificates without what can't be used if the daemon starts.
+// prepareListeners returns the listeners of p: those that are there and go on, and new ones. swaps change
+// those that go on; they can't fail. A new listener shows certificates without what can't be used if the
+// daemon starts.
 //
 // +checklocks:srv.mu
 func (srv *Server) prepareListeners(p *plan.Plan, starts bool) (all map[string]*listener, swaps []func(), err error) {

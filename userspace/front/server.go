@@ -43,8 +43,8 @@
 //	status.go          what can be seen from outside
 //	here.go            what a configuration needs of a machine, for `check --here`
 //
-// Locks are taken in this order: a gate's, Server.mu, and then those of the parts that a Server has, under which
-// nothing of this package is locked. A loop calls with none of its locks held.
+// Locks are taken in this order: a gate's, Server.mu, and then those of the parts that a Server has, under
+// which nothing of this package is locked. A loop calls with none of its locks held.
 package front
 
 import (

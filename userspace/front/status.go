@@ -218,7 +218,8 @@ func (srv *Server) Trace(ctx context.Context, q plan.Question) (plan.Trace, erro
 	return p.Trace(ctx, q)
 }
 
-// down are the targets of r that the last try could not connect to, and why. tried is how the last tries went.
+// down are the targets of r that the last try could not connect to, and why. tried is how the last tries
+// went.
 func down(r *plan.Rule, tried map[string]error) (out []string) {
 	if err := tried[r.Written]; err != nil {
 		out = append(out, err.Error())

@@ -21,9 +21,9 @@ type Connecting struct {
 	Failed func(head []byte, err error)
 }
 
-// RunConnecting is [Relay.Run] for a socket of a loop that nobody waits for, and an upstream that may still be
-// connecting. The flow begins when it is connected; either done or up.Failed is called. o.Head is written, or
-// copied, when it returns.
+// RunConnecting is [Relay.Run] for a socket of a loop that nobody waits for, and an upstream that may still
+// be connecting. The flow begins when it is connected; either done or up.Failed is called. o.Head is written,
+// or copied, when it returns.
 func (r *Relay) RunConnecting(ctx context.Context, down *loop.Socket, up Connecting, o Options, done func(Result)) {
 	c := &connecting{Connecting: up, relay: r, ctx: ctx, down: down, up: down.Loop().NewSocket(up.FD), o: o, done: done}
 	if up.Connected {

@@ -16,12 +16,14 @@ import (
 type result struct {
 	p50, p99      time.Duration // until the first byte comes, from before connect
 	tried, failed int
-	bulk          float64 // MB a second through one flow at a time
+	paced         float64 // MB a second through one flow at a time, by a client with a line
+	bulk          float64 // the same without a line: what the processor bears
 	bulkFailed    int     // transfers
 }
 
 func (r result) String() string {
-	return fmt.Sprintf("first byte p50 %.1f ms, p99 %.1f ms (%d of %d failed), %.2f MB/s", ms(r.p50), ms(r.p99), r.failed, r.tried, r.bulk)
+	return fmt.Sprintf("first byte p50 %.1f ms, p99 %.1f ms (%d of %d failed), %.2f MB/s by its line, %.2f without one",
+		ms(r.p50), ms(r.p99), r.failed, r.tried, r.paced, r.bulk)
 }
 
 const patience = 10 * time.Second // of a good client
@@ -79,25 +81,51 @@ func (v *visitor) measure(each time.Duration) (r result) {
 	}
 	slices.Sort(took)
 	r.p50, r.p99 = took[len(took)/2], took[len(took)*99/100]
+	var failed [2]int
+	r.paced, failed[0] = v.transfers(each, v.line)
+	r.bulk, failed[1] = v.transfers(each, 0)
+	r.bulkFailed = failed[0] + failed[1]
+	return r
+}
+
+// transfers takes bulk, one flow after the other, for so long, and gives the MB a second. line is how many bytes a
+// second the client can take at most; 0: any number.
+func (v *visitor) transfers(each time.Duration, line float64) (rate float64, failed int) {
 	var bytes int64
 	began := time.Now()
 	for time.Since(began) < each {
 		c, err := v.open("bulk.test", 1)
 		if err != nil {
-			r.bulkFailed++
+			failed++
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}
 		c.SetReadDeadline(time.Now().Add(patience))
-		n, err := io.Copy(io.Discard, c)
+		n, err := io.Copy(io.Discard, &pacedReader{c, line, time.Now()})
 		bytes += n
 		if err != nil || n != bulkBytes {
-			r.bulkFailed++
+			failed++
 		}
 		abort(c)
 	}
-	r.bulk = float64(bytes) / (1 << 20) / time.Since(began).Seconds()
-	return r
+	return float64(bytes) / (1 << 20) / time.Since(began).Seconds(), failed
+}
+
+// A pacedReader reads what a line lets through.
+type pacedReader struct {
+	r    io.Reader
+	line float64   // bytes a second; 0: any number
+	next time.Time // there may be a read
+}
+
+func (p *pacedReader) Read(b []byte) (int, error) {
+	if p.line == 0 {
+		return p.r.Read(b)
+	}
+	time.Sleep(time.Until(p.next))
+	n, err := p.r.Read(b[:min(len(b), 16<<10)])
+	p.next = p.next.Add(time.Duration(float64(n) / p.line * float64(time.Second)))
+	return n, err
 }
 
 // metrics are those of the daemon that tell what it has refused and ended.

@@ -39,16 +39,17 @@ type sourceCount struct {
 type visitor struct {
 	dialer net.Dialer
 	edge   string
+	line   float64 // that it has, in bytes a second; 0: any
 }
 
 func newVisitor(from, edge string) *visitor {
-	return &visitor{net.Dialer{
+	return &visitor{dialer: net.Dialer{
 		LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)},
 		Timeout:   time.Minute,
 		Control: func(_, _ string, c syscall.RawConn) error {
 			return c.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1) })
 		},
-	}, edge}
+	}, edge: edge}
 }
 
 // open connects, and sends the first part of a hello for name: all of it where part is 1.

@@ -16,9 +16,7 @@ import (
 )
 
 const (
-	memoryEvery = time.Second
-	scarceTCP   = 64 << 20        // bytes that all sockets may have, as on a machine of 1 GiB
-	shortEvery  = memoryEvery / 4 // while half of the memory is taken
+	memoryEvery = time.Second / 4 // a few readers who stop fill what a small machine has for TCP within a second
 	lookRest    = 20              // times as long as a look takes, which is a twentieth of a CPU at most
 
 	// How long no byte of a flow must have moved before it may be ended for what it holds: from 3/4 of the
@@ -27,6 +25,7 @@ const (
 	stoppedForShort = time.Second
 	stoppedMin      = 16 << 10         // bytes that such a flow holds at least
 	greedyFor       = 30 * time.Second // that a source is refused after it held much when memory was short
+	greedyMost      = 16 * time.Minute // that it is refused if it comes back again and again: twice as long each time
 	greedyMin       = 1 << 20          // bytes that a source holds at least before it may be refused
 )
 
@@ -37,14 +36,30 @@ type memoryWatch struct {
 	server *Server
 	since  map[netip.AddrPort]rest // by the peer's address, while half of the memory is taken
 
-	greedy map[netip.Prefix]greed // sources that are refused
+	greedy map[netip.Prefix]greed // sources that are refused, or were
 }
 
 // A greed is what a source has held when memory was short for the last time.
 type greed struct {
-	held int64
-	last time.Time
+	held    int64
+	last    time.Time
+	refused time.Duration // for so long after that
 }
+
+// again is the greed of a source that holds so much once more.
+func (g greed) again(held int64, now time.Time) greed {
+	switch {
+	case g.last.IsZero():
+		g.refused = greedyFor
+	case g.isOver(now): // it was let in
+		g.refused = min(2*g.refused, greedyMost)
+	}
+	g.held, g.last = held, now
+	return g
+}
+
+// isOver reports whether the source is refused no more.
+func (g greed) isOver(now time.Time) bool { return now.Sub(g.last) >= g.refused }
 
 // A rest is a connection at the last look.
 type rest struct {
@@ -62,18 +77,17 @@ func (srv *Server) watchMemory() {
 			srv.opts.Relay.SaveMemory(false)
 			return
 		case now := <-timer.C:
-			next := w.look(now, srv.memoryUse("/proc", "/sys/fs/cgroup"))
+			w.look(now, srv.memoryUse("/proc", "/sys/fs/cgroup"))
 			srv.opts.Relay.SpareTCP(isTCPScarce("/proc"))
-			timer.Reset(max(next, time.Since(now)*lookRest)) // however many flows there are
+			timer.Reset(max(memoryEvery, time.Since(now)*lookRest)) // however many flows there are
 		}
 	}
 }
 
-// isTCPScarce: the kernel has so little for TCP that a hundred readers who stop could take it all, or a part
-// of it is taken.
+// isTCPScarce reports whether a quarter of what the kernel has for TCP is taken.
 func isTCPScarce(proc string) bool {
 	used, short := tcpMemory(proc)
-	return short > 0 && (short < scarceTCP || used >= short/4)
+	return short > 0 && used >= short/4
 }
 
 // A memoryUse is how much is taken of what there is, in bytes.
@@ -213,15 +227,15 @@ func (o owner) String() string {
 
 // look does what u calls for: from half of the memory on little is taken at a time, from 5/8 on sources that
 // hold much open no more connections, and from 3/4 on flows that have stood still for longest are ended,
-// first those of the source that holds most. It says when to look again.
-func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
+// first those of the source that holds most.
+func (w *memoryWatch) look(now time.Time, u memoryUse) {
 	srv := w.server
 	isShort := u.over(1, 2)
 	srv.opts.Relay.SaveMemory(isShort && u.what == overMemory)
 	if !isShort {
 		w.since = nil
 		w.refuse(now, u)
-		return memoryEvery
+		return
 	}
 	var sockets map[netip.AddrPort]tcpSocket
 	diag, err := newSockDiag()
@@ -237,7 +251,7 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 			if w.greedy == nil {
 				w.greedy = map[netip.Prefix]greed{}
 			}
-			w.greedy[source] = greed{held, now}
+			w.greedy[source] = w.greedy[source].again(held, now)
 		}
 	}
 	w.refuse(now, u)
@@ -247,20 +261,21 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) time.Duration {
 	if err != nil {
 		srv.limited.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
 	}
-	return shortEvery
 }
 
 // refuse has the sources refused that have held much until a short while ago.
 func (w *memoryWatch) refuse(now time.Time, u memoryUse) {
 	srv := w.server
-	maps.DeleteFunc(w.greedy, func(_ netip.Prefix, g greed) bool { return now.Sub(g.last) >= greedyFor })
-	if len(w.greedy) == 0 {
+	maps.DeleteFunc(w.greedy, func(_ netip.Prefix, g greed) bool { return now.Sub(g.last) >= greedyMost })
+	greedy := map[netip.Prefix]int64{}
+	for source, g := range w.greedy {
+		if !g.isOver(now) {
+			greedy[source] = g.held
+		}
+	}
+	if len(greedy) == 0 {
 		srv.greedySources.Store(nil)
 		return
-	}
-	greedy := make(map[netip.Prefix]int64, len(w.greedy))
-	for source, g := range w.greedy {
-		greedy[source] = g.held
 	}
 	if srv.greedySources.Swap(&greedy) == nil {
 		most, held := greediest(greedy)

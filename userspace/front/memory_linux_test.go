@@ -391,7 +391,7 @@ func TestGreedyTakes(t *testing.T) {
 		greedy   bool
 	}{{0, 1, false}, {0, 2, false}, {0, 2, true}, {1, 2, true}, {2, 2, true}, {2, 3, false}, {2, 3, true}} {
 		up, down = look.up, look.down
-		now = now.Add(shortEvery)
+		now = now.Add(memoryEvery)
 		if greedy := len(greedySources(w.stalled(now, sockets), greedyMin)) > 0; greedy != look.greedy {
 			t.Errorf("look %d, with %d bytes up and %d down: greedy is %v", i, up, down, greedy)
 		}
@@ -571,5 +571,24 @@ listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]
 limits: { memory: 16MiB }`, freeAddr(t)))
 	if u := d.memoryUse(t.TempDir(), t.TempDir()); u.used < 1<<20 || u.total != 16<<20 || u.what != overMemory {
 		t.Errorf("%+v", u)
+	}
+}
+
+// TestGreedAgain: a source that holds much once more as soon as it is let in is refused for twice as long each time.
+func TestGreedAgain(t *testing.T) {
+	now := time.Now()
+	g := greed{}.again(1, now)
+	for want := greedyFor; want < 4*greedyMost; want *= 2 {
+		want := min(want, greedyMost)
+		if g = g.again(1, now); g.refused != want {
+			t.Errorf("it is refused for %v, not for %v, while it is refused", g.refused, want)
+		}
+		if now = now.Add(want - 1); g.isOver(now) {
+			t.Errorf("it is let in before %v", want)
+		}
+		if now = now.Add(1); !g.isOver(now) {
+			t.Errorf("it is refused after %v", want)
+		}
+		g = g.again(1, now)
 	}
 }

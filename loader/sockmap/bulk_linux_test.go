@@ -4,7 +4,6 @@ import (
 	"errors"
 	"io"
 	"os"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -133,10 +132,10 @@ func other(t *testing.T, r *Hooks) snapshot {
 	f := l.live[firstLive(l)].Load()
 	must(t, sendPart(p.Client, p.Server, 1, 5)) // the verdict has begun
 	up, down := &f.directions[0], &f.directions[1]
-	atomic.StoreUint64(&up.shared().Consumed, 1<<62)
+	pretendConsumed(up, 1<<62)
 	must(t, sendPart(p.Server, p.Client, 2, 5))
 	s := down.snapshot()
-	atomic.StoreUint64(&up.shared().Consumed, 0)
+	pretendConsumed(up, 0)
 	must(t, errors.Join(send(p.Client, p.Server, 3, 1<<20), send(p.Server, p.Client, 4, 1<<20)))
 	return s
 }

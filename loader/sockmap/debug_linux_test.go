@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// +checklocksignore
 func (f *flow) dump() string {
 	s := ""
 	f.mu.RLock()

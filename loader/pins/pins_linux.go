@@ -162,8 +162,8 @@ func (f *folder) pointTo(to string) error {
 }
 
 // RemoveDead removes the pins of daemons and self-tests that were killed, whatever their names, as each
-// [Claim] does, for a process that loads nothing. Maps with bytes that a process has not read yet stay. Where this
-// process may not see any pins it does nothing. bpffs is as of Claim.
+// [Claim] does, for a process that loads nothing. Maps with bytes that a process has not read yet stay. Where
+// this process may not see any pins it does nothing. bpffs is as of Claim.
 func RemoveDead(bpffs string, holds func(path string) (bool, error), log *slog.Logger) error {
 	above, err := openPinsFolder(cmp.Or(bpffs, defaultBPFFS), false)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EACCES) || errors.Is(err, errNotBPFFS) {

@@ -225,8 +225,8 @@ func whole(from, to *net.TCPConn, data []byte) error {
 	return errors.Join(err, <-sent)
 }
 
-// OfConns calls splice with descriptors of the sockets of down and up, which a datapath owns if it takes the flow.
-// Then the connections are closed: they would wake Go's poller at each message.
+// OfConns calls splice with descriptors of the sockets of down and up, which a datapath owns if it takes the
+// flow. Then the connections are closed: they would wake Go's poller at each message.
 func OfConns(down, up *net.TCPConn, splice func(down, up int) (func() (up, down int64), error)) (count func() (up, down int64), err error) {
 	fds := []int{-1, -1}
 	for i, c := range []*net.TCPConn{down, up} {

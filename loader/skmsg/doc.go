@@ -17,7 +17,7 @@ package skmsg
 // Name is what configuration, logs and metrics call this datapath.
 const Name = "sk_msg"
 
-// This object needs more of the kernel (bpf_probe_read_kernel, sk_msg, sockops), and is loaded only where it is
-// asked for; it shares the maps of sockmap's.
+// This object needs more of the kernel (bpf_probe_read_kernel, sk_msg, sockops), and is loaded only where it
+// is asked for; it shares the maps of sockmap's.
 //
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -tags linux -target bpfel,bpfeb -no-global-types -type local -type pair -type end -type local_answer -type local_target -type local_request -type half -type place skmsg ../../bpf/skmsg.bpf.c -- -mcpu=v3 -nostdinc -Wall -Werror -I../../bpf/include

@@ -144,7 +144,8 @@ func (n *Local) Close() error {
 }
 
 // Splice takes the flow over, as [sockmap.Engine.Splice] does, if up's other end is a socket of a process on
-// this host that was caught. The first flow to a target is always refused: it is how the target becomes known.
+// this host that was caught. The first flow to a target is always refused: it is how the target becomes
+// known.
 func (n *Local) Splice(ctx context.Context, down, up int,
 	o sockmap.Flow) (count func() (up, down int64), err error) {
 	if n.counts.IsOff() {

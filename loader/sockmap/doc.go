@@ -2,9 +2,9 @@
 //
 // # How a direction works
 //
-// userspace/datapath decides which flows are here: the relay gives one to [Engine.Splice] when it is ping-pong
-// or quiet. A flow that becomes busy leaves the sockmap, and is given back. One that prefers this datapath is
-// in the flows map from its begin to its end, whoever has it.
+// userspace/datapath decides which flows are here: the relay gives one to [Engine.Splice] when it is
+// ping-pong or quiet. A flow that becomes busy leaves the sockmap, and is given back. One that prefers this
+// datapath is in the flows map from its begin to its end, whoever has it.
 //
 // In there, the verdict (bpf/verdict.h) redirects each skb to the peer while the peer's send buffer takes
 // it, and else leaves it in the source's queue, which closes the source's window, and says so through a ring.
@@ -40,6 +40,7 @@
 package sockmap
 
 // One object is meant for kernels from 6.1 on (6.1, 6.12 and 6.18 are tested): -mcpu=v4 would need 6.6, and
-// what differs between kernels is relocated by CO-RE. -nostdinc: only the headers pinned in bpf/include count.
+// what differs between kernels is relocated by CO-RE. -nostdinc: only the headers pinned in bpf/include
+// count.
 //
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -tags linux -target bpfel,bpfeb -type half -type flow -type place -type event -type fault -type flow_state -type event_kind -type leaving sockmap ../../bpf/sockmap.bpf.c -- -mcpu=v3 -nostdinc -Wall -Werror -I../../bpf/include

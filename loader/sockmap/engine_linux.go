@@ -121,8 +121,8 @@ func Mapped[T any](m *ebpf.Map) (memory []byte, entries []T, err error) {
 	return memory, unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(memory))), m.MaxEntries()), nil
 }
 
-// Assign loads an object, whose maps get room for so many entries a flow, or are those that l has. It sets the
-// variables that all objects have.
+// Assign loads an object, whose maps get room for so many entries a flow, or are those that l has. It sets
+// the variables that all objects have.
 func (l *Engine) Assign(spec *ebpf.CollectionSpec, entries map[string]int, to any) error {
 	for name, n := range entries {
 		spec.Maps[name].MaxEntries = uint32(n * len(l.live))

@@ -12,8 +12,8 @@ import (
 )
 
 // Splice takes the flow between two non-blocking sockets that are in nobody's poller, or refuses it with an
-// error; userspace/datapath says what the caller and it promise each other. It never waits for the flow. When it
-// has taken the flow, it owns the sockets.
+// error; userspace/datapath says what the caller and it promise each other. It never waits for the flow. When
+// it has taken the flow, it owns the sockets.
 func (l *Engine) Splice(ctx context.Context, down, up int, o Flow) (count func() (up, down int64), err error) {
 	count, err = l.SpliceBy(ctx, down, up, o, tcpOnly{l})
 	l.counts.CountRefusal(l.log, err)

@@ -88,8 +88,8 @@ func (v *visitor) measure(each time.Duration) (r result) {
 	return r
 }
 
-// transfers takes bulk, one flow after the other, for so long, and gives the MB a second. line is how many bytes a
-// second the client can take at most; 0: any number.
+// transfers takes bulk, one flow after the other, for so long, and gives the MB a second. line is how many
+// bytes a second the client can take at most; 0: any number.
 func (v *visitor) transfers(each time.Duration, line float64) (rate float64, failed int) {
 	var bytes int64
 	began := time.Now()

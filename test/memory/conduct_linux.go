@@ -39,8 +39,8 @@ const (
 	leastBulk      = 0.8                    // of the throughput without load
 
 	// The line of the good client, in bytes a second: 1 Gbit/s, about what one processor here carries over
-	// tailscale0. It is divided as the load is. Without a line all that others cost the processor is taken from
-	// the throughput: 5,000 connections a second are more than one processor accepts in any program.
+	// tailscale0. It is divided as the load is. Without a line all that others cost the processor is taken
+	// from the throughput: 5,000 connections a second are more than one processor accepts in any program.
 	goodLine = 125e6
 )
 
@@ -319,7 +319,8 @@ func (c *conductor) phase(name string, each time.Duration) {
 	fmt.Printf("%-12s %s; %s MB taken: RSS %s, TCP %s, slab %s\n", p.name, p.probe, mb(p.most.Taken), mb(p.most.RSS), mb(p.most.TCP), mb(p.most.Slab))
 }
 
-// bulk is the throughput without a line that there would have been, had others left the machine's processor alone.
+// bulk is the throughput without a line that there would have been, had others left the machine's processor
+// alone.
 func (p *phase) bulk() float64 { return p.probe.bulk / p.got }
 
 // table shows all phases. "CPU" is what the daemon has used of the machine's, "got" is how much of the time

@@ -118,7 +118,8 @@ func (ch *Chooser) pingPong(c *Choice, from Side, n int) (flows int) {
 	return ch.count(c, now)
 }
 
-// count counts c, once in each stretch. If the flow was ping-pong in the one before too, it gives how many were then.
+// count counts c, once in each stretch. If the flow was ping-pong in the one before too, it gives how many
+// were then.
 func (ch *Chooser) count(c *Choice, at time.Time) (flows int) {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()

@@ -21,10 +21,11 @@ type Attempt struct {
 	began    time.Time
 }
 
-// Begin begins to connect to an address, for callers with a poller of their own. If it is not connected at once,
-// the caller waits until its socket is writable and calls [Attempt.Check]. There is no timeout but TCP's own:
-// where an attempt fails, [Dialer.Dial] tries again and explains. A socket that has connected to itself is reset,
-// and the error is [ErrSelf]. An attempt that succeeds is noted in outcomes as one for target.
+// Begin begins to connect to an address, for callers with a poller of their own. If it is not connected at
+// once, the caller waits until its socket is writable and calls [Attempt.Check]. There is no timeout but
+// TCP's own: where an attempt fails, [Dialer.Dial] tries again and explains. A socket that has connected to
+// itself is reset, and the error is [ErrSelf]. An attempt that succeeds is noted in outcomes as one for
+// target.
 func Begin(to netip.AddrPort, target string, outcomes *Outcomes) (*Attempt, error) {
 	a := &Attempt{to: to, target: target, outcomes: outcomes, began: time.Now()}
 	family := unix.AF_INET

@@ -152,7 +152,8 @@ func (l *Loop) event(id uint64, events uint32) (goOn bool) {
 	return goOn
 }
 
-// watch makes events of s come, also those that were missed and still hold. The caller has the loop to itself.
+// watch makes events of s come, also those that were missed and still hold. The caller has the loop to
+// itself.
 func (l *Loop) watch(s *Socket, events uint32) error {
 	op, id := unix.EPOLL_CTL_MOD, s.id
 	if id == 0 {

@@ -113,7 +113,8 @@ func (f *flow) keepRecord(d datapath.Datapath, forget func()) {
 	}
 }
 
-// offer asks d to take f, which is in transit, and is so again if d refuses it. Nobody has the sockets in a poller.
+// offer asks d to take f, which is in transit, and is so again if d refuses it. Nobody has the sockets in a
+// poller.
 func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool) {
 	f.mu.Lock()
 	f.enter(handedOff)

@@ -17,7 +17,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
-// What is in this file and returns then has the loop to itself, but for attachTo. then is called without that.
+// What is in this file and returns then has the loop to itself, but for attachTo. then is called without
+// that.
 
 // attachTo gives f, which is in transit, to the loop of its sockets.
 func (f *flow) attachTo(down, up *loop.Socket) {
@@ -163,7 +164,8 @@ func (s *side) transfer(buf []byte) (n int, then func()) {
 	return n, nil
 }
 
-// message hands the flow off if that is due now that a message of s, whose last n bytes were read, has passed.
+// message hands the flow off if that is due now that a message of s, whose last n bytes were read, has
+// passed.
 func (s *side) message(n int) (then func()) {
 	f, dst := s.flow, s.other()
 	if s.pieces > 0 {

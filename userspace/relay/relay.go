@@ -169,8 +169,8 @@ type Result struct {
 	Err      error  // more about End; nil with EndEOF
 	Datapath string // the datapath that had the flow last: "userspace" or the Name of a Datapath
 
-	// RTT is TCP's estimate of the round trip time to downstream and to upstream as the flow began, 0 for what
-	// is not TCP, and without Options.MeasureRTT.
+	// RTT is TCP's estimate of the round trip time to downstream and to upstream as the flow began, 0 for
+	// what is not TCP, and without Options.MeasureRTT.
 	RTT [2]time.Duration
 }
 

@@ -12,13 +12,13 @@ const (
 	trialRead  = 8 << 10   // bytes of a piece
 	leastBulk  = 24 << 10  // bytes that come at once when the trial ends, and leave the loop
 
-	// What a reader on trial may have been written beyond what TCP could send, where TCP's memory is scarce. What a
-	// direction with a reader that stops has read sizes the receive buffer of its sender.
+	// What a reader on trial may have been written beyond what TCP could send, where TCP's memory is scarce.
+	// What a direction with a reader that stops has read sizes the receive buffer of its sender.
 	trialUnsent = 16 << 10
 )
 
-// SpareTCP says whether TCP's memory is scarce on this machine: then directions on trial take less of it, and leave
-// the loop more often.
+// SpareTCP says whether TCP's memory is scarce on this machine: then directions on trial take less of it, and
+// leave the loop more often.
 func (r *Relay) SpareTCP(isScarce bool) { r.holding.scarceTCP.Store(isScarce) }
 
 // piece is the part of buf that the next read from s may fill, and isOnTrial whether that is less because s

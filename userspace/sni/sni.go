@@ -11,8 +11,8 @@
 // random, compression) to that server, which knows better what to answer. It was fuzzed against crypto/tls.
 // The known differences from it, all towards refusing:
 //
-//   - the first record must say major version 3, as OpenSSL and BoringSSL demand; a client_version of SSL 3.0 or less
-//     is refused as RFC 8446 appendix D.5 demands;
+//   - the first record must say major version 3, as OpenSSL and BoringSSL demand; a client_version of SSL
+//     3.0 or less is refused as RFC 8446 appendix D.5 demands;
 //   - an alert in front of the hello, or between its fragments, is refused, where crypto/tls skips warnings;
 //   - a host name must look like one (see [Hello.ServerName]); crypto/tls takes any bytes.
 //

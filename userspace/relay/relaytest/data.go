@@ -89,8 +89,8 @@ func requestResponse(t *testing.T, p Path, s Size) {
 	must(t, <-done)
 }
 
-// PingPong sends messages of up to most bytes back and forth, some of them crossing, until enough. It gives the
-// bytes that went each way.
+// PingPong sends messages of up to most bytes back and forth, some of them crossing, until enough. It gives
+// the bytes that went each way.
 func PingPong(client, server net.Conn, most int64, enough func() bool) (up, down int64, err error) {
 	toServer, toClient := newStream(), newStream()
 	atServer, atClient := *toServer, *toClient

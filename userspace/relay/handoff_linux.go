@@ -173,6 +173,7 @@ func (f *flow) resumed() *flow {
 	o.Counters = f.counters
 	g := f.relay.newFlow(f.ctx, nil, nil, o, f.done)
 	g.recorded, g.choice = f.recorded, datapath.Choice{Of: f.choice.Of, Prefers: f.choice.Prefers}
+	g.down.lasting, g.up.lasting = f.down.lasting, f.up.lasting
 	return g
 }
 

@@ -85,6 +85,9 @@ func (t *targets) init(n *Local) {
 // unknown target is looked up meanwhile, for the flows to come.
 func (t *targets) find(up int) (*process, error) {
 	at, own := withoutZone(tcpsock.Remote(up)), withoutZone(tcpsock.Local(up))
+	if !at.IsValid() { // a connection that was reset names no peer
+		return nil, sockmap.RefusedState
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.closed {

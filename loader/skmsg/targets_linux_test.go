@@ -10,6 +10,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/loader/loadertest"
 	"github.com/tailsplice/tailsplice/loader/prove"
+	"github.com/tailsplice/tailsplice/loader/sockmap"
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/test/cgroup"
 )
@@ -63,4 +64,32 @@ func TestLocalForgetsTargets(t *testing.T) {
 			t.Errorf("with all in use: %v", err)
 		}
 	})
+}
+
+// A socket whose connection was reset has no address of its peer: that is no target, and nothing is learned of it.
+func TestLocalRefusesReset(t *testing.T) {
+	n := openLocal(t, nil)
+	client, down := connect(t, "tcp4")
+	up, server := connect(t, "tcp4")
+	defer client.Close()
+	defer down.Close()
+	defer up.Close()
+	tcpsock.ResetConn(server)
+	tcpsock.Control(up, func(fd int) {
+		waitFor(t, func() bool { return tcpsock.IsClosed(fd) }, "the reset")
+		tcpsock.Control(down, func(other int) {
+			_, err := n.Splice(t.Context(), other, fd, sockmap.Flow{Buffer: 1 << 20})
+			if !errors.Is(err, sockmap.RefusedState) {
+				t.Errorf("refused: %v", err)
+			}
+		})
+	})
+	n.targets.mu.Lock()
+	defer n.targets.mu.Unlock()
+	if len(n.targets.known) != 0 {
+		t.Errorf("targets: %v", n.targets.known)
+	}
+	if s := n.Stats(); s.Refused[sockmap.RefusedState.Error()] != 1 || len(s.Refused) != 1 {
+		t.Errorf("counted %v", s.Refused)
+	}
 }

@@ -23,7 +23,7 @@ func (r Refusal) Is(err error) bool { return r == refusedDescriptors && err == e
 const (
 	RefusedOff         = Refusal("sockmap is switched off")
 	refusedFull        = Refusal("too many spliced flows")
-	refusedState       = Refusal("a side has already ended")
+	RefusedState       = Refusal("a side has already ended")
 	refusedMultipath   = Refusal("a side is multipath TCP")
 	refusedDescriptors = Refusal("out of file descriptors")
 	refusedSocket      = Refusal("a socket could not be read")

@@ -88,7 +88,7 @@ func TestRefusal(t *testing.T) {
 		client.CloseWrite()
 		time.Sleep(20 * time.Millisecond)
 	}})
-	if !errors.Is(err, refusedState) {
+	if !errors.Is(err, RefusedState) {
 		t.Fatalf("a side that has ended: %v", err)
 	}
 	raw, _ := p.Down.SyscallConn()
@@ -97,7 +97,7 @@ func TestRefusal(t *testing.T) {
 			t.Errorf("TCP_NODELAY is %d, %v", n, err)
 		}
 	})
-	if s := l.Stats(); s.Flows != 0 || s.Refused[refusedState.Error()] != 1 || s.Off != "" {
+	if s := l.Stats(); s.Flows != 0 || s.Refused[RefusedState.Error()] != 1 || s.Off != "" {
 		t.Errorf("%+v", s)
 	}
 }

@@ -150,7 +150,7 @@ func (r *record) enter(f *flow, o Flow) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.isForgotten {
-		return refusedState
+		return RefusedState
 	}
 	r.flow = f
 	t := r.entry

@@ -206,7 +206,7 @@ func (f *flow) wakeAll() {
 // insertion tells a socket that has ended from one that the kernel does not take.
 func insertion(err error) Refusal {
 	if err := host.Translate(err); isNotEstablished(err) {
-		return refusedState
+		return RefusedState
 	}
 	return refusedInsert
 }
@@ -224,7 +224,7 @@ func (f *flow) measure() error {
 			return refusedSocket
 		}
 		if !open {
-			return refusedState
+			return RefusedState
 		}
 		written, err := s.writtenBefore()
 		if err != nil {

@@ -12,7 +12,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 CHECKLOCKS  := gvisor.dev/gvisor/tools/checklocks/cmd/checklocks@v0.0.0-20260905035102-160fafc42237
 LOCKS       := ./loader/skmsg ./loader/sockmap ./userspace/accesslog ./userspace/acme ./userspace/admin \
                ./userspace/auth ./userspace/container ./userspace/datapath ./userspace/dial ./userspace/flow \
-               ./userspace/front ./userspace/limit ./userspace/logwriter ./userspace/loop ./userspace/relay \
+               ./userspace/server ./userspace/limit ./userspace/logwriter ./userspace/loop ./userspace/relay \
                ./userspace/tailnet ./userspace/tlsterm ./userspace/vhost
 VERSION     := $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null || echo devel)
 # What people install is made by a module of its own, too.
@@ -63,7 +63,7 @@ test-packages: provision ## Install what make packages and make fly build, on De
 soak: ## Hours of what make test does for a minute each (root; not a part of test)
 	cd userspace/relay && go test -tags soak -run '^TestSoak$$' -parallel 96 -timeout 80m $(TESTFLAGS)
 	go test -tags soak -run '^TestPrograms' -p 1 -timeout 40m $(TESTFLAGS) ./userspace/relay ./test/datapath
-	go test -tags soak -run '^TestIdentity' -timeout 60m $(TESTFLAGS) ./userspace/front
+	go test -tags soak -run '^TestIdentity' -timeout 60m $(TESTFLAGS) ./userspace/server
 	cd test/oracle && go test -tags soak -run '^TestGuards$$' -timeout 3h $(TESTFLAGS)
 	cd cmd/tailsplice && go test -tags soak -run '^TestStrangers$$' -timeout 40m -count=1 -v $(TESTFLAGS)
 

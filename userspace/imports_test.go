@@ -83,7 +83,7 @@ var floors = []struct {
 		"userspace/relay/relaytest",
 	}},
 	{"what serves: all of the above at work", []string{
-		"userspace/front",
+		"userspace/server",
 	}},
 	{"commands, the only place where both sides meet", []string{
 		"cmd/tailsplice",
@@ -106,26 +106,26 @@ var heavy = []struct {
 	users   []string
 }{
 	{"tailscale.com", "the LocalAPI's client brings a hundred packages: ask package tailnet",
-		[]string{"userspace/tailnet", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
+		[]string{"userspace/tailnet", "userspace/plan", "userspace/server", "cmd/tailsplice"}},
 	{"github.com/moby/moby", "only package container talks with Docker",
-		[]string{"userspace/container", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
+		[]string{"userspace/container", "userspace/plan", "userspace/server", "cmd/tailsplice"}},
 	{"github.com/cilium/ebpf", "everything but the loader works on a kernel without BPF",
 		[]string{"loader", "loader/host", "loader/pins", "loader/prove", "loader/skmsg", "loader/sockmap", "cmd/tailsplice"}},
 	{"github.com/caddyserver/certmagic", "only package acme orders certificates",
-		[]string{"userspace/acme", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
+		[]string{"userspace/acme", "userspace/plan", "userspace/server", "cmd/tailsplice"}},
 	{"github.com/prometheus/client_golang", "packages count for themselves, metrics asks them",
-		[]string{"userspace/metrics", "userspace/front", "cmd/tailsplice"}},
+		[]string{"userspace/metrics", "userspace/server", "cmd/tailsplice"}},
 	{"github.com/goccy/go-yaml", "a configuration is read once, by package config",
-		[]string{"userspace/config", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
+		[]string{"userspace/config", "userspace/plan", "userspace/server", "cmd/tailsplice"}},
 	{"github.com/google/nftables", "only package transparent changes the host's firewall",
-		[]string{"userspace/transparent", "userspace/front", "cmd/tailsplice"}},
+		[]string{"userspace/transparent", "userspace/server", "cmd/tailsplice"}},
 	{"github.com/vishvananda/netlink", "asking the kernel for routes and sockets needs Linux, and often privileges",
-		[]string{"loader", "loader/skmsg", "userspace/transparent", "userspace/front", "cmd/tailsplice"}},
+		[]string{"loader", "loader/skmsg", "userspace/transparent", "userspace/server", "cmd/tailsplice"}},
 	{"github.com/spf13/cobra", "only commands have flags",
 		[]string{"cmd/tailsplice"}},
 	{"net/http", "what carries bytes knows no HTTP",
 		[]string{"userspace/acme", "userspace/admin", "userspace/auth", "userspace/config", "userspace/container",
-			"userspace/metrics", "userspace/tailnet", "userspace/vhost", "userspace/plan", "userspace/front", "cmd/tailsplice"}},
+			"userspace/metrics", "userspace/tailnet", "userspace/vhost", "userspace/plan", "userspace/server", "cmd/tailsplice"}},
 }
 
 // TestImports keeps the data flowing one way, and each package on its floor.
@@ -271,7 +271,7 @@ func below(path, folder string) bool { return path == folder || strings.HasPrefi
 func TestForbidden(t *testing.T) {
 	floor := map[string]int{
 		"userspace/spelling": 0, "userspace/sni": 1, "userspace/route": 1, "loader": 3,
-		"userspace/relay": 6, "userspace/relay/relaytest": 7, "userspace/front": 8, "cmd/tailsplice": 9,
+		"userspace/relay": 6, "userspace/relay/relaytest": 7, "userspace/server": 8, "cmd/tailsplice": 9,
 	}
 	for _, c := range []struct {
 		from, to string
@@ -281,12 +281,12 @@ func TestForbidden(t *testing.T) {
 		{"userspace/sni", "userspace/route", false, true},
 		{"userspace/sni", "userspace/spelling", false, false},
 		{"userspace/spelling", "userspace/sni", false, true},
-		{"userspace/front", "userspace/route", false, false},
-		{"userspace/route", "userspace/front", true, true},
-		{"userspace/front", "loader", false, true},
+		{"userspace/server", "userspace/route", false, false},
+		{"userspace/route", "userspace/server", true, true},
+		{"userspace/server", "loader", false, true},
 		{"loader", "userspace/spelling", false, true},
 		{"cmd/tailsplice", "loader", false, false},
-		{"userspace/front", "cmd/tailsplice", true, true},
+		{"userspace/server", "cmd/tailsplice", true, true},
 		{"userspace/relay/relaytest", "userspace/relay", false, false},
 		{"userspace/relay", "userspace/relay/relaytest", true, false},
 		{"userspace/relay", "userspace/relay/relaytest", false, true},

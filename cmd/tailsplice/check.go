@@ -11,8 +11,8 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/plan"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 func newCheck() *cobra.Command {
@@ -61,7 +61,7 @@ what tailsplice trace does.`,
 				}
 				return nil
 			}
-			problems := front.LookHere(cmd.Context(), cfg, running(cmd.Context(), cfg))
+			problems := server.LookHere(cmd.Context(), cfg, running(cmd.Context(), cfg))
 			for _, p := range problems {
 				fmt.Fprintln(terminal{os.Stderr}, p)
 			}
@@ -96,10 +96,10 @@ func count(things []plan.Thing) string {
 }
 
 // running is the status of the daemon that a configuration would be the one of, or nil where none runs.
-func running(ctx context.Context, cfg *config.Config) *front.Status {
+func running(ctx context.Context, cfg *config.Config) *server.Status {
 	ctx, cancel := context.WithTimeout(ctx, askPatience)
 	defer cancel()
-	var s front.Status
+	var s server.Status
 	if err := (admin.Client{Socket: cfg.Control.Socket}).Get(ctx, "status", &s); err != nil {
 		return nil
 	}

@@ -10,15 +10,15 @@ import (
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/datapath"
-	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/plan"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 // The loader is made for the relay, though neither may import the other.
 var (
 	_ datapath.Returner = (*loader.Loader)(nil)
 	_ datapath.Health   = (*loader.Loader)(nil)
-	_ front.Clamper     = (*loader.Loader)(nil)
+	_ server.Clamper    = (*loader.Loader)(nil)
 	_ datapath.Datapath = (*loader.Local)(nil)
 	_ datapath.Health   = (*loader.Local)(nil)
 )
@@ -29,11 +29,11 @@ const autoFlows = 2048
 
 // datapaths are the kernel's, for one daemon.
 type datapaths struct {
-	options front.Options // what the configuration names, and works, now or later; Missing is about others
+	options server.Options // what the configuration names, and works, now or later; Missing is about others
 	load    func() (*loader.Loader, error)
-	lacks   func(f *front.Server, why string)       // hears why load has failed
-	loaded  func(f *front.Server, l *loader.Loader) // hears of what load has loaded
-	loader  *loader.Loader                          // nil: none
+	lacks   func(f *server.Server, why string)       // hears why load has failed
+	loaded  func(f *server.Server, l *loader.Loader) // hears of what load has loaded
+	loader  *loader.Loader                           // nil: none
 	log     *slog.Logger
 	busy    sync.WaitGroup
 	quit    chan struct{}
@@ -60,8 +60,8 @@ func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapat
 		if wanted[plan.Auto] {
 			o.MaxFlows = min(o.MaxFlows, autoFlows)
 			p.load = func() (*loader.Loader, error) { return loader.New(o) }
-			p.lacks = func(f *front.Server, why string) { f.Lacks(loader.Name, why) }
-			p.loaded = func(f *front.Server, l *loader.Loader) {
+			p.lacks = func(f *server.Server, why string) { f.Lacks(loader.Name, why) }
+			p.loaded = func(f *server.Server, l *loader.Loader) {
 				f.Lacks(loader.Name, "it was loaded for auto only: start the daemon again to have it for other flows")
 				f.Offer(l)
 			}
@@ -105,11 +105,11 @@ func (p *datapaths) wait(o loader.Options, why string) {
 	p.options.Datapaths = append(p.options.Datapaths, sockmap)
 	delete(p.options.Missing, loader.Name)
 	p.load = func() (*loader.Loader, error) { return loader.New(o) }
-	p.lacks = func(_ *front.Server, why string) {
+	p.lacks = func(_ *server.Server, why string) {
 		sockmap.why.Store(&why)
 		local.why.Store(&why)
 	}
-	p.loaded = func(_ *front.Server, l *loader.Loader) {
+	p.loaded = func(_ *server.Server, l *loader.Loader) {
 		d := datapath.Returner(l)
 		sockmap.d.Store(&d)
 		if n, err := l.Local(); o.Local && err == nil {
@@ -124,7 +124,7 @@ func (p *datapaths) wait(o loader.Options, why string) {
 
 // offer lets f give flows of auto to the kernel. What is needed for nothing else is loaded only now, while
 // connections are accepted, and what could not be loaded before is tried again.
-func (p *datapaths) offer(f *front.Server) {
+func (p *datapaths) offer(f *server.Server) {
 	for _, d := range p.options.Datapaths {
 		if s, ok := d.(datapath.Returner); ok {
 			f.Offer(s)

@@ -23,7 +23,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/flow"
-	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/server"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 	"github.com/tailsplice/tailsplice/userspace/transparent"
 )
@@ -72,7 +72,7 @@ func services(ctx context.Context, control string) []loader.Finding {
 		tailscaled,
 		findDocker(ctx),
 		find(ctx, "daemon", "start it with `tailsplice run`, or name its socket with --control", func(ctx context.Context) (string, error) {
-			var s front.Status
+			var s server.Status
 			err := admin.Client{Socket: control}.Get(ctx, "status", &s)
 			return fmt.Sprintf("%s runs as %s with %s", s.Version, s.Node, plural(s.Flows, "flow")), err
 		}),
@@ -156,7 +156,7 @@ func findInbound(ctx context.Context, control string, f *loader.Finding) {
 	if err != nil {
 		return // f says why
 	}
-	var s front.Status
+	var s server.Status
 	says, ports := "a tailnet listener gets no connections", []uint16(nil)
 	runs := (admin.Client{Socket: control}).Get(ctx, "status", &s) == nil
 	if runs {
@@ -180,7 +180,7 @@ func findInbound(ctx context.Context, control string, f *loader.Finding) {
 }
 
 // tailnetPorts returns the ports of a daemon's tailnet listeners.
-func tailnetPorts(s front.Status) (ports []uint16) {
+func tailnetPorts(s server.Status) (ports []uint16) {
 	for _, l := range s.Listeners {
 		for _, a := range l.Listen {
 			if port, ok := strings.CutPrefix(a, "tailnet:"); ok {

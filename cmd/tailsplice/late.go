@@ -6,7 +6,7 @@ import (
 	"sync/atomic"
 
 	"github.com/tailsplice/tailsplice/userspace/datapath"
-	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 // errNotYet is how a late datapath refuses flows.
@@ -56,7 +56,7 @@ func (l *late[D]) Health() (off string, stalls uint64) {
 // ClampedSegments is the datapath's, once that is there.
 func (l *late[D]) ClampedSegments() uint64 {
 	if d := l.d.Load(); d != nil {
-		if c, ok := any(*d).(front.Clamper); ok {
+		if c, ok := any(*d).(server.Clamper); ok {
 			return c.ClampedSegments()
 		}
 	}

@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/flow"
-	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 // TestSockmapComesLate: while TCP is short of memory nobody can prove how this kernel splices. The daemon
@@ -30,10 +30,10 @@ func TestSockmapComesLate(t *testing.T) {
 			dir, err := os.MkdirTemp("", "ts-cli-")
 			check(t, err)
 			defer os.RemoveAll(dir)
-			at, server := listen(t, "127.0.0.77:0"), listen(t, "127.0.0.1:0")
+			at, target := listen(t, "127.0.0.77:0"), listen(t, "127.0.0.1:0")
 			control, file, limits := filepath.Join(dir, "control.sock"), filepath.Join(dir, "edge.yaml"), filepath.Join(dir, "tcp_mem")
 			check(t, os.WriteFile(file, fmt.Appendf(nil, "listeners: [{ name: web, listen: [%q], mode: sni, default: { forward: %q, datapath: %s } }]\ncontrol: { socket: %q }\n",
-				at.Addr(), server.Addr(), word, control), 0o600))
+				at.Addr(), target.Addr(), word, control), 0o600))
 			check(t, os.WriteFile(limits, []byte("1 2 3\n"), 0o600))
 			at.Close()
 			// What the programs read is short; what the kernel goes by is not.
@@ -67,8 +67,8 @@ func TestSockmapComesLate(t *testing.T) {
 				return json.Unmarshal(out, v)
 			}
 			// datapath is what status has of sockmap.
-			datapath := func() (d front.DatapathStatus, problems []front.Problem, err error) {
-				var s front.Status
+			datapath := func() (d server.DatapathStatus, problems []server.Problem, err error) {
+				var s server.Status
 				err = read(&s, "status")
 				for _, d := range s.Datapaths {
 					if d.Name == "sockmap" {
@@ -85,13 +85,13 @@ func TestSockmapComesLate(t *testing.T) {
 				if d.Available || d.SwitchedOff || !strings.Contains(d.Reason, "TCP is short of memory") || strings.Contains(d.Reason, "does not splice rightly") {
 					return fmt.Errorf("%+v", d)
 				}
-				if word == "sockmap" && (len(problems) != 1 || problems[0].Part != front.PartDatapath || problems[0].Unready()) {
+				if word == "sockmap" && (len(problems) != 1 || problems[0].Part != server.PartDatapath || problems[0].Unready()) {
 					return fmt.Errorf("problems %+v", problems)
 				}
 				return nil
 			})
 			with := func() (string, error) {
-				client, upstream, _ := connect(t, at.Addr(), server)
+				client, upstream, _ := connect(t, at.Addr(), target)
 				defer client.Close()
 				defer upstream.Close()
 				var all []flow.Snapshot

@@ -20,7 +20,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/flow"
-	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 // answerTimeout bounds how long a command waits for the daemon. A reload may have to ask tailscaled.
@@ -38,7 +38,7 @@ accepted and refused since it started.`,
   tailsplice status --json | jq .refused`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var s front.Status
+			var s server.Status
 			return a.ask(cmd, "status", &s, func(w io.Writer) { printStatus(w, s, time.Now()) })
 		},
 	}
@@ -137,7 +137,7 @@ func printACME(w io.Writer, a acme.Status) {
 const mostDown = 10
 
 // printProblems lists all that does not work, so that it is seen first.
-func printProblems(w io.Writer, s front.Status) {
+func printProblems(w io.Writer, s server.Status) {
 	for _, p := range s.Problems {
 		fmt.Fprintf(w, "problem: %s\n", p)
 	}
@@ -174,7 +174,7 @@ func printProblems(w io.Writer, s front.Status) {
 	}
 }
 
-func printStatus(w io.Writer, s front.Status, now time.Time) {
+func printStatus(w io.Writer, s server.Status, now time.Time) {
 	fmt.Fprintf(w, "%s: tailsplice %s, up %s, %s, %s\n", s.Node, s.Version, age(s.Started, now), plural(s.Flows, "flow"), plural(s.Requests, "request"))
 	printProblems(w, s)
 	fmt.Fprintf(w, "config %s, loaded %s ago\n", s.Config, age(s.Loaded, now))
@@ -204,7 +204,7 @@ func printStatus(w io.Writer, s front.Status, now time.Time) {
 	printCounts(w, "not transparent", s.NotTransparent)
 }
 
-func printListener(w io.Writer, l front.ListenerStatus) {
+func printListener(w io.Writer, l server.ListenerStatus) {
 	bound := strings.Join(l.Bound, " ")
 	switch {
 	case l.Closed != "":
@@ -233,7 +233,7 @@ func printListener(w io.Writer, l front.ListenerStatus) {
 	tw.Flush()
 }
 
-func printCertificates(w io.Writer, l front.ListenerStatus) {
+func printCertificates(w io.Writer, l server.ListenerStatus) {
 	for _, c := range l.Certificates {
 		fmt.Fprintf(w, "  certificate %s", c.Source)
 		if len(c.Names) > 0 {
@@ -253,7 +253,7 @@ func printCertificates(w io.Writer, l front.ListenerStatus) {
 }
 
 // printRoute writes a row of the table of routes.
-func printRoute(w io.Writer, r front.RouteStatus) {
+func printRoute(w io.Writer, r server.RouteStatus) {
 	match, to := r.Match, r.Forward
 	if len(r.ALPN) > 0 {
 		match += " alpn " + strings.Join(r.ALPN, ",")

@@ -15,7 +15,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/flow"
-	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 // evil sets a terminal's title, clears its screen in two ways, begins a line of its own, and turns text round.
@@ -40,7 +40,7 @@ func TestPrintable(t *testing.T) {
 	defer cancel()
 	d := admin.Daemon{
 		Status: func() any {
-			return front.Status{Node: "home", Problems: []front.Problem{{Part: front.PartAddress, Name: evil, Problem: evil}}, Refused: map[string]int64{evil: 1}, Listeners: []front.ListenerStatus{{Name: "web", ACME: []acme.Status{{Name: "a.test", State: acme.StateFailing, Problem: evil}}}}}
+			return server.Status{Node: "home", Problems: []server.Problem{{Part: server.PartAddress, Name: evil, Problem: evil}}, Refused: map[string]int64{evil: 1}, Listeners: []server.ListenerStatus{{Name: "web", ACME: []acme.Status{{Name: "a.test", State: acme.StateFailing, Problem: evil}}}}}
 		},
 		Flows: func(url.Values) (any, error) { return []flow.Snapshot{{ID: "1", Name: evil, Target: evil}}, nil },
 		Top: func(_ context.Context, _ url.Values, send func(any) error) error {

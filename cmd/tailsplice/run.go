@@ -26,11 +26,11 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/flow"
-	"github.com/tailsplice/tailsplice/userspace/front"
 	"github.com/tailsplice/tailsplice/userspace/logwriter"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 // controlConnections is how many connections to the control socket may be open; more wait in the kernel.
@@ -118,7 +118,7 @@ func run(ctx context.Context, o runOptions) error {
 	defer loops.Close()
 	datapaths.options.Loops, datapaths.options.Relay, datapaths.options.RaiseFiles = loops, relay.New(loops), raiseFileLimit
 	defer datapaths.options.Relay.Close()
-	f, err := front.New(cfg, datapaths.options)
+	f, err := server.New(cfg, datapaths.options)
 	if err != nil {
 		return err
 	}
@@ -188,7 +188,7 @@ func (c *controls) close() {
 }
 
 // serve shows f and does what is asked of it, until ctx ends.
-func (c *controls) serve(ctx context.Context, f *front.Server, reload func() ([]string, error), cfg *config.Config, log *slog.Logger) {
+func (c *controls) serve(ctx context.Context, f *server.Server, reload func() ([]string, error), cfg *config.Config, log *slog.Logger) {
 	if c.socket != nil {
 		d := admin.Daemon{
 			Status: func() any { return f.Status() },
@@ -211,7 +211,7 @@ func (c *controls) serve(ctx context.Context, f *front.Server, reload func() ([]
 		go admin.Serve(ctx, admin.LimitConnections(c.metrics), mux, log)
 	}
 	health := admin.Health{Alive: f.Alive, Ready: func() (bool, fmt.Stringer) { r := f.Ready(); return r.Ready, r }}
-	if port, ok := front.TailnetPort(cfg.Control.Health); ok {
+	if port, ok := server.TailnetPort(cfg.Control.Health); ok {
 		go f.ServeTailnet(ctx, port, func(ln net.Listener) { admin.ServeHealth(ctx, ln, health, log) })
 	} else if c.health != nil {
 		go admin.ServeHealth(ctx, c.health, health, log)
@@ -242,7 +242,7 @@ func limitHeap(memory int64) {
 // listenControl binds an address of the control section, if there is one and it is not the tailnet's. The
 // caller closes the listener.
 func listenControl(key, addr string) (net.Listener, error) {
-	if _, tailnet := front.TailnetPort(addr); addr == "" || tailnet {
+	if _, tailnet := server.TailnetPort(addr); addr == "" || tailnet {
 		return nil, nil
 	}
 	ln, err := net.Listen("tcp", addr)
@@ -254,7 +254,7 @@ func listenControl(key, addr string) (net.Listener, error) {
 
 // reload brings a changed configuration into force, or says why not. Of the control section nothing changes,
 // since its sockets are bound once. notes are what a person should know of the new configuration.
-func reload(f *front.Server, file string, bound config.Control) (notes []string, err error) {
+func reload(f *server.Server, file string, bound config.Control) (notes []string, err error) {
 	f.ReopenLogs() // also where the configuration can't be used: log rotation comes by HUP
 	cfg, err := config.Load(file)
 	if err != nil {
@@ -275,7 +275,7 @@ func reload(f *front.Server, file string, bound config.Control) (notes []string,
 
 // drain lets the flows end; a signal that comes a second time, or the deadline, cuts them. One of another
 // kind does not: some supervisors send INT, and TERM after a while.
-func drain(f *front.Server, timeout time.Duration, first os.Signal, signals <-chan os.Signal, log *slog.Logger) error {
+func drain(f *server.Server, timeout time.Duration, first os.Signal, signals <-chan os.Signal, log *slog.Logger) error {
 	daemon.SdNotify(false, daemon.SdNotifyStopping)
 	log.Info("draining: no new connections; the same signal again ends at once", "signal", first.String(),
 		"flows", f.Flows().Len(), "deadline", timeout.String())

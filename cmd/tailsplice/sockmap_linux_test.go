@@ -21,7 +21,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/test/cgroup"
 	"github.com/tailsplice/tailsplice/userspace/flow"
-	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 // TestSockmapAgrees: what `tailsplice flows` says of a flow that is spliced in the kernel, what bpftool finds in the pinned map, what
@@ -37,7 +37,7 @@ func TestSockmapAgrees(t *testing.T) {
 }
 
 // testAgrees has a flow of a route whose configuration says word, until datapath has it.
-func testAgrees(t *testing.T, word, datapath string, server net.Listener) {
+func testAgrees(t *testing.T, word, datapath string, target net.Listener) {
 	// Addresses of which nobody's outgoing connection takes the ports between here and the daemon's start.
 	at, metrics := listen(t, "127.0.0.77:0"), listen(t, "127.0.0.77:0")
 	dir, err := os.MkdirTemp("", "ts-cli-")
@@ -48,7 +48,7 @@ func testAgrees(t *testing.T, word, datapath string, server net.Listener) {
 listeners:
   - { name: web, listen: [%q], mode: sni, default: { forward: %q, datapath: %s } }
 control: { socket: %q, metrics: %q }
-`, at.Addr(), server.Addr(), word, control, metrics.Addr()), 0o600))
+`, at.Addr(), target.Addr(), word, control, metrics.Addr()), 0o600))
 	at.Close()
 	metrics.Close()
 
@@ -70,7 +70,7 @@ control: { socket: %q, metrics: %q }
 		}
 		return json.Unmarshal(out, v)
 	}
-	var status front.Status
+	var status server.Status
 	wait(t, "the daemon answers", func() error { return read(&status, "status") })
 
 	var client, upstream net.Conn
@@ -89,7 +89,7 @@ control: { socket: %q, metrics: %q }
 			client.Close()
 			upstream.Close()
 		}
-		client, upstream, up = connect(t, at.Addr(), server)
+		client, upstream, up = connect(t, at.Addr(), target)
 		down = nil
 		for end := time.Now().Add(time.Second); word == "auto" && time.Now().Before(end); {
 			say(client, upstream, &up, 100)

@@ -23,7 +23,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/test/cgroup"
 	"github.com/tailsplice/tailsplice/test/selfsigned"
-	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 // stalledDaemon is a daemon of which nobody reads the log, for now.
@@ -66,13 +66,13 @@ func (d *stalledDaemon) ask(args ...string) ([]byte, error) {
 	return exec.CommandContext(ctx, "tailsplice", append(args, "--control", d.control)...).CombinedOutput()
 }
 
-func (d *stalledDaemon) status() front.Status {
+func (d *stalledDaemon) status() server.Status {
 	d.t.Helper()
 	out, err := d.ask("status", "--json")
 	if err != nil {
 		d.t.Fatalf("status: %v: %s", err, out)
 	}
-	var s front.Status
+	var s server.Status
 	check(d.t, json.Unmarshal(out, &s))
 	return s
 }

@@ -116,7 +116,7 @@ func (c *Counts) Stats() Stats {
 	return s
 }
 
-// ClampedSegments is Stats.Clamped; see userspace/front.
+// ClampedSegments is Stats.Clamped; see userspace/server.
 func (l *Engine) ClampedSegments() (n uint64) {
 	_ = l.objects.Clamped.Get(&n)
 	return n

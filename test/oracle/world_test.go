@@ -24,7 +24,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/server"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
@@ -190,10 +190,10 @@ func (w *world) runInside(t testing.TB, file, labels string) {
 	}
 	os.Setenv("DOCKER_HOST", "unix://"+labels)
 	os.Setenv("TS_SOCKET", "/nonexistent")
-	o := front.Options{Version: "test",
+	o := server.Options{Version: "test",
 		Log: slog.New(slog.NewTextHandler(w.daemon, &slog.HandlerOptions{Level: slog.LevelError}))}
 	o.Loops, o.Relay = relaytest.Relay()
-	f, err := front.New(cfg, o)
+	f, err := server.New(cfg, o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -55,7 +55,7 @@ type authority struct {
 }
 
 // host is where an authority's questions go: the ports of a host that terminates
-// TLS and speaks HTTP, as front's listeners do.
+// TLS and speaks HTTP, as server's listeners do.
 type host struct {
 	t         testing.TB
 	m         *Manager

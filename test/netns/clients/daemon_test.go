@@ -13,7 +13,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/front"
+	"github.com/tailsplice/tailsplice/userspace/server"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
@@ -51,9 +51,9 @@ limits: { connections_per_source: 4096, requests_per_source: 4096 }
 	if err != nil {
 		t.Fatal(err)
 	}
-	o := front.Options{Log: slog.New(slog.DiscardHandler), Version: "test"}
+	o := server.Options{Log: slog.New(slog.DiscardHandler), Version: "test"}
 	o.Loops, o.Relay = relaytest.Relay()
-	f, err := front.New(cfg, o)
+	f, err := server.New(cfg, o)
 	if err != nil {
 		t.Fatal(err)
 	}

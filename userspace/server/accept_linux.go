@@ -1,0 +1,168 @@
+package server
+
+import (
+	"encoding/binary"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/loop"
+)
+
+// accepted is a connection that nobody reads from yet.
+type accepted = *loop.Socket
+
+// acceptor is a socket which is not in Go's poller: connections are accepted by the loops.
+type acceptor struct {
+	fd   int
+	loop *loop.Acceptor // nil before prepare
+}
+
+// newListenerSocket makes one of ln, which is closed then.
+func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, error) {
+	defer ln.Close()
+	raw, err := ln.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd, err := tcpsock.Dup(raw)
+	return &listenerSocket{written: written, addr: ln.Addr(), acceptor: acceptor{fd: fd}}, err
+}
+
+// prepare makes accept possible.
+func (s *listenerSocket) prepare(srv *Server) error {
+	s.loop = srv.opts.Loops.NewAcceptor(s.fd, func(c *loop.Socket, peer unix.Sockaddr) (time.Duration, func(bool)) {
+		srv.spare.refill()
+		if s.onTailnet.Load() {
+			return srv.admitTailnet(s, c, tcpsock.AddrPort(peer))
+		}
+		return srv.admit(s.owner.Load(), c, tcpsock.AddrPort(peer))
+	}, func(err error) (goOn bool) { return srv.failed(s, err) })
+	return nil
+}
+
+// admitTailnet admits what came to an address of the tailnet by the interface that has it, or from this host.
+// The kernel takes connections to it on every interface, so that neighbours in the LAN could come who route
+// to it through this host. tailscaled makes the interface anew as it likes, so who comes by another one than
+// before is looked at, off the loop.
+func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.AddrPort) (left time.Duration, ready func(timedOut bool)) {
+	local := addrPort(s.addr).Addr()
+	index, err := arrivedOn(c.FD(), local)
+	if err == nil && (index == loopbackIndex || int64(index) == s.via.Load()) {
+		return srv.admit(s.owner.Load(), c, peer)
+	}
+	go func() {
+		name, ok := has(index, local)
+		if ok {
+			s.via.Store(int64(index))
+			if left, ready := srv.admit(s.owner.Load(), c, peer); ready != nil && c.AwaitBytes(left, ready) != nil {
+				ready(false)
+			}
+			return
+		}
+		c.Reset()
+		l := s.owner.Load().name
+		srv.metrics.Accepted.WithLabelValues(l).Inc()
+		srv.noteRefused(l, notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet", "listener", l,
+			"reason", notByTailnet, "peer", peer, "interface", name, "address", s.written, "err", err)
+	}()
+	return 0, nil
+}
+
+// accept begins to admit connections.
+func (s *listenerSocket) accept() { s.loop.Start() }
+
+// Close ends that, and waits until nobody is being admitted.
+func (s *listenerSocket) Close() {
+	if s.loop != nil {
+		s.loop.Stop()
+	}
+	unix.Close(s.fd)
+}
+
+// refuseOne resets the connection that waits.
+func (s *listenerSocket) refuseOne() error {
+	fd, _, err := unix.Accept4(s.fd, unix.SOCK_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	return tcpsock.Reset(fd)
+}
+
+func (s *listenerSocket) sharePort(on bool) error { return sharePort(uintptr(s.fd), on) }
+
+// loopback is the index of lo, in every network namespace.
+const loopbackIndex = 1
+
+// arrivedOn says by which interface the connection of a socket came. The kernel keeps that since Linux 2.6:
+// see IP_PKTOPTIONS in ip_sockglue.c, and RFC 2292 section 6.
+func arrivedOn(fd int, local netip.Addr) (index int, err error) {
+	level, want, get, kind := unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, unix.IPV6_2292PKTOPTIONS, unix.IPV6_PKTINFO
+	if local.Is4() {
+		level, want, get, kind = unix.IPPROTO_IP, unix.IP_PKTINFO, unix.IP_PKTOPTIONS, unix.IP_PKTINFO
+	}
+	if err := unix.SetsockoptInt(fd, level, want, 1); err != nil {
+		return 0, os.NewSyscallError("setsockopt", err)
+	}
+	defer unix.SetsockoptInt(fd, level, want, 0) // else each segment of IPv6 is copied for it
+	var buf [256]byte
+	n := uint32(len(buf))
+	if _, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(get), uintptr(unsafe.Pointer(&buf)), uintptr(unsafe.Pointer(&n)), 0); errno != 0 {
+		return 0, os.NewSyscallError("getsockopt", errno)
+	}
+	messages, err := unix.ParseSocketControlMessage(buf[:n])
+	if err != nil {
+		return 0, err
+	}
+	for _, m := range messages {
+		switch {
+		case int(m.Header.Level) != level || int(m.Header.Type) != kind:
+		case local.Is4() && len(m.Data) >= unix.SizeofInet4Pktinfo:
+			return int(binary.NativeEndian.Uint32(m.Data)), nil
+		case !local.Is4() && len(m.Data) >= unix.SizeofInet6Pktinfo:
+			return int(binary.NativeEndian.Uint32(m.Data[16:])), nil
+		}
+	}
+	return 0, unix.ENOENT
+}
+
+// has says whether an interface has an address, and how it is called.
+func has(index int, a netip.Addr) (name string, ok bool) {
+	i, err := net.InterfaceByIndex(index)
+	if err != nil {
+		return "", false
+	}
+	addrs, err := i.Addrs()
+	if err != nil {
+		return i.Name, false
+	}
+	for _, n := range addrs {
+		if p, err := netip.ParsePrefix(n.String()); err == nil && p.Addr() == a {
+			return i.Name, true
+		}
+	}
+	return i.Name, false
+}
+
+// cameByTailnet says whether c came by the interface that has its local address, or from this host.
+func cameByTailnet(c *net.TCPConn) (ok bool) {
+	local := addrPort(c.LocalAddr()).Addr()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	err = raw.Control(func(fd uintptr) {
+		index, err := arrivedOn(int(fd), local)
+		if err == nil && index != loopbackIndex {
+			_, ok = has(index, local)
+			return
+		}
+		ok = err == nil
+	})
+	return ok && err == nil
+}

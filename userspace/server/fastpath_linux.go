@@ -1,0 +1,340 @@
+package server
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"io"
+	"math"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/loop"
+	"github.com/tailsplice/tailsplice/userspace/plan"
+	"github.com/tailsplice/tailsplice/userspace/proxyheader"
+	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/sni"
+)
+
+// fastPath is the way of the usual connection: a tcp listener, or an sni listener; a target that is an
+// address; a peer and a client whom tailscaled knows already, or need not know. It goes on a loop from event
+// to event, with no goroutine, and the relay gets it with an upstream that may still be connecting. At the
+// first thing that is not usual it takes the slow path, serve, with the bytes that were read: only that asks,
+// explains, retries. PROXY headers and hellos wait here until they are whole, those of https listeners too.
+type fastPath struct {
+	server  *Server
+	in      *conn
+	down    *loop.Socket
+	stage   stage
+	partial *partial // nil: nothing has come, or all of it at once
+}
+
+// A stage is what a connection on the fast path waits for.
+//
+//	awaitsHeader -> awaitsHello   a PROXY header is whole, or it was none
+//	either       -> decided       the relay, the slow path or nobody has the connection
+type stage uint8
+
+const (
+	awaitsHeader stage = iota
+	awaitsHello
+	decided
+)
+
+// A partial is a PROXY header or a hello that has not come whole.
+type partial struct {
+	head     []byte        // what has come
+	listener *sni.Listener // to a hello
+}
+
+const (
+	fastHello = 16 << 10 // bytes; what does not fit takes the slow path
+	// fastDial is how long a connect may take here: whatever takes longer needs to be retried, or explained.
+	fastDial = time.Second
+
+	// waitingCost is what a connection that waits for a hello takes of the machine's memory, kernel included:
+	// bytes.
+	waitingCost = 8 << 10
+	// partialBytes is how many bytes of PROXY headers and hellos that are not whole may wait in all.
+	partialBytes = 16 << 20
+)
+
+// mostWaiting is how many connections may wait for a hello: they get an eighth of the machine's memory.
+func mostWaiting() int64 {
+	var i unix.Sysinfo_t
+	if err := unix.Sysinfo(&i); err != nil {
+		return math.MaxInt64
+	}
+	return int64(uint64(i.Totalram) * uint64(i.Unit) / 8 / waitingCost)
+}
+
+var hellos = sync.Pool{New: func() any { return new([fastHello]byte) }}
+
+// admit takes in what was accepted, and starts serving it, or returns what is to be called when its first
+// bytes have come, or have not in time. It blocks on nothing, and is called for any number of connections at
+// the same time: one over the limit costs no more than to be closed.
+func (srv *Server) admit(l *listener, down *loop.Socket, peer netip.AddrPort) (left time.Duration, ready func(timedOut bool)) {
+	in := srv.takeIn(l, down, peer)
+	if in == nil {
+		return 0, nil
+	}
+	x := &fastPath{server: srv, in: in, down: down, stage: awaitsHello}
+	if in.service.Mode == "http" { // a goroutine waits for requests anyhow
+		x.takeSlowPath(nil)
+		return 0, nil
+	}
+	in.asker = in.newAsker()
+	in.asker.onLoop = true
+	if in.service.Trust != nil {
+		x.stage = awaitsHeader
+		if err := in.meet(); err != nil {
+			x.reject(err, nil)
+			return 0, nil
+		}
+	} else if in.service.Mode == "tcp" {
+		x.decide(nil, nil, nil, false)
+		return 0, nil
+	}
+	in.stopCancel = context.AfterFunc(srv.ctx, down.Expire)
+	in.lease.Yield(x.giveWay)
+	if int64(srv.limiter.Yielding()) > srv.mostWaiting.Load() {
+		srv.limiter.TakeOldest()
+	}
+	return x.timeLeft(), x.read
+}
+
+// takeSlowPath goes on by the slow path, after what was read.
+func (x *fastPath) takeSlowPath(head []byte) {
+	x.stage = decided
+	go x.server.slowPath(x.in, x.down, bytes.Clone(head))
+}
+
+// timeLeft is what the connection has for what it waits for.
+func (x *fastPath) timeLeft() time.Duration {
+	if x.stage == awaitsHeader {
+		return max(1, x.in.service.Limits.HelloTimeout-time.Since(x.in.accepted))
+	}
+	return x.in.timeForHello()
+}
+
+// read takes what has come. The loop calls it.
+func (x *fastPath) read(timedOut bool) {
+	if x.server.ctx.Err() != nil {
+		x.refuse(shutdown, x.server.ctx.Err())
+		return
+	}
+	buf := hellos.Get().(*[fastHello]byte)
+	defer hellos.Put(buf)
+	for x.stage != decided {
+		n, err := unix.Read(x.down.FD(), buf[:])
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.EAGAIN:
+			x.readAll(timedOut)
+			return
+		case err != nil:
+			err = os.NewSyscallError("read", err)
+		case n == 0:
+			err = io.EOF
+		}
+		stage := x.stage
+		x.take(buf[:max(n, 0)], err, n == len(buf)) // on, until the socket says that there is no more
+		timedOut = timedOut && x.stage == stage     // a hello has time of its own
+	}
+}
+
+// readAll goes on where all that has come is read, and more is awaited.
+func (x *fastPath) readAll(timedOut bool) {
+	switch {
+	case timedOut && x.stage == awaitsHeader: // and not because a busy loop comes late to what has arrived
+		x.reject(proxyheader.ErrTimeout, nil)
+	case timedOut:
+		x.refuse(helloTimeout, sni.ErrTimeout)
+	case !x.in.lease.Yields(): // its place was wanted while it had the loop
+		x.refuse(helloDisplaced, errDisplaced)
+	case x.down.AwaitBytes(x.timeLeft(), x.read) != nil:
+		x.in.lease.Keep()
+		x.takeSlowPath(x.forgetPartial())
+	}
+}
+
+// take goes on with b, which has just been read, or without any more, for ended. full says that there may be
+// yet more to be read at once.
+func (x *fastPath) take(b []byte, ended error, full bool) {
+	if x.stage == awaitsHeader {
+		b = x.takeHeader(b, ended, full)
+	}
+	if x.stage != awaitsHello {
+		return
+	}
+	head, hello, err := x.hearHello(b)
+	if err == sni.ErrIncomplete && ended == nil {
+		return
+	}
+	x.in.lease.Keep()
+	x.forgetPartial()
+	x.decide(head, &hello, err, full)
+}
+
+// takeHeader is take for the PROXY header, or for what is none. It returns what came behind it.
+func (x *fastPath) takeHeader(b []byte, ended error, full bool) []byte {
+	head := b
+	if x.partial != nil {
+		head = x.keep(b)
+	}
+	h, n, err := proxyheader.Parse(head, x.in.service.Limits.HelloBytes)
+	if err == proxyheader.ErrIncomplete {
+		if ended == nil {
+			if x.partial == nil {
+				x.keep(b)
+			}
+			return nil
+		}
+		err = proxyheader.Ended(head, ended)
+	}
+	x.in.lease.Keep()
+	x.forgetPartial()
+	if err == nil {
+		err = x.in.hear(h)
+	}
+	switch {
+	case err != nil:
+		x.reject(err, head)
+	case x.in.service.Mode == "tcp":
+		x.decide(head[n:], nil, nil, full)
+	default:
+		x.stage = awaitsHello
+		x.in.lease.Yield(x.giveWay)
+	}
+	return head[n:]
+}
+
+// hearHello reads the hello in what has come. head is all of that; it is b, or kept.
+func (x *fastPath) hearHello(b []byte) (head []byte, hello sni.Hello, err error) {
+	if x.partial == nil {
+		hello, err = sni.Parse(b)
+		if err != sni.ErrIncomplete || len(b) == 0 {
+			return b, hello, err
+		}
+	}
+	head = x.keep(b)
+	if x.partial.listener == nil {
+		x.partial.listener = sni.NewListener(x.in.service.Limits.HelloBytes)
+	}
+	hello, err = x.partial.listener.Hear(head)
+	return head, hello, err
+}
+
+// keep keeps b until there is more, and returns all that is kept. Where that of all connections takes too
+// much, the oldest of them go.
+func (x *fastPath) keep(b []byte) []byte {
+	if x.partial == nil {
+		x.partial = new(partial)
+	}
+	x.partial.head = append(x.partial.head, b...)
+	for x.server.partialBytes.Add(int64(len(b))) > partialBytes && x.server.limiter.TakeOldest() {
+		b = nil
+	}
+	return x.partial.head
+}
+
+// forgetPartial counts what has come no more, and returns it.
+func (x *fastPath) forgetPartial() (head []byte) {
+	if x.partial != nil {
+		head = x.partial.head
+		x.server.partialBytes.Add(-int64(len(head)))
+		x.partial = nil
+	}
+	return head
+}
+
+// giveWay ends the wait for the PROXY header or the hello, unless it has just ended.
+func (x *fastPath) giveWay() {
+	if x.down.Cancel() {
+		x.refuse(helloDisplaced, errDisplaced)
+	}
+}
+
+// refuse ends a connection that has said nothing to the end: there is no one to be told.
+func (x *fastPath) refuse(reason string, err error) {
+	x.stage = decided
+	x.forgetPartial()
+	x.in.id = cmp.Or(x.in.id, flow.NewID())
+	x.server.helloRefused(x.in, "", reason, err)
+	x.down.Reset()
+	x.in.release()
+}
+
+// reject ends a connection that may not come in, as refuseConn does. Where tailscaled must be asked before
+// that can be said, it takes the slow path, after head.
+func (x *fastPath) reject(err error, head []byte) {
+	x.forgetPartial()
+	if x.in.asker.mustAsk {
+		x.takeSlowPath(head)
+		return
+	}
+	x.stage = decided
+	x.server.connRefused(x.in, err)
+	x.down.Reset()
+	x.in.release()
+}
+
+// decide goes on with what was read: hello, nil on a tcp listener, or err. more: there may be yet more to be
+// read at once.
+func (x *fastPath) decide(head []byte, hello *sni.Hello, err error, more bool) {
+	s := x.in.service
+	if err != nil || len(head) > s.Limits.HelloBytes || more || s.Mode == "https" {
+		x.takeSlowPath(head)
+		return
+	}
+	r, err := x.in.decide(hello)
+	switch {
+	case err != nil && hello == nil:
+		x.reject(err, head)
+	case err != nil, !r.IsPlain():
+		x.takeSlowPath(head)
+	default:
+		x.relay(r, hello, head)
+	}
+}
+
+// relay begins to connect to r's target, and gives the relay both, with head, which is not kept.
+func (x *fastPath) relay(r *plan.Rule, hello *sni.Hello, head []byte) {
+	srv, in := x.server, x.in
+	x.stage = decided                      // from here on x is the relay's, and may be used on another goroutine
+	fail := func(head []byte, err error) { // the slow path dials anew, and may never see why
+		if errors.Is(err, dial.ErrSelf) { // not on the loop: a log may be slow
+			go srv.limited.Warn("self "+r.Written, "a socket was connected to itself instead of to the target: connecting again",
+				"listener", in.listener.name, "route", r.Name, "target", r.Written, "err", err)
+		}
+		go srv.slowPath(in, x.down, bytes.Clone(head))
+	}
+	up, err := dial.Begin(r.Literal, r.Written, &srv.targets)
+	if err != nil {
+		fail(head, err)
+		return
+	}
+	in.stopCancel()
+	if in.id == "" {
+		in.id = flow.NewID()
+	}
+	if r.SendProxy && !in.local.IsValid() {
+		in.local = tcpsock.Local(x.down.FD())
+	}
+	fl, o, done := srv.begin(in, r, hello, r.Literal.String())
+	o.Head = head
+	srv.opts.Relay.RunConnecting(srv.ctx, x.down, relay.Connecting{FD: up.FD, Connected: up.Connected, Check: up.Check,
+		Within: fastDial, Failed: func(head []byte, err error) {
+			srv.flows.Remove(fl)
+			fail(head, err)
+		}}, o, done)
+}

@@ -1,0 +1,221 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/plan"
+)
+
+// TestWhileDownClose: a listener is shut until its default answers, shut again when it no longer does, and
+// open once it does; flows go on meanwhile, and one that accepts stays as it is.
+func TestWhileDownClose(t *testing.T) {
+	target, addr, stays := freeAddr(t), freeAddr(t), freeAddr(t)
+	yaml := func(whileDown, more string) string {
+		return fmt.Sprintf(`
+listeners:
+  - { name: web, listen: [%q], mode: tcp, default: { forward: %q }, while_down: %s }
+  - { name: stays, listen: [%q], mode: tcp, default: { forward: %q } }
+%s`, addr, target, whileDown, stays, target, more)
+	}
+	listens := func(addr string) bool {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	}
+	d := start(t, yaml("close", ""))
+	shut := func() bool {
+		l := d.Status().Listeners[0]
+		return l.Closed != "" && len(l.Bound) == 0 && d.has(PartDefault, target, "") && !d.Ready().Ready
+	}
+	if !shut() || listens(addr) {
+		t.Errorf("it is open before its default has answered: %+v", d.Status().Listeners[0])
+	}
+	if !listens(stays) {
+		t.Error("the other listener is closed")
+	}
+	eventually(t, "the log says that it stays closed", func() bool { return d.log.Count("stays closed") == 1 })
+	eventually(t, "status says why", func() bool { return d.has(PartDefault, target, "the target refused the connection") })
+
+	serve := func() net.Listener {
+		ln, err := net.Listen("tcp", target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				go echo(c)
+			}
+		}()
+		return ln
+	}
+	ln := serve()
+	eventually(t, "it opens", func() bool { return listens(addr) })
+	if l := d.Status().Listeners[0]; l.Closed != "" || len(l.Bound) != 1 || !d.Ready().Ready || l.WhileDown != "close" {
+		t.Errorf("open: %+v, %q", l, d.Problems())
+	}
+	flow := dialTCP(t, addr)
+	said := func() {
+		t.Helper()
+		io.WriteString(flow, "x")
+		if _, err := io.ReadFull(flow, make([]byte, 1)); err != nil {
+			t.Errorf("the flow: %v", err)
+		}
+	}
+	said()
+
+	// A reload changes nothing of it.
+	if err := d.Reload(parse(t, yaml("close", "limits: { connections: 1000 }\n"))); err != nil {
+		t.Fatal(err)
+	}
+	if !listens(addr) {
+		t.Error("a reload closes it")
+	}
+	ln.Close()
+	before := time.Now()
+	eventually(t, "it is shut", shut)
+	t.Logf("shut after %v", time.Since(before))
+	if listens(addr) {
+		t.Error("it still listens")
+	}
+	said()
+	if err := d.Reload(parse(t, yaml("close", ""))); err != nil {
+		t.Fatal(err)
+	}
+	if listens(addr) {
+		t.Error("a reload opens it")
+	}
+	// Somebody else takes its port meanwhile: it is open again when that has ended.
+	other, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln = serve()
+	defer ln.Close()
+	eventually(t, "it can't be bound", func() bool { return d.has(PartAddress, addr, "in use") })
+	other.Close()
+	eventually(t, "it opens again", func() bool { return len(d.Status().Listeners[0].Bound) == 1 && listens(addr) })
+	said()
+
+	ln.Close()
+	eventually(t, "it is shut once more", shut)
+	if err := d.Reload(parse(t, yaml("accept", ""))); err != nil {
+		t.Fatal(err)
+	}
+	if !listens(addr) || len(d.Problems()) != 0 {
+		t.Errorf("without while_down: close: %q", d.Problems())
+	}
+	if n := strings.Count(d.log.String(), "a listener is closed"); n != 2 {
+		t.Errorf("%d times closed", n)
+	}
+}
+
+// TestGateCounts: how many checks shut and open a listener, and what a late answer counts.
+func TestGateCounts(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { name: a, listen: [%q], mode: tcp, default: { forward: "127.0.0.1:9" } } ]`, freeAddr(t)))
+	refused := errors.New("refused")
+	for _, c := range []struct {
+		checks string // +: answered, -: failed, l: late
+		opened bool   // it was open before
+		want   string // whether it is shut after each: s, or o for open
+	}{
+		{"++--+---", true, "ooooooos"},
+		{"ll+ll+lll", true, "oooooooos"},
+		{"---+-+++", true, "oossssoo"},
+		{"---+l+", true, "oossso"},
+		{"-+", false, "so"},
+		{"l+", false, "so"},
+		{"--????????-", true, "oooooooooos"},
+		{"---+?+?-?++", true, "oosssoooooo"},
+		{"????", false, "ssss"},
+	} {
+		l := &listener{name: "test"}
+		g := &gate{server: d.Server, listener: l, checked: checked{isShut: !c.opened, wasOpen: c.opened}}
+		for i, check := range c.checks {
+			switch check {
+			case '+':
+				g.note(t.Context(), nil, false)
+			case '-':
+				g.note(t.Context(), refused, false)
+			case '?':
+				g.note(t.Context(), syscall.EMFILE, false)
+			case 'l':
+				g.note(t.Context(), refused, true)
+			}
+			if want := c.want[i] == 's'; g.isShut != want || (g.closed() != nil) != want && i > 0 {
+				t.Errorf("%s, after %d: shut %t, %v", c.checks, i+1, g.isShut, g.closed())
+			}
+		}
+	}
+}
+
+// TestGateTells: which failures of a check are a reason to shut the listener. Each is made where the kernel would
+// make it.
+func TestGateTells(t *testing.T) {
+	check := func(what string, target dial.Target, fail error, want bool) {
+		t.Helper()
+		d := &dial.Dialer{From: func(nd *net.Dialer, _ netip.Addr) {
+			nd.Control = func(string, string, syscall.RawConn) error { return os.NewSyscallError("connect", fail) }
+		}}
+		r := &plan.Rule{Target: plan.Target{All: []config.Forward{{To: config.Target(target)}}, Dialer: d}}
+		l := &listener{name: "test"}
+		l.service.Store(&service{Service: &plan.Service{Fallback: r}})
+		err := (&gate{server: new(Server), listener: l}).reach(t.Context())
+		if err == nil || tells(err) != want {
+			t.Errorf("%s: it tells of the target: %v, want %v: %v", what, !want, want, err)
+		}
+	}
+	v4 := dial.Target{Scheme: dial.TCP, Host: "192.0.2.1", Port: 9}
+	v6 := dial.Target{Scheme: dial.TCP, Host: "2001:db8::1", Port: 9}
+	for errno, want := range map[syscall.Errno]bool{
+		syscall.ECONNREFUSED: true, syscall.ETIMEDOUT: true, syscall.EHOSTUNREACH: true, syscall.EHOSTDOWN: true,
+		syscall.ENETUNREACH: true, syscall.ENETDOWN: true, // also for want of a route here: others may have one
+		syscall.EMFILE: false, syscall.ENFILE: false, syscall.ENOBUFS: false, syscall.ENOMEM: false,
+		syscall.EADDRNOTAVAIL: false, // no port is free; over IPv6 also that this host has no address for it
+		syscall.EAGAIN:        false, syscall.EINTR: false,
+		syscall.EPERM: false, syscall.EACCES: false, // the firewall's table is full; or a rule of this host
+		syscall.EINVAL: false, syscall.EIO: false, // which nobody has thought of
+	} {
+		check(errno.Error()+", IPv4", v4, errno, want)
+		check(errno.Error()+", IPv6", v6, errno, want)
+	}
+	unix := dial.Target{Scheme: dial.Unix, Path: filepath.Join(t.TempDir(), "none.sock")}
+	check("no socket", unix, nil, true)
+	check("no tailnet", dial.Target{Scheme: dial.Tailnet, Host: "home", Port: 9}, nil, false) // never in a plan
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{
+		{&dial.Error{Reason: dial.NodeOffline, Err: context.DeadlineExceeded}, true},
+		{&dial.Error{Reason: dial.NoTailscaled, Err: syscall.ENOENT}, true},
+		{&dial.Error{Reason: dial.NoTailscaled, Err: fmt.Errorf("ask: %w", syscall.EMFILE)}, false},
+		{&dial.Error{Reason: dial.TailscaleDown}, true},
+		{&dial.Error{Reason: dial.UnknownContainer}, true},
+		{&dial.Error{Reason: dial.DNS, Err: &net.DNSError{IsNotFound: true}}, true},
+		{&dial.Error{Reason: dial.DNS, Err: &net.DNSError{IsTemporary: true}}, false},
+		{&dial.Error{Reason: dial.DNS, Err: &net.DNSError{IsTemporary: true, IsTimeout: true}}, true},
+		{&dial.Error{Reason: dial.Canceled}, false},
+	} {
+		if tells(c.err) != c.want {
+			t.Errorf("%#v: it tells of the target: %v", c.err, !c.want)
+		}
+	}
+}

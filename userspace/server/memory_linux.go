@@ -1,0 +1,427 @@
+package server
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime/metrics"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/limit"
+)
+
+const (
+	memoryEvery = time.Second / 4 // a few readers who stop fill what a small machine has for TCP within a second
+	lookRest    = 20              // times as long as a look takes, which is a twentieth of a CPU at most
+
+	// How long no byte of a flow must have moved before it may be ended for what it holds: from 3/4 of the
+	// memory on, and from 7/8 on.
+	stoppedFor      = 15 * time.Second
+	stoppedForShort = time.Second
+	stoppedMin      = 16 << 10         // bytes that such a flow holds at least
+	greedyFor       = 30 * time.Second // that a source is refused after it held much when memory was short
+	greedyMost      = 16 * time.Minute // that it is refused if it comes back again and again: twice as long each time
+	greedyMin       = 1 << 20          // bytes that a source holds at least before it may be refused
+)
+
+// memoryWatch keeps what flows hold within the budget, and within what the kernel has for TCP. What the
+// kernel has received for a reader who has stopped can't be given back but with the flow; and where TCP is
+// short of memory it gives all others next to nothing.
+type memoryWatch struct {
+	server *Server
+	since  map[netip.AddrPort]rest // by the peer's address, while half of the memory is taken
+
+	greedy map[netip.Prefix]greed // sources that are refused, or were
+}
+
+// A greed is what a source has held when memory was short for the last time.
+type greed struct {
+	held    int64
+	last    time.Time
+	refused time.Duration // for so long after that
+}
+
+// again is the greed of a source that holds so much once more.
+func (g greed) again(held int64, now time.Time) greed {
+	switch {
+	case g.last.IsZero():
+		g.refused = greedyFor
+	case g.isOver(now): // it was let in
+		g.refused = min(2*g.refused, greedyMost)
+	}
+	g.held, g.last = held, now
+	return g
+}
+
+// isOver reports whether the source is refused no more.
+func (g greed) isOver(now time.Time) bool { return now.Sub(g.last) >= g.refused }
+
+// A rest is a connection at the last look.
+type rest struct {
+	bytes, down int64     // all that its flows have moved, and to the client
+	since       time.Time // that they have moved so many
+}
+
+// watchMemory looks until the server ends.
+func (srv *Server) watchMemory() {
+	w := &memoryWatch{server: srv}
+	for timer := time.NewTimer(memoryEvery); ; {
+		select {
+		case <-srv.ctx.Done():
+			timer.Stop()
+			srv.opts.Relay.SaveMemory(false)
+			return
+		case now := <-timer.C:
+			w.look(now, srv.memoryUse("/proc", "/sys/fs/cgroup"))
+			srv.opts.Relay.SpareTCP(isTCPScarce("/proc"))
+			timer.Reset(max(memoryEvery, time.Since(now)*lookRest)) // however many flows there are
+		}
+	}
+}
+
+// isTCPScarce reports whether a quarter of what the kernel has for TCP is taken.
+func isTCPScarce(proc string) bool {
+	used, short := tcpMemory(proc)
+	return short > 0 && used >= short/4
+}
+
+// A memoryUse is how much is taken of what there is, in bytes.
+type memoryUse struct {
+	used, total int64
+	what        string // the metric's word for it
+}
+
+// over reports whether n of m parts are taken.
+func (u memoryUse) over(n, m int64) bool { return u.total > 0 && u.used >= u.total/m*n }
+
+// part is how much of the whole is taken; 0 where the whole is not known.
+func (u memoryUse) part() float64 {
+	if u.total <= 0 {
+		return 0
+	}
+	return float64(u.used) / float64(u.total)
+}
+
+// memoryUse is that of the budget, or that of what the kernel has for TCP where that is nearer to its end.
+// What proc and cgroups don't say is left out.
+func (srv *Server) memoryUse(proc, cgroups string) memoryUse {
+	used, short := tcpMemory(proc)
+	own, ok := cgroupSockets(proc, cgroups)
+	rest := processMemory() + srv.opts.Relay.Piped() + int64(srv.limiter.Total())*connectionKernel
+	targets := int64(0)
+	switch {
+	case used >= short/2, !ok && rest+used >= srv.Memory()/2:
+		var sockets int64
+		if sockets, targets = srv.socketMemory(proc); !ok {
+			own = min(used, sockets)
+		}
+	case !ok:
+		own = used // and it doesn't matter whose they are
+	}
+	all := memoryUse{own + rest, srv.Memory(), overMemory}
+	if tcp := tcpUse(used, min(used, own+targets), short); tcp.part() > all.part() {
+		return tcp
+	}
+	return all
+}
+
+// tcpUse is the use of what the kernel has for TCP, where all sockets of the machine hold used, and own of
+// that is ours. What others hold is none of ours to give back: ours is what they leave, but half in any case.
+func tcpUse(used, own, short int64) memoryUse {
+	return memoryUse{own, max(short-max(used-own, 0), short/2), "tcp_memory"}
+}
+
+// socketMemory is about what the sockets of all connections hold, in bytes: of those that were accepted all,
+// and of those that were dialled what readers have no room for. targets is how much the targets may hold for
+// such readers, in their own sockets on this machine.
+func (srv *Server) socketMemory(proc string) (own, targets int64) {
+	if diag, err := newSockDiag(); err == nil {
+		defer diag.Close()
+		sockets, _ := diag.tcpSockets(*srv.ports.Load())
+		for _, s := range sockets {
+			own += s.held
+		}
+	}
+	most := tcpSendMost(proc)
+	srv.opts.Relay.MeasureHeld(time.Now())
+	for _, fl := range srv.flows.Live() {
+		if fl.Held == nil {
+			continue
+		}
+		held, _ := fl.Held()
+		if own += held; held > 0 && maybeHere(fl.Upstream) {
+			targets += most
+		}
+	}
+	return own, targets
+}
+
+// maybeHere reports whether a process on this machine, or in a container on it, may have the address.
+func maybeHere(addr string) bool {
+	a, err := netip.ParseAddrPort(addr)
+	return err != nil || a.Addr().IsLoopback() || a.Addr().IsPrivate() // of requests it is not known
+}
+
+// tcpSendMost is how many bytes a socket may hold for its reader, as long as its program does not say it.
+func tcpSendMost(proc string) (bytes int64) {
+	text, _ := os.ReadFile(filepath.Join(proc, "sys/net/ipv4/tcp_wmem"))
+	var least, first int64
+	_, _ = fmt.Sscan(string(text), &least, &first, &bytes)
+	return bytes
+}
+
+// processMemory is what Go has of the kernel for this process, in bytes.
+func processMemory() int64 {
+	m := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	metrics.Read(m)
+	return int64(m[0].Value.Uint64() - m[1].Value.Uint64())
+}
+
+// tcpMemory is how many bytes all TCP sockets of the machine hold, and how many they may before the kernel is
+// short of them: see tcp_mem in tcp(7). 0 is not known.
+//
+// A network namespace other than the first one, such as a container's, does not show tcp_mem: there it is
+// taken for what the kernel makes it at boot, a sixteenth of the memory.
+func tcpMemory(proc string) (used, short int64) {
+	page := int64(os.Getpagesize())
+	if stat, err := os.ReadFile(filepath.Join(proc, "net/sockstat")); err == nil {
+		_, tcp, _ := strings.Cut(string(stat), "\nTCP: ")
+		_, mem, _ := strings.Cut(tcp, " mem ")
+		_, _ = fmt.Sscan(mem, &used)
+	}
+	limits, err := os.ReadFile(filepath.Join(proc, "sys/net/ipv4/tcp_mem"))
+	if err != nil {
+		return used * page, memTotal(proc) / 16
+	}
+	var low int64
+	_, _ = fmt.Sscan(string(limits), &low, &short)
+	return used * page, short * page
+}
+
+// A stalled connection holds bytes for a reader who has no room for them.
+type stalled struct {
+	peer  netip.AddrPort
+	owner owner
+	since time.Time
+	held  int64
+}
+
+// An owner is whose connections are counted together: those of a source, or one alone where many clients may
+// be behind its address.
+type owner struct {
+	source netip.Prefix
+	alone  netip.AddrPort // the peer
+}
+
+func (o owner) String() string {
+	if o.source.IsValid() {
+		return o.source.String()
+	}
+	return o.alone.String() + " (one of a hop's)"
+}
+
+// look does what u calls for: from half of the memory on little is taken at a time, from 5/8 on sources that
+// hold much open no more connections, and from 3/4 on flows that have stood still for longest are ended,
+// first those of the source that holds most.
+func (w *memoryWatch) look(now time.Time, u memoryUse) {
+	srv := w.server
+	isShort := u.over(1, 2)
+	srv.opts.Relay.SaveMemory(isShort && u.what == overMemory)
+	if !isShort {
+		w.since = nil
+		w.refuse(now, u)
+		return
+	}
+	var sockets map[netip.AddrPort]tcpSocket
+	diag, err := newSockDiag()
+	if err == nil {
+		defer diag.Close()
+		if u.over(5, 8) {
+			sockets, err = diag.tcpSockets(*srv.ports.Load())
+		}
+	}
+	all := w.stalled(now, sockets)
+	if u.over(5, 8) {
+		for source, held := range greedySources(all, greedyMin) {
+			if w.greedy == nil {
+				w.greedy = map[netip.Prefix]greed{}
+			}
+			w.greedy[source] = w.greedy[source].again(held, now)
+		}
+	}
+	w.refuse(now, u)
+	if err == nil && u.over(3, 4) {
+		err = w.end(now, u, all, sockets, diag)
+	}
+	if err != nil {
+		srv.limited.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
+	}
+}
+
+// refuse has the sources refused that have held much until a short while ago.
+func (w *memoryWatch) refuse(now time.Time, u memoryUse) {
+	srv := w.server
+	maps.DeleteFunc(w.greedy, func(_ netip.Prefix, g greed) bool { return now.Sub(g.last) >= greedyMost })
+	greedy := map[netip.Prefix]int64{}
+	for source, g := range w.greedy {
+		if !g.isOver(now) {
+			greedy[source] = g.held
+		}
+	}
+	if len(greedy) == 0 {
+		srv.greedySources.Store(nil)
+		return
+	}
+	if srv.greedySources.Swap(&greedy) == nil {
+		most, held := greediest(greedy)
+		srv.limited.Warn("memory_greedy", "memory is short: sources that hold much of it for readers that have stopped may open no more connections",
+			"sources", len(greedy), "source", most, "held", held, "what", u.what, "used", u.used, "total", u.total)
+	}
+}
+
+// stalled are the connections that hold something, and since when nothing of theirs has moved.
+func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocket) (all []stalled) {
+	w.server.opts.Relay.MeasureHeld(now)
+	type connection struct {
+		bytes, down, held int64
+		since             time.Time // of what is held
+		owner             owner
+	}
+	flows := w.server.flows.Live()
+	connections := make(map[netip.AddrPort]connection, len(flows))
+	for _, fl := range flows {
+		peer, err := netip.ParseAddrPort(fl.Downstream)
+		client, cerr := netip.ParseAddrPort(fl.Client)
+		if err != nil || cerr != nil {
+			continue
+		}
+		c := connections[peer]
+		if c.owner.source = limit.PrefixOf(client.Addr()); fl.Shared {
+			c.owner = owner{alone: peer}
+		}
+		up, down := fl.Bytes()
+		c.bytes += up + down
+		c.down += down
+		if fl.Held != nil {
+			held, since := fl.Held()
+			if c.held += held; held > 0 {
+				c.since = since
+			}
+		}
+		connections[peer] = c
+	}
+	since := make(map[netip.AddrPort]rest, len(connections))
+	for peer, c := range connections {
+		r, known := w.since[peer]
+		takes := !known || r.down != c.down // since the last look; who is far and fast has a lot on the way
+		if !known || r.bytes != c.bytes {
+			r = rest{c.bytes, c.down, now}
+		}
+		since[peer] = r
+		switch held := sockets[peer].held; {
+		case c.held >= stoppedMin:
+			all = append(all, stalled{peer, c.owner, c.since, max(c.held, held)})
+		case c.held == 0 && held >= stoppedMin && !takes: // the kernel moves the flow, or these are requests
+			all = append(all, stalled{peer, c.owner, r.since, held})
+		}
+	}
+	w.since = since
+	return all
+}
+
+// greedySources are those that hold at least so much, of those that are one client each, and how much.
+func greedySources(all []stalled, least int64) map[netip.Prefix]int64 {
+	held := map[netip.Prefix]int64{}
+	for _, s := range all {
+		if s.owner.source.IsValid() {
+			held[s.owner.source] += s.held
+		}
+	}
+	maps.DeleteFunc(held, func(_ netip.Prefix, n int64) bool { return n < least })
+	return held
+}
+
+// greediest is the source that holds most.
+func greediest(sources map[netip.Prefix]int64) (source netip.Prefix, held int64) {
+	for p, n := range sources {
+		if n > held || n == held && p.Addr().Less(source.Addr()) {
+			source, held = p, n
+		}
+	}
+	return source, held
+}
+
+// victims are those of all that have stood still since until, in the order in which they are to be ended:
+// again and again the one of the owner that holds most then which has stood still for longest. It takes the
+// time of two sorts.
+func victims(all []stalled, until time.Time) []stalled {
+	type victim struct {
+		stalled
+		most int64 // that its owner holds when its turn has come
+	}
+	var order []victim
+	sum := map[owner]int64{}
+	for _, s := range all {
+		if !s.since.After(until) {
+			order = append(order, victim{stalled: s})
+			sum[s.owner] += s.held
+		}
+	}
+	slices.SortFunc(order, func(a, b victim) int { return cmp.Or(a.since.Compare(b.since), a.peer.Compare(b.peer)) })
+	for i := range order {
+		v := &order[i]
+		v.most = sum[v.owner]
+		sum[v.owner] -= v.held
+	}
+	slices.SortStableFunc(order, func(a, b victim) int { return cmp.Compare(b.most, a.most) })
+	out := make([]stalled, len(order))
+	for i, v := range order {
+		out[i] = v.stalled
+	}
+	return out
+}
+
+// end resets connections of all that have stood still for long enough, in the order of victims, until so much
+// is given back that u is over no more.
+func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map[netip.AddrPort]tcpSocket, diag *sockDiag) error {
+	until, enough := now.Add(-stoppedFor), u.total/4*3
+	if u.over(7, 8) {
+		until = now.Add(-stoppedForShort)
+		if u.what != overMemory {
+			// The kernel is short from here on, and gives every connection next to nothing until less than
+			// 3/4 are taken.
+			enough = u.total / 2
+		}
+	}
+	var first owner
+	var err error
+	n, freed := 0, int64(0)
+	for _, v := range victims(all, until) {
+		socket, ok := sockets[v.peer]
+		if !ok {
+			continue // it has ended by itself
+		}
+		if freed > u.used-enough {
+			break
+		}
+		if err = diag.destroy(socket); err != nil {
+			break
+		}
+		if n == 0 {
+			first = v.owner
+		}
+		n++
+		freed += v.held
+	}
+	if n > 0 {
+		w.server.metrics.Cut.WithLabelValues(u.what).Add(float64(n))
+		w.server.limited.Warn("memory_ended", "memory is short: flows that make no progress are ended, those of the source that holds most first",
+			"flows", n, "source", first.String(), "what", u.what, "used", u.used, "total", u.total)
+	}
+	return err
+}

@@ -1,0 +1,594 @@
+package server
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/metrics"
+)
+
+// TestShortOfTCPMemory: when memory is short, whose readers have stopped opens no more connections, and then those
+// that have stood still for longest are ended, of the source that has most first; none that moves or holds
+// nothing.
+func TestShortOfTCPMemory(t *testing.T) {
+	for _, v := range []struct{ listen, bad, other string }{
+		{"127.0.0.1:%d", "127.0.0.11", "127.0.0.12"},
+		{":%d", "127.0.0.11", "127.0.0.12"},
+		{"[::1]:%d", "::1", ""},
+	} {
+		t.Run(v.listen, func(t *testing.T) {
+			up := backend(t, func(c net.Conn) { // speaks as long as anybody listens, once it was asked to
+				defer c.Close()
+				if _, err := c.Read(make([]byte, 1)); err == nil {
+					io.Copy(c, forever{})
+				}
+			})
+			addr := freeAddr(t)
+			_, port, _ := net.SplitHostPort(addr)
+			at := strings.Replace(v.listen, "%d", port, 1)
+			d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, at, up))
+			if strings.HasPrefix(at, ":") {
+				at = addr
+			}
+			dial := func(from string) (net.Conn, error) {
+				dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+				return dialer.Dial("tcp", at)
+			}
+			connect := func(from string, ask bool) *net.TCPConn {
+				t.Helper()
+				c, err := dial(from)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { c.Close() })
+				c.(*net.TCPConn).SetReadBuffer(16 << 10)
+				c.SetDeadline(time.Now().Add(patience))
+				if ask {
+					c.Write([]byte{1})
+				}
+				return c.(*net.TCPConn)
+			}
+			var bad, kept []*net.TCPConn
+			for range 12 {
+				bad = append(bad, connect(v.bad, true))
+			}
+			kept = append(kept, connect(v.bad, false))
+			if v.other != "" {
+				kept = append(kept, connect(v.other, true), connect(v.other, true))
+			}
+			moves := connect(v.bad, true)
+			moves.SetReadBuffer(256 << 10) // more than a segment of loopback, which else comes by a timer
+			all := len(bad) + len(kept) + 1
+			still := func() {
+				t.Helper()
+				last := int64(-1)
+				eventually(t, "all stand still", func() bool {
+					sum := int64(0)
+					for _, f := range d.flows.Snapshot(flow.Query{}) {
+						sum += f.BytesUp + f.BytesDown
+					}
+					same := sum == last && d.flows.Len() == all
+					last = sum
+					time.Sleep(200 * time.Millisecond)
+					return same
+				})
+			}
+			still()
+
+			w, now := &memoryWatch{server: d.Server}, time.Now()
+			taken := func(eighths int64) memoryUse { return memoryUse{eighths << 30, 8 << 30, "tcp_memory"} }
+			look := func(after time.Duration, eighths int64, ended int) {
+				t.Helper()
+				w.look(now.Add(after), taken(eighths))
+				all -= ended
+				eventually(t, fmt.Sprintf("%d flows are left", all), func() bool { return d.flows.Len() == all })
+			}
+			refused := func() bool {
+				t.Helper()
+				before := metrics.Totals(d.metrics.Refused, "reason")[overMemory]
+				if c, err := dial(v.bad); err == nil { // else the reset has come already
+					defer c.Close()
+					c.SetDeadline(time.Now().Add(patience))
+					c.Write([]byte{1})
+					c.Read(make([]byte, 1)) // an answer, if it is not refused
+				}
+				return metrics.Totals(d.metrics.Refused, "reason")[overMemory] > before
+			}
+			look(0, 3, 0)
+			look(0, 4, 0)
+			if d.greedySources.Load() != nil {
+				t.Error("a source is refused before memory is short")
+			}
+			look(0, 5, 0)
+			if !refused() {
+				t.Error("who holds most may open connections")
+			}
+			look(stoppedFor-1, 6, 0) // not stopped for long enough
+			io.CopyN(io.Discard, moves, 8<<20)
+			look(stoppedFor, 5, 0) // not short
+			look(stoppedFor, 6, 1) // which gives back enough
+			look(stoppedFor, 2, 0)
+			if !refused() {
+				t.Error("who held most may open connections as soon as theirs were reset")
+			}
+			look(stoppedFor+greedyFor, 2, 0)
+			if d.greedySources.Load() != nil {
+				t.Error("a source is refused when there has been memory again for long enough")
+			}
+			reset := 0
+			for _, c := range bad {
+				if _, err := c.Write([]byte{1}); err != nil {
+					reset++
+				}
+			}
+			if reset != 1 {
+				t.Errorf("%d of who holds most are reset, want 1", reset)
+			}
+			still()
+			// What all of them hold is too little now. What they send is no sign of life.
+			standing := len(bad) - 1
+			if v.other != "" {
+				standing += 2
+			}
+			look(stoppedFor, 7, standing)
+			look(stoppedFor+stoppedForShort-1, 7, 0)
+			look(stoppedFor+stoppedForShort, 7, 1) // moves, which does not any more
+			for i, c := range kept[:1] {
+				if _, err := c.Write([]byte{1}); err != nil {
+					t.Errorf("number %d of the others: %v", i, err)
+				}
+			}
+			if n := metrics.Totals(d.metrics.Cut, "reason")["tcp_memory"]; n != int64(standing+2) {
+				t.Errorf("%d are counted, want %d", n, standing+2)
+			}
+		})
+	}
+}
+
+// TestGreedyHop: a hop that many clients stand behind, none of whom it names, is refused nothing for what one of them
+// holds; a client whom it names is. Those behind it are ended one by one.
+func TestGreedyHop(t *testing.T) {
+	up := backend(t, func(c net.Conn) {
+		defer c.Close()
+		io.Copy(c, forever{})
+	})
+	for _, v := range []struct {
+		name, hop, client string
+		refused           bool
+	}{
+		{"a trusted hop says nothing", "127.0.0.21", "", false},
+		{"a trusted hop names a client", "127.0.0.22", "198.51.100.7", true},
+		{"a trusted hop names a node of the tailnet", "127.0.0.23", "100.64.0.9", false},
+		{"another listener's hop", "127.0.0.24", "", false},
+		{"a client", "127.0.0.25", "", true},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			at, plain := freeAddr(t), freeAddr(t)
+			d := start(t, fmt.Sprintf(`
+listeners:
+  - { name: hops, listen: [%q], mode: sni, accept_proxy: { from: [127.0.0.20/30, 127.0.0.24] }, default: { forward: %q } }
+  - { name: plain, listen: [%q], mode: tcp, default: { forward: %q } }`, at, up, plain, up))
+			connect := func() (net.Conn, error) {
+				dialer, where := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(v.hop)}}, at
+				if v.name == "a client" || v.name == "another listener's hop" {
+					where = plain
+				}
+				c, err := dialer.Dial("tcp", where)
+				if err != nil {
+					return nil, err
+				}
+				t.Cleanup(func() { c.Close() })
+				c.(*net.TCPConn).SetReadBuffer(16 << 10)
+				c.SetDeadline(time.Now().Add(patience))
+				if v.client != "" {
+					fmt.Fprintf(c, "PROXY TCP4 %s 192.0.2.1 4000 443\r\n", v.client)
+				}
+				if where == at {
+					c.Write(helloFor(t, "app.test"))
+				}
+				return c, nil
+			}
+			for range 4 {
+				if _, err := connect(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			w, now := &memoryWatch{server: d.Server}, time.Now()
+			var all []stalled
+			eventually(t, "four readers have stopped", func() bool {
+				d.opts.Relay.MeasureHeld(now)
+				diag, err := newSockDiag()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer diag.Close()
+				sockets, err := diag.tcpSockets(*d.ports.Load())
+				if err != nil {
+					t.Fatal(err)
+				}
+				all = w.stalled(now, sockets)
+				sum := int64(0)
+				for _, s := range all {
+					sum += s.held
+				}
+				return len(all) == 4 && sum > greedyMin
+			})
+			owners := map[owner]bool{}
+			for _, s := range all {
+				owners[s.owner] = true
+			}
+			if want := map[bool]int{true: 1, false: 4}[v.refused]; len(owners) != want {
+				t.Errorf("%d owners of what is held, want %d: %v", len(owners), want, owners)
+			}
+			w.look(now, memoryUse{5 << 30, 8 << 30, overMemory})
+			c, err := connect()
+			if err == nil { // else the reset has come already
+				_, err = c.Read(make([]byte, 1))
+			}
+			if refused := err != nil; refused != v.refused {
+				t.Errorf("a connection more is refused: %v (%v), want %v", refused, err, v.refused)
+			}
+		})
+	}
+}
+
+// TestSlowHTTP: what the answers hold that an HTTP client does not read is its own, and its connection is ended for it:
+// that of one who reads nothing, and that of one who speaks HTTP/2, reads all but the streams, and pings.
+func TestSlowHTTP(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.Copy(w, forever{}) }))
+	defer server.Close()
+	defer server.CloseClientConnections()
+	for v, streams := range map[string]int{"HTTP/1.1": 8, "HTTP/2": 60} {
+		t.Run(v, func(t *testing.T) {
+			at := freeAddr(t)
+			d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: http, default: { forward: %q } } ]`, at, server.Listener.Addr()))
+			var framer *http2.Framer
+			for i := range streams {
+				if i > 0 && framer != nil {
+					var head bytes.Buffer
+					enc := hpack.NewEncoder(&head)
+					for _, h := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", "app.test"}, {":path", "/"}} {
+						enc.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
+					}
+					if err := framer.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i - 1), BlockFragment: head.Bytes(), EndStream: true, EndHeaders: true}); err != nil {
+						t.Fatal(err)
+					}
+					continue
+				}
+				c := dialTCP(t, at)
+				c.SetReadBuffer(16 << 10)
+				if v == "HTTP/1.1" {
+					io.WriteString(c, "GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
+					continue
+				}
+				io.WriteString(c, http2.ClientPreface)
+				framer = http2.NewFramer(c, c)
+				framer.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+				go func() {
+					for {
+						if _, err := framer.ReadFrame(); err != nil {
+							return
+						}
+					}
+				}()
+			}
+			connections := map[string]int{"HTTP/1.1": streams, "HTTP/2": 1}[v] // of the daemon
+			w := &memoryWatch{server: d.Server}
+			taken := func(eighths int64) memoryUse { return memoryUse{eighths << 30, 8 << 30, overMemory} }
+			eventually(t, "the client may open no more", func() bool {
+				if framer != nil {
+					framer.WritePing(false, [8]byte{})
+				}
+				if d.flows.Len() == connections { // a source that is refused gets no more
+					w.look(time.Now(), taken(5))
+				}
+				return d.flows.Len() == connections && d.greedy(netip.MustParseAddr("127.0.0.1")) != nil
+			})
+			eventually(t, "all are ended", func() bool {
+				if framer != nil {
+					framer.WritePing(false, [8]byte{1}) // no sign of life
+				}
+				w.look(time.Now().Add(stoppedFor), taken(7))
+				return d.flows.Len() == 0
+			})
+			if n := metrics.Totals(d.metrics.Cut, "reason")[overMemory]; n < int64(connections) {
+				t.Errorf("%d are counted, want %d", n, connections)
+			}
+		})
+	}
+}
+
+// TestSocketsOfOthers: another server's connection is not ended, though its peer has the address and port of one of ours.
+func TestSocketsOfOthers(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	at := addrPort(ln.Addr())
+	c := dialTCP(t, at.String())
+	if _, err := c.Write(make([]byte, 2*stoppedMin)); err != nil { // which nobody reads
+		t.Fatal(err)
+	}
+	diag, err := newSockDiag()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer diag.Close()
+	for _, v := range []struct {
+		ports []uint16
+		ours  bool
+	}{{[]uint16{at.Port() - 1}, false}, {[]uint16{at.Port()}, true}, {[]uint16{at.Port(), 1}, true}, {[]uint16{1, 2}, false}} {
+		ports := map[uint16]bool{}
+		for _, p := range v.ports {
+			ports[p] = true
+		}
+		sockets, err := diag.tcpSockets(ports)
+		s, ok := sockets[addrPort(c.LocalAddr())]
+		if err != nil || ok != v.ours || ok && s.held < 2*stoppedMin {
+			t.Errorf("at ports %d: %v, %+v, %v", v.ports, ok, s, err)
+		}
+	}
+}
+
+// forever is an endless stream.
+type forever struct{}
+
+func (forever) Read(b []byte) (int, error) { return len(b), nil }
+
+// TestGreedySources: each source that holds much is refused while memory is short, and no other one; a hop is not.
+func TestGreedySources(t *testing.T) {
+	prefix := func(last byte) netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, last}), 32) }
+	var all []stalled
+	for source, n := range map[byte]int64{1: 2 * greedyMin, 2: greedyMin, 3: greedyMin - 1} {
+		all = append(all, stalled{owner: owner{source: prefix(source)}, held: n / 2}, stalled{owner: owner{source: prefix(source)}, held: n - n/2})
+	}
+	all = append(all, stalled{owner: owner{alone: netip.AddrPortFrom(prefix(4).Addr(), 1)}, held: 9 * greedyMin})
+	greedy := greedySources(all, greedyMin)
+	f := new(Server)
+	f.greedySources.Store(&greedy)
+	for source, refused := range map[byte]bool{1: true, 2: true, 3: false, 4: false} {
+		if err := f.greedy(prefix(source).Addr()); (err != nil) != refused {
+			t.Errorf("source %d: %v", source, err)
+		}
+	}
+	if most, held := greediest(greedy); most != prefix(1) || held != 2*greedyMin {
+		t.Errorf("%v holds most: %d bytes", most, held)
+	}
+}
+
+// TestGreedyTakes: what is on the way to a client who takes it is held for nobody. What a client sends is no sign that
+// it takes anything.
+func TestGreedyTakes(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+	peer := netip.MustParseAddrPort("192.0.2.1:5")
+	var up, down int64
+	fl := &flow.Flow{Client: peer.String(), Downstream: peer.String(), Bytes: func() (int64, int64) { return up, down }}
+	d.flows.Add(fl)
+	defer d.flows.Remove(fl)
+	w, now := &memoryWatch{server: d.Server}, time.Now()
+	sockets := map[netip.AddrPort]tcpSocket{peer: {held: 2 * greedyMin}}
+	for i, look := range []struct {
+		up, down int64
+		greedy   bool
+	}{{0, 1, false}, {0, 2, false}, {0, 2, true}, {1, 2, true}, {2, 2, true}, {2, 3, false}, {2, 3, true}} {
+		up, down = look.up, look.down
+		now = now.Add(memoryEvery)
+		if greedy := len(greedySources(w.stalled(now, sockets), greedyMin)) > 0; greedy != look.greedy {
+			t.Errorf("look %d, with %d bytes up and %d down: greedy is %v", i, up, down, greedy)
+		}
+	}
+}
+
+// TestVictims: connections are ended in the order that one by one would give, and to find it for ten times as many
+// takes about ten times as long.
+func TestVictims(t *testing.T) {
+	now := time.Now()
+	make := func(n, sources int) (all []stalled) {
+		r := rand.New(rand.NewPCG(uint64(n), uint64(sources)))
+		for i := range n {
+			a := netip.AddrFrom4([4]byte{192, 0, byte(i >> 8), byte(i)})
+			all = append(all, stalled{netip.AddrPortFrom(a, uint16(i)), owner{source: netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 51, 0, byte(r.IntN(sources))}), 32)},
+				now.Add(-time.Duration(r.IntN(1e6)) * time.Microsecond), stoppedMin + r.Int64N(1<<20)})
+		}
+		return all
+	}
+	until := now.Add(-100 * time.Millisecond)
+	for _, n := range []int{0, 1, 7, 300} {
+		left := slices.DeleteFunc(make(n, 5), func(s stalled) bool { return s.since.After(until) })
+		for i, v := range victims(make(n, 5), until) {
+			source, _ := greediest(greedySources(left, 1))
+			longest := -1
+			for j, s := range left {
+				if s.owner.source == source && (longest < 0 || s.since.Before(left[longest].since)) {
+					longest = j
+				}
+			}
+			if v != left[longest] {
+				t.Fatalf("of %d number %d is %v, want %v", n, i, v, left[longest])
+			}
+			left = slices.Delete(left, longest, longest+1)
+		}
+		if len(left) > 0 {
+			t.Errorf("of %d %d are left out", n, len(left))
+		}
+	}
+	took := func(n int) time.Duration {
+		all, least := make(n, 256), time.Hour
+		for range 5 {
+			started := time.Now()
+			victims(all, now)
+			least = min(least, time.Since(started))
+		}
+		return least
+	}
+	if few, many := took(5_000), took(50_000); many > 40*few {
+		t.Errorf("5,000 take %v, and 50,000 %v", few, many)
+	}
+}
+
+// TestTCPMemory: what the kernel says of it is understood, in a network namespace of a container too, which has no
+// tcp_mem.
+func TestTCPMemory(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+	use := func(where string) (tcp int64) {
+		used, short := tcpMemory("/proc")
+		if used < 0 || short < 100<<12 {
+			t.Errorf("%s: %d bytes, short from %d", where, used, short)
+		}
+		if u := d.memoryUse("/proc", "/sys/fs/cgroup"); u.used <= 0 || u.total <= 0 {
+			t.Errorf("%s: %+v", where, u)
+		}
+		return short
+	}
+	first := use("here")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocks: the thread ends with the goroutine
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			t.Error(err)
+			return
+		}
+		if n := use("in a namespace"); n < first/2 || n > 2*first {
+			t.Logf("%d bytes in a namespace, %d here: has somebody set tcp_mem?", n, first)
+		}
+	}()
+	<-done
+}
+
+// TestMemoryOfOthers: what other programs' sockets hold leads to nothing: neither is a source refused for it, nor a flow
+// ended.
+func TestMemoryOfOthers(t *testing.T) {
+	for _, v := range []struct {
+		used, own, short int64
+		over             bool // 3/4
+	}{
+		{75, 75, 100, true},
+		{74, 74, 100, false},
+		{95, 5, 100, false},
+		{200, 5, 100, false},
+		{100, 30, 100, false}, // of 50
+		{100, 38, 100, true},
+		{60, 40, 100, false}, // of 80
+		{80, 60, 100, true},
+		{1000, 1000, 100, true},
+		{0, 0, 0, false},
+		{5, 9, 100, false}, // read one after the other
+	} {
+		if got := tcpUse(v.used<<20, v.own<<20, v.short<<20); got.over(3, 4) != v.over {
+			t.Errorf("%+v: %+v", v, got)
+		}
+	}
+	// A program of this machine whose peer has stopped reading, while nothing is known but all sockets' sum.
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	for range 8 {
+		c := dialTCP(t, ln.Addr().String())
+		c.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+		io.Copy(c, forever{})
+	}
+	up := backend(t, func(c net.Conn) { io.Copy(c, forever{}) })
+	at := freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, at, up))
+	var used int64
+	eventually(t, "the kernel counts what is held", func() bool { used, _ = tcpMemory("/proc"); return used > 8<<20 })
+	if n, targets := d.socketMemory("/proc"); n > 1<<20 || targets > 0 {
+		t.Errorf("%d bytes of %d are said to be ours, and %d those of targets", n, used, targets)
+	}
+	proc := fakeProc(t, used, used)
+	if u := d.memoryUse(proc, t.TempDir()); u.over(1, 2) {
+		t.Errorf("ours are short of memory: %+v", u)
+	}
+	// But what a target on this machine holds for such readers is our clients' fault.
+	for range 8 {
+		dialTCP(t, at).SetReadBuffer(16 << 10)
+	}
+	if err := os.WriteFile(filepath.Join(proc, "sys/net/ipv4/tcp_wmem"), []byte("4096\t16384\t4194304\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "ours are short of memory", func() bool {
+		u := d.memoryUse(proc, t.TempDir())
+		return u.over(3, 4) && u.what == "tcp_memory"
+	})
+}
+
+// TestBudgetOfOthers: what other programs' sockets hold is no part of the budget, also where it is less than half of
+// that, and this process has taken the rest.
+func TestBudgetOfOthers(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+	budget := 4 * processMemory()
+	d.memory.Store(budget)
+	proc := fakeProc(t, budget/2-1, 2*budget)
+	if u := d.memoryUse(proc, t.TempDir()); u.over(1, 2) {
+		t.Errorf("ours are short of memory: %+v", u)
+	}
+}
+
+// fakeProc is a /proc where all TCP sockets hold so many bytes, and may hold so many.
+func fakeProc(t *testing.T, used, short int64) (proc string) {
+	t.Helper()
+	proc = t.TempDir()
+	for name, text := range map[string]string{
+		"net/sockstat":         fmt.Sprintf("sockets: used 9\nTCP: inuse 9 orphan 0 tw 0 alloc 9 mem %d\n", used>>12),
+		"sys/net/ipv4/tcp_mem": fmt.Sprintf("1\t%d\t9\n", short>>12),
+	} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(proc, name)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(proc, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return proc
+}
+
+// TestNothingSaysWhatIsUsed: the budget is kept by what is known where the kernel hides the rest.
+func TestNothingSaysWhatIsUsed(t *testing.T) {
+	d := start(t, fmt.Sprintf(`
+listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]
+limits: { memory: 16MiB }`, freeAddr(t)))
+	if u := d.memoryUse(t.TempDir(), t.TempDir()); u.used < 1<<20 || u.total != 16<<20 || u.what != overMemory {
+		t.Errorf("%+v", u)
+	}
+}
+
+// TestGreedAgain: a source that holds much once more as soon as it is let in is refused for twice as long each time.
+func TestGreedAgain(t *testing.T) {
+	now := time.Now()
+	g := greed{}.again(1, now)
+	for want := greedyFor; want < 4*greedyMost; want *= 2 {
+		want := min(want, greedyMost)
+		if g = g.again(1, now); g.refused != want {
+			t.Errorf("it is refused for %v, not for %v, while it is refused", g.refused, want)
+		}
+		if now = now.Add(want - 1); g.isOver(now) {
+			t.Errorf("it is let in before %v", want)
+		}
+		if now = now.Add(1); !g.isOver(now) {
+			t.Errorf("it is refused after %v", want)
+		}
+		g = g.again(1, now)
+	}
+}

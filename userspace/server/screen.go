@@ -1,0 +1,157 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/deny"
+	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/vhost"
+)
+
+// denials are those whom a listener's deny names. The nil denials are nobody.
+type denials struct {
+	own   *deny.Table
+	files []*deny.File
+}
+
+// has reports whether deny names a.
+func (d *denials) has(a netip.Addr) bool {
+	if d == nil {
+		return false
+	}
+	if d.own.Contains(a) {
+		return true
+	}
+	for _, file := range d.files {
+		if file.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// deniedError says that deny names an address.
+type deniedError struct{ addr netip.Addr }
+
+func (e *deniedError) Error() string { return fmt.Sprintf("deny names %s", e.addr) }
+
+// screen says why a connection may not come in, before anything of it is charged: addr is denied, or source
+// opens connections too fast, or holds much of the memory while that is short. It is asked before a byte is
+// read, with the peer's address, and again with that of a PROXY header that is believed. source is the zero
+// Addr where it is not known yet whose the connection is. It waits for nothing.
+func (srv *Server) screen(s *service, addr, source netip.Addr) error {
+	if s.deny.has(addr) {
+		return &deniedError{addr}
+	}
+	if err := srv.greedy(source); err != nil {
+		return err
+	}
+	return srv.newRate.Take(source, time.Now())
+}
+
+// attribute makes the connection count as a's, whose it is, if it may come in: once, though it may be called
+// again.
+func (in *conn) attribute(a netip.Addr) error {
+	if in.isAttributed {
+		return nil
+	}
+	if err := in.server.screen(in.service, a, a); err != nil {
+		return err
+	}
+	if err := in.lease.Move(a); err != nil {
+		return err
+	}
+	in.isAttributed = true
+	return nil
+}
+
+// deniedRequest is the answer to a request whose client is denied, nil if it is not: one that a trusted hop
+// names in the request, or one that has become so since it connected.
+func (srv *Server) deniedRequest(l *listener, v *vhost.Visit, client netip.Addr) error {
+	if !l.service.Load().deny.has(client) {
+		return nil
+	}
+	err := &deniedError{client}
+	srv.requestRefused(l.name, v, denied, err)
+	return &vhost.Refusal{Status: http.StatusForbidden, Title: "Access is not allowed",
+		Text:   srv.node() + " does not let visitors in from where you are.",
+		Header: http.Header{"Connection": {"close"}}, Err: err}
+}
+
+// openDenials reads what the listeners of cfg deny, by listener. The caller closes the files.
+//
+// +checklocks:srv.mu
+func (srv *Server) openDenials(cfg *config.Config) (all map[string]*denials, files []*deny.File, err error) {
+	all = map[string]*denials{}
+	opened := map[string]*deny.File{} // each once
+	before := map[string]*deny.Table{}
+	for _, file := range srv.denyFiles {
+		before[file.Name()] = file.Table()
+	}
+	var errs []error
+	for i := range cfg.Listeners {
+		l := &cfg.Listeners[i]
+		if len(l.Deny) == 0 {
+			continue
+		}
+		d := &denials{}
+		var own []netip.Prefix
+		for j := range l.Deny {
+			item := &l.Deny[j]
+			if item.File == "" {
+				p, _ := config.ParsePrefix(item.From) // config has checked it
+				own = append(own, p)
+				continue
+			}
+			file := opened[item.File]
+			if file == nil {
+				file, err = deny.Open(item.File, config.ParsePrefix, srv.log, before[item.File])
+				if err != nil {
+					errs = append(errs, cfg.Errorf(item.At("file"), "deny: %v", err))
+					continue
+				}
+				opened[item.File] = file
+				files = append(files, file)
+			}
+			d.files = append(d.files, file)
+		}
+		d.own = deny.NewTable(own...)
+		all[l.Name] = d
+	}
+	if len(errs) > 0 {
+		closeFiles(files)
+		return nil, nil, errors.Join(errs...)
+	}
+	return all, files, nil
+}
+
+func closeFiles(files []*deny.File) {
+	for _, file := range files {
+		file.Close()
+	}
+}
+
+// greedyError says that a source holds much of the memory, while that is short.
+type greedyError struct{ source netip.Prefix }
+
+func (e *greedyError) Error() string {
+	return fmt.Sprintf("memory is short (limits.memory, net.ipv4.tcp_mem), and readers of %s that have stopped hold much of it", e.source)
+}
+
+// greedy is an error where source holds much of the memory while that is short.
+func (srv *Server) greedy(source netip.Addr) error {
+	sources := srv.greedySources.Load()
+	if sources == nil || !source.IsValid() {
+		return nil
+	}
+	p := limit.PrefixOf(source)
+	if _, ok := (*sources)[p]; ok {
+		return &greedyError{p}
+	}
+	return nil
+}

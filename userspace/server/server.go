@@ -1,0 +1,274 @@
+// Package server is where the parts meet: it accepts connections, checks limits and PROXY headers, finds the
+// route, dials the upstream and hands the pair to a datapath.
+//
+// The server and its listeners:
+//
+//	server.go     the server: options, start, reload, drain, close
+//	reload.go     a configuration is prepared, and brought into force
+//	service.go    what a listener does by the plan, and the certificates that it shows
+//	datapaths.go  which datapaths there are, and which of them flows get
+//	listen.go     addresses are bound, and follow the tailnet's changes
+//	places.go     interfaces and hosts that listeners name
+//	gate.go       listeners are shut while their default can't be reached
+//	limits.go     limits that fit the memory and the files that there are
+//	access_log.go which access logs are open
+//	labels.go     routes that the labels of containers add to the plan
+//
+// A connection, in the order in which it meets them:
+//
+//	accept.go          it is accepted, and counted or refused at once
+//	screen.go          who is denied, or comes too often
+//	fastpath_linux.go  the usual way, on a loop, without a goroutine
+//	conn.go            what is known of it, and who it is: PROXY header
+//	trust.go           whom the configuration and tailscaled say that is
+//	splice.go          sni and tcp: hello, route, dial, relay, log
+//	transparent.go     connections from the client's own address
+//	refused.go         why connections and requests are refused, and that it is counted and logged
+//
+// http and https, by request:
+//
+//	http.go      the HTTP server of a listener, and a request's log line
+//	requests.go  the route of a request
+//	charge.go    requests are counted for their source
+//	access.go    who may use a route
+//	hold.go      a request waits for a node that will be back
+//
+// What is watched, and shown:
+//
+//	memory.go          how much memory there is, and what is done when it, or the kernel's for TCP, is short
+//	sockdiag_linux.go  what the kernel says of all TCP sockets
+//	counts.go          what the metrics show of all this
+//	problems.go        what of the configuration does not work now, while the rest does
+//	health.go          whether connections move, and who may ask
+//	status.go          what can be seen from outside
+//	here.go            what a configuration needs of a machine, for `check --here`
+//
+// Locks are taken in this order: a gate's, Server.mu, and then those of the parts that a Server has, under
+// which nothing of this package is locked. A loop calls with none of its locks held.
+package server
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/accesslog"
+	"github.com/tailsplice/tailsplice/userspace/acme"
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/container"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
+	"github.com/tailsplice/tailsplice/userspace/deny"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/loop"
+	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/plan"
+	"github.com/tailsplice/tailsplice/userspace/relay"
+	"github.com/tailsplice/tailsplice/userspace/tailnet"
+	"github.com/tailsplice/tailsplice/userspace/transparent"
+)
+
+// Options are what the daemon knows beside its configuration.
+type Options struct {
+	Log     *slog.Logger
+	LogLost func() int64 // lines that Log could not write; nil: none
+	Version string
+	Loops   *loop.Reactor // where connections are accepted and relayed: the caller closes it after the Server
+	Relay   *relay.Relay
+	// RaiseFiles raises the limit of open files of this process towards want, as far as it may, and says what
+	// it is then. Nil: there is none.
+	RaiseFiles func(want uint64) (now uint64, err error)
+	Control    []string // addresses that are bound for metrics and health, for status; "" is none
+
+	// Datapaths are those that work on this machine; userspace is always there and is not listed. A flow that
+	// one refuses is offered to those behind it. For `datapath: auto` see Server.Offer.
+	Datapaths []datapath.Datapath
+	// Missing says why a datapath that configuration may name is not there.
+	Missing map[string]string
+}
+
+// Server is a running set of listeners. Make it with New, end it with Drain or Close.
+type Server struct {
+	opts Options
+	log  *slog.Logger
+
+	tailnet    *tailnet.Client
+	containers *container.Client
+	acme       *acme.Manager
+	way        atomic.Pointer[transparent.Way] // nil: none is needed, or can be had
+	deps       plan.Deps
+	limiter    *limit.Limiter
+	newRate    *limit.Rate    // of new connections
+	requests   *limit.Limiter // under way
+	flows      *flow.Registry
+	metrics    *metrics.Set
+	targets    dial.Outcomes // of flows, requests and checks
+	limited    *rateLimited
+	spare      *spareFiles
+	started    time.Time
+
+	ctx    context.Context // ends when flows must end at once
+	cancel context.CancelFunc
+	conns  sync.WaitGroup // every connection that was accepted
+
+	memory        atomic.Int64                           // the budget in bytes; 0: none
+	greedySources atomic.Pointer[map[netip.Prefix]int64] // sources that open no connections while memory is short, and what they hold
+	hops          atomic.Pointer[plan.Peers]             // whom accept_proxy.from names, on any listener
+	ports         atomic.Pointer[map[uint16]bool]        // that connections were accepted at since the start: flows outlive listeners
+
+	mostWaiting  atomic.Int64 // connections that may wait for a hello
+	partialBytes atomic.Int64 // of hellos that are not whole
+
+	watchTailnet    sync.Once
+	watchContainers sync.Once
+	watchInterfaces sync.Once
+	addressesMoved  wakeup // wakes followAddresses
+	labelsMoved     wakeup // wakes followLabels
+
+	auto     atomic.Pointer[[]datapath.Returner] // that Offer gave
+	nodeName atomic.Pointer[string]
+	held     atomic.Int64   // requests that wait for a node: see hold.go
+	heldBy   *limit.Limiter // the same, by source
+
+	// mu serialises reloads.
+	mu sync.Mutex
+	// +checklocks:mu
+	present
+}
+
+// present is what a Server does now, and what it lacks for that.
+type present struct {
+	plan      *plan.Plan // in force, with the routes of labels
+	loaded    time.Time
+	listeners map[string]*listener       // by name
+	sockets   map[string]*listenerSocket // by bound address
+	isClosed  bool
+
+	missing      map[string]string         // Options.Missing, as it is now
+	logs         map[string]*accesslog.Log // open access logs, by format and file
+	denyFiles    []*deny.File              // that are followed
+	tailnetAddrs []netip.Addr              // this node's, as last known
+	tailnetErr   error                     // why they are not known now, though a listener wants them
+	unbound      map[lack]error            // what can't be bound now, and why
+	healthErr    error                     // why control.health can't be bound on the tailnet
+	places       map[string]place          // that listeners name
+	wayErr       error                     // why there is no way though a route wants it
+}
+
+// New binds cfg's addresses and starts serving. What can be mended while the rest serves (an address that is
+// not there yet or whose port is taken, a certificate's file, the folder of an access log, no tailscaled, no
+// dockerd) is logged and tried again, and [Server.Problems] shows it. Where nothing of it would serve, and
+// for anything else that keeps a listener from working, it is an error, and nothing is left running.
+func New(cfg *config.Config, opts Options) (*Server, error) {
+	srv := &Server{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
+		present: present{listeners: map[string]*listener{}, sockets: map[string]*listenerSocket{}, missing: map[string]string{}},
+		limited: &rateLimited{log: opts.Log, last: map[string]*lines{}}, addressesMoved: make(wakeup, 1),
+		labelsMoved: make(wakeup, 1)}
+	srv.ctx, srv.cancel = context.WithCancel(context.Background())
+	srv.metrics = metrics.New(opts.Version, srv.state)
+	srv.targets.Most, srv.targets.Took = metrics.MostNames, srv.metrics.DialTime.Observe
+	if opts.LogLost != nil {
+		srv.metrics.WatchLog(opts.LogLost)
+	}
+	maps.Copy(srv.missing, opts.Missing)
+	srv.deps = plan.NewDeps(opts.Log)
+	srv.deps.Upstream, srv.deps.Guard = srv.completeUpstream, srv.guard
+	srv.tailnet, srv.containers = srv.deps.Tailnet, srv.deps.Containers
+	srv.acme = acme.New(opts.Log)
+	srv.deps.ACME = srv.acme
+	srv.containers.FollowLabels(config.IsLabel, srv.labelsMoved.wake)
+	srv.limiter, srv.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt) // set by apply
+	srv.newRate = limit.NewRate()                                                                                // set by apply
+	srv.heldBy = limit.NewRequests(heldMost, heldPerSource)
+	srv.spare = newSpareFiles()
+	srv.hops.Store(plan.NewPeers(nil))
+	srv.ports.Store(&map[uint16]bool{})
+	srv.mostWaiting.Store(mostWaiting())
+
+	srv.tailnet.OnChange(srv.addressesMoved.wake)
+	if err := srv.apply(cfg); err != nil {
+		srv.Close()
+		return nil, err
+	}
+	go srv.followAddresses(srv.ctx)
+	go srv.followLabels(srv.ctx)
+	go srv.watchMemory()
+	return srv, nil
+}
+
+func (srv *Server) node() string {
+	if n := srv.nodeName.Load(); n != nil {
+		return *n
+	}
+	return ""
+}
+
+// Flows are those that live.
+func (srv *Server) Flows() *flow.Registry { return srv.flows }
+
+// Metrics are the daemon's counters.
+func (srv *Server) Metrics() *metrics.Set { return srv.metrics }
+
+// stopAccepting closes all sockets and waits until nobody is being admitted.
+func (srv *Server) stopAccepting() {
+	srv.mu.Lock()
+	srv.isClosed = true
+	sockets := srv.sockets
+	srv.sockets = map[string]*listenerSocket{}
+	srv.mu.Unlock()
+	for _, s := range sockets {
+		s.Close()
+	}
+}
+
+// Drain stops accepting and waits until all flows have ended or ctx ends; then it closes. The error says how
+// many connections it had to cut.
+func (srv *Server) Drain(ctx context.Context) error {
+	srv.stopAccepting()
+	srv.mu.Lock()
+	listeners := srv.listeners
+	srv.mu.Unlock()
+	for _, l := range listeners {
+		if l.http != nil {
+			go l.http.shutdown(ctx)
+		}
+	}
+	done := make(chan struct{})
+	go func() {
+		srv.conns.Wait()
+		close(done)
+	}()
+	var err error
+	select {
+	case <-done:
+	case <-ctx.Done():
+		err = fmt.Errorf("connections cut before their end: %d", srv.limiter.Total())
+	}
+	srv.Close()
+	return err
+}
+
+// Close ends everything at once.
+func (srv *Server) Close() {
+	srv.stopAccepting()
+	srv.cancel()
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	for _, l := range srv.listeners {
+		if l.http != nil {
+			l.http.close()
+		}
+	}
+	srv.conns.Wait()
+	srv.closeWay()
+	srv.useLogs(nil)
+	closeFiles(srv.denyFiles)
+	srv.acme.Close()
+}

@@ -1,0 +1,81 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"sync/atomic"
+
+	"github.com/tailsplice/tailsplice/userspace/accesslog"
+	"github.com/tailsplice/tailsplice/userspace/plan"
+	"github.com/tailsplice/tailsplice/userspace/tlsterm"
+)
+
+// listener is a configured listener while the daemon lives. What it does is its service, which a reload
+// swaps; what it is (name and mode) stays.
+type listener struct {
+	name, mode string
+	service    atomic.Pointer[service]
+	http       *httpServer    // http and https only
+	certs      *tlsterm.Store // https only
+
+	gate   *gate // with while_down: close only; guarded by Server.mu, and so is isShut
+	isShut bool  // its sockets are to be closed; without while_down: close it says nothing
+}
+
+// retire ends what l does beside its flows, which go on; requests do until ctx ends.
+//
+// Server.mu is held.
+func (l *listener) retire(ctx context.Context) {
+	if l.http != nil {
+		go l.http.shutdown(ctx)
+	}
+	l.gate.stop()
+}
+
+// service is what a listener does by the plan, and what is open for that. It is immutable: a flow that has
+// begun with one keeps it.
+type service struct {
+	*plan.Service
+	deny      *denials       // nil: nobody
+	edges     []*listener    // https only: this daemon's sni listeners, by which connections may have come
+	accessLog *accesslog.Log // http(s) only; nil: none
+}
+
+// answeringChallenges makes c answer an authority's hello before any name is looked up: the name has no
+// certificate yet.
+func (srv *Server) answeringChallenges(c *tls.Config) *tls.Config {
+	next := c.GetConfigForClient
+	c.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		if answer := srv.acme.ChallengeConfig(hello); answer != nil {
+			return answer, nil
+		}
+		if next == nil {
+			return nil, nil
+		}
+		return next(hello)
+	}
+	return c
+}
+
+// askingClients makes c ask for a certificate where a route wants one, and nowhere else: browsers ask their
+// user. No session is resumed there, for it would bring the certificate, or the lack of it, of the first
+// handshake.
+func (l *listener) askingClients(c *tls.Config) *tls.Config {
+	next := c.GetConfigForClient
+	asking := c.Clone()
+	asking.GetConfigForClient = nil
+	asking.ClientAuth = tls.RequestClientCert
+	asking.SessionTicketsDisabled = true
+	c.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		if next != nil {
+			if own, err := next(hello); own != nil || err != nil {
+				return own, err
+			}
+		}
+		if l.service.Load().AsksClients(l.certs.Asked(hello.ServerName)) {
+			return asking, nil
+		}
+		return nil, nil
+	}
+	return c
+}

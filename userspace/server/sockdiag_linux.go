@@ -1,0 +1,158 @@
+package server
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// A tcpSocket is one of a connection that this host has accepted.
+type tcpSocket struct {
+	family uint8
+	id     [diagIDSize]byte // a struct inet_diag_sockid, as the kernel gave it: its cookie is no other socket's
+	held   int64            // bytes of memory that it is charged with
+}
+
+// Sizes and places in linux/inet_diag.h and linux/sock_diag.h.
+const (
+	diagIDSize  = 48
+	diagReqSize = 8 + diagIDSize // struct inet_diag_req_v2
+	diagMsgSize = 72             // struct inet_diag_msg
+	diagMsgID   = 4              // where its id begins
+
+	sockDiagByFamily = 20
+	sockDestroy      = 21
+	diagMemory       = 7 // INET_DIAG_SKMEMINFO
+	memoryReceived   = 0 // SK_MEMINFO_RMEM_ALLOC
+	memoryForward    = 4 // SK_MEMINFO_FWD_ALLOC
+	memoryQueued     = 5 // SK_MEMINFO_WMEM_QUEUED
+
+	// The states in which a socket may hold bytes: all but LISTEN, and those without a full socket.
+	diagStates = 1<<unix.BPF_TCP_ESTABLISHED | 1<<unix.BPF_TCP_FIN_WAIT1 | 1<<unix.BPF_TCP_FIN_WAIT2 |
+		1<<unix.BPF_TCP_CLOSE_WAIT | 1<<unix.BPF_TCP_LAST_ACK | 1<<unix.BPF_TCP_CLOSING
+)
+
+// A sockDiag asks the kernel about sockets. It is closed with Close.
+type sockDiag struct {
+	fd  int
+	buf []byte
+}
+
+func newSockDiag() (*sockDiag, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	return &sockDiag{fd: fd, buf: make([]byte, 64<<10)}, nil
+}
+
+func (d *sockDiag) Close() { _ = unix.Close(d.fd) }
+
+// tcpSockets are those at these ports, by the peer's address. A socket at another port is somebody else's,
+// though its peer may be the same.
+func (d *sockDiag) tcpSockets(ports map[uint16]bool) (map[netip.AddrPort]tcpSocket, error) {
+	all := map[netip.AddrPort]tcpSocket{}
+	var id [diagIDSize]byte
+	if len(ports) == 1 { // then the kernel leaves out the others
+		for port := range ports {
+			binary.BigEndian.PutUint16(id[:], port)
+		}
+	}
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		err := d.ask(sockDiagByFamily, unix.NLM_F_DUMP, family, id, func(m []byte) {
+			if len(m) < diagMsgSize || !ports[binary.BigEndian.Uint16(m[diagMsgID:])] {
+				return
+			}
+			s := tcpSocket{family: family, held: heldOf(m[diagMsgSize:])}
+			copy(s.id[:], m[diagMsgID:])
+			peer, _ := netip.AddrFromSlice(m[diagMsgID+20:][:4])
+			if family == unix.AF_INET6 {
+				peer, _ = netip.AddrFromSlice(m[diagMsgID+20:][:16])
+			}
+			all[netip.AddrPortFrom(peer.Unmap(), binary.BigEndian.Uint16(m[diagMsgID+2:]))] = s
+		})
+		if err != nil {
+			return nil, fmt.Errorf("list sockets: %w", err)
+		}
+	}
+	return all, nil
+}
+
+// heldOf is how many bytes of memory a socket with these attributes is charged with.
+func heldOf(attrs []byte) (n int64) {
+	for len(attrs) >= 4 {
+		size, kind := int(binary.NativeEndian.Uint16(attrs)), binary.NativeEndian.Uint16(attrs[2:])
+		if size < 4 || size > len(attrs) {
+			return n
+		}
+		if memory := attrs[4:size]; kind == diagMemory && len(memory) >= 4*(memoryQueued+1) {
+			for _, i := range []int{memoryReceived, memoryForward, memoryQueued} {
+				n += int64(binary.NativeEndian.Uint32(memory[4*i:]))
+			}
+		}
+		attrs = attrs[min((size+3)&^3, len(attrs)):]
+	}
+	return n
+}
+
+// destroy resets both ends of a connection of this host. It needs CAP_NET_ADMIN, and Linux 4.5 with
+// CONFIG_INET_DIAG_DESTROY. A socket that has gone by itself is no error.
+func (d *sockDiag) destroy(s tcpSocket) error {
+	err := d.ask(sockDestroy, unix.NLM_F_ACK, s.family, s.id, func([]byte) {})
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("end a socket: %w", err)
+	}
+	return nil
+}
+
+// ask sends a request for id, and gives answer each message that comes, until the last.
+func (d *sockDiag) ask(kind, flags uint16, family uint8, id [diagIDSize]byte, answer func([]byte)) error {
+	req := make([]byte, unix.NLMSG_HDRLEN+diagReqSize)
+	binary.NativeEndian.PutUint32(req, uint32(len(req)))
+	binary.NativeEndian.PutUint16(req[4:], kind)
+	binary.NativeEndian.PutUint16(req[6:], unix.NLM_F_REQUEST|flags)
+	body := req[unix.NLMSG_HDRLEN:]
+	body[0], body[1], body[2] = family, unix.IPPROTO_TCP, 1<<(diagMemory-1)
+	states := uint32(diagStates)
+	if kind == sockDestroy {
+		states = 0xffffffff // whatever its state
+	}
+	binary.NativeEndian.PutUint32(body[4:], states)
+	copy(body[8:], id[:])
+	if err := unix.Sendto(d.fd, req, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return os.NewSyscallError("sendto", err)
+	}
+	for {
+		n, _, err := unix.Recvfrom(d.fd, d.buf, 0)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return os.NewSyscallError("recvfrom", err)
+		}
+		for b := d.buf[:n]; len(b) >= unix.NLMSG_HDRLEN; {
+			size := int(binary.NativeEndian.Uint32(b))
+			if size < unix.NLMSG_HDRLEN || size > len(b) {
+				return errors.New("netlink: a message is cut off")
+			}
+			m := b[unix.NLMSG_HDRLEN:size]
+			switch binary.NativeEndian.Uint16(b[4:]) {
+			case unix.NLMSG_ERROR:
+				if len(m) >= 4 {
+					if errno := int32(binary.NativeEndian.Uint32(m)); errno != 0 {
+						return unix.Errno(-errno)
+					}
+				}
+				return nil
+			case unix.NLMSG_DONE:
+				return nil
+			}
+			answer(m)
+			b = b[min((size+3)&^3, len(b)):]
+		}
+	}
+}

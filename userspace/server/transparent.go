@@ -1,0 +1,81 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync/atomic"
+
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/plan"
+	"github.com/tailsplice/tailsplice/userspace/transparent"
+)
+
+// clientUnknown is the reason where a hop speaks for somebody, and doesn't say for whom.
+const clientUnknown = "client_unknown"
+
+// openWay makes sure that answers to clients' own addresses come back here, if that is wanted. What was
+// opened stays to the end: flows that a reload leaves alone need it.
+//
+// +checklocks:srv.mu
+func (srv *Server) openWay(wanted bool) {
+	srv.wayErr = nil
+	if srv.way.Load() != nil || !wanted {
+		return
+	}
+	way, err := transparent.Open(srv.log)
+	if err != nil {
+		srv.log.Warn("transparent does not work here: targets see this host's address instead of the client's", "err", err)
+		srv.wayErr = fmt.Errorf("transparent does not work here: %w", err)
+		return
+	}
+	srv.way.Store(way)
+}
+
+func (srv *Server) closeWay() {
+	if way := srv.way.Swap(nil); way != nil {
+		if err := way.Close(); err != nil {
+			srv.log.Warn("the rules for transparent could not be removed: `ip rule` and `nft list tables` show them", "err", err)
+		}
+	}
+}
+
+// dialTransparent connects to r's target from the client's own address, where that can be. Where it can't the
+// target sees this host, and the reason is counted.
+func (srv *Server) dialTransparent(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
+	way, client := srv.way.Load(), who.Client
+	fits := func(to netip.Addr) error {
+		if who.Unknown != nil {
+			return who.Unknown
+		}
+		return way.Fits(client, to)
+	}
+	d := *r.Dialer
+	d.AsClient = true
+	var asked atomic.Bool // some address was asked to answer the client
+	d.From = func(nd *net.Dialer, to netip.Addr) {
+		if fits(to) == nil {
+			asked.Store(true)
+			transparent.From(nd, client)
+		}
+	}
+	up, err := d.Dial(ctx, r.To, client)
+	if err != nil {
+		if de, ok := errors.AsType[*dial.Error](err); ok && de.Reason == dial.Timeout && asked.Load() {
+			return nil, fmt.Errorf("%w; with transparent it answers %s directly: that works only if this host is its default gateway on the network that it is reached through", err, client)
+		}
+		return nil, err
+	}
+	if addrPort(up.LocalAddr()).Addr() == client.Unmap() {
+		return up, nil
+	}
+	reason, why := clientUnknown, fits(addrPort(up.RemoteAddr()).Addr())
+	if te, ok := errors.AsType[*transparent.Error](why); ok {
+		reason = string(te.Reason)
+	}
+	srv.metrics.NotTransparent.WithLabelValues(listener, reason).Inc()
+	srv.limited.Warn("not_transparent "+reason, "the target sees this host's address instead of the client's", "listener", listener, "route", r.Name, "target", r.Written, "client", client, "reason", reason, "err", why)
+	return up, nil
+}

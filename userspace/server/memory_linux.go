@@ -247,7 +247,9 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) {
 	}
 	all := w.stalled(now, sockets)
 	if u.over(5, 8) {
-		for source, held := range greedySources(all, greedyMin) {
+		// Who takes a lot at a time has much held for a moment.
+		standing := slices.DeleteFunc(slices.Clone(all), func(s stalled) bool { return now.Sub(s.since) < stoppedForShort })
+		for source, held := range greedySources(standing, greedyMin) {
 			if w.greedy == nil {
 				w.greedy = map[netip.Prefix]greed{}
 			}

@@ -118,6 +118,10 @@ func TestShortOfTCPMemory(t *testing.T) {
 				t.Error("a source is refused before memory is short")
 			}
 			look(0, 5, 0)
+			if refused() {
+				t.Error("who may be reading still is refused")
+			}
+			look(stoppedForShort, 5, 0)
 			if !refused() {
 				t.Error("who holds most may open connections")
 			}
@@ -238,7 +242,7 @@ listeners:
 			if want := map[bool]int{true: 1, false: 4}[v.refused]; len(owners) != want {
 				t.Errorf("%d owners of what is held, want %d: %v", len(owners), want, owners)
 			}
-			w.look(now, memoryUse{5 << 30, 8 << 30, overMemory})
+			w.look(now.Add(stoppedForShort), memoryUse{5 << 30, 8 << 30, overMemory})
 			c, err := connect()
 			if err == nil { // else the reset has come already
 				_, err = c.Read(make([]byte, 1))
@@ -298,7 +302,7 @@ func TestSlowHTTP(t *testing.T) {
 					framer.WritePing(false, [8]byte{})
 				}
 				if d.flows.Len() == connections { // a source that is refused gets no more
-					w.look(time.Now(), taken(5))
+					w.look(time.Now().Add(stoppedForShort), taken(5))
 				}
 				return d.flows.Len() == connections && d.greedy(netip.MustParseAddr("127.0.0.1")) != nil
 			})

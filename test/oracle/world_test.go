@@ -24,8 +24,8 @@ import (
 
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/server"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 // quiet is where servers log what clients do wrong.

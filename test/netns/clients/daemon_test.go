@@ -13,8 +13,8 @@ import (
 
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/server"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
+	"github.com/tailsplice/tailsplice/userspace/server"
 )
 
 const site = "example.vsq.cz"

@@ -2,19 +2,15 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
+	"github.com/tailsplice/tailsplice/loader/loadertest"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/server"
 )
@@ -24,7 +20,7 @@ import (
 // Doctor blames no kernel.
 func TestSockmapComesLate(t *testing.T) {
 	needRoot(t)
-	holdMemory(t)
+	loadertest.HoldMemory(t)
 	for _, word := range []string{"sockmap", "auto"} {
 		t.Run(word, func(t *testing.T) {
 			dir, err := os.MkdirTemp("", "ts-cli-")
@@ -126,30 +122,4 @@ func TestSockmapComesLate(t *testing.T) {
 			})
 		})
 	}
-}
-
-// holdMemory has TCP hold some, until the test ends: bytes that nobody reads. It goes on until the kernel counts
-// them, which each CPU does by the megabyte.
-func holdMemory(t *testing.T) {
-	ln := listen(t, "127.0.0.1:0")
-	for held := range 1000 {
-		table, err := os.ReadFile("/proc/net/sockstat")
-		check(t, err)
-		_, pages, _ := strings.Cut(regexp.MustCompile(`(?m)^TCP: .*`).FindString(string(table)), " mem ")
-		if n, err := strconv.Atoi(pages); err != nil {
-			t.Fatalf("/proc/net/sockstat: %q, %v", table, err)
-		} else if held >= 32 && n > 4096 {
-			return
-		}
-		writer, err := net.Dial("tcp", ln.Addr().String())
-		check(t, err)
-		reader, err := ln.Accept()
-		check(t, err)
-		t.Cleanup(func() { writer.Close(); reader.Close() })
-		check(t, writer.SetWriteDeadline(time.Now().Add(100*time.Millisecond)))
-		if _, err = writer.Write(noise(1 << 20)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Fatal(err)
-		}
-	}
-	t.Fatal("TCP holds no memory")
 }

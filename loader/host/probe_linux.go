@@ -257,20 +257,3 @@ func probeMemory() Finding {
 		most[0]>>10, most[1]>>10, 2*(most[0]+most[1])>>20)
 	return f
 }
-
-// TCPPressure is from how many pages on TCP saves memory. The setting can be read in the first network
-// namespace only; elsewhere it is taken for what the kernel begins with, a sixteenth of what there is.
-func TCPPressure() uint64 {
-	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_mem"); err == nil {
-		if fields := strings.Fields(string(b)); len(fields) == 3 {
-			if n, err := strconv.ParseUint(fields[1], 10, 64); err == nil {
-				return n
-			}
-		}
-	}
-	var i unix.Sysinfo_t
-	if unix.Sysinfo(&i) != nil {
-		return 0
-	}
-	return uint64(i.Totalram) * uint64(i.Unit) / uint64(os.Getpagesize()) / 16
-}

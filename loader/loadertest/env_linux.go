@@ -2,6 +2,7 @@ package loadertest
 
 import (
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"golang.org/x/sys/unix"
 )
 
@@ -178,4 +180,24 @@ func Attached(t testing.TB, dir string) int {
 	r, err := link.QueryPrograms(link.QueryOptions{Target: int(d.Fd()), Attach: ebpf.AttachCGroupSockOps})
 	Must(t, err)
 	return len(r.Programs)
+}
+
+// HoldMemory has TCP hold some until the test ends: bytes that nobody reads. It returns when the kernel counts
+// them, which each CPU does by the megabyte: where there is little traffic, its sum may be 0 for long.
+func HoldMemory(t testing.TB) {
+	t.Helper()
+	const least = 16 << 20
+	for held := range 1000 {
+		if used, _ := tcpsock.Memory("/proc"); held >= 32 && used > least {
+			return
+		}
+		writer, reader := Connect(t, "tcp4")
+		t.Cleanup(func() { writer.Close(); reader.Close() })
+		Must(t, writer.SetWriteDeadline(time.Now().Add(100*time.Millisecond)))
+		_, err := io.Copy(writer, io.LimitReader(Zeroes{}, 1<<20))
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
+		}
+	}
+	t.Fatal("TCP holds no memory")
 }

@@ -6,13 +6,12 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/loader/host"
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // Datapath is what is proven. It has no flow but that of a test.
@@ -103,7 +102,8 @@ func lacking(d Datapath, err error) (what, advice string) {
 	}
 	// The kernel goes on saving memory until TCP has less than the first number of tcp_mem, which is by
 	// itself three quarters of the second: see tcp(7) and tcp_init_mem.
-	if n, most := tcpMemory(), d.Pressure(); most != 0 && n >= most-most/4 {
+	used, _ := tcpsock.Memory("/proc")
+	if n, most := uint64(used)/uint64(os.Getpagesize()), d.Pressure(); most != 0 && n >= most-most/4 {
 		return fmt.Sprintf("TCP is short of memory, with %d pages of %d", n, most),
 			"wait until there is less traffic, or raise the limits: sysctl net.ipv4.tcp_mem"
 	}
@@ -115,18 +115,4 @@ func lacking(d Datapath, err error) (what, advice string) {
 		}
 	}
 	return "", ""
-}
-
-// tcpMemory is how many pages TCP has, in all network namespaces.
-func tcpMemory() (pages uint64) {
-	b, _ := os.ReadFile("/proc/net/sockstat")
-	for line := range strings.Lines(string(b)) {
-		// TCP: inuse 30 orphan 0 tw 2 alloc 35 mem 5
-		if rest, ok := strings.CutPrefix(line, "TCP: "); ok {
-			if _, mem, ok := strings.Cut(rest, " mem "); ok {
-				pages, _ = strconv.ParseUint(strings.TrimSpace(mem), 10, 64)
-			}
-		}
-	}
-	return pages
 }

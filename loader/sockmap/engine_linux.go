@@ -19,6 +19,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/loader/host"
 	"github.com/tailsplice/tailsplice/loader/prove"
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // Engine has the verdict and its maps, and splices flows. Safe for concurrent use. Least kernel: 6.1.
@@ -75,7 +76,8 @@ func Load(c Config) (_ *Engine, err error) {
 	if c.Hooks != nil && c.Hooks.Slots > 0 {
 		free = free[:c.Hooks.Slots]
 	}
-	l := &Engine{log: c.Log, hooks: c.Hooks, pressure: host.TCPPressure(), free: free,
+	_, pressure := tcpsock.Memory("/proc")
+	l := &Engine{log: c.Log, hooks: c.Hooks, pressure: uint64(pressure) / uint64(os.Getpagesize()), free: free,
 		live: make([]atomic.Pointer[flow], c.MaxFlows)}
 	if c.Hooks != nil && c.Hooks.Pressure != 0 {
 		l.pressure = c.Hooks.Pressure

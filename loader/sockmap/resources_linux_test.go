@@ -18,9 +18,9 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
-	"github.com/tailsplice/tailsplice/loader/host"
 	"github.com/tailsplice/tailsplice/loader/loadertest"
 	"github.com/tailsplice/tailsplice/loader/prove"
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // backlogs counts the directions that have something redirected and not yet written. The kernel retries each of
@@ -105,10 +105,11 @@ func TestStalledFlowsShortOfMemory(t *testing.T) {
 	if !loadertest.InNewNetwork(t) {
 		return
 	}
-	limit := int64(host.TCPPressure()) * 3 / 2 // as the kernel sets it
+	_, pressure := tcpsock.Memory("/proc")
+	limit := pressure * 3 / 2 // as the kernel sets it
 	// A flow or two in 200 were seen to end with an error, which is not understood; no byte was wrong.
 	stall(t, nil, 24<<20, 2, func(perFlow int64, waiting int, cpu time.Duration) {
-		if most := limit*int64(os.Getpagesize())/stalledFlows + 2*(2<<20); perFlow > most {
+		if most := limit/stalledFlows + 2*(2<<20); perFlow > most {
 			t.Errorf("%d bytes a flow are held, more than %d: TCP's memory and two flow_buffers", perFlow,
 				most)
 		}

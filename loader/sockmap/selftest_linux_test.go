@@ -92,7 +92,7 @@ func TestSelfTestSaysWhatIsLacking(t *testing.T) {
 			small + " (net.ipv4.tcp_wmem)", "sysctl -w net.ipv4.tcp_wmem="},
 		{"small receive buffers", set("tcp_rmem", "4096 4096 4096"), set("tcp_rmem", "4096 131072 6291456"),
 			small + " (net.ipv4.tcp_rmem)", "sysctl -w net.ipv4.tcp_rmem="},
-		{"no memory", func(r *Hooks) { r.Pressure = 1 }, nothing,
+		{"no memory", func(r *Hooks) { loadertest.HoldMemory(t); r.Pressure = 1 }, nothing,
 			"TCP is short of memory", "sysctl net.ipv4.tcp_mem"},
 		{"lo is down", loopback(netlink.LinkSetDown), loopback(netlink.LinkSetUp),
 			"the interface lo is down", "ip link set lo up"},

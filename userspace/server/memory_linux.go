@@ -9,9 +9,9 @@ import (
 	"path/filepath"
 	"runtime/metrics"
 	"slices"
-	"strings"
 	"time"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 )
 
@@ -86,7 +86,7 @@ func (srv *Server) watchMemory() {
 
 // isTCPScarce reports whether a quarter of what the kernel has for TCP is taken.
 func isTCPScarce(proc string) bool {
-	used, short := tcpMemory(proc)
+	used, short := tcpsock.Memory(proc)
 	return short > 0 && used >= short/4
 }
 
@@ -110,7 +110,7 @@ func (u memoryUse) part() float64 {
 // memoryUse is that of the budget, or that of what the kernel has for TCP where that is nearer to its end.
 // What proc and cgroups don't say is left out.
 func (srv *Server) memoryUse(proc, cgroups string) memoryUse {
-	used, short := tcpMemory(proc)
+	used, short := tcpsock.Memory(proc)
 	own, ok := cgroupSockets(proc, cgroups)
 	rest := processMemory() + srv.opts.Relay.Piped() + int64(srv.limiter.Total())*connectionKernel
 	targets := int64(0)
@@ -180,27 +180,6 @@ func processMemory() int64 {
 	m := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
 	metrics.Read(m)
 	return int64(m[0].Value.Uint64() - m[1].Value.Uint64())
-}
-
-// tcpMemory is how many bytes all TCP sockets of the machine hold, and how many they may before the kernel is
-// short of them: see tcp_mem in tcp(7). 0 is not known.
-//
-// A network namespace other than the first one, such as a container's, does not show tcp_mem: there it is
-// taken for what the kernel makes it at boot, a sixteenth of the memory.
-func tcpMemory(proc string) (used, short int64) {
-	page := int64(os.Getpagesize())
-	if stat, err := os.ReadFile(filepath.Join(proc, "net/sockstat")); err == nil {
-		_, tcp, _ := strings.Cut(string(stat), "\nTCP: ")
-		_, mem, _ := strings.Cut(tcp, " mem ")
-		_, _ = fmt.Sscan(mem, &used)
-	}
-	limits, err := os.ReadFile(filepath.Join(proc, "sys/net/ipv4/tcp_mem"))
-	if err != nil {
-		return used * page, memTotal(proc) / 16
-	}
-	var low int64
-	_, _ = fmt.Sscan(string(limits), &low, &short)
-	return used * page, short * page
 }
 
 // A stalled connection holds bytes for a reader who has no room for them.

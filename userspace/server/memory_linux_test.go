@@ -21,6 +21,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 )
@@ -454,7 +455,7 @@ func TestVictims(t *testing.T) {
 func TestTCPMemory(t *testing.T) {
 	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
 	use := func(where string) (tcp int64) {
-		used, short := tcpMemory("/proc")
+		used, short := tcpsock.Memory("/proc")
 		if used < 0 || short < 100<<12 {
 			t.Errorf("%s: %d bytes, short from %d", where, used, short)
 		}
@@ -517,7 +518,7 @@ func TestMemoryOfOthers(t *testing.T) {
 	at := freeAddr(t)
 	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, at, up))
 	var used int64
-	eventually(t, "the kernel counts what is held", func() bool { used, _ = tcpMemory("/proc"); return used > 8<<20 })
+	eventually(t, "the kernel counts what is held", func() bool { used, _ = tcpsock.Memory("/proc"); return used > 8<<20 })
 	if n, targets := d.socketMemory("/proc"); n > 1<<20 || targets > 0 {
 		t.Errorf("%d bytes of %d are said to be ours, and %d those of targets", n, used, targets)
 	}

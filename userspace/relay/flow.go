@@ -50,8 +50,9 @@ type side struct {
 	isBare bool        // conn is the socket itself, and can be read by way of sock
 	isShut atomic.Bool // our stream to it has ended, or is about to
 
-	socket *loop.Socket // while the flow is on a loop
-	pieces int          // in a row that were read there on trial, and were full
+	socket  *loop.Socket // while the flow is on a loop
+	pieces  int          // in a row that were read there on trial, and were full
+	answers int64        // bytes of the other direction when a message was last looked for on trial
 	lasting
 
 	held       atomic.Int64 // bytes of its stream that its pump has no room for

@@ -10,6 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -59,8 +62,8 @@ func TestLoopEvenMessages(t *testing.T) {
 	var moved relay.Counters
 	f.Start(context.Background(), relay.Options{Counters: &moved})
 	message := make([]byte, 16<<10)
-	for range 64 { // four times what a reader acknowledges until its trial ends
-		for _, way := range [][2]net.Conn{{f.Client, f.Server}, {f.Server, f.Client}} {
+	for range 32 { // four times what a reader acknowledges until its trial ends; every second one is not answered
+		for _, way := range [][2]net.Conn{{f.Client, f.Server}, {f.Client, f.Server}, {f.Server, f.Client}, {f.Server, f.Client}} {
 			if _, err := way[0].Write(message); err != nil {
 				t.Fatal(err)
 			}
@@ -71,5 +74,36 @@ func TestLoopEvenMessages(t *testing.T) {
 	}
 	if down, up := relay.States(&moved); down != "loop" || up != "loop" {
 		t.Errorf("after messages of 16 KiB in turn its sides are %s and %s", down, up)
+	}
+}
+
+// TestTrialMessages: a message that comes after an answer reaches its reader whole, though on trial.
+func TestTrialMessages(t *testing.T) {
+	f := relaytest.Loopback{}.Path(t).Connect(t)
+	defer f.Server.Close()
+	defer f.Client.Close()
+	f.Start(context.Background(), relay.Options{})
+	const messages = 12
+	message := make([]byte, 16<<10)
+	for range messages {
+		for _, way := range [][2]net.Conn{{f.Client, f.Server}, {f.Server, f.Client}} {
+			if _, err := way[0].Write(message); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(way[1], message); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for name, c := range map[string]net.Conn{"server": f.Server, "client": f.Client} {
+		tcpsock.Control(c, func(fd int) {
+			i, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := i.Data_segs_in; n > messages+messages/2 {
+				t.Errorf("%d messages came to the %s in %d parts", messages, name, n)
+			}
+		})
 	}
 }

@@ -93,7 +93,7 @@ func (s *side) Handle(events uint32) (then func()) {
 func (s *side) pass(toEnd bool) (then func()) {
 	buf := s.socket.Loop().Buffer()
 	buf = buf[:min(int64(len(buf)), s.flow.o.Buffer)]
-	if piece, isOnTrial := s.piece(buf, s.other().socket.FD()); isOnTrial {
+	if piece, isOnTrial := s.piece(buf, s.other().socket.FD()); isOnTrial && !s.isNextMessage() {
 		return s.passPiece(piece, toEnd)
 	}
 	if s.pieces*trialRead >= leastBulk {

@@ -8,9 +8,10 @@ import "golang.org/x/sys/unix"
 // more than ten segments makes megabytes of it (tcp_rcv_space_adjust in net/ipv4/tcp_input.c). So a direction
 // on trial is read in pieces of less, is not spliced, and lets others have their turn between two pieces.
 const (
-	trialBytes = 256 << 10 // more than a reader acknowledges that takes a first answer and stops: its buffer, twice
-	trialRead  = 8 << 10   // bytes of a piece
-	leastBulk  = 24 << 10  // bytes that come at once when the trial ends, and leave the loop
+	trialBytes  = 256 << 10 // more than a reader acknowledges that takes a first answer and stops: its buffer, twice
+	trialRead   = 8 << 10   // bytes of a piece
+	leastBulk   = 24 << 10  // bytes that come at once when the trial ends, and leave the loop
+	trialAtOnce = 16 << 10  // bytes of a message that is read at once, since the last one was answered
 
 	// What a reader on trial may have been written beyond what TCP could send, where TCP's memory is scarce.
 	// What a direction with a reader that stops has read sizes the receive buffer of its sender.
@@ -41,4 +42,17 @@ func (s *side) piece(buf []byte, dst int) (part []byte, isOnTrial bool) {
 		_ = unix.SetsockoptInt(dst, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, trialUnsent)
 	}
 	return buf[:min(len(buf), trialRead)], true
+}
+
+// isNextMessage reports whether what has come from s is a message, the last one of which was answered. In
+// pieces each would wake its reader twice, and one read of so little makes no megabytes. It is for whoever
+// has the loop of s.
+func (s *side) isNextMessage() bool {
+	answers := s.other().moved().Load()
+	if s.pieces > 0 || answers == s.answers {
+		return false
+	}
+	s.answers = answers
+	n, err := unix.IoctlGetInt(s.socket.FD(), unix.SIOCINQ)
+	return err == nil && n <= trialAtOnce
 }

@@ -93,25 +93,18 @@ type Registry struct {
 	// +checklocks:mu
 	live []*Flow
 	// +checklocks:mu
-	empty chan struct{} // closed while there is no flow
-	// +checklocks:mu
 	accounts accounts
 }
 
 // NewRegistry returns an empty registry.
 func NewRegistry() *Registry {
-	r := &Registry{empty: make(chan struct{}), accounts: accounts{named: map[Route]*Account{}}}
-	close(r.empty)
-	return r
+	return &Registry{accounts: accounts{named: map[Route]*Account{}}}
 }
 
 // Add registers f until Remove(f).
 func (r *Registry) Add(f *Flow) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.live) == 0 {
-		r.empty = make(chan struct{})
-	}
 	r.live = append(r.live, f)
 	f.place = int32(len(r.live))
 	if f.Account != nil { // Configured may have dropped it since it was looked up
@@ -133,9 +126,6 @@ func (r *Registry) Remove(f *Flow) {
 	r.live[f.place-1], moved.place = moved, f.place
 	r.live[last], f.place = nil, 0
 	r.live = r.live[:last]
-	if last == 0 {
-		close(r.empty)
-	}
 	if f.Account != nil {
 		f.Account.live--
 		f.Account.add(up, down)
@@ -147,13 +137,6 @@ func (r *Registry) Len() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.live)
-}
-
-// Empty returns a channel that is closed once no flow lives. It may or may not wait for flows added later.
-func (r *Registry) Empty() <-chan struct{} {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.empty
 }
 
 // Live are the flows that live now, in no order. Making snapshots of thousands takes longer.

@@ -70,11 +70,10 @@ func socketError(socket string, err error) *Error {
 
 // localError explains a failed LocalAPI request.
 func localError(socket string, err error) error {
-	var own *Error
-	switch {
+	switch own, ok := errors.AsType[*Error](err); {
 	case err == nil:
 		return nil
-	case errors.As(err, &own):
+	case ok:
 		return own
 	case local.IsAccessDeniedError(err):
 		return &Error{Kind: KindAbsent, Socket: socket, Err: err, msg: fmt.Sprintf("tailscaled at %s refuses user %d: run as root, or let this user in "+

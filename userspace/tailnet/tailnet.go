@@ -84,7 +84,7 @@ type known struct {
 	gen       uint64    // counts what invalidates identities
 	whois     map[netip.Addr]whoisEntry
 	changed   chan struct{} // closed and replaced with each new table
-	callbacks []*func()
+	callbacks []func()
 	announced *table // what the callbacks were last called for; Run's alone
 }
 
@@ -104,9 +104,6 @@ func New(socket string, log *slog.Logger) *Client {
 	}
 	return c
 }
-
-// Socket returns the path of the socket in use.
-func (c *Client) Socket() string { return c.socket }
 
 // dialSocket reports our own error. The library would run systemctl for a hint where the socket is missing.
 func (c *Client) dialSocket(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -249,17 +246,11 @@ func (c *Client) CheckPath(local, remote netip.Addr) error {
 
 // OnChange calls f whenever the netmap changed: addresses of this node or of others, nodes added, removed or
 // renamed, and when tailscaled comes or goes, but not for a node's presence. f runs on a goroutine of
-// [Client.Run], one at a time, so it should be quick; it may call the client. stop ends it, but no call under
-// way.
-func (c *Client) OnChange(f func()) (stop func()) {
+// [Client.Run], one at a time, so it should be quick; it may call the client.
+func (c *Client) OnChange(f func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.callbacks = append(c.callbacks, &f)
-	return func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.callbacks = slices.DeleteFunc(c.callbacks, func(other *func()) bool { return other == &f })
-	}
+	c.callbacks = append(c.callbacks, f)
 }
 
 func (c *Client) notifyChange() {
@@ -267,7 +258,7 @@ func (c *Client) notifyChange() {
 	callbacks := slices.Clone(c.callbacks)
 	c.mu.Unlock()
 	for _, f := range callbacks {
-		(*f)()
+		f()
 	}
 }
 

@@ -85,8 +85,7 @@ func selfIssued(c *x509.Certificate) bool { return bytes.Equal(c.RawIssuer, c.Ra
 // publicRoot says whether a root of this machine issued leaf directly.
 func publicRoot(leaf *x509.Certificate) bool {
 	_, err := leaf.Verify(x509.VerifyOptions{KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
-	var unknown x509.UnknownAuthorityError
-	return !errors.As(err, &unknown)
+	return !errors.As(err, new(x509.UnknownAuthorityError))
 }
 
 func serverAuth(c *x509.Certificate) bool {

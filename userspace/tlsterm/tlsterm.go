@@ -210,16 +210,13 @@ func (s *Store) Run(ctx context.Context) {
 	}
 }
 
-// Covers says whether some certificate covers host, which may be upper case, an
-// IP address (in brackets or not), and end with a dot; it has no port.
-func (s *Store) Covers(host string) bool { return s.set.Load().covers(canonical(host)) }
-
 // Asked is the name that a hello with this server name asks for, as routes and certificates are found by it:
 // lower case, without port and trailing dot, "" for an address that no certificate has.
 func (s *Store) Asked(serverName string) string { return s.set.Load().asked(serverName) }
 
 // Shared says whether the certificate which a client gets for name is good for other too: browsers send
-// requests for both on one connection then (RFC 9113 9.1.1). The names are as in Covers.
+// requests for both on one connection then (RFC 9113 9.1.1). The names may be upper case, IP addresses (in brackets
+// or not), and end with a dot; they have no port.
 func (s *Store) Shared(name, other string) bool {
 	name, other = canonical(name), canonical(other)
 	for _, e := range s.set.Load().candidates(name) {
@@ -269,12 +266,10 @@ func (s *Store) Certificates() []Info {
 }
 
 // Config returns a server configuration that always serves the store's newest certificates: TLS 1.2 and 1.3,
-// crypto/tls's choice of suites and curves, session tickets with keys that crypto/tls rotates. alpn is what
-// the server speaks, best first; none means h2 and http/1.1.
-func (s *Store) Config(alpn ...string) *tls.Config {
-	if len(alpn) == 0 {
-		alpn = []string{"h2", "http/1.1"}
-	}
+// crypto/tls's choice of suites and curves, session tickets with keys that crypto/tls rotates, and HTTP/2 before
+// HTTP/1.1.
+func (s *Store) Config() *tls.Config {
+	alpn := []string{"h2", "http/1.1"}
 	// A configuration with no certificate makes crypto/tls answer unrecognized_name. It is chosen at the
 	// hello, before a session ticket from another name could spare its holder the choice of a certificate.
 	refuse := &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: alpn, SessionTicketsDisabled: true}

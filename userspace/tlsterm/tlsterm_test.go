@@ -281,7 +281,7 @@ func TestChoice(t *testing.T) {
 		"example.org": false, "example.com": false, "": false, "asked.example.org": true,
 		"192.0.2.7": true, "192.0.2.8": false, "[2001:db8::7]": true, "2001:0db8::7": true, "2.0.2.7": false,
 	} {
-		if got := s.Covers(host); got != want {
+		if got := s.set.Load().covers(canonical(host)); got != want {
 			t.Errorf("Covers(%q) = %v", host, got)
 		}
 	}
@@ -436,7 +436,7 @@ func TestFollowsFiles(t *testing.T) {
 	}
 	write(t, spec.Key, next.keyPEM)
 	eventually(t, "the new pair is served", func() bool { return served(t, addr, "example.org").Equal(next.cert) })
-	if !s.Covers("www.example.org") {
+	if !s.set.Load().covers(canonical("www.example.org")) {
 		t.Error("the new name is not covered")
 	}
 
@@ -553,7 +553,7 @@ func TestExpiresWhileServed(t *testing.T) {
 	if err != nil {
 		t.Fatalf("another certificate can't be added any more: %v", err)
 	}
-	if s.Covers("other.example.org") {
+	if s.set.Load().covers(canonical("other.example.org")) {
 		t.Error("Prepare has applied")
 	}
 	apply()
@@ -573,7 +573,7 @@ func BenchmarkCovers(b *testing.B) {
 	}
 	b.ReportAllocs()
 	for b.Loop() {
-		s.Covers("www.example.org")
+		s.set.Load().covers(canonical("www.example.org"))
 	}
 }
 

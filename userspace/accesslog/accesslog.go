@@ -274,8 +274,7 @@ func (l *Log) fail(err error) {
 	if l.problem.Swap(&err) != nil {
 		return
 	}
-	var path *os.PathError
-	if errors.As(err, &path) {
+	if path, ok := errors.AsType[*os.PathError](err); ok {
 		err = path.Err
 	}
 	l.opts.Log.Error("the access log can't be written: requests go on, their lines are lost and counted; see that the disk has space and the folder is there",

@@ -164,8 +164,7 @@ func peer(err error) string {
 
 // unreachable says whether err is of the network, and not of what was said.
 func unreachable(err error) bool {
-	var op net.Error
-	return errors.As(err, &op)
+	return errors.As(err, new(net.Error))
 }
 
 // backoff is the pause after so many failures before this one. An authority counts failed validations (Let's

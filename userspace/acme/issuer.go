@@ -91,8 +91,7 @@ func (i *issuer) issue(ctx context.Context, a *attempt, csr *x509.CertificateReq
 		}
 		params.Replaces = replaces // RFC 9773 5: such an order is spared the rate limits
 		chains, err := client.ObtainCertificate(ctx, params)
-		var p acme.Problem
-		switch isProblem := errors.As(err, &p); {
+		switch p, isProblem := errors.AsType[acme.Problem](err); {
 		case isProblem && p.Type == acme.ProblemTypeAccountDoesNotExist && !registered:
 			registered = true
 			i.m.log.Warn("the authority does not know the acme account any more: a new one is registered", "ca", i.ca.Directory)

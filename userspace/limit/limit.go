@@ -18,11 +18,9 @@
 package limit
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"sync"
 )
 
@@ -257,38 +255,15 @@ func (l *Limiter) Total() int {
 	return l.held
 }
 
-// Source is a source of connections, and how many it has.
-type Source struct {
-	Prefix netip.Prefix // an address (/32, /128) or an IPv6 /64
-	Count  int
-}
-
-func (s Source) String() string { return fmt.Sprintf("%s: %d", name(s.Prefix), s.Count) }
-
-// Sources returns the n sources with the most connections, the largest first, equal ones by address. n < 0
-// means all.
-func (l *Limiter) Sources(n int) []Source {
-	type entry struct {
-		source
-		count int
-	}
+// Sources says how many leases each source holds: by its address (/32, /128) or its IPv6 /64.
+func (l *Limiter) Sources() map[netip.Prefix]int {
 	l.mu.Lock()
-	entries := make([]entry, 0, len(l.sources)) // only what must be done under the lock
+	defer l.mu.Unlock()
+	all := map[netip.Prefix]int{}
 	for s, c := range l.sources {
 		if c.count > 0 {
-			entries = append(entries, entry{s, c.count})
+			all[s.prefix()] = c.count
 		}
 	}
-	l.mu.Unlock()
-	list := make([]Source, len(entries))
-	for i, e := range entries {
-		list[i] = Source{e.prefix(), e.count}
-	}
-	slices.SortFunc(list, func(a, b Source) int {
-		return cmp.Or(cmp.Compare(b.Count, a.Count), a.Prefix.Addr().Compare(b.Prefix.Addr()))
-	})
-	if n >= 0 && n < len(list) {
-		list = slices.Clip(list[:n])
-	}
-	return list
+	return all
 }

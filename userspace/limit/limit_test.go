@@ -3,6 +3,7 @@ package limit
 import (
 	"context"
 	"errors"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"runtime"
@@ -100,7 +101,7 @@ func TestUnknownSource(t *testing.T) {
 	if _, err := l.Acquire(netip.Addr{}); !errors.Is(err, ErrTotal) {
 		t.Errorf("fourth in all: %v", err)
 	}
-	if got := l.Sources(-1); len(got) != 0 {
+	if got := l.Sources(); len(got) != 0 {
 		t.Errorf("sources %v", got)
 	}
 }
@@ -127,8 +128,8 @@ func TestMove(t *testing.T) {
 		t.Errorf("total %d, want 4", got)
 	}
 	b.Release()
-	if err := b.Move(addr("203.0.113.1")); err != nil || l.Total() != 3 || len(l.Sources(-1)) != 2 {
-		t.Errorf("a released lease moved: %v, %v", err, l.Sources(-1))
+	if err := b.Move(addr("203.0.113.1")); err != nil || l.Total() != 3 || len(l.Sources()) != 2 {
+		t.Errorf("a released lease moved: %v, %v", err, l.Sources())
 	}
 	// The full total does not stop a move, nor does an unknown source.
 	l.SetLimits(3, 2)
@@ -172,21 +173,10 @@ func TestSources(t *testing.T) {
 			acquire(t, l, src)
 		}
 	}
-	want := []string{"192.0.2.2: 5", "2001:db8::/64: 5", "192.0.2.1: 2", "192.0.2.4: 1"}
-	for n := -1; n <= 6; n++ {
-		got := l.Sources(n)
-		expect := want
-		if n >= 0 && n < len(want) {
-			expect = want[:n]
-		}
-		if len(got) != len(expect) {
-			t.Fatalf("Sources(%d): %v", n, got)
-		}
-		for i := range got {
-			if got[i].String() != expect[i] {
-				t.Errorf("Sources(%d)[%d]: %v, want %s", n, i, got[i], expect[i])
-			}
-		}
+	want := map[netip.Prefix]int{netip.MustParsePrefix("192.0.2.1/32"): 2, netip.MustParsePrefix("192.0.2.2/32"): 5,
+		netip.MustParsePrefix("2001:db8::/64"): 5, netip.MustParsePrefix("192.0.2.4/32"): 1}
+	if got := l.Sources(); !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
 	}
 }
 
@@ -218,9 +208,9 @@ func TestEndsAtZero(t *testing.T) {
 			if n := l.Total(); n > total || n < 0 {
 				t.Errorf("%d in all", n)
 			}
-			for _, s := range l.Sources(-1) {
-				if s.Count < 1 || s.Count > perSource {
-					t.Errorf("%v", s)
+			for s, n := range l.Sources() {
+				if n < 1 || n > perSource {
+					t.Errorf("%v has %d", s, n)
 				}
 			}
 			select {
@@ -289,7 +279,7 @@ func TestEndsAtZero(t *testing.T) {
 	wg.Wait()
 	close(stop)
 	<-watched
-	if n, s := l.Total(), l.Sources(-1); n != 0 || len(s) != 0 {
+	if n, s := l.Total(), l.Sources(); n != 0 || len(s) != 0 {
 		t.Errorf("%d leases and the sources %v are left", n, s)
 	}
 	if len(l.sources) != 0 {
@@ -522,14 +512,6 @@ func BenchmarkMove(b *testing.B) {
 	b.ReportAllocs()
 	for i := 0; b.Loop(); i++ {
 		_ = lease.Move(src[i%2])
-	}
-}
-
-// BenchmarkSources is what a status page costs, with the lock held for a part of it.
-func BenchmarkSources(b *testing.B) {
-	l := full(b)
-	for b.Loop() {
-		l.Sources(10)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"regexp"
@@ -184,13 +185,12 @@ func TestProxyHeaderCut(t *testing.T) {
 
 // sourcesOf are those that connections count for, as the address and port of the test's clients.
 func sourcesOf(d *daemon) (all []string) {
-	for _, s := range d.limiter.Sources(-1) {
-		switch s.Prefix.String() {
-		case "198.51.100.7/32":
-			all = append(all, proxiedClient)
-		case "2001:db8::/64":
-			all = append(all, "[2001:db8::7]:4321")
-		}
+	sources := d.limiter.Sources()
+	if sources[netip.MustParsePrefix("198.51.100.7/32")] > 0 {
+		all = append(all, proxiedClient)
+	}
+	if sources[netip.MustParsePrefix("2001:db8::/64")] > 0 {
+		all = append(all, "[2001:db8::7]:4321")
 	}
 	return all
 }
@@ -310,7 +310,7 @@ listeners:
 	t.Logf("%d connections", n)
 	// Nor does a hop count for itself, who might be a client yet.
 	c := asking.come(t, "sni", "100.64.0.3:9")
-	if s := asking.limiter.Sources(-1); len(s) > 0 {
+	if s := asking.limiter.Sources(); len(s) > 0 {
 		t.Errorf("who is not known yet counts for %v", s)
 	}
 	c.Close()
@@ -369,9 +369,9 @@ limits: { hello_timeout: 5m }`, freeAddr(t), v.mode, v.more, up))
 			_, n, _ := proxyheader.Parse(v.header, 0)
 			whole, waits := n > 0, len(v.header)-n+len(v.hello)
 			eventually(t, "all wait", func() bool {
-				sources := d.limiter.Sources(-1)
+				sources := slices.Collect(maps.Values(d.limiter.Sources()))
 				return d.limiter.Yielding() == clients && d.partialBytes.Load() == int64(clients*waits) &&
-					(!whole && len(sources) == 0 || whole && len(sources) == 1 && sources[0].Count == clients)
+					(!whole && len(sources) == 0 || whole && len(sources) == 1 && sources[0] == clients)
 			})
 			if n := runtime.NumGoroutine() - before; n > clients/5 {
 				t.Errorf("%d goroutines for %d connections that wait", n, clients)
@@ -467,8 +467,8 @@ limits: { hello_timeout: 5m, %s }`, addr, backend(t, echo), limits))
 					c.Write(first)
 					waiting = append(waiting, c)
 					eventually(t, "it waits", func() bool {
-						s := d.limiter.Sources(-1)
-						return d.limiter.Yielding() == i+1 && (len(first) < len(header) || len(s) == 1 && s[0].Count == i+1)
+						s := slices.Collect(maps.Values(d.limiter.Sources()))
+						return d.limiter.Yielding() == i+1 && (len(first) < len(header) || len(s) == 1 && s[0] == i+1)
 					})
 				}
 				good := dialTCP(t, addr)
@@ -521,7 +521,7 @@ limits: { connections_per_source: 2 }`, addr, mode, backend(t, echo)))
 			if n := d.refused("over_limit"); n != 2 {
 				t.Errorf("%d are refused, want 2", n)
 			}
-			if s := fmt.Sprint(d.limiter.Sources(-1)); s != "[198.51.100.7: 2 2001:db8::/64: 2 198.51.100.8: 1]" {
+			if s := fmt.Sprint(d.limiter.Sources()); s != "map[198.51.100.7/32:2 198.51.100.8/32:1 2001:db8::/64:2]" {
 				t.Errorf("they count for %s", s)
 			}
 			if !strings.Contains(d.log.String(), "too many connections from one source: 198.51.100.7 has 2") {

@@ -157,7 +157,7 @@ func TestFromHAProxy(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			h, rest, err := Read(c, 4096, patience)
+			h, rest, err := Read(c, nil, 4096, patience)
 			if err != nil || h == nil {
 				t.Fatalf("%+v, %v", h, err)
 			}

@@ -68,7 +68,7 @@ func (s *script) SetReadDeadline(time.Time) error { return nil }
 // readAll reads the header of a stream, and everything after it.
 func readAll(stream []byte, maxBytes, step int) (h *Header, rest []byte, err error) {
 	c := &script{rest: stream, step: step}
-	h, rest, err = Read(c, maxBytes, 0)
+	h, rest, err = Read(c, nil, maxBytes, 0)
 	return h, append(bytes.Clone(rest), c.rest...), err
 }
 
@@ -77,7 +77,7 @@ func readAll(stream []byte, maxBytes, step int) (h *Header, rest []byte, err err
 func checkCut(t *testing.T, stream []byte, cut int, h *Header, rest []byte, err error) {
 	t.Helper()
 	c := &script{rest: stream[cut:]}
-	h2, rest2, err2 := Continue(c, stream[:cut], 0, 0)
+	h2, rest2, err2 := Read(c, stream[:cut], 0, 0)
 	rest2 = append(bytes.Clone(rest2), c.rest...)
 	if (h == nil) != (h2 == nil) || h != nil && *h != *h2 || !bytes.Equal(rest, rest2) || text(err) != text(err2) {
 		t.Errorf("all: %+v, %d bytes, %v; after the first %d bytes: %+v, %d bytes, %v", h, len(rest), err, cut, h2, len(rest2), err2)
@@ -265,7 +265,7 @@ func TestReadSocket(t *testing.T) {
 			client, server := pair(t)
 			done := make(chan struct{})
 			go func() { defer close(done); tt.client(client) }()
-			_, rest, err := Read(server, 0, patience)
+			_, rest, err := Read(server, nil, 0, patience)
 			if !errors.Is(err, tt.want) {
 				t.Errorf("got %v, want %v", err, tt.want)
 			}
@@ -315,7 +315,7 @@ func TestReadTimeout(t *testing.T) {
 					client.Write([]byte("x"))
 				})
 				start := time.Now()
-				_, rest, err := Read(server, 0, timeout)
+				_, rest, err := Read(server, nil, 0, timeout)
 				if !errors.Is(err, tt.want) || string(rest) != tt.rest {
 					t.Errorf("got %v, %q; want %v, %q", err, rest, tt.want, tt.rest)
 				}
@@ -520,7 +520,7 @@ func BenchmarkRead(b *testing.B) {
 	c := new(script)
 	for b.Loop() {
 		*c = script{rest: stream}
-		if h, _, err := Read(c, 0, 0); err != nil || h == nil {
+		if h, _, err := Read(c, nil, 0, 0); err != nil || h == nil {
 			b.Fatal(err)
 		}
 	}
@@ -532,7 +532,7 @@ func BenchmarkReadNone(b *testing.B) {
 	c := new(script)
 	for b.Loop() {
 		*c = script{rest: stream}
-		if h, _, err := Read(c, 0, 0); err != nil || h != nil {
+		if h, _, err := Read(c, nil, 0, 0); err != nil || h != nil {
 			b.Fatal(err)
 		}
 	}

@@ -47,12 +47,7 @@ const firstRead = 3 << 10
 //
 // The error is an [*InvalidError] that says what is wrong, [ErrTimeout], [ErrEOF], one that wraps
 // [io.ErrUnexpectedEOF] when c ended within the header, or what c.Read returned.
-func Read(c net.Conn, maxBytes int, timeout time.Duration) (h *Header, rest []byte, err error) {
-	return Continue(c, nil, maxBytes, timeout)
-}
-
-// Continue is [Read] where head has been read from c before.
-func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (h *Header, rest []byte, err error) {
+func Read(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (h *Header, rest []byte, err error) {
 	if timeout > 0 {
 		if err := c.SetReadDeadline(time.Now().Add(timeout)); err != nil {
 			return nil, nil, fmt.Errorf("set the deadline for the PROXY header: %w", err)
@@ -73,9 +68,7 @@ func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (h *
 			return nil, buf, err
 		}
 		if len(buf) == cap(buf) {
-			bigger := make([]byte, len(buf), limit(maxBytes)) // an incomplete header is shorter than the limit
-			copy(bigger, buf)
-			buf = bigger
+			buf = append(make([]byte, 0, limit(maxBytes)), buf...) // an incomplete header is shorter than the limit
 		}
 		m, err := c.Read(buf[len(buf):cap(buf)])
 		buf = buf[:len(buf)+m]

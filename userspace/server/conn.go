@@ -155,7 +155,7 @@ func (in *stream) identify() error {
 		return err
 	}
 	limits := &in.service.Limits
-	h, rest, err := proxyheader.Continue(in.TCPConn, in.takeAhead(), limits.HelloBytes, limits.HelloTimeout)
+	h, rest, err := proxyheader.Read(in.TCPConn, in.takeAhead(), limits.HelloBytes, limits.HelloTimeout)
 	in.ahead = rest
 	if err != nil {
 		return err

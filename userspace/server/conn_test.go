@@ -18,7 +18,7 @@ func TestProxyChain(t *testing.T) {
 	cert, pool := certificate(t, "a.test")
 	headers := make(chan *proxyheader.Header, 1)
 	last := backend(t, func(c net.Conn) {
-		h, rest, err := proxyheader.Read(c, 4096, patience)
+		h, rest, err := proxyheader.Read(c, nil, 4096, patience)
 		if err != nil {
 			t.Error(err)
 		}
@@ -60,7 +60,7 @@ func TestProxyUnknown(t *testing.T) {
 	headers := make(chan *proxyheader.Header, 1)
 	last := backend(t, func(c net.Conn) {
 		defer c.Close()
-		h, _, err := proxyheader.Read(c, 4096, patience)
+		h, _, err := proxyheader.Read(c, nil, 4096, patience)
 		if err != nil {
 			t.Error(err)
 		}

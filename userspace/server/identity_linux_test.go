@@ -260,7 +260,7 @@ func (w *world) answer(c net.Conn) {
 	got := heard{Proxy: []string{}}
 	ahead := &stream{TCPConn: c.(*net.TCPConn), conn: new(conn)}
 	for {
-		h, rest, err := proxyheader.Read(ahead, 4096, patience)
+		h, rest, err := proxyheader.Read(ahead, nil, 4096, patience)
 		ahead.ahead = rest
 		if err != nil {
 			return

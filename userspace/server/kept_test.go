@@ -20,7 +20,7 @@ func TestKeptUpstreamOfAHop(t *testing.T) {
 	sources := make(chan string, 10)
 	app := backend(t, func(c net.Conn) {
 		defer c.Close()
-		h, rest, err := proxyheader.Read(c, 4096, patience)
+		h, rest, err := proxyheader.Read(c, nil, 4096, patience)
 		if err != nil || h == nil {
 			t.Errorf("no PROXY header: %v", err)
 			return

@@ -64,7 +64,7 @@ var proxiedHeaders = []struct {
 func heardBy(t *testing.T) string {
 	return backend(t, func(c net.Conn) {
 		defer c.Close()
-		h, rest, err := proxyheader.Read(c, 4096, patience)
+		h, rest, err := proxyheader.Read(c, nil, 4096, patience)
 		if err != nil || h == nil {
 			fmt.Fprintf(c, "no header: %v", err)
 			return

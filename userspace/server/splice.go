@@ -48,7 +48,7 @@ var errDisplaced = errors.New("its PROXY header or hello was not complete when a
 
 // readHello reads the hello of in, as far as it has not been read already. head is all that was.
 func (in *stream) readHello() (hello sni.Hello, head []byte, err error) {
-	return sni.Continue(in.TCPConn, in.takeAhead(), in.service.Limits.HelloBytes, in.timeForHello())
+	return sni.Read(in.TCPConn, in.takeAhead(), in.service.Limits.HelloBytes, in.timeForHello())
 }
 
 // timeForHello is what in has left for its hello.

@@ -248,7 +248,7 @@ func TestHopIsNoClientSplice(t *testing.T) {
 	heard := make(chan *proxyheader.Header, 1)
 	target := backend(t, func(c net.Conn) {
 		defer c.Close()
-		h, _, err := proxyheader.Read(c, 4096, time.Minute)
+		h, _, err := proxyheader.Read(c, nil, 4096, time.Minute)
 		if err != nil {
 			t.Error(err)
 		}

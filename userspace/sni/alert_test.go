@@ -29,7 +29,7 @@ func refuser(t *testing.T, refuse func(net.Conn, uint8) error) (addr string) {
 				return
 			}
 			go func() {
-				if _, _, err := Read(c, 64<<10, patience); err != nil {
+				if _, _, err := Read(c, nil, 64<<10, patience); err != nil {
 					c.Close()
 					return
 				}

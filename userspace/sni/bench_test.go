@@ -59,7 +59,7 @@ func BenchmarkRead(b *testing.B) {
 			c := new(script)
 			for b.Loop() {
 				*c = script{rest: bb.stream, step: bb.step}
-				if _, _, err := Read(c, 64<<10, 0); err != nil {
+				if _, _, err := Read(c, nil, 64<<10, 0); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -77,7 +77,7 @@ func TestAllocations(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() { _, _ = Parse(chromium) }); n > 2 {
 		t.Errorf("Parse of a browser's hello makes %v allocations, want at most 2", n)
 	}
-	if n := testing.AllocsPerRun(100, func() { _, _, _ = Read(&script{rest: chromium}, 64<<10, 0) }); n > 4 {
+	if n := testing.AllocsPerRun(100, func() { _, _, _ = Read(&script{rest: chromium}, nil, 64<<10, 0) }); n > 4 {
 		t.Errorf("Read of a browser's hello makes %v allocations, want at most 4 with the test's own", n)
 	}
 }

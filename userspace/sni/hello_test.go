@@ -178,7 +178,7 @@ func check(t *testing.T, stream []byte) Hello {
 			// What follows the hello must not be lost or looked at.
 			full := append(bytes.Clone(again), "early data"...)
 			c := &script{rest: full, step: step}
-			h3, head, err := Read(c, 128<<10, time.Second)
+			h3, head, err := Read(c, nil, 128<<10, time.Second)
 			if err != nil || !same(h, h3) || h3.Length != len(again) {
 				t.Errorf("Read, %d bytes at a time, records of %d: %+v, %v", step, n, h3, err)
 			}

@@ -153,7 +153,7 @@ func TestParseRefuses(t *testing.T) {
 			_, err := Parse(tt.stream)
 			verdict(t, err, tt.alert, tt.reason)
 			// The verdict is the same when bytes come one at a time, and when more of them follow.
-			_, head, err := Read(&script{rest: append(bytes.Clone(tt.stream), make([]byte, 100)...), step: 1}, 64<<10, time.Second)
+			_, head, err := Read(&script{rest: append(bytes.Clone(tt.stream), make([]byte, 100)...), step: 1}, nil, 64<<10, time.Second)
 			verdict(t, err, tt.alert, tt.reason)
 			if len(head) > len(tt.stream) {
 				t.Errorf("read %d bytes to refuse %d", len(head), len(tt.stream))

@@ -22,39 +22,20 @@ const firstRead = 3 << 10
 // bound.
 const wireFactor = 2
 
-// Read reads the ClientHello from c.
+// Read reads the ClientHello from c, after head, which has been read from it before, by a parser of PROXY
+// headers, say. Read takes head over: its spare capacity is written to.
 //
 // maxBytes limits the ClientHello message; the records that carry it may take twice as much with their
 // headers, which is also the most that Read reads and keeps in memory. timeout is for all of it together,
 // from now, however the bytes trickle in; 0 or less means no limit.
 //
-// head is every byte that was read from c, in success and in failure; at least Length bytes in success, more
-// when the client sent more at once. It is to be passed on before anything else from c. On success no read
-// deadline is left on c, on failure it stays. c stays open in any case.
+// The bytes returned are head and all that was read from c, in success and in failure; at least Length bytes
+// in success, more when the client sent more at once. They are to be passed on before anything else from c.
+// On success no read deadline is left on c, on failure it stays. c stays open in any case.
 //
 // The error is [ErrNotTLS], [ErrTooLarge], [ErrTimeout], [ErrEOF], a [*RejectError], one that wraps
 // [io.ErrUnexpectedEOF] when c ended within the hello, or what c.Read returned.
-func Read(c net.Conn, maxBytes int, timeout time.Duration) (h Hello, head []byte, err error) {
-	return Continue(c, nil, maxBytes, timeout)
-}
-
-// A Listener reads a hello from a stream that grows, for callers that wait for its bytes in another way than
-// [Read].
-type Listener struct{ scanner }
-
-// NewListener makes a Listener with the limit of [Read].
-func NewListener(maxBytes int) *Listener {
-	return &Listener{scanner{maxMessage: maxBytes, maxWire: wireFactor * maxBytes}}
-}
-
-// Hear goes on with b, which is the whole stream so far, and may be kept: what it holds must not change. The
-// error is that of [Parse], or [ErrTooLarge]; after any but [ErrIncomplete] there is nothing more to hear.
-func (l *Listener) Hear(b []byte) (Hello, error) { return l.next(b) }
-
-// Continue is [Read] for a stream whose first bytes have been read already, by a parser of PROXY headers,
-// say. They are in head, and come first in the result. Continue takes head over: its spare capacity is
-// written to.
-func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (Hello, []byte, error) {
+func Read(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (Hello, []byte, error) {
 	s := NewListener(maxBytes)
 	// What was read already may be enough: no system call then.
 	h, err := s.next(head)
@@ -86,6 +67,19 @@ func Continue(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (Hel
 	return h, head, err
 }
 
+// A Listener reads a hello from a stream that grows, for callers that wait for its bytes in another way than
+// [Read].
+type Listener struct{ scanner }
+
+// NewListener makes a Listener with the limit of [Read].
+func NewListener(maxBytes int) *Listener {
+	return &Listener{scanner{maxMessage: maxBytes, maxWire: wireFactor * maxBytes}}
+}
+
+// Hear goes on with b, which is the whole stream so far, and may be kept: what it holds must not change. The
+// error is that of [Parse], or [ErrTooLarge]; after any but [ErrIncomplete] there is nothing more to hear.
+func (l *Listener) Hear(b []byte) (Hello, error) { return l.next(b) }
+
 // grow makes room for at least one byte more. It doubles, so that all copies together are linear, and goes by
 // what has come, not by what a record's header promises.
 func (s *scanner) grow(head []byte) []byte {
@@ -94,7 +88,5 @@ func (s *scanner) grow(head []byte) []byte {
 	}
 	// An incomplete hello is always shorter than maxWire, or it would be too large.
 	size := min(max(firstRead, 2*len(head)), s.maxWire)
-	bigger := make([]byte, len(head), size)
-	copy(bigger, head)
-	return bigger
+	return append(make([]byte, 0, size), head...)
 }

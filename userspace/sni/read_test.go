@@ -71,7 +71,7 @@ func TestReadSocket(t *testing.T) {
 			client, server := pair(t)
 			client.SetNoDelay(true)
 			go send(client, tt.stream, tt.segment)
-			h, head, err := Read(server, 64<<10, patience) // the default limit
+			h, head, err := Read(server, nil, 64<<10, patience) // the default limit
 			if err != nil || h.ServerName != "a.b" || h.Length != len(tt.stream) || !bytes.Equal(head, tt.stream) {
 				t.Errorf("got %q, %d of %d bytes, %v", h.ServerName, len(head), len(tt.stream), err)
 			}
@@ -108,7 +108,7 @@ func TestReadErrors(t *testing.T) {
 			client, server := pair(t)
 			done := make(chan struct{})
 			go func() { defer close(done); tt.client(client) }()
-			h, head, err := Read(server, maxBytes, patience)
+			h, head, err := Read(server, nil, maxBytes, patience)
 			if !errors.Is(err, tt.want) || !same(h, Hello{}) {
 				t.Errorf("got %+v, %v; want %v", h, err, tt.want)
 			}
@@ -140,17 +140,17 @@ func TestLimits(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			for _, step := range []int{1, 100, 0} {
-				if _, _, err := Read(&script{rest: tt.stream, step: step}, tt.max, 0); err != nil {
+				if _, _, err := Read(&script{rest: tt.stream, step: step}, nil, tt.max, 0); err != nil {
 					t.Errorf("%d bytes at a time, limit %d: %v", step, tt.max, err)
 				}
-				if _, _, err := Read(&script{rest: tt.stream, step: step}, tt.max-1, 0); err != ErrTooLarge {
+				if _, _, err := Read(&script{rest: tt.stream, step: step}, nil, tt.max-1, 0); err != ErrTooLarge {
 					t.Errorf("%d bytes at a time, limit %d: %v, want ErrTooLarge", step, tt.max-1, err)
 				}
 			}
 		})
 	}
 	for _, limit := range []int{-1, 0, 1, 2, 3} {
-		if _, head, err := Read(&script{rest: records(msg, 100)}, limit, 0); err != ErrTooLarge || len(head) > 6 {
+		if _, head, err := Read(&script{rest: records(msg, 100)}, nil, limit, 0); err != ErrTooLarge || len(head) > 6 {
 			t.Errorf("limit %d: %v after %d bytes", limit, err, len(head))
 		}
 	}
@@ -185,7 +185,7 @@ func TestReadTimeout(t *testing.T) {
 					}
 				})
 				start := time.Now()
-				h, head, err := Read(server, 4096, timeout)
+				h, head, err := Read(server, nil, 4096, timeout)
 				if !errors.Is(err, ErrTimeout) || !same(h, Hello{}) || !bytes.Equal(head, tt.sent[:tt.read]) {
 					t.Errorf("got %+v, %x, %v; want %d bytes and %v", h, head, err, tt.read, ErrTimeout)
 				}
@@ -209,7 +209,7 @@ func TestReadClearsDeadline(t *testing.T) {
 			time.Sleep(2 * time.Second)
 			client.Write([]byte("x"))
 		}()
-		if _, _, err := Read(server, 64<<10, time.Second); err != nil {
+		if _, _, err := Read(server, nil, 64<<10, time.Second); err != nil {
 			t.Fatal(err)
 		}
 		if n, err := server.Read(make([]byte, 1)); n != 1 || err != nil {
@@ -222,7 +222,7 @@ func TestContinue(t *testing.T) {
 	stream := append(records(message(0x303, builder{}.serverName("a.b")), 10), "early data"...)
 	for i := range len(stream) + 1 {
 		c := &script{rest: stream[i:], step: 1}
-		h, head, err := Continue(c, bytes.Clone(stream[:i]), 64<<10, 0)
+		h, head, err := Read(c, bytes.Clone(stream[:i]), 64<<10, 0)
 		if err != nil || h.ServerName != "a.b" || !bytes.Equal(append(head, c.rest...), stream) {
 			t.Fatalf("%d bytes read before: %+v, %q, %v", i, h, head, err)
 		}
@@ -241,7 +241,7 @@ func TestHandshake(t *testing.T) {
 		c := tls.Client(&shredder{Conn: client}, &tls.Config{ServerName: "Example.org", InsecureSkipVerify: true, NextProtos: []string{"h2"}})
 		c.Write([]byte("hello"))
 	}()
-	h, head, err := Read(server, 64<<10, patience)
+	h, head, err := Read(server, nil, 64<<10, patience)
 	if err != nil || h.ServerName != "example.org" {
 		t.Fatalf("%+v, %v", h, err)
 	}
@@ -288,7 +288,7 @@ func TestLinear(t *testing.T) {
 		c := new(script)
 		allocs := testing.AllocsPerRun(3, func() {
 			*c = script{rest: stream, step: 1}
-			if _, _, err := Read(c, 192<<10, 0); err != nil {
+			if _, _, err := Read(c, nil, 192<<10, 0); err != nil {
 				t.Fatal(err)
 			}
 		})
@@ -306,7 +306,7 @@ func TestLinear(t *testing.T) {
 		for range 5 {
 			start := cpuTime(t)
 			for range total / n {
-				if _, _, err := Read(&script{rest: stream, step: 1}, 192<<10, 0); err != nil {
+				if _, _, err := Read(&script{rest: stream, step: 1}, nil, 192<<10, 0); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -1,9 +1,11 @@
 package sni
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
+	"strconv"
 	"time"
 )
 
@@ -11,15 +13,24 @@ import (
 const (
 	AlertUnexpectedMessage = 10
 	AlertRecordOverflow    = 22
-	AlertHandshakeFailure  = 40
 	AlertIllegalParameter  = 47
 	AlertAccessDenied      = 49
 	AlertDecodeError       = 50
 	AlertProtocolVersion   = 70
 	AlertInternalError     = 80
 	AlertUnrecognizedName  = 112
-	AlertNoALPN            = 120 // no_application_protocol, RFC 7301
 )
+
+var alertNames = map[uint8]string{
+	AlertUnexpectedMessage: "unexpected_message",
+	AlertRecordOverflow:    "record_overflow",
+	AlertIllegalParameter:  "illegal_parameter",
+	AlertAccessDenied:      "access_denied",
+	AlertDecodeError:       "decode_error",
+	AlertProtocolVersion:   "protocol_version",
+	AlertInternalError:     "internal_error",
+	AlertUnrecognizedName:  "unrecognized_name",
+}
 
 const (
 	alertWriteTimeout = time.Second            // an alert fits into any send buffer: it blocks only when the peer reads nothing
@@ -28,38 +39,13 @@ const (
 )
 
 // alertName returns the name in RFC 8446 section 6, as clients print it.
-func alertName(desc uint8) string {
-	switch desc {
-	case AlertUnexpectedMessage:
-		return "unexpected_message"
-	case AlertRecordOverflow:
-		return "record_overflow"
-	case AlertHandshakeFailure:
-		return "handshake_failure"
-	case AlertIllegalParameter:
-		return "illegal_parameter"
-	case AlertAccessDenied:
-		return "access_denied"
-	case AlertDecodeError:
-		return "decode_error"
-	case AlertProtocolVersion:
-		return "protocol_version"
-	case AlertInternalError:
-		return "internal_error"
-	case AlertUnrecognizedName:
-		return "unrecognized_name"
-	case AlertNoALPN:
-		return "no_application_protocol"
-	}
-	return fmt.Sprintf("%d", desc)
-}
+func alertName(desc uint8) string { return cmp.Or(alertNames[desc], strconv.Itoa(int(desc))) }
 
 // AlertFor returns the alert that a client should get for an error of [Parse] or [Read]; ok is false when it
 // should get none, because it does not speak TLS, is gone, or did not finish its hello in time.
 func AlertFor(err error) (desc uint8, ok bool) {
-	var r *RejectError
-	switch {
-	case errors.As(err, &r):
+	switch r, ok := errors.AsType[*RejectError](err); {
+	case ok:
 		return r.Alert, true
 	case errors.Is(err, ErrTooLarge):
 		// TLS has no alert for a limit of one's own; crypto/tls also sends this one.

@@ -5,8 +5,9 @@ const (
 	extServerName        = 0
 	extALPN              = 16
 	extSupportedVersions = 43
-	extECH               = 0xfe0d
 )
+
+const versionTLS10 = 0x0301
 
 // cursor is what is left of a buffer. Its methods take a value off the front; ok is false when too little is
 // left.
@@ -87,9 +88,6 @@ func parseMessage(msg []byte) (h Hello, err error) {
 			return Hello{}, err
 		}
 	}
-	if h.Versions == nil {
-		h.Versions = upTo(version)
-	}
 	return h, nil
 }
 
@@ -116,13 +114,20 @@ func (h *Hello) parseExtensions(c cursor) error {
 		case extALPN:
 			err = h.parseALPN(data)
 		case extSupportedVersions:
-			err = h.parseVersions(data)
-		case extECH:
-			h.ECH = true
+			err = checkVersions(data)
 		}
 		if err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// checkVersions checks the client's supported_versions, RFC 8446 section 4.2.1.
+func checkVersions(c cursor) error {
+	list, ok := c.vector8()
+	if !ok || len(c) > 0 || len(list) == 0 || len(list)%2 != 0 {
+		return reject(AlertDecodeError, "malformed or empty supported_versions")
 	}
 	return nil
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,29 +21,29 @@ func TestParse(t *testing.T) {
 		msg  []byte
 		want Hello
 	}{
-		{"ends before the extensions", message(0x303, nil), Hello{Versions: known[1:]}},
-		{"no extensions", message(0x303, builder{}), Hello{Versions: known[1:]}},
-		{"a version of the future without supported_versions is TLS 1.2", message(0x399, nil), Hello{Versions: known[1:]}},
-		{"tls 1.0", message(0x301, nil), Hello{Versions: known[3:]}},
-		{"case", message(0x303, builder{}.serverName("WwW.ExAmPlE.oRg")), Hello{ServerName: "www.example.org", Versions: known[1:]}},
-		{"trailing dot", message(0x303, builder{}.serverName("www.example.org.")), Hello{ServerName: "www.example.org", FinalDot: true, Versions: known[1:]}},
-		{"port", message(0x303, builder{}.serverName("www.example.org:8443")), Hello{ServerName: "www.example.org", Versions: known[1:]}},
-		{"ipv4", message(0x303, builder{}.serverName("192.0.2.1")), Hello{Versions: known[1:]}},
-		{"ipv6", message(0x303, builder{}.serverName("2001:db8::1")), Hello{Versions: known[1:]}},
-		{"a-label", message(0x303, builder{}.serverName("xn--bcher-kva.example")), Hello{ServerName: "xn--bcher-kva.example", Versions: known[1:]}},
-		{"another name type in front", message(0x303, builder{}.ext(extServerName, []byte("\x00\x0b\x01\x00\x02xx\x00\x00\x03a.b"))), Hello{ServerName: "a.b", Versions: known[1:]}},
-		{"only another name type", message(0x303, builder{}.ext(extServerName, []byte("\x00\x05\x01\x00\x02xx"))), Hello{Versions: known[1:]}},
-		{"unknown extensions", message(0x303, builder{}.ext(0x7777, []byte("?")).serverName("a.b").ext(0x8888, nil)), Hello{ServerName: "a.b", Versions: known[1:]}},
+		{"ends before the extensions", message(0x303, nil), Hello{}},
+		{"no extensions", message(0x303, builder{}), Hello{}},
+		{"a version of the future without supported_versions is TLS 1.2", message(0x399, nil), Hello{}},
+		{"tls 1.0", message(0x301, nil), Hello{}},
+		{"case", message(0x303, builder{}.serverName("WwW.ExAmPlE.oRg")), Hello{ServerName: "www.example.org"}},
+		{"trailing dot", message(0x303, builder{}.serverName("www.example.org.")), Hello{ServerName: "www.example.org", FinalDot: true}},
+		{"port", message(0x303, builder{}.serverName("www.example.org:8443")), Hello{ServerName: "www.example.org"}},
+		{"ipv4", message(0x303, builder{}.serverName("192.0.2.1")), Hello{}},
+		{"ipv6", message(0x303, builder{}.serverName("2001:db8::1")), Hello{}},
+		{"a-label", message(0x303, builder{}.serverName("xn--bcher-kva.example")), Hello{ServerName: "xn--bcher-kva.example"}},
+		{"another name type in front", message(0x303, builder{}.ext(extServerName, []byte("\x00\x0b\x01\x00\x02xx\x00\x00\x03a.b"))), Hello{ServerName: "a.b"}},
+		{"only another name type", message(0x303, builder{}.ext(extServerName, []byte("\x00\x05\x01\x00\x02xx"))), Hello{}},
+		{"unknown extensions", message(0x303, builder{}.ext(0x7777, []byte("?")).serverName("a.b").ext(0x8888, nil)), Hello{ServerName: "a.b"}},
 		{"grease", message(0x303, builder{}.ext(0x1a1a, nil).versions(0x2a2a, 0x304, 0x303).serverName("a.b").alpn("\xda\xda", "h2").ext(0xfafa, []byte{0})),
-			Hello{ServerName: "a.b", ALPN: []string{"\xda\xda", "h2"}, Versions: known[:2]}},
-		{"versions in no usual order", message(0x303, builder{}.versions(0x303, 0x304)), Hello{Versions: []uint16{0x303, 0x304}}},
-		{"a version that nobody knows", message(0x303, builder{}.versions(0x305, 0x304, 0x7f1c)), Hello{Versions: []uint16{0x305, 0x304, 0x7f1c}}},
-		{"a version in the middle that nobody knows", message(0x303, builder{}.versions(0x304, 0x7f1c, 0x303)), Hello{Versions: []uint16{0x304, 0x7f1c, 0x303}}},
-		{"a version in the middle, then the usual order", message(0x303, builder{}.versions(0x304, 0x7f1c, 0x302)), Hello{Versions: []uint16{0x304, 0x7f1c, 0x302}}},
-		{"versions twice", message(0x303, builder{}.versions(0x301, 0x301)), Hello{Versions: []uint16{0x301, 0x301}}},
-		{"nothing but grease", message(0x303, builder{}.versions(0x2a2a)), Hello{Versions: []uint16{}}},
-		{"ech", message(0x303, builder{}.serverName("public.example").ext(extECH, []byte{0})), Hello{ServerName: "public.example", ECH: true, Versions: known[1:]}},
-		{"16,000 extensions", message(0x303, many), Hello{ServerName: "a.b", Versions: known[1:]}},
+			Hello{ServerName: "a.b", ALPN: []string{"\xda\xda", "h2"}}},
+		{"versions in no usual order", message(0x303, builder{}.versions(0x303, 0x304)), Hello{}},
+		{"a version that nobody knows", message(0x303, builder{}.versions(0x305, 0x304, 0x7f1c)), Hello{}},
+		{"a version in the middle that nobody knows", message(0x303, builder{}.versions(0x304, 0x7f1c, 0x303)), Hello{}},
+		{"a version in the middle, then the usual order", message(0x303, builder{}.versions(0x304, 0x7f1c, 0x302)), Hello{}},
+		{"versions twice", message(0x303, builder{}.versions(0x301, 0x301)), Hello{}},
+		{"nothing but grease", message(0x303, builder{}.versions(0x2a2a)), Hello{}},
+		{"ech", message(0x303, builder{}.serverName("public.example").ext(0xfe0d, []byte{0})), Hello{ServerName: "public.example"}},
+		{"16,000 extensions", message(0x303, many), Hello{ServerName: "a.b"}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -54,7 +53,7 @@ func TestParse(t *testing.T) {
 				// Bytes that follow change nothing.
 				for _, more := range []string{"", "\x17\x03\x03\x00\x01x", "garbage"} {
 					h, err := Parse(append(bytes.Clone(stream), more...))
-					if err != nil || !same(h, tt.want) || h.Length != len(stream) || h.Versions == nil {
+					if err != nil || !same(h, tt.want) || h.Length != len(stream) {
 						t.Fatalf("records of %d bytes: got %+v, %v; want %+v", n, h, err, tt.want)
 					}
 				}
@@ -266,30 +265,5 @@ func TestHostName(t *testing.T) {
 		if got, problem := hostName([]byte(in)); got != "" || !strings.Contains(problem, want) {
 			t.Errorf("%q: got %q, %q; want %q", in, got, problem, want)
 		}
-	}
-}
-
-func TestGrease(t *testing.T) {
-	var got []int
-	for v := range 1 << 16 {
-		if grease(v) {
-			got = append(got, v)
-		}
-	}
-	want := []int{0x0a0a, 0x1a1a, 0x2a2a, 0x3a3a, 0x4a4a, 0x5a5a, 0x6a6a, 0x7a7a, 0x8a8a, 0x9a9a, 0xaaaa, 0xbaba, 0xcaca, 0xdada, 0xeaea, 0xfafa} // RFC 8701 section 2
-	if !slices.Equal(got, want) {
-		t.Errorf("got %x", got)
-	}
-}
-
-// TestShared makes sure that a caller who appends to what Parse returned does not write into the next caller's result.
-func TestShared(t *testing.T) {
-	h, err := Parse(records(message(0x303, builder{}.versions(0x304)), maxPlaintext))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = append(h.Versions, 0xdead)
-	if known != [...]uint16{0x304, 0x303, 0x302, 0x301} {
-		t.Errorf("the shared table became %x", known)
 	}
 }

@@ -26,7 +26,6 @@
 //	record.go   records of TLS become messages
 //	hello.go    the message becomes a Hello
 //	name.go     host names
-//	version.go  versions of TLS that a client takes
 //	read.go     a hello is read from a connection, or heard piece by piece
 //	alert.go    alerts of TLS
 package sni
@@ -52,16 +51,6 @@ type Hello struct {
 	// ALPN holds the protocols that the client offers, in its order, as sent (GREASE included: RFC 8701).
 	// Treat it as read-only.
 	ALPN []string
-
-	// ECH says that the hello carries an encrypted_client_hello extension, so that ServerName may be only the
-	// public name of whoever can decrypt the real one. Browsers also send random ones (GREASE), which look
-	// the same.
-	ECH bool
-
-	// Versions holds the TLS versions that the client offers, in its order, without GREASE. A client older
-	// than TLS 1.3 names only its newest one: then it is that and all below it down to TLS 1.0. Treat it as
-	// read-only.
-	Versions []uint16
 
 	// Length is the size of the TLS records that carry the hello, headers included, in bytes from the start
 	// of the stream. What follows (early data, say) belongs to what comes next.

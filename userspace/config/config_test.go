@@ -498,23 +498,6 @@ func TestTargetString(t *testing.T) {
 	}
 }
 
-func TestDistance(t *testing.T) {
-	for _, c := range []struct {
-		a, b string
-		want int
-	}{
-		{"", "", 0}, {"a", "", 1}, {"", "ab", 2}, {"listen", "listen", 0}, {"listn", "listen", 1}, {"lisetn", "listen", 1},
-		{"forwrad", "forward", 1}, {"snl", "sni", 1}, {"ca", "abc", 3}, {"kitten", "sitting", 3}, {"é", "e", 1},
-	} {
-		if got := distance(c.a, c.b); got != c.want {
-			t.Errorf("distance(%q, %q) = %d, want %d", c.a, c.b, got, c.want)
-		}
-		if got := distance(c.b, c.a); got != c.want {
-			t.Errorf("distance(%q, %q) = %d, want %d", c.b, c.a, got, c.want)
-		}
-	}
-}
-
 // FuzzParse checks that no file makes the parser panic, or report something outside of the file, that the
 // schema allows all that is accepted, and that what is accepted means the same when it is written again.
 func FuzzParse(f *testing.F) {

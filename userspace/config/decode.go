@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"unicode"
+
+	"github.com/tailsplice/tailsplice/userspace/spelling"
 )
 
 // field is one key of a section, as its struct field's tags describe it.
@@ -495,7 +497,7 @@ func (d *decoder) unknownKey(e entry, sec *Section, fields []field, noun string)
 	// A key that another section has was probably meant for that one, unless it is just one letter off here.
 	owner := ownerOf(e.key)
 	switch {
-	case guess != "" && (owner == "" || guess == synonyms[lower] || distance(lower, guess) <= 1):
+	case guess != "" && (owner == "" || guess == synonyms[lower] || spelling.Distance(lower, guess) <= 1):
 		meant(guess)
 		d.errorf(e.pos, "unknown key %q in %s, did you mean %q?", key, noun, guess)
 	case owner != "" && owner != noun:

@@ -5,6 +5,8 @@ import (
 	"maps"
 	"slices"
 	"strings"
+
+	"github.com/tailsplice/tailsplice/userspace/spelling"
 )
 
 // Docker makes routes of the labels of containers on this host.
@@ -84,7 +86,7 @@ func meantLabel(name string) string {
 	squash := func(s string) string { return notAlphanumeric.ReplaceAllString(strings.ToLower(s), "") }
 	best, most := "", 2
 	for _, key := range labelKeys {
-		if d := distance(squash(name), squash(LabelPrefix+key)); d <= most {
+		if d := spelling.Distance(squash(name), squash(LabelPrefix+key)); d <= most {
 			best, most = LabelPrefix+key, d-1
 		}
 	}

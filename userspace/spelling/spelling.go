@@ -7,30 +7,34 @@ package spelling
 func Nearest(name string, candidates []string) string {
 	best, most := "", max(1, min(len(name)/2, 3))
 	for _, c := range candidates {
-		if d := edits(name, c); d <= most {
+		if d := Distance(name, c); d <= most {
 			best, most = c, d-1
 		}
 	}
 	return best
 }
 
-// edits is the Levenshtein distance in bytes.
-func edits(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
+// Distance counts the insertions, deletions, replacements and swaps of neighbours that turn a into b
+// (the optimal string alignment distance of Damerau and Levenshtein).
+func Distance(a, b string) int {
+	s, t := []rune(a), []rune(b)
+	before, prev, cur := make([]int, len(t)+1), make([]int, len(t)+1), make([]int, len(t)+1)
+	for j := range prev {
+		prev[j] = j
 	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
+	for i := 1; i <= len(s); i++ {
+		cur[0] = i
+		for j := 1; j <= len(t); j++ {
+			cost := 1
+			if s[i-1] == t[j-1] {
+				cost = 0
 			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j]+1, diagonal+1)
+			cur[j] = min(prev[j]+1, cur[j-1]+1, prev[j-1]+cost)
+			if i > 1 && j > 1 && s[i-1] == t[j-2] && s[i-2] == t[j-1] {
+				cur[j] = min(cur[j], before[j-2]+1)
+			}
 		}
+		before, prev, cur = prev, cur, before
 	}
-	return row[len(b)]
+	return prev[len(t)]
 }

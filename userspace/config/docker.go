@@ -63,16 +63,8 @@ func (l *Labels) Fits(mode string) bool {
 	return mode == "http" || mode == "https"
 }
 
-// LabelError says what is wrong with one label, or between several.
-type LabelError struct {
-	Label string
-	Err   error
-}
-
-func (e *LabelError) Error() string { return e.Label + ": " + e.Err.Error() }
-
-// Unwrap returns the cause.
-func (e *LabelError) Unwrap() error { return e.Err }
+// LabelProblem says what is wrong with one label, or between several.
+type LabelProblem struct{ Label, Problem string }
 
 // IsLabel reports whether a container's label of that name is ours, or was meant to be: Tailsplice.Host,
 // tailsplice-host.
@@ -96,9 +88,9 @@ func meantLabel(name string) string {
 // ParseLabels reads the labels of a container that are ours by IsLabel; others are left alone. Values are
 // checked as those of a configuration's routes are, but for capitals in names, which are no mistake here.
 // With errors there is no route at all: a mistyped path must not open the whole host.
-func ParseLabels(labels map[string]string) (l Labels, errs []*LabelError) {
+func ParseLabels(labels map[string]string) (l Labels, errs []LabelProblem) {
 	bad := func(label, format string, args ...any) {
-		errs = append(errs, &LabelError{label, fmt.Errorf(format, args...)})
+		errs = append(errs, LabelProblem{label, fmt.Sprintf(format, args...)})
 	}
 	for _, name := range slices.Sorted(maps.Keys(labels)) {
 		value := strings.TrimSpace(labels[name])

@@ -50,7 +50,7 @@ func TestParseLabels(t *testing.T) {
 				t.Fatalf("errors %v, want %q", errs, c.errs)
 			}
 			for i, e := range errs {
-				if !strings.HasPrefix(e.Error(), c.errs[i]) {
+				if !strings.HasPrefix(e.Label+": "+e.Problem, c.errs[i]) {
 					t.Errorf("error %q, want %q", e, c.errs[i])
 				}
 			}

@@ -173,7 +173,7 @@ func (n *Labels) candidates() []candidate {
 		labels, errs := config.ParseLabels(c.Labels)
 		if state != "removed" { // said already
 			for _, e := range errs {
-				n.add(LabelProblem{Container: c.Name, Label: e.Label, Problem: e.Err.Error()})
+				n.add(LabelProblem{Container: c.Name, Label: e.Label, Problem: e.Problem})
 			}
 		}
 		if len(errs) > 0 {

@@ -22,9 +22,6 @@ type Target struct {
 	Path string // the absolute path of a unix socket
 }
 
-// IsZero reports whether t is no target.
-func (t Target) IsZero() bool { return t == Target{} }
-
 // String returns the target as it is written in a configuration.
 func (t Target) String() string {
 	switch t.Scheme {
@@ -39,9 +36,6 @@ func (t Target) String() string {
 	}
 	return t.Scheme + "://" + addr
 }
-
-// MarshalText returns what String does.
-func (t Target) MarshalText() ([]byte, error) { return []byte(t.String()), nil }
 
 const targetNoun = `a target such as 127.0.0.1:8080, tailnet://NODE:PORT, docker://CONTAINER:PORT or unix:///PATH`
 
@@ -143,8 +137,7 @@ func splitHostPort(scheme, s, instead string) (string, uint16, error) {
 	}
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
-		var ae *net.AddrError
-		if errors.As(err, &ae) && strings.Contains(ae.Err, "missing port") {
+		if ae, ok := errors.AsType[*net.AddrError](err); ok && strings.Contains(ae.Err, "missing port") {
 			if _, err := parsePort(s); err == nil && instead != "" {
 				return "", 0, fmt.Errorf("did you mean %q?", instead+":"+s)
 			}

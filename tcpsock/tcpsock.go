@@ -13,6 +13,7 @@ package tcpsock
 
 import (
 	"net"
+	"net/netip"
 	"syscall"
 	"time"
 )
@@ -26,6 +27,17 @@ func Control(c net.Conn, f func(fd int)) bool {
 	}
 	raw, err := sc.SyscallConn()
 	return err == nil && raw.Control(func(fd uintptr) { f(int(fd)) }) == nil
+}
+
+// AddrPortOf is an address of TCP, with an IPv4 address that is mapped into IPv6 taken out of it; the zero
+// AddrPort for any other.
+func AddrPortOf(a net.Addr) netip.AddrPort {
+	t, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	ap := t.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
 // KeepAlive is what each connection of a flow has, accepted or dialled: a dead peer of a silent flow is

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -14,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"github.com/tailsplice/tailsplice/tcpsock"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
@@ -253,8 +253,7 @@ func (r *Rule) try(ctx context.Context, to dial.Target, t *TargetTrace) {
 	}
 	defer c.Close()
 	t.Took = float64(time.Since(began).Round(time.Microsecond)) / float64(time.Second)
-	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
-		at := a.AddrPort()
-		t.Address = netip.AddrPortFrom(at.Addr().Unmap(), at.Port()).String()
+	if a := tcpsock.AddrPortOf(c.RemoteAddr()); a.IsValid() {
+		t.Address = a.String()
 	}
 }

@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"errors"
-	"net"
 	"net/netip"
 	"os"
 	"sync"
@@ -50,7 +49,7 @@ func (srv *Server) slowPath(in *conn, s accepted, ahead []byte) {
 	}
 	tcp.SetKeepAliveConfig(tcpsock.KeepAlive)
 	if !in.local.IsValid() { // else a PROXY header has said it
-		in.local = addrPort(tcp.LocalAddr())
+		in.local = tcpsock.AddrPortOf(tcp.LocalAddr())
 	}
 	in.stopCancel()
 	in.stopCancel = context.AfterFunc(srv.ctx, func() { tcp.Close() })
@@ -70,15 +69,6 @@ func (srv *Server) failed(s *listenerSocket, err error) (goOn bool) {
 	}
 	srv.metrics.Refused.WithLabelValues(s.owner.Load().name, outOfFiles).Inc()
 	return true
-}
-
-func addrPort(a net.Addr) netip.AddrPort {
-	t, ok := a.(*net.TCPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	ap := t.AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
 func outOfResources(err error) bool {

@@ -51,7 +51,7 @@ func (s *listenerSocket) prepare(srv *Server) error {
 // to it through this host. tailscaled makes the interface anew as it likes, so who comes by another one than
 // before is looked at, off the loop.
 func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.AddrPort) (left time.Duration, ready func(timedOut bool)) {
-	local := addrPort(s.addr).Addr()
+	local := tcpsock.AddrPortOf(s.addr).Addr()
 	index, err := arrivedOn(c.FD(), local)
 	if err == nil && (index == loopbackIndex || int64(index) == s.via.Load()) {
 		return srv.admit(s.owner.Load(), c, peer)
@@ -151,7 +151,7 @@ func has(index int, a netip.Addr) (name string, ok bool) {
 
 // cameByTailnet says whether c came by the interface that has its local address, or from this host.
 func cameByTailnet(c *net.TCPConn) (ok bool) {
-	local := addrPort(c.LocalAddr()).Addr()
+	local := tcpsock.AddrPortOf(c.LocalAddr()).Addr()
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return false

@@ -42,7 +42,7 @@ func (s *listenerSocket) prepare(srv *Server) error {
 			c, err := s.ln.AcceptTCP()
 			switch {
 			case err == nil:
-				srv.admit(s.owner.Load(), accepted{c}, addrPort(c.RemoteAddr()))
+				srv.admit(s.owner.Load(), accepted{c}, tcpsock.AddrPortOf(c.RemoteAddr()))
 			case errors.Is(err, net.ErrClosed):
 				return
 			case !srv.failed(s, err):

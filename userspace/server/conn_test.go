@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 )
 
@@ -98,7 +99,7 @@ listeners:
   - { name: tcp, listen: [%q], mode: tcp, accept_proxy: { from: [192.0.2.0/24, "tag:edge"] }, default: { forward: %q } }
   - { name: sni, listen: [%q], mode: sni, accept_proxy: { from: [192.0.2.0/24] }, default: { forward: %q } }
 `, tcp, up, sni, tlsUp))
-	forged := proxyheader.Header{Source: addrPort(&net.TCPAddr{IP: net.IPv4(203, 0, 113, 9), Port: 1}), Destination: addrPort(&net.TCPAddr{IP: net.IPv4(203, 0, 113, 1), Port: 443})}.Append(nil)
+	forged := proxyheader.Header{Source: tcpsock.AddrPortOf(&net.TCPAddr{IP: net.IPv4(203, 0, 113, 9), Port: 1}), Destination: tcpsock.AddrPortOf(&net.TCPAddr{IP: net.IPv4(203, 0, 113, 1), Port: 443})}.Append(nil)
 	for i, addr := range []string{tcp, sni} {
 		if c, err := net.Dial("tcp", addr); err == nil { // it may be closed that early
 			c.Write(forged)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // TestOutOfFiles: without file descriptors the daemon neither spins nor hangs
@@ -48,7 +50,7 @@ func TestOutOfFiles(t *testing.T) {
 	}
 	restore := limitFiles(t, 0)
 	defer restore()
-	ap := addrPort(&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port(addr)})
+	ap := tcpsock.AddrPortOf(&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port(addr)})
 	cpu := cpuTime(t)
 	for _, fd := range socks {
 		if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(ap.Port()), Addr: ap.Addr().As4()}); err != nil {

@@ -41,7 +41,7 @@ func TestAcceptedConnectionsAreKeptAlive(t *testing.T) {
 // keptAlive looks at the socket of this process that client is connected to.
 func keptAlive(t *testing.T, client net.Conn) {
 	t.Helper()
-	fd, ok := socketOf(addrPort(client.LocalAddr()))
+	fd, ok := socketOf(tcpsock.AddrPortOf(client.LocalAddr()))
 	if !ok {
 		t.Fatal("there is no such socket")
 	}

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
@@ -269,7 +270,7 @@ func (srv *Server) rebind(want []binding, opened map[string]*listenerSocket) {
 			s.onTailnet.Store(b.onTailnet)
 			srv.sockets[b.addr] = s
 			ports := maps.Clone(*srv.ports.Load())
-			ports[addrPort(s.addr).Port()] = true
+			ports[tcpsock.AddrPortOf(s.addr).Port()] = true
 			srv.ports.Store(&ports)
 			srv.log.Info("listening", "address", s.bound(), "listener", b.owner.name, "mode", b.owner.mode)
 			s.accept()

@@ -328,7 +328,7 @@ func TestSocketsOfOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	at := addrPort(ln.Addr())
+	at := tcpsock.AddrPortOf(ln.Addr())
 	c := dialTCP(t, at.String())
 	if _, err := c.Write(make([]byte, 2*stoppedMin)); err != nil { // which nobody reads
 		t.Fatal(err)
@@ -347,7 +347,7 @@ func TestSocketsOfOthers(t *testing.T) {
 			ports[p] = true
 		}
 		sockets, err := diag.tcpSockets(ports)
-		s, ok := sockets[addrPort(c.LocalAddr())]
+		s, ok := sockets[tcpsock.AddrPortOf(c.LocalAddr())]
 		if err != nil || ok != v.ours || ok && s.held < 2*stoppedMin {
 			t.Errorf("at ports %d: %v, %+v, %v", v.ports, ok, s, err)
 		}

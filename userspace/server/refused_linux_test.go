@@ -7,6 +7,8 @@ import (
 	"net"
 	"syscall"
 	"testing"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // TestRefusedTakesNoGoroutine: a connection that is denied, or over a limit, is reset on the loop that accepted
@@ -33,7 +35,7 @@ func TestRefusedTakesNoGoroutine(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer syscall.Close(fd)
-				to := addrPort(resolved(t, addr))
+				to := tcpsock.AddrPortOf(resolved(t, addr))
 				if err := syscall.Connect(fd, &syscall.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); err != nil {
 					if errors.Is(err, syscall.ECONNRESET) {
 						return

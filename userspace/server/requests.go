@@ -82,7 +82,7 @@ func (s *service) passesBy(req *http.Request, host string, certs *tlsterm.Store)
 func fromHere(req *http.Request) bool {
 	peer, err := netip.ParseAddrPort(req.RemoteAddr)
 	local, ok := req.Context().Value(http.LocalAddrContextKey).(net.Addr)
-	return err == nil && (peer.Addr().IsLoopback() || ok && addrPort(local).Addr() == peer.Addr().Unmap())
+	return err == nil && (peer.Addr().IsLoopback() || ok && tcpsock.AddrPortOf(local).Addr() == peer.Addr().Unmap())
 }
 
 // completeUpstream gives up, where the requests of r go, what dials and watches it.

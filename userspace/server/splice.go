@@ -187,7 +187,7 @@ func seconds(d time.Duration) float64 {
 }
 
 func remoteString(c net.Conn) string {
-	if a := addrPort(c.RemoteAddr()); a.IsValid() {
+	if a := tcpsock.AddrPortOf(c.RemoteAddr()); a.IsValid() {
 		return a.String()
 	}
 	return fmt.Sprint(c.RemoteAddr())

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"sync/atomic"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/transparent"
@@ -68,10 +69,10 @@ func (srv *Server) dialTransparent(ctx context.Context, listener string, r *plan
 		}
 		return nil, err
 	}
-	if addrPort(up.LocalAddr()).Addr() == client.Unmap() {
+	if tcpsock.AddrPortOf(up.LocalAddr()).Addr() == client.Unmap() {
 		return up, nil
 	}
-	reason, why := clientUnknown, fits(addrPort(up.RemoteAddr()).Addr())
+	reason, why := clientUnknown, fits(tcpsock.AddrPortOf(up.RemoteAddr()).Addr())
 	if te, ok := errors.AsType[*transparent.Error](why); ok {
 		reason = string(te.Reason)
 	}

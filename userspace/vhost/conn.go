@@ -137,9 +137,9 @@ func newConn(c net.Conn, s *Server) *conn {
 		cn.info = i.Info()
 		return cn
 	}
-	cn.info.Peer = addrPort(c.RemoteAddr())
+	cn.info.Peer = tcpsock.AddrPortOf(c.RemoteAddr())
 	cn.info.Client = cn.info.Peer
-	cn.info.Local = addrPort(c.LocalAddr())
+	cn.info.Local = tcpsock.AddrPortOf(c.LocalAddr())
 	return cn
 }
 
@@ -150,16 +150,6 @@ func (c *conn) judge(v *Visit) {
 		j.Judge(v.Request.Context(), &v.Conn)
 	}
 	v.Client, v.Unknown = clientOf(v.Request, v.Conn)
-}
-
-// addrPort is a's address; not valid for a unix socket.
-func addrPort(a net.Addr) netip.AddrPort {
-	t, ok := a.(*net.TCPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	ap := t.AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
 // lingerFor is how long a connection stays open after an answer, while the peer sends a body that nobody

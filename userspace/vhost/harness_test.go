@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/test/logs"
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 )
@@ -79,7 +80,7 @@ func newHop(t testing.TB, up *Upstream, change ...func(*config)) *hop {
 			if err != nil {
 				return
 			}
-			info := ConnInfo{Peer: addrPort(conn.RemoteAddr()), Local: addrPort(conn.LocalAddr()), ID: fmt.Sprintf("id-of-connection-%d", n)}
+			info := ConnInfo{Peer: tcpsock.AddrPortOf(conn.RemoteAddr()), Local: tcpsock.AddrPortOf(conn.LocalAddr()), ID: fmt.Sprintf("id-of-connection-%d", n)}
 			info.Client = info.Peer
 			if c.info != nil {
 				info = c.info(info)

@@ -35,7 +35,7 @@ func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, er
 }
 
 // prepare makes accept possible.
-func (s *listenerSocket) prepare(srv *Server) error {
+func (s *listenerSocket) prepare(srv *Server) {
 	s.loop = srv.opts.Loops.NewAcceptor(s.fd, func(c *loop.Socket, peer unix.Sockaddr) (time.Duration, func(bool)) {
 		srv.spare.refill()
 		if s.onTailnet.Load() {
@@ -43,7 +43,6 @@ func (s *listenerSocket) prepare(srv *Server) error {
 		}
 		return srv.admit(s.owner.Load(), c, tcpsock.AddrPort(peer))
 	}, func(err error) (goOn bool) { return srv.failed(s, err) })
-	return nil
 }
 
 // admitTailnet admits what came to an address of the tailnet by the interface that has it, or from this host.

@@ -34,7 +34,7 @@ func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, er
 }
 
 // prepare makes accept possible.
-func (s *listenerSocket) prepare(srv *Server) error {
+func (s *listenerSocket) prepare(srv *Server) {
 	s.run = func() {
 		defer close(s.done)
 		for {
@@ -50,7 +50,6 @@ func (s *listenerSocket) prepare(srv *Server) error {
 			}
 		}
 	}
-	return nil
 }
 
 // accept begins to admit connections.

@@ -232,26 +232,14 @@ func (srv *Server) bindMissing(want []binding) (opened map[string]*listenerSocke
 		if srv.sockets[b.addr] != nil {
 			continue
 		}
-		if s, err := srv.open(b.addr, leaving[portOf(b.addr)]); err != nil {
+		if s, err := listen(b.addr, leaving[portOf(b.addr)]...); err != nil {
 			failed[b.addr] = err
 		} else {
+			s.prepare(srv)
 			opened[b.addr] = s
 		}
 	}
 	return opened, failed
-}
-
-// open binds addr, and accepts nothing yet.
-func (srv *Server) open(addr string, leaving []*listenerSocket) (*listenerSocket, error) {
-	s, err := listen(addr, leaving...)
-	if err != nil {
-		return nil, err
-	}
-	if err := s.prepare(srv); err != nil {
-		s.Close()
-		return nil, &bindError{addr, err}
-	}
-	return s, nil
 }
 
 // rebind makes the sockets those that want lists: hands over what stays, starts what bindMissing has opened,

@@ -81,9 +81,8 @@ func Permit(v Visitor, q Asker, lists ...*Peers) error {
 		if err == nil {
 			ok, err = allow.Contains(v.Client, q.WhoIs)
 		}
-		var unidentified *NotIdentifiedError
 		switch {
-		case errors.As(err, &unidentified):
+		case errors.As(err, new(*NotIdentifiedError)):
 			return err
 		case err != nil:
 			return &NotAllowedError{"unknown: " + err.Error()}
@@ -109,5 +108,4 @@ func (e *NotIdentifiedError) Error() string {
 	return fmt.Sprintf("tailscaled did not answer who %s is: %v", e.Addr, e.Err)
 }
 
-// Unwrap returns the cause.
 func (e *NotIdentifiedError) Unwrap() error { return e.Err }

@@ -205,11 +205,10 @@ func (s *Service) find(req *http.Request, path string, q Question) (*Rule, strin
 		return r, ""
 	}
 	r, _, err := s.ByRequest(req, q.Host, path)
-	var method *vhost.MethodError
-	switch {
+	switch _, isMethod := errors.AsType[*vhost.MethodError](err); {
 	case err == nil:
 		return r, ""
-	case errors.As(err, &method):
+	case isMethod:
 		return nil, fmt.Sprintf("%v: clients get 405", err)
 	case errors.Is(err, vhost.ErrNoHost) && s.Mode == "https":
 		return nil, fmt.Sprintf("%v: clients get 421", err)

@@ -32,7 +32,7 @@ func (e *InvalidError) Unwrap() error { return e.Err }
 // in one read.
 const firstRead = 3 << 10
 
-// Read reads the PROXY header from c.
+// Read reads the PROXY header from c, after head, which has been read from it before.
 //
 // When the stream has none, h is nil without an error, decided after as few bytes as that takes. maxBytes
 // limits the header, as [MaxBytes] does in any case; timeout is for all of it, from now. 0 or less means no

@@ -42,9 +42,8 @@ const (
 )
 
 func (i ConnInfo) crowd() int {
-	var unsaid *UnsaidError
-	switch {
-	case errors.As(i.Unknown, &unsaid):
+	switch _, isHop := errors.AsType[*UnsaidError](i.Unknown); {
+	case isHop:
 		return crowdOfHop
 	case i.Crowded:
 		return crowdOfMany
@@ -70,8 +69,8 @@ type Hops interface {
 // MayTell says whether the next hop may hear a client's address. It may not hear that of a hop, which has
 // rights of its own there; but of a process on this host, hop or not, the address says no more than that.
 func MayTell(client netip.Addr, unknown error) bool {
-	var unsaid *UnsaidError
-	return unknown == nil || errors.As(unknown, &unsaid) && unsaid.Itself && client.IsLoopback()
+	unsaid, ok := errors.AsType[*UnsaidError](unknown)
+	return unknown == nil || ok && unsaid.Itself && client.IsLoopback()
 }
 
 // client says why a is not a client, nil if it is one: it speaks for others, or nobody can tell.

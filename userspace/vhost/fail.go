@@ -54,16 +54,15 @@ func (e *dialError) Unwrap() error { return e.err }
 
 // reasonOf classes an error of dialling or of a round trip.
 func reasonOf(err error) string {
-	var known Reasoner
-	var dial *dialError
+	if known, ok := errors.AsType[Reasoner](err); ok {
+		return known.Reason()
+	}
 	var timeout interface{ Timeout() bool }
 	switch {
-	case errors.As(err, &known):
-		return known.Reason()
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded),
 		errors.As(err, &timeout) && timeout.Timeout():
 		return ReasonTimeout
-	case errors.As(err, &dial):
+	case errors.As(err, new(*dialError)):
 		if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT) { // ENOENT: no such unix socket
 			return ReasonRefused
 		}
@@ -148,13 +147,12 @@ func (s *Server) hopFailed(x *exchange, err error) {
 		reason = ReasonUnreachable
 	}
 	kind, seen := reason, time.Time{}
-	var absent *failure
 	switch {
 	case reason == ReasonTLS && errors.As(err, new(*tls.CertificateVerificationError)):
 		kind = reasonUnproven
 	case reason == ReasonAbsent:
 		x.resp.Header().Set("Retry-After", "10")
-		if errors.As(err, &absent) && !absent.seen.IsZero() {
+		if absent, ok := errors.AsType[*failure](err); ok && !absent.seen.IsZero() {
 			kind, seen = reasonOffline, absent.seen
 		}
 	}

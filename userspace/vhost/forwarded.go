@@ -143,8 +143,7 @@ func clientOf(r *http.Request, info ConnInfo) (client netip.AddrPort, unknown er
 		}
 		client = netip.AddrPortFrom(addr.Unmap(), 0)
 		unknown = info.client(client.Addr())
-		var unsaid *UnsaidError
-		if i == 0 || len(chain)-i >= maxHops || !errors.As(unknown, &unsaid) {
+		if i == 0 || len(chain)-i >= maxHops || !errors.As(unknown, new(*UnsaidError)) {
 			return client, unknown
 		}
 	}

@@ -61,13 +61,13 @@ func (p *Plan) fillAccess(r *Rule, l *config.Listener, a *config.Action) (err er
 			r.HTTP.Users, err = auth.NewUsers(b.Users)
 		}
 		if err != nil {
-			return &config.Error{File: p.Config.File, Pos: b.At("file"), Message: "basic_auth: " + err.Error()}
+			return p.Config.Errorf(b.At("file"), "basic_auth: %v", err)
 		}
 	}
 	if fa := a.ForwardAuth; fa != nil {
 		r.HTTP.Asked = fa.Address
 		if r.HTTP.Auth, err = p.newForward(fa); err != nil {
-			return &config.Error{File: p.Config.File, Pos: fa.At("address"), Message: "forward_auth: " + err.Error()}
+			return p.Config.Errorf(fa.At("address"), "forward_auth: %v", err)
 		}
 	}
 	if p.deps.Guard != nil {

@@ -123,7 +123,7 @@ func (p *Plan) fill(r *Rule, l *config.Listener, a *config.Action) error {
 	r.Datapath = wanted(p.Config, a)
 	if p.deps.Datapath != nil {
 		if err := p.deps.Datapath(r.Datapath); err != nil {
-			return &config.Error{File: p.Config.File, Pos: a.At("datapath"), Message: err.Error()}
+			return p.Config.Errorf(a.At("datapath"), "%v", err)
 		}
 	}
 	return nil

@@ -61,7 +61,7 @@ func (p *Plan) service(l *config.Listener) (*Service, error) {
 	var errs []error
 	add := func(r *Rule, a *config.Action) *Rule {
 		if err := p.fill(r, l, a); err != nil {
-			errs = append(errs, placed(p.Config, a.At("datapath"), err))
+			errs = append(errs, err)
 			return nil
 		}
 		s.Rules = append(s.Rules, r)
@@ -102,15 +102,6 @@ func (s *Service) certificate(c *config.Certificate, deps Deps) {
 		s.Managed = append(s.Managed, src)
 		s.Certificates = append(s.Certificates, tlsterm.Spec{Name: src.String(), GetCertificate: src.GetCertificate, Covers: src.Covers})
 	}
-}
-
-// placed gives err a place in the file, if it has none yet.
-func placed(cfg *config.Config, at config.Pos, err error) error {
-	var known *config.Error
-	if errors.As(err, &known) {
-		return err
-	}
-	return fmt.Errorf("%s:%s: %w", cfg.File, at, err)
 }
 
 // index makes the table that the rules are looked up in.

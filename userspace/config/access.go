@@ -117,8 +117,7 @@ func (v *validator) accessLogs(c *Config) {
 		formats[filepath.Clean(a.File)] = a
 	}
 	check(c.AccessLog)
-	for i := range c.Listeners {
-		l := &c.Listeners[i]
+	for _, l := range c.Listeners {
 		reads := l.IsHTTP() || l.Mode == "" // the decoder refused the mode: it may be one of these
 		served = served || reads
 		if l.sets("access_log") && !reads {

@@ -12,12 +12,12 @@ import (
 // Config is a whole configuration file, checked, with every default filled in.
 type Config struct {
 	Section
-	Node      string     `yaml:"node" kind:"label"`
-	Datapath  string     `yaml:"datapath" enum:"auto sockmap userspace" default:"auto"`
-	Listeners []Listener `yaml:"listeners" required:"true" nonempty:"true" noun:"a listener"`
-	Limits    Limits     `yaml:"limits" noun:"limits"`
-	AccessLog *AccessLog `yaml:"access_log" noun:"access_log"`
-	Control   Control    `yaml:"control" noun:"control"`
+	Node      string      `yaml:"node" kind:"label"`
+	Datapath  string      `yaml:"datapath" enum:"auto sockmap userspace" default:"auto"`
+	Listeners []*Listener `yaml:"listeners" required:"true" nonempty:"true" noun:"a listener"`
+	Limits    Limits      `yaml:"limits" noun:"limits"`
+	AccessLog *AccessLog  `yaml:"access_log" noun:"access_log"`
+	Control   Control     `yaml:"control" noun:"control"`
 
 	File     string   `yaml:"-"` // the name that Load or Parse was given
 	Warnings []*Error `yaml:"-"` // what is allowed but looks like a mistake, in the order of the file
@@ -26,20 +26,20 @@ type Config struct {
 // Listener is a set of addresses that share a mode and routes.
 type Listener struct {
 	Section
-	Name         string        `yaml:"name" kind:"label"`
-	Listen       []string      `yaml:"listen" kind:"listen" required:"true" nonempty:"true"`
-	Mode         string        `yaml:"mode" enum:"sni tcp http https" required:"true"`
-	AcceptProxy  *AcceptProxy  `yaml:"accept_proxy" noun:"accept_proxy"`
-	Certificates []Certificate `yaml:"certificates" nonempty:"true" noun:"a certificate"`
-	Docker       *Docker       `yaml:"docker" noun:"docker"`
-	Allow        []string      `yaml:"allow" kind:"peer" nonempty:"true"`
-	Deny         []Deny        `yaml:"deny" short:"from" nonempty:"true" noun:"an item of deny"`
-	AccessLog    *AccessLog    `yaml:"access_log" noun:"access_log"`
-	Routes       []Route       `yaml:"routes" noun:"a route"`
-	HSTS         *HSTS         `yaml:"hsts" short:"max_age" noun:"hsts"`
-	ServerTiming bool          `yaml:"server_timing" kind:"true"`
-	Default      *Action       `yaml:"default" noun:"default"`
-	WhileDown    string        `yaml:"while_down" enum:"accept close"`
+	Name         string         `yaml:"name" kind:"label"`
+	Listen       []string       `yaml:"listen" kind:"listen" required:"true" nonempty:"true"`
+	Mode         string         `yaml:"mode" enum:"sni tcp http https" required:"true"`
+	AcceptProxy  *AcceptProxy   `yaml:"accept_proxy" noun:"accept_proxy"`
+	Certificates []*Certificate `yaml:"certificates" nonempty:"true" noun:"a certificate"`
+	Docker       *Docker        `yaml:"docker" noun:"docker"`
+	Allow        []string       `yaml:"allow" kind:"peer" nonempty:"true"`
+	Deny         []*Deny        `yaml:"deny" short:"from" nonempty:"true" noun:"an item of deny"`
+	AccessLog    *AccessLog     `yaml:"access_log" noun:"access_log"`
+	Routes       []*Route       `yaml:"routes" noun:"a route"`
+	HSTS         *HSTS          `yaml:"hsts" short:"max_age" noun:"hsts"`
+	ServerTiming bool           `yaml:"server_timing" kind:"true"`
+	Default      *Action        `yaml:"default" noun:"default"`
+	WhileDown    string         `yaml:"while_down" enum:"accept close"`
 }
 
 // AcceptProxy names the peers whose PROXY headers are believed.
@@ -129,11 +129,11 @@ type Route struct {
 // Action is what happens with a connection or request: exactly one of Forward, Reject and Redirect.
 type Action struct {
 	Section
-	Forward     []Forward `yaml:"forward" short:"to" nonempty:"true" noun:"a target"`
-	SendProxy   string    `yaml:"send_proxy" enum:"v2"`
-	Transparent bool      `yaml:"transparent" kind:"true"`
-	Reject      bool      `yaml:"reject" kind:"true"`
-	Datapath    string    `yaml:"datapath" enum:"auto sockmap sk_msg userspace"`
+	Forward     []*Forward `yaml:"forward" short:"to" nonempty:"true" noun:"a target"`
+	SendProxy   string     `yaml:"send_proxy" enum:"v2"`
+	Transparent bool       `yaml:"transparent" kind:"true"`
+	Reject      bool       `yaml:"reject" kind:"true"`
+	Datapath    string     `yaml:"datapath" enum:"auto sockmap sk_msg userspace"`
 	HTTP        `yaml:",inline"`
 	Access      `yaml:",inline"`
 }

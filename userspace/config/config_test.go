@@ -197,7 +197,7 @@ func TestDesign(t *testing.T) {
 	limits := Limits{Connections: 65536, ConnectionsPerSource: 256, Requests: 8192, RequestsPerSource: 256, HelloTimeout: 5 * time.Second, HelloBytes: 65536, IdleTimeout: time.Hour, FlowBuffer: 2 << 20}
 	control := Control{Socket: "/run/tailsplice/control.sock"}
 	tailnet := func(node string, port uint16) Target { return Target{Scheme: "tailnet", Host: node, Port: port} }
-	to := func(t Target) []Forward { return []Forward{{To: t, Weight: 1}} }
+	to := func(t Target) []*Forward { return []*Forward{{To: t, Weight: 1}} }
 	host, err := os.Hostname()
 	if err != nil {
 		t.Fatal(err)
@@ -206,9 +206,9 @@ func TestDesign(t *testing.T) {
 		{
 			File: "design-edge.yaml", Node: "edge-waw", Datapath: "auto", Limits: limits,
 			Control: Control{Socket: control.Socket, Metrics: "127.0.0.1:9464"},
-			Listeners: []Listener{{
+			Listeners: []*Listener{{
 				Name: "web", Listen: []string{":443"}, Mode: "sni",
-				Routes: []Route{
+				Routes: []*Route{
 					{SNI: []string{"status.vsq.cz"}, Action: Action{Forward: to(Target{Scheme: "tcp", Host: "127.0.0.1", Port: 8443})}},
 					{SNI: []string{"*.vsq.cz"}, ALPN: []string{"acme-tls/1"}, Action: Action{Forward: to(tailnet("home", 443)), SendProxy: "v2"}},
 				},
@@ -217,29 +217,29 @@ func TestDesign(t *testing.T) {
 		},
 		{
 			File: "design-home.yaml", Node: "home", Datapath: "auto", Limits: limits, Control: control,
-			Listeners: []Listener{{
+			Listeners: []*Listener{{
 				Name: "web", Listen: []string{"tailnet:443"}, Mode: "https",
 				AcceptProxy: &AcceptProxy{From: []string{"tag:edge"}},
-				Certificates: []Certificate{
+				Certificates: []*Certificate{
 					{Files: &CertFiles{Cert: "/etc/tailsplice/vsq.pem", Key: "/etc/tailsplice/vsq.key"}},
 					{ACME: &ACME{Names: []string{"example.vsq.cz"}, Email: "me@vsq.cz", Directory: "https://acme.example/dir", Storage: "/var/lib/tailsplice/acme"}},
 					{Tailscale: true},
 				},
-				Routes:  []Route{{Host: []string{"notes.vsq.cz"}, Path: "/api/", Action: Action{Forward: to(Target{Scheme: "tcp", Host: "127.0.0.1", Port: 3000})}}},
+				Routes:  []*Route{{Host: []string{"notes.vsq.cz"}, Path: "/api/", Action: Action{Forward: to(Target{Scheme: "tcp", Host: "127.0.0.1", Port: 3000})}}},
 				Default: &Action{Forward: to(tailnet("laptop", 8080))},
 			}},
 		},
 		{
 			File: "design-laptop.yaml", Node: "laptop", Datapath: "auto", Limits: limits, Control: control,
-			Listeners: []Listener{{
+			Listeners: []*Listener{{
 				Name: "web", Listen: []string{"tailnet:8080"}, Mode: "http",
 				AcceptProxy: &AcceptProxy{From: []string{"tag:home"}},
-				Routes:      []Route{{Host: []string{"example.vsq.cz"}, Action: Action{Forward: to(Target{Scheme: "docker", Host: "blog", Port: 8080})}}},
+				Routes:      []*Route{{Host: []string{"example.vsq.cz"}, Action: Action{Forward: to(Target{Scheme: "docker", Host: "blog", Port: 8080})}}},
 			}},
 		},
 		{
 			File: "four-lines.yaml", Node: host, Datapath: "auto", Limits: limits, Control: control,
-			Listeners: []Listener{{Name: "sni-443", Listen: []string{":443"}, Mode: "sni", Default: &Action{Forward: to(tailnet("home", 443))}}},
+			Listeners: []*Listener{{Name: "sni-443", Listen: []string{":443"}, Mode: "sni", Default: &Action{Forward: to(tailnet("home", 443))}}},
 		},
 	} {
 		want.File = filepath.Join("testdata", "valid", want.File)
@@ -354,8 +354,8 @@ func TestPlaces(t *testing.T) {
         forward: "a:1"
     default: { forward: "b:1" }
 `)
-	l := &c.Listeners[0]
-	r := &l.Routes[0]
+	l := c.Listeners[0]
+	r := l.Routes[0]
 	for _, x := range []struct {
 		what string
 		got  Pos

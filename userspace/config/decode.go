@@ -251,7 +251,7 @@ func (d *decoder) namedValue(e entry, f *field, out reflect.Value, lines map[any
 	return ok
 }
 
-// sections fills a list of structs. Items that are no mappings are left out.
+// sections fills a list of pointers to structs. Items that are no mappings are left out.
 func (d *decoder) sections(n *node, f *field, out reflect.Value) bool {
 	items := n.items
 	switch {
@@ -267,8 +267,8 @@ func (d *decoder) sections(n *node, f *field, out reflect.Value) bool {
 	for _, item := range items {
 		switch {
 		case f.short != "" && item.isScalar(), item.kind == kindMapping:
-			v := reflect.New(out.Type().Elem()).Elem()
-			ok = d.oneSection(item, f, v) && ok
+			v := reflect.New(deref(out.Type()))
+			ok = d.oneSection(item, f, v.Elem()) && ok
 			out.Set(reflect.Append(out, v))
 		case item.kind == kindNull:
 			ok = d.errorf(item.pos, "an item of %s has no value: remove its dash, or write %s behind it", f.key, f.noun)

@@ -30,8 +30,7 @@ func (v *validator) answers(node string, f *ForwardAuth) *Action {
 	}
 	var found *Route
 	named := "" // the pattern that found it
-	for i := range b.listener.Routes {
-		r := &b.listener.Routes[i]
+	for _, r := range b.listener.Routes {
 		path := strings.TrimSuffix(r.Path, "/")
 		below := u.Path == path || strings.HasPrefix(u.Path, path+"/") || path == ""
 		if !below || len(r.Headers) > 0 || len(r.Methods) > 0 && !slices.Contains(r.Methods, "GET") {

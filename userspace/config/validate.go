@@ -32,8 +32,7 @@ func (v *validator) config(c *Config) {
 		c.Node = hostName()
 	}
 	v.listenerNames(c.Listeners)
-	for i := range c.Listeners {
-		l := &c.Listeners[i]
+	for _, l := range c.Listeners {
 		v.addresses(l)
 		v.listener(l)
 	}
@@ -53,18 +52,16 @@ func hostName() string {
 }
 
 // listenerNames refuses names that are used twice, and names the listeners that have none.
-func (v *validator) listenerNames(ls []Listener) {
+func (v *validator) listenerNames(ls []*Listener) {
 	taken := map[string]Pos{}
-	for i := range ls {
-		l := &ls[i]
+	for _, l := range ls {
 		first, dup := taken[l.Name]
 		v.errorIf(dup, l.At("name"), "name %q is that of another listener already, on line %d", l.Name, first.Line)
 		if l.Name != "" && !dup {
 			taken[l.Name] = l.At("name")
 		}
 	}
-	for i := range ls {
-		l := &ls[i]
+	for _, l := range ls {
 		if l.Name != "" || len(l.Listen) == 0 {
 			continue
 		}
@@ -138,8 +135,8 @@ func (v *validator) listener(l *Listener) {
 	}
 	v.errorIf(mode == "https" && !l.has("certificates"), l.Pos, "certificates is missing in a listener: mode https needs at least one, mode sni passes TLS on without")
 	v.errorIf(mode != "https" && l.sets("certificates"), l.keyAt("certificates"), "certificates belongs on an https listener, this one's mode is %s and never decrypts", mode)
-	for i := range l.Certificates {
-		v.certificate(&l.Certificates[i])
+	for _, c := range l.Certificates {
+		v.certificate(c)
 	}
 	switch {
 	case mode == "tcp":
@@ -193,8 +190,7 @@ func (v *validator) acceptProxy(a *AcceptProxy) {
 }
 
 func (v *validator) deny(l *Listener) {
-	for i := range l.Deny {
-		d := &l.Deny[i]
+	for _, d := range l.Deny {
 		v.errorIf(d.has("from") && d.has("file"), d.keyAt("file"), "from and file in one item of deny: make file an item of its own")
 		v.errorIf(!d.has("from") && !d.has("file"), d.Pos, "it is empty: write a CIDR, an IP address, or { file: FILE } in deny")
 		v.warnIf(strings.HasSuffix(d.From, "/0"), d.At("from"), "deny %q refuses everybody", d.From)
@@ -248,8 +244,7 @@ func (v *validator) path(p string) string {
 // routesOf checks the routes of a listener. With no mode (it was wrong) only what is so in every mode.
 func (v *validator) routesOf(mode string, l *Listener) {
 	seen := map[match][]taken{}
-	for i := range l.Routes {
-		r := &l.Routes[i]
+	for _, r := range l.Routes {
 		v.action(&r.Action, "a route")
 		v.local(mode, &r.Action)
 		v.access(mode, l, &r.Action)
@@ -369,7 +364,7 @@ func (v *validator) action(a *Action, noun string) {
 	case does[0] == "redirect":
 		v.meaningless(a, "redirected", proxyKeys, forwardKeys)
 	}
-	weighs := func(f Forward) bool { return f.Weight > 0 }
+	weighs := func(f *Forward) bool { return f.Weight > 0 }
 	v.errorIf(a.sets("forward") && !slices.ContainsFunc(a.Forward, weighs), a.At("forward"), "no target in forward has a weight: at least one must be above 0")
 	if a.Transparent {
 		v.transparent(a)
@@ -378,8 +373,8 @@ func (v *validator) action(a *Action, noun string) {
 
 // transparent refuses targets whose answers to a client's address would never come back to this host.
 func (v *validator) transparent(a *Action) {
-	for i := range a.Forward {
-		t, why := a.Forward[i].To, ""
+	for _, f := range a.Forward {
+		t, why := f.To, ""
 		ip, _ := netip.ParseAddr(t.Host)
 		switch {
 		case t.Scheme == "tailnet":
@@ -413,10 +408,10 @@ type leads struct {
 func (v *validator) circles(c *Config) {
 	var all []leads
 	for l, a := range c.Actions() {
-		for j := range a.Forward {
-			v.multicastName(&a.Forward[j])
-			if b, ok := v.ownAddress(c.Node, a.Forward[j].To); ok && b.listener != nil {
-				all = append(all, leads{l, b.listener, &a.Forward[j], b})
+		for _, f := range a.Forward {
+			v.multicastName(f)
+			if b, ok := v.ownAddress(c.Node, f.To); ok && b.listener != nil {
+				all = append(all, leads{l, b.listener, f, b})
 			}
 		}
 	}

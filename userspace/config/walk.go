@@ -9,9 +9,9 @@ import (
 // routes, then by its default.
 func (c *Config) Actions() iter.Seq2[*Listener, *Action] {
 	return func(yield func(*Listener, *Action) bool) {
-		for i := range c.Listeners {
-			for a := range c.Listeners[i].Actions() {
-				if !yield(&c.Listeners[i], a) {
+		for _, l := range c.Listeners {
+			for a := range l.Actions() {
+				if !yield(l, a) {
 					return
 				}
 			}
@@ -22,8 +22,8 @@ func (c *Config) Actions() iter.Seq2[*Listener, *Action] {
 // Actions gives what l does by each of its routes, then by its default.
 func (l *Listener) Actions() iter.Seq[*Action] {
 	return func(yield func(*Action) bool) {
-		for i := range l.Routes {
-			if !yield(&l.Routes[i].Action) {
+		for _, r := range l.Routes {
+			if !yield(&r.Action) {
 				return
 			}
 		}

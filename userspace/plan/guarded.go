@@ -34,8 +34,7 @@ func guarded(cfg *config.Config, l *config.Listener, host, path string) (by stri
 		}
 	}
 	// A label on this listener would take the name from one where its visitors show passwords and cookies.
-	for i := range cfg.Listeners {
-		other := &cfg.Listeners[i]
+	for _, other := range cfg.Listeners {
 		if other == l || other.Mode != "https" && (other.Mode != "http" || l.Mode == "sni") {
 			continue
 		}
@@ -61,7 +60,7 @@ func pathsMeet(a, b string) bool {
 
 // leadsTo says whether what a does leads to l, on this host.
 func leadsTo(a *config.Action, l *config.Listener) bool {
-	return slices.ContainsFunc(a.Forward, func(f config.Forward) bool {
+	return slices.ContainsFunc(a.Forward, func(f *config.Forward) bool {
 		ip, _ := netip.ParseAddr(f.To.Host)
 		if f.To.Scheme != "tcp" || !ip.IsLoopback() && f.To.Host != "localhost" {
 			return false
@@ -75,8 +74,7 @@ func leadsTo(a *config.Action, l *config.Listener) bool {
 
 // named are the routes of l with each of their names.
 func named(l *config.Listener) (all []claimed) {
-	for i := range l.Routes {
-		r := &l.Routes[i]
+	for _, r := range l.Routes {
 		for _, pattern := range slices.Concat(r.SNI, r.Host) {
 			all = append(all, claimed{r, pattern})
 		}

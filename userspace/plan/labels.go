@@ -79,8 +79,7 @@ type candidate struct {
 // ListLabelled returns the containers with labels, if the plan has a listener that takes them: so that the
 // first request finds its route. Without an answer they come later; what follows them says why.
 func (p *Plan) ListLabelled(ctx context.Context) []container.Labelled {
-	takes := func(l config.Listener) bool { return takesLabels(&l) }
-	if slices.ContainsFunc(p.Config.Listeners, takes) {
+	if slices.ContainsFunc(p.Config.Listeners, takesLabels) {
 		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 		defer cancel()
 		p.deps.Containers.List(ctx)
@@ -108,7 +107,7 @@ func (p *Plan) WithLabels(before *Labels, seen []container.Labelled) *Plan {
 // addLabels adds the routes of p.Labels to the services that take them.
 func (p *Plan) addLabels(before *Labels) {
 	next := p.Labels
-	if !slices.ContainsFunc(p.Config.Listeners, func(l config.Listener) bool { return takesLabels(&l) }) {
+	if !slices.ContainsFunc(p.Config.Listeners, takesLabels) {
 		return
 	}
 	there := map[string]bool{}
@@ -123,8 +122,7 @@ func (p *Plan) addLabels(before *Labels) {
 
 	all := next.candidates()
 	fits := map[string]bool{}
-	for i := range p.Config.Listeners {
-		l := &p.Config.Listeners[i]
+	for _, l := range p.Config.Listeners {
 		base := p.Services[l.Name]
 		if base == nil || !takesLabels(l) {
 			continue
@@ -294,5 +292,5 @@ func (p *Plan) labelRule(l *config.Listener, hosts []string, c *candidate) (*Rul
 	if l.IsHTTP() {
 		r.HTTP = &HTTP{Match: vhost.Match{Path: c.labels.Path}}
 	}
-	return r, p.fill(r, l, &config.Action{Forward: []config.Forward{{To: target, Weight: 1}}})
+	return r, p.fill(r, l, &config.Action{Forward: []*config.Forward{{To: target, Weight: 1}}})
 }

@@ -70,8 +70,7 @@ const (
 // NeedsOf finds what cfg needs.
 func NeedsOf(cfg *config.Config) Needs {
 	n := Needs{Datapaths: map[string]bool{}, Tailnet: config.OnTailnet(cfg.Control.Health), listed: map[[2]string]bool{}}
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
+	for _, l := range cfg.Listeners {
 		n.listener(cfg, l)
 		for a := range l.Actions() {
 			n.action(cfg, l, a)
@@ -133,8 +132,8 @@ func (n *Needs) action(cfg *config.Config, l *config.Listener, a *config.Action)
 	if !l.IsHTTP() && !a.Reject {
 		n.Datapaths[wanted(cfg, a)] = true
 	}
-	for i := range a.Forward {
-		n.target(dial.Target(a.Forward[i].To), a.Forward[i].At("to"))
+	for _, f := range a.Forward {
+		n.target(dial.Target(f.To), f.At("to"))
 	}
 	if u := a.Upstream; u != nil {
 		n.file(u.CA, u.At("ca"), UseCompiled)
@@ -169,8 +168,8 @@ func (n *Needs) listener(cfg *config.Config, l *config.Listener) {
 			n.Listens = append(n.Listens, a)
 		}
 	}
-	for i := range l.Certificates {
-		n.certificate(&l.Certificates[i])
+	for _, c := range l.Certificates {
+		n.certificate(c)
 	}
 	if log := cfg.AccessLogOf(l); log != nil {
 		if log.File != accesslog.Stderr {

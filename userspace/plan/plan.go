@@ -62,8 +62,7 @@ func NewDeps(log *slog.Logger) Deps {
 func Compile(cfg *config.Config, deps Deps) (*Plan, error) {
 	p := &Plan{Config: cfg, Needs: NeedsOf(cfg), Services: map[string]*Service{}, Labels: newLabels(nil), deps: deps}
 	var errs []error
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
+	for _, l := range cfg.Listeners {
 		if s, err := p.service(l); err != nil {
 			errs = append(errs, err)
 		} else {

@@ -32,10 +32,10 @@ type Match struct {
 
 // Target is where a rule leads.
 type Target struct {
-	To          dial.Target      // the first
-	Literal     netip.AddrPort   // To where it needs no lookup
-	Written     string           // as the config has it
-	All         []config.Forward // with their weights
+	To          dial.Target       // the first
+	Literal     netip.AddrPort    // To where it needs no lookup
+	Written     string            // as the config has it
+	All         []*config.Forward // with their weights
 	Dialer      *dial.Dialer
 	SendProxy   bool
 	Transparent bool // from the client's own address
@@ -142,8 +142,8 @@ func written(a *config.Action) string {
 		return "redirect " + a.Redirect.To
 	}
 	var all []string
-	for i := range a.Forward {
-		all = append(all, a.Forward[i].To.String())
+	for _, f := range a.Forward {
+		all = append(all, f.To.String())
 	}
 	return strings.Join(all, ", ")
 }

@@ -55,8 +55,8 @@ func (p *Plan) service(l *config.Listener) (*Service, error) {
 		s.NeedsHeader = l.AcceptProxy.Required || l.Mode == "tcp"
 	}
 	s.Allow = peersOrAll(l.Allow)
-	for i := range l.Certificates {
-		s.certificate(&l.Certificates[i], p.deps)
+	for _, c := range l.Certificates {
+		s.certificate(c, p.deps)
 	}
 	var errs []error
 	add := func(r *Rule, a *config.Action) *Rule {
@@ -67,8 +67,7 @@ func (p *Plan) service(l *config.Listener) (*Service, error) {
 		s.Rules = append(s.Rules, r)
 		return r
 	}
-	for i := range l.Routes {
-		c := &l.Routes[i]
+	for _, c := range l.Routes {
 		m := Match{Patterns: slices.Concat(c.SNI, c.Host), ALPN: c.ALPN}
 		r := &Rule{Name: strings.Join(m.Patterns, ",") + c.Path, Match: m}
 		if l.IsHTTP() {

@@ -13,8 +13,8 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"github.com/tailsplice/tailsplice/tcpsock"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
@@ -153,8 +153,7 @@ func (p *Plan) Trace(ctx context.Context, q Question) (Trace, error) {
 	req := &http.Request{Method: cmp.Or(q.Method, http.MethodGet), Header: q.Header}
 	t := Trace{Format: flow.FormatVersion, Node: p.Config.Node, Host: q.Host, Path: vhost.RoutePath(q.Path), Method: req.Method}
 	var tries sync.WaitGroup
-	for i := range p.Config.Listeners {
-		l := &p.Config.Listeners[i]
+	for _, l := range p.Config.Listeners {
 		s := p.Services[l.Name]
 		if s == nil || q.Listener != "" && q.Listener != l.Name {
 			continue
@@ -217,7 +216,7 @@ func (s *Service) find(req *http.Request, path string, q Question) (*Rule, strin
 }
 
 // describe says what a target is.
-func (r *Rule) describe(to config.Forward, host, path string) TargetTrace {
+func (r *Rule) describe(to *config.Forward, host, path string) TargetTrace {
 	t := TargetTrace{Target: to.To.String(), Weight: to.Weight, Name: to.To.Host, NextHost: host, NextPath: path}
 	if r.HTTP != nil {
 		t.NextHost, t.NextPath = r.HTTP.Route.Rewritten(host, path)

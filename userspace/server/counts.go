@@ -26,8 +26,8 @@ func (srv *Server) countRoutes() {
 	var routes []flow.Route
 	var labelled []flow.Route
 	targets := map[string]bool{}
-	for i := range srv.plan.Config.Listeners {
-		name := srv.plan.Config.Listeners[i].Name
+	for _, c := range srv.plan.Config.Listeners {
+		name := c.Name
 		for _, r := range srv.listeners[name].service.Load().Rules {
 			if r.Label == nil {
 				routes = append(routes, flow.Route{Listener: name, Route: r.Name})
@@ -84,8 +84,8 @@ func (srv *Server) state() metrics.State {
 		s.Datapaths = append(s.Datapaths, metrics.Datapath{Name: d.Name, On: d.Available, Wanted: d.Wanted,
 			Flows: flows[d.Name], Stalls: d.Stalls, Clamped: d.Clamped})
 	}
-	for i := range srv.plan.Config.Listeners {
-		addCertificates(&s, srv.listeners[srv.plan.Config.Listeners[i].Name])
+	for _, c := range srv.plan.Config.Listeners {
+		addCertificates(&s, srv.listeners[c.Name])
 	}
 	return s
 }

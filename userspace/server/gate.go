@@ -55,8 +55,7 @@ var errUnchecked = errors.New("no target of default has answered yet")
 //
 // +checklocks:srv.mu
 func (srv *Server) watchDefaults() {
-	for i := range srv.plan.Config.Listeners {
-		c := &srv.plan.Config.Listeners[i]
+	for _, c := range srv.plan.Config.Listeners {
 		l := srv.listeners[c.Name]
 		if c.WhileDown != whileDownClose {
 			l.gate.stop()

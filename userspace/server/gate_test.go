@@ -175,7 +175,7 @@ func TestGateTells(t *testing.T) {
 		d := &dial.Dialer{From: func(nd *net.Dialer, _ netip.Addr) {
 			nd.Control = func(string, string, syscall.RawConn) error { return os.NewSyscallError("connect", fail) }
 		}}
-		r := &plan.Rule{Target: plan.Target{All: []config.Forward{{To: config.Target(target)}}, Dialer: d}}
+		r := &plan.Rule{Target: plan.Target{All: []*config.Forward{{To: config.Target(target)}}, Dialer: d}}
 		l := &listener{name: "test"}
 		l.service.Store(&service{Service: &plan.Service{Fallback: r}})
 		err := (&gate{server: new(Server), listener: l}).reach(t.Context())

@@ -56,8 +56,7 @@ type binding struct {
 func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []netip.Addr,
 	places map[string]place) (want []binding, lacks map[lack]error) {
 	lacks = map[lack]error{}
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
+	for _, l := range cfg.Listeners {
 		owner := owners[l.Name]
 		if l.WhileDown == whileDownClose && owner.isShut {
 			continue

@@ -37,8 +37,7 @@ func findPlaces(ctx context.Context, cfg *config.Config) (map[string]place, erro
 	defer cancel()
 	found := map[string]place{}
 	var errs []error
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
+	for _, l := range cfg.Listeners {
 		for j, listen := range l.Listen {
 			name := placeOf(listen)
 			if name == "" || found[name].addrs != nil {

@@ -76,8 +76,7 @@ func (p *problems) add(part, listener, name string, err error) {
 // +checklocks:srv.mu
 func (srv *Server) problems() []Problem {
 	var all problems
-	for i := range srv.plan.Config.Listeners {
-		c := &srv.plan.Config.Listeners[i]
+	for _, c := range srv.plan.Config.Listeners {
 		l := srv.listeners[c.Name]
 		if len(srv.tailnetAddrs) == 0 {
 			for _, a := range c.Listen {

@@ -174,8 +174,7 @@ func (srv *Server) swapServices(c *change) {
 			edges = append(edges, l)
 		}
 	}
-	for i := range c.plan.Config.Listeners {
-		lc := &c.plan.Config.Listeners[i]
+	for _, lc := range c.plan.Config.Listeners {
 		s := &service{Service: c.plan.Services[lc.Name], deny: c.denials[lc.Name]}
 		if a := c.plan.Config.AccessLogOf(lc); a != nil {
 			s.accessLog = c.logs[logKey(a)]
@@ -204,8 +203,7 @@ func (srv *Server) prepareListeners(p *plan.Plan, starts bool) (all map[string]*
 	if starts {
 		open = tlsterm.Open
 	}
-	for i := range p.Config.Listeners {
-		c := &p.Config.Listeners[i]
+	for _, c := range p.Config.Listeners {
 		l := srv.listeners[c.Name]
 		if l == nil || l.mode != c.Mode {
 			l = &listener{name: c.Name, mode: c.Mode, isShut: true}
@@ -246,8 +244,7 @@ func (srv *Server) mustBind(want []binding, failed map[string]error) error {
 // +checklocks:srv.mu
 func (srv *Server) nothingServes() error {
 	var errs []error
-	for i := range srv.plan.Config.Listeners {
-		c := &srv.plan.Config.Listeners[i]
+	for _, c := range srv.plan.Config.Listeners {
 		l := srv.listeners[c.Name]
 		if l.certs != nil && !l.certs.Usable() {
 			for _, cert := range l.certs.Certificates() {

@@ -94,15 +94,13 @@ func (srv *Server) openDenials(cfg *config.Config) (all map[string]*denials, fil
 		before[file.Name()] = file.Table()
 	}
 	var errs []error
-	for i := range cfg.Listeners {
-		l := &cfg.Listeners[i]
+	for _, l := range cfg.Listeners {
 		if len(l.Deny) == 0 {
 			continue
 		}
 		d := &denials{}
 		var own []netip.Prefix
-		for j := range l.Deny {
-			item := &l.Deny[j]
+		for _, item := range l.Deny {
 			if item.File == "" {
 				p, _ := config.ParsePrefix(item.From) // config has checked it
 				own = append(own, p)

@@ -123,8 +123,7 @@ func (srv *Server) Status() Status {
 	for i := range s.Datapaths {
 		s.Datapaths[i].Flows = flows[s.Datapaths[i].Name]
 	}
-	for i := range srv.plan.Config.Listeners {
-		c := &srv.plan.Config.Listeners[i]
+	for _, c := range srv.plan.Config.Listeners {
 		ls := srv.listenerStatus(c)
 		for _, r := range srv.listeners[c.Name].service.Load().Rules {
 			rs := srv.routeStatus(r, s.Datapaths)

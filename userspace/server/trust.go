@@ -144,8 +144,8 @@ func (in *conn) shared() bool {
 // hopsOf are all whom accept_proxy.from names.
 func hopsOf(cfg *config.Config) *plan.Peers {
 	var from []string
-	for i := range cfg.Listeners {
-		if a := cfg.Listeners[i].AcceptProxy; a != nil {
+	for _, l := range cfg.Listeners {
+		if a := l.AcceptProxy; a != nil {
 			from = append(from, a.From...)
 		}
 	}

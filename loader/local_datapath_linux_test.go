@@ -46,11 +46,11 @@ func TestLocalAttachment(t *testing.T) {
 	instance := fmt.Sprintf("ts-ldr-local-%d", os.Getpid())
 	if i := os.Getenv("TS_LDR_LOCAL"); i != "" {
 		l, err := load(Options{Instance: i, MaxFlows: 16, Local: true}, nil)
-		must(t, err)
+		loadertest.Must(t, err)
 		n, err := l.Local()
-		must(t, err)
+		loadertest.Must(t, err)
 		ln, err := net.FileListener(os.NewFile(3, "listener"))
-		must(t, err)
+		loadertest.Must(t, err)
 		loadertest.BecomeLocal(t, n, ln)
 		fmt.Println("ready")
 		select {}
@@ -59,14 +59,14 @@ func TestLocalAttachment(t *testing.T) {
 	t.Cleanup(func() { os.RemoveAll(pins) })
 	ln, dir := cgroup.Listen(t, "tcp4")
 	file, err := ln.(*net.TCPListener).File()
-	must(t, err)
+	loadertest.Must(t, err)
 	defer file.Close()
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestLocalAttachment$")
 	cmd.Env, cmd.ExtraFiles = append(os.Environ(), "TS_LDR_LOCAL="+instance), []*os.File{file}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
-	must(t, err)
-	must(t, cmd.Start())
+	loadertest.Must(t, err)
+	loadertest.Must(t, cmd.Start())
 	b := make([]byte, 5)
 	if _, err := io.ReadFull(out, b); err != nil || string(b) != "ready" {
 		t.Fatalf("%q %v", b, err)
@@ -77,17 +77,17 @@ func TestLocalAttachment(t *testing.T) {
 	if n := loadertest.Attached(t, filepath.Dir(dir)); n != 0 {
 		t.Errorf("%d programs are attached to the root of all cgroups", n)
 	}
-	must(t, cmd.Process.Kill())
+	loadertest.Must(t, cmd.Process.Kill())
 	cmd.Wait()
-	waitFor(t, func() bool { return loadertest.Attached(t, dir) == 0 }, "the dead daemon's program to go")
+	loadertest.WaitFor(t, func() bool { return loadertest.Attached(t, dir) == 0 }, "the dead daemon's program to go")
 
 	l, err := load(Options{Instance: instance, MaxFlows: 16, Local: true}, nil)
-	must(t, err)
+	loadertest.Must(t, err)
 	n, err := l.Local()
-	must(t, err)
+	loadertest.Must(t, err)
 	p := loadertest.BecomeLocal(t, n, ln)
-	must(t, bothWays(p, 1<<20))
-	must(t, l.Close())
+	loadertest.Must(t, loadertest.BothWays(p, 1<<20))
+	loadertest.Must(t, l.Close())
 	if n := loadertest.Attached(t, dir); n != 0 {
 		t.Errorf("%d programs are attached after the end", n)
 	}

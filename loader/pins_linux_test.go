@@ -27,10 +27,10 @@ import (
 func TestPinsOfOthers(t *testing.T) {
 	const nobody = 65534
 	mkdir := func(t *testing.T, path string, uid int, mode uint32) {
-		must(t, errors.Join(unix.Mkdir(path, mode), unix.Chmod(path, mode), unix.Chown(path, uid, uid)))
+		loadertest.Must(t, errors.Join(unix.Mkdir(path, mode), unix.Chmod(path, mode), unix.Chown(path, uid, uid)))
 	}
 	link := func(t *testing.T, to, path string, uid int) {
-		must(t, errors.Join(os.Symlink(to, path), os.Lchown(path, uid, uid)))
+		loadertest.Must(t, errors.Join(os.Symlink(to, path), os.Lchown(path, uid, uid)))
 	}
 	const no = " can't be used for pinned maps: "
 	for name, c := range map[string]struct {
@@ -51,10 +51,10 @@ func TestPinsOfOthers(t *testing.T) {
 			link(t, filepath.Dir(victim), at+"/tailsplice", nobody)
 		}, "/tailsplice" + no + "it is no folder, but maybe a link "},
 		"anybody's, not sticky": {"1777", func(t *testing.T, at, _ string) {
-			must(t, unix.Chmod(at, 0o777))
+			loadertest.Must(t, unix.Chmod(at, 0o777))
 		}, no + "other users may write to it (mode 0777): chmod 0700 "},
 		"another user's root": {"0755", func(t *testing.T, at, _ string) {
-			must(t, unix.Chown(at, nobody, nobody))
+			loadertest.Must(t, unix.Chown(at, nobody, nobody))
 		}, no + "it belongs to the user 65534: chown root "},
 		"our folder, for all": {"1777", func(t *testing.T, at, _ string) {
 			mkdir(t, at+"/tailsplice", 0, 0o1777)
@@ -65,14 +65,14 @@ func TestPinsOfOthers(t *testing.T) {
 		}, "/tailsplice/default" + no + "it belongs to the user 65534"},
 		"another file system": {"0700", func(t *testing.T, at, _ string) {
 			mkdir(t, at+"/tailsplice", 0, 0o700)
-			must(t, unix.Mount("none", at+"/tailsplice", "tmpfs", 0, ""))
+			loadertest.Must(t, unix.Mount("none", at+"/tailsplice", "tmpfs", 0, ""))
 			t.Cleanup(func() { unix.Unmount(at+"/tailsplice", unix.MNT_DETACH) })
 		}, "/tailsplice is not in a BPF file system"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			at, victim := loadertest.OwnBPFFS(t, c.mode), filepath.Join(t.TempDir(), "default")
-			must(t, os.MkdirAll(filepath.Join(victim, "empty"), 0o755))
-			must(t, os.WriteFile(filepath.Join(victim, "file"), []byte("precious"), 0o600))
+			loadertest.Must(t, os.MkdirAll(filepath.Join(victim, "empty"), 0o755))
+			loadertest.Must(t, os.WriteFile(filepath.Join(victim, "file"), []byte("precious"), 0o600))
 			c.make(t, at, victim)
 			err := RemoveDead(at, slog.New(slog.DiscardHandler))
 			l, lerr := load(Options{BPFFS: at, MaxFlows: 16}, nil)
@@ -107,7 +107,7 @@ func TestPinsOfOthers(t *testing.T) {
 func TestPinsOfTheDead(t *testing.T) {
 	if name := os.Getenv("TS_LDR_INSTANCE"); name != "" {
 		_, err := load(Options{BPFFS: os.Getenv("TS_LDR_BPFFS"), Instance: name, MaxFlows: 16}, nil)
-		must(t, err)
+		loadertest.Must(t, err)
 		fmt.Println("ready")
 		select {}
 	}
@@ -117,7 +117,7 @@ func TestPinsOfTheDead(t *testing.T) {
 		cmd.Env = append(os.Environ(), "TS_LDR_BPFFS="+at, "TS_LDR_INSTANCE="+instance)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		out, err := cmd.StdoutPipe()
-		must(t, errors.Join(err, cmd.Start()))
+		loadertest.Must(t, errors.Join(err, cmd.Start()))
 		kill = func() { cmd.Process.Kill(); cmd.Wait() }
 		t.Cleanup(kill)
 		if b := make([]byte, 5); true {
@@ -130,8 +130,8 @@ func TestPinsOfTheDead(t *testing.T) {
 	next := map[string]func(t *testing.T){
 		"a daemon of another name": func(t *testing.T) {
 			l, err := load(Options{BPFFS: at, Instance: "new", MaxFlows: 16}, nil)
-			must(t, err)
-			must(t, l.Close())
+			loadertest.Must(t, err)
+			loadertest.Must(t, l.Close())
 		},
 		"a self-test": func(t *testing.T) {
 			for _, f := range SelfTest(Options{BPFFS: at}) {
@@ -142,7 +142,7 @@ func TestPinsOfTheDead(t *testing.T) {
 		},
 		"a daemon that loads nothing": func(t *testing.T) {
 			var log bytes.Buffer
-			must(t, RemoveDead(at, slog.New(slog.NewTextHandler(&log, nil))))
+			loadertest.Must(t, RemoveDead(at, slog.New(slog.NewTextHandler(&log, nil))))
 			if n := strings.Count(log.String(), "a daemon that was killed"); n != 2 {
 				t.Errorf("two are dead, and the log says: %s", &log)
 			}
@@ -157,7 +157,7 @@ func TestPinsOfTheDead(t *testing.T) {
 			}
 			come(t)
 			left, err := filepath.Glob(filepath.Join(at, "tailsplice", "*"))
-			must(t, err)
+			loadertest.Must(t, err)
 			if len(left) != 1 || left[0] != alive {
 				t.Errorf("%q are there, not only %q", left, alive)
 			}
@@ -199,7 +199,7 @@ func TestGenerations(t *testing.T) {
 	next := func() *Loader {
 		t.Helper()
 		l, err := load(o, nil)
-		must(t, err)
+		loadertest.Must(t, err)
 		t.Cleanup(func() { l.Close() })
 		return l
 	}
@@ -208,23 +208,23 @@ func TestGenerations(t *testing.T) {
 	second := next()
 	is("two live", "1 2 current=2")
 	third := next()
-	must(t, second.Close())
+	loadertest.Must(t, second.Close())
 	is("the second has ended", "1 3 current=3")
-	must(t, third.Close())
+	loadertest.Must(t, third.Close())
 	is("the newest has ended", "1 current=1")
 
 	unborn, err := pins.Claim(at, "one", skmsg.HoldsUnread, slog.New(slog.DiscardHandler))
-	must(t, err)
+	loadertest.Must(t, err)
 	is("one is being made", "1 current=1 new-1")
-	must(t, RemoveDead(at, slog.New(slog.DiscardHandler)))
+	loadertest.Must(t, RemoveDead(at, slog.New(slog.DiscardHandler)))
 	is("somebody has looked for dead ones", "1 current=1 new-1")
-	must(t, unborn.Publish())
+	loadertest.Must(t, unborn.Publish())
 	is("it is published", "1 2 current=2")
-	p := splicePath(t, first, pathOptions{})
-	must(t, bothWays(p, 1<<20))
-	must(t, first.Close())
+	p := loadertest.SplicePath(t, first, loadertest.PathOptions{})
+	loadertest.Must(t, loadertest.BothWays(p, 1<<20))
+	loadertest.Must(t, first.Close())
 	is("the oldest has ended", "2 current=2")
-	must(t, unborn.Release())
+	loadertest.Must(t, unborn.Release())
 	is("all have ended", "")
 	if _, err := os.Stat(filepath.Join(at, "tailsplice", "one")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the instance's folder is left: %v", err)
@@ -236,34 +236,34 @@ func TestDeadGenerations(t *testing.T) {
 	at := loadertest.OwnBPFFS(t, "0700")
 	one := filepath.Join(at, "tailsplice", "one")
 	for name, left := range map[string]func(){
-		"not published": func() { must(t, os.MkdirAll(filepath.Join(one, "new-1"), 0o700)) },
-		"not linked":    func() { must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700)) },
+		"not published": func() { loadertest.Must(t, os.MkdirAll(filepath.Join(one, "new-1"), 0o700)) },
+		"not linked":    func() { loadertest.Must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700)) },
 		"link not renamed": func() {
-			must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700))
-			must(t, os.Symlink("7", filepath.Join(one, "new-current")))
+			loadertest.Must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700))
+			loadertest.Must(t, os.Symlink("7", filepath.Join(one, "new-current")))
 		},
 		"linked": func() {
-			must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700))
-			must(t, os.Symlink("7", filepath.Join(one, "current")))
+			loadertest.Must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700))
+			loadertest.Must(t, os.Symlink("7", filepath.Join(one, "current")))
 		},
 		"from before generations": func() {
-			must(t, os.MkdirAll(one, 0o700))
+			loadertest.Must(t, os.MkdirAll(one, 0o700))
 			m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
-			must(t, err)
-			must(t, errors.Join(m.Pin(filepath.Join(one, "flows")), m.Close()))
+			loadertest.Must(t, err)
+			loadertest.Must(t, errors.Join(m.Pin(filepath.Join(one, "flows")), m.Close()))
 		},
-		"empty": func() { must(t, os.MkdirAll(one, 0o700)) },
+		"empty": func() { loadertest.Must(t, os.MkdirAll(one, 0o700)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			left()
 			l, err := load(Options{BPFFS: at, Instance: "one", MaxFlows: 16}, nil)
-			must(t, err)
+			loadertest.Must(t, err)
 			if got := generations(t, at, "one"); got != "1 current=1" {
 				t.Errorf("there are %q", got)
 			}
-			must(t, l.Close())
+			loadertest.Must(t, l.Close())
 			left()
-			must(t, RemoveDead(at, slog.New(slog.DiscardHandler)))
+			loadertest.Must(t, RemoveDead(at, slog.New(slog.DiscardHandler)))
 			if _, err := os.Stat(one); !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("%q is left", generations(t, at, "one"))
 			}
@@ -277,8 +277,8 @@ func TestPins(t *testing.T) {
 	instance := fmt.Sprintf("ts-ldr-pins-%d", os.Getpid())
 	if i := os.Getenv("TS_LDR_PINS"); i != "" {
 		l, err := load(Options{BPFFS: os.Getenv("TS_LDR_BPFFS"), Instance: i, MaxFlows: 16}, nil)
-		must(t, err)
-		splicePath(t, l, pathOptions{})
+		loadertest.Must(t, err)
+		loadertest.SplicePath(t, l, loadertest.PathOptions{})
 		fmt.Println("ready")
 		select {}
 	}
@@ -287,43 +287,43 @@ func TestPins(t *testing.T) {
 	cmd.Env = append(os.Environ(), "TS_LDR_PINS="+instance, "TS_LDR_BPFFS="+at)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
-	must(t, err)
-	must(t, cmd.Start())
+	loadertest.Must(t, err)
+	loadertest.Must(t, cmd.Start())
 	if b := make([]byte, 5); true {
 		if _, err := io.ReadFull(out, b); err != nil || string(b) != "ready" {
 			t.Fatalf("%q %v", b, err)
 		}
 	}
 	beside, err := load(Options{BPFFS: at, Instance: instance, MaxFlows: 16}, nil)
-	must(t, err)
+	loadertest.Must(t, err)
 	if n := len(beside.Flows()); n != 0 {
 		t.Errorf("the next generation begins with %d flows", n)
 	}
-	must(t, beside.Close())
+	loadertest.Must(t, beside.Close())
 	if left, err := os.ReadDir(filepath.Join(at, "tailsplice", instance, "current")); err != nil || len(left) == 0 {
 		t.Fatalf("the next generation has left the living daemon %v, %v", left, err)
 	}
 	other, err := load(Options{BPFFS: at, Instance: instance + "x", MaxFlows: 16}, nil)
-	must(t, err)
-	must(t, cmd.Process.Kill())
+	loadertest.Must(t, err)
+	loadertest.Must(t, cmd.Process.Kill())
 	cmd.Wait()
 	dir := filepath.Join(at, "tailsplice", instance)
 	if left, err := os.ReadDir(dir); err != nil || len(left) == 0 {
 		t.Fatalf("the killed daemon left %v, %v", left, err)
 	}
 	l, err := load(Options{BPFFS: at, Instance: instance, MaxFlows: 16}, nil)
-	must(t, err)
+	loadertest.Must(t, err)
 	if n := len(l.Flows()); n != 0 {
 		t.Errorf("%d flows of the dead daemon", n)
 	}
-	p := splicePath(t, l, pathOptions{})
-	must(t, bothWays(p, 1<<20))
-	must(t, l.Close())
-	must(t, l.Close())
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
+	loadertest.Must(t, loadertest.BothWays(p, 1<<20))
+	loadertest.Must(t, l.Close())
+	loadertest.Must(t, l.Close())
 	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("%s is left: %v", dir, err)
 	}
-	p = splicePath(t, other, pathOptions{})
-	must(t, bothWays(p, 1<<20))
-	must(t, other.Close())
+	p = loadertest.SplicePath(t, other, loadertest.PathOptions{})
+	loadertest.Must(t, loadertest.BothWays(p, 1<<20))
+	loadertest.Must(t, other.Close())
 }

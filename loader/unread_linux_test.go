@@ -34,7 +34,7 @@ func TestLocalUnreadOutlivesTheDaemon(t *testing.T) {
 		daemonOfUnread(t)
 		return
 	}
-	for _, network := range networks() {
+	for _, network := range loadertest.Networks() {
 		for _, killed := range []bool{false, true} {
 			for _, ended := range []bool{false, true} { // the flow, before the daemon is
 				t.Run(fmt.Sprintf("%s killed %v, ended %v", network, killed, ended), func(t *testing.T) {
@@ -55,17 +55,17 @@ func testUnread(t *testing.T, network string, killed, ended bool) {
 	client, server := becomeUnread(t, said, target)
 	data := prove.Pattern(20_000)
 	_, err := client.Write(data)
-	must(t, err)
+	loadertest.Must(t, err)
 	if ended { // an end is passed on only when the bytes before it are in the process's queue
-		must(t, errors.Join(client.CloseWrite(), server.CloseWrite()))
+		loadertest.Must(t, errors.Join(client.CloseWrite(), server.CloseWrite()))
 		if line, err := said.ReadString('\n'); line != "ended eof\n" || err != nil {
 			t.Fatalf("the daemon said %q, %v", line, err)
 		}
 	}
 	raw, err := server.SyscallConn()
-	must(t, err)
+	loadertest.Must(t, err)
 	wait := func(events int16) {
-		must(t, raw.Control(func(fd uintptr) {
+		loadertest.Must(t, raw.Control(func(fd uintptr) {
 			p := []unix.PollFd{{Fd: int32(fd), Events: events}}
 			for end := time.Now().Add(60 * time.Second); p[0].Revents&events == 0; {
 				if _, err := unix.Poll(p, 1000); err != nil && err != unix.EINTR || time.Now().After(end) {
@@ -76,7 +76,7 @@ func testUnread(t *testing.T, network string, killed, ended bool) {
 		}))
 	}
 	for n := 0; n < len(data); { // none is on its way any more
-		must(t, raw.Control(func(fd uintptr) {
+		loadertest.Must(t, raw.Control(func(fd uintptr) {
 			n, _, err = unix.Recvfrom(int(fd), make([]byte, len(data)), unix.MSG_PEEK|unix.MSG_DONTWAIT)
 		}))
 		if err != nil && err != unix.EAGAIN {
@@ -92,25 +92,25 @@ func testUnread(t *testing.T, network string, killed, ended bool) {
 
 	for _, local := range []bool{true, false} {
 		l, err := load(Options{Instance: instance, MaxFlows: 16, Local: local}, nil)
-		must(t, err)
+		loadertest.Must(t, err)
 		if local {
-			must(t, exchangeBytes(splicePath(t, l, pathOptions{Network: network}), 1000, 1000))
+			loadertest.Must(t, loadertest.ExchangeBytes(loadertest.SplicePath(t, l, loadertest.PathOptions{Network: network}), 1000, 1000))
 		}
-		must(t, l.Close())
+		loadertest.Must(t, l.Close())
 	}
 	l, err := load(Options{Instance: instance, MaxFlows: 16}, nil)
-	must(t, err)
+	loadertest.Must(t, err)
 	defer l.Close()
-	must(t, server.SetReadDeadline(time.Now().Add(60*time.Second)))
+	loadertest.Must(t, server.SetReadDeadline(time.Now().Add(60*time.Second)))
 	got, err := io.ReadAll(server)
 	if !bytes.Equal(got, data) || ended && err != nil {
 		t.Errorf("the process has read %d of %d bytes, and %v", len(got), len(data), err)
 	}
-	waitFor(t, func() bool {
+	loadertest.WaitFor(t, func() bool {
 		left, err := filepath.Glob(filepath.Join(dir, "*", "locals"))
 		return len(left) == 0 && err == nil
 	}, "the map that was kept to go")
-	must(t, l.Close())
+	loadertest.Must(t, l.Close())
 	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("pins are left: %v", err)
 	}
@@ -121,15 +121,15 @@ func becomeUnread(t *testing.T, said *bufio.Reader, target net.Listener) (client
 	t.Helper()
 	line := func() string {
 		line, err := said.ReadString('\n')
-		must(t, err)
+		loadertest.Must(t, err)
 		return line[:len(line)-1]
 	}
 	address := line()
 	for end := time.Now().Add(60 * time.Second); ; time.Sleep(time.Millisecond) {
 		c, err := net.Dial(target.Addr().Network(), address)
-		must(t, err)
+		loadertest.Must(t, err)
 		s, err := target.Accept()
-		must(t, err)
+		loadertest.Must(t, err)
 		if line() == "spliced" {
 			t.Cleanup(func() { c.Close(); s.Close() })
 			return c.(*net.TCPConn), s.(*net.TCPConn)
@@ -151,16 +151,16 @@ func startDaemonOfUnread(t *testing.T,
 		"TS_LDR_NETWORK="+network)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	in, err := cmd.StdinPipe()
-	must(t, err)
+	loadertest.Must(t, err)
 	out, err := cmd.StdoutPipe()
-	must(t, err)
-	must(t, cmd.Start())
+	loadertest.Must(t, err)
+	loadertest.Must(t, cmd.Start())
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	stop = func() {
-		must(t, in.Close())
-		must(t, cmd.Wait())
+		loadertest.Must(t, in.Close())
+		loadertest.Must(t, cmd.Wait())
 	}
-	return bufio.NewReader(out), stop, func() { must(t, cmd.Process.Kill()); cmd.Wait() }
+	return bufio.NewReader(out), stop, func() { loadertest.Must(t, cmd.Process.Kill()); cmd.Wait() }
 }
 
 // daemonOfUnread says where it listens, of each connection whether it goes past TCP, and how that ends. It
@@ -168,9 +168,9 @@ func startDaemonOfUnread(t *testing.T,
 func daemonOfUnread(t *testing.T) {
 	network := os.Getenv("TS_LDR_NETWORK")
 	l, err := load(Options{Instance: os.Getenv("TS_LDR_UNREAD"), MaxFlows: 64, Local: true}, nil)
-	must(t, err)
+	loadertest.Must(t, err)
 	n, err := l.Local()
-	must(t, err)
+	loadertest.Must(t, err)
 	at := "127.0.0.1:0"
 	if network == "tcp6" {
 		at = "[::1]:0"
@@ -178,7 +178,7 @@ func daemonOfUnread(t *testing.T) {
 	lc := net.ListenConfig{}
 	lc.SetMultipathTCP(false)
 	ln, err := lc.Listen(t.Context(), network, at)
-	must(t, err)
+	loadertest.Must(t, err)
 	go func() {
 		io.Copy(io.Discard, os.Stdin)
 		ln.Close()
@@ -192,7 +192,7 @@ func daemonOfUnread(t *testing.T) {
 		d := net.Dialer{}
 		d.SetMultipathTCP(false)
 		up, err := d.Dial(network, os.Getenv("TS_LDR_TARGET"))
-		must(t, err)
+		loadertest.Must(t, err)
 		o := sockmap.Flow{ID: "unread", Buffer: 1 << 20,
 			Ended: func(_, _ int64, end string, _ error) { fmt.Println("ended", end) }}
 		if _, err = loadertest.Splice(context.Background(), n, c.(*net.TCPConn), up.(*net.TCPConn), o); err != nil {
@@ -203,5 +203,5 @@ func daemonOfUnread(t *testing.T) {
 			fmt.Println("spliced")
 		}
 	}
-	must(t, l.Close())
+	loadertest.Must(t, l.Close())
 }

@@ -15,13 +15,13 @@ import (
 // the process's bytes go to the next client, nor is the next flow reset because the process has closed its
 // socket.
 func TestLocalSlotGivenAgain(t *testing.T) {
-	for _, network := range networks() {
-		for name, atWork := range map[string]func(p *path) error{
-			"sends": func(p *path) error {
+	for _, network := range loadertest.Networks() {
+		for name, atWork := range map[string]func(p *loadertest.Path) error{
+			"sends": func(p *loadertest.Path) error {
 				_, err := p.Server.Write([]byte("for the first client only"))
 				return err
 			},
-			"closes": func(p *path) error { return p.Server.Close() },
+			"closes": func(p *loadertest.Path) error { return p.Server.Close() },
 		} {
 			for _, grace := range []bool{true, false} {
 				t.Run(fmt.Sprintf("%s %s grace %v", network, name, grace), func(t *testing.T) {
@@ -35,25 +35,25 @@ func TestLocalSlotGivenAgain(t *testing.T) {
 					at := onlyProcess(t, n)
 					if name == "closes" {
 						_, err := first.Client.Write([]byte("not read"))
-						must(t, err)
-						waitFor(t, func() bool {
+						loadertest.Must(t, err)
+						loadertest.WaitFor(t, func() bool {
 							answer, err := at.query(skmsgLocalRequestLOCAL_LOOK, 0)
 							return answer&skmsgLocalAnswerLOCAL_QUEUE != 0 && err == nil
 						}, "the bytes to reach the process's queue")
 					}
 					was, done := windows(t, n), make(chan error, 1)
 					go func() { done <- atWork(first) }()
-					waitFor(t, func() bool { return windows(t, n) != was }, "the program to be at work")
+					loadertest.WaitFor(t, func() bool { return windows(t, n) != was }, "the program to be at work")
 					first.Cancel()
 					first.Wait(10 * time.Second)
 					second := loadertest.BecomeLocal(t, n, ln)
 					next := onlyProcess(t, n)
-					must(t, n.objects.WindowShut.Set(uint32(1)))
+					loadertest.Must(t, n.objects.WindowShut.Set(uint32(1)))
 					<-done // with an error, where the first client is gone
 					err := errors.Join(second.Client.SetDeadline(time.Now().Add(10*time.Second)),
 						second.Server.SetDeadline(time.Now().Add(10*time.Second)))
-					must(t, err)
-					err = exchangeBytes(second, 1000, 1000)
+					loadertest.Must(t, err)
+					err = loadertest.ExchangeBytes(second, 1000, 1000)
 					if moved := next.Moved(1); err == nil && moved != 1000 {
 						err = fmt.Errorf("%d of 1000 bytes were counted", moved)
 					}
@@ -72,6 +72,6 @@ func TestLocalSlotGivenAgain(t *testing.T) {
 
 func windows(t *testing.T, n *Local) (count uint32) {
 	t.Helper()
-	must(t, n.objects.Windows.Get(&count))
+	loadertest.Must(t, n.objects.Windows.Get(&count))
 	return count
 }

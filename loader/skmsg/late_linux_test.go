@@ -14,19 +14,19 @@ import (
 
 // The same of a flow past TCP, in which some bytes have gone that way and the others go by TCP.
 func TestLocalResetBehindOtherWay(t *testing.T) {
-	for _, network := range networks() {
+	for _, network := range loadertest.Networks() {
 		t.Run(network, func(t *testing.T) {
 			const limit = 16 << 10
 			n := openLocal(t, nil)
 			ln, _ := cgroup.Listen(t, network)
 			p := loadertest.BecomeLocal(t, n, ln)
-			must(t, exchangeBytes(p, 1000, 4*limit))
+			loadertest.Must(t, loadertest.ExchangeBytes(p, 1000, 4*limit))
 			at := onlyProcess(t, n)
 			if at.Moved(1) <= limit {
 				t.Fatal("few bytes of the process went past TCP: this test proves nothing")
 			}
 			// What the process sends goes by TCP.
-			must(t, errors.Join(n.objects.LocalPlaces.Delete(at.cookie), p.Client.SetLinger(0)))
+			loadertest.Must(t, errors.Join(n.objects.LocalPlaces.Delete(at.cookie), p.Client.SetLinger(0)))
 			for side := range uint32(2) {
 				setLimit(t, n, 2*at.slot+side, limit)
 			}
@@ -37,7 +37,7 @@ func TestLocalResetBehindOtherWay(t *testing.T) {
 				loadertest.WriteRaw(t, p.Client, prove.Pattern(limit/2))
 				p.Client.Close()
 			})
-			must(t, errors.Join(p.Server.SetReadDeadline(time.Now().Add(patience)),
+			loadertest.Must(t, errors.Join(p.Server.SetReadDeadline(time.Now().Add(loadertest.Patience)),
 				prove.Expect(p.Server, prove.Pattern(limit/2))))
 			if n, err := p.Server.Read(make([]byte, 1)); n != 0 ||
 				err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {

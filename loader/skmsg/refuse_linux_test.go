@@ -18,21 +18,21 @@ import (
 // A flow that is refused in the last step of all leaves nothing behind, and its sockets go on in userspace.
 func TestLocalRefusalIsUndone(t *testing.T) {
 	n := openLocal(t, nil)
-	_, stranger := connect(t, "tcp4")
+	_, stranger := loadertest.Connect(t, "tcp4")
 	for range 40 { // more often than there are slots
-		client, down := connect(t, "tcp4")
-		up, server := connect(t, "tcp4")
-		must(t, down.SetNoDelay(false))
+		client, down := loadertest.Connect(t, "tcp4")
+		up, server := loadertest.Connect(t, "tcp4")
+		loadertest.Must(t, down.SetNoDelay(false))
 		at, err := n.insert(stranger)
-		must(t, err)
+		loadertest.Must(t, err)
 		var downFD, upFD int
 		tcpsock.Control(down, func(fd int) { downFD = fd })
 		tcpsock.Control(up, func(fd int) { upFD = fd })
-		waitFor(t, func() bool { // a slot comes back after a grace period
+		loadertest.WaitFor(t, func() bool { // a slot comes back after a grace period
 			_, err = n.l.SpliceBy(t.Context(), downFD, upFD, sockmap.Flow{Buffer: 1 << 20}, at)
 			if errors.Is(err, refusedNotCaught) {
 				at, err = n.insert(stranger)
-				must(t, err)
+				loadertest.Must(t, err)
 			}
 			return errors.Is(err, refusedPair)
 		}, "the flow to be refused for its pair")
@@ -51,7 +51,7 @@ func TestLocalRefusalIsUndone(t *testing.T) {
 		}
 		go io.Copy(up, down)
 		_, err = client.Write([]byte("hello"))
-		must(t, errors.Join(err, prove.Expect(server, []byte("hello"))))
+		loadertest.Must(t, errors.Join(err, prove.Expect(server, []byte("hello"))))
 		for _, c := range []*net.TCPConn{client, server, down, up} {
 			c.Close()
 		}
@@ -74,17 +74,17 @@ func TestLocalRefusalLeavesGroup(t *testing.T) {
 	if got := flows(); got != 1 {
 		t.Fatalf("%d flows", got)
 	}
-	client, down := connect(t, "tcp4")
+	client, down := loadertest.Connect(t, "tcp4")
 	defer down.Close()
 	up, err := net.Dial("tcp4", ln.Addr().String())
-	must(t, err)
+	loadertest.Must(t, err)
 	defer up.Close()
 	server, err := ln.Accept()
-	must(t, err)
+	loadertest.Must(t, err)
 	defer server.Close()
-	must(t, client.Close())
+	loadertest.Must(t, client.Close())
 	tcpsock.Control(down, func(fd int) {
-		waitFor(t, func() bool { return !tcpsock.IsEstablished(fd) }, "the end of the stream")
+		loadertest.WaitFor(t, func() bool { return !tcpsock.IsEstablished(fd) }, "the end of the stream")
 	})
 	_, err = loadertest.Splice(t.Context(), n, down, up.(*net.TCPConn), sockmap.Flow{Buffer: 1 << 20})
 	if !errors.Is(err, sockmap.RefusedState) {

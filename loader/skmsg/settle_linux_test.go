@@ -25,27 +25,27 @@ import (
 func cutShort(t *testing.T, r *sockmap.Hooks, network string) shortened {
 	n := openLocal(t, r.Without(ruleLocalBound))
 	ln, _ := cgroup.Listen(t, network)
-	s := shortened{path: loadertest.BecomeLocal(t, n, ln), n: n}
+	s := shortened{Path: loadertest.BecomeLocal(t, n, ln), n: n}
 	s.at = onlyProcess(t, n)
 	var err error
 	s.down, err = descriptorOf(s.Client.RemoteAddr(), s.Client.LocalAddr())
-	must(t, err)
+	loadertest.Must(t, err)
 	t.Cleanup(func() { unix.Close(s.down) })
-	must(t, errors.Join(unix.SetsockoptInt(s.down, unix.SOL_SOCKET, unix.SO_SNDBUF, 16<<10),
+	loadertest.Must(t, errors.Join(unix.SetsockoptInt(s.down, unix.SOL_SOCKET, unix.SO_SNDBUF, 16<<10),
 		s.Client.SetReadBuffer(16<<10)))
 	s.base = s.written(t)
 	s.at.Disable()
-	must(t, exchangeBytes(s.path, 1000, 1000))
+	loadertest.Must(t, loadertest.ExchangeBytes(s.Path, 1000, 1000))
 	s.at.Enable()
 	setLimit(t, n, 2*s.at.slot+1, 4096)
 	end := time.Now().Add(60 * time.Second)
-	must(t, errors.Join(s.Client.SetDeadline(end), s.Server.SetDeadline(end)))
+	loadertest.Must(t, errors.Join(s.Client.SetDeadline(end), s.Server.SetDeadline(end)))
 	return s
 }
 
 // shortened is such a flow.
 type shortened struct {
-	*path
+	*loadertest.Path
 	n    *Local
 	at   *process
 	down int    // a descriptor of downstream's socket
@@ -56,9 +56,9 @@ type shortened struct {
 func (s shortened) written(t *testing.T) uint64 {
 	t.Helper()
 	var i unix.TCPInfo
-	must(t, tcpsock.Info(s.down, &i))
+	loadertest.Must(t, tcpsock.Info(s.down, &i))
 	n, err := unix.IoctlGetInt(s.down, unix.SIOCOUTQ)
-	must(t, err)
+	loadertest.Must(t, err)
 	return i.Bytes_acked + uint64(n)
 }
 
@@ -88,7 +88,7 @@ func descriptorOf(own, other net.Addr) (int, error) {
 // What a process sends arrives whole, and goes past TCP again, after a redirect that was cut short, also
 // while the client sends all the time.
 func TestLocalCutShort(t *testing.T) {
-	for _, network := range networks() {
+	for _, network := range loadertest.Networks() {
 		for _, settle := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s settle %v", network, settle), func(t *testing.T) {
 				var r *sockmap.Hooks
@@ -96,15 +96,15 @@ func TestLocalCutShort(t *testing.T) {
 					r = r.Without(ruleLocalSettle)
 				}
 				p := cutShort(t, r, network)
-				loadertest.Chatter(t, p.path)
+				loadertest.Chatter(t, p.Path)
 				data, sent := prove.Pattern(1<<20), make(chan error, 1)
 				go func() {
 					_, err := p.Server.Write(data)
 					sent <- err
 				}()
-				waitFor(t, func() bool { return p.lacks(t) }, "a redirect to be cut short")
+				loadertest.WaitFor(t, func() bool { return p.lacks(t) }, "a redirect to be cut short")
 				if !settle {
-					must(t, p.Client.SetReadDeadline(time.Now().Add(5*time.Second)))
+					loadertest.Must(t, p.Client.SetReadDeadline(time.Now().Add(5*time.Second)))
 				}
 				err := prove.Expect(p.Client, data)
 				if (err == nil) != settle {
@@ -114,11 +114,11 @@ func TestLocalCutShort(t *testing.T) {
 				if !settle {
 					return
 				}
-				must(t, <-sent)
-				waitFor(t, func() bool { return !p.lacks(t) }, "what was counted to be what was written")
+				loadertest.Must(t, <-sent)
+				loadertest.WaitFor(t, func() bool { return !p.lacks(t) }, "what was counted to be what was written")
 				was := p.at.Moved(1)
 				_, err = p.Server.Write([]byte("past"))
-				must(t, errors.Join(err, prove.Expect(p.Client, []byte("past"))))
+				loadertest.Must(t, errors.Join(err, prove.Expect(p.Client, []byte("past"))))
 				if n := p.at.Moved(1) - was; n != 4 {
 					t.Errorf("%d bytes of 4 went past TCP", n)
 				}
@@ -130,21 +130,21 @@ func TestLocalCutShort(t *testing.T) {
 // A process that ends its stream after a redirect that was cut short: all that its send() took arrives, and
 // the end.
 func TestLocalCutShortAtTheEnd(t *testing.T) {
-	for _, network := range networks() {
+	for _, network := range loadertest.Networks() {
 		t.Run(network, func(t *testing.T) {
 			p := cutShort(t, nil, network)
 			data, took := prove.Pattern(1<<20), 0
 			raw, err := p.Server.SyscallConn()
-			must(t, err)
-			must(t, raw.Control(func(fd uintptr) {
+			loadertest.Must(t, err)
+			loadertest.Must(t, raw.Control(func(fd uintptr) {
 				took, err = unix.SendmsgN(int(fd), data, nil, nil, unix.MSG_DONTWAIT)
 			}))
-			must(t, err)
+			loadertest.Must(t, err)
 			if took == len(data) {
 				t.Fatal("all was taken: this test proves nothing")
 			}
-			must(t, p.Server.CloseWrite())
-			must(t, prove.Expect(p.Client, data[:took]))
+			loadertest.Must(t, p.Server.CloseWrite())
+			loadertest.Must(t, prove.Expect(p.Client, data[:took]))
 			if n, err := p.Client.Read(make([]byte, 1)); n != 0 || err != io.EOF {
 				t.Errorf("the end arrived as %d bytes and %v", n, err)
 			}
@@ -156,32 +156,32 @@ func TestLocalCutShortAtTheEnd(t *testing.T) {
 func TestLocalRedirectWaits(t *testing.T) {
 	p := cutShort(t, nil, "tcp4")
 	file, err := p.Server.File()
-	must(t, err)
+	loadertest.Must(t, err)
 	defer file.Close()
-	must(t, unix.SetNonblock(int(file.Fd()), false)) // also of p.server
+	loadertest.Must(t, unix.SetNonblock(int(file.Fd()), false)) // also of p.server
 	data, sent := prove.Pattern(1<<20), make(chan error, 1)
 	go func() {
 		_, err := unix.Write(int(file.Fd()), data)
 		sent <- err
 	}()
-	waitFor(t, func() bool { return p.lacks(t) }, "a redirect to wait")
+	loadertest.WaitFor(t, func() bool { return p.lacks(t) }, "a redirect to wait")
 	h := halfOf(t, p.n, 2*p.at.slot+1)
 	answer, err := p.at.query(skmsgLocalRequestLOCAL_SETTLE, uint32(h.Redirected+h.Consumed))
-	if must(t, err); answer&skmsgLocalAnswerLOCAL_SETTLED != 0 || !p.lacks(t) {
+	if loadertest.Must(t, err); answer&skmsgLocalAnswerLOCAL_SETTLED != 0 || !p.lacks(t) {
 		t.Error("what waits was taken for what failed")
 	}
-	must(t, prove.Expect(p.Client, data))
-	must(t, <-sent)
+	loadertest.Must(t, prove.Expect(p.Client, data))
+	loadertest.Must(t, <-sent)
 }
 
 // While TCP is short of memory, nothing goes past it.
 func TestLocalShortOfMemory(t *testing.T) {
-	for _, network := range networks() {
+	for _, network := range loadertest.Networks() {
 		r := &sockmap.Hooks{Pressure: 1 << 63} // less than any number of pages
 		n := openLocal(t, r)
 		ln, _ := cgroup.Listen(t, network)
 		p := loadertest.BecomeLocal(t, n, ln)
-		must(t, exchangeBytes(p, 1<<20, 1<<20))
+		loadertest.Must(t, loadertest.ExchangeBytes(p, 1<<20, 1<<20))
 		at := onlyProcess(t, n)
 		for side := range uint32(2) {
 			if h := halfOf(t, n, 2*at.slot+side); at.Moved(side) != 0 || h.Passed+h.Redirected != 1<<20 {

@@ -51,13 +51,13 @@ func TestLocalSelfTestFindsBrokenRules(t *testing.T) {
 func openLocal(t testing.TB, h *sockmap.Hooks) *Local {
 	t.Helper()
 	g, err := pins.Claim(loadertest.OwnBPFFS(t, "0700"), "ts-ldr", HoldsUnread, loadertest.LogTo(t))
-	must(t, err)
+	loadertest.Must(t, err)
 	c := sockmap.Config{MaxFlows: 16, Pin: g.Pin, Log: loadertest.LogTo(t), Hooks: h}
 	l, err := sockmap.Load(c)
-	must(t, err)
+	loadertest.Must(t, err)
 	n, err := Load(l, c)
-	must(t, err)
-	must(t, errors.Join(g.Publish(), l.Start(func(time.Time) { n.Sweep() })))
+	loadertest.Must(t, err)
+	loadertest.Must(t, errors.Join(g.Publish(), l.Start(func(time.Time) { n.Sweep() })))
 	t.Cleanup(func() {
 		if err := errors.Join(l.Stop(), n.Close(), g.Release(), l.Close()); err != nil {
 			t.Errorf("close: %v", err)
@@ -83,7 +83,7 @@ func onlyProcess(t testing.TB, n *Local) *process {
 // halfOf is what the maps say of a direction.
 func halfOf(t testing.TB, n *Local, index uint32) (h skmsgHalf) {
 	t.Helper()
-	must(t, n.l.Shared()["halves"].Lookup(index, &h))
+	loadertest.Must(t, n.l.Shared()["halves"].Lookup(index, &h))
 	return h
 }
 
@@ -92,15 +92,15 @@ func setLimit(t testing.TB, n *Local, index, limit uint32) {
 	t.Helper()
 	h := halfOf(t, n, index)
 	h.Limit = limit
-	must(t, n.l.Shared()["halves"].Put(index, h))
+	loadertest.Must(t, n.l.Shared()["halves"].Put(index, h))
 }
 
 // hasFIN reports whether the other end has ended its stream.
 func hasFIN(t testing.TB, c *net.TCPConn) (is bool) {
 	t.Helper()
 	raw, err := c.SyscallConn()
-	must(t, err)
-	must(t, raw.Control(func(fd uintptr) { is = !tcpsock.IsEstablished(int(fd)) }))
+	loadertest.Must(t, err)
+	loadertest.Must(t, raw.Control(func(fd uintptr) { is = !tcpsock.IsEstablished(int(fd)) }))
 	return is
 }
 
@@ -113,9 +113,9 @@ func TestLocalPair(t *testing.T) {
 			r = r.Without(ruleLocalPair)
 		}
 		n := openLocal(t, r)
-		_, down := connect(t, "tcp4")
-		up, _ := connect(t, "tcp4")
-		_, stranger := connect(t, "tcp4")
+		_, down := loadertest.Connect(t, "tcp4")
+		up, _ := loadertest.Connect(t, "tcp4")
+		_, stranger := loadertest.Connect(t, "tcp4")
 		at, err := n.insert(stranger)
 		if err != nil {
 			t.Fatal(err)
@@ -143,20 +143,20 @@ func TestLocalDrain(t *testing.T) {
 			r = r.Without(ruleLocalDrain)
 		}
 		n := openLocal(t, r)
-		client, down := connect(t, "tcp4")
-		up, server := connect(t, "tcp4")
+		client, down := loadertest.Connect(t, "tcp4")
+		up, server := loadertest.Connect(t, "tcp4")
 		defer client.Close()
 		defer server.Close()
 		at, err := n.insert(server)
-		must(t, errors.Join(err, server.SetReadBuffer(32<<10)))
+		loadertest.Must(t, errors.Join(err, server.SetReadBuffer(32<<10)))
 		_, err = prove.OfConns(down, up, func(down, up int) (func() (up, down int64), error) {
 			return n.l.SpliceBy(t.Context(), down, up, sockmap.Flow{Buffer: 1 << 20}, at)
 		})
-		must(t, err)
+		loadertest.Must(t, err)
 		data := prove.Pattern(512 << 10)
 		_, err = client.Write(data)
-		must(t, errors.Join(err, client.CloseWrite()))
-		waitFor(t, func() bool {
+		loadertest.Must(t, errors.Join(err, client.CloseWrite()))
+		loadertest.WaitFor(t, func() bool {
 			answer, err := at.query(skmsgLocalRequestLOCAL_LOOK, 0)
 			return at.Moved(0) == uint64(len(data)) &&
 				(answer&skmsgLocalAnswerLOCAL_BACKLOG == 0 || hasFIN(t, server) || on) && err == nil
@@ -184,17 +184,17 @@ func TestLocalUnread(t *testing.T) {
 		p := loadertest.BecomeLocal(t, n, ln)
 		at := onlyProcess(t, n)
 		_, err := p.Client.Write(prove.Pattern(1000))
-		must(t, err)
-		waitFor(t, func() bool {
+		loadertest.Must(t, err)
+		loadertest.WaitFor(t, func() bool {
 			answer, err := at.query(skmsgLocalRequestLOCAL_LOOK, 0)
 			return answer&skmsgLocalAnswerLOCAL_QUEUE != 0 && err == nil
 		}, "the bytes to reach the process's queue")
-		must(t, p.Server.Close())
-		long := patience
+		loadertest.Must(t, p.Server.Close())
+		long := loadertest.Patience
 		if !on { // it may never be told
 			long = 5 * time.Second
 		}
-		must(t, p.Client.SetReadDeadline(time.Now().Add(long)))
+		loadertest.Must(t, p.Client.SetReadDeadline(time.Now().Add(long)))
 		_, err = p.Client.Read(make([]byte, 1))
 		if on != errors.Is(err, unix.ECONNRESET) {
 			t.Errorf("with the rule %v the client is told: %v", on, err)
@@ -210,7 +210,7 @@ func TestPanicsOnWarning(t *testing.T) {
 		t.Fatal("kernel.panic_on_warn is set here")
 	}
 	file := filepath.Join(t.TempDir(), "one")
-	must(t, os.WriteFile(file, []byte("1\n"), 0o600))
+	loadertest.Must(t, os.WriteFile(file, []byte("1\n"), 0o600))
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
@@ -225,7 +225,7 @@ func TestPanicsOnWarning(t *testing.T) {
 		}
 		done <- err
 	}()
-	must(t, <-done)
+	loadertest.Must(t, <-done)
 }
 
 // Streams that end at the same moment have both ended: a FIN that comes to a closed socket is nothing unread.
@@ -234,11 +234,11 @@ func TestLocalCloseAtOnce(t *testing.T) {
 	ln, _ := cgroup.Listen(t, "tcp4")
 	for range 200 {
 		p := loadertest.BecomeLocal(t, n, ln)
-		must(t, exchangeBytes(p, 1000, 1000))
+		loadertest.Must(t, loadertest.ExchangeBytes(p, 1000, 1000))
 		closed := make(chan error, 1)
 		go func() { closed <- p.Client.Close() }()
-		must(t, errors.Join(p.Server.Close(), <-closed))
-		if r := p.Wait(patience); r.End != prove.EndEOF {
+		loadertest.Must(t, errors.Join(p.Server.Close(), <-closed))
+		if r := p.Wait(loadertest.Patience); r.End != prove.EndEOF {
 			t.Fatalf("ended %+v", r)
 		}
 	}

@@ -27,13 +27,13 @@ func TestLocalForgetsTargets(t *testing.T) {
 	for i := 1; i < maxTargets; i++ {
 		at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 9, byte(i >> 8), byte(i)}), 80)
 		n.targets.known[at] = &target{used: time.Now().Add(-hour / 2)}
-		must(t, n.objects.Targets.Put(endOf(at), uint32(1)))
+		loadertest.Must(t, n.objects.Targets.Put(endOf(at), uint32(1)))
 	}
 	n.targets.mu.Unlock()
 
 	second, _ := cgroup.Listen(t, "tcp4")
 	q := loadertest.BecomeLocal(t, n, second)
-	must(t, exchangeBytes(q, 1000, 1000))
+	loadertest.Must(t, loadertest.ExchangeBytes(q, 1000, 1000))
 	n.targets.mu.Lock()
 	if n.targets.known[addrPort(first.Addr())] != nil || len(n.targets.known) != maxTargets {
 		t.Errorf("%d targets are known, with the oldest", len(n.targets.known))
@@ -48,12 +48,12 @@ func TestLocalForgetsTargets(t *testing.T) {
 		t.Error("no program is attached to the cgroup of a target whose flow lives")
 	}
 	_, err := p.Client.Write(prove.Pattern(1000))
-	must(t, err)
-	waitFor(t, func() bool {
+	loadertest.Must(t, err)
+	loadertest.WaitFor(t, func() bool {
 		answer, err := at.query(skmsgLocalRequestLOCAL_LOOK, 0)
 		return answer&skmsgLocalAnswerLOCAL_QUEUE != 0 && err == nil
 	}, "the bytes to reach the process's queue")
-	must(t, errors.Join(p.Server.Close(), p.Client.SetReadDeadline(time.Now().Add(patience))))
+	loadertest.Must(t, errors.Join(p.Server.Close(), p.Client.SetReadDeadline(time.Now().Add(loadertest.Patience))))
 	if _, err = p.Client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 		t.Errorf("the process closed with bytes unread, and the client is told: %v", err)
 	}
@@ -69,14 +69,14 @@ func TestLocalForgetsTargets(t *testing.T) {
 // A socket whose connection was reset has no address of its peer: that is no target, and nothing is learned of it.
 func TestLocalRefusesReset(t *testing.T) {
 	n := openLocal(t, nil)
-	client, down := connect(t, "tcp4")
-	up, server := connect(t, "tcp4")
+	client, down := loadertest.Connect(t, "tcp4")
+	up, server := loadertest.Connect(t, "tcp4")
 	defer client.Close()
 	defer down.Close()
 	defer up.Close()
 	tcpsock.ResetConn(server)
 	tcpsock.Control(up, func(fd int) {
-		waitFor(t, func() bool { return tcpsock.IsClosed(fd) }, "the reset")
+		loadertest.WaitFor(t, func() bool { return tcpsock.IsClosed(fd) }, "the reset")
 		tcpsock.Control(down, func(other int) {
 			_, err := n.Splice(t.Context(), other, fd, sockmap.Flow{Buffer: 1 << 20})
 			if !errors.Is(err, sockmap.RefusedState) {

@@ -20,7 +20,7 @@ import (
 // A process whose socket goes past TCP is not left to wait for sends with MSG_ZEROCOPY that never complete:
 // it is told that there are none, or its socket is left to TCP.
 func TestLocalZeroCopy(t *testing.T) {
-	for _, network := range networks() {
+	for _, network := range loadertest.Networks() {
 		t.Run(network, func(t *testing.T) {
 			n := openLocal(t, nil)
 			ln, _ := cgroup.Listen(t, network)
@@ -31,27 +31,27 @@ func TestLocalZeroCopy(t *testing.T) {
 					completes(t, fd)
 				}
 				// Other options are set as ever, however long they are.
-				must(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1))
+				loadertest.Must(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1))
 				long := string(append(binary.NativeEndian.AppendUint32(nil, 7), make([]byte, 8192)...))
-				must(t, unix.SetsockoptString(fd, unix.SOL_SOCKET, unix.SO_MARK, long))
+				loadertest.Must(t, unix.SetsockoptString(fd, unix.SOL_SOCKET, unix.SO_MARK, long))
 				mark, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK)
 				if mark != 7 || err != nil {
 					t.Errorf("a mark of 7 is %d, %v", mark, err)
 				}
 			})
-			must(t, exchangeBytes(p, 1000, 1000))
+			loadertest.Must(t, loadertest.ExchangeBytes(p, 1000, 1000))
 		})
 		t.Run(network+", as the listener's", func(t *testing.T) {
 			n := openLocal(t, nil)
 			ln, _ := cgroup.Listen(t, network)
-			control(t, ln.(*net.TCPListener), func(fd int) { must(t, zeroCopy(fd)) })
+			control(t, ln.(*net.TCPListener), func(fd int) { loadertest.Must(t, zeroCopy(fd)) })
 			var server *net.TCPConn
-			for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+			for end := time.Now().Add(loadertest.Patience); ; time.Sleep(time.Millisecond) {
 				up, err := net.Dial(network, ln.Addr().String())
-				must(t, err)
+				loadertest.Must(t, err)
 				s, err := ln.Accept()
-				must(t, err)
-				client, down := connect(t, network)
+				loadertest.Must(t, err)
+				client, down := loadertest.Connect(t, network)
 				t.Cleanup(func() { client.Close(); down.Close(); up.Close(); s.Close() })
 				server = s.(*net.TCPConn)
 				o := sockmap.Flow{Ended: func(int64, int64, string, error) {}}
@@ -76,14 +76,14 @@ func control(t *testing.T, c interface {
 }, f func(fd int)) {
 	t.Helper()
 	raw, err := c.SyscallConn()
-	must(t, err)
-	must(t, raw.Control(func(fd uintptr) { f(int(fd)) }))
+	loadertest.Must(t, err)
+	loadertest.Must(t, raw.Control(func(fd uintptr) { f(int(fd)) }))
 }
 
 // completes sends with MSG_ZEROCOPY, and expects the kernel to say that it has been sent.
 func completes(t *testing.T, fd int) {
 	t.Helper()
-	must(t, unix.Sendto(fd, prove.Pattern(4000), unix.MSG_ZEROCOPY, nil))
+	loadertest.Must(t, unix.Sendto(fd, prove.Pattern(4000), unix.MSG_ZEROCOPY, nil))
 	p := []unix.PollFd{{Fd: int32(fd)}} // for POLLERR
 	for end := time.Now().Add(10 * time.Second); p[0].Revents&unix.POLLERR == 0; {
 		if _, err := unix.Poll(p, 1000); err != nil && err != unix.EINTR || time.Now().After(end) {

@@ -16,7 +16,7 @@ import (
 // A busy flow is given back, and may be spliced again at once, again and again, with every byte in its place.
 func TestBulk(t *testing.T) {
 	l := open(t, nil, 16)
-	p := splicePath(t, l, pathOptions{Busy: 4 << 20})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{Busy: 4 << 20})
 	size := int64(256 << 20)
 	if os.Getenv("RELAYTEST") == "slow" {
 		size = 32 << 20
@@ -24,18 +24,18 @@ func TestBulk(t *testing.T) {
 	// On a busy machine fewer directions count as busy.
 	for round := 0; round < 3 || p.Returns.Load() < 3 && round < 30; round++ {
 		up, down := make(chan error, 1), make(chan error, 1)
-		go func() { up <- sendPart(p.Client, p.Server, uint64(2*round), size) }()
-		go func() { down <- sendPart(p.Server, p.Client, uint64(2*round+1), size) }()
+		go func() { up <- loadertest.SendPart(p.Client, p.Server, uint64(2*round), size) }()
+		go func() { down <- loadertest.SendPart(p.Server, p.Client, uint64(2*round+1), size) }()
 		if err := errors.Join(<-up, <-down); err != nil {
 			t.Errorf("round %d: %v, %+v, %+v", round, err, l.Stats(), l.Flows())
-			t.Fatalf("it ended with %+v", p.Wait(patience))
+			t.Fatalf("it ended with %+v", p.Wait(loadertest.Patience))
 		}
 		t.Logf("%d times, %+v %+v", p.Returns.Load(), l.Stats(), l.Flows())
 	}
 	if n := p.Returns.Load(); n < 3 {
 		t.Errorf("it was given back %d times", n)
 	}
-	must(t, errors.Join(sendPart(p.Client, p.Server, 1, 1<<20), sendPart(p.Server, p.Client, 2, 1<<20)))
+	loadertest.Must(t, errors.Join(loadertest.SendPart(p.Client, p.Server, 1, 1<<20), loadertest.SendPart(p.Server, p.Client, 2, 1<<20)))
 }
 
 // A reset that something else was told of looks like the end of the stream to who reads, and is none.
@@ -43,7 +43,7 @@ func TestResetOfBulk(t *testing.T) {
 	r := new(Hooks).Without(ruleReset) // nobody looks
 	l := open(t, r, 16)
 	for side := range 2 {
-		p := splicePath(t, l, pathOptions{Busy: 1 << 40})
+		p := loadertest.SplicePath(t, l, loadertest.PathOptions{Busy: 1 << 40})
 		f := l.onlyFlow(t)
 		detachOne(t, l, f, side)
 		from, to := p.Client, p.Server
@@ -54,7 +54,7 @@ func TestResetOfBulk(t *testing.T) {
 		from.SetLinger(0)
 		from.Close()
 		var err error
-		for end := time.Now().Add(patience); err == nil && time.Now().Before(end); {
+		for end := time.Now().Add(loadertest.Patience); err == nil && time.Now().Before(end); {
 			time.Sleep(time.Millisecond)
 			err = f.sockets[side].fault()
 		}
@@ -62,12 +62,12 @@ func TestResetOfBulk(t *testing.T) {
 		if err != unix.ECONNRESET {
 			t.Fatalf("the reset was told as %v", err)
 		}
-		to.SetDeadline(time.Now().Add(patience))
+		to.SetDeadline(time.Now().Add(loadertest.Patience))
 		if n, err := to.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 			t.Errorf("side %d: it arrived as %d bytes and %v", side, n, err)
 		}
 		to.Close()
-		waitFor(t, func() bool { return l.Stats().Flows == 0 }, "the flow's end")
+		loadertest.WaitFor(t, func() bool { return l.Stats().Flows == 0 }, "the flow's end")
 	}
 }
 
@@ -100,14 +100,14 @@ func pushBehind(t *testing.T, r *Hooks) int64 {
 	if n := l.Stats().Clamped; (n > 0) != r.Keeps(ruleClamp) {
 		t.Errorf("%d segments were clamped", n)
 	}
-	p.Server.SetDeadline(time.Now().Add(patience))
-	p.Client.SetDeadline(time.Now().Add(patience))
-	must(t, prove.Expect(p.Client, data))
-	must(t, prove.Expect(p.Server, []byte("hello")))
+	p.Server.SetDeadline(time.Now().Add(loadertest.Patience))
+	p.Client.SetDeadline(time.Now().Add(loadertest.Patience))
+	loadertest.Must(t, prove.Expect(p.Client, data))
+	loadertest.Must(t, prove.Expect(p.Server, []byte("hello")))
 	if got, err := io.Copy(io.Discard, io.LimitReader(p.Server, n)); got != n || err != nil {
 		t.Errorf("%d of %d bytes arrived, %v", got, n, err)
 	}
-	must(t, errors.Join(send(p.Client, p.Server, 1, 1<<20), send(p.Server, p.Client, 2, 1<<20)))
+	loadertest.Must(t, errors.Join(loadertest.Send(p.Client, p.Server, 1, 1<<20), loadertest.Send(p.Server, p.Client, 2, 1<<20)))
 	return n
 }
 
@@ -128,15 +128,15 @@ func TestRuleCoupleOff(t *testing.T) {
 // other sends 5 bytes down while the way up is passing.
 func other(t *testing.T, r *Hooks) snapshot {
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	f := l.live[firstLive(l)].Load()
-	must(t, sendPart(p.Client, p.Server, 1, 5)) // the verdict has begun
+	loadertest.Must(t, loadertest.SendPart(p.Client, p.Server, 1, 5)) // the verdict has begun
 	up, down := &f.directions[0], &f.directions[1]
 	pretendConsumed(up, 1<<62)
-	must(t, sendPart(p.Server, p.Client, 2, 5))
+	loadertest.Must(t, loadertest.SendPart(p.Server, p.Client, 2, 5))
 	s := down.snapshot()
 	pretendConsumed(up, 0)
-	must(t, errors.Join(send(p.Client, p.Server, 3, 1<<20), send(p.Server, p.Client, 4, 1<<20)))
+	loadertest.Must(t, errors.Join(loadertest.Send(p.Client, p.Server, 3, 1<<20), loadertest.Send(p.Server, p.Client, 4, 1<<20)))
 	return s
 }
 
@@ -144,10 +144,10 @@ func other(t *testing.T, r *Hooks) snapshot {
 func TestShortOfMemory(t *testing.T) {
 	r := &Hooks{Pressure: 1 << 63} // less than any number of pages
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	f := l.live[firstLive(l)].Load()
-	must(t, sendPart(p.Client, p.Server, 1, 1<<20))
-	must(t, sendPart(p.Server, p.Client, 1, 1<<20))
+	loadertest.Must(t, loadertest.SendPart(p.Client, p.Server, 1, 1<<20))
+	loadertest.Must(t, loadertest.SendPart(p.Server, p.Client, 1, 1<<20))
 	for i := range f.directions {
 		if s := f.directions[i].snapshot(); s.redirected != 0 || s.passed != 1<<20 {
 			t.Errorf("direction %d: %+v", i, s)

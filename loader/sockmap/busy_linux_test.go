@@ -1,20 +1,24 @@
 package sockmap
 
-import "testing"
+import (
+	"testing"
+
+	"github.com/tailsplice/tailsplice/loader/loadertest"
+)
 
 // Flows in the sockmap are busy while they move something, and no more when they rest, go out or end.
 func TestBusy(t *testing.T) {
 	l := open(t, nil, 16)
 	busy := func() int { n, _ := l.Busy(); return n }
-	a, b := splicePath(t, l, pathOptions{}), splicePath(t, l, pathOptions{})
+	a, b := loadertest.SplicePath(t, l, loadertest.PathOptions{}), loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	if n := busy(); n != 2 {
 		t.Errorf("%d of two flows are busy", n)
 	}
-	waitFor(t, func() bool { return busy() == 0 }, "both to rest")
-	waitFor(t, func() bool { must(t, exchangeBytes(a, 100, 100)); return busy() == 1 }, "one to be busy")
-	for _, p := range []*path{a, b} {
+	loadertest.WaitFor(t, func() bool { return busy() == 0 }, "both to rest")
+	loadertest.WaitFor(t, func() bool { loadertest.Must(t, loadertest.ExchangeBytes(a, 100, 100)); return busy() == 1 }, "one to be busy")
+	for _, p := range []*loadertest.Path{a, b} {
 		p.Client.Close()
 		p.Server.Close()
 	}
-	waitFor(t, func() bool { return l.Stats().Flows == 0 && l.inside.Load() == 0 && busy() == 0 }, "the end of both")
+	loadertest.WaitFor(t, func() bool { return l.Stats().Flows == 0 && l.inside.Load() == 0 && busy() == 0 }, "the end of both")
 }

@@ -11,13 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/loader/host"
+	"github.com/tailsplice/tailsplice/loader/loadertest"
 )
 
 // TestCostOfFlows: what maps take for each flow that they have room for, from the start, is what is said where
 // somebody chooses how many flows that is.
 func TestCostOfFlows(t *testing.T) {
 	spec, err := loadSockmap()
-	must(t, err)
+	loadertest.Must(t, err)
 	const flows = 1 << 12
 	l := open(t, nil, flows)
 	cost := 0
@@ -25,7 +26,7 @@ func TestCostOfFlows(t *testing.T) {
 		c := costOfMap(t, spec.Maps[name], int(m.MaxEntries()))
 		cost += c
 		info, err := m.Info()
-		must(t, err)
+		loadertest.Must(t, err)
 		// Since 6.4 the kernel says what it has allocated: with the heads of maps, which are no matter of flows.
 		if said, ok := info.Memlock(); ok && kernelCounts() && (int(said) < c || int(said) > c+8<<10) {
 			t.Errorf("%s takes %d bytes, the kernel says %d", name, c, said)
@@ -34,7 +35,7 @@ func TestCostOfFlows(t *testing.T) {
 	want := fmt.Sprintf("%d bytes", cost/flows)
 	for _, file := range []string{"../options.go", "../../cmd/tailsplice/datapaths.go", "../../docs/datapaths.md"} {
 		text, err := os.ReadFile(file)
-		must(t, err)
+		loadertest.Must(t, err)
 		if !strings.Contains(string(text), want) {
 			t.Errorf("a flow costs %s of maps from the start: %s must say that", want, file)
 		}

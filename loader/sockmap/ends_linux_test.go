@@ -20,24 +20,24 @@ func TestHalfClose(t *testing.T) {
 	l := open(t, nil, 16)
 	for _, c := range []struct {
 		name        string
-		first, last func(*path) (from, to *net.TCPConn)
+		first, last func(*loadertest.Path) (from, to *net.TCPConn)
 	}{
 		{"downstream first", loadertest.Upward, loadertest.Downward},
 		{"upstream first", loadertest.Downward, loadertest.Upward},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			p := splicePath(t, l, pathOptions{})
-			for i, way := range []func(*path) (from, to *net.TCPConn){c.first, c.last} {
+			p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
+			for i, way := range []func(*loadertest.Path) (from, to *net.TCPConn){c.first, c.last} {
 				from, to := way(p)
-				if err := send(from, to, uint64(i), 32<<20); err != nil {
+				if err := loadertest.Send(from, to, uint64(i), 32<<20); err != nil {
 					t.Fatal(err)
 				}
 				if i == 0 {
-					waitFor(t, func() bool { return l.Flows()[0].State == "half_closed" },
+					loadertest.WaitFor(t, func() bool { return l.Flows()[0].State == "half_closed" },
 						"the state after the first half")
 				}
 			}
-			if r := p.Wait(patience); r != (result{Up: 32 << 20, Down: 32 << 20, End: prove.EndEOF}) {
+			if r := p.Wait(loadertest.Patience); r != (loadertest.Result{Up: 32 << 20, Down: 32 << 20, End: prove.EndEOF}) {
 				t.Errorf("ended %+v", r)
 			}
 		})
@@ -50,7 +50,7 @@ func TestFINWithData(t *testing.T) {
 	for name, way := range loadertest.Ways {
 		t.Run(name, func(t *testing.T) {
 			for i := range 200 {
-				p := splicePath(t, l, pathOptions{})
+				p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 				from, to := way(p)
 				data := prove.Pattern(1 + i*37)
 				setOption(t, from, unix.TCP_CORK, 1)
@@ -60,12 +60,12 @@ func TestFINWithData(t *testing.T) {
 				if err := errors.Join(from.CloseWrite(), to.CloseWrite()); err != nil {
 					t.Fatal(err)
 				}
-				to.SetDeadline(time.Now().Add(patience))
+				to.SetDeadline(time.Now().Add(loadertest.Patience))
 				got, err := io.ReadAll(to)
 				if err != nil || !bytes.Equal(got, data) {
 					t.Fatalf("%d of %d bytes arrived: %v", len(got), len(data), err)
 				}
-				if r := p.Wait(patience); r.End != prove.EndEOF {
+				if r := p.Wait(loadertest.Patience); r.End != prove.EndEOF {
 					t.Fatalf("ended %+v", r)
 				}
 				p.Client.Close()
@@ -97,10 +97,10 @@ func TestRuleFinOff(t *testing.T) {
 
 func testFINAlone(t *testing.T, r *Hooks, mustFail bool) {
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	p.Client.CloseWrite()
 	time.Sleep(50 * time.Millisecond)
-	long := patience
+	long := loadertest.Patience
 	if mustFail {
 		long = 2 * time.Second
 	}
@@ -108,7 +108,7 @@ func testFINAlone(t *testing.T, r *Hooks, mustFail bool) {
 	p.Server.SetDeadline(time.Now().Add(long))
 	_, err := io.ReadAll(p.Server)
 	if err == nil {
-		err = send(p.Server, p.Client, 5, 1<<20)
+		err = loadertest.Send(p.Server, p.Client, 5, 1<<20)
 	}
 	if mustFail == (err == nil) {
 		t.Errorf("after a FIN alone: %v", err)
@@ -119,7 +119,7 @@ func testFINAlone(t *testing.T, r *Hooks, mustFail bool) {
 func TestReset(t *testing.T) {
 	l := open(t, nil, 16)
 	for name, c := range map[string]struct {
-		from func(*path) (from, to *net.TCPConn)
+		from func(*loadertest.Path) (from, to *net.TCPConn)
 		end  string
 	}{
 		"downstream": {loadertest.Upward, prove.EndDownstreamReset},
@@ -130,7 +130,7 @@ func TestReset(t *testing.T) {
 			"with a reader that stopped",
 		} {
 			t.Run(name+" "+kind, func(t *testing.T) {
-				p := splicePath(t, l, pathOptions{})
+				p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 				from, to := c.from(p)
 				stop := make(chan struct{})
 				var writing sync.WaitGroup
@@ -145,7 +145,7 @@ func TestReset(t *testing.T) {
 								return
 							default:
 							}
-							w.SetWriteDeadline(time.Now().Add(patience))
+							w.SetWriteDeadline(time.Now().Add(loadertest.Patience))
 							if _, err := w.Write(b); err != nil {
 								return
 							}
@@ -155,7 +155,7 @@ func TestReset(t *testing.T) {
 				var got int64
 				var err error
 				read := func(r *net.TCPConn) {
-					r.SetReadDeadline(time.Now().Add(patience))
+					r.SetReadDeadline(time.Now().Add(loadertest.Patience))
 					got, err = io.Copy(io.Discard, struct{ io.Reader }{r})
 				}
 				switch kind {
@@ -178,7 +178,7 @@ func TestReset(t *testing.T) {
 				from.Close()
 				close(stop)
 				writing.Wait()
-				r := p.Wait(patience)
+				r := p.Wait(loadertest.Patience)
 				if r.End != c.end {
 					t.Errorf("ended %+v", r)
 				}
@@ -206,7 +206,7 @@ func isTimeout(err error) bool {
 func TestRuleResetOff(t *testing.T) {
 	r := new(Hooks).Without(ruleReset)
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	p.Server.SetLinger(0)
 	p.Server.Close()
 	p.Client.SetDeadline(time.Now().Add(500 * time.Millisecond))
@@ -231,20 +231,20 @@ func TestRuleDrainOff(t *testing.T) {
 func endBehind(t *testing.T, r *Hooks) int64 {
 	r = r.Without(ruleBound)
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{})
-	limit := time.Now().Add(patience)
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
+	limit := time.Now().Add(loadertest.Patience)
 	p.Client.SetDeadline(limit)
 	p.Server.SetDeadline(limit)
-	must(t, p.Server.SetReadBuffer(64<<10))
+	loadertest.Must(t, p.Server.SetReadBuffer(64<<10))
 	if _, err := io.Copy(p.Client, io.LimitReader(loadertest.Zeroes{}, 16<<20)); err != nil {
 		t.Fatal(err)
 	}
-	must(t, p.Client.CloseWrite())
+	loadertest.Must(t, p.Client.CloseWrite())
 	if r.Keeps(ruleDrain) {
 		time.Sleep(200 * time.Millisecond) // it must not be over
 	} else {
 		f := l.onlyFlow(t)
-		waitFor(t, func() bool { return f.directions[0].isDone.Load() }, "the end to overtake the backlog")
+		loadertest.WaitFor(t, func() bool { return f.directions[0].isDone.Load() }, "the end to overtake the backlog")
 	}
 	n, err := io.Copy(io.Discard, p.Server)
 	t.Logf("draining %v: %d bytes arrived, %v", r.Keeps(ruleDrain), n, err)
@@ -255,14 +255,14 @@ func TestIdleAndCancel(t *testing.T) {
 	l := open(t, nil, 16)
 	// A busy machine may be the one that pauses: then a longer timeout shows whether the loader is to blame.
 	for idle := 400 * time.Millisecond; ; idle *= 3 {
-		p := splicePath(t, l, pathOptions{Idle: idle})
+		p := loadertest.SplicePath(t, l, loadertest.PathOptions{Idle: idle})
 		var last time.Time
 		for range 8 {
 			time.Sleep(idle / 4)
 			last = time.Now()
 			p.Client.Write([]byte("x"))
 		}
-		r := p.Wait(patience)
+		r := p.Wait(loadertest.Patience)
 		took := time.Since(last)
 		if r.End == prove.EndIdle && r.Up == 8 && took > idle*3/4 && took < idle*7/4 {
 			break
@@ -271,14 +271,14 @@ func TestIdleAndCancel(t *testing.T) {
 			t.Fatalf("idle for %v, of %v: ended %+v", took, idle, r)
 		}
 	}
-	p := splicePath(t, l, pathOptions{})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	p.Client.Write([]byte("x"))
-	waitFor(t, func() bool { up, _ := p.Count(); return up == 1 }, "the byte")
+	loadertest.WaitFor(t, func() bool { up, _ := p.Count(); return up == 1 }, "the byte")
 	p.Cancel()
-	if r := p.Wait(patience); r.End != prove.EndCanceled || !errors.Is(r.Err, context.Canceled) || r.Up != 1 {
+	if r := p.Wait(loadertest.Patience); r.End != prove.EndCanceled || !errors.Is(r.Err, context.Canceled) || r.Up != 1 {
 		t.Errorf("ended %+v", r)
 	}
-	p.Client.SetDeadline(time.Now().Add(patience))
+	p.Client.SetDeadline(time.Now().Add(loadertest.Patience))
 	if _, err := p.Client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 		t.Errorf("a canceled flow is not reset: %v", err)
 	}

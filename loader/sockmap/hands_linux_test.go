@@ -5,6 +5,8 @@ import (
 	"net"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/loader/loadertest"
 )
 
 // BenchmarkChangeOfHands measures a flow's way into the sockmap and back out, with different traffic meanwhile.
@@ -36,8 +38,8 @@ func BenchmarkChangeOfHands(b *testing.B) {
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			l := open(b, nil, 16)
-			client, d := connect(b, "tcp4")
-			u, server := connect(b, "tcp4")
+			client, d := loadertest.Connect(b, "tcp4")
+			u, server := loadertest.Connect(b, "tcp4")
 			var fds [2]int
 			for i, conn := range []*net.TCPConn{d, u} {
 				s, err := dup(conn)

@@ -10,35 +10,37 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/loader/loadertest"
 )
 
 // However often a busy direction leaves, its source's receive buffer stays within net.ipv4.tcp_rmem, also where
 // segments are so small that most of the buffer is overhead.
 func TestLeavingKeepsTheReceiveBuffer(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !loadertest.InOwnNetwork(t) {
 		return
 	}
 	most := 1 << 20
 	b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_rmem")
-	must(t, err)
+	loadertest.Must(t, err)
 	if f := strings.Fields(string(b)); len(f) != 3 || f[2] != strconv.Itoa(most) {
 		t.Fatalf("tcp_rmem is %q", b)
 	}
-	must(t, noOffload("lo"))
+	loadertest.Must(t, noOffload("lo"))
 	l := open(t, nil, 16)
-	p := splicePath(t, l, pathOptions{Busy: 1 << 40})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{Busy: 1 << 40})
 	sockets := l.onlyFlow(t).sockets
 	for side, way := range [][2]*net.TCPConn{{p.Client, p.Server}, {p.Server, p.Client}} {
 		for round := range 8 {
 			// The kernel learns how much overhead there is where segments become larger.
 			for _, mtu := range []uint32{160, 170 + uint32(round)} {
-				must(t, setMTU("lo", mtu))
-				must(t, sendPart(way[0], way[1], 1, 16<<10))
+				loadertest.Must(t, setMTU("lo", mtu))
+				loadertest.Must(t, loadertest.SendPart(way[0], way[1], 1, 16<<10))
 			}
 			before := p.Returns.Load()
-			waitFor(t, func() bool { leave(l); return p.Returns.Load() > before }, "the flow to leave and come back")
+			loadertest.WaitFor(t, func() bool { leave(l); return p.Returns.Load() > before }, "the flow to leave and come back")
 			size, err := unix.GetsockoptInt(int(sockets[side]), unix.SOL_SOCKET, unix.SO_RCVBUF)
-			must(t, err)
+			loadertest.Must(t, err)
 			t.Logf("round %d: the receive buffer of %s is %d bytes", round, sideName(uint32(side)), size)
 			if size > most {
 				t.Fatal("that is more than tcp_rmem allows")

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/loader/loadertest"
 	"github.com/tailsplice/tailsplice/loader/prove"
 )
 
@@ -22,7 +23,7 @@ func TestSenderIsEarly(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%d read of %d", c.read, c.sent), func(t *testing.T) {
 			data := prove.Pattern(c.sent)
-			p := splicePath(t, l, pathOptions{Before: func(client, _, down, _ *net.TCPConn) {
+			p := loadertest.SplicePath(t, l, loadertest.PathOptions{Before: func(client, _, down, _ *net.TCPConn) {
 				go client.Write(data)
 				if err := prove.Expect(down, data[:c.read]); err != nil {
 					t.Fatal(err)
@@ -31,7 +32,7 @@ func TestSenderIsEarly(t *testing.T) {
 					time.Sleep(20 * time.Millisecond)
 				}
 			}})
-			p.Server.SetDeadline(time.Now().Add(patience))
+			p.Server.SetDeadline(time.Now().Add(loadertest.Patience))
 			if err := prove.Expect(p.Server, data[c.read:]); err != nil {
 				t.Error(err)
 			}
@@ -45,7 +46,7 @@ func TestSenderIsEarly(t *testing.T) {
 func TestRuleKickOff(t *testing.T) {
 	r := new(Hooks).Without(ruleKick, ruleSweep)
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{Before: func(client, _, _, _ *net.TCPConn) {
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{Before: func(client, _, _, _ *net.TCPConn) {
 		client.Write([]byte("hello"))
 		time.Sleep(20 * time.Millisecond)
 	}})
@@ -60,13 +61,13 @@ func TestResetBeforeKick(t *testing.T) {
 	r := new(Hooks).Without(ruleKick, ruleSweep)
 	l := open(t, r, 16)
 	data := prove.Pattern(20_000)
-	p := splicePath(t, l, pathOptions{Before: func(client, _, _, _ *net.TCPConn) {
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{Before: func(client, _, _, _ *net.TCPConn) {
 		client.Write(data)
 		time.Sleep(20 * time.Millisecond)
 	}})
 	p.Client.SetLinger(0)
 	p.Client.Close()
-	p.Server.SetDeadline(time.Now().Add(patience))
+	p.Server.SetDeadline(time.Now().Add(loadertest.Patience))
 	if got, err := io.ReadAll(p.Server); !bytes.Equal(got, data) || !errors.Is(err, unix.ECONNRESET) {
 		t.Errorf("%d of %d bytes, %v", len(got), len(data), err)
 	}
@@ -75,15 +76,15 @@ func TestResetBeforeKick(t *testing.T) {
 // What is refused is left as it was, and goes on in userspace.
 func TestRefusal(t *testing.T) {
 	l := open(t, nil, 1)
-	splicePath(t, l, pathOptions{})
-	p, err := trySplice(t, l, pathOptions{})
+	loadertest.SplicePath(t, l, loadertest.PathOptions{})
+	p, err := loadertest.TrySplice(t, l, loadertest.PathOptions{})
 	if !errors.Is(err, refusedFull) {
 		t.Fatalf("a second flow in one slot: %v", err)
 	}
 	relayed(t, p)
 
 	l = open(t, nil, 4)
-	p, err = trySplice(t, l, pathOptions{Before: func(client, _, down, _ *net.TCPConn) {
+	p, err = loadertest.TrySplice(t, l, loadertest.PathOptions{Before: func(client, _, down, _ *net.TCPConn) {
 		down.SetNoDelay(false)
 		client.CloseWrite()
 		time.Sleep(20 * time.Millisecond)
@@ -103,11 +104,11 @@ func TestRefusal(t *testing.T) {
 }
 
 // relayed checks that a refused pair of sockets works without us.
-func relayed(t *testing.T, p *path) {
+func relayed(t *testing.T, p *loadertest.Path) {
 	t.Helper()
 	go io.Copy(p.Up, p.Down)
 	p.Client.Write([]byte("hello"))
-	p.Server.SetDeadline(time.Now().Add(patience))
+	p.Server.SetDeadline(time.Now().Add(loadertest.Patience))
 	if err := prove.Expect(p.Server, []byte("hello")); err != nil {
 		t.Error(err)
 	}
@@ -119,7 +120,7 @@ func TestEndDuringInsertion(t *testing.T) {
 	refused := 0
 	for i := range 300 {
 		data := prove.Pattern(1000)
-		p, err := trySplice(t, l, pathOptions{Before: func(_, server, _, _ *net.TCPConn) {
+		p, err := loadertest.TrySplice(t, l, loadertest.PathOptions{Before: func(_, server, _, _ *net.TCPConn) {
 			go func() {
 				for range i * 20 {
 				}
@@ -131,15 +132,15 @@ func TestEndDuringInsertion(t *testing.T) {
 			refused++
 			continue
 		}
-		p.Client.SetDeadline(time.Now().Add(patience))
+		p.Client.SetDeadline(time.Now().Add(loadertest.Patience))
 		got, rerr := io.ReadAll(p.Client)
 		if rerr != nil || !bytes.Equal(got, data) {
 			t.Fatalf("flow %d: %d bytes, %v", i, len(got), rerr)
 		}
-		if err := send(p.Client, p.Server, 1, 5000); err != nil {
+		if err := loadertest.Send(p.Client, p.Server, 1, 5000); err != nil {
 			t.Fatal(err)
 		}
-		if r := p.Wait(patience); r.End != prove.EndEOF || r.Down != 1000 || r.Up != 5000 {
+		if r := p.Wait(loadertest.Patience); r.End != prove.EndEOF || r.Down != 1000 || r.Up != 5000 {
 			t.Fatalf("flow %d ended %+v", i, r)
 		}
 	}
@@ -151,12 +152,12 @@ func TestSplice(t *testing.T) {
 	l := open(t, nil, 1)
 	ended := make(chan string, 1)
 	splice := func() (client, server *net.TCPConn, fds [2]int, err error) {
-		client, down := connect(t, "tcp4")
-		up, server := connect(t, "tcp4")
+		client, down := loadertest.Connect(t, "tcp4")
+		up, server := loadertest.Connect(t, "tcp4")
 		t.Cleanup(func() { client.Close(); server.Close() })
 		for i, c := range []*net.TCPConn{down, up} {
 			s, err := dup(c)
-			must(t, err)
+			loadertest.Must(t, err)
 			c.Close()
 			fds[i] = int(s)
 		}
@@ -165,15 +166,15 @@ func TestSplice(t *testing.T) {
 		return client, server, fds, err
 	}
 	client, server, taken, err := splice()
-	must(t, err)
+	loadertest.Must(t, err)
 	_, _, left, err := splice()
 	if !errors.Is(err, refusedFull) {
 		t.Fatalf("a second flow in one slot: %v", err)
 	}
 	for _, fd := range left {
-		must(t, unix.Close(fd))
+		loadertest.Must(t, unix.Close(fd))
 	}
-	must(t, errors.Join(send(client, server, 1, 1<<20), send(server, client, 2, 1<<20)))
+	loadertest.Must(t, errors.Join(loadertest.Send(client, server, 1, 1<<20), loadertest.Send(server, client, 2, 1<<20)))
 	if end := <-ended; end != prove.EndEOF {
 		t.Errorf("it ended with %q", end)
 	}

@@ -22,17 +22,17 @@ func TestResetBehindOtherWay(t *testing.T) {
 			r = r.Without(ruleLate)
 		}
 		l := open(t, r, 16)
-		for _, network := range networks() {
+		for _, network := range loadertest.Networks() {
 			for name, way := range loadertest.Ways {
 				when := map[bool]string{true: "late", false: "at once"}[late]
 				ok := t.Run(name+" "+network+" "+when, func(t *testing.T) {
 					const limit = 16 << 10
-					try := func() (p *path, to *net.TCPConn, err error) {
-						p = splicePath(t, l, pathOptions{Network: network, Buffer: limit})
-						must(t, exchangeBytes(p, 1000, 1000))
+					try := func() (p *loadertest.Path, to *net.TCPConn, err error) {
+						p = loadertest.SplicePath(t, l, loadertest.PathOptions{Network: network, Buffer: limit})
+						loadertest.Must(t, loadertest.ExchangeBytes(p, 1000, 1000))
 						from, to := way(p)
 						burst, other := prove.Pattern(limit/2), prove.Pattern(limit/2)
-						must(t, from.SetLinger(0))
+						loadertest.Must(t, from.SetLinger(0))
 						loadertest.Alone(t, func() {
 							for range 3 { // two are redirected, and the third one is passed
 								loadertest.WriteRaw(t, to, other)
@@ -40,7 +40,7 @@ func TestResetBehindOtherWay(t *testing.T) {
 							loadertest.WriteRaw(t, from, burst)
 							from.Close()
 						})
-						must(t, to.SetReadDeadline(time.Now().Add(patience)))
+						loadertest.Must(t, to.SetReadDeadline(time.Now().Add(loadertest.Patience)))
 						return p, to, prove.Expect(to, burst)
 					}
 					if !late {
@@ -53,13 +53,13 @@ func TestResetBehindOtherWay(t *testing.T) {
 						return
 					}
 					p, to, err := try()
-					must(t, err)
+					loadertest.Must(t, err)
 					if n, err := to.Read(make([]byte, 1)); n != 0 ||
 						err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
 						t.Errorf("instead of a reset: %d bytes, %v", n, err)
 					}
 					want := map[string]string{"up": prove.EndDownstreamReset, "down": prove.EndUpstreamReset}[name]
-					if end := p.Wait(patience); end.End != want {
+					if end := p.Wait(loadertest.Patience); end.End != want {
 						t.Errorf("ended %+v, want %s", end, want)
 					}
 				})

@@ -35,22 +35,24 @@ func recordFlow(t testing.TB, l *Engine, down, up *net.TCPConn, o Flow) (forget 
 // A recorded flow is in the flows map, with all that it has moved by whoever moved it, until it is forgotten.
 func TestRecord(t *testing.T) {
 	l := open(t, nil, 16)
-	client, d := connect(t, "tcp4")
-	u, server := connect(t, "tcp4")
+	client, d := loadertest.Connect(t, "tcp4")
+	u, server := loadertest.Connect(t, "tcp4")
 	defer client.Close()
 	defer server.Close()
 	var fds [2]int
 	for i, c := range []*net.TCPConn{d, u} {
 		s, err := dup(c)
-		must(t, err)
-		must(t, c.Close())
+		loadertest.Must(t, err)
+		loadertest.Must(t, c.Close())
 		fds[i] = int(s)
 	}
 	type returned struct{ up, down int64 }
 	var moved [2]atomic.Int64
-	back, ended := make(chan returned, 1), make(chan result, 1)
+	back, ended := make(chan returned, 1), make(chan loadertest.Result, 1)
 	o := Flow{ID: "recorded", Up: 5, Buffer: 1 << 20,
-		Ended: func(up, down int64, end string, err error) { ended <- result{Up: up, Down: down, End: end, Err: err} },
+		Ended: func(up, down int64, end string, err error) {
+			ended <- loadertest.Result{Up: up, Down: down, End: end, Err: err}
+		},
 		Returned: func(_, _ int, downRest, upRest []byte, up, down int64, _ func(), _ error) {
 			if len(downRest)+len(upRest) > 0 {
 				t.Errorf("%d and %d bytes were left", len(downRest), len(upRest))
@@ -66,28 +68,28 @@ func TestRecord(t *testing.T) {
 	moved[0].Store(5)
 	o.Moved = func() (up, down int64) { return moved[0].Load(), moved[1].Load() }
 	forget, err := l.Record(fds[0], fds[1], o)
-	must(t, err)
+	loadertest.Must(t, err)
 	cookie, err := socket(fds[0]).cookie()
-	must(t, err)
+	loadertest.Must(t, err)
 	entry := func() (e sockmapFlow) {
-		must(t, l.objects.Flows.Lookup(cookie, &e))
+		loadertest.Must(t, l.objects.Flows.Lookup(cookie, &e))
 		return e
 	}
 	if e := entry(); e.Up.Before != 5 || e.Up.Bytes != 5 || fromText(e.Id[:]) != "recorded" {
 		t.Errorf("%+v", e)
 	}
 	moved[0].Add(100) // by userspace
-	waitFor(t, func() bool { return entry().Up.Bytes == 105 && entry().Up.Passed == 100 }, "the sweep")
+	loadertest.WaitFor(t, func() bool { return entry().Up.Bytes == 105 && entry().Up.Passed == 100 }, "the sweep")
 	for round := range int64(3) {
 		o.Up, o.Down = moved[0].Load(), moved[1].Load()
 		count, err := l.Splice(t.Context(), fds[0], fds[1], o)
-		must(t, err)
-		must(t, sendPart(client, server, 1, 1000))
-		must(t, sendPart(server, client, 2, 2000))
+		loadertest.Must(t, err)
+		loadertest.Must(t, loadertest.SendPart(client, server, 1, 1000))
+		loadertest.Must(t, loadertest.SendPart(server, client, 2, 2000))
 		if up, down := count(); up != 105+1000*(round+1) || down != 2000*(round+1) {
 			t.Errorf("round %d: %d bytes up, %d down", round, up, down)
 		}
-		waitFor(t, func() bool { leave(l); return len(back) > 0 }, "the flow to be given back")
+		loadertest.WaitFor(t, func() bool { leave(l); return len(back) > 0 }, "the flow to be given back")
 		if r := <-back; r.up != 105+1000*(round+1) || r.down != 2000*(round+1) {
 			t.Errorf("round %d: it came back with %+v", round, r)
 		}
@@ -113,17 +115,17 @@ func TestRecord(t *testing.T) {
 	if s := l.Stats(); s.Flows != 0 || len(l.Flows()) != 0 || l.objects.Flows.Iterate().Next(new(uint64), new(sockmapFlow)) {
 		t.Errorf("%+v, %+v", s, l.Flows())
 	}
-	must(t, unix.Close(fds[0]))
-	must(t, unix.Close(fds[1]))
+	loadertest.Must(t, unix.Close(fds[0]))
+	loadertest.Must(t, unix.Close(fds[1]))
 }
 
 // A recorded flow whose sockets the kernel does not take stays recorded; a burst of them switches the datapath off.
 func TestRefusedWhenItIsHandedOff(t *testing.T) {
 	l := open(t, nil, 2*burstFailures)
-	must(t, l.objects.Sources.Freeze())
+	loadertest.Must(t, l.objects.Sources.Freeze())
 	for i := range burstFailures {
-		_, d := connect(t, "tcp4")
-		u, _ := connect(t, "tcp4")
+		_, d := loadertest.Connect(t, "tcp4")
+		u, _ := loadertest.Connect(t, "tcp4")
 		o := Flow{ID: fmt.Sprint(i), Up: 7}
 		forget := recordFlow(t, l, d, u, o)
 		if _, err := loadertest.Splice(t.Context(), l, d, u, o); err != refusedInsert {
@@ -139,8 +141,8 @@ func TestRefusedWhenItIsHandedOff(t *testing.T) {
 			t.Errorf("%+v", f)
 		}
 		forget()
-		must(t, d.Close())
-		must(t, u.Close())
+		loadertest.Must(t, d.Close())
+		loadertest.Must(t, u.Close())
 	}
 	if s := fmt.Sprint(l.Flows()); s != "[]" || l.Stats().Inserted != 0 {
 		t.Errorf("%s, %+v", s, l.Stats())
@@ -150,12 +152,12 @@ func TestRefusedWhenItIsHandedOff(t *testing.T) {
 // No more flows are recorded than the flows map has room for.
 func TestRecordIsFull(t *testing.T) {
 	l := open(t, nil, 1)
-	_, d := connect(t, "tcp4")
-	u, _ := connect(t, "tcp4")
+	_, d := loadertest.Connect(t, "tcp4")
+	u, _ := loadertest.Connect(t, "tcp4")
 	forget := recordFlow(t, l, d, u, Flow{})
-	_, other := connect(t, "tcp4")
+	_, other := loadertest.Connect(t, "tcp4")
 	s, err := dup(other)
-	must(t, err)
+	loadertest.Must(t, err)
 	defer s.close()
 	none := Flow{Moved: func() (up, down int64) { return 0, 0 }}
 	if _, err := l.Record(int(s), int(s), none); err != refusedFull {
@@ -163,6 +165,6 @@ func TestRecordIsFull(t *testing.T) {
 	}
 	forget()
 	forget, err = l.Record(int(s), int(s), none)
-	must(t, err)
+	loadertest.Must(t, err)
 	forget()
 }

@@ -43,29 +43,29 @@ func newLAN(t *testing.T) *lan {
 	defer runtime.UnlockOSThread()
 	var err error
 	n.here, err = netns.Get()
-	must(t, err)
+	loadertest.Must(t, err)
 	n.ends, err = netns.New() // and enters it
-	must(t, err)
-	must(t, netns.Set(n.here))
-	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ts-ldr-here"},
+	loadertest.Must(t, err)
+	loadertest.Must(t, netns.Set(n.here))
+	loadertest.Must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ts-ldr-here"},
 		PeerName: "ts-ldr-ends"}))
 	n.veth, err = netlink.LinkByName("ts-ldr-here")
-	must(t, err)
+	loadertest.Must(t, err)
 	peer, err := netlink.LinkByName("ts-ldr-ends")
-	must(t, err)
-	must(t, netlink.LinkSetNsFd(peer, int(n.ends)))
+	loadertest.Must(t, err)
+	loadertest.Must(t, netlink.LinkSetNsFd(peer, int(n.ends)))
 	up := func(name, addr string) {
 		l, err := netlink.LinkByName(name)
-		must(t, err)
+		loadertest.Must(t, err)
 		a, err := netlink.ParseAddr(addr + "/24")
-		must(t, err)
-		must(t, netlink.AddrAdd(l, a))
-		must(t, netlink.LinkSetUp(l))
+		loadertest.Must(t, err)
+		loadertest.Must(t, netlink.AddrAdd(l, a))
+		loadertest.Must(t, netlink.LinkSetUp(l))
 	}
 	up("ts-ldr-here", lanHere)
-	must(t, netns.Set(n.ends))
+	loadertest.Must(t, netns.Set(n.ends))
 	up("ts-ldr-ends", lanEnds)
-	must(t, netns.Set(n.here))
+	loadertest.Must(t, netns.Set(n.here))
 	return n
 }
 
@@ -74,23 +74,23 @@ func (n *lan) atEnds(f func() error) {
 	n.t.Helper()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	must(n.t, netns.Set(n.ends))
+	loadertest.Must(n.t, netns.Set(n.ends))
 	err := f()
-	must(n.t, netns.Set(n.here))
-	must(n.t, err)
+	loadertest.Must(n.t, netns.Set(n.here))
+	loadertest.Must(n.t, err)
 }
 
 // splice makes a flow whose ends are on the other side of the cable.
-func (n *lan) splice(l *Engine, o pathOptions) *path {
+func (n *lan) splice(l *Engine, o loadertest.PathOptions) *loadertest.Path {
 	n.t.Helper()
 	lc := net.ListenConfig{}
 	lc.SetMultipathTCP(false)
 	d := net.Dialer{}
 	d.SetMultipathTCP(false)
-	p := &path{T: n.t, Ended: make(chan result, 1), Returns: new(atomic.Int32)}
+	p := &loadertest.Path{T: n.t, Ended: make(chan loadertest.Result, 1), Returns: new(atomic.Int32)}
 	listen := func(at string) *net.TCPListener {
 		ln, err := lc.Listen(context.Background(), "tcp4", at+":0")
-		must(n.t, err)
+		loadertest.Must(n.t, err)
 		return ln.(*net.TCPListener)
 	}
 	front := listen(lanHere)
@@ -107,17 +107,17 @@ func (n *lan) splice(l *Engine, o pathOptions) *path {
 	defer back.Close()
 	var err error
 	p.Down, err = front.AcceptTCP()
-	must(n.t, err)
+	loadertest.Must(n.t, err)
 	c, err := d.Dial("tcp4", back.Addr().String())
-	must(n.t, err)
+	loadertest.Must(n.t, err)
 	p.Up = c.(*net.TCPConn)
 	p.Server, err = back.AcceptTCP()
-	must(n.t, err)
+	loadertest.Must(n.t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	p.Cancel = cancel
 	o.Buffer = max(o.Buffer, 1<<20)
 	p.Count, err = loadertest.Splice(ctx, l, p.Down, p.Up, p.Flow(ctx, l, o))
-	must(n.t, err)
+	loadertest.Must(n.t, err)
 	n.t.Cleanup(func() { cancel(); p.Client.Close(); p.Server.Close() })
 	return p
 }
@@ -136,12 +136,12 @@ func (n *lan) lose(oneIn int32) {
 		asm.Return(),
 	}}
 	program, err := ebpf.NewProgram(&spec)
-	must(n.t, err)
+	loadertest.Must(n.t, err)
 	defer program.Close() // the filters hold it
 	at := n.veth.Attrs().Index
-	must(n.t, netlink.QdiscAdd(n.clsact()))
+	loadertest.Must(n.t, netlink.QdiscAdd(n.clsact()))
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		must(n.t, netlink.FilterAdd(&netlink.BpfFilter{
+		loadertest.Must(n.t, netlink.FilterAdd(&netlink.BpfFilter{
 			FilterAttrs: netlink.FilterAttrs{LinkIndex: at, Parent: parent, Handle: 1,
 				Protocol: unix.ETH_P_ALL, Priority: 1},
 			Fd: program.FD(), Name: "lose", DirectAction: true,
@@ -155,27 +155,27 @@ func (n *lan) clsact() netlink.Qdisc {
 }
 
 func TestVeth(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !loadertest.InOwnNetwork(t) {
 		return
 	}
 	n, l := newLAN(t), open(t, nil, 64)
 	start := time.Now()
-	must(t, bothWays(n.splice(l, pathOptions{}), 128<<20))
+	loadertest.Must(t, loadertest.BothWays(n.splice(l, loadertest.PathOptions{}), 128<<20))
 	t.Logf("128 MiB each way in %v, %+v", time.Since(start), l.Stats())
 }
 
 // Loss makes retransmits, and with them segments that come out of order and twice.
 func TestLoss(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !loadertest.InOwnNetwork(t) {
 		return
 	}
 	n, l := newLAN(t), open(t, nil, 64)
 	n.lose(100)
 	var all sync.WaitGroup
 	for i := range loadertest.AtSoak(20, 60) {
-		p := n.splice(l, pathOptions{})
+		p := n.splice(l, loadertest.PathOptions{})
 		all.Go(func() {
-			if err := bothWays(p, int64(1+i)<<18); err != nil {
+			if err := loadertest.BothWays(p, int64(1+i)<<18); err != nil {
 				t.Errorf("flow %d: %v", i, err)
 			}
 		})
@@ -189,14 +189,14 @@ func TestLoss(t *testing.T) {
 
 // Nobody repeats a reset that got lost: a probe of keepalive finds the end gone, and the other one is told.
 func TestLostReset(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !loadertest.InOwnNetwork(t) {
 		return
 	}
 	n := newLAN(t)
 	for name, leaves := range map[string]bool{"inside": false, "outside": true} {
 		l := open(t, nil, 16)
 		for side := range 2 {
-			p := n.splice(l, pathOptions{Busy: 1 << 40})
+			p := n.splice(l, loadertest.PathOptions{Busy: 1 << 40})
 			if leaves {
 				detachOne(t, l, l.onlyFlow(t), side)
 			}
@@ -206,22 +206,22 @@ func TestLostReset(t *testing.T) {
 				from, to = to, from
 			}
 			start := time.Now() // keepalive begins with the last byte
-			must(t, exchangeBytes(p, 1000, 1000))
-			must(t, errors.Join(unix.SetsockoptInt(ours, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
+			loadertest.Must(t, loadertest.ExchangeBytes(p, 1000, 1000))
+			loadertest.Must(t, errors.Join(unix.SetsockoptInt(ours, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
 				unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 1),
 				unix.SetsockoptInt(ours, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 1)))
 			n.lose(1)
 			from.SetLinger(0)
 			from.Close()
-			must(t, netlink.QdiscDel(n.clsact()))
-			to.SetDeadline(time.Now().Add(patience))
+			loadertest.Must(t, netlink.QdiscDel(n.clsact()))
+			to.SetDeadline(time.Now().Add(loadertest.Patience))
 			if read, err := to.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 				t.Errorf("%s, side %d: the end was told %d bytes and %v", name, side, read, err)
 			}
 			if time.Since(start) < 500*time.Millisecond {
 				t.Errorf("%s, side %d: the reset was not lost: this proves nothing", name, side)
 			}
-			p.Wait(patience)
+			p.Wait(loadertest.Patience)
 		}
 	}
 }
@@ -229,18 +229,18 @@ func TestLostReset(t *testing.T) {
 // A queueing discipline that drops at once makes TCP send a segment again as new: bytes_sent counts it twice,
 // and what is derived from it ends streams too early. Ours is not.
 func TestLocalDrops(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !loadertest.InOwnNetwork(t) {
 		return
 	}
 	n, l := newLAN(t), open(t, nil, 64)
 	// 100 Mbit/s with room for a few segments.
-	must(t, netlink.QdiscReplace(&netlink.Tbf{
+	loadertest.Must(t, netlink.QdiscReplace(&netlink.Tbf{
 		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: n.veth.Attrs().Index, Handle: netlink.MakeHandle(1, 0),
 			Parent: netlink.HANDLE_ROOT},
 		Rate: 200e6 / 8, Limit: 40000, Buffer: 20000,
 	}))
 	for i := range 2 {
-		p := n.splice(l, pathOptions{})
+		p := n.splice(l, loadertest.PathOptions{})
 		f := l.live[firstLive(l)].Load()
 		counted := int64(0)
 		stop, stopped := make(chan struct{}), make(chan struct{})
@@ -270,7 +270,7 @@ func TestLocalDrops(t *testing.T) {
 				f.mu.RUnlock()
 			}
 		}()
-		if err := send(p.Client, p.Server, uint64(i), 1<<20); err != nil {
+		if err := loadertest.Send(p.Client, p.Server, uint64(i), 1<<20); err != nil {
 			t.Fatal(err)
 		}
 		close(stop)
@@ -278,28 +278,28 @@ func TestLocalDrops(t *testing.T) {
 		t.Logf("bytes_sent - bytes_retrans + notsent was up to %d bytes too high", counted)
 		p.Client.Close()
 		p.Server.Close()
-		p.Wait(patience)
+		p.Wait(loadertest.Patience)
 	}
 }
 
 // Without waiting for the backlog what is copied overtakes what was redirected.
 func TestRuleOrderOff(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !loadertest.InOwnNetwork(t) {
 		return
 	}
 	r := new(Hooks).Without(ruleOrder)
 	l := open(t, r, 16)
 	for i := range 400 {
-		p := splicePath(t, l, pathOptions{Buffer: 64 << 10, Before: func(client, server, _, up *net.TCPConn) {
+		p := loadertest.SplicePath(t, l, loadertest.PathOptions{Buffer: 64 << 10, Before: func(client, server, _, up *net.TCPConn) {
 			up.SetWriteBuffer(64 << 10)
 			server.SetReadBuffer(64 << 10)
 		}})
 		p.Client.SetDeadline(time.Now().Add(5 * time.Second)) // damage may be a stream that stands
 		p.Server.SetDeadline(time.Now().Add(5 * time.Second))
-		err := send(p.Client, p.Server, uint64(i), 2<<20)
+		err := loadertest.Send(p.Client, p.Server, uint64(i), 2<<20)
 		p.Client.Close()
 		p.Server.Close()
-		p.Wait(patience)
+		p.Wait(loadertest.Patience)
 		if err != nil {
 			t.Logf("flow %d: %v", i, err)
 			return
@@ -322,11 +322,11 @@ func TestSwitchOff(t *testing.T) {
 		return log.Write(b)
 	})
 	l.log = slog.New(slog.NewTextHandler(write, nil))
-	live := splicePath(t, l, pathOptions{})
+	live := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	var all sync.WaitGroup
 	for i := range uint32(2 * burstFailures) {
 		all.Go(func() {
-			p, err := trySplice(t, l, pathOptions{Before: func(_, _, down, _ *net.TCPConn) {
+			p, err := loadertest.TrySplice(t, l, loadertest.PathOptions{Before: func(_, _, down, _ *net.TCPConn) {
 				s, err := dup(down)
 				if err == nil {
 					err = foreign.objects.Sources.Put(i, uint64(s))
@@ -347,7 +347,7 @@ func TestSwitchOff(t *testing.T) {
 		})
 	}
 	all.Wait()
-	p, err := trySplice(t, l, pathOptions{})
+	p, err := loadertest.TrySplice(t, l, loadertest.PathOptions{})
 	if !errors.Is(err, RefusedOff) {
 		t.Fatalf("still on: %v", err)
 	}
@@ -362,7 +362,7 @@ func TestSwitchOff(t *testing.T) {
 		t.Errorf("%d lines in the log:\n%s", n, log.String())
 	}
 	mu.Unlock()
-	must(t, bothWays(live, 1<<20))
+	loadertest.Must(t, loadertest.BothWays(live, 1<<20))
 }
 
 type writerFunc func([]byte) (int, error)
@@ -373,18 +373,18 @@ func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 func TestCopying(t *testing.T) {
 	r := new(Hooks).Without(ruleBoth)
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	f := l.live[firstLive(l)].Load()
 	if !f.directions[1].isCopying.Load() {
 		t.Fatal("it is not copying")
 	}
-	must(t, bothWays(p, 32<<20))
-	p = splicePath(t, l,
-		pathOptions{Before: func(_, server, _, _ *net.TCPConn) { server.Write([]byte("early")) }})
-	must(t, prove.Expect(p.Client, []byte("early")))
+	loadertest.Must(t, loadertest.BothWays(p, 32<<20))
+	p = loadertest.SplicePath(t, l,
+		loadertest.PathOptions{Before: func(_, server, _, _ *net.TCPConn) { server.Write([]byte("early")) }})
+	loadertest.Must(t, prove.Expect(p.Client, []byte("early")))
 	p.Server.SetLinger(0)
 	p.Server.Close()
-	if r := p.Wait(patience); r.End != prove.EndUpstreamReset || r.Down != 5 {
+	if r := p.Wait(loadertest.Patience); r.End != prove.EndUpstreamReset || r.Down != 5 {
 		t.Errorf("ended %+v", r)
 	}
 }
@@ -396,18 +396,18 @@ func TestMultipath(t *testing.T) {
 	lc.SetMultipathTCP(true)
 	d.SetMultipathTCP(true)
 	ln, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
-	must(t, err)
+	loadertest.Must(t, err)
 	defer ln.Close()
 	c, err := d.Dial("tcp4", ln.Addr().String())
-	must(t, err)
+	loadertest.Must(t, err)
 	defer c.Close()
 	a, err := ln.Accept()
-	must(t, err)
+	loadertest.Must(t, err)
 	defer a.Close()
 	if multipath, err := a.(*net.TCPConn).MultipathTCP(); !multipath {
 		t.Skipf("this kernel has no multipath TCP (%v): nothing to refuse", err)
 	}
-	u, s := connect(t, "tcp4")
+	u, s := loadertest.Connect(t, "tcp4")
 	defer u.Close()
 	defer s.Close()
 	_, err = loadertest.Splice(context.Background(), l, a.(*net.TCPConn), u, Flow{})

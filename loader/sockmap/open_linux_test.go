@@ -23,11 +23,11 @@ func open(t testing.TB, h *Hooks, flows int) *Engine {
 	t.Helper()
 	at, instance := loadertest.OwnBPFFS(t, "0700"), fmt.Sprint("ts-ldr-", opened.Add(1))
 	g, err := pins.Claim(at, instance, func(string) (bool, error) { return false, nil }, loadertest.LogTo(t))
-	must(t, err)
+	loadertest.Must(t, err)
 	l, err := Load(Config{MaxFlows: flows, Pin: g.Pin, Log: loadertest.LogTo(t), Hooks: h})
-	must(t, err)
-	must(t, g.Publish())
-	must(t, l.Start(func(time.Time) {}))
+	loadertest.Must(t, err)
+	loadertest.Must(t, g.Publish())
+	loadertest.Must(t, l.Start(func(time.Time) {}))
 	pinnedAt.Store(l, filepath.Join(at, "tailsplice", instance, "current"))
 	t.Cleanup(func() {
 		if err := errors.Join(l.Close(), g.Release()); err != nil {
@@ -56,7 +56,7 @@ func detachOne(t *testing.T, l *Engine, f *flow, side int) {
 	l.detacher.mu.Lock()
 	f.directions[1-side].wasAsked = true // so that it is not
 	l.detacher.mu.Unlock()
-	waitFor(t, func() bool { leave(l); return f.directions[side].isDetached.Load() }, "the side to leave")
+	loadertest.WaitFor(t, func() bool { leave(l); return f.directions[side].isDetached.Load() }, "the side to leave")
 }
 
 // onlyFlow is the one that lives.

@@ -34,7 +34,7 @@ func backlogs(t *testing.T, l *Engine) (n int) {
 		for j := range f.directions {
 			d := &f.directions[j]
 			written, err := d.peer().written()
-			must(t, err)
+			loadertest.Must(t, err)
 			if written-d.written0 < d.moved() {
 				n++
 			}
@@ -45,11 +45,11 @@ func backlogs(t *testing.T, l *Engine) (n int) {
 
 func memAvailable(t *testing.T) int64 {
 	b, err := os.ReadFile("/proc/meminfo")
-	must(t, err)
+	loadertest.Must(t, err)
 	for line := range strings.Lines(string(b)) {
 		if f := strings.Fields(line); f[0] == "MemAvailable:" {
 			n, err := strconv.ParseInt(f[1], 10, 64)
-			must(t, err)
+			loadertest.Must(t, err)
 			return n << 10
 		}
 	}
@@ -81,7 +81,7 @@ func leastCPU(span time.Duration) time.Duration {
 // 200 flows both of whose readers have stopped, and whose senders push all they can: memory is bounded,
 // nothing polls, and all arrives when the readers go on.
 func TestStalledFlows(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !loadertest.InOwnNetwork(t) {
 		return
 	}
 	// 16 MiB are more than all buffers take.
@@ -125,13 +125,13 @@ func TestStalledFlowsShortOfMemory(t *testing.T) {
 
 // Without the bound a flow takes whatever it is sent.
 func TestRuleBoundOff(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !loadertest.InOwnNetwork(t) {
 		return
 	}
 	r := new(Hooks).Without(ruleBound)
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{})
-	p.Client.SetWriteDeadline(time.Now().Add(patience))
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
+	p.Client.SetWriteDeadline(time.Now().Add(loadertest.Patience))
 	n, _ := io.Copy(p.Client, io.LimitReader(loadertest.Zeroes{}, 96<<20))
 	if n < 64<<20 {
 		t.Errorf("only %d bytes were taken for a reader that does not read: this test proves nothing", n)
@@ -146,11 +146,11 @@ const stalledFlows = 200
 func stall(t *testing.T, r *Hooks, size int64, mayEnd int,
 	judge func(perFlow int64, waiting int, cpu time.Duration)) {
 	const flows = stalledFlows
-	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
+	loadertest.Must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
 	l := open(t, r, 1024)
-	var paths []*path
+	var paths []*loadertest.Path
 	for range flows {
-		paths = append(paths, splicePath(t, l, pathOptions{}))
+		paths = append(paths, loadertest.SplicePath(t, l, loadertest.PathOptions{}))
 	}
 	runtime.GC()
 	before := memAvailable(t)
@@ -213,7 +213,7 @@ func stall(t *testing.T, r *Hooks, size int64, mayEnd int,
 	drained.Wait()
 	n := 0
 	ended.Range(func(p, err any) bool {
-		r := p.(*path).Wait(patience)
+		r := p.(*loadertest.Path).Wait(loadertest.Patience)
 		t.Logf("a flow ended %+v, %v; a reader got %v", r, r.Err, err)
 		if r.End == prove.EndEOF {
 			t.Error("bytes are missing, and nobody was told")
@@ -229,19 +229,19 @@ func stall(t *testing.T, r *Hooks, size int64, mayEnd int,
 
 // Idle flows have no goroutine and wake nobody.
 func TestIdleFlows(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !loadertest.InOwnNetwork(t) {
 		return
 	}
 	var files unix.Rlimit
-	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &files))
+	loadertest.Must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &files))
 	// Each is four sockets, and more while it is made.
 	flows := loadertest.AtSoak(2000, min(20000, int(files.Max)/4-200))
-	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files.Max, Max: files.Max}))
+	loadertest.Must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files.Max, Max: files.Max}))
 	l := open(t, nil, flows)
 	var down, up []*net.TCPConn
 	for range flows {
-		c, d := connect(t, "tcp4")
-		u, s := connect(t, "tcp4")
+		c, d := loadertest.Connect(t, "tcp4")
+		u, s := loadertest.Connect(t, "tcp4")
 		t.Cleanup(func() { c.Close(); s.Close() })
 		down, up = append(down, d), append(up, u)
 	}
@@ -255,7 +255,7 @@ func TestIdleFlows(t *testing.T) {
 	}
 	down, up = nil, nil
 	debug.FreeOSMemory()
-	waitFor(t, func() bool { return runtime.NumGoroutine()-goroutines <= 2 },
+	loadertest.WaitFor(t, func() bool { return runtime.NumGoroutine()-goroutines <= 2 },
 		"idle flows to have no goroutines")
 	grown, flow := residentSet(t)-rss, int64(flows)
 	t.Logf("resident set grew by %d bytes a flow, of %d", grown/flow, flow)
@@ -271,11 +271,11 @@ func TestIdleFlows(t *testing.T) {
 
 func residentSet(t *testing.T) int64 {
 	b, err := os.ReadFile("/proc/self/smaps_rollup")
-	must(t, err)
+	loadertest.Must(t, err)
 	for line := range strings.Lines(string(b)) {
 		if f := strings.Fields(line); f[0] == "Rss:" {
 			n, err := strconv.ParseInt(f[1], 10, 64)
-			must(t, err)
+			loadertest.Must(t, err)
 			return n << 10
 		}
 	}
@@ -299,18 +299,18 @@ func TestRuleQuietOff(t *testing.T) {
 // wakes counts the events that the poller gets while messages go to and fro.
 func wakes(t *testing.T, r *Hooks) int {
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	f := l.live[firstLive(l)].Load()
 	// A second epoll with the same interest sees what the poller sees, and does not take it away.
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
-	must(t, err)
+	loadertest.Must(t, err)
 	defer unix.Close(fd)
 	events := uint32(baseEvents)
 	if !r.Keeps(ruleQuiet) {
 		events |= unix.EPOLLIN | unix.EPOLLOUT
 	}
 	for _, s := range f.sockets {
-		must(t, unix.EpollCtl(fd, unix.EPOLL_CTL_ADD, int(s), &unix.EpollEvent{Events: events}))
+		loadertest.Must(t, unix.EpollCtl(fd, unix.EPOLL_CTL_ADD, int(s), &unix.EpollEvent{Events: events}))
 	}
 	list, n, b := make([]unix.EpollEvent, 8), 0, make([]byte, 64)
 	for range 500 {
@@ -322,7 +322,7 @@ func wakes(t *testing.T, r *Hooks) int {
 				t.Fatal(err)
 			}
 			got, err := unix.EpollWait(fd, list, 0)
-			must(t, err)
+			loadertest.Must(t, err)
 			n += got
 		}
 	}
@@ -334,14 +334,14 @@ func TestNothingIsLeft(t *testing.T)         { testNothingIsLeft(t, false) }
 func TestNothingIsLeftRecorded(t *testing.T) { testNothingIsLeft(t, true) }
 
 func testNothingIsLeft(t *testing.T, recorded bool) {
-	if !inOwnNetwork(t) {
+	if !loadertest.InOwnNetwork(t) {
 		return
 	}
 	l := open(t, nil, 64)
 	round := func(n int) {
 		for i := range n {
-			c, d := connect(t, "tcp4")
-			u, s := connect(t, "tcp4")
+			c, d := loadertest.Connect(t, "tcp4")
+			u, s := loadertest.Connect(t, "tcp4")
 			ended := make(chan string, 1)
 			o := Flow{Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }}
 			if recorded {
@@ -353,9 +353,9 @@ func testNothingIsLeft(t *testing.T, recorded bool) {
 			}
 			for range 3 {
 				c.Write([]byte("request"))
-				must(t, prove.Expect(s, []byte("request")))
+				loadertest.Must(t, prove.Expect(s, []byte("request")))
 				s.Write([]byte("response"))
-				must(t, prove.Expect(c, []byte("response")))
+				loadertest.Must(t, prove.Expect(c, []byte("response")))
 			}
 			want := prove.EndEOF
 			switch i % 3 {
@@ -369,7 +369,7 @@ func testNothingIsLeft(t *testing.T, recorded bool) {
 				c.SetLinger(0)
 				c.Close()
 				want = prove.EndDownstreamReset
-				s.SetReadDeadline(time.Now().Add(patience))
+				s.SetReadDeadline(time.Now().Add(loadertest.Patience))
 				s.Read(make([]byte, 1))
 				s.Close()
 			}
@@ -378,17 +378,17 @@ func testNothingIsLeft(t *testing.T, recorded bool) {
 				if end != want && want == prove.EndEOF {
 					t.Fatalf("flow %d ended with %q", i, end)
 				}
-			case <-time.After(patience):
+			case <-time.After(loadertest.Patience):
 				t.Fatalf("flow %d did not end", i)
 			}
 		}
 	}
 	left := func() (descriptors, goroutines, entries int) {
-		waitFor(t, func() bool { return l.Stats().Flows == 0 }, "the flows' ends")
+		loadertest.WaitFor(t, func() bool { return l.Stats().Flows == 0 }, "the flows' ends")
 		time.Sleep(300 * time.Millisecond)
 		runtime.GC()
 		fds, err := os.ReadDir("/proc/self/fd")
-		must(t, err)
+		loadertest.Must(t, err)
 		for _, m := range []*ebpf.Map{l.objects.Flows, l.objects.Places} {
 			var key uint64
 			var value []byte
@@ -426,7 +426,7 @@ func testNothingIsLeft(t *testing.T, recorded bool) {
 	}
 	d1, g1, e1 := left()
 	// What goes in time is not left.
-	for end := time.Now().Add(patience); (d1 > d0 || g1 > g0 || e1 != 0) && time.Now().Before(end); {
+	for end := time.Now().Add(loadertest.Patience); (d1 > d0 || g1 > g0 || e1 != 0) && time.Now().Before(end); {
 		d1, g1, e1 = left()
 	}
 	if d1 > d0 || g1 > g0 || e0 != 0 || e1 != 0 {
@@ -440,11 +440,11 @@ func testNothingIsLeft(t *testing.T, recorded bool) {
 
 func slab(t *testing.T) int64 {
 	b, err := os.ReadFile("/proc/meminfo")
-	must(t, err)
+	loadertest.Must(t, err)
 	for line := range strings.Lines(string(b)) {
 		if f := strings.Fields(line); f[0] == "SUnreclaim:" {
 			n, err := strconv.ParseInt(f[1], 10, 64)
-			must(t, err)
+			loadertest.Must(t, err)
 			return n
 		}
 	}
@@ -455,15 +455,15 @@ func slab(t *testing.T) int64 {
 // byte.
 func TestFlowsAgree(t *testing.T) {
 	l := open(t, nil, 16)
-	p := splicePath(t, l, pathOptions{Network: "tcp6"})
-	must(t, exchangeBytes(p, 123457, 7654321))
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{Network: "tcp6"})
+	loadertest.Must(t, loadertest.ExchangeBytes(p, 123457, 7654321))
 	bpftool, err := exec.LookPath("bpftool")
 	if err != nil {
 		bpftool = "/usr/sbin/bpftool"
 	}
 	at, _ := pinnedAt.Load(l)
 	out, err := exec.Command(bpftool, "-j", "map", "dump", "pinned", at.(string)+"/flows").Output()
-	must(t, err)
+	loadertest.Must(t, err)
 	var dump []struct {
 		Formatted struct {
 			Key   uint64
@@ -475,7 +475,7 @@ func TestFlowsAgree(t *testing.T) {
 			}
 		}
 	}
-	must(t, json.Unmarshal(out, &dump))
+	loadertest.Must(t, json.Unmarshal(out, &dump))
 	if len(dump) != 1 {
 		t.Fatalf("%d entries: %s", len(dump), out)
 	}
@@ -494,9 +494,9 @@ func TestFlowsAgree(t *testing.T) {
 	flow := l.live[firstLive(l)].Load()
 	for i, want := range []int64{up, down} {
 		got, err := flow.directions[i].source().received()
-		must(t, err)
+		loadertest.Must(t, err)
 		written, err := flow.directions[i].peer().written()
-		must(t, err)
+		loadertest.Must(t, err)
 		if int64(got) != want || int64(written-flow.directions[i].written0) != want {
 			t.Errorf("direction %d: TCP_INFO says %d received and %d written, the count is %d", i, got,
 				written-flow.directions[i].written0, want)

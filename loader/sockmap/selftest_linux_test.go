@@ -17,7 +17,7 @@ import (
 func TestSelfTest(t *testing.T) {
 	l := open(t, nil, 16)
 	all := l.SelfTest()
-	for end := time.Now().Add(patience); len(all) > 0 && all[len(all)-1].Lacks && time.Now().Before(end); {
+	for end := time.Now().Add(loadertest.Patience); len(all) > 0 && all[len(all)-1].Lacks && time.Now().Before(end); {
 		t.Logf("once more, since %s", all[len(all)-1].Detail) // what others on this machine use
 		time.Sleep(time.Second)
 		all = l.SelfTest()
@@ -72,12 +72,12 @@ func TestSelfTestSaysWhatIsLacking(t *testing.T) {
 		return
 	}
 	set := func(name, value string) func(*Hooks) {
-		return func(*Hooks) { must(t, os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(value), 0)) }
+		return func(*Hooks) { loadertest.Must(t, os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(value), 0)) }
 	}
 	loopback := func(set func(netlink.Link) error) func(*Hooks) {
 		return func(*Hooks) {
 			lo, err := netlink.LinkByName("lo")
-			must(t, errors.Join(err, set(lo)))
+			loadertest.Must(t, errors.Join(err, set(lo)))
 		}
 	}
 	nothing := func(*Hooks) {}

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/loader/loadertest"
 	"github.com/tailsplice/tailsplice/loader/prove"
 )
 
@@ -19,11 +20,11 @@ func TestShortFlows(t *testing.T) {
 		rnd := rand.New(rand.NewPCG(uint64(i), 3))
 		a, b := rnd.Int64N(4<<10), rnd.Int64N(16<<10)
 		up, down := make(chan error, 1), make(chan error, 1)
-		p, err := trySplice(t, l, pathOptions{Before: func(client, server, _, _ *net.TCPConn) {
-			client.SetDeadline(time.Now().Add(patience))
-			server.SetDeadline(time.Now().Add(patience))
-			go func() { up <- send(client, server, 1, a) }()
-			go func() { down <- send(server, client, 2, b) }()
+		p, err := loadertest.TrySplice(t, l, loadertest.PathOptions{Before: func(client, server, _, _ *net.TCPConn) {
+			client.SetDeadline(time.Now().Add(loadertest.Patience))
+			server.SetDeadline(time.Now().Add(loadertest.Patience))
+			go func() { up <- loadertest.Send(client, server, 1, a) }()
+			go func() { down <- loadertest.Send(server, client, 2, b) }()
 		}})
 		if err != nil {
 			refused++
@@ -46,7 +47,7 @@ func TestShortFlows(t *testing.T) {
 		for s := 1; f == nil && s < 64; s++ {
 			f = l.live[s].Load()
 		}
-		watch := time.AfterFunc(patience/2, func() {
+		watch := time.AfterFunc(loadertest.Patience/2, func() {
 			if f != nil {
 				t.Logf("flow %d:\n%s", i, f.dump())
 			}
@@ -54,7 +55,7 @@ func TestShortFlows(t *testing.T) {
 		if err := errors.Join(<-up, <-down); err != nil {
 			t.Fatalf("flow %d: %v", i, err)
 		}
-		if r := p.Wait(patience); r != (result{Up: a, Down: b, End: prove.EndEOF}) {
+		if r := p.Wait(loadertest.Patience); r != (loadertest.Result{Up: a, Down: b, End: prove.EndEOF}) {
 			t.Fatalf("flow %d ended %+v", i, r)
 		}
 		watch.Stop()

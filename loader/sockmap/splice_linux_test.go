@@ -19,10 +19,10 @@ func TestBothWays(t *testing.T) {
 	for _, network := range []string{"tcp4", "tcp6"} {
 		t.Run(network, func(t *testing.T) {
 			l := open(t, nil, 16)
-			p := splicePath(t, l, pathOptions{Network: network})
+			p := loadertest.SplicePath(t, l, loadertest.PathOptions{Network: network})
 			const n = 256 << 20
 			start := time.Now()
-			if err := bothWays(p, n); err != nil {
+			if err := loadertest.BothWays(p, n); err != nil {
 				t.Fatal(err)
 			}
 			t.Logf("%v %+v", time.Since(start), l.Stats())
@@ -35,7 +35,7 @@ func TestReaderStops(t *testing.T) {
 	l := open(t, nil, 16)
 	for name, way := range loadertest.Ways {
 		t.Run(name, func(t *testing.T) {
-			p := splicePath(t, l, pathOptions{Buffer: 256 << 10})
+			p := loadertest.SplicePath(t, l, loadertest.PathOptions{Buffer: 256 << 10})
 			from, to := way(p)
 			const n = 96 << 20
 			done := make(chan error, 1)
@@ -100,7 +100,7 @@ func (p *pausing) Read(b []byte) (int, error) {
 
 func TestOneByteSegments(t *testing.T) {
 	l := open(t, nil, 16)
-	p := splicePath(t, l, pathOptions{})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	data := prove.Pattern(20000)
 	go func() {
 		for i := range data {
@@ -110,7 +110,7 @@ func TestOneByteSegments(t *testing.T) {
 		}
 		p.Client.CloseWrite()
 	}()
-	p.Server.SetDeadline(time.Now().Add(patience))
+	p.Server.SetDeadline(time.Now().Add(loadertest.Patience))
 	got, err := io.ReadAll(p.Server)
 	if err != nil || !bytes.Equal(got, data) {
 		t.Fatalf("%d of %d bytes: %v", len(got), len(data), err)
@@ -123,24 +123,24 @@ func TestConcurrentFlows(t *testing.T) {
 	var all sync.WaitGroup
 	errs := make(chan error, flows)
 	for i := range flows {
-		p := splicePath(t, l, pathOptions{Buffer: 128 << 10})
+		p := loadertest.SplicePath(t, l, loadertest.PathOptions{Buffer: 128 << 10})
 		all.Add(1)
 		go func() {
 			defer all.Done()
 			rnd := rand.New(rand.NewPCG(uint64(i), 7))
 			up, down := make(chan error, 1), make(chan error, 1)
-			go func() { up <- send(p.Client, p.Server, uint64(i), rnd.Int64N(2<<20)) }()
-			go func() { down <- send(p.Server, p.Client, uint64(i)+1, int64(i)*10000) }()
+			go func() { up <- loadertest.Send(p.Client, p.Server, uint64(i), rnd.Int64N(2<<20)) }()
+			go func() { down <- loadertest.Send(p.Server, p.Client, uint64(i)+1, int64(i)*10000) }()
 			if err := errors.Join(<-up, <-down); err != nil {
 				errs <- fmt.Errorf("flow %d: %w", i, err)
 				return
 			}
-			if r := p.Wait(patience); r.End != prove.EndEOF {
+			if r := p.Wait(loadertest.Patience); r.End != prove.EndEOF {
 				errs <- fmt.Errorf("flow %d ended %+v", i, r)
 			}
 		}()
 	}
-	stuck := time.AfterFunc(2*patience, func() {
+	stuck := time.AfterFunc(2*loadertest.Patience, func() {
 		for i := range l.live {
 			if f := l.live[i].Load(); f != nil {
 				t.Logf("slot %d:\n%s", i, f.dump())

@@ -45,7 +45,7 @@ func TestStallOfLeaving(t *testing.T) {
 }
 
 type stalled struct {
-	*path
+	*loadertest.Path
 	data []byte // on its way up
 }
 
@@ -54,14 +54,14 @@ func stalling(t *testing.T, r *Hooks) (stalled, *Engine) {
 	// A stall may be told of when the test is over.
 	l.log = slog.New(slog.DiscardHandler)
 	// These are more than the buffers that a reader leaves full.
-	return stalled{splicePath(t, l, pathOptions{Buffer: 256 << 10, Busy: 1 << 40}), prove.Pattern(24 << 20)}, l
+	return stalled{loadertest.SplicePath(t, l, loadertest.PathOptions{Buffer: 256 << 10, Busy: 1 << 40}), prove.Pattern(24 << 20)}, l
 }
 
 func (p stalled) push() { p.Client.Write(p.data); p.Client.CloseWrite() }
 
 func (p stalled) arrives(t *testing.T, l *Engine) {
-	p.Server.SetDeadline(time.Now().Add(patience)) // each stall takes seconds
-	must(t, prove.Expect(p.Server, p.data))
+	p.Server.SetDeadline(time.Now().Add(loadertest.Patience)) // each stall takes seconds
+	loadertest.Must(t, prove.Expect(p.Server, p.data))
 	wantStalls(t, l)
 }
 
@@ -70,17 +70,17 @@ func (p stalled) arrives(t *testing.T, l *Engine) {
 func TestStallOfTheVerdict(t *testing.T) {
 	r := new(Hooks).Without(ruleKick)
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{Before: func(client, _, _, _ *net.TCPConn) {
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{Before: func(client, _, _, _ *net.TCPConn) {
 		client.Write([]byte("hello"))
 		time.Sleep(20 * time.Millisecond)
 	}})
-	p.Server.SetDeadline(time.Now().Add(patience))
-	must(t, prove.Expect(p.Server, []byte("hello")))
+	p.Server.SetDeadline(time.Now().Add(loadertest.Patience))
+	loadertest.Must(t, prove.Expect(p.Server, []byte("hello")))
 	wantStalls(t, l)
 }
 
 func wantStalls(t *testing.T, l *Engine) {
-	for end := time.Now().Add(patience); l.Stats().Stalls == 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(loadertest.Patience); l.Stats().Stalls == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("no stall was counted: %+v", l.Stats())
 		}
@@ -91,7 +91,7 @@ func wantStalls(t *testing.T, l *Engine) {
 // before.
 func TestBeginKeepsWhatIsWatched(t *testing.T) {
 	l := open(t, nil, 16)
-	p := splicePath(t, l, pathOptions{})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	f := l.live[firstLive(l)].Load()
 	for i := range f.directions { // nobody takes away what is watched
 		f.directions[i].bits.Store(isRunning)
@@ -100,7 +100,7 @@ func TestBeginKeepsWhatIsWatched(t *testing.T) {
 	f.watchFor(1, unix.EPOLLOUT, true)
 	f.wakeAll()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", f.poller().fd))
-	must(t, err)
+	loadertest.Must(t, err)
 	for side, want := range []uint32{baseEvents | unix.EPOLLIN, baseEvents | unix.EPOLLOUT} {
 		found := false
 		for line := range strings.Lines(string(b)) { // tfd:        9 events: 80002001 data: ...
@@ -122,20 +122,20 @@ func TestBeginKeepsWhatIsWatched(t *testing.T) {
 		f.directions[i].bits.Store(0)
 		f.directions[i].wake(0)
 	}
-	must(t, bothWays(p, 1<<20))
+	loadertest.Must(t, loadertest.BothWays(p, 1<<20))
 }
 
 // behind makes a flow whose upward direction is passing, with 24 MiB in front of what is passed, for a client
 // that does not read.
-func behind(t *testing.T, r *Hooks) (*Engine, *path, []byte) {
+func behind(t *testing.T, r *Hooks) (*Engine, *loadertest.Path, []byte) {
 	r = r.Without(ruleBound) // so that there is a backlog
 	l := open(t, r, 16)
 	data := prove.Pattern(24 << 20)
-	var p *path
+	var p *loadertest.Path
 	// Where TCP is short of memory, which others use too, the kernel may not take as much.
 	for try := 1; ; try++ {
-		p = splicePath(t, l, pathOptions{Buffer: 1 << 20})
-		must(t, p.Server.SetWriteDeadline(time.Now().Add(patience/3)))
+		p = loadertest.SplicePath(t, l, loadertest.PathOptions{Buffer: 1 << 20})
+		loadertest.Must(t, p.Server.SetWriteDeadline(time.Now().Add(loadertest.Patience/3)))
 		n, err := p.Server.Write(data)
 		if err == nil {
 			break
@@ -144,14 +144,14 @@ func behind(t *testing.T, r *Hooks) (*Engine, *path, []byte) {
 			t.Fatalf("only %d bytes were taken for a reader that does not read: %v", n, err)
 		}
 		p.Cancel()
-		p.Wait(patience)
+		p.Wait(loadertest.Patience)
 	}
-	must(t, p.Server.SetWriteDeadline(time.Time{}))
+	loadertest.Must(t, p.Server.SetWriteDeadline(time.Time{}))
 	d := &l.onlyFlow(t).directions[0]
 	pretendConsumed(d, 1<<62) // the verdict passes, since passed is something else
 	_, err := p.Client.Write([]byte("hello"))
-	must(t, err)
-	for end := time.Now().Add(patience); d.snapshot().passed == 0; time.Sleep(time.Millisecond) {
+	loadertest.Must(t, err)
+	for end := time.Now().Add(loadertest.Patience); d.snapshot().passed == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("nothing was passed")
 		}
@@ -165,11 +165,11 @@ func behind(t *testing.T, r *Hooks) (*Engine, *path, []byte) {
 // kernel's, for a reader that has stopped: each way goes on without the other.
 func TestBacklogOfTheOtherWay(t *testing.T) {
 	l, p, data := behind(t, nil)
-	p.Server.SetDeadline(time.Now().Add(patience))
-	must(t, prove.Expect(p.Server, []byte("hello")))
-	p.Client.SetDeadline(time.Now().Add(patience))
-	must(t, prove.Expect(p.Client, data))
-	must(t, errors.Join(send(p.Client, p.Server, 1, 1<<20), send(p.Server, p.Client, 2, 1<<20)))
+	p.Server.SetDeadline(time.Now().Add(loadertest.Patience))
+	loadertest.Must(t, prove.Expect(p.Server, []byte("hello")))
+	p.Client.SetDeadline(time.Now().Add(loadertest.Patience))
+	loadertest.Must(t, prove.Expect(p.Client, data))
+	loadertest.Must(t, errors.Join(loadertest.Send(p.Client, p.Server, 1, 1<<20), loadertest.Send(p.Server, p.Client, 2, 1<<20)))
 	if n := l.Stats().Stalls; n != 0 {
 		t.Errorf("%d stalls", n)
 	}
@@ -180,38 +180,38 @@ func TestBacklogOfTheOtherWay(t *testing.T) {
 func TestLooksAgainAfterACopy(t *testing.T) {
 	for name, take := range map[string]func(d *direction){
 		"read":          func(*direction) {},
-		"read to leave": func(d *direction) { must(t, d.takeInHand(1000)) },
+		"read to leave": func(d *direction) { loadertest.Must(t, d.takeInHand(1000)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			looks := make(chan func(), 100)
 			r := (&Hooks{again: func(look func()) { looks <- look }}).Without(ruleSweep)
 			l := open(t, r, 16)
-			p := splicePath(t, l, pathOptions{})
+			p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 			d := &l.onlyFlow(t).directions[0]
-			must(t, p.Server.SetDeadline(time.Now().Add(patience)))
+			loadertest.Must(t, p.Server.SetDeadline(time.Now().Add(loadertest.Patience)))
 			// passes sends what the verdict passes, and does not ring for.
 			passes := func(b []byte) {
 				passed, consumed := d.snapshot().passed, d.consumed
 				pretendConsumed(d, 1<<62)
 				_, err := p.Client.Write(b)
-				must(t, err)
+				loadertest.Must(t, err)
 				passed += uint64(len(b))
-				waitFor(t, func() bool { return d.snapshot().passed == passed }, "bytes to be passed")
+				loadertest.WaitFor(t, func() bool { return d.snapshot().passed == passed }, "bytes to be passed")
 				pretendConsumed(d, consumed)
 			}
 			d.bits.Store(isRunning) // it is this test that is
 			data := prove.Pattern(1000)
 			passes(data)
-			waitFor(t, d.source().readable, "bytes to be read")
+			loadertest.WaitFor(t, d.source().readable, "bytes to be read")
 			take(d)
 			d.run()
-			must(t, prove.Expect(p.Server, data))
+			loadertest.Must(t, prove.Expect(p.Server, data))
 			if len(looks) == 0 {
 				t.Fatal("it does not look again")
 			}
 			passes([]byte("hello"))
 			(<-looks)()
-			must(t, prove.Expect(p.Server, []byte("hello")))
+			loadertest.Must(t, prove.Expect(p.Server, []byte("hello")))
 		})
 	}
 }
@@ -220,16 +220,16 @@ func TestLooksAgainAfterACopy(t *testing.T) {
 func TestHeldIsNoStall(t *testing.T) {
 	r := new(Hooks).Without(ruleSweep) // nobody looks but this test
 	l := open(t, r, 16)
-	p := splicePath(t, l, pathOptions{Busy: 1 << 40})
-	must(t, sendPart(p.Client, p.Server, 1, 1000))
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{Busy: 1 << 40})
+	loadertest.Must(t, loadertest.SendPart(p.Client, p.Server, 1, 1000))
 	d := &l.onlyFlow(t).directions[0]
 	d.offer.Store(&offer{isOver: true})
 	d.source().hold()
 	before, err := d.source().received()
-	must(t, err)
+	loadertest.Must(t, err)
 	_, err = p.Client.Write([]byte("hello"))
-	must(t, err)
-	waitFor(t, func() bool { n, err := d.source().received(); return n > before || err != nil }, "the bytes to come")
+	loadertest.Must(t, err)
+	loadertest.WaitFor(t, func() bool { n, err := d.source().received(); return n > before || err != nil }, "the bytes to come")
 	if n := d.handled(); n != 1000 {
 		t.Fatalf("%d bytes were handled: this test proves nothing", n)
 	}
@@ -240,8 +240,8 @@ func TestHeldIsNoStall(t *testing.T) {
 	}
 	d.source().kick()
 	d.offer.Store(nil)
-	p.Server.SetDeadline(time.Now().Add(patience))
-	must(t, prove.Expect(p.Server, []byte("hello")))
+	p.Server.SetDeadline(time.Now().Add(loadertest.Patience))
+	loadertest.Must(t, prove.Expect(p.Server, []byte("hello")))
 	if n := l.Stats().Stalls; n != 0 {
 		t.Errorf("%d stalls", n)
 	}
@@ -249,14 +249,14 @@ func TestHeldIsNoStall(t *testing.T) {
 
 // A direction that has stalled is found while the other one moves.
 func TestStallWhileTheOtherWayMoves(t *testing.T) {
-	for _, network := range networks() {
+	for _, network := range loadertest.Networks() {
 		r := new(Hooks).Without(ruleKick)
 		l := open(t, r, 16)
-		p := splicePath(t, l, pathOptions{Network: network, Before: func(client, _, down, _ *net.TCPConn) {
+		p := loadertest.SplicePath(t, l, loadertest.PathOptions{Network: network, Before: func(client, _, down, _ *net.TCPConn) {
 			client.Write([]byte("hello"))
 			raw, err := down.SyscallConn()
-			must(t, err)
-			must(t, raw.Read(func(fd uintptr) bool {
+			loadertest.Must(t, err)
+			loadertest.Must(t, raw.Read(func(fd uintptr) bool {
 				_, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
 				return err == nil
 			}))
@@ -264,8 +264,8 @@ func TestStallWhileTheOtherWayMoves(t *testing.T) {
 		back := *p
 		back.Client, back.Server = p.Server, p.Client
 		loadertest.Chatter(t, &back)
-		must(t, p.Server.SetReadDeadline(time.Now().Add(20*time.Second)))
-		must(t, prove.Expect(p.Server, []byte("hello")))
+		loadertest.Must(t, p.Server.SetReadDeadline(time.Now().Add(20*time.Second)))
+		loadertest.Must(t, prove.Expect(p.Server, []byte("hello")))
 		wantStalls(t, l)
 	}
 }

@@ -27,18 +27,18 @@ func TestWire(t *testing.T) {
 		t.Run(k.Name, func(t *testing.T) {
 			try := func(l *Engine) error {
 				c, down := n.Connect(t)
-				up, server := connect(t, "tcp4")
+				up, server := loadertest.Connect(t, "tcp4")
 				defer server.Close()
-				must(t, errors.Join(down.SetReadBuffer(64<<10), up.SetWriteBuffer(64<<10),
+				loadertest.Must(t, errors.Join(down.SetReadBuffer(64<<10), up.SetWriteBuffer(64<<10),
 					server.SetReadBuffer(64<<10)))
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				return k.Run(c, server, func() {
 					_, err := loadertest.Splice(ctx, l, down, up, Flow{ID: "wire", Buffer: 64 << 10})
-					must(t, err)
+					loadertest.Must(t, err)
 				})
 			}
-			must(t, try(trims))
+			loadertest.Must(t, try(trims))
 			if err := try(not); err == nil {
 				t.Error("without trimming no harm was done: this case proves nothing")
 			} else {
@@ -58,14 +58,14 @@ func TestOverlaps(t *testing.T) {
 // overlaps makes rounds of: a few real bytes, then injected segments that repeat, overlap and come out of
 // order, then the connection itself sending it all once more.
 func overlaps(t *testing.T, l *Engine, rounds int) error {
-	p := splicePath(t, l, pathOptions{})
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	in, err := prove.NewInjector(p.Client)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer in.Close()
-	p.Server.SetDeadline(time.Now().Add(patience))
-	p.Client.SetDeadline(time.Now().Add(patience))
+	p.Server.SetDeadline(time.Now().Add(loadertest.Patience))
+	p.Client.SetDeadline(time.Now().Add(loadertest.Patience))
 	rnd := rand.New(rand.NewPCG(1, 2))
 	data := prove.Pattern(rounds*3000 + 20000)
 	at := 0
@@ -126,7 +126,7 @@ func overlaps(t *testing.T, l *Engine, rounds int) error {
 // handled can tell an overlap.
 func TestOverlapWhileReaderStops(t *testing.T) {
 	l := open(t, nil, 16)
-	p := splicePath(t, l, pathOptions{Buffer: 64 << 10, Before: func(client, server, down, up *net.TCPConn) {
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{Buffer: 64 << 10, Before: func(client, server, down, up *net.TCPConn) {
 		client.SetWriteBuffer(32 << 10)
 		server.SetReadBuffer(32 << 10)
 		up.SetWriteBuffer(32 << 10)
@@ -157,13 +157,13 @@ func TestOverlapWhileReaderStops(t *testing.T) {
 		}
 	}
 	t.Logf("%d bytes sent, before %+v", at, before)
-	waitFor(t, func() bool { return l.Flows()[0].UpTrimmed > before.UpTrimmed }, "an overlap to come in")
+	loadertest.WaitFor(t, func() bool { return l.Flows()[0].UpTrimmed > before.UpTrimmed }, "an overlap to come in")
 	go func() {
-		p.Client.SetWriteDeadline(time.Now().Add(patience))
+		p.Client.SetWriteDeadline(time.Now().Add(loadertest.Patience))
 		p.Client.Write(data[at:])
 		p.Client.CloseWrite()
 	}()
-	p.Server.SetDeadline(time.Now().Add(patience))
+	p.Server.SetDeadline(time.Now().Add(loadertest.Patience))
 	if err := prove.Expect(p.Server, data); err != nil {
 		t.Fatal(err)
 	}
@@ -176,7 +176,7 @@ func TestUrgent(t *testing.T) {
 		for _, size := range []int{10, 2 << 20} {
 			t.Run(fmt.Sprintf("%s %d", name, size), func(t *testing.T) {
 				data := prove.Pattern(size)
-				p := splicePath(t, l, pathOptions{Before: func(client, server, _, _ *net.TCPConn) {
+				p := loadertest.SplicePath(t, l, loadertest.PathOptions{Before: func(client, server, _, _ *net.TCPConn) {
 					if size > 100 {
 						return
 					}
@@ -193,7 +193,7 @@ func TestUrgent(t *testing.T) {
 				from, to := way(p)
 				if size < 100 {
 					for _, c := range []*net.TCPConn{p.Client, p.Server} {
-						c.SetDeadline(time.Now().Add(patience))
+						c.SetDeadline(time.Now().Add(loadertest.Patience))
 						var b [1]byte
 						raw, _ := c.SyscallConn()
 						raw.Control(func(fd uintptr) {
@@ -218,7 +218,7 @@ func TestUrgent(t *testing.T) {
 					_, err2 := from.Write(data)
 					sent <- errors.Join(err, err2, from.CloseWrite())
 				}()
-				to.SetDeadline(time.Now().Add(patience))
+				to.SetDeadline(time.Now().Add(loadertest.Patience))
 				got, err := io.ReadAll(to)
 				if want := append(append(bytes.Clone(data), '!'), data...); err != nil ||
 					!bytes.Equal(got, want) {
@@ -229,7 +229,7 @@ func TestUrgent(t *testing.T) {
 				}
 				p.Client.Close()
 				p.Server.Close()
-				p.Wait(patience)
+				p.Wait(loadertest.Patience)
 			})
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 )
 
@@ -12,16 +13,8 @@ type Version struct{ Major, Minor, Patch int }
 
 func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Minor, v.Patch) }
 
-func (v Version) series() Version { return Version{Major: v.Major, Minor: v.Minor} }
-
 func (v Version) Less(w Version) bool {
-	if v.Major != w.Major {
-		return v.Major < w.Major
-	}
-	if v.Minor != w.Minor {
-		return v.Minor < w.Minor
-	}
-	return v.Patch < w.Patch
+	return slices.Compare([]int{v.Major, v.Minor, v.Patch}, []int{w.Major, w.Minor, w.Patch}) < 0
 }
 
 // least is the oldest kernel on which all tests were seen to pass (make test-kernels). Kernels before 6.0
@@ -51,7 +44,7 @@ func badKernel(v Version) string {
 	if !v.Less(fixedIn) {
 		return ""
 	}
-	floor, ok := good[v.series()]
+	floor, ok := good[Version{v.Major, v.Minor, 0}]
 	if !ok {
 		return fmt.Sprintf("Linux %v repeats or loses spliced data under load, and its series was never fixed; use %v or newer", v, fixedIn)
 	}

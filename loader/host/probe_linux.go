@@ -1,13 +1,13 @@
 package host
 
 import (
-	"bufio"
 	"bytes"
 	"compress/gzip"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
 
@@ -17,9 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Probe looks at what the sockmap datapath needs of this machine, for people. It changes nothing, works
-// without root, and says what it could not see. Whether the splice works is the self-test's to say. bpffs
-// gives what there is to say about pins, to a process that may load programs or not.
+// Probe looks at what the sockmap datapath needs of this machine, for people: it changes nothing. bpffs gives
+// what there is to say about pins, to a process that may load programs or not.
 func Probe(bpffs func(privileged bool) Finding) []Finding {
 	privileged := Capable(unix.CAP_SYS_ADMIN) || Capable(unix.CAP_BPF) && Capable(unix.CAP_NET_ADMIN)
 	return []Finding{
@@ -85,7 +84,7 @@ func probeConfig() Finding {
 	}
 	var lacking []string
 	for _, o := range kernelOptions {
-		if v := config[o.name]; v != "y" && v != "m" {
+		if !regexp.MustCompile(`(?m)^` + o.name + `=[ym]$`).Match(config) {
 			lacking = append(lacking, fmt.Sprintf("%s (%s)", o.name, o.why))
 		}
 	}
@@ -96,52 +95,29 @@ func probeConfig() Finding {
 	return f
 }
 
-func kernelConfig() (map[string]string, string, error) {
+func kernelConfig() (config []byte, from string, err error) {
 	if b, err := os.ReadFile("/proc/config.gz"); err == nil {
 		z, err := gzip.NewReader(bytes.NewReader(b))
 		if err != nil {
 			return nil, "", err
 		}
-		config, err := parseConfig(z)
+		config, err := io.ReadAll(z)
 		return config, "/proc/config.gz", err
 	}
 	_, release, err := Kernel()
 	if err != nil {
 		return nil, "", err
 	}
-	file, err := os.Open("/boot/config-" + release)
-	if err != nil {
-		return nil, "", err
-	}
-	defer file.Close()
-	config, err := parseConfig(file)
-	return config, file.Name(), err
-}
-
-func parseConfig(r io.Reader) (map[string]string, error) {
-	config := make(map[string]string)
-	s := bufio.NewScanner(r)
-	for s.Scan() {
-		if name, value, ok := strings.Cut(s.Text(), "="); ok && strings.HasPrefix(name, "CONFIG_") {
-			config[name] = value
-		}
-	}
-	return config, s.Err()
+	from = "/boot/config-" + release
+	config, err = os.ReadFile(from)
+	return config, from, err
 }
 
 // Capable reports whether the process has a capability in its effective set.
 func Capable(capability uint) bool {
-	b, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		return false
-	}
-	for line := range strings.Lines(string(b)) {
-		if hex, ok := strings.CutPrefix(line, "CapEff:"); ok {
-			set, err := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
-			return err == nil && set&(1<<capability) != 0
-		}
-	}
-	return false
+	var sets [2]unix.CapUserData
+	err := unix.Capget(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &sets[0])
+	return err == nil && sets[capability/32].Effective&(1<<(capability%32)) != 0
 }
 
 func probeCapabilities() Finding {

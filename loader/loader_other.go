@@ -28,8 +28,6 @@ func (*Local) Name() string                             { return LocalName }
 func (*Loader) Name() string                            { return Name }
 func (*Loader) Local() (*Local, error)                  { return nil, unsupported() }
 func (*Loader) Close() error                            { return nil }
-func (*Loader) Flows() []Info                           { return nil }
-func (*Loader) Stats() Stats                            { return Stats{Off: unsupported().Error()} }
 func (*Loader) Health() (off string, stalls uint64)     { return unsupported().Error(), 0 }
 func (*Loader) ClampedSegments() uint64                 { return 0 }
 func (*Loader) SelfTest() []Finding                     { return Probe() }

@@ -53,8 +53,6 @@ type (
 	Finding = host.Finding
 	State   = host.State
 	Flow    = prove.Flow
-	Info    = sockmap.Info
-	Stats   = sockmap.Stats
 )
 
 const (

@@ -55,9 +55,6 @@ const (
 // Name is the datapath's name.
 func (*Local) Name() string { return Name }
 
-// Stats counts since New.
-func (n *Local) Stats() sockmap.Stats { return n.counts.Stats() }
-
 // Health is as [sockmap.Engine.Health].
 func (n *Local) Health() (off string, stalls uint64) {
 	if off, stalls = n.counts.Health(); off == "" {
@@ -68,8 +65,7 @@ func (n *Local) Health() (off string, stalls uint64) {
 
 // Load loads the programs, beside those of l, and pins the maps. The caller closes it, after the flows of l.
 func Load(l *sockmap.Engine, c sockmap.Config) (_ *Local, err error) {
-	n := &Local{l: l, log: c.Log, hooks: c.Hooks}
-	n.counts.Init(Name)
+	n := &Local{l: l, log: c.Log, hooks: c.Hooks, counts: sockmap.Counts{Name: Name}}
 	n.targets.init(n)
 	defer func() {
 		if err != nil {
@@ -328,12 +324,8 @@ func (n *Local) Prove() error {
 	return err
 }
 
-// SelfTest makes the tests of a datapath past TCP. Its flows don't count.
-func (n *Local) SelfTest() []host.Finding {
-	findings := prove.Run(tried{n.l.Tried(), n}, prove.PastTCP)
-	n.counts.Spliced.Store(0)
-	return findings
-}
+// SelfTest makes the tests of a datapath past TCP.
+func (n *Local) SelfTest() []host.Finding { return prove.Run(tried{n.l.Tried(), n}, prove.PastTCP) }
 
 // tried is the datapath as a proof sees it, with this process in place of another one.
 type tried struct {

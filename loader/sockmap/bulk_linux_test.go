@@ -27,10 +27,10 @@ func TestBulk(t *testing.T) {
 		go func() { up <- loadertest.SendPart(p.Client, p.Server, uint64(2*round), size) }()
 		go func() { down <- loadertest.SendPart(p.Server, p.Client, uint64(2*round+1), size) }()
 		if err := errors.Join(<-up, <-down); err != nil {
-			t.Errorf("round %d: %v, %+v, %+v", round, err, l.Stats(), l.Flows())
+			t.Errorf("round %d: %v", round, err)
 			t.Fatalf("it ended with %+v", p.Wait(loadertest.Patience))
 		}
-		t.Logf("%d times, %+v %+v", p.Returns.Load(), l.Stats(), l.Flows())
+		t.Logf("%d times", p.Returns.Load())
 	}
 	if n := p.Returns.Load(); n < 3 {
 		t.Errorf("it was given back %d times", n)
@@ -67,7 +67,7 @@ func TestResetOfBulk(t *testing.T) {
 			t.Errorf("side %d: it arrived as %d bytes and %v", side, n, err)
 		}
 		to.Close()
-		loadertest.WaitFor(t, func() bool { return l.Stats().Flows == 0 }, "the flow's end")
+		loadertest.WaitFor(t, func() bool { return l.flows() == 0 }, "the flow's end")
 	}
 }
 
@@ -96,8 +96,8 @@ func pushBehind(t *testing.T, r *Hooks) int64 {
 		p.Client.SetWriteDeadline(time.Now().Add(time.Second))
 		m, _ = io.Copy(p.Client, io.LimitReader(loadertest.Zeroes{}, 1<<20))
 	}
-	t.Logf("%d MiB were taken, %+v", n>>20, l.Stats())
-	if n := l.Stats().Clamped; (n > 0) != r.Keeps(ruleClamp) {
+	t.Logf("%d MiB were taken", n>>20)
+	if n := l.ClampedSegments(); (n > 0) != r.Keeps(ruleClamp) {
 		t.Errorf("%d segments were clamped", n)
 	}
 	p.Server.SetDeadline(time.Now().Add(loadertest.Patience))

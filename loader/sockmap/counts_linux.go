@@ -3,7 +3,6 @@ package sockmap
 import (
 	"errors"
 	"log/slog"
-	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,61 +16,23 @@ const (
 	burstWithin   = 10 * time.Second
 )
 
-// Counts is what is counted, and the switch.
+// Counts is what is counted of a datapath, and its switch.
 type Counts struct {
-	name       string // of the datapath
-	generation atomic.Uint32
-	live       atomic.Int64
-	Spliced    atomic.Uint64
-	switched   atomic.Uint64
-	stalls     atomic.Uint64
-	detached   atomic.Uint64
-	inserted   atomic.Uint64
-	Off        atomic.Pointer[string]
+	Name   string
+	Off    atomic.Pointer[string] // why it is switched off; nil: it is on
+	stalls atomic.Uint64
 
 	mu sync.Mutex
 	// +checklocks:mu
-	refused map[string]int
-	// +checklocks:mu
-	faults map[string]int
-	// +checklocks:mu
-	recent []time.Time
-}
-
-// Init is called once, with the name of the datapath.
-// +checklocksignore: nobody else has it yet.
-func (c *Counts) Init(name string) {
-	c.name, c.refused, c.faults = name, make(map[string]int), make(map[string]int)
+	recent []time.Time // failures
 }
 
 func (c *Counts) IsOff() bool { return c.Off.Load() != nil }
 
-// countBegun counts a flow that was taken over.
-func (c *Counts) countBegun() {
-	c.Spliced.Add(1)
-	c.live.Add(1)
-}
-
-// CountRefusal counts why a flow was not, if err is not nil.
+// CountRefusal counts a flow that was not taken over, if it is the kernel that refused it. err may be nil.
 func (c *Counts) CountRefusal(log *slog.Logger, err error) {
-	if err == nil {
-		return
-	}
-	c.mu.Lock()
-	c.refused[err.Error()]++
-	c.mu.Unlock()
 	if errors.Is(err, RefusedMaps) || errors.Is(err, refusedInsert) {
 		c.countFailure(log, err.Error())
-	}
-}
-
-// countFault counts a flow that the verdict gave up.
-func (c *Counts) countFault(log *slog.Logger, name string) {
-	c.mu.Lock()
-	c.faults[name]++
-	c.mu.Unlock()
-	if name != faultName(sockmapFaultFAULT_PEER) { // a peer may die at any time
-		c.countFailure(log, name)
 	}
 }
 
@@ -96,33 +57,18 @@ func (c *Counts) countFailure(log *slog.Logger, why string) {
 		return
 	}
 	if c.Off.CompareAndSwap(nil, &why) {
-		log.Warn("the "+c.name+" datapath is switched off; new flows go another way", "failures", burstFailures, "within", burstWithin, "last", why)
+		log.Warn("the "+c.Name+" datapath is switched off; new flows go another way", "failures", burstFailures, "within", burstWithin, "last", why)
 	}
 }
 
-// Stats counts since New. Those of skmsg are counted apart.
-func (l *Engine) Stats() Stats {
-	s := l.counts.Stats()
-	_ = l.objects.Clamped.Get(&s.Clamped)
-	return s
-}
-
-func (c *Counts) Stats() Stats {
-	s := Stats{Flows: int(c.live.Load()), Spliced: c.Spliced.Load(), Switched: c.switched.Load(), Inserted: c.inserted.Load(), Bulk: c.detached.Load()}
-	s.Off, s.Stalls = c.Health()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	s.Refused, s.Faults = maps.Clone(c.refused), maps.Clone(c.faults)
-	return s
-}
-
-// ClampedSegments is Stats.Clamped; see userspace/server.
+// ClampedSegments is how many segments were refused their payload, to bound memory; the sender sent it again.
 func (l *Engine) ClampedSegments() (n uint64) {
 	_ = l.objects.Clamped.Get(&n)
 	return n
 }
 
-// Health is the part of Stats that an operator has to know; see userspace/relay.
+// Health says why no flow is taken any more, "" if they are, and how often one had to be woken since an event
+// was missing, which should be never.
 func (l *Engine) Health() (off string, stalls uint64) { return l.counts.Health() }
 
 func (c *Counts) Health() (off string, stalls uint64) {

@@ -255,7 +255,6 @@ func (d *direction) take(o *offer) error {
 	if sockmapLeaving(m.Leaving) == sockmapLeavingHAS_LEFT {
 		d.isDetached.Store(true)
 		d.isCopying.Store(true)
-		d.f.l.counts.detached.Add(1)
 	}
 	return nil
 }

@@ -23,7 +23,7 @@
 // # Files
 //
 //	engine_linux.go     loads the programs, starts and stops; slots
-//	info.go             what is said of flows, and why one is refused
+//	refusal.go          what is told of a flow, and why one is refused
 //	splice_linux.go     a flow is taken over
 //	flow_linux.go       a flow, from its begin to its end
 //	direction_linux.go  what was passed one way is copied
@@ -34,7 +34,6 @@
 //	events_linux.go     what epoll and the verdict's ring tell
 //	sweep_linux.go      idle and stalled flows, and events that were lost
 //	counts_linux.go     what is counted, and when the datapath is switched off
-//	flows_linux.go      what the maps say of each flow, for people
 //	proof_linux.go      the datapath as the self-test sees it
 //	hooks_linux.go      the rules that a test can switch off
 package sockmap

@@ -33,7 +33,7 @@ func TestHalfClose(t *testing.T) {
 					t.Fatal(err)
 				}
 				if i == 0 {
-					loadertest.WaitFor(t, func() bool { return l.Flows()[0].State == "half_closed" },
+					loadertest.WaitFor(t, func() bool { return l.entry(t).State == sockmapFlowStateFLOW_HALF_CLOSED },
 						"the state after the first half")
 				}
 			}

@@ -50,6 +50,8 @@ type Engine struct {
 	alive    sync.WaitGroup // flows; added to while splicing
 	unload   sync.Once
 
+	generation atomic.Uint32 // of the flow that began last
+
 	inside atomic.Int32 // flows that are in the sockmap
 	quiet  atomic.Int32 // so many of them had nothing to move when the sweeper looked
 
@@ -78,7 +80,7 @@ func Load(c Config) (_ *Engine, err error) {
 	}
 	_, pressure := tcpsock.Memory("/proc")
 	l := &Engine{log: c.Log, hooks: c.Hooks, pressure: uint64(pressure) / uint64(os.Getpagesize()), free: free,
-		live: make([]atomic.Pointer[flow], c.MaxFlows)}
+		live: make([]atomic.Pointer[flow], c.MaxFlows), counts: Counts{Name: Name}}
 	if c.Hooks != nil && c.Hooks.Pressure != 0 {
 		l.pressure = c.Hooks.Pressure
 	}
@@ -107,7 +109,6 @@ func Load(c Config) (_ *Engine, err error) {
 	if err = c.Pin(l.named()); err != nil {
 		return nil, err
 	}
-	l.counts.Init(Name)
 	l.ledger.init(l)
 	return l, nil
 }

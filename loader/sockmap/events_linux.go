@@ -135,14 +135,11 @@ func (l *Engine) ringEvent(sample []byte) {
 	}
 	if f := l.live[e.Half/2].Load(); f != nil {
 		d := &f.directions[e.Half&1]
-		switch sockmapEventKind(e.Kind) {
-		case sockmapEventKindEVENT_BULK:
+		if sockmapEventKind(e.Kind) == sockmapEventKindEVENT_BULK {
 			d.noteRate(time.Now())
-			return
-		case sockmapEventKindEVENT_PASSED:
-			f.counts.switched.Add(1)
+		} else {
+			d.wake(0)
 		}
-		d.wake(0)
 	}
 }
 

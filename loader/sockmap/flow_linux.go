@@ -174,9 +174,6 @@ func (f *flow) close() {
 	f.forget()
 	f.bypass.FreeSlot(f.slot)
 	f.l.inside.Add(-1)
-	if f.record == nil {
-		f.counts.live.Add(-1)
-	}
 }
 
 // watchFor adds what a socket is watched for, or takes it away. Adding tells at once what is already so.
@@ -246,14 +243,14 @@ func (f *flow) fill(t *sockmapFlow) (up, down snapshot) {
 
 // fault is told that the verdict gave up: bytes are missing, and both sides have to know.
 func (f *flow) fault(side uint32, why sockmapFault) {
-	name := faultName(why)
-	f.counts.countFault(f.l.log, name)
 	if why == sockmapFaultFAULT_PEER {
 		// The peer died, and its event is on its way; what it sent before is still delivered.
 		f.checkSocket(1 - side)
 		f.breakUp(1-side, unix.ECONNRESET)
 		return
 	}
+	name := faultName(why)
+	f.counts.countFailure(f.l.log, name)
 	f.finish(prove.EndError, errors.New("the verdict gave up: "+name))
 }
 
@@ -263,8 +260,6 @@ func faultName(why sockmapFault) string {
 		return "gap in sequence numbers"
 	case sockmapFaultFAULT_TRIM:
 		return "overlap could not be trimmed"
-	case sockmapFaultFAULT_PEER:
-		return "peer is gone"
 	case sockmapFaultFAULT_REDIRECT:
 		return "redirect was refused"
 	}

@@ -21,7 +21,7 @@ type record struct {
 	// +checklocks:mu
 	entry sockmapFlow // in the flows map, while userspace has the flow
 	// +checklocks:mu
-	flow *flow // is spliced here; nil: userspace has it
+	isSpliced bool // here; else userspace has the flow
 	// +checklocks:mu
 	isForgotten bool
 }
@@ -32,12 +32,8 @@ func (g *ledger) init(l *Engine) { g.l, g.by = l, make(map[uint64]*record) }
 // given back, again and again. forget ends it.
 func (l *Engine) Record(down, up int, o Flow) (forget func(), err error) {
 	r, err := l.record([2]socket{socket(down), socket(up)}, o)
-	if err != nil {
-		l.counts.CountRefusal(l.log, err)
-		return nil, err
-	}
-	l.counts.countBegun()
-	return r.forget, nil
+	l.counts.CountRefusal(l.log, err)
+	return r.forgetter(), err
 }
 
 func (l *Engine) record(s [2]socket, o Flow) (*record, error) {
@@ -103,7 +99,7 @@ func (g *ledger) close() {
 func (g *ledger) publish() {
 	for _, r := range g.all() {
 		r.mu.Lock()
-		if r.flow == nil && !r.isForgotten && r.refresh() {
+		if !r.isSpliced && !r.isForgotten && r.refresh() {
 			_ = g.l.objects.Flows.Put(r.cookie, r.entry)
 		}
 		r.mu.Unlock()
@@ -152,7 +148,7 @@ func (r *record) enter(f *flow, o Flow) error {
 	if r.isForgotten {
 		return RefusedState
 	}
-	r.flow = f
+	r.isSpliced = true
 	t := r.entry
 	t.Slot, t.State = f.slot, sockmapFlowStateFLOW_SPLICED
 	f.fill(&t)
@@ -167,17 +163,10 @@ func (r *record) leave(f *flow) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.flow = nil
+	r.isSpliced = false
 	f.fill(&r.entry)
 	if !r.isForgotten {
 		_ = f.l.objects.Flows.Put(r.cookie, r.entry)
-	}
-}
-
-// forget ends the flow. Once it has, it does nothing.
-func (r *record) forget() {
-	if r != nil && r.remove() {
-		r.l.l.counts.live.Add(-1)
 	}
 }
 
@@ -189,8 +178,11 @@ func (r *record) forgetter() func() {
 	return r.forget
 }
 
-// remove takes the flow out of the flows map, and reports whether it was there.
-func (r *record) remove() bool {
+// forget takes the flow out of the flows map: it has ended. Once it has, it does nothing.
+func (r *record) forget() {
+	if r == nil {
+		return
+	}
 	r.mu.Lock()
 	was := r.isForgotten
 	if r.isForgotten = true; !was {
@@ -198,38 +190,9 @@ func (r *record) remove() bool {
 	}
 	r.mu.Unlock()
 	if was {
-		return false
+		return
 	}
 	r.l.mu.Lock()
 	delete(r.l.by, r.cookie)
 	r.l.mu.Unlock()
-	return true
-}
-
-// info is what there is to say about the flow, whoever has it.
-func (r *record) info() (Info, bool) {
-	for range 10 {
-		r.mu.Lock()
-		f := r.flow
-		if f == nil {
-			defer r.mu.Unlock()
-			return r.infoOfRelayed(), !r.isForgotten
-		}
-		r.mu.Unlock()
-		if info, ok := f.info(); ok {
-			return info, true
-		} // else it has been given back meanwhile
-	}
-	return Info{}, false
-}
-
-// infoOfRelayed is info while userspace has the flow. It is called with mu held.
-// +checklocks:r.mu
-func (r *record) infoOfRelayed() Info {
-	r.refresh()
-	i := describeInfo(&r.entry)
-	i.DownstreamCookie = r.cookie
-	i.Up, i.Down = int64(r.entry.Up.Bytes), int64(r.entry.Down.Bytes)
-	i.UpCopied, i.DownCopied = int64(r.entry.Up.Passed), int64(r.entry.Down.Passed)
-	return i
 }

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+
 	"github.com/tailsplice/tailsplice/loader/loadertest"
 	"github.com/tailsplice/tailsplice/loader/pins"
 )
@@ -36,6 +38,42 @@ func open(t testing.TB, h *Hooks, flows int) *Engine {
 	})
 	return l
 }
+
+// flows is how many are in the sockmap, or are recorded.
+func (l *Engine) flows() int {
+	n := int(l.inside.Load())
+	for _, r := range l.ledger.all() {
+		r.mu.Lock()
+		if !r.isSpliced {
+			n++
+		}
+		r.mu.Unlock()
+	}
+	return n
+}
+
+// entry is the only one of the flows map.
+func (l *Engine) entry(t testing.TB) (e sockmapFlow) {
+	t.Helper()
+	var cookie uint64
+	if n := entries(l.objects.Flows); n != 1 || !l.objects.Flows.Iterate().Next(&cookie, &e) {
+		t.Fatalf("%d flows are in the map", n)
+	}
+	return e
+}
+
+// entries is how many a map has.
+func entries(m *ebpf.Map) (n int) {
+	var key uint64
+	var value []byte
+	for it := m.Iterate(); it.Next(&key, &value); {
+		n++
+	}
+	return n
+}
+
+// stalls is how many were counted.
+func (l *Engine) stalls() uint64 { _, n := l.Health(); return n }
 
 // leave asks the flow to leave the sockmap, if it is there.
 func leave(l *Engine) {

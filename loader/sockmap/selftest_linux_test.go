@@ -28,7 +28,7 @@ func TestSelfTest(t *testing.T) {
 			t.Errorf("%s: %s: %s", f.Name, f.State, f.Detail)
 		}
 	}
-	if n := l.Stats().Flows; n != 0 {
+	if n := l.flows(); n != 0 {
 		t.Errorf("%d flows are left", n)
 	}
 }

@@ -31,7 +31,7 @@ func (l *Engine) SpliceBy(ctx context.Context, down, up int, o Flow,
 		return nil, err
 	}
 	defer l.splicing.Done()
-	f := &flow{l: l, slot: slot, generation: l.counts.generation.Add(1),
+	f := &flow{l: l, slot: slot, generation: l.generation.Add(1),
 		sockets: [2]socket{socket(down), socket(up)}, ended: o.Ended,
 		returned: o.Returned, busy: o.Busy, idle: o.Idle, before: [2]int64{o.Up, o.Down}, bypass: bypass,
 		counts: bypass.Counts()}
@@ -69,8 +69,7 @@ func (f *flow) enter(o Flow, undo *undo) error {
 	if err := f.measure(); err != nil {
 		return err
 	}
-	isNew, err := f.list(o, undo)
-	if err != nil {
+	if err := f.list(o, undo); err != nil {
 		return err
 	}
 	// Edge-triggered: what has happened before is told when the flow is live. An end of stream since the
@@ -87,24 +86,18 @@ func (f *flow) enter(o Flow, undo *undo) error {
 		return err
 	}
 	f.l.inside.Add(1)
-	if isNew {
-		f.counts.countBegun()
-	} else {
-		f.counts.inserted.Add(uint64(len(f.directions)))
-	}
 	return nil
 }
 
 // list puts the flow into the flows map, where it goes on from what the ledger knows of it.
-func (f *flow) list(o Flow, undo *undo) (isNew bool, err error) {
+func (f *flow) list(o Flow, undo *undo) (err error) {
 	l := f.l
 	f.record = l.ledger.find(f.cookies[0])
-	isNew = f.record == nil
-	if isNew && o.Returned != nil && o.Moved != nil && f.isByTCP() {
+	if f.record == nil && o.Returned != nil && o.Moved != nil && f.isByTCP() {
 		if f.record, err = l.ledger.add(f.sockets, f.cookies, o); err != nil {
-			return isNew, err
+			return err
 		}
-		undo.add(func() { f.record.remove() })
+		undo.add(f.record.forget)
 	}
 	for i := range f.directions {
 		l.halves[2*f.slot+uint32(i)] = sockmapHalf{Source: f.cookies[i], Limit: uint32(min(max(o.Buffer, 0), 1<<30))}
@@ -112,9 +105,9 @@ func (f *flow) list(o Flow, undo *undo) (isNew bool, err error) {
 	}
 	undo.add(func() { f.record.leave(f); f.forget() })
 	if err := f.record.enter(f, o); err != nil {
-		return isNew, RefusedMaps
+		return RefusedMaps
 	}
-	return isNew, nil
+	return nil
 }
 
 // insert puts both sockets into the sockmap. From then on bytes move, and there is no way back. If upstream
@@ -292,17 +285,6 @@ func text(to []int8, s string) {
 	for i := 0; i < len(s) && i < len(to)-1; i++ {
 		to[i] = int8(s[i])
 	}
-}
-
-func fromText(b []int8) string {
-	s := make([]byte, 0, len(b))
-	for _, c := range b {
-		if c == 0 {
-			break
-		}
-		s = append(s, byte(c))
-	}
-	return string(s)
 }
 
 // What the programs write at the same time.

@@ -25,7 +25,7 @@ func TestBothWays(t *testing.T) {
 			if err := loadertest.BothWays(p, n); err != nil {
 				t.Fatal(err)
 			}
-			t.Logf("%v %+v", time.Since(start), l.Stats())
+			t.Log(time.Since(start))
 		})
 	}
 }
@@ -56,9 +56,8 @@ func TestReaderStops(t *testing.T) {
 			if err := <-done; err != nil {
 				t.Fatal(err)
 			}
-			f := l.Flows()
-			if len(f) != 1 || f[0].UpCopied+f[0].DownCopied == 0 {
-				t.Errorf("nothing was copied: %+v", f)
+			if d := &l.onlyFlow(t).directions; d[0].shared().Consumed+d[1].shared().Consumed == 0 {
+				t.Error("nothing was copied")
 			}
 		})
 	}
@@ -155,5 +154,4 @@ func TestConcurrentFlows(t *testing.T) {
 	for err := range errs {
 		t.Error(err)
 	}
-	t.Logf("%+v", l.Stats())
 }

@@ -20,7 +20,7 @@ import (
 )
 
 // preferred starts a flow that prefers l.
-func preferred(t testing.TB, l *loader.Loader) (f *relaytest.Flow, moved *relay.Counters) {
+func preferred(t testing.TB, l *countedLoader) (f *relaytest.Flow, moved *relay.Counters) {
 	t.Helper()
 	f = relaytest.Loopback{Options: relay.Options{Datapaths: []datapath.Datapath{l}}}.Path(t).Connect(t)
 	moved = new(relay.Counters)
@@ -57,11 +57,11 @@ func TestStaysWithTheRelay(t *testing.T) {
 		if r := f.Result(t); r.Up != n || r.Down != n || r.Datapath != loader.Name {
 			t.Errorf("%+v", r)
 		}
-		if s := l.Stats(); s.Inserted != 0 && time.Since(began) < time.Second { // a busy machine makes it quiet
+		if s := l.count(); s.HandedOff != 0 && time.Since(began) < time.Second { // a busy machine makes it quiet
 			t.Errorf("a flow of %d bytes went into the sockmap: %+v", n, s)
 		}
 	}
-	if s := l.Stats(); s.Spliced != 2 || s.Flows != 0 {
+	if s := l.count(); s.Taken != 2 || s.Flows != 0 {
 		t.Errorf("%+v", s)
 	}
 }
@@ -71,7 +71,7 @@ func TestHandedOffWhenQuiet(t *testing.T) {
 	l := load(t)
 	f, _ := preferred(t, l)
 	time.Sleep(2500 * time.Millisecond)
-	if s := l.Stats(); s.Inserted != 0 || s.Flows != 1 {
+	if s := l.count(); s.HandedOff != 0 || s.Flows != 1 {
 		t.Errorf("nothing moves: %+v", s)
 	}
 	moved := int64(0)
@@ -81,7 +81,7 @@ func TestHandedOffWhenQuiet(t *testing.T) {
 		}
 		moved += 100
 		time.Sleep(20 * time.Millisecond)
-		return l.Stats().Inserted > 0
+		return l.count().HandedOff > 0
 	})
 	closeBoth(t, f, 0, moved)
 }
@@ -124,8 +124,9 @@ func TestChangesHands(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if s := l.Stats(); s.Inserted < 2*flows || s.Spliced != flows || s.Stalls != 0 || len(s.Refused) != 0 {
-		t.Errorf("%+v", s)
+	_, stalls := l.Health()
+	if s := l.count(); s.HandedOff < flows || s.Taken != flows || stalls != 0 || s.Refused != 0 {
+		t.Errorf("%+v, %d stalls, %v", s, stalls, l.reasons())
 	}
 }
 
@@ -133,10 +134,10 @@ func TestChangesHands(t *testing.T) {
 func TestHandedOffAgain(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		o    func(l *loader.Loader) relay.Options
+		o    func(l *countedLoader) relay.Options
 	}{
-		{"preferred", func(l *loader.Loader) relay.Options { return relay.Options{Datapaths: []datapath.Datapath{l}} }},
-		{"auto", func(l *loader.Loader) relay.Options { return relay.Options{WhenPingPong: []datapath.Returner{l}} }},
+		{"preferred", func(l *countedLoader) relay.Options { return relay.Options{Datapaths: []datapath.Datapath{l}} }},
+		{"auto", func(l *countedLoader) relay.Options { return relay.Options{WhenPingPong: []datapath.Returner{l}} }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l := load(t)
@@ -144,24 +145,23 @@ func TestHandedOffAgain(t *testing.T) {
 			var moved relay.Counters
 			f.Start(context.Background(), relay.Options{Counters: &moved})
 			up, down := int64(0), int64(0)
-			spliced := func() uint64 { s := l.Stats(); return s.Inserted/2 + s.Spliced }
 			for range 3 {
-				before := spliced()
+				before := l.count().HandedOff
 				relaytest.Until(t, "the flow is handed off", func() bool {
 					u, d, err := relaytest.PingPong(f.Client, f.Server, 200, rounds(20))
 					if err != nil {
 						t.Fatal(err)
 					}
 					up, down = up+u, down+d
-					return spliced() > before
+					return l.count().HandedOff > before
 				})
-				left, big := l.Stats().Bulk, make([]byte, 8<<20)
+				left, big := l.count().Returned, make([]byte, 8<<20)
 				relaytest.Until(t, "the flow is given back", func() bool {
 					if err := sendOneWay(f.Client, f.Server, big); err != nil {
 						t.Fatal(err)
 					}
 					up += int64(len(big))
-					return l.Stats().Bulk >= left+2
+					return l.count().Returned > left
 				})
 			}
 			for _, way := range [][2]net.Conn{{f.Client, f.Server}, {f.Server, f.Client}} {
@@ -192,7 +192,7 @@ func TestIdleAfterUrgent(t *testing.T) {
 		if _, _, err := relaytest.PingPong(f.Client, f.Server, 200, rounds(20)); err != nil {
 			t.Fatal(err)
 		}
-		return l.Stats().Inserted > 0
+		return l.count().HandedOff > 0
 	})
 	var err error
 	tcpsock.Control(f.Client, func(fd int) { err = unix.Sendto(fd, []byte("!"), unix.MSG_OOB, nil) })
@@ -206,7 +206,7 @@ func TestIdleAfterUrgent(t *testing.T) {
 		if err := sendOneWay(f.Server, f.Client, make([]byte, 8<<20)); err != nil {
 			t.Fatal(err)
 		}
-		return l.Stats().Bulk >= 2
+		return l.count().Returned > 0
 	})
 	if r := f.Result(t); r.End != relay.EndIdle {
 		t.Errorf("%+v", r)

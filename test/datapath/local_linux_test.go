@@ -15,8 +15,6 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
-var _ datapath.Datapath = (*loader.Local)(nil)
-
 // TestLocal runs the table over flows to a process on this host, whose listener is in a cgroup of its own.
 func TestLocal(t *testing.T) {
 	needRoot(t)
@@ -31,7 +29,7 @@ func TestLocal(t *testing.T) {
 				Options: relay.Options{Datapaths: []datapath.Datapath{local, l}}}
 			p := at.Path(t)
 			becomeKnown(t, local, p)
-			before := local.Stats()
+			before := local.count()
 			relaytest.Run(t, p, c.size)
 			wasTested(t, local, before)
 		})
@@ -45,27 +43,20 @@ func TestLocalWire(t *testing.T) {
 	server, _ := cgroup.Listen(t, "tcp4")
 	at := relaytest.Loopback{Server: server, Options: relay.Options{Datapaths: []datapath.Datapath{local, l}}}
 	becomeKnown(t, local, at.Path(t))
-	before := local.Stats()
+	before := local.count()
 	relaytest.RunWire(t, at)
 	wasTested(t, local, before)
 }
 
 // wasTested: most flows since before went past TCP. A few may have ended when they were offered, or have been
 // too quick to be caught.
-func wasTested(t *testing.T, local *loader.Local, before loader.Stats) {
+func wasTested(t *testing.T, local *countedLocal, before counted) {
 	t.Helper()
-	s := local.Stats()
-	t.Logf("%+v", s)
-	refused := 0
-	for why, n := range s.Refused {
-		refused += n - before.Refused[why]
-	}
-	faults := false
-	for why := range s.Faults {
-		faults = faults || why != "peer is gone" // it may die at any time
-	}
-	if n := int(s.Spliced - before.Spliced); n == 0 || refused > n/2 || s.Off != "" || faults {
-		t.Errorf("it was not what was tested: %+v", s)
+	s := local.count()
+	off, _ := local.Health()
+	t.Logf("%+v, %v", s, local.reasons())
+	if n := s.Taken - before.Taken; n == 0 || s.Refused-before.Refused > n/2 || off != "" || s.Faults > 0 {
+		t.Errorf("it was not what was tested: %+v before, %q", before, off)
 	}
 }
 
@@ -80,7 +71,7 @@ func needRoot(t testing.TB) {
 	t.Skip("needs root")
 }
 
-func loadLocal(t testing.TB, name string) (*loader.Loader, *loader.Local) {
+func loadLocal(t testing.TB, name string) (*loader.Loader, *countedLocal) {
 	t.Helper()
 	l, err := loader.New(loader.Options{Instance: fmt.Sprintf("ts-ldr-%s-%d", name, os.Getpid()),
 		MaxFlows: 4096, Local: true, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
@@ -96,25 +87,25 @@ func loadLocal(t testing.TB, name string) (*loader.Loader, *loader.Local) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return l, local
+	return l, &countedLocal{Local: local}
 }
 
 // becomeKnown makes flows until one is taken past TCP: the first to a target never is.
-func becomeKnown(t testing.TB, local *loader.Local, p relaytest.Path) {
+func becomeKnown(t testing.TB, local *countedLocal, p relaytest.Path) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); ; {
-		before := local.Stats().Spliced
+		before := local.count().Taken
 		f := p.Connect(t)
 		f.Start(context.Background(), relay.Options{})
 		if err := relaytest.Exchange(f.Client, f.Server, 1000, 1000); err != nil {
 			t.Fatal(err)
 		}
 		f.Result(t)
-		if local.Stats().Spliced > before {
+		if local.count().Taken > before {
 			return
 		}
 		if time.Now().After(end) {
-			t.Fatalf("the target does not become known: %+v", local.Stats())
+			t.Fatalf("the target does not become known: %v", local.reasons())
 		}
 	}
 }

@@ -18,8 +18,6 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
 
-var _ datapath.Datapath = (*loader.Loader)(nil)
-
 func TestSockmap(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -164,7 +162,7 @@ func TestAutoCrowd(t *testing.T) {
 		talk(func(string) bool { return few.Load() })
 	}
 	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-		if n := l.Stats().Flows; n >= most {
+		if n := l.count().Flows; n >= most {
 			t.Errorf("%d flows were taken out of a crowd", n)
 			break
 		}
@@ -185,7 +183,7 @@ func TestAutoCrowd(t *testing.T) {
 }
 
 // room is as docs/datapaths.md has it.
-func room(l *loader.Loader) int {
+func room(l *countedLoader) int {
 	busy, _ := l.Busy()
 	return 4*runtime.NumCPU() - busy
 }
@@ -196,21 +194,23 @@ func TestUserspace(t *testing.T) {
 }
 
 // load loads the datapath until the end of the test, which fails if it was not what was tested.
-func load(t *testing.T) *loader.Loader {
+func load(t *testing.T) *countedLoader {
 	t.Helper()
 	needRoot(t)
 	var o loader.Options
 	o.Instance = fmt.Sprintf("ts-ldr-table-%d-%d", os.Getpid(), instances.Add(1))
 	o.MaxFlows, o.Log = 4096, slog.New(slog.NewTextHandler(os.Stderr, nil))
-	l, err := loader.New(o)
+	made, err := loader.New(o)
 	if err != nil {
 		t.Fatal(err)
 	}
+	l := &countedLoader{Loader: made}
 	t.Cleanup(func() {
-		s := l.Stats()
-		t.Logf("%+v", s)
-		if s.Spliced == 0 || s.Off != "" || len(s.Refused) > 1 || s.Stalls > 0 {
-			t.Errorf("sockmap was not what was tested, or stalled: %+v", s)
+		s, refused := l.count(), l.reasons()
+		off, stalls := l.Health()
+		t.Logf("%+v, %v", s, refused)
+		if s.Taken == 0 || off != "" || len(refused) > 1 || stalls > 0 {
+			t.Errorf("sockmap was not what was tested, or stalled: %q, %d stalls", off, stalls)
 		}
 		if err := l.Close(); err != nil {
 			t.Error(err)

@@ -13,7 +13,6 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/loader/host"
@@ -245,12 +244,6 @@ func TestDeadGenerations(t *testing.T) {
 		"linked": func() {
 			loadertest.Must(t, os.MkdirAll(filepath.Join(one, "7"), 0o700))
 			loadertest.Must(t, os.Symlink("7", filepath.Join(one, "current")))
-		},
-		"from before generations": func() {
-			loadertest.Must(t, os.MkdirAll(one, 0o700))
-			m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
-			loadertest.Must(t, err)
-			loadertest.Must(t, errors.Join(m.Pin(filepath.Join(one, "flows")), m.Close()))
 		},
 		"empty": func() { loadertest.Must(t, os.MkdirAll(one, 0o700)) },
 	} {

@@ -96,14 +96,9 @@ func Claim(bpffs, instance string, holds func(path string) (bool, error), log *s
 func (p *Generation) lockInstance() (of *folder, err error) {
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 		if of, err = p.above.claim(p.instance, true); !isTaken(err) || time.Now().After(end) {
-			break
+			return of, err
 		}
 	}
-	if err == errHeld { // all the time: a daemon from before there were generations has it as long as it runs
-		err = fmt.Errorf("%s/%s belongs to another daemon that runs; give this one another instance name: "+
-			"it comes from control.socket", p.above.path, p.instance)
-	}
-	return of, err
 }
 
 // Publish gives the generation its name, one more than that of the last one, and lets the link lead to it.
@@ -213,23 +208,14 @@ func (c cleaner) removeGenerations(f *folder, own string) (kept bool, err error)
 	if err != nil {
 		return false, err
 	}
-	newest, flat := 0, false
+	newest := 0
 	var errs []error
 	for _, name := range names {
-		var s unix.Stat_t
-		if err := unix.Fstatat(int(f.Fd()), name, &s, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-			errs = append(errs, fmt.Errorf("look at %s: %w", filepath.Join(f.path, name), err))
+		switch {
+		case name == madeLink:
+			errs = append(errs, f.remove(name, 0))
 			continue
-		}
-		switch s.Mode & unix.S_IFMT {
-		case unix.S_IFDIR:
-		case unix.S_IFLNK:
-			if name == madeLink {
-				errs = append(errs, f.remove(name, 0))
-			}
-			continue
-		default:
-			flat = true
+		case generation(name) == 0 && !strings.HasPrefix(name, newPrefix): // the link
 			continue
 		}
 		var dir *folder
@@ -255,14 +241,6 @@ func (c cleaner) removeGenerations(f *folder, own string) (kept bool, err error)
 			err = errors.Join(err, dir.close())
 		}
 		errs = append(errs, err)
-	}
-	if flat { // of a daemon from before there were generations, which is dead: it would have the lock
-		stays, err := c.clear(f)
-		kept = kept || stays && err == nil
-		errs = append(errs, err)
-		if !stays && err == nil {
-			c.log.Info("what a daemon that was killed had left in the kernel is removed", "pins", f.path)
-		}
 	}
 	to := ""
 	if newest > 0 {
@@ -417,7 +395,7 @@ func (f *folder) sub(name string, create bool) (*folder, error) {
 	return openFolder(int(f.Fd()), name, path)
 }
 
-var errHeld = errors.New("another process has it")
+var errHeld = errors.New("another process has the folder for pinned maps")
 
 // isTaken: somebody else has the folder, or had it and has removed it.
 func isTaken(err error) bool { return err == errHeld || errors.Is(err, unix.ENOENT) }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"strings"
 
 	"github.com/cilium/ebpf"
 
@@ -16,16 +15,14 @@ import (
 // of these sockets outlives the daemon, by its pin, while any of them has such bytes: the daemon that stops
 // leaves it, and so does the next one that starts, until they have been read, or their sockets closed.
 const (
-	localsPin = "locals"
-	unreadPin = "unread-" // and a number: from before there were generations, of which each has a localsPin
-
+	localsPin      = "locals"
 	ethernetHeader = 14 // bytes
 )
 
 // HoldsUnread reports whether the pin is that of a map of sockets in which bytes wait for a process. True
 // also where that can't be found out. It is for pins.Claim.
 func HoldsUnread(path string) (bool, error) {
-	if name := filepath.Base(path); name != localsPin && !strings.HasPrefix(name, unreadPin) {
+	if filepath.Base(path) != localsPin {
 		return false, nil
 	}
 	m, err := ebpf.LoadPinnedMap(path, nil)

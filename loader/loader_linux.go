@@ -8,8 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/cilium/ebpf/rlimit"
-
 	"github.com/tailsplice/tailsplice/loader/host"
 	"github.com/tailsplice/tailsplice/loader/pins"
 	"github.com/tailsplice/tailsplice/loader/prove"
@@ -25,7 +23,6 @@ type Loader struct {
 	*sockmap.Engine
 	log      *slog.Logger
 	pins     *pins.Generation
-	findings []host.Finding
 	local    *Local // nil: not asked for, or not possible
 	localOff error  // why not
 	closing  sync.Once
@@ -46,8 +43,7 @@ func New(o Options) (*Loader, error) {
 	if err != nil {
 		return nil, host.Explain(err)
 	}
-	l.findings = l.Engine.SelfTest()
-	if err := prove.Failed(l.findings); err != nil {
+	if err := prove.Failed(l.SelfTest()); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	if o.Local {
@@ -69,16 +65,8 @@ func load(o Options, h *sockmap.Hooks) (_ *Loader, err error) {
 			err = errors.Join(err, l.Close())
 		}
 	}()
-	// Kernels before 5.11 count maps as locked memory. Where it can't be raised and had to be, the maps say
-	// so.
-	if err := rlimit.RemoveMemlock(); err != nil {
-		l.log.Debug("raise the locked memory limit", "error", err)
-	}
 	if l.pins, err = pins.Claim(o.BPFFS, o.Instance, skmsg.HoldsUnread, l.log); err != nil {
 		return nil, err
-	}
-	if o.MaxFlows <= 0 {
-		o.MaxFlows = DefaultMaxFlows
 	}
 	c := sockmap.Config{MaxFlows: o.MaxFlows, Pin: l.pins.Pin, Log: l.log, Hooks: h}
 	if l.Engine, err = sockmap.Load(c); err != nil {
@@ -136,17 +124,18 @@ func (l *Loader) Local() (*Local, error) {
 }
 
 // proveLocal tries the part for local targets, and takes it away with a reason if it does not work.
-func (l *Loader) proveLocal() {
+func (l *Loader) proveLocal() (findings []host.Finding) {
 	if l.localOff == nil {
-		l.localOff = l.local.Prove()
+		findings, l.localOff = l.local.Prove()
+	} else {
+		findings = []host.Finding{{Name: skmsg.Name, State: host.StateDegraded, Detail: l.localOff.Error(),
+			Advice: "nothing to do unless a route says `datapath: " + skmsg.Name + "`"}}
 	}
 	if l.localOff != nil {
 		l.log.Warn("datapath sk_msg is not available: its flows use sockmap or userspace", "reason", l.localOff)
 	}
+	return findings
 }
-
-// SelfTest gives the verdicts that New found.
-func (l *Loader) SelfTest() []host.Finding { return l.findings }
 
 // SelfTest loads the programs beside whatever runs, and gives the verdicts of the self-test: what New would
 // find. It takes about 0.2 s, and touches loopback only.
@@ -162,14 +151,9 @@ func SelfTest(o Options) []host.Finding {
 		return []host.Finding{{Name: "load", State: host.StateMissing, Detail: host.Explain(err).Error(),
 			Advice: "see the findings about the machine"}}
 	}
-	findings := l.Engine.SelfTest()
+	findings := l.SelfTest()
 	if o.Local {
-		if l.proveLocal(); l.local != nil {
-			findings = append(findings, l.local.Findings()...)
-		} else {
-			findings = append(findings, host.Finding{Name: skmsg.Name, State: host.StateDegraded, Detail: l.localOff.Error(),
-				Advice: "nothing to do unless a route says `datapath: " + skmsg.Name + "`"})
-		}
+		findings = append(findings, l.proveLocal()...)
 	}
 	if err := l.Close(); err != nil {
 		findings = append(findings, host.Finding{Name: "close", State: host.StateDegraded, Detail: err.Error()})

@@ -30,7 +30,6 @@ func (*Loader) Local() (*Local, error)                  { return nil, unsupporte
 func (*Loader) Close() error                            { return nil }
 func (*Loader) Health() (off string, stalls uint64)     { return unsupported().Error(), 0 }
 func (*Loader) ClampedSegments() uint64                 { return 0 }
-func (*Loader) SelfTest() []Finding                     { return Probe() }
 func (*Loader) Record(_, _ int, _ Flow) (func(), error) { return nil, unsupported() }
 func (*Loader) Busy() (flows int, ok bool)              { return 0, false }
 

@@ -28,7 +28,7 @@ func TestLocalSelfTest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range n.Findings() {
+	for _, f := range n.SelfTest() {
 		t.Log(f.Name, f.State, f.Detail, f.Took)
 		if f.State != host.StateOK {
 			t.Error(f)

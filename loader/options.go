@@ -12,10 +12,7 @@ import (
 	"github.com/tailsplice/tailsplice/loader/sockmap"
 )
 
-// DefaultMaxFlows is Options.MaxFlows where it is 0.
-const DefaultMaxFlows = 65536
-
-// Options say how to load. The zero value is good for one daemon on a machine.
+// Options say how to load.
 type Options struct {
 	// Instance names the pins, below BPFFS/tailsplice/. Two daemons on one machine need two names; "" =
 	// "default". Characters that bpffs can't have in a name are replaced.
@@ -24,7 +21,7 @@ type Options struct {
 	// BPFFS is where the BPF file system is or will be mounted; "" = /sys/fs/bpf.
 	BPFFS string
 
-	// MaxFlows bounds the flows at a time; 0 = DefaultMaxFlows. One costs 208 bytes of maps from the
+	// MaxFlows bounds the flows at a time, > 0. One costs 208 bytes of maps from the
 	// start, and about 700 bytes more while it lives, beside what Linux keeps for its sockets.
 	MaxFlows int
 

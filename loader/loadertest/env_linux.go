@@ -40,7 +40,7 @@ func InOwnNetwork(t *testing.T) bool {
 	return true
 }
 
-// InNewNetwork is inOwnNetwork with the TCP buffers that the kernel begins with.
+// InNewNetwork is InOwnNetwork with the TCP buffers that the kernel begins with.
 func InNewNetwork(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv("TS_LDR_OWN_NETWORK") == t.Name() {

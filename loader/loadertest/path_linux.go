@@ -240,7 +240,7 @@ func Send(from, to *net.TCPConn, seed uint64, n int64) error {
 	return nil
 }
 
-// SendPart is send without the end.
+// SendPart is Send without the end.
 func SendPart(from, to *net.TCPConn, seed uint64, n int64) error {
 	type sum struct {
 		hash [32]byte

@@ -47,45 +47,35 @@ func (in *Injector) Close() { _ = unix.Close(in.raw) }
 
 // Sync learns the connection's sequence numbers.
 func (in *Injector) Sync() error {
-	raw, err := in.conn.SyscallConn()
-	if err != nil {
-		return err
+	err := error(net.ErrClosed)
+	tcpsock.Control(in.conn, func(fd int) { err = in.sync(fd) })
+	return err
+}
+
+func (in *Injector) sync(fd int) error {
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR, 1); err != nil {
+		return fmt.Errorf("read sequence numbers (TCP_REPAIR): %w", err)
 	}
-	var failed error
-	err = raw.Control(func(p uintptr) {
-		fd := int(p)
-		if failed = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR, 1); failed != nil {
-			failed = fmt.Errorf("read sequence numbers (TCP_REPAIR): %w", failed)
-			return
+	defer unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR, unix.TCP_REPAIR_OFF_NO_WP)
+	for queue, n := range map[int]*uint32{sendQueue: &in.seq, recvQueue: &in.ack} {
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR_QUEUE, queue); err != nil {
+			return err
 		}
-		defer unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR, unix.TCP_REPAIR_OFF_NO_WP)
-		for queue, n := range map[int]*uint32{sendQueue: &in.seq, recvQueue: &in.ack} {
-			if failed = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR_QUEUE, queue); failed != nil {
-				return
-			}
-			var v int
-			if v, failed = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_QUEUE_SEQ); failed != nil {
-				return
-			}
-			*n = uint32(v)
+		v, err := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_QUEUE_SEQ)
+		if err != nil {
+			return err
 		}
-		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR_QUEUE, noQueue)
-		var info unix.TCPInfo
-		if failed = tcpsock.Info(fd, &info); failed != nil {
-			return
-		}
-		in.stamp = 0
-		if info.Options&1 != 0 { // TCPI_OPT_TIMESTAMPS
-			var v int
-			if v, failed = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_TIMESTAMP); failed == nil {
-				in.stamp = uint32(v)
-			}
-		}
-	})
-	if err != nil {
-		return err
+		*n = uint32(v)
 	}
-	return failed
+	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR_QUEUE, noQueue)
+	var info unix.TCPInfo
+	err := tcpsock.Info(fd, &info)
+	if in.stamp = 0; err == nil && info.Options&1 != 0 { // TCPI_OPT_TIMESTAMPS
+		var v int
+		v, err = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_TIMESTAMP)
+		in.stamp = uint32(v)
+	}
+	return err
 }
 
 // Send injects data at an offset from where the connection's next byte goes.

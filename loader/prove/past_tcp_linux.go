@@ -53,17 +53,12 @@ func (t *trial) localOrder() {
 func (t *trial) localEnd() {
 	t.connectAndSplice()
 	t.must(t.server.CloseWrite())
-	var b [1]byte
-	if n, err := t.client.Read(b[:]); n != 0 || err != io.EOF {
-		t.fail("the end of the stream arrived as %d bytes, %v", n, err)
-	}
+	t.must(expectEnd(t.client))
 	data := Pattern(1000)
 	t.write(t.client, data)
 	t.must(t.client.CloseWrite())
 	time.Sleep(20 * time.Millisecond)
 	t.must(Expect(t.server, data))
-	if n, err := t.server.Read(b[:]); n != 0 || err != io.EOF {
-		t.fail("the end of the stream arrived as %d bytes, %v", n, err)
-	}
+	t.must(expectEnd(t.server))
 	t.end(EndEOF)
 }

@@ -16,15 +16,13 @@ import (
 
 // Datapath is what is proven. It has no flow but that of a test.
 type Datapath interface {
-	// Splice takes over the flow between down and up, as a datapath does. server has the other end of up, and
+	// Splice takes over the flow between two sockets, as a datapath does. server has the other end of up, and
 	// is a socket of this process.
-	Splice(ctx context.Context, down, up, server *net.TCPConn, o Flow) (count func() (up, down int64), err error)
-	// SpliceAgain takes over a flow that was given back.
-	SpliceAgain(ctx context.Context, down, up int, o Flow) error
+	Splice(ctx context.Context, down, up int, server *net.TCPConn, o Flow) (count func() (up, down int64), err error)
 	// Moved says how the bytes of a direction of the flow went, 0 is up. It is zero while there is no flow.
 	Moved(direction int) Moved
-	// GiveBack asks the flow to be given back, if there is one. needs is what a kernel has to be that can't.
-	GiveBack() (needs string)
+	// GiveBack asks the flow to be given back, if there is one, and reports whether that is possible here.
+	GiveBack() bool
 	// Pressure is from how many pages on TCP saves memory; 0: not known.
 	Pressure() uint64
 }

@@ -105,11 +105,14 @@ func (t *trial) splice() {
 	t.must(errors.Join(t.client.SetDeadline(limit), t.server.SetDeadline(limit)))
 	ended := t.ended
 	o := Flow{ID: "self-test", Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }}
+	d, server, returns := t.d, t.server, t.returns
+	splice := func(down, up int) (func() (up, down int64), error) { return d.Splice(ctx, down, up, server, o) }
 	o.Returned = func(down, up int, downRest, upRest []byte, _, _ int64, _ func(), _ error) {
-		go t.takeBack(ctx, o, [2]int{down, up}, [2][]byte{downRest, upRest})
+		returns.Add(1)
+		go takeBack(ctx, splice, o, [2]int{down, up}, [2][]byte{downRest, upRest})
 	}
 	var err error
-	if t.count, err = t.d.Splice(ctx, t.down, t.up, t.server, o); err != nil {
+	if t.count, err = OfConns(t.down, t.up, splice); err != nil {
 		t.fail("splice: %w", err)
 	}
 }
@@ -122,8 +125,8 @@ func (t *trial) connectAndSplice() {
 // takeBack splices a flow again that was given back, when all that there was to be read is written, as
 // userspace/relay does it: of an skb that was read in part the verdict can't cut off as much as may have been
 // read.
-func (t *trial) takeBack(ctx context.Context, o Flow, sockets [2]int, rest [2][]byte) {
-	t.returns.Add(1)
+func takeBack(ctx context.Context, splice func(down, up int) (func() (up, down int64), error), o Flow,
+	sockets [2]int, rest [2][]byte) {
 	all := make([]byte, 4<<20) // more than is sent at a time
 	for i, rest := range rest {
 		n, _ := unix.Read(sockets[i], all)
@@ -136,7 +139,7 @@ func (t *trial) takeBack(ctx context.Context, o Flow, sockets [2]int, rest [2][]
 			time.Sleep(time.Millisecond)
 		}
 	}
-	if err := t.d.SpliceAgain(ctx, sockets[0], sockets[1], o); err != nil {
+	if _, err := splice(sockets[0], sockets[1]); err != nil {
 		for _, s := range sockets {
 			_ = tcpsock.Reset(s)
 		}
@@ -217,12 +220,16 @@ func whole(from, to *net.TCPConn, data []byte) error {
 	}()
 	err := Expect(patient{to}, data)
 	if err == nil {
-		var extra [1]byte
-		if n, e := (patient{to}).Read(extra[:]); n != 0 || e != io.EOF {
-			err = fmt.Errorf("after the last byte came %d bytes, %v", n, e)
-		}
+		err = expectEnd(patient{to})
 	}
 	return errors.Join(err, <-sent)
+}
+
+func expectEnd(c io.Reader) error {
+	if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		return fmt.Errorf("after the last byte came %d bytes, %v", n, err)
+	}
+	return nil
 }
 
 // OfConns calls splice with descriptors of the sockets of down and up, which a datapath owns if it takes the

@@ -20,7 +20,7 @@ import (
 )
 
 // cgroupOf gives the folder of the narrowest cgroup of the socket whose own address is at, and which is
-// connected to other, if it is one of this host. It is an error that wraps a refusal otherwise.
+// connected to other, if it is one of this host. An error that wraps no refusal means refusedNoCgroup.
 func cgroupOf(at, other netip.AddrPort) (string, error) {
 	id, err := cgroupID(at, other)
 	if err != nil {
@@ -28,7 +28,7 @@ func cgroupOf(at, other netip.AddrPort) (string, error) {
 	}
 	mount, err := host.Cgroup2Mount()
 	if err != nil || mount == "" {
-		return "", fmt.Errorf("%w: no cgroup2 is mounted (%v)", refusedNoCgroup, err)
+		return "", fmt.Errorf("no cgroup2 is mounted (%v)", err)
 	}
 	return cgroupByID(mount, id)
 }
@@ -52,11 +52,11 @@ func cgroupByID(mount string, id uint64) (string, error) {
 	})
 	switch {
 	case err != nil:
-		return "", fmt.Errorf("%w: %w", refusedNoCgroup, err)
+		return "", err
 	case found == mount:
 		return "", fmt.Errorf("%w, to which nothing is attached: every process of the host would be under it", refusedRootCgroup)
 	case found == "":
-		return "", fmt.Errorf("%w: none below %s has the id %d", refusedNoCgroup, mount, id)
+		return "", fmt.Errorf("none below %s has the id %d", mount, id)
 	}
 	return found, nil
 }
@@ -66,17 +66,12 @@ func cgroupByID(mount string, id uint64) (string, error) {
 // if it is on a bridge of ours.
 func cgroupID(at, other netip.AddrPort) (uint64, error) {
 	own, bridged, err := place(at.Addr())
-	if err != nil {
-		return 0, fmt.Errorf("%w: %w", refusedNoCgroup, err)
-	}
-	if own {
-		id, err := diagCgroup(nil, at, other)
-		if err != nil {
-			return 0, fmt.Errorf("%w: %w", refusedNoCgroup, err)
-		}
-		return id, nil
-	}
-	if !bridged {
+	switch {
+	case err != nil:
+		return 0, err
+	case own:
+		return diagCgroup(nil, at, other)
+	case !bridged:
 		return 0, refusedElsewhere
 	}
 	spaces, last := otherNamespaces()
@@ -90,7 +85,7 @@ func cgroupID(at, other netip.AddrPort) (uint64, error) {
 		}
 	}
 	if last != nil {
-		return 0, fmt.Errorf("%w: %w", refusedNoCgroup, last)
+		return 0, last
 	}
 	return 0, fmt.Errorf("%w: it is in no network namespace of a process here", refusedElsewhere)
 }

@@ -30,7 +30,7 @@ func TestLocalRefusalIsUndone(t *testing.T) {
 		tcpsock.Control(up, func(fd int) { upFD = fd })
 		loadertest.WaitFor(t, func() bool { // a slot comes back after a grace period
 			_, err = n.l.SpliceBy(t.Context(), downFD, upFD, sockmap.Flow{Buffer: 1 << 20}, at)
-			if errors.Is(err, refusedNotCaught) {
+			if errors.Is(err, refusedNotCaptured) {
 				at, err = n.insert(stranger)
 				loadertest.Must(t, err)
 			}

@@ -19,11 +19,11 @@ import (
 	"github.com/tailsplice/tailsplice/loader/host"
 	"github.com/tailsplice/tailsplice/loader/prove"
 	"github.com/tailsplice/tailsplice/loader/sockmap"
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
-// Local is the datapath for flows whose target is a process on this host, with a socket of its own: sockmap,
-// and past TCP between the process and the other side. bpf/skmsg.bpf.c says how. Flows with other targets are
-// refused. Least kernel: 6.1.
+// Local is the datapath. Flows whose target is no process on this host with a socket of its own are refused.
+// Safe for concurrent use. Least kernel: 6.1.
 //
 // It changes what system calls do on the process's sockets: splice(2) from them and TCP_ZEROCOPY_RECEIVE
 // don't see bytes that came past TCP, FIONREAD doesn't count them, and MSG_WAITALL and SO_RCVLOWAT don't wait
@@ -38,7 +38,6 @@ type Local struct {
 	targets targets
 	graces  graces
 	counts  sockmap.Counts
-	proof   []host.Finding
 }
 
 // What tests may switch off, beside the rules of sockmap.
@@ -72,9 +71,6 @@ func Load(l *sockmap.Engine, c sockmap.Config) (_ *Local, err error) {
 			err = errors.Join(fmt.Errorf("local targets: %w", err), n.Close())
 		}
 	}()
-	if v, _, err := host.Kernel(); err == nil && v.Less(leastLocal) {
-		return nil, fmt.Errorf("kernel %v is older than %v: %w", v, leastLocal, errors.ErrUnsupported)
-	}
 	if panicsOnWarning() {
 		return nil, fmt.Errorf("kernel.panic_on_warn is set, and the kernel may warn of what it charges"+
 			" to a process's socket: %w", errors.ErrUnsupported)
@@ -121,10 +117,6 @@ func panicsOnWarning() bool {
 	return err == nil && strings.TrimSpace(string(b)) != "0"
 }
 
-// leastLocal: before it, an empty queue of the worker did not mean that it had moved all (405df89dd52c), and
-// a socket lost what it had not read of its queue when its connection ended (d8616ee2affc).
-var leastLocal = host.Version{Major: 6, Minor: 1}
-
 // Close is called when there are no flows any more.
 func (n *Local) Close() error {
 	err := n.targets.close()
@@ -140,7 +132,7 @@ func (n *Local) Close() error {
 }
 
 // Splice takes the flow over, as [sockmap.Engine.Splice] does, if up's other end is a socket of a process on
-// this host that was caught. The first flow to a target is always refused: it is how the target becomes
+// this host that was captured. The first flow to a target is always refused: it is how the target becomes
 // known.
 func (n *Local) Splice(ctx context.Context, down, up int,
 	o sockmap.Flow) (count func() (up, down int64), err error) {
@@ -179,7 +171,7 @@ func (p *process) shared() *skmsgLocal { return &p.local.flows[p.slot] }
 func (p *process) Prepare(slot uint32, downstream uint64) error {
 	// Only one has it: the sweep takes a socket out of its map that nobody has claimed in time.
 	if err := p.local.objects.Caught.Delete(p.pair); err != nil {
-		return refusedNotCaught
+		return refusedNotCaptured
 	}
 	p.slot = slot
 	p.isPrepared.Store(true)
@@ -201,13 +193,10 @@ func (p *process) Prepare(slot uint32, downstream uint64) error {
 	return nil
 }
 
-// What the programs read and write at the same time.
-func load32(p *uint32) uint32     { return atomic.LoadUint32(p) }
-func load64(p *uint64) uint64     { return atomic.LoadUint64(p) }
-func store32(p *uint32, v uint32) { atomic.StoreUint32(p, v) }
+// The programs read and write these at the same time.
 
-func (p *process) Enable()  { store32(&p.shared().On, 1) }
-func (p *process) Disable() { store32(&p.shared().On, 0) }
+func (p *process) Enable()  { atomic.StoreUint32(&p.shared().On, 1) }
+func (p *process) Disable() { atomic.StoreUint32(&p.shared().On, 0) }
 
 // Undo also takes the socket out of its map, since nothing was redirected to it.
 func (p *process) Undo() {
@@ -235,9 +224,9 @@ func (p *process) Moved(side uint32) uint64 {
 		return 0
 	}
 	if side == 0 {
-		return load64(&p.shared().In)
+		return atomic.LoadUint64(&p.shared().In)
 	}
-	return load64(&p.shared().Out)
+	return atomic.LoadUint64(&p.shared().Out)
 }
 
 // query runs the program of that name: some microseconds.
@@ -271,7 +260,7 @@ func (p *process) HasBacklog() bool {
 }
 
 func (p *process) ClosedUnread() bool {
-	return p.isPrepared.Load() && load32(&p.shared().Unread) != 0
+	return p.isPrepared.Load() && atomic.LoadUint32(&p.shared().Unread) != 0
 }
 
 func (p *process) Settle(byTCP uint32) bool {
@@ -282,18 +271,14 @@ func (p *process) Settle(byTCP uint32) bool {
 // insert puts the socket of a process that is this one into the map: what the sockops program does for
 // others.
 func (n *Local) insert(server *net.TCPConn) (*process, error) {
-	raw, err := server.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	p := &process{local: n, pair: pairOf(addrPort(server.LocalAddr()), addrPort(server.RemoteAddr()))}
-	var failed error
-	err = raw.Control(func(fd uintptr) {
-		if p.cookie, failed = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_COOKIE); failed == nil {
-			failed = errors.Join(n.objects.Caught.Put(p.pair, monotonic()), n.objects.Locals.Put(p.pair, uint64(fd)))
+	p, err := &process{local: n}, net.ErrClosed
+	tcpsock.Control(server, func(fd int) {
+		p.pair = pairOf(withoutZone(tcpsock.Local(fd)), withoutZone(tcpsock.Remote(fd)))
+		if p.cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE); err == nil {
+			err = errors.Join(n.objects.Caught.Put(p.pair, monotonic()), n.objects.Locals.Put(p.pair, uint64(fd)))
 		}
 	})
-	return p, errors.Join(err, failed)
+	return p, err
 }
 
 func pairOf(own, other netip.AddrPort) skmsgPair {
@@ -304,24 +289,24 @@ func endOf(at netip.AddrPort) skmsgEnd {
 	return skmsgEnd{Address: at.Addr().As16(), Port: uint32(at.Port())}
 }
 
-func addrPort(a net.Addr) netip.AddrPort {
-	t, _ := a.(*net.TCPAddr)
-	return withoutZone(t.AddrPort())
-}
-
 func withoutZone(at netip.AddrPort) netip.AddrPort {
-	return netip.AddrPortFrom(at.Addr().Unmap().WithZone(""), at.Port())
+	return netip.AddrPortFrom(at.Addr().WithZone(""), at.Port())
 }
 
-// Prove makes the tests of a datapath past TCP, keeps what they found, and switches the datapath off if they
-// failed.
-func (n *Local) Prove() error {
-	n.proof = n.SelfTest()
-	err := prove.Failed(n.proof)
-	if err != nil {
+// Prove makes the tests of a datapath past TCP, and switches the datapath off if they failed. What they found
+// is for doctor: the datapath is no condition for the rest.
+func (n *Local) Prove() (findings []host.Finding, err error) {
+	proof := n.SelfTest()
+	if err = prove.Failed(proof); err != nil {
 		n.counts.Off.Store(new(string))
 	}
-	return err
+	findings = slices.Clone(proof)
+	for i := range findings {
+		if findings[i].State == host.StateMissing {
+			findings[i].State = host.StateDegraded
+		}
+	}
+	return findings, err
 }
 
 // SelfTest makes the tests of a datapath past TCP.
@@ -333,23 +318,11 @@ type tried struct {
 	n *Local
 }
 
-func (t tried) Splice(ctx context.Context, down, up, server *net.TCPConn, o sockmap.Flow) (count func() (up, down int64), err error) {
+func (t tried) Splice(ctx context.Context, down, up int, server *net.TCPConn,
+	o sockmap.Flow) (count func() (up, down int64), err error) {
 	p, err := t.n.insert(server)
 	if err != nil {
 		return nil, fmt.Errorf("put the socket of the process into the map: %w", err)
 	}
-	return prove.OfConns(down, up, func(down, up int) (func() (up, down int64), error) {
-		return t.n.l.SpliceBy(ctx, down, up, o, p)
-	})
-}
-
-// Findings are what the tests found, for doctor. The datapath is no condition for the rest.
-func (n *Local) Findings() []host.Finding {
-	findings := slices.Clone(n.proof)
-	for i := range findings {
-		if findings[i].State == host.StateMissing {
-			findings[i].State = host.StateDegraded
-		}
-	}
-	return findings
+	return t.n.l.SpliceBy(ctx, down, up, o, p)
 }

@@ -21,7 +21,7 @@ const (
 	// missedMost is how many sockets in a row may be missed before a target is learned anew: its process may
 	// have been started again, in another cgroup.
 	missedMost = 4
-	// claimWithin is how long a caught socket may wait for its flow, before it is taken out of the map.
+	// claimWithin is how long a captured socket may wait for its flow, before it is taken out of the map.
 	claimWithin = 5 * time.Second
 	// zeroCopyAgain is how long a target that sends with MSG_ZEROCOPY is left alone.
 	zeroCopyAgain = 10 * time.Minute
@@ -29,15 +29,15 @@ const (
 
 // Why a flow is not taken, beside the reasons of sockmap.
 const (
-	refusedUnknown    = sockmap.Refusal("the target's process is not known yet")
-	refusedTargets    = sockmap.Refusal("more targets than sk_msg can track are in use")
-	refusedElsewhere  = sockmap.Refusal("the target is not a process on this host")
-	refusedRootCgroup = sockmap.Refusal("the target's process is in the root cgroup")
-	refusedNoCgroup   = sockmap.Refusal("the cgroup of the target's process could not be found")
-	refusedAttach     = sockmap.Refusal("the program could not be attached to the cgroup of the target's process")
-	refusedZeroCopy   = sockmap.Refusal("the target's process sends with MSG_ZEROCOPY")
-	refusedNotCaught  = sockmap.Refusal("the target's socket was not seen when it was created")
-	refusedPair       = sockmap.Refusal("the target's socket is not the peer of ours")
+	refusedUnknown     = sockmap.Refusal("the target's process is not known yet")
+	refusedTargets     = sockmap.Refusal("more targets than sk_msg can track are in use")
+	refusedElsewhere   = sockmap.Refusal("the target is not a process on this host")
+	refusedRootCgroup  = sockmap.Refusal("the target's process is in the root cgroup")
+	refusedNoCgroup    = sockmap.Refusal("the cgroup of the target's process could not be found")
+	refusedAttach      = sockmap.Refusal("the program could not be attached to the cgroup of the target's process")
+	refusedZeroCopy    = sockmap.Refusal("the target's process sends with MSG_ZEROCOPY")
+	refusedNotCaptured = sockmap.Refusal("the target's socket was not seen when it was created")
+	refusedPair        = sockmap.Refusal("the target's socket is not the peer of ours")
 )
 
 // targets are the addresses that flows go to, and what is known about who listens there.
@@ -55,7 +55,7 @@ type targets struct {
 }
 
 type target struct {
-	why    error // nil: its sockets are caught
+	why    error // nil: its sockets are captured
 	group  string
 	again  time.Time // when why is not final
 	used   time.Time
@@ -115,7 +115,7 @@ func (t *targets) find(up int) (*process, error) {
 		if k.missed++; k.missed >= missedMost {
 			t.learn(at, own)
 		}
-		return nil, refusedNotCaught
+		return nil, refusedNotCaptured
 	}
 	k.missed = 0
 	if p.group = t.groups[k.group]; p.group != nil {
@@ -157,8 +157,8 @@ func (t *targets) forget(now time.Time) bool {
 	return true
 }
 
-// learn looks up in the background whose the socket at is that is connected to other, and has its like caught
-// from then on.
+// learn looks up in the background whose the socket at is that is connected to other, and has its like
+// captured from then on.
 // +checklocks:t.mu
 func (t *targets) learn(at, other netip.AddrPort) {
 	k := &target{why: refusedUnknown, used: time.Now()}
@@ -177,7 +177,9 @@ func (t *targets) learn(at, other netip.AddrPort) {
 		}
 		if err != nil {
 			why := refusedNoCgroup
-			errors.As(err, &why)
+			if !errors.As(err, &why) {
+				err = fmt.Errorf("%w: %w", why, err)
+			}
 			k.why, k.again = why, time.Now().Add(learnAgain)
 			t.n.log.Info("a target can't use datapath sk_msg", "target", at, "reason", err)
 			_ = t.n.objects.Targets.Delete(endOf(at))
@@ -189,7 +191,7 @@ func (t *targets) learn(at, other netip.AddrPort) {
 	}()
 }
 
-// attach has the sockets that are accepted in the cgroup at that address caught.
+// attach has the sockets captured that are accepted in the cgroup at that address.
 // +checklocks:t.mu
 func (t *targets) attach(at netip.AddrPort, path string) error {
 	if t.groups[path] == nil {

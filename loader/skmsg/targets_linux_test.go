@@ -20,10 +20,10 @@ func TestLocalForgetsTargets(t *testing.T) {
 	n := openLocal(t, nil)
 	first, dir := cgroup.Listen(t, "tcp4")
 	p := loadertest.BecomeLocal(t, n, first)
-	at := onlyProcess(t, n)
-	const hour = time.Hour
+	process := onlyProcess(t, n)
+	at, hour := netip.MustParseAddrPort(first.Addr().String()), time.Hour
 	n.targets.mu.Lock()
-	n.targets.known[addrPort(first.Addr())].used = time.Now().Add(-hour)
+	n.targets.known[at].used = time.Now().Add(-hour)
 	for i := 1; i < maxTargets; i++ {
 		at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 9, byte(i >> 8), byte(i)}), 80)
 		n.targets.known[at] = &target{used: time.Now().Add(-hour / 2)}
@@ -35,7 +35,7 @@ func TestLocalForgetsTargets(t *testing.T) {
 	q := loadertest.BecomeLocal(t, n, second)
 	loadertest.Must(t, loadertest.ExchangeBytes(q, 1000, 1000))
 	n.targets.mu.Lock()
-	if n.targets.known[addrPort(first.Addr())] != nil || len(n.targets.known) != maxTargets {
+	if n.targets.known[at] != nil || len(n.targets.known) != maxTargets {
 		t.Errorf("%d targets are known, with the oldest", len(n.targets.known))
 	}
 	for _, k := range n.targets.known {
@@ -50,7 +50,7 @@ func TestLocalForgetsTargets(t *testing.T) {
 	_, err := p.Client.Write(prove.Pattern(1000))
 	loadertest.Must(t, err)
 	loadertest.WaitFor(t, func() bool {
-		answer, err := at.query(skmsgLocalRequestLOCAL_LOOK, 0)
+		answer, err := process.query(skmsgLocalRequestLOCAL_LOOK, 0)
 		return answer&skmsgLocalAnswerLOCAL_QUEUE != 0 && err == nil
 	}, "the bytes to reach the process's queue")
 	loadertest.Must(t, errors.Join(p.Server.Close(), p.Client.SetReadDeadline(time.Now().Add(loadertest.Patience))))

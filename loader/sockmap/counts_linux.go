@@ -6,8 +6,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // A burst of failures that a healthy kernel does not show switches the datapath off.
@@ -77,6 +75,3 @@ func (c *Counts) Health() (off string, stalls uint64) {
 	}
 	return off, c.stalls.Load()
 }
-
-// isNotEstablished: sock_map_sk_state_allowed said no.
-func isNotEstablished(err error) bool { return errors.Is(err, unix.EOPNOTSUPP) }

@@ -68,14 +68,7 @@ type offer struct {
 	taken  chan struct{}
 }
 
-// leastDetach is the first kernel whose iterator of TCP sockets locks them.
-var leastDetach = host.Version{Major: 5, Minor: 15}
-
-// newDetacher gives nil where directions can't leave.
 func newDetacher(l *Engine) (*detacher, error) {
-	if v, _, err := host.Kernel(); err != nil || v.Less(leastDetach) {
-		return nil, nil
-	}
 	it, err := link.AttachIter(link.IterOptions{Program: l.objects.IterLeave})
 	if err != nil {
 		return nil, fmt.Errorf("attach the iterator of sockets: %w", host.Translate(err))
@@ -92,7 +85,7 @@ func (d *direction) noteRate(now time.Time) {
 		return
 	}
 	n, took := d.handled(), now.Sub(d.last)
-	if f.busy > 0 && float64(n-d.lastAt) >= float64(f.busy)*took.Seconds() {
+	if f.o.Busy > 0 && float64(n-d.lastAt) >= float64(f.o.Busy)*took.Seconds() {
 		f.l.detacher.ask(f)
 	}
 	d.last, d.lastAt = now, n
@@ -100,7 +93,7 @@ func (d *direction) noteRate(now time.Time) {
 
 // ask makes both directions leave soon, if the flow can be given back then. Called with the flow's mu held.
 func (v *detacher) ask(f *flow) {
-	if v == nil || f.returned == nil || !f.isByTCP() || f.directions[0].hasFIN() || f.directions[1].hasFIN() {
+	if v == nil || f.o.Returned == nil || !f.isByTCP() || f.directions[0].hasFIN() || f.directions[1].hasFIN() {
 		return
 	}
 	v.mu.Lock()
@@ -216,21 +209,19 @@ func (d *direction) offered(o *offer) {
 	}
 }
 
-// detach takes the offer when what was passed and not read yet is within the flow's bound: it reads that, and
-// is out of the sockmap if nothing else has been passed by then. Until then it is copied, and less is passed,
-// in larger pieces: see hold. err: the source is broken.
-func (d *direction) detach(o *offer) error {
+// takeOffer takes the direction out of the sockmap if that was offered, and if what was passed and not read
+// yet is within the flow's bound: it reads that, and is out if nothing else has been passed by then. Until
+// then it is copied, and less is passed, in larger pieces: see hold. err: the source is broken.
+func (d *direction) takeOffer() error {
+	o := d.offer.Load()
+	if o == nil || d.isCopying.Load() || d.sawEOF || d.f.broken.Load() != nil {
+		return nil
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.isOver {
 		return nil
 	}
-	return d.take(o)
-}
-
-// take is detach for an offer that is not over.
-// +checklocks:o.mu
-func (d *direction) take(o *offer) error {
 	if !o.isHeld {
 		o.isHeld = true
 		d.source().hold()
@@ -299,15 +290,6 @@ func (d *direction) setDetaching(to sockmapLeaving) {
 	}
 }
 
-// takeOffer leaves if that was offered. err: the source is broken.
-func (d *direction) takeOffer() error {
-	o := d.offer.Load()
-	if o == nil || d.isCopying.Load() || d.sawEOF || d.f.broken.Load() != nil {
-		return nil
-	}
-	return d.detach(o)
-}
-
 // readyToReturn is asked by a direction that has left and holds nothing, with all written that was
 // redirected. It is true for the direction that is the last to be so.
 func (d *direction) readyToReturn() bool {
@@ -327,10 +309,7 @@ func (f *flow) giveBack() {
 		f.mu.Unlock()
 		return
 	}
-	if stop := f.stop.Load(); stop != nil {
-		(*stop)()
-	}
-	f.l.live[f.slot].Store(nil)
+	f.hide()
 	var rest [2][]byte
 	for i, s := range f.sockets {
 		d := &f.directions[i]
@@ -342,7 +321,7 @@ func (f *flow) giveBack() {
 	f.mu.Unlock()
 	f.l.alive.Done()
 	up, down := f.count()
-	f.returned(int(f.sockets[0]), int(f.sockets[1]), rest[0], rest[1], up, down, f.record.forgetter(), errBusy)
+	f.o.Returned(int(f.sockets[0]), int(f.sockets[1]), rest[0], rest[1], up, down, f.record.forgetter(), errBusy)
 }
 
 // hasFIN: the source's stream has ended, or its end was passed on. Called with the flow's mu held.

@@ -76,8 +76,6 @@ type direction struct {
 	wasChecked bool      // for a stall, since
 }
 
-func (d *direction) init(f *flow, i uint32, read uint64) { d.f, d.side, d.read0 = f, i, read }
-
 // shared is the direction's part of the map. Valid until the flow is closed.
 func (d *direction) shared() *sockmapHalf { return &d.f.l.halves[2*d.f.slot+d.side] }
 
@@ -96,16 +94,18 @@ func (d *direction) fault() sockmapFault { return sockmapFault(load32((*uint32)(
 func (d *direction) source() socket { return d.f.sockets[d.side] }
 func (d *direction) peer() socket   { return d.f.sockets[1-d.side] }
 
-// moved is how many bytes were given to the peer.
-func (d *direction) moved() uint64 {
+// given is how many bytes went to the peer, but for those that went past TCP.
+func (d *direction) given() uint64 {
 	m := d.shared()
-	return load64(&m.Redirected) + load64(&m.Consumed) + d.f.bypass.Moved(d.side)
+	return load64(&m.Redirected) + load64(&m.Consumed)
 }
+
+// moved is how many bytes were given to the peer.
+func (d *direction) moved() uint64 { return d.given() + d.f.bypass.Moved(d.side) }
 
 // byTCP is how many bytes the peer's TCP was given, or will be when the worker comes to them.
 func (d *direction) byTCP() uint64 {
-	m := d.shared()
-	n := load64(&m.Redirected) + load64(&m.Consumed)
+	n := d.given()
 	if d.side == 1 { // what a process gets past TCP, upstream never sees
 		n += d.f.bypass.Moved(1)
 	}
@@ -116,12 +116,11 @@ type snapshot struct{ redirected, passed, trimmed, local uint64 }
 
 func (d *direction) snapshot() snapshot {
 	m := d.shared()
+	passed := &m.Passed
 	if d.isCopying.Load() { // there is no verdict that counts
-		return snapshot{load64(&m.Redirected), load64(&m.Consumed), uint64(load32(&m.Trimmed)),
-			d.f.bypass.Moved(d.side)}
+		passed = &m.Consumed
 	}
-	return snapshot{load64(&m.Redirected), load64(&m.Passed), uint64(load32(&m.Trimmed)),
-		d.f.bypass.Moved(d.side)}
+	return snapshot{load64(&m.Redirected), load64(passed), uint64(load32(&m.Trimmed)), d.f.bypass.Moved(d.side)}
 }
 
 func (s snapshot) into(before uint64, bytes, redirected, passed, trimmed, local *uint64) {
@@ -400,8 +399,7 @@ func (d *direction) comeToRest() {
 // has come. A socket tells of its reset once, and it may have told somebody else: who wrote to it, the worker
 // even. To who reads it looks like the end of the stream then.
 func (d *direction) isCut() bool {
-	m := d.shared()
-	n := load64(&m.Redirected) + load64(&m.Consumed)
+	n := d.given()
 	if d.side == 0 { // but not what a process sends past TCP
 		n += d.f.bypass.Moved(0)
 	}
@@ -436,7 +434,7 @@ func (d *direction) makeWay() {
 	}
 }
 
-// redirectedIsWritten: the peer's TCP has all bytes of this direction that come before h.rest.
+// redirectedIsWritten: the peer's TCP has all bytes of this direction that come before d.rest.
 func (d *direction) redirectedIsWritten() bool {
 	if d.side == 0 && d.f.bypass.HasBacklog() {
 		return false

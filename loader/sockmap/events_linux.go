@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// quiet is what a spliced socket is watched for: its end, and what epoll always tells (errors). Not for
+// baseEvents is what a spliced socket is watched for: its end, and what epoll always tells (errors). Not for
 // bytes: each message would wake us though none is for us.
 const baseEvents = unix.EPOLLRDHUP | unix.EPOLLET
 

@@ -26,12 +26,9 @@ type flow struct {
 	generation uint32 // tells events of this flow from those of an earlier one in its slot
 	sockets    [2]socket
 	cookies    [2]uint64
-	directions [2]direction // 0: downstream to upstream, whose source is downstream's socket; 1: back
-	before     [2]int64     // bytes that had moved when we got it
-	idle       time.Duration
-	ended      func(up, down int64, end string, err error)
-	returned   func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error)
-	busy       int64                       // bytes per second of a direction from which on the flow is given back; 0: never
+	directions [2]direction                // 0: downstream to upstream, whose source is downstream's socket; 1: back
+	before     [2]int64                    // bytes that had moved when we got it
+	o          Flow                        // what Splice was told of it
 	record     *record                     // of the ledger; nil: the flow is only here
 	stop       atomic.Pointer[func() bool] // unhooks the context
 	bypass     Bypass
@@ -136,11 +133,7 @@ func (f *flow) finish(end string, err error) {
 	if !f.isOver.CompareAndSwap(false, true) {
 		return
 	}
-	if stop := f.stop.Load(); stop != nil {
-		(*stop)()
-	}
-	l := f.l
-	l.live[f.slot].Store(nil)
+	f.hide()
 	f.mu.Lock()
 	f.bypass.Disable()
 	for _, s := range f.sockets {
@@ -154,11 +147,19 @@ func (f *flow) finish(end string, err error) {
 	f.close()
 	f.record.forget()
 	f.mu.Unlock()
-	l.alive.Done()
-	if f.ended != nil {
+	f.l.alive.Done()
+	if f.o.Ended != nil {
 		up, down := f.count()
-		f.ended(up, down, end, err)
+		f.o.Ended(up, down, end, err)
 	}
+}
+
+// hide lets nobody find the flow any more who does not know it already, nor cancel it.
+func (f *flow) hide() {
+	if stop := f.stop.Load(); stop != nil {
+		(*stop)()
+	}
+	f.l.live[f.slot].Store(nil)
 }
 
 // close gives back all that the flow has in the loader. The sockets have left the sockmaps, so no verdict

@@ -31,26 +31,21 @@ func (g *ledger) init(l *Engine) { g.l, g.by = l, make(map[uint64]*record) }
 // Record shows a flow in the flows map that userspace moves, and that may be given to Splice, and
 // given back, again and again. forget ends it.
 func (l *Engine) Record(down, up int, o Flow) (forget func(), err error) {
-	r, err := l.record([2]socket{socket(down), socket(up)}, o)
-	l.counts.CountRefusal(l.log, err)
-	return r.forgetter(), err
-}
-
-func (l *Engine) record(s [2]socket, o Flow) (*record, error) {
+	defer func() { l.counts.CountRefusal(l.log, err) }()
 	if l.counts.IsOff() {
 		return nil, RefusedOff
 	}
-	var cookies [2]uint64
-	for i, s := range s {
+	sockets, cookies := [2]socket{socket(down), socket(up)}, [2]uint64{}
+	for i, s := range sockets {
 		if s.isMultipath() {
 			return nil, refusedMultipath
 		}
-		var err error
 		if cookies[i], err = s.cookie(); err != nil {
 			return nil, refusedSocket
 		}
 	}
-	return l.ledger.add(s, cookies, o)
+	r, err := l.ledger.add(sockets, cookies, o)
+	return r.forgetter(), err
 }
 
 func (g *ledger) add(s [2]socket, cookies [2]uint64, o Flow) (*record, error) {
@@ -137,9 +132,9 @@ func (r *record) history(i uint32, total int64) (redirected, copied, trimmed uin
 }
 
 // enter puts f into the flows map, with the record's history if there is one.
-func (r *record) enter(f *flow, o Flow) error {
+func (r *record) enter(f *flow) error {
 	if r == nil {
-		t := describe(f.sockets, f.cookies[1], o)
+		t := describe(f.sockets, f.cookies[1], f.o)
 		t.Slot = f.slot
 		return f.l.objects.Flows.Put(f.cookies[0], t)
 	}

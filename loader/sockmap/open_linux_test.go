@@ -3,6 +3,7 @@ package sockmap
 import (
 	"errors"
 	"fmt"
+	"net"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/loader/loadertest"
 	"github.com/tailsplice/tailsplice/loader/pins"
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 var opened atomic.Int64
@@ -37,6 +39,16 @@ func open(t testing.TB, h *Hooks, flows int) *Engine {
 		}
 	})
 	return l
+}
+
+// dup gives a descriptor of its own for c's socket. c stays usable.
+func dup(c *net.TCPConn) (socket, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	fd, err := tcpsock.Dup(raw)
+	return socket(fd), err
 }
 
 // flows is how many are in the sockmap, or are recorded.

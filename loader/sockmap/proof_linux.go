@@ -2,7 +2,6 @@ package sockmap
 
 import (
 	"context"
-	"fmt"
 	"net"
 
 	"github.com/tailsplice/tailsplice/loader/host"
@@ -17,15 +16,9 @@ func (l *Engine) Tried() prove.Datapath { return tried{l} }
 
 type tried struct{ l *Engine }
 
-func (t tried) Splice(ctx context.Context, down, up, _ *net.TCPConn, o Flow) (count func() (up, down int64), err error) {
-	return prove.OfConns(down, up, func(down, up int) (func() (up, down int64), error) {
-		return t.l.SpliceBy(ctx, down, up, o, tcpOnly{t.l})
-	})
-}
-
-func (t tried) SpliceAgain(ctx context.Context, down, up int, o Flow) error {
-	_, err := t.l.SpliceBy(ctx, down, up, o, tcpOnly{t.l})
-	return err
+func (t tried) Splice(ctx context.Context, down, up int, _ *net.TCPConn,
+	o Flow) (count func() (up, down int64), err error) {
+	return t.l.SpliceBy(ctx, down, up, o, tcpOnly{t.l})
 }
 
 // do calls what with the flow, if there is one.
@@ -50,12 +43,9 @@ func (t tried) Moved(direction int) (m prove.Moved) {
 	return m
 }
 
-func (t tried) GiveBack() (needs string) {
-	if t.l.detacher == nil {
-		return fmt.Sprintf("Linux %d.%d or newer", leastDetach.Major, leastDetach.Minor)
-	}
+func (t tried) GiveBack() bool {
 	t.do(t.l.detacher.ask)
-	return ""
+	return t.l.detacher != nil
 }
 
 func (t tried) Pressure() uint64 { return t.l.pressure }

@@ -2,7 +2,6 @@ package sockmap
 
 import (
 	"errors"
-	"net"
 	"net/netip"
 
 	"github.com/cilium/ebpf"
@@ -13,16 +12,6 @@ import (
 
 // socket is a descriptor of a TCP socket, not blocking, closed by its flow.
 type socket int
-
-// dup gives a descriptor of its own for c's socket. c stays usable.
-func dup(c *net.TCPConn) (socket, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return -1, err
-	}
-	fd, err := tcpsock.Dup(raw)
-	return socket(fd), err
-}
 
 // local and remote are the socket's addresses, as [ADDRESS%ZONE]:PORT.
 func (s socket) local() string  { return address(tcpsock.Local(int(s))) }

@@ -2,12 +2,12 @@ package sockmap
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/tailsplice/tailsplice/loader/host"
 	"github.com/tailsplice/tailsplice/loader/prove"
 )
 
@@ -32,11 +32,10 @@ func (l *Engine) SpliceBy(ctx context.Context, down, up int, o Flow,
 	}
 	defer l.splicing.Done()
 	f := &flow{l: l, slot: slot, generation: l.generation.Add(1),
-		sockets: [2]socket{socket(down), socket(up)}, ended: o.Ended,
-		returned: o.Returned, busy: o.Busy, idle: o.Idle, before: [2]int64{o.Up, o.Down}, bypass: bypass,
+		sockets: [2]socket{socket(down), socket(up)}, o: o, before: [2]int64{o.Up, o.Down}, bypass: bypass,
 		counts: bypass.Counts()}
 	undo := undo{func() { bypass.FreeSlot(slot) }}
-	if err := f.enter(o, &undo); err != nil {
+	if err := f.enter(&undo); err != nil {
 		undo.run()
 		return nil, err
 	}
@@ -57,7 +56,7 @@ func (u undo) run() {
 
 // enter makes all that a spliced flow needs, and puts it into the sockmap, or says why that can't be. undo
 // gets what takes it back.
-func (f *flow) enter(o Flow, undo *undo) error {
+func (f *flow) enter(undo *undo) error {
 	if f.sockets[0].isMultipath() || f.sockets[1].isMultipath() {
 		return refusedMultipath // a sockmap takes none
 	}
@@ -69,7 +68,7 @@ func (f *flow) enter(o Flow, undo *undo) error {
 	if err := f.measure(); err != nil {
 		return err
 	}
-	if err := f.list(o, undo); err != nil {
+	if err := f.list(undo); err != nil {
 		return err
 	}
 	// Edge-triggered: what has happened before is told when the flow is live. An end of stream since the
@@ -90,11 +89,11 @@ func (f *flow) enter(o Flow, undo *undo) error {
 }
 
 // list puts the flow into the flows map, where it goes on from what the ledger knows of it.
-func (f *flow) list(o Flow, undo *undo) (err error) {
-	l := f.l
+func (f *flow) list(undo *undo) (err error) {
+	l, o := f.l, &f.o
 	f.record = l.ledger.find(f.cookies[0])
 	if f.record == nil && o.Returned != nil && o.Moved != nil && f.isByTCP() {
-		if f.record, err = l.ledger.add(f.sockets, f.cookies, o); err != nil {
+		if f.record, err = l.ledger.add(f.sockets, f.cookies, *o); err != nil {
 			return err
 		}
 		undo.add(f.record.forget)
@@ -104,7 +103,7 @@ func (f *flow) list(o Flow, undo *undo) (err error) {
 		f.directions[i].resume(f.record.history(uint32(i), f.before[i]))
 	}
 	undo.add(func() { f.record.leave(f); f.forget() })
-	if err := f.record.enter(f, o); err != nil {
+	if err := f.record.enter(f); err != nil {
 		return RefusedMaps
 	}
 	return nil
@@ -169,8 +168,8 @@ func (f *flow) begin(ctx context.Context) {
 			stop()
 		}
 	}
-	if f.idle > 0 {
-		f.l.sweeper.atLeast(f.idle / 4)
+	if f.o.Idle > 0 {
+		f.l.sweeper.atLeast(f.o.Idle / 4)
 	}
 }
 
@@ -198,7 +197,7 @@ func (f *flow) wakeAll() {
 
 // insertion tells a socket that has ended from one that the kernel does not take.
 func insertion(err error) Refusal {
-	if err := host.Translate(err); isNotEstablished(err) {
+	if errors.Is(err, unix.EOPNOTSUPP) { // sock_map_sk_state_allowed said no
 		return RefusedState
 	}
 	return refusedInsert
@@ -223,7 +222,8 @@ func (f *flow) measure() error {
 		if err != nil {
 			return refusedSocket
 		}
-		f.directions[i].init(f, uint32(i), read)
+		d := &f.directions[i]
+		d.f, d.side, d.read0 = f, uint32(i), read
 		f.directions[1-i].written0 = written
 	}
 	return nil

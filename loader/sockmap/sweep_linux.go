@@ -66,8 +66,8 @@ func (l *Engine) sweep(now time.Time) time.Duration {
 		if f == nil {
 			continue
 		}
-		if f.idle > 0 {
-			pause = min(pause, max(f.idle/4, 10*time.Millisecond))
+		if f.o.Idle > 0 {
+			pause = min(pause, max(f.o.Idle/4, 10*time.Millisecond))
 		}
 		if f.sweep(now) {
 			go f.finish(prove.EndIdle, nil)
@@ -100,7 +100,7 @@ func (f *flow) sweep(now time.Time) bool {
 		}
 	}
 	f.settle(now)
-	return f.idle > 0 && now.Sub(f.lastMoved()) >= f.idle
+	return f.o.Idle > 0 && now.Sub(f.lastMoved()) >= f.o.Idle
 }
 
 // sweep looks for what no event has told of, and reports whether the direction has moved since the last
@@ -237,7 +237,7 @@ func (l *Engine) Busy() (flows int, ok bool) {
 	return int(max(l.inside.Load()-l.quiet.Load(), 0)), !l.counts.IsOff()
 }
 
-// restsAfter is how long a flow has moved nothing that rests.
+// quietAfter is how long a quiet flow has moved nothing at least.
 const quietAfter = time.Second
 
 // isQuiet is asked by the sweeper: has the flow nothing to move?
@@ -250,8 +250,7 @@ func (f *flow) settle(now time.Time) {
 	if f.settled == d.seen || f.bypass.Moved(1) == 0 || now.Sub(d.since) < 2*sweepEvery {
 		return
 	}
-	m := d.shared()
-	byTCP := load64(&m.Redirected) + load64(&m.Consumed)
+	byTCP := d.given()
 	// A verdict counts before it redirects, under the lock that TCP_INFO takes.
 	var i unix.TCPInfo
 	if d.source().info(&i) != nil {

@@ -122,7 +122,7 @@ func (srv *Server) problems() []Problem {
 			all = append(all, Problem{PartDatapath, "", d.Name(), why})
 		}
 	}
-	all.add(PartTransparent, "", "", srv.wayErr)
+	all.add(PartTransparent, "", "", srv.returnPathErr)
 	all.add(PartContainers, "", "", srv.containers.Problem())
 	slices.SortFunc(all, func(a, b Problem) int { return strings.Compare(a.String(), b.String()) })
 	return all

@@ -126,7 +126,7 @@ func (srv *Server) prepare(c *change, cfg *config.Config) (err error) {
 // +checklocks:srv.mu
 func (srv *Server) swap(c *change) {
 	cfg, needs := c.plan.Config, c.plan.Needs
-	srv.openWay(needs.Transparent)
+	srv.openReturnPath(needs.Transparent)
 	srv.nodeName.Store(&cfg.Node)
 	srv.hops.Store(hopsOf(cfg)) // before one of them comes: its flows may last
 	for _, swap := range c.swaps {

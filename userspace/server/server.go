@@ -102,7 +102,7 @@ type Server struct {
 	tailnet    *tailnet.Client
 	containers *container.Client
 	acme       *acme.Manager
-	way        atomic.Pointer[transparent.Way] // nil: none is needed, or can be had
+	returnPath atomic.Pointer[transparent.ReturnPath] // nil: none is needed, or can be had
 	deps       plan.Deps
 	limiter    *limit.Limiter
 	newRate    *limit.Rate    // of new connections
@@ -151,15 +151,15 @@ type present struct {
 	sockets   map[string]*listenerSocket // by bound address
 	isClosed  bool
 
-	missing      map[string]string         // Options.Missing, as it is now
-	logs         map[string]*accesslog.Log // open access logs, by format and file
-	denyFiles    []*deny.File              // that are followed
-	tailnetAddrs []netip.Addr              // this node's, as last known
-	tailnetErr   error                     // why they are not known now, though a listener wants them
-	unbound      map[lack]error            // what can't be bound now, and why
-	healthErr    error                     // why control.health can't be bound on the tailnet
-	places       map[string]place          // that listeners name
-	wayErr       error                     // why there is no way though a route wants it
+	missing       map[string]string         // Options.Missing, as it is now
+	logs          map[string]*accesslog.Log // open access logs, by format and file
+	denyFiles     []*deny.File              // that are followed
+	tailnetAddrs  []netip.Addr              // this node's, as last known
+	tailnetErr    error                     // why they are not known now, though a listener wants them
+	unbound       map[lack]error            // what can't be bound now, and why
+	healthErr     error                     // why control.health can't be bound on the tailnet
+	places        map[string]place          // that listeners name
+	returnPathErr error                     // why there is none though a route wants it
 }
 
 // New binds cfg's addresses and starts serving. What can be mended while the rest serves (an address that is
@@ -267,7 +267,7 @@ func (srv *Server) Close() {
 		}
 	}
 	srv.conns.Wait()
-	srv.closeWay()
+	srv.closeReturnPath()
 	srv.useLogs(nil)
 	closeFiles(srv.denyFiles)
 	srv.acme.Close()

@@ -17,27 +17,27 @@ import (
 // clientUnknown is the reason where a hop speaks for somebody, and doesn't say for whom.
 const clientUnknown = "client_unknown"
 
-// openWay makes sure that answers to clients' own addresses come back here, if that is wanted. What was
-// opened stays to the end: flows that a reload leaves alone need it.
+// openReturnPath makes sure that answers to clients' own addresses come back here, if that is wanted. What
+// was opened stays to the end: flows that a reload leaves alone need it.
 //
 // +checklocks:srv.mu
-func (srv *Server) openWay(wanted bool) {
-	srv.wayErr = nil
-	if srv.way.Load() != nil || !wanted {
+func (srv *Server) openReturnPath(wanted bool) {
+	srv.returnPathErr = nil
+	if srv.returnPath.Load() != nil || !wanted {
 		return
 	}
-	way, err := transparent.Open(srv.log)
+	path, err := transparent.Open(srv.log)
 	if err != nil {
 		srv.log.Warn("transparent does not work here: targets see this host's address instead of the client's", "err", err)
-		srv.wayErr = fmt.Errorf("transparent does not work here: %w", err)
+		srv.returnPathErr = fmt.Errorf("transparent does not work here: %w", err)
 		return
 	}
-	srv.way.Store(way)
+	srv.returnPath.Store(path)
 }
 
-func (srv *Server) closeWay() {
-	if way := srv.way.Swap(nil); way != nil {
-		if err := way.Close(); err != nil {
+func (srv *Server) closeReturnPath() {
+	if path := srv.returnPath.Swap(nil); path != nil {
+		if err := path.Close(); err != nil {
 			srv.log.Warn("the rules for transparent could not be removed: `ip rule` and `nft list tables` show them", "err", err)
 		}
 	}
@@ -46,12 +46,12 @@ func (srv *Server) closeWay() {
 // dialTransparent connects to r's target from the client's own address, where that can be. Where it can't the
 // target sees this host, and the reason is counted.
 func (srv *Server) dialTransparent(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
-	way, client := srv.way.Load(), who.Client
+	path, client := srv.returnPath.Load(), who.Client
 	fits := func(to netip.Addr) error {
 		if who.Unknown != nil {
 			return who.Unknown
 		}
-		return way.Fits(client, to)
+		return path.Fits(client, to)
 	}
 	d := *r.Dialer
 	d.AsClient = true

@@ -10,44 +10,44 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Fits says why a connection from here to `to` can't carry client's address (an *Error). w may be nil.
-func (w *Way) Fits(client, to netip.Addr) error {
+// Fits says why a connection from here to `to` can't carry client's address (an *Error). p may be nil.
+func (p *ReturnPath) Fits(client, to netip.Addr) error {
 	client, to = client.Unmap(), to.Unmap()
 	number := unix.AF_INET
 	if to.Is6() {
 		number = unix.AF_INET6
 	}
 	switch {
-	case w == nil:
+	case p == nil:
 		return no(Unavailable, "answers to the client's address would not come back here: see the log of the start")
 	case client.Is4() != to.Is4():
 		return no(Family, "the client is %s and the target %s: one is IPv4, the other IPv6", client, to)
-	case w.off[number] != nil:
-		return no(Unavailable, "%v", w.off[number])
+	case p.off[number] != nil:
+		return no(Unavailable, "%v", p.off[number])
 	case client.IsLoopback(), client.IsUnspecified(), client.IsLinkLocalUnicast(), client.IsMulticast(), client.Zone() != "":
 		return no(ClientAddress, "the client's address %s means nothing to the target", client)
 	case to.IsLoopback():
 		return no(TargetHere, "the target %s is on this host", to)
 	}
-	there, err := w.nl.RouteGet(to.AsSlice())
+	there, err := p.nl.RouteGet(to.AsSlice())
 	if err != nil || len(there) == 0 {
 		return nil // connecting will say it better
 	}
 	if there[0].Type == unix.RTN_LOCAL {
 		return no(TargetHere, "the target %s is an address of this host", to)
 	}
-	back, err := w.nl.RouteGet(client.AsSlice())
+	back, err := p.nl.RouteGet(client.AsSlice())
 	if err != nil || len(back) == 0 || back[0].Type == unix.RTN_LOCAL {
 		return nil // no way to the client but by ours, or this host is the client
 	}
 	if back[0].LinkIndex == there[0].LinkIndex {
-		return no(SameNetwork, "%s and %s are both reached by %s: the answers would not pass here", client, to, w.linkName(back[0].LinkIndex))
+		return no(SameNetwork, "%s and %s are both reached by %s: the answers would not pass here", client, to, p.linkName(back[0].LinkIndex))
 	}
 	return nil
 }
 
-func (w *Way) linkName(index int) string {
-	if l, err := w.nl.LinkByIndex(index); err == nil {
+func (p *ReturnPath) linkName(index int) string {
+	if l, err := p.nl.LinkByIndex(index); err == nil {
 		return l.Attrs().Name
 	}
 	return "the same interface"

@@ -3,7 +3,7 @@
 //
 // The connection's socket is bound to the client's address (IP_TRANSPARENT), and its port is the kernel's
 // choice. What the container answers is addressed to the client: it must come by this host, which is so where
-// this host is the container's default gateway, and this host must keep it. That is what a [Way] is:
+// this host is the container's default gateway, and this host must keep it. That is what a [ReturnPath] is:
 //
 //	nftables, prerouting   packets of such sockets get a mark
 //	ip rule                the mark leads to a routing table of our own
@@ -16,10 +16,10 @@
 //
 // Its files:
 //
-//	transparent.go   why it can't be done
-//	way_linux.go     the return path: nftables, rules, a routing table; and whether it can be had
-//	socket_linux.go  a socket with the client's address
-//	other.go         elsewhere than on Linux
+//	transparent.go        why it can't be done
+//	return_path_linux.go  nftables, rules, a routing table; and whether they can be had
+//	socket_linux.go       a socket with the client's address
+//	other.go              elsewhere than on Linux
 package transparent
 
 import "fmt"
@@ -28,7 +28,7 @@ import "fmt"
 type Reason string
 
 const (
-	Unavailable   Reason = "unavailable"    // there is no Way
+	Unavailable   Reason = "unavailable"    // there is no ReturnPath
 	Family        Reason = "family"         // the client is IPv4 and the target IPv6, or the reverse
 	ClientAddress Reason = "client_address" // it means nothing to another host: loopback, link-local
 	TargetHere    Reason = "target_here"    // the target is an address of this host: its answers don't come in from outside

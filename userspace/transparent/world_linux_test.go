@@ -180,14 +180,14 @@ func defaultRoute(t *testing.T, dev string, gateways ...string) {
 	}
 }
 
-// open opens a Way on the host.
-func (w *world) open(log *slog.Logger) (way *Way) {
+// open opens a ReturnPath on the host.
+func (w *world) open(log *slog.Logger) (path *ReturnPath) {
 	w.t.Helper()
 	var err error
-	w.in(w.host, func() { way, err = Open(log) })
+	w.in(w.host, func() { path, err = Open(log) })
 	must(w.t, err)
-	w.t.Cleanup(func() { must(w.t, way.Close()) })
-	return way
+	w.t.Cleanup(func() { must(w.t, path.Close()) })
+	return path
 }
 
 // dial connects to the container as the client does that it is from.

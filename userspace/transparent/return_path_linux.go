@@ -20,7 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Each Way of a network namespace has a slot: a routing table, two priorities of rules, an nftables table.
+// Each ReturnPath of a network namespace has a slot: a routing table, two priorities of rules, an nftables
+// table.
 const (
 	slots         = 16
 	firstTable    = 17440
@@ -31,14 +32,15 @@ const (
 	socketMark = 0x20
 	packetMark = 0x40 // one bit. Others have 0xff0000 (tailscaled), 0xc000 (Kubernetes), 0xf00 (Cilium), 1.
 
-	// repairEvery is between looks whether the Way stands: `nft flush ruleset`, or systemd-networkd, end it.
+	// repairEvery is between looks whether the ReturnPath stands: `nft flush ruleset`, or systemd-networkd, end
+	// it.
 	repairEvery = 5 * time.Second
 )
 
 func nftName(slot int) string { return fmt.Sprintf("tailsplice-%d", slot) }
 
-// Way brings answers to the client's address back here, in the network namespace of Open's thread.
-type Way struct {
+// ReturnPath brings answers to the client's address back here, in the network namespace of Open's thread.
+type ReturnPath struct {
 	log  *slog.Logger
 	slot int
 	lock *os.File // holds the slot
@@ -52,41 +54,41 @@ type Way struct {
 	err     error
 }
 
-// Open makes a Way. The caller closes it, once no connection needs it any more.
-func Open(log *slog.Logger) (_ *Way, err error) {
-	w := &Way{log: log, slot: -1, stop: make(chan struct{}), stopped: make(chan struct{})}
+// Open makes a ReturnPath. The caller closes it, once no connection needs it any more.
+func Open(log *slog.Logger) (_ *ReturnPath, err error) {
+	p := &ReturnPath{log: log, slot: -1, stop: make(chan struct{}), stopped: make(chan struct{})}
 	defer func() {
 		if err != nil {
-			w.free()
+			p.free()
 			err = explain(err)
 		}
 	}()
-	if w.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+	if p.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return nil, err
 	}
-	if w.nft, err = nftables.New(nftables.AsLasting()); err != nil {
+	if p.nft, err = nftables.New(nftables.AsLasting()); err != nil {
 		return nil, err
 	}
-	if err := w.takeSlot(); err != nil {
+	if err := p.takeSlot(); err != nil {
 		return nil, err
 	}
-	if err := w.install(); err != nil {
-		return nil, errors.Join(err, w.remove(w.slot))
+	if err := p.install(); err != nil {
+		return nil, errors.Join(err, p.remove(p.slot))
 	}
-	go w.keep()
-	return w, nil
+	go p.keep()
+	return p, nil
 }
 
-func (w *Way) install() error {
-	if err := w.installNFT(); err != nil {
+func (p *ReturnPath) install() error {
+	if err := p.installNFT(); err != nil {
 		return fmt.Errorf("nftables: %w", err)
 	}
-	_, w.off = w.installRoutes()
-	if len(w.off) == len(families) {
-		return errors.Join(slices.Collect(maps.Values(w.off))...)
+	_, p.off = p.installRoutes()
+	if len(p.off) == len(families) {
+		return errors.Join(slices.Collect(maps.Values(p.off))...)
 	}
-	for _, err := range w.off {
-		w.log.Warn("connections of one family can't carry the client's address", "err", err)
+	for _, err := range p.off {
+		p.log.Warn("connections of one family can't carry the client's address", "err", err)
 	}
 	return nil
 }
@@ -126,7 +128,7 @@ func lockSlot(slot int) (*os.File, error) {
 }
 
 // takeSlot takes a free slot, which the kernel frees with this process, and cleans up after killed daemons.
-func (w *Way) takeSlot() error {
+func (p *ReturnPath) takeSlot() error {
 	for slot := range slots {
 		lock, err := lockSlot(slot)
 		if errors.Is(err, unix.EADDRINUSE) {
@@ -135,9 +137,9 @@ func (w *Way) takeSlot() error {
 		if err != nil {
 			return err
 		}
-		err = w.remove(slot)
-		if err == nil && w.slot < 0 {
-			w.slot, w.lock = slot, lock
+		err = p.remove(slot)
+		if err == nil && p.slot < 0 {
+			p.slot, p.lock = slot, lock
 			continue
 		}
 		lock.Close()
@@ -145,19 +147,19 @@ func (w *Way) takeSlot() error {
 			return err
 		}
 	}
-	if w.slot < 0 {
+	if p.slot < 0 {
 		return fmt.Errorf("%d other daemons in this network namespace use all the rules and tables for it", slots)
 	}
 	return nil
 }
 
 // installNFT puts our table in force, in place of one that is there.
-func (w *Way) installNFT() error {
-	t := &nftables.Table{Name: nftName(w.slot), Family: nftables.TableFamilyINet}
-	w.nft.AddTable(t) // so that there is one to remove
-	w.nft.DelTable(t)
-	w.nft.AddTable(t)
-	c := w.nft.AddChain(&nftables.Chain{Table: t, Name: "answers", Type: nftables.ChainTypeFilter,
+func (p *ReturnPath) installNFT() error {
+	t := &nftables.Table{Name: nftName(p.slot), Family: nftables.TableFamilyINet}
+	p.nft.AddTable(t) // so that there is one to remove
+	p.nft.DelTable(t)
+	p.nft.AddTable(t)
+	c := p.nft.AddChain(&nftables.Chain{Table: t, Name: "answers", Type: nftables.ChainTypeFilter,
 		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityMangle})
 	native := binaryutil.NativeEndian.PutUint32
 	transparentTCP := []expr.Any{
@@ -167,7 +169,7 @@ func (w *Way) installNFT() error {
 		&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: []byte{1}},
 	}
 	rule := func(more ...expr.Any) {
-		w.nft.AddRule(&nftables.Rule{Table: t, Chain: c, Exprs: append(transparentTCP[:len(transparentTCP):len(transparentTCP)], more...)})
+		p.nft.AddRule(&nftables.Rule{Table: t, Chain: c, Exprs: append(transparentTCP[:len(transparentTCP):len(transparentTCP)], more...)})
 	}
 	// socket mark != ours return. One in TIME_WAIT has no mark any more, and goes on.
 	rule(&expr.Socket{Key: expr.SocketKeyMark, Register: 1},
@@ -177,13 +179,13 @@ func (w *Way) installNFT() error {
 	rule(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: native(^uint32(packetMark)), Xor: native(packetMark)},
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true})
-	return w.nft.Flush()
+	return p.nft.Flush()
 }
 
 // nftStands says whether our table is as installNFT made it.
-func (w *Way) nftStands() bool {
-	t := &nftables.Table{Name: nftName(w.slot), Family: nftables.TableFamilyINet}
-	rules, err := w.nft.GetRules(t, &nftables.Chain{Table: t, Name: "answers"})
+func (p *ReturnPath) nftStands() bool {
+	t := &nftables.Table{Name: nftName(p.slot), Family: nftables.TableFamilyINet}
+	rules, err := p.nft.GetRules(t, &nftables.Chain{Table: t, Name: "answers"})
 	return err == nil && len(rules) == 2
 }
 
@@ -220,9 +222,9 @@ func (f family) rules(slot int) []*netlink.Rule {
 }
 
 // installRoutes adds the missing routes and rules. added says whether there were any, failed why not.
-func (w *Way) installRoutes() (added bool, failed map[int]error) {
+func (p *ReturnPath) installRoutes() (added bool, failed map[int]error) {
 	failed = map[int]error{}
-	loopback, err := w.nl.LinkByName("lo")
+	loopback, err := p.nl.LinkByName("lo")
 	for _, f := range families {
 		add := func(err error) error {
 			if err == nil {
@@ -234,11 +236,11 @@ func (w *Way) installRoutes() (added bool, failed map[int]error) {
 		}
 		err := err
 		if err == nil {
-			err = add(w.nl.RouteAdd(f.route(w.slot, loopback.Attrs().Index)))
+			err = add(p.nl.RouteAdd(f.route(p.slot, loopback.Attrs().Index)))
 		}
-		for _, r := range f.rules(w.slot) {
+		for _, r := range f.rules(p.slot) {
 			if err == nil {
-				err = add(w.nl.RuleAdd(r))
+				err = add(p.nl.RuleAdd(r))
 			}
 		}
 		if err != nil {
@@ -249,31 +251,31 @@ func (w *Way) installRoutes() (added bool, failed map[int]error) {
 }
 
 // remove takes a slot's things away, whoever made them.
-func (w *Way) remove(slot int) error {
-	tables, err := w.nft.ListTablesOfFamily(nftables.TableFamilyINet)
+func (p *ReturnPath) remove(slot int) error {
+	tables, err := p.nft.ListTablesOfFamily(nftables.TableFamilyINet)
 	errs := []error{err}
 	for _, t := range tables {
 		if t.Name == nftName(slot) {
-			w.nft.DelTable(t)
-			errs = append(errs, w.nft.Flush())
+			p.nft.DelTable(t)
+			errs = append(errs, p.nft.Flush())
 		}
 	}
 	for _, f := range families {
-		rules, err := whole(func() ([]netlink.Rule, error) { return w.nl.RuleList(f.number) })
+		rules, err := whole(func() ([]netlink.Rule, error) { return p.nl.RuleList(f.number) })
 		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) {
 			errs = append(errs, err)
 		}
 		for _, r := range rules {
 			if r.Protocol == protocol && (r.Priority-firstPriority)/2 == slot && r.Priority >= firstPriority {
 				r.Family, r.SuppressPrefixlen = f.number, -1
-				errs = append(errs, w.nl.RuleDel(&r))
+				errs = append(errs, p.nl.RuleDel(&r))
 			}
 		}
 		routes, _ := whole(func() ([]netlink.Route, error) {
-			return w.nl.RouteListFiltered(f.number, &netlink.Route{Table: firstTable + slot}, netlink.RT_FILTER_TABLE)
+			return p.nl.RouteListFiltered(f.number, &netlink.Route{Table: firstTable + slot}, netlink.RT_FILTER_TABLE)
 		})
 		for _, r := range routes {
-			errs = append(errs, w.nl.RouteDel(&r))
+			errs = append(errs, p.nl.RouteDel(&r))
 		}
 	}
 	return errors.Join(errs...)
@@ -289,59 +291,60 @@ func whole[T any](list func() ([]T, error)) (all []T, err error) {
 	return all, err
 }
 
-// keep repairs the Way until it is closed.
-func (w *Way) keep() {
-	defer close(w.stopped)
+// keep repairs the ReturnPath until it is closed.
+func (p *ReturnPath) keep() {
+	defer close(p.stopped)
 	for {
 		select {
-		case <-w.stop:
+		case <-p.stop:
 			return
 		case <-time.After(repairEvery):
-			w.repair()
+			p.repair()
 		}
 	}
 }
 
 // repair puts back what others took away.
-func (w *Way) repair() {
-	missing, _ := w.installRoutes()
-	if !w.nftStands() {
+func (p *ReturnPath) repair() {
+	missing, _ := p.installRoutes()
+	if !p.nftStands() {
 		missing = true
-		if err := w.installNFT(); err != nil {
-			w.log.Error("the routing rules of `transparent` were removed and can't be restored: its connections get no answers", "err", explain(err))
+		if err := p.installNFT(); err != nil {
+			p.log.Error("the routing rules of `transparent` were removed and can't be restored: its connections get no answers", "err", explain(err))
 			return
 		}
 	}
 	if missing {
-		w.log.Warn("the routing rules of `transparent` had been removed by something else, and were restored")
+		p.log.Warn("the routing rules of `transparent` had been removed by something else, and were restored")
 	}
 }
 
-// Close removes the Way. It may be called more than once.
-func (w *Way) Close() error {
-	w.once.Do(func() {
-		close(w.stop)
-		<-w.stopped
-		w.err = w.remove(w.slot)
-		w.free()
+// Close removes the ReturnPath. It may be called more than once.
+func (p *ReturnPath) Close() error {
+	p.once.Do(func() {
+		close(p.stop)
+		<-p.stopped
+		p.err = p.remove(p.slot)
+		p.free()
 	})
-	return w.err
+	return p.err
 }
 
-// free closes what the Way has open: the slot last, for whoever has it may do with its things what it likes.
-func (w *Way) free() {
-	if w.nl != nil {
-		w.nl.Close()
+// free closes what the ReturnPath has open: the slot last, for whoever has it may do with its things what it
+// likes.
+func (p *ReturnPath) free() {
+	if p.nl != nil {
+		p.nl.Close()
 	}
-	if w.nft != nil {
-		w.nft.CloseLasting()
+	if p.nft != nil {
+		p.nft.CloseLasting()
 	}
-	if w.lock != nil {
-		w.lock.Close()
+	if p.lock != nil {
+		p.lock.Close()
 	}
 }
 
-// Probe tries a Way in a network namespace of its own, as root only. The error says what is missing.
+// Probe tries a ReturnPath in a network namespace of its own, as root only. The error says what is missing.
 func Probe() error {
 	done := make(chan error, 1)
 	go func() {
@@ -362,9 +365,9 @@ func probe() error {
 	if err != nil {
 		return fmt.Errorf("lo: %w", err)
 	}
-	w, err := Open(slog.New(slog.DiscardHandler))
+	p, err := Open(slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
-	return errors.Join(append(slices.Collect(maps.Values(w.off)), w.Close())...)
+	return errors.Join(append(slices.Collect(maps.Values(p.off)), p.Close())...)
 }

@@ -18,10 +18,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestWay: the container sees the client's address, whatever kind it is, behind
+// TestReturnPath: the container sees the client's address, whatever kind it is, behind
 // a firewall that lets nothing in but answers, and nothing of the connection
 // stays behind.
-func TestWay(t *testing.T) {
+func TestReturnPath(t *testing.T) {
 	w := newWorld(t)
 	w.in(w.host, func() {
 		nft := exec.Command("/bin/sh", "-c", "PATH=$PATH:/usr/sbin:/sbin; nft -f -")
@@ -33,10 +33,10 @@ func TestWay(t *testing.T) {
 			t.Errorf("%v: %s", err, out)
 		}
 	})
-	way := w.open(slog.New(slog.DiscardHandler))
+	path := w.open(slog.New(slog.DiscardHandler))
 	for _, s := range clients {
 		client := netip.MustParseAddr(s)
-		if err := way.Fits(client, netip.MustParseAddrPort(w.server[client.Is6()].Addr().String()).Addr()); err != nil {
+		if err := path.Fits(client, netip.MustParseAddrPort(w.server[client.Is6()].Addr().String()).Addr()); err != nil {
 			t.Errorf("%s does not fit: %v", s, err)
 		}
 		if got, err := w.sees(client); err != nil || got != s {
@@ -95,7 +95,7 @@ func TestMany(t *testing.T) {
 // TestFits: where answers would not come back, the reason is known before.
 func TestFits(t *testing.T) {
 	w := newWorld(t)
-	way := w.open(slog.New(slog.DiscardHandler))
+	path := w.open(slog.New(slog.DiscardHandler))
 	for _, c := range []struct {
 		client, to string
 		want       Reason
@@ -117,7 +117,7 @@ func TestFits(t *testing.T) {
 		{containers4 + "3", outside4 + "99", ""},
 	} {
 		var got *Error
-		if errors.As(way.Fits(netip.MustParseAddr(c.client), netip.MustParseAddr(c.to)), &got); got == nil {
+		if errors.As(path.Fits(netip.MustParseAddr(c.client), netip.MustParseAddr(c.to)), &got); got == nil {
 			got = &Error{}
 		}
 		if got.Reason != c.want {
@@ -125,12 +125,12 @@ func TestFits(t *testing.T) {
 		}
 	}
 	var none *Error
-	if !errors.As((*Way)(nil).Fits(netip.MustParseAddr("203.0.113.7"), netip.MustParseAddr(containers4+"2")), &none) || none.Reason != Unavailable {
-		t.Errorf("without a Way: %v", none)
+	if !errors.As((*ReturnPath)(nil).Fits(netip.MustParseAddr("203.0.113.7"), netip.MustParseAddr(containers4+"2")), &none) || none.Reason != Unavailable {
+		t.Errorf("without a ReturnPath: %v", none)
 	}
 }
 
-// TestRemoved: what a Way adds is gone when it is closed. What a daemon leaves
+// TestRemoved: what a ReturnPath adds is gone when it is closed. What a daemon leaves
 // that is killed is replaced by the next one, and not doubled; what another one
 // has that lives is left alone.
 func TestRemoved(t *testing.T) {
@@ -139,12 +139,12 @@ func TestRemoved(t *testing.T) {
 	a := w.open(slog.New(slog.DiscardHandler))
 	one := w.state()
 	if n := strings.Count(one, "\n"); n != 7 || strings.Count(one, "fwmark 0x40/0x40") != 4 {
-		t.Errorf("a Way adds\n%s\nwant two rules and a route for each family, and an nftables table", one)
+		t.Errorf("a ReturnPath adds\n%s\nwant two rules and a route for each family, and an nftables table", one)
 	}
 	b := w.open(slog.New(slog.DiscardHandler))
 	two := w.state()
 	if strings.Count(two, "\n") != 14 {
-		t.Errorf("two Ways have\n%s", two)
+		t.Errorf("two ReturnPaths have\n%s", two)
 	}
 	kill(a) // and its rules stay
 	if got := w.state(); got != two {
@@ -190,15 +190,15 @@ func TestSlotsOfOthers(t *testing.T) {
 			}
 		}
 	})
-	way := w.open(slog.New(slog.DiscardHandler))
-	if way.slot != 0 {
-		t.Errorf("it has slot %d", way.slot)
+	path := w.open(slog.New(slog.DiscardHandler))
+	if path.slot != 0 {
+		t.Errorf("it has slot %d", path.slot)
 	}
-	must(t, way.Close())
+	must(t, path.Close())
 }
 
-// kill does with a Way what SIGKILL does.
-func kill(w *Way) {
+// kill does with a ReturnPath what SIGKILL does.
+func kill(w *ReturnPath) {
 	w.once.Do(func() {
 		close(w.stop)
 		<-w.stopped
@@ -210,12 +210,12 @@ func kill(w *Way) {
 func TestRepair(t *testing.T) {
 	w := newWorld(t)
 	var log strings.Builder
-	way := w.open(slog.New(slog.NewTextHandler(&log, nil)))
-	way.once.Do(func() { close(way.stop); <-way.stopped }) // or it would repair meanwhile, too
-	t.Cleanup(func() { must(t, way.remove(way.slot)); way.free() })
+	path := w.open(slog.New(slog.NewTextHandler(&log, nil)))
+	path.once.Do(func() { close(path.stop); <-path.stopped }) // or it would repair meanwhile, too
+	t.Cleanup(func() { must(t, path.remove(path.slot)); path.free() })
 	whole := w.state()
 	for _, destroy := range []string{"nft flush ruleset", "nft flush table inet tailsplice-0", "ip rule del pref 1740; ip rule del pref 1741", "ip -6 route flush table 17440"} {
-		way.repair()
+		path.repair()
 		if log.Len() > 0 {
 			t.Errorf("nothing was amiss: %s", log.String())
 		}
@@ -227,7 +227,7 @@ func TestRepair(t *testing.T) {
 		if w.state() == whole && !strings.Contains(destroy, "flush table inet") {
 			t.Errorf("%s destroyed nothing", destroy)
 		}
-		w.in(w.host, way.repair)
+		w.in(w.host, path.repair)
 		if got := w.state(); got != whole || !strings.Contains(log.String(), "were restored") {
 			t.Errorf("after %s:\n%s\nwant\n%s\nlog: %s", destroy, got, whole, log.String())
 		}
@@ -265,9 +265,9 @@ func TestNoRights(t *testing.T) {
 	w.in(w.host, func() {
 		var caps [2]unix.CapUserData // none, for this thread
 		must(t, unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &caps[0]))
-		way, err := Open(slog.New(slog.DiscardHandler))
+		path, err := Open(slog.New(slog.DiscardHandler))
 		if err == nil {
-			way.Close()
+			path.Close()
 		}
 		if err == nil || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
 			t.Errorf("%v: want what is missing", err)

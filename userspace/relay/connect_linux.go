@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
@@ -25,12 +26,12 @@ type Connecting struct {
 // be connecting. The flow begins when it is connected; either done or up.Failed is called. o.Head is written,
 // or copied, when it returns.
 func (r *Relay) RunConnecting(ctx context.Context, down *loop.Socket, up Connecting, o Options, done func(Result)) {
-	c := &connecting{Connecting: up, relay: r, ctx: ctx, down: down, up: down.Loop().NewSocket(up.FD), o: o, done: done}
+	c := &connecting{Connecting: up, flow: r.newFlow(ctx, nil, nil, o, done), down: down, up: down.Loop().NewSocket(up.FD)}
 	if up.Connected {
 		c.run()
 		return
 	}
-	c.o.Head = bytes.Clone(o.Head)
+	c.flow.o.Head = bytes.Clone(o.Head)
 	c.until = time.Now().Add(up.Within)
 	c.await()
 }
@@ -38,12 +39,9 @@ func (r *Relay) RunConnecting(ctx context.Context, down *loop.Socket, up Connect
 // A connecting is a flow that begins when its upstream is connected.
 type connecting struct {
 	Connecting
-	relay    *Relay
-	ctx      context.Context
+	flow     *flow
 	down, up *loop.Socket
 	until    time.Time
-	o        Options
-	done     func(Result)
 }
 
 func (c *connecting) await() {
@@ -65,14 +63,25 @@ func (c *connecting) look(timedOut bool) {
 }
 
 func (c *connecting) run() {
-	if c.o.MeasureRTT {
-		c.o.MeasureRTT = false // once
-		c.done = withRTT(c.done, tcpsock.RoundTrip(c.down.FD()), tcpsock.RoundTrip(c.up.FD()))
+	f := c.flow
+	tcpsock.KeepUrgent(c.down.FD())
+	tcpsock.KeepUrgent(c.up.FD())
+	if f.o.MeasureRTT {
+		f.done = withRTT(f.done, tcpsock.RoundTrip(c.down.FD()), tcpsock.RoundTrip(c.up.FD()))
 	}
-	c.relay.RunSockets(c.ctx, c.down, c.up, c.o, c.done)
+	for _, d := range f.o.Datapaths {
+		if _, ok := d.(datapath.Returner); !ok { // it may take the flow at once, which lasts
+			c.down.Loop().Do(func() (then func()) {
+				f.toPoller(c.down, c.up)
+				return func() { go f.run() }
+			})
+			return
+		}
+	}
+	f.begin(c.down, c.up)
 }
 
 func (c *connecting) fail(err error) {
 	c.up.Close()
-	c.Failed(c.o.Head, err)
+	c.Failed(c.flow.o.Head, err)
 }

@@ -132,8 +132,6 @@ func (r *Relay) newFlow(ctx context.Context, down, up net.Conn, o Options, done 
 	if down != nil {
 		f.down.init(f, down)
 		f.up.init(f, up)
-		f.down.keepUrgent()
-		f.up.keepUrgent()
 	}
 	return f
 }
@@ -148,6 +146,7 @@ func (s *side) control(do func(fd int)) {
 func (s *side) init(f *flow, c net.Conn) {
 	s.flow, s.conn = f, c
 	s.sock, s.isBare = socket(c)
+	s.keepUrgent()
 }
 
 // socket finds the socket under c. isBare: there is nothing else in between.

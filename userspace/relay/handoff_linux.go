@@ -1,7 +1,6 @@
 package relay
 
 import (
-	"context"
 	"net"
 	"sync"
 	"time"
@@ -12,22 +11,6 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
-
-// RunSockets is [Relay.Run] for two TCP sockets of one loop that are connected, and that nobody waits for. It
-// has written Head, or copied it, when it returns.
-func (r *Relay) RunSockets(ctx context.Context, down, up *loop.Socket, o Options, done func(Result)) {
-	f := r.newFlow(ctx, nil, nil, o, done)
-	for _, d := range o.Datapaths {
-		if _, ok := d.(datapath.Returner); !ok { // it may take the flow at once, which lasts
-			down.Loop().Do(func() (then func()) {
-				f.toPoller(down, up)
-				return func() { go f.run() }
-			})
-			return
-		}
-	}
-	f.begin(down, up)
-}
 
 // attach gives f, which is in transit, to a datapath or a loop, if there can be one.
 func (f *flow) attach() bool {
@@ -73,11 +56,14 @@ func (f *flow) socketsOnLoop() (down, up *loop.Socket) {
 	return l.NewSocket(downFD), l.NewSocket(upFD)
 }
 
-// begin gives f, which is in transit, to the datapath that takes it as it begins, or to the loop of its
-// sockets. One that may have it later records it first.
+// begin writes what comes first, and gives f, which is in transit, to the datapath that takes it as it begins,
+// or to the loop of its sockets. One that may have it later records it first.
 func (f *flow) begin(down, up *loop.Socket) {
+	if err := f.writeFirst(up.FD()); err != nil && err != unix.EAGAIN { // else attachTo sees to what is left
+		down.Loop().Do(func() (then func()) { return f.pumpsAfter(down, up, f.breaking("write to", &f.up, err)) })
+		return
+	}
 	for _, d := range f.o.Datapaths {
-		_ = f.writeFirst(up.FD()) // so that it counts as moved before; attachTo sees to what is left, and why
 		if r, ok := d.(datapath.Returner); ok {
 			if f.prefer(r, down, up) {
 				break

@@ -92,3 +92,35 @@ func connected(t *testing.T) (net.Conn, int) {
 	}
 	return far, fd
 }
+
+// A recorder records all flows, and takes none.
+type recorder struct{ refuser }
+
+func (recorder) Record(int, int, datapath.Handoff) (forget func(), err error) { return func() {}, nil }
+
+// TestBrokenBeforeBegin: where upstream is reset before a flow begins, the end says so, with the error that the
+// first write has got. A further one would be told EPIPE.
+func TestBrokenBeforeBegin(t *testing.T) {
+	loops, err := loop.New(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer loops.Close()
+	r, l, done := New(loops), loops.Loop(), make(chan Result, 1)
+	defer r.Close()
+	for name, datapaths := range map[string][]datapath.Datapath{"alone": nil, "with a datapath": {recorder{}}} {
+		client, down := connected(t)
+		server, up := connected(t)
+		server.(*net.TCPConn).SetLinger(0)
+		server.Close()
+		for !tcpsock.IsClosed(up) { // the reset comes by itself
+			time.Sleep(time.Millisecond)
+		}
+		r.RunConnecting(context.Background(), l.NewSocket(down), Connecting{FD: up, Connected: true},
+			Options{Head: []byte("head"), Datapaths: datapaths}, func(r Result) { done <- r })
+		if got := <-done; got.End != EndUpstreamReset || !errors.Is(got.Err, unix.ECONNRESET) {
+			t.Errorf("%s: it ends by %s: %v", name, got.End, got.Err)
+		}
+		client.Close()
+	}
+}

@@ -23,8 +23,6 @@ import (
 // attachTo gives f, which is in transit, to the loop of its sockets.
 func (f *flow) attachTo(down, up *loop.Socket) {
 	l := down.Loop()
-	tcpsock.KeepUrgent(down.FD())
-	tcpsock.KeepUrgent(up.FD())
 	l.Do(func() (then func()) {
 		f.mu.Lock()
 		f.down = side{flow: f, socket: down, lasting: f.down.lasting}
@@ -36,19 +34,17 @@ func (f *flow) attachTo(down, up *loop.Socket) {
 	})
 }
 
-// beginOn attaches both sockets to l and writes what comes first.
+// beginOn attaches both sockets to l.
 func (f *flow) beginOn(l *loop.Loop) (then func()) {
+	if len(f.o.Preface)+len(f.o.Head)+len(f.down.rest)+len(f.up.rest) > 0 {
+		return f.toPumps() // they write what is left of what comes first, or of an earlier stay
+	}
 	var hasMissed [2]bool
 	for i, s := range f.sides() {
 		var err error
 		if hasMissed[i], err = s.socket.Attach(s); err != nil {
 			return f.toPumps() // no memory
 		}
-	}
-	if err := f.writeFirst(f.up.socket.FD()); err != nil && err != unix.EAGAIN {
-		return f.detachBroken("write to", &f.up, err)
-	} else if err != nil || len(f.down.rest)+len(f.up.rest) > 0 {
-		return f.toPumps() // pumps write what is left of this, or of an earlier stay
 	}
 	f.relay.quiet.add(f, l)
 	for i, s := range f.sides() {
@@ -235,7 +231,13 @@ func (f *flow) endOnLoop() (then func()) {
 
 // detach takes f off its loop. After next, pumps go on with it.
 func (f *flow) detach(next func()) (then func()) {
-	f.toPoller(f.leave(inTransit))
+	down, up := f.leave(inTransit)
+	return f.pumpsAfter(down, up, next)
+}
+
+// pumpsAfter has pumps go on with f, which is in transit, after next.
+func (f *flow) pumpsAfter(down, up *loop.Socket, next func()) (then func()) {
+	f.toPoller(down, up)
 	return func() {
 		f.disarm()
 		go func() {
@@ -250,7 +252,11 @@ func (f *flow) toPumps() (then func()) { return f.detach(func() {}) }
 
 // detachBroken ends f because of s; what s has sent before is still delivered.
 func (f *flow) detachBroken(op string, s *side, err error) (then func()) {
-	return f.detach(func() { f.broken(s, &sideError{op, s.name(), err}) })
+	return f.detach(f.breaking(op, s, err))
+}
+
+func (f *flow) breaking(op string, s *side, err error) func() {
+	return func() { f.broken(s, &sideError{op, s.name(), err}) }
 }
 
 // toPoller gives both sockets, which leave their loop, to Go's poller.

@@ -77,13 +77,6 @@ func (a *Lease) Yield(give func()) {
 	}
 }
 
-// Yields reports whether the lease yields, and has not been asked for its place yet.
-func (a *Lease) Yields() bool {
-	a.limiter.mu.Lock()
-	defer a.limiter.mu.Unlock()
-	return a.yields != nil
-}
-
 // Keep undoes Yield.
 func (a *Lease) Keep() {
 	a.limiter.mu.Lock()

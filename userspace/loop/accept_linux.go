@@ -17,7 +17,7 @@ const acceptPause = 10 * time.Millisecond
 type Acceptor struct {
 	reactor *Reactor
 	fd      int
-	taken   func(s *Socket, peer unix.Sockaddr) (wait time.Duration, ready func(timedOut bool))
+	taken   func(s *Socket, peer unix.Sockaddr)
 	fail    func(err error) (goOn bool)
 
 	// accepting is read-held while a loop accepts, and held while fail is called besides.
@@ -29,12 +29,10 @@ type Acceptor struct {
 }
 
 // NewAcceptor makes an Acceptor of fd, a non-blocking socket that listens, and that the caller closes after
-// [Acceptor.Stop]. taken is given each connection; where it returns ready, the connection waits for its first
-// bytes, as by [Socket.AwaitBytes], and ready is called at once if it can't. fail is given each error of
+// [Acceptor.Stop]. taken is given each connection, which it owns from then on. fail is given each error of
 // accept4(2), which may be that of a peer that is gone; when it returns false, nothing is accepted for 10 ms.
 // Both are called on the loops, also at the same time, and must not block.
-func (r *Reactor) NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr) (wait time.Duration, ready func(timedOut bool)),
-	fail func(err error) (goOn bool)) *Acceptor {
+func (r *Reactor) NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr), fail func(err error) (goOn bool)) *Acceptor {
 	return &Acceptor{reactor: r, fd: fd, taken: taken, fail: fail}
 }
 
@@ -117,10 +115,7 @@ func (a *Acceptor) acceptOne(l *Loop) (goOn bool) {
 	fd, peer, err := unix.Accept4(a.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
 	switch err {
 	case nil:
-		s := l.orIdler().NewSocket(fd)
-		if wait, ready := a.taken(s, peer); ready != nil && s.AwaitBytes(wait, ready) != nil {
-			ready(false)
-		}
+		a.taken(l.orIdler().NewSocket(fd), peer)
 		return true
 	case unix.EAGAIN, unix.EINTR: // another loop was quicker, or the peer is gone; an event comes while one waits
 		return true

@@ -30,10 +30,9 @@ func TestAcceptorPauses(t *testing.T) {
 	addr, _ := unix.Getsockname(fd)
 	var taken, failed atomic.Int32
 	r := reactor(t)
-	a := r.NewAcceptor(fd, func(s *loop.Socket, _ unix.Sockaddr) (time.Duration, func(bool)) {
+	a := r.NewAcceptor(fd, func(s *loop.Socket, _ unix.Sockaddr) {
 		taken.Add(1)
 		s.Reset()
-		return 0, nil
 	},
 		func(error) bool { failed.Add(1); return true })
 	a.Start()
@@ -72,7 +71,7 @@ func TestAcceptorStops(t *testing.T) {
 	defer file.Close()
 	began, goOn := make(chan struct{}), make(chan struct{})
 	var running atomic.Bool
-	a := reactor(t).NewAcceptor(int(file.Fd()), func(*loop.Socket, unix.Sockaddr) (time.Duration, func(bool)) { return 0, nil }, func(error) bool {
+	a := reactor(t).NewAcceptor(int(file.Fd()), func(*loop.Socket, unix.Sockaddr) {}, func(error) bool {
 		running.Store(true)
 		began <- struct{}{}
 		<-goOn

@@ -5,7 +5,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -36,12 +35,13 @@ func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, er
 
 // prepare makes accept possible.
 func (s *listenerSocket) prepare(srv *Server) {
-	s.loop = srv.opts.Loops.NewAcceptor(s.fd, func(c *loop.Socket, peer unix.Sockaddr) (time.Duration, func(bool)) {
+	s.loop = srv.opts.Loops.NewAcceptor(s.fd, func(c *loop.Socket, peer unix.Sockaddr) {
 		srv.spare.refill()
 		if s.onTailnet.Load() {
-			return srv.admitTailnet(s, c, tcpsock.AddrPort(peer))
+			srv.admitTailnet(s, c, tcpsock.AddrPort(peer))
+		} else {
+			srv.admit(s.owner.Load(), c, tcpsock.AddrPort(peer))
 		}
-		return srv.admit(s.owner.Load(), c, tcpsock.AddrPort(peer))
 	}, func(err error) (goOn bool) { return srv.failed(s, err) })
 }
 
@@ -49,19 +49,18 @@ func (s *listenerSocket) prepare(srv *Server) {
 // The kernel takes connections to it on every interface, so that neighbours in the LAN could come who route
 // to it through this host. tailscaled makes the interface anew as it likes, so who comes by another one than
 // before is looked at, off the loop.
-func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.AddrPort) (left time.Duration, ready func(timedOut bool)) {
+func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.AddrPort) {
 	local := tcpsock.AddrPortOf(s.addr).Addr()
 	index, err := arrivedOn(c.FD(), local)
 	if err == nil && (index == loopbackIndex || int64(index) == s.via.Load()) {
-		return srv.admit(s.owner.Load(), c, peer)
+		srv.admit(s.owner.Load(), c, peer)
+		return
 	}
 	go func() {
 		name, ok := has(index, local)
 		if ok {
 			s.via.Store(int64(index))
-			if left, ready := srv.admit(s.owner.Load(), c, peer); ready != nil && c.AwaitBytes(left, ready) != nil {
-				ready(false)
-			}
+			srv.admit(s.owner.Load(), c, peer)
 			return
 		}
 		c.Reset()
@@ -70,7 +69,6 @@ func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.Ad
 		srv.noteRefused(l, notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet", "listener", l,
 			"reason", notByTailnet, "peer", peer, "interface", name, "address", s.written, "err", err)
 	}()
-	return 0, nil
 }
 
 // accept begins to admit connections.

@@ -4,7 +4,6 @@ import (
 	"net"
 	"net/netip"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,15 +25,13 @@ func socketTo(t *testing.T, f *Server, listener string, slow bool, peer func() n
 	f.mu.Lock()
 	l := f.listeners[listener]
 	f.mu.Unlock()
-	d.loop = f.opts.Loops.NewAcceptor(d.fd, func(s *loop.Socket, _ unix.Sockaddr) (time.Duration, func(bool)) {
+	d.loop = f.opts.Loops.NewAcceptor(d.fd, func(s *loop.Socket, _ unix.Sockaddr) {
 		defer admitted()
 		if !slow {
-			return f.admit(l, s, peer())
-		}
-		if in := f.takeIn(l, s, peer()); in != nil {
+			f.admit(l, s, peer())
+		} else if in := f.takeIn(l, s, peer()); in != nil {
 			go f.slowPath(in, s, nil)
 		}
-		return 0, nil
 	}, func(error) bool { return true })
 	return d
 }

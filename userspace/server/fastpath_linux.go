@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -35,6 +36,8 @@ type fastPath struct {
 	down    *loop.Socket
 	stage   stage
 	partial *partial // nil: nothing has come, or all of it at once
+
+	isWanted atomic.Bool // its place is, since it yielded last
 }
 
 // A stage is what a connection on the fast path waits for.
@@ -78,18 +81,18 @@ func mostWaiting() int64 {
 
 var hellos = sync.Pool{New: func() any { return new([fastHello]byte) }}
 
-// admit takes in what was accepted, and starts serving it, or returns what is to be called when its first
-// bytes have come, or have not in time. It blocks on nothing, and is called for any number of connections at
-// the same time: one over the limit costs no more than to be closed.
-func (srv *Server) admit(l *listener, down *loop.Socket, peer netip.AddrPort) (left time.Duration, ready func(timedOut bool)) {
+// admit takes in what was accepted, and starts serving it, at the latest when its first bytes have come, or
+// have not in time. It blocks on nothing, and is called for any number of connections at the same time: one
+// over the limit costs no more than to be closed.
+func (srv *Server) admit(l *listener, down *loop.Socket, peer netip.AddrPort) {
 	in := srv.takeIn(l, down, peer)
 	if in == nil {
-		return 0, nil
+		return
 	}
 	x := &fastPath{server: srv, in: in, down: down, stage: awaitsHello}
 	if in.service.Mode == "http" { // a goroutine waits for requests anyhow
 		x.takeSlowPath(nil)
-		return 0, nil
+		return
 	}
 	in.asker = in.newAsker()
 	in.asker.onLoop = true
@@ -97,18 +100,32 @@ func (srv *Server) admit(l *listener, down *loop.Socket, peer netip.AddrPort) (l
 		x.stage = awaitsHeader
 		if err := in.meet(); err != nil {
 			x.reject(err, nil)
-			return 0, nil
+			return
 		}
 	} else if in.service.Mode == "tcp" {
 		x.decide(nil, nil, nil, false)
-		return 0, nil
+		return
 	}
 	in.stopCancel = context.AfterFunc(srv.ctx, down.Expire)
 	in.lease.Yield(x.giveWay)
 	if int64(srv.limiter.Yielding()) > srv.mostWaiting.Load() {
 		srv.limiter.TakeOldest()
 	}
-	return x.timeLeft(), x.read
+	x.await()
+}
+
+// await has the loop call read when more has come, or has not in time. Who wanted the place, or ended the
+// daemon, before anybody waited found no wait to end.
+func (x *fastPath) await() {
+	switch {
+	case x.down.AwaitBytes(x.timeLeft(), x.read) != nil:
+		x.in.lease.Keep()
+		x.takeSlowPath(x.forgetPartial())
+	case x.server.ctx.Err() != nil:
+		x.down.Expire()
+	case x.isWanted.Load():
+		x.giveWay()
+	}
 }
 
 // takeSlowPath goes on by the slow path, after what was read.
@@ -159,11 +176,8 @@ func (x *fastPath) readAll(timedOut bool) {
 		x.reject(proxyheader.ErrTimeout, nil)
 	case timedOut:
 		x.refuse(helloTimeout, sni.ErrTimeout)
-	case !x.in.lease.Yields(): // its place was wanted while it had the loop
-		x.refuse(helloDisplaced, errDisplaced)
-	case x.down.AwaitBytes(x.timeLeft(), x.read) != nil:
-		x.in.lease.Keep()
-		x.takeSlowPath(x.forgetPartial())
+	default:
+		x.await()
 	}
 }
 
@@ -213,6 +227,7 @@ func (x *fastPath) takeHeader(b []byte, ended error, full bool) []byte {
 		x.decide(head[n:], nil, nil, full)
 	default:
 		x.stage = awaitsHello
+		x.isWanted.Store(false)
 		x.in.lease.Yield(x.giveWay)
 	}
 	return head[n:]
@@ -257,8 +272,10 @@ func (x *fastPath) forgetPartial() (head []byte) {
 	return head
 }
 
-// giveWay ends the wait for the PROXY header or the hello, unless it has just ended.
+// giveWay ends the wait for the PROXY header or the hello. Where nobody waits, what is done at that moment
+// goes on, and the next wait ends.
 func (x *fastPath) giveWay() {
+	x.isWanted.Store(true)
 	if x.down.Cancel() {
 		x.refuse(helloDisplaced, errDisplaced)
 	}

@@ -39,6 +39,7 @@ func Cases() []Case {
 		{Name: "overlaps while the reader has stopped", size: 3 << 20, Stopped: true, send: stopped},
 		{Name: "overlaps into a closed window", size: 3 << 20, Stopped: true, send: closedWindow},
 		{Name: "an urgent byte that comes again", size: 6000, urgent: 2999, send: urgentAgain},
+		{Name: "an urgent byte is 64 KiB ahead", size: 130_000, send: urgentAhead},
 		{Name: "the end comes with an overlap", size: 6000, send: endAgain},
 	}
 }
@@ -256,6 +257,13 @@ func urgentAgain(c *Conn, data []byte, _, _ func()) (int, error) {
 	c.Send(2500, data[2500:4000])
 	c.Send(2000, data[2000:5000])
 	return len(data), c.Until(len(data), data)
+}
+
+// urgentAhead: while an urgent byte is further ahead than an urgent pointer reaches, Linux lets that point as
+// far as it reaches. What is sent again once more is under way has none, so an ordinary byte stays marked.
+func urgentAhead(c *Conn, data []byte, _, _ func()) (int, error) {
+	c.sendWith(0, data[:1000], psh|urg, 0xffff)
+	return goOn(c, data, 1000, 0)
 }
 
 func endAgain(c *Conn, data []byte, _, _ func()) (int, error) {

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // blackHole listens with a queue that is full, so that the kernel drops every
@@ -67,6 +69,48 @@ func TestSocket(t *testing.T) {
 		raw.Control(func(fd uintptr) { got, err = unix.GetsockoptInt(int(fd), o.level, o.option) })
 		if err != nil || got != o.want {
 			t.Errorf("%s is %d, %v; want %d", o.name, got, err, o.want)
+		}
+	}
+}
+
+// TestUrgentBeforeItIsRead: urgent bytes that come before anybody reads stay in their place. Where they do not,
+// the kernel drops the first of two as the second comes, and what the relay sets later finds it gone.
+func TestUrgentBeforeItIsRead(t *testing.T) {
+	for network, addr := range map[string]string{"tcp4": "127.0.0.1:0", "tcp6": "[::1]:0"} {
+		l, err := net.Listen(network, addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		a, err := Begin(l.Addr().(*net.TCPAddr).AddrPort(), "", new(Outcomes))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(a.FD)
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		tcpsock.Control(c, func(fd int) {
+			for _, b := range []string{"a", "b"} {
+				if err := unix.Sendto(fd, []byte(b), unix.MSG_OOB, nil); err != nil {
+					t.Error(err)
+				}
+			}
+			for n := -1; n != 0; time.Sleep(time.Millisecond) { // until they have come
+				if n, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+		tcpsock.KeepUrgent(a.FD)
+		var got string
+		for buf, n := make([]byte, 2), 1; n > 0; got += string(buf[:max(n, 0)]) { // a read stops before an urgent byte
+			n, err = unix.Read(a.FD, buf)
+		}
+		if err != unix.EAGAIN || got != "ab" {
+			t.Errorf("%s: %q arrives of %q: %v", network, got, "ab", err)
 		}
 	}
 }

@@ -4,13 +4,20 @@ import (
 	"bytes"
 	"crypto/tls"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"runtime"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // inRecords makes records of n bytes of a hello's one record.
@@ -238,5 +245,68 @@ limits: { hello_timeout: 5m }`, addr, backend(t, echo)))
 	good.Write(hello)
 	if _, err := io.ReadFull(good, make([]byte, len(hello))); err != nil {
 		t.Errorf("a good client: %v", err)
+	}
+}
+
+// TestGivesWayAtOnce: a connection that is told to give way before anybody waits for its bytes does so.
+func TestGivesWayAtOnce(t *testing.T) {
+	d := start(t, fmt.Sprintf(`
+listeners: [ { name: edge, listen: [%q], mode: sni, default: { forward: "127.0.0.1:9" } } ]
+limits: { hello_timeout: 5m }`, freeAddr(t)))
+	d.mostWaiting.Store(0) // it is told so by itself
+	c := d.come(t, "edge", "192.0.2.1:1")
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("it has not been reset: %v", err)
+	}
+	if n := d.refused("hello_displaced"); n != 1 {
+		t.Errorf("%d are counted, want 1", n)
+	}
+}
+
+// TestEndBeforeItWaits: a connection of which nobody waits for bytes yet when the daemon ends does not wait
+// for them afterwards.
+func TestEndBeforeItWaits(t *testing.T) {
+	d := start(t, fmt.Sprintf(`
+listeners: [ { name: edge, listen: [%q], mode: sni, default: { forward: "127.0.0.1:9" } } ]
+limits: { hello_timeout: 5m }`, freeAddr(t)))
+	d.mostWaiting.Store(1)
+	older, err := d.limiter.Acquire(netip.Addr{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	older.Yield(func() { // called while the connection is admitted
+		older.Release()
+		d.cancel()
+		for stacks := make([]byte, 1<<20); bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte("afterFuncCtx")); {
+			runtime.Gosched() // until all who were to hear of it have
+		}
+	})
+	c := d.come(t, "edge", "192.0.2.1:1")
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("it has not been reset: %v", err)
+	}
+}
+
+// TestUrgentHello: a byte of a hello that comes as an urgent one is one of the hello's.
+func TestUrgentHello(t *testing.T) {
+	for _, host := range []string{"127.0.0.1", "::1"} {
+		addr := freeAddrAt(t, host)
+		d := start(t, fmt.Sprintf(`
+listeners: [ { listen: [%q], mode: sni, default: { forward: %q } } ]
+limits: { hello_timeout: 5m }`, addr, backend(t, echo)))
+		hello := helloFor(t, "a.test")
+		c := dialTCP(t, addr)
+		half := len(hello) / 2
+		c.Write(hello[:half])
+		tcpsock.Control(c, func(fd int) {
+			if err := unix.Sendto(fd, hello[half:half+1], unix.MSG_OOB, nil); err != nil {
+				t.Error(err)
+			}
+		})
+		c.Write(hello[half+1:])
+		got := make([]byte, len(hello))
+		if n, err := io.ReadFull(c, got); err != nil || !bytes.Equal(got, hello) {
+			t.Errorf("%s: %d bytes of %d come back: %v, and refused are %v", host, n, len(hello), err, d.Status().Refused)
+		}
 	}
 }

@@ -79,43 +79,32 @@ func (p *Past) order(addrs []netip.Addr, port uint16, prefer netip.Addr) []netip
 	if now.Sub(p.listed) > networksFor {
 		p.networks, p.listed = localNetworks(), now
 	}
+	if prefer = prefer.Unmap(); !prefer.IsValid() {
+		prefer = addrs[0]
+	}
 	const near, far, bad = 0, 1, 2
-	var classes [3][]netip.Addr
+	const preferred, other = 0, 1
+	var classes [3][2][]netip.Addr
 	for _, a := range addrs {
-		class := far
+		class, family := far, preferred
 		switch {
 		case now.Before(p.bad[netip.AddrPortFrom(a, port)]):
 			class = bad
 		case slices.ContainsFunc(p.networks, func(n netip.Prefix) bool { return n.Contains(a) }):
 			class = near
 		}
-		classes[class] = append(classes[class], a)
-	}
-	if prefer = prefer.Unmap(); !prefer.IsValid() {
-		prefer = addrs[0]
+		if a.Is4() != prefer.Is4() {
+			family = other
+		}
+		classes[class][family] = append(classes[class][family], a)
 	}
 	var out []netip.Addr
 	for _, class := range classes {
-		out = append(out, alternate(class, prefer.Is4())...)
-	}
-	return out
-}
-
-// alternate sorts addrs so that the families take turns, IPv4 first if v4First.
-func alternate(addrs []netip.Addr, v4First bool) []netip.Addr {
-	var same, other []netip.Addr
-	for _, a := range addrs {
-		if a.Is4() == v4First {
-			same = append(same, a)
-		} else {
-			other = append(other, a)
-		}
-	}
-	var out []netip.Addr
-	for len(same) > 0 || len(other) > 0 {
-		for _, family := range []*[]netip.Addr{&same, &other} {
-			if len(*family) > 0 {
-				out, *family = append(out, (*family)[0]), (*family)[1:]
+		for i := range addrs {
+			for _, family := range class {
+				if i < len(family) {
+					out = append(out, family[i])
+				}
 			}
 		}
 	}

@@ -234,8 +234,7 @@ func isLocalhost(name string) bool {
 func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Conn, *failure) {
 	check, _ := d.resolver(t).(PathChecker)
 	if len(addrs) == 1 {
-		r := d.connect(ctx, addrs[0], t.Port, check)
-		return r.conn, r.fail
+		return d.connect(ctx, netip.AddrPortFrom(addrs[0], t.Port), check)
 	}
 	ctx, cancel := context.WithCancel(ctx) // ends the losers
 	defer cancel()
@@ -243,105 +242,119 @@ func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Co
 	if t.Scheme == Tailnet || d.AsClient { // the next one may be of another family, and see another address than the client's
 		delay = tailnetDelay
 	}
-	past := d.past()
 	fallback := time.NewTimer(delay)
 	defer fallback.Stop()
-	results := make(chan result, len(addrs))
-	var waiting []attempt // those under way, the oldest first
-	var telling *failure
-	again, given := false, false // given: the last that failed was given up, for one that is under way
-	for {
-		switch {
-		case len(addrs) > 0 && (ctx.Err() == nil || telling == nil) && (!given || len(waiting) == 0):
-			a := addrs[0]
-			if n := len(waiting); n >= maxBeside {
-				waiting[n-maxBeside].giveUp(errSlow)
-			}
-			own, giveUp := context.WithCancelCause(ctx)
-			addrs, waiting = addrs[1:], append(waiting, attempt{netip.AddrPortFrom(a, t.Port), giveUp})
-			go func() {
-				r := d.connect(own, a, t.Port, check)
-				if r.fail != nil && context.Cause(own) == errSlow && errors.Is(r.fail.err, context.Canceled) {
-					r.fail.err = errSlow
-				}
-				results <- r
-			}()
+	r := race{past: d.past(), results: make(chan *attempt, len(addrs))}
+	for isNext := true; ; {
+		if (isNext || len(r.waiting) == 0) && len(addrs) > 0 && (ctx.Err() == nil || r.telling == nil) {
+			to := netip.AddrPortFrom(addrs[0], t.Port)
+			addrs = addrs[1:]
+			r.begin(ctx, to, func(ctx context.Context) (net.Conn, *failure) { return d.connect(ctx, to, check) })
 			fallback.Reset(delay)
-		case len(waiting) == 0:
-			telling.again = again
-			return nil, telling
+		}
+		if len(r.waiting) == 0 {
+			r.telling.again = r.again
+			return nil, r.telling
 		}
 		select {
 		case <-fallback.C:
-			given = false
-		case r := <-results:
-			i := slices.IndexFunc(waiting, func(a attempt) bool { return a.to == r.to })
-			waiting[i].giveUp(nil)
-			if r.fail == nil {
-				for _, slower := range waiting[:i] {
-					past.noteFailed(slower.to, Timeout)
-				}
-				past.noteWorked(r.to)
-				go closeLate(results, len(waiting)-1)
-				return r.conn, nil
+			isNext = true
+		case a := <-r.results:
+			if r.end(a); a.fail == nil {
+				return a.conn, nil
 			}
-			waiting = slices.Delete(waiting, i, i+1)
-			past.noteFailed(r.to, reasonOf(r.fail.err))
-			again, given = again || r.fail.again, r.fail.err == errSlow
-			if telling == nil || telling.lesser(r.fail) {
-				telling = r.fail
-			}
+			isNext = a.fail.err != errSlow // else it was given up for one that is under way
 		}
 	}
 }
 
-// attempt is one that is under way.
+// A race is what several attempts share.
+type race struct {
+	past    *Past
+	waiting []*attempt    // those under way, the oldest first
+	results chan *attempt // those that have ended
+	telling *failure      // the one that tells most
+	again   bool          // one of them is worth another try soon
+}
+
+// An attempt to connect to an address ends with a connection, or fails.
 type attempt struct {
 	to     netip.AddrPort
 	giveUp context.CancelCauseFunc
+	conn   net.Conn
+	fail   *failure
 }
 
 // errSlow is that an address did not answer before others were to be tried.
 var errSlow = fmt.Errorf("no answer before others were tried: %w", context.DeadlineExceeded)
 
-// result is what came of one address.
-type result struct {
-	to   netip.AddrPort
-	conn net.Conn
-	fail *failure
+// begin makes an attempt, beside those that are under way, or in the place of one.
+func (r *race) begin(ctx context.Context, to netip.AddrPort, connect func(context.Context) (net.Conn, *failure)) {
+	if n := len(r.waiting); n >= maxBeside {
+		r.waiting[n-maxBeside].giveUp(errSlow)
+	}
+	ctx, giveUp := context.WithCancelCause(ctx)
+	a := &attempt{to: to, giveUp: giveUp}
+	r.waiting = append(r.waiting, a)
+	go func() {
+		a.conn, a.fail = connect(ctx)
+		if a.fail != nil && context.Cause(ctx) == errSlow && errors.Is(a.fail.err, context.Canceled) {
+			a.fail.err = errSlow
+		}
+		r.results <- a
+	}()
+}
+
+// end notes what came of an attempt. With a connection the race is over.
+func (r *race) end(a *attempt) {
+	i := slices.Index(r.waiting, a)
+	a.giveUp(nil)
+	if a.fail == nil {
+		for _, slower := range r.waiting[:i] {
+			r.past.noteFailed(slower.to, Timeout)
+		}
+		r.past.noteWorked(a.to)
+		go closeLate(r.results, len(r.waiting)-1)
+		return
+	}
+	r.waiting = slices.Delete(r.waiting, i, i+1)
+	r.past.noteFailed(a.to, reasonOf(a.fail.err))
+	r.again = r.again || a.fail.again
+	if r.telling == nil || r.telling.lesser(a.fail) {
+		r.telling = a.fail
+	}
 }
 
 // closeLate closes the connections of the n slower attempts, if they still came to be.
-func closeLate(results <-chan result, n int) {
+func closeLate(results <-chan *attempt, n int) {
 	for range n {
-		if r := <-results; r.conn != nil {
-			r.conn.Close()
+		if a := <-results; a.conn != nil {
+			a.conn.Close()
 		}
 	}
 }
 
 // connect makes one attempt.
-func (d *Dialer) connect(ctx context.Context, addr netip.Addr, port uint16, check PathChecker) result {
-	to := netip.AddrPortFrom(addr, port)
+func (d *Dialer) connect(ctx context.Context, to netip.AddrPort, check PathChecker) (net.Conn, *failure) {
 	nd := dialer()
 	if d.From != nil {
-		d.From(&nd, addr)
+		d.From(&nd, to.Addr())
 	}
 	c, err := nd.DialContext(ctx, "tcp", to.String()) // DialTCP would bind a port for it first
 	if err != nil {
-		return result{to: to, fail: &failure{err: err, addr: to.String(), again: quickKind(err)}}
+		return nil, &failure{err: err, addr: to.String(), again: quickKind(err)}
 	}
 	if c.LocalAddr().String() == c.RemoteAddr().String() { // [net.Dialer] looks only thrice, and not at all where its own port was given
 		tcpsock.ResetConn(c)
-		return result{to: to, fail: &failure{err: ErrSelf, addr: to.String(), again: true}}
+		return nil, &failure{err: ErrSelf, addr: to.String(), again: true}
 	}
 	if check != nil {
-		if err := check.CheckPath(addrOf(c.LocalAddr()), addr); err != nil {
+		if err := check.CheckPath(addrOf(c.LocalAddr()), to.Addr()); err != nil {
 			c.Close()
-			return result{to: to, fail: &failure{err: err, addr: to.String()}}
+			return nil, &failure{err: err, addr: to.String()}
 		}
 	}
-	return result{to: to, conn: c}
+	return c, nil
 }
 
 func dialer() net.Dialer {

@@ -80,10 +80,10 @@ type failure struct {
 }
 
 // lesser reports whether o tells more than f: an answer, even a bad one, says more than none or no way.
-func (f *failure) lesser(o *failure) bool { return rank(reasonOf(f.err)) < rank(reasonOf(o.err)) }
+func (f *failure) lesser(o *failure) bool { return f.rank() < o.rank() }
 
-func rank(r Reason) int {
-	switch r {
+func (f *failure) rank() int {
+	switch reasonOf(f.err) {
 	case Unreachable:
 		return 0
 	case Timeout:
@@ -145,56 +145,58 @@ func (d *Dialer) explain(ctx context.Context, t Target, f *failure, took time.Du
 	if errors.Is(ctx.Err(), context.Canceled) {
 		e.Reason = Canceled
 	}
-	at := ""
-	if f.addr != "" && t.Scheme != Unix && f.addr != t.String() {
-		at = " at " + f.addr
-	}
-	waited := took.Round(100 * time.Millisecond)
-	switch e.Reason {
-	case Timeout:
-		e.msg = fmt.Sprintf("no answer%s within %s", at, waited)
-		if f.addr == "" {
-			e.msg = fmt.Sprintf("%s was not resolved within %s", t.Host, waited)
-		}
-	case Refused:
-		e.msg = fmt.Sprintf("the target refused the connection%s: nothing listens there", at)
-		if errors.Is(f.err, ErrSelf) {
-			e.msg = fmt.Sprintf("the target refused the connection%s: %v", at, ErrSelf)
-		}
-		if errors.Is(f.err, syscall.EAGAIN) {
-			e.msg = "the target does not keep up: its queue of new connections is full"
-		}
-	case Unreachable:
-		e.msg = fmt.Sprintf("no route%s: %v", at, cause(f.err))
-	case DNS:
-		e.msg = dnsMessage(t.Host, f.err)
-	case NoSocket:
-		e.msg = "there is no such socket"
-	case Denied:
-		if t.Scheme == Unix {
-			e.msg = fmt.Sprintf("user %d may not write to the socket: put the daemon in the socket's group (SupplementaryGroups= in its unit), or change the socket's mode", os.Getuid())
-		} else {
-			e.msg = fmt.Sprintf("no permission to connect%s: a firewall rule of this machine forbids it", at)
-		}
-	case Exhausted:
-		e.msg = fmt.Sprintf("this machine is out of files, ports or memory: %v", cause(f.err))
-	case Canceled:
-		e.msg = "canceled by the caller"
-	case Failed:
-		e.msg = fmt.Sprintf("failed%s: %v", at, cause(f.err))
-		switch {
-		case errors.Is(f.err, errNoResolver):
-			e.msg = t.Scheme + " targets are not available here"
-		case errors.Is(f.err, errScheme):
-			e.msg = fmt.Sprintf("unknown kind of target %q", t.Scheme)
-		}
-	default: // a resolver's own, which says it all
-		e.msg = f.err.Error()
-	}
-	if e.Reason == Timeout || e.Reason == Unreachable || e.Reason == Refused {
+	e.msg = e.message(took.Round(100 * time.Millisecond))
+	if e.Reason == Timeout || e.Reason == Unreachable {
 		d.addPresence(e)
 	}
 	return e
+}
+
+// message says what went wrong, and what to do where that is known.
+func (e *Error) message(waited time.Duration) string {
+	t, err, at := e.Target, e.Err, ""
+	if e.Addr != "" && t.Scheme != Unix && e.Addr != t.String() {
+		at = " at " + e.Addr
+	}
+	switch e.Reason {
+	case Timeout:
+		if e.Addr == "" {
+			return fmt.Sprintf("%s was not resolved within %s", t.Host, waited)
+		}
+		return fmt.Sprintf("no answer%s within %s", at, waited)
+	case Refused:
+		switch {
+		case errors.Is(err, syscall.EAGAIN):
+			return "the target does not keep up: its queue of new connections is full"
+		case errors.Is(err, ErrSelf):
+			return fmt.Sprintf("the target refused the connection%s: %v", at, ErrSelf)
+		}
+		return fmt.Sprintf("the target refused the connection%s: nothing listens there", at)
+	case Unreachable:
+		return fmt.Sprintf("no route%s: %v", at, cause(err))
+	case DNS:
+		return dnsMessage(t.Host, err)
+	case NoSocket:
+		return "there is no such socket"
+	case Denied:
+		if t.Scheme == Unix {
+			return fmt.Sprintf("user %d may not write to the socket: put the daemon in the socket's group (SupplementaryGroups= in its unit), or change the socket's mode", os.Getuid())
+		}
+		return fmt.Sprintf("no permission to connect%s: a firewall rule of this machine forbids it", at)
+	case Exhausted:
+		return fmt.Sprintf("this machine is out of files, ports or memory: %v", cause(err))
+	case Canceled:
+		return "canceled by the caller"
+	case Failed:
+		switch {
+		case errors.Is(err, errNoResolver):
+			return t.Scheme + " targets are not available here"
+		case errors.Is(err, errScheme):
+			return fmt.Sprintf("unknown kind of target %q", t.Scheme)
+		}
+		return fmt.Sprintf("failed%s: %v", at, cause(err))
+	}
+	return err.Error() // a resolver's own, which says it all
 }
 
 // addPresence adds what is known of a machine that doesn't answer.
@@ -205,7 +207,7 @@ func (d *Dialer) addPresence(e *Error) {
 	}
 	online, seen, known := presence.Presence(e.Target.Host)
 	switch {
-	case !known, e.Reason == Refused:
+	case !known:
 		return
 	case online:
 		e.msg += fmt.Sprintf("; %s is online, so look for a firewall or an access rule of the tailnet that drops this port", e.Target.Host)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -38,14 +37,25 @@ func (r *Reactor) Alive(ctx context.Context) error {
 	}
 }
 
+// An answerer is sent to when the loop takes an event of its eventfd.
+type answerer chan struct{}
+
+func (a answerer) Handle(uint32) (then func()) {
+	select {
+	case a <- struct{}{}:
+	default: // nobody has taken the one before
+	}
+	return nil
+}
+
 // openAsk makes what answer asks by.
 func (l *Loop) openAsk() error {
 	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
 	if err != nil {
 		return os.NewSyscallError("eventfd", err)
 	}
-	l.ask = l.NewSocket(fd)
-	if err := l.watch(l.ask, attached); err != nil {
+	l.ask, l.answers = l.NewSocket(fd), make(answerer, 1)
+	if _, err := l.ask.Attach(l.answers); err != nil {
 		unix.Close(fd)
 		return err
 	}
@@ -60,26 +70,24 @@ func (s *Socket) wake() error {
 
 // answer waits until l has taken an event.
 func (l *Loop) answer(ctx context.Context) error {
-	taken := make(chan struct{})
-	if err := l.ask.AwaitBytes(time.Hour, func(bool) { close(taken) }); err != nil {
-		return err
-	}
 	err := errSilent
 	l.Do(func() func() {
+		select {
+		case <-l.answers: // to one who has not waited for it
+		default:
+		}
 		if l.fd >= 0 { // else the eventfd is closed, or about to be
 			err = l.ask.wake()
 		}
 		return nil
 	})
 	if err != nil {
-		l.ask.Cancel()
 		return err
 	}
 	select {
-	case <-taken:
+	case <-l.answers:
 		return nil
 	case <-ctx.Done():
-		l.ask.Cancel()
 		return errSilent
 	}
 }

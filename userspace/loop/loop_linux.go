@@ -57,6 +57,7 @@ func (r *Reactor) Loop() *Loop { return r.loops[int(r.next.Add(1))%len(r.loops)]
 type Loop struct {
 	reactor *Reactor
 	ask     *Socket       // an eventfd, for Alive: when somebody asks there may be none to be had
+	answers answerer      // of ask
 	ended   chan struct{} // closed when the goroutine has
 	count   atomic.Int32  // sockets that are here
 
@@ -162,9 +163,8 @@ func (l *Loop) watch(s *Socket, events uint32) error {
 	} else if s.events&events == events && !s.hasMissed {
 		return nil
 	}
-	ev := unix.EpollEvent{Events: events, Fd: int32(id), Pad: int32(id >> 32)}
-	if err := unix.EpollCtl(l.fd, op, s.fd, &ev); err != nil {
-		return os.NewSyscallError("epoll_ctl", err)
+	if err := l.control(op, s, id, events); err != nil {
+		return err
 	}
 	if s.id == 0 { // no event of it is handled before this
 		l.sockets[id] = s
@@ -172,6 +172,11 @@ func (l *Loop) watch(s *Socket, events uint32) error {
 	}
 	s.id, s.events = id, events
 	return nil
+}
+
+func (l *Loop) control(op int, s *Socket, id uint64, events uint32) error {
+	ev := unix.EpollEvent{Events: events, Fd: int32(id), Pad: int32(id >> 32)}
+	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(l.fd, op, s.fd, &ev))
 }
 
 // forget is for a socket that is about to be closed, which takes it out of the epoll. The caller has the loop

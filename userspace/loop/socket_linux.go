@@ -59,10 +59,7 @@ func (s *Socket) Attach(h Handler) (hasMissed bool, err error) {
 
 // Again makes the events of an attached socket that still hold come once more, behind those of other sockets.
 // The caller has the loop to itself.
-func (s *Socket) Again() error {
-	ev := unix.EpollEvent{Events: s.events, Fd: int32(s.id), Pad: int32(s.id >> 32)}
-	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(s.loop.fd, unix.EPOLL_CTL_MOD, s.fd, &ev))
-}
+func (s *Socket) Again() error { return s.loop.control(unix.EPOLL_CTL_MOD, s, s.id, s.events) }
 
 // Detach takes s off its loop. It stays open, and whoever watches it next is told anew what there is. The
 // caller has the loop to itself.

@@ -343,13 +343,12 @@ func (s *side) howEnded() (proper bool, fault error) {
 }
 
 // finish closes both sides and reports. Nothing of the flow runs any more, but for what may still cut it.
-func (f *flow) finish() {
-	f.close()
+func (f *flow) finish() { f.over(f.close()) }
+
+// over reports a flow whose sides are closed.
+func (f *flow) over(end End, err error) {
 	f.disarm()
 	up, down := f.counters.Load()
-	f.mu.Lock()
-	end, err := f.end, f.err
-	f.mu.Unlock()
 	f.report(Result{Up: up, Down: down, End: end, Err: err, Datapath: userspace})
 }
 
@@ -537,23 +536,22 @@ func isReset(err error) bool {
 }
 
 // close closes both sides, in the way that tells them how the flow ended.
-func (f *flow) close() {
+func (f *flow) close() (end End, err error) {
 	unwatch(&f.down)
 	unwatch(&f.up)
 	f.mu.Lock()
-	proper := f.end == ""
-	if proper {
-		f.end = EndEOF
-	}
+	f.end = cmp.Or(f.end, EndEOF)
+	end, err = f.end, f.err
 	f.mu.Unlock()
 	for _, s := range f.sides() {
-		if proper {
+		if end == EndEOF {
 			s.conn.Close()
 			continue
 		}
 		s.drain()
 		tcpsock.ResetConn(s.conn)
 	}
+	return end, err
 }
 
 // drain waits until the other end of s has acknowledged all that it was sent, if s is not broken, or until

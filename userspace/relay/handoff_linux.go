@@ -213,29 +213,22 @@ func (f *flow) reattach() {
 type quietSweep struct {
 	mu sync.Mutex
 	// +checklocks:mu
-	flows map[*flow]*sweptFlow
+	flows map[*flow]int64 // bytes moved when it was swept last; negative: it has come since
 	// +checklocks:mu
 	isRunning bool // run is called again and again, until there are no flows
 }
 
-type sweptFlow struct {
-	on      *loop.Loop
-	moved   int64 // when it was swept last
-	isSwept bool  // it was, since it came
-}
-
-// add is called with l held when f is on l.
-func (q *quietSweep) add(f *flow, l *loop.Loop) {
+// add is called when f is on a loop, with that held.
+func (q *quietSweep) add(f *flow) {
 	if !f.choice.Prefers {
 		return
 	}
-	up, down := f.counters.Load()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.flows == nil {
-		q.flows = make(map[*flow]*sweptFlow)
+		q.flows = make(map[*flow]int64)
 	}
-	q.flows[f] = &sweptFlow{on: l, moved: up + down}
+	q.flows[f] = -1
 	if !q.isRunning {
 		q.isRunning = true
 		time.AfterFunc(datapath.QuietWithin, q.run)
@@ -269,13 +262,13 @@ func (q *quietSweep) quiet() map[*flow]*loop.Loop {
 	quiet := make(map[*flow]*loop.Loop)
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for f, at := range q.flows {
+	for f, was := range q.flows {
 		up, down := f.counters.Load()
-		moved := up + down - at.moved
-		if at.isSwept && moved > 0 && datapath.IsQuiet(moved, datapath.QuietWithin) {
-			quiet[f] = at.on
+		moved := up + down - was
+		if was >= 0 && moved > 0 && datapath.IsQuiet(moved, datapath.QuietWithin) {
+			quiet[f] = f.down.socket.Loop()
 		}
-		at.moved, at.isSwept = up+down, true
+		q.flows[f] = up + down
 	}
 	return quiet
 }

@@ -2,6 +2,8 @@ package relay
 
 import (
 	"testing"
+
+	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
 // TestQuiet: a flow is quiet when it has moved little between two looks. One that has come since the last look is not,
@@ -10,7 +12,8 @@ func TestQuiet(t *testing.T) {
 	q := quietSweep{isRunning: true} // by nobody but this test
 	f := (&Relay{}).newFlow(t.Context(), nil, nil, Options{}, nil)
 	f.choice.Prefers = true
-	q.add(f, nil)
+	f.down.socket = new(loop.Socket)
+	q.add(f)
 	defer q.remove(f)
 	for i, sweep := range []struct {
 		moved int64

@@ -30,12 +30,12 @@ func (f *flow) attachTo(down, up *loop.Socket) {
 		f.enter(onLoop)
 		f.mu.Unlock()
 		f.armOn(l)
-		return f.beginOn(l)
+		return f.beginOn()
 	})
 }
 
-// beginOn attaches both sockets to l.
-func (f *flow) beginOn(l *loop.Loop) (then func()) {
+// beginOn attaches both sockets to their loop.
+func (f *flow) beginOn() (then func()) {
 	if len(f.o.Preface)+len(f.o.Head)+len(f.down.rest)+len(f.up.rest) > 0 {
 		return f.toPumps() // they write what is left of what comes first, or of an earlier stay
 	}
@@ -46,7 +46,7 @@ func (f *flow) beginOn(l *loop.Loop) (then func()) {
 			return f.toPumps() // no memory
 		}
 	}
-	f.relay.quiet.add(f, l)
+	f.relay.quiet.add(f)
 	for i, s := range f.sides() {
 		if hasMissed[i] {
 			if then := s.pass(true); then != nil {
@@ -222,11 +222,7 @@ func (f *flow) endOnLoop() (then func()) {
 	down, up := f.leave(done)
 	down.Discard()
 	up.Discard()
-	return func() {
-		f.disarm()
-		up, down := f.counters.Load()
-		f.report(Result{Up: up, Down: down, End: EndEOF, Datapath: userspace})
-	}
+	return func() { f.over(EndEOF, nil) }
 }
 
 // detach takes f off its loop. After next, pumps go on with it.

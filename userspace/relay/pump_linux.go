@@ -46,17 +46,12 @@ func (p *pump) run() (bad *side, err error) {
 		return p.copyAny()
 	}
 	p.flush, p.drain = p.flushOut, p.drainPipe
-	if p.out, p.src.rest = p.src.rest, nil; len(p.out) > 0 {
-		if err := p.dst.sock.Write(p.flush); err != nil {
-			p.fail("write to", p.dst, err)
+	rest := p.src.rest
+	p.src.rest = nil
+	if p.write(rest); p.err == nil {
+		if err := p.src.sock.Read(p.turn); err != nil {
+			p.fail("read from", p.src, err)
 		}
-		if p.out = nil; p.err != nil {
-			p.src.hold(0)
-			return p.bad, p.err
-		}
-	}
-	if err := p.src.sock.Read(p.turn); err != nil {
-		p.fail("read from", p.src, err)
 	}
 	if p.pipe != nil {
 		p.relay.pipes.close(p.pipe) // there are bytes in it
@@ -111,11 +106,7 @@ func (p *pump) copy(fd int) (n int, err error) {
 	if n <= 0 {
 		return 0, err
 	}
-	p.out = buf[:n]
-	if err := p.dst.sock.Write(p.flush); err != nil {
-		p.fail("write to", p.dst, err)
-	}
-	p.out = nil
+	p.write(buf[:n])
 	if isOnTrial {
 		runtime.Gosched()
 	}
@@ -125,6 +116,18 @@ func (p *pump) copy(fd int) (n int, err error) {
 		p.isBulk, p.count = true, 0
 	}
 	return n, nil
+}
+
+// write gives b to dst.
+func (p *pump) write(b []byte) {
+	if len(b) == 0 {
+		return
+	}
+	p.out = b
+	if err := p.dst.sock.Write(p.flush); err != nil {
+		p.fail("write to", p.dst, err)
+	}
+	p.out = nil
 }
 
 func (p *pump) flushOut(fd uintptr) (done bool) {
@@ -157,11 +160,7 @@ func (p *pump) splice(fd int) (n int, err error) {
 	if p.relay.holding.short.Load() {
 		most = min(most, minPipe)
 	}
-	n, err = noEINTR(func() (int, error) {
-		n, err := unix.Splice(fd, nil, pipe.w, nil, most,
-			unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
-		return int(n), err
-	})
+	n, err = splice(fd, pipe.w, most)
 	if n <= 0 {
 		p.relay.pipes.put(pipe)
 		switch {
@@ -200,11 +199,7 @@ func (p *pump) splice(fd int) (n int, err error) {
 // drainPipe gives what is in the pipe to dst.
 func (p *pump) drainPipe(fd uintptr) (done bool) {
 	for p.inPipe > 0 && !p.cannotSplice {
-		n, err := noEINTR(func() (int, error) {
-			n, err := unix.Splice(p.pipe.r, nil, int(fd), nil, p.inPipe,
-				unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
-			return int(n), err
-		})
+		n, err := splice(p.pipe.r, int(fd), p.inPipe)
 		switch {
 		case err == unix.EAGAIN:
 			p.src.hold(p.inPipe)
@@ -244,6 +239,13 @@ func (p *pump) emptyPipe(fd uintptr) (done bool) {
 		}
 	}
 	return true
+}
+
+func splice(from, to, most int) (n int, err error) {
+	return noEINTR(func() (int, error) {
+		n, err := unix.Splice(from, nil, to, nil, most, unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+		return int(n), err
+	})
 }
 
 func isUnspliceable(err error) bool {

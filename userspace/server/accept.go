@@ -41,6 +41,7 @@ func (srv *Server) takeIn(l *listener, s accepted, peer netip.AddrPort) *conn {
 
 // slowPath brings in, which comes by s, to its end on a goroutine, after what was read ahead. It owns both.
 func (srv *Server) slowPath(in *conn, s accepted, ahead []byte) {
+	srv.slowPaths.Add(1)
 	tcp, err := s.Conn()
 	if err != nil {
 		srv.noteRefused(in.listener.name, outOfFiles, outOfFilesText, "err", err)

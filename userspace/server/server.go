@@ -125,6 +125,7 @@ type Server struct {
 
 	mostWaiting  atomic.Int64 // connections that may wait for a hello
 	partialBytes atomic.Int64 // of hellos that are not whole
+	slowPaths    atomic.Int64 // connections that took the slow path
 
 	watchTailnet    sync.Once
 	watchContainers sync.Once

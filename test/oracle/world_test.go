@@ -22,6 +22,7 @@ import (
 
 	"golang.org/x/crypto/bcrypt"
 
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
@@ -114,7 +115,7 @@ func newWorld(t testing.TB, inside bool) *world {
 				"ca.pem"), string(ca)))
 		}
 		for _, target := range targets {
-			l := listener{target.name, freeAddr(t), isTLS}
+			l := listener{target.name, freeaddr.Get(t), isTLS}
 			w.listeners = append(w.listeners, l)
 			fmt.Fprintf(&b, "  - name: %s-%v\n    listen: [%q]\n    mode: %s\n    routes:\n", l.name, l.tls,
 				l.addr, mode)
@@ -146,7 +147,7 @@ func newWorld(t testing.TB, inside bool) *world {
 	}
 	// Whoever may label containers wants all that is guarded, be it by the https listener alone.
 	for _, isTLS := range []bool{true, false} {
-		l := listener{"labels", freeAddr(t), isTLS}
+		l := listener{"labels", freeaddr.Get(t), isTLS}
 		w.listeners = append(w.listeners, l)
 		mode, guarded := "mode: http", kinds[:2]
 		if isTLS {
@@ -276,26 +277,6 @@ func authServer(t testing.TB, h http.HandlerFunc) string {
 	t.Cleanup(srv.Close)
 	return srv.URL + "/"
 }
-
-// freeAddr is an address of 127.0.0.1 that nothing listens on. It is given once only, and none that the
-// kernel gives to connections.
-func freeAddr(t testing.TB) string {
-	t.Helper()
-	for range 1000 {
-		ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+rand.IntN(20000)))
-		if err != nil {
-			continue
-		}
-		ln.Close()
-		if _, given := givenAddrs.LoadOrStore(ln.Addr().String(), true); !given {
-			return ln.Addr().String()
-		}
-	}
-	t.Fatal("no port is free")
-	return ""
-}
-
-var givenAddrs sync.Map
 
 // startLabels starts a docker daemon whose containers claim what is guarded, and the server that they are.
 func startLabels(t testing.TB, socket string, is target) string {

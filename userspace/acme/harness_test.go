@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/test/logs"
 	"github.com/tailsplice/tailsplice/userspace/acme/acmetest"
 )
@@ -65,27 +66,8 @@ type host struct {
 	sources   []*Source
 }
 
-func freePort(t testing.TB) int {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	return ln.Addr().(*net.TCPAddr).Port
-}
-
-// freePorts finds two ports in a row.
-func freePorts(t testing.TB) int {
-	for range 100 {
-		p := freePort(t)
-		if ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", p+1)); err == nil {
-			ln.Close()
-			return p
-		}
-	}
-	t.Fatal("no two free ports in a row")
-	return 0
-}
+// freePort is one of 127.0.0.1 that nothing listens on.
+func freePort(t testing.TB) int { return freeaddr.Ports(t, "127.0.0.1", 1) }
 
 var programs = sync.OnceValues(func() (acmetest.Programs, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
@@ -131,7 +113,7 @@ func run(t testing.TB, log io.Writer, addr, bin string, args ...string) *exec.Cm
 // It returns its address and its management's URL.
 func nameServer(t testing.TB, ip4 string) (addr, management string) {
 	p := build(t)
-	addr, manage := fmt.Sprintf("127.0.0.1:%d", freePort(t)), fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	addr, manage := freeaddr.Get(t), freeaddr.Get(t)
 	log := &logs.Log{}
 	run(t, log, manage, p.DNS, acmetest.DNSArgs(addr, manage, ip4, "")...)
 	return addr, "http://" + manage
@@ -147,7 +129,7 @@ func newAuthority(t testing.TB, h *host, c acmetest.Config) *authority {
 	if c.DNS == "" {
 		c.DNS, _ = nameServer(t, "127.0.0.1")
 	}
-	c.Host, c.Port = "127.0.0.1", freePorts(t)
+	c.Host, c.Port = "127.0.0.1", freeaddr.Ports(t, "127.0.0.1", 2)
 	if c.HTTPPort == 0 {
 		c.HTTPPort = h.http.Addr().(*net.TCPAddr).Port
 	}

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 )
 
 func asking(t *testing.T, h http.HandlerFunc, change ...func(*ForwardOptions)) *Forward {
@@ -65,11 +67,6 @@ func TestAsk(t *testing.T) {
 }
 
 func TestNoAnswer(t *testing.T) {
-	gone, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	gone.Close()
 	nonsense, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -97,20 +94,20 @@ func TestNoAnswer(t *testing.T) {
 		case <-r.Context().Done():
 		}
 	}
-	at := func(l net.Listener) func(*ForwardOptions) {
-		return func(o *ForwardOptions) { o.URL.Host = l.Addr().String() }
+	at := func(addr string) func(*ForwardOptions) {
+		return func(o *ForwardOptions) { o.URL.Host = addr }
 	}
 	for _, c := range []struct {
 		name     string
 		change   func(*ForwardOptions)
 		noAnswer bool
 	}{
-		{"nobody listens", at(gone), true},
+		{"nobody listens", at(freeaddr.Get(t)), true},
 		{"too slow", func(o *ForwardOptions) { o.Timeout = 50 * time.Millisecond }, true},
 		{"its dialer fails", func(o *ForwardOptions) {
 			o.Dial = func(context.Context) (net.Conn, error) { return nil, DialError(errors.New("asleep")) }
 		}, true},
-		{"not HTTP", at(nonsense), false},
+		{"not HTTP", at(nonsense.Addr().String()), false},
 		{"another protocol", func(o *ForwardOptions) { o.URL.Path = "/upgrade" }, false},
 	} {
 		_, err := asking(t, hang, c.change).Ask(t.Context(), "GET", "/", http.Header{})

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 )
 
 // names is a Resolver of fixed addresses.
@@ -84,12 +86,7 @@ func port(a net.Addr) uint16 { return a.(*net.TCPAddr).AddrPort().Port() }
 // freePort is one that nothing listens on.
 func freePort(t *testing.T) uint16 {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return port(l.Addr())
+	return uint16(freeaddr.Ports(t, "127.0.0.1", 1))
 }
 
 // fails dials, and returns the error that must come, of that reason.

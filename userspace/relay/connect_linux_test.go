@@ -5,12 +5,14 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
@@ -24,11 +26,7 @@ func TestRunConnecting(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	closed, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	closed.Close()
+	closed := net.TCPAddrFromAddrPort(netip.MustParseAddrPort(freeaddr.Get(t)))
 	for _, c := range []struct {
 		name   string
 		to     net.Addr
@@ -37,7 +35,7 @@ func TestRunConnecting(t *testing.T) {
 	}{
 		{"connected at once", ln.Addr(), false, nil},
 		{"connected later", ln.Addr(), true, nil},
-		{"refused", closed.Addr(), true, unix.ECONNREFUSED},
+		{"refused", closed, true, unix.ECONNREFUSED},
 		{"too late", ln.Addr(), true, context.DeadlineExceeded},
 	} {
 		t.Run(c.name, func(t *testing.T) {

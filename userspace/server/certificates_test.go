@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/test/logs"
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/acme/acmetest"
@@ -34,23 +36,10 @@ func TestACME(t *testing.T) {
 		}
 		t.Skipf("pebble can't be built: %v", err)
 	}
+	host := "127.0.0.1"
 	web, plain, dns, manage, dir := freeAddr(t), freeAddr(t), freeAddr(t), freeAddr(t), t.TempDir()
-	port := func(addr string) (n int) {
-		fmt.Sscanf(addr, "127.0.0.1:%d", &n)
-		return n
-	}
-	pebble := freeAddr(t)
-	for { // its management takes the port after that
-		next := fmt.Sprintf("127.0.0.1:%d", port(pebble)+1)
-		if _, given := givenAddrs.LoadOrStore(next, true); !given {
-			if ln, err := net.Listen("tcp", next); err == nil {
-				ln.Close()
-				break
-			}
-		}
-		pebble = freeAddr(t)
-	}
-	c := acmetest.Config{Host: "127.0.0.1", Port: port(pebble), HTTPPort: port(plain), TLSPort: port(web), DNS: dns, Validity: time.Hour}
+	port := func(addr string) int { return int(netip.MustParseAddrPort(addr).Port()) }
+	c := acmetest.Config{Host: host, Port: freeaddr.Ports(t, host, 2), HTTPPort: port(plain), TLSPort: port(web), DNS: dns, Validity: time.Hour}
 	args, root, err := c.Write(dir)
 	if err != nil {
 		t.Fatal(err)

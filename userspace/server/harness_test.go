@@ -9,16 +9,14 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
-	"sync"
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/test/logs"
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
@@ -80,28 +78,14 @@ func discard() Options {
 // freeAddr is an address of 127.0.0.1 that nothing listens on.
 func freeAddr(t *testing.T) string {
 	t.Helper()
-	return freeAddrAt(t, "127.0.0.1")
+	return freeaddr.Get(t)
 }
 
-// freeAddrAt is an address of host that nothing listens on. It is given once
-// only, and the port is none that the kernel gives to the many connections of
-// these tests.
+// freeAddrAt is an address of host that nothing listens on.
 func freeAddrAt(t *testing.T, host string) string {
 	t.Helper()
-	for range 1000 {
-		addr := net.JoinHostPort(host, strconv.Itoa(10000+rand.IntN(20000)))
-		if ln, err := net.Listen("tcp", addr); err == nil {
-			ln.Close()
-			if _, given := givenAddrs.LoadOrStore(addr, true); !given {
-				return addr
-			}
-		}
-	}
-	t.Fatalf("no port of %s is free", host)
-	return ""
+	return freeaddr.Of(t, host)
 }
-
-var givenAddrs sync.Map
 
 // certificate makes a self-signed certificate for names, and a pool that
 // trusts it.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
@@ -34,12 +35,7 @@ func start(t *testing.T, action string) hop {
 	if err := os.WriteFile(file, append(certPEM, keyPEM...), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ln.Close()
-	h := hop{addr: ln.Addr().String(), tls: &tls.Config{RootCAs: selfsigned.Pool(cert), ServerName: site}}
+	h := hop{addr: freeaddr.Get(t), tls: &tls.Config{RootCAs: selfsigned.Pool(cert), ServerName: site}}
 	cfg, err := config.Parse("test.yaml", fmt.Appendf(nil, `
 listeners:
   - listen: [%q]

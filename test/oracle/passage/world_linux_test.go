@@ -3,7 +3,6 @@ package passage
 import (
 	"bytes"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -14,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/test/oracle"
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 )
@@ -28,7 +28,7 @@ func startDaemon(t testing.TB, n int) (all []*passage) {
 		p := newPassage(t)
 		all = append(all, p)
 		for _, isTLS := range []bool{false, true} {
-			addr, mode := freeAddr(t), "mode: http"
+			addr, mode := freeaddr.Get(t), "mode: http"
 			p.doors[oracle.Wire{TLS: isTLS}], p.doors[oracle.Wire{TLS: isTLS, HTTP2: true}] = addr, addr
 			if isTLS {
 				mode = fmt.Sprintf("mode: https, certificates: [ { files: { cert: %q, key: %q } } ]",
@@ -86,7 +86,7 @@ http {
 		p := newPassage(t)
 		all = append(all, p)
 		for wire, protocol := range map[oracle.Wire]string{{}: "", {HTTP2: true}: "http2"} {
-			p.doors[wire] = freeAddr(t)
+			p.doors[wire] = freeaddr.Get(t)
 			fmt.Fprintf(&b, "\tserver { listen %s %s; location / { proxy_pass http://%s; } }\n",
 				p.doors[wire], protocol, p.target.addr)
 		}
@@ -150,19 +150,6 @@ func (b *buffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.b.String()
-}
-
-// freeAddr is an address that nothing listens on, and none that the kernel gives to connections.
-func freeAddr(t testing.TB) string {
-	for range 1000 {
-		ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+rand.IntN(20000)))
-		if err == nil {
-			ln.Close()
-			return ln.Addr().String()
-		}
-	}
-	t.Fatal("no port is free")
-	return ""
 }
 
 func write(t testing.TB, dir, name string, text []byte) string {

@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 )
 
 // TestFewFiles: 600 descriptors and no right to more. Flows whose readers have stopped, as many as may be,
@@ -37,12 +39,7 @@ func TestFewFiles(t *testing.T) {
 			go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
 		}
 	}()
-	var at [2]string
-	for i := range at {
-		ln := listen(t, "127.0.0.77:0")
-		at[i] = ln.Addr().String()
-		ln.Close()
-	}
+	at := [2]string{freeaddr.Get(t), freeaddr.Get(t)}
 	d := startStalled(t, fmt.Sprintf(`
 listeners:
   - { name: bulk, listen: [%q], mode: tcp, default: { forward: %q, datapath: userspace } }

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/tailsplice/tailsplice/loader/loadertest"
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/server"
 )
@@ -26,12 +27,11 @@ func TestSockmapComesLate(t *testing.T) {
 			dir, err := os.MkdirTemp("", "ts-cli-")
 			check(t, err)
 			defer os.RemoveAll(dir)
-			at, target := listen(t, "127.0.0.77:0"), listen(t, "127.0.0.1:0")
+			at, target := freeaddr.Get(t), listen(t, "127.0.0.1:0")
 			control, file, limits := filepath.Join(dir, "control.sock"), filepath.Join(dir, "edge.yaml"), filepath.Join(dir, "tcp_mem")
 			check(t, os.WriteFile(file, fmt.Appendf(nil, "listeners: [{ name: web, listen: [%q], mode: sni, default: { forward: %q, datapath: %s } }]\ncontrol: { socket: %q }\n",
-				at.Addr(), target.Addr(), word, control), 0o600))
+				at, target.Addr(), word, control), 0o600))
 			check(t, os.WriteFile(limits, []byte("1 2 3\n"), 0o600))
-			at.Close()
 			// What the programs read is short; what the kernel goes by is not.
 			short := func(arg ...string) *exec.Cmd {
 				c := exec.Command("unshare", append([]string{"--mount", "--propagation", "private", "sh", "-c",
@@ -87,7 +87,7 @@ func TestSockmapComesLate(t *testing.T) {
 				return nil
 			})
 			with := func() (string, error) {
-				client, upstream, _ := connect(t, at.Addr(), target)
+				client, upstream, _ := connect(t, at, target)
 				defer client.Close()
 				defer upstream.Close()
 				var all []flow.Snapshot

@@ -4,16 +4,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 )
 
 func TestMain(m *testing.M) {
@@ -79,10 +80,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"freeport": func(ts *testscript.TestScript, neg bool, args []string) {
 				for _, name := range args {
-					ln, err := net.Listen("tcp", "127.0.0.1:0")
-					ts.Check(err)
-					defer ln.Close()
-					ts.Setenv(name, fmt.Sprint(ln.Addr().(*net.TCPAddr).Port))
+					ts.Setenv(name, strconv.Itoa(freeaddr.Ports(ts, "127.0.0.1", 1)))
 				}
 			},
 			"get": func(ts *testscript.TestScript, neg bool, args []string) {

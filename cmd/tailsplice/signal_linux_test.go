@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 )
 
 // TestSecondSignal: INT drains, TERM after it cuts no flow, and TERM once more does.
@@ -19,9 +21,7 @@ func TestSecondSignal(t *testing.T) {
 			go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
 		}
 	}()
-	free := listen(t, "127.0.0.77:0")
-	address := free.Addr().String()
-	free.Close()
+	address := freeaddr.Get(t)
 	d := startStalled(t, fmt.Sprintf(
 		"listeners: [{ listen: [%q], mode: tcp, default: { forward: %q } }]", address, target.Addr().String()))
 	c, err := net.Dial("tcp", address)

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/test/cgroup"
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/server"
 )
@@ -38,8 +39,7 @@ func TestSockmapAgrees(t *testing.T) {
 
 // testAgrees has a flow of a route whose configuration says word, until datapath has it.
 func testAgrees(t *testing.T, word, datapath string, target net.Listener) {
-	// Addresses of which nobody's outgoing connection takes the ports between here and the daemon's start.
-	at, metrics := listen(t, "127.0.0.77:0"), listen(t, "127.0.0.77:0")
+	at, metrics := freeaddr.Get(t), freeaddr.Get(t)
 	dir, err := os.MkdirTemp("", "ts-cli-")
 	check(t, err)
 	defer os.RemoveAll(dir)
@@ -48,9 +48,7 @@ func testAgrees(t *testing.T, word, datapath string, target net.Listener) {
 listeners:
   - { name: web, listen: [%q], mode: sni, default: { forward: %q, datapath: %s } }
 control: { socket: %q, metrics: %q }
-`, at.Addr(), target.Addr(), word, control, metrics.Addr()), 0o600))
-	at.Close()
-	metrics.Close()
+`, at, target.Addr(), word, control, metrics), 0o600))
 
 	var log strings.Builder
 	daemon := exec.Command("tailsplice", "run", "--config", file)
@@ -89,7 +87,7 @@ control: { socket: %q, metrics: %q }
 			client.Close()
 			upstream.Close()
 		}
-		client, upstream, up = connect(t, at.Addr(), target)
+		client, upstream, up = connect(t, at, target)
 		down = nil
 		for end := time.Now().Add(time.Second); word == "auto" && time.Now().Before(end); {
 			say(client, upstream, &up, 100)
@@ -167,7 +165,7 @@ control: { socket: %q, metrics: %q }
 			t.Errorf("%+v", d)
 		}
 	}
-	res, err := http.Get("http://" + metrics.Addr().String() + "/metrics")
+	res, err := http.Get("http://" + metrics + "/metrics")
 	check(t, err)
 	body, err := io.ReadAll(res.Body)
 	res.Body.Close()
@@ -212,9 +210,9 @@ func pinned(t *testing.T, id string) entry {
 }
 
 // connect makes a flow, of which the server has got the hello that it gives.
-func connect(t *testing.T, at net.Addr, server net.Listener) (client, upstream net.Conn, said []byte) {
+func connect(t *testing.T, at string, server net.Listener) (client, upstream net.Conn, said []byte) {
 	t.Helper()
-	client, err := net.Dial("tcp", at.String())
+	client, err := net.Dial("tcp", at)
 	check(t, err)
 	b := hello(t)
 	_, err = client.Write(b)

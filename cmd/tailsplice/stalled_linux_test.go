@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/test/cgroup"
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/test/selfsigned"
 	"github.com/tailsplice/tailsplice/userspace/server"
 )
@@ -116,12 +117,7 @@ func TestNobodyReadsTheLog(t *testing.T) {
 	plain := echo(listen(t, "127.0.0.1:0")).Addr()
 	local, _ := cgroup.Listen(t, "tcp4")
 	datapaths := []string{"userspace", "auto", "sockmap", "sk_msg"}
-	free := func(host string) string { // of which nobody's outgoing connection takes the port
-		ln := listen(t, net.JoinHostPort(host, "0"))
-		defer ln.Close()
-		return ln.Addr().String()
-	}
-	web, web6, secure, secure6 := free("127.0.0.77"), free("::1"), free("127.0.0.77"), free("::1")
+	web, web6, secure, secure6 := freeaddr.Get(t), freeaddr.Of(t, "::1"), freeaddr.Get(t), freeaddr.Of(t, "::1")
 	yaml := fmt.Sprintf(`
 listeners:
   - { name: web, listen: [%q, %q], mode: http, default: { forward: %q } }
@@ -134,10 +130,10 @@ listeners:
 		if name == "sk_msg" {
 			to = local.Addr()
 		}
-		edges[name] = free("127.0.0.77")
+		edges[name] = freeaddr.Get(t)
 		yaml += fmt.Sprintf("  - { name: edge-%s, listen: [%q], mode: sni, default: { forward: %q, datapath: %s } }\n", name, edges[name], to, name)
 	}
-	strict := free("127.0.0.77")
+	strict := freeaddr.Get(t)
 	yaml += fmt.Sprintf("  - { name: strict, listen: [%q], mode: sni, routes: [ { sni: [none.test], forward: %q } ] }\n", strict, plain)
 	d := startStalled(t, yaml)
 
@@ -267,12 +263,11 @@ listeners:
 // TestStalledLogAtTheEnd: the daemon ends though nobody reads its log, and does
 // not end because who read it is gone.
 func TestStalledLogAtTheEnd(t *testing.T) {
-	at := listen(t, "127.0.0.77:0")
+	at := freeaddr.Get(t)
 	app := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "hello") }))
 	defer app.Close()
-	yaml := fmt.Sprintf("listeners: [ { listen: [%q], mode: http, default: { forward: %q } } ]", at.Addr(), app.Listener.Addr())
-	url := "http://" + at.Addr().String()
-	at.Close()
+	yaml := fmt.Sprintf("listeners: [ { listen: [%q], mode: http, default: { forward: %q } } ]", at, app.Listener.Addr())
+	url := "http://" + at
 	get := func(t *testing.T, n int) {
 		t.Helper()
 		client := &http.Client{Timeout: time.Minute}

@@ -270,6 +270,18 @@ func (srv *Server) rebind(want []binding, opened map[string]*listenerSocket) {
 			srv.log.Info("stopped listening", "address", addr)
 		}
 	}
+	bound := map[netip.AddrPort]bool{}
+	for _, s := range srv.sockets {
+		bound[tcpsock.AddrPortOf(s.addr)] = true
+	}
+	srv.bound.Store(&bound)
+}
+
+// isListeningAt reports whether connections are accepted at local, which then nobody else is bound to.
+func (srv *Server) isListeningAt(local netip.AddrPort) bool {
+	bound := *srv.bound.Load()
+	return bound[local] || bound[netip.AddrPortFrom(netip.IPv6Unspecified(), local.Port())] ||
+		bound[netip.AddrPortFrom(netip.IPv4Unspecified(), local.Port())]
 }
 
 // noteUnbound remembers what the listeners do without: what could not be bound, clashes of addresses,

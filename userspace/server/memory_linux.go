@@ -9,7 +9,10 @@ import (
 	"path/filepath"
 	"runtime/metrics"
 	"slices"
+	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/limit"
@@ -23,10 +26,13 @@ const (
 	// memory on, and from 7/8 on.
 	stoppedFor      = 15 * time.Second
 	stoppedForShort = time.Second
+	slowFor         = 30 * time.Second // who needs longer for what is held for him stands still as well
 	stoppedMin      = 16 << 10         // bytes that such a flow holds at least
+	stoppedLeast    = 2 << 10          // the same where TCP's memory is short: of these many are as bad
 	greedyFor       = 30 * time.Second // that a source is refused after it held much when memory was short
 	greedyMost      = 16 * time.Minute // that it is refused if it comes back again and again: twice as long each time
 	greedyMin       = 1 << 20          // bytes that a source holds at least before it may be refused
+	mostGreedy      = 4096             // such sources that are remembered
 )
 
 // memoryWatch keeps what flows hold within the budget, and within what the kernel has for TCP. What the
@@ -63,8 +69,16 @@ func (g greed) isOver(now time.Time) bool { return now.Sub(g.last) >= g.refused 
 
 // A rest is a connection at the last look.
 type rest struct {
-	bytes, down int64     // all that its flows have moved, and to the client
-	since       time.Time // that they have moved so many
+	down  int64     // bytes that its flows had moved to the client
+	bytes int64     // all that they had moved when it was last seen to go on
+	since time.Time // when that was
+}
+
+// goesOn reports whether a connection that holds so much has moved enough by now: a byte now and then would
+// keep any amount for ever.
+func (r rest) goesOn(bytes, held int64, now time.Time) bool {
+	moved := bytes - r.bytes
+	return moved > 0 && float64(moved) >= float64(held)*min(1, now.Sub(r.since).Seconds()/slowFor.Seconds())
 }
 
 // watchMemory looks until the server ends.
@@ -247,10 +261,15 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) {
 // refuse has the sources refused that have held much until a short while ago.
 func (w *memoryWatch) refuse(now time.Time, u memoryUse) {
 	srv := w.server
-	maps.DeleteFunc(w.greedy, func(_ netip.Prefix, g greed) bool { return now.Sub(g.last) >= greedyMost })
+	for keep := greedyMost; ; keep /= 2 {
+		maps.DeleteFunc(w.greedy, func(_ netip.Prefix, g greed) bool { return now.Sub(g.last) >= keep })
+		if len(w.greedy) <= mostGreedy {
+			break
+		}
+	}
 	greedy := map[netip.Prefix]int64{}
 	for source, g := range w.greedy {
-		if !g.isOver(now) {
+		if !g.isOver(now) && !srv.mayBeMany(source.Addr()) { // as a configuration may say meanwhile
 			greedy[source] = g.held
 		}
 	}
@@ -273,7 +292,8 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 		since             time.Time // of what is held
 		owner             owner
 	}
-	flows := w.server.flows.Live()
+	srv := w.server
+	flows := srv.flows.Live()
 	connections := make(map[netip.AddrPort]connection, len(flows))
 	for _, fl := range flows {
 		peer, err := netip.ParseAddrPort(fl.Downstream)
@@ -296,18 +316,36 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 		}
 		connections[peer] = c
 	}
+	for peer, s := range sockets {
+		if _, hasFlow := connections[peer]; hasFlow || !s.isOrphan || !srv.isListeningAt(s.local) {
+			continue
+		}
+		o := owner{source: limit.PrefixOf(peer.Addr())}
+		if srv.mayBeMany(peer.Addr()) {
+			o = owner{alone: peer}
+		}
+		connections[peer] = connection{bytes: -s.held, down: -s.held, owner: o} // which grows when its reader takes some
+	}
 	since := make(map[netip.AddrPort]rest, len(connections))
 	for peer, c := range connections {
+		socket := sockets[peer]
+		held := max(c.held, socket.held)
 		r, known := w.since[peer]
 		takes := !known || r.down != c.down // since the last look; who is far and fast has a lot on the way
-		if !known || r.bytes != c.bytes {
-			r = rest{c.bytes, c.down, now}
+		if !known || sockets != nil && held < stoppedLeast || r.goesOn(c.bytes, held, now) {
+			r = rest{bytes: c.bytes, since: now}
 		}
+		r.down = c.down
 		since[peer] = r
-		switch held := sockets[peer].held; {
-		case c.held >= stoppedMin:
-			all = append(all, stalled{peer, c.owner, c.since, max(c.held, held)})
-		case c.held == 0 && held >= stoppedMin && !takes: // the kernel moves the flow, or these are requests
+		switch {
+		case held < stoppedLeast:
+		case c.held > 0:
+			if r.since.Before(c.since) {
+				c.since = r.since
+			}
+			all = append(all, stalled{peer, c.owner, c.since, held})
+		// The kernel moves the flow, or these are requests, or the flow has ended.
+		case !socket.isEmpty && (!takes || now.Sub(r.since) >= stoppedForShort):
 			all = append(all, stalled{peer, c.owner, r.since, held})
 		}
 	}
@@ -336,6 +374,16 @@ func greediest(sources map[netip.Prefix]int64) (source netip.Prefix, held int64)
 	}
 	return source, held
 }
+
+// canEndOrphans: before Linux 6.12 an orphan whose reader takes nothing stays for ever after it was ended
+// (bac76cf89816, "tcp: fix forever orphan socket caused by tcp_abort").
+var canEndOrphans = sync.OnceValue(func() bool {
+	var u unix.Utsname
+	var major, minor int
+	_ = unix.Uname(&u)
+	_, _ = fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	return major > 6 || major == 6 && minor >= 12
+})
 
 // victims are those of all that have stood still since until, in the order in which they are to be ended:
 // again and again the one of the owner that holds most then which has stood still for longest. It takes the
@@ -370,7 +418,10 @@ func victims(all []stalled, until time.Time) []stalled {
 // end resets connections of all that have stood still for long enough, in the order of victims, until so much
 // is given back that u is over no more.
 func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map[netip.AddrPort]tcpSocket, diag *sockDiag) error {
-	until, enough := now.Add(-stoppedFor), u.total/4*3
+	until, enough, least := now.Add(-stoppedFor), u.total/4*3, int64(stoppedMin)
+	if u.what != overMemory {
+		least = stoppedLeast
+	}
 	if u.over(7, 8) {
 		until = now.Add(-stoppedForShort)
 		if u.what != overMemory {
@@ -384,8 +435,8 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 	n, freed := 0, int64(0)
 	for _, v := range victims(all, until) {
 		socket, ok := sockets[v.peer]
-		if !ok {
-			continue // it has ended by itself
+		if !ok || v.held < least || socket.isOrphan && !canEndOrphans() {
+			continue // it has ended by itself, or is left alone
 		}
 		if freed > u.used-enough {
 			break

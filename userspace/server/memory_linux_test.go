@@ -392,14 +392,255 @@ func TestGreedyTakes(t *testing.T) {
 	w, now := &memoryWatch{server: d.Server}, time.Now()
 	sockets := map[netip.AddrPort]tcpSocket{peer: {held: 2 * greedyMin}}
 	for i, look := range []struct {
-		up, down int64
+		up, down int64 // MiB
 		greedy   bool
 	}{{0, 1, false}, {0, 2, false}, {0, 2, true}, {1, 2, true}, {2, 2, true}, {2, 3, false}, {2, 3, true}} {
-		up, down = look.up, look.down
+		up, down = look.up<<20, look.down<<20
 		now = now.Add(memoryEvery)
 		if greedy := len(greedySources(w.stalled(now, sockets), greedyMin)) > 0; greedy != look.greedy {
 			t.Errorf("look %d, with %d bytes up and %d down: greedy is %v", i, up, down, greedy)
 		}
+	}
+}
+
+// TestSlowReader: who takes or sends a little now and then stands still, and who takes in half a minute what is held
+// for him does not, whoever moves the bytes; nor does one who goes on after a long rest.
+func TestSlowReader(t *testing.T) {
+	const held = 3 << 20
+	for _, v := range []struct {
+		name     string
+		up, down int64 // bytes between two looks
+		stands   bool
+	}{
+		{"nothing", 0, 0, true},
+		{"a byte is sent", 1, 0, true},
+		{"a byte is taken", 0, 1, true},
+		{"too little is taken", 0, held / 200, true},
+		{"enough is taken", 0, held / 100, false},
+	} {
+		for _, mover := range []string{"pumps", "the kernel"} {
+			t.Run(v.name+", "+mover, func(t *testing.T) {
+				d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+				peer := netip.MustParseAddrPort("192.0.2.1:5")
+				var up, down int64
+				var moved time.Time
+				fl := &flow.Flow{Client: peer.String(), Downstream: peer.String(), Bytes: func() (int64, int64) { return up, down }}
+				sockets := map[netip.AddrPort]tcpSocket{peer: {held: held}}
+				if mover == "pumps" {
+					fl.Held = func() (int64, time.Time) { return held, moved }
+				}
+				d.flows.Add(fl)
+				defer d.flows.Remove(fl)
+				w, now := &memoryWatch{server: d.Server}, time.Now()
+				look := func(moreUp, moreDown int64, stands bool) {
+					t.Helper()
+					if up, down = up+moreUp, down+moreDown; moreDown > 0 {
+						moved = now
+					}
+					isStanding := false
+					for _, s := range w.stalled(now, sockets) {
+						isStanding = isStanding || now.Sub(s.since) >= stoppedForShort
+					}
+					if isStanding != stands {
+						t.Errorf("after %d bytes up and %d down it stands still: %v", up, down, isStanding)
+					}
+					now = now.Add(memoryEvery)
+				}
+				moved = now
+				for range stoppedForShort / memoryEvery {
+					look(v.up, v.down, false)
+				}
+				for range 8 {
+					look(v.up, v.down, v.stands)
+				}
+				now = now.Add(time.Hour)
+				look(0, held, false)
+			})
+		}
+	}
+}
+
+// TestOrphans: what a reader has not taken of a flow that has ended is his as well: he is refused for it, and the
+// kernel's socket is ended.
+func TestOrphans(t *testing.T) {
+	if !canEndOrphans() {
+		t.Skip("before Linux 6.12 an orphan can't be ended")
+	}
+	up := backend(t, func(c net.Conn) {
+		defer c.Close()
+		c.Write(make([]byte, 256<<10))
+	})
+	for _, hop := range []bool{false, true} {
+		t.Run(fmt.Sprintf("hop: %v", hop), func(t *testing.T) {
+			addr, trust := freeAddr(t), "127.0.0.99"
+			if hop {
+				trust = "127.0.0.1"
+			}
+			d := start(t, fmt.Sprintf(`
+listeners:
+  - { name: main, listen: [%q], mode: tcp, default: { forward: %q } }
+  - { name: hops, listen: [%q], mode: tcp, accept_proxy: { from: [%s] }, default: { reject: true } }`, addr, up, freeAddr(t), trust))
+			const flows = 8
+			for range flows {
+				c := dialTCP(t, addr)
+				c.SetReadBuffer(4 << 10)
+				c.CloseWrite()
+			}
+			orphans := func() (n int) {
+				t.Helper()
+				diag, err := newSockDiag()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer diag.Close()
+				sockets, err := diag.tcpSockets(*d.ports.Load())
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, s := range sockets {
+					if s.isOrphan && s.held > stoppedMin {
+						n++
+					}
+				}
+				return n
+			}
+			eventually(t, "the flows have ended, and the kernel has their bytes", func() bool { return d.flows.Len() == 0 && orphans() == flows })
+			w, now := &memoryWatch{server: d.Server}, time.Now()
+			look := func(after time.Duration, eighths int64) {
+				w.look(now.Add(after), memoryUse{eighths << 30, 8 << 30, "tcp_memory"})
+			}
+			look(0, 7)
+			if n := orphans(); n != flows {
+				t.Errorf("%d are left of those that may be taken still", n)
+			}
+			look(stoppedForShort, 5)
+			if refused := d.greedy(netip.MustParseAddr("127.0.0.1")) != nil; refused == hop {
+				t.Errorf("the source is refused: %v", refused)
+			}
+			look(stoppedForShort, 7)
+			if n := orphans(); n != 0 {
+				t.Errorf("%d are left", n)
+			}
+			if n := metrics.Totals(d.metrics.Cut, "reason")["tcp_memory"]; n != flows {
+				t.Errorf("%d are counted, want %d", n, flows)
+			}
+		})
+	}
+}
+
+// TestSamePeer: a flow is ended though its client has another one from the same address and port, to another port.
+func TestSamePeer(t *testing.T) {
+	up := backend(t, func(c net.Conn) {
+		if _, err := c.Read(make([]byte, 1)); err == nil {
+			io.Copy(c, forever{})
+		}
+	})
+	var ports []string
+	for range 8 {
+		ports = append(ports, freeAddr(t))
+	}
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: ["%s"], mode: tcp, default: { forward: %q } } ]`, strings.Join(ports, `", "`), up))
+	from := netip.MustParseAddrPort(freeAddr(t))
+	for i, at := range ports {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 16<<10)
+		if err := unix.Bind(fd, tcpsock.Sockaddr(from)); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Connect(fd, tcpsock.Sockaddr(netip.MustParseAddrPort(at))); err != nil {
+			t.Fatal(err)
+		}
+		if i == len(ports)/2 {
+			unix.Write(fd, []byte{1})
+		}
+	}
+	moved := func() (n int64) {
+		for _, f := range d.flows.Snapshot(flow.Query{}) {
+			n += f.BytesDown
+		}
+		return n
+	}
+	last := int64(0)
+	eventually(t, "the reader has stopped", func() bool {
+		time.Sleep(300 * time.Millisecond)
+		n := moved()
+		isSame := n > 0 && n == last
+		last = n
+		return isSame && d.flows.Len() == len(ports)
+	})
+	w, now := &memoryWatch{server: d.Server}, time.Now()
+	for range 2 {
+		w.look(now, memoryUse{7 << 30, 8 << 30, "tcp_memory"})
+		now = now.Add(stoppedForShort)
+	}
+	eventually(t, "the flow that holds much has ended", func() bool { return moved() == 0 })
+}
+
+// TestSmallHolders: where TCP's memory is short those that hold little are ended as well; for the budget they aren't.
+func TestSmallHolders(t *testing.T) {
+	const flows, each = 20, 3 << 10
+	up := backend(t, func(c net.Conn) {
+		c.Write(make([]byte, each))
+		c.Read(make([]byte, 1))
+	})
+	addr := freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, up))
+	for range flows {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 1) // which is the least, and no room for so much
+		if err := unix.Connect(fd, tcpsock.Sockaddr(netip.MustParseAddrPort(addr))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "all answers have come", func() bool {
+		sum := int64(0)
+		for _, f := range d.flows.Snapshot(flow.Query{}) {
+			sum += f.BytesDown
+		}
+		return sum == flows*each
+	})
+	w, now := &memoryWatch{server: d.Server}, time.Now()
+	for _, what := range []string{overMemory, "tcp_memory"} {
+		for range 2 {
+			now = now.Add(stoppedForShort)
+			w.look(now, memoryUse{7 << 30, 8 << 30, what})
+		}
+		if n, want := metrics.Totals(d.metrics.Cut, "reason")[what], map[string]int64{"tcp_memory": flows}[what]; n != want {
+			t.Errorf("for want of %s %d are ended, want %d", what, n, want)
+		}
+	}
+}
+
+// TestGreedyForgotten: sources that were refused are not remembered without bound, and who is a hop by now is let in.
+func TestGreedyForgotten(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, accept_proxy: { from: [192.0.2.9] }, default: { reject: true } } ]`, freeAddr(t)))
+	w, now := &memoryWatch{server: d.Server, greedy: map[netip.Prefix]greed{}}, time.Now()
+	source := func(i int) netip.Prefix {
+		return netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 0, 0, byte(i >> 8), byte(i)}), 64)
+	}
+	for i := range 2 * mostGreedy {
+		w.greedy[source(i)] = greed{}.again(1, now.Add(time.Duration(i-2*mostGreedy)*time.Millisecond))
+	}
+	hop := netip.MustParsePrefix("192.0.2.9/32")
+	w.greedy[hop] = greed{}.again(1, now)
+	w.refuse(now, memoryUse{})
+	if n := len(w.greedy); n > mostGreedy || n < mostGreedy/4 {
+		t.Errorf("%d sources are remembered", n)
+	}
+	if d.greedy(source(2*mostGreedy-1).Addr()) == nil {
+		t.Error("the last one may open connections")
+	}
+	if err := d.greedy(hop.Addr()); err != nil {
+		t.Errorf("a hop: %v", err)
 	}
 }
 

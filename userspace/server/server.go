@@ -123,6 +123,8 @@ type Server struct {
 	hops          atomic.Pointer[plan.Peers]             // whom accept_proxy.from names, on any listener
 	ports         atomic.Pointer[map[uint16]bool]        // that connections were accepted at since the start: flows outlive listeners
 
+	bound atomic.Pointer[map[netip.AddrPort]bool] // addresses that connections are accepted at
+
 	mostWaiting  atomic.Int64 // connections that may wait for a hello
 	partialBytes atomic.Int64 // of hellos that are not whole
 	slowPaths    atomic.Int64 // connections that took the slow path
@@ -191,6 +193,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.spare = newSpareFiles()
 	srv.hops.Store(plan.NewPeers(nil))
 	srv.ports.Store(&map[uint16]bool{})
+	srv.bound.Store(&map[netip.AddrPort]bool{})
 	srv.mostWaiting.Store(mostWaiting())
 
 	srv.tailnet.OnChange(srv.addressesMoved.wake)

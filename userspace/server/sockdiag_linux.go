@@ -12,17 +12,23 @@ import (
 
 // A tcpSocket is one of a connection that this host has accepted.
 type tcpSocket struct {
-	family uint8
-	id     [diagIDSize]byte // a struct inet_diag_sockid, as the kernel gave it: its cookie is no other socket's
-	held   int64            // bytes of memory that it is charged with
+	family   uint8
+	id       [diagIDSize]byte // a struct inet_diag_sockid, as the kernel gave it: its cookie is no other socket's
+	local    netip.AddrPort   // its own end
+	held     int64            // bytes of memory that it is charged with, and those in also
+	isEmpty  bool             // it has nothing to be read, nor to be sent
+	isOrphan bool             // it was closed, and the kernel goes on sending what its reader has not taken
+	also     *tcpSocket       // another one with the same peer, at another of the ports
 }
 
 // Sizes and places in linux/inet_diag.h and linux/sock_diag.h.
 const (
-	diagIDSize  = 48
-	diagReqSize = 8 + diagIDSize // struct inet_diag_req_v2
-	diagMsgSize = 72             // struct inet_diag_msg
-	diagMsgID   = 4              // where its id begins
+	diagIDSize   = 48
+	diagReqSize  = 8 + diagIDSize // struct inet_diag_req_v2
+	diagMsgSize  = 72             // struct inet_diag_msg
+	diagMsgState = 1              // where its parts begin
+	diagMsgID    = 4
+	diagMsgInode = 68
 
 	sockDiagByFamily = 20
 	sockDestroy      = 21
@@ -31,9 +37,10 @@ const (
 	memoryForward    = 4 // SK_MEMINFO_FWD_ALLOC
 	memoryQueued     = 5 // SK_MEMINFO_WMEM_QUEUED
 
-	// The states in which a socket may hold bytes: all but LISTEN, and those without a full socket.
-	diagStates = 1<<unix.BPF_TCP_ESTABLISHED | 1<<unix.BPF_TCP_FIN_WAIT1 | 1<<unix.BPF_TCP_FIN_WAIT2 |
-		1<<unix.BPF_TCP_CLOSE_WAIT | 1<<unix.BPF_TCP_LAST_ACK | 1<<unix.BPF_TCP_CLOSING
+	// The states in which a socket may hold bytes: all but LISTEN, and those without a full socket. It has
+	// ended its own stream in the latter four, of which it is in one when no process has it any more.
+	diagStates = 1<<unix.BPF_TCP_ESTABLISHED | 1<<unix.BPF_TCP_CLOSE_WAIT | diagEnded
+	diagEnded  = 1<<unix.BPF_TCP_FIN_WAIT1 | 1<<unix.BPF_TCP_FIN_WAIT2 | 1<<unix.BPF_TCP_LAST_ACK | 1<<unix.BPF_TCP_CLOSING
 )
 
 // A sockDiag asks the kernel about sockets. It is closed with Close.
@@ -56,6 +63,19 @@ func (d *sockDiag) Close() { _ = unix.Close(d.fd) }
 // though its peer may be the same.
 func (d *sockDiag) tcpSockets(ports map[uint16]bool) (map[netip.AddrPort]tcpSocket, error) {
 	all := map[netip.AddrPort]tcpSocket{}
+	err := d.each(ports, func(s tcpSocket, peer netip.AddrPort) {
+		if other, ok := all[peer]; ok {
+			s.also = new(tcpSocket)
+			*s.also = other
+			s.held, s.isEmpty, s.isOrphan = s.held+other.held, s.isEmpty && other.isEmpty, s.isOrphan && other.isOrphan
+		}
+		all[peer] = s
+	})
+	return all, err
+}
+
+// each gives f the sockets at these ports, or all of this network namespace where ports is nil.
+func (d *sockDiag) each(ports map[uint16]bool, f func(s tcpSocket, peer netip.AddrPort)) error {
 	var id [diagIDSize]byte
 	if len(ports) == 1 { // then the kernel leaves out the others
 		for port := range ports {
@@ -64,47 +84,61 @@ func (d *sockDiag) tcpSockets(ports map[uint16]bool) (map[netip.AddrPort]tcpSock
 	}
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		err := d.ask(sockDiagByFamily, unix.NLM_F_DUMP, family, id, func(m []byte) {
-			if len(m) < diagMsgSize || !ports[binary.BigEndian.Uint16(m[diagMsgID:])] {
+			if len(m) < diagMsgSize || ports != nil && !ports[binary.BigEndian.Uint16(m[diagMsgID:])] {
 				return
 			}
-			s := tcpSocket{family: family, held: heldOf(m[diagMsgSize:])}
+			s := tcpSocket{family: family, local: addressIn(m[diagMsgID:], 0, family)}
+			s.held, s.isEmpty = heldOf(m[diagMsgSize:])
+			s.isOrphan = 1<<m[diagMsgState]&diagEnded != 0 && binary.NativeEndian.Uint32(m[diagMsgInode:]) == 0
 			copy(s.id[:], m[diagMsgID:])
-			peer, _ := netip.AddrFromSlice(m[diagMsgID+20:][:4])
-			if family == unix.AF_INET6 {
-				peer, _ = netip.AddrFromSlice(m[diagMsgID+20:][:16])
-			}
-			all[netip.AddrPortFrom(peer.Unmap(), binary.BigEndian.Uint16(m[diagMsgID+2:]))] = s
+			f(s, addressIn(m[diagMsgID:], 1, family))
 		})
 		if err != nil {
-			return nil, fmt.Errorf("list sockets: %w", err)
+			return fmt.Errorf("list sockets: %w", err)
 		}
 	}
-	return all, nil
+	return nil
 }
 
-// heldOf is how many bytes of memory a socket with these attributes is charged with.
-func heldOf(attrs []byte) (n int64) {
+// addressIn is the own end of a struct inet_diag_sockid, or with end 1 the peer.
+func addressIn(id []byte, end int, family uint8) netip.AddrPort {
+	size := 4
+	if family == unix.AF_INET6 {
+		size = 16
+	}
+	a, _ := netip.AddrFromSlice(id[4+16*end:][:size])
+	return netip.AddrPortFrom(a.Unmap(), binary.BigEndian.Uint16(id[2*end:]))
+}
+
+// heldOf is how many bytes of memory a socket with these attributes is charged with, and whether none of it
+// is for bytes.
+func heldOf(attrs []byte) (n int64, isEmpty bool) {
+	isEmpty = true
 	for len(attrs) >= 4 {
 		size, kind := int(binary.NativeEndian.Uint16(attrs)), binary.NativeEndian.Uint16(attrs[2:])
 		if size < 4 || size > len(attrs) {
-			return n
+			return n, isEmpty
 		}
 		if memory := attrs[4:size]; kind == diagMemory && len(memory) >= 4*(memoryQueued+1) {
 			for _, i := range []int{memoryReceived, memoryForward, memoryQueued} {
-				n += int64(binary.NativeEndian.Uint32(memory[4*i:]))
+				part := int64(binary.NativeEndian.Uint32(memory[4*i:]))
+				n += part
+				isEmpty = isEmpty && (part == 0 || i == memoryForward)
 			}
 		}
 		attrs = attrs[min((size+3)&^3, len(attrs)):]
 	}
-	return n
+	return n, isEmpty
 }
 
-// destroy resets both ends of a connection of this host. It needs CAP_NET_ADMIN, and Linux 4.5 with
-// CONFIG_INET_DIAG_DESTROY. A socket that has gone by itself is no error.
+// destroy resets both ends of a connection of this host, and those in also. It needs CAP_NET_ADMIN, and Linux
+// 4.5 with CONFIG_INET_DIAG_DESTROY. A socket that has gone by itself is no error.
 func (d *sockDiag) destroy(s tcpSocket) error {
-	err := d.ask(sockDestroy, unix.NLM_F_ACK, s.family, s.id, func([]byte) {})
-	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("end a socket: %w", err)
+	for s := &s; s != nil; s = s.also {
+		err := d.ask(sockDestroy, unix.NLM_F_ACK, s.family, s.id, func([]byte) {})
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("end a socket: %w", err)
+		}
 	}
 	return nil
 }

@@ -136,8 +136,12 @@ func (in *conn) shared() bool {
 	if in.unknown != nil {
 		return true
 	}
-	a := in.client.Addr()
-	hop, _ := in.server.hops.Load().Contains(a, func(netip.Addr) (tailnet.Identity, error) { return tailnet.Identity{}, tailnet.ErrNotPeer })
+	return in.server.mayBeMany(in.client.Addr())
+}
+
+// mayBeMany reports whether many clients may be behind an address, as shared says.
+func (srv *Server) mayBeMany(a netip.Addr) bool {
+	hop, _ := srv.hops.Load().Contains(a, func(netip.Addr) (tailnet.Identity, error) { return tailnet.Identity{}, tailnet.ErrNotPeer })
 	return hop || tailnet.Contains(a)
 }
 

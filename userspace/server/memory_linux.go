@@ -16,6 +16,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
 
 const (
@@ -150,36 +151,66 @@ func tcpUse(used, own, short int64) memoryUse {
 	return memoryUse{own, max(short-max(used-own, 0), short/2), "tcp_memory"}
 }
 
-// socketMemory is about what the sockets of all connections hold, in bytes: of those that were accepted all,
-// and of those that were dialled what readers have no room for. targets is how much the targets may hold for
-// such readers, in their own sockets on this machine.
+// socketMemory is about what the sockets of all connections hold, in bytes, accepted and dialled ones.
+// targets is how much the targets hold for readers that have stopped, in their own sockets on this machine:
+// those of other network namespaces may hold what the sockets in this one do not.
 func (srv *Server) socketMemory(proc string) (own, targets int64) {
-	if diag, err := newSockDiag(); err == nil {
-		defer diag.Close()
-		sockets, _ := diag.tcpSockets(*srv.ports.Load())
-		for _, s := range sockets {
-			own += s.held
-		}
-	}
-	most := tcpSendMost(proc)
+	stopped := map[netip.AddrPort]int64{} // readers, by the target of their flows
 	srv.opts.Relay.MeasureHeld(time.Now())
 	for _, fl := range srv.flows.Live() {
+		target, err := netip.ParseAddrPort(fl.Upstream) // of requests it is not known
+		stopped[target] += 0
 		if fl.Held == nil {
 			continue
 		}
-		held, _ := fl.Held()
-		if own += held; held > 0 && maybeHere(fl.Upstream) {
-			targets += most
+		if held, _ := fl.Held(); held > 0 {
+			stopped[target]++
+			if err != nil {
+				own += held
+			}
 		}
 	}
-	return own, targets
+	diag, err := newSockDiag()
+	if err != nil {
+		return own, 0
+	}
+	defer diag.Close()
+	ports, seen := *srv.ports.Load(), map[netip.AddrPort]bool{}
+	listed := ports
+	if len(stopped) > 0 {
+		listed = nil
+	}
+	var here, toHere int64 // that the sockets in this namespace hold, and those of them that may be targets'
+	_ = diag.each(listed, func(s tcpSocket, peer netip.AddrPort) {
+		here += s.held
+		_, isDialled := stopped[peer]
+		switch {
+		case ports[s.local.Port()], isDialled:
+			own += s.held
+		case stopped[s.local] > 0:
+			targets += s.held
+			seen[s.local] = true
+		case peer.Addr().IsLoopback(), peer.Addr() == s.local.Addr():
+			toHere += s.held
+		}
+	})
+	used, _ := tcpsock.Memory(proc)
+	elsewhere := max(used-here, 0)
+	most := tcpSendMost(proc)
+	unseen := int64(0)
+	for target, readers := range stopped {
+		switch {
+		case !target.IsValid():
+			targets += min(readers*most, toHere+elsewhere)
+		case !seen[target] && maybeHere(target.Addr()):
+			unseen += readers * most
+		}
+	}
+	return own, targets + min(unseen, elsewhere)
 }
 
-// maybeHere reports whether a process on this machine, or in a container on it, may have the address.
-func maybeHere(addr string) bool {
-	a, err := netip.ParseAddrPort(addr)
-	return err != nil || a.Addr().IsLoopback() || a.Addr().IsPrivate() // of requests it is not known
-}
+// maybeHere reports whether a container on this machine may have the address.
+func maybeHere(a netip.Addr) bool { return a.IsPrivate() && !tailnet.Contains(a) }
 
 // tcpSendMost is how many bytes a socket may hold for its reader, as long as its program does not say it.
 func tcpSendMost(proc string) (bytes int64) {

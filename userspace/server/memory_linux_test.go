@@ -781,6 +781,60 @@ func TestMemoryOfOthers(t *testing.T) {
 	})
 }
 
+// TestTargetsOfStopped: what other programs' sockets hold is not taken for what targets hold for readers that have
+// stopped, whether the targets are here, may be in another network namespace, or are elsewhere.
+func TestTargetsOfStopped(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	for range 8 {
+		c := dialTCP(t, ln.Addr().String())
+		c.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+		io.Copy(c, forever{})
+	}
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+	diag, err := newSockDiag()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer diag.Close()
+	for _, target := range []string{backend(t, func(net.Conn) {}), "10.255.255.1:80", "[fd7a:115c:a1e0::1]:80", "192.0.2.7:80"} {
+		var flows []*flow.Flow
+		for range 100 {
+			fl := &flow.Flow{Client: "192.0.2.1:5", Downstream: "192.0.2.1:5", Upstream: target, Held: func() (int64, time.Time) { return 1 << 10, time.Now() }}
+			flows = append(flows, fl)
+			d.flows.Add(fl)
+		}
+		var used int64
+		if err := diag.each(nil, func(s tcpSocket, _ netip.AddrPort) { used += s.held }); err != nil || used < 8<<20 {
+			t.Fatalf("others hold %d bytes: %v", used, err)
+		}
+		proc := fakeProc(t, used, used)
+		if err := os.WriteFile(filepath.Join(proc, "sys/net/ipv4/tcp_wmem"), []byte("4096\t16384\t4194304\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if u := d.memoryUse(proc, t.TempDir()); u.over(1, 2) {
+			t.Errorf("with readers of %s ours are short of memory: %+v", target, u)
+		}
+		for _, fl := range flows {
+			d.flows.Remove(fl)
+		}
+	}
+}
+
+// TestDialledSocketsCount: what a target has sent and nobody has read is ours, whoever moves the flow's bytes.
+func TestDialledSocketsCount(t *testing.T) {
+	up := backend(t, func(c net.Conn) { io.Copy(c, forever{}) })
+	dialTCP(t, up)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+	fl := &flow.Flow{Client: "192.0.2.1:5", Downstream: "192.0.2.1:5", Upstream: up}
+	d.flows.Add(fl)
+	defer d.flows.Remove(fl)
+	eventually(t, "it counts", func() bool { own, _ := d.socketMemory("/proc"); return own > 32<<10 })
+}
+
 // TestBudgetOfOthers: what other programs' sockets hold is no part of the budget, also where it is less than half of
 // that, and this process has taken the rest.
 func TestBudgetOfOthers(t *testing.T) {

@@ -26,6 +26,7 @@ var floors = []struct {
 	{"what several parts do alike, and says nothing of what they do it for", []string{
 		"tcpsock",
 		"userspace",
+		"userspace/balance",
 		"userspace/follow",
 		"userspace/preface",
 		"userspace/spelling",

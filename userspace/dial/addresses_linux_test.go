@@ -11,6 +11,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/balance"
 )
 
 func addresses(s string) (out []netip.Addr) {
@@ -138,8 +140,8 @@ func TestManySilent(t *testing.T) {
 	if got := addrOf(conn.RemoteAddr()); got != addrs[silent] {
 		t.Errorf("it led to %s, want %s", got, addrs[silent])
 	}
-	if most < maxBeside-1 || most > maxBeside {
-		t.Errorf("%d were under way at a time, want %d at most", most, maxBeside)
+	if most < balance.MaxBeside-1 || most > balance.MaxBeside {
+		t.Errorf("%d were under way at a time, want %d at most", most, balance.MaxBeside)
 	}
 
 	// Where none lives, it is no answer that is told, and not that somebody has given up.

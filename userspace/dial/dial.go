@@ -18,15 +18,14 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/balance"
 )
 
 const (
@@ -39,11 +38,8 @@ const (
 	fallbackDelay = 250 * time.Millisecond
 	// tailnetDelay is the same for nodes, whose addresses all take one tunnel, which may have to be set up.
 	tailnetDelay = time.Second
-	// maxBeside is how many addresses are waited for at a time: each takes a file descriptor, and who names
-	// the target may give it any number. For one more the oldest is given up.
-	maxBeside  = 4
-	retryDelay = 250 * time.Millisecond // the pause before a quick failure is tried again
-	quick      = time.Second            // what counts as a quick failure
+	retryDelay   = 250 * time.Millisecond // the pause before a quick failure is tried again
+	quick        = time.Second            // what counts as a quick failure
 )
 
 // The schemes of a [Target].
@@ -236,102 +232,47 @@ func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Co
 	if len(addrs) == 1 {
 		return d.connect(ctx, netip.AddrPortFrom(addrs[0], t.Port), check)
 	}
-	ctx, cancel := context.WithCancel(ctx) // ends the losers
-	defer cancel()
 	delay := fallbackDelay
 	if t.Scheme == Tailnet || d.AsClient { // the next one may be of another family, and see another address than the client's
 		delay = tailnetDelay
 	}
-	fallback := time.NewTimer(delay)
-	defer fallback.Stop()
-	r := race{past: d.past(), results: make(chan *attempt, len(addrs))}
-	for isNext := true; ; {
-		if (isNext || len(r.waiting) == 0) && len(addrs) > 0 && (ctx.Err() == nil || r.telling == nil) {
-			to := netip.AddrPortFrom(addrs[0], t.Port)
-			addrs = addrs[1:]
-			r.begin(ctx, to, func(ctx context.Context) (net.Conn, *failure) { return d.connect(ctx, to, check) })
-			fallback.Reset(delay)
-		}
-		if len(r.waiting) == 0 {
-			r.telling.again = r.again
-			return nil, r.telling
-		}
-		select {
-		case <-fallback.C:
-			isNext = true
-		case a := <-r.results:
-			if r.end(a); a.fail == nil {
-				return a.conn, nil
+	past, again := d.past(), false
+	var telling *failure
+	race := balance.Race[netip.Addr, net.Conn]{
+		Next: func() (a netip.Addr, ok bool) {
+			if len(addrs) > 0 {
+				a, addrs, ok = addrs[0], addrs[1:], true
 			}
-			isNext = a.fail.err != errSlow // else it was given up for one that is under way
-		}
+			return a, ok
+		},
+		Delay: func(netip.Addr) time.Duration { return delay },
+		Try: func(ctx context.Context, a netip.Addr) (net.Conn, error) {
+			c, f := d.connect(ctx, netip.AddrPortFrom(a, t.Port), check)
+			if f != nil {
+				return nil, f
+			}
+			return c, nil
+		},
+		Close: func(c net.Conn) { c.Close() },
+		Lost: func(a netip.Addr, err error) {
+			to := netip.AddrPortFrom(a, t.Port)
+			f, ok := errors.AsType[*failure](err)
+			if !ok {
+				f = &failure{err: err, addr: to.String()}
+			}
+			past.noteFailed(to, reasonOf(f.err))
+			again = again || f.again
+			if telling == nil || telling.lesser(f) {
+				telling = f
+			}
+		},
 	}
-}
-
-// A race is what several attempts share.
-type race struct {
-	past    *Past
-	waiting []*attempt    // those under way, the oldest first
-	results chan *attempt // those that have ended
-	telling *failure      // the one that tells most
-	again   bool          // one of them is worth another try soon
-}
-
-// An attempt to connect to an address ends with a connection, or fails.
-type attempt struct {
-	to     netip.AddrPort
-	giveUp context.CancelCauseFunc
-	conn   net.Conn
-	fail   *failure
-}
-
-// errSlow is that an address did not answer before others were to be tried.
-var errSlow = fmt.Errorf("no answer before others were tried: %w", context.DeadlineExceeded)
-
-// begin makes an attempt, beside those that are under way, or in the place of one.
-func (r *race) begin(ctx context.Context, to netip.AddrPort, connect func(context.Context) (net.Conn, *failure)) {
-	if n := len(r.waiting); n >= maxBeside {
-		r.waiting[n-maxBeside].giveUp(errSlow)
+	if a, c, ok := race.Run(ctx); ok {
+		past.noteWorked(netip.AddrPortFrom(a, t.Port))
+		return c, nil
 	}
-	ctx, giveUp := context.WithCancelCause(ctx)
-	a := &attempt{to: to, giveUp: giveUp}
-	r.waiting = append(r.waiting, a)
-	go func() {
-		a.conn, a.fail = connect(ctx)
-		if a.fail != nil && context.Cause(ctx) == errSlow && errors.Is(a.fail.err, context.Canceled) {
-			a.fail.err = errSlow
-		}
-		r.results <- a
-	}()
-}
-
-// end notes what came of an attempt. With a connection the race is over.
-func (r *race) end(a *attempt) {
-	i := slices.Index(r.waiting, a)
-	a.giveUp(nil)
-	if a.fail == nil {
-		for _, slower := range r.waiting[:i] {
-			r.past.noteFailed(slower.to, Timeout)
-		}
-		r.past.noteWorked(a.to)
-		go closeLate(r.results, len(r.waiting)-1)
-		return
-	}
-	r.waiting = slices.Delete(r.waiting, i, i+1)
-	r.past.noteFailed(a.to, reasonOf(a.fail.err))
-	r.again = r.again || a.fail.again
-	if r.telling == nil || r.telling.lesser(a.fail) {
-		r.telling = a.fail
-	}
-}
-
-// closeLate closes the connections of the n slower attempts, if they still came to be.
-func closeLate(results <-chan *attempt, n int) {
-	for range n {
-		if a := <-results; a.conn != nil {
-			a.conn.Close()
-		}
-	}
+	telling.again = again
+	return nil, telling
 }
 
 // connect makes one attempt.

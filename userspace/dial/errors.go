@@ -79,6 +79,9 @@ type failure struct {
 	again bool   // worth another try soon
 }
 
+func (f *failure) Error() string { return f.err.Error() }
+func (f *failure) Unwrap() error { return f.err }
+
 // lesser reports whether o tells more than f: an answer, even a bad one, says more than none or no way.
 func (f *failure) lesser(o *failure) bool { return f.rank() < o.rank() }
 

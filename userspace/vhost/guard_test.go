@@ -38,7 +38,7 @@ func TestGuard(t *testing.T) {
 			v.SetHeader("Remote-User", "me")
 			return nil
 		}
-		route := &Route{Guard: guard, Upstreams: []Choice{{up, 1}}}
+		route := &Route{Guard: guard, Upstreams: []Choice{{Upstream: up, Weight: 1}}}
 		h := p.hop(t, up, func(c *config) {
 			c.Route = func(*http.Request, string, string) (*Route, error) { return route, nil }
 		})

@@ -47,7 +47,7 @@ func TestPrefixes(t *testing.T) {
 		})
 		h := newHop(t, nil, func(o *config) {
 			o.Route = func(*http.Request, string, string) (*Route, error) {
-				return &Route{StripPrefix: c.strip, AddPrefix: c.add, Upstreams: []Choice{{up, 1}}}, nil
+				return &Route{StripPrefix: c.strip, AddPrefix: c.add, Upstreams: []Choice{{Upstream: up, Weight: 1}}}, nil
 			}
 		})
 		if res, body := rawDo(t, h, "GET "+c.path+" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"); res.StatusCode != 204 {

@@ -4,14 +4,14 @@ import (
 	"crypto/x509"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"net/http"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/tailsplice/tailsplice/userspace/balance"
 )
 
 // Route says what becomes of the requests that it takes. It is not changed once it is in use.
@@ -35,7 +35,8 @@ type Route struct {
 // Choice is one of a route's upstreams.
 type Choice struct {
 	*Upstream
-	Weight int // its share of the requests; with 0 it gets those that all others failed
+	Weight int  // its share of the requests; with 0 it is a Backup
+	Backup bool // it gets the requests that all others failed
 }
 
 // HeaderChange removes headers and then sets others. Names are canonical.
@@ -61,40 +62,19 @@ func (c *HeaderChange) apply(h http.Header) {
 	}
 }
 
-// avoidFor is how long an upstream that could not be reached is asked only if there is no other.
-const avoidFor = 10 * time.Second
-
-// health is what is known of an upstream from the last requests.
-type health struct{ failed atomic.Int64 } // when it could last not be reached, Unix ns; 0 if it was since
-
-func (h *health) good(now time.Time) bool { return now.UnixNano()-h.failed.Load() > int64(avoidFor) }
-
-// pick chooses an upstream that is not in tried, or nil: by weight among those that could be reached lately,
-// else among the others, and those without a weight last.
+// pick chooses an upstream that is not in tried, or nil.
 func (r *Route) pick(tried []*Upstream) *Upstream {
 	if len(r.Upstreams) == 1 && len(tried) == 0 {
 		return r.Upstreams[0].Upstream
 	}
-	now := time.Now()
-	for _, wanted := range [...]func(Choice) bool{
-		func(c Choice) bool { return c.Weight > 0 && c.health.good(now) },
-		func(c Choice) bool { return c.Weight == 0 && c.health.good(now) },
-		func(c Choice) bool { return true },
-	} {
-		total, fit := 0, []Choice(nil)
-		for _, c := range r.Upstreams {
-			if wanted(c) && !slices.Contains(tried, c.Upstream) {
-				total, fit = total+max(c.Weight, 1), append(fit, c)
-			}
-		}
-		n := rand.IntN(max(total, 1))
-		for _, c := range fit {
-			if n -= max(c.Weight, 1); n < 0 {
-				return c.Upstream
-			}
-		}
+	i := balance.Pick(len(r.Upstreams), func(i int) balance.Option {
+		c := r.Upstreams[i]
+		return balance.Option{Weight: c.Weight, Backup: c.Backup, Tried: slices.Contains(tried, c.Upstream), Health: &c.Health}
+	})
+	if i < 0 {
+		return nil
 	}
-	return nil
+	return r.Upstreams[i].Upstream
 }
 
 // Match is what narrows a host's routes. The zero Match takes every request.

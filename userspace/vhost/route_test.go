@@ -15,7 +15,7 @@ func TestPick(t *testing.T) {
 	var err error
 	first := &Upstream{Key: "first", Dial: func(context.Context) (net.Conn, error) { return &net.TCPConn{}, err }}
 	spare := &Upstream{Key: "spare", Dial: first.Dial}
-	r := &Route{Upstreams: []Choice{{spare, 0}, {first, 1}}}
+	r := &Route{Upstreams: []Choice{{Upstream: spare}, {Upstream: first, Weight: 1}}}
 	dial := func(up *Upstream, result error) {
 		err = result
 		if _, got := dialUpstream(context.WithValue(t.Context(), dialKey{}, up)); (got == nil) != (result == nil) {
@@ -56,7 +56,7 @@ func TestMaxBody(t *testing.T) {
 		})
 		h := p.hop(t, nil, func(c *config) {
 			c.Route = func(*http.Request, string, string) (*Route, error) {
-				return &Route{MaxBody: 100 << 10, Upstreams: []Choice{{up, 1}}}, nil
+				return &Route{MaxBody: 100 << 10, Upstreams: []Choice{{Upstream: up, Weight: 1}}}, nil
 			}
 		})
 		for _, c := range []struct {

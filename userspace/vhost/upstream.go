@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/balance"
 )
 
 // Protocol is how an upstream is spoken with.
@@ -55,7 +57,8 @@ type Upstream struct {
 	Roots func() (pool *x509.CertPool, version string)
 	Watch *Watch // if not nil, kept over connections that are used again
 
-	health health
+	Health balance.Health // what connections to it have shown
+
 	silent atomic.Int64 // when it last ignored an Expect, Unix ns
 }
 
@@ -99,10 +102,10 @@ func dialUpstream(ctx context.Context) (*upstreamConn, error) {
 	up := ctx.Value(dialKey{}).(*Upstream)
 	c, err := up.Dial(ctx)
 	if err != nil {
-		up.health.failed.Store(time.Now().UnixNano())
+		up.Health.Failed()
 		return nil, &dialError{err}
 	}
-	up.health.failed.Store(0)
+	up.Health.Worked()
 	return &upstreamConn{Conn: c, users: map[*exchange]struct{}{}}, nil
 }
 

@@ -1,0 +1,105 @@
+// Package balance chooses among the targets of a route, and goes on to another one where one fails.
+//
+//	balance.go  which one is tried: by weight, and by what is known of each
+//	race.go     one after the other, and beside those that are slow
+package balance
+
+import (
+	"math/rand/v2"
+	"sync/atomic"
+	"time"
+)
+
+// AvoidFor is how long a target that could not be reached is tried only if there is no other.
+const AvoidFor = 10 * time.Second
+
+// mostSlow is how many times in a row a target may be slower than another one before it counts as one that
+// can't be reached. One lost packet is enough for being slow.
+const mostSlow = 3
+
+// Health is what is known of a target from the last attempts to connect to it. The zero Health is that of one
+// to which nobody has connected. It is safe for concurrent use, and must not be copied.
+type Health struct {
+	failed atomic.Int64 // when it could last not be reached, Unix ns; 0 if it was reached since
+	slow   atomic.Int64 // times in a row that another one was faster
+}
+
+// Worked notes that a connection was made.
+func (h *Health) Worked() {
+	h.failed.Store(0)
+	h.slow.Store(0)
+}
+
+// Failed notes that no connection could be made.
+func (h *Health) Failed() { h.failed.Store(time.Now().UnixNano()) }
+
+// Slow notes that another target was connected to before this one, which had begun earlier. It reports
+// whether the target counts as one that can't be reached.
+func (h *Health) Slow() bool {
+	if h.slow.Add(1) < mostSlow {
+		return false
+	}
+	h.Failed()
+	return true
+}
+
+// IsAvoided reports whether a target is tried only if there is no other.
+func (h *Health) IsAvoided() bool { return h.isAvoided(time.Now()) }
+
+func (h *Health) isAvoided(now time.Time) bool {
+	return now.UnixNano()-h.failed.Load() <= int64(AvoidFor)
+}
+
+// isProbed has one attempt find out whether a target that was avoided is back, while others avoid it on.
+func (h *Health) isProbed(now time.Time) {
+	if failed := h.failed.Load(); failed != 0 {
+		h.failed.CompareAndSwap(failed, now.UnixNano())
+	}
+}
+
+// Option is one of the targets that [Pick] chooses from.
+type Option struct {
+	Weight int  // its share; with 0 it is a spare, as with Backup
+	Backup bool // it is chosen only where no other can be reached
+	Tried  bool // it is not chosen
+	*Health
+}
+
+func (o *Option) isSpare() bool { return o.Backup || o.Weight == 0 }
+
+// Pick chooses one of n options that was not tried, and returns its index, or -1 if there is none: by weight
+// among those that could be reached lately, spare ones after the others, else among those that could not.
+func Pick(n int, option func(i int) Option) int {
+	now := time.Now()
+	var fit [3][]int // the best first
+	var total [3]int
+	for i := range n {
+		o := option(i)
+		class := 0
+		switch {
+		case o.Tried:
+			continue
+		case o.isAvoided(now):
+			class = 2
+		case o.isSpare():
+			class = 1
+		}
+		fit[class], total[class] = append(fit[class], i), total[class]+max(o.Weight, 1)
+	}
+	for class, all := range fit {
+		if len(all) == 0 {
+			continue
+		}
+		left := rand.IntN(total[class])
+		for _, i := range all {
+			o := option(i)
+			if left -= max(o.Weight, 1); left < 0 {
+				if class < 2 {
+					o.isProbed(now)
+				}
+				return i
+			}
+		}
+	}
+	return -1
+}

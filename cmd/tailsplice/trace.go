@@ -144,7 +144,10 @@ func printTarget(w io.Writer, l plan.ListenerTrace, to plan.TargetTrace, colour 
 		state = loader.StateMissing
 	}
 	fmt.Fprintf(w, "  %s  → %s", mark(state, colour), to.Target)
-	if len(l.Targets) > 1 {
+	switch {
+	case to.Backup:
+		fmt.Fprint(w, " (backup)")
+	case len(l.Targets) > 1:
 		fmt.Fprintf(w, " (weight %d)", to.Weight)
 	}
 	if l.SendProxy {

@@ -146,11 +146,12 @@ func (a *Action) Target() Target {
 	return a.Forward[0].To
 }
 
-// Forward is one of several targets.
+// Forward is one of several targets. It is a spare with Weight 0 or Backup.
 type Forward struct {
 	Section
 	To     Target `yaml:"to" required:"true"`
 	Weight int    `yaml:"weight" default:"1" min:"0" max:"1000"`
+	Backup bool   `yaml:"backup" kind:"true"`
 }
 
 // Limits bounds what strangers can make the daemon spend.

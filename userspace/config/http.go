@@ -96,9 +96,6 @@ func (v *validator) http(mode string, a *Action, path, noun string) {
 		for _, key := range httpKeys {
 			v.errorIf(a.has(key), a.keyAt(key), "%s does not fit the listener's mode: %s reads no requests, only http and https do", key, mode)
 		}
-		if len(a.Forward) > 1 {
-			v.errorf(a.Forward[1].Pos, "several targets do not fit the listener's mode: only http and https know which requests may be tried again")
-		}
 		return
 	}
 	v.errorIf(a.has("strip_prefix") && strings.Trim(path, "/") == "", a.keyAt("strip_prefix"), "strip_prefix removes the route's path, and %s has none", noun)

@@ -338,13 +338,17 @@ func (v *validator) local(mode string, a *Action) {
 		return
 	}
 	at := a.At("datapath")
-	switch t := a.Target(); {
-	case mode == "http" || mode == "https":
+	if mode == "http" || mode == "https" {
 		v.errorf(at, "datapath sk_msg moves bytes past this process, and a listener of mode %s has to see them: use mode sni or tcp, or leave it out", mode)
-	case t.Scheme == "tailnet":
-		v.errorf(at, "datapath sk_msg needs a target on this host, and %s is reached over the tailnet: leave it out, or use it on %s itself", t, t.Host)
-	case t.Scheme == "unix":
-		v.errorf(at, "datapath sk_msg bypasses TCP, which %s does not use anyway: leave it out", t)
+		return
+	}
+	for _, f := range a.Forward {
+		switch t := f.To; t.Scheme {
+		case "tailnet":
+			v.errorf(at, "datapath sk_msg needs a target on this host, and %s is reached over the tailnet: leave it out, or use it on %s itself", t, t.Host)
+		case "unix":
+			v.errorf(at, "datapath sk_msg bypasses TCP, which %s does not use anyway: leave it out", t)
+		}
 	}
 }
 
@@ -364,10 +368,22 @@ func (v *validator) action(a *Action, noun string) {
 	case does[0] == "redirect":
 		v.meaningless(a, "redirected", proxyKeys, forwardKeys)
 	}
-	weighs := func(f *Forward) bool { return f.Weight > 0 }
-	v.errorIf(a.sets("forward") && !slices.ContainsFunc(a.Forward, weighs), a.At("forward"), "no target in forward has a weight: at least one must be above 0")
+	v.targets(a)
 	if a.Transparent {
 		v.transparent(a)
+	}
+}
+
+// targets refuses lists in which no target is for every day.
+func (v *validator) targets(a *Action) {
+	weighs := func(f *Forward) bool { return f.Weight > 0 }
+	isMain := func(f *Forward) bool { return f.Weight > 0 && !f.Backup }
+	switch {
+	case !a.sets("forward") || slices.ContainsFunc(a.Forward, isMain):
+	case !slices.ContainsFunc(a.Forward, weighs):
+		v.errorf(a.At("forward"), "no target in forward has a weight: at least one must be above 0")
+	default:
+		v.errorf(a.At("forward"), "every target in forward is a backup: at least one must not be")
 	}
 }
 

@@ -8,6 +8,7 @@
 // Its files:
 //
 //	dial.go         a target becomes a connection
+//	targets.go      for who has several targets
 //	addresses.go    which of its addresses are tried, and in which order
 //	begin_linux.go  a connection that is begun and not waited for, for an event loop
 //	outcomes.go     how the last try to connect to each target went
@@ -109,6 +110,8 @@ type Dialer struct {
 
 	// From, if not nil, readies a dialer for an address: it may give the connection an address of its own.
 	From func(d *net.Dialer, to netip.Addr)
+
+	Once bool // a quick failure is final: the caller has another target to try
 }
 
 // Dial connects to t, which the caller then owns: a *net.TCPConn or, for a unix target, a *net.UnixConn.
@@ -124,7 +127,7 @@ func (d *Dialer) Dial(ctx context.Context, t Target, prefer netip.Addr) (net.Con
 	defer cancel()
 
 	conn, failure := d.once(call, t, prefer, false)
-	if failure != nil && failure.again && time.Since(began) < quick && call.Err() == nil {
+	if failure != nil && failure.again && !d.Once && time.Since(began) < quick && call.Err() == nil {
 		select {
 		case <-call.Done():
 		case <-time.After(retryDelay):
@@ -232,8 +235,8 @@ func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Co
 	if len(addrs) == 1 {
 		return d.connect(ctx, netip.AddrPortFrom(addrs[0], t.Port), check)
 	}
-	delay := fallbackDelay
-	if t.Scheme == Tailnet || d.AsClient { // the next one may be of another family, and see another address than the client's
+	delay := t.HeadStart()
+	if d.AsClient { // the next one may be of another family, and see another address than the client's
 		delay = tailnetDelay
 	}
 	past, again := d.past(), false

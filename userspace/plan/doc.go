@@ -5,6 +5,7 @@
 //	needs.go    what a configuration needs of the daemon that runs it
 //	service.go  what one listener does, and how its rules are looked up
 //	rule.go     a route: match, target, policy
+//	several.go  a route with more than one target
 //	http.go     what a route makes of requests
 //	labels.go   routes that the labels of containers add
 //	guarded.go  what of the configured routes they may not take

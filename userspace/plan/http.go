@@ -38,16 +38,14 @@ func (p *Plan) fillHTTP(r *Rule, l *config.Listener, a *config.Action) error {
 		}
 		out.ClientCAs = func() *x509.CertPool { pool, _ := cas.Pool(); return pool }
 	}
-	for _, f := range a.Forward {
-		one := *r // with a target of its own; the rest is shared
-		if one.To = dial.Target(f.To); r.Label == nil {
-			one.Written = f.To.String()
-		}
-		up, err := p.upstream(l, &one, a)
+	for _, to := range a.Forward {
+		one := r.withTarget(to)
+		up, err := p.upstream(l, one, a)
 		if err != nil {
 			return err
 		}
-		out.Upstreams = append(out.Upstreams, vhost.Choice{Upstream: up, Weight: f.Weight})
+		r.addTarget(one, &up.Health)
+		out.Upstreams = append(out.Upstreams, vhost.Choice{Upstream: up, Weight: to.Weight, Backup: to.Backup})
 	}
 	return p.fillAccess(r, l, a)
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/auth"
+	"github.com/tailsplice/tailsplice/userspace/balance"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
@@ -22,6 +23,8 @@ type Rule struct {
 	Policy
 	HTTP  *HTTP  // of http(s) listeners only, all of them
 	Label *Label // where a container's labels made it
+
+	Several []*Rule // one for each target, where it has more than one
 }
 
 // Match is which connections a rule takes.
@@ -37,6 +40,7 @@ type Target struct {
 	Written     string            // as the config has it
 	All         []*config.Forward // with their weights
 	Dialer      *dial.Dialer
+	Health      *balance.Health // what connections have shown of one of several
 	SendProxy   bool
 	Transparent bool // from the client's own address
 }
@@ -125,6 +129,9 @@ func (p *Plan) fill(r *Rule, l *config.Listener, a *config.Action) error {
 		if err := p.deps.Datapath(r.Datapath); err != nil {
 			return p.Config.Errorf(a.At("datapath"), "%v", err)
 		}
+	}
+	for _, to := range a.Forward {
+		r.addTarget(r.withTarget(to), new(balance.Health))
 	}
 	return nil
 }

@@ -102,6 +102,7 @@ type ListenerTrace struct {
 type TargetTrace struct {
 	Target  string  `json:"target"`
 	Weight  int     `json:"weight"`
+	Backup  bool    `json:"backup,omitempty"`
 	Kind    string  `json:"kind"`              // node, container, socket, local (this host) or host
 	Name    string  `json:"name"`              // of the node, the container, the host
 	Tried   bool    `json:"tried"`             // whether it was dialled
@@ -217,7 +218,7 @@ func (s *Service) find(req *http.Request, path string, q Question) (*Rule, strin
 
 // describe says what a target is.
 func (r *Rule) describe(to *config.Forward, host, path string) TargetTrace {
-	t := TargetTrace{Target: to.To.String(), Weight: to.Weight, Name: to.To.Host, NextHost: host, NextPath: path}
+	t := TargetTrace{Target: to.To.String(), Weight: to.Weight, Backup: to.Backup, Name: to.To.Host, NextHost: host, NextPath: path}
 	if r.HTTP != nil {
 		t.NextHost, t.NextPath = r.HTTP.Route.Rewritten(host, path)
 	}

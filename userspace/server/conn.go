@@ -32,6 +32,7 @@ type conn struct {
 	unknown error               // why client isn't the client, nil if it is: of the connection, see Judge for requests
 	name    string              // server name, once known
 	asker   *asker              // who has an address, asked for the connection
+	course  *course             // of several targets, as far as the fast path has come; else nil
 
 	stopCancel   func() bool // from here on srv.ctx ends it no more, somebody else does
 	closeOnce    sync.Once

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/balance"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/loop"
@@ -317,23 +318,44 @@ func (x *fastPath) decide(head []byte, hello *sni.Hello, err error, more bool) {
 	switch {
 	case err != nil && hello == nil:
 		x.reject(err, head)
-	case err != nil, !r.IsPlain():
+	case err != nil:
 		x.takeSlowPath(head)
 	default:
-		x.relay(r, hello, head)
+		x.stage = decided // from here on x is the relay's, and may be used on another goroutine
+		x.connect(&course{rule: r}, hello, head)
 	}
 }
 
-// relay begins to connect to r's target, and gives the relay both, with head, which is not kept.
-func (x *fastPath) relay(r *plan.Rule, hello *sni.Hello, head []byte) {
-	srv, in := x.server, x.in
-	x.stage = decided                      // from here on x is the relay's, and may be used on another goroutine
+// connect goes on to the next target of c. Where that is not a plain one, or all were tried, the slow path
+// does, which tries the others before those that were. x is decided.
+func (x *fastPath) connect(c *course, hello *sni.Hello, head []byte) {
+	if next := c.peek(); next != nil && next.IsPlain() && x.server.ctx.Err() == nil {
+		x.relay(c, hello, head)
+		return
+	}
+	if c.rule.Several != nil && c.next != nil {
+		c.again = len(c.tried)
+		x.in.course = c
+	}
+	go x.server.slowPath(x.in, x.down, bytes.Clone(head))
+}
+
+// relay begins to connect to the next target of c, and gives the relay both, with head, which is not kept.
+func (x *fastPath) relay(c *course, hello *sni.Hello, head []byte) {
+	srv, in, r := x.server, x.in, c.take()
+	began := time.Now()
 	fail := func(head []byte, err error) { // the slow path dials anew, and may never see why
 		if errors.Is(err, dial.ErrSelf) { // not on the loop: a log may be slow
 			go srv.limited.Warn("self "+r.Written, "a socket was connected to itself instead of to the target: connecting again",
 				"listener", in.listener.name, "route", r.Name, "target", r.Written, "err", err)
 		}
-		go srv.slowPath(in, x.down, bytes.Clone(head))
+		if r.Health != nil {
+			srv.attemptFailed(in, r, err, time.Since(began))
+		}
+		x.connect(c, hello, head)
+	}
+	if in.id == "" {
+		in.id = flow.NewID()
 	}
 	up, err := dial.Begin(r.Literal, r.Written, &srv.targets)
 	if err != nil {
@@ -341,17 +363,44 @@ func (x *fastPath) relay(r *plan.Rule, hello *sni.Hello, head []byte) {
 		return
 	}
 	in.stopCancel()
-	if in.id == "" {
-		in.id = flow.NewID()
-	}
 	if r.SendProxy && !in.local.IsValid() {
 		in.local = tcpsock.Local(x.down.FD())
 	}
+	within, check := fastDial, up.Check
+	if r.Health != nil {
+		check = noting(r.Health, up)
+		if len(c.tried) < len(c.rule.Several) {
+			within = r.To.HeadStart()
+		}
+	}
 	fl, o, done := srv.begin(in, r, hello, r.Literal.String())
 	o.Head = head
-	srv.opts.Relay.RunConnecting(srv.ctx, x.down, relay.Connecting{FD: up.FD, Connected: up.Connected, Check: up.Check,
-		Within: fastDial, Failed: func(head []byte, err error) {
+	srv.opts.Relay.RunConnecting(srv.ctx, x.down, relay.Connecting{FD: up.FD, Connected: up.Connected, Check: check,
+		Within: within, Failed: func(head []byte, err error) {
 			srv.flows.Remove(fl)
 			fail(head, err)
 		}}, o, done)
+}
+
+// noting is up.Check, which notes that a target was reached.
+func noting(h *balance.Health, up *dial.Attempt) func() (bool, error) {
+	if up.Connected {
+		h.Worked()
+	}
+	return func() (connected bool, err error) {
+		if connected, err = up.Check(); connected {
+			h.Worked()
+		}
+		return connected, err
+	}
+}
+
+// attemptFailed notes that r's target has failed with err after it took some time, or has taken too long,
+// where err is nil: another one is tried.
+func (srv *Server) attemptFailed(in *conn, r *plan.Rule, err error, took time.Duration) {
+	failed := r.Dialer.Explain(srv.ctx, r.To, cmp.Or(err, balance.ErrSlow), took)
+	if isAvoided(r, failed) {
+		srv.noteFailed(in.listener.name, r, failed)
+		go srv.limited.Warn("dial "+r.Written, lostText, lostAttrs(in, r, failed)...) // not on the loop
+	}
 }

@@ -22,6 +22,7 @@
 //	conn.go            what is known of it, and who it is: PROXY header
 //	trust.go           whom the configuration and tailscaled say that is
 //	splice.go          sni and tcp: hello, route, dial, relay, log
+//	targets.go         sni and tcp: from one of several targets to the next
 //	transparent.go     connections from the client's own address
 //	refused.go         why connections and requests are refused, and that it is counted and logged
 //

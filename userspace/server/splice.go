@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/balance"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/plan"
@@ -59,7 +60,7 @@ func (in *conn) timeForHello() time.Duration {
 // spliceTo dials r's target and relays the connection to it. It owns in, and may return before the flow has
 // ended.
 func (srv *Server) spliceTo(in *stream, r *plan.Rule, hello *sni.Hello) {
-	up, err := srv.dialRule(srv.ctx, in.listener.name, r, in.visitor())
+	r, up, err := srv.dialTarget(in.conn, r)
 	if err != nil {
 		defer in.release()
 		srv.limited.Warn("dial "+r.Written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.Name, "target", r.Written, "client", in.client, "name", in.name, "err", err)
@@ -127,17 +128,26 @@ func (srv *Server) dialRule(ctx context.Context, listener string, r *plan.Rule, 
 	default:
 		up, err = r.Dialer.Dial(ctx, r.To, who.Client)
 	}
-	srv.metrics.DialTime.Observe(time.Since(started).Seconds())
-	srv.targets.Note(r.Written, err)
-	if err != nil {
-		reason := "error"
-		if de, ok := errors.AsType[*dial.Error](err); ok {
-			reason = string(de.Reason)
-		}
-		srv.metrics.DialError.WithLabelValues(listener, reason).Inc()
+	if err != nil && errors.Is(context.Cause(ctx), balance.ErrSlow) { // which says nothing about it
 		return nil, err
 	}
+	srv.metrics.DialTime.Observe(time.Since(started).Seconds())
+	if err != nil {
+		srv.noteFailed(listener, r, err)
+		return nil, err
+	}
+	srv.targets.Note(r.Written, nil)
 	return up, nil
+}
+
+// noteFailed counts an attempt to connect to r's target that has failed.
+func (srv *Server) noteFailed(listener string, r *plan.Rule, err error) {
+	srv.targets.Note(r.Written, err)
+	reason := "error"
+	if de, ok := errors.AsType[*dial.Error](err); ok {
+		reason = string(de.Reason)
+	}
+	srv.metrics.DialError.WithLabelValues(listener, reason).Inc()
 }
 
 // proxyHeader says to the next hop what this one knows of the client.

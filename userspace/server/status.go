@@ -89,6 +89,16 @@ type RouteStatus struct {
 	Source      string   `json:"source"`                    // "config", or "container NAME" where its labels made the route
 	Container   string   `json:"container_state,omitempty"` // of that container: running, stopped or removed
 	Ailing      []string `json:"ailing,omitempty"`          // containers that get connections only while no healthy one runs, as "NAME is unhealthy"
+
+	Targets []RouteTarget `json:"targets,omitempty"` // where it has several
+}
+
+// RouteTarget is one of several targets of a route.
+type RouteTarget struct {
+	Target  string `json:"target"`
+	Weight  int    `json:"weight"`
+	Backup  bool   `json:"backup"`
+	Avoided bool   `json:"avoided"` // it could not be reached lately, so that others are tried before it
 }
 
 // Status describes the daemon as it is now.
@@ -127,7 +137,7 @@ func (srv *Server) Status() Status {
 		ls := srv.listenerStatus(c)
 		for _, r := range srv.listeners[c.Name].service.Load().Rules {
 			rs := srv.routeStatus(r, s.Datapaths)
-			rs.Down = down(r, tried)
+			rs.Down, rs.Targets = down(r, tried), routeTargets(r)
 			ls.Routes = append(ls.Routes, rs)
 		}
 		s.Listeners = append(s.Listeners, ls)
@@ -181,6 +191,15 @@ func (srv *Server) routeStatus(r *plan.Rule, datapaths []DatapathStatus) RouteSt
 		}
 	}
 	return s
+}
+
+// routeTargets describes the targets of r if there are several.
+func routeTargets(r *plan.Rule) (all []RouteTarget) {
+	for _, one := range r.Several {
+		all = append(all, RouteTarget{Target: one.Written, Weight: one.All[0].Weight, Backup: one.All[0].Backup,
+			Avoided: one.Health.IsAvoided()})
+	}
+	return all
 }
 
 // restrictions are what a client must satisfy for r, for people: who it is, and what it asks for.

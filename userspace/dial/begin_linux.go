@@ -63,7 +63,7 @@ func (a *Attempt) Check() (connected bool, err error) {
 		if a.outcomes.Took != nil {
 			a.outcomes.Took(time.Since(a.began).Seconds())
 		}
-		a.outcomes.Note(a.target, nil)
+		a.outcomes.Made(a.target)
 		return true, nil
 	case unix.EALREADY, unix.EINPROGRESS, unix.EINTR:
 		return false, nil

@@ -37,8 +37,9 @@ type Datapath struct {
 
 // Target is one that was connected to.
 type Target struct {
-	Name string
-	Up   bool
+	Name        string
+	Up          bool
+	Connections int64 // that were made to it
 }
 
 // Certificate is one that a listener serves.
@@ -89,6 +90,8 @@ var (
 		"memory of a flow in the kernel. Their senders send it again.", "datapath")
 	targetUp = desc("target_up", "1 if the last connection to the target succeeded, 0 if it failed. A target to which "+
 		"nobody has connected since the start is absent."+namesBound, "target")
+	targetConns = desc("target_connections_total", "Connections to the target that were made for flows and requests."+
+		namesBound, "target")
 	notAfter = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, as a Unix time. The days "+
 		"that are left are (x - time()) / 86400."+namesBound, "listener", "certificate")
 	acmeOK = desc("acme_ok", "1 if the last attempt to get the certificate of a name by ACME succeeded, 0 if it failed. "+
@@ -104,7 +107,7 @@ type collector func() State
 // Describe implements prometheus.Collector.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{flowsNow, requestsNow, bytesTotal, routeFlows, routeBytes, datapathOn, wanted,
-		datapathFlow, stalls, clamped, targetUp, notAfter, acmeOK, problems} {
+		datapathFlow, stalls, clamped, targetUp, targetConns, notAfter, acmeOK, problems} {
 		ch <- d
 	}
 }
@@ -141,6 +144,7 @@ func (now collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for _, t := range s.Targets[:min(len(s.Targets), MostNames)] {
 		gauge(targetUp, bit(t.Up), t.Name)
+		counter(targetConns, float64(t.Connections), t.Name)
 	}
 	for _, c := range s.Certificates[:min(len(s.Certificates), MostNames)] {
 		gauge(notAfter, float64(c.NotAfter.Unix()), c.Listener, c.Name)

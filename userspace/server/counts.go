@@ -65,9 +65,9 @@ func (srv *Server) state() metrics.State {
 	for _, t := range traffic {
 		s.Traffic = append(s.Traffic, metrics.Traffic(t))
 	}
-	tried := srv.targets.Last()
+	tried, made := srv.targets.Last(), srv.targets.Counts()
 	for _, target := range slices.Sorted(maps.Keys(tried)) {
-		s.Targets = append(s.Targets, metrics.Target{Name: target, Up: tried[target] == nil})
+		s.Targets = append(s.Targets, metrics.Target{Name: target, Up: tried[target] == nil, Connections: made[target]})
 	}
 	for _, part := range parts {
 		s.Problems[part] = 0

@@ -82,10 +82,11 @@ func (srv *Server) dialUpstream(ctx context.Context, listener string, r *plan.Ru
 		try, done := context.WithTimeout(ctx, min(holdTry, max(holdPause, r.HTTP.Hold-time.Since(began))))
 		up, again := srv.deps.Dialer.Dial(try, r.To, who.Client)
 		done()
-		srv.targets.Note(r.Written, again)
 		if again == nil {
+			srv.targets.Made(r.Written)
 			return up, nil
 		}
+		srv.targets.Note(r.Written, again)
 		if ctx.Err() == nil && !mayComeBack(again) {
 			return nil, again
 		}

@@ -136,7 +136,7 @@ func (srv *Server) dialRule(ctx context.Context, listener string, r *plan.Rule, 
 		srv.noteFailed(listener, r, err)
 		return nil, err
 	}
-	srv.targets.Note(r.Written, nil)
+	srv.targets.Made(r.Written)
 	return up, nil
 }
 

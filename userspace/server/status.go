@@ -95,10 +95,11 @@ type RouteStatus struct {
 
 // RouteTarget is one of several targets of a route.
 type RouteTarget struct {
-	Target  string `json:"target"`
-	Weight  int    `json:"weight"`
-	Backup  bool   `json:"backup"`
-	Avoided bool   `json:"avoided"` // it could not be reached lately, so that others are tried before it
+	Target      string `json:"target"`
+	Weight      int    `json:"weight"`
+	Backup      bool   `json:"backup"`
+	Avoided     bool   `json:"avoided"`     // it could not be reached lately, so that others are tried before it
+	Connections int64  `json:"connections"` // that were made to it, by any route
 }
 
 // Status describes the daemon as it is now.
@@ -129,7 +130,7 @@ func (srv *Server) Status() Status {
 		}
 	}
 	s.Datapaths = srv.datapathStates()
-	tried := srv.targets.Last()
+	tried, made := srv.targets.Last(), srv.targets.Counts()
 	for i := range s.Datapaths {
 		s.Datapaths[i].Flows = flows[s.Datapaths[i].Name]
 	}
@@ -137,7 +138,7 @@ func (srv *Server) Status() Status {
 		ls := srv.listenerStatus(c)
 		for _, r := range srv.listeners[c.Name].service.Load().Rules {
 			rs := srv.routeStatus(r, s.Datapaths)
-			rs.Down, rs.Targets = down(r, tried), routeTargets(r)
+			rs.Down, rs.Targets = down(r, tried), routeTargets(r, made)
 			ls.Routes = append(ls.Routes, rs)
 		}
 		s.Listeners = append(s.Listeners, ls)
@@ -193,11 +194,11 @@ func (srv *Server) routeStatus(r *plan.Rule, datapaths []DatapathStatus) RouteSt
 	return s
 }
 
-// routeTargets describes the targets of r if there are several.
-func routeTargets(r *plan.Rule) (all []RouteTarget) {
+// routeTargets describes the targets of r if there are several. made is how many connections were made to each.
+func routeTargets(r *plan.Rule, made map[string]int64) (all []RouteTarget) {
 	for _, one := range r.Several {
 		all = append(all, RouteTarget{Target: one.Written, Weight: one.All[0].Weight, Backup: one.All[0].Backup,
-			Avoided: one.Health.IsAvoided()})
+			Avoided: one.Health.IsAvoided(), Connections: made[one.Written]})
 	}
 	return all
 }

@@ -120,7 +120,8 @@ func TestSeveralTargets(t *testing.T) {
 					eventually(t, "nothing is left", func() bool { return d.flows.Len() == 0 && d.limiter.Total() == 0 })
 					s := d.Status()
 					r := s.Listeners[0].Routes[0]
-					if len(r.Targets) != 2 || !r.Targets[0].Avoided && time.Since(began) < balance.AvoidFor || r.Targets[1].Avoided || !r.Targets[1].Backup {
+					if len(r.Targets) != 2 || !r.Targets[0].Avoided && time.Since(began) < balance.AvoidFor || r.Targets[0].Connections != 0 || r.Targets[1].Avoided ||
+						r.Targets[1].Connections != all || !r.Targets[1].Backup {
 						t.Errorf("status: %+v", r.Targets)
 					}
 					if len(r.Down) != 1 || !strings.Contains(r.Down[0], dead.target) || s.DialErrors[dead.reason] == 0 {

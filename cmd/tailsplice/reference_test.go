@@ -27,8 +27,8 @@ type manual struct {
 
 var (
 	fileConfig  = [2]string{"`/etc/tailsplice/tailsplice.yaml`", "the configuration, see [tailsplice.yaml(5)](configuration.md)"}
-	fileControl = [2]string{"`/run/tailsplice/control.sock`", "the control socket of the daemon, which only the daemon's user " +
-		"and root can open"}
+	fileControl = [2]string{"`/run/tailsplice/control.sock`", "the control socket of the daemon: root and the daemon's user may " +
+		"use all commands, the socket's group those that only read"}
 	filePins = [2]string{"`/sys/fs/bpf/tailsplice`", "the maps of kernel datapaths, in INSTANCE/GENERATION; INSTANCE/current leads to the newest"}
 	fileACME = [2]string{"`/var/lib/tailsplice/acme`", "accounts, keys and certificates of ACME"}
 

@@ -202,6 +202,7 @@ func (c *controls) serve(ctx context.Context, f *server.Server, reload func() ([
 				return f.Trace(ctx, q)
 			},
 			Reload: reload,
+			Log:    log,
 		}
 		go admin.Serve(ctx, c.socket, d.Handler(), log)
 	}

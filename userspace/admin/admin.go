@@ -1,12 +1,21 @@
 // Package admin is how people and scripts talk to a running daemon: HTTP with
-// JSON over a unix socket that only its owner can open, and the client for it
-// that the command line uses. Metrics have a TCP address of their own.
+// JSON over a unix socket, and the client for it that the command line uses.
+// Metrics have a TCP address of their own.
 //
 //	GET  /v1/status   what the daemon is and does
 //	GET  /v1/flows    the live flows; 400 with the reason if the query makes no sense
 //	GET  /v1/top      what the live flows move, a line of JSON each interval; 400 as for flows
 //	GET  /v1/trace    what becomes of a name; 400 as for flows
 //	POST /v1/reload   reads the configuration again; 422 with the reason if it can't be used
+//	POST /v1/CHANGE   one of Daemon.Changes; 422 as for reload
+//
+// Root and the user of the daemon may do all of that. The group of the socket may look: a POST is answered
+// with 403. Whoever else can open the socket, because its mode was changed, is as the group.
+//
+//	admin.go       the socket, its server and its client
+//	change.go      who may change what the daemon does, and that it is logged
+//	peer_linux.go  who has connected, and who can
+//	health.go      /healthz and /readyz
 package admin
 
 import (
@@ -40,6 +49,9 @@ type Daemon struct {
 	Top    func(ctx context.Context, query url.Values, send func(any) error) error
 	Trace  func(ctx context.Context, query url.Values) (any, error)
 	Reload func() (notes []string, err error)
+
+	Changes map[string]Change // by their path below /v1/, such as "drain"
+	Log     *slog.Logger      // hears of all changes, Reload too, and who asked for them
 }
 
 // Handler serves d.
@@ -52,25 +64,18 @@ func (d Daemon) Handler() http.Handler {
 				http.Error(w, err.Error(), http.StatusBadRequest)
 				return
 			}
-			w.Header().Set("Content-Type", "application/json")
-			json.NewEncoder(w).Encode(answer)
+			answerJSON(w, answer)
 		}
 	}
 	mux.HandleFunc("GET /v1/status", show(func(context.Context, url.Values) (any, error) { return d.Status(), nil }))
 	mux.HandleFunc("GET /v1/flows", show(func(_ context.Context, query url.Values) (any, error) { return d.Flows(query) }))
 	mux.HandleFunc("GET /v1/trace", show(func(ctx context.Context, query url.Values) (any, error) { return d.Trace(ctx, query) }))
 	mux.HandleFunc("GET /v1/top", d.top)
-	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, _ *http.Request) {
-		notes, err := d.Reload()
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
-			return
-		}
-		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		for _, n := range notes {
-			fmt.Fprintln(w, n)
-		}
-	})
+	reload := func(url.Values, Peer) (any, error) { return d.Reload() }
+	mux.HandleFunc("POST /v1/reload", change(d.Log, reload, answerLines))
+	for name, do := range d.Changes {
+		mux.HandleFunc("POST /v1/"+name, change(d.Log, do, answerJSON))
+	}
 	return mux
 }
 
@@ -91,7 +96,7 @@ func (d Daemon) top(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// Listen binds the control socket at path, readable and writable for its owner only. A socket that a dead
+// Listen binds the control socket at path, which its owner and its group can open. A socket that a dead
 // daemon left is replaced; the socket of a live one is an error, and so is a file of another kind. The error
 // wraps [fs.ErrPermission] where the process may not make the socket there.
 func Listen(path string) (net.Listener, error) {
@@ -120,7 +125,7 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("control socket %s: %w", path, err)
 	}
 	ln.SetUnlinkOnClose(false)
-	err = errors.Join(os.Chmod(made, 0o600), os.Rename(made, path))
+	err = errors.Join(os.Chmod(made, socketMode), os.Rename(made, path))
 	if err != nil {
 		ln.Close()
 		return nil, fmt.Errorf("control socket %s: %w", path, err)
@@ -154,7 +159,7 @@ const (
 // Serve answers on ln until ctx ends, then closes it. Clients that don't read
 // or say nothing are left after a while.
 func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logger) {
-	srv := &http.Server{Handler: h, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout}
+	srv := &http.Server{Handler: h, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout, ConnContext: withPeer}
 	runServer(ctx, ln, srv, log)
 }
 
@@ -250,7 +255,7 @@ func (c Client) open(ctx context.Context, method, path string) (io.ReadCloser, e
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return nil, fmt.Errorf("no daemon answers at %s: is `tailsplice run` up? --control names another socket", c.Socket)
 	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("%s: permission denied: use the account that runs the daemon, or root", c.Socket)
+		return nil, fmt.Errorf("%s: permission denied: use root, the account that runs the daemon, or one in the group of the socket, which may look", c.Socket)
 	case errors.Is(err, context.DeadlineExceeded):
 		return nil, fmt.Errorf("the daemon at %s does not answer: its log may say why", c.Socket)
 	case err != nil:

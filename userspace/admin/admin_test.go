@@ -26,6 +26,9 @@ func serve(t *testing.T, d Daemon) Client {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
+	if d.Log == nil {
+		d.Log = slog.New(slog.DiscardHandler)
+	}
 	go func() {
 		Serve(ctx, ln, d.Handler(), slog.New(slog.DiscardHandler))
 		close(done)
@@ -95,8 +98,8 @@ func TestClient(t *testing.T) {
 		t.Errorf("reload error: %v", err)
 	}
 	fi, err := os.Stat(c.Socket)
-	if err != nil || fi.Mode().Perm() != 0o600 {
-		t.Errorf("mode %v %v: want 0600", fi.Mode(), err)
+	if err != nil || fi.Mode().Perm() != socketMode {
+		t.Errorf("mode %v %v: want %o", fi.Mode(), err, socketMode)
 	}
 }
 

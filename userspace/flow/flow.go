@@ -2,6 +2,11 @@
 //
 // A flow is one spliced pair of connections (for HTTP: one request and its answer). Its id is made by the
 // first hop and kept by every hop of its path: one grep over the hops' logs shows the way of a connection.
+//
+//	flow.go     flows, and those that live
+//	account.go  what they are counted in
+//	query.go    which of them are shown
+//	kill.go     which of them are ended
 package flow
 
 import (
@@ -41,6 +46,7 @@ type Flow struct {
 	// Held returns how many bytes it holds for readers that have no room, as far as that was measured, and
 	// since when they have taken nothing; nil: that is not known. It must be safe to call at any time.
 	Held    func() (bytes int64, since time.Time)
+	Killer  Killer   // ends it; nil: nothing does
 	Account *Account // what the flow is counted in; may be nil
 	Shared  bool     // Client may be a hop that does not say whom it speaks for, and so many clients
 	place   int32    // in Registry.live, from 1; 0: not there

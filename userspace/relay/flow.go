@@ -82,7 +82,8 @@ type flow struct {
 	o        Options
 	ctx      context.Context
 	done     func(Result)
-	uncancel func() bool // unhooks ctx
+	uncancel func() bool             // unhooks ctx
+	cancel   context.CancelCauseFunc // of the datapath that has the flow, or is asked; guarded by mu
 
 	recorded *holder         // the datapath that has the flow in its tables; nil: none
 	choice   datapath.Choice // of the datapath that gets it
@@ -206,6 +207,7 @@ func (f *flow) sides() [2]*side { return [2]*side{&f.down, &f.up} }
 func (f *flow) userspace() {
 	f.mu.Lock()
 	f.enter(pumping)
+	f.takeKill()
 	if f.end != "" {
 		f.enter(ending)
 	}

@@ -103,10 +103,16 @@ func (f *flow) keepRecord(d datapath.Datapath, forget func()) {
 // poller.
 func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool) {
 	f.mu.Lock()
+	ctx := f.cancelable()
 	f.enter(handedOff)
+	cancel := f.cancel
 	f.mu.Unlock()
-	count, err := d.Splice(f.ctx, down.FD(), up.FD(), f.handoff(d))
+	if f.counters.Killed() != nil {
+		cancel(errKilled)
+	}
+	count, err := d.Splice(ctx, down.FD(), up.FD(), f.handoff(d))
 	if err != nil {
+		cancel(nil)
 		f.o.Refused(d.Name(), err)
 	}
 	f.mu.Lock()
@@ -127,7 +133,9 @@ func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
 		Buffer: f.o.Buffer, Idle: f.o.Idle, Busy: datapath.BusyBytes, Moved: f.counters.own,
 		Ended: func(up, down int64, end string, err error) {
 			f.settle(up, down, nil)
-			f.report(Result{Up: up, Down: down, End: End(end), Err: err, Datapath: d.Name()})
+			result := Result{Up: up, Down: down, Datapath: d.Name()}
+			result.End, result.Err = f.endOf(End(end), err)
+			f.report(result)
 		},
 		Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error) {
 			g := f.resumed()
@@ -148,6 +156,7 @@ func (f *flow) settle(up, down int64, next *holder) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.enter(done)
+	f.cancel(nil)
 	f.counters.up.Store(up)
 	f.counters.down.Store(down)
 	f.counters.kernel.Store(next)

@@ -30,6 +30,9 @@ func (f *flow) attachTo(down, up *loop.Socket) {
 		f.enter(onLoop)
 		f.mu.Unlock()
 		f.armOn(l)
+		if f.counters.Killed() != nil {
+			return f.toPumps()
+		}
 		return f.beginOn()
 	})
 }

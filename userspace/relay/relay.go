@@ -22,6 +22,7 @@
 //	pipe_linux.go    the pipes
 //	copy.go          the same for connections that are no bare sockets
 //	park.go          timers, and sides that wait without a goroutine
+//	kill.go          a flow is ended by an operator, whoever has it
 //	watch_linux.go   the epoll that waits for them
 //	handoff_linux.go from the begin to a loop, to a datapath and back, and from pumps to a loop
 //	held_linux.go    what flows hold for readers that have no room
@@ -118,6 +119,7 @@ type Counters struct {
 	up, down atomic.Int64
 	kernel   atomic.Pointer[holder] // the datapath that has the flow now; nil: this package
 	flow     atomic.Pointer[flow]   // that is counted, while it lives
+	killed   atomic.Pointer[error]  // why it is to end at once, or nil
 
 	held, since, sweep atomic.Int64 // what MeasureHeld has found, and when
 }
@@ -183,7 +185,7 @@ type Result struct {
 //     other side's reader has stopped. What was received before it is still delivered, the end of the
 //     stream too, until the reader has no room for 2 s. Meanwhile nothing more is taken from the other
 //     side. Other failures of a socket reset the other side too.
-//   - Idle timeout and a canceled ctx reset both sides.
+//   - Idle timeout, a canceled ctx and [Counters.Kill] reset both sides.
 //   - An urgent byte (MSG_OOB) arrives in its place in the stream, as an ordinary one.
 //
 // *net.TCPConn and *net.UnixConn must be given bare, not wrapped, for splice(2), and for idle flows to be

@@ -6,6 +6,8 @@ import (
 	"net"
 	"sync/atomic"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
 const maxPipe = 1 << 20
@@ -38,6 +40,7 @@ func watchForBytes(*side) bool             { return false }
 func unwatch(*side)                        {}
 func (*flow) attach() bool                 { return false }
 func (*flow) reattach()                    {}
+func (*flow) killOn(*loop.Socket)          {}
 func (*side) keepUrgent()                  {}
 func (*side) gone() bool                   { return false }
 func (*side) unacked() int                 { return 0 }

@@ -171,6 +171,28 @@ func TestDatapathReasons(t *testing.T) {
 	}
 }
 
+// TestKillBeforeBegin: a flow that is killed before it begins ends as it begins, whoever is to have it.
+func TestKillBeforeBegin(t *testing.T) {
+	for _, paths := range [][]datapath.Datapath{nil, {taker{}}, {returner{}}, {refuser{}}} {
+		why := errors.New("because")
+		var counters relay.Counters
+		counters.Kill(why)
+		f := relaytest.Loopback{Options: relay.Options{Datapaths: paths}}.Path(t).Connect(t)
+		f.Start(context.Background(), relay.Options{Counters: &counters})
+		if r := f.Result(t); r.End != relay.EndKilled || r.Err != why {
+			t.Errorf("%v: %+v", paths, r)
+		}
+		for _, c := range []net.Conn{f.Client, f.Server} {
+			c.SetDeadline(time.Now().Add(time.Minute))
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("%v: %v", paths, err)
+			}
+			c.Close()
+		}
+		counters.Kill(why) // does nothing
+	}
+}
+
 // TestIdleFlows: a quiet flow has no goroutine, and next to no memory of ours.
 func TestIdleFlows(t *testing.T) {
 	if runtime.GOOS != "linux" {

@@ -260,11 +260,16 @@ func idleStalled(t *testing.T, p Path, s Size) {
 	}
 }
 
-func cancelFlow(t *testing.T, p Path, s Size) {
+func cancelFlow(t *testing.T, p Path, s Size) { endQuickly(t, p, false) }
+
+func killFlow(t *testing.T, p Path, s Size) { endQuickly(t, p, true) }
+
+// endQuickly cancels flows, or kills them.
+func endQuickly(t *testing.T, p Path, kill bool) {
 	for _, busy := range []bool{false, true} {
-		took := cancelOne(t, p, busy)
+		took := endOne(t, p, busy, kill)
 		for try := 1; took > time.Second && try < 5; try++ { // one of a few is quick on a busy machine too
-			took = cancelOne(t, p, busy)
+			took = endOne(t, p, busy, kill)
 		}
 		if took > time.Second {
 			t.Errorf("took %v, again and again", took)
@@ -272,12 +277,18 @@ func cancelFlow(t *testing.T, p Path, s Size) {
 	}
 }
 
-// cancelOne gives the time that a flow takes to end when it is cancelled.
-func cancelOne(t *testing.T, p Path, busy bool) time.Duration {
+// endOne gives the time that a flow takes to end when it is cancelled, or killed.
+func endOne(t *testing.T, p Path, busy, kill bool) time.Duration {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
+	var c relay.Counters
+	end, want, why := cancel, relay.EndCanceled, context.Canceled
+	if kill {
+		want, why = relay.EndKilled, errors.New("because")
+		end = func() { c.Kill(why) }
+	}
 	f := p.Connect(t)
-	f.Start(ctx, relay.Options{})
+	f.Start(ctx, relay.Options{Counters: &c})
 	defer f.Client.Close()
 	defer f.Server.Close()
 	must(t, transfer(f.Client, f.Server, 1000))
@@ -285,8 +296,8 @@ func cancelOne(t *testing.T, p Path, busy bool) time.Duration {
 		fill(f.Client, newStream()) // the server doesn't read
 	}
 	start := time.Now()
-	cancel()
-	if r := f.Result(t); r.End != relay.EndCanceled || !errors.Is(r.Err, context.Canceled) {
+	end()
+	if r := f.Result(t); r.End != want || !errors.Is(r.Err, why) {
 		t.Errorf("%+v", r)
 	}
 	took := time.Since(start)

@@ -185,6 +185,7 @@ func Cases() []Case {
 		{Name: "idle timeout", Inside: true, Run: idleTimeout},
 		{Name: "idle timeout of a stalled flow", Inside: true, Run: idleStalled},
 		{Name: "cancel", Inside: true, Run: cancelFlow},
+		{Name: "kill", Inside: true, Run: killFlow},
 	}
 }
 

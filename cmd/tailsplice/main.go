@@ -15,6 +15,7 @@
 //	doctor.go      doctor
 //	init.go        init
 //	nouns.go       status, flows and reload
+//	verbs.go       drain, undrain, flows kill, target, log
 //	top.go         top
 //	trace.go       trace
 //	password.go    hash-password
@@ -110,7 +111,7 @@ the edge, on the server that terminates TLS, and on the machine that answers.`,
 	root.Flags().BoolVar(&asJSON, "json", false, "with --version: print JSON")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	root.AddCommand(newRun(), newCheck(), newStatus(), newFlows(), newTrace(), newTop(), newDoctor(), newInit(),
-		newReload(), newHashPassword(), newCompletion(), newVersion())
+		newDrain(), newUndrain(), newTarget(), newLog(), newReload(), newHashPassword(), newCompletion(), newVersion())
 	return root
 }
 

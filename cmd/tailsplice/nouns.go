@@ -78,6 +78,7 @@ so the same id in the list or the log of another hop is the same connection.`,
 		},
 	}
 	f.flags(cmd)
+	cmd.AddCommand(newFlowsKill())
 	return a.flags(cmd)
 }
 
@@ -105,6 +106,11 @@ func (a *asker) ask(cmd *cobra.Command, noun string, v any, people func(io.Write
 	if err := a.get(cmd, noun, &raw); err != nil {
 		return err
 	}
+	return a.print(cmd, raw, v, people)
+}
+
+// print prints what the daemon has answered, as it came, or for people from v, which gets it.
+func (a *asker) print(cmd *cobra.Command, raw json.RawMessage, v any, people func(io.Writer)) error {
 	if a.asJSON {
 		return errors.Join(printJSON(cmd, raw), json.Unmarshal(raw, v))
 	}
@@ -148,6 +154,9 @@ func printProblems(w io.Writer, s server.Status) {
 		if d.Stalls > 0 {
 			fmt.Fprintf(w, "problem: datapath %s: a flow waited up to 3 s for nothing %s: please report it\n", d.Name, plural(int(d.Stalls), "time"))
 		}
+	}
+	for _, d := range s.Disabled {
+		fmt.Fprintf(w, "disabled: %s gets no new connections since %s\n", d.Target, moment(d.Since))
 	}
 	down := 0
 	for _, l := range s.Listeners {
@@ -207,6 +216,8 @@ func printStatus(w io.Writer, s server.Status, now time.Time) {
 func printListener(w io.Writer, l server.ListenerStatus) {
 	bound := strings.Join(l.Bound, " ")
 	switch {
+	case !l.Drained.IsZero():
+		bound = "drained since " + moment(l.Drained)
 	case l.Closed != "":
 		bound = "closed, until a target of default answers"
 	case bound == "":
@@ -281,6 +292,9 @@ func printRoute(w io.Writer, r server.RouteStatus) {
 	asks := cmp.Or(strings.Join(r.Asks, "; "), "-")
 	fmt.Fprintf(w, "  %s\t→ %s\t%s\t%s\t%s\n", match, to, cmp.Or(datapath, "-"), asks, from)
 }
+
+// moment is t for people.
+func moment(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 MST") }
 
 func printCounts(w io.Writer, what string, counts map[string]int64) {
 	var parts []string

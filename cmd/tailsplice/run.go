@@ -78,7 +78,7 @@ func run(ctx context.Context, o runOptions) error {
 	}
 	// A reader of the log that is gone must not end the daemon.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	log, lines, err := newLogger(o)
+	log, level, lines, err := newLogger(o)
 	if err != nil {
 		return err
 	}
@@ -141,7 +141,7 @@ func run(ctx context.Context, o runOptions) error {
 		log.Info("the configuration was reloaded", "config", o.config)
 		return notes, nil
 	}
-	control.serve(ctx, f, reload, cfg, log)
+	control.serve(ctx, f, reload, cfg, log, level)
 	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)
 	daemon.SdNotify(false, daemon.SdNotifyReady)
 
@@ -188,7 +188,7 @@ func (c *controls) close() {
 }
 
 // serve shows f and does what is asked of it, until ctx ends.
-func (c *controls) serve(ctx context.Context, f *server.Server, reload func() ([]string, error), cfg *config.Config, log *slog.Logger) {
+func (c *controls) serve(ctx context.Context, f *server.Server, reload func() ([]string, error), cfg *config.Config, log *slog.Logger, level *slog.LevelVar) {
 	if c.socket != nil {
 		d := admin.Daemon{
 			Status: func() any { return f.Status() },
@@ -201,8 +201,17 @@ func (c *controls) serve(ctx context.Context, f *server.Server, reload func() ([
 				}
 				return f.Trace(ctx, q)
 			},
-			Reload: reload,
-			Log:    log,
+			LogLevel: func() any { return levelOf(level) },
+			Reload:   reload,
+			Changes: map[string]admin.Change{
+				"drain":          func(q url.Values, _ admin.Peer) (any, error) { return f.SetDrained(q, true) },
+				"flows/kill":     func(q url.Values, who admin.Peer) (any, error) { return f.KillFlows(q, who.String()) },
+				"target/disable": func(q url.Values, _ admin.Peer) (any, error) { return f.SetDisabled(q, true) },
+				"target/enable":  func(q url.Values, _ admin.Peer) (any, error) { return f.SetDisabled(q, false) },
+				"log/level":      func(q url.Values, _ admin.Peer) (any, error) { return setLevel(level, q) },
+				"undrain":        func(q url.Values, _ admin.Peer) (any, error) { return f.SetDrained(q, false) },
+			},
+			Log: log,
 		}
 		go admin.Serve(ctx, c.socket, d.Handler(), log)
 	}
@@ -306,15 +315,18 @@ func drain(f *server.Server, timeout time.Duration, first os.Signal, signals <-c
 // logWait bounds how long the daemon waits at its end for the reader of the log.
 const logWait = 2 * time.Second
 
-// newLogger writes to standard error, and never waits for its reader. The caller closes the writer.
-func newLogger(o runOptions) (*slog.Logger, *logwriter.Writer, error) {
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
-		return nil, nil, &usageError{fmt.Errorf("--log-level %q: use debug, info, warn or error", o.logLevel)}
+// newLogger writes to standard error, and never waits for its reader. The caller closes the writer, and may
+// change the level.
+func newLogger(o runOptions) (*slog.Logger, *slog.LevelVar, *logwriter.Writer, error) {
+	first, err := parseLevel(o.logLevel)
+	if err != nil {
+		return nil, nil, nil, &usageError{fmt.Errorf("--log-%w", err)}
 	}
+	level := new(slog.LevelVar)
+	level.Set(first)
 	text := o.logFormat == "text" || o.logFormat == "auto" && term.IsTerminal(int(os.Stderr.Fd()))
 	if !text && o.logFormat != "auto" && o.logFormat != "json" {
-		return nil, nil, &usageError{fmt.Errorf("--log-format %q: use text, json or auto", o.logFormat)}
+		return nil, nil, nil, &usageError{fmt.Errorf("--log-format %q: use text, json or auto", o.logFormat)}
 	}
 	logger := func(w io.Writer) *slog.Logger {
 		ho := &slog.HandlerOptions{Level: level}
@@ -326,5 +338,5 @@ func newLogger(o runOptions) (*slog.Logger, *logwriter.Writer, error) {
 	w := logwriter.New(os.Stderr, func(w io.Writer, lines int) {
 		logger(w).Error("log lines are missing here because the reader of standard error did not keep up: check that it runs", "lines", lines)
 	})
-	return logger(w), w, nil
+	return logger(w), level, w, nil
 }

@@ -234,11 +234,14 @@ func info(t *testing.T, c net.Conn) *unix.TCPInfo {
 }
 
 // hello is what a TLS client says first.
-func hello(t *testing.T) []byte {
+func hello(t *testing.T) []byte { return helloOf(t, "www.vsq.cz") }
+
+// helloOf is a ClientHello for a name.
+func helloOf(t *testing.T, name string) []byte {
 	t.Helper()
 	ours, theirs := net.Pipe()
 	defer ours.Close()
-	go func() { _ = tls.Client(theirs, &tls.Config{ServerName: "www.vsq.cz"}).Handshake(); theirs.Close() }()
+	go func() { _ = tls.Client(theirs, &tls.Config{ServerName: name}).Handshake(); theirs.Close() }()
 	b := make([]byte, 64<<10)
 	n, err := ours.Read(b)
 	check(t, err)

@@ -2,12 +2,13 @@
 // JSON over a unix socket, and the client for it that the command line uses.
 // Metrics have a TCP address of their own.
 //
-//	GET  /v1/status   what the daemon is and does
-//	GET  /v1/flows    the live flows; 400 with the reason if the query makes no sense
-//	GET  /v1/top      what the live flows move, a line of JSON each interval; 400 as for flows
-//	GET  /v1/trace    what becomes of a name; 400 as for flows
-//	POST /v1/reload   reads the configuration again; 422 with the reason if it can't be used
-//	POST /v1/CHANGE   one of Daemon.Changes; 422 as for reload
+//	GET  /v1/status     what the daemon is and does
+//	GET  /v1/flows      the live flows; 400 with the reason if the query makes no sense
+//	GET  /v1/top        what the live flows move, a line of JSON each interval; 400 as for flows
+//	GET  /v1/trace      what becomes of a name; 400 as for flows
+//	GET  /v1/log/level  the level of the daemon's log
+//	POST /v1/reload     reads the configuration again; 422 with the reason if it can't be used
+//	POST /v1/CHANGE     one of Daemon.Changes; 422 as for reload
 //
 // Root and the user of the daemon may do all of that. The group of the socket may look: a POST is answered
 // with 403. Whoever else can open the socket, because its mode was changed, is as the group.
@@ -40,15 +41,16 @@ import (
 	"time"
 )
 
-// Daemon is what the socket shows and does. Status, Flows and Trace return values
+// Daemon is what the socket shows and does. Status, Flows, Trace and LogLevel return values
 // that encoding/json can write; Top sends them, until ctx ends or send fails. The notes of Reload are for the
 // person who asked for it: what is odd about a configuration that is now in force.
 type Daemon struct {
-	Status func() any
-	Flows  func(query url.Values) (any, error)
-	Top    func(ctx context.Context, query url.Values, send func(any) error) error
-	Trace  func(ctx context.Context, query url.Values) (any, error)
-	Reload func() (notes []string, err error)
+	Status   func() any
+	Flows    func(query url.Values) (any, error)
+	Top      func(ctx context.Context, query url.Values, send func(any) error) error
+	Trace    func(ctx context.Context, query url.Values) (any, error)
+	LogLevel func() any
+	Reload   func() (notes []string, err error)
 
 	Changes map[string]Change // by their path below /v1/, such as "drain"
 	Log     *slog.Logger      // hears of all changes, Reload too, and who asked for them
@@ -70,6 +72,7 @@ func (d Daemon) Handler() http.Handler {
 	mux.HandleFunc("GET /v1/status", show(func(context.Context, url.Values) (any, error) { return d.Status(), nil }))
 	mux.HandleFunc("GET /v1/flows", show(func(_ context.Context, query url.Values) (any, error) { return d.Flows(query) }))
 	mux.HandleFunc("GET /v1/trace", show(func(ctx context.Context, query url.Values) (any, error) { return d.Trace(ctx, query) }))
+	mux.HandleFunc("GET /v1/log/level", show(func(context.Context, url.Values) (any, error) { return d.LogLevel(), nil }))
 	mux.HandleFunc("GET /v1/top", d.top)
 	reload := func(url.Values, Peer) (any, error) { return d.Reload() }
 	mux.HandleFunc("POST /v1/reload", change(d.Log, reload, answerLines))

@@ -62,6 +62,7 @@ type Option struct {
 	Weight int  // its share; with 0 it is a spare, as with Backup
 	Backup bool // it is chosen only where no other can be reached
 	Tried  bool // it is not chosen
+	Off    bool // it is chosen only where all others can't be reached: an operator's word
 	*Health
 }
 
@@ -79,7 +80,7 @@ func Pick(n int, option func(i int) Option) int {
 		switch {
 		case o.Tried:
 			continue
-		case o.isAvoided(now):
+		case o.Off, o.isAvoided(now):
 			class = 2
 		case o.isSpare():
 			class = 1

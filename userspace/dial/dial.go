@@ -12,6 +12,7 @@
 //	addresses.go    which of its addresses are tried, and in which order
 //	begin_linux.go  a connection that is begun and not waited for, for an event loop
 //	outcomes.go     how the last try to connect to each target went
+//	disabled.go     targets that an operator has disabled
 //	errors.go       why a target could not be reached, in words
 package dial
 
@@ -107,6 +108,7 @@ type Dialer struct {
 	AsClient  bool          // From gives the client's own address, where that fits: not every address of a target is as good
 	DNS       *net.Resolver // for host names; nil is the system's
 	Past      *Past         // what is learnt about addresses; nil remembers nothing
+	Disabled  *Disabled     // targets that are not dialled; nil: none
 
 	// From, if not nil, readies a dialer for an address: it may give the connection an address of its own.
 	From func(d *net.Dialer, to netip.Addr)
@@ -122,6 +124,9 @@ type Dialer struct {
 // answered, the name is resolved anew and tried once more, for the upstream may just be restarting. Every
 // error is an [*Error]; one whose Reason is [Canceled] says that ctx ended and nothing about the target.
 func (d *Dialer) Dial(ctx context.Context, t Target, prefer netip.Addr) (net.Conn, error) {
+	if err := d.Disabled.Check(t, t.String()); err != nil {
+		return nil, err
+	}
 	began := time.Now()
 	call, cancel := context.WithTimeout(ctx, cmp.Or(d.Timeout, DefaultTimeout))
 	defer cancel()

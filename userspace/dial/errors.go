@@ -32,6 +32,7 @@ const (
 	NoSocket             Reason = "no_socket"             // there is no such unix socket
 	Denied               Reason = "denied"                // no permission
 	Exhausted            Reason = "exhausted"             // out of file descriptors, ports or memory here
+	OffByHand            Reason = "disabled"              // by an operator
 	Canceled             Reason = "canceled"              // the caller gave up
 	Failed               Reason = "failed"                // anything else
 )

@@ -42,7 +42,7 @@ func (o *Outcomes) Counts() map[string]int64 {
 // Note remembers how a try to connect to a target went, unless that says nothing about the target.
 func (o *Outcomes) Note(target string, err error) {
 	var de *Error
-	if errors.As(err, &de) && (de.Reason == Canceled || de.Reason == Exhausted) {
+	if errors.As(err, &de) && (de.Reason == Canceled || de.Reason == Exhausted || de.Reason == OffByHand) {
 		return
 	}
 	o.mu.Lock()

@@ -51,7 +51,8 @@ func New(version string, now func() State) *Set {
 			"requests refused, by reason.", "listener", "reason"),
 		Ended: counter("flows_ended_total", "Flows that have ended, by datapath and by how they ended.",
 			"listener", "datapath", "end"),
-		Cut:       counter("flows_cut_total", "Flows that the daemon has ended to free what they held, by reason.", "reason"),
+		Cut: counter("flows_cut_total", "Flows that the daemon has ended before their time, by reason: to free what they "+
+			"held, or because an operator said so.", "reason"),
 		DialError: counter("dial_errors_total", "Upstreams that could not be reached, by reason.", "listener", "reason"),
 		Demoted: counter("flows_demoted_total", "How often a kernel datapath refused a flow or gave one back, "+
 			"so that another datapath carries it, by reason.", "datapath", "reason"),

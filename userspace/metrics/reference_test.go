@@ -23,6 +23,7 @@ var watches = map[string]func(*Set){
 // one has one of each thing that a scrape shows.
 var one = State{
 	Traffic:   []Traffic{{Listener: "web"}, {Listener: "web", Route: "default"}},
+	Listeners: []Listener{{Name: "web"}}, Disabled: []string{"127.0.0.1:80"},
 	Datapaths: []Datapath{{}}, Targets: []Target{{}}, Certificates: []Certificate{{}}, ACME: []ACME{{}},
 	Problems: map[string]int{"address": 0},
 }

@@ -12,8 +12,10 @@ type State struct {
 	Flows        int // live
 	Requests     int // of HTTP, under way
 	Traffic      []Traffic
+	Listeners    []Listener
 	Datapaths    []Datapath
 	Targets      []Target
+	Disabled     []string // targets
 	Certificates []Certificate
 	ACME         []ACME
 	Problems     map[string]int // by part, also those that have none
@@ -24,6 +26,12 @@ type Traffic struct {
 	Listener, Route string
 	Live            int
 	Up, Down        int64
+}
+
+// Listener is one of the configuration.
+type Listener struct {
+	Name    string
+	Drained bool
 }
 
 // Datapath is one that the configuration may name.
@@ -78,6 +86,7 @@ var (
 	routeBytes = desc("route_bytes_total", "Bytes that the flows of a route have transferred, including those of open "+
 		"flows. up is from the client to the target. On http and https listeners: the bytes of the bodies of requests "+
 		"(up) and responses (down)."+routesBound, "listener", "route", "direction")
+	drained    = desc("listener_drained", "1 while tailsplice drain has closed the listener.", "listener")
 	datapathOn = desc("datapath_on", "1 while the datapath takes flows; 0 if it is not loaded, is not available, or was "+
 		"switched off after many failures until the daemon is restarted. tailsplice status says why. Flows are then "+
 		"carried in userspace.", "datapath")
@@ -92,6 +101,8 @@ var (
 		"nobody has connected since the start is absent."+namesBound, "target")
 	targetConns = desc("target_connections_total", "Connections to the target that were made for flows and requests."+
 		namesBound, "target")
+	disabled = desc("target_disabled", "1 while tailsplice target disable lets no new connection go to the target, which "+
+		"else is absent."+namesBound, "target")
 	notAfter = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, as a Unix time. The days "+
 		"that are left are (x - time()) / 86400."+namesBound, "listener", "certificate")
 	acmeOK = desc("acme_ok", "1 if the last attempt to get the certificate of a name by ACME succeeded, 0 if it failed. "+
@@ -106,8 +117,8 @@ type collector func() State
 
 // Describe implements prometheus.Collector.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{flowsNow, requestsNow, bytesTotal, routeFlows, routeBytes, datapathOn, wanted,
-		datapathFlow, stalls, clamped, targetUp, targetConns, notAfter, acmeOK, problems} {
+	for _, d := range []*prometheus.Desc{flowsNow, requestsNow, bytesTotal, routeFlows, routeBytes, drained, datapathOn, wanted,
+		datapathFlow, stalls, clamped, targetUp, targetConns, disabled, notAfter, acmeOK, problems} {
 		ch <- d
 	}
 }
@@ -135,6 +146,9 @@ func (now collector) Collect(ch chan<- prometheus.Metric) {
 		counter(routeBytes, float64(t.Up), t.Listener, t.Route, "up")
 		counter(routeBytes, float64(t.Down), t.Listener, t.Route, "down")
 	}
+	for _, l := range s.Listeners {
+		gauge(drained, bit(l.Drained), l.Name)
+	}
 	for _, d := range s.Datapaths {
 		gauge(datapathOn, bit(d.On), d.Name)
 		gauge(wanted, bit(d.Wanted), d.Name)
@@ -145,6 +159,9 @@ func (now collector) Collect(ch chan<- prometheus.Metric) {
 	for _, t := range s.Targets[:min(len(s.Targets), MostNames)] {
 		gauge(targetUp, bit(t.Up), t.Name)
 		counter(targetConns, float64(t.Connections), t.Name)
+	}
+	for _, name := range s.Disabled[:min(len(s.Disabled), MostNames)] {
+		gauge(disabled, 1, name)
 	}
 	for _, c := range s.Certificates[:min(len(s.Certificates), MostNames)] {
 		gauge(notAfter, float64(c.NotAfter.Unix()), c.Listener, c.Name)

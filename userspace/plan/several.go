@@ -38,7 +38,8 @@ func (r *Rule) Pick(tried []*Rule) *Rule {
 	}
 	i := balance.Pick(len(r.Several), func(i int) balance.Option {
 		one := r.Several[i]
-		return balance.Option{Weight: one.All[0].Weight, Backup: one.All[0].Backup, Tried: slices.Contains(tried, one), Health: one.Health}
+		return balance.Option{Weight: one.All[0].Weight, Backup: one.All[0].Backup, Tried: slices.Contains(tried, one),
+			Off: one.Dialer.Disabled.Has(one.Written), Health: one.Health}
 	})
 	if i < 0 {
 		return nil

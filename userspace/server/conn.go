@@ -49,7 +49,8 @@ type stream struct {
 	ahead             []byte       // read from the socket, not yet consumed
 	bytesIn, bytesOut atomic.Int64 // through Read and Write: HTTP's share
 
-	holds atomic.Pointer[func() (bytes int64, since time.Time)] // what HTTP holds for its client
+	holds  atomic.Pointer[func() (bytes int64, since time.Time)] // what HTTP holds for its client
+	killed atomic.Pointer[error]                                 // why, by an operator
 }
 
 func (in *stream) Read(b []byte) (int, error) {

@@ -69,6 +69,9 @@ func (srv *Server) state() metrics.State {
 	for _, target := range slices.Sorted(maps.Keys(tried)) {
 		s.Targets = append(s.Targets, metrics.Target{Name: target, Up: tried[target] == nil, Connections: made[target]})
 	}
+	for target := range srv.disabled.Since() {
+		s.Disabled = append(s.Disabled, target)
+	}
 	for _, part := range parts {
 		s.Problems[part] = 0
 	}
@@ -85,7 +88,9 @@ func (srv *Server) state() metrics.State {
 			Flows: flows[d.Name], Stalls: d.Stalls, Clamped: d.Clamped})
 	}
 	for _, c := range srv.plan.Config.Listeners {
-		addCertificates(&s, srv.listeners[c.Name])
+		l := srv.listeners[c.Name]
+		s.Listeners = append(s.Listeners, metrics.Listener{Name: l.name, Drained: !l.drained.IsZero()})
+		addCertificates(&s, l)
 	}
 	return s
 }

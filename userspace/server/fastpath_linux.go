@@ -329,7 +329,8 @@ func (x *fastPath) decide(head []byte, hello *sni.Hello, err error, more bool) {
 // connect goes on to the next target of c. Where that is not a plain one, or all were tried, the slow path
 // does, which tries the others before those that were. x is decided.
 func (x *fastPath) connect(c *course, hello *sni.Hello, head []byte) {
-	if next := c.peek(); next != nil && next.IsPlain() && x.server.ctx.Err() == nil {
+	if next := c.peek(); next != nil && next.IsPlain() && !x.server.disabled.Has(next.Written) &&
+		x.server.ctx.Err() == nil {
 		x.relay(c, hello, head)
 		return
 	}
@@ -377,6 +378,11 @@ func (x *fastPath) relay(c *course, hello *sni.Hello, head []byte) {
 	o.Head = head
 	srv.opts.Relay.RunConnecting(srv.ctx, x.down, relay.Connecting{FD: up.FD, Connected: up.Connected, Check: check,
 		Within: within, Failed: func(head []byte, err error) {
+			if why := o.Counters.Killed(); why != nil {
+				x.down.Reset()
+				done(relay.Result{End: relay.EndKilled, Err: why, Datapath: userspace})
+				return
+			}
 			srv.flows.Remove(fl)
 			fail(head, err)
 		}}, o, done)

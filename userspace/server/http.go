@@ -54,7 +54,7 @@ func pageReason(err error) error {
 	case dial.NodeOffline:
 		return vhost.FailAbsent(de.Seen, err)
 	case dial.UnknownNode, dial.ContainerStopped, dial.UnknownContainer, dial.AmbiguousContainer,
-		dial.NoSocket, dial.Exhausted:
+		dial.NoSocket, dial.Exhausted, dial.OffByHand:
 		return vhost.Fail(vhost.ReasonAbsent, err)
 	case dial.Timeout:
 		return vhost.Fail(vhost.ReasonTimeout, err)
@@ -85,10 +85,11 @@ func (h *httpServer) serve(in *stream) {
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: "by request", Name: in.name,
 		Client: in.client.String(), Shared: in.shared(), Downstream: in.peer.String(), Target: "by request", Datapath: func() string { return userspace },
 		Account: srv.flows.Account(in.listener.name, ""), // which a request has of its route
-		Started: in.accepted, Bytes: func() (up, down int64) { return in.bytesIn.Load(), in.bytesOut.Load() }, Held: in.held}
+		Started: in.accepted, Bytes: func() (up, down int64) { return in.bytesIn.Load(), in.bytesOut.Load() }, Held: in.held, Killer: in}
 	srv.flows.Add(fl)
 	err := h.vhost.ServeConn(in)
 	srv.flows.Remove(fl)
+	srv.endKilled(fl, in)
 	if err != nil {
 		srv.noteRefused(in.listener.name, "tls_handshake", "the TLS handshake failed", "id", in.id, "listener", in.listener.name, "client", in.client, "reason", "tls_handshake", "err", err)
 	}

@@ -50,7 +50,7 @@ type binding struct {
 }
 
 // bindings lists what cfg wants bound now, given this node's tailnet addresses and those of the places that
-// it names: nothing for listeners that are shut. lacks says which interfaces have no address now.
+// it names: nothing for listeners that are shut or drained. lacks says which interfaces have no address now.
 //
 // Server.mu is held.
 func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []netip.Addr,
@@ -58,7 +58,7 @@ func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []ne
 	lacks = map[lack]error{}
 	for _, l := range cfg.Listeners {
 		owner := owners[l.Name]
-		if l.WhileDown == whileDownClose && owner.isShut {
+		if !owner.drained.IsZero() || l.WhileDown == whileDownClose && owner.isShut {
 			continue
 		}
 		for _, written := range l.Listen {

@@ -137,6 +137,7 @@ type Readiness struct {
 	Format   int       `json:"format_version"` // flow.FormatVersion
 	Ready    bool      `json:"ready"`
 	Draining bool      `json:"draining,omitempty"` // it takes no new ones, and ends
+	Drained  []string  `json:"drained,omitempty"`  // listeners that an operator has closed; if that is all, it is not ready
 	Problems []Problem `json:"problems,omitempty"` // those that keep it from being ready, and others
 }
 
@@ -145,7 +146,11 @@ func (srv *Server) Ready() Readiness {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
 	r := Readiness{Format: flow.FormatVersion, Draining: srv.isClosed, Problems: srv.problems()}
-	r.Ready = !r.Draining && !slices.ContainsFunc(r.Problems, Problem.Unready)
+	var isAll bool
+	r.Drained, isAll = srv.drainedNames()
+	r.Ready = !r.Draining && !isAll && !slices.ContainsFunc(r.Problems, func(p Problem) bool {
+		return p.Unready() && !slices.Contains(r.Drained, p.Listener)
+	})
 	return r
 }
 
@@ -159,6 +164,9 @@ func (r Readiness) String() string {
 		b.WriteString("ready\n")
 	default:
 		b.WriteString("not ready\n")
+	}
+	if len(r.Drained) > 0 {
+		fmt.Fprintf(&b, "drained, until `tailsplice undrain`: %s\n", strings.Join(r.Drained, ", "))
 	}
 	for _, p := range r.Problems {
 		note := ""

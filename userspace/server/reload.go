@@ -206,7 +206,11 @@ func (srv *Server) prepareListeners(p *plan.Plan, starts bool) (all map[string]*
 	for _, c := range p.Config.Listeners {
 		l := srv.listeners[c.Name]
 		if l == nil || l.mode != c.Mode {
-			l = &listener{name: c.Name, mode: c.Mode, isShut: true}
+			next := &listener{name: c.Name, mode: c.Mode, isShut: true}
+			if l != nil {
+				next.drained = l.drained
+			}
+			l = next
 		}
 		all[c.Name] = l
 		s := p.Services[c.Name]

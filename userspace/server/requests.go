@@ -106,6 +106,12 @@ func (srv *Server) completeUpstream(listener string, r *plan.Rule, up *vhost.Ups
 		}
 		return up, nil
 	}
+	up.Refuses = func() error {
+		if err := srv.disabled.Check(r.To, r.Written); err != nil {
+			return pageReason(err)
+		}
+		return nil
+	}
 	if r.HTTP.Hold > 0 {
 		up.Watch = &vhost.Watch{Soon: holdFirst, Late: max(r.HTTP.Hold, holdFirst), Unheard: unheard}
 	}

@@ -10,6 +10,7 @@
 //	listen.go     addresses are bound, and follow the tailnet's changes
 //	places.go     interfaces and hosts that listeners name
 //	gate.go       listeners are shut while their default can't be reached
+//	drain.go      listeners are closed at an operator's word
 //	limits.go     limits that fit the memory and the files that there are
 //	access_log.go which access logs are open
 //	labels.go     routes that the labels of containers add to the plan
@@ -42,6 +43,8 @@
 //	problems.go        what of the configuration does not work now, while the rest does
 //	health.go          whether connections move, and who may ask
 //	status.go          what can be seen from outside
+//	kill.go            flows are ended at an operator's word
+//	disabled.go        targets get no new connections at an operator's word
 //	here.go            what a configuration needs of a machine, for `check --here`
 //
 // Locks are taken in this order: a gate's, Server.mu, and then those of the parts that a Server has, under
@@ -111,6 +114,7 @@ type Server struct {
 	flows      *flow.Registry
 	metrics    *metrics.Set
 	targets    dial.Outcomes // of flows, requests and checks
+	disabled   dial.Disabled // targets, by an operator's word
 	limited    *rateLimited
 	spare      *spareFiles
 	started    time.Time
@@ -183,6 +187,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	}
 	maps.Copy(srv.missing, opts.Missing)
 	srv.deps = plan.NewDeps(opts.Log)
+	srv.deps.Dialer.Disabled = &srv.disabled
 	srv.deps.Upstream, srv.deps.Guard = srv.completeUpstream, srv.guard
 	srv.tailnet, srv.containers = srv.deps.Tailnet, srv.deps.Containers
 	srv.acme = acme.New(opts.Log)

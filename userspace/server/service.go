@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"sync/atomic"
+	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/accesslog"
 	"github.com/tailsplice/tailsplice/userspace/plan"
@@ -20,6 +21,8 @@ type listener struct {
 
 	gate   *gate // with while_down: close only; guarded by Server.mu, and so is isShut
 	isShut bool  // its sockets are to be closed; without while_down: close it says nothing
+
+	drained time.Time // since when they are closed by an operator's word, or zero; guarded by Server.mu
 }
 
 // retire ends what l does beside its flows, which go on; requests do until ctx ends.

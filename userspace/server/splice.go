@@ -86,7 +86,7 @@ func (srv *Server) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream stri
 	counters := new(relay.Counters)
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.Name, Name: in.name,
 		Client: in.client.String(), Shared: in.shared(), Downstream: in.peer.String(), Upstream: upstream,
-		Target: r.Written, Started: in.accepted, Bytes: counters.Load, Held: counters.Held, Datapath: counters.Datapath,
+		Target: r.Written, Started: in.accepted, Bytes: counters.Load, Held: counters.Held, Datapath: counters.Datapath, Killer: counters,
 		Account: srv.flows.Account(in.listener.name, r.Name)}
 	srv.flows.Add(fl)
 	in.asker, in.header = nil, nil // the flow may last
@@ -120,7 +120,9 @@ func (srv *Server) dialRule(ctx context.Context, listener string, r *plan.Rule, 
 	started := time.Now()
 	var up net.Conn
 	var err error
-	switch {
+	switch off := srv.disabled.Check(r.To, r.Written); {
+	case off != nil:
+		err = off
 	case r.Label != nil:
 		up, err = dialLabelled(ctx, r, who.Client)
 	case r.Transparent:

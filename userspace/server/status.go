@@ -33,6 +33,7 @@ type Status struct {
 	Problems  []Problem           `json:"problems,omitempty"`       // what of the configuration does not work now
 	Labels    []plan.LabelProblem `json:"label_problems,omitempty"` // labels of containers that make no route, and why
 	Control   []string            `json:"control,omitempty"`        // addresses of metrics and health
+	Disabled  []DisabledTarget    `json:"disabled,omitempty"`       // targets that get no new connections
 	LogLost   int64               `json:"log_lost,omitempty"`       // lines that the daemon's log could not write
 
 	Accepted       map[string]int64 `json:"accepted"`        // connections by listener
@@ -64,6 +65,7 @@ type ListenerStatus struct {
 	Bound        []string       `json:"bound"`  // as bound now
 	WhileDown    string         `json:"while_down,omitempty"`
 	Closed       string         `json:"closed,omitempty"` // why it is, by while_down
+	Drained      time.Time      `json:"drained,omitzero"` // since when it is closed by `tailsplice drain`
 	AcceptProxy  []string       `json:"accept_proxy,omitempty"`
 	Allow        []string       `json:"allow,omitempty"`
 	Deny         []string       `json:"deny,omitempty"` // ranges and files
@@ -115,7 +117,7 @@ func (srv *Server) Status() Status {
 	if srv.opts.LogLost != nil {
 		s.LogLost = srv.opts.LogLost()
 	}
-	s.Problems = srv.problems()
+	s.Problems, s.Disabled = srv.problems(), srv.disabledTargets()
 	for _, addr := range srv.opts.Control {
 		if addr != "" {
 			s.Control = append(s.Control, addr)
@@ -151,7 +153,8 @@ func (srv *Server) Status() Status {
 // +checklocks:srv.mu
 func (srv *Server) listenerStatus(c *config.Listener) ListenerStatus {
 	l := srv.listeners[c.Name]
-	s := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: []string{}, Allow: c.Allow, WhileDown: c.WhileDown}
+	s := ListenerStatus{Name: c.Name, Mode: c.Mode, Listen: c.Listen, Bound: srv.boundOf(l), Allow: c.Allow, WhileDown: c.WhileDown,
+		Drained: l.drained}
 	for _, d := range c.Deny {
 		s.Deny = append(s.Deny, cmp.Or(d.From, d.File))
 	}
@@ -167,12 +170,6 @@ func (srv *Server) listenerStatus(c *config.Listener) ListenerStatus {
 	for _, src := range l.service.Load().Managed {
 		s.ACME = append(s.ACME, src.Status()...)
 	}
-	for _, sock := range srv.sockets {
-		if sock.owner.Load() == l {
-			s.Bound = append(s.Bound, sock.bound())
-		}
-	}
-	slices.Sort(s.Bound)
 	return s
 }
 

@@ -121,7 +121,7 @@ func isAvoided(one *plan.Rule, err error) bool {
 	switch {
 	case errors.Is(err, balance.ErrSlow):
 		return one.Health.Slow()
-	case ok && (de.Reason == dial.Canceled || de.Reason == dial.Exhausted): // which says nothing about it
+	case ok && (de.Reason == dial.Canceled || de.Reason == dial.Exhausted || de.Reason == dial.OffByHand): // which says nothing about it
 		return false
 	}
 	one.Health.Failed()

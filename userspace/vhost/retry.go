@@ -103,6 +103,12 @@ func repeatable(method string) bool {
 
 // once sends r to x's upstream.
 func (t transports) once(x *exchange, r *http.Request) (*http.Response, error) {
+	if err := x.up.refuses(); err != nil {
+		if r.Body != nil {
+			r.Body.Close()
+		}
+		return nil, &dialError{err}
+	}
 	p := x.up.Protocol
 	if needsHTTP1(x, r) { // who speaks HTTP/2 speaks HTTP/1.1 too
 		switch p {

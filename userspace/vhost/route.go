@@ -62,6 +62,14 @@ func (c *HeaderChange) apply(h http.Header) {
 	}
 }
 
+// refuses is Refuses, where that is not nil.
+func (up *Upstream) refuses() error {
+	if up.Refuses == nil {
+		return nil
+	}
+	return up.Refuses()
+}
+
 // pick chooses an upstream that is not in tried, or nil.
 func (r *Route) pick(tried []*Upstream) *Upstream {
 	if len(r.Upstreams) == 1 && len(tried) == 0 {
@@ -69,7 +77,8 @@ func (r *Route) pick(tried []*Upstream) *Upstream {
 	}
 	i := balance.Pick(len(r.Upstreams), func(i int) balance.Option {
 		c := r.Upstreams[i]
-		return balance.Option{Weight: c.Weight, Backup: c.Backup, Tried: slices.Contains(tried, c.Upstream), Health: &c.Health}
+		return balance.Option{Weight: c.Weight, Backup: c.Backup, Tried: slices.Contains(tried, c.Upstream),
+			Off: c.refuses() != nil, Health: &c.Health}
 	})
 	if i < 0 {
 		return nil

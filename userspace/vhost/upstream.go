@@ -49,6 +49,8 @@ type Upstream struct {
 	// Dial connects to it. ctx carries the values of the request that wants the connection (Info(ctx) works),
 	// not its end: Dial has a timeout of its own. An error with a reason (see Fail) makes a better page.
 	Dial func(ctx context.Context) (net.Conn, error)
+	// Refuses, if not nil, says why no request may go there now, also on a connection that is there; or nil.
+	Refuses func() error
 	// Speaks says for whom its connections speak. Those not for all are closed soon after their last request.
 	Speaks   Speaker
 	Protocol Protocol    // how to speak with it

@@ -42,6 +42,7 @@ var floors = []struct {
 		"userspace/deny",
 		"userspace/dial",
 		"userspace/flow",
+		"userspace/handover",
 		"userspace/limit",
 		"userspace/logwriter",
 		"userspace/metrics",

@@ -1,0 +1,123 @@
+package handover
+
+import (
+	"context"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// Elders are the older processes of a daemon, whose flows have not all ended. The zero value has none.
+type Elders struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	all []*elder
+}
+
+type elder struct {
+	link    *Link
+	remains Remains // guarded by Elders.mu
+}
+
+// Add follows what is left of an older process by its connection, which is closed at its end, and tells it that
+// this process is the newest.
+func (e *Elders) Add(l *Link) {
+	a := &elder{link: l}
+	e.mu.Lock()
+	e.all = append(e.all, a)
+	e.mu.Unlock()
+	l.Send(Message{Step: Newest, PID: os.Getpid()})
+	go e.follow(a)
+}
+
+// AddFile is Add for a connection that was handed over; it closes the file.
+func (e *Elders) AddFile(f *os.File) error {
+	l, err := newLink(f)
+	if err == nil {
+		e.Add(l)
+	}
+	return err
+}
+
+func (e *Elders) follow(a *elder) {
+	for {
+		m, err := a.link.Receive(time.Time{})
+		if err != nil {
+			break
+		}
+		Close(m.Sockets)
+		if m.Step == Left && m.Remains != nil {
+			e.mu.Lock()
+			a.remains = *m.Remains
+			e.mu.Unlock()
+		}
+	}
+	e.mu.Lock()
+	e.all = slices.DeleteFunc(e.all, func(o *elder) bool { return o == a })
+	e.mu.Unlock()
+	a.link.Close()
+}
+
+// List says what is left of each, the oldest first.
+func (e *Elders) List() (out []Remains) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, a := range e.all {
+		if !a.remains.Ended && a.remains.PID != 0 {
+			out = append(out, a.remains)
+		}
+	}
+	return out
+}
+
+// Sockets are copies of the connections, for the next process. The caller closes them.
+func (e *Elders) Sockets() (out []Socket, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, a := range e.all {
+		f, err := a.link.File()
+		if err != nil {
+			Close(out)
+			return nil, err
+		}
+		out = append(out, Socket{Kind: KindElder, Address: strconv.Itoa(a.remains.PID), File: f})
+	}
+	return out, nil
+}
+
+// Leave closes the connections: another process has them now.
+func (e *Elders) Leave() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, a := range e.all {
+		a.link.Close()
+	}
+}
+
+// End tells all to end within a time, for this process is about to.
+func (e *Elders) End(within time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, a := range e.all {
+		a.link.Send(Message{Step: End, Within: within.Milliseconds()})
+	}
+}
+
+// isAny says whether any has something left, or has not said what.
+func (e *Elders) isAny() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.ContainsFunc(e.all, func(a *elder) bool { return !a.remains.Ended })
+}
+
+// Wait waits until nothing is left of any, or ctx ends.
+func (e *Elders) Wait(ctx context.Context) {
+	for e.isAny() && ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}

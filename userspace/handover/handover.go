@@ -1,0 +1,152 @@
+// Package handover passes the listening sockets of a process to the one that takes its place, which is another
+// program as a rule, and lets the two tell each other how far they are.
+//
+// A message is JSON in one packet of a pair of unix sockets, with descriptors beside it. The steps, in their
+// order:
+//
+//	sockets  old to new  what the old process listens on; with more, another message of them follows
+//	ready    new to old  the new process could start. It accepts nothing yet. taken: which sockets it uses
+//	yours    old to new  the old process accepts nothing any more: connections wait in the sockets' queues
+//	serving  new to old  the new process accepts
+//	left     old to new  each second, what the old process still has to do, until it closes its end
+//	newest   new to old  which process serves now
+//	end      new to old  the old process is to end within so many milliseconds
+//
+// Until the old process has sent yours, the end of either process or of the connection is a failure, and the old
+// one goes on. If the new process fails between yours and serving, the old one accepts again.
+//
+// A message has the version of who sends it. Fields, steps and kinds of sockets that a process does not know are
+// ignored, so that a newer one can say more: a step that must not be ignored gets another name.
+//
+// The files:
+//
+//	handover.go      messages
+//	link_linux.go    they go from one process to the other
+//	start_linux.go   the new process, as the old one sees it
+//	take_linux.go    the old process, as the new one sees it
+//	elders_linux.go  older processes that have not ended
+package handover
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+)
+
+// Version is that of messages of this program.
+const Version = 1
+
+// The steps.
+const (
+	Sockets = "sockets"
+	Ready   = "ready"
+	Yours   = "yours"
+	Serving = "serving"
+	Left    = "left"
+	Newest  = "newest"
+	End     = "end"
+)
+
+// The kinds of a [Socket].
+const (
+	KindListener = "listener" // name: of the listener; address: as the configuration, or the tailnet, has it
+	KindControl  = "control"  // address: the path
+	KindMetrics  = "metrics"
+	KindHealth   = "health"
+	KindElder    = "elder" // the connection to an older process that has flows left; address: its process id
+)
+
+// Socket is a descriptor on its way, and what it is for.
+type Socket struct {
+	Kind    string   `json:"kind"`
+	Name    string   `json:"name,omitempty"`
+	Address string   `json:"address,omitempty"`
+	Tailnet bool     `json:"tailnet,omitempty"` // the address is this node's in the tailnet
+	File    *os.File `json:"-"`                 // of the message, closed by whoever receives it
+}
+
+// Remains is what a process has left to do.
+type Remains struct {
+	PID         int       `json:"pid"`
+	Version     string    `json:"version"`     // of its program
+	Flows       int       `json:"flows"`       // that live
+	Connections int       `json:"connections"` // of clients, those of flows included
+	Deadline    time.Time `json:"deadline"`    // when it cuts what is left
+	Ended       bool      `json:"-"`           // nothing is left, and it stays to wait for the newest one's end
+}
+
+// Message is one step.
+type Message struct {
+	Version int      `json:"version"`
+	Step    string   `json:"step"`
+	Sockets []Socket `json:"sockets,omitempty"` // each has a descriptor, in this order
+	More    bool     `json:"more,omitempty"`
+	Taken   []Socket `json:"taken,omitempty"` // without descriptors
+	Remains *Remains `json:"remains,omitempty"`
+	Ended   bool     `json:"ended,omitempty"`  // Remains.Ended
+	PID     int      `json:"pid,omitempty"`    // of newest
+	Within  int64    `json:"within,omitempty"` // milliseconds
+}
+
+// mostBytes bounds a message, and mostFiles the descriptors beside it, of which the kernel takes 253.
+const (
+	mostBytes = 64 << 10
+	mostFiles = 100
+)
+
+// Parse reads a message that came with so many descriptors. Who sends it may be a program of any age, or
+// broken: what does not fit together is an error.
+func Parse(b []byte, files int) (*Message, error) {
+	m := new(Message)
+	dec := json.NewDecoder(bytes.NewReader(b))
+	if err := dec.Decode(m); err != nil {
+		return nil, fmt.Errorf("no message: %w", err)
+	}
+	switch {
+	case dec.More():
+		return nil, errors.New("no message: something follows it")
+	case m.Version < 1 || m.Step == "":
+		return nil, errors.New("no message: it has no version or no step")
+	case len(m.Sockets) != files:
+		return nil, fmt.Errorf("message %q names %d sockets, and has %d", m.Step, len(m.Sockets), files)
+	case m.PID < 0 || m.Within < 0 || time.Duration(m.Within) > mostWithin/time.Millisecond:
+		return nil, fmt.Errorf("message %q has a number that can't be", m.Step)
+	}
+	for _, s := range m.Sockets {
+		if s.Kind == "" {
+			return nil, fmt.Errorf("message %q has a socket without a kind", m.Step)
+		}
+	}
+	if r := m.Remains; r != nil {
+		if r.PID < 0 || r.Flows < 0 || r.Connections < 0 {
+			return nil, fmt.Errorf("message %q has a number that can't be", m.Step)
+		}
+		r.Ended = m.Ended
+	}
+	return m, nil
+}
+
+// mostWithin bounds how long a process may be told to take to its end.
+const mostWithin = 30 * 24 * time.Hour
+
+// Find returns the first of sockets of a kind that has the name and the address, or nil.
+func Find(sockets []Socket, kind, name, address string) *Socket {
+	for i, s := range sockets {
+		if s.Kind == kind && s.Name == name && s.Address == address {
+			return &sockets[i]
+		}
+	}
+	return nil
+}
+
+// Close closes the descriptors.
+func Close(sockets []Socket) {
+	for _, s := range sockets {
+		if s.File != nil {
+			s.File.Close()
+		}
+	}
+}

@@ -1,0 +1,107 @@
+//go:build !linux
+
+package handover
+
+import (
+	"context"
+	"errors"
+	"os"
+	"time"
+)
+
+var errLinux = errors.New("a daemon can hand its sockets over on Linux only")
+
+// Link is for Linux, as is all of this file.
+type Link struct{}
+
+// Send fails.
+func (*Link) Send(Message) error { return errLinux }
+
+// SendSockets fails.
+func (*Link) SendSockets([]Socket) error { return errLinux }
+
+// Receive fails.
+func (*Link) Receive(time.Time) (*Message, error) { return nil, errLinux }
+
+// Close does nothing.
+func (*Link) Close() error { return nil }
+
+// Program is what [Start] would start.
+type Program struct {
+	Path    string
+	Args    []string
+	Sibling bool
+	Stderr  *os.File
+	Lines   func(line []byte)
+}
+
+// Successor is a process that there is none of.
+type Successor struct {
+	*Link
+	PID int
+}
+
+// Start fails.
+func Start(Program) (*Successor, error) { return nil, errLinux }
+
+// Gone is nil.
+func (*Successor) Gone() <-chan struct{} { return nil }
+
+// State is nil.
+func (*Successor) State() *os.ProcessState { return nil }
+
+// Await fails.
+func (*Successor) Await(context.Context, string, time.Duration) (*Message, error) {
+	return nil, errLinux
+}
+
+// End does nothing.
+func (*Successor) End() {}
+
+// Kill does nothing.
+func (*Successor) Kill() {}
+
+// Signal fails.
+func (*Successor) Signal(os.Signal) error { return errLinux }
+
+// Predecessor is a process that there is none of.
+type Predecessor struct{ *Link }
+
+// Inherit returns nil.
+func Inherit(func(error)) (*Predecessor, error) { return nil, nil }
+
+// Take returns nothing.
+func (*Predecessor) Take(func(Socket) bool) []Socket { return nil }
+
+// Output is standard error.
+func (*Predecessor) Output() *os.File { return os.Stderr }
+
+// Ready fails.
+func (*Predecessor) Ready() error { return errLinux }
+
+// Serve fails.
+func (*Predecessor) Serve() error { return errLinux }
+
+// Elders are none.
+type Elders struct{}
+
+// Add does nothing.
+func (*Elders) Add(*Link) {}
+
+// AddFile closes f.
+func (*Elders) AddFile(f *os.File) error { return f.Close() }
+
+// List is empty.
+func (*Elders) List() []Remains { return nil }
+
+// Sockets are none.
+func (*Elders) Sockets() ([]Socket, error) { return nil, nil }
+
+// Leave does nothing.
+func (*Elders) Leave() {}
+
+// End does nothing.
+func (*Elders) End(time.Duration) {}
+
+// Wait returns at once.
+func (*Elders) Wait(context.Context) {}

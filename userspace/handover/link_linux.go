@@ -1,0 +1,174 @@
+package handover
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// sendTimeout bounds how long a message waits for the other process to read those before it.
+const sendTimeout = 5 * time.Second
+
+// Link is one end of the connection between two processes. Its methods may be called from any goroutine, but
+// for Receive, which is for one.
+type Link struct{ c *net.UnixConn }
+
+// newLink makes a Link of a file, which it closes.
+func newLink(f *os.File) (*Link, error) {
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, errors.New("it is no unix socket")
+	}
+	return &Link{u}, nil
+}
+
+// pair makes two ends. The caller closes both.
+func pair() (*Link, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("socketpair", err)
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "handover")
+	ours, err := newLink(os.NewFile(uintptr(fds[0]), "handover"))
+	if err != nil {
+		theirs.Close()
+		return nil, nil, err
+	}
+	return ours, theirs, nil
+}
+
+// Send sends m, with the descriptors of its sockets, which stay open here.
+func (l *Link) Send(m Message) error {
+	m.Version = Version
+	b, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	if len(b) > mostBytes || len(m.Sockets) > mostFiles {
+		return fmt.Errorf("message %q is too large: %d bytes, %d sockets", m.Step, len(b), len(m.Sockets))
+	}
+	var fds []int
+	for _, s := range m.Sockets {
+		fd, err := descriptor(s.File)
+		if err != nil {
+			return err
+		}
+		fds = append(fds, fd)
+	}
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	l.c.SetWriteDeadline(time.Now().Add(sendTimeout))
+	_, _, err = l.c.WriteMsgUnix(b, oob, nil)
+	for _, s := range m.Sockets {
+		runtime.KeepAlive(s.File)
+	}
+	return err
+}
+
+// descriptor is f's, as it is: os.File.Fd may make it blocking, for all who have the socket.
+func descriptor(f *os.File) (fd int, err error) {
+	raw, err := f.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(n uintptr) { fd = int(n) })
+	}
+	return fd, err
+}
+
+// SendSockets sends any number of sockets.
+func (l *Link) SendSockets(all []Socket) error {
+	for {
+		n := min(len(all), mostFiles)
+		if err := l.Send(Message{Step: Sockets, Sockets: all[:n], More: n < len(all)}); err != nil {
+			return err
+		}
+		if all = all[n:]; len(all) == 0 {
+			return nil
+		}
+	}
+}
+
+// Receive returns the next message, whose files the caller closes; [io.EOF] if the other end is closed. A zero
+// deadline is none.
+func (l *Link) Receive(deadline time.Time) (*Message, error) {
+	b, oob := make([]byte, mostBytes+1), make([]byte, unix.CmsgSpace(4*253))
+	l.c.SetReadDeadline(deadline)
+	n, oobn, flags, _, err := l.c.ReadMsgUnix(b, oob)
+	if err != nil {
+		return nil, err
+	}
+	if n == 0 && oobn == 0 {
+		return nil, io.EOF
+	}
+	files, err := received(oob[:oobn])
+	if err == nil && (n > mostBytes || flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0) {
+		err = errors.New("no message: it is too long")
+	}
+	var m *Message
+	if err == nil {
+		m, err = Parse(b[:n], len(files))
+	}
+	if err != nil {
+		for _, f := range files {
+			f.Close()
+		}
+		return nil, err
+	}
+	for i, f := range files {
+		m.Sockets[i].File = f
+	}
+	return m, nil
+}
+
+// received are the descriptors of a control message.
+func received(oob []byte) (files []*os.File, err error) {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	for _, c := range messages {
+		if c.Header.Level != unix.SOL_SOCKET || c.Header.Type != unix.SCM_RIGHTS {
+			continue
+		}
+		fds, parseErr := unix.ParseUnixRights(&c)
+		err = errors.Join(err, parseErr)
+		for _, fd := range fds {
+			files = append(files, os.NewFile(uintptr(fd), "handed over"))
+		}
+	}
+	return files, err
+}
+
+// receiveSockets receives what SendSockets sends. The caller closes the sockets, with an error too.
+func (l *Link) receiveSockets(deadline time.Time) (all []Socket, err error) {
+	for {
+		m, err := l.Receive(deadline)
+		if err != nil {
+			return all, err
+		}
+		all = append(all, m.Sockets...)
+		if m.Step == Sockets && !m.More {
+			return all, nil
+		}
+	}
+}
+
+// interrupt makes Receive return.
+func (l *Link) interrupt() { l.c.SetReadDeadline(time.Unix(1, 0)) }
+
+// File is a copy of the descriptor, to be handed on. The caller closes it.
+func (l *Link) File() (*os.File, error) { return l.c.File() }
+
+// Close closes this end.
+func (l *Link) Close() error { return l.c.Close() }

@@ -1,0 +1,178 @@
+package handover
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func twoEnds(t *testing.T) (a, b *Link) {
+	t.Helper()
+	a, theirs, err := pair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err = newLink(theirs); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Close(); b.Close() })
+	return a, b
+}
+
+func openFiles(t *testing.T) int {
+	t.Helper()
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
+}
+
+// TestSockets: more sockets than a message takes arrive in their order, as they were, and stay as they are for
+// who had them: those that do not block still do not.
+func TestSockets(t *testing.T) {
+	old, new := twoEnds(t)
+	before := openFiles(t)
+	const n = 2*mostFiles + 7
+	var all []Socket
+	var listeners []*net.TCPListener
+	for i := range n {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := ln.(*net.TCPListener).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		listeners = append(listeners, ln.(*net.TCPListener))
+		all = append(all, Socket{Kind: KindListener, Name: fmt.Sprint("listener ", i), Address: ln.Addr().String(), File: f})
+	}
+	sent := make(chan error, 1)
+	go func() { sent <- old.SendSockets(all) }()
+	got, err := new.receiveSockets(time.Now().Add(time.Minute))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := <-sent; err != nil {
+		t.Fatal(err)
+	}
+	if len(got) != n {
+		t.Fatalf("%d sockets came, want %d", len(got), n)
+	}
+	for i, s := range got {
+		ln, err := net.FileListener(s.File)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.Name != all[i].Name || ln.Addr().String() != s.Address {
+			t.Errorf("socket %d is %s at %s, want %s", i, s.Name, ln.Addr(), all[i].Address)
+		}
+		ln.Close()
+		raw, _ := listeners[i].SyscallConn()
+		raw.Control(func(fd uintptr) {
+			if flags, err := unix.FcntlInt(fd, unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK == 0 {
+				t.Errorf("socket %d blocks who had it (%v)", i, err)
+			}
+		})
+		listeners[i].Close()
+	}
+	Close(got)
+	Close(all)
+	if now := openFiles(t); now != before {
+		t.Errorf("%d files are open, %d were before", now, before)
+	}
+}
+
+// TestGarbage: what makes no sense is an error, and descriptors that came with it are closed.
+func TestGarbage(t *testing.T) {
+	old, new := twoEnds(t)
+	before := openFiles(t)
+	send := func(text string, files int) {
+		t.Helper()
+		var fds []int
+		for range files {
+			fds = append(fds, 0)
+		}
+		if _, _, err := old.c.WriteMsgUnix([]byte(text), unix.UnixRights(fds...), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		text  string
+		files int
+	}{
+		{"garbage", 2}, {`{"version":1,"step":"sockets"}`, 200}, {strings.Repeat("x", mostBytes+1), 3},
+		{`{"version":1,"step":"` + strings.Repeat("x", mostBytes) + `"}`, 1},
+	} {
+		send(c.text, c.files)
+		if m, err := new.Receive(time.Now().Add(time.Minute)); err == nil || errors.Is(err, io.EOF) {
+			t.Errorf("%.40q with %d files is taken as %+v (%v)", c.text, c.files, m, err)
+		}
+		if now := openFiles(t); now != before {
+			t.Errorf("%.40q with %d files: %d files are open, %d were before", c.text, c.files, now, before)
+		}
+	}
+	if err := old.Send(Message{Step: Yours}); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := new.Receive(time.Now().Add(time.Minute)); err != nil || m.Step != Yours {
+		t.Errorf("after that: %+v, %v", m, err)
+	}
+	old.Close()
+	if _, err := new.Receive(time.Now().Add(time.Minute)); !errors.Is(err, io.EOF) {
+		t.Errorf("the other end is closed: %v, want EOF", err)
+	}
+}
+
+// TestElders: what is left of an older process is known while it lives, and it learns which one is the newest.
+func TestElders(t *testing.T) {
+	old, new := twoEnds(t)
+	var e Elders
+	e.Add(new)
+	expect := func(step string) *Message {
+		t.Helper()
+		m, err := old.Receive(time.Now().Add(time.Minute))
+		if err != nil || m.Step != step {
+			t.Fatalf("got %+v (%v), want %s", m, err, step)
+		}
+		return m
+	}
+	if m := expect(Newest); m.PID != os.Getpid() {
+		t.Errorf("the newest is %d, want %d", m.PID, os.Getpid())
+	}
+	until := func(what string, is func([]Remains) bool) {
+		t.Helper()
+		for end := time.Now().Add(time.Minute); !is(e.List()); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%s: %+v", what, e.List())
+			}
+		}
+	}
+	old.Send(Message{Step: Left, Remains: &Remains{PID: 7, Flows: 3, Connections: 4}})
+	until("the older process is not known", func(all []Remains) bool { return len(all) == 1 && all[0].Flows == 3 && all[0].PID == 7 })
+	e.End(1500 * time.Millisecond)
+	if m := expect(End); m.Within != 1500 {
+		t.Errorf("it is to end within %d ms, want 1500", m.Within)
+	}
+	old.Send(Message{Step: Left, Ended: true, Remains: &Remains{PID: 7}})
+	until("it has nothing left", func(all []Remains) bool { return len(all) == 0 })
+	if all, err := e.Sockets(); err != nil || len(all) != 1 {
+		t.Errorf("it stays, and is handed on: %v, %v", all, err)
+	} else {
+		Close(all)
+	}
+	old.Close()
+	until("it is gone", func([]Remains) bool {
+		all, err := e.Sockets()
+		Close(all)
+		return err == nil && len(all) == 0
+	})
+}

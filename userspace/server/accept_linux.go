@@ -18,8 +18,9 @@ type accepted = *loop.Socket
 
 // acceptor is a socket which is not in Go's poller: connections are accepted by the loops.
 type acceptor struct {
-	fd   int
-	loop *loop.Acceptor // nil before prepare
+	fd      int
+	loop    *loop.Acceptor // nil before prepare
+	stopped bool
 }
 
 // newListenerSocket makes one of ln, which is closed then.
@@ -35,6 +36,7 @@ func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, er
 
 // prepare makes accept possible.
 func (s *listenerSocket) prepare(srv *Server) {
+	s.stopped = false
 	s.loop = srv.opts.Loops.NewAcceptor(s.fd, func(c *loop.Socket, peer unix.Sockaddr) {
 		srv.spare.refill()
 		if s.onTailnet.Load() {
@@ -74,7 +76,25 @@ func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.Ad
 // accept begins to admit connections.
 func (s *listenerSocket) accept() { s.loop.Start() }
 
-// Close ends that, and waits until nobody is being admitted.
+// stop ends that until prepare and accept are called again, and waits until nobody is being admitted.
+func (s *listenerSocket) stop() {
+	s.loop.Stop()
+	s.stopped = true
+}
+
+// isStopped says whether stop was called last.
+func (s *listenerSocket) isStopped() bool { return s.stopped }
+
+// copy returns a copy of the socket.
+func (s *listenerSocket) copy() (*os.File, error) {
+	fd, err := unix.FcntlInt(uintptr(s.fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	return os.NewFile(uintptr(fd), s.written), nil
+}
+
+// Close closes the socket, and waits until nobody is being admitted.
 func (s *listenerSocket) Close() {
 	if s.loop != nil {
 		s.loop.Stop()

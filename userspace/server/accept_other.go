@@ -8,6 +8,7 @@ import (
 	"math"
 	"net"
 	"net/netip"
+	"os"
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
@@ -57,6 +58,13 @@ func (s *listenerSocket) accept() {
 	s.done = make(chan struct{})
 	go s.run()
 }
+
+// stop and its like are for a process that hands over its sockets, as none does here.
+func (s *listenerSocket) stop()           {}
+func (s *listenerSocket) isStopped() bool { return false }
+
+// copy returns a copy of the socket.
+func (s *listenerSocket) copy() (*os.File, error) { return s.ln.File() }
 
 // Close ends that, and waits until nobody is being admitted.
 func (s *listenerSocket) Close() {

@@ -19,12 +19,14 @@ func (srv *Server) Alive(ctx context.Context) error { return srv.opts.Loops.Aliv
 // the tailnet and of this host, as with a listener on "tailnet:PORT". What can't be bound is tried again each
 // second.
 func (srv *Server) ServeTailnet(ctx context.Context, port string, serve func(net.Listener)) {
-	open := map[netip.Addr]net.Listener{}
 	defer func() {
-		for _, ln := range open {
+		srv.mu.Lock()
+		defer srv.mu.Unlock()
+		for _, ln := range srv.healthSockets {
 			ln.Close()
 		}
 	}()
+	served := map[net.Listener]bool{}
 	var last string
 	for {
 		addrs, err := selfAddrs(ctx, srv.tailnet)
@@ -32,7 +34,7 @@ func (srv *Server) ServeTailnet(ctx context.Context, port string, serve func(net
 			return
 		}
 		if err == nil {
-			err = srv.openTailnet(open, addrs, port, serve)
+			err = srv.openTailnet(served, addrs, port, serve)
 		}
 		said := ""
 		if err != nil {
@@ -54,30 +56,38 @@ func (srv *Server) ServeTailnet(ctx context.Context, port string, serve func(net
 	}
 }
 
-// openTailnet makes open the listeners of addrs.
-func (srv *Server) openTailnet(open map[netip.Addr]net.Listener, addrs []netip.Addr, port string,
+// openTailnet opens the listeners of addrs, and has those served that are not yet.
+func (srv *Server) openTailnet(served map[net.Listener]bool, addrs []netip.Addr, port string,
 	serve func(net.Listener)) error {
-	here := map[netip.Addr]bool{}
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	if srv.isFrozen || srv.hasLeft {
+		return nil
+	}
+	open, here := srv.healthSockets, map[string]bool{}
 	var errs []error
 	for _, a := range addrs {
-		here[a] = true
-		if open[a] != nil {
-			continue
-		}
 		addr := net.JoinHostPort(a.String(), port)
-		ln, err := net.Listen("tcp", addr)
-		if err != nil {
-			errs = append(errs, &bindError{addr, err})
-			continue
+		here[addr] = true
+		if open[addr] == nil {
+			ln, err := net.Listen("tcp", addr)
+			if err != nil {
+				errs = append(errs, &bindError{addr, err})
+				continue
+			}
+			open[addr] = ln.(*net.TCPListener)
 		}
-		srv.log.Info("health is served", "address", addr)
-		open[a] = ln
-		go serve(byTailnet{ln})
+		if ln := open[addr]; !served[ln] {
+			srv.log.Info("health is served", "address", addr)
+			served[ln] = true
+			go serve(byTailnet{ln})
+		}
 	}
-	for a, ln := range open {
-		if !here[a] {
+	for addr, ln := range open {
+		if !here[addr] {
 			ln.Close()
-			delete(open, a)
+			delete(open, addr)
+			delete(served, ln)
 		}
 	}
 	return errors.Join(errs...)

@@ -256,11 +256,8 @@ func (srv *Server) rebind(want []binding, opened map[string]*listenerSocket) {
 			s.owner.Store(b.owner)
 			s.onTailnet.Store(b.onTailnet)
 			srv.sockets[b.addr] = s
-			ports := maps.Clone(*srv.ports.Load())
-			ports[tcpsock.AddrPortOf(s.addr).Port()] = true
-			srv.ports.Store(&ports)
-			srv.log.Info("listening", "address", s.bound(), "listener", b.owner.name, "mode", b.owner.mode)
-			s.accept()
+			srv.notePort(s)
+			srv.start(s)
 		}
 	}
 	for addr, s := range srv.sockets {
@@ -388,7 +385,7 @@ func (srv *Server) bind(cfg *config.Config, listeners map[string]*listener, plac
 //
 // +checklocks:srv.mu
 func (srv *Server) rebindNow(tailnetErr error) {
-	if srv.isClosed {
+	if srv.isClosed || srv.isFrozen {
 		return
 	}
 	srv.refreshInterfaces()

@@ -38,6 +38,9 @@ func (srv *Server) apply(cfg *config.Config) error {
 	if srv.isClosed {
 		return errors.New("the daemon is shutting down")
 	}
+	if srv.isFrozen {
+		return errHandover
+	}
 	c := &change{starts: srv.plan == nil, places: places}
 	if err := srv.prepare(c, cfg); err != nil {
 		c.undo()
@@ -206,7 +209,7 @@ func (srv *Server) prepareListeners(p *plan.Plan, starts bool) (all map[string]*
 	for _, c := range p.Config.Listeners {
 		l := srv.listeners[c.Name]
 		if l == nil || l.mode != c.Mode {
-			next := &listener{name: c.Name, mode: c.Mode, isShut: true}
+			next := &listener{name: c.Name, mode: c.Mode, isShut: !srv.wereOpen[c.Name]}
 			if l != nil {
 				next.drained = l.drained
 			}

@@ -11,6 +11,7 @@
 //	places.go     interfaces and hosts that listeners name
 //	gate.go       listeners are shut while their default can't be reached
 //	drain.go      listeners are closed at an operator's word
+//	handover.go   what is bound goes to another process, or comes from one
 //	limits.go     limits that fit the memory and the files that there are
 //	access_log.go which access logs are open
 //	labels.go     routes that the labels of containers add to the plan
@@ -57,6 +58,7 @@ import (
 	"log/slog"
 	"maps"
 	"math"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -70,6 +72,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/deny"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/handover"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
@@ -90,6 +93,11 @@ type Options struct {
 	// it is then. Nil: there is none.
 	RaiseFiles func(want uint64) (now uint64, err error)
 	Control    []string // addresses that are bound for metrics and health, for status; "" is none
+
+	// Handed are sockets of another process that New takes over, and closes: what the configuration does not
+	// name of them is not bound afterwards. With Held, nothing is accepted before Server.Accept.
+	Handed []handover.Socket
+	Held   bool
 
 	// Datapaths are those that work on this machine; userspace is always there and is not listed. A flow that
 	// one refuses is offered to those behind it. For `datapath: auto` see Server.Offer.
@@ -158,6 +166,12 @@ type present struct {
 	listeners map[string]*listener       // by name
 	sockets   map[string]*listenerSocket // by bound address
 	isClosed  bool
+	isHeld    bool            // nothing is accepted yet
+	isFrozen  bool            // what is bound is on its way to another process
+	hasLeft   bool            // it has arrived
+	wereOpen  map[string]bool // listeners of which sockets came from another process
+
+	healthSockets map[string]*net.TCPListener // of control.health on the tailnet, by address
 
 	missing       map[string]string         // Options.Missing, as it is now
 	logs          map[string]*accesslog.Log // open access logs, by format and file
@@ -176,7 +190,8 @@ type present struct {
 // for anything else that keeps a listener from working, it is an error, and nothing is left running.
 func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv := &Server{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
-		present: present{listeners: map[string]*listener{}, sockets: map[string]*listenerSocket{}, missing: map[string]string{}},
+		present: present{listeners: map[string]*listener{}, sockets: map[string]*listenerSocket{}, missing: map[string]string{},
+			isHeld: opts.Held, wereOpen: map[string]bool{}, healthSockets: map[string]*net.TCPListener{}},
 		limited: &rateLimited{log: opts.Log, last: map[string]*lines{}}, addressesMoved: make(wakeup, 1),
 		labelsMoved: make(wakeup, 1)}
 	srv.ctx, srv.cancel = context.WithCancel(context.Background())
@@ -203,7 +218,13 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.mostWaiting.Store(mostWaiting())
 
 	srv.tailnet.OnChange(srv.addressesMoved.wake)
-	if err := srv.apply(cfg); err != nil {
+	srv.mu.Lock()
+	err := srv.adopt(opts.Handed)
+	srv.mu.Unlock()
+	if err == nil {
+		err = srv.apply(cfg)
+	}
+	if err != nil {
 		srv.Close()
 		return nil, err
 	}

@@ -1,0 +1,152 @@
+package server
+
+import (
+	"errors"
+	"maps"
+	"net"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/handover"
+)
+
+// errHandover is why the configuration stays as it is for now.
+var errHandover = errors.New("an upgrade is under way: reload again when it has ended")
+
+// Sockets are copies of all that is bound, for another process: the caller closes them. What is bound stays as
+// it is until Resume or Leave, and connections are accepted until Rest.
+func (srv *Server) Sockets() (all []handover.Socket, err error) {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	if srv.isClosed {
+		return nil, errors.New("the daemon is shutting down")
+	}
+	srv.isFrozen = true
+	for addr, s := range srv.sockets {
+		f, err := s.copy()
+		if err != nil {
+			handover.Close(all)
+			return nil, err
+		}
+		all = append(all, handover.Socket{Kind: handover.KindListener, Name: s.owner.Load().name, Address: addr,
+			Tailnet: s.onTailnet.Load(), File: f})
+	}
+	for addr, ln := range srv.healthSockets {
+		f, err := ln.File()
+		if err != nil {
+			handover.Close(all)
+			return nil, err
+		}
+		all = append(all, handover.Socket{Kind: handover.KindHealth, Address: addr, File: f})
+	}
+	return all, nil
+}
+
+// Rest stops accepting; who connects waits in the queues of the sockets, which stay open. When it returns nobody
+// is being admitted.
+func (srv *Server) Rest() {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	for _, s := range srv.sockets {
+		s.stop()
+	}
+}
+
+// Resume accepts again, and lets what is bound change again.
+func (srv *Server) Resume() {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	srv.isFrozen = false
+	if srv.isClosed {
+		return
+	}
+	for _, s := range srv.sockets {
+		if s.isStopped() {
+			s.prepare(srv)
+			s.accept()
+		}
+	}
+	srv.rebindNow(srv.tailnetErr)
+}
+
+// Leave closes what is bound, which is another process's now, and ends what goes on for new connections only.
+// Drain comes next.
+func (srv *Server) Leave() {
+	srv.stopAccepting()
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	srv.hasLeft = true
+	for addr, ln := range srv.healthSockets {
+		ln.Close()
+		delete(srv.healthSockets, addr)
+	}
+	for _, l := range srv.listeners {
+		l.gate.stop()
+	}
+	go srv.acme.Close()
+}
+
+// Remaining is how many flows live, and how many connections of clients are open, theirs included.
+func (srv *Server) Remaining() (flows, connections int) { return srv.flows.Len(), srv.limiter.Total() }
+
+// adopt takes over sockets of another process, as if they were bound already. It closes them.
+//
+// +checklocks:srv.mu
+func (srv *Server) adopt(all []handover.Socket) error {
+	defer handover.Close(all)
+	for _, handed := range all {
+		ln, err := net.FileListener(handed.File)
+		if err != nil {
+			return err
+		}
+		t, ok := ln.(*net.TCPListener)
+		if !ok {
+			ln.Close()
+			continue
+		}
+		if handed.Kind == handover.KindHealth {
+			srv.healthSockets[handed.Address] = t
+			continue
+		}
+		s, err := newListenerSocket(handed.Address, t)
+		if err != nil {
+			return err
+		}
+		srv.sockets[handed.Address] = s
+		srv.wereOpen[handed.Name] = true
+		if handed.Tailnet { // tailscaled may not answer just now
+			srv.tailnetAddrs = append(srv.tailnetAddrs, tcpsock.AddrPortOf(s.addr).Addr())
+		}
+		s.prepare(srv)
+		srv.notePort(s)
+	}
+	return nil
+}
+
+// notePort remembers that connections are accepted at the port of s.
+func (srv *Server) notePort(s *listenerSocket) {
+	ports := maps.Clone(*srv.ports.Load())
+	ports[tcpsock.AddrPortOf(s.addr).Port()] = true
+	srv.ports.Store(&ports)
+}
+
+// Accept begins to accept, where Options.Held kept New from it.
+func (srv *Server) Accept() {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	srv.isHeld = false
+	for _, s := range srv.sockets {
+		srv.start(s)
+	}
+}
+
+// start has s accept, unless New is to return first.
+//
+// +checklocks:srv.mu
+func (srv *Server) start(s *listenerSocket) {
+	if srv.isHeld {
+		return
+	}
+	l := s.owner.Load()
+	srv.log.Info("listening", "address", s.bound(), "listener", l.name, "mode", l.mode)
+	s.accept()
+}

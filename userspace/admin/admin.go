@@ -8,10 +8,13 @@
 //	GET  /v1/trace      what becomes of a name; 400 as for flows
 //	GET  /v1/log/level  the level of the daemon's log
 //	POST /v1/reload     reads the configuration again; 422 with the reason if it can't be used
+//	POST /v1/upgrade    has another program take over; 422 with the reason if it can't
 //	POST /v1/CHANGE     one of Daemon.Changes; 422 as for reload
 //
 // Root and the user of the daemon may do all of that. The group of the socket may look: a POST is answered
 // with 403. Whoever else can open the socket, because its mode was changed, is as the group.
+//
+// A process that another one has taken over from answers 421 to a POST: that one answers at the socket.
 //
 //	admin.go       the socket, its server and its client
 //	change.go      who may change what the daemon does, and that it is logged
@@ -51,10 +54,15 @@ type Daemon struct {
 	Trace    func(ctx context.Context, query url.Values) (any, error)
 	LogLevel func() any
 	Reload   func() (notes []string, err error)
+	// Upgrade takes as long as it takes, or until ctx ends. The notes are for who asked.
+	Upgrade func(ctx context.Context, query url.Values) (notes []string, err error)
 
 	Changes map[string]Change // by their path below /v1/, such as "drain"
 	Log     *slog.Logger      // hears of all changes, Reload too, and who asked for them
 }
+
+// ErrMoved is that of a process that another one has taken over from.
+var ErrMoved = errors.New("another process has taken over from this one: ask again")
 
 // Handler serves d.
 func (d Daemon) Handler() http.Handler {
@@ -76,6 +84,12 @@ func (d Daemon) Handler() http.Handler {
 	mux.HandleFunc("GET /v1/top", d.top)
 	reload := func(url.Values, Peer) (any, error) { return d.Reload() }
 	mux.HandleFunc("POST /v1/reload", change(d.Log, reload, answerLines))
+	mux.HandleFunc("POST /v1/upgrade", func(w http.ResponseWriter, r *http.Request) {
+		rc := http.NewResponseController(w)
+		rc.SetReadDeadline(time.Time{}) // it takes a while
+		rc.SetWriteDeadline(time.Time{})
+		change(d.Log, func(query url.Values, _ Peer) (any, error) { return d.Upgrade(r.Context(), query) }, answerLines)(w, r)
+	})
 	for name, do := range d.Changes {
 		mux.HandleFunc("POST /v1/"+name, change(d.Log, do, answerJSON))
 	}
@@ -136,11 +150,26 @@ func Listen(path string) (net.Listener, error) {
 	return &socket{ln, path}, nil
 }
 
+// Adopt makes a control socket of one that another process has bound at path, by [Listen]. It closes ln with an
+// error.
+func Adopt(ln net.Listener, path string) (net.Listener, error) {
+	u, ok := ln.(*net.UnixListener)
+	if !ok {
+		ln.Close()
+		return nil, fmt.Errorf("control socket %s: what was handed over is another kind of socket", path)
+	}
+	u.SetUnlinkOnClose(false)
+	return &socket{u, path}, nil
+}
+
 // socket removes its file when it is closed.
 type socket struct {
 	*net.UnixListener
 	path string
 }
+
+// Leave closes the socket, which is another process's now, and leaves its file.
+func (s *socket) Leave() error { return s.UnixListener.Close() }
 
 func (s *socket) Close() error {
 	err := s.UnixListener.Close()
@@ -160,7 +189,8 @@ const (
 )
 
 // Serve answers on ln until ctx ends, then closes it. Clients that don't read
-// or say nothing are left after a while.
+// or say nothing are left after a while. If somebody else closes ln, what was
+// asked by then is answered first.
 func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logger) {
 	srv := &http.Server{Handler: h, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout, ConnContext: withPeer}
 	runServer(ctx, ln, srv, log)
@@ -178,7 +208,10 @@ func runServer(ctx context.Context, ln net.Listener, srv *http.Server, log *slog
 	srv.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
-	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+	err := srv.Serve(ln)
+	if errors.Is(err, net.ErrClosed) {
+		srv.Shutdown(ctx)
+	} else if !errors.Is(err, http.ErrServerClosed) {
 		log.Error("a server of the control section ended", "address", ln.Addr().String(), "err", err)
 	}
 }
@@ -268,6 +301,9 @@ func (c Client) open(ctx context.Context, method, path string) (io.ReadCloser, e
 		return res.Body, nil
 	}
 	body, err := readAll(res.Body)
+	if res.StatusCode == http.StatusMisdirectedRequest {
+		return nil, ErrMoved
+	}
 	if err == nil {
 		err = errors.New(strings.TrimSpace(string(body)))
 	}
@@ -324,6 +360,26 @@ func (c Client) Get(ctx context.Context, noun string, v any) error {
 // Reload asks the daemon to read its configuration again. notes is what there is to say about the new one,
 // one a line; the error is the daemon's reason for keeping the old one.
 func (c Client) Reload(ctx context.Context) (notes string, err error) {
-	body, err := c.do(ctx, http.MethodPost, "/v1/reload")
-	return string(body), err
+	return c.change(ctx, "/v1/reload")
+}
+
+// Upgrade has another program take over from the daemon: notes is what has become of it, the error why nothing
+// has.
+func (c Client) Upgrade(ctx context.Context, query url.Values) (notes string, err error) {
+	return c.change(ctx, "/v1/upgrade?"+query.Encode())
+}
+
+// change has the daemon do something, or the process that has taken over from it meanwhile.
+func (c Client) change(ctx context.Context, path string) (notes string, err error) {
+	for {
+		body, err := c.do(ctx, http.MethodPost, path)
+		if !errors.Is(err, ErrMoved) {
+			return string(body), err
+		}
+		select {
+		case <-ctx.Done():
+			return "", err
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
 }

@@ -82,6 +82,10 @@ func change(log *slog.Logger, do Change, answer func(w http.ResponseWriter, v an
 		if err == nil {
 			v, err = do(query, who)
 		}
+		if errors.Is(err, ErrMoved) {
+			http.Error(w, err.Error(), http.StatusMisdirectedRequest)
+			return
+		}
 		asked := strings.TrimSuffix(name+" "+query.Encode(), " ")
 		if err != nil {
 			say(log, slog.LevelWarn, "a change was asked for at the control socket, and failed", asked, who, err)
@@ -119,11 +123,11 @@ func answerLines(w http.ResponseWriter, v any) {
 // Change asks the daemon for one of its changes, such as "drain?listener=web", and reads the answer into v,
 // which may be nil. The error is the daemon's reason for not doing it.
 func (c Client) Change(ctx context.Context, what string, v any) error {
-	body, err := c.do(ctx, http.MethodPost, "/v1/"+what)
+	body, err := c.change(ctx, "/v1/"+what)
 	if err != nil || v == nil {
 		return err
 	}
-	if err := json.Unmarshal(body, v); err != nil {
+	if err := json.Unmarshal([]byte(body), v); err != nil {
 		return errors.New("the daemon's answer makes no sense: it may be of another version")
 	}
 	return nil

@@ -8,6 +8,8 @@
 //
 //	main.go        the command line
 //	run.go         run: the daemon's life, from the configuration to the last flow
+//	upgrade.go     upgrade: another process takes over; reload
+//	drain.go       the end of the daemon, or of a process that another one has taken over from
 //	files_unix.go  the limit of open files
 //	datapaths.go   the kernel's datapaths: what is loaded, and when
 //	late.go        a datapath that can't be loaded yet
@@ -111,7 +113,7 @@ the edge, on the server that terminates TLS, and on the machine that answers.`,
 	root.Flags().BoolVar(&asJSON, "json", false, "with --version: print JSON")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	root.AddCommand(newRun(), newCheck(), newStatus(), newFlows(), newTrace(), newTop(), newDoctor(), newInit(),
-		newDrain(), newUndrain(), newTarget(), newLog(), newReload(), newHashPassword(), newCompletion(), newVersion())
+		newDrain(), newUndrain(), newTarget(), newLog(), newReload(), newUpgrade(), newHashPassword(), newCompletion(), newVersion())
 	return root
 }
 

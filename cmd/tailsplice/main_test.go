@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -17,8 +18,13 @@ import (
 	"github.com/tailsplice/tailsplice/test/freeaddr"
 )
 
+// fakes are programs that tests of some systems start.
+var fakes map[string]func()
+
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"tailsplice": main})
+	programs := map[string]func(){"tailsplice": main}
+	maps.Copy(programs, fakes)
+	testscript.Main(m, programs)
 }
 
 // haveRoot says whether what needs root can be tested; under CI all is.

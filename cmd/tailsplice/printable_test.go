@@ -85,7 +85,7 @@ func TestLogPrintable(t *testing.T) {
 		}
 		stderr := os.Stderr
 		os.Stderr = w
-		log, _, lines, err := newLogger(runOptions{logFormat: format, logLevel: "info"})
+		log, _, lines, err := newLogger(runOptions{logFormat: format, logLevel: "info"}, os.Stderr)
 		os.Stderr = stderr
 		if err != nil {
 			t.Fatal(err)

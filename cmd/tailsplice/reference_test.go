@@ -57,7 +57,7 @@ var manuals = map[string]manual{
 		fails: "the daemon could not start; standard error says why",
 		files: [][2]string{fileConfig, fileControl, filePins, fileACME},
 		environment: [][2]string{envTailscaled, envDocker, envProxy,
-			{"`NOTIFY_SOCKET`", "the socket on which systemd is told that the daemon is ready, reloads or stops"}, envValues},
+			{"`NOTIFY_SOCKET`", "the socket on which systemd is told that the daemon is ready, reloads or stops, and which process it is"}, envValues},
 		signals: [][2]string{
 			{"`SIGHUP`", "reloads the configuration and reopens the access logs"},
 			{"`SIGTERM`, `SIGINT`", "stop accepting connections, wait for the open ones to finish (`--drain-timeout`), and then " +
@@ -148,6 +148,12 @@ var manuals = map[string]manual{
 		fails: "the configuration can't be used and the daemon keeps the one that it has, or no daemon answers",
 		files: [][2]string{fileConfig, fileControl},
 		see:   []string{"check", "run"},
+	},
+	"upgrade": {
+		does:  "a new process serves",
+		fails: "none does, and the daemon goes on as it was, or no daemon answers",
+		files: [][2]string{fileConfig, fileControl},
+		see:   []string{"run", "reload", "status"},
 	},
 	"hash-password": {
 		does:  "the hash was printed",

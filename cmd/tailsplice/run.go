@@ -15,6 +15,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"sync"
 	"syscall"
 	"time"
 
@@ -26,6 +27,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/handover"
 	"github.com/tailsplice/tailsplice/userspace/logwriter"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 	"github.com/tailsplice/tailsplice/userspace/plan"
@@ -57,7 +59,11 @@ nothing.
 
 SIGTERM and SIGINT stop accepting connections and let the open ones finish.
 After --drain-timeout the daemon closes those that are left. The same signal a
-second time closes them at once.`,
+second time closes them at once.
+
+` + "`tailsplice upgrade`" + ` has a new process take over without refusing or closing a
+connection. Where no systemd is told which process that is, the first process
+stays, passes signals on, and ends with the newest one and its exit status.`,
 		Example: `  tailsplice run --config /etc/tailsplice/tailsplice.yaml
   tailsplice run -c edge.yaml --log-format text --log-level debug`,
 		Args: noArgs,
@@ -71,16 +77,38 @@ second time closes them at once.`,
 	return cmd
 }
 
-// run is the daemon's life from start to end.
+// run is the daemon's life from start to end, and after that the one of the process that has taken over, where
+// this one is waited for.
 func run(ctx context.Context, o runOptions) error {
+	signals := make(chan os.Signal, 4)
+	defer signal.Stop(signals)
+	after, err := serve(ctx, o, signals)
+	if err == nil && after != nil {
+		err = after.follow(signals)
+	}
+	return err
+}
+
+// serve is the daemon's life. Where another process has taken over, and this one has to stay until that ends, it
+// returns that one.
+func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *supervised, err error) {
 	if o.drain < 0 {
-		return &usageError{fmt.Errorf("--drain-timeout %s: it can't be negative; 0 closes flows at once", o.drain)}
+		return nil, &usageError{fmt.Errorf("--drain-timeout %s: it can't be negative; 0 closes flows at once", o.drain)}
 	}
 	// A reader of the log that is gone must not end the daemon.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	log, level, lines, err := newLogger(o)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	old, err := handover.Inherit(func(error) {
+		cancel()
+		time.AfterFunc(lostWait, func() { os.Exit(1) })
+	})
 	if err != nil {
-		return err
+		return nil, err
+	}
+	log, level, lines, err := newLogger(o, old.Output())
+	if err != nil {
+		return nil, err
 	}
 	defer lines.Close(logWait)
 	// What the standard library writes to the global logger (an unsolicited
@@ -89,23 +117,19 @@ func run(ctx context.Context, o runOptions) error {
 	stdlog.SetOutput(slog.NewLogLogger(log.Handler(), slog.LevelDebug).Writer())
 	cfg, err := loadConfig(o.config)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, w := range cfg.Warnings {
 		log.Warn(w.Error())
 	}
 
 	// Signals are ours before anything is bound: a HUP in the first second must not kill the daemon.
-	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT)
-	defer signal.Stop(signals)
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 
 	var control controls
 	defer control.close()
-	if err := control.bind(cfg, log); err != nil {
-		return err
+	if err := control.bind(cfg, old, log); err != nil {
+		return nil, err
 	}
 	datapaths := loadDatapaths(cfg, o.knownBad, log)
 	defer datapaths.close()
@@ -113,57 +137,75 @@ func run(ctx context.Context, o runOptions) error {
 	datapaths.options.Control = []string{cfg.Control.Metrics, cfg.Control.Health}
 	loops, err := startLoops()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer loops.Close()
+	datapaths.options.Handed, datapaths.options.Held, datapaths.options.Orders = old.Take(ofServer(cfg)), old != nil, old.State()
 	datapaths.options.Loops, datapaths.options.Relay, datapaths.options.RaiseFiles = loops, relay.New(loops), raiseFileLimit
 	defer datapaths.options.Relay.Close()
 	f, err := server.New(cfg, datapaths.options)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer f.Close()
 	datapaths.offer(f)
 	limitHeap(f.Memory())
 
-	reload := func() ([]string, error) {
-		daemon.SdNotify(false, daemon.SdNotifyReloading)
-		defer daemon.SdNotify(false, daemon.SdNotifyReady)
-		notes, err := reload(f, o.config, cfg.Control)
-		limitHeap(f.Memory())
-		if err != nil {
-			log.Error("the configuration was not changed", "err", err)
+	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, server: f, control: &control, isFirst: old == nil,
+		upgraded: make(chan *successor, 1)}
+	if old != nil {
+		if err := d.takeOver(old); err != nil {
 			return nil, err
 		}
-		for _, n := range notes {
-			log.Warn(n)
-		}
-		log.Info("the configuration was reloaded", "config", o.config)
-		return notes, nil
 	}
-	control.serve(ctx, f, reload, cfg, log, level)
+	control.serve(ctx, d)
 	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)
-	daemon.SdNotify(false, daemon.SdNotifyReady)
+	if old == nil { // else it is said by who is still the main process
+		daemon.SdNotify(false, daemon.SdNotifyReady)
+	}
 
 	for {
 		select {
 		case s := <-signals:
 			if s == syscall.SIGHUP {
-				reload()
+				go d.hangUp()
 				continue
 			}
-			return drain(f, o.drain, s, signals, log)
+			if next := d.endUpgrade(); next != nil { // it has succeeded
+				d.endUpgraded(next, s)
+				return d.outlive(next, signals)
+			}
+			return nil, d.drain(s, signals)
+		case next := <-d.upgraded:
+			return d.outlive(next, signals)
 		case <-ctx.Done():
-			return nil
+			return nil, nil
 		}
 	}
 }
 
-// controls are the listeners of the control section; nil: there is none.
-type controls struct{ socket, metrics, health net.Listener }
+// lostWait is how long a process may take to its end whose predecessor is gone before it has handed over.
+const lostWait = 10 * time.Second
 
-func (c *controls) bind(cfg *config.Config, log *slog.Logger) error {
-	socket, err := admin.Listen(cfg.Control.Socket)
+// controls are the listeners of the control section; nil: there is none.
+type controls struct {
+	socket, metrics, health net.Listener
+	bound                   []boundControl
+	isLent                  bool // what came from another process is still that one's
+	serving                 sync.WaitGroup
+}
+
+// boundControl is a socket of the control section, and what it is called between processes.
+type boundControl struct {
+	kind, address string
+	isHanded      bool // it came from another process
+	net.Listener
+}
+
+// bind binds what cfg names, or takes it from old, which is nil where there is no older process.
+func (c *controls) bind(cfg *config.Config, old *handover.Predecessor, log *slog.Logger) error {
+	c.isLent = old != nil
+	socket, err := c.open(handover.KindControl, cfg.Control.Socket, old, admin.Listen, admin.Adopt)
 	switch {
 	case err == nil:
 		c.socket = netutil.LimitListener(socket, controlConnections)
@@ -172,26 +214,101 @@ func (c *controls) bind(cfg *config.Config, log *slog.Logger) error {
 	default:
 		return err
 	}
-	if c.metrics, err = listenControl("metrics", cfg.Control.Metrics); err != nil {
-		return err
+	for _, l := range []struct {
+		to            *net.Listener
+		kind, address string
+	}{{&c.metrics, handover.KindMetrics, cfg.Control.Metrics}, {&c.health, handover.KindHealth, cfg.Control.Health}} {
+		if _, tailnet := server.TailnetPort(l.address); l.address == "" || tailnet {
+			continue
+		}
+		listen := func(address string) (net.Listener, error) { return listenControl(l.kind, address) }
+		adopt := func(ln net.Listener, _ string) (net.Listener, error) { return ln, nil }
+		if *l.to, err = c.open(l.kind, l.address, old, listen, adopt); err != nil {
+			return err
+		}
 	}
-	c.health, err = listenControl("health", cfg.Control.Health)
-	return err
+	return nil
+}
+
+// open takes a socket from old, by adopt, or binds it, by listen.
+func (c *controls) open(kind, address string, old *handover.Predecessor, listen func(string) (net.Listener, error),
+	adopt func(net.Listener, string) (net.Listener, error)) (ln net.Listener, err error) {
+	handed := old.Take(func(s handover.Socket) bool { return s.Kind == kind && s.Address == address })
+	defer handover.Close(handed)
+	if len(handed) > 0 {
+		if ln, err = net.FileListener(handed[0].File); err == nil {
+			ln, err = adopt(ln, address)
+		}
+	} else {
+		ln, err = listen(address)
+	}
+	if err == nil {
+		c.bound = append(c.bound, boundControl{kind, address, len(handed) > 0, ln})
+	}
+	return ln, err
+}
+
+// sockets are copies of those that are bound, for another process. The caller closes them.
+func (c *controls) sockets() (all []handover.Socket, err error) {
+	for _, b := range c.bound {
+		f, err := b.Listener.(interface{ File() (*os.File, error) }).File()
+		if err != nil {
+			handover.Close(all)
+			return nil, err
+		}
+		all = append(all, handover.Socket{Kind: b.kind, Address: b.address, File: f})
+	}
+	return all, nil
+}
+
+// leave closes what is bound. The file of a control socket that is among taken stays, for it is another
+// process's.
+func (c *controls) leave(taken []handover.Socket) {
+	for _, b := range c.bound {
+		if l, ok := b.Listener.(leaver); ok && handover.Find(taken, b.kind, "", b.address) != nil {
+			l.Leave()
+		} else {
+			b.Close()
+		}
+	}
+	c.bound = nil
+}
+
+// answerWait is how long the daemon waits at its end for clients of its control section that have asked.
+const answerWait = 2 * time.Second
+
+// finish waits until what was asked of the control section is answered.
+func (c *controls) finish() {
+	done := make(chan struct{})
+	go func() {
+		c.serving.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(answerWait):
+	}
 }
 
 func (c *controls) close() {
-	for _, ln := range []net.Listener{c.health, c.metrics, c.socket} {
-		if ln != nil {
-			ln.Close()
+	for _, b := range c.bound {
+		if l, ok := b.Listener.(leaver); ok && c.isLent && b.isHanded {
+			l.Leave()
+		} else {
+			b.Close()
 		}
 	}
 }
 
-// serve shows f and does what is asked of it, until ctx ends.
-func (c *controls) serve(ctx context.Context, f *server.Server, reload func() ([]string, error), cfg *config.Config, log *slog.Logger, level *slog.LevelVar) {
+// leaver is a control socket whose file can be left to another process.
+type leaver interface{ Leave() error }
+
+// serve shows d and does what is asked of it, until ctx ends.
+func (c *controls) serve(ctx context.Context, d *process) {
+	f, cfg, log := d.server, d.cfg, d.log
 	if c.socket != nil {
-		d := admin.Daemon{
-			Status: func() any { return f.Status() },
+		h := admin.Daemon{
+			Status: func() any { return d.status() },
 			Flows:  func(query url.Values) (any, error) { return f.Flows().List(query) },
 			Top:    f.Flows().Top,
 			Trace: func(ctx context.Context, query url.Values) (any, error) {
@@ -201,30 +318,31 @@ func (c *controls) serve(ctx context.Context, f *server.Server, reload func() ([
 				}
 				return f.Trace(ctx, q)
 			},
-			LogLevel: func() any { return levelOf(level) },
-			Reload:   reload,
+			LogLevel: func() any { return levelOf(d.level) },
+			Reload:   d.reload,
+			Upgrade:  d.upgrade,
 			Changes: map[string]admin.Change{
-				"drain":          func(q url.Values, _ admin.Peer) (any, error) { return f.SetDrained(q, true) },
-				"flows/kill":     func(q url.Values, who admin.Peer) (any, error) { return f.KillFlows(q, who.String()) },
-				"target/disable": func(q url.Values, _ admin.Peer) (any, error) { return f.SetDisabled(q, true) },
-				"target/enable":  func(q url.Values, _ admin.Peer) (any, error) { return f.SetDisabled(q, false) },
-				"log/level":      func(q url.Values, _ admin.Peer) (any, error) { return setLevel(level, q) },
-				"undrain":        func(q url.Values, _ admin.Peer) (any, error) { return f.SetDrained(q, false) },
+				"drain":          d.change(func(q url.Values, _ admin.Peer) (any, error) { return f.SetDrained(q, true) }),
+				"flows/kill":     d.change(func(q url.Values, who admin.Peer) (any, error) { return f.KillFlows(q, who.String()) }),
+				"target/disable": d.change(func(q url.Values, _ admin.Peer) (any, error) { return f.SetDisabled(q, true) }),
+				"target/enable":  d.change(func(q url.Values, _ admin.Peer) (any, error) { return f.SetDisabled(q, false) }),
+				"log/level":      d.change(func(q url.Values, _ admin.Peer) (any, error) { return setLevel(d.level, q) }),
+				"undrain":        d.change(func(q url.Values, _ admin.Peer) (any, error) { return f.SetDrained(q, false) }),
 			},
 			Log: log,
 		}
-		go admin.Serve(ctx, c.socket, d.Handler(), log)
+		c.serving.Go(func() { admin.Serve(ctx, c.socket, h.Handler(), log) })
 	}
 	if c.metrics != nil {
 		mux := http.NewServeMux()
 		mux.Handle("/metrics", f.Metrics().Handler())
-		go admin.Serve(ctx, admin.LimitConnections(c.metrics), mux, log)
+		c.serving.Go(func() { admin.Serve(ctx, admin.LimitConnections(c.metrics), mux, log) })
 	}
 	health := admin.Health{Alive: f.Alive, Ready: func() (bool, fmt.Stringer) { r := f.Ready(); return r.Ready, r }}
 	if port, ok := server.TailnetPort(cfg.Control.Health); ok {
 		go f.ServeTailnet(ctx, port, func(ln net.Listener) { admin.ServeHealth(ctx, ln, health, log) })
 	} else if c.health != nil {
-		go admin.ServeHealth(ctx, c.health, health, log)
+		c.serving.Go(func() { admin.ServeHealth(ctx, c.health, health, log) })
 	}
 }
 
@@ -249,12 +367,8 @@ func limitHeap(memory int64) {
 	}
 }
 
-// listenControl binds an address of the control section, if there is one and it is not the tailnet's. The
-// caller closes the listener.
+// listenControl binds an address of the control section. The caller closes the listener.
 func listenControl(key, addr string) (net.Listener, error) {
-	if _, tailnet := server.TailnetPort(addr); addr == "" || tailnet {
-		return nil, nil
-	}
 	ln, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("control.%s: %w: choose another address, or leave it out", key, err)
@@ -262,69 +376,19 @@ func listenControl(key, addr string) (net.Listener, error) {
 	return ln, nil
 }
 
-// reload brings a changed configuration into force, or says why not. Of the control section nothing changes,
-// since its sockets are bound once. notes are what a person should know of the new configuration.
-func reload(f *server.Server, file string, bound config.Control) (notes []string, err error) {
-	f.ReopenLogs() // also where the configuration can't be used: log rotation comes by HUP
-	cfg, err := config.Load(file)
-	if err != nil {
-		f.Metrics().Reloads.WithLabelValues("error").Inc() // as f.Reload does
-		return nil, err
-	}
-	if err := f.Reload(cfg); err != nil {
-		return nil, err
-	}
-	for _, w := range cfg.Warnings {
-		notes = append(notes, w.Error())
-	}
-	if cfg.Control.Socket != bound.Socket || cfg.Control.Metrics != bound.Metrics || cfg.Control.Health != bound.Health {
-		notes = append(notes, "control is as it was when the daemon started: restart it to change that section")
-	}
-	return notes, nil
-}
-
-// drain lets the flows end; a signal that comes a second time, or the deadline, cuts them. One of another
-// kind does not: some supervisors send INT, and TERM after a while.
-func drain(f *server.Server, timeout time.Duration, first os.Signal, signals <-chan os.Signal, log *slog.Logger) error {
-	daemon.SdNotify(false, daemon.SdNotifyStopping)
-	log.Info("draining: no new connections; the same signal again ends at once", "signal", first.String(),
-		"flows", f.Flows().Len(), "deadline", timeout.String())
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
-	go func() {
-		had := map[os.Signal]bool{first: true}
-		for s := range signals {
-			if had[s] {
-				cancel()
-				return
-			}
-			if s != syscall.SIGHUP {
-				had[s] = true
-				log.Info("still draining: the same signal again ends at once", "signal", s.String())
-			}
-		}
-	}()
-	if err := f.Drain(ctx); err != nil {
-		log.Warn("ended", "err", err)
-		return nil
-	}
-	log.Info("ended: all flows had finished")
-	return nil
-}
-
 // logWait bounds how long the daemon waits at its end for the reader of the log.
 const logWait = 2 * time.Second
 
-// newLogger writes to standard error, and never waits for its reader. The caller closes the writer, and may
-// change the level.
-func newLogger(o runOptions) (*slog.Logger, *slog.LevelVar, *logwriter.Writer, error) {
+// newLogger writes to standard error, which is or will be out, and never waits for its reader. The caller closes
+// the writer, and may change the level.
+func newLogger(o runOptions, out *os.File) (*slog.Logger, *slog.LevelVar, *logwriter.Writer, error) {
 	first, err := parseLevel(o.logLevel)
 	if err != nil {
 		return nil, nil, nil, &usageError{fmt.Errorf("--log-%w", err)}
 	}
 	level := new(slog.LevelVar)
 	level.Set(first)
-	text := o.logFormat == "text" || o.logFormat == "auto" && term.IsTerminal(int(os.Stderr.Fd()))
+	text := o.logFormat == "text" || o.logFormat == "auto" && term.IsTerminal(int(out.Fd()))
 	if !text && o.logFormat != "auto" && o.logFormat != "json" {
 		return nil, nil, nil, &usageError{fmt.Errorf("--log-format %q: use text, json or auto", o.logFormat)}
 	}

@@ -33,6 +33,9 @@ func (d *Disabled) Set(target string, disabled bool) {
 	d.since.Store(&all)
 }
 
+// SetAll disables targets, each since a time, and no others.
+func (d *Disabled) SetAll(since map[string]time.Time) { d.since.Store(&since) }
+
 // Since are the targets, and since when they are disabled. It must not be changed.
 func (d *Disabled) Since() map[string]time.Time {
 	if d == nil {

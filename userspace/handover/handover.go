@@ -84,11 +84,13 @@ type Message struct {
 	Step    string   `json:"step"`
 	Sockets []Socket `json:"sockets,omitempty"` // each has a descriptor, in this order
 	More    bool     `json:"more,omitempty"`
-	Taken   []Socket `json:"taken,omitempty"` // without descriptors
-	Remains *Remains `json:"remains,omitempty"`
-	Ended   bool     `json:"ended,omitempty"`  // Remains.Ended
-	PID     int      `json:"pid,omitempty"`    // of newest
-	Within  int64    `json:"within,omitempty"` // milliseconds
+	// State is what else goes with the sockets, in the last message that has some; handover does not read it.
+	State   json.RawMessage `json:"state,omitempty"`
+	Taken   []Socket        `json:"taken,omitempty"` // without descriptors
+	Remains *Remains        `json:"remains,omitempty"`
+	Ended   bool            `json:"ended,omitempty"`  // Remains.Ended
+	PID     int             `json:"pid,omitempty"`    // of newest
+	Within  int64           `json:"within,omitempty"` // milliseconds
 }
 
 // mostBytes bounds a message, and mostFiles the descriptors beside it, of which the kernel takes 253.

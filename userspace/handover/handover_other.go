@@ -4,6 +4,7 @@ package handover
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"os"
 	"time"
@@ -18,7 +19,7 @@ type Link struct{}
 func (*Link) Send(Message) error { return errLinux }
 
 // SendSockets fails.
-func (*Link) SendSockets([]Socket) error { return errLinux }
+func (*Link) SendSockets([]Socket, json.RawMessage) error { return errLinux }
 
 // Receive fails.
 func (*Link) Receive(time.Time) (*Message, error) { return nil, errLinux }
@@ -69,6 +70,9 @@ type Predecessor struct{ *Link }
 
 // Inherit returns nil.
 func Inherit(func(error)) (*Predecessor, error) { return nil, nil }
+
+// State returns nil.
+func (*Predecessor) State() json.RawMessage { return nil }
 
 // Take returns nothing.
 func (*Predecessor) Take(func(Socket) bool) []Socket { return nil }

@@ -89,11 +89,15 @@ func descriptor(f *os.File) (fd int, err error) {
 	return fd, err
 }
 
-// SendSockets sends any number of sockets.
-func (l *Link) SendSockets(all []Socket) error {
+// SendSockets sends any number of sockets, and state with them.
+func (l *Link) SendSockets(all []Socket, state json.RawMessage) error {
 	for {
 		n := min(len(all), mostFiles)
-		if err := l.Send(Message{Step: Sockets, Sockets: all[:n], More: n < len(all)}); err != nil {
+		m := Message{Step: Sockets, Sockets: all[:n], More: n < len(all)}
+		if !m.More {
+			m.State = state
+		}
+		if err := l.Send(m); err != nil {
 			return err
 		}
 		if all = all[n:]; len(all) == 0 {
@@ -151,15 +155,15 @@ func received(oob []byte) (files []*os.File, err error) {
 }
 
 // receiveSockets receives what SendSockets sends. The caller closes the sockets, with an error too.
-func (l *Link) receiveSockets(deadline time.Time) (all []Socket, err error) {
+func (l *Link) receiveSockets(deadline time.Time) (all []Socket, state json.RawMessage, err error) {
 	for {
 		m, err := l.Receive(deadline)
 		if err != nil {
-			return all, err
+			return all, nil, err
 		}
 		all = append(all, m.Sockets...)
 		if m.Step == Sockets && !m.More {
-			return all, nil
+			return all, m.State, nil
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package handover
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -56,10 +57,13 @@ func TestSockets(t *testing.T) {
 		all = append(all, Socket{Kind: KindListener, Name: fmt.Sprint("listener ", i), Address: ln.Addr().String(), File: f})
 	}
 	sent := make(chan error, 1)
-	go func() { sent <- old.SendSockets(all) }()
-	got, err := new.receiveSockets(time.Now().Add(time.Minute))
+	go func() { sent <- old.SendSockets(all, json.RawMessage(`{"a":1}`)) }()
+	got, state, err := new.receiveSockets(time.Now().Add(time.Minute))
 	if err != nil {
 		t.Fatal(err)
+	}
+	if string(state) != `{"a":1}` {
+		t.Errorf("the state that came is %s", state)
 	}
 	if err := <-sent; err != nil {
 		t.Fatal(err)

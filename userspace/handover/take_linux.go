@@ -1,6 +1,7 @@
 package handover
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +19,7 @@ const socketsTimeout = 10 * time.Second
 type Predecessor struct {
 	*Link
 	sockets []Socket // not taken yet
+	state   json.RawMessage
 	taken   []Socket
 	stderr  *os.File
 	yours   chan error
@@ -42,7 +44,7 @@ func Inherit(lost func(error)) (*Predecessor, error) {
 		return nil, fmt.Errorf("%s=%q: %w", environ, v, err)
 	}
 	p := &Predecessor{Link: l, stderr: os.NewFile(uintptr(fd+1), "stderr"), yours: make(chan error, 1)}
-	if p.sockets, err = l.receiveSockets(time.Now().Add(socketsTimeout)); err != nil {
+	if p.sockets, p.state, err = l.receiveSockets(time.Now().Add(socketsTimeout)); err != nil {
 		p.Close()
 		return nil, ended(err)
 	}
@@ -88,6 +90,14 @@ func (p *Predecessor) Take(want func(Socket) bool) (out []Socket) {
 	}
 	p.sockets = left
 	return out
+}
+
+// State is what has come with the sockets; a nil Predecessor has none.
+func (p *Predecessor) State() json.RawMessage {
+	if p == nil {
+		return nil
+	}
+	return p.state
 }
 
 // Output is where this process writes once it serves, which stays the Predecessor's; standard error of a nil one.

@@ -58,3 +58,46 @@ listeners:
 		t.Error("a daemon that has ended is drained")
 	}
 }
+
+// TestOrders: what an operator has said of listeners and targets holds in a process that takes over, until a
+// reload leaves the listener out.
+func TestOrders(t *testing.T) {
+	target, addr, stays := freeAddr(t), freeAddr(t), freeAddr(t)
+	kept := fmt.Sprintf(`
+listeners:
+  - { name: stays, listen: [%q], mode: tcp, default: { forward: %q } }
+`, stays, target)
+	both := kept + fmt.Sprintf("  - { name: web, listen: [%q], mode: tcp, default: { forward: %q } }\n", addr, target)
+	cfg := parse(t, both)
+	old := startConfig(t, cfg)
+	if _, err := old.SetDrained(url.Values{"listener": {"web"}}, true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := old.SetDisabled(url.Values{"target": {target}}, true); err != nil {
+		t.Fatal(err)
+	}
+	said, err := old.Orders()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := old.Status()
+	old.Close()
+	d := startOptions(t, cfg, Options{Orders: said})
+	after := d.Status()
+	if len(after.Disabled) != 1 || !after.Disabled[0].Since.Equal(before.Disabled[0].Since) {
+		t.Errorf("disabled are %+v, and were %+v", after.Disabled, before.Disabled)
+	}
+	for i, l := range after.Listeners {
+		if was := before.Listeners[i]; !l.Drained.Equal(was.Drained) || len(l.Bound) != len(was.Bound) {
+			t.Errorf("%s is drained since %s and bound to %v, and was since %s to %v", l.Name, l.Drained, l.Bound, was.Drained, was.Bound)
+		}
+	}
+	for _, yaml := range []string{kept, both} {
+		if err := d.Reload(parse(t, yaml)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if l := d.Status().Listeners[1]; !l.Drained.IsZero() || len(l.Bound) == 0 {
+		t.Errorf("a listener that is new by a reload is drained: %+v", l)
+	}
+}

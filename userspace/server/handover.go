@@ -1,9 +1,11 @@
 package server
 
 import (
+	"encoding/json"
 	"errors"
 	"maps"
 	"net"
+	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/handover"
@@ -39,6 +41,25 @@ func (srv *Server) Sockets() (all []handover.Socket, err error) {
 		all = append(all, handover.Socket{Kind: handover.KindHealth, Address: addr, File: f})
 	}
 	return all, nil
+}
+
+// orders are what an operator has said, and another process is to know.
+type orders struct {
+	Drained  map[string]time.Time `json:"drained"`  // listeners
+	Disabled map[string]time.Time `json:"disabled"` // targets
+}
+
+// Orders are what an operator has said that lasts until a restart, for Options.Orders of another process.
+func (srv *Server) Orders() (json.RawMessage, error) {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	o := orders{map[string]time.Time{}, srv.disabled.Since()}
+	for name, l := range srv.listeners {
+		if !l.drained.IsZero() {
+			o.Drained[name] = l.drained
+		}
+	}
+	return json.Marshal(o)
 }
 
 // Rest stops accepting; who connects waits in the queues of the sockets, which stay open. When it returns nobody

@@ -209,7 +209,7 @@ func (srv *Server) prepareListeners(p *plan.Plan, starts bool) (all map[string]*
 	for _, c := range p.Config.Listeners {
 		l := srv.listeners[c.Name]
 		if l == nil || l.mode != c.Mode {
-			next := &listener{name: c.Name, mode: c.Mode, isShut: !srv.wereOpen[c.Name]}
+			next := &listener{name: c.Name, mode: c.Mode, isShut: !srv.wereOpen[c.Name], drained: srv.orders.Drained[c.Name]}
 			if l != nil {
 				next.drained = l.drained
 			}

@@ -54,6 +54,7 @@ package server
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -98,6 +99,7 @@ type Options struct {
 	// name of them is not bound afterwards. With Held, nothing is accepted before Server.Accept.
 	Handed []handover.Socket
 	Held   bool
+	Orders json.RawMessage // of [Server.Orders] of another process, or nil
 
 	// Datapaths are those that work on this machine; userspace is always there and is not listed. A flow that
 	// one refuses is offered to those behind it. For `datapath: auto` see Server.Offer.
@@ -170,6 +172,7 @@ type present struct {
 	isFrozen  bool            // what is bound is on its way to another process
 	hasLeft   bool            // it has arrived
 	wereOpen  map[string]bool // listeners of which sockets came from another process
+	orders    orders          // that another process had, until the first configuration is in force
 
 	healthSockets map[string]*net.TCPListener // of control.health on the tailnet, by address
 
@@ -220,10 +223,17 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.tailnet.OnChange(srv.addressesMoved.wake)
 	srv.mu.Lock()
 	err := srv.adopt(opts.Handed)
+	if err == nil && opts.Orders != nil {
+		err = json.Unmarshal(opts.Orders, &srv.orders)
+		srv.disabled.SetAll(srv.orders.Disabled)
+	}
 	srv.mu.Unlock()
 	if err == nil {
 		err = srv.apply(cfg)
 	}
+	srv.mu.Lock()
+	srv.orders = orders{}
+	srv.mu.Unlock()
 	if err != nil {
 		srv.Close()
 		return nil, err

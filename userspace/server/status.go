@@ -13,6 +13,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/handover"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
@@ -35,6 +36,7 @@ type Status struct {
 	Control   []string            `json:"control,omitempty"`        // addresses of metrics and health
 	Disabled  []DisabledTarget    `json:"disabled,omitempty"`       // targets that get no new connections
 	LogLost   int64               `json:"log_lost,omitempty"`       // lines that the daemon's log could not write
+	Older     []handover.Remains  `json:"older,omitempty"`          // processes that this one has taken over from, while they have flows
 
 	Accepted       map[string]int64 `json:"accepted"`        // connections by listener
 	Refused        map[string]int64 `json:"refused"`         // connections and requests by reason

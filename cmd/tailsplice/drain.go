@@ -1,0 +1,262 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/tailsplice/tailsplice/userspace/handover"
+)
+
+// hangUp reloads at SIGHUP, or has the process do it that has taken over meanwhile.
+func (d *process) hangUp() {
+	d.changes.Lock()
+	next := d.next
+	d.changes.Unlock()
+	if next != nil {
+		next.Signal(syscall.SIGHUP)
+		return
+	}
+	d.reload()
+}
+
+// endUpgrade ends an upgrade that is under way, and lets none begin any more. It returns the process that has
+// taken over by then, or nil.
+func (d *process) endUpgrade() *successor {
+	if giveUp := d.giveUp.Load(); giveUp != nil {
+		(*giveUp)(errors.New("the daemon is told to end"))
+	}
+	d.changes.Lock()
+	defer d.changes.Unlock()
+	d.isEnding = true
+	return d.next
+}
+
+// endUpgraded has the process that has taken over end, too, since the signal was meant for it.
+func (d *process) endUpgraded(next *successor, s os.Signal) { next.Signal(s) }
+
+// drain lets the flows end; a signal that comes a second time, or the deadline, cuts them. One of another
+// kind does not: some supervisors send INT, and TERM after a while.
+func (d *process) drain(first os.Signal, signals <-chan os.Signal) error {
+	daemon.SdNotify(false, daemon.SdNotifyStopping)
+	f, timeout, log := d.server, d.options.drain, d.log
+	log.Info("draining: no new connections; the same signal again ends at once", "signal", first.String(),
+		"flows", f.Flows().Len(), "deadline", timeout.String())
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	d.elders.End(timeout)
+	go func() {
+		had := map[os.Signal]bool{first: true}
+		for s := range signals {
+			if had[s] {
+				d.elders.End(0)
+				cancel()
+				return
+			}
+			if s != syscall.SIGHUP {
+				had[s] = true
+				log.Info("still draining: the same signal again ends at once", "signal", s.String())
+			}
+		}
+	}()
+	err := f.Drain(ctx)
+	d.elders.Wait(ctx)
+	if err != nil {
+		log.Warn("ended", "err", err)
+		return nil
+	}
+	log.Info("ended: all flows had finished")
+	return nil
+}
+
+// tellEvery is how often a process that another one has taken over from tells what it has left.
+const tellEvery = time.Second
+
+// outlive lets the flows end after next has taken over. It returns next where this process is waited for, by a
+// supervisor that knows of no other.
+func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervised, error) {
+	after := &supervised{next.Successor, next.PID, make(chan *handover.Message)}
+	stays := d.isFirst && !isSupervised()
+	deadline := time.Now().Add(next.drain)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	cut := time.AfterFunc(next.drain, cancel)
+	defer cut.Stop()
+	shorten := func(to time.Duration) {
+		if at := time.Now().Add(to); at.Before(deadline) {
+			deadline = at
+			cut.Reset(to)
+		}
+	}
+	d.log.Info("another process has taken over: no new connections here", "pid", next.PID,
+		"flows", d.server.Flows().Len(), "deadline", next.drain.String())
+	told := after.told
+	go after.listen()
+	drained := make(chan error, 1)
+	go func() { drained <- d.server.Drain(ctx) }()
+	tell := func(isOver bool) {
+		flows, connections := d.server.Remaining()
+		next.Send(handover.Message{Step: handover.Left, Ended: isOver, Remains: &handover.Remains{PID: os.Getpid(),
+			Version: version(), Flows: flows, Connections: connections, Deadline: deadline}})
+	}
+	tell(false)
+	tick := time.NewTicker(tellEvery)
+	defer tick.Stop()
+	had := map[os.Signal]bool{}
+	for {
+		select {
+		case err := <-drained:
+			d.control.finish()
+			if err != nil {
+				d.log.Warn("ended", "err", err)
+			} else {
+				d.log.Info("ended: all flows had finished")
+			}
+			if !stays {
+				next.Close()
+				return nil, nil
+			}
+			tell(true)
+			return after, nil
+		case <-tick.C:
+			tell(false)
+		case m, ok := <-told:
+			switch {
+			case !ok: // the newest one has ended, or crashed
+				told = nil
+				shorten(d.options.drain)
+			case m.Step == handover.End:
+				shorten(time.Duration(m.Within) * time.Millisecond)
+			default:
+				after.note(m)
+				tell(false) // to the newest one, if it is another
+			}
+		case s := <-signals:
+			switch {
+			case stays: // which has us end as well
+				after.signal(s)
+			case s == syscall.SIGHUP:
+				d.server.ReopenLogs()
+			case had[s]:
+				cancel()
+			default:
+				had[s] = true
+				shorten(d.options.drain)
+				d.log.Info("still draining: the same signal again ends at once", "signal", s.String())
+			}
+		}
+	}
+}
+
+// supervised is the newest process of a daemon, for the first one, which a supervisor waits for.
+type supervised struct {
+	*handover.Successor     // the process after this one, and by it the newest one's messages
+	newest              int // its process id
+	told                chan *handover.Message
+}
+
+// listen hears what the newest process says, until that has ended.
+func (s *supervised) listen() {
+	defer close(s.told)
+	for {
+		m, err := s.Receive(time.Time{})
+		if err != nil {
+			return
+		}
+		handover.Close(m.Sockets)
+		s.told <- m
+	}
+}
+
+// note learns from m which process is the newest.
+func (s *supervised) note(m *handover.Message) {
+	if m.Step == handover.Newest && m.PID > 0 {
+		s.newest = m.PID
+	}
+}
+
+// signal passes a signal on. The newest process is a child of this one, which has not waited for it.
+func (s *supervised) signal(sig os.Signal) {
+	if n, ok := sig.(syscall.Signal); ok {
+		syscall.Kill(s.newest, n)
+	}
+}
+
+// follow passes signals on to the newest process until that has ended, and returns an error unless it has ended
+// well.
+func (s *supervised) follow(signals <-chan os.Signal) error {
+	debug.FreeOSMemory()
+	ends := make(chan ended)
+	go reap(ends)
+	gone := s.Gone()
+	states := map[int]syscall.WaitStatus{}
+	see := func() { // the process after this one is waited for by its own
+		gone = nil
+		if state := s.State(); state != nil {
+			states[s.PID] = state.Sys().(syscall.WaitStatus)
+		}
+	}
+	for {
+		select {
+		case sig := <-signals:
+			s.signal(sig)
+		case m, ok := <-s.told:
+			if !ok {
+				s.told = nil
+				continue
+			}
+			s.note(m)
+		case <-gone:
+			see()
+		case e, ok := <-ends:
+			if ok {
+				states[e.pid] = e.status
+				break
+			}
+			<-s.Gone() // no child is left
+			see()
+			if _, isKnown := states[s.newest]; !isKnown {
+				return fmt.Errorf("process %d, which had taken over, has ended", s.newest)
+			}
+		}
+		if status, isOver := states[s.newest]; isOver {
+			if status != 0 {
+				return fmt.Errorf("process %d, which had taken over, has ended: %s", s.newest, says(status))
+			}
+			return nil
+		}
+	}
+}
+
+func says(status syscall.WaitStatus) string {
+	if status.Signaled() {
+		return status.Signal().String()
+	}
+	return fmt.Sprintf("exit status %d", status.ExitStatus())
+}
+
+// ended is a child that has ended.
+type ended struct {
+	pid    int
+	status syscall.WaitStatus
+}
+
+// reap waits for all children, for as long as this process lives.
+func reap(ends chan<- ended) {
+	defer close(ends)
+	for {
+		var e ended
+		var err error
+		if e.pid, err = syscall.Wait4(-1, &e.status, 0, nil); err == nil {
+			ends <- e
+		} else if err != syscall.EINTR {
+			return // there are none
+		}
+	}
+}

@@ -1,0 +1,344 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+
+	"github.com/tailsplice/tailsplice/loader"
+	"github.com/tailsplice/tailsplice/userspace/admin"
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/handover"
+	"github.com/tailsplice/tailsplice/userspace/logwriter"
+	"github.com/tailsplice/tailsplice/userspace/server"
+)
+
+func newUpgrade() *cobra.Command {
+	var c admin.Client
+	var o upgradeOptions
+	cmd := &cobra.Command{
+		Use:   "upgrade",
+		Short: "Have a new process take over from the daemon, without refusing or closing a connection",
+		Long: `Have the daemon start its program again, as a rule a newer version of it, and
+hand its listening sockets over. The new process reads the configuration, proves
+its datapaths and opens its logs first; connections that come while it takes
+over wait, and none is refused. The old process goes on with the connections that
+it has, until the last has ended or --drain-timeout is over. ` + "`tailsplice status`" + `
+shows how many are left there.
+
+If the new process can't start, or not in time, the daemon goes on as it was; the
+last lines of the new process are printed, and the exit status is 1. An older
+version is used in the same way.`,
+		Example: `  tailsplice upgrade
+  tailsplice upgrade --binary /opt/tailsplice-1.4/tailsplice --drain-timeout 4h`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.binary != "" {
+				path, err := filepath.Abs(o.binary)
+				if err != nil {
+					return err
+				}
+				o.binary = path
+			}
+			if o.timeout <= 0 || o.drain < 0 {
+				return &usageError{errors.New("--timeout must be more than 0, and --drain-timeout not less")}
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), o.timeout+servingTimeout+answerTimeout)
+			defer cancel()
+			notes, err := c.Upgrade(ctx, o.values())
+			fmt.Fprint(terminal{cmd.OutOrStdout()}, notes)
+			return err
+		},
+	}
+	controlFlag(cmd, &c.Socket)
+	cmd.Flags().StringVar(&o.binary, "binary", "", "the `program` to start; without it, the path that the daemon was started with")
+	cmd.Flags().DurationVar(&o.timeout, "timeout", time.Minute, "how long the new process may take until it is ready")
+	cmd.Flags().DurationVar(&o.drain, "drain-timeout", time.Hour, "how long the old process goes on with the connections that it has")
+	return cmd
+}
+
+// upgradeOptions are what can be asked for.
+type upgradeOptions struct {
+	binary         string // absolute, or ""
+	timeout, drain time.Duration
+}
+
+func (o upgradeOptions) values() url.Values {
+	return url.Values{"binary": {o.binary}, "timeout": {o.timeout.String()}, "drain_timeout": {o.drain.String()}}
+}
+
+// parseUpgrade is the reverse of values. What is missing is as the command's flags have it.
+func parseUpgrade(q url.Values) (o upgradeOptions, err error) {
+	o = upgradeOptions{binary: q.Get("binary"), timeout: time.Minute, drain: time.Hour}
+	if o.binary != "" && !filepath.IsAbs(o.binary) {
+		return o, fmt.Errorf("binary %q: it must be an absolute path", o.binary)
+	}
+	for name, to := range map[string]*time.Duration{"timeout": &o.timeout, "drain_timeout": &o.drain} {
+		if !q.Has(name) {
+			continue
+		}
+		if *to, err = time.ParseDuration(q.Get(name)); err != nil || *to < 0 {
+			return o, fmt.Errorf("%s %q: it must be a time such as 1m", name, q.Get(name))
+		}
+	}
+	return o, nil
+}
+
+// servingTimeout is how long connections may wait for a new process that was ready to accept them.
+const servingTimeout = 10 * time.Second
+
+// process is a daemon that serves, and what may be done to it.
+type process struct {
+	options runOptions
+	cfg     *config.Config // of the start
+	log     *slog.Logger
+	level   *slog.LevelVar
+	lines   *logwriter.Writer
+	server  *server.Server
+	control *controls
+	elders  handover.Elders
+	isFirst bool // no other process has started this one
+
+	upgraded    chan *successor // gets the process that has taken over
+	isUpgrading atomic.Bool
+	giveUp      atomic.Pointer[context.CancelCauseFunc] // ends the upgrade that is under way
+
+	// changes is held while the configuration is reloaded, or another process takes over.
+	changes sync.Mutex
+	// +checklocks:changes
+	next *successor // that has taken over
+	// +checklocks:changes
+	isEnding bool
+}
+
+// successor is a process that has taken over, and how long this one may go on.
+type successor struct {
+	*handover.Successor
+	drain time.Duration
+}
+
+// isSupervised says whether a supervisor is told which process is the daemon's.
+func isSupervised() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
+
+// status is the server's, with the older processes.
+func (d *process) status() server.Status {
+	s := d.server.Status()
+	s.Older = d.elders.List()
+	return s
+}
+
+// takeOver serves in place of old.
+func (d *process) takeOver(old *handover.Predecessor) error {
+	elders := old.Take(func(s handover.Socket) bool { return s.Kind == handover.KindElder })
+	if err := old.Ready(); err != nil {
+		handover.Close(elders)
+		return err
+	}
+	d.server.Accept()
+	d.control.isLent = false
+	if err := old.Serve(); err != nil { // it may be gone: all the more
+		d.log.Warn("the process that this one has taken over from was not told", "err", err)
+	}
+	for _, s := range elders {
+		if err := d.elders.AddFile(s.File); err != nil {
+			d.log.Warn("an older process can't be followed", "err", err)
+		}
+	}
+	d.elders.Add(old.Link)
+	return nil
+}
+
+// ofServer says which sockets of another process are the server's by cfg.
+func ofServer(cfg *config.Config) func(handover.Socket) bool {
+	_, onTailnet := server.TailnetPort(cfg.Control.Health)
+	return func(s handover.Socket) bool {
+		return s.Kind == handover.KindListener || s.Kind == handover.KindHealth && onTailnet
+	}
+}
+
+// upgrade has another program take over, as query asks. Without an error that one serves.
+func (d *process) upgrade(ctx context.Context, query url.Values) (notes []string, err error) {
+	o, err := parseUpgrade(query)
+	if err != nil {
+		return nil, err
+	}
+	if !d.isUpgrading.CompareAndSwap(false, true) {
+		return nil, errors.New("another upgrade is under way: `tailsplice status` shows when it has ended")
+	}
+	defer d.isUpgrading.Store(false)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	d.giveUp.Store(&cancel)
+	defer d.giveUp.Store(nil)
+	d.changes.Lock()
+	defer d.changes.Unlock()
+	if d.next != nil {
+		return nil, admin.ErrMoved
+	}
+	if d.isEnding {
+		return nil, errors.New("the daemon is shutting down")
+	}
+	path := o.binary
+	if path == "" {
+		if path, err = ownPath(); err != nil {
+			return nil, err
+		}
+	}
+	d.log.Info("an upgrade begins", "binary", path)
+	s, err := handover.Start(handover.Program{Path: path, Args: os.Args[1:], Sibling: !d.isFirst || isSupervised(),
+		Stderr: os.Stderr, Lines: func(line []byte) { d.lines.Write(line) }})
+	if err == nil {
+		err = d.handOver(ctx, s, o)
+	}
+	if err != nil {
+		err = fmt.Errorf("%s did not take over, and the daemon goes on as it was: %w", path, err)
+		d.log.Error("an upgrade failed", "err", err)
+		return nil, err
+	}
+	next := &successor{s, o.drain}
+	d.next = next
+	d.upgraded <- next
+	return []string{d.describe(next)}, nil
+}
+
+// describe says for people what an upgrade has led to.
+func (d *process) describe(next *successor) string {
+	text := fmt.Sprintf("process %d has taken over from %d", next.PID, os.Getpid())
+	if _, left := d.server.Remaining(); left > 0 {
+		text += fmt.Sprintf(", which goes on with %s for up to %s", plural(left, "connection"), next.drain)
+	}
+	return text
+}
+
+// handOver does the steps of a handover. After an error s is gone, and this daemon serves as before.
+//
+// +checklocks:d.changes
+func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgradeOptions) error {
+	failed := func(end func(), err error) error {
+		end()
+		d.server.Resume()
+		if err := loader.RemoveDead("", d.log); err != nil {
+			d.log.Warn("what ended daemons left in the kernel can't be removed", "err", err)
+		}
+		return err
+	}
+	if err := d.offer(s); err != nil {
+		// Most likely it has ended.
+		if _, why := s.Await(ctx, handover.Ready, time.Second); why != nil {
+			err = why
+		}
+		return failed(s.End, err)
+	}
+	ready, err := s.Await(ctx, handover.Ready, o.timeout)
+	if err != nil {
+		return failed(s.End, err)
+	}
+	d.server.Rest()
+	if err = s.Send(handover.Message{Step: handover.Yours}); err == nil {
+		_, err = s.Await(context.Background(), handover.Serving, servingTimeout)
+	}
+	if err != nil {
+		return failed(s.Kill, err)
+	}
+	daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", s.PID))
+	d.control.leave(ready.Taken)
+	d.server.Leave()
+	d.elders.Leave()
+	return nil
+}
+
+// offer sends all that is bound.
+func (d *process) offer(s *handover.Successor) error {
+	var all []handover.Socket
+	defer func() { handover.Close(all) }()
+	for _, copies := range []func() ([]handover.Socket, error){d.server.Sockets, d.control.sockets, d.elders.Sockets} {
+		some, err := copies()
+		if err != nil {
+			return err
+		}
+		all = append(all, some...)
+	}
+	orders, err := d.server.Orders()
+	if err != nil {
+		return err
+	}
+	return s.SendSockets(all, orders)
+}
+
+// ownPath is where this program was started from. Another version may be there by now.
+func ownPath() (string, error) {
+	if strings.Contains(os.Args[0], "/") {
+		return filepath.Abs(os.Args[0])
+	}
+	if path, err := exec.LookPath(os.Args[0]); err == nil {
+		return filepath.Abs(path)
+	}
+	return os.Executable()
+}
+
+// change is do, unless another process has taken over, which is to do it then.
+func (d *process) change(do admin.Change) admin.Change {
+	return func(query url.Values, who admin.Peer) (any, error) {
+		d.changes.Lock()
+		defer d.changes.Unlock()
+		if d.next != nil {
+			return nil, admin.ErrMoved
+		}
+		return do(query, who)
+	}
+}
+
+// reload has the server use a changed configuration. With an error nothing has changed.
+func (d *process) reload() (notes []string, err error) {
+	d.changes.Lock()
+	defer d.changes.Unlock()
+	if d.next != nil {
+		return nil, admin.ErrMoved
+	}
+	daemon.SdNotify(false, daemon.SdNotifyReloading)
+	defer daemon.SdNotify(false, daemon.SdNotifyReady)
+	notes, err = reload(d.server, d.options.config, d.cfg.Control)
+	limitHeap(d.server.Memory())
+	if err != nil {
+		d.log.Error("the configuration was not changed", "err", err)
+		return nil, err
+	}
+	for _, n := range notes {
+		d.log.Warn(n)
+	}
+	d.log.Info("the configuration was reloaded", "config", d.options.config)
+	return notes, nil
+}
+
+// reload brings a changed configuration into force, or says why not. Of the control section nothing changes,
+// since its sockets are bound once. notes are what a person should know of the new configuration.
+func reload(f *server.Server, file string, bound config.Control) (notes []string, err error) {
+	f.ReopenLogs() // also where the configuration can't be used: log rotation comes by HUP
+	cfg, err := config.Load(file)
+	if err != nil {
+		f.Metrics().Reloads.WithLabelValues("error").Inc() // as f.Reload does
+		return nil, err
+	}
+	if err := f.Reload(cfg); err != nil {
+		return nil, err
+	}
+	for _, w := range cfg.Warnings {
+		notes = append(notes, w.Error())
+	}
+	if cfg.Control.Socket != bound.Socket || cfg.Control.Metrics != bound.Metrics || cfg.Control.Health != bound.Health {
+		notes = append(notes, "control is as it was when the daemon started: restart it to change that section")
+	}
+	return notes, nil
+}

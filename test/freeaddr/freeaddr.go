@@ -26,14 +26,14 @@ var (
 var claim = sync.OnceValue(func() int {
 	for first := lowest; first+block <= highest; first += block {
 		if c, err := net.ListenPacket("udp4", fmt.Sprintf(":%d", first)); err == nil {
-			lock = c
+			locks[first] = c
 			return first
 		}
 	}
 	return 0
 })
 
-var lock net.PacketConn // kept, so that nothing closes it
+var locks = map[int]net.PacketConn{} // kept, so that nothing closes them
 
 // fatal is a test, or a script of one.
 type fatal interface {

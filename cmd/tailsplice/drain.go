@@ -78,8 +78,8 @@ func (d *process) drain(first os.Signal, signals <-chan os.Signal) error {
 // tellEvery is how often a process that another one has taken over from tells what it has left.
 const tellEvery = time.Second
 
-// outlive lets the flows end after next has taken over. It returns next where this process is waited for, by a
-// supervisor that knows of no other.
+// outlive lets the flows end after next has taken over. It returns next where this process is waited for,
+// by a supervisor that knows of no other.
 func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervised, error) {
 	after := &supervised{next.Successor, next.PID, make(chan *handover.Message)}
 	stays := d.isFirst && !isSupervised()
@@ -188,8 +188,8 @@ func (s *supervised) signal(sig os.Signal) {
 	}
 }
 
-// follow passes signals on to the newest process until that has ended, and returns an error unless it has ended
-// well.
+// follow passes signals on to the newest process until that has ended, and returns an error unless it has
+// ended well.
 func (s *supervised) follow(signals <-chan os.Signal) error {
 	debug.FreeOSMemory()
 	ends := make(chan ended)

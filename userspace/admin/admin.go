@@ -150,8 +150,8 @@ func Listen(path string) (net.Listener, error) {
 	return &socket{ln, path}, nil
 }
 
-// Adopt makes a control socket of one that another process has bound at path, by [Listen]. It closes ln with an
-// error.
+// Adopt makes a control socket of one that another process has bound at path, by [Listen]. It closes ln
+// with an error.
 func Adopt(ln net.Listener, path string) (net.Listener, error) {
 	u, ok := ln.(*net.UnixListener)
 	if !ok {
@@ -363,8 +363,8 @@ func (c Client) Reload(ctx context.Context) (notes string, err error) {
 	return c.change(ctx, "/v1/reload")
 }
 
-// Upgrade has another program take over from the daemon: notes is what has become of it, the error why nothing
-// has.
+// Upgrade has another program take over from the daemon: notes is what has become of it, the error why
+// nothing has.
 func (c Client) Upgrade(ctx context.Context, query url.Values) (notes string, err error) {
 	return c.change(ctx, "/v1/upgrade?"+query.Encode())
 }

@@ -61,8 +61,8 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 	return ctx
 }
 
-// A Change is done for who asks, in answer to a query. The answer is one that encoding/json can write. An error
-// says why nothing was changed, and what to do.
+// A Change is done for who asks, in answer to a query. The answer is one that encoding/json can write. An
+// error says why nothing was changed, and what to do.
 type Change func(query url.Values, who Peer) (answer any, err error)
 
 // change serves a change to those who may ask for it, and logs it with who they are. answer writes what the

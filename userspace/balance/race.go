@@ -7,12 +7,12 @@ import (
 	"time"
 )
 
-// MaxBeside is how many attempts of a race are waited for at a time: each takes a file descriptor. For one more
-// the oldest is given up.
+// MaxBeside is how many attempts of a race are waited for at a time: each takes a file descriptor. For one
+// more the oldest is given up.
 const MaxBeside = 4
 
-// ErrSlow is why an attempt has failed that was given up: others were tried, or one of them has succeeded. It is
-// a [context.DeadlineExceeded].
+// ErrSlow is why an attempt has failed that was given up: others were tried, or one of them has succeeded.
+// It is a [context.DeadlineExceeded].
 var ErrSlow error = slowError{}
 
 type slowError struct{}
@@ -28,7 +28,8 @@ type Race[W, C any] struct {
 	Try   func(ctx context.Context, way W) (C, error) // it takes no longer than ctx; after Run it may still fail
 	Close func(C)                                     // ends what a slower one gives after all
 
-	// Lost hears of each that has failed, and of those that had begun before the one that succeeded ([ErrSlow]).
+	// Lost hears of each that has failed, and of those that had begun before the one that succeeded
+	// ([ErrSlow]).
 	Lost func(way W, err error)
 }
 

@@ -21,8 +21,8 @@ type elder struct {
 	remains Remains // guarded by Elders.mu
 }
 
-// Add follows what is left of an older process by its connection, which is closed at its end, and tells it that
-// this process is the newest.
+// Add follows what is left of an older process by its connection, which is closed at its end, and tells it
+// that this process is the newest.
 func (e *Elders) Add(l *Link) {
 	a := &elder{link: l}
 	e.mu.Lock()

@@ -1,5 +1,5 @@
-// Package handover passes the listening sockets of a process to the one that takes its place, which is another
-// program as a rule, and lets the two tell each other how far they are.
+// Package handover passes the listening sockets of a process to the one that takes its place, which is
+// another program as a rule, and lets the two tell each other how far they are.
 //
 // A message is JSON in one packet of a pair of unix sockets, with descriptors beside it. The steps, in their
 // order:
@@ -12,11 +12,11 @@
 //	newest   new to old  which process serves now
 //	end      new to old  the old process is to end within so many milliseconds
 //
-// Until the old process has sent yours, the end of either process or of the connection is a failure, and the old
-// one goes on. If the new process fails between yours and serving, the old one accepts again.
+// Until the old process has sent yours, the end of either process or of the connection is a failure, and
+// the old one goes on. If the new process fails between yours and serving, the old one accepts again.
 //
-// A message has the version of who sends it. Fields, steps and kinds of sockets that a process does not know are
-// ignored, so that a newer one can say more: a step that must not be ignored gets another name.
+// A message has the version of who sends it. Fields, steps and kinds of sockets that a process does not
+// know are ignored, so that a newer one can say more: a step that must not be ignored gets another name.
 //
 // The files:
 //

@@ -106,8 +106,8 @@ func (l *Link) SendSockets(all []Socket, state json.RawMessage) error {
 	}
 }
 
-// Receive returns the next message, whose files the caller closes; [io.EOF] if the other end is closed. A zero
-// deadline is none.
+// Receive returns the next message, whose files the caller closes; [io.EOF] if the other end is closed. A
+// zero deadline is none.
 func (l *Link) Receive(deadline time.Time) (*Message, error) {
 	b, oob := make([]byte, mostBytes+1), make([]byte, unix.CmsgSpace(4*253))
 	l.c.SetReadDeadline(deadline)

@@ -23,8 +23,8 @@ const environ = "TAILSPLICE_HANDOVER"
 type Program struct {
 	Path string
 	Args []string // without the program's name
-	// Sibling makes it a child of this process's parent, which has to wait for its end: a supervisor that goes
-	// on with it.
+	// Sibling makes it a child of this process's parent, which has to wait for its end: a supervisor
+	// that goes on with it.
 	Sibling bool
 	Stderr  *os.File          // where the new process writes when it serves
 	Lines   func(line []byte) // is given each line that it writes before

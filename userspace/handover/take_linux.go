@@ -25,8 +25,8 @@ type Predecessor struct {
 	yours   chan error
 }
 
-// Inherit returns the process that has started this one to take over, or nil if none has. lost is called if that
-// process ends, or takes back what it offers, before this one serves.
+// Inherit returns the process that has started this one to take over, or nil if none has. lost is called if
+// that process ends, or takes back what it offers, before this one serves.
 func Inherit(lost func(error)) (*Predecessor, error) {
 	v, ok := os.LookupEnv(environ)
 	if !ok {
@@ -100,7 +100,8 @@ func (p *Predecessor) State() json.RawMessage {
 	return p.state
 }
 
-// Output is where this process writes once it serves, which stays the Predecessor's; standard error of a nil one.
+// Output is where this process writes once it serves, which stays the Predecessor's; standard error of a
+// nil one.
 func (p *Predecessor) Output() *os.File {
 	if p == nil {
 		return os.Stderr

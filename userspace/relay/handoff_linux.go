@@ -56,8 +56,8 @@ func (f *flow) socketsOnLoop() (down, up *loop.Socket) {
 	return l.NewSocket(downFD), l.NewSocket(upFD)
 }
 
-// begin writes what comes first, and gives f, which is in transit, to the datapath that takes it as it begins,
-// or to the loop of its sockets. One that may have it later records it first.
+// begin writes what comes first, and gives f, which is in transit, to the datapath that takes it as it
+// begins, or to the loop of its sockets. One that may have it later records it first.
 func (f *flow) begin(down, up *loop.Socket) {
 	if err := f.writeFirst(up.FD()); err != nil && err != unix.EAGAIN { // else attachTo sees to what is left
 		down.Loop().Do(func() (then func()) { return f.pumpsAfter(down, up, f.breaking("write to", &f.up, err)) })

@@ -61,8 +61,8 @@ func (f *flow) takeKill() {
 	f.isCut = true
 }
 
-// cancelable is the context of a datapath that is asked to take f. It ends with f's own, and by kill. f.cancel
-// must be called when the datapath has the flow no more, or refuses it.
+// cancelable is the context of a datapath that is asked to take f. It ends with f's own, and by kill.
+// f.cancel must be called when the datapath has the flow no more, or refuses it.
 //
 // +checklocks:f.mu
 func (f *flow) cancelable() (ctx context.Context) {

@@ -14,8 +14,8 @@ import (
 // errHandover is why the configuration stays as it is for now.
 var errHandover = errors.New("an upgrade is under way: reload again when it has ended")
 
-// Sockets are copies of all that is bound, for another process: the caller closes them. What is bound stays as
-// it is until Resume or Leave, and connections are accepted until Rest.
+// Sockets are copies of all that is bound, for another process: the caller closes them. What is bound stays
+// as it is until Resume or Leave, and connections are accepted until Rest.
 func (srv *Server) Sockets() (all []handover.Socket, err error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
@@ -62,8 +62,8 @@ func (srv *Server) Orders() (json.RawMessage, error) {
 	return json.Marshal(o)
 }
 
-// Rest stops accepting; who connects waits in the queues of the sockets, which stay open. When it returns nobody
-// is being admitted.
+// Rest stops accepting; who connects waits in the queues of the sockets, which stay open. When it returns
+// nobody is being admitted.
 func (srv *Server) Rest() {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()

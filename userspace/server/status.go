@@ -193,7 +193,8 @@ func (srv *Server) routeStatus(r *plan.Rule, datapaths []DatapathStatus) RouteSt
 	return s
 }
 
-// routeTargets describes the targets of r if there are several. made is how many connections were made to each.
+// routeTargets describes the targets of r if there are several. made is how many connections were made to
+// each.
 func routeTargets(r *plan.Rule, made map[string]int64) (all []RouteTarget) {
 	for _, one := range r.Several {
 		all = append(all, RouteTarget{Target: one.Written, Weight: one.All[0].Weight, Backup: one.All[0].Backup,

@@ -225,9 +225,11 @@ func TestSeveralComeBack(t *testing.T) {
 			}
 		}
 		listen(first, &mainN)
+		d.mu.Lock()
 		for _, s := range d.plan.Services {
 			s.Fallback.Several[0].Health.Worked() // as after [balance.AvoidFor]
 		}
+		d.mu.Unlock()
 		if _, err := exchange(addr, []byte("x")); err != nil || mainN.Load() != 1 {
 			t.Errorf("the first target, back after %s: %v, %d", balance.AvoidFor, err, mainN.Load())
 		}

@@ -215,8 +215,8 @@ func (s *Store) Run(ctx context.Context) {
 func (s *Store) Asked(serverName string) string { return s.set.Load().asked(serverName) }
 
 // Shared says whether the certificate which a client gets for name is good for other too: browsers send
-// requests for both on one connection then (RFC 9113 9.1.1). The names may be upper case, IP addresses (in brackets
-// or not), and end with a dot; they have no port.
+// requests for both on one connection then (RFC 9113 9.1.1). The names may be upper case, IP addresses (in
+// brackets or not), and end with a dot; they have no port.
 func (s *Store) Shared(name, other string) bool {
 	name, other = canonical(name), canonical(other)
 	for _, e := range s.set.Load().candidates(name) {
@@ -265,9 +265,9 @@ func (s *Store) Certificates() []Info {
 	return out
 }
 
-// Config returns a server configuration that always serves the store's newest certificates: TLS 1.2 and 1.3,
-// crypto/tls's choice of suites and curves, session tickets with keys that crypto/tls rotates, and HTTP/2 before
-// HTTP/1.1.
+// Config returns a server configuration that always serves the store's newest certificates: TLS 1.2 and
+// 1.3, crypto/tls's choice of suites and curves, session tickets with keys that crypto/tls rotates, and
+// HTTP/2 before HTTP/1.1.
 func (s *Store) Config() *tls.Config {
 	alpn := []string{"h2", "http/1.1"}
 	// A configuration with no certificate makes crypto/tls answer unrecognized_name. It is chosen at the

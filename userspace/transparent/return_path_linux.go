@@ -32,8 +32,8 @@ const (
 	socketMark = 0x20
 	packetMark = 0x40 // one bit. Others have 0xff0000 (tailscaled), 0xc000 (Kubernetes), 0xf00 (Cilium), 1.
 
-	// repairEvery is between looks whether the ReturnPath stands: `nft flush ruleset`, or systemd-networkd, end
-	// it.
+	// repairEvery is between looks whether the ReturnPath stands: `nft flush ruleset`, or
+	// systemd-networkd, end it.
 	repairEvery = 5 * time.Second
 )
 

@@ -2,11 +2,8 @@ package unit
 
 import (
 	"bufio"
-	"bytes"
 	"context"
-	"crypto/rand"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -119,6 +116,7 @@ func TestUnit(t *testing.T) {
 			}
 		}
 	})
+	t.Run("upgrade", func(t *testing.T) { m.upgrade(t, w, 9100, 9101, 9102, 9104) })
 	t.Run("container, with the drop-in of docs/local.md", func(t *testing.T) {
 		m.write(t, "etc/systemd/system/tailsplice.service.d/override.conf", dropIn(t))
 		m.restart(t)
@@ -161,21 +159,8 @@ func (m *machine) flow(t *testing.T, w *lab.World, port int, listener string) (s
 		return "", "", fmt.Errorf("read whom the target saw: %w", err)
 	}
 	for i, size := range []int{1, 200, 200, 16 << 10, 4 << 20} {
-		sent, got := make([]byte, size), make([]byte, size)
-		rand.Read(sent)
-		written := make(chan error, 1)
-		go func() {
-			_, err := c.Write(sent)
-			written <- err
-		}()
-		if n, err := io.ReadFull(r, got); err != nil {
-			return "", "", fmt.Errorf("message %d: %d of %d bytes came back: %w", i, n, size, err)
-		}
-		if err := <-written; err != nil {
-			return "", "", err
-		}
-		if !bytes.Equal(sent, got) {
-			return "", "", fmt.Errorf("message %d: other bytes came back", i)
+		if err := (&echoed{c, r}).exchange(size); err != nil {
+			return "", "", fmt.Errorf("message %d: %w", i, err)
 		}
 	}
 	return strings.TrimSpace(seen), m.datapath(t, listener), nil

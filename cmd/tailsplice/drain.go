@@ -11,30 +11,29 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
+	"github.com/tailsplice/tailsplice/userspace/admin"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 )
 
 // hangUp reloads at SIGHUP, or has the process do it that has taken over meanwhile.
 func (d *process) hangUp() {
-	d.changes.Lock()
-	next := d.next
-	d.changes.Unlock()
-	if next != nil {
-		next.Signal(syscall.SIGHUP)
+	if _, err := d.reload(); !errors.Is(err, admin.ErrMoved) {
 		return
 	}
-	d.reload()
+	d.changes.Lock()
+	defer d.changes.Unlock()
+	d.next.Signal(syscall.SIGHUP)
 }
 
 // endUpgrade ends an upgrade that is under way, and lets none begin any more. It returns the process that has
 // taken over by then, or nil.
 func (d *process) endUpgrade() *successor {
+	d.isEnding.Store(true)
 	if giveUp := d.giveUp.Load(); giveUp != nil {
 		(*giveUp)(errors.New("the daemon is told to end"))
 	}
 	d.changes.Lock()
 	defer d.changes.Unlock()
-	d.isEnding = true
 	return d.next
 }
 
@@ -99,7 +98,10 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 	told := after.told
 	go after.listen()
 	drained := make(chan error, 1)
-	go func() { drained <- d.server.Drain(ctx) }()
+	go func() {
+		d.server.Settle(ctx)
+		drained <- d.server.Drain(ctx)
+	}()
 	tell := func(isOver bool) {
 		flows, connections := d.server.Remaining()
 		next.Send(handover.Message{Step: handover.Left, Ended: isOver, Remains: &handover.Remains{PID: os.Getpid(),
@@ -139,7 +141,7 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 			}
 		case s := <-signals:
 			switch {
-			case stays: // which has us end as well
+			case stays && told != nil: // which has us end as well
 				after.signal(s)
 			case s == syscall.SIGHUP:
 				d.server.ReopenLogs()
@@ -212,6 +214,10 @@ func (s *supervised) follow(signals <-chan os.Signal) error {
 				continue
 			}
 			s.note(m)
+			if m.Step == handover.Newest { // which does not know yet that nothing is left here
+				s.tellEnded()
+				time.AfterFunc(tellEvery, s.tellEnded) // the one before it may have read the first
+			}
 		case <-gone:
 			see()
 		case e, ok := <-ends:
@@ -226,6 +232,9 @@ func (s *supervised) follow(signals <-chan os.Signal) error {
 			}
 		}
 		if status, isOver := states[s.newest]; isOver {
+			if s.isFollowed() {
+				continue
+			}
 			if status != 0 {
 				return fmt.Errorf("process %d, which had taken over, has ended: %s", s.newest, says(status))
 			}
@@ -233,6 +242,33 @@ func (s *supervised) follow(signals <-chan os.Signal) error {
 		}
 	}
 }
+
+// tellEnded tells the newest process that nothing is left here.
+func (s *supervised) tellEnded() {
+	s.Send(handover.Message{Step: handover.Left, Ended: true, Remains: &handover.Remains{PID: os.Getpid(), Version: version()}})
+}
+
+// isFollowed hears what has been said until now, and reports whether there was something: that a process is the
+// newest may be known later here than that the one before it has ended.
+func (s *supervised) isFollowed() bool {
+	if s.told == nil {
+		return false
+	}
+	select {
+	case m, ok := <-s.told:
+		if !ok {
+			s.told = nil
+		} else {
+			s.note(m)
+		}
+		return true
+	case <-time.After(toldWait):
+		return false
+	}
+}
+
+// toldWait is how long the first process waits for word of another newest one when the newest has ended.
+const toldWait = 100 * time.Millisecond
 
 func says(status syscall.WaitStatus) string {
 	if status.Signaled() {

@@ -113,14 +113,13 @@ type process struct {
 
 	upgraded    chan *successor // gets the process that has taken over
 	isUpgrading atomic.Bool
+	isEnding    atomic.Bool                             // no upgrade begins any more
 	giveUp      atomic.Pointer[context.CancelCauseFunc] // ends the upgrade that is under way
 
 	// changes is held while the configuration is reloaded, or another process takes over.
 	changes sync.Mutex
 	// +checklocks:changes
 	next *successor // that has taken over
-	// +checklocks:changes
-	isEnding bool
 }
 
 // successor is a process that has taken over, and how long this one may go on.
@@ -130,7 +129,8 @@ type successor struct {
 }
 
 // isSupervised says whether a supervisor is told which process is the daemon's.
-func isSupervised() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
+// The first process of a PID namespace stays in any case: nothing outlives it, and it can't have siblings.
+func isSupervised() bool { return os.Getenv("NOTIFY_SOCKET") != "" && os.Getpid() != 1 }
 
 // status is the server's, with the older processes.
 func (d *process) status() server.Status {
@@ -182,12 +182,15 @@ func (d *process) upgrade(ctx context.Context, query url.Values) (notes []string
 	defer cancel(nil)
 	d.giveUp.Store(&cancel)
 	defer d.giveUp.Store(nil)
+	if d.isEnding.Load() { // whoever has said so may have seen no upgrade
+		cancel(nil)
+	}
 	d.changes.Lock()
 	defer d.changes.Unlock()
 	if d.next != nil {
 		return nil, admin.ErrMoved
 	}
-	if d.isEnding {
+	if d.isEnding.Load() {
 		return nil, errors.New("the daemon is shutting down")
 	}
 	path := o.binary
@@ -255,7 +258,7 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", s.PID))
 	d.control.leave(ready.Taken)
 	d.server.Leave()
-	d.elders.Leave()
+	d.elders.Leave(s.PID)
 	return nil
 }
 
@@ -291,7 +294,12 @@ func ownPath() (string, error) {
 // change is do, unless another process has taken over, which is to do it then.
 func (d *process) change(do admin.Change) admin.Change {
 	return func(query url.Values, who admin.Peer) (any, error) {
-		d.changes.Lock()
+		if !d.changes.TryLock() {
+			if d.isUpgrading.Load() { // which may take longer than anybody waits for an answer
+				return nil, errors.New("an upgrade is under way: ask again when it has ended")
+			}
+			d.changes.Lock()
+		}
 		defer d.changes.Unlock()
 		if d.next != nil {
 			return nil, admin.ErrMoved

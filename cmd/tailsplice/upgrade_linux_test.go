@@ -522,6 +522,7 @@ func TestUpgradeGivenUp(t *testing.T) {
 // TestUpgradeEnds: TERM to the first process, which a supervisor knows, ends the newest and all in between
 // within --drain-timeout, and the first with the status of the newest.
 func TestUpgradeEnds(t *testing.T) {
+	const soon = "2s"
 	for _, c := range []struct {
 		name     string
 		upgrades int
@@ -530,12 +531,18 @@ func TestUpgradeEnds(t *testing.T) {
 		wants    int
 	}{
 		{"no flow", 1, false, func(d *upgradable, _ int) { check(t, d.cmd.Process.Signal(syscall.SIGTERM)) }, 0},
+		{"no flow, and the first had none when there was a third", 2, false,
+			func(d *upgradable, _ int) { check(t, d.cmd.Process.Signal(syscall.SIGTERM)) }, 0},
 		{"flows", 3, true, func(d *upgradable, _ int) { check(t, d.cmd.Process.Signal(syscall.SIGTERM)) }, 0},
 		{"the newest", 2, true, func(_ *upgradable, newest int) { check(t, syscall.Kill(newest, syscall.SIGTERM)) }, 0},
 		{"a crash", 2, true, func(_ *upgradable, newest int) { check(t, syscall.Kill(newest, syscall.SIGKILL)) }, 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			d := startUpgradable(t, "--drain-timeout", "2s")
+			within := soon
+			if !c.flow {
+				within = "10m" // nobody has to wait for it
+			}
+			d := startUpgradable(t, "--drain-timeout", within)
 			var flows []net.Conn
 			newest := d.cmd.Process.Pid
 			for range c.upgrades {
@@ -553,6 +560,14 @@ func TestUpgradeEnds(t *testing.T) {
 				check(t, err)
 				if slices.Contains(before, newest) {
 					t.Fatalf("%s, but that is an old one", out)
+				}
+				if !c.flow {
+					wait(t, "the older process is empty", func() error {
+						if s := d.status(); len(s.Older) > 0 {
+							return fmt.Errorf("status has %+v", s.Older)
+						}
+						return nil
+					})
 				}
 			}
 			for _, f := range flows {

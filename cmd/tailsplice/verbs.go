@@ -116,8 +116,9 @@ func newFlowsKill() *cobra.Command {
 by --route, --client and --name: then all flows end that fit each option given.
 Names are whole, unlike those of tailsplice flows.
 
-A flow of an http or https listener is a connection of a client. Its requests
-end as if the client had left.`,
+A flow of an http or https listener is a connection of a client, of no route.
+Its requests end as if the client had left. Flows of an older process, after
+tailsplice upgrade, are not known here.`,
 		Example: `  tailsplice flows kill 0123456789abcdef0123456789abcdef
   tailsplice flows kill --client 192.0.2.0/24
   tailsplice flows kill --route '*.example.org' --name www.example.org`,
@@ -144,7 +145,9 @@ end as if the client had left.`,
 	_ = cmd.RegisterFlagCompletionFunc("route", a.completes(func(s *server.Status) (names []string) {
 		for _, l := range s.Listeners {
 			for _, r := range l.Routes {
-				names = append(names, r.Match)
+				if l.Mode != "http" && l.Mode != "https" {
+					names = append(names, r.Match)
+				}
 			}
 		}
 		return names

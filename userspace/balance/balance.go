@@ -26,8 +26,10 @@ type Health struct {
 
 // Worked notes that a connection was made.
 func (h *Health) Worked() {
-	h.failed.Store(0)
-	h.slow.Store(0)
+	if h.failed.Load() != 0 || h.slow.Load() != 0 { // else requests would have a line of memory to fight for
+		h.failed.Store(0)
+		h.slow.Store(0)
+	}
 }
 
 // Failed notes that no connection could be made.
@@ -72,15 +74,17 @@ func (o *Option) isSpare() bool { return o.Backup || o.Weight == 0 }
 // among those that could be reached lately, spare ones after the others, else among those that could not.
 func Pick(n int, option func(i int) Option) int {
 	now := time.Now()
-	var fit [3][]int // the best first
-	var total [3]int
+	var fit [4][]int // the best first
+	var total [4]int
 	for i := range n {
 		o := option(i)
 		class := 0
 		switch {
 		case o.Tried:
 			continue
-		case o.Off, o.isAvoided(now):
+		case o.Off:
+			class = 3
+		case o.isAvoided(now):
 			class = 2
 		case o.isSpare():
 			class = 1

@@ -68,7 +68,7 @@ func (r *Race[W, C]) Run(ctx context.Context) (way W, got C, ok bool) {
 		waiting = append(waiting, one)
 		go func() {
 			got, err := r.Try(own, next)
-			if err != nil && context.Cause(own) == ErrSlow && errors.Is(err, context.Canceled) {
+			if err != nil && context.Cause(own) == ErrSlow && (errors.Is(err, context.Canceled) || errors.Is(err, ErrSlow)) {
 				err = ErrSlow
 			}
 			results <- outcome[W, C]{one, got, err}

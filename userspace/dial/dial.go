@@ -268,7 +268,9 @@ func (d *Dialer) race(ctx context.Context, t Target, addrs []netip.Addr) (net.Co
 			if !ok {
 				f = &failure{err: err, addr: to.String()}
 			}
-			past.noteFailed(to, reasonOf(f.err))
+			if context.Cause(ctx) != balance.ErrSlow { // then another target was faster, which says nothing
+				past.noteFailed(to, reasonOf(f.err))
+			}
 			again = again || f.again
 			if telling == nil || telling.lesser(f) {
 				telling = f

@@ -87,11 +87,12 @@ func (e *Elders) Sockets() (out []Socket, err error) {
 	return out, nil
 }
 
-// Leave closes the connections: another process has them now.
-func (e *Elders) Leave() {
+// Leave closes the connections: process newest has them now, which may be told later than this one ends.
+func (e *Elders) Leave(newest int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, a := range e.all {
+		a.link.Send(Message{Step: Newest, PID: newest})
 		a.link.Close()
 	}
 }

@@ -102,7 +102,7 @@ func (*Elders) List() []Remains { return nil }
 func (*Elders) Sockets() ([]Socket, error) { return nil, nil }
 
 // Leave does nothing.
-func (*Elders) Leave() {}
+func (*Elders) Leave(int) {}
 
 // End does nothing.
 func (*Elders) End(time.Duration) {}

@@ -36,6 +36,10 @@ func (srv *Server) takeIn(l *listener, s accepted, peer netip.AddrPort) *conn {
 	}
 	in := &conn{server: srv, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), stopCancel: func() bool { return true }}
 	srv.conns.Add(1)
+	if l.http != nil {
+		l.arriving.Add(1)
+		in.isArriving.Store(true)
+	}
 	return in
 }
 

@@ -36,6 +36,7 @@ type conn struct {
 
 	stopCancel   func() bool // from here on srv.ctx ends it no more, somebody else does
 	closeOnce    sync.Once
+	isArriving   atomic.Bool   // it is to be served requests, and is not yet
 	afterHeader  time.Duration // from accept to the end of the PROXY header: then its hello's time begins
 	isAttributed bool          // with accept_proxy: it counts as its source's
 	isIdentified bool          // with accept_proxy: what the peer says has been judged
@@ -102,9 +103,17 @@ func (in *stream) Close() error {
 func (in *conn) release() {
 	in.closeOnce.Do(func() {
 		in.stopCancel()
+		in.arrived()
 		in.lease.Release()
 		in.server.conns.Done()
 	})
+}
+
+// arrived says that in is served, or is over: until then Settle waits for one of requests.
+func (in *conn) arrived() {
+	if in.isArriving.CompareAndSwap(true, false) {
+		in.listener.arriving.Add(-1)
+	}
 }
 
 // takeAhead gives the bytes that were read ahead to a caller who uses the bare TCPConn from here on.

@@ -350,7 +350,13 @@ func (x *fastPath) relay(c *course, hello *sni.Hello, head []byte) {
 			go srv.limited.Warn("self "+r.Written, "a socket was connected to itself instead of to the target: connecting again",
 				"listener", in.listener.name, "route", r.Name, "target", r.Written, "err", err)
 		}
-		if r.Health != nil {
+		switch {
+		case r.Health != nil && err == nil: // slow: the slow path has others beside it
+			c.takeBack()
+			in.course = c
+			go srv.slowPath(in, x.down, bytes.Clone(head))
+			return
+		case r.Health != nil:
 			srv.attemptFailed(in, r, err, time.Since(began))
 		}
 		x.connect(c, hello, head)
@@ -401,10 +407,9 @@ func noting(h *balance.Health, up *dial.Attempt) func() (bool, error) {
 	}
 }
 
-// attemptFailed notes that r's target has failed with err after it took some time, or has taken too long,
-// where err is nil: another one is tried.
+// attemptFailed notes that r's target has failed with err after it took some time: another one is tried.
 func (srv *Server) attemptFailed(in *conn, r *plan.Rule, err error, took time.Duration) {
-	failed := r.Dialer.Explain(srv.ctx, r.To, cmp.Or(err, balance.ErrSlow), took)
+	failed := r.Dialer.Explain(srv.ctx, r.To, err, took)
 	if isAvoided(r, failed) {
 		srv.noteFailed(in.listener.name, r, failed)
 		go srv.limited.Warn("dial "+r.Written, lostText, lostAttrs(in, r, failed)...) // not on the loop

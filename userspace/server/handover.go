@@ -87,6 +87,9 @@ func (srv *Server) Resume() {
 		}
 	}
 	srv.rebindNow(srv.tailnetErr)
+	if srv.lacksAddresses() {
+		srv.addressesMoved.wake()
+	}
 }
 
 // Leave closes what is bound, which is another process's now, and ends what goes on for new connections only.

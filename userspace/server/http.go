@@ -87,7 +87,7 @@ func (h *httpServer) serve(in *stream) {
 		Account: srv.flows.Account(in.listener.name, ""), // which a request has of its route
 		Started: in.accepted, Bytes: func() (up, down int64) { return in.bytesIn.Load(), in.bytesOut.Load() }, Held: in.held, Killer: in}
 	srv.flows.Add(fl)
-	err := h.vhost.ServeConn(in)
+	err := h.vhost.ServeConn(in, in.arrived)
 	srv.flows.Remove(fl)
 	srv.endKilled(fl, in)
 	if err != nil {

@@ -75,6 +75,15 @@ type rest struct {
 	since time.Time // when that was
 }
 
+// isOf reports whether bytes goes on from what r counts: a flow moves more and more, and what one that has
+// ended leaves to the kernel counts up from below zero.
+func (r rest) isOf(bytes int64) bool {
+	if bytes < 0 {
+		return r.bytes < 0
+	}
+	return r.bytes >= 0 && bytes >= r.bytes
+}
+
 // goesOn reports whether a connection that holds so much has moved enough by now: a byte now and then would
 // keep any amount for ever.
 func (r rest) goesOn(bytes, held int64, now time.Time) bool {
@@ -181,7 +190,7 @@ func (srv *Server) socketMemory(proc string) (own, targets int64) {
 		listed = nil
 	}
 	var here, toHere int64 // that the sockets in this namespace hold, and those of them that may be targets'
-	_ = diag.each(listed, func(s tcpSocket, peer netip.AddrPort) {
+	err = diag.each(listed, func(s tcpSocket, peer netip.AddrPort) {
 		here += s.held
 		_, isDialled := stopped[peer]
 		switch {
@@ -194,6 +203,9 @@ func (srv *Server) socketMemory(proc string) (own, targets int64) {
 			toHere += s.held
 		}
 	})
+	if err != nil {
+		return own, 0
+	}
 	used, _ := tcpsock.Memory(proc)
 	elsewhere := max(used-here, 0)
 	most := tcpSendMost(proc)
@@ -363,7 +375,7 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 		held := max(c.held, socket.held)
 		r, known := w.since[peer]
 		takes := !known || r.down != c.down // since the last look; who is far and fast has a lot on the way
-		if !known || sockets != nil && held < stoppedLeast || r.goesOn(c.bytes, held, now) {
+		if !known || !r.isOf(c.bytes) || sockets != nil && held < stoppedLeast || r.goesOn(c.bytes, held, now) {
 			r = rest{bytes: c.bytes, since: now}
 		}
 		r.down = c.down

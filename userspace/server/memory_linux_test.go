@@ -893,3 +893,23 @@ func TestGreedAgain(t *testing.T) {
 		g = g.again(1, now)
 	}
 }
+
+// TestRestIsOf: what a flow has moved, and what it leaves to the kernel at its end, are counted apart.
+func TestRestIsOf(t *testing.T) {
+	for _, c := range []struct {
+		was, is int64
+		same    bool
+	}{
+		{0, 0, true},
+		{5, 9, true},
+		{9, 5, false},          // another flow from the same port
+		{100 << 20, -9, false}, // the flow has ended
+		{-9, -5, true},
+		{-5, -9, true}, // more came to be held: that is no new beginning
+		{-5, 7, false},
+	} {
+		if got := (rest{bytes: c.was}).isOf(c.is); got != c.same {
+			t.Errorf("%d after %d goes on: %v", c.is, c.was, got)
+		}
+	}
+}

@@ -257,7 +257,7 @@ func (srv *Server) nothingServes() error {
 			for _, cert := range l.certs.Certificates() {
 				errs = append(errs, fmt.Errorf("listener %q: %s", c.Name, cert.Problem))
 			}
-		} else if c.WhileDown == whileDownClose || srv.mayServe(l, c.Listen) {
+		} else if !l.drained.IsZero() || c.WhileDown == whileDownClose || srv.mayServe(l, c.Listen) {
 			return nil
 		}
 	}

@@ -106,6 +106,7 @@ func (srv *Server) completeUpstream(listener string, r *plan.Rule, up *vhost.Ups
 		}
 		return up, nil
 	}
+	up.IsFault = func(err error) bool { return isFault(r, err) }
 	up.Refuses = func() error {
 		if err := srv.disabled.Check(r.To, r.Written); err != nil {
 			return pageReason(err)

@@ -18,6 +18,7 @@ type listener struct {
 	service    atomic.Pointer[service]
 	http       *httpServer    // http and https only
 	certs      *tlsterm.Store // https only
+	arriving   atomic.Int64   // its connections whose first bytes or TLS handshake are on their way; see arrived
 
 	gate   *gate // with while_down: close only; guarded by Server.mu, and so is isShut
 	isShut bool  // its sockets are to be closed; without while_down: close it says nothing
@@ -30,9 +31,24 @@ type listener struct {
 // Server.mu is held.
 func (l *listener) retire(ctx context.Context) {
 	if l.http != nil {
-		go l.http.shutdown(ctx)
+		go func() {
+			l.settle(ctx)
+			l.http.shutdown(ctx)
+		}()
 	}
 	l.gate.stop()
+}
+
+// settle waits until each of l's connections of requests is served or is over, or ctx ends. Nothing new may
+// come.
+func (l *listener) settle(ctx context.Context) {
+	for l.arriving.Load() > 0 {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // service is what a listener does by the plan, and what is open for that. It is immutable: a flow that has

@@ -138,7 +138,9 @@ func (srv *Server) dialRule(ctx context.Context, listener string, r *plan.Rule, 
 		srv.noteFailed(listener, r, err)
 		return nil, err
 	}
-	srv.targets.Made(r.Written)
+	if context.Cause(ctx) != balance.ErrSlow { // else another target has the connection
+		srv.targets.Made(r.Written)
+	}
 	return up, nil
 }
 

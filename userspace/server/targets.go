@@ -43,6 +43,12 @@ func (c *course) take() *plan.Rule {
 	return one
 }
 
+// takeBack has the target that was taken last come first again, and those before it behind the others.
+func (c *course) takeBack() {
+	last := len(c.tried) - 1
+	c.next, c.tried, c.again = c.tried[last], c.tried[:last], last
+}
+
 // quickly is what a course that has failed took if some of its targets may just be restarting.
 const quickly = time.Second
 
@@ -117,15 +123,22 @@ func (srv *Server) raceTargets(ctx context.Context, in *conn, c *course, once bo
 // isAvoided notes that a connection goes on to another target than one, which has failed with err or is slow
 // ([balance.ErrSlow]). It reports whether connections avoid it from now on.
 func isAvoided(one *plan.Rule, err error) bool {
-	de, ok := errors.AsType[*dial.Error](err)
 	switch {
+	case !isFault(one, err):
+		return false
 	case errors.Is(err, balance.ErrSlow):
 		return one.Health.Slow()
-	case ok && (de.Reason == dial.Canceled || de.Reason == dial.Exhausted || de.Reason == dial.OffByHand): // which says nothing about it
-		return false
 	}
 	one.Health.Failed()
 	return true
+}
+
+// isFault reports whether err, which a connection to r's target has failed with, tells others to avoid it. What
+// a stranger can bring about does not, and a target that sees the client's own address may refuse that one
+// alone.
+func isFault(r *plan.Rule, err error) bool {
+	de, ok := errors.AsType[*dial.Error](err)
+	return !r.Transparent && tells(err) && !(ok && de.Reason == dial.OffByHand)
 }
 
 const lostText = "a target can't be reached: connections go to another one"

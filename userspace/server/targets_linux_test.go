@@ -17,6 +17,9 @@ import (
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/balance"
+	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 )
 
@@ -92,15 +95,15 @@ func TestSeveralTargets(t *testing.T) {
 			for _, alive := range []string{"an address", "a name"} {
 				t.Run(fmt.Sprintf("%s %s, then %s", mode, dead.name, alive), func(t *testing.T) {
 					t.Parallel()
+					const all, beside = 500, 25
 					var n atomic.Int64
 					target := backend(t, named("B", &n))
 					if alive == "a name" {
 						target = byName(target)
 					}
 					addr := freeAddr(t)
-					d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: %s, default: { forward: [ { to: %q, weight: 1000 }, { to: %q, backup: true } ] } } ]`,
-						addr, mode, dead.target, target))
-					const all, beside = 500, 25
+					d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: %s, default: { forward: [ { to: %q, weight: 1000 }, { to: %q, backup: true } ] } } ]
+limits: { connections_per_source: %d }`, addr, mode, dead.target, target, all)) // a slow machine counts some that have ended
 					began := time.Now()
 					want := slices.Concat([]byte("B"), hello)
 					var group sync.WaitGroup
@@ -265,6 +268,48 @@ func TestSeveralProxy(t *testing.T) {
 		}
 		if h.header.Source.String() != c.LocalAddr().String() || h.header.Destination.String() != addr || h.header.ServerName != "a.test" || h.header.ID == "" {
 			t.Errorf("the header says %+v", h.header)
+		}
+	}
+}
+
+// TestCourseTakeBack: a target that is slow comes first again, where others are tried beside it, and those that
+// have failed come last.
+func TestCourseTakeBack(t *testing.T) {
+	all := map[string]*plan.Rule{}
+	rule := &plan.Rule{}
+	for _, name := range []string{"a", "b", "c"} {
+		all[name] = &plan.Rule{Target: plan.Target{Written: name, Health: new(balance.Health), Dialer: new(dial.Dialer),
+			All: []*config.Forward{{Weight: 1}}}}
+		rule.Several = append(rule.Several, all[name])
+	}
+	c := &course{rule: rule}
+	failed, slow := c.take(), c.take()
+	c.takeBack()
+	got := []*plan.Rule{c.take(), c.take(), c.take()}
+	if got[0] != slow || got[1] == slow || got[1] == failed || got[2] != failed || c.take() != nil {
+		t.Errorf("after %s failed and %s was slow: %v, %v, %v", failed.Written, slow.Written, got[0].Written, got[1].Written, got[2].Written)
+	}
+}
+
+// TestIsFault: what others can bring about, or concerns one client alone, has nobody avoid a target.
+func TestIsFault(t *testing.T) {
+	refused := &dial.Error{Reason: dial.Refused}
+	for _, c := range []struct {
+		rule plan.Rule
+		err  error
+		want bool
+	}{
+		{plan.Rule{}, refused, true},
+		{plan.Rule{}, balance.ErrSlow, true},
+		{plan.Rule{}, &dial.Error{Reason: dial.Exhausted}, false},
+		{plan.Rule{}, &dial.Error{Reason: dial.Canceled}, false},
+		{plan.Rule{}, &dial.Error{Reason: dial.OffByHand}, false},
+		{plan.Rule{}, unix.EPERM, false},
+		{plan.Rule{Target: plan.Target{Transparent: true}}, refused, false},
+		{plan.Rule{Target: plan.Target{Transparent: true}}, balance.ErrSlow, false},
+	} {
+		if got := isFault(&c.rule, c.err); got != c.want {
+			t.Errorf("%v of %+v: %v", c.err, c.rule, got)
 		}
 	}
 }

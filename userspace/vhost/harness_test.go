@@ -86,7 +86,7 @@ func newHop(t testing.TB, up *Upstream, change ...func(*config)) *hop {
 				info = c.info(info)
 			}
 			wg.Go(func() {
-				err := h.ServeConn(infoConn{conn.(*net.TCPConn), info})
+				err := h.ServeConn(infoConn{conn.(*net.TCPConn), info}, nil)
 				h.served.Add(1)
 				select {
 				case h.serveErr <- err:
@@ -334,6 +334,6 @@ func (s *Server) Serve(l net.Listener) error {
 		if err != nil {
 			return err
 		}
-		go s.ServeConn(c)
+		go s.ServeConn(c, nil)
 	}
 }

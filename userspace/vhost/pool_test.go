@@ -242,3 +242,28 @@ func TestNoRepeat(t *testing.T) {
 		}
 	}
 }
+
+// TestKeptConnectionIsHealth: a target that could not be reached is well again once it has answered on a
+// connection that was kept, and no error that is not its fault has it avoided.
+func TestKeptConnectionIsHealth(t *testing.T) {
+	each(t, func(t *testing.T, p protocol) {
+		up := upstream(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "here") })
+		h := p.hop(t, up)
+		client := p.client(t, h)
+		ask := func() {
+			t.Helper()
+			if _, body := get(t, client, p.url("/")); body != "here" {
+				t.Fatal(body)
+			}
+		}
+		ask()
+		up.Health.Failed()
+		if ask(); up.Health.IsAvoided() {
+			t.Error("it has answered, and is avoided")
+		}
+	})
+	refuses := &Upstream{Dial: func(context.Context) (net.Conn, error) { return nil, io.EOF }, IsFault: func(error) bool { return false }}
+	if _, err := dialUpstream(context.WithValue(t.Context(), dialKey{}, refuses)); err == nil || refuses.Health.IsAvoided() {
+		t.Errorf("after an error that is not its fault, %v, it is avoided: %v", err, refuses.Health.IsAvoided())
+	}
+}

@@ -119,12 +119,15 @@ func (t transports) once(x *exchange, r *http.Request) (*http.Response, error) {
 		}
 	}
 	transport := t.s.pool(x.up, p)
-	if x.route.AnswerTimeout == 0 {
-		return transport.RoundTrip(r)
+	if x.route.AnswerTimeout > 0 {
+		var stop func()
+		r, stop = withAnswerTimeout(r, x.route.AnswerTimeout)
+		defer stop()
 	}
-	r, stop := withAnswerTimeout(r, x.route.AnswerTimeout)
-	defer stop()
 	res, err := transport.RoundTrip(r)
+	if err == nil { // on a connection that was kept, too
+		x.up.Health.Worked()
+	}
 	if err != nil && errors.Is(context.Cause(r.Context()), errAnswerTimeout) {
 		err = errAnswerTimeout
 	}

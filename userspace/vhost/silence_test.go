@@ -267,7 +267,7 @@ func TestLateEnd(t *testing.T) {
 		client, server := net.Pipe()
 		c := &tardyConn{Conn: server, parts: []string{"POST / HTTP/1.1\r\nHost: a\r\n" + part[0], part[1]}}
 		c.woken.L = &c.mu
-		go h.ServeConn(c)
+		go h.ServeConn(c, nil)
 		client.SetDeadline(time.Now().Add(deadline))
 		if answer, err := io.ReadAll(client); !strings.HasSuffix(string(answer), "\r\n\r\nhi") || err != nil {
 			t.Errorf("%s: %q, %v", name, answer, err)

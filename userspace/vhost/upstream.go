@@ -51,6 +51,8 @@ type Upstream struct {
 	Dial func(ctx context.Context) (net.Conn, error)
 	// Refuses, if not nil, says why no request may go there now, also on a connection that is there; or nil.
 	Refuses func() error
+	// IsFault, if not nil, reports whether an error of Dial tells others to avoid it.
+	IsFault func(error) bool
 	// Speaks says for whom its connections speak. Those not for all are closed soon after their last request.
 	Speaks   Speaker
 	Protocol Protocol    // how to speak with it
@@ -104,7 +106,9 @@ func dialUpstream(ctx context.Context) (*upstreamConn, error) {
 	up := ctx.Value(dialKey{}).(*Upstream)
 	c, err := up.Dial(ctx)
 	if err != nil {
-		up.Health.Failed()
+		if up.IsFault == nil || up.IsFault(err) {
+			up.Health.Failed()
+		}
 		return nil, &dialError{err}
 	}
 	up.Health.Worked()

@@ -238,30 +238,34 @@ func New(o Options) *Server {
 }
 
 // ServeConn serves c until it is closed, by whichever side, and returns then. It owns c. If c has Info
-// (Infoer), that tells who is at its other end. The error says why no request could be served: the TLS
-// handshake failed, or the server is closed (http.ErrServerClosed).
-func (s *Server) ServeConn(c net.Conn) error {
+// (Infoer), that tells who is at its other end. served, if not nil, is called once Shutdown ends c as HTTP
+// has it. The error says why no request could be served: the TLS handshake failed, or the server is closed
+// (http.ErrServerClosed).
+func (s *Server) ServeConn(c net.Conn, served func()) error {
 	cn := newConn(c, s)
 	if !s.add(cn) {
 		c.Close()
 		return http.ErrServerClosed
 	}
-	var served net.Conn = cn
+	var above net.Conn = cn
 	if s.opts.TLS != nil {
 		tc, err := s.handshake(cn)
 		if err != nil {
 			cn.Close()
 			return err
 		}
-		served = tc
+		above = tc
 		if tc.ConnectionState().NegotiatedProtocol == "h2" {
 			cn.secure = &secure{Conn: tc, tls: tc.ConnectionState(), below: cn, frames: newFrames(cn, tc)}
-			served = cn.secure
+			above = cn.secure
 		}
 	}
-	if !s.feeds[cn.info.crowd()].push(served) {
-		served.Close()
+	if !s.feeds[cn.info.crowd()].push(above) {
+		above.Close()
 		return http.ErrServerClosed
+	}
+	if served != nil {
+		served()
 	}
 	<-cn.done
 	return nil

@@ -30,7 +30,7 @@ func (d *process) hangUp() {
 func (d *process) endUpgrade() *successor {
 	d.isEnding.Store(true)
 	if giveUp := d.giveUp.Load(); giveUp != nil {
-		(*giveUp)(errors.New("the daemon is told to end"))
+		(*giveUp)(errEnding)
 	}
 	d.changes.Lock()
 	defer d.changes.Unlock()
@@ -39,6 +39,27 @@ func (d *process) endUpgrade() *successor {
 
 // endUpgraded has the process that has taken over end, too, since the signal was meant for it.
 func (d *process) endUpgraded(next *successor, s os.Signal) { next.Signal(s) }
+
+// passOn has a signal that the first process has got do here what it does there, or in the process that has
+// taken over meanwhile.
+func (d *process) passOn(s os.Signal, signals chan<- os.Signal) {
+	if giveUp := d.giveUp.Load(); giveUp != nil && s != syscall.SIGHUP {
+		(*giveUp)(errEnding)
+	}
+	d.changes.Lock()
+	next := d.next
+	d.changes.Unlock()
+	if next != nil {
+		next.Signal(s)
+		return
+	}
+	select {
+	case signals <- s:
+	default: // as many are there that nobody has heard
+	}
+}
+
+var errEnding = errors.New("the daemon is told to end")
 
 // drain lets the flows end; a signal that comes a second time, or the deadline, cuts them. One of another
 // kind does not: some supervisors send INT, and TERM after a while.
@@ -80,7 +101,7 @@ const tellEvery = time.Second
 // outlive lets the flows end after next has taken over. It returns next where this process is waited for,
 // by a supervisor that knows of no other.
 func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervised, error) {
-	after := &supervised{next.Successor, next.PID, make(chan *handover.Message)}
+	after := &supervised{Successor: next.Successor, newest: next.PID, told: make(chan *handover.Message)}
 	stays := d.isFirst && !isSupervised()
 	deadline := time.Now().Add(next.drain)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -97,6 +118,14 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 		"flows", d.server.Flows().Len(), "deadline", next.drain.String())
 	told := after.told
 	go after.listen()
+	for isQueued := true; isQueued; { // signals for the daemon that came before
+		select {
+		case s := <-signals:
+			next.Signal(s)
+		default:
+			isQueued = false
+		}
+	}
 	drained := make(chan error, 1)
 	go func() {
 		d.server.Settle(ctx)
@@ -183,10 +212,10 @@ func (s *supervised) note(m *handover.Message) {
 	}
 }
 
-// signal passes a signal on. The newest process is a child of this one, which has not waited for it.
+// signal passes a signal on, to whichever process is the newest when it reads that.
 func (s *supervised) signal(sig os.Signal) {
 	if n, ok := sig.(syscall.Signal); ok {
-		syscall.Kill(s.newest, n)
+		s.Send(handover.Message{Step: handover.Signal, Signal: int(n)})
 	}
 }
 
@@ -209,15 +238,7 @@ func (s *supervised) follow(signals <-chan os.Signal) error {
 		case sig := <-signals:
 			s.signal(sig)
 		case m, ok := <-s.told:
-			if !ok {
-				s.told = nil
-				continue
-			}
-			s.note(m)
-			if m.Step == handover.Newest { // which does not know yet that nothing is left here
-				s.tellEnded()
-				time.AfterFunc(tellEvery, s.tellEnded) // the one before it may have read the first
-			}
+			s.hear(m, ok)
 		case <-gone:
 			see()
 		case e, ok := <-ends:
@@ -243,6 +264,19 @@ func (s *supervised) follow(signals <-chan os.Signal) error {
 	}
 }
 
+// hear notes what was told, if something was.
+func (s *supervised) hear(m *handover.Message, ok bool) {
+	if !ok {
+		s.told = nil
+		return
+	}
+	s.note(m)
+	if m.Step == handover.Newest { // which does not know yet that nothing is left here
+		s.tellEnded()
+		time.AfterFunc(tellEvery, s.tellEnded) // the one before it may have read the first
+	}
+}
+
 // tellEnded tells the newest process that nothing is left here.
 func (s *supervised) tellEnded() {
 	s.Send(handover.Message{Step: handover.Left, Ended: true, Remains: &handover.Remains{PID: os.Getpid(), Version: version()}})
@@ -256,11 +290,7 @@ func (s *supervised) isFollowed() bool {
 	}
 	select {
 	case m, ok := <-s.told:
-		if !ok {
-			s.told = nil
-		} else {
-			s.note(m)
-		}
+		s.hear(m, ok)
 		return true
 	case <-time.After(toldWait):
 		return false

@@ -153,6 +153,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 
 	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, server: f, control: &control, isFirst: old == nil,
 		upgraded: make(chan *successor, 1)}
+	d.elders.OnSignal = func(s os.Signal) { d.passOn(s, signals) }
 	if old != nil {
 		if err := d.takeOver(old); err != nil {
 			return nil, err

@@ -6,11 +6,15 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 )
 
 // Elders are the older processes of a daemon, whose flows have not all ended. The zero value has none.
 type Elders struct {
+	// OnSignal gets the signals that the first process passes on. It is set before Add.
+	OnSignal func(os.Signal)
+
 	mu sync.Mutex
 	// +checklocks:mu
 	all []*elder
@@ -48,6 +52,9 @@ func (e *Elders) follow(a *elder) {
 			break
 		}
 		Close(m.Sockets)
+		if m.Step == Signal && e.OnSignal != nil {
+			e.OnSignal(syscall.Signal(m.Signal))
+		}
 		if m.Step == Left && m.Remains != nil {
 			e.mu.Lock()
 			a.remains = *m.Remains

@@ -11,6 +11,7 @@
 //	left     old to new  each second, what the old process still has to do, until it closes its end
 //	newest   new to old  which process serves now
 //	end      new to old  the old process is to end within so many milliseconds
+//	signal   old to new  a signal that the first process got, which is for the newest: one of them gets it
 //
 // Until the old process has sent yours, the end of either process or of the connection is a failure, and
 // the old one goes on. If the new process fails between yours and serving, the old one accepts again.
@@ -48,6 +49,7 @@ const (
 	Left    = "left"
 	Newest  = "newest"
 	End     = "end"
+	Signal  = "signal"
 )
 
 // The kinds of a [Socket].
@@ -91,6 +93,7 @@ type Message struct {
 	Ended   bool            `json:"ended,omitempty"`  // Remains.Ended
 	PID     int             `json:"pid,omitempty"`    // of newest
 	Within  int64           `json:"within,omitempty"` // milliseconds
+	Signal  int             `json:"signal,omitempty"` // its number, of signal
 }
 
 // mostBytes bounds a message, and mostFiles the descriptors beside it, of which the kernel takes 253.
@@ -114,7 +117,7 @@ func Parse(b []byte, files int) (*Message, error) {
 		return nil, errors.New("no message: it has no version or no step")
 	case len(m.Sockets) != files:
 		return nil, fmt.Errorf("message %q names %d sockets, and has %d", m.Step, len(m.Sockets), files)
-	case m.PID < 0 || m.Within < 0 || time.Duration(m.Within) > mostWithin/time.Millisecond:
+	case m.Signal < 0 || m.Signal > 64 || m.PID < 0 || m.Within < 0 || time.Duration(m.Within) > mostWithin/time.Millisecond:
 		return nil, fmt.Errorf("message %q has a number that can't be", m.Step)
 	}
 	for _, s := range m.Sockets {

@@ -87,7 +87,7 @@ func (*Predecessor) Ready() error { return errLinux }
 func (*Predecessor) Serve() error { return errLinux }
 
 // Elders are none.
-type Elders struct{}
+type Elders struct{ OnSignal func(os.Signal) }
 
 // Add does nothing.
 func (*Elders) Add(*Link) {}

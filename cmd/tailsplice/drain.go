@@ -282,8 +282,8 @@ func (s *supervised) tellEnded() {
 	s.Send(handover.Message{Step: handover.Left, Ended: true, Remains: &handover.Remains{PID: os.Getpid(), Version: version()}})
 }
 
-// isFollowed hears what has been said until now, and reports whether there was something: that a process is the
-// newest may be known later here than that the one before it has ended.
+// isFollowed hears what has been said until now, and reports whether there was something: that a process is
+// the newest may be known later here than that the one before it has ended.
 func (s *supervised) isFollowed() bool {
 	if s.told == nil {
 		return false

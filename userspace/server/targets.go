@@ -133,9 +133,9 @@ func isAvoided(one *plan.Rule, err error) bool {
 	return true
 }
 
-// isFault reports whether err, which a connection to r's target has failed with, tells others to avoid it. What
-// a stranger can bring about does not, and a target that sees the client's own address may refuse that one
-// alone.
+// isFault reports whether err, which a connection to r's target has failed with, tells others to avoid it.
+// What a stranger can bring about does not, and a target that sees the client's own address may refuse that
+// one alone.
 func isFault(r *plan.Rule, err error) bool {
 	de, ok := errors.AsType[*dial.Error](err)
 	return !r.Transparent && tells(err) && !(ok && de.Reason == dial.OffByHand)

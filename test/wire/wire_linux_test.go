@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"os"
 	"testing"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // The kernel's own TCP passes all cases, with nothing in between: else they would be wrong.
@@ -19,6 +21,7 @@ func TestCases(t *testing.T) {
 		t.Run(k.Name, func(t *testing.T) {
 			c, kernel := n.Connect(t)
 			defer kernel.Close()
+			tcpsock.Control(kernel, tcpsock.KeepUrgent) // without it a byte is lost, which is the fault of whoever reads
 			if err := kernel.SetReadBuffer(16 << 10); k.Stopped && err != nil {
 				t.Fatal(err)
 			}

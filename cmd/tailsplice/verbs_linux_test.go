@@ -232,7 +232,7 @@ func testKill(t *testing.T, datapath string) {
 	first, second, third, fourth, stays := open("127.0.0.2", "example.org"), open("127.0.0.3", "a.test"), open("127.0.0.4", "b.test"),
 		open("127.0.0.5", "b.test"), open("127.0.0.6", "example.org")
 	all := flows(5)
-	d.completes("*.test default example.org", "flows", "kill", "--route", "")
+	d.completes("*.test example.org", "flows", "kill", "--route", "")
 
 	d.says(true, "killed 1 flow\n", "flows", "kill", all[0].ID)
 	isOver(first)

@@ -19,7 +19,7 @@ import (
 func TestFloodLeavesNothing(t *testing.T) {
 	const each = 100 // connections of a kind
 	live := backend(t, echo)
-	refused, silent := freeAddr(t), fullBacklog(t)
+	refused, silent := freeAddr(t), full(t)
 	sniAt, tcpAt, hopAt, other := freeAddr(t), freeAddr(t), freeAddr(t), freeAddr(t)
 	config := func(sniAt string) string {
 		return fmt.Sprintf(`
@@ -171,31 +171,4 @@ limits: { connections_per_source: 100000, hello_timeout: 2s }`, sniAt, live, ref
 	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
 		t.Errorf("it serves no more: %v", err)
 	}
-}
-
-// fullBacklog is an address that answers to no connect.
-func fullBacklog(t *testing.T) string {
-	t.Helper()
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unix.Close(fd) })
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Listen(fd, 0); err != nil {
-		t.Fatal(err)
-	}
-	a, err := unix.Getsockname(fd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	at := fmt.Sprintf("127.0.0.1:%d", a.(*unix.SockaddrInet4).Port)
-	for range 3 {
-		if c, err := net.DialTimeout("tcp", at, 200*time.Millisecond); err == nil {
-			t.Cleanup(func() { c.Close() })
-		}
-	}
-	return at
 }

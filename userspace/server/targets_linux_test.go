@@ -15,38 +15,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/balance"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 )
-
-// blackHole is an address of this host where nobody answers: its queue is full, so that the kernel drops each
-// further SYN.
-func blackHole(t *testing.T) string {
-	t.Helper()
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unix.Close(fd) })
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Listen(fd, 0); err != nil {
-		t.Fatal(err)
-	}
-	addr := tcpsock.Local(fd).String()
-	for wait := patience; ; wait = 200 * time.Millisecond { // the first finds a place, however slow we are
-		c, err := net.DialTimeout("tcp", addr, wait)
-		if err != nil {
-			return addr
-		}
-		t.Cleanup(func() { c.Close() })
-	}
-}
 
 // named echoes behind its name, and counts its connections.
 func named(name string, n *atomic.Int64) func(net.Conn) {
@@ -80,7 +54,7 @@ func exchange(addr string, b []byte) ([]byte, error) {
 // one, on both paths.
 func TestSeveralTargets(t *testing.T) {
 	hello := helloFor(t, "a.test")
-	hole := blackHole(t)
+	hole := full(t)
 	for _, dead := range []struct {
 		name, target string
 		reason       string
@@ -242,7 +216,7 @@ func TestSeveralComeBack(t *testing.T) {
 // TestSeveralProxy: the target that takes the connection gets one PROXY header, which tells all.
 func TestSeveralProxy(t *testing.T) {
 	hello := helloFor(t, "a.test")
-	for _, dead := range []string{freeAddr(t), byName(freeAddr(t)), blackHole(t)} {
+	for _, dead := range []string{freeAddr(t), byName(freeAddr(t)), full(t)} {
 		type heard struct {
 			header *proxyheader.Header
 			rest   []byte

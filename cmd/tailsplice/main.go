@@ -9,7 +9,8 @@
 //	main.go        the command line
 //	run.go         run: the daemon's life, from the configuration to the last flow
 //	upgrade.go     upgrade: another process takes over; reload
-//	drain.go       the end of the daemon, or of a process that another one has taken over from
+//	signals.go     HUP, TERM and INT: reload, and drain before the daemon ends
+//	outlive.go     a process that another one has taken over from lets its flows end
 //	files_unix.go  the limit of open files
 //	datapaths.go   the kernel's datapaths: what is loaded, and when
 //	late.go        a datapath that can't be loaded yet

@@ -173,7 +173,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 				continue
 			}
 			if next := d.endUpgrade(); next != nil { // it has succeeded
-				d.endUpgraded(next, s)
+				next.Signal(s) // which was meant for it
 				return d.outlive(next, signals)
 			}
 			return nil, d.drain(s, signals)

@@ -20,7 +20,8 @@ type Acceptor struct {
 	taken   func(s *Socket, peer unix.Sockaddr)
 	fail    func(err error) (goOn bool)
 
-	// accepting is read-held while a loop accepts, and held while fail is called besides.
+	// accepting is read-held while a loop accepts, which includes the calls of taken and fail, and held while
+	// the Acceptor starts, pauses or stops.
 	accepting sync.RWMutex
 	// +checklocks:accepting
 	sockets []*Socket // fd on each loop, while it accepts
@@ -50,8 +51,8 @@ func (a *Acceptor) Start() {
 	}
 }
 
-// watch lets one loop know of each connection. EPOLLEXCLUSIVE, which wakes one and not all, is in Linux 4.5:
-// see epoll_ctl(2).
+// watch has each connection wake one loop, and not all: EPOLLEXCLUSIVE is in Linux since 4.5, see
+// epoll_ctl(2).
 //
 // +checklocks:a.accepting
 func (a *Acceptor) watch() (err error) {
@@ -85,7 +86,7 @@ func (a *Acceptor) unwatch() {
 	a.sockets = nil
 }
 
-// Stop ends it. When it returns neither taken nor fail runs, or will.
+// Stop ends accepting. When it returns neither taken nor fail runs, or will.
 func (a *Acceptor) Stop() {
 	a.accepting.Lock()
 	defer a.accepting.Unlock()
@@ -98,6 +99,7 @@ type acceptHandler func()
 
 func (h acceptHandler) Handle(uint32) (then func()) { return h }
 
+// pause accepts nothing for acceptPause.
 func (a *Acceptor) pause() {
 	a.accepting.Lock()
 	a.unwatch()
@@ -105,7 +107,7 @@ func (a *Acceptor) pause() {
 	time.AfterFunc(acceptPause, a.Start)
 }
 
-// acceptOne accepts what waits, on l.
+// acceptOne accepts one connection on l, if any waits. goOn is false where the Acceptor is to pause.
 func (a *Acceptor) acceptOne(l *Loop) (goOn bool) {
 	a.accepting.RLock()
 	defer a.accepting.RUnlock()

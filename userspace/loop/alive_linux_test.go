@@ -44,8 +44,8 @@ func TestAlive(t *testing.T) {
 	}
 }
 
-// TestAliveWithoutDescriptors: who has none left, and serves, is alive. To start it again would only help those
-// who use them up.
+// TestAliveWithoutDescriptors: who has none left, and serves, is alive. To start it again would only help
+// those who use them up.
 func TestAliveWithoutDescriptors(t *testing.T) {
 	r, err := New(2)
 	if err != nil {

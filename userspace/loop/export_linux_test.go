@@ -3,6 +3,9 @@ package loop
 // Pause is what an Acceptor does that could not accept.
 func (a *Acceptor) Pause() { a.pause() }
 
+// TimeOut is what the timer of a wait does when it fires.
+func (s *Socket) TimeOut() { s.timeOut() }
+
 // Watches counts what the loops know of acceptors.
 func (r *Reactor) Watches() (n int) {
 	for _, l := range r.loops {

@@ -95,7 +95,7 @@ func (l *Loop) stop() {
 }
 
 // Do calls f, which has the loop to itself: meanwhile no event of its sockets is handled. What f returns, if
-// anything, is called next, without that. f must not call Do.
+// anything, is called afterwards, when the loop goes on. f must not call Do.
 func (l *Loop) Do(f func() (then func())) {
 	l.mu.Lock()
 	then := f()
@@ -105,10 +105,11 @@ func (l *Loop) Do(f func() (then func())) {
 	}
 }
 
-// Buffer is for those who have the loop to themselves, for as long as they have it.
+// Buffer is 64 KiB for whoever has the loop to himself, for as long as he has it.
 func (l *Loop) Buffer() []byte { return l.buf[:] }
 
-// orIdler is l, which needs no switch of threads to go on, unless another loop has clearly less to do.
+// orIdler is l, since a socket that stays on l needs no switch of threads, unless another loop has clearly
+// fewer sockets.
 func (l *Loop) orIdler() *Loop {
 	const clearly = 8 // sockets
 	best := l
@@ -136,7 +137,7 @@ func (l *Loop) run(epoll int) {
 	}
 }
 
-// event handles an event of a socket. It is false when the loop has ended.
+// event handles an event of the socket that has this id. It returns false when the loop has ended.
 func (l *Loop) event(id uint64, events uint32) (goOn bool) {
 	l.Do(func() (then func()) {
 		s := l.sockets[id]
@@ -153,8 +154,8 @@ func (l *Loop) event(id uint64, events uint32) (goOn bool) {
 	return goOn
 }
 
-// watch makes events of s come, also those that were missed and still hold. The caller has the loop to
-// itself.
+// watch has events of s come from now on, and those at once that were missed and still hold. The caller has
+// the loop to itself. It fails when the loop has ended, or the kernel has no memory.
 func (l *Loop) watch(s *Socket, events uint32) error {
 	op, id := unix.EPOLL_CTL_MOD, s.id
 	if id == 0 {
@@ -179,8 +180,8 @@ func (l *Loop) control(op int, s *Socket, id uint64, events uint32) error {
 	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(l.fd, op, s.fd, &ev))
 }
 
-// forget is for a socket that is about to be closed, which takes it out of the epoll. The caller has the loop
-// to itself.
+// forget takes s out of the loop's table, and its handler away. The epoll forgets s when it is closed. The
+// caller has the loop to itself.
 func (l *Loop) forget(s *Socket) {
 	if s.id != 0 {
 		delete(l.sockets, s.id)

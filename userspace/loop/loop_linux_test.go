@@ -99,6 +99,39 @@ func TestAwaitAfterMissed(t *testing.T) {
 	}
 }
 
+// TestLateTimer: a timer that fires as the event comes that it was to wait for does not end the next wait.
+func TestLateTimer(t *testing.T) {
+	r := reactor(t)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fds[1])
+	s := r.Loop().NewSocket(fds[0])
+	defer s.Close()
+	called := make(chan bool, 2)
+	wait := func(timeout time.Duration) {
+		t.Helper()
+		if err := s.AwaitBytes(timeout, func(timedOut bool) { called <- timedOut }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wait(time.Hour)
+	s.TimeOut()
+	if !s.Cancel() {
+		t.Error("a timer that had fired before has ended the wait")
+	}
+	wait(time.Nanosecond)
+	select {
+	case timedOut := <-called:
+		if !timedOut {
+			t.Error("nothing has come, and the wait has not timed out")
+		}
+	case <-time.After(time.Minute):
+		t.Error("the wait does not time out")
+	}
+}
+
 func nextFD(t *testing.T) int {
 	t.Helper()
 	fd, err := unix.Dup(0)

@@ -21,9 +21,10 @@ type Socket struct {
 
 	handler   Handler
 	wait      func(timedOut bool) // what is to be called once, or nil
-	awaits    uint32              // for that event
+	awaits    uint32              // the event that wait is for
 	hasMissed bool                // other events came, and won't again unless they are asked for
-	timer     *time.Timer         // until wait has waited long enough
+	timer     *time.Timer         // calls timeOut when wait has waited long enough
+	until     time.Time           // when that is
 }
 
 // A Handler takes the events of the socket that it is attached to.
@@ -46,8 +47,8 @@ func (s *Socket) FD() int { return s.fd }
 func (s *Socket) Loop() *Loop { return s.loop }
 
 // Attach gives all further events of s to h: input, an end of the stream, an urgent byte, an error, each
-// once. hasMissed says that there were some while nobody waited for them. The caller has the loop to itself,
-// and nobody may be waiting for s.
+// once. hasMissed says that events came while nobody waited for them. The caller has the loop to itself, and
+// nobody may be waiting for s. After an error (no memory, or the loop has ended) s is as before.
 func (s *Socket) Attach(h Handler) (hasMissed bool, err error) {
 	hasMissed, s.hasMissed = s.hasMissed, false
 	if err := s.loop.watch(s, attached); err != nil {
@@ -77,13 +78,14 @@ func (s *Socket) Discard() {
 	unix.Close(s.fd)
 }
 
-// AwaitBytes calls ready once when there are bytes, an end of the stream or an error to be read, or when
-// timeout has passed. ready reads all bytes that there are.
+// AwaitBytes calls ready once, on the loop, when there are bytes, an end of the stream or an error to be
+// read, or when timeout has passed. ready reads all bytes that there are. After an error (no memory, or the
+// loop has ended) it is not called. Only one wait may be under way.
 func (s *Socket) AwaitBytes(timeout time.Duration, ready func(timedOut bool)) error {
 	return s.await(unix.EPOLLIN, timeout, ready)
 }
 
-// AwaitConnect calls ready once when the connection is made or has failed, or when timeout has passed.
+// AwaitConnect is AwaitBytes for the moment when the connection is made or has failed.
 func (s *Socket) AwaitConnect(timeout time.Duration, ready func(timedOut bool)) error {
 	return s.await(unix.EPOLLOUT, timeout, ready)
 }
@@ -93,12 +95,13 @@ func (s *Socket) await(event uint32, timeout time.Duration, ready func(timedOut 
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	s.wait, s.awaits = ready, event
+	s.until = time.Now().Add(timeout)
 	if s.timer == nil {
-		s.timer = time.AfterFunc(timeout, s.Expire)
+		s.timer = time.AfterFunc(timeout, s.timeOut)
 	} else {
 		s.timer.Reset(timeout)
 	}
-	// For the events of an attached socket too, so that it need not be changed for one.
+	// The events of an attached socket are asked for as well, so that Attach needs no system call.
 	if err := l.watch(s, event|attached); err != nil {
 		s.timer.Stop()
 		s.wait = nil
@@ -108,7 +111,8 @@ func (s *Socket) await(event uint32, timeout time.Duration, ready func(timedOut 
 	return nil
 }
 
-// takeWait gives what is to be called now, if anything. The caller has the loop to itself.
+// takeWait ends the wait, if there is one, and gives what is to be called for it. The caller has the loop to
+// itself.
 func (s *Socket) takeWait(timedOut bool) func() {
 	ready := s.wait
 	if ready == nil {
@@ -117,6 +121,17 @@ func (s *Socket) takeWait(timedOut bool) func() {
 	s.wait = nil
 	s.timer.Stop()
 	return func() { ready(timedOut) }
+}
+
+// timeOut ends a wait that has waited long enough. The timer may have fired for the wait before this one,
+// just as the event came that ended it.
+func (s *Socket) timeOut() {
+	s.loop.Do(func() func() {
+		if time.Now().Before(s.until) {
+			return nil
+		}
+		return s.takeWait(true)
+	})
 }
 
 // Expire ends a wait, if there is one, as if the timeout had passed.

@@ -71,23 +71,27 @@ type Option struct {
 func (o *Option) isSpare() bool { return o.Backup || o.Weight == 0 }
 
 // Pick chooses one of n options that was not tried, and returns its index, or -1 if there is none: by weight
-// among those that could be reached lately, spare ones after the others, else among those that could not.
+// among those that could be reached lately, spare ones after the others, else among those that could not, in
+// the same order.
 func Pick(n int, option func(i int) Option) int {
 	now := time.Now()
-	var fit [4][]int // the best first
-	var total [4]int
+	const avoided, off = 2, 4 // classes: 0 and 1 (spare), then the same of those that are avoided, then the rest
+	var fit [off + 1][]int
+	var total [len(fit)]int // weights
 	for i := range n {
 		o := option(i)
-		class := 0
-		switch {
-		case o.Tried:
+		if o.Tried {
 			continue
-		case o.Off:
-			class = 3
-		case o.isAvoided(now):
-			class = 2
-		case o.isSpare():
+		}
+		class := 0
+		if o.isSpare() {
 			class = 1
+		}
+		if o.isAvoided(now) {
+			class += avoided
+		}
+		if o.Off {
+			class = off
 		}
 		fit[class], total[class] = append(fit[class], i), total[class]+max(o.Weight, 1)
 	}
@@ -99,7 +103,7 @@ func Pick(n int, option func(i int) Option) int {
 		for _, i := range all {
 			o := option(i)
 			if left -= max(o.Weight, 1); left < 0 {
-				if class < 2 {
+				if class < avoided {
 					o.isProbed(now)
 				}
 				return i

@@ -36,9 +36,14 @@ func TestPick(t *testing.T) {
 		t.Errorf("where all but the spare one have: %v", got)
 	}
 	spare.Health.Failed()
-	if got := picks(n, a, b, spare); slices.Contains(got, 0) {
-		t.Errorf("where all have failed, not all are tried: %v", got)
+	if got := picks(n, a, b, spare); got[0] == 0 || got[1] == 0 || got[2] != 0 {
+		t.Errorf("where all have failed, the spare one is not the last: %v", got)
 	}
+	a.Tried, b.Tried = true, true
+	if got := picks(n, a, b, spare); got[2] != n {
+		t.Errorf("where all have failed, and all but the spare one were tried: %v", got)
+	}
+	a.Tried, b.Tried = false, false
 	b.Health.Worked()
 	if got := picks(n, a, b, spare); got[1] != n {
 		t.Errorf("once one is back: %v", got)

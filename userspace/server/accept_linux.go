@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -18,9 +19,10 @@ type accepted = *loop.Socket
 
 // acceptor is a socket which is not in Go's poller: connections are accepted by the loops.
 type acceptor struct {
-	fd      int
-	loop    *loop.Acceptor // nil before prepare
-	stopped bool
+	fd        int
+	loop      *loop.Acceptor // nil before prepare
+	stopped   bool
+	admitting sync.WaitGroup // what admits connections off the loops
 }
 
 // newListenerSocket makes one of ln, which is closed then.
@@ -58,7 +60,7 @@ func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.Ad
 		srv.admit(s.owner.Load(), c, peer)
 		return
 	}
-	go func() {
+	s.admitting.Go(func() {
 		name, ok := has(index, local)
 		if ok {
 			s.via.Store(int64(index))
@@ -70,7 +72,7 @@ func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.Ad
 		srv.metrics.Accepted.WithLabelValues(l).Inc()
 		srv.noteRefused(l, notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet", "listener", l,
 			"reason", notByTailnet, "peer", peer, "interface", name, "address", s.written, "err", err)
-	}()
+	})
 }
 
 // accept begins to admit connections.
@@ -79,6 +81,7 @@ func (s *listenerSocket) accept() { s.loop.Start() }
 // stop ends that until prepare and accept are called again, and waits until nobody is being admitted.
 func (s *listenerSocket) stop() {
 	s.loop.Stop()
+	s.admitting.Wait()
 	s.stopped = true
 }
 
@@ -97,7 +100,7 @@ func (s *listenerSocket) copy() (*os.File, error) {
 // Close closes the socket, and waits until nobody is being admitted.
 func (s *listenerSocket) Close() {
 	if s.loop != nil {
-		s.loop.Stop()
+		s.stop()
 	}
 	unix.Close(s.fd)
 }

@@ -12,7 +12,9 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/test/cable"
 )
 
@@ -157,6 +159,66 @@ listeners:
 	if d.log.Count("interface=near") == 0 {
 		t.Error("the log does not say by which interface it came")
 	}
+}
+
+// TestRestWaitsForAdmission: when Rest returns, what was accepted at an address of the tailnet is admitted,
+// though that is found out off the loops.
+func TestRestWaitsForAdmission(t *testing.T) {
+	if !cable.InOwnNetwork(t) {
+		return
+	}
+	lan := cable.New(t, 1<<20)
+	self := netip.MustParseAddrPort(lan.Addr("tcp4", false)).Addr()
+	ts := startTailscaled(t)
+	ts.self = []netip.Addr{self}
+	d := start(t, fmt.Sprintf(`
+listeners: [ { name: tcp, listen: ["tailnet:4443"], mode: tcp, default: { forward: %q } } ]`, backend(t, echo)))
+	eventually(t, "it listens", func() bool { return d.bound() == 1 })
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 4000 { // so that finding an address takes longer than looking at a queue
+		addr, _ := netlink.ParseAddr(fmt.Sprintf("10.80.%d.%d/32", i/250, i%250+1))
+		if err := netlink.AddrAdd(lo, addr); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var c net.Conn
+	err = lan.AtFar(func() (err error) {
+		c, err = net.DialTimeout("tcp", netip.AddrPortFrom(self, 4443).String(), patience)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	fd := d.listening(t)
+	for end := time.Now().Add(patience); ; {
+		var i unix.TCPInfo
+		if err := tcpsock.Info(fd, &i); err != nil || time.Now().After(end) {
+			t.Fatalf("it is not accepted: %v", err)
+		}
+		if i.Unacked == 0 { // that wait in the queue of a socket that listens
+			break
+		}
+	}
+	d.Rest()
+	if n := d.limiter.Total(); n != 1 {
+		t.Errorf("%d connections are admitted, want 1", n)
+	}
+}
+
+// listening is the descriptor of the one socket that listens.
+func (d *daemon) listening(t *testing.T) int {
+	t.Helper()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, s := range d.sockets {
+		return s.fd
+	}
+	t.Fatal("nothing listens")
+	return -1
 }
 
 // bound is how many sockets listen.

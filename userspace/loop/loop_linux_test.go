@@ -117,7 +117,10 @@ func TestLateTimer(t *testing.T) {
 		}
 	}
 	wait(time.Hour)
-	s.TimeOut()
+	fire := s.Fire()
+	s.Cancel()
+	wait(time.Hour)
+	fire()
 	if !s.Cancel() {
 		t.Error("a timer that had fired before has ended the wait")
 	}

@@ -23,8 +23,7 @@ type Socket struct {
 	wait      func(timedOut bool) // what is to be called once, or nil
 	awaits    uint32              // the event that wait is for
 	hasMissed bool                // other events came, and won't again unless they are asked for
-	timer     *time.Timer         // calls timeOut when wait has waited long enough
-	until     time.Time           // when that is
+	timer     *time.Timer         // of wait; nil with it
 }
 
 // A Handler takes the events of the socket that it is attached to.
@@ -95,16 +94,13 @@ func (s *Socket) await(event uint32, timeout time.Duration, ready func(timedOut 
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	s.wait, s.awaits = ready, event
-	s.until = time.Now().Add(timeout)
-	if s.timer == nil {
-		s.timer = time.AfterFunc(timeout, s.timeOut)
-	} else {
-		s.timer.Reset(timeout)
-	}
+	var t *time.Timer // a new one for each wait: what waits for long, attached, has none
+	t = time.AfterFunc(timeout, func() { l.Do(func() func() { return s.timeOut(t) }) })
+	s.timer = t
 	// The events of an attached socket are asked for as well, so that Attach needs no system call.
 	if err := l.watch(s, event|attached); err != nil {
-		s.timer.Stop()
-		s.wait = nil
+		t.Stop()
+		s.wait, s.timer = nil, nil
 		return err
 	}
 	s.hasMissed = false
@@ -118,20 +114,18 @@ func (s *Socket) takeWait(timedOut bool) func() {
 	if ready == nil {
 		return nil
 	}
-	s.wait = nil
 	s.timer.Stop()
+	s.wait, s.timer = nil, nil
 	return func() { ready(timedOut) }
 }
 
-// timeOut ends a wait that has waited long enough. The timer may have fired for the wait before this one,
-// just as the event came that ended it.
-func (s *Socket) timeOut() {
-	s.loop.Do(func() func() {
-		if time.Now().Before(s.until) {
-			return nil
-		}
-		return s.takeWait(true)
-	})
+// timeOut ends the wait of t, which has fired. That may be over: its event came at the same moment. The caller
+// has the loop to itself.
+func (s *Socket) timeOut(t *time.Timer) func() {
+	if s.timer != t {
+		return nil
+	}
+	return s.takeWait(true)
 }
 
 // Expire ends a wait, if there is one, as if the timeout had passed.

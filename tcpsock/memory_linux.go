@@ -1,10 +1,9 @@
 package tcpsock
 
 import (
-	"fmt"
+	"bytes"
 	"os"
-	"path/filepath"
-	"strings"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,20 +16,40 @@ import (
 // taken for what the kernel makes it at boot, a sixteenth of the memory.
 func Memory(proc string) (used, pressure int64) {
 	page := int64(os.Getpagesize())
-	if stat, err := os.ReadFile(filepath.Join(proc, "net/sockstat")); err == nil {
+	var space [1024]byte
+	if stat, err := readFile(proc+"/net/sockstat", space[:]); err == nil {
 		// TCP: inuse 30 orphan 0 tw 2 alloc 35 mem 5
-		_, tcp, _ := strings.Cut(string(stat), "\nTCP: ")
-		_, mem, _ := strings.Cut(tcp, " mem ")
-		_, _ = fmt.Sscan(mem, &used)
+		_, tcp, _ := bytes.Cut(stat, []byte("\nTCP: "))
+		_, mem, _ := bytes.Cut(tcp, []byte(" mem "))
+		used = number(bytes.Fields(mem), 0)
 	}
-	if limits, err := os.ReadFile(filepath.Join(proc, "sys/net/ipv4/tcp_mem")); err == nil {
-		var low int64
-		_, _ = fmt.Sscan(string(limits), &low, &pressure)
-		return used * page, pressure * page
+	if limits, err := readFile(proc+"/sys/net/ipv4/tcp_mem", space[:]); err == nil {
+		return used * page, number(bytes.Fields(limits), 1) * page
 	}
 	var i unix.Sysinfo_t
 	if unix.Sysinfo(&i) != nil {
 		return used * page, 0
 	}
 	return used * page, int64(i.Totalram) * int64(i.Unit) / 16
+}
+
+// number is the field i, or 0 where that is none.
+func number(fields [][]byte, i int) int64 {
+	if i >= len(fields) {
+		return 0
+	}
+	n, _ := strconv.ParseInt(string(fields[i]), 10, 64)
+	return max(n, 0)
+}
+
+// readFile is what the first read of a file of procfs gives, as far as there is space. os.ReadFile takes twice
+// as many system calls.
+func readFile(name string, space []byte) ([]byte, error) {
+	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	n, err := unix.Read(fd, space)
+	return space[:max(n, 0)], err
 }

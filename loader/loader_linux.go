@@ -84,14 +84,16 @@ func load(o Options, h *sockmap.Hooks) (_ *Loader, err error) {
 	return l, nil
 }
 
-// sweep is what is to be done about once a second.
-func (l *Loader) sweep(now time.Time) {
+// sweep is what is to be done from time to time, and reports whether that is about once a second.
+func (l *Loader) sweep(now time.Time) (again bool) {
 	if l.local != nil {
 		l.local.Sweep()
 	}
-	if err := l.pins.Sweep(now); err != nil {
+	again, err := l.pins.Sweep(now)
+	if err != nil {
 		l.log.Warn("look at what an earlier daemon left for processes to read", "error", err)
 	}
+	return again || l.local != nil
 }
 
 // Close resets the flows that live, and removes the programs, maps and pins, but for a map with bytes that a

@@ -313,14 +313,14 @@ func (p *Generation) Release() error {
 func (p *Generation) close() error { return errors.Join(p.dir.close(), p.above.close()) }
 
 // Sweep removes what dead daemons left whose last byte has been read meanwhile. It gives up where that can't
-// be found out.
-func (p *Generation) Sweep(now time.Time) (err error) {
+// be found out. again: there is more, for a second from now.
+func (p *Generation) Sweep(now time.Time) (again bool, err error) {
 	if !p.others || now.Before(p.next) {
-		return nil
+		return p.others, nil
 	}
 	p.next = now.Add(time.Second)
 	p.others, err = p.clean.removeDead(p.above)
-	return err
+	return p.others, err
 }
 
 // folder is one of the BPF file system in which nobody but root and this user can change anything.

@@ -57,7 +57,7 @@ func openLocal(t testing.TB, h *sockmap.Hooks) *Local {
 	loadertest.Must(t, err)
 	n, err := Load(l, c)
 	loadertest.Must(t, err)
-	loadertest.Must(t, errors.Join(g.Publish(), l.Start(func(time.Time) { n.Sweep() })))
+	loadertest.Must(t, errors.Join(g.Publish(), l.Start(func(time.Time) bool { n.Sweep(); return true })))
 	t.Cleanup(func() {
 		if err := errors.Join(l.Stop(), n.Close(), g.Release(), l.Close()); err != nil {
 			t.Errorf("close: %v", err)

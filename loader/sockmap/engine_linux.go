@@ -33,7 +33,7 @@ type Engine struct {
 	pollers  []*poller     // one for some of the slots each
 	ring     *ringbuf.Reader
 	ringBusy atomic.Bool // with an event that was taken from it
-	onSweep  func(now time.Time)
+	onSweep  func(now time.Time) (again bool)
 
 	live     []atomic.Pointer[flow] // by slot
 	ledger   ledger
@@ -156,8 +156,9 @@ func (l *Engine) Assign(spec *ebpf.CollectionSpec, entries map[string]int, to an
 	return nil
 }
 
-// Start lets flows be spliced. onSweep is called at each sweep, about once a second.
-func (l *Engine) Start(onSweep func(now time.Time)) (err error) {
+// Start lets flows be spliced. onSweep is called at each sweep, and reports whether it has to be called again
+// within a second: without that, and without flows, it is in 15 s.
+func (l *Engine) Start(onSweep func(now time.Time) (again bool)) (err error) {
 	l.onSweep = onSweep
 	// Each serves its flows on one processor at a time; userspace needs the others.
 	for range max(runtime.GOMAXPROCS(0)/2, 1) {
@@ -278,4 +279,7 @@ func (l *Engine) FreeSlot(slot uint32) {
 	l.mu.Unlock()
 }
 
-const sweepEvery = time.Second
+const (
+	sweepEvery = time.Second
+	restEvery  = 15 * time.Second // without flows
+)

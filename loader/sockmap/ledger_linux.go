@@ -45,6 +45,7 @@ func (l *Engine) Record(down, up int, o Flow) (forget func(), err error) {
 		}
 	}
 	r, err := l.ledger.add(sockets, cookies, o)
+	l.sweeper.atLeast(sweepEvery)
 	return r.forgetter(), err
 }
 
@@ -90,15 +91,17 @@ func (g *ledger) close() {
 	}
 }
 
-// publish writes what userspace has moved.
-func (g *ledger) publish() {
-	for _, r := range g.all() {
+// publish writes what userspace has moved, and reports whether there are records.
+func (g *ledger) publish() (hasRecords bool) {
+	all := g.all()
+	for _, r := range all {
 		r.mu.Lock()
 		if !r.isSpliced && !r.isForgotten && r.refresh() {
 			_ = g.l.objects.Flows.Put(r.cookie, r.entry)
 		}
 		r.mu.Unlock()
 	}
+	return len(all) > 0
 }
 
 // refresh is called with mu held while userspace has the flow. changed: something has moved.

@@ -31,7 +31,7 @@ func open(t testing.TB, h *Hooks, flows int) *Engine {
 	l, err := Load(Config{MaxFlows: flows, Pin: g.Pin, Log: loadertest.LogTo(t), Hooks: h})
 	loadertest.Must(t, err)
 	loadertest.Must(t, g.Publish())
-	loadertest.Must(t, l.Start(func(time.Time) {}))
+	loadertest.Must(t, l.Start(func(time.Time) bool { return false }))
 	pinnedAt.Store(l, filepath.Join(at, "tailsplice", instance, "current"))
 	t.Cleanup(func() {
 		if err := errors.Join(l.Close(), g.Release()); err != nil {

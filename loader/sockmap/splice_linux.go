@@ -168,7 +168,7 @@ func (f *flow) begin(ctx context.Context) {
 			stop()
 		}
 	}
-	if f.o.Idle > 0 {
+	if f.l.sweeper.atLeast(sweepEvery); f.o.Idle > 0 {
 		f.l.sweeper.atLeast(f.o.Idle / 4)
 	}
 }

@@ -1,6 +1,7 @@
 package sockmap
 
 import (
+	"math"
 	"sync"
 	"time"
 
@@ -20,6 +21,8 @@ type sweeper struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	pause time.Duration // between two sweeps
+	// +checklocks:mu
+	asked time.Duration // the least that atLeast has asked for since the last sweep began
 }
 
 func newSweeper() *sweeper {
@@ -30,7 +33,8 @@ func newSweeper() *sweeper {
 func (s *sweeper) atLeast(every time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if every = max(every, 10*time.Millisecond); every < s.pause {
+	every = max(every, 10*time.Millisecond)
+	if s.asked = min(s.asked, every); every < s.pause {
 		s.pause = every
 		s.ticker.Reset(every)
 	}
@@ -43,9 +47,12 @@ func (s *sweeper) run(sweep func(time.Time) time.Duration) {
 		case <-s.quit:
 			return
 		case now := <-s.ticker.C:
+			s.mu.Lock()
+			s.asked = math.MaxInt64
+			s.mu.Unlock()
 			pause := sweep(now)
 			s.mu.Lock()
-			if pause != s.pause {
+			if pause = min(pause, s.asked); pause != s.pause {
 				s.pause = pause
 				s.ticker.Reset(pause)
 			}
@@ -60,13 +67,13 @@ func (s *sweeper) close() {
 }
 
 func (l *Engine) sweep(now time.Time) time.Duration {
-	pause, resting := sweepEvery, int32(0)
+	pause, resting := restEvery, int32(0)
 	for i := range l.live {
 		f := l.live[i].Load()
 		if f == nil {
 			continue
 		}
-		if f.o.Idle > 0 {
+		if pause = min(pause, sweepEvery); f.o.Idle > 0 {
 			pause = min(pause, max(f.o.Idle/4, 10*time.Millisecond))
 		}
 		if f.sweep(now) {
@@ -77,8 +84,9 @@ func (l *Engine) sweep(now time.Time) time.Duration {
 		}
 	}
 	l.quiet.Store(resting)
-	l.ledger.publish()
-	l.onSweep(now)
+	if hasRecords := l.ledger.publish(); l.onSweep(now) || hasRecords {
+		pause = min(pause, sweepEvery)
+	}
 	return pause
 }
 

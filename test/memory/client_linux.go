@@ -19,6 +19,7 @@ type result struct {
 	paced         float64 // MB a second through one flow at a time, by a client with a line
 	bulk          float64 // the same without a line: what the processor bears
 	bulkFailed    int     // transfers
+	fault         string  // of the last one that failed
 }
 
 func (r result) String() string {
@@ -81,34 +82,41 @@ func (v *visitor) measure(each time.Duration) (r result) {
 	}
 	slices.Sort(took)
 	r.p50, r.p99 = took[len(took)/2], took[len(took)*99/100]
-	var failed [2]int
-	r.paced, failed[0] = v.transfers(each, v.line)
-	r.bulk, failed[1] = v.transfers(each, 0)
-	r.bulkFailed = failed[0] + failed[1]
+	r.paced = v.transfers(each, v.line, &r)
+	r.bulk = v.transfers(each, 0, &r)
 	return r
 }
 
 // transfers takes bulk, one flow after the other, for so long, and gives the MB a second. line is how many
-// bytes a second the client can take at most; 0: any number.
-func (v *visitor) transfers(each time.Duration, line float64) (rate float64, failed int) {
+// bytes a second the client can take at most; 0: any number. What fails is counted in r.
+func (v *visitor) transfers(each time.Duration, line float64, r *result) (rate float64) {
 	var bytes int64
 	began := time.Now()
 	for time.Since(began) < each {
-		c, err := v.open("bulk.test", 1)
-		if err != nil {
-			failed++
-			time.Sleep(100 * time.Millisecond)
-			continue
-		}
-		c.SetReadDeadline(time.Now().Add(patience))
-		n, err := io.Copy(io.Discard, &pacedReader{c, line, time.Now()})
+		n, err := v.transfer(line)
 		bytes += n
-		if err != nil || n != bulkBytes {
-			failed++
+		if err != nil {
+			r.bulkFailed++
+			r.fault = fmt.Sprintf(", the last one after %d KiB: %v", n>>10, err)
+			time.Sleep(100 * time.Millisecond)
 		}
-		abort(c)
 	}
-	return float64(bytes) / (1 << 20) / time.Since(began).Seconds(), failed
+	return float64(bytes) / (1 << 20) / time.Since(began).Seconds()
+}
+
+// transfer takes bulkBytes through a new flow.
+func (v *visitor) transfer(line float64) (n int64, err error) {
+	c, err := v.open("bulk.test", 1)
+	if err != nil {
+		return 0, err
+	}
+	defer abort(c)
+	c.SetReadDeadline(time.Now().Add(patience))
+	n, err = io.Copy(io.Discard, &pacedReader{c, line, time.Now()})
+	if err == nil && n != bulkBytes {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
 }
 
 // A pacedReader reads what a line lets through.

@@ -357,8 +357,8 @@ func (c *conductor) judge(budget int64, idled bool, rate, reached float64) error
 	for _, p := range c.phases[1:] {
 		say(p.probe.failed == 0 && p.probe.p99 <= bound, "%s: first byte p99 %.0f ms, at most %.0f (100 ms, %.1f times as slow); %d of %d failed",
 			p.name, ms(p.probe.p99), ms(bound), c.scale, p.probe.failed, p.probe.tried)
-		say(p.probe.paced >= leastBulk*unloaded.probe.paced, "%s: throughput of a client with a line of %.1f MB/s %.2f of unloaded, at least %.1f; without a line %.2f; %d transfers failed",
-			p.name, c.client.line/(1<<20), p.probe.paced/unloaded.probe.paced, leastBulk, p.bulk()/unloaded.bulk(), p.probe.bulkFailed)
+		say(p.probe.paced >= leastBulk*unloaded.probe.paced, "%s: throughput of a client with a line of %.1f MB/s %.2f of unloaded, at least %.1f; without a line %.2f; %d transfers failed%s",
+			p.name, c.client.line/(1<<20), p.probe.paced/unloaded.probe.paced, leastBulk, p.bulk()/unloaded.bulk(), p.probe.bulkFailed, p.probe.fault)
 	}
 	if after := c.phases[len(c.phases)-1].bulk(); after < leastBulk*unloaded.bulk() {
 		fmt.Printf("note: afterwards it is %.2f as fast as before: the daemon has not recovered, or others keep this machine busy, and no throughput can be compared\n", after/unloaded.bulk())

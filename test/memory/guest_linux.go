@@ -28,6 +28,7 @@ type sample struct {
 	Socket int64 // sockets of TCP: how many
 	CPU    int64 // what the daemon has used, in ms
 	Short  int64 // how long the kernel has been short of memory for TCP, in ms: since boot, of the times that have ended
+	Now    bool  // it is short
 }
 
 // mark begins the lines of the console that the conductor reads.
@@ -190,7 +191,19 @@ func takeSample(pid int) sample {
 		s.Socket, s.TCP = alloc, mem*int64(os.Getpagesize())
 	}
 	s.Short = tcpExt("TCPMemoryPressuresChrono")
+	s.Now = isTCPShort()
 	return s
+}
+
+// isTCPShort reports whether the kernel is short of memory for TCP: its column press.
+func isTCPShort() bool {
+	b, _ := os.ReadFile("/proc/net/protocols")
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 && f[0] == "TCP" {
+			return f[4] == "yes"
+		}
+	}
+	return false
 }
 
 // tcpExt is a counter of the kernel's TCP.

@@ -94,7 +94,7 @@ func (m *machine) listen(console io.Reader, to io.WriteCloser) {
 // more is the larger of each.
 func more(a, b sample) sample {
 	return sample{max(a.Total, b.Total), max(a.Free, b.Free), max(a.Taken, b.Taken), max(a.Slab, b.Slab), max(a.RSS, b.RSS), max(a.TCP, b.TCP),
-		max(a.Socket, b.Socket), max(a.CPU, b.CPU), max(a.Short, b.Short)}
+		max(a.Socket, b.Socket), max(a.CPU, b.CPU), max(a.Short, b.Short), a.Now || b.Now}
 }
 
 func (m *machine) look(what *sample) sample {

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -23,6 +24,7 @@ type acceptor struct {
 	loop      *loop.Acceptor // nil before prepare
 	stopped   bool
 	admitting sync.WaitGroup // what admits connections off the loops
+	taken     atomic.Int64   // connections that were accepted
 }
 
 // newListenerSocket makes one of ln, which is closed then.
@@ -33,13 +35,16 @@ func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, er
 		return nil, err
 	}
 	fd, err := tcpsock.Dup(raw)
-	return &listenerSocket{written: written, addr: ln.Addr(), acceptor: acceptor{fd: fd}}, err
+	s := &listenerSocket{written: written, addr: ln.Addr()}
+	s.fd = fd
+	return s, err
 }
 
 // prepare makes accept possible.
 func (s *listenerSocket) prepare(srv *Server) {
 	s.stopped = false
 	s.loop = srv.opts.Loops.NewAcceptor(s.fd, func(c *loop.Socket, peer unix.Sockaddr) {
+		s.taken.Add(1)
 		srv.spare.refill()
 		if s.onTailnet.Load() {
 			srv.admitTailnet(s, c, tcpsock.AddrPort(peer))
@@ -103,6 +108,22 @@ func (s *listenerSocket) Close() {
 		s.stop()
 	}
 	unix.Close(s.fd)
+}
+
+// end is Close for all processes that have the socket: nobody can connect any more, whoever keeps a copy.
+func (s *listenerSocket) end() {
+	if s.loop != nil {
+		s.loop.Stop()
+	}
+	unix.Shutdown(s.fd, unix.SHUT_RDWR)
+	unix.Close(s.fd)
+}
+
+// queue says how many connections were accepted, and whether one waits.
+func (s *listenerSocket) queue() (taken int64, waits bool) {
+	var i unix.TCPInfo
+	err := tcpsock.Info(s.fd, &i)
+	return s.taken.Load(), err == nil && i.Unacked > 0 // of a socket that listens it is the length of its queue
 }
 
 // refuseOne resets the connection that waits.

@@ -74,6 +74,12 @@ func (s *listenerSocket) Close() {
 	}
 }
 
+// end is Close: no other process has the socket.
+func (s *listenerSocket) end() { s.Close() }
+
+// queue can't be looked at here.
+func (s *listenerSocket) queue() (taken int64, waits bool) { return 0, false }
+
 // refuseOne resets the connection that waits.
 func (s *listenerSocket) refuseOne() error {
 	s.ln.SetDeadline(time.Now().Add(10 * time.Millisecond)) // it may be gone by now

@@ -23,6 +23,20 @@ func (srv *Server) Sockets() (all []handover.Socket, err error) {
 		return nil, errors.New("the daemon is shutting down")
 	}
 	srv.isFrozen = true
+	return srv.copies()
+}
+
+// Bound are copies as of Sockets, and everything goes on.
+func (srv *Server) Bound() ([]handover.Socket, error) {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	return srv.copies()
+}
+
+// copies are copies of all that is bound.
+//
+// +checklocks:srv.mu
+func (srv *Server) copies() (all []handover.Socket, err error) {
 	for addr, s := range srv.sockets {
 		f, err := s.copy()
 		if err != nil {
@@ -158,6 +172,10 @@ func (srv *Server) Accept() {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
 	srv.isHeld = false
+	for _, s := range srv.unwanted {
+		s.end()
+	}
+	srv.unwanted = nil
 	for _, s := range srv.sockets {
 		srv.start(s)
 	}

@@ -76,6 +76,7 @@ func (srv *Server) openTailnet(served map[net.Listener]bool, addrs []netip.Addr,
 				continue
 			}
 			open[addr] = ln.(*net.TCPListener)
+			srv.opts.moved()
 		}
 		if ln := open[addr]; !served[ln] {
 			srv.log.Info("health is served", "address", addr)
@@ -88,6 +89,7 @@ func (srv *Server) openTailnet(served map[net.Listener]bool, addrs []netip.Addr,
 			ln.Close()
 			delete(open, addr)
 			delete(served, ln)
+			srv.opts.moved()
 		}
 	}
 	return errors.Join(errs...)

@@ -38,6 +38,9 @@ type listenerSocket struct {
 
 	onTailnet atomic.Bool  // for those who come by the tailnet: see admitTailnet
 	via       atomic.Int64 // the interface by which they came last
+
+	took  int64 // how many were accepted when lookAtQueues looked; guarded by Server.mu
+	stood bool  // whether any waited then; guarded by Server.mu
 }
 
 // binding is one address that should be bound, and for whom.
@@ -261,12 +264,18 @@ func (srv *Server) rebind(want []binding, opened map[string]*listenerSocket) {
 		}
 	}
 	for addr, s := range srv.sockets {
-		if !wanted[addr] {
-			s.Close()
-			delete(srv.sockets, addr)
-			srv.log.Info("stopped listening", "address", addr)
+		if wanted[addr] {
+			continue
 		}
+		if srv.isHeld { // it is another process's until this one accepts
+			srv.unwanted = append(srv.unwanted, s)
+		} else {
+			s.end()
+		}
+		delete(srv.sockets, addr)
+		srv.log.Info("stopped listening", "address", addr)
 	}
+	srv.opts.moved()
 	bound := map[netip.AddrPort]bool{}
 	for _, s := range srv.sockets {
 		bound[tcpsock.AddrPortOf(s.addr)] = true

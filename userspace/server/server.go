@@ -42,6 +42,7 @@
 //	sockdiag_linux.go  what the kernel says of all TCP sockets
 //	counts.go          what the metrics show of all this
 //	problems.go        what of the configuration does not work now, while the rest does
+//	hang.go            whether the daemon goes on
 //	health.go          whether connections move, and who may ask
 //	status.go          what can be seen from outside
 //	kill.go            flows are ended at an operator's word
@@ -100,6 +101,8 @@ type Options struct {
 	Handed []handover.Socket
 	Held   bool
 	Orders json.RawMessage // of [Server.Orders] of another process, or nil
+	// Moved is called when what [Server.Bound] returns may have changed. It must not block, nor call the Server.
+	Moved func()
 
 	// Datapaths are those that work on this machine; userspace is always there and is not listed. A flow that
 	// one refuses is offered to those behind it. For `datapath: auto` see Server.Offer.
@@ -147,8 +150,9 @@ type Server struct {
 	watchTailnet    sync.Once
 	watchContainers sync.Once
 	watchInterfaces sync.Once
-	addressesMoved  wakeup // wakes followAddresses
-	labelsMoved     wakeup // wakes followLabels
+	addressesMoved  wakeup        // wakes followAddresses
+	labelsMoved     wakeup        // wakes followLabels
+	looking         chan struct{} // has a value while Serves looks
 
 	auto     atomic.Pointer[[]datapath.Returner] // that Offer gave
 	nodeName atomic.Pointer[string]
@@ -168,11 +172,12 @@ type present struct {
 	listeners map[string]*listener       // by name
 	sockets   map[string]*listenerSocket // by bound address
 	isClosed  bool
-	isHeld    bool            // nothing is accepted yet
-	isFrozen  bool            // what is bound is on its way to another process
-	hasLeft   bool            // it has arrived
-	wereOpen  map[string]bool // listeners of which sockets came from another process
-	orders    orders          // that another process had, until the first configuration is in force
+	isHeld    bool              // nothing is accepted yet
+	isFrozen  bool              // what is bound is on its way to another process
+	hasLeft   bool              // it has arrived
+	unwanted  []*listenerSocket // of another process, while nothing is accepted: they are closed then
+	wereOpen  map[string]bool   // listeners of which sockets came from another process
+	orders    orders            // that another process had, until the first configuration is in force
 
 	healthSockets map[string]*net.TCPListener // of control.health on the tailnet, by address
 
@@ -196,7 +201,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 		present: present{listeners: map[string]*listener{}, sockets: map[string]*listenerSocket{}, missing: map[string]string{},
 			isHeld: opts.Held, wereOpen: map[string]bool{}, healthSockets: map[string]*net.TCPListener{}},
 		limited: &rateLimited{log: opts.Log, last: map[string]*lines{}}, addressesMoved: make(wakeup, 1),
-		labelsMoved: make(wakeup, 1)}
+		labelsMoved: make(wakeup, 1), looking: make(chan struct{}, 1)}
 	srv.ctx, srv.cancel = context.WithCancel(context.Background())
 	srv.metrics = metrics.New(opts.Version, srv.state)
 	srv.targets.Most, srv.targets.Took = metrics.MostNames, srv.metrics.DialTime.Observe
@@ -257,13 +262,23 @@ func (srv *Server) Flows() *flow.Registry { return srv.flows }
 // Metrics are the daemon's counters.
 func (srv *Server) Metrics() *metrics.Set { return srv.metrics }
 
+// moved says that what is bound may have changed.
+func (o *Options) moved() {
+	if o.Moved != nil {
+		o.Moved()
+	}
+}
+
 // stopAccepting closes all sockets and waits until nobody is being admitted.
 func (srv *Server) stopAccepting() {
 	srv.mu.Lock()
 	srv.isClosed = true
-	sockets := srv.sockets
-	srv.sockets = map[string]*listenerSocket{}
+	sockets, unwanted := srv.sockets, srv.unwanted
+	srv.sockets, srv.unwanted = map[string]*listenerSocket{}, nil
 	srv.mu.Unlock()
+	for _, s := range unwanted {
+		s.Close()
+	}
 	for _, s := range sockets {
 		s.Close()
 	}

@@ -14,6 +14,8 @@ import (
 type Elders struct {
 	// OnSignal gets the signals that the first process passes on. It is set before Add.
 	OnSignal func(os.Signal)
+	// OnMain is called when this process is the service manager's main one. It is set before Add.
+	OnMain func()
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -54,6 +56,9 @@ func (e *Elders) follow(a *elder) {
 		Close(m.Sockets)
 		if m.Step == Signal && e.OnSignal != nil {
 			e.OnSignal(syscall.Signal(m.Signal))
+		}
+		if m.Step == Main && e.OnMain != nil {
+			e.OnMain()
 		}
 		if m.Step == Left && m.Remains != nil {
 			e.mu.Lock()

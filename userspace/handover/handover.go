@@ -1,5 +1,6 @@
 // Package handover passes the listening sockets of a process to the one that takes its place, which is
-// another program as a rule, and lets the two tell each other how far they are.
+// another program as a rule, and lets the two tell each other how far they are. Where a process ends without
+// one that takes its place, the service manager keeps the sockets for the next: see [Store].
 //
 // A message is JSON in one packet of a pair of unix sockets, with descriptors beside it. The steps, in their
 // order:
@@ -8,6 +9,7 @@
 //	ready    new to old  the new process could start. It accepts nothing yet. taken: which sockets it uses
 //	yours    old to new  the old process accepts nothing any more: connections wait in the sockets' queues
 //	serving  new to old  the new process accepts
+//	main     old to new  the service manager was told that the new process is the main one
 //	left     old to new  each second, what the old process still has to do, until it closes its end
 //	newest   new to old  which process serves now
 //	end      new to old  the old process is to end within so many milliseconds
@@ -26,6 +28,7 @@
 //	start_linux.go   the new process, as the old one sees it
 //	take_linux.go    the old process, as the new one sees it
 //	elders_linux.go  older processes that have not ended
+//	store_linux.go   what the service manager keeps for the process that it starts after a crash
 package handover
 
 import (
@@ -46,6 +49,7 @@ const (
 	Ready   = "ready"
 	Yours   = "yours"
 	Serving = "serving"
+	Main    = "main"
 	Left    = "left"
 	Newest  = "newest"
 	End     = "end"

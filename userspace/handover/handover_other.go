@@ -86,8 +86,41 @@ func (*Predecessor) Ready() error { return errLinux }
 // Serve fails.
 func (*Predecessor) Serve() error { return errLinux }
 
+// All returns nothing.
+func (*Predecessor) All() []Socket { return nil }
+
+// Store keeps nothing.
+type Store struct{}
+
+// OpenStore returns one that has nothing.
+func OpenStore() (*Store, []error) { return new(Store), nil }
+
+// Len is 0.
+func (*Store) Len() int { return 0 }
+
+// Take returns nothing.
+func (*Store) Take(func(Socket) bool) []Socket { return nil }
+
+// State is nil.
+func (*Store) State() json.RawMessage { return nil }
+
+// Discard does nothing.
+func (*Store) Discard() {}
+
+// Note does nothing.
+func (*Store) Note([]Socket) {}
+
+// Sockets are none.
+func (*Store) Sockets() ([]Socket, error) { return nil, nil }
+
+// Keep does nothing.
+func (*Store) Keep([]Socket, json.RawMessage) error { return nil }
+
 // Elders are none.
-type Elders struct{ OnSignal func(os.Signal) }
+type Elders struct {
+	OnSignal func(os.Signal)
+	OnMain   func()
+}
 
 // Add does nothing.
 func (*Elders) Add(*Link) {}

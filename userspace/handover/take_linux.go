@@ -92,6 +92,9 @@ func (p *Predecessor) Take(want func(Socket) bool) (out []Socket) {
 	return out
 }
 
+// All are the sockets that nobody has taken, for whoever looks only.
+func (p *Predecessor) All() []Socket { return p.sockets }
+
 // State is what has come with the sockets; a nil Predecessor has none.
 func (p *Predecessor) State() json.RawMessage {
 	if p == nil {

@@ -11,6 +11,7 @@
 //	upgrade.go     upgrade: another process takes over; reload
 //	signals.go     HUP, TERM and INT: reload, and drain before the daemon ends
 //	outlive.go     a process that another one has taken over from lets its flows end
+//	keep.go        what a service manager keeps for the process after a crash, and its watchdog
 //	files_unix.go  the limit of open files
 //	datapaths.go   the kernel's datapaths: what is loaded, and when
 //	late.go        a datapath that can't be loaded yet

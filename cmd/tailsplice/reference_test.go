@@ -57,7 +57,10 @@ var manuals = map[string]manual{
 		fails: "the daemon could not start; standard error says why",
 		files: [][2]string{fileConfig, fileControl, filePins, fileACME},
 		environment: [][2]string{envTailscaled, envDocker, envProxy,
-			{"`NOTIFY_SOCKET`", "the socket on which systemd is told that the daemon is ready, reloads or stops, and which process it is"}, envValues},
+			{"`NOTIFY_SOCKET`", "the socket on which systemd is told that the daemon is ready, reloads or stops, and which process it is, " +
+				"and is given the listening sockets to keep (`FDSTORE=1`)"},
+			{"`LISTEN_FDS`, `LISTEN_FDNAMES`", "what systemd has kept of a process that has crashed"},
+			{"`WATCHDOG_USEC`", "within how many microseconds systemd is to hear that the daemon serves"}, envValues},
 		signals: [][2]string{
 			{"`SIGHUP`", "reloads the configuration and reopens the access logs"},
 			{"`SIGTERM`, `SIGINT`", "stop accepting connections, wait for the open ones to finish (`--drain-timeout`), and then " +

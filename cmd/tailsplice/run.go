@@ -63,7 +63,11 @@ second time closes them at once.
 
 ` + "`tailsplice upgrade`" + ` has a new process take over without refusing or closing a
 connection. Where no systemd is told which process that is, the first process
-stays, passes signals on, and ends with the newest one and its exit status.`,
+stays, passes signals on, and ends with the newest one and its exit status.
+
+Where systemd keeps descriptors for the daemon (FileDescriptorStoreMax=), the next
+process after a crash takes the listening sockets back, in which new connections
+wait meanwhile. Drained listeners and disabled targets stay so.`,
 		Example: `  tailsplice run --config /etc/tailsplice/tailsplice.yaml
   tailsplice run -c edge.yaml --log-format text --log-level debug`,
 		Args: noArgs,
@@ -128,7 +132,11 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 
 	var control controls
 	defer control.close()
-	if err := control.bind(cfg, old, log); err != nil {
+	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, control: &control, isFirst: old == nil,
+		upgraded: make(chan *successor, 1)}
+	from, orders := d.openStore(old)
+	control.isLent = old != nil
+	if err := control.bind(cfg, from, log); err != nil {
 		return nil, err
 	}
 	datapaths := loadDatapaths(cfg, o.knownBad, log)
@@ -140,7 +148,8 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 		return nil, err
 	}
 	defer loops.Close()
-	datapaths.options.Handed, datapaths.options.Held, datapaths.options.Orders = old.Take(ofServer(cfg)), old != nil, old.State()
+	datapaths.options.Handed, datapaths.options.Held, datapaths.options.Orders = from.Take(ofServer(cfg)), true, orders
+	datapaths.options.Moved = d.keeper.wake
 	datapaths.options.Loops, datapaths.options.Relay, datapaths.options.RaiseFiles = loops, relay.New(loops), raiseFileLimit
 	defer datapaths.options.Relay.Close()
 	f, err := server.New(cfg, datapaths.options)
@@ -151,17 +160,21 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	datapaths.offer(f)
 	limitHeap(f.Memory())
 
-	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, server: f, control: &control, isFirst: old == nil,
-		upgraded: make(chan *successor, 1)}
+	d.server = f
 	d.elders.OnSignal = func(s os.Signal) { d.passOn(s, signals) }
+	d.elders.OnMain = func() { d.beMain(ctx) }
 	if old != nil {
 		if err := d.takeOver(old); err != nil {
 			return nil, err
 		}
+	} else {
+		d.keeper.store.Discard()
+		f.Accept()
 	}
 	control.serve(ctx, d)
 	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)
 	if old == nil { // else it is said by who is still the main process
+		d.beMain(ctx)
 		daemon.SdNotify(false, daemon.SdNotifyReady)
 	}
 
@@ -203,10 +216,9 @@ type boundControl struct {
 	net.Listener
 }
 
-// bind binds what cfg names, or takes it from old, which is nil where there is no older process.
-func (c *controls) bind(cfg *config.Config, old *handover.Predecessor, log *slog.Logger) error {
-	c.isLent = old != nil
-	socket, err := c.open(handover.KindControl, cfg.Control.Socket, old, admin.Listen, admin.Adopt)
+// bind binds what cfg names, or takes it from a process before this one.
+func (c *controls) bind(cfg *config.Config, from taker, log *slog.Logger) error {
+	socket, err := c.open(handover.KindControl, cfg.Control.Socket, from, admin.Listen, admin.Adopt)
 	switch {
 	case err == nil:
 		c.socket = netutil.LimitListener(socket, controlConnections)
@@ -224,17 +236,17 @@ func (c *controls) bind(cfg *config.Config, old *handover.Predecessor, log *slog
 		}
 		listen := func(address string) (net.Listener, error) { return listenControl(l.kind, address) }
 		adopt := func(ln net.Listener, _ string) (net.Listener, error) { return ln, nil }
-		if *l.to, err = c.open(l.kind, l.address, old, listen, adopt); err != nil {
+		if *l.to, err = c.open(l.kind, l.address, from, listen, adopt); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// open takes a socket from old, by adopt, or binds it, by listen.
-func (c *controls) open(kind, address string, old *handover.Predecessor, listen func(string) (net.Listener, error),
+// open takes a socket that there is already, by adopt, or binds it, by listen.
+func (c *controls) open(kind, address string, from taker, listen func(string) (net.Listener, error),
 	adopt func(net.Listener, string) (net.Listener, error)) (ln net.Listener, err error) {
-	handed := old.Take(func(s handover.Socket) bool { return s.Kind == kind && s.Address == address })
+	handed := from.Take(func(s handover.Socket) bool { return s.Kind == kind && s.Address == address })
 	defer handover.Close(handed)
 	if len(handed) > 0 {
 		if ln, err = net.FileListener(handed[0].File); err == nil {

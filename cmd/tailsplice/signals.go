@@ -59,6 +59,7 @@ var errEnding = errors.New("the daemon is told to end")
 func (d *process) drain(first os.Signal, signals <-chan os.Signal) error {
 	daemon.SdNotify(false, daemon.SdNotifyStopping)
 	f, timeout, log := d.server, d.options.drain, d.log
+	d.endKeeping()
 	log.Info("draining: no new connections; the same signal again ends at once", "signal", first.String(),
 		"flows", f.Flows().Len(), "deadline", timeout.String())
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)

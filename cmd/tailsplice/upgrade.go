@@ -109,6 +109,7 @@ type process struct {
 	server  *server.Server
 	control *controls
 	elders  handover.Elders
+	keeper  keeper
 	isFirst bool // no other process has started this one
 
 	upgraded    chan *successor // gets the process that has taken over
@@ -255,7 +256,9 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	if err != nil {
 		return failed(s.Kill, err)
 	}
+	d.keeper.leave()
 	daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", s.PID))
+	s.Send(handover.Message{Step: handover.Main})
 	d.control.leave(ready.Taken)
 	d.server.Leave()
 	d.elders.Leave(s.PID)
@@ -266,7 +269,7 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 func (d *process) offer(s *handover.Successor) error {
 	var all []handover.Socket
 	defer func() { handover.Close(all) }()
-	for _, copies := range []func() ([]handover.Socket, error){d.server.Sockets, d.control.sockets, d.elders.Sockets} {
+	for _, copies := range []func() ([]handover.Socket, error){d.server.Sockets, d.control.sockets, d.elders.Sockets, d.keeper.store.Sockets} {
 		some, err := copies()
 		if err != nil {
 			return err
@@ -304,7 +307,9 @@ func (d *process) change(do admin.Change) admin.Change {
 		if d.next != nil {
 			return nil, admin.ErrMoved
 		}
-		return do(query, who)
+		answer, err := do(query, who)
+		d.keep()
+		return answer, err
 	}
 }
 
@@ -326,6 +331,7 @@ func (d *process) reload() (notes []string, err error) {
 	for _, n := range notes {
 		d.log.Warn(n)
 	}
+	d.keep()
 	d.log.Info("the configuration was reloaded", "config", d.options.config)
 	return notes, nil
 }

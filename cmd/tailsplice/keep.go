@@ -1,0 +1,177 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/tailsplice/tailsplice/userspace/handover"
+)
+
+// keeper has the service manager keep what the next process needs should this one crash, and tells the
+// manager that this one has not, while this is the main process.
+type keeper struct {
+	store *handover.Store
+	moved chan struct{} // gets a value when what is bound has changed
+
+	mu sync.Mutex
+	// +checklocks:mu
+	isMain bool
+	// +checklocks:mu
+	isOver bool // what is kept stays as it is
+}
+
+// taker has sockets of a process before this one.
+type taker interface {
+	Take(want func(handover.Socket) bool) []handover.Socket
+}
+
+// openStore returns a keeper, and where this process gets sockets from: from old, which may be nil, or from
+// what a process left that has ended.
+func (d *process) openStore(old *handover.Predecessor) (from taker, state json.RawMessage) {
+	store, wrong := handover.OpenStore()
+	d.keeper = keeper{store: store, moved: make(chan struct{}, 1)}
+	for _, err := range wrong {
+		d.log.Warn("something that an ended process has left is not used", "err", err)
+	}
+	if old != nil {
+		store.Note(old.All())
+		return old, old.State()
+	}
+	if n := store.Len(); n > 0 {
+		d.log.Info("the process before this one has left its sockets", "sockets", n)
+	}
+	return store, store.State()
+}
+
+// wake has what is bound now kept.
+func (k *keeper) wake() {
+	select {
+	case k.moved <- struct{}{}:
+	default:
+	}
+}
+
+// beMain is called once this is the main process.
+func (d *process) beMain(ctx context.Context) {
+	d.keeper.mu.Lock()
+	d.keeper.isMain = !d.keeper.isOver
+	d.keeper.mu.Unlock()
+	d.keep()
+	go func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-d.keeper.moved:
+				d.keep()
+			}
+		}
+	}()
+	if every, err := watchdogEvery(); err != nil {
+		d.log.Warn("the service manager's watchdog can't be told that the daemon is well", "err", err)
+	} else if every > 0 {
+		go d.feedWatchdog(ctx, every)
+	}
+}
+
+// keep has what is bound now, and what an operator has said, kept.
+func (d *process) keep() {
+	d.keeper.mu.Lock()
+	defer d.keeper.mu.Unlock()
+	d.keepAll(nil)
+}
+
+// endKeeping is for a process that ends as it was told to. Connections that come until the next process is there
+// wait for it. What an operator has said ends with this one, and so does the control socket, whose file is
+// removed.
+func (d *process) endKeeping() {
+	d.keeper.mu.Lock()
+	defer d.keeper.mu.Unlock()
+	d.keepAll(func(s handover.Socket) bool { return s.Kind != handover.KindControl })
+	d.keeper.isOver = true
+}
+
+// keepAll has all that is bound kept, with the orders of an operator; where only is there, that alone.
+//
+// +checklocks:d.keeper.mu
+func (d *process) keepAll(only func(handover.Socket) bool) {
+	if !d.keeper.isMain || d.keeper.isOver {
+		return
+	}
+	bound, err := d.server.Bound()
+	control, err2 := d.control.sockets()
+	all := append(bound, control...)
+	defer func() { handover.Close(all) }()
+	kept := all
+	orders, err3 := d.server.Orders()
+	if only != nil {
+		kept, orders = nil, nil
+		for _, s := range all {
+			if only(s) {
+				kept = append(kept, s)
+			}
+		}
+	}
+	if err = errors.Join(err, err2, err3); err == nil {
+		err = d.keeper.store.Keep(kept, orders)
+	}
+	if err != nil {
+		d.log.Warn("not all that the next process needs after a crash is kept: connections may be refused then", "err", err)
+	}
+}
+
+// leave is called before another process is the main one.
+func (k *keeper) leave() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.isMain, k.isOver = false, true
+}
+
+// watchdogEvery is within what time the manager wants to hear of this process; 0: it does not.
+func watchdogEvery() (time.Duration, error) {
+	// The manager names the first process of the daemon. Whoever asks is the main one.
+	os.Unsetenv("WATCHDOG_PID")
+	return daemon.SdWatchdogEnabled(false)
+}
+
+// feedWatchdog tells the manager that connections are served, as long as they are and this is the main process.
+func (d *process) feedWatchdog(ctx context.Context, within time.Duration) {
+	tick := time.NewTicker(within / 3)
+	defer tick.Stop()
+	said := ""
+	for {
+		try, cancel := context.WithTimeout(ctx, within/3)
+		err := d.server.Serves(try)
+		cancel()
+		if ctx.Err() != nil {
+			return
+		}
+		d.keeper.mu.Lock()
+		isMain := d.keeper.isMain
+		if isMain && err == nil {
+			daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+		}
+		d.keeper.mu.Unlock()
+		if !isMain {
+			return
+		}
+		if now := fmt.Sprint(err); err != nil && now != said {
+			d.log.Error("the daemon hangs: its service manager restarts it unless that ends", "err", err, "deadline", within.String())
+			said = now
+		} else if err == nil {
+			said = ""
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}

@@ -1,5 +1,6 @@
-// Command edge is the first process of deploy/fly's image: it starts tailscaled, joins the tailnet, starts
-// tailsplice, and ends with either of them, so that fly.io starts the machine anew. TERM and INT drain.
+// Command edge is the first process of deploy/fly's image: it starts tailscaled, joins the tailnet, and starts
+// tailsplice, again where that crashes. It ends with tailscaled, or when tailsplice crashes too often, so that
+// fly.io starts the machine anew. TERM and INT drain.
 package main
 
 import (
@@ -28,9 +29,19 @@ const (
 	grace  = 10 * time.Second // for tailscaled's end
 )
 
+// start again tailsplice, unless it crashes more often than that.
+const (
+	mostCrashes = 5
+	crashesIn   = time.Minute
+	crashPause  = 100 * time.Millisecond
+)
+
 func main() {
 	log.SetFlags(0)
 	log.SetPrefix("edge: ")
+	if len(os.Args) > 2 && os.Args[1] == "exec" {
+		log.Fatal(execute(os.Args[2:]))
+	}
 	if err := run(); err != nil {
 		log.Fatal(err)
 	}
@@ -55,7 +66,7 @@ func run() error {
 			return err
 		}
 	}
-	tailscaled, err := start("tailscaled", env("TAILSCALED_GOMEMLIMIT", "100MiB"), nil,
+	tailscaled, err := start("tailscaled", env("TAILSCALED_GOMEMLIMIT", "100MiB"), nil, nil,
 		"--state=mem:", "--socket=/run/tailscale/tailscaled.sock", "--tun=tailscale0", "--port=41641")
 	if err != nil {
 		return err
@@ -75,25 +86,53 @@ func run() error {
 	case s := <-signals:
 		return fmt.Errorf("%v, before it was in the tailnet", s)
 	}
-	tailsplice, err := start("tailsplice", env("TAILSPLICE_GOMEMLIMIT", "80MiB"),
-		[]string{"TAILSPLICE_TAILSCALED_SOCKET=/run/tailscale/tailscaled.sock"},
-		"run", "--config", config, "--drain-timeout", drain.String())
+	keeper, err := newKeeper("/run/tailsplice")
 	if err != nil {
 		return err
 	}
+	begin := func() (*process, error) {
+		environ, files := keeper.environ()
+		return start("tailsplice", env("TAILSPLICE_GOMEMLIMIT", "80MiB"), files,
+			append(environ, "TAILSPLICE_TAILSCALED_SOCKET=/run/tailscale/tailscaled.sock"),
+			"run", "--config", config, "--drain-timeout", drain.String())
+	}
+	tailsplice, err := begin()
+	if err != nil {
+		return err
+	}
+	look := time.NewTicker(time.Second)
+	defer look.Stop()
+	var crashes []time.Time
 	for told := false; ; {
 		select {
 		case <-tailsplice.done:
 			if told && tailsplice.err == nil {
 				return nil
 			}
-			return fmt.Errorf("tailsplice ended: %v", tailsplice.err)
+			crashes = append(crashes, time.Now())
+			n := len(crashes)
+			if told || n > mostCrashes && time.Since(crashes[n-1-mostCrashes]) < crashesIn {
+				return fmt.Errorf("tailsplice ended: %v", tailsplice.err)
+			}
+			log.Printf("tailsplice ended: %v; it is started again", tailsplice.err)
+			time.Sleep(crashPause)
+			if tailsplice, err = begin(); err != nil {
+				return err
+			}
+		case pid := <-keeper.main:
+			tailsplice = follow(pid)
+		case <-look.C:
+			if keeper.hangs() && !told {
+				log.Print("tailsplice does not say that it serves, and is ended")
+				tailsplice.abort()
+			}
 		case <-tailscaled.done:
 			tailsplice.end(grace) // its flows go by the tailnet: nothing is left to wait for
 			return fmt.Errorf("tailscaled ended: %v", tailscaled.err)
 		case s := <-signals:
 			told = true
-			tailsplice.cmd.Process.Signal(s)
+			tailsplice.Signal(s)
+			keeper.drop()
 		}
 	}
 }
@@ -107,31 +146,60 @@ func env(name, otherwise string) string {
 
 // process is a child.
 type process struct {
-	cmd  *exec.Cmd
+	*os.Process
 	done chan struct{} // closed at its end
 	err  error         // then
 }
 
-func start(name, memory string, environ []string, args ...string) (*process, error) {
-	p := &process{cmd: exec.Command(bin+name, args...), done: make(chan struct{})}
-	p.cmd.Env = append(append(withoutSecrets(os.Environ()), "GOMEMLIMIT="+memory), environ...)
-	p.cmd.Stdout, p.cmd.Stderr = os.Stdout, os.Stderr
+// start starts a program, which gets files as its descriptors from 3 on.
+func start(name, memory string, files []*os.File, environ []string, args ...string) (*process, error) {
+	cmd := exec.Command(bin+name, args...)
+	if len(files) > 0 {
+		cmd = exec.Command("/proc/self/exe", append([]string{"exec", bin + name}, args...)...)
+	}
+	cmd.Env = append(append(withoutSecrets(os.Environ()), "GOMEMLIMIT="+memory), environ...)
+	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = os.Stdout, os.Stderr, files
 	// Signals of a terminal come to this process alone, and it dies with nothing left behind.
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if err := p.cmd.Start(); err != nil {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	go func() { p.err = p.cmd.Wait(); close(p.done) }()
-	return p, nil
+	return await(cmd.Process, cmd.Wait), nil
+}
+
+// follow waits for a child that another one has started here.
+func follow(pid int) *process {
+	p, _ := os.FindProcess(pid) // which does not fail
+	return await(p, func() error {
+		state, err := p.Wait()
+		if err == nil && !state.Success() {
+			err = errors.New(state.String())
+		}
+		return err
+	})
+}
+
+func await(p *os.Process, wait func() error) *process {
+	all := &process{Process: p, done: make(chan struct{})}
+	go func() { all.err = wait(); close(all.done) }()
+	return all
 }
 
 // end asks a process to end, makes it, and waits.
-func (p *process) end(after time.Duration) {
-	p.cmd.Process.Signal(syscall.SIGTERM)
+func (p *process) end(after time.Duration) { p.endBy(syscall.SIGTERM, after) }
+
+// abort has a process write what its goroutines do, and waits for its end.
+func (p *process) abort() {
+	p.Signal(syscall.SIGCONT)
+	p.endBy(syscall.SIGABRT, abortFor)
+}
+
+func (p *process) endBy(s os.Signal, after time.Duration) {
+	p.Signal(s)
 	select {
 	case <-p.done:
 	case <-time.After(after):
-		p.cmd.Process.Kill()
+		p.Kill()
 		<-p.done
 	}
 }

@@ -115,6 +115,16 @@ func TestEdge(t *testing.T) {
 		fmt.Fprintf(c, "PROXY TCP4 192.0.2.1 192.0.2.2 1 443\r\n")
 		e.says(t, "proxy_from_stranger")
 	})
+	t.Run("tailsplice dies", func(t *testing.T) {
+		pid := e.killProgram(t, "/usr/bin/tailsplice")
+		b := e.browser(t, 4)
+		e.page(t, b) // the connection waits for the next process
+		b.CloseIdleConnections()
+		if now := e.program(t, "/usr/bin/tailsplice"); now == pid {
+			t.Error("it is still the same process")
+		}
+		e.says(t, "has left its sockets")
+	})
 	t.Run("image of make packages", func(t *testing.T) { packagedImage(t, w) })
 	t.Run("drain", func(t *testing.T) {
 		b := e.browser(t, 4)
@@ -135,32 +145,43 @@ func TestEdge(t *testing.T) {
 	})
 	t.Run("tailscaled dies", func(t *testing.T) {
 		e.start(t)
-		top, err := w.Docker.Client.ContainerTop(t.Context(), e.id, client.ContainerTopOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		pid := ""
-		for _, p := range top.Processes {
-			if strings.HasPrefix(p[len(p)-1], "/usr/bin/tailscaled") {
-				pid = p[1]
-			}
-		}
-		if pid == "" {
-			t.Fatalf("no tailscaled runs: %v", top.Processes)
-		}
-		if _, err := w.Laptop.Sh(t.Context(), "kill -KILL "+pid); err != nil {
-			// dockerd has a PID namespace of its own, in which its ids hold.
-			dockerd := fmt.Sprint(w.Docker.Process().Pid())
-			if out, err := exec.Command("nsenter", "--target="+dockerd, "--pid", "--mount", "kill", "-KILL", pid).
-				CombinedOutput(); err != nil {
-				t.Fatalf("%v: %s", err, out)
-			}
-		}
+		e.killProgram(t, "/usr/bin/tailscaled")
 		if code := e.wait(t); code != 1 {
 			t.Errorf("it ended with status %d, want 1, so that the machine is started anew", code)
 		}
 		e.says(t, "tailscaled ended")
 	})
+}
+
+// program is the number of the process that runs a program in the container, as dockerd sees it.
+func (e *edge) program(t *testing.T, path string) string {
+	t.Helper()
+	top, err := e.Docker.Client.ContainerTop(t.Context(), e.id, client.ContainerTopOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range top.Processes {
+		if strings.HasPrefix(p[len(p)-1], path+" ") {
+			return p[1]
+		}
+	}
+	t.Fatalf("no %s runs: %v", path, top.Processes)
+	return ""
+}
+
+// killProgram kills it.
+func (e *edge) killProgram(t *testing.T, path string) (pid string) {
+	t.Helper()
+	pid = e.program(t, path)
+	if _, err := e.Laptop.Sh(t.Context(), "kill -KILL "+pid); err != nil {
+		// dockerd has a PID namespace of its own, in which its ids hold.
+		dockerd := fmt.Sprint(e.Docker.Process().Pid())
+		if out, err := exec.Command("nsenter", "--target="+dockerd, "--pid", "--mount", "kill", "-KILL", pid).
+			CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	return pid
 }
 
 // packagedImage runs the image that `make packages` makes, with a configuration that is mounted.

@@ -125,11 +125,13 @@ echo 'access_log: { file: /var/log/tailsplice/access.log }' >>/etc/tailsplice/ta
 test -s /var/log/tailsplice/access.log && test -s /var/log/tailsplice/access.log.1`)
 
 	pid := m.run(t, "systemctl", "show", "--value", "--property=MainPID", service)
-	m.shell(t, "/new", install)
+	if out := m.shell(t, "/new", install); !strings.Contains(out, "has taken over from "+pid) {
+		t.Errorf("no new process has taken over from %s:\n%s", pid, out)
+	}
 	m.page(t, "http://127.0.0.1:8481/metrics")
 	m.serves(t, "1.0.0")
 	if now := m.run(t, "systemctl", "show", "--value", "--property=MainPID", service); now == pid {
-		t.Error("the upgrade did not start the daemon again")
+		t.Error("systemd does not follow the process that has taken over")
 	}
 
 	// What this version does not take.

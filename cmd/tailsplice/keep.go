@@ -156,14 +156,15 @@ func (d *process) feedWatchdog(ctx context.Context, within time.Duration) {
 		d.keeper.mu.Lock()
 		isMain := d.keeper.isMain
 		if isMain && err == nil {
-			daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+			err = d.keeper.store.Notify(daemon.SdNotifyWatchdog)
 		}
 		d.keeper.mu.Unlock()
 		if !isMain {
 			return
 		}
 		if now := fmt.Sprint(err); err != nil && now != said {
-			d.log.Error("the daemon hangs: its service manager restarts it unless that ends", "err", err, "deadline", within.String())
+			d.log.Error("the service manager can't be told that the daemon serves, and restarts it unless that ends",
+				"err", err, "deadline", within.String())
 			said = now
 		} else if err == nil {
 			said = ""

@@ -18,6 +18,7 @@ import (
 const (
 	beat     = 30 * time.Second // within which tailsplice says that it serves, once it has said so
 	abortFor = 10 * time.Second // how long it may take to write what its goroutines do
+	mostKept = 512              // descriptors
 )
 
 // keeper is for tailsplice what systemd is elsewhere, by the protocol of sd_notify(3): it keeps sockets for the
@@ -106,7 +107,7 @@ func (k *keeper) hear(text string, files []*os.File) {
 		})
 	}
 	for _, f := range files {
-		isNew := said["FDSTORE"] == "1" && name != "" && !strings.Contains(name, ":") &&
+		isNew := said["FDSTORE"] == "1" && len(k.kept) < mostKept && name != "" && !strings.Contains(name, ":") &&
 			!slices.ContainsFunc(k.kept, func(o keptFile) bool { return isSame(o.File, f) })
 		if isNew {
 			k.kept = append(k.kept, keptFile{name, f})

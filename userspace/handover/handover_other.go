@@ -116,6 +116,9 @@ func (*Store) Sockets() ([]Socket, error) { return nil, nil }
 // Keep does nothing.
 func (*Store) Keep([]Socket, json.RawMessage) error { return nil }
 
+// Notify does nothing.
+func (*Store) Notify(string) error { return nil }
+
 // Elders are none.
 type Elders struct {
 	OnSignal func(os.Signal)

@@ -46,8 +46,9 @@ type Store struct {
 // higher in each later one.
 const kindState = "state"
 
-// mostName is how long the manager lets a name be, in bytes: see FDNAME_MAX of systemd.
-const mostName = 255
+// mostName bounds a name, in bytes. systemd takes 255 (FDNAME_MAX), but passes all names in one variable, which
+// may have 128 KiB: see MAX_ARG_STRLEN in execve(2). The unit allows 512 of them.
+const mostName = 200
 
 const unfit = math.MaxUint64
 
@@ -212,6 +213,9 @@ func (s *Store) Keep(all []Socket, state json.RawMessage) error {
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s %s: %w", k.Kind, k.Address, err))
 		}
+		if errors.Is(err, os.ErrDeadlineExceeded) { // the manager hangs: nothing else gets there
+			return errors.Join(errs...)
+		}
 	}
 	if err := s.storeState(state, wanted); err != nil {
 		errs = append(errs, fmt.Errorf("state: %w", err))
@@ -302,6 +306,14 @@ func (s *Store) remove(name string) error {
 	return err
 }
 
+// Notify tells the manager a state, such as WATCHDOG=1, and does not wait for long.
+func (s *Store) Notify(state string) error {
+	if s.manager == "" {
+		return nil
+	}
+	return s.send(state, nil)
+}
+
 // send sends the manager a message.
 func (s *Store) send(text string, oob []byte) error {
 	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram"})
@@ -342,7 +354,7 @@ func nameOf(k Socket) (string, error) {
 		name = k.Kind + "?" + v.Encode()
 	}
 	if len(name) > mostName {
-		return "", fmt.Errorf("its address is too long for the service manager, which takes names of %d bytes", mostName)
+		return "", fmt.Errorf("its address is too long: the service manager is given names of up to %d bytes", mostName)
 	}
 	return name, nil
 }

@@ -185,6 +185,9 @@ func printProblems(w io.Writer, s server.Status) {
 
 func printStatus(w io.Writer, s server.Status, now time.Time) {
 	fmt.Fprintf(w, "%s: tailsplice %s, up %s, %s, %s\n", s.Node, s.Version, age(s.Started, now), plural(s.Flows, "flow"), plural(s.Requests, "request"))
+	if s.Held > 0 {
+		fmt.Fprintf(w, "connections and requests that wait for a target: %d\n", s.Held)
+	}
 	for _, o := range s.Older {
 		fmt.Fprintf(w, "older process %d, tailsplice %s: %s (%s) left, until %s\n", o.PID, o.Version,
 			plural(o.Connections, "connection"), plural(o.Flows, "flow"), o.Deadline.UTC().Format("2006-01-02 15:04:05 MST"))

@@ -27,8 +27,8 @@ type Access struct {
 
 // httpAccessKeys are those of Access that only http and https listeners know, accessKeys all of them.
 var (
-	httpAccessKeys = []string{"basic_auth", "forward_auth", "hold"}
-	accessKeys     = append([]string{"allow"}, httpAccessKeys...)
+	httpAccessKeys = []string{"basic_auth", "forward_auth"}
+	accessKeys     = append([]string{"allow", "hold"}, httpAccessKeys...)
 )
 
 // BasicAuth names those who have a password. Exactly one of its fields is set.
@@ -77,11 +77,6 @@ func (v *validator) access(mode string, l *Listener, a *Action) {
 	if mode == "sni" || mode == "tcp" {
 		for _, key := range httpAccessKeys {
 			v.errorIf(a.sets(key), a.keyAt(key), "%s belongs on an http or https listener, this one's mode is %s and sees no requests", key, mode)
-		}
-	}
-	if a.sets("hold") && !a.unclear("forward") {
-		for _, to := range a.Forward {
-			v.errorIf(to.To.Scheme != "tailnet", a.keyAt("hold"), "hold waits for a tailnet node, and %s is not one: forward to tailnet://NODE:PORT, or leave hold out", to.To)
 		}
 	}
 	if b := a.BasicAuth; b != nil {

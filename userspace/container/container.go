@@ -71,6 +71,7 @@ type Client struct {
 
 	ours          func(label string) bool // which labels to remember; nil is none
 	labelsChanged func()
+	onChange      func() // hears of each list; nil: nobody wants to
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -366,6 +367,9 @@ func (c *Client) ask(ctx context.Context) (*table, error) {
 	t.labelled = c.labelled(ctx, k, list.Items, t)
 	if c.publish(t) {
 		c.labelsChanged()
+	}
+	if c.onChange != nil {
+		c.onChange()
 	}
 	return t, nil
 }

@@ -30,6 +30,10 @@ func (c *Client) FollowLabels(ours func(name string) bool, changed func()) {
 	c.ours, c.labelsChanged = ours, changed
 }
 
+// OnChange has f called, from any goroutine, with each new list: what runs may be something else. f should be
+// quick. Call it once, before anything else.
+func (c *Client) OnChange(f func()) { c.onChange = f }
+
 // Labelled lists the containers with labels as of the last list, by name. Those that never ran are left out.
 // It is empty before [Client.Run] has the first list.
 func (c *Client) Labelled() []Labelled {

@@ -11,6 +11,7 @@ import (
 type State struct {
 	Flows        int // live
 	Requests     int // of HTTP, under way
+	Held         int // connections and requests that wait for a target
 	Traffic      []Traffic
 	Listeners    []Listener
 	Datapaths    []Datapath
@@ -78,6 +79,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 var (
 	flowsNow    = desc("flows", "Flows that are open now.")
 	requestsNow = desc("requests", "HTTP requests in progress now.")
+	heldNow     = desc("held", "Connections and HTTP requests that wait for a target that can't be reached now, as hold has them.")
 	bytesTotal  = desc("bytes_total", "Bytes that flows have transferred, including those of open flows. up is from the "+
 		"client to the target. On http and https listeners: the bytes of connections of clients, including TLS.",
 		"listener", "direction")
@@ -117,7 +119,7 @@ type collector func() State
 
 // Describe implements prometheus.Collector.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{flowsNow, requestsNow, bytesTotal, routeFlows, routeBytes, drained, datapathOn, wanted,
+	for _, d := range []*prometheus.Desc{flowsNow, requestsNow, heldNow, bytesTotal, routeFlows, routeBytes, drained, datapathOn, wanted,
 		datapathFlow, stalls, clamped, targetUp, targetConns, disabled, notAfter, acmeOK, problems} {
 		ch <- d
 	}
@@ -136,6 +138,7 @@ func (now collector) Collect(ch chan<- prometheus.Metric) {
 	s := now()
 	gauge(flowsNow, float64(s.Flows))
 	gauge(requestsNow, float64(s.Requests))
+	gauge(heldNow, float64(s.Held))
 	for _, t := range s.Traffic {
 		if t.Route == "" {
 			counter(bytesTotal, float64(t.Up), t.Listener, "up")

@@ -21,7 +21,7 @@ import (
 func (p *Plan) fillHTTP(r *Rule, l *config.Listener, a *config.Action) error {
 	out := &vhost.Route{Name: r.Name, AddPrefix: a.AddPrefix, MaxBody: a.MaxBody, Compress: a.Compress,
 		RequestHeader: headerChange(a.RequestHeaders), ResponseHeader: headerChange(a.ResponseHeaders)}
-	r.HTTP.Route, r.HTTP.Hold = out, a.Hold
+	r.HTTP.Route = out
 	if a.StripPrefix {
 		out.StripPrefix = r.HTTP.Match.Path
 	}
@@ -46,6 +46,9 @@ func (p *Plan) fillHTTP(r *Rule, l *config.Listener, a *config.Action) error {
 		}
 		r.addTarget(one, &up.Health)
 		out.Upstreams = append(out.Upstreams, vhost.Choice{Upstream: up, Weight: to.Weight, Backup: to.Backup})
+	}
+	if r.Hold > 0 && r.Several != nil && p.deps.Wait != nil {
+		out.Wait = p.deps.Wait(l.Name, r)
 	}
 	return p.fillAccess(r, l, a)
 }

@@ -1,8 +1,10 @@
 package plan
 
 import (
+	"context"
 	"errors"
 	"log/slog"
+	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/config"
@@ -45,6 +47,8 @@ type Deps struct {
 	Upstream func(listener string, r *Rule, up *vhost.Upstream)
 	// Guard makes what asks for what r demands of requests, nil if that is nothing.
 	Guard func(listener string, r *Rule) vhost.Guard
+	// Wait makes [vhost.Route].Wait for r, which has hold and several targets.
+	Wait func(listener string, r *Rule) func(ctx context.Context, since time.Time, err error) bool
 }
 
 // NewDeps returns what is needed to look at targets and to dial them, without serving anybody.

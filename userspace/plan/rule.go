@@ -48,16 +48,16 @@ type Target struct {
 // Policy is what a rule asks, and which datapath it gives flows.
 type Policy struct {
 	Reject   bool
-	Allow    *Peers   // nil: everybody
-	Asks     []string // what else a client must satisfy, for people
-	Datapath string   // the config's word; "" where requests are served
+	Allow    *Peers        // nil: everybody
+	Asks     []string      // what else a client must satisfy, for people
+	Datapath string        // the config's word; "" where requests are served
+	Hold     time.Duration // how long connections and requests wait for a target; 0: they don't
 }
 
 // HTTP is what a rule says of requests.
 type HTTP struct {
 	Match vhost.Match
 	Route *vhost.Route  // nil: it rejects
-	Hold  time.Duration // how long a request waits for a node
 	Users *auth.Users   // of basic_auth
 	Auth  *auth.Forward // of forward_auth
 	Asked string        // its address, as the config has it
@@ -120,7 +120,7 @@ func (p *Plan) fill(r *Rule, l *config.Listener, a *config.Action) error {
 		r.Dialer = p.deps.LabelDialer
 		r.Written = config.Target{Scheme: r.To.Scheme, Host: r.Label.Container, Port: r.To.Port}.String()
 	}
-	r.Allow, r.Asks = peersOrAll(a.Allow), asks(a)
+	r.Allow, r.Asks, r.Hold = peersOrAll(a.Allow), asks(a), a.Hold
 	if r.HTTP != nil {
 		return p.fillHTTP(r, l, a)
 	}

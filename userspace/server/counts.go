@@ -59,7 +59,7 @@ func (srv *Server) countRequest(l *listener, r *vhost.Request) {
 
 // state is what the metrics show of the server as it is now.
 func (srv *Server) state() metrics.State {
-	s := metrics.State{Flows: srv.flows.Len(), Requests: srv.requests.Total(),
+	s := metrics.State{Flows: srv.flows.Len(), Requests: srv.requests.Total(), Held: srv.heldBy.Total(),
 		Problems: map[string]int{}}
 	traffic, flows := srv.flows.Traffic()
 	for _, t := range traffic {

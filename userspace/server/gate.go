@@ -215,6 +215,7 @@ func (g *gate) note(ctx context.Context, err error, late bool) {
 		g.isShut, g.wasOpen = false, true
 		g.why.Store(nil)
 		srv.log.Info("a listener is open: a target of its default answers", "listener", l.name)
+		srv.rooms.move()
 		srv.setShut(g, false)
 	case g.isShut && err != nil:
 		if g.fall == checkFall && !g.wasOpen {

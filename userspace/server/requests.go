@@ -89,7 +89,7 @@ func fromHere(req *http.Request) bool {
 func (srv *Server) completeUpstream(listener string, r *plan.Rule, up *vhost.Upstream) {
 	up.Dial = func(ctx context.Context) (net.Conn, error) {
 		info, _ := vhost.Info(ctx)
-		up, err := srv.dialUpstream(ctx, listener, r, plan.Visitor{Client: info.Client.Addr(), Unknown: info.Unknown})
+		up, err := srv.dialUpstream(ctx, listener, r, requesterOf(ctx))
 		if err != nil {
 			srv.limited.Warn("dial "+r.Written, "upstream can't be reached", "id", info.ID, "listener", listener, "route", r.Name, "target", r.Written, "client", info.Client, "err", err)
 			return nil, pageReason(err)
@@ -113,9 +113,15 @@ func (srv *Server) completeUpstream(listener string, r *plan.Rule, up *vhost.Ups
 		}
 		return nil
 	}
-	if r.HTTP.Hold > 0 {
-		up.Watch = &vhost.Watch{Soon: holdFirst, Late: max(r.HTTP.Hold, holdFirst), Unheard: unheard}
+	if r.Hold > 0 {
+		up.Watch = &vhost.Watch{Soon: holdFirst, Late: max(r.Hold, holdFirst), Unheard: unheard}
 	}
+}
+
+// requesterOf is who a request is from: ctx is what an upstream's Dial gets.
+func requesterOf(ctx context.Context) plan.Visitor {
+	info, _ := vhost.Info(ctx)
+	return plan.Visitor{Client: info.Client.Addr(), Unknown: info.Unknown}
 }
 
 // unheard says whether something that c has sent is not acknowledged, and its other end has acknowledged

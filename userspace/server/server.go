@@ -25,6 +25,7 @@
 //	trust.go           whom the configuration and tailscaled say that is
 //	splice.go          sni and tcp: hello, route, dial, relay, log
 //	targets.go         sni and tcp: from one of several targets to the next
+//	hold.go            connections and requests wait for a target that will be back
 //	transparent.go     connections from the client's own address
 //	refused.go         why connections and requests are refused, and that it is counted and logged
 //
@@ -34,7 +35,6 @@
 //	requests.go  the route of a request
 //	charge.go    requests are counted for their source
 //	access.go    who may use a route
-//	hold.go      a request waits for a node that will be back
 //
 // What is watched, and shown:
 //
@@ -156,8 +156,8 @@ type Server struct {
 
 	auto     atomic.Pointer[[]datapath.Returner] // that Offer gave
 	nodeName atomic.Pointer[string]
-	held     atomic.Int64   // requests that wait for a node: see hold.go
-	heldBy   *limit.Limiter // the same, by source
+	heldBy   *limit.Limiter // connections and requests that wait for their target, by source
+	rooms    *rooms         // where they wait: see hold.go
 
 	// mu serialises reloads.
 	mu sync.Mutex
@@ -211,14 +211,14 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	maps.Copy(srv.missing, opts.Missing)
 	srv.deps = plan.NewDeps(opts.Log)
 	srv.deps.Dialer.Disabled = &srv.disabled
-	srv.deps.Upstream, srv.deps.Guard = srv.completeUpstream, srv.guard
+	srv.deps.Upstream, srv.deps.Guard, srv.deps.Wait = srv.completeUpstream, srv.guard, srv.awaitUpstreams
 	srv.tailnet, srv.containers = srv.deps.Tailnet, srv.deps.Containers
 	srv.acme = acme.New(opts.Log)
 	srv.deps.ACME = srv.acme
 	srv.containers.FollowLabels(config.IsLabel, srv.labelsMoved.wake)
 	srv.limiter, srv.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt) // set by apply
 	srv.newRate = limit.NewRate()                                                                                // set by apply
-	srv.heldBy = limit.NewRequests(heldMost, heldPerSource)
+	srv.heldBy, srv.rooms = limit.NewRequests(heldMost, heldPerSource), newRooms()
 	srv.spare = newSpareFiles()
 	srv.hops.Store(plan.NewPeers(nil))
 	srv.ports.Store(&map[uint16]bool{})
@@ -226,6 +226,8 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.mostWaiting.Store(mostWaiting())
 
 	srv.tailnet.OnChange(srv.addressesMoved.wake)
+	srv.tailnet.OnChange(srv.rooms.move)
+	srv.containers.OnChange(srv.rooms.move)
 	srv.mu.Lock()
 	err := srv.adopt(opts.Handed)
 	if err == nil && opts.Orders != nil {

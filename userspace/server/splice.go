@@ -60,7 +60,7 @@ func (in *conn) timeForHello() time.Duration {
 // spliceTo dials r's target and relays the connection to it. It owns in, and may return before the flow has
 // ended.
 func (srv *Server) spliceTo(in *stream, r *plan.Rule, hello *sni.Hello) {
-	r, up, err := srv.dialTarget(in.conn, r)
+	r, up, err := srv.dialTarget(in, r)
 	if err != nil {
 		defer in.release()
 		srv.limited.Warn("dial "+r.Written, "upstream can't be reached", "id", in.id, "listener", in.listener.name, "route", r.Name, "target", r.Written, "client", in.client, "name", in.name, "err", err)

@@ -29,6 +29,7 @@ type Status struct {
 	Loaded    time.Time           `json:"loaded"` // when the present config came into force
 	Flows     int                 `json:"flows"`
 	Requests  int                 `json:"requests"` // of HTTP, under way
+	Held      int                 `json:"held"`     // connections and requests that wait for a target, by hold
 	Datapaths []DatapathStatus    `json:"datapaths"`
 	Listeners []ListenerStatus    `json:"listeners"`
 	Problems  []Problem           `json:"problems,omitempty"`       // what of the configuration does not work now
@@ -111,7 +112,7 @@ func (srv *Server) Status() Status {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
 	s := Status{Format: flow.FormatVersion, Version: srv.opts.Version, Node: srv.plan.Config.Node, Config: srv.plan.Config.File, Started: srv.started, Loaded: srv.loaded,
-		Flows: srv.flows.Len(), Requests: srv.requests.Total(),
+		Flows: srv.flows.Len(), Requests: srv.requests.Total(), Held: srv.heldBy.Total(),
 		Accepted: metrics.Totals(srv.metrics.Accepted, "listener"), Refused: metrics.Totals(srv.metrics.Refused, "reason"),
 		Ended: metrics.Totals(srv.metrics.Ended, "end"), DialErrors: metrics.Totals(srv.metrics.DialError, "reason"),
 		Demoted: metrics.Totals(srv.metrics.Demoted, "reason"), NotTransparent: metrics.Totals(srv.metrics.NotTransparent, "reason")}

@@ -52,14 +52,14 @@ func (c *course) takeBack() {
 // quickly is what a course that has failed took if some of its targets may just be restarting.
 const quickly = time.Second
 
-// dialTarget connects to r's target, or to one of several, which it returns as a rule with that one alone.
-func (srv *Server) dialTarget(in *conn, r *plan.Rule) (*plan.Rule, net.Conn, error) {
+// tryTarget connects to r's target, or to one of several, which it returns as a rule with that one alone.
+func (srv *Server) tryTarget(ctx context.Context, in *conn, r *plan.Rule) (*plan.Rule, net.Conn, error) {
 	if r.Several == nil {
-		up, err := srv.dialRule(srv.ctx, in.listener.name, r, in.visitor())
+		up, err := srv.dialRule(ctx, in.listener.name, r, in.visitor())
 		return r, up, err
 	}
 	began := time.Now()
-	ctx, cancel := context.WithTimeout(srv.ctx, cmp.Or(r.Dialer.Timeout, dial.DefaultTimeout))
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(r.Dialer.Timeout, dial.DefaultTimeout))
 	defer cancel()
 	c := in.course
 	in.course = nil

@@ -29,6 +29,7 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 		defer spare.lastAttempt()
 	}
 	var tried []*Upstream
+	began := time.Now()
 	for stale := 0; ; {
 		x.upConn.Store(nil)
 		res, err := t.once(x, spare.attemptOf(r))
@@ -44,6 +45,10 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		tried = append(tried, x.up)
 		next := x.route.pick(tried)
+		if next == nil && x.route.Wait != nil && x.route.Wait(r.Context(), began, err) {
+			tried = nil
+			next = x.route.pick(nil)
+		}
 		if next == nil {
 			return nil, err
 		}

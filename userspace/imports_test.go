@@ -53,6 +53,7 @@ var floors = []struct {
 		"userspace/tlsterm",
 		"userspace/transparent",
 		"userspace/vhost",
+		"userspace/wakelan",
 	}},
 	{"what the kernel is, has and lacks", []string{
 		"loader/host",

@@ -565,7 +565,8 @@ func (c *claims) config(name, body string, line int) error {
 			best = err
 		}
 	}
-	partial := unknown(best) > 0 || strings.Contains(best.Error(), " is missing in ")
+	partial := unknown(best) > 0 || strings.Contains(best.Error(), " is missing in ") ||
+		strings.Contains(best.Error(), " must be a mapping ") // another section has a key of that name
 	if len(around) > 1 && partial && c.value(body) == nil {
 		return nil // some keys of a section
 	}

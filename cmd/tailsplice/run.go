@@ -152,6 +152,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	datapaths.options.Moved = d.keeper.wake
 	datapaths.options.Loops, datapaths.options.Relay, datapaths.options.RaiseFiles = loops, relay.New(loops), raiseFileLimit
 	defer datapaths.options.Relay.Close()
+	datapaths.options.Older = func() bool { return len(d.elders.List()) > 0 }
 	f, err := server.New(cfg, datapaths.options)
 	if err != nil {
 		return nil, err

@@ -23,12 +23,13 @@ type Access struct {
 	BasicAuth   *BasicAuth    `yaml:"basic_auth" noun:"basic_auth"`
 	ForwardAuth *ForwardAuth  `yaml:"forward_auth" noun:"forward_auth"`
 	Hold        time.Duration `yaml:"hold" min:"1s" max:"10m"`
+	Wake        *Wake         `yaml:"wake" noun:"wake"`
 }
 
 // httpAccessKeys are those of Access that only http and https listeners know, accessKeys all of them.
 var (
 	httpAccessKeys = []string{"basic_auth", "forward_auth"}
-	accessKeys     = append([]string{"allow", "hold"}, httpAccessKeys...)
+	accessKeys     = append([]string{"allow", "hold", "wake"}, httpAccessKeys...)
 )
 
 // BasicAuth names those who have a password. Exactly one of its fields is set.
@@ -78,6 +79,9 @@ func (v *validator) access(mode string, l *Listener, a *Action) {
 		for _, key := range httpAccessKeys {
 			v.errorIf(a.sets(key), a.keyAt(key), "%s belongs on an http or https listener, this one's mode is %s and sees no requests", key, mode)
 		}
+	}
+	if a.Wake != nil && !a.unclear("forward") {
+		v.wake(a, a.Wake)
 	}
 	if b := a.BasicAuth; b != nil {
 		v.errorIf(!b.has("users") && !b.has("file"), b.Pos, "users is missing in basic_auth: users and bcrypt hashes of their passwords; or file: a file of htpasswd -B")

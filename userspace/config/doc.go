@@ -38,6 +38,7 @@
 //	http.go       the format of HTTP routes
 //	access.go     the format of access rules and logs
 //	docker.go     the format of labels
+//	wake.go       the format of wake
 //	walk.go       each listener, and each thing that it does
 //	validate.go   what a Config must not contain
 //	questions.go  forward_auth that asks its own listener

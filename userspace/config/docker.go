@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/spelling"
 )
@@ -14,6 +15,7 @@ type Docker struct {
 	Section
 	Enabled bool     `yaml:"enabled" kind:"bool" required:"true"`
 	Hosts   []string `yaml:"hosts" kind:"name" nonempty:"true"`
+	Wake    bool     `yaml:"wake" kind:"true"`
 }
 
 // Allows reports whether labels may claim a host, which is as [Labels].Host has it.
@@ -35,19 +37,22 @@ const (
 	labelPath = LabelPrefix + "path"
 	labelPort = LabelPrefix + "port"
 	labelTLS  = LabelPrefix + "tls"
+	labelWake = LabelPrefix + "wake"
 )
 
-var labelKeys = []string{"host", "path", "port", "tls"}
+var labelKeys = []string{"host", "path", "port", "tls", "wake"}
 
 // maxLabelHosts bounds what one label can make the route table hold.
 const maxLabelHosts = 100
 
 // Labels are what a container's labels ask for.
 type Labels struct {
-	Host []string // at least one, as a route's host
-	Path string   // as a route's path, or ""
-	Port uint16   // 0: the one that the container exposes
-	TLS  string   // "", "true", "false" or "passthrough"
+	Host []string      // at least one, as a route's host
+	Path string        // as a route's path, or ""
+	Port uint16        // 0: the one that the container exposes
+	TLS  string        // "", "true", "false" or "passthrough"
+	Wake bool          // the container is woken
+	Idle time.Duration // of wake, as Wake.Idle
 }
 
 // Fits reports whether the labels are meant for listeners of this mode.
@@ -116,6 +121,12 @@ func ParseLabels(labels map[string]string) (l Labels, errs []LabelProblem) {
 			default:
 				bad(name, "%q: must be true (https listeners only), false (http only) or passthrough (sni, where the container itself speaks TLS)", clip(value))
 			}
+		case labelWake:
+			idle, err := parseLabelWake(value)
+			if err != nil {
+				bad(name, "%q: %v", clip(value), err)
+			}
+			l.Wake, l.Idle = true, idle
 		default:
 			key, ours := strings.CutPrefix(name, LabelPrefix)
 			near, meant := nearest(key, labelKeys), meantLabel(name)

@@ -3,6 +3,7 @@ package config
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -34,6 +35,9 @@ func TestParseLabels(t *testing.T) {
 			errs: []string{`tailsplice.host: "https://a.org/": it is a URL`, `tailsplice.host: "*": a wildcard for every name`, `tailsplice.host: "1.2.3.4": it is an IP address`,
 				`tailsplice.path: "x": must begin with /`, "tailsplice.port: port 0 is out of range", `tailsplice.tls: "yes": must be true`}},
 		{name: "passthrough", labels: map[string]string{host: "a.org", tls: "passthrough"}, want: Labels{Host: []string{"a.org"}, TLS: "passthrough"}},
+		{name: "wake", labels: map[string]string{host: "a.org", "tailsplice.wake": "true"}, want: Labels{Host: []string{"a.org"}, Wake: true, Idle: 30 * time.Minute}},
+		{name: "wake for a time", labels: map[string]string{host: "a.org", "tailsplice.wake": "90s"}, want: Labels{Host: []string{"a.org"}, Wake: true, Idle: 90 * time.Second}},
+		{name: "wake badly", labels: map[string]string{host: "a.org", "tailsplice.wake": "yes"}, errs: []string{`tailsplice.wake: "yes": must be true, or how long`}},
 		{name: "path in tls", labels: map[string]string{host: "a.org", tls: "passthrough", path: "/x"}, errs: []string{"tailsplice.path: with tailsplice.tls=passthrough"}},
 		// Whoever starts a container has no business with this process's environment.
 		{name: "variable", labels: map[string]string{host: "${HOME}.org", port: "${PORT:-80}"},
@@ -110,5 +114,16 @@ func TestIsLabel(t *testing.T) {
 		if IsLabel(name) != want {
 			t.Errorf("IsLabel(%.40q) = %v", name, !want)
 		}
+	}
+}
+
+// TestWakeDefault: a label that says true is what the configuration says without idle.
+func TestWakeDefault(t *testing.T) {
+	c, err := Parse("test.yaml", []byte(`listeners: [{ listen: ":80", mode: http, default: { forward: "docker://a:80", wake: { docker: true } } }]`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if idle := c.Listeners[0].Default.Wake.Idle; idle != wakeIdle {
+		t.Errorf("idle is %s, and a label's is %s", idle, wakeIdle)
 	}
 }

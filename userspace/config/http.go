@@ -88,7 +88,7 @@ func (h *HSTS) Value() string {
 var httpKeys = []string{"redirect", "strip_prefix", "add_prefix", "request_headers", "response_headers", "upstream", "max_body", "timeouts", "compress", "client_certificates"}
 
 // forwardKeys are those that mean nothing where requests are not forwarded.
-var forwardKeys = []string{"strip_prefix", "add_prefix", "request_headers", "upstream", "max_body", "timeouts", "compress", "hold"}
+var forwardKeys = []string{"strip_prefix", "add_prefix", "request_headers", "upstream", "max_body", "timeouts", "compress", "hold", "wake"}
 
 // http checks what an action does with requests. path is the route's.
 func (v *validator) http(mode string, a *Action, path, noun string) {

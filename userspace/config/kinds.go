@@ -138,6 +138,7 @@ var kinds = map[string]*kind{
 		schema:  text(`^((tailnet://)?(\[[0-9A-Za-z:.%_-]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}|docker://[A-Za-z0-9._/-]+:[0-9]{1,5}|unix:///.+)$`),
 	},
 	"peer":          {noun: "a CIDR, an IP address, a node's name, a user's login (with @) or a tag (tag:edge)", instead: quoted, parse: parsePeer, schema: notEmpty},
+	"ether":         {noun: "the address of a network card such as 02:00:5e:10:00:01", instead: quoted, parse: parseEther, schema: text(`^([0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}$|^([0-9A-Fa-f]{4}\.){2}[0-9A-Fa-f]{4}$`)},
 	"prefix":        {noun: "a CIDR or an IP address", parse: parsePrefix, schema: text(`^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$`)},
 	"rate":          {noun: "a rate such as 20/s, 300/m or 1000/h", parse: parseRate, instead: ifValid(parseRate, "%s/s"), schema: text(`^[0-9]+/[smh]$`)},
 	"file":          {noun: "a file", instead: quoted, parse: parseFile, schema: notEmpty},

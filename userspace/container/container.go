@@ -14,7 +14,8 @@
 // outlive it (live-restore, a crash, an upgrade), and nobody else gives their addresses away.
 //
 // A filter in front of the daemon's socket must let /_ping, /containers and /events through. Without /events
-// the list is asked for every few seconds; without /info this host is assumed to reach the containers.
+// the list is asked for every few seconds; without /info this host is assumed to reach the containers. To
+// start containers it must let POST /containers/ID/start and /stop through.
 //
 // Its files:
 //
@@ -22,6 +23,7 @@
 //	table.go      one list of containers: names and addresses
 //	watch.go      the daemon's events
 //	labelled.go   containers whose labels are routes
+//	wake.go       containers are started when somebody wants them, and stopped when nobody does
 //	errors.go     why an answer could not be had
 package container
 
@@ -90,6 +92,8 @@ type known struct {
 	setup   setup               // how the daemon runs
 	exposed map[string][]uint16 // TCP ports of labelled containers, by id
 	changed chan struct{}       // closed and replaced with each new table
+
+	waking
 }
 
 // now is a copy of what is known.

@@ -25,6 +25,8 @@ const (
 	KindAmbiguous   Kind = "ambiguous_container"   // several Compose projects have a service of that name
 	KindStopped     Kind = "container_stopped"     // the container, or all of the service's, is not running
 	KindUnreachable Kind = "container_unreachable" // it runs, and has no address that this host can reach
+	KindStarting    Kind = "container_starting"    // it runs, and has yet to pass its health check
+	KindNotStarted  Kind = "container_not_started" // Docker would not, or could not, start it
 )
 
 // Error tells people what to do; programs look at its Kind.

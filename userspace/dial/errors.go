@@ -25,6 +25,8 @@ const (
 	AmbiguousContainer   Reason = "ambiguous_container"   // a service of several projects
 	ContainerStopped     Reason = "container_stopped"     // it is there, and does not run
 	ContainerUnreachable Reason = "container_unreachable" // it has no address that this host can reach
+	ContainerStarting    Reason = "container_starting"    // it was started, and has yet to pass its health check
+	ContainerNotStarted  Reason = "container_not_started" // it could not be started
 	DNS                  Reason = "dns"                   // the host name has no address
 	Refused              Reason = "refused"               // nothing listens there
 	Timeout              Reason = "timeout"               // no answer

@@ -292,5 +292,12 @@ func (p *Plan) labelRule(l *config.Listener, hosts []string, c *candidate) (*Rul
 	if l.IsHTTP() {
 		r.HTTP = &HTTP{Match: vhost.Match{Path: c.labels.Path}}
 	}
-	return r, p.fill(r, l, &config.Action{Forward: []*config.Forward{{To: target, Weight: 1}}})
+	a := &config.Action{Forward: []*config.Forward{{To: target, Weight: 1}}}
+	switch {
+	case c.labels.Wake && l.Docker.Wake:
+		a.Wake = &config.Wake{Docker: true, Idle: c.labels.Idle}
+	case c.labels.Wake:
+		p.Labels.problem(c.name, "wake", l.Name, "the listener does not let labels wake containers: add wake: true to its docker")
+	}
+	return r, p.fill(r, l, a)
 }

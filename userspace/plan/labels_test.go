@@ -156,3 +156,35 @@ func TestLabelsLookup(t *testing.T) {
 		}
 	}
 }
+
+// TestLabelsWake: labels wake containers where the listener lets them.
+func TestLabelsWake(t *testing.T) {
+	p, err := Compile(parse(t, `
+listeners:
+  - { name: may, listen: [":80"], mode: http, docker: { enabled: true, wake: true } }
+  - { name: not, listen: [":81"], mode: http, docker: { enabled: true } }
+`), NewDeps(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p = p.WithLabels(nil, []container.Labelled{box("a", "host=a.org", "wake=90s"), box("b", "host=b.org")})
+	for listener, want := range map[string][]string{"may": {"a.org 1m30s 30s", "b.org"}, "not": {"a.org", "b.org"}} {
+		var got []string
+		for _, r := range p.Services[listener].Rules {
+			if r.Label == nil {
+				continue
+			}
+			is := r.Name
+			if r.Wake.IsDocker() {
+				is += fmt.Sprint(" ", r.Wake.Idle, " ", r.Hold)
+			}
+			got = append(got, is)
+		}
+		if slices.Sort(got); !slices.Equal(got, want) {
+			t.Errorf("%s has %q, want %q", listener, got, want)
+		}
+	}
+	if said := fmt.Sprint(p.Labels.Problems); !strings.Contains(said, "{a tailsplice.wake not the listener does not let labels wake containers") {
+		t.Errorf("problems: %s", said)
+	}
+}

@@ -52,6 +52,7 @@ type Policy struct {
 	Asks     []string      // what else a client must satisfy, for people
 	Datapath string        // the config's word; "" where requests are served
 	Hold     time.Duration // how long connections and requests wait for a target; 0: they don't
+	Wake     *config.Wake  // how a target is woken; nil: it is not
 }
 
 // HTTP is what a rule says of requests.
@@ -101,6 +102,9 @@ func (r *Rule) accepts(alpn []string) bool {
 	})
 }
 
+// holdToWake is how long those wait who wake a target, unless the configuration says it.
+const holdToWake = 30 * time.Second
+
 // acmeTLS is the protocol of authorities that validate a name.
 const acmeTLS = "acme-tls/1"
 
@@ -120,7 +124,10 @@ func (p *Plan) fill(r *Rule, l *config.Listener, a *config.Action) error {
 		r.Dialer = p.deps.LabelDialer
 		r.Written = config.Target{Scheme: r.To.Scheme, Host: r.Label.Container, Port: r.To.Port}.String()
 	}
-	r.Allow, r.Asks, r.Hold = peersOrAll(a.Allow), asks(a), a.Hold
+	r.Allow, r.Asks, r.Hold, r.Wake = peersOrAll(a.Allow), asks(a), a.Hold, a.Wake
+	if r.Wake != nil && r.Hold == 0 {
+		r.Hold = holdToWake
+	}
 	if r.HTTP != nil {
 		return p.fillHTTP(r, l, a)
 	}

@@ -5,6 +5,9 @@ import (
 	"net"
 	"net/url"
 	"testing"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/container"
 )
 
 // TestDrained: what concerns a drained listener does not make the daemon unready, while_down does not open it,
@@ -60,7 +63,7 @@ listeners:
 }
 
 // TestOrders: what an operator has said of listeners and targets holds in a process that takes over, until a
-// reload leaves the listener out.
+// reload leaves the listener out. It knows which containers were started.
 func TestOrders(t *testing.T) {
 	target, addr, stays := freeAddr(t), freeAddr(t), freeAddr(t)
 	kept := fmt.Sprintf(`
@@ -76,6 +79,9 @@ listeners:
 	if _, err := old.SetDisabled(url.Values{"target": {target}}, true); err != nil {
 		t.Fatal(err)
 	}
+	old.wakes.mu.Lock()
+	old.wakes.add(&woken{Started: container.Started{ID: "1"}, Idle: time.Hour, Used: time.Now()}, old.lapse)
+	old.wakes.mu.Unlock()
 	said, err := old.Orders()
 	if err != nil {
 		t.Fatal(err)
@@ -86,6 +92,9 @@ listeners:
 	after := d.Status()
 	if len(after.Disabled) != 1 || !after.Disabled[0].Since.Equal(before.Disabled[0].Since) {
 		t.Errorf("disabled are %+v, and were %+v", after.Disabled, before.Disabled)
+	}
+	if all := d.wakes.list(); len(all) != 1 || all[0].ID != "1" || all[0].Idle != time.Hour {
+		t.Errorf("containers that may be stopped: %+v", all)
 	}
 	for i, l := range after.Listeners {
 		if was := before.Listeners[i]; !l.Drained.Equal(was.Drained) || len(l.Bound) != len(was.Bound) {

@@ -57,17 +57,19 @@ func (srv *Server) copies() (all []handover.Socket, err error) {
 	return all, nil
 }
 
-// orders are what an operator has said, and another process is to know.
+// orders are what an operator has said, and what else another process is to know.
 type orders struct {
 	Drained  map[string]time.Time `json:"drained"`  // listeners
 	Disabled map[string]time.Time `json:"disabled"` // targets
+	Woken    []*woken             `json:"woken"`    // containers that were started here
 }
 
-// Orders are what an operator has said that lasts until a restart, for Options.Orders of another process.
+// Orders are what an operator has said that lasts until a restart, and which containers may be stopped, for
+// Options.Orders of another process.
 func (srv *Server) Orders() (json.RawMessage, error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	o := orders{map[string]time.Time{}, srv.disabled.Since()}
+	o := orders{map[string]time.Time{}, srv.disabled.Since(), srv.wakes.list()}
 	for name, l := range srv.listeners {
 		if !l.drained.IsZero() {
 			o.Drained[name] = l.drained

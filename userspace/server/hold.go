@@ -114,7 +114,11 @@ func (rs *rooms) move() {
 func (srv *Server) hold(ctx context.Context, w *held, try func(context.Context) error) error {
 	ctx, stop := w.whileThere(ctx)
 	defer stop()
-	err := tryFor(ctx, holdFirst, try)
+	first := holdFirst
+	if w.rule.Wake.IsLAN() {
+		first = lanFirst
+	}
+	err := tryFor(ctx, first, try)
 	if err == nil {
 		return nil
 	}
@@ -139,7 +143,10 @@ func (srv *Server) await(ctx context.Context, w *held, err error, try func(conte
 		"route", w.rule.Name, "target", w.rule.Written, "hold", w.rule.Hold.String(), "err", err)
 	inTime, cancel := context.WithDeadline(ctx, w.until)
 	defer cancel()
-	err = srv.rooms.wait(inTime, w.room(), err, try)
+	err = srv.rooms.wait(inTime, w.room(), err, func(ctx context.Context) error {
+		srv.wakeMachine(ctx, w.rule)
+		return try(ctx)
+	})
 	if err != nil && context.Cause(ctx) == errLeft {
 		return fmt.Errorf("%w: %w", errLeft, err)
 	}
@@ -254,7 +261,7 @@ func mayComeBack(err error) bool {
 	}
 	switch de.Reason {
 	case dial.NodeOffline, dial.Timeout, dial.Unreachable, dial.Refused, dial.NoSocket, dial.ContainerStopped,
-		dial.UnknownContainer, dial.ContainerUnreachable: // one is removed before it is made anew
+		dial.ContainerStarting, dial.UnknownContainer, dial.ContainerUnreachable: // one is removed before it is made anew
 		return true
 	}
 	return false

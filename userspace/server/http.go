@@ -53,7 +53,7 @@ func pageReason(err error) error {
 	switch de.Reason {
 	case dial.NodeOffline:
 		return vhost.FailAbsent(de.Seen, err)
-	case dial.UnknownNode, dial.ContainerStopped, dial.UnknownContainer, dial.AmbiguousContainer,
+	case dial.UnknownNode, dial.ContainerStopped, dial.ContainerStarting, dial.ContainerNotStarted, dial.UnknownContainer, dial.AmbiguousContainer,
 		dial.NoSocket, dial.Exhausted, dial.OffByHand:
 		return vhost.Fail(vhost.ReasonAbsent, err)
 	case dial.Timeout:

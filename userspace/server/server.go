@@ -26,6 +26,7 @@
 //	splice.go          sni and tcp: hello, route, dial, relay, log
 //	targets.go         sni and tcp: from one of several targets to the next
 //	hold.go            connections and requests wait for a target that will be back
+//	wake.go            containers and machines are woken for those who wait, and containers stopped
 //	transparent.go     connections from the client's own address
 //	refused.go         why connections and requests are refused, and that it is counted and logged
 //
@@ -101,6 +102,7 @@ type Options struct {
 	Handed []handover.Socket
 	Held   bool
 	Orders json.RawMessage // of [Server.Orders] of another process, or nil
+	Older  func() bool     // whether a process from which this one has taken over still has flows; nil: there is none
 	// Moved is called when what [Server.Bound] returns may have changed. It must not block, nor call the Server.
 	Moved func()
 
@@ -158,6 +160,7 @@ type Server struct {
 	nodeName atomic.Pointer[string]
 	heldBy   *limit.Limiter // connections and requests that wait for their target, by source
 	rooms    *rooms         // where they wait: see hold.go
+	wakes    *wakes         // containers that were started for them
 
 	// mu serialises reloads.
 	mu sync.Mutex
@@ -218,7 +221,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.containers.FollowLabels(config.IsLabel, srv.labelsMoved.wake)
 	srv.limiter, srv.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt) // set by apply
 	srv.newRate = limit.NewRate()                                                                                // set by apply
-	srv.heldBy, srv.rooms = limit.NewRequests(heldMost, heldPerSource), newRooms()
+	srv.heldBy, srv.rooms, srv.wakes = limit.NewRequests(heldMost, heldPerSource), newRooms(), newWakes()
 	srv.spare = newSpareFiles()
 	srv.hops.Store(plan.NewPeers(nil))
 	srv.ports.Store(&map[uint16]bool{})
@@ -233,6 +236,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	if err == nil && opts.Orders != nil {
 		err = json.Unmarshal(opts.Orders, &srv.orders)
 		srv.disabled.SetAll(srv.orders.Disabled)
+		srv.wakes.adopt(srv.orders.Woken, srv.lapse)
 	}
 	srv.mu.Unlock()
 	if err == nil {
@@ -340,4 +344,5 @@ func (srv *Server) Close() {
 	srv.useLogs(nil)
 	closeFiles(srv.denyFiles)
 	srv.acme.Close()
+	srv.wakes.stop()
 }

@@ -84,6 +84,7 @@ func (srv *Server) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream stri
 		preface = srv.proxyHeader(in, hello).Append(nil)
 	}
 	counters := new(relay.Counters)
+	endUse := srv.wakes.begin(r)
 	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.Name, Name: in.name,
 		Client: in.client.String(), Shared: in.shared(), Downstream: in.peer.String(), Upstream: upstream,
 		Target: r.Written, Started: in.accepted, Bytes: counters.Load, Held: counters.Held, Datapath: counters.Datapath, Killer: counters,
@@ -103,6 +104,9 @@ func (srv *Server) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream stri
 	}
 	return fl, o, func(res relay.Result) {
 		srv.flows.Remove(fl)
+		if endUse != nil {
+			endUse()
+		}
 		end := func() {
 			srv.ended(fl, res)
 			in.release()
@@ -119,10 +123,15 @@ func (srv *Server) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream stri
 func (srv *Server) dialRule(ctx context.Context, listener string, r *plan.Rule, who plan.Visitor) (net.Conn, error) {
 	started := time.Now()
 	var up net.Conn
-	var err error
-	switch off := srv.disabled.Check(r.To, r.Written); {
-	case off != nil:
-		err = off
+	err := srv.disabled.Check(r.To, r.Written)
+	if endUse := srv.wakes.begin(r); endUse != nil {
+		defer endUse()
+	}
+	if err == nil {
+		err = srv.wake(ctx, r)
+	}
+	switch {
+	case err != nil:
 	case r.Label != nil:
 		up, err = dialLabelled(ctx, r, who.Client)
 	case r.Transparent:

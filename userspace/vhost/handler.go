@@ -27,6 +27,7 @@ type exchange struct {
 	requestID  string
 	route      *Route
 	up         *Upstream // the one that is tried
+	using      func()    // ends its Using; nil: there is nothing to end
 	timing     bool      // the answer shall have Server-Timing
 	hsts       string    // the answer's Strict-Transport-Security, "" for none
 	body       *body     // nil if the request has none
@@ -108,6 +109,7 @@ func (s *Server) finish(x *exchange) {
 		x.cutOff()
 	}
 	add(x.resp.traffic.Requests, -1)
+	x.endUse()
 	s.report(x)
 	x.body.leave()
 }
@@ -136,7 +138,7 @@ func (s *Server) enter(x *exchange, bad, noRoom error) bool {
 // forward sends x's request to an upstream of its route, and the answer back.
 func (s *Server) forward(x *exchange, w http.ResponseWriter) {
 	readUpgrade(x.req)
-	x.up = x.route.pick(nil)
+	x.use(x.route.pick(nil))
 	ctx := context.WithValue(x.req.Context(), exchangeKey{}, x)
 	ctx = context.WithValue(ctx, dialKey{}, x.up)
 	trace := &httptrace.ClientTrace{GotConn: x.gotConn}
@@ -152,6 +154,21 @@ func (s *Server) forward(x *exchange, w http.ResponseWriter) {
 		http.NewResponseController(w).EnableFullDuplex()
 	}
 	s.proxy.ServeHTTP(x.resp, in)
+}
+
+// use makes up the upstream that is tried.
+func (x *exchange) use(up *Upstream) {
+	x.endUse()
+	if x.up = up; up.Using != nil {
+		x.using = up.Using()
+	}
+}
+
+func (x *exchange) endUse() {
+	if x.using != nil {
+		x.using()
+		x.using = nil
+	}
 }
 
 // hasBody says whether a body comes with a request. In HTTP/2 net/http gives every request one to read.

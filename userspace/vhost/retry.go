@@ -53,7 +53,7 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 			return nil, err
 		}
 		t.s.log.Debug("http: trying another upstream", "id", x.id, "failed", x.up.Key, "next", next.Key, "err", err)
-		x.up = next
+		x.use(next)
 		r = r.WithContext(context.WithValue(r.Context(), dialKey{}, next))
 		u := *r.URL
 		r.URL = &u

@@ -51,6 +51,9 @@ type Upstream struct {
 	Dial func(ctx context.Context) (net.Conn, error)
 	// Refuses, if not nil, says why no request may go there now, also on a connection that is there; or nil.
 	Refuses func() error
+	// Using, if not nil, is called when a request is about to go there. What it returns is called when the
+	// request is over, or goes elsewhere.
+	Using func() (end func())
 	// IsFault, if not nil, reports whether an error of Dial tells others to avoid it.
 	IsFault func(error) bool
 	// Speaks says for whom its connections speak. Those not for all are closed soon after their last request.

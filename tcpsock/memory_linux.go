@@ -33,6 +33,19 @@ func Memory(proc string) (used, pressure int64) {
 	return used * page, int64(i.Totalram) * int64(i.Unit) / 16
 }
 
+// IsShort reports whether the kernel saves TCP's memory now. It begins when more is held than Memory's
+// pressure, and goes on until that is less than the first number of tcp_mem.
+func IsShort(proc string) bool {
+	all, _ := os.ReadFile(proc + "/net/protocols")
+	for line := range bytes.Lines(all) {
+		// protocol  size sockets  memory press maxhdr ...
+		if f := bytes.Fields(line); len(f) > 4 && string(f[0]) == "TCP" {
+			return string(f[4]) == "yes"
+		}
+	}
+	return false
+}
+
 // number is the field i, or 0 where that is none.
 func number(fields [][]byte, i int) int64 {
 	if i >= len(fields) {
@@ -42,8 +55,8 @@ func number(fields [][]byte, i int) int64 {
 	return max(n, 0)
 }
 
-// readFile is what the first read of a file of procfs gives, as far as there is space. os.ReadFile takes twice
-// as many system calls.
+// readFile is what the first read of a file of procfs gives, as far as there is space. os.ReadFile takes
+// twice as many system calls.
 func readFile(name string, space []byte) ([]byte, error) {
 	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {

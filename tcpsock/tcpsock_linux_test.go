@@ -4,6 +4,8 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -156,5 +158,34 @@ func TestDup(t *testing.T) {
 	}
 	if fd, err := Dup(raw); err == nil || fd >= 0 {
 		t.Errorf("Dup of a closed connection is %d, %v", fd, err)
+	}
+}
+
+// What the kernel says about TCP's memory is read, whatever it is.
+func TestMemory(t *testing.T) {
+	page := int64(os.Getpagesize())
+	for _, v := range []struct {
+		stat, limits, protocols string
+		used, pressure          int64
+		isShort                 bool
+	}{
+		{"sockets: used 9\nTCP: inuse 30 orphan 0 tw 2 alloc 35 mem 5\nUDP: inuse 1 mem 7\n", "1\t2\t3\n", "protocol  size sockets  memory press\nTCPv6 2432 0 41963 yes\nTCP 2432 0 41963 no 192\n", 5, 2, false},
+		{"sockets: used 9\nTCP: inuse 30 orphan 0 tw 2 alloc 35 mem 5", "1 2 3", "TCP 2432 0 41963 yes 192\n", 5, 2, true},
+		{"sockets: used 9\nTCP: inuse 1 mem", "1", "TCP 2432", 0, 0, false},
+		{"", "", "", 0, 0, false},
+	} {
+		proc := t.TempDir()
+		for name, text := range map[string]string{"net/sockstat": v.stat, "sys/net/ipv4/tcp_mem": v.limits, "net/protocols": v.protocols} {
+			file := filepath.Join(proc, name)
+			if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o644)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if used, pressure := Memory(proc); used != v.used*page || pressure != v.pressure*page || IsShort(proc) != v.isShort {
+			t.Errorf("%+v: %d, %d, %v", v, used/page, pressure/page, IsShort(proc))
+		}
+	}
+	if used, pressure := Memory("/proc"); used < 0 || pressure < 100*page {
+		t.Errorf("here %d bytes are taken, and TCP is short from %d on", used, pressure)
 	}
 }

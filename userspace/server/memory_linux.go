@@ -2,11 +2,13 @@ package server
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/metrics"
 	"slices"
 	"sync"
@@ -15,13 +17,18 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
 
 const (
-	memoryEvery = time.Second / 4 // a few readers who stop fill what a small machine has for TCP within a second
-	lookRest    = 20              // times as long as a look takes, which is a twentieth of a CPU at most
+	memoryEvery = time.Second / 4  // a few readers who stop fill what a small machine has for TCP within a second
+	restEvery   = time.Second      // the same while so little is taken that this takes a second as well
+	fillRate    = 256 << 20        // bytes a second, at which readers who stop fill memory
+	idleEvery   = 15 * time.Second // while nobody is connected, and whole while little is taken
+	lookRest    = 20               // times the CPU time of a look, which is a twentieth of a CPU at most
+	shortRest   = 2                // the same while TCP is short, and next to nothing else can be done
 
 	// How long no byte of a flow must have moved before it may be ended for what it holds: from 3/4 of the
 	// memory on, and from 7/8 on.
@@ -40,8 +47,10 @@ const (
 // kernel has received for a reader who has stopped can't be given back but with the flow; and where TCP is
 // short of memory it gives all others next to nothing.
 type memoryWatch struct {
-	server *Server
-	since  map[netip.AddrPort]rest // by the peer's address, while half of the memory is taken
+	server  *Server
+	last    time.Time               // when it looked whole
+	isShort bool                    // half of the memory was taken then
+	since   map[netip.AddrPort]rest // by the peer's address, while that is so
 
 	greedy map[netip.Prefix]greed // sources that are refused, or were
 }
@@ -100,24 +109,78 @@ func (srv *Server) watchMemory() {
 			timer.Stop()
 			srv.opts.Relay.SaveMemory(false)
 			return
-		case now := <-timer.C:
-			w.look(now, srv.memoryUse("/proc", "/sys/fs/cgroup"))
-			srv.opts.Relay.SpareTCP(isTCPScarce("/proc"))
-			timer.Reset(max(memoryEvery, time.Since(now)*lookRest)) // however many flows there are
+		case <-srv.memoryWake:
+		case <-timer.C:
 		}
+		timer.Reset(w.glance(time.Now(), "/proc", "/sys/fs/cgroup"))
 	}
 }
 
-// isTCPScarce reports whether a quarter of what the kernel has for TCP is taken.
-func isTCPScarce(proc string) bool {
+// glance looks whole each time while half of the budget or of TCP's memory may be taken, each restEvery while
+// a source is refused, and else each idleEvery. It gives the time until the next glance. While nobody is
+// connected, and nothing is to be given back, that is idleEvery, or until memoryWake says that somebody has
+// connected.
+func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Duration) {
+	srv := w.server
 	used, short := tcpsock.Memory(proc)
-	return short > 0 && used >= short/4
+	srv.opts.Relay.SpareTCP(short > 0 && used >= short/4)
+	mayBeShort, room := short > 0 && used >= short/2, short/4-used
+	if budget := srv.Memory(); budget > 0 {
+		left := budget/2 - used - srv.ownMemory()
+		mayBeShort, room = mayBeShort || left <= 0, min(room, left)
+	}
+	whole := idleEvery
+	if len(w.greedy) > 0 {
+		whole = restEvery
+	}
+	pause = min(max(memoryEvery, time.Duration(float64(room)/fillRate*float64(time.Second))), restEvery)
+	if w.isShort || mayBeShort || now.Sub(w.last) >= whole {
+		w.last = now
+		took := threadTime(func() { w.look(now, srv.memoryUse(proc, cgroups)) })
+		pause = max(pause, restAfter(took, short > 0 && used >= short/4*3))
+	}
+	if w.isShort || len(w.greedy) > 0 {
+		return pause
+	}
+	srv.memoryRests.Store(true)
+	if srv.limiter.Total() > 0 {
+		srv.memoryRests.Store(false)
+		return pause
+	}
+	return idleEvery
+}
+
+// restAfter is for how long nothing is looked at after a look, however many flows there are. While TCP is
+// short readers who stop leave nothing to the others until they are ended.
+func restAfter(took time.Duration, isTCPShort bool) time.Duration {
+	if isTCPShort {
+		return took * shortRest
+	}
+	return took * lookRest
+}
+
+// threadTime is what f takes of a CPU: on a busy one what f waits for it is no cost of f.
+func threadTime(f func()) time.Duration {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	now := func() time.Duration {
+		var t unix.Timespec
+		_ = unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t) // there always is one
+		return time.Duration(t.Nano())
+	}
+	began := now()
+	f()
+	return now() - began
 }
 
 // A memoryUse is how much is taken of what there is, in bytes.
 type memoryUse struct {
 	used, total int64
 	what        string // the metric's word for it
+	isTCPShort  bool   // the kernel is, and gives every connection next to nothing
+
+	sockets map[netip.AddrPort]tcpSocket // of connections that were accepted, if they were measured for it
+	dialled int64                        // bytes that those which were dialled for them hold, and targets for them
 }
 
 // over reports whether n of m parts are taken.
@@ -136,34 +199,46 @@ func (u memoryUse) part() float64 {
 func (srv *Server) memoryUse(proc, cgroups string) memoryUse {
 	used, short := tcpsock.Memory(proc)
 	own, ok := cgroupSockets(proc, cgroups)
-	rest := processMemory() + srv.opts.Relay.Piped() + int64(srv.limiter.Total())*connectionKernel
+	rest, budget := srv.ownMemory(), srv.Memory()
 	targets := int64(0)
+	var sockets map[netip.AddrPort]tcpSocket
+	var held int64
 	switch {
-	case used >= short/2, !ok && rest+used >= srv.Memory()/2:
-		var sockets int64
-		if sockets, targets = srv.socketMemory(proc); !ok {
-			own = min(used, sockets)
+	case used >= short/2, !ok && budget > 0 && rest+used >= budget/2:
+		if held, targets, sockets = srv.socketMemory(proc); !ok {
+			own = min(used, held)
 		}
 	case !ok:
 		own = used // and it doesn't matter whose they are
 	}
-	all := memoryUse{own + rest, srv.Memory(), overMemory}
+	all := memoryUse{used: own + rest, total: budget, what: overMemory}
 	if tcp := tcpUse(used, min(used, own+targets), short); tcp.part() > all.part() {
-		return tcp
+		all = tcp
 	}
+	all.sockets, all.dialled = sockets, held+targets-heldBy(sockets)
+	all.isTCPShort = used >= short/2 && tcpsock.IsShort(proc)
 	return all
+}
+
+// heldBy is what sockets hold together, in bytes.
+func heldBy(sockets map[netip.AddrPort]tcpSocket) (sum int64) {
+	for _, s := range sockets {
+		sum += s.held
+	}
+	return sum
 }
 
 // tcpUse is the use of what the kernel has for TCP, where all sockets of the machine hold used, and own of
 // that is ours. What others hold is none of ours to give back: ours is what they leave, but half in any case.
 func tcpUse(used, own, short int64) memoryUse {
-	return memoryUse{own, max(short-max(used-own, 0), short/2), "tcp_memory"}
+	return memoryUse{used: own, total: max(short-max(used-own, 0), short/2), what: "tcp_memory"}
 }
 
 // socketMemory is about what the sockets of all connections hold, in bytes, accepted and dialled ones.
 // targets is how much the targets hold for readers that have stopped, in their own sockets on this machine:
-// those of other network namespaces may hold what the sockets in this one do not.
-func (srv *Server) socketMemory(proc string) (own, targets int64) {
+// those of other network namespaces may hold what the sockets in this one do not. accepted are those of the
+// former that were accepted, by the peer's address; nil: they could not be listed.
+func (srv *Server) socketMemory(proc string) (own, targets int64, accepted map[netip.AddrPort]tcpSocket) {
 	stopped := map[netip.AddrPort]int64{} // readers, by the target of their flows
 	srv.opts.Relay.MeasureHeld(time.Now())
 	for _, fl := range srv.flows.Live() {
@@ -181,9 +256,10 @@ func (srv *Server) socketMemory(proc string) (own, targets int64) {
 	}
 	diag, err := newSockDiag()
 	if err != nil {
-		return own, 0
+		return own, 0, nil
 	}
 	defer diag.Close()
+	accepted = map[netip.AddrPort]tcpSocket{}
 	ports, seen := *srv.ports.Load(), map[netip.AddrPort]bool{}
 	listed := ports
 	if len(stopped) > 0 {
@@ -194,7 +270,10 @@ func (srv *Server) socketMemory(proc string) (own, targets int64) {
 		here += s.held
 		_, isDialled := stopped[peer]
 		switch {
-		case ports[s.local.Port()], isDialled:
+		case ports[s.local.Port()]:
+			own += s.held
+			addSocket(accepted, s, peer)
+		case isDialled:
 			own += s.held
 		case stopped[s.local] > 0:
 			targets += s.held
@@ -204,7 +283,7 @@ func (srv *Server) socketMemory(proc string) (own, targets int64) {
 		}
 	})
 	if err != nil {
-		return own, 0
+		return own, 0, nil
 	}
 	used, _ := tcpsock.Memory(proc)
 	elsewhere := max(used-here, 0)
@@ -218,7 +297,7 @@ func (srv *Server) socketMemory(proc string) (own, targets int64) {
 			unseen += readers * most
 		}
 	}
-	return own, targets + min(unseen, elsewhere)
+	return own, targets + min(unseen, elsewhere), accepted
 }
 
 // maybeHere reports whether a container on this machine may have the address.
@@ -230,6 +309,12 @@ func tcpSendMost(proc string) (bytes int64) {
 	var least, first int64
 	_, _ = fmt.Sscan(string(text), &least, &first, &bytes)
 	return bytes
+}
+
+// ownMemory is what this process has, its pipes, and the kernel for its connections beside what sockets hold,
+// in bytes.
+func (srv *Server) ownMemory() int64 {
+	return processMemory() + srv.opts.Relay.Piped() + int64(srv.limiter.Total())*connectionKernel
 }
 
 // processMemory is what Go has of the kernel for this process, in bytes.
@@ -245,6 +330,7 @@ type stalled struct {
 	owner owner
 	since time.Time
 	held  int64
+	flows []*flow.Flow
 }
 
 // An owner is whose connections are counted together: those of a source, or one alone where many clients may
@@ -266,18 +352,20 @@ func (o owner) String() string {
 // first those of the source that holds most.
 func (w *memoryWatch) look(now time.Time, u memoryUse) {
 	srv := w.server
-	isShort := u.over(1, 2)
-	srv.opts.Relay.SaveMemory(isShort && u.what == overMemory)
-	if !isShort {
+	w.isShort = u.over(1, 2)
+	srv.opts.Relay.SaveMemory(w.isShort && u.what == overMemory)
+	if !w.isShort {
 		w.since = nil
 		w.refuse(now, u)
 		return
 	}
-	var sockets map[netip.AddrPort]tcpSocket
+	sockets := u.sockets
 	diag, err := newSockDiag()
 	if err == nil {
 		defer diag.Close()
-		if u.over(5, 8) {
+	}
+	if sockets == nil {
+		if srv.opts.Relay.MeasureHeld(now); err == nil && u.over(5, 8) {
 			sockets, err = diag.tcpSockets(*srv.ports.Load())
 		}
 	}
@@ -329,11 +417,11 @@ func (w *memoryWatch) refuse(now time.Time, u memoryUse) {
 
 // stalled are the connections that hold something, and since when nothing of theirs has moved.
 func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocket) (all []stalled) {
-	w.server.opts.Relay.MeasureHeld(now)
 	type connection struct {
 		bytes, down, held int64
 		since             time.Time // of what is held
 		owner             owner
+		flows             []*flow.Flow
 	}
 	srv := w.server
 	flows := srv.flows.Live()
@@ -345,6 +433,7 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 			continue
 		}
 		c := connections[peer]
+		c.flows = append(c.flows, fl)
 		if c.owner.source = limit.PrefixOf(client.Addr()); fl.Shared {
 			c.owner = owner{alone: peer}
 		}
@@ -386,10 +475,10 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 			if r.since.Before(c.since) {
 				c.since = r.since
 			}
-			all = append(all, stalled{peer, c.owner, c.since, held})
+			all = append(all, stalled{peer, c.owner, c.since, held, c.flows})
 		// The kernel moves the flow, or these are requests, or the flow has ended.
 		case !socket.isEmpty && (!takes || now.Sub(r.since) >= stoppedForShort):
-			all = append(all, stalled{peer, c.owner, r.since, held})
+			all = append(all, stalled{peer, c.owner, r.since, held, c.flows})
 		}
 	}
 	w.since = since
@@ -458,24 +547,31 @@ func victims(all []stalled, until time.Time) []stalled {
 	return out
 }
 
+// errShort is why a flow ends.
+var errShort = errors.New("memory is short (limits.memory, net.ipv4.tcp_mem), and the flow makes no progress")
+
 // end resets connections of all that have stood still for long enough, in the order of victims, until so much
-// is given back that u is over no more.
+// is given back that u is over no more. Both sides of their flows are reset at once, since what is held for
+// the one is in the socket of the other as well.
 func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map[netip.AddrPort]tcpSocket, diag *sockDiag) error {
 	until, enough, least := now.Add(-stoppedFor), u.total/4*3, int64(stoppedMin)
 	if u.what != overMemory {
 		least = stoppedLeast
 	}
-	if u.over(7, 8) {
+	if u.over(7, 8) || u.what != overMemory && u.isTCPShort {
 		until = now.Add(-stoppedForShort)
 		if u.what != overMemory {
-			// The kernel is short from here on, and gives every connection next to nothing until less than
-			// 3/4 are taken.
-			enough = u.total / 2
+			enough = u.total / 2 // it is short until less than 3/4 are taken
 		}
 	}
 	var first owner
 	var err error
 	n, freed := 0, int64(0)
+	// What a connection holds at its other side is not known for each.
+	both := 1.0
+	if accepted := heldBy(u.sockets); accepted > 0 {
+		both += float64(u.dialled) / float64(accepted)
+	}
 	for _, v := range victims(all, until) {
 		socket, ok := sockets[v.peer]
 		if !ok || v.held < least || socket.isOrphan && !canEndOrphans() {
@@ -484,6 +580,11 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 		if freed > u.used-enough {
 			break
 		}
+		for _, fl := range v.flows {
+			if fl.Killer != nil {
+				fl.Killer.Kill(errShort)
+			}
+		}
 		if err = diag.destroy(socket); err != nil {
 			break
 		}
@@ -491,7 +592,7 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 			first = v.owner
 		}
 		n++
-		freed += v.held
+		freed += max(v.held, int64(float64(socket.held)*both))
 	}
 	if n > 0 {
 		w.server.metrics.Cut.WithLabelValues(u.what).Add(float64(n))

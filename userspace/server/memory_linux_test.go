@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -24,6 +25,7 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // TestShortOfTCPMemory: when memory is short, whose readers have stopped opens no more connections, and then those
@@ -95,7 +97,9 @@ func TestShortOfTCPMemory(t *testing.T) {
 			still()
 
 			w, now := &memoryWatch{server: d.Server}, time.Now()
-			taken := func(eighths int64) memoryUse { return memoryUse{eighths << 30, 8 << 30, "tcp_memory"} }
+			taken := func(eighths int64) memoryUse {
+				return memoryUse{used: eighths << 30, total: 8 << 30, what: "tcp_memory"}
+			}
 			look := func(after time.Duration, eighths int64, ended int) {
 				t.Helper()
 				w.look(now.Add(after), taken(eighths))
@@ -171,6 +175,7 @@ func TestShortOfTCPMemory(t *testing.T) {
 // TestGreedyHop: a hop that many clients stand behind, none of whom it names, is refused nothing for what one of them
 // holds; a client whom it names is. Those behind it are ended one by one.
 func TestGreedyHop(t *testing.T) {
+	const readers = 16 // each holds little where others on the machine have made TCP's memory scarce
 	up := backend(t, func(c net.Conn) {
 		defer c.Close()
 		io.Copy(c, forever{})
@@ -211,14 +216,14 @@ listeners:
 				}
 				return c, nil
 			}
-			for range 4 {
+			for range readers {
 				if _, err := connect(); err != nil {
 					t.Fatal(err)
 				}
 			}
 			w, now := &memoryWatch{server: d.Server}, time.Now()
 			var all []stalled
-			eventually(t, "four readers have stopped", func() bool {
+			eventually(t, "all readers have stopped", func() bool {
 				d.opts.Relay.MeasureHeld(now)
 				diag, err := newSockDiag()
 				if err != nil {
@@ -234,16 +239,16 @@ listeners:
 				for _, s := range all {
 					sum += s.held
 				}
-				return len(all) == 4 && sum > greedyMin
+				return len(all) == readers && sum > greedyMin
 			})
 			owners := map[owner]bool{}
 			for _, s := range all {
 				owners[s.owner] = true
 			}
-			if want := map[bool]int{true: 1, false: 4}[v.refused]; len(owners) != want {
+			if want := map[bool]int{true: 1, false: readers}[v.refused]; len(owners) != want {
 				t.Errorf("%d owners of what is held, want %d: %v", len(owners), want, owners)
 			}
-			w.look(now.Add(stoppedForShort), memoryUse{5 << 30, 8 << 30, overMemory})
+			w.look(now.Add(stoppedForShort), memoryUse{used: 5 << 30, total: 8 << 30, what: overMemory})
 			c, err := connect()
 			if err == nil { // else the reset has come already
 				_, err = c.Read(make([]byte, 1))
@@ -297,7 +302,7 @@ func TestSlowHTTP(t *testing.T) {
 			}
 			connections := map[string]int{"HTTP/1.1": streams, "HTTP/2": 1}[v] // of the daemon
 			w := &memoryWatch{server: d.Server}
-			taken := func(eighths int64) memoryUse { return memoryUse{eighths << 30, 8 << 30, overMemory} }
+			taken := func(eighths int64) memoryUse { return memoryUse{used: eighths << 30, total: 8 << 30, what: overMemory} }
 			eventually(t, "the client may open no more", func() bool {
 				if framer != nil {
 					framer.WritePing(false, [8]byte{})
@@ -507,7 +512,7 @@ listeners:
 			eventually(t, "the flows have ended, and the kernel has their bytes", func() bool { return d.flows.Len() == 0 && orphans() == flows })
 			w, now := &memoryWatch{server: d.Server}, time.Now()
 			look := func(after time.Duration, eighths int64) {
-				w.look(now.Add(after), memoryUse{eighths << 30, 8 << 30, "tcp_memory"})
+				w.look(now.Add(after), memoryUse{used: eighths << 30, total: 8 << 30, what: "tcp_memory"})
 			}
 			look(0, 7)
 			if n := orphans(); n != flows {
@@ -575,7 +580,7 @@ func TestSamePeer(t *testing.T) {
 	})
 	w, now := &memoryWatch{server: d.Server}, time.Now()
 	for range 2 {
-		w.look(now, memoryUse{7 << 30, 8 << 30, "tcp_memory"})
+		w.look(now, memoryUse{used: 7 << 30, total: 8 << 30, what: "tcp_memory"})
 		now = now.Add(stoppedForShort)
 	}
 	eventually(t, "the flow that holds much has ended", func() bool { return moved() == 0 })
@@ -612,7 +617,7 @@ func TestSmallHolders(t *testing.T) {
 	for _, what := range []string{overMemory, "tcp_memory"} {
 		for range 2 {
 			now = now.Add(stoppedForShort)
-			w.look(now, memoryUse{7 << 30, 8 << 30, what})
+			w.look(now, memoryUse{used: 7 << 30, total: 8 << 30, what: what})
 		}
 		if n, want := metrics.Totals(d.metrics.Cut, "reason")[what], map[string]int64{"tcp_memory": flows}[what]; n != want {
 			t.Errorf("for want of %s %d are ended, want %d", what, n, want)
@@ -653,7 +658,7 @@ func TestVictims(t *testing.T) {
 		for i := range n {
 			a := netip.AddrFrom4([4]byte{192, 0, byte(i >> 8), byte(i)})
 			all = append(all, stalled{netip.AddrPortFrom(a, uint16(i)), owner{source: netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 51, 0, byte(r.IntN(sources))}), 32)},
-				now.Add(-time.Duration(r.IntN(1e6)) * time.Microsecond), stoppedMin + r.Int64N(1<<20)})
+				now.Add(-time.Duration(r.IntN(1e6)) * time.Microsecond), stoppedMin + r.Int64N(1<<20), nil})
 		}
 		return all
 	}
@@ -668,7 +673,7 @@ func TestVictims(t *testing.T) {
 					longest = j
 				}
 			}
-			if v != left[longest] {
+			if v.peer != left[longest].peer {
 				t.Fatalf("of %d number %d is %v, want %v", n, i, v, left[longest])
 			}
 			left = slices.Delete(left, longest, longest+1)
@@ -761,7 +766,7 @@ func TestMemoryOfOthers(t *testing.T) {
 	up := backend(t, func(c net.Conn) { io.Copy(c, forever{}) })
 	at := freeAddr(t)
 	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, at, up))
-	if n, targets := d.socketMemory("/proc"); n > 1<<20 || targets > 0 {
+	if n, targets, _ := d.socketMemory("/proc"); n > 1<<20 || targets > 0 {
 		t.Errorf("%d bytes of %d are said to be ours, and %d those of targets", n, used, targets)
 	}
 	proc := fakeProc(t, used, used)
@@ -832,7 +837,7 @@ func TestDialledSocketsCount(t *testing.T) {
 	fl := &flow.Flow{Client: "192.0.2.1:5", Downstream: "192.0.2.1:5", Upstream: up}
 	d.flows.Add(fl)
 	defer d.flows.Remove(fl)
-	eventually(t, "it counts", func() bool { own, _ := d.socketMemory("/proc"); return own > 32<<10 })
+	eventually(t, "it counts", func() bool { own, _, _ := d.socketMemory("/proc"); return own > 32<<10 })
 }
 
 // TestBudgetOfOthers: what other programs' sockets hold is no part of the budget, also where it is less than half of
@@ -910,6 +915,171 @@ func TestRestIsOf(t *testing.T) {
 	} {
 		if got := (rest{bytes: c.was}).isOf(c.is); got != c.same {
 			t.Errorf("%d after %d goes on: %v", c.is, c.was, got)
+		}
+	}
+}
+
+// TestGlance: the watch looks whole as often as what is taken calls for, and not at all while nobody is connected.
+func TestGlance(t *testing.T) {
+	const small, large = 64 << 20, 4 << 30
+	for _, v := range []struct {
+		name      string
+		used      int64
+		budget    int64 // 0: there is none; -1: of half there are 32 MiB left
+		short     int64 // 0: small
+		connected bool
+		greedy    bool
+		wasShort  bool
+		looks     int // of 9 glances in 2 s
+		isShort   bool
+		pause     time.Duration
+	}{
+		{name: "nobody is connected", looks: 1, pause: idleEvery},
+		{name: "nobody is connected, and others hold half", used: small / 2, looks: 9, pause: idleEvery},
+		{name: "somebody is connected", connected: true, looks: 1, pause: memoryEvery},
+		{name: "less than half is taken", connected: true, used: small/2 - 4096, looks: 1, pause: memoryEvery},
+		{name: "half is taken", connected: true, used: small / 2, looks: 9, pause: memoryEvery},
+		{name: "half of the budget is taken", budget: 2 << 20, looks: 9, isShort: true, pause: memoryEvery},
+		{name: "memory is large", connected: true, short: large, looks: 1, pause: restEvery},
+		{name: "memory is large, but a quarter is taken", connected: true, short: large, used: large / 4, looks: 1, pause: memoryEvery},
+		{name: "memory is large, but not the budget", connected: true, short: large, budget: -1, looks: 1, pause: memoryEvery},
+		{name: "a source is refused", greedy: true, looks: 3, pause: memoryEvery},
+		{name: "half was taken", wasShort: true, looks: 1, pause: idleEvery},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+			if d.memory.Store(v.budget); v.budget < 0 {
+				d.memory.Store(2 * (d.ownMemory() + 32<<20))
+			}
+			if v.connected {
+				lease, err := d.limiter.Acquire(netip.Addr{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer lease.Release()
+			}
+			w, now := &memoryWatch{server: d.Server, isShort: v.wasShort}, time.Now()
+			if v.greedy {
+				w.greedy = map[netip.Prefix]greed{netip.MustParsePrefix("192.0.2.1/32"): greed{}.again(1, now)}
+			}
+			proc, looks := fakeProc(t, v.used, cmp.Or(v.short, small)), 0
+			for range 9 {
+				last := w.last
+				if pause := w.glance(now, proc, t.TempDir()); pause != v.pause {
+					t.Errorf("the next glance is in %v, want %v", pause, v.pause)
+				}
+				if w.last != last {
+					looks++
+				}
+				now = now.Add(memoryEvery)
+			}
+			if looks != v.looks || w.isShort != v.isShort {
+				t.Errorf("%d of 9 looks were whole, want %d; memory is short: %v", looks, v.looks, w.isShort)
+			}
+		})
+	}
+}
+
+// TestWatchWakes: the watch rests while nobody is connected, and looks again when somebody is.
+func TestWatchWakes(t *testing.T) {
+	at := freeAddr(t)
+	up := backend(t, func(c net.Conn) {
+		defer c.Close()
+		io.Copy(c, c)
+	})
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, at, up))
+	rests := func(want bool) func() bool { return func() bool { return d.memoryRests.Load() == want } }
+	for range 3 {
+		eventually(t, "it rests", rests(true))
+		c := dialTCP(t, at)
+		eventually(t, "it is awake", rests(false))
+		c.Close()
+	}
+}
+
+// TestEndsBothSides: what is held at the other side of a flow that is ended is given back at once as well, and
+// counts, so that no more flows are ended than have to be.
+func TestEndsBothSides(t *testing.T) {
+	const flows = 8
+	up := backend(t, func(c net.Conn) { io.Copy(c, forever{}) })
+	at := freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, at, up))
+	for range flows {
+		dialTCP(t, at).SetReadBuffer(16 << 10)
+	}
+	w, now := &memoryWatch{server: d.Server}, time.Now()
+	var all map[netip.AddrPort]tcpSocket
+	eventually(t, "all readers have stopped", func() bool {
+		d.opts.Relay.MeasureHeld(now)
+		_, _, all = d.socketMemory("/proc")
+		return len(all) == flows && len(w.stalled(now, all)) == flows
+	})
+	accepted := heldBy(all)
+	use := func(dialled int64) memoryUse { // so much that nine tenths of what accepted sockets hold have to go
+		return memoryUse{used: accepted / 10 * 21, total: accepted / 10 * 24, what: "tcp_memory", sockets: all, dialled: dialled}
+	}
+	now = now.Add(stoppedForShort + time.Minute)
+	w.look(now, use(8*accepted))
+	cut := func() int64 { return metrics.Totals(d.metrics.Cut, "reason")["tcp_memory"] }
+	if n := cut(); n < 1 || n > 2 {
+		t.Errorf("%d flows are ended, though one holds enough", n)
+	}
+	w.look(now, use(0))
+	if n := cut(); n < 4 {
+		t.Errorf("%d flows are ended, which hold too little", n)
+	}
+	eventually(t, "they are reset by the daemon", func() bool {
+		return metrics.Totals(d.metrics.Ended, "end")[string(relay.EndKilled)] == cut()
+	})
+}
+
+// TestRestsLess: while TCP is short the watch looks again soon, however many flows there are, and however busy
+// the machine is.
+func TestRestsLess(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
+	for i := range 20_000 {
+		peer := netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 1}), uint16(1024+i)).String()
+		fl := &flow.Flow{Client: peer, Downstream: peer, Upstream: peer, Bytes: func() (int64, int64) { return 1, 1 }}
+		d.flows.Add(fl)
+		defer d.flows.Remove(fl)
+	}
+	w := &memoryWatch{server: d.Server, isShort: true, greedy: map[netip.Prefix]greed{netip.MustParsePrefix("192.0.2.1/32"): greed{}.again(1, time.Now())}}
+	proc := fakeProc(t, 64<<20, 64<<20)
+	began := time.Now()
+	pause := w.glance(began, proc, t.TempDir())
+	if took := time.Since(began); pause > max(memoryEvery, shortRest*took) {
+		t.Errorf("the next glance is in %v, after one of %v", pause, took)
+	}
+	if took := threadTime(func() { time.Sleep(200 * time.Millisecond) }); took > 100*time.Millisecond {
+		t.Errorf("to wait takes %v of a CPU", took)
+	}
+}
+
+// TestEndsWhileShort: once the kernel is short of memory for TCP it is so until less than 3/4 are taken, and
+// until then readers who have stopped for a second are ended.
+func TestEndsWhileShort(t *testing.T) {
+	const flows = 4
+	up := backend(t, func(c net.Conn) { io.Copy(c, forever{}) })
+	at := freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, at, up))
+	for range flows {
+		dialTCP(t, at).SetReadBuffer(16 << 10)
+	}
+	w, now := &memoryWatch{server: d.Server}, time.Now()
+	eventually(t, "all readers have stopped", func() bool {
+		d.opts.Relay.MeasureHeld(now)
+		_, _, all := d.socketMemory("/proc")
+		return len(all) == flows && len(w.stalled(now, all)) == flows
+	})
+	now = now.Add(stoppedForShort + time.Second)
+	for _, v := range []struct {
+		what    string
+		isShort bool
+		ended   int64
+	}{{"tcp_memory", false, 0}, {overMemory, true, 0}, {"tcp_memory", true, flows}} {
+		w.look(now, memoryUse{used: 6 << 30, total: 8 << 30, what: v.what, isTCPShort: v.isShort})
+		if n := metrics.Totals(d.metrics.Cut, "reason")[v.what]; n != v.ended {
+			t.Errorf("%+v: %d are ended", v, n)
 		}
 	}
 }

@@ -63,15 +63,17 @@ func (d *sockDiag) Close() { _ = unix.Close(d.fd) }
 // though its peer may be the same.
 func (d *sockDiag) tcpSockets(ports map[uint16]bool) (map[netip.AddrPort]tcpSocket, error) {
 	all := map[netip.AddrPort]tcpSocket{}
-	err := d.each(ports, func(s tcpSocket, peer netip.AddrPort) {
-		if other, ok := all[peer]; ok {
-			s.also = new(tcpSocket)
-			*s.also = other
-			s.held, s.isEmpty, s.isOrphan = s.held+other.held, s.isEmpty && other.isEmpty, s.isOrphan && other.isOrphan
-		}
-		all[peer] = s
-	})
+	err := d.each(ports, func(s tcpSocket, peer netip.AddrPort) { addSocket(all, s, peer) })
 	return all, err
+}
+
+func addSocket(all map[netip.AddrPort]tcpSocket, s tcpSocket, peer netip.AddrPort) {
+	if other, ok := all[peer]; ok {
+		s.also = new(tcpSocket)
+		*s.also = other
+		s.held, s.isEmpty, s.isOrphan = s.held+other.held, s.isEmpty && other.isEmpty, s.isOrphan && other.isOrphan
+	}
+	all[peer] = s
 }
 
 // each gives f the sockets at these ports, or all of this network namespace where ports is nil.

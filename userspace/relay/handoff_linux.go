@@ -21,7 +21,7 @@ func (f *flow) attach() bool {
 	if _, ok := f.up.conn.(*net.UnixConn); ok || isUnix {
 		f.o.Datapaths, f.choice = nil, datapath.Choice{}
 	}
-	if len(f.o.Datapaths) > 0 {
+	if len(f.o.Datapaths) > 0 && f.counters.Killed() == nil {
 		if err := f.writeHead(); err != nil {
 			f.broken(&f.up, err)
 			return false
@@ -59,6 +59,10 @@ func (f *flow) socketsOnLoop() (down, up *loop.Socket) {
 // begin writes what comes first, and gives f, which is in transit, to the datapath that takes it as it
 // begins, or to the loop of its sockets. One that may have it later records it first.
 func (f *flow) begin(down, up *loop.Socket) {
+	if f.counters.Killed() != nil {
+		f.attachTo(down, up) // which ends it
+		return
+	}
 	if err := f.writeFirst(up.FD()); err != nil && err != unix.EAGAIN { // else attachTo sees to what is left
 		down.Loop().Do(func() (then func()) { return f.pumpsAfter(down, up, f.breaking("write to", &f.up, err)) })
 		return

@@ -171,15 +171,16 @@ func TestDatapathReasons(t *testing.T) {
 	}
 }
 
-// TestKillBeforeBegin: a flow that is killed before it begins ends as it begins, whoever is to have it.
+// TestKillBeforeBegin: a flow that is killed before it begins ends as it begins, whoever is to have it, and
+// sends nothing of what its client has said.
 func TestKillBeforeBegin(t *testing.T) {
 	for _, paths := range [][]datapath.Datapath{nil, {taker{}}, {returner{}}, {refuser{}}} {
 		why := errors.New("because")
 		var counters relay.Counters
 		counters.Kill(why)
 		f := relaytest.Loopback{Options: relay.Options{Datapaths: paths}}.Path(t).Connect(t)
-		f.Start(context.Background(), relay.Options{Counters: &counters})
-		if r := f.Result(t); r.End != relay.EndKilled || r.Err != why {
+		f.Start(context.Background(), relay.Options{Counters: &counters, Preface: []byte("PROXY"), Head: []byte("head")})
+		if r := f.Result(t); r.End != relay.EndKilled || r.Err != why || r.Up != 0 {
 			t.Errorf("%v: %+v", paths, r)
 		}
 		for _, c := range []net.Conn{f.Client, f.Server} {

@@ -17,8 +17,8 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
-// deafTarget is an address where the kernel answers no SYN any more.
-func deafTarget(t *testing.T) *net.TCPAddr {
+// deafTarget is an address where the kernel answers no SYN any more, until somebody accepts from its socket.
+func deafTarget(t *testing.T) (addr *net.TCPAddr, fd int) {
 	t.Helper()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -31,13 +31,13 @@ func deafTarget(t *testing.T) *net.TCPAddr {
 	if err := unix.Listen(fd, 0); err != nil {
 		t.Fatal(err)
 	}
-	addr := net.TCPAddrFromAddrPort(tcpsock.Local(fd))
+	addr = net.TCPAddrFromAddrPort(tcpsock.Local(fd))
 	c, err := net.DialTCP("tcp", nil, addr) // which nobody accepts: the queue is full
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	return addr
+	return addr, fd
 }
 
 // dialling counts connections to addr that are being made.
@@ -70,7 +70,7 @@ func TestResetStreamsDial(t *testing.T) {
 		{"HTTP/2 with TLS", true, 0}, {"HTTP/2 with TLS over IPv6", true, 1},
 	} {
 		t.Run(v.name, func(t *testing.T) {
-			target := deafTarget(t)
+			target, _ := deafTarget(t)
 			d, plain, secure, pool := floodDaemon(t, target.String(), fmt.Sprintf("limits: { requests_per_source: %d }", perSource))
 			at, tlsConfig := plain, (*tls.Config)(nil)
 			if v.secure {

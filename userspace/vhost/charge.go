@@ -94,6 +94,7 @@ func (x *exchange) forget() {
 
 // charged counts dialling as work on the request that wants the connection: the transport goes on when that
 // has ended, as with streams that a client opens and resets. What it would only begin then it doesn't begin.
+// And a request whose client's connection was closed here meanwhile is not sent, though it may be here whole.
 func charged(dial func(context.Context) (net.Conn, error)) func(context.Context, string, string) (net.Conn, error) {
 	return func(ctx context.Context, _, _ string) (net.Conn, error) {
 		x, ok := ctx.Value(exchangeKey{}).(*exchange)
@@ -104,6 +105,11 @@ func charged(dial func(context.Context) (net.Conn, error)) func(context.Context,
 			return nil, errClientLeft
 		}
 		defer x.charge.end()
-		return dial(ctx)
+		c, err := dial(ctx)
+		if err == nil && x.conn.isClosed() {
+			c.Close()
+			return nil, errClientLeft
+		}
+		return c, err
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
@@ -216,6 +217,12 @@ func (c *conn) SetDeadline(t time.Time) error {
 // CloseWrite passes a half-close on, for upgraded connections.
 func (c *conn) CloseWrite() error { return closeWrite(c.Conn) }
 
+// isClosed reports whether c's socket was closed here, by whomever: then nobody can be answered.
+func (c *conn) isClosed() bool {
+	_, hasSocket := c.Conn.(syscall.Conn)
+	return hasSocket && !tcpsock.Control(c.Conn, func(int) {})
+}
+
 // closeWrite ends c's stream: TCP's, or TLS's by close_notify.
 func closeWrite(c net.Conn) error {
 	if cw, ok := c.(interface{ CloseWrite() error }); ok {
@@ -228,7 +235,7 @@ func closeWrite(c net.Conn) error {
 // connection may see without reading whether its peer has closed its side.
 func (x *exchange) clientLeft() bool {
 	c, ok := x.conn.Conn.(interface{ Gone() bool })
-	return x.req.Context().Err() != nil || x.req.ProtoMajor == 1 && ok && c.Gone()
+	return x.req.Context().Err() != nil || x.conn.isClosed() || x.req.ProtoMajor == 1 && ok && c.Gone()
 }
 
 // ClientLeft says whether the client of the request that wants a connection has left; ctx is what

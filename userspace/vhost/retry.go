@@ -79,7 +79,7 @@ const (
 //	the request may be repeated, and this was no timeout                        otherUpstream
 //	else                                                                        giveUp
 func (x *exchange) remedy(r *http.Request, err error, spare *spareBody, stale int) remedy {
-	if r.Context().Err() != nil || x.resp.status != 0 || !spare.whole() || x.body.wasInterrupted() {
+	if r.Context().Err() != nil || errors.Is(err, errClientLeft) || x.resp.status != 0 || !spare.whole() || x.body.wasInterrupted() {
 		return giveUp
 	}
 	isUnsent := errors.As(err, new(*dialError))

@@ -3,6 +3,7 @@ package vhost
 import (
 	"bufio"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -10,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // lateConn is a connection whose end is not seen before something is written,
@@ -89,5 +92,47 @@ func TestStalePost(t *testing.T) {
 	res.Body.Close()
 	if res.StatusCode != 200 || posts.Load() != 1 || conns.Load() != 2 {
 		t.Errorf("%d, taken %d times, %d connections", res.StatusCode, posts.Load(), conns.Load())
+	}
+}
+
+// TestClosedWhileConnecting: of a request whose client's connection is closed here while its upstream
+// connects, nothing is sent, to no upstream, though all of it has come.
+func TestClosedWhileConnecting(t *testing.T) {
+	got := make(chan error, 1)
+	up := rawUpstream(t, func(_ *net.TCPConn, br *bufio.Reader) {
+		_, err := br.ReadByte()
+		got <- err
+	})
+	dial, dialled, goOn := up.Dial, make(chan struct{}), make(chan struct{})
+	up.Dial = func(ctx context.Context) (net.Conn, error) {
+		c, err := dial(ctx)
+		close(dialled)
+		<-goOn
+		return c, err
+	}
+	spare := wayTo(closedPort(t))
+	spare.Dial = func(context.Context) (net.Conn, error) {
+		t.Error("the spare upstream is dialled")
+		return nil, io.EOF
+	}
+	h := newHop(t, nil, func(c *config) {
+		c.Route = func(*http.Request, string, string) (*Route, error) {
+			return &Route{Name: "two", Upstreams: []Choice{{Upstream: up, Weight: 1}, {Upstream: spare, Backup: true}}}, nil
+		}
+	})
+	c, _ := raw(t, h, false)
+	io.WriteString(c, "PUT / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 3\r\n\r\npay")
+	<-dialled
+	h.Server.mu.Lock()
+	for cn := range h.conns {
+		tcpsock.ResetConn(cn.Conn.(infoConn).TCPConn)
+	}
+	h.Server.mu.Unlock()
+	close(goOn)
+	if err := <-got; err != io.EOF {
+		t.Errorf("the upstream reads %v, want the end", err)
+	}
+	if q := h.request(t, 1); q.Status != statusClientLeft || !errors.Is(q.Err, errClientLeft) {
+		t.Errorf("reported %d, %v", q.Status, q.Err)
 	}
 }

@@ -19,9 +19,9 @@ const (
 // strongOrder: an atomic add in BPF is a full barrier.
 const strongOrder = runtime.GOARCH == "amd64" || runtime.GOARCH == "386"
 
-// lookAgain is for a direction that goes to sleep after it has copied: look is called when what the verdict
-// stored before can be seen, and what the direction stored could be seen by the verdict. Where that is so at
-// once, it is not.
+// lookAgain is for a direction that goes to sleep after it has copied. On processors where a store may be
+// seen late, look is called when the direction can see what the verdict stored before, and the verdict what
+// the direction did. On others it is not called.
 func (l *Engine) lookAgain(look func()) {
 	switch {
 	case l.hooks != nil && l.hooks.again != nil:
@@ -36,6 +36,10 @@ const chunk = 128 << 10
 
 // turns is how often a direction copies before it lets others in between.
 const turns = 8
+
+// shortPause is how long a direction waits at most before it writes again to a socket that lacks memory:
+// nobody tells when there is some.
+const shortPause = 250 * time.Millisecond
 
 // chunks are the buffers of directions that copy. A direction that redirects has none.
 var chunks = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
@@ -88,19 +92,19 @@ func (d *direction) resume(redirected, copied, trimmed uint64) {
 	d.f.before[d.side] -= int64(n)
 }
 
-// fault is why the verdict has given the direction up, if it has.
+// fault is why the verdict has given the direction up; FAULT_NONE if it has not.
 func (d *direction) fault() sockmapFault { return sockmapFault(load32((*uint32)(&d.shared().Fault))) }
 
 func (d *direction) source() socket { return d.f.sockets[d.side] }
 func (d *direction) peer() socket   { return d.f.sockets[1-d.side] }
 
-// given is how many bytes went to the peer, but for those that went past TCP.
+// given is how many bytes went to the peer by the verdict and by userspace, without those that went past TCP.
 func (d *direction) given() uint64 {
 	m := d.shared()
 	return load64(&m.Redirected) + load64(&m.Consumed)
 }
 
-// moved is how many bytes were given to the peer.
+// moved is how many bytes were given to the peer, whichever way.
 func (d *direction) moved() uint64 { return d.given() + d.f.bypass.Moved(d.side) }
 
 // byTCP is how many bytes the peer's TCP was given, or will be when the worker comes to them.
@@ -140,7 +144,7 @@ func (d *direction) run() {
 	}
 }
 
-// turn makes a step. idle: there is nothing to do, and nobody at the direction any more.
+// turn makes a step. idle: there was nothing more to do, and the direction runs no more.
 func (d *direction) turn() (idle bool) {
 	if bits := d.bits.And(^(wakeAgain | wakeEnded)); bits&wakeEnded != 0 {
 		d.sawFIN = true
@@ -149,15 +153,16 @@ func (d *direction) turn() (idle bool) {
 	return d.bits.CompareAndSwap(isRunning, 0)
 }
 
-// outcome is what a step found out, to be done without the lock.
+// outcome is what follows from a step, to be done without the flow's lock. At most one field is set, and side
+// with broken.
 type outcome struct {
 	fault     sockmapFault
-	broken    error // a socket said so, that of side
-	side      uint32
-	isOver    bool // a broken flow has nothing more to deliver
-	isDone    bool
-	givesBack bool
-	after     time.Duration // look again then
+	broken    error         // of the socket of side
+	side      uint32        // 0: downstream
+	isOver    bool          // a broken flow has nothing more to deliver
+	isDone    bool          // the end of the direction's stream was passed on
+	givesBack bool          // the flow can be given back
+	after     time.Duration // the direction is to be woken after that
 }
 
 func (d *direction) step() {
@@ -319,18 +324,23 @@ func (d *direction) writeRest() (outcome, move) {
 	if d.mustWait && !d.redirectedIsWritten() {
 		return outcome{after: d.patient(10 * time.Millisecond)}, sleep
 	}
-	d.mustWait, d.patience = false, 0
+	d.mustWait = false
 	n, err := d.peer().write(d.rest)
+	if n > 0 {
+		d.patience = 0
+	}
 	d.rest = d.rest[n:]
 	d.consumed, d.hasCopied = d.consumed+uint64(n), true
 	// A release: the verdict may redirect from here on, behind what was just written.
 	store64(&d.shared().Consumed, d.consumed)
-	if len(d.rest) == 0 || err != nil && !isAgain(err) {
+	if len(d.rest) == 0 || err != nil && !isAgain(err) && !isShortOfMemory(err) {
 		d.openHand()
 	}
 	switch {
 	case isAgain(err):
 		return d.awaitRoom(), sleep
+	case isShortOfMemory(err):
+		return outcome{after: d.patient(shortPause)}, sleep
 	case err != nil: // the peer is dead
 		d.rest = nil
 		return outcome{broken: err, side: 1 - d.side}, sleep
@@ -395,9 +405,9 @@ func (d *direction) comeToRest() {
 	d.f.watchFor(1-d.side, unix.EPOLLOUT, false)
 }
 
-// isCut is for a direction that has moved all that came, which a read of 0 bytes says if it copies: no FIN
-// has come. A socket tells of its reset once, and it may have told somebody else: who wrote to it, the worker
-// even. To who reads it looks like the end of the stream then.
+// isCut reports whether the source's stream has ended without a FIN. All that came must have been moved; of a
+// direction that copies, a read of 0 bytes says so. A socket tells of a reset once, to whoever reads or
+// writes next, and that may be the kernel's worker. Later reads say what they say at the end of a stream.
 func (d *direction) isCut() bool {
 	n := d.given()
 	if d.side == 0 { // but not what a process sends past TCP
@@ -407,19 +417,19 @@ func (d *direction) isCut() bool {
 	return err == nil && received-d.read0-1 != n
 }
 
-// awaitRoom: until there is some, what the source has is no reason to look, and there may be a look for every
-// segment that comes.
+// awaitRoom has the direction woken when the peer's send buffer has room. Until then the source is not
+// watched for bytes: each segment that comes would wake the direction in vain.
 func (d *direction) awaitRoom() outcome {
 	d.f.watchFor(d.side, unix.EPOLLIN, false)
 	d.f.watchFor(1-d.side, unix.EPOLLOUT, true)
 	return outcome{}
 }
 
-// makeWay lets bytes that were passed get past some that go the other way and wait in front of them, since
-// the kernel has one queue for both, for a send buffer to take them: TCP may have cut the buffer down after
-// the verdict found room, for lack of memory. It is made larger. Each way must go on without the other: it
-// may be for the bytes behind that those before are not read. And what waits there is charged to nobody, so
-// the sender is not held up.
+// makeWay makes the source's send buffer larger where bytes that were redirected to the source wait for room
+// in it. The kernel has one queue for these and for the bytes that the source has passed, so what was passed
+// waits behind them. The verdict found room, and TCP has cut the buffer down since, for lack of memory. Each
+// way must go on without the other: the reader of the bytes in front may wait for those behind. And what is
+// in front is charged to nobody, so its sender does not stop by itself.
 func (d *direction) makeWay() {
 	p := []unix.PollFd{{Fd: int32(d.source()), Events: unix.POLLOUT}}
 	if n, err := unix.Poll(p, 0); n > 0 || err != nil {
@@ -434,7 +444,7 @@ func (d *direction) makeWay() {
 	}
 }
 
-// redirectedIsWritten: the peer's TCP has all bytes of this direction that come before d.rest.
+// redirectedIsWritten reports whether the peer's TCP has all bytes of this direction that come before d.rest.
 func (d *direction) redirectedIsWritten() bool {
 	if d.side == 0 && d.f.bypass.HasBacklog() {
 		return false
@@ -461,7 +471,7 @@ func (d *direction) handled() uint64 {
 	return n
 }
 
-// drained: all that the source received before its FIN was given to the peer's TCP.
+// drained reports whether all that the source received before its FIN was given to the peer's TCP.
 func (d *direction) drained() bool {
 	m := d.shared()
 	if d.isCopying.Load() {
@@ -474,7 +484,8 @@ func (d *direction) drained() bool {
 	return received-d.read0-1 == d.handled() && load64(&m.Passed) == d.consumed && d.redirectedIsWritten()
 }
 
-// delivered: all that a dead source sent has reached the other side, so that a reset can't take it away.
+// delivered reports whether all that a dead source sent has reached the other side, so that a reset can't
+// take it away.
 func (d *direction) delivered() bool {
 	if !d.isCopying.Load() {
 		// The verdict was not run yet for what came before the insertion, or was kept from it.
@@ -490,8 +501,8 @@ func (d *direction) delivered() bool {
 	return err != nil || n <= 0
 }
 
-// readerStopped is asked again and again of a direction whose source is dead: has the other end of its peer
-// taken nothing for resetGrace, and has no room, or has it taken nothing for tcpGrace?
+// readerStopped reports whether the reader of a direction whose source is dead has taken nothing for
+// resetGrace and has no room, or has taken nothing for tcpGrace. It is called again and again.
 func (d *direction) readerStopped(b *breakage) bool {
 	var i unix.TCPInfo
 	if d.peer().info(&i) != nil {
@@ -514,7 +525,7 @@ func refuses(i *unix.TCPInfo) bool {
 	return i.Snd_wnd < i.Snd_mss && i.Backoff > 0 && i.Probes == 0
 }
 
-// release gives the buffer back.
+// release gives the buffer back, if nothing is in it.
 func (d *direction) release() {
 	if d.f.isClosed {
 		d.openHand()

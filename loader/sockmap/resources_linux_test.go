@@ -23,8 +23,8 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
-// backlogs counts the directions that have something redirected and not yet written. The kernel retries each of
-// them every jiffy.
+// backlogs counts the directions that have something redirected and not yet written. The kernel retries each
+// of them every jiffy.
 func backlogs(t *testing.T, l *Engine) (n int) {
 	for i := range l.live {
 		f := l.live[i].Load()
@@ -85,7 +85,7 @@ func TestStalledFlows(t *testing.T) {
 		return
 	}
 	// 16 MiB are more than all buffers take.
-	stall(t, nil, 16<<20, 0, func(perFlow int64, waiting int, cpu time.Duration) {
+	stall(t, 16<<20, func(perFlow int64, waiting int, cpu time.Duration) {
 		// 2 flow_buffers, and the buffers of the proxy's two sockets at twice their bytes.
 		if perFlow > 2*(2<<20)+2*(1<<20+1<<20)*2 {
 			t.Errorf("%d bytes a flow are held", perFlow)
@@ -99,16 +99,15 @@ func TestStalledFlows(t *testing.T) {
 	})
 }
 
-// Likewise with buffers that may become so large that TCP's memory is used up, which the kernel does not take
-// from a spliced socket as it does from others.
+// Buffers may become so large that TCP's memory is used up, which the kernel does not take from a spliced
+// socket as it does from others. All arrives then, too.
 func TestStalledFlowsShortOfMemory(t *testing.T) {
 	if !loadertest.InNewNetwork(t) {
 		return
 	}
 	_, pressure := tcpsock.Memory("/proc")
 	limit := pressure * 3 / 2 // as the kernel sets it
-	// A flow or two in 200 were seen to end with an error, which is not understood; no byte was wrong.
-	stall(t, nil, 24<<20, 2, func(perFlow int64, waiting int, cpu time.Duration) {
+	stall(t, 24<<20, func(perFlow int64, waiting int, cpu time.Duration) {
 		if most := limit/stalledFlows + 2*(2<<20); perFlow > most {
 			t.Errorf("%d bytes a flow are held, more than %d: TCP's memory and two flow_buffers", perFlow,
 				most)
@@ -141,13 +140,11 @@ func TestRuleBoundOff(t *testing.T) {
 
 const stalledFlows = 200
 
-// stall lets both senders of each flow push size bytes for readers that begin after judge. Some flows may end
-// with an error.
-func stall(t *testing.T, r *Hooks, size int64, mayEnd int,
-	judge func(perFlow int64, waiting int, cpu time.Duration)) {
+// stall lets both senders of each flow push size bytes for readers that begin after judge.
+func stall(t *testing.T, size int64, judge func(perFlow int64, waiting int, cpu time.Duration)) {
 	const flows = stalledFlows
 	loadertest.Must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
-	l := open(t, r, 1024)
+	l := open(t, nil, 1024)
 	var paths []*loadertest.Path
 	for range flows {
 		paths = append(paths, loadertest.SplicePath(t, l, loadertest.PathOptions{}))
@@ -218,7 +215,7 @@ func stall(t *testing.T, r *Hooks, size int64, mayEnd int,
 		n++
 		return true
 	})
-	if err := errors.Join(failed...); n > mayEnd || err != nil && n == 0 {
+	if err := errors.Join(failed...); n > 0 || err != nil {
 		t.Errorf("%d flows did not arrive whole, %v", n, err)
 	}
 }

@@ -24,7 +24,7 @@ func address(a netip.AddrPort) string {
 	return a.String()
 }
 
-// isMultipath: it is not TCP's own.
+// isMultipath reports whether the socket is one of another protocol than TCP itself.
 func (s socket) isMultipath() bool {
 	protocol, err := unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PROTOCOL)
 	return err == nil && protocol != unix.IPPROTO_TCP
@@ -102,7 +102,8 @@ func (s socket) writtenBefore() (uint64, error) {
 	}
 }
 
-// readable: there are bytes to be read. poll says so already when they are somewhere on their way.
+// readable reports whether a read would give bytes now. poll(2) says so already while they are on their way
+// to the queue.
 func (s socket) readable() bool {
 	var b [1]byte
 	n, _, err := unix.Recvfrom(int(s), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
@@ -182,7 +183,16 @@ func (s socket) reset() { _ = tcpsock.Reset(int(s)) }
 
 func isAgain(err error) bool { return errors.Is(err, unix.EAGAIN) }
 
-// isReset: the other side, and not the way to it, ended the connection.
+// isShortOfMemory reports whether err says that TCP has no memory for a write, of which it took nothing.
+//
+// What a socket in a sockmap has passed is charged to it though nothing was reserved for it
+// (sk_psock_skb_ingress_self in net/core/skmsg.c): the socket may owe memory. If TCP has none to give, and
+// the kernel may not change the size of the send buffer (see widen), tcp_wmem_schedule in net/ipv4/tcp.c
+// makes the length of a write negative, and the copy of that fails with EFAULT. It can't be a bad address:
+// what this package writes is its own memory.
+func isShortOfMemory(err error) bool { return errors.Is(err, unix.EFAULT) }
+
+// isReset reports whether err says that the other side, and not the network, has ended the connection.
 func isReset(err error) bool {
 	return errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ENOTCONN)
 }

@@ -92,7 +92,8 @@ func Claim(bpffs, instance string, holds func(path string) (bool, error), log *s
 	return p, nil
 }
 
-// lockInstance opens the instance's folder, under which names may be changed until it is closed.
+// lockInstance opens the instance's folder with its lock: until the caller closes it, names in it may be
+// changed. It waits up to 5 s for the lock.
 func (p *Generation) lockInstance() (of *folder, err error) {
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 		if of, err = p.above.claim(p.instance, true); !isTaken(err) || time.Now().After(end) {
@@ -177,7 +178,8 @@ type cleaner struct {
 	log   *slog.Logger
 }
 
-// removeDead is that below a folder. kept: something has to stay, for now.
+// removeDead removes what dead daemons left in the folder of all instances. kept: something has to stay, for
+// now.
 func (c cleaner) removeDead(above *folder) (kept bool, err error) {
 	names, err := above.names()
 	if err != nil {
@@ -200,9 +202,10 @@ func (c cleaner) removeDead(above *folder) (kept bool, err error) {
 	return kept, errors.Join(errs...)
 }
 
-// removeGenerations removes the generations of an instance whose processes are dead, and the one of that
-// name, which is the caller's own. The link leads to the newest that lives then, or is removed. The
-// instance's lock is held. kept: a map has to stay, which is not known to stay for ever.
+// removeGenerations removes the generations of an instance whose processes are dead, and the one called own,
+// which is the caller's. The link leads to the newest that lives then, or is removed. f is the instance's
+// folder, with its lock. kept: a map has to stay until it has been read. Where that can't be found out, the
+// error says so, and kept leaves the map out.
 func (c cleaner) removeGenerations(f *folder, own string) (kept bool, err error) {
 	names, err := f.names()
 	if err != nil {
@@ -329,8 +332,8 @@ type folder struct {
 	path string
 }
 
-// unsafeFolder is why a folder is none: whoever else can change it can have the daemon remove and take what
-// is not its own.
+// unsafeFolder says why a folder is not used: another user can change it, and could have the daemon remove
+// and use what is not the daemon's.
 type unsafeFolder struct{ path, why, advice string }
 
 func (e *unsafeFolder) Error() string {
@@ -397,10 +400,11 @@ func (f *folder) sub(name string, create bool) (*folder, error) {
 
 var errHeld = errors.New("another process has the folder for pinned maps")
 
-// isTaken: somebody else has the folder, or had it and has removed it.
+// isTaken reports whether err says that somebody else has the folder, or had it and has removed it.
 func isTaken(err error) bool { return err == errHeld || errors.Is(err, unix.ENOENT) }
 
-// claim is sub with the folder's lock.
+// claim opens a folder in this one, as sub does, with its lock. An error for which isTaken is true says that
+// another process has the lock, or has removed the folder meanwhile.
 func (f *folder) claim(name string, create bool) (*folder, error) {
 	d, err := f.sub(name, create)
 	if err != nil {
@@ -418,7 +422,7 @@ func (f *folder) claim(name string, create bool) (*folder, error) {
 	return d, nil
 }
 
-// stillHas is ENOENT if the name is not d's any more.
+// stillHas returns ENOENT if the folder called name is not d any more.
 func (f *folder) stillHas(name string, d *folder) error {
 	var its, there unix.Stat_t
 	err := errors.Join(unix.Fstat(int(d.Fd()), &its),
@@ -495,7 +499,8 @@ func pinName(instance string) string {
 	return safe
 }
 
-// ProbeBPFFS looks at whether pins can be in the BPF file system at that place.
+// ProbeBPFFS finds out whether pins can be in the BPF file system at a folder ("" = /sys/fs/bpf), for people.
+// privileged: the process may load programs.
 func ProbeBPFFS(at string, privileged bool) host.Finding {
 	at = cmp.Or(at, defaultBPFFS)
 	f := host.Finding{Name: "bpffs", State: host.StateOK, Detail: at}

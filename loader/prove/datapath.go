@@ -1,15 +1,15 @@
 // Package prove says what a datapath in the kernel has to do, and proves on loopback that it does.
 //
 // A datapath takes flows by [Datapath], an interface with nothing of its mechanism in it, so that the next
-// one gets the same proof: [Stream] is what each has to pass, [PastTCP] what one with a process on this host
-// at its end has to pass, too. A test that fails is the kernel's fault, unless the machine lacks something at
-// the moment.
+// one gets the same proof: each has to pass [Stream], and one with a process on this host at its end
+// [PastTCP] as well. A test that fails is the kernel's fault, unless the machine lacks something at the
+// moment.
 //
 //	datapath.go        what a flow is, and what takes it over
 //	prove_linux.go     runs tests, and says what the machine lacks
 //	trial_linux.go     what a test has: a client, a server, and the flow between them
 //	stream_linux.go    the tests of every datapath
-//	past_tcp_linux.go  those of one that goes past TCP
+//	past_tcp_linux.go  the tests of one whose bytes go past TCP
 //	inject_linux.go    segments of our own making
 package prove
 
@@ -66,7 +66,7 @@ func (e *SelfTestError) Again() bool {
 	return len(e.Findings) > 0 && e.Findings[len(e.Findings)-1].Lacks
 }
 
-// Failed is a [*SelfTestError] if the findings are none of a datapath that can be used.
+// Failed returns a [*SelfTestError] if findings say that the datapath can't be used, else nil.
 func Failed(findings []host.Finding) error {
 	for _, f := range findings {
 		if f.State == host.StateMissing || f.Lacks {

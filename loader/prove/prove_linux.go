@@ -48,8 +48,8 @@ type untried struct {
 
 var errNoLoopback = errors.New("connect over loopback")
 
-// Run makes the tests of a datapath, up to the first that lacks something: the others need it, too. It takes
-// about 0.2 s, and touches loopback only.
+// Run makes the tests of a datapath, up to the first for which the machine lacks something, since the others
+// need that, too. It takes about 0.2 s, and touches loopback only.
 func Run(d Datapath, tests []Test) (findings []host.Finding) {
 	for _, test := range tests {
 		start := time.Now()
@@ -83,8 +83,8 @@ func Run(d Datapath, tests []Test) (findings []host.Finding) {
 // What a socket has to be allowed to hold, for anything to be redirected to it. Bytes.
 const leastBuffer = 64 << 10
 
-// lacking says what may have made a test fail beside the kernel's splicing, and what to do about it; "":
-// nothing.
+// lacking says what the machine lacks that may have made a test fail with err, and what to do about it. what
+// is "" where it lacks nothing: then it is the kernel's splicing.
 func lacking(d Datapath, err error) (what, advice string) {
 	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS} {
 		if errors.Is(err, e) {

@@ -122,9 +122,8 @@ func (t *trial) connectAndSplice() {
 	t.splice()
 }
 
-// takeBack splices a flow again that was given back, when all that there was to be read is written, as
-// userspace/relay does it: of an skb that was read in part the verdict can't cut off as much as may have been
-// read.
+// takeBack splices a flow again that was given back, as userspace/relay does it: when all that there was to
+// be read is written. The verdict may not be able to cut off what was read of an skb that was read in part.
 func takeBack(ctx context.Context, splice func(down, up int) (func() (up, down int64), error), o Flow,
 	sockets [2]int, rest [2][]byte) {
 	all := make([]byte, 4<<20) // more than is sent at a time

@@ -19,8 +19,8 @@ import (
 	"github.com/tailsplice/tailsplice/loader/host"
 )
 
-// cgroupOf gives the folder of the narrowest cgroup of the socket whose own address is at, and which is
-// connected to other, if it is one of this host. An error that wraps no refusal means refusedNoCgroup.
+// cgroupOf gives the folder of the narrowest cgroup of the socket whose own address is at and which is
+// connected to other, if that is a socket of this host. An error that wraps no refusal means refusedNoCgroup.
 func cgroupOf(at, other netip.AddrPort) (string, error) {
 	id, err := cgroupID(at, other)
 	if err != nil {
@@ -118,8 +118,8 @@ func place(a netip.Addr) (own, bridged bool, err error) {
 	return false, bridged, nil
 }
 
-// otherNamespaces gives a path for each network namespace that a process is in, but ours, and why there may
-// be more.
+// otherNamespaces gives a path for each network namespace but ours that a process is in. err is why there may
+// be more of them, nil if there are none.
 func otherNamespaces() (paths []string, err error) {
 	var own unix.Stat_t
 	if err := unix.Stat("/proc/self/ns/net", &own); err != nil {
@@ -149,8 +149,8 @@ func otherNamespaces() (paths []string, err error) {
 	return paths, denied
 }
 
-// diagCgroupIn is diagCgroup in another network namespace, if that has the address: listeners on all
-// addresses are in many.
+// diagCgroupIn is diagCgroup in the network namespace at path, if that has the address at; else it is ENOENT,
+// since a listener on all addresses may be in any namespace.
 func diagCgroupIn(path string, at, other netip.AddrPort) (uint64, error) {
 	ns, err := netns.GetFromPath(path)
 	if err != nil {
@@ -177,7 +177,7 @@ func diagCgroupIn(path string, at, other netip.AddrPort) (uint64, error) {
 	return diagCgroup(&nl.SocketHandle{Socket: s}, at, other)
 }
 
-// Of include/uapi/linux/inet_diag.h and include/net/tcp_states.h.
+// These are of include/uapi/linux/inet_diag.h and include/net/tcp_states.h.
 const (
 	tcpTimeWait      = 6
 	inetDiagCgroupID = 21 // INET_DIAG_CGROUP_ID, v5.8

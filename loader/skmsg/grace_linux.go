@@ -46,6 +46,7 @@ func (g *graces) close() {
 	_ = g.inner.Close()
 }
 
+// retire gives a slot back after a grace period. It does not wait.
 func (n *Local) retire(slot uint32) {
 	n.graces.mu.Lock()
 	defer n.graces.mu.Unlock()
@@ -56,6 +57,7 @@ func (n *Local) retire(slot uint32) {
 	}
 }
 
+// giveRetired gives slots back until none is retired any more.
 func (n *Local) giveRetired() {
 	for {
 		n.graces.mu.Lock()

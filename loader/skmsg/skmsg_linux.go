@@ -108,10 +108,11 @@ func Load(l *sockmap.Engine, c sockmap.Config) (_ *Local, err error) {
 	return n, nil
 }
 
-// panicsOnWarning: the worker charges what it puts into the ingress queue to the socket without the socket's
-// lock (sk_psock_skb_ingress, 6.18 too). At the same time the process may read, and one of the two sums is
-// lost. When the socket is freed, the kernel finds that a few hundred bytes are missing, or are too many, and
-// warns, once: "WARNING ... inet_sock_destruct", in sk_psock_destroy.
+// panicsOnWarning reports whether the kernel panics where it warns. It may warn of a socket of this datapath:
+// the worker charges what it puts into the ingress queue to the socket without the socket's lock
+// (sk_psock_skb_ingress, 6.18 too). The process may read at the same time, and one of the two sums is lost.
+// When the socket is freed, the kernel finds that a few hundred bytes are missing, or are too many, and says
+// once: "WARNING ... inet_sock_destruct", in sk_psock_destroy.
 func panicsOnWarning() bool {
 	b, err := os.ReadFile("/proc/sys/kernel/panic_on_warn")
 	return err == nil && strings.TrimSpace(string(b)) != "0"
@@ -158,8 +159,8 @@ type process struct {
 	slot       uint32
 	isPrepared atomic.Bool // slot is valid, and has our entry
 
-	// arrived is of who runs the direction up: what was redirected when the process was last seen to have got
-	// all of it.
+	// arrived is how much had been redirected when the process was last seen to have got all of it. Only for
+	// who runs the direction up.
 	arrived uint64
 }
 
@@ -193,7 +194,8 @@ func (p *process) Prepare(slot uint32, downstream uint64) error {
 	return nil
 }
 
-// What the programs read and write at the same time. The analyzer of locks takes no such access in place.
+// Accesses to what the programs read and write at the same time. They are functions since the analyzer of
+// locks takes none of a field in place.
 func load32(p *uint32) uint32     { return atomic.LoadUint32(p) }
 func load64(p *uint64) uint64     { return atomic.LoadUint64(p) }
 func store32(p *uint32, v uint32) { atomic.StoreUint32(p, v) }
@@ -201,7 +203,7 @@ func store32(p *uint32, v uint32) { atomic.StoreUint32(p, v) }
 func (p *process) Enable()  { store32(&p.shared().On, 1) }
 func (p *process) Disable() { store32(&p.shared().On, 0) }
 
-// Undo also takes the socket out of its map, since nothing was redirected to it.
+// Undo is Release, and takes the socket out of its map besides, since nothing was redirected to it.
 func (p *process) Undo() {
 	if p.isPrepared.Load() {
 		_ = p.local.objects.Locals.Delete(p.pair)
@@ -232,7 +234,7 @@ func (p *process) Moved(side uint32) uint64 {
 	return load64(&p.shared().Out)
 }
 
-// query runs the program of that name: some microseconds.
+// query runs the BPF program query, which takes some microseconds.
 func (p *process) query(request skmsgLocalRequest, byTCP uint32) (skmsgLocalAnswer, error) {
 	c := struct { // struct __sk_buff up to cb
 		_  [12]uint32
@@ -271,8 +273,7 @@ func (p *process) Settle(byTCP uint32) bool {
 		p.answers(skmsgLocalRequestLOCAL_SETTLE, byTCP, skmsgLocalAnswerLOCAL_SETTLED)
 }
 
-// insert puts the socket of a process that is this one into the map: what the sockops program does for
-// others.
+// insert puts a socket of this process into the map, as the sockops program does with those of others.
 func (n *Local) insert(server *net.TCPConn) (*process, error) {
 	p, err := &process{local: n}, net.ErrClosed
 	tcpsock.Control(server, func(fd int) {

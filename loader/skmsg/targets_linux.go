@@ -55,11 +55,11 @@ type targets struct {
 }
 
 type target struct {
-	why    error // nil: its sockets are captured
-	group  string
-	again  time.Time // when why is not final
-	used   time.Time
-	missed int
+	why    error     // why flows to it are refused; nil: its sockets are captured
+	group  string    // the folder of its cgroup
+	again  time.Time // when it is to be learned anew; zero: never
+	used   time.Time // when a flow last asked for it
+	missed int       // sockets in a row that were not captured
 }
 
 // group is a cgroup that the programs are attached to.
@@ -138,8 +138,9 @@ func (t *targets) release(p *process) {
 // maxTargets is the size of the map.
 const maxTargets = 4096
 
-// forget makes room for a target: the one that no flow went to for the longest time goes, if it was long
-// enough that more targets than there is room for do not take it from each other with every flow.
+// forget makes room for a target: the one that no flow went to for the longest time goes. It reports false
+// where that was not long ago: else more targets than there is room for would take it from each other with
+// every flow.
 // +checklocks:t.mu
 func (t *targets) forget(now time.Time) bool {
 	var oldest netip.AddrPort
@@ -157,8 +158,8 @@ func (t *targets) forget(now time.Time) bool {
 	return true
 }
 
-// learn looks up in the background whose the socket at is that is connected to other, and has its like
-// captured from then on.
+// learn finds out in the background which cgroup the socket at, which is connected to other, belongs to. From
+// then on the sockets that are accepted there are captured.
 // +checklocks:t.mu
 func (t *targets) learn(at, other netip.AddrPort) {
 	k := &target{why: refusedUnknown, used: time.Now()}
@@ -241,7 +242,8 @@ func (t *targets) close() error {
 	return errors.Join(errs...)
 }
 
-// Sweep gives the sockets back that no flow has claimed: somebody else's connections to the same target.
+// Sweep takes sockets out of the map that no flow has claimed in time: those of somebody else's connections
+// to the same target.
 func (n *Local) Sweep() {
 	now := monotonic()
 	var pair skmsgPair

@@ -66,7 +66,8 @@ func TestLocalForgetsTargets(t *testing.T) {
 	})
 }
 
-// A socket whose connection was reset has no address of its peer: that is no target, and nothing is learned of it.
+// A socket whose connection was reset has no address of its peer: that is no target, and nothing is learned
+// of it.
 func TestLocalRefusesReset(t *testing.T) {
 	n := openLocal(t, nil)
 	client, down := loadertest.Connect(t, "tcp4")

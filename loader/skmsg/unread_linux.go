@@ -19,8 +19,8 @@ const (
 	ethernetHeader = 14 // bytes
 )
 
-// HoldsUnread reports whether the pin is that of a map of sockets in which bytes wait for a process. True
-// also where that can't be found out. It is for pins.Claim.
+// HoldsUnread reports whether the pin at path is that of a map of sockets in which bytes wait for a process.
+// It is true with an error, which says why that can't be found out. It is for pins.Claim.
 func HoldsUnread(path string) (bool, error) {
 	if filepath.Base(path) != localsPin {
 		return false, nil
@@ -36,6 +36,7 @@ func HoldsUnread(path string) (bool, error) {
 	return anyUnread(m)
 }
 
+// anyUnread is HoldsUnread for an open map.
 func anyUnread(sockets *ebpf.Map) (bool, error) {
 	spec, err := loadSkmsg()
 	if err != nil {

@@ -32,7 +32,7 @@ type Bypass interface {
 	Settle(byTCP uint32) bool
 }
 
-// tcpOnly is that of a flow which has none.
+// tcpOnly is the Bypass of a flow all of whose bytes go through TCP.
 type tcpOnly struct{ *Engine }
 
 func (t tcpOnly) Sources() *ebpf.Map         { return t.objects.Sources }

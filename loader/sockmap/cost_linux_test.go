@@ -14,8 +14,8 @@ import (
 	"github.com/tailsplice/tailsplice/loader/loadertest"
 )
 
-// TestCostOfFlows: what maps take for each flow that they have room for, from the start, is what is said where
-// somebody chooses how many flows that is.
+// TestCostOfFlows: what maps take for each flow that they have room for, from the start, is what is said
+// where somebody chooses how many flows that is.
 func TestCostOfFlows(t *testing.T) {
 	spec, err := loadSockmap()
 	loadertest.Must(t, err)
@@ -27,7 +27,8 @@ func TestCostOfFlows(t *testing.T) {
 		cost += c
 		info, err := m.Info()
 		loadertest.Must(t, err)
-		// Since 6.4 the kernel says what it has allocated: with the heads of maps, which are no matter of flows.
+		// Since 6.4 the kernel says what it has allocated: with the heads of maps, which are no matter of
+		// flows.
 		if said, ok := info.Memlock(); ok && kernelCounts() && (int(said) < c || int(said) > c+8<<10) {
 			t.Errorf("%s takes %d bytes, the kernel says %d", name, c, said)
 		}

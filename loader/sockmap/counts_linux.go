@@ -25,9 +25,10 @@ type Counts struct {
 	recent []time.Time // failures
 }
 
+// IsOff reports whether the datapath takes no flows any more.
 func (c *Counts) IsOff() bool { return c.Off.Load() != nil }
 
-// CountRefusal counts a flow that was not taken over, if it is the kernel that refused it. err may be nil.
+// CountRefusal counts a failure if err says that the kernel refused a flow. err may be nil.
 func (c *Counts) CountRefusal(log *slog.Logger, err error) {
 	if errors.Is(err, RefusedMaps) || errors.Is(err, refusedInsert) {
 		c.countFailure(log, err.Error())
@@ -59,16 +60,18 @@ func (c *Counts) countFailure(log *slog.Logger, why string) {
 	}
 }
 
-// ClampedSegments is how many segments were refused their payload, to bound memory; the sender sent it again.
+// ClampedSegments is how many segments lost their payload to the filter that bounds memory; their senders
+// sent it again.
 func (l *Engine) ClampedSegments() (n uint64) {
 	_ = l.objects.Clamped.Get(&n)
 	return n
 }
 
-// Health says why no flow is taken any more, "" if they are, and how often one had to be woken since an event
-// was missing, which should be never.
+// Health says why no flow is taken any more, "" if flows are taken, and how often a stalled flow had to be
+// woken for lack of an event, which should be never.
 func (l *Engine) Health() (off string, stalls uint64) { return l.counts.Health() }
 
+// Health is as [Engine.Health].
 func (c *Counts) Health() (off string, stalls uint64) {
 	if why := c.Off.Load(); why != nil {
 		off = *why

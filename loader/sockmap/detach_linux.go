@@ -32,25 +32,25 @@ const (
 // errBusy is why a flow is given back.
 var errBusy = errors.New("it is busy: splice(2) moves its bytes for less")
 
-// detaching is what a direction has for it.
+// detaching is how far a direction has come with leaving the sockmap.
 type detaching struct {
 	isDetached atomic.Bool // out of the sockmap; it is copying then
-	isReady    atomic.Bool // and the peer has all that was redirected
+	isReady    atomic.Bool // out of it, and the peer has all that was redirected
 	inHand     bool        // rest is what was read to leave; only for who is running
 
 	wasAsked bool                  // the detacher's, under its lock
 	offer    atomic.Pointer[offer] // it may leave now; until what came meanwhile has a verdict again
 
-	last   time.Time // the ring's: when EVENT_BULK came
-	lastAt uint64    // and how many bytes had been handled then
+	last   time.Time // when EVENT_BULK came last; only for the reader of the ring
+	lastAt uint64    // how many bytes had been handled then
 }
 
 // detacher takes directions out of the sockmap that ask for it.
 type detacher struct {
 	iter *link.Iter
 	call *ebpf.Variable // sockmapLeaveCall
-	poke chan struct{}
-	quit chan struct{}
+	poke chan struct{}  // has one while somebody asks
+	quit chan struct{}  // closed at the end
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -76,7 +76,8 @@ func newDetacher(l *Engine) (*detacher, error) {
 	return &detacher{iter: it, call: l.objects.Call, poke: make(chan struct{}, 1), quit: make(chan struct{})}, nil
 }
 
-// noteRate is told of EVENT_BULK, by one goroutine.
+// noteRate asks for the flow to leave if it has become too busy. Only the reader of the ring calls it, when
+// EVENT_BULK comes.
 func (d *direction) noteRate(now time.Time) {
 	f := d.f
 	f.mu.RLock()
@@ -134,7 +135,8 @@ func (v *detacher) run(l *Engine) {
 	}
 }
 
-// walk makes one offer to each direction that asks. took is without the time that those had.
+// walk makes one offer to each direction that asks. took is how long the walk itself took, without the time
+// that the directions had to take their offers.
 func (v *detacher) walk() (took time.Duration, err error) {
 	v.mu.Lock()
 	asked := v.asked
@@ -210,8 +212,9 @@ func (d *direction) offered(o *offer) {
 }
 
 // takeOffer takes the direction out of the sockmap if that was offered, and if what was passed and not read
-// yet is within the flow's bound: it reads that, and is out if nothing else has been passed by then. Until
-// then it is copied, and less is passed, in larger pieces: see hold. err: the source is broken.
+// yet is within the flow's bound: it reads that, and the direction is out if nothing else has been passed by
+// then. If more has, that is copied first; see hold for why less and less comes meanwhile. err: the source is
+// broken.
 func (d *direction) takeOffer() error {
 	o := d.offer.Load()
 	if o == nil || d.isCopying.Load() || d.sawEOF || d.f.broken.Load() != nil {
@@ -273,7 +276,7 @@ func (d *direction) takeInHand(n int) error {
 	return nil
 }
 
-// openHand is for when rest has been written, or never will be.
+// openHand ends what takeInHand has begun, when rest has been written or never will be.
 func (d *direction) openHand() {
 	if d.inHand {
 		d.inHand, d.shared().InHand = false, 0
@@ -324,10 +327,11 @@ func (f *flow) giveBack() {
 	f.o.Returned(int(f.sockets[0]), int(f.sockets[1]), rest[0], rest[1], up, down, f.record.forgetter(), errBusy)
 }
 
-// hasFIN: the source's stream has ended, or its end was passed on. Called with the flow's mu held.
+// hasFIN reports whether the source's stream has ended, or its end was passed on. Called with the flow's mu
+// held.
 func (d *direction) hasFIN() bool {
 	return d.isDone.Load() || !tcpsock.IsEstablished(int(d.source()))
 }
 
-// hasEnded: the end of the direction's stream was read, or passed on.
+// hasEnded reports whether the end of the direction's stream was read, or passed on.
 func (d *direction) hasEnded() bool { return d.sawEOF || d.isDone.Load() }

@@ -113,7 +113,8 @@ func Load(c Config) (_ *Engine, err error) {
 	return l, nil
 }
 
-// Mapped gives the entries of an array that userspace may write to, in memory that is to be unmapped.
+// Mapped maps an array into memory, and gives its entries, which userspace may write to. The caller unmaps
+// memory.
 func Mapped[T any](m *ebpf.Map) (memory []byte, entries []T, err error) {
 	page := os.Getpagesize()
 	size := (int(m.MaxEntries())*int(unsafe.Sizeof(*new(T))) + page - 1) &^ (page - 1)
@@ -124,8 +125,8 @@ func Mapped[T any](m *ebpf.Map) (memory []byte, entries []T, err error) {
 	return memory, unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(memory))), m.MaxEntries()), nil
 }
 
-// Assign loads an object, whose maps get room for so many entries a flow, or are those that l has. It sets
-// the variables that all objects have.
+// Assign loads the object of spec into to. Its maps that l has as well (see Shared) are l's; each of the
+// others in entries gets room for so many entries a flow. Assign sets the variables that all objects have.
 func (l *Engine) Assign(spec *ebpf.CollectionSpec, entries map[string]int, to any) error {
 	for name, n := range entries {
 		spec.Maps[name].MaxEntries = uint32(n * len(l.live))
@@ -160,7 +161,7 @@ func (l *Engine) Assign(spec *ebpf.CollectionSpec, entries map[string]int, to an
 // within a second: without that, and without flows, it is in 15 s.
 func (l *Engine) Start(onSweep func(now time.Time) (again bool)) (err error) {
 	l.onSweep = onSweep
-	// Each serves its flows on one processor at a time; userspace needs the others.
+	// Each poller serves its flows on one processor at a time, and userspace needs the other processors.
 	for range max(runtime.GOMAXPROCS(0)/2, 1) {
 		w, err := newPoller()
 		if err != nil {
@@ -279,7 +280,8 @@ func (l *Engine) FreeSlot(slot uint32) {
 	l.mu.Unlock()
 }
 
+// The time between two sweeps, unless a flow needs them more often, and without flows.
 const (
 	sweepEvery = time.Second
-	restEvery  = 15 * time.Second // without flows
+	restEvery  = 15 * time.Second
 )

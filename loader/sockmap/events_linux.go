@@ -35,8 +35,8 @@ func newPoller() (*poller, error) {
 	return &poller{epoll: os.NewFile(uintptr(fd), "tailsplice epoll"), fd: fd}, nil
 }
 
-// run calls event for everything that happens, until close. index is of the direction that the socket is the
-// source of.
+// run calls event for everything that happens, until close. index is that of the direction whose source the
+// socket is.
 func (w *poller) run(event func(index, generation, events uint32)) {
 	raw, err := w.epoll.SyscallConn()
 	if err != nil {
@@ -67,7 +67,7 @@ func (w *poller) control(op int, s socket, index, generation, also uint32) error
 	return unix.EpollCtl(w.fd, op, int(s), &e)
 }
 
-// hasPending: there are events that run has not told of yet, since the machine is busy.
+// hasPending reports whether there are events that run has not told of yet, since the machine is busy.
 func (w *poller) hasPending() bool {
 	if w.busy.Load() {
 		return true
@@ -83,7 +83,7 @@ func (w *poller) close() error { return w.epoll.Close() }
 
 func (f *flow) poller() *poller { return f.l.pollers[int(f.slot)%len(f.l.pollers)] }
 
-// event is what a poller tells.
+// event does what an event of a socket asks for. A poller calls it.
 func (l *Engine) event(index, generation, events uint32) {
 	if int(index/2) >= len(l.live) {
 		return
@@ -143,5 +143,5 @@ func (l *Engine) ringEvent(sample []byte) {
 	}
 }
 
-// ringHasPending: there are events in the ring that were not told of yet.
+// ringHasPending reports whether there are events in the ring that no direction was told of yet.
 func (l *Engine) ringHasPending() bool { return l.ringBusy.Load() || l.ring.AvailableBytes() > 0 }

@@ -40,7 +40,8 @@ type flow struct {
 	watched [2]uint32 // what each socket is watched for besides baseEvents
 	total   [2]uint64 // the counts when closed
 
-	// settled is the sweeper's: so much had moved back when downstream was last seen to have got all of it.
+	// settled is how many bytes had moved back when downstream's TCP was last seen to have all of them. Only
+	// for the sweeper.
 	settled uint64
 
 	watchMu sync.Mutex
@@ -194,8 +195,8 @@ func (f *flow) watchFor(side, events uint32, on bool) {
 	_ = f.poller().control(unix.EPOLL_CTL_MOD, f.sockets[side], 2*f.slot+side, f.generation, now)
 }
 
-// rearm makes what was told before there was somebody to hear it be told again. The direction may have been
-// woken meanwhile, and what it waits for stays watched.
+// rearm has epoll tell again what it told before the flow was live. A direction may have been woken
+// meanwhile: what it waits for stays watched.
 func (f *flow) rearm(side uint32) {
 	f.watchMu.Lock()
 	defer f.watchMu.Unlock()

@@ -9,7 +9,8 @@ import (
 	"github.com/tailsplice/tailsplice/loader/loadertest"
 )
 
-// BenchmarkChangeOfHands measures a flow's way into the sockmap and back out, with different traffic meanwhile.
+// BenchmarkChangeOfHands measures a flow's way into the sockmap and back out, with different traffic
+// meanwhile.
 func BenchmarkChangeOfHands(b *testing.B) {
 	for _, c := range []struct {
 		name    string

@@ -14,8 +14,8 @@ import (
 	"github.com/tailsplice/tailsplice/loader/loadertest"
 )
 
-// However often a busy direction leaves, its source's receive buffer stays within net.ipv4.tcp_rmem, also where
-// segments are so small that most of the buffer is overhead.
+// However often a busy direction leaves, its source's receive buffer stays within net.ipv4.tcp_rmem, also
+// where segments are so small that most of the buffer is overhead.
 func TestLeavingKeepsTheReceiveBuffer(t *testing.T) {
 	if !loadertest.InOwnNetwork(t) {
 		return

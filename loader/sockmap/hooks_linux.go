@@ -5,15 +5,15 @@ import (
 	"time"
 )
 
-// A rule is one that a test may switch off, to prove that it is needed. The programs have rules of their own,
-// whose variables are named so, after "rule_".
+// A Rule of the protocol can be switched off by a test, to prove that it is needed. The rules of the programs
+// come first: each is a variable there, whose name is "rule_" and the rule's.
 type Rule string
 
 const (
 	ruleBound  Rule = "bound"  // no more is redirected than the peer takes
 	ruleTrim   Rule = "trim"   // what was handled already is cut off
 	ruleFIN    Rule = "fin"    // an empty skb is dropped
-	ruleMutual Rule = "mutual" // while one way passes, the other one does
+	ruleMutual Rule = "mutual" // while one way passes, the other one passes, too
 	ruleClamp  Rule = "clamp"  // what is charged to nobody is bounded
 	ruleLate   Rule = "late"   // a reset waits for what is in front of bytes that were passed before it
 
@@ -21,7 +21,7 @@ const (
 	ruleKick   Rule = "kick"   // the verdict runs for what was queued at insertion
 	ruleReset  Rule = "reset"  // the errors of both sockets are looked at
 	ruleQuiet  Rule = "quiet"  // no EPOLLIN for spliced sockets
-	ruleOrder  Rule = "order"  // only when what was redirected is written, what was passed is
+	ruleOrder  Rule = "order"  // what was passed is written after what was redirected before it
 	ruleBoth   Rule = "both"   // upstream gets a verdict, too
 	ruleEvents Rule = "events" // epoll tells of bytes that can be copied, and of room for them
 	ruleSweep  Rule = "sweep"  // the sweep ends stalls

@@ -2,16 +2,16 @@ package sockmap
 
 import "sync"
 
-// ledger is of the flows that prefer the sockmap, and of those that were there and may come back. They are in
-// the flows map for as long as they live, also while userspace/relay moves their bytes.
+// ledger has the flows that prefer the sockmap, and those that were in it and may come back. They are in the
+// flows map for as long as they live, also while userspace/relay moves their bytes.
 type ledger struct {
 	l  *Engine
 	mu sync.Mutex
 	by map[uint64]*record // by downstream's cookie
 }
 
-// record is one of them. A nil record is that of a flow which is in the flows map while it is spliced, and no
-// longer.
+// record is a flow of the ledger. A nil record is that of a flow which is in the flows map while it is
+// spliced, and no longer.
 type record struct {
 	l      *ledger
 	cookie uint64
@@ -28,8 +28,8 @@ type record struct {
 
 func (g *ledger) init(l *Engine) { g.l, g.by = l, make(map[uint64]*record) }
 
-// Record shows a flow in the flows map that userspace moves, and that may be given to Splice, and
-// given back, again and again. forget ends it.
+// Record puts a flow into the flows map whose bytes userspace moves, and which may be given to Splice, and
+// given back, again and again. The caller calls forget when the flow has ended.
 func (l *Engine) Record(down, up int, o Flow) (forget func(), err error) {
 	defer func() { l.counts.CountRefusal(l.log, err) }()
 	if l.counts.IsOff() {
@@ -84,7 +84,7 @@ func (g *ledger) all() []*record {
 	return all
 }
 
-// close is for when no more records are made.
+// close forgets all records, when no more are made.
 func (g *ledger) close() {
 	for _, r := range g.all() {
 		r.forget()
@@ -104,12 +104,13 @@ func (g *ledger) publish() (hasRecords bool) {
 	return len(all) > 0
 }
 
-// refresh is called with mu held while userspace has the flow. changed: something has moved.
+// refresh brings the entry up to date with what userspace has moved, which has the flow. changed: it has
+// moved something.
 // +checklocks:r.mu
 func (r *record) refresh() (changed bool) {
 	up, down := r.count()
 	t := &r.entry
-	// Who gets the flow back may not know yet what was counted here.
+	// Userspace, which gets the flow back, may not know yet what was counted here.
 	up, down = max(up, int64(t.Up.Bytes)), max(down, int64(t.Down.Bytes))
 	if int64(t.Up.Bytes) == up && int64(t.Down.Bytes) == down {
 		return false
@@ -176,7 +177,7 @@ func (r *record) forgetter() func() {
 	return r.forget
 }
 
-// forget takes the flow out of the flows map: it has ended. Once it has, it does nothing.
+// forget takes the flow, which has ended, out of the flows map. Called again, it does nothing.
 func (r *record) forget() {
 	if r == nil {
 		return

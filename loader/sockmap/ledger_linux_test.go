@@ -117,7 +117,8 @@ func TestRecord(t *testing.T) {
 	loadertest.Must(t, unix.Close(fds[1]))
 }
 
-// A recorded flow whose sockets the kernel does not take stays recorded; a burst of them switches the datapath off.
+// A recorded flow whose sockets the kernel does not take stays recorded; a burst of them switches the
+// datapath off.
 func TestRefusedWhenItIsHandedOff(t *testing.T) {
 	l := open(t, nil, 2*burstFailures)
 	loadertest.Must(t, l.objects.Sources.Freeze())

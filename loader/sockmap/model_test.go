@@ -141,7 +141,8 @@ func (m model) steps(c modelCase, v variant) []model {
 				r.at = vRedirectQueue
 				add(r)
 			}
-			// Also because of what the verdict sees elsewhere: the other way passes, or TCP is short of memory.
+			// Also because of what the verdict sees elsewhere: the other way passes, or TCP is short of
+			// memory.
 			n.at = vPassAdd
 			if v.noRecheck && m.passed == m.consumed {
 				n.bell = true

@@ -12,12 +12,12 @@ const Name = "sockmap"
 // Flow is what Splice is told about a flow, and how it answers.
 type Flow = prove.Flow
 
-// Refusal is why Splice took a flow not over. It is counted by its text, so there are few.
+// Refusal is why Splice did not take a flow over. It is counted by its text, so there are few.
 type Refusal string
 
 func (r Refusal) Error() string { return string(r) }
 
-// Is makes one that is about a limit of the process a limit for errors.Is.
+// Is has errors.Is find that a lack of descriptors is EMFILE.
 func (r Refusal) Is(err error) bool { return r == refusedDescriptors && err == error(syscall.EMFILE) }
 
 const (

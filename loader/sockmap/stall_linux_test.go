@@ -87,8 +87,8 @@ func wantStalls(t *testing.T, l *Engine) {
 	}
 }
 
-// What a direction waits for stays watched when the flow begins: on another CPU it may be woken and come to rest
-// before.
+// What a direction waits for stays watched when the flow begins: on another CPU it may be woken and come to
+// rest before.
 func TestBeginKeepsWhatIsWatched(t *testing.T) {
 	l := open(t, nil, 16)
 	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
@@ -175,8 +175,8 @@ func TestBacklogOfTheOtherWay(t *testing.T) {
 	}
 }
 
-// Where a store of the verdict's may be seen late, and it may see one of a direction late, so that it does not
-// ring, the direction looks once more when it has copied: also what it did not have in its usual buffer.
+// Where a store of the verdict's may be seen late, and it may see one of a direction late, so that it does
+// not ring, the direction looks once more when it has copied: also what it did not have in its usual buffer.
 func TestLooksAgainAfterACopy(t *testing.T) {
 	for name, take := range map[string]func(d *direction){
 		"read":          func(*direction) {},

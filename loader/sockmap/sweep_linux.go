@@ -29,7 +29,7 @@ func newSweeper() *sweeper {
 	return &sweeper{ticker: time.NewTicker(sweepEvery), quit: make(chan struct{}), pause: sweepEvery}
 }
 
-// atLeast makes sweeps at least that frequent, within reason.
+// atLeast has sweeps come at least that often, or every 10 ms.
 func (s *sweeper) atLeast(every time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -149,7 +149,7 @@ func (f *flow) lastMoved() time.Time {
 // eventDelay is how late an event may be on a busy machine before it counts as lost.
 const eventDelay = 200 * time.Millisecond
 
-// hasMissed: nobody is at the direction, though it could go on with what it waits for.
+// hasMissed reports whether nobody is at the direction though it could go on.
 func (d *direction) hasMissed() bool {
 	f := d.f
 	if d.bits.Load()&isRunning != 0 || d.hasTimer.Load() || f.broken.Load() != nil {
@@ -248,7 +248,7 @@ func (l *Engine) Busy() (flows int, ok bool) {
 // quietAfter is how long a quiet flow has moved nothing at least.
 const quietAfter = time.Second
 
-// isQuiet is asked by the sweeper: has the flow nothing to move?
+// isQuiet reports, for the sweeper, whether the flow has moved nothing for quietAfter.
 func (f *flow) isQuiet(now time.Time) bool { return now.Sub(f.lastMoved()) >= quietAfter }
 
 // settle is for the sweeper. Where the way back has not moved for a while, and what went past TCP has not all

@@ -13,7 +13,8 @@ const (
 	// refusedFor is how long an address that refused a connection is tried after the others: its service may
 	// just be starting, and a refusal costs one round trip.
 	refusedFor = 10 * time.Second
-	// silentFor is the same for an address that did not answer, which costs [fallbackDelay] each time.
+	// silentFor is how long an address that did not answer is tried after the others: it costs
+	// [fallbackDelay] each time.
 	silentFor = 5 * time.Minute
 	// networksFor is how long the list of this host's networks is good: the order of addresses depends on it.
 	networksFor = 5 * time.Second

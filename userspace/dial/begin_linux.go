@@ -72,7 +72,7 @@ func (a *Attempt) Check() (connected bool, err error) {
 	}
 }
 
-// isSelf: fd, connected to an address, has that for its own, too.
+// isSelf reports whether fd, which is connected to an address, has the same address itself.
 func isSelf(fd int, to netip.AddrPort) bool {
 	own := tcpsock.Local(fd)
 	// The other end is not to where that is the unspecified address.

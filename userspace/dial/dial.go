@@ -38,7 +38,8 @@ const (
 	offlineGrace = time.Minute
 	// fallbackDelay is an address's time before the next one is tried beside it (RFC 8305 section 8).
 	fallbackDelay = 250 * time.Millisecond
-	// tailnetDelay is the same for nodes, whose addresses all take one tunnel, which may have to be set up.
+	// tailnetDelay is fallbackDelay for nodes, whose addresses all take one tunnel, which may have to be set
+	// up.
 	tailnetDelay = time.Second
 	retryDelay   = 250 * time.Millisecond // the pause before a quick failure is tried again
 	quick        = time.Second            // what counts as a quick failure

@@ -1,5 +1,5 @@
 // Package plan compiles a configuration: it says what is made of the connections and requests that come in.
-// It serves nobody, binds no address and follows nothing; package front runs a plan.
+// It serves nobody, binds no address and follows nothing; package server runs a plan.
 //
 //	plan.go     the plan of a configuration, and what it is compiled with
 //	needs.go    what a configuration needs of the daemon that runs it
@@ -8,7 +8,7 @@
 //	several.go  a route with more than one target
 //	http.go     what a route makes of requests
 //	labels.go   routes that the labels of containers add
-//	guarded.go  what of the configured routes they may not take
+//	guarded.go  what labels may not take of the configured routes
 //	peers.go    whom allow and accept_proxy.from name
 //	decide.go   who may come in, and by which rule
 //	trace.go    what would become of a connection or a request

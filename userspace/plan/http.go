@@ -104,7 +104,8 @@ func headerChange(c *config.HeaderChanges) vhost.HeaderChange {
 	return vhost.HeaderChange{Remove: c.Remove, Set: c.Set}
 }
 
-// upstream is where the requests of r go, which is the upstream's own.
+// upstream makes the upstream of r's requests. r is a rule of its own for that target: its dialer may be
+// changed.
 func (p *Plan) upstream(l *config.Listener, r *Rule, a *config.Action) (*vhost.Upstream, error) {
 	if a.Timeouts != nil && a.Timeouts.Connect > 0 {
 		own := *r.Dialer

@@ -40,12 +40,12 @@ type Deps struct {
 	// ACME obtains certificates.
 	ACME *acme.Manager
 
-	// Datapath is an error where flows can't have what that word of the
-	// configuration stands for. Nil: that is not the question.
+	// Datapath returns an error if flows can't have the datapath that this word of
+	// the configuration stands for. Without it any word is good.
 	Datapath func(word string) error
-	// Upstream gives up, which is r's target for requests, what dials and watches it.
+	// Upstream sets in up, which is r's target for requests, what dials it and watches it.
 	Upstream func(listener string, r *Rule, up *vhost.Upstream)
-	// Guard makes what asks for what r demands of requests, nil if that is nothing.
+	// Guard makes the check of what r demands of each request; nil if it demands nothing.
 	Guard func(listener string, r *Rule) vhost.Guard
 	// Wait makes [vhost.Route].Wait for r, which has hold and several targets.
 	Wait func(listener string, r *Rule) func(ctx context.Context, since time.Time, err error) bool

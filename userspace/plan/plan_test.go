@@ -68,8 +68,8 @@ func (k known) WhoIs(a netip.Addr) (id tailnet.Identity, err error) {
 
 func (k known) Describe(a netip.Addr) string { return a.String() + " " + k[a.String()] }
 
-// TestDecide: what becomes of a connection depends on its hello, on who it is, and on the answers of the asker, and
-// on nothing else.
+// TestDecide: what becomes of a connection depends on its hello, on who it is, and on the answers of the
+// asker, and on nothing else.
 func TestDecide(t *testing.T) {
 	p, err := Compile(parse(t, edge), NewDeps(slog.New(slog.DiscardHandler)))
 	if err != nil {

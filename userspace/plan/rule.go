@@ -29,7 +29,7 @@ type Rule struct {
 
 // Match is which connections a rule takes.
 type Match struct {
-	Patterns []string // names; none: that of the default
+	Patterns []string // names; the default has none
 	ALPN     []string // protocols, of which a hello has one; none: all
 }
 
@@ -40,7 +40,7 @@ type Target struct {
 	Written     string            // as the config has it
 	All         []*config.Forward // with their weights
 	Dialer      *dial.Dialer
-	Health      *balance.Health // what connections have shown of one of several
+	Health      *balance.Health // what connections to it have shown; nil where it is the only target
 	SendProxy   bool
 	Transparent bool // from the client's own address
 }

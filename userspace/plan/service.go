@@ -88,7 +88,7 @@ func (p *Plan) service(l *config.Listener) (*Service, error) {
 	return s, errors.Join(errs...)
 }
 
-// certificate adds one that s shows.
+// certificate adds a certificate that s shows.
 func (s *Service) certificate(c *config.Certificate, deps Deps) {
 	switch {
 	case c.Files != nil:
@@ -141,8 +141,8 @@ func (s *Service) ByHello(hello *sni.Hello) *Rule {
 	return r
 }
 
-// ByName finds the rule of a name in a hello, whatever protocols it has, but those
-// of authorities. It is nil if there is none.
+// ByName finds the rule of a name in a hello, whatever protocols it is for, nil if there is none. A rule that
+// is for acme-tls/1 alone, the protocol of authorities, is none.
 func (s *Service) ByName(name string) *Rule {
 	r, _ := s.names.Lookup(name, func(r *Rule) bool { return !slices.Equal(r.ALPN, []string{acmeTLS}) })
 	return r

@@ -20,10 +20,10 @@
 //	trial_linux.go   how much is read of a side at once, until its other side's reader is seen to read
 //	pump_linux.go    a goroutine for a direction: reads and writes, or splice(2) through a pipe
 //	pipe_linux.go    the pipes
-//	copy.go          the same for connections that are no bare sockets
+//	copy.go          a goroutine for a direction, for connections that are no bare sockets
 //	park.go          timers, and sides that wait without a goroutine
 //	kill.go          a flow is ended by an operator, whoever has it
-//	watch_linux.go   the epoll that waits for them
+//	watch_linux.go   the epoll that waits for the sides that wait without a goroutine
 //	handoff_linux.go from the begin to a loop, to a datapath and back, and from pumps to a loop
 //	held_linux.go    what flows hold for readers that have no room
 //

@@ -9,7 +9,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
-// Offer makes d one that flows of `datapath: auto` are offered to from now on when they talk, behind those
+// Offer has flows of `datapath: auto` offered to d from now on when they are ping-pong, behind the datapaths
 // that were given before. Safe for concurrent use. d must not be closed before the Server.
 func (srv *Server) Offer(d datapath.Returner) {
 	srv.mu.Lock()
@@ -39,8 +39,8 @@ func (srv *Server) named(word string) []datapath.Datapath {
 	return srv.opts.Datapaths[i:]
 }
 
-// has gives what is an error where this machine can't offer the datapath of a word: whoever names one wants
-// to know. missing says why others than those that there are can't be had.
+// has gives a function that says why this machine can't offer the datapath of a word, nil if it can: whoever
+// names one wants to know. missing says of each datapath that is not there why.
 func (srv *Server) has(missing map[string]string) func(word string) error {
 	return func(word string) error {
 		if word == userspace || word == plan.Auto || srv.named(word) != nil {

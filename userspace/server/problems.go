@@ -27,7 +27,7 @@ const (
 	PartTailnet     = "tailnet"     // this node's addresses are not known for now; those that were are bound
 	PartAccessLog   = "access_log"  // whose lines are lost
 	PartHealth      = "health"      // control.health, that can't be bound on the tailnet
-	PartDatapath    = "datapath"    // that a route names, and and flows go by userspace until it is there
+	PartDatapath    = "datapath"    // that a route names, and flows go by userspace until it is there
 	PartTransparent = "transparent" // that targets see this host's address without
 	PartContainers  = "containers"  // that dockerd can't be asked for
 	PartDeny        = "deny"        // a file that is not in force as it is

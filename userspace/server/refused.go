@@ -106,7 +106,7 @@ func (srv *Server) refuseConn(in *stream, err error) {
 	tcpsock.ResetConn(in.TCPConn)
 }
 
-// connRefused counts such a connection, and says so.
+// connRefused counts and logs a connection that did not get as far as its mode.
 func (srv *Server) connRefused(in *conn, err error) {
 	reason := refusal(err)
 	if srv.ctx.Err() != nil {

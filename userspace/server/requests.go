@@ -86,7 +86,7 @@ func fromHere(req *http.Request) bool {
 	return err == nil && (peer.Addr().IsLoopback() || ok && tcpsock.AddrPortOf(local).Addr() == peer.Addr().Unmap())
 }
 
-// completeUpstream gives up, where the requests of r go, what dials and watches it.
+// completeUpstream sets in up, where the requests of r go, what dials it and watches it.
 func (srv *Server) completeUpstream(listener string, r *plan.Rule, up *vhost.Upstream) {
 	up.Dial = func(ctx context.Context) (net.Conn, error) {
 		info, _ := vhost.Info(ctx)

@@ -170,7 +170,7 @@ func (x *exchange) passesTrailer(name string) bool {
 	return !slices.ContainsFunc(change.Remove, isSame) && !slices.ContainsFunc(slices.Collect(maps.Keys(change.Set)), isSame)
 }
 
-// state is that of now. b may be nil: then there is no body to read.
+// state is how far b is now. b may be nil: then there is no body to read.
 func (b *body) state() bodyState {
 	if b == nil {
 		return bodyState{ended: true}

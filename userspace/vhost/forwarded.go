@@ -46,7 +46,8 @@ func setOf(names ...string) map[string]bool {
 // method, than the request's. Hops that are none of tailsplice pass on what their client sends in them.
 var otherPath = setOf("X-Original-Uri", "X-Original-Method", "X-Original-Url", "X-Rewrite-Url")
 
-// isForwarding says whether a header, however it is written, is one of them.
+// isForwarding says whether a header, however it is written, is one that dropForwarding removes for what it
+// says of the client.
 func isForwarding(name string) bool {
 	var buf [64]byte // so that most names take no memory
 	n := foldName(buf[:0], name)

@@ -13,7 +13,7 @@ type Holder interface {
 	Holds(held func() (bytes int64, since time.Time))
 }
 
-// begins and ends are for a request whose handler runs.
+// begins notes that x's handler runs, and ends that it has returned.
 func (c *conn) begins(x *exchange) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -26,7 +26,7 @@ func (c *conn) ends(x *exchange) {
 	delete(c.exchanges, x)
 }
 
-// held is for Holder.
+// held is what c holds, for Holder.
 func (c *conn) held() (bytes int64, since time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -83,5 +83,7 @@ func (c *connecting) run() {
 
 func (c *connecting) fail(err error) {
 	c.up.Close()
+	c.flow.counters.flow.Store(nil)
+	c.flow.counters.endLeave("not connected")
 	c.Failed(c.flow.o.Head, err)
 }

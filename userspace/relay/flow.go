@@ -85,6 +85,8 @@ type flow struct {
 	uncancel func() bool             // unhooks ctx
 	cancel   context.CancelCauseFunc // of the datapath that has the flow, or is asked; guarded by mu
 
+	stops atomic.Bool // pumps are to return: see stopPumps
+
 	recorded *holder         // the datapath that has the flow in its tables; nil: none
 	choice   datapath.Choice // of the datapath that gets it
 
@@ -222,6 +224,7 @@ func (f *flow) userspace() {
 		}
 	}
 	f.unlockAndFinish()
+	f.letLeave()
 }
 
 // wants reports whether what src sends is still to be delivered: always until the flow is to end, and then
@@ -253,12 +256,16 @@ func (f *flow) pump(src *side) {
 			src.state = ended
 			break
 		}
+		if f.state == leaving {
+			src.state = waiting
+			break
+		}
 		// It was told to stop reading. If that was to be parked, and can't be, it goes on.
 		src.conn.SetReadDeadline(time.Time{})
 		if f.park(src) {
 			if f.mayReattach() {
 				f.pumps--
-				f.down.state, f.up.state = flowing, flowing
+				f.noneWaits()
 				f.enter(inTransit)
 				f.mu.Unlock()
 				f.reattach()
@@ -272,22 +279,39 @@ func (f *flow) pump(src *side) {
 	f.unlockAndFinish()
 }
 
-// unlockAndFinish is called by each who could be the last to see that the flow is over, or is parked.
+// noneWaits is for a flow in transit: watches that come late leave it alone.
+//
+// +checklocks:f.mu
+func (f *flow) noneWaits() {
+	for _, s := range f.sides() {
+		if s.state == waiting {
+			s.state = flowing
+		}
+	}
+}
+
+// unlockAndFinish is called by each who could be the last to see that the flow is over, is parked, or may
+// leave.
 //
 // +checklocksrelease:f.mu
 func (f *flow) unlockAndFinish() {
-	isLast := false
+	next := func() {}
 	if f.hasPumps() && f.pumps == 0 {
-		if isLast = f.end != "" || f.down.state == ended && f.up.state == ended; isLast {
+		switch {
+		case f.end != "" || f.down.state == ended && f.up.state == ended:
 			f.enter(done)
-		} else if f.state != parked {
+			next = f.finish
+		case f.state == leaving:
+			f.noneWaits()
+			f.stops.Store(false)
+			f.enter(inTransit)
+			next = f.depart
+		case f.state != parked:
 			f.enter(parked)
 		}
 	}
 	f.mu.Unlock()
-	if isLast {
-		f.finish()
-	}
+	next()
 }
 
 // move copies from src to the other side. isOver: src's stream has ended, and its end was passed on, or one
@@ -356,25 +380,40 @@ func (f *flow) over(end End, err error) {
 
 // report says how f has ended.
 func (f *flow) report(r Result) {
+	if f.recorded != nil {
+		r.Datapath = f.recorded.name
+	}
+	f.forgetRecord()
 	f.counters.flow.Store(nil)
+	f.counters.endLeave(r.End)
 	f.done(r)
+}
+
+// forgetRecord takes f, which goes on nowhere here, out of the tables of the datapath that has it there.
+func (f *flow) forgetRecord() {
+	if f.recorded != nil {
+		f.recorded.forget()
+	}
 }
 
 // writeHead writes, once, what comes before the first byte that is read.
 func (f *flow) writeHead() error {
-	preface, head := f.o.Preface, f.o.Head
-	if len(preface)+len(head) == 0 {
-		return nil
+	for f.hasHead() {
+		bufs := net.Buffers{f.o.Preface, f.o.Head}
+		n, err := bufs.WriteTo(f.up.conn)
+		p := min(int(n), len(f.o.Preface))
+		f.counters.up.Add(n - int64(p))
+		f.o.Preface, f.o.Head = f.o.Preface[p:], f.o.Head[int(n)-p:]
+		if err != nil && !(errors.Is(err, os.ErrDeadlineExceeded) && f.stayAwhile(&f.down)) {
+			return &sideError{"write to", f.up.name(), err}
+		}
 	}
 	f.o.Preface, f.o.Head = nil, nil // they need not stay in memory for as long as the flow
-	bufs := net.Buffers{preface, head}
-	n, err := bufs.WriteTo(f.up.conn)
-	f.counters.up.Add(max(0, n-int64(len(preface))))
-	if err != nil {
-		return &sideError{"write to", f.up.name(), err}
-	}
 	return nil
 }
+
+// hasHead: there is something left of what comes before the first byte that is read.
+func (f *flow) hasHead() bool { return len(f.o.Preface)+len(f.o.Head) > 0 }
 
 // closeWrite ends our stream to s. Once it has, it does nothing.
 func (s *side) closeWrite() error {
@@ -429,6 +468,7 @@ func (f *flow) faulty(s *side) {
 //
 // +checklocks:f.mu
 func (f *flow) breaks(s *side, err error, isGuess bool) {
+	f.unstop()
 	if f.end == "" || f.isGuess && s.fault == f.err {
 		f.end, f.err, f.isGuess = EndError, err, isGuess
 		if isReset(err) {

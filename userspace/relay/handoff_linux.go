@@ -94,13 +94,7 @@ func (f *flow) prefer(d datapath.Returner, down, up *loop.Socket) bool {
 
 // keepRecord makes f one of d's to the end, whoever moves its bytes.
 func (f *flow) keepRecord(d datapath.Datapath, forget func()) {
-	f.recorded = &holder{d.Name(), f.counters.own}
-	done := f.done
-	f.done = func(r Result) {
-		forget()
-		r.Datapath = d.Name()
-		done(r)
-	}
+	f.recorded = &holder{d.Name(), f.counters.own, forget}
 }
 
 // offer asks d to take f, which is in transit, and is so again if d refuses it. Nobody has the sockets in a
@@ -124,7 +118,7 @@ func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool)
 	if err != nil {
 		f.enter(inTransit)
 	} else if f.state == handedOff { // else it has had the flow
-		f.counters.kernel.Store(&holder{d.Name(), count})
+		f.counters.kernel.Store(&holder{name: d.Name(), count: count})
 	}
 	return err == nil
 }
@@ -203,16 +197,12 @@ func (f *flow) reattach() {
 	f.mu.Lock()
 	if up == nil || f.end != "" {
 		f.cannotReattach = true
-		if f.grace != nil { // a side broke just before disarm, which has stopped the timer
-			f.grace.Reset(resetGrace)
-		}
 		f.mu.Unlock()
 		if up != nil {
 			down.Close()
 			up.Close()
 		}
-		f.arm()
-		f.userspace()
+		f.goOn()
 		return
 	}
 	f.enter(done)

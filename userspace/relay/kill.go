@@ -42,7 +42,7 @@ func (f *flow) kill() {
 		f.killOn(socket)
 	case handedOff:
 		cancel(errKilled)
-	case pumping, parking, parked, ending:
+	case pumping, parking, parked, leaving, ending:
 		f.abort(EndKilled, f.counters.Killed())
 	}
 }

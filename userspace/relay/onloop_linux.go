@@ -25,21 +25,31 @@ func (f *flow) attachTo(down, up *loop.Socket) {
 	l := down.Loop()
 	l.Do(func() (then func()) {
 		f.mu.Lock()
-		f.down = side{flow: f, socket: down, lasting: f.down.lasting}
-		f.up = side{flow: f, socket: up, lasting: f.up.lasting}
+		f.down.move(f, down)
+		f.up.move(f, up)
 		f.enter(onLoop)
 		f.mu.Unlock()
 		f.armOn(l)
 		if f.counters.Killed() != nil {
 			return f.toPumps()
 		}
+		if f.counters.isAsked() && f.mayLeave() {
+			return f.departOn()
+		}
 		return f.beginOn()
 	})
 }
 
+// move makes s a side of f that is on a loop.
+func (s *side) move(f *flow, to *loop.Socket) {
+	isShut := s.isShut.Load()
+	*s = side{flow: f, socket: to, state: s.state, lasting: s.lasting}
+	s.isShut.Store(isShut)
+}
+
 // beginOn attaches both sockets to their loop.
 func (f *flow) beginOn() (then func()) {
-	if len(f.o.Preface)+len(f.o.Head)+len(f.down.rest)+len(f.up.rest) > 0 {
+	if f.hasHead() || len(f.down.rest)+len(f.up.rest) > 0 {
 		return f.toPumps() // they write what is left of what comes first, or of an earlier stay
 	}
 	var hasMissed [2]bool
@@ -62,7 +72,7 @@ func (f *flow) beginOn() (then func()) {
 
 // writeFirst writes what comes first to upstream. With an error some of it may be left.
 func (f *flow) writeFirst(up int) error {
-	for len(f.o.Preface)+len(f.o.Head) > 0 {
+	for f.hasHead() {
 		n, err := noEINTR(func() (int, error) { return unix.Writev(up, [][]byte{f.o.Preface, f.o.Head}) })
 		if err != nil {
 			return err
@@ -279,8 +289,8 @@ func (f *flow) armOn(l *loop.Loop) {
 			})
 		})
 	}
+	f.beginIdle()
 	if f.o.Idle > 0 {
-		f.seen, f.since = -1, time.Now()
 		f.tick = time.AfterFunc(f.o.Idle/4, func() { l.Do(f.checkIdleOn) })
 	}
 }

@@ -23,7 +23,7 @@ func (f *flow) arm() {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.seen, f.since = -1, time.Now()
+	f.beginIdle()
 	f.tick = time.AfterFunc(math.MaxInt64, f.checkIdle)
 	f.resetTick(0)
 }
@@ -66,6 +66,14 @@ func (f *flow) checkIdle() {
 		f.enter(parking)
 	}
 	f.resetTick(idle)
+}
+
+// beginIdle begins to see for how long no byte moves, or goes on with that. The caller has what guards seen and
+// since.
+func (f *flow) beginIdle() {
+	if up, down := f.counters.own(); f.since.IsZero() || up+down != f.seen {
+		f.seen, f.since = up+down, time.Now()
+	}
 }
 
 // idle is for how long no byte has moved. The caller has what guards seen and since.
@@ -128,7 +136,7 @@ func (f *flow) mayReattach() bool {
 //
 // +checklocks:f.mu
 func (f *flow) park(src *side) bool {
-	if f.end != "" || !f.canPark() {
+	if f.end != "" || !f.canPark() || len(src.rest) > 0 {
 		return false
 	}
 	if !watchForBytes(src) {
@@ -146,7 +154,7 @@ func (f *flow) park(src *side) bool {
 func (f *flow) unpark(src *side) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if src.state != waiting {
+	if src.state != waiting || f.state == leaving {
 		return false
 	}
 	if f.state != pumping {

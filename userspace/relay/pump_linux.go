@@ -1,7 +1,9 @@
 package relay
 
 import (
+	"errors"
 	"fmt"
+	"os"
 	"runtime"
 	"sync/atomic"
 
@@ -27,6 +29,7 @@ type pump struct {
 	isBulk       bool // splice instead of copying
 	count        int  // reads in a row that speak for the other mode
 	cannotSplice bool // one of the sockets can't
+	wasPutOff    bool // the flow was to leave while much was held
 
 	flush, drain func(fd uintptr) bool
 	out          []byte // read and not yet written
@@ -46,6 +49,7 @@ func (p *pump) run() (bad *side, err error) {
 		return p.copyAny()
 	}
 	p.flush, p.drain = p.flushOut, p.drainPipe
+	p.wasPutOff = p.src.flow.counters.isAsked() // while writeHead wrote, it may be
 	rest := p.src.rest
 	p.src.rest = nil
 	if p.write(rest); p.err == nil {
@@ -69,6 +73,11 @@ func (p *pump) fail(op string, s *side, err error) {
 // turn moves what src has. false: wait for more.
 func (p *pump) turn(fd uintptr) (done bool) {
 	for {
+		p.tryLeave()
+		if p.src.flow.stops.Load() {
+			p.fail("read from", p.src, os.ErrDeadlineExceeded)
+			return true
+		}
 		var n int
 		var err error
 		if p.isBulk {
@@ -124,19 +133,72 @@ func (p *pump) write(b []byte) {
 		return
 	}
 	p.out = b
-	if err := p.dst.sock.Write(p.flush); err != nil {
-		p.fail("write to", p.dst, err)
-	}
+	p.give(p.flush)
 	p.out = nil
+}
+
+// give calls do, until that is done, for dst to be written to. Where the pump was told to return meanwhile,
+// what is held goes along.
+func (p *pump) give(do func(fd uintptr) bool) {
+	for {
+		err := p.dst.sock.Write(do)
+		switch {
+		case err == nil:
+			return
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+		case p.held() <= maxRest:
+			p.keep()
+		case p.src.flow.stayAwhile(p.src):
+			p.wasPutOff = true
+			continue
+		}
+		p.fail("write to", p.dst, err)
+		return
+	}
+}
+
+// held is how many bytes were read and not yet written.
+func (p *pump) held() int { return len(p.out) + p.inPipe }
+
+// keep leaves what is held to whoever has src next.
+func (p *pump) keep() {
+	rest := make([]byte, p.held())
+	n := copy(rest, p.out)
+	for p.inPipe > 0 {
+		m, err := noEINTR(func() (int, error) { return unix.Read(p.pipe.r, rest[n:]) })
+		if err != nil || m == 0 {
+			p.fail("read from", p.src, fmt.Errorf("its pipe: %w", err))
+			return
+		}
+		n += m
+		p.inPipe -= m
+	}
+	p.src.rest, p.out = rest, nil
+}
+
+// noRoom is for when dst has none for what is held.
+func (p *pump) noRoom() (done bool) {
+	p.src.hold(p.held())
+	watchForReset(p.src)
+	if p.held() <= maxRest {
+		p.tryLeave()
+	}
+	return false
+}
+
+// tryLeave lets the flow leave, which was put off when more was held.
+func (p *pump) tryLeave() {
+	if p.wasPutOff {
+		p.wasPutOff = false
+		p.src.flow.letLeave()
+	}
 }
 
 func (p *pump) flushOut(fd uintptr) (done bool) {
 	for len(p.out) > 0 {
 		n, err := noEINTR(func() (int, error) { return unix.Write(int(fd), p.out) })
 		if err == unix.EAGAIN {
-			p.src.hold(len(p.out) + p.inPipe)
-			watchForReset(p.src)
-			return false
+			return p.noRoom()
 		}
 		if err != nil {
 			p.fail("write to", p.dst, err)
@@ -157,8 +219,8 @@ func (p *pump) splice(fd int) (n int, err error) {
 		return p.copy(fd)
 	}
 	most := min(p.limit, pipe.size)
-	if p.relay.holding.short.Load() {
-		most = min(most, minPipe)
+	if p.relay.holding.short.Load() || p.src.flow.counters.isAsked() {
+		most = min(most, minPipe) // which is at most maxRest
 	}
 	n, err = splice(fd, pipe.w, most)
 	if n <= 0 {
@@ -180,9 +242,7 @@ func (p *pump) splice(fd int) (n int, err error) {
 		return p.copy(fd)
 	}
 	p.pipe, p.inPipe = pipe, n
-	if err := p.dst.sock.Write(p.drain); err != nil {
-		p.fail("write to", p.dst, err)
-	}
+	p.give(p.drain)
 	if p.inPipe == 0 {
 		p.src.hold(0)
 		p.pipe = nil
@@ -202,9 +262,7 @@ func (p *pump) drainPipe(fd uintptr) (done bool) {
 		n, err := splice(p.pipe.r, int(fd), p.inPipe)
 		switch {
 		case err == unix.EAGAIN:
-			p.src.hold(p.inPipe)
-			watchForReset(p.src)
-			return false
+			return p.noRoom()
 		case isUnspliceable(err):
 			p.isBulk, p.cannotSplice = false, true
 		case err != nil:

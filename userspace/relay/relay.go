@@ -23,6 +23,8 @@
 //	copy.go          a goroutine for a direction, for connections that are no bare sockets
 //	park.go          timers, and sides that wait without a goroutine
 //	kill.go          a flow is ended by an operator, whoever has it
+//	parcel.go        a flow leaves its relay, whoever has it, and goes on in another
+//	leave_linux.go   how loops and pumps stop for that, at a moment when little is held
 //	watch_linux.go   the epoll that waits for the sides that wait without a goroutine
 //	handoff_linux.go from the begin to a loop, to a datapath and back, and from pumps to a loop
 //	held_linux.go    what flows hold for readers that have no room
@@ -120,13 +122,15 @@ type Counters struct {
 	kernel   atomic.Pointer[holder] // the datapath that has the flow now; nil: this package
 	flow     atomic.Pointer[flow]   // that is counted, while it lives
 	killed   atomic.Pointer[error]  // why it is to end at once, or nil
+	leave    atomic.Pointer[leaveRequest]
 
 	held, since, sweep atomic.Int64 // what MeasureHeld has found, and when
 }
 
 type holder struct {
-	name  string
-	count func() (up, down int64)
+	name   string
+	count  func() (up, down int64)
+	forget func() // takes the flow out of its tables, or nil
 }
 
 // Load gives the bytes that went to upstream and to downstream, without Options.Preface. Safe for concurrent

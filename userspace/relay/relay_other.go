@@ -41,6 +41,9 @@ func unwatch(*side)                        {}
 func (*flow) attach() bool                 { return false }
 func (*flow) reattach()                    {}
 func (*flow) killOn(*loop.Socket)          {}
+func (*flow) leaveLoop(*loop.Socket)       {}
+func (*flow) depart()                      {}
+func unspare(net.Conn)                     {}
 func (*side) keepUrgent()                  {}
 func (*side) gone() bool                   { return false }
 func (*side) unacked() int                 { return 0 }

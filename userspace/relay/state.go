@@ -5,8 +5,8 @@ import "slices"
 // A state says who has a flow. It changes by enter alone, as the table below allows.
 //
 //	onLoop ◄───► inTransit ◄───► handedOff
-//	               │   ▲
-//	               ▼   │ reattach
+//	               │   ▲ ▲
+//	               ▼   │ └──────── leaving ◄── pumping, parking, parked
 //	              pumping ◄───► parking
 //	               │   ▲           │
 //	               │   │           ▼
@@ -14,8 +14,12 @@ import "slices"
 //	               ▼               │
 //	             ending ◄──────────┘        each but parked ───► done
 //
+// Where what is held for a reader is too much to leave with, leaving goes back to pumping, and where a side
+// breaks, to ending.
+//
 // A flow that a datapath gives back, or that goes from pumps to a loop, goes on as another one, and the
-// former is done: timers and watches that come late find that it is, and leave the sockets alone.
+// former is done, as is one that has left: timers and watches that come late find that it is, and leave the
+// sockets alone.
 type state uint8
 
 const (
@@ -25,21 +29,23 @@ const (
 	pumping                // a pump reads each side that is flowing
 	parking                // pumping, and pumps were told to return as soon as they have nothing to write
 	parked                 // no pump runs: watches looks out for bytes
+	leaving                // pumps were told to return since the flow is to leave: see Counters.Leave
 	ending                 // it is known how it ends, and pumps deliver what came before that
-	done                   // nothing of it runs any more; its result was reported, or it goes on as another
+	done                   // nothing of it runs any more; its result was reported, or it goes on as another, or has left
 	states
 )
 
-var stateNames = [states]string{"in transit", "on a loop", "handed off", "pumping", "parking", "parked", "ending", "done"}
+var stateNames = [states]string{"in transit", "on a loop", "handed off", "pumping", "parking", "parked", "leaving", "ending", "done"}
 
 // next are the states that may follow each.
 var next = [states][]state{
 	inTransit: {onLoop, handedOff, pumping, ending, done},
 	onLoop:    {inTransit, done},
 	handedOff: {inTransit, done},
-	pumping:   {inTransit, parking, parked, ending, done},
-	parking:   {inTransit, pumping, parked, ending, done},
-	parked:    {pumping, ending},
+	pumping:   {inTransit, parking, parked, leaving, ending, done},
+	parking:   {inTransit, pumping, parked, leaving, ending, done},
+	parked:    {pumping, leaving, ending},
+	leaving:   {inTransit, pumping, ending, done},
 	ending:    {done},
 }
 

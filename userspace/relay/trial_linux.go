@@ -1,6 +1,12 @@
 package relay
 
-import "golang.org/x/sys/unix"
+import (
+	"net"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+)
 
 // A direction is on trial until its reader has acknowledged trialBytes. Many readers that stop do so before,
 // and a flow is to hold little for them. What it would hold is, for the most part, in the receive buffer of
@@ -42,6 +48,11 @@ func (s *side) piece(buf []byte, dst int) (part []byte, isOnTrial bool) {
 		_ = unix.SetsockoptInt(dst, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, trialUnsent)
 	}
 	return buf[:min(len(buf), trialRead)], true
+}
+
+// unspare is for the conn of a reader on trial whose flow leaves.
+func unspare(c net.Conn) {
+	tcpsock.Control(c, func(fd int) { _ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 0) })
 }
 
 // isNextMessage reports whether what has come from s is a message, the last one of which was answered. In

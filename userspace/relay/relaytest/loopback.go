@@ -31,6 +31,9 @@ type Loopback struct {
 	// WrapDown and WrapUp, when not nil, stand between the relay and the socket.
 	WrapDown, WrapUp func(net.Conn) net.Conn
 
+	// Hops, when not nil, makes the flows go from one relay of this process to another and back, and counts.
+	Hops *Hops
+
 	// Options of every flow. A case sets further ones.
 	Options relay.Options
 }
@@ -46,8 +49,10 @@ func (l Loopback) Path(t testing.TB) Path {
 	down, up := newPairs(t, l.Down, l.Cable, false), l.servers(t)
 	_, r := Relay() // while there are descriptors
 	t.Cleanup(func() {
-		if change := r.Illegal(); change != nil {
-			t.Errorf("a flow goes from %s, which its table of states does not have", *change)
+		for _, r := range []*relay.Relay{r, OtherRelay()} {
+			if change := r.Illegal(); change != nil {
+				t.Errorf("a flow goes from %s, which its table of states does not have", *change)
+			}
 		}
 	})
 	connect := func(t testing.TB) *Flow {
@@ -58,7 +63,7 @@ func (l Loopback) Path(t testing.TB) Path {
 		f.start = func(ctx context.Context, o relay.Options) { l.run(ctx, f, o) }
 		return f
 	}
-	return Path{Connect: connect, NoReset: l.Down == "unix" || l.Up == "unix", PIDs: []int{0}}
+	return Path{Connect: connect, NoReset: l.Down == "unix" || l.Up == "unix", Hops: l.Hops != nil, PIDs: []int{0}}
 }
 
 // Relay gives the loops and the relay of this process, which stay.
@@ -70,6 +75,15 @@ var Relay = sync.OnceValues(func() (*loop.Reactor, *relay.Relay) {
 	}
 	runtime.GOMAXPROCS(n + 1) // as the daemon does
 	return loops, relay.New(loops)
+})
+
+// OtherRelay gives another relay of this process, with loops of its own.
+var OtherRelay = sync.OnceValue(func() *relay.Relay {
+	loops, err := loop.New(1)
+	if err != nil {
+		panic(err)
+	}
+	return relay.New(loops)
 })
 
 // Direct is a path with nothing in between.
@@ -112,7 +126,12 @@ func (l Loopback) run(ctx context.Context, f *Flow, o relay.Options) {
 		u = l.WrapUp(u)
 	}
 	_, r := Relay()
-	go r.Run(ctx, d, u, all, func(r relay.Result) { f.result <- r })
+	done := func(r relay.Result) { f.result <- r }
+	if l.Hops != nil {
+		go l.Hops.run(ctx, r, OtherRelay(), d, u, all, done)
+		return
+	}
+	go r.Run(ctx, d, u, all, done)
 }
 
 // Conn makes a conn of a TCP socket, which it then is: for datapaths that take bare sockets.

@@ -255,3 +255,6 @@ func bothRoles(t *testing.T, p Path, f func(t *testing.T, active, passive net.Co
 		})
 	}
 }
+
+// Send sends n bytes from one end to the other, where they are compared.
+func Send(from, to net.Conn, n int64) error { return transfer(from, to, n) }

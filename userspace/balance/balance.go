@@ -1,6 +1,8 @@
 // Package balance chooses among the targets of a route, and goes on to another one where one fails.
 //
 //	balance.go  which one is tried: by weight, and by what is known of each
+//	checked.go  what health checks have found, and the slow start of what came back
+//	source.go   the same target for a client each time
 //	race.go     one after the other, and beside those that are slow
 package balance
 
@@ -61,54 +63,82 @@ func (h *Health) isProbed(now time.Time) {
 
 // Option is one of the targets that [Pick] chooses from.
 type Option struct {
-	Weight int  // its share; with 0 it is a spare, as with Backup
-	Backup bool // it is chosen only where no other can be reached
-	Tried  bool // it is not chosen
-	Off    bool // it is chosen only where all others can't be reached: an operator's word
+	Weight  int  // its share; with 0 it is a spare, as with Backup
+	Backup  bool // it is chosen only where no other can be reached
+	Tried   bool // it is not chosen
+	Offline bool // its machine is said to be: it is chosen as one that could not be reached lately
+	Off     bool // it is chosen only where all others can't be reached: an operator's word
+
+	Key uint64 // see Key; 0: the choice is random
 	*Health
+	*Checked // nil: it is not checked
 }
 
 func (o *Option) isSpare() bool { return o.Backup || o.Weight == 0 }
 
-// Pick chooses one of n options that was not tried, and returns its index, or -1 if there is none: by weight
-// among those that could be reached lately, spare ones after the others, else among those that could not, in
-// the same order.
+// The classes of options: one is chosen only where there is none of those before it. Each but the last has
+// spare ones behind it.
+const (
+	fit     = 0
+	avoided = 2 // could not be reached lately, or is offline
+	down    = 4 // by its health checks
+	off     = 6
+	classes = 7
+)
+
+// class is the one of o, or -1 where it is not chosen.
+func (o *Option) class(now time.Time) int {
+	class := fit
+	switch {
+	case o.Tried:
+		return -1
+	case o.Off:
+		return off
+	case o.IsDown():
+		class = down
+	case o.isAvoided(now), o.Offline:
+		class = avoided
+	}
+	if o.isSpare() {
+		class++
+	}
+	return class
+}
+
+// Pick chooses one of n options that was not tried, and returns its index, or -1 if there is none. Those that
+// could be reached lately come before those that could not, those before what health checks have found down,
+// and of each the spare ones last. Of equals one is chosen by weight: at random, or by their Keys.
 func Pick(n int, option func(i int) Option) int {
 	now := time.Now()
-	const avoided, off = 2, 4 // classes: 0 and 1 (spare), then the same of those that are avoided, then the rest
-	var fit [off + 1][]int
-	var total [len(fit)]int // weights
+	var of [classes][]int
+	var total [classes]int
+	share := func(o *Option) int { return max(o.Weight, 1) * o.share(now) }
 	for i := range n {
 		o := option(i)
-		if o.Tried {
-			continue
+		if class := o.class(now); class >= 0 {
+			of[class], total[class] = append(of[class], i), total[class]+share(&o)
 		}
-		class := 0
-		if o.isSpare() {
-			class = 1
-		}
-		if o.isAvoided(now) {
-			class += avoided
-		}
-		if o.Off {
-			class = off
-		}
-		fit[class], total[class] = append(fit[class], i), total[class]+max(o.Weight, 1)
 	}
-	for class, all := range fit {
+	for class, all := range of {
 		if len(all) == 0 {
 			continue
 		}
-		left := rand.IntN(total[class])
+		left, best, greatest := rand.IntN(total[class]), all[0], -1.0
 		for _, i := range all {
 			o := option(i)
-			if left -= max(o.Weight, 1); left < 0 {
-				if class < avoided {
-					o.isProbed(now)
+			if o.Key != 0 {
+				if s := score(o.Key, share(&o)); s > greatest {
+					best, greatest = i, s
 				}
-				return i
+			} else if left -= share(&o); left < 0 {
+				best = i
+				break
 			}
 		}
+		if o := option(best); class < avoided {
+			o.isProbed(now)
+		}
+		return best
 	}
 	return -1
 }

@@ -36,8 +36,8 @@ func TestPick(t *testing.T) {
 		t.Errorf("where all but the spare one have: %v", got)
 	}
 	spare.Health.Failed()
-	if got := picks(n, a, b, spare); got[0] == 0 || got[1] == 0 || got[2] != 0 {
-		t.Errorf("where all have failed, the spare one is not the last: %v", got)
+	if got := picks(n, a, b, spare); got[0] < 2800 || got[0] > 3200 || got[0]+got[1] != n {
+		t.Errorf("where all have failed, the spare one last: %v", got)
 	}
 	a.Tried, b.Tried = true, true
 	if got := picks(n, a, b, spare); got[2] != n {
@@ -184,6 +184,74 @@ func TestRaceClosesLate(t *testing.T) {
 		synctest.Wait()
 		if closed != "late" {
 			t.Errorf("closed is %q", closed)
+		}
+	})
+}
+
+// TestPickClasses: what is known of options decides before their weights.
+func TestPickClasses(t *testing.T) {
+	one := func() Option { return Option{Weight: 1, Health: new(Health), Checked: new(Checked)} }
+	opt := func(change func(*Option)) Option {
+		o := one()
+		change(&o)
+		return o
+	}
+	down := func(o *Option) { o.SetDown() }
+	failed := func(o *Option) { o.Failed() }
+	spare := func(o *Option) { o.Backup = true }
+	order := []Option{ // each is chosen only where all before it were tried
+		one(),
+		opt(spare),
+		opt(failed),
+		opt(func(o *Option) { o.Offline = true; spare(o) }),
+		opt(func(o *Option) { down(o); failed(o) }),
+		opt(func(o *Option) { down(o); spare(o) }),
+		opt(func(o *Option) { o.Off = true }),
+	}
+	for i := range order {
+		for range 20 {
+			if got := Pick(len(order), func(i int) Option { return order[i] }); got != i {
+				t.Fatalf("option %d is chosen, want %d", got, i)
+			}
+		}
+		order[i].Tried = true
+	}
+}
+
+// TestSlowStart: a target that is back has a tenth of its share, then two, and so on, and no less than all of it where
+// there is no other.
+func TestSlowStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const n = 4000
+		a, b := Option{Weight: 1, Health: new(Health), Checked: new(Checked)}, Option{Weight: 1, Health: new(Health)}
+		a.SetDown()
+		if got := picks(n, a, b); got[1] != n {
+			t.Errorf("while it is down: %v", got)
+		}
+		a.SetUp(time.Now(), 10*time.Second)
+		for step := 1; step <= 10; step++ {
+			want := n * step / (step + 10)
+			// 200 more or less come once in 10⁹ times.
+			if got := picks(n, a, b); got[0] < want-200 || got[0] > want+200 {
+				t.Errorf("in step %d: %v, want %d", step, got, want)
+			}
+			time.Sleep(time.Second)
+		}
+		time.Sleep(24 * time.Hour)
+		if got := picks(n, a, b); got[0] < n/2-200 || got[0] > n/2+200 {
+			t.Errorf("a day later: %v", got)
+		}
+		a.SetUp(time.Now(), 0)
+		if a.Share(time.Now()) != 100 {
+			t.Errorf("without slow start its share is %d", a.Share(time.Now()))
+		}
+		a.SetUp(time.Now().Add(time.Hour), 10*time.Second)
+		if a.Share(time.Now()) != 100 {
+			t.Errorf("after the clock was set back its share is %d", a.Share(time.Now()))
+		}
+		a.SetUp(time.Now(), 10*time.Second)
+		if got := picks(10, a); got[0] != 10 {
+			t.Errorf("alone: %v", got)
 		}
 	})
 }

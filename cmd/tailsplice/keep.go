@@ -88,9 +88,9 @@ func (d *process) keep() {
 	d.keepAll(nil)
 }
 
-// endKeeping is for a process that ends as it was told to. Connections that come until the next process is there
-// wait for it. What an operator has said ends with this one, and so does the control socket, whose file is
-// removed.
+// endKeeping is for a process that ends as it was told to. Connections that come until the next process is
+// there wait for it. What an operator has said ends with this one, and so does the control socket, whose file
+// is removed.
 func (d *process) endKeeping() {
 	d.keeper.mu.Lock()
 	defer d.keeper.mu.Unlock()
@@ -141,7 +141,8 @@ func watchdogEvery() (time.Duration, error) {
 	return daemon.SdWatchdogEnabled(false)
 }
 
-// feedWatchdog tells the manager that connections are served, as long as they are and this is the main process.
+// feedWatchdog tells the manager that connections are served, as long as they are and this is the main
+// process.
 func (d *process) feedWatchdog(ctx context.Context, within time.Duration) {
 	tick := time.NewTicker(within / 3)
 	defer tick.Stop()

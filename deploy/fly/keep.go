@@ -21,8 +21,8 @@ const (
 	mostKept = 512              // descriptors
 )
 
-// keeper is for tailsplice what systemd is elsewhere, by the protocol of sd_notify(3): it keeps sockets for the
-// process that is started after a crash, and knows which process is the main one.
+// keeper is for tailsplice what systemd is elsewhere, by the protocol of sd_notify(3): it keeps sockets for
+// the process that is started after a crash, and knows which process is the main one.
 type keeper struct {
 	path string
 	conn *net.UnixConn

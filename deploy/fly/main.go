@@ -1,6 +1,6 @@
-// Command edge is the first process of deploy/fly's image: it starts tailscaled, joins the tailnet, and starts
-// tailsplice, again where that crashes. It ends with tailscaled, or when tailsplice crashes too often, so that
-// fly.io starts the machine anew. TERM and INT drain.
+// Command edge is the first process of deploy/fly's image: it starts tailscaled, joins the tailnet, and
+// starts tailsplice, again where that crashes. It ends with tailscaled, or when tailsplice crashes too often,
+// so that fly.io starts the machine anew. TERM and INT drain.
 package main
 
 import (
@@ -29,7 +29,7 @@ const (
 	grace  = 10 * time.Second // for tailscaled's end
 )
 
-// start again tailsplice, unless it crashes more often than that.
+// tailsplice is started again unless it crashes more often than so many times in a while.
 const (
 	mostCrashes = 5
 	crashesIn   = time.Minute

@@ -22,16 +22,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Store is the service manager's store of descriptors, by the protocol of sd_notify(3): what it keeps outlives
-// this process, and the next one that the manager starts gets it. A descriptor is named by what [Socket] says
-// of it. Where no manager has such a store, nothing is kept.
+// Store is the service manager's store of descriptors, by the protocol of sd_notify(3): what it keeps
+// outlives this process, and the next one that the manager starts gets it. A descriptor is named by what
+// [Socket] says of it. Where no manager has such a store, nothing is kept.
 type Store struct {
 	manager string   // the address of its socket; "": there is none
 	sockets []Socket // that were there at the start, and nobody has taken
 	state   json.RawMessage
 
 	mu sync.Mutex
-	// has is what the manager keeps: the inode by name, 0 where that is not known, unfit where it is of no use.
+	// has is what the manager keeps: the inode by name, 0 where that is not known, unfit where it is of no
+	// use.
 	// +checklocks:mu
 	has map[string]uint64
 	// +checklocks:mu
@@ -46,8 +47,11 @@ type Store struct {
 // higher in each later one.
 const kindState = "state"
 
-// mostName bounds a name, in bytes. systemd takes 255 (FDNAME_MAX), but passes all names in one variable, which
-// may have 128 KiB: see MAX_ARG_STRLEN in execve(2). The unit allows 512 of them.
+// storedKinds are the kinds of what is kept.
+var storedKinds = []string{KindListener, KindControl, KindMetrics, KindHealth, kindState}
+
+// mostName bounds a name, in bytes. systemd takes 255 (FDNAME_MAX), but passes all names in one variable,
+// which may have 128 KiB: see MAX_ARG_STRLEN in execve(2). The unit allows 512 of them.
 const mostName = 200
 
 const unfit = math.MaxUint64
@@ -174,7 +178,7 @@ func (s *Store) Note(all []Socket) {
 				s.version = max(s.version, version)
 			}
 		}
-		if name, err := nameOf(k); err == nil {
+		if name, err := nameOf(k); err == nil && slices.Contains(storedKinds, k.Kind) {
 			s.has[name] = 0
 		}
 	}
@@ -194,8 +198,8 @@ func (s *Store) Sockets() ([]Socket, error) {
 	return []Socket{{Kind: kindState, Address: strconv.FormatUint(s.version, 10), File: os.NewFile(uintptr(fd), kindState)}}, nil
 }
 
-// Keep has the manager keep copies of all, and state unless it is nil, in place of what it kept before. With an error it keeps
-// what could be brought to it; the next Keep tries the rest again. all stay the caller's.
+// Keep has the manager keep copies of all, and state unless it is nil, in place of what it kept before. With
+// an error it keeps what could be brought to it; the next Keep tries the rest again. all stay the caller's.
 func (s *Store) Keep(all []Socket, state json.RawMessage) error {
 	if s.manager == "" {
 		return nil
@@ -203,30 +207,46 @@ func (s *Store) Keep(all []Socket, state json.RawMessage) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	wanted := map[string]bool{}
+	names := make([]string, len(all))
 	var errs []error
-	for _, k := range all {
+	for i, k := range all {
 		name, err := nameOf(k)
-		if err == nil {
-			wanted[name] = true
-			err = s.store(name, k.File)
-		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s %s: %w", k.Kind, k.Address, err))
+			continue
 		}
-		if errors.Is(err, os.ErrDeadlineExceeded) { // the manager hangs: nothing else gets there
-			return errors.Join(errs...)
+		names[i], wanted[name] = name, true
+	}
+	// A socket that has another name now is removed first: systemd keeps no socket twice, and the old name
+	// then.
+	for name := range s.has {
+		if !wanted[name] && !isState(name) {
+			errs = append(errs, s.remove(name))
+		}
+	}
+	for i, k := range all {
+		if names[i] == "" {
+			continue
+		}
+		if err := s.store(names[i], k.File); err != nil {
+			errs = append(errs, fmt.Errorf("%s %s: %w", k.Kind, k.Address, err))
+			if errors.Is(err, os.ErrDeadlineExceeded) { // the manager hangs: nothing else gets there
+				return errors.Join(errs...)
+			}
 		}
 	}
 	if err := s.storeState(state, wanted); err != nil {
 		errs = append(errs, fmt.Errorf("state: %w", err))
 	}
 	for name := range s.has {
-		if !wanted[name] {
+		if !wanted[name] && isState(name) {
 			errs = append(errs, s.remove(name))
 		}
 	}
 	return errors.Join(errs...)
 }
+
+func isState(name string) bool { return strings.HasPrefix(name, kindState+"?") }
 
 // storeState has state kept, and adds its name to wanted. The one before is removed only then.
 //
@@ -387,7 +407,7 @@ func verify(k named) error {
 	if err != nil {
 		return err
 	}
-	if !slices.Contains([]string{KindListener, KindControl, KindMetrics, KindHealth}, k.Kind) {
+	if !slices.Contains(storedKinds, k.Kind) {
 		return errors.New("this version knows no such kind")
 	}
 	option := func(name int) int {
@@ -450,8 +470,8 @@ func verifyAddress(fd int, address string) error {
 	return nil
 }
 
-// isOfThisNamespace says whether a socket is of the network namespace that this process is in. SO_NETNS_COOKIE
-// is in Linux 5.14.
+// isOfThisNamespace says whether a socket is of the network namespace that this process is in.
+// SO_NETNS_COOKIE is in Linux 5.14.
 func isOfThisNamespace(fd int) (bool, error) {
 	here, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

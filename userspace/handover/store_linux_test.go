@@ -118,6 +118,16 @@ func TestKeep(t *testing.T) {
 	if got, _ := m.gets(); !slices.Equal(got, []string{"FDSTOREREMOVE=1 " + webName, "+FDSTORE=1 " + webName}) {
 		t.Errorf("another socket at the same address: %v", got)
 	}
+	const otherName = "FDNAME=listener?address=%3A443&name=other"
+	was := web.Name
+	web.Name = "other"
+	keep(`{"a":2}`, web)
+	if got, _ := m.gets(); !slices.Equal(got, []string{"FDSTOREREMOVE=1 " + webName, "+FDSTORE=1 " + otherName}) {
+		t.Errorf("a listener has another name: %v", got)
+	}
+	web.Name = was
+	keep(`{"a":2}`, web)
+	m.wants("and the first one again", "FDSTOREREMOVE=1 "+otherName, "+FDSTORE=1 "+webName)
 	keep(`{"a":3}`, web)
 	got, files := m.gets()
 	if !slices.Equal(got, []string{"+FDSTORE=1 " + state + "3", "FDSTOREREMOVE=1 " + state + "2"}) {
@@ -133,7 +143,7 @@ func TestKeep(t *testing.T) {
 		t.Fatalf("a process that takes over gets %v (%v)", offered, err)
 	}
 	next, _ := OpenStore()
-	next.Note(append(offered, web, tailnet))
+	next.Note(append(offered, web, tailnet, Socket{Kind: KindElder, Address: "7"}))
 	Close(offered)
 	s = next
 	keep(`{"a":3}`, web)

@@ -9,8 +9,8 @@ import (
 // errLocked is where a reload, a change or a look at the daemon does not end.
 var errLocked = errors.New("a change of what is served does not end")
 
-// Serves is an error where the daemon hangs: its loops do not go on, a change does not end before ctx does, or
-// nobody has accepted since the last call what waited at a listener then and waits now.
+// Serves is an error where the daemon hangs: its loops do not go on, a change does not end before ctx does,
+// or nobody has accepted since the last call what waited at a listener then and waits now.
 func (srv *Server) Serves(ctx context.Context) error {
 	if err := srv.Alive(ctx); err != nil {
 		return err

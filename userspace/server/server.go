@@ -103,7 +103,8 @@ type Options struct {
 	Held   bool
 	Orders json.RawMessage // of [Server.Orders] of another process, or nil
 	Older  func() bool     // whether a process from which this one has taken over still has flows; nil: there is none
-	// Moved is called when what [Server.Bound] returns may have changed. It must not block, nor call the Server.
+	// Moved is called when what [Server.Bound] returns may have changed. It must not block, nor call the
+	// Server.
 	Moved func()
 
 	// Datapaths are those that work on this machine; userspace is always there and is not listed. A flow that

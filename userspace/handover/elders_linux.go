@@ -16,6 +16,8 @@ type Elders struct {
 	OnSignal func(os.Signal)
 	// OnMain is called when this process is the service manager's main one. It is set before Add.
 	OnMain func()
+	// OnFlow takes the flows that they give; nil: none does. It is set before Add.
+	OnFlow Adopt
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -34,7 +36,7 @@ func (e *Elders) Add(l *Link) {
 	e.mu.Lock()
 	e.all = append(e.all, a)
 	e.mu.Unlock()
-	l.Send(Message{Step: Newest, PID: os.Getpid()})
+	l.Send(Message{Step: Newest, PID: os.Getpid(), TakesFlows: e.OnFlow != nil})
 	go e.follow(a)
 }
 
@@ -53,6 +55,9 @@ func (e *Elders) follow(a *elder) {
 		if err != nil {
 			break
 		}
+		if m.Step == Flows && e.OnFlow != nil {
+			e.takeFlows(m.Sockets)
+		}
 		Close(m.Sockets)
 		if m.Step == Signal && e.OnSignal != nil {
 			e.OnSignal(syscall.Signal(m.Signal))
@@ -70,6 +75,18 @@ func (e *Elders) follow(a *elder) {
 	e.all = slices.DeleteFunc(e.all, func(o *elder) bool { return o == a })
 	e.mu.Unlock()
 	a.link.Close()
+}
+
+// takeFlows takes the flows that come by the connection which is among sockets.
+func (e *Elders) takeFlows(sockets []Socket) {
+	for i := range sockets {
+		if s := &sockets[i]; s.Kind == KindFlows {
+			if l, err := newLink(s.File); err == nil {
+				go takeFlows(l, e.OnFlow)
+			}
+			s.File = nil
+		}
+	}
 }
 
 // List says what is left of each, the oldest first.

@@ -1,6 +1,6 @@
-// Package handover passes the listening sockets of a process to the one that takes its place, which is
-// another program as a rule, and lets the two tell each other how far they are. Where a process ends without
-// one that takes its place, the service manager keeps the sockets for the next: see [Store].
+// Package handover passes the listening sockets of a process, and its live flows, to the one that takes its
+// place, which is another program as a rule, and lets the two tell each other how far they are. Where a process
+// ends without one that takes its place, the service manager keeps the sockets for the next: see [Store].
 //
 // A message is JSON in one packet of a pair of unix sockets, with descriptors beside it. The steps, in their
 // order:
@@ -11,24 +11,44 @@
 //	serving  new to old  the new process accepts
 //	main     old to new  the service manager was told that the new process is the main one
 //	left     old to new  each second, what the old process still has to do, until it closes its end
-//	newest   new to old  which process serves now
+//	newest   new to old  which process serves now, and whether it takes flows
 //	end      new to old  the old process is to end within so many milliseconds
 //	signal   old to new  a signal that the first process got, which is for the newest: one of them gets it
+//	flows    old to new  the end of a connection by which flows come
 //
 // Until the old process has sent yours, the end of either process or of the connection is a failure, and
 // the old one goes on. If the new process fails between yours and serving, the old one accepts again.
 //
+// Live flows go by a connection that two processes have for themselves, so that its end is the end of the
+// other. The old process stops moving a flow's bytes, and then, for one or several of them at a time:
+//
+//	flow     old to new  records of flows, each with its sockets. Nobody moves their bytes
+//	taken    new to old  which of them the new process has registered
+//	refused  new to old  which of them it does not take: the old one goes on with them
+//	begin    old to new  which of them the new process has now: it begins to move bytes
+//	keep     old to new  which of them the old process goes on with, because no answer came: they are forgotten
+//
+// The old process alone decides, by begin or keep. Where it dies first, the new one, which has read all that
+// it has said, goes on with what is registered; where the new one dies, the old one goes on with what it has
+// not let go. So nobody moves bytes that another has moved, and no flow is left that nobody moves: rules.go
+// has the rules, which both processes act by, and a test explores them.
+//
 // A message has the version of who sends it. Fields, steps and kinds of sockets that a process does not
 // know are ignored, so that a newer one can say more: a step that must not be ignored gets another name.
+// Fields of a flow's record that a process does not know go on to the next one, which may.
 //
 // The files:
 //
 //	handover.go      messages
-//	link_linux.go    they go from one process to the other
+//	flow.go          records of flows
+//	rules.go         who has a flow that is on its way
+//	link_linux.go    messages go from one process to the other
 //	start_linux.go   the new process, as the old one sees it
 //	take_linux.go    the old process, as the new one sees it
 //	elders_linux.go  older processes that have not ended
 //	store_linux.go   what the service manager keeps for the process that it starts after a crash
+//	give_linux.go    flows go to another process
+//	adopt_linux.go   flows come from another process
 package handover
 
 import (
@@ -37,6 +57,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"syscall"
 	"time"
 )
 
@@ -54,6 +75,13 @@ const (
 	Newest  = "newest"
 	End     = "end"
 	Signal  = "signal"
+	Flows   = "flows"
+
+	FlowStep = "flow"
+	Taken    = "taken"
+	Refused  = "refused"
+	Begin    = "begin"
+	Keep     = "keep"
 )
 
 // The kinds of a [Socket].
@@ -63,6 +91,12 @@ const (
 	KindMetrics  = "metrics"
 	KindHealth   = "health"
 	KindElder    = "elder" // the connection to an older process that has flows left; address: its process id
+	KindFlows    = "flows" // the connection by which flows come
+
+	KindDown     = "downstream" // of a flow: the connection that was accepted
+	KindUp       = "upstream"
+	KindDownRest = "downstream_rest" // a file that has the Rest of that side, where a message has no room
+	KindUpRest   = "upstream_rest"
 )
 
 // Socket is a descriptor on its way, and what it is for.
@@ -71,7 +105,10 @@ type Socket struct {
 	Name    string   `json:"name,omitempty"`
 	Address string   `json:"address,omitempty"`
 	Tailnet bool     `json:"tailnet,omitempty"` // the address is this node's in the tailnet
+	Flow    uint64   `json:"flow,omitempty"`    // the number of the flow that it is of
 	File    *os.File `json:"-"`                 // of the message, closed by whoever receives it
+
+	sock syscall.Conn // that is sent where there is no File
 }
 
 // Remains is what a process has left to do.
@@ -98,6 +135,11 @@ type Message struct {
 	PID     int             `json:"pid,omitempty"`    // of newest
 	Within  int64           `json:"within,omitempty"` // milliseconds
 	Signal  int             `json:"signal,omitempty"` // its number, of signal
+
+	TakesFlows bool     `json:"takes_flows,omitempty"` // of newest
+	Flows      []*Flow  `json:"flows,omitempty"`       // of flow
+	Numbers    []uint64 `json:"numbers,omitempty"`     // of flows, where a step is about several
+	Reason     string   `json:"reason,omitempty"`      // of refused
 }
 
 // mostBytes bounds a message, and mostFiles the descriptors beside it, of which the kernel takes 253.
@@ -134,6 +176,9 @@ func Parse(b []byte, files int) (*Message, error) {
 			return nil, fmt.Errorf("message %q has a number that can't be", m.Step)
 		}
 		r.Ended = m.Ended
+	}
+	if err := checkFlows(m); err != nil {
+		return nil, fmt.Errorf("message %q: %w", m.Step, err)
 	}
 	return m, nil
 }

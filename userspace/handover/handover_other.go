@@ -119,10 +119,26 @@ func (*Store) Keep([]Socket, json.RawMessage) error { return nil }
 // Notify does nothing.
 func (*Store) Notify(string) error { return nil }
 
+// Giver is for Linux.
+type Giver struct{}
+
+// Give fails.
+func (*Link) Give() (*Giver, error) { return nil, errLinux }
+
+// Give gives nothing.
+func (*Giver) Give(_ *Flow, gone func(error)) { gone(errLinux) }
+
+// Lost is nil.
+func (*Giver) Lost() <-chan struct{} { return nil }
+
+// Close does nothing.
+func (*Giver) Close() {}
+
 // Elders are none.
 type Elders struct {
 	OnSignal func(os.Signal)
 	OnMain   func()
+	OnFlow   Adopt
 }
 
 // Add does nothing.

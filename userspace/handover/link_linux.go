@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -62,7 +63,11 @@ func (l *Link) Send(m Message) error {
 	}
 	var fds []int
 	for _, s := range m.Sockets {
-		fd, err := descriptor(s.File)
+		sock := s.sock
+		if sock == nil {
+			sock = s.File
+		}
+		fd, err := descriptor(sock)
 		if err != nil {
 			return err
 		}
@@ -75,14 +80,14 @@ func (l *Link) Send(m Message) error {
 	l.c.SetWriteDeadline(time.Now().Add(sendTimeout))
 	_, _, err = l.c.WriteMsgUnix(b, oob, nil)
 	for _, s := range m.Sockets {
-		runtime.KeepAlive(s.File)
+		runtime.KeepAlive(s)
 	}
 	return err
 }
 
-// descriptor is f's, as it is: os.File.Fd may make it blocking, for all who have the socket.
-func descriptor(f *os.File) (fd int, err error) {
-	raw, err := f.SyscallConn()
+// descriptor is that of sock, as it is: os.File.Fd may make it blocking, for all who have the socket.
+func descriptor(sock syscall.Conn) (fd int, err error) {
+	raw, err := sock.SyscallConn()
 	if err == nil {
 		err = raw.Control(func(n uintptr) { fd = int(n) })
 	}

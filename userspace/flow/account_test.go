@@ -52,6 +52,27 @@ func TestTraffic(t *testing.T) {
 	check("b", Traffic{Live: 1, Up: 11, Down: 22})
 }
 
+// TestTrafficBefore: what another process has moved is shown with the flow, and counted there.
+func TestTrafficBefore(t *testing.T) {
+	r := NewRegistry()
+	up := int64(100)
+	f := &Flow{Account: r.Account("web", "a"), Bytes: func() (int64, int64) { return up, 7 }, BeforeUp: 100, BeforeDown: 5}
+	r.Add(f)
+	want := Traffic{Listener: "web", Route: "a", Live: 1, Down: 2}
+	if got := traffic(r, "web", "a"); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	if all := r.Snapshot(Query{}); all[0].BytesUp != 100 || all[0].BytesDown != 7 {
+		t.Errorf("it is shown as %+v", all[0])
+	}
+	up = 130
+	r.Remove(f)
+	want.Live, want.Up = 0, 30
+	if got := traffic(r, "web", "a"); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+}
+
 // TestTrafficNeverGoesBack: flows that end while they are counted are counted once.
 func TestTrafficNeverGoesBack(t *testing.T) {
 	r := NewRegistry()

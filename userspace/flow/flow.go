@@ -48,8 +48,10 @@ type Flow struct {
 	Held    func() (bytes int64, since time.Time)
 	Killer  Killer   // ends it; nil: nothing does
 	Account *Account // what the flow is counted in; may be nil
-	Shared  bool     // Client may be a hop that does not say whom it speaks for, and so many clients
-	place   int32    // in Registry.live, from 1; 0: not there
+	// BeforeUp and BeforeDown are bytes that another process has moved, and counted: Account does not.
+	BeforeUp, BeforeDown int64
+	Shared               bool  // Client may be a hop that does not say whom it speaks for, and so many clients
+	place                int32 // in Registry.live, from 1; 0: not there
 }
 
 func (f *Flow) bytes() (up, down int64) {
@@ -116,6 +118,7 @@ func (r *Registry) Add(f *Flow) {
 	if f.Account != nil { // Configured may have dropped it since it was looked up
 		f.Account = r.accounts.of(Route{f.Account.Listener, f.Account.Route})
 		f.Account.live++
+		f.Account.add(-f.BeforeUp, -f.BeforeDown)
 	}
 }
 

@@ -114,6 +114,19 @@ func (l *Limiter) Acquire(src netip.Addr) (*Lease, error) {
 	}
 }
 
+// Adopt counts one more connection from src, which another process has let in, however many there are. It is
+// as [Limiter.SetLimits] leaves one behind: new ones are refused until there is room.
+func (l *Limiter) Adopt(src netip.Addr) *Lease {
+	s := sourceOf(src)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s != (source{}) {
+		l.count(s)
+	}
+	l.held++
+	return &Lease{limiter: l, source: s}
+}
+
 // acquire is Acquire, or says how to have a place first.
 func (l *Limiter) acquire(s source) (lease *Lease, give func(), err error) {
 	l.mu.Lock()
@@ -160,11 +173,18 @@ func (l *Limiter) enter(s source) error {
 	if err := l.full(s); err != nil {
 		return err
 	}
+	l.count(s)
+	return nil
+}
+
+// count counts one more for s, which is known.
+//
+// +checklocks:l.mu
+func (l *Limiter) count(s source) {
 	c := l.sources[s]
 	c.count++
 	l.sources[s] = c
 	l.peak = max(l.peak, len(l.sources))
-	return nil
 }
 
 // leave counts one less for s.
@@ -226,6 +246,13 @@ func (l *Lease) Move(src netip.Addr) error {
 	l.limiter.leave(l.source)
 	l.source = s
 	return nil
+}
+
+// Source is whose it is, the zero Prefix where that is not known.
+func (l *Lease) Source() netip.Prefix {
+	l.limiter.mu.Lock()
+	defer l.limiter.mu.Unlock()
+	return l.source.prefix()
 }
 
 // Count returns how many leases its source holds, 0 where the source is not known.

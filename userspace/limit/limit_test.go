@@ -525,3 +525,35 @@ func full(b *testing.B) *Limiter {
 	}
 	return l
 }
+
+// TestAdopt: what another process has let in is counted, and never refused, and new connections wait for room.
+func TestAdopt(t *testing.T) {
+	l := New(3, 2)
+	var all []*Lease
+	for range 4 {
+		all = append(all, l.Adopt(addr("192.0.2.1")))
+	}
+	all = append(all, l.Adopt(netip.Addr{}))
+	if got := l.Total(); got != 5 {
+		t.Errorf("total %d, want 5", got)
+	}
+	if got := all[0].Source(); got != netip.MustParsePrefix("192.0.2.1/32") {
+		t.Errorf("its source is %v", got)
+	}
+	if got := all[4].Source(); got.IsValid() {
+		t.Errorf("the source of an unknown one is %v", got)
+	}
+	if _, err := l.Acquire(addr("198.51.100.1")); !errors.Is(err, ErrTotal) {
+		t.Errorf("one more in all: %v", err)
+	}
+	l.SetLimits(10, 2)
+	if _, err := l.Acquire(addr("192.0.2.1")); !errors.Is(err, ErrSource) {
+		t.Errorf("one more of that source: %v", err)
+	}
+	for _, a := range all {
+		a.Release()
+	}
+	if l.Total() != 0 || len(l.Sources()) != 0 {
+		t.Errorf("%d are left, %v", l.Total(), l.Sources())
+	}
+}

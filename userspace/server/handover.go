@@ -157,16 +157,20 @@ func (srv *Server) adopt(all []handover.Socket) error {
 			srv.tailnetAddrs = append(srv.tailnetAddrs, tcpsock.AddrPortOf(s.addr).Addr())
 		}
 		s.prepare(srv)
-		srv.notePort(s)
+		srv.notePort(tcpsock.AddrPortOf(s.addr).Port())
 	}
 	return nil
 }
 
-// notePort remembers that connections are accepted at the port of s.
-func (srv *Server) notePort(s *listenerSocket) {
-	ports := maps.Clone(*srv.ports.Load())
-	ports[tcpsock.AddrPortOf(s.addr).Port()] = true
-	srv.ports.Store(&ports)
+// notePort remembers that connections are accepted at a port, or were.
+func (srv *Server) notePort(port uint16) {
+	for old := srv.ports.Load(); !(*old)[port]; old = srv.ports.Load() {
+		ports := maps.Clone(*old)
+		ports[port] = true
+		if srv.ports.CompareAndSwap(old, &ports) {
+			return
+		}
+	}
 }
 
 // Accept begins to accept, where Options.Held kept New from it.

@@ -259,7 +259,7 @@ func (srv *Server) rebind(want []binding, opened map[string]*listenerSocket) {
 			s.owner.Store(b.owner)
 			s.onTailnet.Store(b.onTailnet)
 			srv.sockets[b.addr] = s
-			srv.notePort(s)
+			srv.notePort(tcpsock.AddrPortOf(s.addr).Port())
 			srv.start(s)
 		}
 	}

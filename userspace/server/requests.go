@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
-	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
@@ -114,8 +113,8 @@ func (srv *Server) completeUpstream(listener string, r *plan.Rule, up *vhost.Ups
 		}
 		return nil
 	}
-	if r.To.Scheme == dial.Docker {
-		up.Using = func() func() { return srv.wakes.begin(r) }
+	if name := containerOf(r); name != "" {
+		up.Using = func() func() { return srv.wakes.begin(name) }
 	}
 	if r.Hold > 0 {
 		up.Watch = &vhost.Watch{Soon: holdFirst, Late: max(r.Hold, holdFirst), Unheard: unheard}

@@ -24,6 +24,7 @@
 //	conn.go            what is known of it, and who it is: PROXY header
 //	trust.go           whom the configuration and tailscaled say that is
 //	splice.go          sni and tcp: hello, route, dial, relay, log
+//	live.go            sni and tcp: flows while they live, which go to another process and come from one
 //	targets.go         sni and tcp: from one of several targets to the next
 //	hold.go            connections and requests wait for a target that will be back
 //	wake.go            containers and machines are woken for those who wait, and containers stopped
@@ -137,7 +138,9 @@ type Server struct {
 
 	ctx    context.Context // ends when flows must end at once
 	cancel context.CancelFunc
-	conns  sync.WaitGroup // every connection that was accepted
+	conns  sync.WaitGroup // every connection that was accepted, or adopted
+
+	adoption adoption
 
 	memory        atomic.Int64                           // the budget in bytes; 0: none
 	greedySources atomic.Pointer[map[netip.Prefix]int64] // sources that open no connections while memory is short, and what they hold
@@ -280,6 +283,7 @@ func (o *Options) moved() {
 
 // stopAccepting closes all sockets and waits until nobody is being admitted.
 func (srv *Server) stopAccepting() {
+	srv.adoption.end()
 	srv.mu.Lock()
 	srv.isClosed = true
 	sockets, unwanted := srv.sockets, srv.unwanted

@@ -83,40 +83,14 @@ func (srv *Server) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream stri
 	if r.SendProxy {
 		preface = srv.proxyHeader(in, hello).Append(nil)
 	}
-	counters := new(relay.Counters)
-	endUse := srv.wakes.begin(r)
-	fl := &flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.Name, Name: in.name,
+	s := srv.splice(in, flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.Name, Name: in.name,
 		Client: in.client.String(), Shared: in.shared(), Downstream: in.peer.String(), Upstream: upstream,
-		Target: r.Written, Started: in.accepted, Bytes: counters.Load, Held: counters.Held, Datapath: counters.Datapath, Killer: counters,
-		Account: srv.flows.Account(in.listener.name, r.Name)}
-	srv.flows.Add(fl)
+		Target: r.Written, Started: in.accepted},
+		terms{in.service.Limits.FlowBuffer, in.service.Limits.IdleTimeout, r.Datapath, r.Transparent, containerOf(r)})
 	in.asker, in.header = nil, nil // the flow may last
-	o := relay.Options{
-		Preface: preface, Buffer: in.service.Limits.FlowBuffer, Idle: in.service.Limits.IdleTimeout,
-		Counters: counters, ID: in.id, Route: r.Name, Datapaths: srv.named(r.Datapath),
-		MeasureRTT: srv.log.Enabled(srv.ctx, slog.LevelInfo), // only the log wants it
-		Refused: func(datapath string, reason error) {
-			srv.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
-		},
-	}
-	if auto := srv.auto.Load(); r.Datapath == plan.Auto && auto != nil {
-		o.WhenPingPong = *auto
-	}
-	return fl, o, func(res relay.Result) {
-		srv.flows.Remove(fl)
-		if endUse != nil {
-			endUse()
-		}
-		end := func() {
-			srv.ended(fl, res)
-			in.release()
-		}
-		if srv.log.Enabled(srv.ctx, slog.LevelInfo) {
-			go end() // a line takes its time to be made, and relay's goroutine has other flows
-			return
-		}
-		end()
-	}
+	o := srv.relayOptions(s)
+	o.Preface = preface
+	return &s.flow, o, s.ended
 }
 
 // dialRule connects to r's target and counts how that went.
@@ -124,7 +98,7 @@ func (srv *Server) dialRule(ctx context.Context, listener string, r *plan.Rule, 
 	started := time.Now()
 	var up net.Conn
 	err := srv.disabled.Check(r.To, r.Written)
-	if endUse := srv.wakes.begin(r); endUse != nil {
+	if endUse := srv.wakes.begin(containerOf(r)); endUse != nil {
 		defer endUse()
 	}
 	if err == nil {

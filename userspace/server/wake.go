@@ -55,12 +55,19 @@ func newWakes() *wakes {
 	return &wakes{started: map[string]*woken{}, uses: map[string]*use{}, machines: map[string]time.Time{}}
 }
 
-// begin notes that somebody uses r's target, until end is called. It is nil for what is no container.
-func (ws *wakes) begin(r *plan.Rule) (end func()) {
+// containerOf is what r's target calls a container, "" where it is none.
+func containerOf(r *plan.Rule) string {
 	if r.To.Scheme != dial.Docker {
+		return ""
+	}
+	return r.To.Host
+}
+
+// begin notes that somebody uses what containerOf has named, until end is called. It is nil for "".
+func (ws *wakes) begin(name string) (end func()) {
+	if name == "" {
 		return nil
 	}
-	name := r.To.Host
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	u := ws.uses[name]

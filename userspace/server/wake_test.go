@@ -43,7 +43,8 @@ func TestWoken(t *testing.T) {
 		}
 
 		rule := &plan.Rule{Target: plan.Target{To: dial.Target{Scheme: dial.Docker, Host: "a", Port: 80}}}
-		first, second := next.begin(rule), next.begin(rule)
+		name := containerOf(rule)
+		first, second := next.begin(name), next.begin(name)
 		first()
 		first() // again changes nothing
 		used := func() map[string]use {
@@ -63,11 +64,11 @@ func TestWoken(t *testing.T) {
 			t.Errorf("it was used: %+v", u)
 		}
 		next.stop()
-		next.begin(rule)()
+		next.begin(name)()
 		if u := used(); len(u) != 0 {
 			t.Errorf("kept: %v", u)
 		}
-		if next.begin(&plan.Rule{Target: plan.Target{To: dial.Target{Scheme: dial.TCP, Host: "a"}}}) != nil {
+		if next.begin(containerOf(&plan.Rule{Target: plan.Target{To: dial.Target{Scheme: dial.TCP, Host: "a"}}})) != nil {
 			t.Error("an address is taken for a container")
 		}
 		if !next.mayWake("a") || next.mayWake("a") || !next.mayWake("b") {

@@ -1,0 +1,314 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/handover"
+	"github.com/tailsplice/tailsplice/userspace/plan"
+	"github.com/tailsplice/tailsplice/userspace/relay"
+)
+
+// spliced is a flow of sni and tcp while it lives. It is the [flow.Flow.Killer] of its entry in the registry.
+type spliced struct {
+	relay.Counters
+	flow  flow.Flow
+	in    *conn
+	terms terms
+	// endUse ends the use of its container here; nil: it has none.
+	endUse func()
+
+	isLeaving atomic.Bool                // it is on its way to another process, or is asked to be
+	unknown   map[string]json.RawMessage // of its record, what this program does not know
+}
+
+// terms are how a flow is relayed: as its route had it when it began, wherever it is.
+type terms struct {
+	buffer      int64
+	idle        time.Duration
+	datapath    string // the configuration's word
+	transparent bool   // it was asked for
+	container   string // that [containerOf] names, or ""
+}
+
+// splice registers the flow of in which fl describes, but for how it is counted and ended.
+func (srv *Server) splice(in *conn, fl flow.Flow, t terms) *spliced {
+	s := &spliced{flow: fl, in: in, terms: t, endUse: srv.wakes.begin(t.container)}
+	s.flow.Bytes, s.flow.Held, s.flow.Datapath, s.flow.Killer = s.bytes, s.Held, s.Datapath, s
+	s.flow.Account = srv.flows.Account(fl.Listener, fl.Route)
+	srv.flows.Add(&s.flow)
+	return s
+}
+
+// bytes are those that the flow has moved, also before it was begun in this process.
+func (s *spliced) bytes() (up, down int64) {
+	up, down = s.Load()
+	return max(up, s.flow.BeforeUp), max(down, s.flow.BeforeDown)
+}
+
+// remove forgets s, which has ended or goes on elsewhere.
+func (s *spliced) remove() {
+	s.in.server.flows.Remove(&s.flow)
+	if s.endUse != nil {
+		s.endUse()
+	}
+}
+
+// ended says that s has, and ends its connection.
+func (s *spliced) ended(res relay.Result) {
+	srv := s.in.server
+	s.remove()
+	end := func() {
+		srv.ended(&s.flow, res)
+		s.in.release()
+	}
+	if srv.log.Enabled(srv.ctx, slog.LevelInfo) {
+		go end() // a line takes its time to be made, and relay's goroutine has other flows
+		return
+	}
+	end()
+}
+
+// relayOptions are those of s, without what is to be written first.
+func (srv *Server) relayOptions(s *spliced) relay.Options {
+	o := relay.Options{Buffer: s.terms.buffer, Idle: s.terms.idle, Counters: &s.Counters, ID: s.flow.ID, Route: s.flow.Route,
+		Datapaths:  srv.named(s.terms.datapath),
+		MeasureRTT: srv.log.Enabled(srv.ctx, slog.LevelInfo), // only the log wants it
+		Refused: func(datapath string, reason error) {
+			srv.metrics.Demoted.WithLabelValues(datapath, reason.Error()).Inc()
+		},
+	}
+	if auto := srv.auto.Load(); s.terms.datapath == plan.Auto && auto != nil {
+		o.WhenPingPong = *auto
+	}
+	return o
+}
+
+const (
+	flowsLeaving = 64 // flows that are asked at a time, or whose bytes nobody moves: each waits for the others
+	bulkLeaving  = 16 // the same of those that move much: they take their time
+	// calmBytes is how much a flow moves within measureBulk at most that goes before the others.
+	calmBytes   = 64 << 10
+	measureBulk = 50 * time.Millisecond
+	leaveWait   = 5 * time.Second // for a moment at which nothing of a flow is held here
+	leaveAgain  = 500 * time.Millisecond
+)
+
+// giver is a [*handover.Giver].
+type giver interface {
+	Give(f *handover.Flow, gone func(error))
+	Lost() <-chan struct{}
+}
+
+// GiveFlows gives the flows of sni and tcp listeners to another process, those that begin meanwhile, too,
+// until ctx ends or g is lost. What can't go goes on here. It returns when no flow is on its way. Those that
+// move much come last.
+func (srv *Server) GiveFlows(ctx context.Context, g giver) {
+	var all sync.WaitGroup
+	var given atomic.Int64
+	defer func() {
+		all.Wait()
+		srv.log.Info("flows have gone to the process that has taken over", "flows", given.Load())
+	}()
+	calm, bulk := make(chan struct{}, flowsLeaving), make(chan struct{}, bulkLeaving)
+	moved := map[*spliced]int64{}
+	srv.measureFlows(moved)
+	for wait := measureBulk; ; wait = leaveAgain {
+		select {
+		case <-ctx.Done():
+			return
+		case <-g.Lost():
+			return
+		case <-time.After(wait):
+		}
+		quiet, busy := srv.measureFlows(moved)
+		for _, part := range []struct {
+			flows []*spliced
+			room  chan struct{}
+		}{{quiet, calm}, {busy, bulk}} {
+			for _, s := range part.flows {
+				select {
+				case <-ctx.Done():
+					return
+				case <-g.Lost():
+					return
+				case part.room <- struct{}{}:
+				}
+				all.Add(1)
+				srv.give(ctx, s, g, func(err error) {
+					if err == nil {
+						given.Add(1)
+					} else {
+						srv.log.Debug("a flow stays in this process", "id", s.flow.ID, "err", err)
+					}
+					<-part.room
+					all.Done()
+				})
+			}
+		}
+	}
+}
+
+// measureFlows are the flows that may be given, by whether they have moved much since the last time. moved is
+// what each had moved then, and has now.
+func (srv *Server) measureFlows(moved map[*spliced]int64) (quiet, busy []*spliced) {
+	live := map[*spliced]bool{}
+	for _, fl := range srv.flows.Live() {
+		s, ok := fl.Killer.(*spliced)
+		if !ok || s.isLeaving.Load() {
+			continue
+		}
+		live[s] = true
+		up, down := s.Load()
+		before, isKnown := moved[s]
+		if moved[s] = up + down; isKnown && up+down-before > calmBytes {
+			busy = append(busy, s)
+		} else {
+			quiet = append(quiet, s)
+		}
+	}
+	maps.DeleteFunc(moved, func(s *spliced, _ int64) bool { return !live[s] })
+	return quiet, busy
+}
+
+// give gives s away, and calls over when it is known whose it is.
+func (srv *Server) give(ctx context.Context, s *spliced, g giver, over func(error)) {
+	if s.isLeaving.Swap(true) {
+		over(errors.New("it is on its way"))
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, leaveWait)
+	s.Leave(ctx, func(p *relay.Parcel, err error) {
+		cancel()
+		if err != nil {
+			s.isLeaving.Store(false)
+			over(err)
+			return
+		}
+		g.Give(s.record(p), func(err error) {
+			defer over(err)
+			if err != nil {
+				s.isLeaving.Store(false)
+				srv.resume(s, p)
+				return
+			}
+			p.Down.Conn.Close()
+			p.Up.Conn.Close()
+			s.remove()
+			s.in.release()
+		})
+	})
+}
+
+// resume goes on with s, which had left.
+func (srv *Server) resume(s *spliced, p *relay.Parcel) {
+	srv.opts.Relay.Resume(srv.ctx, p, srv.relayOptions(s), s.ended)
+}
+
+// record is s, which has left as p, for another process.
+func (s *spliced) record(p *relay.Parcel) *handover.Flow {
+	fl := &s.flow
+	r := &handover.Flow{ID: fl.ID, Listener: fl.Listener, Route: fl.Route, Name: fl.Name, Client: fl.Client,
+		Downstream: fl.Downstream, Upstream: fl.Upstream, Target: fl.Target, Started: fl.Started,
+		BytesUp: p.UpBytes, BytesDown: p.DownBytes, IdleSince: p.IdleSince, Shared: fl.Shared,
+		Transparent: s.terms.transparent, Datapath: s.terms.datapath, Buffer: s.terms.buffer,
+		IdleTimeout: s.terms.idle.Milliseconds(), Container: s.terms.container,
+		Down: handover.Side(p.Down), Up: handover.Side(p.Up)}
+	if src := s.in.lease.Source(); src.IsValid() {
+		r.Source = src.Addr().String()
+	}
+	r.SetUnknown(s.unknown)
+	return r
+}
+
+// AdoptFlow is a [handover.Adopt] of flows of another process: they are counted and shown as before, and never
+// refused for being too many. It does not matter whether the configuration still has their listener and route.
+func (srv *Server) AdoptFlow(r *handover.Flow) (begin, forget func(), err error) {
+	var source netip.Addr
+	if r.Source != "" {
+		if source, err = netip.ParseAddr(r.Source); err != nil {
+			r.Close()
+			return nil, nil, fmt.Errorf("its source: %w", err)
+		}
+	}
+	if !srv.mayAdopt() {
+		r.Close()
+		return nil, nil, handover.ErrLeft
+	}
+	in := &conn{server: srv, lease: srv.limiter.Adopt(source), accepted: r.Started, stopCancel: func() bool { return true }}
+	if r.Transparent {
+		srv.needReturnPath()
+	}
+	srv.notePort(tcpsock.AddrPortOf(r.Down.Conn.LocalAddr()).Port())
+	s := srv.splice(in, flow.Flow{ID: r.ID, Listener: r.Listener, Route: r.Route, Name: r.Name, Client: r.Client,
+		Shared: r.Shared, Downstream: r.Downstream, Upstream: r.Upstream, Target: r.Target, Started: r.Started,
+		BeforeUp: r.BytesUp, BeforeDown: r.BytesDown},
+		terms{r.Buffer, time.Duration(r.IdleTimeout) * time.Millisecond, r.Datapath, r.Transparent, r.Container})
+	s.isLeaving.Store(true) // until it has come
+	s.unknown = r.Unknown()
+	drop := func() {
+		s.remove()
+		r.Close()
+		in.release()
+	}
+	stop := context.AfterFunc(srv.ctx, drop) // before it is begun nobody else ends it
+	begin = func() {
+		if stop() {
+			s.isLeaving.Store(false)
+			srv.opts.Relay.Resume(srv.ctx, &relay.Parcel{Down: relay.ParcelSide(r.Down), Up: relay.ParcelSide(r.Up),
+				UpBytes: r.BytesUp, DownBytes: r.BytesDown, IdleSince: r.IdleSince}, srv.relayOptions(s), s.ended)
+		}
+	}
+	forget = func() {
+		if stop() {
+			drop()
+		}
+	}
+	return begin, forget, nil
+}
+
+// adoption is whether flows of another process are taken.
+type adoption struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	isOver bool
+}
+
+// mayAdopt counts one more connection, unless none is taken in any more.
+func (srv *Server) mayAdopt() bool {
+	srv.adoption.mu.Lock()
+	defer srv.adoption.mu.Unlock()
+	if !srv.adoption.isOver {
+		srv.conns.Add(1)
+	}
+	return !srv.adoption.isOver
+}
+
+// end has no more flows taken.
+func (a *adoption) end() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.isOver = true
+}
+
+// needReturnPath is for flows that go on with clients' own addresses, whatever the configuration has.
+func (srv *Server) needReturnPath() {
+	if srv.returnPath.Load() != nil {
+		return
+	}
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	if srv.returnPathErr == nil {
+		srv.openReturnPath(true)
+	}
+}

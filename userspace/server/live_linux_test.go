@@ -1,0 +1,263 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"testing"
+
+	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/handover"
+	"github.com/tailsplice/tailsplice/userspace/metrics"
+)
+
+// handed is the way from one server to another in this process: a record is written and read, and sockets are
+// copied, as between two.
+type handed struct {
+	t     *testing.T
+	to    *Server
+	lost  chan struct{}
+	asked chan struct{} // nothing is taken, and this gets each question
+	more  string        // fields of a record that this program does not know
+}
+
+func (h *handed) Lost() <-chan struct{} { return h.lost }
+
+func (h *handed) Give(f *handover.Flow, gone func(error)) {
+	go func() {
+		if h.asked != nil {
+			gone(errors.New("no"))
+			h.asked <- struct{}{}
+			return
+		}
+		f.Number, f.Version = 1, handover.FlowVersion
+		b, err := json.Marshal(f)
+		if err == nil && h.more != "" {
+			b = append(append(b[:len(b)-1], h.more...), '}')
+		}
+		var came handover.Flow
+		err = errors.Join(err, json.Unmarshal(b, &came))
+		came.Down.Conn, came.Up.Conn = h.copy(f.Down.Conn), h.copy(f.Up.Conn)
+		begin, _, adoptErr := h.to.AdoptFlow(&came)
+		if err = errors.Join(err, adoptErr); err != nil {
+			gone(err)
+			return
+		}
+		gone(nil)
+		begin()
+	}()
+}
+
+func (h *handed) copy(c net.Conn) net.Conn {
+	f, err := c.(*net.TCPConn).File()
+	if err != nil {
+		h.t.Error(err)
+		return nil
+	}
+	defer f.Close()
+	again, err := net.FileConn(f)
+	if err != nil {
+		h.t.Error(err)
+	}
+	return again
+}
+
+// exchangeBytes sends n bytes to c, and wants them back.
+func exchangeBytes(t *testing.T, c net.Conn, n int) {
+	t.Helper()
+	sent, got := make([]byte, n), make([]byte, n)
+	rand.Read(sent)
+	written := make(chan error, 1)
+	go func() {
+		_, err := c.Write(sent)
+		written <- err
+	}()
+	if _, err := io.ReadFull(c, got); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-written; err != nil || !bytes.Equal(sent, got) {
+		t.Fatalf("other bytes came back (%v)", err)
+	}
+}
+
+// TestGiveFlows: flows go to another server, which has neither their listener nor their route. There they are
+// shown, counted, limited, killed and logged as before, and the old one ends.
+func TestGiveFlows(t *testing.T) {
+	echo := backend(t, func(c net.Conn) {
+		defer c.Close()
+		_, _ = io.Copy(c, c)
+	})
+	addr, other := freeAddr(t), freeAddr(t)
+	old := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", addr, echo))
+	next := start(t, fmt.Sprintf(`
+limits: { connections_per_source: 1 }
+listeners: [ { name: other, listen: [%q], mode: tcp, default: { forward: %q } } ]
+`, other, echo))
+	var all []net.Conn
+	for range 5 {
+		c := dialTCP(t, addr)
+		exchangeBytes(t, c, 1000)
+		all = append(all, c)
+	}
+	half := dialTCP(t, addr) // half of it has ended
+	if _, err := half.Write([]byte("word")); err != nil {
+		t.Fatal(err)
+	}
+	before := old.Flows().Snapshot(flow.Query{})
+	old.Leave()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	h := &handed{t: t, to: next.Server, lost: make(chan struct{}), more: `,"new":1`}
+	gave := make(chan struct{})
+	go func() {
+		defer close(gave)
+		old.GiveFlows(ctx, h)
+	}()
+	if err := old.Drain(t.Context()); err != nil { // with its last flow
+		t.Error(err)
+	}
+	cancel()
+	<-gave
+	for _, c := range all {
+		exchangeBytes(t, c, 300_000)
+	}
+	if n := next.Flows().Len(); n != 6 {
+		t.Fatalf("%d flows have come, want 6", n)
+	}
+	for i, f := range next.Flows().Snapshot(flow.Query{}) {
+		b := before[i]
+		if f.ID != b.ID || !f.Started.Equal(b.Started) || f.Client != b.Client || f.Listener != "web" || f.Route != b.Route ||
+			f.Target != echo || f.Upstream != b.Upstream || f.BytesUp < b.BytesUp {
+			t.Errorf("it was shown as %+v, and is as %+v", b, f)
+		}
+	}
+	if err := half.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if word, err := io.ReadAll(half); err != nil || string(word) != "word" {
+		t.Errorf("after half of the flow has ended: %q, %v", word, err)
+	}
+	if late, err := net.Dial("tcp", other); err == nil { // else it was reset at once: this source has 5 too many
+		defer late.Close()
+		if _, err := late.Read(make([]byte, 1)); err == nil {
+			t.Error("connections that have come are not counted for their source")
+		}
+	}
+	eventually(t, "5 connections", func() bool { return next.limiter.Total() == 5 })
+	traffic, _ := next.Flows().Traffic()
+	for _, n := range traffic {
+		if n.Listener == "web" && n.Route == "" && (n.Up < 5*300_000 || n.Up >= 5*301_000) {
+			t.Errorf("%d bytes are counted here, want those that were moved here", n.Up)
+		}
+	}
+	for _, f := range next.Flows().Live() { // and on to a third
+		if s := f.Killer.(*spliced); string(s.unknown["new"]) != "1" {
+			t.Errorf("what is not known of its record is %q", s.unknown)
+		}
+	}
+	if n, err := next.KillFlows(url.Values{"id": {before[0].ID}}, "a test"); err != nil || n.Killed != 1 {
+		t.Errorf("kill: %+v, %v", n, err)
+	}
+	if _, err := all[0].Read(make([]byte, 1)); err == nil {
+		t.Error("it was killed, and lives")
+	}
+	for _, c := range all[1:] {
+		c.Close()
+	}
+	eventually(t, "all flows have ended", func() bool { return next.Flows().Len() == 0 && next.limiter.Total() == 0 })
+	eventually(t, "each has a line", func() bool { return next.log.Count(`msg="flow ended"`) == 6 })
+	if n := old.log.Count(`msg="flow ended"`); n != 0 {
+		t.Errorf("the old server has %d lines of flows that went on", n)
+	}
+	if n := metrics.Totals(old.metrics.Ended, "end"); len(n) != 0 {
+		t.Errorf("the old server counts the ends %v", n)
+	}
+}
+
+// TestGiveFlowsRefused: what is not taken goes on, and can be given later.
+func TestGiveFlowsRefused(t *testing.T) {
+	echo := backend(t, func(c net.Conn) {
+		defer c.Close()
+		_, _ = io.Copy(c, c)
+	})
+	addr, other := freeAddr(t), freeAddr(t)
+	old := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", addr, echo))
+	next := start(t, fmt.Sprintf("listeners: [ { name: other, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", other, echo))
+	c := dialTCP(t, addr)
+	exchangeBytes(t, c, 1000)
+	give := func(h *handed) (stop func()) {
+		ctx, cancel := context.WithCancel(t.Context())
+		gave := make(chan struct{})
+		go func() {
+			defer close(gave)
+			old.GiveFlows(ctx, h)
+		}()
+		return func() {
+			cancel()
+			<-gave
+		}
+	}
+	asked := make(chan struct{}, 1000)
+	stop := give(&handed{t: t, lost: make(chan struct{}), asked: asked})
+	for range 2 { // and again
+		<-asked
+	}
+	stop()
+	exchangeBytes(t, c, 100_000)
+	if old.Flows().Len() != 1 || next.Flows().Len() != 0 {
+		t.Errorf("the old server has %d flows, the new one %d", old.Flows().Len(), next.Flows().Len())
+	}
+	next.Leave()
+	if _, _, err := next.AdoptFlow(&handover.Flow{}); !errors.Is(err, handover.ErrLeft) {
+		t.Errorf("a server that is at its end takes flows: %v", err)
+	}
+	if _, _, err := next.AdoptFlow(&handover.Flow{Source: "nobody"}); err == nil {
+		t.Error("a record that makes no sense is taken")
+	}
+	third := start(t, fmt.Sprintf("listeners: [ { name: third, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", freeAddr(t), echo))
+	stop = give(&handed{t: t, to: third.Server, lost: make(chan struct{})})
+	eventually(t, "it has gone", func() bool { return old.Flows().Len() == 0 })
+	stop()
+	exchangeBytes(t, c, 100_000)
+}
+
+// TestForgetFlow: a flow that the other process keeps, or that is not begun when the server ends, leaves nothing.
+func TestForgetFlow(t *testing.T) {
+	d := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { reject: true } } ]\n", freeAddr(t)))
+	come := func() (forget func()) {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		down, up := dialTCP(t, ln.Addr().String()), dialTCP(t, ln.Addr().String())
+		_, forget, err = d.AdoptFlow(&handover.Flow{Listener: "web", Route: "default", Source: "192.0.2.1", BytesUp: 5,
+			Down: handover.Side{Conn: down}, Up: handover.Side{Conn: up}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return forget
+	}
+	forget := come()
+	if d.Flows().Len() != 1 || d.limiter.Total() != 1 {
+		t.Error("it is not counted")
+	}
+	forget()
+	if d.Flows().Len() != 0 || d.limiter.Total() != 0 {
+		t.Error("it is still counted")
+	}
+	traffic, _ := d.Flows().Traffic()
+	for _, n := range traffic {
+		if n.Up != 0 {
+			t.Errorf("%+v is counted for a flow that never was here", n)
+		}
+	}
+	come()
+	d.Close() // which waits for all
+}

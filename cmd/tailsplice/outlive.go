@@ -32,7 +32,7 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 	}
 	d.log.Info("another process has taken over: no new connections here", "pid", next.PID,
 		"flows", d.server.Flows().Len(), "deadline", next.drain.String())
-	told := after.told
+	told, gives := after.told, giving{process: d}
 	go after.listen()
 	for isQueued := true; isQueued; { // signals for the daemon that came before
 		select {
@@ -82,6 +82,7 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 				shorten(time.Duration(m.Within) * time.Millisecond)
 			default:
 				after.note(m)
+				gives.follow(ctx, next.Link, m)
 				tell(false) // to the newest one, if it is another
 			}
 		case s := <-signals:
@@ -97,6 +98,55 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 				shorten(d.options.drain)
 				d.log.Info("still draining: the same signal again ends at once", "signal", s.String())
 			}
+		}
+	}
+}
+
+// giving has the flows of a process go to the newest one.
+type giving struct {
+	process *process
+	newest  int                // its process id
+	stop    context.CancelFunc // nil: nothing goes to it
+	ended   chan struct{}      // closed when nothing goes to the one before
+}
+
+// follow learns from m, which came by l, which process is the newest, and whether it takes flows: two say so,
+// and one of them does not know.
+func (g *giving) follow(ctx context.Context, l *handover.Link, m *handover.Message) {
+	if m.Step != handover.Newest {
+		return
+	}
+	if m.PID != g.newest && g.stop != nil {
+		g.stop()
+		g.stop = nil
+	}
+	if g.newest = m.PID; !m.TakesFlows || g.stop != nil {
+		return
+	}
+	before := g.ended
+	g.ended = make(chan struct{})
+	ctx, g.stop = context.WithCancel(ctx)
+	go func(ended chan struct{}) {
+		defer close(ended)
+		if before != nil {
+			<-before
+		}
+		g.process.giveFlows(ctx, l)
+	}(g.ended)
+}
+
+// giveFlows has flows go by l until ctx ends. Where nobody takes them it tries again.
+func (d *process) giveFlows(ctx context.Context, l *handover.Link) {
+	for ctx.Err() == nil {
+		if g, err := l.Give(); err != nil {
+			d.log.Debug("no flows can go to the process that has taken over", "err", err)
+		} else {
+			d.server.GiveFlows(ctx, g)
+			g.Close()
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(tellEvery):
 		}
 	}
 }

@@ -163,6 +163,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 
 	d.server = f
 	d.elders.OnSignal = func(s os.Signal) { d.passOn(s, signals) }
+	d.elders.OnFlow = f.AdoptFlow
 	d.elders.OnMain = func() { d.beMain(ctx) }
 	if old != nil {
 		if err := d.takeOver(old); err != nil {

@@ -34,9 +34,10 @@ func newUpgrade() *cobra.Command {
 		Long: `Have the daemon start its program again, as a rule a newer version of it, and
 hand its listening sockets over. The new process reads the configuration, proves
 its datapaths and opens its logs first; connections that come while it takes
-over wait, and none is refused. The old process goes on with the connections that
-it has, until the last has ended or --drain-timeout is over. ` + "`tailsplice status`" + `
-shows how many are left there.
+over wait, and none is refused. Then the flows of sni and tcp listeners go over,
+too. The old process goes on with what can't, requests first of all, until the
+last has ended or --drain-timeout is over. ` + "`tailsplice status`" + ` shows how many
+are left there.
 
 If the new process can't start, or not in time, the daemon goes on as it was; the
 last lines of the new process are printed, and the exit status is 1. An older
@@ -65,7 +66,7 @@ version is used in the same way.`,
 	controlFlag(cmd, &c.Socket)
 	cmd.Flags().StringVar(&o.binary, "binary", "", "the `program` to start; without it, the path that the daemon was started with")
 	cmd.Flags().DurationVar(&o.timeout, "timeout", time.Minute, "how long the new process may take until it is ready")
-	cmd.Flags().DurationVar(&o.drain, "drain-timeout", time.Hour, "how long the old process goes on with the connections that it has")
+	cmd.Flags().DurationVar(&o.drain, "drain-timeout", time.Hour, "how long the old process goes on with the connections that it can't hand over")
 	return cmd
 }
 
@@ -221,7 +222,7 @@ func (d *process) upgrade(ctx context.Context, query url.Values) (notes []string
 func (d *process) describe(next *successor) string {
 	text := fmt.Sprintf("process %d has taken over from %d", next.PID, os.Getpid())
 	if _, left := d.server.Remaining(); left > 0 {
-		text += fmt.Sprintf(", which goes on with %s for up to %s", plural(left, "connection"), next.drain)
+		text += fmt.Sprintf(", which hands %s over, or goes on with them for up to %s", plural(left, "connection"), next.drain)
 	}
 	return text
 }

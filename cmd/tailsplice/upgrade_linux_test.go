@@ -25,6 +25,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 	"github.com/tailsplice/tailsplice/userspace/server"
 )
@@ -35,6 +36,8 @@ type upgradable struct {
 	cmd                  *exec.Cmd
 	dir, config, control string
 	edge, web            string // addresses of a tcp and an http listener
+	half                 string // of one whose target answers when finish is closed, and the client has ended its stream
+	finish               chan struct{}
 }
 
 // startUpgradable starts it, with an echo server behind one listener, and one that says hello behind the other.
@@ -49,6 +52,18 @@ func startUpgradable(t *testing.T, flags ...string) *upgradable {
 			}()
 		}
 	}()
+	finish := make(chan struct{})
+	late := listen(t, "127.0.0.1:0")
+	go func() {
+		for c, err := late.Accept(); err == nil; c, err = late.Accept() {
+			go func() {
+				defer c.Close()
+				said, _ := io.ReadAll(c)
+				<-finish
+				_, _ = c.Write(said)
+			}()
+		}
+	}()
 	hello := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "hello") }))
 	t.Cleanup(hello.Close)
 	dir, err := os.MkdirTemp("", "ts-up-")
@@ -60,13 +75,14 @@ func startUpgradable(t *testing.T, flags ...string) *upgradable {
 		return ln.Addr().String()
 	}
 	d := &upgradable{t: t, dir: dir, config: filepath.Join(dir, "edge.yaml"), control: filepath.Join(dir, "control.sock"),
-		edge: free(), web: free()}
+		edge: free(), web: free(), half: free(), finish: finish}
 	check(t, os.WriteFile(d.config, fmt.Appendf(nil, `
 listeners:
   - { name: edge, listen: [%q], mode: tcp, default: { forward: %q } }
+  - { name: half, listen: [%q], mode: tcp, default: { forward: %q } }
   - { name: web, listen: [%q], mode: http, access_log: { file: %q }, default: { forward: %q } }
 control: { socket: %q, metrics: %q, health: %q }
-`, d.edge, target.Addr(), d.web, filepath.Join(dir, "access.log"), hello.Listener.Addr(), d.control, free(), free()), 0o600))
+`, d.edge, target.Addr(), d.half, late.Addr(), d.web, filepath.Join(dir, "access.log"), hello.Listener.Addr(), d.control, free(), free()), 0o600))
 	log, err := os.Create(filepath.Join(dir, "log"))
 	check(t, err)
 	defer log.Close()
@@ -252,11 +268,64 @@ func (d *upgradable) request() error {
 	return err
 }
 
+// chatter has small messages echoed until it is stopped.
+func chatter(t *testing.T, address string) (stop func()) {
+	t.Helper()
+	c, err := net.Dial("tcp", address)
+	check(t, err)
+	end, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		defer c.Close()
+		for {
+			select {
+			case <-end:
+				return
+			default:
+			}
+			if err := echo(c); err != nil {
+				t.Errorf("a flow of small messages: %v", err)
+				return
+			}
+		}
+	}()
+	return func() {
+		close(end)
+		<-ended
+	}
+}
+
 // TestUpgrade: 10 upgrades under 200 new connections a second, and reloads in between, refuse and break none, and
-// cut no flow. Afterwards nothing is left of older processes but the first, for which the supervisor waits.
+// cut no flow: idle ones, small messages, bulk both ways, and those of which half has ended, all of which go over
+// to the new process. Nothing is left of older processes but the first, for which the supervisor waits.
 func TestUpgrade(t *testing.T) {
 	d := startUpgradable(t)
-	long := startStream(t, d.edge)
+	streams := []*stream{startStream(t, d.edge), startStream(t, d.edge)}
+	var chats []func()
+	for range 3 {
+		chats = append(chats, chatter(t, d.edge))
+	}
+	var idle []net.Conn
+	for range 50 {
+		c, err := net.Dial("tcp", d.edge)
+		check(t, err)
+		defer c.Close()
+		check(t, echo(c))
+		idle = append(idle, c)
+	}
+	half, err := net.Dial("tcp", d.half)
+	check(t, err)
+	defer half.Close()
+	_, err = io.WriteString(half, "said")
+	check(t, err)
+	check(t, half.(*net.TCPConn).CloseWrite())
+	var shown []flow.Snapshot
+	wait(t, "all flows are shown", func() error {
+		if shown = d.flows(); len(shown) != 56 {
+			return fmt.Errorf("%d are, want 56", len(shown))
+		}
+		return nil
+	})
 	stop := make(chan struct{})
 	var workers sync.WaitGroup
 	var begun atomic.Int64
@@ -288,44 +357,51 @@ func TestUpgrade(t *testing.T) {
 			t.Fatalf("upgrade: %v: %s", err, out)
 		}
 	}
-	shows := func(pid int) {
-		t.Helper()
-		wait(t, "status shows an older process with its flow, for an hour", func() error {
-			for _, o := range d.status().Older {
-				if o.PID == pid && o.Flows > 0 && time.Until(o.Deadline) > 50*time.Minute {
-					return nil
-				}
-			}
-			return fmt.Errorf("status has %+v, want process %d", d.status().Older, pid)
-		})
-	}
-	for range 3 {
-		upgrade()
-		shows(d.cmd.Process.Pid)
-	}
-	long.stop(t)
 	settle := func() {
 		t.Helper()
+		began := time.Now()
 		wait(t, "no older process has anything left", func() error {
 			if s, pids := d.status(), d.processes(); len(s.Older) > 0 || len(pids) != 2 {
 				return fmt.Errorf("status has %+v, and the processes are %v", s.Older, pids)
 			}
 			return nil
 		})
+		t.Logf("the older processes had ended %v after an upgrade", time.Since(began).Round(time.Millisecond))
 	}
-	settle()
-	second, newest := startStream(t, d.edge), d.newest()
-	for range 7 {
+	for range 3 {
+		upgrade()
+		settle()
+	}
+	for range 7 { // also while flows go over
 		upgrade()
 	}
-	shows(newest)
-	if text, err := d.ask("status"); err != nil || !strings.Contains(text, fmt.Sprintf("older process %d,", newest)) {
-		t.Errorf("status does not show process %d (%v):\n%s", newest, err, text)
-	}
+	settle()
 	close(stop)
 	workers.Wait()
-	second.stop(t)
-	settle()
+	now := map[string]flow.Snapshot{}
+	for _, f := range d.flows() {
+		now[f.ID] = f
+	}
+	for _, was := range shown {
+		f, isThere := now[was.ID]
+		if !isThere || !f.Started.Equal(was.Started) || f.BytesUp < was.BytesUp || f.Upstream != was.Upstream {
+			t.Errorf("a flow that was shown as %+v is shown as %+v", was, f)
+		}
+	}
+	for _, c := range idle {
+		check(t, echo(c))
+	}
+	close(d.finish)
+	check(t, half.SetReadDeadline(time.Now().Add(time.Minute)))
+	if said, err := io.ReadAll(half); err != nil || string(said) != "said" {
+		t.Errorf("a flow of which half had ended: %q, %v", said, err)
+	}
+	for _, s := range streams {
+		s.stop(t)
+	}
+	for _, stop := range chats {
+		stop()
+	}
 	t.Logf("%d connections and reloads", begun.Load())
 	if left := strings.Fields(generations(d)); len(left) > 1 {
 		t.Errorf("pins are left: %v", left)
@@ -341,6 +417,132 @@ func TestUpgrade(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// flows are those that the newest process shows.
+func (d *upgradable) flows() (all []flow.Snapshot) {
+	d.t.Helper()
+	out, err := d.ask("flows", "--json")
+	check(d.t, err)
+	check(d.t, json.Unmarshal([]byte(out), &all))
+	return all
+}
+
+// TestUpgradeKilled: one of both processes is killed while flows go over, or just after. Each flow is one's that
+// lives, and goes on whole, or is reset: none is stuck. Those that the other had are not lost.
+func TestUpgradeKilled(t *testing.T) {
+	const flows = 100
+	for _, c := range []struct {
+		name    string
+		old     bool          // the old one is killed
+		settled bool          // all flows have gone by then
+		after   time.Duration // else
+		least   int           // flows that live on
+	}{
+		{"old, when it has nothing left", true, true, 0, flows},
+		{"old, at once", true, false, 0, 0},
+		{"old, a little later", true, false, 60 * time.Millisecond, 0},
+		{"new, when it has all", false, true, 0, 0},
+		{"new, at once", false, false, 0, 0},
+		{"new, a little later", false, false, 60 * time.Millisecond, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := startUpgradable(t, "--drain-timeout", "10m")
+			var all []net.Conn
+			for range flows {
+				f, err := net.Dial("tcp", d.edge)
+				check(t, err)
+				defer f.Close()
+				check(t, echo(f))
+				all = append(all, f)
+			}
+			out, err := d.ask("upgrade")
+			check(t, err)
+			var newest int
+			_, err = fmt.Sscanf(out, "process %d has taken over", &newest)
+			check(t, err)
+			if c.settled {
+				wait(t, "all flows have gone", func() error {
+					if n := len(d.flows()); n != flows {
+						return fmt.Errorf("%d have", n)
+					}
+					return nil
+				})
+				wait(t, "the old process has nothing left", func() error {
+					if s := d.status(); len(s.Older) > 0 {
+						return fmt.Errorf("status has %+v", s.Older)
+					}
+					return nil
+				})
+			} else {
+				time.Sleep(c.after)
+			}
+			victim := newest
+			if c.old {
+				victim = d.cmd.Process.Pid
+			}
+			check(t, syscall.Kill(victim, syscall.SIGKILL))
+			lives := 0
+			for i, f := range all {
+				switch err := echo(f); {
+				case err == nil:
+					lives++
+				case errors.Is(err, os.ErrDeadlineExceeded):
+					t.Errorf("flow %d is stuck", i)
+				case !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE):
+					t.Errorf("flow %d: %v", i, err)
+				}
+			}
+			t.Logf("%d of %d flows live on", lives, flows)
+			if lives < c.least {
+				t.Errorf("%d flows live on, want %d", lives, c.least)
+			}
+			if c.old {
+				check(t, d.newFlow())
+			}
+		})
+	}
+}
+
+// TestUpgradeFlowsFail: whatever the new process does when it is to take flows, a flow that it was not told to
+// begin goes on in the old one.
+func TestUpgradeFlowsFail(t *testing.T) {
+	for _, c := range []struct {
+		name, binary string
+		isLost       bool
+	}{
+		{"takes no flows", "fake-flows-none", false},
+		{"exits when it is to take them", "fake-flows-exits", false},
+		{"exits when it has read one", "fake-flows-reads", false},
+		{"hangs when it has read one", "fake-flows-hangs", false},
+		{"sends garbage", "fake-flows-garbage", false},
+		{"refuses", "fake-flows-refuses", false},
+		{"exits when it has to begin", "fake-flows-begins", true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := startUpgradable(t, "--drain-timeout", "10m")
+			f, err := net.Dial("tcp", d.edge)
+			check(t, err)
+			defer f.Close()
+			check(t, echo(f))
+			path, err := exec.LookPath(c.binary)
+			check(t, err)
+			out, err := d.ask("upgrade", "--binary", path)
+			check(t, err)
+			done := filepath.Join(d.dir, "done") // written when it has come so far
+			wait(t, out, func() error { _, err := os.Stat(done); return err })
+			for range 3 {
+				err = echo(f)
+				if c.isLost {
+					break
+				}
+				check(t, err)
+			}
+			if c.isLost && (err == nil || errors.Is(err, os.ErrDeadlineExceeded)) {
+				t.Errorf("the process that had the flow has ended, and the flow: %v", err)
+			}
+		})
+	}
 }
 
 func init() { fakes = successors }
@@ -380,6 +582,67 @@ var successors = map[string]func(){
 		_, _ = unix.Write(int(f.Fd()), []byte("garbage"))
 		time.Sleep(time.Hour)
 	},
+	"fake-flows-none":    func() { fakeNewest(false); fakeDone(); time.Sleep(time.Hour) },
+	"fake-flows-exits":   func() { fakeNewest(true); fakeDone() },
+	"fake-flows-reads":   func() { fakeNewest(true).read(); fakeDone() },
+	"fake-flows-hangs":   func() { fakeNewest(true).read(); fakeDone(); time.Sleep(time.Hour) },
+	"fake-flows-garbage": func() { fakeNewest(true).say("garbage"); fakeDone(); time.Sleep(time.Hour) },
+	"fake-flows-refuses": func() {
+		l := fakeNewest(true)
+		l.say(`{"version":1,"step":"refused","reason":"no","numbers":[%d]}`, l.read())
+		l.read() // it is asked again
+		fakeDone()
+		time.Sleep(time.Hour)
+	},
+	"fake-flows-begins": func() {
+		l := fakeNewest(true)
+		l.say(`{"version":1,"step":"taken","numbers":[%d]}`, l.read())
+		l.read()
+		fakeDone()
+	},
+}
+
+// fakeLink is the end of a connection by which flows come.
+type fakeLink struct{ f *os.File }
+
+// fakeNewest takes over, and listens to what the old process says, until flows are to come.
+func fakeNewest(takesFlows bool) (l fakeLink) {
+	p := fakeSuccessor()
+	must(p.Ready())
+	must(p.Serve())
+	must(p.Send(handover.Message{Step: handover.Newest, PID: os.Getpid(), TakesFlows: takesFlows}))
+	for takesFlows {
+		m, err := p.Receive(time.Time{})
+		must(err)
+		if m.Step == handover.Flows {
+			return fakeLink{m.Sockets[0].File}
+		}
+	}
+	return l
+}
+
+// read reads a message, and returns the number of its first flow; the descriptors are closed.
+func (l fakeLink) read() (number uint64) {
+	b := make([]byte, 1<<20)
+	n, err := l.f.Read(b)
+	must(err)
+	m := struct{ Flows []struct{ Number uint64 } }{}
+	must(json.Unmarshal(b[:n], &m))
+	if len(m.Flows) > 0 {
+		number = m.Flows[0].Number
+	}
+	return number
+}
+
+func (l fakeLink) say(text string, args ...any) {
+	_, err := fmt.Fprintf(l.f, text, args...)
+	must(err)
+}
+
+// fakeDone tells the test that this process has come as far as it goes, by a file beside its configuration.
+func fakeDone() {
+	i := slices.Index(os.Args, "--config")
+	must(os.WriteFile(filepath.Join(filepath.Dir(os.Args[i+1]), "done"), nil, 0o600))
 }
 
 func fakeSuccessor() *handover.Predecessor {

@@ -116,7 +116,7 @@ func TestUnit(t *testing.T) {
 			}
 		}
 	})
-	t.Run("upgrade", func(t *testing.T) { m.upgrade(t, w, 9100, 9101, 9102, 9104) })
+	t.Run("upgrade", func(t *testing.T) { m.upgrade(t, w, []int{9100, 9101, 9104, 9105}, []int{9102}) })
 	t.Run("container, with the drop-in of docs/local.md", func(t *testing.T) {
 		m.write(t, "etc/systemd/system/tailsplice.service.d/override.conf", dropIn(t))
 		m.restart(t)

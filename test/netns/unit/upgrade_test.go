@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,9 +17,10 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// upgrade has another process take over under systemd and the sandbox of the unit: systemd follows it, flows by
-// each datapath go on in the old process, and that ends with them.
-func (m *machine) upgrade(t *testing.T, w *lab.World, ports ...int) {
+// upgrade has another process take over under systemd and the sandbox of the unit: systemd follows it, flows of
+// some ports go over to it and live on, those of others may end in the old process, which ends with them.
+func (m *machine) upgrade(t *testing.T, w *lab.World, moving, stay []int) {
+	ports := slices.Concat(moving, stay)
 	property := func(name string) string {
 		return m.run(t, "systemctl", "show", "--value", "--property="+name, service)
 	}
@@ -62,22 +64,25 @@ func (m *machine) upgrade(t *testing.T, w *lab.World, ports ...int) {
 	if err := dial(ports[0]).exchange(1 << 10); err != nil {
 		t.Errorf("a new flow: %v", err)
 	}
-	var status struct {
-		Older []struct{ PID, Connections int }
+	for _, e := range flows[len(moving):] {
+		e.c.Close()
 	}
-	if err := json.Unmarshal([]byte(m.run(t, "tailsplice", "status", "--json")), &status); err != nil {
+	flows = flows[:len(moving)]
+	for end := time.Now().Add(time.Minute); m.command(t.Context(), "test", "-d", "/proc/"+old).Run() == nil; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("the old process is still there:\n%s\n%s", m.run(t, "tailsplice", "status"), m.journal())
+		}
+	}
+	use()
+	var shown []struct{ Listener, Upstream string }
+	if err := json.Unmarshal([]byte(m.run(t, "tailsplice", "flows", "--json")), &shown); err != nil {
 		t.Fatal(err)
 	}
-	if o := status.Older; len(o) != 1 || fmt.Sprint(o[0].PID) != old || o[0].Connections != len(ports) {
-		t.Errorf("status has %+v of process %s", o, old)
+	if len(shown) < len(moving) {
+		t.Errorf("of %d flows that have come `tailsplice flows` shows %+v", len(moving), shown)
 	}
 	for _, e := range flows {
 		e.c.Close()
-	}
-	for end := time.Now().Add(time.Minute); m.command(t.Context(), "test", "-d", "/proc/"+old).Run() == nil; time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("the old process is still there, with no flow left:\n%s", m.run(t, "tailsplice", "status"))
-		}
 	}
 	if state := property("ActiveState") + " " + property("SubState"); state != "active running" || property("NRestarts") != restarts {
 		t.Errorf("the unit is %s, and was restarted %s times, before %s", state, property("NRestarts"), restarts)

@@ -12,7 +12,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 CHECKLOCKS  := gvisor.dev/gvisor/tools/checklocks/cmd/checklocks@v0.0.0-20260905035102-160fafc42237
 LOCKS       := ./loader/skmsg ./loader/sockmap ./userspace/accesslog ./userspace/acme ./userspace/admin \
                ./userspace/auth ./userspace/container ./userspace/datapath ./userspace/dial ./userspace/flow \
-               ./userspace/handover ./userspace/server ./userspace/limit ./userspace/logwriter ./userspace/loop ./userspace/relay \
+               ./userspace/handover ./userspace/health ./userspace/server ./userspace/limit ./userspace/logwriter ./userspace/loop ./userspace/relay \
                ./userspace/tailnet ./userspace/tlsterm ./userspace/vhost
 VERSION     := $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null || echo devel)
 # What people install is made by a module of its own, too.

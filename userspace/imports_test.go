@@ -43,6 +43,7 @@ var floors = []struct {
 		"userspace/dial",
 		"userspace/flow",
 		"userspace/handover",
+		"userspace/health",
 		"userspace/limit",
 		"userspace/logwriter",
 		"userspace/metrics",
@@ -128,7 +129,7 @@ var heavy = []struct {
 		[]string{"cmd/tailsplice"}},
 	{"net/http", "what carries bytes knows no HTTP",
 		[]string{"userspace/acme", "userspace/admin", "userspace/auth", "userspace/config", "userspace/container",
-			"userspace/metrics", "userspace/tailnet", "userspace/vhost", "userspace/plan", "userspace/server", "cmd/tailsplice"}},
+			"userspace/health", "userspace/metrics", "userspace/tailnet", "userspace/vhost", "userspace/plan", "userspace/server", "cmd/tailsplice"}},
 }
 
 // TestImports keeps the data flowing one way, and each package on its floor.

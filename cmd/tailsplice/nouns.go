@@ -139,6 +139,17 @@ func printACME(w io.Writer, a acme.Status) {
 	}
 }
 
+// whyDown is why a target is down that health checks have found so.
+func whyDown(h *server.TargetHealth) string {
+	switch {
+	case h.Error != "":
+		return h.Error
+	case !h.Until.IsZero():
+		return "it answers, and has gone down again and again: connections go there from " + moment(h.Until)
+	}
+	return "it answers again, and not often enough yet"
+}
+
 // mostDown is how many targets that can't be reached printStatus names.
 const mostDown = 10
 
@@ -161,6 +172,13 @@ func printProblems(w io.Writer, s server.Status) {
 	down := 0
 	for _, l := range s.Listeners {
 		for _, r := range l.Routes {
+			for _, to := range r.Targets {
+				if h := to.Health; h != nil && !h.Up {
+					if down++; down <= mostDown {
+						fmt.Fprintf(w, "problem: route %s of listener %s: %s is down by its health checks since %s: %s\n", r.Match, l.Name, to.Target, moment(h.Since), whyDown(h))
+					}
+				}
+			}
 			for _, d := range r.Down {
 				if down++; down <= mostDown {
 					fmt.Fprintf(w, "problem: route %s of listener %s: the last try failed: %s\n", r.Match, l.Name, d)
@@ -169,7 +187,7 @@ func printProblems(w io.Writer, s server.Status) {
 		}
 	}
 	if down > mostDown {
-		fmt.Fprintf(w, "problem: %s more can't be reached: see down with --json\n", plural(down-mostDown, "target"))
+		fmt.Fprintf(w, "problem: %s more can't be reached: see down and health with --json\n", plural(down-mostDown, "target"))
 	}
 	for _, p := range s.Labels {
 		on := ""

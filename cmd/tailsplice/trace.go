@@ -150,6 +150,9 @@ func printTarget(w io.Writer, l plan.ListenerTrace, to plan.TargetTrace, colour 
 	case len(l.Targets) > 1:
 		fmt.Fprintf(w, " (weight %d)", to.Weight)
 	}
+	if to.Health != "" {
+		fmt.Fprintf(w, " (%s by its health checks)", to.Health)
+	}
 	if l.SendProxy {
 		fmt.Fprint(w, " (PROXY v2)")
 	}

@@ -134,6 +134,7 @@ type Action struct {
 	Transparent bool       `yaml:"transparent" kind:"true"`
 	Reject      bool       `yaml:"reject" kind:"true"`
 	Datapath    string     `yaml:"datapath" enum:"auto sockmap sk_msg userspace"`
+	Balancing   `yaml:",inline"`
 	HTTP        `yaml:",inline"`
 	Access      `yaml:",inline"`
 }

@@ -69,7 +69,7 @@ func goldens(t testing.TB, archive string, messages func(golden) string) []golde
 
 // errorArchives hold files that Parse refuses.
 var errorArchives = []string{"syntax", "structure", "values", "meaning", "acme", "docker", "http", "access", "strangers",
-	"variables"}
+	"variables", "health"}
 
 // TestErrors compares every message of every wrong file, with its exact place.
 func TestErrors(t *testing.T) {
@@ -235,6 +235,16 @@ func TestDesign(t *testing.T) {
 				Name: "web", Listen: []string{"tailnet:8080"}, Mode: "http",
 				AcceptProxy: &AcceptProxy{From: []string{"tag:home"}},
 				Routes:      []*Route{{Host: []string{"example.vsq.cz"}, Action: Action{Forward: to(Target{Scheme: "docker", Host: "blog", Port: 8080})}}},
+			}},
+		},
+		{
+			File: "design-targets.yaml", Node: "edge-waw", Datapath: "auto", Limits: limits, Control: control,
+			Listeners: []*Listener{{
+				Name: "web", Listen: []string{":443"}, Mode: "sni",
+				Routes: []*Route{{SNI: []string{"*.vsq.cz"}, Action: Action{
+					Forward: []*Forward{{To: tailnet("home", 443), Weight: 1}, {To: tailnet("laptop", 8443), Weight: 1, Backup: true}},
+					Balancing: Balancing{OnDown: "keep", Health: &Health{Check: "connect", Every: 5 * time.Second, Timeout: 2 * time.Second,
+						Rise: 2, Fall: 3, Path: "/", SlowStart: 30 * time.Second}}}}},
 			}},
 		},
 		{

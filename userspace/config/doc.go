@@ -34,8 +34,9 @@
 //	kinds.go      how each kind of scalar is read
 //	names.go      host names and patterns
 //	target.go     targets
-//	config.go     the format: all that is not in the next three
+//	config.go     the format: all that is not in the next four
 //	http.go       the format of HTTP routes
+//	health.go     the format of balancing and health checks
 //	access.go     the format of access rules and logs
 //	docker.go     the format of labels
 //	wake.go       the format of wake

@@ -131,6 +131,10 @@ var kinds = map[string]*kind{
 		noun: "one of " + strings.Join(redirectCodes, ", "), kinds: []nodeKind{kindNumber}, parse: parseRedirectCode,
 		schema: map[string]any{"type": "integer", "enum": []int{301, 302, 303, 307, 308}},
 	},
+	"status": {
+		noun: "a status such as 200, or a class such as 2xx", kinds: []nodeKind{kindNumber, kindText}, parse: parseStatus,
+		schema: map[string]any{"type": []string{"integer", "string"}, "pattern": status.String()},
+	},
 	"age": {noun: "an age such as 1y, 180d or 24h", parse: parseAge, schema: text(`^([0-9]+[yd]|([0-9]+(\.[0-9]*)?(ns|us|µs|μs|ms|s|m|h))+)$`)},
 	"target": {
 		noun: targetNoun, parse: asAny(parseTarget),

@@ -77,8 +77,8 @@ func rules(t reflect.Type) map[string]any {
 	case reflect.TypeFor[Action](), reflect.TypeFor[Route]():
 		return map[string]any{"oneOf": []any{
 			need("forward"),
-			obj(need("reject"), no(slices.Concat(httpKeys, proxyKeys, accessKeys)...)),
-			obj(need("redirect"), no(slices.Concat(forwardKeys, proxyKeys)...)),
+			obj(need("reject"), no(slices.Concat(httpKeys, proxyKeys, accessKeys, balanceKeys)...)),
+			obj(need("redirect"), no(slices.Concat(forwardKeys, proxyKeys, balanceKeys)...)),
 		}}
 	case reflect.TypeFor[BasicAuth](), reflect.TypeFor[Deny](), reflect.TypeFor[Certificate]():
 		return map[string]any{"minProperties": 1, "maxProperties": 1}

@@ -162,6 +162,7 @@ func (v *validator) listener(l *Listener) {
 		v.local(mode, l.Default)
 		v.http(mode, l.Default, "", "default")
 		v.access(mode, l, l.Default)
+		v.balance(mode, l.Default, nil)
 	}
 	v.listenerHTTP(l)
 	v.whileDown(l)
@@ -248,6 +249,7 @@ func (v *validator) routesOf(mode string, l *Listener) {
 		v.action(&r.Action, "a route")
 		v.local(mode, &r.Action)
 		v.access(mode, l, &r.Action)
+		v.balance(mode, &r.Action, slices.Concat(r.SNI, r.Host))
 		switch mode {
 		case "sni":
 			v.foreign(r, "host", "write sni: an sni listener sees only the server name")
@@ -364,9 +366,9 @@ func (v *validator) action(a *Action, noun string) {
 		v.errorf(a.keyAt(does[1]), "%s and %s in %s: it does one or the other", does[0], does[1], noun)
 		return
 	case does[0] == "reject":
-		v.meaningless(a, "rejected", proxyKeys, httpKeys, accessKeys)
+		v.meaningless(a, "rejected", proxyKeys, httpKeys, accessKeys, balanceKeys)
 	case does[0] == "redirect":
-		v.meaningless(a, "redirected", proxyKeys, forwardKeys)
+		v.meaningless(a, "redirected", proxyKeys, forwardKeys, balanceKeys)
 	}
 	v.targets(a)
 	if a.Transparent {

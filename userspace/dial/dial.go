@@ -188,14 +188,26 @@ func (d *Dialer) past() *Past {
 	return d.Past
 }
 
-// longOffline reports whether t's machine went offline more than a moment ago.
-func (d *Dialer) longOffline(t Target) bool {
+// IsOffline reports whether t's machine is known not to be connected. It may answer all the same.
+func (d *Dialer) IsOffline(t Target) bool {
+	_, isOffline := d.offlineSince(t)
+	return isOffline
+}
+
+// offlineSince says when t's machine was seen last, if it is known not to be connected.
+func (d *Dialer) offlineSince(t Target) (seen time.Time, isOffline bool) {
 	presence, ok := d.resolver(t).(Presence)
 	if !ok {
-		return false
+		return seen, false
 	}
 	online, seen, known := presence.Presence(t.Host)
-	return known && !online && !seen.IsZero() && time.Since(seen) > offlineGrace
+	return seen, known && !online && !seen.IsZero()
+}
+
+// longOffline reports whether t's machine went offline more than a moment ago.
+func (d *Dialer) longOffline(t Target) bool {
+	seen, isOffline := d.offlineSince(t)
+	return isOffline && time.Since(seen) > offlineGrace
 }
 
 // lookup returns the addresses of t's host, at least one.

@@ -16,7 +16,7 @@ func scrape(s *Set) string {
 func TestHandlerAndTotals(t *testing.T) {
 	state := State{Flows: 3, Datapaths: []Datapath{{Name: "sockmap", On: true, Stalls: 4}},
 		Traffic:      []Traffic{{"web", "", 0, 7, 8}, {"web", "*.test", 2, 5, 6}},
-		Certificates: []Certificate{{"web", "a.pem", time.Unix(1e9, 0)}}, Targets: []Target{{"a:1", true, 5}, {"b:1", false, 0}},
+		Certificates: []Certificate{{"web", "a.pem", time.Unix(1e9, 0)}}, Targets: []Target{{"a:1", true, 5, map[string]int64{"ok": 7, "failed": 0}}, {"b:1", false, 0, nil}},
 		ACME: []ACME{{"web", "a.test", false}}, Problems: map[string]int{"address": 1}}
 	s := New("v1", func() State { return state })
 	s.Refused.WithLabelValues("web", "hello_timeout").Add(2)
@@ -35,7 +35,7 @@ func TestHandlerAndTotals(t *testing.T) {
 		`tailsplice_bytes_total{direction="up",listener="web"} 7`, `tailsplice_route_flows{listener="web",route="*.test"} 2`,
 		`tailsplice_route_bytes_total{direction="down",listener="web",route="*.test"} 6`,
 		`tailsplice_route_requests_total{code="503",listener="web",route="*.test"} 1`,
-		`tailsplice_target_up{target="a:1"} 1`, `tailsplice_target_up{target="b:1"} 0`, `tailsplice_target_connections_total{target="a:1"} 5`, `tailsplice_acme_ok{listener="web",name="a.test"} 0`,
+		`tailsplice_target_up{target="a:1"} 1`, `tailsplice_target_up{target="b:1"} 0`, `tailsplice_target_connections_total{target="a:1"} 5`, `tailsplice_health_checks_total{result="ok",target="a:1"} 7`, `tailsplice_acme_ok{listener="web",name="a.test"} 0`,
 		`tailsplice_certificate_not_after_timestamp_seconds{certificate="a.pem",listener="web"} 1e+09`, `tailsplice_problems{part="address"} 1`,
 		`tailsplice_connections_refused_total{listener="web",reason="not_tls"} 1`} {
 		if !strings.Contains(body, want+"\n") {

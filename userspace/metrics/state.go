@@ -44,11 +44,12 @@ type Datapath struct {
 	Clamped    uint64
 }
 
-// Target is one that was connected to.
+// Target is one that was connected to, or that is checked.
 type Target struct {
 	Name        string
 	Up          bool
-	Connections int64 // that were made to it
+	Connections int64            // that were made to it
+	Checks      map[string]int64 // of its health, by result; nil: there are none
 }
 
 // Certificate is one that a listener serves.
@@ -99,8 +100,10 @@ var (
 		"daemon or the kernel, and worth a report.", "datapath")
 	clamped = desc("datapath_clamped_segments_total", "Segments whose payload the datapath has dropped, to bound the "+
 		"memory of a flow in the kernel. Their senders send it again.", "datapath")
-	targetUp = desc("target_up", "1 if the last connection to the target succeeded, 0 if it failed. A target to which "+
-		"nobody has connected since the start is absent."+namesBound, "target")
+	targetUp = desc("target_up", "1 if the target is up by its health checks. Without any: 1 if the last connection to "+
+		"it succeeded, 0 if it failed; a target to which nobody has connected since the start is absent."+namesBound, "target")
+	targetChecks = desc("health_checks_total", "Health checks of the target, by result: ok, failed, or unclear, which says "+
+		"nothing of the target, because this host lacked something."+namesBound, "target", "result")
 	targetConns = desc("target_connections_total", "Connections to the target that were made for flows and requests."+
 		namesBound, "target")
 	disabled = desc("target_disabled", "1 while tailsplice target disable lets no new connection go to the target, which "+
@@ -120,7 +123,7 @@ type collector func() State
 // Describe implements prometheus.Collector.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{flowsNow, requestsNow, heldNow, bytesTotal, routeFlows, routeBytes, drained, datapathOn, wanted,
-		datapathFlow, stalls, clamped, targetUp, targetConns, disabled, notAfter, acmeOK, problems} {
+		datapathFlow, stalls, clamped, targetUp, targetChecks, targetConns, disabled, notAfter, acmeOK, problems} {
 		ch <- d
 	}
 }
@@ -162,6 +165,9 @@ func (now collector) Collect(ch chan<- prometheus.Metric) {
 	for _, t := range s.Targets[:min(len(s.Targets), MostNames)] {
 		gauge(targetUp, bit(t.Up), t.Name)
 		counter(targetConns, float64(t.Connections), t.Name)
+		for result, n := range t.Checks {
+			counter(targetChecks, float64(n), t.Name, result)
+		}
 	}
 	for _, name := range s.Disabled[:min(len(s.Disabled), MostNames)] {
 		gauge(disabled, 1, name)

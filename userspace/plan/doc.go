@@ -6,6 +6,7 @@
 //	service.go  what one listener does, and how its rules are looked up
 //	rule.go     a route: match, target, policy
 //	several.go  a route with more than one target
+//	health.go   how targets are checked
 //	http.go     what a route makes of requests
 //	labels.go   routes that the labels of containers add
 //	guarded.go  what labels may not take of the configured routes

@@ -19,7 +19,7 @@ import (
 
 // fillHTTP gives r what a says to do with requests.
 func (p *Plan) fillHTTP(r *Rule, l *config.Listener, a *config.Action) error {
-	out := &vhost.Route{Name: r.Name, AddPrefix: a.AddPrefix, MaxBody: a.MaxBody, Compress: a.Compress,
+	out := &vhost.Route{Name: r.Name, BySource: r.BySource, AddPrefix: a.AddPrefix, MaxBody: a.MaxBody, Compress: a.Compress,
 		RequestHeader: headerChange(a.RequestHeaders), ResponseHeader: headerChange(a.ResponseHeaders)}
 	r.HTTP.Route = out
 	if a.StripPrefix {
@@ -44,8 +44,10 @@ func (p *Plan) fillHTTP(r *Rule, l *config.Listener, a *config.Action) error {
 		if err != nil {
 			return err
 		}
+		one.Check = p.check(l, one, a, up)
 		r.addTarget(one, &up.Health)
-		out.Upstreams = append(out.Upstreams, vhost.Choice{Upstream: up, Weight: to.Weight, Backup: to.Backup})
+		out.Upstreams = append(out.Upstreams, vhost.Choice{Upstream: up, Weight: to.Weight, Backup: to.Backup,
+			Written: one.Written, Checked: one.checked(), Offline: one.IsOffline})
 	}
 	if r.Hold > 0 && r.Several != nil && p.deps.Wait != nil {
 		out.Wait = p.deps.Wait(l.Name, r)

@@ -10,6 +10,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/health"
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -21,8 +22,9 @@ type Plan struct {
 	Services map[string]*Service // by listener; one that could not be compiled has none
 	Labels   *Labels             // what the labels of containers add; never nil
 
-	deps Deps
-	base *Plan // without the routes of labels; nil: this one
+	deps   Deps
+	checks map[health.Spec]*health.Check
+	base   *Plan // without the routes of labels; nil: this one
 }
 
 // Deps are what a plan is compiled with, beside the configuration.
@@ -36,6 +38,9 @@ type Deps struct {
 	LabelDialer *dial.Dialer
 
 	// The rest is set by a server that runs the plan.
+
+	// Health are the checks of targets that run.
+	Health *health.Set
 
 	// ACME obtains certificates.
 	ACME *acme.Manager
@@ -64,7 +69,8 @@ func NewDeps(log *slog.Logger) Deps {
 // the files that routes name, and binds and dials nothing. The error is all that
 // is wrong, joined: each with its file and line. The plan has the rest.
 func Compile(cfg *config.Config, deps Deps) (*Plan, error) {
-	p := &Plan{Config: cfg, Needs: NeedsOf(cfg), Services: map[string]*Service{}, Labels: newLabels(nil), deps: deps}
+	p := &Plan{Config: cfg, Needs: NeedsOf(cfg), Services: map[string]*Service{}, Labels: newLabels(nil), deps: deps,
+		checks: map[health.Spec]*health.Check{}}
 	var errs []error
 	for _, l := range cfg.Listeners {
 		if s, err := p.service(l); err != nil {

@@ -11,6 +11,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/balance"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/health"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
@@ -40,7 +41,9 @@ type Target struct {
 	Written     string            // as the config has it
 	All         []*config.Forward // with their weights
 	Dialer      *dial.Dialer
-	Health      *balance.Health // what connections to it have shown; nil where it is the only target
+	Health      *balance.Health // what connections have shown of one of several
+	Check       *health.Check   // what checks one, or the only one; nil: nothing does
+	BySource    bool            // a client has the same of several each time
 	SendProxy   bool
 	Transparent bool // from the client's own address
 }
@@ -53,6 +56,8 @@ type Policy struct {
 	Datapath string        // the config's word; "" where requests are served
 	Hold     time.Duration // how long connections and requests wait for a target; 0: they don't
 	Wake     *config.Wake  // how a target is woken; nil: it is not
+
+	ResetDown bool // flows of a target end when its checks find it down
 }
 
 // HTTP is what a rule says of requests.
@@ -124,6 +129,7 @@ func (p *Plan) fill(r *Rule, l *config.Listener, a *config.Action) error {
 		r.Dialer = p.deps.LabelDialer
 		r.Written = config.Target{Scheme: r.To.Scheme, Host: r.Label.Container, Port: r.To.Port}.String()
 	}
+	r.BySource = a.Balance == "source"
 	r.Allow, r.Asks, r.Hold, r.Wake = peersOrAll(a.Allow), asks(a), a.Hold, a.Wake
 	if r.Wake != nil && r.Hold == 0 {
 		r.Hold = holdToWake
@@ -137,8 +143,11 @@ func (p *Plan) fill(r *Rule, l *config.Listener, a *config.Action) error {
 			return p.Config.Errorf(a.At("datapath"), "%v", err)
 		}
 	}
+	r.ResetDown = a.OnDown == "reset"
 	for _, to := range a.Forward {
-		r.addTarget(r.withTarget(to), new(balance.Health))
+		one := r.withTarget(to)
+		one.Check = p.check(l, one, a, nil)
+		r.addTarget(one, new(balance.Health))
 	}
 	return nil
 }

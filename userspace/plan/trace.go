@@ -103,6 +103,7 @@ type TargetTrace struct {
 	Target  string  `json:"target"`
 	Weight  int     `json:"weight"`
 	Backup  bool    `json:"backup,omitempty"`
+	Health  string  `json:"health,omitempty"`  // up or down, as health checks of the daemon have found
 	Kind    string  `json:"kind"`              // node, container, socket, local (this host) or host
 	Name    string  `json:"name"`              // of the node, the container, the host
 	Tried   bool    `json:"tried"`             // whether it was dialled
@@ -178,6 +179,7 @@ func (p *Plan) Trace(ctx context.Context, q Question) (Trace, error) {
 			lt.Targets = make([]TargetTrace, len(r.All))
 			for j, to := range r.All {
 				lt.Targets[j] = r.describe(to, q.Host, t.Path)
+				lt.Targets[j].Health = r.healthOf(j)
 				if q.Dial {
 					tries.Go(func() { r.try(ctx, dial.Target(to.To), &lt.Targets[j]) })
 				}
@@ -214,6 +216,21 @@ func (s *Service) find(req *http.Request, path string, q Question) (*Rule, strin
 		return nil, fmt.Sprintf("%v: clients get 421", err)
 	}
 	return nil, fmt.Sprintf("%v: clients get 404", err)
+}
+
+// healthOf says what the daemon's checks have found of r's target i; "" where there are none, or were none yet.
+func (r *Rule) healthOf(i int) string {
+	one := r
+	if r.Several != nil {
+		one = r.Several[i]
+	}
+	switch {
+	case one.Check == nil, one.Check.Status().Since.IsZero():
+		return ""
+	case one.Check.IsDown():
+		return "down"
+	}
+	return "up"
 }
 
 // describe says what a target is.

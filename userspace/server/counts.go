@@ -65,10 +65,7 @@ func (srv *Server) state() metrics.State {
 	for _, t := range traffic {
 		s.Traffic = append(s.Traffic, metrics.Traffic(t))
 	}
-	tried, made := srv.targets.Last(), srv.targets.Counts()
-	for _, target := range slices.Sorted(maps.Keys(tried)) {
-		s.Targets = append(s.Targets, metrics.Target{Name: target, Up: tried[target] == nil, Connections: made[target]})
-	}
+	s.Targets = srv.targetStates()
 	for target := range srv.disabled.Since() {
 		s.Disabled = append(s.Disabled, target)
 	}

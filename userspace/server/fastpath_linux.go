@@ -322,7 +322,7 @@ func (x *fastPath) decide(head []byte, hello *sni.Hello, err error, more bool) {
 		x.takeSlowPath(head)
 	default:
 		x.stage = decided // from here on x is the relay's, and may be used on another goroutine
-		x.connect(&course{rule: r}, hello, head)
+		x.connect(x.in.newCourse(r), hello, head)
 	}
 }
 

@@ -122,6 +122,7 @@ func (srv *Server) Leave() {
 	for _, l := range srv.listeners {
 		l.gate.stop()
 	}
+	srv.health.Use(srv.ctx, srv.checksOfFlows())
 	go srv.acme.Close()
 }
 

@@ -160,6 +160,7 @@ func (srv *Server) swap(c *change) {
 	}
 	before := srv.plan
 	srv.plan, srv.listeners, srv.loaded = c.plan, c.listeners, time.Now()
+	srv.health.Use(srv.ctx, c.plan.Checks())
 	srv.tellLabels(before)
 	srv.countRoutes()
 	go srv.warnOfTailscaled(needs.Listens)

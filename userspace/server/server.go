@@ -49,6 +49,7 @@
 //	status.go          what can be seen from outside
 //	kill.go            flows are ended at an operator's word
 //	disabled.go        targets get no new connections at an operator's word
+//	checks.go          targets are checked, and what is shown of that
 //	here.go            what a configuration needs of a machine, for `check --here`
 //
 // Locks are taken in this order: a gate's, Server.mu, and then those of the parts that a Server has, under
@@ -77,6 +78,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/handover"
+	"github.com/tailsplice/tailsplice/userspace/health"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
@@ -132,6 +134,7 @@ type Server struct {
 	metrics    *metrics.Set
 	targets    dial.Outcomes // of flows, requests and checks
 	disabled   dial.Disabled // targets, by an operator's word
+	health     health.Set    // checks of targets
 	limited    *rateLimited
 	spare      *spareFiles
 	started    time.Time
@@ -221,6 +224,8 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.deps = plan.NewDeps(opts.Log)
 	srv.deps.Dialer.Disabled = &srv.disabled
 	srv.deps.Upstream, srv.deps.Guard, srv.deps.Wait = srv.completeUpstream, srv.guard, srv.awaitUpstreams
+	srv.health.Log, srv.health.Tells, srv.health.Down = opts.Log, tells, srv.targetDown
+	srv.deps.Health = &srv.health
 	srv.tailnet, srv.containers = srv.deps.Tailnet, srv.deps.Containers
 	srv.acme = acme.New(opts.Log)
 	srv.deps.ACME = srv.acme

@@ -95,16 +95,19 @@ type RouteStatus struct {
 	Container   string   `json:"container_state,omitempty"` // of that container: running, stopped or removed
 	Ailing      []string `json:"ailing,omitempty"`          // containers that get connections only while no healthy one runs, as "NAME is unhealthy"
 
-	Targets []RouteTarget `json:"targets,omitempty"` // where it has several
+	Targets []RouteTarget `json:"targets,omitempty"` // where it has several, or health checks
 }
 
-// RouteTarget is one of several targets of a route.
+// RouteTarget is one of the targets of a route.
 type RouteTarget struct {
 	Target      string `json:"target"`
 	Weight      int    `json:"weight"`
 	Backup      bool   `json:"backup"`
-	Avoided     bool   `json:"avoided"`     // it could not be reached lately, so that others are tried before it
-	Connections int64  `json:"connections"` // that were made to it, by any route
+	Avoided     bool   `json:"avoided"`           // it could not be reached lately, so that others are tried before it
+	Offline     bool   `json:"offline,omitempty"` // the tailnet says so: others are tried before it
+	Connections int64  `json:"connections"`       // that were made to it, by any route
+
+	Health *TargetHealth `json:"health,omitempty"` // what checks have found of it
 }
 
 // Status describes the daemon as it is now.
@@ -194,12 +197,16 @@ func (srv *Server) routeStatus(r *plan.Rule, datapaths []DatapathStatus) RouteSt
 	return s
 }
 
-// routeTargets describes the targets of r if there are several. made is how many connections were made to
-// each.
+// routeTargets describes the targets of r if there are several, or they are checked. made is how many
+// connections were made to each.
 func routeTargets(r *plan.Rule, made map[string]int64) (all []RouteTarget) {
-	for _, one := range r.Several {
+	if r.Several == nil && r.Check == nil {
+		return nil
+	}
+	for _, one := range targetRules(r) {
 		all = append(all, RouteTarget{Target: one.Written, Weight: one.All[0].Weight, Backup: one.All[0].Backup,
-			Avoided: one.Health.IsAvoided(), Connections: made[one.Written]})
+			Avoided: one.Health != nil && one.Health.IsAvoided(), Offline: one.IsOffline(), Connections: made[one.Written],
+			Health: healthOf(one)})
 	}
 	return all
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -16,16 +17,21 @@ import (
 // A course is the order in which a connection tries the targets of a rule. Nothing has been sent to any of
 // them.
 type course struct {
-	rule  *plan.Rule
-	tried []*plan.Rule
-	next  *plan.Rule // chosen, and not tried yet
-	again int        // so many of tried come once more behind the others
+	rule   *plan.Rule
+	client netip.Addr // zero where it is not known
+	tried  []*plan.Rule
+	next   *plan.Rule // chosen, and not tried yet
+	again  int        // so many of tried come once more behind the others
+}
+
+func (in *conn) newCourse(r *plan.Rule) *course {
+	return &course{rule: r, client: in.visitor().Source()}
 }
 
 // peek returns the target that is to be tried next, nil if there is none.
 func (c *course) peek() *plan.Rule {
 	if c.next == nil {
-		c.next = c.rule.Pick(c.tried)
+		c.next = c.rule.Pick(c.client, c.tried)
 	}
 	if c.next == nil && c.again > 0 {
 		c.next, c.again = c.tried[0], c.again-1
@@ -64,11 +70,11 @@ func (srv *Server) tryTarget(ctx context.Context, in *conn, r *plan.Rule) (*plan
 	c := in.course
 	in.course = nil
 	if c == nil || c.rule != r {
-		c = &course{rule: r}
+		c = in.newCourse(r)
 	}
 	one, up, err := srv.raceTargets(ctx, in, c, true)
 	if err != nil && time.Since(began) < quickly && ctx.Err() == nil {
-		one, up, err = srv.raceTargets(ctx, in, &course{rule: r}, false)
+		one, up, err = srv.raceTargets(ctx, in, in.newCourse(r), false)
 	}
 	return one, up, err
 }

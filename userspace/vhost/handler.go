@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/http/httputil"
+	"net/netip"
 	"path"
 	"strings"
 	"sync"
@@ -135,10 +136,18 @@ func (s *Server) enter(x *exchange, bad, noRoom error) bool {
 	return false
 }
 
+// source is the client's address, the zero Addr where it is not known.
+func (x *exchange) source() netip.Addr {
+	if x.visit.Unknown != nil {
+		return netip.Addr{}
+	}
+	return x.visit.Client.Addr()
+}
+
 // forward sends x's request to an upstream of its route, and the answer back.
 func (s *Server) forward(x *exchange, w http.ResponseWriter) {
 	readUpgrade(x.req)
-	x.use(x.route.pick(nil))
+	x.use(x.route.pick(x.source(), nil))
 	ctx := context.WithValue(x.req.Context(), exchangeKey{}, x)
 	ctx = context.WithValue(ctx, dialKey{}, x.up)
 	trace := &httptrace.ClientTrace{GotConn: x.gotConn}

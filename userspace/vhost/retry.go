@@ -44,10 +44,10 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 			continue
 		}
 		tried = append(tried, x.up)
-		next := x.route.pick(tried)
+		next := x.route.pick(x.source(), tried)
 		if next == nil && x.route.Wait != nil && x.route.Wait(r.Context(), began, err) {
 			tried = nil
-			next = x.route.pick(nil)
+			next = x.route.pick(x.source(), nil)
 		}
 		if next == nil {
 			return nil, err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -20,6 +21,7 @@ type Route struct {
 	Name      string    // the route's name, for OnRequest
 	Guard     Guard     // if not nil, decides whether a request may go on
 	Upstreams []Choice  // where its requests may go. It needs one, but for a Redirect.
+	BySource  bool      // a client has the same upstream each time
 	Redirect  *Redirect // if not nil, the answer
 	// StripPrefix is taken off the path, and then AddPrefix put before it.
 	StripPrefix, AddPrefix string
@@ -42,6 +44,10 @@ type Choice struct {
 	*Upstream
 	Weight int  // its share of the requests; with 0 it is a Backup
 	Backup bool // it gets the requests that all others failed
+
+	Written string           // names it where Route.BySource chooses
+	Checked *balance.Checked // what health checks have found of it; nil: there are none
+	Offline func() bool      // reports whether its machine is said to be; nil: that is not known
 }
 
 // HeaderChange removes headers and then sets others. Names are canonical.
@@ -75,15 +81,19 @@ func (up *Upstream) refuses() error {
 	return up.Refuses()
 }
 
-// pick chooses an upstream that is not in tried, or nil.
-func (r *Route) pick(tried []*Upstream) *Upstream {
+// pick chooses an upstream for a client that is not in tried, or nil.
+func (r *Route) pick(client netip.Addr, tried []*Upstream) *Upstream {
 	if len(r.Upstreams) == 1 && len(tried) == 0 {
 		return r.Upstreams[0].Upstream
 	}
 	i := balance.Pick(len(r.Upstreams), func(i int) balance.Option {
 		c := r.Upstreams[i]
-		return balance.Option{Weight: c.Weight, Backup: c.Backup, Tried: slices.Contains(tried, c.Upstream),
-			Off: c.refuses() != nil, Health: &c.Health}
+		var key uint64
+		if r.BySource {
+			key = balance.Key(client, c.Written)
+		}
+		return balance.Option{Key: key, Weight: c.Weight, Backup: c.Backup, Tried: slices.Contains(tried, c.Upstream),
+			Offline: c.Offline != nil && c.Offline(), Off: c.refuses() != nil, Health: &c.Health, Checked: c.Checked}
 	})
 	if i < 0 {
 		return nil

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync/atomic"
 	"testing"
 )
@@ -25,7 +26,7 @@ func TestPick(t *testing.T) {
 	expect := func(when string, want *Upstream, tried ...*Upstream) {
 		t.Helper()
 		for range 20 {
-			if got := r.pick(tried); got != want {
+			if got := r.pick(netip.Addr{}, tried); got != want {
 				t.Fatalf("%s: %v", when, got)
 			}
 		}

@@ -218,8 +218,8 @@ func TestPickClasses(t *testing.T) {
 	}
 }
 
-// TestSlowStart: a target that is back has a tenth of its share, then two, and so on, and no less than all of it where
-// there is no other.
+// TestSlowStart: a target that is back has a tenth of its share, then two, and so on, and no less than all of
+// it where there is no other.
 func TestSlowStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n = 4000

@@ -31,8 +31,8 @@ func chosen(all []netip.Addr, options ...Option) []int {
 	return got
 }
 
-// TestBySource: clients are shared by weight, each has the same target each time, and only those of a target that is
-// gone or back have another one then.
+// TestBySource: clients are shared by weight, each has the same target each time, and only those of a target
+// that is gone or back have another one then.
 func TestBySource(t *testing.T) {
 	all := clients()
 	options := []Option{{Weight: 1, Health: new(Health), Checked: new(Checked)}, {Weight: 2, Health: new(Health)}, {Weight: 1, Health: new(Health)},

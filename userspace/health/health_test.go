@@ -91,7 +91,8 @@ func TestSet(t *testing.T) {
 	})
 }
 
-// TestUse: equal specs are one check, which goes on with what it knows over reloads, and ends when nobody wants it.
+// TestUse: equal specs are one check, which goes on with what it knows over reloads, and ends when nobody
+// wants it.
 func TestUse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log logs.Log
@@ -125,8 +126,8 @@ func TestUse(t *testing.T) {
 	})
 }
 
-// TestSlowCheck: one that takes longer than the time to the next one is followed by it at once, and its Timeout ends
-// its context.
+// TestSlowCheck: one that takes longer than the time to the next one is followed by it at once, and its
+// Timeout ends its context.
 func TestSlowCheck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log logs.Log

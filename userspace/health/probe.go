@@ -101,8 +101,8 @@ func (s *Spec) get(ctx context.Context, c net.Conn, handshake func(...string) (*
 	return nil
 }
 
-// ask1 makes a request by HTTP/1.1, and returns the status of its answer. net/http's transport would log what a
-// target says unasked.
+// ask1 makes a request by HTTP/1.1, and returns the status of its answer. net/http's transport would log what
+// a target says unasked.
 func ask1(c net.Conn, r *http.Request) (code int, err error) {
 	if err := r.Write(c); err != nil {
 		return 0, err

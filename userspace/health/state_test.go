@@ -8,8 +8,8 @@ import (
 
 var errDead = errors.New("dead")
 
-// play has a target's checks go as word says, from a clock's time on: a letter a check, + for one that succeeds.
-// It returns the same with the state behind each check: u for up, d for down.
+// play has a target's checks go as word says, from a clock's time on: a letter a check, + for one that
+// succeeds. It returns the same with the state behind each check: u for up, d for down.
 func play(s *state, by *Spec, now *time.Time, word string) string {
 	var got []byte
 	for _, c := range word {
@@ -51,8 +51,8 @@ func TestRiseAndFall(t *testing.T) {
 	}
 }
 
-// TestFlapping: a target that dies each time as soon as it is back is down longer and longer, and after 100 times it
-// has had connections a few times only. Once it has been up for long, all is forgotten.
+// TestFlapping: a target that dies each time as soon as it is back is down longer and longer, and after 100
+// times it has had connections a few times only. Once it has been up for long, all is forgotten.
 func TestFlapping(t *testing.T) {
 	by := &Spec{Every: 5 * time.Second, Rise: 2, Fall: 3}
 	var s state

@@ -90,8 +90,8 @@ func (n node) Presence(name string) (online bool, seen time.Time, ok bool) {
 	return online, time.Unix(1, 0), ok
 }
 
-// TestOfflineIsLast: a node that the tailnet says is offline comes after those that it does not say that of, and is
-// no less a choice; and its health checks know better.
+// TestOfflineIsLast: a node that the tailnet says is offline comes after those that it does not say that of,
+// and is no less a choice; and its health checks know better.
 func TestOfflineIsLast(t *testing.T) {
 	for _, checks := range []string{"", ", health: connect"} {
 		p, err := Compile(parse(t, `listeners: [ { name: a, listen: [":81"], mode: tcp, default: { forward: ["tailnet://away:1", "tailnet://new:1", { to: "tailnet://home:1", backup: true }]`+checks+` } } ]`),

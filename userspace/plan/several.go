@@ -31,7 +31,8 @@ func (r *Rule) addTarget(one *Rule, h *balance.Health) {
 }
 
 // Pick chooses one of r's targets for a client, whose address is zero where it is not known, that is not in
-// tried, as a rule that has only that one, or nil where all are. A rule with a single target is its own choice.
+// tried, as a rule that has only that one, or nil where all are. A rule with a single target is its own
+// choice.
 func (r *Rule) Pick(client netip.Addr, tried []*Rule) *Rule {
 	if r.Several == nil {
 		if len(tried) > 0 {

@@ -218,7 +218,8 @@ func (s *Service) find(req *http.Request, path string, q Question) (*Rule, strin
 	return nil, fmt.Sprintf("%v: clients get 404", err)
 }
 
-// healthOf says what the daemon's checks have found of r's target i; "" where there are none, or were none yet.
+// healthOf says what the daemon's checks have found of r's target i; "" where there are none, or were none
+// yet.
 func (r *Rule) healthOf(i int) string {
 	one := r
 	if r.Several != nil {

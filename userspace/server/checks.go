@@ -81,8 +81,8 @@ func healthOf(r *plan.Rule) *TargetHealth {
 	return h
 }
 
-// targetStates are the targets that the metrics show: those that were connected to or that are checked. One that
-// is checked is up while all of its checks say so.
+// targetStates are the targets that the metrics show: those that were connected to or that are checked. One
+// that is checked is up while all of its checks say so.
 func (srv *Server) targetStates() (all []metrics.Target) {
 	of := map[string]*metrics.Target{}
 	made := srv.targets.Counts()

@@ -84,8 +84,8 @@ func (m *mortal) die() {
 	m.died.Add(1)
 }
 
-// TestHealthUnderLoad: while a target dies and comes back, no connection fails but what it had itself. Once it is found
-// down nothing goes there, and once it is up again some does.
+// TestHealthUnderLoad: while a target dies and comes back, no connection fails but what it had itself. Once
+// it is found down nothing goes there, and once it is up again some does.
 func TestHealthUnderLoad(t *testing.T) {
 	hello := helloFor(t, "a.test")
 	for _, mode := range []string{"sni", "tcp"} {
@@ -171,8 +171,8 @@ func whatever(t *testing.T, name string) string {
 	})
 }
 
-// TestHealthAvoids: a target that checks have found down gets nothing while another one is up, however it is dead, on
-// both paths. What is known of it outlives a reload.
+// TestHealthAvoids: a target that checks have found down gets nothing while another one is up, however it is
+// dead, on both paths. What is known of it outlives a reload.
 func TestHealthAvoids(t *testing.T) {
 	for _, dead := range []struct {
 		name, check string
@@ -242,8 +242,8 @@ func TestAllDown(t *testing.T) {
 	}
 }
 
-// TestOnDown: with on_down: reset the flows of a target end when its checks find it down, and no others. A target that
-// has only one connection to lose is checked as well.
+// TestOnDown: with on_down: reset the flows of a target end when its checks find it down, and no others. A
+// target that has only one connection to lose is checked as well.
 func TestOnDown(t *testing.T) {
 	var isSick atomic.Bool
 	web := httpBackend(t, func(w http.ResponseWriter, r *http.Request) {
@@ -338,7 +338,8 @@ func TestHealthHTTP(t *testing.T) {
 	eventually(t, "it gets requests again", func() bool { return strings.HasSuffix(get(), "A") })
 }
 
-// TestBySource: a client gets the same target each time while that is up, and others get others; in every mode.
+// TestBySource: a client gets the same target each time while that is up, and others get others; in every
+// mode.
 func TestBySource(t *testing.T) {
 	for _, mode := range []string{"tcp", "http"} {
 		t.Run(mode, func(t *testing.T) {

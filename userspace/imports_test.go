@@ -28,6 +28,7 @@ var floors = []struct {
 		"userspace",
 		"userspace/balance",
 		"userspace/follow",
+		"userspace/hook",
 		"userspace/preface",
 		"userspace/spelling",
 	}},

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/mholt/acmez/v3/acme"
+
+	"github.com/tailsplice/tailsplice/userspace/hook"
 )
 
 // attemptError is an attempt that failed.
@@ -136,8 +138,8 @@ func advice(p acme.Problem, s *Section, name string) string {
 
 // transport explains an error of talking to the authority.
 func transport(ca CA, err error) string {
-	if hook, ok := errors.AsType[*HookError](err); ok {
-		return hook.Error()
+	if failed, ok := errors.AsType[*hook.Error](err); ok {
+		return "dns hook " + failed.Error()
 	}
 	switch {
 	case errors.As(err, new(x509.UnknownAuthorityError)):

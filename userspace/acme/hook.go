@@ -3,15 +3,13 @@ package acme
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"os/exec"
 	"slices"
-	"strings"
-	"syscall"
 	"time"
 
 	"github.com/mholt/acmez/v3/acme"
+
+	"github.com/tailsplice/tailsplice/userspace/hook"
 )
 
 // Hook is a program that sets and removes TXT records for dns-01. It is run as
@@ -31,47 +29,15 @@ type Hook struct {
 // DefaultHookTimeout is how long a hook may run.
 const DefaultHookTimeout = 2 * time.Minute
 
-// hookOutput is how much of what a hook prints is shown: its end, in bytes.
-const hookOutput = 2048
-
 // limit is how long a run may take.
 func (h *Hook) limit() time.Duration { return cmp.Or(h.Timeout, DefaultHookTimeout) }
 
-// HookError is a hook that failed.
-type HookError struct {
-	Command string // as it was run
-	Err     error
-	Output  string // the end of what it printed
-}
-
-func (e *HookError) Unwrap() error { return e.Err }
-
-func (e *HookError) Error() string {
-	s := fmt.Sprintf("dns hook `%s`: %v", e.Command, e.Err)
-	if e.Output != "" {
-		s += fmt.Sprintf(": it printed %q", e.Output)
-	}
-	return s
-}
-
 func (h *Hook) run(ctx context.Context, verb, fqdn, value string) error {
-	ctx, cancel := context.WithTimeout(ctx, h.limit())
-	defer cancel()
-	argv := slices.Concat(h.Exec, []string{verb, fqdn, value})
-	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	var out tail
-	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // so that the kill reaches a script's children
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = time.Second
-	err := cmd.Run()
-	switch {
-	case err == nil:
-		return nil
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		err = fmt.Errorf("it was killed after %v: raise acme.dns.timeout if it needs longer", h.limit())
+	p := hook.Program{Argv: slices.Concat(h.Exec, []string{verb, fqdn, value}), Timeout: h.limit(), Key: "acme.dns.timeout"}
+	if err := p.Run(ctx); err != nil {
+		return fmt.Errorf("dns hook %w", err)
 	}
-	return &HookError{Command: strings.Join(argv, " "), Err: err, Output: strings.TrimSpace(out.String())}
+	return nil
 }
 
 // hookSolver presents dns-01.
@@ -102,14 +68,3 @@ func (s hookSolver) CleanUp(ctx context.Context, ch acme.Challenge) error {
 	}
 	return s.h.run(ctx, "cleanup", ch.DNS01TXTRecordName()+".", ch.DNS01KeyAuthorization())
 }
-
-// tail keeps the end of what is written to it.
-type tail []byte
-
-func (t *tail) Write(p []byte) (int, error) {
-	*t = append(*t, p...)
-	*t = (*t)[max(0, len(*t)-hookOutput):]
-	return len(p), nil
-}
-
-func (t tail) String() string { return strings.ToValidUTF8(string(t), "?") }

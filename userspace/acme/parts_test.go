@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/tailsplice/tailsplice/userspace/hook"
 )
 
 // TestHook: how the program is run, and what becomes of one that hangs or talks
@@ -38,8 +40,8 @@ func TestHook(t *testing.T) {
 
 	write("i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; exit 7\n")
 	err := h.run(t.Context(), "present", "a.", "v")
-	var he *HookError
-	if !errors.As(err, &he) || len(he.Output) > hookOutput || !strings.HasSuffix(he.Output, "line 19999") || !strings.Contains(err.Error(), "exit status 7") {
+	var he *hook.Error
+	if !errors.As(err, &he) || len(he.Output) > hook.MaxOutput || !strings.HasSuffix(he.Output, "line 19999") || !strings.Contains(err.Error(), "exit status 7") {
 		t.Errorf("a talkative hook: %d bytes: %.300v", len(he.Output), err)
 	}
 

@@ -10,7 +10,7 @@ BUILD       := build
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # It checks that a field which says so (+checklocks:mu) is used with that lock held, in these packages.
 CHECKLOCKS  := gvisor.dev/gvisor/tools/checklocks/cmd/checklocks@v0.0.0-20260905035102-160fafc42237
-LOCKS       := ./loader/skmsg ./loader/sockmap ./userspace/accesslog ./userspace/acme ./userspace/admin \
+LOCKS       := ./loader/skmsg ./loader/sockmap ./userspace/accesslog ./userspace/acme ./userspace/admin ./userspace/announce \
                ./userspace/auth ./userspace/container ./userspace/datapath ./userspace/dial ./userspace/flow \
                ./userspace/handover ./userspace/health ./userspace/server ./userspace/limit ./userspace/logwriter ./userspace/loop ./userspace/relay \
                ./userspace/tailnet ./userspace/tlsterm ./userspace/vhost

@@ -37,6 +37,7 @@ var floors = []struct {
 		"userspace/acme",
 		"userspace/acme/acmetest",
 		"userspace/admin",
+		"userspace/announce",
 		"userspace/auth",
 		"userspace/config",
 		"userspace/container",

@@ -138,7 +138,7 @@ var foreignFlags = map[string]string{
 }
 
 // foreignWords are of other programs.
-var foreignWords = map[string]string{"sk_psock_backlog": "Linux", "copied_seq": "Linux", "ssl_preread": "nginx"}
+var foreignWords = map[string]string{"sk_psock_backlog": "Linux", "copied_seq": "Linux", "ssl_preread": "nginx", "rp_filter": "Linux"}
 
 func newClaims(t *testing.T, root string) *claims {
 	c := &claims{root: root}

@@ -241,6 +241,8 @@ func printStatus(w io.Writer, s server.Status, now time.Time) {
 func printListener(w io.Writer, l server.ListenerStatus) {
 	bound := strings.Join(l.Bound, " ")
 	switch {
+	case !l.Drained.IsZero() && len(l.Bound) > 0:
+		bound += " (drained since " + moment(l.Drained) + ", closes soon)"
 	case !l.Drained.IsZero():
 		bound = "drained since " + moment(l.Drained)
 	case l.Closed != "":
@@ -256,6 +258,12 @@ func printListener(w io.Writer, l server.ListenerStatus) {
 		if len(who.from) > 0 {
 			fmt.Fprintf(w, "  %s %s\n", who.what, strings.Join(who.from, ", "))
 		}
+	}
+	switch {
+	case l.NotAnnounced != "":
+		fmt.Fprintf(w, "  not announced: %s\n", l.NotAnnounced)
+	case l.Announced != "":
+		fmt.Fprintln(w, "  announced")
 	}
 	printCertificates(w, l)
 	if len(l.Routes) == 0 {

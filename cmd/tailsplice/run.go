@@ -133,7 +133,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	var control controls
 	defer control.close()
 	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, control: &control, isFirst: old == nil,
-		upgraded: make(chan *successor, 1)}
+		upgraded: make(chan *successor, 1), ends: make(chan struct{}, 1)}
 	from, orders := d.openStore(old)
 	control.isLent = old != nil
 	if err := control.bind(cfg, from, log); err != nil {
@@ -192,6 +192,8 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 				return d.outlive(next, signals)
 			}
 			return nil, d.drain(s, signals)
+		case <-d.ends:
+			return nil, d.drain(nil, signals)
 		case next := <-d.upgraded:
 			return d.outlive(next, signals)
 		case <-ctx.Done():
@@ -337,7 +339,7 @@ func (c *controls) serve(ctx context.Context, d *process) {
 			Reload:   d.reload,
 			Upgrade:  d.upgrade,
 			Changes: map[string]admin.Change{
-				"drain":          d.change(func(q url.Values, _ admin.Peer) (any, error) { return f.SetDrained(q, true) }),
+				"drain":          d.change(func(q url.Values, _ admin.Peer) (any, error) { return d.drainListeners(q) }),
 				"flows/kill":     d.change(func(q url.Values, who admin.Peer) (any, error) { return f.KillFlows(q, who.String()) }),
 				"target/disable": d.change(func(q url.Values, _ admin.Peer) (any, error) { return f.SetDisabled(q, true) }),
 				"target/enable":  d.change(func(q url.Values, _ admin.Peer) (any, error) { return f.SetDisabled(q, false) }),

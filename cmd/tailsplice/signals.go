@@ -3,8 +3,10 @@ package main
 import (
 	"context"
 	"errors"
+	"net/url"
 	"os"
 	"syscall"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
@@ -52,21 +54,54 @@ func (d *process) passOn(s os.Signal, signals chan<- os.Signal) {
 	}
 }
 
+// drainListeners drains those that query names. With end, which needs all, the daemon ends with its last flow.
+//
+// d.changes is held, by change.
+func (d *process) drainListeners(query url.Values) (any, error) {
+	if query.Has("end") && !query.Has("all") {
+		return nil, errors.New("a daemon ends when all of its listeners are drained: add --all")
+	}
+	drained, err := d.server.SetDrained(query, true)
+	if err == nil && query.Has("end") {
+		d.isEnding.Store(true)
+		select {
+		case d.ends <- struct{}{}:
+		default: // it has been asked for already
+		}
+	}
+	return drained, err
+}
+
 var errEnding = errors.New("the daemon is told to end")
 
-// drain lets the flows end; a signal that comes a second time, or the deadline, cuts them. One of another
-// kind does not: some supervisors send INT, and TERM after a while.
+// drain lets the flows end. Asked for by `tailsplice drain --end` (first is nil) it takes as long as they do, and
+// from a signal on until the deadline; a signal that comes a second time cuts them. One of another kind does
+// not: some supervisors send INT, and TERM after a while.
 func (d *process) drain(first os.Signal, signals <-chan os.Signal) error {
 	daemon.SdNotify(false, daemon.SdNotifyStopping)
 	f, timeout, log := d.server, d.options.drain, d.log
 	d.endKeeping()
-	log.Info("draining: no new connections; the same signal again ends at once", "signal", first.String(),
-		"flows", f.Flows().Len(), "deadline", timeout.String())
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	d.elders.End(timeout)
+	had := map[os.Signal]bool{}
+	hear := func(s os.Signal) {
+		if len(had) > 0 {
+			log.Info("still draining: the same signal again ends at once", "signal", s.String())
+		} else {
+			daemon.SdNotify(false, daemon.SdNotifyStopping)
+			log.Info("draining: no new connections; the same signal again ends at once", "signal", s.String(),
+				"flows", f.Flows().Len(), "deadline", timeout.String())
+			d.elders.End(timeout)
+			time.AfterFunc(timeout, cancel)
+		}
+		had[s] = true
+	}
+	if first != nil {
+		hear(first)
+	} else { // systemd would end what has said that it stops
+		log.Info("draining: no new connections; the daemon ends when the last flow has", "flows", f.Flows().Len())
+	}
 	go func() {
-		had := map[os.Signal]bool{first: true}
 		for s := range signals {
 			if had[s] {
 				d.elders.End(0)
@@ -74,11 +109,14 @@ func (d *process) drain(first os.Signal, signals <-chan os.Signal) error {
 				return
 			}
 			if s != syscall.SIGHUP {
-				had[s] = true
-				log.Info("still draining: the same signal again ends at once", "signal", s.String())
+				hear(s)
 			}
 		}
 	}()
+	if first == nil {
+		f.Withdraw(ctx)
+		f.Settle(ctx)
+	}
 	err := f.Drain(ctx)
 	d.elders.Wait(ctx)
 	if err != nil {

@@ -114,6 +114,7 @@ type process struct {
 	isFirst bool // no other process has started this one
 
 	upgraded    chan *successor // gets the process that has taken over
+	ends        chan struct{}   // is sent to when the daemon is to end with its last flow
 	isUpgrading atomic.Bool
 	isEnding    atomic.Bool                             // no upgrade begins any more
 	giveUp      atomic.Pointer[context.CancelCauseFunc] // ends the upgrade that is under way

@@ -6,12 +6,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
+	"net"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
+	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/server"
@@ -37,9 +43,18 @@ Its open connections go on. A listener stays drained when the configuration is
 reloaded, and is open again after a restart. While all are drained, /readyz says
 that the daemon is not ready.
 
-An https or http listener answers further requests on connections that are open.`,
+A listener with announce is withdrawn first, and accepts connections until its
+grace is over.
+
+An https or http listener answers further requests on connections that are open.
+
+With --all --end the daemon ends, with exit status 0, when its last flow has
+ended, however long that takes. Connections of https and http listeners end
+after the requests that they have. The command waits for that; interrupting it
+changes nothing. SIGTERM ends the daemon after its --drain-timeout, as always.`,
 		Example: `  tailsplice drain web
-  tailsplice drain --all && tailsplice flows`,
+  tailsplice drain --all && tailsplice flows
+  tailsplice drain --all --end && poweroff`,
 	})
 }
 
@@ -58,7 +73,7 @@ tries again each second.`,
 // drainCommand makes cmd drain listeners, or undo that.
 func drainCommand(drain bool, cmd *cobra.Command) *cobra.Command {
 	var a asker
-	var all bool
+	var all, end bool
 	what := "undrain"
 	if drain {
 		what = "drain"
@@ -73,12 +88,22 @@ func drainCommand(drain bool, cmd *cobra.Command) *cobra.Command {
 		} else {
 			query.Set("listener", args[0])
 		}
+		if end && !all {
+			return &usageError{errors.New("--end ends the daemon, with all of its listeners: add --all")}
+		}
+		if end {
+			query.Set("end", "true")
+		}
 		var d server.Drained
-		return a.change(cmd, what, query, &d, func(w io.Writer) {
+		err := a.change(cmd, what, query, &d, func(w io.Writer) {
 			for _, l := range d.Listeners {
 				printDrained(w, l)
 			}
 		})
+		if err != nil || !end {
+			return err
+		}
+		return a.awaitEnd(cmd)
 	}
 	cmd.ValidArgsFunction = a.completes(func(s *server.Status) (names []string) {
 		for _, l := range s.Listeners {
@@ -89,11 +114,51 @@ func drainCommand(drain bool, cmd *cobra.Command) *cobra.Command {
 		return names
 	})
 	cmd.Flags().BoolVar(&all, "all", false, "all listeners")
+	if drain {
+		cmd.Flags().BoolVar(&end, "end", false, "end the daemon when its last flow has ended, and wait for that")
+	}
 	return a.flags(cmd)
 }
 
+// awaitEnd waits until the daemon has ended, and shows on a terminal what is left.
+func (a *asker) awaitEnd(cmd *cobra.Command) error {
+	shows := !a.asJSON && term.IsTerminal(int(os.Stdout.Fd()))
+	for {
+		var s server.Status
+		if err := a.get(cmd, "status", &s); err == nil && shows {
+			left := s.Flows
+			for _, o := range s.Older {
+				left += o.Flows
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "\r%s left, and the daemon ends when there is none\x1b[K", plural(left, "open flow"))
+		}
+		c, err := net.Dial("unix", a.Socket)
+		if err == nil {
+			c.Close()
+		} else if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+			if shows {
+				fmt.Fprint(cmd.OutOrStdout(), "\r\x1b[K")
+			}
+			if !a.asJSON {
+				fmt.Fprintln(cmd.OutOrStdout(), "the daemon has ended")
+			}
+			return nil
+		}
+		select {
+		case <-cmd.Context().Done():
+			return cmd.Context().Err()
+		case <-time.After(endEvery):
+		}
+	}
+}
+
+// endEvery is how often a command looks whether the daemon has ended.
+const endEvery = 500 * time.Millisecond
+
 func printDrained(w io.Writer, l server.DrainedListener) {
 	switch {
+	case !l.Since.IsZero() && len(l.Bound) > 0:
+		fmt.Fprintf(w, "%s is drained, and has %s: it accepts connections for a while yet, as its announcement is withdrawn\n", l.Name, plural(l.Flows, "open flow"))
 	case !l.Since.IsZero():
 		fmt.Fprintf(w, "%s is drained, and has %s\n", l.Name, plural(l.Flows, "open flow"))
 	case l.Shut != "":

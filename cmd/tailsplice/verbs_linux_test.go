@@ -460,3 +460,54 @@ func TestDrain(t *testing.T) {
 		}
 	}
 }
+
+// TestDrainEnd: the daemon refuses connections, and ends with its last flow; the command waits for that.
+func TestDrainEnd(t *testing.T) {
+	web := freeAt(t)
+	dir := t.TempDir()
+	config, control := filepath.Join(dir, "edge.yaml"), filepath.Join(dir, "control.sock")
+	check(t, os.WriteFile(config, fmt.Appendf(nil, "listeners: [{ name: web, listen: [%q], mode: tcp, default: { forward: %q } }]\ncontrol: { socket: %q }\n",
+		web, echoes(t), control), 0o600))
+	run := exec.Command("tailsplice", "run", "--config", config, "--drain-timeout", "1ms")
+	run.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	check(t, run.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- run.Wait() }()
+	t.Cleanup(func() { run.Process.Kill() })
+	d := &verbsDaemon{t: t, control: control}
+	wait(t, "the daemon answers", func() error { _, err := d.ask("status"); return err })
+	if out, err := d.ask("drain", "web", "--end"); err == nil || err.Error() != "exit status 2" || !strings.Contains(out, "add --all") {
+		t.Errorf("one listener: %v, %s", err, out)
+	}
+	flow := dialed(t, web)
+	echoed(t, flow)
+	said := make(chan string, 1)
+	go func() {
+		out, err := d.ask("drain", "--all", "--end")
+		said <- fmt.Sprint(out, err)
+	}()
+	wait(t, "it refuses", func() error {
+		c, err := net.Dial("tcp", web)
+		if errors.Is(err, unix.ECONNREFUSED) {
+			return nil
+		} else if err == nil {
+			c.Close()
+		}
+		return fmt.Errorf("it does not: %v", err)
+	})
+	d.says(false, "the daemon is stopping", "undrain", "web")
+	d.says(false, "the daemon is shutting down", "upgrade")
+	echoed(t, flow)
+	select {
+	case err := <-ended:
+		t.Fatalf("it ended before its last flow: %v", err)
+	case out := <-said:
+		t.Fatalf("the command did not wait: %s", out)
+	default:
+	}
+	flow.Close()
+	check(t, <-ended)
+	if out := <-said; out != "web is drained, and has 1 open flow\nthe daemon has ended\n<nil>" {
+		t.Errorf("%q", out)
+	}
+}

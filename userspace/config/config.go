@@ -40,6 +40,17 @@ type Listener struct {
 	ServerTiming bool           `yaml:"server_timing" kind:"true"`
 	Default      *Action        `yaml:"default" noun:"default"`
 	WhileDown    string         `yaml:"while_down" enum:"accept close"`
+	Announce     *Announce      `yaml:"announce" noun:"announce"`
+}
+
+// Announce says how others learn whether the listener should get connections. It has File, Up or Down.
+type Announce struct {
+	Section
+	File    string        `yaml:"file" kind:"file"`
+	Up      []string      `yaml:"up" kind:"word" nonempty:"true" repeats:"true"`
+	Down    []string      `yaml:"down" kind:"word" nonempty:"true" repeats:"true"`
+	Timeout time.Duration `yaml:"timeout" default:"5s" min:"100ms" max:"5m"`
+	Grace   time.Duration `yaml:"grace" default:"5s" min:"0s" max:"10m"`
 }
 
 // AcceptProxy names the peers whose PROXY headers are believed.

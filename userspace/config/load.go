@@ -69,7 +69,7 @@ func Parse(file string, data []byte) (*Config, error) {
 		}
 		d := &decoder{reporter: r, fields: map[reflect.Type][]field{}}
 		d.root(root, c)
-		v := &validator{reporter: r, bound: map[uint16][]bound{}}
+		v := &validator{reporter: r, bound: map[uint16][]bound{}, announced: map[string]Pos{}}
 		v.config(c)
 	}
 	if len(r.errs) > 0 {

@@ -13,7 +13,8 @@ import (
 // what the decoder has already complained about.
 type validator struct {
 	*reporter
-	bound map[uint16][]bound // by port
+	bound     map[uint16][]bound // by port
+	announced map[string]Pos     // files of announce
 }
 
 // bound is an address that something listens on.
@@ -166,6 +167,30 @@ func (v *validator) listener(l *Listener) {
 	}
 	v.listenerHTTP(l)
 	v.whileDown(l)
+	if l.Announce != nil {
+		v.announce(l.Announce)
+	}
+}
+
+// announce refuses what would tell nobody, or half: a command for one of both states leaves the other one as it
+// was.
+func (v *validator) announce(a *Announce) {
+	if f := a.File; f != "" {
+		a.File = v.path(f)
+		if before, twice := v.announced[a.File]; twice {
+			v.errorf(a.At("file"), "announce.file %q is that of another listener, on line %d: each needs a file of its own", f, before.Line)
+		} else {
+			v.announced[a.File] = a.At("file")
+		}
+	}
+	for _, argv := range [][]string{a.Up, a.Down} {
+		if len(argv) > 0 && strings.Contains(argv[0], "/") {
+			argv[0] = v.path(argv[0])
+		}
+	}
+	v.errorIf(!a.has("file") && !a.has("up") && !a.has("down"), a.Pos, "announce tells nobody: add file: FILE, or up and down, such as { up: [birdc, enable, anycast], down: [birdc, disable, anycast] }")
+	v.errorIf(a.has("up") && !a.has("down"), a.keyAt("up"), "up without down: nothing would withdraw what it announces: add down: [PROGRAM]")
+	v.errorIf(a.has("down") && !a.has("up"), a.keyAt("down"), "down without up: nothing would announce again what it withdraws: add up: [PROGRAM]")
 }
 
 // whileDown refuses to watch a default that is not there, or where it would close a listener for its pages,

@@ -180,6 +180,12 @@ func (n *Needs) listener(cfg *config.Config, l *config.Listener) {
 			n.AccessLogs = append(n.AccessLogs, log)
 		}
 	}
+	if a := l.Announce; a != nil {
+		if len(a.Up) > 0 { // the folder of its file may be systemd's, and is there once the daemon starts
+			n.file(a.Up[0], a.At("up"), UseRun)
+			n.file(a.Down[0], a.At("down"), UseRun)
+		}
+	}
 	if l.AcceptProxy != nil {
 		n.identities(&l.AcceptProxy.Section, "from", l.AcceptProxy.From)
 	}

@@ -27,13 +27,14 @@ type DrainedListener struct {
 	Shut  string    `json:"closed,omitempty"` // why while_down has closed it
 }
 
-// SetDrained closes the sockets of a listener, or of all, or opens them again. Flows go on. A reload leaves
+// SetDrained closes the sockets of a listener, or of all, or opens them again. Where others are told that a
+// listener should get connections, that is withdrawn first, and its sockets close after its grace. Flows go on. A reload leaves
 // the listener drained, a restart does not. query has listener=NAME or all. The error says that there is no
 // such listener, or that one is drained no more and can't be bound yet, which is tried again.
 func (srv *Server) SetDrained(query url.Values, drained bool) (Drained, error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	if srv.isClosed {
+	if srv.isClosed || srv.isEnding {
 		return Drained{}, errors.New("the daemon is stopping: all of its listeners are closed")
 	}
 	names, err := srv.listenersOf(query)
@@ -44,9 +45,10 @@ func (srv *Server) SetDrained(query url.Values, drained bool) (Drained, error) {
 		l := srv.listeners[name]
 		switch {
 		case !drained:
-			l.drained = time.Time{}
+			l.drained, l.lingers = time.Time{}, false
 		case l.drained.IsZero():
 			l.drained = time.Now()
+			srv.linger(l, l.drained)
 		}
 	}
 	srv.rebindNow(srv.tailnetErr)

@@ -83,8 +83,21 @@ func (srv *Server) Orders() (json.RawMessage, error) {
 func (srv *Server) Rest() {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
+	srv.rest(true)
 	for _, s := range srv.sockets {
 		s.stop()
+	}
+}
+
+// rest has the announcers tell nothing while another process may be doing so.
+//
+// +checklocks:srv.mu
+func (srv *Server) rest(rests bool) {
+	srv.isResting = rests
+	for _, l := range srv.listeners {
+		if l.announcer != nil {
+			l.announcer.Hold(rests)
+		}
 	}
 }
 
@@ -93,6 +106,7 @@ func (srv *Server) Resume() {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
 	srv.isFrozen = false
+	srv.rest(false)
 	if srv.isClosed {
 		return
 	}
@@ -121,6 +135,9 @@ func (srv *Server) Leave() {
 	}
 	for _, l := range srv.listeners {
 		l.gate.stop()
+		if l.announcer != nil {
+			l.announcer.Leave()
+		}
 	}
 	srv.health.Use(srv.ctx, srv.checksOfFlows())
 	go srv.acme.Close()
@@ -186,6 +203,7 @@ func (srv *Server) Accept() {
 	for _, s := range srv.sockets {
 		srv.start(s)
 	}
+	srv.tellOthers()
 }
 
 // start has s accept, unless New is to return first.

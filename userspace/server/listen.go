@@ -61,7 +61,7 @@ func bindings(cfg *config.Config, owners map[string]*listener, tailnetAddrs []ne
 	lacks = map[lack]error{}
 	for _, l := range cfg.Listeners {
 		owner := owners[l.Name]
-		if !owner.drained.IsZero() || l.WhileDown == whileDownClose && owner.isShut {
+		if !owner.drained.IsZero() && !owner.lingers || l.WhileDown == whileDownClose && owner.isShut {
 			continue
 		}
 		for _, written := range l.Listen {
@@ -394,6 +394,7 @@ func (srv *Server) bind(cfg *config.Config, listeners map[string]*listener, plac
 //
 // +checklocks:srv.mu
 func (srv *Server) rebindNow(tailnetErr error) {
+	defer srv.tellOthers()
 	if srv.isClosed || srv.isFrozen {
 		return
 	}

@@ -32,10 +32,11 @@ const (
 	PartContainers  = "containers"  // that dockerd can't be asked for
 	PartDeny        = "deny"        // a file that is not in force as it is
 	PartACME        = "acme"        // a name whose certificate can't be had now
+	PartAnnounce    = "announce"    // by which others can't be told
 )
 
 var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, PartAccessLog, PartHealth,
-	PartDatapath, PartTransparent, PartContainers, PartDeny, PartACME}
+	PartDatapath, PartTransparent, PartContainers, PartDeny, PartACME, PartAnnounce}
 
 // Unready says whether the daemon is not ready while there is p: it can't take connections that it should.
 // With the others it can. One of ACME is none, since who sends no connections keeps the authority's out, too.
@@ -99,6 +100,10 @@ func (srv *Server) problems() []Problem {
 				}
 			}
 		}
+		if l.announcer != nil {
+			_, _, err := l.announcer.State()
+			all.add(PartAnnounce, c.Name, "", err)
+		}
 		if r := l.service.Load().Fallback; r != nil {
 			all.add(PartDefault, c.Name, r.Written, l.gate.closed())
 		}
@@ -145,7 +150,7 @@ type Readiness struct {
 func (srv *Server) Ready() Readiness {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	r := Readiness{Format: flow.FormatVersion, Draining: srv.isClosed, Problems: srv.problems()}
+	r := Readiness{Format: flow.FormatVersion, Draining: srv.isClosed || srv.isEnding, Problems: srv.problems()}
 	var isAll bool
 	r.Drained, isAll = srv.drainedNames()
 	r.Ready = !r.Draining && !isAll && !slices.ContainsFunc(r.Problems, func(p Problem) bool {

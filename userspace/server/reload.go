@@ -35,7 +35,7 @@ func (srv *Server) apply(cfg *config.Config) error {
 	}
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	if srv.isClosed {
+	if srv.isClosed || srv.isEnding {
 		return errors.New("the daemon is shutting down")
 	}
 	if srv.isFrozen {
@@ -141,6 +141,7 @@ func (srv *Server) swap(c *change) {
 	if srv.namesInterface() {
 		srv.watchInterfaces.Do(func() { go srv.followInterfaces(srv.ctx) })
 	}
+	srv.bequeath(c)
 	for name, old := range srv.listeners {
 		if c.listeners[name] != old {
 			old.retire(srv.ctx)
@@ -166,6 +167,7 @@ func (srv *Server) swap(c *change) {
 	go srv.warnOfTailscaled(needs.Listens)
 	srv.noteUnbound(c.bound)
 	srv.watchDefaults()
+	srv.tellOthers()
 }
 
 // swapServices gives the listeners of c what they do.

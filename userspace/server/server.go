@@ -11,6 +11,7 @@
 //	places.go     interfaces and hosts that listeners name
 //	gate.go       listeners are shut while their default can't be reached
 //	drain.go      listeners are closed at an operator's word
+//	announce.go   others are told which listeners should get connections
 //	handover.go   what is bound goes to another process, or comes from one
 //	limits.go     limits that fit the memory and the files that there are
 //	access_log.go which access logs are open
@@ -190,6 +191,8 @@ type present struct {
 	unwanted  []*listenerSocket // of another process, while nothing is accepted: they are closed then
 	wereOpen  map[string]bool   // listeners of which sockets came from another process
 	orders    orders            // that another process had, until the first configuration is in force
+	isEnding  bool              // connections are accepted still, and others are told to send none
+	isResting bool              // another process may accept, and tell others
 
 	healthSockets map[string]*net.TCPListener // of control.health on the tailnet, by address
 
@@ -313,10 +316,11 @@ func (srv *Server) Settle(ctx context.Context) {
 	}
 }
 
-// Drain stops accepting and waits until all flows have ended or ctx ends; then it closes. The error says how
+// Drain withdraws what is announced, stops accepting once the grace of that is over, and waits until all flows
+// have ended or ctx ends; then it closes. The error says how
 // many connections it had to cut.
 func (srv *Server) Drain(ctx context.Context) error {
-	srv.stopAccepting()
+	srv.Withdraw(ctx)
 	srv.mu.Lock()
 	listeners := srv.listeners
 	srv.mu.Unlock()
@@ -342,6 +346,7 @@ func (srv *Server) Drain(ctx context.Context) error {
 
 // Close ends everything at once.
 func (srv *Server) Close() {
+	srv.endAnnouncements()
 	srv.stopAccepting()
 	srv.cancel()
 	srv.mu.Lock()

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/accesslog"
+	"github.com/tailsplice/tailsplice/userspace/announce"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
@@ -24,6 +25,9 @@ type listener struct {
 	isShut bool  // its sockets are to be closed; without while_down: close it says nothing
 
 	drained time.Time // since when they are closed by an operator's word, or zero; guarded by Server.mu
+	lingers bool      // they are not closed yet, though it is drained; guarded by Server.mu
+
+	announcer *announce.Announcer // nil: nobody is told; guarded by Server.mu
 }
 
 // retire ends what l does beside its flows, which go on; requests do until ctx ends.

@@ -67,8 +67,10 @@ type ListenerStatus struct {
 	Listen       []string       `json:"listen"` // as configured
 	Bound        []string       `json:"bound"`  // as bound now
 	WhileDown    string         `json:"while_down,omitempty"`
-	Closed       string         `json:"closed,omitempty"` // why it is, by while_down
-	Drained      time.Time      `json:"drained,omitzero"` // since when it is closed by `tailsplice drain`
+	Closed       string         `json:"closed,omitempty"`        // why it is, by while_down
+	Drained      time.Time      `json:"drained,omitzero"`        // since when it is closed by `tailsplice drain`
+	Announced    string         `json:"announced,omitempty"`     // up or down: whether others are told that it should get connections
+	NotAnnounced string         `json:"not_announced,omitempty"` // why it is down
 	AcceptProxy  []string       `json:"accept_proxy,omitempty"`
 	Allow        []string       `json:"allow,omitempty"`
 	Deny         []string       `json:"deny,omitempty"` // ranges and files
@@ -166,6 +168,9 @@ func (srv *Server) listenerStatus(c *config.Listener) ListenerStatus {
 	}
 	if err := l.gate.closed(); err != nil {
 		s.Closed = err.Error()
+	}
+	if l.announcer != nil {
+		s.Announced, s.NotAnnounced = l.announcer.Status()
 	}
 	if c.AcceptProxy != nil {
 		s.AcceptProxy = c.AcceptProxy.From

@@ -61,13 +61,13 @@ func TestWhileDown(t *testing.T) {
 		t.Cleanup(func() { proxy.Stop(time.Second) })
 		s.losesTailnet(t, "203.0.113.1:443")
 	})
-	t.Run("an announcement follows readyz", func(t *testing.T) {
+	t.Run("an announcement follows the listener", func(t *testing.T) {
 		s.announce(t)
 		s.losesTailnet(t, net.JoinHostPort(lab.Anycast4.String(), "443"))
 	})
 }
 
-// announce has edge A announce the anycast addresses as docs/health.md says it.
+// announce has edge A announce the anycast addresses as docs/anycast.md says it, while its listener web serves.
 func (s *story) announce(t *testing.T) {
 	t.Helper()
 	edge := s.EdgeA
@@ -83,7 +83,8 @@ func (s *story) announce(t *testing.T) {
 		}
 	}
 	t.Cleanup(func() { restart(string(config)) })
-	restart(string(config) + "control: { health: \"127.0.0.1:9465\" }\n")
+	announced := strings.Replace(string(config), "    mode: sni\n", "    mode: sni\n    announce: { file: /run/tailsplice/web.up }\n", 1)
+	restart(announced + "control: { health: \"127.0.0.1:9465\" }\n")
 
 	s.prefer(t, edge) // and afterwards it has its own configuration of bird again
 	script := "/etc/announce"
@@ -101,21 +102,21 @@ func (s *story) announce(t *testing.T) {
 	t.Cleanup(func() { p.Stop(time.Second) })
 }
 
-// documented is the block of docs/health.md that follows the name of a file.
+// documented is the block of docs/anycast.md that follows the name of a file.
 func documented(t *testing.T, file string) []byte {
 	t.Helper()
 	root, err := lab.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
-	page, err := os.ReadFile(filepath.Join(root, "docs/health.md"))
+	page, err := os.ReadFile(filepath.Join(root, "docs/anycast.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, after, _ := strings.Cut(string(page), "`"+file+"`")
 	found := regexp.MustCompile("(?s)^[^`]*\n```\\w*\n(.*?)```").FindStringSubmatch(after)
 	if found == nil {
-		t.Fatalf("docs/health.md does not show %s", file)
+		t.Fatalf("docs/anycast.md does not show %s", file)
 	}
 	return []byte(found[1])
 }

@@ -1,0 +1,288 @@
+// Package announce tells others whether a listener should get connections, by a file that exists while it
+// should, and by commands: for BGP daemons, which then announce its addresses or withdraw them.
+package announce
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/hook"
+)
+
+// Spec is how others are told.
+type Spec struct {
+	Listener string
+	File     string        // exists while the listener should get connections; "": there is none
+	Up, Down []string      // programs with arguments; nil: there is none
+	Timeout  time.Duration // of one run
+}
+
+func (s Spec) equal(o Spec) bool {
+	return s.Listener == o.Listener && s.File == o.File && slices.Equal(s.Up, o.Up) && slices.Equal(s.Down, o.Down) && s.Timeout == o.Timeout
+}
+
+// What failed is tried again after firstRetry, and then after twice as long each time, up to lastRetry.
+const (
+	firstRetry = time.Second
+	lastRetry  = 30 * time.Second
+)
+
+// An Announcer tells others of one listener. Make it with New, and end it with End or Leave.
+type Announcer struct {
+	log    *slog.Logger
+	ctx    context.Context
+	cancel context.CancelFunc
+	wake   chan struct{}
+	gone   chan struct{} // closed when nothing is told any more
+
+	mu sync.Mutex
+	// +checklocks:mu
+	want order
+	// +checklocks:mu
+	held bool
+	// +checklocks:mu
+	interrupt context.CancelFunc // ends the command that runs
+	// +checklocks:mu
+	tried int // the number of the last order that was carried out, or failed
+	// +checklocks:mu
+	moved chan struct{} // closed when tried moves
+	// +checklocks:mu
+	err error // why the last order is not carried out
+	// +checklocks:mu
+	tries int // orders that were carried out, or failed
+}
+
+// order is what is to be told.
+type order struct {
+	Spec
+	number int // 0: nothing yet
+	isUp   bool
+	reason string // why it is not up
+}
+
+// New tells nothing until Set.
+func New(log *slog.Logger) *Announcer {
+	a := &Announcer{log: log, wake: make(chan struct{}, 1), gone: make(chan struct{}), moved: make(chan struct{})}
+	a.ctx, a.cancel = context.WithCancel(context.Background())
+	go a.run()
+	return a
+}
+
+// Set has others told, soon, that the listener should get connections, or else why not. It returns at once. Of
+// several calls while a command runs the last one counts; another reason alone is told to nobody.
+func (a *Announcer) Set(spec Spec, isUp bool, reason string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if w := &a.want; w.number > 0 && w.isUp == isUp && w.equal(spec) {
+		w.reason = reason
+		return
+	}
+	a.want = order{spec, a.want.number + 1, isUp, reason}
+	a.look()
+}
+
+// Hold has nothing told from now on, and kills a command that runs; without hold what was last set is told
+// again.
+func (a *Announcer) Hold(hold bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.held = hold
+	if hold && a.interrupt != nil {
+		a.interrupt()
+	}
+	if !hold && a.want.number > 0 {
+		a.want.number++
+	}
+	a.look()
+}
+
+// look has run look for what is to be done.
+func (a *Announcer) look() {
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+}
+
+// State is what was last set. err says why others may not know yet.
+func (a *Announcer) State() (isUp bool, reason string, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.want.isUp, a.want.reason, a.err
+}
+
+// File is the one of what was last set.
+func (a *Announcer) File() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.want.File
+}
+
+// Status is State for people: up or down, and why it is down.
+func (a *Announcer) Status() (told, why string) {
+	isUp, reason, _ := a.State()
+	return state(isUp), reason
+}
+
+// Wait waits until what was last set has been told, or could not be, or ctx ends.
+func (a *Announcer) Wait(ctx context.Context) {
+	for {
+		a.mu.Lock()
+		isDone, moved := a.tried >= a.want.number, a.moved
+		a.mu.Unlock()
+		if isDone {
+			return
+		}
+		select {
+		case <-moved:
+		case <-a.gone:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// End has others told that the listener should get no connections, waits until that is done or has failed once,
+// and tells nothing afterwards. It may be called several times.
+func (a *Announcer) End(reason string) {
+	a.mu.Lock()
+	isSet, spec := a.want.number > 0, a.want.Spec
+	a.mu.Unlock()
+	if isSet {
+		a.Set(spec, false, reason)
+		a.Wait(a.ctx)
+	}
+	a.Leave()
+	<-a.gone
+}
+
+// Leave tells nothing afterwards, and leaves what was told: it is another process's.
+func (a *Announcer) Leave() { a.cancel() }
+
+func (a *Announcer) run() {
+	defer close(a.gone)
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	var file string // that is there, or may be
+	pause := firstRetry
+	for {
+		select {
+		case <-a.ctx.Done():
+			return
+		case <-a.wake:
+		case <-retry.C:
+		}
+		for { // until what is set is told
+			a.mu.Lock()
+			want, isDone := a.want, a.held || a.ctx.Err() != nil || a.tried >= a.want.number && a.err == nil
+			ctx, interrupt := context.WithCancel(a.ctx)
+			a.interrupt = interrupt
+			a.mu.Unlock()
+			if isDone {
+				interrupt()
+				break
+			}
+			err := a.tell(ctx, want, &file)
+			interrupt()
+			a.mu.Lock()
+			if a.held || a.ctx.Err() != nil { // it was interrupted
+				a.mu.Unlock()
+				break
+			}
+			before, isLast := a.err, a.want.number == want.number
+			a.tried, a.err = want.number, err
+			a.tries++
+			close(a.moved)
+			a.moved = make(chan struct{})
+			a.mu.Unlock()
+			if err != nil && (before == nil || before.Error() != err.Error()) {
+				a.log.Warn("others can't be told whether a listener should get connections: it is tried again",
+					"listener", want.Listener, "state", state(want.isUp), "err", err)
+			}
+			if err == nil {
+				a.log.Info("others were told whether a listener should get connections",
+					"listener", want.Listener, "state", state(want.isUp), "reason", want.reason)
+				pause = firstRetry
+			} else if isLast {
+				retry.Reset(pause)
+				pause = min(2*pause, lastRetry)
+				break
+			}
+		}
+	}
+}
+
+// tell carries out w. file is the one that there may be, as left by the order before.
+func (a *Announcer) tell(ctx context.Context, w order, file *string) error {
+	var errs []error
+	if *file != "" && *file != w.File { // another one was configured
+		errs = append(errs, remove(*file))
+	}
+	*file = w.File
+	if w.File != "" && w.isUp {
+		errs = append(errs, create(w.File))
+	} else if w.File != "" {
+		errs = append(errs, remove(w.File))
+	}
+	argv := w.Down
+	if w.isUp {
+		argv = w.Up
+	}
+	if len(argv) > 0 {
+		errs = append(errs, hook.Program{Argv: argv, Timeout: w.Timeout, Key: "announce.timeout",
+			Env: map[string]string{"TAILSPLICE_LISTENER": w.Listener, "TAILSPLICE_STATE": state(w.isUp), "TAILSPLICE_REASON": w.reason}}.Run(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+func state(isUp bool) string {
+	if isUp {
+		return "up"
+	}
+	return "down"
+}
+
+// create makes a file that everybody may read, by a rename, so that nobody sees an empty one.
+func create(name string) error {
+	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".")
+	if err != nil {
+		return fmt.Errorf("announce.file %s can't be created: %w", name, cause(err))
+	}
+	_, err = f.WriteString("up\n")
+	err = errors.Join(err, f.Chmod(0o644), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), name)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+		return fmt.Errorf("announce.file %s can't be created: %w", name, cause(err))
+	}
+	return nil
+}
+
+func remove(name string) error {
+	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("announce.file %s can't be removed: %w", name, cause(err))
+	}
+	return nil
+}
+
+// cause is err without the path, which is said already.
+func cause(err error) error {
+	if path, ok := errors.AsType[*fs.PathError](err); ok {
+		return path.Err
+	}
+	if link, ok := errors.AsType[*os.LinkError](err); ok {
+		return link.Err
+	}
+	return err
+}

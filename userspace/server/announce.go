@@ -1,0 +1,190 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/announce"
+	"github.com/tailsplice/tailsplice/userspace/config"
+)
+
+// tellOthers has the announcers tell whether their listeners should get connections. A process that another one
+// has not handed over to yet, or that has handed over, tells nothing.
+//
+// +checklocks:srv.mu
+func (srv *Server) tellOthers() {
+	if srv.isHeld || srv.isResting || srv.hasLeft || srv.plan == nil {
+		return
+	}
+	for _, c := range srv.plan.Config.Listeners {
+		l := srv.listeners[c.Name]
+		switch {
+		case c.Announce == nil && l.announcer != nil:
+			go l.announcer.End("announce is no longer configured")
+			l.announcer = nil
+		case c.Announce == nil:
+		default:
+			if l.announcer == nil {
+				l.announcer = announce.New(srv.log)
+			}
+			why := srv.notServing(c, l)
+			reason := ""
+			if why != nil {
+				reason = why.Error()
+			}
+			a := c.Announce
+			l.announcer.Set(announce.Spec{Listener: c.Name, File: a.File, Up: a.Up, Down: a.Down, Timeout: a.Timeout}, why == nil, reason)
+		}
+	}
+}
+
+// notServing is why l should get no connections, or nil. Certificates are no reason: those of another edge have
+// most likely the same problem.
+//
+// +checklocks:srv.mu
+func (srv *Server) notServing(c *config.Listener, l *listener) error {
+	switch {
+	case srv.isEnding || srv.isClosed:
+		return errors.New("the daemon ends")
+	case !l.drained.IsZero():
+		return errors.New("the listener is drained")
+	case c.WhileDown == whileDownClose && l.isShut:
+		if err := l.gate.closed(); err != nil {
+			return err
+		}
+		return errUnchecked
+	}
+	for lacking, err := range srv.unbound {
+		if lacking.listener == c.Name {
+			return err
+		}
+	}
+	if len(srv.tailnetAddrs) == 0 && srv.tailnetErr != nil && slices.ContainsFunc(c.Listen, config.OnTailnet) {
+		return srv.tailnetErr
+	}
+	if len(srv.boundOf(l)) == 0 {
+		return errors.New("none of its addresses is bound")
+	}
+	return nil
+}
+
+// bequeath gives the announcers of listeners that c replaces to those that come in their place: the one of the
+// same name, or of the same file. Each other announcement ends.
+//
+// +checklocks:srv.mu
+func (srv *Server) bequeath(c *change) {
+	for name, old := range srv.listeners {
+		if old.announcer == nil || c.listeners[name] == old {
+			continue
+		}
+		file := old.announcer.File()
+		for _, next := range c.plan.Config.Listeners {
+			a := next.Announce
+			if heir := c.listeners[next.Name]; a != nil && heir.announcer == nil && old.announcer != nil &&
+				(next.Name == name || file != "" && a.File == file) {
+				heir.announcer, old.announcer = old.announcer, nil
+			}
+		}
+		if old.announcer != nil {
+			go old.announcer.End("the listener is no longer configured")
+		}
+	}
+}
+
+// linger has a listener that was drained at since go on accepting until its announcement is withdrawn and its
+// grace is over.
+//
+// +checklocks:srv.mu
+func (srv *Server) linger(l *listener, since time.Time) {
+	grace := srv.grace(l)
+	if grace == 0 {
+		return
+	}
+	l.lingers = true
+	a := l.announcer
+	go func() {
+		a.Wait(srv.ctx)
+		sleep(srv.ctx, grace)
+		srv.mu.Lock()
+		defer srv.mu.Unlock()
+		if l.lingers && l.drained.Equal(since) {
+			l.lingers = false
+			srv.rebindNow(srv.tailnetErr)
+		}
+	}()
+}
+
+// grace is how long l accepts connections after its announcement is withdrawn; 0 where it is not announced.
+//
+// +checklocks:srv.mu
+func (srv *Server) grace(l *listener) time.Duration {
+	if l.announcer == nil {
+		return 0
+	}
+	isUp, _, _ := l.announcer.State()
+	for _, c := range srv.plan.Config.Listeners {
+		if c.Name == l.name && c.Announce != nil && (isUp || l.lingers) {
+			return c.Announce.Grace
+		}
+	}
+	return 0
+}
+
+// sleep waits, unless ctx ends first.
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// Withdraw withdraws all announcements, and accepts connections until others know that and the grace of each
+// listener is over, or ctx ends.
+func (srv *Server) Withdraw(ctx context.Context) {
+	defer srv.stopAccepting()
+	srv.mu.Lock()
+	if srv.hasLeft || srv.isHeld || srv.plan == nil {
+		srv.mu.Unlock()
+		return
+	}
+	graces := map[*announce.Announcer]time.Duration{}
+	for _, l := range srv.listeners {
+		if l.announcer != nil && !srv.isEnding {
+			graces[l.announcer] = srv.grace(l)
+		}
+	}
+	srv.isEnding = true
+	srv.tellOthers()
+	srv.mu.Unlock()
+	var all sync.WaitGroup
+	for a, grace := range graces {
+		all.Go(func() {
+			a.Wait(ctx)
+			sleep(ctx, grace)
+		})
+	}
+	all.Wait()
+}
+
+// endAnnouncements withdraws what is announced, and waits until others know, or could not be told; what is
+// another process's stays.
+func (srv *Server) endAnnouncements() {
+	srv.mu.Lock()
+	var all sync.WaitGroup
+	isOurs := !srv.hasLeft && !srv.isHeld && !srv.isResting
+	srv.isEnding = srv.isEnding || isOurs
+	for _, l := range srv.listeners {
+		switch a := l.announcer; {
+		case a == nil:
+		case isOurs:
+			all.Go(func() { a.End("the daemon ends") })
+		default:
+			a.Leave()
+		}
+	}
+	srv.mu.Unlock()
+	all.Wait()
+}

@@ -1,0 +1,220 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// announced is a daemon whose listener web tells others by a file, with what is said of a listener of its own.
+type announced struct {
+	*daemon
+	file, addr, target string
+	options            string // of announce, beside file
+}
+
+func (a *announced) yaml(more string) string {
+	return fmt.Sprintf(`
+listeners:
+  - { name: web, listen: [%q], mode: tcp, default: { forward: %q }, announce: { file: %q%s }%s }
+`, a.addr, a.target, a.file, a.options, more)
+}
+
+func (a *announced) isUp() bool {
+	_, err := os.Stat(a.file)
+	return err == nil
+}
+
+// accepts says whether who connects is served or at least accepted.
+func accepts(addr string) bool {
+	c, err := net.Dial("tcp", addr)
+	if err == nil {
+		c.Close()
+	}
+	return err == nil
+}
+
+func announcedListener(t *testing.T, options string) *announced {
+	return &announced{file: filepath.Join(t.TempDir(), "web.up"), addr: freeAddr(t), target: freeAddr(t), options: options}
+}
+
+// TestAnnounced: others are told that a listener should get connections while it is bound, its default answers,
+// and it is not drained.
+func TestAnnounced(t *testing.T) {
+	a := announcedListener(t, ", grace: 0s")
+	if err := os.WriteFile(a.file, nil, 0o600); err != nil { // of one that was killed
+		t.Fatal(err)
+	}
+	other, err := net.Listen("tcp", a.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.daemon = start(t, a.yaml(", while_down: close"))
+	is := func(up bool, why string) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("announced: %t, %s", up, why), func() bool {
+			l := a.Status().Listeners[0]
+			return a.isUp() == up && l.Announced == map[bool]string{true: "up", false: "down"}[up] && strings.Contains(l.NotAnnounced, why)
+		})
+	}
+	is(false, "")
+	ln, err := net.Listen("tcp", a.target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	eventually(t, "another program has its address", func() bool { return a.has(PartAddress, a.addr, "in use") })
+	is(false, "the port is in use")
+	other.Close()
+	is(true, "")
+	if !accepts(a.addr) {
+		t.Error("it is announced, and does not accept")
+	}
+	web := url.Values{"listener": {"web"}}
+	if _, err := a.SetDrained(web, true); err != nil {
+		t.Fatal(err)
+	}
+	is(false, "the listener is drained")
+	eventually(t, "it is closed", func() bool { return !accepts(a.addr) })
+	if _, err := a.SetDrained(web, false); err != nil {
+		t.Fatal(err)
+	}
+	is(true, "")
+	ln.Close()
+	is(false, "the target refused the connection")
+	if ln, err = net.Listen("tcp", a.target); err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	is(true, "")
+
+	// A reload moves the file, has another mode, and ends it.
+	old := a.file
+	a.file = filepath.Join(t.TempDir(), "moved.up")
+	if err := a.Reload(parse(t, a.yaml(", while_down: close"))); err != nil {
+		t.Fatal(err)
+	}
+	is(true, "")
+	if _, err := os.Stat(old); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the old file: %v", err)
+	}
+	if err := a.Reload(parse(t, strings.Replace(a.yaml(""), "mode: tcp", "mode: sni", 1))); err != nil {
+		t.Fatal(err)
+	}
+	is(true, "")
+	if err := a.Reload(parse(t, strings.Replace(a.yaml(""), "name: web", "name: renamed", 1))); err != nil {
+		t.Fatal(err)
+	}
+	is(true, "")
+	if err := a.Reload(parse(t, fmt.Sprintf("listeners: [{ listen: [%q], mode: tcp, default: { forward: %q } }]", a.addr, a.target))); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "nobody is told any more", func() bool { return !a.isUp() })
+}
+
+// TestGrace: an announcement is withdrawn before the sockets close, by drain and at the end. Who comes in
+// between is accepted.
+func TestGrace(t *testing.T) {
+	// The program says when it has begun, and ends when it is let.
+	dir := t.TempDir()
+	begun, may := filepath.Join(dir, "begun"), filepath.Join(dir, "may")
+	down := fmt.Sprintf("if [ -e %s.armed ]; then echo >>%s; while [ ! -e %s ]; do sleep 0.01; done; fi", begun, begun, may)
+	a := announcedListener(t, fmt.Sprintf(`, grace: 50ms, timeout: 1m, up: ["true"], down: [sh, -c, %q]`, down))
+	a.daemon = start(t, a.yaml(""))
+	eventually(t, "it is announced", a.isUp)
+	touch := func(name string) {
+		t.Helper()
+		if err := os.WriteFile(name, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	touch(begun + ".armed")
+	withdraws := func(how string) {
+		t.Helper()
+		eventually(t, how+": it is withdrawn", func() bool { b, _ := os.ReadFile(begun); return len(b) == 1 && !a.isUp() })
+		if !accepts(a.addr) {
+			t.Errorf("%s: it is closed before others know", how)
+		}
+		touch(may)
+		eventually(t, how+": it is closed", func() bool { return !accepts(a.addr) })
+		os.Remove(begun)
+		os.Remove(may)
+	}
+	web := url.Values{"listener": {"web"}}
+	got, err := a.SetDrained(web, true)
+	if err != nil || len(got.Listeners[0].Bound) != 1 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	withdraws("drained")
+	if _, err := a.SetDrained(web, false); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is announced again", a.isUp)
+	ended := make(chan error, 1)
+	go func() { ended <- a.Drain(context.Background()) }()
+	eventually(t, "it says that it ends", func() bool { return a.Ready().Draining })
+	if _, err := a.SetDrained(web, false); err == nil {
+		t.Error("a daemon that ends is opened")
+	}
+	withdraws("at the end")
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestAnnounceFails: a program that fails is a problem, which neither closes the listener nor makes it unready.
+func TestAnnounceFails(t *testing.T) {
+	a := announcedListener(t, `, up: [sh, -c, "echo no such protocol; exit 1"], down: ["true"]`)
+	a.daemon = start(t, a.yaml(""))
+	eventually(t, "it is a problem", func() bool { return a.has(PartAnnounce, "", "no such protocol") })
+	if !a.Ready().Ready || !accepts(a.addr) {
+		t.Errorf("%s", a.Ready())
+	}
+}
+
+// TestAnnouncedOver: while another process takes over, nothing is withdrawn, whether that succeeds or not.
+func TestAnnouncedOver(t *testing.T) {
+	downs := filepath.Join(t.TempDir(), "downs")
+	a := announcedListener(t, fmt.Sprintf(`, grace: 0s, up: ["true"], down: [sh, -c, %q]`, "echo >>"+downs))
+	a.daemon = start(t, a.yaml(""))
+	eventually(t, "it is announced", a.isUp)
+	stays := func(what string) {
+		t.Helper()
+		if b, _ := os.ReadFile(downs); len(b) > 0 || !a.isUp() {
+			t.Fatalf("%s: it was withdrawn", what)
+		}
+	}
+	takeOver := func() *daemon {
+		t.Helper()
+		sockets, err := a.Sockets()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return startOptions(t, parse(t, a.yaml("")), Options{Handed: sockets, Held: true})
+	}
+	next := takeOver()
+	a.Rest()
+	next.Close() // it fails
+	a.Resume()
+	stays("an upgrade that failed")
+	next = takeOver()
+	a.Rest()
+	next.Accept()
+	a.Leave()
+	if err := a.Drain(t.Context()); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "the new one has told", func() bool { return next.Status().Listeners[0].Announced == "up" })
+	stays("an upgrade")
+	next.Close()
+	if b, _ := os.ReadFile(downs); len(b) != 1 || a.isUp() {
+		t.Errorf("the new one's end: %q", b)
+	}
+}

@@ -192,9 +192,10 @@ func (s *story) page(ctx context.Context, network string) (facts, error) {
 
 // daemonStatus is what the tests need of `tailsplice status --json`.
 type daemonStatus struct {
-	Flows    int
-	Accepted map[string]int64
-	Refused  map[string]int64
+	Flows     int
+	Accepted  map[string]int64
+	Refused   map[string]int64
+	Listeners []struct{ Bound []string }
 }
 
 func status(t *testing.T, d *lab.Daemon) (s daemonStatus) {

@@ -195,9 +195,12 @@ func TestEarlyAnswers(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			each(t, func(t *testing.T, p protocol) {
+				closed := make(chan struct{}, 2*tries)
 				h := p.hop(t, rawUpstream(t, func(c2 *net.TCPConn, br *bufio.Reader) {
 					readHead(br)
 					io.WriteString(c2, c.answer)
+					c2.Close()
+					closed <- struct{}{}
 				}))
 				client := p.client(t, h)
 				for i := range tries {
@@ -230,6 +233,7 @@ func TestEarlyAnswers(t *testing.T) {
 						string(body) != c.body {
 						t.Fatalf("try %d: %d, %d bytes: %.80q, %v", i, status, len(body), body, err)
 					}
+					<-closed // else the next request may be sent on this connection, which has not said that it ends
 				}
 			})
 		})

@@ -248,15 +248,14 @@ func (s *Store) Keep(all []Socket, state json.RawMessage) error {
 
 func isState(name string) bool { return strings.HasPrefix(name, kindState+"?") }
 
+func stateName(version uint64) string { return kindState + "?address=" + strconv.FormatUint(version, 10) }
+
 // storeState has state kept, and adds its name to wanted. The one before is removed only then.
 //
 // +checklocks:s.mu
 func (s *Store) storeState(state json.RawMessage, wanted map[string]bool) error {
-	name := func(version uint64) string {
-		return kindState + "?address=" + strconv.FormatUint(version, 10)
-	}
 	if state == nil || s.kept == string(state) {
-		wanted[name(s.version)] = state != nil
+		wanted[stateName(s.version)] = state != nil
 		return nil
 	}
 	fd, err := unix.MemfdCreate("tailsplice state", unix.MFD_CLOEXEC)
@@ -266,17 +265,17 @@ func (s *Store) storeState(state json.RawMessage, wanted map[string]bool) error 
 	f := os.NewFile(uintptr(fd), kindState)
 	_, err = f.Write(state)
 	if err == nil {
-		err = s.store(name(s.version+1), f)
+		err = s.store(stateName(s.version+1), f)
 	}
 	if err != nil {
 		f.Close()
-		wanted[name(s.version)] = true
+		wanted[stateName(s.version)] = true
 		return err
 	}
 	s.memfd.Close() // which may be nil
 	s.memfd, s.kept = f, string(state)
 	s.version++
-	wanted[name(s.version)] = true
+	wanted[stateName(s.version)] = true
 	return nil
 }
 

@@ -90,6 +90,7 @@ func TestWake(t *testing.T) {
 	if b, err := io.ReadAll(c); err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 200 ") {
 		t.Errorf("by tcp: %q, %v", b, err)
 	}
+	c.Close() // until then it has ended one way only
 	w.sleeps("sleepy")
 
 	// One that somebody else has started is left alone, and so is one without idle.

@@ -268,12 +268,13 @@ func (d *upgradable) request() error {
 	return err
 }
 
-// chatter has small messages echoed until it is stopped.
-func chatter(t *testing.T, address string) (stop func()) {
+// chatter has small messages echoed until it is stopped. longest is how long one of them took at most.
+func chatter(t *testing.T, address string) (stop func() (longest time.Duration)) {
 	t.Helper()
 	c, err := net.Dial("tcp", address)
 	check(t, err)
 	end, ended := make(chan struct{}), make(chan struct{})
+	var longest time.Duration
 	go func() {
 		defer close(ended)
 		defer c.Close()
@@ -283,15 +284,18 @@ func chatter(t *testing.T, address string) (stop func()) {
 				return
 			default:
 			}
+			began := time.Now()
 			if err := echo(c); err != nil {
 				t.Errorf("a flow of small messages: %v", err)
 				return
 			}
+			longest = max(longest, time.Since(began))
 		}
 	}()
-	return func() {
+	return func() time.Duration {
 		close(end)
 		<-ended
+		return longest
 	}
 }
 
@@ -301,7 +305,7 @@ func chatter(t *testing.T, address string) (stop func()) {
 func TestUpgrade(t *testing.T) {
 	d := startUpgradable(t)
 	streams := []*stream{startStream(t, d.edge), startStream(t, d.edge)}
-	var chats []func()
+	var chats []func() time.Duration
 	for range 3 {
 		chats = append(chats, chatter(t, d.edge))
 	}
@@ -400,7 +404,7 @@ func TestUpgrade(t *testing.T) {
 		s.stop(t)
 	}
 	for _, stop := range chats {
-		stop()
+		t.Logf("the longest of small messages took %v", stop())
 	}
 	t.Logf("%d connections and reloads", begun.Load())
 	if left := strings.Fields(generations(d)); len(left) > 1 {

@@ -118,7 +118,9 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 	var given atomic.Int64
 	defer func() {
 		all.Wait()
-		srv.log.Info("flows have gone to the process that has taken over", "flows", given.Load())
+		if n := given.Load(); n > 0 {
+			srv.log.Info("flows have gone to the process that has taken over", "flows", n)
+		}
 	}()
 	calm, bulk := make(chan struct{}, flowsLeaving), make(chan struct{}, bulkLeaving)
 	moved := map[*spliced]int64{}

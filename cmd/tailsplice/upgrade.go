@@ -252,10 +252,8 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 		return failed(s.End, err)
 	}
 	d.server.Rest()
-	if err = s.Send(handover.Message{Step: handover.Yours}); err == nil {
-		_, err = s.Await(context.Background(), handover.Serving, servingTimeout)
-	}
-	if err != nil {
+	_ = s.Send(handover.Message{Step: handover.Yours}) // where it has ended, Await says how
+	if _, err = s.Await(context.Background(), handover.Serving, servingTimeout); err != nil {
 		return failed(s.Kill, err)
 	}
 	d.keeper.leave()

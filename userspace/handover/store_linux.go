@@ -248,7 +248,9 @@ func (s *Store) Keep(all []Socket, state json.RawMessage) error {
 
 func isState(name string) bool { return strings.HasPrefix(name, kindState+"?") }
 
-func stateName(version uint64) string { return kindState + "?address=" + strconv.FormatUint(version, 10) }
+func stateName(version uint64) string {
+	return kindState + "?address=" + strconv.FormatUint(version, 10)
+}
 
 // storeState has state kept, and adds its name to wanted. The one before is removed only then.
 //

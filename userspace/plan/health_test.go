@@ -72,6 +72,15 @@ func TestSpecs(t *testing.T) {
 			t.Errorf("there is no check %+v", s)
 		}
 	}
+	for name, s := range p.Services {
+		for _, r := range s.Rules {
+			for _, one := range append([]*Rule{r}, r.Several...) {
+				if one.Check != nil && one.Check != p.checks[one.Check.Spec] {
+					t.Errorf("%s: route %s has a check of its own of %s, which does not run", name, r.Name, one.Check.Target)
+				}
+			}
+		}
+	}
 	if len(p.Checks()) != len(want) {
 		t.Errorf("there are %d checks, want %d", len(p.Checks()), len(want))
 		for s := range p.checks {

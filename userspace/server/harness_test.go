@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -231,3 +232,6 @@ func httpBackend(t *testing.T, h http.HandlerFunc) string {
 	t.Cleanup(func() { srv.Close() })
 	return ln.Addr().String()
 }
+
+// byName is the same target as one that has to be looked up.
+func byName(addr string) string { return strings.Replace(addr, "127.0.0.1", "localhost", 1) }

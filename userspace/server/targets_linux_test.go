@@ -32,9 +32,6 @@ func named(name string, n *atomic.Int64) func(net.Conn) {
 	}
 }
 
-// byName is the same target as one that has to be looked up.
-func byName(addr string) string { return strings.Replace(addr, "127.0.0.1", "localhost", 1) }
-
 // exchange sends b to a listener, and returns what comes back.
 func exchange(addr string, b []byte) ([]byte, error) {
 	c, err := net.DialTimeout("tcp", addr, patience)

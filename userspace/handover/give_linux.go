@@ -78,7 +78,7 @@ func (l *Link) Give() (*Giver, error) {
 func (g *Giver) Lost() <-chan struct{} { return g.lost }
 
 // Give gives away a flow whose bytes nobody moves. gone is called once, on any goroutine: without an error
-// the other process has it, and else it is the caller's as before. Give does not block; the Number is its own.
+// the other process has it, and else it is the caller's as before. Give does not block, and sets Number.
 func (g *Giver) Give(f *Flow, gone func(error)) {
 	g.mu.Lock()
 	isClosed := g.isClosed

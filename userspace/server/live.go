@@ -233,8 +233,8 @@ func (s *spliced) record(p *relay.Parcel) *handover.Flow {
 	return r
 }
 
-// AdoptFlow is a [handover.Adopt] of flows of another process: they are counted and shown as before, and never
-// refused for being too many. It does not matter whether the configuration still has their listener and route.
+// AdoptFlow is a [handover.Adopt] of flows of another process: they are counted and shown as before, and
+// never refused for being too many. The configuration need not have their listener and route any more.
 func (srv *Server) AdoptFlow(r *handover.Flow) (begin, forget func(), err error) {
 	var source netip.Addr
 	if r.Source != "" {

@@ -54,7 +54,8 @@ func (d *process) passOn(s os.Signal, signals chan<- os.Signal) {
 	}
 }
 
-// drainListeners drains those that query names. With end, which needs all, the daemon ends with its last flow.
+// drainListeners drains those that query names. With end, which needs all, the daemon ends with its last
+// flow.
 //
 // d.changes is held, by change.
 func (d *process) drainListeners(query url.Values) (any, error) {
@@ -74,13 +75,14 @@ func (d *process) drainListeners(query url.Values) (any, error) {
 
 var errEnding = errors.New("the daemon is told to end")
 
-// drain lets the flows end. Asked for by `tailsplice drain --end` (first is nil) it takes as long as they do, and
-// from a signal on until the deadline; a signal that comes a second time cuts them. One of another kind does
-// not: some supervisors send INT, and TERM after a while.
+// drain lets the flows end. Asked for by `tailsplice drain --end` (first is nil) it takes as long as they do,
+// and from a signal on until the deadline; a signal that comes a second time cuts them. One of another kind
+// does not: some supervisors send INT, and TERM after a while.
 func (d *process) drain(first os.Signal, signals <-chan os.Signal) error {
-	daemon.SdNotify(false, daemon.SdNotifyStopping)
 	f, timeout, log := d.server, d.options.drain, d.log
-	d.endKeeping()
+	if first != nil { // else what an operator has said lasts until the end
+		d.endKeeping()
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	had := map[os.Signal]bool{}

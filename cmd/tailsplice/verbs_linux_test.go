@@ -470,6 +470,10 @@ func TestDrainEnd(t *testing.T) {
 		web, echoes(t), control), 0o600))
 	run := exec.Command("tailsplice", "run", "--config", config, "--drain-timeout", "1ms")
 	run.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	systemd, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	check(t, err)
+	defer systemd.Close()
+	run.Env = append(os.Environ(), "NOTIFY_SOCKET="+systemd.LocalAddr().String())
 	check(t, run.Start())
 	ended := make(chan error, 1)
 	go func() { ended <- run.Wait() }()
@@ -507,6 +511,21 @@ func TestDrainEnd(t *testing.T) {
 	}
 	flow.Close()
 	check(t, <-ended)
+	// systemd would kill a daemon that says it stops after TimeoutStopSec.
+	marker, err := net.Dial("unixgram", systemd.LocalAddr().String())
+	check(t, err)
+	defer marker.Close()
+	_, err = marker.Write([]byte("END"))
+	check(t, err)
+	buf, n := make([]byte, 4096), 0
+	for !strings.HasSuffix(string(buf[:n]), "END") {
+		more, err := systemd.Read(buf[n:])
+		check(t, err)
+		n += more
+	}
+	if string(buf[:n]) != "READY=1END" {
+		t.Errorf("systemd was told %q", buf[:n])
+	}
 	if out := <-said; out != "web is drained, and has 1 open flow\nthe daemon has ended\n<nil>" {
 		t.Errorf("%q", out)
 	}

@@ -76,8 +76,8 @@ func New(log *slog.Logger) *Announcer {
 	return a
 }
 
-// Set has others told, soon, that the listener should get connections, or else why not. It returns at once. Of
-// several calls while a command runs the last one counts; another reason alone is told to nobody.
+// Set has others told, soon, that the listener should get connections, or else why not. It returns at once.
+// Of several calls while a command runs the last one counts; another reason alone is told to nobody.
 func (a *Announcer) Set(spec Spec, isUp bool, reason string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -151,8 +151,8 @@ func (a *Announcer) Wait(ctx context.Context) {
 	}
 }
 
-// End has others told that the listener should get no connections, waits until that is done or has failed once,
-// and tells nothing afterwards. It may be called several times.
+// End has others told that the listener should get no connections, waits until that is done or has failed
+// once, and tells nothing afterwards. It may be called several times.
 func (a *Announcer) End(reason string) {
 	a.mu.Lock()
 	isSet, spec := a.want.number > 0, a.want.Spec

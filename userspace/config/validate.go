@@ -172,8 +172,8 @@ func (v *validator) listener(l *Listener) {
 	}
 }
 
-// announce refuses what would tell nobody, or half: a command for one of both states leaves the other one as it
-// was.
+// announce refuses what would tell nobody, or half: a command for one of both states leaves the other one as
+// it was.
 func (v *validator) announce(a *Announce) {
 	if f := a.File; f != "" {
 		a.File = v.path(f)

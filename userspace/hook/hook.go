@@ -40,8 +40,8 @@ func (e *Error) Error() string {
 	return s
 }
 
-// Run runs p and waits for its end. Where ctx ends first, or Timeout is over, it is killed. Any exit status but
-// 0 is an [Error].
+// Run runs p and waits for its end. Where ctx ends first, or Timeout is over, it is killed. Any exit status
+// but 0 is an [Error].
 func (p Program) Run(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, p.Timeout)
 	defer cancel()

@@ -11,8 +11,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/config"
 )
 
-// tellOthers has the announcers tell whether their listeners should get connections. A process that another one
-// has not handed over to yet, or that has handed over, tells nothing.
+// tellOthers has the announcers tell whether their listeners should get connections. A process that another
+// one has not handed over to yet, or that has handed over, tells nothing.
 //
 // +checklocks:srv.mu
 func (srv *Server) tellOthers() {
@@ -41,8 +41,8 @@ func (srv *Server) tellOthers() {
 	}
 }
 
-// notServing is why l should get no connections, or nil. Certificates are no reason: those of another edge have
-// most likely the same problem.
+// notServing is why l should get no connections, or nil. Certificates are no reason: those of another edge
+// have most likely the same problem.
 //
 // +checklocks:srv.mu
 func (srv *Server) notServing(c *config.Listener, l *listener) error {
@@ -71,8 +71,8 @@ func (srv *Server) notServing(c *config.Listener, l *listener) error {
 	return nil
 }
 
-// bequeath gives the announcers of listeners that c replaces to those that come in their place: the one of the
-// same name, or of the same file. Each other announcement ends.
+// bequeath gives the announcers of listeners that c replaces to those that come in their place: the one of
+// the same name, or of the same file. Each other announcement ends.
 //
 // +checklocks:srv.mu
 func (srv *Server) bequeath(c *change) {

@@ -28,9 +28,10 @@ type DrainedListener struct {
 }
 
 // SetDrained closes the sockets of a listener, or of all, or opens them again. Where others are told that a
-// listener should get connections, that is withdrawn first, and its sockets close after its grace. Flows go on. A reload leaves
-// the listener drained, a restart does not. query has listener=NAME or all. The error says that there is no
-// such listener, or that one is drained no more and can't be bound yet, which is tried again.
+// listener should get connections, that is withdrawn first, and its sockets close after its grace. Flows go
+// on. A reload leaves the listener drained, a restart does not. query has listener=NAME or all. The error
+// says that there is no such listener, or that one is drained no more and can't be bound yet, which is tried
+// again.
 func (srv *Server) SetDrained(query url.Values, drained bool) (Drained, error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()

@@ -316,9 +316,8 @@ func (srv *Server) Settle(ctx context.Context) {
 	}
 }
 
-// Drain withdraws what is announced, stops accepting once the grace of that is over, and waits until all flows
-// have ended or ctx ends; then it closes. The error says how
-// many connections it had to cut.
+// Drain withdraws what is announced, stops accepting once the grace of that is over, and waits until all
+// flows have ended or ctx ends; then it closes. The error says how many connections it had to cut.
 func (srv *Server) Drain(ctx context.Context) error {
 	srv.Withdraw(ctx)
 	srv.mu.Lock()

@@ -289,9 +289,8 @@ func (f *flow) armOn(l *loop.Loop) {
 			})
 		})
 	}
-	f.beginIdle()
-	if f.o.Idle > 0 {
-		f.tick = time.AfterFunc(f.o.Idle/4, func() { l.Do(f.checkIdleOn) })
+	if idle := f.beginIdle(); f.o.Idle > 0 {
+		f.tick = time.AfterFunc(min(f.o.Idle/4, f.o.Idle-idle), func() { l.Do(f.checkIdleOn) })
 	}
 }
 

@@ -23,9 +23,8 @@ func (f *flow) arm() {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.beginIdle()
 	f.tick = time.AfterFunc(math.MaxInt64, f.checkIdle)
-	f.resetTick(0)
+	f.resetTick(f.beginIdle())
 }
 
 // disarm undoes arm. It is false when ctx is ending the flow already.
@@ -70,10 +69,12 @@ func (f *flow) checkIdle() {
 
 // beginIdle begins to see for how long no byte moves, or goes on with that. The caller has what guards seen and
 // since.
-func (f *flow) beginIdle() {
+func (f *flow) beginIdle() (idle time.Duration) {
+	now := time.Now()
 	if up, down := f.counters.own(); f.since.IsZero() || up+down != f.seen {
-		f.seen, f.since = up+down, time.Now()
+		f.seen, f.since = up+down, now
 	}
+	return now.Sub(f.since)
 }
 
 // idle is for how long no byte has moved. The caller has what guards seen and since.
@@ -95,7 +96,7 @@ func (f *flow) resetTick(idle time.Duration) {
 	}
 	switch {
 	case f.o.Idle > 0 && (f.pumps > 0 || f.state == inTransit):
-		again = min(again, f.o.Idle/4)
+		again = min(again, f.o.Idle/4, f.o.Idle-idle)
 	case f.o.Idle > 0: // nothing moves unseen
 		again = f.o.Idle - idle
 	}

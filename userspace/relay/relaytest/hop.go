@@ -1,6 +1,7 @@
 package relaytest
 
 import (
+	"cmp"
 	"context"
 	"math/rand/v2"
 	"net"
@@ -11,11 +12,11 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
-// hopWithin is how long a flow stays with a relay at most before it is asked to leave that.
-const hopWithin = 5 * time.Millisecond
-
-// Hops counts what became of the flows of a [Loopback] that were asked to leave.
+// Hops are of the flows of a [Loopback] that are asked to leave.
 type Hops struct {
+	// Within is how long a flow stays with a relay at most before it is asked to leave that; 0 = 5 ms.
+	Within time.Duration
+
 	mu sync.Mutex
 	// +checklocks:mu
 	left int
@@ -72,7 +73,7 @@ func (h *Hops) hop(ctx context.Context, r, other *relay.Relay, o relay.Options, 
 		select {
 		case <-over:
 			return
-		case <-time.After(rand.N(hopWithin)):
+		case <-time.After(rand.N(cmp.Or(h.Within, 5*time.Millisecond))):
 		}
 		asking, cancel := context.WithCancel(context.Background())
 		if rand.N(8) == 0 { // whoever asks gives up at once, or in the middle

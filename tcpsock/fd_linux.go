@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -18,6 +19,8 @@ const (
 	Established = 1  // TCP_ESTABLISHED: neither end has ended its stream
 	Closed      = 7  // TCP_CLOSE
 	Listening   = 10 // TCP_LISTEN
+
+	finWait1, finWait2, timeWait, lastAck, closing = 4, 5, 6, 9, 11
 )
 
 // Info fills i with TCP_INFO, without an allocation. What this kernel doesn't know is 0. An error means that
@@ -37,6 +40,12 @@ func Info(fd int, i *unix.TCPInfo) error {
 func IsClosed(fd int) bool {
 	var i unix.TCPInfo
 	return Info(fd, &i) == nil && i.State == Closed
+}
+
+// IsShut reports whether our stream has ended: we have ended it, or TCP has given the connection up.
+func IsShut(fd int) bool {
+	var i unix.TCPInfo
+	return Info(fd, &i) == nil && slices.Contains([]uint8{finWait1, finWait2, timeWait, Closed, lastAck, closing}, i.State)
 }
 
 // IsEstablished reports whether neither end has ended its stream, and nothing else has. It is true where

@@ -30,7 +30,9 @@ type Flow = struct {
 	Moved     func() (up, down int64)
 	Busy      int64
 	Ended     func(up, down int64, end string, err error)
-	Returned  func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error)
+
+	Recallable func(recall func())
+	Returned   func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error)
 }
 
 // The ends of a flow, as userspace/relay names them.

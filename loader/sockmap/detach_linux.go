@@ -29,8 +29,14 @@ const (
 	handSlack  = 64 << 10              // bytes that may come between the look at how many there are and the read
 )
 
-// errBusy is why a flow is given back.
-var errBusy = errors.New("it is busy: splice(2) moves its bytes for less")
+// Why a flow is given back.
+var (
+	errBusy     = errors.New("it is busy: splice(2) moves its bytes for less")
+	errRecalled = errors.New("it was recalled, to leave this process")
+)
+
+// recallsAtOnce is how often a recalled flow is offered to leave before it waits for the next sweep each time.
+const recallsAtOnce = 16
 
 // detaching is how far a direction has come with leaving the sockmap.
 type detaching struct {
@@ -94,7 +100,8 @@ func (d *direction) noteRate(now time.Time) {
 
 // ask makes both directions leave soon, if the flow can be given back then. Called with the flow's mu held.
 func (v *detacher) ask(f *flow) {
-	if v == nil || f.o.Returned == nil || !f.isByTCP() || f.directions[0].hasFIN() || f.directions[1].hasFIN() {
+	if v == nil || f.o.Returned == nil || !f.isByTCP() ||
+		!f.isRecalled.Load() && (f.directions[0].hasFIN() || f.directions[1].hasFIN()) {
 		return
 	}
 	v.mu.Lock()
@@ -150,9 +157,14 @@ func (v *detacher) walk() (took time.Duration, err error) {
 			d.setDetaching(sockmapLeavingSTAYS)
 		}
 		v.mu.Lock()
-		defer v.mu.Unlock()
 		for _, d := range asked {
 			d.wasAsked = false
+		}
+		v.mu.Unlock()
+		for _, d := range asked {
+			if d.f.isRecalled.Load() && !d.isDetached.Load() && d.f.recalls.Add(1) < recallsAtOnce {
+				d.f.recall()
+			}
 		}
 	}()
 	r, err := v.iter.Open()
@@ -303,12 +315,36 @@ func (d *direction) readyToReturn() bool {
 	return d.f.directions[1-d.side].isReady.Load()
 }
 
-// giveBack gives the flow back, if both its streams go on. What a direction has read and not written goes
-// with it.
+// recall makes the flow be given back soon, though it is not busy, and also if one of its streams has ended.
+func (f *flow) recall() {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if !f.isClosed {
+		f.isRecalled.Store(true)
+		f.l.detacher.ask(f)
+	}
+}
+
+// isReadyToo is asked when the end of the direction was passed on: may its flow be given back now? Where the
+// other direction is about to end too, the flow ends.
+func (d *direction) isReadyToo() bool {
+	other := &d.f.directions[1-d.side]
+	d.isReady.Store(d.isCopying.Load())
+	return d.isReady.Load() && other.isReady.Load() && !other.isAtEnd.Load()
+}
+
+// giveBack gives the flow back, if both its streams go on, or if it was recalled and one does. What a direction
+// has read and not written goes with it.
 func (f *flow) giveBack() {
 	f.mu.Lock()
-	if f.isClosed || f.broken.Load() != nil || f.directions[0].hasEnded() || f.directions[1].hasEnded() ||
-		!f.isOver.CompareAndSwap(false, true) {
+	ended := 0
+	for i := range f.directions {
+		if f.directions[i].hasEnded() {
+			ended++
+		}
+	}
+	isHalfClosed := ended == 1 && f.isRecalled.Load() && (f.directions[0].isDone.Load() || f.directions[1].isDone.Load())
+	if f.isClosed || f.broken.Load() != nil || ended > 0 && !isHalfClosed || !f.isOver.CompareAndSwap(false, true) {
 		f.mu.Unlock()
 		return
 	}
@@ -324,7 +360,11 @@ func (f *flow) giveBack() {
 	f.mu.Unlock()
 	f.l.alive.Done()
 	up, down := f.count()
-	f.o.Returned(int(f.sockets[0]), int(f.sockets[1]), rest[0], rest[1], up, down, f.record.forgetter(), errBusy)
+	why := errBusy
+	if f.isRecalled.Load() {
+		why = errRecalled
+	}
+	f.o.Returned(int(f.sockets[0]), int(f.sockets[1]), rest[0], rest[1], up, down, f.record.forgetter(), why)
 }
 
 // hasFIN reports whether the source's stream has ended, or its end was passed on. Called with the flow's mu

@@ -54,6 +54,7 @@ type direction struct {
 	bits      atomic.Uint32
 	isCopying atomic.Bool // the source has no verdict: everything is moved here
 	isDone    atomic.Bool // the end was passed on
+	isAtEnd   atomic.Bool // sawEOF, for others
 
 	read0    uint64 // bytes of the source's stream that were read before
 	written0 uint64 // bytes that the peer's TCP had been given before
@@ -217,7 +218,7 @@ func (d *direction) workOpen() outcome {
 		return outcome{broken: unix.ECONNRESET, side: 1}
 	}
 	if d.isDone.Load() {
-		return outcome{}
+		return d.workDone()
 	}
 	switch why := d.fault(); why {
 	case sockmapFaultFAULT_NONE:
@@ -239,6 +240,17 @@ func (d *direction) workOpen() outcome {
 	}
 	d.peer().closeWrite()
 	return outcome{isDone: true}
+}
+
+// workDone is work when the end of the direction was passed on: it leaves the sockmap if the flow was recalled.
+func (d *direction) workDone() outcome {
+	if !d.f.isRecalled.Load() {
+		return outcome{}
+	}
+	if err := d.takeOffer(); err != nil {
+		return outcome{broken: err, side: d.side}
+	}
+	return outcome{givesBack: d.isReadyToo()}
 }
 
 // workBroken is work while the source is dead: what it sent before goes to the reader while that goes on
@@ -384,6 +396,7 @@ func (d *direction) readPassed() (outcome, move) {
 // readEnd is told that no more comes from the source: err is nil where that looks like the end of its stream.
 func (d *direction) readEnd(err error) (outcome, move) {
 	d.sawEOF = true
+	d.isAtEnd.Store(true)
 	if err == nil && d.isCut() {
 		err = unix.ECONNRESET
 	}

@@ -44,6 +44,9 @@ type flow struct {
 	// for the sweeper.
 	settled uint64
 
+	isRecalled atomic.Bool  // it is to be given back as soon as that can be
+	recalls    atomic.Int32 // how often it was offered to leave for that
+
 	watchMu sync.Mutex
 	isOver  atomic.Bool // somebody has seen to the flow's end, or gives it back
 	broken  atomic.Pointer[breakage]
@@ -127,6 +130,11 @@ func (f *flow) directionDone() {
 		return
 	}
 	f.setState(sockmapFlowStateFLOW_HALF_CLOSED)
+	if f.isRecalled.Load() {
+		f.recall()
+		f.directions[0].wake(0)
+		f.directions[1].wake(0)
+	}
 }
 
 // finish closes both sockets, with a reset unless both streams have ended, and reports the end. Once.

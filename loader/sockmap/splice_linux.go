@@ -40,6 +40,9 @@ func (l *Engine) SpliceBy(ctx context.Context, down, up int, o Flow,
 		return nil, err
 	}
 	f.begin(ctx)
+	if o.Recallable != nil && o.Returned != nil && l.detacher != nil && f.isByTCP() {
+		o.Recallable(f.recall)
+	}
 	return f.count, nil
 }
 

@@ -101,7 +101,7 @@ func (f *flow) sweep(now time.Time) bool {
 	for i := range f.directions {
 		moves = f.directions[i].sweep(now) || moves
 	}
-	if f.directions[0].isDetached.Load() || f.directions[1].isDetached.Load() {
+	if f.directions[0].isDetached.Load() || f.directions[1].isDetached.Load() || f.isRecalled.Load() {
 		f.l.detacher.ask(f) // the other one, too
 		if moves {          // no verdict counts
 			f.publish(func(*sockmapFlow) {})

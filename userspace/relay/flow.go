@@ -85,7 +85,10 @@ type flow struct {
 	uncancel func() bool             // unhooks ctx
 	cancel   context.CancelCauseFunc // of the datapath that has the flow, or is asked; guarded by mu
 
-	stops atomic.Bool // pumps are to return: see stopPumps
+	recall     func()      // asks the datapath that has f to give it back; nil: it can't; guarded by mu
+	isTaken    bool        // that datapath has taken f; guarded by mu
+	isRecalled atomic.Bool // and was asked to give it back
+	stops      atomic.Bool // pumps are to return: see stopPumps
 
 	recorded *holder         // the datapath that has the flow in its tables; nil: none
 	choice   datapath.Choice // of the datapath that gets it

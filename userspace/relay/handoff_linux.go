@@ -114,13 +114,30 @@ func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool)
 		f.o.Refused(d.Name(), err)
 	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
 	if err != nil {
 		f.enter(inTransit)
 	} else if f.state == handedOff { // else it has had the flow
 		f.counters.kernel.Store(&holder{name: d.Name(), count: count})
+		f.isTaken = true
+	}
+	f.mu.Unlock()
+	if err == nil {
+		f.letLeave()
 	}
 	return err == nil
+}
+
+// learnShut is for the sockets of a flow that was recalled from a datapath, which may have passed the end of a
+// stream on.
+func (f *flow) learnShut(down, up int) {
+	if tcpsock.IsShut(down) {
+		f.down.isShut.Store(true)
+		f.up.state = ended
+	}
+	if tcpsock.IsShut(up) {
+		f.up.isShut.Store(true)
+		f.down.state = ended
+	}
 }
 
 // handoff is what d is told of the flow.
@@ -135,14 +152,23 @@ func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
 			result.End, result.Err = f.endOf(End(end), err)
 			f.report(result)
 		},
+		Recallable: func(recall func()) {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.recall = recall
+		},
 		Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error) {
 			g := f.resumed()
 			if forget != nil && g.recorded == nil {
 				g.keepRecord(d, forget)
 			}
 			f.settle(upBytes, downBytes, g.recorded)
-			f.o.Refused(d.Name(), reason)
 			g.down.rest, g.up.rest = downRest, upRest
+			if f.isRecalled.Load() {
+				g.learnShut(down, up)
+			} else {
+				f.o.Refused(d.Name(), reason)
+			}
 			l := g.relay.loops.Loop()
 			g.attachTo(l.NewSocket(down), l.NewSocket(up))
 		},

@@ -1,11 +1,14 @@
 package relay
 
 import (
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // holding is what is known of the bytes that readers have no room for.
@@ -76,6 +79,12 @@ func (w *watcher) stalled() (sides []*side) {
 		}
 	}
 	return sides
+}
+
+// unread is how many bytes c has in its receive queue.
+func unread(c net.Conn) (n int) {
+	tcpsock.Control(c, func(fd int) { n = queued(fd, unix.SIOCINQ) })
+	return n
 }
 
 // queued is 0 where nothing is known.

@@ -99,8 +99,16 @@ func (f *flow) letLeave() {
 		f.mu.Unlock()
 		f.leaveLoop(socket)
 	case handedOff:
+		recall, isTaken := f.recall, f.isTaken
 		f.mu.Unlock()
-		f.counters.refuseLeave(q, errNoReturn)
+		switch {
+		case !isTaken: // offer sees to it
+		case recall == nil:
+			f.counters.refuseLeave(q, errNoReturn)
+		default:
+			f.isRecalled.Store(true)
+			recall()
+		}
 	case pumping, parking, parked:
 		if !f.parkable() {
 			f.mu.Unlock()
@@ -213,14 +221,16 @@ func (s *side) pack(c net.Conn) ParcelSide {
 }
 
 // Resume goes on with a flow that has left, in this relay or in another. It is as Run, whose notes hold, but
-// for o: Preface and Head are not used, Counters begin with p's counts, and of Datapaths those that have a flow
-// from its begin only are left out.
+// for o: Preface and Head are not used, Counters begin with p's counts, and where bytes of p are held, here or in
+// a receive queue, or a stream has ended, Datapaths that have a flow from its begin only are left out.
 func (r *Relay) Resume(ctx context.Context, p *Parcel, o Options, done func(Result)) {
 	if o.MeasureRTT {
 		done = withRTT(done, roundTrip(p.Down.Conn), roundTrip(p.Up.Conn))
 	}
 	o.Preface, o.Head = nil, nil
-	o.Datapaths = returners(o.Datapaths)
+	if !p.isDry() {
+		o.Datapaths = returners(o.Datapaths)
+	}
 	if o.Counters == nil {
 		o.Counters = new(Counters)
 	}
@@ -245,6 +255,16 @@ func (s *side) unpack(own, other ParcelSide) {
 	if own.IsEnded && other.IsShut && len(own.Rest) == 0 {
 		s.state = ended
 	}
+}
+
+// isDry: both streams go on, and all that came was read and written.
+func (p *Parcel) isDry() bool {
+	for _, s := range []ParcelSide{p.Down, p.Up} {
+		if s.IsEnded || s.IsShut || len(s.Rest) > 0 || unread(s.Conn) > 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // returners are those of all that may have a flow later than at its begin.

@@ -44,6 +44,7 @@ func (*flow) killOn(*loop.Socket)          {}
 func (*flow) leaveLoop(*loop.Socket)       {}
 func (*flow) depart()                      {}
 func unspare(net.Conn)                     {}
+func unread(net.Conn) int                  { return 0 }
 func (*side) keepUrgent()                  {}
 func (*side) gone() bool                   { return false }
 func (*side) unacked() int                 { return 0 }

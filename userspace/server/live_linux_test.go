@@ -109,6 +109,7 @@ listeners: [ { name: other, listen: [%q], mode: tcp, default: { forward: %q } } 
 	if _, err := half.Write([]byte("word")); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, "6 flows", func() bool { return old.Flows().Len() == 6 })
 	before := old.Flows().Snapshot(flow.Query{})
 	old.Leave()
 	ctx, cancel := context.WithCancel(t.Context())

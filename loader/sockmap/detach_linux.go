@@ -35,7 +35,8 @@ var (
 	errRecalled = errors.New("it was recalled, to leave this process")
 )
 
-// recallsAtOnce is how often a recalled flow is offered to leave before it waits for the next sweep each time.
+// recallsAtOnce is how often a recalled flow is offered to leave before it waits for the next sweep each
+// time.
 const recallsAtOnce = 16
 
 // detaching is how far a direction has come with leaving the sockmap.
@@ -333,8 +334,8 @@ func (d *direction) isReadyToo() bool {
 	return d.isReady.Load() && other.isReady.Load() && !other.isAtEnd.Load()
 }
 
-// giveBack gives the flow back, if both its streams go on, or if it was recalled and one does. What a direction
-// has read and not written goes with it.
+// giveBack gives the flow back, if both its streams go on, or if it was recalled and one does. What a
+// direction has read and not written goes with it.
 func (f *flow) giveBack() {
 	f.mu.Lock()
 	ended := 0

@@ -242,7 +242,8 @@ func (d *direction) workOpen() outcome {
 	return outcome{isDone: true}
 }
 
-// workDone is work when the end of the direction was passed on: it leaves the sockmap if the flow was recalled.
+// workDone is work when the end of the direction was passed on: it leaves the sockmap if the flow was
+// recalled.
 func (d *direction) workDone() outcome {
 	if !d.f.isRecalled.Load() {
 		return outcome{}

@@ -95,16 +95,16 @@ type Handoff = struct {
 	Ended func(up, down int64, end string, err error)
 
 	// Recallable, when not nil, is called once, before Splice returns, by a datapath that gives a flow back
-	// when it is asked to. recall asks, and does not block. It may be called from any goroutine, also when the
-	// flow is over. The flow is given back as soon as that can be.
+	// when it is asked to. recall asks, and does not block. It may be called from any goroutine, also when
+	// the flow is over. The flow is given back as soon as that can be.
 	Recallable func(recall func())
 
-	// Returned gives the flow back, to go on in userspace: the sockets are out of every map, and each byte that was taken from one socket was
-	// given to the other's TCP, but for downRest and upRest, which were read from downstream and upstream
-	// last, are within Buffer, and are not in upBytes and downBytes. The descriptors are non-blocking and in
-	// nobody's poller; the relay owns them from here on. Neither stream has ended (a FIN may wait in a receive
-	// queue, unread), but where the flow was recalled: then the end of one may have been passed on, and our
-	// stream to the other side has ended, as TCP tells. The flow stays in the datapath's tables, as by
-	// Record, until forget, if that is not nil. It does not block.
+	// Returned gives the flow back, to go on in userspace: the sockets are out of every map, and each byte
+	// that was taken from one socket was given to the other's TCP, but for downRest and upRest, which were
+	// read from downstream and upstream last, are within Buffer, and are not in upBytes and downBytes. The
+	// descriptors are non-blocking and in nobody's poller; the relay owns them from here on. Neither stream
+	// has ended (a FIN may wait in a receive queue, unread), but where the flow was recalled: then the end of
+	// one may have been passed on, and our stream to the other side has ended, as TCP tells. The flow stays
+	// in the datapath's tables, as by Record, until forget, if that is not nil. It does not block.
 	Returned func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error)
 }

@@ -1,6 +1,7 @@
-// Package handover passes the listening sockets of a process, and its live flows, to the one that takes its
-// place, which is another program as a rule, and lets the two tell each other how far they are. Where a process
-// ends without one that takes its place, the service manager keeps the sockets for the next: see [Store].
+// Package handover passes the listening sockets of a process, and its live flows, to the one that takes
+// its place, which is another program as a rule, and lets the two tell each other how far they are. Where
+// a process ends without one that takes its place, the service manager keeps the sockets for the next: see
+// [Store].
 //
 // A message is JSON in one packet of a pair of unix sockets, with descriptors beside it. The steps, in their
 // order:

@@ -119,8 +119,8 @@ func (s *Socket) takeWait(timedOut bool) func() {
 	return func() { ready(timedOut) }
 }
 
-// timeOut ends the wait of t, which has fired. That may be over: its event came at the same moment. The caller
-// has the loop to itself.
+// timeOut ends the wait of t, which has fired. That may be over: its event came at the same moment. The
+// caller has the loop to itself.
 func (s *Socket) timeOut(t *time.Timer) func() {
 	if s.timer != t {
 		return nil

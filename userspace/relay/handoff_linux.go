@@ -127,8 +127,8 @@ func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool)
 	return err == nil
 }
 
-// learnShut is for the sockets of a flow that was recalled from a datapath, which may have passed the end of a
-// stream on.
+// learnShut is for the sockets of a flow that was recalled from a datapath, which may have passed the end
+// of a stream on.
 func (f *flow) learnShut(down, up int) {
 	if tcpsock.IsShut(down) {
 		f.down.isShut.Store(true)

@@ -10,8 +10,9 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/datapath"
 )
 
-// A Parcel is a flow between two relays, of one process or of two: nobody moves its bytes, and its sockets are
-// in no epoll but Go's poller. Its other ends see a pause. Whoever has it closes both conns, or resumes it.
+// A Parcel is a flow between two relays, of one process or of two: nobody moves its bytes, and its sockets
+// are in no epoll but Go's poller. Its other ends see a pause. Whoever has it closes both conns, or
+// resumes it.
 type Parcel struct {
 	Down, Up           ParcelSide
 	UpBytes, DownBytes int64     // as from [Counters.Load]: Rest is not counted
@@ -47,14 +48,14 @@ type leaveRequest struct {
 	uncancel func() bool
 }
 
-// Leave asks the flow that is counted to leave its relay, and calls gave once, on any goroutine: with the flow,
-// whose done is not called then, or with why it stays and goes on as before: it has ended or was killed first,
-// ctx was over first, a reader has stopped and more is held for it than a [Parcel] takes, or a connection is
-// none that can go. A flow with much to move leaves when little of it is held here. gave must not block. Leave
-// may be called from any goroutine that holds no lock of a loop.
+// Leave asks the flow that is counted to leave its relay, and calls gave once, on any goroutine: with the
+// flow, whose done is not called then, or with why it stays and goes on as before: it has ended or was
+// killed first, ctx was over first, a reader has stopped and more is held for it than a [Parcel] takes, or
+// a connection is none that can go. A flow with much to move leaves when little of it is held here. gave
+// must not block. Leave may be called from any goroutine that holds no lock of a loop.
 //
-// As with [Counters.Kill], each who gets the flow looks whether it was asked to leave after it is known that he
-// has it, and Leave looks who has it after it has asked: one of both sees the other.
+// As with [Counters.Kill], each who gets the flow looks whether it was asked to leave after it is known
+// that he has it, and Leave looks who has it after it has asked: one of both sees the other.
 func (c *Counters) Leave(ctx context.Context, gave func(*Parcel, error)) {
 	q := &leaveRequest{gave: gave}
 	giveUp := func() { c.refuseLeave(q, context.Cause(ctx)) }
@@ -146,8 +147,8 @@ func (f *flow) unstop() {
 	f.up.conn.SetDeadline(time.Time{})
 }
 
-// stayAwhile is called by the pump of src, which was told to return and holds too much. It is to go on if that
-// was for f to leave, and so do all others. It tries again when it holds less.
+// stayAwhile is called by the pump of src, which was told to return and holds too much. It is to go on if
+// that was for f to leave, and so do all others. It tries again when it holds less.
 func (f *flow) stayAwhile(src *side) (goesOn bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -220,9 +221,10 @@ func (s *side) pack(c net.Conn) ParcelSide {
 	return ParcelSide{Conn: c, Rest: s.rest, IsEnded: s.state == ended, IsShut: s.isShut.Load()}
 }
 
-// Resume goes on with a flow that has left, in this relay or in another. It is as Run, whose notes hold, but
-// for o: Preface and Head are not used, Counters begin with p's counts, and where bytes of p are held, here or in
-// a receive queue, or a stream has ended, Datapaths that have a flow from its begin only are left out.
+// Resume goes on with a flow that has left, in this relay or in another. It is as Run, whose notes hold,
+// but for o: Preface and Head are not used, Counters begin with p's counts, and where bytes of p are held,
+// here or in a receive queue, or a stream has ended, Datapaths that have a flow from its begin only are
+// left out.
 func (r *Relay) Resume(ctx context.Context, p *Parcel, o Options, done func(Result)) {
 	if o.MeasureRTT {
 		done = withRTT(done, roundTrip(p.Down.Conn), roundTrip(p.Up.Conn))

@@ -67,8 +67,8 @@ func (f *flow) checkIdle() {
 	f.resetTick(idle)
 }
 
-// beginIdle begins to see for how long no byte moves, or goes on with that. The caller has what guards seen and
-// since.
+// beginIdle begins to see for how long no byte moves, or goes on with that. The caller has what guards
+// seen and since.
 func (f *flow) beginIdle() (idle time.Duration) {
 	now := time.Now()
 	if up, down := f.counters.own(); f.since.IsZero() || up+down != f.seen {

@@ -48,8 +48,8 @@ func (h *Hops) count(err error) {
 	}
 }
 
-// run is [relay.Relay.Run] for a flow that goes from r to another relay, and back, at random moments, until it
-// ends.
+// run is [relay.Relay.Run] for a flow that goes from r to another relay, and back, at random moments,
+// until it ends.
 func (h *Hops) run(ctx context.Context, r, other *relay.Relay, down, up net.Conn, o relay.Options, done func(relay.Result)) {
 	if o.Counters == nil {
 		o.Counters = new(relay.Counters)

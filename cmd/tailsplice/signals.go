@@ -80,9 +80,6 @@ var errEnding = errors.New("the daemon is told to end")
 // does not: some supervisors send INT, and TERM after a while.
 func (d *process) drain(first os.Signal, signals <-chan os.Signal) error {
 	f, timeout, log := d.server, d.options.drain, d.log
-	if first != nil { // else what an operator has said lasts until the end
-		d.endKeeping()
-	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	had := map[os.Signal]bool{}
@@ -90,6 +87,7 @@ func (d *process) drain(first os.Signal, signals <-chan os.Signal) error {
 		if len(had) > 0 {
 			log.Info("still draining: the same signal again ends at once", "signal", s.String())
 		} else {
+			d.endKeeping() // where `drain --end` was first, too: the next process is to be open
 			daemon.SdNotify(false, daemon.SdNotifyStopping)
 			log.Info("draining: no new connections; the same signal again ends at once", "signal", s.String(),
 				"flows", f.Flows().Len(), "deadline", timeout.String())
@@ -117,10 +115,16 @@ func (d *process) drain(first os.Signal, signals <-chan os.Signal) error {
 	}()
 	if first == nil {
 		f.Withdraw(ctx)
+		d.keep() // nothing is bound any more: nobody is to wait in the service manager's copies
 		f.Settle(ctx)
 	}
 	err := f.Drain(ctx)
 	d.elders.Wait(ctx)
+	d.endKeeping()
+	if first == nil { // who has asked for it is to have the answer
+		d.control.leave(nil)
+		d.control.finish()
+	}
 	if err != nil {
 		log.Warn("ended", "err", err)
 		return nil

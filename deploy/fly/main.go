@@ -106,7 +106,14 @@ func run() error {
 	for told := false; ; {
 		select {
 		case <-tailsplice.done:
-			if told && tailsplice.err == nil {
+			time.Sleep(crashPause) // what it has said at last is heard by then
+			select {
+			case pid := <-keeper.main: // another process has taken over, and nothing was left here
+				tailsplice = follow(pid)
+				continue
+			default:
+			}
+			if tailsplice.err == nil { // it was told to end, or by drain --all --end
 				return nil
 			}
 			crashes = append(crashes, time.Now())
@@ -115,7 +122,6 @@ func run() error {
 				return fmt.Errorf("tailsplice ended: %v", tailsplice.err)
 			}
 			log.Printf("tailsplice ended: %v; it is started again", tailsplice.err)
-			time.Sleep(crashPause)
 			if tailsplice, err = begin(); err != nil {
 				return err
 			}

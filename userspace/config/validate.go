@@ -204,6 +204,8 @@ func (v *validator) whileDown(l *Listener) {
 		v.errorf(l.keyAt("while_down"), "while_down: close belongs on an sni or tcp listener: one of mode %s answers with a page that says what is wrong", l.Mode)
 	case !l.unclear("default") && (l.Default == nil || l.Default.Reject):
 		v.errorf(l.keyAt("while_down"), "while_down: close looks at the targets of default, and there are none: add default: { forward: %s }", "HOST:PORT")
+	case !l.unclear("default") && l.Default.Wake != nil:
+		v.errorf(l.Default.keyAt("wake"), "wake in the default of a listener with while_down: close: it is closed while the target sleeps, so nobody could wake that: remove one of the two")
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"net"
 	"time"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
@@ -54,10 +55,15 @@ func (f *flow) bareConns() (down, up net.Conn, err error) {
 }
 
 func bareConn(c net.Conn) (net.Conn, error) {
-	if s, ok := c.(sockConn); ok {
-		return net.FileConn(s.File)
+	s, ok := c.(sockConn)
+	if !ok {
+		return c, nil
 	}
-	return c, nil
+	c, err := net.FileConn(s.File)
+	if t, ok := c.(*net.TCPConn); ok { // package net sets its own on the socket
+		t.SetKeepAliveConfig(tcpsock.KeepAlive)
+	}
+	return c, err
 }
 
 // goOn has pumps go on with f, which is in transit, and was disarmed.

@@ -187,7 +187,8 @@ func (srv *Server) lapse(w *woken) {
 		w.Used, left = time.Now(), min(w.Idle, olderPause)
 	}
 	for name, u := range ws.uses {
-		if !slices.Contains(srv.containers.IDs(name), w.ID) {
+		// What a name stands for that stands for nothing now may be this one.
+		if ids := srv.containers.IDs(name); len(ids) > 0 && !slices.Contains(ids, w.ID) {
 			continue
 		}
 		if u.count > 0 {

@@ -58,6 +58,7 @@ type side struct {
 	held       atomic.Int64 // bytes of its stream that its pump has no room for
 	stoodAt    int64        // how many were moved when MeasureHeld looked
 	stoodSince int64        // and since when no more; Unix time in ns, 0 is never
+	isPutOff   bool         // it held too much for the flow to leave; only for its pump
 
 	fault error // why it can't go on: the first reason, nil while it can; guarded by flow.mu
 

@@ -152,6 +152,7 @@ func (f *flow) unstop() {
 func (f *flow) stayAwhile(src *side) (goesOn bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	src.isPutOff = true
 	if f.state == leaving {
 		f.unstop()
 		f.enter(pumping)

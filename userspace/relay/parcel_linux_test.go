@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"runtime/metrics"
 	"slices"
 	"strings"
 	"sync"
@@ -330,6 +331,46 @@ func TestLeaveStopped(t *testing.T) {
 			a.parcel.Up.Conn.Close()
 		})
 	}
+}
+
+// TestPutOff: a flow that can't leave, because much is held for a reader who has stopped, is not asked again and
+// again meanwhile.
+func TestPutOff(t *testing.T) {
+	_, r := relaytest.Relay()
+	goroutines := func() uint64 {
+		all := []metrics.Sample{{Name: "/sched/goroutines-created:goroutines"}}
+		metrics.Read(all)
+		return all[0].Value.Uint64()
+	}
+	for range 20 { // until much is held: TCP may take it
+		var moved relay.Counters
+		// Parked, the other direction is started for each try.
+		f := flowFor(t, &moved, relay.WithParkAfter(relay.Options{Buffer: 1 << 20}, time.Millisecond))
+		go func() { _, _ = f.Server.Write(make([]byte, 64<<20)) }()
+		readFull(t, f.Client, make([]byte, 8<<20)) // so that it is not on trial any more
+		last := int64(-1)
+		relaytest.Until(t, "all buffers are full", func() bool {
+			_, down := moved.Load()
+			isFull := down == last && r.Piped() > 0
+			last = down
+			time.Sleep(100 * time.Millisecond)
+			return isFull
+		})
+		before := goroutines()
+		a := leave(t, &moved)
+		n := goroutines() - before
+		t.Logf("%v; %d goroutines were started", a.err, n)
+		if a.err == nil {
+			a.parcel.Down.Conn.Close()
+			a.parcel.Up.Conn.Close()
+			continue
+		}
+		if !strings.Contains(a.err.Error(), "reader that has stopped") || n > 100 {
+			t.Errorf("%v; %d goroutines were started", a.err, n)
+		}
+		return
+	}
+	t.Skip("little is held each time")
 }
 
 // TestStays: why a flow does not leave, and that it goes on.

@@ -29,7 +29,6 @@ type pump struct {
 	isBulk       bool // splice instead of copying
 	count        int  // reads in a row that speak for the other mode
 	cannotSplice bool // one of the sockets can't
-	wasPutOff    bool // the flow was to leave while much was held
 
 	flush, drain func(fd uintptr) bool
 	out          []byte // read and not yet written
@@ -49,7 +48,6 @@ func (p *pump) run() (bad *side, err error) {
 		return p.copyAny()
 	}
 	p.flush, p.drain = p.flushOut, p.drainPipe
-	p.wasPutOff = p.src.flow.counters.isAsked() // while writeHead wrote, it may be
 	rest := p.src.rest
 	p.src.rest = nil
 	if p.write(rest); p.err == nil {
@@ -149,7 +147,6 @@ func (p *pump) give(do func(fd uintptr) bool) {
 		case p.held() <= maxRest:
 			p.keep()
 		case p.src.flow.stayAwhile(p.src):
-			p.wasPutOff = true
 			continue
 		}
 		p.fail("write to", p.dst, err)
@@ -188,8 +185,8 @@ func (p *pump) noRoom() (done bool) {
 
 // tryLeave lets the flow leave, which was put off when more was held.
 func (p *pump) tryLeave() {
-	if p.wasPutOff {
-		p.wasPutOff = false
+	if p.src.isPutOff {
+		p.src.isPutOff = false
 		p.src.flow.letLeave()
 	}
 }

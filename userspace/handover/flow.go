@@ -16,6 +16,9 @@ const FlowVersion = 1
 // mostRest bounds in bytes what a record says to be read from a side and not yet written.
 const mostRest = 64 << 10
 
+// mostIdle bounds the idle time of a flow in a record: a configuration may have a year and more.
+const mostIdle = 100 * 366 * 24 * time.Hour
+
 // Flow is the record of a flow: what another process needs to go on with it, and to show it as before. Fields
 // that this program does not know stay with it.
 type Flow struct {
@@ -166,7 +169,7 @@ func checkFlows(m *Message) error {
 		case !parts[part{f.Number, KindDown}] || !parts[part{f.Number, KindUp}]:
 			return fmt.Errorf("flow %d lacks a socket", f.Number)
 		case f.BytesUp < 0 || f.BytesDown < 0 || f.Buffer < 0 || f.IdleTimeout < 0 ||
-			f.IdleTimeout > int64(mostWithin/time.Millisecond):
+			f.IdleTimeout > int64(mostIdle/time.Millisecond):
 			return fmt.Errorf("flow %d has a number that can't be", f.Number)
 		case f.Down.isWrong(parts[part{f.Number, KindDownRest}]) || f.Up.isWrong(parts[part{f.Number, KindUpRest}]):
 			return fmt.Errorf("flow %d has more than %d bytes that are to be written, or has them twice", f.Number, mostRest)

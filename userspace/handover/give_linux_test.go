@@ -111,6 +111,7 @@ func TestGive(t *testing.T) {
 		f, client, target := flowOf(t, fmt.Sprint(i))
 		f.Down.Rest, f.Up.Rest = rest[:sizes[i%len(sizes)]], rest[:sizes[i/3%len(sizes)]]
 		f.Up.IsEnded, f.Down.IsShut, f.BytesUp = true, true, int64(i)
+		f.IdleTimeout = (8760 * time.Hour).Milliseconds()
 		all[f.ID] = ends{client, target}
 		wg.Add(1)
 		g.Give(f, func(err error) {
@@ -128,7 +129,7 @@ func TestGive(t *testing.T) {
 		var i int
 		fmt.Sscan(f.ID, &i)
 		if !bytes.Equal(f.Down.Rest, rest[:sizes[i%len(sizes)]]) || !bytes.Equal(f.Up.Rest, rest[:sizes[i/3%len(sizes)]]) ||
-			!f.Up.IsEnded || f.Up.IsShut || !f.Down.IsShut || f.BytesUp != int64(i) || f.Listener != "web" {
+			!f.Up.IsEnded || f.Up.IsShut || !f.Down.IsShut || f.BytesUp != int64(i) || f.Listener != "web" || f.IdleTimeout != (8760*time.Hour).Milliseconds() {
 			t.Errorf("flow %d has come as %+v", i, f)
 		}
 		for _, c := range []struct{ ours, peer net.Conn }{{f.Down.Conn, all[f.ID].client}, {f.Up.Conn, all[f.ID].target}} {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -22,6 +23,8 @@ const (
 	inlineRest = 2 << 10
 	// answerTimeout is how long nobody moves a flow's bytes while the other process says nothing.
 	answerTimeout = 2 * time.Second
+	// mostUnread is how many bytes may be unread when flows are sent, so that there is room for begin and keep.
+	mostUnread = 64 << 10
 )
 
 var (
@@ -34,6 +37,8 @@ var (
 type Giver struct {
 	link *Link
 	lost chan struct{} // closed when the other process is gone
+
+	silent atomic.Bool // the other process has not answered in time, nor read what it was sent since
 
 	// deciding is held while the state of offers changes, with what is said of that. It comes before mu.
 	deciding sync.Mutex
@@ -68,6 +73,7 @@ func (l *Link) Give() (*Giver, error) {
 		ours.Close()
 		return nil, err
 	}
+	ours.c.SetWriteBuffer(1 << 20) // as far as the kernel lets it
 	g := &Giver{link: ours, lost: make(chan struct{}), offers: map[uint64]*offer{}, woken: make(chan struct{}, 1)}
 	go g.hear()
 	go g.send()
@@ -76,6 +82,10 @@ func (l *Link) Give() (*Giver, error) {
 
 // Lost is closed when the other process is gone, or takes no flows any more.
 func (g *Giver) Lost() <-chan struct{} { return g.lost }
+
+// Answers reports whether the other process is known to take flows now. Where it does not, each that is given
+// stands still for a while, and stays.
+func (g *Giver) Answers() bool { return !g.silent.Load() }
 
 // Give gives away a flow whose bytes nobody moves. gone is called once, on any goroutine: without an error
 // the other process has it, and else it is the caller's as before. Give does not block, and sets Number.
@@ -130,12 +140,13 @@ func (g *Giver) over(o *offer, err error) {
 
 // send sends what is to be given, several flows at a time, and takes back what is not answered.
 func (g *Giver) send() {
-	tick := time.NewTicker(answerTimeout / 4)
+	tick := time.NewTicker(answerTimeout / 20)
 	defer tick.Stop()
-	number := uint64(0)
+	number, lost := uint64(0), g.lost
 	for {
 		select {
-		case <-g.lost: // what is still to come is returned, as nothing can be sent
+		case <-lost: // what is still to come is returned, as nothing can be sent
+			lost = nil
 		case <-tick.C:
 			g.takeBack()
 		case <-g.woken:
@@ -145,9 +156,9 @@ func (g *Giver) send() {
 			n := min(len(g.queue), mostFlows)
 			some := slices.Clone(g.queue[:n])
 			g.queue = slices.Delete(g.queue, 0, n)
-			isClosed := g.isClosed
+			isOver := g.isClosed && g.open == 0 // else there may be some to take back
 			g.mu.Unlock()
-			if n == 0 && isClosed {
+			if n == 0 && isOver {
 				return
 			} else if n == 0 {
 				break
@@ -193,6 +204,12 @@ func (g *Giver) offer(some []*offer) int {
 		}
 		m.Flows, m.Sockets = append(m.Flows, own.flow), append(m.Sockets, own.sockets...)
 	}
+	if !g.hasRoom() {
+		for _, o := range some {
+			g.over(o, errLate)
+		}
+		return len(some)
+	}
 	g.deciding.Lock()
 	for _, o := range some {
 		o.state, _ = oldRules.at(kept, hasLeft)
@@ -204,6 +221,17 @@ func (g *Giver) offer(some []*offer) int {
 		g.decide(numbers(some), isLost, err)
 	}
 	return len(some)
+}
+
+// hasRoom waits for room for flows, and more. If there is none the other process has stopped to read.
+func (g *Giver) hasRoom() bool {
+	for end := time.Now().Add(answerTimeout / 4); g.link.unread() > mostUnread; time.Sleep(time.Millisecond) {
+		if g.silent.Load() || time.Now().After(end) {
+			g.silent.Store(true)
+			return false
+		}
+	}
+	return true
 }
 
 func numbers(some []*offer) (all []uint64) {
@@ -275,6 +303,7 @@ func (g *Giver) hear() {
 		if isOver {
 			break
 		}
+		g.silent.Store(false)
 		Close(m.Sockets)
 		switch m.Step {
 		case Taken:
@@ -304,7 +333,13 @@ func (g *Giver) takeBack() {
 			late = append(late, n)
 		}
 	}
+	isIdle := len(g.offers) == 0
 	g.deciding.Unlock()
+	if len(late) > 0 {
+		g.silent.Store(true)
+	} else if isIdle && g.silent.Load() && g.link.unread() == 0 {
+		g.silent.Store(false) // it reads
+	}
 	g.decide(late, isLate, errLate)
 }
 

@@ -312,6 +312,79 @@ func TestGiveIsLate(t *testing.T) {
 	}
 }
 
+// TestGiveToWhoHangs: where the other process reads nothing, all flows are the old one's again, it is known that
+// none is to be given, and the Giver can be closed. They can be given once it reads.
+func TestGiveToWhoHangs(t *testing.T) {
+	old, new := twoEnds(t)
+	g, err := old.Give()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := new.Receive(time.Now().Add(time.Minute))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := newLink(m.Sockets[0].File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	f, _, _ := flowOf(t, "a")
+	f.Name = string(bytes.Repeat([]byte("x"), 30<<10))
+	const flows = 100 // more than the socket takes
+	said := make(chan error, flows)
+	give := func() {
+		own := *f
+		g.Give(&own, func(err error) { said <- err })
+	}
+	for range flows {
+		give()
+	}
+	for range flows {
+		if err := <-said; !errors.Is(err, errLate) {
+			t.Errorf("it hangs: %v", err)
+		}
+	}
+	if g.Answers() {
+		t.Error("it is taken for one that answers")
+	}
+	var n newcomer
+	took := make(chan struct{})
+	go func() {
+		defer close(took)
+		takeFlows(l, n.adopt)
+	}()
+	until(t, "it reads", g.Answers)
+	give()
+	if err := <-said; err != nil {
+		t.Error(err)
+	}
+	g.Close()
+	<-took
+	if got := n.counts(); got[1] != 1 || got[0] != got[1]+got[2] {
+		t.Errorf("come, begun and forgotten: %v", got)
+	}
+	for _, f := range n.come {
+		f.Close()
+	}
+}
+
+// TestCloseIsLate: a Giver that is closed takes back what nobody answers.
+func TestCloseIsLate(t *testing.T) {
+	old, _ := twoEnds(t)
+	g, err := old.Give()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, _, _ := flowOf(t, "a")
+	said := make(chan error, 1)
+	g.Give(f, func(err error) { said <- err })
+	g.Close()
+	if err := <-said; !errors.Is(err, errLate) {
+		t.Error(err)
+	}
+}
+
 // TestTakeFromTheDead: the old process dies at each step. The new one goes on with what it knows, unless it was
 // told not to.
 func TestTakeFromTheDead(t *testing.T) {

@@ -131,6 +131,9 @@ func (*Giver) Give(_ *Flow, gone func(error)) { gone(errLinux) }
 // Lost is nil.
 func (*Giver) Lost() <-chan struct{} { return nil }
 
+// Answers is true.
+func (*Giver) Answers() bool { return true }
+
 // Close does nothing.
 func (*Giver) Close() {}
 

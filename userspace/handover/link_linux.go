@@ -173,6 +173,14 @@ func (l *Link) receiveSockets(deadline time.Time) (all []Socket, state json.RawM
 	}
 }
 
+// unread is how many bytes, and what they cost the kernel, the other end has not read yet; 0: it is not known.
+func (l *Link) unread() (n int) {
+	if raw, err := l.c.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+	}
+	return n
+}
+
 // interrupt makes Receive return.
 func (l *Link) interrupt() { l.c.SetReadDeadline(time.Unix(1, 0)) }
 

@@ -108,6 +108,7 @@ const (
 type giver interface {
 	Give(f *handover.Flow, gone func(error))
 	Lost() <-chan struct{}
+	Answers() bool
 }
 
 // GiveFlows gives the flows of sni and tcp listeners to another process, those that begin meanwhile, too,
@@ -132,6 +133,9 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 		case <-g.Lost():
 			return
 		case <-time.After(wait):
+		}
+		if !g.Answers() { // each would stand still for nothing
+			continue
 		}
 		quiet, busy := srv.measureFlows(moved)
 		for _, part := range []struct {

@@ -10,7 +10,9 @@ import (
 	"io"
 	"net"
 	"net/url"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/handover"
@@ -20,14 +22,17 @@ import (
 // handed is the way from one server to another in this process: a record is written and read, and sockets are
 // copied, as between two.
 type handed struct {
-	t     *testing.T
-	to    *Server
-	lost  chan struct{}
-	asked chan struct{} // nothing is taken, and this gets each question
-	more  string        // fields of a record that this program does not know
+	t      *testing.T
+	to     *Server
+	lost   chan struct{}
+	asked  chan struct{} // nothing is taken, and this gets each question
+	silent atomic.Bool
+	more   string // fields of a record that this program does not know
 }
 
 func (h *handed) Lost() <-chan struct{} { return h.lost }
+
+func (h *handed) Answers() bool { return !h.silent.Load() }
 
 func (h *handed) Give(f *handover.Flow, gone func(error)) {
 	go func() {
@@ -205,10 +210,21 @@ func TestGiveFlowsRefused(t *testing.T) {
 		}
 	}
 	asked := make(chan struct{}, 1000)
-	stop := give(&handed{t: t, lost: make(chan struct{}), asked: asked})
+	h := &handed{t: t, lost: make(chan struct{}), asked: asked}
+	stop := give(h)
 	for range 2 { // and again
 		<-asked
 	}
+	stop()
+	// A process that does not answer is asked when it does.
+	h.silent.Store(true)
+	stop = give(h)
+	time.Sleep(4 * measureBulk)
+	if len(asked) > 0 {
+		t.Error("a flow is given to who does not answer")
+	}
+	h.silent.Store(false)
+	<-asked
 	stop()
 	exchangeBytes(t, c, 100_000)
 	if old.Flows().Len() != 1 || next.Flows().Len() != 0 {

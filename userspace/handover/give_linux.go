@@ -18,7 +18,7 @@ import (
 
 const (
 	// mostFlows bounds the flows of a message, so that each waits for few others: nobody moves its bytes.
-	mostFlows = 25
+	mostFlows = 8
 	// inlineRest is how many bytes of Rest, of both sides, go in the message itself.
 	inlineRest = 2 << 10
 	// answerTimeout is how long nobody moves a flow's bytes while the other process says nothing.
@@ -346,14 +346,17 @@ func (g *Giver) takeBack() {
 // decide lets an event happen to offers, of which the answered ones are known no more. why is why those that
 // are kept were not given.
 func (g *Giver) decide(all []uint64, e event, why error) {
-	var over []*offer
+	var gone, stay []*offer
 	defer func() {
-		for _, o := range over {
-			if o.state == given {
-				g.over(o, nil)
-			} else {
-				g.over(o, why)
-			}
+		if len(gone) > 0 { // their owner closes much, while the next answers are read
+			go func() {
+				for _, o := range gone {
+					g.over(o, nil)
+				}
+			}()
+		}
+		for _, o := range stay {
+			g.over(o, why)
 		}
 	}()
 	g.deciding.Lock()
@@ -378,7 +381,11 @@ func (g *Giver) decide(all []uint64, e event, why error) {
 			if next, do := oldRules.at(o.state, e); do != nothing {
 				o.state = next
 				delete(g.offers, o.flow.Number)
-				over = append(over, o)
+				if next == given {
+					gone = append(gone, o)
+				} else {
+					stay = append(stay, o)
+				}
 			}
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -97,6 +98,7 @@ func (srv *Server) relayOptions(s *spliced) relay.Options {
 const (
 	flowsLeaving = 64 // flows that are asked at a time, or whose bytes nobody moves: each waits for the others
 	bulkLeaving  = 16 // the same of those that move much: they take their time
+	talkLeaving  = 4  // and of those that talk, which go when no more than so many are on their way
 	// calmBytes is how much a flow moves within measureBulk at most that goes before the others.
 	calmBytes   = 64 << 10
 	measureBulk = 50 * time.Millisecond
@@ -113,7 +115,7 @@ type giver interface {
 
 // GiveFlows gives the flows of sni and tcp listeners to another process, those that begin meanwhile, too,
 // until ctx ends or g is lost. What can't go goes on here. It returns when no flow is on its way. Those that
-// move much come last.
+// are idle go first, and those that move much last: a flow on its way waits for those before it.
 func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 	var all sync.WaitGroup
 	var given atomic.Int64
@@ -123,7 +125,8 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 			srv.log.Info("flows have gone to the process that has taken over", "flows", n)
 		}
 	}()
-	calm, bulk := make(chan struct{}, flowsLeaving), make(chan struct{}, bulkLeaving)
+	calm, talking, bulk := make(chan struct{}, flowsLeaving), make(chan struct{}, talkLeaving), make(chan struct{}, bulkLeaving)
+	var moving atomic.Int32 // flows whose bytes nobody moves
 	moved := map[*spliced]int64{}
 	srv.measureFlows(moved)
 	for wait := measureBulk; ; wait = leaveAgain {
@@ -137,12 +140,22 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 		if !g.Answers() { // each would stand still for nothing
 			continue
 		}
-		quiet, busy := srv.measureFlows(moved)
+		still, talk, busy := srv.measureFlows(moved)
 		for _, part := range []struct {
 			flows []*spliced
 			room  chan struct{}
-		}{{quiet, calm}, {busy, bulk}} {
+			most  int32
+		}{{still, calm, math.MaxInt32}, {talk, talking, talkLeaving}, {busy, bulk, talkLeaving}} {
 			for _, s := range part.flows {
+				for moving.Load() >= part.most {
+					select {
+					case <-ctx.Done():
+						return
+					case <-g.Lost():
+						return
+					case <-time.After(time.Millisecond):
+					}
+				}
 				select {
 				case <-ctx.Done():
 					return
@@ -151,7 +164,7 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 				case part.room <- struct{}{}:
 				}
 				all.Add(1)
-				srv.give(ctx, s, g, func(err error) {
+				srv.give(ctx, s, g, &moving, func(err error) {
 					if err == nil {
 						given.Add(1)
 					} else {
@@ -165,9 +178,9 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 	}
 }
 
-// measureFlows are the flows that may be given, by whether they have moved much since the last time. moved is
-// what each had moved then, and has now.
-func (srv *Server) measureFlows(moved map[*spliced]int64) (quiet, busy []*spliced) {
+// measureFlows are the flows that may be given, by whether they have moved nothing, little or much since the
+// last time. moved is what each had moved then, and has now.
+func (srv *Server) measureFlows(moved map[*spliced]int64) (still, talk, busy []*spliced) {
 	live := map[*spliced]bool{}
 	for _, fl := range srv.flows.Live() {
 		s, ok := fl.Killer.(*spliced)
@@ -177,18 +190,22 @@ func (srv *Server) measureFlows(moved map[*spliced]int64) (quiet, busy []*splice
 		live[s] = true
 		up, down := s.Load()
 		before, isKnown := moved[s]
-		if moved[s] = up + down; isKnown && up+down-before > calmBytes {
+		moved[s] = up + down
+		switch n := up + down - before; {
+		case isKnown && n == 0:
+			still = append(still, s)
+		case !isKnown || n <= calmBytes:
+			talk = append(talk, s)
+		default:
 			busy = append(busy, s)
-		} else {
-			quiet = append(quiet, s)
 		}
 	}
 	maps.DeleteFunc(moved, func(s *spliced, _ int64) bool { return !live[s] })
-	return quiet, busy
+	return still, talk, busy
 }
 
-// give gives s away, and calls over when it is known whose it is.
-func (srv *Server) give(ctx context.Context, s *spliced, g giver, over func(error)) {
+// give gives s away, and calls over when it is known whose it is. moving counts it while it is on its way.
+func (srv *Server) give(ctx context.Context, s *spliced, g giver, moving *atomic.Int32, over func(error)) {
 	if s.isLeaving.Swap(true) {
 		over(errors.New("it is on its way"))
 		return
@@ -201,7 +218,9 @@ func (srv *Server) give(ctx context.Context, s *spliced, g giver, over func(erro
 			over(err)
 			return
 		}
+		moving.Add(1)
 		g.Give(s.record(p), func(err error) {
+			moving.Add(-1)
 			defer over(err)
 			if err != nil {
 				s.isLeaving.Store(false)

@@ -244,6 +244,47 @@ func TestGiveFlowsRefused(t *testing.T) {
 	exchangeBytes(t, c, 100_000)
 }
 
+// TestMeasureFlows: flows that are idle go before those that talk, and those before what moves much.
+func TestMeasureFlows(t *testing.T) {
+	echo := backend(t, func(c net.Conn) {
+		defer c.Close()
+		_, _ = io.Copy(c, c)
+	})
+	addr := freeAddr(t)
+	d := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", addr, echo))
+	var all []net.Conn
+	for range 3 {
+		c := dialTCP(t, addr)
+		exchangeBytes(t, c, 1000)
+		all = append(all, c)
+	}
+	counted := func(want int64) { // a byte may be counted after it has arrived
+		eventually(t, "all is counted", func() bool {
+			n := int64(0)
+			for _, fl := range d.Flows().Live() {
+				up, down := fl.Killer.(*spliced).Load()
+				n += up + down
+			}
+			return n == want
+		})
+	}
+	moved := map[*spliced]int64{}
+	measure := func(want [3]int) {
+		t.Helper()
+		still, talk, busy := d.measureFlows(moved)
+		if got := [3]int{len(still), len(talk), len(busy)}; got != want {
+			t.Errorf("still, talking and busy: %v, want %v", got, want)
+		}
+	}
+	counted(6000)
+	measure([3]int{0, 3, 0}) // nothing is known of them
+	exchangeBytes(t, all[0], 1000)
+	exchangeBytes(t, all[1], 300_000)
+	counted(608_000)
+	measure([3]int{1, 1, 1})
+	measure([3]int{3, 0, 0})
+}
+
 // TestForgetFlow: a flow that the other process keeps, or that is not begun when the server ends, leaves nothing.
 func TestForgetFlow(t *testing.T) {
 	d := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { reject: true } } ]\n", freeAddr(t)))

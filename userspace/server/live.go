@@ -266,14 +266,14 @@ func (srv *Server) AdoptFlow(r *handover.Flow) (begin, forget func(), err error)
 			return nil, nil, fmt.Errorf("its source: %w", err)
 		}
 	}
+	if r.Transparent {
+		srv.needReturnPath() // first: what is counted must not wait for srv.mu, which Close holds until it has ended
+	}
 	if !srv.mayAdopt() {
 		r.Close()
 		return nil, nil, handover.ErrLeft
 	}
 	in := &conn{server: srv, lease: srv.limiter.Adopt(source), accepted: r.Started, stopCancel: func() bool { return true }}
-	if r.Transparent {
-		srv.needReturnPath()
-	}
 	srv.notePort(tcpsock.AddrPortOf(r.Down.Conn.LocalAddr()).Port())
 	s := srv.splice(in, flow.Flow{ID: r.ID, Listener: r.Listener, Route: r.Route, Name: r.Name, Client: r.Client,
 		Shared: r.Shared, Downstream: r.Downstream, Upstream: r.Upstream, Target: r.Target, Started: r.Started,
@@ -333,7 +333,7 @@ func (srv *Server) needReturnPath() {
 	}
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	if srv.returnPathErr == nil {
+	if srv.returnPathErr == nil && !srv.isClosed {
 		srv.openReturnPath(true)
 	}
 }

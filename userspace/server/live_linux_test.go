@@ -319,3 +319,31 @@ func TestForgetFlow(t *testing.T) {
 	come()
 	d.Close() // which waits for all
 }
+
+// TestAdoptAtEnd: a flow that comes while the server closes is not counted before it needs what Close holds.
+func TestAdoptAtEnd(t *testing.T) {
+	d := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { reject: true } } ]\n", freeAddr(t)))
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	r := &handover.Flow{Listener: "web", Route: "default", Transparent: true,
+		Down: handover.Side{Conn: dialTCP(t, ln.Addr().String())}, Up: handover.Side{Conn: dialTCP(t, ln.Addr().String())}}
+	d.mu.Lock()
+	said := make(chan error, 1)
+	go func() {
+		_, _, err := d.AdoptFlow(r)
+		said <- err
+	}()
+	time.Sleep(20 * time.Millisecond) // it waits now, as a rule
+	d.adoption.end()
+	d.isClosed = true
+	d.mu.Unlock()
+	if err := <-said; !errors.Is(err, handover.ErrLeft) {
+		t.Errorf("it is taken: %v", err)
+	}
+	if d.returnPath.Load() != nil {
+		t.Error("a server that is closed opens a return path")
+	}
+}

@@ -302,7 +302,9 @@ func TestForgetFlow(t *testing.T) {
 		}
 		return forget
 	}
+	eventually(t, "nobody is connected, and memory is not watched", d.memoryRests.Load)
 	forget := come()
+	eventually(t, "memory is watched", func() bool { return !d.memoryRests.Load() })
 	if d.Flows().Len() != 1 || d.limiter.Total() != 1 {
 		t.Error("it is not counted")
 	}

@@ -218,20 +218,34 @@ func (srv *Server) give(ctx context.Context, s *spliced, g giver, moving *atomic
 			over(err)
 			return
 		}
-		moving.Add(1)
-		g.Give(s.record(p), func(err error) {
-			moving.Add(-1)
-			defer over(err)
-			if err != nil {
-				s.isLeaving.Store(false)
-				srv.resume(s, p)
-				return
-			}
-			p.Down.Conn.Close()
-			p.Up.Conn.Close()
-			s.remove()
-			s.in.release()
-		})
+		srv.handOver(s, p, g, moving, over)
+	})
+}
+
+// handOver gives s, which has left as p, to g, unless it was killed meanwhile: then it ends here. It does not
+// block.
+func (srv *Server) handOver(s *spliced, p *relay.Parcel, g giver, moving *atomic.Int32, over func(error)) {
+	stay := func(why error) {
+		s.isLeaving.Store(false)
+		srv.resume(s, p)
+		over(why)
+	}
+	if why := s.Killed(); why != nil {
+		go stay(why)
+		return
+	}
+	moving.Add(1)
+	g.Give(s.record(p), func(err error) {
+		moving.Add(-1)
+		if err != nil {
+			stay(err)
+			return
+		}
+		p.Down.Conn.Close()
+		p.Up.Conn.Close()
+		s.remove()
+		s.in.release()
+		over(nil)
 	})
 }
 

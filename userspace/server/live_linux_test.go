@@ -17,6 +17,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
+	"github.com/tailsplice/tailsplice/userspace/relay"
 )
 
 // handed is the way from one server to another in this process: a record is written and read, and sockets are
@@ -347,5 +348,40 @@ func TestAdoptAtEnd(t *testing.T) {
 	}
 	if d.returnPath.Load() != nil {
 		t.Error("a server that is closed opens a return path")
+	}
+}
+
+// TestKilledOnItsWay: a flow that is killed when it has left, and is not given yet, ends here.
+func TestKilledOnItsWay(t *testing.T) {
+	echo := backend(t, func(c net.Conn) {
+		defer c.Close()
+		_, _ = io.Copy(c, c)
+	})
+	addr := freeAddr(t)
+	d := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", addr, echo))
+	c := dialTCP(t, addr)
+	exchangeBytes(t, c, 1000)
+	s := d.Flows().Live()[0].Killer.(*spliced)
+	left := make(chan *relay.Parcel, 1)
+	s.Leave(t.Context(), func(p *relay.Parcel, err error) {
+		if err != nil {
+			t.Error(err)
+		}
+		left <- p
+	})
+	p := <-left
+	if p == nil {
+		return
+	}
+	s.Kill(errors.New("a test"))
+	h := &handed{t: t, asked: make(chan struct{}, 1)}
+	over := make(chan error, 1)
+	d.handOver(s, p, h, new(atomic.Int32), func(err error) { over <- err })
+	if err := <-over; err == nil || err.Error() != "a test" {
+		t.Errorf("it is given: %v", err)
+	}
+	eventually(t, "it has ended", func() bool { return d.Flows().Len() == 0 })
+	if n := len(h.asked); n != 0 {
+		t.Error("another process was asked to take it")
 	}
 }

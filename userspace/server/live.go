@@ -30,6 +30,7 @@ type spliced struct {
 	endUse func()
 
 	isLeaving atomic.Bool                // it is on its way to another process, or is asked to be
+	stays     atomic.Bool                // it could not leave when it was asked last, which took its time
 	unknown   map[string]json.RawMessage // of its record, what this program does not know
 }
 
@@ -179,7 +180,7 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 }
 
 // measureFlows are the flows that may be given, by whether they have moved nothing, little or much since the
-// last time. moved is what each had moved then, and has now.
+// last time. Those that could not leave are busy. moved is what each had moved then, and has now.
 func (srv *Server) measureFlows(moved map[*spliced]int64) (still, talk, busy []*spliced) {
 	live := map[*spliced]bool{}
 	for _, fl := range srv.flows.Live() {
@@ -192,6 +193,8 @@ func (srv *Server) measureFlows(moved map[*spliced]int64) (still, talk, busy []*
 		before, isKnown := moved[s]
 		moved[s] = up + down
 		switch n := up + down - before; {
+		case s.stays.Load():
+			busy = append(busy, s)
 		case isKnown && n == 0:
 			still = append(still, s)
 		case !isKnown || n <= calmBytes:
@@ -213,6 +216,7 @@ func (srv *Server) give(ctx context.Context, s *spliced, g giver, moving *atomic
 	ctx, cancel := context.WithTimeout(ctx, leaveWait)
 	s.Leave(ctx, func(p *relay.Parcel, err error) {
 		cancel()
+		s.stays.Store(err != nil)
 		if err != nil {
 			s.isLeaving.Store(false)
 			over(err)

@@ -284,6 +284,19 @@ func TestMeasureFlows(t *testing.T) {
 	counted(608_000)
 	measure([3]int{1, 1, 1})
 	measure([3]int{3, 0, 0})
+	// One that can't leave holds up none of the others.
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var s *spliced
+	for s = range moved {
+		break
+	}
+	over := make(chan error, 1)
+	d.give(ctx, s, &handed{t: t}, new(atomic.Int32), func(err error) { over <- err })
+	if err := <-over; err == nil {
+		t.Error("it leaves though ctx is over")
+	}
+	measure([3]int{2, 0, 1})
 }
 
 // TestForgetFlow: a flow that the other process keeps, or that is not begun when the server ends, leaves nothing.

@@ -35,6 +35,7 @@ type datapaths struct {
 	loaded  func(f *server.Server, l *loader.Loader) // hears of what load has loaded
 	loader  *loader.Loader                           // nil: none
 	log     *slog.Logger
+	tried   chan struct{} // closed when load has returned for the first time, and it was heard
 	busy    sync.WaitGroup
 	quit    chan struct{}
 }
@@ -51,7 +52,7 @@ func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapat
 		log.Warn("what ended daemons left in the kernel can't be removed", "err", err)
 	}
 	const unasked = "no configuration asked for it at start: it is loaded when the daemon is started again"
-	p := &datapaths{log: log, quit: make(chan struct{})}
+	p := &datapaths{log: log, quit: make(chan struct{}), tried: make(chan struct{})}
 	p.options.Missing = map[string]string{loader.Name: unasked, loader.LocalName: unasked}
 	wanted := plan.NeedsOf(cfg).Datapaths
 	local, named := wanted[loader.LocalName], cfg.Datapath == loader.Name || wanted[loader.Name]
@@ -134,10 +135,13 @@ func (p *datapaths) offer(f *server.Server) {
 		return
 	}
 	p.busy.Go(func() {
+		tried := sync.OnceFunc(func() { close(p.tried) })
+		defer tried()
 		l, err := p.load()
 		last, pause := "", loadAgain
 		for ; err != nil; l, err = p.load() {
 			p.lacks(f, lack(err))
+			tried()
 			if last != lack(err) {
 				last = lack(err)
 				p.log.Info("all flows go through userspace, since datapath sockmap is not available: "+

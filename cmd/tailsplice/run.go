@@ -166,6 +166,13 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	d.elders.OnFlow = f.AdoptFlow
 	d.elders.OnMain = func() { d.beMain(ctx) }
 	if old != nil {
+		if datapaths.load != nil { // flows that come before it is loaded could not use it
+			select {
+			case <-datapaths.tried:
+			case <-time.After(firstLoadWait):
+			case <-ctx.Done():
+			}
+		}
 		if err := d.takeOver(old); err != nil {
 			return nil, err
 		}
@@ -201,6 +208,9 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 		}
 	}
 }
+
+// firstLoadWait bounds how long a process that is to take over waits for the kernel datapath of auto.
+const firstLoadWait = 5 * time.Second
 
 // lostWait is how long a process may take to its end whose predecessor is gone before it has handed over.
 const lostWait = 10 * time.Second

@@ -312,8 +312,8 @@ func TestGiveIsLate(t *testing.T) {
 	}
 }
 
-// TestGiveToWhoHangs: where the other process reads nothing, all flows are the old one's again, it is known that
-// none is to be given, and the Giver can be closed. They can be given once it reads.
+// TestGiveToWhoHangs: where the other process reads nothing, all flows are the old one's again, and it is
+// known that none is to be given. They can be given once it reads.
 func TestGiveToWhoHangs(t *testing.T) {
 	old, new := twoEnds(t)
 	g, err := old.Give()

@@ -173,7 +173,7 @@ func (l *Link) receiveSockets(deadline time.Time) (all []Socket, state json.RawM
 	}
 }
 
-// unread is how many bytes, and what they cost the kernel, the other end has not read yet; 0: it is not known.
+// unread is what the other end has not read yet, in bytes of the kernel's memory; 0: it is not known.
 func (l *Link) unread() (n int) {
 	if raw, err := l.c.SyscallConn(); err == nil {
 		raw.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })

@@ -333,8 +333,8 @@ func TestLeaveStopped(t *testing.T) {
 	}
 }
 
-// TestPutOff: a flow that can't leave, because much is held for a reader who has stopped, is not asked again and
-// again meanwhile.
+// TestPutOff: a flow that can't leave, because much is held for a reader who has stopped, is not asked again
+// and again meanwhile.
 func TestPutOff(t *testing.T) {
 	_, r := relaytest.Relay()
 	goroutines := func() uint64 {

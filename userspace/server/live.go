@@ -285,7 +285,7 @@ func (srv *Server) AdoptFlow(r *handover.Flow) (begin, forget func(), err error)
 		}
 	}
 	if r.Transparent {
-		srv.needReturnPath() // first: what is counted must not wait for srv.mu, which Close holds until it has ended
+		srv.needReturnPath() // first: Close holds srv.mu until what is counted has ended
 	}
 	if !srv.mayAdopt() {
 		r.Close()

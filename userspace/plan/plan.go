@@ -53,7 +53,7 @@ type Deps struct {
 	// Guard makes the check of what r demands of each request; nil if it demands nothing.
 	Guard func(listener string, r *Rule) vhost.Guard
 	// Wait makes [vhost.Route].Wait for r, which has hold and several targets.
-	Wait func(listener string, r *Rule) func(ctx context.Context, since time.Time, err error) bool
+	Wait func(listener string, r *Rule) func(ctx context.Context, since time.Time, errs []error) bool
 }
 
 // NewDeps returns what is needed to look at targets and to dial them, without serving anybody.

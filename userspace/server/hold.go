@@ -317,12 +317,12 @@ func heldRequest(ctx context.Context, listener string, r *plan.Rule, who plan.Vi
 }
 
 // awaitUpstreams is what requests of r do that none of several upstreams has taken: they wait for one.
-func (srv *Server) awaitUpstreams(listener string, r *plan.Rule) func(ctx context.Context, since time.Time, err error) bool {
-	return func(ctx context.Context, since time.Time, err error) bool {
+func (srv *Server) awaitUpstreams(listener string, r *plan.Rule) func(ctx context.Context, since time.Time, errs []error) bool {
+	return func(ctx context.Context, since time.Time, errs []error) bool {
 		w := heldRequest(ctx, listener, r, requesterOf(ctx), since)
 		ctx, stop := w.whileThere(ctx)
 		defer stop()
-		return srv.await(ctx, w, err, func(ctx context.Context) error { return srv.reachOne(ctx, w) }) == nil
+		return srv.await(ctx, w, targetErrors(errs), func(ctx context.Context) error { return srv.reachOne(ctx, w) }) == nil
 	}
 }
 

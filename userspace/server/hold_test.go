@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -327,6 +328,46 @@ func TestHoldSeveral(t *testing.T) {
 	}
 	if got := strings.Count(d.log.String(), "a request waits"); got != 1 {
 		t.Errorf("%d requests have waited", got)
+	}
+}
+
+// TestHoldDisabled: a request waits for a target that is away also beside one that was disabled by hand, and not for
+// that one alone.
+func TestHoldDisabled(t *testing.T) {
+	addr, first, second := freeAddr(t), freeAddr(t), freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [{ listen: %q, mode: http, default: { forward: [%q, { to: %q, backup: true }], hold: 10m } }]`, addr, first, second))
+	disable := func(target string, off bool) {
+		t.Helper()
+		if _, err := d.SetDisabled(url.Values{"target": {target}}, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	disable(first, true)
+	disable(second, true)
+	if res, _ := ask(t, addr, "GET", "a", "/", nil); res.StatusCode != 503 {
+		t.Errorf("both are disabled: %d", res.StatusCode)
+	}
+	disable(first, false)
+	status := make(chan int, 1)
+	go func() {
+		res, err := http.Get("http://" + addr)
+		if err != nil {
+			status <- 0
+			return
+		}
+		res.Body.Close()
+		status <- res.StatusCode
+	}()
+	eventually(t, "the request waits", func() bool { return d.heldBy.Total() == 1 })
+	ln, err := net.Listen("tcp", first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})}
+	defer srv.Close()
+	go srv.Serve(ln)
+	if got := <-status; got != 200 {
+		t.Errorf("the request that waited: %d", got)
 	}
 }
 

@@ -29,6 +29,8 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 		defer spare.lastAttempt()
 	}
 	var tried []*Upstream
+	var errs []error               // theirs
+	mayWait := x.route.Wait != nil // and none was reached so far
 	began := time.Now()
 	for stale := 0; ; {
 		x.upConn.Store(nil)
@@ -43,10 +45,11 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 			stale++
 			continue
 		}
-		tried = append(tried, x.up)
+		tried, errs = append(tried, x.up), append(errs, err)
+		mayWait = mayWait && isUnreached(err)
 		next := x.route.pick(x.source(), tried)
-		if next == nil && x.route.Wait != nil && x.route.Wait(r.Context(), began, err) {
-			tried = nil
+		if next == nil && mayWait && x.route.Wait(r.Context(), began, errs) {
+			tried, errs = nil, nil
 			next = x.route.pick(x.source(), nil)
 		}
 		if next == nil {
@@ -59,6 +62,12 @@ func (t transports) RoundTrip(r *http.Request) (*http.Response, error) {
 		r.URL = &u
 		next.address(r.URL, x)
 	}
+}
+
+// isUnreached says whether an attempt has failed with err because the upstream could not be reached. One that
+// was, and did not take the request, would be found at once by a wait, and so again and again.
+func isUnreached(err error) bool {
+	return errors.As(err, new(*dialError)) && reasonOf(err) != ReasonTLS
 }
 
 // remedy is what is done about an attempt that has failed.

@@ -3,6 +3,7 @@ package vhost
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -10,7 +11,9 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
@@ -134,5 +137,61 @@ func TestClosedWhileConnecting(t *testing.T) {
 	}
 	if q := h.request(t, 1); q.Status != statusClientLeft || !errors.Is(q.Err, errClientLeft) {
 		t.Errorf("reported %d, %v", q.Status, q.Err)
+	}
+}
+
+// TestWaitForNone: a request waits only where none of the upstreams could be reached, and is told why of each. One
+// that was reached and took no request would be found at once.
+func TestWaitForNone(t *testing.T) {
+	var asked atomic.Int64
+	closes := rawUpstream(t, func(_ *net.TCPConn, br *bufio.Reader) {
+		asked.Add(1)
+		readHead(br)
+	})
+	noTLS := *rawUpstream(t, func(c *net.TCPConn, _ *bufio.Reader) {
+		asked.Add(1)
+		io.WriteString(c, "HTTP/1.1 400 Bad Request\r\n\r\n")
+	})
+	noTLS.Key, noTLS.Protocol, noTLS.TLS = "no TLS", HTTPS, &tls.Config{ServerName: "a"}
+	for name, tc := range map[string]struct {
+		first       *Upstream
+		asks, waits int64
+	}{
+		"it refuses":       {wayTo(closedPort(t)), 0, 3},
+		"it closes":        {closes, 1, 0},
+		"it has no TLS":    {&noTLS, 1, 0},
+		"it refuses later": {nil, 1, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			asked.Store(0)
+			var waits, dials atomic.Int64
+			up := tc.first
+			if up == nil {
+				up = &Upstream{Key: "late", Name: "laptop"}
+				up.Dial = func(ctx context.Context) (net.Conn, error) {
+					if dials.Add(1) == 1 {
+						return nil, syscall.ECONNREFUSED
+					}
+					return closes.Dial(ctx)
+				}
+			}
+			h := newHop(t, nil, func(c *config) {
+				c.Route = func(*http.Request, string, string) (*Route, error) {
+					return &Route{Name: "two", Upstreams: []Choice{{Upstream: up, Weight: 1}, {Upstream: wayTo(closedPort(t)), Backup: true}},
+						Wait: func(_ context.Context, _ time.Time, errs []error) bool {
+							if len(errs) != 2 {
+								t.Errorf("errors: %v, want those of both", errs)
+							}
+							return waits.Add(1) < 3
+						}}, nil
+				}
+			})
+			if res, _ := get(t, protocols[0].client(t, h), "http://a/"); res.StatusCode != 502 {
+				t.Errorf("status %d", res.StatusCode)
+			}
+			if asked.Load() != tc.asks || waits.Load() != tc.waits {
+				t.Errorf("it was asked %d times, and waited for %d times: want %d and %d", asked.Load(), waits.Load(), tc.asks, tc.waits)
+			}
+		})
 	}
 }

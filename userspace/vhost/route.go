@@ -31,10 +31,10 @@ type Route struct {
 	// AnswerTimeout and BodyTimeout, if not 0, replace Options.AnswerTimeout and Options.StallTimeout.
 	AnswerTimeout, BodyTimeout time.Duration
 	Compress                   bool // answers with gzip where that is asked for and of use
-	// Wait, if not nil, is called where all upstreams have failed a request, the last one with err, and
-	// nothing of it was read. It waits until one may take it, and reports whether they are tried once more.
-	// since is when the first was tried. ctx is as for Upstream.Dial.
-	Wait func(ctx context.Context, since time.Time, err error) bool
+	// Wait, if not nil, is called where none of the upstreams could be reached for a request, with the errors
+	// of all. It waits until one may take it, and reports whether they are tried once more. since is when the
+	// first was tried. ctx is as for Upstream.Dial.
+	Wait func(ctx context.Context, since time.Time, errs []error) bool
 	// ClientCAs, if not nil, gives each request its roots of client certificates, for which TLS has to ask.
 	ClientCAs func() *x509.CertPool
 }

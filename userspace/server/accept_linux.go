@@ -93,6 +93,12 @@ func (s *listenerSocket) stop() {
 // isStopped says whether stop was called last.
 func (s *listenerSocket) isStopped() bool { return s.stopped }
 
+// listens says whether nobody has ended the socket.
+func (s *listenerSocket) listens() bool {
+	on, err := unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	return err == nil && on == 1
+}
+
 // copy returns a copy of the socket.
 func (s *listenerSocket) copy() (*os.File, error) {
 	fd, err := unix.FcntlInt(uintptr(s.fd), unix.F_DUPFD_CLOEXEC, 0)

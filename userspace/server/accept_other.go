@@ -62,6 +62,7 @@ func (s *listenerSocket) accept() {
 // stop and its like are for a process that hands over its sockets, as none does here.
 func (s *listenerSocket) stop()           {}
 func (s *listenerSocket) isStopped() bool { return false }
+func (s *listenerSocket) listens() bool   { return true }
 
 // copy returns a copy of the socket.
 func (s *listenerSocket) copy() (*os.File, error) { return s.ln.File() }

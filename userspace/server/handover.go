@@ -110,8 +110,13 @@ func (srv *Server) Resume() {
 	if srv.isClosed {
 		return
 	}
-	for _, s := range srv.sockets {
-		if s.isStopped() {
+	for addr, s := range srv.sockets {
+		switch {
+		case !s.isStopped():
+		case !s.listens(): // the other process did not want it, and ended it: rebindNow binds anew
+			s.Close()
+			delete(srv.sockets, addr)
+		default:
 			s.prepare(srv)
 			s.accept()
 		}

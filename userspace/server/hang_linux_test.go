@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -118,6 +119,33 @@ func TestUnwanted(t *testing.T) {
 		handover.Close(bound)
 		if want := map[bool]int{true: 1}[accepts]; err != nil || len(bound) != want {
 			t.Errorf("bound are %d sockets (%v), want %d", len(bound), err, want)
+		}
+	}
+}
+
+// TestResumeEnded: a process that has begun to accept, and ended a socket that its configuration does not name, may fail
+// yet. The one that goes on binds that socket's address anew. A loop does not turn about one that was ended.
+//
+// +checklocksignore: the analyzer does not know that a test is the only one
+func TestResumeEnded(t *testing.T) {
+	kept, ended := freeAddr(t), freeAddr(t)
+	d := start(t, fmt.Sprintf("listeners: [{ name: web, listen: [%q, %q], mode: tcp, default: { forward: %q } }]\n", kept, ended, backend(t, named("A", new(atomic.Int64)))))
+	if d.failed(d.sockets[kept], os.NewSyscallError("accept4", syscall.EINVAL)) {
+		t.Error("a socket that was ended is tried again at once")
+	}
+	bound, err := d.Sockets()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Rest()
+	other := startOptions(t, parse(t, fmt.Sprintf("listeners: [{ name: web, listen: [%q], mode: tcp, default: { forward: %q } }]\n", kept, freeAddr(t))),
+		Options{Held: true, Handed: bound})
+	other.Accept()
+	other.Rest() // it dies
+	d.Resume()
+	for _, addr := range []string{kept, ended} {
+		if got, err := exchange(addr, []byte("x")); err != nil || string(got) != "Ax" {
+			t.Errorf("%s: %q, %v", addr, got, err)
 		}
 	}
 }

@@ -24,7 +24,7 @@ type acceptor struct {
 	loop      *loop.Acceptor // nil before prepare
 	stopped   bool
 	admitting sync.WaitGroup // what admits connections off the loops
-	taken     atomic.Int64   // connections that were accepted
+	taken     atomic.Int64   // connections that were accepted, or could not be for lack of resources
 }
 
 // newListenerSocket makes one of ln, which is closed then.
@@ -51,7 +51,12 @@ func (s *listenerSocket) prepare(srv *Server) {
 		} else {
 			srv.admit(s.owner.Load(), c, tcpsock.AddrPort(peer))
 		}
-	}, func(err error) (goOn bool) { return srv.failed(s, err) })
+	}, func(err error) (goOn bool) {
+		if outOfResources(err) {
+			s.taken.Add(1) // it is no hang, which a restart would mend
+		}
+		return srv.failed(s, err)
+	})
 }
 
 // admitTailnet admits what came to an address of the tailnet by the interface that has it, or from this host.
@@ -125,7 +130,7 @@ func (s *listenerSocket) end() {
 	unix.Close(s.fd)
 }
 
-// queue says how many connections were accepted, and whether one waits.
+// queue says how many connections were accepted, or tried to be, and whether one waits.
 func (s *listenerSocket) queue() (taken int64, waits bool) {
 	var i unix.TCPInfo
 	err := tcpsock.Info(s.fd, &i)

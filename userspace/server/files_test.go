@@ -115,6 +115,43 @@ func TestOutOfFilesRefusesAtOnce(t *testing.T) {
 	}
 }
 
+// TestServesOutOfFiles: that nothing is accepted for lack of file descriptors is no hang.
+//
+// +checklocksignore: the analyzer does not know that a test is the only one
+func TestServesOutOfFiles(t *testing.T) {
+	addr := freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	d.spare.mu.Lock()
+	for _, file := range d.spare.files { // somebody else has them
+		defer file.Close()
+	}
+	d.spare.files = nil
+	d.spare.missing.Store(true)
+	d.spare.mu.Unlock()
+	restore := limitFiles(t, 0)
+	defer restore()
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: port(addr), Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	s := d.sockets[addr]
+	eventually(t, "it waits", func() bool { _, waits := s.queue(); return waits })
+	for range 3 {
+		before := s.taken.Load()
+		eventually(t, "the daemon tries to accept", func() bool { return s.taken.Load() > before })
+		if err := d.Serves(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, waits := s.queue(); !waits {
+		t.Error("nobody waits any more: nothing was tested")
+	}
+}
+
 // limitFiles leaves room for so many more file descriptors, until restore.
 func limitFiles(t *testing.T, room int) (restore func()) {
 	t.Helper()

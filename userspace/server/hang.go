@@ -10,7 +10,8 @@ import (
 var errLocked = errors.New("a change of what is served does not end")
 
 // Serves is an error where the daemon hangs: its loops do not go on, a change does not end before ctx does,
-// or nobody has accepted since the last call what waited at a listener then and waits now.
+// or nobody has accepted, or tried to without the resources, since the last call what waited at a listener
+// then and waits now.
 func (srv *Server) Serves(ctx context.Context) error {
 	if err := srv.Alive(ctx); err != nil {
 		return err

@@ -94,18 +94,18 @@ func (srv *Server) bequeath(c *change) {
 	}
 }
 
-// linger has a listener that was drained at since go on accepting until its announcement is withdrawn and its
-// grace is over.
+// linger has a listener that was drained at since go on accepting, until what it returns is over: its
+// announcement, which tellOthers is to withdraw before, is withdrawn then, and its grace is over.
 //
 // +checklocks:srv.mu
-func (srv *Server) linger(l *listener, since time.Time) {
+func (srv *Server) linger(l *listener, since time.Time) func() {
 	grace := srv.grace(l)
 	if grace == 0 {
-		return
+		return func() {}
 	}
 	l.lingers = true
 	a := l.announcer
-	go func() {
+	return func() {
 		a.Wait(srv.ctx)
 		sleep(srv.ctx, grace)
 		srv.mu.Lock()
@@ -114,7 +114,7 @@ func (srv *Server) linger(l *listener, since time.Time) {
 			l.lingers = false
 			srv.rebindNow(srv.tailnetErr)
 		}
-	}()
+	}
 }
 
 // grace is how long l accepts connections after its announcement is withdrawn; 0 where it is not announced.

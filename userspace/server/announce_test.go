@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // announced is a daemon whose listener web tells others by a file, with what is said of a listener of its own.
@@ -127,7 +128,8 @@ func TestGrace(t *testing.T) {
 	begun, may := filepath.Join(dir, "begun"), filepath.Join(dir, "may")
 	down := fmt.Sprintf("if [ -e %s.armed ]; then echo >>%s; while [ ! -e %s ]; do sleep 0.01; done; fi", begun, begun, may)
 	a := announcedListener(t, fmt.Sprintf(`, grace: 50ms, timeout: 1m, up: ["true"], down: [sh, -c, %q]`, down))
-	a.daemon = start(t, a.yaml(""))
+	// A moment passes between drained and withdrawn.
+	a.daemon = startOptions(t, parse(t, a.yaml("")), Options{Moved: func() { time.Sleep(20 * time.Millisecond) }})
 	eventually(t, "it is announced", a.isUp)
 	touch := func(name string) {
 		t.Helper()
@@ -139,6 +141,7 @@ func TestGrace(t *testing.T) {
 	withdraws := func(how string) {
 		t.Helper()
 		eventually(t, how+": it is withdrawn", func() bool { b, _ := os.ReadFile(begun); return len(b) == 1 && !a.isUp() })
+		time.Sleep(150 * time.Millisecond) // the grace, which has not begun, and more
 		if !accepts(a.addr) {
 			t.Errorf("%s: it is closed before others know", how)
 		}

@@ -42,6 +42,7 @@ func (srv *Server) SetDrained(query url.Values, drained bool) (Drained, error) {
 	if err != nil {
 		return Drained{}, err
 	}
+	var graces []func()
 	for _, name := range names {
 		l := srv.listeners[name]
 		switch {
@@ -49,10 +50,13 @@ func (srv *Server) SetDrained(query url.Values, drained bool) (Drained, error) {
 			l.drained, l.lingers = time.Time{}, false
 		case l.drained.IsZero():
 			l.drained = time.Now()
-			srv.linger(l, l.drained)
+			graces = append(graces, srv.linger(l, l.drained))
 		}
 	}
 	srv.rebindNow(srv.tailnetErr)
+	for _, grace := range graces {
+		go grace()
+	}
 	if srv.lacksAddresses() {
 		srv.addressesMoved.wake()
 	}

@@ -85,13 +85,14 @@ const (
 //	the client has left or is being answered, or the body can't be sent again   giveUp
 //	nothing was sent on a connection of the pool, which had gone stale          sameUpstream, maxStale times
 //	nothing was sent                                                            otherUpstream
-//	the request may be repeated, and this was no timeout                        otherUpstream
+//	the request may be repeated, and this was no timeout but of dialling        otherUpstream
 //	else                                                                        giveUp
 func (x *exchange) remedy(r *http.Request, err error, spare *spareBody, stale int) remedy {
 	if r.Context().Err() != nil || errors.Is(err, errClientLeft) || x.resp.status != 0 || !spare.whole() || x.body.wasInterrupted() {
 		return giveUp
 	}
-	isUnsent := errors.As(err, new(*dialError))
+	isDial := errors.As(err, new(*dialError)) // after all: the transport may have given up a connection before
+	isUnsent := isDial
 	if c := x.upConn.Load(); c != nil {
 		c.leave(x)
 		isUnsent = c.sent.Load() == x.sentBefore
@@ -99,7 +100,7 @@ func (x *exchange) remedy(r *http.Request, err error, spare *spareBody, stale in
 			return sameUpstream
 		}
 	}
-	isTimeout := errors.Is(err, os.ErrDeadlineExceeded) || reasonOf(err) == ReasonTimeout
+	isTimeout := !isDial && (errors.Is(err, os.ErrDeadlineExceeded) || reasonOf(err) == ReasonTimeout)
 	if isUnsent || repeatable(r.Method) && !isTimeout {
 		return otherUpstream
 	}

@@ -2,6 +2,7 @@ package vhost
 
 import (
 	"bufio"
+	"context"
 	"io"
 	"net"
 	"net/http"
@@ -101,5 +102,41 @@ func TestWatch(t *testing.T) {
 	}
 	if q := h.request(t, 4); q.Err == nil || !strings.Contains(q.Err.Error(), "acknowledges nothing") {
 		t.Errorf("reported: %v", q.Err)
+	}
+}
+
+// TestAsleepThenDialled: a GET whose connection in the pool acknowledges nothing, and whose next connection takes too
+// long, goes to another upstream, and waits where that one can't be reached either.
+func TestAsleepThenDialled(t *testing.T) {
+	up := rawUpstream(t, func(c *net.TCPConn, br *bufio.Reader) {
+		readHead(br)
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		io.Copy(io.Discard, br)
+	})
+	up.Watch = &Watch{Soon: 50 * time.Millisecond, Late: time.Minute, Unheard: func(net.Conn, time.Duration) bool { return true }}
+	var isAsleep atomic.Bool
+	dial := up.Dial
+	up.Dial = func(ctx context.Context) (net.Conn, error) {
+		if isAsleep.Load() {
+			return nil, Fail(ReasonTimeout, context.DeadlineExceeded)
+		}
+		return dial(ctx)
+	}
+	var waits atomic.Int64
+	h := newHop(t, nil, func(c *config) {
+		c.Route = func(*http.Request, string, string) (*Route, error) {
+			return &Route{Name: "two", Upstreams: []Choice{{Upstream: up, Weight: 1}, {Upstream: wayTo(closedPort(t)), Backup: true}},
+				Wait: func(context.Context, time.Time, []error) bool {
+					waits.Add(1)
+					isAsleep.Store(false)
+					return true
+				}}, nil
+		}
+	})
+	c := protocols[0].client(t, h)
+	get(t, c, "http://a/")
+	isAsleep.Store(true)
+	if res, _ := get(t, c, "http://a/"); res.StatusCode != 200 || waits.Load() != 1 {
+		t.Errorf("status %d after %d waits, want 200 after one", res.StatusCode, waits.Load())
 	}
 }

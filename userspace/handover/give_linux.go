@@ -23,7 +23,8 @@ const (
 	inlineRest = 2 << 10
 	// answerTimeout is how long nobody moves a flow's bytes while the other process says nothing.
 	answerTimeout = 2 * time.Second
-	// mostUnread is how many bytes may be unread when flows are sent, so that there is room for begin and keep.
+	// mostUnread is how many bytes may be unread when flows are sent, so that there is room for begin and
+	// keep.
 	mostUnread = 64 << 10
 )
 

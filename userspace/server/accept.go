@@ -69,8 +69,8 @@ const outOfFilesText = "out of file descriptors: connections are closed at once:
 // failed sees to an error of accept on s. goOn says that the next try may do better.
 func (srv *Server) failed(s *listenerSocket, err error) (goOn bool) {
 	if !outOfResources(err) {
-		// The peer was gone before we came (ECONNABORTED), or it is a passing network error. But a socket that
-		// another process has ended (EINVAL) stays ready.
+		// The peer was gone before we came (ECONNABORTED), or it is a passing network error. But a socket
+		// that another process has ended (EINVAL) stays ready.
 		return !errors.Is(err, syscall.EINVAL)
 	}
 	srv.limited.Warn(outOfFiles, outOfFilesText, "err", err)

@@ -92,7 +92,7 @@ func TestHold(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	if _, err := s.home.WaitLog(ctx, func(l lab.LogLine) bool {
-		return l["msg"] == "a request waits for a node that does not answer" && l["hold"] == "2m0s"
+		return l["msg"] == "a request waits for a target that can't be reached" && l["hold"] == "2m0s"
 	}); err != nil {
 		t.Error(err)
 	}

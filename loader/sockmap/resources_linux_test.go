@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -140,7 +141,8 @@ func TestRuleBoundOff(t *testing.T) {
 
 const stalledFlows = 200
 
-// stall lets both senders of each flow push size bytes for readers that begin after judge.
+// stall lets both senders of each flow push up to size bytes for readers that begin after judge, when the senders
+// write no more.
 func stall(t *testing.T, size int64, judge func(perFlow int64, waiting int, cpu time.Duration)) {
 	const flows = stalledFlows
 	loadertest.Must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
@@ -153,14 +155,18 @@ func stall(t *testing.T, size int64, judge func(perFlow int64, waiting int, cpu 
 	before := memAvailable(t)
 	var all sync.WaitGroup
 	sent, failed := make([]int64, 2*flows), make([]error, 2*flows)
+	var stop atomic.Bool
 	for i, p := range paths {
 		for j, c := range []*net.TCPConn{p.Client, p.Server} {
 			all.Add(1)
 			go func() {
 				defer all.Done()
 				c.SetWriteDeadline(time.Now().Add(3 * time.Minute))
-				sent[2*i+j], failed[2*i+j] = io.CopyBuffer(struct{ io.Writer }{c},
-					io.LimitReader(loadertest.Zeroes{}, size), make([]byte, 16<<10))
+				for b := make([]byte, 16<<10); sent[2*i+j] < size && failed[2*i+j] == nil && !stop.Load(); {
+					var n int
+					n, failed[2*i+j] = c.Write(b)
+					sent[2*i+j] += int64(n)
+				}
 				c.CloseWrite()
 			}()
 		}
@@ -187,36 +193,38 @@ func stall(t *testing.T, size int64, judge func(perFlow int64, waiting int, cpu 
 		"%d backlogs wait, %v of CPU in a second",
 		flows, moved()>>20, held>>20, waiting, cpu)
 	judge(held/flows, waiting, cpu)
+	stop.Store(true)
 
 	var drained sync.WaitGroup
-	var ended sync.Map
-	for _, p := range paths {
-		for _, c := range []*net.TCPConn{p.Client, p.Server} {
+	got, broken := make([]int64, 2*flows), make([]error, 2*flows)
+	for i, p := range paths {
+		for j, c := range []*net.TCPConn{p.Client, p.Server} {
 			drained.Add(1)
 			go func() {
 				defer drained.Done()
 				c.SetReadDeadline(time.Now().Add(3 * time.Minute))
-				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c},
-					make([]byte, 16<<10)); n != size || err != nil {
-					ended.Store(p, err)
-				}
+				got[2*i+j], broken[2*i+j] = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c},
+					make([]byte, 16<<10))
 			}()
 		}
 	}
 	all.Wait()
 	drained.Wait()
-	n := 0
-	ended.Range(func(p, err any) bool {
-		r := p.(*loadertest.Path).Wait(loadertest.Patience)
-		t.Logf("a flow ended %+v, %v; a reader got %v", r, r.Err, err)
+	ended := make(map[*loadertest.Path]bool)
+	for i := range got {
+		p, want := paths[i/2], sent[i^1]
+		if got[i] == want && broken[i] == nil || ended[p] {
+			continue
+		}
+		ended[p] = true
+		r := p.Wait(loadertest.Patience)
+		t.Logf("a flow ended %+v, %v; a reader got %d bytes of %d, %v", r, r.Err, got[i], want, broken[i])
 		if r.End == prove.EndEOF {
 			t.Error("bytes are missing, and nobody was told")
 		}
-		n++
-		return true
-	})
-	if err := errors.Join(failed...); n > 0 || err != nil {
-		t.Errorf("%d flows did not arrive whole, %v", n, err)
+	}
+	if err := errors.Join(failed...); len(ended) > 0 || err != nil {
+		t.Errorf("%d flows did not arrive whole, %v", len(ended), err)
 	}
 }
 

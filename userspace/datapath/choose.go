@@ -53,11 +53,22 @@ type Choice struct {
 
 	turn    Side // whose message came last
 	turns   int
-	since   time.Time // when turns was 0
-	stretch int64     // the last one that the flow was ping-pong in
+	since   moment // when turns was 0
+	stretch int64  // the last one that the flow was ping-pong in
 
-	refused time.Time // when it was last
+	refused moment // when it was last
 }
+
+// A moment is a time of the monotonic clock, since began; 0 is never. It takes a third of what a time.Time does: each
+// flow has its Choice.
+type moment time.Duration
+
+var began = time.Now()
+
+func momentOf(t time.Time) moment { return max(moment(t.Sub(began)), 1) }
+
+// before gives how long before now m was.
+func (m moment) before(now moment) time.Duration { return time.Duration(now - m) }
 
 // A Side is one of a flow's two, as one that sends.
 type Side uint8
@@ -110,8 +121,9 @@ func (ch *Chooser) pingPong(c *Choice, from Side, n int) (flows int) {
 		return 0
 	}
 	now := time.Now()
-	isQuick := now.Sub(c.since) < pingPongWithin
-	c.turns, c.since = 0, now
+	at := momentOf(now)
+	isQuick := c.since != 0 && c.since.before(at) < pingPongWithin
+	c.turns, c.since = 0, at
 	if !isQuick {
 		return 0
 	}
@@ -152,11 +164,11 @@ func (ch *Chooser) Taken(c *Choice) {
 }
 
 // Refused is told that the datapath that was chosen has refused the flow.
-func (c *Choice) Refused() { c.turns, c.refused = -refusedTurns, time.Now() }
+func (c *Choice) Refused() { c.turns, c.refused = -refusedTurns, momentOf(time.Now()) }
 
 // MayBeOffered reports whether a flow that is quiet may be offered now: it was not refused lately.
 func (c *Choice) MayBeOffered(now time.Time) bool {
-	return c.Prefers && now.Sub(c.refused) >= refusedFor
+	return c.Prefers && (c.refused == 0 || c.refused.before(momentOf(now)) >= refusedFor)
 }
 
 // IsQuiet reports whether a flow that has moved so many bytes in so long is quiet.

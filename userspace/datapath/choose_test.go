@@ -58,7 +58,7 @@ func TestPingPong(t *testing.T) {
 		for begin := time.Now(); time.Since(begin) < long && flows == 0; {
 			for _, from := range c.sides {
 				if !c.quick {
-					k.since = k.since.Add(-pingPongWithin / pingPongTurns)
+					k.since -= moment(pingPongWithin / pingPongTurns)
 				}
 				flows += ch.pingPong(&k, from, c.size)
 			}

@@ -47,24 +47,25 @@ type side struct {
 	sock  syscall.RawConn // the socket under conn, or nil
 	state streamState     // guarded by the loop's mutex while the flow is on one, else by flow.mu
 
-	isBare bool        // conn is the socket itself, and can be read by way of sock
-	isShut atomic.Bool // our stream to it has ended, or is about to
+	isBare   bool        // conn is the socket itself, and can be read by way of sock
+	isPutOff bool        // it held too much for the flow to leave; only for its pump
+	isShut   atomic.Bool // our stream to it has ended, or is about to
 
 	socket  *loop.Socket // while the flow is on a loop
-	pieces  int          // in a row that were read there on trial, and were full
 	answers int64        // bytes of the other direction when a message was last looked for on trial
 	lasting
 
 	held       atomic.Int64 // bytes of its stream that its pump has no room for
 	stoodAt    int64        // how many were moved when MeasureHeld looked
 	stoodSince int64        // and since when no more; Unix time in ns, 0 is never
-	isPutOff   bool         // it held too much for the flow to leave; only for its pump
 
 	fault error // why it can't go on: the first reason, nil while it can; guarded by flow.mu
 
 	// guarded by watches.mu
 	watch   uint64 // its id there, or 0
 	watched uint32 // what is looked out for
+
+	pieces int32 // in a row that were read on a loop on trial, and were full
 }
 
 // lasting is what a side takes with it to a loop and back. It is guarded as the stream is.
@@ -106,21 +107,26 @@ type flow struct {
 
 // progress is how far a flow has come.
 type progress struct {
-	state state
-	pumps int // that run
+	state          state
+	pumps          int8 // that run
+	cannotPark     bool // watches had no descriptor or no memory
+	cannotReattach bool // no loop can have the flow again
+	isGuess        bool // end and err are what is likely: whoever reads from the broken side will know
+	isCut          bool // nothing is delivered any more
 
-	cannotPark     bool      // watches had no descriptor or no memory
-	cannotReattach bool      // no loop can have the flow again
-	quietSeen      int64     // bytes moved both ways, at quietSince
-	quietSince     time.Time // when pumps were last asked whether they move much
+	end    End // the first reason wins
+	err    error
+	reader *reader // of what a broken side has sent; nil: none is broken
 
-	end       End // the first reason wins
-	err       error
-	isGuess   bool        // end and err are what is likely: whoever reads from the broken side will know
-	isCut     bool        // nothing is delivered any more
-	grace     *time.Timer // looks whether the reader of a broken flow goes on
-	delivered int64       // what that reader has acknowledged
-	takenAt   time.Time   // when that was seen first
+	quietSeen  int64     // bytes moved both ways, at quietSince
+	quietSince time.Time // when pumps were last asked whether they move much
+}
+
+// A reader gets what was received from a side that broke.
+type reader struct {
+	look    *time.Timer // looks whether it goes on
+	taken   int64       // what it has acknowledged
+	takenAt time.Time   // when that was seen first
 }
 
 func (r *Relay) newFlow(ctx context.Context, down, up net.Conn, o Options, done func(Result)) *flow {
@@ -483,9 +489,9 @@ func (f *flow) breaks(s *side, err error, isGuess bool) {
 	if s.fault == nil {
 		s.fault = err
 	}
-	if f.grace == nil {
-		f.delivered, f.takenAt = f.acknowledged(s.other()), time.Now()
-		f.grace = time.AfterFunc(resetGrace, func() { f.cutIfStopped(s.other()) })
+	if f.reader == nil {
+		f.reader = &reader{taken: f.acknowledged(s.other()), takenAt: time.Now()}
+		f.reader.look = time.AfterFunc(resetGrace, func() { f.cutIfStopped(s.other()) })
 	}
 	s.conn.SetWriteDeadline(past)
 	s.other().conn.SetReadDeadline(past)
@@ -494,16 +500,17 @@ func (f *flow) breaks(s *side, err error, isGuess bool) {
 
 // cutIfStopped ends the delivery to a reader that has acknowledged nothing since the last look, and has no
 // room, or has acknowledged nothing for very long.
-func (f *flow) cutIfStopped(reader *side) {
+func (f *flow) cutIfStopped(s *side) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if n := f.acknowledged(reader); n != f.delivered {
-		f.delivered, f.takenAt = n, time.Now()
-		f.grace.Reset(resetGrace)
+	r := f.reader
+	if n := f.acknowledged(s); n != r.taken {
+		r.taken, r.takenAt = n, time.Now()
+		r.look.Reset(resetGrace)
 		return
 	}
-	if !reader.refuses() && time.Since(f.takenAt) < tcpGrace {
-		f.grace.Reset(resetGrace)
+	if !s.refuses() && time.Since(r.takenAt) < tcpGrace {
+		r.look.Reset(resetGrace)
 		return
 	}
 	f.isCut = true

@@ -69,8 +69,8 @@ func bareConn(c net.Conn) (net.Conn, error) {
 // goOn has pumps go on with f, which is in transit, and was disarmed.
 func (f *flow) goOn() {
 	f.mu.Lock()
-	if f.grace != nil { // a side broke just before disarm, which has stopped the timer
-		f.grace.Reset(resetGrace)
+	if f.reader != nil { // a side broke just before disarm, which has stopped the timer
+		f.reader.look.Reset(resetGrace)
 	}
 	f.mu.Unlock()
 	f.arm()

@@ -38,7 +38,7 @@ func TestNoOfferWithinPieces(t *testing.T) {
 	client, down := connected(t)
 	server, up := connected(t)
 	f.attachTo(l.NewSocket(down), l.NewSocket(up))
-	for _, pieces := range []int{1, 0} {
+	for _, pieces := range []int32{1, 0} {
 		var then func()
 		l.Do(func() func() {
 			f.choice, f.up.pieces = datapath.Choice{Of: []datapath.Returner{refuser{}}, Prefers: true}, pieces

@@ -37,8 +37,8 @@ func (f *flow) disarm() (ok bool) {
 		f.tick.Stop()
 		f.tick = nil
 	}
-	if f.grace != nil {
-		f.grace.Stop()
+	if f.reader != nil {
+		f.reader.look.Stop()
 	}
 	return ok
 }

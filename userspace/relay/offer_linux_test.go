@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"runtime"
 	"testing"
 	"time"
 
@@ -61,6 +62,39 @@ func TestNoOfferWithinPieces(t *testing.T) {
 			then()
 		}
 	}
+	client.Close()
+	server.Close()
+	<-done
+}
+
+// TestLateLook: a timer that had fired when its flow went to a loop does nothing there, and leaves the loop's
+// timer alone.
+func TestLateLook(t *testing.T) {
+	loops, err := loop.New(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer loops.Close()
+	r, l, done := New(loops), loops.Loop(), make(chan Result, 1)
+	defer r.Close()
+	f := r.newFlow(context.Background(), nil, nil, Options{Idle: time.Hour}, func(r Result) { done <- r })
+	client, down := connected(t)
+	server, up := connected(t)
+	looked := make(chan struct{})
+	go func() {
+		defer close(looked)
+		for !f.isIn(onLoop) {
+			runtime.Gosched()
+		}
+		f.checkIdle() // while the loop makes a timer of its own: the race detector would tell
+	}()
+	f.attachTo(l.NewSocket(down), l.NewSocket(up))
+	<-looked
+	f.mu.Lock()
+	if f.state != onLoop || f.end != "" {
+		t.Errorf("it is in state %v, and ended by %q", f.state, f.end)
+	}
+	f.mu.Unlock()
 	client.Close()
 	server.Close()
 	<-done

@@ -252,6 +252,61 @@ func closeWrite(t testing.TB, from, to net.Conn) {
 	}
 }
 
+// stoppingFlow starts a flow with o whose client will read in steps. There is little room between the relay
+// and the client, and that does not grow: what the relay has read from a full queue it mostly holds.
+func stoppingFlow(t *testing.T, c *relay.Counters, o relay.Options) *relaytest.Flow {
+	t.Helper()
+	f := relaytest.Loopback{Options: o}.Path(t).Connect(t)
+	t.Cleanup(func() { f.Client.Close(); f.Server.Close() })
+	down, client := f.Down.(*net.TCPConn), f.Client.(*net.TCPConn)
+	if err := errors.Join(down.SetWriteBuffer(32<<10), client.SetReadBuffer(32<<10)); err != nil {
+		t.Fatal(err)
+	}
+	f.Start(context.Background(), relay.Options{Counters: c})
+	return f
+}
+
+// readStep is what the client of a stoppingFlow reads at a time: more than the relay copies before it splices.
+const readStep = 256 << 10
+
+// leaveStopped has the client of a stoppingFlow read in steps, and asks the flow to leave after each, until
+// the answer is as wanted. Else it is resumed. Where nobody reads, a second try would find the same.
+func leaveStopped(t *testing.T, c *relay.Counters, step func(), wanted func(answer) bool) answer {
+	t.Helper()
+	for i := range 40 {
+		step()
+		last, still := int64(-1), 0
+		relaytest.Until(t, "the buffers are full", func() bool {
+			if _, down := c.Load(); down != last {
+				last, still = down, 0
+			}
+			still++
+			return still > 10 && piped() > 0
+		})
+		a := leave(t, c)
+		if wanted(a) {
+			t.Logf("after %d steps", i+1)
+			return a
+		}
+		if a.err != nil {
+			t.Fatal(a.err)
+		}
+		relaytest.OtherRelay().Resume(t.Context(), a.parcel, relay.Options{Counters: c}, func(relay.Result) {})
+	}
+	t.Fatal("what is wanted does not happen")
+	panic("unreachable")
+}
+
+// piped is what both relays of this process hold for readers that have no room.
+func piped() int64 {
+	_, r := relaytest.Relay()
+	return r.Piped() + relaytest.OtherRelay().Piped()
+}
+
+func isStopped(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "reader that has stopped")
+}
+
 // TestLeaveStopped: what is held for a reader who has stopped goes along if it is little. If it is much the flow
 // stays, and its other direction goes on.
 func TestLeaveStopped(t *testing.T) {
@@ -262,64 +317,44 @@ func TestLeaveStopped(t *testing.T) {
 	}{{"little", 16 << 10, true}, {"much", 1 << 20, false}} {
 		t.Run(c.name, func(t *testing.T) {
 			var moved relay.Counters
-			f := flowFor(t, &moved, relay.Options{Buffer: c.buffer})
-			_, r := relaytest.Relay()
-			data := make([]byte, 32<<20) // more than all buffers have room for
-			rnd := rand.New(rand.NewPCG(1, 2))
-			for i := range data {
-				data[i] = byte(rnd.Uint32())
-			}
+			f := stoppingFlow(t, &moved, relay.Options{Buffer: c.buffer})
+			data := make([]byte, 32<<20)
+			rand.NewChaCha8([32]byte{1, 2}).Read(data)
 			sent := make(chan error, 1)
 			go func() {
 				_, err := f.Server.Write(data)
 				sent <- err
 			}()
-			const first = 8 << 20 // so that it is not on trial any more
-			if got := readFull(t, f.Client, make([]byte, first)); got != string(data[:first]) {
-				t.Fatal("other bytes arrive than were sent")
-			}
-			piped := func() int64 { return r.Piped() + relaytest.OtherRelay().Piped() }
-			stall := func() {
-				last, since := int64(-1), time.Now()
-				relaytest.Until(t, "all buffers are full", func() bool {
-					if _, down := moved.Load(); down != last {
-						last, since = down, time.Now()
-					}
-					return piped() > 0 && time.Since(since) > 300*time.Millisecond
-				})
-			}
-			resume := func(a answer) {
-				relaytest.OtherRelay().Resume(t.Context(), a.parcel, relay.Options{Counters: &moved}, func(relay.Result) {})
-			}
-			stall()
-			a := leave(t, &moved)
-			for tries := 0; a.err == nil && !c.leaves && tries < 20; tries++ { // TCP has grown its buffers
-				resume(a)
-				stall()
-				a = leave(t, &moved)
-			}
-			if (a.err == nil) != c.leaves {
-				t.Fatalf("%v", a.err)
-			}
-			if a.err != nil {
-				if !strings.Contains(a.err.Error(), "reader that has stopped") {
-					t.Error(a.err)
+			rest := data
+			receive := func(n int) {
+				t.Helper()
+				if got := readFull(t, f.Client, make([]byte, n)); got != string(rest[:n]) {
+					t.Fatal("other bytes arrive than were sent")
 				}
-			} else {
-				if len(a.parcel.Up.Rest) == 0 || len(a.parcel.Down.Rest) > 0 {
+				rest = rest[n:]
+			}
+			receive(1 << 20) // so that it is not on trial any more
+			a := leaveStopped(t, &moved, func() { receive(readStep) }, func(a answer) bool {
+				if c.leaves {
+					return a.err == nil && len(a.parcel.Up.Rest) > 0
+				}
+				return isStopped(a.err)
+			})
+			if c.leaves {
+				if len(a.parcel.Down.Rest) > 0 {
 					t.Errorf("%d and %d bytes go along", len(a.parcel.Up.Rest), len(a.parcel.Down.Rest))
 				}
 				if n := piped(); n != 0 {
 					t.Errorf("%d bytes are said to be in pipes", n)
 				}
-				resume(a)
+				relaytest.OtherRelay().Resume(t.Context(), a.parcel, relay.Options{Counters: &moved}, func(relay.Result) {})
+			} else if n := piped(); n <= 64<<10 {
+				t.Errorf("it stays, and only %d bytes are held", n)
 			}
 			if err := relaytest.Send(f.Client, f.Server, 1000); err != nil {
 				t.Fatal(err)
 			}
-			if got := readFull(t, f.Client, make([]byte, len(data)-first)); got != string(data[first:]) {
-				t.Fatal("other bytes arrive than were sent")
-			}
+			receive(len(rest))
 			if err := <-sent; err != nil {
 				t.Fatal(err)
 			}
@@ -336,41 +371,28 @@ func TestLeaveStopped(t *testing.T) {
 // TestPutOff: a flow that can't leave, because much is held for a reader who has stopped, is not asked again
 // and again meanwhile.
 func TestPutOff(t *testing.T) {
-	_, r := relaytest.Relay()
 	goroutines := func() uint64 {
 		all := []metrics.Sample{{Name: "/sched/goroutines-created:goroutines"}}
 		metrics.Read(all)
 		return all[0].Value.Uint64()
 	}
-	for range 20 { // until much is held: TCP may take it
-		var moved relay.Counters
-		// Parked, the other direction is started for each try.
-		f := flowFor(t, &moved, relay.WithParkAfter(relay.Options{Buffer: 1 << 20}, time.Millisecond))
-		go func() { _, _ = f.Server.Write(make([]byte, 64<<20)) }()
-		readFull(t, f.Client, make([]byte, 8<<20)) // so that it is not on trial any more
-		last := int64(-1)
-		relaytest.Until(t, "all buffers are full", func() bool {
-			_, down := moved.Load()
-			isFull := down == last && r.Piped() > 0
-			last = down
-			time.Sleep(100 * time.Millisecond)
-			return isFull
-		})
-		before := goroutines()
-		a := leave(t, &moved)
-		n := goroutines() - before
-		t.Logf("%v; %d goroutines were started", a.err, n)
-		if a.err == nil {
-			a.parcel.Down.Conn.Close()
-			a.parcel.Up.Conn.Close()
-			continue
-		}
-		if !strings.Contains(a.err.Error(), "reader that has stopped") || n > 100 {
-			t.Errorf("%v; %d goroutines were started", a.err, n)
-		}
-		return
+	var moved relay.Counters
+	// Parked, the other direction is started for each try.
+	f := stoppingFlow(t, &moved, relay.WithParkAfter(relay.Options{Buffer: 1 << 20}, time.Millisecond))
+	go func() { _, _ = f.Server.Write(make([]byte, 64<<20)) }()
+	readFull(t, f.Client, make([]byte, 1<<20)) // so that it is not on trial any more
+	var before, n uint64
+	leaveStopped(t, &moved, func() {
+		readFull(t, f.Client, make([]byte, readStep))
+		before = goroutines()
+	}, func(a answer) bool {
+		n = goroutines() - before
+		return isStopped(a.err)
+	})
+	t.Logf("%d goroutines were started", n)
+	if n > 100 {
+		t.Errorf("%d goroutines were started", n)
 	}
-	t.Fatal("little is held each time: nothing was tried")
 }
 
 // TestStays: why a flow does not leave, and that it goes on.

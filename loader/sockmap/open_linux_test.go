@@ -25,13 +25,19 @@ var pinnedAt sync.Map
 // open loads an Engine for one test, with hooks, and closes it after.
 func open(t testing.TB, h *Hooks, flows int) *Engine {
 	t.Helper()
+	return openSwept(t, h, flows, func() {})
+}
+
+// openSwept is open. onSweep is called by the sweeper, which has seen all flows.
+func openSwept(t testing.TB, h *Hooks, flows int, onSweep func()) *Engine {
+	t.Helper()
 	at, instance := loadertest.OwnBPFFS(t, "0700"), fmt.Sprint("ts-ldr-", opened.Add(1))
 	g, err := pins.Claim(at, instance, func(string) (bool, error) { return false, nil }, loadertest.LogTo(t))
 	loadertest.Must(t, err)
 	l, err := Load(Config{MaxFlows: flows, Pin: g.Pin, Log: loadertest.LogTo(t), Hooks: h})
 	loadertest.Must(t, err)
 	loadertest.Must(t, g.Publish())
-	loadertest.Must(t, l.Start(func(time.Time) bool { return false }))
+	loadertest.Must(t, l.Start(func(time.Time) bool { onSweep(); return false }))
 	pinnedAt.Store(l, filepath.Join(at, "tailsplice", instance, "current"))
 	t.Cleanup(func() {
 		if err := errors.Join(l.Close(), g.Release()); err != nil {

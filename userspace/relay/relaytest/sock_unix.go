@@ -5,6 +5,7 @@ package relaytest
 import (
 	"fmt"
 	"net"
+	"runtime/metrics"
 	"syscall"
 	"time"
 
@@ -59,11 +60,21 @@ func sendUrgent(c net.Conn, b byte) error {
 	return serr
 }
 
-// processCPU is the CPU time that this process has taken.
-func processCPU() time.Duration {
+// effort is what this process has done.
+type effort struct {
+	wakes      int64 // of threads that waited
+	goroutines int64 // that were started; timers start some
+	cpu        time.Duration
+}
+
+func takeEffort() effort {
 	var u unix.Rusage
-	if unix.Getrusage(unix.RUSAGE_SELF, &u) != nil {
-		return 0
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	_ = unix.Getrusage(unix.RUSAGE_SELF, &u)
+	all := []metrics.Sample{{Name: "/sched/goroutines-created:goroutines"}}
+	metrics.Read(all)
+	return effort{int64(u.Nvcsw), int64(all[0].Value.Uint64()), time.Duration(u.Utime.Nano() + u.Stime.Nano())}
+}
+
+func (e effort) since(before effort) effort {
+	return effort{e.wakes - before.wakes, e.goroutines - before.goroutines, e.cpu - before.cpu}
 }

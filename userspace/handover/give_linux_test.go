@@ -150,7 +150,7 @@ func TestGive(t *testing.T) {
 		all[f.ID].client.Close()
 		all[f.ID].target.Close()
 	}
-	until(t, "descriptors are left", func() bool { return openFiles(t) <= before })
+	until(t, "descriptors are left", func() bool { return len(openFiles(t).more(before)) == 0 })
 }
 
 // TestGiveRefused: what the new process does not take is the old one's as before.

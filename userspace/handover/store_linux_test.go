@@ -223,7 +223,7 @@ func openAndTell(t *testing.T) {
 		}
 	}
 	var n int
-	if fmt.Sscan(os.Getenv("LISTEN_FDS"), &n); openFiles(t) > before-n {
+	if fmt.Sscan(os.Getenv("LISTEN_FDS"), &n); openFiles(t).count() > before.count()-n {
 		t.Error("descriptors are left open")
 	}
 }

@@ -118,7 +118,13 @@ type conn struct {
 	armed     atomic.Int64 // when the write deadline was last set, Unix ns
 	foreign   atomic.Bool  // somebody else has set a write deadline
 	preface   int          // bytes of HTTP/2's preface that were read; -1: it speaks something else
-	mu        sync.Mutex
+	// For Shutdown: when c began to wait for the head of a request, and when the first of that came, in Unix
+	// ns; 0: it does not wait, or nothing has come. HTTP/2 waits for its first only.
+	awaits, heard atomic.Int64
+	http2         atomic.Bool              // net/http knows that c speaks it
+	promised      atomic.Bool              // the answer of HTTP/1 that is being written has said that c is kept
+	above         atomic.Pointer[net.Conn] // what net/http got, or will; nil: TLS is not there yet
+	mu            sync.Mutex
 	// +checklocks:mu
 	exchanges map[*exchange]struct{} // whose handlers run
 	frames    *frames                // nil: no HTTP/2, or TLS around it
@@ -127,6 +133,7 @@ type conn struct {
 
 func newConn(c net.Conn, s *Server) *conn {
 	cn := &conn{Conn: c, server: s, done: make(chan struct{}), exchanges: map[*exchange]struct{}{}}
+	cn.await()
 	if s.opts.TLS != nil {
 		cn.preface = -1
 	}
@@ -249,13 +256,18 @@ type connKey struct{}
 
 // connContext gives requests their connection.
 func connContext(ctx context.Context, c net.Conn) context.Context {
+	return context.WithValue(ctx, connKey{}, connOf(c))
+}
+
+// connOf is the connection below what net/http has.
+func connOf(c net.Conn) *conn {
 	switch v := c.(type) {
 	case *tls.Conn:
 		c = v.NetConn()
 	case *secure:
 		c = v.below
 	}
-	return context.WithValue(ctx, connKey{}, c.(*conn))
+	return c.(*conn)
 }
 
 // Info returns what is known of who a request is from; ctx is the request's, or what Upstream.Dial got. For

@@ -213,6 +213,9 @@ func (c *conn) Read(b []byte) (int, error) {
 		return c.frames.Read(b)
 	}
 	n, err := c.Conn.Read(b)
+	if n > 0 && c.heard.Load() == 0 {
+		c.heard.Store(time.Now().UnixNano())
+	}
 	if c.preface >= 0 && n > 0 { // net/http reads a preface, and nothing behind it
 		if rest := http2Preface[c.preface:]; !strings.HasPrefix(rest, string(b[:n])) {
 			c.preface = -1

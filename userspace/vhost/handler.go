@@ -98,7 +98,10 @@ func (s *Server) readHeader(x *exchange) {
 	if s.opts.HSTS != nil && r.TLS != nil {
 		x.hsts = s.opts.HSTS()
 	}
-	x.resp.before = func(h http.Header) { s.addOwn(x, h) }
+	x.resp.before = func(h http.Header) {
+		s.addOwn(x, h)
+		x.resp.last = s.isLast(x) || x.resp.last
+	}
 }
 
 // finish ends x's answer, and tells of it.

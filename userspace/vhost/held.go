@@ -15,6 +15,7 @@ type Holder interface {
 
 // begins notes that x's handler runs, and ends that it has returned.
 func (c *conn) begins(x *exchange) {
+	c.awaits.Store(0)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.exchanges[x] = struct{}{}

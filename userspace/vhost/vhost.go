@@ -14,6 +14,7 @@
 //
 //	vhost.go       the server: options, the connections that it is given, TLS
 //	conn.go        a connection: its client, and which hops are believed
+//	shutdown.go    connections end, and lose no request
 //	frames.go      HTTP/2: a connection's memory is counted by frame
 //	handler.go     a request, from its head to its log line
 //	uri.go         the request's target, parsed once
@@ -180,6 +181,9 @@ type Server struct {
 	own    [protocolCount]*http.Transport // for the others
 	feeds  [crowds]*feed
 
+	isEnding            atomic.Bool   // each answer is the last of its connection
+	firstCall, lastCall time.Duration // the constants, but for tests
+
 	mu sync.Mutex
 	// +checklocks:mu
 	conns map[*conn]struct{}
@@ -204,7 +208,7 @@ func New(o Options) *Server {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{opts: o, log: o.Log, conns: map[*conn]struct{}{}}
+	s := &Server{opts: o, log: o.Log, firstCall: firstCall, lastCall: lastCall, conns: map[*conn]struct{}{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.gone, s.tellGone = context.WithCancel(context.Background())
 	for p := range s.shared {
@@ -229,6 +233,7 @@ func New(o Options) *Server {
 			HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: streams, SendPingTimeout: pingAfter},
 			ErrorLog:          errorLog,
 			ConnContext:       connContext,
+			ConnState:         connState,
 			// OPTIONS * is a request like any other.
 			DisableGeneralOptionsHandler: true,
 		}
@@ -247,6 +252,9 @@ func (s *Server) ServeConn(c net.Conn, served func()) error {
 		c.Close()
 		return http.ErrServerClosed
 	}
+	if served != nil {
+		served()
+	}
 	var above net.Conn = cn
 	if s.opts.TLS != nil {
 		tc, err := s.handshake(cn)
@@ -260,12 +268,11 @@ func (s *Server) ServeConn(c net.Conn, served func()) error {
 			above = cn.secure
 		}
 	}
+	cn.await() // what TLS has read already is looked at in less than firstCall
+	cn.above.Store(&above)
 	if !s.feeds[cn.info.crowd()].push(above) {
 		above.Close()
 		return http.ErrServerClosed
-	}
-	if served != nil {
-		served()
 	}
 	<-cn.done
 	return nil
@@ -325,28 +332,6 @@ func looksLikeHTTP(b [5]byte) bool {
 	return slices.Contains([]string{"GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "DELET", "PATCH"}, string(b[:]))
 }
 
-// Shutdown takes no more connections, closes idle ones, and waits for the others, upgraded ones too, to end.
-// When ctx ends first, it closes what is left and returns ctx's error.
-func (s *Server) Shutdown(ctx context.Context) error {
-	s.refuseMore()
-	var errs [crowds]error
-	var all sync.WaitGroup
-	for c := range s.http {
-		all.Go(func() { errs[c] = s.http[c].Shutdown(ctx) })
-	}
-	all.Wait()
-	err := errors.Join(errs[:]...)
-	if err == nil {
-		select {
-		case <-s.gone.Done():
-		case <-ctx.Done():
-			err = ctx.Err()
-		}
-	}
-	s.Close()
-	return err
-}
-
 // Close ends all connections at once.
 func (s *Server) Close() error {
 	s.refuseMore()
@@ -393,6 +378,7 @@ func (s *Server) refuseMore() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
+	s.isEnding.Store(true)
 	if len(s.conns) == 0 {
 		s.tellGone()
 	}

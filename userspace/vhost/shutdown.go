@@ -1,0 +1,135 @@
+package vhost
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+)
+
+// How long a connection may still begin a request once Shutdown is called. net/http's own Shutdown answers
+// none of HTTP/1 whose head has not come whole by then, and closes idle connections at once: a client that
+// makes requests all the time has one on its way then, and can't know whether it may repeat it.
+const (
+	// firstCall is for a connection on which none has come, from its begin: as long as net/http waits for it.
+	firstCall = 5 * time.Second
+	// lastCall is for one of HTTP/1 that was kept, from its last answer.
+	lastCall = time.Second
+	// mostPromised bounds the wait for answers that have begun with the promise that their connection is kept.
+	mostPromised = 10 * time.Second
+)
+
+// Shutdown takes no more connections, closes idle ones, and waits for the others, upgraded ones too, to end.
+// Requests that come nevertheless are answered, with word that they are the last. When ctx ends first, it
+// closes what is left and returns ctx's error.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.refuseMore()
+	s.serveLast(ctx)
+	var errs [crowds]error
+	var all sync.WaitGroup
+	for c := range s.http {
+		all.Go(func() { errs[c] = s.http[c].Shutdown(ctx) })
+	}
+	all.Wait()
+	err := errors.Join(errs[:]...)
+	if err == nil {
+		select {
+		case <-s.gone.Done():
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
+	s.Close()
+	return err
+}
+
+// serveLast waits until no connection awaits a request any more, but for those of HTTP/2 that net/http tells
+// to go.
+func (s *Server) serveLast(ctx context.Context) {
+	began := time.Now()
+	for wait := time.Millisecond; s.isAwaiting(began) && ctx.Err() == nil; wait = min(2*wait, 50*time.Millisecond) {
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+func (s *Server) isAwaiting(began time.Time) (is bool) {
+	s.mu.Lock()
+	all := slices.Collect(maps.Keys(s.conns))
+	s.mu.Unlock()
+	for _, c := range all {
+		is = c.isAwaiting(began) || is
+	}
+	return is
+}
+
+// isAwaiting reports whether Shutdown, which began then, has to wait for c. It closes c if that is idle.
+func (c *conn) isAwaiting(began time.Time) bool {
+	if c.promised.Load() { // is cleared after awaits is set
+		return time.Since(began) < mostPromised
+	}
+	awaits := c.awaits.Load()
+	if awaits == 0 {
+		return false
+	}
+	above := c.above.Load()
+	if above == nil { // its handshake has a time of its own
+		return true
+	}
+	patience := c.server.firstCall
+	switch {
+	case c.http2.Load():
+		return time.Since(time.Unix(0, awaits)) < patience // GOAWAY comes next
+	case c.http1.Load():
+		patience = c.server.lastCall
+	}
+	if heard := c.heard.Load(); heard != 0 {
+		awaits, patience = heard, c.server.opts.HeaderTimeout
+	}
+	if time.Since(time.Unix(0, awaits)) < patience || queued(c.Conn) > 0 {
+		return true
+	}
+	go (*above).Close() // which may wait to write TLS's farewell
+	return false
+}
+
+// await notes that the head of a request is awaited from now on.
+func (c *conn) await() {
+	c.heard.Store(0)
+	c.awaits.Store(time.Now().UnixNano())
+	c.promised.Store(false)
+}
+
+// connState is called by net/http: of HTTP/2 first when it knows the connection, and will tell it to go.
+func connState(c net.Conn, state http.ConnState) {
+	if state != http.StateIdle {
+		return
+	}
+	if below := connOf(c); below.http1.Load() {
+		below.await()
+	} else {
+		below.http2.Store(true)
+	}
+}
+
+// isLast reports whether x's answer, which is about to be written, is the last of its connection.
+//
+// As with Shutdown: it looks for promises after it has become known that no more is to be promised, and here
+// that is looked at after the promise.
+func (s *Server) isLast(x *exchange) bool {
+	if x.resp.status == http.StatusSwitchingProtocols || x.req.ProtoMajor == 1 && x.req.Close {
+		return false
+	}
+	x.conn.promised.Store(x.req.ProtoMajor == 1)
+	if !s.isEnding.Load() {
+		return false
+	}
+	x.conn.promised.Store(false)
+	return true
+}

@@ -43,10 +43,7 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 		}
 	}
 	drained := make(chan error, 1)
-	go func() {
-		d.server.Settle(ctx)
-		drained <- d.server.Drain(ctx)
-	}()
+	go func() { drained <- d.server.Drain(ctx) }()
 	tell := func(isOver bool) {
 		flows, connections := d.server.Remaining()
 		next.Send(handover.Message{Step: handover.Left, Ended: isOver, Remains: &handover.Remains{PID: os.Getpid(),

@@ -116,7 +116,6 @@ func (d *process) drain(first os.Signal, signals <-chan os.Signal) error {
 	if first == nil {
 		f.Withdraw(ctx)
 		d.keep() // nothing is bound any more: nobody is to wait in the service manager's copies
-		f.Settle(ctx)
 	}
 	err := f.Drain(ctx)
 	d.elders.Wait(ctx)

@@ -36,7 +36,7 @@ type conn struct {
 
 	stopCancel   func() bool // from here on srv.ctx ends it no more, somebody else does
 	closeOnce    sync.Once
-	isArriving   atomic.Bool   // it is to be served requests, and is not yet
+	isArriving   atomic.Bool   // it is to be served requests, and the HTTP server has not got it yet
 	afterHeader  time.Duration // from accept to the end of the PROXY header: then its hello's time begins
 	isAttributed bool          // with accept_proxy: it counts as its source's
 	isIdentified bool          // with accept_proxy: what the peer says has been judged
@@ -109,7 +109,7 @@ func (in *conn) release() {
 	})
 }
 
-// arrived says that in is served, or is over: until then Settle waits for one of requests.
+// arrived says that the HTTP server has in, or that it is over: until then no end of that server begins.
 func (in *conn) arrived() {
 	if in.isArriving.CompareAndSwap(true, false) {
 		in.listener.arriving.Add(-1)

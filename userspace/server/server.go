@@ -305,17 +305,6 @@ func (srv *Server) stopAccepting() {
 	}
 }
 
-// Settle waits, once nothing is accepted any more, until each connection of requests is served or is over, or
-// ctx ends: Drain would close those whose first bytes or TLS handshake are on their way.
-func (srv *Server) Settle(ctx context.Context) {
-	srv.mu.Lock()
-	listeners := srv.listeners
-	srv.mu.Unlock()
-	for _, l := range listeners {
-		l.settle(ctx)
-	}
-}
-
 // Drain withdraws what is announced, stops accepting once the grace of that is over, and waits until all
 // flows have ended or ctx ends; then it closes. The error says how many connections it had to cut.
 func (srv *Server) Drain(ctx context.Context) error {
@@ -324,9 +313,7 @@ func (srv *Server) Drain(ctx context.Context) error {
 	listeners := srv.listeners
 	srv.mu.Unlock()
 	for _, l := range listeners {
-		if l.http != nil {
-			go l.http.shutdown(ctx)
-		}
+		l.endRequests(ctx)
 	}
 	done := make(chan struct{})
 	go func() {

@@ -19,7 +19,7 @@ type listener struct {
 	service    atomic.Pointer[service]
 	http       *httpServer    // http and https only
 	certs      *tlsterm.Store // https only
-	arriving   atomic.Int64   // its connections whose first bytes or TLS handshake are on their way; see arrived
+	arriving   atomic.Int64   // its connections that its HTTP server has not got yet; see arrived
 
 	gate   *gate // with while_down: close only; guarded by Server.mu, and so is isShut
 	isShut bool  // its sockets are to be closed; without while_down: close it says nothing
@@ -34,17 +34,21 @@ type listener struct {
 //
 // Server.mu is held.
 func (l *listener) retire(ctx context.Context) {
-	if l.http != nil {
-		go func() {
-			l.settle(ctx)
-			l.http.shutdown(ctx)
-		}()
-	}
+	l.endRequests(ctx)
 	l.gate.stop()
 }
 
-// settle waits until each of l's connections of requests is served or is over, or ctx ends. Nothing new may
-// come.
+// endRequests has those of l end until ctx does. Nothing new may come.
+func (l *listener) endRequests(ctx context.Context) {
+	if l.http != nil {
+		go func() {
+			l.settle(ctx) // what came last would be refused
+			l.http.shutdown(ctx)
+		}()
+	}
+}
+
+// settle waits until l's HTTP server has each of its connections, or it is over, or ctx ends.
 func (l *listener) settle(ctx context.Context) {
 	for l.arriving.Load() > 0 {
 		select {

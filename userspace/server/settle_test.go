@@ -67,10 +67,7 @@ listeners:
 	eventually(t, "it is accepted", func() bool { return web.arriving.Load() == 1 })
 	d.Leave()
 	ended := make(chan error, 1)
-	go func() {
-		d.Settle(t.Context())
-		ended <- d.Drain(t.Context())
-	}()
+	go func() { ended <- d.Drain(t.Context()) }()
 	select {
 	case err := <-ended:
 		t.Fatalf("nothing is waited for: %v", err)

@@ -208,9 +208,28 @@ func runServer(ctx context.Context, ln net.Listener, srv *http.Server, log *slog
 	srv.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
+	var open sync.WaitGroup
+	srv.ConnState = func(_ net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			open.Add(1)
+		case http.StateClosed, http.StateHijacked:
+			open.Done()
+		}
+	}
 	err := srv.Serve(ln)
 	if errors.Is(err, net.ErrClosed) {
-		srv.Shutdown(ctx)
+		// Who has connected is answered. srv.Shutdown would close those whose request is yet to be read.
+		srv.SetKeepAlivesEnabled(false)
+		answered := make(chan struct{})
+		go func() {
+			open.Wait()
+			close(answered)
+		}()
+		select {
+		case <-answered:
+		case <-ctx.Done():
+		}
 	} else if !errors.Is(err, http.ErrServerClosed) {
 		log.Error("a server of the control section ended", "address", ln.Addr().String(), "err", err)
 	}

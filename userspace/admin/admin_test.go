@@ -163,8 +163,40 @@ func (p pipes) Accept() (net.Conn, error) {
 	}
 }
 
-func (p pipes) Close() error   { close(p.ended); return nil }
+func (p pipes) Close() error {
+	select {
+	case <-p.ended:
+	default:
+		close(p.ended)
+	}
+	return nil
+}
+
 func (p pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipes", Net: "unix"} }
+
+// TestServeLeaves: who has connected before another process accepts is answered, and then the server ends.
+func TestServeLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ln := pipes{make(chan net.Conn), make(chan struct{})}
+		answer := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "hello") })
+		ended := make(chan struct{})
+		go func() {
+			Serve(t.Context(), ln, answer, slog.New(slog.DiscardHandler))
+			close(ended)
+		}()
+		conn, silent := ln.dial(), ln.dial()
+		defer silent.Close()
+		synctest.Wait()
+		ln.Close()
+		synctest.Wait()
+		go io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+		conn.SetReadDeadline(time.Now().Add(time.Hour)) // a bubble may not hang
+		if said, err := io.ReadAll(conn); err != nil || !strings.HasSuffix(string(said), "hello") {
+			t.Errorf("%q, %v", said, err)
+		}
+		<-ended
+	})
+}
 
 // TestIdleClients checks that no client is kept for ever: none that has its answer and asks for nothing more,
 // none that sends half a request or nothing, and none that takes half an answer.

@@ -354,7 +354,7 @@ func (c *controls) serve(ctx context.Context, d *process) {
 				"target/disable": d.change(func(q url.Values, _ admin.Peer) (any, error) { return f.SetDisabled(q, true) }),
 				"target/enable":  d.change(func(q url.Values, _ admin.Peer) (any, error) { return f.SetDisabled(q, false) }),
 				"log/level":      d.change(func(q url.Values, _ admin.Peer) (any, error) { return setLevel(d.level, q) }),
-				"undrain":        d.change(func(q url.Values, _ admin.Peer) (any, error) { return f.SetDrained(q, false) }),
+				"undrain":        d.change(func(q url.Values, _ admin.Peer) (any, error) { return d.undrainListeners(q) }),
 			},
 			Log: log,
 		}

@@ -73,6 +73,15 @@ func (d *process) drainListeners(query url.Values) (any, error) {
 	return drained, err
 }
 
+// undrainListeners opens listeners again that the query names. Nothing opens once the daemon is to end, which
+// its server may learn a little later.
+func (d *process) undrainListeners(query url.Values) (any, error) {
+	if d.isEnding.Load() {
+		return nil, errors.New("the daemon is stopping: its listeners stay closed")
+	}
+	return d.server.SetDrained(query, false)
+}
+
 var errEnding = errors.New("the daemon is told to end")
 
 // drain lets the flows end. Asked for by `tailsplice drain --end` (first is nil) it takes as long as they do,

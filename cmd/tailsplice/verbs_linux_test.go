@@ -390,22 +390,24 @@ func TestLogLevel(t *testing.T) {
 	}
 }
 
+// refuses checks that nobody listens at addr.
+func (d *verbsDaemon) refuses(addr string) {
+	d.t.Helper()
+	c, err := net.Dial("tcp", addr)
+	if err == nil {
+		c.Close()
+	}
+	if !errors.Is(err, unix.ECONNREFUSED) {
+		d.t.Errorf("%s: %v, want a refusal", addr, err)
+	}
+}
+
 // TestDrain: a drained listener refuses connections, keeps its flows, and stays so over a reload.
 func TestDrain(t *testing.T) {
 	to, web, other := echoes(t), freeAt(t), freeAt(t)
 	d := startVerbs(t, fmt.Sprintf(`
   - { name: web, listen: [%q], mode: tcp, default: { forward: %q } }
   - { name: other, listen: [%q], mode: http, default: { forward: %q } }`, web, to, other, to))
-	refuses := func(addr string) {
-		t.Helper()
-		c, err := net.Dial("tcp", addr)
-		if err == nil {
-			c.Close()
-		}
-		if !errors.Is(err, unix.ECONNREFUSED) {
-			t.Errorf("%s: %v, want a refusal", addr, err)
-		}
-	}
 	flow := dialed(t, web)
 	echoed(t, flow)
 	d.completes("other web", "drain", "")
@@ -413,7 +415,7 @@ func TestDrain(t *testing.T) {
 	d.counts(`tailsplice_listener_drained{listener="web"} 0`)
 
 	d.says(true, "web is drained, and has 1 open flow\n", "drain", "web")
-	refuses(web)
+	d.refuses(web)
 	echoed(t, flow)
 	echoed(t, flow)
 	d.says(true, `"drained": "20`, "drain", "web", "--json")
@@ -424,11 +426,11 @@ func TestDrain(t *testing.T) {
 	d.counts(`tailsplice_listener_drained{listener="web"} 1`)
 	d.ready(200, "ready\ndrained, until `tailsplice undrain`: web\n")
 	d.reload()
-	refuses(web)
+	d.refuses(web)
 	d.says(true, "drained since", "status")
 
 	d.says(true, "other is drained, and has 0 open flows\n", "drain", "--all")
-	refuses(other)
+	d.refuses(other)
 	d.ready(503, "not ready\ndrained, until `tailsplice undrain`: web, other\n")
 
 	// An address that another program has taken meanwhile.
@@ -490,15 +492,13 @@ func TestDrainEnd(t *testing.T) {
 		out, err := d.ask("drain", "--all", "--end")
 		said <- fmt.Sprint(out, err)
 	}()
-	wait(t, "it refuses", func() error {
-		c, err := net.Dial("tcp", web)
-		if errors.Is(err, unix.ECONNREFUSED) {
-			return nil
-		} else if err == nil {
-			c.Close()
+	wait(t, "it is drained", func() error { // a connection that asks whether it is would be one more flow
+		if out, err := d.ask("status"); err != nil || !strings.Contains(out, "drained since") {
+			return fmt.Errorf("%v: %s", err, out)
 		}
-		return fmt.Errorf("it does not: %v", err)
+		return nil
 	})
+	d.refuses(web)
 	d.says(false, "the daemon is stopping", "undrain", "web")
 	d.says(false, "the daemon is shutting down", "upgrade")
 	echoed(t, flow)

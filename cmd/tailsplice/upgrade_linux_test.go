@@ -82,6 +82,7 @@ listeners:
   - { name: half, listen: [%q], mode: tcp, default: { forward: %q } }
   - { name: web, listen: [%q], mode: http, access_log: { file: %q }, default: { forward: %q } }
 control: { socket: %q, metrics: %q, health: %q }
+limits: { connections_per_source: 4096 } # who comes while nobody accepts is admitted at once
 `, d.edge, target.Addr(), d.half, late.Addr(), d.web, filepath.Join(dir, "access.log"), hello.Listener.Addr(), d.control, free(), free()), 0o600))
 	log, err := os.Create(filepath.Join(dir, "log"))
 	check(t, err)

@@ -59,8 +59,8 @@ type Choice struct {
 	refused moment // when it was last
 }
 
-// A moment is a time of the monotonic clock, since began; 0 is never. It takes a third of what a time.Time does: each
-// flow has its Choice.
+// A moment is a time of the monotonic clock, since began; 0 is never. It takes a third of what a time.Time
+// does: each flow has its Choice.
 type moment time.Duration
 
 var began = time.Now()

@@ -118,13 +118,15 @@ type conn struct {
 	armed     atomic.Int64 // when the write deadline was last set, Unix ns
 	foreign   atomic.Bool  // somebody else has set a write deadline
 	preface   int          // bytes of HTTP/2's preface that were read; -1: it speaks something else
-	// For Shutdown: when c began to wait for the head of a request, and when the first of that came, in Unix
-	// ns; 0: it does not wait, or nothing has come. HTTP/2 waits for its first only.
-	awaits, heard atomic.Int64
-	http2         atomic.Bool              // net/http knows that c speaks it
-	promised      atomic.Bool              // the answer of HTTP/1 that is being written has said that c is kept
-	above         atomic.Pointer[net.Conn] // what net/http got, or will; nil: TLS is not there yet
-	mu            sync.Mutex
+
+	// For Shutdown. HTTP/2 waits for its first request only.
+	awaits   atomic.Int64             // when c began to wait for the head of a request, Unix ns; 0: it does not
+	heard    atomic.Int64             // when the first byte of that came; 0: none has
+	http2    atomic.Bool              // net/http knows that c speaks it
+	promised atomic.Bool              // the answer of HTTP/1 that is being written has said that c is kept
+	above    atomic.Pointer[net.Conn] // what net/http got, or will; nil: TLS is not there yet
+
+	mu sync.Mutex
 	// +checklocks:mu
 	exchanges map[*exchange]struct{} // whose handlers run
 	frames    *frames                // nil: no HTTP/2, or TLS around it

@@ -19,7 +19,7 @@ const (
 	firstCall = 5 * time.Second
 	// lastCall is for one of HTTP/1 that was kept, from its last answer.
 	lastCall = time.Second
-	// mostPromised bounds the wait for answers that have begun with the promise that their connection is kept.
+	// mostPromised bounds the wait for answers that have promised that their connection is kept.
 	mostPromised = 10 * time.Second
 )
 

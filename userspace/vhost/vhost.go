@@ -181,8 +181,9 @@ type Server struct {
 	own    [protocolCount]*http.Transport // for the others
 	feeds  [crowds]*feed
 
-	isEnding            atomic.Bool   // each answer is the last of its connection
-	firstCall, lastCall time.Duration // the constants, but for tests
+	isEnding  atomic.Bool   // each answer is the last of its connection
+	firstCall time.Duration // the constant, but for tests
+	lastCall  time.Duration // also
 
 	mu sync.Mutex
 	// +checklocks:mu

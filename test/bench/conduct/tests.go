@@ -370,8 +370,8 @@ func stopped(flows int) *test {
 		}}
 }
 
-// standstill waits until all buffers are full, and measures. A system may do something once when flows stop; what they
-// cost while they stand still is measured after that.
+// standstill waits until all buffers are full, and measures. A system may do something once when flows stop;
+// what they cost while they stand still is measured after that.
 func (c *cellRun) standstill(ctx context.Context, before int64, flows int) error {
 	const quiet, most, once, watch = 300 * time.Millisecond, 8 * time.Second, time.Second, 1500 * time.Millisecond
 	a := c.conductor.agents

@@ -125,6 +125,7 @@ type conn struct {
 	http2    atomic.Bool              // net/http knows that c speaks it
 	promised atomic.Bool              // the answer of HTTP/1 that is being written has said that c is kept
 	above    atomic.Pointer[net.Conn] // what net/http got, or will; nil: TLS is not there yet
+	closes   atomic.Bool              // it was found idle, and is about to be closed
 
 	mu sync.Mutex
 	// +checklocks:mu

@@ -100,7 +100,7 @@ func (s *Server) readHeader(x *exchange) {
 	}
 	x.resp.before = func(h http.Header) {
 		s.addOwn(x, h)
-		x.resp.last = s.isLast(x) || x.resp.last
+		x.resp.last = x.resp.last || s.isLast(x)
 	}
 }
 

@@ -23,6 +23,10 @@ const (
 	mostPromised = 10 * time.Second
 )
 
+// AnswerLast has each answer from now on say that it is the last of its connection. Connections are taken
+// until Shutdown.
+func (s *Server) AnswerLast() { s.isEnding.Store(true) }
+
 // Shutdown takes no more connections, closes idle ones, and waits for the others, upgraded ones too, to end.
 // Requests that come nevertheless are answered, with word that they are the last. When ctx ends first, it
 // closes what is left and returns ctx's error.
@@ -82,21 +86,36 @@ func (c *conn) isAwaiting(began time.Time) bool {
 	if above == nil { // its handshake has a time of its own
 		return true
 	}
-	patience := c.server.firstCall
-	switch {
-	case c.http2.Load():
-		return time.Since(time.Unix(0, awaits)) < patience // GOAWAY comes next
-	case c.http1.Load():
-		patience = c.server.lastCall
+	if c.http2.Load() {
+		return time.Since(time.Unix(0, awaits)) < c.server.firstCall // GOAWAY comes next
 	}
-	if heard := c.heard.Load(); heard != 0 {
-		awaits, patience = heard, c.server.opts.HeaderTimeout
-	}
-	if time.Since(time.Unix(0, awaits)) < patience || queued(c.Conn) > 0 {
+	if !c.isIdle() {
 		return true
 	}
-	go (*above).Close() // which may wait to write TLS's farewell
-	return false
+	if !c.closes.Swap(true) {
+		go func() { // which may wait to write TLS's farewell
+			if c.isIdle() { // still
+				(*above).Close()
+			}
+			c.closes.Store(false)
+		}()
+	}
+	return true // until it is gone
+}
+
+// isIdle reports whether a connection of HTTP/1 has had its time to begin a request, and has begun none.
+func (c *conn) isIdle() bool {
+	isQueued := queued(c.Conn) > 0 // before heard is: what was read meanwhile is there
+	heard, awaits := c.heard.Load(), c.awaits.Load()
+	switch {
+	case awaits == 0 || isQueued:
+		return false
+	case heard != 0:
+		return time.Since(time.Unix(0, heard)) >= c.server.opts.HeaderTimeout
+	case c.http1.Load():
+		return time.Since(time.Unix(0, awaits)) >= c.server.lastCall
+	}
+	return time.Since(time.Unix(0, awaits)) >= c.server.firstCall
 }
 
 // await notes that the head of a request is awaited from now on.

@@ -41,6 +41,7 @@ func (l *listener) retire(ctx context.Context) {
 // endRequests has those of l end until ctx does. Nothing new may come.
 func (l *listener) endRequests(ctx context.Context) {
 	if l.http != nil {
+		l.http.vhost.AnswerLast() // at once: settle may take as long as a hello may
 		go func() {
 			l.settle(ctx) // what came last would be refused
 			l.http.shutdown(ctx)

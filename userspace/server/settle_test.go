@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"crypto/tls"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -34,7 +35,7 @@ func (c *halfway) Write(b []byte) (int, error) {
 }
 
 // TestSettle: a connection of requests that has come before another process took over, and is in the middle of its
-// hello, gets its answer, and is waited for.
+// hello, gets its answer, and is waited for. Connections that are kept are told at once that they are not.
 func TestSettle(t *testing.T) {
 	cert, pool := certificate(t, "a.test")
 	certFile, keyFile := writePair(t, cert)
@@ -63,6 +64,20 @@ listeners:
 		}
 		answer <- err
 	}()
+	kept := http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{ServerName: "a.test", RootCAs: pool}}}
+	defer kept.CloseIdleConnections()
+	isLast := func() bool {
+		res, err := kept.Get("https://" + addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.Copy(io.Discard, res.Body)
+		res.Body.Close()
+		return res.Close
+	}
+	if isLast() {
+		t.Fatal("a connection is not kept")
+	}
 	<-c.half
 	eventually(t, "it is accepted", func() bool { return web.arriving.Load() == 1 })
 	d.Leave()
@@ -73,6 +88,7 @@ listeners:
 		t.Fatalf("nothing is waited for: %v", err)
 	default:
 	}
+	eventually(t, "an answer is the last of its connection, while another connection arrives", isLast)
 	close(c.goOn)
 	if err := <-answer; err != nil {
 		t.Errorf("a connection in its handshake gets no answer: %v", err)

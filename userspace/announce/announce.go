@@ -19,14 +19,25 @@ import (
 
 // Spec is how others are told.
 type Spec struct {
-	Listener string
-	File     string        // exists while the listener should get connections; "": there is none
-	Up, Down []string      // programs with arguments; nil: there is none
-	Timeout  time.Duration // of one run
+	Listener string        `json:"listener"`
+	File     string        `json:"file,omitempty"` // exists while the listener should get connections; "": there is none
+	Up       []string      `json:"up,omitempty"`   // program with arguments; nil: there is none
+	Down     []string      `json:"down,omitempty"` // the same
+	Timeout  time.Duration `json:"timeout"`        // of one run
 }
 
 func (s Spec) equal(o Spec) bool {
-	return s.Listener == o.Listener && s.File == o.File && slices.Equal(s.Up, o.Up) && slices.Equal(s.Down, o.Down) && s.Timeout == o.Timeout
+	return s.Listener == o.Listener && s.File == o.File && s.hasProgramsOf(o) && s.Timeout == o.Timeout
+}
+
+func (s Spec) hasProgramsOf(o Spec) bool {
+	return slices.Equal(s.Up, o.Up) && slices.Equal(s.Down, o.Down)
+}
+
+// Continues reports whether s is announced in the place of o: for the same listener, by the same file, or by
+// the same programs.
+func (s Spec) Continues(o Spec) bool {
+	return s.Listener == o.Listener || s.File != "" && s.File == o.File || len(s.Up) > 0 && s.hasProgramsOf(o)
 }
 
 // What failed is tried again after firstRetry, and then after twice as long each time, up to lastRetry.
@@ -46,6 +57,8 @@ type Announcer struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	want order
+	// +checklocks:mu
+	told order // last, or by another process
 	// +checklocks:mu
 	held bool
 	// +checklocks:mu
@@ -74,6 +87,14 @@ func New(log *slog.Logger) *Announcer {
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	go a.run()
 	return a
+}
+
+// Inherit notes that others were told by what, in another process, that its listener should get connections.
+// It comes before Set.
+func (a *Announcer) Inherit(what Spec) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.told = order{Spec: what, isUp: true}
 }
 
 // Set has others told, soon, that the listener should get connections, or else why not. It returns at once.
@@ -119,11 +140,11 @@ func (a *Announcer) State() (isUp bool, reason string, err error) {
 	return a.want.isUp, a.want.reason, a.err
 }
 
-// File is the one of what was last set.
-func (a *Announcer) File() string {
+// Spec is that of what was last set.
+func (a *Announcer) Spec() Spec {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.want.File
+	return a.want.Spec
 }
 
 // Status is State for people: up or down, and why it is down.
@@ -172,7 +193,6 @@ func (a *Announcer) run() {
 	defer close(a.gone)
 	retry := time.NewTimer(0)
 	defer retry.Stop()
-	var file string // that is there, or may be
 	pause := firstRetry
 	for {
 		select {
@@ -183,7 +203,7 @@ func (a *Announcer) run() {
 		}
 		for { // until what is set is told
 			a.mu.Lock()
-			want, isDone := a.want, a.held || a.ctx.Err() != nil || a.tried >= a.want.number && a.err == nil
+			want, told, isDone := a.want, a.told, a.held || a.ctx.Err() != nil || a.tried >= a.want.number && a.err == nil
 			ctx, interrupt := context.WithCancel(a.ctx)
 			a.interrupt = interrupt
 			a.mu.Unlock()
@@ -191,9 +211,10 @@ func (a *Announcer) run() {
 				interrupt()
 				break
 			}
-			err := a.tell(ctx, want, &file)
+			err := a.tell(ctx, want, told)
 			interrupt()
 			a.mu.Lock()
+			a.told = want
 			if a.held || a.ctx.Err() != nil { // it was interrupted
 				a.mu.Unlock()
 				break
@@ -221,27 +242,36 @@ func (a *Announcer) run() {
 	}
 }
 
-// tell carries out w. file is the one that there may be, as left by the order before.
-func (a *Announcer) tell(ctx context.Context, w order, file *string) error {
+// tell carries out w. What told has announced otherwise, since something else was configured, is withdrawn
+// first.
+func (a *Announcer) tell(ctx context.Context, w, told order) error {
 	var errs []error
-	if *file != "" && *file != w.File { // another one was configured
-		errs = append(errs, remove(*file))
+	if told.File != "" && told.File != w.File {
+		errs = append(errs, remove(told.File))
 	}
-	*file = w.File
+	if told.isUp && !slices.Equal(told.Down, w.Down) {
+		told.isUp, told.reason = false, "announce is configured otherwise"
+		errs = append(errs, told.run(ctx))
+	}
 	if w.File != "" && w.isUp {
 		errs = append(errs, create(w.File))
 	} else if w.File != "" {
 		errs = append(errs, remove(w.File))
 	}
-	argv := w.Down
-	if w.isUp {
-		argv = w.Up
+	return errors.Join(append(errs, w.run(ctx))...)
+}
+
+// run runs the program of o, if there is one.
+func (o order) run(ctx context.Context) error {
+	argv := o.Down
+	if o.isUp {
+		argv = o.Up
 	}
-	if len(argv) > 0 {
-		errs = append(errs, hook.Program{Argv: argv, Timeout: w.Timeout, Key: "announce.timeout",
-			Env: map[string]string{"TAILSPLICE_LISTENER": w.Listener, "TAILSPLICE_STATE": state(w.isUp), "TAILSPLICE_REASON": w.reason}}.Run(ctx))
+	if len(argv) == 0 {
+		return nil
 	}
-	return errors.Join(errs...)
+	return hook.Program{Argv: argv, Timeout: o.Timeout, Key: "announce.timeout",
+		Env: map[string]string{"TAILSPLICE_LISTENER": o.Listener, "TAILSPLICE_STATE": state(o.isUp), "TAILSPLICE_REASON": o.reason}}.Run(ctx)
 }
 
 func state(isUp bool) string {

@@ -19,6 +19,8 @@ func (srv *Server) tellOthers() {
 	if srv.isHeld || srv.isResting || srv.hasLeft || srv.plan == nil {
 		return
 	}
+	left := srv.announced
+	srv.announced = nil
 	for _, c := range srv.plan.Config.Listeners {
 		l := srv.listeners[c.Name]
 		switch {
@@ -27,18 +29,33 @@ func (srv *Server) tellOthers() {
 			l.announcer = nil
 		case c.Announce == nil:
 		default:
+			spec := announceSpec(c)
 			if l.announcer == nil {
 				l.announcer = announce.New(srv.log)
+				if i := slices.IndexFunc(left, spec.Continues); i >= 0 {
+					l.announcer.Inherit(left[i])
+					left = slices.Delete(left, i, i+1)
+				}
 			}
 			why := srv.notServing(c, l)
 			reason := ""
 			if why != nil {
 				reason = why.Error()
 			}
-			a := c.Announce
-			l.announcer.Set(announce.Spec{Listener: c.Name, File: a.File, Up: a.Up, Down: a.Down, Timeout: a.Timeout}, why == nil, reason)
+			l.announcer.Set(spec, why == nil, reason)
 		}
 	}
+	for _, spec := range left {
+		a := announce.New(srv.log)
+		a.Inherit(spec)
+		a.Set(spec, false, "")
+		go a.End("the listener is no longer configured")
+	}
+}
+
+func announceSpec(c *config.Listener) announce.Spec {
+	a := c.Announce
+	return announce.Spec{Listener: c.Name, File: a.File, Up: a.Up, Down: a.Down, Timeout: a.Timeout}
 }
 
 // notServing is why l should get no connections, or nil. Certificates are no reason: those of another edge
@@ -71,8 +88,8 @@ func (srv *Server) notServing(c *config.Listener, l *listener) error {
 	return nil
 }
 
-// bequeath gives the announcers of listeners that c replaces to those that come in their place: the one of
-// the same name, or of the same file. Each other announcement ends.
+// bequeath gives the announcers of listeners that c replaces to those that come in their place. Each other
+// announcement ends.
 //
 // +checklocks:srv.mu
 func (srv *Server) bequeath(c *change) {
@@ -80,11 +97,10 @@ func (srv *Server) bequeath(c *change) {
 		if old.announcer == nil || c.listeners[name] == old {
 			continue
 		}
-		file := old.announcer.File()
+		spec := old.announcer.Spec()
 		for _, next := range c.plan.Config.Listeners {
-			a := next.Announce
-			if heir := c.listeners[next.Name]; a != nil && heir.announcer == nil && old.announcer != nil &&
-				(next.Name == name || file != "" && a.File == file) {
+			if heir := c.listeners[next.Name]; next.Announce != nil && heir.announcer == nil && old.announcer != nil &&
+				announceSpec(next).Continues(spec) {
 				heir.announcer, old.announcer = old.announcer, nil
 			}
 		}

@@ -120,6 +120,64 @@ func TestAnnounced(t *testing.T) {
 	eventually(t, "nobody is told any more", func() bool { return !a.isUp() })
 }
 
+// TestAnnouncedBefore: what another process has announced, and is configured no more or otherwise, is
+// withdrawn.
+func TestAnnouncedBefore(t *testing.T) {
+	for name, then := range map[string]func(a *announced, said string) string{
+		"announce is gone": func(a *announced, _ string) string {
+			return fmt.Sprintf("listeners: [{ name: web, listen: [%q], mode: tcp, default: { forward: %q } }]", a.addr, a.target)
+		},
+		"the listener is gone": func(a *announced, _ string) string {
+			return fmt.Sprintf("listeners: [{ name: other, listen: [%q], mode: tcp, default: { forward: %q } }]", a.addr, a.target)
+		},
+		"otherwise": func(a *announced, said string) string {
+			a.file += ".new"
+			a.options = fmt.Sprintf(`, up: [sh, -c, "echo new up >>%s"], down: ["true"]`, said)
+			return a.yaml("")
+		},
+		"renamed": func(a *announced, _ string) string {
+			return strings.Replace(a.yaml(""), "name: web", "name: renamed", 1)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			said := filepath.Join(t.TempDir(), "said")
+			a := announcedListener(t, fmt.Sprintf(`, up: [sh, -c, "echo up >>%s"], down: [sh, -c, "echo down >>%s"]`, said, said))
+			a.daemon = start(t, a.yaml(""))
+			file := a.file
+			tells := func(want string) {
+				t.Helper()
+				eventually(t, "others are told: "+want, func() bool {
+					b, _ := os.ReadFile(said)
+					return strings.Join(strings.Fields(string(b)), " ") == want
+				})
+			}
+			tells("up")
+			orders, err := a.Orders()
+			if err != nil {
+				t.Fatal(err)
+			}
+			a.Leave()
+			d := startOptions(t, parse(t, then(a, said)), Options{Orders: orders})
+			want := map[string]string{"otherwise": "up down new up", "renamed": "up up"}[name]
+			if want == "" {
+				want = "up down"
+			}
+			tells(want)
+			eventually(t, "the file is as it is to be", func() bool {
+				_, err := os.Stat(file)
+				return (err == nil) == (name == "renamed")
+			})
+			orders, err = d.Orders()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if says := strings.Contains(string(orders), said); says != (name == "otherwise" || name == "renamed") {
+				t.Errorf("the next process is told %s", orders)
+			}
+		})
+	}
+}
+
 // TestGrace: an announcement is withdrawn before the sockets close, by drain and at the end. Who comes in
 // between is accepted.
 func TestGrace(t *testing.T) {

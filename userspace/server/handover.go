@@ -5,9 +5,11 @@ import (
 	"errors"
 	"maps"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/announce"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 )
 
@@ -62,15 +64,22 @@ type orders struct {
 	Drained  map[string]time.Time `json:"drained"`  // listeners
 	Disabled map[string]time.Time `json:"disabled"` // targets
 	Woken    []*woken             `json:"woken"`    // containers that were started here
+
+	Announced []announce.Spec `json:"announced"` // what others were told should get connections
 }
 
-// Orders are what an operator has said that lasts until a restart, and which containers may be stopped, for
-// Options.Orders of another process.
+// Orders are what an operator has said that lasts until a restart, which containers may be stopped, and what
+// is announced, for Options.Orders of another process.
 func (srv *Server) Orders() (json.RawMessage, error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	o := orders{map[string]time.Time{}, srv.disabled.Since(), srv.wakes.list()}
+	o := orders{Drained: map[string]time.Time{}, Disabled: srv.disabled.Since(), Woken: srv.wakes.list(), Announced: slices.Clone(srv.announced)}
 	for name, l := range srv.listeners {
+		if l.announcer != nil {
+			if isUp, _, _ := l.announcer.State(); isUp {
+				o.Announced = append(o.Announced, l.announcer.Spec())
+			}
+		}
 		if !l.drained.IsZero() {
 			o.Drained[name] = l.drained
 		}

@@ -72,6 +72,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/accesslog"
 	"github.com/tailsplice/tailsplice/userspace/acme"
+	"github.com/tailsplice/tailsplice/userspace/announce"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/datapath"
@@ -191,6 +192,7 @@ type present struct {
 	unwanted  []*listenerSocket // of another process, while nothing is accepted: they are closed then
 	wereOpen  map[string]bool   // listeners of which sockets came from another process
 	orders    orders            // that another process had, until the first configuration is in force
+	announced []announce.Spec   // by another process; until this one tells others
 	isEnding  bool              // connections are accepted still, and others are told to send none
 	isResting bool              // another process may accept, and tell others
 
@@ -251,6 +253,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 		err = json.Unmarshal(opts.Orders, &srv.orders)
 		srv.disabled.SetAll(srv.orders.Disabled)
 		srv.wakes.adopt(srv.orders.Woken, srv.lapse)
+		srv.announced = srv.orders.Announced
 	}
 	srv.mu.Unlock()
 	if err == nil {

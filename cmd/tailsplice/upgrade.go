@@ -66,7 +66,7 @@ version is used in the same way.`,
 	controlFlag(cmd, &c.Socket)
 	cmd.Flags().StringVar(&o.binary, "binary", "", "the `program` to start; without it, the path that the daemon was started with")
 	cmd.Flags().DurationVar(&o.timeout, "timeout", time.Minute, "how long the new process may take until it is ready")
-	cmd.Flags().DurationVar(&o.drain, "drain-timeout", time.Hour, "how long the old process goes on with the connections that it can't hand over")
+	cmd.Flags().DurationVar(&o.drain, "drain-timeout", time.Hour, "how long the old process goes on with the connections that it can't hand over, 10s at least")
 	return cmd
 }
 
@@ -96,6 +96,9 @@ func parseUpgrade(q url.Values) (o upgradeOptions, err error) {
 	}
 	return o, nil
 }
+
+// leastDrain is how long an old process goes on at least: the flows that can go over do so meanwhile.
+const leastDrain = 10 * time.Second
 
 // servingTimeout is how long connections may wait for a new process that was ready to accept them.
 const servingTimeout = 10 * time.Second
@@ -213,7 +216,7 @@ func (d *process) upgrade(ctx context.Context, query url.Values) (notes []string
 		d.log.Error("an upgrade failed", "err", err)
 		return nil, err
 	}
-	next := &successor{s, o.drain}
+	next := &successor{s, max(o.drain, leastDrain)}
 	d.next = next
 	d.upgraded <- next
 	return []string{d.describe(next)}, nil

@@ -787,6 +787,25 @@ func TestUpgradeGivenUp(t *testing.T) {
 	}
 }
 
+// TestUpgradeAtOnce: a drain timeout of 0 leaves live flows the time to go over.
+func TestUpgradeAtOnce(t *testing.T) {
+	d := startUpgradable(t)
+	f, err := net.Dial("tcp", d.edge)
+	check(t, err)
+	defer f.Close()
+	check(t, echo(f))
+	if out, err := d.ask("upgrade", "--drain-timeout", "0s"); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	wait(t, "the older process is empty", func() error {
+		if s := d.status(); len(s.Older) > 0 {
+			return fmt.Errorf("status has %+v", s.Older)
+		}
+		return nil
+	})
+	check(t, echo(f))
+}
+
 // TestUpgradeEnds: TERM to the first process, which a supervisor knows, ends the newest and all in between
 // within --drain-timeout, and the first with the status of the newest.
 func TestUpgradeEnds(t *testing.T) {

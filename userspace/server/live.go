@@ -31,6 +31,7 @@ type spliced struct {
 
 	isLeaving atomic.Bool                // it is on its way to another process, or is asked to be
 	stays     atomic.Bool                // it could not leave when it was asked last, which took its time
+	notTaken  atomic.Int64               // when it came back from its way, Unix ns; 0: it has not been on it
 	unknown   map[string]json.RawMessage // of its record, what this program does not know
 }
 
@@ -105,6 +106,8 @@ const (
 	measureBulk = 50 * time.Millisecond
 	leaveWait   = 5 * time.Second // for a moment at which nothing of a flow is held here
 	leaveAgain  = 500 * time.Millisecond
+	// giveAgain is for a flow that the other process did not take: it stood still meanwhile.
+	giveAgain = 30 * time.Second
 )
 
 // giver is a [*handover.Giver].
@@ -128,7 +131,7 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 	}()
 	calm, talking, bulk := make(chan struct{}, flowsLeaving), make(chan struct{}, talkLeaving), make(chan struct{}, bulkLeaving)
 	var moving atomic.Int32 // flows whose bytes nobody moves
-	moved := map[*spliced]int64{}
+	moved, begin := map[*spliced]int64{}, time.Now()
 	srv.measureFlows(moved)
 	for wait := measureBulk; ; wait = leaveAgain {
 		select {
@@ -148,6 +151,9 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 			most  int32
 		}{{still, calm, math.MaxInt32}, {talk, talking, talkLeaving}, {busy, bulk, talkLeaving}} {
 			for _, s := range part.flows {
+				if at := time.Unix(0, s.notTaken.Load()); at.After(begin) && time.Since(at) < giveAgain {
+					continue
+				}
 				for moving.Load() >= part.most {
 					select {
 					case <-ctx.Done():
@@ -242,6 +248,7 @@ func (srv *Server) handOver(s *spliced, p *relay.Parcel, g giver, moving *atomic
 	g.Give(s.record(p), func(err error) {
 		moving.Add(-1)
 		if err != nil {
+			s.notTaken.Store(time.Now().UnixNano())
 			stay(err)
 			return
 		}

@@ -31,7 +31,7 @@ type spliced struct {
 
 	isLeaving atomic.Bool                // it is on its way to another process, or is asked to be
 	stays     atomic.Bool                // it could not leave when it was asked last, which took its time
-	notTaken  atomic.Int64               // when it came back from its way, Unix ns; 0: it has not been on it
+	notTaken  atomic.Pointer[notTaken]   // it was on its way, and came back; nil: never
 	unknown   map[string]json.RawMessage // of its record, what this program does not know
 }
 
@@ -106,8 +106,10 @@ const (
 	measureBulk = 50 * time.Millisecond
 	leaveWait   = 5 * time.Second // for a moment at which nothing of a flow is held here
 	leaveAgain  = 500 * time.Millisecond
-	// giveAgain is for a flow that the other process did not take: it stood still meanwhile.
-	giveAgain = 30 * time.Second
+	// giveAgain is for a flow that the other process did not take, since it stood still meanwhile: twice as
+	// long each time, up to mostGiveAgain.
+	giveAgain     = 2 * time.Second
+	mostGiveAgain = 30 * time.Second
 )
 
 // giver is a [*handover.Giver].
@@ -151,7 +153,7 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 			most  int32
 		}{{still, calm, math.MaxInt32}, {talk, talking, talkLeaving}, {busy, bulk, talkLeaving}} {
 			for _, s := range part.flows {
-				if at := time.Unix(0, s.notTaken.Load()); at.After(begin) && time.Since(at) < giveAgain {
+				if n := s.notTaken.Load(); n != nil && n.at.After(begin) && !n.isOver(time.Now()) {
 					continue
 				}
 				for moving.Load() >= part.most {
@@ -183,6 +185,25 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 			}
 		}
 	}
+}
+
+// notTaken is when a flow was last not taken by another process, and how often that was so before.
+type notTaken struct {
+	at    time.Time
+	times int
+}
+
+// isOver reports whether the flow may be offered again.
+func (n *notTaken) isOver(now time.Time) bool {
+	return now.Sub(n.at) >= min(giveAgain<<min(n.times, 10), mostGiveAgain)
+}
+
+// again is n for a flow that was not taken once more.
+func (n *notTaken) again(now time.Time) *notTaken {
+	if n == nil {
+		return &notTaken{at: now}
+	}
+	return &notTaken{now, n.times + 1}
 }
 
 // measureFlows are the flows that may be given, by whether they have moved nothing, little or much since the
@@ -248,7 +269,7 @@ func (srv *Server) handOver(s *spliced, p *relay.Parcel, g giver, moving *atomic
 	g.Give(s.record(p), func(err error) {
 		moving.Add(-1)
 		if err != nil {
-			s.notTaken.Store(time.Now().UnixNano())
+			s.notTaken.Store(s.notTaken.Load().again(time.Now()))
 			stay(err)
 			return
 		}

@@ -214,10 +214,8 @@ func TestGiveFlowsRefused(t *testing.T) {
 	asked := make(chan struct{}, 1000)
 	h := &handed{t: t, lost: make(chan struct{}), asked: asked}
 	stop := give(h)
-	<-asked
-	time.Sleep(3 * leaveAgain)
-	if len(asked) > 0 {
-		t.Error("a flow stands still again and again for who does not take it")
+	for range 2 { // and again
+		<-asked
 	}
 	stop()
 	// A process that does not answer is asked when it does.
@@ -246,6 +244,18 @@ func TestGiveFlowsRefused(t *testing.T) {
 	eventually(t, "it has gone", func() bool { return old.Flows().Len() == 0 })
 	stop()
 	exchangeBytes(t, c, 100_000)
+}
+
+// TestNotTaken: a flow stands still ever less often for a process that does not take it.
+func TestNotTaken(t *testing.T) {
+	now := time.Now()
+	var n *notTaken
+	for _, want := range []time.Duration{2, 4, 8, 16, 30, 30} {
+		n = n.again(now)
+		if want *= time.Second; n.isOver(now.Add(want-1)) || !n.isOver(now.Add(want)) {
+			t.Errorf("after %d times it is not offered again after %v", n.times+1, want)
+		}
+	}
 }
 
 // TestMeasureFlows: flows that are idle go before those that talk, and those before what moves much.

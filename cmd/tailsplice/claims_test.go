@@ -372,8 +372,8 @@ func (c *claims) page(name, text string) (wrong []string) {
 	return wrong
 }
 
-// isQuoted reports whether code has s as a string, or as the name in a struct's tag. (A regular expression would take a
-// hundred times as long.)
+// isQuoted reports whether code has s as a string, or as the name in a struct's tag. A regular expression would
+// take far longer.
 func isQuoted(code, s string) bool {
 	for _, q := range []string{`"`, "`"} {
 		for _, end := range []string{`"`, "`", ","} {

@@ -141,8 +141,8 @@ func TestRuleBoundOff(t *testing.T) {
 
 const stalledFlows = 200
 
-// stall lets both senders of each flow push up to size bytes for readers that begin after judge, when the senders
-// write no more.
+// stall lets both senders of each flow push up to size bytes for readers that begin after judge, when the
+// senders write no more.
 func stall(t *testing.T, size int64, judge func(perFlow int64, waiting int, cpu time.Duration)) {
 	const flows = stalledFlows
 	loadertest.Must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))

@@ -27,13 +27,7 @@ func (refuser) Splice(context.Context, int, int, datapath.Handoff) (func() (int6
 // TestNoOfferWithinPieces: a message makes a flow ping-pong, but it is not offered while the other side is read in
 // pieces: the skb that is read in part would come to the verdict whole.
 func TestNoOfferWithinPieces(t *testing.T) {
-	loops, err := loop.New(1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer loops.Close()
-	r, l, done := New(loops), loops.Loop(), make(chan Result, 1)
-	defer r.Close()
+	r, l, done := oneLoop(t)
 	f := r.newFlow(context.Background(), nil, nil, Options{WhenPingPong: []datapath.Returner{refuser{}}},
 		func(r Result) { done <- r })
 	client, down := connected(t)
@@ -70,13 +64,7 @@ func TestNoOfferWithinPieces(t *testing.T) {
 // TestLateLook: a timer that had fired when its flow went to a loop does nothing there, and leaves the loop's
 // timer alone.
 func TestLateLook(t *testing.T) {
-	loops, err := loop.New(1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer loops.Close()
-	r, l, done := New(loops), loops.Loop(), make(chan Result, 1)
-	defer r.Close()
+	r, l, done := oneLoop(t)
 	f := r.newFlow(context.Background(), nil, nil, Options{Idle: time.Hour}, func(r Result) { done <- r })
 	client, down := connected(t)
 	server, up := connected(t)
@@ -98,6 +86,18 @@ func TestLateLook(t *testing.T) {
 	client.Close()
 	server.Close()
 	<-done
+}
+
+// oneLoop is a relay with a single loop, and where one of its flows may tell of its end.
+func oneLoop(t *testing.T) (*Relay, *loop.Loop, chan Result) {
+	loops, err := loop.New(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(loops.Close)
+	r := New(loops)
+	t.Cleanup(r.Close) // before that of loops
+	return r, loops.Loop(), make(chan Result, 1)
 }
 
 // connected is a connection, and the descriptor of its other end.
@@ -135,13 +135,7 @@ func (recorder) Record(int, int, datapath.Handoff) (forget func(), err error) { 
 // TestBrokenBeforeBegin: where upstream is reset before a flow begins, the end says so, with the error that the
 // first write has got. A further one would be told EPIPE.
 func TestBrokenBeforeBegin(t *testing.T) {
-	loops, err := loop.New(1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer loops.Close()
-	r, l, done := New(loops), loops.Loop(), make(chan Result, 1)
-	defer r.Close()
+	r, l, done := oneLoop(t)
 	for name, datapaths := range map[string][]datapath.Datapath{"alone": nil, "with a datapath": {recorder{}}} {
 		client, down := connected(t)
 		server, up := connected(t)

@@ -73,7 +73,8 @@ type orders struct {
 func (srv *Server) Orders() (json.RawMessage, error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	o := orders{Drained: map[string]time.Time{}, Disabled: srv.disabled.Since(), Woken: srv.wakes.list(), Announced: slices.Clone(srv.announced)}
+	o := orders{Drained: map[string]time.Time{}, Disabled: srv.disabled.Since(), Woken: srv.wakes.list(),
+		Announced: slices.Clone(srv.announced)}
 	for name, l := range srv.listeners {
 		if l.announcer != nil {
 			if isUp, _, _ := l.announcer.State(); isUp {

@@ -29,6 +29,7 @@ const (
 	idleEvery   = 15 * time.Second // while nobody is connected, and whole while little is taken
 	lookRest    = 20               // times the CPU time of a look, which is a twentieth of a CPU at most
 	shortRest   = 2                // the same while TCP is short, and next to nothing else can be done
+	calmRest    = 400              // the same while half is taken, but nothing is refused or ended, and no more is taken
 
 	// How long no byte of a flow must have moved before it may be ended for what it holds: from 3/4 of the
 	// memory on, and from 7/8 on.
@@ -50,10 +51,20 @@ type memoryWatch struct {
 	server  *Server
 	last    time.Time               // when it looked whole
 	isShort bool                    // half of the memory was taken then
+	calm    calm                    // while that is so, and nothing else
 	since   map[netip.AddrPort]rest // by the peer's address, while that is so
 
 	greedy map[netip.Prefix]greed // sources that are refused, or were
 }
+
+// A calm is the time after a look that had nothing to refuse and nothing to end. It is over at once where more
+// is taken than most.
+type calm struct {
+	until time.Time
+	most  int64 // bytes
+}
+
+func (c calm) lasts(taken int64, now time.Time) bool { return now.Before(c.until) && taken <= c.most }
 
 // A greed is what a source has held when memory was short for the last time.
 type greed struct {
@@ -116,17 +127,18 @@ func (srv *Server) watchMemory() {
 	}
 }
 
-// glance looks whole each time while half of the budget or of TCP's memory may be taken, each restEvery while
-// a source is refused, and else each idleEvery. It gives the time until the next glance. While nobody is
+// glance looks whole each time while half of the budget or of TCP's memory may be taken, but while that is
+// calm, each restEvery while a source is refused, and else each idleEvery. It gives the time until the next glance. While nobody is
 // connected, and nothing is to be given back, that is idleEvery, or until memoryWake says that somebody has
 // connected.
 func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Duration) {
 	srv := w.server
 	used, short := tcpsock.Memory(proc)
+	taken := used + srv.ownMemory()
 	srv.opts.Relay.SpareTCP(short > 0 && used >= short/4)
 	mayBeShort, room := short > 0 && used >= short/2, short/4-used
 	if budget := srv.Memory(); budget > 0 {
-		left := budget/2 - used - srv.ownMemory()
+		left := budget/2 - taken
 		mayBeShort, room = mayBeShort || left <= 0, min(room, left)
 	}
 	whole := idleEvery
@@ -134,10 +146,17 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 		whole = restEvery
 	}
 	pause = min(max(memoryEvery, time.Duration(float64(room)/fillRate*float64(time.Second))), restEvery)
-	if w.isShort || mayBeShort || now.Sub(w.last) >= whole {
+	if now.Sub(w.last) >= whole || w.isShort && !mayBeShort || mayBeShort && !w.calm.lasts(taken, now) {
 		w.last = now
-		took := threadTime(func() { w.look(now, srv.memoryUse(proc, cgroups)) })
+		var u memoryUse
+		took := threadTime(func() {
+			u = srv.memoryUse(proc, cgroups)
+			w.look(now, u)
+		})
 		pause = max(pause, restAfter(took, short > 0 && used >= short/4*3))
+		if w.calm = (calm{}); len(w.greedy) == 0 && !u.over(5, 8) {
+			w.calm = calm{until: now.Add(took * calmRest), most: taken + u.total/32}
+		}
 	}
 	if w.isShort || len(w.greedy) > 0 {
 		return pause

@@ -936,7 +936,8 @@ func TestGlance(t *testing.T) {
 		connected bool
 		greedy    bool
 		wasShort  bool
-		looks     int // of 9 glances in 2 s
+		calm      int64 // the watch has looked just now, and up to so much nothing is to be done for long
+		looks     int   // of 9 glances in 2 s
 		isShort   bool
 		pause     time.Duration
 	}{
@@ -951,6 +952,9 @@ func TestGlance(t *testing.T) {
 		{name: "memory is large, but not the budget", connected: true, short: large, budget: -1, looks: 1, pause: memoryEvery},
 		{name: "a source is refused", greedy: true, looks: 3, pause: memoryEvery},
 		{name: "half was taken", wasShort: true, looks: 1, pause: idleEvery},
+		{name: "half is taken, and calm", connected: true, used: small / 2, wasShort: true, calm: 1 << 40, looks: 0, isShort: true, pause: memoryEvery},
+		{name: "half is taken, and more than when it was calm", connected: true, used: small / 2, calm: 1, looks: 9, pause: memoryEvery},
+		{name: "half was taken, and calm", wasShort: true, calm: 1 << 40, looks: 1, pause: idleEvery},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]`, freeAddr(t)))
@@ -968,13 +972,19 @@ func TestGlance(t *testing.T) {
 			if v.greedy {
 				w.greedy = map[netip.Prefix]greed{netip.MustParsePrefix("192.0.2.1/32"): greed{}.again(1, now)}
 			}
+			if v.calm > 0 {
+				w.last, w.calm = now.Add(-time.Millisecond), calm{until: now.Add(time.Hour), most: v.calm}
+			}
 			proc, looks := fakeProc(t, v.used, cmp.Or(v.short, small)), 0
 			for range 9 {
 				last := w.last
 				pause := w.glance(now, proc, t.TempDir())
 				whole := w.last != last
 				if whole {
-					looks++
+					if looks++; v.used >= small/2 && !now.Before(w.calm.until) {
+						t.Error("though nothing is to be done, it does not rest")
+					}
+					w.calm = calm{} // how long it is depends on how long the look took
 				}
 				if pause < v.pause || pause > v.pause && !whole { // a look may take long, and its rest longer
 					t.Errorf("the next glance is in %v, want %v", pause, v.pause)

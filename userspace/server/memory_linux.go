@@ -136,10 +136,9 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 	used, short := tcpsock.Memory(proc)
 	taken := used + srv.ownMemory()
 	srv.opts.Relay.SpareTCP(short > 0 && used >= short/4)
-	mayBeShort, room := short > 0 && used >= short/2, short/4-used
+	mayBeShort, room := short > 0 && used >= short/2, roomOf(used, short, short/4)
 	if budget := srv.Memory(); budget > 0 {
-		left := budget/2 - taken
-		mayBeShort, room = mayBeShort || left <= 0, min(room, left)
+		mayBeShort, room = mayBeShort || taken >= budget/2, min(room, roomOf(taken, budget, budget/2))
 	}
 	whole := idleEvery
 	if len(w.greedy) > 0 {
@@ -167,6 +166,17 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 		return pause
 	}
 	return idleEvery
+}
+
+// roomOf is how much more may be taken of what there is until something is to be done: from first on, from
+// half on, or from 5/8 on. 0: something is.
+func roomOf(taken, total, first int64) int64 {
+	for _, from := range []int64{first, total / 2, total / 8 * 5} {
+		if taken < from {
+			return from - taken
+		}
+	}
+	return 0
 }
 
 // restAfter is for how long nothing is looked at after a look, however many flows there are. While TCP is

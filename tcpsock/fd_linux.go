@@ -158,8 +158,30 @@ func Dup(sock syscall.RawConn) (fd int, err error) {
 	return fd, os.NewSyscallError("fcntl", err)
 }
 
-// Reset closes fd with a reset; what was not sent is lost.
-func Reset(fd int) error { return errors.Join(ResetFDOnClose(fd), unix.Close(fd)) }
+// Reset closes fd with a reset; what was not sent is lost. It is sent now, whoever else has the socket.
+func Reset(fd int) error {
+	if Abort(fd) != nil {
+		return errors.Join(ResetFDOnClose(fd), unix.Close(fd))
+	}
+	return unix.Close(fd)
+}
+
+// Abort ends the connection of fd with a reset; what was not sent, or not read, is lost. It doesn't matter who
+// else has the socket: to close one with SO_LINGER sends no reset while there is another descriptor, in any
+// process, or on its way to one. A unix socket, which knows no resets, has both its streams ended.
+func Abort(fd int) error {
+	// A connection to nowhere: __inet_stream_connect in net/ipv4/af_inet.c calls tcp_disconnect for it, which
+	// is what closes a socket with SO_LINGER, too.
+	none := unix.RawSockaddr{Family: unix.AF_UNSPEC}
+	_, _, errno := unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&none)), unsafe.Sizeof(none))
+	if errno == 0 {
+		return nil
+	}
+	if family, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); err == nil && family == unix.AF_UNIX {
+		return os.NewSyscallError("shutdown", unix.Shutdown(fd, unix.SHUT_RDWR))
+	}
+	return os.NewSyscallError("connect", errno)
+}
 
 // ResetFDOnClose makes a socket send a reset when its last descriptor is closed.
 func ResetFDOnClose(fd int) error {

@@ -47,10 +47,15 @@ var KeepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 3
 
 // ResetConn closes c with a reset: its other end can't take that for the end of a stream, and what was not
 // sent is lost. The socket is closed first, under c's layers, whose words of farewell (close_notify of TLS)
-// would say that all is well. What has no TCP socket is closed.
+// would say that all is well. A unix socket has both its streams ended. Where another process has a copy of
+// the socket, or one is on its way, this is so at once too. What has no socket is closed.
 func ResetConn(c net.Conn) {
+	if u, ok := c.(*net.UnixConn); ok {
+		Control(u, func(fd int) { _ = Abort(fd) })
+	}
 	if sock := lingering(c); sock != nil {
 		sock.SetLinger(0)
+		Control(sock, func(fd int) { _ = Abort(fd) })
 		sock.Close()
 		if net.Conn(sock) == c {
 			return
@@ -59,7 +64,7 @@ func ResetConn(c net.Conn) {
 	c.Close()
 }
 
-// ResetOnClose makes c's socket send a reset when it is closed.
+// ResetOnClose makes c's socket send a reset when its last descriptor is closed.
 func ResetOnClose(c net.Conn) {
 	if sock := lingering(c); sock != nil {
 		sock.SetLinger(0)

@@ -2,10 +2,12 @@ package tcpsock
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -109,6 +111,91 @@ func TestReset(t *testing.T) {
 				t.Errorf("the other end reads %v", err)
 			}
 		})
+	}
+}
+
+// A reset is seen at once though another descriptor of the socket stays open, or is in flight: there may be
+// one in another process. What the socket holds is lost with it.
+func TestResetOfCopies(t *testing.T) {
+	for name, reset := range map[string]func(c net.Conn){
+		"connection": ResetConn,
+		"layers":     func(c net.Conn) { ResetConn(layer{c, t}) },
+		"descriptor": func(c net.Conn) {
+			fd := dup(t, c)
+			c.Close()
+			if err := Reset(fd); err != nil {
+				t.Error(err)
+			}
+		},
+	} {
+		for _, inFlight := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, in flight %v", name, inFlight), func(t *testing.T) {
+				a, b := pair(t)
+				a.Write([]byte("x"))
+				b.Write([]byte("x"))
+				copied := dup(t, a)
+				if inFlight {
+					fly(t, copied)
+				} else {
+					defer unix.Close(copied)
+				}
+				reset(a)
+				b.SetReadDeadline(time.Now().Add(10 * time.Second))
+				if _, err := io.ReadAll(b); !errors.Is(err, unix.ECONNRESET) {
+					t.Errorf("the other end reads %v", err)
+				}
+				if !inFlight && !IsClosed(copied) {
+					t.Error("the copy is not closed")
+				}
+			})
+		}
+	}
+}
+
+// A unix socket that has a copy tells the other end, as well as it can.
+func TestResetOfUnixCopies(t *testing.T) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := os.NewFile(uintptr(fds[0]), "socket")
+	a, err := net.FileConn(file)
+	file.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(dup(t, a))
+	ResetConn(a)
+	if n, err := unix.Read(fds[1], make([]byte, 1)); n != 0 || err != nil && err != unix.ECONNRESET {
+		t.Errorf("the other end reads %d bytes, %v", n, err)
+	}
+	unix.Close(fds[1])
+}
+
+// dup is a descriptor of c's socket, as another process may have one.
+func dup(t *testing.T, c net.Conn) (fd int) {
+	t.Helper()
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err == nil {
+		fd, err = Dup(raw)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fd
+}
+
+// fly leaves fd in a socket, where nobody has received it.
+func fly(t *testing.T, fd int) {
+	t.Helper()
+	defer unix.Close(fd)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fds[0]); unix.Close(fds[1]) })
+	if err := unix.Sendmsg(fds[0], []byte("x"), unix.UnixRights(fd), nil, 0); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -140,10 +140,13 @@ func (s *Socket) Cancel() (waited bool) {
 	return waited
 }
 
-// Reset closes the socket so that the other end sees a reset. Nobody may be waiting for it.
+// Reset closes the socket with a reset, as [tcpsock.Reset] does. Nobody may be waiting for it.
 func (s *Socket) Reset() {
-	tcpsock.ResetFDOnClose(s.fd)
-	s.Close()
+	s.loop.Do(func() func() {
+		s.Detach() // or the reset would be an event of the loop
+		tcpsock.Reset(s.fd)
+		return nil
+	})
 }
 
 // Close closes the socket. Nobody may be waiting for it.

@@ -339,7 +339,7 @@ func (f *flow) move(src *side) (isOver bool) {
 	}
 	proper, fault := src.howEnded()
 	f.mu.Lock()
-	isLast := f.end == "" && dst.state == ended // to end: then finish closes both, which tells dst
+	isLast := f.end == "" && dst.state == ended // to end: then finish tells dst
 	f.mu.Unlock()
 	if proper && (fault != nil || !isLast) {
 		if err := dst.closeWrite(); err != nil {
@@ -598,6 +598,9 @@ func (f *flow) close() (end End, err error) {
 	f.mu.Unlock()
 	for _, s := range f.sides() {
 		if end == EndEOF {
+			if s.isBare {
+				s.closeWrite() // to close it tells nobody while another process has a copy
+			}
 			s.conn.Close()
 			continue
 		}

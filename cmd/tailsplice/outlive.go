@@ -158,14 +158,7 @@ type supervised struct {
 // listen hears what the newest process says, until that has ended.
 func (s *supervised) listen() {
 	defer close(s.told)
-	for {
-		m, err := s.Receive(time.Time{})
-		if err != nil {
-			return
-		}
-		handover.Close(m.Sockets)
-		s.told <- m
-	}
+	s.Hear(func(m *handover.Message) { s.told <- m })
 }
 
 // note learns from m which process is the newest.

@@ -50,27 +50,20 @@ func (e *Elders) AddFile(f *os.File) error {
 }
 
 func (e *Elders) follow(a *elder) {
-	for {
-		m, err := a.link.Receive(time.Time{})
-		if err != nil {
-			break
-		}
-		if m.Step == Flows && e.OnFlow != nil {
+	a.link.Hear(func(m *Message) {
+		switch {
+		case m.Step == Flows && e.OnFlow != nil:
 			e.takeFlows(m.Sockets)
-		}
-		Close(m.Sockets)
-		if m.Step == Signal && e.OnSignal != nil {
+		case m.Step == Signal && e.OnSignal != nil:
 			e.OnSignal(syscall.Signal(m.Signal))
-		}
-		if m.Step == Main && e.OnMain != nil {
+		case m.Step == Main && e.OnMain != nil:
 			e.OnMain()
-		}
-		if m.Step == Left && m.Remains != nil {
+		case m.Step == Left && m.Remains != nil:
 			e.mu.Lock()
 			a.remains = *m.Remains
 			e.mu.Unlock()
 		}
-	}
+	})
 	e.mu.Lock()
 	e.all = slices.DeleteFunc(e.all, func(o *elder) bool { return o == a })
 	e.mu.Unlock()
@@ -131,7 +124,7 @@ func (e *Elders) End(within time.Duration) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, a := range e.all {
-		a.link.Send(Message{Step: End, Within: within.Milliseconds()})
+		a.link.Send(Message{Step: End, Within: min(within, mostWithin).Milliseconds()})
 	}
 }
 

@@ -405,19 +405,3 @@ func (g *Giver) sayAtAnyTime(m Message) error {
 		time.Sleep(time.Millisecond)
 	}
 }
-
-// receiveAny is Receive that goes on to the end of what the other process has sent: it reads on where that
-// has ended with messages unread, or has sent what makes no sense. isOver: the connection is closed.
-func (l *Link) receiveAny() (m *Message, isOver bool) {
-	for {
-		m, err := l.Receive(time.Time{})
-		switch _, isSocket := errors.AsType[*net.OpError](err); {
-		case err == nil:
-			return m, false
-		case errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed):
-			return nil, true
-		case isSocket && !errors.Is(err, unix.ECONNRESET):
-			time.Sleep(time.Millisecond) // no memory
-		}
-	}
-}

@@ -24,6 +24,9 @@ func (*Link) SendSockets([]Socket, json.RawMessage) error { return errLinux }
 // Receive fails.
 func (*Link) Receive(time.Time) (*Message, error) { return nil, errLinux }
 
+// Hear hears nothing.
+func (*Link) Hear(func(*Message)) {}
+
 // Close does nothing.
 func (*Link) Close() error { return nil }
 

@@ -143,6 +143,35 @@ func (l *Link) Receive(deadline time.Time) (*Message, error) {
 	return m, nil
 }
 
+// receiveAny is Receive that goes on to the end of what the other process has sent: it reads on where that
+// has ended with messages unread, or has sent what makes no sense. isOver: the connection is closed.
+func (l *Link) receiveAny() (m *Message, isOver bool) {
+	for {
+		m, err := l.Receive(time.Time{})
+		switch _, isSocket := errors.AsType[*net.OpError](err); {
+		case err == nil:
+			return m, false
+		case errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed):
+			return nil, true
+		case isSocket && !errors.Is(err, unix.ECONNRESET):
+			time.Sleep(time.Millisecond) // no memory
+		}
+	}
+}
+
+// Hear calls hear with each message until the other end is closed, and closes the files that hear has left in
+// it. A message that can't be received, since there is no free descriptor for one, is left out.
+func (l *Link) Hear(hear func(*Message)) {
+	for {
+		m, isOver := l.receiveAny()
+		if isOver {
+			return
+		}
+		hear(m)
+		Close(m.Sockets)
+	}
+}
+
 // received are the descriptors of a control message.
 func received(oob []byte) (files []*os.File, err error) {
 	messages, err := unix.ParseSocketControlMessage(oob)

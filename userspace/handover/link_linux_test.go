@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"strings"
@@ -205,4 +206,52 @@ func TestElders(t *testing.T) {
 		Close(all)
 		return err == nil && len(all) == 0
 	})
+}
+
+// TestEldersMiss: a message that can't be received is the only one that is missed, on either side, and no
+// process is told to end within a time that is none to the other.
+func TestEldersMiss(t *testing.T) {
+	old, new := twoEnds(t)
+	var e Elders
+	e.Add(new)
+	told := make(chan *Message)
+	go func() {
+		old.Hear(func(m *Message) { told <- m })
+		close(told)
+	}()
+	hear := func(step string) *Message {
+		t.Helper()
+		select {
+		case m := <-told:
+			if m == nil || m.Step != step {
+				t.Fatalf("the older process hears %+v, want %s", m, step)
+			}
+			return m
+		case <-time.After(time.Minute):
+			t.Fatalf("the older process does not hear %s", step)
+			return nil
+		}
+	}
+	hear(Newest)
+	// What comes with fewer descriptors than it names is what comes where no descriptor is free.
+	const short = `{"version":1,"step":"flows","sockets":[{"kind":"flows"}]}`
+	for _, l := range []*Link{old, new} {
+		if _, err := l.c.Write([]byte(short)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	old.Send(Message{Step: Left, Remains: &Remains{PID: 7}})
+	for end := time.Now().Add(time.Minute); len(e.List()) != 1; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the newest process hears nothing any more")
+		}
+	}
+	e.End(math.MaxInt64)
+	if m := hear(End); time.Duration(m.Within)*time.Millisecond != mostWithin {
+		t.Errorf("it is to end within %d ms", m.Within)
+	}
+	new.Close()
+	if m, ok := <-told; ok {
+		t.Errorf("it hears %+v after the end", m)
+	}
 }

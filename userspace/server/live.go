@@ -313,7 +313,11 @@ func (srv *Server) AdoptFlow(r *handover.Flow) (begin, forget func(), err error)
 		}
 	}
 	if r.Transparent {
-		srv.needReturnPath() // first: Close holds srv.mu until what is counted has ended
+		// First: Close holds srv.mu until what is counted has ended.
+		if err := srv.needReturnPath(); err != nil {
+			r.Close()
+			return nil, nil, fmt.Errorf("its target sees the client's own address: %w", err)
+		}
 	}
 	if !srv.mayAdopt() {
 		r.Close()
@@ -375,14 +379,19 @@ func (a *adoption) end() {
 	a.isOver = true
 }
 
-// needReturnPath is for flows that go on with clients' own addresses, whatever the configuration has.
-func (srv *Server) needReturnPath() {
+// needReturnPath is for flows that go on with clients' own addresses, whatever the configuration has. The
+// error says why answers to these would not come back here.
+func (srv *Server) needReturnPath() error {
 	if srv.returnPath.Load() != nil {
-		return
+		return nil
 	}
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	if srv.returnPathErr == nil && !srv.isClosed {
+	if srv.isClosed {
+		return handover.ErrLeft
+	}
+	if srv.returnPathErr == nil {
 		srv.openReturnPath(true)
 	}
+	return srv.returnPathErr
 }

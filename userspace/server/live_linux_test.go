@@ -377,6 +377,32 @@ func TestAdoptAtEnd(t *testing.T) {
 	}
 }
 
+// TestAdoptTransparent: a flow with its client's own address is not taken where answers to that would not come
+// back.
+func TestAdoptTransparent(t *testing.T) {
+	d := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { reject: true } } ]\n", freeAddr(t)))
+	why := errors.New("not permitted")
+	d.mu.Lock()
+	d.returnPathErr = why
+	d.mu.Unlock()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	r := &handover.Flow{Listener: "web", Route: "default", Transparent: true,
+		Down: handover.Side{Conn: dialTCP(t, ln.Addr().String())}, Up: handover.Side{Conn: dialTCP(t, ln.Addr().String())}}
+	if _, _, err := d.AdoptFlow(r); !errors.Is(err, why) || errors.Is(err, handover.ErrLeft) {
+		t.Errorf("it is taken, or for another reason not: %v", err)
+	}
+	if d.Flows().Len() != 0 || d.limiter.Total() != 0 {
+		t.Error("it is counted")
+	}
+	if err := r.Down.Conn.SetDeadline(time.Time{}); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("its connection is not closed: %v", err)
+	}
+}
+
 // TestKilledOnItsWay: a flow that is killed when it has left, and is not given yet, ends here.
 func TestKilledOnItsWay(t *testing.T) {
 	echo := backend(t, func(c net.Conn) {

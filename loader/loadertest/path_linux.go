@@ -143,7 +143,7 @@ func (p *Path) Flow(ctx context.Context, l splicer, o PathOptions) prove.Flow {
 		Ended: func(up, down int64, end string, err error) { p.Ended <- Result{up, down, end, err} },
 	}
 	if o.Busy > 0 {
-		f.Returned = func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, _ func(), _ error) {
+		f.Returned = func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, _ time.Time, _ func(), _ error) {
 			f.Up, f.Down = upBytes+int64(len(downRest)), downBytes+int64(len(upRest))
 			go p.spliceAgain(ctx, l, f, [2]int{down, up}, [2][]byte{downRest, upRest})
 		}

@@ -27,12 +27,14 @@ type Flow = struct {
 	Up, Down  int64
 	Buffer    int64
 	Idle      time.Duration
+	LastMoved time.Time
 	Moved     func() (up, down int64)
 	Busy      int64
 	Ended     func(up, down int64, end string, err error)
 
 	Recallable func(recall func())
-	Returned   func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error)
+	Returned   func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, lastMoved time.Time,
+		forget func(), reason error)
 }
 
 // The ends of a flow, as userspace/relay names them.

@@ -107,7 +107,7 @@ func (t *trial) splice() {
 	o := Flow{ID: "self-test", Buffer: 1 << 20, Ended: func(_, _ int64, end string, _ error) { ended <- end }}
 	d, server, returns := t.d, t.server, t.returns
 	splice := func(down, up int) (func() (up, down int64), error) { return d.Splice(ctx, down, up, server, o) }
-	o.Returned = func(down, up int, downRest, upRest []byte, _, _ int64, _ func(), _ error) {
+	o.Returned = func(down, up int, downRest, upRest []byte, _, _ int64, _ time.Time, _ func(), _ error) {
 		returns.Add(1)
 		go takeBack(ctx, splice, o, [2]int{down, up}, [2][]byte{downRest, upRest})
 	}

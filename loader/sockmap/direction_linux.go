@@ -74,7 +74,7 @@ type direction struct {
 
 	hasTimer atomic.Bool // a timer will wake it
 
-	// The sweeper's.
+	// The sweeper's, under the flow's mu held for reading; or of who has that for writing.
 	still      uint64    // what consumed was at its last look, and 1; 0: nothing was passed
 	seen       uint64    // what had moved
 	since      time.Time // when that was seen first

@@ -52,7 +52,7 @@ func BenchmarkChangeOfHands(b *testing.B) {
 			}
 			type rests struct{ down, up []byte }
 			back := make(chan rests, 1)
-			o := Flow{ID: "hands", Buffer: 2 << 20, Busy: 1 << 40, Returned: func(_, _ int, down, up []byte, _, _ int64, _ func(), _ error) {
+			o := Flow{ID: "hands", Buffer: 2 << 20, Busy: 1 << 40, Returned: func(_, _ int, down, up []byte, _, _ int64, _ time.Time, _ func(), _ error) {
 				back <- rests{down, up}
 			}}
 			go c.traffic(client, server)

@@ -5,6 +5,7 @@ import (
 	"net"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -60,7 +61,7 @@ func TestRecord(t *testing.T) {
 		Ended: func(up, down int64, end string, err error) {
 			ended <- loadertest.Result{Up: up, Down: down, End: end, Err: err}
 		},
-		Returned: func(_, _ int, downRest, upRest []byte, up, down int64, _ func(), _ error) {
+		Returned: func(_, _ int, downRest, upRest []byte, up, down int64, _ time.Time, _ func(), _ error) {
 			if len(downRest)+len(upRest) > 0 {
 				t.Errorf("%d and %d bytes were left", len(downRest), len(upRest))
 			}

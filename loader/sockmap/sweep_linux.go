@@ -114,11 +114,9 @@ func (f *flow) sweep(now time.Time) bool {
 // sweep looks for what no event has told of, and reports whether the direction has moved since the last
 // sweep.
 func (d *direction) sweep(now time.Time) (moves bool) {
-	m, n := d.shared(), d.moved()
-	switch {
-	case n != d.seen || d.since.IsZero():
-		d.seen, d.since, d.wasChecked = n, now, false
-		moves = true
+	m := d.shared()
+	switch moves = d.look(now); {
+	case moves:
 	// Once after each time that it moved, so that idle flows cost nothing.
 	case !d.wasChecked && d.f.l.hooks.Keeps(ruleSweep):
 		d.wasChecked = true
@@ -138,7 +136,29 @@ func (d *direction) sweep(now time.Time) (moves bool) {
 	return moves
 }
 
-// lastMoved is when a byte was last seen to have moved, either way.
+// look reports whether the direction has moved since the last look, or nobody has looked.
+func (d *direction) look(now time.Time) (moves bool) {
+	n, isFirst := d.moved(), d.since.IsZero()
+	if n == d.seen && !isFirst {
+		return false
+	}
+	d.seen, d.since, d.wasChecked = n, now, false
+	o := &d.f.o
+	if was := [2]int64{o.Up, o.Down}[d.side]; isFirst && !o.LastMoved.IsZero() && d.f.before[d.side]+int64(n) == was {
+		d.since = o.LastMoved // nothing has moved here
+	}
+	return true
+}
+
+// lookLast gives lastMoved of a flow that moves nothing here any more. mu is held for writing.
+func (f *flow) lookLast(now time.Time) time.Time {
+	for i := range f.directions {
+		f.directions[i].look(now)
+	}
+	return f.lastMoved()
+}
+
+// lastMoved is when a byte was last seen to have moved, either way. Called with mu held.
 func (f *flow) lastMoved() time.Time {
 	if t := f.directions[0].since; t.After(f.directions[1].since) {
 		return t
@@ -249,7 +269,11 @@ func (l *Engine) Busy() (flows int, ok bool) {
 const quietAfter = time.Second
 
 // isQuiet reports, for the sweeper, whether the flow has moved nothing for quietAfter.
-func (f *flow) isQuiet(now time.Time) bool { return now.Sub(f.lastMoved()) >= quietAfter }
+func (f *flow) isQuiet(now time.Time) bool {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return now.Sub(f.lastMoved()) >= quietAfter
+}
 
 // settle is for the sweeper. Where the way back has not moved for a while, and what went past TCP has not all
 // reached downstream's TCP, a redirect was cut short: how far it came is found out then.

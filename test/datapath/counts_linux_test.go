@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -84,7 +85,8 @@ func (c *counts) splice(ctx context.Context, down, up int, h datapath.Handoff, d
 		ended(up, down, end, err)
 	}
 	if returned != nil {
-		h.Returned = func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error) {
+		h.Returned = func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, lastMoved time.Time,
+			forget func(), reason error) {
 			c.mu.Lock()
 			c.n.Returned++
 			if delete(c.known, cookie); forget != nil {
@@ -92,7 +94,7 @@ func (c *counts) splice(ctx context.Context, down, up int, h datapath.Handoff, d
 				forget = c.forgets(cookie, forget)
 			}
 			c.mu.Unlock()
-			returned(down, up, downRest, upRest, upBytes, downBytes, forget, reason)
+			returned(down, up, downRest, upRest, upBytes, downBytes, lastMoved, forget, reason)
 		}
 	}
 	c.mu.Lock()

@@ -82,6 +82,9 @@ type Handoff = struct {
 	// to 1/4 longer.
 	Idle time.Duration
 
+	// LastMoved is when a byte was last seen to move; the zero Time is not known.
+	LastMoved time.Time
+
 	// Moved gives, as from count, what has moved while the relay has the flow. Cheap.
 	Moved func() (up, down int64)
 
@@ -104,7 +107,9 @@ type Handoff = struct {
 	// read from downstream and upstream last, are within Buffer, and are not in upBytes and downBytes. The
 	// descriptors are non-blocking and in nobody's poller; the relay owns them from here on. Neither stream
 	// has ended (a FIN may wait in a receive queue, unread), but where the flow was recalled: then the end of
-	// one may have been passed on, and our stream to the other side has ended, as TCP tells. The flow stays
-	// in the datapath's tables, as by Record, until forget, if that is not nil. It does not block.
-	Returned func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error)
+	// one may have been passed on, and our stream to the other side has ended, as TCP tells. lastMoved is as
+	// LastMoved, now. The flow stays in the datapath's tables, as by Record, until forget, if that is not
+	// nil. It does not block.
+	Returned func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, lastMoved time.Time,
+		forget func(), reason error)
 }

@@ -142,10 +142,14 @@ func (f *flow) learnShut(down, up int) {
 
 // handoff is what d is told of the flow.
 func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
+	f.mu.Lock()
+	f.beginIdle()
+	lastMoved := f.since
+	f.mu.Unlock()
 	return datapath.Handoff{
 		ID: f.o.ID, Route: f.o.Route,
 		Up: f.counters.up.Load(), Down: f.counters.down.Load(),
-		Buffer: f.o.Buffer, Idle: f.o.Idle, Busy: datapath.BusyBytes, Moved: f.counters.own,
+		Buffer: f.o.Buffer, Idle: f.o.Idle, LastMoved: lastMoved, Busy: datapath.BusyBytes, Moved: f.counters.own,
 		Ended: func(up, down int64, end string, err error) {
 			f.settle(up, down, nil)
 			result := Result{Up: up, Down: down, Datapath: d.Name()}
@@ -157,8 +161,10 @@ func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
 			defer f.mu.Unlock()
 			f.recall = recall
 		},
-		Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, forget func(), reason error) {
+		Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, lastMoved time.Time,
+			forget func(), reason error) {
 			g := f.resumed()
+			g.seen, g.since = upBytes+downBytes, lastMoved
 			if forget != nil && g.recorded == nil {
 				g.keepRecord(d, forget)
 			}
@@ -191,6 +197,7 @@ func (f *flow) resumed() *flow {
 	o := f.o
 	o.Counters = f.counters
 	g := f.relay.newFlow(f.ctx, nil, nil, o, f.done)
+	g.seen, g.since = f.seen, f.since
 	g.recorded, g.choice = f.recorded, datapath.Choice{Of: f.choice.Of, Prefers: f.choice.Prefers}
 	g.down.lasting, g.up.lasting = f.down.lasting, f.up.lasting
 	return g

@@ -205,11 +205,9 @@ func (f *flow) pack(down, up net.Conn) (q *leaveRequest, p *Parcel) {
 	if f.up.isSpared {
 		unspare(down)
 	}
+	f.beginIdle() // it may have moved since somebody looked
 	p = &Parcel{Down: f.down.pack(down), Up: f.up.pack(up), IdleSince: f.since}
 	p.UpBytes, p.DownBytes = f.counters.own()
-	if p.UpBytes+p.DownBytes != f.seen { // since nobody has looked
-		p.IdleSince = time.Now()
-	}
 	return q, p
 }
 

@@ -123,7 +123,7 @@ func (returner) Splice(_ context.Context, down, up int, f datapath.Handoff) (fun
 		syscall.Close(own)
 		return fd
 	}
-	f.Returned(dup(down), dup(up), nil, nil, f.Up, f.Down, nil, errRefused)
+	f.Returned(dup(down), dup(up), nil, nil, f.Up, f.Down, f.LastMoved, nil, errRefused)
 	return func() (int64, int64) { return -1, -1 }, nil
 }
 

@@ -61,7 +61,7 @@ func TestSparedComesBack(t *testing.T) {
 	}
 	k := keeper{flows: make(chan datapath.Handoff, 1)}
 	l.Do(func() func() { return f.handOff(k) })
-	(<-k.flows).Returned(down, up, nil, nil, 2*trialBytes, 0, nil, context.Canceled)
+	(<-k.flows).Returned(down, up, nil, nil, 2*trialBytes, 0, time.Now(), nil, context.Canceled)
 	if n := unsent(); n != 0 {
 		t.Errorf("after the trial there may be %d bytes unsent, want what the sysctl says", n)
 	}

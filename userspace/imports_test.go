@@ -23,6 +23,9 @@ var floors = []struct {
 	holds    string
 	packages []string
 }{
+	{"the clock", []string{
+		"userspace/moment",
+	}},
 	{"what several parts do alike, and says nothing of what they do it for", []string{
 		"tcpsock",
 		"userspace",

@@ -10,6 +10,8 @@ import (
 	"math/rand/v2"
 	"sync/atomic"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // AvoidFor is how long a target that could not be reached is tried only if there is no other.
@@ -22,7 +24,7 @@ const mostSlow = 3
 // Health is what is known of a target from the last attempts to connect to it. The zero Health is that of one
 // to which nobody has connected. It is safe for concurrent use, and must not be copied.
 type Health struct {
-	failed atomic.Int64 // when it could last not be reached, Unix ns; 0 if it was reached since
+	failed moment.Var   // when it could last not be reached; never, if it was reached since
 	slow   atomic.Int64 // times in a row that another one was faster
 }
 
@@ -35,7 +37,7 @@ func (h *Health) Worked() {
 }
 
 // Failed notes that no connection could be made.
-func (h *Health) Failed() { h.failed.Store(time.Now().UnixNano()) }
+func (h *Health) Failed() { h.failed.Store(moment.Now()) }
 
 // Slow notes that another target was connected to before this one, which had begun earlier. It reports
 // whether the target counts as one that can't be reached.
@@ -48,16 +50,16 @@ func (h *Health) Slow() bool {
 }
 
 // IsAvoided reports whether a target is tried only if there is no other.
-func (h *Health) IsAvoided() bool { return h.isAvoided(time.Now()) }
+func (h *Health) IsAvoided() bool { return h.isAvoided(moment.Now()) }
 
-func (h *Health) isAvoided(now time.Time) bool {
-	return now.UnixNano()-h.failed.Load() <= int64(AvoidFor)
+func (h *Health) isAvoided(now moment.Moment) bool {
+	return h.failed.Load().Age(now) <= AvoidFor
 }
 
 // isProbed has one attempt find out whether a target that was avoided is back, while others avoid it on.
-func (h *Health) isProbed(now time.Time) {
+func (h *Health) isProbed(now moment.Moment) {
 	if failed := h.failed.Load(); failed != 0 {
-		h.failed.CompareAndSwap(failed, now.UnixNano())
+		h.failed.CompareAndSwap(failed, now)
 	}
 }
 
@@ -87,7 +89,7 @@ const (
 )
 
 // class is the one of o, or -1 where it is not chosen.
-func (o *Option) class(now time.Time) int {
+func (o *Option) class(now moment.Moment) int {
 	class := fit
 	switch {
 	case o.Tried:
@@ -109,7 +111,7 @@ func (o *Option) class(now time.Time) int {
 // could be reached lately come before those that could not, those before what health checks have found down,
 // and of each the spare ones last. Of equals one is chosen by weight: at random, or by their Keys.
 func Pick(n int, option func(i int) Option) int {
-	now := time.Now()
+	now := moment.Now()
 	var of [classes][]int
 	var total [classes]int
 	share := func(o *Option) int { return max(o.Weight, 1) * o.share(now) }

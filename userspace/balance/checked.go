@@ -3,6 +3,8 @@ package balance
 import (
 	"sync/atomic"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // fullShare is the share of its weight that a target has which needs no slow start: all of the steps.
@@ -12,7 +14,7 @@ const fullShare = 10
 // connections read it, in any goroutine. Nil is a target that is not checked. It must not be copied.
 type Checked struct {
 	down atomic.Bool
-	back atomic.Int64 // when it came back, Unix ns; 0: it has its whole share
+	back moment.Var   // when it came back; never: it has its whole share
 	over atomic.Int64 // ns from then until it has its whole share
 }
 
@@ -23,7 +25,7 @@ func (c *Checked) SetDown() { c.down.Store(true) }
 // slowStart.
 func (c *Checked) SetUp(now time.Time, slowStart time.Duration) {
 	c.over.Store(int64(slowStart))
-	c.back.Store(now.UnixNano())
+	c.back.Store(moment.Of(now))
 	c.down.Store(false)
 }
 
@@ -31,10 +33,10 @@ func (c *Checked) SetUp(now time.Time, slowStart time.Duration) {
 func (c *Checked) IsDown() bool { return c != nil && c.down.Load() }
 
 // Share is how much of its weight a target has now, in percent.
-func (c *Checked) Share(now time.Time) int { return c.share(now) * 100 / fullShare }
+func (c *Checked) Share(now time.Time) int { return c.share(moment.Of(now)) * 100 / fullShare }
 
 // share is the same in steps, from 1 to fullShare.
-func (c *Checked) share(now time.Time) int {
+func (c *Checked) share(now moment.Moment) int {
 	if c == nil {
 		return fullShare
 	}
@@ -43,9 +45,6 @@ func (c *Checked) share(now time.Time) int {
 	if back == 0 || over <= 0 {
 		return fullShare
 	}
-	since := now.UnixNano() - back
-	if since < 0 { // the clock was set back
-		return fullShare
-	}
+	since := int64(max(back.Age(now), 0)) // it may have come back after now
 	return int(min(1+since/max(over/fullShare, 1), fullShare))
 }

@@ -4,6 +4,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // A flow is ping-pong when its sides send small messages in turn, quickly: then each is waited for, and the
@@ -53,22 +55,11 @@ type Choice struct {
 
 	turn    Side // whose message came last
 	turns   int
-	since   moment // when turns was 0
-	stretch int64  // the last one that the flow was ping-pong in
+	since   moment.Moment // when turns was 0
+	stretch int64         // the last one that the flow was ping-pong in
 
-	refused moment // when it was last
+	refused moment.Moment // when it was last
 }
-
-// A moment is a time of the monotonic clock, since began; 0 is never. It takes a third of what a time.Time
-// does: each flow has its Choice.
-type moment time.Duration
-
-var began = time.Now()
-
-func momentOf(t time.Time) moment { return max(moment(t.Sub(began)), 1) }
-
-// before gives how long before now m was.
-func (m moment) before(now moment) time.Duration { return time.Duration(now - m) }
 
 // A Side is one of a flow's two, as one that sends.
 type Side uint8
@@ -120,10 +111,9 @@ func (ch *Chooser) pingPong(c *Choice, from Side, n int) (flows int) {
 	if c.turns++; c.turns < pingPongTurns {
 		return 0
 	}
-	now := time.Now()
-	at := momentOf(now)
-	isQuick := c.since != 0 && c.since.before(at) < pingPongWithin
-	c.turns, c.since = 0, at
+	now := moment.Now()
+	isQuick := c.since.Age(now) < pingPongWithin
+	c.turns, c.since = 0, now
 	if !isQuick {
 		return 0
 	}
@@ -132,10 +122,10 @@ func (ch *Chooser) pingPong(c *Choice, from Side, n int) (flows int) {
 
 // count counts c, once in each stretch. If the flow was ping-pong in the one before too, it gives how many
 // were then.
-func (ch *Chooser) count(c *Choice, at time.Time) (flows int) {
+func (ch *Chooser) count(c *Choice, at moment.Moment) (flows int) {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
-	if stretch := at.UnixNano() / int64(pingPongWithin); stretch != ch.stretch {
+	if stretch := int64(at) / int64(pingPongWithin); stretch != ch.stretch {
 		if stretch != ch.stretch+1 {
 			ch.now = 0
 		}
@@ -164,11 +154,11 @@ func (ch *Chooser) Taken(c *Choice) {
 }
 
 // Refused is told that the datapath that was chosen has refused the flow.
-func (c *Choice) Refused() { c.turns, c.refused = -refusedTurns, momentOf(time.Now()) }
+func (c *Choice) Refused() { c.turns, c.refused = -refusedTurns, moment.Now() }
 
 // MayBeOffered reports whether a flow that is quiet may be offered now: it was not refused lately.
 func (c *Choice) MayBeOffered(now time.Time) bool {
-	return c.Prefers && (c.refused == 0 || c.refused.before(momentOf(now)) >= refusedFor)
+	return c.Prefers && c.refused.Age(moment.Of(now)) >= refusedFor
 }
 
 // IsQuiet reports whether a flow that has moved so many bytes in so long is quiet.

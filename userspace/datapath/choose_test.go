@@ -3,14 +3,15 @@ package datapath
 import (
 	"testing"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // TestCount: it is told how many flows are ping-pong once in each tenth of a second, from the second one on in a row
 // that a flow is so in.
 func TestCount(t *testing.T) {
 	var ch Chooser
-	start := time.Unix(1000, 0)
-	tenth := func(n int) time.Time { return start.Add(time.Duration(n)*pingPongWithin + time.Millisecond) }
+	tenth := func(n int) moment.Moment { return moment.Moment(1000+n)*moment.Moment(pingPongWithin) + 1 }
 	var a, b, late Choice
 	for i, step := range []struct {
 		c    *Choice
@@ -58,7 +59,7 @@ func TestPingPong(t *testing.T) {
 		for begin := time.Now(); time.Since(begin) < long && flows == 0; {
 			for _, from := range c.sides {
 				if !c.quick {
-					k.since -= moment(pingPongWithin / pingPongTurns)
+					k.since -= moment.Moment(pingPongWithin / pingPongTurns)
 				}
 				flows += ch.pingPong(&k, from, c.size)
 			}

@@ -14,6 +14,7 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // resetGrace is how long the reader of bytes that were received before a reset may stop, before it is reset
@@ -55,9 +56,9 @@ type side struct {
 	answers int64        // bytes of the other direction when a message was last looked for on trial
 	lasting
 
-	held       atomic.Int64 // bytes of its stream that its pump has no room for
-	stoodAt    int64        // how many were moved when MeasureHeld looked
-	stoodSince int64        // and since when no more; Unix time in ns, 0 is never
+	held       atomic.Int64  // bytes of its stream that its pump has no room for
+	stoodAt    int64         // how many were moved when MeasureHeld looked
+	stoodSince moment.Moment // and since when no more
 
 	fault error // why it can't go on: the first reason, nil while it can; guarded by flow.mu
 

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // holding is what is known of the bytes that readers have no room for.
@@ -33,7 +34,7 @@ func (c *Counters) Held() (bytes int64, since time.Time) {
 	if f := c.flow.Load(); f == nil || c.sweep.Load() != f.relay.holding.sweep.Load() {
 		return 0, time.Time{}
 	}
-	return c.held.Load(), time.Unix(0, c.since.Load())
+	return c.held.Load(), c.since.Load().Time()
 }
 
 // hold notes that the pump of what s sends has so many bytes, and no room for them.
@@ -56,7 +57,7 @@ func (r *Relay) MeasureHeld(now time.Time) {
 		s.control(func(fd int) { n += queued(fd, unix.SIOCINQ) })
 		s.other().control(func(fd int) { n += queued(fd, unix.SIOCOUTQ) })
 		if moved := s.moved().Load(); s.stoodAt != moved || s.stoodSince == 0 {
-			s.stoodAt, s.stoodSince = moved, now.UnixNano()
+			s.stoodAt, s.stoodSince = moved, moment.Of(now)
 		}
 		c := s.flow.counters
 		if c.sweep.Swap(number) != number {

@@ -45,6 +45,7 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // A Relay relays flows, and has what they share. Make it with [New].
@@ -124,7 +125,8 @@ type Counters struct {
 	killed   atomic.Pointer[error]  // why it is to end at once, or nil
 	leave    atomic.Pointer[leaveRequest]
 
-	held, since, sweep atomic.Int64 // what MeasureHeld has found, and when
+	held, sweep atomic.Int64 // what MeasureHeld has found, and when
+	since       moment.Var
 }
 
 type holder struct {

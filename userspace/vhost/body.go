@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // body is a request's body on its way up. It counts, bounds the client's silence before the answer begins,
@@ -280,12 +282,12 @@ const expectIgnored = 10 * time.Minute
 func (x *exchange) expects() bool {
 	return strings.EqualFold(x.req.Header.Get("Expect"), "100-continue") && hasBody(x.req) &&
 		x.req.ProtoAtLeast(1, 1) &&
-		time.Since(time.Unix(0, x.up.silent.Load())) > expectIgnored
+		x.up.silent.Load().Since() > expectIgnored
 }
 
 // heardNothing notes that the upstream gets the body although it has said nothing yet.
 func (x *exchange) heardNothing(now time.Time) {
 	if x.expecting && !x.heard.Load() {
-		x.up.silent.Store(now.UnixNano())
+		x.up.silent.Store(moment.Of(now))
 	}
 }

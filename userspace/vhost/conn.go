@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // ConnInfo says who is at the other end of a downstream connection.
@@ -115,13 +116,13 @@ type conn struct {
 	lingers   atomic.Bool  // Close is to leave the peer time to read
 	requests  atomic.Int64 // that were given an id here
 	http1     atomic.Bool  // a request of HTTP/1 has come
-	armed     atomic.Int64 // when the write deadline was last set, Unix ns
+	armed     moment.Var   // when the write deadline was last set
 	foreign   atomic.Bool  // somebody else has set a write deadline
 	preface   int          // bytes of HTTP/2's preface that were read; -1: it speaks something else
 
 	// For Shutdown. HTTP/2 waits for its first request only.
-	awaits   atomic.Int64             // when c began to wait for the head of a request, Unix ns; 0: it does not
-	heard    atomic.Int64             // when the first byte of that came; 0: none has
+	awaits   moment.Var               // when c began to wait for the head of a request; never: it does not
+	heard    moment.Var               // when the first byte of that came; never: none has
 	http2    atomic.Bool              // net/http knows that c speaks it
 	promised atomic.Bool              // the answer of HTTP/1 that is being written has said that c is kept
 	above    atomic.Pointer[net.Conn] // what net/http got, or will; nil: TLS is not there yet
@@ -200,8 +201,8 @@ func (c *conn) stall() time.Duration {
 func (c *conn) Write(b []byte) (int, error) {
 	if !c.foreign.Load() {
 		stall, now := c.stall(), time.Now()
-		if now.UnixNano()-c.armed.Load() > int64(stall/4) {
-			c.armed.Store(now.UnixNano())
+		if at := moment.Of(now); c.armed.Load().Age(at) > stall/4 {
+			c.armed.Store(at)
 			c.Conn.SetWriteDeadline(now.Add(stall))
 		}
 	}

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 const (
@@ -214,7 +216,7 @@ func (c *conn) Read(b []byte) (int, error) {
 	}
 	n, err := c.Conn.Read(b)
 	if n > 0 && c.heard.Load() == 0 {
-		c.heard.Store(time.Now().UnixNano())
+		c.heard.Store(moment.Now())
 	}
 	if c.preface >= 0 && n > 0 { // net/http reads a preface, and nothing behind it
 		if rest := http2Preface[c.preface:]; !strings.HasPrefix(rest, string(b[:n])) {

@@ -3,6 +3,8 @@ package vhost
 import (
 	"net/http"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // Holder is what an Infoer may have beside. Holds is called once, before the first byte is read, with a
@@ -38,7 +40,7 @@ func (c *conn) held() (bytes int64, since time.Time) {
 			continue
 		}
 		bytes += copyBuffer // of a pool that has none to spare
-		if at := time.Unix(0, began); since.IsZero() || at.Before(since) {
+		if at := began.Time(); since.IsZero() || at.Before(since) {
 			since = at
 		}
 		if up := x.upConn.Load(); up != nil && !seen[up] { // HTTP/2 has one for many
@@ -50,7 +52,7 @@ func (c *conn) held() (bytes int64, since time.Time) {
 }
 
 // begins notes that the client must take something for w to go on.
-func (w *response) begins() { w.writes.Store(time.Now().UnixNano()) }
+func (w *response) begins() { w.writes.Store(moment.Now()) }
 
 // FlushError is for http.ResponseController.
 func (w *response) FlushError() error {

@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"sync/atomic"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // response is a request's http.ResponseWriter: it remembers what was answered.
@@ -14,8 +16,8 @@ type response struct {
 	http.ResponseWriter
 	status   int
 	bytes    int64
-	writes   atomic.Int64 // since when the client is to take something: Unix ns, 0: nothing is written
-	traffic  Traffic      // of the route
+	writes   moment.Var // since when the client is to take something; never: nothing is written
+	traffic  Traffic    // of the route
 	hijacked *upgraded
 	before   func(http.Header) // called once, with the final answer's header when that is about to be written
 	plain    bool              // the client speaks HTTP/1.0

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // How long a connection may still begin a request once Shutdown is called. net/http's own Shutdown answers
@@ -87,7 +89,7 @@ func (c *conn) isAwaiting(began time.Time) bool {
 		return true
 	}
 	if c.http2.Load() {
-		return time.Since(time.Unix(0, awaits)) < c.server.firstCall // GOAWAY comes next
+		return awaits.Since() < c.server.firstCall // GOAWAY comes next
 	}
 	if !c.isIdle() {
 		return true
@@ -111,17 +113,17 @@ func (c *conn) isIdle() bool {
 	case awaits == 0 || isQueued:
 		return false
 	case heard != 0:
-		return time.Since(time.Unix(0, heard)) >= c.server.opts.HeaderTimeout
+		return heard.Since() >= c.server.opts.HeaderTimeout
 	case c.http1.Load():
-		return time.Since(time.Unix(0, awaits)) >= c.server.lastCall
+		return awaits.Since() >= c.server.lastCall
 	}
-	return time.Since(time.Unix(0, awaits)) >= c.server.firstCall
+	return awaits.Since() >= c.server.firstCall
 }
 
 // await notes that the head of a request is awaited from now on.
 func (c *conn) await() {
 	c.heard.Store(0)
-	c.awaits.Store(time.Now().UnixNano())
+	c.awaits.Store(moment.Now())
 	c.promised.Store(false)
 }
 

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/balance"
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // Protocol is how an upstream is spoken with.
@@ -66,7 +67,7 @@ type Upstream struct {
 
 	Health balance.Health // what connections to it have shown
 
-	silent atomic.Int64 // when it last ignored an Expect, Unix ns
+	silent moment.Var // when it last ignored an Expect
 }
 
 type dialKey struct{}

@@ -2,6 +2,9 @@ package relay
 
 import (
 	"context"
+	"net"
+	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -80,4 +83,63 @@ func TestIdleComesBack(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestIdleByTheClock: what another process says of a flow's idle time is by the machine's clock. Once it is
+// here, nobody who sets that ends the flow, or lets it live.
+func TestIdleByTheClock(t *testing.T) {
+	loops, err := loop.New(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer loops.Close()
+	r := New(loops)
+	defer r.Close()
+	for _, c := range []struct {
+		name      string
+		was, want time.Duration
+	}{
+		{"idle", 20 * time.Minute, 20 * time.Minute},
+		{"the clock was set back", -20 * time.Minute, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			client, down := connectedConn(t)
+			server, up := connectedConn(t)
+			defer client.Close()
+			defer server.Close()
+			p := &Parcel{Down: ParcelSide{Conn: down}, Up: ParcelSide{Conn: up}, IdleSince: time.Now().Round(0).Add(-c.was)}
+			var moved Counters
+			began := time.Now()
+			r.Resume(t.Context(), p, Options{Counters: &moved, Idle: time.Hour}, func(Result) {})
+			parcels := make(chan *Parcel, 1)
+			moved.Leave(t.Context(), func(p *Parcel, err error) {
+				if err != nil {
+					t.Error(err)
+				}
+				parcels <- p
+			})
+			if p = <-parcels; p == nil {
+				return
+			}
+			defer p.Down.Conn.Close()
+			defer p.Up.Conn.Close()
+			ahead := p.IdleSince.Sub(began.Add(-c.want))
+			if ahead < -time.Minute || ahead > time.Minute || !strings.Contains(p.IdleSince.String(), " m=") {
+				t.Errorf("a byte has moved at %v, and began at %v", p.IdleSince, began)
+			}
+		})
+	}
+}
+
+// connectedConn is connected for one who has a net.Conn.
+func connectedConn(t *testing.T) (far, near net.Conn) {
+	t.Helper()
+	far, fd := connected(t)
+	f := os.NewFile(uintptr(fd), "socket")
+	defer f.Close()
+	near, err := net.FileConn(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return far, near
 }

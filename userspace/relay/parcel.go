@@ -238,7 +238,7 @@ func (r *Relay) Resume(ctx context.Context, p *Parcel, o Options, done func(Resu
 	o.Counters.up.Store(p.UpBytes)
 	o.Counters.down.Store(p.DownBytes)
 	f := r.newFlow(ctx, p.Down.Conn, p.Up.Conn, o, done)
-	f.seen, f.since = p.UpBytes+p.DownBytes, p.IdleSince
+	f.seen, f.since = p.UpBytes+p.DownBytes, sinceHere(p.IdleSince)
 	f.down.unpack(p.Down, p.Up)
 	f.up.unpack(p.Up, p.Down)
 	if f.down.state == ended && f.up.state == ended {
@@ -247,6 +247,15 @@ func (r *Relay) Resume(ctx context.Context, p *Parcel, o Options, done func(Resu
 		return
 	}
 	f.run()
+}
+
+// sinceHere gives t, which may be by the clock of the machine, by the monotonic one.
+func sinceHere(t time.Time) time.Time {
+	if t.IsZero() {
+		return t
+	}
+	now := time.Now()
+	return now.Add(-max(now.Sub(t), 0))
 }
 
 // unpack is pack undone. An end that was not passed on is read again, behind what is left.

@@ -6,9 +6,10 @@
 //
 // The kernel's side of this is Linux. Elsewhere a question has the answer that changes nothing.
 //
-//	tcpsock.go  connections: their descriptors, their options, closing with a reset
-//	fd.go       descriptors: what TCP_INFO tells, the addresses of both ends, options, copies, resets
-//	memory.go   what all sockets of the machine hold, and may
+//	tcpsock.go   connections: their descriptors, their options, closing with a reset
+//	fd.go        descriptors: what TCP_INFO tells, the addresses of both ends, options, copies, resets
+//	position.go  where a connection's two streams are
+//	memory.go    what all sockets of the machine hold, and may
 package tcpsock
 
 import (

@@ -20,6 +20,12 @@
 //
 // Data flows one way: each imports only those above it in this list.
 //
+// # Files
+//
+//	loader_linux.go   loads and closes all parts; the self-test
+//	orphans_linux.go  flows that daemons which were killed have left in the kernel
+//	options.go        how to load, and what is said of it
+//
 // # Least kernel
 //
 // Linux 6.1 with BTF (CONFIG_DEBUG_INFO_BTF) and CONFIG_BPF_STREAM_PARSER. The process needs CAP_BPF,

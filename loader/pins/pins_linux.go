@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -170,6 +171,53 @@ func RemoveDead(bpffs string, holds func(path string) (bool, error), log *slog.L
 	}
 	_, err = cleaner{holds, log}.removeDead(above)
 	return errors.Join(err, above.close())
+}
+
+// VisitDead calls visit with the folder of each generation whose process is dead, the newest of an instance
+// first. Nobody removes the folder meanwhile. Errors are joined. bpffs is as of Claim; there may be none.
+func VisitDead(bpffs string, visit func(dir string) error) error {
+	above, err := openPinsFolder(cmp.Or(bpffs, defaultBPFFS), false)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, errNotBPFFS) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer above.close()
+	names, err := above.names()
+	errs := []error{err}
+	for _, name := range names {
+		of, err := above.claim(name, false)
+		if isTaken(err) || errors.Is(err, unix.EACCES) {
+			continue
+		}
+		if err == nil {
+			err = errors.Join(of.visitDead(visit), of.close())
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// visitDead is VisitDead for one instance.
+func (f *folder) visitDead(visit func(dir string) error) error {
+	names, err := f.names()
+	errs := []error{err}
+	slices.SortFunc(names, func(a, b string) int { return generation(b) - generation(a) })
+	for _, name := range names {
+		if generation(name) == 0 {
+			continue
+		}
+		dir, err := f.claim(name, false)
+		if isTaken(err) {
+			continue
+		}
+		if err == nil {
+			err = errors.Join(visit(dir.path), dir.close())
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // cleaner removes what dead daemons left.

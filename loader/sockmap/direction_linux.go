@@ -445,8 +445,7 @@ func (d *direction) awaitRoom() outcome {
 // way must go on without the other: the reader of the bytes in front may wait for those behind. And what is
 // in front is charged to nobody, so its sender does not stop by itself.
 func (d *direction) makeWay() {
-	p := []unix.PollFd{{Fd: int32(d.source()), Events: unix.POLLOUT}}
-	if n, err := unix.Poll(p, 0); n > 0 || err != nil {
+	if d.source().writable() {
 		return // there is room, and what waits is on its way
 	}
 	back := &d.f.directions[1-d.side]

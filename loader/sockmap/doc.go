@@ -28,6 +28,7 @@
 //	flow_linux.go       a flow, from its begin to its end
 //	direction_linux.go  what was passed one way is copied
 //	detach_linux.go     a busy flow leaves the sockmap, and is given back
+//	orphan_linux.go     a flow is taken out of the sockmap of a process that is dead
 //	bypass_linux.go     what carries a part of a flow's bytes past TCP
 //	ledger_linux.go     flows that are in the flows map, whoever has them
 //	sock_linux.go       the sockets of a flow

@@ -67,47 +67,18 @@ func (s socket) written() (uint64, error) {
 	return i.Bytes_acked + uint64(int64(int32(n))), err
 }
 
-// readBefore is how many bytes of the stream somebody has read, and whether the socket is established with
-// both directions open.
-func (s socket) readBefore() (uint64, bool, error) {
-	for {
-		var i, again unix.TCPInfo
-		if err := s.info(&i); err != nil {
-			return 0, false, err
-		}
-		n, err := s.unread()
-		if err != nil {
-			return 0, false, err
-		}
-		if err := s.info(&again); err != nil {
-			return 0, false, err
-		}
-		if i.Bytes_received == again.Bytes_received { // nothing came between
-			return i.Bytes_received - n, again.State == tcpsock.Established, nil
-		}
-	}
-}
-
-// writtenBefore is written, exactly; nobody may be writing.
-func (s socket) writtenBefore() (uint64, error) {
-	for {
-		n, err := s.written()
-		if err != nil {
-			return 0, err
-		}
-		again, err := s.written()
-		if err != nil || n == again {
-			return again, err
-		}
-	}
-}
-
 // readable reports whether a read would give bytes now. poll(2) says so already while they are on their way
 // to the queue.
 func (s socket) readable() bool {
 	var b [1]byte
 	n, _, err := unix.Recvfrom(int(s), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
 	return n > 0 && err == nil
+}
+
+// writable reports whether there is room in the send buffer.
+func (s socket) writable() bool {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(s), Events: unix.POLLOUT}}, 0)
+	return n > 0 || err != nil
 }
 
 // widen makes room in the send buffer for n bytes more, whatever the limits say. The kernel does not change

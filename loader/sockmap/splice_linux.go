@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/loader/prove"
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // Splice takes the flow between two non-blocking sockets that are in nobody's poller, or refuses it with an
@@ -214,20 +215,16 @@ func (f *flow) measure() error {
 			return refusedSocket
 		}
 		f.cookies[i] = cookie
-		read, open, err := s.readBefore()
-		if err != nil {
-			return refusedSocket
-		}
-		if !open {
+		p, err := tcpsock.PositionOf(int(s))
+		if errors.Is(err, unix.ENOTCONN) || p.IsEnded || p.IsShut {
 			return RefusedState
 		}
-		written, err := s.writtenBefore()
 		if err != nil {
 			return refusedSocket
 		}
 		d := &f.directions[i]
-		d.f, d.side, d.read0 = f, uint32(i), read
-		f.directions[1-i].written0 = written
+		d.f, d.side, d.read0 = f, uint32(i), p.Read
+		f.directions[1-i].written0 = p.Written
 	}
 	return nil
 }

@@ -329,7 +329,11 @@ func (d *direction) next() (outcome, move) {
 	case d.isDetached.Load() && d.readyToReturn():
 		return outcome{givesBack: true}, sleep
 	}
-	return d.readPassed()
+	room := d.peer().room()
+	if room == 0 {
+		return d.awaitRoom(), sleep
+	}
+	return d.readPassed(room)
 }
 
 // writeRest writes what was read before.
@@ -361,13 +365,14 @@ func (d *direction) writeRest() (outcome, move) {
 	return outcome{}, goOn
 }
 
-// readPassed reads what was passed, or what comes if there is no verdict any more.
-func (d *direction) readPassed() (outcome, move) {
+// readPassed reads what was passed, or what comes if there is no verdict any more. It reads no more than the
+// peer has room for: while a reader has stopped, nothing is in the hands of this process, and lost with it.
+func (d *direction) readPassed(room int) (outcome, move) {
 	m, f := d.shared(), d.f
 	if d.buffer == nil {
 		d.buffer = chunks.Get().(*[]byte)
 	}
-	b := *d.buffer
+	b := (*d.buffer)[:min(chunk, room)]
 	if limit := load32(&m.Limit); uint32(len(b)) > limit && limit > 0 {
 		b = b[:limit]
 	}

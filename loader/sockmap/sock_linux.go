@@ -3,6 +3,7 @@ package sockmap
 import (
 	"errors"
 	"net/netip"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -79,6 +80,25 @@ func (s socket) readable() bool {
 func (s socket) writable() bool {
 	n, err := unix.Poll([]unix.PollFd{{Fd: int32(s), Events: unix.POLLOUT}}, 0)
 	return n > 0 || err != nil
+}
+
+// room is about how many bytes the send buffer takes now, 0 if that are few; then epoll tells when there is
+// room (EPOLLOUT).
+func (s socket) room() int {
+	const sndbuf, queued = 3, 5 // SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED
+	var i [9]uint32
+	size := uint32(unsafe.Sizeof(i))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(s), unix.SOL_SOCKET, unix.SO_MEMINFO,
+		uintptr(unsafe.Pointer(&i)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return chunk
+	}
+	free := int(i[sndbuf]) - int(i[queued])
+	// As sk_stream_is_writeable has it. poll(2) makes the kernel tell.
+	if free < int(i[queued])/2 && !s.writable() {
+		return 0
+	}
+	return max(free-free/8, 4<<10) // the heads of what is sent take some
 }
 
 // widen makes room in the send buffer for n bytes more, whatever the limits say. The kernel does not change

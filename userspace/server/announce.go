@@ -111,24 +111,46 @@ func (srv *Server) bequeath(c *change) {
 }
 
 // linger has a listener that was drained at since go on accepting, until what it returns is over: its
-// announcement, which tellOthers is to withdraw before, is withdrawn then, and its grace is over.
+// announcement, which tellOthers is to withdraw before, is withdrawn then, and its grace is over. Where that
+// has begun in another process, the rest is left.
 //
 // +checklocks:srv.mu
 func (srv *Server) linger(l *listener, since time.Time) func() {
 	grace := srv.grace(l)
-	if grace == 0 {
+	if grace == 0 && !l.lingers {
 		return func() {}
 	}
 	l.lingers = true
-	a := l.announcer
+	a, until := l.announcer, l.until
 	return func() {
-		a.Wait(srv.ctx)
-		sleep(srv.ctx, grace)
+		if until.IsZero() {
+			if a != nil {
+				a.Wait(srv.ctx)
+			}
+			until = time.Now().Add(grace)
+			srv.mu.Lock()
+			if l.lingers && l.drained.Equal(since) {
+				l.until = until
+			}
+			srv.mu.Unlock()
+		}
+		sleep(srv.ctx, time.Until(until))
 		srv.mu.Lock()
 		defer srv.mu.Unlock()
 		if l.lingers && l.drained.Equal(since) {
-			l.lingers = false
+			l.lingers, l.until = false, time.Time{}
 			srv.rebindNow(srv.tailnetErr)
+		}
+	}
+}
+
+// lingerOn goes on with what linger has begun in another process.
+//
+// +checklocks:srv.mu
+func (srv *Server) lingerOn() {
+	for _, l := range srv.listeners {
+		if l.lingers {
+			go srv.linger(l, l.drained)()
 		}
 	}
 }

@@ -230,6 +230,76 @@ func TestGrace(t *testing.T) {
 	}
 }
 
+// TestGraceOver: a listener that was drained has the rest of its grace in a process that takes over, or all of
+// it where others did not know yet.
+func TestGraceOver(t *testing.T) {
+	for name, c := range map[string]struct {
+		hangs bool          // what tells others, in the old process
+		rest  time.Duration // of the grace, for the new one
+	}{
+		"the most of it":   {false, 5 * time.Minute},
+		"little":           {false, 100 * time.Millisecond},
+		"others know late": {true, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			hangs := filepath.Join(dir, "hangs")
+			a := announcedListener(t, fmt.Sprintf(`, grace: 10m, timeout: 1m, up: ["true"], down: [sh, -c, %q]`, "if [ -e "+hangs+" ]; then sleep 60; fi"))
+			a.daemon = start(t, a.yaml(""))
+			eventually(t, "it is announced", a.isUp)
+			if c.hangs {
+				if err := os.WriteFile(hangs, nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := a.SetDrained(url.Values{"listener": {"web"}}, true); err != nil {
+				t.Fatal(err)
+			}
+			until := func(d *daemon) time.Time {
+				d.mu.Lock()
+				defer d.mu.Unlock()
+				return d.listeners["web"].until
+			}
+			if !c.hangs {
+				eventually(t, "its grace has begun", func() bool { return !until(a.daemon).IsZero() })
+				a.mu.Lock()
+				a.listeners["web"].until = time.Now().Add(c.rest)
+				a.mu.Unlock()
+			}
+			sockets, err := a.Sockets()
+			if err != nil {
+				t.Fatal(err)
+			}
+			said, err := a.Orders()
+			if err != nil {
+				t.Fatal(err)
+			}
+			os.Remove(hangs)
+			if c.rest == 0 {
+				a.options = strings.Replace(a.options, "grace: 10m", "grace: 100ms", 1)
+			}
+			next := startOptions(t, parse(t, a.yaml("")), Options{Handed: sockets, Orders: said, Held: true})
+			a.Rest()
+			took := time.Now()
+			next.Accept()
+			a.Leave()
+			if c.rest > time.Minute {
+				if err := next.Reload(parse(t, a.yaml(""))); err != nil {
+					t.Fatal(err)
+				}
+				if !accepts(a.addr) || !until(next).Equal(until(a.daemon)) {
+					t.Errorf("it accepts: %t, until %v, and in the old one until %v", accepts(a.addr), until(next), until(a.daemon))
+				}
+				return
+			}
+			eventually(t, "it is closed", func() bool { return !accepts(a.addr) })
+			if c.hangs && time.Since(took) < 100*time.Millisecond {
+				t.Errorf("it was closed after %v", time.Since(took))
+			}
+		})
+	}
+}
+
 // TestAnnounceFails: a program that fails is a problem, which neither closes the listener nor makes it unready.
 func TestAnnounceFails(t *testing.T) {
 	a := announcedListener(t, `, up: [sh, -c, "echo no such protocol; exit 1"], down: ["true"]`)

@@ -47,7 +47,7 @@ func (srv *Server) SetDrained(query url.Values, drained bool) (Drained, error) {
 		l := srv.listeners[name]
 		switch {
 		case !drained:
-			l.drained, l.lingers = time.Time{}, false
+			l.drained, l.lingers, l.until = time.Time{}, false, time.Time{}
 		case l.drained.IsZero():
 			l.drained = time.Now()
 			graces = append(graces, srv.linger(l, l.drained))

@@ -62,6 +62,7 @@ func (srv *Server) copies() (all []handover.Socket, err error) {
 // orders are what an operator has said, and what else another process is to know.
 type orders struct {
 	Drained  map[string]time.Time `json:"drained"`  // listeners
+	Lingers  map[string]time.Time `json:"lingers"`  // those that still accept: see listener.until
 	Disabled map[string]time.Time `json:"disabled"` // targets
 	Woken    []*woken             `json:"woken"`    // containers that were started here
 
@@ -73,7 +74,7 @@ type orders struct {
 func (srv *Server) Orders() (json.RawMessage, error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	o := orders{Drained: map[string]time.Time{}, Disabled: srv.disabled.Since(), Woken: srv.wakes.list(),
+	o := orders{Drained: map[string]time.Time{}, Lingers: map[string]time.Time{}, Disabled: srv.disabled.Since(), Woken: srv.wakes.list(),
 		Announced: slices.Clone(srv.announced)}
 	for name, l := range srv.listeners {
 		if l.announcer != nil {
@@ -83,6 +84,9 @@ func (srv *Server) Orders() (json.RawMessage, error) {
 		}
 		if !l.drained.IsZero() {
 			o.Drained[name] = l.drained
+			if l.lingers {
+				o.Lingers[name] = l.until
+			}
 		}
 	}
 	return json.Marshal(o)
@@ -219,6 +223,7 @@ func (srv *Server) Accept() {
 		srv.start(s)
 	}
 	srv.tellOthers()
+	srv.lingerOn()
 }
 
 // start has s accept, unless New is to return first.

@@ -213,6 +213,7 @@ func (srv *Server) prepareListeners(p *plan.Plan, starts bool) (all map[string]*
 		l := srv.listeners[c.Name]
 		if l == nil || l.mode != c.Mode {
 			next := &listener{name: c.Name, mode: c.Mode, isShut: !srv.wereOpen[c.Name], drained: srv.orders.Drained[c.Name]}
+			next.until, next.lingers = srv.orders.Lingers[c.Name]
 			if l != nil {
 				next.drained = l.drained
 			}

@@ -261,6 +261,9 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	}
 	srv.mu.Lock()
 	srv.orders = orders{}
+	if err == nil && !srv.isHeld {
+		srv.lingerOn()
+	}
 	srv.mu.Unlock()
 	if err != nil {
 		srv.Close()

@@ -26,6 +26,7 @@ type listener struct {
 
 	drained time.Time // since when they are closed by an operator's word, or zero; guarded by Server.mu
 	lingers bool      // they are not closed yet, though it is drained; guarded by Server.mu
+	until   time.Time // when they are, then; zero: its announcement is not withdrawn yet; guarded by Server.mu
 
 	announcer *announce.Announcer // nil: nobody is told; guarded by Server.mu
 }

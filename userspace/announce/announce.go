@@ -71,6 +71,8 @@ type Announcer struct {
 	err error // why the last order is not carried out
 	// +checklocks:mu
 	tries int // orders that were carried out, or failed
+	// +checklocks:mu
+	after <-chan struct{} // nothing is told before it is closed; nil: it was
 }
 
 // order is what is to be told.
@@ -95,6 +97,14 @@ func (a *Announcer) Inherit(what Spec) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.told = order{Spec: what, isUp: true}
+}
+
+// After has nothing told before ended is closed, as what others are told until then may be of the same. It
+// comes before Set.
+func (a *Announcer) After(ended <-chan struct{}) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.after = ended
 }
 
 // Set has others told, soon, that the listener should get connections, or else why not. It returns at once.
@@ -206,10 +216,20 @@ func (a *Announcer) run() {
 			want, told, isDone := a.want, a.told, a.held || a.ctx.Err() != nil || a.tried >= a.want.number && a.err == nil
 			ctx, interrupt := context.WithCancel(a.ctx)
 			a.interrupt = interrupt
+			after := a.after
 			a.mu.Unlock()
 			if isDone {
 				interrupt()
 				break
+			}
+			if after != nil {
+				select {
+				case <-after:
+					a.After(nil)
+				case <-ctx.Done():
+				}
+				interrupt()
+				continue
 			}
 			err := a.tell(ctx, want, told)
 			interrupt()

@@ -96,6 +96,30 @@ func TestTold(t *testing.T) {
 	a.End("the daemon ends") // again
 }
 
+// TestAfter: nothing is told before what comes first, and then what was set last. Who ends or is held meanwhile
+// does not wait.
+func TestAfter(t *testing.T) {
+	first := make(chan struct{})
+	a, left := begin(t), begin(t)
+	for _, a := range []*told{a, left} {
+		a.After(first)
+		a.Set(a.spec, false, "not yet")
+		a.Set(a.spec, true, "")
+	}
+	left.Hold(true)
+	left.Hold(false)
+	left.Leave()
+	<-left.gone
+	left.want(false)
+	time.Sleep(20 * time.Millisecond) // it waits now, as a rule
+	a.want(false)
+	close(first)
+	a.set(true, "")
+	a.want(true, "up web up")
+	a.set(false, "nobody answers")
+	a.want(false, "up web up", "down down nobody answers")
+}
+
 // TestLatest: of what is set while a program runs the last counts, and one runs at a time.
 func TestLatest(t *testing.T) {
 	a := begin(t)

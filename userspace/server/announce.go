@@ -21,36 +21,58 @@ func (srv *Server) tellOthers() {
 	}
 	left := srv.announced
 	srv.announced = nil
+	var fresh []*announce.Announcer
 	for _, c := range srv.plan.Config.Listeners {
 		l := srv.listeners[c.Name]
 		switch {
 		case c.Announce == nil && l.announcer != nil:
-			go l.announcer.End("announce is no longer configured")
+			srv.endAnnouncer(l.announcer, "announce is no longer configured")
 			l.announcer = nil
-		case c.Announce == nil:
-		default:
-			spec := announceSpec(c)
-			if l.announcer == nil {
-				l.announcer = announce.New(srv.log)
-				if i := slices.IndexFunc(left, spec.Continues); i >= 0 {
-					l.announcer.Inherit(left[i])
-					left = slices.Delete(left, i, i+1)
-				}
+		case c.Announce != nil && l.announcer == nil:
+			l.announcer = announce.New(srv.log)
+			fresh = append(fresh, l.announcer)
+			if i := slices.IndexFunc(left, announceSpec(c).Continues); i >= 0 {
+				l.announcer.Inherit(left[i])
+				left = slices.Delete(left, i, i+1)
 			}
-			why := srv.notServing(c, l)
-			reason := ""
-			if why != nil {
-				reason = why.Error()
-			}
-			l.announcer.Set(spec, why == nil, reason)
 		}
 	}
 	for _, spec := range left {
 		a := announce.New(srv.log)
 		a.Inherit(spec)
 		a.Set(spec, false, "")
-		go a.End("the listener is no longer configured")
+		srv.endAnnouncer(a, "the listener is no longer configured")
 	}
+	for _, a := range fresh {
+		a.After(srv.withdrawn)
+	}
+	for _, c := range srv.plan.Config.Listeners {
+		if c.Announce == nil {
+			continue
+		}
+		l, reason := srv.listeners[c.Name], ""
+		why := srv.notServing(c, l)
+		if why != nil {
+			reason = why.Error()
+		}
+		l.announcer.Set(announceSpec(c), why == nil, reason)
+	}
+}
+
+// endAnnouncer has a withdraw what it has announced. Announcers that begin later wait for that: theirs may be
+// an announcement of the same, by other programs for a listener of another name.
+//
+// +checklocks:srv.mu
+func (srv *Server) endAnnouncer(a *announce.Announcer, reason string) {
+	before, done := srv.withdrawn, make(chan struct{})
+	srv.withdrawn = done
+	go func() {
+		defer close(done)
+		a.End(reason)
+		if before != nil {
+			<-before
+		}
+	}()
 }
 
 func announceSpec(c *config.Listener) announce.Spec {
@@ -105,7 +127,7 @@ func (srv *Server) bequeath(c *change) {
 			}
 		}
 		if old.announcer != nil {
-			go old.announcer.End("the listener is no longer configured")
+			srv.endAnnouncer(old.announcer, "the listener is no longer configured")
 		}
 	}
 }

@@ -300,6 +300,62 @@ func TestGraceOver(t *testing.T) {
 	}
 }
 
+// TestAnnouncedInOrder: what is announced by other programs, and for a listener of another name, is announced
+// when what comes before is withdrawn: both may be of the same. This is so for a reload, for one more while that
+// goes on, and for a process that takes over.
+func TestAnnouncedInOrder(t *testing.T) {
+	for _, how := range []string{"reload", "reloads", "upgrade"} {
+		t.Run(how, func(t *testing.T) {
+			dir := t.TempDir()
+			said, may := filepath.Join(dir, "said"), filepath.Join(dir, "may")
+			a := announcedListener(t, "")
+			file := a.file
+			named := func(name string) string {
+				down := fmt.Sprintf("echo %s withdraws >>%s; while [ ! -e %s ]; do sleep 0.01; done; echo %s down >>%s", name, said, may, name, said)
+				a.file = file + name
+				a.options = fmt.Sprintf(`, grace: 0s, timeout: 1m, up: [sh, -c, "echo %s up >>%s"], down: [sh, -c, %q]`, name, said, down)
+				return strings.Replace(a.yaml(""), "name: web", "name: "+name, 1)
+			}
+			tells := func(want string) {
+				t.Helper()
+				eventually(t, "others are told: "+want, func() bool {
+					b, _ := os.ReadFile(said)
+					return strings.Join(strings.Fields(string(b)), " ") == want
+				})
+			}
+			a.daemon = start(t, named("a"))
+			tells("a up")
+			if how == "upgrade" {
+				orders, err := a.Orders()
+				if err != nil {
+					t.Fatal(err)
+				}
+				a.Leave()
+				startOptions(t, parse(t, named("b")), Options{Orders: orders})
+			} else if err := a.Reload(parse(t, named("b"))); err != nil {
+				t.Fatal(err)
+			}
+			tells("a up a withdraws")
+			if how == "reloads" {
+				if err := a.Reload(parse(t, named("c"))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			time.Sleep(100 * time.Millisecond) // far longer than it takes to tell
+			tells("a up a withdraws")
+			if _, err := os.Stat(a.file); err == nil {
+				t.Error("there is the file of the new one already")
+			}
+			if err := os.WriteFile(may, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			tells(map[string]string{
+				"reloads": "a up a withdraws a down b withdraws b down c up",
+			}[how] + map[bool]string{true: "a up a withdraws a down b up"}[how != "reloads"])
+		})
+	}
+}
+
 // TestAnnounceFails: a program that fails is a problem, which neither closes the listener nor makes it unready.
 func TestAnnounceFails(t *testing.T) {
 	a := announcedListener(t, `, up: [sh, -c, "echo no such protocol; exit 1"], down: ["true"]`)

@@ -191,6 +191,7 @@ type present struct {
 	hasLeft   bool              // it has arrived
 	unwanted  []*listenerSocket // of another process, while nothing is accepted: they are closed then
 	wereOpen  map[string]bool   // listeners of which sockets came from another process
+	withdrawn <-chan struct{}   // closed when all announcements that were ended until now are withdrawn, or nil
 	orders    orders            // that another process had, until the first configuration is in force
 	announced []announce.Spec   // by another process; until this one tells others
 	isEnding  bool              // connections are accepted still, and others are told to send none

@@ -177,12 +177,15 @@ func TestHeaderFlood(t *testing.T) {
 // framed is an HTTP/2 client that writes frames itself.
 func framed(t *testing.T, h *hop) (*http2.Framer, net.Conn, func(stream uint32, path string, end bool)) {
 	t.Helper()
-	c, err := tls.Dial("tcp", h.addr, &tls.Config{InsecureSkipVerify: true, ServerName: "example.org", NextProtos: []string{"h2"}})
-	if err != nil {
-		t.Fatal(err)
+	return protocols[3].framed(t, h)
+}
+
+func (p protocol) framed(t *testing.T, h *hop) (*http2.Framer, net.Conn, func(stream uint32, path string, end bool)) {
+	t.Helper()
+	c, _ := raw(t, h, false)
+	if p.tls {
+		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true, ServerName: "example.org", NextProtos: []string{"h2"}})
 	}
-	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(deadline))
 	io.WriteString(c, http2.ClientPreface)
 	f := http2.NewFramer(c, c)
 	f.WriteSettings()

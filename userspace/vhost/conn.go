@@ -121,12 +121,20 @@ type conn struct {
 	preface   int          // bytes of HTTP/2's preface that were read; -1: it speaks something else
 
 	// For Shutdown. HTTP/2 waits for its first request only.
-	awaits   moment.Var               // when c began to wait for the head of a request; never: it does not
-	heard    moment.Var               // when the first byte of that came; never: none has
-	http2    atomic.Bool              // net/http knows that c speaks it
-	promised atomic.Bool              // the answer of HTTP/1 that is being written has said that c is kept
-	above    atomic.Pointer[net.Conn] // what net/http got, or will; nil: TLS is not there yet
-	closes   atomic.Bool              // it was found idle, and is about to be closed
+	awaits   moment.Var  // when c began to wait for the head of a request; never: it does not
+	heard    moment.Var  // when the first byte of that came; never: none has
+	http2    atomic.Bool // net/http knows that c speaks it
+	promised atomic.Bool // the answer of HTTP/1 that is being written has said that c is kept
+	isUp     atomic.Bool // net/http gets it now: TLS, if there is to be any, is there
+	told     atomic.Bool // HTTP/2 is told to go
+
+	readMu sync.Mutex
+	// readBy is the deadline that others have set for reads.
+	// +checklocks:readMu
+	readBy time.Time
+	// isCalled: who reads is to look whether c is to end.
+	// +checklocks:readMu
+	isCalled bool
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -222,7 +230,7 @@ func (c *conn) SetWriteDeadline(t time.Time) error {
 
 // SetDeadline sets both, as net.Conn says.
 func (c *conn) SetDeadline(t time.Time) error {
-	return errors.Join(c.SetWriteDeadline(t), c.Conn.SetReadDeadline(t))
+	return errors.Join(c.SetWriteDeadline(t), c.SetReadDeadline(t))
 }
 
 // CloseWrite passes a half-close on, for upgraded connections.

@@ -21,10 +21,10 @@ const (
 	frameHeader = 9 // bytes (RFC 9113 4.1)
 	frameBuffer = 4 << 10
 
-	// Types of frames, and the flags END_STREAM and PADDED.
-	frameDATA, frameHEADERS, frameRST = 0, 1, 3
-	frameEnd, framePadded             = 1, 8
-	mostPadding                       = 1 + 255 // bytes: its length, and as many as that says (RFC 9113 6.1)
+	// Types of frames, and the flags END_STREAM, END_HEADERS and PADDED.
+	frameDATA, frameHEADERS, frameRST, frameSETTINGS, frameCONTINUATION = 0, 1, 3, 4, 9
+	frameEnd, frameEndHeaders, framePadded                              = 1, 4, 8
+	mostPadding                                                         = 1 + 255 // bytes: its length, and as many as that says (RFC 9113 6.1)
 
 	// What brings no answer is read slowly. A frame costs one of frameBurst, but for those that begin
 	// requests and those with a part of their body, which other limits bound. Time brings framesPerSecond
@@ -51,6 +51,9 @@ type frame struct {
 	stream      uint32
 }
 
+// isBetween reports whether no frame has begun.
+func (s *splitter) isBetween() bool { return s.have == 0 && s.left == 0 }
+
 // pass goes on with b. It calls value for each frame that begins, and returns the sum of what that returned.
 func (s *splitter) pass(b []byte, value func(frame) int) (sum int) {
 	for len(b) > 0 {
@@ -72,6 +75,12 @@ func (s *splitter) pass(b []byte, value func(frame) int) (sum int) {
 
 // cost is what a client pays for a frame that it sends.
 func (f *frames) cost(fr frame) int {
+	switch fr.kind {
+	case frameHEADERS, frameCONTINUATION:
+		f.inHead = fr.flags&frameEndHeaders == 0
+	case frameSETTINGS:
+		f.inHead = false
+	}
 	switch {
 	case fr.kind == frameHEADERS:
 		f.bodies.begin(fr)
@@ -166,22 +175,47 @@ type frames struct {
 	conn    *conn
 	free    bool // of a hop, which speaks for many
 	in, out splitter
+	inHead  bool   // the head of a request goes on in the next frame, or SETTINGS, which come first, have not come
+	leaves  bool   // goAway is to be read next, between two frames
+	said    string // of that, what is to be read now
 	bodies  bodies
 	earned  atomic.Int64 // by frames that the client was sent
 	budget  frameBudget
 }
 
 func newFrames(c *conn, from io.Reader) *frames {
-	return &frames{from: from, conn: c, free: c.info.crowd() == crowdOfHop,
+	return &frames{from: from, conn: c, inHead: true, free: c.info.crowd() == crowdOfHop,
 		budget: frameBudget{left: frameBurst, at: time.Now()}}
 }
 
 func (f *frames) Read(b []byte) (int, error) {
-	n, err := f.from.Read(b)
+	n, err := f.read(b)
 	if cost := f.in.pass(b[:n], f.cost); cost > 0 && !f.free {
 		f.conn.wait(f.budget.spend(cost, f.earned.Load(), time.Now()))
 	}
 	return n, err
+}
+
+// goAway has net/http tell the client to go, which it does to a client that says so itself, and end the
+// connection when all is answered.
+const goAway = "\x00\x00\x08\x07\x00\x00\x00\x00\x00" + "\x00\x00\x00\x00\x00\x00\x00\x00"
+
+// read reads what the client sends, and goAway if the connection is called.
+func (f *frames) read(b []byte) (n int, err error) {
+	for {
+		if f.leaves && !f.inHead && f.in.isBetween() {
+			f.leaves, f.said = false, goAway
+		}
+		if f.said != "" {
+			n = copy(b, f.said)
+			f.said = f.said[n:]
+			return n, nil
+		}
+		if n, err = f.from.Read(b); n > 0 || !f.conn.wasCalled(err) {
+			return n, err
+		}
+		f.leaves = true
+	}
 }
 
 // wrote counts what the client was sent. net/http writes one thing after the other.
@@ -214,7 +248,7 @@ func (c *conn) Read(b []byte) (int, error) {
 	if c.frames != nil {
 		return c.frames.Read(b)
 	}
-	n, err := c.Conn.Read(b)
+	n, err := c.readFrom(c.Conn, b)
 	if n > 0 && c.heard.Load() == 0 {
 		c.heard.Store(moment.Now())
 	}
@@ -244,7 +278,7 @@ func (s *secure) Read(b []byte) (int, error) {
 	if rest == "" {
 		return s.frames.Read(b)
 	}
-	n, err := s.Conn.Read(b[:min(len(b), len(rest))])
+	n, err := s.below.readFrom(s.Conn, b[:min(len(b), len(rest))])
 	if !strings.HasPrefix(rest, string(b[:n])) {
 		return 0, io.EOF
 	}

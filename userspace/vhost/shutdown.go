@@ -3,9 +3,11 @@ package vhost
 import (
 	"context"
 	"errors"
+	"io"
 	"maps"
 	"net"
 	"net/http"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -75,34 +77,77 @@ func (s *Server) isAwaiting(began time.Time) (is bool) {
 	return is
 }
 
-// isAwaiting reports whether Shutdown, which began then, has to wait for c. It closes c if that is idle.
+// isAwaiting reports whether net/http's Shutdown has to wait for c. It has c end if that is due, whoever else
+// is waited for. Shutdown began then.
 func (c *conn) isAwaiting(began time.Time) bool {
 	if c.promised.Load() { // is cleared after awaits is set
 		return time.Since(began) < mostPromised
 	}
 	awaits := c.awaits.Load()
-	if awaits == 0 {
+	switch {
+	case c.http2.Load():
+		if awaits != 0 && awaits.Since() < c.server.firstCall {
+			return true
+		}
+		if !c.told.Swap(true) {
+			c.call()
+		}
 		return false
-	}
-	above := c.above.Load()
-	if above == nil { // its handshake has a time of its own
-		return true
-	}
-	if c.http2.Load() {
-		return awaits.Since() < c.server.firstCall // GOAWAY comes next
-	}
-	if !c.isIdle() {
-		return true
-	}
-	if !c.closes.Swap(true) {
-		go func() { // which may wait to write TLS's farewell
-			if c.isIdle() { // still
-				(*above).Close()
-			}
-			c.closes.Store(false)
-		}()
+	case awaits == 0:
+		return false
+	case !c.isUp.Load(): // its handshake has a time of its own
+	case c.isIdle():
+		c.call()
 	}
 	return true // until it is gone
+}
+
+// call has who reads from c look whether it is to end. Nobody else can: what comes meanwhile is for the reader.
+func (c *conn) call() {
+	c.readMu.Lock()
+	defer c.readMu.Unlock()
+	c.isCalled = true
+	c.Conn.SetReadDeadline(time.Unix(1, 0))
+}
+
+// wasCalled reports whether a read that gave nothing but err was ended by call. The next one will not be.
+func (c *conn) wasCalled(err error) bool {
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		return false
+	}
+	c.readMu.Lock()
+	defer c.readMu.Unlock()
+	if !c.isCalled {
+		return false
+	}
+	c.isCalled = false
+	c.Conn.SetReadDeadline(c.readBy)
+	return true
+}
+
+// SetReadDeadline leaves alone who was called until that is heard.
+func (c *conn) SetReadDeadline(t time.Time) error {
+	c.readMu.Lock()
+	defer c.readMu.Unlock()
+	c.readBy = t
+	if c.isCalled {
+		return nil
+	}
+	return c.Conn.SetReadDeadline(t)
+}
+
+// readFrom reads from r, which is c's socket or TLS on it, for net/http. When that is called it reads on, or
+// reads that the client has ended the connection.
+func (c *conn) readFrom(r io.Reader, b []byte) (n int, err error) {
+	for {
+		n, err = r.Read(b)
+		switch {
+		case n > 0 || c.secure != nil && r != c.secure.Conn || !c.wasCalled(err):
+			return n, err
+		case c.isIdle():
+			return 0, io.EOF
+		}
+	}
 }
 
 // isIdle reports whether a connection of HTTP/1 has had its time to begin a request, and has begun none.

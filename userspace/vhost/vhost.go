@@ -270,7 +270,7 @@ func (s *Server) ServeConn(c net.Conn, served func()) error {
 		}
 	}
 	cn.await() // what TLS has read already is looked at in less than firstCall
-	cn.above.Store(&above)
+	cn.isUp.Store(true)
 	if !s.feeds[cn.info.crowd()].push(above) {
 		above.Close()
 		return http.ErrServerClosed

@@ -23,8 +23,6 @@ const (
 	firstCall = 5 * time.Second
 	// lastCall is for one of HTTP/1 that was kept, from its last answer.
 	lastCall = time.Second
-	// mostPromised bounds the wait for answers that have promised that their connection is kept.
-	mostPromised = 10 * time.Second
 )
 
 // AnswerLast has each answer from now on say that it is the last of its connection. Connections are taken
@@ -55,11 +53,10 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return err
 }
 
-// serveLast waits until no connection awaits a request any more, but for those of HTTP/2 that net/http tells
-// to go.
+// serveLast has each connection end, and waits until none awaits a request any more, but for those of HTTP/2,
+// which are told to go.
 func (s *Server) serveLast(ctx context.Context) {
-	began := time.Now()
-	for wait := time.Millisecond; s.isAwaiting(began) && ctx.Err() == nil; wait = min(2*wait, 50*time.Millisecond) {
+	for wait := time.Millisecond; s.isAwaiting() && ctx.Err() == nil; wait = min(2*wait, 50*time.Millisecond) {
 		select {
 		case <-ctx.Done():
 		case <-time.After(wait):
@@ -67,21 +64,21 @@ func (s *Server) serveLast(ctx context.Context) {
 	}
 }
 
-func (s *Server) isAwaiting(began time.Time) (is bool) {
+func (s *Server) isAwaiting() (is bool) {
 	s.mu.Lock()
 	all := slices.Collect(maps.Keys(s.conns))
 	s.mu.Unlock()
 	for _, c := range all {
-		is = c.isAwaiting(began) || is
+		is = c.isAwaiting() || is
 	}
 	return is
 }
 
 // isAwaiting reports whether net/http's Shutdown has to wait for c. It has c end if that is due, whoever else
-// is waited for. Shutdown began then.
-func (c *conn) isAwaiting(began time.Time) bool {
+// is waited for.
+func (c *conn) isAwaiting() bool {
 	if c.promised.Load() { // is cleared after awaits is set
-		return time.Since(began) < mostPromised
+		return true
 	}
 	awaits := c.awaits.Load()
 	switch {

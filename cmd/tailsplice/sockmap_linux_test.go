@@ -263,7 +263,7 @@ func arrives(t *testing.T, c net.Conn, want []byte) {
 	}
 }
 
-func listen(t *testing.T, at string) net.Listener {
+func listen(t testing.TB, at string) net.Listener {
 	t.Helper()
 	ln, err := net.Listen("tcp", at)
 	check(t, err)
@@ -272,7 +272,7 @@ func listen(t *testing.T, at string) net.Listener {
 }
 
 // wait tries until it works, for up to a minute.
-func wait(t *testing.T, what string, try func() error) {
+func wait(t testing.TB, what string, try func() error) {
 	t.Helper()
 	var err error
 	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
@@ -283,7 +283,7 @@ func wait(t *testing.T, what string, try func() error) {
 	t.Fatalf("%s: %v", what, err)
 }
 
-func check(t *testing.T, err error) {
+func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)

@@ -32,23 +32,24 @@ import (
 
 // upgradable is a daemon that is upgraded.
 type upgradable struct {
-	t                    *testing.T
+	t                    testing.TB
 	cmd                  *exec.Cmd
 	dir, config, control string
 	edge, web            string // addresses of a tcp and an http listener
+	target               string // of the former
 	half                 string // of one whose target answers when finish is closed, and the client has ended its stream
 	finish               chan struct{}
 }
 
 // startUpgradable starts it, with an echo server behind one listener, and one that says hello behind the other.
-func startUpgradable(t *testing.T, flags ...string) *upgradable {
+func startUpgradable(t testing.TB, flags ...string) *upgradable {
 	t.Helper()
 	target := listen(t, "127.0.0.1:0")
 	go func() {
 		for c, err := target.Accept(); err == nil; c, err = target.Accept() {
 			go func() {
 				defer c.Close()
-				_, _ = io.Copy(c, c)
+				_, _ = io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c}) // else it has a pipe
 			}()
 		}
 	}()
@@ -75,14 +76,14 @@ func startUpgradable(t *testing.T, flags ...string) *upgradable {
 		return ln.Addr().String()
 	}
 	d := &upgradable{t: t, dir: dir, config: filepath.Join(dir, "edge.yaml"), control: filepath.Join(dir, "control.sock"),
-		edge: free(), web: free(), half: free(), finish: finish}
+		edge: free(), web: free(), half: free(), finish: finish, target: target.Addr().String()}
 	check(t, os.WriteFile(d.config, fmt.Appendf(nil, `
 listeners:
   - { name: edge, listen: [%q], mode: tcp, default: { forward: %q } }
   - { name: half, listen: [%q], mode: tcp, default: { forward: %q } }
   - { name: web, listen: [%q], mode: http, access_log: { file: %q }, default: { forward: %q } }
 control: { socket: %q, metrics: %q, health: %q }
-limits: { connections_per_source: 4096 } # who comes while nobody accepts is admitted at once
+limits: { connections_per_source: 60000 } # who comes while nobody accepts is admitted at once
 `, d.edge, target.Addr(), d.half, late.Addr(), d.web, filepath.Join(dir, "access.log"), hello.Listener.Addr(), d.control, free(), free()), 0o600))
 	log, err := os.Create(filepath.Join(dir, "log"))
 	check(t, err)

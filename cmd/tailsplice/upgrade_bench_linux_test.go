@@ -1,0 +1,177 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// BenchmarkUpgrade is what an upgrade costs those who are connected. Each number that others have a part in stands
+// beside that of who has nothing to do with the upgrade, in the same moments: direct connections, or the time before.
+//
+//	go test -run '^$' -bench '^BenchmarkUpgrade$' -benchtime 1x ./cmd/tailsplice
+func BenchmarkUpgrade(b *testing.B) {
+	var files unix.Rlimit
+	check(b, unix.Getrlimit(unix.RLIMIT_NOFILE, &files))
+	files.Cur = files.Max
+	check(b, unix.Setrlimit(unix.RLIMIT_NOFILE, &files))
+	for _, flows := range []int{0, min(10_000, int(files.Max)/3)} { // two files for each, here and in the daemon
+		b.Run(fmt.Sprintf("idle=%d", flows), func(b *testing.B) { benchmarkUpgrade(b, flows) })
+	}
+}
+
+func benchmarkUpgrade(b *testing.B, flows int) {
+	const talkers, comers = 32, 4
+	d := startUpgradable(b)
+	for i := range flows {
+		from := net.IPv4(127, 0, 1, byte(i/2000))
+		c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: from}}).Dial("tcp", d.edge)
+		check(b, err)
+		defer c.Close()
+		check(b, echo(c))
+	}
+	var through, direct []*talker
+	for range talkers {
+		through, direct = append(through, talk(b, d.edge)), append(direct, talk(b, d.target))
+	}
+	var pauses, directPauses []time.Duration
+	var moved, ratios, came, cameBefore, memory []float64
+	for b.Loop() {
+		time.Sleep(2 * time.Second) // the last one is over
+		old := d.newest()
+		before := resident(b, old)
+		for _, t := range slices.Concat(through, direct) {
+			t.longest.Store(0)
+		}
+		began := time.Now()
+		_, err := d.ask("upgrade")
+		check(b, err)
+		took := time.Since(began)
+		wait(b, "all flows have gone over", func() error {
+			if older := d.status().Older; len(older) > 0 && older[0].Flows > 0 {
+				return fmt.Errorf("%+v", older)
+			}
+			return nil
+		})
+		moved = append(moved, (time.Since(began) - took).Seconds())
+		ratios = append(ratios, took.Seconds())
+		for i := range through {
+			pauses = append(pauses, time.Duration(through[i].longest.Load()))
+			directPauses = append(directPauses, time.Duration(direct[i].longest.Load()))
+		}
+		memory = append(memory, resident(b, d.newest())/before)
+
+		// And once more, while new ones come as fast as they can.
+		var all sync.WaitGroup
+		var n atomic.Int64
+		end := make(chan struct{})
+		for range comers {
+			all.Go(func() {
+				for {
+					select {
+					case <-end:
+						return
+					default:
+					}
+					if err := d.newFlow(); err != nil {
+						b.Error(err)
+						return
+					}
+					n.Add(1)
+				}
+			})
+		}
+		rate := func(during func()) float64 {
+			was, began := n.Load(), time.Now()
+			during()
+			return float64(n.Load()-was) / time.Since(began).Seconds()
+		}
+		cameBefore = append(cameBefore, rate(func() { time.Sleep(2 * time.Second) }))
+		came = append(came, rate(func() {
+			_, err := d.ask("upgrade")
+			check(b, err)
+			time.Sleep(time.Second)
+		}))
+		close(end)
+		all.Wait()
+	}
+	for _, t := range slices.Concat(through, direct) {
+		check(b, t.stop())
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(median(ratios), "s-until-it-accepts")
+	b.ReportMetric(median(moved), "s-until-all-have-moved")
+	b.ReportMetric(part(pauses, 0.5), "ms-pause-p50")
+	b.ReportMetric(part(pauses, 0.99), "ms-pause-p99")
+	b.ReportMetric(part(directPauses, 0.5), "ms-direct-p50")
+	b.ReportMetric(part(directPauses, 0.99), "ms-direct-p99")
+	b.ReportMetric(median(memory), "of-the-old-one's-memory")
+	b.ReportMetric(median(came)/median(cameBefore), "of-usual-new-flows")
+}
+
+// talker has a small message echoed every few milliseconds.
+type talker struct {
+	c       net.Conn
+	longest atomic.Int64 // ns that one took
+	quit    chan struct{}
+	ended   chan error
+}
+
+func talk(b *testing.B, address string) *talker {
+	b.Helper()
+	c, err := net.Dial("tcp", address)
+	check(b, err)
+	t := &talker{c: c, quit: make(chan struct{}), ended: make(chan error, 1)}
+	b.Cleanup(func() { c.Close() })
+	go func() {
+		for {
+			began := time.Now()
+			if err := echo(c); err != nil {
+				t.ended <- err
+				return
+			}
+			t.longest.Store(max(t.longest.Load(), int64(time.Since(began))))
+			select {
+			case <-t.quit:
+				t.ended <- nil
+				return
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	}()
+	return t
+}
+
+func (t *talker) stop() error {
+	close(t.quit)
+	return <-t.ended
+}
+
+// resident is the memory of a process in bytes.
+func resident(b *testing.B, pid int) (kib float64) {
+	b.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	check(b, err)
+	_, rest, _ := strings.Cut(string(text), "VmRSS:")
+	fmt.Sscan(rest, &kib)
+	return kib
+}
+
+func median(all []float64) float64 {
+	slices.Sort(all)
+	return all[len(all)/2]
+}
+
+// part is a quantile, in milliseconds.
+func part(all []time.Duration, q float64) float64 {
+	slices.Sort(all)
+	return float64(all[int(float64(len(all)-1)*q)].Microseconds()) / 1000
+}

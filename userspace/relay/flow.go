@@ -90,6 +90,7 @@ type flow struct {
 
 	recall     func()      // asks the datapath that has f to give it back; nil: it can't; guarded by mu
 	isTaken    bool        // that datapath has taken f; guarded by mu
+	handed     *handed     // the sockets that it has; guarded by mu
 	isRecalled atomic.Bool // and was asked to give it back
 	stops      atomic.Bool // pumps are to return: see stopPumps
 

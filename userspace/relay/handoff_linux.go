@@ -102,6 +102,7 @@ func (f *flow) keepRecord(d datapath.Datapath, forget func()) {
 func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool) {
 	f.mu.Lock()
 	ctx := f.cancelable()
+	f.handed = hand(down, up)
 	f.enter(handedOff)
 	cancel := f.cancel
 	f.mu.Unlock()

@@ -25,6 +25,7 @@
 //	kill.go          a flow is ended by an operator, whoever has it
 //	parcel.go        a flow leaves its relay, whoever has it, and goes on in another
 //	leave_linux.go   how loops and pumps stop for that, at a moment when little is held
+//	copies_linux.go  further descriptors of a flow's sockets, whoever has it
 //	watch_linux.go   the epoll that waits for the sides that wait without a goroutine
 //	handoff_linux.go from the begin to a loop, to a datapath and back, and from pumps to a loop
 //	held_linux.go    what flows hold for readers that have no room

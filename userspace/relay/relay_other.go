@@ -3,6 +3,7 @@
 package relay
 
 import (
+	"errors"
 	"net"
 	"sync/atomic"
 	"time"
@@ -27,32 +28,34 @@ type (
 	holding    struct{}
 	quietSweep struct{}
 	sockConn   struct{ *net.TCPConn } // that was on a loop: there are none here
+	handed     struct{}
 )
 
 // What follows is for Linux. Elsewhere there is nothing to be done, and an urgent byte is dropped.
 
 const haveWatches = false
 
-func (*watcher) close()                    {}
-func (*pipePool) drop()                    {}
-func watchForReset(*side)                  {}
-func watchForBytes(*side) bool             { return false }
-func unwatch(*side)                        {}
-func (*flow) attach() bool                 { return false }
-func (*flow) reattach()                    {}
-func (*flow) killOn(*loop.Socket)          {}
-func (*flow) leaveLoop(*loop.Socket)       {}
-func (*flow) depart()                      {}
-func unspare(net.Conn)                     {}
-func unread(net.Conn) int                  { return 0 }
-func (*side) keepUrgent()                  {}
-func (*side) gone() bool                   { return false }
-func (*side) unacked() int                 { return 0 }
-func (*side) refuses() bool                { return true }
-func (*side) takeError() error             { return nil }
-func (*Relay) LimitPipes(int)              {}
-func (*Relay) SaveMemory(bool)             {}
-func (*Relay) SpareTCP(bool)               {}
-func (*Relay) Piped() int64                { return 0 }
-func (*Relay) MeasureHeld(time.Time)       {}
-func (*Counters) Held() (int64, time.Time) { return 0, time.Time{} }
+func (*watcher) close()                     {}
+func (*pipePool) drop()                     {}
+func watchForReset(*side)                   {}
+func watchForBytes(*side) bool              { return false }
+func unwatch(*side)                         {}
+func (*flow) attach() bool                  { return false }
+func (*flow) reattach()                     {}
+func (*flow) killOn(*loop.Socket)           {}
+func (*flow) leaveLoop(*loop.Socket)        {}
+func (*flow) depart()                       {}
+func unspare(net.Conn)                      {}
+func unread(net.Conn) int                   { return 0 }
+func (*side) keepUrgent()                   {}
+func (*side) gone() bool                    { return false }
+func (*side) unacked() int                  { return 0 }
+func (*side) refuses() bool                 { return true }
+func (*side) takeError() error              { return nil }
+func (*Relay) LimitPipes(int)               {}
+func (*Relay) SaveMemory(bool)              {}
+func (*Relay) SpareTCP(bool)                {}
+func (*Relay) Piped() int64                 { return 0 }
+func (*Relay) MeasureHeld(time.Time)        {}
+func (*Counters) Held() (int64, time.Time)  { return 0, time.Time{} }
+func (*Counters) Copies() (int, int, error) { return -1, -1, errors.ErrUnsupported }

@@ -49,6 +49,8 @@ type Flow struct {
 	Down Side `json:"down"`
 	Up   Side `json:"up"`
 
+	Kept *Balance `json:"kept,omitempty"` // of a record that is kept for the process after a crash; else nil
+
 	unknown map[string]json.RawMessage
 }
 
@@ -133,10 +135,11 @@ func (f *Flow) MarshalJSON() ([]byte, error) {
 
 // checkFlows says what of the flows of m can't be, or does not fit the sockets that it names.
 func checkFlows(m *Message) error {
-	if m.Step == FlowStep && len(m.Flows) == 0 {
+	hasFlows := m.Step == FlowStep || m.Step == keptStep
+	if hasFlows && len(m.Flows) == 0 {
 		return errors.New("it has no flow")
 	}
-	if m.Step != FlowStep && len(m.Flows) > 0 {
+	if !hasFlows && len(m.Flows) > 0 {
 		return errors.New("it has flows")
 	}
 	for _, n := range m.Numbers {
@@ -173,6 +176,8 @@ func checkFlows(m *Message) error {
 			return fmt.Errorf("flow %d has a number that can't be", f.Number)
 		case f.Down.isWrong(parts[part{f.Number, KindDownRest}]) || f.Up.isWrong(parts[part{f.Number, KindUpRest}]):
 			return fmt.Errorf("flow %d has more than %d bytes that are to be written, or has them twice", f.Number, mostRest)
+		case (f.Kept != nil) != (m.Step == keptStep):
+			return fmt.Errorf("flow %d is no record for a message of this step", f.Number)
 		}
 		seen[f.Number] = true
 	}

@@ -34,6 +34,9 @@
 // not let go. So nobody moves bytes that another has moved, and no flow is left that nobody moves: rules.go
 // has the rules, which both processes act by, and a test explores them.
 //
+// For a process that ends without one that takes over, records of flows wait in a queue, each with its
+// sockets: kept, from who has the flows to who comes after a crash. See [Queue].
+//
 // A message has the version of who sends it. Fields, steps and kinds of sockets that a process does not
 // know are ignored, so that a newer one can say more: a step that must not be ignored gets another name.
 // Fields of a flow's record that a process does not know go on to the next one, which may.
@@ -48,6 +51,9 @@
 //	take_linux.go    the old process, as the new one sees it
 //	elders_linux.go  older processes that have not ended
 //	store_linux.go   what the service manager keeps for the process that it starts after a crash
+//	queue_linux.go   flows among that: a queue in the kernel, of which the manager has the ends
+//	kept_linux.go    a flow of the queue goes on, or is reset
+//	balance.go       how it is known whether bytes of a flow were lost
 //	give_linux.go    flows go to another process
 //	adopt_linux.go   flows come from another process
 package handover
@@ -83,6 +89,8 @@ const (
 	Refused  = "refused"
 	Begin    = "begin"
 	Keep     = "keep"
+
+	keptStep = "kept"
 )
 
 // The kinds of a [Socket].
@@ -98,6 +106,10 @@ const (
 	KindUp       = "upstream"
 	KindDownRest = "downstream_rest" // a file that has the Rest of that side, where a message has no room
 	KindUpRest   = "upstream_rest"
+
+	// The ends of a queue of flows, of a generation: that by which they go in, and that by which they come out.
+	KindFlowsIn  = "flows_in"
+	KindFlowsOut = "flows_out"
 )
 
 // Socket is a descriptor on its way, and what it is for.
@@ -196,6 +208,9 @@ func Find(sockets []Socket, kind, name, address string) *Socket {
 	}
 	return nil
 }
+
+// IsOfFlows reports whether s is an end of a [Queue].
+func IsOfFlows(s Socket) bool { return s.Kind == KindFlowsIn || s.Kind == KindFlowsOut }
 
 // Close closes the descriptors.
 func Close(sockets []Socket) {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"iter"
 	"os"
 	"time"
 )
@@ -119,8 +120,53 @@ func (*Store) Sockets() ([]Socket, error) { return nil, nil }
 // Keep does nothing.
 func (*Store) Keep([]Socket, json.RawMessage) error { return nil }
 
+// Forget does nothing.
+func (*Store) Forget(func(Socket) bool) error { return nil }
+
+// Keeps is false.
+func (*Store) Keeps() bool { return false }
+
 // Notify does nothing.
 func (*Store) Notify(string) error { return nil }
+
+// KeptFlow is a flow that there is none of.
+type KeptFlow struct{ Flow *Flow }
+
+// NewKeptFlow keeps nothing.
+func NewKeptFlow(f *Flow, _, _ int) *KeptFlow { return &KeptFlow{f} }
+
+// Close does nothing.
+func (*KeptFlow) Close() {}
+
+// Recall is for Linux.
+type Recall func(down, up int) (downRest, upRest []byte, err error)
+
+// ErrOver and ErrLostBytes are for Linux.
+var ErrOver, ErrLostBytes = errLinux, errLinux
+
+// Take fails.
+func (*KeptFlow) Take(Recall) (*Flow, error) { return nil, errLinux }
+
+// Queue keeps nothing.
+type Queue struct{}
+
+// OpenQueue returns one that has nothing.
+func OpenQueue([]Socket, func() error) (*Queue, []*KeptFlow, []error) { return new(Queue), nil, nil }
+
+// Len is 0.
+func (*Queue) Len() (int, bool) { return 0, true }
+
+// Sockets are none.
+func (*Queue) Sockets() ([]Socket, error) { return nil, nil }
+
+// Put fails.
+func (*Queue) Put(iter.Seq[*KeptFlow]) (int, error) { return 0, errLinux }
+
+// Renew fails.
+func (*Queue) Renew(iter.Seq[*KeptFlow]) (int, error) { return 0, errLinux }
+
+// Close does nothing.
+func (*Queue) Close() {}
 
 // Giver is for Linux.
 type Giver struct{}

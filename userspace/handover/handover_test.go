@@ -103,6 +103,7 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(`{"version":1,"step":"refused","numbers":[1,2],"reason":"no"}`), 0)
 	f.Add([]byte(flowMessage(`{"version":1,"number":7,"id":"a","bytes_up":5,"idle_timeout":1000,"down":{"rest":"AAE=","ended":true},"up":{"shut":true},"new":1}`)), 2)
 	f.Add([]byte(`{"version":1,"step":"flow","sockets":[{"kind":"downstream","flow":7},{"kind":"upstream","flow":7},{"kind":"upstream_rest","flow":7}],"flows":[{"version":1,"number":7}]}`), 3)
+	f.Add([]byte(`{"version":1,"step":"kept","sockets":[{"kind":"downstream","flow":7},{"kind":"upstream","flow":7}],"flows":[{"version":1,"number":7,"kept":{"up":-3,"down":0,"up_from":1,"down_from":2}}]}`), 2)
 	f.Fuzz(func(t *testing.T, b []byte, files int) {
 		m, err := Parse(b, files)
 		if err != nil {
@@ -118,7 +119,7 @@ func FuzzParse(f *testing.F) {
 					sockets++
 				}
 			}
-			if m.Step != FlowStep || f.Number == 0 || sockets != 2 || f.BytesUp < 0 || f.BytesDown < 0 || f.Buffer < 0 ||
+			if m.Step != FlowStep && m.Step != keptStep || (f.Kept != nil) != (m.Step == keptStep) || f.Number == 0 || sockets != 2 || f.BytesUp < 0 || f.BytesDown < 0 || f.Buffer < 0 ||
 				f.IdleTimeout < 0 || len(f.Down.Rest) > mostRest || len(f.Up.Rest) > mostRest {
 				t.Fatalf("taken: %+v", f)
 			}

@@ -174,6 +174,14 @@ func (l *Link) Hear(hear func(*Message)) {
 
 // received are the descriptors of a control message.
 func received(oob []byte) (files []*os.File, err error) {
+	fds, err := receivedFDs(oob)
+	for _, fd := range fds {
+		files = append(files, os.NewFile(uintptr(fd), "handed over"))
+	}
+	return files, err
+}
+
+func receivedFDs(oob []byte) (all []int, err error) {
 	messages, err := unix.ParseSocketControlMessage(oob)
 	for _, c := range messages {
 		if c.Header.Level != unix.SOL_SOCKET || c.Header.Type != unix.SCM_RIGHTS {
@@ -181,11 +189,9 @@ func received(oob []byte) (files []*os.File, err error) {
 		}
 		fds, parseErr := unix.ParseUnixRights(&c)
 		err = errors.Join(err, parseErr)
-		for _, fd := range fds {
-			files = append(files, os.NewFile(uintptr(fd), "handed over"))
-		}
+		all = append(all, fds...)
 	}
-	return files, err
+	return all, err
 }
 
 // receiveSockets receives what SendSockets sends. The caller closes the sockets, with an error too.

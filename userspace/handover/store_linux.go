@@ -48,7 +48,7 @@ type Store struct {
 const kindState = "state"
 
 // storedKinds are the kinds of what is kept.
-var storedKinds = []string{KindListener, KindControl, KindMetrics, KindHealth, kindState}
+var storedKinds = []string{KindListener, KindControl, KindMetrics, KindHealth, KindFlowsIn, KindFlowsOut, kindState}
 
 // mostName bounds a name, in bytes. systemd takes 255 (FDNAME_MAX), but passes all names in one variable,
 // which may have 128 KiB: see MAX_ARG_STRLEN in execve(2). The unit allows 512 of them.
@@ -327,6 +327,21 @@ func (s *Store) remove(name string) error {
 	return err
 }
 
+// Forget has the manager close what it keeps that is one of want, whatever is given to Keep.
+func (s *Store) Forget(want func(Socket) bool) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for name := range s.has {
+		if k, parseErr := parseName(name); parseErr == nil && want(k.Socket) {
+			err = errors.Join(err, s.remove(name))
+		}
+	}
+	return err
+}
+
+// Keeps reports whether there is a manager that may keep something.
+func (s *Store) Keeps() bool { return s.manager != "" }
+
 // Notify tells the manager a state, such as WATCHDOG=1, and does not wait for long.
 func (s *Store) Notify(state string) error {
 	if s.manager == "" {
@@ -411,6 +426,9 @@ func verify(k named) error {
 	if !slices.Contains(storedKinds, k.Kind) {
 		return errors.New("this version knows no such kind")
 	}
+	if IsOfFlows(k.Socket) {
+		return verifyQueue(fd)
+	}
 	option := func(name int) int {
 		n, optErr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, name)
 		err = errors.Join(err, optErr)
@@ -436,6 +454,20 @@ func verify(k named) error {
 		return errors.Join(errors.New("it is of another network namespace"), err)
 	}
 	return verifyAddress(fd, k.Address)
+}
+
+// verifyQueue is an error unless fd is an end of a [Queue].
+func verifyQueue(fd int) error {
+	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	kind, err2 := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	listens, err3 := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	if err := errors.Join(err, err2, err3); err != nil {
+		return fmt.Errorf("it is no socket: %w", err)
+	}
+	if domain != unix.AF_UNIX || kind != unix.SOCK_SEQPACKET || listens != 0 {
+		return errors.New("it is no end of a pair of sockets that has messages")
+	}
+	return nil
 }
 
 // verifyAddress is an error unless a TCP socket is bound to address, of which a host name tells nothing.

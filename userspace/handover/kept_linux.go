@@ -1,0 +1,135 @@
+package handover
+
+import (
+	"errors"
+	"net"
+	"os"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+)
+
+// KeptFlow is a flow of a [Queue]: its record, and copies of its sockets.
+type KeptFlow struct {
+	Flow     *Flow
+	down, up int // -1: it is no more here
+}
+
+// NewKeptFlow makes one of descriptors, which it owns. f has a [Balance].
+func NewKeptFlow(f *Flow, down, up int) *KeptFlow { return &KeptFlow{f, down, up} }
+
+// Close closes the copies.
+func (k *KeptFlow) Close() {
+	for _, fd := range []*int{&k.down, &k.up} {
+		if *fd >= 0 {
+			unix.Close(*fd)
+			*fd = -1
+		}
+	}
+}
+
+// Why a flow does not go on after a crash.
+var (
+	// ErrOver is that it had ended.
+	ErrOver = errors.New("it has ended")
+	// ErrLostBytes is that bytes of it were in the hands of the process that has ended.
+	ErrLostBytes = errors.New("bytes of it were lost")
+)
+
+// Recall takes both sockets of a flow out of what moves its bytes in the kernel, and returns what was read
+// from them meanwhile and is not yet written to the other one. With an error bytes may be lost.
+type Recall func(down, up int) (downRest, upRest []byte, err error)
+
+// Take makes the flow, which nobody moves any more, one that [Adopt] takes: recall, which may be nil, ends
+// that the kernel does. With an error it does not go on: its connections are closed, or reset.
+func (k *KeptFlow) Take(recall Recall) (*Flow, error) {
+	defer k.Close()
+	f := k.Flow
+	f.Down.Rest, f.Up.Rest = nil, nil
+	if err := k.isOver(); err != nil {
+		return nil, err
+	}
+	var err error
+	if recall != nil {
+		if f.Down.Rest, f.Up.Rest, err = recall(k.down, k.up); err != nil {
+			k.reset()
+			return nil, errors.Join(ErrLostBytes, err)
+		}
+	}
+	down, err := tcpsock.PositionOf(k.down)
+	up, err2 := tcpsock.PositionOf(k.up)
+	switch {
+	case err != nil || err2 != nil:
+		return nil, k.end()
+	case !f.Kept.Holds(f, down, up):
+		k.reset()
+		return nil, ErrLostBytes
+	}
+	if f.Down.Conn, err = connOf(k.down); err == nil {
+		f.Up.Conn, err = connOf(k.up)
+	}
+	if err != nil {
+		f.Close()
+		k.reset()
+		return nil, err
+	}
+	f.IdleSince = time.Now()
+	return f, nil
+}
+
+// isOver is an error where a side's connection is over. Then so is the flow.
+func (k *KeptFlow) isOver() error {
+	if _, err := tcpsock.PositionOf(k.down); err != nil {
+		return k.end()
+	}
+	if _, err := tcpsock.PositionOf(k.up); err != nil {
+		return k.end()
+	}
+	return nil
+}
+
+// end ends what a side is left where the other one is over. One whose streams have both ended goes on to
+// deliver what it was given; else the end came too early, and must not look like a proper one.
+func (k *KeptFlow) end() error {
+	for _, fd := range []int{k.down, k.up} {
+		if p, err := tcpsock.PositionOf(fd); err == nil && !(p.IsEnded && p.IsShut) {
+			reset(fd)
+		}
+	}
+	return ErrOver
+}
+
+func (k *KeptFlow) reset() {
+	reset(k.down)
+	reset(k.up)
+}
+
+// reset resets a connection of which there are other descriptors.
+func reset(fd int) {
+	var unspecified unix.RawSockaddr
+	unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&unspecified)), unix.SizeofSockaddrInet4)
+}
+
+// connOf makes a connection of a copy of fd.
+func connOf(fd int) (net.Conn, error) {
+	own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	file := os.NewFile(uintptr(own), "kept")
+	defer file.Close()
+	c, err := net.FileConn(file)
+	if err != nil {
+		return nil, err
+	}
+	t, ok := c.(*net.TCPConn)
+	if !ok {
+		c.Close()
+		return nil, errors.New("it has a socket that is no TCP connection")
+	}
+	t.SetKeepAliveConfig(tcpsock.KeepAlive) // net.FileConn has set Go's
+	return t, nil
+}

@@ -1,0 +1,375 @@
+package handover
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Queue keeps flows that live for the process after a crash. They are in flight, as the kernel has it: sent
+// into a pair of sockets and not received by anybody, with descriptors of theirs. The service manager has
+// both ends, so a crash ends neither. For the manager a queue is two descriptors, however many flows there
+// are.
+//
+// Flows can't be taken out of its middle. Those that have ended stay until [Queue.Renew] puts those that live
+// into another pair.
+type Queue struct {
+	store func() error
+
+	mu sync.Mutex
+	// +checklocks:mu
+	pairs []*queuePair // the newest is the last; there are several while it gets the flows of the others
+	// +checklocks:mu
+	isClosed bool
+}
+
+// queuePair is a pair of sockets, of one generation.
+type queuePair struct {
+	generation uint64
+	in, out    *os.File
+	flows      int // that are in flight; of who puts them in
+}
+
+const (
+	// mostQueued is how many bytes may wait in a pair, with what the kernel takes for them. A flow takes about
+	// 1 KB.
+	mostQueued = 512 << 20
+	// mostTogether bounds the flows of a message.
+	mostTogether = 16
+)
+
+var errQueueClosed = errors.New("no flow is kept any more")
+
+// OpenQueue opens the queue that a process has left which has ended, of which handed are the ends, or one
+// that has nothing. flows are in it: they stay there, and the caller closes these copies of them. wrong says
+// what can't be used. store has the manager keep [Queue.Sockets], and nothing that was among them before.
+func OpenQueue(handed []Socket, store func() error) (q *Queue, flows []*KeptFlow, wrong []error) {
+	q = &Queue{store: store}
+	for _, s := range handed {
+		generation, err := strconv.ParseUint(s.Address, 10, 64)
+		if err != nil {
+			s.File.Close()
+			wrong = append(wrong, err)
+			continue
+		}
+		i := slices.IndexFunc(q.pairs, func(p *queuePair) bool { return p.generation == generation })
+		if i < 0 {
+			i = len(q.pairs)
+			q.pairs = append(q.pairs, &queuePair{generation: generation})
+		}
+		if s.Kind == KindFlowsIn {
+			q.pairs[i].in = s.File
+		} else {
+			q.pairs[i].out = s.File
+		}
+	}
+	q.pairs = slices.DeleteFunc(q.pairs, func(p *queuePair) bool {
+		if isHalf := p.in == nil || p.out == nil; isHalf { // it was about to be made, or to go
+			p.close()
+			return true
+		}
+		return false
+	})
+	slices.SortFunc(q.pairs, func(a, b *queuePair) int { return cmp.Compare(a.generation, b.generation) })
+	seen := map[uint64]bool{}
+	for _, p := range slices.Backward(q.pairs) {
+		some, errs := p.read()
+		wrong = append(wrong, errs...)
+		p.flows = len(some)
+		for _, k := range some {
+			cookie, err := unix.GetsockoptUint64(k.down, unix.SOL_SOCKET, unix.SO_COOKIE)
+			if err != nil || seen[cookie] {
+				k.Close()
+				continue
+			}
+			seen[cookie] = true
+			flows = append(flows, k)
+		}
+	}
+	return q, flows, wrong
+}
+
+// Len is how many flows the newest pair has, those included that have ended since. isWhole: there is no other
+// one that may have others.
+func (q *Queue) Len() (flows int, isWhole bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.pairs) == 0 {
+		return 0, true
+	}
+	return q.pairs[len(q.pairs)-1].flows, len(q.pairs) == 1
+}
+
+// Sockets are copies of all ends. The caller closes them.
+func (q *Queue) Sockets() (all []Socket, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, p := range q.pairs {
+		for kind, f := range map[string]*os.File{KindFlowsIn: p.in, KindFlowsOut: p.out} {
+			own, err := descriptor(f)
+			if err == nil {
+				own, err = unix.FcntlInt(uintptr(own), unix.F_DUPFD_CLOEXEC, 0)
+			}
+			if err != nil {
+				Close(all)
+				return nil, os.NewSyscallError("fcntl", err)
+			}
+			all = append(all, Socket{Kind: kind, Address: strconv.FormatUint(p.generation, 10), File: os.NewFile(uintptr(own), kind)})
+		}
+	}
+	return all, nil
+}
+
+// Put puts flows in, and closes them. It returns how many of the first are kept: an error says why others are
+// not. Of Put and Renew one call may be under way.
+func (q *Queue) Put(flows iter.Seq[*KeptFlow]) (kept int, err error) {
+	q.mu.Lock()
+	isClosed, isNew := q.isClosed, len(q.pairs) == 0
+	q.mu.Unlock()
+	if isNew && !isClosed {
+		_, err = q.begin()
+	}
+	q.mu.Lock()
+	var p *queuePair
+	if len(q.pairs) > 0 {
+		p = q.pairs[len(q.pairs)-1]
+	}
+	q.mu.Unlock()
+	if p == nil {
+		err = cmp.Or(err, errQueueClosed)
+	}
+	return q.put(p, flows, err)
+}
+
+// Renew puts flows, which are all that live, into another pair, and gives up those before it. With an error
+// these stay, and so does what is kept.
+func (q *Queue) Renew(flows iter.Seq[*KeptFlow]) (kept int, err error) {
+	p, err := q.begin()
+	kept, err = q.put(p, flows, err)
+	q.mu.Lock()
+	old := slices.DeleteFunc(slices.Clone(q.pairs), func(o *queuePair) bool { return o == p })
+	if err != nil {
+		old = slices.DeleteFunc(slices.Clone(q.pairs), func(o *queuePair) bool { return o != p })
+	}
+	q.pairs = slices.DeleteFunc(q.pairs, func(o *queuePair) bool { return slices.Contains(old, o) })
+	q.mu.Unlock()
+	for _, o := range old {
+		o.drain()
+		o.close()
+	}
+	return kept, errors.Join(err, q.store())
+}
+
+// begin has another pair, and the manager keep it.
+func (q *Queue) begin() (*queuePair, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socketpair", err)
+	}
+	p := &queuePair{generation: 1, in: os.NewFile(uintptr(fds[0]), KindFlowsIn), out: os.NewFile(uintptr(fds[1]), KindFlowsOut)}
+	if unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, mostQueued) != nil {
+		unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, mostQueued) // as far as the kernel lets it
+	}
+	q.mu.Lock()
+	if n := len(q.pairs); n > 0 {
+		p.generation = q.pairs[n-1].generation + 1
+	}
+	isClosed := q.isClosed
+	if !isClosed {
+		q.pairs = append(q.pairs, p)
+	}
+	q.mu.Unlock()
+	if isClosed {
+		p.close()
+		return nil, errQueueClosed
+	}
+	if err := q.store(); err != nil {
+		q.mu.Lock()
+		q.pairs = slices.DeleteFunc(q.pairs, func(o *queuePair) bool { return o == p })
+		q.mu.Unlock()
+		p.close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// put puts flows into p unless there is an error already, and closes them.
+func (q *Queue) put(p *queuePair, flows iter.Seq[*KeptFlow], before error) (kept int, err error) {
+	err = before
+	var some []*KeptFlow
+	send := func() {
+		if err == nil && len(some) > 0 {
+			var n int
+			n, err = p.send(some)
+			kept += n
+		}
+		for _, k := range some {
+			k.Close()
+		}
+		some = some[:0]
+	}
+	for k := range flows {
+		if some = append(some, k); len(some) == mostTogether {
+			send()
+		}
+		if err != nil {
+			break
+		}
+	}
+	send()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if p != nil {
+		p.flows += kept
+	}
+	return kept, err
+}
+
+// send sends flows, as many in a message as fit.
+func (p *queuePair) send(flows []*KeptFlow) (sent int, err error) {
+	for len(flows) > 0 {
+		n := len(flows)
+		var b []byte
+		var fds []int
+		for ; ; n = (n + 1) / 2 {
+			m := Message{Version: Version, Step: keptStep}
+			fds = fds[:0]
+			for i, k := range flows[:n] {
+				k.Flow.Number, k.Flow.Version = uint64(i+1), max(k.Flow.Version, FlowVersion)
+				m.Flows = append(m.Flows, k.Flow)
+				m.Sockets = append(m.Sockets, Socket{Kind: KindDown, Flow: k.Flow.Number}, Socket{Kind: KindUp, Flow: k.Flow.Number})
+				fds = append(fds, k.down, k.up)
+			}
+			if b, err = json.Marshal(m); err != nil {
+				return sent, err
+			}
+			if len(b) <= mostBytes {
+				break
+			} else if n == 1 {
+				return sent, fmt.Errorf("the record of a flow is too large: %d bytes", len(b))
+			}
+		}
+		fd, err := descriptor(p.in)
+		if err == nil {
+			err = os.NewSyscallError("sendmsg", unix.Sendmsg(fd, b, unix.UnixRights(fds...), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL))
+		}
+		if err != nil {
+			return sent, err
+		}
+		sent += n
+		flows = flows[n:]
+	}
+	return sent, nil
+}
+
+// read gives copies of all that is in flight.
+func (p *queuePair) read() (flows []*KeptFlow, wrong []error) {
+	fd, err := descriptor(p.out)
+	if err == nil {
+		// Each look at a message is at the next one, from the first.
+		err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, 0))
+	}
+	for err == nil {
+		var some []*KeptFlow
+		var isOver bool
+		if some, isOver, err = receiveKept(fd, unix.MSG_PEEK); isOver {
+			return flows, wrong
+		}
+		flows = append(flows, some...)
+		if _, isSystem := errors.AsType[*os.SyscallError](err); err != nil && !isSystem { // but the next may be well
+			wrong, err = append(wrong, err), nil
+		}
+	}
+	return flows, append(wrong, err)
+}
+
+// drain closes all that is in flight, whoever has the ends.
+func (p *queuePair) drain() {
+	fd, err := descriptor(p.out)
+	for isOver := err != nil; !isOver; {
+		var some []*KeptFlow
+		some, isOver, err = receiveKept(fd, 0)
+		for _, k := range some {
+			k.Close()
+		}
+		if _, isSystem := errors.AsType[*os.SyscallError](err); isSystem {
+			return
+		}
+	}
+}
+
+// receiveKept gives the flows of the next message. isOver: there is none.
+func receiveKept(fd, flags int) (flows []*KeptFlow, isOver bool, err error) {
+	b, oob := make([]byte, mostBytes+1), make([]byte, unix.CmsgSpace(4*253))
+	n, oobn, got, _, err := unix.Recvmsg(fd, b, oob, flags|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+	switch {
+	case err == unix.EINTR:
+		return nil, false, nil
+	case err == unix.EAGAIN || err == nil && n == 0:
+		return nil, true, nil
+	case err != nil:
+		return nil, false, os.NewSyscallError("recvmsg", err)
+	}
+	fds, err := receivedFDs(oob[:oobn])
+	var m *Message
+	if err == nil && (n > mostBytes || got&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0) {
+		err = errors.New("no message: not all of it could be received")
+	}
+	if err == nil {
+		m, err = Parse(b[:n], len(fds))
+	}
+	if err == nil && m.Step != keptStep {
+		err = fmt.Errorf("message %q is none of flows that are kept", m.Step)
+	}
+	if err != nil {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return nil, false, err
+	}
+	of := map[uint64]*KeptFlow{}
+	for _, f := range m.Flows {
+		of[f.Number] = &KeptFlow{Flow: f, down: -1, up: -1}
+		flows = append(flows, of[f.Number])
+	}
+	for i, s := range m.Sockets {
+		switch k := of[s.Flow]; {
+		case k != nil && s.Kind == KindDown:
+			k.down = fds[i]
+		case k != nil && s.Kind == KindUp:
+			k.up = fds[i]
+		default:
+			unix.Close(fds[i])
+		}
+	}
+	return flows, false, nil
+}
+
+func (p *queuePair) close() {
+	for _, f := range []*os.File{p.in, p.out} {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// Close gives up all flows: none is kept any more, also where the manager still has the ends. It does not
+// tell the manager.
+func (q *Queue) Close() {
+	q.mu.Lock()
+	pairs := q.pairs
+	q.pairs, q.isClosed = nil, true
+	q.mu.Unlock()
+	for _, p := range pairs {
+		p.drain()
+		p.close()
+	}
+}

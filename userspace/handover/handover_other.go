@@ -141,8 +141,8 @@ func (*KeptFlow) Close() {}
 // Recall is for Linux.
 type Recall func(down, up int) (downRest, upRest []byte, err error)
 
-// ErrOver and ErrLostBytes are for Linux.
-var ErrOver, ErrLostBytes = errLinux, errLinux
+// What follows is for Linux.
+var ErrOver, ErrLostBytes, ErrQueueClosed = errLinux, errLinux, errLinux
 
 // Take fails.
 func (*KeptFlow) Take(Recall) (*Flow, error) { return nil, errLinux }

@@ -46,7 +46,8 @@ const (
 	mostTogether = 16
 )
 
-var errQueueClosed = errors.New("no flow is kept any more")
+// ErrQueueClosed is the error of a [Queue] that is closed.
+var ErrQueueClosed = errors.New("no flow is kept any more")
 
 // OpenQueue opens the queue that a process has left which has ended, of which handed are the ends, or one
 // that has nothing. flows are in it: they stay there, and the caller closes these copies of them. wrong says
@@ -144,7 +145,7 @@ func (q *Queue) Put(flows iter.Seq[*KeptFlow]) (kept int, err error) {
 	}
 	q.mu.Unlock()
 	if p == nil {
-		err = cmp.Or(err, errQueueClosed)
+		err = cmp.Or(err, ErrQueueClosed)
 	}
 	return q.put(p, flows, err)
 }
@@ -189,7 +190,7 @@ func (q *Queue) begin() (*queuePair, error) {
 	q.mu.Unlock()
 	if isClosed {
 		p.close()
-		return nil, errQueueClosed
+		return nil, ErrQueueClosed
 	}
 	if err := q.store(); err != nil {
 		q.mu.Lock()

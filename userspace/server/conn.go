@@ -38,6 +38,7 @@ type conn struct {
 	closeOnce    sync.Once
 	isArriving   atomic.Bool   // it is to be served requests, and the HTTP server has not got it yet
 	afterHeader  time.Duration // from accept to the end of the PROXY header: then its hello's time begins
+	headerBytes  int64         // of the PROXY header, which is none of the flow's; negative: not known
 	isAttributed bool          // with accept_proxy: it counts as its source's
 	isIdentified bool          // with accept_proxy: what the peer says has been judged
 }
@@ -171,6 +172,12 @@ func (in *stream) identify() error {
 	if err != nil {
 		return err
 	}
+	in.headerBytes = -1
+	tcpsock.Control(in.TCPConn, func(fd int) {
+		if p, err := tcpsock.PositionOf(fd); err == nil {
+			in.headerBytes = int64(p.Read) - int64(len(rest))
+		}
+	})
 	return in.hear(h)
 }
 

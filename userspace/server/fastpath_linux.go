@@ -219,6 +219,7 @@ func (x *fastPath) takeHeader(b []byte, ended error, full bool) []byte {
 	x.in.lease.Keep()
 	x.forgetPartial()
 	if err == nil {
+		x.in.headerBytes = int64(n)
 		err = x.in.hear(h)
 	}
 	switch {

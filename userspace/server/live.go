@@ -33,6 +33,12 @@ type spliced struct {
 	stays     atomic.Bool                // it could not leave when it was asked last, which took its time
 	notTaken  atomic.Pointer[notTaken]   // it was on its way, and came back; nil: never
 	unknown   map[string]json.RawMessage // of its record, what this program does not know
+
+	balance    *handover.Balance // of what is kept of it; nil: it can't be kept
+	isKept     atomic.Bool       // for the process after a crash
+	cannotKeep atomic.Bool
+	isGone     atomic.Bool // it is removed
+	tries      int         // to keep it; for KeepFlows
 }
 
 // terms are how a flow is relayed: as its route had it when it began, wherever it is.
@@ -44,12 +50,15 @@ type terms struct {
 	container   string // that [containerOf] names, or ""
 }
 
-// splice registers the flow of in which fl describes, but for how it is counted and ended.
-func (srv *Server) splice(in *conn, fl flow.Flow, t terms) *spliced {
-	s := &spliced{flow: fl, in: in, terms: t, endUse: srv.wakes.begin(t.container)}
+// splice registers the flow of in which fl describes, but for how it is counted and ended. balance is nil where
+// the flow can't be kept, and isKept where it is.
+func (srv *Server) splice(in *conn, fl flow.Flow, t terms, balance *handover.Balance, isKept bool) *spliced {
+	s := &spliced{flow: fl, in: in, terms: t, endUse: srv.wakes.begin(t.container), balance: balance}
+	s.isKept.Store(isKept)
 	s.flow.Bytes, s.flow.Held, s.flow.Datapath, s.flow.Killer = s.bytes, s.Held, s.Datapath, s
 	s.flow.Account = srv.flows.Account(fl.Listener, fl.Route)
 	srv.flows.Add(&s.flow)
+	srv.keeping.wake()
 	return s
 }
 
@@ -61,7 +70,11 @@ func (s *spliced) bytes() (up, down int64) {
 
 // remove forgets s, which has ended or goes on elsewhere.
 func (s *spliced) remove() {
+	s.isGone.Store(true)
 	s.in.server.flows.Remove(&s.flow)
+	if s.isKept.Load() {
+		s.in.server.keeping.ended()
+	}
 	if s.endUse != nil {
 		s.endUse()
 	}
@@ -288,13 +301,19 @@ func (srv *Server) resume(s *spliced, p *relay.Parcel) {
 
 // record is s, which has left as p, for another process.
 func (s *spliced) record(p *relay.Parcel) *handover.Flow {
+	r := s.describe()
+	r.BytesUp, r.BytesDown, r.IdleSince = p.UpBytes, p.DownBytes, p.IdleSince
+	r.Down, r.Up = handover.Side(p.Down), handover.Side(p.Up)
+	return r
+}
+
+// describe is a record of s, but for what moves.
+func (s *spliced) describe() *handover.Flow {
 	fl := &s.flow
 	r := &handover.Flow{ID: fl.ID, Listener: fl.Listener, Route: fl.Route, Name: fl.Name, Client: fl.Client,
-		Downstream: fl.Downstream, Upstream: fl.Upstream, Target: fl.Target, Started: fl.Started,
-		BytesUp: p.UpBytes, BytesDown: p.DownBytes, IdleSince: p.IdleSince, Shared: fl.Shared,
+		Downstream: fl.Downstream, Upstream: fl.Upstream, Target: fl.Target, Started: fl.Started, Shared: fl.Shared,
 		Transparent: s.terms.transparent, Datapath: s.terms.datapath, Buffer: s.terms.buffer,
-		IdleTimeout: s.terms.idle.Milliseconds(), Container: s.terms.container,
-		Down: handover.Side(p.Down), Up: handover.Side(p.Up)}
+		IdleTimeout: s.terms.idle.Milliseconds(), Container: s.terms.container}
 	if src := s.in.lease.Source(); src.IsValid() {
 		r.Source = src.Addr().String()
 	}
@@ -331,7 +350,8 @@ func (srv *Server) AdoptFlow(r *handover.Flow) (begin, forget func(), err error)
 	s := srv.splice(in, flow.Flow{ID: r.ID, Listener: r.Listener, Route: r.Route, Name: r.Name, Client: r.Client,
 		Shared: r.Shared, Downstream: r.Downstream, Upstream: r.Upstream, Target: r.Target, Started: r.Started,
 		BeforeUp: r.BytesUp, BeforeDown: r.BytesDown},
-		terms{r.Buffer, time.Duration(r.IdleTimeout) * time.Millisecond, r.Datapath, r.Transparent, r.Container})
+		terms{r.Buffer, time.Duration(r.IdleTimeout) * time.Millisecond, r.Datapath, r.Transparent, r.Container},
+		balanceOf(r), r.Kept != nil)
 	s.isLeaving.Store(true) // until it has come
 	s.unknown = r.Unknown()
 	drop := func() {

@@ -26,6 +26,7 @@
 //	trust.go           whom the configuration and tailscaled say that is
 //	splice.go          sni and tcp: hello, route, dial, relay, log
 //	live.go            sni and tcp: flows while they live, which go to another process and come from one
+//	keep.go            sni and tcp: flows are kept for the process after a crash
 //	targets.go         sni and tcp: from one of several targets to the next
 //	hold.go            connections and requests wait for a target that will be back
 //	wake.go            containers and machines are woken for those who wait, and containers stopped
@@ -146,6 +147,7 @@ type Server struct {
 	conns  sync.WaitGroup // every connection that was accepted, or adopted
 
 	adoption adoption
+	keeping  keeping
 
 	memory        atomic.Int64                           // the budget in bytes; 0: none
 	greedySources atomic.Pointer[map[netip.Prefix]int64] // sources that open no connections while memory is short, and what they hold
@@ -219,7 +221,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 		present: present{listeners: map[string]*listener{}, sockets: map[string]*listenerSocket{}, missing: map[string]string{},
 			isHeld: opts.Held, wereOpen: map[string]bool{}, healthSockets: map[string]*net.TCPListener{}},
 		limited: &rateLimited{log: opts.Log, last: map[string]*lines{}}, addressesMoved: make(wakeup, 1), memoryWake: make(wakeup, 1),
-		labelsMoved: make(wakeup, 1), looking: make(chan struct{}, 1)}
+		labelsMoved: make(wakeup, 1), looking: make(chan struct{}, 1), keeping: keeping{woken: make(wakeup, 1)}}
 	srv.ctx, srv.cancel = context.WithCancel(context.Background())
 	srv.metrics = metrics.New(opts.Version, srv.state)
 	srv.targets.Most, srv.targets.Took = metrics.MostNames, srv.metrics.DialTime.Observe

@@ -86,7 +86,8 @@ func (srv *Server) begin(in *conn, r *plan.Rule, hello *sni.Hello, upstream stri
 	s := srv.splice(in, flow.Flow{ID: in.id, Listener: in.listener.name, Route: r.Name, Name: in.name,
 		Client: in.client.String(), Shared: in.shared(), Downstream: in.peer.String(), Upstream: upstream,
 		Target: r.Written, Started: in.accepted},
-		terms{in.service.Limits.FlowBuffer, in.service.Limits.IdleTimeout, r.Datapath, r.Transparent, containerOf(r)})
+		terms{in.service.Limits.FlowBuffer, in.service.Limits.IdleTimeout, r.Datapath, r.Transparent, containerOf(r)},
+		in.beginning(preface), false)
 	in.asker, in.header = nil, nil // the flow may last
 	o := srv.relayOptions(s)
 	o.Preface = preface

@@ -1,0 +1,266 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/userspace/handover"
+	"github.com/tailsplice/tailsplice/userspace/proxyheader"
+	"github.com/tailsplice/tailsplice/userspace/relay"
+)
+
+// kept is a queue of flows, and copies of its ends, as the service manager has them.
+type kept struct {
+	t *testing.T
+	q *handover.Queue
+
+	mu sync.Mutex
+	// +checklocks:mu
+	has []handover.Socket
+	// +checklocks:mu
+	stored int // how often it was given some
+}
+
+// keep has the flows of d kept until the end of the test.
+func keep(t *testing.T, d *daemon) *kept {
+	m := &kept{t: t}
+	m.q, _, _ = handover.OpenQueue(nil, m.store)
+	ctx, cancel := context.WithCancel(t.Context())
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		d.KeepFlows(ctx, m.q, func() bool { return true })
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-over
+		m.q.Close()
+		handover.Close(m.copies())
+	})
+	return m
+}
+
+func (m *kept) store() error {
+	all, err := m.q.Sockets()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	handover.Close(m.has)
+	m.has = all
+	m.stored++
+	return err
+}
+
+func (m *kept) copies() (all []handover.Socket) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.has {
+		fd, err := unix.FcntlInt(s.File.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			m.t.Error(err)
+		}
+		s.File = os.NewFile(uintptr(fd), "copy")
+		all = append(all, s)
+	}
+	return all
+}
+
+// next are the flows that a process after a crash would find. The caller closes them.
+func (m *kept) next() []*handover.KeptFlow {
+	m.t.Helper()
+	_, flows, wrong := handover.OpenQueue(m.copies(), nil)
+	if len(wrong) > 0 {
+		m.t.Error(wrong)
+	}
+	return flows
+}
+
+// TestKeepFlows: what is kept of flows says rightly that nothing of them was lost, whatever came before their bytes,
+// and whichever way they came.
+func TestKeepFlows(t *testing.T) {
+	plain := backend(t, echo)
+	behindHeader := backend(t, func(c net.Conn) {
+		defer c.Close()
+		_, rest, err := proxyheader.Read(c, nil, 4096, time.Minute)
+		if err == nil {
+			c.Write(rest)
+			io.Copy(c, c)
+		}
+	})
+	inner, innerSlow, outer := freeAddr(t), freeAddr(t), freeAddr(t)
+	addr := map[string]string{"plain": freeAddr(t), "slow": freeAddr(t), "sni": freeAddr(t), "sni slow": freeAddr(t), "to header": outer}
+	d := start(t, fmt.Sprintf(`
+limits: { connections_per_source: 100 }
+listeners:
+  - { name: plain, listen: [%q], mode: tcp, default: { forward: %q } }
+  - { name: slow, listen: [%q], mode: tcp, default: { forward: %q } }
+  - { name: sni, listen: [%q], mode: sni, default: { forward: %q } }
+  - { name: sni slow, listen: [%q], mode: sni, default: { forward: %q } }
+  - { name: outer, listen: [%q], mode: tcp, default: { forward: %q, send_proxy: v2 } }
+  - { name: inner, listen: [%q], mode: tcp, accept_proxy: { from: [127.0.0.1] }, default: { forward: %q, send_proxy: v2 } }
+  - { name: inner slow, listen: [%q], mode: tcp, accept_proxy: { from: [127.0.0.1] }, default: { forward: %q, send_proxy: v2 } }
+`, addr["plain"], plain, addr["slow"], byName(plain), addr["sni"], plain, addr["sni slow"], byName(plain),
+		outer, inner, inner, byName(innerSlow), innerSlow, behindHeader))
+	m := keep(t, d)
+	const more = 5000
+	hello := helloFor(t, "example.com")
+	want := map[string]int64{}
+	for name, a := range addr {
+		c := dialTCP(t, a)
+		n := int64(more)
+		if name == "sni" || name == "sni slow" {
+			n += int64(len(hello))
+			c.Write(hello)
+			if _, err := io.ReadFull(c, make([]byte, len(hello))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		exchangeBytes(t, c, more)
+		if name == "to header" {
+			want["outer"], want["inner"], want["inner slow"] = n, n, n
+		} else {
+			want[name] = n
+		}
+	}
+	eventually(t, "all are kept", func() bool { n, _ := m.q.Len(); return n == len(want) })
+	for range 2 { // and what was kept is so still
+		for _, k := range m.next() {
+			f, err := k.Take(nil)
+			name := k.Flow.Listener
+			if err != nil {
+				t.Fatalf("%s: %v: %+v", name, err, *k.Flow.Kept)
+			}
+			if f.BytesUp != want[name] || f.BytesDown != want[name] {
+				t.Errorf("%s: it has moved %d and %d, want %d", name, f.BytesUp, f.BytesDown, want[name])
+			}
+			f.Close()
+		}
+	}
+}
+
+// TestKeptFlowsEnd: what is kept follows the flows that live, and costs no more than they do.
+func TestKeptFlowsEnd(t *testing.T) {
+	addr := freeAddr(t)
+	d := start(t, fmt.Sprintf(`
+limits: { connections_per_source: 1000 }
+listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
+	m := keep(t, d)
+	const flows = 4 * mostEndedKept
+	var all []*net.TCPConn
+	for range flows {
+		c := dialTCP(t, addr)
+		exchangeBytes(t, c, 10)
+		all = append(all, c)
+	}
+	eventually(t, "all are kept", func() bool { n, _ := m.q.Len(); return n == flows })
+	if m.stored != 1 {
+		t.Errorf("the manager was given something %d times", m.stored)
+	}
+	for i, c := range all[flows/4:] {
+		switch i % 3 {
+		case 0: // by EOF
+			c.CloseWrite()
+			if _, err := io.Copy(io.Discard, c); err != nil {
+				t.Error(err)
+			}
+		case 1:
+			c.SetLinger(0)
+		}
+		c.Close()
+	}
+	eventually(t, "the ended ones are gone", func() bool { n, isWhole := m.q.Len(); return n == flows/4 && isWhole })
+	for _, k := range m.next() {
+		f, err := k.Take(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+	eventually(t, "there is no look any more", func() bool { return !d.keeping.isAwake.Load() })
+	for _, c := range all[:flows/4] {
+		exchangeBytes(t, c, 10)
+	}
+}
+
+// TestAdoptKept: a flow that was adopted after a crash is kept still, and one that another process has given is.
+func TestAdoptKept(t *testing.T) {
+	addr := freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
+	m := keep(t, d)
+	c := dialTCP(t, addr)
+	exchangeBytes(t, c, 1000)
+	eventually(t, "it is kept", func() bool { n, _ := m.q.Len(); return n == 1 })
+	flows := m.next()
+	// The other one is dead, as far as this flow goes.
+	for _, fl := range d.Flows().Live() {
+		s := fl.Killer.(*spliced)
+		left := make(chan error)
+		s.isLeaving.Store(true)
+		s.Leave(t.Context(), func(p *relay.Parcel, err error) {
+			if err == nil {
+				p.Down.Conn.Close()
+				p.Up.Conn.Close()
+			}
+			left <- err
+		})
+		if err := <-left; err != nil {
+			t.Fatal(err)
+		}
+	}
+	next := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, freeAddr(t), addr))
+	f, err := flows[0].Take(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin, _, err := next.AdoptFlow(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin()
+	exchangeBytes(t, c, 1000)
+	s := next.Flows().Live()[0].Killer.(*spliced)
+	if !s.isKept.Load() || *s.balance != *f.Kept {
+		t.Errorf("it is kept: %v, with %+v, was %+v", s.isKept.Load(), s.balance, f.Kept)
+	}
+	if up, down := s.bytes(); up != 2000 || down != 2000 {
+		t.Errorf("it has moved %d and %d", up, down)
+	}
+	flows = m.next()
+	if f, err = flows[0].Take(nil); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	s.isKept.Store(false) // as of a flow that another process has given
+	other := keep(t, next)
+	eventually(t, "it is kept there", func() bool { n, _ := other.q.Len(); return n == 1 })
+	if f, err = other.next()[0].Take(nil); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+}
+
+// TestKeepsWhatItCan: where the manager fails that is said once, and nothing else is hurt.
+func TestKeepsWhatItCan(t *testing.T) {
+	addr := freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
+	q, _, _ := handover.OpenQueue(nil, func() error { return errors.New("no manager") })
+	for range 3 {
+		c := dialTCP(t, addr)
+		exchangeBytes(t, c, 10)
+	}
+	time.Sleep(keepAfter)
+	for range 3 {
+		d.keepNow(q, true)
+	}
+	if n := d.log.Count("not all flows are kept"); n != 1 {
+		t.Errorf("it is said %d times", n)
+	}
+}

@@ -5,7 +5,6 @@ import (
 	"net"
 	"os"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -96,21 +95,16 @@ func (k *KeptFlow) isOver() error {
 func (k *KeptFlow) end() error {
 	for _, fd := range []int{k.down, k.up} {
 		if p, err := tcpsock.PositionOf(fd); err == nil && !(p.IsEnded && p.IsShut) {
-			reset(fd)
+			tcpsock.Abort(fd)
 		}
 	}
 	return ErrOver
 }
 
+// reset resets both connections, of which the queue has descriptors still.
 func (k *KeptFlow) reset() {
-	reset(k.down)
-	reset(k.up)
-}
-
-// reset resets a connection of which there are other descriptors.
-func reset(fd int) {
-	var unspecified unix.RawSockaddr
-	unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&unspecified)), unix.SizeofSockaddrInet4)
+	tcpsock.Abort(k.down)
+	tcpsock.Abort(k.up)
 }
 
 // connOf makes a connection of a copy of fd.

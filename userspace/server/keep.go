@@ -122,7 +122,12 @@ func (srv *Server) keepNow(q flowKeeper, mayRenew bool) (again bool) {
 		queued, kept = queued+n, append(kept, sent.all[:n]...)
 		k.say(srv, err)
 	}
-	k.room.Store(int64(max(mostEndedKept, len(kept)) - (queued - len(kept))))
+	k.room.Store(int64(max(mostEndedKept, queued/2) - (queued - len(kept))))
+	for _, s := range kept {
+		if s.isGone.Load() && k.room.Add(-1) < 0 { // it may not have known that it was kept
+			return true
+		}
+	}
 	return again
 }
 

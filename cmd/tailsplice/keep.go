@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -19,6 +21,10 @@ import (
 type keeper struct {
 	store *handover.Store
 	moved chan struct{} // gets a value when what is bound has changed
+
+	flows      *handover.Queue    // that live
+	isAdopting atomic.Bool        // flows of the process before this one are to go on
+	endFlows   context.CancelFunc // has no more flows kept; guarded by mu
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -36,7 +42,8 @@ type taker interface {
 // what a process left that has ended.
 func (d *process) openStore(old *handover.Predecessor) (from taker, state json.RawMessage) {
 	store, wrong := handover.OpenStore()
-	d.keeper = keeper{store: store, moved: make(chan struct{}, 1)}
+	d.keeper = keeper{store: store, moved: make(chan struct{}, 1), endFlows: func() {}}
+	d.keeper.flows = handover.OpenQueue(store.Take(handover.IsOfFlows), d.keepFlows)
 	for _, err := range wrong {
 		d.log.Warn("something that an ended process has left is not used", "err", err)
 	}
@@ -62,6 +69,11 @@ func (k *keeper) wake() {
 func (d *process) beMain(ctx context.Context) {
 	d.keeper.mu.Lock()
 	d.keeper.isMain = !d.keeper.isOver
+	if d.keeper.isMain && d.keeper.store.Keeps() {
+		var flows context.Context
+		flows, d.keeper.endFlows = context.WithCancel(ctx)
+		go d.server.KeepFlows(flows, d.keeper.flows, func() bool { return !d.keeper.isAdopting.Load() })
+	}
 	d.keeper.mu.Unlock()
 	d.keep()
 	go func() {
@@ -85,32 +97,45 @@ func (d *process) beMain(ctx context.Context) {
 func (d *process) keep() {
 	d.keeper.mu.Lock()
 	defer d.keeper.mu.Unlock()
-	d.keepAll(nil)
+	_ = d.keepAll(nil) // which says so
+}
+
+// keepFlows has the ends of the queue of flows kept, as they are now.
+func (d *process) keepFlows() error {
+	d.keeper.mu.Lock()
+	defer d.keeper.mu.Unlock()
+	if !d.keeper.isMain {
+		return handover.ErrQueueClosed
+	}
+	return d.keepAll(nil)
 }
 
 // endKeeping is for a process that ends as it was told to. Connections that come until the next process is
-// there wait for it. What an operator has said ends with this one, and so does the control socket, whose file
-// is removed.
+// there wait for it. What an operator has said ends with this one, and so do the control socket, whose file is
+// removed, and the flows.
 func (d *process) endKeeping() {
 	d.keeper.mu.Lock()
 	defer d.keeper.mu.Unlock()
-	d.keepAll(func(s handover.Socket) bool { return s.Kind != handover.KindControl })
+	_ = d.keepAll(func(s handover.Socket) bool { return s.Kind != handover.KindControl && !handover.IsOfFlows(s) })
 	d.keeper.isOver = true
+	d.keeper.endFlows()
+	d.keeper.flows.Close()
 }
 
 // keepAll has all that is bound kept, with the orders of an operator; where only is there, that alone.
 //
 // +checklocks:d.keeper.mu
-func (d *process) keepAll(only func(handover.Socket) bool) {
+func (d *process) keepAll(only func(handover.Socket) bool) error {
 	if !d.keeper.isMain || d.keeper.isOver {
-		return
+		return nil
 	}
 	bound, err := d.server.Bound()
 	control, err2 := d.control.sockets()
-	all := append(bound, control...)
+	flows, err3 := d.keeper.flows.Sockets()
+	all := slices.Concat(bound, control, flows)
 	defer func() { handover.Close(all) }()
 	kept := all
-	orders, err3 := d.server.Orders()
+	orders, err4 := d.server.Orders()
 	if only != nil {
 		kept, orders = nil, nil
 		for _, s := range all {
@@ -119,19 +144,74 @@ func (d *process) keepAll(only func(handover.Socket) bool) {
 			}
 		}
 	}
-	if err = errors.Join(err, err2, err3); err == nil {
+	if err = errors.Join(err, err2, err3, err4); err == nil {
 		err = d.keeper.store.Keep(kept, orders)
 	}
 	if err != nil {
 		d.log.Warn("not all that the next process needs after a crash is kept: connections may be refused then", "err", err)
 	}
+	return err
 }
 
-// leave is called before another process is the main one.
-func (k *keeper) leave() {
+// leave is called before another process is the main one. Flows that go there are kept by that one, and those
+// that stay here no more: two processes must not go on with a flow.
+func (k *keeper) leave() (err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.isMain {
+		err = k.store.Forget(handover.IsOfFlows)
+	}
 	k.isMain, k.isOver = false, true
+	k.endFlows()
+	k.flows.Close()
+	return err
+}
+
+// adopt goes on with the flows that a process has left which has ended. None of them waits for another.
+// recall takes them out of the kernel's hands, and is nil where they can't be there.
+func (d *process) adopt(recall handover.Recall) {
+	defer d.keeper.isAdopting.Store(false)
+	flows, wrong := d.keeper.flows.Flows()
+	for _, err := range wrong {
+		d.log.Warn("something that an ended process has left is not used", "err", err)
+	}
+	if len(flows) == 0 {
+		return
+	}
+	began := time.Now()
+	var goOn, over, lost, failed atomic.Int64
+	var all sync.WaitGroup
+	for _, k := range flows {
+		all.Go(func() {
+			err := d.adoptOne(k, recall)
+			switch {
+			case err == nil:
+				goOn.Add(1)
+			case errors.Is(err, handover.ErrOver):
+				over.Add(1)
+			case errors.Is(err, handover.ErrLostBytes):
+				lost.Add(1)
+			default:
+				failed.Add(1)
+				d.log.Debug("a flow of an ended process does not go on", "id", k.Flow.ID, "err", err)
+			}
+		})
+	}
+	all.Wait()
+	d.log.Info("the process before this one has left flows", "flows", len(flows), "go_on", goOn.Load(), "had_ended", over.Load(),
+		"lost_bytes", lost.Load(), "failed", failed.Load(), "duration", time.Since(began).Seconds())
+}
+
+func (d *process) adoptOne(k *handover.KeptFlow, recall handover.Recall) error {
+	f, err := k.Take(recall)
+	if err != nil {
+		return err
+	}
+	begin, _, err := d.server.AdoptFlow(f)
+	if err == nil {
+		begin()
+	}
+	return err
 }
 
 // watchdogEvery is within what time the manager wants to hear of this process; 0: it does not.

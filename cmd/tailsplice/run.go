@@ -179,6 +179,8 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	} else {
 		d.keeper.store.Discard()
 		f.Accept()
+		d.keeper.isAdopting.Store(true)
+		go d.adopt(nil)
 	}
 	control.serve(ctx, d)
 	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)

@@ -259,7 +259,9 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	if _, err = s.Await(context.Background(), handover.Serving, servingTimeout); err != nil {
 		return failed(s.Kill, err)
 	}
-	d.keeper.leave()
+	if err := d.keeper.leave(); err != nil {
+		d.log.Warn("the service manager was not told which flows are kept no more", "err", err)
+	}
 	daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", s.PID))
 	s.Send(handover.Message{Step: handover.Main})
 	d.control.leave(ready.Taken)

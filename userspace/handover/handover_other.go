@@ -139,7 +139,7 @@ func NewKeptFlow(f *Flow, _, _ int) *KeptFlow { return &KeptFlow{f} }
 func (*KeptFlow) Close() {}
 
 // Recall is for Linux.
-type Recall func(down, up int) (downRest, upRest []byte, err error)
+type Recall func(down, up int, b *Balance) (downRest, upRest []byte, err error)
 
 // What follows is for Linux.
 var ErrOver, ErrLostBytes, ErrQueueClosed = errLinux, errLinux, errLinux
@@ -151,7 +151,10 @@ func (*KeptFlow) Take(Recall) (*Flow, error) { return nil, errLinux }
 type Queue struct{}
 
 // OpenQueue returns one that has nothing.
-func OpenQueue([]Socket, func() error) (*Queue, []*KeptFlow, []error) { return new(Queue), nil, nil }
+func OpenQueue([]Socket, func() error) *Queue { return new(Queue) }
+
+// Flows are none.
+func (*Queue) Flows() ([]*KeptFlow, []error) { return nil, nil }
 
 // Len is 0.
 func (*Queue) Len() (int, bool) { return 0, true }

@@ -39,8 +39,9 @@ var (
 )
 
 // Recall takes both sockets of a flow out of what moves its bytes in the kernel, and returns what was read
-// from them meanwhile and is not yet written to the other one. With an error bytes may be lost.
-type Recall func(down, up int) (downRest, upRest []byte, err error)
+// from them meanwhile and is not yet written to the other one. With an error bytes may be lost. b says what is
+// so when none are.
+type Recall func(down, up int, b *Balance) (downRest, upRest []byte, err error)
 
 // Take makes the flow, which nobody moves any more, one that [Adopt] takes: recall, which may be nil, ends
 // that the kernel does. With an error it does not go on: its connections are closed, or reset.
@@ -53,7 +54,7 @@ func (k *KeptFlow) Take(recall Recall) (*Flow, error) {
 	}
 	var err error
 	if recall != nil {
-		if f.Down.Rest, f.Up.Rest, err = recall(k.down, k.up); err != nil {
+		if f.Down.Rest, f.Up.Rest, err = recall(k.down, k.up, f.Kept); err != nil {
 			k.reset()
 			return nil, errors.Join(ErrLostBytes, err)
 		}

@@ -50,15 +50,15 @@ const (
 var ErrQueueClosed = errors.New("no flow is kept any more")
 
 // OpenQueue opens the queue that a process has left which has ended, of which handed are the ends, or one
-// that has nothing. flows are in it: they stay there, and the caller closes these copies of them. wrong says
-// what can't be used. store has the manager keep [Queue.Sockets], and nothing that was among them before.
-func OpenQueue(handed []Socket, store func() error) (q *Queue, flows []*KeptFlow, wrong []error) {
-	q = &Queue{store: store}
+// that has nothing. store has the manager keep [Queue.Sockets], and nothing that was among them before.
+//
+// +checklocksignore: nobody else has the Queue yet
+func OpenQueue(handed []Socket, store func() error) *Queue {
+	q := &Queue{store: store}
 	for _, s := range handed {
 		generation, err := strconv.ParseUint(s.Address, 10, 64)
-		if err != nil {
+		if err != nil { // it is none of ours
 			s.File.Close()
-			wrong = append(wrong, err)
 			continue
 		}
 		i := slices.IndexFunc(q.pairs, func(p *queuePair) bool { return p.generation == generation })
@@ -80,6 +80,14 @@ func OpenQueue(handed []Socket, store func() error) (q *Queue, flows []*KeptFlow
 		return false
 	})
 	slices.SortFunc(q.pairs, func(a, b *queuePair) int { return cmp.Compare(a.generation, b.generation) })
+	return q
+}
+
+// Flows are those in the queue: they stay there, and the caller closes these copies of them. wrong says what
+// can't be used.
+func (q *Queue) Flows() (flows []*KeptFlow, wrong []error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
 	seen := map[uint64]bool{}
 	for _, p := range slices.Backward(q.pairs) {
 		some, errs := p.read()
@@ -95,7 +103,7 @@ func OpenQueue(handed []Socket, store func() error) (q *Queue, flows []*KeptFlow
 			flows = append(flows, k)
 		}
 	}
-	return q, flows, wrong
+	return flows, wrong
 }
 
 // Len is how many flows the newest pair has, those included that have ended since. isWhole: there is no other

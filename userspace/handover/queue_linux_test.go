@@ -112,7 +112,7 @@ type managed struct {
 
 func newManaged(t *testing.T) *managed {
 	m := &managed{t: t}
-	m.q, _, _ = OpenQueue(nil, m.store)
+	m.q = OpenQueue(nil, m.store)
 	t.Cleanup(func() { m.q.Close(); Close(m.has) })
 	return m
 }
@@ -149,7 +149,8 @@ func (m *managed) copies() (all []Socket) {
 // next are the flows that a process would find now.
 func (m *managed) next() (ids []string) {
 	m.t.Helper()
-	q, flows, wrong := OpenQueue(m.copies(), func() error { return nil })
+	q := OpenQueue(m.copies(), func() error { return nil })
+	flows, wrong := q.Flows()
 	if len(wrong) > 0 {
 		m.t.Errorf("what is kept is wrong: %v", wrong)
 	}
@@ -212,7 +213,8 @@ func TestQueue(t *testing.T) {
 		e.crash()
 	}
 	// The next process has the flows still, though this one is gone.
-	q, flows, wrong := OpenQueue(m.copies(), func() error { return nil })
+	q := OpenQueue(m.copies(), func() error { return nil })
+	flows, wrong := q.Flows()
 	if len(wrong) > 0 || len(flows) != len(all) {
 		t.Fatalf("%d flows, %v", len(flows), wrong)
 	}
@@ -414,7 +416,7 @@ func TestTake(t *testing.T) {
 		"recalled": {do: func(t *testing.T, e *ends) {
 			e.client.Write([]byte(up))
 			io.ReadFull(e.down, make([]byte, 4))
-		}, recall: func(int, int) (down, up []byte, err error) { return []byte("from"), nil, nil },
+		}, recall: func(int, int, *Balance) (down, up []byte, err error) { return []byte("from"), nil, nil },
 			check: func(t *testing.T, f *Flow) {
 				if string(f.Down.Rest) != "from" || f.BytesUp != 0 {
 					t.Errorf("%+v", f)
@@ -423,8 +425,8 @@ func TestTake(t *testing.T) {
 		"recalled in part": {do: func(t *testing.T, e *ends) {
 			e.client.Write([]byte(up))
 			io.ReadFull(e.down, make([]byte, 4))
-		}, recall: func(int, int) (down, up []byte, err error) { return []byte("fro"), nil, nil }, want: ErrLostBytes},
-		"not recalled": {recall: func(int, int) (down, up []byte, err error) { return nil, nil, io.ErrNoProgress }, want: ErrLostBytes},
+		}, recall: func(int, int, *Balance) (down, up []byte, err error) { return []byte("fro"), nil, nil }, want: ErrLostBytes},
+		"not recalled": {recall: func(int, int, *Balance) (down, up []byte, err error) { return nil, nil, io.ErrNoProgress }, want: ErrLostBytes},
 		"the client has reset": {do: func(t *testing.T, e *ends) {
 			e.client.SetLinger(0)
 			e.client.Close()
@@ -440,7 +442,7 @@ func TestTake(t *testing.T) {
 				c.do(t, e)
 			}
 			e.crash()
-			_, flows, wrong := OpenQueue(m.copies(), func() error { return nil })
+			flows, wrong := OpenQueue(m.copies(), nil).Flows()
 			if len(flows) != 1 || len(wrong) > 0 {
 				t.Fatal(flows, wrong)
 			}
@@ -488,7 +490,7 @@ func TestTakeEnded(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	e.crash()
-	_, flows, _ := OpenQueue(m.copies(), func() error { return nil })
+	flows, _ := OpenQueue(m.copies(), nil).Flows()
 	if _, err := flows[0].Take(nil); !errors.Is(err, ErrOver) {
 		t.Fatal(err)
 	}

@@ -105,10 +105,10 @@ const (
 	recallTapShut = 1 << 40                // more bytes than a flow's bound: `ingress_clamp` lets no payload in
 )
 
-var (
-	errPastTCP  = errors.New("bytes of the flow may have gone past TCP")
-	errMismatch = errors.New("bytes were lost with the process that had the flow")
-)
+// errLost is what a recall fails with where bytes were in the hands of the process that died.
+var errLost = errors.New("bytes were lost with the process that had the flow")
+
+var errPastTCP = errors.New("bytes of the flow may have gone past TCP")
 
 // Recall takes the flow between two sockets out of the sockmaps, in an instant: it does not wait for the
 // flow's ends. rest is what was read of downstream, and of upstream, and is to be written to the other one
@@ -230,12 +230,12 @@ func (w *way) isStuck() bool {
 
 // mismatch says what is missing.
 func (r *recall) mismatch() error {
-	err := errMismatch
+	err := errLost
 	for i := range r.ways {
 		w := &r.ways[i]
 		n, perr := w.missing()
 		if perr != nil {
-			return errors.Join(errMismatch, perr)
+			return errors.Join(errLost, perr)
 		}
 		if n != 0 {
 			err = fmt.Errorf("%w; from %s: %d", err, sideName(uint32(i)), n)
@@ -272,16 +272,37 @@ func (w *way) unread() uint64 {
 }
 
 // missing is how many bytes have left the source and are neither at the peer nor in rest.
-//
-// While the socket is in a sockmap, some kernels (since "bpf, sockmap: Fix FIONREAD for sockmap") count only
-// what can be read as unread, and not what is on its way to there: then missing is too large.
 func (w *way) missing() (int64, error) {
 	to, err := tcpsock.PositionOf(int(w.peer))
 	if err != nil {
 		return 0, err
 	}
-	from, err := tcpsock.PositionOf(int(w.source))
-	return int64(w.offset + from.Read - to.Written - uint64(len(w.rest))), err
+	read, err := w.readOf()
+	return int64(w.offset + read - to.Written - uint64(len(w.rest))), err
+}
+
+// readOf is how many bytes have left the source's receive queue. For a socket in a sockmap some kernels (those
+// with "bpf, sockmap: Fix FIONREAD for sockmap", of 2026) count as unread only what was passed and can be read:
+// here it is too large then while passed bytes are on their way to there. Where there is no verdict nothing is
+// passed, and the queue itself is asked.
+func (w *way) readOf() (uint64, error) {
+	for {
+		before, err := w.source.received()
+		if err != nil {
+			return 0, err
+		}
+		p, err := tcpsock.PositionOf(int(w.source))
+		if err != nil || w.hasVerdict {
+			return p.Read, err
+		}
+		n := before - w.source.queued()
+		if p.IsEnded {
+			n--
+		}
+		if after, err := w.source.received(); err != nil || after == before {
+			return n, err
+		}
+	}
 }
 
 // isEmpty reports whether there is nothing that could be read only while the socket is in the sockmap.
@@ -300,7 +321,7 @@ func (w *way) isEmpty() bool {
 // move reads what was passed, and writes it when what was redirected is written.
 func (w *way) move() error {
 	if why := sockmapFault(load32((*uint32)(&w.shared.Fault))); why != sockmapFaultFAULT_NONE {
-		return fmt.Errorf("%w: the verdict had given up: %s", errMismatch, faultName(why))
+		return fmt.Errorf("%w: the verdict had given up: %s", errLost, faultName(why))
 	}
 	if err := w.settle(); err != nil {
 		return err
@@ -334,7 +355,7 @@ func (w *way) settle() error {
 	w.left, w.isSettled = n, n == 0
 	switch {
 	case n < 0:
-		return fmt.Errorf("%w: %d bytes too many", errMismatch, -n)
+		return fmt.Errorf("%w: %d bytes too many", errLost, -n)
 	case n > 0 && !w.since.IsZero() && time.Since(w.since) > recallRoom && !w.hasRoom && !w.peer.writable():
 		w.hasRoom = true
 		w.peer.widen(int(n))

@@ -50,6 +50,17 @@ func (s socket) unread() (uint64, error) {
 	return uint64(n), err
 }
 
+// queued is how many bytes a read would give.
+func (s socket) queued() uint64 {
+	var b [1]byte // TCP does not write to it
+	const most, flags = 64 << 20, unix.MSG_PEEK | unix.MSG_TRUNC | unix.MSG_DONTWAIT
+	n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(s), uintptr(unsafe.Pointer(&b)), most, flags, 0, 0)
+	if errno != 0 {
+		return 0
+	}
+	return uint64(n)
+}
+
 // unacked is how many bytes the send queue holds.
 func (s socket) unacked() (int, error) { return unix.IoctlGetInt(int(s), unix.SIOCOUTQ) }
 

@@ -8,10 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -19,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/loader/loadertest"
@@ -31,14 +33,15 @@ type orphan struct {
 	client, down, up, server *net.TCPConn
 	offsets                  [2]uint64
 	talk                     func(o *orphan) error // runs until the flow has ended, and compares what it brings
+	isDead                   chan struct{}         // closed when the process is
 	stop                     chan struct{}         // closed when the flow may end
 	rounds                   atomic.Int64          // that talk has made
-	recalled                 chan struct{}         // closed when the flow was recalled
+	wasReset                 atomic.Bool           // it could not be recalled
 	result                   chan error
 }
 
 func newOrphan(t *testing.T, talk func(*orphan) error) *orphan {
-	o := &orphan{talk: talk, stop: make(chan struct{}), recalled: make(chan struct{}), result: make(chan error, 1)}
+	o := &orphan{talk: talk, stop: make(chan struct{}), isDead: make(chan struct{}), result: make(chan error, 1)}
 	o.client, o.down = loadertest.Connect(t, "tcp4")
 	o.up, o.server = loadertest.Connect(t, "tcp4")
 	t.Cleanup(func() { o.client.Close(); o.down.Close(); o.up.Close(); o.server.Close() })
@@ -117,7 +120,8 @@ func TestOrphansOf(t *testing.T) {
 	select {}
 }
 
-// recallAll recalls the flows as the next process does, all at once, and gives how many could not be.
+// recallAll recalls the flows as the next daemon does, all at once. It splices half of them again, and copies
+// the others by hand.
 func recallAll(t *testing.T, at string, all []*orphan) (failed int) {
 	t.Helper()
 	orphans, err := OpenOrphans(at, loadertest.LogTo(t))
@@ -125,41 +129,114 @@ func recallAll(t *testing.T, at string, all []*orphan) (failed int) {
 	if orphans == nil {
 		t.Fatal("there are no orphans")
 	}
-	loadertest.Must(t, RemoveDead(at, slog.New(slog.DiscardHandler))) // as the next daemon does
+	hands := make([]int, len(all))
+	for i, o := range all {
+		hands[i] = o.inHands(t, at)
+	}
+	next, err := load(Options{BPFFS: at, MaxFlows: len(all)}, nil)
+	loadertest.Must(t, err)
+	t.Cleanup(func() { loadertest.Must(t, next.Close()) })
 	ctx, cancel := context.WithTimeout(context.Background(), loadertest.Patience)
 	defer cancel()
 	var wait sync.WaitGroup
-	var n atomic.Int32
-	var most atomic.Int64
+	var n, spliced atomic.Int32
+	took := make([]time.Duration, len(all))
 	for i, o := range all {
 		wait.Go(func() {
-			fds := [2]int{}
-			tcpsock.Control(o.down, func(fd int) { fds[0] = fd })
-			tcpsock.Control(o.up, func(fd int) { fds[1] = fd })
+			fds := [2]int{fdOf(o.down), fdOf(o.up)}
 			start := time.Now()
 			downRest, upRest, err := orphans.Recall(ctx, fds[0], fds[1], o.offsets)
-			if took := int64(time.Since(start)); took > most.Load() {
-				most.Store(took)
-			}
+			took[i] = time.Since(start)
 			if err != nil {
 				n.Add(1)
-				t.Logf("flow %d: %v", i, err)
+				if t.Logf("flow %d: %v", i, err); hands[i] <= 0 {
+					t.Errorf("flow %d could not be recalled, and nothing was in the hands of the process that died", i)
+				}
+				o.wasReset.Store(true)
 				tcpsock.ResetConn(o.down)
 				tcpsock.ResetConn(o.up)
-				o.result <- nil // its talk has failed, rightly
 				return
 			}
 			if len(downRest)+len(upRest) > 0 {
 				t.Logf("flow %d brings %d and %d bytes along", i, len(downRest), len(upRest))
+			} else if i%2 == 0 && o.spliceBy(next) == nil {
+				spliced.Add(1)
+				return
 			}
-			close(o.recalled)
 			o.copyByHand(downRest, upRest)
 		})
 	}
 	wait.Wait()
-	t.Logf("%d recalled, %d not; the longest took %v", len(all)-int(n.Load()), n.Load(), time.Duration(most.Load()))
+	t.Logf("%d recalled, of which %d are spliced again; %d not; the longest took %v",
+		len(all)-int(n.Load()), spliced.Load(), n.Load(), slices.Max(took))
 	loadertest.Must(t, orphans.Close())
 	return int(n.Load())
+}
+
+func fdOf(c *net.TCPConn) (fd int) {
+	tcpsock.Control(c, func(own int) { fd = own })
+	return fd
+}
+
+// inHands is how many bytes the dead process had read and not said to be written: they were passed, and can't
+// be read.
+func (o *orphan) inHands(t *testing.T, at string) (n int) {
+	t.Helper()
+	dir := filepath.Join(at, "tailsplice", "default", "current")
+	places, err := ebpf.LoadPinnedMap(filepath.Join(dir, "places"), nil)
+	loadertest.Must(t, err)
+	defer places.Close()
+	halves, err := ebpf.LoadPinnedMap(filepath.Join(dir, "halves"), nil)
+	loadertest.Must(t, err)
+	defer halves.Close()
+	for _, c := range []*net.TCPConn{o.down, o.up} {
+		cookie, err := unix.GetsockoptUint64(fdOf(c), unix.SOL_SOCKET, unix.SO_COOKIE)
+		loadertest.Must(t, err)
+		var place struct {
+			Flow      uint64
+			Half, Pad uint32
+		}
+		loadertest.Must(t, places.Lookup(cookie, &place))
+		passed := func() uint64 {
+			var half struct {
+				Source, Redirected, Passed, Consumed uint64
+				Rest                                 [32]byte
+			}
+			loadertest.Must(t, halves.Lookup(place.Half, &half))
+			return half.Passed - half.Consumed
+		}
+		for before, unread := passed(), 0; ; {
+			unread, err = unix.IoctlGetInt(fdOf(c), unix.SIOCINQ)
+			loadertest.Must(t, err)
+			now := passed()
+			if now == before {
+				n += int(now) - unread
+				break
+			}
+			before = now
+		}
+	}
+	return n
+}
+
+func (o *orphan) spliceBy(l *Loader) error {
+	var fds [2]int
+	for i, c := range []*net.TCPConn{o.down, o.up} {
+		raw, err := c.SyscallConn()
+		if err == nil {
+			fds[i], err = tcpsock.Dup(raw)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	_, err := l.Splice(context.Background(), fds[0], fds[1], prove.Flow{Buffer: 256 << 10,
+		Ended: func(_, _ int64, end string, err error) {}})
+	if err != nil {
+		unix.Close(fds[0])
+		unix.Close(fds[1])
+	}
+	return err
 }
 
 func (o *orphan) start() { go func() { o.result <- o.talk(o) }() }
@@ -178,7 +255,7 @@ func (o *orphan) end(t *testing.T, i int) {
 	t.Helper()
 	select {
 	case err := <-o.result:
-		if err != nil {
+		if err != nil && !o.wasReset.Load() {
 			t.Errorf("flow %d: %v", i, err)
 		}
 	case <-time.After(loadertest.Patience):
@@ -208,16 +285,9 @@ func pingPong(o *orphan) error {
 		}
 		o.rounds.Add(1)
 	}
-	return o.atEnd(o.client, o.server)
-}
-
-// atEnd ends the flow: no more comes.
-func (o *orphan) atEnd(client, server *net.TCPConn) error {
-	client.CloseWrite()
-	for _, c := range []*net.TCPConn{client} {
-		if n, err := io.Copy(io.Discard, c); n > 0 || err != nil {
-			return fmt.Errorf("behind the end came %d bytes, %w", n, err)
-		}
+	o.client.CloseWrite()
+	if n, err := io.Copy(io.Discard, o.client); n > 0 || err != nil {
+		return fmt.Errorf("behind the end came %d bytes, %w", n, err)
 	}
 	return nil
 }
@@ -325,31 +395,39 @@ func halfClosed(o *orphan) error {
 	}
 }
 
-// ended ends one way with bytes in front, when nobody passes an end on.
-func ended(dead chan struct{}) func(*orphan) error {
-	return func(o *orphan) error {
-		<-dead
-		o.rounds.Add(1)
-		want := prove.Pattern(1000)
-		o.client.Write(want)
-		o.client.CloseWrite()
-		got, err := io.ReadAll(o.server)
-		if err != nil || !bytes.Equal(got, want) {
-			return fmt.Errorf("%d bytes came, %w", len(got), err)
+// endsLate ends one way with bytes in front, when nobody passes an end on.
+func endsLate(o *orphan) error {
+	want := prove.Pattern(1000)
+	ask := func() error {
+		if _, err := o.client.Write(want); err != nil {
+			return err
 		}
-		o.server.Write(want)
-		o.server.Close()
-		if got, err = io.ReadAll(o.client); err != nil || !bytes.Equal(got, want) {
-			return fmt.Errorf("%d bytes came back, %w", len(got), err)
-		}
-		return nil
+		return prove.Expect(o.server, want)
 	}
+	for range 4 {
+		if err := ask(); err != nil {
+			return err
+		}
+		o.rounds.Add(1)
+	}
+	<-o.isDead
+	o.client.Write(want)
+	o.client.CloseWrite()
+	got, err := io.ReadAll(o.server)
+	if err != nil || !bytes.Equal(got, want) {
+		return fmt.Errorf("%d bytes came, %w", len(got), err)
+	}
+	o.server.Write(want)
+	o.server.Close()
+	if got, err = io.ReadAll(o.client); err != nil || !bytes.Equal(got, want) {
+		return fmt.Errorf("%d bytes came back, %w", len(got), err)
+	}
+	return nil
 }
 
 // A flow goes on in the kernel when its process is killed, and whoever has its sockets takes it out of the
 // sockmap with not a byte lost, whatever it is doing.
 func TestOrphans(t *testing.T) {
-	dead := make(chan struct{})
 	for name, c := range map[string]struct {
 		talk   func(*orphan) error
 		flows  int
@@ -357,59 +435,60 @@ func TestOrphans(t *testing.T) {
 	}{
 		"talkers":               {pingPong, 200, 5},
 		"half-closed":           {halfClosed, 20, 5},
-		"ended while dead":      {ended(dead), 20, 0},
-		"bulk":                  {bulk(0, false), 4, 0},
+		"ended while dead":      {endsLate, 20, 0},
+		"bulk":                  {bulk(0, false), 10, 0},
 		"slow bulk":             {bulk(2*time.Millisecond, false), 10, 0},
 		"slow bulk of both":     {bulk(2*time.Millisecond, true), 10, 0},
 		"bulk that nobody read": {bulk(time.Second, true), 10, 0},
 	} {
-		t.Run(name, func(t *testing.T) {
-			at := loadertest.OwnBPFFS(t, "0700")
-			all := make([]*orphan, c.flows)
-			for i := range all {
-				all[i] = newOrphan(t, c.talk)
-			}
-			kill := startDoomed(t, at, all)
-			for _, o := range all {
-				o.start()
-			}
-			for _, o := range all {
-				loadertest.WaitFor(t, func() bool { return o.rounds.Load() > 3 || name == "ended while dead" }, "the flow to be in use")
-			}
-			kill()
-			if name == "ended while dead" {
-				close(dead)
-			}
-			before := make([]int64, len(all))
-			for i, o := range all {
-				before[i] = o.rounds.Load()
-			}
-			stalled := 0
-			for i, o := range all {
-				end := time.Now().Add(2 * time.Second)
-				for o.rounds.Load() < before[i]+c.rounds && time.Now().Before(end) {
-					time.Sleep(time.Millisecond)
-				}
-				if o.rounds.Load() < before[i]+c.rounds {
-					stalled++
-				}
-			}
-			if stalled > 0 {
-				t.Logf("%d flows have stalled when nobody lived", stalled)
-			}
-			failed := recallAll(t, at, all)
-			for _, o := range all {
-				o.rounds.Store(0)
-			}
-			if failed > 0 {
-				t.Logf("%d of %d recalls have failed", failed, len(all))
-			}
-			for _, o := range all {
-				close(o.stop)
-			}
-			for i, o := range all {
-				o.end(t, i)
-			}
-		})
+		t.Run(name, func(t *testing.T) { testOrphans(t, c.talk, c.flows, c.rounds) })
+	}
+}
+
+func testOrphans(t *testing.T, talk func(*orphan) error, flows int, rounds int64) {
+	at := loadertest.OwnBPFFS(t, "0700")
+	all := make([]*orphan, flows)
+	for i := range all {
+		all[i] = newOrphan(t, talk)
+	}
+	kill := startDoomed(t, at, all)
+	if o, err := OpenOrphans(at, loadertest.LogTo(t)); o != nil || err != nil {
+		t.Errorf("of a process that lives: %v, %v", o, err)
+	}
+	for _, o := range all {
+		o.start()
+	}
+	for _, o := range all {
+		loadertest.WaitFor(t, func() bool { return o.rounds.Load() > 3 }, "the flow to be in use")
+	}
+	kill()
+	stalled, before := 0, make([]int64, len(all))
+	for i, o := range all {
+		before[i] = o.rounds.Load()
+	}
+	for i, o := range all {
+		end := time.Now().Add(loadertest.Patience)
+		for o.rounds.Load() < before[i]+rounds && time.Now().Before(end) && o.inHands(t, at) == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		if o.rounds.Load() < before[i]+rounds {
+			stalled++
+		}
+	}
+	if stalled*10 > flows {
+		t.Errorf("%d of %d flows did not go on by themselves", stalled, flows)
+	}
+	for _, o := range all {
+		close(o.isDead)
+	}
+	failed := recallAll(t, at, all)
+	if failed*2 > flows {
+		t.Errorf("%d of %d flows were lost", failed, flows)
+	}
+	for _, o := range all {
+		close(o.stop)
+	}
+	for i, o := range all {
+		o.end(t, i)
 	}
 }

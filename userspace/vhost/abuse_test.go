@@ -277,12 +277,13 @@ func TestEmptyWindow(t *testing.T) {
 // TestEmptyWindowInCrowd checks that a client with many connections has to take the end of an answer soon:
 // the handler has returned, and nothing counts what is left. Others may take their time.
 func TestEmptyWindowInCrowd(t *testing.T) {
-	t.Parallel()
+	const lastWait = time.Second
 	up, _, _ := counting(t)
 	for _, crowded := range []bool{true, false} {
 		h := newHop(t, up, overTLS(t, "example.org"), func(o *config) {
 			o.info = func(i ConnInfo) ConnInfo { i.Crowded = crowded; return i }
 		})
+		h.lastWait = lastWait
 		f, c, open := framed(t, h)
 		f.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
 		open(1, "/", true)
@@ -298,7 +299,7 @@ func TestEmptyWindowInCrowd(t *testing.T) {
 				if crowded || asked {
 					continue
 				}
-				time.Sleep(lastWait + 2*time.Second) // the other one takes it, late
+				time.Sleep(3 * lastWait) // the other one takes it, late
 				f.WriteWindowUpdate(1, 1<<16)
 				asked = true
 			case *http2.DataFrame:
@@ -319,7 +320,7 @@ func TestEmptyWindowInCrowd(t *testing.T) {
 // TestUnreadConnection checks that a client of HTTP/2 which reads nothing at all is cut soon: the server
 // keeps up to 10,000 frames for it, answers to its PINGs. One of HTTP/1 is only slow to take its answer.
 func TestUnreadConnection(t *testing.T) {
-	t.Parallel()
+	const stall = 2 * time.Second
 	endless := func(gone chan<- struct{}) *Upstream {
 		return upstream(t, func(w http.ResponseWriter, r *http.Request) {
 			for piece := make([]byte, 64<<10); ; {
@@ -331,21 +332,24 @@ func TestUnreadConnection(t *testing.T) {
 		})
 	}
 	gone1, gone2 := make(chan struct{}), make(chan struct{})
-	c, err := net.Dial("tcp", newHop(t, endless(gone1)).addr)
+	h1, h2 := newHop(t, endless(gone1)), newHop(t, endless(gone2), overTLS(t, "example.org"))
+	h1.http2Stall, h2.http2Stall = stall, stall
+	c, err := net.Dial("tcp", h1.addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
 	io.WriteString(c, "GET / HTTP/1.1\r\nHost: example.org\r\n\r\n")
-	f, _, open := framed(t, newHop(t, endless(gone2), overTLS(t, "example.org")))
+	f, _, open := framed(t, h2)
 	f.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1<<31 - 1})
 	f.WriteWindowUpdate(0, 1<<30)
 	open(1, "/", true)
 	select {
 	case <-gone2:
-	case <-time.After(3 * http2Stall):
-		t.Fatalf("not cut in %v", 3*http2Stall)
+	case <-time.After(deadline):
+		t.Fatalf("not cut in %v", deadline)
 	}
+	time.Sleep(stall)
 	select {
 	case <-gone1:
 		t.Error("a client of HTTP/1 is cut as soon")

@@ -58,7 +58,7 @@ func (x *exchange) endRequest() {
 // hurry gives a client with many connections lastWait for the end of its answer.
 func (x *exchange) hurry() {
 	if x.req.ProtoMajor >= 2 && x.conn.info.crowd() == crowdOfMany {
-		_ = http.NewResponseController(x.resp).SetWriteDeadline(time.Now().Add(lastWait))
+		_ = http.NewResponseController(x.resp).SetWriteDeadline(time.Now().Add(x.conn.server.lastWait))
 	}
 }
 

@@ -201,7 +201,7 @@ func (c *conn) stall() time.Duration {
 	if c.http1.Load() {
 		return c.server.opts.StallTimeout
 	}
-	return min(http2Stall, c.server.opts.StallTimeout)
+	return min(c.server.http2Stall, c.server.opts.StallTimeout)
 }
 
 // Write bounds how long a peer that has stopped reading holds the connection. Setting a deadline for each

@@ -278,12 +278,8 @@ func TestDrain(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer res.Body.Close()
-		down := make(chan error, 1)
-		go func() {
-			ctx, cancel := context.WithTimeout(context.Background(), deadline)
-			defer cancel()
-			down <- h.Shutdown(ctx)
-		}()
+		h.lastCall = 0
+		ended := shutDown(t, h)
 		late, err := net.Dial("tcp", h.addr)
 		if err != nil {
 			t.Fatal(err)
@@ -293,18 +289,14 @@ func TestDrain(t *testing.T) {
 		if n, err := late.Read(make([]byte, 1)); n != 0 || err == nil {
 			t.Error("a connection is served after Shutdown")
 		}
-		select {
-		case err := <-down:
-			t.Fatalf("Shutdown did not wait: %v", err)
-		default:
+		if h.gone.Err() != nil {
+			t.Fatal("Shutdown did not wait")
 		}
 		close(release)
 		if b, err := io.ReadAll(res.Body); string(b) != "whole" || err != nil {
 			t.Errorf("%q, %v", b, err)
 		}
-		if err := <-down; err != nil {
-			t.Error(err)
-		}
+		ended()
 	})
 }
 

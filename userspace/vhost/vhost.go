@@ -181,9 +181,8 @@ type Server struct {
 	own    [protocolCount]*http.Transport // for the others
 	feeds  [crowds]*feed
 
-	isEnding  atomic.Bool   // each answer is the last of its connection
-	firstCall time.Duration // the constant, but for tests
-	lastCall  time.Duration // also
+	isEnding atomic.Bool // each answer is the last of its connection
+	patience
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -197,6 +196,9 @@ type Server struct {
 	tellGone context.CancelFunc
 }
 
+// patience is the constants of the same names, but for tests.
+type patience struct{ firstCall, lastCall, http2Stall, lastWait time.Duration }
+
 // New returns a server that is ready for connections. Close or Shutdown ends it.
 func New(o Options) *Server {
 	o.HeaderTimeout = cmp.Or(o.HeaderTimeout, DefaultHeaderTimeout)
@@ -209,7 +211,8 @@ func New(o Options) *Server {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{opts: o, log: o.Log, firstCall: firstCall, lastCall: lastCall, conns: map[*conn]struct{}{}}
+	s := &Server{opts: o, log: o.Log, conns: map[*conn]struct{}{},
+		patience: patience{firstCall: firstCall, lastCall: lastCall, http2Stall: http2Stall, lastWait: lastWait}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.gone, s.tellGone = context.WithCancel(context.Background())
 	for p := range s.shared {

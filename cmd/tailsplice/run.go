@@ -149,7 +149,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	}
 	defer loops.Close()
 	datapaths.options.Handed, datapaths.options.Held, datapaths.options.Orders = from.Take(ofServer(cfg)), true, orders
-	datapaths.options.Moved = d.keeper.wake
+	datapaths.options.Moved, datapaths.options.KeepsFlows = d.keeper.wake, d.keeper.store.Keeps()
 	datapaths.options.Loops, datapaths.options.Relay, datapaths.options.RaiseFiles = loops, relay.New(loops), raiseFileLimit
 	defer datapaths.options.Relay.Close()
 	datapaths.options.Older = func() bool { return len(d.elders.List()) > 0 }

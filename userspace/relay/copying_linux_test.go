@@ -19,7 +19,7 @@ func TestCopiesOfFlow(t *testing.T) {
 	for name, o := range map[string]relay.Options{
 		"on a loop":  {},
 		"parked":     relay.WithParkAfter(relay.Options{}, time.Millisecond),
-		"handed off": {Datapaths: []datapath.Datapath{taker{}}},
+		"handed off": {Datapaths: []datapath.Datapath{taker{}}, Copied: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())

@@ -102,7 +102,9 @@ func (f *flow) keepRecord(d datapath.Datapath, forget func()) {
 func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool) {
 	f.mu.Lock()
 	ctx := f.cancelable()
-	f.handed = hand(down, up)
+	if f.o.Copied {
+		f.handed = hand(down, up)
+	}
 	f.enter(handedOff)
 	cancel := f.cancel
 	f.mu.Unlock()

@@ -98,6 +98,9 @@ type Options struct {
 	// Counters, when not nil, can be read while the flow lives.
 	Counters *Counters
 
+	// Copied says that Counters are asked for Copies, which a flow that a datapath has gives only then.
+	Copied bool
+
 	// ID and Route name the flow in a kernel datapath's tables.
 	ID, Route string
 

@@ -172,7 +172,9 @@ func (in *stream) identify() error {
 	if err != nil {
 		return err
 	}
-	in.headerBytes = -1
+	if in.headerBytes = -1; !in.server.opts.KeepsFlows {
+		return in.hear(h)
+	}
 	tcpsock.Control(in.TCPConn, func(fd int) {
 		if p, err := tcpsock.PositionOf(fd); err == nil {
 			in.headerBytes = int64(p.Read) - int64(len(rest))

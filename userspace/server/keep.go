@@ -16,6 +16,8 @@ const (
 	// keepAfter is how old a flow is that is kept for the time after a crash: most are over before that, and
 	// cost nothing.
 	keepAfter = time.Second
+	// keepEvery is how often is looked for those that have become so old, while there are younger ones.
+	keepEvery = keepAfter / 4
 	// mostEndedKept is how many flows that have ended may be among those that are kept, beside as many as live.
 	mostEndedKept = 64
 	// copyWait is how long a flow may be between two who move its bytes when a copy of it is wanted.
@@ -61,6 +63,7 @@ func (srv *Server) KeepFlows(ctx context.Context, q flowKeeper, mayRenew func() 
 	k.isOn.Store(true)
 	defer k.isOn.Store(false)
 	k.wake()
+	pause := time.Duration(0) // there may be those that have come from another process
 	for {
 		select {
 		case <-ctx.Done():
@@ -71,8 +74,9 @@ func (srv *Server) KeepFlows(ctx context.Context, q flowKeeper, mayRenew func() 
 			select {
 			case <-ctx.Done():
 				return
-			case <-time.After(keepAfter):
+			case <-time.After(pause):
 			}
+			pause = keepEvery
 			k.isAwake.Store(false)
 			if again = srv.keepNow(q, mayRenew()); again {
 				k.isAwake.Store(true)
@@ -201,14 +205,17 @@ func (s *spliced) kept() (k *handover.KeptFlow, isLater bool) {
 // known. A socket that was dialled has written one byte, by the count of its kernel. What was read after the
 // header is the flow's.
 func (in *conn) beginning(preface []byte) *handover.Balance {
-	if in.headerBytes < 0 {
+	if in.headerBytes < 0 || !in.server.opts.KeepsFlows {
 		return nil
 	}
 	return &handover.Balance{Up: 1 + int64(len(preface)) - in.headerBytes, UpFrom: in.headerBytes}
 }
 
 // balanceOf is that of a flow that has come, whose bytes nobody moves; nil: it is not known.
-func balanceOf(r *handover.Flow) (b *handover.Balance) {
+func (srv *Server) balanceOf(r *handover.Flow) (b *handover.Balance) {
+	if !srv.opts.KeepsFlows {
+		return nil
+	}
 	var down, up tcpsock.Position
 	err := errors.ErrUnsupported
 	tcpsock.Control(r.Down.Conn, func(fd int) { down, err = tcpsock.PositionOf(fd) })

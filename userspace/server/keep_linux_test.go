@@ -30,6 +30,12 @@ type kept struct {
 	stored int // how often it was given some
 }
 
+// startKeeping is start of a daemon that keeps flows.
+func startKeeping(t *testing.T, yaml string) *daemon {
+	t.Helper()
+	return startOptions(t, parse(t, yaml), Options{KeepsFlows: true})
+}
+
 // keep has the flows of d kept until the end of the test.
 func keep(t *testing.T, d *daemon) *kept {
 	m := &kept{t: t}
@@ -97,7 +103,7 @@ func TestKeepFlows(t *testing.T) {
 	})
 	inner, innerSlow, outer := freeAddr(t), freeAddr(t), freeAddr(t)
 	addr := map[string]string{"plain": freeAddr(t), "slow": freeAddr(t), "sni": freeAddr(t), "sni-slow": freeAddr(t), "to header": outer}
-	d := start(t, fmt.Sprintf(`
+	d := startKeeping(t, fmt.Sprintf(`
 limits: { connections_per_source: 100 }
 listeners:
   - { name: plain, listen: [%q], mode: tcp, default: { forward: %q } }
@@ -149,7 +155,7 @@ listeners:
 // TestKeptFlowsEnd: what is kept follows the flows that live, and costs no more than they do.
 func TestKeptFlowsEnd(t *testing.T) {
 	addr := freeAddr(t)
-	d := start(t, fmt.Sprintf(`
+	d := startKeeping(t, fmt.Sprintf(`
 limits: { connections_per_source: 1000 }
 listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
 	m := keep(t, d)
@@ -201,7 +207,7 @@ listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`
 // TestAdoptKept: a flow that was adopted after a crash is kept still, and one that another process has given is.
 func TestAdoptKept(t *testing.T) {
 	addr := freeAddr(t)
-	d := start(t, fmt.Sprintf(`listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
+	d := startKeeping(t, fmt.Sprintf(`listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
 	m := keep(t, d)
 	c := dialTCP(t, addr)
 	exchangeBytes(t, c, 1000)
@@ -225,7 +231,7 @@ func TestAdoptKept(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	next := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, freeAddr(t), addr))
+	next := startKeeping(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, freeAddr(t), addr))
 	f, err := flows[0].Take(nil)
 	if err != nil {
 		t.Fatal(err)
@@ -258,7 +264,7 @@ func TestAdoptKept(t *testing.T) {
 // TestKeepsWhatItCan: where the manager fails that is said once, and nothing else is hurt.
 func TestKeepsWhatItCan(t *testing.T) {
 	addr := freeAddr(t)
-	d := start(t, fmt.Sprintf(`listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
+	d := startKeeping(t, fmt.Sprintf(`listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
 	q := handover.OpenQueue(nil, func() error { return errors.New("no manager") })
 	for range 3 {
 		c := dialTCP(t, addr)

@@ -97,7 +97,7 @@ func (s *spliced) ended(res relay.Result) {
 
 // relayOptions are those of s, without what is to be written first.
 func (srv *Server) relayOptions(s *spliced) relay.Options {
-	o := relay.Options{Buffer: s.terms.buffer, Idle: s.terms.idle, Counters: &s.Counters, ID: s.flow.ID, Route: s.flow.Route,
+	o := relay.Options{Buffer: s.terms.buffer, Idle: s.terms.idle, Counters: &s.Counters, Copied: s.balance != nil, ID: s.flow.ID, Route: s.flow.Route,
 		Datapaths:  srv.named(s.terms.datapath),
 		MeasureRTT: srv.log.Enabled(srv.ctx, slog.LevelInfo), // only the log wants it
 		Refused: func(datapath string, reason error) {
@@ -351,7 +351,7 @@ func (srv *Server) AdoptFlow(r *handover.Flow) (begin, forget func(), err error)
 		Shared: r.Shared, Downstream: r.Downstream, Upstream: r.Upstream, Target: r.Target, Started: r.Started,
 		BeforeUp: r.BytesUp, BeforeDown: r.BytesDown},
 		terms{r.Buffer, time.Duration(r.IdleTimeout) * time.Millisecond, r.Datapath, r.Transparent, r.Container},
-		balanceOf(r), r.Kept != nil)
+		srv.balanceOf(r), r.Kept != nil)
 	s.isLeaving.Store(true) // until it has come
 	s.unknown = r.Unknown()
 	drop := func() {

@@ -109,6 +109,8 @@ type Options struct {
 	Held   bool
 	Orders json.RawMessage // of [Server.Orders] of another process, or nil
 	Older  func() bool     // whether a process from which this one has taken over still has flows; nil: there is none
+	// KeepsFlows says that [Server.KeepFlows] will be called: what that needs costs each flow a little.
+	KeepsFlows bool
 	// Moved is called when what [Server.Bound] returns may have changed. It must not block, nor call the
 	// Server.
 	Moved func()

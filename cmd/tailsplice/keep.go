@@ -13,6 +13,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
+	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 )
 
@@ -23,6 +24,7 @@ type keeper struct {
 	moved chan struct{} // gets a value when what is bound has changed
 
 	flows      *handover.Queue    // that live
+	hasLeft    bool               // a process that has ended has left a queue of them
 	isAdopting atomic.Bool        // flows of the process before this one are to go on
 	endFlows   context.CancelFunc // has no more flows kept; guarded by mu
 
@@ -43,7 +45,9 @@ type taker interface {
 func (d *process) openStore(old *handover.Predecessor) (from taker, state json.RawMessage) {
 	store, wrong := handover.OpenStore()
 	d.keeper = keeper{store: store, moved: make(chan struct{}, 1), endFlows: func() {}}
-	d.keeper.flows = handover.OpenQueue(store.Take(handover.IsOfFlows), d.keepFlows)
+	ends := store.Take(handover.IsOfFlows)
+	d.keeper.hasLeft = len(ends) > 0
+	d.keeper.flows = handover.OpenQueue(ends, d.keepFlows)
 	for _, err := range wrong {
 		d.log.Warn("something that an ended process has left is not used", "err", err)
 	}
@@ -167,8 +171,23 @@ func (k *keeper) leave() (err error) {
 	return err
 }
 
+// openOrphans opens what a process that has ended has left of the sockmap datapath, in which its flows still
+// are, before it is removed for being dead. end is called when no flow is recalled any more.
+func (d *process) openOrphans(ctx context.Context) (recall handover.Recall, end func()) {
+	if !d.keeper.hasLeft {
+		return nil, func() {}
+	}
+	orphans, err := loader.OpenOrphans("", d.log)
+	if err != nil {
+		d.log.Warn("flows of an ended process can't be taken out of its sockmaps", "err", err)
+	}
+	recall = func(down, up int, b *handover.Balance) (downRest, upRest []byte, err error) {
+		return orphans.Recall(ctx, down, up, [2]uint64{uint64(b.Up), uint64(b.Down)})
+	}
+	return recall, func() { orphans.Close() }
+}
+
 // adopt goes on with the flows that a process has left which has ended. None of them waits for another.
-// recall takes them out of the kernel's hands, and is nil where they can't be there.
 func (d *process) adopt(recall handover.Recall) {
 	defer d.keeper.isAdopting.Store(false)
 	flows, wrong := d.keeper.flows.Flows()

@@ -139,6 +139,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	if err := control.bind(cfg, from, log); err != nil {
 		return nil, err
 	}
+	recall, endRecalls := d.openOrphans(ctx)
 	datapaths := loadDatapaths(cfg, o.knownBad, log)
 	defer datapaths.close()
 	datapaths.options.Log, datapaths.options.LogLost, datapaths.options.Version = log, lines.Lost, version()
@@ -180,7 +181,10 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 		d.keeper.store.Discard()
 		f.Accept()
 		d.keeper.isAdopting.Store(true)
-		go d.adopt(nil)
+		go func() {
+			d.adopt(recall)
+			endRecalls()
+		}()
 	}
 	control.serve(ctx, d)
 	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)

@@ -1,0 +1,370 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/userspace/handover"
+)
+
+// manager stands in for the service manager: it keeps descriptors, and starts a daemon again.
+type manager struct {
+	t    *testing.T
+	conn *net.UnixConn
+	dir  string
+	args []string
+	cmd  *exec.Cmd
+	log  *os.File
+
+	mu sync.Mutex
+	// +checklocks:mu
+	kept []handover.Socket // Name is what it is called
+}
+
+func newManager(t *testing.T, args ...string) *manager {
+	dir, err := os.MkdirTemp("", "ts-crash-")
+	check(t, err)
+	m := &manager{t: t, dir: dir, args: args}
+	m.conn, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	check(t, err)
+	m.log, err = os.Create(filepath.Join(dir, "log"))
+	check(t, err)
+	go m.listen()
+	t.Cleanup(func() {
+		if m.cmd != nil {
+			m.cmd.Process.Kill()
+			m.cmd.Wait()
+		}
+		m.conn.Close()
+		m.mu.Lock()
+		handover.Close(m.kept)
+		m.mu.Unlock()
+		if t.Failed() {
+			t.Logf("the log:\n%s", m.said())
+		}
+		os.RemoveAll(dir)
+	})
+	return m
+}
+
+func (m *manager) said() string {
+	b, _ := os.ReadFile(m.log.Name())
+	return string(b)
+}
+
+func (m *manager) listen() {
+	for {
+		b, oob := make([]byte, 4096), make([]byte, 4096)
+		n, oobn, _, _, err := m.conn.ReadMsgUnix(b, oob)
+		if err != nil {
+			return
+		}
+		said := map[string]string{}
+		for line := range strings.Lines(string(b[:n])) {
+			key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+			said[key] = value
+		}
+		m.mu.Lock()
+		if said["FDSTOREREMOVE"] == "1" {
+			m.kept = slices.DeleteFunc(m.kept, func(s handover.Socket) bool {
+				if s.Name == said["FDNAME"] {
+					s.File.Close()
+				}
+				return s.Name == said["FDNAME"]
+			})
+		}
+		messages, _ := unix.ParseSocketControlMessage(oob[:oobn])
+		for _, c := range messages {
+			fds, _ := unix.ParseUnixRights(&c)
+			for _, fd := range fds {
+				unix.CloseOnExec(fd)
+				m.kept = append(m.kept, handover.Socket{Name: said["FDNAME"], File: os.NewFile(uintptr(fd), "kept")})
+			}
+		}
+		m.mu.Unlock()
+	}
+}
+
+// flows are the ids of the flows that are kept now.
+func (m *manager) flows() (ids []string) {
+	var ends []handover.Socket
+	m.mu.Lock()
+	for _, s := range m.kept {
+		kind, query, _ := strings.Cut(s.Name, "?")
+		v, err := url.ParseQuery(query)
+		if k := (handover.Socket{Kind: kind, Address: v.Get("address")}); err == nil && handover.IsOfFlows(k) {
+			fd, err := unix.FcntlInt(s.File.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+			check(m.t, err)
+			k.File = os.NewFile(uintptr(fd), "copy")
+			ends = append(ends, k)
+		}
+	}
+	m.mu.Unlock()
+	all, _ := handover.OpenQueue(ends, nil).Flows()
+	for _, k := range all {
+		ids = append(ids, k.Flow.Client)
+		k.Close()
+	}
+	handover.Close(ends)
+	return ids
+}
+
+// start starts the daemon with what is kept.
+func (m *manager) start() {
+	m.t.Helper()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var names []string
+	c := exec.Command("/bin/sh", append([]string{"-c", `LISTEN_PID=$$ exec tailsplice "$@"`, "sh"}, m.args...)...)
+	for _, s := range m.kept {
+		names = append(names, s.Name)
+		c.ExtraFiles = append(c.ExtraFiles, s.File)
+	}
+	c.Env = append(os.Environ(), "NOTIFY_SOCKET="+m.conn.LocalAddr().String(), fmt.Sprintf("LISTEN_FDS=%d", len(names)),
+		"LISTEN_FDNAMES="+strings.Join(names, ":"))
+	c.Stderr = m.log
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	check(m.t, c.Start())
+	m.cmd = c
+}
+
+// kill kills the daemon.
+func (m *manager) kill() {
+	m.cmd.Process.Kill()
+	m.cmd.Wait()
+	m.cmd = nil
+}
+
+// left is what the last daemon has said of the flows of the one before it.
+func (m *manager) left(times int) (found struct {
+	Flows    int
+	GoOn     int     `json:"go_on"`
+	HadEnded int     `json:"had_ended"`
+	Lost     int     `json:"lost_bytes"`
+	Failed   int     `json:"failed"`
+	Duration float64 `json:"duration"`
+}) {
+	m.t.Helper()
+	wait(m.t, "the flows are seen to", func() error {
+		var lines []string
+		for line := range strings.Lines(m.said()) {
+			if strings.Contains(line, "has left flows") {
+				lines = append(lines, line)
+			}
+		}
+		if len(lines) < times {
+			return fmt.Errorf("it is said %d times, want %d", len(lines), times)
+		}
+		return json.Unmarshal([]byte(lines[len(lines)-1]), &found)
+	})
+	return found
+}
+
+// crashing is a flow that is echoed.
+type crashing struct {
+	net.Conn
+	moved atomic.Int64
+	ended chan struct{}
+	err   error
+}
+
+// talk sends n bytes at a time, and reads them back before it sends more; where isBulk it does not wait for that.
+func talk(c net.Conn, n int, isBulk bool) *crashing {
+	f := &crashing{Conn: c, ended: make(chan struct{})}
+	seed := [32]byte{byte(rand.Uint32()), byte(rand.Uint32())}
+	from, to := rand.NewChaCha8(seed), rand.NewChaCha8(seed)
+	send := func() error {
+		b := make([]byte, n)
+		from.Read(b)
+		_, err := c.Write(b)
+		return err
+	}
+	sent := make(chan error, 1)
+	if isBulk {
+		go func() {
+			for {
+				if err := send(); err != nil {
+					sent <- err
+					return
+				}
+			}
+		}()
+	}
+	go func() {
+		defer close(f.ended)
+		got, want := make([]byte, n), make([]byte, n)
+		for f.err == nil {
+			if !isBulk {
+				f.err = send()
+				time.Sleep(time.Millisecond)
+			}
+			if f.err == nil {
+				_, f.err = io.ReadFull(c, got)
+			}
+			if to.Read(want); f.err == nil && !slices.Equal(got, want) {
+				f.err = errors.New("other bytes came back")
+			}
+			f.moved.Add(int64(n))
+		}
+		if isBulk && (f.err == io.EOF || f.err == io.ErrUnexpectedEOF) {
+			f.err = <-sent // TCP tells an error once
+		}
+	}()
+	return f
+}
+
+// TestCrashFlows: the daemon is killed while flows live, three times. Those that are idle go on, and so do all others
+// or they are reset; none is stuck, and no byte is lost. After a proper end none is kept.
+func TestCrashFlows(t *testing.T) {
+	t.Run("userspace", func(t *testing.T) { testCrashFlows(t, "userspace") })
+	for _, datapath := range []string{"auto", "sockmap"} {
+		t.Run(datapath, func(t *testing.T) {
+			needRoot(t)
+			testCrashFlows(t, datapath)
+		})
+	}
+}
+
+func testCrashFlows(t *testing.T, datapath string) {
+	target := listen(t, "127.0.0.1:0")
+	go func() {
+		for c, err := target.Accept(); err == nil; c, err = target.Accept() {
+			go func() { defer c.Close(); _, _ = io.Copy(c, struct{ io.Reader }{c}) }()
+		}
+	}()
+	ln := listen(t, "127.0.0.1:0")
+	address := ln.Addr().String()
+	ln.Close()
+	m := newManager(t)
+	control, file := filepath.Join(m.dir, "control.sock"), filepath.Join(m.dir, "edge.yaml")
+	check(t, os.WriteFile(file, fmt.Appendf(nil, `
+datapath: %s
+listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]
+limits: { connections_per_source: 1000 }
+control: { socket: %q }
+`, datapath, address, target.Addr(), control), 0o600))
+	m.args = []string{"run", "--config", file, "--log-format", "json"}
+	m.start()
+	answers := func() {
+		t.Helper()
+		wait(t, "the daemon answers", func() error {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			return exec.CommandContext(ctx, "tailsplice", "status", "--control", control).Run()
+		})
+	}
+	answers()
+	dial := func() net.Conn {
+		t.Helper()
+		c, err := net.Dial("tcp", address)
+		check(t, err)
+		t.Cleanup(func() { c.Close() })
+		check(t, c.SetDeadline(time.Now().Add(5*time.Minute)))
+		return c
+	}
+	var idle []net.Conn
+	for range 50 {
+		c := dial()
+		check(t, echo(c))
+		check(t, c.SetDeadline(time.Now().Add(5*time.Minute)))
+		idle = append(idle, c)
+	}
+	var busy []*crashing
+	for times := 1; times <= 3; times++ {
+		for len(busy) < 24 {
+			if isBulk := len(busy)%8 == 7; isBulk {
+				busy = append(busy, talk(dial(), 50_000, true))
+			} else {
+				busy = append(busy, talk(dial(), 100, false))
+			}
+		}
+		wait(t, "all flows are kept", func() error {
+			kept := m.flows()
+			for _, c := range idle {
+				if !slices.Contains(kept, c.LocalAddr().String()) {
+					return fmt.Errorf("an idle one is not, and %d are", len(kept))
+				}
+			}
+			for _, f := range busy {
+				if !slices.Contains(kept, f.LocalAddr().String()) {
+					return fmt.Errorf("a busy one is not, and %d are", len(kept))
+				}
+			}
+			return nil
+		})
+		m.kill()
+		m.start()
+		answers()
+		found := m.left(times)
+		if found.Flows < len(idle)+len(busy) || found.Failed > 0 || found.GoOn+found.HadEnded+found.Lost != found.Flows {
+			t.Errorf("the daemon says of them: %+v", found)
+		}
+		goOn := 0
+		busy = slices.DeleteFunc(busy, func(f *crashing) bool {
+			moved := f.moved.Load()
+			for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+				select {
+				case <-f.ended:
+					if !errors.Is(f.err, syscall.ECONNRESET) && !errors.Is(f.err, syscall.EPIPE) {
+						t.Errorf("a flow has ended, and not by a reset: %v", f.err)
+					}
+					return true
+				default:
+				}
+				if f.moved.Load() > moved+400_000 || f.moved.Load() > moved+400 && f.moved.Load()%50_000 != 0 {
+					goOn++
+					return false
+				}
+				if time.Now().After(end) {
+					t.Error("a flow is stuck")
+					return true
+				}
+			}
+		})
+		for _, c := range idle {
+			if err := echo(c); err != nil {
+				t.Errorf("an idle flow: %v", err)
+			}
+		}
+		t.Logf("%d flows that moved bytes go on; the daemon says %+v", goOn, found)
+		if goOn < 10 {
+			t.Errorf("%d of 24 flows that moved bytes go on", goOn)
+		}
+	}
+	for _, f := range busy {
+		f.Close()
+	}
+	check(t, m.cmd.Process.Signal(syscall.SIGTERM))
+	wait(t, "no flow is kept", func() error {
+		if kept := m.flows(); len(kept) > 0 {
+			return fmt.Errorf("%d are", len(kept))
+		}
+		return nil
+	})
+	if err := echo(idle[0]); err != nil { // it drains
+		t.Error(err)
+	}
+	for _, c := range idle {
+		c.Close()
+	}
+	check(t, m.cmd.Wait())
+	m.cmd = nil
+}

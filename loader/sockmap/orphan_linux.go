@@ -102,6 +102,7 @@ const (
 	recallPauses  = 20 * time.Millisecond  // at most
 	recallRoom    = 10 * time.Millisecond  // that bytes may wait for room in a send buffer
 	recallAtRest  = 500 * time.Millisecond // bytes that have not come by then, don't come
+	recallLooks   = 20                     // on a machine that is busy, at least so often
 	recallTapShut = 1 << 40                // more bytes than a flow's bound: `ingress_clamp` lets no payload in
 )
 
@@ -120,8 +121,8 @@ var errPastTCP = errors.New("bytes of the flow may have gone past TCP")
 //
 //   - Both ways pass all that comes. What was redirected before is written by the kernel's worker, for which
 //     a send buffer may have to be made larger.
-//   - Then no more payload is let in, and what was passed is read: with the socket out of the sockmap nobody
-//     could. It is written as far as there is room, and that is made where rest would be too large.
+//   - Then no more payload is let in, and what was passed is copied: with the socket out of the sockmap nobody
+//     could read it. Where there is no room for it, that is made, if it is more than rest may be.
 //   - Then the sockets are taken out. Doing that by the system call races with an skb that is on its way to
 //     the verdict, which is dropped then. So the verdict is kept from what comes, and in the end the streams'
 //     positions say whether all is there.
@@ -160,6 +161,7 @@ type recall struct {
 	sockets [2]socket
 	cookies [2]uint64
 	ways    [2]way // 0: downstream to upstream
+	isShut  bool   // no more payload is let in
 }
 
 // way is one direction of a flow that is recalled.
@@ -173,20 +175,22 @@ type way struct {
 
 	rest      []byte // read, not yet written
 	read      uint64
-	written   uint64
 	left      int64     // how many bytes that were redirected are not written
 	isSettled bool      // none
-	isShut    bool      // no more payload is let in
+	isShut    bool      // as the recall's
 	hasRoom   bool      // room was made for all that the peer may have to take
 	last      int64     // what there was to wait for
 	since     time.Time // when that was seen first
+	looks     int       // how often since
 }
 
 func (r *recall) run(ctx context.Context) error {
 	for i := range r.ways {
 		w := &r.ways[i]
 		w.source.kick() // the dead process may have held it
-		w.publish()
+		if w.hasVerdict && load64(&w.shared.Passed) == w.consumed {
+			store64(&w.shared.Consumed, w.consumed-1) // so passed, which grows, never is what consumed is
+		}
 	}
 	for pause := recallPause; ; pause = min(2*pause, recallPauses) {
 		for i := range r.ways {
@@ -195,138 +199,125 @@ func (r *recall) run(ctx context.Context) error {
 			}
 		}
 		switch {
-		case !r.ways[0].isShut && r.ways[0].isSettled && r.ways[1].isSettled:
-			for i := range r.ways {
-				r.ways[i].shutTap()
-			}
+		case !r.isShut && r.ways[0].isSettled && r.ways[1].isSettled:
+			r.shutTaps()
 			continue
-		case r.ways[0].isShut && r.ways[0].isEmpty() && r.ways[1].isEmpty():
+		case r.isShut && r.ways[0].toCome() == 0 && r.ways[1].toCome() == 0:
 			if hasLeft, err := r.leave(); hasLeft || err != nil {
 				return err
 			}
 		}
 		if r.ways[0].isStuck() || r.ways[1].isStuck() {
-			return r.mismatch()
+			return r.lost()
 		}
 		select {
 		case <-ctx.Done():
-			return errors.Join(r.mismatch(), context.Cause(ctx))
+			return errors.Join(r.lost(), context.Cause(ctx))
 		case <-time.After(pause):
 		}
 	}
 }
 
-// isStuck reports whether what the way waits for has not come for long, though nothing holds it up.
-func (w *way) isStuck() bool {
-	left := w.left
-	if w.isSettled {
-		left = int64(w.unread())
+// toCome is how many bytes the way waits for.
+func (w *way) toCome() int64 {
+	switch {
+	case !w.isSettled:
+		return w.left
+	case w.isShut && w.hasVerdict:
+		return int64(w.unread())
 	}
-	if left != w.last || w.since.IsZero() || w.isSettled && !w.isShut {
-		w.last, w.since = left, time.Now()
-	}
-	return time.Since(w.since) >= recallAtRest && (w.hasRoom || w.peer.writable()) && !tcpsock.IsShort("/proc")
+	return 0
 }
 
-// mismatch says what is missing.
-func (r *recall) mismatch() error {
+// isStuck reports whether what the way waits for has not come for long, though nothing holds it up.
+func (w *way) isStuck() bool {
+	if n := w.toCome(); n == 0 || n != w.last {
+		w.last, w.since, w.looks = n, time.Now(), 0
+		return false
+	}
+	w.looks++
+	return time.Since(w.since) >= recallAtRest && w.looks > recallLooks && (w.hasRoom || w.peer.writable()) &&
+		!tcpsock.IsShort("/proc")
+}
+
+// lost says what is missing.
+func (r *recall) lost() error {
 	err := errLost
 	for i := range r.ways {
-		w := &r.ways[i]
-		n, perr := w.missing()
-		if perr != nil {
-			return errors.Join(errLost, perr)
-		}
-		if n != 0 {
-			err = fmt.Errorf("%w; from %s: %d", err, sideName(uint32(i)), n)
-		} else if n := w.unread(); n != 0 {
-			err = fmt.Errorf("%w; from %s: %d, or they can't be read", err, sideName(uint32(i)), n)
+		if n := r.ways[i].toCome(); n != 0 {
+			err = fmt.Errorf("%w; %d bytes from %s", err, n, sideName(uint32(i)))
 		}
 	}
 	return err
 }
 
-// publish makes the verdict pass what comes, and `ingress_clamp` count as before: passed grows, and never is
-// what consumed is.
-func (w *way) publish() {
-	if w.hasVerdict && !w.isShut {
-		w.shared.InHand = uint16((len(w.rest) + 4095) >> 12)
-		store64(&w.shared.Consumed, w.consumed+w.written-1)
+// shutTaps lets in no more payload, and what was passed is copied. What is left out, its sender sends again.
+func (r *recall) shutTaps() {
+	r.isShut = true
+	for i := range r.ways {
+		w := &r.ways[i]
+		if w.isShut = true; w.hasVerdict {
+			store64(&w.shared.Consumed, load64(&w.shared.Passed)-recallTapShut)
+		}
 	}
 }
 
-// shutTap lets in no more payload. What is left out, its sender sends again.
-func (w *way) shutTap() {
-	if w.isShut = true; w.hasVerdict {
-		store64(&w.shared.Consumed, load64(&w.shared.Passed)-recallTapShut)
-	}
-}
-
-// unread is how many bytes were passed and not read. It is too large where the dead process has written some
-// without saying so.
+// unread is how many bytes were passed and not read; of a source without a verdict, what its queue has.
 func (w *way) unread() uint64 {
 	if !w.hasVerdict {
-		return 0
+		return w.source.queued()
 	}
 	return load64(&w.shared.Passed) - w.consumed - w.read
 }
 
-// missing is how many bytes have left the source and are neither at the peer nor in rest.
+// missing is how many bytes have come to the source, and are not unread, nor in rest, nor at the peer. What the
+// dead process has read is unread for the protocol, unless it has said that it was written: so this is less
+// than 0 by what it has written without saying so.
+//
+// SIOCINQ would not do: of a socket in a sockmap some kernels (those with "bpf, sockmap: Fix FIONREAD for
+// sockmap", of 2026) don't count what is on its way to where it can be read.
 func (w *way) missing() (int64, error) {
-	to, err := tcpsock.PositionOf(int(w.peer))
-	if err != nil {
-		return 0, err
-	}
-	read, err := w.readOf()
-	return int64(w.offset + read - to.Written - uint64(len(w.rest))), err
-}
-
-// readOf is how many bytes have left the source's receive queue. For a socket in a sockmap some kernels (those
-// with "bpf, sockmap: Fix FIONREAD for sockmap", of 2026) count as unread only what was passed and can be read:
-// here it is too large then while passed bytes are on their way to there. Where there is no verdict nothing is
-// passed, and the queue itself is asked.
-func (w *way) readOf() (uint64, error) {
 	for {
 		before, err := w.source.received()
 		if err != nil {
 			return 0, err
 		}
-		p, err := tcpsock.PositionOf(int(w.source))
-		if err != nil || w.hasVerdict {
-			return p.Read, err
+		from, err := tcpsock.PositionOf(int(w.source))
+		if err != nil {
+			return 0, err
 		}
-		n := before - w.source.queued()
-		if p.IsEnded {
-			n--
+		unread := w.unread()
+		switch after, err := w.source.received(); {
+		case err != nil:
+			return 0, err
+		case after != before:
+			continue
 		}
-		if after, err := w.source.received(); err != nil || after == before {
-			return n, err
+		if from.IsEnded {
+			before--
 		}
+		to, err := tcpsock.PositionOf(int(w.peer))
+		return int64(w.offset + before - unread - uint64(len(w.rest)) - to.Written), err
 	}
 }
 
-// isEmpty reports whether there is nothing that could be read only while the socket is in the sockmap.
-func (w *way) isEmpty() bool {
-	if w.unread() == 0 {
-		return true
-	}
-	n, err := w.source.unread()
-	if err != nil || n > 0 {
-		return false
-	}
-	missing, err := w.missing()
-	return err == nil && missing == 0
-}
-
-// move reads what was passed, and writes it when what was redirected is written.
-func (w *way) move() error {
+// fault says that the verdict has given up, or that the source was reset and TCP does not know.
+func (w *way) fault() error {
 	if why := sockmapFault(load32((*uint32)(&w.shared.Fault))); why != sockmapFaultFAULT_NONE {
 		return fmt.Errorf("%w: the verdict had given up: %s", errLost, faultName(why))
 	}
-	if err := w.settle(); err != nil {
+	return nil
+}
+
+// move waits until what was redirected is written. When that is so of both ways, it copies what was passed.
+func (w *way) move() error {
+	if err := w.fault(); err != nil {
 		return err
 	}
-	for w.unread() > 0 || len(w.rest) > 0 {
+	if !w.isShut {
+		return w.settle()
+	}
+	for w.hasVerdict && w.unread() > 0 || len(w.rest) > 0 {
 		took, err := w.take()
 		if err != nil {
 			return err
@@ -344,21 +335,22 @@ func (w *way) move() error {
 
 // settle finds out whether the peer's TCP has all that was redirected. That waits for room only where TCP has
 // cut the buffer down since, as its reader may for long not read.
-func (w *way) settle() error {
+func (w *way) settle() (err error) {
 	if w.isSettled {
 		return nil
 	}
-	n, err := w.missing()
-	if err != nil {
+	if w.left, err = w.missing(); err != nil {
 		return err
 	}
-	w.left, w.isSettled = n, n == 0
 	switch {
-	case n < 0:
-		return fmt.Errorf("%w: %d bytes too many", errLost, -n)
-	case n > 0 && !w.since.IsZero() && time.Since(w.since) > recallRoom && !w.hasRoom && !w.peer.writable():
+	case w.left < 0 && (!w.hasVerdict || uint64(-w.left) > w.unread()):
+		return fmt.Errorf("%w, or %d have come from nowhere", errLost, -w.left)
+	case w.left <= 0:
+		w.isSettled = true
+		w.consumed += uint64(-w.left)
+	case !w.since.IsZero() && time.Since(w.since) > recallRoom && !w.hasRoom && !w.peer.writable():
 		w.hasRoom = true
-		w.peer.widen(int(n))
+		w.peer.widen(int(w.left))
 	}
 	return nil
 }
@@ -381,14 +373,14 @@ func (w *way) take() (n int, err error) {
 	return n, nil
 }
 
-// put writes what was read, when all that comes before it is written. Where there is no room for more than
-// rest may hold, room is made: bytes of the source's receive buffer are in the peer's send buffer then.
+// put writes what was read. Where there is no room for more than rest may hold, room is made: bytes of the
+// source's receive buffer are in the peer's send buffer then.
 func (w *way) put() (n int, err error) {
-	if !w.isSettled || len(w.rest) == 0 {
+	if len(w.rest) == 0 {
 		return 0, nil
 	}
 	n, err = w.peer.write(w.rest)
-	if isAgain(err) && w.isShut && len(w.rest)+int(w.unread()) > recallRest {
+	if isAgain(err) && len(w.rest)+int(w.unread()) > recallRest {
 		w.hasRoom = true
 		w.peer.widen(len(w.rest) + int(w.unread()))
 		n, err = w.peer.write(w.rest)
@@ -396,8 +388,7 @@ func (w *way) put() (n int, err error) {
 	if err != nil && !isAgain(err) && !isShortOfMemory(err) {
 		return 0, err
 	}
-	w.rest, w.written = w.rest[:copy(w.rest, w.rest[n:])], w.written+uint64(n)
-	w.publish()
+	w.rest = w.rest[:copy(w.rest, w.rest[n:])]
 	return n, nil
 }
 
@@ -411,7 +402,7 @@ func (r *recall) leave() (hasLeft bool, err error) {
 			s.kick()
 		}
 	}()
-	if !r.ways[0].isEmpty() || !r.ways[1].isEmpty() {
+	if r.ways[0].toCome() > 0 || r.ways[1].toCome() > 0 {
 		return false, nil
 	}
 	for _, m := range []*ebpf.Map{r.o.sources, r.o.peers} {
@@ -426,9 +417,18 @@ func (r *recall) leave() (hasLeft bool, err error) {
 		_ = r.o.places.Delete(r.cookies[i])
 	}
 	for i := range r.ways {
-		if n, err := r.ways[i].missing(); err != nil || n != 0 {
-			return false, r.mismatch()
+		w := &r.ways[i]
+		w.hasVerdict = false
+		if w.left, err = w.missing(); err != nil {
+			return false, err
 		}
+		if err := w.fault(); err != nil {
+			return false, err
+		}
+		w.isSettled = w.left == 0
+	}
+	if !r.ways[0].isSettled || !r.ways[1].isSettled {
+		return false, r.lost()
 	}
 	return true, nil
 }

@@ -40,7 +40,7 @@ func benchmarkUpgrade(b *testing.B, flows int) {
 	}
 	var through, direct []*talker
 	for range talkers {
-		through, direct = append(through, talk(b, d.edge)), append(direct, talk(b, d.target))
+		through, direct = append(through, talkTo(b, d.edge)), append(direct, talkTo(b, d.target))
 	}
 	var pauses, directPauses []time.Duration
 	var moved, ratios, came, cameBefore, memory []float64
@@ -125,7 +125,7 @@ type talker struct {
 	ended   chan error
 }
 
-func talk(b *testing.B, address string) *talker {
+func talkTo(b *testing.B, address string) *talker {
 	b.Helper()
 	c, err := net.Dial("tcp", address)
 	check(b, err)

@@ -32,6 +32,7 @@ var (
 	errLost   = errors.New("the process that was to take it has ended")
 	errLate   = errors.New("the process that was to take it does not answer")
 	errClosed = errors.New("no flow is given any more")
+	errKilled = errors.New("it was killed on its way")
 )
 
 // Giver gives flows to another process. Make it with [Link.Give].
@@ -348,6 +349,7 @@ func (g *Giver) takeBack() {
 // are kept were not given.
 func (g *Giver) decide(all []uint64, e event, why error) {
 	var gone, stay []*offer
+	whys := map[*offer]error{}
 	defer func() {
 		if len(gone) > 0 { // their owner closes much, while the next answers are read
 			go func() {
@@ -357,15 +359,19 @@ func (g *Giver) decide(all []uint64, e event, why error) {
 			}()
 		}
 		for _, o := range stay {
-			g.over(o, why)
+			g.over(o, whys[o])
 		}
 	}()
 	g.deciding.Lock()
 	defer g.deciding.Unlock()
-	of := map[action][]*offer{}
+	of, at := map[action][]*offer{}, map[*offer]event{}
 	for _, n := range all {
 		if o := g.offers[n]; o != nil {
-			_, do := oldRules.at(o.state, e)
+			at[o], whys[o] = e, why
+			if e == saysTaken && o.flow.IsKilled != nil && o.flow.IsKilled() {
+				at[o], whys[o] = isKilled, errKilled
+			}
+			_, do := oldRules.at(o.state, at[o])
 			of[do] = append(of[do], o)
 		}
 	}
@@ -374,12 +380,14 @@ func (g *Giver) decide(all []uint64, e event, why error) {
 			continue
 		}
 		if err := g.sayAtAnyTime(Message{Step: step, Numbers: numbers(of[do])}); err != nil {
-			e, why = isLost, errLost
+			for _, o := range of[do] {
+				at[o], whys[o] = isLost, errLost
+			}
 		}
 	}
 	for _, some := range of {
 		for _, o := range some {
-			if next, do := oldRules.at(o.state, e); do != nothing {
+			if next, do := oldRules.at(o.state, at[o]); do != nothing {
 				o.state = next
 				delete(g.offers, o.flow.Number)
 				if next == given {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -268,6 +269,58 @@ func TestGiveToTheDead(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestGiveKilled: a flow that is killed on its way is not begun by the process that has taken it. Others are.
+func TestGiveKilled(t *testing.T) {
+	old, new := twoEnds(t)
+	g, err := old.Give()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	m, err := new.Receive(time.Now().Add(time.Minute))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := newLink(m.Sockets[0].File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	h := hand{t, l}
+	var killed atomic.Bool
+	flows, said := map[uint64]*Flow{}, map[*Flow]chan error{}
+	for _, id := range []string{"a", "b"} {
+		f, _, _ := flowOf(t, id)
+		f.IsKilled = func() bool { return id == "a" && killed.Load() }
+		end := make(chan error, 1)
+		said[f] = end
+		g.Give(f, func(err error) { end <- err })
+		m := h.read(FlowStep)
+		Close(m.Sockets)
+		flows[m.Flows[0].Number] = f
+	}
+	killed.Store(true)
+	var numbers []uint64
+	for n := range flows {
+		numbers = append(numbers, n)
+	}
+	h.say(Message{Step: Taken, Numbers: numbers})
+	for range flows { // in either order
+		m, err := h.Receive(time.Now().Add(time.Minute))
+		if err != nil || len(m.Numbers) != 1 {
+			t.Fatalf("%+v, %v", m, err)
+		}
+		f := flows[m.Numbers[0]]
+		want, why := Begin, error(nil)
+		if f.ID == "a" {
+			want, why = Keep, errKilled
+		}
+		if err := <-said[f]; m.Step != want || err != why {
+			t.Errorf("%s of %s: %v", m.Step, f.ID, err)
+		}
 	}
 }
 

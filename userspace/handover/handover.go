@@ -27,7 +27,8 @@
 //	taken    new to old  which of them the new process has registered
 //	refused  new to old  which of them it does not take: the old one goes on with them
 //	begin    old to new  which of them the new process has now: it begins to move bytes
-//	keep     old to new  which of them the old process goes on with, because no answer came: they are forgotten
+//	keep     old to new  which of them the old process goes on with, because no answer came, or ends, because
+//	                     they were killed meanwhile: they are forgotten
 //
 // The old process alone decides, by begin or keep. Where it dies first, the new one, which has read all that
 // it has said, goes on with what is registered; where the new one dies, the old one goes on with what it has

@@ -21,20 +21,24 @@ type modelled struct {
 	took     byte // the offer that new has registered
 	moved    byte // the offer after which old has moved bytes again
 	wasTaken bool // new has had its record
+	killed   bool // old was told to end it
 }
 
 const flowBytes = 6
 
 func (w *world) get(i int) (m modelled) {
 	b := w.flows[i*flowBytes:]
-	return modelled{state(b[0]), state(b[1]), b[2], b[3], b[4], b[5] == 1}
+	return modelled{state(b[0]), state(b[1]), b[2], b[3], b[4], b[5]&1 != 0, b[5]&2 != 0}
 }
 
 func (w *world) set(i int, m modelled) {
 	b := []byte(w.flows)
 	copy(b[i*flowBytes:], []byte{byte(m.old), byte(m.new), m.offers, m.took, m.moved, 0})
 	if m.wasTaken {
-		b[i*flowBytes+5] = 1
+		b[i*flowBytes+5] |= 1
+	}
+	if m.killed {
+		b[i*flowBytes+5] |= 2
 	}
 	w.flows = string(b)
 }
@@ -53,7 +57,9 @@ type model struct {
 	deaf bool
 	// silent: old goes on without saying keep.
 	silent bool
-	offers byte // how often a flow is offered
+	// heedless: old does not look whether a flow that is taken was killed.
+	heedless bool
+	offers   byte // how often a flow is offered
 }
 
 type modelStep struct {
@@ -120,6 +126,9 @@ func (m *model) steps(w world, flows int) (all []modelStep, wrong string) {
 		if do == move && (f.moved >= f.took && f.took > 0) {
 			wrong = fmt.Sprintf("new moves flow %d from a record after which old has moved bytes", i)
 		}
+		if do == move && e == saysBegin && f.killed {
+			wrong = fmt.Sprintf("new begins flow %d, which was killed", i)
+		}
 		f.new = next
 		to.set(i, f)
 		add(name, to)
@@ -127,11 +136,17 @@ func (m *model) steps(w world, flows int) (all []modelStep, wrong string) {
 	if w.oldLives {
 		for i := range flows {
 			f := w.get(i)
-			if f.old == kept && f.offers < m.offers {
+			if f.old == kept && f.offers < m.offers && !f.killed {
 				oldAt(fmt.Sprintf("old offers %d", i), w, i, hasLeft)
 			}
 			if f.old == offered {
 				oldAt(fmt.Sprintf("old is tired of %d", i), w, i, isLate)
+			}
+			if f.old != given && !f.killed {
+				to := w
+				f.killed = true
+				to.set(i, f)
+				add(fmt.Sprintf("flow %d is killed by old's word", i), to)
 			}
 		}
 		switch {
@@ -141,6 +156,9 @@ func (m *model) steps(w world, flows int) (all []modelStep, wrong string) {
 			e := saysTaken
 			if step == mRefused {
 				e = saysRefused
+			}
+			if f := to.get(i); f.killed && e == saysTaken && !m.heedless {
+				e = isKilled
 			}
 			if f := to.get(i); f.offers == offer {
 				oldAt(fmt.Sprintf("old reads %c of %d", step, i), to, i, e)
@@ -296,6 +314,13 @@ func TestModel(t *testing.T) {
 		{"new moves bytes before it is told to", func(m *model) { m.movesAtOnce = true }, "both move"},
 		{"new does not read to the end", func(m *model) { m.deaf = true }, "after which old has moved"},
 		{"old goes on, and does not say it", func(m *model) { m.silent = true }, "new moves flow"},
+		{"old does not look whether it was killed", func(m *model) { m.heedless = true }, "which was killed"},
+		{"old lets go what was killed", func(m *model) {
+			m.old = append(without(oldRules, offered, isKilled), rules{{offered, isKilled, given, sendBegin}}...)
+		}, "which was killed"},
+		{"old has no rule for what was killed", func(m *model) {
+			m.old = without(without(oldRules, offered, isKilled), offered, isLate)
+		}, "nobody moves"},
 		{"old forgets what nobody took", func(m *model) { m.old = without(without(oldRules, offered, isLost), offered, isLate) }, "nobody moves"},
 		{"old ignores a refusal", func(m *model) {
 			m.old = without(without(oldRules, offered, saysRefused), offered, isLate)

@@ -5,7 +5,7 @@ package handover
 //
 //	old  kept ──flow──► offered ──taken, sends begin──► given
 //	      ▲                │
-//	      └──refused, lost, or late, sends keep
+//	      └──refused, lost, or late or killed, sends keep
 //
 //	new  none ──flow, sends taken──► registered ──begin, or lost──► begun
 //	                                     │
@@ -38,7 +38,8 @@ const (
 	hasLeft   event = iota // the old process has stopped to move bytes
 	saysTaken              // of the new process
 	saysRefused
-	isLate // no answer has come
+	isKilled // it is taken, and somebody has ended it meanwhile, who knows of the old process alone
+	isLate   // no answer has come
 	saysFlow
 	saysBegin
 	saysKeep
@@ -71,6 +72,7 @@ var oldRules = rules{
 	{kept, hasLeft, offered, sendFlow},
 	{offered, saysTaken, given, sendBegin},
 	{offered, saysRefused, kept, move},
+	{offered, isKilled, kept, sendKeepAndMove},
 	{offered, isLate, kept, sendKeepAndMove},
 	{offered, isLost, kept, move},
 }

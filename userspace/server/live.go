@@ -279,16 +279,22 @@ func (srv *Server) handOver(s *spliced, p *relay.Parcel, g giver, moving *atomic
 		return
 	}
 	moving.Add(1)
-	g.Give(s.record(p), func(err error) {
+	r := s.record(p)
+	r.IsKilled = func() bool { return s.Killed() != nil }
+	g.Give(r, func(err error) {
 		moving.Add(-1)
 		if err != nil {
 			s.notTaken.Store(s.notTaken.Load().again(time.Now()))
 			stay(err)
 			return
 		}
+		s.remove()
+		if s.Killed() != nil { // just now: the other process learns it by its sockets
+			tcpsock.ResetConn(p.Down.Conn)
+			tcpsock.ResetConn(p.Up.Conn)
+		}
 		p.Down.Conn.Close()
 		p.Up.Conn.Close()
-		s.remove()
 		s.in.release()
 		over(nil)
 	})
@@ -368,9 +374,14 @@ func (srv *Server) AdoptFlow(r *handover.Flow) (begin, forget func(), err error)
 		}
 	}
 	forget = func() {
-		if stop() {
-			drop()
+		if !stop() {
+			return
 		}
+		if s.Killed() != nil { // here, where it was known already: the other process learns it by its sockets
+			tcpsock.ResetConn(r.Down.Conn)
+			tcpsock.ResetConn(r.Up.Conn)
+		}
+		drop()
 	}
 	return begin, forget, nil
 }

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
@@ -30,6 +32,10 @@ type handed struct {
 	asked  chan struct{} // nothing is taken, and this gets each question
 	silent atomic.Bool
 	more   string // fields of a record that this program does not know
+
+	meanwhile func() // before it is decided who has a flow
+	decided   func() // when it is to go, before that is told here
+	keeps     bool   // it stays, since the answer comes late
 }
 
 func (h *handed) Lost() <-chan struct{} { return h.lost }
@@ -51,10 +57,21 @@ func (h *handed) Give(f *handover.Flow, gone func(error)) {
 		var came handover.Flow
 		err = errors.Join(err, json.Unmarshal(b, &came))
 		came.Down.Conn, came.Up.Conn = h.copy(f.Down.Conn), h.copy(f.Up.Conn)
-		begin, _, adoptErr := h.to.AdoptFlow(&came)
+		begin, forget, adoptErr := h.to.AdoptFlow(&came)
 		if err = errors.Join(err, adoptErr); err != nil {
 			gone(err)
 			return
+		}
+		if h.meanwhile != nil {
+			h.meanwhile()
+		}
+		if f.IsKilled() || h.keeps {
+			forget()
+			gone(errors.New("killed"))
+			return
+		}
+		if h.decided != nil {
+			h.decided()
 		}
 		gone(nil)
 		begin()
@@ -400,6 +417,54 @@ func TestAdoptTransparent(t *testing.T) {
 	}
 	if err := r.Down.Conn.SetDeadline(time.Time{}); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("its connection is not closed: %v", err)
+	}
+}
+
+// TestKilledWhileGiven: a flow that is killed while another process has its record ends, in whichever process it
+// is killed.
+func TestKilledWhileGiven(t *testing.T) {
+	echo := backend(t, func(c net.Conn) {
+		defer c.Close()
+		_, _ = io.Copy(c, c)
+	})
+	for _, when := range []string{"before it is decided", "just when it goes", "in the other process, which does not get it"} {
+		t.Run(when, func(t *testing.T) {
+			addr := freeAddr(t)
+			old := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", addr, echo))
+			next := start(t, fmt.Sprintf("listeners: [ { name: other, listen: [%q], mode: tcp, default: { reject: true } } ]\n", freeAddr(t)))
+			c := dialTCP(t, addr)
+			exchangeBytes(t, c, 1000)
+			kill := func(d *daemon) func() {
+				return func() {
+					if k, err := d.KillFlows(url.Values{"route": {"default"}}, "a test"); err != nil || k.Killed != 1 {
+						t.Errorf("%+v, %v", k, err)
+					}
+				}
+			}
+			h := &handed{t: t, to: next.Server, lost: make(chan struct{})}
+			switch when {
+			case "before it is decided":
+				h.meanwhile = kill(old)
+			case "just when it goes":
+				h.decided = kill(old)
+			default:
+				h.meanwhile = kill(next)
+				h.keeps = true
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			gave := make(chan struct{})
+			go func() {
+				defer close(gave)
+				old.GiveFlows(ctx, h)
+			}()
+			c.SetReadDeadline(time.Now().Add(time.Minute))
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+				t.Errorf("its client reads %v", err)
+			}
+			eventually(t, "both are rid of it", func() bool { return old.Flows().Len()+next.Flows().Len() == 0 })
+			cancel()
+			<-gave
+		})
 	}
 }
 

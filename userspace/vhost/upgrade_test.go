@@ -44,7 +44,8 @@ func echoSocket(w http.ResponseWriter, r *http.Request) {
 func TestWebSockets(t *testing.T) {
 	for _, p := range []protocol{protocols[0], protocols[2]} {
 		t.Run(p.name, func(t *testing.T) {
-			h := p.hop(t, upstream(t, echoSocket))
+			// Two hundred handshakes at once take a while.
+			h := p.hop(t, upstream(t, echoSocket), func(c *config) { c.HeaderTimeout = deadline })
 			ctx, cancel := context.WithTimeout(t.Context(), 3*deadline)
 			defer cancel()
 			c := p.client(t, h)

@@ -66,6 +66,7 @@ soak: ## Hours of what make test does for a minute each (root; not a part of tes
 	go test -tags soak -run '^TestIdentity' -timeout 60m $(TESTFLAGS) ./userspace/server
 	cd test/oracle && go test -tags soak -run '^TestGuards$$' -timeout 3h $(TESTFLAGS)
 	cd cmd/tailsplice && go test -tags soak -run '^TestStrangers$$' -timeout 40m -count=1 -v $(TESTFLAGS)
+	cd test/netns && go test -tags soak -run '^TestNeverDown$$' -timeout 40m -count=1 -v $(TESTFLAGS) ./unit
 
 # Go would take up to a minute to make each input shorter that finds something, and find nothing else meanwhile.
 .PHONY: fuzz

@@ -3,6 +3,7 @@ package unit
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -31,7 +32,7 @@ func TestNeverDown(t *testing.T) {
 	m.write(t, "etc/tailsplice/tailsplice.yaml", fmt.Sprintf(`
 listeners:
   - { name: plain, listen: [":9100"], mode: tcp, default: { forward: %[1]q, datapath: userspace } }
-  - { name: spliced, listen: [":9101"], mode: tcp, default: { forward: %[1]q } }
+  - { name: spliced, listen: [":9101"], mode: tcp, default: { forward: %[1]q, datapath: sockmap } }
 limits: { connections_per_source: 100000 }
 `, target))
 	m.write(t, "etc/systemd/system/tailsplice.service.d/limits.conf", "[Service]\nStartLimitIntervalSec=0\nWatchdogSec=60\n")
@@ -248,7 +249,7 @@ func (n *neverDown) does(t *testing.T, i int, what string) {
 	case "reload":
 		n.run(t, "systemctl", "reload", service)
 	case "kill":
-		n.inKernel += strings.Count(n.run(t, "tailsplice", "flows", "--json"), `"datapath":"sockmap"`)
+		n.inKernel += n.spliced(t)
 		n.kills(t, "KILL")
 	}
 	over := time.Now()
@@ -277,6 +278,21 @@ func (n *neverDown) does(t *testing.T, i int, what string) {
 	if t.Failed() {
 		t.Fatal(n.journal(t))
 	}
+}
+
+// spliced is how many flows are in the sockmap.
+func (n *neverDown) spliced(t *testing.T) (spliced int) {
+	t.Helper()
+	var flows []struct{ Datapath string }
+	if err := json.Unmarshal([]byte(n.run(t, "tailsplice", "flows", "--json")), &flows); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range flows {
+		if f.Datapath == "sockmap" {
+			spliced++
+		}
+	}
+	return spliced
 }
 
 // waitForOld waits until no flow is in an older process.

@@ -198,7 +198,7 @@ func (d *process) adopt(recall handover.Recall) {
 		return
 	}
 	began := time.Now()
-	var goOn, over, lost, failed atomic.Int64
+	var goOn, gone, over, lost, failed atomic.Int64
 	var all sync.WaitGroup
 	for _, k := range flows {
 		all.Go(func() {
@@ -206,6 +206,8 @@ func (d *process) adopt(recall handover.Recall) {
 			switch {
 			case err == nil:
 				goOn.Add(1)
+			case errors.Is(err, handover.ErrGone): // before the process that had it
+				gone.Add(1)
 			case errors.Is(err, handover.ErrOver):
 				over.Add(1)
 			case errors.Is(err, handover.ErrLostBytes):
@@ -217,8 +219,10 @@ func (d *process) adopt(recall handover.Recall) {
 		})
 	}
 	all.Wait()
-	d.log.Info("the process before this one has left flows", "flows", len(flows), "go_on", goOn.Load(), "had_ended", over.Load(),
-		"lost_bytes", lost.Load(), "failed", failed.Load(), "duration", time.Since(began).Seconds())
+	if n := int64(len(flows)) - gone.Load(); n > 0 {
+		d.log.Info("the process before this one has left its flows", "flows", n, "go_on", goOn.Load(), "half_ended", over.Load(),
+			"lost_bytes", lost.Load(), "unusable", failed.Load(), "duration", time.Since(began).Seconds())
+	}
 }
 
 func (d *process) adoptOne(k *handover.KeptFlow, recall handover.Recall) error {

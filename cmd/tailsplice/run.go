@@ -67,7 +67,8 @@ stays, passes signals on, and ends with the newest one and its exit status.
 
 Where systemd keeps descriptors for the daemon (FileDescriptorStoreMax=), the next
 process after a crash takes the listening sockets back, in which new connections
-wait meanwhile. Drained listeners and disabled targets stay so.`,
+wait meanwhile, and the live flows of sni and tcp listeners, but for those that
+lost bytes. Drained listeners and disabled targets stay so.`,
 		Example: `  tailsplice run --config /etc/tailsplice/tailsplice.yaml
   tailsplice run -c edge.yaml --log-format text --log-level debug`,
 		Args: noArgs,

@@ -142,7 +142,7 @@ func (*KeptFlow) Close() {}
 type Recall func(down, up int, b *Balance) (downRest, upRest []byte, err error)
 
 // What follows is for Linux.
-var ErrOver, ErrLostBytes, ErrQueueClosed = errLinux, errLinux, errLinux
+var ErrGone, ErrOver, ErrLostBytes, ErrQueueClosed = errLinux, errLinux, errLinux, errLinux
 
 // Take fails.
 func (*KeptFlow) Take(Recall) (*Flow, error) { return nil, errLinux }

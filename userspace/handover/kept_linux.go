@@ -32,8 +32,10 @@ func (k *KeptFlow) Close() {
 
 // Why a flow does not go on after a crash.
 var (
-	// ErrOver is that it had ended.
-	ErrOver = errors.New("it has ended")
+	// ErrGone is that it had ended before.
+	ErrGone = errors.New("it has ended")
+	// ErrOver is that one side of it has, and the other one got a reset.
+	ErrOver = errors.New("one side of it has ended")
 	// ErrLostBytes is that bytes of it were in the hands of the process that has ended.
 	ErrLostBytes = errors.New("bytes of it were lost")
 )
@@ -93,13 +95,15 @@ func (k *KeptFlow) isOver() error {
 
 // end ends what a side is left where the other one is over. One whose streams have both ended goes on to
 // deliver what it was given; else the end came too early, and must not look like a proper one.
-func (k *KeptFlow) end() error {
+func (k *KeptFlow) end() (why error) {
+	why = ErrGone
 	for _, fd := range []int{k.down, k.up} {
 		if p, err := tcpsock.PositionOf(fd); err == nil && !(p.IsEnded && p.IsShut) {
 			tcpsock.Abort(fd)
+			why = ErrOver
 		}
 	}
-	return ErrOver
+	return why
 }
 
 // reset resets both connections, of which the queue has descriptors still.

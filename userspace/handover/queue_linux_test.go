@@ -491,7 +491,7 @@ func TestTakeEnded(t *testing.T) {
 	}
 	e.crash()
 	flows, _ := OpenQueue(m.copies(), nil).Flows()
-	if _, err := flows[0].Take(nil); !errors.Is(err, ErrOver) {
+	if _, err := flows[0].Take(nil); !errors.Is(err, ErrGone) {
 		t.Fatal(err)
 	}
 	if b, err := io.ReadAll(e.client); len(b) != len(big) || err != nil {

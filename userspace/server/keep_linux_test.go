@@ -186,7 +186,7 @@ listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`
 	live := 0
 	for _, k := range m.next() {
 		f, err := k.Take(nil)
-		if errors.Is(err, handover.ErrOver) { // the manager may not have been told yet
+		if errors.Is(err, handover.ErrGone) { // the manager may not have been told yet
 			continue
 		}
 		if err != nil {

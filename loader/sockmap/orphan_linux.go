@@ -1,6 +1,7 @@
 package sockmap
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -150,7 +151,9 @@ func (o *Orphan) Recall(ctx context.Context, down, up int, offsets [2]uint64) (r
 		return rest, true, err
 	}
 	for i := range r.ways {
-		rest[i] = r.ways[i].rest
+		if b := r.ways[i].rest; len(b) > 0 {
+			rest[i] = bytes.Clone(b)
+		}
 	}
 	return rest, true, nil
 }
@@ -236,8 +239,20 @@ func (w *way) isStuck() bool {
 		return false
 	}
 	w.looks++
-	return time.Since(w.since) >= recallAtRest && w.looks > recallLooks && (w.hasRoom || w.peer.writable()) &&
-		!tcpsock.IsShort("/proc")
+	if time.Since(w.since) < recallAtRest || w.looks < recallLooks {
+		return false
+	}
+	if w.isSettled && len(w.rest) < recallRest { // there is nothing to read
+		return true
+	}
+	return (w.hasRoom || w.peer.writable()) && !w.isShortOfMemory()
+}
+
+// isShortOfMemory reports whether TCP may take nothing for the peer though there seems to be room. Some it
+// always takes, where nothing is queued.
+func (w *way) isShortOfMemory() bool {
+	n, err := w.peer.unacked()
+	return err == nil && n > 0 && tcpsock.IsShort("/proc")
 }
 
 // lost says what is missing.

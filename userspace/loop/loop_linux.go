@@ -180,8 +180,9 @@ func (l *Loop) control(op int, s *Socket, id uint64, events uint32) error {
 	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(l.fd, op, s.fd, &ev))
 }
 
-// forget takes s out of the loop's table, and its handler away. The epoll forgets s when it is closed. The
-// caller has the loop to itself.
+// forget takes s out of the loop's table, and its handler away. The epoll forgets s when it is closed, and
+// every copy that another process has; what it tells until then concerns nobody. The caller has the loop to
+// itself.
 func (l *Loop) forget(s *Socket) {
 	if s.id != 0 {
 		delete(l.sockets, s.id)

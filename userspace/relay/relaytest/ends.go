@@ -61,7 +61,7 @@ func reset(t *testing.T, p Path, s Size) {
 // resetBehindData: what the path had acknowledged before the reset arrives, and then the reset.
 func resetBehindData(t *testing.T, p Path, s Size) {
 	for _, n := range []int64{100, 64 << 10} {
-		behindReset(t, p, n, 0, func(r *behind) error {
+		behindReset(t, p, n, 0, false, func(r *behind) error {
 			time.Sleep(20 * time.Millisecond)
 			return r.receive(n)
 		})
@@ -72,7 +72,7 @@ func resetBehindData(t *testing.T, p Path, s Size) {
 // to take it.
 func resetBehindWaiting(t *testing.T, p Path, s Size) {
 	const n = 400 << 10 // more than the reader's window, less than the buffers before it
-	behindReset(t, p, n, 64<<10, func(r *behind) error {
+	behindReset(t, p, n, 64<<10, false, func(r *behind) error {
 		time.Sleep(100 * time.Millisecond)
 		return r.receive(n)
 	})
@@ -82,7 +82,7 @@ func resetBehindWaiting(t *testing.T, p Path, s Size) {
 // its buffer holds, so that its window opens each time.
 func resetSlowReader(t *testing.T, p Path, s Size) {
 	const n, pieces = 400 << 10, 10
-	behindReset(t, p, n, 32<<10, func(r *behind) error {
+	behindReset(t, p, n, 32<<10, true, func(r *behind) error {
 		for range pieces {
 			time.Sleep(400 * time.Millisecond)
 			if err := r.receive(n / pieces); err != nil {
@@ -118,8 +118,8 @@ func (r *behind) receive(n int64) error {
 
 // behindReset sends n bytes, which are acknowledged, and then a reset. read gets all of the bytes at the
 // other end, with a receive buffer of that size, if any. A busy machine may hold that end up for as long as
-// no reader may stop: then it is tried again.
-func behindReset(t *testing.T, p Path, n int64, buffer int, read func(r *behind) error) {
+// no reader may stop: then it is tried again. Where it mostly waits, both ends are tried at once.
+func behindReset(t *testing.T, p Path, n int64, buffer int, waits bool, read func(r *behind) error) {
 	try := func(t *testing.T, from, to net.Conn) (pause time.Duration, err error) {
 		if buffer > 0 {
 			must(t, to.(*net.TCPConn).SetReadBuffer(buffer))
@@ -136,32 +136,24 @@ func behindReset(t *testing.T, p Path, n int64, buffer int, read func(r *behind)
 		wantReset(t, p, to)
 		return 0, nil
 	}
-	for _, role := range []string{"client", "server"} {
-		t.Run(role, func(t *testing.T) {
-			for tries := 1; ; tries++ {
-				client, server := p.Dial(t)
-				defer client.Close()
-				defer server.Close()
-				from, to := client, server
-				if role == "server" {
-					from, to = to, from
-				}
-				pause, err := try(t, from, to)
-				if err == nil {
-					return
-				}
-				if !isReset(err) || pause < time.Second || tries == 10 {
-					t.Fatalf("having paused for %v at most: %v", pause, err)
-				}
+	eachRole(t, p, waits, func(t *testing.T, dial func() (active, passive net.Conn)) {
+		for tries := 1; ; tries++ {
+			from, to := dial()
+			pause, err := try(t, from, to)
+			if err == nil {
+				return
 			}
-		})
-	}
+			if !isReset(err) || pause < time.Second || tries == 10 {
+				t.Fatalf("having paused for %v at most: %v", pause, err)
+			}
+		}
+	})
 }
 
 // resetHoldsSender: while what came before a reset waits to be delivered, nothing is taken from the other
 // end: it would be told that its bytes have arrived.
 func resetHoldsSender(t *testing.T, p Path, s Size) {
-	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+	bothRolesAtOnce(t, p, func(t *testing.T, from, to net.Conn) {
 		fill(from, newStream())
 		abort(from)
 		const most = 128 << 20 // far more than all buffers on the way
@@ -233,7 +225,7 @@ func resetAfterHalfClose(t *testing.T, p Path, s Size) {
 // resetWhileStopped: an end that doesn't read is told of a reset all the same, within the time that is
 // allowed for the delivery of what is on its way.
 func resetWhileStopped(t *testing.T, p Path, s Size) {
-	bothRoles(t, p, func(t *testing.T, from, to net.Conn) {
+	bothRolesAtOnce(t, p, func(t *testing.T, from, to net.Conn) {
 		fill(from, newStream())
 		abort(from)
 		must(t, waitBroken(p, to))

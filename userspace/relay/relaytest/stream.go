@@ -242,17 +242,49 @@ func must(t testing.TB, err error) {
 
 // bothRoles runs f with the client as the active end, and with the server.
 func bothRoles(t *testing.T, p Path, f func(t *testing.T, active, passive net.Conn)) {
-	for _, role := range []string{"client", "server"} {
-		t.Run(role, func(t *testing.T) {
-			client, server := p.Dial(t)
-			defer client.Close()
-			defer server.Close()
-			if role == "client" {
-				f(t, client, server)
-			} else {
-				f(t, server, client)
-			}
-		})
+	eachRole(t, p, false, func(t *testing.T, dial func() (active, passive net.Conn)) {
+		active, passive := dial()
+		f(t, active, passive)
+	})
+}
+
+// bothRolesAtOnce is bothRoles for what mostly waits.
+func bothRolesAtOnce(t *testing.T, p Path, f func(t *testing.T, active, passive net.Conn)) {
+	eachRole(t, p, true, func(t *testing.T, dial func() (active, passive net.Conn)) {
+		active, passive := dial()
+		f(t, active, passive)
+	})
+}
+
+// eachRole runs f for each end as the active one, of flows that dial makes; for both at once, or not.
+func eachRole(t *testing.T, p Path, atOnce bool, f func(t *testing.T, dial func() (active, passive net.Conn))) {
+	var dialling sync.Mutex // a path may take any connection that comes for the one that it has dialled
+	roles := func(t *testing.T) {
+		for _, role := range []string{"client", "server"} {
+			t.Run(role, func(t *testing.T) {
+				if atOnce {
+					t.Parallel()
+				}
+				f(t, func() (active, passive net.Conn) {
+					dialling.Lock()
+					defer dialling.Unlock()
+					client, server := p.Dial(t)
+					t.Cleanup(func() {
+						client.Close()
+						server.Close()
+					})
+					if role == "client" {
+						return client, server
+					}
+					return server, client
+				})
+			})
+		}
+	}
+	if atOnce {
+		t.Run("at once", roles) // which ends when both have
+	} else {
+		roles(t)
 	}
 }
 

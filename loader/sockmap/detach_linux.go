@@ -366,7 +366,8 @@ func (f *flow) giveBack() {
 	if f.isRecalled.Load() {
 		why = errRecalled
 	}
-	f.o.Returned(int(f.sockets[0]), int(f.sockets[1]), rest[0], rest[1], up, down, lastMoved, f.record.forgetter(), why)
+	f.o.Returned(int(f.sockets[0]), int(f.sockets[1]), rest[0], rest[1], up, down, lastMoved,
+		f.record.forgetter(), why)
 }
 
 // hasFIN reports whether the source's stream has ended, or its end was passed on. Called with the flow's mu

@@ -24,7 +24,8 @@ const (
 	// Types of frames, and the flags END_STREAM, END_HEADERS and PADDED.
 	frameDATA, frameHEADERS, frameRST, frameSETTINGS, frameCONTINUATION = 0, 1, 3, 4, 9
 	frameEnd, frameEndHeaders, framePadded                              = 1, 4, 8
-	mostPadding                                                         = 1 + 255 // bytes: its length, and as many as that says (RFC 9113 6.1)
+
+	mostPadding = 1 + 255 // bytes: its length, and as many as that says (RFC 9113 6.1)
 
 	// What brings no answer is read slowly. A frame costs one of frameBurst, but for those that begin
 	// requests and those with a part of their body, which other limits bound. Time brings framesPerSecond
@@ -175,7 +176,7 @@ type frames struct {
 	conn    *conn
 	free    bool // of a hop, which speaks for many
 	in, out splitter
-	inHead  bool   // the head of a request goes on in the next frame, or SETTINGS, which come first, have not come
+	inHead  bool   // a request's head goes on in the next frame, or SETTINGS, the first, has not come
 	leaves  bool   // goAway is to be read next, between two frames
 	said    string // of that, what is to be read now
 	bodies  bodies

@@ -216,3 +216,38 @@ func TestRecallCanceled(t *testing.T) {
 		t.Errorf("%v, %v", found, err)
 	}
 }
+
+// While a reader has stopped, what is to be copied for it waits in the source's queue: in the hands of the
+// process it would be lost with it.
+func TestHandsAreEmpty(t *testing.T) {
+	const flows = 8
+	full := 0
+	for range flows {
+		l := open(t, nil, 16)
+		p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
+		f := l.onlyFlow(t)
+		d := &f.directions[0]
+		stop := make(chan struct{})
+		go func() {
+			defer close(stop)
+			_, _ = p.Client.Write(make([]byte, 64<<20))
+		}()
+		moved, since := uint64(0), time.Now()
+		loadertest.WaitFor(t, func() bool {
+			if n := d.moved(); n != moved {
+				moved, since = n, time.Now()
+			}
+			return d.snapshot().passed != load64(&d.shared().Consumed) && time.Since(since) > 100*time.Millisecond
+		}, "the flow to stand still")
+		f.freeze(t)
+		if n := len(d.rest); n > 0 {
+			t.Logf("%d bytes are in its hands", n)
+			full++
+		}
+		p.Cancel()
+		<-stop
+	}
+	if full == flows { // TCP may take less than it had room for, where it is short of memory
+		t.Error("the hands of all are full")
+	}
+}

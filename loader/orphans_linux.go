@@ -38,8 +38,8 @@ func OpenOrphans(bpffs string, log *slog.Logger) (*Orphans, error) {
 
 // Recall takes both sockets of a flow out of the sockmap that they are in, if any, and waits for none of its
 // ends. offsets are how many bytes upstream had written more than downstream had read, and downstream than
-// upstream, when none were on their way in between (see [tcpsock.Position]). They say whether all is there: with
-// an error it is not, or that can't be known, and the flow has to be reset.
+// upstream, when none were on their way in between (see [tcpsock.Position]). They say whether all is there:
+// with an error it is not, or that can't be known, and the flow has to be reset.
 //
 // What was read of downstream is downRest, up to 64 KiB, to be written to upstream before what is read next;
 // upRest is that of the other way.

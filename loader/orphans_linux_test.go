@@ -73,13 +73,13 @@ func (o *orphan) copyByHand(downRest, upRest []byte) {
 	}
 }
 
-// startDoomed runs a process that splices all of os, and gives what kills it.
-func startDoomed(t *testing.T, at string, os_ []*orphan) (kill func()) {
+// startDoomed runs a process that splices all flows, and gives what kills it.
+func startDoomed(t *testing.T, at string, flows []*orphan) (kill func()) {
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestOrphansOf$")
-	cmd.Env = append(os.Environ(), "TS_LDR_BPFFS="+at, "TS_LDR_DOOMED="+strconv.Itoa(len(os_)))
+	cmd.Env = append(os.Environ(), "TS_LDR_BPFFS="+at, "TS_LDR_DOOMED="+strconv.Itoa(len(flows)))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.Stderr = os.Stderr
-	for _, o := range os_ {
+	for _, o := range flows {
 		for _, c := range []*net.TCPConn{o.down, o.up} {
 			f, err := c.File()
 			loadertest.Must(t, err)
@@ -428,8 +428,8 @@ func endsLate(o *orphan) error {
 }
 
 // A flow goes on in the kernel when its process is killed, and whoever has its sockets takes it out of the
-// sockmap with not a byte lost, whatever it is doing. Only where the process had read bytes and not yet written
-// them, the recall says that it can't be.
+// sockmap with not a byte lost, whatever it is doing. Only where the process had read bytes and not yet
+// written them, the recall says that it can't be.
 func TestOrphans(t *testing.T) {
 	for name, c := range map[string]struct {
 		talk   func(*orphan) error

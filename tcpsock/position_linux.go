@@ -14,8 +14,8 @@ var (
 )
 
 // PositionOf is where fd's streams are at one moment. Of a socket that has no connection, or none any more,
-// it is ENOTCONN. While fd is in a sockmap, Read may be too large by what is unread: some kernels (6.18.44 for
-// one) count there only what a verdict has left to the process.
+// it is ENOTCONN. While fd is in a sockmap, Read may be too large by what is unread: some kernels (6.18.44
+// for one) count there only what a verdict has left to the process.
 //
 // A FIN has a place in the sequence of bytes, and is counted there as soon as it has come or is to be sent.
 // SIOCINQ leaves it out where bytes are unread before it, and where it was read nothing is unread: so it

@@ -122,8 +122,8 @@ var errPastTCP = errors.New("bytes of the flow may have gone past TCP")
 //
 //   - Both ways pass all that comes. What was redirected before is written by the kernel's worker, for which
 //     a send buffer may have to be made larger.
-//   - Then no more payload is let in, and what was passed is copied: with the socket out of the sockmap nobody
-//     could read it. Where there is no room for it, that is made, if it is more than rest may be.
+//   - Then no more payload is let in, and what was passed is copied: with the socket out of the sockmap
+//     nobody could read it. Where there is no room for it, that is made, if it is more than rest may be.
 //   - Then the sockets are taken out. Doing that by the system call races with an skb that is on its way to
 //     the verdict, which is dropped then. So the verdict is kept from what comes, and in the end the streams'
 //     positions say whether all is there.
@@ -285,9 +285,9 @@ func (w *way) unread() uint64 {
 	return load64(&w.shared.Passed) - w.consumed - w.read
 }
 
-// missing is how many bytes have come to the source, and are not unread, nor in rest, nor at the peer. What the
-// dead process has read is unread for the protocol, unless it has said that it was written: so this is less
-// than 0 by what it has written without saying so.
+// missing is how many bytes have come to the source, and are not unread, nor in rest, nor at the peer. What
+// the dead process has read is unread for the protocol, unless it has said that it was written: so this is
+// less than 0 by what it has written without saying so.
 //
 // SIOCINQ would not do: of a socket in a sockmap some kernels (those with "bpf, sockmap: Fix FIONREAD for
 // sockmap", of 2026) don't count what is on its way to where it can be read.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,13 +24,14 @@ listeners:
   - { name: web, listen: [":9100"], mode: tcp, default: { forward: "127.0.0.1:7000" } }
   - { name: moves, listen: [":9101"], mode: tcp, default: { forward: "127.0.0.1:7000" } }
   - { name: drained, listen: [":9103"], mode: tcp, default: { forward: "127.0.0.1:7001" } }
+  - { name: plain, listen: [":9104"], mode: tcp, default: { forward: "127.0.0.1:7000", datapath: userspace } }
 limits: { connections_per_source: 10000 }
 control: { metrics: "127.0.0.1:9464", health: "127.0.0.1:9465" }
 `
 
 // TestCrash: while 150 connections a second come, the daemon is killed, upgraded, stopped by a signal, restarted and
-// reloaded, and none is refused. What an operator has said holds after a crash, and a configuration that was changed
-// before one.
+// reloaded, and none is refused. Flows that last go on after each crash, or are reset where they talk. What an operator
+// has said holds after a crash, and a configuration that was changed before one.
 func TestCrash(t *testing.T) {
 	options := lab.Options{NoTailnet: true, NoAnycast: true, NoDocker: true}
 	lab.Require(t, options, "systemd-nspawn", "make", "nsenter", "pgrep")
@@ -55,21 +57,30 @@ func TestCrash(t *testing.T) {
 	c := &crash{machine: m, world: w}
 	c.pid = c.main(t)
 	stop := c.load(t)
+	flows := c.lasts(t)
 
+	flows.areKept(t)
 	c.kills(t, "KILL")
+	flows.goOn(t)
 	m.run(t, "tailsplice", "drain", "drained")
 	m.run(t, "tailsplice", "target", "disable", "127.0.0.1:7001")
+	flows.areKept(t)
 	c.kills(t, "KILL")
+	flows.goOn(t)
 	c.orders(t)
 	t.Log(m.run(t, "tailsplice", "upgrade"))
 	c.changes(t, "upgrade")
 	c.orders(t)
+	flows.areKept(t)
 	c.kills(t, "KILL") // the process that had taken over
+	flows.goOn(t)
 	c.orders(t)
 	m.run(t, "systemctl", "reload", service)
 
 	m.write(t, "etc/tailsplice/tailsplice.yaml", strings.Replace(crashConfig, ":9101", ":9102", 1))
+	flows.areKept(t)
 	c.kills(t, "SEGV")
+	flows.goOn(t)
 	if err := c.exchange(t.Context(), 9102); err != nil {
 		t.Errorf("an address that is new since the crash: %v", err)
 	}
@@ -86,7 +97,10 @@ func TestCrash(t *testing.T) {
 		t.Errorf("a listener that is drained again: %v, want a refusal", err)
 	}
 
+	flows.areKept(t)
 	c.kills(t, "STOP")
+	flows.goOn(t)
+	flows.close()
 	if n := c.says(t, "Watchdog timeout"); n != 1 {
 		t.Errorf("systemd says %d times that the watchdog had it killed", n)
 	}
@@ -100,7 +114,10 @@ func TestCrash(t *testing.T) {
 	if n := c.says(t, "has left its sockets"); n != 6 {
 		t.Errorf("the daemon says %d times that it found sockets, want 5 crashes and a restart", n)
 	}
-	for _, wrong := range []string{"is not used", "is kept: connections may be refused", "Got notification message from PID"} {
+	if n := c.says(t, "has left its flows"); n != 5 {
+		t.Errorf("the daemon says %d times that it found flows, want 5 crashes", n)
+	}
+	for _, wrong := range []string{"is not used", "is kept: connections may be refused", "not all flows are kept", "Got notification message from PID"} {
 		if n := c.says(t, wrong); n > 0 {
 			t.Errorf("the journal says %q:\n%s", wrong, m.run(t, "journalctl", "--no-pager", "--grep="+wrong))
 		}
@@ -229,6 +246,141 @@ func (c *crash) open(t *testing.T) (conn net.Conn, echo func()) {
 	}
 	echo()
 	return conn, echo
+}
+
+// lasting are flows that last: half of them are idle, and half talk.
+type lasting struct {
+	*crash
+	idle    []net.Conn
+	talking []*talking
+}
+
+// talking is a flow of messages that are echoed.
+type talking struct {
+	net.Conn
+	port  int
+	moved atomic.Int64
+	ended chan error
+}
+
+// lasts makes some of each kind, by auto and by userspace.
+func (c *crash) lasts(t *testing.T) *lasting {
+	l := &lasting{crash: c}
+	for _, port := range []int{9100, 9104} {
+		for range 10 {
+			conn := l.dial(t, port)
+			if err := numbered(conn, 1); err != nil {
+				t.Fatal(err)
+			}
+			l.idle = append(l.idle, conn)
+			l.talking = append(l.talking, l.talk(t, port))
+		}
+	}
+	t.Cleanup(l.close)
+	return l
+}
+
+func (l *lasting) dial(t *testing.T, port int) net.Conn {
+	t.Helper()
+	conn, err := l.world.Client.Dial(t.Context(), "tcp4", net.JoinHostPort(l.host.IP4.String(), fmt.Sprint(port)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.SetDeadline(time.Now().Add(10 * time.Minute))
+	return conn
+}
+
+// numbered has a number echoed.
+func numbered(c net.Conn, n int64) error {
+	text := fmt.Sprintf("%020d", n)
+	if _, err := io.WriteString(c, text); err != nil {
+		return err
+	}
+	b := make([]byte, len(text))
+	if _, err := io.ReadFull(c, b); err != nil {
+		return err
+	}
+	if string(b) != text {
+		return fmt.Errorf("%q comes back of %q", b, text)
+	}
+	return nil
+}
+
+func (l *lasting) talk(t *testing.T, port int) *talking {
+	f := &talking{Conn: l.dial(t, port), port: port, ended: make(chan error, 1)}
+	go func() {
+		for {
+			if err := numbered(f.Conn, f.moved.Load()); err != nil {
+				f.ended <- err
+				return
+			}
+			f.moved.Add(1)
+			time.Sleep(5 * time.Millisecond)
+		}
+	}()
+	return f
+}
+
+// areKept waits until the service manager has a queue of flows. Those that are a second old are in it soon.
+func (l *lasting) areKept(t *testing.T) {
+	t.Helper()
+	const least = 3 + 3 + 1 + 2 // of listeners, but for a drained one; of control; what was said; of flows
+	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+		n, err := strconv.Atoi(l.run(t, "systemctl", "show", "--value", "--property=NFileDescriptorStore", service))
+		if err == nil && n >= least {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("systemd keeps %d descriptors (%v)", n, err)
+		}
+	}
+	time.Sleep(5 * time.Second)
+}
+
+// goOn checks that all idle flows do after a crash, and that others do or are reset. New ones take the place of those.
+func (l *lasting) goOn(t *testing.T) {
+	t.Helper()
+	for _, c := range l.idle {
+		if err := numbered(c, 2); err != nil {
+			t.Errorf("an idle flow: %v", err)
+		}
+	}
+	cut := 0
+	for i, f := range l.talking {
+		moved := f.moved.Load()
+		for end := time.Now().Add(time.Minute); f.moved.Load() < moved+2; time.Sleep(time.Millisecond) {
+			var err error
+			select {
+			case err = <-f.ended:
+			default:
+			}
+			if err != nil && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+				t.Errorf("a flow that talks has ended, and not by a reset: %v", err)
+			}
+			if err != nil {
+				cut++
+				f.Close()
+				l.talking[i] = l.talk(t, f.port)
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatal("a flow that talks is stuck")
+			}
+		}
+	}
+	t.Logf("%d of %d flows that talk were reset", cut, len(l.talking))
+	if cut > len(l.talking)/2 {
+		t.Error("they are too many")
+	}
+}
+
+func (l *lasting) close() {
+	for _, c := range l.idle {
+		c.Close()
+	}
+	for _, f := range l.talking {
+		f.Close()
+	}
 }
 
 // becomes waits until the unit is in a state.

@@ -115,8 +115,8 @@ func (d *process) keepFlows() error {
 }
 
 // endKeeping is for a process that ends as it was told to. Connections that come until the next process is
-// there wait for it. What an operator has said ends with this one, and so do the control socket, whose file is
-// removed, and the flows.
+// there wait for it. What an operator has said ends with this one, and so do the control socket, whose file
+// is removed, and the flows.
 func (d *process) endKeeping() {
 	d.keeper.mu.Lock()
 	defer d.keeper.mu.Unlock()
@@ -214,6 +214,8 @@ func (d *process) adopt(recall handover.Recall) {
 				lost.Add(1)
 			default:
 				failed.Add(1)
+			}
+			if err != nil {
 				d.log.Debug("a flow of an ended process does not go on", "id", k.Flow.ID, "err", err)
 			}
 		})
@@ -226,15 +228,18 @@ func (d *process) adopt(recall handover.Recall) {
 }
 
 func (d *process) adoptOne(k *handover.KeptFlow, recall handover.Recall) error {
+	defer k.Close()
 	f, err := k.Take(recall)
 	if err != nil {
 		return err
 	}
 	begin, _, err := d.server.AdoptFlow(f)
-	if err == nil {
-		begin()
+	if err != nil {
+		k.Reset()
+		return err
 	}
-	return err
+	begin()
+	return nil
 }
 
 // watchdogEvery is within what time the manager wants to hear of this process; 0: it does not.

@@ -108,7 +108,7 @@ const (
 	KindDownRest = "downstream_rest" // a file that has the Rest of that side, where a message has no room
 	KindUpRest   = "upstream_rest"
 
-	// The ends of a queue of flows, of a generation: that by which they go in, and that by which they come out.
+	// The ends of a queue of flows, of a generation: where they go in, and where they come out.
 	KindFlowsIn  = "flows_in"
 	KindFlowsOut = "flows_out"
 )

@@ -138,6 +138,9 @@ func NewKeptFlow(f *Flow, _, _ int) *KeptFlow { return &KeptFlow{f} }
 // Close does nothing.
 func (*KeptFlow) Close() {}
 
+// Reset does nothing.
+func (*KeptFlow) Reset() {}
+
 // Recall is for Linux.
 type Recall func(down, up int, b *Balance) (downRest, upRest []byte, err error)
 

@@ -41,14 +41,14 @@ var (
 )
 
 // Recall takes both sockets of a flow out of what moves its bytes in the kernel, and returns what was read
-// from them meanwhile and is not yet written to the other one. With an error bytes may be lost. b says what is
-// so when none are.
+// from them meanwhile and is not yet written to the other one. With an error bytes may be lost. b says what
+// is so when none are.
 type Recall func(down, up int, b *Balance) (downRest, upRest []byte, err error)
 
 // Take makes the flow, which nobody moves any more, one that [Adopt] takes: recall, which may be nil, ends
-// that the kernel does. With an error it does not go on: its connections are closed, or reset.
+// that the kernel does. With an error it does not go on: its connections are reset, or left to deliver what
+// they have. The copies stay k's.
 func (k *KeptFlow) Take(recall Recall) (*Flow, error) {
-	defer k.Close()
 	f := k.Flow
 	f.Down.Rest, f.Up.Rest = nil, nil
 	if err := k.isOver(); err != nil {
@@ -57,7 +57,7 @@ func (k *KeptFlow) Take(recall Recall) (*Flow, error) {
 	var err error
 	if recall != nil {
 		if f.Down.Rest, f.Up.Rest, err = recall(k.down, k.up, f.Kept); err != nil {
-			k.reset()
+			k.Reset()
 			return nil, errors.Join(ErrLostBytes, err)
 		}
 	}
@@ -67,7 +67,7 @@ func (k *KeptFlow) Take(recall Recall) (*Flow, error) {
 	case err != nil || err2 != nil:
 		return nil, k.end()
 	case !f.Kept.Holds(f, down, up):
-		k.reset()
+		k.Reset()
 		return nil, ErrLostBytes
 	}
 	if f.Down.Conn, err = connOf(k.down); err == nil {
@@ -75,7 +75,7 @@ func (k *KeptFlow) Take(recall Recall) (*Flow, error) {
 	}
 	if err != nil {
 		f.Close()
-		k.reset()
+		k.Reset()
 		return nil, err
 	}
 	f.IdleSince = time.Now()
@@ -106,8 +106,8 @@ func (k *KeptFlow) end() (why error) {
 	return why
 }
 
-// reset resets both connections, of which the queue has descriptors still.
-func (k *KeptFlow) reset() {
+// Reset resets both connections, of which the queue has descriptors still.
+func (k *KeptFlow) Reset() {
 	tcpsock.Abort(k.down)
 	tcpsock.Abort(k.up)
 }

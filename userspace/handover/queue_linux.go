@@ -39,8 +39,8 @@ type queuePair struct {
 }
 
 const (
-	// mostQueued is how many bytes may wait in a pair, with what the kernel takes for them. A flow takes about
-	// 1 KB.
+	// mostQueued is how many bytes may wait in a pair, with what the kernel takes for them. A flow takes
+	// about 1 KB.
 	mostQueued = 512 << 20
 	// mostTogether bounds the flows of a message.
 	mostTogether = 16

@@ -147,6 +147,8 @@ func (m *managed) copies() (all []Socket) {
 }
 
 // next are the flows that a process would find now.
+//
+// +checklocksignore: nobody else has the Queue
 func (m *managed) next() (ids []string) {
 	m.t.Helper()
 	q := OpenQueue(m.copies(), func() error { return nil })
@@ -230,6 +232,7 @@ func TestQueue(t *testing.T) {
 			t.Errorf("%s: %v", f.ID, err)
 		}
 		f.Close()
+		k.Close()
 	}
 	q.Close()
 	for id, e := range all {
@@ -329,6 +332,8 @@ func TestRenew(t *testing.T) {
 }
 
 // TestQueueIsFull: what has no room is not kept, and all else is.
+//
+// +checklocksignore: nobody else has the Queue
 func TestQueueIsFull(t *testing.T) {
 	m := newManaged(t)
 	first := newEnds(t)
@@ -446,6 +451,7 @@ func TestTake(t *testing.T) {
 			if len(flows) != 1 || len(wrong) > 0 {
 				t.Fatal(flows, wrong)
 			}
+			defer flows[0].Close()
 			f, err := flows[0].Take(c.recall)
 			if !errors.Is(err, c.want) {
 				t.Fatalf("%v, want %v", err, c.want)
@@ -491,6 +497,7 @@ func TestTakeEnded(t *testing.T) {
 	}
 	e.crash()
 	flows, _ := OpenQueue(m.copies(), nil).Flows()
+	defer flows[0].Close()
 	if _, err := flows[0].Take(nil); !errors.Is(err, ErrGone) {
 		t.Fatal(err)
 	}

@@ -318,6 +318,13 @@ func TestOpenStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer null.Close()
+	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, out := os.NewFile(uintptr(ends[0]), "in"), os.NewFile(uintptr(ends[1]), "out")
+	defer in.Close()
+	defer out.Close()
 	all := []passed{
 		{nameFor(Socket{Kind: KindListener, Name: `odd: "name" é`, Address: goodAddr}), good, ""},
 		{nameFor(Socket{Kind: KindListener, Name: "any", Address: ":" + port, Tailnet: true}), anywhere, ""},
@@ -343,6 +350,10 @@ func TestOpenStore(t *testing.T) {
 		{nameFor(Socket{Kind: KindControl, Address: control}) + "&x=1", some(), "no unix socket"},
 		{movedName, movedFile, "its file is gone"},
 		{"control?address=%2Fx&inode=-1", movedFile, "invalid syntax"},
+		{"flows_in?address=3", in, ""},
+		{"flows_out?address=3", out, ""},
+		{"flows_out?address=4", some(), "no end of a pair"},
+		{"flows_in?address=4", null, "no socket"},
 		{"tailsplice.socket", unnamed, "none that this program has stored"},
 		{"listener?address=%zz", unnamed, "none that this program has stored"},
 		{"stored", null, "none that this program has stored"},
@@ -365,6 +376,7 @@ func TestOpenStore(t *testing.T) {
 		fmt.Sprintf("taken: listener %q %s false\n", `odd: "name" é`, goodAddr),
 		fmt.Sprintf("taken: listener \"any\" :%s true\n", port),
 		fmt.Sprintf("taken: control \"\" %s false\n", control),
+		"taken: flows_in \"\" 3 false\n", "taken: flows_out \"\" 3 false\n",
 		"state: {\"n\":7}\n",
 	} {
 		if !strings.Contains(said, line) {

@@ -18,7 +18,8 @@ const (
 	keepAfter = time.Second
 	// keepEvery is how often is looked for those that have become so old, while there are younger ones.
 	keepEvery = keepAfter / 4
-	// mostEndedKept is how many flows that have ended may be among those that are kept, beside as many as live.
+	// mostEndedKept is how many flows that have ended may be among those that are kept, beside as many as
+	// live.
 	mostEndedKept = 64
 	// copyWait is how long a flow may be between two who move its bytes when a copy of it is wanted.
 	copyWait = 100 * time.Millisecond

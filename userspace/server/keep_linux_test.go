@@ -148,6 +148,7 @@ listeners:
 				t.Errorf("%s: it has moved %d and %d, want %d", name, f.BytesUp, f.BytesDown, want[name])
 			}
 			f.Close()
+			k.Close()
 		}
 	}
 }
@@ -167,9 +168,11 @@ listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`
 		all = append(all, c)
 	}
 	eventually(t, "all are kept", func() bool { n, _ := m.q.Len(); return n == flows })
+	m.mu.Lock()
 	if m.stored != 1 {
 		t.Errorf("the manager was given something %d times", m.stored)
 	}
+	m.mu.Unlock()
 	for i, c := range all[flows/4:] {
 		switch i % 3 {
 		case 0: // by EOF
@@ -194,6 +197,7 @@ listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`
 		}
 		live++
 		f.Close()
+		k.Close()
 	}
 	if live != flows/4 {
 		t.Errorf("%d flows live, want %d", live, flows/4)
@@ -241,6 +245,7 @@ func TestAdoptKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	begin()
+	flows[0].Close()
 	exchangeBytes(t, c, 1000)
 	s := next.Flows().Live()[0].Killer.(*spliced)
 	if !s.isKept.Load() || *s.balance != *f.Kept {
@@ -252,13 +257,16 @@ func TestAdoptKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Close()
+	flows[0].Close()
 	s.isKept.Store(false) // as of a flow that another process has given
 	other := keep(t, next)
 	eventually(t, "it is kept there", func() bool { n, _ := other.q.Len(); return n == 1 })
-	if f, err = other.next()[0].Take(nil); err != nil {
+	flows = other.next()
+	if f, err = flows[0].Take(nil); err != nil {
 		t.Fatal(err)
 	}
 	f.Close()
+	flows[0].Close()
 }
 
 // TestKeepsWhatItCan: where the manager fails that is said once, and nothing else is hurt.

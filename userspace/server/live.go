@@ -50,8 +50,8 @@ type terms struct {
 	container   string // that [containerOf] names, or ""
 }
 
-// splice registers the flow of in which fl describes, but for how it is counted and ended. balance is nil where
-// the flow can't be kept, and isKept where it is.
+// splice registers the flow of in which fl describes, but for how it is counted and ended. balance is nil
+// where the flow can't be kept. isKept: it is.
 func (srv *Server) splice(in *conn, fl flow.Flow, t terms, balance *handover.Balance, isKept bool) *spliced {
 	s := &spliced{flow: fl, in: in, terms: t, endUse: srv.wakes.begin(t.container), balance: balance}
 	s.isKept.Store(isKept)

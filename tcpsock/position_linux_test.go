@@ -93,7 +93,7 @@ func TestPositionShut(t *testing.T) {
 	if _, err := PositionOf(fdOf(t, own)); !errors.Is(err, unix.ENOTCONN) {
 		t.Errorf("over: %v", err)
 	}
-	own, other = pair(t)
+	own, _ = pair(t)
 	want = Position{Written: positionOf(t, own).Written, IsShut: true}
 	if err := own.CloseWrite(); err != nil {
 		t.Fatal(err)

@@ -65,6 +65,9 @@ limits: { connections_per_source: 100000 }
 		t.Error("they are none")
 	}
 	for _, l := range n.all {
+		close(l.quit)
+	}
+	for _, l := range n.all {
 		l.ends(t)
 	}
 }
@@ -219,10 +222,9 @@ func (l *live) stream(size int) error {
 	return <-wrote
 }
 
-// ends asks the flow for the rest of what it has to say, and closes it.
+// ends waits for the rest of what the flow has to say, asks for more, and closes it. It was told to quit.
 func (l *live) ends(t *testing.T) {
 	t.Helper()
-	close(l.quit)
 	<-l.done
 	err := l.err
 	if err == nil {

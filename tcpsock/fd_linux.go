@@ -166,9 +166,9 @@ func Reset(fd int) error {
 	return unix.Close(fd)
 }
 
-// Abort ends the connection of fd with a reset; what was not sent, or not read, is lost. It doesn't matter who
-// else has the socket: to close one with SO_LINGER sends no reset while there is another descriptor, in any
-// process, or on its way to one. A unix socket, which knows no resets, has both its streams ended.
+// Abort ends the connection of fd with a reset; what was not sent, or not read, is lost. It doesn't matter
+// who else has the socket: to close one with SO_LINGER sends no reset while there is another descriptor, in
+// any process, or on its way to one. A unix socket, which knows no resets, has both its streams ended.
 func Abort(fd int) error {
 	// A connection to nowhere: __inet_stream_connect in net/ipv4/af_inet.c calls tcp_disconnect for it, which
 	// is what closes a socket with SO_LINGER, too.

@@ -51,8 +51,8 @@ type Flow struct {
 
 	Kept *Balance `json:"kept,omitempty"` // of a record that is kept for the process after a crash; else nil
 
-	// IsKilled is asked before another process is told to begin: where it is true the flow stays, to be ended.
-	// nil: it never is.
+	// IsKilled is asked before another process is told to begin: where it is true the flow stays, to be
+	// ended. nil: it never is.
 	IsKilled func() bool `json:"-"`
 
 	unknown map[string]json.RawMessage

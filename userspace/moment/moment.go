@@ -1,5 +1,5 @@
-// Package moment has times that an age is told by, each in one word, which may be atomic: what is made of them
-// by [time.Time.UnixNano] follows the clock of the machine wherever that is set.
+// Package moment has times that an age is told by, each in one word, which may be atomic: what is made of
+// them by [time.Time.UnixNano] follows the clock of the machine wherever that is set.
 package moment
 
 import (

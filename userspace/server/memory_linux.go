@@ -57,8 +57,8 @@ type memoryWatch struct {
 	greedy map[netip.Prefix]greed // sources that are refused, or were
 }
 
-// A calm is the time after a look that had nothing to refuse and nothing to end. It is over at once where more
-// is taken than most.
+// A calm is the time after a look that had nothing to refuse and nothing to end. It is over at once where
+// more is taken than most.
 type calm struct {
 	until time.Time
 	most  int64 // bytes
@@ -128,9 +128,9 @@ func (srv *Server) watchMemory() {
 }
 
 // glance looks whole each time while half of the budget or of TCP's memory may be taken, but while that is
-// calm, each restEvery while a source is refused, and else each idleEvery. It gives the time until the next glance. While nobody is
-// connected, and nothing is to be given back, that is idleEvery, or until memoryWake says that somebody has
-// connected.
+// calm, each restEvery while a source is refused, and else each idleEvery. It gives the time until the next
+// glance. While nobody is connected, and nothing is to be given back, that is idleEvery, or until memoryWake
+// says that somebody has connected.
 func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Duration) {
 	srv := w.server
 	used, short := tcpsock.Memory(proc)

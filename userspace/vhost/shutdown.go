@@ -99,7 +99,8 @@ func (c *conn) isAwaiting() bool {
 	return true // until it is gone
 }
 
-// call has who reads from c look whether it is to end. Nobody else can: what comes meanwhile is for the reader.
+// call has who reads from c look whether it is to end. Nobody else can: what comes meanwhile is for the
+// reader.
 func (c *conn) call() {
 	c.readMu.Lock()
 	defer c.readMu.Unlock()

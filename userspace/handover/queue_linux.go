@@ -286,10 +286,11 @@ func (p *queuePair) read() (flows []*KeptFlow, wrong []error) {
 		// Each look at a message is at the next one, from the first.
 		err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, 0))
 	}
+	b := new(receiveBuffer)
 	for err == nil {
 		var some []*KeptFlow
 		var isOver bool
-		if some, isOver, err = receiveKept(fd, unix.MSG_PEEK); isOver {
+		if some, isOver, err = b.receive(fd, unix.MSG_PEEK); isOver {
 			return flows, wrong
 		}
 		flows = append(flows, some...)
@@ -303,9 +304,10 @@ func (p *queuePair) read() (flows []*KeptFlow, wrong []error) {
 // drain closes all that is in flight, whoever has the ends.
 func (p *queuePair) drain() {
 	fd, err := descriptor(p.out)
+	b := new(receiveBuffer)
 	for isOver := err != nil; !isOver; {
 		var some []*KeptFlow
-		some, isOver, err = receiveKept(fd, 0)
+		some, isOver, err = b.receive(fd, 0)
 		for _, k := range some {
 			k.Close()
 		}
@@ -315,9 +317,15 @@ func (p *queuePair) drain() {
 	}
 }
 
-// receiveKept gives the flows of the next message. isOver: there is none.
-func receiveKept(fd, flags int) (flows []*KeptFlow, isOver bool, err error) {
-	b, oob := make([]byte, mostBytes+1), make([]byte, unix.CmsgSpace(4*253))
+// receiveBuffer is room for a message and its descriptors.
+type receiveBuffer struct {
+	b   [mostBytes + 1]byte
+	oob [4 * (253 + 16)]byte
+}
+
+// receive gives the flows of the next message. isOver: there is none.
+func (r *receiveBuffer) receive(fd, flags int) (flows []*KeptFlow, isOver bool, err error) {
+	b, oob := r.b[:], r.oob[:]
 	n, oobn, got, _, err := unix.Recvmsg(fd, b, oob, flags|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 	switch {
 	case err == unix.EINTR:

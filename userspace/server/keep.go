@@ -21,7 +21,8 @@ const (
 	// mostEndedKept is how many flows that have ended may be among those that are kept, beside as many as
 	// live.
 	mostEndedKept = 64
-	// copyWait is how long a flow may be between two who move its bytes when a copy of it is wanted.
+	// copyWait is how long a flow that is kept may be between two who move its bytes when a copy of it is
+	// wanted: without one it would be kept no more, until the next look.
 	copyWait = 100 * time.Millisecond
 	// mostTries is how often a copy of a flow is tried.
 	mostTries = 10
@@ -183,7 +184,7 @@ func (s *spliced) kept() (k *handover.KeptFlow, isLater bool) {
 	for end := time.Now().Add(copyWait); ; time.Sleep(time.Millisecond) {
 		if down, up, err = s.Copies(); err == nil {
 			break
-		} else if s.isGone.Load() || time.Now().After(end) {
+		} else if s.isGone.Load() || !s.isKept.Load() || time.Now().After(end) {
 			s.tries++
 			s.cannotKeep.Store(s.tries > mostTries)
 			return nil, s.tries <= mostTries

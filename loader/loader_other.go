@@ -22,19 +22,19 @@ func unsupported() error {
 	return fmt.Errorf("sockmap on %s/%s: %w", runtime.GOOS, runtime.GOARCH, errors.ErrUnsupported)
 }
 
-func New(Options) (*Loader, error)                       { return nil, unsupported() }
-func RemoveDead(string, *slog.Logger) error              { return nil }
-func SelfTest(Options) []Finding                         { return Probe() }
-func OpenOrphans(string, *slog.Logger) (*Orphans, error) { return nil, nil }
-func (*Orphans) Close() error                            { return nil }
-func (*Local) Name() string                              { return LocalName }
-func (*Loader) Name() string                             { return Name }
-func (*Loader) Local() (*Local, error)                   { return nil, unsupported() }
-func (*Loader) Close() error                             { return nil }
-func (*Loader) Health() (off string, stalls uint64)      { return unsupported().Error(), 0 }
-func (*Loader) ClampedSegments() uint64                  { return 0 }
-func (*Loader) Record(_, _ int, _ Flow) (func(), error)  { return nil, unsupported() }
-func (*Loader) Busy() (flows int, ok bool)               { return 0, false }
+func New(Options) (*Loader, error)                      { return nil, unsupported() }
+func RemoveDead(string, *slog.Logger) error             { return nil }
+func SelfTest(Options) []Finding                        { return Probe() }
+func OpenOrphans(string, *slog.Logger) *Orphans         { return nil }
+func (*Orphans) Close() error                           { return nil }
+func (*Local) Name() string                             { return LocalName }
+func (*Loader) Name() string                            { return Name }
+func (*Loader) Local() (*Local, error)                  { return nil, unsupported() }
+func (*Loader) Close() error                            { return nil }
+func (*Loader) Health() (off string, stalls uint64)     { return unsupported().Error(), 0 }
+func (*Loader) ClampedSegments() uint64                 { return 0 }
+func (*Loader) Record(_, _ int, _ Flow) (func(), error) { return nil, unsupported() }
+func (*Loader) Busy() (flows int, ok bool)              { return 0, false }
 
 func (*Loader) Splice(_ context.Context, down, up int, _ Flow) (func() (upBytes, downBytes int64), error) {
 	return nil, unsupported()

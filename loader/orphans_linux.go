@@ -3,6 +3,7 @@ package loader
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 
 	"github.com/tailsplice/tailsplice/loader/pins"
@@ -11,29 +12,30 @@ import (
 
 // Orphans are the sockmaps of daemons that were killed, with flows still in them: where another process has a
 // flow's sockets as well, the kernel goes on with it. Safe for concurrent use.
-type Orphans struct{ all []*sockmap.Orphan }
+type Orphans struct {
+	all    []*sockmap.Orphan
+	unseen error // why there may be others; nil: there are none
+}
 
 // OpenOrphans opens what daemons that are dead have pinned, before [New] removes the pins. There may be none:
-// then it is nil, on which all methods work. What can't be opened is logged. bpffs is as in [Options]. The
-// caller closes it.
-func OpenOrphans(bpffs string, log *slog.Logger) (*Orphans, error) {
+// then it is nil, on which all methods work. Where something can't be opened, that is logged, and each flow
+// that is not found elsewhere may be in there. bpffs is as in [Options]. The caller closes it.
+func OpenOrphans(bpffs string, log *slog.Logger) *Orphans {
 	o := &Orphans{}
-	err := pins.VisitDead(bpffs, func(dir string) error {
+	o.unseen = pins.VisitDead(bpffs, func(dir string) error {
 		one, err := sockmap.OpenOrphan(dir)
 		if err != nil {
-			log.Warn("flows of a daemon that was killed can't be taken out of its sockmaps", "pins", dir, "error", err)
-			return nil
+			return fmt.Errorf("%s: %w", dir, err)
 		}
 		o.all = append(o.all, one)
 		return nil
 	})
-	if err != nil {
-		return nil, errors.Join(err, o.Close())
+	if o.unseen != nil {
+		log.Warn("flows of a daemon that was killed can't be taken out of its sockmaps", "error", o.unseen)
+	} else if len(o.all) == 0 {
+		return nil
 	}
-	if len(o.all) == 0 {
-		return nil, nil
-	}
-	return o, nil
+	return o
 }
 
 // Recall takes both sockets of a flow out of the sockmap that they are in, if any, and waits for none of its
@@ -53,7 +55,7 @@ func (o *Orphans) Recall(ctx context.Context, down, up int, offsets [2]uint64) (
 			return rest[0], rest[1], err
 		}
 	}
-	return nil, nil, nil
+	return nil, nil, o.unseen
 }
 
 // Close is called when all recalls have returned.

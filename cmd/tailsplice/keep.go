@@ -171,17 +171,20 @@ func (k *keeper) leave() (err error) {
 	return err
 }
 
+// recallWait is how long a flow may wait for being taken out of a sockmap: while TCP is short of memory, it is
+// reset then.
+const recallWait = 5 * time.Second
+
 // openOrphans opens what a process that has ended has left of the sockmap datapath, in which its flows still
 // are, before it is removed for being dead. end is called when no flow is recalled any more.
 func (d *process) openOrphans(ctx context.Context) (recall handover.Recall, end func()) {
 	if !d.keeper.hasLeft {
 		return nil, func() {}
 	}
-	orphans, err := loader.OpenOrphans("", d.log)
-	if err != nil {
-		d.log.Warn("flows of an ended process can't be taken out of its sockmaps", "err", err)
-	}
+	orphans := loader.OpenOrphans("", d.log)
 	recall = func(down, up int, b *handover.Balance) (downRest, upRest []byte, err error) {
+		ctx, cancel := context.WithTimeout(ctx, recallWait)
+		defer cancel()
 		return orphans.Recall(ctx, down, up, [2]uint64{uint64(b.Up), uint64(b.Down)})
 	}
 	return recall, func() { orphans.Close() }

@@ -94,10 +94,15 @@ func Claim(bpffs, instance string, holds func(path string) (bool, error), log *s
 }
 
 // lockInstance opens the instance's folder with its lock: until the caller closes it, names in it may be
-// changed. It waits up to 5 s for the lock.
-func (p *Generation) lockInstance() (of *folder, err error) {
+// changed.
+func (p *Generation) lockInstance() (of *folder, err error) { return p.above.await(p.instance, true) }
+
+// await is claim for an instance's folder, whose lock is held for a moment by whoever has it: it waits up to
+// 5 s for that.
+func (f *folder) await(name string, create bool) (of *folder, err error) {
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
-		if of, err = p.above.claim(p.instance, true); !isTaken(err) || time.Now().After(end) {
+		of, err = f.claim(name, create)
+		if isGone := !create && errors.Is(err, unix.ENOENT); !isTaken(err) || isGone || time.Now().After(end) {
 			return of, err
 		}
 	}
@@ -177,7 +182,7 @@ func RemoveDead(bpffs string, holds func(path string) (bool, error), log *slog.L
 // first. Nobody removes the folder meanwhile. Errors are joined. bpffs is as of Claim; there may be none.
 func VisitDead(bpffs string, visit func(dir string) error) error {
 	above, err := openPinsFolder(cmp.Or(bpffs, defaultBPFFS), false)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, errNotBPFFS) {
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EACCES) || errors.Is(err, errNotBPFFS) {
 		return nil
 	}
 	if err != nil {
@@ -187,8 +192,8 @@ func VisitDead(bpffs string, visit func(dir string) error) error {
 	names, err := above.names()
 	errs := []error{err}
 	for _, name := range names {
-		of, err := above.claim(name, false)
-		if isTaken(err) || errors.Is(err, unix.EACCES) {
+		of, err := above.await(name, false)
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EACCES) {
 			continue
 		}
 		if err == nil {

@@ -330,7 +330,10 @@ func (d *direction) next() (outcome, move) {
 		return outcome{givesBack: true}, sleep
 	}
 	room := d.peer().room()
-	if room == 0 {
+	switch {
+	case room == 0 && d.sawFIN && d.isCopying.Load():
+		room = chunk // only a read tells of the end, which needs no room
+	case room == 0:
 		return d.awaitRoom(), sleep
 	}
 	return d.readPassed(room)

@@ -3,6 +3,7 @@ package sockmap
 import (
 	"errors"
 	"net/netip"
+	"sync"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -50,11 +51,20 @@ func (s socket) unread() (uint64, error) {
 	return uint64(n), err
 }
 
-// queued is how many bytes a read would give.
+// noMemory is a range of addresses that nobody may write to.
+var noMemory = sync.OnceValue(func() []byte {
+	b, _ := unix.Mmap(-1, 0, 64<<20, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_NORESERVE)
+	return b
+})
+
+// queued is how many bytes a read of TCP's queue would give. It is 0 where a sockmap has some before them.
 func (s socket) queued() uint64 {
-	var b [1]byte // TCP does not write to it
-	const most, flags = 64 << 20, unix.MSG_PEEK | unix.MSG_TRUNC | unix.MSG_DONTWAIT
-	n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(s), uintptr(unsafe.Pointer(&b)), most, flags, 0, 0)
+	b := noMemory() // TCP does not write to it for MSG_TRUNC; a sockmap, which does not know that, may not
+	if b == nil {
+		return 0
+	}
+	const flags = unix.MSG_PEEK | unix.MSG_TRUNC | unix.MSG_DONTWAIT
+	n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(s), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), flags, 0, 0)
 	if errno != 0 {
 		return 0
 	}

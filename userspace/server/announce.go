@@ -235,6 +235,7 @@ func (srv *Server) endAnnouncements() {
 	srv.mu.Lock()
 	var all sync.WaitGroup
 	isOurs := !srv.hasLeft && !srv.isHeld && !srv.isResting
+	withdrawn := srv.withdrawn
 	srv.isEnding = srv.isEnding || isOurs
 	for _, l := range srv.listeners {
 		switch a := l.announcer; {
@@ -247,4 +248,7 @@ func (srv *Server) endAnnouncements() {
 	}
 	srv.mu.Unlock()
 	all.Wait()
+	if isOurs && withdrawn != nil {
+		<-withdrawn
+	}
 }

@@ -29,6 +29,7 @@ const (
 	idleEvery   = 15 * time.Second // while nobody is connected, and whole while little is taken
 	lookRest    = 20               // times the CPU time of a look, which is a twentieth of a CPU at most
 	shortRest   = 2                // the same while TCP is short, and next to nothing else can be done
+	mostCalm    = 5 * time.Second  // and at most
 	calmRest    = 400              // the same while half is taken, but nothing is refused or ended, and no more is taken
 
 	// How long no byte of a flow must have moved before it may be ended for what it holds: from 3/4 of the
@@ -58,13 +59,15 @@ type memoryWatch struct {
 }
 
 // A calm is the time after a look that had nothing to refuse and nothing to end. It is over at once where
-// more is taken than most.
+// more is taken than most, or more by TCP than mostTCP, in bytes.
 type calm struct {
-	until time.Time
-	most  int64 // bytes
+	until         time.Time
+	most, mostTCP int64
 }
 
-func (c calm) lasts(taken int64, now time.Time) bool { return now.Before(c.until) && taken <= c.most }
+func (c calm) lasts(taken, byTCP int64, now time.Time) bool {
+	return now.Before(c.until) && taken <= c.most && byTCP <= c.mostTCP
+}
 
 // A greed is what a source has held when memory was short for the last time.
 type greed struct {
@@ -145,7 +148,7 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 		whole = restEvery
 	}
 	pause = min(max(memoryEvery, time.Duration(float64(room)/fillRate*float64(time.Second))), restEvery)
-	if now.Sub(w.last) >= whole || w.isShort && !mayBeShort || mayBeShort && !w.calm.lasts(taken, now) {
+	if now.Sub(w.last) >= whole || w.isShort && !mayBeShort || mayBeShort && !w.calm.lasts(taken, used, now) {
 		w.last = now
 		var u memoryUse
 		took := threadTime(func() {
@@ -154,7 +157,7 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 		})
 		pause = max(pause, restAfter(took, short > 0 && used >= short/4*3))
 		if w.calm = (calm{}); len(w.greedy) == 0 && !u.over(5, 8) {
-			w.calm = calm{until: now.Add(took * calmRest), most: taken + u.total/32}
+			w.calm = calm{now.Add(min(took*calmRest, mostCalm)), taken + srv.Memory()/32, used + short/32}
 		}
 	}
 	if w.isShort || len(w.greedy) > 0 {

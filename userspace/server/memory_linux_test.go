@@ -976,7 +976,7 @@ func TestGlance(t *testing.T) {
 				w.greedy = map[netip.Prefix]greed{netip.MustParsePrefix("192.0.2.1/32"): greed{}.again(1, now)}
 			}
 			if v.calm > 0 {
-				w.last, w.calm = now.Add(-time.Millisecond), calm{until: now.Add(time.Hour), most: v.calm}
+				w.last, w.calm = now.Add(-time.Millisecond), calm{now.Add(time.Hour), v.calm, v.calm}
 			}
 			proc, looks := fakeProc(t, v.used, cmp.Or(v.short, small)), 0
 			for range 9 {

@@ -290,7 +290,7 @@ func (p *queuePair) read() (flows []*KeptFlow, wrong []error) {
 	for err == nil {
 		var some []*KeptFlow
 		var isOver bool
-		if some, isOver, err = b.receive(fd, unix.MSG_PEEK); isOver {
+		if some, isOver, err = b.receive(fd); isOver {
 			return flows, wrong
 		}
 		flows = append(flows, some...)
@@ -301,17 +301,12 @@ func (p *queuePair) read() (flows []*KeptFlow, wrong []error) {
 	return flows, append(wrong, err)
 }
 
-// drain closes all that is in flight, whoever has the ends.
+// drain ends all that is in flight, whoever has the ends: the kernel closes what nobody has room for.
 func (p *queuePair) drain() {
 	fd, err := descriptor(p.out)
-	b := new(receiveBuffer)
-	for isOver := err != nil; !isOver; {
-		var some []*KeptFlow
-		some, isOver, err = b.receive(fd, 0)
-		for _, k := range some {
-			k.Close()
-		}
-		if _, isSystem := errors.AsType[*os.SyscallError](err); isSystem {
+	for b := make([]byte, 1); err == nil || err == unix.EINTR; {
+		var n int
+		if n, _, err = unix.Recvfrom(fd, b, unix.MSG_DONTWAIT); n == 0 && err == nil {
 			return
 		}
 	}
@@ -323,10 +318,10 @@ type receiveBuffer struct {
 	oob [4 * (253 + 16)]byte
 }
 
-// receive gives the flows of the next message. isOver: there is none.
-func (r *receiveBuffer) receive(fd, flags int) (flows []*KeptFlow, isOver bool, err error) {
+// receive gives copies of the flows of the next message. isOver: there is none.
+func (r *receiveBuffer) receive(fd int) (flows []*KeptFlow, isOver bool, err error) {
 	b, oob := r.b[:], r.oob[:]
-	n, oobn, got, _, err := unix.Recvmsg(fd, b, oob, flags|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+	n, oobn, got, _, err := unix.Recvmsg(fd, b, oob, unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 	switch {
 	case err == unix.EINTR:
 		return nil, false, nil

@@ -111,7 +111,14 @@ func (d *process) keepFlows() error {
 	if !d.keeper.isMain {
 		return handover.ErrQueueClosed
 	}
-	return d.keepAll(nil)
+	err := d.keepAll(nil)
+	if own, ownErr := d.keeper.flows.Sockets(); ownErr == nil {
+		if d.keeper.store.Has(own) {
+			err = nil // what failed is of others
+		}
+		handover.Close(own)
+	}
+	return err
 }
 
 // endKeeping is for a process that ends as it was told to. Connections that come until the next process is
@@ -175,6 +182,9 @@ func (k *keeper) leave() (err error) {
 // reset then.
 const recallWait = 5 * time.Second
 
+// adoptTogether is how many flows are looked at at a time.
+const adoptTogether = 256
+
 // openOrphans opens what a process that has ended has left of the sockmap datapath, in which its flows still
 // are, before it is removed for being dead. end is called when no flow is recalled any more.
 func (d *process) openOrphans(ctx context.Context) (recall handover.Recall, end func()) {
@@ -203,8 +213,11 @@ func (d *process) adopt(recall handover.Recall) {
 	began := time.Now()
 	var goOn, gone, over, lost, failed atomic.Int64
 	var all sync.WaitGroup
+	room := make(chan struct{}, adoptTogether) // each may bring bytes along
 	for _, k := range flows {
 		all.Go(func() {
+			room <- struct{}{}
+			defer func() { <-room }()
 			err := d.adoptOne(k, recall)
 			switch {
 			case err == nil:

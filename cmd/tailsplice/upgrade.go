@@ -254,6 +254,9 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	if err != nil {
 		return failed(s.End, err)
 	}
+	for end := time.Now().Add(2 * recallWait); d.keeper.isAdopting.Load() && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond) // flows that are to go on could not any more
+	}
 	d.server.Rest()
 	_ = s.Send(handover.Message{Step: handover.Yours}) // where it has ended, Await says how
 	if _, err = s.Await(context.Background(), handover.Serving, servingTimeout); err != nil {

@@ -123,6 +123,9 @@ func (*Store) Keep([]Socket, json.RawMessage) error { return nil }
 // Forget does nothing.
 func (*Store) Forget(func(Socket) bool) error { return nil }
 
+// Has is false.
+func (*Store) Has([]Socket) bool { return false }
+
 // Keeps is false.
 func (*Store) Keeps() bool { return false }
 
@@ -169,7 +172,7 @@ func (*Queue) Sockets() ([]Socket, error) { return nil, nil }
 func (*Queue) Put(iter.Seq[*KeptFlow]) (int, error) { return 0, errLinux }
 
 // Renew fails.
-func (*Queue) Renew(iter.Seq[*KeptFlow]) (int, error) { return 0, errLinux }
+func (*Queue) Renew(iter.Seq[*KeptFlow], int) (int, error) { return 0, errLinux }
 
 // Close does nothing.
 func (*Queue) Close() {}

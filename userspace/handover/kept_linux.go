@@ -61,6 +61,10 @@ func (k *KeptFlow) Take(recall Recall) (*Flow, error) {
 			return nil, errors.Join(ErrLostBytes, err)
 		}
 	}
+	for _, fd := range []int{k.down, k.up} { // a process may have ended in the middle of its recall
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0)
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVLOWAT, 1)
+	}
 	down, err := tcpsock.PositionOf(k.down)
 	up, err2 := tcpsock.PositionOf(k.up)
 	switch {
@@ -80,6 +84,16 @@ func (k *KeptFlow) Take(recall Recall) (*Flow, error) {
 	}
 	f.IdleSince = time.Now()
 	return f, nil
+}
+
+// isGone reports whether both connections are over.
+func (k *KeptFlow) isGone() bool {
+	for _, fd := range []int{k.down, k.up} {
+		if _, err := tcpsock.PositionOf(fd); !errors.Is(err, unix.ENOTCONN) {
+			return false
+		}
+	}
+	return true
 }
 
 // isOver is an error where a side's connection is over. Then so is the flow.

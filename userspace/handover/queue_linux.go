@@ -6,12 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // Queue keeps flows that live for the process after a crash. They are in flight, as the kernel has it: sent
@@ -23,6 +27,7 @@ import (
 // into another pair.
 type Queue struct {
 	store func() error
+	most  int // flows of a pair
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -35,7 +40,9 @@ type Queue struct {
 type queuePair struct {
 	generation uint64
 	in, out    *os.File
-	flows      int // that are in flight; of who puts them in
+	flows      int  // that are in flight; of who puts them in
+	messages   int  // that they are in
+	isUnread   bool // not all of it could be read
 }
 
 const (
@@ -44,7 +51,11 @@ const (
 	mostQueued = 512 << 20
 	// mostTogether bounds the flows of a message.
 	mostTogether = 16
+	// mostMessages are read soon: for each the kernel looks at all before it.
+	mostMessages = 512
 )
+
+var errQueueFull = errors.New("the kernel lets a process have no more descriptors in flight (LimitNOFILE=, CAP_SYS_RESOURCE)")
 
 // ErrQueueClosed is the error of a [Queue] that is closed.
 var ErrQueueClosed = errors.New("no flow is kept any more")
@@ -54,7 +65,7 @@ var ErrQueueClosed = errors.New("no flow is kept any more")
 //
 // +checklocksignore: nobody else has the Queue yet
 func OpenQueue(handed []Socket, store func() error) *Queue {
-	q := &Queue{store: store}
+	q := &Queue{store: store, most: mostInFlight()}
 	for _, s := range handed {
 		generation, err := strconv.ParseUint(s.Address, 10, 64)
 		if err != nil { // it is none of ours
@@ -87,34 +98,43 @@ func OpenQueue(handed []Socket, store func() error) *Queue {
 // can't be used.
 func (q *Queue) Flows() (flows []*KeptFlow, wrong []error) {
 	q.mu.Lock()
-	defer q.mu.Unlock()
+	pairs := slices.Clone(q.pairs)
+	q.mu.Unlock()
 	seen := map[uint64]bool{}
-	for _, p := range slices.Backward(q.pairs) {
-		some, errs := p.read()
-		wrong = append(wrong, errs...)
-		p.flows = len(some)
-		for _, k := range some {
-			cookie, err := unix.GetsockoptUint64(k.down, unix.SOL_SOCKET, unix.SO_COOKIE)
-			if err != nil || seen[cookie] {
-				k.Close()
-				continue
+	for _, p := range slices.Backward(pairs) {
+		n, messages := 0, 0
+		errs := p.read(func(some []*KeptFlow) {
+			messages++
+			n += len(some)
+			for _, k := range some {
+				cookie, err := unix.GetsockoptUint64(k.down, unix.SOL_SOCKET, unix.SO_COOKIE)
+				if err != nil || seen[cookie] || k.isGone() {
+					k.Close()
+					continue
+				}
+				seen[cookie] = true
+				flows = append(flows, k)
 			}
-			seen[cookie] = true
-			flows = append(flows, k)
-		}
+		})
+		wrong = append(wrong, errs...)
+		q.mu.Lock()
+		p.flows, p.messages, p.isUnread = n, messages, len(errs) > 0
+		q.mu.Unlock()
 	}
 	return flows, wrong
 }
 
 // Len is how many flows the newest pair has, those included that have ended since. isWhole: there is no other
-// one that may have others.
+// one that may have others, and this one is well: where much of it can't be read, or it would take long to read
+// it, it is to be renewed.
 func (q *Queue) Len() (flows int, isWhole bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if len(q.pairs) == 0 {
 		return 0, true
 	}
-	return q.pairs[len(q.pairs)-1].flows, len(q.pairs) == 1
+	p := q.pairs[len(q.pairs)-1]
+	return p.flows, len(q.pairs) == 1 && !p.isUnread && p.messages <= mostMessages+p.flows/8
 }
 
 // Sockets are copies of all ends. The caller closes them.
@@ -158,14 +178,14 @@ func (q *Queue) Put(flows iter.Seq[*KeptFlow]) (kept int, err error) {
 	return q.put(p, flows, err)
 }
 
-// Renew puts flows, which are all that live, into another pair, and gives up those before it. With an error
-// these stay, and so does what is kept.
-func (q *Queue) Renew(flows iter.Seq[*KeptFlow]) (kept int, err error) {
+// Renew puts flows, which are all that live, into another pair, and gives up those before it. Where that can
+// keep less than least of them, which is an error, these stay, and so does what is kept.
+func (q *Queue) Renew(flows iter.Seq[*KeptFlow], least int) (kept int, err error) {
 	p, err := q.begin()
 	kept, err = q.put(p, flows, err)
 	q.mu.Lock()
 	old := slices.DeleteFunc(slices.Clone(q.pairs), func(o *queuePair) bool { return o == p })
-	if err != nil {
+	if p == nil || err != nil && kept < least {
 		old = slices.DeleteFunc(slices.Clone(q.pairs), func(o *queuePair) bool { return o != p })
 	}
 	q.pairs = slices.DeleteFunc(q.pairs, func(o *queuePair) bool { return slices.Contains(old, o) })
@@ -183,7 +203,8 @@ func (q *Queue) begin() (*queuePair, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("socketpair", err)
 	}
-	p := &queuePair{generation: 1, in: os.NewFile(uintptr(fds[0]), KindFlowsIn), out: os.NewFile(uintptr(fds[1]), KindFlowsOut)}
+	// Another process may have begun at 1, and the manager not have been told that its are given up.
+	p := &queuePair{generation: rand.Uint64N(1<<40) + 1, in: os.NewFile(uintptr(fds[0]), KindFlowsIn), out: os.NewFile(uintptr(fds[1]), KindFlowsOut)}
 	if unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, mostQueued) != nil {
 		unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, mostQueued) // as far as the kernel lets it
 	}
@@ -214,11 +235,20 @@ func (q *Queue) begin() (*queuePair, error) {
 func (q *Queue) put(p *queuePair, flows iter.Seq[*KeptFlow], before error) (kept int, err error) {
 	err = before
 	var some []*KeptFlow
+	q.mu.Lock()
+	room, messages := 0, 0
+	if p != nil {
+		room = q.most - p.flows
+	}
+	q.mu.Unlock()
 	send := func() {
+		if err == nil && kept+len(some) > room {
+			err = errQueueFull
+		}
 		if err == nil && len(some) > 0 {
-			var n int
-			n, err = p.send(some)
-			kept += n
+			var n, m int
+			n, m, err = p.send(some)
+			kept, messages = kept+n, messages+m
 		}
 		for _, k := range some {
 			k.Close()
@@ -237,13 +267,29 @@ func (q *Queue) put(p *queuePair, flows iter.Seq[*KeptFlow], before error) (kept
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if p != nil {
-		p.flows += kept
+		p.flows, p.messages = p.flows+kept, p.messages+messages
 	}
 	return kept, err
 }
 
+// mostInFlight is how many flows a pair may have, of which there are two at times. Without a capability the
+// kernel counts what all processes of the user have in flight, and refuses more than a process may have open
+// (net/core/scm.c, too_many_unix_fds): other descriptors have to be sent as well.
+func mostInFlight() int {
+	var sets [2]unix.CapUserData
+	err := unix.Capget(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &sets[0])
+	if err == nil && sets[0].Effective&(1<<unix.CAP_SYS_RESOURCE|1<<unix.CAP_SYS_ADMIN) != 0 {
+		return math.MaxInt
+	}
+	var files unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &files) != nil {
+		return 0
+	}
+	return int(min(files.Cur, math.MaxInt32) / 8)
+}
+
 // send sends flows, as many in a message as fit.
-func (p *queuePair) send(flows []*KeptFlow) (sent int, err error) {
+func (p *queuePair) send(flows []*KeptFlow) (sent, messages int, err error) {
 	for len(flows) > 0 {
 		n := len(flows)
 		var b []byte
@@ -258,48 +304,66 @@ func (p *queuePair) send(flows []*KeptFlow) (sent int, err error) {
 				fds = append(fds, k.down, k.up)
 			}
 			if b, err = json.Marshal(m); err != nil {
-				return sent, err
+				return sent, messages, err
 			}
 			if len(b) <= mostBytes {
 				break
 			} else if n == 1 {
-				return sent, fmt.Errorf("the record of a flow is too large: %d bytes", len(b))
+				return sent, messages, fmt.Errorf("the record of a flow is too large: %d bytes", len(b))
 			}
 		}
-		fd, err := descriptor(p.in)
-		if err == nil {
-			err = os.NewSyscallError("sendmsg", unix.Sendmsg(fd, b, unix.UnixRights(fds...), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL))
-		}
+		err := control(p.in, func(fd int) error {
+			return os.NewSyscallError("sendmsg", unix.Sendmsg(fd, b, unix.UnixRights(fds...), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL))
+		})
 		if err != nil {
-			return sent, err
+			return sent, messages, err
 		}
-		sent += n
+		sent, messages = sent+n, messages+1
 		flows = flows[n:]
 	}
-	return sent, nil
+	return sent, messages, nil
 }
 
-// read gives copies of all that is in flight.
-func (p *queuePair) read() (flows []*KeptFlow, wrong []error) {
-	fd, err := descriptor(p.out)
+// control calls do with f's descriptor, which nobody closes meanwhile.
+func control(f *os.File, do func(fd int) error) error {
+	c, err := f.SyscallConn()
 	if err == nil {
-		// Each look at a message is at the next one, from the first.
-		err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, 0))
+		if cerr := c.Control(func(fd uintptr) { err = do(int(fd)) }); cerr != nil {
+			return cerr
+		}
 	}
+	return err
+}
+
+// read calls flows with copies of those of each message that is in flight.
+func (p *queuePair) read(flows func([]*KeptFlow)) (wrong []error) {
+	err := control(p.out, func(fd int) error {
+		// Each look at a message is at the next one, from the first.
+		return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, 0))
+	})
 	b := new(receiveBuffer)
 	for err == nil {
 		var some []*KeptFlow
 		var isOver bool
-		if some, isOver, err = b.receive(fd); isOver {
-			return flows, wrong
+		err = control(p.out, func(fd int) (err error) {
+			some, isOver, err = b.receive(fd)
+			return err
+		})
+		if isOver {
+			return wrong
 		}
-		flows = append(flows, some...)
-		if _, isSystem := errors.AsType[*os.SyscallError](err); err != nil && !isSystem { // but the next may be well
+		flows(some)
+		if isMessage := errors.As(err, new(*badMessage)); isMessage { // but the next may be well
 			wrong, err = append(wrong, err), nil
 		}
 	}
-	return flows, append(wrong, err)
+	return append(wrong, err)
 }
+
+// badMessage is what is wrong with one message.
+type badMessage struct{ error }
+
+func (e *badMessage) Unwrap() error { return e.error }
 
 // drain ends all that is in flight, whoever has the ends: the kernel closes what nobody has room for.
 func (p *queuePair) drain() {
@@ -342,10 +406,11 @@ func (r *receiveBuffer) receive(fd int) (flows []*KeptFlow, isOver bool, err err
 		err = fmt.Errorf("message %q is none of flows that are kept", m.Step)
 	}
 	if err != nil {
-		for _, fd := range fds {
+		for _, fd := range fds { // nobody would move their bytes, and the queue has them still
+			tcpsock.Abort(fd)
 			unix.Close(fd)
 		}
-		return nil, false, err
+		return nil, false, &badMessage{err}
 	}
 	of := map[uint64]*KeptFlow{}
 	for _, f := range m.Flows {

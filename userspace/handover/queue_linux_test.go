@@ -293,7 +293,7 @@ func TestRenew(t *testing.T) {
 		return err
 	}
 	for range 3 {
-		if n, err := q.Renew(putAll(t, live, look)); n != len(live) || err != nil {
+		if n, err := q.Renew(putAll(t, live, look), len(live)); n != len(live) || err != nil {
 			t.Fatalf("%d are kept, %v", n, err)
 		}
 		if got := m.next(); !slices.Equal(got, ids) {
@@ -317,12 +317,12 @@ func TestRenew(t *testing.T) {
 			Close(before)
 			before = m.copies()
 		}
-	})
+	}, len(live))
 	Close(before)
 
 	// Where the manager fails all is as it was.
 	m.fail = errors.New("no")
-	if _, err := q.Renew(putAll(t, live, func() {})); err == nil {
+	if _, err := q.Renew(putAll(t, live, func() {}), len(live)); err == nil {
 		t.Error("a manager that fails is no error")
 	}
 	m.fail = nil

@@ -339,6 +339,22 @@ func (s *Store) Forget(want func(Socket) bool) (err error) {
 	return err
 }
 
+// Has reports whether the manager keeps all of some sockets.
+func (s *Store) Has(all []Socket) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, k := range all {
+		name, err := nameOf(k)
+		if err != nil {
+			return false
+		}
+		if inode, err := inodeOf(k.File); err != nil || s.has[name] != inode {
+			return false
+		}
+	}
+	return true
+}
+
 // Keeps reports whether there is a manager that may keep something.
 func (s *Store) Keeps() bool { return s.manager != "" }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"iter"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -18,9 +19,11 @@ const (
 	keepAfter = time.Second
 	// keepEvery is how often is looked for those that have become so old, while there are younger ones.
 	keepEvery = keepAfter / 4
-	// mostEndedKept is how many flows that have ended may be among those that are kept, beside as many as
-	// live.
+	// Flows that have ended stay in the queue until it is renewed: at once where more than mostEndedKept have,
+	// and more than live, and else renewEvery, or so many times what that takes.
 	mostEndedKept = 64
+	renewEvery    = 10 * time.Second
+	renewRest     = 100
 	// copyWait is how long a flow that is kept may be between two who move its bytes when a copy of it is
 	// wanted: without one it would be kept no more, until the next look.
 	copyWait = 100 * time.Millisecond
@@ -32,16 +35,21 @@ const (
 type flowKeeper interface {
 	Len() (flows int, isWhole bool)
 	Put(flows iter.Seq[*handover.KeptFlow]) (kept int, err error)
-	Renew(flows iter.Seq[*handover.KeptFlow]) (kept int, err error)
+	Renew(flows iter.Seq[*handover.KeptFlow], least int) (kept int, err error)
 }
 
 // keeping is how flows are kept for the process after a crash.
 type keeping struct {
-	isOn    atomic.Bool
-	isAwake atomic.Bool  // a look is due anyhow
-	room    atomic.Int64 // how many more of the kept flows may end before the next look
-	woken   wakeup
-	said    string // the last error
+	isOn     atomic.Bool
+	isAwake  atomic.Bool // a look is due soon
+	hasEnded atomic.Bool // a kept flow has, which the next look knows
+	isShort  atomic.Bool // of memory, of which flows that have ended hold some
+	woken    wakeup
+
+	said    string    // the last error
+	renewed time.Time // when that was tried last
+	failed  bool      // it was not done then
+	rest    time.Duration
 }
 
 // wake has another look taken, unless one is due.
@@ -51,9 +59,17 @@ func (k *keeping) wake() {
 	}
 }
 
-// ended counts a kept flow that has.
+// ended notes that a kept flow has.
 func (k *keeping) ended() {
-	if k.room.Add(-1) < 0 {
+	if !k.hasEnded.Swap(true) {
+		k.wake()
+	}
+}
+
+// giveBack has the sockets of kept flows that have ended closed soon: until then the kernel does not take them
+// for orphans, which it bounds.
+func (k *keeping) giveBack() {
+	if k.hasEnded.Load() && !k.isShort.Swap(true) {
 		k.wake()
 	}
 }
@@ -64,34 +80,30 @@ func (srv *Server) KeepFlows(ctx context.Context, q flowKeeper, mayRenew func() 
 	k := &srv.keeping
 	k.isOn.Store(true)
 	defer k.isOn.Store(false)
-	k.wake()
-	pause := time.Duration(0) // there may be those that have come from another process
-	for {
+	for timer := time.NewTimer(0); ; { // there may be flows that have come from another process
 		select {
 		case <-ctx.Done():
+			timer.Stop()
 			return
 		case <-k.woken:
+			timer.Reset(keepEvery)
+			continue
+		case <-timer.C:
 		}
-		for again := true; again; {
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(pause):
-			}
-			pause = keepEvery
-			k.isAwake.Store(false)
-			if again = srv.keepNow(q, mayRenew()); again {
-				k.isAwake.Store(true)
-			}
+		k.isAwake.Store(false)
+		if next := srv.keepNow(q, mayRenew(), time.Now()); next > 0 {
+			timer.Reset(next)
 		}
 	}
 }
 
-// keepNow has q keep what is old enough. again: another look is due soon.
-func (srv *Server) keepNow(q flowKeeper, mayRenew bool) (again bool) {
+// keepNow has q keep what is old enough. next is when another look is due; 0: when a flow begins or ends.
+func (srv *Server) keepNow(q flowKeeper, mayRenew bool, now time.Time) (next time.Duration) {
 	k := &srv.keeping
+	k.hasEnded.Store(false)
+	isShort := k.isShort.Swap(false)
 	var kept, fresh []*spliced
-	now := time.Now()
+	again := !mayRenew
 	for _, fl := range srv.flows.Live() {
 		s, ok := fl.Killer.(*spliced)
 		switch {
@@ -106,13 +118,12 @@ func (srv *Server) keepNow(q flowKeeper, mayRenew bool) (again bool) {
 	}
 	queued, isWhole := q.Len()
 	ended := queued - len(kept)
-	if !mayRenew {
-		again = true
-	} else if !isWhole || ended > mostEndedKept && ended > len(kept) {
-		all := append(kept, fresh...)
-		sent := &sending{}
-		n, err := q.Renew(sent.flows(all))
-		if err == nil {
+	if mayRenew && k.isDue(now, ended, len(kept), isWhole, isShort) {
+		all, had := append(kept, fresh...), len(kept)
+		sent, began := &sending{}, time.Now()
+		n, err := q.Renew(sent.flows(all), had)
+		k.renewed, k.failed, k.rest = now, err != nil && n < had, max(renewEvery, renewRest*time.Since(began))
+		if !k.failed {
 			for _, s := range all {
 				s.isKept.Store(false)
 			}
@@ -128,13 +139,31 @@ func (srv *Server) keepNow(q flowKeeper, mayRenew bool) (again bool) {
 		queued, kept = queued+n, append(kept, sent.all[:n]...)
 		k.say(srv, err)
 	}
-	k.room.Store(int64(max(mostEndedKept, queued/2) - (queued - len(kept))))
-	for _, s := range kept {
-		if s.isGone.Load() && k.room.Add(-1) < 0 { // it may not have known that it was kept
-			return true
-		}
+	if queued > len(kept) || slices.ContainsFunc(kept, func(s *spliced) bool { return s.isGone.Load() }) {
+		k.hasEnded.Store(true) // it may not have known that it was kept
 	}
-	return again
+	switch {
+	case again:
+		return keepEvery
+	case k.hasEnded.Load():
+		return max(k.renewed.Add(k.rest).Sub(now), keepEvery)
+	}
+	return 0
+}
+
+// isDue reports whether the queue is to be renewed.
+func (k *keeping) isDue(now time.Time, ended, kept int, isWhole, isShort bool) bool {
+	switch rested := now.Sub(k.renewed); {
+	case isWhole && ended <= 0:
+		return false
+	case rested >= max(k.rest, renewEvery):
+		return true
+	case k.failed:
+		return false
+	case isShort && rested >= k.rest/renewRest*20:
+		return true
+	}
+	return ended > mostEndedKept && ended > kept
 }
 
 // say logs that not all flows are kept, once for each reason.

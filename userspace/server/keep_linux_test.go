@@ -280,7 +280,7 @@ func TestKeepsWhatItCan(t *testing.T) {
 	}
 	time.Sleep(keepAfter)
 	for range 3 {
-		d.keepNow(q, true)
+		d.keepNow(q, true, time.Now())
 	}
 	if n := d.log.Count("not all flows are kept"); n != 1 {
 		t.Errorf("it is said %d times", n)

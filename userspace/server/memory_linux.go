@@ -386,7 +386,9 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) {
 	srv := w.server
 	w.isShort = u.over(1, 2)
 	srv.opts.Relay.SaveMemory(w.isShort && u.what == overMemory)
-	if !w.isShort {
+	if w.isShort {
+		srv.keeping.giveBack()
+	} else {
 		w.since = nil
 		w.refuse(now, u)
 		return

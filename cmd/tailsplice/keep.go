@@ -178,8 +178,8 @@ func (k *keeper) leave() (err error) {
 	return err
 }
 
-// recallWait is how long a flow may wait for being taken out of a sockmap: while TCP is short of memory, it is
-// reset then.
+// recallWait is how long a flow may wait for being taken out of a sockmap: while TCP is short of memory, it
+// is reset then.
 const recallWait = 5 * time.Second
 
 // adoptTogether is how many flows are looked at at a time.

@@ -125,8 +125,8 @@ func (q *Queue) Flows() (flows []*KeptFlow, wrong []error) {
 }
 
 // Len is how many flows the newest pair has, those included that have ended since. isWhole: there is no other
-// one that may have others, and this one is well: where much of it can't be read, or it would take long to read
-// it, it is to be renewed.
+// one that may have others, and this one is well. Where some of it can't be read, or it would take long to
+// read it, it is to be renewed.
 func (q *Queue) Len() (flows int, isWhole bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

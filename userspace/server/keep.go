@@ -19,8 +19,8 @@ const (
 	keepAfter = time.Second
 	// keepEvery is how often is looked for those that have become so old, while there are younger ones.
 	keepEvery = keepAfter / 4
-	// Flows that have ended stay in the queue until it is renewed: at once where more than mostEndedKept have,
-	// and more than live, and else renewEvery, or so many times what that takes.
+	// Flows that have ended stay in the queue until it is renewed: at once where more than mostEndedKept
+	// have, and more than live, and else renewEvery, or so many times what that takes.
 	mostEndedKept = 64
 	renewEvery    = 10 * time.Second
 	renewRest     = 100
@@ -66,8 +66,8 @@ func (k *keeping) ended() {
 	}
 }
 
-// giveBack has the sockets of kept flows that have ended closed soon: until then the kernel does not take them
-// for orphans, which it bounds.
+// giveBack has the sockets of kept flows that have ended closed soon: until then the kernel does not take
+// them for orphans, which it bounds.
 func (k *keeping) giveBack() {
 	if k.hasEnded.Load() && !k.isShort.Swap(true) {
 		k.wake()

@@ -128,7 +128,7 @@ func (srv *Server) keepNow(q flowKeeper, mayRenew bool, now time.Time) (next tim
 				s.isKept.Store(false)
 			}
 			again = sent.done(n) || again
-			queued, kept, fresh = n, sent.all[:n], nil
+			queued, kept, fresh, isWhole = n, sent.all[:n], nil, true
 		}
 		k.say(srv, err)
 	}
@@ -145,7 +145,7 @@ func (srv *Server) keepNow(q flowKeeper, mayRenew bool, now time.Time) (next tim
 	switch {
 	case again:
 		return keepEvery
-	case k.hasEnded.Load():
+	case k.hasEnded.Load(), !isWhole:
 		return max(k.renewed.Add(k.rest).Sub(now), keepEvery)
 	}
 	return 0

@@ -272,14 +272,14 @@ func TestGiveToTheDead(t *testing.T) {
 	}
 }
 
-// TestGiveKilled: a flow that is killed on its way is not begun by the process that has taken it. Others are.
-func TestGiveKilled(t *testing.T) {
+// gives is a process that gives flows, and the hand of the one that is to take them. The caller closes both.
+func gives(t *testing.T) (*Giver, hand) {
+	t.Helper()
 	old, new := twoEnds(t)
 	g, err := old.Give()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer g.Close()
 	m, err := new.Receive(time.Now().Add(time.Minute))
 	if err != nil {
 		t.Fatal(err)
@@ -288,8 +288,14 @@ func TestGiveKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	h := hand{t, l}
+	return g, hand{t, l}
+}
+
+// TestGiveKilled: a flow that is killed on its way is not begun by the process that has taken it. Others are.
+func TestGiveKilled(t *testing.T) {
+	g, h := gives(t)
+	defer h.Close()
+	defer g.Close()
 	var killed atomic.Bool
 	flows, said := map[uint64]*Flow{}, map[*Flow]chan error{}
 	for _, id := range []string{"a", "b"} {
@@ -327,22 +333,9 @@ func TestGiveKilled(t *testing.T) {
 // TestGiveIsLate: a process that does not answer is told that the old one goes on, before that does, and what it
 // says of the flow later changes nothing.
 func TestGiveIsLate(t *testing.T) {
-	old, new := twoEnds(t)
-	g, err := old.Give()
-	if err != nil {
-		t.Fatal(err)
-	}
+	g, h := gives(t)
+	defer h.Close()
 	defer g.Close()
-	m, err := new.Receive(time.Now().Add(time.Minute))
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := newLink(m.Sockets[0].File)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	h := hand{t, l}
 	f, _, _ := flowOf(t, "a")
 	said := make(chan error, 1)
 	g.Give(f, func(err error) { said <- err })

@@ -151,7 +151,8 @@ func (q *Queue) Sockets() (all []Socket, err error) {
 				Close(all)
 				return nil, os.NewSyscallError("fcntl", err)
 			}
-			all = append(all, Socket{Kind: kind, Address: strconv.FormatUint(p.generation, 10), File: os.NewFile(uintptr(own), kind)})
+			all = append(all, Socket{Kind: kind, Address: strconv.FormatUint(p.generation, 10),
+				File: os.NewFile(uintptr(own), kind)})
 		}
 	}
 	return all, nil
@@ -204,7 +205,8 @@ func (q *Queue) begin() (*queuePair, error) {
 		return nil, os.NewSyscallError("socketpair", err)
 	}
 	// Another process may have begun at 1, and the manager not have been told that its are given up.
-	p := &queuePair{generation: rand.Uint64N(1<<40) + 1, in: os.NewFile(uintptr(fds[0]), KindFlowsIn), out: os.NewFile(uintptr(fds[1]), KindFlowsOut)}
+	p := &queuePair{generation: rand.Uint64N(1<<40) + 1,
+		in: os.NewFile(uintptr(fds[0]), KindFlowsIn), out: os.NewFile(uintptr(fds[1]), KindFlowsOut)}
 	if unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, mostQueued) != nil {
 		unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, mostQueued) // as far as the kernel lets it
 	}
@@ -300,7 +302,8 @@ func (p *queuePair) send(flows []*KeptFlow) (sent, messages int, err error) {
 			for i, k := range flows[:n] {
 				k.Flow.Number, k.Flow.Version = uint64(i+1), max(k.Flow.Version, FlowVersion)
 				m.Flows = append(m.Flows, k.Flow)
-				m.Sockets = append(m.Sockets, Socket{Kind: KindDown, Flow: k.Flow.Number}, Socket{Kind: KindUp, Flow: k.Flow.Number})
+				m.Sockets = append(m.Sockets, Socket{Kind: KindDown, Flow: k.Flow.Number},
+					Socket{Kind: KindUp, Flow: k.Flow.Number})
 				fds = append(fds, k.down, k.up)
 			}
 			if b, err = json.Marshal(m); err != nil {
@@ -313,7 +316,8 @@ func (p *queuePair) send(flows []*KeptFlow) (sent, messages int, err error) {
 			}
 		}
 		err := control(p.in, func(fd int) error {
-			return os.NewSyscallError("sendmsg", unix.Sendmsg(fd, b, unix.UnixRights(fds...), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL))
+			return os.NewSyscallError("sendmsg",
+				unix.Sendmsg(fd, b, unix.UnixRights(fds...), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL))
 		})
 		if err != nil {
 			return sent, messages, err

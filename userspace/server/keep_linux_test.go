@@ -286,3 +286,34 @@ func TestKeepsWhatItCan(t *testing.T) {
 		t.Errorf("it is said %d times", n)
 	}
 }
+
+// TestRenewalIsDue: flows that have ended are given up soon, sooner where memory is short or they are many, and not
+// at once again where that has failed.
+func TestRenewalIsDue(t *testing.T) {
+	for _, c := range []struct {
+		name        string
+		rested      time.Duration
+		ended, kept int
+		notWhole    bool
+		short       bool
+		failed      bool
+		want        bool
+	}{
+		{name: "all live", rested: time.Hour, kept: 1},
+		{name: "one has ended", rested: renewEvery, ended: 1, kept: 1000, want: true},
+		{name: "one has ended just now", rested: time.Second, ended: 1, kept: 1000},
+		{name: "memory is short", rested: renewEvery / 5, ended: 1, kept: 1000, short: true, want: true},
+		{name: "memory is short again", rested: time.Second, ended: 1, kept: 1000, short: true},
+		{name: "memory is short, and all live", rested: time.Hour, kept: 1000, short: true},
+		{name: "most have ended", rested: time.Millisecond, ended: mostEndedKept + 1, kept: 3, want: true},
+		{name: "most have ended, and it failed", rested: time.Millisecond, ended: mostEndedKept + 1, kept: 3, failed: true},
+		{name: "it failed a while ago", rested: renewEvery, ended: mostEndedKept + 1, kept: 3, failed: true, want: true},
+		{name: "not all of it can be read", rested: renewEvery, kept: 3, notWhole: true, want: true},
+	} {
+		now := time.Now()
+		k := &keeping{renewed: now.Add(-c.rested), rest: renewEvery, failed: c.failed}
+		if is := k.isDue(now, c.ended, c.kept, !c.notWhole, c.short); is != c.want {
+			t.Errorf("%s: %v", c.name, is)
+		}
+	}
+}

@@ -97,7 +97,8 @@ func (s *spliced) ended(res relay.Result) {
 
 // relayOptions are those of s, without what is to be written first.
 func (srv *Server) relayOptions(s *spliced) relay.Options {
-	o := relay.Options{Buffer: s.terms.buffer, Idle: s.terms.idle, Counters: &s.Counters, Copied: s.balance != nil, ID: s.flow.ID, Route: s.flow.Route,
+	o := relay.Options{Buffer: s.terms.buffer, Idle: s.terms.idle, Counters: &s.Counters,
+		Copied: s.balance != nil, ID: s.flow.ID, Route: s.flow.Route,
 		Datapaths:  srv.named(s.terms.datapath),
 		MeasureRTT: srv.log.Enabled(srv.ctx, slog.LevelInfo), // only the log wants it
 		Refused: func(datapath string, reason error) {

@@ -22,6 +22,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 )
 
@@ -250,9 +251,7 @@ func testCrashFlows(t *testing.T, datapath string, least int) {
 			go func() { defer c.Close(); _, _ = io.Copy(c, struct{ io.Reader }{c}) }()
 		}
 	}()
-	ln := listen(t, "127.0.0.1:0")
-	address := ln.Addr().String()
-	ln.Close()
+	address := freeaddr.Get(t)
 	m := newManager(t)
 	control, file := filepath.Join(m.dir, "control.sock"), filepath.Join(m.dir, "edge.yaml")
 	check(t, os.WriteFile(file, fmt.Appendf(nil, `

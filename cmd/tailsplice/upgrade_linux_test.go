@@ -25,6 +25,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 	"github.com/tailsplice/tailsplice/userspace/server"
@@ -70,11 +71,7 @@ func startUpgradable(t testing.TB, flags ...string) *upgradable {
 	dir, err := os.MkdirTemp("", "ts-up-")
 	check(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	free := func() string {
-		ln := listen(t, "127.0.0.77:0")
-		defer ln.Close()
-		return ln.Addr().String()
-	}
+	free := func() string { return freeaddr.Of(t, "127.0.0.77") }
 	d := &upgradable{t: t, dir: dir, config: filepath.Join(dir, "edge.yaml"), control: filepath.Join(dir, "control.sock"),
 		edge: free(), web: free(), half: free(), finish: finish, target: target.Addr().String()}
 	check(t, os.WriteFile(d.config, fmt.Appendf(nil, `

@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/test/freeaddr"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 )
 
@@ -38,7 +39,7 @@ func startVerbs(t *testing.T, listeners string) *verbsDaemon {
 	check(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	d := &verbsDaemon{t: t, config: filepath.Join(dir, "edge.yaml"), control: filepath.Join(dir, "control.sock"), log: filepath.Join(dir, "log")}
-	health, metrics := freeAt(t), freeAt(t)
+	health, metrics := freeaddr.Get(t), freeaddr.Get(t)
 	d.health, d.metricsURL = "http://"+health+"/readyz", "http://"+metrics+"/metrics"
 	check(t, os.WriteFile(d.config, fmt.Appendf(nil, "listeners:\n%s\ncontrol: { socket: %q, health: %q, metrics: %q }\n",
 		listeners, d.control, health, metrics), 0o600))
@@ -58,13 +59,6 @@ func startVerbs(t *testing.T, listeners string) *verbsDaemon {
 	})
 	wait(t, "the daemon answers", func() error { _, err := d.ask("status"); return err })
 	return d
-}
-
-// freeAt is an address of which nobody's outgoing connection takes the port.
-func freeAt(t *testing.T) string {
-	ln := listen(t, "127.0.0.78:0")
-	defer ln.Close()
-	return ln.Addr().String()
 }
 
 func (d *verbsDaemon) logged() string {
@@ -178,7 +172,7 @@ func TestFlowsKill(t *testing.T) {
 }
 
 func testKill(t *testing.T, datapath string) {
-	at, web, target := freeAt(t), freeAt(t), listen(t, "127.0.0.1:0")
+	at, web, target := freeaddr.Get(t), freeaddr.Get(t), listen(t, "127.0.0.1:0")
 	app := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "hello") }))
 	defer app.Close()
 	d := startVerbs(t, fmt.Sprintf(`
@@ -280,7 +274,7 @@ func TestTarget(t *testing.T) {
 		t.Cleanup(s.Close)
 		return s.Listener.Addr().String()
 	}
-	to, web, raw := echoes(t), freeAt(t), freeAt(t)
+	to, web, raw := echoes(t), freeaddr.Get(t), freeaddr.Get(t)
 	one, two := app("one"), app("two")
 	d := startVerbs(t, fmt.Sprintf(`
   - name: web
@@ -370,7 +364,7 @@ func TestTarget(t *testing.T) {
 // TestLogLevel: the level is shown, set, and stays over a reload; each change of it is logged.
 func TestLogLevel(t *testing.T) {
 	d := startVerbs(t, fmt.Sprintf(`
-  - { name: web, listen: [%q], mode: tcp, default: { forward: "127.0.0.1:9" } }`, freeAt(t)))
+  - { name: web, listen: [%q], mode: tcp, default: { forward: "127.0.0.1:9" } }`, freeaddr.Get(t)))
 	d.says(true, "info\n", "log", "level")
 	d.says(true, "error\n", "log", "level", "error")
 	d.reload()
@@ -409,7 +403,7 @@ func (d *verbsDaemon) refuses(addr string) {
 
 // TestDrain: a drained listener refuses connections, keeps its flows, and stays so over a reload.
 func TestDrain(t *testing.T) {
-	to, web, other := echoes(t), freeAt(t), freeAt(t)
+	to, web, other := echoes(t), freeaddr.Get(t), freeaddr.Get(t)
 	d := startVerbs(t, fmt.Sprintf(`
   - { name: web, listen: [%q], mode: tcp, default: { forward: %q } }
   - { name: other, listen: [%q], mode: http, default: { forward: %q } }`, web, to, other, to))
@@ -470,7 +464,7 @@ func TestDrain(t *testing.T) {
 
 // TestDrainEnd: the daemon refuses connections, and ends with its last flow; the command waits for that.
 func TestDrainEnd(t *testing.T) {
-	web := freeAt(t)
+	web := freeaddr.Get(t)
 	dir := t.TempDir()
 	config, control := filepath.Join(dir, "edge.yaml"), filepath.Join(dir, "control.sock")
 	check(t, os.WriteFile(config, fmt.Appendf(nil, "listeners: [{ name: web, listen: [%q], mode: tcp, default: { forward: %q } }]\ncontrol: { socket: %q }\n",

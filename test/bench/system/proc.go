@@ -138,12 +138,23 @@ func (s *System) Tree() []int {
 	return pids
 }
 
-// RunTime is how long the system's threads and those of the kernel have run on a processor. It is exact to
-// the microsecond where ReadCPU counts ticks of 10 ms; threads that have ended are missing.
-func (s *System) RunTime() (d time.Duration) {
-	pids := s.Tree()
+// RunTimes is for how long each thread has run on a processor, by its file in /proc: the system's, and those of
+// the kernel's that may work for connections. It is exact to the microsecond where ReadCPU counts ticks of 10 ms.
+type RunTimes map[string]time.Duration
+
+// Since is for how long they have run since before. Threads that have ended meanwhile are missing.
+func (r RunTimes) Since(before RunTimes) (d time.Duration) {
+	for thread, ran := range r {
+		d += ran - before[thread]
+	}
+	return d
+}
+
+// RunTimes reads them.
+func (s *System) RunTimes() RunTimes {
+	all, pids := RunTimes{}, s.Tree()
 	for _, p := range processes() {
-		if p.ppid == 2 {
+		if p.ppid == 2 && worksForConnections(p.pid) {
 			pids = append(pids, p.pid)
 		}
 	}
@@ -152,9 +163,21 @@ func (s *System) RunTime() (d time.Duration) {
 		for _, t := range tasks {
 			b, _ := os.ReadFile(t)
 			ran, _, _ := strings.Cut(string(b), " ")
-			ns, _ := strconv.ParseInt(ran, 10, 64)
-			d += time.Duration(ns)
+			if ns, err := strconv.ParseInt(ran, 10, 64); err == nil {
+				all[t] = time.Duration(ns)
+			}
 		}
 	}
-	return d
+	return all
+}
+
+// worksForConnections reports whether a thread of the kernel may. Others move and count memory, whoever runs.
+func worksForConnections(pid int) bool {
+	name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	for _, one := range []string{"kworker/", "ksoftirqd/", "napi/"} {
+		if bytes.HasPrefix(name, []byte(one)) {
+			return true
+		}
+	}
+	return false
 }

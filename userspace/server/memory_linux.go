@@ -29,8 +29,7 @@ const (
 	idleEvery   = 15 * time.Second // while nobody is connected, and whole while little is taken
 	lookRest    = 20               // times the CPU time of a look, which is a twentieth of a CPU at most
 	shortRest   = 2                // the same while TCP is short, and next to nothing else can be done
-	mostCalm    = 5 * time.Second  // and at most
-	calmRest    = 400              // the same while half is taken, but nothing is refused or ended, and no more is taken
+	calmRest    = 4000             // the same while half is taken, but nothing is refused or ended, and no more is taken
 
 	// How long no byte of a flow must have moved before it may be ended for what it holds: from 3/4 of the
 	// memory on, and from 7/8 on.
@@ -139,9 +138,9 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 	used, short := tcpsock.Memory(proc)
 	taken := used + srv.ownMemory()
 	srv.opts.Relay.SpareTCP(short > 0 && used >= short/4)
-	mayBeShort, room := short > 0 && used >= short/2, roomOf(used, short, short/4)
+	mayBeShort, room := short > 0 && used >= short/2, roomOf(used, short)
 	if budget := srv.Memory(); budget > 0 {
-		mayBeShort, room = mayBeShort || taken >= budget/2, min(room, roomOf(taken, budget, budget/2))
+		mayBeShort, room = mayBeShort || taken >= budget/2, min(room, roomOf(taken, budget))
 	}
 	whole := idleEvery
 	if len(w.greedy) > 0 {
@@ -157,7 +156,7 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 		})
 		pause = max(pause, restAfter(took, short > 0 && used >= short/4*3))
 		if w.calm = (calm{}); len(w.greedy) == 0 && !u.over(5, 8) {
-			w.calm = calm{now.Add(min(took*calmRest, mostCalm)), taken + srv.Memory()/32, used + short/32}
+			w.calm = calm{now.Add(min(took*calmRest, idleEvery)), taken + srv.Memory()/32, used + short/32}
 		}
 	}
 	if w.isShort || len(w.greedy) > 0 {
@@ -171,15 +170,13 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 	return idleEvery
 }
 
-// roomOf is how much more may be taken of what there is until something is to be done: from first on, from
-// half on, or from 5/8 on. 0: something is.
-func roomOf(taken, total, first int64) int64 {
-	for _, from := range []int64{first, total / 2, total / 8 * 5} {
-		if taken < from {
-			return from - taken
-		}
+// roomOf is how much more may be taken of what there is before flows have to be ended for it. 0: they may have
+// to be soon.
+func roomOf(taken, total int64) int64 {
+	if taken >= total/8*5 {
+		return 0
 	}
-	return 0
+	return total/4*3 - taken
 }
 
 // restAfter is for how long nothing is looked at after a look, however many flows there are. While TCP is

@@ -949,7 +949,7 @@ func TestGlance(t *testing.T) {
 		{name: "half of the budget is taken", budget: 2 << 20, looks: 9, isShort: true, pause: memoryEvery},
 		{name: "memory is large", connected: true, short: large, looks: 1, pause: restEvery},
 		{name: "memory is large, but a quarter is taken", connected: true, short: large, used: large / 4, looks: 1, pause: restEvery},
-		{name: "memory is large, but nearly half is taken", connected: true, short: large, used: large/2 - small, looks: 1, pause: memoryEvery},
+		{name: "memory is large, but nearly half is taken", connected: true, short: large, used: large/2 - small, looks: 1, pause: restEvery},
 		{name: "memory is large, and half is taken, and calm", connected: true, short: large, used: large / 2, wasShort: true, calm: 1 << 40, isShort: true, pause: restEvery},
 		{name: "memory is large, and 5/8 are taken, and calm", connected: true, short: large, used: large / 8 * 5, wasShort: true, calm: 1 << 40, isShort: true, pause: memoryEvery},
 		{name: "memory is large, but not the budget", connected: true, short: large, budget: -1, looks: 1, pause: memoryEvery},

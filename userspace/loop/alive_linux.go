@@ -64,7 +64,7 @@ func (l *Loop) openAsk() error {
 
 // wake makes an event of an eventfd. Each write to it is one.
 func (s *Socket) wake() error {
-	_, err := unix.Write(s.fd, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // nobody does so 2^64 times
+	_, err := unix.Write(s.FD(), []byte{1, 0, 0, 0, 0, 0, 0, 0}) // nobody does so 2^64 times
 	return os.NewSyscallError("write", err)
 }
 

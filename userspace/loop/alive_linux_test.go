@@ -80,7 +80,7 @@ func TestAliveAfterClose(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	was := r.loops[0].ask.fd
+	was := r.loops[0].ask.FD()
 	other, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
 	if err != nil {
 		t.Fatal(err)

@@ -90,7 +90,7 @@ func (l *Loop) stop() {
 	l.mu.Unlock()
 	l.ask.wake()
 	<-l.ended
-	unix.Close(l.ask.fd)
+	unix.Close(l.ask.FD())
 	unix.Close(fd)
 }
 
@@ -177,7 +177,7 @@ func (l *Loop) watch(s *Socket, events uint32) error {
 
 func (l *Loop) control(op int, s *Socket, id uint64, events uint32) error {
 	ev := unix.EpollEvent{Events: events, Fd: int32(id), Pad: int32(id >> 32)}
-	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(l.fd, op, s.fd, &ev))
+	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(l.fd, op, s.FD(), &ev))
 }
 
 // forget takes s out of the loop's table, and its handler away. The epoll forgets s when it is closed, and

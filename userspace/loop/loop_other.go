@@ -8,6 +8,9 @@ import "context"
 // Reactor is for Linux.
 type Reactor struct{}
 
+// Loop is for Linux.
+type Loop struct{}
+
 // Socket is for Linux.
 type Socket struct{}
 

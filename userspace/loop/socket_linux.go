@@ -14,9 +14,9 @@ import (
 // A Socket is a connected, or connecting, non-blocking socket that is on a loop and not in Go's poller: its
 // callbacks come without a goroutine, on the loop.
 type Socket struct {
-	fd     int
 	loop   *Loop
 	id     uint64 // on the loop; 0: not there
+	fd     int32
 	events uint32 // that it is watched for
 
 	handler   Handler
@@ -37,10 +37,10 @@ type Handler interface {
 const attached = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
 
 // NewSocket makes a Socket on l of fd, which is non-blocking and which it owns from then on.
-func (l *Loop) NewSocket(fd int) *Socket { return &Socket{fd: fd, loop: l} }
+func (l *Loop) NewSocket(fd int) *Socket { return &Socket{fd: int32(fd), loop: l} }
 
 // FD is the descriptor.
-func (s *Socket) FD() int { return s.fd }
+func (s *Socket) FD() int { return int(s.fd) }
 
 // Loop is where the socket is.
 func (s *Socket) Loop() *Loop { return s.loop }
@@ -66,7 +66,7 @@ func (s *Socket) Again() error { return s.loop.control(unix.EPOLL_CTL_MOD, s, s.
 func (s *Socket) Detach() {
 	if s.id != 0 {
 		s.loop.forget(s)
-		unix.EpollCtl(s.loop.fd, unix.EPOLL_CTL_DEL, s.fd, &unix.EpollEvent{})
+		unix.EpollCtl(s.loop.fd, unix.EPOLL_CTL_DEL, s.FD(), &unix.EpollEvent{})
 	}
 	s.hasMissed = false
 }
@@ -74,7 +74,7 @@ func (s *Socket) Detach() {
 // Discard is Close for a caller who has the loop to itself.
 func (s *Socket) Discard() {
 	s.loop.forget(s)
-	unix.Close(s.fd)
+	unix.Close(s.FD())
 }
 
 // AwaitBytes calls ready once, on the loop, when there are bytes, an end of the stream or an error to be
@@ -144,7 +144,7 @@ func (s *Socket) Cancel() (waited bool) {
 func (s *Socket) Reset() {
 	s.loop.Do(func() func() {
 		s.Detach() // or the reset would be an event of the loop
-		tcpsock.Reset(s.fd)
+		tcpsock.Reset(s.FD())
 		return nil
 	})
 }

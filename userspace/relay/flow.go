@@ -85,11 +85,9 @@ type flow struct {
 	o        Options
 	ctx      context.Context
 	done     func(Result)
-	uncancel func() bool             // unhooks ctx
 	cancel   context.CancelCauseFunc // of the datapath that has the flow, or is asked; guarded by mu
 
 	recall     func()      // asks the datapath that has f to give it back; nil: it can't; guarded by mu
-	isTaken    bool        // that datapath has taken f; guarded by mu
 	handed     *handed     // the sockets that it has; guarded by mu
 	isRecalled atomic.Bool // and was asked to give it back
 	stops      atomic.Bool // pumps are to return: see stopPumps
@@ -97,14 +95,16 @@ type flow struct {
 	recorded *holder         // the datapath that has the flow in its tables; nil: none
 	choice   datapath.Choice // of the datapath that gets it
 
+	canceling cancelEntry
+
 	mu sync.Mutex
 	// +checklocks:mu
 	progress
 
 	// guarded by the loop's mutex while the flow is on one, else by mu
-	tick  *time.Timer // nil while nobody asks for idleness
-	seen  int64       // bytes moved both ways, when they had last changed
-	since time.Time   // when that was seen
+	tick  *time.Timer   // nil while nobody asks for idleness
+	seen  int64         // bytes moved both ways, when they had last changed
+	since moment.Moment // when that was seen
 }
 
 // progress is how far a flow has come.
@@ -115,13 +115,14 @@ type progress struct {
 	cannotReattach bool // no loop can have the flow again
 	isGuess        bool // end and err are what is likely: whoever reads from the broken side will know
 	isCut          bool // nothing is delivered any more
+	isTaken        bool // the datapath that was asked to has taken it
 
 	end    End // the first reason wins
 	err    error
 	reader *reader // of what a broken side has sent; nil: none is broken
 
-	quietSeen  int64     // bytes moved both ways, at quietSince
-	quietSince time.Time // when pumps were last asked whether they move much
+	quietSeen  int64         // bytes moved both ways, at quietSince
+	quietSince moment.Moment // when pumps were last asked whether they move much
 }
 
 // A reader gets what was received from a side that broke.

@@ -147,7 +147,7 @@ func (f *flow) learnShut(down, up int) {
 func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
 	f.mu.Lock()
 	f.beginIdle()
-	lastMoved := f.since
+	lastMoved := f.since.Time()
 	f.mu.Unlock()
 	return datapath.Handoff{
 		ID: f.o.ID, Route: f.o.Route,
@@ -167,7 +167,7 @@ func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
 		Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, lastMoved time.Time,
 			forget func(), reason error) {
 			g := f.resumed()
-			g.seen, g.since = upBytes+downBytes, lastMoved
+			g.seen, g.since = upBytes+downBytes, sinceHere(lastMoved)
 			if forget != nil && g.recorded == nil {
 				g.keepRecord(d, forget)
 			}

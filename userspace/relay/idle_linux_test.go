@@ -10,6 +10,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // TestIdleComesBack: for how long no byte has moved is not forgotten when a flow goes to a datapath, nor when
@@ -39,13 +40,13 @@ func TestIdleComesBack(t *testing.T) {
 			defer client.Close()
 			defer server.Close()
 			began := time.Now()
-			f.seen, f.since = 0, began.Add(-40*time.Minute) // as resumed
+			f.seen, f.since = 0, moment.Of(began.Add(-40*time.Minute)) // as resumed
 			l := loops.Loop()
 			f.attachTo(l.NewSocket(down), l.NewSocket(up))
 			k := keeper{flows: make(chan datapath.Handoff, 1)}
 			l.Do(func() func() { return f.handOff(k) })
 			h := <-k.flows
-			if h.LastMoved != began.Add(-40*time.Minute) {
+			if !h.LastMoved.Equal(began.Add(-40 * time.Minute)) {
 				t.Errorf("the datapath is told that a byte moved %v ago", time.Since(h.LastMoved))
 			}
 			var n int64
@@ -78,7 +79,7 @@ func TestIdleComesBack(t *testing.T) {
 			}
 			defer p.Down.Conn.Close()
 			defer p.Up.Conn.Close()
-			if p.IdleSince != last {
+			if !p.IdleSince.Equal(last) {
 				t.Errorf("a byte has moved %v ago, and it should be %v", time.Since(p.IdleSince), c.was)
 			}
 		})

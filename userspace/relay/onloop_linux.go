@@ -15,6 +15,7 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // What is in this file and returns then has the loop to itself, but for attachTo. then is called without
@@ -280,19 +281,25 @@ func (f *flow) toPoller(down, up *loop.Socket) {
 
 // armOn makes ctx and idleness end the flow while it is on l.
 func (f *flow) armOn(l *loop.Loop) {
-	if f.ctx.Done() != nil {
-		f.uncancel = context.AfterFunc(f.ctx, func() {
-			l.Do(func() (then func()) {
-				if f.isIn(onLoop) {
-					then = f.detach(func() { f.abort(EndCanceled, context.Cause(f.ctx)) })
-				}
-				return then
-			})
-		})
-	}
+	f.relay.cancels.add(f, l)
 	if idle := f.beginIdle(); f.o.Idle > 0 {
 		f.tick = time.AfterFunc(min(f.o.Idle/4, f.o.Idle-idle), func() { l.Do(f.checkIdleOn) })
 	}
+}
+
+// cancelOn ends f, whose context is done; it was on l, if not nil, when that was seen.
+func (f *flow) cancelOn(l *loop.Loop) {
+	end := func() { f.abort(EndCanceled, context.Cause(f.ctx)) }
+	if l == nil {
+		end()
+		return
+	}
+	l.Do(func() (then func()) {
+		if f.isIn(onLoop) {
+			then = f.detach(end)
+		}
+		return then
+	})
 }
 
 // checkIdleOn sees whether bytes have moved on the loop since the last time.
@@ -300,7 +307,7 @@ func (f *flow) checkIdleOn() (then func()) {
 	if !f.isIn(onLoop) {
 		return nil
 	}
-	idle := f.idle(time.Now())
+	idle := f.idle(moment.Now())
 	if idle >= f.o.Idle {
 		return f.detach(func() { f.abort(EndIdle, fmt.Errorf("no byte for %v", f.o.Idle)) })
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/datapath"
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // A Parcel is a flow between two relays, of one process or of two: nobody moves its bytes, and its sockets
@@ -206,7 +207,7 @@ func (f *flow) pack(down, up net.Conn) (q *leaveRequest, p *Parcel) {
 		unspare(down)
 	}
 	f.beginIdle() // it may have moved since somebody looked
-	p = &Parcel{Down: f.down.pack(down), Up: f.up.pack(up), IdleSince: f.since}
+	p = &Parcel{Down: f.down.pack(down), Up: f.up.pack(up), IdleSince: f.since.Time()}
 	p.UpBytes, p.DownBytes = f.counters.own()
 	return q, p
 }
@@ -251,13 +252,13 @@ func (r *Relay) Resume(ctx context.Context, p *Parcel, o Options, done func(Resu
 	f.run()
 }
 
-// sinceHere gives t, which may be by the clock of the machine, by the monotonic one.
-func sinceHere(t time.Time) time.Time {
+// sinceHere gives t, which may be by the clock of the machine, and may be never.
+func sinceHere(t time.Time) moment.Moment {
 	if t.IsZero() {
-		return t
+		return 0
 	}
 	now := time.Now()
-	return now.Add(-max(now.Sub(t), 0))
+	return moment.Of(now.Add(-max(now.Sub(t), 0)))
 }
 
 // unpack is pack undone. An end that was not passed on is read again, behind what is left.

@@ -1,12 +1,12 @@
 package relay
 
 import (
-	"context"
 	"fmt"
 	"math"
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/datapath"
+	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
 // parkAfter is how long a flow is idle before its goroutines go. Long enough for what parking and waking
@@ -18,9 +18,7 @@ const parkAfter = 500 * time.Millisecond
 func (f *flow) arm() {
 	f.down.conn.SetDeadline(time.Time{})
 	f.up.conn.SetDeadline(time.Time{})
-	if f.ctx.Done() != nil {
-		f.uncancel = context.AfterFunc(f.ctx, func() { f.abort(EndCanceled, context.Cause(f.ctx)) })
-	}
+	f.relay.cancels.add(f, nil)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.tick = time.AfterFunc(math.MaxInt64, f.checkIdle)
@@ -29,8 +27,7 @@ func (f *flow) arm() {
 
 // disarm undoes arm. It is false when ctx is ending the flow already.
 func (f *flow) disarm() (ok bool) {
-	ok = f.uncancel == nil || f.uncancel()
-	f.uncancel = nil
+	ok = f.relay.cancels.remove(f)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.tick != nil {
@@ -50,7 +47,7 @@ func (f *flow) checkIdle() {
 		f.mu.Unlock()
 		return
 	}
-	now := time.Now()
+	now := moment.Now()
 	idle := f.idle(now)
 	if f.o.Idle > 0 && idle >= f.o.Idle {
 		f.mu.Unlock()
@@ -70,19 +67,19 @@ func (f *flow) checkIdle() {
 // beginIdle begins to see for how long no byte moves, or goes on with that. The caller has what guards
 // seen and since.
 func (f *flow) beginIdle() (idle time.Duration) {
-	now := time.Now()
-	if up, down := f.counters.own(); f.since.IsZero() || up+down != f.seen {
+	now := moment.Now()
+	if up, down := f.counters.own(); f.since == 0 || up+down != f.seen {
 		f.seen, f.since = up+down, now
 	}
-	return now.Sub(f.since)
+	return f.since.Age(now)
 }
 
 // idle is for how long no byte has moved. The caller has what guards seen and since.
-func (f *flow) idle(now time.Time) time.Duration {
+func (f *flow) idle(now moment.Moment) time.Duration {
 	if up, down := f.counters.Load(); up+down != f.seen {
 		f.seen, f.since = up+down, now
 	}
-	return now.Sub(f.since)
+	return f.since.Age(now)
 }
 
 // resetTick sets the timer for a flow that has been idle for so long. Pumps that were told to return need
@@ -115,12 +112,12 @@ func (f *flow) canPark() bool { return f.parkable() && !f.cannotPark }
 // last time that it is no work for pumps.
 //
 // +checklocks:f.mu
-func (f *flow) isQuiet(moved int64, now time.Time) (isQuiet bool) {
-	within := now.Sub(f.quietSince)
+func (f *flow) isQuiet(moved int64, now moment.Moment) (isQuiet bool) {
+	within := f.quietSince.Age(now)
 	if len(f.choice.Of) == 0 || f.cannotReattach || within < f.o.parkAfter {
 		return false
 	}
-	isQuiet = !f.quietSince.IsZero() && datapath.IsQuiet(moved-f.quietSeen, within)
+	isQuiet = f.quietSince != 0 && datapath.IsQuiet(moved-f.quietSeen, within)
 	f.quietSeen, f.quietSince = moved, now
 	return isQuiet
 }

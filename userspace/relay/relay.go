@@ -22,6 +22,7 @@
 //	pipe_linux.go    the pipes
 //	copy.go          a goroutine for a direction, for connections that are no bare sockets
 //	park.go          timers, and sides that wait without a goroutine
+//	cancel.go        flows are ended by their context
 //	kill.go          a flow is ended by an operator, whoever has it
 //	parcel.go        a flow leaves its relay, whoever has it, and goes on in another
 //	leave_linux.go   how loops and pumps stop for that, at a moment when little is held
@@ -31,7 +32,7 @@
 //	held_linux.go    what flows hold for readers that have no room
 //
 // Locks are taken in this order: that of a loop, flow.mu, and then one of those of watcher, quietSweep,
-// pipePool and [datapath.Chooser], under which nothing else is locked. holding.measuring comes before that of
+// pipePool, cancellations and [datapath.Chooser], under which nothing else is locked. holding.measuring comes before that of
 // watcher. What a datapath is asked, and what a caller has given to be called, is called with no lock held,
 // but for datapath.Returner's Busy, and count.
 package relay
@@ -57,6 +58,7 @@ type Relay struct {
 	buffers sync.Pool // of *[bufferSize]byte, lent for as long as bytes are in them
 	chooser datapath.Chooser
 	quiet   quietSweep
+	cancels cancellations
 	holding holding
 	illegal atomic.Pointer[string]
 }

@@ -3,6 +3,7 @@
 package relay
 
 import (
+	"context"
 	"errors"
 	"net"
 	"sync/atomic"
@@ -34,6 +35,8 @@ type (
 // What follows is for Linux. Elsewhere there is nothing to be done, and an urgent byte is dropped.
 
 const haveWatches = false
+
+func (f *flow) cancelOn(*loop.Loop) { f.abort(EndCanceled, context.Cause(f.ctx)) }
 
 func (*watcher) close()                     {}
 func (*pipePool) drop()                     {}

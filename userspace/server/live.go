@@ -38,7 +38,7 @@ type spliced struct {
 	isKept     atomic.Bool       // for the process after a crash
 	cannotKeep atomic.Bool
 	isGone     atomic.Bool // it is removed
-	tries      int         // to keep it; for KeepFlows
+	tries      int32       // to keep it; for KeepFlows
 }
 
 // terms are how a flow is relayed: as its route had it when it began, wherever it is.

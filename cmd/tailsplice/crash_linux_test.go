@@ -119,11 +119,10 @@ func (m *manager) flows() (ids []string) {
 		}
 	}
 	m.mu.Unlock()
-	all, _ := handover.OpenQueue(ends, nil).Flows()
-	for _, k := range all {
+	handover.OpenQueue(ends, nil).Flows(m.t.Context(), func(k *handover.KeptFlow) {
 		ids = append(ids, k.Flow.Client)
 		k.Close()
-	}
+	})
 	handover.Close(ends)
 	return ids
 }

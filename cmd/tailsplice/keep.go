@@ -200,23 +200,18 @@ func (d *process) openOrphans(ctx context.Context) (recall handover.Recall, end 
 	return recall, func() { orphans.Close() }
 }
 
-// adopt goes on with the flows that a process has left which has ended. None of them waits for another.
+// adopt goes on with the flows that a process has left which has ended. None of them waits for another, unless
+// many do for something.
 func (d *process) adopt(recall handover.Recall) {
 	defer d.keeper.isAdopting.Store(false)
-	flows, wrong := d.keeper.flows.Flows()
-	for _, err := range wrong {
-		d.log.Warn("something that an ended process has left is not used", "err", err)
-	}
-	if len(flows) == 0 {
-		return
-	}
 	began := time.Now()
-	var goOn, gone, over, lost, failed atomic.Int64
+	var flows, goOn, gone, over, lost, failed atomic.Int64
 	var all sync.WaitGroup
-	room := make(chan struct{}, adoptTogether) // each may bring bytes along
-	for _, k := range flows {
+	room := make(chan struct{}, adoptTogether) // each takes descriptors, and may bring bytes along
+	wrong := d.keeper.flows.Flows(context.Background(), func(k *handover.KeptFlow) {
+		flows.Add(1)
+		room <- struct{}{}
 		all.Go(func() {
-			room <- struct{}{}
 			defer func() { <-room }()
 			err := d.adoptOne(k, recall)
 			switch {
@@ -235,9 +230,12 @@ func (d *process) adopt(recall handover.Recall) {
 				d.log.Debug("a flow of an ended process does not go on", "id", k.Flow.ID, "err", err)
 			}
 		})
-	}
+	})
 	all.Wait()
-	if n := int64(len(flows)) - gone.Load(); n > 0 {
+	for _, err := range wrong {
+		d.log.Warn("something that an ended process has left is not used", "err", err)
+	}
+	if n := flows.Load() - gone.Load(); n > 0 {
 		d.log.Info("the process before this one has left its flows", "flows", n, "go_on", goOn.Load(), "half_ended", over.Load(),
 			"lost_bytes", lost.Load(), "unusable", failed.Load(), "duration", time.Since(began).Seconds())
 	}

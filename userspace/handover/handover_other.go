@@ -160,7 +160,7 @@ type Queue struct{}
 func OpenQueue([]Socket, func() error) *Queue { return new(Queue) }
 
 // Flows are none.
-func (*Queue) Flows() ([]*KeptFlow, []error) { return nil, nil }
+func (*Queue) Flows(context.Context, func(*KeptFlow)) []error { return nil }
 
 // Len is 0.
 func (*Queue) Len() (int, bool) { return 0, true }

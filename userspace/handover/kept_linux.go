@@ -112,12 +112,21 @@ func (k *KeptFlow) isOver() error {
 func (k *KeptFlow) end() (why error) {
 	why = ErrGone
 	for _, fd := range []int{k.down, k.up} {
-		if p, err := tcpsock.PositionOf(fd); err == nil && !(p.IsEnded && p.IsShut) {
-			tcpsock.Abort(fd)
+		if cut(fd) {
 			why = ErrOver
 		}
 	}
 	return why
+}
+
+// cut resets a connection, unless both its streams have ended: then it goes on to deliver what it was given.
+func cut(fd int) (wasOpen bool) {
+	p, err := tcpsock.PositionOf(fd)
+	if err != nil || p.IsEnded && p.IsShut {
+		return false
+	}
+	tcpsock.Abort(fd)
+	return true
 }
 
 // Reset resets both connections, of which the queue has descriptors still.
@@ -126,8 +135,20 @@ func (k *KeptFlow) Reset() {
 	tcpsock.Abort(k.up)
 }
 
-// connOf makes a connection of a copy of fd.
-func connOf(fd int) (net.Conn, error) {
+// connWait is how long descriptors are waited for that a flow needs to go on.
+const connWait = 5 * time.Second
+
+// connOf makes a connection of a copy of fd. Other flows that are taken may have descriptors for a moment only.
+func connOf(fd int) (c net.Conn, err error) {
+	for end := time.Now().Add(connWait); ; time.Sleep(10 * time.Millisecond) {
+		c, err = tryConnOf(fd)
+		if isShort := errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE); !isShort || time.Now().After(end) {
+			return c, err
+		}
+	}
+}
+
+func tryConnOf(fd int) (net.Conn, error) {
 	own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
 		return nil, os.NewSyscallError("fcntl", err)

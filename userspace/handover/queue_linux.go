@@ -2,6 +2,7 @@ package handover
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,10 +13,9 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // Queue keeps flows that live for the process after a crash. They are in flight, as the kernel has it: sent
@@ -42,7 +42,7 @@ type queuePair struct {
 	in, out    *os.File
 	flows      int  // that are in flight; of who puts them in
 	messages   int  // that they are in
-	isUnread   bool // not all of it could be read
+	isUnread   bool // another process has left it, and not all of it was read
 }
 
 const (
@@ -75,7 +75,7 @@ func OpenQueue(handed []Socket, store func() error) *Queue {
 		i := slices.IndexFunc(q.pairs, func(p *queuePair) bool { return p.generation == generation })
 		if i < 0 {
 			i = len(q.pairs)
-			q.pairs = append(q.pairs, &queuePair{generation: generation})
+			q.pairs = append(q.pairs, &queuePair{generation: generation, isUnread: true})
 		}
 		if s.Kind == KindFlowsIn {
 			q.pairs[i].in = s.File
@@ -94,34 +94,25 @@ func OpenQueue(handed []Socket, store func() error) *Queue {
 	return q
 }
 
-// Flows are those in the queue: they stay there, and the caller closes these copies of them. wrong says what
-// can't be used.
-func (q *Queue) Flows() (flows []*KeptFlow, wrong []error) {
+// Flows calls each with the flows that a process has left which has ended. They stay in the queue, and each
+// closes these copies of them. It may wait for others that it was called with: they are read a message at a
+// time, so that few descriptors are needed. Once ctx has ended, those that are left are reset. wrong says what
+// can't be used, which is reset, as far as it can be received.
+func (q *Queue) Flows(ctx context.Context, each func(*KeptFlow)) (wrong []error) {
 	q.mu.Lock()
-	pairs := slices.Clone(q.pairs)
+	pairs := slices.DeleteFunc(slices.Clone(q.pairs), func(p *queuePair) bool { return !p.isUnread })
 	q.mu.Unlock()
-	seen := map[uint64]bool{}
+	r := &queueReader{each: each, seen: map[uint64]bool{}}
+	defer r.spend()
 	for _, p := range slices.Backward(pairs) {
-		n, messages := 0, 0
-		errs := p.read(func(some []*KeptFlow) {
-			messages++
-			n += len(some)
-			for _, k := range some {
-				cookie, err := unix.GetsockoptUint64(k.down, unix.SOL_SOCKET, unix.SO_COOKIE)
-				if err != nil || seen[cookie] || k.isGone() {
-					k.Close()
-					continue
-				}
-				seen[cookie] = true
-				flows = append(flows, k)
-			}
-		})
+		r.spare(p)
+		flows, messages, errs := r.read(ctx, p)
 		wrong = append(wrong, errs...)
 		q.mu.Lock()
-		p.flows, p.messages, p.isUnread = n, messages, len(errs) > 0
+		p.flows, p.messages, p.isUnread = flows, messages, len(errs) > 0
 		q.mu.Unlock()
 	}
-	return flows, wrong
+	return wrong
 }
 
 // Len is how many flows the newest pair has, those included that have ended since. isWhole: there is no other
@@ -339,36 +330,6 @@ func control(f *os.File, do func(fd int) error) error {
 	return err
 }
 
-// read calls flows with copies of those of each message that is in flight.
-func (p *queuePair) read(flows func([]*KeptFlow)) (wrong []error) {
-	err := control(p.out, func(fd int) error {
-		// Each look at a message is at the next one, from the first.
-		return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, 0))
-	})
-	b := new(receiveBuffer)
-	for err == nil {
-		var some []*KeptFlow
-		var isOver bool
-		err = control(p.out, func(fd int) (err error) {
-			some, isOver, err = b.receive(fd)
-			return err
-		})
-		if isOver {
-			return wrong
-		}
-		flows(some)
-		if isMessage := errors.As(err, new(*badMessage)); isMessage { // but the next may be well
-			wrong, err = append(wrong, err), nil
-		}
-	}
-	return append(wrong, err)
-}
-
-// badMessage is what is wrong with one message.
-type badMessage struct{ error }
-
-func (e *badMessage) Unwrap() error { return e.error }
-
 // drain ends all that is in flight, whoever has the ends: the kernel closes what nobody has room for.
 func (p *queuePair) drain() {
 	fd, err := descriptor(p.out)
@@ -380,41 +341,168 @@ func (p *queuePair) drain() {
 	}
 }
 
-// receiveBuffer is room for a message and its descriptors.
-type receiveBuffer struct {
+// queueReader reads what is in flight.
+type queueReader struct {
+	each   func(*KeptFlow)
+	seen   map[uint64]bool // the cookies of the sockets of all flows that each was called with
+	spared []int           // descriptors that are given up for a message where there are no others
+	waited time.Duration   // for descriptors
+
 	b   [mostBytes + 1]byte
 	oob [4 * (253 + 16)]byte
 }
 
-// receive gives copies of the flows of the next message. isOver: there is none.
-func (r *receiveBuffer) receive(fd int) (flows []*KeptFlow, isOver bool, err error) {
-	b, oob := r.b[:], r.oob[:]
-	n, oobn, got, _, err := unix.Recvmsg(fd, b, oob, unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
-	switch {
-	case err == unix.EINTR:
-		return nil, false, nil
-	case err == unix.EAGAIN || err == nil && n == 0:
-		return nil, true, nil
-	case err != nil:
-		return nil, false, os.NewSyscallError("recvmsg", err)
+// mostFilesWait bounds how long descriptors are waited for in all.
+const mostFilesWait = 10 * time.Second
+
+var (
+	errNoFiles = errors.New("no descriptors are free for the sockets of some flows, which are reset (LimitNOFILE=)")
+	errGivenUp = errors.New("flows that were not looked at yet are reset, as this process is to end")
+)
+
+// read has a look at each message that is in flight.
+func (r *queueReader) read(ctx context.Context, p *queuePair) (flows, messages int, wrong []error) {
+	for at := 0; ; {
+		n, fds, isCut, err := r.look(p, at)
+		if isCut {
+			closeAll(fds)
+			if r.await(ctx) {
+				continue
+			}
+			r.spend() // what is received now can be reset at least
+			n, fds, _, err = r.look(p, at)
+		}
+		switch {
+		case err != nil:
+			return flows, messages, append(wrong, err)
+		case n == 0:
+			return flows, messages, wrong
+		}
+		at += n
+		messages++
+		var some []*KeptFlow
+		switch {
+		case isCut:
+			err = errNoFiles
+		case ctx.Err() != nil:
+			err = errGivenUp
+		default:
+			some, err = unpack(r.b[:n], fds)
+		}
+		if err != nil {
+			r.reset(fds)
+			if !slices.Contains(wrong, err) {
+				wrong = append(wrong, err)
+			}
+		}
+		r.spare(p)
+		flows += len(some)
+		r.call(some)
 	}
-	fds, err := receivedFDs(oob[:oobn])
-	var m *Message
-	if err == nil && (n > mostBytes || got&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0) {
-		err = errors.New("no message: not all of it could be received")
+}
+
+// call calls each with flows that it was not called with before.
+func (r *queueReader) call(flows []*KeptFlow) {
+	for _, k := range flows {
+		down, err := unix.GetsockoptUint64(k.down, unix.SOL_SOCKET, unix.SO_COOKIE)
+		up, err2 := unix.GetsockoptUint64(k.up, unix.SOL_SOCKET, unix.SO_COOKIE)
+		if err != nil || err2 != nil || r.seen[down] || k.isGone() {
+			k.Close()
+			continue
+		}
+		r.seen[down], r.seen[up] = true, true
+		r.each(k)
 	}
-	if err == nil {
-		m, err = Parse(b[:n], len(fds))
+}
+
+// reset resets and closes sockets of flows that can't be used: nobody would move their bytes, and the queue has
+// them still. Those of flows that each was called with it only closes.
+func (r *queueReader) reset(fds []int) {
+	for _, fd := range fds {
+		cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+		if err == nil && !r.seen[cookie] {
+			cut(fd)
+		}
+		unix.Close(fd)
 	}
+}
+
+// await waits for descriptors, unless it has waited for too long in all.
+func (r *queueReader) await(ctx context.Context) bool {
+	const pause = 10 * time.Millisecond
+	if r.waited += pause; r.waited > mostFilesWait {
+		return false
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(pause):
+		return true
+	}
+}
+
+// spare has as many descriptors as a message may have sockets, as far as there are any.
+func (r *queueReader) spare(p *queuePair) {
+	_ = control(p.out, func(fd int) error {
+		for len(r.spared) < 2*mostTogether {
+			own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			r.spared = append(r.spared, own)
+		}
+		return nil
+	})
+}
+
+func (r *queueReader) spend() {
+	closeAll(r.spared)
+	r.spared = nil
+}
+
+// look gives the message that comes after so many bytes, with copies of its descriptors. n is 0 where there is
+// none. isCut: there was no room for all descriptors.
+func (r *queueReader) look(p *queuePair, after int) (n int, fds []int, isCut bool, err error) {
+	var oobn, flags int
+	err = control(p.out, func(fd int) error {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, after); err != nil {
+			return os.NewSyscallError("setsockopt", err)
+		}
+		for {
+			var err error
+			n, oobn, flags, _, err = unix.Recvmsg(fd, r.b[:], r.oob[:], unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+			switch err {
+			case unix.EINTR:
+			case unix.EAGAIN:
+				n, oobn, flags = 0, 0, 0
+				return nil
+			default:
+				return os.NewSyscallError("recvmsg", err)
+			}
+		}
+	})
+	if err != nil {
+		return 0, nil, false, err
+	}
+	fds, err = receivedFDs(r.oob[:oobn])
+	if err != nil {
+		closeAll(fds)
+		return 0, nil, false, err
+	}
+	return n, fds, flags&unix.MSG_CTRUNC != 0, nil
+}
+
+// unpack gives the flows of a message, which own fds. With an error the caller does.
+func unpack(b []byte, fds []int) (flows []*KeptFlow, err error) {
+	if len(b) > mostBytes {
+		return nil, errors.New("no message: it is too long")
+	}
+	m, err := Parse(b, len(fds))
 	if err == nil && m.Step != keptStep {
 		err = fmt.Errorf("message %q is none of flows that are kept", m.Step)
 	}
 	if err != nil {
-		for _, fd := range fds { // nobody would move their bytes, and the queue has them still
-			tcpsock.Abort(fd)
-			unix.Close(fd)
-		}
-		return nil, false, &badMessage{err}
+		return nil, err
 	}
 	of := map[uint64]*KeptFlow{}
 	for _, f := range m.Flows {
@@ -431,7 +519,13 @@ func (r *receiveBuffer) receive(fd int) (flows []*KeptFlow, isOver bool, err err
 			unix.Close(fds[i])
 		}
 	}
-	return flows, false, nil
+	return flows, nil
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
 }
 
 func (p *queuePair) close() {

@@ -1,6 +1,7 @@
 package handover
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -152,7 +154,7 @@ func (m *managed) copies() (all []Socket) {
 func (m *managed) next() (ids []string) {
 	m.t.Helper()
 	q := OpenQueue(m.copies(), func() error { return nil })
-	flows, wrong := q.Flows()
+	flows, wrong := flowsOf(m.t, q)
 	if len(wrong) > 0 {
 		m.t.Errorf("what is kept is wrong: %v", wrong)
 	}
@@ -165,6 +167,13 @@ func (m *managed) next() (ids []string) {
 	}
 	slices.Sort(ids)
 	return ids
+}
+
+// flowsOf are the flows that a process has left in q. The caller closes them.
+func flowsOf(t *testing.T, q *Queue) (flows []*KeptFlow, wrong []error) {
+	t.Helper()
+	wrong = q.Flows(t.Context(), func(k *KeptFlow) { flows = append(flows, k) })
+	return flows, wrong
 }
 
 // putAll are flows for a queue, one after the other; each is called before one.
@@ -216,7 +225,7 @@ func TestQueue(t *testing.T) {
 	}
 	// The next process has the flows still, though this one is gone.
 	q := OpenQueue(m.copies(), func() error { return nil })
-	flows, wrong := q.Flows()
+	flows, wrong := flowsOf(t, q)
 	if len(wrong) > 0 || len(flows) != len(all) {
 		t.Fatalf("%d flows, %v", len(flows), wrong)
 	}
@@ -362,6 +371,150 @@ func TestQueueIsFull(t *testing.T) {
 	}
 }
 
+// TestQueueIsReadInParts: whoever closes the flows that he has got needs no more descriptors than a few messages
+// have, and where there are none for a while that is waited for.
+func TestQueueIsReadInParts(t *testing.T) {
+	m := newManaged(t)
+	all, ids := flowsNamed(t, 0, 5*mostTogether)
+	if _, err := m.q.Put(putAll(t, all, func() {})); err != nil {
+		t.Fatal(err)
+	}
+	q := OpenQueue(m.copies(), nil)
+	free := fewFiles(t, 4*mostTogether) // for a message, and the reader's own
+	var got []string
+	var held []*KeptFlow
+	var closing sync.WaitGroup
+	wrong := q.Flows(t.Context(), func(k *KeptFlow) {
+		got = append(got, k.Flow.ID)
+		if held = append(held, k); len(held) == mostTogether {
+			some := held
+			held = nil
+			closing.Go(func() {
+				time.Sleep(20 * time.Millisecond) // the reader wants more meanwhile
+				for _, k := range some {
+					k.Close()
+				}
+			})
+		}
+	})
+	closing.Wait()
+	free()
+	slices.Sort(got)
+	if len(wrong) > 0 || !slices.Equal(got, ids) {
+		t.Errorf("%d of %d flows come, %v", len(got), len(ids), wrong)
+	}
+	if n, isWhole := q.Len(); n != len(ids) || !isWhole {
+		t.Errorf("it has %d, %v", n, isWhole)
+	}
+	for id, e := range all {
+		if tcpsock.IsClosed(fdOf(t, e.down)) {
+			t.Errorf("%s was reset", id)
+		}
+	}
+	q.Close()
+}
+
+// fewFiles lets this process open n more descriptors only, until what it returns is called.
+func fewFiles(t *testing.T, n int) (free func()) {
+	t.Helper()
+	var before unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
+		t.Fatal(err)
+	}
+	// A limit is on their numbers: those below it are taken.
+	last, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var taken []int
+	for fd := last; fd < last+n; {
+		if fd, err = unix.FcntlInt(uintptr(last), unix.F_DUPFD_CLOEXEC, 0); err != nil {
+			t.Fatal(err)
+		}
+		taken = append(taken, fd)
+	}
+	most := slices.Max(taken)
+	slices.Sort(taken)
+	closeAll(taken[len(taken)-n:])
+	taken = append(taken[:len(taken)-n], last)
+	now := before
+	now.Cur = uint64(most) + 1
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &now); err != nil {
+		t.Fatal(err)
+	}
+	free = sync.OnceFunc(func() {
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &before)
+		closeAll(taken)
+	})
+	t.Cleanup(free)
+	return free
+}
+
+// TestQueueIsGivenUp: flows that a process can't look at any more get a reset, and not a proper end. Those that it
+// has got are its own.
+func TestQueueIsGivenUp(t *testing.T) {
+	m := newManaged(t)
+	all, _ := flowsNamed(t, 0, 3*mostTogether)
+	var order []string
+	if _, err := m.q.Put(func(yield func(*KeptFlow) bool) {
+		for id, e := range all {
+			order = append(order, id)
+			if !yield(e.kept(t, id)) {
+				return
+			}
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range all {
+		e.crash()
+	}
+	q := OpenQueue(m.copies(), nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var got []*KeptFlow
+	wrong := q.Flows(ctx, func(k *KeptFlow) {
+		got = append(got, k)
+		cancel()
+	})
+	if len(got) != mostTogether || len(wrong) != 1 || !errors.Is(wrong[0], errGivenUp) {
+		t.Fatalf("%d flows, %v", len(got), wrong)
+	}
+	q.Close()
+	for _, id := range order[mostTogether:] {
+		for _, c := range []*net.TCPConn{all[id].client, all[id].server} {
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+				t.Errorf("%s: an end gets %v, want a reset", id, err)
+			}
+		}
+	}
+	for _, k := range got {
+		f, err := k.Take(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go all[f.ID].client.Write([]byte("hello"))
+		pass(t, f.Down.Conn.(*net.TCPConn), f.Up.Conn.(*net.TCPConn), 5)
+		f.Close()
+		k.Close()
+	}
+}
+
+// TestTakeWithoutFiles: a flow goes on as soon as there are descriptors for it.
+func TestTakeWithoutFiles(t *testing.T) {
+	e := newEnds(t)
+	k := e.kept(t, "a")
+	defer k.Close()
+	e.crash()
+	free := fewFiles(t, 1)
+	time.AfterFunc(20*time.Millisecond, free)
+	f, err := k.Take(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+}
+
 // TestTake: a flow goes on where nothing of it is lost, and else both its ends get to know.
 func TestTake(t *testing.T) {
 	const up, down = "from the client", "from the server"
@@ -447,7 +600,7 @@ func TestTake(t *testing.T) {
 				c.do(t, e)
 			}
 			e.crash()
-			flows, wrong := OpenQueue(m.copies(), nil).Flows()
+			flows, wrong := flowsOf(t, OpenQueue(m.copies(), nil))
 			if len(flows) != 1 || len(wrong) > 0 {
 				t.Fatal(flows, wrong)
 			}
@@ -496,7 +649,7 @@ func TestTakeEnded(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	e.crash()
-	flows, _ := OpenQueue(m.copies(), nil).Flows()
+	flows, _ := flowsOf(t, OpenQueue(m.copies(), nil))
 	defer flows[0].Close()
 	if _, err := flows[0].Take(nil); !errors.Is(err, ErrGone) {
 		t.Fatal(err)

@@ -80,9 +80,9 @@ func (m *kept) copies() (all []handover.Socket) {
 }
 
 // next are the flows that a process after a crash would find. The caller closes them.
-func (m *kept) next() []*handover.KeptFlow {
+func (m *kept) next() (flows []*handover.KeptFlow) {
 	m.t.Helper()
-	flows, wrong := handover.OpenQueue(m.copies(), nil).Flows()
+	wrong := handover.OpenQueue(m.copies(), nil).Flows(m.t.Context(), func(k *handover.KeptFlow) { flows = append(flows, k) })
 	if len(wrong) > 0 {
 		m.t.Error(wrong)
 	}

@@ -378,3 +378,57 @@ control: { socket: %q }
 	check(t, m.cmd.Wait())
 	m.cmd = nil
 }
+
+// TestCrashEnd: a daemon that is told to end as soon as it runs ends flows of the one before it with a reset. A proper
+// end would say that all had come.
+func TestCrashEnd(t *testing.T) {
+	target := listen(t, "127.0.0.1:0")
+	go func() {
+		for c, err := target.Accept(); err == nil; c, err = target.Accept() {
+			go func() { defer c.Close(); _, _ = io.Copy(c, struct{ io.Reader }{c}) }()
+		}
+	}()
+	address := freeaddr.Get(t)
+	m := newManager(t)
+	file := filepath.Join(m.dir, "edge.yaml")
+	check(t, os.WriteFile(file, fmt.Appendf(nil, `
+datapath: userspace
+listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]
+limits: { connections_per_source: 1000 }
+control: { socket: %q }
+`, address, target.Addr(), filepath.Join(m.dir, "control.sock")), 0o600))
+	m.args = []string{"run", "--config", file, "--log-format", "json", "--drain-timeout", "0s"}
+	m.start()
+	const flows = 200
+	var idle []net.Conn
+	for range flows {
+		var c net.Conn
+		wait(t, "the daemon accepts", func() (err error) { c, err = net.Dial("tcp", address); return err })
+		defer c.Close()
+		check(t, echo(c))
+		idle = append(idle, c)
+	}
+	wait(t, "all flows are kept", func() error {
+		if kept := m.flows(); len(kept) != flows {
+			return fmt.Errorf("%d are", len(kept))
+		}
+		return nil
+	})
+	m.kill()
+	m.start()
+	wait(t, "the next one runs", func() error {
+		if n := strings.Count(m.said(), "tailsplice runs"); n != 2 {
+			return fmt.Errorf("%d have", n)
+		}
+		return nil
+	})
+	check(t, m.cmd.Process.Signal(syscall.SIGTERM))
+	check(t, m.cmd.Wait())
+	m.cmd = nil
+	for _, c := range idle {
+		check(t, c.SetDeadline(time.Now().Add(time.Minute)))
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Fatalf("a flow ends with %v, want a reset", err)
+		}
+	}
+}

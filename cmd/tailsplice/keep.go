@@ -23,10 +23,12 @@ type keeper struct {
 	store *handover.Store
 	moved chan struct{} // gets a value when what is bound has changed
 
-	flows      *handover.Queue    // that live
-	hasLeft    bool               // a process that has ended has left a queue of them
-	isAdopting atomic.Bool        // flows of the process before this one are to go on
-	endFlows   context.CancelFunc // has no more flows kept; guarded by mu
+	flows    *handover.Queue    // that live
+	hasLeft  bool               // a process that has ended has left a queue of them
+	adopted  chan struct{}      // closed when none of these is still to go on
+	adopting context.Context    // ends when those that are still to go on are reset
+	giveUp   context.CancelFunc // ends adopting
+	endFlows context.CancelFunc // has no more flows kept; guarded by mu
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -44,7 +46,8 @@ type taker interface {
 // what a process left that has ended.
 func (d *process) openStore(old *handover.Predecessor) (from taker, state json.RawMessage) {
 	store, wrong := handover.OpenStore()
-	d.keeper = keeper{store: store, moved: make(chan struct{}, 1), endFlows: func() {}}
+	d.keeper = keeper{store: store, moved: make(chan struct{}, 1), adopted: make(chan struct{}), endFlows: func() {}}
+	d.keeper.adopting, d.keeper.giveUp = context.WithCancel(context.Background())
 	ends := store.Take(handover.IsOfFlows)
 	d.keeper.hasLeft = len(ends) > 0
 	d.keeper.flows = handover.OpenQueue(ends, d.keepFlows)
@@ -52,6 +55,7 @@ func (d *process) openStore(old *handover.Predecessor) (from taker, state json.R
 		d.log.Warn("something that an ended process has left is not used", "err", err)
 	}
 	if old != nil {
+		close(d.keeper.adopted)
 		store.Note(old.All())
 		return old, old.State()
 	}
@@ -76,7 +80,7 @@ func (d *process) beMain(ctx context.Context) {
 	if d.keeper.isMain && d.keeper.store.Keeps() {
 		var flows context.Context
 		flows, d.keeper.endFlows = context.WithCancel(ctx)
-		go d.server.KeepFlows(flows, d.keeper.flows, func() bool { return !d.keeper.isAdopting.Load() })
+		go d.server.KeepFlows(flows, d.keeper.flows, func() bool { return !d.keeper.isAdopting() })
 	}
 	d.keeper.mu.Unlock()
 	d.keep()
@@ -125,6 +129,7 @@ func (d *process) keepFlows() error {
 // there wait for it. What an operator has said ends with this one, and so do the control socket, whose file
 // is removed, and the flows.
 func (d *process) endKeeping() {
+	d.keeper.endAdopting()
 	d.keeper.mu.Lock()
 	defer d.keeper.mu.Unlock()
 	_ = d.keepAll(func(s handover.Socket) bool { return s.Kind != handover.KindControl && !handover.IsOfFlows(s) })
@@ -167,6 +172,7 @@ func (d *process) keepAll(only func(handover.Socket) bool) error {
 // leave is called before another process is the main one. Flows that go there are kept by that one, and those
 // that stay here no more: two processes must not go on with a flow.
 func (k *keeper) leave() (err error) {
+	k.endAdopting()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.isMain {
@@ -185,30 +191,51 @@ const recallWait = 5 * time.Second
 // adoptTogether is how many flows are looked at at a time.
 const adoptTogether = 256
 
+// isAdopting reports whether flows of the process before this one are still to go on.
+func (k *keeper) isAdopting() bool {
+	select {
+	case <-k.adopted:
+		return false
+	default:
+		return true
+	}
+}
+
+// endAdopting has flows that are still to go on reset, and returns when they are: once they are kept no more,
+// their ends would take them for ended. It may be called several times.
+func (k *keeper) endAdopting() {
+	k.giveUp()
+	<-k.adopted
+}
+
 // openOrphans opens what a process that has ended has left of the sockmap datapath, in which its flows still
 // are, before it is removed for being dead. end is called when no flow is recalled any more.
-func (d *process) openOrphans(ctx context.Context) (recall handover.Recall, end func()) {
+func (d *process) openOrphans() (recall handover.Recall, end func()) {
 	if !d.keeper.hasLeft {
 		return nil, func() {}
 	}
 	orphans := loader.OpenOrphans("", d.log)
-	recall = func(down, up int, b *handover.Balance) (downRest, upRest []byte, err error) {
-		ctx, cancel := context.WithTimeout(ctx, recallWait)
+	return d.keeper.recallBy(orphans.Recall), func() { orphans.Close() }
+}
+
+// recallBy is recall, which has its time, and ends with the adoption.
+func (k *keeper) recallBy(recall func(_ context.Context, down, up int, offsets [2]uint64) (_, _ []byte, _ error)) handover.Recall {
+	return func(down, up int, b *handover.Balance) (downRest, upRest []byte, err error) {
+		ctx, cancel := context.WithTimeout(k.adopting, recallWait)
 		defer cancel()
-		return orphans.Recall(ctx, down, up, [2]uint64{uint64(b.Up), uint64(b.Down)})
+		return recall(ctx, down, up, [2]uint64{uint64(b.Up), uint64(b.Down)})
 	}
-	return recall, func() { orphans.Close() }
 }
 
 // adopt goes on with the flows that a process has left which has ended. None of them waits for another, unless
 // many do for something.
 func (d *process) adopt(recall handover.Recall) {
-	defer d.keeper.isAdopting.Store(false)
+	defer close(d.keeper.adopted)
 	began := time.Now()
 	var flows, goOn, gone, over, lost, failed atomic.Int64
 	var all sync.WaitGroup
 	room := make(chan struct{}, adoptTogether) // each takes descriptors, and may bring bytes along
-	wrong := d.keeper.flows.Flows(context.Background(), func(k *handover.KeptFlow) {
+	wrong := d.keeper.flows.Flows(d.keeper.adopting, func(k *handover.KeptFlow) {
 		flows.Add(1)
 		room <- struct{}{}
 		all.Go(func() {

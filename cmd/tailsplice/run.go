@@ -140,7 +140,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	if err := control.bind(cfg, from, log); err != nil {
 		return nil, err
 	}
-	recall, endRecalls := d.openOrphans(ctx)
+	recall, endRecalls := d.openOrphans()
 	datapaths := loadDatapaths(cfg, o.knownBad, log)
 	defer datapaths.close()
 	datapaths.options.Log, datapaths.options.LogLost, datapaths.options.Version = log, lines.Lost, version()
@@ -181,7 +181,6 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	} else {
 		d.keeper.store.Discard()
 		f.Accept()
-		d.keeper.isAdopting.Store(true)
 		go func() {
 			d.adopt(recall)
 			endRecalls()

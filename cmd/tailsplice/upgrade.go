@@ -254,8 +254,11 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	if err != nil {
 		return failed(s.End, err)
 	}
-	for end := time.Now().Add(2 * recallWait); d.keeper.isAdopting.Load() && time.Now().Before(end); {
-		time.Sleep(10 * time.Millisecond) // flows that are to go on could not any more
+	select {
+	case <-d.keeper.adopted: // flows that are to go on could not any more
+	case <-time.After(2 * recallWait):
+	case <-ctx.Done():
+		return failed(s.End, fmt.Errorf("given up: %w", context.Cause(ctx)))
 	}
 	d.server.Rest()
 	_ = s.Send(handover.Message{Step: handover.Yours}) // where it has ended, Await says how

@@ -150,22 +150,17 @@ func (q *Queue) Sockets() (all []Socket, err error) {
 }
 
 // Put puts flows in, and closes them. It returns how many of the first are kept: an error says why others are
-// not. Of Put and Renew one call may be under way.
+// not. Of Put and Renew one call may be under way. What [Queue.Flows] is still to
+// read gets no more: it would be taken for what the other process has left.
 func (q *Queue) Put(flows iter.Seq[*KeptFlow]) (kept int, err error) {
-	q.mu.Lock()
-	isClosed, isNew := q.isClosed, len(q.pairs) == 0
-	q.mu.Unlock()
-	if isNew && !isClosed {
-		_, err = q.begin()
-	}
-	q.mu.Lock()
 	var p *queuePair
-	if len(q.pairs) > 0 {
-		p = q.pairs[len(q.pairs)-1]
+	q.mu.Lock()
+	if n := len(q.pairs); n > 0 && !q.pairs[n-1].isUnread {
+		p = q.pairs[n-1]
 	}
 	q.mu.Unlock()
 	if p == nil {
-		err = cmp.Or(err, ErrQueueClosed)
+		p, err = q.begin()
 	}
 	return q.put(p, flows, err)
 }

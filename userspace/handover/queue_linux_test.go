@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"maps"
 	"net"
 	"os"
 	"slices"
@@ -497,6 +498,53 @@ func TestQueueIsGivenUp(t *testing.T) {
 		pass(t, f.Down.Conn.(*net.TCPConn), f.Up.Conn.(*net.TCPConn), 5)
 		f.Close()
 		k.Close()
+	}
+}
+
+// TestPutWhileRead: what this process has kept while it still reads what another one has left is its own, and not
+// taken for what it was left.
+func TestPutWhileRead(t *testing.T) {
+	m := newManaged(t)
+	left, ids := flowsNamed(t, 0, 2*mostTogether)
+	if _, err := m.q.Put(putAll(t, left, func() {})); err != nil {
+		t.Fatal(err)
+	}
+	next := &managed{t: t}
+	next.q = OpenQueue(m.copies(), next.store)
+	t.Cleanup(func() { next.q.Close(); Close(next.has) })
+	own, ownIDs := flowsNamed(t, 100, 3)
+	put := func(id string) {
+		t.Helper()
+		if n, err := next.q.Put(putAll(t, map[string]*ends{id: own[id]}, func() {})); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	put(ownIDs[0])
+	var got []string
+	wrong := next.q.Flows(t.Context(), func(k *KeptFlow) {
+		if len(got) == 0 {
+			put(ownIDs[1])
+		}
+		got = append(got, k.Flow.ID)
+		k.Close()
+	})
+	if slices.Sort(got); len(wrong) > 0 || !slices.Equal(got, ids) {
+		t.Errorf("the process before has left %v, %v", got, wrong)
+	}
+	put(ownIDs[2])
+	want := slices.Concat(ids, ownIDs)
+	if got := next.next(); !slices.Equal(got, want) {
+		t.Errorf("kept are %v, want %v", got, want)
+	}
+	if _, isWhole := next.q.Len(); isWhole {
+		t.Error("there are two pairs, and no renewal is due")
+	}
+	maps.Copy(left, own)
+	if n, err := next.q.Renew(putAll(t, left, func() {}), len(left)); n != len(left) || err != nil {
+		t.Fatal(n, err)
+	}
+	if got := next.next(); !slices.Equal(got, want) || len(next.has) != 2 {
+		t.Errorf("kept are %v in %d ends, want %v", got, len(next.has), want)
 	}
 }
 

@@ -327,13 +327,14 @@ func control(f *os.File, do func(fd int) error) error {
 
 // drain ends all that is in flight, whoever has the ends: the kernel closes what nobody has room for.
 func (p *queuePair) drain() {
-	fd, err := descriptor(p.out)
-	for b := make([]byte, 1); err == nil || err == unix.EINTR; {
-		var n int
-		if n, _, err = unix.Recvfrom(fd, b, unix.MSG_DONTWAIT); n == 0 && err == nil {
-			return
+	_ = control(p.out, func(fd int) error {
+		for b := make([]byte, 1); ; {
+			n, _, err := unix.Recvfrom(fd, b, unix.MSG_DONTWAIT)
+			if n == 0 && err == nil || err != nil && err != unix.EINTR {
+				return err
+			}
 		}
-	}
+	})
 }
 
 // queueReader reads what is in flight.

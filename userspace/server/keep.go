@@ -122,7 +122,8 @@ func (srv *Server) keepNow(q flowKeeper, mayRenew bool, now time.Time) (next tim
 		all, had := append(kept, fresh...), len(kept)
 		sent, began := &sending{}, time.Now()
 		n, err := q.Renew(sent.flows(all), had)
-		k.renewed, k.failed, k.rest = now, err != nil && n < had, max(renewEvery, renewRest*time.Since(began))
+		k.failed = err != nil && (n < had || n == 0)
+		k.renewed, k.rest = now, max(renewEvery, renewRest*time.Since(began))
 		if !k.failed {
 			for _, s := range all {
 				s.isKept.Store(false)
@@ -132,7 +133,8 @@ func (srv *Server) keepNow(q flowKeeper, mayRenew bool, now time.Time) (next tim
 		}
 		k.say(srv, err)
 	}
-	if len(fresh) > 0 {
+	// Where so many have ended and it could not be renewed, there are not to be more.
+	if len(fresh) > 0 && queued-len(kept) <= max(mostEndedKept, len(kept)) {
 		sent := &sending{}
 		n, err := q.Put(sent.flows(fresh))
 		again = sent.done(n) || again

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"net"
 	"os"
 	"sync"
@@ -284,6 +285,56 @@ func TestKeepsWhatItCan(t *testing.T) {
 	}
 	if n := d.log.Count("not all flows are kept"); n != 1 {
 		t.Errorf("it is said %d times", n)
+	}
+}
+
+// endedOnly is a queue that has flows which have ended, and nothing else, and can't be renewed.
+type endedOnly struct{ flowKeeper }
+
+func (endedOnly) Len() (int, bool) { return 1, true }
+
+func (endedOnly) Renew(iter.Seq[*handover.KeptFlow], int) (int, error) {
+	return 0, errors.New("no manager")
+}
+
+// TestRenewsLater: where the last flows have ended, and the queue can't be renewed, that is tried again, though no
+// flow begins or ends.
+func TestRenewsLater(t *testing.T) {
+	d := startKeeping(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, freeAddr(t), freeAddr(t)))
+	if next := d.keepNow(endedOnly{}, true, time.Now()); next <= 0 || next > renewEvery {
+		t.Errorf("the next look is in %v", next)
+	}
+}
+
+// fullOfEnded is a queue that has as many flows as it says, of which none lives.
+type fullOfEnded struct {
+	flowKeeper
+	ended, put int
+}
+
+func (q *fullOfEnded) Len() (int, bool) { return q.ended, true }
+
+func (q *fullOfEnded) Put(flows iter.Seq[*handover.KeptFlow]) (int, error) {
+	for k := range flows {
+		k.Close()
+		q.put++
+	}
+	return q.put, nil
+}
+
+// TestKeepsNoMore: while flows that have ended can't be given up, there are not more and more of them.
+func TestKeepsNoMore(t *testing.T) {
+	addr := freeAddr(t)
+	d := startKeeping(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
+	exchangeBytes(t, dialTCP(t, addr), 10)
+	eventually(t, "there is a flow", func() bool { return d.Flows().Len() == 1 })
+	for _, q := range []*fullOfEnded{{ended: mostEndedKept + 1}, {ended: mostEndedKept}} {
+		if next := d.keepNow(q, false, time.Now().Add(keepAfter)); next != keepEvery {
+			t.Errorf("the next look is in %v", next)
+		}
+		if want := mostEndedKept + 1 - q.ended; q.put != want {
+			t.Errorf("beside %d that have ended %d are kept, want %d", q.ended, q.put, want)
+		}
 	}
 }
 

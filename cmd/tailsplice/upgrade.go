@@ -235,6 +235,8 @@ func (d *process) describe(next *successor) string {
 //
 // +checklocks:d.changes
 func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgradeOptions) error {
+	inTime, cancel := context.WithTimeoutCause(ctx, o.timeout, fmt.Errorf("the upgrade was not that far after %v", o.timeout))
+	defer cancel()
 	failed := func(end func(), err error) error {
 		end()
 		d.server.Resume()
@@ -251,6 +253,9 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 		return failed(s.End, err)
 	}
 	ready, err := s.Await(ctx, handover.Ready, o.timeout)
+	if err == nil {
+		err = d.server.Withdrawn(inTime)
+	}
 	if err != nil {
 		return failed(s.End, err)
 	}

@@ -431,6 +431,54 @@ func (d *upgradable) flows() (all []flow.Snapshot) {
 	return all
 }
 
+// TestUpgradeAfterHook: what is withdrawn since a reload is so before the new process announces: both may be of the
+// same.
+func TestUpgradeAfterHook(t *testing.T) {
+	d := startUpgradable(t)
+	plain, err := os.ReadFile(d.config)
+	check(t, err)
+	said, may := filepath.Join(d.dir, "said"), filepath.Join(d.dir, "may")
+	configure := func(announce string) {
+		t.Helper()
+		check(t, os.WriteFile(d.config, []byte(strings.Replace(string(plain), "name: edge,", "name: edge, "+announce, 1)), 0o600))
+	}
+	reload := func() {
+		t.Helper()
+		_, err := d.ask("reload")
+		check(t, err)
+	}
+	tells := func() string { b, _ := os.ReadFile(said); return strings.Join(strings.Fields(string(b)), " ") }
+	told := func(want string) {
+		t.Helper()
+		wait(t, "others are told", func() error {
+			if is := tells(); is != want {
+				return fmt.Errorf("%q, want %q", is, want)
+			}
+			return nil
+		})
+	}
+	down := fmt.Sprintf("echo a withdraws >>%s; while [ ! -e %s ]; do sleep 0.01; done; echo a down >>%s", said, may, said)
+	configure(fmt.Sprintf(`announce: { timeout: 1m, up: [sh, -c, "echo a up >>%s"], down: [sh, -c, %q] },`, said, down))
+	reload()
+	told("a up")
+	configure("")
+	reload()
+	told("a up a withdraws")
+	configure(fmt.Sprintf(`announce: { up: [sh, -c, "echo b up >>%s"], down: ["true"] },`, said))
+	upgraded := make(chan error, 1)
+	go func() {
+		_, err := d.ask("upgrade")
+		upgraded <- err
+	}()
+	// What must not come has a while to come.
+	for end := time.Now().Add(2 * time.Second); len(upgraded) == 0 && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	check(t, os.WriteFile(may, nil, 0o600))
+	check(t, <-upgraded)
+	told("a up a withdraws a down b up")
+}
+
 // TestUpgradeKilled: one of both processes is killed while flows go over, or just after. Each flow is one's that
 // lives, and goes on whole, or is reset: none is stuck. Those that the other had are not lost.
 func TestUpgradeKilled(t *testing.T) {

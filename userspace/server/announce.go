@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -73,6 +74,23 @@ func (srv *Server) endAnnouncer(a *announce.Announcer, reason string) {
 			<-before
 		}
 	}()
+}
+
+// Withdrawn waits until what is no longer configured to be announced is withdrawn, or could not be: another
+// process may announce the same. An error is that ctx has ended before.
+func (srv *Server) Withdrawn(ctx context.Context) error {
+	srv.mu.Lock()
+	withdrawn := srv.withdrawn
+	srv.mu.Unlock()
+	if withdrawn == nil {
+		return nil
+	}
+	select {
+	case <-withdrawn:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("an announcement is still being withdrawn: %w", context.Cause(ctx))
+	}
 }
 
 func announceSpec(c *config.Listener) announce.Spec {

@@ -356,6 +356,32 @@ func TestAnnouncedInOrder(t *testing.T) {
 	}
 }
 
+// TestWithdrawn: who is to take over can wait for what is withdrawn since it is no longer configured.
+func TestWithdrawn(t *testing.T) {
+	may := filepath.Join(t.TempDir(), "may")
+	a := announcedListener(t, fmt.Sprintf(`, timeout: 1m, up: ["true"], down: [sh, -c, "while [ ! -e %s ]; do sleep 0.01; done"]`, may))
+	a.daemon = start(t, a.yaml(""))
+	eventually(t, "it is announced", a.isUp)
+	if err := a.Withdrawn(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := a.Reload(parse(t, fmt.Sprintf("listeners: [{ name: web, listen: [%q], mode: tcp, default: { forward: %q } }]", a.addr, a.target))); err != nil {
+		t.Fatal(err)
+	}
+	why := errors.New("no more time")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(why)
+	if err := a.Withdrawn(ctx); !errors.Is(err, why) {
+		t.Errorf("%v, want %v", err, why)
+	}
+	if err := os.WriteFile(may, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Withdrawn(t.Context()); err != nil || a.isUp() {
+		t.Errorf("%v; it is announced: %t", err, a.isUp())
+	}
+}
+
 // TestAnnounceFails: a program that fails is a problem, which neither closes the listener nor makes it unready.
 func TestAnnounceFails(t *testing.T) {
 	a := announcedListener(t, `, up: [sh, -c, "echo no such protocol; exit 1"], down: ["true"]`)

@@ -44,10 +44,10 @@ func TestAdoptionIsGivenUp(t *testing.T) {
 		check(t, err)
 		return fd
 	}
-	n, err := before.Put(func(yield func(*handover.KeptFlow) bool) {
+	n, err := before.Put(func(yield func(*handover.KeptFlow, error) bool) {
 		for i := range flows {
 			f := &handover.Flow{ID: fmt.Sprint(i), Kept: &handover.Balance{}}
-			if !yield(handover.NewKeptFlow(f, pair(), pair())) {
+			if !yield(handover.NewKeptFlow(f, pair(), pair()), nil) {
 				return
 			}
 		}

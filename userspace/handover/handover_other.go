@@ -169,10 +169,10 @@ func (*Queue) Len() (int, bool) { return 0, true }
 func (*Queue) Sockets() ([]Socket, error) { return nil, nil }
 
 // Put fails.
-func (*Queue) Put(iter.Seq[*KeptFlow]) (int, error) { return 0, errLinux }
+func (*Queue) Put(iter.Seq2[*KeptFlow, error]) (int, error) { return 0, errLinux }
 
 // Renew fails.
-func (*Queue) Renew(iter.Seq[*KeptFlow], int) (int, error) { return 0, errLinux }
+func (*Queue) Renew(iter.Seq2[*KeptFlow, error], int) (int, error) { return 0, errLinux }
 
 // Close does nothing.
 func (*Queue) Close() {}

@@ -149,10 +149,10 @@ func (q *Queue) Sockets() (all []Socket, err error) {
 	return all, nil
 }
 
-// Put puts flows in, and closes them. It returns how many of the first are kept: an error says why others are
-// not. Of Put and Renew one call may be under way. What [Queue.Flows] is still to
+// Put puts flows in, and closes them, up to an error among them. It returns how many of the first are kept: an
+// error says why others are not. Of Put and Renew one call may be under way. What [Queue.Flows] is still to
 // read gets no more: it would be taken for what the other process has left.
-func (q *Queue) Put(flows iter.Seq[*KeptFlow]) (kept int, err error) {
+func (q *Queue) Put(flows iter.Seq2[*KeptFlow, error]) (kept int, err error) {
 	var p *queuePair
 	q.mu.Lock()
 	if n := len(q.pairs); n > 0 && !q.pairs[n-1].isUnread {
@@ -165,9 +165,9 @@ func (q *Queue) Put(flows iter.Seq[*KeptFlow]) (kept int, err error) {
 	return q.put(p, flows, err)
 }
 
-// Renew puts flows, which are all that live, into another pair, and gives up those before it. Where that can
-// keep less than least of them, which is an error, these stay, and so does what is kept.
-func (q *Queue) Renew(flows iter.Seq[*KeptFlow], least int) (kept int, err error) {
+// Renew puts flows, which are all that live, into another pair, and gives up those before it. With an error,
+// which may be one among the flows, and less than least of them there, these stay, and so does what is kept.
+func (q *Queue) Renew(flows iter.Seq2[*KeptFlow, error], least int) (kept int, err error) {
 	p, err := q.begin()
 	kept, err = q.put(p, flows, err)
 	q.mu.Lock()
@@ -220,7 +220,7 @@ func (q *Queue) begin() (*queuePair, error) {
 }
 
 // put puts flows into p unless there is an error already, and closes them.
-func (q *Queue) put(p *queuePair, flows iter.Seq[*KeptFlow], before error) (kept int, err error) {
+func (q *Queue) put(p *queuePair, flows iter.Seq2[*KeptFlow, error], before error) (kept int, err error) {
 	err = before
 	var some []*KeptFlow
 	q.mu.Lock()
@@ -243,7 +243,11 @@ func (q *Queue) put(p *queuePair, flows iter.Seq[*KeptFlow], before error) (kept
 		}
 		some = some[:0]
 	}
-	for k := range flows {
+	var noMore error
+	for k, wrong := range flows {
+		if noMore = wrong; noMore != nil {
+			break
+		}
 		if some = append(some, k); len(some) == mostTogether {
 			send()
 		}
@@ -252,6 +256,9 @@ func (q *Queue) put(p *queuePair, flows iter.Seq[*KeptFlow], before error) (kept
 		}
 	}
 	send()
+	if err == nil {
+		err = noMore
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if p != nil {

@@ -178,11 +178,11 @@ func flowsOf(t *testing.T, q *Queue) (flows []*KeptFlow, wrong []error) {
 }
 
 // putAll are flows for a queue, one after the other; each is called before one.
-func putAll(t *testing.T, all map[string]*ends, each func()) iter.Seq[*KeptFlow] {
-	return func(yield func(*KeptFlow) bool) {
+func putAll(t *testing.T, all map[string]*ends, each func()) iter.Seq2[*KeptFlow, error] {
+	return func(yield func(*KeptFlow, error) bool) {
 		for id, e := range all {
 			each()
-			if !yield(e.kept(t, id)) {
+			if !yield(e.kept(t, id), nil) {
 				return
 			}
 		}
@@ -319,9 +319,9 @@ func TestRenew(t *testing.T) {
 	// One that ends in the middle of it goes on from there.
 	before := m.copies()
 	q.store = m.store
-	q.Renew(func(yield func(*KeptFlow) bool) {
+	q.Renew(func(yield func(*KeptFlow, error) bool) {
 		for id, e := range live {
-			if !yield(e.kept(t, id)) {
+			if !yield(e.kept(t, id), nil) {
 				return
 			}
 			Close(before)
@@ -329,6 +329,20 @@ func TestRenew(t *testing.T) {
 		}
 	}, len(live))
 	Close(before)
+
+	// Where not all of the flows can be had, all is as it was.
+	noMore := errors.New("no more")
+	_, err := q.Renew(func(yield func(*KeptFlow, error) bool) {
+		for id, e := range live {
+			if yield(e.kept(t, id), nil) {
+				yield(nil, noMore)
+			}
+			return
+		}
+	}, len(live))
+	if got := m.next(); err == nil || !errors.Is(err, noMore) || !slices.Equal(got, ids) || len(m.has) != 2 {
+		t.Errorf("%v: kept are %v, want %v", err, got, ids)
+	}
 
 	// Where the manager fails all is as it was.
 	m.fail = errors.New("no")
@@ -355,11 +369,11 @@ func TestQueueIsFull(t *testing.T) {
 	}
 	e, kept := newEnds(t), 1
 	long := strings.Repeat("name", 1000)
-	n, err := m.q.Put(func(yield func(*KeptFlow) bool) {
+	n, err := m.q.Put(func(yield func(*KeptFlow, error) bool) {
 		for {
 			k := e.kept(t, "more")
 			k.Flow.Name = long
-			if !yield(k) {
+			if !yield(k, nil) {
 				return
 			}
 		}
@@ -457,10 +471,10 @@ func TestQueueIsGivenUp(t *testing.T) {
 	m := newManaged(t)
 	all, _ := flowsNamed(t, 0, 3*mostTogether)
 	var order []string
-	if _, err := m.q.Put(func(yield func(*KeptFlow) bool) {
+	if _, err := m.q.Put(func(yield func(*KeptFlow, error) bool) {
 		for id, e := range all {
 			order = append(order, id)
-			if !yield(e.kept(t, id)) {
+			if !yield(e.kept(t, id), nil) {
 				return
 			}
 		}

@@ -34,8 +34,8 @@ const (
 // flowKeeper is a [*handover.Queue].
 type flowKeeper interface {
 	Len() (flows int, isWhole bool)
-	Put(flows iter.Seq[*handover.KeptFlow]) (kept int, err error)
-	Renew(flows iter.Seq[*handover.KeptFlow], least int) (kept int, err error)
+	Put(flows iter.Seq2[*handover.KeptFlow, error]) (kept int, err error)
+	Renew(flows iter.Seq2[*handover.KeptFlow, error], least int) (kept int, err error)
 }
 
 // keeping is how flows are kept for the process after a crash.
@@ -183,17 +183,21 @@ type sending struct {
 	later bool // some can't go now
 }
 
-// flows are the records of all that can be kept now.
-func (g *sending) flows(all []*spliced) iter.Seq[*handover.KeptFlow] {
-	return func(yield func(*handover.KeptFlow) bool) {
+// flows are the records of all that can be kept now, up to an error that all others would have.
+func (g *sending) flows(all []*spliced) iter.Seq2[*handover.KeptFlow, error] {
+	return func(yield func(*handover.KeptFlow, error) bool) {
 		for _, s := range all {
-			k, isLater := s.kept()
-			g.later = g.later || isLater
+			k, isLater, err := s.kept()
+			g.later = g.later || isLater || err != nil
+			if err != nil {
+				yield(nil, err)
+				return
+			}
 			if k == nil {
 				continue
 			}
 			g.all = append(g.all, s)
-			if !yield(k) {
+			if !yield(k, nil) {
 				return
 			}
 		}
@@ -208,17 +212,19 @@ func (g *sending) done(n int) (later bool) {
 	return g.later
 }
 
-// kept is s for a [handover.Queue], or nil where it can't be, or not now.
-func (s *spliced) kept() (k *handover.KeptFlow, isLater bool) {
+// kept is s for a [handover.Queue], or nil where it can't be, or not now. An error is that of all flows: there
+// are no descriptors.
+func (s *spliced) kept() (k *handover.KeptFlow, isLater bool, err error) {
 	var down, up int
-	var err error
 	for end := time.Now().Add(copyWait); ; time.Sleep(time.Millisecond) {
 		if down, up, err = s.Copies(); err == nil {
 			break
+		} else if outOfResources(err) {
+			return nil, true, err
 		} else if s.isGone.Load() || !s.isKept.Load() || time.Now().After(end) {
 			s.tries++
 			s.cannotKeep.Store(s.tries > mostTries)
-			return nil, s.tries <= mostTries
+			return nil, s.tries <= mostTries, nil
 		}
 	}
 	r := s.describe()
@@ -228,10 +234,10 @@ func (s *spliced) kept() (k *handover.KeptFlow, isLater bool) {
 		if _, err := tcpsock.PositionOf(fd); err != nil {
 			s.cannotKeep.Store(!errors.Is(err, syscall.ENOTCONN)) // it is no TCP
 			k.Close()
-			return nil, false
+			return nil, false, nil
 		}
 	}
-	return k, false
+	return k, false, nil
 }
 
 // beginning is the balance of a flow that begins, of which preface is to be written first; nil: it is not

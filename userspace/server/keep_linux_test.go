@@ -288,12 +288,61 @@ func TestKeepsWhatItCan(t *testing.T) {
 	}
 }
 
+// TestKeepsWithoutFiles: where there are no descriptors flows are kept as soon as there are some, and those that
+// were stay so.
+func TestKeepsWithoutFiles(t *testing.T) {
+	addr := freeAddr(t)
+	d := startKeeping(t, fmt.Sprintf(`listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]`, addr, backend(t, echo)))
+	m := &kept{t: t}
+	m.q = handover.OpenQueue(nil, m.store)
+	t.Cleanup(func() { m.q.Close(); handover.Close(m.copies()) })
+	exchangeBytes(t, dialTCP(t, addr), 10)
+	old := time.Now().Add(keepAfter)
+	is := func(want int) {
+		t.Helper()
+		flows := m.next()
+		if len(flows) != want {
+			t.Errorf("%d flows are kept, want %d", len(flows), want)
+		}
+		for _, k := range flows {
+			k.Close()
+		}
+	}
+	eventually(t, "the first is kept", func() bool { d.keepNow(m.q, true, old); n, _ := m.q.Len(); return n == 1 })
+	exchangeBytes(t, dialTCP(t, addr), 10)
+	eventually(t, "there are two", func() bool { return d.Flows().Len() == 2 })
+	old = time.Now().Add(keepAfter)
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		t.Fatal(err)
+	}
+	none := files
+	none.Cur = 4 // which are open
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 * mostTries {
+		if next := d.keepNow(m.q, true, old); next != keepEvery {
+			t.Errorf("the next look is in %v", next)
+		}
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		t.Fatal(err)
+	}
+	is(1)
+	d.keepNow(m.q, true, old)
+	is(2)
+	if n := d.log.Count("too many open files"); n != 1 {
+		t.Errorf("it is said %d times", n)
+	}
+}
+
 // endedOnly is a queue that has flows which have ended, and nothing else, and can't be renewed.
 type endedOnly struct{ flowKeeper }
 
 func (endedOnly) Len() (int, bool) { return 1, true }
 
-func (endedOnly) Renew(iter.Seq[*handover.KeptFlow], int) (int, error) {
+func (endedOnly) Renew(iter.Seq2[*handover.KeptFlow, error], int) (int, error) {
 	return 0, errors.New("no manager")
 }
 
@@ -314,7 +363,7 @@ type fullOfEnded struct {
 
 func (q *fullOfEnded) Len() (int, bool) { return q.ended, true }
 
-func (q *fullOfEnded) Put(flows iter.Seq[*handover.KeptFlow]) (int, error) {
+func (q *fullOfEnded) Put(flows iter.Seq2[*handover.KeptFlow, error]) (int, error) {
 	for k := range flows {
 		k.Close()
 		q.put++

@@ -140,6 +140,31 @@ func TestRecall(t *testing.T) {
 	}
 }
 
+// A recall that is to end does so at once, and says what is missing.
+func TestRecallIsCut(t *testing.T) {
+	l := open(t, new(Hooks).Without(ruleSweep), 16)
+	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
+	loadertest.Must(t, loadertest.SendPart(p.Client, p.Server, 1, 1000))
+	f := l.onlyFlow(t)
+	f.freeze(t)
+	d := &f.directions[0]
+	pretendConsumed(d, 1<<62)
+	_, err := p.Client.Write(prove.Pattern(1000))
+	loadertest.Must(t, err)
+	loadertest.WaitFor(t, func() bool { return d.snapshot().passed == 1000 }, "bytes to be passed")
+	loadertest.WaitFor(t, d.source().readable, "bytes to be read")
+	pretendConsumed(d, 0)
+	o := orphaned(t, l)
+	_, err = f.sockets[0].read(make([]byte, 400))
+	loadertest.Must(t, err)
+	why := errors.New("it has taken too long")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(why)
+	if _, found, err := f.recallBy(ctx, o); !found || !errors.Is(err, errLost) || !errors.Is(err, why) {
+		t.Errorf("%v, %v", found, err)
+	}
+}
+
 // A recall waits for no reader: there is room for what waits for it in the kernel, and in front of bytes that
 // go the other way.
 func TestRecallBehind(t *testing.T) {

@@ -7,8 +7,10 @@ import (
 	"io"
 	"iter"
 	"maps"
+	"math"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -559,6 +561,85 @@ func TestPutWhileRead(t *testing.T) {
 	}
 	if got := next.next(); !slices.Equal(got, want) || len(next.has) != 2 {
 		t.Errorf("kept are %v in %d ends, want %v", got, len(next.has), want)
+	}
+}
+
+// TestMostInFlight: without a capability there is a bound, and what is over it is not kept, which is an error.
+func TestMostInFlight(t *testing.T) {
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		t.Fatal(err)
+	}
+	without := make(chan int)
+	go func() {
+		runtime.LockOSThread() // and it ends with the thread
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var none [2]unix.CapUserData
+		if err := unix.Capset(&header, &none[0]); err != nil {
+			t.Error(err)
+		}
+		without <- mostInFlight()
+	}()
+	if n := <-without; uint64(n) != min(files.Cur, math.MaxInt32)/8 {
+		t.Errorf("without capabilities %d flows may be kept, and there may be %d files", n, files.Cur)
+	}
+	m := newManaged(t)
+	m.q.most = 2*mostTogether + 1
+	all, ids := flowsNamed(t, 0, 3*mostTogether)
+	for _, how := range []struct {
+		name string
+		put  func() (int, error)
+		want int
+	}{
+		{"put", func() (int, error) { return m.q.Put(putAll(t, all, func() {})) }, 2 * mostTogether},
+		{"renew", func() (int, error) { return m.q.Renew(putAll(t, all, func() {}), 2*mostTogether) }, 2 * mostTogether},
+		{"more", func() (int, error) { return m.q.Put(putAll(t, all, func() {})) }, 0},
+	} {
+		if n, err := how.put(); n != how.want || !errors.Is(err, errQueueFull) {
+			t.Errorf("%s: %d are kept, %v", how.name, n, err)
+		}
+		if got := m.next(); len(got) != 2*mostTogether {
+			t.Errorf("%s: kept are %d of %d", how.name, len(got), len(ids))
+		}
+	}
+}
+
+// TestTakeFiltered: a flow that another process was about to take out of a sockmap, and has kept bytes from, goes on.
+func TestTakeFiltered(t *testing.T) {
+	m, e := newManaged(t), newEnds(t)
+	if _, err := m.q.Put(putAll(t, map[string]*ends{"a": e}, func() {})); err != nil {
+		t.Fatal(err)
+	}
+	drop := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K}}
+	for _, c := range []*net.TCPConn{e.down, e.up} {
+		fd := fdOf(t, c)
+		err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &drop[0]})
+		if err := errors.Join(err, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVLOWAT, 10_000)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e.crash()
+	flows, _ := flowsOf(t, OpenQueue(m.copies(), nil))
+	defer flows[0].Close()
+	f, err := flows[0].Take(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	down, up := f.Down.Conn.(*net.TCPConn), f.Up.Conn.(*net.TCPConn)
+	down.SetDeadline(time.Now().Add(time.Minute))
+	up.SetDeadline(time.Now().Add(time.Minute))
+	e.client.Write([]byte("hello"))
+	pass(t, down, up, 5)
+	pass(t, e.server, e.server, 5)
+	pass(t, up, down, 5)
+	if _, err := io.ReadFull(e.client, make([]byte, 5)); err != nil {
+		t.Error(err)
+	}
+	for _, c := range []*net.TCPConn{down, up} {
+		if n, err := unix.GetsockoptInt(fdOf(t, c), unix.SOL_SOCKET, unix.SO_RCVLOWAT); n != 1 || err != nil {
+			t.Errorf("a read waits for %d bytes, %v", n, err)
+		}
 	}
 }
 

@@ -227,8 +227,8 @@ func (k *keeper) recallBy(recall func(_ context.Context, down, up int, offsets [
 	}
 }
 
-// adopt goes on with the flows that a process has left which has ended. None of them waits for another, unless
-// many do for something.
+// adopt goes on with the flows that a process has left which has ended. None of them waits for another,
+// unless many do for something.
 func (d *process) adopt(recall handover.Recall) {
 	defer close(d.keeper.adopted)
 	began := time.Now()

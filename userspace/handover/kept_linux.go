@@ -138,7 +138,8 @@ func (k *KeptFlow) Reset() {
 // connWait is how long descriptors are waited for that a flow needs to go on.
 const connWait = 5 * time.Second
 
-// connOf makes a connection of a copy of fd. Other flows that are taken may have descriptors for a moment only.
+// connOf makes a connection of a copy of fd. Other flows that are taken may have descriptors for a moment
+// only.
 func connOf(fd int) (c net.Conn, err error) {
 	for end := time.Now().Add(connWait); ; time.Sleep(10 * time.Millisecond) {
 		c, err = tryConnOf(fd)

@@ -96,8 +96,8 @@ func OpenQueue(handed []Socket, store func() error) *Queue {
 
 // Flows calls each with the flows that a process has left which has ended. They stay in the queue, and each
 // closes these copies of them. It may wait for others that it was called with: they are read a message at a
-// time, so that few descriptors are needed. Once ctx has ended, those that are left are reset. wrong says what
-// can't be used, which is reset, as far as it can be received.
+// time, so that few descriptors are needed. Once ctx has ended, those that are left are reset. wrong says
+// what can't be used, which is reset, as far as it can be received.
 func (q *Queue) Flows(ctx context.Context, each func(*KeptFlow)) (wrong []error) {
 	q.mu.Lock()
 	pairs := slices.DeleteFunc(slices.Clone(q.pairs), func(p *queuePair) bool { return !p.isUnread })
@@ -149,9 +149,9 @@ func (q *Queue) Sockets() (all []Socket, err error) {
 	return all, nil
 }
 
-// Put puts flows in, and closes them, up to an error among them. It returns how many of the first are kept: an
-// error says why others are not. Of Put and Renew one call may be under way. What [Queue.Flows] is still to
-// read gets no more: it would be taken for what the other process has left.
+// Put puts flows in, and closes them, up to an error among them. It returns how many of the first are kept:
+// an error says why others are not. Of Put and Renew one call may be under way. What [Queue.Flows] is still
+// to read gets no more: it would be taken for what the other process has left.
 func (q *Queue) Put(flows iter.Seq2[*KeptFlow, error]) (kept int, err error) {
 	var p *queuePair
 	q.mu.Lock()
@@ -418,8 +418,8 @@ func (r *queueReader) call(flows []*KeptFlow) {
 	}
 }
 
-// reset resets and closes sockets of flows that can't be used: nobody would move their bytes, and the queue has
-// them still. Those of flows that each was called with it only closes.
+// reset resets and closes sockets of flows that can't be used: nobody would move their bytes, and the queue
+// has them still. Those of flows that each was called with it only closes.
 func (r *queueReader) reset(fds []int) {
 	for _, fd := range fds {
 		cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
@@ -463,8 +463,8 @@ func (r *queueReader) spend() {
 	r.spared = nil
 }
 
-// look gives the message that comes after so many bytes, with copies of its descriptors. n is 0 where there is
-// none. isCut: there was no room for all descriptors.
+// look gives the message that comes after so many bytes, with copies of its descriptors. n is 0 where there
+// is none. isCut: there was no room for all descriptors.
 func (r *queueReader) look(p *queuePair, after int) (n int, fds []int, isCut bool, err error) {
 	var oobn, flags int
 	err = control(p.out, func(fd int) error {

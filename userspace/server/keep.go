@@ -212,8 +212,8 @@ func (g *sending) done(n int) (later bool) {
 	return g.later
 }
 
-// kept is s for a [handover.Queue], or nil where it can't be, or not now. An error is that of all flows: there
-// are no descriptors.
+// kept is s for a [handover.Queue], or nil where it can't be, or not now. An error is that of all flows:
+// there are no descriptors.
 func (s *spliced) kept() (k *handover.KeptFlow, isLater bool, err error) {
 	var down, up int
 	for end := time.Now().Add(copyWait); ; time.Sleep(time.Millisecond) {

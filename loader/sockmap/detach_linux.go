@@ -173,7 +173,9 @@ func (v *detacher) walk() (took time.Duration, err error) {
 		return 0, err
 	}
 	defer r.Close()
-	for {
+	// No further than it has to: the kernel looks at each socket, and some kernels do harm to connection requests
+	// on the way (docs/kernel.md).
+	for slices.ContainsFunc(asked, (*direction).isLeaving) {
 		start := time.Now()
 		at, err := v.next(r, sockmapLeaveCall{Half: ^uint32(0)})
 		took += time.Since(start)
@@ -187,6 +189,7 @@ func (v *detacher) walk() (took time.Duration, err error) {
 		asked[i].offered(&offer{at: r, taken: make(chan struct{})})
 		asked[i].setDetaching(sockmapLeavingSTAYS)
 	}
+	return took, nil
 }
 
 // next goes on with the iterator, and says which direction it stands at then; ^0: it has come to the end.
@@ -304,6 +307,13 @@ func (d *direction) setDetaching(to sockmapLeaving) {
 	if !d.f.isClosed {
 		d.shared().Leaving = uint8(to)
 	}
+}
+
+// isLeaving reports whether the iterator has still to come to the direction.
+func (d *direction) isLeaving() bool {
+	d.f.mu.RLock()
+	defer d.f.mu.RUnlock()
+	return !d.f.isClosed && sockmapLeaving(d.shared().Leaving) == sockmapLeavingLEAVING
 }
 
 // readyToReturn is asked by a direction that has left and holds nothing, with all written that was

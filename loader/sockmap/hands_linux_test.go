@@ -94,3 +94,21 @@ func BenchmarkChangeOfHands(b *testing.B) {
 		})
 	}
 }
+
+// The walk to a flow that leaves goes no further than to its sockets.
+func TestWalkGoesNoFurther(t *testing.T) {
+	l := open(t, nil, 16)
+	loadertest.SplicePath(t, l, loadertest.PathOptions{Busy: 1 << 40})
+	f := l.onlyFlow(t)
+	detachOne(t, l, f, 0)
+	v := l.detacher
+	loadertest.WaitFor(t, func() bool {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		return !f.directions[0].wasAsked
+	}, "the walk to end")
+	var last sockmapLeaveCall
+	if loadertest.Must(t, v.call.Get(&last)); last.Half == ^uint32(0) {
+		t.Error("it went to the end")
+	}
+}

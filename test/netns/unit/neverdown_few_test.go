@@ -3,4 +3,7 @@
 package unit
 
 // A daemon's hour in a minute: with -tags soak it has more to bear.
-const neverDownFlows, neverDownUpgrades, neverDownReloads, neverDownKills = 120, 2, 2, 2
+const (
+	neverDownFlows, neverDownRequests                   = 120, 32
+	neverDownUpgrades, neverDownReloads, neverDownKills = 2, 2, 2
+)

@@ -2,4 +2,7 @@
 
 package unit
 
-const neverDownFlows, neverDownUpgrades, neverDownReloads, neverDownKills = 2000, 10, 20, 3
+const (
+	neverDownFlows, neverDownRequests                   = 1600, 400
+	neverDownUpgrades, neverDownReloads, neverDownKills = 10, 20, 3
+)

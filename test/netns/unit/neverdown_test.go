@@ -20,23 +20,28 @@ import (
 	"github.com/tailsplice/tailsplice/test/netns/lab"
 )
 
-// TestNeverDown: flows of each kind, by both datapaths, live through upgrades, reloads and crashes in any order
-// while 200 new ones a second come. No upgrade and no reload costs one, a crash none that is idle, and whoever is cut
-// by one hears of it soon after. SEED in the environment gives the order of an earlier run.
+// TestNeverDown: flows of each kind, by both datapaths, WebSockets and streams of HTTP/2 live through upgrades, reloads
+// and crashes in any order while 200 new ones a second come. No upgrade and no reload costs one. A crash costs no flow
+// that is idle, and all requests. Whoever is cut hears of it soon after. A process that another one has taken over
+// from ends with its last request. SEED in the environment gives the order of an earlier run.
 func TestNeverDown(t *testing.T) {
 	options := lab.Options{NoTailnet: true, NoAnycast: true, NoDocker: true}
 	lab.Require(t, options, "systemd-nspawn", "make", "nsenter", "pgrep")
 	w := lab.Start(t, options)
 	m := boot(t, w.EdgeA)
-	target := net.JoinHostPort(w.Client.IP4.String(), "7000")
+	target := func(port string) string { return net.JoinHostPort(w.Client.IP4.String(), port) }
 	m.write(t, "etc/tailsplice/tailsplice.yaml", fmt.Sprintf(`
 listeners:
   - { name: plain, listen: [":9100"], mode: tcp, default: { forward: %[1]q, datapath: userspace } }
   - { name: spliced, listen: [":9101"], mode: tcp, default: { forward: %[1]q, datapath: sockmap } }
-limits: { connections_per_source: 100000 }
-`, target))
+  - { name: http, listen: [":9102"], mode: http, default: { forward: %[2]q } }
+  - { name: https, listen: [":9103"], mode: https, certificates: [{ files: %[3]s }], default: { forward: %[2]q } }
+  - { name: http2, listen: [":9104"], mode: https, certificates: [{ files: %[3]s }], default: { forward: %[2]q, upstream: { protocol: h2c } } }
+limits: { connections_per_source: 100000, requests_per_source: 4096 }
+`, target("7000"), target("7001"), certificate(t, w, m)))
 	m.write(t, "etc/systemd/system/tailsplice.service.d/limits.conf", "[Service]\nStartLimitIntervalSec=0\nWatchdogSec=60\n")
 	sendBack(t, w.Client, "7000")
+	answerAlike(t, w.Client, "7001")
 	m.restart(t)
 
 	seed := rand.Uint64()
@@ -57,27 +62,26 @@ limits: { connections_per_source: 100000 }
 	r.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
 	for i, what := range order {
 		n.does(t, i, what)
+		n.retire(t)
 		n.fill(t)
 	}
 	stop()
+	n.end(t, (*live).isRequest)
 	n.leavesNothing(t)
 	if t.Logf("%d flows were in the sockmap when the daemon was killed", n.inKernel); n.inKernel == 0 {
 		t.Error("they are none")
 	}
-	for _, l := range n.all {
-		close(l.quit)
-	}
-	for _, l := range n.all {
-		l.ends(t)
-	}
+	n.end(t, func(l *live) bool { return !l.isRequest() })
 }
 
 // neverDown is the daemon, and the flows that are to live.
 type neverDown struct {
 	*crash
 	random   *rand.Rand
-	all      []*live
+	all      []*live                      // what takes the place of one is of the same kind
+	shared   atomic.Pointer[[]*requester] // whose connections have streams
 	phase    atomic.Pointer[string]
+	opened   time.Time // when the last flow was, but for requests
 	changed  time.Time // when another process than before was the daemon, at the latest
 	inKernel int       // flows that were spliced in the kernel when the daemon was killed
 }
@@ -92,50 +96,111 @@ const (
 
 var kindNames = [kinds]string{"idle", "talking", "bulk"}
 
+// A way is how the bytes of a flow go. Each has a port of its own.
+type way int
+
+const (
+	plain way = iota
+	spliced
+	webSocket
+	secureWebSocket
+	http2
+)
+
+var wayNames = [...]string{"TCP", "TCP in the sockmap", "WebSocket", "WebSocket in TLS", "HTTP/2"}
+
+func (w way) port() int { return 9100 + int(w) }
+
 // live is a flow, seen from its client. Its bytes are those of a generator, and come back.
 type live struct {
 	kind    int
-	port    int
-	conn    net.Conn
+	way     way
+	by      *requester // of requests: whose connection it has
+	in      string     // of requests: the process that has it until its end
+	conn    io.ReadWriteCloser
 	opened  time.Time
 	sends   *rand.ChaCha8
 	expects *rand.ChaCha8
+	asked   chan chan<- struct{} // has it say something if it is idle, and gets told when that has come back, or has not
 	quit    chan struct{}
+	moved   atomic.Int64  // how often bytes have come back
 	done    chan struct{} // closed when it has ended
 	err     error         // why
 	at      time.Time
+	isKnown bool // that it has ended, and is judged
 }
 
-// fill opens flows until there are enough, of which most are idle, and one in fifty has bulk.
+func (l *live) String() string {
+	return fmt.Sprintf("%s flow by %s, %v old", kindNames[l.kind], wayNames[l.way], time.Since(l.opened).Round(time.Millisecond))
+}
+
+func (l *live) isRequest() bool { return l.by != nil }
+
+// newLive is the i-th of all. Most are idle, and one in thirty has bulk.
+func (n *neverDown) newLive(i int) *live {
+	l := &live{kind: idle, way: plain + way(i%2), asked: make(chan chan<- struct{}), quit: make(chan struct{}), done: make(chan struct{})}
+	switch j := i - neverDownFlows; {
+	case j >= 0:
+		l.way = [...]way{webSocket, secureWebSocket, http2, http2}[j%4]
+		if l.kind = j / 4 % 2; j%50 < 4 { // one of each way
+			l.kind = bulk
+		}
+	case i%50 < 2: // one of each port
+		l.kind = bulk
+	case i%10 < 4:
+		l.kind = talks
+	}
+	var key [32]byte
+	for j := range key {
+		key[j] = byte(n.random.Uint32())
+	}
+	l.sends, l.expects = rand.NewChaCha8(key), rand.NewChaCha8(key)
+	return l
+}
+
+// fill opens flows until there are enough.
 func (n *neverDown) fill(t *testing.T) {
 	t.Helper()
-	n.all = slices.DeleteFunc(n.all, func(l *live) bool { return l.hasEnded() })
-	for i := len(n.all); i < neverDownFlows; i++ {
-		l := &live{kind: idle, port: 9100 + i%2, opened: time.Now(), quit: make(chan struct{}), done: make(chan struct{})}
+	if n.all == nil {
+		n.all = make([]*live, neverDownFlows+neverDownRequests)
+	}
+	var by []*requester // of streams that are new
+	for i, l := range n.all {
 		switch {
-		case i%50 < 2: // one of each port
-			l.kind = bulk
-		case i%10 < 4:
-			l.kind = talks
+		case l == nil:
+		case !l.hasEnded():
+			continue
+		case l.err != nil && !l.isKnown:
+			t.Errorf("nothing was done, and it took a %v: %v", l, l.err)
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		conn, err := n.world.Client.Dial(ctx, "tcp4", net.JoinHostPort(n.host.IP4.String(), fmt.Sprint(l.port)))
-		cancel()
+		l = n.newLive(i)
+		var err error
+		switch l.way {
+		case plain, spliced:
+			l.conn, err = n.dial(t.Context(), l.way)
+			n.opened = time.Now()
+		case webSocket, secureWebSocket:
+			l.by, l.in = n.requester(l.way), n.pid
+			l.conn, err = l.by.webSocket(t.Context())
+		case http2:
+			if len(by) == 0 || by[len(by)-1].streams == streamsTogether {
+				by = append(by, n.requester(l.way))
+			}
+			l.by, l.in = by[len(by)-1], n.pid
+			l.conn, err = l.by.stream(t.Context())
+		}
+		if err == nil {
+			t.Cleanup(func() { l.conn.Close() })
+			err = l.say(100)
+		}
+		l.opened = time.Now()
 		if err != nil {
-			t.Fatalf("a new flow: %v\n%s", err, n.journal(t))
+			t.Fatalf("a new %v: %v\n%s", l, err, n.journal(t))
 		}
-		t.Cleanup(func() { conn.Close() })
-		var key [32]byte
-		for j := range key {
-			key[j] = byte(n.random.Uint32())
-		}
-		l.conn, l.sends, l.expects = conn, rand.NewChaCha8(key), rand.NewChaCha8(key)
-		if err := l.say(100); err != nil {
-			t.Fatalf("a new flow: %v", err)
-		}
-		n.all = append(n.all, l)
+		n.all[i] = l
 		go l.run()
 	}
+	n.share(t, by)
 }
 
 func (l *live) hasEnded() bool {
@@ -147,6 +212,26 @@ func (l *live) hasEnded() bool {
 	}
 }
 
+// timed is a connection that ends if it brings nothing for too long.
+type timed struct{ net.Conn }
+
+func (c timed) Read(b []byte) (int, error) {
+	c.SetReadDeadline(time.Now().Add(stuck))
+	return c.Conn.Read(b)
+}
+
+func (c timed) Write(b []byte) (int, error) {
+	c.SetWriteDeadline(time.Now().Add(stuck))
+	return c.Conn.Write(b)
+}
+
+func (n *neverDown) dial(ctx context.Context, w way) (timed, error) {
+	ctx, cancel := context.WithTimeout(ctx, stuck)
+	defer cancel()
+	c, err := n.world.Client.Dial(ctx, "tcp4", net.JoinHostPort(n.host.IP4.String(), fmt.Sprint(w.port())))
+	return timed{c}, err
+}
+
 // stuck is how long a flow may bring nothing: a crash takes a few seconds on a busy machine.
 const stuck = time.Minute
 
@@ -154,7 +239,6 @@ const stuck = time.Minute
 func (l *live) say(size int) error {
 	b := make([]byte, size)
 	l.sends.Read(b)
-	l.conn.SetDeadline(time.Now().Add(stuck))
 	if _, err := l.conn.Write(b); err != nil {
 		return err
 	}
@@ -164,13 +248,13 @@ func (l *live) say(size int) error {
 func (l *live) hear(size int) error {
 	got, want := make([]byte, size), make([]byte, size)
 	l.expects.Read(want)
-	l.conn.SetReadDeadline(time.Now().Add(stuck))
 	if k, err := io.ReadFull(l.conn, got); err != nil {
 		return fmt.Errorf("%d of %d bytes came back: %w", k, size, err)
 	}
 	if !bytes.Equal(got, want) {
 		return errWrong
 	}
+	l.moved.Add(1)
 	return nil
 }
 
@@ -179,32 +263,47 @@ var errWrong = errors.New("other bytes came back")
 func (l *live) run() {
 	defer close(l.done)
 	var err error
-	for isOver := false; err == nil && !isOver; {
+	for err == nil {
 		pause := time.Hour
 		switch l.kind {
 		case talks:
 			pause, err = time.Duration(100+rand.IntN(200))*time.Millisecond, l.say(700)
 		case bulk:
-			pause, err = 0, l.stream(4<<20)
+			pause, err = 0, l.bulk(4<<20)
+		}
+		if err != nil {
+			break
 		}
 		select {
 		case <-l.quit:
-			isOver = true
+			return
+		case heard := <-l.asked:
+			err = l.say(300)
+			close(heard)
 		case <-time.After(pause):
 		}
 	}
 	l.err, l.at = err, time.Now()
 }
 
-// stream sends so much while it reads what comes back.
-func (l *live) stream(size int) error {
+// ask has an idle flow say something.
+func (l *live) ask() {
+	heard := make(chan struct{})
+	select {
+	case l.asked <- heard:
+		<-heard
+	case <-l.done:
+	}
+}
+
+// bulk sends so much while it reads what comes back.
+func (l *live) bulk(size int) error {
 	const piece = 16 << 10
 	wrote := make(chan error, 1)
 	go func() {
 		b := make([]byte, piece)
 		for range size / piece {
 			l.sends.Read(b)
-			l.conn.SetWriteDeadline(time.Now().Add(stuck))
 			if _, err := l.conn.Write(b); err != nil {
 				wrote <- err
 				return
@@ -215,7 +314,7 @@ func (l *live) stream(size int) error {
 	}()
 	for range size / piece {
 		if err := l.hear(piece); err != nil {
-			l.conn.SetWriteDeadline(time.Now()) // or the other one goes on
+			l.conn.Close() // or the other one goes on
 			return errors.Join(err, <-wrote)
 		}
 	}
@@ -230,17 +329,33 @@ func (l *live) ends(t *testing.T) {
 	if err == nil {
 		err = l.say(1000)
 	}
-	if err != nil {
-		t.Errorf("a %s flow to %d, %v old: %v", kindNames[l.kind], l.port, time.Since(l.opened).Round(time.Second), err)
+	if closed := l.conn.Close(); err == nil {
+		err = closed
 	}
-	l.conn.Close()
+	if err != nil {
+		t.Errorf("the end of a %v: %v", l, err)
+	}
+}
+
+// end ends flows.
+func (n *neverDown) end(t *testing.T, which func(*live) bool) {
+	t.Helper()
+	var all sync.WaitGroup
+	for _, l := range n.all {
+		if !l.hasEnded() && which(l) {
+			close(l.quit)
+			all.Go(func() { l.ends(t) })
+		}
+	}
+	all.Wait()
 }
 
 // does does something to the daemon, and looks who has not lived through it.
 func (n *neverDown) does(t *testing.T, i int, what string) {
 	t.Helper()
+	n.waitForOld(t) // whose last request may have ended
 	// Those that have lived for less, or have just come to a process, are not kept.
-	time.Sleep(max(0, 3*time.Second-time.Since(n.changed), 3*time.Second-time.Since(n.all[len(n.all)-1].opened)))
+	time.Sleep(max(0, 3*time.Second-time.Since(n.changed), 3*time.Second-time.Since(n.opened)))
 	began := time.Now()
 	n.phase.Store(&what)
 	switch what {
@@ -256,24 +371,31 @@ func (n *neverDown) does(t *testing.T, i int, what string) {
 	}
 	over := time.Now()
 	n.changed = over
-	n.hear(t)
+	n.hear(t, what)
 	calm := ""
 	n.phase.Store(&calm)
 	var lost [kinds]int
-	late := time.Duration(0)
+	requests, late := 0, time.Duration(0)
 	for _, l := range n.all {
+		mayEnd := what == "kill" && (l.kind != idle || l.isRequest())
 		if !l.hasEnded() {
+			if mayEnd && l.isRequest() {
+				t.Errorf("%d: a %v, lives on, and its process does not", i, l)
+			}
 			continue
 		}
-		lost[l.kind]++
-		late = max(late, l.at.Sub(over))
-		if what != "kill" || l.kind == idle || !isCut(l.err) {
-			t.Errorf("%d, a %s, took a %s flow to %d, %v old: %v", i, what, kindNames[l.kind], l.port,
-				began.Sub(l.opened).Round(time.Millisecond), l.err)
+		l.isKnown = true
+		if late = max(late, l.at.Sub(over)); l.isRequest() {
+			requests++
+		} else {
+			lost[l.kind]++
+		}
+		if !mayEnd || !wasCut(l.err) {
+			t.Errorf("%d, a %s, took a %v: %v", i, what, l, l.err)
 		}
 	}
-	t.Logf("%d: %s in %v; ended: %d idle, %d talking, %d bulk flows, the last %v after it", i, what,
-		over.Sub(began).Round(time.Millisecond), lost[idle], lost[talks], lost[bulk], late.Round(time.Millisecond))
+	t.Logf("%d: %s in %v; ended: %d idle, %d talking, %d bulk flows, %d requests, the last %v after it", i, what,
+		over.Sub(began).Round(time.Millisecond), lost[idle], lost[talks], lost[bulk], requests, late.Round(time.Millisecond))
 	if late > 10*time.Second {
 		t.Errorf("a flow was cut %v after the daemon was there again", late)
 	}
@@ -297,32 +419,60 @@ func (n *neverDown) spliced(t *testing.T) (spliced int) {
 	return spliced
 }
 
-// waitForOld waits until no flow is in an older process.
+// waitForOld waits until an older process has nothing left but requests that live, and is gone without one.
 func (n *neverDown) waitForOld(t *testing.T) {
 	t.Helper()
-	for end := time.Now().Add(2 * time.Minute); strings.Contains(n.run(t, "tailsplice", "status", "--json"), `"older"`); time.Sleep(50 * time.Millisecond) {
+	has := map[string]map[*requester]bool{} // the connections of a process
+	for _, l := range n.all {
+		if l.isRequest() && !l.hasEnded() {
+			if has[l.in] == nil {
+				has[l.in] = map[*requester]bool{}
+			}
+			has[l.in][l.by] = true
+		}
+	}
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		var status struct {
+			Older []struct{ PID, Flows int }
+		}
+		if err := json.Unmarshal([]byte(n.run(t, "tailsplice", "status", "--json")), &status); err != nil {
+			t.Fatal(err)
+		}
+		isOver := true
+		for _, o := range status.Older {
+			c := len(has[fmt.Sprint(o.PID)])
+			isOver = isOver && c > 0 && o.Flows <= c
+		}
+		if isOver {
+			return
+		}
 		if time.Now().After(end) {
-			t.Fatalf("an older process is still there:\n%s", n.run(t, "tailsplice", "status"))
+			t.Fatalf("an older process has more than requests by %v:\n%s", has, n.run(t, "tailsplice", "status"))
 		}
 	}
 }
 
-// hear has each flow that moves move something, or end.
-func (n *neverDown) hear(t *testing.T) {
+// hear has idle flows move something, most of which stay idle. After a crash it waits until requests have ended, and
+// each other flow that moves has moved something, or ended.
+func (n *neverDown) hear(t *testing.T, what string) {
 	t.Helper()
 	var all sync.WaitGroup
 	for _, l := range n.all {
-		if l.kind != idle || l.hasEnded() {
-			continue
+		isCrash, moved := what == "kill", l.moved.Load()
+		isOver := isCrash && l.isRequest()
+		switch {
+		case l.kind == idle && (isOver || n.random.IntN(4) == 0):
+			all.Go(l.ask)
+		case l.kind != idle && isCrash:
+			all.Go(func() {
+				// Once may have been on its way. One that goes on and should not is found by who called.
+				for end := time.Now().Add(2 * stuck); !l.hasEnded() && time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+					if !isOver && l.moved.Load() > moved+1 {
+						return
+					}
+				}
+			})
 		}
-		if n.random.IntN(4) > 0 { // the others stay idle
-			continue
-		}
-		all.Go(func() {
-			if err := l.say(300); err != nil {
-				t.Errorf("an idle flow to %d, %v old: %v", l.port, time.Since(l.opened).Round(time.Millisecond), err)
-			}
-		})
 	}
 	all.Wait()
 }
@@ -347,13 +497,13 @@ func (n *neverDown) come(t *testing.T) (stop func()) {
 			}
 			all.Go(func() {
 				phase, began := *n.phase.Load(), time.Now()
-				err := n.exchange(t.Context(), 9100+i%2)
+				err := n.newcomer(t.Context(), i)
 				mu.Lock()
 				defer mu.Unlock()
 				switch _, failed := errors.AsType[*notConnected](err); {
 				case err == nil:
 					took[phase] = append(took[phase], time.Since(began))
-				case failed, !isCut(err), *n.phase.Load() != "kill" && phase != "kill":
+				case failed, !wasCut(err), *n.phase.Load() != "kill" && phase != "kill":
 					t.Errorf("connection %d, during %q: %v", i, phase, err)
 				default:
 					cut++

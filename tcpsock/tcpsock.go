@@ -8,6 +8,7 @@
 //
 //	tcpsock.go   connections: their descriptors, their options, closing with a reset
 //	fd.go        descriptors: what TCP_INFO tells, the addresses of both ends, options, copies, resets
+//	bare.go      a connection that is in no poller
 //	position.go  where a connection's two streams are
 //	memory.go    what all sockets of the machine hold, and may
 package tcpsock

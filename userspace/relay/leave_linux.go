@@ -2,9 +2,12 @@ package relay
 
 import (
 	"net"
-	"time"
+	"os"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/loop"
 )
 
@@ -19,51 +22,24 @@ func (f *flow) depart() {
 
 // departFromPoller gives f, which is in transit, away; nothing of it runs.
 func (f *flow) departFromPoller() (hasLeft bool) {
-	down, up, err := f.bareConns()
+	f.mu.Lock()
+	down, up, err := f.copyConns()
+	f.mu.Unlock()
 	if err != nil {
 		f.counters.refuseLeave(f.counters.leave.Load(), err)
 		return false
 	}
-	q, p := f.pack(down, up)
-	for _, c := range [][2]net.Conn{{down, f.down.conn}, {up, f.up.conn}} {
-		switch {
-		case c[0] == c[1]:
-			c[0].SetDeadline(time.Time{})
-		case q == nil:
-			c[0].Close()
-		default:
-			c[1].Close()
-		}
-	}
+	q, p := f.pack(tcpsock.NewBare(down), tcpsock.NewBare(up))
 	if q == nil {
+		unix.Close(down)
+		unix.Close(up)
 		return false
 	}
+	f.down.conn.Close() // out of Go's poller
+	f.up.conn.Close()
 	f.forgetRecord()
 	q.gave(p, nil)
 	return true
-}
-
-// bareConns gives the conns of both sides as those of package net: their own, or further ones.
-func (f *flow) bareConns() (down, up net.Conn, err error) {
-	if down, err = bareConn(f.down.conn); err != nil {
-		return nil, nil, err
-	}
-	if up, err = bareConn(f.up.conn); err != nil && down != f.down.conn {
-		down.Close()
-	}
-	return down, up, err
-}
-
-func bareConn(c net.Conn) (net.Conn, error) {
-	s, ok := c.(sockConn)
-	if !ok {
-		return c, nil
-	}
-	c, err := net.FileConn(s.File)
-	if t, ok := c.(*net.TCPConn); ok { // package net sets its own on the socket
-		t.SetKeepAliveConfig(tcpsock.KeepAlive)
-	}
-	return c, err
 }
 
 // goOn has pumps go on with f, which is in transit, and was disarmed.
@@ -91,10 +67,43 @@ func (f *flow) leaveLoop(down *loop.Socket) {
 // can't leave, pumps go on.
 func (f *flow) departOn() (then func()) {
 	down, up := f.leave(inTransit)
-	f.toPoller(down, up)
+	down.Detach()
+	up.Detach()
 	return func() {
-		if !f.disarm() || !f.departFromPoller() {
-			f.goOn()
+		if f.disarm() {
+			if q, p := f.pack(tcpsock.NewBare(down.FD()), tcpsock.NewBare(up.FD())); q != nil {
+				f.forgetRecord()
+				q.gave(p, nil)
+				return
+			}
 		}
+		f.poll(down, up)
+		f.goOn()
 	}
+}
+
+// beginBare gives f, which goes on as p, to a datapath or a loop, unless a conn of p is in Go's poller.
+func (f *flow) beginBare(p *Parcel) bool {
+	down, ok := p.Down.Conn.(*tcpsock.Bare)
+	up, ok2 := p.Up.Conn.(*tcpsock.Bare)
+	if !ok || !ok2 {
+		return false
+	}
+	if len(f.o.Datapaths)+len(f.choice.Of) > 0 && (down.IsUnix() || up.IsUnix()) {
+		f.o.Datapaths, f.choice = nil, datapath.Choice{}
+	}
+	l := f.relay.loops.Loop()
+	downSocket, upSocket := l.NewSocket(down.Take()), l.NewSocket(up.Take())
+	tcpsock.KeepUrgent(downSocket.FD())
+	tcpsock.KeepUrgent(upSocket.FD())
+	f.begin(downSocket, upSocket)
+	return true
+}
+
+// pollable is c, in Go's poller.
+func pollable(c net.Conn) net.Conn {
+	if b, ok := c.(*tcpsock.Bare); ok {
+		return sockConn{os.NewFile(uintptr(b.Take()), "socket")}
+	}
+	return c
 }

@@ -272,9 +272,14 @@ func (f *flow) breaking(op string, s *side, err error) func() {
 
 // toPoller gives both sockets, which leave their loop, to Go's poller.
 func (f *flow) toPoller(down, up *loop.Socket) {
-	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
 	down.Detach()
 	up.Detach()
+	f.poll(down, up)
+}
+
+// poll is toPoller for sockets that have left their loop.
+func (f *flow) poll(down, up *loop.Socket) {
+	f.o.Head = bytes.Clone(f.o.Head) // its memory may be somebody else's
 	f.down.init(f, sockConn{os.NewFile(uintptr(down.FD()), "socket")})
 	f.up.init(f, sockConn{os.NewFile(uintptr(up.FD()), "socket")})
 }

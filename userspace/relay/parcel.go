@@ -12,8 +12,7 @@ import (
 )
 
 // A Parcel is a flow between two relays, of one process or of two: nobody moves its bytes, and its sockets
-// are in no epoll but Go's poller. Its other ends see a pause. Whoever has it closes both conns, or
-// resumes it.
+// are in no epoll. Its other ends see a pause. Whoever has it closes both conns, or resumes it.
 type Parcel struct {
 	Down, Up           ParcelSide
 	UpBytes, DownBytes int64     // as from [Counters.Load]: Rest is not counted
@@ -22,7 +21,7 @@ type Parcel struct {
 
 // A ParcelSide is one of a Parcel's connections.
 type ParcelSide struct {
-	Conn    net.Conn // a *net.TCPConn or a *net.UnixConn, without deadlines
+	Conn    net.Conn // a *tcpsock.Bare; Resume takes a *net.TCPConn or a *net.UnixConn, too, without deadlines
 	Rest    []byte   // was read from Conn, and is to be written to the other side; at most 64 KiB
 	IsEnded bool     // the end of its stream was read, and is to be passed on behind Rest
 	IsShut  bool     // our stream to it has ended
@@ -230,7 +229,7 @@ func (r *Relay) Resume(ctx context.Context, p *Parcel, o Options, done func(Resu
 		done = withRTT(done, roundTrip(p.Down.Conn), roundTrip(p.Up.Conn))
 	}
 	o.Preface, o.Head = nil, nil
-	if !p.isDry() {
+	if len(o.Datapaths) > 0 && !p.isDry() {
 		o.Datapaths = returners(o.Datapaths)
 	}
 	if o.Counters == nil {
@@ -238,13 +237,19 @@ func (r *Relay) Resume(ctx context.Context, p *Parcel, o Options, done func(Resu
 	}
 	o.Counters.up.Store(p.UpBytes)
 	o.Counters.down.Store(p.DownBytes)
-	f := r.newFlow(ctx, p.Down.Conn, p.Up.Conn, o, done)
+	f := r.newFlow(ctx, nil, nil, o, done)
 	f.seen, f.since = p.UpBytes+p.DownBytes, sinceHere(p.IdleSince)
 	f.down.unpack(p.Down, p.Up)
 	f.up.unpack(p.Up, p.Down)
 	unspare(p.Down.Conn) // whose process may have died
 	unspare(p.Up.Conn)
-	if f.down.state == ended && f.up.state == ended {
+	isOver := f.down.state == ended && f.up.state == ended
+	if !isOver && f.beginBare(p) {
+		return
+	}
+	f.down.init(f, pollable(p.Down.Conn))
+	f.up.init(f, pollable(p.Up.Conn))
+	if isOver {
 		f.arm()
 		f.userspace()
 		return

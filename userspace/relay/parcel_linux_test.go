@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -99,8 +100,8 @@ func epollsWith(t testing.TB, c net.Conn) (n int) {
 	return n
 }
 
-// TestLeave: wherever a flow is, it leaves with all that is known of it, in no epoll but Go's poller, and goes
-// on where it is resumed.
+// TestLeave: wherever a flow is, it leaves with all that is known of it, in no epoll, and goes on where it is
+// resumed.
 func TestLeave(t *testing.T) {
 	say := func(t *testing.T, from, to net.Conn, n int) {
 		t.Helper()
@@ -184,10 +185,10 @@ func TestLeave(t *testing.T) {
 				relay.ParcelSide
 				isEnded, isShut bool
 			}{{p.Down, c.downEnded, c.upEnded}, {p.Up, c.upEnded, c.downEnded}} {
-				if _, ok := s.Conn.(*net.TCPConn); !ok || s.IsEnded != s.isEnded || s.IsShut != s.isShut || len(s.Rest) > 0 {
+				if _, ok := s.Conn.(*tcpsock.Bare); !ok || s.IsEnded != s.isEnded || s.IsShut != s.isShut || len(s.Rest) > 0 {
 					t.Errorf("%+v, and not %v, %v", s.ParcelSide, s.isEnded, s.isShut)
 				}
-				if n := epollsWith(t, s.Conn); n != 1 {
+				if n := epollsWith(t, s.Conn); n != 0 {
 					t.Errorf("%d epolls have the socket", n)
 				}
 			}
@@ -229,6 +230,43 @@ func TestLeave(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestResumeUnix: a flow of a unix socket that goes on is offered to no datapath, which takes TCP.
+func TestResumeUnix(t *testing.T) {
+	var offered atomic.Int32
+	d := pingPongTaker{room: 1, offered: &offered, begun: new(atomic.Int64)}
+	var moved relay.Counters
+	f := relaytest.Loopback{Up: "unix"}.Path(t).Connect(t)
+	defer f.Client.Close()
+	defer f.Server.Close()
+	f.Start(context.Background(), relay.Options{Counters: &moved})
+	if err := relaytest.Send(f.Client, f.Server, 100); err != nil {
+		t.Fatal(err)
+	}
+	a := leave(t, &moved)
+	if a.err != nil {
+		t.Fatal(a.err)
+	}
+	relaytest.OtherRelay().Resume(t.Context(), a.parcel, relay.Options{Counters: &moved, WhenPingPong: []datapath.Returner{d},
+		Datapaths: []datapath.Datapath{refusing{&offered}}}, func(relay.Result) {})
+	end := time.Now().Add(time.Second)
+	if _, _, err := relaytest.PingPong(f.Client, f.Server, 1<<10, func() bool { return time.Now().After(end) }); err != nil {
+		t.Fatal(err)
+	}
+	if n := offered.Load(); n > 0 {
+		t.Errorf("it was offered %d times", n)
+	}
+}
+
+// refusing counts the flows that it is offered.
+type refusing struct{ offered *atomic.Int32 }
+
+func (refusing) Name() string { return "refusing" }
+
+func (r refusing) Splice(context.Context, int, int, datapath.Handoff) (func() (int64, int64), error) {
+	r.offered.Add(1)
+	return nil, errRefused
 }
 
 func readFull(t testing.TB, c net.Conn, b []byte) string {

@@ -48,6 +48,8 @@ func (*flow) reattach()                     {}
 func (*flow) killOn(*loop.Socket)           {}
 func (*flow) leaveLoop(*loop.Socket)        {}
 func (*flow) depart()                       {}
+func (*flow) beginBare(*Parcel) bool        { return false }
+func pollable(c net.Conn) net.Conn          { return c }
 func unspare(net.Conn)                      {}
 func unread(net.Conn) int                   { return 0 }
 func (*side) keepUrgent()                   {}

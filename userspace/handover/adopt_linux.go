@@ -82,28 +82,20 @@ func takeFlows(l *Link, adopt Adopt) {
 
 // adoptOne makes connections of the sockets of f.
 func adoptOne(f *Flow, sockets []Socket, adopt Adopt) (a *adopted, err error) {
-	for _, s := range sockets {
+	for i := range sockets {
+		s := &sockets[i]
 		if s.Flow != f.Number || err != nil {
 			continue
 		}
 		switch s.Kind {
 		case KindDown:
-			f.Down.Conn, err = net.FileConn(s.File)
+			f.Down.Conn, err = s.takeConn()
 		case KindUp:
-			f.Up.Conn, err = net.FileConn(s.File)
+			f.Up.Conn, err = s.takeConn()
 		case KindDownRest:
 			f.Down.Rest, err = readRest(s.File)
 		case KindUpRest:
 			f.Up.Rest, err = readRest(s.File)
-		}
-	}
-	for _, s := range []*Side{&f.Down, &f.Up} {
-		switch c := s.Conn.(type) {
-		case *net.TCPConn:
-			c.SetKeepAliveConfig(tcpsock.KeepAlive) // net.FileConn has set Go's
-		case *net.UnixConn, nil:
-		default:
-			err = errors.New("it has a socket that is no stream")
 		}
 	}
 	if err != nil {
@@ -113,6 +105,19 @@ func adoptOne(f *Flow, sockets []Socket, adopt Adopt) (a *adopted, err error) {
 	a = new(adopted)
 	a.begin, a.forget, err = adopt(f)
 	return a, err
+}
+
+// takeConn gives the conn of a side, which is the caller's then.
+func (s *Socket) takeConn() (net.Conn, error) {
+	c, ok := s.conn.(*tcpsock.Bare)
+	if !ok {
+		return nil, errors.New("it has no socket")
+	}
+	if err := c.Prepare(); err != nil {
+		return nil, err
+	}
+	s.conn = nil
+	return c, nil
 }
 
 // readRest reads a file that restFile has made.

@@ -1,6 +1,7 @@
 package handover
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -56,6 +57,7 @@ type Flow struct {
 	IsKilled func() bool `json:"-"`
 
 	unknown map[string]json.RawMessage
+	encoded []byte // what MarshalJSON returns; nil: it is not known yet
 }
 
 // Side is one of a flow's two connections.
@@ -102,6 +104,12 @@ var flowFields = func() (names []string) {
 // UnmarshalJSON reads a record.
 func (f *Flow) UnmarshalJSON(b []byte) error {
 	type known Flow
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.DisallowUnknownFields()
+	if dec.Decode((*known)(f)) == nil {
+		f.unknown = nil
+		return nil
+	}
 	var all map[string]json.RawMessage
 	if err := json.Unmarshal(b, (*known)(f)); err != nil {
 		return err
@@ -125,6 +133,9 @@ func (f *Flow) UnmarshalJSON(b []byte) error {
 // MarshalJSON writes a record.
 func (f *Flow) MarshalJSON() ([]byte, error) {
 	type known Flow
+	if f.encoded != nil {
+		return f.encoded, nil
+	}
 	b, err := json.Marshal((*known)(f))
 	if err != nil || len(f.unknown) == 0 {
 		return b, err

@@ -1,7 +1,6 @@
 package handover
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -18,7 +17,7 @@ import (
 
 const (
 	// mostFlows bounds the flows of a message, so that each waits for few others: nobody moves its bytes.
-	mostFlows = 8
+	mostFlows = 32
 	// inlineRest is how many bytes of Rest, of both sides, go in the message itself.
 	inlineRest = 2 << 10
 	// answerTimeout is how long nobody moves a flow's bytes while the other process says nothing.
@@ -200,7 +199,7 @@ func (g *Giver) offer(some []*offer) int {
 			g.over(o, err)
 			return 1
 		}
-		if size += own.size; size > mostBytes-overhead {
+		if size += own.size; size > mostBytes-overhead || len(m.Sockets)+len(own.sockets) > mostFiles {
 			some = some[:i]
 			break
 		}
@@ -278,8 +277,8 @@ func (f *Flow) pack() (p packed, err error) {
 		p.sockets = append(p.sockets, Socket{Kind: side.rest, Flow: own.Number, File: file})
 		side.Rest = nil
 	}
-	b, err := json.Marshal(p.flow)
-	p.size = len(b) + len(p.sockets)*64
+	own.encoded, err = own.MarshalJSON()
+	p.size = len(own.encoded) + len(p.sockets)*64
 	return p, err
 }
 

@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -114,6 +113,11 @@ func TestGive(t *testing.T) {
 		f.Up.IsEnded, f.Down.IsShut, f.BytesUp = true, true, int64(i)
 		f.IdleTimeout = (8760 * time.Hour).Milliseconds()
 		all[f.ID] = ends{client, target}
+		for _, c := range []net.Conn{f.Down.Conn, f.Up.Conn} {
+			if err := c.(*net.TCPConn).SetKeepAliveConfig(tcpsock.KeepAlive); err != nil {
+				t.Fatal(err)
+			}
+		}
 		wg.Add(1)
 		g.Give(f, func(err error) {
 			if err != nil {
@@ -134,10 +138,10 @@ func TestGive(t *testing.T) {
 			t.Errorf("flow %d has come as %+v", i, f)
 		}
 		for _, c := range []struct{ ours, peer net.Conn }{{f.Down.Conn, all[f.ID].client}, {f.Up.Conn, all[f.ID].target}} {
-			if _, err := io.WriteString(c.ours, f.ID+"\n"); err != nil {
-				t.Error(err)
-			}
 			tcpsock.Control(c.ours, func(fd int) {
+				if _, err := unix.Write(fd, []byte(f.ID+"\n")); err != nil {
+					t.Error(err)
+				}
 				if n, err := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE); n != int(tcpsock.KeepAlive.Idle/time.Second) {
 					t.Errorf("keep-alive begins after %d s (%v)", n, err)
 				}

@@ -64,6 +64,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"syscall"
 	"time"
@@ -123,6 +124,7 @@ type Socket struct {
 	File    *os.File `json:"-"`                 // of the message, closed by whoever receives it
 
 	sock syscall.Conn // that is sent where there is no File
+	conn net.Conn     // that was received in place of a File: a side of a flow
 }
 
 // Remains is what a process has left to do.
@@ -161,6 +163,28 @@ const (
 	mostBytes = 64 << 10
 	mostFiles = 100
 )
+
+// encode is the reverse of Parse.
+func (m Message) encode() ([]byte, error) {
+	flows := m.Flows
+	m.Flows = nil
+	b, err := json.Marshal(m)
+	if err != nil || len(flows) == 0 {
+		return b, err
+	}
+	b = append(b[:len(b)-1], `,"flows":[`...) // by hand, since package json would read each record once more
+	for i, f := range flows {
+		record, err := f.MarshalJSON()
+		if err != nil {
+			return nil, err
+		}
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = append(b, record...)
+	}
+	return append(b, `]}`...), nil
+}
 
 // Parse reads a message that came with so many descriptors. Who sends it may be a program of any age, or
 // broken: what does not fit together is an error.
@@ -218,6 +242,9 @@ func Close(sockets []Socket) {
 	for _, s := range sockets {
 		if s.File != nil {
 			s.File.Close()
+		}
+		if s.conn != nil {
+			s.conn.Close()
 		}
 	}
 }

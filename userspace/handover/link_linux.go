@@ -8,10 +8,13 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // sendTimeout bounds how long a message waits for the other process to read those before it.
@@ -54,7 +57,7 @@ func pair() (*Link, *os.File, error) {
 // Send sends m, with the descriptors of its sockets, which stay open here.
 func (l *Link) Send(m Message) error {
 	m.Version = Version
-	b, err := json.Marshal(m)
+	b, err := m.encode()
 	if err != nil {
 		return err
 	}
@@ -114,7 +117,9 @@ func (l *Link) SendSockets(all []Socket, state json.RawMessage) error {
 // Receive returns the next message, whose files the caller closes; [io.EOF] if the other end is closed. A
 // zero deadline is none.
 func (l *Link) Receive(deadline time.Time) (*Message, error) {
-	b, oob := make([]byte, mostBytes+1), make([]byte, unix.CmsgSpace(4*253))
+	room := rooms.Get().(*receiveBuffer)
+	defer rooms.Put(room)
+	b, oob := room.b[:], room.oob[:]
 	l.c.SetReadDeadline(deadline)
 	n, oobn, flags, _, err := l.c.ReadMsgUnix(b, oob)
 	if err != nil {
@@ -123,25 +128,32 @@ func (l *Link) Receive(deadline time.Time) (*Message, error) {
 	if n == 0 && oobn == 0 {
 		return nil, io.EOF
 	}
-	files, err := received(oob[:oobn])
+	fds, err := receivedFDs(oob[:oobn])
 	if err == nil && (n > mostBytes || flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0) {
 		err = errors.New("no message: it is too long")
 	}
 	var m *Message
 	if err == nil {
-		m, err = Parse(b[:n], len(files))
+		m, err = Parse(b[:n], len(fds))
 	}
 	if err != nil {
-		for _, f := range files {
-			f.Close()
+		for _, fd := range fds {
+			unix.Close(fd)
 		}
 		return nil, err
 	}
-	for i, f := range files {
-		m.Sockets[i].File = f
+	for i, fd := range fds {
+		if s := &m.Sockets[i]; m.Step == FlowStep && (s.Kind == KindDown || s.Kind == KindUp) {
+			s.conn = tcpsock.NewBare(fd)
+		} else {
+			s.File = os.NewFile(uintptr(fd), "handed over")
+		}
 	}
 	return m, nil
 }
+
+// rooms are for messages that are received.
+var rooms = sync.Pool{New: func() any { return new(receiveBuffer) }}
 
 // receiveAny is Receive that goes on to the end of what the other process has sent: it reads on where that
 // has ended with messages unread, or has sent what makes no sense. isOver: the connection is closed.
@@ -172,15 +184,7 @@ func (l *Link) Hear(hear func(*Message)) {
 	}
 }
 
-// received are the descriptors of a control message.
-func received(oob []byte) (files []*os.File, err error) {
-	fds, err := receivedFDs(oob)
-	for _, fd := range fds {
-		files = append(files, os.NewFile(uintptr(fd), "handed over"))
-	}
-	return files, err
-}
-
+// receivedFDs are the descriptors of a control message.
 func receivedFDs(oob []byte) (all []int, err error) {
 	messages, err := unix.ParseSocketControlMessage(oob)
 	for _, c := range messages {

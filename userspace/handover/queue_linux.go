@@ -3,7 +3,6 @@ package handover
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -299,7 +298,7 @@ func (p *queuePair) send(flows []*KeptFlow) (sent, messages int, err error) {
 					Socket{Kind: KindUp, Flow: k.Flow.Number})
 				fds = append(fds, k.down, k.up)
 			}
-			if b, err = json.Marshal(m); err != nil {
+			if b, err = m.encode(); err != nil {
 				return sent, messages, err
 			}
 			if len(b) <= mostBytes {

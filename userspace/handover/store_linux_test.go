@@ -44,7 +44,7 @@ func (m *manager) gets() (texts []string, files []*os.File) {
 		if err != nil {
 			return texts, files
 		}
-		fds, err := received(oob[:oobn])
+		fds, err := receivedFiles(oob[:oobn])
 		if err != nil {
 			m.t.Fatal(err)
 		}
@@ -418,4 +418,13 @@ func FuzzParseName(f *testing.F) {
 			t.Fatalf("%q becomes %q, and that %+v (%v)", name, again, p, err)
 		}
 	})
+}
+
+// receivedFiles are the descriptors of a control message.
+func receivedFiles(oob []byte) (files []*os.File, err error) {
+	fds, err := receivedFDs(oob)
+	for _, fd := range fds {
+		files = append(files, os.NewFile(uintptr(fd), "handed over"))
+	}
+	return files, err
 }

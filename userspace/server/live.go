@@ -9,6 +9,7 @@ import (
 	"maps"
 	"math"
 	"net/netip"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -118,8 +119,12 @@ const (
 	// calmBytes is how much a flow moves within measureBulk at most that goes before the others.
 	calmBytes   = 64 << 10
 	measureBulk = 50 * time.Millisecond
-	leaveWait   = 5 * time.Second // for a moment at which nothing of a flow is held here
-	leaveAgain  = 500 * time.Millisecond
+	// Idle flows go so many for each processor at a time. Then others have it for idleRest: the flows that talk,
+	// here and in the other process, and what else runs on the machine.
+	idleTogether = 16
+	idleRest     = 4 * time.Millisecond
+	leaveWait    = 5 * time.Second // for a moment at which nothing of a flow is held here
+	leaveAgain   = 500 * time.Millisecond
 	// giveAgain is for a flow that the other process did not take, since it stood still meanwhile: twice as
 	// long each time, up to mostGiveAgain.
 	giveAgain     = 2 * time.Second
@@ -165,10 +170,22 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 			flows []*spliced
 			room  chan struct{}
 			most  int32
-		}{{still, calm, math.MaxInt32}, {talk, talking, talkLeaving}, {busy, bulk, talkLeaving}} {
+			rests bool
+		}{{still, calm, math.MaxInt32, true}, {talk, talking, talkLeaving, false}, {busy, bulk, talkLeaving, false}} {
+			together := 0
 			for _, s := range part.flows {
 				if n := s.notTaken.Load(); n != nil && n.at.After(begin) && !n.isOver(time.Now()) {
 					continue
+				}
+				if together++; part.rests && together > idleTogether*runtime.NumCPU() {
+					together = 1
+					select {
+					case <-ctx.Done():
+						return
+					case <-g.Lost():
+						return
+					case <-time.After(idleRest):
+					}
 				}
 				for moving.Load() >= part.most {
 					select {

@@ -10,13 +10,16 @@ import (
 	"io"
 	"net"
 	"net/url"
+	"runtime"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
@@ -79,13 +82,7 @@ func (h *handed) Give(f *handover.Flow, gone func(error)) {
 }
 
 func (h *handed) copy(c net.Conn) net.Conn {
-	f, err := c.(*net.TCPConn).File()
-	if err != nil {
-		h.t.Error(err)
-		return nil
-	}
-	defer f.Close()
-	again, err := net.FileConn(f)
+	again, err := c.(*tcpsock.Bare).Copy()
 	if err != nil {
 		h.t.Error(err)
 	}
@@ -202,6 +199,49 @@ listeners: [ { name: other, listen: [%q], mode: tcp, default: { forward: %q } } 
 	}
 	if n := metrics.Totals(old.metrics.Ended, "end"); len(n) != 0 {
 		t.Errorf("the old server counts the ends %v", n)
+	}
+}
+
+// slowly notes when flows are given.
+type slowly struct {
+	*handed
+	mu    sync.Mutex
+	given []time.Time
+}
+
+func (s *slowly) Give(f *handover.Flow, gone func(error)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.given = append(s.given, time.Now())
+	s.handed.Give(f, gone)
+}
+
+// TestIdleFlowsRest: between some idle flows and the next that are given others have the processors.
+func TestIdleFlowsRest(t *testing.T) {
+	echo := backend(t, func(c net.Conn) {
+		defer c.Close()
+		_, _ = io.Copy(c, c)
+	})
+	addr, other := freeAddr(t), freeAddr(t)
+	old := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", addr, echo))
+	next := start(t, fmt.Sprintf("listeners: [ { name: other, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", other, echo))
+	const rests = 3
+	flows := rests*idleTogether*runtime.NumCPU() + 1
+	for range flows {
+		exchangeBytes(t, dialTCP(t, addr), 10)
+	}
+	h := &slowly{handed: &handed{t: t, to: next.Server, lost: make(chan struct{})}}
+	ctx, cancel := context.WithCancel(t.Context())
+	gave := make(chan struct{})
+	go func() {
+		defer close(gave)
+		old.GiveFlows(ctx, h)
+	}()
+	eventually(t, "all have gone", func() bool { return next.Flows().Len() == flows && old.Flows().Len() == 0 })
+	cancel()
+	<-gave
+	if took := h.given[flows-1].Sub(h.given[0]); took < rests*idleRest {
+		t.Errorf("%d flows were given within %v", flows, took)
 	}
 }
 

@@ -1,7 +1,6 @@
 package handover
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -101,17 +100,13 @@ var flowFields = func() (names []string) {
 	return names
 }()
 
+// knownFlow is a Flow without fields that this program does not know.
+type knownFlow Flow
+
 // UnmarshalJSON reads a record.
 func (f *Flow) UnmarshalJSON(b []byte) error {
-	type known Flow
-	dec := json.NewDecoder(bytes.NewReader(b))
-	dec.DisallowUnknownFields()
-	if dec.Decode((*known)(f)) == nil {
-		f.unknown = nil
-		return nil
-	}
 	var all map[string]json.RawMessage
-	if err := json.Unmarshal(b, (*known)(f)); err != nil {
+	if err := json.Unmarshal(b, (*knownFlow)(f)); err != nil {
 		return err
 	}
 	if err := json.Unmarshal(b, &all); err != nil {
@@ -132,11 +127,10 @@ func (f *Flow) UnmarshalJSON(b []byte) error {
 
 // MarshalJSON writes a record.
 func (f *Flow) MarshalJSON() ([]byte, error) {
-	type known Flow
 	if f.encoded != nil {
 		return f.encoded, nil
 	}
-	b, err := json.Marshal((*known)(f))
+	b, err := json.Marshal((*knownFlow)(f))
 	if err != nil || len(f.unknown) == 0 {
 		return b, err
 	}

@@ -189,14 +189,11 @@ func (m Message) encode() ([]byte, error) {
 // Parse reads a message that came with so many descriptors. Who sends it may be a program of any age, or
 // broken: what does not fit together is an error.
 func Parse(b []byte, files int) (*Message, error) {
-	m := new(Message)
-	dec := json.NewDecoder(bytes.NewReader(b))
-	if err := dec.Decode(m); err != nil {
+	m, err := decode(b)
+	if err != nil {
 		return nil, fmt.Errorf("no message: %w", err)
 	}
 	switch {
-	case dec.More():
-		return nil, errors.New("no message: something follows it")
 	case m.Version < 1 || m.Step == "":
 		return nil, errors.New("no message: it has no version or no step")
 	case len(m.Sockets) != files:
@@ -217,6 +214,31 @@ func Parse(b []byte, files int) (*Message, error) {
 	}
 	if err := checkFlows(m); err != nil {
 		return nil, fmt.Errorf("message %q: %w", m.Step, err)
+	}
+	return m, nil
+}
+
+// decode reads a message, in which a newer program may say more.
+func decode(b []byte) (*Message, error) {
+	known := struct {
+		Message
+		Flows []*knownFlow `json:"flows"` // so that each is read once
+	}{}
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.DisallowUnknownFields()
+	if dec.Decode(&known) == nil && !dec.More() {
+		for _, f := range known.Flows {
+			known.Message.Flows = append(known.Message.Flows, (*Flow)(f))
+		}
+		return &known.Message, nil
+	}
+	m := new(Message)
+	dec = json.NewDecoder(bytes.NewReader(b))
+	if err := dec.Decode(m); err != nil {
+		return nil, err
+	}
+	if dec.More() {
+		return nil, errors.New("something follows it")
 	}
 	return m, nil
 }

@@ -61,8 +61,8 @@ func benchmarkUpgrade(b *testing.B, flows int) {
 		wait(b, "all flows have gone over", func() error { // a command for each look would compete with the flows
 			var s server.Status
 			err := admin.Client{Socket: d.control}.Get(b.Context(), "status", &s)
-			if err == nil && len(s.Older) > 0 && s.Older[0].Flows > 0 {
-				err = fmt.Errorf("%+v", s.Older)
+			if err == nil && s.Flows < flows+talkers {
+				err = fmt.Errorf("%d have, and %+v", s.Flows, s.Older)
 			}
 			return err
 		})

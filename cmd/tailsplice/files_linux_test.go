@@ -3,11 +3,15 @@ package main
 import (
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/test/freeaddr"
 )
@@ -94,5 +98,42 @@ limits: { flow_buffer: 64KiB }`, at[0], target.Addr(), at[1], echo.Addr()),
 	}
 	if out, err := d.ask("reload"); err != nil {
 		t.Errorf("reload: %v: %s", err, out)
+	}
+}
+
+// TestGrowFiles: the kernel's table has room for what was asked for, and no descriptor is left.
+func TestGrowFiles(t *testing.T) {
+	room := func() (n int) {
+		t.Helper()
+		text, err := os.ReadFile("/proc/self/status")
+		check(t, err)
+		_, rest, _ := strings.Cut(string(text), "FDSize:")
+		_, err = fmt.Sscan(rest, &n)
+		check(t, err)
+		return n
+	}
+	var files unix.Rlimit
+	check(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &files))
+	before := room()
+	most := int(min(files.Cur, 1<<20)) - filesBeside
+	if before >= most {
+		t.Skipf("there is room for %d descriptors, and the limit is %d", before, files.Cur)
+	}
+	growFiles(0)
+	if n := room(); n != before {
+		t.Errorf("there is room for %d descriptors, want %d still", n, before)
+	}
+	want := min(2*before, most)
+	growFiles(want)
+	if n := room(); n < want {
+		t.Errorf("there is room for %d descriptors, want %d", n, want)
+	}
+	if _, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", want+filesBeside)); err == nil {
+		t.Error("a descriptor is left")
+	}
+	if files.Cur <= 1<<20 { // else it takes much memory
+		if growFiles(math.MaxInt); room() < most {
+			t.Errorf("there is room for %d descriptors, want as many as may be, %d", room(), files.Cur)
+		}
 	}
 }

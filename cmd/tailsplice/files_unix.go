@@ -25,3 +25,24 @@ func raiseFileLimit(want uint64) (uint64, error) {
 	}
 	return up.Cur, nil
 }
+
+// growFiles makes room for so many more descriptors at once. Else the kernel does so while they come, each time
+// that they have doubled, and waits for all processors then (expand_fdtable in fs/file.c): more than 10 ms, in
+// which nothing is accepted or taken over.
+func growFiles(more int) {
+	var l unix.Rlimit
+	if more == 0 || unix.Getrlimit(unix.RLIMIT_NOFILE, &l) != nil || l.Cur == 0 {
+		return
+	}
+	fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if far, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, int(min(uint64(more)+filesBeside, l.Cur-1))); err == nil {
+		unix.Close(far)
+	}
+}
+
+// filesBeside is for descriptors that are not those of flows.
+const filesBeside = 256

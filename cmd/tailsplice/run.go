@@ -161,6 +161,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	}
 	defer f.Close()
 	datapaths.offer(f)
+	growFiles(2 * old.Flows())
 	limitHeap(f.Memory())
 
 	d.server = f

@@ -296,7 +296,8 @@ func (d *process) offer(s *handover.Successor) error {
 	if err != nil {
 		return err
 	}
-	return s.SendSockets(all, orders)
+	flows, _ := d.server.Remaining()
+	return s.SendSockets(all, orders, flows)
 }
 
 // ownPath is where this program was started from. Another version may be there by now.

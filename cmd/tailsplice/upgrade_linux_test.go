@@ -963,7 +963,7 @@ func TestUpgradeOldKilled(t *testing.T) {
 			ctx := t.Context()
 			steps := []func(){
 				func() {
-					check(t, s.SendSockets([]handover.Socket{{Kind: handover.KindListener, Name: "edge", Address: ln.Addr().String(), File: f}}, nil))
+					check(t, s.SendSockets([]handover.Socket{{Kind: handover.KindListener, Name: "edge", Address: ln.Addr().String(), File: f}}, nil, 0))
 				},
 				func() { _, err := s.Await(ctx, handover.Ready, time.Minute); check(t, err) },
 				func() { check(t, s.Send(handover.Message{Step: handover.Yours})) },

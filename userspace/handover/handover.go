@@ -6,7 +6,8 @@
 // A message is JSON in one packet of a pair of unix sockets, with descriptors beside it. The steps, in their
 // order:
 //
-//	sockets  old to new  what the old process listens on; with more, another message of them follows
+//	sockets  old to new  what the old process listens on; with more, another message of them follows. The last
+//	                     one says how many flows live
 //	ready    new to old  the new process could start. It accepts nothing yet. taken: which sockets it uses
 //	yours    old to new  the old process accepts nothing any more: connections wait in the sockets' queues
 //	serving  new to old  the new process accepts
@@ -145,12 +146,12 @@ type Message struct {
 	More    bool     `json:"more,omitempty"`
 	// State is what else goes with the sockets, in the last message that has some; handover does not read it.
 	State   json.RawMessage `json:"state,omitempty"`
-	Taken   []Socket        `json:"taken,omitempty"` // without descriptors
-	Remains *Remains        `json:"remains,omitempty"`
-	Ended   bool            `json:"ended,omitempty"`  // Remains.Ended
-	PID     int             `json:"pid,omitempty"`    // of newest
-	Within  int64           `json:"within,omitempty"` // milliseconds
-	Signal  int             `json:"signal,omitempty"` // its number, of signal
+	Taken   []Socket        `json:"taken,omitempty"`   // without descriptors
+	Remains *Remains        `json:"remains,omitempty"` // of left; of sockets: flows alone
+	Ended   bool            `json:"ended,omitempty"`   // Remains.Ended
+	PID     int             `json:"pid,omitempty"`     // of newest
+	Within  int64           `json:"within,omitempty"`  // milliseconds
+	Signal  int             `json:"signal,omitempty"`  // its number, of signal
 
 	TakesFlows bool     `json:"takes_flows,omitempty"` // of newest
 	Flows      []*Flow  `json:"flows,omitempty"`       // of flow

@@ -20,7 +20,7 @@ type Link struct{}
 func (*Link) Send(Message) error { return errLinux }
 
 // SendSockets fails.
-func (*Link) SendSockets([]Socket, json.RawMessage) error { return errLinux }
+func (*Link) SendSockets([]Socket, json.RawMessage, int) error { return errLinux }
 
 // Receive fails.
 func (*Link) Receive(time.Time) (*Message, error) { return nil, errLinux }
@@ -80,6 +80,9 @@ func (*Predecessor) State() json.RawMessage { return nil }
 
 // Take returns nothing.
 func (*Predecessor) Take(func(Socket) bool) []Socket { return nil }
+
+// Flows is 0.
+func (*Predecessor) Flows() int { return 0 }
 
 // Output is standard error.
 func (*Predecessor) Output() *os.File { return os.Stderr }

@@ -97,13 +97,13 @@ func descriptor(sock syscall.Conn) (fd int, err error) {
 	return fd, err
 }
 
-// SendSockets sends any number of sockets, and state with them.
-func (l *Link) SendSockets(all []Socket, state json.RawMessage) error {
+// SendSockets sends any number of sockets, and with them state, and how many flows live, which may come later.
+func (l *Link) SendSockets(all []Socket, state json.RawMessage, flows int) error {
 	for {
 		n := min(len(all), mostFiles)
 		m := Message{Step: Sockets, Sockets: all[:n], More: n < len(all)}
 		if !m.More {
-			m.State = state
+			m.State, m.Remains = state, &Remains{PID: os.Getpid(), Flows: flows}
 		}
 		if err := l.Send(m); err != nil {
 			return err
@@ -198,16 +198,20 @@ func receivedFDs(oob []byte) (all []int, err error) {
 	return all, err
 }
 
-// receiveSockets receives what SendSockets sends. The caller closes the sockets, with an error too.
-func (l *Link) receiveSockets(deadline time.Time) (all []Socket, state json.RawMessage, err error) {
+// receiveSockets receives what SendSockets sends. The caller closes the sockets, with an error too. Older
+// programs do not say how many flows live.
+func (l *Link) receiveSockets(deadline time.Time) (all []Socket, state json.RawMessage, flows int, err error) {
 	for {
 		m, err := l.Receive(deadline)
 		if err != nil {
-			return all, nil, err
+			return all, nil, 0, err
 		}
 		all = append(all, m.Sockets...)
 		if m.Step == Sockets && !m.More {
-			return all, m.State, nil
+			if m.Remains != nil {
+				flows = m.Remains.Flows
+			}
+			return all, m.State, flows, nil
 		}
 	}
 }

@@ -84,13 +84,13 @@ func TestSockets(t *testing.T) {
 		all = append(all, Socket{Kind: KindListener, Name: fmt.Sprint("listener ", i), Address: ln.Addr().String(), File: f})
 	}
 	sent := make(chan error, 1)
-	go func() { sent <- old.SendSockets(all, json.RawMessage(`{"a":1}`)) }()
-	got, state, err := new.receiveSockets(time.Now().Add(time.Minute))
+	go func() { sent <- old.SendSockets(all, json.RawMessage(`{"a":1}`), 7) }()
+	got, state, flows, err := new.receiveSockets(time.Now().Add(time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if string(state) != `{"a":1}` {
-		t.Errorf("the state that came is %s", state)
+	if string(state) != `{"a":1}` || flows != 7 {
+		t.Errorf("the state that came is %s, and %d flows live", state, flows)
 	}
 	if err := <-sent; err != nil {
 		t.Fatal(err)

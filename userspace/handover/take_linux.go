@@ -20,6 +20,7 @@ type Predecessor struct {
 	*Link
 	sockets []Socket // not taken yet
 	state   json.RawMessage
+	flows   int
 	taken   []Socket
 	stderr  *os.File
 	yours   chan error
@@ -44,7 +45,7 @@ func Inherit(lost func(error)) (*Predecessor, error) {
 		return nil, fmt.Errorf("%s=%q: %w", environ, v, err)
 	}
 	p := &Predecessor{Link: l, stderr: os.NewFile(uintptr(fd+1), "stderr"), yours: make(chan error, 1)}
-	if p.sockets, p.state, err = l.receiveSockets(time.Now().Add(socketsTimeout)); err != nil {
+	if p.sockets, p.state, p.flows, err = l.receiveSockets(time.Now().Add(socketsTimeout)); err != nil {
 		p.Close()
 		return nil, ended(err)
 	}
@@ -101,6 +102,14 @@ func (p *Predecessor) State() json.RawMessage {
 		return nil
 	}
 	return p.state
+}
+
+// Flows is how many flows lived there when this process was started; a nil Predecessor has none.
+func (p *Predecessor) Flows() int {
+	if p == nil {
+		return 0
+	}
+	return p.flows
 }
 
 // Output is where this process writes once it serves, which stays the Predecessor's; standard error of a

@@ -152,6 +152,12 @@ func (l *Link) Receive(deadline time.Time) (*Message, error) {
 	return m, nil
 }
 
+// receiveBuffer is room for a message and its descriptors.
+type receiveBuffer struct {
+	b   [mostBytes + 1]byte
+	oob [4 * (253 + 16)]byte
+}
+
 // rooms are for messages that are received.
 var rooms = sync.Pool{New: func() any { return new(receiveBuffer) }}
 

@@ -349,9 +349,7 @@ type queueReader struct {
 	seen   map[uint64]bool // the cookies of the sockets of all flows that each was called with
 	spared []int           // descriptors that are given up for a message where there are no others
 	waited time.Duration   // for descriptors
-
-	b   [mostBytes + 1]byte
-	oob [4 * (253 + 16)]byte
+	receiveBuffer
 }
 
 // mostFilesWait bounds how long descriptors are waited for in all.

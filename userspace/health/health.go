@@ -2,6 +2,7 @@
 //
 //	health.go  the checks that run: each target once, however many routes want it checked so
 //	state.go   when a target is down, and when it is taken back
+//	record.go  what is known of a target goes to another process, or comes from one
 //	probe.go   one check: a connect, a TLS handshake, or a request
 package health
 
@@ -16,26 +17,28 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/balance"
 )
 
-// Spec says how a target is checked. Routes whose specs are equal share one [Check].
+// Spec says how a target is checked. Routes whose specs are equal share one [Check]. It is part of a [Record]:
+// in a field that is added, the zero value stands for what was done before.
 type Spec struct {
-	Target string // as the configuration writes it
-	Kind   string // Connect, TLS or HTTP
+	Target string `json:"target"` // as the configuration writes it
+	Kind   string `json:"kind"`   // Connect, TLS or HTTP
 
-	Every     time.Duration // from the beginning of one check to that of the next, a tenth more or less
-	Timeout   time.Duration // of one check, names and all
-	Rise      int           // checks in a row that must succeed until a target that is down is up
-	Fall      int           // checks in a row that must fail until a target that is up is down
-	SlowStart time.Duration // until a target that is up again has its whole share; 0: at once
+	Every     time.Duration `json:"every"`                // from the beginning of one check to that of the next, a tenth more or less
+	Timeout   time.Duration `json:"timeout"`              // of one check, names and all
+	Rise      int           `json:"rise"`                 // checks in a row that must succeed until a target that is down is up
+	Fall      int           `json:"fall"`                 // checks in a row that must fail until a target that is up is down
+	SlowStart time.Duration `json:"slow_start,omitempty"` // until a target that is up again has its whole share; 0: at once
 
-	Preface    string // sent before anything else, but by Connect, which sends nothing: a PROXY header
-	TLS        bool   // of HTTP: the request goes by TLS
-	H2C        bool   // of HTTP: it is one of HTTP/2 in the clear
-	ServerName string // in the TLS hello; "" for none
-	Verify     bool   // whether the certificate must be good for ServerName
-	CA         string // the file of the authorities that count then; "" for the system's
+	Preface    string `json:"preface,omitempty"`     // sent before anything else, but by Connect, which sends nothing: a PROXY header
+	TLS        bool   `json:"tls,omitempty"`         // of HTTP: the request goes by TLS
+	H2C        bool   `json:"h2c,omitempty"`         // of HTTP: it is one of HTTP/2 in the clear
+	ServerName string `json:"server_name,omitempty"` // in the TLS hello; "" for none
+	Verify     bool   `json:"verify,omitempty"`      // whether the certificate must be good for ServerName
+	CA         string `json:"ca,omitempty"`          // the file of the authorities that count then; "" for the system's
 
-	Host, Path string // of the request
-	Expect     string // status codes and classes that are good, as "2xx 304"
+	Host   string `json:"host,omitempty"` // of the request
+	Path   string `json:"path,omitempty"`
+	Expect string `json:"expect,omitempty"` // status codes and classes that are good, as "2xx 304"
 }
 
 // The kinds of checks.
@@ -88,10 +91,15 @@ type Set struct {
 	Tells func(error) bool
 	// Down hears of each target that goes down, and why, on a goroutine that waits for nothing else; or nil.
 	Down func(c *Check, why error)
+	// Moved is called when what Records returns has changed so that a process after a crash should know it, or
+	// would soon be too old for that; or nil. It must not block.
+	Moved func()
 
 	mu sync.Mutex
 	// +checklocks:mu
 	running map[Spec]*running
+	// +checklocks:mu
+	found map[Spec]*Record // by another process, for the next Use
 }
 
 type running struct {
@@ -113,7 +121,7 @@ func (s *Set) Of(spec Spec, probe func(ctx context.Context) error) *Check {
 }
 
 // Use starts those of checks that do not run yet, until ctx ends, and stops all others. What was known of
-// those that go on stays.
+// those that go on stays; the first Use after Inherit goes on with what that was given.
 func (s *Set) Use(ctx context.Context, checks []*Check) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -122,6 +130,9 @@ func (s *Set) Use(ctx context.Context, checks []*Check) {
 		if next[c.Spec] = s.running[c.Spec]; next[c.Spec] == nil {
 			own, cancel := context.WithCancel(ctx)
 			next[c.Spec] = &running{c, cancel}
+			if r := s.found[c.Spec]; r != nil {
+				c.takeOver(r, time.Now())
+			}
 			go s.run(own, c)
 		}
 	}
@@ -130,7 +141,7 @@ func (s *Set) Use(ctx context.Context, checks []*Check) {
 			r.cancel()
 		}
 	}
-	s.running = next
+	s.running, s.found = next, nil
 }
 
 // Running are the checks that run, in no order.
@@ -184,6 +195,7 @@ func (s *Set) note(c *Check, err error) {
 	before := c.since
 	changed := c.state.note(&c.Spec, now, err)
 	isDown, until, again := c.isDown, c.until, c.falls > 1
+	isNews := c.isNews(&c.Spec, now, changed)
 	if changed && isDown {
 		c.SetDown()
 	} else if changed {
@@ -194,6 +206,9 @@ func (s *Set) note(c *Check, err error) {
 		c.Succeeded.Add(1)
 	} else {
 		c.Failed.Add(1)
+	}
+	if isNews && s.Moved != nil {
+		s.Moved()
 	}
 	switch {
 	case !changed:

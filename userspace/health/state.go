@@ -14,9 +14,11 @@ type state struct {
 	isDown     bool
 	rise, fall int       // checks in a row that succeeded, or failed
 	last       error     // of the last check
+	at         time.Time // of it; zero before the first
 	since      time.Time // of isDown; zero before the first check
 	falls      int       // how often it has gone down, each time soon after it had come back
 	until      time.Time // when it may come back
+	told       time.Time // when isNews was true last
 }
 
 // note counts a check that went so, and reports whether isDown has changed.
@@ -30,7 +32,7 @@ func (s *state) note(by *Spec, now time.Time, err error) (changed bool) {
 	if s.since.IsZero() {
 		s.since = now
 	}
-	if s.last = err; err == nil {
+	if s.last, s.at = err, now; err == nil {
 		s.rise, s.fall = s.rise+1, 0
 	} else {
 		s.rise, s.fall = 0, s.fall+1

@@ -2,6 +2,7 @@ package handover
 
 import (
 	"context"
+	"encoding/json"
 	"os"
 	"slices"
 	"strconv"
@@ -18,6 +19,8 @@ type Elders struct {
 	OnMain func()
 	// OnFlow takes the flows that they give; nil: none does. It is set before Add.
 	OnFlow Adopt
+	// OnState gets what comes to the state of one later; nil: nobody does. It is set before Add.
+	OnState func(json.RawMessage)
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -56,6 +59,8 @@ func (e *Elders) follow(a *elder) {
 			e.takeFlows(m.Sockets)
 		case m.Step == Signal && e.OnSignal != nil:
 			e.OnSignal(syscall.Signal(m.Signal))
+		case m.Step == State && m.State != nil && e.OnState != nil:
+			e.OnState(m.State)
 		case m.Step == Main && e.OnMain != nil:
 			e.OnMain()
 		case m.Step == Left && m.Remains != nil:

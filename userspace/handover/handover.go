@@ -6,6 +6,7 @@
 // A message is JSON in one packet of a pair of unix sockets, with descriptors beside it. The steps, in their
 // order:
 //
+//	state    old to new  more of what goes with the sockets: before the last of them, and later what has come to it
 //	sockets  old to new  what the old process listens on; with more, another message of them follows. The last
 //	                     one says how many flows live
 //	ready    new to old  the new process could start. It accepts nothing yet. taken: which sockets it uses
@@ -76,6 +77,7 @@ const Version = 1
 
 // The steps.
 const (
+	State   = "state"
 	Sockets = "sockets"
 	Ready   = "ready"
 	Yours   = "yours"
@@ -144,7 +146,8 @@ type Message struct {
 	Step    string   `json:"step"`
 	Sockets []Socket `json:"sockets,omitempty"` // each has a descriptor, in this order
 	More    bool     `json:"more,omitempty"`
-	// State is what else goes with the sockets, in the last message that has some; handover does not read it.
+	// State is what else goes with the sockets, in the last message of them, and in those of state; handover
+	// does not read it.
 	State   json.RawMessage `json:"state,omitempty"`
 	Taken   []Socket        `json:"taken,omitempty"`   // without descriptors
 	Remains *Remains        `json:"remains,omitempty"` // of left; of sockets: flows alone

@@ -20,7 +20,7 @@ type Link struct{}
 func (*Link) Send(Message) error { return errLinux }
 
 // SendSockets fails.
-func (*Link) SendSockets([]Socket, json.RawMessage, int) error { return errLinux }
+func (*Link) SendSockets([]Socket, json.RawMessage, int, ...json.RawMessage) error { return errLinux }
 
 // Receive fails.
 func (*Link) Receive(time.Time) (*Message, error) { return nil, errLinux }
@@ -77,6 +77,9 @@ func Inherit(func(error)) (*Predecessor, error) { return nil, nil }
 
 // State returns nil.
 func (*Predecessor) State() json.RawMessage { return nil }
+
+// More returns nil.
+func (*Predecessor) More() []json.RawMessage { return nil }
 
 // Take returns nothing.
 func (*Predecessor) Take(func(Socket) bool) []Socket { return nil }
@@ -203,6 +206,7 @@ type Elders struct {
 	OnSignal func(os.Signal)
 	OnMain   func()
 	OnFlow   Adopt
+	OnState  func(json.RawMessage)
 }
 
 // Add does nothing.

@@ -98,17 +98,24 @@ func descriptor(sock syscall.Conn) (fd int, err error) {
 }
 
 // SendSockets sends any number of sockets, and with them state, and how many flows live, which may come later.
-func (l *Link) SendSockets(all []Socket, state json.RawMessage, flows int) error {
+// A process that knows of no more does without it; each part of it has a message for itself.
+func (l *Link) SendSockets(all []Socket, state json.RawMessage, flows int, more ...json.RawMessage) error {
+	for _, part := range more {
+		if err := l.Send(Message{Step: State, State: part}); err != nil {
+			return err
+		}
+	}
 	for {
 		n := min(len(all), mostFiles)
-		m := Message{Step: Sockets, Sockets: all[:n], More: n < len(all)}
+		// A long state has no room beside names.
+		m := Message{Step: Sockets, Sockets: all[:n], More: n < len(all) || n > 0 && len(state) > mostBytes/2}
 		if !m.More {
 			m.State, m.Remains = state, &Remains{PID: os.Getpid(), Flows: flows}
 		}
 		if err := l.Send(m); err != nil {
 			return err
 		}
-		if all = all[n:]; len(all) == 0 {
+		if all = all[n:]; !m.More {
 			return nil
 		}
 	}
@@ -204,20 +211,20 @@ func receivedFDs(oob []byte) (all []int, err error) {
 	return all, err
 }
 
-// receiveSockets receives what SendSockets sends. The caller closes the sockets, with an error too. Older
-// programs do not say how many flows live.
-func (l *Link) receiveSockets(deadline time.Time) (all []Socket, state json.RawMessage, flows int, err error) {
+// receiveSockets receives what SendSockets sends; last is its last message. The caller closes the sockets, with
+// an error too.
+func (l *Link) receiveSockets(deadline time.Time) (all []Socket, last *Message, more []json.RawMessage, err error) {
 	for {
 		m, err := l.Receive(deadline)
 		if err != nil {
-			return all, nil, 0, err
+			return all, nil, nil, err
 		}
 		all = append(all, m.Sockets...)
-		if m.Step == Sockets && !m.More {
-			if m.Remains != nil {
-				flows = m.Remains.Flows
-			}
-			return all, m.State, flows, nil
+		switch {
+		case m.Step == Sockets && !m.More:
+			return all, m, more, nil
+		case m.Step == State && m.State != nil:
+			more = append(more, m.State)
 		}
 	}
 }

@@ -84,13 +84,15 @@ func TestSockets(t *testing.T) {
 		all = append(all, Socket{Kind: KindListener, Name: fmt.Sprint("listener ", i), Address: ln.Addr().String(), File: f})
 	}
 	sent := make(chan error, 1)
-	go func() { sent <- old.SendSockets(all, json.RawMessage(`{"a":1}`), 7) }()
-	got, state, flows, err := new.receiveSockets(time.Now().Add(time.Minute))
+	parts := []json.RawMessage{json.RawMessage(`[1]`), json.RawMessage(`{"b":"` + strings.Repeat("x", mostBytes/2) + `"}`)}
+	go func() { sent <- old.SendSockets(all, json.RawMessage(`{"a":1}`), 7, parts...) }()
+	got, last, more, err := new.receiveSockets(time.Now().Add(time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if string(state) != `{"a":1}` || flows != 7 {
-		t.Errorf("the state that came is %s, and %d flows live", state, flows)
+	if string(last.State) != `{"a":1}` || last.Remains.Flows != 7 || len(more) != 2 || string(more[0]) != string(parts[0]) ||
+		string(more[1]) != string(parts[1]) {
+		t.Errorf("the state that came is %s, %d parts, and %d flows live", last.State, len(more), last.Remains.Flows)
 	}
 	if err := <-sent; err != nil {
 		t.Fatal(err)
@@ -119,6 +121,45 @@ func TestSockets(t *testing.T) {
 	Close(all)
 	if more := openFiles(t).more(before); len(more) > 0 {
 		t.Errorf("files are left open: %v", more)
+	}
+}
+
+// TestLongState: a state that has no room beside the names of sockets comes whole, also to a process that knows
+// nothing of parts, which has no state but that.
+func TestLongState(t *testing.T) {
+	old, new := twoEnds(t)
+	f, err := os.Open("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var all []Socket
+	for range mostFiles {
+		all = append(all, Socket{Kind: KindListener, Name: strings.Repeat("n", 200), Address: "a", File: f})
+	}
+	state := json.RawMessage(`"` + strings.Repeat("s", mostBytes-1000) + `"`)
+	for _, c := range []struct {
+		all   []Socket
+		state json.RawMessage
+	}{{all, state}, {all, nil}, {nil, state}, {nil, nil}, {all[:1], json.RawMessage("{}")}} {
+		sent := make(chan error, 1)
+		go func() { sent <- old.SendSockets(c.all, c.state, json.RawMessage("1"), json.RawMessage("2")) }()
+		sockets, got := 0, json.RawMessage(nil)
+		for { // as versions do that know no parts
+			m, err := new.Receive(time.Now().Add(time.Minute))
+			if err != nil {
+				t.Fatal(err)
+			}
+			sockets += len(m.Sockets)
+			Close(m.Sockets)
+			if m.Step == Sockets && !m.More {
+				got = m.State
+				break
+			}
+		}
+		if err := <-sent; err != nil || sockets != len(c.all) || string(got) != string(c.state) {
+			t.Errorf("%d sockets came of %d, and a state of %d bytes of %d: %v", sockets, len(c.all), len(got), len(c.state), err)
+		}
 	}
 }
 
@@ -166,7 +207,8 @@ func TestGarbage(t *testing.T) {
 // TestElders: what is left of an older process is known while it lives, and it learns which one is the newest.
 func TestElders(t *testing.T) {
 	old, new := twoEnds(t)
-	var e Elders
+	states := make(chan json.RawMessage, 1)
+	e := Elders{OnState: func(s json.RawMessage) { states <- s }}
 	e.Add(new)
 	expect := func(step string) *Message {
 		t.Helper()
@@ -189,6 +231,11 @@ func TestElders(t *testing.T) {
 	}
 	old.Send(Message{Step: Left, Remains: &Remains{PID: 7, Flows: 3, Connections: 4}})
 	until("the older process is not known", func(all []Remains) bool { return len(all) == 1 && all[0].Flows == 3 && all[0].PID == 7 })
+	old.Send(Message{Step: State})
+	old.Send(Message{Step: State, State: json.RawMessage(`{"late":1}`)})
+	if s := <-states; string(s) != `{"late":1}` {
+		t.Errorf("what comes to the state later is %s", s)
+	}
 	e.End(1500 * time.Millisecond)
 	if m := expect(End); m.Within != 1500 {
 		t.Errorf("it is to end within %d ms, want 1500", m.Within)

@@ -20,6 +20,7 @@ type Predecessor struct {
 	*Link
 	sockets []Socket // not taken yet
 	state   json.RawMessage
+	more    []json.RawMessage
 	flows   int
 	taken   []Socket
 	stderr  *os.File
@@ -45,9 +46,13 @@ func Inherit(lost func(error)) (*Predecessor, error) {
 		return nil, fmt.Errorf("%s=%q: %w", environ, v, err)
 	}
 	p := &Predecessor{Link: l, stderr: os.NewFile(uintptr(fd+1), "stderr"), yours: make(chan error, 1)}
-	if p.sockets, p.state, p.flows, err = l.receiveSockets(time.Now().Add(socketsTimeout)); err != nil {
+	var last *Message
+	if p.sockets, last, p.more, err = l.receiveSockets(time.Now().Add(socketsTimeout)); err != nil {
 		p.Close()
 		return nil, ended(err)
+	}
+	if p.state = last.State; last.Remains != nil {
+		p.flows = last.Remains.Flows
 	}
 	go func() {
 		for {
@@ -104,7 +109,11 @@ func (p *Predecessor) State() json.RawMessage {
 	return p.state
 }
 
-// Flows is how many flows lived there when this process was started; a nil Predecessor has none.
+// More is the rest of the state, in parts.
+func (p *Predecessor) More() []json.RawMessage { return p.more }
+
+// Flows is how many flows lived there when this process was started; older programs do not say it. A nil
+// Predecessor has none.
 func (p *Predecessor) Flows() int {
 	if p == nil {
 		return 0

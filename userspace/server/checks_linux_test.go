@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/tls"
+	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -336,6 +337,112 @@ func TestHealthHTTP(t *testing.T) {
 	}
 	isSick.Store(false)
 	eventually(t, "it gets requests again", func() bool { return strings.HasSuffix(get(), "A") })
+}
+
+// sick is a web server whose health checks fail, and which counts the other requests that it gets.
+func sick(t *testing.T, n *atomic.Int64) string {
+	return httpBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/healthz" {
+			n.Add(1)
+		}
+		w.WriteHeader(http.StatusServiceUnavailable)
+	})
+}
+
+// TestInheritHealth: a process that takes over, or comes after a crash, sends nobody to a target that the one
+// before it has found down, unless it checks it in another way. However many there are, each goes there in a
+// message, and one that knows of no more than one message has the orders of an operator.
+func TestInheritHealth(t *testing.T) {
+	var n atomic.Int64
+	a, addr := sick(t, &n), freeAddr(t)
+	b := httpBackend(t, func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "B") })
+	const more = 300
+	yaml := func(every string) string {
+		all := fmt.Sprintf(`listeners:
+  - { listen: [%q], mode: http, default: { forward: [ { to: %q, weight: 1000 }, { to: %q, backup: true } ], health: { check: http, path: /healthz, every: %s, fall: 1 } } }
+  - { name: more, listen: [%q], mode: http, routes: [
+`, addr, a, b, every, freeAddr(t))
+		for i := range more { // each is another check
+			all += fmt.Sprintf("{ host: [h%d.test], forward: \"127.0.0.1:1\", health: { every: %dms, fall: 1 } },\n", i, 3_000_000+i)
+		}
+		return all + "] }\n"
+	}
+	downSince := func(d *daemon) (all []time.Time) {
+		for _, l := range d.Status().Listeners {
+			for _, r := range l.Routes {
+				if h := r.Targets[0].Health; h != nil && !h.Up {
+					all = append(all, h.Since.Round(0)) // as other processes see it
+				}
+			}
+		}
+		return all
+	}
+	old := start(t, yaml("1h"))
+	eventually(t, "all are down", func() bool { return len(downSince(old)) == 1+more })
+	if _, err := old.SetDisabled(url.Values{"target": {b}}, true); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := old.Orders()
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, parts, err := old.OrdersInParts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range append(parts, first) {
+		if len(m) > 40<<10 {
+			t.Errorf("a part has %d bytes: no message takes it", len(m))
+		}
+	}
+	was, since := old.targetHealth(0), downSince(old)
+	old.Close()
+	for _, c := range []struct {
+		name    string
+		o       Options
+		every   string
+		isKnown bool // that a is down
+		known   int  // that so many are
+	}{
+		{"whole", Options{Orders: whole}, "1h", true, 1 + more},
+		{"in parts", Options{Orders: first, More: parts}, "1h", true, 1 + more},
+		{"some of it makes no sense", Options{Orders: first, More: append([]json.RawMessage{json.RawMessage("[]"),
+			json.RawMessage(`{"checks":[7,{"spec":{"rise":"x"}}]}`)}, parts...)}, "1h", true, 1 + more},
+		{"the first part alone", Options{Orders: first}, "1h", false, 0},
+		{"a is checked otherwise", Options{Orders: whole}, "59m", false, more},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := startOptions(t, parse(t, yaml(c.every)), c.o)
+			defer d.Close()
+			known := 0 // and not found here
+			for _, at := range downSince(d) {
+				if slices.ContainsFunc(since, at.Equal) {
+					known++
+				}
+			}
+			if known != c.known {
+				t.Errorf("%d targets are known to be down, want %d", known, c.known)
+			}
+			if is := d.targetHealth(0); c.isKnown && is.Error != was.Error {
+				t.Errorf("known is %+v, and was %+v", is, was)
+			}
+			if len(d.Status().Disabled) != 1 {
+				t.Error("what an operator has said is forgotten")
+			}
+			if _, err := d.SetDisabled(url.Values{"target": {b}}, false); err != nil {
+				t.Fatal(err)
+			}
+			before := n.Load()
+			for range 20 {
+				if _, body := ask(t, addr, "GET", "a.test", "/", nil); c.isKnown && !strings.HasSuffix(body, "B") {
+					t.Errorf("a stranger gets %q", body)
+				}
+			}
+			if got := n.Load() - before; c.isKnown && got > 0 {
+				t.Errorf("it gets %d requests, though it is down", got)
+			}
+		})
+	}
 }
 
 // TestBySource: a client gets the same target each time while that is up, and others get others; in every

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -67,6 +68,11 @@ func (srv *Server) watchDefaults() {
 			if g.isShut {
 				g.why.Store(&errUnchecked)
 			}
+			if s, ok := srv.orders.Shut[l.name]; ok && l.isShut && slices.Equal(s.Targets, l.defaultTargets()) {
+				why := errors.New(s.Why)
+				l.wasOpen, g.wasOpen = true, true
+				g.why.Store(&why)
+			}
 			var ctx context.Context
 			ctx, g.cancel = context.WithCancel(srv.ctx)
 			l.gate = g
@@ -80,6 +86,14 @@ func (g *gate) stop() {
 	if g != nil {
 		g.cancel()
 	}
+}
+
+// defaultTargets are those of l's default.
+func (l *listener) defaultTargets() []string {
+	if r := l.service.Load().Fallback; r != nil {
+		return targetsOf(r)
+	}
+	return nil
 }
 
 // closed is why the listener is shut, or nil.
@@ -233,7 +247,7 @@ func (srv *Server) setShut(g *gate, shut bool) {
 	if g.listener.gate != g { // no longer asked for
 		return
 	}
-	g.listener.isShut = shut
+	g.listener.isShut, g.listener.wasOpen = shut, true
 	srv.rebindNow(srv.tailnetErr)
 	if srv.lacksAddresses() {
 		srv.addressesMoved.wake()

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -164,6 +165,55 @@ func TestGateCounts(t *testing.T) {
 				t.Errorf("%s, after %d: shut %t, %v", c.checks, i+1, g.isShut, g.closed())
 			}
 		}
+	}
+}
+
+// TestInheritShut: a process that takes over knows that a listener was open once, and why it is closed, unless its
+// default is another one.
+func TestInheritShut(t *testing.T) {
+	target, other, addr := freeAddr(t), freeAddr(t), freeAddr(t)
+	yaml := func(target string) string {
+		return fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q }, while_down: close } ]", addr, target)
+	}
+	old := start(t, yaml(target))
+	before, err := old.Orders()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln, err := net.Listen("tcp", target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is open", func() bool { return old.Status().Listeners[0].Closed == "" })
+	ln.Close()
+	eventually(t, "it is closed", func() bool { return old.Status().Listeners[0].Closed != "" })
+	after, err := old.Orders()
+	if err != nil {
+		t.Fatal(err)
+	}
+	why := old.Status().Listeners[0].Closed
+	old.Close()
+	for _, c := range []struct {
+		name, target string
+		orders       json.RawMessage
+		wasOpen      bool
+	}{
+		{"it was never open", target, before, false},
+		{"it was open", target, after, true},
+		{"its default is another one", other, after, false},
+	} {
+		d := startOptions(t, parse(t, yaml(c.target)), Options{Orders: c.orders})
+		if got := d.Status().Listeners[0]; got.Closed == "" || c.wasOpen && got.Closed != why || len(got.Bound) > 0 {
+			t.Errorf("%s: %+v, and was closed since %s", c.name, got, why)
+		}
+		d.mu.Lock()
+		g := d.listeners["web"].gate
+		d.mu.Unlock()
+		g.note(t.Context(), nil, false)
+		if isOpen := d.Status().Listeners[0].Closed == ""; isOpen == c.wasOpen {
+			t.Errorf("%s: after one check that succeeds it is open: %v", c.name, isOpen)
+		}
+		d.Close()
 	}
 }
 

@@ -1,15 +1,11 @@
 package server
 
 import (
-	"encoding/json"
 	"errors"
 	"maps"
 	"net"
-	"slices"
-	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
-	"github.com/tailsplice/tailsplice/userspace/announce"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 )
 
@@ -59,39 +55,6 @@ func (srv *Server) copies() (all []handover.Socket, err error) {
 	return all, nil
 }
 
-// orders are what an operator has said, and what else another process is to know.
-type orders struct {
-	Drained  map[string]time.Time `json:"drained"`  // listeners
-	Lingers  map[string]time.Time `json:"lingers"`  // those that still accept: see listener.until
-	Disabled map[string]time.Time `json:"disabled"` // targets
-	Woken    []*woken             `json:"woken"`    // containers that were started here
-
-	Announced []announce.Spec `json:"announced"` // what others were told should get connections
-}
-
-// Orders are what an operator has said that lasts until a restart, which containers may be stopped, and what
-// is announced, for Options.Orders of another process.
-func (srv *Server) Orders() (json.RawMessage, error) {
-	srv.mu.Lock()
-	defer srv.mu.Unlock()
-	o := orders{Drained: map[string]time.Time{}, Lingers: map[string]time.Time{}, Disabled: srv.disabled.Since(), Woken: srv.wakes.list(),
-		Announced: slices.Clone(srv.announced)}
-	for name, l := range srv.listeners {
-		if l.announcer != nil {
-			if isUp, _, _ := l.announcer.State(); isUp {
-				o.Announced = append(o.Announced, l.announcer.Spec())
-			}
-		}
-		if !l.drained.IsZero() {
-			o.Drained[name] = l.drained
-			if l.lingers {
-				o.Lingers[name] = l.until
-			}
-		}
-	}
-	return json.Marshal(o)
-}
-
 // Rest stops accepting; who connects waits in the queues of the sockets, which stay open. When it returns
 // nobody is being admitted.
 func (srv *Server) Rest() {
@@ -120,6 +83,7 @@ func (srv *Server) Resume() {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
 	srv.isFrozen = false
+	srv.wakes.collect(false)
 	srv.rest(false)
 	if srv.isClosed {
 		return

@@ -13,6 +13,7 @@
 //	drain.go      listeners are closed at an operator's word
 //	announce.go   others are told which listeners should get connections
 //	handover.go   what is bound goes to another process, or comes from one
+//	orders.go     what an operator has said goes there as well, and what is known of targets
 //	limits.go     limits that fit the memory and the files that there are
 //	access_log.go which access logs are open
 //	labels.go     routes that the labels of containers add to the plan
@@ -107,12 +108,13 @@ type Options struct {
 	// name of them is not bound afterwards. With Held, nothing is accepted before Server.Accept.
 	Handed []handover.Socket
 	Held   bool
-	Orders json.RawMessage // of [Server.Orders] of another process, or nil
-	Older  func() bool     // whether a process from which this one has taken over still has flows; nil: there is none
+	Orders json.RawMessage   // of [Server.Orders] of another process, or nil
+	More   []json.RawMessage // what [Server.OrdersInParts] has beside them
+	Older  func() bool       // whether a process from which this one has taken over still has flows; nil: there is none
 	// KeepsFlows says that [Server.KeepFlows] will be called: what that needs costs each flow a little.
 	KeepsFlows bool
-	// Moved is called when what [Server.Bound] returns may have changed. It must not block, nor call the
-	// Server.
+	// Moved is called when what [Server.Bound] returns may have changed, or what is known of targets and
+	// containers of what [Server.Orders] does. It must not block, nor call the Server.
 	Moved func()
 
 	// Datapaths are those that work on this machine; userspace is always there and is not listed. A flow that
@@ -234,7 +236,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.deps = plan.NewDeps(opts.Log)
 	srv.deps.Dialer.Disabled = &srv.disabled
 	srv.deps.Upstream, srv.deps.Guard, srv.deps.Wait = srv.completeUpstream, srv.guard, srv.awaitUpstreams
-	srv.health.Log, srv.health.Tells, srv.health.Down = opts.Log, tells, srv.targetDown
+	srv.health.Log, srv.health.Tells, srv.health.Down, srv.health.Moved = opts.Log, tells, srv.targetDown, srv.opts.moved
 	srv.deps.Health = &srv.health
 	srv.tailnet, srv.containers = srv.deps.Tailnet, srv.deps.Containers
 	srv.acme = acme.New(opts.Log)
@@ -255,10 +257,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.mu.Lock()
 	err := srv.adopt(opts.Handed)
 	if err == nil && opts.Orders != nil {
-		err = json.Unmarshal(opts.Orders, &srv.orders)
-		srv.disabled.SetAll(srv.orders.Disabled)
-		srv.wakes.adopt(srv.orders.Woken, srv.lapse)
-		srv.announced = srv.orders.Announced
+		err = srv.inherit(opts.Orders, opts.More)
 	}
 	srv.mu.Unlock()
 	if err == nil {

@@ -21,8 +21,9 @@ type listener struct {
 	certs      *tlsterm.Store // https only
 	arriving   atomic.Int64   // its connections that its HTTP server has not got yet; see arrived
 
-	gate   *gate // with while_down: close only; guarded by Server.mu, and so is isShut
-	isShut bool  // its sockets are to be closed; without while_down: close it says nothing
+	gate    *gate // with while_down: close only; guarded by Server.mu, and so are the next two
+	isShut  bool  // its sockets are to be closed; without while_down: close it says nothing
+	wasOpen bool  // the gate has opened or shut it, here or in another process
 
 	drained time.Time // since when they are closed by an operator's word, or zero; guarded by Server.mu
 	lingers bool      // they are not closed yet, though it is drained; guarded by Server.mu

@@ -34,6 +34,10 @@ type wakes struct {
 	uses map[string]*use // by the name in targets
 	// +checklocks:mu
 	machines map[string]time.Time // when a magic packet was sent last, by the address
+	// +checklocks:mu
+	collects bool // another process has got the list: what comes to it since goes to late
+	// +checklocks:mu
+	late []*woken
 }
 
 // woken is a container that was started here. It is what another process gets in [orders].
@@ -151,6 +155,7 @@ func (srv *Server) noteStarted(s container.Started, r *plan.Rule) {
 	srv.log.Info("a container was started for a connection or a request", "container", s.Name, "target", r.Written, "idle", r.Wake.Idle.String())
 	if r.Wake.Idle > 0 {
 		ws.add(&woken{Started: s, Idle: r.Wake.Idle, Used: time.Now()}, srv.lapse)
+		srv.opts.moved()
 	}
 }
 
@@ -159,16 +164,50 @@ func (srv *Server) noteStarted(s container.Started, r *plan.Rule) {
 // +checklocks:ws.mu
 func (ws *wakes) add(w *woken, lapse func(*woken)) {
 	ws.started[w.ID] = w
+	if ws.collects {
+		ws.late = append(ws.late, &woken{Started: w.Started, Idle: w.Idle, Used: w.Used})
+	}
 	w.timer = time.AfterFunc(w.Idle-time.Since(w.Used), func() { lapse(w) })
 }
 
-// adopt remembers what another process has started.
+// adopt remembers what another process has started. Who uses it may not be known here yet, so it counts as
+// used until now.
 func (ws *wakes) adopt(all []*woken, lapse func(*woken)) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	for _, w := range all {
+		if known := ws.started[w.ID]; known != nil {
+			if !w.isAfter(known) {
+				continue
+			}
+			known.timer.Stop()
+		}
+		w.Used = time.Now()
 		ws.add(w, lapse)
 	}
+}
+
+// isAfter reports whether w is a later start of the same container as o.
+func (w *woken) isAfter(o *woken) bool {
+	at, err := time.Parse(time.RFC3339Nano, w.At)
+	before, err2 := time.Parse(time.RFC3339Nano, o.At)
+	return err == nil && err2 == nil && at.After(before)
+}
+
+// collect has what is started from now on kept for takeLate, or no more.
+func (ws *wakes) collect(collects bool) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	ws.collects, ws.late = collects, nil
+}
+
+// takeLate returns what was started since collect, or since it was called last.
+func (ws *wakes) takeLate() []*woken {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	late := ws.late
+	ws.late = nil
+	return late
 }
 
 // lapse stops w if nobody has used it for long enough, and else looks again when that may be so.
@@ -210,6 +249,7 @@ func (srv *Server) lapse(w *woken) {
 			}
 		}
 	}
+	srv.opts.moved()
 	go srv.putToSleep(w)
 }
 

@@ -2,10 +2,14 @@ package server
 
 import (
 	"encoding/json"
+	"fmt"
+	"maps"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/plan"
@@ -79,4 +83,101 @@ func TestWoken(t *testing.T) {
 			t.Error("a machine gets one packet only")
 		}
 	})
+}
+
+// TestWokenLate: what is started after another process has got the list goes there as well, once, and from there to the
+// next one. Of two starts of a container the later one counts.
+func TestWokenLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		at := func(day int) string { return time.Date(2026, 1, day, 0, 0, 0, 0, time.UTC).Format(time.RFC3339Nano) }
+		start := func(ws *wakes, id string, day int) {
+			ws.mu.Lock()
+			defer ws.mu.Unlock()
+			ws.add(&woken{Started: container.Started{ID: id, Name: id, At: at(day)}, Idle: time.Hour, Used: time.Now()}, func(*woken) {})
+		}
+		knows := func(ws *wakes) map[string]string {
+			all := map[string]string{}
+			for _, w := range ws.list() {
+				all[w.ID] = w.At
+			}
+			return all
+		}
+		old, next, last := new(Server), new(Server), new(Server)
+		for _, srv := range []*Server{old, next, last} {
+			srv.wakes = newWakes()
+		}
+		give := func(from, to *Server) bool {
+			late := from.LateOrders()
+			if late == nil {
+				return false
+			}
+			if err := to.AddOrders(late); err != nil {
+				t.Error(err)
+			}
+			return true
+		}
+		start(old.wakes, "first", 1)
+		if give(old, next) {
+			t.Error("what is known is told late")
+		}
+		old.wakes.collect(true)
+		start(old.wakes, "a", 2)
+		start(old.wakes, "b", 2)
+		start(next.wakes, "a", 3)
+		start(next.wakes, "b", 1)
+		if !give(old, next) || give(old, next) {
+			t.Error("what is started late is not told, or twice")
+		}
+		if got, want := knows(next.wakes), map[string]string{"a": at(3), "b": at(2)}; !maps.Equal(got, want) {
+			t.Errorf("known are %v, want %v", got, want)
+		}
+		next.wakes.collect(true)
+		start(old.wakes, "c", 4)
+		old.wakes.stop()
+		if !give(old, next) || !give(next, last) {
+			t.Error("what is started late does not come to the one after the next")
+		}
+		if got, want := knows(last.wakes), map[string]string{"c": at(4)}; !maps.Equal(got, want) {
+			t.Errorf("known are %v, want %v", got, want)
+		}
+		next.wakes.collect(false) // the other one did not take over
+		start(next.wakes, "d", 5)
+		if give(next, last) {
+			t.Error("it is told though nobody takes over")
+		}
+		next.wakes.stop()
+		last.wakes.stop()
+	})
+}
+
+// TestWokenIsKept: who keeps the orders for the time after a crash hears of each container that is started. It is used
+// anew from when the next process begins.
+func TestWokenIsKept(t *testing.T) {
+	var moved atomic.Int64
+	cfg := parse(t, fmt.Sprintf("listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]", freeAddr(t), freeAddr(t)))
+	d := startOptions(t, cfg, Options{Moved: func() { moved.Add(1) }})
+	before := moved.Load()
+	d.noteStarted(container.Started{ID: "1", Name: "a", At: "then"}, &plan.Rule{Policy: plan.Policy{Wake: &config.Wake{Docker: true, Idle: time.Hour}}})
+	if moved.Load() == before {
+		t.Error("nobody hears of it")
+	}
+	b, err := d.Orders()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+	var o orders
+	if err := json.Unmarshal(b, &o); err != nil || len(o.Woken) != 1 {
+		t.Fatalf("%s, %v", b, err)
+	}
+	o.Woken[0].Used = time.Now().Add(-2 * time.Hour) // when it was kept
+	if b, err = json.Marshal(o); err != nil {
+		t.Fatal(err)
+	}
+	next := startOptions(t, cfg, Options{Orders: b})
+	next.wakes.mu.Lock()
+	defer next.wakes.mu.Unlock()
+	if w := next.wakes.started["1"]; w == nil || time.Since(w.Used) > time.Minute {
+		t.Errorf("known is %+v", w)
+	}
 }

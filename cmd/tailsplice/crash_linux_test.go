@@ -432,3 +432,50 @@ control: { socket: %q }
 		}
 	}
 }
+
+// state is what is kept beside the sockets.
+func (m *manager) state() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.kept {
+		if strings.HasPrefix(s.Name, "state?") {
+			b := make([]byte, 1<<20)
+			n, err := s.File.ReadAt(b, 0)
+			if err != io.EOF {
+				check(m.t, err)
+			}
+			return string(b[:n])
+		}
+	}
+	return ""
+}
+
+// TestCrashHealth: the process after a crash sends nobody to a target that was found down.
+func TestCrashHealth(t *testing.T) {
+	bad, good, n := sick(t)
+	address := freeaddr.Get(t)
+	m := newManager(t)
+	file := filepath.Join(m.dir, "edge.yaml")
+	check(t, os.WriteFile(file, fmt.Appendf(nil, "listeners:\n%s\ncontrol: { socket: %q }\n", sickListener(address, bad, good),
+		filepath.Join(m.dir, "control.sock")), 0o600))
+	m.args = []string{"run", "--config", file, "--log-format", "json"}
+	m.start()
+	for range 2 {
+		wait(t, "it is kept that the target is down", func() error {
+			if s := m.state(); !strings.Contains(s, `"down":true`) {
+				return fmt.Errorf("kept is %q", s)
+			}
+			return nil
+		})
+		n.Store(0)
+		m.kill()
+		m.start()
+		strangers(t, address)
+		if n.Load() > 0 {
+			t.Errorf("it has got %d requests", n.Load())
+		}
+	}
+	if times := strings.Count(m.said(), "a target is down"); times != 1 {
+		t.Errorf("it was found down %d times", times)
+	}
+}

@@ -44,7 +44,7 @@ type taker interface {
 
 // openStore returns a keeper, and where this process gets sockets from: from old, which may be nil, or from
 // what a process left that has ended.
-func (d *process) openStore(old *handover.Predecessor) (from taker, state json.RawMessage) {
+func (d *process) openStore(old *handover.Predecessor) (from taker, state json.RawMessage, more []json.RawMessage) {
 	store, wrong := handover.OpenStore()
 	d.keeper = keeper{store: store, moved: make(chan struct{}, 1), adopted: make(chan struct{}), endFlows: func() {}}
 	d.keeper.adopting, d.keeper.giveUp = context.WithCancel(context.Background())
@@ -57,12 +57,12 @@ func (d *process) openStore(old *handover.Predecessor) (from taker, state json.R
 	if old != nil {
 		close(d.keeper.adopted)
 		store.Note(old.All())
-		return old, old.State()
+		return old, old.State(), old.More()
 	}
 	if n := store.Len(); n > 0 {
 		d.log.Info("the process before this one has left its sockets", "sockets", n)
 	}
-	return store, store.State()
+	return store, store.State(), nil
 }
 
 // wake has what is bound now kept.
@@ -92,6 +92,10 @@ func (d *process) beMain(ctx context.Context) {
 			case <-d.keeper.moved:
 				d.keep()
 			}
+			select { // many targets may go down at a time
+			case <-ctx.Done():
+			case <-time.After(keepPause):
+			}
 		}
 	}()
 	if every, err := watchdogEvery(); err != nil {
@@ -100,6 +104,9 @@ func (d *process) beMain(ctx context.Context) {
 		go d.feedWatchdog(ctx, every)
 	}
 }
+
+// keepPause is how long what has moved may wait for what moves next.
+const keepPause = 100 * time.Millisecond
 
 // keep has what is bound now, and what an operator has said, kept.
 func (d *process) keep() {

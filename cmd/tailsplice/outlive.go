@@ -44,7 +44,13 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 	}
 	drained := make(chan error, 1)
 	go func() { drained <- d.server.Drain(ctx) }()
+	tellLate := func() {
+		if late := d.server.LateOrders(); late != nil {
+			next.Send(handover.Message{Step: handover.State, State: late})
+		}
+	}
 	tell := func(isOver bool) {
+		tellLate()
 		flows, connections := d.server.Remaining()
 		next.Send(handover.Message{Step: handover.Left, Ended: isOver, Remains: &handover.Remains{PID: os.Getpid(),
 			Version: version(), Flows: flows, Connections: connections, Deadline: deadline}})
@@ -63,6 +69,7 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 				d.log.Info("ended: all flows had finished")
 			}
 			if !stays {
+				tellLate()
 				next.Close()
 				return nil, nil
 			}

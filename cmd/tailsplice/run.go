@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -135,7 +136,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	defer control.close()
 	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, control: &control, isFirst: old == nil,
 		upgraded: make(chan *successor, 1), ends: make(chan struct{}, 1)}
-	from, orders := d.openStore(old)
+	from, orders, more := d.openStore(old)
 	control.isLent = old != nil
 	if err := control.bind(cfg, from, log); err != nil {
 		return nil, err
@@ -150,11 +151,12 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 		return nil, err
 	}
 	defer loops.Close()
-	datapaths.options.Handed, datapaths.options.Held, datapaths.options.Orders = from.Take(ofServer(cfg)), true, orders
+	datapaths.options.Handed, datapaths.options.Held = from.Take(ofServer(cfg)), true
+	datapaths.options.Orders, datapaths.options.More = orders, more
 	datapaths.options.Moved, datapaths.options.KeepsFlows = d.keeper.wake, d.keeper.store.Keeps()
 	datapaths.options.Loops, datapaths.options.Relay, datapaths.options.RaiseFiles = loops, relay.New(loops), raiseFileLimit
 	defer datapaths.options.Relay.Close()
-	datapaths.options.Older = func() bool { return len(d.elders.List()) > 0 }
+	datapaths.options.Older = func() bool { return len(d.elders.List()) > 0 || d.keeper.isAdopting() }
 	f, err := server.New(cfg, datapaths.options)
 	if err != nil {
 		return nil, err
@@ -167,6 +169,11 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	d.server = f
 	d.elders.OnSignal = func(s os.Signal) { d.passOn(s, signals) }
 	d.elders.OnFlow = f.AdoptFlow
+	d.elders.OnState = func(late json.RawMessage) {
+		if err := f.AddOrders(late); err != nil {
+			log.Debug("what an older process has sent is not used", "err", err)
+		}
+	}
 	d.elders.OnMain = func() { d.beMain(ctx) }
 	if old != nil {
 		if datapaths.load != nil { // flows that come before it is loaded could not use it

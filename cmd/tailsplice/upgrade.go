@@ -292,12 +292,12 @@ func (d *process) offer(s *handover.Successor) error {
 		}
 		all = append(all, some...)
 	}
-	orders, err := d.server.Orders()
+	orders, more, err := d.server.OrdersInParts()
 	if err != nil {
 		return err
 	}
 	flows, _ := d.server.Remaining()
-	return s.SendSockets(all, orders, flows)
+	return s.SendSockets(all, orders, flows, more...)
 }
 
 // ownPath is where this program was started from. Another version may be there by now.

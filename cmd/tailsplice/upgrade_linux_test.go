@@ -1010,3 +1010,65 @@ func TestUpgradeOldKilled(t *testing.T) {
 		})
 	}
 }
+
+// sick is a web server whose health checks fail, and which counts the other requests that it gets; well is one that
+// works.
+func sick(t *testing.T) (address, well string, n *atomic.Int64) {
+	t.Helper()
+	n = new(atomic.Int64)
+	bad := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/healthz" {
+			n.Add(1)
+		}
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}))
+	good := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "hello") }))
+	t.Cleanup(bad.Close)
+	t.Cleanup(good.Close)
+	return bad.Listener.Addr().String(), good.Listener.Addr().String(), n
+}
+
+// sickListener is one that has both as targets.
+func sickListener(address, bad, good string) string {
+	return fmt.Sprintf(`  - { listen: [%q], mode: http, default: { forward: [ { to: %q, weight: 1000 }, { to: %q, backup: true } ], health: { check: http, path: /healthz, every: 1s } } }`,
+		address, bad, good)
+}
+
+// strangers make requests, all of which have to be answered well.
+func strangers(t *testing.T, address string) {
+	t.Helper()
+	client := http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true}}
+	for range 50 {
+		res, err := client.Get("http://" + address)
+		check(t, err)
+		body, err := io.ReadAll(res.Body)
+		res.Body.Close()
+		if err != nil || string(body) != "hello" {
+			t.Fatalf("a stranger gets %s, %q, %v", res.Status, body, err)
+		}
+	}
+}
+
+// TestUpgradeHealth: a process that takes over, and the one after it, send nobody to a target that was found down.
+func TestUpgradeHealth(t *testing.T) {
+	bad, good, n := sick(t)
+	address := freeaddr.Get(t)
+	d := startVerbs(t, sickListener(address, bad, good))
+	wait(t, "it is down", func() error {
+		if !strings.Contains(d.logged(), "a target is down") {
+			return errors.New("it is up")
+		}
+		return nil
+	})
+	n.Store(0)
+	for range 2 {
+		d.says(true, "has taken over", "upgrade")
+		strangers(t, address)
+	}
+	if n.Load() > 0 {
+		t.Errorf("it has got %d requests", n.Load())
+	}
+	if times := strings.Count(d.logged(), "a target is down"); times != 1 {
+		t.Errorf("it was found down %d times", times)
+	}
+}

@@ -143,7 +143,7 @@ func TestLongState(t *testing.T) {
 		state json.RawMessage
 	}{{all, state}, {all, nil}, {nil, state}, {nil, nil}, {all[:1], json.RawMessage("{}")}} {
 		sent := make(chan error, 1)
-		go func() { sent <- old.SendSockets(c.all, c.state, json.RawMessage("1"), json.RawMessage("2")) }()
+		go func() { sent <- old.SendSockets(c.all, c.state, 7, json.RawMessage("1"), json.RawMessage("2")) }()
 		sockets, got := 0, json.RawMessage(nil)
 		for { // as versions do that know no parts
 			m, err := new.Receive(time.Now().Add(time.Minute))

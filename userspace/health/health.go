@@ -17,8 +17,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/balance"
 )
 
-// Spec says how a target is checked. Routes whose specs are equal share one [Check]. It is part of a [Record]:
-// in a field that is added, the zero value stands for what was done before.
+// Spec says how a target is checked. Routes whose specs are equal share one [Check]. It is part of a
+// [Record]: in a field that is added, the zero value stands for what was done before.
 type Spec struct {
 	Target string `json:"target"` // as the configuration writes it
 	Kind   string `json:"kind"`   // Connect, TLS or HTTP
@@ -91,8 +91,8 @@ type Set struct {
 	Tells func(error) bool
 	// Down hears of each target that goes down, and why, on a goroutine that waits for nothing else; or nil.
 	Down func(c *Check, why error)
-	// Moved is called when what Records returns has changed so that a process after a crash should know it, or
-	// would soon be too old for that; or nil. It must not block.
+	// Moved is called when what Records returns has changed so that a process after a crash should know it,
+	// or would soon be too old for that; or nil. It must not block.
 	Moved func()
 
 	mu sync.Mutex

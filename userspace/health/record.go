@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// Record is what the checks of a target have led to, for another process that checks it in the same way. Fields
-// that a process does not know are left out: what must not be has to change the name of the record.
+// Record is what the checks of a target have led to, for another process that checks it in the same way.
+// Fields that a process does not know are left out: what must not be has to change the name of the record.
 type Record struct {
 	Spec  Spec      `json:"spec"`
 	At    time.Time `json:"at"`             // the last check
@@ -74,11 +74,10 @@ func (s *Set) Inherit(all []Record) {
 
 // takeOver has c, which does not run yet, go on with r. The clock may have been set since then.
 func (c *Check) takeOver(r *Record, now time.Time) {
-	before := func(t time.Time) time.Time { return now.Add(min(t.Sub(now), 0)) }
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.state = state{isDown: r.Down, rise: max(r.Rise, 0), fall: max(r.Fall, 0), at: before(r.At), falls: max(r.Falls, 0)}
-	c.since = before(r.Since)
+	c.state = state{isDown: r.Down, rise: max(r.Rise, 0), fall: max(r.Fall, 0), at: notAfter(now, r.At), falls: max(r.Falls, 0)}
+	c.since = notAfter(now, r.Since)
 	if r.Since.IsZero() {
 		c.since = c.at
 	}
@@ -95,6 +94,9 @@ func (c *Check) takeOver(r *Record, now time.Time) {
 		c.SetUp(c.since, c.SlowStart)
 	}
 }
+
+// notAfter is t, or now where that is earlier.
+func notAfter(now, t time.Time) time.Time { return now.Add(min(t.Sub(now), 0)) }
 
 // isPlain reports whether a target is up, as one is that has never been down.
 func (s *state) isPlain(by *Spec, now time.Time) bool {

@@ -9,8 +9,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/health"
 )
 
-// orders are what an operator has said, and what else another process is to know. Fields that it does not know
-// are left out: what must not be gets another name.
+// orders are what an operator has said, and what else another process is to know. Fields that it does not
+// know are left out: what must not be gets another name.
 type orders struct {
 	Drained  map[string]time.Time `json:"drained"`  // listeners
 	Lingers  map[string]time.Time `json:"lingers"`  // those that still accept: see listener.until
@@ -91,8 +91,8 @@ func (srv *Server) AddOrders(late json.RawMessage) error {
 	return err
 }
 
-// inherit takes the orders of another process. What is wrong with one of the checks is no reason to do without
-// the rest.
+// inherit takes the orders of another process. What is wrong with one of the checks is no reason to do
+// without the rest.
 //
 // +checklocks:srv.mu
 func (srv *Server) inherit(first json.RawMessage, more []json.RawMessage) error {

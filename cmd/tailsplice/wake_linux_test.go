@@ -155,7 +155,7 @@ func TestCrashWoken(t *testing.T) {
 	address := freeaddr.Get(t)
 	m := newManager(t)
 	file := filepath.Join(m.dir, "edge.yaml")
-	check(t, os.WriteFile(file, fmt.Appendf(nil, "listeners:\n%s\ncontrol: { socket: %q }\n", sleepyListener(t, address, "3s"),
+	check(t, os.WriteFile(file, fmt.Appendf(nil, "listeners:\n%s\ncontrol: { socket: %q }\n", sleepyListener(t, address, "6s"),
 		filepath.Join(m.dir, "control.sock")), 0o600))
 	m.args = []string{"run", "--config", file, "--log-format", "json"}
 	m.start()

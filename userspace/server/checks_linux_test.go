@@ -356,7 +356,7 @@ func TestInheritHealth(t *testing.T) {
 	var n atomic.Int64
 	a, addr := sick(t, &n), freeAddr(t)
 	b := httpBackend(t, func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "B") })
-	const more = 300
+	const more = 150
 	yaml := func(every string) string {
 		all := fmt.Sprintf(`listeners:
   - { listen: [%q], mode: http, default: { forward: [ { to: %q, weight: 1000 }, { to: %q, backup: true } ], health: { check: http, path: /healthz, every: %s, fall: 1 } } }
@@ -389,6 +389,9 @@ func TestInheritHealth(t *testing.T) {
 	first, parts, err := old.OrdersInParts()
 	if err != nil {
 		t.Fatal(err)
+	}
+	if len(parts) < 2 {
+		t.Errorf("it is in %d parts", len(parts))
 	}
 	for _, m := range append(parts, first) {
 		if len(m) > 40<<10 {

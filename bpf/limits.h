@@ -13,7 +13,6 @@ enum {
 	EVENT_BYTES = 262144,   /* of the ring of events: 10,000 of them; a power of two */
 
 	MAX_TARGETS = 4096,     /* addresses of processes on this host that flows go to */
-	DOWNSTREAM_MAPS = 2,    /* sockmaps that its downstream is in: peers and local_sources */
 
 	/* bpf_skb_adjust_room refuses more than 0xfff (net/core/filter.c). */
 	TRIM_BYTES_A_CALL = 4095,
@@ -146,13 +145,15 @@ struct local {
 	struct pair pair; /* userspace: how the process's socket is found in `locals` */
 	__u64 process;    /* userspace: the cookie of that socket */
 	__u64 down;       /* query: where downstream's struct tcp_sock is */
-	__u32 on;         /* userspace: the rest is valid */
+	__u32 on;         /* userspace: bytes may go past TCP */
 	__u32 base;       /* query: downstream's write_seq when the flow began */
 	__u32 base_local; /* query: the process's write_seq for which that was so */
 	__u32 unread;     /* sockops_capture: the process closed with bytes unread, a reset in TCP */
 	__u64 in;         /* verdict: bytes that were redirected to the process */
 	__u64 settled;    /* verdict: what `in` was when the worker was last seen to have moved all */
 	__u64 out;        /* msg_redirect: bytes redirected to downstream; query takes what was not written */
+	__u32 late;       /* userspace: the socket was captured late; verdict: which makes no difference any more */
+	__u32 first;      /* query: upstream's write_seq when the flow began */
 };
 
 /* What `query` is asked to do, beside to answer. */
@@ -175,6 +176,7 @@ enum local_answer {
 	LOCAL_QUEUE = 4,    /* bytes wait for the process to read them */
 	LOCAL_PAIR = 8,     /* it is our upstream's other end */
 	LOCAL_SETTLED = 16, /* `out` was too large, and is right now */
+	LOCAL_HELD = 32,    /* its socket can't be captured now; maybe another daemon still has it */
 };
 
 #endif

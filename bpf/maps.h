@@ -43,6 +43,14 @@ struct {
 	__type(value, __u64);
 } peers SEC(".maps");
 
+/* What gets the verdict of sockmap.bpf.c. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, 2 * MAX_FLOWS);
+	__type(key, __u32);
+	__type(value, __u64);
+} sources SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, EVENT_BYTES);

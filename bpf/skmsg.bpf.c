@@ -36,6 +36,24 @@
  * reference to downstream's psock), and nothing waits for the worker. loader/sockmap/model_local_test.go runs
  * all interleavings of small cases against this.
  *
+ * # Giving back
+ *
+ * A flow is given back when nothing of it is past TCP:
+ *  - `on` is 0, and a grace period of RCU is over: no program is at work that has seen it as 1, so `in` and
+ *    `out` are final, but for what LOCAL_SETTLE takes away. The verdict goes on, by TCP.
+ *  - Both sources have left `local_sources`, as those of sockmap leave theirs (`iter_leave`).
+ *  - Downstream was given all of `out`, so no redirect is at work, which would find it gone and fail.
+ *  - The process has read its ingress queue to the end: with its socket out of `locals` the queue is freed.
+ *    While it does not, the flow stays; what comes goes by TCP, behind the queue.
+ * Then nothing is lost when the process's socket goes out of `locals`, and it is one like any other.
+ *
+ * # Captured late
+ *
+ * Whoever gets such a flow next captures the process's socket anew (`capture_late`), once nobody is left that
+ * holds its old psock: a process that waits in a read does until something comes. The process may also be
+ * waiting in TCP's own read then, which does not look into the ingress queue. So what comes first for it goes
+ * by TCP, and past TCP only when the process has read that (`late`).
+ *
  * # Slots
  *
  * Unlike the verdict, `msg_redirect` and `sockops_capture` run under the lock of a socket that is not ours to
@@ -57,12 +75,13 @@
  * is not captured.
  */
 
-#include "verdict.h"
+#include "leave.h"
 
 /* For tests, as those of verdict.h. */
 const volatile bool rule_local_order = true;
 const volatile bool rule_local_bound = true;
 const volatile bool rule_local_unread = true;
+const volatile bool rule_local_late = true;
 const volatile __u64 window_ns = 0; /* how long msg_redirect and sockops_capture wait before they act */
 
 /* So that bpf2go finds them in the BTF. */
@@ -179,11 +198,16 @@ static __always_inline enum way to_process(struct local *l, struct arrival *a)
 		l->settled = l->in;
 	if (waiting && rule_local_order)
 		way = TO_USERSPACE; /* nothing may overtake it in TCP */
+	if (!READ_ONCE(l->on))
+		goto out;
 	if (rule_local_order && ((__u32)(h->redirected + h->consumed) != a->tcp->write_seq - h->base ||
 				 READ_ONCE(tcp->copied_seq) != a->tcp->write_seq))
 		goto out;
+	if (rule_local_late && l->late && a->tcp->write_seq == l->first)
+		goto out; /* the process may wait where only TCP wakes it */
 	if (!has_room(l, h, tcp, a->len))
 		goto out;
+	l->late = 0;
 	WRITE_ONCE(l->in, l->in + a->len);
 	way = TO_PROCESS;
 out:
@@ -229,11 +253,11 @@ static __always_inline __u32 settle(struct local *l, __u32 slot, __u32 by_tcp)
 {
 	__u32 half = 2 * slot, other = half + 1, seq, answer = 0;
 	struct half *h = bpf_map_lookup_elem(&halves, &other);
-	struct bpf_sock *sk;
+	struct bpf_sock *sk, *source;
 	struct sk_psock *psock;
 	struct tcp_sock *down;
+	int refs, maps = 1; /* peers */
 	__s32 over;
-	int refs;
 
 	if (!h)
 		return 0;
@@ -243,8 +267,13 @@ static __always_inline __u32 settle(struct local *l, __u32 slot, __u32 by_tcp)
 	down = bpf_skc_to_tcp_sock(sk);
 	if (!down || waits(sock_of(down)) & LOCAL_BACKLOG)
 		goto out;
+	source = bpf_map_lookup_elem(&local_sources, &half); /* else it has left */
+	if (source) {
+		maps++;
+		bpf_sk_release(source);
+	}
 	psock = psock_of(sock_of(down));
-	if (bpf_probe_read_kernel(&refs, sizeof(refs), &psock->refcnt.refs.counter) || refs > DOWNSTREAM_MAPS)
+	if (bpf_probe_read_kernel(&refs, sizeof(refs), &psock->refcnt.refs.counter) || refs > maps)
 		goto out; /* a redirect is at work */
 	seq = READ_ONCE(down->write_seq);
 	over = (__u32)l->out - (seq - l->base - by_tcp);
@@ -325,8 +354,6 @@ int local_verdict(struct __sk_buff *skb)
 	slot = a.half >> 1;
 	from_process = a.half & 1;
 	l = bpf_map_lookup_elem(&local_flows, &slot);
-	if (l && !l->on)
-		l = 0; /* only TCP */
 
 	if (!a.h->seeded) {
 		seq = READ_ONCE(a.tcp->write_seq);
@@ -387,6 +414,22 @@ int msg_redirect(struct sk_msg_md *msg)
 		f->down.bytes = f->down.before + f->down.redirected + f->down.passed + l->out;
 	}
 	return SK_PASS;
+}
+
+/* As that of sockmap.bpf.c, for both sockmaps. */
+SEC("iter/tcp")
+int iter_leave(struct bpf_iter__tcp *ctx)
+{
+	__u32 half;
+	struct half *h = stands_at(ctx, &half);
+
+	if (!h)
+		return 0;
+	if (may_leave(h, half) &&
+	    (bpf_map_delete_elem(&sources, &half) == 0 || bpf_map_delete_elem(&local_sources, &half) == 0))
+		has_left(h);
+	call.half = half;
+	return 1;
 }
 
 /* Refuses to let the sockets of targets send with MSG_ZEROCOPY, as kernels do that don't have it. */
@@ -495,6 +538,7 @@ int query(struct __sk_buff *skb)
 		l->down = (__u64)down;
 		l->base = down->write_seq;
 		l->base_local = up->copied_seq;
+		l->first = up->write_seq;
 		/* Another connection with these addresses, in another namespace, has other numbers. */
 		if (process->rcv_nxt - up->snd_una <= up->write_seq - up->snd_una &&
 		    up->rcv_nxt - process->snd_una <= process->write_seq - process->snd_una)
@@ -504,6 +548,66 @@ int query(struct __sk_buff *skb)
 		bpf_sk_release(up_sk);
 	if (down_sk)
 		bpf_sk_release(down_sk);
+	bpf_sk_release(sk);
+	return answer;
+}
+
+/* Is this an IPv4 address? */
+static __always_inline bool is_mapped(struct end *e)
+{
+	__u32 *w = (__u32 *)e->address;
+
+	return !w[0] && !w[1] && w[2] == from_network(0xffff);
+}
+
+/* Captures a process's socket that an earlier daemon had captured, and has given back. Run by
+ * BPF_PROG_TEST_RUN only: behind an Ethernet header there is the key that the socket is to have in `locals`,
+ * and cb[0] is the number of its network namespace, or negative for that of the caller. */
+SEC("tc")
+int capture_late(struct __sk_buff *skb)
+{
+	struct bpf_sock_tuple t = {};
+	struct tcp_sock *tcp;
+	struct bpf_sock *sk;
+	struct pair pair;
+	__u32 *own = (__u32 *)pair.own.address, *other = (__u32 *)pair.other.address;
+	__u64 now, space = (__s64)(__s32)skb->cb[0];
+	__u32 answer = 0;
+
+	if (bpf_skb_load_bytes(skb, 14, &pair, sizeof(pair)))
+		return 0;
+	if (is_mapped(&pair.own)) {
+		t.ipv4.saddr = other[3];
+		t.ipv4.daddr = own[3];
+		t.ipv4.sport = from_network16(pair.other.port);
+		t.ipv4.dport = from_network16(pair.own.port);
+		sk = bpf_sk_lookup_tcp(skb, &t, sizeof(t.ipv4), space, 0);
+	} else {
+		for (int i = 0; i < 4; i++) {
+			t.ipv6.saddr[i] = other[i];
+			t.ipv6.daddr[i] = own[i];
+		}
+		t.ipv6.sport = from_network16(pair.other.port);
+		t.ipv6.dport = from_network16(pair.own.port);
+		sk = bpf_sk_lookup_tcp(skb, &t, sizeof(t.ipv6), space, 0);
+	}
+	if (!sk)
+		return 0;
+	tcp = bpf_skc_to_tcp_sock(sk);
+	/* One that has not been captured before will not tell how it is closed. */
+	if (!tcp || sock_of(tcp)->__sk_common.skc_state != TCP_ESTABLISHED ||
+	    !(tcp->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG) ||
+	    sock_of(tcp)->__sk_common.skc_flags >> sock_flag(SOCK_ZEROCOPY) & 1)
+		goto out;
+	answer = LOCAL_HELD;
+	now = bpf_ktime_get_ns();
+	if (bpf_map_update_elem(&caught, &pair, &now, BPF_NOEXIST))
+		goto out;
+	if (bpf_map_update_elem(&locals, &pair, sk, BPF_NOEXIST))
+		bpf_map_delete_elem(&caught, &pair);
+	else
+		answer = LOCAL_THERE;
+out:
 	bpf_sk_release(sk);
 	return answer;
 }

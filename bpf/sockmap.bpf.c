@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-3-Clause
 /* The datapath sockmap: both sockets of a flow get the verdict, and leave it when the flow is busy. */
 
-#include "verdict.h"
+#include "leave.h"
 
 /* For tests, as those of verdict.h. */
 const volatile bool rule_clamp = true;
@@ -11,14 +11,6 @@ const volatile bool rule_late = true; /* a reset waits for the queue */
 const struct event *unused_event __attribute__((unused));
 const enum event_kind *unused_kind __attribute__((unused));
 const enum leaving *unused_leaving __attribute__((unused));
-
-/* What gets the verdict. */
-struct {
-	__uint(type, BPF_MAP_TYPE_SOCKMAP);
-	__uint(max_entries, 2 * MAX_FLOWS);
-	__type(key, __u32);
-	__type(value, __u64);
-} sources SEC(".maps");
 
 SEC("sk_skb/stream_verdict")
 int verdict(struct __sk_buff *skb)
@@ -38,38 +30,16 @@ int verdict(struct __sk_buff *skb)
 	return way == TO_PEER ? redirect_to_peer(skb, &a) : SK_PASS;
 }
 
-/* Runs in the system call of who asks, so there is no order to argue. */
-struct leave_call call = {};
-
-/* Takes a half out of the sockmap that is LEAVING. Reading the iterator runs it for each TCP socket of the
- * namespace, under the socket's lock (since 5.15). Deleting by the system call does not take that, and an skb
- * that is on its way to the verdict would be dropped, for want of one.
- *
- * 1 ends the read with EAGAIN, and the next read begins with the same socket: to get there takes milliseconds
- * where the kernel's table of sockets is large, and asking there microseconds. */
 SEC("iter/tcp")
 int iter_leave(struct bpf_iter__tcp *ctx)
 {
-	struct sock_common *sk = ctx->sk_common;
-	struct place *at;
-	struct half *h;
-	__u64 cookie;
 	__u32 half;
+	struct half *h = stands_at(ctx, &half);
 
-	if (!sk)
+	if (!h)
 		return 0;
-	cookie = sk->skc_cookie.counter;
-	at = bpf_map_lookup_elem(&places, &cookie);
-	if (!at)
-		return 0;
-	half = at->half;
-	h = bpf_map_lookup_elem(&halves, &half);
-	if (!h || h->source != cookie || h->leaving != LEAVING || h->fault != FAULT_NONE)
-		return 0;
-	if (call.half == half && call.read == h->passed && bpf_map_delete_elem(&sources, &half) == 0) {
-		h->seeded = 0;
-		h->leaving = HAS_LEFT;
-	}
+	if (may_leave(h, half) && bpf_map_delete_elem(&sources, &half) == 0)
+		has_left(h);
 	call.half = half;
 	return 1;
 }

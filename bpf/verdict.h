@@ -94,8 +94,10 @@ const volatile __u64 tcp_pressure = 0;
 
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define from_network(x) __builtin_bswap32(x)
+#define from_network16(x) __builtin_bswap16(x)
 #else
 #define from_network(x) (x)
+#define from_network16(x) (x)
 #endif
 
 static __always_inline struct sock *sock_of(struct tcp_sock *tcp) { return &tcp->inet_conn.icsk_inet.sk; }

@@ -92,6 +92,24 @@ enum {
 
 struct bpf_flow_keys;
 
+/* Addresses and ports of a connection, in network byte order, as what comes to a socket has them. */
+struct bpf_sock_tuple {
+	union {
+		struct {
+			__be32 saddr;
+			__be32 daddr;
+			__be16 sport;
+			__be16 dport;
+		} ipv4;
+		struct {
+			__be32 saddr[4];
+			__be32 daddr[4];
+			__be16 sport;
+			__be16 dport;
+		} ipv6;
+	};
+};
+
 /* A socket, for programs that may not see the kernel's own struct. */
 struct bpf_sock {
 	__u32 bound_dev_if;
@@ -292,6 +310,7 @@ struct tcp_sock {
 	__u32 snd_una;    /* the first byte that was not acknowledged */
 	__u32 copied_seq; /* the first byte that nobody has taken from the receive queue */
 	__u32 write_seq;  /* one past the last byte that was written into the send queue */
+	__u8 bpf_sock_ops_cb_flags; /* what sockops programs are called for */
 };
 
 struct sk_buff_head {

@@ -36,7 +36,16 @@ type Path struct {
 	Count          func() (up, down int64)
 	Ended          chan Result
 	Returns        *atomic.Int32 // how often the flow was given back
+	Recall         func()        // of BecomeLocal
+	Returned       chan Returned // the same
 	Cancel         context.CancelFunc
+}
+
+// Returned is a flow that was given back.
+type Returned struct {
+	Sockets  [2]int    // downstream's and upstream's
+	Rest     [2][]byte // that was read from them
+	Up, Down int64
 }
 
 // splicer is a datapath.
@@ -301,7 +310,7 @@ func BecomeLocal(t testing.TB, n splicer, ln net.Listener) *Path {
 		network = "tcp6"
 	}
 	for end := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {
-		p := &Path{T: t, Ended: make(chan Result, 1)}
+		p := &Path{T: t, Ended: make(chan Result, 1), Returned: make(chan Returned, 1)}
 		p.Client, p.Down = Connect(t, network)
 		up, err := net.Dial(network, ln.Addr().String())
 		Must(t, err)
@@ -313,7 +322,11 @@ func BecomeLocal(t testing.TB, n splicer, ln net.Listener) *Path {
 		t.Cleanup(func() { cancel(); p.Client.Close(); p.Server.Close() })
 		p.Count, err = Splice(ctx, n, p.Down, p.Up,
 			prove.Flow{ID: "local", Buffer: 1 << 20,
-				Ended: func(up, down int64, end string, err error) { p.Ended <- Result{up, down, end, err} }})
+				Ended:      func(up, down int64, end string, err error) { p.Ended <- Result{up, down, end, err} },
+				Recallable: func(recall func()) { p.Recall = recall },
+				Returned: func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, _ time.Time, _ func(), _ error) {
+					p.Returned <- Returned{[2]int{down, up}, [2][]byte{downRest, upRest}, upBytes, downBytes}
+				}})
 		if err == nil {
 			return p
 		}

@@ -20,17 +20,39 @@ import (
 )
 
 // cgroupOf gives the folder of the narrowest cgroup of the socket whose own address is at and which is
-// connected to other, if that is a socket of this host. An error that wraps no refusal means refusedNoCgroup.
-func cgroupOf(at, other netip.AddrPort) (string, error) {
-	id, err := cgroupID(at, other)
+// connected to other, if that is a socket of this host, and says which network namespace it is in. An error
+// that wraps no refusal means refusedNoCgroup.
+func cgroupOf(at, other netip.AddrPort) (path string, space int32, err error) {
+	id, space, err := cgroupID(at, other)
 	if err != nil {
-		return "", err
+		return "", 0, err
 	}
 	mount, err := host.Cgroup2Mount()
 	if err != nil || mount == "" {
-		return "", fmt.Errorf("no cgroup2 is mounted (%v)", err)
+		return "", 0, fmt.Errorf("no cgroup2 is mounted (%v)", err)
 	}
-	return cgroupByID(mount, id)
+	path, err = cgroupByID(mount, id)
+	return path, space, err
+}
+
+// Network namespaces that have no number, beside those that do.
+const (
+	ownSpace     int32 = -1
+	unnamedSpace int32 = -2
+)
+
+// spaceAt is the number that our network namespace has for the one at path. The kernel gives one to each that
+// an end of a veth of ours is moved to.
+func spaceAt(path string) int32 {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return unnamedSpace
+	}
+	defer ns.Close()
+	if id, err := netlink.GetNetNsIdByFd(int(ns)); err == nil && id >= 0 {
+		return int32(id)
+	}
+	return unnamedSpace
 }
 
 // cgroupByID finds a cgroup by its id, which is the inode of its folder.
@@ -64,30 +86,31 @@ func cgroupByID(mount string, id uint64) (string, error) {
 // cgroupID gives the id of the socket's cgroup, which is that of the process that made the listener. The
 // socket is looked for in our own network namespace if the address is ours, and in those of other processes
 // if it is on a bridge of ours.
-func cgroupID(at, other netip.AddrPort) (uint64, error) {
+func cgroupID(at, other netip.AddrPort) (id uint64, space int32, err error) {
 	own, bridged, err := place(at.Addr())
 	switch {
 	case err != nil:
-		return 0, err
+		return 0, 0, err
 	case own:
-		return diagCgroup(nil, at, other)
+		id, err = diagCgroup(nil, at, other)
+		return id, ownSpace, err
 	case !bridged:
-		return 0, refusedElsewhere
+		return 0, 0, refusedElsewhere
 	}
 	spaces, last := otherNamespaces()
 	for _, path := range spaces {
 		id, err := diagCgroupIn(path, at, other)
 		if err == nil {
-			return id, nil
+			return id, spaceAt(path), nil
 		}
 		if !errors.Is(err, unix.ENOENT) {
 			last = err
 		}
 	}
 	if last != nil {
-		return 0, last
+		return 0, 0, last
 	}
-	return 0, fmt.Errorf("%w: it is in no network namespace of a process here", refusedElsewhere)
+	return 0, 0, fmt.Errorf("%w: it is in no network namespace of a process here", refusedElsewhere)
 }
 
 // place says whether an address is ours, or in the network of a bridge or a veth of ours.

@@ -9,8 +9,8 @@ import (
 	"github.com/tailsplice/tailsplice/loader/host"
 )
 
-// graces gives slots back when no program can be at work on the flow that had them. See "Slots" in
-// bpf/skmsg.bpf.c.
+// graces gives slots back when no program can be at work on the flow that had them, and says when none is at work
+// that began before. See "Slots" and "Giving back" in bpf/skmsg.bpf.c.
 type graces struct {
 	outer *ebpf.Map // an update of it returns after a grace period of RCU
 	inner *ebpf.Map
@@ -18,6 +18,8 @@ type graces struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	retired []uint32
+	// +checklocks:mu
+	waiting []func()
 	// +checklocks:mu
 	isBusy bool // somebody is at them
 	done   sync.WaitGroup
@@ -51,20 +53,33 @@ func (n *Local) retire(slot uint32) {
 	n.graces.mu.Lock()
 	defer n.graces.mu.Unlock()
 	n.graces.retired = append(n.graces.retired, slot)
+	n.startGraces()
+}
+
+// afterGrace calls do after a grace period, if that can be had. It does not wait.
+func (n *Local) afterGrace(do func()) {
+	n.graces.mu.Lock()
+	defer n.graces.mu.Unlock()
+	n.graces.waiting = append(n.graces.waiting, do)
+	n.startGraces()
+}
+
+// +checklocks:n.graces.mu
+func (n *Local) startGraces() {
 	if !n.graces.isBusy {
 		n.graces.isBusy = true
-		n.graces.done.Go(n.giveRetired)
+		n.graces.done.Go(n.runGraces)
 	}
 }
 
-// giveRetired gives slots back until none is retired any more.
-func (n *Local) giveRetired() {
+// runGraces waits for grace periods until nobody else does.
+func (n *Local) runGraces() {
 	for {
 		n.graces.mu.Lock()
-		slots := n.graces.retired
-		n.graces.retired, n.graces.isBusy = nil, len(slots) > 0
+		slots, waiting := n.graces.retired, n.graces.waiting
+		n.graces.retired, n.graces.waiting, n.graces.isBusy = nil, nil, len(slots)+len(waiting) > 0
 		n.graces.mu.Unlock()
-		if len(slots) == 0 {
+		if len(slots)+len(waiting) == 0 {
 			return
 		}
 		if n.hooks.Keeps(ruleLocalGrace) {
@@ -77,6 +92,9 @@ func (n *Local) giveRetired() {
 		for _, slot := range slots {
 			n.flows[slot] = skmsgLocal{}
 			n.l.FreeSlot(slot)
+		}
+		for _, do := range waiting {
+			do()
 		}
 	}
 }

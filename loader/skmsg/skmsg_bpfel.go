@@ -50,6 +50,8 @@ type skmsgLocal struct {
 	In        uint64
 	Settled   uint64
 	Out       uint64
+	Late      uint32
+	First     uint32
 }
 
 type skmsgLocalAnswer uint32
@@ -60,6 +62,7 @@ const (
 	skmsgLocalAnswerLOCAL_QUEUE   skmsgLocalAnswer = 4
 	skmsgLocalAnswerLOCAL_PAIR    skmsgLocalAnswer = 8
 	skmsgLocalAnswerLOCAL_SETTLED skmsgLocalAnswer = 16
+	skmsgLocalAnswerLOCAL_HELD    skmsgLocalAnswer = 32
 )
 
 type skmsgLocalRequest uint32
@@ -104,16 +107,21 @@ const (
 	skmsgMapLocals          = "locals"
 	skmsgMapPeers           = "peers"
 	skmsgMapPlaces          = "places"
+	skmsgMapSources         = "sources"
 	skmsgMapTargets         = "targets"
+	skmsgProgCaptureLate    = "capture_late"
+	skmsgProgIterLeave      = "iter_leave"
 	skmsgProgLocalVerdict   = "local_verdict"
 	skmsgProgMsgRedirect    = "msg_redirect"
 	skmsgProgQuery          = "query"
 	skmsgProgQueryUnread    = "query_unread"
 	skmsgProgSockopsCapture = "sockops_capture"
 	skmsgProgSockoptRefuse  = "sockopt_refuse"
+	skmsgVarCall            = "call"
 	skmsgVarRuleBound       = "rule_bound"
 	skmsgVarRuleFin         = "rule_fin"
 	skmsgVarRuleLocalBound  = "rule_local_bound"
+	skmsgVarRuleLocalLate   = "rule_local_late"
 	skmsgVarRuleLocalOrder  = "rule_local_order"
 	skmsgVarRuleLocalUnread = "rule_local_unread"
 	skmsgVarRuleMutual      = "rule_mutual"
@@ -169,6 +177,8 @@ type skmsgSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type skmsgProgramSpecs struct {
+	CaptureLate    *ebpf.ProgramSpec `ebpf:"capture_late"`
+	IterLeave      *ebpf.ProgramSpec `ebpf:"iter_leave"`
 	LocalVerdict   *ebpf.ProgramSpec `ebpf:"local_verdict"`
 	MsgRedirect    *ebpf.ProgramSpec `ebpf:"msg_redirect"`
 	Query          *ebpf.ProgramSpec `ebpf:"query"`
@@ -191,6 +201,7 @@ type skmsgMapSpecs struct {
 	Locals       *ebpf.MapSpec `ebpf:"locals"`
 	Peers        *ebpf.MapSpec `ebpf:"peers"`
 	Places       *ebpf.MapSpec `ebpf:"places"`
+	Sources      *ebpf.MapSpec `ebpf:"sources"`
 	Targets      *ebpf.MapSpec `ebpf:"targets"`
 }
 
@@ -198,9 +209,11 @@ type skmsgMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type skmsgVariableSpecs struct {
+	Call            *ebpf.VariableSpec `ebpf:"call"`
 	RuleBound       *ebpf.VariableSpec `ebpf:"rule_bound"`
 	RuleFin         *ebpf.VariableSpec `ebpf:"rule_fin"`
 	RuleLocalBound  *ebpf.VariableSpec `ebpf:"rule_local_bound"`
+	RuleLocalLate   *ebpf.VariableSpec `ebpf:"rule_local_late"`
 	RuleLocalOrder  *ebpf.VariableSpec `ebpf:"rule_local_order"`
 	RuleLocalUnread *ebpf.VariableSpec `ebpf:"rule_local_unread"`
 	RuleMutual      *ebpf.VariableSpec `ebpf:"rule_mutual"`
@@ -244,6 +257,7 @@ type skmsgMaps struct {
 	Locals       *ebpf.Map `ebpf:"locals"`
 	Peers        *ebpf.Map `ebpf:"peers"`
 	Places       *ebpf.Map `ebpf:"places"`
+	Sources      *ebpf.Map `ebpf:"sources"`
 	Targets      *ebpf.Map `ebpf:"targets"`
 }
 
@@ -259,6 +273,7 @@ func (m *skmsgMaps) Close() error {
 		m.Locals,
 		m.Peers,
 		m.Places,
+		m.Sources,
 		m.Targets,
 	)
 }
@@ -267,9 +282,11 @@ func (m *skmsgMaps) Close() error {
 //
 // It can be passed to loadSkmsgObjects or ebpf.CollectionSpec.LoadAndAssign.
 type skmsgVariables struct {
+	Call            *ebpf.Variable `ebpf:"call"`
 	RuleBound       *ebpf.Variable `ebpf:"rule_bound"`
 	RuleFin         *ebpf.Variable `ebpf:"rule_fin"`
 	RuleLocalBound  *ebpf.Variable `ebpf:"rule_local_bound"`
+	RuleLocalLate   *ebpf.Variable `ebpf:"rule_local_late"`
 	RuleLocalOrder  *ebpf.Variable `ebpf:"rule_local_order"`
 	RuleLocalUnread *ebpf.Variable `ebpf:"rule_local_unread"`
 	RuleMutual      *ebpf.Variable `ebpf:"rule_mutual"`
@@ -287,6 +304,8 @@ type skmsgVariables struct {
 //
 // It can be passed to loadSkmsgObjects or ebpf.CollectionSpec.LoadAndAssign.
 type skmsgPrograms struct {
+	CaptureLate    *ebpf.Program `ebpf:"capture_late"`
+	IterLeave      *ebpf.Program `ebpf:"iter_leave"`
 	LocalVerdict   *ebpf.Program `ebpf:"local_verdict"`
 	MsgRedirect    *ebpf.Program `ebpf:"msg_redirect"`
 	Query          *ebpf.Program `ebpf:"query"`
@@ -297,6 +316,8 @@ type skmsgPrograms struct {
 
 func (p *skmsgPrograms) Close() error {
 	return _SkmsgClose(
+		p.CaptureLate,
+		p.IterLeave,
 		p.LocalVerdict,
 		p.MsgRedirect,
 		p.Query,

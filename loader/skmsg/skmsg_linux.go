@@ -48,6 +48,8 @@ const (
 	ruleLocalDrain  sockmap.Rule = "local_drain"  // what was redirected reaches the process's queue before what comes by TCP
 	ruleLocalPair   sockmap.Rule = "local_pair"   // the two sockets have one connection's numbers
 	ruleLocalGrace  sockmap.Rule = "local_grace"  // a slot is given again when no program is at work on the flow before
+	ruleLocalLeave  sockmap.Rule = "local_leave"  // a flow is given back when the process has read its queue
+	ruleLocalLate   sockmap.Rule = "local_late"   // what comes first for a socket that was captured late goes by TCP
 	ruleLocalSettle sockmap.Rule = "local_settle" // what a redirect did not write is taken away from what it was to write
 )
 
@@ -102,6 +104,7 @@ func Load(l *sockmap.Engine, c sockmap.Config) (_ *Local, err error) {
 	if err := n.graces.init(); err != nil {
 		return nil, err
 	}
+	l.LeaveBy(n.objects.IterLeave, n.objects.Call)
 	if n.memory, n.flows, err = sockmap.Mapped[skmsgLocal](n.objects.LocalFlows); err != nil {
 		return nil, err
 	}
@@ -156,12 +159,15 @@ type process struct {
 	pair       skmsgPair
 	cookie     uint64
 	group      *group // of its cgroup; nil: this process's own, or left
+	isLate     bool   // it was captured after it had been accepted
 	slot       uint32
 	isPrepared atomic.Bool // slot is valid, and has our entry
 
 	// arrived is how much had been redirected when the process was last seen to have got all of it. Only for
 	// who runs the direction up.
 	arrived uint64
+	// read is the same of when the process had read all of it.
+	read uint64
 }
 
 func (p *process) Sources() *ebpf.Map      { return p.local.objects.LocalSources }
@@ -177,6 +183,9 @@ func (p *process) Prepare(slot uint32, downstream uint64) error {
 	p.slot = slot
 	p.isPrepared.Store(true)
 	*p.shared() = skmsgLocal{Pair: p.pair, Process: p.cookie}
+	if p.isLate {
+		p.shared().Late = 1
+	}
 	answer, err := p.query(skmsgLocalRequestLOCAL_BEGIN, 0)
 	if err != nil {
 		return sockmap.RefusedMaps
@@ -203,10 +212,16 @@ func store32(p *uint32, v uint32) { atomic.StoreUint32(p, v) }
 func (p *process) Enable()  { store32(&p.shared().On, 1) }
 func (p *process) Disable() { store32(&p.shared().On, 0) }
 
+// WhenDisabled calls do after a grace period.
+func (p *process) WhenDisabled(do func()) { p.local.afterGrace(do) }
+
+// Leave takes the process's socket out of its map.
+func (p *process) Leave() { _ = p.local.objects.Locals.Delete(p.pair) }
+
 // Undo is Release, and takes the socket out of its map besides, since nothing was redirected to it.
 func (p *process) Undo() {
 	if p.isPrepared.Load() {
-		_ = p.local.objects.Locals.Delete(p.pair)
+		p.Leave()
 	}
 	p.Release()
 }
@@ -236,12 +251,18 @@ func (p *process) Moved(side uint32) uint64 {
 
 // query runs the BPF program query, which takes some microseconds.
 func (p *process) query(request skmsgLocalRequest, byTCP uint32) (skmsgLocalAnswer, error) {
-	c := struct { // struct __sk_buff up to cb
+	return p.local.run(p.local.objects.Query, emptyFrame, p.slot, uint32(request), byTCP)
+}
+
+// run runs a program of ours with a frame, and with numbers in cb.
+func (n *Local) run(program *ebpf.Program, frame []byte, numbers ...uint32) (skmsgLocalAnswer, error) {
+	var c struct { // struct __sk_buff up to cb
 		_  [12]uint32
 		Cb [5]uint32
 		_  [27]uint32
-	}{Cb: [5]uint32{p.slot, uint32(request), byTCP}}
-	answer, err := p.local.objects.Query.Run(&ebpf.RunOptions{Data: emptyFrame, Context: c})
+	}
+	copy(c.Cb[:], numbers)
+	answer, err := program.Run(&ebpf.RunOptions{Data: frame, Context: c})
 	return skmsgLocalAnswer(answer), err
 }
 
@@ -261,6 +282,23 @@ func (p *process) HasBacklog() bool {
 		return true
 	}
 	p.arrived = in
+	return false
+}
+
+func (p *process) HasUnread() bool {
+	in := p.Moved(0)
+	if in == p.read || !p.local.hooks.Keeps(ruleLocalLeave) {
+		return false
+	}
+	if p.HasBacklog() {
+		return true
+	}
+	// Asked anew: what was moved to the queue before is seen there now.
+	answer, err := p.query(skmsgLocalRequestLOCAL_LOOK, 0)
+	if err != nil || answer&(skmsgLocalAnswerLOCAL_QUEUE|skmsgLocalAnswerLOCAL_BACKLOG) != 0 {
+		return true
+	}
+	p.read = in
 	return false
 }
 

@@ -1,6 +1,7 @@
 package skmsg
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -29,7 +30,6 @@ const (
 
 // Why a flow is not taken, beside the reasons of sockmap.
 const (
-	refusedUnknown     = sockmap.Refusal("the target's process is not known yet")
 	refusedTargets     = sockmap.Refusal("more targets than sk_msg can track are in use")
 	refusedElsewhere   = sockmap.Refusal("the target is not a process on this host")
 	refusedRootCgroup  = sockmap.Refusal("the target's process is in the root cgroup")
@@ -39,6 +39,17 @@ const (
 	refusedNotCaptured = sockmap.Refusal("the target's socket was not seen when it was created")
 	refusedPair        = sockmap.Refusal("the target's socket is not the peer of ours")
 )
+
+// The same of a flow that may be taken later.
+var (
+	refusedUnknown = later{"the target's process is not known yet"}
+	refusedHeld    = later{"the target's socket is on its way from another daemon"}
+)
+
+type later struct{ sockmap.Refusal }
+
+// Later tells userspace/relay so.
+func (later) Later() bool { return true }
 
 // targets are the addresses that flows go to, and what is known about who listens there.
 type targets struct {
@@ -57,6 +68,7 @@ type targets struct {
 type target struct {
 	why    error     // why flows to it are refused; nil: its sockets are captured
 	group  string    // the folder of its cgroup
+	space  int32     // its network namespace, as capture_late takes it
 	again  time.Time // when it is to be learned anew; zero: never
 	used   time.Time // when a flow last asked for it
 	missed int       // sockets in a row that were not captured
@@ -106,7 +118,17 @@ func (t *targets) find(up int) (*process, error) {
 		return nil, k.why
 	}
 	p := &process{local: t.n, pair: pairOf(at, own)}
-	if err := t.n.objects.Locals.Lookup(p.pair, &p.cookie); err != nil {
+	err := t.n.objects.Locals.Lookup(p.pair, &p.cookie)
+	if err != nil {
+		switch answer := t.n.captureLate(p.pair, k.space); answer {
+		case skmsgLocalAnswerLOCAL_THERE:
+			p.isLate = true
+			err = t.n.objects.Locals.Lookup(p.pair, &p.cookie)
+		case skmsgLocalAnswerLOCAL_HELD:
+			return nil, refusedHeld
+		}
+	}
+	if err != nil {
 		var is skmsgLocalTarget
 		if t.n.objects.Targets.Lookup(p.pair.Own, &is) == nil && is == skmsgLocalTargetTARGET_ZEROCOPY {
 			k.why, k.again = refusedZeroCopy, now.Add(zeroCopyAgain)
@@ -122,6 +144,23 @@ func (t *targets) find(up int) (*process, error) {
 		p.group.flows++
 	}
 	return p, nil
+}
+
+// captureLate captures a socket that an earlier daemon had captured. The answer is LOCAL_THERE or LOCAL_HELD, or
+// 0 where there is no such socket.
+func (n *Local) captureLate(pair skmsgPair, space int32) skmsgLocalAnswer {
+	if space == unnamedSpace {
+		return 0
+	}
+	key, err := binary.Append(make([]byte, ethernetHeader), binary.NativeEndian, pair)
+	if err != nil {
+		return 0
+	}
+	answer, err := n.run(n.objects.CaptureLate, key, uint32(space))
+	if err != nil {
+		return 0
+	}
+	return answer
 }
 
 // release is told that a flow which find gave a process has ended, or has not begun.
@@ -167,7 +206,7 @@ func (t *targets) learn(at, other netip.AddrPort) {
 	t.working.Add(1)
 	go func() {
 		defer t.working.Done()
-		group, err := cgroupOf(at, other)
+		group, space, err := cgroupOf(at, other)
 		t.mu.Lock()
 		defer t.mu.Unlock()
 		if t.closed || t.known[at] != k { // it was forgotten meanwhile
@@ -185,7 +224,7 @@ func (t *targets) learn(at, other netip.AddrPort) {
 			t.n.log.Info("a target can't use datapath sk_msg", "target", at, "reason", err)
 			_ = t.n.objects.Targets.Delete(endOf(at))
 		} else {
-			k.why, k.group = nil, group
+			k.why, k.group, k.space = nil, group, space
 			t.n.log.Info("a target is a process on this host, and uses datapath sk_msg", "target", at, "cgroup", group)
 		}
 		t.detachUnused()

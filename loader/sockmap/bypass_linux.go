@@ -14,6 +14,12 @@ type Bypass interface {
 	Prepare(slot uint32, downstream uint64) error
 	Enable()
 	Disable()
+	// WhenDisabled calls do, on another goroutine, when no program is at work that has not seen a Disable
+	// before: what Moved gives does not grow any more. It never does so if that can't be known.
+	WhenDisabled(do func())
+	// Leave is called before Release for a flow that is given back: the process's socket, for which nothing
+	// is past TCP, is one like any other then.
+	Leave()
 	// Release forgets the flow, which has ended. Undo is called instead for one that has not begun.
 	Release()
 	Undo()
@@ -24,6 +30,9 @@ type Bypass interface {
 	// HasBacklog reports whether bytes are on their way to the process's queue. Bytes, and an end, that go to
 	// it by TCP now would overtake them.
 	HasBacklog() bool
+	// HasUnread reports whether bytes are past TCP that the process has not read. Only for who runs the
+	// direction to it.
+	HasUnread() bool
 	// ClosedUnread reports whether the process has closed its socket with bytes unread, which resets a
 	// connection.
 	ClosedUnread() bool
@@ -40,10 +49,13 @@ func (t tcpOnly) Counts() *Counts            { return &t.counts }
 func (tcpOnly) Prepare(uint32, uint64) error { return nil }
 func (tcpOnly) Enable()                      {}
 func (tcpOnly) Disable()                     {}
+func (tcpOnly) WhenDisabled(do func())       { go do() }
+func (tcpOnly) Leave()                       {}
 func (tcpOnly) Release()                     {}
 func (tcpOnly) Undo()                        {}
 func (tcpOnly) Moved(uint32) uint64          { return 0 }
 func (tcpOnly) HasBacklog() bool             { return false }
+func (tcpOnly) HasUnread() bool              { return false }
 func (tcpOnly) ClosedUnread() bool           { return false }
 func (tcpOnly) Settle(uint32) bool           { return false }
 

@@ -45,6 +45,9 @@ type detaching struct {
 	isReady    atomic.Bool // out of it, and the peer has all that was redirected
 	inHand     bool        // rest is what was read to leave; only for who is running
 
+	looksAgain atomic.Bool   // a timer will wake it, to see what is past TCP
+	lookPause  time.Duration // before that; only for who is running
+
 	wasAsked bool                  // the detacher's, under its lock
 	offer    atomic.Pointer[offer] // it may leave now; until what came meanwhile has a verdict again
 
@@ -76,11 +79,11 @@ type offer struct {
 }
 
 func newDetacher(l *Engine) (*detacher, error) {
-	it, err := link.AttachIter(link.IterOptions{Program: l.objects.IterLeave})
+	it, err := link.AttachIter(link.IterOptions{Program: l.leave.iter})
 	if err != nil {
 		return nil, fmt.Errorf("attach the iterator of sockets: %w", host.Translate(err))
 	}
-	return &detacher{iter: it, call: l.objects.Call, poke: make(chan struct{}, 1), quit: make(chan struct{})}, nil
+	return &detacher{iter: it, call: l.leave.call, poke: make(chan struct{}, 1), quit: make(chan struct{})}, nil
 }
 
 // noteRate asks for the flow to leave if it has become too busy. Only the reader of the ring calls it, when
@@ -101,7 +104,7 @@ func (d *direction) noteRate(now time.Time) {
 
 // ask makes both directions leave soon, if the flow can be given back then. Called with the flow's mu held.
 func (v *detacher) ask(f *flow) {
-	if v == nil || f.o.Returned == nil || !f.isByTCP() ||
+	if v == nil || f.o.Returned == nil || !f.isByTCP() && !f.isStopped.Load() ||
 		!f.isRecalled.Load() && (f.directions[0].hasFIN() || f.directions[1].hasFIN()) {
 		return
 	}
@@ -319,20 +322,46 @@ func (d *direction) isLeaving() bool {
 // readyToReturn is asked by a direction that has left and holds nothing, with all written that was
 // redirected. It is true for the direction that is the last to be so.
 func (d *direction) readyToReturn() bool {
-	if d.isReady.Load() || load64(&d.shared().Redirected) != d.settled && !d.redirectedIsWritten() {
+	if d.isReady.Load() || load64(&d.shared().Redirected) != d.settled && !d.redirectedIsWritten() || d.isPastTCP() {
 		return false
 	}
 	d.isReady.Store(true)
 	return d.f.directions[1-d.side].isReady.Load()
 }
 
+// isPastTCP reports whether bytes that went past TCP have not come to whoever reads them. Then the direction,
+// which has left, is woken to look again.
+func (d *direction) isPastTCP() bool {
+	if d.f.isByTCP() || d.redirectedIsWritten() && (d.side == 1 || !d.f.bypass.HasUnread()) {
+		return false
+	}
+	if !d.looksAgain.Swap(true) { // once, however often something else wakes it
+		d.lookPause = min(max(2*d.lookPause, time.Millisecond), shortPause)
+		time.AfterFunc(d.lookPause, func() {
+			d.looksAgain.Store(false)
+			d.wake(0)
+		})
+	}
+	return true
+}
+
 // recall makes the flow be given back soon, though it is not busy, and also if one of its streams has ended.
+// Nothing goes past TCP any more before it leaves.
 func (f *flow) recall() {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if !f.isClosed {
-		f.isRecalled.Store(true)
+	if f.isClosed {
+		return
+	}
+	switch wasRecalled := f.isRecalled.Swap(true); {
+	case f.isByTCP() || f.isStopped.Load():
 		f.l.detacher.ask(f)
+	case !wasRecalled:
+		f.bypass.Disable()
+		f.bypass.WhenDisabled(func() {
+			f.isStopped.Store(true)
+			f.recall()
+		})
 	}
 }
 
@@ -340,7 +369,7 @@ func (f *flow) recall() {
 // other direction is about to end too, the flow ends.
 func (d *direction) isReadyToo() bool {
 	other := &d.f.directions[1-d.side]
-	d.isReady.Store(d.isCopying.Load())
+	d.isReady.Store(d.isCopying.Load() && !d.isPastTCP())
 	return d.isReady.Load() && other.isReady.Load() && !other.isAtEnd.Load()
 }
 
@@ -367,6 +396,7 @@ func (f *flow) giveBack() {
 		f.poller().remove(s)
 	}
 	f.withdraw()
+	f.bypass.Leave()
 	lastMoved := f.lookLast(time.Now())
 	f.close()
 	f.mu.Unlock()

@@ -38,7 +38,8 @@ type Engine struct {
 	live     []atomic.Pointer[flow] // by slot
 	ledger   ledger
 	sweeper  *sweeper
-	detacher *detacher      // nil: no direction can leave
+	detacher *detacher // nil: no direction can leave
+	leave    leaving
 	loops    sync.WaitGroup // pollers, ring, sweeper, detacher
 
 	mu sync.Mutex
@@ -110,8 +111,19 @@ func Load(c Config) (_ *Engine, err error) {
 		return nil, err
 	}
 	l.ledger.init(l)
+	l.LeaveBy(l.objects.IterLeave, l.objects.Call)
 	return l, nil
 }
+
+// leaving is the iterator that takes sockets out of their sockmap.
+type leaving struct {
+	iter *ebpf.Program
+	call *ebpf.Variable // sockmapLeaveCall
+}
+
+// LeaveBy has flows leave by the iterator of another object, which knows its sockmap too. It is called before
+// Start.
+func (l *Engine) LeaveBy(iter *ebpf.Program, call *ebpf.Variable) { l.leave = leaving{iter, call} }
 
 // Mapped maps an array into memory, and gives its entries, which userspace may write to. The caller unmaps
 // memory.

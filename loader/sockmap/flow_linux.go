@@ -45,6 +45,7 @@ type flow struct {
 	settled uint64
 
 	isRecalled atomic.Bool  // it is to be given back as soon as that can be
+	isStopped  atomic.Bool  // and nothing more goes past TCP
 	recalls    atomic.Int32 // how often it was offered to leave for that
 
 	watchMu sync.Mutex

@@ -41,7 +41,7 @@ func (l *Engine) SpliceBy(ctx context.Context, down, up int, o Flow,
 		return nil, err
 	}
 	f.begin(ctx)
-	if o.Recallable != nil && o.Returned != nil && l.detacher != nil && f.isByTCP() {
+	if o.Recallable != nil && o.Returned != nil && l.detacher != nil {
 		o.Recallable(f.recall)
 	}
 	return f.count, nil

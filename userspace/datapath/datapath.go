@@ -37,7 +37,8 @@ type Datapath interface {
 	//
 	// An error: the flow is refused. No byte was read or written, the sockets are in no map and have their
 	// old options, and neither h.Ended nor h.Returned is ever called. The error is the reason: its text is
-	// short, and one of few, since it is counted by its text.
+	// short, and one of few, since it is counted by its text. One with a method Later() bool that gives true
+	// is no answer for good: a flow that has been elsewhere before may be offered again.
 	Splice(ctx context.Context, down, up int, h Handoff) (count func() (up, down int64), err error)
 }
 
@@ -103,13 +104,13 @@ type Handoff = struct {
 	Recallable func(recall func())
 
 	// Returned gives the flow back, to go on in userspace: the sockets are out of every map, and each byte
-	// that was taken from one socket was given to the other's TCP, but for downRest and upRest, which were
-	// read from downstream and upstream last, are within Buffer, and are not in upBytes and downBytes. The
-	// descriptors are non-blocking and in nobody's poller; the relay owns them from here on. Neither stream
-	// has ended (a FIN may wait in a receive queue, unread), but where the flow was recalled: then the end of
-	// one may have been passed on, and our stream to the other side has ended, as TCP tells. lastMoved is as
-	// LastMoved, now. The flow stays in the datapath's tables, as by Record, until forget, if that is not
-	// nil. It does not block.
+	// that was taken from one socket was given to the other's TCP, or read by a process that it went to past
+	// TCP, but for downRest and upRest, which were read from downstream and upstream last, are within Buffer,
+	// and are not in upBytes and downBytes. The descriptors are non-blocking and in nobody's poller; the relay
+	// owns them from here on. Neither stream has ended (a FIN may wait in a receive queue, unread), but where
+	// the flow was recalled: then the end of one may have been passed on, and our stream to the other side has
+	// ended, as TCP tells. lastMoved is as LastMoved, now. The flow stays in the datapath's tables, as by
+	// Record, until forget, if that is not nil. It does not block.
 	Returned func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, lastMoved time.Time,
 		forget func(), reason error)
 }

@@ -95,6 +95,7 @@ type flow struct {
 	recorded *holder         // the datapath that has the flow in its tables; nil: none
 	choice   datapath.Choice // of the datapath that gets it
 
+	elsewhere *elsewhere // nil: it has always been in this relay
 	canceling cancelEntry
 
 	mu sync.Mutex
@@ -106,6 +107,15 @@ type flow struct {
 	seen  int64         // bytes moved both ways, when they had last changed
 	since moment.Moment // when that was seen
 }
+
+// elsewhere is of a flow that has been in another relay, or in a datapath that begins with flows. It is for who
+// has the flow.
+type elsewhere struct {
+	isWet bool                // bytes are held, or a stream has ended: no datapath may have it as it begins
+	later []datapath.Datapath // are offered it when it is handed off
+}
+
+func (e *elsewhere) add(d datapath.Datapath) { e.later = append(e.later, d) }
 
 // progress is how far a flow has come.
 type progress struct {

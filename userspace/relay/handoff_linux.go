@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"errors"
 	"net"
 	"sync"
 	"time"
@@ -72,11 +73,43 @@ func (f *flow) begin(down, up *loop.Socket) {
 			if f.prefer(r, down, up) {
 				break
 			}
+		} else if f.elsewhere != nil && f.elsewhere.isWet {
+			f.elsewhere.add(d)
 		} else if f.offer(d, down, up) {
 			return
 		}
 	}
 	f.attachTo(down, up)
+}
+
+// offerLater offers f again to those that may take it now.
+func (f *flow) offerLater(down, up *loop.Socket) (accepted bool) {
+	if f.elsewhere == nil {
+		return false
+	}
+	for range f.elsewhere.later { // those that refuse for now come behind
+		d := f.elsewhere.later[0]
+		f.elsewhere.later = f.elsewhere.later[1:]
+		if f.offer(d, down, up) {
+			return true
+		}
+	}
+	return false
+}
+
+// mayLater reports whether a datapath that has refused a flow, with err, may take it later.
+func mayLater(err error) bool {
+	var later interface{ Later() bool }
+	return errors.As(err, &later) && later.Later()
+}
+
+// preferAny has the first datapath that gives flows back record f, which another one has had.
+func (f *flow) preferAny(down, up *loop.Socket) {
+	for _, d := range f.o.Datapaths {
+		if r, ok := d.(datapath.Returner); ok && f.prefer(r, down, up) {
+			return
+		}
+	}
 }
 
 // prefer has d record the flow, which d is to have whenever it is ping-pong or quiet.
@@ -115,6 +148,9 @@ func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool)
 	if err != nil {
 		cancel(nil)
 		f.o.Refused(d.Name(), err)
+		if f.elsewhere != nil && mayLater(err) {
+			f.elsewhere.add(d)
+		}
 	}
 	f.mu.Lock()
 	if err != nil {
@@ -179,7 +215,15 @@ func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
 				f.o.Refused(d.Name(), reason)
 			}
 			l := g.relay.loops.Loop()
-			g.attachTo(l.NewSocket(down), l.NewSocket(up))
+			downSocket, upSocket := l.NewSocket(down), l.NewSocket(up)
+			if _, ok := d.(datapath.Returner); !ok && !g.counters.isAsked() { // it was to leave, and stays
+				if g.elsewhere == nil {
+					g.elsewhere = &elsewhere{}
+				}
+				g.elsewhere.add(d)
+				g.preferAny(downSocket, upSocket)
+			}
+			g.attachTo(downSocket, upSocket)
 		},
 	}
 }
@@ -201,6 +245,9 @@ func (f *flow) resumed() *flow {
 	o.Counters = f.counters
 	g := f.relay.newFlow(f.ctx, nil, nil, o, f.done)
 	g.seen, g.since = f.seen, f.since
+	if e := f.elsewhere; e != nil {
+		g.elsewhere = &elsewhere{later: e.later}
+	}
 	g.recorded, g.choice = f.recorded, datapath.Choice{Of: f.choice.Of, Prefers: f.choice.Prefers}
 	g.down.lasting, g.up.lasting = f.down.lasting, f.up.lasting
 	return g
@@ -213,7 +260,7 @@ func (f *flow) handOff(d datapath.Returner) (then func()) {
 	up.Detach()
 	return func() {
 		f.disarm() // a ctx that ends meanwhile is seen by who has the flow then
-		if f.offer(d, down, up) {
+		if f.offerLater(down, up) || f.offer(d, down, up) {
 			f.relay.chooser.Taken(&f.choice)
 			return
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"runtime"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -150,5 +151,71 @@ func TestBrokenBeforeBegin(t *testing.T) {
 			t.Errorf("%s: it ends by %s: %v", name, got.End, got.Err)
 		}
 		client.Close()
+	}
+}
+
+// notYet refuses all flows, the first of them for now only.
+type notYet struct{ offers *atomic.Int32 }
+
+func (notYet) Name() string { return "not yet" }
+
+func (d notYet) Splice(context.Context, int, int, datapath.Handoff) (func() (int64, int64), error) {
+	if d.offers.Add(1) > 1 {
+		return nil, errors.New("not at all")
+	}
+	return nil, refusedForNow{}
+}
+
+type refusedForNow struct{}
+
+func (refusedForNow) Error() string { return "not yet" }
+func (refusedForNow) Later() bool   { return true }
+
+// A countingRecorder is a recorder that counts what it is offered.
+type countingRecorder struct {
+	recorder
+	offers *atomic.Int32
+}
+
+func (d countingRecorder) Splice(ctx context.Context, down, up int, h datapath.Handoff) (func() (int64, int64), error) {
+	d.offers.Add(1)
+	return d.recorder.Splice(ctx, down, up, h)
+}
+
+// TestOfferedLater: a datapath that takes flows as they begin is offered one that has been elsewhere before again,
+// if it refuses that for now only, when the flow is handed off; also one that could not be offered as it began.
+func TestOfferedLater(t *testing.T) {
+	r, l, done := oneLoop(t)
+	for _, c := range []struct {
+		name        string
+		elsewhere   *elsewhere
+		first, then int32 // how often it is offered as it begins, and when it has been handed off twice
+	}{{"new", nil, 1, 1}, {"resumed", &elsewhere{}, 1, 2}, {"resumed with bytes", &elsewhere{isWet: true}, 0, 2}} {
+		var begun, later atomic.Int32
+		client, down := connected(t)
+		server, up := connected(t)
+		o := Options{Datapaths: []datapath.Datapath{notYet{&begun}, countingRecorder{offers: &later}}}
+		f := r.newFlow(context.Background(), nil, nil, o, func(r Result) { done <- r })
+		f.elsewhere = c.elsewhere
+		f.begin(l.NewSocket(down), l.NewSocket(up))
+		if n := begun.Load(); n != c.first {
+			t.Errorf("%s: it is offered %d times as it begins", c.name, n)
+		}
+		for b := make([]byte, 1); later.Load() < 2; {
+			for _, way := range [][2]net.Conn{{client, server}, {server, client}} {
+				if _, err := way[0].Write(b); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := way[1].Read(b); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if n := begun.Load(); n != c.then {
+			t.Errorf("%s: it is offered %d times in the end", c.name, n)
+		}
+		client.Close()
+		server.Close()
+		<-done
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"net"
 	"time"
 
-	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
@@ -222,22 +221,22 @@ func (s *side) pack(c net.Conn) ParcelSide {
 
 // Resume goes on with a flow that has left, in this relay or in another. It is as Run, whose notes hold,
 // but for o: Preface and Head are not used, Counters begin with p's counts, and where bytes of p are held,
-// here or in a receive queue, or a stream has ended, Datapaths that have a flow from its begin only are
-// left out.
+// here or in a receive queue, or a stream has ended, Datapaths that give no flow back when it is busy get the
+// flow no earlier than those that do.
 func (r *Relay) Resume(ctx context.Context, p *Parcel, o Options, done func(Result)) {
 	if o.MeasureRTT {
 		done = withRTT(done, roundTrip(p.Down.Conn), roundTrip(p.Up.Conn))
 	}
 	o.Preface, o.Head = nil, nil
-	if len(o.Datapaths) > 0 && !p.isDry() {
-		o.Datapaths = returners(o.Datapaths)
-	}
 	if o.Counters == nil {
 		o.Counters = new(Counters)
 	}
 	o.Counters.up.Store(p.UpBytes)
 	o.Counters.down.Store(p.DownBytes)
 	f := r.newFlow(ctx, nil, nil, o, done)
+	if len(o.Datapaths) > 0 {
+		f.elsewhere = &elsewhere{isWet: !p.isDry()}
+	}
 	f.seen, f.since = p.UpBytes+p.DownBytes, sinceHere(p.IdleSince)
 	f.down.unpack(p.Down, p.Up)
 	f.up.unpack(p.Up, p.Down)
@@ -283,16 +282,6 @@ func (p *Parcel) isDry() bool {
 		}
 	}
 	return true
-}
-
-// returners are those of all that may have a flow later than at its begin.
-func returners(all []datapath.Datapath) (some []datapath.Datapath) {
-	for _, d := range all {
-		if _, ok := d.(datapath.Returner); ok {
-			some = append(some, d)
-		}
-	}
-	return some
 }
 
 // endLeave answers a request to leave of a flow that has ended.

@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/test/cgroup"
 	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
@@ -39,5 +40,26 @@ func TestHops(t *testing.T) {
 				t.Errorf("they hardly leave, or something went wrong; %d stalls", stalls)
 			}
 		})
+	}
+}
+
+// TestLocalHops: the same of flows that go past TCP to a process on this host.
+func TestLocalHops(t *testing.T) {
+	needRoot(t)
+	l, local := loadLocal(t, "hops")
+	server, _ := cgroup.Listen(t, "tcp4")
+	hops := &relaytest.Hops{Within: 30 * time.Millisecond}
+	at := relaytest.Loopback{Server: server, Hops: hops,
+		Options: relay.Options{Datapaths: []datapath.Datapath{local, l}}}
+	p := at.Path(t)
+	becomeKnown(t, local, p)
+	p.Skip = append(p.Skip, "idle timeout", "idle timeout of a stalled flow") // as above
+	relaytest.Run(t, p, relaytest.SmallSize())
+	left, stayed := hops.Counts()
+	s := local.count()
+	off, stalls := local.Health()
+	t.Logf("flows left %d times, and stayed %v; %+v, %v", left, stayed, s, local.reasons())
+	if left < 20 || s.Returned == 0 || off != "" || stalls > 0 || s.Faults > 0 {
+		t.Errorf("they hardly leave, or something went wrong: %q, %d stalls", off, stalls)
 	}
 }

@@ -82,7 +82,15 @@ listeners:
 control: { socket: %q, metrics: %q, health: %q }
 limits: { connections_per_source: 60000 } # who comes while nobody accepts is admitted at once
 `, d.edge, target.Addr(), d.half, late.Addr(), d.web, filepath.Join(dir, "access.log"), hello.Listener.Addr(), d.control, free(), free()), 0o600))
-	log, err := os.Create(filepath.Join(dir, "log"))
+	d.start(flags...)
+	return d
+}
+
+// start starts the daemon that d describes.
+func (d *upgradable) start(flags ...string) {
+	t := d.t
+	t.Helper()
+	log, err := os.Create(filepath.Join(d.dir, "log"))
 	check(t, err)
 	defer log.Close()
 	d.cmd = exec.Command("tailsplice", append([]string{"run", "--config", d.config}, flags...)...)
@@ -98,7 +106,6 @@ limits: { connections_per_source: 60000 } # who comes while nobody accepts is ad
 		}
 	})
 	wait(t, "the daemon answers", func() error { _, err := d.ask("status"); return err })
-	return d
 }
 
 func (d *upgradable) ask(args ...string) (string, error) {

@@ -274,12 +274,17 @@ func TestLocalRecallWaits(t *testing.T) {
 	for side := range uint32(2) {
 		loadertest.WaitFor(t, func() bool { return !isSource(p.n, 2*p.at.slot+side) }, "a direction to leave")
 	}
+	h := halfOf(t, p.n, 2*p.at.slot+1)
+	answer, err := p.at.query(skmsgLocalRequestLOCAL_SETTLE, uint32(h.Redirected+h.Consumed))
+	if loadertest.Must(t, err); answer&skmsgLocalAnswerLOCAL_SETTLED != 0 || !p.lacks(t) {
+		t.Error("what waits was taken for what failed")
+	}
 	select {
 	case back := <-p.Returned:
 		t.Fatalf("it was given back: %+v", back)
 	case err := <-sent:
 		t.Fatalf("the process is told %v", err)
-	case <-time.After(3 * time.Second): // longer than until the sweep looks for redirects that were cut short
+	case <-time.After(100 * time.Millisecond):
 	}
 	got := make(chan error, 1)
 	go func() { got <- prove.Expect(p.Client, data) }()

@@ -20,6 +20,12 @@ func Listen(t testing.TB, network string) (l net.Listener, dir string) {
 	if network == "tcp6" {
 		at = "[::1]:0"
 	}
+	return ListenAt(t, network, at)
+}
+
+// ListenAt is Listen at another address.
+func ListenAt(t testing.TB, network, at string) (l net.Listener, dir string) {
+	t.Helper()
 	mount, own := find(t)
 	dir = filepath.Join(mount, fmt.Sprintf("tailsplice-test-%d-%d", os.Getpid(), time.Now().UnixNano()))
 	if err := os.Mkdir(dir, 0o755); err != nil {

@@ -251,6 +251,32 @@ func TestLocalRecallUnread(t *testing.T) {
 	}
 }
 
+// A process that closes its socket with bytes unread resets the other side, also while its flow is to be given back
+// and nobody has told yet how it was closed.
+func TestLocalRecallClosed(t *testing.T) {
+	n, p := becomeRecallable(t, &sockmap.Hooks{Window: 700 * time.Millisecond}, "tcp4")
+	at := onlyProcess(t, n)
+	_, err := p.Client.Write(prove.Pattern(1000))
+	loadertest.Must(t, err)
+	loadertest.WaitFor(t, func() bool {
+		answer, err := at.query(skmsgLocalRequestLOCAL_LOOK, 0)
+		return answer&skmsgLocalAnswerLOCAL_QUEUE != 0 && err == nil
+	}, "the bytes to reach the process's queue")
+	p.Recall()
+	for side := range uint32(2) {
+		loadertest.WaitFor(t, func() bool { return !isSource(n, 2*at.slot+side) }, "a direction to leave")
+	}
+	loadertest.Must(t, p.Server.Close())
+	if _, err = p.Client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("the client is told: %v", err)
+	}
+	select {
+	case back := <-p.Returned:
+		t.Errorf("it was given back: %+v", back)
+	default:
+	}
+}
+
 // isSource reports whether a direction's source gets the verdict.
 func isSource(n *Local, index uint32) bool {
 	var cookie uint64

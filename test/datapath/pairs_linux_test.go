@@ -3,6 +3,7 @@ package datapath
 import (
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/tailsplice/tailsplice/loader"
 	"github.com/tailsplice/tailsplice/test/cable"
@@ -88,11 +89,18 @@ type atOnce struct{ datapath.Datapath }
 
 func localHands(t *testing.T, c relaytest.Cable) []relaytest.Hands {
 	l, local := loadLocal(t, "pairs")
-	server, _ := cgroup.Listen(t, "tcp4")
-	p := relaytest.Loopback{Cable: c, Server: server,
-		Options: relay.Options{Datapaths: []datapath.Datapath{local, l}}}.Path(t)
-	becomeKnown(t, local, p)
-	return []relaytest.Hands{{Name: "past TCP", Path: p, Take: takenBy(loader.LocalName)}}
+	path := func(hops *relaytest.Hops) relaytest.Path {
+		server, _ := cgroup.Listen(t, "tcp4")
+		p := relaytest.Loopback{Cable: c, Server: server, Hops: hops,
+			Options: relay.Options{Datapaths: []datapath.Datapath{local, l}}}.Path(t)
+		becomeKnown(t, local, p)
+		return p
+	}
+	return []relaytest.Hands{
+		{Name: "past TCP", Path: path(nil), Take: takenBy(loader.LocalName)},
+		{Name: "in and out, past TCP", Path: path(&relaytest.Hops{Within: 30 * time.Millisecond}),
+			Take: takenBy(loader.LocalName)},
+	}
 }
 
 // takenBy sends bytes both ways until the datapath of that name has the flow.

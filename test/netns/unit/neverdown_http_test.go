@@ -10,10 +10,8 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"slices"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -76,6 +74,7 @@ type requester struct {
 	http.Client
 	url         string
 	connections atomic.Int64 // that were made
+	hasLost     atomic.Bool  // one of them was cut
 }
 
 func (n *neverDown) requester(w way) *requester {
@@ -95,10 +94,34 @@ func (n *neverDown) requester(w way) *requester {
 			if err != nil {
 				return nil, &notConnected{err}
 			}
-			return c, nil
+			return &watched{c, r}, nil
 		},
 	}
 	return r
+}
+
+// watched is a connection of a requester.
+type watched struct {
+	net.Conn
+	by *requester
+}
+
+func (w *watched) Read(b []byte) (int, error)  { return w.look(w.Conn.Read(b)) }
+func (w *watched) Write(b []byte) (int, error) { return w.look(w.Conn.Write(b)) }
+
+func (w *watched) look(n int, err error) (int, error) {
+	if err != nil && isCut(err) {
+		w.by.hasLost.Store(true)
+	}
+	return n, err
+}
+
+// tell returns what a request ended with. net/http has words of its own for a connection that was cut.
+func (r *requester) tell(err error) error {
+	if err == nil || err == io.EOF || !r.hasLost.Load() || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", io.ErrUnexpectedEOF, err)
 }
 
 // post makes a request. The answer is one of those that answerAlike gives.
@@ -110,7 +133,7 @@ func (r *requester) post(ctx context.Context, body io.Reader) (io.ReadCloser, er
 	req.Host = lab.Site
 	res, err := r.Do(req)
 	if err != nil {
-		return nil, err
+		return nil, r.tell(err)
 	}
 	if res.StatusCode != http.StatusOK {
 		defer res.Body.Close()
@@ -134,7 +157,7 @@ func (r *requester) ask(ctx context.Context) error {
 	}
 	defer body.Close()
 	got, err := io.ReadAll(body)
-	if err == nil && !bytes.Equal(got, sent) {
+	if err = r.tell(err); err == nil && !bytes.Equal(got, sent) {
 		err = errWrong
 	}
 	return err
@@ -153,6 +176,7 @@ func (r *requester) webSocket(ctx context.Context) (timed, error) {
 
 // stream is a request whose body goes on, and so does its answer.
 type stream struct {
+	by   *requester
 	up   *io.PipeWriter
 	down io.ReadCloser
 	stop context.CancelFunc
@@ -168,21 +192,19 @@ func (r *requester) stream(ctx context.Context) (*stream, error) {
 		stop()
 		return nil, err
 	}
-	return &stream{up, down, stop}, nil
+	return &stream{r, up, down, stop}, nil
 }
 
 func (s *stream) Read(b []byte) (int, error) {
 	defer time.AfterFunc(stuck, s.stop).Stop()
-	return s.down.Read(b)
+	n, err := s.down.Read(b)
+	return n, s.by.tell(err)
 }
 
 func (s *stream) Write(b []byte) (int, error) {
 	defer time.AfterFunc(stuck, s.stop).Stop()
 	n, err := s.up.Write(b)
-	if errors.Is(err, io.ErrClosedPipe) { // net/http reads no more of the body: Read says why
-		err = syscall.EPIPE
-	}
-	return n, err
+	return n, s.by.tell(err)
 }
 
 // Close ends the request, and waits for the end of the answer.
@@ -239,9 +261,4 @@ func (n *neverDown) retire(t *testing.T) {
 }
 
 // wasCut reports whether a flow or a request was ended with the process that had it.
-func wasCut(err error) bool {
-	return !errors.Is(err, errWrong) && (isCut(err) || slices.ContainsFunc(cutHTTP2, func(text string) bool { return strings.Contains(err.Error(), text) }))
-}
-
-// cutHTTP2 is what net/http says of a connection that has ended, instead of the error that it got.
-var cutHTTP2 = []string{"server sent GOAWAY and closed the connection", "client connection force closed"}
+func wasCut(err error) bool { return isCut(err) && !errors.Is(err, errWrong) }

@@ -293,11 +293,14 @@ __u32 window_shut = 0;
 
 static long is_over(__u32 i, void *end) { return READ_ONCE(window_shut) || bpf_ktime_get_ns() >= *(__u64 *)end; }
 
+/* Only the first who comes waits. A close() comes here up to three times, the last two of them in the softirq
+ * that holds the socket's lock, which other processors then wait for: nothing else would run meanwhile, nor
+ * whoever is to shut the window. */
 static __always_inline void widen(void)
 {
 	__u64 end;
 
-	if (!window_ns)
+	if (!window_ns || READ_ONCE(windows))
 		return;
 	__sync_fetch_and_add(&windows, 1);
 	end = bpf_ktime_get_ns() + window_ns;

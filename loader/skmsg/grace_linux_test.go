@@ -60,6 +60,9 @@ func TestLocalSlotGivenAgain(t *testing.T) {
 					if err == nil && next.ClosedUnread() { // and it is about to be reset
 						err = errors.New("its process is said to have closed its socket")
 					}
+					if n := windows(t, n); n != 1 {
+						t.Errorf("programs waited %d times", n)
+					}
 					if (err == nil) != grace {
 						t.Errorf("the second flow: %v", err)
 					}

@@ -176,8 +176,8 @@ func (v *detacher) walk() (took time.Duration, err error) {
 		return 0, err
 	}
 	defer r.Close()
-	// No further than it has to: the kernel looks at each socket, and some kernels do harm to connection requests
-	// on the way (docs/kernel.md).
+	// No further than it has to: the kernel looks at each socket, and some kernels do harm to connection
+	// requests on the way (docs/kernel.md).
 	for slices.ContainsFunc(asked, (*direction).isLeaving) {
 		start := time.Now()
 		at, err := v.next(r, sockmapLeaveCall{Half: ^uint32(0)})

@@ -143,7 +143,7 @@ func (n *neverDown) newLive(i int) *live {
 	switch j := i - neverDownFlows; {
 	case j >= 0:
 		l.way = [...]way{webSocket, secureWebSocket, http2, http2}[j%4]
-		if l.kind = j / 4 % 2; j%50 < 4 { // one of each way
+		if l.kind = j / 4 % 2; j%100 < 4 { // one of each way
 			l.kind = bulk
 		}
 	case i%50 < 2: // one of each port
@@ -327,23 +327,30 @@ func (l *live) ask() {
 	}
 }
 
-// bulk sends so much while it reads what comes back.
+// bulk sends so much, unless it is to quit, while it reads what comes back.
 func (l *live) bulk(size int) error {
 	const piece = 16 << 10
-	wrote := make(chan error, 1)
+	sent, wrote := make(chan struct{}, size/piece), make(chan error, 1)
 	go func() {
+		defer close(sent)
 		b := make([]byte, piece)
 		for range size / piece {
+			select {
+			case <-l.quit:
+				wrote <- nil
+				return
+			case <-time.After(2 * time.Millisecond): // a few flows must not be all that the machine does
+			}
 			l.sends.Read(b)
+			sent <- struct{}{}
 			if _, err := l.conn.Write(b); err != nil {
 				wrote <- err
 				return
 			}
-			time.Sleep(2 * time.Millisecond) // a few flows must not be all that the machine does
 		}
 		wrote <- nil
 	}()
-	for range size / piece {
+	for range sent {
 		if err := l.hear(piece); err != nil {
 			l.conn.Close() // or the other one goes on
 			return errors.Join(err, <-wrote)

@@ -44,8 +44,8 @@
  *  - Both sources have left `local_sources`, as those of sockmap leave theirs (`iter_leave`).
  *  - Downstream was given all of `out`, so no redirect is at work, which would find it gone and fail.
  *  - The process has read its ingress queue to the end: with its socket out of `locals` the queue is freed.
- *    While it does not, the flow stays; what comes goes by TCP, behind the queue. So does one whose process has
- *    closed its socket, unless the queue was empty before: it may have to be reset.
+ *    While it does not, the flow stays; what comes goes by TCP, behind the queue. So does one whose process
+ *    has closed its socket, unless the queue was empty before: it may have to be reset.
  * Then nothing is lost when the process's socket goes out of `locals`, and it is one like any other.
  *
  * # Captured late

@@ -16,8 +16,8 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 )
 
-// TestUpgradeLocal: flows that go past TCP to a process on this host go over to the new process whole, idle ones,
-// small messages and bulk both ways, and the old process ends.
+// TestUpgradeLocal: flows that go past TCP to a process on this host go over to the new process whole, idle
+// ones, small messages and bulk both ways, and go past TCP again; and the old process ends.
 func TestUpgradeLocal(t *testing.T) {
 	needRoot(t)
 	target, _ := cgroup.Listen(t, "tcp4")

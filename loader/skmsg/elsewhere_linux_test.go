@@ -15,8 +15,8 @@ import (
 	"github.com/tailsplice/tailsplice/test/cgroup"
 )
 
-// A flow to a process in another network namespace, behind a veth as that of a container, is given back, and goes
-// past TCP again.
+// A flow to a process in another network namespace, behind a veth as that of a container, is given back, and
+// goes past TCP again.
 func TestLocalCapturedLateElsewhere(t *testing.T) {
 	if !loadertest.InNewNetwork(t) {
 		return
@@ -36,7 +36,7 @@ func TestLocalCapturedLateElsewhere(t *testing.T) {
 	}
 }
 
-// listenElsewhere listens in a network namespace of its own, in which a process is, and to which a veth leads.
+// listenElsewhere listens in a network namespace of its own, which has a process, and to which a veth leads.
 func listenElsewhere(t *testing.T) (ln net.Listener) {
 	t.Helper()
 	runtime.LockOSThread()

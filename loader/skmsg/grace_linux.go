@@ -9,8 +9,8 @@ import (
 	"github.com/tailsplice/tailsplice/loader/host"
 )
 
-// graces gives slots back when no program can be at work on the flow that had them, and says when none is at work
-// that began before. See "Slots" and "Giving back" in bpf/skmsg.bpf.c.
+// graces gives slots back when no program can be at work on the flow that had them, and says when none is at
+// work that began before. See "Slots" and "Giving back" in bpf/skmsg.bpf.c.
 type graces struct {
 	outer *ebpf.Map // an update of it returns after a grace period of RCU
 	inner *ebpf.Map

@@ -200,8 +200,8 @@ func TestLocalRecallHalf(t *testing.T) {
 	}
 }
 
-// While the process has not read what went past TCP, the flow stays, and goes on: what it had not read would be
-// lost.
+// While the process has not read what went past TCP, the flow stays, and goes on: what it had not read would
+// be lost.
 func TestLocalRecallUnread(t *testing.T) {
 	for _, network := range loadertest.Networks() {
 		for _, on := range []bool{true, false} {
@@ -251,8 +251,8 @@ func TestLocalRecallUnread(t *testing.T) {
 	}
 }
 
-// A process that closes its socket with bytes unread resets the other side, also while its flow is to be given back
-// and nobody has told yet how it was closed.
+// A process that closes its socket with bytes unread resets the other side, also while its flow is to be given
+// back and nobody has told yet how it was closed.
 func TestLocalRecallClosed(t *testing.T) {
 	n, p := becomeRecallable(t, &sockmap.Hooks{Window: 700 * time.Millisecond}, "tcp4")
 	at := onlyProcess(t, n)
@@ -390,7 +390,8 @@ func TestLocalCapturedLate(t *testing.T) {
 	}
 }
 
-// A process that waits in TCP's read while its socket is captured is woken by what comes next, which goes by TCP.
+// A process that waits in TCP's read while its socket is captured is woken by what comes next, which goes by
+// TCP.
 func TestLocalCapturedLateReader(t *testing.T) {
 	for _, on := range []bool{true, false} {
 		t.Run(fmt.Sprintf("rule %v", on), func(t *testing.T) {
@@ -425,7 +426,7 @@ func TestLocalCapturedLateReader(t *testing.T) {
 	}
 }
 
-// While a process waits in a read of its socket as it was, that can't be captured anew; with what comes it can.
+// While a process waits in a read of its socket as it was, that can't be captured anew. With what comes it can.
 func TestLocalCapturedLateHeld(t *testing.T) {
 	n, p := becomeRecallable(t, nil, "tcp4")
 	read := readOne(t, p.Server)

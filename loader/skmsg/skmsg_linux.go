@@ -49,7 +49,7 @@ const (
 	ruleLocalPair   sockmap.Rule = "local_pair"   // the two sockets have one connection's numbers
 	ruleLocalGrace  sockmap.Rule = "local_grace"  // a slot is given again when no program is at work on the flow before
 	ruleLocalLeave  sockmap.Rule = "local_leave"  // a flow is given back when the process has read its queue
-	ruleLocalLate   sockmap.Rule = "local_late"   // what comes first for a socket that was captured late goes by TCP
+	ruleLocalLate   sockmap.Rule = "local_late"   // what comes first for a socket captured late goes by TCP
 	ruleLocalSettle sockmap.Rule = "local_settle" // what a redirect did not write is taken away from what it was to write
 )
 

@@ -146,8 +146,8 @@ func (t *targets) find(up int) (*process, error) {
 	return p, nil
 }
 
-// captureLate captures a socket that an earlier daemon had captured. The answer is LOCAL_THERE or LOCAL_HELD, or
-// 0 where there is no such socket.
+// captureLate captures a socket that an earlier daemon had captured. The answer is LOCAL_THERE or LOCAL_HELD,
+// or 0 where there is no such socket.
 func (n *Local) captureLate(pair skmsgPair, space int32) skmsgLocalAnswer {
 	if space == unnamedSpace {
 		return 0

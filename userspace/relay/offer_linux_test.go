@@ -182,8 +182,9 @@ func (d countingRecorder) Splice(ctx context.Context, down, up int, h datapath.H
 	return d.recorder.Splice(ctx, down, up, h)
 }
 
-// TestOfferedLater: a datapath that takes flows as they begin is offered one that has been elsewhere before again,
-// if it refuses that for now only, when the flow is handed off; also one that could not be offered as it began.
+// TestOfferedLater: a datapath that takes flows as they begin is offered one that has been elsewhere before
+// again, if it refuses that for now only, when the flow is handed off; also one that could not be offered as it
+// began.
 func TestOfferedLater(t *testing.T) {
 	r, l, done := oneLoop(t)
 	for _, c := range []struct {

@@ -26,9 +26,9 @@ func raiseFileLimit(want uint64) (uint64, error) {
 	return up.Cur, nil
 }
 
-// growFiles makes room for so many more descriptors at once. Else the kernel does so while they come, each time
-// that they have doubled, and waits for all processors then (expand_fdtable in fs/file.c): more than 10 ms, in
-// which nothing is accepted or taken over.
+// growFiles makes room for so many more descriptors at once. Else the kernel does so while they come, each
+// time that they have doubled, and waits for all processors then (expand_fdtable in fs/file.c): more than 10
+// ms, in which nothing is accepted or taken over.
 func growFiles(more int) {
 	var l unix.Rlimit
 	if more == 0 || unix.Getrlimit(unix.RLIMIT_NOFILE, &l) != nil || l.Cur == 0 {

@@ -30,8 +30,8 @@ type Bypass interface {
 	// HasBacklog reports whether bytes are on their way to the process's queue. Bytes, and an end, that go to
 	// it by TCP now would overtake them.
 	HasBacklog() bool
-	// HasUnread reports whether bytes are past TCP that the process has not read, or may not have read when it
-	// closed its socket. Only for who runs the direction to it.
+	// HasUnread reports whether bytes are past TCP that the process has not read, or may not have read when
+	// it closed its socket. Only for who runs the direction to it.
 	HasUnread() bool
 	// ClosedUnread reports whether the process has closed its socket with bytes unread, which resets a
 	// connection.

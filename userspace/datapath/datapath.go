@@ -106,11 +106,11 @@ type Handoff = struct {
 	// Returned gives the flow back, to go on in userspace: the sockets are out of every map, and each byte
 	// that was taken from one socket was given to the other's TCP, or read by a process that it went to past
 	// TCP, but for downRest and upRest, which were read from downstream and upstream last, are within Buffer,
-	// and are not in upBytes and downBytes. The descriptors are non-blocking and in nobody's poller; the relay
-	// owns them from here on. Neither stream has ended (a FIN may wait in a receive queue, unread), but where
-	// the flow was recalled: then the end of one may have been passed on, and our stream to the other side has
-	// ended, as TCP tells. lastMoved is as LastMoved, now. The flow stays in the datapath's tables, as by
-	// Record, until forget, if that is not nil. It does not block.
+	// and are not in upBytes and downBytes. The descriptors are non-blocking and in nobody's poller; the
+	// relay owns them from here on. Neither stream has ended (a FIN may wait in a receive queue, unread), but
+	// where the flow was recalled: then the end of one may have been passed on, and our stream to the other
+	// side has ended, as TCP tells. lastMoved is as LastMoved, now. The flow stays in the datapath's tables,
+	// as by Record, until forget, if that is not nil. It does not block.
 	Returned func(down, up int, downRest, upRest []byte, upBytes, downBytes int64, lastMoved time.Time,
 		forget func(), reason error)
 }

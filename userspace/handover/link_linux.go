@@ -97,8 +97,8 @@ func descriptor(sock syscall.Conn) (fd int, err error) {
 	return fd, err
 }
 
-// SendSockets sends any number of sockets, and with them state, and how many flows live, which may come later.
-// A process that knows of no more does without it; each part of it has a message for itself.
+// SendSockets sends any number of sockets, and with them state, and how many flows live, which may come
+// later. A process that knows of no more does without it; each part of it has a message for itself.
 func (l *Link) SendSockets(all []Socket, state json.RawMessage, flows int, more ...json.RawMessage) error {
 	for _, part := range more {
 		if err := l.Send(Message{Step: State, State: part}); err != nil {
@@ -211,8 +211,8 @@ func receivedFDs(oob []byte) (all []int, err error) {
 	return all, err
 }
 
-// receiveSockets receives what SendSockets sends; last is its last message. The caller closes the sockets, with
-// an error too.
+// receiveSockets receives what SendSockets sends; last is its last message. The caller closes the sockets,
+// with an error too.
 func (l *Link) receiveSockets(deadline time.Time) (all []Socket, last *Message, more []json.RawMessage, err error) {
 	for {
 		m, err := l.Receive(deadline)

@@ -108,8 +108,8 @@ type flow struct {
 	since moment.Moment // when that was seen
 }
 
-// elsewhere is of a flow that has been in another relay, or in a datapath that begins with flows. It is for who
-// has the flow.
+// elsewhere is of a flow that has been in another relay, or in a datapath that begins with flows. It is for
+// who has the flow.
 type elsewhere struct {
 	isWet bool                // bytes are held, or a stream has ended: no datapath may have it as it begins
 	later []datapath.Datapath // are offered it when it is handed off

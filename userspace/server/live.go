@@ -119,8 +119,8 @@ const (
 	// calmBytes is how much a flow moves within measureBulk at most that goes before the others.
 	calmBytes   = 64 << 10
 	measureBulk = 50 * time.Millisecond
-	// Idle flows go so many for each processor at a time. Then others have it for idleRest: the flows that talk,
-	// here and in the other process, and what else runs on the machine.
+	// Idle flows go so many for each processor at a time. Then others have it for idleRest: the flows that
+	// talk, here and in the other process, and what else runs on the machine.
 	idleTogether = 16
 	idleRest     = 4 * time.Millisecond
 	leaveWait    = 5 * time.Second // for a moment at which nothing of a flow is held here

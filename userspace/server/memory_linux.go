@@ -170,8 +170,8 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 	return idleEvery
 }
 
-// roomOf is how much more may be taken of what there is before flows have to be ended for it. 0: they may have
-// to be soon.
+// roomOf is how much more may be taken of what there is before flows have to be ended for it. 0: they may
+// have to be soon.
 func roomOf(taken, total int64) int64 {
 	if taken >= total/8*5 {
 		return 0

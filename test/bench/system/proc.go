@@ -138,8 +138,9 @@ func (s *System) Tree() []int {
 	return pids
 }
 
-// RunTimes is for how long each thread has run on a processor, by its file in /proc: the system's, and those of
-// the kernel's that may work for connections. It is exact to the microsecond where ReadCPU counts ticks of 10 ms.
+// RunTimes is for how long each thread has run on a processor, by its file in /proc: the system's, and those
+// of the kernel's that may work for connections. It is exact to the microsecond where ReadCPU counts ticks of
+// 10 ms.
 type RunTimes map[string]time.Duration
 
 // Since is for how long they have run since before. Threads that have ended meanwhile are missing.

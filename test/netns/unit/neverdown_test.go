@@ -489,7 +489,7 @@ func (n *neverDown) waitForOld(t *testing.T) {
 			return
 		}
 		if time.Now().After(end) {
-			t.Fatalf("an older process has more than requests by %v:\n%s", has, n.run(t, "tailsplice", "status"))
+			t.Fatalf("an older process has more than the requests that live, or none and is still there:\n%s", n.run(t, "tailsplice", "status"))
 		}
 	}
 }

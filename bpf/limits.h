@@ -154,6 +154,8 @@ struct local {
 	__u64 out;        /* msg_redirect: bytes redirected to downstream; query takes what was not written */
 	__u32 late;       /* userspace: the socket was captured late; verdict: which makes no difference any more */
 	__u32 first;      /* query: upstream's write_seq when the flow began */
+	__u32 before;     /* query: bytes of the way back that were counted by then, which are before base */
+	__u32 unused;
 };
 
 /* What `query` is asked to do, beside to answer. */

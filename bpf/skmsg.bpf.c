@@ -277,7 +277,7 @@ static __always_inline __u32 settle(struct local *l, __u32 slot, __u32 by_tcp)
 	if (bpf_probe_read_kernel(&refs, sizeof(refs), &psock->refcnt.refs.counter) || refs > maps)
 		goto out; /* a redirect is at work */
 	seq = READ_ONCE(down->write_seq);
-	over = (__u32)l->out - (seq - l->base - by_tcp);
+	over = (__u32)l->out - (seq - l->base - (by_tcp - l->before));
 	if (over <= 0 || (__u32)(READ_ONCE(h->redirected) + READ_ONCE(h->consumed)) != by_tcp)
 		goto out;
 	WRITE_ONCE(l->out, l->out - over);
@@ -522,8 +522,9 @@ int query(struct __sk_buff *skb)
 	struct tcp_sock *process, *down, *up;
 	__u32 slot = skb->cb[0], half = 2 * slot, other = half + 1, answer = 0;
 	struct local *l = bpf_map_lookup_elem(&local_flows, &slot);
+	struct half *back = bpf_map_lookup_elem(&halves, &other);
 
-	if (!l)
+	if (!l || !back)
 		return 0;
 	if (skb->cb[1] == LOCAL_SETTLE)
 		return settle(l, slot, skb->cb[2]);
@@ -541,6 +542,7 @@ int query(struct __sk_buff *skb)
 		/* All that upstream has read is in downstream: that is where both streams are. */
 		l->down = (__u64)down;
 		l->base = down->write_seq;
+		l->before = back->redirected + back->consumed;
 		l->base_local = up->copied_seq;
 		l->first = up->write_seq;
 		/* Another connection with these addresses, in another namespace, has other numbers. */

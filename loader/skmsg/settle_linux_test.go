@@ -127,6 +127,26 @@ func TestLocalCutShort(t *testing.T) {
 	}
 }
 
+// A flow that begins with bytes that were counted before, as one does that was elsewhere: what did not reach
+// downstream is taken from the count, and no more.
+func TestLocalCutShortLater(t *testing.T) {
+	p := cutShort(t, nil, "tcp4")
+	_, err := p.at.query(skmsgLocalRequestLOCAL_BEGIN, 0) // behind 1000 bytes
+	loadertest.Must(t, err)
+	data, sent := prove.Pattern(1<<20), make(chan error, 1)
+	go func() {
+		_, err := p.Server.Write(data)
+		sent <- err
+	}()
+	loadertest.WaitFor(t, func() bool { return p.lacks(t) }, "a redirect to be cut short")
+	loadertest.Must(t, errors.Join(prove.Expect(p.Client, data), <-sent))
+	loadertest.WaitFor(t, func() bool { return !p.lacks(t) }, "what was counted to be what was written")
+	h := halfOf(t, p.n, 2*p.at.slot+1)
+	if counted, n := h.Redirected+h.Consumed+p.at.Moved(1), p.written(t)-p.base; counted != n {
+		t.Errorf("%d bytes are counted, and %d were written", counted, n)
+	}
+}
+
 // A process that ends its stream after a redirect that was cut short: all that its send() took arrives, and
 // the end.
 func TestLocalCutShortAtTheEnd(t *testing.T) {

@@ -52,6 +52,8 @@ type skmsgLocal struct {
 	Out       uint64
 	Late      uint32
 	First     uint32
+	Before    uint32
+	Unused    uint32
 }
 
 type skmsgLocalAnswer uint32

@@ -104,10 +104,10 @@ func Load(l *sockmap.Engine, c sockmap.Config) (_ *Local, err error) {
 	if err := n.graces.init(); err != nil {
 		return nil, err
 	}
-	l.LeaveBy(n.objects.IterLeave, n.objects.Call)
 	if n.memory, n.flows, err = sockmap.Mapped[skmsgLocal](n.objects.LocalFlows); err != nil {
 		return nil, err
 	}
+	l.LeaveBy(n.objects.IterLeave, n.objects.Call) // nothing fails behind it
 	return n, nil
 }
 

@@ -37,12 +37,13 @@ func (m Moment) Age(now Moment) time.Duration {
 // Since is how long before now m was, as Age.
 func (m Moment) Since() time.Duration { return m.Age(Now()) }
 
-// Time gives m as a [time.Time]; never is the zero Time.
+// Time gives m as a [time.Time], by the clock of the machine as that is set now; never is the zero Time.
 func (m Moment) Time() time.Time {
 	if m == 0 {
 		return time.Time{}
 	}
-	return base.Add(time.Duration(m))
+	now := time.Now()
+	return now.Add(time.Duration(m) - now.Sub(base))
 }
 
 // Var is a Moment that may be read and written at any time.

@@ -147,6 +147,10 @@ func (n *Local) Splice(ctx context.Context, down, up int,
 	if err == nil {
 		if count, err = n.l.SpliceBy(ctx, down, up, o, p); err != nil {
 			n.targets.release(p)
+			// The next offer would take it for one that was captured as it was accepted.
+			if p.isLate && n.objects.Caught.Delete(p.pair) == nil {
+				_ = n.objects.Locals.Delete(p.pair)
+			}
 		}
 	}
 	n.counts.CountRefusal(n.log, err)

@@ -108,6 +108,7 @@ func (f *flow) letLeave() {
 		default:
 			f.isRecalled.Store(true)
 			recall()
+			f.expectReturn(q, -1)
 		}
 	case pumping, parking, parked:
 		if !f.parkable() {
@@ -181,6 +182,19 @@ func (f *flow) expectRoom(src *side) {
 			f.expectRoom(src)
 		}
 	})
+}
+
+// expectReturn ends a request to leave when the datapath that is asked to give f back has moved nothing for a
+// while, as where a process does not read what went to it past TCP. moved is what it had moved before.
+func (f *flow) expectReturn(q *leaveRequest, moved int64) {
+	up, down := f.counters.Load()
+	switch now := up + down; {
+	case f.counters.leave.Load() != q:
+	case now == moved:
+		f.counters.refuseLeave(q, errStopped)
+	default:
+		time.AfterFunc(2*stoppedFor, func() { f.expectReturn(q, now) })
+	}
 }
 
 // pack takes the request to leave, if there still is one, and ends f with what it is given. f is in transit,

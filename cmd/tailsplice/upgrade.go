@@ -239,6 +239,8 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	defer cancel()
 	failed := func(end func(), err error) error {
 		end()
+		d.keeper.store.Resume()
+		d.keeper.wake()
 		d.server.Resume()
 		if err := loader.RemoveDead("", d.log); err != nil {
 			d.log.Warn("what ended daemons left in the kernel can't be removed", "err", err)

@@ -123,6 +123,9 @@ func (*Store) Note([]Socket) {}
 // Sockets are none.
 func (*Store) Sockets() ([]Socket, error) { return nil, nil }
 
+// Resume does nothing.
+func (*Store) Resume() {}
+
 // Keep does nothing.
 func (*Store) Keep([]Socket, json.RawMessage) error { return nil }
 

@@ -41,6 +41,8 @@ type Store struct {
 	memfd *os.File
 	// +checklocks:mu
 	version uint64 // of the state that it keeps
+	// +checklocks:mu
+	isOffered bool // the state stays as it is
 }
 
 // kindState is the kind of a memfd with what the sockets alone do not tell. Its address is a number that is
@@ -185,9 +187,11 @@ func (s *Store) Note(all []Socket) {
 }
 
 // Sockets is a copy of what is kept beside the sockets, for a process that takes over. The caller closes it.
+// Until [Store.Resume] no later state is kept: that process would not know of it, and so never remove it.
 func (s *Store) Sockets() ([]Socket, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.isOffered = true
 	if s.memfd == nil {
 		return nil, nil
 	}
@@ -196,6 +200,13 @@ func (s *Store) Sockets() ([]Socket, error) {
 		return nil, os.NewSyscallError("fcntl", err)
 	}
 	return []Socket{{Kind: kindState, Address: strconv.FormatUint(s.version, 10), File: os.NewFile(uintptr(fd), kindState)}}, nil
+}
+
+// Resume is for when no process has taken over: later states are kept again.
+func (s *Store) Resume() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.isOffered = false
 }
 
 // Keep has the manager keep copies of all, and state unless it is nil, in place of what it kept before. With
@@ -252,11 +263,12 @@ func stateName(version uint64) string {
 	return kindState + "?address=" + strconv.FormatUint(version, 10)
 }
 
-// storeState has state kept, and adds its name to wanted. The one before is removed only then.
+// storeState has state kept, and adds its name to wanted. The one before is removed only then, and stays while
+// it is offered to another process.
 //
 // +checklocks:s.mu
 func (s *Store) storeState(state json.RawMessage, wanted map[string]bool) error {
-	if state == nil || s.kept == string(state) {
+	if state == nil || s.kept == string(state) || s.isOffered {
 		wanted[stateName(s.version)] = state != nil
 		return nil
 	}

@@ -160,6 +160,41 @@ func TestKeep(t *testing.T) {
 	}
 }
 
+// TestKeepOffered: a state that is offered to another process stays, since that one could not remove a later one,
+// until it is clear that it does not take over.
+func TestKeepOffered(t *testing.T) {
+	m := newManager(t)
+	keep := func(s *Store, state string) {
+		t.Helper()
+		if err := s.Keep(nil, json.RawMessage(state)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const state = "FDNAME=state?address="
+	s, _ := OpenStore()
+	if offered, err := s.Sockets(); err != nil || len(offered) != 0 {
+		t.Fatalf("without a state, %v is offered (%v)", offered, err)
+	}
+	keep(s, `{"a":1}`)
+	m.wants("none is offered")
+	s.Resume()
+	keep(s, `{"a":1}`)
+	m.wants("that one did not take over", "+FDSTORE=1 "+state+"1")
+
+	offered, err := s.Sockets()
+	if err != nil || len(offered) != 1 {
+		t.Fatalf("a process that takes over gets %v (%v)", offered, err)
+	}
+	next, _ := OpenStore()
+	next.Note(offered)
+	Close(offered)
+	keep(s, `{"a":2}`)
+	keep(s, `{"a":3}`)
+	m.wants("it is offered")
+	keep(next, `{"a":4}`)
+	m.wants("the process that has taken over", "+FDSTORE=1 "+state+"2", "FDSTOREREMOVE=1 "+state+"1")
+}
+
 // passed is a descriptor that the manager has kept, and why it should be refused; "" is not at all.
 type passed struct {
 	name string

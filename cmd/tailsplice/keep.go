@@ -73,9 +73,20 @@ func (k *keeper) wake() {
 	}
 }
 
-// beMain is called once this is the main process.
+// isToBeMain reports whether this is not the service manager's main process yet. Without a manager none is.
+func (k *keeper) isToBeMain() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.store.Keeps() && !k.isMain && !k.isOver
+}
+
+// beMain is called when this is the main process, of which it may be told more than once.
 func (d *process) beMain(ctx context.Context) {
 	d.keeper.mu.Lock()
+	if d.keeper.isMain {
+		d.keeper.mu.Unlock()
+		return
+	}
 	d.keeper.isMain = !d.keeper.isOver
 	if d.keeper.isMain && d.keeper.store.Keeps() {
 		var flows context.Context

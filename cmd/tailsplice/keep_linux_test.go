@@ -4,8 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
+	"net/url"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -85,4 +89,34 @@ func TestAdoptionIsGivenUp(t *testing.T) {
 		}
 	}
 	before.Close()
+}
+
+// TestUpgradeBeforeMain: while the service manager is still to be told of this process, no other one takes over
+// from it. Being told twice is nothing more.
+func TestUpgradeBeforeMain(t *testing.T) {
+	t.Setenv("NOTIFY_SOCKET", filepath.Join(t.TempDir(), "nobody"))
+	d := &process{log: slog.New(slog.DiscardHandler)}
+	d.openStore(nil)
+	now, cancel := context.WithCancel(t.Context())
+	cancel() // it need not wait
+	upgrade := func() error {
+		_, err := d.upgrade(now, url.Values{"binary": {filepath.Join(t.TempDir(), "none")}})
+		return err
+	}
+	const isEarly = "the upgrade before this one is not over yet"
+	if err := upgrade(); err == nil || !strings.Contains(err.Error(), isEarly) {
+		t.Errorf("before it is the main process: %v", err)
+	}
+	d.before = new(handover.Link) // which nobody follows any more
+	if err := upgrade(); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the process before it has ended: %v", err)
+	}
+	d.before = nil
+	d.keeper.mu.Lock()
+	d.keeper.isMain = true
+	d.keeper.mu.Unlock()
+	if err := upgrade(); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it is the main process: %v", err)
+	}
+	d.beMain(t.Context()) // what it would begin needs a server
 }

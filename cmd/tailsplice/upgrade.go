@@ -114,7 +114,8 @@ type process struct {
 	control *controls
 	elders  handover.Elders
 	keeper  keeper
-	isFirst bool // no other process has started this one
+	isFirst bool           // no other process has started this one
+	before  *handover.Link // to the process that this one has taken over from, which says who is the main one
 
 	upgraded    chan *successor // gets the process that has taken over
 	ends        chan struct{}   // is sent to when the daemon is to end with its last flow
@@ -162,6 +163,7 @@ func (d *process) takeOver(old *handover.Predecessor) error {
 			d.log.Warn("an older process can't be followed", "err", err)
 		}
 	}
+	d.before = old.Link
 	d.elders.Add(old.Link)
 	return nil
 }
@@ -191,6 +193,7 @@ func (d *process) upgrade(ctx context.Context, query url.Values) (notes []string
 	if d.isEnding.Load() { // whoever has said so may have seen no upgrade
 		cancel(nil)
 	}
+	d.awaitMain(ctx)
 	d.changes.Lock()
 	defer d.changes.Unlock()
 	if d.next != nil {
@@ -198,6 +201,9 @@ func (d *process) upgrade(ctx context.Context, query url.Values) (notes []string
 	}
 	if d.isEnding.Load() {
 		return nil, errors.New("the daemon is shutting down")
+	}
+	if d.isToBeMain() {
+		return nil, errors.New("the upgrade before this one is not over yet: try again in a moment")
 	}
 	path := o.binary
 	if path == "" {
@@ -220,6 +226,27 @@ func (d *process) upgrade(ctx context.Context, query url.Values) (notes []string
 	d.next = next
 	d.upgraded <- next
 	return []string{d.describe(next)}, nil
+}
+
+// mainWait is how long an upgrade may wait for the end of the one before it.
+const mainWait = 5 * time.Second
+
+// isToBeMain reports whether the service manager is still to be told that this is the main process. Were
+// another one to take over before, the manager could hear of the two in the wrong order.
+func (d *process) isToBeMain() bool {
+	return d.keeper.isToBeMain() && (d.before == nil || d.elders.Follows(d.before))
+}
+
+// awaitMain waits until this is the main process, but not for long.
+func (d *process) awaitMain(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, mainWait)
+	defer cancel()
+	for d.isToBeMain() && ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // describe says for people what an upgrade has led to.

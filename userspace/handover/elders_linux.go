@@ -75,6 +75,13 @@ func (e *Elders) follow(a *elder) {
 	a.link.Close()
 }
 
+// Follows reports whether l was added and has not ended.
+func (e *Elders) Follows(l *Link) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.ContainsFunc(e.all, func(a *elder) bool { return a.link == l })
+}
+
 // takeFlows takes the flows that come by the connection which is among sockets.
 func (e *Elders) takeFlows(sockets []Socket) {
 	for i := range sockets {

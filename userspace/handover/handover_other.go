@@ -218,6 +218,9 @@ func (*Elders) Add(*Link) {}
 // AddFile closes f.
 func (*Elders) AddFile(f *os.File) error { return f.Close() }
 
+// Follows is false.
+func (*Elders) Follows(*Link) bool { return false }
+
 // List is empty.
 func (*Elders) List() []Remains { return nil }
 

@@ -210,10 +210,11 @@ func (ws *wakes) takeLate() []*woken {
 	return late
 }
 
-// lapse stops w if nobody has used it for long enough, and else looks again when that may be so.
+// lapse stops w if nobody has used it for long enough, and else looks again when that may be so. While
+// another process takes over, or has not handed over yet, that one may use it.
 func (srv *Server) lapse(w *woken) {
 	srv.mu.Lock()
-	isOurs, isEarly := !srv.isClosed && !srv.hasLeft, srv.isHeld
+	isOurs, isEarly := !srv.isClosed && !srv.hasLeft, srv.isHeld || srv.isFrozen
 	srv.mu.Unlock()
 	ws := srv.wakes
 	ws.mu.Lock()

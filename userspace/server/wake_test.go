@@ -12,6 +12,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/handover"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
@@ -179,5 +180,26 @@ func TestWokenIsKept(t *testing.T) {
 	defer next.wakes.mu.Unlock()
 	if w := next.wakes.started["1"]; w == nil || time.Since(w.Used) > time.Minute {
 		t.Errorf("known is %+v", w)
+	}
+}
+
+// TestWokenWhileUpgraded: what seems unused is not stopped while another process takes over, which may use it.
+func TestWokenWhileUpgraded(t *testing.T) {
+	d := start(t, fmt.Sprintf("listeners: [ { listen: [%q], mode: tcp, default: { forward: %q } } ]", freeAddr(t), freeAddr(t)))
+	d.noteStarted(container.Started{ID: "1", Name: "a", At: "then"}, &plan.Rule{Policy: plan.Policy{Wake: &config.Wake{Docker: true, Idle: time.Hour}}})
+	sockets, err := d.Sockets()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handover.Close(sockets)
+	d.wakes.mu.Lock()
+	w := d.wakes.started["1"]
+	w.Used = time.Now().Add(-2 * time.Hour)
+	d.wakes.mu.Unlock()
+	d.lapse(w)
+	d.wakes.mu.Lock()
+	defer d.wakes.mu.Unlock()
+	if d.wakes.started["1"] != w || time.Since(w.Used) > time.Minute {
+		t.Errorf("it is stopped, or will be at once: %+v", w)
 	}
 }

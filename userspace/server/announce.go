@@ -89,6 +89,11 @@ func (srv *Server) Withdrawn(ctx context.Context) error {
 	case <-withdrawn:
 		return nil
 	case <-ctx.Done():
+	}
+	select {
+	case <-withdrawn: // both are over
+		return nil
+	default:
 		return fmt.Errorf("an announcement is still being withdrawn: %w", context.Cause(ctx))
 	}
 }
@@ -163,6 +168,7 @@ func (srv *Server) linger(l *listener, since time.Time) func() {
 	l.lingers = true
 	a, until := l.announcer, l.until
 	return func() {
+		rest := grace
 		if until.IsZero() {
 			if a != nil {
 				a.Wait(srv.ctx)
@@ -173,8 +179,10 @@ func (srv *Server) linger(l *listener, since time.Time) func() {
 				l.until = until
 			}
 			srv.mu.Unlock()
+		} else if rest = time.Until(until); grace > 0 {
+			rest = min(rest, grace) // until is of the wall clock, which may have been set back
 		}
-		sleep(srv.ctx, time.Until(until))
+		sleep(srv.ctx, rest)
 		srv.mu.Lock()
 		defer srv.mu.Unlock()
 		if l.lingers && l.drained.Equal(since) {

@@ -236,10 +236,12 @@ func TestGraceOver(t *testing.T) {
 	for name, c := range map[string]struct {
 		hangs bool          // what tells others, in the old process
 		rest  time.Duration // of the grace, for the new one
+		grace string        // of the new one, where it is another
 	}{
-		"the most of it":   {false, 5 * time.Minute},
-		"little":           {false, 100 * time.Millisecond},
-		"others know late": {true, 0},
+		"the most of it":        {false, 5 * time.Minute, ""},
+		"little":                {false, 100 * time.Millisecond, ""},
+		"others know late":      {true, 0, "100ms"},
+		"the clock is set back": {false, time.Hour, "100ms"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -275,15 +277,15 @@ func TestGraceOver(t *testing.T) {
 				t.Fatal(err)
 			}
 			os.Remove(hangs)
-			if c.rest == 0 {
-				a.options = strings.Replace(a.options, "grace: 10m", "grace: 100ms", 1)
+			if c.grace != "" {
+				a.options = strings.Replace(a.options, "grace: 10m", "grace: "+c.grace, 1)
 			}
 			next := startOptions(t, parse(t, a.yaml("")), Options{Handed: sockets, Orders: said, Held: true})
 			a.Rest()
 			took := time.Now()
 			next.Accept()
 			a.Leave()
-			if c.rest > time.Minute {
+			if c.grace == "" && c.rest > time.Minute {
 				if err := next.Reload(parse(t, a.yaml(""))); err != nil {
 					t.Fatal(err)
 				}
@@ -379,6 +381,11 @@ func TestWithdrawn(t *testing.T) {
 	}
 	if err := a.Withdrawn(t.Context()); err != nil || a.isUp() {
 		t.Errorf("%v; it is announced: %t", err, a.isUp())
+	}
+	for range 50 {
+		if err := a.Withdrawn(ctx); err != nil {
+			t.Fatalf("it is withdrawn, and the time is over: %v", err)
+		}
 	}
 }
 

@@ -98,11 +98,12 @@ func descriptor(sock syscall.Conn) (fd int, err error) {
 }
 
 // SendSockets sends any number of sockets, and with them state, and how many flows live, which may come
-// later. A process that knows of no more does without it; each part of it has a message for itself.
+// later. A process that knows of no more does without it; each part of it has a message for itself, which is
+// sent whole or not at all. Where one can't be sent in time the rest of them are left out.
 func (l *Link) SendSockets(all []Socket, state json.RawMessage, flows int, more ...json.RawMessage) error {
 	for _, part := range more {
-		if err := l.Send(Message{Step: State, State: part}); err != nil {
-			return err
+		if l.Send(Message{Step: State, State: part}) != nil {
+			break // what else is wrong with the connection the sockets find, too
 		}
 	}
 	for {

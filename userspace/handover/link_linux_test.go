@@ -163,6 +163,19 @@ func TestLongState(t *testing.T) {
 	}
 }
 
+// TestPartsFail: the sockets come, with the state, though a part before them can't be sent.
+func TestPartsFail(t *testing.T) {
+	old, new := twoEnds(t)
+	long := json.RawMessage(`"` + strings.Repeat("p", mostBytes) + `"`)
+	if err := old.SendSockets(nil, json.RawMessage("1"), 7, json.RawMessage("2"), long); err != nil {
+		t.Fatal(err)
+	}
+	_, last, more, err := new.receiveSockets(time.Now().Add(time.Minute))
+	if err != nil || string(last.State) != "1" || len(more) != 1 || string(more[0]) != "2" {
+		t.Errorf("%+v, %d parts: %v", last, len(more), err)
+	}
+}
+
 // TestGarbage: what makes no sense is an error, and descriptors that came with it are closed.
 func TestGarbage(t *testing.T) {
 	old, new := twoEnds(t)

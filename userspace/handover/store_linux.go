@@ -272,6 +272,10 @@ func (s *Store) storeState(state json.RawMessage, wanted map[string]bool) error 
 		wanted[stateName(s.version)] = state != nil
 		return nil
 	}
+	if len(state) > mostState { // no start would read it
+		wanted[stateName(s.version)] = true
+		return fmt.Errorf("it has %d bytes, and may have %d", len(state), mostState)
+	}
 	fd, err := unix.MemfdCreate("tailsplice state", unix.MFD_CLOEXEC)
 	if err != nil {
 		return os.NewSyscallError("memfd_create", err)

@@ -149,6 +149,10 @@ func TestKeep(t *testing.T) {
 	keep(`{"a":3}`, web)
 	m.wants("the process that has taken over", "+FDSTORE=1 "+webName, "FDSTOREREMOVE=1 "+tailnetName, "+FDSTORE=1 "+state+"4",
 		"FDSTOREREMOVE=1 "+state+"3")
+	if err := s.Keep([]Socket{web}, json.RawMessage(`"`+strings.Repeat("x", mostState)+`"`)); err == nil {
+		t.Error("a state that no start would read is kept")
+	}
+	m.wants("a state that is too long")
 	if err := s.Keep([]Socket{web}, nil); err != nil {
 		t.Fatal(err)
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"runtime/debug"
@@ -45,9 +46,9 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 	drained := make(chan error, 1)
 	go func() { drained <- d.server.Drain(ctx) }()
 	tellLate := func() {
-		if late := d.server.LateOrders(); late != nil {
-			next.Send(handover.Message{Step: handover.State, State: late})
-		}
+		d.server.TellLate(func(late json.RawMessage) error {
+			return next.Send(handover.Message{Step: handover.State, State: late})
+		})
 	}
 	tell := func(isOver bool) {
 		tellLate()

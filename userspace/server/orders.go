@@ -44,7 +44,7 @@ func (srv *Server) Orders() (json.RawMessage, error) {
 }
 
 // OrdersInParts are Orders for the process that takes over: the first part is whole for one that knows no
-// others, and a message takes each. Which containers are started from now on is told by LateOrders.
+// others, and a message takes each. Which containers are started from now on is told by TellLate.
 func (srv *Server) OrdersInParts() (first json.RawMessage, more []json.RawMessage, err error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
@@ -70,17 +70,19 @@ func (srv *Server) OrdersInParts() (first json.RawMessage, more []json.RawMessag
 	return first, more, nil
 }
 
-// LateOrders are what has come to the orders since OrdersInParts, or since it was called last; nil: nothing.
-func (srv *Server) LateOrders() json.RawMessage {
-	late := srv.wakes.takeLate()
-	if late == nil {
-		return nil
+// TellLate calls send with what has come to the orders since OrdersInParts, and was not sent yet, for
+// AddOrders of the other process. Where send fails that is sent again when TellLate is called next.
+func (srv *Server) TellLate(send func(late json.RawMessage) error) {
+	for late := srv.wakes.takeLate(); len(late) > 0; late = srv.wakes.takeLate() {
+		b, _ := json.Marshal(orders{Woken: late}) // which has nothing that can't be written
+		if send(b) != nil {
+			srv.wakes.putBack(late)
+			return
+		}
 	}
-	b, _ := json.Marshal(orders{Woken: late}) // which has nothing that can't be written
-	return b
 }
 
-// AddOrders takes the LateOrders of another process.
+// AddOrders takes what TellLate of another process has sent.
 func (srv *Server) AddOrders(late json.RawMessage) error {
 	var o orders
 	err := json.Unmarshal(late, &o)

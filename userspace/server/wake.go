@@ -201,13 +201,26 @@ func (ws *wakes) collect(collects bool) {
 	ws.collects, ws.late = collects, nil
 }
 
-// takeLate returns what was started since collect, or since it was called last.
+// mostLate bounds what takeLate returns: a message takes that.
+const mostLate = 64
+
+// takeLate returns the first of what was started since collect, without what it has returned before.
 func (ws *wakes) takeLate() []*woken {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	late := ws.late
-	ws.late = nil
+	n := min(len(ws.late), mostLate)
+	late := slices.Clone(ws.late[:n])
+	ws.late = ws.late[n:]
 	return late
+}
+
+// putBack has takeLate return late again, which could not be told.
+func (ws *wakes) putBack(late []*woken) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if ws.collects {
+		ws.late = slices.Concat(late, ws.late)
+	}
 }
 
 // lapse stops w if nobody has used it for long enough, and else looks again when that may be so. While

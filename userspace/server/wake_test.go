@@ -2,6 +2,7 @@ package server
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"sync/atomic"
@@ -107,15 +108,12 @@ func TestWokenLate(t *testing.T) {
 		for _, srv := range []*Server{old, next, last} {
 			srv.wakes = newWakes()
 		}
-		give := func(from, to *Server) bool {
-			late := from.LateOrders()
-			if late == nil {
-				return false
-			}
-			if err := to.AddOrders(late); err != nil {
-				t.Error(err)
-			}
-			return true
+		give := func(from, to *Server) (told bool) {
+			from.TellLate(func(late json.RawMessage) error {
+				told = true
+				return to.AddOrders(late)
+			})
+			return told
 		}
 		start(old.wakes, "first", 1)
 		if give(old, next) {
@@ -126,6 +124,14 @@ func TestWokenLate(t *testing.T) {
 		start(old.wakes, "b", 2)
 		start(next.wakes, "a", 3)
 		start(next.wakes, "b", 1)
+		tries := 0
+		old.TellLate(func(json.RawMessage) error { // which does not get there
+			tries++
+			return errors.New("no room")
+		})
+		if tries != 1 {
+			t.Errorf("it is tried %d times at once", tries)
+		}
 		if !give(old, next) || give(old, next) {
 			t.Error("what is started late is not told, or twice")
 		}

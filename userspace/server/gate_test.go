@@ -217,6 +217,48 @@ func TestInheritShut(t *testing.T) {
 	}
 }
 
+// TestShutInParts: why listeners are closed is cut, and left out where it leaves no room for the rest in a
+// message.
+func TestShutInParts(t *testing.T) {
+	d := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q }, while_down: close } ]", freeAddr(t), freeAddr(t)))
+	d.mu.Lock()
+	web := d.listeners["web"]
+	web.gate.stop()
+	web.wasOpen = true
+	why := errors.New("x" + strings.Repeat("é", 40<<10))
+	web.gate.why.Store(&why)
+	d.mu.Unlock()
+	first := func() (o orders) {
+		t.Helper()
+		b, _, err := d.OrdersInParts()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal(b, &o); err != nil || len(b) > mostFirst {
+			t.Fatalf("%d bytes: %v", len(b), err)
+		}
+		return o
+	}
+	if got := first().Shut["web"].Why; len(got) > mostWhy || len(got) < mostWhy-1 || !strings.HasSuffix(got, "é") {
+		t.Errorf("closed because of %q", got)
+	}
+	d.mu.Lock()
+	for i := range mostFirst / mostWhy {
+		name := fmt.Sprint("web ", i)
+		d.listeners[name] = &listener{name: name, isShut: true, wasOpen: true, gate: web.gate}
+		d.listeners[name].service.Store(web.service.Load())
+		defer delete(d.listeners, name)
+	}
+	d.mu.Unlock()
+	whole, err := d.Orders()
+	if err != nil || len(whole) <= mostFirst {
+		t.Fatalf("%d bytes: %v", len(whole), err)
+	}
+	if o := first(); len(o.Shut) > 0 || o.Drained == nil {
+		t.Errorf("%d are closed, drained are %v", len(o.Shut), o.Drained)
+	}
+}
+
 // TestGateTells: which failures of a check are a reason to shut the listener. Each is made where the kernel would
 // make it.
 func TestGateTells(t *testing.T) {

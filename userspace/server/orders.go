@@ -3,6 +3,7 @@ package server
 import (
 	"encoding/json"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/announce"
@@ -35,6 +36,13 @@ const (
 	partChecks = 32 << 10
 )
 
+const (
+	// mostWhy bounds shut.Why, in bytes: there is an error of each target.
+	mostWhy = 300
+	// mostFirst is what the first part of OrdersInParts may have with Shut, in bytes: no message takes 64 KiB.
+	mostFirst = 48 << 10
+)
+
 // Orders are what an operator has said that lasts until a restart, what is announced, which containers may be
 // stopped, and what is known of targets that may be down, for Options.Orders of another process.
 func (srv *Server) Orders() (json.RawMessage, error) {
@@ -52,7 +60,12 @@ func (srv *Server) OrdersInParts() (first json.RawMessage, more []json.RawMessag
 	o := srv.listOrders()
 	checks := o.Checks
 	o.Checks = nil
-	if first, err = json.Marshal(o); err != nil {
+	first, err = json.Marshal(o)
+	if err == nil && len(first) > mostFirst {
+		o.Shut = nil // which costs a check more, and the rest is of more use
+		first, err = json.Marshal(o)
+	}
+	if err != nil {
 		return nil, nil, err
 	}
 	for len(checks) > 0 {
@@ -135,7 +148,8 @@ func (srv *Server) listOrders() orders {
 		if l.gate != nil && l.isShut && l.wasOpen {
 			s := shut{Targets: l.defaultTargets()}
 			if why := l.gate.closed(); why != nil {
-				s.Why = why.Error()
+				text := why.Error()
+				s.Why = strings.ToValidUTF8(text[:min(len(text), mostWhy)], "")
 			}
 			o.Shut[name] = s
 		}

@@ -220,42 +220,44 @@ func TestInheritShut(t *testing.T) {
 // TestShutInParts: why listeners are closed is cut, and left out where it leaves no room for the rest in a
 // message.
 func TestShutInParts(t *testing.T) {
-	d := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q }, while_down: close } ]", freeAddr(t), freeAddr(t)))
-	d.mu.Lock()
-	web := d.listeners["web"]
-	web.gate.stop()
-	web.wasOpen = true
-	why := errors.New("x" + strings.Repeat("é", 40<<10))
-	web.gate.why.Store(&why)
-	d.mu.Unlock()
-	first := func() (o orders) {
+	const n = mostFirst/mostWhy + 10
+	target, yaml := freeAddr(t), "listeners:\n"
+	for i := range n { // at addresses that are not bound while nothing answers
+		yaml += fmt.Sprintf("- { name: web%d, listen: [\"127.0.0.1:%d\"], mode: tcp, default: { forward: %q }, while_down: close }\n", i, 20000+i, target)
+	}
+	d := start(t, yaml)
+	because := func(why error) (whole, first orders) {
 		t.Helper()
-		b, _, err := d.OrdersInParts()
-		if err != nil {
-			t.Fatal(err)
+		d.mu.Lock()
+		var gates []*gate
+		for _, l := range d.listeners {
+			l.wasOpen = true
+			gates = append(gates, l.gate)
 		}
-		if err := json.Unmarshal(b, &o); err != nil || len(b) > mostFirst {
-			t.Fatalf("%d bytes: %v", len(b), err)
+		d.mu.Unlock()
+		for _, g := range gates {
+			g.stop()
+			g.mu.Lock() // until no check is being counted
+			g.why.Store(&why)
+			g.mu.Unlock()
 		}
-		return o
+		all, err := d.Orders()
+		part, _, err2 := d.OrdersInParts()
+		err = errors.Join(err, err2, json.Unmarshal(all, &whole), json.Unmarshal(part, &first))
+		if err != nil || len(part) > mostFirst {
+			t.Fatalf("%d bytes in the first part: %v", len(part), err)
+		}
+		return whole, first
 	}
-	if got := first().Shut["web"].Why; len(got) > mostWhy || len(got) < mostWhy-1 || !strings.HasSuffix(got, "é") {
-		t.Errorf("closed because of %q", got)
+	if whole, first := because(errors.New("short")); len(whole.Shut) != n || len(first.Shut) != n {
+		t.Errorf("%d are closed, and %d in the first part", len(whole.Shut), len(first.Shut))
 	}
-	d.mu.Lock()
-	for i := range mostFirst / mostWhy {
-		name := fmt.Sprint("web ", i)
-		d.listeners[name] = &listener{name: name, isShut: true, wasOpen: true, gate: web.gate}
-		d.listeners[name].service.Store(web.service.Load())
-		defer delete(d.listeners, name)
+	whole, first := because(errors.New("x" + strings.Repeat("é", 40<<10)))
+	if got := whole.Shut["web7"].Why; len(got) > mostWhy || len(got) < mostWhy-1 || !strings.HasSuffix(got, "é") {
+		t.Errorf("closed because of %d bytes: %.400s", len(got), got)
 	}
-	d.mu.Unlock()
-	whole, err := d.Orders()
-	if err != nil || len(whole) <= mostFirst {
-		t.Fatalf("%d bytes: %v", len(whole), err)
-	}
-	if o := first(); len(o.Shut) > 0 || o.Drained == nil {
-		t.Errorf("%d are closed, drained are %v", len(o.Shut), o.Drained)
+	if len(first.Shut) > 0 || first.Drained == nil {
+		t.Errorf("%d are closed in the first part, drained are %v", len(first.Shut), first.Drained)
 	}
 }
 

@@ -263,8 +263,8 @@ func stateName(version uint64) string {
 	return kindState + "?address=" + strconv.FormatUint(version, 10)
 }
 
-// storeState has state kept, and adds its name to wanted. The one before is removed only then, and stays while
-// it is offered to another process.
+// storeState has state kept, and adds its name to wanted. The one before is removed only then, and stays
+// while it is offered to another process.
 //
 // +checklocks:s.mu
 func (s *Store) storeState(state json.RawMessage, wanted map[string]bool) error {

@@ -92,9 +92,10 @@ func (s *side) Handle(events uint32) (then func()) {
 	case s.state != ended:
 		// A read stops in front of an urgent byte, too (EPOLLPRI).
 		return s.pass(events&^(unix.EPOLLIN|unix.EPOLLOUT) != 0)
-	case events&unix.EPOLLERR == 0:
+	case events&unix.EPOLLERR == 0 && (events&unix.EPOLLHUP == 0 || s.isShut.Load()):
 		return nil // its stream has ended, as we know
 	}
+	// It has an error, or is closed though our stream to it goes on: somebody has taken the error.
 	return s.flow.detachBroken("watch", s, cmp.Or(takeError(s.socket.FD()), error(unix.ECONNRESET)))
 }
 

@@ -39,7 +39,8 @@ const (
 const (
 	// mostWhy bounds shut.Why, in bytes: there is an error of each target.
 	mostWhy = 300
-	// mostFirst is what the first part of OrdersInParts may have with Shut, in bytes: no message takes 64 KiB.
+	// mostFirst is what the first part of OrdersInParts may have with Shut, in bytes: no message takes 64
+	// KiB.
 	mostFirst = 48 << 10
 )
 

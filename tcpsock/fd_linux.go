@@ -42,10 +42,16 @@ func IsClosed(fd int) bool {
 	return Info(fd, &i) == nil && i.State == Closed
 }
 
-// IsShut reports whether our stream has ended: we have ended it, or TCP has given the connection up.
+// IsShut reports whether we have ended our stream. It is false where the connection has broken, with an error
+// that nobody was told of yet.
 func IsShut(fd int) bool {
 	var i unix.TCPInfo
-	return Info(fd, &i) == nil && slices.Contains([]uint8{finWait1, finWait2, timeWait, Closed, lastAck, closing}, i.State)
+	if Info(fd, &i) != nil || !slices.Contains([]uint8{finWait1, finWait2, timeWait, Closed, lastAck, closing}, i.State) {
+		return false
+	}
+	p := []unix.PollFd{{Fd: int32(fd)}} // which does not take the error, as SO_ERROR does
+	_, err := unix.Poll(p, 0)
+	return i.State != Closed || err != nil || p[0].Revents&unix.POLLERR == 0
 }
 
 // IsEstablished reports whether neither end has ended its stream, and nothing else has. It is true where

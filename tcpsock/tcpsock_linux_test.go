@@ -276,3 +276,32 @@ func TestMemory(t *testing.T) {
 		t.Errorf("here %d bytes are taken, and TCP is short from %d on", used, pressure)
 	}
 }
+
+// TestIsShut: a reset is no end of our stream, and is still told by the socket.
+func TestIsShut(t *testing.T) {
+	for _, isReset := range []bool{true, false} {
+		a, b := pair(t)
+		if IsShut(fdOf(t, a)) {
+			t.Error("a stream that goes on is shut")
+		}
+		b.CloseWrite()
+		if n, err := a.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+			t.Fatalf("read %d bytes: %v", n, err)
+		}
+		if isReset {
+			b.SetLinger(0)
+		} else {
+			a.CloseWrite()
+		}
+		b.Close()
+		for !IsClosed(fdOf(t, a)) {
+			time.Sleep(time.Millisecond)
+		}
+		if IsShut(fdOf(t, a)) == isReset {
+			t.Errorf("reset: %v; shut: %v", isReset, !isReset)
+		}
+		if n, err := unix.GetsockoptInt(fdOf(t, a), unix.SOL_SOCKET, unix.SO_ERROR); err != nil || (n != 0) != isReset {
+			t.Errorf("reset: %v; it tells error %d: %v", isReset, n, err)
+		}
+	}
+}

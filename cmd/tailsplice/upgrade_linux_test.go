@@ -260,9 +260,12 @@ func echo(c net.Conn) error {
 }
 
 // request makes a request on a connection of its own.
-func (d *upgradable) request() error {
+func (d *upgradable) request() error { return getHello("http://" + d.web) }
+
+// getHello makes a request, on a connection of its own, of a target that says hello.
+func getHello(url string) error {
 	client := http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true}}
-	res, err := client.Get("http://" + d.web)
+	res, err := client.Get(url)
 	if err != nil {
 		return err
 	}

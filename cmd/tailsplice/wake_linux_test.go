@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -112,21 +111,6 @@ func sleepyListener(t *testing.T, address, idle string) string {
 	return fmt.Sprintf(`  - { listen: [%q], mode: http, default: { forward: "docker://sleepy:%s", wake: { docker: true, idle: %s }, hold: 1m } }`, address, port, idle)
 }
 
-// wakes makes a request.
-func wakes(address string) error {
-	client := http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true}}
-	res, err := client.Get("http://" + address)
-	if err != nil {
-		return err
-	}
-	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
-	if err == nil && string(body) != "hello" {
-		err = fmt.Errorf("got %s: %s", res.Status, body)
-	}
-	return err
-}
-
 // TestUpgradeWhileWaking: a container is stopped when nobody uses it, also where it was started for a request that
 // the old process goes on with after an upgrade, or after two.
 func TestUpgradeWhileWaking(t *testing.T) {
@@ -135,7 +119,7 @@ func TestUpgradeWhileWaking(t *testing.T) {
 	d := startVerbs(t, sleepyListener(t, address, "1s"))
 	for times := 1; times <= 2; times++ {
 		answered := make(chan error, 1)
-		go func() { answered <- wakes(address) }()
+		go func() { answered <- getHello("http://" + address) }()
 		<-s.asked
 		for range times {
 			d.says(true, "has taken over", "upgrade")
@@ -160,7 +144,7 @@ func TestCrashWoken(t *testing.T) {
 	m.args = []string{"run", "--config", file, "--log-format", "json"}
 	m.start()
 	s.release <- struct{}{}
-	wait(t, "it is woken", func() error { return wakes(address) })
+	wait(t, "it is woken", func() error { return getHello("http://" + address) })
 	wait(t, "it is kept who has started it", func() error {
 		if text := m.state(); !strings.Contains(text, sleepyID) {
 			return errors.New("kept is " + text)

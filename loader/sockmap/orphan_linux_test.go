@@ -104,21 +104,10 @@ func TestRecall(t *testing.T) {
 		}, errPastTCP},
 	} {
 		t.Run(name, func(t *testing.T) {
-			l := open(t, new(Hooks).Without(ruleSweep), 16)
-			p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
-			loadertest.Must(t, loadertest.SendPart(p.Client, p.Server, 1, 1000))
-			f := l.onlyFlow(t)
-			f.freeze(t)
-			d := &f.directions[0]
-			pretendConsumed(d, 1<<62)
-			_, err := p.Client.Write(data)
-			loadertest.Must(t, err)
-			loadertest.WaitFor(t, func() bool { return d.snapshot().passed == 1000 }, "bytes to be passed")
-			loadertest.WaitFor(t, d.source().readable, "bytes to be read")
-			pretendConsumed(d, 0)
-			o := orphaned(t, l)
+			l, p := unread(t, data)
+			f, o := l.onlyFlow(t), orphaned(t, l)
 			c.die(t, f, o)
-			_, err = p.Client.Write(data)
+			_, err := p.Client.Write(data)
 			loadertest.Must(t, err)
 
 			rest, found, err := f.recallBy(t.Context(), o)
@@ -140,8 +129,8 @@ func TestRecall(t *testing.T) {
 	}
 }
 
-// A recall that is to end does so at once, and says what is missing.
-func TestRecallIsCut(t *testing.T) {
+// unread has a flow that is frozen, with data passed to userspace, which has not read it.
+func unread(t *testing.T, data []byte) (*Engine, *loadertest.Path) {
 	l := open(t, new(Hooks).Without(ruleSweep), 16)
 	p := loadertest.SplicePath(t, l, loadertest.PathOptions{})
 	loadertest.Must(t, loadertest.SendPart(p.Client, p.Server, 1, 1000))
@@ -149,13 +138,19 @@ func TestRecallIsCut(t *testing.T) {
 	f.freeze(t)
 	d := &f.directions[0]
 	pretendConsumed(d, 1<<62)
-	_, err := p.Client.Write(prove.Pattern(1000))
+	_, err := p.Client.Write(data)
 	loadertest.Must(t, err)
-	loadertest.WaitFor(t, func() bool { return d.snapshot().passed == 1000 }, "bytes to be passed")
+	loadertest.WaitFor(t, func() bool { return d.snapshot().passed == uint64(len(data)) }, "bytes to be passed")
 	loadertest.WaitFor(t, d.source().readable, "bytes to be read")
 	pretendConsumed(d, 0)
-	o := orphaned(t, l)
-	_, err = f.sockets[0].read(make([]byte, 400))
+	return l, p
+}
+
+// A recall that is to end does so at once, and says what is missing.
+func TestRecallIsCut(t *testing.T) {
+	l, _ := unread(t, prove.Pattern(1000))
+	f, o := l.onlyFlow(t), orphaned(t, l)
+	_, err := f.sockets[0].read(make([]byte, 400))
 	loadertest.Must(t, err)
 	why := errors.New("it has taken too long")
 	ctx, cancel := context.WithCancelCause(t.Context())

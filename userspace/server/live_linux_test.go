@@ -216,15 +216,18 @@ func (s *slowly) Give(f *handover.Flow, gone func(error)) {
 	s.handed.Give(f, gone)
 }
 
+// two are a server with an echoing target, and one that takes flows over.
+func two(t *testing.T) (addr string, old, next *daemon) {
+	to := backend(t, echo)
+	addr = freeAddr(t)
+	old = start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", addr, to))
+	next = start(t, fmt.Sprintf("listeners: [ { name: other, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", freeAddr(t), to))
+	return addr, old, next
+}
+
 // TestIdleFlowsRest: between some idle flows and the next that are given others have the processors.
 func TestIdleFlowsRest(t *testing.T) {
-	echo := backend(t, func(c net.Conn) {
-		defer c.Close()
-		_, _ = io.Copy(c, c)
-	})
-	addr, other := freeAddr(t), freeAddr(t)
-	old := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", addr, echo))
-	next := start(t, fmt.Sprintf("listeners: [ { name: other, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", other, echo))
+	addr, old, next := two(t)
 	const rests = 3
 	flows := rests*idleTogether*runtime.NumCPU() + 1
 	for range flows {
@@ -247,13 +250,7 @@ func TestIdleFlowsRest(t *testing.T) {
 
 // TestGiveFlowsRefused: what is not taken goes on, and can be given later, by another upgrade.
 func TestGiveFlowsRefused(t *testing.T) {
-	echo := backend(t, func(c net.Conn) {
-		defer c.Close()
-		_, _ = io.Copy(c, c)
-	})
-	addr, other := freeAddr(t), freeAddr(t)
-	old := start(t, fmt.Sprintf("listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", addr, echo))
-	next := start(t, fmt.Sprintf("listeners: [ { name: other, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", other, echo))
+	addr, old, next := two(t)
 	c := dialTCP(t, addr)
 	exchangeBytes(t, c, 1000)
 	give := func(h *handed) (stop func()) {
@@ -296,7 +293,7 @@ func TestGiveFlowsRefused(t *testing.T) {
 	if _, _, err := next.AdoptFlow(&handover.Flow{Source: "nobody"}); err == nil {
 		t.Error("a record that makes no sense is taken")
 	}
-	third := start(t, fmt.Sprintf("listeners: [ { name: third, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", freeAddr(t), echo))
+	third := start(t, fmt.Sprintf("listeners: [ { name: third, listen: [%q], mode: tcp, default: { forward: %q } } ]\n", freeAddr(t), backend(t, echo)))
 	stop = give(&handed{t: t, to: third.Server, lost: make(chan struct{})})
 	eventually(t, "it has gone", func() bool { return old.Flows().Len() == 0 })
 	stop()

@@ -93,6 +93,7 @@ func Connect(t testing.TB, network string) (dialled, accepted *net.TCPConn) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { c.Close(); a.Close() }) // an end that nobody refers to would be closed at any time
 	return c.(*net.TCPConn), a.(*net.TCPConn)
 }
 

@@ -71,7 +71,9 @@ func (b *Bare) Prepare() (err error) {
 // IsUnix reports whether it is a unix socket.
 func (b *Bare) IsUnix() bool {
 	family := 0
-	(*bareRaw)(b).Control(func(fd uintptr) { family, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_DOMAIN) })
+	(*bareRaw)(b).Control(func(fd uintptr) {
+		family, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_DOMAIN)
+	})
 	return family == unix.AF_UNIX
 }
 
@@ -93,7 +95,9 @@ func (b *Bare) SetLinger(seconds int) (err error) {
 	if seconds >= 0 {
 		linger.Onoff = 1
 	}
-	cerr := (*bareRaw)(b).Control(func(fd uintptr) { err = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &linger) })
+	cerr := (*bareRaw)(b).Control(func(fd uintptr) {
+		err = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &linger)
+	})
 	return errors.Join(cerr, os.NewSyscallError("setsockopt", err))
 }
 

@@ -46,7 +46,8 @@ func IsClosed(fd int) bool {
 // that nobody was told of yet.
 func IsShut(fd int) bool {
 	var i unix.TCPInfo
-	if Info(fd, &i) != nil || !slices.Contains([]uint8{finWait1, finWait2, timeWait, Closed, lastAck, closing}, i.State) {
+	ours := []uint8{finWait1, finWait2, timeWait, Closed, lastAck, closing}
+	if Info(fd, &i) != nil || !slices.Contains(ours, i.State) {
 		return false
 	}
 	p := []unix.PollFd{{Fd: int32(fd)}} // which does not take the error, as SO_ERROR does

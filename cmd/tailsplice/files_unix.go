@@ -39,7 +39,8 @@ func growFiles(more int) {
 		return
 	}
 	defer unix.Close(fd)
-	if far, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, int(min(uint64(more)+filesBeside, l.Cur-1))); err == nil {
+	from := int(min(uint64(more)+filesBeside, l.Cur-1))
+	if far, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, from); err == nil {
 		unix.Close(far)
 	}
 }

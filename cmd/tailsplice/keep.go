@@ -46,7 +46,8 @@ type taker interface {
 // what a process left that has ended.
 func (d *process) openStore(old *handover.Predecessor) (from taker, state json.RawMessage, more []json.RawMessage) {
 	store, wrong := handover.OpenStore()
-	d.keeper = keeper{store: store, moved: make(chan struct{}, 1), adopted: make(chan struct{}), endFlows: func() {}}
+	d.keeper = keeper{store: store, endFlows: func() {},
+		moved: make(chan struct{}, 1), adopted: make(chan struct{})}
 	d.keeper.adopting, d.keeper.giveUp = context.WithCancel(context.Background())
 	ends := store.Take(handover.IsOfFlows)
 	d.keeper.hasLeft = len(ends) > 0
@@ -237,7 +238,9 @@ func (d *process) openOrphans() (recall handover.Recall, end func()) {
 }
 
 // recallBy is recall, which has its time, and ends with the adoption.
-func (k *keeper) recallBy(recall func(_ context.Context, down, up int, offsets [2]uint64) (_, _ []byte, _ error)) handover.Recall {
+func (k *keeper) recallBy(
+	recall func(_ context.Context, down, up int, offsets [2]uint64) (_, _ []byte, _ error),
+) handover.Recall {
 	return func(down, up int, b *handover.Balance) (downRest, upRest []byte, err error) {
 		ctx, cancel := context.WithTimeout(k.adopting, recallWait)
 		defer cancel()

@@ -262,7 +262,8 @@ func (d *process) describe(next *successor) string {
 //
 // +checklocks:d.changes
 func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgradeOptions) error {
-	inTime, cancel := context.WithTimeoutCause(ctx, o.timeout, fmt.Errorf("the upgrade was not that far after %v", o.timeout))
+	inTime, cancel := context.WithTimeoutCause(ctx, o.timeout,
+		fmt.Errorf("the upgrade was not that far after %v", o.timeout))
 	defer cancel()
 	failed := func(end func(), err error) error {
 		end()

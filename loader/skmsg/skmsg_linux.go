@@ -300,7 +300,8 @@ func (p *process) HasUnread() bool {
 	// Asked anew: what was moved to the queue before is seen there now. A process that has closed its socket
 	// may not have read all of it, which is a reset, and the programs may not have told so yet.
 	answer, err := p.query(skmsgLocalRequestLOCAL_LOOK, 0)
-	const there, waits = skmsgLocalAnswerLOCAL_THERE, skmsgLocalAnswerLOCAL_QUEUE | skmsgLocalAnswerLOCAL_BACKLOG
+	const there = skmsgLocalAnswerLOCAL_THERE
+	const waits = skmsgLocalAnswerLOCAL_QUEUE | skmsgLocalAnswerLOCAL_BACKLOG
 	if err != nil || answer&(there|waits) != there {
 		return true
 	}

@@ -214,7 +214,9 @@ func receivedFDs(oob []byte) (all []int, err error) {
 
 // receiveSockets receives what SendSockets sends; last is its last message. The caller closes the sockets,
 // with an error too.
-func (l *Link) receiveSockets(deadline time.Time) (all []Socket, last *Message, more []json.RawMessage, err error) {
+func (l *Link) receiveSockets(deadline time.Time) (
+	all []Socket, last *Message, more []json.RawMessage, err error,
+) {
 	for {
 		m, err := l.Receive(deadline)
 		if err != nil {

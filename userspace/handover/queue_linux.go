@@ -470,7 +470,8 @@ func (r *queueReader) look(p *queuePair, after int) (n int, fds []int, isCut boo
 		}
 		for {
 			var err error
-			n, oobn, flags, _, err = unix.Recvmsg(fd, r.b[:], r.oob[:], unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+			n, oobn, flags, _, err = unix.Recvmsg(fd, r.b[:], r.oob[:],
+				unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 			switch err {
 			case unix.EINTR:
 			case unix.EAGAIN:

@@ -37,7 +37,8 @@ func (s *Set) Records() (all []Record) {
 	for _, c := range s.Running() {
 		c.mu.Lock()
 		if st := &c.state; !st.isPlain(&c.Spec, now) || st.fall > 0 {
-			r := Record{Spec: c.Spec, At: st.at, Down: st.isDown, Rise: st.rise, Fall: st.fall, Since: st.since, Falls: st.falls, Until: st.until}
+			r := Record{Spec: c.Spec, At: st.at, Down: st.isDown, Rise: st.rise, Fall: st.fall,
+				Since: st.since, Falls: st.falls, Until: st.until}
 			if st.last != nil {
 				text := st.last.Error()
 				r.Error = strings.ToValidUTF8(text[:min(len(text), mostError)], "")
@@ -76,7 +77,8 @@ func (s *Set) Inherit(all []Record) {
 func (c *Check) takeOver(r *Record, now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.state = state{isDown: r.Down, rise: max(r.Rise, 0), fall: max(r.Fall, 0), at: notAfter(now, r.At), falls: max(r.Falls, 0)}
+	c.state = state{isDown: r.Down, at: notAfter(now, r.At),
+		rise: max(r.Rise, 0), fall: max(r.Fall, 0), falls: max(r.Falls, 0)}
 	c.since = notAfter(now, r.Since)
 	if r.Since.IsZero() {
 		c.since = c.at

@@ -171,7 +171,11 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 			room  chan struct{}
 			most  int32
 			rests bool
-		}{{still, calm, math.MaxInt32, true}, {talk, talking, talkLeaving, false}, {busy, bulk, talkLeaving, false}} {
+		}{
+			{still, calm, math.MaxInt32, true},
+			{talk, talking, talkLeaving, false},
+			{busy, bulk, talkLeaving, false},
+		} {
 			together := 0
 			for _, s := range part.flows {
 				if n := s.notTaken.Load(); n != nil && n.at.After(begin) && !n.isOver(time.Now()) {

@@ -236,7 +236,8 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.deps = plan.NewDeps(opts.Log)
 	srv.deps.Dialer.Disabled = &srv.disabled
 	srv.deps.Upstream, srv.deps.Guard, srv.deps.Wait = srv.completeUpstream, srv.guard, srv.awaitUpstreams
-	srv.health.Log, srv.health.Tells, srv.health.Down, srv.health.Moved = opts.Log, tells, srv.targetDown, srv.opts.moved
+	srv.health.Log, srv.health.Tells = opts.Log, tells
+	srv.health.Down, srv.health.Moved = srv.targetDown, srv.opts.moved
 	srv.deps.Health = &srv.health
 	srv.tailnet, srv.containers = srv.deps.Tailnet, srv.deps.Containers
 	srv.acme = acme.New(opts.Log)

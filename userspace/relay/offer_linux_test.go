@@ -62,6 +62,35 @@ func TestNoOfferWithinPieces(t *testing.T) {
 	<-done
 }
 
+// TestNotGivenBack: a flow that its datapath does not give back, and that stands still, stays when it is to leave.
+func TestNotGivenBack(t *testing.T) {
+	r, l, done := oneLoop(t)
+	var moved Counters
+	f := r.newFlow(t.Context(), nil, nil, Options{Counters: &moved}, func(r Result) { done <- r })
+	client, down := connected(t)
+	server, up := connected(t)
+	defer client.Close()
+	defer server.Close()
+	f.attachTo(l.NewSocket(down), l.NewSocket(up))
+	k := keeper{flows: make(chan datapath.Handoff, 1)}
+	l.Do(func() func() { return f.handOff(k) })
+	h := <-k.flows
+	recalled, answer := make(chan struct{}, 1), make(chan error, 1)
+	h.Recallable(func() { recalled <- struct{}{} })
+	moved.Leave(t.Context(), func(p *Parcel, err error) { answer <- err })
+	<-recalled
+	select {
+	case err := <-answer:
+		if err != errStopped {
+			t.Errorf("it is not given back, and leaves: %v", err)
+		}
+	case <-time.After(time.Minute):
+		t.Error("it is waited for without an end")
+	}
+	h.Ended(0, 0, string(EndEOF), nil)
+	<-done
+}
+
 // TestLateLook: a timer that had fired when its flow went to a loop does nothing there, and leaves the loop's
 // timer alone.
 func TestLateLook(t *testing.T) {

@@ -23,8 +23,8 @@ type Connecting struct {
 }
 
 // RunConnecting is [Relay.Run] for a socket of a loop that nobody waits for, and an upstream that may still
-// be connecting. The flow begins when it is connected; either done or up.Failed is called. o.Head is written,
-// or copied, when it returns.
+// be connecting. Both have the options of [tcpsock.SetOptions]. The flow begins when it is connected; either
+// done or up.Failed is called. o.Head is written, or copied, when it returns.
 func (r *Relay) RunConnecting(ctx context.Context, down *loop.Socket, up Connecting, o Options, done func(Result)) {
 	c := &connecting{Connecting: up, flow: r.newFlow(ctx, nil, nil, o, done), down: down, up: down.Loop().NewSocket(up.FD)}
 	if up.Connected {
@@ -64,8 +64,6 @@ func (c *connecting) look(timedOut bool) {
 
 func (c *connecting) run() {
 	f := c.flow
-	tcpsock.KeepUrgent(c.down.FD())
-	tcpsock.KeepUrgent(c.up.FD())
 	if f.o.MeasureRTT {
 		f.done = withRTT(f.done, tcpsock.RoundTrip(c.down.FD()), tcpsock.RoundTrip(c.up.FD()))
 	}

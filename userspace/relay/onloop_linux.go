@@ -103,15 +103,16 @@ func (s *side) Handle(events uint32) (then func()) {
 // fill the buffer says so, as epoll(7) promises.
 func (s *side) pass(toEnd bool) (then func()) {
 	buf := s.socket.Loop().Buffer()
-	buf = buf[:min(int64(len(buf)), s.flow.o.Buffer)]
-	if piece, isOnTrial := s.piece(buf, s.other().socket.FD()); isOnTrial && !s.isNextMessage() {
+	most := min(int64(len(buf)), s.flow.o.Buffer)
+	buf = buf[:most:most]
+	if piece, isOnTrial := s.piece(buf, s.other().socket.FD()); isOnTrial {
 		return s.passPiece(piece, toEnd)
 	}
 	if s.pieces*trialRead >= leastBulk {
 		return s.flow.toPumps()
 	}
 	for full := 0; full < fullReads; {
-		n, then := s.transfer(buf)
+		n, then := s.transfer(buf, false)
 		switch {
 		case n == 0:
 			return then
@@ -126,19 +127,21 @@ func (s *side) pass(toEnd bool) (then func()) {
 	return s.flow.toPumps()
 }
 
-// passPiece is pass for a side on trial: others have their turn between two pieces.
+// passPiece is pass for a side on trial: others have their turn between two pieces. buf has room for one, and
+// capacity for as much as is passed at once.
 func (s *side) passPiece(buf []byte, toEnd bool) (then func()) {
-	for {
-		n, then := s.transfer(buf)
+	for isMessage := s.isAnswered(); ; isMessage = false {
+		n, then := s.transfer(buf, isMessage)
 		if n == 0 {
 			s.pieces = 0
 			return then
 		}
-		if n == len(buf) {
+		isCut := n == len(buf) && s.hasUnread()
+		if isCut || n == len(buf) && !isMessage {
 			s.pieces++
 		}
 		switch {
-		case n == len(buf) && s.hasUnread():
+		case isCut:
 			if s.socket.Again() != nil {
 				return s.flow.toPumps()
 			}
@@ -149,9 +152,9 @@ func (s *side) passPiece(buf []byte, toEnd bool) (then func()) {
 	}
 }
 
-// transfer does one read and one write. Where n is 0 there is nothing more to read, or s has left the loop,
-// and then is what follows.
-func (s *side) transfer(buf []byte) (n int, then func()) {
+// transfer fills buf by one read, and does one write. The rest of a message that buf is too short for goes
+// with it. Where n is 0 there is nothing more to read, or s has left the loop, and then is what follows.
+func (s *side) transfer(buf []byte, isMessage bool) (n int, then func()) {
 	f, dst := s.flow, s.other()
 	n, err := noEINTR(func() (int, error) { return unix.Read(s.socket.FD(), buf) })
 	switch {
@@ -161,6 +164,12 @@ func (s *side) transfer(buf []byte) (n int, then func()) {
 		return 0, f.detachBroken("read from", s, err)
 	case n == 0:
 		return 0, s.eof()
+	case n == len(buf) && isMessage:
+		if rest := s.restOfMessage(buf); len(rest) > 0 {
+			more, _ := noEINTR(func() (int, error) { return unix.Read(s.socket.FD(), rest) }) // a later read has the error
+			buf = buf[:n+max(more, 0)]
+			n = len(buf)
+		}
 	}
 	m, err := noEINTR(func() (int, error) { return unix.Write(dst.socket.FD(), buf[:n]) })
 	m = max(m, 0)

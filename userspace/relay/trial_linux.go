@@ -55,15 +55,24 @@ func unspare(c net.Conn) {
 	tcpsock.Control(c, func(fd int) { _ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 0) })
 }
 
-// isNextMessage reports whether what has come from s is a message, the last one of which was answered. In
-// pieces each would wake its reader twice, and one read of so little makes no megabytes. It is for whoever
-// has the loop of s.
-func (s *side) isNextMessage() bool {
+// isAnswered reports whether what has come from s is a message, or the first piece of more, and the last one
+// was answered. It is for whoever has the loop of s.
+func (s *side) isAnswered() bool {
 	answers := s.other().moved().Load()
 	if s.pieces > 0 || answers == s.answers {
 		return false
 	}
 	s.answers = answers
+	return true
+}
+
+// restOfMessage is the room behind buf for what else has come from s, if the two are no more than is passed at
+// once; else it has no length. In pieces a message would wake its reader twice, and to read so little at once
+// makes no megabytes.
+func (s *side) restOfMessage(buf []byte) []byte {
 	n, err := unix.IoctlGetInt(s.socket.FD(), unix.SIOCINQ)
-	return err == nil && n <= trialAtOnce
+	if most := min(trialAtOnce, cap(buf)); err != nil || len(buf)+n > most {
+		n = 0
+	}
+	return buf[len(buf) : len(buf)+n]
 }

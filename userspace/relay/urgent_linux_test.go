@@ -66,6 +66,9 @@ func startSockets(t *testing.T, f *relaytest.Flow) {
 		if err == nil {
 			fds[i], err = tcpsock.Dup(raw)
 		}
+		if err == nil {
+			err = tcpsock.SetOptions(fds[i])
+		}
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -17,7 +17,7 @@ const acceptPause = 10 * time.Millisecond
 type Acceptor struct {
 	reactor *Reactor
 	fd      int
-	taken   func(s *Socket, peer unix.Sockaddr)
+	taken   func(s *Socket, peer unix.Sockaddr) Wait
 	fail    func(err error) (goOn bool)
 
 	// accepting is read-held while a loop accepts, which includes the calls of taken and fail, and held while
@@ -30,10 +30,11 @@ type Acceptor struct {
 }
 
 // NewAcceptor makes an Acceptor of fd, a non-blocking socket that listens, and that the caller closes after
-// [Acceptor.Stop]. taken is given each connection, which it owns from then on. fail is given each error of
-// accept4(2), which may be that of a peer that is gone; when it returns false, nothing is accepted for 10 ms.
-// Both are called on the loops, also at the same time, and must not block.
-func (r *Reactor) NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr), fail func(err error) (goOn bool)) *Acceptor {
+// [Acceptor.Stop]. taken is given each connection, which it owns from then on. Where it returns a Wait that
+// has Ready, the connection waits so for its first bytes; if it can't, Ready is called at once. fail is given
+// each error of accept4(2), which may be that of a peer that is gone; when it returns false, nothing is
+// accepted for 10 ms. Both are called on the loops, also at the same time, and must not block.
+func (r *Reactor) NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr) Wait, fail func(err error) (goOn bool)) *Acceptor {
 	return &Acceptor{reactor: r, fd: fd, taken: taken, fail: fail}
 }
 
@@ -117,7 +118,8 @@ func (a *Acceptor) acceptOne(l *Loop) (goOn bool) {
 	fd, peer, err := unix.Accept4(a.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
 	switch err {
 	case nil:
-		a.taken(l.orIdler().NewSocket(fd), peer)
+		s := l.orIdler().NewSocket(fd)
+		s.AwaitFirst(a.taken(s, peer))
 		return true
 	case unix.EAGAIN, unix.EINTR: // another loop was quicker, or the peer is gone; an event comes while one waits
 		return true

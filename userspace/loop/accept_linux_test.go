@@ -30,9 +30,10 @@ func TestAcceptorPauses(t *testing.T) {
 	addr, _ := unix.Getsockname(fd)
 	var taken, failed atomic.Int32
 	r := reactor(t)
-	a := r.NewAcceptor(fd, func(s *loop.Socket, _ unix.Sockaddr) {
+	a := r.NewAcceptor(fd, func(s *loop.Socket, _ unix.Sockaddr) (w loop.Wait) {
 		taken.Add(1)
 		s.Reset()
+		return w
 	},
 		func(error) bool { failed.Add(1); return true })
 	a.Start()
@@ -71,7 +72,7 @@ func TestAcceptorStops(t *testing.T) {
 	defer file.Close()
 	began, goOn := make(chan struct{}), make(chan struct{})
 	var running atomic.Bool
-	a := reactor(t).NewAcceptor(int(file.Fd()), func(*loop.Socket, unix.Sockaddr) {}, func(error) bool {
+	a := reactor(t).NewAcceptor(int(file.Fd()), func(*loop.Socket, unix.Sockaddr) (w loop.Wait) { return w }, func(error) bool {
 		running.Store(true)
 		began <- struct{}{}
 		<-goOn

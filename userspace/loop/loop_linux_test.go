@@ -35,7 +35,7 @@ func TestClose(t *testing.T) {
 	}
 	s := r.Loop().NewSocket(fds[0])
 	called := make(chan bool, 2)
-	if err := s.AwaitBytes(time.Hour, func(timedOut bool) { called <- timedOut }); err != nil {
+	if err := s.AwaitBytes(loop.Wait{Timeout: time.Hour, Ready: func(timedOut bool) { called <- timedOut }}); err != nil {
 		t.Fatal(err)
 	}
 	r.Close()
@@ -82,7 +82,7 @@ func TestAwaitAfterMissed(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := s.AwaitBytes(time.Hour, func(timedOut bool) { called <- timedOut }); err != nil {
+		if err := s.AwaitBytes(loop.Wait{Timeout: time.Hour, Ready: func(timedOut bool) { called <- timedOut }}); err != nil {
 			t.Fatal(err)
 		}
 		if !isMissed {
@@ -112,7 +112,7 @@ func TestLateTimer(t *testing.T) {
 	called := make(chan bool, 2)
 	wait := func(timeout time.Duration) {
 		t.Helper()
-		if err := s.AwaitBytes(timeout, func(timedOut bool) { called <- timedOut }); err != nil {
+		if err := s.AwaitBytes(loop.Wait{Timeout: timeout, Ready: func(timedOut bool) { called <- timedOut }}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -77,25 +78,51 @@ func (s *Socket) Discard() {
 	unix.Close(s.FD())
 }
 
-// AwaitBytes calls ready once, on the loop, when there are bytes, an end of the stream or an error to be
-// read, or when timeout has passed. ready reads all bytes that there are. After an error (no memory, or the
-// loop has ended) it is not called. Only one wait may be under way.
-func (s *Socket) AwaitBytes(timeout time.Duration, ready func(timedOut bool)) error {
-	return s.await(unix.EPOLLIN, timeout, ready)
+// A Wait is how a socket waits for what can be read from it: bytes, an end of the stream or an error.
+type Wait struct {
+	Timeout time.Duration
+	// Ready is called once, on the loop, when something can be read, or when Timeout has passed. It reads all
+	// bytes that there are.
+	Ready func(timedOut bool)
+	// IsOver, if not nil, is set before [Socket.Expire] or [Socket.Cancel] by whoever can't know whether the
+	// wait has begun. A wait that is over before it begins has timed out: Ready is called at once.
+	IsOver *atomic.Bool
+}
+
+// AwaitBytes begins w. After an error (no memory, or the loop has ended) Ready is not called. Only one wait
+// may be under way.
+func (s *Socket) AwaitBytes(w Wait) error { return s.await(unix.EPOLLIN, w) }
+
+// AwaitFirst begins w for a connection that has just been accepted, if w has Ready. If it can't, Ready is
+// called at once.
+func (s *Socket) AwaitFirst(w Wait) {
+	if w.Ready != nil && s.AwaitBytes(w) != nil {
+		w.Ready(false)
+	}
 }
 
 // AwaitConnect is AwaitBytes for the moment when the connection is made or has failed.
 func (s *Socket) AwaitConnect(timeout time.Duration, ready func(timedOut bool)) error {
-	return s.await(unix.EPOLLOUT, timeout, ready)
+	return s.await(unix.EPOLLOUT, Wait{Timeout: timeout, Ready: ready})
 }
 
-func (s *Socket) await(event uint32, timeout time.Duration, ready func(timedOut bool)) error {
+func (s *Socket) await(event uint32, w Wait) (err error) {
+	s.loop.Do(func() (then func()) {
+		if w.IsOver != nil && w.IsOver.Load() {
+			return func() { w.Ready(true) }
+		}
+		err = s.beginWait(event, w)
+		return nil
+	})
+	return err
+}
+
+// beginWait begins a wait. The caller has the loop to itself.
+func (s *Socket) beginWait(event uint32, w Wait) error {
 	l := s.loop
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	s.wait, s.awaits = ready, event
+	s.wait, s.awaits = w.Ready, event
 	var t *time.Timer // a new one for each wait: what waits for long, attached, has none
-	t = time.AfterFunc(timeout, func() { l.Do(func() func() { return s.timeOut(t) }) })
+	t = time.AfterFunc(w.Timeout, func() { l.Do(func() func() { return s.timeOut(t) }) })
 	s.timer = t
 	// The events of an attached socket are asked for as well, so that Attach needs no system call.
 	if err := l.watch(s, event|attached); err != nil {

@@ -43,14 +43,13 @@ func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, er
 // prepare makes accept possible.
 func (s *listenerSocket) prepare(srv *Server) {
 	s.stopped = false
-	s.loop = srv.opts.Loops.NewAcceptor(s.fd, func(c *loop.Socket, peer unix.Sockaddr) {
+	s.loop = srv.opts.Loops.NewAcceptor(s.fd, func(c *loop.Socket, peer unix.Sockaddr) loop.Wait {
 		s.taken.Add(1)
 		srv.spare.refill()
 		if s.onTailnet.Load() {
-			srv.admitTailnet(s, c, tcpsock.AddrPort(peer))
-		} else {
-			srv.admit(s.owner.Load(), c, tcpsock.AddrPort(peer))
+			return srv.admitTailnet(s, c, tcpsock.AddrPort(peer))
 		}
+		return srv.admit(s.owner.Load(), c, tcpsock.AddrPort(peer))
 	}, func(err error) (goOn bool) {
 		if outOfResources(err) {
 			s.taken.Add(1) // it is no hang, which a restart would mend
@@ -63,18 +62,17 @@ func (s *listenerSocket) prepare(srv *Server) {
 // The kernel takes connections to it on every interface, so that neighbours in the LAN could come who route
 // to it through this host. tailscaled makes the interface anew as it likes, so who comes by another one than
 // before is looked at, off the loop.
-func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.AddrPort) {
+func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.AddrPort) (first loop.Wait) {
 	local := tcpsock.AddrPortOf(s.addr).Addr()
 	index, err := arrivedOn(c.FD(), local)
 	if err == nil && (index == loopbackIndex || int64(index) == s.via.Load()) {
-		srv.admit(s.owner.Load(), c, peer)
-		return
+		return srv.admit(s.owner.Load(), c, peer)
 	}
 	s.admitting.Go(func() {
 		name, ok := has(index, local)
 		if ok {
 			s.via.Store(int64(index))
-			srv.admit(s.owner.Load(), c, peer)
+			c.AwaitFirst(srv.admit(s.owner.Load(), c, peer))
 			return
 		}
 		c.Reset()
@@ -83,6 +81,7 @@ func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.Ad
 		srv.noteRefused(l, notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet", "listener", l,
 			"reason", notByTailnet, "peer", peer, "interface", name, "address", s.written, "err", err)
 	})
+	return first
 }
 
 // accept begins to admit connections.

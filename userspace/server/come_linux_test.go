@@ -12,7 +12,23 @@ import (
 
 // socketTo is an address where connections arrive at a listener of f once it accepts, from whom peer says, by
 // the slow path or by the one that is for them. admitted is called behind each.
-func socketTo(t *testing.T, f *Server, listener string, slow bool, peer func() netip.AddrPort, admitted func()) *listenerSocket {
+func socketTo(t *testing.T, f *Server, name string, slow bool, peer func() netip.AddrPort, admitted func()) *listenerSocket {
+	t.Helper()
+	return socketFor(t, f, name, func(l *listener, s *loop.Socket) (first loop.Wait) {
+		defer admitted()
+		if !slow {
+			return f.admit(l, s, peer())
+		}
+		if in := f.takeIn(l, s, peer()); in != nil {
+			go f.slowPath(in, s, nil)
+		}
+		return first
+	})
+}
+
+// socketFor is an address where connections arrive once it accepts, for what taken does with them, which is
+// given a listener of f.
+func socketFor(t *testing.T, f *Server, name string, taken func(l *listener, s *loop.Socket) loop.Wait) *listenerSocket {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -23,16 +39,10 @@ func socketTo(t *testing.T, f *Server, listener string, slow bool, peer func() n
 		t.Fatal(err)
 	}
 	f.mu.Lock()
-	l := f.listeners[listener]
+	l := f.listeners[name]
 	f.mu.Unlock()
-	d.loop = f.opts.Loops.NewAcceptor(d.fd, func(s *loop.Socket, _ unix.Sockaddr) {
-		defer admitted()
-		if !slow {
-			f.admit(l, s, peer())
-		} else if in := f.takeIn(l, s, peer()); in != nil {
-			go f.slowPath(in, s, nil)
-		}
-	}, func(error) bool { return true })
+	d.loop = f.opts.Loops.NewAcceptor(d.fd, func(s *loop.Socket, _ unix.Sockaddr) loop.Wait { return taken(l, s) },
+		func(error) bool { return true })
 	return d
 }
 

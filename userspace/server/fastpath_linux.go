@@ -38,7 +38,7 @@ type fastPath struct {
 	stage   stage
 	partial *partial // nil: nothing has come, or all of it at once
 
-	isWanted atomic.Bool // its place is, since it yielded last
+	isOver atomic.Bool // somebody wants its place, since it yielded last, or the daemon ends
 }
 
 // A stage is what a connection on the fast path waits for.
@@ -82,18 +82,18 @@ func mostWaiting() int64 {
 
 var hellos = sync.Pool{New: func() any { return new([fastHello]byte) }}
 
-// admit takes in what was accepted, and starts serving it, at the latest when its first bytes have come, or
-// have not in time. It blocks on nothing, and is called for any number of connections at the same time: one
-// over the limit costs no more than to be closed.
-func (srv *Server) admit(l *listener, down *loop.Socket, peer netip.AddrPort) {
+// admit takes in what was accepted, and starts serving it, or returns how it waits for its first bytes. It
+// blocks on nothing, and is called for any number of connections at the same time: one over the limit costs
+// no more than to be closed.
+func (srv *Server) admit(l *listener, down *loop.Socket, peer netip.AddrPort) (first loop.Wait) {
 	in := srv.takeIn(l, down, peer)
 	if in == nil {
-		return
+		return first
 	}
 	x := &fastPath{server: srv, in: in, down: down, stage: awaitsHello}
 	if in.service.Mode == "http" { // a goroutine waits for requests anyhow
 		x.takeSlowPath(nil)
-		return
+		return first
 	}
 	in.asker = in.newAsker()
 	in.asker.onLoop = true
@@ -101,32 +101,26 @@ func (srv *Server) admit(l *listener, down *loop.Socket, peer netip.AddrPort) {
 		x.stage = awaitsHeader
 		if err := in.meet(); err != nil {
 			x.reject(err, nil)
-			return
+			return first
 		}
 	} else if in.service.Mode == "tcp" {
 		x.decide(nil, nil, nil, false)
-		return
+		return first
 	}
-	in.stopCancel = context.AfterFunc(srv.ctx, down.Expire)
+	in.stopCancel = context.AfterFunc(srv.ctx, func() {
+		x.isOver.Store(true)
+		down.Expire()
+	})
 	in.lease.Yield(x.giveWay)
 	if int64(srv.limiter.Yielding()) > srv.mostWaiting.Load() {
 		srv.limiter.TakeOldest()
 	}
-	x.await()
+	return x.wait()
 }
 
-// await has the loop call read when more has come, or has not in time. Who wanted the place, or ended the
-// daemon, before anybody waited found no wait to end.
-func (x *fastPath) await() {
-	switch {
-	case x.down.AwaitBytes(x.timeLeft(), x.read) != nil:
-		x.in.lease.Keep()
-		x.takeSlowPath(x.forgetPartial())
-	case x.server.ctx.Err() != nil:
-		x.down.Expire()
-	case x.isWanted.Load():
-		x.giveWay()
-	}
+// wait is how x waits: read is called when more has come, or has not in time.
+func (x *fastPath) wait() loop.Wait {
+	return loop.Wait{Timeout: x.timeLeft(), Ready: x.read, IsOver: &x.isOver}
 }
 
 // takeSlowPath goes on by the slow path, after what was read.
@@ -145,8 +139,12 @@ func (x *fastPath) timeLeft() time.Duration {
 
 // read takes what has come. The loop calls it.
 func (x *fastPath) read(timedOut bool) {
-	if x.server.ctx.Err() != nil {
+	switch {
+	case x.server.ctx.Err() != nil:
 		x.refuse(shutdown, x.server.ctx.Err())
+		return
+	case timedOut && x.isOver.Load():
+		x.refuse(helloDisplaced, errDisplaced)
 		return
 	}
 	buf := hellos.Get().(*[fastHello]byte)
@@ -177,8 +175,9 @@ func (x *fastPath) readAll(timedOut bool) {
 		x.reject(proxyheader.ErrTimeout, nil)
 	case timedOut:
 		x.refuse(helloTimeout, sni.ErrTimeout)
-	default:
-		x.await()
+	case x.down.AwaitBytes(x.wait()) != nil:
+		x.in.lease.Keep()
+		x.takeSlowPath(x.forgetPartial())
 	}
 }
 
@@ -229,7 +228,10 @@ func (x *fastPath) takeHeader(b []byte, ended error, full bool) []byte {
 		x.decide(head[n:], nil, nil, full)
 	default:
 		x.stage = awaitsHello
-		x.isWanted.Store(false)
+		x.isOver.Store(false)
+		if x.server.ctx.Err() != nil { // it may have ended in front of that
+			x.isOver.Store(true)
+		}
 		x.in.lease.Yield(x.giveWay)
 	}
 	return head[n:]
@@ -277,7 +279,7 @@ func (x *fastPath) forgetPartial() (head []byte) {
 // giveWay ends the wait for the PROXY header or the hello. Where nobody waits, what is done at that moment
 // goes on, and the next wait ends.
 func (x *fastPath) giveWay() {
-	x.isWanted.Store(true)
+	x.isOver.Store(true)
 	if x.down.Cancel() {
 		x.refuse(helloDisplaced, errDisplaced)
 	}

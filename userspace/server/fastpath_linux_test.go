@@ -8,7 +8,9 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -16,6 +18,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/datapath"
+	"github.com/tailsplice/tailsplice/userspace/loop"
 	"github.com/tailsplice/tailsplice/userspace/relay"
 	"github.com/tailsplice/tailsplice/userspace/relay/relaytest"
 )
@@ -123,6 +126,48 @@ func cork(c *net.TCPConn) {
 		return
 	}
 	raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_CORK, 1) })
+}
+
+// TestCrossings: a usual connection crosses between the server and what carries its sockets four times: it is
+// taken in, its hello is read, the relay gets it, and is done with it. In between the server asks nobody to
+// wait. ARCHITECTURE.md says so.
+func TestCrossings(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { name: l, listen: [%q], mode: sni, default: { forward: %q } } ]`,
+		freeAddr(t), backend(t, echo)))
+	var crossings atomic.Int32
+	at := socketFor(t, d.Server, "l", func(l *listener, s *loop.Socket) loop.Wait {
+		crossings.Add(1)
+		first := d.admit(l, s, netip.MustParseAddrPort("192.0.2.1:1234"))
+		if s.Cancel() || first.Ready == nil {
+			t.Error("it is the server that begins to wait")
+			s.Reset()
+			return loop.Wait{}
+		}
+		ready := first.Ready
+		first.Ready = func(timedOut bool) {
+			crossings.Add(1)
+			ready(timedOut)
+			if s.Cancel() {
+				t.Error("the server waits though it has the hello")
+			}
+		}
+		return first
+	})
+	defer at.Close()
+	c := dialTCP(t, at.addr.String())
+	at.accept()
+	hello := helloFor(t, "a.test")
+	c.Write(hello)
+	if _, err := io.ReadFull(c, make([]byte, len(hello))); err != nil {
+		t.Fatal(err)
+	}
+	flows := d.flows.Len()
+	c.CloseWrite()
+	io.Copy(io.Discard, c)
+	eventually(t, "the flow is over", func() bool { return d.flows.Len() == 0 })
+	if n := crossings.Load(); n != 2 || flows != 1 || d.slowPaths.Load() != 0 {
+		t.Errorf("%d crossings before the relay has it, %d flows, %d slow paths; want 2, 1, 0", n, flows, d.slowPaths.Load())
+	}
 }
 
 // TestExpressSlowTarget: a target that doesn't take the connection soon is tried again the long way, and gets all.

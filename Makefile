@@ -77,7 +77,7 @@ fuzz: ## Fuzz what reads bytes of others, FUZZTIME for each target (not a part o
 	done
 
 .PHONY: test-kernels
-test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in QEMU (root, amd64; not a part of test; 15 minutes)
+test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in QEMU (root, amd64; not a part of test; a quarter of an hour each)
 	@scripts/test-kernels
 
 .PHONY: test-memory

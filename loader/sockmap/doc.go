@@ -39,8 +39,8 @@
 //	hooks_linux.go      the rules that a test can switch off
 package sockmap
 
-// One object is meant for kernels from 6.1 on (6.1, 6.12 and 6.18 are tested): -mcpu=v4 would need 6.6, and
-// what differs between kernels is relocated by CO-RE. -nostdinc: only the headers pinned in bpf/include
-// count.
+// One object is meant for kernels from 6.1 on: -mcpu=v4 would need 6.6, and what differs between kernels is
+// relocated by CO-RE. On which of them it was tried, and how, is in docs/kernel.md. -nostdinc: only the
+// headers pinned in bpf/include count.
 //
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -tags linux -target bpfel,bpfeb -type half -type flow -type place -type event -type fault -type flow_state -type event_kind -type leaving sockmap ../../bpf/sockmap.bpf.c -- -mcpu=v3 -nostdinc -Wall -Werror -I../../bpf/include

@@ -79,6 +79,28 @@ func IsUnheard(fd int, d time.Duration) bool {
 	return Info(fd, &i) == nil && i.Unacked > 0 && time.Duration(i.Last_ack_recv)*time.Millisecond >= d
 }
 
+// Refuses reports whether the other end has no room for what is written: it has said so, and again when it
+// was asked. While it has room, or says nothing, it is TCP or the network that holds things up.
+func Refuses(i *unix.TCPInfo) bool {
+	if i.Unacked > 0 { // they are on their way, or the window was closed behind them
+		return i.Snd_wnd == 0 && i.Last_ack_recv < uint32(ResetGrace.Milliseconds())
+	}
+	return i.Snd_wnd < i.Snd_mss && i.Backoff > 0 && i.Probes == 0
+}
+
+// Unread is how many bytes can be read from fd now: SIOCINQ of tcp(7). With an error it is 0.
+func Unread(fd int) (bytes int, err error) { return unix.IoctlGetInt(fd, unix.SIOCINQ) }
+
+// Unacked is how many bytes were written to fd that its other end has not acknowledged: SIOCOUTQ of tcp(7).
+// After a reset it stays what it was. With an error it is 0.
+func Unacked(fd int) (bytes int, err error) { return unix.IoctlGetInt(fd, unix.SIOCOUTQ) }
+
+// Cookie is fd's SO_COOKIE: no other socket has it for as long as the machine runs.
+func Cookie(fd int) (uint64, error) {
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+	return cookie, os.NewSyscallError("getsockopt", err)
+}
+
 // Local is the address of fd's own end, Remote the address of its peer; the zero AddrPort where there is
 // none. What IPv4 is, is written so, whatever the socket's family.
 func Local(fd int) netip.AddrPort {
@@ -159,10 +181,16 @@ func KeepUrgent(fd int) { _ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OO
 // none of 0 to 2, which a program that is started would take for its own.
 func Dup(sock syscall.RawConn) (fd int, err error) {
 	fd = -1
-	if cerr := sock.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3) }); cerr != nil {
+	if cerr := sock.Control(func(own uintptr) { fd, err = DupFD(int(own)) }); cerr != nil {
 		return -1, cerr
 	}
-	return fd, os.NewSyscallError("fcntl", err)
+	return fd, err
+}
+
+// DupFD is [Dup] for a descriptor that nobody closes meanwhile.
+func DupFD(fd int) (copied int, err error) {
+	copied, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	return copied, os.NewSyscallError("fcntl", err)
 }
 
 // Reset closes fd with a reset; what was not sent is lost. It is sent now, whoever else has the socket.

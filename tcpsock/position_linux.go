@@ -26,11 +26,11 @@ func PositionOf(fd int) (Position, error) {
 		if err := Info(fd, &i); err != nil {
 			return Position{}, err
 		}
-		unread, err := unix.IoctlGetInt(fd, unix.SIOCINQ)
+		unread, err := Unread(fd)
 		if err != nil {
 			return Position{}, err
 		}
-		unacked, err := unix.IoctlGetInt(fd, unix.SIOCOUTQ)
+		unacked, err := Unacked(fd)
 		if err != nil {
 			return Position{}, err
 		}

@@ -7,13 +7,14 @@
 // The kernel's side of this is Linux. Elsewhere a question has the answer that changes nothing.
 //
 //	tcpsock.go   connections: their descriptors, their options, closing with a reset
-//	fd.go        descriptors: what TCP_INFO tells, the addresses of both ends, options, copies, resets
+//	fd.go        descriptors: what TCP_INFO and the queues tell, addresses, options, copies, resets
 //	bare.go      a connection that is in no poller
 //	position.go  where a connection's two streams are
 //	memory.go    what all sockets of the machine hold, and may
 package tcpsock
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"syscall"
@@ -46,6 +47,21 @@ func AddrPortOf(a net.Addr) netip.AddrPort {
 // noticed after 5 minutes. It is that long so that a laptop may sleep or lose its network for a while. Go's
 // default asks four times a minute: too much for many idle flows, and for phones.
 var KeepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 30 * time.Second, Count: 8}
+
+// How long the reader of bytes that came before a reset may stop, before it is reset as well. One that goes on
+// reading gets all of them.
+const (
+	// ResetGrace is for a reader that has no room: see [Refuses].
+	ResetGrace = 2 * time.Second
+	// TCPGrace is for a reader that has room, and to which TCP brings nothing: it paces, or it retransmits to
+	// a network that is silent. After a silence of 8 s it tries again within 13 s, or 15 s on a slow path.
+	TCPGrace = 30 * time.Second
+)
+
+// IsReset reports whether err says that the other end, and not the network, has ended the connection.
+func IsReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN)
+}
 
 // ResetConn closes c with a reset: its other end can't take that for the end of a stream, and what was not
 // sent is lost. The socket is closed first, under c's layers, whose words of farewell (close_notify of TLS)

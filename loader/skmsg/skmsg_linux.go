@@ -323,7 +323,7 @@ func (n *Local) insert(server *net.TCPConn) (*process, error) {
 	p, err := &process{local: n}, net.ErrClosed
 	tcpsock.Control(server, func(fd int) {
 		p.pair = pairOf(withoutZone(tcpsock.Local(fd)), withoutZone(tcpsock.Remote(fd)))
-		if p.cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE); err == nil {
+		if p.cookie, err = tcpsock.Cookie(fd); err == nil {
 			err = errors.Join(n.objects.Caught.Put(p.pair, monotonic()), n.objects.Locals.Put(p.pair, uint64(fd)))
 		}
 	})

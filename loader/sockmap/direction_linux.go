@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // What a direction can be woken for; more than one at a time.
@@ -523,7 +525,7 @@ func (d *direction) delivered() bool {
 }
 
 // readerStopped reports whether the reader of a direction whose source is dead has taken nothing for
-// resetGrace and has no room, or has taken nothing for tcpGrace. It is called again and again.
+// tcpsock.ResetGrace and has no room, or has taken nothing for tcpsock.TCPGrace. It is called again and again.
 func (d *direction) readerStopped(b *breakage) bool {
 	var i unix.TCPInfo
 	if d.peer().info(&i) != nil {
@@ -534,16 +536,7 @@ func (d *direction) readerStopped(b *breakage) bool {
 		b.taken, b.takenAt = n, now
 	}
 	stopped := now.Sub(b.takenAt)
-	return stopped >= tcpGrace || stopped >= resetGrace && (!d.f.isByTCP() || refuses(&i))
-}
-
-// refuses reports whether the other end has no room for what is written: it has said so, and again when it
-// was asked. While it has room, or says nothing, it is TCP or the network that holds things up.
-func refuses(i *unix.TCPInfo) bool {
-	if i.Unacked > 0 { // they are on their way, or the window was closed behind them
-		return i.Snd_wnd == 0 && i.Last_ack_recv < uint32(resetGrace.Milliseconds())
-	}
-	return i.Snd_wnd < i.Snd_mss && i.Backoff > 0 && i.Probes == 0
+	return stopped >= tcpsock.TCPGrace || stopped >= tcpsock.ResetGrace && (!d.f.isByTCP() || tcpsock.Refuses(&i))
 }
 
 // release gives the buffer back, if nothing is in it.

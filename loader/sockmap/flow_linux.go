@@ -10,13 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/loader/prove"
-)
-
-// resetGrace is how long the reader of bytes that came before a reset may stop, and tcpGrace how long TCP may
-// bring nothing to one that has room. The same as in userspace/relay.
-const (
-	resetGrace = 2 * time.Second
-	tcpGrace   = 30 * time.Second
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // flow is one spliced pair. It has no goroutine while nothing happens.
@@ -65,7 +59,7 @@ type breakage struct {
 
 func (b *breakage) end() (string, error) {
 	end := prove.EndError
-	if isReset(b.err) {
+	if tcpsock.IsReset(b.err) {
 		end = [2]string{prove.EndDownstreamReset, prove.EndUpstreamReset}[b.side]
 	}
 	return end, fmt.Errorf("%s: %w", sideName(b.side), b.err)

@@ -32,9 +32,7 @@ func (s socket) isMultipath() bool {
 	return err == nil && protocol != unix.IPPROTO_TCP
 }
 
-func (s socket) cookie() (uint64, error) {
-	return unix.GetsockoptUint64(int(s), unix.SOL_SOCKET, unix.SO_COOKIE)
-}
+func (s socket) cookie() (uint64, error) { return tcpsock.Cookie(int(s)) }
 
 func (s socket) info(i *unix.TCPInfo) error { return tcpsock.Info(int(s), i) }
 
@@ -47,7 +45,7 @@ func (s socket) received() (uint64, error) {
 
 // unread is how many bytes wait in the receive queue. Exact only while the socket is in no sockmap.
 func (s socket) unread() (uint64, error) {
-	n, err := unix.IoctlGetInt(int(s), unix.SIOCINQ)
+	n, err := tcpsock.Unread(int(s))
 	return uint64(n), err
 }
 
@@ -204,8 +202,3 @@ func isAgain(err error) bool { return errors.Is(err, unix.EAGAIN) }
 // makes the length of a write negative, and the copy of that fails with EFAULT. It can't be a bad address:
 // what this package writes is its own memory.
 func isShortOfMemory(err error) bool { return errors.Is(err, unix.EFAULT) }
-
-// isReset reports whether err says that the other side, and not the network, has ended the connection.
-func isReset(err error) bool {
-	return errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ENOTCONN)
-}

@@ -59,7 +59,7 @@ type handed struct {
 func hand(down, up *loop.Socket) *handed {
 	h := &handed{fds: [2]int{down.FD(), up.FD()}}
 	for i, fd := range h.fds {
-		cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+		cookie, err := tcpsock.Cookie(fd)
 		if err != nil {
 			return nil
 		}
@@ -75,7 +75,7 @@ func (h *handed) copy() (down, up int, err error) {
 			break
 		}
 		var cookie uint64
-		cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+		cookie, err = tcpsock.Cookie(fd)
 		if err == nil && cookie != h.cookies[i] {
 			err = errNoFlow
 		}
@@ -89,10 +89,10 @@ func (h *handed) copy() (down, up int, err error) {
 }
 
 func copyBoth(of, and int) (down, up int, err error) {
-	if down, err = unix.FcntlInt(uintptr(of), unix.F_DUPFD_CLOEXEC, 3); err != nil {
+	if down, err = tcpsock.DupFD(of); err != nil {
 		return -1, -1, err
 	}
-	if up, err = unix.FcntlInt(uintptr(and), unix.F_DUPFD_CLOEXEC, 3); err != nil {
+	if up, err = tcpsock.DupFD(and); err != nil {
 		unix.Close(down)
 		return -1, -1, err
 	}

@@ -17,14 +17,6 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/moment"
 )
 
-// resetGrace is how long the reader of bytes that were received before a reset may stop, before it is reset
-// as well. One that goes on reading gets all of them.
-const resetGrace = 2 * time.Second
-
-// tcpGrace is the same where the reader has room, and TCP brings it nothing: it paces, or it retransmits to a
-// network that is silent. After a silence of 8 s it tries again within 13 s, or 15 s on a slow path.
-const tcpGrace = 30 * time.Second
-
 // past is a deadline that wakes whoever waits.
 var past = time.Unix(1, 0)
 
@@ -453,13 +445,13 @@ func (s *side) closeWrite() error {
 }
 
 // broken says that s can't go on. The direction to it stops. What it has sent before is delivered, for as
-// long as the reader goes on, with no pause of resetGrace. isOver is false if s is not broken but was told to
+// long as the reader goes on, with no pause of tcpsock.ResetGrace. isOver is false if s is not broken but was told to
 // stop, by one who knows why.
 func (f *flow) broken(s *side, err error) (isOver bool) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return false
 	}
-	if e := (*sideError)(nil); !isReset(err) && errors.As(err, &e) {
+	if e := (*sideError)(nil); !tcpsock.IsReset(err) && errors.As(err, &e) {
 		// While a reset comes in, epoll may tell of an error alone, and Go's poller then says "not pollable".
 		if reason := s.takeError(); reason != nil {
 			err = &sideError{e.op, e.side, reason}
@@ -494,7 +486,7 @@ func (f *flow) breaks(s *side, err error, isGuess bool) {
 	f.unstop()
 	if f.end == "" || f.isGuess && s.fault == f.err {
 		f.end, f.err, f.isGuess = EndError, err, isGuess
-		if isReset(err) {
+		if tcpsock.IsReset(err) {
 			f.end = End(s.name() + "_reset")
 		}
 		s.fault = err
@@ -504,7 +496,7 @@ func (f *flow) breaks(s *side, err error, isGuess bool) {
 	}
 	if f.reader == nil {
 		f.reader = &reader{taken: f.acknowledged(s.other()), takenAt: time.Now()}
-		f.reader.look = time.AfterFunc(resetGrace, func() { f.cutIfStopped(s.other()) })
+		f.reader.look = time.AfterFunc(tcpsock.ResetGrace, func() { f.cutIfStopped(s.other()) })
 	}
 	s.conn.SetWriteDeadline(past)
 	s.other().conn.SetReadDeadline(past)
@@ -519,11 +511,11 @@ func (f *flow) cutIfStopped(s *side) {
 	r := f.reader
 	if n := f.acknowledged(s); n != r.taken {
 		r.taken, r.takenAt = n, time.Now()
-		r.look.Reset(resetGrace)
+		r.look.Reset(tcpsock.ResetGrace)
 		return
 	}
-	if !s.refuses() && time.Since(r.takenAt) < tcpGrace {
-		r.look.Reset(resetGrace)
+	if !s.refuses() && time.Since(r.takenAt) < tcpsock.TCPGrace {
+		r.look.Reset(tcpsock.ResetGrace)
 		return
 	}
 	f.isCut = true
@@ -595,11 +587,6 @@ func (e *sideError) Error() string {
 }
 
 func (e *sideError) Unwrap() error { return e.err }
-
-func isReset(err error) bool {
-	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) ||
-		errors.Is(err, syscall.ENOTCONN)
-}
 
 // close closes both sides, in the way that tells them how the flow ended.
 func (f *flow) close() (end End, err error) {

@@ -22,26 +22,20 @@ func (s *side) gone() (isGone bool) {
 // unacked is the number of bytes written to s that its other end has not acknowledged, and still may.
 func (s *side) unacked() (n int) {
 	s.control(func(fd int) {
-		if !tcpsock.IsClosed(fd) { // a reset leaves the number as it was
-			n = queued(fd, unix.SIOCOUTQ)
+		if !tcpsock.IsClosed(fd) {
+			n, _ = tcpsock.Unacked(fd)
 		}
 	})
 	return n
 }
 
-// refuses reports whether the other end of s has no room for what is written: it has said so, and again when
-// it was asked. While it has room, or says nothing, it is TCP or the network that holds things up.
+// refuses reports whether the other end of s has no room, as [tcpsock.Refuses] does. It is true for what is no
+// TCP socket.
 func (s *side) refuses() (isFull bool) {
 	isFull = true
 	s.control(func(fd int) {
 		var i unix.TCPInfo
-		switch {
-		case tcpsock.Info(fd, &i) != nil: // no TCP
-		case i.Unacked > 0: // they are on their way, or the window was closed behind them
-			isFull = i.Snd_wnd == 0 && i.Last_ack_recv < uint32(resetGrace.Milliseconds())
-		default:
-			isFull = i.Snd_wnd < i.Snd_mss && i.Backoff > 0 && i.Probes == 0
-		}
+		isFull = tcpsock.Info(fd, &i) != nil || tcpsock.Refuses(&i)
 	})
 	return isFull
 }

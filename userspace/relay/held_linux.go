@@ -6,8 +6,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/moment"
 )
@@ -54,8 +52,8 @@ func (r *Relay) MeasureHeld(now time.Time) {
 	number := r.holding.sweep.Load() + 1
 	for _, s := range r.watches.stalled() {
 		n := int(s.held.Load())
-		s.control(func(fd int) { n += queued(fd, unix.SIOCINQ) })
-		s.other().control(func(fd int) { n += queued(fd, unix.SIOCOUTQ) })
+		s.control(func(fd int) { n += known(tcpsock.Unread(fd)) })
+		s.other().control(func(fd int) { n += known(tcpsock.Unacked(fd)) })
 		if moved := s.moved().Load(); s.stoodAt != moved || s.stoodSince == 0 {
 			s.stoodAt, s.stoodSince = moved, moment.Of(now)
 		}
@@ -84,15 +82,9 @@ func (w *watcher) stalled() (sides []*side) {
 
 // unread is how many bytes c has in its receive queue.
 func unread(c net.Conn) (n int) {
-	tcpsock.Control(c, func(fd int) { n = queued(fd, unix.SIOCINQ) })
+	tcpsock.Control(c, func(fd int) { n, _ = tcpsock.Unread(fd) })
 	return n
 }
 
-// queued is 0 where nothing is known.
-func queued(fd int, request uint) int {
-	n, err := unix.IoctlGetInt(fd, request)
-	if err != nil {
-		return 0
-	}
-	return n
-}
+// known is n, which is 0 where nothing is known.
+func known(n int, _ error) int { return n }

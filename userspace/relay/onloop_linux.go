@@ -208,7 +208,7 @@ func (s *side) message(n int) (then func()) {
 
 // hasUnread reports whether there are bytes to be read from s, or that can't be said.
 func (s *side) hasUnread() bool {
-	n, err := unix.IoctlGetInt(s.socket.FD(), unix.SIOCINQ)
+	n, err := tcpsock.Unread(s.socket.FD())
 	return n > 0 || err != nil
 }
 

@@ -70,7 +70,7 @@ func (s *side) isAnswered() bool {
 // once; else it has no length. In pieces a message would wake its reader twice, and to read so little at once
 // makes no megabytes.
 func (s *side) restOfMessage(buf []byte) []byte {
-	n, err := unix.IoctlGetInt(s.socket.FD(), unix.SIOCINQ)
+	n, err := tcpsock.Unread(s.socket.FD())
 	if most := min(trialAtOnce, cap(buf)); err != nil || len(buf)+n > most {
 		n = 0
 	}

@@ -105,9 +105,9 @@ func (s *listenerSocket) listens() bool {
 
 // copy returns a copy of the socket.
 func (s *listenerSocket) copy() (*os.File, error) {
-	fd, err := unix.FcntlInt(uintptr(s.fd), unix.F_DUPFD_CLOEXEC, 0)
+	fd, err := tcpsock.DupFD(s.fd)
 	if err != nil {
-		return nil, os.NewSyscallError("fcntl", err)
+		return nil, err
 	}
 	return os.NewFile(uintptr(fd), s.written), nil
 }

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
 // Reasons why an upstream did not answer, as pages know them.
@@ -75,7 +77,7 @@ func reasonOf(err error) string {
 }
 
 func isReset(err error) bool {
-	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNABORTED)
+	return tcpsock.IsReset(err) || errors.Is(err, syscall.ECONNABORTED)
 }
 
 // fault is what a page says: nothing that only the owner needs, whom the log tells the rest.

@@ -3,8 +3,6 @@ package vhost
 import (
 	"net"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
@@ -12,9 +10,8 @@ import (
 // which may be others': HTTP/2 has one connection for many.
 func queued(c net.Conn) (bytes int64) {
 	tcpsock.Control(c, func(fd int) {
-		if n, err := unix.IoctlGetInt(fd, unix.SIOCINQ); err == nil {
-			bytes = int64(n)
-		}
+		n, _ := tcpsock.Unread(fd)
+		bytes = int64(n)
 	})
 	return bytes
 }

@@ -5,7 +5,6 @@ package server
 import (
 	"context"
 	"errors"
-	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -27,8 +26,6 @@ func (srv *Server) admit(l *listener, s accepted, peer netip.AddrPort) {
 		go srv.slowPath(in, s, nil)
 	}
 }
-
-func mostWaiting() int64 { return math.MaxInt64 }
 
 func newListenerSocket(written string, ln *net.TCPListener) (*listenerSocket, error) {
 	return &listenerSocket{written: written, addr: ln.Addr(), acceptor: acceptor{ln: ln}}, nil

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"math"
 	"net/netip"
 	"os"
 	"sync"
@@ -64,21 +63,9 @@ const (
 	// fastDial is how long a connect may take here: whatever takes longer needs to be retried, or explained.
 	fastDial = time.Second
 
-	// waitingCost is what a connection that waits for a hello takes of the machine's memory, kernel included:
-	// bytes.
-	waitingCost = 8 << 10
 	// partialBytes is how many bytes of PROXY headers and hellos that are not whole may wait in all.
 	partialBytes = 16 << 20
 )
-
-// mostWaiting is how many connections may wait for a hello: they get an eighth of the machine's memory.
-func mostWaiting() int64 {
-	var i unix.Sysinfo_t
-	if err := unix.Sysinfo(&i); err != nil {
-		return math.MaxInt64
-	}
-	return int64(uint64(i.Totalram) * uint64(i.Unit) / 8 / waitingCost)
-}
 
 var hellos = sync.Pool{New: func() any { return new([fastHello]byte) }}
 

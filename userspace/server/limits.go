@@ -1,6 +1,8 @@
 package server
 
 import (
+	"math"
+
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 )
@@ -66,7 +68,22 @@ const (
 	connectionBytes  = 12 << 10
 
 	leastMemory = 16 << 20 // bytes of a budget, however little there is
+
+	// A connection that waits for a hello takes so many bytes of the machine's memory, kernel included.
+	waitingCost = 8 << 10
 )
+
+// mostWaiting is how many connections may wait for a hello: they get an eighth of what this machine, or its
+// cgroup, has.
+func mostWaiting() int64 {
+	if n := memoryHere(); n > 0 {
+		return n / 8 / waitingCost
+	}
+	return math.MaxInt64
+}
+
+// memoryHere is what this process may have at most, in bytes; 0: it is not known.
+func memoryHere() int64 { return machineMemory("/proc", "/sys/fs/cgroup") }
 
 // memoryOf is the budget of cfg, in bytes: 5/8 of what this machine, or its cgroup, has where the
 // configuration does not say it. 0: there is none, since nothing is known.
@@ -74,7 +91,7 @@ func memoryOf(cfg *config.Config) int64 {
 	if cfg.Limits.Memory > 0 {
 		return cfg.Limits.Memory
 	}
-	if n := machineMemory("/proc", "/sys/fs/cgroup"); n > 0 {
+	if n := memoryHere(); n > 0 {
 		return max(leastMemory, n/8*5)
 	}
 	return 0

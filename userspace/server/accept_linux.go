@@ -24,6 +24,7 @@ type acceptor struct {
 	loop      *loop.Acceptor // nil before prepare
 	stopped   bool
 	admitting sync.WaitGroup // what admits connections off the loops
+	arrivals  arrivals       // that it has to look at
 	taken     atomic.Int64   // connections that were accepted, or could not be for lack of resources
 }
 
@@ -61,27 +62,82 @@ func (s *listenerSocket) prepare(srv *Server) {
 // admitTailnet admits what came to an address of the tailnet by the interface that has it, or from this host.
 // The kernel takes connections to it on every interface, so that neighbours in the LAN could come who route
 // to it through this host. tailscaled makes the interface anew as it likes, so who comes by another one than
-// before is looked at, off the loop.
+// before is looked at, off the loop, by one goroutine for all who come meanwhile.
 func (srv *Server) admitTailnet(s *listenerSocket, c *loop.Socket, peer netip.AddrPort) (first loop.Wait) {
 	local := tcpsock.AddrPortOf(s.addr).Addr()
 	index, err := arrivedOn(c.FD(), local)
 	if err == nil && (index == loopbackIndex || int64(index) == s.via.Load()) {
 		return srv.admit(s.owner.Load(), c, peer)
 	}
-	s.admitting.Go(func() {
-		name, ok := has(index, local)
-		if ok {
-			s.via.Store(int64(index))
-			c.AwaitFirst(srv.admit(s.owner.Load(), c, peer))
-			return
-		}
-		c.Reset()
-		l := s.owner.Load().name
-		srv.metrics.Accepted.WithLabelValues(l).Inc()
-		srv.noteRefused(l, notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet", "listener", l,
-			"reason", notByTailnet, "peer", peer, "interface", name, "address", s.written, "err", err)
-	})
+	if s.arrivals.add(arrival{c, peer, index, err}) {
+		s.admitting.Go(func() { srv.lookAtArrivals(s, local) })
+	}
 	return first
+}
+
+// An arrival is a connection to an address of the tailnet of which it is not known whether it came by the
+// tailnet.
+type arrival struct {
+	c     *loop.Socket
+	peer  netip.AddrPort
+	index int   // the interface's
+	err   error // why that is not known
+}
+
+// arrivals wait for a goroutine that looks at interfaces.
+type arrivals struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	waiting []arrival
+	// +checklocks:mu
+	isLookedAt bool // by a goroutine, which comes back for more
+}
+
+// add has one more wait. isFirst: a goroutine has to be started that takes them.
+func (a *arrivals) add(one arrival) (isFirst bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.waiting = append(a.waiting, one)
+	isFirst, a.isLookedAt = !a.isLookedAt, true
+	return isFirst
+}
+
+// take gives all that wait. Where none do, whoever has called it is to end.
+func (a *arrivals) take() (all []arrival) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	all, a.waiting = a.waiting, nil
+	a.isLookedAt = len(all) > 0
+	return all
+}
+
+// lookAtArrivals admits who came to local by the interface that has it, and refuses the others. Each
+// interface is looked at once for all who have come by it in the meantime.
+func (srv *Server) lookAtArrivals(s *listenerSocket, local netip.Addr) {
+	type seen struct {
+		name string
+		ok   bool
+	}
+	for all := s.arrivals.take(); len(all) > 0; all = s.arrivals.take() {
+		interfaces := make(map[int]seen)
+		for _, a := range all {
+			by, ok := interfaces[a.index]
+			if !ok {
+				by.name, by.ok = has(a.index, local)
+				interfaces[a.index] = by
+			}
+			if by.ok {
+				s.via.Store(int64(a.index))
+				a.c.AwaitFirst(srv.admit(s.owner.Load(), a.c, a.peer))
+				continue
+			}
+			a.c.Reset()
+			l := s.owner.Load().name
+			srv.metrics.Accepted.WithLabelValues(l).Inc()
+			srv.noteRefused(l, notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet",
+				"listener", l, "reason", notByTailnet, "peer", a.peer, "interface", by.name, "address", s.written, "err", a.err)
+		}
+	}
 }
 
 // accept begins to admit connections.

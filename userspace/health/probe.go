@@ -95,7 +95,7 @@ func (s *Spec) get(ctx context.Context, c net.Conn, handshake func(...string) (*
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.what(), err)
 	}
-	if !Expects(s.Expect, code) {
+	if !expects(s.Expect, code) {
 		return &StatusError{What: s.what(), Got: code, Want: s.Expect}
 	}
 	return nil
@@ -150,8 +150,8 @@ func (e *StatusError) Error() string {
 	return fmt.Sprintf("%s: the answer is %d, and expect is %s", e.What, e.Got, strings.Join(strings.Fields(e.Want), " or "))
 }
 
-// Expects reports whether a status code is one of want, such as "2xx 304".
-func Expects(want string, code int) bool {
+// expects reports whether a status code is one of want, such as "2xx 304".
+func expects(want string, code int) bool {
 	got := strconv.Itoa(code)
 	for w := range strings.FieldsSeq(want) {
 		if w == got || strings.HasSuffix(w, "xx") && w[0] == got[0] {

@@ -197,7 +197,7 @@ func TestExpects(t *testing.T) {
 		{"2xx 3xx", 200, true}, {"2xx 3xx", 399, true}, {"2xx 3xx", 400, false}, {"2xx 3xx", 199, false},
 		{"204", 204, true}, {"204", 200, false}, {"204 5xx", 503, true}, {"", 200, false},
 	} {
-		if got := Expects(c.want, c.code); got != c.is {
+		if got := expects(c.want, c.code); got != c.is {
 			t.Errorf("%d of %q: %v", c.code, c.want, got)
 		}
 	}

@@ -57,7 +57,7 @@ func (s *Service) Decide(hello *sni.Hello, v Visitor, q Asker) (*Rule, error) {
 	if err := Permit(v, q, s.Allow); err != nil {
 		return nil, err
 	}
-	r := s.ByHello(hello)
+	r := s.byHello(hello)
 	switch {
 	case r == nil:
 		return nil, ErrNobodyServes

@@ -199,7 +199,7 @@ func (n *Needs) certificate(c *config.Certificate) {
 		n.file(f.Key, f.At("key"), UseKey)
 	}
 	if a := c.ACME; a != nil {
-		n.ACME = append(n.ACME, ACMESection(a))
+		n.ACME = append(n.ACME, acmeSection(a))
 		n.file(a.Storage, a.At("storage"), UseFolder)
 		n.file(a.CA, a.At("ca"), UseRead)
 		if a.DNS != nil {
@@ -213,8 +213,8 @@ func wanted(cfg *config.Config, a *config.Action) string {
 	return cmp.Or(a.Datapath, cfg.Datapath, Auto)
 }
 
-// ACMESection is a as the manager of certificates has it.
-func ACMESection(a *config.ACME) acme.Section {
+// acmeSection is a as the manager of certificates has it.
+func acmeSection(a *config.ACME) acme.Section {
 	ca := func(directory, root string, eab *config.EAB) acme.CA {
 		c := acme.CA{Directory: directory, RootFile: root}
 		if eab != nil {

@@ -97,7 +97,7 @@ func (s *Service) certificate(c *config.Certificate, deps Deps) {
 		s.Certificates = append(s.Certificates, tlsterm.Spec{Name: "tailscale", GetCertificate: deps.Tailnet.GetCertificate,
 			Covers: func(name string) bool { return strings.HasSuffix(name, ".ts.net") }})
 	case c.ACME != nil && deps.ACME != nil:
-		src := deps.ACME.Source(ACMESection(c.ACME))
+		src := deps.ACME.Source(acmeSection(c.ACME))
 		s.Managed = append(s.Managed, src)
 		s.Certificates = append(s.Certificates, tlsterm.Spec{Name: src.String(), GetCertificate: src.GetCertificate, Covers: src.Covers})
 	}
@@ -135,8 +135,8 @@ func (s *Service) withRules(more []*Rule) *Service {
 	return &with
 }
 
-// ByHello finds the rule of a name and protocols in a hello, nil if there is none.
-func (s *Service) ByHello(hello *sni.Hello) *Rule {
+// byHello finds the rule of a name and protocols in a hello, nil if there is none.
+func (s *Service) byHello(hello *sni.Hello) *Rule {
 	r, _ := s.names.Lookup(hello.ServerName, func(r *Rule) bool { return r.accepts(hello.ALPN) })
 	return r
 }

@@ -200,7 +200,7 @@ func (s *Service) find(req *http.Request, path string, q Question) (*Rule, strin
 	case "tcp":
 		return s.Fallback, ""
 	case "sni":
-		r := s.ByHello(&sni.Hello{ServerName: q.Host, ALPN: q.ALPN})
+		r := s.byHello(&sni.Hello{ServerName: q.Host, ALPN: q.ALPN})
 		if r == nil {
 			return nil, "no route and no default matches this name: clients get the TLS alert unrecognized_name"
 		}

@@ -95,13 +95,13 @@ func unknown(a netip.AddrPort) bool {
 	return !a.IsValid() || a.Addr().IsUnspecified() && a.Port() == 0
 }
 
-// Verdict is what the first bytes of a stream say about a PROXY header.
-type Verdict uint8
+// verdict is what the first bytes of a stream say about a PROXY header.
+type verdict uint8
 
 const (
-	More Verdict = iota // too few bytes to tell
-	Yes                 // a header begins here
-	No                  // this is something else
+	isUnclear verdict = iota // too few bytes to tell
+	isHeader                 // a header begins here
+	isOther                  // this is something else
 )
 
 var (
@@ -109,17 +109,17 @@ var (
 	signatureV2 = proxyproto.SIGV2
 )
 
-// Sniff says whether b, the first bytes of a stream, begins a PROXY header of version 1 or 2. Neither can
+// sniff says whether b, the first bytes of a stream, begins a PROXY header of version 1 or 2. Neither can
 // begin an HTTP request or a TLS hello. It never reads beyond the signature, 12 bytes at most.
-func Sniff(b []byte) Verdict {
-	verdict := No
+func sniff(b []byte) verdict {
+	v := isOther
 	for _, sig := range [...][]byte{signatureV1, signatureV2} {
 		if bytes.HasPrefix(b, sig) {
-			return Yes
+			return isHeader
 		}
 		if bytes.HasPrefix(sig, b) {
-			verdict = More
+			v = isUnclear
 		}
 	}
-	return verdict
+	return v
 }

@@ -399,17 +399,17 @@ func TestSniff(t *testing.T) {
 			sig = 12
 		}
 		for i := range len(s) + 1 {
-			want := More
+			want := isUnclear
 			if i >= sig {
-				want = Yes
+				want = isHeader
 			}
-			if got := Sniff([]byte(s[:i])); got != want {
+			if got := sniff([]byte(s[:i])); got != want {
 				t.Errorf("%q: %v, want %v", s[:i], got, want)
 			}
 			if i > 0 && i <= sig {
 				b := []byte(s[:i])
 				b[i-1] ^= 0x20
-				if got := Sniff(b); got != No {
+				if got := sniff(b); got != isOther {
 					t.Errorf("%q: %v, want no", b, got)
 				}
 			}
@@ -463,7 +463,7 @@ func FuzzRead(f *testing.F) {
 			t.Fatal("bytes were lost")
 		}
 		if h == nil {
-			if err == nil && Sniff(stream) == Yes {
+			if err == nil && sniff(stream) == isHeader {
 				t.Fatal("a header was not seen")
 			}
 			return
@@ -557,11 +557,11 @@ func BenchmarkParse(b *testing.B) {
 	}
 }
 
-func (v Verdict) String() string {
+func (v verdict) String() string {
 	switch v {
-	case More:
+	case isUnclear:
 		return "more"
-	case Yes:
+	case isHeader:
 		return "yes"
 	}
 	return "no"

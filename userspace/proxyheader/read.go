@@ -88,10 +88,10 @@ func Read(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (h *Head
 // is its length in bytes. When the stream has none, h is nil and n 0 without an error. The error is
 // [ErrIncomplete], or an [*InvalidError].
 func Parse(b []byte, maxBytes int) (h *Header, n int, err error) {
-	switch Sniff(b) {
-	case More:
+	switch sniff(b) {
+	case isUnclear:
 		return nil, 0, ErrIncomplete
-	case No:
+	case isOther:
 		return nil, 0, nil
 	}
 	n, err = length(b, limit(maxBytes))
@@ -119,7 +119,7 @@ func limit(maxBytes int) int {
 // [ErrIncomplete], but only err. It is nil when b is a whole stream, without a header, and else the error of
 // [Read].
 func Ended(b []byte, err error) error {
-	if err == io.EOF && len(b) > 0 && Sniff(b) == More { // a short stream ends in what could have become a signature
+	if err == io.EOF && len(b) > 0 && sniff(b) == isUnclear { // a short stream ends in what could have become a signature
 		return nil
 	}
 	return preface.Error("PROXY header", len(b), err, ErrTimeout, ErrEOF)

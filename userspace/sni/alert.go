@@ -63,9 +63,9 @@ func Alert(desc uint8) []byte {
 	return []byte{recordAlert, 3, 1, 0, 2, fatal, desc}
 }
 
-// WriteAlert sends a fatal alert with a deadline of one second, and leaves c open. Unless the caller reads on
+// writeAlert sends a fatal alert with a deadline of one second, and leaves c open. Unless the caller reads on
 // until the client closes, [Refuse] is the better choice.
-func WriteAlert(c net.Conn, desc uint8) error {
+func writeAlert(c net.Conn, desc uint8) error {
 	if err := c.SetWriteDeadline(time.Now().Add(alertWriteTimeout)); err != nil {
 		return fmt.Errorf("send the TLS alert %s: %w", alertName(desc), err)
 	}
@@ -87,7 +87,7 @@ func WriteAlert(c net.Conn, desc uint8) error {
 // limit on connections as long as the caller gives its lease back after Refuse, not before. To refuse at no
 // cost at all, close c instead.
 func Refuse(c net.Conn, desc uint8) error {
-	err := WriteAlert(c, desc)
+	err := writeAlert(c, desc)
 	if err == nil {
 		drain(c)
 	}

@@ -124,7 +124,7 @@ func TestRefuseSurvivesUnreadData(t *testing.T) {
 		t.Errorf("got %x, %v; want the alert and a clean end", got, err)
 	}
 	got, err = chatty(t, func(c net.Conn, desc uint8) error {
-		WriteAlert(c, desc)
+		writeAlert(c, desc)
 		return c.Close()
 	})
 	if err == nil {

@@ -16,8 +16,8 @@ import (
 // port is that of the discard protocol, to which nobody listens: the card reads no headers.
 const port = 9
 
-// Packet is the magic packet for an address of 6 bytes.
-func Packet(mac net.HardwareAddr) []byte {
+// magicPacket is the magic packet for an address of 6 bytes.
+func magicPacket(mac net.HardwareAddr) []byte {
 	return append(bytes.Repeat([]byte{0xff}, 6), bytes.Repeat(mac, 16)...)
 }
 
@@ -83,7 +83,7 @@ func Send(mac net.HardwareAddr, at []netip.Addr) error {
 	var errs []error
 	sent := false
 	for _, n := range towards(all, at) {
-		if err := send(Packet(mac), n); err != nil {
+		if err := send(magicPacket(mac), n); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", n.device, err))
 			continue
 		}

@@ -98,7 +98,7 @@ func captured(t *testing.T, device string) capture {
 
 // isMagic says whether a frame is a broadcast with the magic packet at its end.
 func isMagic(frame []byte, mac net.HardwareAddr) bool {
-	return bytes.HasPrefix(frame, bytes.Repeat([]byte{0xff}, 6)) && bytes.HasSuffix(frame, Packet(mac))
+	return bytes.HasPrefix(frame, bytes.Repeat([]byte{0xff}, 6)) && bytes.HasSuffix(frame, magicPacket(mac))
 }
 
 // wants waits for the magic packet.

@@ -14,7 +14,7 @@ func TestPacket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := Packet(mac)
+	p := magicPacket(mac)
 	if got := hex.EncodeToString(p[:18]); len(p) != 102 || got != "ffffffffffff02005e10000102005e100001" {
 		t.Errorf("%d bytes: %s...", len(p), got)
 	}

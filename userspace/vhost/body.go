@@ -23,7 +23,7 @@ import (
 // keeps what went wrong on the client's side (the transport blames the upstream), and passes trailers on.
 type body struct {
 	io.ReadCloser
-	http2   bool // of the client
+	isHTTP2 bool // the client speaks it
 	stall   time.Duration
 	limit   int64 // bytes; 0 is none
 	control *http.ResponseController
@@ -40,19 +40,19 @@ type body struct {
 
 // bodyState is how far a body is.
 type bodyState struct {
-	reading     time.Time   // since when Read waits; zero where it does not
-	timer       *time.Timer // looks whether Read waits for too long; nil before the first one
-	late        bool        // it did, and was ended
-	left        bool        // nothing is read any more
-	ended       bool
-	interrupted bool  // by us: the upstream is gone
-	kept        bool  // the answer has begun: neither to be interrupted nor to be late any more
-	abandoned   bool  // nobody reads on: what Read returns is our doing
-	failed      error // what Read returned, other than EOF
+	reading       time.Time   // since when Read waits; zero where it does not
+	timer         *time.Timer // looks whether Read waits for too long; nil before the first one
+	isLate        bool        // Read waited for too long, and was ended
+	isLeft        bool        // nothing is read any more
+	hasEnded      bool        // Read has returned an error, or EOF
+	isInterrupted bool        // by us: the upstream is gone
+	isKept        bool        // the answer has begun: neither to be interrupted nor to be late any more
+	isAbandoned   bool        // nobody reads on: what Read returns is our doing
+	failed        error       // what Read returned, other than EOF
 }
 
 func newBody(x *exchange, w http.ResponseWriter, stall time.Duration, limit int64) *body {
-	b := &body{ReadCloser: x.req.Body, http2: x.req.ProtoMajor >= 2, stall: stall, limit: limit,
+	b := &body{ReadCloser: x.req.Body, isHTTP2: x.req.ProtoMajor >= 2, stall: stall, limit: limit,
 		control: http.NewResponseController(w), x: x}
 	b.idle.L = &b.mu
 	return b
@@ -85,11 +85,11 @@ func (b *body) Read(p []byte) (int, error) {
 func (b *body) begin() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.left {
+	if b.isLeft {
 		return false
 	}
 	b.reading = time.Now()
-	if b.timer == nil && !b.kept {
+	if b.timer == nil && !b.isKept {
 		b.x.heardNothing(b.reading)
 		b.timer = time.AfterFunc(b.stall, b.look)
 	}
@@ -100,7 +100,7 @@ func (b *body) begin() bool {
 func (b *body) look() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.ended || b.interrupted || b.kept {
+	if b.hasEnded || b.isInterrupted || b.isKept {
 		return
 	}
 	left := b.stall
@@ -111,7 +111,7 @@ func (b *body) look() {
 		b.timer.Reset(left)
 		return
 	}
-	b.late = true
+	b.isLate = true
 	b.control.SetReadDeadline(time.Unix(1, 0))
 }
 
@@ -123,12 +123,12 @@ func (b *body) end(err error) {
 	defer b.mu.Unlock()
 	b.reading = time.Time{}
 	b.idle.Broadcast()
-	if err == nil || b.ended || b.abandoned {
+	if err == nil || b.hasEnded || b.isAbandoned {
 		return
 	}
-	b.ended = true
+	b.hasEnded = true
 	b.stopTimer()
-	if b.late && errors.Is(err, os.ErrDeadlineExceeded) {
+	if b.isLate && errors.Is(err, os.ErrDeadlineExceeded) {
 		err = errLate(b.stall)
 	}
 	if err != io.EOF {
@@ -205,18 +205,18 @@ func (b *body) lost() bool { return b.state().failed != nil }
 // unfinished says whether there is, or was, more than has been read. b may be nil.
 func (b *body) unfinished() bool {
 	s := b.state()
-	return !s.ended || s.failed != nil
+	return !s.hasEnded || s.failed != nil
 }
 
 // wasInterrupted says whether interrupt was called in time. b may be nil.
-func (b *body) wasInterrupted() bool { return b.state().interrupted }
+func (b *body) wasInterrupted() bool { return b.state().isInterrupted }
 
 // keep says that the answer has begun, or that there will be none: from here on nothing ends the body but its
 // sides. A stream whose client only listens says nothing for as long as it likes.
 func (b *body) keep() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.kept = true
+	b.isKept = true
 	b.stopTimer()
 }
 
@@ -231,17 +231,17 @@ func (b *body) stopTimer() {
 // the end of an HTTP/1 body then could make the server wait without end for its own read, or panic. It also
 // bounds how long the server waits for what is left of the body, before the next request. b may be nil.
 func (b *body) leave() {
-	if b == nil || b.http2 {
+	if b == nil || b.isHTTP2 {
 		return
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.left = true
+	b.isLeft = true
 	for !b.reading.IsZero() {
 		b.control.SetReadDeadline(time.Unix(1, 0))
 		b.idle.Wait()
 	}
-	if !b.ended || b.failed != nil {
+	if !b.hasEnded || b.failed != nil {
 		b.control.SetReadDeadline(time.Now().Add(b.stall))
 	}
 }
@@ -250,8 +250,8 @@ func (b *body) leave() {
 func (b *body) interrupt() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if !b.ended && !b.kept {
-		b.interrupted = true
+	if !b.hasEnded && !b.isKept {
+		b.isInterrupted = true
 		b.control.SetReadDeadline(time.Unix(1, 0))
 	}
 }
@@ -263,8 +263,8 @@ func (b *body) interrupt() {
 func (b *body) abandon() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.http2 && !b.ended {
-		b.abandoned = true
+	if b.isHTTP2 && !b.hasEnded {
+		b.isAbandoned = true
 		b.ReadCloser.Close() // wakes a Read (net/http's requestBody)
 	}
 }
@@ -287,7 +287,7 @@ func (x *exchange) expects() bool {
 
 // heardNothing notes that the upstream gets the body although it has said nothing yet.
 func (x *exchange) heardNothing(now time.Time) {
-	if x.expecting && !x.heard.Load() {
+	if x.isExpecting && !x.wasHeard.Load() {
 		x.up.silent.Store(moment.Of(now))
 	}
 }

@@ -115,18 +115,18 @@ type conn struct {
 	closeErr  error
 	lingers   atomic.Bool  // Close is to leave the peer time to read
 	requests  atomic.Int64 // that were given an id here
-	http1     atomic.Bool  // a request of HTTP/1 has come
+	hasHTTP1  atomic.Bool  // a request of HTTP/1 has come
 	armed     moment.Var   // when the write deadline was last set
-	foreign   atomic.Bool  // somebody else has set a write deadline
+	isForeign atomic.Bool  // somebody else has set a write deadline
 	preface   int          // bytes of HTTP/2's preface that were read; -1: it speaks something else
 
 	// For Shutdown. HTTP/2 waits for its first request only.
-	awaits   moment.Var  // when c began to wait for the head of a request; never: it does not
-	heard    moment.Var  // when the first byte of that came; never: none has
-	http2    atomic.Bool // net/http knows that c speaks it
-	promised atomic.Bool // the answer of HTTP/1 that is being written has said that c is kept
-	isUp     atomic.Bool // net/http gets it now: TLS, if there is to be any, is there
-	told     atomic.Bool // HTTP/2 is told to go
+	awaits      moment.Var  // when c began to wait for the head of a request; never: it does not
+	heard       moment.Var  // when the first byte of that came; never: none has
+	isHTTP2     atomic.Bool // net/http knows that c speaks it
+	hasPromised atomic.Bool // the answer of HTTP/1 that is being written has said that c is kept
+	isUp        atomic.Bool // net/http gets it now: TLS, if there is to be any, is there
+	isTold      atomic.Bool // HTTP/2 is told to go
 
 	readMu sync.Mutex
 	// readBy is the deadline that others have set for reads.
@@ -198,7 +198,7 @@ func (c *conn) reset() {
 // stall is how long a write to c may take. Clients of HTTP/2 stop reading streams, and never the connection,
 // for which the server keeps up to 10,000 frames; a client without a request is not heard at all.
 func (c *conn) stall() time.Duration {
-	if c.http1.Load() {
+	if c.hasHTTP1.Load() {
 		return c.server.opts.StallTimeout
 	}
 	return min(c.server.http2Stall, c.server.opts.StallTimeout)
@@ -207,7 +207,7 @@ func (c *conn) stall() time.Duration {
 // Write bounds how long a peer that has stopped reading holds the connection. Setting a deadline for each
 // write costs more than it gives: it is renewed when a quarter of it has passed.
 func (c *conn) Write(b []byte) (int, error) {
-	if !c.foreign.Load() {
+	if !c.isForeign.Load() {
 		stall, now := c.stall(), time.Now()
 		if at := moment.Of(now); c.armed.Load().Age(at) > stall/4 {
 			c.armed.Store(at)
@@ -223,7 +223,7 @@ func (c *conn) Write(b []byte) (int, error) {
 
 // SetWriteDeadline gives way to a deadline of net/http or crypto/tls (for the last alert).
 func (c *conn) SetWriteDeadline(t time.Time) error {
-	c.foreign.Store(!t.IsZero())
+	c.isForeign.Store(!t.IsZero())
 	c.armed.Store(0)
 	return c.Conn.SetWriteDeadline(t)
 }

@@ -78,9 +78,9 @@ func (s *splitter) pass(b []byte, value func(frame) int) (sum int) {
 func (f *frames) cost(fr frame) int {
 	switch fr.kind {
 	case frameHEADERS, frameCONTINUATION:
-		f.inHead = fr.flags&frameEndHeaders == 0
+		f.isInHead = fr.flags&frameEndHeaders == 0
 	case frameSETTINGS:
-		f.inHead = false
+		f.isInHead = false
 	}
 	switch {
 	case fr.kind == frameHEADERS:
@@ -172,26 +172,26 @@ func (b *bodies) answered(stream uint32) {
 
 // frames counts the frames of one connection of HTTP/2.
 type frames struct {
-	from    io.Reader
-	conn    *conn
-	free    bool // of a hop, which speaks for many
-	in, out splitter
-	inHead  bool   // a request's head goes on in the next frame, or SETTINGS, the first, has not come
-	leaves  bool   // goAway is to be read next, between two frames
-	said    string // of that, what is to be read now
-	bodies  bodies
-	earned  atomic.Int64 // by frames that the client was sent
-	budget  frameBudget
+	from     io.Reader
+	conn     *conn
+	isFree   bool // its frames cost nothing: of a hop, which speaks for many
+	in, out  splitter
+	isInHead bool   // a request's head goes on in the next frame, or SETTINGS, the first, has not come
+	leaves   bool   // goAway is to be read next, between two frames
+	said     string // of that, what is to be read now
+	bodies   bodies
+	earned   atomic.Int64 // by frames that the client was sent
+	budget   frameBudget
 }
 
 func newFrames(c *conn, from io.Reader) *frames {
-	return &frames{from: from, conn: c, inHead: true, free: c.info.crowd() == crowdOfHop,
+	return &frames{from: from, conn: c, isInHead: true, isFree: c.info.crowd() == crowdOfHop,
 		budget: frameBudget{left: frameBurst, at: time.Now()}}
 }
 
 func (f *frames) Read(b []byte) (int, error) {
 	n, err := f.read(b)
-	if cost := f.in.pass(b[:n], f.cost); cost > 0 && !f.free {
+	if cost := f.in.pass(b[:n], f.cost); cost > 0 && !f.isFree {
 		f.conn.wait(f.budget.spend(cost, f.earned.Load(), time.Now()))
 	}
 	return n, err
@@ -204,7 +204,7 @@ const goAway = "\x00\x00\x08\x07\x00\x00\x00\x00\x00" + "\x00\x00\x00\x00\x00\x0
 // read reads what the client sends, and goAway if the connection is called.
 func (f *frames) read(b []byte) (n int, err error) {
 	for {
-		if f.leaves && !f.inHead && f.in.isBetween() {
+		if f.leaves && !f.isInHead && f.in.isBetween() {
 			f.leaves, f.said = false, goAway
 		}
 		if f.said != "" {

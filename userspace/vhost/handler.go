@@ -20,29 +20,29 @@ import (
 
 // exchange is one request on its way.
 type exchange struct {
-	conn       *conn
-	req        *http.Request // as it came in
-	id         string
-	uri        URI // of a request that was refused at once, what it looks like
-	started    time.Time
-	requestID  string
-	route      *Route
-	up         *Upstream // the one that is tried
-	using      func()    // ends its Using; nil: there is nothing to end
-	timing     bool      // the answer shall have Server-Timing
-	hsts       string    // the answer's Strict-Transport-Security, "" for none
-	body       *body     // nil if the request has none
-	resp       *response
-	err        error
-	visit      Visit
-	charge     charge
-	upConn     atomic.Pointer[upstreamConn] // that the transport chose
-	reused     bool                         // it had been used before
-	sentBefore int64                        // bytes that it had taken then
-	watcher    *watcher                     // nil if it is not watched
-	expecting  bool                         // the upstream is asked whether it wants the body
-	heard      atomic.Bool                  // it has said something
-	whole      bool                         // the handler returned: it did not abort the answer
+	conn        *conn
+	req         *http.Request // as it came in
+	id          string
+	uri         URI // of a request that was refused at once, what it looks like
+	started     time.Time
+	requestID   string
+	route       *Route
+	up          *Upstream // the one that is tried
+	using       func()    // ends its Using; nil: there is nothing to end
+	wantsTiming bool      // the answer shall have Server-Timing
+	hsts        string    // the answer's Strict-Transport-Security, "" for none
+	body        *body     // nil if the request has none
+	resp        *response
+	err         error
+	visit       Visit
+	charge      charge
+	upConn      atomic.Pointer[upstreamConn] // that the transport chose
+	wasReused   bool                         // it had been used before
+	sentBefore  int64                        // bytes that it had taken then
+	watcher     *watcher                     // nil if it is not watched
+	isExpecting bool                         // the upstream is asked whether it wants the body
+	wasHeard    atomic.Bool                  // the upstream has said something
+	isWhole     bool                         // the handler returned: it did not abort the answer
 }
 
 type exchangeKey struct{}
@@ -63,7 +63,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.enter(x, bad, noRoom) {
 		s.forward(x, w)
 	}
-	x.whole = true
+	x.isWhole = true
 }
 
 // newExchange begins with a request. bad is what is wrong with its target.
@@ -72,15 +72,15 @@ func newExchange(w http.ResponseWriter, r *http.Request) (x *exchange, bad error
 	if x.conn.secure != nil {
 		r.TLS = &x.conn.secure.tls
 	}
-	x.resp = &response{ResponseWriter: w, plain: !r.ProtoAtLeast(1, 1)}
+	x.resp = &response{ResponseWriter: w, isPlain: !r.ProtoAtLeast(1, 1)}
 	if r.Method == http.MethodConnect {
 		x.uri = URI{Host: r.Host, Path: r.RequestURI}
 	} else {
 		x.uri, bad = readURI(r)
 	}
 	x.visit = Visit{Request: r, URI: x.uri, ID: x.conn.info.ID, Conn: x.conn.info, Client: x.conn.info.Client, Unknown: x.conn.info.Unknown, x: x}
-	if r.ProtoMajor < 2 && !x.conn.http1.Load() {
-		x.conn.http1.Store(true)
+	if r.ProtoMajor < 2 && !x.conn.hasHTTP1.Load() {
+		x.conn.hasHTTP1.Store(true)
 	}
 	return x, bad
 }
@@ -92,24 +92,24 @@ func (s *Server) readHeader(x *exchange) {
 	dropForwarding(r.Header, isBelieved)
 	// With a Content-Length beside it, which net/http doesn't show, a hop before may see the end of a chunked
 	// body elsewhere, and another client's request begin in it (RFC 9112 6.1).
-	x.resp.last = r.ProtoMajor == 1 && len(r.TransferEncoding) > 0 && !isBelieved
+	x.resp.isLast = r.ProtoMajor == 1 && len(r.TransferEncoding) > 0 && !isBelieved
 	x.requestID = requestID(r, x.conn, x.id)
-	x.timing = s.opts.Timing != nil && s.opts.Timing() || isBelieved && r.Header[timingHeader] != nil
+	x.wantsTiming = s.opts.Timing != nil && s.opts.Timing() || isBelieved && r.Header[timingHeader] != nil
 	if s.opts.HSTS != nil && r.TLS != nil {
 		x.hsts = s.opts.HSTS()
 	}
 	x.resp.before = func(h http.Header) {
 		s.addOwn(x, h)
-		x.resp.last = x.resp.last || s.isLast(x)
+		x.resp.isLast = x.resp.isLast || s.isLast(x)
 	}
 }
 
 // finish ends x's answer, and tells of it.
 func (s *Server) finish(x *exchange) {
 	if r := x.req; r.ProtoMajor == 1 && r.Close && hasBody(r) {
-		x.conn.lingers.Store(x.whole && (x.body == nil || x.body.unfinished()))
+		x.conn.lingers.Store(x.isWhole && (x.body == nil || x.body.unfinished()))
 	}
-	if !x.whole {
+	if !x.isWhole {
 		x.cutOff()
 	}
 	add(x.resp.traffic.Requests, -1)
@@ -154,8 +154,8 @@ func (s *Server) forward(x *exchange, w http.ResponseWriter) {
 	ctx := context.WithValue(x.req.Context(), exchangeKey{}, x)
 	ctx = context.WithValue(ctx, dialKey{}, x.up)
 	trace := &httptrace.ClientTrace{GotConn: x.gotConn}
-	if x.expecting = x.expects(); x.expecting {
-		trace.GotFirstResponseByte = func() { x.heard.Store(true) }
+	if x.isExpecting = x.expects(); x.isExpecting {
+		trace.GotFirstResponseByte = func() { x.wasHeard.Store(true) }
 	}
 	// A copy: the server looks at its own request's Body (for Expect), and puts the trailers there.
 	in := x.req.WithContext(httptrace.WithClientTrace(ctx, trace))
@@ -198,7 +198,7 @@ func (s *Server) addOwn(x *exchange, h http.Header) {
 	for name, values := range x.visit.Answer {
 		h[name] = append(h[name], values...)
 	}
-	if x.timing { // this hop beside those behind it, which the upstream has named: milliseconds since the header was read
+	if x.wantsTiming { // this hop beside those behind it, which the upstream has named: milliseconds since the header was read
 		h.Add("Server-Timing", fmt.Sprintf("%s;dur=%.3f", s.opts.Node, float64(time.Since(x.started))/float64(time.Millisecond)))
 	}
 }
@@ -288,7 +288,7 @@ func (x *exchange) gotConn(i httptrace.GotConnInfo) {
 		return
 	}
 	x.upConn.Store(c)
-	x.reused, x.sentBefore = i.Reused, c.sent.Load()
+	x.wasReused, x.sentBefore = i.Reused, c.sent.Load()
 	c.before.Store(x.sentBefore)
 	if i.Reused && x.up.Watch != nil && x.up.Protocol == HTTP1 {
 		x.watch(c)
@@ -340,7 +340,7 @@ func (s *Server) report(x *exchange) {
 	if h := x.resp.hijacked; h != nil {
 		q.BytesIn, q.BytesOut = h.in.Load(), h.out.Load()
 	}
-	if q.Err == nil && !x.whole {
+	if q.Err == nil && !x.isWhole {
 		q.Err = errCutOff
 		if x.req.Context().Err() != nil {
 			q.Err = errClientLeft
@@ -378,7 +378,7 @@ func (s *Server) failed(_ http.ResponseWriter, out *http.Request, err error) {
 	x.err = err
 	if x.body.wasInterrupted() {
 		x.err = errUpstreamClosed // and what the transport says is what we did
-		if c := x.upConn.Load(); c != nil && c.unheard.Load() {
+		if c := x.upConn.Load(); c != nil && c.isUnheard.Load() {
 			x.err = errUnheard
 		}
 	} else if status, cause := x.body.fault(x.req.Context()); status != 0 {

@@ -20,8 +20,8 @@ type response struct {
 	traffic  Traffic    // of the route
 	hijacked *upgraded
 	before   func(http.Header) // called once, with the final answer's header when that is about to be written
-	plain    bool              // the client speaks HTTP/1.0
-	last     bool              // the connection is closed after this answer
+	isPlain  bool              // the client speaks HTTP/1.0
+	isLast   bool              // the connection is closed after this answer
 	protocol []string          // the header Upgrade of the upstream's 101
 }
 
@@ -39,7 +39,7 @@ func (w *response) Header() http.Header {
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 func (w *response) WriteHeader(status int) {
-	if status < 200 && w.plain {
+	if status < 200 && w.isPlain {
 		return // HTTP/1.0 has no answer before the answer
 	}
 	if status >= 200 && w.status == 0 {
@@ -47,7 +47,7 @@ func (w *response) WriteHeader(status int) {
 		h := w.Header()
 		w.before(h)
 		spellWebSocket(h)
-		if w.last {
+		if w.isLast {
 			h["Connection"] = []string{"close"}
 		}
 		// An answer without a type stays one: net/http would guess.
@@ -70,7 +70,7 @@ func (x *exchange) cutOff() {
 		_ = rc.SetWriteDeadline(time.Now().Add(refusalWait))
 	}
 	_ = rc.Flush()
-	if w.plain && w.Header()["Content-Length"] == nil {
+	if w.isPlain && w.Header()["Content-Length"] == nil {
 		x.conn.reset()
 	}
 }

@@ -96,7 +96,7 @@ func (x *exchange) remedy(r *http.Request, err error, spare *spareBody, stale in
 	if c := x.upConn.Load(); c != nil {
 		c.leave(x)
 		isUnsent = c.sent.Load() == x.sentBefore
-		if isUnsent && x.reused && stale < maxStale {
+		if isUnsent && x.wasReused && stale < maxStale {
 			return sameUpstream
 		}
 	}

@@ -16,7 +16,7 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 	setTarget(pr.Out.URL, r.path(&x.uri), x.uri.Query)
 	pr.Out.Host = x.uri.Authority
 	x.setHeaders(pr.Out.Header, x.uri.Authority)
-	if x.timing {
+	if x.wantsTiming {
 		pr.Out.Header[timingHeader] = []string{"1"}
 	}
 	if x.body != nil {
@@ -40,7 +40,7 @@ func (s *Server) rewrite(pr *httputil.ProxyRequest) {
 		pr.Out.Host = noHost
 	}
 	spellWebSocket(pr.Out.Header)
-	if !x.expecting {
+	if !x.isExpecting {
 		delete(pr.Out.Header, "Expect")
 	}
 }

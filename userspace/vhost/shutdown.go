@@ -77,16 +77,16 @@ func (s *Server) isAwaiting() (is bool) {
 // isAwaiting reports whether net/http's Shutdown has to wait for c. It has c end if that is due, whoever else
 // is waited for.
 func (c *conn) isAwaiting() bool {
-	if c.promised.Load() { // is cleared after awaits is set
+	if c.hasPromised.Load() { // is cleared after awaits is set
 		return true
 	}
 	awaits := c.awaits.Load()
 	switch {
-	case c.http2.Load():
+	case c.isHTTP2.Load():
 		if awaits != 0 && awaits.Since() < c.server.firstCall {
 			return true
 		}
-		if !c.told.Swap(true) {
+		if !c.isTold.Swap(true) {
 			c.call()
 		}
 		return false
@@ -157,7 +157,7 @@ func (c *conn) isIdle() bool {
 		return false
 	case heard != 0:
 		return heard.Since() >= c.server.opts.HeaderTimeout
-	case c.http1.Load():
+	case c.hasHTTP1.Load():
 		return awaits.Since() >= c.server.lastCall
 	}
 	return awaits.Since() >= c.server.firstCall
@@ -167,7 +167,7 @@ func (c *conn) isIdle() bool {
 func (c *conn) await() {
 	c.heard.Store(0)
 	c.awaits.Store(moment.Now())
-	c.promised.Store(false)
+	c.hasPromised.Store(false)
 }
 
 // connState is called by net/http: of HTTP/2 first when it knows the connection, and will tell it to go.
@@ -175,10 +175,10 @@ func connState(c net.Conn, state http.ConnState) {
 	if state != http.StateIdle {
 		return
 	}
-	if below := connOf(c); below.http1.Load() {
+	if below := connOf(c); below.hasHTTP1.Load() {
 		below.await()
 	} else {
-		below.http2.Store(true)
+		below.isHTTP2.Store(true)
 	}
 }
 
@@ -190,10 +190,10 @@ func (s *Server) isLast(x *exchange) bool {
 	if x.resp.status == http.StatusSwitchingProtocols || x.req.ProtoMajor == 1 && x.req.Close {
 		return false
 	}
-	x.conn.promised.Store(x.req.ProtoMajor == 1)
+	x.conn.hasPromised.Store(x.req.ProtoMajor == 1)
 	if !s.isEnding.Load() {
 		return false
 	}
-	x.conn.promised.Store(false)
+	x.conn.hasPromised.Store(false)
 	return true
 }

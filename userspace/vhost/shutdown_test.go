@@ -256,7 +256,7 @@ func TestShutdownGoAway(t *testing.T) {
 					h.Server.mu.Lock()
 					defer h.Server.mu.Unlock()
 					for c := range h.conns {
-						if c.http2.Load() {
+						if c.isHTTP2.Load() {
 							of = c
 						}
 					}
@@ -281,7 +281,7 @@ func TestShutdownGoAway(t *testing.T) {
 				}
 				ended := shutDown(t, h)
 				if isBegun {
-					eventually(t, "it was called", of.told.Load)
+					eventually(t, "it was called", of.isTold.Load)
 					eventually(t, "it has heard that", func() bool {
 						of.readMu.Lock()
 						defer of.readMu.Unlock()

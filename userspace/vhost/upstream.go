@@ -170,13 +170,13 @@ func (up *Upstream) address(u *url.URL, x *exchange) {
 // upstreamConn is a connection in a pool. It tells the exchanges that use it when the transport closes it.
 type upstreamConn struct {
 	net.Conn
-	sent    atomic.Int64 // bytes
-	before  atomic.Int64 // bytes that were sent before the last request
-	deaf    atomic.Bool  // the upstream takes no more, see Write
-	cut     atomic.Bool  // and its own stream was cut off by that
-	shut    atomic.Bool  // it was sent an end
-	writing sync.RWMutex // read-locked by a write that is under way
-	unheard atomic.Bool  // it was given up: see Watch
+	sent      atomic.Int64 // bytes
+	before    atomic.Int64 // bytes that were sent before the last request
+	isDeaf    atomic.Bool  // the upstream takes no more, see Write
+	isCut     atomic.Bool  // it is deaf, and its own stream was cut off by that
+	isShut    atomic.Bool  // our stream to it has ended
+	writing   sync.RWMutex // read-locked by a write that is under way
+	isUnheard atomic.Bool  // it was given up: see Watch
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -198,7 +198,7 @@ func (c *upstreamConn) leave(x *exchange) {
 // Write reports no reset in the middle of a request: the transport would close the connection, and there may
 // be an answer to read, as from servers that refuse an upload. A read says later that the connection is gone.
 func (c *upstreamConn) Write(p []byte) (int, error) {
-	if c.deaf.Load() {
+	if c.isDeaf.Load() {
 		return len(p), nil
 	}
 	c.writing.RLock()
@@ -207,9 +207,9 @@ func (c *upstreamConn) Write(p []byte) (int, error) {
 	if sent := c.sent.Add(int64(n)); err != nil && isReset(err) && sent > c.before.Load() {
 		// EPIPE says on Linux that its stream had ended before (tcp_reset in net/ipv4/tcp_input.c).
 		if runtime.GOOS != "linux" || !errors.Is(err, syscall.EPIPE) {
-			c.cut.Store(true)
+			c.isCut.Store(true)
 		}
-		c.deaf.Store(true)
+		c.isDeaf.Store(true)
 		return len(p), nil
 	}
 	return n, err
@@ -228,6 +228,6 @@ func (c *upstreamConn) Close() error {
 
 // CloseWrite passes a half-close on, for upgraded connections.
 func (c *upstreamConn) CloseWrite() error {
-	c.shut.Store(true)
+	c.isShut.Store(true)
 	return closeWrite(c.Conn)
 }

@@ -77,7 +77,7 @@ func (w *watcher) look() {
 
 // giveUp resets the connection: nothing that is under way arrives later, and its reader learns why.
 func (c *upstreamConn) giveUp() {
-	c.unheard.Store(true)
+	c.isUnheard.Store(true)
 	tcpsock.ResetConn(c.Conn)
 }
 
@@ -85,18 +85,18 @@ func (c *upstreamConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	switch {
 	case err == nil:
-	case c.unheard.Load():
+	case c.isUnheard.Load():
 		err = errUnheard
-	case err == io.EOF && !c.shut.Load():
+	case err == io.EOF && !c.isShut.Load():
 		// A write may be told of a reset in the place of an end, perhaps just now: what it hears says whether
 		// there was an end before. TCP has given up the connection, which we have not ended: it hears soon.
 		isClosed := false
 		tcpsock.Control(c.Conn, func(fd int) { isClosed = tcpsock.IsClosed(fd) })
-		if !c.deaf.Load() && isClosed {
+		if !c.isDeaf.Load() && isClosed {
 			c.writing.Lock()
 			c.writing.Unlock() //lint:ignore SA2001 it is the wait that counts
 		}
-		if c.cut.Load() {
+		if c.isCut.Load() {
 			err = syscall.ECONNRESET
 		}
 	}

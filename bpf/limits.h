@@ -8,8 +8,8 @@
 enum {
 	MAX_FLOWS = 65536,      /* flows at a time; a default, the loader sets what was configured */
 	ID_BYTES = 40,          /* of a flow's id, a text with a zero at its end */
-	ROUTE_BYTES = 64,       /* of a route's name, likewise */
-	ADDRESS_BYTES = 56,     /* of [ADDRESS%ZONE]:PORT as text, likewise */
+	ROUTE_BYTES = 64,       /* of a route's name, with a zero at its end */
+	ADDRESS_BYTES = 56,     /* of [ADDRESS%ZONE]:PORT as text, with a zero at its end */
 	EVENT_BYTES = 262144,   /* of the ring of events: 10,000 of them; a power of two */
 
 	MAX_TARGETS = 4096,     /* addresses of processes on this host that flows go to */

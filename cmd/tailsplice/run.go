@@ -196,7 +196,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	}
 	control.serve(ctx, d)
 	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)
-	if old == nil { // else it is said by who is still the main process
+	if old == nil { // else the old process, which is the main one still, says it
 		d.beMain(ctx)
 		daemon.SdNotify(false, daemon.SdNotifyReady)
 	}

@@ -22,10 +22,10 @@ import (
 // lost on the way. When both have left, and the peers have all that was redirected, the flow is given back.
 // In between, and when a direction has ended, what comes for a direction that has left is copied.
 const (
-	leavePause = 2 * time.Millisecond  // at least, between two walks
-	leaveCost  = 10                    // so many times what they take, in the long run
-	leaveBurst = 50 * time.Millisecond // what they may take at once
-	leaveOffer = 20 * time.Millisecond // a direction that has not left after this one stays
+	leavePause = 2 * time.Millisecond  // between two walks of the iterator, at least
+	leaveCost  = 10                    // walks take one in so many parts of the time, in the long run
+	leaveBurst = 50 * time.Millisecond // time that walks may take in one go
+	leaveOffer = 20 * time.Millisecond // a direction that has not left after this time stays
 	handSlack  = 64 << 10              // bytes that may come between the look at how many there are and the read
 )
 

@@ -56,7 +56,7 @@ type direction struct {
 	bits      atomic.Uint32
 	isCopying atomic.Bool // the source has no verdict: everything is moved here
 	isDone    atomic.Bool // the end was passed on
-	isAtEnd   atomic.Bool // sawEOF, for others
+	isAtEnd   atomic.Bool // sawEOF, for those who don't run the direction
 
 	read0    uint64 // bytes of the source's stream that were read before
 	written0 uint64 // bytes that the peer's TCP had been given before
@@ -69,7 +69,7 @@ type direction struct {
 	sawEOF    bool // a read said so
 	hasCopied bool // something, since it last had nothing to copy
 	consumed  uint64
-	settled   uint64 // what redirected was when it was last found written
+	settled   uint64 // the count redirected, when all that it counts was last found written
 	patience  time.Duration
 
 	detaching

@@ -54,7 +54,7 @@ type Engine struct {
 	generation atomic.Uint32 // of the flow that began last
 
 	inside atomic.Int32 // flows that are in the sockmap
-	quiet  atomic.Int32 // so many of them had nothing to move when the sweeper looked
+	quiet  atomic.Int32 // flows in the sockmap that had nothing to move when the sweeper looked
 
 	counts Counts
 }

@@ -38,9 +38,9 @@ type flow struct {
 	// for the sweeper.
 	settled uint64
 
-	isRecalled atomic.Bool  // it is to be given back as soon as that can be
-	isStopped  atomic.Bool  // and nothing more goes past TCP
-	recalls    atomic.Int32 // how often it was offered to leave for that
+	isRecalled atomic.Bool  // it is to be given back as soon as possible
+	isStopped  atomic.Bool  // it is recalled, and nothing more of it goes past TCP
+	recalls    atomic.Int32 // how often it was offered to leave the sockmap since it was recalled
 
 	watchMu sync.Mutex
 	isOver  atomic.Bool // somebody has seen to the flow's end, or gives it back

@@ -178,13 +178,13 @@ type way struct {
 
 	rest      []byte // read, not yet written
 	read      uint64
-	left      int64     // how many bytes that were redirected are not written
-	isSettled bool      // none
-	isShut    bool      // as the recall's
+	left      int64     // bytes that were redirected and are not written
+	isSettled bool      // left is 0
+	isShut    bool      // no more payload is let in for the source
 	hasRoom   bool      // room was made for all that the peer may have to take
 	last      int64     // what there was to wait for
 	since     time.Time // when that was seen first
-	looks     int       // how often since
+	looks     int       // how often it was seen since
 }
 
 func (r *recall) run(ctx context.Context) error {

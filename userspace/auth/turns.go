@@ -11,8 +11,8 @@ import (
 )
 
 const (
-	sourceAttempts = 4  // bounds the different passwords of one source that are being checked or wait for it
-	sharedAttempts = 32 // the same for all sources that are not known, together
+	sourceAttempts = 4  // bounds the different passwords of one source that are being checked or wait
+	sharedAttempts = 32 // bounds those of all unknown sources together
 	// waitingSources bounds the sources that wait, of those that have failed lately
 	// and of those that have not.
 	waitingSources = 64

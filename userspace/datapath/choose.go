@@ -56,9 +56,9 @@ type Choice struct {
 	turn    Side // whose message came last
 	turns   int
 	since   moment.Moment // when turns was 0
-	stretch int64         // the last one that the flow was ping-pong in
+	stretch int64         // the last stretch of the Chooser's in which the flow was ping-pong
 
-	refused moment.Moment // when it was last
+	refused moment.Moment // when a datapath refused the flow last
 }
 
 // A Side is one of a flow's two, as one that sends.

@@ -24,7 +24,7 @@ var past = time.Unix(1, 0)
 //
 //	flowing <-> waiting   by pumps, when the flow is idle or quiet, and when there are bytes
 //	flowing  -> ended     by whoever reads the end of the stream
-//	either   -> ended     when the flow ends for another reason, and nobody wants the rest
+//	either   -> ended     when the flow ends for another reason, and what is unread is discarded
 type streamState uint8
 
 const (
@@ -80,8 +80,8 @@ type flow struct {
 	cancel   context.CancelCauseFunc // of the datapath that has the flow, or is asked; guarded by mu
 
 	recall     func()      // asks the datapath that has f to give it back; nil: it can't; guarded by mu
-	handed     *handed     // the sockets that it has; guarded by mu
-	isRecalled atomic.Bool // and was asked to give it back
+	handed     *handed     // the sockets that the datapath has; guarded by mu
+	isRecalled atomic.Bool // the datapath was asked to give f back
 	stops      atomic.Bool // pumps are to return: see stopPumps
 
 	recorded *holder         // the datapath that has the flow in its tables; nil: none
@@ -100,8 +100,8 @@ type flow struct {
 	since moment.Moment // when that was seen
 }
 
-// elsewhere is of a flow that has been in another relay, or in a datapath that begins with flows. It is for
-// who has the flow.
+// elsewhere is the state of a flow that has been in another relay, or in a datapath that begins with flows.
+// Only the owner of the flow uses it.
 type elsewhere struct {
 	isWet bool                // bytes are held, or a stream has ended: no datapath may have it as it begins
 	later []datapath.Datapath // are offered it when it is handed off

@@ -15,8 +15,8 @@ var errKilled = errors.New("killed")
 // Result.Err; the first of several counts. A flow that has ended is left alone. It may be called from any
 // goroutine that holds no lock of a loop.
 //
-// Nobody who has the flow is asked to wait for it. Each who gets it looks whether it is killed after it is
-// known that he has it, and Kill looks who has it after it has said so: one of both sees the other.
+// Kill needs no lock that the flow's owner holds. Each new owner is recorded first, and then looks whether the
+// flow is killed. Kill marks the flow first, and then looks who owns it. So one of the two sees the other.
 func (c *Counters) Kill(why error) {
 	c.killed.CompareAndSwap(nil, &why)
 	if f := c.flow.Load(); f != nil {

@@ -53,8 +53,8 @@ type leaveRequest struct {
 // a connection is none that can go. A flow with much to move leaves when little of it is held here. gave
 // must not block. Leave may be called from any goroutine that holds no lock of a loop.
 //
-// As with [Counters.Kill], each who gets the flow looks whether it was asked to leave after it is known
-// that he has it, and Leave looks who has it after it has asked: one of both sees the other.
+// As with [Counters.Kill], each new owner of the flow is recorded first, and then looks whether the flow was
+// asked to leave. Leave asks first, and then looks who owns it. So one of the two sees the other.
 func (c *Counters) Leave(ctx context.Context, gave func(*Parcel, error)) {
 	q := &leaveRequest{gave: gave}
 	giveUp := func() { c.refuseLeave(q, context.Cause(ctx)) }

@@ -24,7 +24,7 @@ type pipePool struct {
 	// +checklocks:mu
 	free []*pipe
 	// +checklocks:mu
-	all int // that there are
+	all int // pipes, free or in use
 	// +checklocks:mu
 	limit int // 0: none
 }

@@ -11,8 +11,8 @@ import (
 )
 
 const (
-	fullReads    = 2        // so many reads in a row that filled the buffer begin bulk
-	smallSplices = 8        // so many splices in a row of less than smallSplice end it
+	fullReads    = 2        // bulk begins after so many reads in a row that have filled the buffer
+	smallSplices = 8        // bulk ends after so many splices in a row of less than smallSplice
 	smallSplice  = 16 << 10 // bytes
 )
 

@@ -34,7 +34,7 @@ type conn struct {
 	asker   *asker              // who has an address, asked for the connection
 	course  *course             // of several targets, as far as the fast path has come; else nil
 
-	stopCancel   func() bool // from here on srv.ctx ends it no more, somebody else does
+	stopCancel   func() bool // undoes that the end of srv.ctx ends it: whoever calls this ends it from then on
 	closeOnce    sync.Once
 	isArriving   atomic.Bool   // it is to be served requests, and the HTTP server has not got it yet
 	afterHeader  time.Duration // from accept to the end of the PROXY header: then its hello's time begins

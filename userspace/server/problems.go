@@ -38,8 +38,9 @@ const (
 var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, PartAccessLog, PartHealth,
 	PartDatapath, PartTransparent, PartContainers, PartDeny, PartACME, PartAnnounce}
 
-// Unready says whether the daemon is not ready while there is p: it can't take connections that it should.
-// With the others it can. One of ACME is none, since who sends no connections keeps the authority's out, too.
+// Unready says whether the daemon is not ready while there is p, since it can't take connections that it
+// should take. A problem of ACME leaves it ready: a load balancer that sends it no connections would keep out
+// those by which the authority checks names.
 func (p Problem) Unready() bool {
 	return p.Part == PartAddress || p.Part == PartCertificate || p.Part == PartDefault
 }

@@ -25,9 +25,9 @@ type listener struct {
 	isShut  bool  // its sockets are to be closed; without while_down: close it says nothing
 	wasOpen bool  // the gate has opened or shut it, here or in another process
 
-	drained time.Time // since when they are closed by an operator's word, or zero; guarded by Server.mu
-	lingers bool      // they are not closed yet, though it is drained; guarded by Server.mu
-	until   time.Time // when they are, then; zero: its announcement is not withdrawn yet; guarded by Server.mu
+	drained time.Time // when an operator had its sockets closed, or zero; guarded by Server.mu
+	lingers bool      // it is drained, and its sockets are still open; guarded by Server.mu
+	until   time.Time // when those close; zero: its announcement is not withdrawn yet; guarded by Server.mu
 
 	announcer *announce.Announcer // nil: nobody is told; guarded by Server.mu
 }

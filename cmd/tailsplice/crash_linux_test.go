@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -38,6 +39,8 @@ type manager struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	kept []handover.Socket // Name is what it is called
+	// +checklocks:mu
+	main int // the process that was said to be the main one
 }
 
 func newManager(t *testing.T, args ...string) *manager {
@@ -84,6 +87,9 @@ func (m *manager) listen() {
 			said[key] = value
 		}
 		m.mu.Lock()
+		if pid, err := strconv.Atoi(said["MAINPID"]); err == nil {
+			m.main = pid
+		}
 		if said["FDSTOREREMOVE"] == "1" {
 			m.kept = slices.DeleteFunc(m.kept, func(s handover.Socket) bool {
 				if s.Name == said["FDNAME"] {
@@ -431,6 +437,96 @@ control: { socket: %q }
 			t.Fatalf("a flow ends with %v, want a reset", err)
 		}
 	}
+}
+
+// TestCrashBeforeMain: the process that is upgraded is killed when the new one serves, and before it could
+// say that this is the main one. It is: the manager hears of it, and keeps what it has. Flows go on there, as
+// after a crash.
+func TestCrashBeforeMain(t *testing.T) {
+	target := listen(t, "127.0.0.1:0")
+	go func() {
+		for c, err := target.Accept(); err == nil; c, err = target.Accept() {
+			go func() { defer c.Close(); _, _ = io.Copy(c, struct{ io.Reader }{c}) }()
+		}
+	}()
+	address := freeaddr.Get(t)
+	m := newManager(t)
+	control, file := filepath.Join(m.dir, "control.sock"), filepath.Join(m.dir, "edge.yaml")
+	check(t, os.WriteFile(file, fmt.Appendf(nil, `
+listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]
+control: { socket: %q }
+`, address, target.Addr(), control), 0o600))
+	m.args = []string{"run", "--config", file, "--log-format", "json"}
+	m.start()
+	const flows = 20
+	var idle []net.Conn
+	dial := func() net.Conn {
+		t.Helper()
+		var c net.Conn
+		wait(t, "the daemon accepts", func() (err error) { c, err = net.Dial("tcp", address); return err })
+		t.Cleanup(func() { c.Close() })
+		check(t, echo(c))
+		return c
+	}
+	keptAre := func(n int) {
+		t.Helper()
+		wait(t, "all flows are kept", func() error {
+			if kept := m.flows(); len(kept) != n {
+				return fmt.Errorf("%d are", len(kept))
+			}
+			return nil
+		})
+	}
+	for range flows {
+		idle = append(idle, dial())
+	}
+	keptAre(flows)
+	path, err := exec.LookPath("fake-kills-old")
+	check(t, err)
+	_ = exec.CommandContext(t.Context(), "tailsplice", "upgrade", "--binary", path, "--control", control).Run()
+	var killed *exec.ExitError
+	if err := m.cmd.Wait(); !errors.As(err, &killed) {
+		t.Fatalf("the old process ends with %v", err)
+	}
+	m.cmd = nil
+	next := 0
+	wait(t, "the new process is the main one", func() error {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if next = m.main; next == 0 {
+			return errors.New("the manager knows nothing of it")
+		}
+		return nil
+	})
+	defer syscall.Kill(next, syscall.SIGKILL)
+	for i, c := range idle {
+		if err := echo(c); err != nil {
+			t.Errorf("flow %d: %v", i, err)
+		}
+	}
+	idle = append(idle, dial())
+	keptAre(flows + 1)
+	check(t, syscall.Kill(next, syscall.SIGKILL))
+	m.start() // and after a crash of that one
+	m.left(2)
+	for i, c := range idle {
+		if err := echo(c); err != nil {
+			t.Errorf("flow %d, after another crash: %v", i, err)
+		}
+	}
+	out, err := exec.CommandContext(t.Context(), "tailsplice", "upgrade", "--control", control).CombinedOutput()
+	if err != nil {
+		t.Errorf("an upgrade later: %v: %s", err, out)
+	}
+	wait(t, "that is known", func() error {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.main == next {
+			return errors.New("it is not")
+		}
+		next = m.main
+		return nil
+	})
 }
 
 // state is what is kept beside the sockets.

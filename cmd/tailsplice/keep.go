@@ -29,12 +29,15 @@ type keeper struct {
 	adopting context.Context    // ends when those that are still to go on are reset
 	giveUp   context.CancelFunc // ends adopting
 	endFlows context.CancelFunc // has no more flows kept; guarded by mu
+	left     []handover.Socket  // the ends of the queue of the process that this one has taken over from
 
 	mu sync.Mutex
 	// +checklocks:mu
 	isMain bool
 	// +checklocks:mu
 	isOver bool // what is kept stays as it is
+	// +checklocks:mu
+	isOffered bool // the ends of flows stay as they are
 }
 
 // taker has sockets of a process before this one.
@@ -74,25 +77,74 @@ func (k *keeper) wake() {
 	}
 }
 
-// isToBeMain reports whether this is not the service manager's main process yet. Without a manager none is.
+// offer is copies of the ends of the queue of flows, for a process that takes over. The caller closes them.
+// Until resume there are no others: that process would not know of them.
+func (k *keeper) offer() []handover.Socket {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.isOffered = true
+	if !k.isMain {
+		return nil
+	}
+	ends, _ := k.flows.Sockets() // they are for the worst case alone
+	return ends
+}
+
+// resume is for when no process has taken over.
+func (k *keeper) resume() {
+	k.mu.Lock()
+	k.isOffered = false
+	k.mu.Unlock()
+	k.store.Resume()
+	k.wake()
+}
+
+// mayRenew reports whether the queue of flows may be renewed.
+func (k *keeper) mayRenew() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return !k.isOffered && !k.isAdopting()
+}
+
+// isToBeMain reports whether this is not the service manager's main process yet. Were another one to take
+// over before that, the manager could hear of the two in the wrong order. Without a manager none is.
 func (k *keeper) isToBeMain() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.store.Keeps() && !k.isMain && !k.isOver
 }
 
-// beMain is called when this is the main process, of which it may be told more than once.
+// succeed is called when the process that this one has taken over from has made it the main one, or has ended
+// before it could (isAlone). What that one has kept is this one's to see to then.
+func (d *process) succeed(ctx context.Context, isAlone bool) {
+	if isAlone && d.keeper.store.Keeps() {
+		d.log.Warn("the process before this one has ended, and could not say which is the main one: it is this one",
+			"pid", os.Getpid())
+		daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid()))
+		d.keeper.store.Note(d.keeper.left)
+		d.keeper.hasLeft = len(d.keeper.left) > 0
+		recall, end := d.openOrphans()
+		left := handover.OpenQueue(d.keeper.left, nil)
+		d.adopt(left, recall)
+		left.Close()
+		end()
+		if err := loader.RemoveDead("", d.log); err != nil {
+			d.log.Warn("what ended daemons left in the kernel can't be removed", "err", err)
+		}
+	} else {
+		handover.Close(d.keeper.left)
+	}
+	d.beMain(ctx)
+}
+
+// beMain is called once, when this is the main process.
 func (d *process) beMain(ctx context.Context) {
 	d.keeper.mu.Lock()
-	if d.keeper.isMain {
-		d.keeper.mu.Unlock()
-		return
-	}
 	d.keeper.isMain = !d.keeper.isOver
 	if d.keeper.isMain && d.keeper.store.Keeps() {
 		var flows context.Context
 		flows, d.keeper.endFlows = context.WithCancel(ctx)
-		go d.server.KeepFlows(flows, d.keeper.flows, func() bool { return !d.keeper.isAdopting() })
+		go d.server.KeepFlows(flows, d.keeper.flows, d.keeper.mayRenew)
 	}
 	d.keeper.mu.Unlock()
 	d.keep()
@@ -131,7 +183,7 @@ func (d *process) keep() {
 func (d *process) keepFlows() error {
 	d.keeper.mu.Lock()
 	defer d.keeper.mu.Unlock()
-	if !d.keeper.isMain {
+	if !d.keeper.isMain || d.keeper.isOffered {
 		return handover.ErrQueueClosed
 	}
 	err := d.keepAll(nil)
@@ -248,20 +300,19 @@ func (k *keeper) recallBy(
 	}
 }
 
-// adopt goes on with the flows that a process has left which has ended. None of them waits for another,
-// unless many do for something.
-func (d *process) adopt(recall handover.Recall) {
-	defer close(d.keeper.adopted)
+// adopt goes on with the flows that a process has left in a queue which has ended. None of them waits for
+// another, unless many do for something.
+func (d *process) adopt(left *handover.Queue, recall handover.Recall) {
 	began := time.Now()
 	var flows, goOn, gone, over, lost, failed atomic.Int64
 	var all sync.WaitGroup
 	room := make(chan struct{}, adoptTogether) // each takes descriptors, and may bring bytes along
-	wrong := d.keeper.flows.Flows(d.keeper.adopting, func(k *handover.KeptFlow) {
+	wrong := left.Flows(d.keeper.adopting, func(k *handover.KeptFlow) {
 		flows.Add(1)
 		room <- struct{}{}
 		all.Go(func() {
 			defer func() { <-room }()
-			err := d.adoptOne(k, recall)
+			err := d.adoptOne(k, recall, left == d.keeper.flows)
 			switch {
 			case err == nil:
 				goOn.Add(1)
@@ -289,11 +340,15 @@ func (d *process) adopt(recall handover.Recall) {
 	}
 }
 
-func (d *process) adoptOne(k *handover.KeptFlow, recall handover.Recall) error {
+// adoptOne goes on with k. isKept: its queue is that of this process from now on.
+func (d *process) adoptOne(k *handover.KeptFlow, recall handover.Recall, isKept bool) error {
 	defer k.Close()
 	f, err := k.Take(recall)
 	if err != nil {
 		return err
+	}
+	if !isKept {
+		f.Kept = nil
 	}
 	begin, _, err := d.server.AdoptFlow(f)
 	if err != nil {

@@ -174,7 +174,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 			log.Debug("what an older process has sent is not used", "err", err)
 		}
 	}
-	d.elders.OnMain = func() { d.beMain(ctx) }
+	d.elders.OnMain = func(isAlone bool) { d.succeed(ctx, isAlone) }
 	if old != nil {
 		if datapaths.load != nil { // flows that come before it is loaded could not use it
 			select {
@@ -190,7 +190,8 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 		d.keeper.store.Discard()
 		f.Accept()
 		go func() {
-			d.adopt(recall)
+			d.adopt(d.keeper.flows, recall)
+			close(d.keeper.adopted)
 			endRecalls()
 		}()
 	}

@@ -114,8 +114,7 @@ type process struct {
 	control *controls
 	elders  handover.Elders
 	keeper  keeper
-	isFirst bool           // no other process has started this one
-	before  *handover.Link // to the process that this one has taken over from, which says who is the main one
+	isFirst bool // no other process has started this one
 
 	upgraded    chan *successor // gets the process that has taken over
 	ends        chan struct{}   // is sent to when the daemon is to end with its last flow
@@ -153,6 +152,7 @@ func (d *process) takeOver(old *handover.Predecessor) error {
 		handover.Close(elders)
 		return err
 	}
+	d.keeper.left = old.Take(handover.IsOfFlows)
 	d.server.Accept()
 	d.control.isLent = false
 	if err := old.Serve(); err != nil { // it may be gone: all the more
@@ -163,7 +163,6 @@ func (d *process) takeOver(old *handover.Predecessor) error {
 			d.log.Warn("an older process can't be followed", "err", err)
 		}
 	}
-	d.before = old.Link
 	d.elders.Add(old.Link)
 	return nil
 }
@@ -202,7 +201,7 @@ func (d *process) upgrade(ctx context.Context, query url.Values) (notes []string
 	if d.isEnding.Load() {
 		return nil, errors.New("the daemon is shutting down")
 	}
-	if d.isToBeMain() {
+	if d.keeper.isToBeMain() {
 		return nil, errors.New("the upgrade before this one is not over yet: try again in a moment")
 	}
 	path := o.binary
@@ -231,17 +230,11 @@ func (d *process) upgrade(ctx context.Context, query url.Values) (notes []string
 // mainWait is how long an upgrade may wait for the end of the one before it.
 const mainWait = 5 * time.Second
 
-// isToBeMain reports whether the service manager is still to be told that this is the main process. Were
-// another one to take over before, the manager could hear of the two in the wrong order.
-func (d *process) isToBeMain() bool {
-	return d.keeper.isToBeMain() && (d.before == nil || d.elders.Follows(d.before))
-}
-
 // awaitMain waits until this is the main process, but not for long.
 func (d *process) awaitMain(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, mainWait)
 	defer cancel()
-	for d.isToBeMain() && ctx.Err() == nil {
+	for d.keeper.isToBeMain() && ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
 		case <-time.After(20 * time.Millisecond):
@@ -267,8 +260,7 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	defer cancel()
 	failed := func(end func(), err error) error {
 		end()
-		d.keeper.store.Resume()
-		d.keeper.wake()
+		d.keeper.resume()
 		d.server.Resume()
 		if err := loader.RemoveDead("", d.log); err != nil {
 			d.log.Warn("what ended daemons left in the kernel can't be removed", "err", err)
@@ -296,7 +288,9 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 		return failed(s.End, fmt.Errorf("given up: %w", context.Cause(ctx)))
 	}
 	d.server.Rest()
-	_ = s.Send(handover.Message{Step: handover.Yours}) // where it has ended, Await says how
+	flows := d.keeper.offer()
+	_ = s.Send(handover.Message{Step: handover.Yours, Sockets: flows}) // where it has ended, Await says how
+	handover.Close(flows)
 	if _, err = s.Await(context.Background(), handover.Serving, servingTimeout); err != nil {
 		return failed(s.Kill, err)
 	}

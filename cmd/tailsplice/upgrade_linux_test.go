@@ -643,6 +643,32 @@ var successors = map[string]func(){
 		_, _ = unix.Write(int(f.Fd()), []byte("garbage"))
 		time.Sleep(time.Hour)
 	},
+	"fake-kills-old": func() { // once the one that it starts in its place serves
+		p := fakeSuccessor()
+		f, err := p.File()
+		must(err)
+		old, err := unix.GetsockoptUcred(int(f.Fd()), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		must(err)
+		path, err := exec.LookPath("tailsplice")
+		must(err)
+		s, err := handover.Start(handover.Program{Path: path, Args: os.Args[1:], Sibling: true, Stderr: p.Output(),
+			Lines: func([]byte) {}})
+		must(err)
+		must(s.SendSockets(p.All(), p.State(), p.Flows(), p.More()...))
+		_, err = s.Await(context.Background(), handover.Ready, time.Minute)
+		must(err)
+		must(p.Ready())
+		var flows []handover.Socket
+		for _, k := range p.All() {
+			if handover.IsOfFlows(k) {
+				flows = append(flows, k)
+			}
+		}
+		must(s.Send(handover.Message{Step: handover.Yours, Sockets: flows}))
+		_, err = s.Await(context.Background(), handover.Serving, time.Minute)
+		must(err)
+		must(unix.Kill(int(old.Pid), unix.SIGKILL))
+	},
 	"fake-flows-none":    func() { fakeNewest(false); fakeDone(); time.Sleep(time.Hour) },
 	"fake-flows-exits":   func() { fakeNewest(true); fakeDone() },
 	"fake-flows-reads":   func() { fakeNewest(true).read(); fakeDone() },

@@ -15,8 +15,10 @@ import (
 type Elders struct {
 	// OnSignal gets the signals that the first process passes on. It is set before Add.
 	OnSignal func(os.Signal)
-	// OnMain is called when this process is the service manager's main one. It is set before Add.
-	OnMain func()
+	// OnMain is called when this process is the main one, once, before the process that it has taken over
+	// from is forgotten. isAlone: that one has ended without a word of it, and may not have told the service
+	// manager. It is set before Add.
+	OnMain func(isAlone bool)
 	// OnFlow takes the flows that they give; nil: none does. It is set before Add.
 	OnFlow Adopt
 	// OnState gets what comes to the state of one later; nil: nobody does. It is set before Add.
@@ -30,24 +32,26 @@ type Elders struct {
 type elder struct {
 	link    *Link
 	remains Remains // guarded by Elders.mu
+	here    state   // of this process, as far as it depends on that one: accepts or isMain
 }
 
-// Add follows what is left of an older process by its connection, which is closed at its end, and tells it
-// that this process is the newest.
-func (e *Elders) Add(l *Link) {
-	a := &elder{link: l}
+// Add follows what is left of the process that this one has taken over from by its connection, which is
+// closed at its end, and tells it that this process is the newest.
+func (e *Elders) Add(l *Link) { e.add(&elder{link: l, here: accepts}) }
+
+func (e *Elders) add(a *elder) {
 	e.mu.Lock()
 	e.all = append(e.all, a)
 	e.mu.Unlock()
-	l.Send(Message{Step: Newest, PID: os.Getpid(), TakesFlows: e.OnFlow != nil})
+	a.link.Send(Message{Step: Newest, PID: os.Getpid(), TakesFlows: e.OnFlow != nil})
 	go e.follow(a)
 }
 
-// AddFile is Add for a connection that was handed over; it closes the file.
+// AddFile is Add for the connection to an older process, which was handed over; it closes the file.
 func (e *Elders) AddFile(f *os.File) error {
 	l, err := newLink(f)
 	if err == nil {
-		e.Add(l)
+		e.add(&elder{link: l, here: isMain})
 	}
 	return err
 }
@@ -61,25 +65,27 @@ func (e *Elders) follow(a *elder) {
 			e.OnSignal(syscall.Signal(m.Signal))
 		case m.Step == State && m.State != nil && e.OnState != nil:
 			e.OnState(m.State)
-		case m.Step == Main && e.OnMain != nil:
-			e.OnMain()
+		case m.Step == Main:
+			e.hear(a, saysMain)
 		case m.Step == Left && m.Remains != nil:
 			e.mu.Lock()
 			a.remains = *m.Remains
 			e.mu.Unlock()
 		}
 	})
+	e.hear(a, isLost)
 	e.mu.Lock()
 	e.all = slices.DeleteFunc(e.all, func(o *elder) bool { return o == a })
 	e.mu.Unlock()
 	a.link.Close()
 }
 
-// Follows reports whether l was added and has not ended.
-func (e *Elders) Follows(l *Link) bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return slices.ContainsFunc(e.all, func(a *elder) bool { return a.link == l })
+// hear lets an event happen to a, which follow alone does.
+func (e *Elders) hear(a *elder, what event) {
+	next, do := newProcess.at(a.here, what)
+	if a.here = next; do == beMain && e.OnMain != nil {
+		e.OnMain(what == isLost)
+	}
 }
 
 // takeFlows takes the flows that come by the connection which is among sockets.

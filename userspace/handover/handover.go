@@ -10,7 +10,8 @@
 //	sockets  old to new  what the old process listens on; with more, another message of them follows. The last
 //	                     one says how many flows live
 //	ready    new to old  the new process could start. It accepts nothing yet. taken: which sockets it uses
-//	yours    old to new  the old process accepts nothing any more: connections wait in the sockets' queues
+//	yours    old to new  the old process accepts nothing any more: connections wait in the sockets' queues.
+//	                     The ends of the queue in which its flows are kept come along
 //	serving  new to old  the new process accepts
 //	main     old to new  the service manager was told that the new process is the main one
 //	left     old to new  each second, what the old process still has to do, until it closes its end
@@ -20,7 +21,9 @@
 //	flows    old to new  the end of a connection by which flows come
 //
 // Until the old process has sent yours, the end of either process or of the connection is a failure, and
-// the old one goes on. If the new process fails between yours and serving, the old one accepts again.
+// the old one goes on. If the new process fails between yours and serving, the old one accepts again. If the
+// old one ends after yours and before main, the new one is the main one all the same: it tells the service
+// manager, and goes on with the flows that are kept.
 //
 // Live flows go by a connection that two processes have for themselves, so that its end is the end of the
 // other. The old process stops moving a flow's bytes, and then, for one or several of them at a time:
@@ -35,7 +38,7 @@
 // The old process alone decides, by begin or keep. Where it dies first, the new one, which has read all that
 // it has said, goes on with what is registered; where the new one dies, the old one goes on with what it has
 // not let go. So nobody moves bytes that another has moved, and no flow is left that nobody moves: rules.go
-// has the rules, which both processes act by, and a test explores them.
+// has these rules, and those of the steps before, which both processes act by, and tests explore them.
 //
 // For a process that ends without one that takes over, records of flows wait in a queue, each with its
 // sockets: kept, from who has the flows to who comes after a crash. See [Queue].
@@ -48,7 +51,7 @@
 //
 //	handover.go      messages
 //	flow.go          records of flows
-//	rules.go         who has a flow that is on its way
+//	rules.go         who has a flow that is on its way, and which process is the main one
 //	link_linux.go    messages go from one process to the other
 //	start_linux.go   the new process, as the old one sees it
 //	take_linux.go    the old process, as the new one sees it

@@ -207,7 +207,7 @@ func (*Giver) Close() {}
 // Elders are none.
 type Elders struct {
 	OnSignal func(os.Signal)
-	OnMain   func()
+	OnMain   func(bool)
 	OnFlow   Adopt
 	OnState  func(json.RawMessage)
 }
@@ -217,9 +217,6 @@ func (*Elders) Add(*Link) {}
 
 // AddFile closes f.
 func (*Elders) AddFile(f *os.File) error { return f.Close() }
-
-// Follows is false.
-func (*Elders) Follows(*Link) bool { return false }
 
 // List is empty.
 func (*Elders) List() []Remains { return nil }

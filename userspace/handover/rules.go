@@ -1,7 +1,7 @@
 package handover
 
-// A state says how one of two processes stands to a flow that goes from the old one to the new one. It
-// changes by the rules below alone.
+// A state says how one of two processes stands to a flow that goes from the old one to the new one, or to the
+// upgrade as a whole. It changes by the rules below alone. Of a flow:
 //
 //	old  kept ──flow──► offered ──taken, sends begin──► given
 //	      ▲                │
@@ -11,8 +11,18 @@ package handover
 //	                                     │
 //	                                     └──keep──► dropped
 //
+// Of the upgrade:
+//
+//	old  serves ──ready, sends yours──► rests ──serving, sends main──► hasHanded
+//	        ▲                             │
+//	        └────lost, or late, kills─────┘
+//
+//	new  starts ──yours, sends serving──► accepts ──main, or lost──► isMain
+//	        │
+//	        └──lost──► gaveUp
+//
 // Lost is that the other process has ended, and that all it had sent was read. Who can't send has lost the
-// other one, too.
+// other one, too. The steps of the old process in an upgrade are its owner's, who is to act by these rules.
 type state uint8
 
 const (
@@ -24,10 +34,20 @@ const (
 	registered // it knows it, and moves nothing
 	begun      // it moves its bytes
 	dropped    // the old process goes on with it
+
+	serves    // the old process accepts connections, and is the service manager's main one
+	rests     // it accepts none
+	hasHanded // the new process is the main one
+
+	starts  // the new process accepts nothing
+	accepts // it accepts connections
+	isMain  // it is the main one, too
+	gaveUp  // it ends
 	states
 )
 
-var stateNames = [states]string{"kept", "offered", "given", "none", "registered", "begun", "dropped"}
+var stateNames = [states]string{"kept", "offered", "given", "none", "registered", "begun", "dropped",
+	"serves", "rests", "hasHanded", "starts", "accepts", "isMain", "gaveUp"}
 
 func (s state) String() string { return stateNames[s] }
 
@@ -44,6 +64,11 @@ const (
 	saysBegin
 	saysKeep
 	isLost
+
+	saysReady
+	saysYours
+	saysServing
+	saysMain
 )
 
 // An action is what a process does at an event, before it is in the next state.
@@ -57,6 +82,14 @@ const (
 	sendKeepAndMove
 	move // it moves the flow's bytes from now on
 	forget
+
+	sendYours
+	sendServing
+	sendMain
+	acceptAgain
+	killAndAccept
+	beMain
+	giveUp
 )
 
 // rules are who does what when: without one, an event changes nothing.
@@ -84,6 +117,22 @@ var newRules = rules{
 	{registered, isLost, begun, move},
 	{registered, saysKeep, dropped, forget},
 }
+
+// oldProcess and newProcess are those of the upgrade as a whole.
+var (
+	oldProcess = rules{
+		{serves, saysReady, rests, sendYours},
+		{rests, saysServing, hasHanded, sendMain},
+		{rests, isLate, serves, killAndAccept},
+		{rests, isLost, serves, acceptAgain},
+	}
+	newProcess = rules{
+		{starts, saysYours, accepts, sendServing},
+		{starts, isLost, gaveUp, giveUp},
+		{accepts, saysMain, isMain, beMain},
+		{accepts, isLost, isMain, beMain},
+	}
+)
 
 // at is the state after an event, and what is to be done.
 func (r rules) at(s state, e event) (next state, do action) {

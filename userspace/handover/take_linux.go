@@ -19,6 +19,7 @@ const socketsTimeout = 10 * time.Second
 type Predecessor struct {
 	*Link
 	sockets []Socket // not taken yet
+	kept    []Socket // that came with yours
 	state   json.RawMessage
 	more    []json.RawMessage
 	flows   int
@@ -57,14 +58,15 @@ func Inherit(lost func(error)) (*Predecessor, error) {
 	go func() {
 		for {
 			m, err := l.Receive(time.Time{})
-			if err == nil {
-				Close(m.Sockets)
-				if m.Step != Yours {
-					continue
-				}
-			} else {
+			switch {
+			case err != nil:
 				err = ended(err)
 				lost(err)
+			case m.Step != Yours:
+				Close(m.Sockets)
+				continue
+			default:
+				p.kept = m.Sockets
 			}
 			p.yours <- err
 			return
@@ -130,12 +132,16 @@ func (p *Predecessor) Output() *os.File {
 	return p.stderr
 }
 
-// Ready says that this process could start, and returns once it has to serve.
+// Ready says that this process could start, and returns once it has to serve. The ends of the Queue in which
+// the old one keeps its flows are among the sockets from then on, for who is left alone before it is the main
+// one.
 func (p *Predecessor) Ready() error {
 	if err := p.Send(Message{Step: Ready, Taken: p.taken}); err != nil {
 		return ended(err)
 	}
-	return <-p.yours
+	err := <-p.yours
+	p.sockets = append(p.sockets, p.kept...)
+	return err
 }
 
 // Serve says that this process serves, and has it write to where the old one does. What was not taken is

@@ -26,9 +26,16 @@ const (
 	oldAfter = 10 * time.Minute
 	// tellEvery is how often Set.Moved is called where what was found changes only in being newer.
 	tellEvery = 5 * time.Minute
-	// mostError bounds Record.Error, in bytes.
-	mostError = 300
 )
+
+// MostBrief bounds what Brief returns, in bytes.
+const MostBrief = 300
+
+// Brief is the text of err, for another process: there is one of each target, and some are long.
+func Brief(err error) string {
+	text := err.Error()
+	return strings.ToValidUTF8(text[:min(len(text), MostBrief)], "") // without half of a character
+}
 
 // Records are what another process should know of the targets: those that are down, were so not long ago, or
 // have failed checks. Those that are down come first.
@@ -40,8 +47,7 @@ func (s *Set) Records() (all []Record) {
 			r := Record{Spec: c.Spec, At: st.at, Down: st.isDown, Rise: st.rise, Fall: st.fall,
 				Since: st.since, Falls: st.falls, Until: st.until}
 			if st.last != nil {
-				text := st.last.Error()
-				r.Error = strings.ToValidUTF8(text[:min(len(text), mostError)], "")
+				r.Error = Brief(st.last)
 			}
 			all = append(all, r)
 		}

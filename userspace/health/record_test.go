@@ -228,12 +228,12 @@ func TestMoved(t *testing.T) {
 		if times, _ := look(); times != 0 {
 			t.Errorf("of one that works it is called %d times", times)
 		}
-		works.fail(errors.New("x" + strings.Repeat("é", mostError)))
+		works.fail(errors.New("x" + strings.Repeat("é", MostBrief)))
 		for !c.IsDown() {
 			time.Sleep(time.Second)
 		}
 		times, kept := look()
-		if times != 1 || len(kept) != 1 || !kept[0].Down || len(kept[0].Error) > mostError || !strings.HasSuffix(kept[0].Error, "é") {
+		if times != 1 || len(kept) != 1 || !kept[0].Down || len(kept[0].Error) > MostBrief || !strings.HasSuffix(kept[0].Error, "é") {
 			t.Errorf("called %d times, kept is %+v", times, kept)
 		}
 		for range 600 {

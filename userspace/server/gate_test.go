@@ -17,6 +17,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/dial"
+	"github.com/tailsplice/tailsplice/userspace/health"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
@@ -220,7 +221,7 @@ func TestInheritShut(t *testing.T) {
 // TestShutInParts: why listeners are closed is cut, and left out where it leaves no room for the rest in a
 // message.
 func TestShutInParts(t *testing.T) {
-	const n = mostFirst/mostWhy + 10
+	const n = mostFirst/health.MostBrief + 10
 	target, yaml := freeAddr(t), "listeners:\n"
 	for i := range n { // at addresses that are not bound while nothing answers
 		yaml += fmt.Sprintf("- { name: web%d, listen: [\"127.0.0.1:%d\"], mode: tcp, default: { forward: %q }, while_down: close }\n", i, 20000+i, target)
@@ -253,7 +254,7 @@ func TestShutInParts(t *testing.T) {
 		t.Errorf("%d are closed, and %d in the first part", len(whole.Shut), len(first.Shut))
 	}
 	whole, first := because(errors.New("x" + strings.Repeat("é", 40<<10)))
-	if got := whole.Shut["web7"].Why; len(got) > mostWhy || len(got) < mostWhy-1 || !strings.HasSuffix(got, "é") {
+	if got := whole.Shut["web7"].Why; len(got) > health.MostBrief || len(got) < health.MostBrief-1 || !strings.HasSuffix(got, "é") {
 		t.Errorf("closed because of %d bytes: %.400s", len(got), got)
 	}
 	if len(first.Shut) > 0 || first.Drained == nil {

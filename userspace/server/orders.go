@@ -3,7 +3,6 @@ package server
 import (
 	"encoding/json"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/announce"
@@ -36,13 +35,8 @@ const (
 	partChecks = 32 << 10
 )
 
-const (
-	// mostWhy bounds shut.Why, in bytes: there is an error of each target.
-	mostWhy = 300
-	// mostFirst is what the first part of OrdersInParts may have with Shut, in bytes: no message takes 64
-	// KiB.
-	mostFirst = 48 << 10
-)
+// mostFirst is what the first part of OrdersInParts may have, in bytes: no message takes 64 KiB.
+const mostFirst = 48 << 10
 
 // Orders are what an operator has said that lasts until a restart, what is announced, which containers may be
 // stopped, and what is known of targets that may be down, for Options.Orders of another process.
@@ -149,8 +143,7 @@ func (srv *Server) listOrders() orders {
 		if l.gate != nil && l.isShut && l.wasOpen {
 			s := shut{Targets: l.defaultTargets()}
 			if why := l.gate.closed(); why != nil {
-				text := why.Error()
-				s.Why = strings.ToValidUTF8(text[:min(len(text), mostWhy)], "")
+				s.Why = health.Brief(why)
 			}
 			o.Shut[name] = s
 		}

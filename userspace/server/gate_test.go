@@ -10,12 +10,15 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/tailsplice/tailsplice/userspace/announce"
 	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/container"
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/health"
 	"github.com/tailsplice/tailsplice/userspace/plan"
@@ -218,9 +221,10 @@ func TestInheritShut(t *testing.T) {
 	}
 }
 
-// TestShutInParts: why listeners are closed is cut, and left out where it leaves no room for the rest in a
-// message.
-func TestShutInParts(t *testing.T) {
+// TestOrdersInParts: why listeners are closed is cut, and what has no room in a message goes in another one.
+// All of it comes to the next process, whatever there is much of, and the rest of it where a part makes no
+// sense.
+func TestOrdersInParts(t *testing.T) {
 	const n = mostFirst/health.MostBrief + 10
 	target, yaml := freeAddr(t), "listeners:\n"
 	for i := range n { // at addresses that are not bound while nothing answers
@@ -257,8 +261,46 @@ func TestShutInParts(t *testing.T) {
 	if got := whole.Shut["web7"].Why; len(got) > health.MostBrief || len(got) < health.MostBrief-1 || !strings.HasSuffix(got, "é") {
 		t.Errorf("closed because of %d bytes: %.400s", len(got), got)
 	}
-	if len(first.Shut) > 0 || first.Drained == nil {
-		t.Errorf("%d are closed in the first part, drained are %v", len(first.Shut), first.Drained)
+	if len(first.Shut) == n {
+		t.Error("all are closed in the first part")
+	}
+
+	const long = 64 << 10 / n
+	pad := func(i int) string { return fmt.Sprint(i, strings.Repeat("x", long)) }
+	d.mu.Lock()
+	for _, l := range d.listeners {
+		l.drained, l.lingers, l.until = time.Now(), true, time.Now().Add(time.Hour)
+	}
+	d.wakes.mu.Lock()
+	for i := range n {
+		d.disabled.Set(pad(i), true)
+		d.announced = append(d.announced, announce.Spec{Listener: pad(i), Up: []string{"true"}})
+		d.wakes.add(&woken{Started: container.Started{ID: pad(i), At: "then"}, Idle: time.Hour, Used: time.Now()}, d.lapse)
+	}
+	d.wakes.mu.Unlock()
+	d.mu.Unlock()
+	all, parts, err := d.OrdersInParts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, part := range append(slices.Clone(parts), all) {
+		if len(part) > mostFirst {
+			t.Errorf("part %d has %d bytes", i, len(part))
+		}
+	}
+	next := new(Server)
+	next.log, next.wakes = d.Server.log, newWakes()
+	next.mu.Lock()
+	defer next.mu.Unlock()
+	if err := next.inherit(all, append(parts, json.RawMessage("[]"))); err != nil {
+		t.Fatal(err)
+	}
+	defer next.wakes.stop()
+	o := next.orders
+	if len(o.Drained) != n || len(o.Lingers) != n || len(next.disabled.Since()) != n || len(next.announced) != n ||
+		len(next.wakes.list()) != n || len(o.Shut) != n {
+		t.Errorf("of %d come %d that are drained, %d that linger, %d disabled, %d announced, %d started and %d closed", n, len(o.Drained),
+			len(o.Lingers), len(next.disabled.Since()), len(next.announced), len(next.wakes.list()), len(o.Shut))
 	}
 }
 

@@ -2,6 +2,7 @@ package server
 
 import (
 	"encoding/json"
+	"maps"
 	"slices"
 	"time"
 
@@ -29,14 +30,14 @@ type shut struct {
 	Why     string   `json:"why"`
 }
 
-// What Checks may have, in bytes: in all, and in a part of OrdersInParts.
 const (
+	// mostChecks is what Checks may have, in bytes.
 	mostChecks = 512 << 10
-	partChecks = 32 << 10
+	// mostFirst is what the first part of OrdersInParts may have, and mostPart another one, in bytes: no
+	// message takes 64 KiB.
+	mostFirst = 48 << 10
+	mostPart  = 32 << 10
 )
-
-// mostFirst is what the first part of OrdersInParts may have, in bytes: no message takes 64 KiB.
-const mostFirst = 48 << 10
 
 // Orders are what an operator has said that lasts until a restart, what is announced, which containers may be
 // stopped, and what is known of targets that may be down, for Options.Orders of another process.
@@ -46,36 +47,86 @@ func (srv *Server) Orders() (json.RawMessage, error) {
 	return json.Marshal(srv.listOrders())
 }
 
-// OrdersInParts are Orders for the process that takes over: the first part is whole for one that knows no
-// others, and a message takes each. Which containers are started from now on is told by TellLate.
+// OrdersInParts are Orders for the process that takes over, of which a message takes each part. The first has
+// what is of most use, and all but the checks as a rule: there are processes that know no others. Which
+// containers are started from now on is told by TellLate.
 func (srv *Server) OrdersInParts() (first json.RawMessage, more []json.RawMessage, err error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
 	srv.wakes.collect(true)
-	o := srv.listOrders()
-	checks := o.Checks
-	o.Checks = nil
-	first, err = json.Marshal(o)
-	if err == nil && len(first) > mostFirst {
-		o.Shut = nil // which costs a check more, and the rest is of more use
-		first, err = json.Marshal(o)
+	var part orders
+	size, most := 0, mostFirst
+	end := func() error {
+		b, err := json.Marshal(part)
+		more = append(more, b)
+		part, size, most = orders{}, 0, mostPart
+		return err
 	}
-	if err != nil {
-		return nil, nil, err
-	}
-	for len(checks) > 0 {
-		n, size := 1, len(checks[0])
-		for n < len(checks) && size+len(checks[n]) <= partChecks {
-			size += len(checks[n])
-			n++
-		}
-		part, err := json.Marshal(orders{Checks: checks[:n]})
+	for _, one := range srv.listOrders().each() {
+		b, err := json.Marshal(one)
 		if err != nil {
 			return nil, nil, err
 		}
-		more, checks = append(more, part), checks[n:]
+		if len(b) > mostPart {
+			srv.log.Warn("something that the next process should know is too long", "bytes", len(b))
+			continue
+		}
+		if size+len(b) > most || len(more) == 0 && one.Checks != nil {
+			if err := end(); err != nil {
+				return nil, nil, err
+			}
+		}
+		size += len(b)
+		part.add(one)
 	}
-	return first, more, nil
+	if err := end(); err != nil {
+		return nil, nil, err
+	}
+	return more[0], more[1:], nil
+}
+
+// each are o one by one, what is of most use first.
+func (o orders) each() (all []orders) {
+	for name, at := range o.Drained {
+		one := orders{Drained: map[string]time.Time{name: at}}
+		if until, lingers := o.Lingers[name]; lingers {
+			one.Lingers = map[string]time.Time{name: until}
+		}
+		all = append(all, one)
+	}
+	for name, at := range o.Disabled {
+		all = append(all, orders{Disabled: map[string]time.Time{name: at}})
+	}
+	for _, s := range o.Announced {
+		all = append(all, orders{Announced: []announce.Spec{s}})
+	}
+	for _, w := range o.Woken {
+		all = append(all, orders{Woken: []*woken{w}})
+	}
+	for name, s := range o.Shut {
+		all = append(all, orders{Shut: map[string]shut{name: s}})
+	}
+	for _, c := range o.Checks {
+		all = append(all, orders{Checks: []json.RawMessage{c}})
+	}
+	return all
+}
+
+// add takes what p has.
+func (o *orders) add(p orders) {
+	o.Drained, o.Lingers = merged(o.Drained, p.Drained), merged(o.Lingers, p.Lingers)
+	o.Disabled, o.Shut = merged(o.Disabled, p.Disabled), merged(o.Shut, p.Shut)
+	o.Woken, o.Announced = append(o.Woken, p.Woken...), append(o.Announced, p.Announced...)
+	o.Checks = append(o.Checks, p.Checks...)
+}
+
+// merged is to, or another map, with what from has.
+func merged[V any](to, from map[string]V) map[string]V {
+	if to == nil && len(from) > 0 {
+		return maps.Clone(from)
+	}
+	maps.Copy(to, from)
+	return to
 }
 
 // TellLate calls send with what has come to the orders since OrdersInParts, and was not sent yet, for
@@ -101,24 +152,23 @@ func (srv *Server) AddOrders(late json.RawMessage) error {
 	return err
 }
 
-// inherit takes the orders of another process. What is wrong with one of the checks is no reason to do
-// without the rest.
+// inherit takes the orders of another process. What is wrong with another part than the first, or with one of
+// the checks, is no reason to do without the rest.
 //
 // +checklocks:srv.mu
 func (srv *Server) inherit(first json.RawMessage, more []json.RawMessage) error {
 	if err := json.Unmarshal(first, &srv.orders); err != nil {
 		return err
 	}
-	checks := srv.orders.Checks
 	for _, part := range more {
 		var o orders
 		if err := json.Unmarshal(part, &o); err != nil {
 			srv.log.Debug("a part of what another process has sent is not used", "err", err)
 		}
-		checks = append(checks, o.Checks...)
+		srv.orders.add(o)
 	}
 	var found []health.Record
-	for _, b := range checks {
+	for _, b := range srv.orders.Checks {
 		var r health.Record
 		if err := json.Unmarshal(b, &r); err != nil {
 			srv.log.Debug("what another process has found of a target is not used", "err", err)
@@ -127,6 +177,7 @@ func (srv *Server) inherit(first json.RawMessage, more []json.RawMessage) error 
 		}
 	}
 	srv.health.Inherit(found)
+	srv.orders.Checks = nil
 	srv.disabled.SetAll(srv.orders.Disabled)
 	srv.wakes.adopt(srv.orders.Woken, srv.lapse)
 	srv.announced = srv.orders.Announced
@@ -162,7 +213,7 @@ func (srv *Server) listOrders() orders {
 	size := 0
 	for _, r := range srv.health.Records() {
 		b, err := json.Marshal(r)
-		if size += len(b); err == nil && len(b) <= partChecks && size <= mostChecks {
+		if size += len(b); err == nil && len(b) < mostPart-1<<10 && size <= mostChecks {
 			o.Checks = append(o.Checks, b)
 		}
 	}

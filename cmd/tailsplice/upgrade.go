@@ -281,6 +281,7 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	if err != nil {
 		return failed(s.End, err)
 	}
+	d.server.AwaitStops(inTime)
 	select {
 	case <-d.keeper.adopted: // flows that are to go on could not any more
 	case <-time.After(2 * recallWait):

@@ -22,6 +22,7 @@ import (
 type sleepy struct {
 	asked   chan struct{} // gets a value when it is to be started
 	release chan struct{} // it is once that has one
+	stop    chan struct{} // gets a value when it is to be stopped, and it is once that has one; nil: at once
 
 	mu      sync.Mutex
 	runs    bool
@@ -54,6 +55,10 @@ func (s *sleepy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if path == "/containers/"+sleepyID+"/start" {
 		s.asked <- struct{}{}
 		<-s.release
+	}
+	if path == "/containers/"+sleepyID+"/stop" && s.stop != nil {
+		s.stop <- struct{}{}
+		<-s.stop
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -131,6 +136,42 @@ func TestUpgradeWhileWaking(t *testing.T) {
 	if n := strings.Count(d.logged(), "a container was stopped: nobody has used it"); n != 2 {
 		t.Errorf("the log says %d times that it was stopped", n)
 	}
+}
+
+// TestUpgradeWhileStopping: a container that the old process is stopping is none that runs for the new one,
+// which starts it again for who comes.
+func TestUpgradeWhileStopping(t *testing.T) {
+	s := newSleepy(t)
+	s.stop = make(chan struct{})
+	address := freeaddr.Get(t)
+	d := startVerbs(t, sleepyListener(t, address, "1s"))
+	s.release <- struct{}{}
+	check(t, getHello("http://"+address))
+	<-s.asked
+	<-s.stop
+	upgraded := make(chan struct{})
+	go func() {
+		defer close(upgraded)
+		d.says(true, "has taken over", "upgrade")
+	}()
+	select {
+	case <-upgraded:
+		t.Error("the new process takes over while the container is being stopped")
+	case <-time.After(2 * time.Second): // what must not come has a while to come
+	}
+	s.stop <- struct{}{}
+	<-upgraded
+	s.isStopped(t, 1)
+	s.release <- struct{}{}
+	check(t, getHello("http://"+address))
+	select {
+	case <-s.asked:
+	default:
+		t.Error("a request goes to a container that was stopped")
+	}
+	<-s.stop // when nobody uses it
+	s.stop <- struct{}{}
+	s.isStopped(t, 2)
 }
 
 // TestCrashWoken: the process after a crash stops what the one before it has started.

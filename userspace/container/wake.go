@@ -136,7 +136,7 @@ func (c *Client) start(ctx context.Context, o *one, started func(Started)) error
 	if err != nil {
 		return c.startError(o, err)
 	}
-	defer c.doubt()
+	defer c.Doubt()
 	state := was.Container.State
 	if state == nil || state.Running {
 		return nil
@@ -172,8 +172,8 @@ func (c *Client) start(ctx context.Context, o *one, started func(Started)) error
 	return nil
 }
 
-// doubt makes the next answer wait for a new list.
-func (c *Client) doubt() {
+// Doubt makes the next answer wait for a new list.
+func (c *Client) Doubt() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.noted = time.Now()

@@ -179,6 +179,7 @@ func (srv *Server) Accept() {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
 	srv.isHeld = false
+	srv.containers.Doubt() // who had the connections before may have started or stopped some
 	for _, s := range srv.unwanted {
 		s.end()
 	}

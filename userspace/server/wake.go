@@ -38,6 +38,8 @@ type wakes struct {
 	collects bool // another process has got the list: what comes to it since goes to late
 	// +checklocks:mu
 	late []*woken
+	// +checklocks:mu
+	asleep chan struct{} // closed when all are stopped of which that has begun; nil: there are none
 }
 
 // woken is a container that was started here. It is what another process gets in [orders].
@@ -236,7 +238,7 @@ func (srv *Server) lapse(w *woken) {
 		return
 	}
 	left := time.Duration(0)
-	if isEarly || srv.opts.Older != nil && srv.opts.Older() {
+	if isEarly || ws.collects || srv.opts.Older != nil && srv.opts.Older() {
 		w.Used, left = time.Now(), min(w.Idle, olderPause)
 	}
 	for name, u := range ws.uses {
@@ -264,7 +266,30 @@ func (srv *Server) lapse(w *woken) {
 		}
 	}
 	srv.opts.moved()
-	go srv.putToSleep(w)
+	before, done := ws.asleep, make(chan struct{})
+	ws.asleep = done
+	go func() {
+		defer close(done)
+		srv.putToSleep(w)
+		if before != nil {
+			<-before
+		}
+	}()
+}
+
+// AwaitStops waits until no container is being stopped, or ctx ends: another process would take it for one
+// that runs. While that one takes over none is begun to be stopped.
+func (srv *Server) AwaitStops(ctx context.Context) {
+	srv.wakes.mu.Lock()
+	asleep := srv.wakes.asleep
+	srv.wakes.mu.Unlock()
+	if asleep == nil {
+		return
+	}
+	select {
+	case <-asleep:
+	case <-ctx.Done():
+	}
 }
 
 // putToSleep stops w.

@@ -202,10 +202,22 @@ func TestWokenWhileUpgraded(t *testing.T) {
 	w := d.wakes.started["1"]
 	w.Used = time.Now().Add(-2 * time.Hour)
 	d.wakes.mu.Unlock()
-	d.lapse(w)
-	d.wakes.mu.Lock()
-	defer d.wakes.mu.Unlock()
-	if d.wakes.started["1"] != w || time.Since(w.Used) > time.Minute {
-		t.Errorf("it is stopped, or will be at once: %+v", w)
+	stays := func() {
+		t.Helper()
+		d.lapse(w)
+		d.wakes.mu.Lock()
+		defer d.wakes.mu.Unlock()
+		if d.wakes.started["1"] != w || time.Since(w.Used) > time.Minute {
+			t.Errorf("it is stopped, or will be at once: %+v", w)
+		}
+		w.Used = time.Now().Add(-2 * time.Hour)
 	}
+	stays()
+	if _, _, err := d.OrdersInParts(); err != nil {
+		t.Fatal(err)
+	}
+	d.mu.Lock()
+	d.isFrozen = false // as one sees it who has looked just before it was
+	d.mu.Unlock()
+	stays()
 }

@@ -169,6 +169,7 @@ enum local_request {
 enum local_target {
 	TARGET_CAPTURE = 1, /* userspace: what is accepted there is to be captured */
 	TARGET_ZEROCOPY,    /* sockops_capture: and it sends with MSG_ZEROCOPY */
+	TARGET_LEFT,        /* userspace: what is accepted there is another daemon's to capture */
 };
 
 /* What `query` answers: a set of these. */

@@ -466,14 +466,15 @@ int sockops_capture(struct bpf_sock_ops *ops)
 	struct place *at;
 	struct local *l;
 	__u64 now, cookie;
-	__u32 slot, zerocopy = TARGET_ZEROCOPY;
+	__u32 slot, zerocopy = TARGET_ZEROCOPY, *target;
 
 	if (ops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
 		address(pair.own.address, ops->family, READ_ONCE(ops->local_ip4), READ_ONCE(ops->local_ip6[0]),
 			READ_ONCE(ops->local_ip6[1]), READ_ONCE(ops->local_ip6[2]), READ_ONCE(ops->local_ip6[3]));
 		pair.own.port = ops->local_port;
-		if (!bpf_map_lookup_elem(&targets, &pair.own))
-			return 1; /* something else in that cgroup */
+		target = bpf_map_lookup_elem(&targets, &pair.own);
+		if (!target || *target == TARGET_LEFT)
+			return 1; /* something else in that cgroup, or another daemon's */
 		tcp = ops->sk ? bpf_skc_to_tcp_sock(ops->sk) : 0;
 		/* As the listener had it. */
 		if (tcp && sock_of(tcp)->__sk_common.skc_flags >> sock_flag(SOCK_ZEROCOPY) & 1) {
@@ -600,8 +601,9 @@ int capture_late(struct __sk_buff *skb)
 	if (!sk)
 		return 0;
 	tcp = bpf_skc_to_tcp_sock(sk);
-	/* One that has not been captured before will not tell how it is closed. */
-	if (!tcp || sock_of(tcp)->__sk_common.skc_state != TCP_ESTABLISHED ||
+	/* One that has not been captured before will not tell how it is closed. One that waits for more than a
+	 * byte would wait for ever: past TCP nothing is counted for it. */
+	if (!tcp || sock_of(tcp)->sk_rcvlowat > 1 || sock_of(tcp)->__sk_common.skc_state != TCP_ESTABLISHED ||
 	    !(tcp->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG) ||
 	    sock_of(tcp)->__sk_common.skc_flags >> sock_flag(SOCK_ZEROCOPY) & 1)
 		goto out;

@@ -27,6 +27,7 @@ func RemoveDead(string, *slog.Logger) error             { return nil }
 func SelfTest(Options) []Finding                        { return Probe() }
 func OpenOrphans(string, *slog.Logger) *Orphans         { return nil }
 func (*Orphans) Close() error                           { return nil }
+func (*Local) Leave()                                   {}
 func (*Local) Name() string                             { return LocalName }
 func (*Loader) Name() string                            { return Name }
 func (*Loader) Local() (*Local, error)                  { return nil, unsupported() }

@@ -292,6 +292,7 @@ struct sock {
 		} rmem_alloc; /* bytes, true sizes: what was received and not read, by whatever way it came */
 	} sk_backlog;
 	int sk_rcvbuf;      /* bytes, true sizes: what it may hold */
+	int sk_rcvlowat;    /* bytes: SO_RCVLOWAT */
 	__u8 sk_shutdown;   /* SHUTDOWN_MASK after close() */
 	void *sk_user_data; /* the psock of a socket in a sockmap, with flags in the lowest three bits */
 };

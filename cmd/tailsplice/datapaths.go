@@ -21,6 +21,7 @@ var (
 	_ server.Clamper    = (*loader.Loader)(nil)
 	_ datapath.Datapath = (*loader.Local)(nil)
 	_ datapath.Health   = (*loader.Local)(nil)
+	_ datapath.Leaver   = (*loader.Local)(nil)
 )
 
 // autoFlows bounds the flows that auto gives to the kernel, where nothing else is: those that are

@@ -53,6 +53,15 @@ func (l *late[D]) Health() (off string, stalls uint64) {
 	return "", 0
 }
 
+// Leave is the datapath's, once that is there.
+func (l *late[D]) Leave() {
+	if d := l.d.Load(); d != nil {
+		if x, ok := any(*d).(datapath.Leaver); ok {
+			x.Leave()
+		}
+	}
+}
+
 // ClampedSegments is the datapath's, once that is there.
 func (l *late[D]) ClampedSegments() uint64 {
 	if d := l.d.Load(); d != nil {

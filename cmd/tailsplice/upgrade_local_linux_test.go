@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,9 +18,9 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 )
 
-// TestUpgradeLocal: flows that go past TCP to a process on this host go over to the new process whole, idle
-// ones, small messages and bulk both ways, and go past TCP again; and the old process ends.
-func TestUpgradeLocal(t *testing.T) {
+// startLocal starts a daemon whose flows go past TCP to an echo server on this host, and waits until one
+// does. past are those that do, and all. more are further listeners.
+func startLocal(t *testing.T, more string) (d *upgradable, dial func() net.Conn, past func() (n int, all map[string]flow.Snapshot)) {
 	needRoot(t)
 	target, _ := cgroup.Listen(t, "tcp4")
 	go func() {
@@ -32,15 +34,15 @@ func TestUpgradeLocal(t *testing.T) {
 	dir, err := os.MkdirTemp("", "ts-up-")
 	check(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	d := &upgradable{t: t, dir: dir, config: filepath.Join(dir, "edge.yaml"), control: filepath.Join(dir, "control.sock"),
+	d = &upgradable{t: t, dir: dir, config: filepath.Join(dir, "edge.yaml"), control: filepath.Join(dir, "control.sock"),
 		edge: freeaddr.Of(t, "127.0.0.77")}
 	check(t, os.WriteFile(d.config, fmt.Appendf(nil, `
 listeners:
   - { name: edge, listen: [%q], mode: tcp, default: { forward: %q, datapath: sk_msg } }
-control: { socket: %q }
-`, d.edge, target.Addr(), d.control), 0o600))
+%scontrol: { socket: %q }
+`, d.edge, target.Addr(), more, d.control), 0o600))
 	d.start()
-	past := func() (n int, all map[string]flow.Snapshot) {
+	past = func() (n int, all map[string]flow.Snapshot) {
 		all = map[string]flow.Snapshot{}
 		for _, f := range d.flows() {
 			if all[f.ID] = f; f.Datapath == loader.LocalName {
@@ -49,13 +51,12 @@ control: { socket: %q }
 		}
 		return n, all
 	}
-	var idle []net.Conn
-	dial := func() {
+	dial = func() net.Conn {
 		c, err := net.Dial("tcp", d.edge)
 		check(t, err)
 		t.Cleanup(func() { c.Close() })
 		check(t, echo(c))
-		idle = append(idle, c)
+		return c
 	}
 	wait(t, "a flow goes past TCP", func() error {
 		dial()
@@ -64,16 +65,69 @@ control: { socket: %q }
 		}
 		return nil
 	})
+	return d, dial, past
+}
+
+// TestUpgradeLocalBegins: flows that begin in the new process go past TCP as well, while the old one goes on
+// with a request.
+func TestUpgradeLocalBegins(t *testing.T) {
+	asked, answer := make(chan struct{}), make(chan struct{})
+	slow := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		close(asked)
+		<-answer
+		fmt.Fprint(w, "hello")
+	}))
+	defer slow.Close()
+	web := freeaddr.Get(t)
+	d, dial, past := startLocal(t, fmt.Sprintf("  - { name: web, listen: [%q], mode: http, default: { forward: %q } }\n", web, slow.Listener.Addr()))
+	answered := make(chan error, 1)
+	go func() { answered <- getHello("http://" + web) }()
+	<-asked
+	if out, err := d.ask("upgrade"); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	_, before := past()
+	var newest []net.Conn
+	wait(t, "most flows that begin now go past TCP", func() error {
+		newest = append(newest, dial())
+		for _, c := range newest {
+			check(t, echo(c))
+		}
+		n, all := past()
+		for id := range before {
+			if all[id].Datapath == loader.LocalName {
+				n--
+			}
+			delete(all, id)
+		}
+		if len(all) < 10 || n < len(all)/2 {
+			return fmt.Errorf("%d of %d do", n, len(all))
+		}
+		return nil
+	})
+	if s := d.status(); len(s.Older) != 1 {
+		t.Errorf("the older processes are %+v", s.Older)
+	}
+	close(answer)
+	check(t, <-answered)
+}
+
+// TestUpgradeLocal: flows that go past TCP to a process on this host go over to the new process whole, idle
+// ones, small messages and bulk both ways, and go past TCP again; and the old process ends.
+func TestUpgradeLocal(t *testing.T) {
+	d, dial, past := startLocal(t, "")
+	_, begun := past()
+	var idle []net.Conn
 	for range 20 {
-		dial()
+		idle = append(idle, dial())
 	}
 	streams := []*stream{startStream(t, d.edge), startStream(t, d.edge)}
 	chats := []func() time.Duration{chatter(t, d.edge), chatter(t, d.edge)}
 	var shown map[string]flow.Snapshot
 	wait(t, "all flows are shown", func() (err error) {
 		n := 0
-		if n, shown = past(); len(shown) != len(idle)+4 || n < 15 {
-			err = fmt.Errorf("%d are, and %d of them go past TCP, of %d", len(shown), n, len(idle)+4)
+		if n, shown = past(); len(shown) != len(begun)+len(idle)+4 || n < 15 {
+			err = fmt.Errorf("%d are, and %d of them go past TCP, of %d", len(shown), n, len(begun)+len(idle)+4)
 		}
 		return err
 	})

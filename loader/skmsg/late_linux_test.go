@@ -12,6 +12,27 @@ import (
 	"github.com/tailsplice/tailsplice/test/cgroup"
 )
 
+// A daemon that has left captures no sockets, and its flows go on: those that are accepted from then on are
+// captured by the next one.
+func TestLocalLeave(t *testing.T) {
+	ln, _ := cgroup.Listen(t, "tcp4")
+	n := openLocal(t, nil)
+	p := loadertest.BecomeLocal(t, n, ln)
+	loadertest.Must(t, loadertest.ExchangeBytes(p, 1000, 1000))
+	n.Leave()
+	next := openLocal(t, nil)
+	q := loadertest.BecomeLocal(t, next, ln)
+	for _, p := range []*loadertest.Path{p, q} {
+		loadertest.Must(t, loadertest.ExchangeBytes(p, 1000, 1000))
+	}
+	if at := onlyProcess(t, next); at.isLate || at.Moved(0) != 1000 {
+		t.Errorf("%d bytes went past TCP, and it was captured late: %v", at.Moved(0), at.isLate)
+	}
+	if at := onlyProcess(t, n); at.Moved(0) != 2000 {
+		t.Errorf("%d bytes went past TCP where it has left", at.Moved(0))
+	}
+}
+
 // The same of a flow past TCP, in which some bytes have gone that way and the others go by TCP.
 func TestLocalResetBehindOtherWay(t *testing.T) {
 	for _, network := range loadertest.Networks() {

@@ -446,6 +446,24 @@ func TestLocalCapturedLateHeld(t *testing.T) {
 	loadertest.Must(t, loadertest.ExchangeBytes(p, 3000, 3000))
 }
 
+// A process that has SO_RCVLOWAT above 1 by then is left to TCP, which wakes it.
+func TestLocalCapturedLateLowat(t *testing.T) {
+	n, p := becomeRecallable(t, nil, "tcp4")
+	back := recalled(t, p)
+	for _, fd := range back.Sockets {
+		defer unix.Close(fd)
+	}
+	raw, err := p.Server.SyscallConn()
+	loadertest.Must(t, err)
+	loadertest.Must(t, raw.Control(func(fd uintptr) {
+		loadertest.Must(t, unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVLOWAT, 10))
+	}))
+	_, err = n.Splice(t.Context(), back.Sockets[0], back.Sockets[1], sockmap.Flow{Buffer: 1 << 20})
+	if !errors.Is(err, refusedNotCaptured) {
+		t.Errorf("it was taken, or %v", err)
+	}
+}
+
 // readOne has a thread wait in a read of c, and gives what that reads.
 func readOne(t *testing.T, c *net.TCPConn) <-chan string {
 	t.Helper()

@@ -80,6 +80,7 @@ type skmsgLocalTarget uint32
 const (
 	skmsgLocalTargetTARGET_CAPTURE  skmsgLocalTarget = 1
 	skmsgLocalTargetTARGET_ZEROCOPY skmsgLocalTarget = 2
+	skmsgLocalTargetTARGET_LEFT     skmsgLocalTarget = 3
 )
 
 type skmsgPair struct {

@@ -42,14 +42,17 @@ const (
 
 // The same of a flow that may be taken later.
 var (
-	refusedUnknown = later{"the target's process is not known yet"}
-	refusedHeld    = later{"the target's socket is on its way from another daemon"}
+	refusedUnknown = later{"the target's process is not known yet", false}
+	refusedHeld    = later{"the target's socket is on its way from another daemon", true}
 )
 
-type later struct{ sockmap.Refusal }
+type later struct {
+	sockmap.Refusal
+	isNew bool // also a flow that begins here, whose target's socket was captured as it was accepted
+}
 
 // Later tells userspace/relay so.
-func (later) Later() bool { return true }
+func (l later) Later(isNew bool) bool { return l.isNew || !isNew }
 
 // targets are the addresses that flows go to, and what is known about who listens there.
 type targets struct {
@@ -58,6 +61,8 @@ type targets struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	closed bool
+	// +checklocks:mu
+	hasLeft bool // what is accepted is another daemon's to capture
 	// +checklocks:mu
 	known map[netip.AddrPort]*target
 	// +checklocks:mu
@@ -102,7 +107,7 @@ func (t *targets) find(up int) (*process, error) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.closed {
+	if t.closed || t.hasLeft {
 		return nil, sockmap.RefusedOff
 	}
 	k, now := t.known[at], time.Now()
@@ -209,7 +214,7 @@ func (t *targets) learn(at, other netip.AddrPort) {
 		group, space, err := cgroupOf(at, other)
 		t.mu.Lock()
 		defer t.mu.Unlock()
-		if t.closed || t.known[at] != k { // it was forgotten meanwhile
+		if t.closed || t.hasLeft || t.known[at] != k { // it was forgotten meanwhile
 			return
 		}
 		if err == nil {
@@ -266,6 +271,19 @@ func (t *targets) detachUnused() {
 	}
 }
 
+// Leave has another daemon capture what targets accept from now on: of two, the first one would get it. No
+// flow is taken any more, and those that are here go on.
+func (n *Local) Leave() {
+	t := &n.targets
+	t.mu.Lock()
+	t.hasLeft = true
+	for at := range t.known { // those that are not captured are not there
+		_ = n.objects.Targets.Update(endOf(at), uint32(skmsgLocalTargetTARGET_LEFT), ebpf.UpdateExist)
+	}
+	t.mu.Unlock()
+	n.sweep(0)
+}
+
 func (t *targets) close() error {
 	t.mu.Lock()
 	t.closed = true
@@ -283,13 +301,15 @@ func (t *targets) close() error {
 
 // Sweep takes sockets out of the map that no flow has claimed in time: those of somebody else's connections
 // to the same target.
-func (n *Local) Sweep() {
+func (n *Local) Sweep() { n.sweep(claimWithin) }
+
+func (n *Local) sweep(within time.Duration) {
 	now := monotonic()
 	var pair skmsgPair
 	var since uint64
 	var old []skmsgPair
 	for i := n.objects.Caught.Iterate(); i.Next(&pair, &since); {
-		if now > since+uint64(claimWithin) {
+		if now > since+uint64(within) {
 			old = append(old, pair)
 		}
 	}

@@ -37,8 +37,9 @@ type Datapath interface {
 	//
 	// An error: the flow is refused. No byte was read or written, the sockets are in no map and have their
 	// old options, and neither h.Ended nor h.Returned is ever called. The error is the reason: its text is
-	// short, and one of few, since it is counted by its text. One with a method Later() bool that gives true
-	// is no answer for good: a flow that has been elsewhere before may be offered again.
+	// short, and one of few, since it is counted by its text. One with a method Later(isNew bool) bool that
+	// gives true is no answer for good: the flow may be offered again. isNew: it has been nowhere else
+	// before.
 	Splice(ctx context.Context, down, up int, h Handoff) (count func() (up, down int64), err error)
 }
 
@@ -63,6 +64,13 @@ type Health interface {
 	// had come to rest with bytes to move, and went on only because somebody looked. Cheap, and safe for
 	// concurrent use.
 	Health() (off string, stalls uint64)
+}
+
+// Leaver is a [Datapath] that new flows of another process have to do with.
+type Leaver interface {
+	// Leave is called once, when new flows begin in another process. Those that are here go on, and no more
+	// are taken.
+	Leave()
 }
 
 // A Handoff is what a [Datapath] is told about a flow, and how it answers. It is an alias of a struct literal

@@ -87,7 +87,7 @@ type flow struct {
 	recorded *holder         // the datapath that has the flow in its tables; nil: none
 	choice   datapath.Choice // of the datapath that gets it
 
-	elsewhere *elsewhere // nil: it has always been in this relay
+	elsewhere *elsewhere // nil: it has always been in this relay, and is not to be offered again
 	canceling cancelEntry
 
 	mu sync.Mutex
@@ -100,14 +100,20 @@ type flow struct {
 	since moment.Moment // when that was seen
 }
 
-// elsewhere is the state of a flow that has been in another relay, or in a datapath that begins with flows.
-// Only the owner of the flow uses it.
+// elsewhere is the state of a flow that has been in another relay, or in a datapath that begins with flows, or
+// that such a datapath may have later. Only the owner of the flow uses it.
 type elsewhere struct {
 	isWet bool                // bytes are held, or a stream has ended: no datapath may have it as it begins
 	later []datapath.Datapath // are offered it when it is handed off
 }
 
-func (e *elsewhere) add(d datapath.Datapath) { e.later = append(e.later, d) }
+// addLater has f offered to d when it is handed off.
+func (f *flow) addLater(d datapath.Datapath) {
+	if f.elsewhere == nil {
+		f.elsewhere = &elsewhere{}
+	}
+	f.elsewhere.later = append(f.elsewhere.later, d)
+}
 
 // progress is how far a flow has come.
 type progress struct {

@@ -74,7 +74,7 @@ func (f *flow) begin(down, up *loop.Socket) {
 				break
 			}
 		} else if f.elsewhere != nil && f.elsewhere.isWet {
-			f.elsewhere.add(d)
+			f.addLater(d)
 		} else if f.offer(d, down, up) {
 			return
 		}
@@ -97,10 +97,10 @@ func (f *flow) offerLater(down, up *loop.Socket) (accepted bool) {
 	return false
 }
 
-// mayLater reports whether a datapath that has refused a flow, with err, may take it later.
-func mayLater(err error) bool {
-	var later interface{ Later() bool }
-	return errors.As(err, &later) && later.Later()
+// mayLater reports whether a datapath that has refused f, with err, may take it later.
+func (f *flow) mayLater(err error) bool {
+	var later interface{ Later(isNew bool) bool }
+	return errors.As(err, &later) && later.Later(f.elsewhere == nil)
 }
 
 // preferAny has the first datapath that gives flows back record f, which another one has had.
@@ -148,8 +148,8 @@ func (f *flow) offer(d datapath.Datapath, down, up *loop.Socket) (accepted bool)
 	if err != nil {
 		cancel(nil)
 		f.o.Refused(d.Name(), err)
-		if f.elsewhere != nil && mayLater(err) {
-			f.elsewhere.add(d)
+		if f.mayLater(err) {
+			f.addLater(d)
 		}
 	}
 	f.mu.Lock()
@@ -217,10 +217,7 @@ func (f *flow) handoff(d datapath.Datapath) datapath.Handoff {
 			l := g.relay.loops.Loop()
 			downSocket, upSocket := l.NewSocket(down), l.NewSocket(up)
 			if _, ok := d.(datapath.Returner); !ok && !g.counters.isAsked() { // it was to leave, and stays
-				if g.elsewhere == nil {
-					g.elsewhere = &elsewhere{}
-				}
-				g.elsewhere.add(d)
+				g.addLater(d)
 				g.preferAny(downSocket, upSocket)
 			}
 			g.attachTo(downSocket, upSocket)

@@ -183,8 +183,11 @@ func TestBrokenBeforeBegin(t *testing.T) {
 	}
 }
 
-// notYet refuses all flows, the first of them for now only.
-type notYet struct{ offers *atomic.Int32 }
+// notYet refuses all flows, the first of them for now only; new ones too, or not.
+type notYet struct {
+	offers *atomic.Int32
+	isNew  bool
+}
 
 func (notYet) Name() string { return "not yet" }
 
@@ -192,13 +195,13 @@ func (d notYet) Splice(context.Context, int, int, datapath.Handoff) (func() (int
 	if d.offers.Add(1) > 1 {
 		return nil, errors.New("not at all")
 	}
-	return nil, refusedForNow{}
+	return nil, refusedForNow(d)
 }
 
-type refusedForNow struct{}
+type refusedForNow notYet
 
-func (refusedForNow) Error() string { return "not yet" }
-func (refusedForNow) Later() bool   { return true }
+func (refusedForNow) Error() string           { return "not yet" }
+func (r refusedForNow) Later(isNew bool) bool { return r.isNew || !isNew }
 
 // A countingRecorder is a recorder that counts what it is offered.
 type countingRecorder struct {
@@ -213,18 +216,22 @@ func (d countingRecorder) Splice(ctx context.Context, down, up int, h datapath.H
 
 // TestOfferedLater: a datapath that takes flows as they begin is offered one that has been elsewhere before
 // again, if it refuses that for now only, when the flow is handed off; also one that could not be offered as it
-// began.
+// began. It is offered a new one again where it says so.
 func TestOfferedLater(t *testing.T) {
 	r, l, done := oneLoop(t)
 	for _, c := range []struct {
 		name        string
 		elsewhere   *elsewhere
+		isNew       bool  // it may have new ones later
 		first, then int32 // how often it is offered as it begins, and when it has been handed off twice
-	}{{"new", nil, 1, 1}, {"resumed", &elsewhere{}, 1, 2}, {"resumed with bytes", &elsewhere{isWet: true}, 0, 2}} {
+	}{
+		{"new", nil, false, 1, 1}, {"new, and it may be later", nil, true, 1, 2}, {"resumed", &elsewhere{}, false, 1, 2},
+		{"resumed with bytes", &elsewhere{isWet: true}, false, 0, 2},
+	} {
 		var begun, later atomic.Int32
 		client, down := connected(t)
 		server, up := connected(t)
-		o := Options{Datapaths: []datapath.Datapath{notYet{&begun}, countingRecorder{offers: &later}}}
+		o := Options{Datapaths: []datapath.Datapath{notYet{&begun, c.isNew}, countingRecorder{offers: &later}}}
 		f := r.newFlow(context.Background(), nil, nil, o, func(r Result) { done <- r })
 		f.elsewhere = c.elsewhere
 		f.begin(l.NewSocket(down), l.NewSocket(up))

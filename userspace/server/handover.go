@@ -6,6 +6,7 @@ import (
 	"net"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
+	"github.com/tailsplice/tailsplice/userspace/datapath"
 	"github.com/tailsplice/tailsplice/userspace/handover"
 )
 
@@ -120,6 +121,11 @@ func (srv *Server) Leave() {
 		l.gate.stop()
 		if l.announcer != nil {
 			l.announcer.Leave()
+		}
+	}
+	for _, d := range srv.datapaths() {
+		if l, ok := d.(datapath.Leaver); ok {
+			l.Leave()
 		}
 	}
 	srv.health.Use(srv.ctx, srv.checksOfFlows())

@@ -289,6 +289,9 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 		return failed(s.End, fmt.Errorf("given up: %w", context.Cause(ctx)))
 	}
 	d.server.Rest()
+	if err := s.Spare(); err != nil {
+		d.log.Warn("where memory is short, the kernel kills the new process first", "err", err)
+	}
 	flows := d.keeper.offer()
 	_ = s.Send(handover.Message{Step: handover.Yours, Sockets: flows}) // where it has ended, Await says how
 	handover.Close(flows)

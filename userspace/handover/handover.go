@@ -54,6 +54,7 @@
 //	rules.go         who has a flow that is on its way, and which process is the main one
 //	link_linux.go    messages go from one process to the other
 //	start_linux.go   the new process, as the old one sees it
+//	oom_linux.go     whom the kernel kills meanwhile where memory is short
 //	take_linux.go    the old process, as the new one sees it
 //	elders_linux.go  older processes that have not ended
 //	store_linux.go   what the service manager keeps for the process that it starts after a crash

@@ -66,6 +66,9 @@ func (*Successor) End() {}
 // Kill does nothing.
 func (*Successor) Kill() {}
 
+// Spare does nothing.
+func (*Successor) Spare() error { return nil }
+
 // Signal fails.
 func (*Successor) Signal(os.Signal) error { return errLinux }
 

@@ -39,6 +39,8 @@ type Successor struct {
 	gone    chan struct{} // closed when it has ended
 	state   *os.ProcessState
 	said    tail
+
+	oomBefore string // oom_score_adj before risk; "": it is that of this process
 }
 
 // Start starts a program that is to take over.
@@ -70,6 +72,7 @@ func Start(p Program) (*Successor, error) {
 	}
 	s := &Successor{Link: ours, PID: cmd.Process.Pid, process: cmd.Process, gone: make(chan struct{})}
 	s.said.done = make(chan struct{})
+	s.risk()
 	go s.said.read(r, p.Lines)
 	go func() {
 		defer close(s.gone)

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/balance"
 	"github.com/tailsplice/tailsplice/userspace/config"
@@ -96,6 +97,17 @@ func (r *Rule) checked() *balance.Checked {
 		return nil
 	}
 	return &r.Check.Checked
+}
+
+// downSince is since when health checks have found r's target down; zero: they have not.
+func (r *Rule) downSince() (since time.Time) {
+	if !r.checked().IsDown() {
+		return since
+	}
+	if s := r.Check.Status(); s.Down {
+		since = s.Since
+	}
+	return since
 }
 
 // IsOffline reports whether the tailnet says that the node of r's target is not connected. It is a hint,

@@ -47,7 +47,7 @@ func (p *Plan) fillHTTP(r *Rule, l *config.Listener, a *config.Action) error {
 		one.Check = p.check(l, one, a, up)
 		r.addTarget(one, &up.Health)
 		out.Upstreams = append(out.Upstreams, vhost.Choice{Upstream: up, Weight: to.Weight, Backup: to.Backup,
-			Written: one.Written, Checked: one.checked(), Offline: one.IsOffline})
+			Written: one.Written, Checked: one.checked(), Offline: one.IsOffline, DownSince: one.downSince})
 	}
 	if r.Hold > 0 && r.Several != nil && p.deps.Wait != nil {
 		out.Wait = p.deps.Wait(l.Name, r)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -164,8 +165,20 @@ func (s *Server) hopFailed(x *exchange, err error) {
 	}
 	f := hopFaults[kind]
 	fill := strings.NewReplacer("NAME", x.up.Name, "Name", sentence(x.up.Name), "AGO", ago(time.Since(seen))).Replace
-	s.page(x, f.status, fault{title: fill(f.title), text: came + s.opts.Node + fill(f.text), hint: tryAgain, target: x.up.Name,
+	text := came + s.opts.Node + fill(f.text)
+	if since := x.route.downSince(); !since.IsZero() {
+		text += downFor(len(x.route.Upstreams), time.Since(since))
+	}
+	s.page(x, f.status, fault{title: fill(f.title), text: text, hint: tryAgain, target: x.up.Name,
 		state: f.state, reason: reason})
+}
+
+// downFor says for how long health checks have found all n upstreams down.
+func downFor(n int, d time.Duration) string {
+	if n == 1 {
+		return " Health checks found it down " + ago(d) + "."
+	}
+	return fmt.Sprintf(" Health checks found all %d places that could answer down, the last one %s.", n, ago(d))
 }
 
 // sentence is name as the first word of one. The case of a node's name or a host's stays as it is.

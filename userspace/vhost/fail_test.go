@@ -131,6 +131,47 @@ func TestNothingAnswers(t *testing.T) {
 	}
 }
 
+// TestAllDown: where health checks have found all of a route's targets down, the page says so and since when; it
+// does not where one is up, or is not checked.
+func TestAllDown(t *testing.T) {
+	down := func(ago time.Duration) func() time.Time {
+		since := time.Now().Add(-ago)
+		return func() time.Time { return since }
+	}
+	up := func() time.Time { return time.Time{} }
+	refused := Fail(ReasonRefused, errors.New("dial 192.168.77.5:3000: secret detail"))
+	for _, tc := range []struct {
+		name  string
+		since []func() time.Time
+		want  string
+	}{
+		{"one", []func() time.Time{down(5*time.Minute + time.Second)}, "It may be starting. Health checks found it down 5 minutes ago."},
+		{"two", []func() time.Time{down(3*time.Hour + time.Second), down(2*time.Hour + time.Second)},
+			"Health checks found all 2 places that could answer down, the last one 2 hours ago."},
+		{"one of two is up", []func() time.Time{down(time.Hour), up}, ""},
+		{"one of two is not checked", []func() time.Time{nil, down(time.Hour)}, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			route := &Route{Name: "checked"}
+			for i, since := range tc.since {
+				one := broken(refused)
+				one.Key = fmt.Sprint(i)
+				route.Upstreams = append(route.Upstreams, Choice{Upstream: one, Weight: 1, DownSince: since})
+			}
+			h := newHop(t, nil, func(c *config) { c.Route = func(*http.Request, string, string) (*Route, error) { return route, nil } })
+			res, body := get(t, protocols[0].client(t, h), "http://example.org/x")
+			if res.StatusCode != 502 || !strings.Contains(body, tc.want) || (tc.want == "") == strings.Contains(body, "Health checks") {
+				t.Errorf("%d, want 502 and %q in\n%s", res.StatusCode, tc.want, body)
+			}
+			for _, leak := range []string{"192.168", "secret"} {
+				if strings.Contains(body, leak) {
+					t.Errorf("%q leaks:\n%s", leak, body)
+				}
+			}
+		})
+	}
+}
+
 // TestPreferred checks who gets which form of page.
 func TestPreferred(t *testing.T) {
 	for _, tc := range []struct{ accept, agent, want string }{

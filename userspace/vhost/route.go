@@ -48,6 +48,25 @@ type Choice struct {
 	Written string           // names it where Route.BySource chooses
 	Checked *balance.Checked // what health checks have found of it; nil: there are none
 	Offline func() bool      // reports whether its machine is said to be; nil: that is not known
+	// DownSince is since when health checks have found it down; zero: they have not. nil: there are none.
+	DownSince func() time.Time
+}
+
+// downSince is since when all upstreams are down by their health checks; zero: they are not.
+func (r *Route) downSince() (since time.Time) {
+	for _, c := range r.Upstreams {
+		if c.DownSince == nil {
+			return time.Time{}
+		}
+		down := c.DownSince()
+		if down.IsZero() {
+			return time.Time{}
+		}
+		if down.After(since) {
+			since = down
+		}
+	}
+	return since
 }
 
 // HeaderChange removes headers and then sets others. Names are canonical.

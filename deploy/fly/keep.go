@@ -137,6 +137,13 @@ func (k *keeper) environ() (env []string, files []*os.File) {
 		fmt.Sprintf("LISTEN_FDS=%d", len(files)), "LISTEN_FDNAMES=" + strings.Join(names, ":")}, files
 }
 
+// heard says whether tailsplice has said that it serves since it was started.
+func (k *keeper) heard() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return !k.fed.IsZero()
+}
+
 // hangs says whether tailsplice should have said by now that it serves.
 func (k *keeper) hangs() bool {
 	k.mu.Lock()

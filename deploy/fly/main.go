@@ -29,12 +29,31 @@ const (
 	grace  = 10 * time.Second // for tailscaled's end
 )
 
-// tailsplice is started again unless it crashes more often than so many times in a while.
+const crashPause = 100 * time.Millisecond
+
+// tailsplice is started again unless it has failed to start so many times in a row, or crashes so many times in a
+// while. Else it goes on: what is kept of flows and connections ends with this process.
 const (
-	mostCrashes = 5
+	mostFailed  = 5
+	mostCrashes = 30
 	crashesIn   = time.Minute
-	crashPause  = 100 * time.Millisecond
 )
+
+// crashes counts them.
+type crashes struct {
+	failed int // in a row that never served
+	at     []time.Time
+}
+
+// tooOften counts a crash, and reports whether tailsplice is not to be started again.
+func (c *crashes) tooOften(now time.Time, served bool) bool {
+	if c.failed++; served {
+		c.failed = 0
+	}
+	c.at = append(c.at, now)
+	c.at = c.at[max(0, len(c.at)-mostCrashes-1):]
+	return c.failed > mostFailed || len(c.at) > mostCrashes && now.Sub(c.at[0]) < crashesIn
+}
 
 func main() {
 	log.SetFlags(0)
@@ -102,7 +121,8 @@ func run() error {
 	}
 	look := time.NewTicker(time.Second)
 	defer look.Stop()
-	var crashes []time.Time
+	var crashed crashes
+	var zombies map[int]bool
 	for told := false; ; {
 		select {
 		case <-tailsplice.done:
@@ -116,9 +136,7 @@ func run() error {
 			if tailsplice.err == nil { // it was told to end, or by drain --all --end
 				return nil
 			}
-			crashes = append(crashes, time.Now())
-			n := len(crashes)
-			if told || n > mostCrashes && time.Since(crashes[n-1-mostCrashes]) < crashesIn {
+			if told || crashed.tooOften(time.Now(), keeper.heard()) {
 				return fmt.Errorf("tailsplice ended: %v", tailsplice.err)
 			}
 			log.Printf("tailsplice ended: %v; it is started again", tailsplice.err)
@@ -128,6 +146,7 @@ func run() error {
 		case pid := <-keeper.main:
 			tailsplice = follow(pid)
 		case <-look.C:
+			zombies = reap(zombies)
 			if keeper.hangs() && !told {
 				log.Print("tailsplice does not say that it serves, and is ended")
 				tailsplice.abort()

@@ -9,6 +9,8 @@
 //	main.go        the command line
 //	run.go         run: the daemon's life, from the configuration to the last flow
 //	upgrade.go     upgrade: another process takes over; reload
+//	control.go     the control socket is bound again where its file was removed
+//	program.go     whether another program is where this one was started from: reload upgrades then
 //	signals.go     HUP, TERM and INT: reload, and drain before the daemon ends
 //	outlive.go     a process that another one has taken over from lets its flows end
 //	keep.go        what a service manager keeps for the process after a crash, and its watchdog

@@ -373,7 +373,9 @@ func (c *controls) serve(ctx context.Context, d *process) {
 			},
 			Log: log,
 		}
-		c.serving.Go(func() { admin.Serve(ctx, c.socket, h.Handler(), log) })
+		socket, handler := c.socket, h.Handler()
+		c.serving.Go(func() { admin.Serve(ctx, socket, handler, log) })
+		go d.watchControl(ctx, handler)
 	}
 	if c.metrics != nil {
 		mux := http.NewServeMux()

@@ -147,7 +147,7 @@ func Listen(path string) (net.Listener, error) {
 		ln.Close()
 		return nil, fmt.Errorf("control socket %s: %w", path, err)
 	}
-	return &socket{ln, path}, nil
+	return newSocket(ln, path), nil
 }
 
 // Adopt makes a control socket of one that another process has bound at path, by [Listen]. It closes ln
@@ -159,13 +159,28 @@ func Adopt(ln net.Listener, path string) (net.Listener, error) {
 		return nil, fmt.Errorf("control socket %s: what was handed over is another kind of socket", path)
 	}
 	u.SetUnlinkOnClose(false)
-	return &socket{u, path}, nil
+	return newSocket(u, path), nil
 }
 
 // socket removes its file when it is closed.
 type socket struct {
 	*net.UnixListener
 	path string
+	file fs.FileInfo // nil: it was gone
+}
+
+func newSocket(ln *net.UnixListener, path string) *socket {
+	file, _ := os.Lstat(path)
+	return &socket{ln, path, file}
+}
+
+// IsInPlace reports whether clients find the socket: its file may have been removed, or another one be there.
+func (s *socket) IsInPlace() bool {
+	now, err := os.Lstat(s.path)
+	if err != nil || s.file == nil {
+		return false
+	}
+	return os.SameFile(now, s.file) && now.ModTime().Equal(s.file.ModTime()) // an inode may be used again
 }
 
 // Leave closes the socket, which is another process's now, and leaves its file.
@@ -175,6 +190,9 @@ func (s *socket) Close() error {
 	err := s.UnixListener.Close()
 	if errors.Is(err, net.ErrClosed) {
 		return nil
+	}
+	if !s.IsInPlace() { // what is there by now is another's
+		return err
 	}
 	return errors.Join(err, os.Remove(s.path))
 }

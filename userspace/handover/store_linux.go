@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"net"
 	"net/netip"
@@ -222,6 +223,9 @@ func (s *Store) Keep(all []Socket, state json.RawMessage) error {
 	var errs []error
 	for i, k := range all {
 		name, err := nameOf(k)
+		if errors.Is(err, fs.ErrNotExist) { // a control socket whose file is gone: nobody could find it
+			continue
+		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s %s: %w", k.Kind, k.Address, err))
 			continue

@@ -377,12 +377,18 @@ func newReload() *cobra.Command {
 		Short: "Make the daemon read its configuration again",
 		Long: `Make the daemon read its configuration again. No connection is closed. If the
 configuration can't be used, the daemon keeps the one that it has, the errors
-are printed, and the exit status is 1. SIGHUP does the same, and reports errors
-in the daemon's log.`,
+are printed, and the exit status is 1.
+
+If another program is by now where the daemon was started from, as after the
+installation of another version, that one takes over and reads the
+configuration, as by ` + "`tailsplice upgrade`" + `. If it can't, nothing changes.
+
+SIGHUP reads the configuration in any case, and reports errors in the daemon's
+log.`,
 		Example: `  tailsplice check && tailsplice reload`,
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
+			ctx, cancel := context.WithTimeout(cmd.Context(), upgradeTimeout+servingTimeout+answerTimeout)
 			defer cancel()
 			notes, err := daemon.Reload(ctx)
 			fmt.Fprint(terminal{cmd.ErrOrStderr()}, notes)

@@ -148,9 +148,9 @@ var manuals = map[string]manual{
 	},
 	"reload": {
 		does:  "the new configuration is in force",
-		fails: "the configuration can't be used and the daemon keeps the one that it has, or no daemon answers",
+		fails: "the configuration can't be used, or another program that is in the daemon's place can't take over, and nothing has changed; or no daemon answers",
 		files: [][2]string{fileConfig, fileControl},
-		see:   []string{"check", "run"},
+		see:   []string{"check", "run", "upgrade"},
 	},
 	"upgrade": {
 		does:  "a new process serves",

@@ -134,7 +134,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 
 	var control controls
 	defer control.close()
-	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, control: &control, isFirst: old == nil,
+	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, control: &control, isFirst: old == nil, program: openProgram(),
 		upgraded: make(chan *successor, 1), ends: make(chan struct{}, 1)}
 	from, orders, more := d.openStore(old)
 	control.isLent = old != nil
@@ -361,7 +361,7 @@ func (c *controls) serve(ctx context.Context, d *process) {
 				return f.Trace(ctx, q)
 			},
 			LogLevel: func() any { return levelOf(d.level) },
-			Reload:   d.reload,
+			Reload:   d.reloadOrUpgrade,
 			Upgrade:  d.upgrade,
 			Changes: map[string]admin.Change{
 				"drain":          d.change(func(q url.Values, _ admin.Peer) (any, error) { return d.drainListeners(q) }),

@@ -65,10 +65,13 @@ version is used in the same way.`,
 	}
 	controlFlag(cmd, &c.Socket)
 	cmd.Flags().StringVar(&o.binary, "binary", "", "the `program` to start; without it, the path that the daemon was started with")
-	cmd.Flags().DurationVar(&o.timeout, "timeout", time.Minute, "how long the new process may take until it is ready")
+	cmd.Flags().DurationVar(&o.timeout, "timeout", upgradeTimeout, "how long the new process may take until it is ready")
 	cmd.Flags().DurationVar(&o.drain, "drain-timeout", time.Hour, "how long the old process goes on with the connections that it can't hand over, 10s at least")
 	return cmd
 }
+
+// upgradeTimeout is how long a new process may take until it is ready, unless something else is asked for.
+const upgradeTimeout = time.Minute
 
 // upgradeOptions are what can be asked for.
 type upgradeOptions struct {
@@ -82,7 +85,7 @@ func (o upgradeOptions) values() url.Values {
 
 // parseUpgrade is the reverse of values. What is missing is as the command's flags have it.
 func parseUpgrade(q url.Values) (o upgradeOptions, err error) {
-	o = upgradeOptions{binary: q.Get("binary"), timeout: time.Minute, drain: time.Hour}
+	o = upgradeOptions{binary: q.Get("binary"), timeout: upgradeTimeout, drain: time.Hour}
 	if o.binary != "" && !filepath.IsAbs(o.binary) {
 		return o, fmt.Errorf("binary %q: it must be an absolute path", o.binary)
 	}
@@ -114,7 +117,8 @@ type process struct {
 	control *controls
 	elders  handover.Elders
 	keeper  keeper
-	isFirst bool // no other process has started this one
+	isFirst bool   // no other process has started this one
+	program string // the path that it was started from, see openProgram
 
 	upgraded    chan *successor // gets the process that has taken over
 	ends        chan struct{}   // is sent to when the daemon is to end with its last flow

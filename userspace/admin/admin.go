@@ -7,7 +7,8 @@
 //	GET  /v1/top        what the live flows move, a line of JSON each interval; 400 as for flows
 //	GET  /v1/trace      what becomes of a name; 400 as for flows
 //	GET  /v1/log/level  the level of the daemon's log
-//	POST /v1/reload     reads the configuration again; 422 with the reason if it can't be used
+//	POST /v1/reload     reads the configuration again, or is upgrade, if another program is in the daemon's place
+//	                    by now; 422 with the reason if it can't be used
 //	POST /v1/upgrade    has another program take over; 422 with the reason if it can't
 //	POST /v1/CHANGE     one of Daemon.Changes; 422 as for reload
 //
@@ -53,8 +54,8 @@ type Daemon struct {
 	Top      func(ctx context.Context, query url.Values, send func(any) error) error
 	Trace    func(ctx context.Context, query url.Values) (any, error)
 	LogLevel func() any
-	Reload   func() (notes []string, err error)
-	// Upgrade takes as long as it takes, or until ctx ends. The notes are for who asked.
+	// Reload and Upgrade take as long as they take, or until ctx ends. The notes are for who asked.
+	Reload  func(ctx context.Context) (notes []string, err error)
 	Upgrade func(ctx context.Context, query url.Values) (notes []string, err error)
 
 	Changes map[string]Change // by their path below /v1/, such as "drain"
@@ -82,14 +83,16 @@ func (d Daemon) Handler() http.Handler {
 	mux.HandleFunc("GET /v1/trace", show(func(ctx context.Context, query url.Values) (any, error) { return d.Trace(ctx, query) }))
 	mux.HandleFunc("GET /v1/log/level", show(func(context.Context, url.Values) (any, error) { return d.LogLevel(), nil }))
 	mux.HandleFunc("GET /v1/top", d.top)
-	reload := func(url.Values, Peer) (any, error) { return d.Reload() }
-	mux.HandleFunc("POST /v1/reload", change(d.Log, reload, answerLines))
-	mux.HandleFunc("POST /v1/upgrade", func(w http.ResponseWriter, r *http.Request) {
-		rc := http.NewResponseController(w)
-		rc.SetReadDeadline(time.Time{}) // it takes a while
-		rc.SetWriteDeadline(time.Time{})
-		change(d.Log, func(query url.Values, _ Peer) (any, error) { return d.Upgrade(r.Context(), query) }, answerLines)(w, r)
-	})
+	long := func(do func(ctx context.Context, query url.Values) (notes []string, err error)) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			rc := http.NewResponseController(w)
+			rc.SetReadDeadline(time.Time{}) // it takes a while
+			rc.SetWriteDeadline(time.Time{})
+			change(d.Log, func(query url.Values, _ Peer) (any, error) { return do(r.Context(), query) }, answerLines)(w, r)
+		}
+	}
+	mux.HandleFunc("POST /v1/reload", long(func(ctx context.Context, _ url.Values) ([]string, error) { return d.Reload(ctx) }))
+	mux.HandleFunc("POST /v1/upgrade", long(d.Upgrade))
 	for name, do := range d.Changes {
 		mux.HandleFunc("POST /v1/"+name, change(d.Log, do, answerJSON))
 	}
@@ -394,8 +397,8 @@ func (c Client) Get(ctx context.Context, noun string, v any) error {
 	return json.Unmarshal(body, v)
 }
 
-// Reload asks the daemon to read its configuration again. notes is what there is to say about the new one,
-// one a line; the error is the daemon's reason for keeping the old one.
+// Reload asks the daemon to read its configuration again, or to upgrade where its program was replaced. notes
+// is what there is to say about that, one a line; the error is the daemon's reason for staying as it is.
 func (c Client) Reload(ctx context.Context) (notes string, err error) {
 	return c.change(ctx, "/v1/reload")
 }

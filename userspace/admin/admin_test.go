@@ -62,7 +62,7 @@ func TestClient(t *testing.T) {
 			}
 			return errors.Join(send(1), send(2))
 		},
-		Reload: func() ([]string, error) { return notes, reload },
+		Reload: func(context.Context) ([]string, error) { return notes, reload },
 	})
 	var status map[string]int
 	if err := c.Get(ctx, "status", &status); err != nil || status["flows"] != 7 {

@@ -3,6 +3,7 @@ package admin
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -87,7 +88,7 @@ func TestPeers(t *testing.T) {
 	changed := 0
 	d := Daemon{
 		Status: func() any { return 1 },
-		Reload: func() ([]string, error) { changed++; return nil, nil },
+		Reload: func(context.Context) ([]string, error) { changed++; return nil, nil },
 		Log:    slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelError})),
 	}
 	go Serve(t.Context(), ln, d.Handler(), d.Log)

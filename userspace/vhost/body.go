@@ -175,7 +175,7 @@ func (x *exchange) passesTrailer(name string) bool {
 // state is how far b is now. b may be nil: then there is no body to read.
 func (b *body) state() bodyState {
 	if b == nil {
-		return bodyState{ended: true}
+		return bodyState{hasEnded: true}
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()

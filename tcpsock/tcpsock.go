@@ -48,8 +48,8 @@ func AddrPortOf(a net.Addr) netip.AddrPort {
 // default asks four times a minute: too much for many idle flows, and for phones.
 var KeepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 30 * time.Second, Count: 8}
 
-// How long the reader of bytes that came before a reset may stop, before it is reset as well. One that goes on
-// reading gets all of them.
+// How long the reader of bytes that came before a reset may stop, before it is reset as well. One that goes
+// on reading gets all of them.
 const (
 	// ResetGrace is for a reader that has no room: see [Refuses].
 	ResetGrace = 2 * time.Second

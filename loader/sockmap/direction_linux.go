@@ -525,7 +525,8 @@ func (d *direction) delivered() bool {
 }
 
 // readerStopped reports whether the reader of a direction whose source is dead has taken nothing for
-// tcpsock.ResetGrace and has no room, or has taken nothing for tcpsock.TCPGrace. It is called again and again.
+// tcpsock.ResetGrace and has no room, or has taken nothing for tcpsock.TCPGrace. It is called again and
+// again.
 func (d *direction) readerStopped(b *breakage) bool {
 	var i unix.TCPInfo
 	if d.peer().info(&i) != nil {

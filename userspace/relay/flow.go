@@ -451,8 +451,8 @@ func (s *side) closeWrite() error {
 }
 
 // broken says that s can't go on. The direction to it stops. What it has sent before is delivered, for as
-// long as the reader goes on, with no pause of tcpsock.ResetGrace. isOver is false if s is not broken but was told to
-// stop, by one who knows why.
+// long as the reader goes on, with no pause of tcpsock.ResetGrace. isOver is false if s is not broken but was
+// told to stop, by one who knows why.
 func (f *flow) broken(s *side, err error) (isOver bool) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return false

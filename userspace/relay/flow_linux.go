@@ -29,8 +29,8 @@ func (s *side) unacked() (n int) {
 	return n
 }
 
-// refuses reports whether the other end of s has no room, as [tcpsock.Refuses] does. It is true for what is no
-// TCP socket.
+// refuses reports whether the other end of s has no room, as [tcpsock.Refuses] does. It is true for what is
+// no TCP socket.
 func (s *side) refuses() (isFull bool) {
 	isFull = true
 	s.control(func(fd int) {

@@ -78,7 +78,7 @@ func (ch *Chooser) Message(c *Choice, from Side, n int) Returner {
 		}
 	} else if flows := ch.pingPong(c, from, n); flows > 0 {
 		for _, d := range c.Of {
-			// NumCPU, not GOMAXPROCS: each processor has a worker of the kernel's, which no CPU quota of ours binds.
+			// NumCPU, not GOMAXPROCS: each processor has a worker of the kernel's, which no quota of ours binds.
 			if busy, ok := d.Busy(); ok && pingPongPerCPU*runtime.NumCPU()-busy >= flows {
 				return d
 			}

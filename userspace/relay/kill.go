@@ -15,8 +15,9 @@ var errKilled = errors.New("killed")
 // Result.Err; the first of several counts. A flow that has ended is left alone. It may be called from any
 // goroutine that holds no lock of a loop.
 //
-// Kill needs no lock that the flow's owner holds. Each new owner is recorded first, and then looks whether the
-// flow is killed. Kill marks the flow first, and then looks who owns it. So one of the two sees the other.
+// Kill needs no lock that the flow's owner holds. Each new owner is recorded first, and then looks whether
+// the flow is killed. Kill marks the flow first, and then looks who owns it. So one of the two sees the
+// other.
 func (c *Counters) Kill(why error) {
 	c.killed.CompareAndSwap(nil, &why)
 	if f := c.flow.Load(); f != nil {

@@ -113,7 +113,7 @@ struct direction {
 	__u64 local;      /* moved between the other side and a process on this host, past TCP */
 };
 
-/* What `bpftool map dump` shows of a flow. The key is downstream's socket cookie, that `ss -e` prints as sk. */
+/* What `bpftool map dump` shows of a flow. The key is downstream's socket cookie, the sk of `ss -e`. */
 struct flow {
 	char id[ID_BYTES];
 	char route[ROUTE_BYTES];
@@ -152,7 +152,7 @@ struct local {
 	__u64 in;         /* verdict: bytes that were redirected to the process */
 	__u64 settled;    /* verdict: what `in` was when the worker was last seen to have moved all */
 	__u64 out;        /* msg_redirect: bytes redirected to downstream; query takes what was not written */
-	__u32 late;       /* userspace: the socket was captured late; verdict: which makes no difference any more */
+	__u32 late;       /* userspace: the socket was captured late; verdict: that does not matter any more */
 	__u32 first;      /* query: upstream's write_seq when the flow began */
 	__u32 before;     /* query: bytes of the way back that were counted by then, which are before base */
 	__u32 unused;

@@ -3,7 +3,7 @@
  *
  *	client ── TCP ── downstream ──verdict──► process         redirect into its ingress queue
  *	                 downstream ◄───msg───── process         redirect of what it sends
- *	                                 upstream ── TCP ── process    still there: what can't be redirected, FIN, RST
+ *	                                 upstream ── TCP ── process    still: what can't go past it, FIN, RST
  *
  * The TCP connection between upstream and the process stays, with verdict.h's whole protocol on it: it is
  * where bytes go when a redirect would have to wait, so whoever has to wait is held up, and woken, by TCP.
@@ -337,7 +337,7 @@ static __always_inline bool closes(struct bpf_sock_ops *ops, struct tcp_sock *tc
 		return false;
 	if (new == TCP_FIN_WAIT1 || new == TCP_LAST_ACK)
 		return true;
-	/* After a shutdown() close() changes no state, or leaves FIN_WAIT2 to a socket of its own for TIME_WAIT. */
+	/* After a shutdown() close() changes no state, or leaves FIN_WAIT2 to a socket for TIME_WAIT. */
 	return new == TCP_FIN_WAIT2 || (old == TCP_FIN_WAIT2 && new == TCP_CLOSE &&
 					!(sock_of(tcp)->__sk_common.skc_flags & SOCK_DONE));
 }

@@ -68,8 +68,8 @@
  * would not take (its number is not the one to come next, maybe since bytes in front of it still wait for the
  * socket's lock) is forgotten: what is in the queue is about to be sent, and brings another one.
  *
- * loader/sockmap/model_test.go runs all interleavings of small cases against this, and model_reset_test.go beside
- * it those of a reset.
+ * loader/sockmap/model_test.go runs all interleavings of small cases against this, and model_reset_test.go
+ * beside it those of a reset.
  */
 
 #ifndef TAILSPLICE_VERDICT_H

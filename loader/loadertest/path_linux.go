@@ -62,9 +62,10 @@ func Splice(ctx context.Context, d splicer, down, up *net.TCPConn, o prove.Flow)
 
 // PathOptions say how the flow of a path is.
 type PathOptions struct {
-	Buffer  int64
-	Idle    time.Duration
-	Busy    int64                                       // as prove.Flow.Busy; when the flow is given back, it is spliced again
+	Buffer int64
+	Idle   time.Duration
+	// as prove.Flow.Busy; when the flow is given back, it is spliced again
+	Busy    int64
 	Network string                                      // "tcp4" or "tcp6"
 	Before  func(client, server, down, up *net.TCPConn) // runs before Splice
 }
@@ -174,7 +175,8 @@ func (p *Path) spliceAgain(ctx context.Context, l splicer, f prove.Flow, sockets
 			for len(rest) > 0 && ctx.Err() == nil {
 				n, err := unix.SendmsgN(sockets[1-i], rest, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
 				if rest = rest[max(n, 0):]; err == unix.EAGAIN || err == unix.EINTR {
-					time.Sleep(time.Millisecond) // only then: else the sender fills the queue faster than this empties it
+					// only then: else the sender fills the queue faster than this empties it
+					time.Sleep(time.Millisecond)
 				} else if err != nil {
 					break
 				}

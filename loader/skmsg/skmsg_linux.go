@@ -45,12 +45,15 @@ const (
 	ruleLocalOrder  sockmap.Rule = "local_order"  // either way is used only while the other one is empty
 	ruleLocalBound  sockmap.Rule = "local_bound"  // as ruleBound
 	ruleLocalUnread sockmap.Rule = "local_unread" // a process that closes with bytes unread resets the flow
-	ruleLocalDrain  sockmap.Rule = "local_drain"  // what was redirected reaches the process's queue before what comes by TCP
-	ruleLocalPair   sockmap.Rule = "local_pair"   // the two sockets have one connection's numbers
-	ruleLocalGrace  sockmap.Rule = "local_grace"  // a slot is given again when no program is at work on the flow before
-	ruleLocalLeave  sockmap.Rule = "local_leave"  // a flow is given back when the process has read its queue
-	ruleLocalLate   sockmap.Rule = "local_late"   // what comes first for a socket captured late goes by TCP
-	ruleLocalSettle sockmap.Rule = "local_settle" // what a redirect did not write is taken away from what it was to write
+	// what was redirected reaches the process's queue before what comes by TCP
+	ruleLocalDrain sockmap.Rule = "local_drain"
+	ruleLocalPair  sockmap.Rule = "local_pair" // the two sockets have one connection's numbers
+	// a slot is given again when no program is at work on the flow before
+	ruleLocalGrace sockmap.Rule = "local_grace"
+	ruleLocalLeave sockmap.Rule = "local_leave" // a flow is given back when the process has read its queue
+	ruleLocalLate  sockmap.Rule = "local_late"  // what comes first for a socket captured late goes by TCP
+	// what a redirect did not write is taken away from what it was to write
+	ruleLocalSettle sockmap.Rule = "local_settle"
 )
 
 // Name is the datapath's name.

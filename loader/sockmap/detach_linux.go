@@ -26,7 +26,8 @@ const (
 	leaveCost  = 10                    // walks take one in so many parts of the time, in the long run
 	leaveBurst = 50 * time.Millisecond // time that walks may take in one go
 	leaveOffer = 20 * time.Millisecond // a direction that has not left after this time stays
-	handSlack  = 64 << 10              // bytes that may come between the look at how many there are and the read
+	// bytes that may come between the look at how many there are and the read
+	handSlack = 64 << 10
 )
 
 // Why a flow is given back.

@@ -20,7 +20,8 @@ type flow struct {
 	generation uint32 // tells events of this flow from those of an earlier one in its slot
 	sockets    [2]socket
 	cookies    [2]uint64
-	directions [2]direction                // 0: downstream to upstream, whose source is downstream's socket; 1: back
+	// 0: downstream to upstream, whose source is downstream's socket; 1: back
+	directions [2]direction
 	before     [2]int64                    // bytes that had moved when we got it
 	o          Flow                        // what Splice was told of it
 	record     *record                     // of the ledger; nil: the flow is only here

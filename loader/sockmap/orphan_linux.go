@@ -98,13 +98,14 @@ func isIn(m *ebpf.Map, index uint32, cookie uint64) bool {
 }
 
 const (
-	recallRest    = 64 << 10 // bytes that a recalled flow may bring along each way
-	recallPause   = 200 * time.Microsecond
-	recallPauses  = 20 * time.Millisecond  // at most
-	recallRoom    = 10 * time.Millisecond  // that bytes may wait for room in a send buffer
-	recallAtRest  = 500 * time.Millisecond // bytes that have not come by then, don't come
-	recallLooks   = 20                     // on a machine that is busy, at least so often
-	recallTapShut = 1 << 40                // more bytes than a flow's bound: `ingress_clamp` lets no payload in
+	recallRest   = 64 << 10 // bytes that a recalled flow may bring along each way
+	recallPause  = 200 * time.Microsecond
+	recallPauses = 20 * time.Millisecond  // at most
+	recallRoom   = 10 * time.Millisecond  // that bytes may wait for room in a send buffer
+	recallAtRest = 500 * time.Millisecond // bytes that have not come by then, don't come
+	recallLooks  = 20                     // on a machine that is busy, at least so often
+	// more bytes than a flow's bound: `ingress_clamp` lets no payload in
+	recallTapShut = 1 << 40
 )
 
 // errLost is what a recall fails with where bytes were in the hands of the process that died.
@@ -422,7 +423,8 @@ func (r *recall) leave() (hasLeft bool, err error) {
 	}
 	for _, m := range []*ebpf.Map{r.o.sources, r.o.peers} {
 		for i := range r.ways {
-			if err := m.Delete(r.ways[i].index); err != nil && !errors.Is(err, unix.EINVAL) { // it is not there
+			if err := m.Delete(r.ways[i].index); err != nil && !errors.Is(err, unix.EINVAL) {
+				// it is not there
 				return false, fmt.Errorf("take a socket out of %v: %w", m, err)
 			}
 		}

@@ -1,10 +1,11 @@
 // Command bench compares tailsplice with what people would use instead, side by side on one machine: `make
 // bench` runs it.
 //
-//	bench run [--mode quick|full]   measure: prints a table, writes build/bench.json, bench.txt (for benchstat) and bench.svg
-//	bench compare OLD.json NEW.json  tell what changed between two runs; exit status 1 if something got worse
+//	bench run [--mode quick|full]    measure: prints a table, writes build/bench.json, bench.txt (for
+//	                                 benchstat) and bench.svg
+//	bench compare OLD.json NEW.json  tell what changed between two runs; status 1 if something got worse
 //	bench show RUN.json              print the table of a run again
-//	bench publish                   write test/bench/recorded.json into README, docs and the charts there
+//	bench publish                    write test/bench/recorded.json into README, docs and the charts there
 //
 // It needs root and Linux. Everything that it makes is in network namespaces and directories whose names
 // begin with ts-bench- (the tailnet's with tsl-), and is removed however it ends.

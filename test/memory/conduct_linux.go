@@ -93,7 +93,8 @@ type phase struct {
 	probe result
 	most  sample  // of each, but Taken and Slab are those beyond before
 	cpu   float64 // of the machine's: what the daemon has used
-	short float64 // of the time: the kernel was short of memory for TCP; more than 1 if that began before the phase
+	// of the time: the kernel was short of memory for TCP; more than 1 if that began before the phase
+	short float64
 	got   float64 // of this machine's processors: what the other one's was given of what it could have used
 }
 

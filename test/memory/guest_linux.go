@@ -27,8 +27,9 @@ type sample struct {
 	TCP    int64 // what sockets hold
 	Socket int64 // sockets of TCP: how many
 	CPU    int64 // what the daemon has used, in ms
-	Short  int64 // how long the kernel has been short of memory for TCP, in ms: since boot, of the times that have ended
-	Now    bool  // it is short
+	// how long the kernel has been short of memory for TCP, in ms: since boot, of the times that have ended
+	Short int64
+	Now   bool // it is short
 }
 
 // mark begins the lines of the console that the conductor reads.
@@ -53,8 +54,10 @@ func guest() {
 		fmt.Println(mark+"failed", err)
 		return
 	}
-	os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", daemon.Process.Pid), []byte("0"), 0) // not as this process
-	var lines atomic.Int64                                                                  // of the log, in this second: the console is slow
+	// not as this process
+	os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", daemon.Process.Pid), []byte("0"), 0)
+	// of the log, in this second: the console is slow
+	var lines atomic.Int64
 	go func() {
 		for s := bufio.NewScanner(log); s.Scan(); {
 			if lines.Add(1) <= 20 {

@@ -3,7 +3,7 @@
 // budget, and what a good client noticed. scripts/test-memory builds it and finds the kernel;
 // docs/configuration.md#memory says what the daemon promises.
 //
-//	run       makes namespaces that end with it, and conducts in them; the parts below are processes that it starts
+//	run       makes namespaces that end with it, and conducts in them; starts the parts below as processes
 //	guest     the machine's first process: starts the daemon, and tells once a second what takes memory
 //	targets   what routes lead to
 //	source    an address that opens what it may

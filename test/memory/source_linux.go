@@ -185,7 +185,8 @@ func (s *attacker) counts() sourceCount {
 	alive := int64(0)
 	for _, c := range s.kept {
 		control(c, func(fd int) {
-			if i, err := unix.GetsockoptTCPInfo(fd, unix.SOL_TCP, unix.TCP_INFO); err == nil && i.State == 1 { // TCP_ESTABLISHED
+			if i, err := unix.GetsockoptTCPInfo(fd, unix.SOL_TCP, unix.TCP_INFO); err == nil && i.State == 1 {
+				// TCP_ESTABLISHED
 				alive++
 			}
 		})

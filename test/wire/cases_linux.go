@@ -96,7 +96,8 @@ func (k Case) compare(r *net.TCPConn, want []byte, length *atomic.Int64) error {
 		r.SetReadDeadline(time.Now().Add(patience))
 		n, err := r.Read(b)
 		got := b[:n]
-		if k.urgent > 0 && at <= k.urgent && at+n > k.urgent && got[k.urgent-at] != want[k.urgent] { // without the urgent byte
+		if k.urgent > 0 && at <= k.urgent && at+n > k.urgent && got[k.urgent-at] != want[k.urgent] {
+			// without the urgent byte
 			want, less = append(bytes.Clone(want[:k.urgent]), want[k.urgent+1:]...), 1
 		}
 		if at+n > len(want) || !bytes.Equal(got, want[at:at+n]) {

@@ -21,7 +21,7 @@
 //
 //	acme.go       the manager: which names, from which authority
 //	policy.go     how certificates are obtained: a section without its names
-//	site.go       a name: when its certificate is obtained and renewed, and what can be seen of it from outside
+//	site.go       a name: when its certificate is obtained and renewed, and what is seen of it from outside
 //	demand.go     names that are found out by hellos, and how many
 //	issuer.go     an attempt at one authority
 //	challenge.go  tls-alpn-01 and http-01

@@ -89,10 +89,12 @@ func challengeOf(p acme.Problem) string {
 func advice(p acme.Problem, s *Section, name string) string {
 	bare := strings.TrimPrefix(name, "*.")
 	kind := challengeOf(p)
-	if p.Type == acme.ProblemTypeUnauthorized && strings.HasPrefix(p.Detail, "Failed to connect") { // as pebble has it
+	if p.Type == acme.ProblemTypeUnauthorized && strings.HasPrefix(p.Detail, "Failed to connect") {
+		// as pebble has it
 		p.Type = acme.ProblemTypeConnection
 	}
-	if p.Type == acme.ProblemTypeConnection && strings.Contains(p.Detail, "could not resolve") { // as pebble has it, too
+	if p.Type == acme.ProblemTypeConnection && strings.Contains(p.Detail, "could not resolve") {
+		// as pebble has it, too
 		p.Type = acme.ProblemTypeDNS
 	}
 	switch p.Type {

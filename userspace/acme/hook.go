@@ -21,8 +21,9 @@ import (
 // daemon's environment. Status 0 is success; what it prints is shown when it fails. It is the interface of
 // lego's exec provider, so that hooks written for that one work.
 type Hook struct {
-	Exec    []string      // program and arguments
-	Timeout time.Duration // of one run; 0 means DefaultHookTimeout. Then it is killed, with all that it started.
+	Exec []string // program and arguments
+	// of one run; 0 means DefaultHookTimeout. Then it is killed, with all that it started.
+	Timeout time.Duration
 	Wait    time.Duration // after present, for records that need time to spread
 }
 

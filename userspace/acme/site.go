@@ -17,10 +17,11 @@ import (
 )
 
 const (
-	kickAfter = time.Minute    // keeps a daemon that is reloaded often from ordering as often
-	lookEvery = time.Hour      // between looks for news from OCSP and from the authority
-	askFrom   = 24 * time.Hour // the least lifetime of certificates about which the authority is asked; others go by the clock
-	askEvery  = 6 * time.Hour  // between those questions, unless the authority wants more (RFC 9773 4.3.2)
+	kickAfter = time.Minute // keeps a daemon that is reloaded often from ordering as often
+	lookEvery = time.Hour   // between looks for news from OCSP and from the authority
+	// the least lifetime of certificates about which the authority is asked; others go by the clock
+	askFrom  = 24 * time.Hour
+	askEvery = 6 * time.Hour // between those questions, unless the authority wants more (RFC 9773 4.3.2)
 )
 
 // site is one name with its certificate.
@@ -227,7 +228,8 @@ func (s *site) staple(ctx context.Context) {
 		case <-ctx.Done():
 		case staple = <-done:
 		}
-		for _, other := range s.m.cache().AllMatchingCertificates(s.name) { // its maintenance may have a newer one
+		for _, other := range s.m.cache().AllMatchingCertificates(s.name) {
+			// its maintenance may have a newer one
 			switch {
 			case len(other.Names) == 0 || other.Names[0] != s.name:
 			case other.Leaf.Equal(c.Leaf):

@@ -19,11 +19,12 @@ import (
 
 // Spec is how others are told.
 type Spec struct {
-	Listener string        `json:"listener"`
-	File     string        `json:"file,omitempty"` // exists while the listener should get connections; "": there is none
-	Up       []string      `json:"up,omitempty"`   // program with arguments; nil: there is none
-	Down     []string      `json:"down,omitempty"` // the same
-	Timeout  time.Duration `json:"timeout"`        // of one run
+	Listener string `json:"listener"`
+	// exists while the listener should get connections; "": there is none
+	File    string        `json:"file,omitempty"`
+	Up      []string      `json:"up,omitempty"`   // program with arguments; nil: there is none
+	Down    []string      `json:"down,omitempty"` // the same
+	Timeout time.Duration `json:"timeout"`        // of one run
 }
 
 func (s Spec) equal(o Spec) bool {

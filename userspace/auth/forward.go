@@ -40,7 +40,8 @@ type ForwardOptions struct {
 	URL     *url.URL                                // http or https
 	Timeout time.Duration                           // bounds the time until the header of an answer
 	Dial    func(context.Context) (net.Conn, error) // connects to the server. Nil dials the URL's host.
-	Copy    []string                                // the headers that [Forward.Copied] takes out of an answer
+	// the headers that [Forward.Copied] takes out of an answer
+	Copy []string
 }
 
 // NewForward makes a Forward. It connects to nothing yet. [Forward.Close] closes idle connections.
@@ -154,7 +155,8 @@ func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Heade
 	}
 	switch c := res.StatusCode; {
 	case c < 200, // no final answer: what follows one has no end, or it can't be passed on
-		c == http.StatusNotModified, c == http.StatusPreconditionFailed, c == http.StatusRequestedRangeNotSatisfiable: // nobody asked for that
+		c == http.StatusNotModified, c == http.StatusPreconditionFailed, c == http.StatusRequestedRangeNotSatisfiable:
+		// nobody asked for that
 		res.Body.Close()
 		cancel(nil)
 		return nil, fmt.Errorf("it answers %s", res.Status)

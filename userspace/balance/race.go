@@ -23,10 +23,11 @@ func (slowError) Is(target error) bool { return target == context.DeadlineExceed
 // Race tries one way after the other to the same thing, until one succeeds: the next as soon as one fails, or
 // beside those that are slow (RFC 8305 section 5). W is a way, and C what it gives.
 type Race[W, C any] struct {
-	Next  func() (way W, ok bool)                     // the one to try next, if there is another
-	Delay func(W) time.Duration                       // its time before the next one is tried beside it
-	Try   func(ctx context.Context, way W) (C, error) // it takes no longer than ctx; after Run it may still fail
-	Close func(C)                                     // ends what a slower one gives after all
+	Next  func() (way W, ok bool) // the one to try next, if there is another
+	Delay func(W) time.Duration   // its time before the next one is tried beside it
+	// it takes no longer than ctx; after Run it may still fail
+	Try   func(ctx context.Context, way W) (C, error)
+	Close func(C) // ends what a slower one gives after all
 
 	// Lost hears of each that has failed, and of those that had begun before the one that succeeded
 	// ([ErrSlow]).

@@ -323,7 +323,8 @@ func (d *decoder) scalar(n *node, f *field, out reflect.Value) bool {
 	control := strings.ContainsFunc(n.text, unicode.IsControl)
 	v, err := f.parse(n)
 	err = cmp.Or(
-		refuse(control && f.kind == kinds["file"] && isKey(n.text), notTheKey), // its lines are not what is wrong with it
+		// its lines are not what is wrong with it
+		refuse(control && f.kind == kinds["file"] && isKey(n.text), notTheKey),
 		refuse(control, "there is a line break or another control character in it"),
 		err)
 	switch {

@@ -322,7 +322,8 @@ func (v *validator) reachable(seen map[match][]taken, r *Route, key string, name
 		return
 	}
 	for i, name := range names {
-		m := match{key, name, strings.TrimSuffix(r.Path, "/")} // /api and /api/ take the same, and / takes all
+		// /api and /api/ take the same, and / takes all
+		m := match{key, name, strings.TrimSuffix(r.Path, "/")}
 		at := r.At(key, i)
 		all, rest := takers(seen[m], r)
 		switch {

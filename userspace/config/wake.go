@@ -10,9 +10,11 @@ import (
 // Wake says how a target is woken that does not run. One of Docker and LAN is set at least.
 type Wake struct {
 	Section
-	Docker bool          `yaml:"docker" kind:"true"`
-	LAN    string        `yaml:"lan" kind:"ether"`                        // the address of a network card, as net.ParseMAC reads it
-	Idle   time.Duration `yaml:"idle" default:"30m" min:"0s" max:"8760h"` // how long an unused container runs; 0: for ever
+	Docker bool `yaml:"docker" kind:"true"`
+	// the address of a network card, as net.ParseMAC reads it
+	LAN string `yaml:"lan" kind:"ether"`
+	// how long an unused container runs; 0: for ever
+	Idle time.Duration `yaml:"idle" default:"30m" min:"0s" max:"8760h"`
 }
 
 // wakeIdle is the default of Idle.

@@ -82,12 +82,13 @@ type Client struct {
 
 // known is what the daemon has said.
 type known struct {
-	api     *client.Client      // replaced when the daemon comes back, maybe as another version
-	table   *table              // the last list, nil before the first
-	noted   time.Time           // when a list older than that became doubtful: an event, or the end of events
-	good    time.Time           // when the table was last known to be right
-	live    bool                // events come in
-	failing *Error              // why the last request for the list failed or takes long, nil if it was answered
+	api   *client.Client // replaced when the daemon comes back, maybe as another version
+	table *table         // the last list, nil before the first
+	noted time.Time      // when a list older than that became doubtful: an event, or the end of events
+	good  time.Time      // when the table was last known to be right
+	live  bool           // events come in
+	// why the last request for the list failed or takes long, nil if it was answered
+	failing *Error
 	lost    bool                // the events ended, and that was logged
 	setup   setup               // how the daemon runs
 	exposed map[string][]uint16 // TCP ports of labelled containers, by id

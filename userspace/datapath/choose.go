@@ -17,10 +17,11 @@ import (
 // moves bytes that come now and then for less. One that moves much at a time stays, or comes back: splice(2)
 // costs less for each byte.
 const (
-	pingPongBytes  = 2 << 10                // a message has so many at most
-	pingPongTurns  = 32                     // so many in a row
-	pingPongWithin = 100 * time.Millisecond // come within this; else the way between takes far longer than we do
-	pingPongPerCPU = 4                      // ping-pong flows in the kernel, for each processor
+	pingPongBytes = 2 << 10 // a message has so many at most
+	pingPongTurns = 32      // so many in a row
+	// come within this; else the way between takes far longer than we do
+	pingPongWithin = 100 * time.Millisecond
+	pingPongPerCPU = 4 // ping-pong flows in the kernel, for each processor
 
 	preferredBytes = 64 << 10 // pingPongBytes of a flow that prefers the datapath
 	preferredTurns = 8        // and its pingPongTurns, however long they take
@@ -78,7 +79,7 @@ func (ch *Chooser) Message(c *Choice, from Side, n int) Returner {
 		}
 	} else if flows := ch.pingPong(c, from, n); flows > 0 {
 		for _, d := range c.Of {
-			// NumCPU, not GOMAXPROCS: each processor has a worker of the kernel's, which no quota of ours binds.
+			// NumCPU, not GOMAXPROCS: each processor has a worker of the kernel's, which no quota binds.
 			if busy, ok := d.Busy(); ok && pingPongPerCPU*runtime.NumCPU()-busy >= flows {
 				return d
 			}

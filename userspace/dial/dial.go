@@ -106,10 +106,11 @@ type Dialer struct {
 	Tailnet   Resolver      // for tailnet targets; nil refuses them
 	Container Resolver      // for docker targets; nil refuses them
 	Timeout   time.Duration // for all of it, names and retries included; 0 is DefaultTimeout
-	AsClient  bool          // From gives the client's own address, where that fits: not every address of a target is as good
-	DNS       *net.Resolver // for host names; nil is the system's
-	Past      *Past         // what is learnt about addresses; nil remembers nothing
-	Disabled  *Disabled     // targets that are not dialled; nil: none
+	// From gives the client's own address, where that fits: not every address of a target is as good
+	AsClient bool
+	DNS      *net.Resolver // for host names; nil is the system's
+	Past     *Past         // what is learnt about addresses; nil remembers nothing
+	Disabled *Disabled     // targets that are not dialled; nil: none
 
 	// From, if not nil, readies a dialer for an address: it may give the connection an address of its own.
 	From func(d *net.Dialer, to netip.Addr)
@@ -308,7 +309,8 @@ func (d *Dialer) connect(ctx context.Context, to netip.AddrPort, check PathCheck
 	if err != nil {
 		return nil, &failure{err: err, addr: to.String(), again: quickKind(err)}
 	}
-	if c.LocalAddr().String() == c.RemoteAddr().String() { // [net.Dialer] looks only thrice, and not at all where its own port was given
+	if c.LocalAddr().String() == c.RemoteAddr().String() {
+		// [net.Dialer] looks only thrice, and not at all where its own port was given
 		tcpsock.ResetConn(c)
 		return nil, &failure{err: ErrSelf, addr: to.String(), again: true}
 	}

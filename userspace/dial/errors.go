@@ -25,18 +25,19 @@ const (
 	AmbiguousContainer   Reason = "ambiguous_container"   // a service of several projects
 	ContainerStopped     Reason = "container_stopped"     // it is there, and does not run
 	ContainerUnreachable Reason = "container_unreachable" // it has no address that this host can reach
-	ContainerStarting    Reason = "container_starting"    // it was started, and has yet to pass its health check
-	ContainerNotStarted  Reason = "container_not_started" // it could not be started
-	DNS                  Reason = "dns"                   // the host name has no address
-	Refused              Reason = "refused"               // nothing listens there
-	Timeout              Reason = "timeout"               // no answer
-	Unreachable          Reason = "unreachable"           // no way there
-	NoSocket             Reason = "no_socket"             // there is no such unix socket
-	Denied               Reason = "denied"                // no permission
-	Exhausted            Reason = "exhausted"             // out of file descriptors, ports or memory here
-	OffByHand            Reason = "disabled"              // by an operator
-	Canceled             Reason = "canceled"              // the caller gave up
-	Failed               Reason = "failed"                // anything else
+	// it was started, and has yet to pass its health check
+	ContainerStarting   Reason = "container_starting"
+	ContainerNotStarted Reason = "container_not_started" // it could not be started
+	DNS                 Reason = "dns"                   // the host name has no address
+	Refused             Reason = "refused"               // nothing listens there
+	Timeout             Reason = "timeout"               // no answer
+	Unreachable         Reason = "unreachable"           // no way there
+	NoSocket            Reason = "no_socket"             // there is no such unix socket
+	Denied              Reason = "denied"                // no permission
+	Exhausted           Reason = "exhausted"             // out of file descriptors, ports or memory here
+	OffByHand           Reason = "disabled"              // by an operator
+	Canceled            Reason = "canceled"              // the caller gave up
+	Failed              Reason = "failed"                // anything else
 )
 
 // Error is why [Dialer.Dial] failed.
@@ -120,7 +121,8 @@ func reasonOf(err error) Reason {
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EAGAIN): // a unix socket's full backlog
 		return Refused
 	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.EHOSTDOWN),
-		errors.Is(err, syscall.ENETDOWN), errors.Is(err, syscall.EADDRNOTAVAIL) && toIPv6(err): // no IPv6 here; else the ports ran out
+		errors.Is(err, syscall.ENETDOWN), errors.Is(err, syscall.EADDRNOTAVAIL) && toIPv6(err):
+		// no IPv6 here; else the ports ran out
 		return Unreachable
 	case errors.Is(err, fs.ErrPermission):
 		return Denied

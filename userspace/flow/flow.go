@@ -50,8 +50,9 @@ type Flow struct {
 	Account *Account // what the flow is counted in; may be nil
 	// BeforeUp and BeforeDown are bytes that another process has moved, and counted: Account does not.
 	BeforeUp, BeforeDown int64
-	Shared               bool  // Client may be a hop that does not say whom it speaks for, and so many clients
-	place                int32 // in Registry.live, from 1; 0: not there
+	// Client may be a hop that does not say whom it speaks for, and so many clients
+	Shared bool
+	place  int32 // in Registry.live, from 1; 0: not there
 }
 
 func (f *Flow) bytes() (up, down int64) {

@@ -23,18 +23,24 @@ type Spec struct {
 	Target string `json:"target"` // as the configuration writes it
 	Kind   string `json:"kind"`   // Connect, TLS or HTTP
 
-	Every     time.Duration `json:"every"`                // from the beginning of one check to that of the next, a tenth more or less
-	Timeout   time.Duration `json:"timeout"`              // of one check, names and all
-	Rise      int           `json:"rise"`                 // checks in a row that must succeed until a target that is down is up
-	Fall      int           `json:"fall"`                 // checks in a row that must fail until a target that is up is down
-	SlowStart time.Duration `json:"slow_start,omitempty"` // until a target that is up again has its whole share; 0: at once
+	// from the beginning of one check to that of the next, a tenth more or less
+	Every   time.Duration `json:"every"`
+	Timeout time.Duration `json:"timeout"` // of one check, names and all
+	// checks in a row that must succeed until a target that is down is up
+	Rise int `json:"rise"`
+	// checks in a row that must fail until a target that is up is down
+	Fall int `json:"fall"`
+	// until a target that is up again has its whole share; 0: at once
+	SlowStart time.Duration `json:"slow_start,omitempty"`
 
-	Preface    string `json:"preface,omitempty"`     // sent before anything else, but by Connect, which sends nothing: a PROXY header
+	// sent before anything else, but by Connect, which sends nothing: a PROXY header
+	Preface    string `json:"preface,omitempty"`
 	TLS        bool   `json:"tls,omitempty"`         // of HTTP: the request goes by TLS
 	H2C        bool   `json:"h2c,omitempty"`         // of HTTP: it is one of HTTP/2 in the clear
 	ServerName string `json:"server_name,omitempty"` // in the TLS hello; "" for none
 	Verify     bool   `json:"verify,omitempty"`      // whether the certificate must be good for ServerName
-	CA         string `json:"ca,omitempty"`          // the file of the authorities that count then; "" for the system's
+	// the file of the authorities that count then; "" for the system's
+	CA string `json:"ca,omitempty"`
 
 	Host   string `json:"host,omitempty"` // of the request
 	Path   string `json:"path,omitempty"`

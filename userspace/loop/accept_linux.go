@@ -121,7 +121,8 @@ func (a *Acceptor) acceptOne(l *Loop) (goOn bool) {
 		s := l.orIdler().NewSocket(fd)
 		s.AwaitFirst(a.taken(s, peer))
 		return true
-	case unix.EAGAIN, unix.EINTR: // another loop was quicker, or the peer is gone; an event comes while one waits
+	case unix.EAGAIN, unix.EINTR:
+		// another loop was quicker, or the peer is gone; an event comes while one waits
 		return true
 	}
 	return a.fail(os.NewSyscallError("accept4", err))

@@ -2,7 +2,7 @@
 // sockets. An event costs no switch of goroutines, and a socket that waits is a few hundred bytes.
 //
 //	loop_linux.go    the loops, and the lock of each; there are none on other systems
-//	socket_linux.go  a socket on a loop: one callback for its first bytes or its connect, or a Handler for all
+//	socket_linux.go  a socket on a loop: one callback for first bytes or a connect, or a Handler for all
 //	accept_linux.go  connections that are accepted on the loops
 //	alive_linux.go   whether the loops still turn
 //

@@ -132,7 +132,8 @@ func (collector) Describe(ch chan<- *prometheus.Desc) {
 func (now collector) Collect(ch chan<- prometheus.Metric) {
 	send := func(d *prometheus.Desc, kind prometheus.ValueType, v float64, labels ...string) {
 		for i := range labels {
-			labels[i] = strings.ToValidUTF8(labels[i], "\ufffd") // else it is a panic; the name of a file may be anything
+			// else it is a panic; the name of a file may be anything
+			labels[i] = strings.ToValidUTF8(labels[i], "\ufffd")
 		}
 		ch <- prometheus.MustNewConstMetric(d, kind, v, labels...)
 	}

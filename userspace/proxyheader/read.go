@@ -68,7 +68,8 @@ func Read(c net.Conn, head []byte, maxBytes int, timeout time.Duration) (h *Head
 			return nil, buf, err
 		}
 		if len(buf) == cap(buf) {
-			buf = append(make([]byte, 0, limit(maxBytes)), buf...) // an incomplete header is shorter than the limit
+			// an incomplete header is shorter than the limit
+			buf = append(make([]byte, 0, limit(maxBytes)), buf...)
 		}
 		m, err := c.Read(buf[len(buf):cap(buf)])
 		buf = buf[:len(buf)+m]
@@ -119,7 +120,8 @@ func limit(maxBytes int) int {
 // [ErrIncomplete], but only err. It is nil when b is a whole stream, without a header, and else the error of
 // [Read].
 func Ended(b []byte, err error) error {
-	if err == io.EOF && len(b) > 0 && sniff(b) == isUnclear { // a short stream ends in what could have become a signature
+	if err == io.EOF && len(b) > 0 && sniff(b) == isUnclear {
+		// a short stream ends in what could have become a signature
 		return nil
 	}
 	return preface.Error("PROXY header", len(b), err, ErrTimeout, ErrEOF)

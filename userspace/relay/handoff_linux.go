@@ -360,7 +360,8 @@ func (q *quietSweep) quiet() map[*flow]*loop.Loop {
 func (f *flow) offerQuiet(l *loop.Loop) {
 	l.Do(func() (then func()) {
 		if !f.isIn(onLoop) || f.down.state != flowing || f.up.state != flowing || !f.choice.MayBeOffered(time.Now()) ||
-			f.down.hasUnread() || f.up.hasUnread() { // it has just come here, and may have been read in part of an skb
+			f.down.hasUnread() || f.up.hasUnread() {
+			// it has just come here, and may have been read in part of an skb
 			return nil
 		}
 		return f.handOff(f.choice.Of[0])

@@ -218,7 +218,8 @@ func (s *side) eof() (then func()) {
 	f, dst, fault := s.flow, s.other(), takeError(s.socket.FD())
 	s.state = ended
 	if dst.state == ended && fault == nil {
-		unix.Shutdown(dst.socket.FD(), unix.SHUT_WR) // to close it tells nobody while another process has a copy
+		// to close it tells nobody while another process has a copy
+		unix.Shutdown(dst.socket.FD(), unix.SHUT_WR)
 		return f.endOnLoop()
 	}
 	dst.isShut.Store(true)

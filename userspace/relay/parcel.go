@@ -20,10 +20,11 @@ type Parcel struct {
 
 // A ParcelSide is one of a Parcel's connections.
 type ParcelSide struct {
-	Conn    net.Conn // a *tcpsock.Bare; Resume takes a *net.TCPConn or a *net.UnixConn, too, without deadlines
-	Rest    []byte   // was read from Conn, and is to be written to the other side; at most 64 KiB
-	IsEnded bool     // the end of its stream was read, and is to be passed on behind Rest
-	IsShut  bool     // our stream to it has ended
+	// a *tcpsock.Bare; Resume takes a *net.TCPConn or a *net.UnixConn, too, without deadlines
+	Conn    net.Conn
+	Rest    []byte // was read from Conn, and is to be written to the other side; at most 64 KiB
+	IsEnded bool   // the end of its stream was read, and is to be passed on behind Rest
+	IsShut  bool   // our stream to it has ended
 }
 
 const (

@@ -43,7 +43,8 @@ func (f *flow) disarm() (ok bool) {
 // checkIdle sees whether bytes have moved since the last time, so that no message has to touch a timer.
 func (f *flow) checkIdle() {
 	f.mu.Lock()
-	if f.state == onLoop || f.tick == nil { // it was disarmed when the timer had fired; a loop has its own look
+	if f.state == onLoop || f.tick == nil {
+		// it was disarmed when the timer had fired; a loop has its own look
 		f.mu.Unlock()
 		return
 	}

@@ -31,7 +31,8 @@ const (
 	parked                 // no pump runs: watches looks out for bytes
 	leaving                // pumps were told to return since the flow is to leave: see Counters.Leave
 	ending                 // it is known how it ends, and pumps deliver what came before that
-	done                   // nothing of it runs any more; its result was reported, or it goes on as another, or has left
+	// nothing of it runs any more; its result was reported, or it goes on as another, or has left
+	done
 	states
 )
 

@@ -14,10 +14,11 @@ import (
 // more than ten segments makes megabytes of it (tcp_rcv_space_adjust in net/ipv4/tcp_input.c). So a direction
 // on trial is read in pieces of less, is not spliced, and lets others have their turn between two pieces.
 const (
-	trialBytes  = 256 << 10 // more than a reader acknowledges that takes a first answer and stops: its buffer, twice
-	trialRead   = 8 << 10   // bytes of a piece
-	leastBulk   = 24 << 10  // bytes that come at once when the trial ends, and leave the loop
-	trialAtOnce = 16 << 10  // bytes of a message that is read at once, since the last one was answered
+	// more than a reader acknowledges that takes a first answer and stops: its buffer, twice
+	trialBytes  = 256 << 10
+	trialRead   = 8 << 10  // bytes of a piece
+	leastBulk   = 24 << 10 // bytes that come at once when the trial ends, and leave the loop
+	trialAtOnce = 16 << 10 // bytes of a message that is read at once, since the last one was answered
 
 	// What a reader on trial may have been written beyond what TCP could send, where TCP's memory is scarce.
 	// What a direction with a reader that stops has read sizes the receive buffer of its sender.
@@ -38,7 +39,8 @@ func (s *side) piece(buf []byte, dst int) (part []byte, isOnTrial bool) {
 		queued, err := unix.IoctlGetInt(dst, unix.TIOCOUTQ) // SIOCOUTQ: what the reader has not acknowledged
 		if s.isTried = err != nil || moved-int64(queued) >= trialBytes; s.isTried {
 			if s.isSpared {
-				_ = unix.SetsockoptInt(dst, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 0) // what the sysctl says
+				// what the sysctl says
+				_ = unix.SetsockoptInt(dst, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 0)
 			}
 			return buf, false
 		}

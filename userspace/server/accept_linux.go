@@ -189,7 +189,8 @@ func (s *listenerSocket) end() {
 func (s *listenerSocket) queue() (taken int64, waits bool) {
 	var i unix.TCPInfo
 	err := tcpsock.Info(s.fd, &i)
-	return s.taken.Load(), err == nil && i.Unacked > 0 // of a socket that listens it is the length of its queue
+	// of a socket that listens it is the length of its queue
+	return s.taken.Load(), err == nil && i.Unacked > 0
 }
 
 // refuseOne resets the connection that waits.

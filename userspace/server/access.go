@@ -218,7 +218,8 @@ func (srv *Server) forwardGuard(listener, address string, fw *auth.Forward) vhos
 			}
 			return nil
 		}
-		srv.metrics.Refused.WithLabelValues(listener, "forward_auth").Inc() // who is not signed in is sent to do so
+		// who is not signed in is sent to do so
+		srv.metrics.Refused.WithLabelValues(listener, "forward_auth").Inc()
 		for name, values := range res.Header {
 			w.Header()[name] = values
 		}

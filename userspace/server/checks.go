@@ -60,11 +60,14 @@ func (srv *Server) checksOfFlows() (all []*health.Check) {
 
 // TargetHealth is what health checks have found of a target.
 type TargetHealth struct {
-	Check string    `json:"check"` // connect, tls or http
-	Up    bool      `json:"up"`
-	Since time.Time `json:"since,omitzero"` // when it went down, came back, or was checked first; not there: it was not yet
-	Share int       `json:"share"`          // percent of its weight that it has: less than 100 after it has come back
-	Until time.Time `json:"until,omitzero"` // it stays down so long at least, because it has gone down again and again
+	Check string `json:"check"` // connect, tls or http
+	Up    bool   `json:"up"`
+	// when it went down, came back, or was checked first; not there: it was not yet
+	Since time.Time `json:"since,omitzero"`
+	// percent of its weight that it has: less than 100 after it has come back
+	Share int `json:"share"`
+	// it stays down so long at least, because it has gone down again and again
+	Until time.Time `json:"until,omitzero"`
 	Error string    `json:"error,omitempty"`
 }
 

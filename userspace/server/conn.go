@@ -24,17 +24,19 @@ type conn struct {
 	lease    *limit.Lease
 	accepted time.Time
 
-	id      string              // the path's id
-	peer    netip.AddrPort      // the socket's other end
-	client  netip.AddrPort      // the client, as far back as it is believed
-	local   netip.AddrPort      // what the client connected to, as far as it is known
-	header  *proxyheader.Header // that the peer sent, nil if it sent none
-	unknown error               // why client isn't the client, nil if it is: of the connection, see Judge for requests
-	name    string              // server name, once known
-	asker   *asker              // who has an address, asked for the connection
-	course  *course             // of several targets, as far as the fast path has come; else nil
+	id     string              // the path's id
+	peer   netip.AddrPort      // the socket's other end
+	client netip.AddrPort      // the client, as far back as it is believed
+	local  netip.AddrPort      // what the client connected to, as far as it is known
+	header *proxyheader.Header // that the peer sent, nil if it sent none
+	// why client isn't the client, nil if it is: of the connection, see Judge for requests
+	unknown error
+	name    string  // server name, once known
+	asker   *asker  // who has an address, asked for the connection
+	course  *course // of several targets, as far as the fast path has come; else nil
 
-	stopCancel   func() bool // undoes that the end of srv.ctx ends it: whoever calls this ends it from then on
+	// undoes that the end of srv.ctx ends it: whoever calls this ends it from then on
+	stopCancel   func() bool
 	closeOnce    sync.Once
 	isArriving   atomic.Bool   // it is to be served requests, and the HTTP server has not got it yet
 	afterHeader  time.Duration // from accept to the end of the PROXY header: then its hello's time begins

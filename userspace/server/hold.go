@@ -261,7 +261,8 @@ func mayComeBack(err error) bool {
 	}
 	switch de.Reason {
 	case dial.NodeOffline, dial.Timeout, dial.Unreachable, dial.Refused, dial.NoSocket, dial.ContainerStopped,
-		dial.ContainerStarting, dial.UnknownContainer, dial.ContainerUnreachable: // one is removed before it is made anew
+		dial.ContainerStarting, dial.UnknownContainer, dial.ContainerUnreachable:
+		// one is removed before it is made anew
 		return true
 	}
 	return false

@@ -140,10 +140,11 @@ func certificateProblem(listener string, cert tlsterm.Info) Problem {
 
 // Readiness is whether the daemon can take the connections that it should.
 type Readiness struct {
-	Format   int       `json:"format_version"` // flow.FormatVersion
-	Ready    bool      `json:"ready"`
-	Draining bool      `json:"draining,omitempty"` // it takes no new ones, and ends
-	Drained  []string  `json:"drained,omitempty"`  // listeners that an operator has closed; if that is all, it is not ready
+	Format   int  `json:"format_version"` // flow.FormatVersion
+	Ready    bool `json:"ready"`
+	Draining bool `json:"draining,omitempty"` // it takes no new ones, and ends
+	// listeners that an operator has closed; if that is all, it is not ready
+	Drained  []string  `json:"drained,omitempty"`
 	Problems []Problem `json:"problems,omitempty"` // those that keep it from being ready, and others
 }
 

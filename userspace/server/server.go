@@ -110,7 +110,8 @@ type Options struct {
 	Held   bool
 	Orders json.RawMessage   // of [Server.Orders] of another process, or nil
 	More   []json.RawMessage // what [Server.OrdersInParts] has beside them
-	Older  func() bool       // whether a process from which this one has taken over still has flows; nil: there is none
+	// whether a process from which this one has taken over still has flows; nil: there is none
+	Older func() bool
 	// KeepsFlows says that [Server.KeepFlows] will be called: what that needs costs each flow a little.
 	KeepsFlows bool
 	// Moved is called when what [Server.Bound] returns may have changed, or what is known of targets and
@@ -153,10 +154,12 @@ type Server struct {
 	adoption adoption
 	keeping  keeping
 
-	memory        atomic.Int64                           // the budget in bytes; 0: none
-	greedySources atomic.Pointer[map[netip.Prefix]int64] // sources that open no connections while memory is short, and what they hold
-	hops          atomic.Pointer[plan.Peers]             // whom accept_proxy.from names, on any listener
-	ports         atomic.Pointer[map[uint16]bool]        // that connections were accepted at since the start: flows outlive listeners
+	memory atomic.Int64 // the budget in bytes; 0: none
+	// sources that open no connections while memory is short, and what they hold
+	greedySources atomic.Pointer[map[netip.Prefix]int64]
+	hops          atomic.Pointer[plan.Peers] // whom accept_proxy.from names, on any listener
+	// that connections were accepted at since the start: flows outlive listeners
+	ports atomic.Pointer[map[uint16]bool]
 
 	bound atomic.Pointer[map[netip.AddrPort]bool] // addresses that connections are accepted at
 
@@ -197,11 +200,12 @@ type present struct {
 	hasLeft   bool              // it has arrived
 	unwanted  []*listenerSocket // of another process, while nothing is accepted: they are closed then
 	wereOpen  map[string]bool   // listeners of which sockets came from another process
-	withdrawn <-chan struct{}   // closed when all announcements that were ended until now are withdrawn, or nil
-	orders    orders            // that another process had, until the first configuration is in force
-	announced []announce.Spec   // by another process; until this one tells others
-	isEnding  bool              // connections are accepted still, and others are told to send none
-	isResting bool              // another process may accept, and tell others
+	// closed when all announcements that were ended until now are withdrawn, or nil
+	withdrawn <-chan struct{}
+	orders    orders          // that another process had, until the first configuration is in force
+	announced []announce.Spec // by another process; until this one tells others
+	isEnding  bool            // connections are accepted still, and others are told to send none
+	isResting bool            // another process may accept, and tell others
 
 	healthSockets map[string]*net.TCPListener // of control.health on the tailnet, by address
 
@@ -243,8 +247,9 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.acme = acme.New(opts.Log)
 	srv.deps.ACME = srv.acme
 	srv.containers.FollowLabels(config.IsLabel, srv.labelsMoved.wake)
-	srv.limiter, srv.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt) // set by apply
-	srv.newRate = limit.NewRate()                                                                                // set by apply
+	// apply sets the limits of these
+	srv.limiter, srv.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt)
+	srv.newRate = limit.NewRate()
 	srv.heldBy, srv.rooms, srv.wakes = limit.NewRequests(heldMost, heldPerSource), newRooms(), newWakes()
 	srv.spare = newSpareFiles()
 	srv.hops.Store(plan.NewPeers(nil))

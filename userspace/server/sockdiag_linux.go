@@ -12,13 +12,14 @@ import (
 
 // A tcpSocket is one of a connection that this host has accepted.
 type tcpSocket struct {
-	family   uint8
-	id       [diagIDSize]byte // a struct inet_diag_sockid, as the kernel gave it: its cookie is no other socket's
-	local    netip.AddrPort   // its own end
-	held     int64            // bytes of memory that it is charged with, and those in also
-	isEmpty  bool             // it has nothing to be read, nor to be sent
-	isOrphan bool             // it was closed, and the kernel goes on sending what its reader has not taken
-	also     *tcpSocket       // another one with the same peer, at another of the ports
+	family uint8
+	// a struct inet_diag_sockid, as the kernel gave it: its cookie is no other socket's
+	id       [diagIDSize]byte
+	local    netip.AddrPort // its own end
+	held     int64          // bytes of memory that it is charged with, and those in also
+	isEmpty  bool           // it has nothing to be read, nor to be sent
+	isOrphan bool           // it was closed, and the kernel goes on sending what its reader has not taken
+	also     *tcpSocket     // another one with the same peer, at another of the ports
 }
 
 // Sizes and places in linux/inet_diag.h and linux/sock_diag.h.

@@ -21,55 +21,67 @@ import (
 
 // Status is what `tailsplice status --json` prints.
 type Status struct {
-	Format    int                 `json:"format_version"` // flow.FormatVersion
-	Version   string              `json:"version"`
-	Node      string              `json:"node"`
-	Config    string              `json:"config"`
-	Started   time.Time           `json:"started"`
-	Loaded    time.Time           `json:"loaded"` // when the present config came into force
-	Flows     int                 `json:"flows"`
-	Requests  int                 `json:"requests"` // of HTTP, under way
-	Held      int                 `json:"held"`     // connections and requests that wait for a target, by hold
-	Datapaths []DatapathStatus    `json:"datapaths"`
-	Listeners []ListenerStatus    `json:"listeners"`
-	Problems  []Problem           `json:"problems,omitempty"`       // what of the configuration does not work now
-	Labels    []plan.LabelProblem `json:"label_problems,omitempty"` // labels of containers that make no route, and why
-	Control   []string            `json:"control,omitempty"`        // addresses of metrics and health
-	Disabled  []DisabledTarget    `json:"disabled,omitempty"`       // targets that get no new connections
-	LogLost   int64               `json:"log_lost,omitempty"`       // lines that the daemon's log could not write
-	Older     []handover.Remains  `json:"older,omitempty"`          // processes that this one has taken over from, while they have flows
+	Format   int       `json:"format_version"` // flow.FormatVersion
+	Version  string    `json:"version"`
+	Node     string    `json:"node"`
+	Config   string    `json:"config"`
+	Started  time.Time `json:"started"`
+	Loaded   time.Time `json:"loaded"` // when the present config came into force
+	Flows    int       `json:"flows"`
+	Requests int       `json:"requests"` // of HTTP, under way
+	// connections and requests that wait for a target, by hold
+	Held      int              `json:"held"`
+	Datapaths []DatapathStatus `json:"datapaths"`
+	Listeners []ListenerStatus `json:"listeners"`
+	// what of the configuration does not work now
+	Problems []Problem `json:"problems,omitempty"`
+	// labels of containers that make no route, and why
+	Labels   []plan.LabelProblem `json:"label_problems,omitempty"`
+	Control  []string            `json:"control,omitempty"`  // addresses of metrics and health
+	Disabled []DisabledTarget    `json:"disabled,omitempty"` // targets that get no new connections
+	// lines that the daemon's log could not write
+	LogLost int64 `json:"log_lost,omitempty"`
+	// processes that this one has taken over from, while they have flows
+	Older []handover.Remains `json:"older,omitempty"`
 
-	Accepted       map[string]int64 `json:"accepted"`        // connections by listener
-	Refused        map[string]int64 `json:"refused"`         // connections and requests by reason
-	Ended          map[string]int64 `json:"ended"`           // flows by how they ended
-	DialErrors     map[string]int64 `json:"dial_errors"`     // by reason
-	Demoted        map[string]int64 `json:"demoted"`         // how often a datapath refused a flow or gave one back, by reason
-	Bytes          map[string]int64 `json:"bytes"`           // that flows have moved until now: up, down
-	NotTransparent map[string]int64 `json:"not_transparent"` // connections that could not carry the client's address, by reason
+	Accepted   map[string]int64 `json:"accepted"`    // connections by listener
+	Refused    map[string]int64 `json:"refused"`     // connections and requests by reason
+	Ended      map[string]int64 `json:"ended"`       // flows by how they ended
+	DialErrors map[string]int64 `json:"dial_errors"` // by reason
+	// how often a datapath refused a flow or gave one back, by reason
+	Demoted map[string]int64 `json:"demoted"`
+	Bytes   map[string]int64 `json:"bytes"` // that flows have moved until now: up, down
+	// connections that could not carry the client's address, by reason
+	NotTransparent map[string]int64 `json:"not_transparent"`
 }
 
 // DatapathStatus says whether a datapath can be used here.
 type DatapathStatus struct {
-	Name        string `json:"name"`
-	Available   bool   `json:"available"`
-	SwitchedOff bool   `json:"switched_off,omitempty"` // not available because it failed too often, until the daemon is started again
-	Reason      string `json:"reason,omitempty"`       // why not
-	Wanted      bool   `json:"wanted"`                 // by the configuration, by its name or by auto
-	Flows       int    `json:"flows"`                  // that it has now
-	Clamped     uint64 `json:"clamped_segments"`       // that it cut the payload off, to bound what a flow holds in the kernel
-	Stalls      uint64 `json:"stalls"`                 // times a flow had come to rest with bytes to move, until it was found; should be 0
+	Name      string `json:"name"`
+	Available bool   `json:"available"`
+	// not available because it failed too often, until the daemon is started again
+	SwitchedOff bool   `json:"switched_off,omitempty"`
+	Reason      string `json:"reason,omitempty"` // why not
+	Wanted      bool   `json:"wanted"`           // by the configuration, by its name or by auto
+	Flows       int    `json:"flows"`            // that it has now
+	// that it cut the payload off, to bound what a flow holds in the kernel
+	Clamped uint64 `json:"clamped_segments"`
+	// times a flow had come to rest with bytes to move, until it was found; should be 0
+	Stalls uint64 `json:"stalls"`
 }
 
 // ListenerStatus is one listener.
 type ListenerStatus struct {
-	Name         string         `json:"name"`
-	Mode         string         `json:"mode"`
-	Listen       []string       `json:"listen"` // as configured
-	Bound        []string       `json:"bound"`  // as bound now
-	WhileDown    string         `json:"while_down,omitempty"`
-	Closed       string         `json:"closed,omitempty"`        // why it is, by while_down
-	Drained      time.Time      `json:"drained,omitzero"`        // since when it is closed by `tailsplice drain`
-	Announced    string         `json:"announced,omitempty"`     // up or down: whether others are told that it should get connections
+	Name      string   `json:"name"`
+	Mode      string   `json:"mode"`
+	Listen    []string `json:"listen"` // as configured
+	Bound     []string `json:"bound"`  // as bound now
+	WhileDown string   `json:"while_down,omitempty"`
+	Closed    string   `json:"closed,omitempty"` // why it is, by while_down
+	// since when it is closed by `tailsplice drain`
+	Drained time.Time `json:"drained,omitzero"`
+	// up or down: whether others are told that it should get connections
+	Announced    string         `json:"announced,omitempty"`
 	NotAnnounced string         `json:"not_announced,omitempty"` // why it is down
 	AcceptProxy  []string       `json:"accept_proxy,omitempty"`
 	Allow        []string       `json:"allow,omitempty"`
@@ -88,26 +100,31 @@ type RouteStatus struct {
 	SendProxy   bool     `json:"send_proxy,omitempty"`
 	Transparent bool     `json:"transparent,omitempty"`
 	Allow       []string `json:"allow,omitempty"`
-	Asks        []string `json:"asks,omitempty"`            // what a client must satisfy, besides what its listener asks
-	Datapath    string   `json:"datapath,omitempty"`        // that a flow begins with now
-	Wanted      string   `json:"datapath_wanted,omitempty"` // that the configuration asks for
-	Why         string   `json:"datapath_reason,omitempty"` // why it is the one and not another
-	Down        []string `json:"down,omitempty"`            // targets that the last try could not connect to, and why
-	Source      string   `json:"source"`                    // "config", or "container NAME" where its labels made the route
-	Container   string   `json:"container_state,omitempty"` // of that container: running, stopped or removed
-	Ailing      []string `json:"ailing,omitempty"`          // containers that get connections only while no healthy one runs, as "NAME is unhealthy"
+	// what a client must satisfy, besides what its listener asks
+	Asks     []string `json:"asks,omitempty"`
+	Datapath string   `json:"datapath,omitempty"`        // that a flow begins with now
+	Wanted   string   `json:"datapath_wanted,omitempty"` // that the configuration asks for
+	Why      string   `json:"datapath_reason,omitempty"` // why it is the one and not another
+	// targets that the last try could not connect to, and why
+	Down []string `json:"down,omitempty"`
+	// "config", or "container NAME" where its labels made the route
+	Source    string `json:"source"`
+	Container string `json:"container_state,omitempty"` // of that container: running, stopped or removed
+	// containers that get connections only while no healthy one runs, as "NAME is unhealthy"
+	Ailing []string `json:"ailing,omitempty"`
 
 	Targets []RouteTarget `json:"targets,omitempty"` // where it has several, or health checks
 }
 
 // RouteTarget is one of the targets of a route.
 type RouteTarget struct {
-	Target      string `json:"target"`
-	Weight      int    `json:"weight"`
-	Backup      bool   `json:"backup"`
-	Avoided     bool   `json:"avoided"`           // it could not be reached lately, so that others are tried before it
-	Offline     bool   `json:"offline,omitempty"` // the tailnet says so: others are tried before it
-	Connections int64  `json:"connections"`       // that were made to it, by any route
+	Target string `json:"target"`
+	Weight int    `json:"weight"`
+	Backup bool   `json:"backup"`
+	// it could not be reached lately, so that others are tried before it
+	Avoided     bool  `json:"avoided"`
+	Offline     bool  `json:"offline,omitempty"` // the tailnet says so: others are tried before it
+	Connections int64 `json:"connections"`       // that were made to it, by any route
 
 	Health *TargetHealth `json:"health,omitempty"` // what checks have found of it
 }

@@ -33,9 +33,11 @@ var alertNames = map[uint8]string{
 }
 
 const (
-	alertWriteTimeout = time.Second            // an alert fits into any send buffer: it blocks only when the peer reads nothing
+	// an alert fits into any send buffer: it blocks only when the peer reads nothing
+	alertWriteTimeout = time.Second
 	drainTimeout      = 500 * time.Millisecond // a client answers an alert within its round trip
-	drainBytes        = 64 << 10               // early data and what else is under way when the client learns of the alert
+	// early data and what else is under way when the client learns of the alert
+	drainBytes = 64 << 10
 )
 
 // alertName returns the name in RFC 8446 section 6, as clients print it.

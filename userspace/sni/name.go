@@ -7,7 +7,8 @@ import (
 )
 
 const (
-	maxName  = 253 // bytes of a host name without its trailing dot: RFC 1035 section 2.3.4 less the root's two bytes
+	// bytes of a host name without its trailing dot: RFC 1035 section 2.3.4 less the root's two bytes
+	maxName  = 253
 	maxLabel = 63
 )
 

@@ -356,8 +356,9 @@ func (t *table) starting() bool {
 
 // Inbound is what tailscaled's own settings do to connections to this node's tailnet addresses.
 type Inbound struct {
-	ShieldsUp bool              // it refuses all of them
-	Served    map[uint16]string // it answers on these ports itself, for "tailscale serve" or "tailscale funnel"
+	ShieldsUp bool // it refuses all of them
+	// it answers on these ports itself, for "tailscale serve" or "tailscale funnel"
+	Served map[uint16]string
 }
 
 // Inbound asks tailscaled for these settings. All errors but those of ctx are an [*Error].

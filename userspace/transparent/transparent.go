@@ -31,8 +31,10 @@ const (
 	Unavailable   Reason = "unavailable"    // there is no ReturnPath
 	Family        Reason = "family"         // the client is IPv4 and the target IPv6, or the reverse
 	ClientAddress Reason = "client_address" // it means nothing to another host: loopback, link-local
-	TargetHere    Reason = "target_here"    // the target is an address of this host: its answers don't come in from outside
-	SameNetwork   Reason = "same_network"   // the client is reached by the network of the target, and so are the answers
+	// the target is an address of this host: its answers don't come in from outside
+	TargetHere Reason = "target_here"
+	// the client is reached by the network of the target, and so are the answers
+	SameNetwork Reason = "same_network"
 )
 
 // Error is why a connection can't carry the client's address.

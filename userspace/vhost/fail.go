@@ -66,7 +66,8 @@ func reasonOf(err error) string {
 		errors.As(err, &timeout) && timeout.Timeout():
 		return ReasonTimeout
 	case errors.As(err, new(*dialError)):
-		if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT) { // ENOENT: no such unix socket
+		if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT) {
+			// ENOENT: no such unix socket
 			return ReasonRefused
 		}
 		return ReasonUnreachable

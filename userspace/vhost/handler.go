@@ -198,7 +198,9 @@ func (s *Server) addOwn(x *exchange, h http.Header) {
 	for name, values := range x.visit.Answer {
 		h[name] = append(h[name], values...)
 	}
-	if x.wantsTiming { // this hop beside those behind it, which the upstream has named: milliseconds since the header was read
+	if x.wantsTiming {
+		// this hop beside those behind it, which the upstream has named: milliseconds since the header was
+		// read
 		h.Add("Server-Timing", fmt.Sprintf("%s;dur=%.3f", s.opts.Node, float64(time.Since(x.started))/float64(time.Millisecond)))
 	}
 }

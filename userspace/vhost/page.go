@@ -121,7 +121,8 @@ func preferred(r *http.Request) string {
 		}
 	}
 	agent, _, _ := strings.Cut(strings.ToLower(r.UserAgent()), "/")
-	if best == "html" && slices.Contains([]string{"curl", "wget", "httpie", "xh"}, agent) { // people read what it gets
+	if best == "html" && slices.Contains([]string{"curl", "wget", "httpie", "xh"}, agent) {
+		// people read what it gets
 		return "text"
 	}
 	return best

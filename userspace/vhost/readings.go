@@ -107,7 +107,8 @@ func readings(path string) (all []string, ok bool) {
 		}
 		for _, p := range [...]string{
 			RoutePath(plain),
-			resolveDots(plain),  // WHATWG, HAProxy, nginx with merge_slashes off: the name between two slashes is empty
+			// WHATWG, HAProxy, nginx with merge_slashes off: the name between two slashes is empty
+			resolveDots(plain),
 			mergeSlashes(plain), // Express, with and without its middleware: dot segments are names
 			plain,
 		} {

@@ -91,7 +91,8 @@ func (x *exchange) remedy(r *http.Request, err error, spare *spareBody, stale in
 	if r.Context().Err() != nil || errors.Is(err, errClientLeft) || x.resp.status != 0 || !spare.whole() || x.body.wasInterrupted() {
 		return giveUp
 	}
-	isDial := errors.As(err, new(*dialError)) // after all: the transport may have given up a connection before
+	// after all: the transport may have given up a connection before
+	isDial := errors.As(err, new(*dialError))
 	isUnsent := isDial
 	if c := x.upConn.Load(); c != nil {
 		c.leave(x)

@@ -55,7 +55,8 @@ const (
 	BadTarget    = "bad_target"    // the request-target has no form that is served
 	BadHost      = "bad_host"      // the host is neither a name nor an address, with a port or without
 	HostMismatch = "host_mismatch" // :authority and Host differ
-	BadPath      = "bad_path"      // servers don't agree which path it is, and the answers to that lead to different rules
+	// servers don't agree which path it is, and the answers to that lead to different rules
+	BadPath = "bad_path"
 )
 
 // readURI reads what r is for, and sets r's fields that name it. The scheme is the connection's, whatever the

@@ -24,7 +24,7 @@
 //	readings.go    refuses what servers read in different ways behind a guard
 //	guard.go       access rules and certificates of clients: what they see, and how they refuse
 //	rewrite.go     the path that the target gets, and answers that name another address
-//	forwarded.go   X-Forwarded-*, Forwarded, the path's id and hops, and header names as CGI and WSGI read them
+//	forwarded.go   X-Forwarded-*, Forwarded, the path's id and hops; header names as CGI and WSGI read them
 //	body.go        the request's body: its time, size and trailers, and 100-continue
 //	upgrade.go     WebSocket and other upgrades
 //	upstream.go    connections to a target
@@ -61,7 +61,8 @@ const (
 	DefaultHeaderTimeout = 10 * time.Second // for the TLS handshake, and then for each request's header
 	// DefaultCertificateTimeout is for a handshake with a client certificate: choosing one, typing a PIN.
 	DefaultCertificateTimeout = 3 * time.Minute
-	DefaultIdleTimeout        = 3 * time.Minute // how long a downstream connection may wait for its next request
+	// how long a downstream connection may wait for its next request
+	DefaultIdleTimeout = 3 * time.Minute
 	// DefaultStallTimeout is how long a body may make no progress while somebody waits for it.
 	DefaultStallTimeout = 5 * time.Minute
 	// DefaultAnswerTimeout is an upstream's time to think about a whole request. Long polls take minutes.
@@ -72,14 +73,17 @@ const (
 
 // Limits that nobody has wanted to set yet.
 const (
-	maxStreams          = 250              // of an HTTP/2 connection of a trusted hop, which carries many clients
-	clientStreams       = 100              // of a client's; RFC 9113 6.5.2 recommends no fewer
-	crowdStreams        = 16               // of one of a source that has many connections; HTTP/1.1's browsers take 6
-	pingAfter           = 60 * time.Second // of silence on an HTTP/2 connection
-	http2Stall          = 30 * time.Second // within which an HTTP/2 connection must take some bytes
-	answerHeaderBytes   = 256 << 10        // of an upstream's answer
-	expectTimeout       = 3 * time.Second  // an upstream's time to say 100 Continue, several slow round trips
-	upstreamIdle        = 30 * time.Second // an unused upstream connection's life; shorter than servers keep theirs
+	// of an HTTP/2 connection of a trusted hop, which carries many clients
+	maxStreams    = 250
+	clientStreams = 100 // of a client's; RFC 9113 6.5.2 recommends no fewer
+	// of one of a source that has many connections; HTTP/1.1's browsers take 6
+	crowdStreams      = 16
+	pingAfter         = 60 * time.Second // of silence on an HTTP/2 connection
+	http2Stall        = 30 * time.Second // within which an HTTP/2 connection must take some bytes
+	answerHeaderBytes = 256 << 10        // of an upstream's answer
+	expectTimeout     = 3 * time.Second  // an upstream's time to say 100 Continue, several slow round trips
+	// an unused upstream connection's life; shorter than servers keep theirs
+	upstreamIdle        = 30 * time.Second
 	upstreamIdlePerHost = 64
 	upstreamIdleTotal   = 1024
 	ownIdle             = 5 * time.Second // the same, of one that speaks for one client: few come back for it
@@ -109,9 +113,11 @@ type Options struct {
 	// TLS is for each connection, with h2 and http/1.1; nil is HTTP/1.1, and HTTP/2 with prior knowledge.
 	TLS *tls.Config
 	// Count, if not nil, gives what a request of a route is counted in while it is under way.
-	Count                                                                       func(*Route) Traffic
-	OnRequest                                                                   func(Request) // if not nil, is called once for each request when it has ended
-	Log                                                                         *slog.Logger  // gets what an administrator should know, and debugging. nil discards.
+	Count func(*Route) Traffic
+	// if not nil, is called once for each request when it has ended
+	OnRequest func(Request)
+	// gets what an administrator should know, and debugging. nil discards.
+	Log                                                                         *slog.Logger
 	HeaderTimeout, CertificateTimeout, IdleTimeout, StallTimeout, AnswerTimeout time.Duration
 	HeaderBytes                                                                 int
 }
@@ -147,20 +153,21 @@ var (
 
 // Request is what OnRequest learns of a request that has ended.
 type Request struct {
-	Conn      ConnInfo
-	Client    netip.AddrPort // as far back as it is believed; port 0 if a header said it
-	ID        string         // the path's id, as the upstream got it
-	Method    string
-	Host      string      // as Route got it
-	Path      string      // as the client sent it, without the query
-	Header    http.Header // as the client sent it, but for what is not believed of it; not to be changed or kept
-	URI       string      // its path and query, as the client sent them
-	RequestID string      // X-Request-Id, as the upstream got it
-	User      string      // who it is, as a Guard found out; "" if none did
-	Proto     string      // HTTP/1.0, HTTP/1.1 or HTTP/2.0
-	Status    int         // of the answer; 499 if the client left before it; 101 for upgrades
-	BytesIn   int64       // of the request's body; of everything after an upgrade
-	BytesOut  int64       // of the answer's body; of everything after an upgrade
+	Conn   ConnInfo
+	Client netip.AddrPort // as far back as it is believed; port 0 if a header said it
+	ID     string         // the path's id, as the upstream got it
+	Method string
+	Host   string // as Route got it
+	Path   string // as the client sent it, without the query
+	// as the client sent it, but for what is not believed of it; not to be changed or kept
+	Header    http.Header
+	URI       string // its path and query, as the client sent them
+	RequestID string // X-Request-Id, as the upstream got it
+	User      string // who it is, as a Guard found out; "" if none did
+	Proto     string // HTTP/1.0, HTTP/1.1 or HTTP/2.0
+	Status    int    // of the answer; 499 if the client left before it; 101 for upgrades
+	BytesIn   int64  // of the request's body; of everything after an upgrade
+	BytesOut  int64  // of the answer's body; of everything after an upgrade
 	Started   time.Time
 	Duration  time.Duration
 	Route     *Route    // nil if none was found

@@ -52,7 +52,8 @@ func networks() (all []network, err error) {
 			continue // it is gone
 		}
 		for _, a := range addrs {
-			if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().Is4() && p.Bits() < 31 { // RFC 3021
+			if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().Is4() && p.Bits() < 31 {
+				// RFC 3021
 				all = append(all, network{p, i.Name})
 			}
 		}

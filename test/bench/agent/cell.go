@@ -7,15 +7,16 @@ const maxFaults = 5
 
 // Report is what an end of the flows saw of one cell: one measure run once on one system.
 type Report struct {
-	Flows          int           // that began
-	Done           int           // that ended as they should
-	Sent, Received int64         // payload bytes of flows whose streams ended
-	Faults         int           // flows that broke: a byte wrong, reset, hung
-	FaultTexts     []string      // the first of them
-	Rate           float64       // bytes a second that were received between warming up and the end of the time
-	Pause          time.Duration // the longest in which a flow's loop received nothing, in that time
-	Quiet          time.Duration
-	Held           int64 // payload bytes sent so far by flows that live
+	Flows          int      // that began
+	Done           int      // that ended as they should
+	Sent, Received int64    // payload bytes of flows whose streams ended
+	Faults         int      // flows that broke: a byte wrong, reset, hung
+	FaultTexts     []string // the first of them
+	// bytes a second that were received between warming up and the end of the time
+	Rate  float64
+	Pause time.Duration // the longest in which a flow's loop received nothing, in that time
+	Quiet time.Duration
+	Held  int64 // payload bytes sent so far by flows that live
 
 	Count          int // requests, or flows that ended, within the time
 	Seconds        float64

@@ -17,18 +17,19 @@ type test struct {
 	duration time.Duration // of one cell in a full run, before it is scaled to the time that there is
 	fixed    time.Duration // what a cell takes besides
 	quick    bool          // part of a quick run
-	tailnet  mode          // the least run in which it is made over the tailnet, where tailscaled is the bottleneck
-	far      bool          // over the path with a delay
-	loss     float64       // of the packets between client and proxy
-	least    time.Duration // of one cell, however little time there is
-	flows    int           // that an instance of a system has to be fit to hold
-	copies   int           // instances of each system, with a client and a server each; 0 = 1
-	only     []string      // systems by the beginning of their names; nil = all
-	https    bool          // a test of systems that terminate TLS
-	remark   string        // what the reader of its results has to know
-	rounds   int           // at most; 0 = as many as the run has
-	fresh    bool          // on a process that has not done anything yet
-	run      func(ctx context.Context, c *cellRun) error
+	// the least run in which it is made over the tailnet, where tailscaled is the bottleneck
+	tailnet mode
+	far     bool          // over the path with a delay
+	loss    float64       // of the packets between client and proxy
+	least   time.Duration // of one cell, however little time there is
+	flows   int           // that an instance of a system has to be fit to hold
+	copies  int           // instances of each system, with a client and a server each; 0 = 1
+	only    []string      // systems by the beginning of their names; nil = all
+	https   bool          // a test of systems that terminate TLS
+	remark  string        // what the reader of its results has to know
+	rounds  int           // at most; 0 = as many as the run has
+	fresh   bool          // on a process that has not done anything yet
+	run     func(ctx context.Context, c *cellRun) error
 	// beyond derives for each system what it took beyond direct, in one round.
 	beyond [][2]string
 }
@@ -346,7 +347,8 @@ func idle(name string, flows, copies int, t test) *test {
 // both beyond what direct takes. The client's and the server's own buffers are small.
 func stopped(flows int) *test {
 	return &test{name: "stopped", fixed: 12 * time.Second, flows: flows, fresh: true,
-		rounds: 3, only: []string{system.Direct, system.HAProxy + "$", "nginx", "goproxy", "tailsplice/", "baseline/"}, // it takes too long for more
+		// it takes too long for more
+		rounds: 3, only: []string{system.Direct, system.HAProxy + "$", "nginx", "goproxy", "tailsplice/", "baseline/"},
 		beyond: [][2]string{{"all_stopped_bytes", "stopped_bytes"}, {"all_stopped_cpu", "stopped_cpu"}},
 		run: func(ctx context.Context, c *cellRun) error {
 			a := c.conductor.agents

@@ -189,7 +189,8 @@ func ratioText(res *Result) string {
 // quartiles are those of the rounds' ratios to HAProxy.
 func (r *Run) quartiles(res *Result) (low, high float64) {
 	base := r.find(res.Topology, haproxy, res.Measure)
-	if base == nil || len(base.Samples) != len(res.Samples) { // a round of one of them failed: which, the samples don't say
+	if base == nil || len(base.Samples) != len(res.Samples) {
+		// a round of one of them failed: which, the samples don't say
 		return *res.RatioToHAProxy, *res.RatioToHAProxy
 	}
 	all := ratios(res.Samples, base.Samples)

@@ -9,10 +9,13 @@ import (
 
 // Memory is bytes in use.
 type Memory struct {
-	Process int64 `json:"process"` // proportional set size of the system's processes, and their page tables and kernel stacks
-	Slab    int64 `json:"slab"`    // the machine's unreclaimable slab, and its sockets' inodes and dentries: all kernel objects of a flow
-	TCP     int64 `json:"tcp"`     // what sockets hold in data, in the system's network namespace and all others
-	BPF     int64 `json:"bpf"`     // BPF maps that the system's processes hold
+	// proportional set size of the system's processes, and their page tables and kernel stacks
+	Process int64 `json:"process"`
+	// the machine's unreclaimable slab, and its sockets' inodes and dentries: all kernel objects of a flow
+	Slab int64 `json:"slab"`
+	// what sockets hold in data, in the system's network namespace and all others
+	TCP int64 `json:"tcp"`
+	BPF int64 `json:"bpf"` // BPF maps that the system's processes hold
 }
 
 // All is the sum.
@@ -44,7 +47,8 @@ func (s *System) ReadMemory() (Memory, error) {
 		m.Process += kb(fmt.Sprintf("/proc/%d/smaps_rollup", pid), "Pss:")
 		status := fmt.Sprintf("/proc/%d/status", pid)
 		m.Process += kb(status, "VmPTE:")
-		m.Process += (kb(status, "Threads:") >> 10) * (16 << 10) // a count, not kB; 16 KiB of kernel stack each
+		// a count, not kB; 16 KiB of kernel stack each
+		m.Process += (kb(status, "Threads:") >> 10) * (16 << 10)
 		m.BPF += bpfMaps(pid)
 	}
 	m.Slab = kb("/proc/meminfo", "SUnreclaim:")

@@ -42,7 +42,8 @@ func (s *System) ReadCPU() (CPU, error) {
 	for _, pid := range s.roots() {
 		tree[pid] = true
 	}
-	for _, p := range processes() { // parents come before children but for wrapped ids: twice is enough for our depth
+	for _, p := range processes() {
+		// parents come before children but for wrapped ids: twice is enough for our depth
 		if p.ppid == 2 {
 			c.Kernel += p.cpu
 		}

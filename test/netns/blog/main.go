@@ -3,7 +3,7 @@
 // image FROM scratch.
 //
 //	GET  /                  the page; the same facts as JSON with Accept: application/json
-//	GET  /bytes?n=N&seed=S  N pseudo-random bytes, the same for the same seed; X-Sha256 is a trailer with their sum
+//	GET  /bytes?n=N&seed=S  N pseudo-random bytes, the same for the same seed; trailer X-Sha256 is their sum
 //	POST /upload            the sha256 of the body, in hex, and how long it was: {"sha256":"...","bytes":N}
 //	POST /echo              the body, as it comes
 //	GET  /headers           the request as it arrived, as JSON

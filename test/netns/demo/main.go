@@ -7,7 +7,7 @@
 //	demo in HOST COMMAND...   run a command on one of its hosts
 //	demo prefer|cut|blackhole|restore HOST, demo roam UPLINK
 //	demo down                 take it down
-//	demo pictures DIRECTORY   draw the README's picture there, and what else people look at into build/pictures
+//	demo pictures DIRECTORY   draw the README's picture there, and others into build/pictures
 //
 // `make demo` builds and runs it, and `make pictures` draws. It needs root.
 package main
@@ -64,7 +64,8 @@ func run(keep func(*lab.World, error) error) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute) // tailscaled's first build may be slow
+	// tailscaled's first build may be slow
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	defer cancel()
 	p := printer{time.Now(), os.Stdout}
 	p.step("bringing the world up")

@@ -129,7 +129,8 @@ func (h *Host) tun(dev string) (f *os.File, err error) {
 			unix.Close(fd)
 			return errno
 		}
-		f = os.NewFile(uintptr(fd), "/dev/net/tun") // in Go's poller only now: before TUNSETIFF a TUN can't be polled
+		// in Go's poller only now: before TUNSETIFF a TUN can't be polled
+		f = os.NewFile(uintptr(fd), "/dev/net/tun")
 		return nil
 	})
 	if err != nil {

@@ -49,7 +49,8 @@ func (w *World) startDocker(ctx context.Context, blog string) error {
 	h := w.Laptop
 	d := &Docker{host: h, Socket: filepath.Join(h.Dir, "run/docker.sock")}
 	conf := filepath.Join(h.Dir, "dockerd.json")
-	if err := os.WriteFile(conf, []byte("{}"), 0o644); err != nil { // not the machine's /etc/docker/daemon.json
+	if err := os.WriteFile(conf, []byte("{}"), 0o644); err != nil {
+		// not the machine's /etc/docker/daemon.json
 		return err
 	}
 	argv := []string{

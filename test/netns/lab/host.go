@@ -23,9 +23,10 @@ import (
 // Host is a machine of the world: a network, mount and UTS namespace with a private /etc and /run.
 // Its methods may be called from any goroutine.
 type Host struct {
-	Name string     // "edge-a"; also what hostname says there
-	NS   string     // the network namespace's name under /run/netns
-	Dir  string     // the host's files as seen from outside: Dir/run is its /run, Dir/log its logs, Dir/home its $HOME
+	Name string // "edge-a"; also what hostname says there
+	NS   string // the network namespace's name under /run/netns
+	// the host's files as seen from outside: Dir/run is its /run, Dir/log its logs, Dir/home its $HOME
+	Dir  string
 	IP4  netip.Addr // address of the current uplink
 	IP6  netip.Addr // likewise; invalid where the uplink has IPv4 only
 	Node *Node      // its place in the tailnet; nil for hosts outside it

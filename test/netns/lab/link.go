@@ -232,8 +232,9 @@ func (h *Host) setRate(dev string, bits float64) error {
 		return fmt.Errorf("%s: %s: %w", h.Name, dev, err)
 	}
 	qdisc := tc.Object{
-		Msg:       tc.Msg{Ifindex: uint32(l.Attrs().Index), Handle: core.BuildHandle(1, 0), Parent: tc.HandleRoot},
-		Attribute: tc.Attribute{Kind: "tbf", Tbf: &tc.Tbf{Parms: &tc.TbfQopt{}}}, // go-tc wants one also to delete
+		Msg: tc.Msg{Ifindex: uint32(l.Attrs().Index), Handle: core.BuildHandle(1, 0), Parent: tc.HandleRoot},
+		// go-tc wants one also to delete
+		Attribute: tc.Attribute{Kind: "tbf", Tbf: &tc.Tbf{Parms: &tc.TbfQopt{}}},
 	}
 	if bits == 0 {
 		if err := h.tc(func(t *tc.Tc) error { return t.Qdisc().Delete(&qdisc) }); err != nil && !isNone(err) {

@@ -128,7 +128,8 @@ func (t *Tailnet) startControl() error {
 	derpHTTP.Listener.Close()
 	derpHTTP.Listener = derpLn
 	derpHTTP.Config.ErrorLog = quiet
-	derpHTTP.Config.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){} // DERP upgrades HTTP/1.1 only
+	// DERP upgrades HTTP/1.1 only
+	derpHTTP.Config.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){}
 	derpHTTP.StartTLS()
 
 	t.Control = &testcontrol.Server{
@@ -264,7 +265,8 @@ func (n *Node) Wait(ctx context.Context) error {
 func (n *Node) WaitDirect(ctx context.Context, other *Node) (netip.AddrPort, error) {
 	var direct netip.AddrPort
 	err := n.proc.waitFor(ctx, "directly connected to "+other.Name, func() error {
-		ctx, cancel := context.WithTimeout(ctx, 5*time.Second) // a ping that is lost, tailscaled never answers
+		// a ping that is lost, tailscaled never answers
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
 		pr, err := n.Local.Ping(ctx, other.IP4, tailcfg.PingDisco)
 		if err != nil {

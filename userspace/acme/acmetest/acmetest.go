@@ -54,7 +54,8 @@ func Build(ctx context.Context, say func(format string, args ...any)) (Programs,
 		return p, err
 	}
 	defer lock.Close()
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil { // tests of other packages may be building it
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		// tests of other packages may be building it
 		return p, err
 	}
 	if _, err := os.Stat(dir); err == nil {

@@ -55,6 +55,8 @@ type memoryWatch struct {
 	since   map[netip.AddrPort]rest // by the peer's address, while that is so
 
 	greedy map[netip.Prefix]greed // sources that are refused, or were
+
+	saidRights bool // that it may reset no sockets
 }
 
 // A calm is the time after a look that had nothing to refuse and nothing to end. It is over at once where
@@ -415,7 +417,14 @@ func (w *memoryWatch) look(now time.Time, u memoryUse) {
 	if err == nil && u.over(3, 4) {
 		err = w.end(now, u, all, sockets, diag)
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EOPNOTSUPP):
+		if !w.saidRights {
+			w.saidRights = true
+			srv.log.Warn("memory is short, and what flows that have ended left to the kernel can't be taken back: "+
+				"that needs CAP_NET_ADMIN, and a kernel with CONFIG_INET_DIAG_DESTROY", "err", err)
+		}
+	case err != nil:
 		srv.limited.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
 	}
 }
@@ -583,7 +592,8 @@ var errShort = errors.New("memory is short (limits.memory, net.ipv4.tcp_mem), an
 
 // end resets connections of all that have stood still for long enough, in the order of victims, until so much
 // is given back that u is over no more. Both sides of their flows are reset at once, since what is held for
-// the one is in the socket of the other as well.
+// the one is in the socket of the other as well. The error is the last one of sockets that the kernel did not
+// reset: without CAP_NET_ADMIN those are left alone that no flow has.
 func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map[netip.AddrPort]tcpSocket, diag *sockDiag) error {
 	until, enough, least := now.Add(-stoppedFor), u.total/4*3, int64(stoppedMin)
 	if u.what != overMemory {
@@ -611,13 +621,17 @@ func (w *memoryWatch) end(now time.Time, u memoryUse, all []stalled, sockets map
 		if freed > u.used-enough {
 			break
 		}
+		isKilled := false
 		for _, fl := range v.flows {
 			if fl.Killer != nil {
 				fl.Killer.Kill(errShort)
+				isKilled = true
 			}
 		}
-		if err = diag.destroy(socket); err != nil {
-			break
+		if derr := diag.destroy(socket); derr != nil {
+			if err = derr; !isKilled {
+				continue
+			}
 		}
 		if n == 0 {
 			first = v.owner

@@ -5,14 +5,22 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// TestMain is also the program that edge starts.
+// TestMain is also the program that edge starts, and those that stand for what docs/fly.md types.
 func TestMain(m *testing.M) {
+	if standIn := standIns[filepath.Base(os.Args[0])]; standIn != nil {
+		if err := standIn(os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if len(os.Args) > 2 && os.Args[1] == "exec" {
 		fmt.Println(execute(os.Args[2:]))
 		os.Exit(1)

@@ -26,7 +26,9 @@ const (
 	config = "/etc/tailsplice/tailsplice.yaml"
 	flyAPI = "/.fly/api" // a socket in each machine of fly.io
 	secret = "/run/edge-secret"
-	grace  = 10 * time.Second // for tailscaled's end
+
+	tailscaledSocket = "/run/tailscale/tailscaled.sock"
+	grace            = 10 * time.Second // for tailscaled's end
 )
 
 const crashPause = 100 * time.Millisecond
@@ -85,8 +87,9 @@ func run() error {
 			return err
 		}
 	}
-	tailscaled, err := start("tailscaled", env("TAILSCALED_GOMEMLIMIT", "100MiB"), nil, nil,
-		"--state=mem:", "--socket=/run/tailscale/tailscaled.sock", "--tun=tailscale0", "--port=41641")
+	memory := "GOMEMLIMIT=" + env("TAILSCALED_GOMEMLIMIT", "100MiB")
+	tailscaled, err := start("tailscaled", nil, []string{memory}, "--state=mem:", "--socket="+tailscaledSocket,
+		"--tun=tailscale0", "--port=41641")
 	if err != nil {
 		return err
 	}
@@ -111,9 +114,8 @@ func run() error {
 	}
 	begin := func() (*process, error) {
 		environ, files := keeper.environ()
-		return start("tailsplice", env("TAILSPLICE_GOMEMLIMIT", "80MiB"), files,
-			append(environ, "TAILSPLICE_TAILSCALED_SOCKET=/run/tailscale/tailscaled.sock"),
-			"run", "--config", config, "--drain-timeout", drain.String())
+		environ = append(environ, "TAILSPLICE_TAILSCALED_SOCKET="+tailscaledSocket)
+		return start("tailsplice", files, environ, "run", "--config", config, "--drain-timeout", drain.String())
 	}
 	tailsplice, err := begin()
 	if err != nil {
@@ -177,12 +179,12 @@ type process struct {
 }
 
 // start starts a program, which gets files as its descriptors from 3 on.
-func start(name, memory string, files []*os.File, environ []string, args ...string) (*process, error) {
+func start(name string, files []*os.File, environ []string, args ...string) (*process, error) {
 	cmd := exec.Command(bin+name, args...)
 	if len(files) > 0 {
 		cmd = exec.Command("/proc/self/exe", append([]string{"exec", bin + name}, args...)...)
 	}
-	cmd.Env = append(append(withoutSecrets(os.Environ()), "GOMEMLIMIT="+memory), environ...)
+	cmd.Env = append(withoutSecrets(os.Environ()), environ...)
 	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = os.Stdout, os.Stderr, files
 	// Signals of a terminal come to this process alone, and it dies with nothing left behind.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
@@ -241,7 +243,7 @@ func withoutSecrets(all []string) (rest []string) {
 // join brings this machine into the tailnet, as an ephemeral node with tags: by an auth key, or by the
 // identity that fly.io vouches for.
 func join(ctx context.Context) error {
-	args := []string{"--socket=/run/tailscale/tailscaled.sock", "up",
+	args := []string{"--socket=" + tailscaledSocket, "up",
 		"--hostname=" + env("TS_HOSTNAME", "edge-"+env("FLY_REGION", "lab")),
 		"--netfilter-mode=off", "--accept-dns=false", "--advertise-tags=" + env("TS_TAGS", "tag:edge")}
 	if server := os.Getenv("TS_LOGIN_SERVER"); server != "" {

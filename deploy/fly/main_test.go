@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -53,16 +52,5 @@ func TestKillTimeout(t *testing.T) {
 		if had := killTimeout(text); had != want {
 			t.Errorf("%q: %v, want %v", text, had, want)
 		}
-	}
-}
-
-// TestShipped: the fly.toml that people copy leaves time to drain.
-func TestShipped(t *testing.T) {
-	text, err := os.ReadFile("fly.toml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if had := killTimeout(string(text)); had != 300*time.Second {
-		t.Errorf("kill_timeout is %v, want 300s", had)
 	}
 }

@@ -39,7 +39,7 @@ const (
 var homeConfig = strings.Replace(lab.HomeConfig, "tailnet://laptop:8080", "127.0.0.1:9100", 1)
 
 func TestEdge(t *testing.T) {
-	lab.Require(t, lab.Options{}, "haproxy", "make")
+	lab.Require(t, lab.Options{}, "haproxy", "make", "docker")
 	w := lab.Start(t, lab.Options{})
 	if w.Docker == nil {
 		t.Fatal("no dockerd")
@@ -77,7 +77,7 @@ func TestEdge(t *testing.T) {
 		t.Run(name, func(t *testing.T) { e.page(t, e.browser(t, port)) })
 	}
 	t.Run("step 10", func(t *testing.T) {
-		command := regexp.MustCompile(`fly ssh console -C "(.*)"`).FindStringSubmatch(block(t, e.root(t), "fly ssh"))
+		command := regexp.MustCompile(`fly ssh console -C "(.*)"`).FindStringSubmatch(block(t, "docs/fly.md", "fly ssh"))
 		if command == nil {
 			t.Fatal("docs/fly.md does not ask the edge by fly ssh console")
 		}
@@ -196,18 +196,11 @@ func packagedImage(t *testing.T, w *lab.World) {
 	if text, err := c.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, text)
 	}
-	file, err := os.Open(filepath.Join(out, "tailsplice-1.0.0-image-amd64.tar"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	loaded, err := w.Docker.Client.ImageLoad(t.Context(), file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	said, err := io.ReadAll(loaded)
-	loaded.Close()
-	if err != nil || !strings.Contains(string(said), "Loaded image") {
+	load := exec.Command("sh", "-ec", block(t, "docs/install.md", "docker load"))
+	load.Dir = out
+	load.Env = append(os.Environ(), "DOCKER_HOST=unix://"+w.Docker.Socket)
+	said, err := load.CombinedOutput()
+	if err != nil || !strings.Contains(string(said), "Loaded image: tailsplice:v1.0.0") {
 		t.Fatalf("docker load: %v\n%s", err, said)
 	}
 	config := filepath.Join(w.Laptop.Dir, "image.yaml")
@@ -271,12 +264,13 @@ func (e *edge) build(t *testing.T) {
 	if err := os.RemoveAll(dir); err != nil { // make keeps configurations that are there
 		t.Fatal(err)
 	}
-	for _, text := range []string{"make fly", "tailsplice check"} { // as written, but in a folder of its own
-		c := exec.Command("sh", "-ec", strings.ReplaceAll(block(t, root, text), "build/fly", "build/test/fly"))
-		c.Dir = root
+	// deploy/fly's TestPage types all blocks in order.
+	for _, step := range [][2]string{{"make fly\n", root}, {"tailsplice check", dir}} {
+		c := exec.Command("sh", "-ec", block(t, "docs/fly.md", step[0]))
+		c.Dir = step[1]
 		c.Env = append(os.Environ(), "MAKEFLAGS=BUILD=build/test")
 		if out, err := c.CombinedOutput(); err != nil {
-			t.Fatalf("%s: %v\n%s", text, err, out)
+			t.Fatalf("%s: %v\n%s", step[0], err, out)
 		}
 	}
 	var src bytes.Buffer
@@ -308,19 +302,19 @@ func (e *edge) root(t *testing.T) string {
 	return root
 }
 
-// block is that of docs/fly.md which has a text.
-func block(t *testing.T, root, text string) string {
+// block is that of a page which has a text.
+func block(t *testing.T, page, text string) string {
 	t.Helper()
-	page, err := os.ReadFile(filepath.Join(root, "docs/fly.md"))
+	p, err := lab.ReadPage(page)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, b := range regexp.MustCompile("(?s)\n```sh\n(.*?)```\n").FindAllSubmatch(page, -1) {
-		if strings.Contains(string(b[1]), text) {
-			return string(b[1])
+	for _, b := range p.Blocks() {
+		if strings.Contains(b, text) {
+			return b
 		}
 	}
-	t.Fatalf("docs/fly.md has no block with %q", text)
+	t.Fatalf("%s has no block with %q", page, text)
 	return ""
 }
 

@@ -43,8 +43,8 @@ func TestPage(t *testing.T) {
 	said := filepath.Join(t.TempDir(), "said")
 	c := exec.Command("bash", "-euxc", script)
 	c.Dir = tree
-	c.Env = append(os.Environ(), "PATH="+programs(t), "REAL_GO="+program(t, "go"), "FLY_SAID="+said,
-		"MAKEFLAGS=VERSION=v1.0.0")
+	c.Env = append(os.Environ(), "PATH="+programs(t), "REAL_GO="+program(t, "go"), "REAL_PATH="+os.Getenv("PATH"),
+		"FLY_SAID="+said, "MAKEFLAGS=VERSION=v1.0.0")
 	if out, err := c.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -126,6 +126,7 @@ var standIns = map[string]func(args []string) error{
 			return os.WriteFile(args[i+1], nil, 0o755)
 		}
 		c := exec.Command(os.Getenv("REAL_GO"), args...)
+		c.Env = append(os.Environ(), "PATH="+os.Getenv("REAL_PATH")) // what it builds with a C compiler is cached
 		c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 		return c.Run()
 	},

@@ -35,6 +35,7 @@ control: { metrics: "127.0.0.1:9464", health: "127.0.0.1:9465" }
 func TestCrash(t *testing.T) {
 	options := lab.Options{NoTailnet: true, NoAnycast: true, NoDocker: true}
 	lab.Require(t, options, "systemd-nspawn", "make", "nsenter", "pgrep")
+	typesAll(t)
 	w := lab.Start(t, options)
 	m := boot(t, w.EdgeA)
 	m.write(t, "etc/tailsplice/tailsplice.yaml", crashConfig)
@@ -116,6 +117,9 @@ func TestCrash(t *testing.T) {
 	}
 	if n := c.says(t, "has left its flows"); n != 5 {
 		t.Errorf("the daemon says %d times that it found flows, want 5 crashes", n)
+	}
+	if out := m.shell(t, "/", block(t, "journalctl")); !strings.Contains(out, "has left its sockets") {
+		t.Errorf("the journal does not say what was found:\n%s", out)
 	}
 	for _, wrong := range []string{"is not used", "is kept: connections may be refused", "not all flows are kept", "Got notification message from PID"} {
 		if n := c.says(t, wrong); n > 0 {

@@ -105,9 +105,8 @@ func (m *machine) install(t *testing.T) {
 			os.Symlink("/dev/null", filepath.Join(m.root, "etc/systemd/system", name)) // some are wanted twice
 		}
 	}
-	if out, err := exec.Command("make", "-C", repo, "install", "DESTDIR="+filepath.Join(m.host.Dir, "install")).CombinedOutput(); err != nil {
-		t.Fatalf("make install: %v\n%s", err, out)
-	}
+	onThisMachine(t, repo, block(t, "make build && sudo make install"),
+		"MAKEFLAGS=DESTDIR="+filepath.Join(m.host.Dir, "install"))
 }
 
 // newCgroups makes a cgroup in each hierarchy that systemd-nspawn makes cgroups in; it leaves them behind.

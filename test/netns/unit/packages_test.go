@@ -3,6 +3,7 @@ package unit
 import (
 	"archive/tar"
 	"bytes"
+	"debug/elf"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -24,13 +25,15 @@ import (
 // releases are two versions, the older one first.
 var releases = []string{"v1.0.0-rc.1", "v1.0.0"}
 
-// build makes the packages of one version for amd64, from a tree. The result is their folder.
-func build(t *testing.T, tree, version string, env ...string) string {
+const epoch = "1700000000" // the time of both
+
+// build makes the packages of one version for amd64 alone, from a tree. The result is their folder.
+func build(t *testing.T, tree, version string) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), "out")
 	c := exec.Command("go", "run", ".", "-arch", "amd64", "-version", version, "-out", out)
 	c.Dir = filepath.Join(tree, "deploy/packages")
-	c.Env = append(os.Environ(), append([]string{"SOURCE_DATE_EPOCH=1700000000"}, env...)...)
+	c.Env = append(os.Environ(), "SOURCE_DATE_EPOCH="+epoch)
 	if text, err := c.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, text)
 	}
@@ -40,22 +43,27 @@ func build(t *testing.T, tree, version string, env ...string) string {
 // TestPackages installs, upgrades, removes and purges, as docs/install.md says it.
 func TestPackages(t *testing.T) {
 	options := lab.Options{NoTailnet: true, NoAnycast: true, NoDocker: true}
-	lab.Require(t, options, "systemd-nspawn", "mmdebstrap", "nsenter", "pgrep")
+	lab.Require(t, options, "systemd-nspawn", "mmdebstrap", "nsenter", "pgrep", "make", "git")
 	tree, err := lab.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var folders []string
-	for _, v := range releases {
-		folders = append(folders, build(t, tree, v))
+	typesAll(t)
+	old, clone := filepath.Join(t.TempDir(), "build"), cloned(t, tree)
+	onThisMachine(t, tree, block(t, "make packages"), "SOURCE_DATE_EPOCH="+epoch,
+		"MAKEFLAGS=VERSION="+releases[0]+" BUILD="+relative(t, tree, old))
+	folders := []string{filepath.Join(old, "packages"), build(t, tree, releases[1])}
+	again := filepath.Join(clone, "build/packages")
+	t.Run("the same bytes", func(t *testing.T) { sameBytes(t, folders[0], again) })
+	for arch, machine := range map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64} {
+		t.Run(arch, func(t *testing.T) { architecture(t, folders[0], arch, machine) })
 	}
-	t.Run("the same bytes", func(t *testing.T) { sameBytes(t, tree, folders[0]) })
-	t.Run("bill of materials", func(t *testing.T) { billOfMaterials(t, folders[0]) })
 	w := lab.Start(t, options)
 	for i, suite := range []string{"bookworm", "trixie"} {
 		t.Run(suite, func(t *testing.T) {
 			m := &machine{host: []*lab.Host{w.EdgeA, w.EdgeB}[i], root: debian(t, suite)}
-			m.start(t, "--volatile=overlay", "--bind-ro="+folders[0]+":/old", "--bind-ro="+folders[1]+":/new")
+			m.start(t, "--volatile=overlay", "--bind-ro="+folders[0]+":/old", "--bind-ro="+folders[1]+":/new",
+				"--bind-ro="+clone+":/clone")
 			t.Run("package", func(t *testing.T) { debianPackage(t, m) })
 			t.Run("tarball", func(t *testing.T) { tarball(t, m) })
 		})
@@ -64,12 +72,13 @@ func TestPackages(t *testing.T) {
 
 // TestBuildNeedsGo: `make build` finds nothing in PATH but go and what every system has.
 func TestBuildNeedsGo(t *testing.T) {
+	typesAll(t)
 	tree, err := lab.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
 	path, out := t.TempDir(), t.TempDir()
-	for _, name := range []string{"go", "bash", "mkdir"} {
+	for _, name := range []string{"go", "make", "bash", "mkdir"} {
 		full, err := exec.LookPath(name)
 		if err != nil {
 			t.Fatal(err)
@@ -78,15 +87,8 @@ func TestBuildNeedsGo(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	tool, err := exec.LookPath("make")
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := exec.Command(tool, "-C", tree, "build", "BUILD="+out, "VERSION=v1.0.0")
-	c.Env = append(os.Environ(), "PATH="+path, "CC=", "CXX=")
-	if text, err := c.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, text)
-	}
+	onThisMachine(t, tree, block(t, "make build"), "PATH="+path, "CC=", "CXX=",
+		"MAKEFLAGS=BUILD="+out+" VERSION=v1.0.0")
 	version, err := exec.Command(filepath.Join(out, "tailsplice"), "--version").Output()
 	if err != nil || !strings.HasPrefix(string(version), "tailsplice v1.0.0 ") {
 		t.Errorf("what was built says %q (%v)", version, err)
@@ -104,7 +106,8 @@ func debianPackage(t *testing.T, m *machine) {
 		"test $(systemctl is-enabled tailsplice) = enabled",
 		"test $(stat -c %U /var/lib/tailsplice /var/log/tailsplice /run/tailsplice | sort -u) = tailsplice",
 		"test $(ps -o user= -C tailsplice) = tailsplice",
-		"systemd-analyze security --threshold=25 tailsplice",
+		"systemd-analyze security --threshold=25 tailsplice", // it fails beyond 2.5
+		block(t, "systemd-analyze security"),
 		"gzip -t /usr/share/man/man8/tailsplice-run.8.gz /usr/share/man/man5/tailsplice.yaml.5.gz",
 		"test -s /usr/share/doc/tailsplice/docs/reference/json.md",
 		"test -s /usr/share/bash-completion/completions/tailsplice",
@@ -134,6 +137,16 @@ test -s /var/log/tailsplice/access.log && test -s /var/log/tailsplice/access.log
 		t.Error("systemd does not follow the process that has taken over")
 	}
 
+	pid = m.run(t, "systemctl", "show", "--value", "--property=MainPID", service)
+	m.shell(t, "/", block(t, "sudo tailsplice upgrade"))
+	m.eventually(t, "test $(systemctl show --value --property=MainPID tailsplice) != "+pid)
+	m.page(t, "http://127.0.0.1:8481/metrics")
+
+	m.shell(t, "/", "groupadd --system docker") // as Docker's package does
+	m.shell(t, "/", block(t, "adduser tailsplice docker"))
+	m.shell(t, "/", `group=$(getent group docker | cut -d: -f3)
+grep -qwE "Groups:.*$group" /proc/$(systemctl show --value --property=MainPID tailsplice)/status`)
+
 	// What this version does not take.
 	m.shell(t, "/", "sed -i 's/^listeners:/listenres:/' /etc/tailsplice/tailsplice.yaml")
 	out := m.shell(t, "/", "apt install --reinstall ./new/tailsplice_*_amd64.deb")
@@ -147,13 +160,19 @@ test -s /var/log/tailsplice/access.log && test -s /var/log/tailsplice/access.log
 test ! -e /usr/bin/tailsplice
 test -e /etc/tailsplice/tailsplice.yaml
 test -e /var/log/tailsplice/access.log`)
-	m.shell(t, "/", strings.SplitAfter(block(t, "apt remove"), "\n")[1])
+	purge := strings.SplitAfter(block(t, "apt remove"), "\n")[1]
+	m.shell(t, "/", purge)
 	m.shell(t, "/", `test ! -e /etc/tailsplice
 test ! -e /etc/logrotate.d/tailsplice
 test ! -e /var/log/tailsplice
 test ! -e /var/lib/tailsplice
 ! systemctl cat tailsplice
 ! find /etc/systemd /var/lib/systemd -name 'tailsplice*' | grep .`)
+
+	_, readme, _ := strings.Cut(block(t, "git clone"), "make packages\n")
+	m.shell(t, "/clone", readme)
+	m.serves(t, "1.0.0-rc.1")
+	m.shell(t, "/", purge)
 }
 
 func tarball(t *testing.T, m *machine) {
@@ -211,26 +230,6 @@ func (m *machine) eventually(t *testing.T, script string) {
 	}
 }
 
-// block is that of docs/install.md which has a text.
-func block(t *testing.T, text string) string {
-	t.Helper()
-	root, err := lab.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	page, err := os.ReadFile(filepath.Join(root, "docs/install.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, b := range regexp.MustCompile("(?s)\n```sh\n(.*?)```\n").FindAllSubmatch(page, -1) {
-		if strings.Contains(string(b[1]), text) {
-			return string(b[1])
-		}
-	}
-	t.Fatalf("docs/install.md has no block with %q", text)
-	return ""
-}
-
 // debian is the root folder of a release, from the mirror that this machine has its packages from. It is kept
 // in $XDG_CACHE_HOME/tailsplice: nothing that is booted may write to it.
 func debian(t *testing.T, suite string) string {
@@ -239,7 +238,8 @@ func debian(t *testing.T, suite string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := filepath.Join(cache, "tailsplice", "debian-"+suite)
+	const include = "systemd-sysv,logrotate,procps,curl,adduser"
+	dir := filepath.Join(cache, "tailsplice", "debian-"+suite+"-"+strings.ReplaceAll(include, ",", "-"))
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -264,7 +264,7 @@ func debian(t *testing.T, suite string) string {
 	tmp := fmt.Sprintf("%s.%d", dir, os.Getpid())
 	defer os.RemoveAll(tmp)
 	out, err := exec.Command("mmdebstrap", "--variant=minbase", "--format=directory",
-		"--include=systemd-sysv,logrotate,procps,curl", "--keyring=/usr/share/keyrings", suite, tmp, strings.TrimSpace(string(mirror))).CombinedOutput()
+		"--include="+include, "--keyring=/usr/share/keyrings", suite, tmp, strings.TrimSpace(string(mirror))).CombinedOutput()
 	if err != nil {
 		t.Fatalf("mmdebstrap: %v\n%s", err, last(string(out), 3000))
 	}
@@ -274,27 +274,51 @@ func debian(t *testing.T, suite string) string {
 	return dir
 }
 
-// sameBytes builds once more, from a copy in another place, under another umask, in another time zone.
-func sameBytes(t *testing.T, tree, first string) {
+// cloned is a clone of this repository, as its files are now, in which README's block was typed: in another
+// place, under another umask, in another time zone. Its one commit is the older release.
+func cloned(t *testing.T, tree string) string {
 	t.Helper()
-	copied := filepath.Join(t.TempDir(), "copy")
-	c := exec.Command("sh", "-ec", `umask 077
-mkdir "$1"
-git ls-files -z --cached --others --exclude-standard | xargs -0 sh -c 'for f; do [ ! -e "$f" ] || echo "$f"; done' sh |
-	tar -cf - -T - | tar -C "$1" -xf -`, "sh", copied)
-	c.Dir = tree
-	if out, err := c.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	dir := t.TempDir()
+	onThisMachine(t, tree, `mkdir "$dir/origin"
+git ls-files -z --cached --others --exclude-standard |
+	xargs -0 sh -c 'for f; do [ ! -e "$f" ] || echo "$f"; done' sh |
+	tar -cf - -T - | tar -C "$dir/origin" -xf -
+cd "$dir/origin"
+git init --quiet
+git add --all
+git -c user.name=lab -c user.email=lab@example.org commit --quiet --message=lab
+git tag "$tag"`, "dir="+dir, "tag="+releases[0], "GIT_COMMITTER_DATE="+epoch+" +0000")
+	script, _, _ := strings.Cut(block(t, "git clone"), "sudo apt-get") // that is for the machine
+	onThisMachine(t, dir, "umask 077\n"+script, "TZ=Asia/Tokyo", "LC_ALL=C",
+		"GIT_CONFIG_COUNT=1", "GIT_CONFIG_KEY_0=url."+dir+"/origin.insteadOf",
+		"GIT_CONFIG_VALUE_0=https://github.com/tailsplice/tailsplice")
+	return filepath.Join(dir, "tailsplice")
+}
+
+// relative is a path as seen from a folder, for make's BUILD.
+func relative(t *testing.T, from, path string) string {
+	t.Helper()
+	rel, err := filepath.Rel(from, path)
+	if err != nil {
+		t.Fatal(err)
 	}
-	second := build(t, copied, releases[0], "TZ=Asia/Tokyo", "LC_ALL=C")
+	return rel
+}
+
+// sameBytes compares what was built twice.
+func sameBytes(t *testing.T, first, second string) {
 	a, b := content(t, first), content(t, second)
-	if len(a) < 5 || !slices.Equal(slices.Sorted(maps.Keys(a)), slices.Sorted(maps.Keys(b))) {
+	if len(a) != 2*4+1 || !slices.Equal(slices.Sorted(maps.Keys(a)), slices.Sorted(maps.Keys(b))) {
 		t.Fatalf("%v, and then %v", slices.Sorted(maps.Keys(a)), slices.Sorted(maps.Keys(b)))
 	}
 	for name := range a {
 		if !bytes.Equal(a[name], b[name]) {
 			t.Errorf("%s is not the same", name)
 		}
+	}
+	onThisMachine(t, second, "sha256sum --check --strict SHA256SUMS")
+	if n := bytes.Count(a["SHA256SUMS"], []byte("\n")); n != len(a)-1 {
+		t.Errorf("SHA256SUMS has %d of %d files", n, len(a)-1)
 	}
 }
 
@@ -313,15 +337,25 @@ func content(t *testing.T, dir string) map[string][]byte {
 	return all
 }
 
-// billOfMaterials compares it with the program in the tarball.
-func billOfMaterials(t *testing.T, dir string) {
-	t.Helper()
+// architecture looks at what is for one: the package and the image say so, the program is for it, and the
+// bill of materials has what is in that.
+func architecture(t *testing.T, dir, arch string, machine elf.Machine) {
 	var bom struct {
 		Components []struct{ Name, Version string }
 	}
 	var packed []byte
 	for name, data := range content(t, dir) {
 		switch {
+		case !strings.Contains(name, arch):
+		case strings.HasSuffix(name, ".deb"):
+			out := onThisMachine(t, dir, "dpkg-deb --field "+name+" Architecture")
+			if strings.TrimSpace(out) != arch {
+				t.Errorf("%s is for %s", name, out)
+			}
+		case strings.Contains(name, "-image-"):
+			if !bytes.Contains(data, []byte(`"architecture":"`+arch+`"`)) {
+				t.Errorf("%s does not say that it is for %s", name, arch)
+			}
 		case strings.HasSuffix(name, ".cdx.json"):
 			if err := json.Unmarshal(data, &bom); err != nil {
 				t.Fatal(err)
@@ -352,6 +386,9 @@ func billOfMaterials(t *testing.T, dir string) {
 			}
 			break
 		}
+	}
+	if f, err := elf.Open(program); err != nil || f.Machine != machine {
+		t.Errorf("the program is for another machine: %v", err)
 	}
 	out, err := exec.Command("go", "version", "-m", program).Output()
 	if err != nil {

@@ -44,7 +44,8 @@ listeners:
 
 func TestUnit(t *testing.T) {
 	options := lab.Options{NoTailnet: true, NoAnycast: true, NoDocker: true}
-	lab.Require(t, options, "systemd-nspawn", "socat", "make", "ip", "nsenter", "pgrep")
+	lab.Require(t, options, "systemd-nspawn", "socat", "make", "script", "ip", "nsenter", "pgrep")
+	typesAll(t)
 	w := lab.Start(t, options)
 	m := boot(t, w.EdgeA)
 	m.write(t, "etc/systemd/system/echo.service", echo)
@@ -118,7 +119,12 @@ func TestUnit(t *testing.T) {
 	})
 	t.Run("upgrade", func(t *testing.T) { m.upgrade(t, w, []int{9100, 9101, 9104, 9105}, []int{9102}) })
 	t.Run("container, with the drop-in of docs/local.md", func(t *testing.T) {
-		m.write(t, "etc/systemd/system/tailsplice.service.d/override.conf", dropIn(t))
+		m.write(t, "root/drop-in", dropIn(t))
+		m.write(t, "root/editor", "#!/bin/sh\nexec sed -i '/^### Anything/r /root/drop-in' \"$@\"\n")
+		m.shell(t, "/", `chmod +x /root/editor
+export SYSTEMD_EDITOR=/root/editor SHELL=/bin/bash
+export -f sudo
+script --quiet --return --command '`+block(t, "sudo systemctl edit")+`' /dev/null`) // it wants a terminal
 		m.restart(t)
 		check(t, want{9103, "container", "sk_msg", false})
 	})

@@ -66,6 +66,7 @@ func TestScripts(t *testing.T) {
 			}
 			e.Defer(func() { os.RemoveAll(run) })
 			e.Setenv("RUN", run)
+			e.Setenv("GORACE", os.Getenv("GORACE")) // a script's environment has nothing of ours
 			e.Setenv("TAILSPLICE_TAILSCALED_SOCKET", filepath.Join(run, "no-tailscaled.sock"))
 			e.Setenv("DOCKER_HOST", "unix://"+filepath.Join(run, "no-dockerd.sock"))
 			return os.WriteFile(filepath.Join(e.WorkDir, "installed.yaml"), []byte(installed), 0o644)

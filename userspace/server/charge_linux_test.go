@@ -70,6 +70,7 @@ func TestResetStreamsDial(t *testing.T) {
 		{"HTTP/2 with TLS", true, 0}, {"HTTP/2 with TLS over IPv6", true, 1},
 	} {
 		t.Run(v.name, func(t *testing.T) {
+			t.Parallel() // it waits as long as a request may for its turn
 			target, _ := deafTarget(t)
 			d, plain, secure, pool := floodDaemon(t, target.String(), fmt.Sprintf("limits: { requests_per_source: %d }", perSource))
 			at, tlsConfig := plain, (*tls.Config)(nil)

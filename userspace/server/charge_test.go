@@ -315,6 +315,7 @@ func TestRequestLimits(t *testing.T) {
 		{"all", "limits: { requests: 3 }", "limits.requests)", 503, 3, false},
 	} {
 		t.Run(v.name, func(t *testing.T) {
+			t.Parallel() // it waits as long as a request may for its turn
 			for family := range 2 {
 				up := newCrowdedTarget(t)
 				limits := v.limits
@@ -423,6 +424,7 @@ func TestRequestsBehindAHop(t *testing.T) {
 		{"a stranger", false, nil, "X-Forwarded-For: 203.0.113.1", perSource, nil, "X-Forwarded-For: 203.0.113.2", 429},
 	} {
 		t.Run(v.name, func(t *testing.T) {
+			t.Parallel() // it waits as long as a request may for its turn
 			up := newCrowdedTarget(t)
 			addr, trust := freeAddr(t), "192.0.2.0/24"
 			if v.hop {

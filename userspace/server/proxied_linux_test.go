@@ -393,7 +393,7 @@ limits: { hello_timeout: 5m }`, freeAddr(t), v.mode, v.more, up))
 // TestProxyHeaderTimes: a PROXY header has its time from the connection on, and what is behind it from the
 // header on.
 func TestProxyHeaderTimes(t *testing.T) {
-	const timeout = 2 * time.Second
+	const timeout = time.Second
 	addr := freeAddr(t)
 	d := start(t, fmt.Sprintf(`
 listeners: [ { listen: [%q], mode: sni, accept_proxy: { from: [127.0.0.1] }, default: { forward: "127.0.0.1:9" } } ]

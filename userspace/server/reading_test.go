@@ -381,6 +381,7 @@ func TestOneReading(t *testing.T) {
 				continue
 			}
 			t.Run(name+"/"+w.name, func(t *testing.T) {
+				t.Parallel()
 				listen := []string{freeAddr(t), freeAddrAt(t, "::1")}
 				d := start(t, readingConfig(t, guard, w, listen, target))
 				for _, addr := range listen {

@@ -318,10 +318,13 @@ func TestTailscaledSlow(t *testing.T) {
 			if follow && p.h2 {
 				continue
 			}
+			ts := startTailscaled(t)
+			ts.noBus, ts.slow = !follow, 1200*time.Millisecond
+			d, pool := mayIn(t, p, app)
 			t.Run(fmt.Sprint(p.name, ", followed ", follow), func(t *testing.T) {
-				ts := startTailscaled(t)
-				ts.noBus, ts.slow = !follow, 1200*time.Millisecond
-				d, pool := mayIn(t, p, app)
+				if !follow { // else it must come before all is known
+					t.Parallel()
+				}
 				for path, edge := range map[string]string{"/": "100.64.0.3", "/net": "fd7a:115c:a1e0::3"} {
 					var lines []string
 					client := p.client(t, pool, func() net.Conn {
@@ -358,17 +361,18 @@ func TestTailscaledGone(t *testing.T) {
 			if how == "hanging" && p.name != "h2 TLS" || how == "starting" && p.name != "h1" {
 				continue // each takes seconds
 			}
+			ts := startTailscaled(t)
+			switch how {
+			case "gone":
+				ts.stop()
+			case "hanging":
+				ts.deaf = true
+			case "starting":
+				ts.state = "Starting"
+			}
+			d, pool := mayIn(t, p, app)
 			t.Run(p.name+" "+how, func(t *testing.T) {
-				ts := startTailscaled(t)
-				switch how {
-				case "gone":
-					ts.stop()
-				case "hanging":
-					ts.deaf = true
-				case "starting":
-					ts.state = "Starting"
-				}
-				d, pool := mayIn(t, p, app)
+				t.Parallel() // it mostly waits
 				cases := []struct {
 					name, peer, xff string
 					proxy           bool

@@ -130,7 +130,7 @@ func TestHalfHellosWait(t *testing.T) {
 			addr := freeAddr(t)
 			d := start(t, fmt.Sprintf(`
 listeners: [ { listen: [%q], mode: %s%s, default: { forward: %q } } ]
-limits: { hello_timeout: 10s }`, addr, mode, more, up))
+limits: { hello_timeout: 5s }`, addr, mode, more, up))
 			before := runtime.NumGoroutine()
 			var conns []*net.TCPConn
 			for range clients {

@@ -43,6 +43,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -150,6 +151,7 @@ type Case struct {
 	Slow   bool // only with Size.Slow
 	Reset  bool // needs a path on which there are resets
 	Inside bool // needs Path.Connect
+	Waits  bool // mostly waits, and measures nothing: it runs at once with others that do
 	Run    func(t *testing.T, p Path, s Size)
 }
 
@@ -164,9 +166,9 @@ func Cases() []Case {
 		{Name: "bulk and quiet in turn", Run: bulkAndQuiet},
 		{Name: "one byte a segment", Run: byteSegments},
 		{Name: "reader stops and goes on", Run: readerStops},
-		{Name: "zero window", Slow: true, Run: zeroWindow},
+		{Name: "zero window", Slow: true, Waits: true, Run: zeroWindow},
 		{Name: "urgent byte", Reset: true, Run: urgentByte},
-		{Name: "keepalive", Slow: true, Reset: true, Run: keepAlive},
+		{Name: "keepalive", Slow: true, Reset: true, Waits: true, Run: keepAlive},
 
 		{Name: "half-close", Run: halfClose},
 		{Name: "half-close at once", Run: halfCloseAtOnce},
@@ -174,11 +176,11 @@ func Cases() []Case {
 		{Name: "reset", Reset: true, Run: reset},
 		{Name: "reset behind data", Reset: true, Run: resetBehindData},
 		{Name: "reset behind data that waits", Reset: true, Run: resetBehindWaiting},
-		{Name: "reset behind data for a slow reader", Slow: true, Reset: true, Run: resetSlowReader},
-		{Name: "reset holds the sender up", Slow: true, Reset: true, Run: resetHoldsSender},
+		{Name: "reset behind data for a slow reader", Slow: true, Reset: true, Waits: true, Run: resetSlowReader},
+		{Name: "reset holds the sender up", Slow: true, Reset: true, Waits: true, Run: resetHoldsSender},
 		{Name: "reset mid-stream", Reset: true, Run: resetMidStream},
 		{Name: "reset after half-close", Reset: true, Run: resetAfterHalfClose},
-		{Name: "reset while the reader has stopped", Slow: true, Reset: true, Run: resetWhileStopped},
+		{Name: "reset while the reader has stopped", Slow: true, Reset: true, Waits: true, Run: resetWhileStopped},
 		{Name: "close with bytes unread", Reset: true, Run: closeUnread},
 
 		{Name: "head", Inside: true, Run: head},
@@ -187,8 +189,8 @@ func Cases() []Case {
 		{Name: "counters", Inside: true, Run: counters},
 		{Name: "buffer bound", Slow: true, Inside: true, Run: bufferBound},
 		{Name: "stalled flows cost nothing", Slow: true, Inside: true, Run: stalledCost},
-		{Name: "idle timeout", Inside: true, Run: idleTimeout},
-		{Name: "idle timeout of a stalled flow", Inside: true, Run: idleStalled},
+		{Name: "idle timeout", Inside: true, Waits: true, Run: idleTimeout},
+		{Name: "idle timeout of a stalled flow", Inside: true, Waits: true, Run: idleStalled},
 		{Name: "cancel", Inside: true, Run: cancelFlow},
 		{Name: "kill", Inside: true, Run: killFlow},
 	}
@@ -204,13 +206,46 @@ func Run(t *testing.T, p Path, s Size) {
 		}
 	}
 	before := take(p)
+	var waiting []Case
 	for _, c := range Cases() {
 		if c.Inside && p.Connect == nil || c.Reset && p.NoReset || slices.Contains(p.Skip, c.Name) || c.Slow && !s.Slow {
+			continue
+		}
+		if c.Waits {
+			waiting = append(waiting, c)
 			continue
 		}
 		t.Run(c.Name, func(t *testing.T) {
 			c.Run(t, p, s)
 			before.check(t, p)
+		})
+	}
+	if len(waiting) > 0 {
+		t.Run("at once", func(t *testing.T) { runAtOnce(t, p, s, waiting) }) // which ends when all have
+		before.check(t, p)
+	}
+}
+
+// runAtOnce runs cases that mostly wait.
+func runAtOnce(t *testing.T, p Path, s Size, cases []Case) {
+	var dialling sync.Mutex // as in eachRole
+	one := p
+	one.Dial = func(t testing.TB) (client, server net.Conn) {
+		dialling.Lock()
+		defer dialling.Unlock()
+		return p.Dial(t)
+	}
+	if p.Connect != nil {
+		one.Connect = func(t testing.TB) *Flow {
+			dialling.Lock()
+			defer dialling.Unlock()
+			return p.Connect(t)
+		}
+	}
+	for _, c := range cases {
+		t.Run(c.Name, func(t *testing.T) {
+			t.Parallel()
+			c.Run(t, one, s)
 		})
 	}
 }

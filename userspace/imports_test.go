@@ -30,6 +30,7 @@ var floors = []struct {
 		"tcpsock",
 		"userspace",
 		"userspace/balance",
+		"userspace/filestamp",
 		"userspace/follow",
 		"userspace/hook",
 		"userspace/preface",

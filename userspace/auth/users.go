@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/bcrypt"
+
+	"github.com/tailsplice/tailsplice/userspace/filestamp"
 )
 
 const (
@@ -25,7 +27,6 @@ const (
 	DefaultCost = 10 // of hashes made here: about 60 ms a check
 
 	maxFileBytes = 1 << 20
-	lookEvery    = time.Second // how often a file is looked at for a change
 	// knownFor is how long a right password is remembered (as a keyed hash), so
 	// that a page of fifty parts doesn't cost fifty checks.
 	knownFor  = 5 * time.Minute
@@ -243,12 +244,11 @@ func (u *Users) remember(key passwordKey) {
 func (u *Users) current() *set {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.file == "" || time.Since(u.looked) < lookEvery {
+	if u.file == "" || time.Since(u.looked) < filestamp.Every {
 		return u.set
 	}
 	u.looked = time.Now()
-	if now, err := os.Stat(u.file); err == nil && u.info != nil && os.SameFile(now, u.info) && now.Size() == u.info.Size() &&
-		now.ModTime().Equal(u.info.ModTime()) {
+	if now, err := os.Stat(u.file); err == nil && filestamp.Same(now, u.info) {
 		return u.set
 	}
 	s, info, bad, err := readFile(u.file)

@@ -10,10 +10,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-)
 
-// lookEvery is how often a file is looked at for a change.
-const lookEvery = time.Second
+	"github.com/tailsplice/tailsplice/userspace/filestamp"
+)
 
 // File is a table in a file that is followed. Make it with [Open], end it with Close; its other methods may
 // be called from any goroutine, and wait for nothing.
@@ -109,7 +108,7 @@ func (f *File) Len() int { return f.table.Load().Len() }
 func (f *File) Close() { f.stop.Do(func() { close(f.done) }) }
 
 func (f *File) follow() {
-	tick := time.NewTicker(lookEvery)
+	tick := time.NewTicker(filestamp.Every)
 	defer tick.Stop()
 	for {
 		select {
@@ -134,7 +133,7 @@ func (f *File) look() {
 		f.missing, f.changed = true, nil
 		return
 	}
-	settled := f.changed != nil && same(f.changed, now)
+	settled := f.changed != nil && filestamp.Same(f.changed, now)
 	f.changed = now
 	if !settled {
 		return
@@ -143,7 +142,7 @@ func (f *File) look() {
 		f.missing = false
 		f.publish()
 	}
-	if same(f.stamp, now) {
+	if filestamp.Same(f.stamp, now) {
 		return
 	}
 	f.stamp = now
@@ -165,10 +164,6 @@ func (f *File) look() {
 	default:
 		f.log.Info("a file of denied prefixes was read again", "file", f.name, "prefixes", t.Len())
 	}
-}
-
-func same(a, b os.FileInfo) bool {
-	return os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime())
 }
 
 func readFile(name string, parse Parse) (*Table, error) {

@@ -9,6 +9,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/filestamp"
 )
 
 // Authorities are those of a PEM file, by which others' certificates are verified. Make them with
@@ -47,7 +49,7 @@ func OpenAuthorities(file string, log *slog.Logger) (*Authorities, error) {
 func (a *Authorities) Pool() (pool *x509.CertPool, version string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if now := time.Now(); now.Sub(a.looked) >= Interval {
+	if now := time.Now(); now.Sub(a.looked) >= filestamp.Every {
 		a.looked = now
 		a.look()
 	}
@@ -59,7 +61,7 @@ func (a *Authorities) Pool() (pool *x509.CertPool, version string) {
 // +checklocks:a.mu
 func (a *Authorities) look() {
 	now, err := os.Stat(a.file)
-	if err == nil && sameFile(now, a.info) {
+	if err == nil && filestamp.Same(now, a.info) {
 		return
 	}
 	before := a.version

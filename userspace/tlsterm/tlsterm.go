@@ -33,6 +33,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/filestamp"
 )
 
 // Spec says where one certificate comes from: from files, or from a function.
@@ -189,15 +191,12 @@ func (s *Store) refresh(want func(*entry) bool) error {
 	return errors.Join(errs...)
 }
 
-// Interval is how often Run looks at the files.
-const Interval = time.Second
-
 // Run follows the files until ctx ends: what changed is served within about two
 // intervals. A pair that could not be used when it was opened is read again each time. A pair that is broken
 // for longer than one interval (a new certificate whose key is still on its way is not) is logged, once for
 // each state of its files. It also warns of certificates that expire while served.
 func (s *Store) Run(ctx context.Context) {
-	tick := time.NewTicker(Interval)
+	tick := time.NewTicker(filestamp.Every)
 	defer tick.Stop()
 	var w watch
 	for {

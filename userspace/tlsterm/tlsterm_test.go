@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/test/logs"
+	"github.com/tailsplice/tailsplice/userspace/filestamp"
 )
 
 // TestLoadTeaches checks that each thing that is wrong with files is refused
@@ -430,7 +431,7 @@ func TestFollowsFiles(t *testing.T) {
 
 	// One file after the other, with a pause in which they don't match.
 	write(t, spec.Cert, next.certPEM)
-	time.Sleep(Interval + Interval/2)
+	time.Sleep(filestamp.Every + filestamp.Every/2)
 	if got := served(t, addr, "example.org"); !got.Equal(old.cert) {
 		t.Fatal("served a certificate without its key")
 	}
@@ -443,7 +444,7 @@ func TestFollowsFiles(t *testing.T) {
 	// Broken for good: the old one stays, the log says it once.
 	write(t, spec.Cert, []byte("rubbish\n"))
 	eventually(t, "the log says why", func() bool { return strings.Contains(log.String(), "is not PEM") })
-	time.Sleep(2 * Interval)
+	time.Sleep(2 * filestamp.Every)
 	if n := strings.Count(log.String(), "is not PEM"); n != 1 {
 		t.Errorf("logged %d times:\n%s", n, log.String())
 	}

@@ -4,6 +4,8 @@ import (
 	"io/fs"
 	"os"
 	"time"
+
+	"github.com/tailsplice/tailsplice/userspace/filestamp"
 )
 
 // stamp is how a pair's files look from outside: what changes whenever somebody
@@ -20,16 +22,7 @@ func stampOf(spec Spec) stamp {
 	return s
 }
 
-func (s stamp) same(o stamp) bool { return sameFile(s[0], o[0]) && sameFile(s[1], o[1]) }
-
-// sameFile says whether nobody has written or replaced a file between two looks, or it was missing both
-// times.
-func sameFile(a, b fs.FileInfo) bool {
-	if a == nil || b == nil {
-		return a == nil && b == nil
-	}
-	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size() && a.Mode() == b.Mode()
-}
+func (s stamp) same(o stamp) bool { return filestamp.Same(s[0], o[0]) && filestamp.Same(s[1], o[1]) }
 
 // watch is what Run remembers between two looks.
 type watch struct {

@@ -40,7 +40,7 @@ func TestCrash(t *testing.T) {
 	m := boot(t, w.EdgeA)
 	m.write(t, "etc/tailsplice/tailsplice.yaml", crashConfig)
 	// A busy machine may keep the daemon waiting for seconds.
-	m.write(t, "etc/systemd/system/tailsplice.service.d/watchdog.conf", "[Service]\nWatchdogSec=15\nStartLimitIntervalSec=0\n")
+	m.write(t, "etc/systemd/system/tailsplice.service.d/watchdog.conf", "[Service]\nWatchdogSec=15\n")
 	target, err := w.EdgeA.Listen("tcp", "127.0.0.1:7000")
 	if err != nil {
 		t.Fatal(err)

@@ -39,7 +39,7 @@ listeners:
   - { name: http2, listen: [":9104"], mode: https, certificates: [{ files: %[3]s }], default: { forward: %[2]q, upstream: { protocol: h2c } } }
 limits: { connections_per_source: 100000, requests_per_source: 4096 }
 `, target("7000"), target("7001"), certificate(t, w, m)))
-	m.write(t, "etc/systemd/system/tailsplice.service.d/limits.conf", "[Service]\nStartLimitIntervalSec=0\nWatchdogSec=60\n")
+	m.write(t, "etc/systemd/system/tailsplice.service.d/limits.conf", "[Service]\nWatchdogSec=60\n")
 	sendBack(t, w.Client, "7000")
 	answerAlike(t, w.Client, "7001")
 	m.restart(t)

@@ -153,6 +153,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	defer loops.Close()
 	datapaths.options.Handed, datapaths.options.Held = from.Take(ofServer(cfg)), true
 	datapaths.options.Orders, datapaths.options.More = orders, more
+	datapaths.options.Replaces = old != nil
 	datapaths.options.Moved, datapaths.options.KeepsFlows = d.keeper.wake, d.keeper.store.Keeps()
 	datapaths.options.Loops, datapaths.options.Relay, datapaths.options.RaiseFiles = loops, relay.New(loops), raiseFileLimit
 	defer datapaths.options.Relay.Close()

@@ -19,6 +19,7 @@ import (
 type Table struct {
 	trie bart.Lite
 	none bool // its file says that nobody is meant
+	all  bool // its file has not been read: whom it means is not known
 }
 
 // NewTable makes a table of prefixes.
@@ -33,7 +34,7 @@ func NewTable(prefixes ...netip.Prefix) *Table {
 // Contains reports whether a is in one of the prefixes. An IPv4 address mapped into IPv6 is the IPv4 address,
 // and zones don't count.
 func (t *Table) Contains(a netip.Addr) bool {
-	return t != nil && t.trie.Contains(a.Unmap().WithZone(""))
+	return t != nil && (t.all || t.trie.Contains(a.Unmap().WithZone("")))
 }
 
 // Len is how many different prefixes there are.

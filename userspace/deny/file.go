@@ -39,23 +39,68 @@ type File struct {
 // configuration, nil for none: it stays where the file has become empty. The caller closes.
 func Open(name string, parse Parse, log *slog.Logger, before *Table) (*File, error) {
 	f := &File{name: name, parse: parse, log: log, done: make(chan struct{})}
-	info, err := os.Stat(name) // before reading: a change meanwhile is seen later
-	if err != nil {
+	if err := f.begin(before); err != nil {
 		return nil, err
 	}
+	return f, nil
+}
+
+// Await is Open for a file that may be mended later: as long as it can't be read it denies everybody, and
+// Problem says why.
+func Await(name string, parse Parse, log *slog.Logger) *File {
+	f := &File{name: name, parse: parse, log: log, done: make(chan struct{})}
+	err := f.begin(nil)
+	if err == nil {
+		return f
+	}
+	log.Error("a file of denied prefixes can't be used: "+everybodyDenied, "file", name, "err", err)
+	f.table.Store(&Table{all: true})
+	f.bad, f.missing = err, errors.Is(err, fs.ErrNotExist)
+	f.publish()
+	go f.follow()
+	return f
+}
+
+// Check says what is wrong with a file that is to be opened, or that it has no prefix without saying so.
+func Check(name string, parse Parse) error {
+	f := &File{name: name}
 	t, err := readFile(name, parse)
+	if err == nil {
+		f.use(t)
+		err = f.bad
+	}
+	return err
+}
+
+const everybodyDenied = "everybody is denied until it can be"
+
+// begin reads the file and follows it, or says why it can't.
+func (f *File) begin(before *Table) error {
+	info, err := os.Stat(f.name) // before reading: a change meanwhile is seen later
 	if err != nil {
-		return nil, err
+		return err
+	}
+	t, err := readFile(f.name, f.parse)
+	if err != nil {
+		return err
 	}
 	f.table.Store(before)
 	f.stamp = info
 	f.use(t)
 	if f.bad != nil {
-		log.Warn("a file of denied prefixes is empty", "file", name, "err", f.bad)
+		f.log.Warn("a file of denied prefixes is empty", "file", f.name, "err", f.bad)
 	}
 	f.publish()
 	go f.follow()
-	return f, nil
+	return nil
+}
+
+// meanwhile says who is denied while the file can't be used.
+func (f *File) meanwhile() string {
+	if f.IsUnread() {
+		return everybodyDenied
+	}
+	return "the previous ones stay in force"
 }
 
 // use takes what the file has. A file that was emptied, by a full disk or a script that failed half-way, must
@@ -101,6 +146,9 @@ func (f *File) Table() *Table { return f.table.Load() }
 // Contains reports whether a is in one of the file's prefixes.
 func (f *File) Contains(a netip.Addr) bool { return f.table.Load().Contains(a) }
 
+// IsUnread reports whether the file could never be read, so that everybody is denied.
+func (f *File) IsUnread() bool { return f.table.Load().all }
+
 // Len is how many different prefixes the file has.
 func (f *File) Len() int { return f.table.Load().Len() }
 
@@ -126,8 +174,7 @@ func (f *File) look() {
 	now, err := os.Stat(f.name)
 	if err != nil {
 		if !f.missing {
-			f.log.Error("a file of denied prefixes can't be read: the previous ones stay in force",
-				"file", f.name, "err", err)
+			f.log.Error("a file of denied prefixes can't be read: "+f.meanwhile(), "file", f.name, "err", err)
 			f.problem.Store(&err)
 		}
 		f.missing, f.changed = true, nil
@@ -151,8 +198,7 @@ func (f *File) look() {
 	switch {
 	case err != nil:
 		if f.bad == nil || f.bad.Error() != err.Error() {
-			f.log.Error("a file of denied prefixes can't be used as it is: the previous ones stay in force",
-				"file", f.name, "err", err)
+			f.log.Error("a file of denied prefixes can't be used as it is: "+f.meanwhile(), "file", f.name, "err", err)
 		}
 		f.bad = err
 		if _, failed := errors.AsType[*fs.PathError](err); failed {

@@ -65,6 +65,7 @@ const (
 	UseSocket                 // it is a unix socket
 	UseCertificate            // it is read with its key
 	UseKey                    // it is read with its certificate
+	UseDeny                   // it has denied prefixes
 )
 
 // NeedsOf finds what cfg needs.
@@ -167,6 +168,9 @@ func (n *Needs) listener(cfg *config.Config, l *config.Listener) {
 		if config.OnTailnet(a) {
 			n.Listens = append(n.Listens, a)
 		}
+	}
+	for _, d := range l.Deny {
+		n.file(d.File, d.At("file"), UseDeny)
 	}
 	for _, c := range l.Certificates {
 		n.certificate(c)

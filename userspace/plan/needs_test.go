@@ -19,6 +19,22 @@ func parse(t *testing.T, listeners string) *config.Config {
 	return cfg
 }
 
+// TestThings: each file of denied prefixes is looked at once.
+func TestThings(t *testing.T) {
+	n := NeedsOf(parse(t, `listeners:
+  - { listen: ":1", mode: tcp, deny: [192.0.2.1, { file: /a.txt }], default: { forward: "192.0.2.1:1" } }
+  - { listen: ":2", mode: http, deny: [{ file: /a.txt }, { file: /b.txt }], default: { forward: "192.0.2.1:1" } }`))
+	var got []string
+	for _, thing := range n.Things {
+		if thing.Kind == ThingFile && thing.Use == UseDeny {
+			got = append(got, fmt.Sprintf("%s:%d", thing.Name, thing.At.Line))
+		}
+	}
+	if s := strings.Join(got, " "); s != "/a.txt:3 /b.txt:4" {
+		t.Errorf("%s", s)
+	}
+}
+
 // TestNeeds: each need is found wherever a configuration may have it, and nowhere else.
 func TestNeeds(t *testing.T) {
 	for _, c := range []struct{ what, listener, want string }{

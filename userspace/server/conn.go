@@ -229,8 +229,8 @@ func (in *conn) hear(h *proxyheader.Header) error {
 		}
 	}
 	if in.client != in.peer {
-		if a := in.client.Addr(); in.service.deny.has(a) { // whoever it is
-			return &deniedError{a}
+		if err := in.service.deny.refuse(in.client.Addr()); err != nil { // whoever it is
+			return err
 		}
 	}
 	if in.client != in.peer && in.unknown == nil {

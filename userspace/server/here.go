@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/deny"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
@@ -86,6 +87,8 @@ func (h *here) lookFile(t plan.Thing) error {
 		return isSocket(t.Name)
 	case plan.UseRead:
 		return canRead(t.Name)
+	case plan.UseDeny:
+		return cause(deny.Check(t.Name, config.ParsePrefix))
 	case plan.UseWrite:
 		return canWrite(t.Name)
 	case plan.UseFolder:

@@ -30,7 +30,7 @@ const (
 	PartDatapath    = "datapath"    // that a route names, and flows go by userspace until it is there
 	PartTransparent = "transparent" // that targets see this host's address without
 	PartContainers  = "containers"  // that dockerd can't be asked for
-	PartDeny        = "deny"        // a file that is not in force as it is
+	PartDeny        = "deny"        // a file that is not in force as it is; of a listener: nobody is let in without it
 	PartACME        = "acme"        // a name whose certificate can't be had now
 	PartAnnounce    = "announce"    // by which others can't be told
 )
@@ -42,7 +42,8 @@ var parts = []string{PartAddress, PartCertificate, PartDefault, PartTailnet, Par
 // should take. A problem of ACME leaves it ready: a load balancer that sends it no connections would keep out
 // those by which the authority checks names.
 func (p Problem) Unready() bool {
-	return p.Part == PartAddress || p.Part == PartCertificate || p.Part == PartDefault
+	return p.Part == PartAddress || p.Part == PartCertificate || p.Part == PartDefault ||
+		p.Part == PartDeny && p.Listener != ""
 }
 
 // String is p in a line.
@@ -105,6 +106,7 @@ func (srv *Server) problems() []Problem {
 			_, _, err := l.announcer.State()
 			all.add(PartAnnounce, c.Name, "", err)
 		}
+		all = append(all, l.service.Load().deny.problems(c.Name)...)
 		if r := l.service.Load().Fallback; r != nil {
 			all.add(PartDefault, c.Name, r.Written, l.gate.closed())
 		}
@@ -119,7 +121,9 @@ func (srv *Server) problems() []Problem {
 		all.add(PartAccessLog, "", l.File(), l.Problem())
 	}
 	for _, file := range srv.denyFiles {
-		all.add(PartDeny, "", file.Name(), file.Problem())
+		if !file.IsUnread() {
+			all.add(PartDeny, "", file.Name(), file.Problem())
+		}
 	}
 	all.add(PartHealth, "", srv.plan.Config.Control.Health, srv.healthErr)
 	for _, d := range srv.datapaths() {

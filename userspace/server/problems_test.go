@@ -182,6 +182,8 @@ func TestNothingServes(t *testing.T) {
 		{"one of each", fmt.Sprintf(`listeners: [ { name: a, listen: [%q], mode: https, certificates: [ { files: { cert: %q, key: %q } } ],
   default: { forward: "127.0.0.1:9" } }, { name: b, listen: [%q], mode: https, certificates: [ { files: { cert: /none.pem, key: /none.key } } ],
   default: { forward: "127.0.0.1:9" } } ]`, taken, certFile, keyFile, freeAddr(t)), []string{`listener "a": listen on`, `listener "b": /none.pem`}},
+		{"no file of denied prefixes", fmt.Sprintf(`listeners: [ { name: a, listen: [%q], mode: tcp, deny: [ { file: /none.txt } ],
+  default: { forward: "127.0.0.1:9" } } ]`, freeAddr(t)), []string{`deny /none.txt of listener a: everybody is denied until it can be read: no such file`}},
 	} {
 		f, err := New(parse(t, c.yaml), discard())
 		if err == nil {

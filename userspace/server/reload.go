@@ -98,7 +98,7 @@ func (srv *Server) prepare(c *change, cfg *config.Config) (err error) {
 	if err := errors.Join(wrong, err); err != nil {
 		return err
 	}
-	if c.denials, c.denyFiles, err = srv.openDenials(cfg); err != nil {
+	if c.denials, c.denyFiles, err = srv.openDenials(cfg, c.starts); err != nil {
 		return err
 	}
 	if c.logs, c.freshLogs, err = srv.openLogs(cfg.File, p.Needs.AccessLogs, c.starts); err != nil {
@@ -260,6 +260,10 @@ func (srv *Server) nothingServes() error {
 		if l.certs != nil && !l.certs.Usable() {
 			for _, cert := range l.certs.Certificates() {
 				errs = append(errs, fmt.Errorf("listener %q: %s", c.Name, cert.Problem))
+			}
+		} else if unread := l.service.Load().deny.problems(c.Name); len(unread) > 0 {
+			for _, p := range unread {
+				errs = append(errs, errors.New(p.String()))
 			}
 		} else if !l.drained.IsZero() || c.WhileDown == whileDownClose || srv.mayServe(l, c.Listen) {
 			return nil

@@ -193,6 +193,103 @@ func TestDenyBehindProxy(t *testing.T) {
 	}
 }
 
+// TestDenyManyPrefixes: a daemon that runs takes a file of 200,000 prefixes in, up to the last of them.
+func TestDenyManyPrefixes(t *testing.T) {
+	const prefixes = 200_000
+	file, addr := filepath.Join(t.TempDir(), "deny.txt"), freeAddr(t)
+	if err := os.WriteFile(file, []byte("# none\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: %q, mode: tcp, deny: [ { file: %q } ], default: { forward: %q } } ]`,
+		addr, file, backend(t, echo)))
+	if err := comeFrom(t, addr, "127.0.0.2", ""); err != nil {
+		t.Fatal(err)
+	}
+	var text strings.Builder
+	for i := range prefixes - 1 {
+		fmt.Fprintf(&text, "10.%d.%d.%d/32\n", i>>16, i>>8&0xff, i&0xff)
+	}
+	text.WriteString("127.0.0.2\n")
+	if err := os.WriteFile(file+".new", []byte(text.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(file+".new", file); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "whom the last line names is denied", func() bool { return comeFrom(t, addr, "127.0.0.2", "") != nil })
+	if err := comeFrom(t, addr, "127.0.0.1", ""); err != nil {
+		t.Errorf("whom no line names: %v", err)
+	}
+	if n := d.log.Count(fmt.Sprintf("prefixes=%d", prefixes)); n != 1 {
+		t.Errorf("the log says %d times that all are read", n)
+	}
+}
+
+// TestDenyFileUnread: where a file of denied prefixes can't be read when the daemon starts, who uses it lets in
+// nobody until it can, and the others serve. An upgrade, and a reload with another such file, are refused.
+func TestDenyFileUnread(t *testing.T) {
+	for _, first := range []string{"", "192.0.2.1\n192.0.2.0/8\n"} { // missing, and with a wrong line
+		t.Run(fmt.Sprintf("%q", first), func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "deny.txt")
+			write := func(text string) {
+				t.Helper()
+				if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if first != "" {
+				write(first)
+			}
+			shut, open, back := freeAddr(t), freeAddr(t), backend(t, echo)
+			yaml := fmt.Sprintf(`listeners:
+  - { name: shut, listen: %q, mode: tcp, accept_proxy: { from: 127.0.0.3 }, deny: [{ file: %q }], default: { forward: %q } }
+  - { name: open, listen: %q, mode: tcp, deny: [192.0.2.1], default: { forward: %q } }
+`, shut, file, back, open, back)
+			d := start(t, yaml)
+			for _, client := range []string{"", "198.51.100.7"} { // the hop itself, and whom it speaks for
+				if err := comeFrom(t, shut, "127.0.0.3", client); !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("while nobody knows who is denied: %v, want a reset", err)
+				}
+			}
+			if n := d.refused(denied); n != 2 || !strings.Contains(d.log.String(), "deny may name 127.0.0.3: "+file) {
+				t.Errorf("denied: %d, want 2", n)
+			}
+			if err := comeFrom(t, open, "127.0.0.1", ""); err != nil {
+				t.Errorf("the other listener: %v", err)
+			}
+			if !d.has(PartDeny, file, "everybody is denied until it can be read: ") || len(d.Problems()) != 1 || d.Ready().Ready {
+				t.Errorf("the problems: %q, ready: %v", d.Problems(), d.Ready().Ready)
+			}
+			if err := d.Reload(parse(t, yaml)); err != nil {
+				t.Errorf("a reload while the daemon does without it: %v", err)
+			}
+			if err := d.Reload(parse(t, strings.Replace(yaml, "192.0.2.1", "{ file: /none.txt }", 1))); err == nil {
+				t.Error("a reload with another file that is missing")
+			}
+			o := discard()
+			o.Replaces = true
+			if srv, err := New(parse(t, yaml), o); err == nil || !strings.Contains(err.Error(), "test.yaml:2:") {
+				t.Errorf("an upgrade: %v", err)
+				if err == nil {
+					srv.Close()
+				}
+			}
+
+			write("198.51.100.0/24\n")
+			eventually(t, "the file is read", func() bool { return len(d.Problems()) == 0 })
+			if err := comeFrom(t, shut, "127.0.0.3", "192.0.2.9"); err != nil || !d.Ready().Ready {
+				t.Errorf("whom the file does not name: %v; ready: %v", err, d.Ready().Ready)
+			}
+			if err := comeFrom(t, shut, "127.0.0.3", "198.51.100.7"); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("whom the file names: %v, want a reset", err)
+			}
+			if n := d.log.Count("everybody is denied"); n != 3 { // at the start, and at each reload
+				t.Errorf("the log says %d times that everybody is denied, want 3", n)
+			}
+		})
+	}
+}
+
 // TestNewConnectionsPerSource: the rate is that of the peer, and behind a proxy that of each client, not the
 // proxy's.
 func TestNewConnectionsPerSource(t *testing.T) {

@@ -114,6 +114,9 @@ type Options struct {
 	Older func() bool
 	// KeepsFlows says that [Server.KeepFlows] will be called: what that needs costs each flow a little.
 	KeepsFlows bool
+	// Replaces says that a process that serves goes on if New fails: then a file of denied prefixes that can't
+	// be read is an error.
+	Replaces bool
 	// Moved is called when what [Server.Bound] returns may have changed, or what is known of targets and
 	// containers of what [Server.Orders] does. It must not block, nor call the Server.
 	Moved func()
@@ -221,9 +224,10 @@ type present struct {
 }
 
 // New binds cfg's addresses and starts serving. What can be mended while the rest serves (an address that is
-// not there yet or whose port is taken, a certificate's file, the folder of an access log, no tailscaled, no
-// dockerd) is logged and tried again, and [Server.Problems] shows it. Where nothing of it would serve, and
-// for anything else that keeps a listener from working, it is an error, and nothing is left running.
+// not there yet or whose port is taken, a certificate's file, one of denied prefixes, the folder of an access
+// log, no tailscaled, no dockerd) is logged and tried again, and [Server.Problems] shows it. Where nothing of
+// it would serve, and for anything else that keeps a listener from working, it is an error, and nothing is
+// left running.
 func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv := &Server{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
 		present: present{listeners: map[string]*listener{}, sockets: map[string]*listenerSocket{}, missing: map[string]string{},

@@ -17,6 +17,7 @@ import (
 	"tailscale.com/ipn"
 	"tailscale.com/ipn/ipnstate"
 	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
 
 	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
@@ -49,6 +50,7 @@ type tailscaled struct {
 	asked  map[string]int // whois, by address
 	deaf   bool           // it takes requests and doesn't answer
 	noBus  bool           // nobody can follow it
+	lists  bool           // its status has nodes
 	moved  chan struct{}  // closed when the netmap changes
 	closed chan struct{}  // closed with the server
 }
@@ -137,9 +139,20 @@ func (ts *tailscaled) serveStatus(w http.ResponseWriter, r *http.Request) {
 	}
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
-	json.NewEncoder(w).Encode(ipnstate.Status{BackendState: ts.state, TUN: true, TailscaleIPs: ts.self,
+	st := ipnstate.Status{BackendState: ts.state, TUN: true, TailscaleIPs: ts.self,
 		CurrentTailnet: &ipnstate.TailnetStatus{MagicDNSSuffix: "tail.ts.net"},
-		Self:           &ipnstate.PeerStatus{ID: "self", NodeID: 1, DNSName: "laptop.tail.ts.net.", TailscaleIPs: ts.self}})
+		Self:           &ipnstate.PeerStatus{ID: "self", NodeID: 1, DNSName: "laptop.tail.ts.net.", TailscaleIPs: ts.self}}
+	if ts.lists {
+		st.Peer = map[key.NodePublic]*ipnstate.PeerStatus{}
+		for name, n := range ts.nodes {
+			p := &ipnstate.PeerStatus{ID: tailcfg.StableNodeID(name), DNSName: name + ".tail.ts.net."}
+			for _, a := range n.addrs {
+				p.TailscaleIPs = append(p.TailscaleIPs, netip.MustParseAddr(a))
+			}
+			st.Peer[key.NewNode().Public()] = p
+		}
+	}
+	json.NewEncoder(w).Encode(st)
 }
 
 func (ts *tailscaled) serveWhoIs(w http.ResponseWriter, r *http.Request) {

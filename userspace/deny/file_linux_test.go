@@ -3,13 +3,40 @@ package deny
 import (
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tailsplice/tailsplice/test/logs"
 )
+
+// TestReadsWithinASecond: 200,000 prefixes take less than a second of a CPU, however long a busy machine takes.
+func TestReadsWithinASecond(t *testing.T) {
+	text, most := lines(200_000), time.Second
+	if raceEnabled {
+		most *= 10
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cpu := func() time.Duration {
+		var now unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &now); err != nil {
+			t.Fatal(err)
+		}
+		return time.Duration(now.Nano())
+	}
+	began := cpu()
+	if _, err := read("deny.txt", strings.NewReader(text), parse); err != nil {
+		t.Fatal(err)
+	}
+	took := cpu() - began
+	if t.Logf("%v of CPU", took); took > most {
+		t.Errorf("reading them takes %v of CPU, want %v at most", took, most)
+	}
+}
 
 // TestNoDescriptors: a change that comes while strangers use all descriptors up is read when they have gone.
 func TestNoDescriptors(t *testing.T) {

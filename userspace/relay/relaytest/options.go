@@ -133,7 +133,7 @@ func bufferBound(t *testing.T, p Path, s Size) {
 	if p.NoReset {
 		return // TCP_INFO is what we measure by
 	}
-	for _, bound := range []int64{4 << 10, 64 << 10, 200 << 10, relay.DefaultBuffer} {
+	for _, bound := range []int64{4 << 10, 64 << 10, 200 << 10, 1 << 20, relay.DefaultBuffer} {
 		for _, role := range []string{"client", "server"} {
 			f := p.Connect(t)
 			from, to, src, dst := f.Client, f.Server, f.Down, f.Up
@@ -160,7 +160,8 @@ func bufferBound(t *testing.T, p Path, s Size) {
 	}
 }
 
-// stalledCost: flows whose readers have stopped, both ways, wake nobody.
+// stalledCost: flows whose readers have stopped, both ways, wake nobody. What is allowed is what the process
+// does by itself, however many they are.
 func stalledCost(t *testing.T, p Path, s Size) {
 	var flows []*Flow
 	for range s.Stalled {
@@ -193,7 +194,7 @@ func stalledCost(t *testing.T, p Path, s Size) {
 	now := takeEffort()
 	// The CPU time says little: a slow machine, or one that others use, makes it longer.
 	isMuch := func(e effort) bool {
-		return e.wakes > 2*int64(s.Stalled) || e.goroutines > int64(s.Stalled) || e.cpu > span/4
+		return e.wakes > 40 || e.goroutines > 20 || e.cpu > span/4
 	}
 	took := effort{wakes: math.MaxInt64}
 	// The buffers take a while to fill.

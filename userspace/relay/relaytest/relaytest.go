@@ -125,7 +125,7 @@ func DefaultSize() Size {
 			Rounds: 20000, Repeat: 20, Stop: 30 * time.Second, Stalled: 200, Slow: true}
 	}
 	return Size{Big: 32 << 20, Behind: 32 << 20, Random: 20, Short: 1000, Concurrent: 100, Flow: 256 << 10,
-		Rounds: 1000, Repeat: 3, Stop: 300 * time.Millisecond, Stalled: 20, Slow: true}
+		Rounds: 1000, Repeat: 3, Stop: 300 * time.Millisecond, Stalled: 60, Slow: true}
 }
 
 // SmallSize is for the paths that differ little from one that DefaultSize has been through.

@@ -91,7 +91,8 @@ func TestProxyHeaderCut(t *testing.T) {
 	addrs := map[string]string{}
 	for _, mode := range []string{"sni", "tcp"} {
 		for trust, more := range map[string]string{"": "",
-			"trusting ": ", accept_proxy: { from: [127.0.0.0/8] }, allow: [198.51.100.7, 2001:db8::/64]"} {
+			"trusting ": ", accept_proxy: { from: [127.0.0.0/8] }, allow: [198.51.100.7, 2001:db8::/64]",
+			"open ":     ", accept_proxy: { from: [127.0.0.0/8] }"} {
 			addrs[trust+mode] = freeAddr(t)
 			config += fmt.Sprintf("- { name: %s, listen: %q, mode: %s%s, default: { forward: %q, send_proxy: v2 } }\n",
 				strings.ReplaceAll(trust+mode, " ", "-"), addrs[trust+mode], mode, more, target)
@@ -169,6 +170,26 @@ func TestProxyHeaderCut(t *testing.T) {
 			}
 		}
 	}
+	// Where a header names no client, no address that it has in it is passed on. That of a process on this host
+	// is where the header says that the connection is its own.
+	own := regexp.MustCompile(`client 127\.0\.0\.1:\d+, to ` + addrs["open sni"] + ",")
+	for name, header := range map[string][]byte{"v1 UNKNOWN": []byte("PROXY UNKNOWN\r\n"), "PROXY, UNSPEC": headerV2(0x21, 0),
+		"PROXY, UNSPEC, with a TLV": headerV2(0x21, 0, tlv(4, "\x00\x00\x00")), "LOCAL, UNSPEC": headerV2(0x20, 0),
+		"LOCAL with addresses": headerV2(0x20, 0x11, fromClient4), "LOCAL with nonsense": headerV2(0x20, 0, []byte{1, 2, 3})} {
+		who := "client invalid AddrPort, to invalid AddrPort,"
+		if strings.HasPrefix(name, "LOCAL") {
+			who = "its own,"
+		}
+		for cut := range header {
+			got := visit(addrs["open sni"], header[:cut], slices.Concat(header[cut:], hello),
+				func() bool { return d.partialBytes.Load() == int64(cut) })
+			got = own.ReplaceAllString(got, "its own,")
+			want := fmt.Sprintf(`%s local false, name "a.test", path %q, %x, <nil>`, who, pathIn(got), hello)
+			if got != want || pathIn(got) == "" {
+				t.Fatalf("%s, cut at %d of %d: the target says\n%s, want\n%s", name, cut, len(header), got, want)
+			}
+		}
+	}
 	if n, y := d.partialBytes.Load(), d.limiter.Yielding(); n != 0 || y != 0 {
 		t.Errorf("%d bytes and %d connections wait yet", n, y)
 	}
@@ -242,7 +263,7 @@ listeners:
 	peers := []string{"192.0.2.9:9", "203.0.113.9:9", "198.51.100.9:9", "100.64.0.3:9", "[fd7a:115c:a1e0::4]:9",
 		"100.64.0.5:9", "100.64.0.99:9"}
 	prefaces := [][]byte{nil, proxiedHeaders[0].header, []byte("PROXY TCP4 203.0.113.7 192.0.2.80 4321 443\r\n"),
-		[]byte("PROXY UNKNOWN\r\n"), proxiedHeaders[4].header, headerV2(0x20, 0), from("100.64.0.5:1"), from("[fd7a:115c:a1e0::6]:1"),
+		[]byte("PROXY UNKNOWN\r\n"), proxiedHeaders[4].header, headerV2(0x20, 0), headerV2(0x21, 0), headerV2(0x20, 0x11, fromClient4), from("100.64.0.5:1"), from("[fd7a:115c:a1e0::6]:1"),
 		from("100.64.0.4:1"), from("100.64.0.98:1"), from("192.0.2.10:1"),
 		slices.Concat(from("198.51.100.7:1"), from("198.51.100.8:1")), // the second is data
 		headerV2(0x21, 0x11, fromClient4, tlv(4, strings.Repeat("x", proxyheader.MaxBytes))),

@@ -66,6 +66,7 @@ type lasting struct {
 	rest     []byte // read from it, and not yet written
 	isTried  bool   // its stream is on trial no more: see trial_linux.go
 	isSpared bool   // what is written on trial is kept short
+	isShrunk bool   // see shrink: for its pump
 }
 
 // A flow is two sides, and who has it: see state.

@@ -14,6 +14,7 @@ import (
 type holding struct {
 	short     atomic.Bool  // of memory
 	scarceTCP atomic.Bool  // memory of TCP
+	saves     atomic.Bool  // sockets' buffers are to grow no more
 	piped     atomic.Int64 // bytes in this process and its pipes that pumps have no room for
 	sweep     atomic.Int64 // the number of the last MeasureHeld
 

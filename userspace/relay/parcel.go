@@ -255,8 +255,7 @@ func (r *Relay) Resume(ctx context.Context, p *Parcel, o Options, done func(Resu
 	f.seen, f.since = p.UpBytes+p.DownBytes, sinceHere(p.IdleSince)
 	f.down.unpack(p.Down, p.Up)
 	f.up.unpack(p.Up, p.Down)
-	unspare(p.Down.Conn) // whose process may have died
-	unspare(p.Up.Conn)
+	ungrown(p.Down.Conn, p.Up.Conn) // their process may have died
 	isOver := f.down.state == ended && f.up.state == ended
 	if !isOver && f.beginBare(p) {
 		return

@@ -59,6 +59,7 @@ func (p *pump) run() (bad *side, err error) {
 		p.relay.pipes.close(p.pipe) // there are bytes in it
 	}
 	p.src.hold(0)
+	p.src.grow()
 	return p.bad, p.err
 }
 
@@ -75,6 +76,9 @@ func (p *pump) turn(fd uintptr) (done bool) {
 		if p.src.flow.stops.Load() {
 			p.fail("read from", p.src, os.ErrDeadlineExceeded)
 			return true
+		}
+		if saves := p.relay.holding.saves.Load(); saves != p.src.isShrunk {
+			p.src.shrink(saves, int(fd), p.dst)
 		}
 		var n int
 		var err error

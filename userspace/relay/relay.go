@@ -19,6 +19,7 @@
 //	onloop_linux.go  a flow on a loop: from its first bytes until it is detached or has ended
 //	trial_linux.go   how much is read of a side at once, until its other side's reader is seen to read
 //	pump_linux.go    a goroutine for a direction: reads and writes, or splice(2) through a pipe
+//	shrink_linux.go  how sockets' buffers are kept from growing while memory is short
 //	pipe_linux.go    the pipes
 //	copy.go          a goroutine for a direction, for connections that are no bare sockets
 //	park.go          timers, and sides that wait without a goroutine

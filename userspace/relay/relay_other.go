@@ -51,6 +51,7 @@ func (*flow) depart()                       {}
 func (*flow) beginBare(*Parcel) bool        { return false }
 func pollable(c net.Conn) net.Conn          { return c }
 func unspare(net.Conn)                      {}
+func ungrown(_, _ net.Conn)                 {}
 func unread(net.Conn) int                   { return 0 }
 func (*side) keepUrgent()                   {}
 func (*side) gone() bool                    { return false }
@@ -59,6 +60,7 @@ func (*side) refuses() bool                 { return true }
 func (*side) takeError() error              { return nil }
 func (*Relay) LimitPipes(int)               {}
 func (*Relay) SaveMemory(bool)              {}
+func (*Relay) SaveSockets(bool)             {}
 func (*Relay) SpareTCP(bool)                {}
 func (*Relay) Piped() int64                 { return 0 }
 func (*Relay) MeasureHeld(time.Time)        {}

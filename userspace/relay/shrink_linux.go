@@ -1,0 +1,69 @@
+package relay
+
+import (
+	"net"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailsplice/tailsplice/tcpsock"
+)
+
+// What a flow holds for a reader that stops is, for the most part, as much as its sockets had grown to before.
+// It can't be taken back afterwards. So while memory is short the sockets of directions past their trial grow
+// no more: measured over veth, 20 readers that stopped after 8 MB left 2.5 MB each instead of 28. The receive
+// buffer stays as large as it is, since the sender may send what it was offered, and what has no room is
+// dropped, and comes again by a timer.
+
+// shrunkUnsent is what a reader may be written beyond what TCP can send, in bytes, while memory is short.
+const shrunkUnsent = 128 << 10
+
+// SaveSockets says whether memory is short: then buffers of sockets grow no more.
+func (r *Relay) SaveSockets(isShort bool) { r.holding.saves.Store(isShort) }
+
+// shrink has the receive buffer of s, and the send queue of dst, grow no more, or grow again. It is for the
+// pump of s.
+func (s *side) shrink(isShort bool, fd int, dst *side) {
+	if isShort && !s.isTried {
+		return
+	}
+	s.isShrunk = isShort
+	unsent := 0 // what the sysctl says
+	if isShort {
+		unsent = shrunkUnsent
+	}
+	lockReceive(fd, isShort)
+	dst.control(func(fd int) { _ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, unsent) })
+}
+
+// grow undoes shrink, for whoever has s next.
+func (s *side) grow() {
+	if s.isShrunk {
+		s.control(func(fd int) { s.shrink(false, fd, s.other()) })
+	}
+}
+
+// lockReceive makes the kernel leave the size of a socket's receive buffer as it is, or choose it. It needs
+// Linux 5.14.
+func lockReceive(fd int, on bool) {
+	locks, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BUF_LOCK)
+	if err != nil {
+		return
+	}
+	locks &^= unix.SOCK_RCVBUF_LOCK
+	if on {
+		locks |= unix.SOCK_RCVBUF_LOCK
+	}
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BUF_LOCK, locks)
+}
+
+// ungrown undoes what trials and shrink have left on the sockets of a flow whose process may have died.
+func ungrown(down, up net.Conn) {
+	for _, c := range [][2]net.Conn{{down, up}, {up, down}} {
+		unsent := 0
+		tcpsock.Control(c[0], func(fd int) { unsent, _ = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT) })
+		if unsent == shrunkUnsent {
+			tcpsock.Control(c[1], func(fd int) { lockReceive(fd, false) })
+		}
+		unspare(c[0])
+	}
+}

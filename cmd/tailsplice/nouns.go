@@ -206,6 +206,10 @@ func printStatus(w io.Writer, s server.Status, now time.Time) {
 	if s.Held > 0 {
 		fmt.Fprintf(w, "connections and requests that wait for a target: %d\n", s.Held)
 	}
+	if m := s.Memory; m != nil {
+		printMemory(w, "memory", m.Used, m.Budget, m.Saving)
+		printMemory(w, "TCP's memory", m.TCPUsed, m.TCPBudget, m.TCPSaving)
+	}
 	for _, o := range s.Older {
 		fmt.Fprintf(w, "older process %d, tailsplice %s: %s (%s) left, until %s\n", o.PID, o.Version,
 			plural(o.Connections, "connection"), plural(o.Flows, "flow"), o.Deadline.UTC().Format("2006-01-02 15:04:05 MST"))
@@ -236,6 +240,18 @@ func printStatus(w io.Writer, s server.Status, now time.Time) {
 	printCounts(w, "dial errors", s.DialErrors)
 	printCounts(w, "refused or given back by a datapath", s.Demoted)
 	printCounts(w, "not transparent", s.NotTransparent)
+}
+
+// printMemory prints how much is taken of a budget; 0: it is not known.
+func printMemory(w io.Writer, what string, used, budget int64, isSaved bool) {
+	fmt.Fprintf(w, "%s: %s", what, bytes(used))
+	if budget > 0 {
+		fmt.Fprintf(w, " of %s", bytes(budget))
+	}
+	if isSaved {
+		fmt.Fprint(w, ", buffers are small until it is less")
+	}
+	fmt.Fprintln(w)
 }
 
 func printListener(w io.Writer, l server.ListenerStatus) {

@@ -25,7 +25,7 @@ var one = State{
 	Traffic:   []Traffic{{Listener: "web"}, {Listener: "web", Route: "default"}},
 	Listeners: []Listener{{Name: "web"}}, Disabled: []string{"127.0.0.1:80"},
 	Datapaths: []Datapath{{}}, Targets: []Target{{}}, Certificates: []Certificate{{}}, ACME: []ACME{{}},
-	Problems: map[string]int{"address": 0},
+	Problems: map[string]int{"address": 0}, Memory: []Memory{{Budget: "memory"}},
 }
 
 // row is how the page writes a metric, but for the last column.

@@ -20,6 +20,14 @@ type State struct {
 	Certificates []Certificate
 	ACME         []ACME
 	Problems     map[string]int // by part, also those that have none
+	Memory       []Memory
+}
+
+// Memory is what is taken of a budget, in bytes.
+type Memory struct {
+	Budget      string // the word of flows_cut_total for it
+	Used, Total int64
+	Saving      bool // buffers are small because of it
 }
 
 // Traffic is what a route has moved until now, or with an empty Route a whole listener.
@@ -113,8 +121,15 @@ var (
 	acmeOK = desc("acme_ok", "1 if the last attempt to get the certificate of a name by ACME succeeded, 0 if it failed. "+
 		"A name whose first attempt has not ended is absent, and one of on_demand until it has a certificate."+namesBound,
 		"listener", "name")
-	problems = desc("problems", "Parts of the configuration that do not work now. tailsplice status and /readyz say "+
-		"what is wrong. The daemon is not ready while one of address, certificate or default is not 0.", "part")
+	memoryUsed = desc("memory_used_bytes", "Memory that is taken of the budget: of limits.memory by this process, its "+
+		"pipes and TCP sockets (those of its cgroup, or where none says it of the machine), of tcp_memory by all TCP "+
+		"sockets of the machine.", "budget")
+	memoryBudget = desc("memory_budget_bytes", "What there is of it: limits.memory, or the middle number of "+
+		"net.ipv4.tcp_mem. 0: not known.", "budget")
+	memorySaving = desc("memory_saving", "1 while so much of the budget is taken that less is buffered for each flow.", "budget")
+	problems     = desc("problems", "Parts of the configuration that do not work now. tailsplice status and /readyz say "+
+		"what is wrong. The daemon is not ready while one of address, certificate or default is not 0, or a file of deny "+
+		"could not be read at the start.", "part")
 )
 
 // collector shows what it is told at each scrape, so that all of one page is of one moment.
@@ -123,7 +138,8 @@ type collector func() State
 // Describe implements prometheus.Collector.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{flowsNow, requestsNow, heldNow, bytesTotal, routeFlows, routeBytes, drained, datapathOn, wanted,
-		datapathFlow, stalls, clamped, targetUp, targetChecks, targetConns, disabled, notAfter, acmeOK, problems} {
+		datapathFlow, stalls, clamped, targetUp, targetChecks, targetConns, disabled, notAfter, acmeOK, problems,
+		memoryUsed, memoryBudget, memorySaving} {
 		ch <- d
 	}
 }
@@ -178,6 +194,11 @@ func (now collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for _, a := range s.ACME[:min(len(s.ACME), MostNames)] {
 		gauge(acmeOK, bit(a.OK), a.Listener, a.Name)
+	}
+	for _, m := range s.Memory {
+		gauge(memoryUsed, float64(m.Used), m.Budget)
+		gauge(memoryBudget, float64(m.Total), m.Budget)
+		gauge(memorySaving, bit(m.Saving), m.Budget)
 	}
 	for part, n := range s.Problems {
 		gauge(problems, float64(n), part)

@@ -117,5 +117,7 @@ func portOwner(uint16) string { return "" }
 // followInterfaces does nothing here: a reload looks at the interfaces again.
 func (srv *Server) followInterfaces(context.Context) {}
 
-// watchMemory is for Linux: see memory_linux.go.
+// watchMemory and memoryStatus are for Linux: see memory_linux.go.
 func (srv *Server) watchMemory() {}
+
+func (srv *Server) memoryStatus(proc, cgroups string) *MemoryStatus { return nil }

@@ -66,6 +66,10 @@ func (srv *Server) state() metrics.State {
 		s.Traffic = append(s.Traffic, metrics.Traffic(t))
 	}
 	s.Targets = srv.targetStates()
+	if m := srv.memoryStatus("/proc", "/sys/fs/cgroup"); m != nil {
+		s.Memory = []metrics.Memory{{Budget: overMemory, Used: m.Used, Total: m.Budget, Saving: m.Saving},
+			{Budget: overTCPMemory, Used: m.TCPUsed, Total: m.TCPBudget, Saving: m.TCPSaving}}
+	}
 	for target := range srv.disabled.Since() {
 		s.Disabled = append(s.Disabled, target)
 	}

@@ -9,6 +9,21 @@ import (
 	"strings"
 )
 
+// overTCPMemory is why flows are ended where it is TCP's memory that is short.
+const overTCPMemory = "tcp_memory"
+
+// MemoryStatus is what is taken of the memory that flows may take, in bytes. Saving says that so much is that
+// less is buffered for each flow.
+type MemoryStatus struct {
+	Used   int64 `json:"used"`   // by this process, its pipes and TCP sockets
+	Budget int64 `json:"budget"` // limits.memory; 0: it is not known
+	Saving bool  `json:"saving"`
+
+	TCPUsed   int64 `json:"tcp_used"`   // by all TCP sockets of the machine
+	TCPBudget int64 `json:"tcp_budget"` // the middle number of net.ipv4.tcp_mem; 0: it is not known
+	TCPSaving bool  `json:"tcp_saving"`
+}
+
 // machineMemory is how much this process may have at most, in bytes: what the machine has, or one of the
 // cgroups that it is in may have. 0: it is not known.
 func machineMemory(proc, cgroups string) int64 {

@@ -123,6 +123,8 @@ func (srv *Server) watchMemory() {
 		case <-srv.ctx.Done():
 			timer.Stop()
 			srv.opts.Relay.SaveMemory(false)
+			srv.opts.Relay.SaveSockets(false)
+			srv.opts.Relay.SpareTCP(false)
 			return
 		case <-srv.memoryWake:
 		case <-timer.C:
@@ -139,7 +141,7 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 	srv := w.server
 	used, short := tcpsock.Memory(proc)
 	taken := used + srv.ownMemory()
-	srv.opts.Relay.SpareTCP(short > 0 && used >= short/4)
+	srv.spareTCP(short > 0 && used >= short/4, used, short)
 	mayBeShort, room := short > 0 && used >= short/2, roomOf(used, short)
 	if budget := srv.Memory(); budget > 0 {
 		mayBeShort, room = mayBeShort || taken >= budget/2, min(room, roomOf(taken, budget))
@@ -170,6 +172,50 @@ func (w *memoryWatch) glance(now time.Time, proc, cgroups string) (pause time.Du
 		return pause
 	}
 	return idleEvery
+}
+
+// saveMemory has the relay hold less for each flow, or as much as else, and says so.
+func (srv *Server) saveMemory(isShort bool, u memoryUse) {
+	srv.opts.Relay.SaveMemory(isShort && u.what == overMemory)
+	srv.opts.Relay.SaveSockets(isShort)
+	srv.savesMemory.Store(isShort && u.what == overMemory)
+	srv.savesTCP.Store(isShort && u.what != overMemory)
+	switch wasShort := srv.saves.Swap(isShort); {
+	case isShort && !wasShort:
+		srv.limited.Warn("memory_saving", "half of the memory is taken (limits.memory, net.ipv4.tcp_mem): "+
+			"buffers of flows grow no more until it is less", "what", u.what, "used", u.used, "total", u.total)
+	case wasShort && !isShort:
+		srv.limited.Info("memory_saved", "less than half of the memory is taken again: "+
+			"buffers of flows grow as they need", "what", u.what, "used", u.used, "total", u.total)
+	}
+}
+
+// spareTCP is saveMemory for what all sockets of the machine have of the kernel's memory for TCP, in bytes.
+func (srv *Server) spareTCP(isScarce bool, used, total int64) {
+	srv.opts.Relay.SpareTCP(isScarce)
+	switch wasScarce := srv.sparesTCP.Swap(isScarce); {
+	case isScarce && !wasScarce:
+		srv.limited.Info("tcp_sparing", "a quarter of TCP's memory is taken (net.ipv4.tcp_mem): "+
+			"readers that have not shown that they read are written less until it is less", "used", used, "total", total)
+	case wasScarce && !isScarce:
+		srv.limited.Info("tcp_spared", "less than a quarter of TCP's memory is taken again: "+
+			"readers are written as much as else", "used", used, "total", total)
+	}
+}
+
+// memoryStatus is what is taken now, as far as that is cheap to know: of sockets that no cgroup counts it is
+// what the last look has found to be ours, or at most as much as the machine has.
+func (srv *Server) memoryStatus(proc, cgroups string) *MemoryStatus {
+	used, short := tcpsock.Memory(proc)
+	own, ok := cgroupSockets(proc, cgroups)
+	if !ok {
+		own = used
+		if found := srv.socketsFound.Load(); found > 0 {
+			own = min(own, found)
+		}
+	}
+	return &MemoryStatus{Used: own + srv.ownMemory(), Budget: srv.Memory(), Saving: srv.savesMemory.Load(),
+		TCPUsed: used, TCPBudget: short, TCPSaving: srv.savesTCP.Load() || srv.sparesTCP.Load()}
 }
 
 // roomOf is how much more may be taken of what there is before flows have to be ended for it. 0: they may
@@ -231,17 +277,19 @@ func (srv *Server) memoryUse(proc, cgroups string) memoryUse {
 	used, short := tcpsock.Memory(proc)
 	own, ok := cgroupSockets(proc, cgroups)
 	rest, budget := srv.ownMemory(), srv.Memory()
-	targets := int64(0)
+	targets, found := int64(0), int64(0)
 	var sockets map[netip.AddrPort]tcpSocket
 	var held int64
 	switch {
 	case used >= short/2, !ok && budget > 0 && rest+used >= budget/2:
 		if held, targets, sockets = srv.socketMemory(proc); !ok {
 			own = min(used, held)
+			found = own
 		}
 	case !ok:
 		own = used // and it doesn't matter whose they are
 	}
+	srv.socketsFound.Store(found)
 	all := memoryUse{used: own + rest, total: budget, what: overMemory}
 	if tcp := tcpUse(used, min(used, own+targets), short); tcp.part() > all.part() {
 		all = tcp
@@ -262,7 +310,7 @@ func heldBy(sockets map[netip.AddrPort]tcpSocket) (sum int64) {
 // tcpUse is the use of what the kernel has for TCP, where all sockets of the machine hold used, and own of
 // that is ours. What others hold is none of ours to give back: ours is what they leave, but half in any case.
 func tcpUse(used, own, short int64) memoryUse {
-	return memoryUse{used: own, total: max(short-max(used-own, 0), short/2), what: "tcp_memory"}
+	return memoryUse{used: own, total: max(short-max(used-own, 0), short/2), what: overTCPMemory}
 }
 
 // socketMemory is about what the sockets of all connections hold, in bytes, accepted and dialled ones.
@@ -384,7 +432,7 @@ func (o owner) String() string {
 func (w *memoryWatch) look(now time.Time, u memoryUse) {
 	srv := w.server
 	w.isShort = u.over(1, 2)
-	srv.opts.Relay.SaveMemory(w.isShort && u.what == overMemory)
+	srv.saveMemory(w.isShort, u)
 	if w.isShort {
 		srv.keeping.giveBack()
 	} else {

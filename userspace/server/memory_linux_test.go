@@ -1023,6 +1023,48 @@ func TestWatchWakes(t *testing.T) {
 	}
 }
 
+// TestSavingIsSaid: that less is buffered is logged when it begins and when it ends, and is in status and metrics
+// beside what is taken.
+func TestSavingIsSaid(t *testing.T) {
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: "127.0.0.1:9" } } ]`, freeAddr(t)))
+	eventually(t, "the watch rests", d.memoryRests.Load)
+	w, now := &memoryWatch{server: d.Server}, time.Now()
+	says := func(memory, tcp bool) {
+		t.Helper()
+		m := d.Status().Memory
+		if m.Saving != memory || m.TCPSaving != tcp || m.Used < 1<<20 || m.Budget != d.Memory() {
+			t.Errorf("status has %+v, want %v, %v", *m, memory, tcp)
+		}
+		for budget, want := range map[string]bool{overMemory: memory, overTCPMemory: tcp} {
+			if got := d.scrape(fmt.Sprintf("tailsplice_memory_saving{budget=%q}", budget)); got != map[bool]string{false: "0", true: "1"}[want] {
+				t.Errorf("the metric of %s is %q, want %v", budget, got, want)
+			}
+		}
+		if got := d.scrape(`tailsplice_memory_budget_bytes{budget="memory"}`); got == "" || got == "0" {
+			t.Errorf("the budget's metric is %q", got)
+		}
+	}
+	says(false, false)
+	for range 2 {
+		w.look(now, memoryUse{used: 4 << 30, total: 8 << 30, what: overMemory})
+		says(true, false)
+	}
+	w.look(now, memoryUse{used: 3 << 30, total: 8 << 30, what: overMemory})
+	says(false, false)
+	w.look(now, memoryUse{used: 4 << 30, total: 8 << 30, what: overTCPMemory})
+	says(false, true)
+	w.look(now, memoryUse{used: 3 << 30, total: 8 << 30, what: overTCPMemory})
+	w.glance(now, fakeProc(t, 1<<20, 4<<20), t.TempDir())
+	says(false, true)
+	w.glance(now, fakeProc(t, 1<<19, 4<<20), t.TempDir())
+	says(false, false)
+	for _, line := range []string{"half of the memory is taken (", "less than half of the memory", "a quarter of TCP's memory is taken ", "less than a quarter"} {
+		if n := d.log.Count("\"" + line); n != 1 {
+			t.Errorf("%q is logged %d times", line, n)
+		}
+	}
+}
+
 // TestEndsBothSides: what is held at the other side of a flow that is ended is given back at once as well, and
 // counts, so that no more flows are ended than have to be.
 func TestEndsBothSides(t *testing.T) {

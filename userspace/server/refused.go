@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"net/netip"
@@ -63,7 +64,11 @@ type lines struct {
 	omitted int
 }
 
-func (c *rateLimited) Warn(kind, msg string, args ...any) {
+func (c *rateLimited) Warn(kind, msg string, args ...any) { c.line(slog.LevelWarn, kind, msg, args) }
+
+func (c *rateLimited) Info(kind, msg string, args ...any) { c.line(slog.LevelInfo, kind, msg, args) }
+
+func (c *rateLimited) line(level slog.Level, kind, msg string, args []any) {
 	c.mu.Lock()
 	l := c.last[kind]
 	if l == nil {
@@ -81,7 +86,7 @@ func (c *rateLimited) Warn(kind, msg string, args ...any) {
 	if omitted > 0 {
 		args = append(args, "omitted", omitted)
 	}
-	c.log.Warn(msg, args...)
+	c.log.Log(context.Background(), level, msg, args...)
 }
 
 // noteRefused counts what was refused, and says so.

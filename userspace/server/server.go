@@ -176,6 +176,11 @@ type Server struct {
 	addressesMoved  wakeup        // wakes followAddresses
 	labelsMoved     wakeup        // wakes followLabels
 	looking         chan struct{} // has a value while Serves looks
+	saves           atomic.Bool   // as saveMemory has said last
+	savesMemory     atomic.Bool   // and that it is limits.memory that is short
+	savesTCP        atomic.Bool   // or TCP's
+	sparesTCP       atomic.Bool   // as spareTCP has said last
+	socketsFound    atomic.Int64  // bytes that our sockets held at the last look that listed them, else 0
 	memoryRests     atomic.Bool   // watchMemory waits for memoryWake
 	memoryWake      wakeup        // somebody has connected
 

@@ -41,6 +41,8 @@ type Status struct {
 	Disabled []DisabledTarget    `json:"disabled,omitempty"` // targets that get no new connections
 	// lines that the daemon's log could not write
 	LogLost int64 `json:"log_lost,omitempty"`
+	// nil: it is not measured here
+	Memory *MemoryStatus `json:"memory_use,omitempty"`
 	// processes that this one has taken over from, while they have flows
 	Older []handover.Remains `json:"older,omitempty"`
 
@@ -142,6 +144,7 @@ func (srv *Server) Status() Status {
 	if srv.opts.LogLost != nil {
 		s.LogLost = srv.opts.LogLost()
 	}
+	s.Memory = srv.memoryStatus("/proc", "/sys/fs/cgroup")
 	s.Problems, s.Disabled = srv.problems(), srv.disabledTargets()
 	for _, addr := range srv.opts.Control {
 		if addr != "" {

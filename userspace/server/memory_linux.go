@@ -195,10 +195,10 @@ func (srv *Server) spareTCP(isScarce bool, used, total int64) {
 	srv.opts.Relay.SpareTCP(isScarce)
 	switch wasScarce := srv.sparesTCP.Swap(isScarce); {
 	case isScarce && !wasScarce:
-		srv.limited.Info("tcp_sparing", "a quarter of TCP's memory is taken (net.ipv4.tcp_mem): "+
+		srv.log.Debug("a quarter of TCP's memory is taken (net.ipv4.tcp_mem): "+
 			"readers that have not shown that they read are written less until it is less", "used", used, "total", total)
 	case wasScarce && !isScarce:
-		srv.limited.Info("tcp_spared", "less than a quarter of TCP's memory is taken again: "+
+		srv.log.Debug("less than a quarter of TCP's memory is taken again: "+
 			"readers are written as much as else", "used", used, "total", total)
 	}
 }

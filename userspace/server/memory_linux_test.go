@@ -1051,6 +1051,11 @@ func TestSavingIsSaid(t *testing.T) {
 	}
 	w.look(now, memoryUse{used: 3 << 30, total: 8 << 30, what: overMemory})
 	says(false, false)
+	for _, line := range []string{"half of the memory is taken (", "less than half of the memory"} {
+		if n := d.log.Count("\"" + line); n != 1 {
+			t.Errorf("%q is logged %d times", line, n)
+		}
+	}
 	w.look(now, memoryUse{used: 4 << 30, total: 8 << 30, what: overTCPMemory})
 	says(false, true)
 	w.look(now, memoryUse{used: 3 << 30, total: 8 << 30, what: overTCPMemory})
@@ -1058,11 +1063,6 @@ func TestSavingIsSaid(t *testing.T) {
 	says(false, true)
 	w.glance(now, fakeProc(t, 1<<19, 4<<20), t.TempDir())
 	says(false, false)
-	for _, line := range []string{"half of the memory is taken (", "less than half of the memory", "a quarter of TCP's memory is taken ", "less than a quarter"} {
-		if n := d.log.Count("\"" + line); n != 1 {
-			t.Errorf("%q is logged %d times", line, n)
-		}
-	}
 }
 
 // TestEndsBothSides: what is held at the other side of a flow that is ended is given back at once as well, and

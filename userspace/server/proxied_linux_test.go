@@ -339,7 +339,7 @@ listeners:
 
 // variable is what differs between two connections that are alike.
 var variable = regexp.MustCompile(`time=\S+|to 127\.0\.0\.1:[0-9]+|id=[0-9a-f]{32}|path "[0-9a-f]{32}"|` +
-	`(duration|downstream_rtt|upstream_rtt)=\S+|read tcp \S+: `)
+	`(duration|downstream_rtt|upstream_rtt)=\S+|read tcp \S+: |level=\w+ msg="(half|less than half) of the memory .*`)
 
 // TestHalfProxyHeadersWait: connections whose PROXY header does not come whole have no goroutine; those whose
 // header has come wait for the hello in the same way, and count for their client. Whom tailscaled has named

@@ -228,8 +228,8 @@ func TestDenyManyPrefixes(t *testing.T) {
 // TestDenyFileUnread: where a file of denied prefixes can't be read when the daemon starts, who uses it lets in
 // nobody until it can, and the others serve. An upgrade, and a reload with another such file, are refused.
 func TestDenyFileUnread(t *testing.T) {
-	for _, first := range []string{"", "192.0.2.1\n192.0.2.0/8\n"} { // missing, and with a wrong line
-		t.Run(fmt.Sprintf("%q", first), func(t *testing.T) {
+	for what, first := range map[string]string{"missing": "", "a wrong line": "192.0.2.1\n192.0.2.0/8\n"} {
+		t.Run(what, func(t *testing.T) {
 			file := filepath.Join(t.TempDir(), "deny.txt")
 			write := func(text string) {
 				t.Helper()
@@ -263,7 +263,7 @@ func TestDenyFileUnread(t *testing.T) {
 			if err := d.Reload(parse(t, yaml)); err != nil {
 				t.Errorf("a reload while the daemon does without it: %v", err)
 			}
-			if err := d.Reload(parse(t, strings.Replace(yaml, "192.0.2.1", "{ file: /none.txt }", 1))); err == nil {
+			if err := d.Reload(parse(t, strings.Replace(yaml, "[192.0.2.1]", "[{ file: /none.txt }]", 1))); err == nil {
 				t.Error("a reload with another file that is missing")
 			}
 			o := discard()

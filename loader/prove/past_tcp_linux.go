@@ -17,7 +17,7 @@ var PastTCP = []Test{
 
 func (t *trial) pastTCP() {
 	t.connectAndSplice()
-	data := Pattern(1000)
+	data := t.data(1000)
 	for range 3 {
 		t.write(t.client, data)
 		t.must(Expect(t.server, data))
@@ -36,7 +36,7 @@ func (t *trial) pastTCP() {
 // localOrder: bytes wait in TCP both ways before the splice, and more come after it.
 func (t *trial) localOrder() {
 	t.connect()
-	data := Pattern(3000)
+	data := t.data(3000)
 	for _, write := range []io.Writer{t.up, t.server} {
 		t.write(write, data[:1000])
 	}
@@ -54,7 +54,7 @@ func (t *trial) localEnd() {
 	t.connectAndSplice()
 	t.must(t.server.CloseWrite())
 	t.must(expectEnd(t.client))
-	data := Pattern(1000)
+	data := t.data(1000)
 	t.write(t.client, data)
 	t.must(t.client.CloseWrite())
 	time.Sleep(20 * time.Millisecond)

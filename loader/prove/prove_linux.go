@@ -51,10 +51,11 @@ var errNoLoopback = errors.New("connect over loopback")
 // Run makes the tests of a datapath, up to the first for which the machine lacks something, since the others
 // need that, too. It takes about 0.2 s, and touches loopback only.
 func Run(d Datapath, tests []Test) (findings []host.Finding) {
+	var sent []byte
 	for _, test := range tests {
 		start := time.Now()
 		f := host.Finding{Name: test.name, State: host.StateOK, Detail: test.proves}
-		t := &trial{d: d}
+		t := &trial{d: d, sent: &sent}
 		err := t.try(test.run)
 		var not untried
 		what, advice := "", ""

@@ -22,7 +22,7 @@ var Stream = []Test{
 
 func (t *trial) redirect() {
 	t.connectAndSplice()
-	data := Pattern(64 << 10)
+	data := t.data(64 << 10)
 	for _, way := range [][2]*net.TCPConn{{t.client, t.server}, {t.server, t.client}} {
 		t.write(way[0], data)
 		t.must(Expect(patient{way[1]}, data))
@@ -41,7 +41,7 @@ func (t *trial) redirect() {
 
 func (t *trial) kick() {
 	t.connect()
-	data := Pattern(3000)
+	data := t.data(3000)
 	t.write(t.client, data)
 	t.splice()
 	t.must(Expect(patient{t.server}, data))
@@ -49,7 +49,7 @@ func (t *trial) kick() {
 
 func (t *trial) trim() {
 	t.connect()
-	data := Pattern(10000)
+	data := t.data(10000)
 	t.write(t.client, data)
 	t.must(Expect(patient{t.down}, data[:6000]))
 	t.splice()
@@ -58,7 +58,7 @@ func (t *trial) trim() {
 
 func (t *trial) overlap() {
 	t.connectAndSplice()
-	data := Pattern(9000)
+	data := t.data(9000)
 	t.write(t.client, data[:100])
 	t.must(Expect(patient{t.server}, data[:100]))
 	const advice = "give the daemon CAP_NET_RAW and CAP_NET_ADMIN"
@@ -92,7 +92,7 @@ func (t *trial) bound() {
 	t.connect()
 	t.shrink()
 	t.splice()
-	client, data, sent := t.client, Pattern(4<<20), make(chan error, 1)
+	client, data, sent := t.client, t.data(4<<20), make(chan error, 1)
 	go func() { // may outlive the trial
 		_, err := client.Write(data)
 		sent <- errors.Join(err, client.CloseWrite())
@@ -121,7 +121,7 @@ func (t *trial) bulk() {
 		t.skip(errors.New("busy flows stay in the sockmap, which costs them some speed"), "")
 	}
 	t.connectAndSplice()
-	client, data, sent := t.client, Pattern(2<<20), make(chan error, 1)
+	client, data, sent := t.client, t.data(2<<20), make(chan error, 1)
 	for round := range int32(2) {
 		go func() { // may outlive the trial
 			_, err := client.Write(data)
@@ -156,7 +156,7 @@ func (t *trial) bulk() {
 
 func (t *trial) drain() {
 	t.connectAndSplice()
-	t.must(errors.Join(whole(t.client, t.server, Pattern(1<<20)), whole(t.server, t.client, Pattern(1<<20))))
+	t.must(errors.Join(whole(t.client, t.server, t.data(1<<20)), whole(t.server, t.client, t.data(1<<20))))
 	t.end(EndEOF)
 }
 

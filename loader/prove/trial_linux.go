@@ -22,6 +22,7 @@ const patience = 3 * time.Second
 // trial is one test's client, server and what is between them.
 type trial struct {
 	d              Datapath
+	sent           *[]byte // what data gives, for all tests
 	client, server *net.TCPConn
 	down, up       *net.TCPConn
 	ended          chan string
@@ -161,7 +162,15 @@ func (t *trial) close() {
 		case <-time.After(patience):
 		}
 	}
-	*t = trial{d: t.d}
+	*t = trial{d: t.d, sent: t.sent}
+}
+
+// data is as Pattern, and is not to be written to: to make it costs more than to send it.
+func (t *trial) data(n int) []byte {
+	if len(*t.sent) < n {
+		*t.sent = Pattern(n)
+	}
+	return (*t.sent)[:n:n]
 }
 
 func (t *trial) end(want string) {
@@ -199,13 +208,16 @@ func (p patient) Read(b []byte) (int, error) {
 
 // Expect reads len(want) bytes, which have to be these.
 func Expect(c io.Reader, want []byte) error {
-	got := make([]byte, len(want))
-	n, err := io.ReadFull(c, got)
-	if err != nil {
-		return fmt.Errorf("%d of %d bytes arrived: %w", n, len(want), err)
-	}
-	if !bytes.Equal(got, want) {
-		return errors.New("other bytes arrived than were sent")
+	got := make([]byte, min(len(want), 64<<10))
+	for at := 0; at < len(want); {
+		piece := want[at:min(at+len(got), len(want))]
+		n, err := io.ReadFull(c, got[:len(piece)])
+		if at += n; err != nil {
+			return fmt.Errorf("%d of %d bytes arrived: %w", at, len(want), err)
+		}
+		if !bytes.Equal(got[:n], piece) {
+			return errors.New("other bytes arrived than were sent")
+		}
 	}
 	return nil
 }

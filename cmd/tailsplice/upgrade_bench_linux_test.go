@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"slices"
@@ -45,15 +46,16 @@ func benchmarkUpgrade(b *testing.B, flows int) {
 	for range talkers {
 		through, direct = append(through, talkTo(b, d.edge)), append(direct, talkTo(b, d.target))
 	}
-	var pauses, directPauses []time.Duration
+	var pauses, directPauses, usual []time.Duration
 	var moved, ratios, came, cameBefore, memory []float64
 	for b.Loop() {
 		time.Sleep(2 * time.Second) // the last one is over
 		old := d.newest()
 		before := resident(b, old)
-		for _, t := range slices.Concat(through, direct) {
-			t.longest.Store(0)
-		}
+		longest(slices.Concat(through, direct))
+		time.Sleep(time.Second)
+		usual = append(usual, longest(through)...)
+		longest(direct)
 		began := time.Now()
 		_, err := d.ask("upgrade")
 		check(b, err)
@@ -68,10 +70,7 @@ func benchmarkUpgrade(b *testing.B, flows int) {
 		})
 		moved = append(moved, (time.Since(began) - took).Seconds())
 		ratios = append(ratios, took.Seconds())
-		for i := range through {
-			pauses = append(pauses, time.Duration(through[i].longest.Load()))
-			directPauses = append(directPauses, time.Duration(direct[i].longest.Load()))
-		}
+		pauses, directPauses = append(pauses, longest(through)...), append(directPauses, longest(direct)...)
 		memory = append(memory, resident(b, d.newest())/before)
 
 		// And once more, while new ones come as fast as they can.
@@ -116,13 +115,16 @@ func benchmarkUpgrade(b *testing.B, flows int) {
 	b.ReportMetric(median(moved), "s-until-all-have-moved")
 	b.ReportMetric(part(pauses, 0.5), "ms-pause-p50")
 	b.ReportMetric(part(pauses, 0.99), "ms-pause-p99")
+	b.ReportMetric(part(usual, 0.5), "ms-usual-p50")
+	b.ReportMetric(part(usual, 0.99), "ms-usual-p99")
 	b.ReportMetric(part(directPauses, 0.5), "ms-direct-p50")
 	b.ReportMetric(part(directPauses, 0.99), "ms-direct-p99")
 	b.ReportMetric(median(memory), "of-the-old-one's-memory")
 	b.ReportMetric(median(came)/median(cameBefore), "of-usual-new-flows")
 }
 
-// talker has a small message echoed every few milliseconds.
+// talker has a small message echoed every few milliseconds, each at times of its own: those that go in step wait
+// for each other.
 type talker struct {
 	c       net.Conn
 	longest atomic.Int64 // ns that one took
@@ -148,11 +150,19 @@ func talkTo(b *testing.B, address string) *talker {
 			case <-t.quit:
 				t.ended <- nil
 				return
-			case <-time.After(10 * time.Millisecond):
+			case <-time.After(5*time.Millisecond + rand.N(10*time.Millisecond)):
 			}
 		}
 	}()
 	return t
+}
+
+// longest is how long the longest message of each took since it was asked last.
+func longest(all []*talker) (times []time.Duration) {
+	for _, t := range all {
+		times = append(times, time.Duration(t.longest.Swap(0)))
+	}
+	return times
 }
 
 func (t *talker) stop() error {

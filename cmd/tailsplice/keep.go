@@ -124,14 +124,16 @@ func (d *process) succeed(ctx context.Context, isAlone bool) {
 		d.keeper.store.Note(d.keeper.left)
 		d.keeper.hasLeft = len(d.keeper.left) > 0
 		recall, end := d.openOrphans()
-		// It is not drained: a manager that hears nobody but the old process starts another, which takes it up.
-		d.adopt(handover.OpenQueue(d.keeper.left, nil), recall)
+		left := handover.OpenQueue(d.keeper.left, nil)
+		d.adopt(left, recall)
+		left.Close()
 		end()
 		if err := loader.RemoveDead("", d.log); err != nil {
 			d.log.Warn("what ended daemons left in the kernel can't be removed", "err", err)
 		}
+	} else {
+		handover.Close(d.keeper.left)
 	}
-	handover.Close(d.keeper.left)
 	d.beMain(ctx)
 }
 

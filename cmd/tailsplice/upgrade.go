@@ -290,8 +290,6 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	case <-d.keeper.adopted: // flows that are to go on could not any more
 	case <-time.After(2 * recallWait):
 	case <-ctx.Done():
-	}
-	if ctx.Err() != nil {
 		return failed(s.End, fmt.Errorf("given up: %w", context.Cause(ctx)))
 	}
 	d.server.Rest()

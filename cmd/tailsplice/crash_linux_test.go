@@ -87,7 +87,7 @@ func (m *manager) listen() {
 			said[key] = value
 		}
 		m.mu.Lock()
-		if pid, err := strconv.Atoi(said["MAINPID"]); err == nil {
+		if pid, err := strconv.Atoi(said["MAINPID"]); err == nil && lives(pid) {
 			m.main = pid
 		}
 		if said["FDSTOREREMOVE"] == "1" {
@@ -102,12 +102,22 @@ func (m *manager) listen() {
 		for _, c := range messages {
 			fds, _ := unix.ParseUnixRights(&c)
 			for _, fd := range fds {
+				if said["FDSTORE"] != "1" { // a barrier
+					unix.Close(fd)
+					continue
+				}
 				unix.CloseOnExec(fd)
 				m.kept = append(m.kept, handover.Socket{Name: said["FDNAME"], File: os.NewFile(uintptr(fd), "kept")})
 			}
 		}
 		m.mu.Unlock()
 	}
+}
+
+// lives reports whether a process has not ended, which nobody may have waited for.
+func lives(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return err == nil && !strings.Contains(string(stat), ") Z ")
 }
 
 // flows are the ids of the flows that are kept now.
@@ -443,20 +453,7 @@ control: { socket: %q }
 // say that this is the main one. It is: the manager hears of it, and keeps what it has. Flows go on there, as
 // after a crash.
 func TestCrashBeforeMain(t *testing.T) {
-	target := listen(t, "127.0.0.1:0")
-	go func() {
-		for c, err := target.Accept(); err == nil; c, err = target.Accept() {
-			go func() { defer c.Close(); _, _ = io.Copy(c, struct{ io.Reader }{c}) }()
-		}
-	}()
-	address := freeaddr.Get(t)
-	m := newManager(t)
-	control, file := filepath.Join(m.dir, "control.sock"), filepath.Join(m.dir, "edge.yaml")
-	check(t, os.WriteFile(file, fmt.Appendf(nil, `
-listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]
-control: { socket: %q }
-`, address, target.Addr(), control), 0o600))
-	m.args = []string{"run", "--config", file, "--log-format", "json"}
+	m, address, control := newEcho(t)
 	m.start()
 	const flows = 20
 	var idle []net.Conn
@@ -527,6 +524,83 @@ control: { socket: %q }
 		next = m.main
 		return nil
 	})
+}
+
+// TestCrashServing: a new process that ends as soon as it serves leaves all as it was: the old one is the main one,
+// accepts, has its flows, and they are kept. One that ends as the main one has the old one end, too, so that another is
+// started.
+func TestCrashServing(t *testing.T) {
+	m, address, control := newEcho(t)
+	m.start()
+	var c net.Conn
+	wait(t, "the daemon accepts", func() (err error) { c, err = net.Dial("tcp", address); return err })
+	defer c.Close()
+	check(t, echo(c))
+	upgrade := func(fake string) error {
+		path, err := exec.LookPath(fake)
+		check(t, err)
+		return exec.CommandContext(t.Context(), "tailsplice", "upgrade", "--binary", path, "--control", control).Run()
+	}
+	isKept := func() {
+		t.Helper()
+		wait(t, "the flow is kept", func() error {
+			if kept := m.flows(); len(kept) != 1 {
+				return fmt.Errorf("%d are", len(kept))
+			}
+			return nil
+		})
+	}
+	isKept()
+	for range 2 {
+		if err := upgrade("fake-serving-exits"); err == nil {
+			t.Error("the upgrade succeeds")
+		}
+		check(t, echo(c))
+		fresh, err := net.Dial("tcp", address)
+		check(t, err)
+		check(t, echo(fresh))
+		fresh.Close()
+		m.mu.Lock()
+		if m.main != 0 && m.main != m.cmd.Process.Pid {
+			t.Errorf("the main process is %d, want %d", m.main, m.cmd.Process.Pid)
+		}
+		m.mu.Unlock()
+		isKept()
+	}
+	m.kill()
+	m.start()
+	m.left(1)
+	check(t, echo(c))
+
+	check(t, upgrade("fake-main-exits"))
+	if err := m.cmd.Wait(); err == nil {
+		t.Error("the daemon, which serves no more, ends as if it were to")
+	}
+	m.start()
+	fresh, err := net.Dial("tcp", address)
+	check(t, err)
+	defer fresh.Close()
+	check(t, echo(fresh))
+}
+
+// newEcho is a manager of a daemon that has an echo server behind its listener at address.
+func newEcho(t *testing.T) (m *manager, address, control string) {
+	target := listen(t, "127.0.0.1:0")
+	go func() {
+		for c, err := target.Accept(); err == nil; c, err = target.Accept() {
+			go func() { defer c.Close(); _, _ = io.Copy(c, struct{ io.Reader }{c}) }()
+		}
+	}()
+	address = freeaddr.Get(t)
+	m = newManager(t)
+	control = filepath.Join(m.dir, "control.sock")
+	file := filepath.Join(m.dir, "edge.yaml")
+	check(t, os.WriteFile(file, fmt.Appendf(nil, `
+listeners: [ { name: web, listen: [%q], mode: tcp, default: { forward: %q } } ]
+control: { socket: %q }
+`, address, target.Addr(), control), 0o600))
+	m.args = []string{"run", "--config", file, "--log-format", "json"}
+	return m, address, control
 }
 
 // state is what is kept beside the sockets.

@@ -30,6 +30,7 @@ type keeper struct {
 	giveUp   context.CancelFunc // ends adopting
 	endFlows context.CancelFunc // has no more flows kept; guarded by mu
 	left     []handover.Socket  // the ends of the queue of the process that this one has taken over from
+	elders   []handover.Socket  // to be followed once that one has handed over
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -38,6 +39,8 @@ type keeper struct {
 	isOver bool // what is kept stays as it is
 	// +checklocks:mu
 	isOffered bool // the ends of flows stay as they are
+	// +checklocks:mu
+	isSilent bool // the manager, which may take another process for the main one, is told nothing
 }
 
 // taker has sockets of a process before this one.
@@ -93,7 +96,7 @@ func (k *keeper) offer() []handover.Socket {
 // resume is for when no process has taken over.
 func (k *keeper) resume() {
 	k.mu.Lock()
-	k.isOffered = false
+	k.isOffered, k.isSilent = false, false
 	k.mu.Unlock()
 	k.store.Resume()
 	k.wake()
@@ -106,33 +109,38 @@ func (k *keeper) mayRenew() bool {
 	return !k.isOffered && !k.isAdopting()
 }
 
-// isToBeMain reports whether this is not the service manager's main process yet. Were another one to take
-// over before that, the manager could hear of the two in the wrong order. Without a manager none is.
+// isToBeMain reports whether the process before this one has not handed over yet. Were another one to take over
+// from this one before that, the manager could hear of the two in the wrong order.
 func (k *keeper) isToBeMain() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.store.Keeps() && !k.isMain && !k.isOver
+	return !k.isMain && !k.isOver
 }
 
 // succeed is called when the process that this one has taken over from has made it the main one, or has ended
-// before it could (isAlone). What that one has kept is this one's to see to then.
+// before it could (isAlone). What that one had is this one's then.
 func (d *process) succeed(ctx context.Context, isAlone bool) {
+	d.control.isLent.Store(false)
+	d.keeper.store.Note(d.keeper.left)
 	if isAlone && d.keeper.store.Keeps() {
-		d.log.Warn("the process before this one has ended, and could not say which is the main one: it is this one",
-			"pid", os.Getpid())
-		daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid()))
-		d.keeper.store.Note(d.keeper.left)
-		d.keeper.hasLeft = len(d.keeper.left) > 0
+		_ = d.keeper.store.Notify(fmt.Sprintf("MAINPID=%d", os.Getpid())) // first: it may see the end of the other one next
+		d.log.Warn("the process before this one has ended before it could say which is the main one: it is this one", "pid", os.Getpid())
+		d.keeper.mu.Lock() // who comes after a crash of this one, which the manager may not listen to, finds them there
+		d.keeper.hasLeft, d.keeper.flows = len(d.keeper.left) > 0, handover.OpenQueue(d.keeper.left, d.keepFlows)
+		d.keeper.mu.Unlock()
 		recall, end := d.openOrphans()
-		left := handover.OpenQueue(d.keeper.left, nil)
-		d.adopt(left, recall)
-		left.Close()
+		d.adopt(d.keeper.flows, recall)
 		end()
 		if err := loader.RemoveDead("", d.log); err != nil {
 			d.log.Warn("what ended daemons left in the kernel can't be removed", "err", err)
 		}
 	} else {
 		handover.Close(d.keeper.left)
+	}
+	for _, s := range d.keeper.elders {
+		if err := d.elders.AddFile(s.File); err != nil {
+			d.log.Warn("an older process can't be followed", "err", err)
+		}
 	}
 	d.beMain(ctx)
 }
@@ -213,7 +221,7 @@ func (d *process) endKeeping() {
 //
 // +checklocks:d.keeper.mu
 func (d *process) keepAll(only func(handover.Socket) bool) error {
-	if !d.keeper.isMain || d.keeper.isOver {
+	if !d.keeper.isMain || d.keeper.isOver || d.keeper.isSilent {
 		return nil
 	}
 	bound, err := d.server.Bound()
@@ -240,19 +248,28 @@ func (d *process) keepAll(only func(handover.Socket) bool) error {
 	return err
 }
 
-// leave is called before another process is the main one. Flows that go there are kept by that one, and those
-// that stay here no more: two processes must not go on with a flow.
-func (k *keeper) leave() (err error) {
+// nameMain tells the manager that process pid is the main one, and returns when it has heard that, but does not
+// wait for long: it does not take a process that has ended. It hears nothing of this one then. seesToKept: pid
+// removes what is kept of flows, which is done here else.
+func (k *keeper) nameMain(pid int, seesToKept bool) (err error) {
 	k.endAdopting()
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.isMain {
+	k.isSilent = true
+	if k.isMain && !seesToKept {
 		err = k.store.Forget(handover.IsOfFlows)
 	}
+	k.mu.Unlock()
+	return errors.Join(err, k.store.Notify(fmt.Sprintf("MAINPID=%d", pid)), k.store.Sync())
+}
+
+// leave is called when another process is the main one. Flows that go there are kept by that one, and those
+// that stay here no more: two processes must not go on with a flow.
+func (k *keeper) leave() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	k.isMain, k.isOver = false, true
 	k.endFlows()
 	k.flows.Close()
-	return err
 }
 
 // recallWait is how long a flow may wait for being taken out of a sockmap: while TCP is short of memory, it
@@ -381,7 +398,7 @@ func (d *process) feedWatchdog(ctx context.Context, within time.Duration) {
 		}
 		d.keeper.mu.Lock()
 		isMain := d.keeper.isMain
-		if isMain && err == nil {
+		if isMain && err == nil && !d.keeper.isSilent {
 			err = d.keeper.store.Notify(daemon.SdNotifyWatchdog)
 		}
 		d.keeper.mu.Unlock()

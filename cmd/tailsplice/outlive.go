@@ -60,6 +60,8 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 	tick := time.NewTicker(tellEvery)
 	defer tick.Stop()
 	had := map[os.Signal]bool{}
+	var lost error // the newest process has ended
+	isToEnd := false
 	for {
 		select {
 		case err := <-drained:
@@ -72,7 +74,7 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 			if !stays {
 				tellLate()
 				next.Close()
-				return nil, nil
+				return nil, lost
 			}
 			tell(true)
 			return after, nil
@@ -83,7 +85,14 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 			case !ok: // the newest one has ended, or crashed
 				told = nil
 				shorten(d.options.drain)
+				if !isToEnd { // nobody accepts connections until another daemon is started
+					lost = fmt.Errorf("the process that had taken over from %d has ended without a word", os.Getpid())
+					if isSupervised() {
+						shorten(0)
+					}
+				}
 			case m.Step == handover.End:
+				isToEnd = true
 				shorten(time.Duration(m.Within) * time.Millisecond)
 			default:
 				after.note(m)

@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -137,7 +138,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, control: &control, isFirst: old == nil, program: openProgram(),
 		upgraded: make(chan *successor, 1), ends: make(chan struct{}, 1)}
 	from, orders, more := d.openStore(old)
-	control.isLent = old != nil
+	control.isLent.Store(old != nil)
 	if err := control.bind(cfg, from, log); err != nil {
 		return nil, err
 	}
@@ -235,7 +236,7 @@ const lostWait = 10 * time.Second
 type controls struct {
 	socket, metrics, health net.Listener
 	bound                   []boundControl
-	isLent                  bool // what came from another process is still that one's
+	isLent                  atomic.Bool // what came from another process is still that one's
 	serving                 sync.WaitGroup
 }
 
@@ -335,7 +336,7 @@ func (c *controls) finish() {
 
 func (c *controls) close() {
 	for _, b := range c.bound {
-		if l, ok := b.Listener.(leaver); ok && c.isLent && b.isHanded {
+		if l, ok := b.Listener.(leaver); ok && c.isLent.Load() && b.isHanded {
 			l.Leave()
 		} else {
 			b.Close()

@@ -106,6 +106,10 @@ const leastDrain = 10 * time.Second
 // servingTimeout is how long connections may wait for a new process that was ready to accept them.
 const servingTimeout = 10 * time.Second
 
+// proof is how long a new process serves while the old one, which has all that it had, can take its place: the
+// first connections are those that have waited for it.
+const proof = 200 * time.Millisecond
+
 // process is a daemon that serves, and what may be done to it.
 type process struct {
 	options runOptions
@@ -151,21 +155,15 @@ func (d *process) status() server.Status {
 
 // takeOver serves in place of old.
 func (d *process) takeOver(old *handover.Predecessor) error {
-	elders := old.Take(func(s handover.Socket) bool { return s.Kind == handover.KindElder })
+	d.keeper.elders = old.Take(func(s handover.Socket) bool { return s.Kind == handover.KindElder })
 	if err := old.Ready(); err != nil {
-		handover.Close(elders)
+		handover.Close(d.keeper.elders)
 		return err
 	}
 	d.keeper.left = old.Take(handover.IsOfFlows)
 	d.server.Accept()
-	d.control.isLent = false
 	if err := old.Serve(); err != nil { // it may be gone: all the more
 		d.log.Warn("the process that this one has taken over from was not told", "err", err)
-	}
-	for _, s := range elders {
-		if err := d.elders.AddFile(s.File); err != nil {
-			d.log.Warn("an older process can't be followed", "err", err)
-		}
 	}
 	d.elders.Add(old.Link)
 	return nil
@@ -302,10 +300,17 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	if _, err = s.Await(context.Background(), handover.Serving, servingTimeout); err != nil {
 		return failed(s.Kill, err)
 	}
-	if err := d.keeper.leave(); err != nil {
-		d.log.Warn("the service manager was not told which flows are kept no more", "err", err)
+	if err = s.Lasts(proof); err != nil {
+		return failed(s.Kill, err)
 	}
-	daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", s.PID))
+	if err := d.keeper.nameMain(s.PID, ready.SeesToKept); err != nil {
+		d.log.Warn("the service manager was not told which process is the main one, or did not answer", "pid", s.PID, "err", err)
+	}
+	if err = s.Lasts(0); err != nil { // the manager may not have taken it
+		_ = d.keeper.store.Notify(fmt.Sprintf("MAINPID=%d", os.Getpid()))
+		return failed(s.Kill, err)
+	}
+	d.keeper.leave()
 	s.Send(handover.Message{Step: handover.Main})
 	d.control.leave(ready.Taken)
 	d.server.Leave()

@@ -643,6 +643,24 @@ var successors = map[string]func(){
 		_, _ = unix.Write(int(f.Fd()), []byte("garbage"))
 		time.Sleep(time.Hour)
 	},
+	"fake-serving-exits": func() {
+		p := fakeSuccessor()
+		must(p.Ready())
+		must(p.Serve())
+		os.Exit(6)
+	},
+	"fake-main-exits": func() { // when it is the main one
+		p := fakeSuccessor()
+		must(p.Ready())
+		must(p.Serve())
+		for {
+			m, err := p.Receive(time.Time{})
+			must(err)
+			if m.Step == handover.Main {
+				os.Exit(7)
+			}
+		}
+	},
 	"fake-kills-old": func() { // once the one that it starts in its place serves
 		p := fakeSuccessor()
 		f, err := p.File()
@@ -782,6 +800,7 @@ func TestUpgradeFails(t *testing.T) {
 		{"exits when it should serve", []string{"--binary", path("fake-yours-exits")}, "", "exit status 5"},
 		{"hangs when it should serve", []string{"--binary", path("fake-yours-hangs")}, "", "not serving after"},
 		{"sends garbage when it should serve", []string{"--binary", path("fake-yours-garbage")}, "", "makes no sense"},
+		{"exits when it serves", []string{"--binary", path("fake-serving-exits")}, "", "exit status 6"},
 		{"broken configuration", nil, "listeners: [ { mode: nonsense } ]\n", "nonsense"},
 		{"no time", []string{"--timeout", "0s"}, "", "--timeout must be more than 0"},
 	} {

@@ -9,9 +9,10 @@
 //	state    old to new  more of what goes with the sockets: before the last of them, and later what has come to it
 //	sockets  old to new  what the old process listens on; with more, another message of them follows. The last
 //	                     one says how many flows live
-//	ready    new to old  the new process could start. It accepts nothing yet. taken: which sockets it uses
-//	yours    old to new  the old process accepts nothing any more: connections wait in the sockets' queues.
-//	                     The ends of the queue in which its flows are kept come along
+//	ready    new to old  the new process could start. It accepts nothing yet. taken: which sockets it uses.
+//	                     sees_to_kept: it removes what is kept of flows, once it is the main one
+//	yours    old to new  the old process accepts nothing any more: connections wait in the sockets' queues. With
+//	                     it come the ends of the queue in which its flows are kept
 //	serving  new to old  the new process accepts
 //	main     old to new  the service manager was told that the new process is the main one
 //	left     old to new  each second, what the old process still has to do, until it closes its end
@@ -21,9 +22,10 @@
 //	flows    old to new  the end of a connection by which flows come
 //
 // Until the old process has sent yours, the end of either process or of the connection is a failure, and
-// the old one goes on. If the new process fails between yours and serving, the old one accepts again. If the
-// old one ends after yours and before main, the new one is the main one all the same: it tells the service
-// manager, and goes on with the flows that are kept.
+// the old one goes on. If the new process fails between yours and main, the old one accepts again: until the
+// new one has served for a moment, and lives when the manager has heard of it, the old one has all that it
+// had. If the old one ends after yours and before main, the new one is the main one all the same: it tells
+// the service manager, and goes on with the flows that are kept.
 //
 // Live flows go by a connection that two processes have for themselves, so that its end is the end of the
 // other. The old process stops moving a flow's bytes, and then, for one or several of them at a time:
@@ -164,6 +166,8 @@ type Message struct {
 	Flows      []*Flow  `json:"flows,omitempty"`       // of flow
 	Numbers    []uint64 `json:"numbers,omitempty"`     // of flows, where a step is about several
 	Reason     string   `json:"reason,omitempty"`      // of refused
+	// SeesToKept, of ready, is that the new process removes what is kept of flows, once it is the main one.
+	SeesToKept bool `json:"sees_to_kept,omitempty"`
 }
 
 // mostBytes bounds a message, and mostFiles the descriptors beside it, of which the kernel takes 253.

@@ -60,6 +60,9 @@ func (*Successor) Await(context.Context, string, time.Duration) (*Message, error
 	return nil, errLinux
 }
 
+// Lasts fails.
+func (*Successor) Lasts(time.Duration) error { return errLinux }
+
 // End does nothing.
 func (*Successor) End() {}
 
@@ -140,6 +143,9 @@ func (*Store) Has([]Socket) bool { return false }
 
 // Keeps is false.
 func (*Store) Keeps() bool { return false }
+
+// Sync returns at once.
+func (*Store) Sync() error { return nil }
 
 // Notify does nothing.
 func (*Store) Notify(string) error { return nil }

@@ -240,6 +240,23 @@ func (l *Link) unread() (n int) {
 	return n
 }
 
+// awaitClose waits so long for the close of the other end, and reports whether it came. Messages stay unread.
+func (l *Link) awaitClose(within time.Duration) (isClosed bool) {
+	raw, err := l.c.SyscallConn()
+	if err != nil {
+		return true
+	}
+	end := time.Now().Add(within)
+	err = raw.Control(func(fd uintptr) {
+		for err := error(unix.EINTR); err == unix.EINTR; {
+			var n int
+			n, err = unix.Poll([]unix.PollFd{{Fd: int32(fd)}}, int(max(time.Until(end), 0).Milliseconds()))
+			isClosed = n > 0
+		}
+	})
+	return isClosed || err != nil
+}
+
 // interrupt makes Receive return.
 func (l *Link) interrupt() { l.c.SetReadDeadline(time.Unix(1, 0)) }
 

@@ -153,6 +153,15 @@ func (s *Successor) receive(ctx context.Context, deadline time.Time) (*Message, 
 	}
 }
 
+// Lasts waits so long for the end of a process that serves, which its connection tells before anybody can know
+// of it otherwise. An error says how it has ended.
+func (s *Successor) Lasts(within time.Duration) error {
+	if !s.awaitClose(within) {
+		return nil
+	}
+	return s.explainEnd()
+}
+
 // explainEnd says how a process has ended whose end of the connection is closed.
 func (s *Successor) explainEnd() error {
 	select {

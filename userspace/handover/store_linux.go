@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math"
 	"net"
@@ -384,6 +385,31 @@ func (s *Store) Notify(state string) error {
 		return nil
 	}
 	return s.send(state, nil)
+}
+
+// Sync waits until the manager has done what this process has told it before, but not for long.
+func (s *Store) Sync() error {
+	if s.manager == "" {
+		return nil
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	fd, err := descriptor(w)
+	if err == nil {
+		err = s.send("BARRIER=1", unix.UnixRights(fd)) // which it closes: see sd_notify_barrier(3)
+	}
+	w.Close()
+	if err != nil {
+		return err
+	}
+	r.SetReadDeadline(time.Now().Add(sendTimeout))
+	if _, err = r.Read(make([]byte, 1)); err == io.EOF {
+		return nil
+	}
+	return err
 }
 
 // send sends the manager a message.

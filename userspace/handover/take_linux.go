@@ -136,7 +136,7 @@ func (p *Predecessor) Output() *os.File {
 // the old one keeps its flows are among the sockets from then on, for who is left alone before it is the main
 // one.
 func (p *Predecessor) Ready() error {
-	if err := p.Send(Message{Step: Ready, Taken: p.taken}); err != nil {
+	if err := p.Send(Message{Step: Ready, Taken: p.taken, SeesToKept: true}); err != nil {
 		return ended(err)
 	}
 	err := <-p.yours

@@ -13,9 +13,11 @@ package handover
 //
 // Of the upgrade:
 //
-//	old  serves ──ready, sends yours──► rests ──serving, sends main──► hasHanded
-//	        ▲                             │
-//	        └────lost, or late, kills─────┘
+//	old  serves ──ready, sends yours──► rests ──serving──► proves ──it lasts, names it──► names
+//	        ▲                             │                   │                             │
+//	        ├──────lost, or late, kills───┴───────lost────────┴──lost, names itself─────────┤
+//	                                                                                        │
+//	     fails ◄──lost, ends with an error── hasHanded ◄──the manager has heard, sends main─┘
 //
 //	new  starts ──yours, sends serving──► accepts ──main, or lost──► isMain
 //	        │
@@ -37,7 +39,10 @@ const (
 
 	serves    // the old process accepts connections, and is the service manager's main one
 	rests     // it accepts none
+	proves    // the new one accepts, and may still fail: all that the old one had stays as it is
+	names     // the manager is told that the new process is the main one
 	hasHanded // the new process is the main one
+	fails     // nobody accepts: another daemon is to be started
 
 	starts  // the new process accepts nothing
 	accepts // it accepts connections
@@ -47,7 +52,7 @@ const (
 )
 
 var stateNames = [states]string{"kept", "offered", "given", "none", "registered", "begun", "dropped",
-	"serves", "rests", "hasHanded", "starts", "accepts", "isMain", "gaveUp"}
+	"serves", "rests", "proves", "names", "hasHanded", "fails", "starts", "accepts", "isMain", "gaveUp"}
 
 func (s state) String() string { return stateNames[s] }
 
@@ -69,6 +74,8 @@ const (
 	saysYours
 	saysServing
 	saysMain
+	lasts   // the new process has served for a while
+	isHeard // the manager has heard what it was told, or does not answer
 )
 
 // An action is what a process does at an event, before it is in the next state.
@@ -85,8 +92,11 @@ const (
 
 	sendYours
 	sendServing
+	nameNew
 	sendMain
 	acceptAgain
+	nameOldAndAccept
+	endWithError
 	killAndAccept
 	beMain
 	giveUp
@@ -122,9 +132,14 @@ var newRules = rules{
 var (
 	oldProcess = rules{
 		{serves, saysReady, rests, sendYours},
-		{rests, saysServing, hasHanded, sendMain},
+		{rests, saysServing, proves, nothing},
 		{rests, isLate, serves, killAndAccept},
 		{rests, isLost, serves, acceptAgain},
+		{proves, lasts, names, nameNew},
+		{proves, isLost, serves, acceptAgain},
+		{names, isHeard, hasHanded, sendMain},
+		{names, isLost, serves, nameOldAndAccept},
+		{hasHanded, isLost, fails, endWithError},
 	}
 	newProcess = rules{
 		{starts, saysYours, accepts, sendServing},

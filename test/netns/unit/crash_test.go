@@ -33,30 +33,9 @@ control: { metrics: "127.0.0.1:9464", health: "127.0.0.1:9465" }
 // reloaded, and none is refused. Flows that last go on after each crash, or are reset where they talk. What an operator
 // has said holds after a crash, and a configuration that was changed before one.
 func TestCrash(t *testing.T) {
-	options := lab.Options{NoTailnet: true, NoAnycast: true, NoDocker: true}
-	lab.Require(t, options, "systemd-nspawn", "make", "nsenter", "pgrep")
 	typesAll(t)
-	w := lab.Start(t, options)
-	m := boot(t, w.EdgeA)
-	m.write(t, "etc/tailsplice/tailsplice.yaml", crashConfig)
-	// A busy machine may keep the daemon waiting for seconds.
-	m.write(t, "etc/systemd/system/tailsplice.service.d/watchdog.conf", "[Service]\nWatchdogSec=15\n")
-	target, err := w.EdgeA.Listen("tcp", "127.0.0.1:7000")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer target.Close()
-	go func() {
-		for c, err := target.Accept(); err == nil; c, err = target.Accept() {
-			go func() {
-				defer c.Close()
-				io.Copy(c, c)
-			}()
-		}
-	}()
-	m.restart(t)
-	c := &crash{machine: m, world: w}
-	c.pid = c.main(t)
+	c := startCrash(t)
+	m := c.machine
 	stop := c.load(t)
 	flows := c.lasts(t)
 
@@ -134,6 +113,35 @@ type crash struct {
 	*machine
 	world *lab.World
 	pid   string // of the daemon, until now
+}
+
+// startCrash starts one, with an echo server as its target.
+func startCrash(t *testing.T) *crash {
+	t.Helper()
+	options := lab.Options{NoTailnet: true, NoAnycast: true, NoDocker: true}
+	lab.Require(t, options, "systemd-nspawn", "make", "nsenter", "pgrep")
+	w := lab.Start(t, options)
+	m := boot(t, w.EdgeA)
+	m.write(t, "etc/tailsplice/tailsplice.yaml", crashConfig)
+	// A busy machine may keep the daemon waiting for seconds.
+	m.write(t, "etc/systemd/system/tailsplice.service.d/watchdog.conf", "[Service]\nWatchdogSec=15\n")
+	target, err := w.EdgeA.Listen("tcp", "127.0.0.1:7000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { target.Close() })
+	go func() {
+		for c, err := target.Accept(); err == nil; c, err = target.Accept() {
+			go func() {
+				defer c.Close()
+				io.Copy(c, c)
+			}()
+		}
+	}()
+	m.restart(t)
+	c := &crash{machine: m, world: w}
+	c.pid = c.main(t)
+	return c
 }
 
 // exchange connects to a port, and has bytes echoed.
@@ -341,15 +349,15 @@ func (l *lasting) areKept(t *testing.T) {
 	time.Sleep(5 * time.Second)
 }
 
-// goOn checks that all idle flows do after a crash, and that others do or are reset. New ones take the place of those.
-func (l *lasting) goOn(t *testing.T) {
+// goOn checks that all idle flows do after a crash, and that others do or are reset. New ones take the place of
+// those; it says how many there are.
+func (l *lasting) goOn(t *testing.T) (cut int) {
 	t.Helper()
 	for _, c := range l.idle {
 		if err := numbered(c, 2); err != nil {
 			t.Errorf("an idle flow: %v", err)
 		}
 	}
-	cut := 0
 	for i, f := range l.talking {
 		moved := f.moved.Load()
 		for end := time.Now().Add(time.Minute); f.moved.Load() < moved+2; time.Sleep(time.Millisecond) {
@@ -376,6 +384,7 @@ func (l *lasting) goOn(t *testing.T) {
 	if cut > len(l.talking)/2 {
 		t.Error("they are too many")
 	}
+	return cut
 }
 
 func (l *lasting) close() {

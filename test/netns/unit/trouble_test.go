@@ -41,17 +41,29 @@ func TestTrouble(t *testing.T) {
 		m.run(t, "mount", "-t", "tmpfs", "-o", "size=256k,mode=755", "full", dir)
 	}
 	m.restart(t)
-	x.pid = x.main(t)
-	for range 10 {
-		x.idle = append(x.idle, x.dial(t))
+	for _, c := range []struct {
+		name string
+		does func(t *testing.T)
+	}{
+		{"many crashes", x.crashesOften},
+		{"control socket", x.losesSocket},
+		{"reload of another program", x.reloads},
+		{"disk full", x.isFull},
+		{"no memory", x.lacksMemory},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			x.pid, x.idle = x.main(t), nil
+			for range 10 {
+				x.idle = append(x.idle, x.dial(t))
+			}
+			time.Sleep(keptWait)
+			c.does(t)
+		})
 	}
-	t.Run("many crashes", x.crashesOften)
-	t.Run("control socket", x.losesSocket)
-	t.Run("reload of another program", x.reloads)
-	t.Run("disk full", x.isFull)
-	t.Run("no memory", x.lacksMemory)
-	x.goesOn(t)
 }
+
+// keptWait is how long it takes at most until flows are kept for the time after a crash.
+const keptWait = 3 * time.Second
 
 // trouble is a daemon that has it, and flows that are to live on.
 type trouble struct {
@@ -127,7 +139,7 @@ func (x *trouble) losesSocket(t *testing.T) {
 	x.run(t, "tailsplice", "upgrade")
 	x.changes(t, "upgrade")
 	x.goesOn(t)
-	time.Sleep(time.Second)
+	time.Sleep(keptWait)
 	x.kills(t, "KILL") // the new socket is kept
 	x.goesOn(t)
 	if n := x.says(t, "is kept: connections may be refused"); n > 0 {

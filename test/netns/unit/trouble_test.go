@@ -241,8 +241,8 @@ func (x *trouble) lacksMemory(t *testing.T) {
 	x.goesOn(t)
 }
 
-// limitMemory lets the unit have 32 MiB more than it has: by systemd where it has the memory controller, and else by
-// the hierarchy that has it outside. There systemd hears of no kill.
+// limitMemory bounds what the unit may have beside what it has: by systemd where it has the memory controller, and else
+// by the hierarchy that has it outside. There systemd hears of no kill.
 func (x *trouble) limitMemory(t *testing.T) (lift func()) {
 	t.Helper()
 	if controllers := x.run(t, "cat", "/sys/fs/cgroup/cgroup.controllers"); strings.Contains(controllers, "memory") {
@@ -260,8 +260,13 @@ func (x *trouble) limitMemory(t *testing.T) (lift func()) {
 	write := func(name, text string) error { return os.WriteFile(filepath.Join(dir, name), []byte(text), 0) }
 	out, err := exec.Command("sh", "-c", "for p in /proc/[0-9]*; do grep -q \"^NSpid:.*[[:space:]]"+x.pid+
 		"$\" $p/status 2>/dev/null && [ $(readlink $p/ns/pid) = $(readlink /proc/"+x.leader+"/ns/pid) ] && echo ${p#/proc/}; done; :").Output()
-	if err == nil {
-		err = errors.Join(write("memory.limit_in_bytes", fmt.Sprint(20<<20)), write("cgroup.procs", strings.TrimSpace(string(out))))
+	pid := strings.TrimSpace(string(out)) // as seen from outside
+	statm, err2 := os.ReadFile("/proc/" + pid + "/statm")
+	var size, pages int
+	fmt.Sscan(string(statm), &size, &pages)
+	// What the daemon has counts for the kernel's choice, and not for the limit: it is the larger one.
+	if err = errors.Join(err, err2); err == nil {
+		err = errors.Join(write("memory.limit_in_bytes", fmt.Sprint(pages*os.Getpagesize()*9/10)), write("cgroup.procs", pid))
 	}
 	if err != nil {
 		t.Fatalf("%v (process %s)", err, out)

@@ -280,8 +280,8 @@ func TestDenyFileUnread(t *testing.T) {
 			if err := comeFrom(t, shut, "127.0.0.3", "192.0.2.9"); err != nil || !d.Ready().Ready {
 				t.Errorf("whom the file does not name: %v; ready: %v", err, d.Ready().Ready)
 			}
-			if err := comeFrom(t, shut, "127.0.0.3", "198.51.100.7"); !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("whom the file names: %v, want a reset", err)
+			if err := comeFrom(t, shut, "127.0.0.3", "198.51.100.7"); err == nil {
+				t.Error("whom the file names comes in")
 			}
 			if n := d.log.Count("everybody is denied"); n != 3 { // at the start, and at each reload
 				t.Errorf("the log says %d times that everybody is denied, want 3", n)

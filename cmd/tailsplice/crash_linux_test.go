@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -33,8 +34,11 @@ type manager struct {
 	conn *net.UnixConn
 	dir  string
 	args []string
+	env  []string // of the daemon, beside this process's
 	cmd  *exec.Cmd
 	log  *os.File
+
+	isAbsent bool // the daemon knows of no manager
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -154,13 +158,67 @@ func (m *manager) start() {
 		names = append(names, s.Name)
 		c.ExtraFiles = append(c.ExtraFiles, s.File)
 	}
-	c.Env = append(os.Environ(), "NOTIFY_SOCKET="+m.conn.LocalAddr().String(), fmt.Sprintf("LISTEN_FDS=%d", len(names)),
-		"LISTEN_FDNAMES="+strings.Join(names, ":"))
+	c.Env = append(os.Environ(), m.env...)
+	if !m.isAbsent {
+		c.Env = append(c.Env, "NOTIFY_SOCKET="+m.conn.LocalAddr().String(),
+			fmt.Sprintf("LISTEN_FDS=%d", len(names)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
+	}
 	c.Stderr = m.log
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	check(m.t, c.Start())
 	m.cmd = c
 }
+
+// mainProcess is the daemon's main process, as far as the manager knows.
+func (m *manager) mainProcess() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return cmp.Or(m.main, m.cmd.Process.Pid)
+}
+
+// supervise has all processes of the daemon killed, and another started, whenever the main one has ended.
+func (m *manager) supervise() (stop func()) {
+	end, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-end:
+				return
+			case <-time.After(20 * time.Millisecond):
+			}
+			if lives(m.mainProcess()) {
+				continue
+			}
+			m.killAll()
+			m.mu.Lock()
+			m.main = 0
+			m.mu.Unlock()
+			m.start()
+		}
+	}()
+	return func() {
+		close(end)
+		<-done
+	}
+}
+
+// killAll kills all processes of the daemon.
+func (m *manager) killAll() {
+	for _, pid := range m.processes() {
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+	}
+	_ = m.cmd.Wait()
+	wait(m.t, "all processes have ended", func() error {
+		if pids := m.processes(); len(pids) > 0 {
+			return fmt.Errorf("%v live", pids)
+		}
+		return nil
+	})
+}
+
+// processes are those of the daemon that live.
+func (m *manager) processes() []int { return processesOf(m.args[2]) }
 
 // kill kills the daemon.
 func (m *manager) kill() {
@@ -526,9 +584,9 @@ func TestCrashBeforeMain(t *testing.T) {
 	})
 }
 
-// TestCrashServing: a new process that ends as soon as it serves leaves all as it was: the old one is the main one,
-// accepts, has its flows, and they are kept. One that ends as the main one has the old one end, too, so that another is
-// started.
+// TestCrashServing: a new process that ends as soon as it serves leaves all as it was: the old one is the
+// main one, accepts, has its flows, and they are kept. One that ends as the main one has the old one end,
+// too, so that another is started.
 func TestCrashServing(t *testing.T) {
 	m, address, control := newEcho(t)
 	m.start()
@@ -539,7 +597,8 @@ func TestCrashServing(t *testing.T) {
 	upgrade := func(fake string) error {
 		path, err := exec.LookPath(fake)
 		check(t, err)
-		return exec.CommandContext(t.Context(), "tailsplice", "upgrade", "--binary", path, "--control", control).Run()
+		args := []string{"upgrade", "--binary", path, "--control", control}
+		return exec.CommandContext(t.Context(), "tailsplice", args...).Run()
 	}
 	isKept := func() {
 		t.Helper()

@@ -109,8 +109,8 @@ func (k *keeper) mayRenew() bool {
 	return !k.isOffered && !k.isAdopting()
 }
 
-// isToBeMain reports whether the process before this one has not handed over yet. Were another one to take over
-// from this one before that, the manager could hear of the two in the wrong order.
+// isToBeMain reports whether the process before this one has not handed over yet. Were another one to take
+// over from this one before that, the manager could hear of the two in the wrong order.
 func (k *keeper) isToBeMain() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -123,10 +123,13 @@ func (d *process) succeed(ctx context.Context, isAlone bool) {
 	d.control.isLent.Store(false)
 	d.keeper.store.Note(d.keeper.left)
 	if isAlone && d.keeper.store.Keeps() {
-		_ = d.keeper.store.Notify(fmt.Sprintf("MAINPID=%d", os.Getpid())) // first: it may see the end of the other one next
+		// First of all: the manager may see the end of the other one next.
+		_ = d.keeper.store.Notify(fmt.Sprintf("MAINPID=%d", os.Getpid()))
 		d.log.Warn("the process before this one has ended before it could say which is the main one: it is this one", "pid", os.Getpid())
-		d.keeper.mu.Lock() // who comes after a crash of this one, which the manager may not listen to, finds them there
-		d.keeper.hasLeft, d.keeper.flows = len(d.keeper.left) > 0, handover.OpenQueue(d.keeper.left, d.keepFlows)
+		// The queue stays: the manager may not listen to this process, and start another.
+		d.keeper.mu.Lock()
+		d.keeper.hasLeft = len(d.keeper.left) > 0
+		d.keeper.flows = handover.OpenQueue(d.keeper.left, d.keepFlows)
 		d.keeper.mu.Unlock()
 		recall, end := d.openOrphans()
 		d.adopt(d.keeper.flows, recall)
@@ -248,9 +251,9 @@ func (d *process) keepAll(only func(handover.Socket) bool) error {
 	return err
 }
 
-// nameMain tells the manager that process pid is the main one, and returns when it has heard that, but does not
-// wait for long: it does not take a process that has ended. It hears nothing of this one then. seesToKept: pid
-// removes what is kept of flows, which is done here else.
+// nameMain tells the manager that process pid is the main one, and returns when it has heard that, but does
+// not wait for long: it does not take a process that has ended. It hears nothing of this one then.
+// seesToKept: pid removes what is kept of flows, which is done here else.
 func (k *keeper) nameMain(pid int, seesToKept bool) (err error) {
 	k.endAdopting()
 	k.mu.Lock()

@@ -34,6 +34,8 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 	d.log.Info("another process has taken over: no new connections here", "pid", next.PID,
 		"flows", d.server.Flows().Len(), "deadline", next.drain.String())
 	told, gives := after.told, giving{process: d}
+	after.note(next.newest)
+	gives.follow(ctx, next.Link, next.newest)
 	go after.listen()
 	for isQueued := true; isQueued; { // signals for the daemon that came before
 		select {

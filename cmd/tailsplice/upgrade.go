@@ -106,8 +106,8 @@ const leastDrain = 10 * time.Second
 // servingTimeout is how long connections may wait for a new process that was ready to accept them.
 const servingTimeout = 10 * time.Second
 
-// proof is how long a new process serves while the old one, which has all that it had, can take its place: the
-// first connections are those that have waited for it.
+// proof is how long a new process serves while the old one, which has all that it had, can take its place:
+// the first connections are those that have waited for it.
 const proof = 200 * time.Millisecond
 
 // process is a daemon that serves, and what may be done to it.
@@ -139,7 +139,8 @@ type process struct {
 // successor is a process that has taken over, and how long this one may go on.
 type successor struct {
 	*handover.Successor
-	drain time.Duration
+	drain  time.Duration
+	newest *handover.Message // its first, by which it says what it takes
 }
 
 // isSupervised says whether a supervisor is told which process is the daemon's.
@@ -213,17 +214,18 @@ func (d *process) upgrade(ctx context.Context, query url.Values) (notes []string
 		}
 	}
 	d.log.Info("an upgrade begins", "binary", path)
+	var newest *handover.Message
 	s, err := handover.Start(handover.Program{Path: path, Args: os.Args[1:], Sibling: !d.isFirst || isSupervised(),
 		Stderr: os.Stderr, Lines: func(line []byte) { d.lines.Write(line) }})
 	if err == nil {
-		err = d.handOver(ctx, s, o)
+		newest, err = d.handOver(ctx, s, o)
 	}
 	if err != nil {
 		err = fmt.Errorf("%s did not take over, and the daemon goes on as it was: %w", path, err)
 		d.log.Error("an upgrade failed", "err", err)
 		return nil, err
 	}
-	next := &successor{s, max(o.drain, leastDrain)}
+	next := &successor{s, max(o.drain, leastDrain), newest}
 	d.next = next
 	d.upgraded <- next
 	return []string{d.describe(next)}, nil
@@ -253,21 +255,23 @@ func (d *process) describe(next *successor) string {
 	return text
 }
 
-// handOver does the steps of a handover. After an error s is gone, and this daemon serves as before.
+// handOver does the steps of a handover. After an error s is gone, and this daemon serves as before. newest
+// is what s has said of itself.
 //
 // +checklocks:d.changes
-func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgradeOptions) error {
+func (d *process) handOver(ctx context.Context, s *handover.Successor,
+	o upgradeOptions) (newest *handover.Message, err error) {
 	inTime, cancel := context.WithTimeoutCause(ctx, o.timeout,
 		fmt.Errorf("the upgrade was not that far after %v", o.timeout))
 	defer cancel()
-	failed := func(end func(), err error) error {
+	failed := func(end func(), err error) (*handover.Message, error) {
 		end()
 		d.keeper.resume()
 		d.server.Resume()
 		if err := loader.RemoveDead("", d.log); err != nil {
 			d.log.Warn("what ended daemons left in the kernel can't be removed", "err", err)
 		}
-		return err
+		return nil, err
 	}
 	if err := d.offer(s); err != nil {
 		// Most likely it has ended.
@@ -297,25 +301,29 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor, o upgrade
 	flows := d.keeper.offer()
 	_ = s.Send(handover.Message{Step: handover.Yours, Sockets: flows}) // where it has ended, Await says how
 	handover.Close(flows)
-	if _, err = s.Await(context.Background(), handover.Serving, servingTimeout); err != nil {
-		return failed(s.Kill, err)
+	if _, err = s.Await(context.Background(), handover.Serving, servingTimeout); err == nil {
+		newest, err = s.Await(context.Background(), handover.Newest, servingTimeout)
 	}
-	if err = s.Lasts(proof); err != nil {
+	if err == nil {
+		err = s.Lasts(proof)
+	}
+	if err != nil {
 		return failed(s.Kill, err)
 	}
 	if err := d.keeper.nameMain(s.PID, ready.SeesToKept); err != nil {
-		d.log.Warn("the service manager was not told which process is the main one, or did not answer", "pid", s.PID, "err", err)
+		d.log.Warn("the service manager was not told which process is the main one, or did not answer",
+			"pid", s.PID, "err", err)
 	}
 	if err = s.Lasts(0); err != nil { // the manager may not have taken it
 		_ = d.keeper.store.Notify(fmt.Sprintf("MAINPID=%d", os.Getpid()))
 		return failed(s.Kill, err)
 	}
-	d.keeper.leave()
 	s.Send(handover.Message{Step: handover.Main})
+	d.keeper.leave()
 	d.control.leave(ready.Taken)
 	d.server.Leave()
 	d.elders.Leave(s.PID)
-	return nil
+	return newest, nil
 }
 
 // offer sends all that is bound.

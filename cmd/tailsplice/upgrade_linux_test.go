@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -127,11 +126,14 @@ func (d *upgradable) status() (s server.Status) {
 }
 
 // processes are those of the daemon, whose command lines name its configuration.
-func (d *upgradable) processes() (pids []int) {
+func (d *upgradable) processes() (pids []int) { return processesOf(d.config) }
+
+// processesOf are those whose command lines name a configuration.
+func processesOf(config string) (pids []int) {
 	all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, file := range all {
 		text, err := os.ReadFile(file)
-		if err == nil && slices.Contains(strings.Split(string(text), "\x00"), d.config) {
+		if err == nil && slices.Contains(strings.Split(string(text), "\x00"), config) {
 			pid, _ := strconv.Atoi(strings.Split(file, "/")[2])
 			pids = append(pids, pid)
 		}
@@ -610,6 +612,7 @@ func init() { fakes = successors }
 
 // successors are programs that are no good ones.
 var successors = map[string]func(){
+	"tailsplice": mortal,
 	"fake-exits": func() { fmt.Fprintln(os.Stderr, "I will not"); os.Exit(3) },
 	"fake-panics": func() {
 		var nobody *handover.Message
@@ -653,6 +656,7 @@ var successors = map[string]func(){
 		p := fakeSuccessor()
 		must(p.Ready())
 		must(p.Serve())
+		must(p.Send(handover.Message{Step: handover.Newest, PID: os.Getpid()}))
 		for {
 			m, err := p.Receive(time.Time{})
 			must(err)
@@ -982,85 +986,6 @@ func TestUpgradeEnds(t *testing.T) {
 				if _, err := os.Stat(d.control); err == nil {
 					t.Error("the control socket's file is left")
 				}
-			}
-		})
-	}
-}
-
-// TestUpgradeOldKilled: the old process is killed at each step. Before it has said yours the new one ends, and
-// after that it serves.
-func TestUpgradeOldKilled(t *testing.T) {
-	path, err := exec.LookPath("tailsplice")
-	check(t, err)
-	for _, step := range []string{"start", handover.Sockets, handover.Ready, handover.Yours} {
-		t.Run(step, func(t *testing.T) {
-			dir := t.TempDir()
-			run, err := os.MkdirTemp("", "ts-up-")
-			check(t, err)
-			defer os.RemoveAll(run)
-			config, control := filepath.Join(dir, "edge.yaml"), filepath.Join(run, "control.sock")
-			ln := listen(t, "127.0.0.77:0")
-			defer ln.Close()
-			check(t, os.WriteFile(config, fmt.Appendf(nil, "listeners: [{ name: edge, listen: [%q], mode: tcp, default: { forward: %q } }]\ncontrol: { socket: %q }\n",
-				ln.Addr(), "127.0.0.1:1", control), 0o600))
-			log, err := os.Create(filepath.Join(dir, "log"))
-			check(t, err)
-			defer log.Close()
-			var said []string
-			lines := make(chan string, 1000)
-			s, err := handover.Start(handover.Program{Path: path, Args: []string{"run", "--config", config}, Stderr: log,
-				Lines: func(b []byte) { lines <- string(b) }})
-			check(t, err)
-			defer s.Kill()
-			f, err := ln.(*net.TCPListener).File()
-			check(t, err)
-			defer f.Close()
-			ctx := t.Context()
-			steps := []func(){
-				func() {
-					check(t, s.SendSockets([]handover.Socket{{Kind: handover.KindListener, Name: "edge", Address: ln.Addr().String(), File: f}}, nil, 0))
-				},
-				func() { _, err := s.Await(ctx, handover.Ready, time.Minute); check(t, err) },
-				func() { check(t, s.Send(handover.Message{Step: handover.Yours})) },
-			}
-			for i := range slices.Index([]string{"start", handover.Sockets, handover.Ready, handover.Yours}, step) {
-				steps[i]()
-			}
-			if step == handover.Yours {
-				ln.Close()
-			}
-			s.Close()
-			if step != handover.Yours {
-				select {
-				case <-s.Gone():
-				case <-time.After(time.Minute):
-					t.Error("the new process goes on")
-				}
-				wait(t, "it says why", func() error {
-					for len(lines) > 0 {
-						said = append(said, <-lines)
-					}
-					if text := strings.Join(said, ""); !strings.Contains(text, "has ended, or goes on by itself") {
-						return fmt.Errorf("it says %q", text)
-					}
-					return nil
-				})
-				return
-			}
-			wait(t, "the new process serves", func() error {
-				return exec.Command("tailsplice", "status", "--control", control).Run()
-			})
-			c, err := net.Dial("tcp", ln.Addr().String())
-			check(t, err)
-			defer c.Close()
-			check(t, c.SetDeadline(time.Now().Add(time.Minute)))
-			if _, err := bufio.NewReader(c).ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-				t.Errorf("nobody has taken the connection: %v", err) // whose target refuses
-			}
-			check(t, s.Signal(syscall.SIGTERM))
-			<-s.Gone()
-			if s.State() == nil || !s.State().Success() {
-				t.Errorf("TERM: %v", s.State())
 			}
 		})
 	}

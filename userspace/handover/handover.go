@@ -21,11 +21,11 @@
 //	signal   old to new  a signal that the first process got, which is for the newest: one of them gets it
 //	flows    old to new  the end of a connection by which flows come
 //
-// Until the old process has sent yours, the end of either process or of the connection is a failure, and
-// the old one goes on. If the new process fails between yours and main, the old one accepts again: until the
-// new one has served for a moment, and lives when the manager has heard of it, the old one has all that it
-// had. If the old one ends after yours and before main, the new one is the main one all the same: it tells
-// the service manager, and goes on with the flows that are kept.
+// Until the old process has sent yours, the end of either process or of the connection is a failure, and the
+// old one goes on. If the new process fails between yours and main, the old one accepts again: until the new
+// one has said newest and served for a moment, and lives when the manager has heard of it, the old one has
+// all that it had. If the old one ends after yours and before main, the new one is the main one all the same:
+// it tells the service manager, and goes on with the flows that are kept.
 //
 // Live flows go by a connection that two processes have for themselves, so that its end is the end of the
 // other. The old process stops moving a flow's bytes, and then, for one or several of them at a time:

@@ -17,6 +17,16 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
+// atStep, which tests set, is called before and after each message to another process or to the service
+// manager, and when one has come.
+var atStep func(when, what string)
+
+func step(when, what string) {
+	if atStep != nil {
+		atStep(when, what)
+	}
+}
+
 // sendTimeout bounds how long a message waits for the other process to read those before it.
 const sendTimeout = 5 * time.Second
 
@@ -81,7 +91,9 @@ func (l *Link) Send(m Message) error {
 		oob = unix.UnixRights(fds...)
 	}
 	l.c.SetWriteDeadline(time.Now().Add(sendTimeout))
+	step("sends", m.Step)
 	_, _, err = l.c.WriteMsgUnix(b, oob, nil)
+	step("has sent", m.Step)
 	for _, s := range m.Sockets {
 		runtime.KeepAlive(s)
 	}
@@ -157,6 +169,7 @@ func (l *Link) Receive(deadline time.Time) (*Message, error) {
 			s.File = os.NewFile(uintptr(fd), "handed over")
 		}
 	}
+	step("has", m.Step)
 	return m, nil
 }
 

@@ -153,8 +153,8 @@ func (s *Successor) receive(ctx context.Context, deadline time.Time) (*Message, 
 	}
 }
 
-// Lasts waits so long for the end of a process that serves, which its connection tells before anybody can know
-// of it otherwise. An error says how it has ended.
+// Lasts waits so long for the end of a process that serves, which its connection tells before anybody can
+// know of it otherwise. An error says how it has ended.
 func (s *Successor) Lasts(within time.Duration) error {
 	if !s.awaitClose(within) {
 		return nil

@@ -420,7 +420,10 @@ func (s *Store) send(text string, oob []byte) error {
 	}
 	defer c.Close()
 	c.SetWriteDeadline(time.Now().Add(sendTimeout))
+	what, _, _ := strings.Cut(text, "=")
+	step("sends", what)
 	_, _, err = c.WriteMsgUnix([]byte(text), oob, &net.UnixAddr{Name: s.manager, Net: "unixgram"})
+	step("has sent", what)
 	return err
 }
 

@@ -267,18 +267,7 @@ func TestOrdersInParts(t *testing.T) {
 
 	const long = 64 << 10 / n
 	pad := func(i int) string { return fmt.Sprint(i, strings.Repeat("x", long)) }
-	d.mu.Lock()
-	for _, l := range d.listeners {
-		l.drained, l.lingers, l.until = time.Now(), true, time.Now().Add(time.Hour)
-	}
-	d.wakes.mu.Lock()
-	for i := range n {
-		d.disabled.Set(pad(i), true)
-		d.announced = append(d.announced, announce.Spec{Listener: pad(i), Up: []string{"true"}})
-		d.wakes.add(&woken{Started: container.Started{ID: pad(i), At: "then"}, Idle: time.Hour, Used: time.Now()}, d.lapse)
-	}
-	d.wakes.mu.Unlock()
-	d.mu.Unlock()
+	giveLongOrders(d.Server, n, pad)
 	all, parts, err := d.OrdersInParts()
 	if err != nil {
 		t.Fatal(err)
@@ -355,4 +344,25 @@ func TestGateTells(t *testing.T) {
 			t.Errorf("%#v: it tells of the target: %v", c.err, !c.want)
 		}
 	}
+}
+
+// giveLongOrders has all listeners of srv drained, and n targets disabled, listeners announced and containers
+// started whose names are those of pad.
+func giveLongOrders(srv *Server, n int, pad func(int) string) {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	for _, l := range srv.listeners {
+		l.drained, l.lingers, l.until = time.Now(), true, time.Now().Add(time.Hour)
+	}
+	for i := range n {
+		srv.disabled.Set(pad(i), true)
+		srv.announced = append(srv.announced, announce.Spec{Listener: pad(i), Up: []string{"true"}})
+		giveWoken(srv, pad(i))
+	}
+}
+
+func giveWoken(srv *Server, id string) {
+	srv.wakes.mu.Lock()
+	defer srv.wakes.mu.Unlock()
+	srv.wakes.add(&woken{Started: container.Started{ID: id, At: "then"}, Idle: time.Hour, Used: time.Now()}, srv.lapse)
 }

@@ -51,9 +51,6 @@ func (srv *Server) Orders() (json.RawMessage, error) {
 // what is of most use, and all but the checks as a rule: there are processes that know no others. Which
 // containers are started from now on is told by TellLate.
 func (srv *Server) OrdersInParts() (first json.RawMessage, more []json.RawMessage, err error) {
-	srv.mu.Lock()
-	defer srv.mu.Unlock()
-	srv.wakes.collect(true)
 	var part orders
 	size, most := 0, mostFirst
 	end := func() error {
@@ -62,7 +59,7 @@ func (srv *Server) OrdersInParts() (first json.RawMessage, more []json.RawMessag
 		part, size, most = orders{}, 0, mostPart
 		return err
 	}
-	for _, one := range srv.listOrders().each() {
+	for _, one := range srv.lastOrders().each() {
 		b, err := json.Marshal(one)
 		if err != nil {
 			return nil, nil, err
@@ -83,6 +80,14 @@ func (srv *Server) OrdersInParts() (first json.RawMessage, more []json.RawMessag
 		return nil, nil, err
 	}
 	return more[0], more[1:], nil
+}
+
+// lastOrders are the orders that TellLate adds to.
+func (srv *Server) lastOrders() orders {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	srv.wakes.collect(true)
+	return srv.listOrders()
 }
 
 // each are o one by one, what is of most use first.

@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// backgroundNice is how much nicer what can wait is than who is served. It gets about a tenth of a processor then
-// for which another thread competes, so it is not late for long, and whoever wakes up goes first.
+// backgroundNice is for what can wait while others are served. A thread gets about a tenth of a processor then for
+// which another one competes, so it is not late for long, and whoever wakes up goes first.
 const backgroundNice = 10
 
 // inBackground is do on a thread of its own that gives way to others, which ends with it: to take the nice value
@@ -23,9 +23,7 @@ func inBackground(do func()) {
 			runtime.UnlockOSThread()
 			return
 		}
-		if n, err := unix.Getpriority(unix.PRIO_PROCESS, unix.Gettid()); err == nil { // else it is as any other
-			unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), 20-n+backgroundNice) // the system call gives 20 less nice
-		}
+		unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), backgroundNice) // else it is as any other
 		do()
 	}()
 	<-done

@@ -47,9 +47,8 @@ const (
 	loadAgainMost = time.Minute
 )
 
-// loadDatapaths brings up the kernel datapaths that cfg names. The caller closes them. gently: flows that live here,
-// in another process, go first.
-func loadDatapaths(cfg *config.Config, knownBad, gently bool, log *slog.Logger) *datapaths {
+// loadDatapaths brings up the kernel datapaths that cfg names. The caller closes them.
+func loadDatapaths(cfg *config.Config, knownBad bool, log *slog.Logger) *datapaths {
 	if err := loader.RemoveDead("", log); err != nil {
 		log.Warn("what ended daemons left in the kernel can't be removed", "err", err)
 	}
@@ -62,7 +61,7 @@ func loadDatapaths(cfg *config.Config, knownBad, gently bool, log *slog.Logger) 
 	if !local && !named {
 		if wanted[plan.Auto] {
 			o.MaxFlows = min(o.MaxFlows, autoFlows)
-			p.load = func() (*loader.Loader, error) { return loadGently(o) }
+			p.load = func() (*loader.Loader, error) { return loader.New(o) }
 			p.lacks = func(f *server.Server, why string) { f.Lacks(loader.Name, why) }
 			p.loaded = func(f *server.Server, l *loader.Loader) {
 				f.Lacks(loader.Name, "it was loaded for auto only: start the daemon again to have it for other flows")
@@ -71,12 +70,8 @@ func loadDatapaths(cfg *config.Config, knownBad, gently bool, log *slog.Logger) 
 		}
 		return p
 	}
-	load := loader.New
-	if gently {
-		load = loadGently
-	}
 	var err error
-	if p.loader, err = load(o); loader.Again(err) {
+	if p.loader, err = loader.New(o); loader.Again(err) {
 		p.wait(o, lack(err))
 		return p
 	} else if err != nil {
@@ -111,7 +106,7 @@ func (p *datapaths) wait(o loader.Options, why string) {
 	}
 	p.options.Datapaths = append(p.options.Datapaths, sockmap)
 	delete(p.options.Missing, loader.Name)
-	p.load = func() (*loader.Loader, error) { return loadGently(o) }
+	p.load = func() (*loader.Loader, error) { return loader.New(o) }
 	p.lacks = func(_ *server.Server, why string) {
 		sockmap.why.Store(&why)
 		local.why.Store(&why)
@@ -166,12 +161,6 @@ func (p *datapaths) offer(f *server.Server) {
 		p.loader = l
 		p.loaded(f, l)
 	})
-}
-
-// loadGently is loader.New where others are served meanwhile: it takes about 0.1 s of a processor.
-func loadGently(o loader.Options) (l *loader.Loader, err error) {
-	inBackground(func() { l, err = loader.New(o) })
-	return l, err
 }
 
 func lack(err error) string {

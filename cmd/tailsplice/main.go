@@ -17,7 +17,6 @@
 //	files_unix.go  the limit of open files
 //	datapaths.go   the kernel's datapaths: what is loaded, and when
 //	late.go        a datapath that can't be loaded yet
-//	background.go  what gives way to who is served
 //	check.go       check
 //	doctor.go      doctor
 //	init.go        init

@@ -143,7 +143,7 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 		return nil, err
 	}
 	recall, endRecalls := d.openOrphans()
-	datapaths := loadDatapaths(cfg, o.knownBad, old != nil, log)
+	datapaths := loadDatapaths(cfg, o.knownBad, log)
 	defer datapaths.close()
 	datapaths.options.Log, datapaths.options.LogLost, datapaths.options.Version = log, lines.Lost, version()
 	datapaths.options.Control = []string{cfg.Control.Metrics, cfg.Control.Health}

@@ -119,12 +119,10 @@ const (
 	// calmBytes is how much a flow moves within measureBulk at most that goes before the others.
 	calmBytes   = 64 << 10
 	measureBulk = 50 * time.Millisecond
-	// Idle flows go so many for each processor at a time. Then others have it for idleRest, or for half as long
-	// again as those took where that is longer, as on a busy machine: the flows that talk, here and in the other
-	// process, those that begin, and what else runs on the machine.
+	// Idle flows go so many for each processor at a time. Then others have it for idleRest: the flows that
+	// talk, here and in the other process, and what else runs on the machine.
 	idleTogether = 16
 	idleRest     = 4 * time.Millisecond
-	mostIdleRest = 40 * time.Millisecond
 	leaveWait    = 5 * time.Second // for a moment at which nothing of a flow is held here
 	leaveAgain   = 500 * time.Millisecond
 	// giveAgain is for a flow that the other process did not take, since it stood still meanwhile: twice as
@@ -178,7 +176,7 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 			{talk, talking, talkLeaving, false},
 			{busy, bulk, talkLeaving, false},
 		} {
-			together, since := 0, time.Now()
+			together := 0
 			for _, s := range part.flows {
 				if n := s.notTaken.Load(); n != nil && n.at.After(begin) && !n.isOver(time.Now()) {
 					continue
@@ -190,9 +188,8 @@ func (srv *Server) GiveFlows(ctx context.Context, g giver) {
 						return
 					case <-g.Lost():
 						return
-					case <-time.After(min(max(idleRest, time.Since(since)*3/2), mostIdleRest)):
+					case <-time.After(idleRest):
 					}
-					since = time.Now()
 				}
 				for moving.Load() >= part.most {
 					select {

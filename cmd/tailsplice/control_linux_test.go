@@ -7,6 +7,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // TestControlSocketGone: where the file of the control socket was removed, or another one is in its place, the
@@ -46,10 +47,12 @@ func TestControlSocketGone(t *testing.T) {
 	answers("removed during an upgrade")
 
 	// Another daemon's stays, also at the end of this one.
-	check(t, os.Remove(d.control))
-	other, err := net.ListenUnix("unix", &net.UnixAddr{Name: d.control, Net: "unix"})
+	there := filepath.Join(d.dir, "other.sock")
+	other, err := net.ListenUnix("unix", &net.UnixAddr{Name: there, Net: "unix"})
 	check(t, err)
 	defer other.Close()
+	check(t, os.Rename(there, d.control))
+	check(t, other.SetDeadline(time.Now().Add(time.Minute)))
 	c, err := other.Accept() // which asks whether somebody is there
 	check(t, err)
 	c.Close()

@@ -112,11 +112,9 @@ func (p *datapaths) wait(o loader.Options, why string) {
 		local.why.Store(&why)
 	}
 	p.loaded = func(_ *server.Server, l *loader.Loader) {
-		d := datapath.Returner(l)
-		sockmap.d.Store(&d)
+		sockmap.set(l)
 		if n, err := l.Local(); o.Local && err == nil {
-			d := datapath.Datapath(n)
-			local.d.Store(&d)
+			local.set(n)
 		} else if o.Local {
 			local.why.Store(new(err.Error()))
 		}

@@ -18,6 +18,7 @@ type late[D datapath.Datapath] struct {
 	name string
 	d    atomic.Pointer[D]
 	why  atomic.Pointer[string] // it is not there
+	left atomic.Bool            // its process has left, which it is told when it is there
 }
 
 func newLate[D datapath.Datapath](name, why string) *late[D] {
@@ -53,8 +54,17 @@ func (l *late[D]) Health() (off string, stalls uint64) {
 	return "", 0
 }
 
+// set is called with the datapath when that is there.
+func (l *late[D]) set(d D) {
+	l.d.Store(&d)
+	if l.left.Load() {
+		l.Leave()
+	}
+}
+
 // Leave is the datapath's, once that is there.
 func (l *late[D]) Leave() {
+	l.left.Store(true)
 	if d := l.d.Load(); d != nil {
 		if x, ok := any(*d).(datapath.Leaver); ok {
 			x.Leave()

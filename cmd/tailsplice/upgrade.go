@@ -103,8 +103,12 @@ func parseUpgrade(q url.Values) (o upgradeOptions, err error) {
 // leastDrain is how long an old process goes on at least: the flows that can go over do so meanwhile.
 const leastDrain = 10 * time.Second
 
-// servingTimeout is how long connections may wait for a new process that was ready to accept them.
-const servingTimeout = 10 * time.Second
+// servingTimeout is how long connections may wait for a new process that was ready to accept them, and
+// newestTimeout how long it may take after that to say that it is the newest one, which it does at once.
+const (
+	servingTimeout = 10 * time.Second
+	newestTimeout  = 5 * time.Second
+)
 
 // proof is how long a new process serves while the old one, which has all that it had, can take its place:
 // the first connections are those that have waited for it.
@@ -302,7 +306,7 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor,
 	_ = s.Send(handover.Message{Step: handover.Yours, Sockets: flows}) // where it has ended, Await says how
 	handover.Close(flows)
 	if _, err = s.Await(context.Background(), handover.Serving, servingTimeout); err == nil {
-		newest, err = s.Await(context.Background(), handover.Newest, servingTimeout)
+		newest, err = s.Await(context.Background(), handover.Newest, newestTimeout)
 	}
 	if err == nil {
 		err = s.Lasts(proof)

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -153,7 +154,10 @@ func walk(t *testing.T, death string, isManaged, goesOn, live bool) {
 		wait(t, "a flow that talks goes on, or is reset", func() error {
 			select {
 			case <-f.ended:
-				cut++
+				if cut++; !errors.Is(f.err, syscall.ECONNRESET) && !errors.Is(f.err, syscall.EPIPE) &&
+					!errors.Is(f.err, io.EOF) && !errors.Is(f.err, io.ErrUnexpectedEOF) {
+					t.Errorf("a flow that talks has ended otherwise: %v", f.err)
+				}
 				return nil
 			default:
 			}

@@ -52,6 +52,17 @@ func newKeeper(dir string) (*keeper, error) {
 	return k, nil
 }
 
+// forgetMain drops what processes have said that have ended.
+func (k *keeper) forgetMain() {
+	for {
+		select {
+		case <-k.main:
+		default:
+			return
+		}
+	}
+}
+
 // listen hears what tailsplice says, until the socket is closed.
 func (k *keeper) listen() {
 	for {

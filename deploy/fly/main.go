@@ -121,6 +121,7 @@ func run() error {
 	if err != nil {
 		return err
 	}
+	known := processes{tailsplice.Pid: tailsplice}
 	look := time.NewTicker(time.Second)
 	defer look.Stop()
 	var crashed crashes
@@ -131,8 +132,10 @@ func run() error {
 			time.Sleep(crashPause) // what it has said at last is heard by then
 			select {
 			case pid := <-keeper.main: // another process has taken over, and nothing was left here
-				tailsplice = follow(pid)
-				continue
+				if pid != tailsplice.Pid {
+					tailsplice = known.follow(pid)
+					continue
+				}
 			default:
 			}
 			if tailsplice.err == nil { // it was told to end, or by drain --all --end
@@ -142,11 +145,14 @@ func run() error {
 				return fmt.Errorf("tailsplice ended: %v", tailsplice.err)
 			}
 			log.Printf("tailsplice ended: %v; it is started again", tailsplice.err)
+			endAll("tailsplice") // one that had begun to take over would accept beside the next one
+			keeper.forgetMain()
 			if tailsplice, err = begin(); err != nil {
 				return err
 			}
+			known = processes{tailsplice.Pid: tailsplice}
 		case pid := <-keeper.main:
-			tailsplice = follow(pid)
+			tailsplice = known.follow(pid)
 		case <-look.C:
 			zombies = reap(zombies)
 			if keeper.hangs() && !told {
@@ -194,16 +200,23 @@ func start(name string, files []*os.File, environ []string, args ...string) (*pr
 	return await(cmd.Process, cmd.Wait), nil
 }
 
-// follow waits for a child that another one has started here.
-func follow(pid int) *process {
+// processes are those of tailsplice that are waited for, by PID.
+type processes map[int]*process
+
+// follow waits for a child that another one has started here. One that is known is waited for already.
+func (all processes) follow(pid int) *process {
+	if p := all[pid]; p != nil {
+		return p
+	}
 	p, _ := os.FindProcess(pid) // which does not fail
-	return await(p, func() error {
+	all[pid] = await(p, func() error {
 		state, err := p.Wait()
 		if err == nil && !state.Success() {
 			err = errors.New(state.String())
 		}
 		return err
 	})
+	return all[pid]
 }
 
 func await(p *os.Process, wait func() error) *process {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -45,6 +46,38 @@ func TestReap(t *testing.T) {
 	if err := lives.Process.Signal(syscall.Signal(0)); err != nil {
 		t.Errorf("the child that lives: %v", err)
 	}
+}
+
+// TestEndAll: all children of a name are ended, and no others.
+func TestEndAll(t *testing.T) {
+	script := filepath.Join(t.TempDir(), "some")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\nread line\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var all [3]*exec.Cmd
+	for i := range all {
+		all[i] = exec.Command(script)
+		if i == 0 {
+			all[i] = exec.Command("sleep", "1000")
+		}
+		if _, err := all[i].StdinPipe(); err != nil {
+			t.Fatal(err)
+		}
+		if err := all[i].Start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	endAll("some")
+	for _, c := range all[1:] {
+		if err := c.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
+			t.Errorf("a child of the name: %v", err)
+		}
+	}
+	if err := all[0].Process.Signal(syscall.Signal(0)); err != nil {
+		t.Errorf("another child: %v", err)
+	}
+	all[0].Process.Kill()
+	all[0].Wait()
 }
 
 // TestCrashes: tailsplice is started again each time that it has served, unless it crashes all the time, and a few

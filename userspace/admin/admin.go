@@ -131,6 +131,8 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("control socket %s: another daemon answers there: stop it, or give this one its own control.socket", path)
 	} else if errors.Is(err, syscall.ECONNREFUSED) {
 		os.Remove(path)
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("control socket %s: somebody may listen there: %w", path, err)
 	}
 	// The socket must never be open to others, not even for a moment: it is
 	// made in a directory of its own and then moved to its place.

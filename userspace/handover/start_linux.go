@@ -193,11 +193,12 @@ func (s *Successor) End() {
 	}
 }
 
-// Kill kills the process, and returns when it is gone.
+// Kill kills the process, and returns when it is gone. The connection is closed after that: by its end a process
+// that serves would know that this one is gone, and go on with its flows.
 func (s *Successor) Kill() {
-	s.Close()
 	s.process.Kill()
 	<-s.gone
+	s.Close()
 }
 
 // Signal sends the process a signal.

@@ -206,16 +206,16 @@ func printStatus(w io.Writer, s server.Status, now time.Time) {
 	if s.Held > 0 {
 		fmt.Fprintf(w, "connections and requests that wait for a target: %d\n", s.Held)
 	}
-	if m := s.Memory; m != nil {
-		printMemory(w, "memory", m.Used, m.Budget, m.Saving)
-		printMemory(w, "TCP's memory", m.TCPUsed, m.TCPBudget, m.TCPSaving)
-	}
 	for _, o := range s.Older {
 		fmt.Fprintf(w, "older process %d, tailsplice %s: %s (%s) left, until %s\n", o.PID, o.Version,
 			plural(o.Connections, "connection"), plural(o.Flows, "flow"), o.Deadline.UTC().Format("2006-01-02 15:04:05 MST"))
 	}
 	printProblems(w, s)
 	fmt.Fprintf(w, "config %s, loaded %s ago\n", s.Config, age(s.Loaded, now))
+	if m := s.Memory; m != nil {
+		printMemory(w, "memory", m.Used, m.Budget, m.Saving)
+		printMemory(w, "TCP's memory", m.TCPUsed, m.TCPBudget, m.TCPSaving)
+	}
 	for _, l := range s.Listeners {
 		printListener(w, l)
 	}

@@ -553,7 +553,7 @@ func TestCrashBeforeMain(t *testing.T) {
 		}
 		return nil
 	})
-	defer syscall.Kill(next, syscall.SIGKILL)
+	defer func() { syscall.Kill(next, syscall.SIGKILL) }() // or of the one after it
 	for i, c := range idle {
 		if err := echo(c); err != nil {
 			t.Errorf("flow %d: %v", i, err)

@@ -42,8 +42,8 @@ func (d *process) watchControl(ctx context.Context, h http.Handler) {
 	}
 }
 
-// rebindControl returns a new control socket, if clients don't find the one before. What that one was asked is
-// still answered. While another process takes over, it is that one's to do so.
+// rebindControl returns a new control socket, if clients don't find the one before. What that one was asked
+// is still answered. While another process takes over, it is that one's to do so.
 func (d *process) rebindControl() (net.Listener, error) {
 	if !d.changes.TryLock() {
 		return nil, nil

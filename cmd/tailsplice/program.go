@@ -16,8 +16,8 @@ func openProgram() string {
 	return path
 }
 
-// isReplaced reports whether a file at path is not the one that this process runs. The kernel lets nobody write
-// to that one, so whoever installs another version puts another file in its place.
+// isReplaced reports whether a file at path is not the one that this process runs. The kernel lets nobody
+// write to that one, so whoever installs another version puts another file in its place.
 func isReplaced(path string) bool {
 	now, err := os.Stat(path)
 	if err != nil {
@@ -28,7 +28,8 @@ func isReplaced(path string) bool {
 }
 
 // reloadOrUpgrade is reload, unless another program is where this one was started from: that one takes over.
-// It reads the configuration in any case, in which may be what only it knows. With an error nothing has changed.
+// It reads the configuration in any case, in which may be what only it knows. With an error nothing has
+// changed.
 func (d *process) reloadOrUpgrade(ctx context.Context) (notes []string, err error) {
 	if d.program == "" || !isReplaced(d.program) {
 		return d.reload()

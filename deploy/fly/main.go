@@ -33,8 +33,8 @@ const (
 
 const crashPause = 100 * time.Millisecond
 
-// tailsplice is started again unless it has failed to start so many times in a row, or crashes so many times in a
-// while. Else it goes on: what is kept of flows and connections ends with this process.
+// tailsplice is started again unless it has failed to start so many times in a row, or crashes so many times
+// in a while. Else it goes on: what is kept of flows and connections ends with this process.
 const (
 	mostFailed  = 5
 	mostCrashes = 30

@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// reap waits for children that have ended and that nobody here waits for: tailsplice starts who is to take over from
-// it as a child of this process, which does not hear of one that fails. The others are waited for at once, so one
-// that is found twice, a second apart, is of those. seen is what the last call has returned.
+// reap waits for children that have ended and that nobody here waits for: tailsplice starts who is to take
+// over from it as a child of this process, which does not hear of one that fails. The others are waited for
+// at once, so one that is found twice, a second apart, is of those. seen is what the last call has returned.
 func reap(seen map[int]bool) (now map[int]bool) {
 	now = map[int]bool{}
 	for _, c := range children() {
@@ -26,8 +26,8 @@ func reap(seen map[int]bool) (now map[int]bool) {
 	return now
 }
 
-// endAll kills all children of a name, as systemd does with what is left of a service, and returns when they have
-// ended, but after a second in any case.
+// endAll kills all children of a name, as systemd does with what is left of a service, and returns when they
+// have ended, but after a second in any case.
 func endAll(name string) {
 	for until := time.Now().Add(time.Second); time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
 		left := 0

@@ -7,7 +7,7 @@
 //	GET  /v1/top        what the live flows move, a line of JSON each interval; 400 as for flows
 //	GET  /v1/trace      what becomes of a name; 400 as for flows
 //	GET  /v1/log/level  the level of the daemon's log
-//	POST /v1/reload     reads the configuration again, or is upgrade, if another program is in the daemon's place
+//	POST /v1/reload     reads the configuration again, or is upgrade, if there is another program by now
 //	                    by now; 422 with the reason if it can't be used
 //	POST /v1/upgrade    has another program take over; 422 with the reason if it can't
 //	POST /v1/CHANGE     one of Daemon.Changes; 422 as for reload

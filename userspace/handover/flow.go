@@ -41,7 +41,7 @@ type Flow struct {
 	Source      string `json:"source,omitempty"` // the address that limits count it for; "": in all only
 	Shared      bool   `json:"shared,omitempty"` // the client may be many
 	Transparent bool   `json:"transparent,omitempty"`
-	Container   string `json:"container,omitempty"`    // that the target's name means, which may stop when nobody uses it
+	Container   string `json:"container,omitempty"`    // of the target's name; it may stop if unused
 	Datapath    string `json:"datapath"`               // as the configuration has it
 	Buffer      int64  `json:"buffer"`                 // bytes
 	IdleTimeout int64  `json:"idle_timeout,omitempty"` // ms; 0: none

@@ -6,13 +6,13 @@
 // A message is JSON in one packet of a pair of unix sockets, with descriptors beside it. The steps, in their
 // order:
 //
-//	state    old to new  more of what goes with the sockets: before the last of them, and later what has come to it
-//	sockets  old to new  what the old process listens on; with more, another message of them follows. The last
-//	                     one says how many flows live
+//	state    old to new  more of what goes with the sockets: before the last of them, and later what is new
+//	sockets  old to new  what the old process listens on; with more, another message of them follows. The
+//	                     last one says how many flows live
 //	ready    new to old  the new process could start. It accepts nothing yet. taken: which sockets it uses.
 //	                     sees_to_kept: it removes what is kept of flows, once it is the main one
-//	yours    old to new  the old process accepts nothing any more: connections wait in the sockets' queues. With
-//	                     it come the ends of the queue in which its flows are kept
+//	yours    old to new  the old process accepts nothing any more: connections wait in the sockets' queues.
+//	                     With it come the ends of the queue in which its flows are kept
 //	serving  new to old  the new process accepts
 //	main     old to new  the service manager was told that the new process is the main one
 //	left     old to new  each second, what the old process still has to do, until it closes its end
@@ -34,8 +34,8 @@
 //	taken    new to old  which of them the new process has registered
 //	refused  new to old  which of them it does not take: the old one goes on with them
 //	begin    old to new  which of them the new process has now: it begins to move bytes
-//	keep     old to new  which of them the old process goes on with, because no answer came, or ends, because
-//	                     they were killed meanwhile: they are forgotten
+//	keep     old to new  which of them the old process goes on with, because no answer came, or ends,
+//	                     because they were killed meanwhile: they are forgotten
 //
 // The old process alone decides, by begin or keep. Where it dies first, the new one, which has read all that
 // it has said, goes on with what is registered; where the new one dies, the old one goes on with what it has
@@ -143,7 +143,7 @@ type Remains struct {
 	Flows       int       `json:"flows"`       // that live
 	Connections int       `json:"connections"` // of clients, those of flows included
 	Deadline    time.Time `json:"deadline"`    // when it cuts what is left
-	Ended       bool      `json:"-"`           // nothing is left, and it stays to wait for the newest one's end
+	Ended       bool      `json:"-"`           // nothing is left, but it waits for the newest one's end
 }
 
 // Message is one step.

@@ -9,8 +9,8 @@ import (
 // firstForOOM is the highest oom_score_adj: see proc_pid_oom_score_adj(5).
 const firstForOOM = "1000"
 
-// risk has the kernel kill the process, and no other, where memory is short: the old one serves. It is as it was
-// before after spare. Where it fails, the kernel chooses by size.
+// risk has the kernel kill the process, and no other, where memory is short: the old one serves. It is as it
+// was before after spare. Where it fails, the kernel chooses by size.
 func (s *Successor) risk() {
 	was, err := os.ReadFile("/proc/self/oom_score_adj")
 	if err == nil {
@@ -21,8 +21,8 @@ func (s *Successor) risk() {
 	}
 }
 
-// Spare ends that the kernel kills the process first where memory is short: from here on it is worth as much as
-// this one.
+// Spare ends that the kernel kills the process first where memory is short: from here on it is worth as much
+// as this one.
 func (s *Successor) Spare() error {
 	if s.oomBefore == "" {
 		return nil

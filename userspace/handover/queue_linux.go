@@ -193,7 +193,7 @@ func (q *Queue) begin() (*queuePair, error) {
 	p := &queuePair{generation: rand.Uint64N(1<<40) + 1,
 		in: os.NewFile(uintptr(fds[0]), KindFlowsIn), out: os.NewFile(uintptr(fds[1]), KindFlowsOut)}
 	if unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, mostQueued) != nil {
-		unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, mostQueued) // as far as the kernel lets it
+		unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, mostQueued) // or less, by the kernel
 	}
 	q.mu.Lock()
 	if n := len(q.pairs); n > 0 {

@@ -193,8 +193,8 @@ func (s *Successor) End() {
 	}
 }
 
-// Kill kills the process, and returns when it is gone. The connection is closed after that: by its end a process
-// that serves would know that this one is gone, and go on with its flows.
+// Kill kills the process, and returns when it is gone. The connection is closed after that: by its end a
+// process that serves would know that this one is gone, and go on with its flows.
 func (s *Successor) Kill() {
 	s.process.Kill()
 	<-s.gone

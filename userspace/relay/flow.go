@@ -101,8 +101,8 @@ type flow struct {
 	since moment.Moment // when that was seen
 }
 
-// elsewhere is the state of a flow that has been in another relay, or in a datapath that begins with flows, or
-// that such a datapath may have later. Only the owner of the flow uses it.
+// elsewhere is the state of a flow that has been in another relay, or in a datapath that begins with flows,
+// or that such a datapath may have later. Only the owner of the flow uses it.
 type elsewhere struct {
 	isWet bool                // bytes are held, or a stream has ended: no datapath may have it as it begins
 	later []datapath.Datapath // are offered it when it is handed off

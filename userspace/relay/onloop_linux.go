@@ -166,7 +166,7 @@ func (s *side) transfer(buf []byte, isMessage bool) (n int, then func()) {
 		return 0, s.eof()
 	case n == len(buf) && isMessage:
 		if rest := s.restOfMessage(buf); len(rest) > 0 {
-			more, _ := noEINTR(func() (int, error) { return unix.Read(s.socket.FD(), rest) }) // a later read has the error
+			more, _ := noEINTR(func() (int, error) { return unix.Read(s.socket.FD(), rest) })
 			buf = buf[:n+max(more, 0)]
 			n = len(buf)
 		}

@@ -8,10 +8,10 @@ import (
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
 
-// What a flow holds for a reader that stops is, for the most part, as much as its sockets had grown to before.
-// It can't be taken back afterwards. So while memory is short the sockets of directions past their trial grow
-// no more. The receive buffer does not become smaller, since the sender may send what it was offered, and what
-// has no room is dropped, and comes again by a timer.
+// What a flow holds for a reader that stops is, for the most part, as much as its sockets had grown to
+// before. It can't be taken back afterwards. So while memory is short the sockets of directions past their
+// trial grow no more. The receive buffer does not become smaller, since the sender may send what it was
+// offered, and what has no room is dropped, and comes again by a timer.
 const (
 	shrunkUnsent = 128 << 10     // bytes that a reader may be written beyond what TCP can send
 	shrunkLeast  = 2 * 208 << 10 // bytes of a receive buffer, for far senders; what net.core.rmem_max allows

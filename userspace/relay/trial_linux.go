@@ -68,9 +68,9 @@ func (s *side) isAnswered() bool {
 	return true
 }
 
-// restOfMessage is the room behind buf for what else has come from s, if the two are no more than is passed at
-// once; else it has no length. In pieces a message would wake its reader twice, and to read so little at once
-// makes no megabytes.
+// restOfMessage is the room behind buf for what else has come from s, if the two are no more than is passed
+// at once; else it has no length. In pieces a message would wake its reader twice, and to read so little at
+// once makes no megabytes.
 func (s *side) restOfMessage(buf []byte) []byte {
 	n, err := tcpsock.Unread(s.socket.FD())
 	if most := min(trialAtOnce, cap(buf)); err != nil || len(buf)+n > most {

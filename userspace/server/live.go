@@ -113,7 +113,7 @@ func (srv *Server) relayOptions(s *spliced) relay.Options {
 }
 
 const (
-	flowsLeaving = 64 // flows that are asked at a time, or whose bytes nobody moves: each waits for the others
+	flowsLeaving = 64 // flows that are asked at a time, or whose bytes nobody moves: each waits for all
 	bulkLeaving  = 16 // the same of those that move much: they take their time
 	talkLeaving  = 4  // and of those that talk, which go when no more than so many are on their way
 	// calmBytes is how much a flow moves within measureBulk at most that goes before the others.

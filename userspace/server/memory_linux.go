@@ -23,13 +23,13 @@ import (
 )
 
 const (
-	memoryEvery = time.Second / 4  // a few readers who stop fill what a small machine has for TCP within a second
+	memoryEvery = time.Second / 4  // a few readers that stop fill small machines within a second
 	restEvery   = time.Second      // the same while so little is taken that this takes a second as well
 	fillRate    = 256 << 20        // bytes a second, at which readers who stop fill memory
 	idleEvery   = 15 * time.Second // while nobody is connected, and whole while little is taken
 	lookRest    = 20               // times the CPU time of a look, which is a twentieth of a CPU at most
 	shortRest   = 2                // the same while TCP is short, and next to nothing else can be done
-	calmRest    = 4000             // the same while half is taken, but nothing is refused or ended, and no more is taken
+	calmRest    = 4000             // the same while half is taken, but nothing refused or ended
 
 	// How long no byte of a flow must have moved before it may be ended for what it holds: from 3/4 of the
 	// memory on, and from 7/8 on.
@@ -39,7 +39,7 @@ const (
 	stoppedMin      = 16 << 10         // bytes that such a flow holds at least
 	stoppedLeast    = 2 << 10          // the same where TCP's memory is short: of these many are as bad
 	greedyFor       = 30 * time.Second // that a source is refused after it held much when memory was short
-	greedyMost      = 16 * time.Minute // that it is refused if it comes back again and again: twice as long each time
+	greedyMost      = 16 * time.Minute // that it is refused if it comes back again: twice as long each time
 	greedyMin       = 1 << 20          // bytes that a source holds at least before it may be refused
 	mostGreedy      = 4096             // such sources that are remembered
 )
@@ -257,7 +257,7 @@ type memoryUse struct {
 	isTCPShort  bool   // the kernel is, and gives every connection next to nothing
 
 	sockets map[netip.AddrPort]tcpSocket // of connections that were accepted, if they were measured for it
-	dialled int64                        // bytes that those which were dialled for them hold, and targets for them
+	dialled int64                        // bytes held by those dialled for them, and by targets for them
 }
 
 // over reports whether n of m parts are taken.
@@ -544,7 +544,7 @@ func (w *memoryWatch) stalled(now time.Time, sockets map[netip.AddrPort]tcpSocke
 		if srv.mayBeMany(peer.Addr()) {
 			o = owner{alone: peer}
 		}
-		connections[peer] = connection{bytes: -s.held, down: -s.held, owner: o} // which grows when its reader takes some
+		connections[peer] = connection{bytes: -s.held, down: -s.held, owner: o} // more when it reads
 	}
 	since := make(map[netip.AddrPort]rest, len(connections))
 	for peer, c := range connections {

@@ -20,7 +20,7 @@ type orders struct {
 
 	Announced []announce.Spec `json:"announced"` // what others were told should get connections
 
-	Shut   map[string]shut   `json:"shut,omitempty"`   // listeners that while_down has closed, and that were open before
+	Shut   map[string]shut   `json:"shut,omitempty"`   // open listeners that while_down has closed
 	Checks []json.RawMessage `json:"checks,omitempty"` // each a health.Record
 }
 

@@ -30,7 +30,7 @@ const (
 	PartDatapath    = "datapath"    // that a route names, and flows go by userspace until it is there
 	PartTransparent = "transparent" // that targets see this host's address without
 	PartContainers  = "containers"  // that dockerd can't be asked for
-	PartDeny        = "deny"        // a file that is not in force as it is; of a listener: nobody is let in without it
+	PartDeny        = "deny"        // a file not in force as it is; of a listener: it lets nobody in
 	PartACME        = "acme"        // a name whose certificate can't be had now
 	PartAnnounce    = "announce"    // by which others can't be told
 )

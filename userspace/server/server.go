@@ -114,8 +114,8 @@ type Options struct {
 	Older func() bool
 	// KeepsFlows says that [Server.KeepFlows] will be called: what that needs costs each flow a little.
 	KeepsFlows bool
-	// Replaces says that a process that serves goes on if New fails: then a file of denied prefixes that can't
-	// be read is an error.
+	// Replaces says that a process that serves goes on if New fails: then a file of denied prefixes that
+	// can't be read is an error.
 	Replaces bool
 	// Moved is called when what [Server.Bound] returns may have changed, or what is known of targets and
 	// containers of what [Server.Orders] does. It must not block, nor call the Server.

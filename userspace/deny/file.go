@@ -113,6 +113,9 @@ func (f *File) use(t *Table) (taken bool) {
 			f.bad = fmt.Errorf("%w; the previous %d stay in force", f.bad, n)
 			return false
 		}
+		if before := f.table.Load(); before != nil && before.all {
+			return false
+		}
 	}
 	f.table.Store(t)
 	return true
@@ -205,7 +208,7 @@ func (f *File) look() {
 			f.stamp = nil // it was not read, perhaps for want of a descriptor: the next look tries again
 		}
 	case !f.use(t):
-		f.log.Error("a file of denied prefixes is empty: the previous ones stay in force", "file", f.name,
+		f.log.Error("a file of denied prefixes is empty: "+f.meanwhile(), "file", f.name,
 			"err", f.bad)
 	default:
 		f.log.Info("a file of denied prefixes was read again", "file", f.name, "prefixes", t.Len())

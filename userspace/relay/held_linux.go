@@ -12,11 +12,13 @@ import (
 
 // holding is what is known of the bytes that readers have no room for.
 type holding struct {
-	short     atomic.Bool  // of memory
-	scarceTCP atomic.Bool  // memory of TCP
-	saves     atomic.Bool  // sockets' buffers are to grow no more
-	piped     atomic.Int64 // bytes in this process and its pipes that pumps have no room for
-	sweep     atomic.Int64 // the number of the last MeasureHeld
+	short     atomic.Bool // of memory
+	scarceTCP atomic.Bool // memory of TCP
+	saves     atomic.Bool // sockets' buffers are to grow no more
+
+	leastReceive atomic.Int64 // bytes that a receive buffer may have meanwhile in any case
+	piped        atomic.Int64 // bytes in this process and its pipes that pumps have no room for
+	sweep        atomic.Int64 // the number of the last MeasureHeld
 
 	measuring sync.Mutex
 }

@@ -2,6 +2,9 @@ package relay
 
 import (
 	"net"
+	"os"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -14,11 +17,30 @@ import (
 // offered, and what has no room is dropped, and comes again by a timer.
 const (
 	shrunkUnsent = 128 << 10     // bytes that a reader may be written beyond what TCP can send
-	shrunkLeast  = 2 * 208 << 10 // bytes of a receive buffer, for far senders; what net.core.rmem_max allows
+	shrunkLeast  = 2 * 208 << 10 // bytes of a receive buffer, for far senders
 )
 
 // SaveSockets says whether memory is short: then buffers of sockets grow no more.
-func (r *Relay) SaveSockets(isShort bool) { r.holding.saves.Store(isShort) }
+func (r *Relay) SaveSockets(isShort bool) {
+	if isShort {
+		r.holding.leastReceive.Store(int64(leastReceive()))
+	}
+	r.holding.saves.Store(isShort)
+}
+
+// leastReceive is shrunkLeast, or what this machine allows if that is less.
+func leastReceive() int {
+	least := shrunkLeast
+	for name, times := range map[string]int{"core/rmem_max": 2, "ipv4/tcp_rmem": 1} {
+		text, _ := os.ReadFile("/proc/sys/net/" + name)
+		if f := strings.Fields(string(text)); len(f) > 0 {
+			if n, err := strconv.Atoi(f[len(f)-1]); err == nil {
+				least = min(least, times*n)
+			}
+		}
+	}
+	return least
+}
 
 // shrink has the receive buffer of s, and the send queue of dst, grow no more, or grow again. It is for the
 // pump of s.
@@ -30,9 +52,8 @@ func (s *side) shrink(isShort bool, fd int, dst *side) {
 	unsent := 0 // what the sysctl says
 	if isShort {
 		unsent = shrunkUnsent
-		growTo(fd, shrunkLeast)
 	}
-	lockReceive(fd, isShort)
+	lockReceive(fd, isShort, int(s.flow.relay.holding.leastReceive.Load()))
 	dst.control(func(fd int) { _ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, unsent) })
 }
 
@@ -52,15 +73,16 @@ func growTo(fd, bytes int) {
 	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP, bytes/2)
 }
 
-// lockReceive makes the kernel leave the size of a socket's receive buffer as it is, or choose it. It needs
-// Linux 5.14.
-func lockReceive(fd int, on bool) {
+// lockReceive makes the kernel leave the size of a socket's receive buffer as it is, or as it becomes with
+// least bytes, or choose it. It needs Linux 5.14; before that nothing could undo it, and it does nothing.
+func lockReceive(fd int, on bool, least int) {
 	locks, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BUF_LOCK)
 	if err != nil {
 		return
 	}
 	locks &^= unix.SOCK_RCVBUF_LOCK
 	if on {
+		growTo(fd, least)
 		locks |= unix.SOCK_RCVBUF_LOCK
 	}
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BUF_LOCK, locks)
@@ -72,7 +94,7 @@ func ungrown(down, up net.Conn) {
 		unsent := 0
 		tcpsock.Control(c[0], func(fd int) { unsent, _ = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT) })
 		if unsent == shrunkUnsent {
-			tcpsock.Control(c[1], func(fd int) { lockReceive(fd, false) })
+			tcpsock.Control(c[1], func(fd int) { lockReceive(fd, false, 0) })
 		}
 		unspare(c[0])
 	}

@@ -84,6 +84,9 @@ func TestShrinks(t *testing.T) {
 		t.Errorf("on trial: %+v", got)
 	}
 	wait("while memory is short", short, 64<<10)
+	if size, err := unix.GetsockoptInt(fds[1], unix.SOL_SOCKET, unix.SO_RCVBUF); err != nil || size < leastReceive() {
+		t.Errorf("the receive buffer has %d bytes, want %d at least: %v", size, leastReceive(), err)
+	}
 	r.SaveSockets(false)
 	wait("afterwards", state{}, 64<<10)
 	r.SaveSockets(true)

@@ -275,6 +275,11 @@ func TestDenyFileUnread(t *testing.T) {
 				}
 			}
 
+			write("")
+			eventually(t, "it has become empty", func() bool { return d.has(PartDeny, file, "has no prefix") })
+			if err := comeFrom(t, shut, "127.0.0.3", "192.0.2.9"); err == nil || d.Ready().Ready {
+				t.Error("an empty file lets everybody in")
+			}
 			write("198.51.100.0/24\n")
 			eventually(t, "the file is read", func() bool { return len(d.Problems()) == 0 })
 			if err := comeFrom(t, shut, "127.0.0.3", "192.0.2.9"); err != nil || !d.Ready().Ready {
@@ -283,8 +288,8 @@ func TestDenyFileUnread(t *testing.T) {
 			if err := comeFrom(t, shut, "127.0.0.3", "198.51.100.7"); err == nil {
 				t.Error("whom the file names comes in")
 			}
-			if n := d.log.Count("everybody is denied"); n != 3 { // at the start, and at each reload
-				t.Errorf("the log says %d times that everybody is denied, want 3", n)
+			if n := d.log.Count("everybody is denied"); n != 4 { // at the start, at each reload, and when it is empty
+				t.Errorf("the log says %d times that everybody is denied, want 4", n)
 			}
 		})
 	}

@@ -191,7 +191,11 @@ func TestInheritShut(t *testing.T) {
 	eventually(t, "it is open", func() bool { return old.Status().Listeners[0].Closed == "" })
 	ln.Close()
 	eventually(t, "it is closed", func() bool { return old.Status().Listeners[0].Closed != "" })
-	after, err := old.Orders()
+	var after json.RawMessage
+	eventually(t, "the next process hears of it", func() bool {
+		after, err = old.Orders()
+		return err != nil || strings.Contains(string(after), `"shut"`)
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,6 +56,7 @@ var notTyped = map[string]string{
 	"docker load -i tailsplice-*-image-amd64.tar": "TestEdge types it, which has a dockerd",
 	"tailsplice init":                             "a name in the text; blocks have it with a role",
 	"tailsplice upgrade":                          "the same",
+	"tailsplice upgrade --binary PATH":            "the same; TestTrouble and TestUpgradeCrashes type it",
 }
 
 // typed has the lines that tests have asked for, behind a test's name.

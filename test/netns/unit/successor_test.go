@@ -29,6 +29,9 @@ func succeed(name string) {
 	if err == nil {
 		err = p.Serve()
 	}
+	if err == nil && name == mainExits {
+		err = p.Send(handover.Message{Step: handover.Newest, PID: os.Getpid()})
+	}
 	for isMain := name == servingExits; err == nil && !isMain; {
 		var m *handover.Message
 		if m, err = p.Receive(time.Time{}); err == nil {

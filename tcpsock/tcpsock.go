@@ -60,7 +60,8 @@ const (
 
 // IsReset reports whether err says that the other end, and not the network, has ended the connection.
 func IsReset(err error) bool {
-	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN)
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) ||
+		errors.Is(err, syscall.ENOTCONN)
 }
 
 // ResetConn closes c with a reset: its other end can't take that for the end of a stream, and what was not

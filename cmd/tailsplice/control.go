@@ -35,7 +35,8 @@ func (d *process) watchControl(ctx context.Context, h http.Handler) {
 			d.log.Error("the control socket was removed or replaced, and can't be bound again", "err", err)
 		case ln != nil:
 			said = ""
-			d.log.Warn("the control socket was removed or replaced: it is bound again", "path", d.cfg.Control.Socket)
+			d.log.Warn("the control socket was removed or replaced: it is bound again",
+				"path", d.cfg.Control.Socket)
 			d.control.serving.Go(func() { admin.Serve(ctx, ln, h, d.log) })
 			d.keeper.wake()
 		}

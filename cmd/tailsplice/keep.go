@@ -125,7 +125,8 @@ func (d *process) succeed(ctx context.Context, isAlone bool) {
 	if isAlone && d.keeper.store.Keeps() {
 		// First of all: the manager may see the end of the other one next.
 		_ = d.keeper.store.Notify(fmt.Sprintf("MAINPID=%d", os.Getpid()))
-		d.log.Warn("the process before this one has ended before it could say which is the main one: it is this one", "pid", os.Getpid())
+		d.log.Warn("the process before this one has ended before it could say which is the main one: it is this one",
+			"pid", os.Getpid())
 		// The queue stays: the manager may not listen to this process, and start another.
 		d.keeper.mu.Lock()
 		d.keeper.hasLeft = len(d.keeper.left) > 0

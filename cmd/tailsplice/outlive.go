@@ -88,7 +88,8 @@ func (d *process) outlive(next *successor, signals <-chan os.Signal) (*supervise
 				told = nil
 				shorten(d.options.drain)
 				if !isToEnd { // nobody accepts connections until another daemon is started
-					lost = fmt.Errorf("the process that had taken over from %d has ended without a word", os.Getpid())
+					lost = fmt.Errorf("the process that had taken over from %d has ended without a word",
+						os.Getpid())
 					if isSupervised() {
 						shorten(0)
 					}

@@ -135,7 +135,8 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 
 	var control controls
 	defer control.close()
-	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, control: &control, isFirst: old == nil, program: openProgram(),
+	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, control: &control,
+		isFirst: old == nil, program: openProgram(),
 		upgraded: make(chan *successor, 1), ends: make(chan struct{}, 1)}
 	from, orders, more := d.openStore(old)
 	control.isLent.Store(old != nil)

@@ -65,7 +65,8 @@ version is used in the same way.`,
 	}
 	controlFlag(cmd, &c.Socket)
 	cmd.Flags().StringVar(&o.binary, "binary", "", "the `program` to start; without it, the path that the daemon was started with")
-	cmd.Flags().DurationVar(&o.timeout, "timeout", upgradeTimeout, "how long the new process may take until it is ready")
+	cmd.Flags().DurationVar(&o.timeout, "timeout", upgradeTimeout,
+		"how long the new process may take until it is ready")
 	cmd.Flags().DurationVar(&o.drain, "drain-timeout", time.Hour, "how long the old process goes on with the connections that it can't hand over, 10s at least")
 	return cmd
 }

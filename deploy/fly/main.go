@@ -88,7 +88,8 @@ func run() error {
 		}
 	}
 	memory := "GOMEMLIMIT=" + env("TAILSCALED_GOMEMLIMIT", "100MiB")
-	tailscaled, err := start("tailscaled", nil, []string{memory}, "--state=mem:", "--socket="+tailscaledSocket,
+	tailscaled, err := start("tailscaled", nil, []string{memory}, "--state=mem:",
+		"--socket="+tailscaledSocket,
 		"--tun=tailscale0", "--port=41641")
 	if err != nil {
 		return err
@@ -115,7 +116,8 @@ func run() error {
 	begin := func() (*process, error) {
 		environ, files := keeper.environ()
 		environ = append(environ, "TAILSPLICE_TAILSCALED_SOCKET="+tailscaledSocket)
-		return start("tailsplice", files, environ, "run", "--config", config, "--drain-timeout", drain.String())
+		return start("tailsplice", files, environ, "run", "--config", config,
+			"--drain-timeout", drain.String())
 	}
 	tailsplice, err := begin()
 	if err != nil {

@@ -537,7 +537,8 @@ func (d *direction) readerStopped(b *breakage) bool {
 		b.taken, b.takenAt = n, now
 	}
 	stopped := now.Sub(b.takenAt)
-	return stopped >= tcpsock.TCPGrace || stopped >= tcpsock.ResetGrace && (!d.f.isByTCP() || tcpsock.Refuses(&i))
+	return stopped >= tcpsock.TCPGrace || stopped >= tcpsock.ResetGrace &&
+		(!d.f.isByTCP() || tcpsock.Refuses(&i))
 }
 
 // release gives the buffer back, if nothing is in it.

@@ -217,8 +217,13 @@ func stall(t *testing.T, size int64, judge func(perFlow int64, waiting int, cpu 
 			continue
 		}
 		ended[p] = true
+		t.Logf("a reader got %d bytes of %d, %v", got[i], want, broken[i])
+		if len(ended) == 1 { // whether it is a timer that they wait for
+			out, err := exec.Command("ss", "-tnmoie").CombinedOutput()
+			t.Logf("the sockets, %v:\n%s", err, out)
+		}
 		r := p.Wait(loadertest.Patience)
-		t.Logf("a flow ended %+v, %v; a reader got %d bytes of %d, %v", r, r.Err, got[i], want, broken[i])
+		t.Logf("its flow ended %+v, %v", r, r.Err)
 		if r.End == prove.EndEOF {
 			t.Error("bytes are missing, and nobody was told")
 		}

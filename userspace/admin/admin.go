@@ -83,15 +83,18 @@ func (d Daemon) Handler() http.Handler {
 	mux.HandleFunc("GET /v1/trace", show(func(ctx context.Context, query url.Values) (any, error) { return d.Trace(ctx, query) }))
 	mux.HandleFunc("GET /v1/log/level", show(func(context.Context, url.Values) (any, error) { return d.LogLevel(), nil }))
 	mux.HandleFunc("GET /v1/top", d.top)
-	long := func(do func(ctx context.Context, query url.Values) (notes []string, err error)) http.HandlerFunc {
+	long := func(
+		do func(ctx context.Context, query url.Values) (notes []string, err error)) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			rc := http.NewResponseController(w)
 			rc.SetReadDeadline(time.Time{}) // it takes a while
 			rc.SetWriteDeadline(time.Time{})
-			change(d.Log, func(query url.Values, _ Peer) (any, error) { return do(r.Context(), query) }, answerLines)(w, r)
+			change(d.Log, func(query url.Values, _ Peer) (any, error) { return do(r.Context(), query) },
+				answerLines)(w, r)
 		}
 	}
-	mux.HandleFunc("POST /v1/reload", long(func(ctx context.Context, _ url.Values) ([]string, error) { return d.Reload(ctx) }))
+	reload := func(ctx context.Context, _ url.Values) ([]string, error) { return d.Reload(ctx) }
+	mux.HandleFunc("POST /v1/reload", long(reload))
 	mux.HandleFunc("POST /v1/upgrade", long(d.Upgrade))
 	for name, do := range d.Changes {
 		mux.HandleFunc("POST /v1/"+name, change(d.Log, do, answerJSON))

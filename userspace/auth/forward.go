@@ -155,7 +155,8 @@ func (f *Forward) Ask(ctx context.Context, method, uri string, header http.Heade
 	}
 	switch c := res.StatusCode; {
 	case c < 200, // no final answer: what follows one has no end, or it can't be passed on
-		c == http.StatusNotModified, c == http.StatusPreconditionFailed, c == http.StatusRequestedRangeNotSatisfiable:
+		c == http.StatusNotModified, c == http.StatusPreconditionFailed,
+		c == http.StatusRequestedRangeNotSatisfiable:
 		// nobody asked for that
 		res.Body.Close()
 		cancel(nil)

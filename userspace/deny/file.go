@@ -201,7 +201,8 @@ func (f *File) look() {
 	switch {
 	case err != nil:
 		if f.bad == nil || f.bad.Error() != err.Error() {
-			f.log.Error("a file of denied prefixes can't be used as it is: "+f.meanwhile(), "file", f.name, "err", err)
+			f.log.Error("a file of denied prefixes can't be used as it is: "+f.meanwhile(), "file", f.name,
+				"err", err)
 		}
 		f.bad = err
 		if _, failed := errors.AsType[*fs.PathError](err); failed {

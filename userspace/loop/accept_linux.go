@@ -34,7 +34,8 @@ type Acceptor struct {
 // has Ready, the connection waits so for its first bytes; if it can't, Ready is called at once. fail is given
 // each error of accept4(2), which may be that of a peer that is gone; when it returns false, nothing is
 // accepted for 10 ms. Both are called on the loops, also at the same time, and must not block.
-func (r *Reactor) NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr) Wait, fail func(err error) (goOn bool)) *Acceptor {
+func (r *Reactor) NewAcceptor(fd int, taken func(s *Socket, peer unix.Sockaddr) Wait,
+	fail func(err error) (goOn bool)) *Acceptor {
 	return &Acceptor{reactor: r, fd: fd, taken: taken, fail: fail}
 }
 

@@ -92,7 +92,9 @@ func lockReceive(fd int, on bool, least int) {
 func ungrown(down, up net.Conn) {
 	for _, c := range [][2]net.Conn{{down, up}, {up, down}} {
 		unsent := 0
-		tcpsock.Control(c[0], func(fd int) { unsent, _ = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT) })
+		tcpsock.Control(c[0], func(fd int) {
+			unsent, _ = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT)
+		})
 		if unsent == shrunkUnsent {
 			tcpsock.Control(c[1], func(fd int) { lockReceive(fd, false, 0) })
 		}

@@ -134,8 +134,10 @@ func (srv *Server) lookAtArrivals(s *listenerSocket, local netip.Addr) {
 			a.c.Reset()
 			l := s.owner.Load().name
 			srv.metrics.Accepted.WithLabelValues(l).Inc()
-			srv.noteRefused(l, notByTailnet, "connection refused: it came to a tailnet address, and not by the tailnet",
-				"listener", l, "reason", notByTailnet, "peer", a.peer, "interface", by.name, "address", s.written, "err", a.err)
+			srv.noteRefused(l, notByTailnet,
+				"connection refused: it came to a tailnet address, and not by the tailnet",
+				"listener", l, "reason", notByTailnet, "peer", a.peer, "interface", by.name,
+				"address", s.written, "err", a.err)
 		}
 	}
 }

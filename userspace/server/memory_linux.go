@@ -183,7 +183,8 @@ func (srv *Server) saveMemory(isShort bool, u memoryUse) {
 	switch wasShort := srv.saves.Swap(isShort); {
 	case isShort && !wasShort:
 		srv.limited.Warn("memory_saving", "half of the memory is taken (limits.memory, net.ipv4.tcp_mem): "+
-			"buffers of flows grow no more until it is less", "what", u.what, "used", u.used, "total", u.total)
+			"buffers of flows grow no more until it is less", "what", u.what, "used", u.used,
+			"total", u.total)
 	case wasShort && !isShort:
 		srv.limited.Info("memory_saved", "less than half of the memory is taken again: "+
 			"buffers of flows grow as they need", "what", u.what, "used", u.used, "total", u.total)
@@ -196,7 +197,8 @@ func (srv *Server) spareTCP(isScarce bool, used, total int64) {
 	switch wasScarce := srv.sparesTCP.Swap(isScarce); {
 	case isScarce && !wasScarce:
 		srv.log.Debug("a quarter of TCP's memory is taken (net.ipv4.tcp_mem): "+
-			"readers that have not shown that they read are written less until it is less", "used", used, "total", total)
+			"readers that have not shown that they read are written less until it is less", "used", used,
+			"total", total)
 	case wasScarce && !isScarce:
 		srv.log.Debug("less than a quarter of TCP's memory is taken again: "+
 			"readers are written as much as else", "used", used, "total", total)

@@ -45,7 +45,8 @@ func (d *denials) problems(listener string) (all []Problem) {
 	}
 	for _, file := range d.files {
 		if err := file.Problem(); err != nil && file.IsUnread() { // it may be read meanwhile
-			all = append(all, Problem{PartDeny, listener, file.Name(), "everybody is denied until it can be read: " + cause(err).Error()})
+			all = append(all, Problem{PartDeny, listener, file.Name(),
+				"everybody is denied until it can be read: " + cause(err).Error()})
 		}
 	}
 	return all
@@ -111,7 +112,8 @@ func (srv *Server) deniedRequest(l *listener, v *vhost.Visit, client netip.Addr)
 // where the daemon starts, and replaces no other, or does without it already. The caller closes the files.
 //
 // +checklocks:srv.mu
-func (srv *Server) openDenials(cfg *config.Config, starts bool) (all map[string]*denials, files []*deny.File, err error) {
+func (srv *Server) openDenials(cfg *config.Config, starts bool) (
+	all map[string]*denials, files []*deny.File, err error) {
 	all = map[string]*denials{}
 	opened := map[string]*deny.File{} // each once
 	before, isUnread := map[string]*deny.Table{}, map[string]bool{}
@@ -135,7 +137,8 @@ func (srv *Server) openDenials(cfg *config.Config, starts bool) (all map[string]
 			if file == nil {
 				if starts && !srv.opts.Replaces || isUnread[item.File] {
 					file = deny.Await(item.File, config.ParsePrefix, srv.log)
-				} else if file, err = deny.Open(item.File, config.ParsePrefix, srv.log, before[item.File]); err != nil {
+				} else if file, err = deny.Open(
+					item.File, config.ParsePrefix, srv.log, before[item.File]); err != nil {
 					errs = append(errs, cfg.Errorf(item.At("file"), "deny: %v", err))
 					continue
 				}

@@ -257,7 +257,8 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.deps.ACME = srv.acme
 	srv.containers.FollowLabels(config.IsLabel, srv.labelsMoved.wake)
 	// apply sets the limits of these
-	srv.limiter, srv.requests = limit.New(math.MaxInt, math.MaxInt), limit.NewRequests(math.MaxInt, math.MaxInt)
+	srv.limiter = limit.New(math.MaxInt, math.MaxInt)
+	srv.requests = limit.NewRequests(math.MaxInt, math.MaxInt)
 	srv.newRate = limit.NewRate()
 	srv.heldBy, srv.rooms, srv.wakes = limit.NewRequests(heldMost, heldPerSource), newRooms(), newWakes()
 	srv.spare = newSpareFiles()

@@ -179,7 +179,8 @@ func downFor(n int, d time.Duration) string {
 	if n == 1 {
 		return " Health checks found it down " + ago(d) + "."
 	}
-	return fmt.Sprintf(" Health checks found all %d places that could answer down, the last one %s.", n, ago(d))
+	return fmt.Sprintf(" Health checks found all %d places that could answer down, the last one %s.", n,
+		ago(d))
 }
 
 // sentence is name as the first word of one. The case of a node's name or a host's stays as it is.

@@ -348,7 +348,8 @@ func idle(name string, flows, copies int, t test) *test {
 func stopped(flows int) *test {
 	return &test{name: "stopped", fixed: 12 * time.Second, flows: flows, fresh: true,
 		// it takes too long for more
-		rounds: 3, only: []string{system.Direct, system.HAProxy + "$", "nginx", "goproxy", "tailsplice/", "baseline/"},
+		rounds: 3, only: []string{system.Direct, system.HAProxy + "$", "nginx", "goproxy", "tailsplice/",
+			"baseline/"},
 		beyond: [][2]string{{"all_stopped_bytes", "stopped_bytes"}, {"all_stopped_cpu", "stopped_cpu"}},
 		run: func(ctx context.Context, c *cellRun) error {
 			a := c.conductor.agents

@@ -53,6 +53,9 @@ func (r *Reactor) Close() {
 // Loop gives the loop that has the next socket.
 func (r *Reactor) Loop() *Loop { return r.loops[int(r.next.Add(1))%len(r.loops)] }
 
+// Len is how many loops there are: one for each processor that the daemon may use.
+func (r *Reactor) Len() int { return len(r.loops) }
+
 // A Loop is one goroutine that waits for the events of its sockets.
 type Loop struct {
 	reactor *Reactor

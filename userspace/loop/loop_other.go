@@ -20,5 +20,8 @@ func New(int) (*Reactor, error) { return new(Reactor), nil }
 // Close does nothing.
 func (*Reactor) Close() {}
 
+// Len is 0.
+func (*Reactor) Len() int { return 0 }
+
 // Alive is nil.
 func (*Reactor) Alive(context.Context) error { return nil }

@@ -10,7 +10,6 @@ import (
 	"io"
 	"net"
 	"net/url"
-	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -225,11 +224,11 @@ func two(t *testing.T) (addr string, old, next *daemon) {
 	return addr, old, next
 }
 
-// TestIdleFlowsRest: between some idle flows and the next that are given others have the processors.
-func TestIdleFlowsRest(t *testing.T) {
+// TestIdleFlowsPause: between some idle flows and the next that are given others have the processors.
+func TestIdleFlowsPause(t *testing.T) {
 	addr, old, next := two(t)
-	const rests = 3
-	flows := rests*idleTogether*runtime.NumCPU() + 1
+	const pauses = 3
+	flows := pauses*idleTogether*old.opts.Loops.Len() + 1
 	for range flows {
 		exchangeBytes(t, dialTCP(t, addr), 10)
 	}
@@ -243,7 +242,7 @@ func TestIdleFlowsRest(t *testing.T) {
 	eventually(t, "all have gone", func() bool { return next.Flows().Len() == flows && old.Flows().Len() == 0 })
 	cancel()
 	<-gave
-	if took := h.given[flows-1].Sub(h.given[0]); took < rests*idleRest {
+	if took := h.given[flows-1].Sub(h.given[0]); took < pauses*idlePause {
 		t.Errorf("%d flows were given within %v", flows, took)
 	}
 }
@@ -275,7 +274,7 @@ func TestGiveFlowsRefused(t *testing.T) {
 	// A process that does not answer is asked when it does.
 	h.silent.Store(true)
 	stop = give(h)
-	time.Sleep(4 * measureBulk)
+	time.Sleep(4 * measureSoon)
 	if len(asked) > 0 {
 		t.Error("a flow is given to who does not answer")
 	}
@@ -312,7 +311,7 @@ func TestNotTaken(t *testing.T) {
 	}
 }
 
-// TestMeasureFlows: flows that are idle go before those that talk, and those before what moves much.
+// TestMeasureFlows: flows that are idle go before interactive ones, and those before bulk.
 func TestMeasureFlows(t *testing.T) {
 	echo := backend(t, func(c net.Conn) {
 		defer c.Close()
@@ -336,30 +335,30 @@ func TestMeasureFlows(t *testing.T) {
 			return n == want
 		})
 	}
-	moved := map[*spliced]int64{}
-	measure := func(want [3]int) {
+	ctx, cancel := context.WithCancel(t.Context())
+	counted(6000)
+	g := newGiving(ctx, d.Server, &handed{t: t})
+	check := func(want [3]int) {
 		t.Helper()
-		still, talk, busy := d.measureFlows(moved)
-		if got := [3]int{len(still), len(talk), len(busy)}; got != want {
-			t.Errorf("still, talking and busy: %v, want %v", got, want)
+		if got := [3]int{len(g.idle.flows), len(g.interactive.flows), len(g.bulk.flows)}; got != want {
+			t.Errorf("idle, interactive and bulk: %v, want %v", got, want)
 		}
 	}
-	counted(6000)
-	measure([3]int{0, 3, 0}) // nothing is known of them
+	measure := func(want [3]int) {
+		t.Helper()
+		g.measure()
+		check(want)
+	}
+	check([3]int{0, 3, 0}) // nothing is known of them
 	exchangeBytes(t, all[0], 1000)
 	exchangeBytes(t, all[1], 300_000)
 	counted(608_000)
 	measure([3]int{1, 1, 1})
 	measure([3]int{3, 0, 0})
 	// One that can't leave holds up none of the others.
-	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	var s *spliced
-	for s = range moved {
-		break
-	}
 	over := make(chan error, 1)
-	d.give(ctx, s, &handed{t: t}, new(atomic.Int32), func(err error) { over <- err })
+	g.give(g.idle.flows[0], func(err error) { over <- err })
 	if err := <-over; err == nil {
 		t.Error("it leaves though ctx is over")
 	}
@@ -530,7 +529,7 @@ func TestKilledOnItsWay(t *testing.T) {
 	s.Kill(errors.New("a test"))
 	h := &handed{t: t, asked: make(chan struct{}, 1)}
 	over := make(chan error, 1)
-	d.handOver(s, p, h, new(atomic.Int32), func(err error) { over <- err })
+	newGiving(t.Context(), d.Server, h).handOver(s, p, func(err error) { over <- err })
 	if err := <-over; err == nil || err.Error() != "a test" {
 		t.Errorf("it is given: %v", err)
 	}

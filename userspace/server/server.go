@@ -26,7 +26,8 @@
 //	conn.go            what is known of it, and who it is: PROXY header
 //	trust.go           whom the configuration and tailscaled say that is
 //	splice.go          sni and tcp: hello, route, dial, relay, log
-//	live.go            sni and tcp: flows while they live, which go to another process and come from one
+//	live.go            sni and tcp: flows while they live, and those that come from another process
+//	give.go            sni and tcp: flows go to another process
 //	keep.go            sni and tcp: flows are kept for the process after a crash
 //	targets.go         sni and tcp: from one of several targets to the next
 //	hold.go            connections and requests wait for a target that will be back

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"strings"
@@ -159,6 +160,21 @@ func (p *datapaths) offer(f *server.Server) {
 		p.loader = l
 		p.loaded(f, l)
 	})
+}
+
+// firstLoadWait bounds how long a process that is to take over waits for the kernel datapath of auto.
+const firstLoadWait = 5 * time.Second
+
+// await waits for the kernel datapath of auto: flows that come before it is loaded could not use it.
+func (p *datapaths) await(ctx context.Context) {
+	if p.load == nil {
+		return
+	}
+	select {
+	case <-p.tried:
+	case <-time.After(firstLoadWait):
+	case <-ctx.Done():
+	}
 }
 
 func lack(err error) string {

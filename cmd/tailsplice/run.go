@@ -118,93 +118,138 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 		return nil, err
 	}
 	defer lines.Close(logWait)
-	// What the standard library writes to the global logger (an unsolicited
-	// response on an idle upstream connection) is debugging.
+	// What the standard library writes to the global logger (an unsolicited response on an idle upstream
+	// connection) is debugging.
 	stdlog.SetFlags(0)
 	stdlog.SetOutput(slog.NewLogLogger(log.Handler(), slog.LevelDebug).Writer())
-	cfg, err := loadConfig(o.config)
+	cfg, err := readConfig(o.config, log)
+	if err != nil {
+		return nil, err
+	}
+	// Signals are ours before anything is bound: a HUP in the first second must not kill the daemon.
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT)
+	s := &starting{old: old, process: &process{options: o, cfg: cfg, log: log, level: level, lines: lines,
+		control: new(controls), isFirst: old == nil, program: openProgram(),
+		upgraded: make(chan *successor, 1), ends: make(chan struct{}, 1)}}
+	defer s.close()
+	if err := s.open(); err != nil {
+		return nil, err
+	}
+	if err := s.begin(ctx, signals); err != nil {
+		return nil, err
+	}
+	return s.live(ctx, signals)
+}
+
+// readConfig loads the configuration, and logs what it warns of.
+func readConfig(file string, log *slog.Logger) (*config.Config, error) {
+	cfg, err := loadConfig(file)
 	if err != nil {
 		return nil, err
 	}
 	for _, w := range cfg.Warnings {
 		log.Warn(w.Error())
 	}
+	return cfg, nil
+}
 
-	// Signals are ours before anything is bound: a HUP in the first second must not kill the daemon.
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT)
+// starting is a process on its way from its configuration to serving.
+type starting struct {
+	*process
+	old *handover.Predecessor // from which it takes over; nil: none
 
-	var control controls
-	defer control.close()
-	d := &process{options: o, cfg: cfg, log: log, level: level, lines: lines, control: &control,
-		isFirst: old == nil, program: openProgram(),
-		upgraded: make(chan *successor, 1), ends: make(chan struct{}, 1)}
-	from, orders, more := d.openStore(old)
-	control.isLent.Store(old != nil)
-	if err := control.bind(cfg, from, log); err != nil {
-		return nil, err
-	}
-	recall, endRecalls := d.openOrphans()
-	datapaths := loadDatapaths(cfg, o.knownBad, log)
-	defer datapaths.close()
-	datapaths.options.Log, datapaths.options.LogLost, datapaths.options.Version = log, lines.Lost, version()
-	datapaths.options.Control = []string{cfg.Control.Metrics, cfg.Control.Health}
-	loops, err := startLoops()
-	if err != nil {
-		return nil, err
-	}
-	defer loops.Close()
-	datapaths.options.Handed, datapaths.options.Held = from.Take(ofServer(cfg)), true
-	datapaths.options.Orders, datapaths.options.More = orders, more
-	datapaths.options.Replaces = old != nil
-	datapaths.options.Moved, datapaths.options.KeepsFlows = d.keeper.wake, d.keeper.store.Keeps()
-	datapaths.options.Loops, datapaths.options.Relay, datapaths.options.RaiseFiles = loops, relay.New(loops), raiseFileLimit
-	defer datapaths.options.Relay.Close()
-	datapaths.options.Older = func() bool { return len(d.elders.List()) > 0 || d.keeper.isAdopting() }
-	f, err := server.New(cfg, datapaths.options)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	datapaths.offer(f)
-	growFiles(2 * old.Flows())
-	limitHeap(f.Memory())
+	// for flows that a process which has ended has left in the sockmap datapath
+	recall     handover.Recall
+	endRecalls func()
 
-	d.server = f
-	d.elders.OnSignal = func(s os.Signal) { d.passOn(s, signals) }
-	d.elders.OnFlow = f.AdoptFlow
-	d.elders.OnState = func(late json.RawMessage) {
-		if err := f.AddOrders(late); err != nil {
-			log.Debug("what an older process has sent is not used", "err", err)
+	datapaths *datapaths
+	loops     *loop.Reactor
+	relay     *relay.Relay
+}
+
+// open makes all that serving takes, and binds what the configuration names, or takes it from a process
+// before this one. Nothing is accepted yet. Also after an error, the caller calls close.
+func (s *starting) open() (err error) {
+	from, orders, more := s.openStore(s.old)
+	s.control.isLent.Store(s.old != nil)
+	if err := s.control.bind(s.cfg, from, s.log); err != nil {
+		return err
+	}
+	s.recall, s.endRecalls = s.openOrphans() // before loadDatapaths removes it
+	s.datapaths = loadDatapaths(s.cfg, s.options.knownBad, s.log)
+	if s.loops, err = startLoops(); err != nil {
+		return err
+	}
+	s.relay = relay.New(s.loops)
+	o := s.datapaths.options
+	o.Log, o.LogLost, o.Version = s.log, s.lines.Lost, version()
+	o.Control = []string{s.cfg.Control.Metrics, s.cfg.Control.Health}
+	o.Handed, o.Held = from.Take(ofServer(s.cfg)), true
+	o.Orders, o.More, o.Replaces = orders, more, s.old != nil
+	o.Moved, o.KeepsFlows = s.keeper.wake, s.keeper.store.Keeps()
+	o.Loops, o.Relay, o.RaiseFiles = s.loops, s.relay, raiseFileLimit
+	o.Older = func() bool { return len(s.elders.List()) > 0 || s.keeper.isAdopting() }
+	if s.server, err = server.New(s.cfg, o); err != nil {
+		return err
+	}
+	s.datapaths.offer(s.server)
+	growFiles(2 * s.old.Flows())
+	limitHeap(s.server.Memory())
+	return nil
+}
+
+// close is for the end of the process, however far its start came.
+func (s *starting) close() {
+	if s.server != nil {
+		s.server.Close()
+	}
+	if s.relay != nil {
+		s.relay.Close()
+	}
+	if s.loops != nil {
+		s.loops.Close()
+	}
+	if s.datapaths != nil {
+		s.datapaths.close()
+	}
+	s.control.close()
+}
+
+// begin accepts connections: in place of the old process, or beside the flows that one which has ended left.
+func (s *starting) begin(ctx context.Context, signals chan os.Signal) error {
+	s.elders.OnSignal = func(sig os.Signal) { s.passOn(sig, signals) }
+	s.elders.OnFlow = s.server.AdoptFlow
+	s.elders.OnState = func(late json.RawMessage) {
+		if err := s.server.AddOrders(late); err != nil {
+			s.log.Debug("what an older process has sent is not used", "err", err)
 		}
 	}
-	d.elders.OnMain = func(isAlone bool) { d.succeed(ctx, isAlone) }
-	if old != nil {
-		if datapaths.load != nil { // flows that come before it is loaded could not use it
-			select {
-			case <-datapaths.tried:
-			case <-time.After(firstLoadWait):
-			case <-ctx.Done():
-			}
-		}
-		if err := d.takeOver(old); err != nil {
-			return nil, err
+	s.elders.OnMain = func(isAlone bool) { s.succeed(ctx, isAlone) }
+	if s.old != nil {
+		s.datapaths.await(ctx)
+		if err := s.takeOver(s.old); err != nil {
+			return err
 		}
 	} else {
-		d.keeper.store.Discard()
-		f.Accept()
+		s.keeper.store.Discard()
+		s.server.Accept()
 		go func() {
-			d.adopt(d.keeper.flows, recall)
-			close(d.keeper.adopted)
-			endRecalls()
+			s.adopt(s.keeper.flows, s.recall)
+			close(s.keeper.adopted)
+			s.endRecalls()
 		}()
 	}
-	control.serve(ctx, d)
-	log.Info("tailsplice runs", "version", version(), "node", cfg.Node, "pid", os.Getpid(), "config", o.config)
-	if old == nil { // else the old process, which is the main one still, says it
-		d.beMain(ctx)
+	s.control.serve(ctx, s.process)
+	s.log.Info("tailsplice runs", "version", version(), "node", s.cfg.Node, "pid", os.Getpid(), "config", s.options.config)
+	if s.old == nil { // else the old process, which is the main one still, says it
+		s.beMain(ctx)
 		daemon.SdNotify(false, daemon.SdNotifyReady)
 	}
+	return nil
+}
 
+// live waits for what ends the process: a signal, the operator's word, or another process that takes over.
+func (d *process) live(ctx context.Context, signals chan os.Signal) (after *supervised, err error) {
 	for {
 		select {
 		case s := <-signals:
@@ -226,9 +271,6 @@ func serve(ctx context.Context, o runOptions, signals chan os.Signal) (after *su
 		}
 	}
 }
-
-// firstLoadWait bounds how long a process that is to take over waits for the kernel datapath of auto.
-const firstLoadWait = 5 * time.Second
 
 // lostWait is how long a process may take to its end whose predecessor is gone before it has handed over.
 const lostWait = 10 * time.Second

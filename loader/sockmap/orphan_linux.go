@@ -98,7 +98,7 @@ func isIn(m *ebpf.Map, index uint32, cookie uint64) bool {
 }
 
 const (
-	recallRest   = 64 << 10 // bytes that a recalled flow may bring along each way
+	recallRest   = 64 << 10 // bytes that a recalled flow may bring along in each direction
 	recallPause  = 200 * time.Microsecond
 	recallPauses = 20 * time.Millisecond  // at most
 	recallRoom   = 10 * time.Millisecond  // that bytes may wait for room in a send buffer
@@ -117,9 +117,9 @@ var errPastTCP = errors.New("bytes of the flow may have gone past TCP")
 // flow's ends. rest is what was read of downstream, and of upstream, and is to be written to the other one
 // before anything else. found: it was in there; if not, nothing was done.
 //
-// offsets say how far each way was when nothing of it was in anybody's hands: what upstream had written less
-// what downstream had read, and the same the other way (see [tcpsock.Position]). With an error the streams
-// are not whole, or it can't be known: the flow is to be reset. Without one they are, but for rest.
+// offsets say how far each direction was when nothing of it was in anybody's hands: what upstream had written
+// less what downstream had read, and the same the other way (see [tcpsock.Position]). With an error the
+// streams are not whole, or it can't be known: the flow is to be reset. Without one they are, but for rest.
 //
 //   - Both ways pass all that comes. What was redirected before is written by the kernel's worker, for which
 //     a send buffer may have to be made larger.
@@ -139,20 +139,20 @@ func (o *Orphan) Recall(ctx context.Context, down, up int, offsets [2]uint64) (r
 	if !ok {
 		return rest, false, nil
 	}
-	for i := range r.ways {
+	for i := range r.directions {
 		at := 2*slot + uint32(i)
 		if isIn(o.pastTCP, at, r.cookies[i]) {
 			return rest, true, errPastTCP
 		}
 		m := &o.halves[at]
-		r.ways[i] = way{shared: m, index: at, source: r.sockets[i], peer: r.sockets[1-i], offset: offsets[i],
-			consumed: load64(&m.Consumed), hasVerdict: isIn(o.sources, at, r.cookies[i])}
+		r.directions[i] = recalled{shared: m, index: at, source: r.sockets[i], peer: r.sockets[1-i],
+			offset: offsets[i], consumed: load64(&m.Consumed), hasVerdict: isIn(o.sources, at, r.cookies[i])}
 	}
 	if err := r.run(ctx); err != nil {
 		return rest, true, err
 	}
-	for i := range r.ways {
-		if b := r.ways[i].rest; len(b) > 0 {
+	for i := range r.directions {
+		if b := r.directions[i].rest; len(b) > 0 {
 			rest[i] = bytes.Clone(b)
 		}
 	}
@@ -161,15 +161,15 @@ func (o *Orphan) Recall(ctx context.Context, down, up int, offsets [2]uint64) (r
 
 // recall is one flow's.
 type recall struct {
-	o       *Orphan
-	sockets [2]socket
-	cookies [2]uint64
-	ways    [2]way // 0: downstream to upstream
-	isShut  bool   // no more payload is let in
+	o          *Orphan
+	sockets    [2]socket
+	cookies    [2]uint64
+	directions [2]recalled // 0: downstream to upstream
+	isShut     bool        // no more payload is let in
 }
 
-// way is one direction of a flow that is recalled.
-type way struct {
+// recalled is one direction of a flow that is recalled.
+type recalled struct {
 	shared       *sockmapHalf
 	index        uint32
 	source, peer socket
@@ -188,30 +188,23 @@ type way struct {
 	looks     int       // how often it was seen since
 }
 
+// run is Recall, for a flow that is in the sockmap.
 func (r *recall) run(ctx context.Context) error {
-	for i := range r.ways {
-		w := &r.ways[i]
-		w.source.kick() // the dead process may have held it
-		if w.hasVerdict && load64(&w.shared.Passed) == w.consumed {
-			store64(&w.shared.Consumed, w.consumed-1) // so passed, which grows, never is what consumed is
-		}
-	}
+	r.passAll()
 	for pause := recallPause; ; pause = min(2*pause, recallPauses) {
-		for i := range r.ways {
-			if err := r.ways[i].move(); err != nil {
-				return err
-			}
+		if err := r.move(); err != nil {
+			return err
 		}
-		switch {
-		case !r.isShut && r.ways[0].isSettled && r.ways[1].isSettled:
+		switch a, b := &r.directions[0], &r.directions[1]; {
+		case !r.isShut && a.isSettled && b.isSettled:
 			r.shutTaps()
 			continue
-		case r.isShut && r.ways[0].toCome() == 0 && r.ways[1].toCome() == 0:
+		case r.isShut && a.toCome() == 0 && b.toCome() == 0:
 			if hasLeft, err := r.leave(); hasLeft || err != nil {
 				return err
 			}
 		}
-		if r.ways[0].isStuck() || r.ways[1].isStuck() {
+		if r.directions[0].isStuck() || r.directions[1].isStuck() {
 			return r.lost()
 		}
 		select {
@@ -222,45 +215,66 @@ func (r *recall) run(ctx context.Context) error {
 	}
 }
 
-// toCome is how many bytes the way waits for.
-func (w *way) toCome() int64 {
+// passAll has both directions pass all that comes.
+func (r *recall) passAll() {
+	for i := range r.directions {
+		d := &r.directions[i]
+		d.source.kick() // the dead process may have held it
+		if d.hasVerdict && load64(&d.shared.Passed) == d.consumed {
+			store64(&d.shared.Consumed, d.consumed-1) // so passed, which grows, never is what consumed is
+		}
+	}
+}
+
+// move goes on with both directions.
+func (r *recall) move() error {
+	for i := range r.directions {
+		if err := r.directions[i].move(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// toCome is how many bytes the direction waits for.
+func (d *recalled) toCome() int64 {
 	switch {
-	case !w.isSettled:
-		return w.left
-	case w.isShut && w.hasVerdict:
-		return int64(w.unread())
+	case !d.isSettled:
+		return d.left
+	case d.isShut && d.hasVerdict:
+		return int64(d.unread())
 	}
 	return 0
 }
 
-// isStuck reports whether what the way waits for has not come for long, though nothing holds it up.
-func (w *way) isStuck() bool {
-	if n := w.toCome(); n == 0 || n != w.last {
-		w.last, w.since, w.looks = n, time.Now(), 0
+// isStuck reports whether what the direction waits for has not come for long, though nothing holds it up.
+func (d *recalled) isStuck() bool {
+	if n := d.toCome(); n == 0 || n != d.last {
+		d.last, d.since, d.looks = n, time.Now(), 0
 		return false
 	}
-	w.looks++
-	if time.Since(w.since) < recallAtRest || w.looks < recallLooks {
+	d.looks++
+	if time.Since(d.since) < recallAtRest || d.looks < recallLooks {
 		return false
 	}
-	if w.isSettled && len(w.rest) < recallRest { // there is nothing to read
+	if d.isSettled && len(d.rest) < recallRest { // there is nothing to read
 		return true
 	}
-	return (w.hasRoom || w.peer.writable()) && !w.isShortOfMemory()
+	return (d.hasRoom || d.peer.writable()) && !d.isShortOfMemory()
 }
 
 // isShortOfMemory reports whether TCP may take nothing for the peer though there seems to be room. Some it
 // always takes, where nothing is queued.
-func (w *way) isShortOfMemory() bool {
-	n, err := w.peer.unacked()
+func (d *recalled) isShortOfMemory() bool {
+	n, err := d.peer.unacked()
 	return err == nil && n > 0 && tcpsock.IsShort("/proc")
 }
 
 // lost says what is missing.
 func (r *recall) lost() error {
 	err := errLost
-	for i := range r.ways {
-		if n := r.ways[i].toCome(); n != 0 {
+	for i := range r.directions {
+		if n := r.directions[i].toCome(); n != 0 {
 			err = fmt.Errorf("%w; %d bytes from %s", err, n, sideName(uint32(i)))
 		}
 	}
@@ -270,20 +284,20 @@ func (r *recall) lost() error {
 // shutTaps lets in no more payload, and what was passed is copied. What is left out, its sender sends again.
 func (r *recall) shutTaps() {
 	r.isShut = true
-	for i := range r.ways {
-		w := &r.ways[i]
-		if w.isShut = true; w.hasVerdict {
-			store64(&w.shared.Consumed, load64(&w.shared.Passed)-recallTapShut)
+	for i := range r.directions {
+		d := &r.directions[i]
+		if d.isShut = true; d.hasVerdict {
+			store64(&d.shared.Consumed, load64(&d.shared.Passed)-recallTapShut)
 		}
 	}
 }
 
 // unread is how many bytes were passed and not read; of a source without a verdict, what its queue has.
-func (w *way) unread() uint64 {
-	if !w.hasVerdict {
-		return w.source.queued()
+func (d *recalled) unread() uint64 {
+	if !d.hasVerdict {
+		return d.source.queued()
 	}
-	return load64(&w.shared.Passed) - w.consumed - w.read
+	return load64(&d.shared.Passed) - d.consumed - d.read
 }
 
 // missing is how many bytes have come to the source, and are not unread, nor in rest, nor at the peer. What
@@ -292,18 +306,18 @@ func (w *way) unread() uint64 {
 //
 // SIOCINQ would not do: of a socket in a sockmap some kernels (those with "bpf, sockmap: Fix FIONREAD for
 // sockmap", of 2026) don't count what is on its way to where it can be read.
-func (w *way) missing() (int64, error) {
+func (d *recalled) missing() (int64, error) {
 	for {
-		before, err := w.source.received()
+		before, err := d.source.received()
 		if err != nil {
 			return 0, err
 		}
-		from, err := tcpsock.PositionOf(int(w.source))
+		from, err := tcpsock.PositionOf(int(d.source))
 		if err != nil {
 			return 0, err
 		}
-		unread := w.unread()
-		switch after, err := w.source.received(); {
+		unread := d.unread()
+		switch after, err := d.source.received(); {
 		case err != nil:
 			return 0, err
 		case after != before:
@@ -312,33 +326,33 @@ func (w *way) missing() (int64, error) {
 		if from.IsEnded {
 			before--
 		}
-		to, err := tcpsock.PositionOf(int(w.peer))
-		return int64(w.offset + before - unread - uint64(len(w.rest)) - to.Written), err
+		to, err := tcpsock.PositionOf(int(d.peer))
+		return int64(d.offset + before - unread - uint64(len(d.rest)) - to.Written), err
 	}
 }
 
 // fault says that the verdict has given up, or that the source was reset and TCP does not know.
-func (w *way) fault() error {
-	if why := sockmapFault(load32((*uint32)(&w.shared.Fault))); why != sockmapFaultFAULT_NONE {
+func (d *recalled) fault() error {
+	if why := sockmapFault(load32((*uint32)(&d.shared.Fault))); why != sockmapFaultFAULT_NONE {
 		return fmt.Errorf("%w: the verdict had given up: %s", errLost, faultName(why))
 	}
 	return nil
 }
 
 // move waits until what was redirected is written. When that is so of both ways, it copies what was passed.
-func (w *way) move() error {
-	if err := w.fault(); err != nil {
+func (d *recalled) move() error {
+	if err := d.fault(); err != nil {
 		return err
 	}
-	if !w.isShut {
-		return w.settle()
+	if !d.isShut {
+		return d.settle()
 	}
-	for w.hasVerdict && w.unread() > 0 || len(w.rest) > 0 {
-		took, err := w.take()
+	for d.hasVerdict && d.unread() > 0 || len(d.rest) > 0 {
+		took, err := d.take()
 		if err != nil {
 			return err
 		}
-		wrote, err := w.put()
+		wrote, err := d.put()
 		if err != nil {
 			return err
 		}
@@ -351,79 +365,79 @@ func (w *way) move() error {
 
 // settle finds out whether the peer's TCP has all that was redirected. That waits for room only where TCP has
 // cut the buffer down since, as its reader may for long not read.
-func (w *way) settle() (err error) {
-	if w.isSettled {
+func (d *recalled) settle() (err error) {
+	if d.isSettled {
 		return nil
 	}
-	if w.left, err = w.missing(); err != nil {
+	if d.left, err = d.missing(); err != nil {
 		return err
 	}
 	switch {
-	case w.left < 0 && (!w.hasVerdict || uint64(-w.left) > w.unread()):
-		return fmt.Errorf("%w, or %d have come from nowhere", errLost, -w.left)
-	case w.left <= 0:
-		w.isSettled = true
-		w.consumed += uint64(-w.left)
-	case !w.since.IsZero() && time.Since(w.since) > recallRoom && !w.hasRoom && !w.peer.writable():
-		w.hasRoom = true
-		w.peer.widen(int(w.left))
+	case d.left < 0 && (!d.hasVerdict || uint64(-d.left) > d.unread()):
+		return fmt.Errorf("%w, or %d have come from nowhere", errLost, -d.left)
+	case d.left <= 0:
+		d.isSettled = true
+		d.consumed += uint64(-d.left)
+	case !d.since.IsZero() && time.Since(d.since) > recallRoom && !d.hasRoom && !d.peer.writable():
+		d.hasRoom = true
+		d.peer.widen(int(d.left))
 	}
 	return nil
 }
 
 // take reads what there is, and what rest has room for.
-func (w *way) take() (n int, err error) {
-	if w.rest == nil {
-		w.rest = make([]byte, 0, recallRest)
+func (d *recalled) take() (n int, err error) {
+	if d.rest == nil {
+		d.rest = make([]byte, 0, recallRest)
 	}
-	have := len(w.rest)
-	if have == cap(w.rest) || w.unread() == 0 {
+	have := len(d.rest)
+	if have == cap(d.rest) || d.unread() == 0 {
 		return 0, nil
 	}
 	// 0 is not the stream's end, while what was passed waits behind bytes that go the other way.
-	n, err = w.source.read(w.rest[have:cap(w.rest)])
+	n, err = d.source.read(d.rest[have:cap(d.rest)])
 	if err != nil && !isAgain(err) {
 		return 0, err
 	}
-	w.rest, w.read = w.rest[:have+n], w.read+uint64(n)
+	d.rest, d.read = d.rest[:have+n], d.read+uint64(n)
 	return n, nil
 }
 
 // put writes what was read. Where there is no room for more than rest may hold, room is made: bytes of the
 // source's receive buffer are in the peer's send buffer then.
-func (w *way) put() (n int, err error) {
-	if len(w.rest) == 0 {
+func (d *recalled) put() (n int, err error) {
+	if len(d.rest) == 0 {
 		return 0, nil
 	}
-	n, err = w.peer.write(w.rest)
-	if isAgain(err) && len(w.rest)+int(w.unread()) > recallRest {
-		w.hasRoom = true
-		w.peer.widen(len(w.rest) + int(w.unread()))
-		n, err = w.peer.write(w.rest)
+	n, err = d.peer.write(d.rest)
+	if isAgain(err) && len(d.rest)+int(d.unread()) > recallRest {
+		d.hasRoom = true
+		d.peer.widen(len(d.rest) + int(d.unread()))
+		n, err = d.peer.write(d.rest)
 	}
 	if err != nil && !isAgain(err) && !isShortOfMemory(err) {
 		return 0, err
 	}
-	w.rest = w.rest[:copy(w.rest, w.rest[n:])]
+	d.rest = d.rest[:copy(d.rest, d.rest[n:])]
 	return n, nil
 }
 
 // leave takes both sockets out of the sockmaps, if nothing more was passed meanwhile.
 func (r *recall) leave() (hasLeft bool, err error) {
-	for i := range r.ways {
-		r.ways[i].source.hold() // under the socket's lock: whatever was on its way to the verdict has come
+	for i := range r.directions {
+		r.directions[i].source.hold() // under the socket's lock: whatever was on its way to the verdict has come
 	}
 	defer func() {
 		for _, s := range r.sockets {
 			s.kick()
 		}
 	}()
-	if r.ways[0].toCome() > 0 || r.ways[1].toCome() > 0 {
+	if r.directions[0].toCome() > 0 || r.directions[1].toCome() > 0 {
 		return false, nil
 	}
 	for _, m := range []*ebpf.Map{r.o.sources, r.o.peers} {
-		for i := range r.ways {
-			if err := m.Delete(r.ways[i].index); err != nil && !errors.Is(err, unix.EINVAL) {
+		for i := range r.directions {
+			if err := m.Delete(r.directions[i].index); err != nil && !errors.Is(err, unix.EINVAL) {
 				// it is not there
 				return false, fmt.Errorf("take a socket out of %v: %w", m, err)
 			}
@@ -433,18 +447,18 @@ func (r *recall) leave() (hasLeft bool, err error) {
 		s.detach()
 		_ = r.o.places.Delete(r.cookies[i])
 	}
-	for i := range r.ways {
-		w := &r.ways[i]
-		w.hasVerdict = false
-		if w.left, err = w.missing(); err != nil {
+	for i := range r.directions {
+		d := &r.directions[i]
+		d.hasVerdict = false
+		if d.left, err = d.missing(); err != nil {
 			return false, err
 		}
-		if err := w.fault(); err != nil {
+		if err := d.fault(); err != nil {
 			return false, err
 		}
-		w.isSettled = w.left == 0
+		d.isSettled = d.left == 0
 	}
-	if !r.ways[0].isSettled || !r.ways[1].isSettled {
+	if !r.directions[0].isSettled || !r.directions[1].isSettled {
 		return false, r.lost()
 	}
 	return true, nil

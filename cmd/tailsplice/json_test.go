@@ -17,7 +17,7 @@ func TestJSONFields(t *testing.T) {
 	for heading, typ := range map[string]reflect.Type{
 		"status":                    reflect.TypeFor[server.Status](),
 		"flows":                     reflect.TypeFor[[]flow.Snapshot](),
-		"top":                       reflect.TypeFor[flow.Look](),
+		"top":                       reflect.TypeFor[flow.Sample](),
 		"trace":                     reflect.TypeFor[plan.Trace](),
 		"doctor":                    reflect.TypeFor[report](),
 		"init":                      reflect.TypeFor[started](),

@@ -44,7 +44,7 @@ func TestPrintable(t *testing.T) {
 		},
 		Flows: func(url.Values) (any, error) { return []flow.Snapshot{{ID: "1", Name: evil, Target: evil}}, nil },
 		Top: func(_ context.Context, _ url.Values, send func(any) error) error {
-			return send(flow.Look{Flows: []flow.Rate{{Snapshot: flow.Snapshot{ID: "1", Name: evil, Target: evil}}}})
+			return send(flow.Sample{Flows: []flow.Rate{{Snapshot: flow.Snapshot{ID: "1", Name: evil, Target: evil}}}})
 		},
 	}
 	go admin.Serve(ctx, ln, d.Handler(), new(logs.Log).Logger())

@@ -66,7 +66,7 @@ Elsewhere each update is printed below the one before.`,
 					_, err := out.Write(line)
 					return err
 				}
-				l, err := readLook(line)
+				l, err := readSample(line)
 				if err != nil {
 					return err
 				}
@@ -122,7 +122,7 @@ type watch struct {
 	rounds int // 0: until ctx ends
 }
 
-// run shows each look, a line of JSON. It ends with ctx or after the last round, without an error.
+// run shows each sample, a line of JSON. It ends with ctx or after the last round, without an error.
 func (w watch) run(ctx context.Context, q flow.Query, show func(line []byte) error) error {
 	v := q.Values()
 	v.Set("interval", w.every.String())
@@ -140,8 +140,8 @@ func (w watch) run(ctx context.Context, q flow.Query, show func(line []byte) err
 	return err
 }
 
-// readLook reads a line. Its texts stay on their lines, and command no terminal.
-func readLook(line []byte) (l flow.Look, err error) {
+// readSample reads a line. Its texts stay on their lines, and command no terminal.
+func readSample(line []byte) (l flow.Sample, err error) {
 	err = json.Unmarshal(line, &l)
 	for i := range l.Flows {
 		printableFlow(&l.Flows[i].Snapshot)
@@ -149,8 +149,8 @@ func readLook(line []byte) (l flow.Look, err error) {
 	return l, err
 }
 
-// headline says what a look is of.
-func headline(l flow.Look) string {
+// headline says what a sample is of.
+func headline(l flow.Sample) string {
 	of := plural(l.Live, "flow")
 	if l.Matching != l.Live {
 		of = fmt.Sprintf("%d of %s", l.Matching, of)
@@ -159,8 +159,8 @@ func headline(l flow.Look) string {
 		bytes(int64(l.UpRate)), bytes(int64(l.DownRate)))
 }
 
-// printTop writes a look where there is no screen to fill.
-func printTop(w io.Writer, l flow.Look) error {
+// printTop writes a sample where there is no screen to fill.
+func printTop(w io.Writer, l flow.Sample) error {
 	fmt.Fprintln(w, headline(l))
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	var heads []string
@@ -267,8 +267,8 @@ const (
 // screen is what top shows on a terminal.
 type screen struct {
 	query  flow.Query
-	look   *flow.Look // nil: none yet
-	typing bool       // a filter
+	sample *flow.Sample // nil: none yet
+	typing bool         // a filter
 	typed  string
 	colour bool
 }
@@ -281,14 +281,14 @@ func (s *screen) draw(width, height int) []string {
 		}
 		return colour + text + plain
 	}
-	l := s.look
+	l := s.sample
 	if l == nil {
-		l = &flow.Look{Time: time.Now()}
+		l = &flow.Sample{Time: time.Now()}
 	}
 	rows := l.Flows[:min(len(l.Flows), max(height-3, 0))]
 	widths := layout(width, rows, l.Time)
 	title := "looking ..."
-	if s.look != nil {
+	if s.sample != nil {
 		title = headline(*l)
 	}
 	line := func(cell func(c topColumn) string, colour func(c topColumn) string) string {
@@ -404,23 +404,23 @@ func runScreen(ctx context.Context, w watch, q flow.Query) error {
 		defer cancel()
 		readKeys(ctx, keys)
 	}()
-	looks := make(chan seen)
+	samples := make(chan seen)
 	shown := 0
-	stop := w.look(ctx, s.query, looks)
+	stop := w.sample(ctx, s.query, samples)
 	defer func() { stop() }()
 	s.show(out)
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case l := <-looks:
+		case l := <-samples:
 			if l.err != nil {
 				return l.err
 			}
 			if limit := q.Limit; limit > 0 {
-				l.look.Flows = l.look.Flows[:min(len(l.look.Flows), limit)]
+				l.sample.Flows = l.sample.Flows[:min(len(l.sample.Flows), limit)]
 			}
-			s.look = &l.look
+			s.sample = &l.sample
 			s.show(out)
 			if shown++; shown == w.rounds {
 				return nil
@@ -431,7 +431,7 @@ func runScreen(ctx context.Context, w watch, q flow.Query) error {
 				return nil
 			case keyAsk:
 				stop()
-				stop = w.look(ctx, s.query, looks)
+				stop = w.sample(ctx, s.query, samples)
 				s.show(out)
 			case keyRedraw:
 				s.show(out)
@@ -472,28 +472,28 @@ func readKeys(ctx context.Context, keys chan<- byte) {
 	}
 }
 
-// seen is a look, or why there will be none.
+// seen is a sample, or why there will be none.
 type seen struct {
-	look flow.Look
-	err  error
+	sample flow.Sample
+	err    error
 }
 
-// look sends what w sees to looks, until stop is called or ctx ends.
-func (w watch) look(ctx context.Context, q flow.Query, looks chan<- seen) (stop func()) {
+// sample sends what w sees to samples, until stop is called or ctx ends.
+func (w watch) sample(ctx context.Context, q flow.Query, samples chan<- seen) (stop func()) {
 	ctx, stop = context.WithCancel(ctx)
 	q.Limit = max(q.Limit, fewestRows)
 	w.rounds = 0
 	send := func(l seen) {
 		select {
-		case looks <- l:
+		case samples <- l:
 		case <-ctx.Done():
 		}
 	}
 	go func() {
 		err := w.run(ctx, q, func(line []byte) error {
-			l, err := readLook(line)
+			l, err := readSample(line)
 			if err == nil {
-				send(seen{look: l})
+				send(seen{sample: l})
 			}
 			return err
 		})

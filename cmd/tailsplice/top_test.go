@@ -10,10 +10,10 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/flow"
 )
 
-// someLook is one of n flows, the first of which move.
-func someLook(n int) flow.Look {
+// someSample is one of n flows, the first of which move.
+func someSample(n int) flow.Sample {
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	l := flow.Look{Time: now, Live: n, Matching: n, UpRate: 5 << 20, DownRate: 7 << 30}
+	l := flow.Sample{Time: now, Live: n, Matching: n, UpRate: 5 << 20, DownRate: 7 << 30}
 	for i := range n {
 		f := flow.Rate{Snapshot: flow.Snapshot{ID: fmt.Sprintf("%032x", i), Name: strings.Repeat("long.", i%12) + "example.org", Listener: "web",
 			Route: "*.example.org", Client: fmt.Sprintf("[2001:db8:1234:5678:9abc:def0:1234:%x]:54321", i), Target: "tailnet://home:443",
@@ -36,7 +36,7 @@ func strip(s string) string {
 
 // TestScreen: a screen is filled, and no line is longer than it.
 func TestScreen(t *testing.T) {
-	look := someLook(100)
+	sample := someSample(100)
 	for _, c := range []struct {
 		width, height int
 		heads         string
@@ -49,7 +49,7 @@ func TestScreen(t *testing.T) {
 		{1, 1, "", "NAME"},
 	} {
 		for _, colour := range []bool{false, true} {
-			s := screen{query: flow.Query{Sort: "rate"}, look: &look, colour: colour}
+			s := screen{query: flow.Query{Sort: "rate"}, sample: &sample, colour: colour}
 			lines := s.draw(c.width, c.height)
 			if len(lines) != c.height {
 				t.Errorf("%dx%d: %d lines", c.width, c.height, len(lines))
@@ -68,8 +68,8 @@ func TestScreen(t *testing.T) {
 			}
 		}
 	}
-	wide := screen{query: flow.Query{Sort: "rate"}, look: &look}
-	if text := strings.Join(wide.draw(200, 50), "\n"); !strings.Contains(text, look.Flows[46].ID) || strings.Contains(text, look.Flows[47].ID) {
+	wide := screen{query: flow.Query{Sort: "rate"}, sample: &sample}
+	if text := strings.Join(wide.draw(200, 50), "\n"); !strings.Contains(text, sample.Flows[46].ID) || strings.Contains(text, sample.Flows[47].ID) {
 		t.Errorf("47 flows fit into 50 lines, with their ids:\n%s", text)
 	}
 }

@@ -108,15 +108,15 @@ func containsFold(s, part string) bool {
 	return false
 }
 
-// Rate is a flow, and the bytes a second that it has moved since the last look.
+// Rate is a flow, and the bytes a second that it has moved since the last sample.
 type Rate struct {
 	Snapshot
 	UpRate   float64 `json:"up_rate"`
 	DownRate float64 `json:"down_rate"`
 }
 
-// Look is what `tailsplice top --json` prints, one a line: rates are bytes a second.
-type Look struct {
+// Sample is what `tailsplice top --json` prints, one a line: rates are bytes a second.
+type Sample struct {
 	Format   int       `json:"format_version"`
 	Time     time.Time `json:"time"`
 	Live     int       `json:"live"`      // flows, whether the query takes them or not
@@ -126,23 +126,23 @@ type Look struct {
 	Flows    []Rate    `json:"flows"`     // the first of them
 }
 
-// MinInterval is the least time between two looks of those who watch the flows of a daemon.
+// MinInterval is the least time between two samples of those who watch the flows of a daemon.
 const MinInterval = 100 * time.Millisecond
 
 // Watcher looks at a registry's flows again and again, and tells what has moved since the last time. It is
-// for one goroutine. A look takes no allocation for a flow that it doesn't tell of.
+// for one goroutine. A sample takes no allocation for a flow that it doesn't tell of.
 type Watcher struct {
 	registry *Registry
 	query    Query
 	last     map[*Flow]counted
-	looks    uint32
+	samples  uint32
 	at       time.Time
 	order    []moving
 }
 
 type counted struct {
 	up, down int64
-	look     uint32 // the last that saw the flow
+	sample   uint32 // the last that saw the flow
 }
 
 type moving struct {
@@ -151,32 +151,32 @@ type moving struct {
 	upRate, downRate float64
 }
 
-// Watch makes a Watcher, and takes its first look.
+// Watch makes a Watcher, and takes its first sample.
 func (r *Registry) Watch(q Query) *Watcher {
 	w := &Watcher{registry: r, query: q, last: map[*Flow]counted{}}
-	w.Look(time.Now())
+	w.Sample(time.Now())
 	return w
 }
 
-// Look says what has moved since the last one. What began since then counts from its beginning.
-func (w *Watcher) Look(now time.Time) Look {
+// Sample says what has moved since the last one. What began since then counts from its beginning.
+func (w *Watcher) Sample(now time.Time) Sample {
 	live := w.registry.Live()
-	l := Look{Format: FormatVersion, Time: now, Live: len(live)}
+	l := Sample{Format: FormatVersion, Time: now, Live: len(live)}
 	seconds := now.Sub(w.at).Seconds()
-	w.at, w.looks, w.order = now, w.looks+1, w.order[:0]
+	w.at, w.samples, w.order = now, w.samples+1, w.order[:0]
 	for _, f := range live {
 		if !w.query.takes(f) {
 			continue
 		}
 		up, down := f.bytes()
 		before := w.last[f]
-		w.last[f] = counted{up, down, w.looks}
+		w.last[f] = counted{up, down, w.samples}
 		m := moving{f, up, down, float64(up-before.up) / seconds, float64(down-before.down) / seconds}
 		l.UpRate, l.DownRate = l.UpRate+m.upRate, l.DownRate+m.downRate
 		w.order = append(w.order, m)
 	}
 	for f, c := range w.last {
-		if c.look != w.looks {
+		if c.sample != w.samples {
 			delete(w.last, f)
 		}
 	}
@@ -190,11 +190,11 @@ func (w *Watcher) Look(now time.Time) Look {
 	for _, m := range shown {
 		l.Flows = append(l.Flows, Rate{m.f.snapshot(m.up, m.down), m.upRate, m.downRate})
 	}
-	clear(w.order) // of flows that end before the next look
+	clear(w.order) // of flows that end before the next sample
 	return l
 }
 
-// compare is the order of a look: numbers from the greatest, ages from the youngest, texts from A.
+// compare is the order of a sample: numbers from the greatest, ages from the youngest, texts from A.
 func (q *Query) compare(a, b moving) int {
 	var c int
 	switch q.Sort {
@@ -248,7 +248,7 @@ func (r *Registry) Top(ctx context.Context, query url.Values, send func(any) err
 		case <-ctx.Done():
 			return nil
 		case now := <-next.C:
-			if err := send(watcher.Look(now)); err != nil {
+			if err := send(watcher.Sample(now)); err != nil {
 				return err
 			}
 			next.Reset(every - time.Since(now))

@@ -84,19 +84,19 @@ func TestWatcher(t *testing.T) {
 	fast.Add(40)
 	r.Remove(over)
 	add("new", 1000)
-	look := func(w *Watcher, seconds int) (Look, string) {
-		l := w.Look(at.Add(time.Duration(seconds) * time.Second))
+	sample := func(w *Watcher, seconds int) (Sample, string) {
+		l := w.Sample(at.Add(time.Duration(seconds) * time.Second))
 		var ids []string
 		for _, f := range l.Flows {
 			ids = append(ids, fmt.Sprintf("%s %v", f.ID, f.UpRate))
 		}
 		return l, strings.Join(ids, ", ")
 	}
-	l, got := look(w, 2)
+	l, got := sample(w, 2)
 	if got != "new 500, fast 20, slow 5" || l.Live != 3 || l.Matching != 3 || l.UpRate != 525 {
 		t.Errorf("%s: %+v", got, l)
 	}
-	if l, got = look(w, 3); got != "fast 0, new 0, slow 0" || len(w.last) != 3 {
+	if l, got = sample(w, 3); got != "fast 0, new 0, slow 0" || len(w.last) != 3 {
 		t.Errorf("at rest: %s, %d remembered", got, len(w.last))
 	}
 	for _, c := range []struct {
@@ -109,7 +109,7 @@ func TestWatcher(t *testing.T) {
 		{Query{Text: "slow"}, "slow 0"},
 	} {
 		w := r.Watch(c.q)
-		l := w.Look(w.at.Add(time.Second))
+		l := w.Sample(w.at.Add(time.Second))
 		var ids []string
 		for _, f := range l.Flows {
 			ids = append(ids, fmt.Sprintf("%s %v", f.ID, f.UpRate))
@@ -140,7 +140,7 @@ func TestManyFlows(t *testing.T) {
 	r, asked := crowd(flows)
 	w := r.Watch(Query{Limit: 100, Text: "example"})
 	for what, f := range map[string]func(){
-		"look":    func() { w.Look(time.Now()) },
+		"sample":  func() { w.Sample(time.Now()) },
 		"traffic": func() { r.Traffic() },
 	} {
 		f()
@@ -158,7 +158,7 @@ func BenchmarkLook(b *testing.B) {
 	r, _ := crowd(20_000)
 	w := r.Watch(Query{Limit: 100})
 	for b.Loop() {
-		w.Look(time.Now())
+		w.Sample(time.Now())
 	}
 }
 

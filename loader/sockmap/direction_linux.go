@@ -21,15 +21,15 @@ const (
 // strongOrder: an atomic add in BPF is a full barrier.
 const strongOrder = runtime.GOARCH == "amd64" || runtime.GOARCH == "386"
 
-// lookAgain is for a direction that goes to sleep after it has copied. On processors where a store may be
-// seen late, look is called when the direction can see what the verdict stored before, and the verdict what
+// recheck is for a direction that goes to sleep after it has copied. On processors where a store may be
+// seen late, f is called when the direction can see what the verdict stored before, and the verdict what
 // the direction did. On others it is not called.
-func (l *Engine) lookAgain(look func()) {
+func (l *Engine) recheck(f func()) {
 	switch {
 	case l.hooks != nil && l.hooks.again != nil:
-		l.hooks.again(look)
+		l.hooks.again(f)
 	case !strongOrder:
-		time.AfterFunc(time.Millisecond, look)
+		time.AfterFunc(time.Millisecond, f)
 	}
 }
 
@@ -303,7 +303,7 @@ func (d *direction) copy() (o outcome, wait bool) {
 		case sleep:
 			return o, true
 		case idle:
-			d.comeToRest()
+			d.goIdle()
 			return outcome{}, false
 		}
 	}
@@ -417,11 +417,11 @@ func (d *direction) readEnd(err error) (outcome, move) {
 	return outcome{}, idle
 }
 
-// comeToRest is for a direction that has nothing to move.
-func (d *direction) comeToRest() {
+// goIdle is for a direction that has nothing to move.
+func (d *direction) goIdle() {
 	if d.hasCopied {
 		// The verdict's add to passed may not be visible yet, and it may not have seen our consumed either.
-		d.f.l.lookAgain(func() { d.wake(0) })
+		d.f.l.recheck(func() { d.wake(0) })
 	}
 	d.hasCopied = false
 	d.release()

@@ -30,10 +30,10 @@ const (
 // Hooks are a test's. There are none in production, where the pointer to them is nil.
 type Hooks struct {
 	off      []Rule
-	Pressure uint64            // in place of tcpPressure, if it is not 0
-	again    func(look func()) // in place of what lookAgain does
-	Slots    int               // so many flows at a time, if it is not 0
-	Window   time.Duration     // programs wait so long between a look at a flow and what follows from it
+	Pressure uint64         // in place of tcpPressure, if it is not 0
+	again    func(f func()) // in place of what recheck does
+	Slots    int            // so many flows at a time, if it is not 0
+	Window   time.Duration  // programs wait so long between a look at a flow and what follows from it
 }
 
 // Without gives hooks that switch these rules off, too.

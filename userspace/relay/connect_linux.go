@@ -45,13 +45,13 @@ type connecting struct {
 }
 
 func (c *connecting) await() {
-	if c.up.AwaitConnect(time.Until(c.until), c.look) != nil {
+	if c.up.AwaitConnect(time.Until(c.until), c.check) != nil {
 		c.fail(nil)
 	}
 }
 
-// look is called on the loop when the upstream is connected, has failed, or has taken too long.
-func (c *connecting) look(timedOut bool) {
+// check is called on the loop when the upstream is connected, has failed, or has taken too long.
+func (c *connecting) check(timedOut bool) {
 	switch connected, err := c.Check(); {
 	case err != nil || !connected && timedOut:
 		c.fail(err)

@@ -136,7 +136,7 @@ type progress struct {
 
 // A reader gets what was received from a side that broke.
 type reader struct {
-	look    *time.Timer // looks whether it goes on
+	recheck *time.Timer // looks whether it goes on
 	taken   int64       // what it has acknowledged
 	takenAt time.Time   // when that was seen first
 }
@@ -503,7 +503,7 @@ func (f *flow) breaks(s *side, err error, isGuess bool) {
 	}
 	if f.reader == nil {
 		f.reader = &reader{taken: f.acknowledged(s.other()), takenAt: time.Now()}
-		f.reader.look = time.AfterFunc(tcpsock.ResetGrace, func() { f.cutIfStopped(s.other()) })
+		f.reader.recheck = time.AfterFunc(tcpsock.ResetGrace, func() { f.cutIfStopped(s.other()) })
 	}
 	s.conn.SetWriteDeadline(past)
 	s.other().conn.SetReadDeadline(past)
@@ -518,11 +518,11 @@ func (f *flow) cutIfStopped(s *side) {
 	r := f.reader
 	if n := f.acknowledged(s); n != r.taken {
 		r.taken, r.takenAt = n, time.Now()
-		r.look.Reset(tcpsock.ResetGrace)
+		r.recheck.Reset(tcpsock.ResetGrace)
 		return
 	}
 	if !s.refuses() && time.Since(r.takenAt) < tcpsock.TCPGrace {
-		r.look.Reset(tcpsock.ResetGrace)
+		r.recheck.Reset(tcpsock.ResetGrace)
 		return
 	}
 	f.isCut = true

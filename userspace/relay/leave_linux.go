@@ -46,7 +46,7 @@ func (f *flow) departFromPoller() (hasLeft bool) {
 func (f *flow) goOn() {
 	f.mu.Lock()
 	if f.reader != nil { // a side broke just before disarm, which has stopped the timer
-		f.reader.look.Reset(tcpsock.ResetGrace)
+		f.reader.recheck.Reset(tcpsock.ResetGrace)
 	}
 	f.mu.Unlock()
 	f.arm()

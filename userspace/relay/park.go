@@ -35,7 +35,7 @@ func (f *flow) disarm() (ok bool) {
 		f.tick = nil
 	}
 	if f.reader != nil {
-		f.reader.look.Stop()
+		f.reader.recheck.Stop()
 	}
 	return ok
 }

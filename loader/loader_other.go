@@ -35,7 +35,7 @@ func (*Loader) Close() error                            { return nil }
 func (*Loader) Health() (off string, stalls uint64)     { return unsupported().Error(), 0 }
 func (*Loader) ClampedSegments() uint64                 { return 0 }
 func (*Loader) Record(_, _ int, _ Flow) (func(), error) { return nil, unsupported() }
-func (*Loader) Busy() (flows int, ok bool)              { return 0, false }
+func (*Loader) Active() (flows int, ok bool)            { return 0, false }
 
 func (*Loader) Splice(_ context.Context, down, up int, _ Flow) (func() (upBytes, downBytes int64), error) {
 	return nil, unsupported()

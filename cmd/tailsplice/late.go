@@ -93,10 +93,10 @@ func (l lateReturner) Record(down, up int, h datapath.Handoff) (forget func(), e
 	return nil, errNotYet
 }
 
-// Busy is the datapath's, once that is there.
-func (l lateReturner) Busy() (flows int, ok bool) {
+// Active is the datapath's, once that is there.
+func (l lateReturner) Active() (flows int, ok bool) {
 	if d := l.d.Load(); d != nil {
-		return (*d).Busy()
+		return (*d).Active()
 	}
 	return 0, false
 }

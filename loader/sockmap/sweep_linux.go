@@ -67,7 +67,7 @@ func (s *sweeper) close() {
 }
 
 func (l *Engine) sweep(now time.Time) time.Duration {
-	pause, resting := restEvery, int32(0)
+	pause, quiet := restEvery, int32(0)
 	for i := range l.live {
 		f := l.live[i].Load()
 		if f == nil {
@@ -80,10 +80,10 @@ func (l *Engine) sweep(now time.Time) time.Duration {
 			go f.finish(prove.EndIdle, nil)
 		}
 		if f.isQuiet(now) {
-			resting++
+			quiet++
 		}
 	}
-	l.quiet.Store(resting)
+	l.quiet.Store(quiet)
 	if hasRecords := l.ledger.publish(); l.onSweep(now) || hasRecords {
 		pause = min(pause, sweepEvery)
 	}
@@ -259,8 +259,8 @@ func (d *direction) checkVerdict() {
 	}
 }
 
-// Busy is how many spliced flows moved something lately. ok is false where the datapath takes none.
-func (l *Engine) Busy() (flows int, ok bool) {
+// Active is how many spliced flows moved something lately. ok is false where the datapath takes none.
+func (l *Engine) Active() (flows int, ok bool) {
 	// The sweeper may know of some that have ended since.
 	return int(max(l.inside.Load()-l.quiet.Load(), 0)), !l.counts.IsOff()
 }

@@ -201,8 +201,8 @@ func TestAutoCrowd(t *testing.T) {
 
 // room is as docs/datapaths.md has it.
 func room(l *countedLoader) int {
-	busy, _ := l.Busy()
-	return 4*runtime.NumCPU() - busy
+	active, _ := l.Active()
+	return 4*runtime.NumCPU() - active
 }
 
 // TestUserspace is for the kernels on which there is nothing else: see scripts/test-kernels.

@@ -80,7 +80,7 @@ func (ch *Chooser) Message(c *Choice, from Side, n int) Returner {
 	} else if flows := ch.pingPong(c, from, n); flows > 0 {
 		for _, d := range c.Of {
 			// NumCPU, not GOMAXPROCS: each processor has a worker of the kernel's, which no quota binds.
-			if busy, ok := d.Busy(); ok && pingPongPerCPU*runtime.NumCPU()-busy >= flows {
+			if active, ok := d.Active(); ok && pingPongPerCPU*runtime.NumCPU()-active >= flows {
 				return d
 			}
 		}

@@ -53,8 +53,8 @@ type Returner interface {
 	// forget may be called when the datapath has been closed.
 	Record(down, up int, h Handoff) (forget func(), err error)
 
-	// Busy is how many of its flows moved something lately. Cheap. ok is false where it takes no flow at all.
-	Busy() (flows int, ok bool)
+	// Active is how many of its flows moved something lately. Cheap. ok is false where it takes no flow at all.
+	Active() (flows int, ok bool)
 }
 
 // Health is what a [Datapath] has besides if it can say how it is, to be shown in `tailsplice status` and the

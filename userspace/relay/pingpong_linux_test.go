@@ -23,7 +23,7 @@ type pingPongTaker struct {
 	begun   *atomic.Int64 // bytes that had been moved
 }
 
-func (d pingPongTaker) Busy() (flows int, ok bool) {
+func (d pingPongTaker) Active() (flows int, ok bool) {
 	return 4*runtime.NumCPU() - d.room, true
 }
 

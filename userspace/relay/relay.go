@@ -35,7 +35,7 @@
 // Locks are taken in this order: that of a loop, flow.mu, and then one of those of watcher, quietSweep,
 // pipePool, cancellations and [datapath.Chooser], under which nothing else is locked. holding.measuring comes
 // before that of watcher. What a datapath is asked, and what a caller has given to be called, is called with
-// no lock held, but for datapath.Returner's Busy, and count.
+// no lock held, but for datapath.Returner's Active, and count.
 package relay
 
 import (

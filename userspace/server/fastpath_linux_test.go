@@ -113,8 +113,8 @@ type (
 	lateRefuser struct{ refuser }
 )
 
-func (lateTaker) Busy() (flows int, ok bool)   { return 0, true }
-func (lateRefuser) Busy() (flows int, ok bool) { return 0, true }
+func (lateTaker) Active() (flows int, ok bool)   { return 0, true }
+func (lateRefuser) Active() (flows int, ok bool) { return 0, true }
 
 func (lateTaker) Record(_, _ int, _ datapath.Handoff) (func(), error)   { return func() {}, nil }
 func (lateRefuser) Record(_, _ int, _ datapath.Handoff) (func(), error) { return func() {}, nil }

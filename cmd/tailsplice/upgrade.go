@@ -299,7 +299,7 @@ func (d *process) handOver(ctx context.Context, s *handover.Successor,
 	case <-ctx.Done():
 		return failed(s.End, fmt.Errorf("given up: %w", context.Cause(ctx)))
 	}
-	d.server.Rest()
+	d.server.Pause()
 	if err := s.Spare(); err != nil {
 		d.log.Warn("where memory is short, the kernel kills the new process first", "err", err)
 	}

@@ -17,7 +17,7 @@ import (
 //
 // +checklocks:srv.mu
 func (srv *Server) tellOthers() {
-	if srv.isHeld || srv.isResting || srv.hasLeft || srv.plan == nil {
+	if srv.isHeld || srv.isPaused || srv.hasLeft || srv.plan == nil {
 		return
 	}
 	left := srv.announced
@@ -260,7 +260,7 @@ func (srv *Server) Withdraw(ctx context.Context) {
 func (srv *Server) endAnnouncements() {
 	srv.mu.Lock()
 	var all sync.WaitGroup
-	isOurs := !srv.hasLeft && !srv.isHeld && !srv.isResting
+	isOurs := !srv.hasLeft && !srv.isHeld && !srv.isPaused
 	withdrawn := srv.withdrawn
 	srv.isEnding = srv.isEnding || isOurs
 	for _, l := range srv.listeners {

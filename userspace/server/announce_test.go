@@ -281,7 +281,7 @@ func TestGraceOver(t *testing.T) {
 				a.options = strings.Replace(a.options, "grace: 10m", "grace: "+c.grace, 1)
 			}
 			next := startOptions(t, parse(t, a.yaml("")), Options{Handed: sockets, Orders: said, Held: true})
-			a.Rest()
+			a.Pause()
 			took := time.Now()
 			next.Accept()
 			a.Leave()
@@ -420,12 +420,12 @@ func TestAnnouncedOver(t *testing.T) {
 		return startOptions(t, parse(t, a.yaml("")), Options{Handed: sockets, Held: true})
 	}
 	next := takeOver()
-	a.Rest()
+	a.Pause()
 	next.Close() // it fails
 	a.Resume()
 	stays("an upgrade that failed")
 	next = takeOver()
-	a.Rest()
+	a.Pause()
 	next.Accept()
 	a.Leave()
 	if err := a.Drain(t.Context()); err != nil {

@@ -161,9 +161,9 @@ listeners:
 	}
 }
 
-// TestRestWaitsForAdmission: when Rest returns, what was accepted at an address of the tailnet is admitted,
+// TestPauseWaitsForAdmission: when Pause returns, what was accepted at an address of the tailnet is admitted,
 // though that is found out off the loops.
-func TestRestWaitsForAdmission(t *testing.T) {
+func TestPauseWaitsForAdmission(t *testing.T) {
 	if !cable.InOwnNetwork(t) {
 		return
 	}
@@ -203,7 +203,7 @@ listeners: [ { name: tcp, listen: ["tailnet:4443"], mode: tcp, default: { forwar
 			break
 		}
 	}
-	d.Rest()
+	d.Pause()
 	if n := d.limiter.Total(); n != 1 {
 		t.Errorf("%d connections are admitted, want 1", n)
 	}

@@ -14,7 +14,7 @@ import (
 var errHandover = errors.New("an upgrade is under way: reload again when it has ended")
 
 // Sockets are copies of all that is bound, for another process: the caller closes them. What is bound stays
-// as it is until Resume or Leave, and connections are accepted until Rest.
+// as it is until Resume or Leave, and connections are accepted until Pause.
 func (srv *Server) Sockets() (all []handover.Socket, err error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
@@ -56,25 +56,25 @@ func (srv *Server) copies() (all []handover.Socket, err error) {
 	return all, nil
 }
 
-// Rest stops accepting; who connects waits in the queues of the sockets, which stay open. When it returns
+// Pause stops accepting; who connects waits in the queues of the sockets, which stay open. When it returns
 // nobody is being admitted.
-func (srv *Server) Rest() {
+func (srv *Server) Pause() {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	srv.rest(true)
+	srv.pause(true)
 	for _, s := range srv.sockets {
 		s.stop()
 	}
 }
 
-// rest has the announcers tell nothing while another process may be doing so.
+// pause has the announcers tell nothing while another process may be doing so.
 //
 // +checklocks:srv.mu
-func (srv *Server) rest(rests bool) {
-	srv.isResting = rests
+func (srv *Server) pause(isPaused bool) {
+	srv.isPaused = isPaused
 	for _, l := range srv.listeners {
 		if l.announcer != nil {
-			l.announcer.Hold(rests)
+			l.announcer.Hold(isPaused)
 		}
 	}
 }
@@ -85,7 +85,7 @@ func (srv *Server) Resume() {
 	defer srv.mu.Unlock()
 	srv.isFrozen = false
 	srv.wakes.collect(false)
-	srv.rest(false)
+	srv.pause(false)
 	if srv.isClosed {
 		return
 	}

@@ -137,11 +137,11 @@ func TestResumeEnded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.Rest()
+	d.Pause()
 	other := startOptions(t, parse(t, fmt.Sprintf("listeners: [{ name: web, listen: [%q], mode: tcp, default: { forward: %q } }]\n", kept, freeAddr(t))),
 		Options{Held: true, Handed: bound})
 	other.Accept()
-	other.Rest() // it dies
+	other.Pause() // it dies
 	d.Resume()
 	for _, addr := range []string{kept, ended} {
 		if got, err := exchange(addr, []byte("x")); err != nil || string(got) != "Ax" {

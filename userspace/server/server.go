@@ -214,7 +214,7 @@ type present struct {
 	orders    orders          // that another process had, until the first configuration is in force
 	announced []announce.Spec // by another process; until this one tells others
 	isEnding  bool            // connections are accepted still, and others are told to send none
-	isResting bool            // another process may accept, and tell others
+	isPaused  bool            // another process may accept, and tell others
 
 	healthSockets map[string]*net.TCPListener // of control.health on the tailnet, by address
 

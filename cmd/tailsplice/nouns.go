@@ -150,6 +150,24 @@ func whyDown(h *server.TargetHealth) string {
 	return "it answers again, and not often enough yet"
 }
 
+// downTargets says of each target that can't be reached why.
+func downTargets(listeners []server.ListenerStatus) (all []string) {
+	for _, l := range listeners {
+		for _, r := range l.Routes {
+			for _, to := range r.Targets {
+				if h := to.Health; h != nil && !h.Up {
+					all = append(all, fmt.Sprintf("route %s of listener %s: %s is down by its health checks since %s: %s",
+						r.Match, l.Name, to.Target, moment(h.Since), whyDown(h)))
+				}
+			}
+			for _, d := range r.Down {
+				all = append(all, fmt.Sprintf("route %s of listener %s: the last try failed: %s", r.Match, l.Name, d))
+			}
+		}
+	}
+	return all
+}
+
 // mostDown is how many targets that can't be reached printStatus names.
 const mostDown = 10
 
@@ -169,25 +187,12 @@ func printProblems(w io.Writer, s server.Status) {
 	for _, d := range s.Disabled {
 		fmt.Fprintf(w, "disabled: %s gets no new connections since %s\n", d.Target, moment(d.Since))
 	}
-	down := 0
-	for _, l := range s.Listeners {
-		for _, r := range l.Routes {
-			for _, to := range r.Targets {
-				if h := to.Health; h != nil && !h.Up {
-					if down++; down <= mostDown {
-						fmt.Fprintf(w, "problem: route %s of listener %s: %s is down by its health checks since %s: %s\n", r.Match, l.Name, to.Target, moment(h.Since), whyDown(h))
-					}
-				}
-			}
-			for _, d := range r.Down {
-				if down++; down <= mostDown {
-					fmt.Fprintf(w, "problem: route %s of listener %s: the last try failed: %s\n", r.Match, l.Name, d)
-				}
-			}
-		}
+	down := downTargets(s.Listeners)
+	for _, d := range down[:min(len(down), mostDown)] {
+		fmt.Fprintf(w, "problem: %s\n", d)
 	}
-	if down > mostDown {
-		fmt.Fprintf(w, "problem: %s more can't be reached: see down and health with --json\n", plural(down-mostDown, "target"))
+	if len(down) > mostDown {
+		fmt.Fprintf(w, "problem: %s more can't be reached: see down and health with --json\n", plural(len(down)-mostDown, "target"))
 	}
 	for _, p := range s.Labels {
 		on := ""

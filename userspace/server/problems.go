@@ -74,13 +74,39 @@ func (p *problems) add(part, listener, name string, err error) {
 	}
 }
 
+// addListener adds what does not work of l, but for its addresses. Server.mu is held.
+func (p *problems) addListener(l *listener) {
+	service := l.service.Load()
+	if l.certs != nil {
+		for _, cert := range l.certs.Certificates() {
+			if cert.Problem != "" {
+				*p = append(*p, certificateProblem(l.name, cert))
+			}
+		}
+	}
+	for _, src := range service.Managed {
+		for _, a := range src.Status() {
+			if a.Problem != "" && !madeUp(a) {
+				*p = append(*p, Problem{PartACME, l.name, a.Name, a.Problem})
+			}
+		}
+	}
+	if l.announcer != nil {
+		_, _, err := l.announcer.State()
+		p.add(PartAnnounce, l.name, "", err)
+	}
+	*p = append(*p, service.deny.problems(l.name)...)
+	if r := service.Fallback; r != nil {
+		p.add(PartDefault, l.name, r.Written, l.gate.closed())
+	}
+}
+
 // problems is Problems for who has the lock.
 //
 // +checklocks:srv.mu
 func (srv *Server) problems() []Problem {
 	var all problems
 	for _, c := range srv.plan.Config.Listeners {
-		l := srv.listeners[c.Name]
 		if len(srv.tailnetAddrs) == 0 {
 			for _, a := range c.Listen {
 				if config.OnTailnet(a) {
@@ -88,28 +114,7 @@ func (srv *Server) problems() []Problem {
 				}
 			}
 		}
-		if l.certs != nil {
-			for _, cert := range l.certs.Certificates() {
-				if cert.Problem != "" {
-					all = append(all, certificateProblem(c.Name, cert))
-				}
-			}
-		}
-		for _, src := range l.service.Load().Managed {
-			for _, a := range src.Status() {
-				if a.Problem != "" && !madeUp(a) {
-					all = append(all, Problem{PartACME, c.Name, a.Name, a.Problem})
-				}
-			}
-		}
-		if l.announcer != nil {
-			_, _, err := l.announcer.State()
-			all.add(PartAnnounce, c.Name, "", err)
-		}
-		all = append(all, l.service.Load().deny.problems(c.Name)...)
-		if r := l.service.Load().Fallback; r != nil {
-			all.add(PartDefault, c.Name, r.Written, l.gate.closed())
-		}
+		all.addListener(srv.listeners[c.Name])
 	}
 	for c, err := range srv.unbound {
 		all.add(PartAddress, c.listener, c.addr, err)

@@ -190,45 +190,61 @@ func (srv *Server) forwardGuard(listener, address string, fw *auth.Forward) vhos
 			if v.Request.Context().Err() != nil {
 				return err
 			}
-			err = fmt.Errorf("forward_auth %s: %w", address, err)
-			srv.metrics.Refused.WithLabelValues(listener, "auth_server").Inc()
-			srv.limited.Warn("auth_server "+address, "the forward_auth server gave no usable answer", "id", v.ID, "listener", listener, "address", address, "err", err)
-			no := &vhost.Refusal{Status: http.StatusBadGateway, Title: "The sign-in service sent no valid answer",
-				Text: srv.node() + " could not find out whether you have access.", Hint: "Try again in a few minutes.", Err: err}
-			if errors.Is(err, auth.ErrNoAnswer) {
-				no.Status, no.Title = http.StatusServiceUnavailable, "The sign-in service is not answering"
-				no.Header = http.Header{"Retry-After": {"10"}}
-			}
-			return no
+			return srv.noAuthServer(listener, address, v, err)
 		}
 		defer res.Body.Close()
 		if res.StatusCode >= 200 && res.StatusCode < 300 {
-			for name, values := range fw.Copied(res.Header) {
-				v.SetHeader(name, "")
-				v.Set[name] = values
-			}
-			if cookies := res.Header["Set-Cookie"]; cookies != nil {
-				v.Answer = http.Header{"Set-Cookie": cookies} // a session that was refreshed
-			}
-			for _, name := range []string{"Remote-User", "X-Auth-Request-User", "X-Forwarded-User"} {
-				if user := v.Set.Get(name); user != "" {
-					v.User = user
-					break
-				}
-			}
+			letIn(v, fw, res.Header)
 			return nil
 		}
 		// who is not signed in is sent to do so
 		srv.metrics.Refused.WithLabelValues(listener, "forward_auth").Inc()
-		for name, values := range res.Header {
-			w.Header()[name] = values
-		}
-		w.WriteHeader(res.StatusCode)
-		if v.Request.Method != http.MethodHead {
-			if _, err := io.Copy(w, res.Body); err != nil {
-				panic(http.ErrAbortHandler) // so that half an answer doesn't look like a whole one
-			}
-		}
+		passOn(w, res, v.Request.Method)
 		return vhost.ErrAnswered
+	}
+}
+
+// noAuthServer is what a request gets about which the server at address gave no usable answer.
+func (srv *Server) noAuthServer(listener, address string, v *vhost.Visit, err error) error {
+	err = fmt.Errorf("forward_auth %s: %w", address, err)
+	srv.metrics.Refused.WithLabelValues(listener, "auth_server").Inc()
+	srv.limited.Warn("auth_server "+address, "the forward_auth server gave no usable answer",
+		"id", v.ID, "listener", listener, "address", address, "err", err)
+	no := &vhost.Refusal{Status: http.StatusBadGateway, Title: "The sign-in service sent no valid answer",
+		Text: srv.node() + " could not find out whether you have access.", Hint: "Try again in a few minutes.", Err: err}
+	if errors.Is(err, auth.ErrNoAnswer) {
+		no.Status, no.Title = http.StatusServiceUnavailable, "The sign-in service is not answering"
+		no.Header = http.Header{"Retry-After": {"10"}}
+	}
+	return no
+}
+
+// letIn gives the request what the auth server says of who makes it.
+func letIn(v *vhost.Visit, fw *auth.Forward, answer http.Header) {
+	for name, values := range fw.Copied(answer) {
+		v.SetHeader(name, "")
+		v.Set[name] = values
+	}
+	if cookies := answer["Set-Cookie"]; cookies != nil {
+		v.Answer = http.Header{"Set-Cookie": cookies} // a session that was refreshed
+	}
+	for _, name := range []string{"Remote-User", "X-Auth-Request-User", "X-Forwarded-User"} {
+		if user := v.Set.Get(name); user != "" {
+			v.User = user
+			break
+		}
+	}
+}
+
+// passOn answers w with what the auth server has answered.
+func passOn(w http.ResponseWriter, res *http.Response, method string) {
+	for name, values := range res.Header {
+		w.Header()[name] = values
+	}
+	w.WriteHeader(res.StatusCode)
+	if method != http.MethodHead {
+		if _, err := io.Copy(w, res.Body); err != nil {
+			panic(http.ErrAbortHandler) // so that half an answer doesn't look like a whole one
+		}
 	}
 }

@@ -241,30 +241,12 @@ func (srv *Server) lapse(w *woken) {
 	if isEarly || ws.collects || srv.opts.Older != nil && srv.opts.Older() {
 		w.Used, left = time.Now(), min(w.Idle, olderPause)
 	}
-	for name, u := range ws.uses {
-		// What a name stands for that stands for nothing now may be this one.
-		if ids := srv.containers.IDs(name); len(ids) > 0 && !slices.Contains(ids, w.ID) {
-			continue
-		}
-		if u.count > 0 {
-			u.last = time.Now()
-		}
-		if u.last.After(w.Used) {
-			w.Used = u.last
-		}
-	}
+	ws.noteUse(w, srv.containers.IDs)
 	if left = max(left, w.Idle-time.Since(w.Used)); left > 0 {
 		w.timer.Reset(left)
 		return
 	}
-	delete(ws.started, w.ID)
-	if len(ws.started) == 0 {
-		for name, u := range ws.uses {
-			if u.count == 0 {
-				delete(ws.uses, name)
-			}
-		}
-	}
+	ws.forget(w)
 	srv.opts.moved()
 	before, done := ws.asleep, make(chan struct{})
 	ws.asleep = done
@@ -275,6 +257,39 @@ func (srv *Server) lapse(w *woken) {
 			<-before
 		}
 	}()
+}
+
+// noteUse notes when w was used last. ids are the containers that a name stands for.
+//
+// +checklocks:ws.mu
+func (ws *wakes) noteUse(w *woken, ids func(name string) []string) {
+	for name, u := range ws.uses {
+		// What a name stands for that stands for nothing now may be this one.
+		if ids := ids(name); len(ids) > 0 && !slices.Contains(ids, w.ID) {
+			continue
+		}
+		if u.count > 0 {
+			u.last = time.Now()
+		}
+		if u.last.After(w.Used) {
+			w.Used = u.last
+		}
+	}
+}
+
+// forget is for w, which is to be stopped. With the last of them, the uses that are over are of no interest.
+//
+// +checklocks:ws.mu
+func (ws *wakes) forget(w *woken) {
+	delete(ws.started, w.ID)
+	if len(ws.started) > 0 {
+		return
+	}
+	for name, u := range ws.uses {
+		if u.count == 0 {
+			delete(ws.uses, name)
+		}
+	}
 }
 
 // AwaitStops waits until no container is being stopped, or ctx ends: another process would take it for one

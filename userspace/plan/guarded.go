@@ -21,6 +21,11 @@ type claimed struct {
 // guarded says which configured route guards requests that a label's route for host and path on listener l
 // would take away, and what it asks for; "" if there is none. Where docker.hosts opens it, it guards nothing.
 func guarded(cfg *config.Config, l *config.Listener, host, path string) (by string) {
+	return cmp.Or(guardedHere(l, host, path), guardedBeside(cfg, l, host, path))
+}
+
+// guardedHere is guarded for the routes of l itself.
+func guardedHere(l *config.Listener, host, path string) (by string) {
 	for _, c := range claims(l, host) {
 		goesFirst := c.pattern == host && len(trimmed(c.Path)) >= len(trimmed(path))
 		if goesFirst || !pathsMeet(c.Path, path) {
@@ -33,7 +38,12 @@ func guarded(cfg *config.Config, l *config.Listener, host, path string) (by stri
 			break // nothing of it comes to those behind
 		}
 	}
-	// A label on this listener would take the name from one where its visitors show passwords and cookies.
+	return ""
+}
+
+// guardedBeside is guarded for the other listeners: a label on l would take the name from one where its
+// visitors show passwords and cookies.
+func guardedBeside(cfg *config.Config, l *config.Listener, host, path string) (by string) {
 	for _, other := range cfg.Listeners {
 		if other == l || other.Mode != "https" && (other.Mode != "http" || l.Mode == "sni") {
 			continue

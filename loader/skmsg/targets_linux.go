@@ -122,33 +122,45 @@ func (t *targets) find(up int) (*process, error) {
 	if k.why != nil {
 		return nil, k.why
 	}
-	p := &process{local: t.n, pair: pairOf(at, own)}
-	err := t.n.objects.Locals.Lookup(p.pair, &p.cookie)
-	if err != nil {
-		switch answer := t.n.captureLate(p.pair, k.space); answer {
-		case skmsgLocalAnswerLOCAL_THERE:
-			p.isLate = true
-			err = t.n.objects.Locals.Lookup(p.pair, &p.cookie)
-		case skmsgLocalAnswerLOCAL_HELD:
-			return nil, refusedHeld
-		}
-	}
-	if err != nil {
-		var is skmsgLocalTarget
-		if t.n.objects.Targets.Lookup(p.pair.Own, &is) == nil && is == skmsgLocalTargetTARGET_ZEROCOPY {
-			k.why, k.again = refusedZeroCopy, now.Add(zeroCopyAgain)
-			return nil, k.why
-		}
+	p, err := t.n.captured(pairOf(at, own), k.space)
+	switch err {
+	case refusedZeroCopy:
+		k.why, k.again = err, now.Add(zeroCopyAgain)
+	case refusedNotCaptured:
 		if k.missed++; k.missed >= missedMost {
 			t.learn(at, own)
 		}
-		return nil, refusedNotCaptured
+	}
+	if err != nil {
+		return nil, err
 	}
 	k.missed = 0
 	if p.group = t.groups[k.group]; p.group != nil {
 		p.group.flows++
 	}
 	return p, nil
+}
+
+// captured gives the socket of a pair, or says why the kernel has captured none.
+func (n *Local) captured(pair skmsgPair, space int32) (*process, error) {
+	p := &process{local: n, pair: pair}
+	if n.objects.Locals.Lookup(pair, &p.cookie) == nil {
+		return p, nil
+	}
+	switch n.captureLate(pair, space) {
+	case skmsgLocalAnswerLOCAL_THERE:
+		if n.objects.Locals.Lookup(pair, &p.cookie) == nil {
+			p.isLate = true
+			return p, nil
+		}
+	case skmsgLocalAnswerLOCAL_HELD:
+		return nil, refusedHeld
+	}
+	var is skmsgLocalTarget
+	if n.objects.Targets.Lookup(pair.Own, &is) == nil && is == skmsgLocalTargetTARGET_ZEROCOPY {
+		return nil, refusedZeroCopy
+	}
+	return nil, refusedNotCaptured
 }
 
 // captureLate captures a socket that an earlier daemon had captured. The answer is LOCAL_THERE or LOCAL_HELD,

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
+	"slices"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 )
@@ -16,67 +18,77 @@ type adopted struct {
 	begin, forget func()
 }
 
+// adopting is what comes from one process.
+type adopting struct {
+	link   *Link
+	adopt  Adopt
+	flows  map[uint64]*adopted // by number
+	isLeft bool                // no more are taken
+}
+
 // takeFlows takes the flows that come by l, which it closes, until there is nobody who sends any.
 func takeFlows(l *Link, adopt Adopt) {
 	defer l.Close()
-	flows := map[uint64]*adopted{}
-	isLeft := false
-	at := func(numbers []uint64, e event) {
-		for _, n := range numbers {
-			a := flows[n]
-			if a == nil {
-				continue
-			}
-			next, do := newRules.at(a.state, e)
-			a.state = next
-			switch do {
-			case move:
-				delete(flows, n)
-				a.begin()
-			case forget:
-				delete(flows, n)
-				a.forget()
-			}
-		}
-	}
-	for !isLeft || len(flows) > 0 {
+	a := adopting{link: l, adopt: adopt, flows: map[uint64]*adopted{}}
+	for !a.isLeft || len(a.flows) > 0 {
 		m, isOver := l.receiveAny()
 		if isOver { // and with it the other process, or all its flows
-			var all []uint64
-			for n := range flows {
-				all = append(all, n)
-			}
-			at(all, isLost)
+			a.happens(slices.Collect(maps.Keys(a.flows)), isLost)
 			return
 		}
 		switch m.Step {
 		case Begin:
-			at(m.Numbers, saysBegin)
+			a.happens(m.Numbers, saysBegin)
 		case Keep:
-			at(m.Numbers, saysKeep)
+			a.happens(m.Numbers, saysKeep)
 		case FlowStep:
-			var taken []uint64
-			refused := map[string][]uint64{}
-			for _, f := range m.Flows {
-				a, err := adoptOne(f, m.Sockets, adopt)
-				if err != nil {
-					isLeft = isLeft || errors.Is(err, ErrLeft)
-					refused[err.Error()] = append(refused[err.Error()], f.Number)
-					continue
-				}
-				a.state, _ = newRules.at(none, saysFlow)
-				flows[f.Number] = a
-				taken = append(taken, f.Number)
-			}
-			// Where nothing can be sent the other process has ended, which is read behind what it has sent.
-			if len(taken) > 0 {
-				l.Send(Message{Step: Taken, Numbers: taken})
-			}
-			for why, numbers := range refused {
-				l.Send(Message{Step: Refused, Numbers: numbers, Reason: why})
-			}
+			a.take(m)
 		}
 		Close(m.Sockets)
+	}
+}
+
+// happens lets an event happen to flows.
+func (a *adopting) happens(numbers []uint64, e event) {
+	for _, n := range numbers {
+		f := a.flows[n]
+		if f == nil {
+			continue
+		}
+		next, do := newRules.at(f.state, e)
+		f.state = next
+		switch do {
+		case move:
+			delete(a.flows, n)
+			f.begin()
+		case forget:
+			delete(a.flows, n)
+			f.forget()
+		}
+	}
+}
+
+// take adopts the flows of m, and answers.
+func (a *adopting) take(m *Message) {
+	var taken []uint64
+	refused := map[string][]uint64{}
+	for _, f := range m.Flows {
+		one, err := adoptOne(f, m.Sockets, a.adopt)
+		if err != nil {
+			a.isLeft = a.isLeft || errors.Is(err, ErrLeft)
+			refused[err.Error()] = append(refused[err.Error()], f.Number)
+			continue
+		}
+		one.state, _ = newRules.at(none, saysFlow)
+		a.flows[f.Number] = one
+		taken = append(taken, f.Number)
+	}
+	// Where nothing can be sent the other process has ended, which is read behind what it has sent.
+	if len(taken) > 0 {
+		a.link.Send(Message{Step: Taken, Numbers: taken})
+	}
+	for why, numbers := range refused {
+		a.link.Send(Message{Step: Refused, Numbers: numbers, Reason: why})
 	}
 }
 

@@ -347,53 +347,71 @@ func (g *Giver) takeBack() {
 // decide lets an event happen to offers, of which the answered ones are known no more. why is why those that
 // are kept were not given.
 func (g *Giver) decide(all []uint64, e event, why error) {
-	var gone, stay []*offer
-	whys := map[*offer]error{}
-	defer func() {
-		if len(gone) > 0 { // their owner closes much, while the next answers are read
-			go func() {
-				for _, o := range gone {
-					g.over(o, nil)
-				}
-			}()
-		}
-		for _, o := range stay {
-			g.over(o, whys[o])
-		}
-	}()
+	gone, stay := g.settle(all, e, why)
+	if len(gone) > 0 { // their owner closes much, while the next answers are read
+		go func() {
+			for _, o := range gone {
+				g.over(o, nil)
+			}
+		}()
+	}
+	for _, o := range stay {
+		g.over(o.offer, o.why)
+	}
+}
+
+// eventful is an offer and what happens to it, and why it is not given then.
+type eventful struct {
+	*offer
+	event event
+	why   error
+}
+
+// settle is decide without telling the owners of the flows.
+func (g *Giver) settle(all []uint64, e event, why error) (gone []*offer, stay []*eventful) {
 	g.deciding.Lock()
 	defer g.deciding.Unlock()
-	of, at := map[action][]*offer{}, map[*offer]event{}
+	var some []*eventful
 	for _, n := range all {
 		if o := g.offers[n]; o != nil {
-			at[o], whys[o] = e, why
+			x := &eventful{o, e, why}
 			if e == saysTaken && o.flow.IsKilled != nil && o.flow.IsKilled() {
-				at[o], whys[o] = isKilled, errKilled
+				x.event, x.why = isKilled, errKilled
 			}
-			_, do := oldRules.at(o.state, at[o])
-			of[do] = append(of[do], o)
+			some = append(some, x)
 		}
 	}
-	for step, do := range map[string]action{Begin: sendBegin, Keep: sendKeepAndMove} {
-		if len(of[do]) == 0 {
+	g.answer(some)
+	for _, o := range some {
+		next, do := oldRules.at(o.state, o.event)
+		if do == nothing {
 			continue
 		}
-		if err := g.sayAtAnyTime(Message{Step: step, Numbers: numbers(of[do])}); err != nil {
-			for _, o := range of[do] {
-				at[o], whys[o] = isLost, errLost
-			}
+		o.state = next
+		delete(g.offers, o.flow.Number)
+		if next == given {
+			gone = append(gone, o.offer)
+		} else {
+			stay = append(stay, o)
 		}
 	}
-	for _, some := range of {
+	return gone, stay
+}
+
+// answer tells the other process whose the flows are, as the rules have it. Where it can't be told, that one
+// is lost.
+func (g *Giver) answer(some []*eventful) {
+	for step, send := range map[string]action{Begin: sendBegin, Keep: sendKeepAndMove} {
+		var of []*eventful
+		var numbers []uint64
 		for _, o := range some {
-			if next, do := oldRules.at(o.state, at[o]); do != nothing {
-				o.state = next
-				delete(g.offers, o.flow.Number)
-				if next == given {
-					gone = append(gone, o)
-				} else {
-					stay = append(stay, o)
-				}
+			if _, do := oldRules.at(o.state, o.event); do == send {
+				of, numbers = append(of, o), append(numbers, o.flow.Number)
+			}
+		}
+		if len(of) > 0 && g.sayAtAnyTime(Message{Step: step, Numbers: numbers}) != nil {
+			for _, o := range of {
+				o.event, o.why = isLost, errLost
 			}
 		}
 	}

@@ -22,9 +22,6 @@ func (*Link) Send(Message) error { return errLinux }
 // SendSockets fails.
 func (*Link) SendSockets([]Socket, json.RawMessage, int, ...json.RawMessage) error { return errLinux }
 
-// Receive fails.
-func (*Link) Receive(time.Time) (*Message, error) { return nil, errLinux }
-
 // Hear hears nothing.
 func (*Link) Hear(func(*Message)) {}
 

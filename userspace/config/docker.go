@@ -98,47 +98,7 @@ func ParseLabels(labels map[string]string) (l Labels, errs []LabelProblem) {
 		errs = append(errs, LabelProblem{label, fmt.Sprintf(format, args...)})
 	}
 	for _, name := range slices.Sorted(maps.Keys(labels)) {
-		value := strings.TrimSpace(labels[name])
-		switch name {
-		case labelHost:
-			l.Host = parseLabelHosts(value, bad)
-		case labelPath:
-			if p, err := parsePath(value); err != nil {
-				bad(name, "%q: %v", clip(value), err)
-			} else {
-				l.Path = p.(string)
-			}
-		case labelPort:
-			p, err := parsePort(value)
-			if err != nil {
-				bad(name, "%v", err)
-			}
-			l.Port = p
-		case labelTLS:
-			switch value {
-			case "true", "false", "passthrough":
-				l.TLS = value
-			default:
-				bad(name, "%q: must be true (https listeners only), false (http only) or passthrough (sni, where the container itself speaks TLS)", clip(value))
-			}
-		case labelWake:
-			idle, err := parseLabelWake(value)
-			if err != nil {
-				bad(name, "%q: %v", clip(value), err)
-			}
-			l.Wake, l.Idle = true, idle
-		default:
-			key, ours := strings.CutPrefix(name, LabelPrefix)
-			near, meant := nearest(key, labelKeys), meantLabel(name)
-			switch {
-			case ours && near != "":
-				bad(clip(name), "unknown label, did you mean %q?", LabelPrefix+near)
-			case ours:
-				bad(clip(name), "unknown label, there are %s%s", LabelPrefix, strings.Join(labelKeys, ", ."))
-			case meant != "":
-				bad(clip(name), "there is no such label, did you mean %q?", meant)
-			}
-		}
+		l.set(name, strings.TrimSpace(labels[name]), bad)
 	}
 	if _, ok := labels[labelHost]; !ok && len(errs) == 0 {
 		bad(labelHost, "it is missing: which host names lead to the container")
@@ -150,6 +110,55 @@ func ParseLabels(labels map[string]string) (l Labels, errs []LabelProblem) {
 		return Labels{}, errs
 	}
 	return l, nil
+}
+
+// set reads one label.
+func (l *Labels) set(name, value string, bad func(label, format string, args ...any)) {
+	switch name {
+	case labelHost:
+		l.Host = parseLabelHosts(value, bad)
+	case labelPath:
+		if p, err := parsePath(value); err != nil {
+			bad(name, "%q: %v", clip(value), err)
+		} else {
+			l.Path = p.(string)
+		}
+	case labelPort:
+		p, err := parsePort(value)
+		if err != nil {
+			bad(name, "%v", err)
+		}
+		l.Port = p
+	case labelTLS:
+		switch value {
+		case "true", "false", "passthrough":
+			l.TLS = value
+		default:
+			bad(name, "%q: must be true (https listeners only), false (http only) or passthrough (sni, where the container itself speaks TLS)", clip(value))
+		}
+	case labelWake:
+		idle, err := parseLabelWake(value)
+		if err != nil {
+			bad(name, "%q: %v", clip(value), err)
+		}
+		l.Wake, l.Idle = true, idle
+	default:
+		refuseUnknown(name, bad)
+	}
+}
+
+// refuseUnknown is for a label that is ours, or seems to be meant to be, and is none of labelKeys.
+func refuseUnknown(name string, bad func(label, format string, args ...any)) {
+	key, isOurs := strings.CutPrefix(name, LabelPrefix)
+	near, meant := nearest(key, labelKeys), meantLabel(name)
+	switch {
+	case isOurs && near != "":
+		bad(clip(name), "unknown label, did you mean %q?", LabelPrefix+near)
+	case isOurs:
+		bad(clip(name), "unknown label, there are %s%s", LabelPrefix, strings.Join(labelKeys, ", ."))
+	case meant != "":
+		bad(clip(name), "there is no such label, did you mean %q?", meant)
+	}
 }
 
 func parseLabelHosts(value string, bad func(label, format string, args ...any)) []string {

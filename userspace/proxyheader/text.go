@@ -33,20 +33,27 @@ func authority(b []byte) string {
 	}
 	var label []byte
 	for rest, more := lower, true; more; {
-		label, rest, more = bytes.Cut(rest, []byte{'.'})
-		if n := len(label); n == 0 || n > maxLabel || label[0] == '-' || label[n-1] == '-' {
+		if label, rest, more = bytes.Cut(rest, []byte{'.'}); !isLabel(label) {
 			return ""
-		}
-		for _, ch := range label {
-			if !('a' <= ch && ch <= 'z' || '0' <= ch && ch <= '9' || ch == '-' || ch == '_') {
-				return ""
-			}
 		}
 	}
 	if number(label) {
 		return ""
 	}
 	return string(lower)
+}
+
+// isLabel reports whether a label, in lower case, has the length and the letters of one.
+func isLabel(label []byte) bool {
+	if n := len(label); n == 0 || n > maxLabel || label[0] == '-' || label[n-1] == '-' {
+		return false
+	}
+	for _, ch := range label {
+		if !('a' <= ch && ch <= 'z' || '0' <= ch && ch <= '9' || ch == '-' || ch == '_') {
+			return false
+		}
+	}
+	return true
 }
 
 // number reports whether a label is one in the sense of inet_aton(3): decimal, octal, or hexadecimal after

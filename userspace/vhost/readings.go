@@ -20,21 +20,9 @@ func (s *Server) checkReadings(x *exchange) error {
 		return nil // whatever it is read as
 	}
 	refuse := &BadRequest{BadPath, "Servers do not agree which path this is, and it might lead past a rule: send it without escaped slashes, backslashes, ;parameters, dot segments and double slashes."}
-	if len(x.uri.Path) > maxOddPath {
-		return refuse
-	}
-	paths, ok := readings(x.uri.Path)
+	paths, ok := x.readings()
 	if !ok {
 		return refuse
-	}
-	if x.route.StripPrefix != "" || x.route.AddPrefix != "" { // the target reads what the prefixes leave
-		rest, ok := readings(x.route.rest(&x.uri))
-		if !ok {
-			return refuse
-		}
-		for _, path := range rest {
-			paths = append(paths, strings.TrimSuffix(x.route.StripPrefix, "/")+path)
-		}
 	}
 	for _, path := range paths {
 		if path == x.uri.Plain {
@@ -52,6 +40,22 @@ func (s *Server) checkReadings(x *exchange) error {
 		}
 	}
 	return nil
+}
+
+// readings are the paths that x may be for, by its route's prefixes, if they are not too many.
+func (x *exchange) readings() (all []string, ok bool) {
+	if len(x.uri.Path) > maxOddPath {
+		return nil, false
+	}
+	all, ok = readings(x.uri.Path)
+	if !ok || x.route.StripPrefix == "" && x.route.AddPrefix == "" {
+		return all, ok
+	}
+	rest, ok := readings(x.route.rest(&x.uri)) // the target reads what the prefixes leave
+	for _, path := range rest {
+		all = append(all, strings.TrimSuffix(x.route.StripPrefix, "/")+path)
+	}
+	return all, ok
 }
 
 // isOddPath says whether servers may disagree about a path. Those of most requests are not odd.

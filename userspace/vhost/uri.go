@@ -63,53 +63,75 @@ const (
 // client says. The error is a *BadRequest; the URI that comes with it is for logs.
 func readURI(r *http.Request) (URI, error) {
 	asked := URI{Authority: r.Host, Host: r.Host, Path: r.RequestURI} // for the log, if it is refused
-	target, u := r.RequestURI, URI{Authority: r.Host}
-	absolute := false
-	if r.ProtoMajor >= 2 {
-		// net/http takes Host out of the header in HTTP/1 only.
-		if hosts := r.Header["Host"]; len(hosts) > 1 || len(hosts) == 1 && !strings.EqualFold(hosts[0], u.Authority) {
-			return asked, &BadRequest{HostMismatch, "The header Host names another host than :authority: send one of them, or the same in both."}
-		}
-		delete(r.Header, "Host")
-	} else if rest, ok := cutScheme(target); ok {
-		// The target's authority is the host then, and the header Host means nothing (RFC 9112 3.2.2).
-		end := strings.IndexAny(rest, "/?")
-		if end < 0 {
-			end = len(rest)
-		}
-		absolute, u.Authority, target = true, rest[:end], rest[end:]
-		if target == "" || target[0] == '?' {
-			target = "/" + target
-		}
+	authority, target, isAbsolute, err := splitTarget(r)
+	if err != nil {
+		return asked, err
 	}
+	u := URI{Authority: authority, Path: target}
 	var ok bool
-	if u.Host, ok = readHost(u.Authority); !ok && (u.Authority != "" || absolute || r.ProtoAtLeast(1, 1)) {
+	if u.Host, ok = readHost(authority); !ok && (authority != "" || isAbsolute || r.ProtoAtLeast(1, 1)) {
 		return asked, &BadRequest{BadHost, "The host of the request is neither a name nor an address, with one port or without: send Host: example.org or Host: example.org:8080."}
 	}
-	u.Path, u.Query = target, ""
 	if i := strings.IndexByte(target, '?'); i >= 0 {
 		u.Path, u.Query = target[:i], target[i:]
 	}
-	plain := u.Path
-	switch {
-	case !httpguts.ValidHeaderFieldName(r.Method): // net/http checks that in HTTP/1 only
+	if !httpguts.ValidHeaderFieldName(r.Method) { // net/http checks that in HTTP/1 only
 		return asked, &BadRequest{BadTarget, "The method is no token: send one such as GET."}
-	case target == "*" && r.Method == http.MethodOptions:
-		plain = "/"
-	case target == "" || target[0] != '/':
-		return asked, &BadRequest{BadTarget, "The request-target has no form that is served: send a path such as /x?y, or the whole http:// or https:// address."}
-	case strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == '#' || c == 0x7f }):
-		return asked, &BadRequest{BadTarget, "The request-target has a space, a # or a control character: send it percent-encoded."}
-	case strings.IndexByte(plain, '%') >= 0:
-		var err error
-		if plain, err = url.PathUnescape(plain); err != nil || strings.IndexByte(plain, 0) >= 0 {
-			return asked, &BadRequest{BadTarget, "The path has a % that is no escape, or an escaped NUL: send a % as %25."}
+	}
+	plain := "/"
+	if target != "*" || r.Method != http.MethodOptions {
+		if plain, err = readPath(u.Path, target); err != nil {
+			return asked, err
 		}
 	}
 	u.Plain = RoutePath(plain)
 	r.Host, r.RequestURI = u.Authority, u.String()
 	*r.URL = url.URL{Path: plain, RawPath: u.Path, RawQuery: strings.TrimPrefix(u.Query, "?"), ForceQuery: u.Query == "?"}
 	return u, nil
+}
+
+// splitTarget gives the authority of r's target, or of its header, and what follows in the target. The error
+// is a *BadRequest.
+func splitTarget(r *http.Request) (authority, target string, isAbsolute bool, err error) {
+	if r.ProtoMajor >= 2 {
+		// net/http takes Host out of the header in HTTP/1 only.
+		if hosts := r.Header["Host"]; len(hosts) > 1 || len(hosts) == 1 && !strings.EqualFold(hosts[0], r.Host) {
+			return "", "", false, &BadRequest{HostMismatch, "The header Host names another host than :authority: send one of them, or the same in both."}
+		}
+		delete(r.Header, "Host")
+		return r.Host, r.RequestURI, false, nil
+	}
+	rest, ok := cutScheme(r.RequestURI)
+	if !ok {
+		return r.Host, r.RequestURI, false, nil
+	}
+	// The target's authority is the host then, and the header Host means nothing (RFC 9112 3.2.2).
+	end := strings.IndexAny(rest, "/?")
+	if end < 0 {
+		end = len(rest)
+	}
+	authority, target = rest[:end], rest[end:]
+	if target == "" || target[0] == '?' {
+		target = "/" + target
+	}
+	return authority, target, true, nil
+}
+
+// readPath gives the path of a target without its escapes. The error is a *BadRequest.
+func readPath(path, target string) (plain string, err error) {
+	switch {
+	case target == "" || target[0] != '/':
+		return "", &BadRequest{BadTarget, "The request-target has no form that is served: send a path such as /x?y, or the whole http:// or https:// address."}
+	case strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == '#' || c == 0x7f }):
+		return "", &BadRequest{BadTarget, "The request-target has a space, a # or a control character: send it percent-encoded."}
+	case strings.IndexByte(path, '%') < 0:
+		return path, nil
+	}
+	plain, err = url.PathUnescape(path)
+	if err != nil || strings.IndexByte(plain, 0) >= 0 {
+		return "", &BadRequest{BadTarget, "The path has a % that is no escape, or an escaped NUL: send a % as %25."}
+	}
+	return plain, nil
 }
 
 // cutScheme takes http:// or https:// off a request-target.

@@ -149,16 +149,32 @@ install: build ## Install into PREFIX (default /usr/local): daemon, unit, user, 
 packages: ## Debian packages, static tarballs, container images and their bill of materials, into build/packages
 	cd $(PACKAGES) && go run . -version '$(VERSION)' -out ../../$(BUILD)/packages
 
-.PHONY: fly
-fly: ## What deploy/fly's image is built of, for an edge on fly.io, into build/fly (docs/fly.md)
-	mkdir -p $(BUILD)/fly
-	for f in Dockerfile fly.toml edge.yaml; do [ -e $(BUILD)/fly/$$f ] || cp $(FLY)/$$f $(BUILD)/fly/; done
+.PHONY: fly fly-files
+fly: fly-files ## What deploy/fly's image is built of, for an edge on fly.io, into build/fly (docs/fly.md)
 	cd $(PACKAGES) && go run . -authorities ../../$(BUILD)/fly/ca-certificates.crt
 	cd $(FLY) && $(STATIC) go build -trimpath -ldflags "-s -w" -o ../../$(BUILD)/fly/edge .
 	$(STATIC) go build -trimpath -ldflags "-s -w -X main.buildVersion=$(VERSION)" -o $(BUILD)/fly/tailsplice ./cmd/tailsplice
 	cd $(FLY) && version=$$(go list -m -f '{{slice .Version 1}}' tailscale.com) && $(STATIC) go build -trimpath -tags ts_include_cli \
 		-ldflags "-s -w -X tailscale.com/version.longStamp=$$version -X tailscale.com/version.shortStamp=$$version" \
 		-o ../../$(BUILD)/fly/tailscaled tailscale.com/cmd/tailscaled
+
+# What nobody has edited is replaced by what is here now. .copied has each file as it was copied last, without
+# edits.
+fly-files:
+	@mkdir -p $(BUILD)/fly/.copied
+	@for f in Dockerfile fly.toml edge.yaml; do \
+		tree=$(FLY)/$$f theirs=$(BUILD)/fly/$$f copied=$(BUILD)/fly/.copied/$$f; \
+		if [ ! -e $$theirs ] || cmp -s $$theirs $$tree || cmp -s $$theirs $$copied; then \
+			cp $$tree $$theirs; cp $$tree $$copied; \
+		elif cmp -s $$tree $$copied; then \
+			echo "make fly: $$theirs is kept: you have edited it"; \
+		else \
+			was=$$copied why="you have edited it"; [ -e $$was ] || { was=$$theirs; why="$$why, or it is of an older tree"; }; \
+			echo "make fly: $$theirs is kept: $$why. But $$tree has changed since:"; \
+			diff -u $$was $$tree || :; \
+			echo "make fly: once $$theirs has what it needs of that: cp $(CURDIR)/$$tree $(CURDIR)/$$copied"; \
+		fi; \
+	done
 
 .PHONY: clean
 clean: ## Remove what was built

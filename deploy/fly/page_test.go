@@ -70,6 +70,86 @@ func TestPage(t *testing.T) {
 	t.Run("limits", func(t *testing.T) { limits(t, filepath.Join(tree, "build/fly/tailsplice")) })
 }
 
+// TestKept: `make fly` again brings what has changed in the tree, but for files with edits, which it names; it
+// says what the tree has for them until somebody has looked at that.
+func TestKept(t *testing.T) {
+	tree := t.TempDir()
+	type files map[string]string // by name
+	write := func(dir string, f files) {
+		t.Helper()
+		for name, text := range f {
+			if err := os.WriteFile(filepath.Join(tree, dir, name), []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := os.MkdirAll(filepath.Join(tree, "deploy/fly"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	makefile, err := filepath.Abs("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	made := func(want files, says ...string) string {
+		t.Helper()
+		c := exec.Command("make", "--no-print-directory", "-f", makefile, "fly-files", "VERSION=v1.0.0")
+		c.Dir = tree
+		out, err := c.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		for name, text := range want {
+			if had, err := os.ReadFile(filepath.Join(tree, "build/fly", name)); err != nil || string(had) != text {
+				t.Errorf("%s is %q (%v), want %q\n%s", name, had, err, text, out)
+			}
+		}
+		for _, s := range says {
+			if !strings.Contains(string(out), s) {
+				t.Errorf("it does not say %q:\n%s", s, out)
+			}
+		}
+		if len(says) == 0 && len(out) > 0 {
+			t.Errorf("it says %q", out)
+		}
+		return string(out)
+	}
+
+	write("deploy/fly", files{"Dockerfile": "D1\n", "fly.toml": "F1\n", "edge.yaml": "E1\n"})
+	made(files{"Dockerfile": "D1\n", "fly.toml": "F1\n", "edge.yaml": "E1\n"})
+	made(files{"Dockerfile": "D1\n", "fly.toml": "F1\n", "edge.yaml": "E1\n"})
+
+	write("build/fly", files{"fly.toml": "app F1\n"})
+	write("deploy/fly", files{"edge.yaml": "E2\n"})
+	made(files{"fly.toml": "app F1\n", "edge.yaml": "E2\n"}, "build/fly/fly.toml is kept: you have edited it\n")
+
+	write("deploy/fly", files{"fly.toml": "F2\n"})
+	said := ""
+	for range 2 {
+		said = made(files{"fly.toml": "app F1\n", "edge.yaml": "E2\n"},
+			"build/fly/fly.toml is kept: you have edited it. But deploy/fly/fly.toml has changed", "-F1\n+F2\n")
+	}
+	write("build/fly", files{"fly.toml": "app F2\n"})
+	done := exec.Command("sh", "-ec", regexp.MustCompile(`: (cp .*)`).FindStringSubmatch(said)[1])
+	done.Dir = filepath.Join(tree, "build/fly") // where docs/fly.md has its reader
+	if out, err := done.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	made(files{"fly.toml": "app F2\n", "edge.yaml": "E2\n"}, "build/fly/fly.toml is kept: you have edited it\n")
+
+	// A folder of a make fly that did not note what it copied.
+	if err := os.RemoveAll(filepath.Join(tree, "build/fly/.copied")); err != nil {
+		t.Fatal(err)
+	}
+	made(files{"fly.toml": "app F2\n", "edge.yaml": "E2\n"}, "or it is of an older tree", "-app F2\n+F2\n")
+	write("deploy/fly", files{"edge.yaml": "E3\n"})
+	made(files{"fly.toml": "app F2\n", "edge.yaml": "E3\n"}, "or it is of an older tree", "-app F2\n+F2\n")
+
+	if err := os.Remove(filepath.Join(tree, "build/fly/fly.toml")); err != nil {
+		t.Fatal(err)
+	}
+	made(files{"Dockerfile": "D1\n", "fly.toml": "F2\n", "edge.yaml": "E3\n"})
+}
+
 // copyTree copies the files that git would have, as they are now.
 func copyTree(t *testing.T) string {
 	t.Helper()
@@ -94,7 +174,8 @@ func programs(t *testing.T) string {
 	}
 	dir := t.TempDir()
 	for name, path := range map[string]string{"go": self, "fly": self, "curl": self,
-		"make": program(t, "make"), "mkdir": program(t, "mkdir"), "cp": program(t, "cp")} {
+		"make": program(t, "make"), "mkdir": program(t, "mkdir"), "cp": program(t, "cp"),
+		"cmp": program(t, "cmp"), "diff": program(t, "diff")} {
 		if err := os.Symlink(path, filepath.Join(dir, name)); err != nil {
 			t.Fatal(err)
 		}

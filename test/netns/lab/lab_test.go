@@ -38,7 +38,7 @@ func TestHosts(t *testing.T) {
 			t.Errorf("the client sees\n%s", out)
 		}
 		if _, err := w.EdgeA.Sh(t.Context(),
-			"! grep -q example.vsq.cz /etc/hosts; ! test -e "+lab.KeyFile); err != nil {
+			"! grep -q example.vsq.cz /etc/hosts && ! test -e "+lab.KeyFile); err != nil {
 			t.Errorf("the edge's /etc is not its own: %v", err)
 		}
 	})

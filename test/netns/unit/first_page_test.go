@@ -102,9 +102,10 @@ func TestFirstPage(t *testing.T) {
 	// own replaces what the page has for examples.
 	own := func(text string) string { return strings.ReplaceAll(text, "example.org", lab.Site) }
 	edge := func(text string) (out string) {
-		for line := range strings.Lines(own(block(t, text))) {
-			line = strings.TrimSpace(line)
+		for written := range strings.Lines(block(t, text)) {
+			line := strings.TrimSpace(own(written))
 			out += step("edge:   "+line, func() string { return m.shell(t, "/root", line) })
+			ran(t, written)
 		}
 		return out
 	}
@@ -131,7 +132,8 @@ func TestFirstPage(t *testing.T) {
 	if _, err := w.Home.Sh(t.Context(), "mkdir -p /etc/tailsplice"); err != nil {
 		t.Fatal(err)
 	}
-	for line := range strings.Lines(own(block(t, "tailsplice init home"))) {
+	for written := range strings.Lines(block(t, "tailsplice init home")) {
+		line := own(written)
 		step("home:   "+strings.TrimSpace(line), func() string {
 			out, err := w.Home.Sh(t.Context(), fmt.Sprintf(homeStandIns, bin, tailscale)+line)
 			if err != nil {
@@ -139,6 +141,7 @@ func TestFirstPage(t *testing.T) {
 			}
 			return string(out)
 		})
+		ran(t, written)
 	}
 	config, err := w.Home.ReadFile(lab.ConfigFile)
 	if err == nil {
@@ -162,6 +165,7 @@ func TestFirstPage(t *testing.T) {
 		soon(t, page) // home may have to hear of the new node
 		return ""
 	})
+	ran(t, block(t, "curl https://"))
 	t.Logf("%6.2f s  from the bare server to the first page, without what people do in a browser", total.Seconds())
 	if total > tenMinutes {
 		t.Errorf("it took %v from the bare server to the first page, want at most %v", total, tenMinutes)

@@ -156,7 +156,7 @@ grep -qwE "Groups:.*$group" /proc/$(systemctl show --value --property=MainPID ta
 	m.page(t, "http://127.0.0.1:8481/metrics")
 
 	m.shell(t, "/", strings.SplitAfter(block(t, "apt remove"), "\n")[0])
-	m.shell(t, "/", `! systemctl is-active tailsplice
+	m.shell(t, "/", `if systemctl is-active tailsplice; then exit 1; fi # set -e does not see a "!"
 test ! -e /usr/bin/tailsplice
 test -e /etc/tailsplice/tailsplice.yaml
 test -e /var/log/tailsplice/access.log`)
@@ -166,7 +166,7 @@ test -e /var/log/tailsplice/access.log`)
 test ! -e /etc/logrotate.d/tailsplice
 test ! -e /var/log/tailsplice
 test ! -e /var/lib/tailsplice
-! systemctl cat tailsplice
+if systemctl cat tailsplice; then exit 1; fi
 ! find /etc/systemd /var/lib/systemd -name 'tailsplice*' | grep .`)
 
 	_, readme, _ := strings.Cut(block(t, "git clone"), "make packages\n")
@@ -214,6 +214,7 @@ sudo() { "$@"; }
 	if err != nil {
 		t.Fatalf("%s\n%v\n%s\n%s", script, err, out, m.journal())
 	}
+	ran(t, script)
 	return strings.TrimSpace(string(out))
 }
 

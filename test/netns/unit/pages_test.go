@@ -59,7 +59,7 @@ var notTyped = map[string]string{
 	"tailsplice upgrade --binary PATH":            "the same; TestTrouble and TestUpgradeCrashes type it",
 }
 
-// typed has the lines that tests have asked for, behind a test's name.
+// typed has the lines that tests have run with success, behind a test's name.
 var typed sync.Map
 
 // TestPagesAreTyped: the pages have the commands that are in typedBy or in notTyped, and no others.
@@ -109,22 +109,56 @@ func installPages(t *testing.T) []lab.Page {
 	return []lab.Page{install, readme.Section("## Install")}
 }
 
-// typesAll has a test fail at its end that has not asked for all lines that it types by typedBy.
+// typesAll has a test fail at its end that has not run all lines that it types by typedBy.
 func typesAll(t *testing.T) {
 	t.Cleanup(func() {
 		if t.Failed() || t.Skipped() {
 			return
 		}
 		for _, c := range typedBy[t.Name()] {
-			if _, ok := typed.Load(t.Name() + " " + c); !ok {
+			if !hasRun(t, c) {
 				t.Errorf("%q was not typed", c)
 			}
 		}
 	})
 }
 
+// ran marks the lines of a script that has succeeded. What runs a block in another form than the page's calls
+// it with the page's lines.
+func ran(t *testing.T, script string) {
+	for line := range strings.Lines(script) {
+		typed.Store(testOf(t)+" "+command(line), true)
+	}
+}
+
+func hasRun(t *testing.T, line string) bool {
+	_, ok := typed.Load(testOf(t) + " " + line)
+	return ok
+}
+
+func testOf(t *testing.T) string {
+	test, _, _ := strings.Cut(t.Name(), "/")
+	return test
+}
+
+// TestTyped: a command is typed once it has been run with success, not once a test has asked for it.
+func TestTyped(t *testing.T) {
+	if block(t, "make build"); hasRun(t, "make build") {
+		t.Error("a block that nobody has run is typed")
+	}
+	if _, err := typeHere(t.TempDir(), "true\nfalse"); err == nil {
+		t.Error("a script whose last line fails succeeds")
+	}
+	if _, err := typeHere(t.TempDir(), "false\ntrue"); err == nil {
+		t.Error("a script goes on after a line that fails")
+	}
+	if onThisMachine(t, t.TempDir(), "true  # that\n:"); !hasRun(t, "true") || !hasRun(t, ":") {
+		t.Error("what has been run is not typed")
+	}
+}
+
 // block is the block of docs/install.md or of README's installation, or the command in their text, that is a
-// text or has it. Who asks for it types it.
+// text or has it.
 func block(t *testing.T, text string) string {
 	t.Helper()
 	var all []string
@@ -135,26 +169,27 @@ func block(t *testing.T, text string) string {
 	if i < 0 {
 		i = slices.IndexFunc(all, func(b string) bool { return strings.Contains(b, text) })
 	}
-	if i >= 0 {
-		test, _, _ := strings.Cut(t.Name(), "/")
-		for line := range strings.Lines(all[i]) {
-			typed.Store(test+" "+command(line), true)
-		}
-		return all[i]
+	if i < 0 {
+		t.Fatalf("neither docs/install.md nor README's installation has %q", text)
 	}
-	t.Fatalf("neither docs/install.md nor README's installation has %q", text)
-	return ""
+	return all[i]
 }
 
 // onThisMachine types commands of a page on this machine, whose person is root already.
 func onThisMachine(t *testing.T, dir, script string, env ...string) string {
 	t.Helper()
+	out, err := typeHere(dir, script, env...)
+	if err != nil {
+		t.Fatalf("%s\n%v\n%s", script, err, out)
+	}
+	ran(t, script)
+	return out
+}
+
+func typeHere(dir, script string, env ...string) (string, error) {
 	c := exec.Command("bash", "-ec", "sudo() { \"$@\"; }\n"+script)
 	c.Dir = dir
 	c.Env = append(c.Environ(), env...)
 	out, err := c.CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s\n%v\n%s", script, err, out)
-	}
-	return string(out)
+	return string(out), err
 }

@@ -121,10 +121,12 @@ func TestUnit(t *testing.T) {
 	t.Run("container, with the drop-in of docs/local.md", func(t *testing.T) {
 		m.write(t, "root/drop-in", dropIn(t))
 		m.write(t, "root/editor", "#!/bin/sh\nexec sed -i '/^### Anything/r /root/drop-in' \"$@\"\n")
+		edit := block(t, "sudo systemctl edit")
 		m.shell(t, "/", `chmod +x /root/editor
 export SYSTEMD_EDITOR=/root/editor SHELL=/bin/bash
 export -f sudo
-script --quiet --return --command '`+block(t, "sudo systemctl edit")+`' /dev/null`) // it wants a terminal
+script --quiet --return --command '`+edit+`' /dev/null`) // it wants a terminal
+		ran(t, edit)
 		m.restart(t)
 		check(t, want{9103, "container", "sk_msg", false})
 	})

@@ -89,6 +89,7 @@ func jobs(addr netip.AddrPort) map[string]Job {
 	return map[string]Job{
 		"up": j(Up, 3, 0), "down": j(Down, 3, 0), "requests": j(Requests, 20, 200), "large requests": j(Requests, 5, 16<<10),
 		"connects": j(Connects, 20, 64), "hold": j(Hold, 100, 64), "stall": j(Stall, 10, 0),
+		"fill": j(Fill, 10, 0),
 	}
 }
 
@@ -102,12 +103,18 @@ func do(t *testing.T, c *Client, s *Server, j Job) (near, far Report) {
 			near = c.Check()
 		}
 		near = c.Resume()
-	case Stall:
-		for s.Report(j.Cell).Quiet < 50*time.Millisecond {
-			time.Sleep(10 * time.Millisecond)
+	case Stall, Fill:
+		sender := func() Report { return s.Report(j.Cell) }
+		if j.Kind == Fill {
+			sender = c.Look
 		}
-		if far = s.Report(j.Cell); far.Held < int64(j.Flows)*64<<10 {
-			t.Errorf("the server sent %d bytes to readers that had stopped: where do they stop?", far.Held)
+		for begin := time.Now(); sender().Quiet < 50*time.Millisecond; time.Sleep(10 * time.Millisecond) {
+			if time.Since(begin) > 20*time.Second {
+				t.Fatalf("readers that had stopped took %d bytes, and still do", sender().Held)
+			}
+		}
+		if held := sender().Held; held < int64(j.Flows)*64<<10 {
+			t.Errorf("%d bytes were sent to readers that had stopped: where do they stop?", held)
 		}
 		s.Stop(j.Cell)
 		near = c.Resume()

@@ -36,9 +36,10 @@ const (
 	Connects Kind = "connects" // a flow is one request of Size; when it has ended the next one begins
 	Hold     Kind = "hold"     // each flow has one request, and then waits for [Client.Resume]
 	Stall    Kind = "stall"    // each flow receives a little, and then does not read until [Client.Resume]
+	Fill     Kind = "fill"     // each flow sends what it can to a server that does not read until [Server.Stop]
 )
 
-// stallLimit is how long flows of a Stall may take to end.
+// stallLimit is how long flows of a Stall or a Fill may take to end.
 const stallLimit = 40 * time.Second
 
 // opening is how many flows a loop opens at a time, so that no backlog of 128 or more overflows.
@@ -90,7 +91,7 @@ const (
 	leaving // has ended its stream
 )
 
-// Run does a job. Hold and Stall return when all flows wait, and are ended by Resume.
+// Run does a job. Hold, Stall and Fill return when all flows wait, and are ended by Resume.
 func (c *Client) Run(j Job) Report {
 	c.job = j
 	c.jobs = make([]*job, len(c.loops))
@@ -111,7 +112,7 @@ func (c *Client) Run(j Job) Report {
 			w.open()
 		})
 	}
-	if j.Kind == Hold || j.Kind == Stall {
+	if j.Kind == Hold || j.Kind == Stall || j.Kind == Fill {
 		return c.wait(func(w *job) chan struct{} { return w.paused })
 	}
 	return c.wait(func(w *job) chan struct{} { return w.ended })
@@ -129,7 +130,7 @@ func (c *Client) Check() Report {
 	return c.wait(func(w *job) chan struct{} { return w.paused })
 }
 
-// Resume ends a Hold or a Stall: the flows read what there is, and end.
+// Resume ends a Hold, a Stall or a Fill: the flows read what there is, and end.
 func (c *Client) Resume() Report {
 	for _, w := range c.jobs {
 		w.loop.do(func() {
@@ -137,7 +138,7 @@ func (c *Client) Resume() Report {
 			w.each(func(f *flow) {
 				f.step = working
 				f.pause(false)
-				if c.job.Kind == Hold {
+				if c.job.Kind == Hold || c.job.Kind == Fill {
 					w.leave(f)
 				}
 			})
@@ -150,7 +151,7 @@ func (c *Client) Resume() Report {
 // wait waits for all loops to come to a point, and reports. What has not come there in time is broken.
 func (c *Client) wait(point func(*job) chan struct{}) Report {
 	deadline := time.After(c.job.Duration + c.job.Limit)
-	if c.job.Kind == Stall {
+	if c.job.Kind == Stall || c.job.Kind == Fill {
 		// Retransmits that found no room meanwhile have backed off for long.
 		deadline = time.After(stallLimit)
 	}
@@ -170,13 +171,31 @@ func (c *Client) wait(point func(*job) chan struct{}) Report {
 				w.each(func(f *flow) { w.loop.close(f, true) })
 			})
 		}
-		w.loop.do(func() {
-			snapshot := w.cell
-			snapshot.latencies = slices.Clone(w.cell.latencies)
-			cells = append(cells, &snapshot)
-		})
+		w.loop.do(func() { cells = append(cells, w.snapshot()) })
 	}
 	return merge(cells)
+}
+
+// snapshot is a copy of the cell.
+func (w *job) snapshot() *cell {
+	c := w.cell
+	c.latencies = slices.Clone(w.cell.latencies)
+	return &c
+}
+
+// Look is what the client has seen so far of its job. Held is what the flows that live have sent.
+func (c *Client) Look() Report {
+	var cells []*cell
+	held := int64(0)
+	for _, w := range c.jobs {
+		w.loop.do(func() {
+			cells = append(cells, w.snapshot())
+			w.each(func(f *flow) { held += f.tx })
+		})
+	}
+	r := merge(cells)
+	r.Held = held
+	return r
 }
 
 func (w *job) each(f func(*flow)) {
@@ -219,6 +238,8 @@ func (w *job) connect() error {
 		// What fills up is to be the proxy, and not this socket: before the connection, for its window's
 		// scale.
 		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 64<<10)
+	} else if j.Kind == Fill {
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 64<<10)
 	}
 	f := &flow{loop: w.loop, cell: &w.cell, fd: fd, began: now()}
 	f.cmd = stream.Command{Cell: j.Cell, Flow: w.client.next.Add(1), Size: uint32(j.Size), Warm: j.Warm, Duration: j.Duration}
@@ -228,6 +249,8 @@ func (w *job) connect() error {
 		f.cmd.Op, f.allow, f.until = stream.Sink, forever, f.began+int64(j.Duration)
 	case Down, Stall:
 		f.cmd.Op = stream.Source
+	case Fill:
+		f.cmd.Op, f.allow = stream.Deaf, forever
 	default:
 		f.cmd.Op, f.allow = stream.Echo, int64(j.Size)
 	}
@@ -301,6 +324,10 @@ func (w *job) advance(f *flow) {
 		}
 		if f.eof && f.step == working {
 			w.leave(f)
+		}
+	case Fill:
+		if f.tx > 0 && f.step == connecting {
+			w.park(f)
 		}
 	case Hold:
 		if f.rx == f.allow && (f.step == connecting || f.step == working) {

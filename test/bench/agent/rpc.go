@@ -35,6 +35,7 @@ func (s *Service) Start(a Start, _ *struct{}) (err error) {
 func (s *Service) Run(j Job, r *Report) error            { *r = s.client.Run(j); return nil }
 func (s *Service) Check(_ struct{}, r *Report) error     { *r = s.client.Check(); return nil }
 func (s *Service) Resume(_ struct{}, r *Report) error    { *r = s.client.Resume(); return nil }
+func (s *Service) Look(_ struct{}, r *Report) error      { *r = s.client.Look(); return nil }
 func (s *Service) Report(cell uint32, r *Report) error   { *r = s.server.Report(cell); return nil }
 func (s *Service) Stop(cell uint32, _ *struct{}) error   { s.server.Stop(cell); return nil }
 func (s *Service) Forget(cell uint32, _ *struct{}) error { s.server.Forget(cell); return nil }
@@ -68,6 +69,7 @@ func (r Remote) Start(a Start) error       { _, err := ask[Start, struct{}](r, "
 func (r Remote) Run(j Job) (Report, error) { return ask[Job, Report](r, "Run", j) }
 func (r Remote) Check() (Report, error)    { return ask[struct{}, Report](r, "Check", struct{}{}) }
 func (r Remote) Resume() (Report, error)   { return ask[struct{}, Report](r, "Resume", struct{}{}) }
+func (r Remote) Look() (Report, error)     { return ask[struct{}, Report](r, "Look", struct{}{}) }
 func (r Remote) Stop(cell uint32) error    { _, err := ask[uint32, struct{}](r, "Stop", cell); return err }
 func (r Remote) Forget(cell uint32) error {
 	_, err := ask[uint32, struct{}](r, "Forget", cell)

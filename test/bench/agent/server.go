@@ -110,7 +110,12 @@ func (s *serving) begin(f *flow) {
 	f.cell = s.cell(f.cmd.Cell)
 	f.cell.Flows++
 	f.cell.warm, f.cell.duration = int64(f.cmd.Warm), int64(f.cmd.Duration)
-	if f.cmd.Op == stream.Source {
+	switch f.cmd.Op {
+	case stream.Deaf:
+		// As below, of what this side would receive.
+		unix.SetsockoptInt(f.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 64<<10)
+		f.pause(true)
+	case stream.Source:
 		f.allow = forever
 		if f.cmd.Duration > 0 {
 			f.until = now() + int64(f.cmd.Duration)
@@ -155,10 +160,19 @@ func (s *Server) Report(id uint32) Report {
 	return r
 }
 
-// Stop ends the streams of a cell's flows where they are.
+// Stop ends the streams of a cell's flows where they are; those that did not read do so from now on, until
+// the client ends them.
 func (s *Server) Stop(id uint32) {
 	for _, t := range s.threads {
-		t.do(func() { t.each(id, (*flow).finish) })
+		t.do(func() {
+			t.each(id, func(f *flow) {
+				if f.cmd.Op == stream.Deaf {
+					f.pause(false)
+				} else {
+					f.finish()
+				}
+			})
+		})
 	}
 }
 

@@ -115,7 +115,10 @@ func tests(maxFlows int, quick bool) []*test {
 		bulk("loss1_up", agent.Up, bulkFlows, test{duration: time.Second, loss: 0.01}),
 		bulk("delay60_down", agent.Down, bulkFlows, test{duration: 2 * time.Second, far: true}),
 		bulk("delay60_up", agent.Up, bulkFlows, test{duration: 2 * time.Second, far: true}),
-		stopped(min(1000, maxFlows)),
+		stopped("stopped", agent.Stall, min(1000, maxFlows), test{rounds: 3,
+			only: []string{system.Direct, system.HAProxy + "$", "nginx", "goproxy", "tailsplice/", "baseline/"}}),
+		stopped("stopped_target", agent.Fill, min(1000, maxFlows), test{rounds: 2,
+			only: []string{system.Direct, system.HAProxy + "$", "tailsplice/", "baseline/"}}),
 		// As many flows take too long for all systems and rounds.
 		idle("idle_bytes_50k", 50_000, (50_000+maxFlows-1)/maxFlows, test{fixed: 16 * time.Second, rounds: 2,
 			only: []string{system.Direct, system.HAProxy + "$", "nginx", "tailsplice/userspace", "tailsplice/sockmap", "baseline/"}}),
@@ -343,43 +346,45 @@ func idle(name string, flows, copies int, t test) *test {
 	return &t
 }
 
-// stopped is what flows cost whose client has stopped reading: memory once all buffers are full, and time,
-// both beyond what direct takes. The client's and the server's own buffers are small.
-func stopped(flows int) *test {
-	return &test{name: "stopped", fixed: 12 * time.Second, flows: flows, fresh: true,
-		// it takes too long for more
-		rounds: 3, only: []string{system.Direct, system.HAProxy + "$", "nginx", "goproxy", "tailsplice/",
-			"baseline/"},
-		beyond: [][2]string{{"all_stopped_bytes", "stopped_bytes"}, {"all_stopped_cpu", "stopped_cpu"}},
-		run: func(ctx context.Context, c *cellRun) error {
-			a := c.conductor.agents
-			j := c.job(agent.Stall, flows, 0)
-			j.Duration = 0
-			before := c.system.Used()
-			r, err := a.run(ctx, j)
-			if err != nil {
-				return err
+// stopped is what flows cost whose client (agent.Stall) or target (agent.Fill) has stopped reading: memory
+// once all buffers are full, and time, both beyond what direct takes. The client's and the server's own
+// buffers are small. It takes too long for all systems and rounds.
+func stopped(name string, kind agent.Kind, flows int, t test) *test {
+	t.name, t.fixed, t.flows, t.fresh = name, 12*time.Second, flows, true
+	t.beyond = [][2]string{{"all_" + name + "_bytes", name + "_bytes"}, {"all_" + name + "_cpu", name + "_cpu"}}
+	t.run = func(ctx context.Context, c *cellRun) error {
+		a := c.conductor.agents
+		j := c.job(kind, flows, 0)
+		j.Duration = 0
+		before := c.system.Used()
+		r, err := a.run(ctx, j)
+		if err != nil {
+			return err
+		}
+		if r.Faults == 0 {
+			sender := func() (agent.Report, error) { return a.server.Report(a.cell) }
+			if kind == agent.Fill {
+				sender = a.client.Look
 			}
-			if r.Faults == 0 {
-				err = c.standstill(ctx, before, flows)
-			}
-			a.server.Stop(a.cell)
-			r, e := bounded(ctx, limit, a.client.Resume)
-			if e != nil {
-				return e
-			}
-			_, e = a.settle(ctx, r)
-			return errors.Join(e, err)
-		}}
+			err = c.standstill(ctx, before, sender)
+		}
+		a.server.Stop(a.cell)
+		r, e := bounded(ctx, limit, a.client.Resume)
+		if e != nil {
+			return e
+		}
+		_, e = a.settle(ctx, r)
+		return errors.Join(e, err)
+	}
+	return &t
 }
 
-// standstill waits until all buffers are full, and measures. A system may do something once when flows stop;
-// what they cost while they stand still is measured after that.
-func (c *cellRun) standstill(ctx context.Context, before int64, flows int) error {
+// standstill waits until all buffers are full and sender sends no more, and measures. A system may do
+// something once when flows stop; what they cost while they stand still is measured after that.
+func (c *cellRun) standstill(ctx context.Context, before int64, sender func() (agent.Report, error)) error {
 	const quiet, most, once, watch = 300 * time.Millisecond, 8 * time.Second, time.Second, 6 * time.Second
-	a := c.conductor.agents
 	for begin := time.Now(); ; time.Sleep(20 * time.Millisecond) {
-		r, err := bounded(ctx, 0, func() (agent.Report, error) { return a.server.Report(a.cell) })
+		r, err := bounded(ctx, 0, sender)
 		if err != nil {
 			return err
 		}
@@ -391,10 +396,10 @@ func (c *cellRun) standstill(ctx context.Context, before int64, flows int) error
 		}
 	}
 	used := c.system.Used() - before
-	c.set("all_stopped_bytes", float64(used)/float64(flows))
+	c.set("all_"+c.name+"_bytes", float64(used)/float64(c.flows))
 	time.Sleep(once)
 	from := c.system.RunTimes()
 	time.Sleep(watch)
-	c.set("all_stopped_cpu", c.system.RunTimes().Since(from).Seconds()/watch.Seconds())
+	c.set("all_"+c.name+"_cpu", c.system.RunTimes().Since(from).Seconds()/watch.Seconds())
 	return nil
 }

@@ -37,6 +37,8 @@ var headlines = []struct{ topology, measure, title, short string }{
 	{"veth", "new_flows", "New flows a second", "new flows"},
 	{"veth", "first_byte_p50", "First byte of a new flow, p50", ""},
 	{"veth", "idle_bytes", "Memory of an idle flow", ""},
+	{"veth", "stopped_bytes", "Memory of a flow whose client reads nothing", ""},
+	{"veth", "stopped_target_bytes", "Memory of a flow whose target reads nothing", ""},
 	{"veth", "https_rate_c32", "TLS terminated, requests a second", ""},
 }
 

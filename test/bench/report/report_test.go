@@ -92,6 +92,7 @@ func TestUnits(t *testing.T) {
 		"rr_rate_c1": "1/s higher", "rr16k_p99_c256": "us lower", "new_flows": "1/s higher", "new_flows_p99": "us lower",
 		"proxied_flows": "1/s higher", "proxied_flows_ratio": "ratio higher", "proxied_cpu_per_flow": "us lower",
 		"first_byte_p50": "us lower", "idle_bytes": "B lower", "stopped_bytes": "B lower", "stopped_cpu": "CPUs lower",
+		"stopped_target_bytes": "B lower", "stopped_target_cpu": "CPUs lower",
 	} {
 		if got := Unit(measure) + " " + better(measure); got != want {
 			t.Errorf("%s: %s, want %s", measure, got, want)

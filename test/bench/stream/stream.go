@@ -94,6 +94,7 @@ const (
 	Echo   Op = 1 // answers each Size bytes with as many
 	Sink   Op = 2 // takes all there is
 	Source Op = 3 // sends for Duration; 0 = until it is told to stop
+	Deaf   Op = 4 // reads nothing until it is told to, and then all there is
 )
 
 // Command is what the client sends after the hello.
@@ -133,7 +134,7 @@ func ParseCommand(b []byte) (Command, error) {
 		Op: Op(u(1)), Cell: u(2), Flow: u(3), Size: u(4),
 		Warm: time.Duration(u(5)) * time.Millisecond, Duration: time.Duration(u(6)) * time.Millisecond,
 	}
-	if c.Op < Echo || c.Op > Source || c.Op == Echo && c.Size == 0 {
+	if c.Op < Echo || c.Op > Deaf || c.Op == Echo && c.Size == 0 {
 		return Command{}, fmt.Errorf("bad command %+v", c)
 	}
 	return c, nil

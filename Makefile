@@ -87,7 +87,7 @@ test-kernels: ## The loader's tests and the table on Debian's 6.1 and 6.12, in Q
 	@scripts/test-kernels
 
 .PHONY: test-memory
-test-memory: ## The daemon as an edge of 256 MB that strangers mean harm, in QEMU (root, amd64; not a part of test; 7 minutes)
+test-memory: ## The daemon as an edge of 256 MB that strangers mean harm, in QEMU (root, amd64; not a part of test; 9 minutes)
 	@scripts/test-memory
 
 .PHONY: demo first

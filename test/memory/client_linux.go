@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -16,6 +17,7 @@ import (
 type result struct {
 	p50, p99      time.Duration // until the first byte comes, from before connect
 	tried, failed int
+	opened        int     // connections, of all kinds
 	paced         float64 // MB a second through one flow at a time, by a client with a line
 	bulk          float64 // the same without a line: what the processor bears
 	bulkFailed    int     // transfers
@@ -71,6 +73,7 @@ func (v *visitor) measure(each time.Duration) (r result) {
 		began := time.Now()
 		c, err := v.ask("ping.test", patience)
 		r.tried++
+		r.opened++
 		if err != nil {
 			r.failed++
 			took = append(took, max(patience, time.Since(began)))
@@ -94,6 +97,7 @@ func (v *visitor) transfers(each time.Duration, line float64, r *result) (rate f
 	began := time.Now()
 	for time.Since(began) < each {
 		n, err := v.transfer(line)
+		r.opened++
 		bytes += n
 		if err != nil {
 			r.bulkFailed++
@@ -136,20 +140,38 @@ func (p *pacedReader) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// metrics are those of the daemon that tell what it has refused and ended.
-func (c *conductor) metrics() string {
-	client := http.Client{Timeout: patience}
+// metrics are the daemon's, as text.
+func metrics() (string, error) {
+	client := http.Client{Timeout: time.Minute}
 	resp, err := client.Get("http://" + edgeAddr + ":9464/metrics")
 	if err != nil {
-		return err.Error()
+		return "", err
 	}
 	defer resp.Body.Close()
 	text, err := io.ReadAll(resp.Body)
+	return string(text), err
+}
+
+// accepted is how many connections the daemon has accepted.
+func accepted() (n float64, err error) {
+	text, err := metrics()
+	for line := range strings.Lines(text) {
+		if value, ok := strings.CutPrefix(line, `tailsplice_connections_accepted_total{listener="web"} `); ok {
+			_, err = fmt.Sscan(value, &n)
+			return n, err
+		}
+	}
+	return 0, errors.Join(errors.New("the daemon does not say how many connections it has accepted"), err)
+}
+
+// refusals are what the daemon says that it has refused and ended.
+func refusals() string {
+	text, err := metrics()
 	if err != nil {
 		return err.Error()
 	}
 	var all []string
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(text) {
 		name, value, _ := strings.Cut(strings.TrimSpace(line), "} ")
 		for prefix, word := range map[string]string{"tailsplice_connections_refused_total{": "refused", "tailsplice_flows_cut_total{": "cut"} {
 			if strings.HasPrefix(name, prefix) && value != "0" {

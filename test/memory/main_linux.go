@@ -10,12 +10,14 @@
 //
 // It needs no KVM, but an emulated processor is ten times as slow, or more. So the daemon is tried on this
 // machine's processor first, for scale: how many flows a second it begins here, over how many it begins in
-// the machine, is the factor by which less is offered and more time is allowed.
+// the machine, is the factor by which more time is allowed. Of the halves of hellos half as many are sent as
+// the machine takes, while a good client is judged, and all that are wanted in a phase for itself.
 //
 // Its files:
 //
 //	main_linux.go     which of these parts this process is
 //	conduct_linux.go  the network, and the phases of load
+//	judge_linux.go    what must hold
 //	machine_linux.go  the machine, from outside
 //	guest_linux.go    the machine, from inside
 //	targets_linux.go  the targets

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -30,7 +31,7 @@ type sourceCount struct {
 	IdleAlive   int64 // of Idle, now
 
 	Hellos        int64 // connections with a half of a hello
-	HellosFailed  int64 // that could not be made
+	HellosFailed  int64 // that could not be made, within helloDial
 	HellosEnded   int64 // by the edge
 	HellosSkipped int64 // not tried, because too many connects were under way
 }
@@ -125,7 +126,7 @@ func (r *recorder) SetWriteDeadline(time.Time) error {
 //	stopped N    keep N flows open whose both ends send what they can, and read nothing
 //	again S      when such a flow ends, or is refused, open it again after S seconds or so
 //	idle N       open N flows that do nothing
-//	hellos R     send R halves of hellos a second
+//	hellos R     send R halves of hellos a second; 0: no more, and close those that wait
 //	count        print what there was, a sourceCount
 func source(args []string) error {
 	if len(args) != 3 {
@@ -149,12 +150,11 @@ func source(args []string) error {
 			go s.idle(int(n))
 		case "hellos":
 			if s.endHellos != nil {
-				close(s.endHellos)
-				s.endHellos = nil
+				s.endHellos()
 			}
-			if n > 0 {
-				s.endHellos = make(chan struct{})
-				go s.sendHellos(n, s.endHellos)
+			var ctx context.Context
+			if ctx, s.endHellos = context.WithCancel(context.Background()); n > 0 {
+				go s.sendHellos(ctx, n)
 			}
 		case "count":
 			json.NewEncoder(os.Stdout).Encode(s.counts())
@@ -168,7 +168,7 @@ type attacker struct {
 	*visitor
 	number    string
 	again     time.Duration
-	endHellos chan struct{}
+	endHellos context.CancelFunc
 	dialing   atomic.Int64
 
 	stopped, stoppedReset, stoppedRefused                  atomic.Int64
@@ -243,15 +243,20 @@ func (s *attacker) idle(n int) {
 	}
 }
 
-const mostDialing = 1000 // connects under way of one source
+const (
+	mostDialing = 5000            // connects under way of one source
+	helloDial   = 2 * time.Second // that one may take
+)
 
-// sendHellos sends so many halves of hellos a second until end. Who waits for the rest is the edge.
-func (s *attacker) sendHellos(rate float64, end chan struct{}) {
+// sendHellos sends so many halves of hellos a second until ctx is done. Who waits for the rest is the edge.
+func (s *attacker) sendHellos(ctx context.Context, rate float64) {
+	v := *s.visitor
+	v.dialer.Timeout = helloDial
 	began := time.Now()
 	for n := 0; ; n++ {
 		time.Sleep(time.Until(began.Add(time.Duration(float64(n) / rate * float64(time.Second)))))
 		select {
-		case <-end:
+		case <-ctx.Done():
 			return
 		default:
 		}
@@ -261,13 +266,14 @@ func (s *attacker) sendHellos(rate float64, end chan struct{}) {
 		}
 		s.dialing.Add(1)
 		go func() {
-			c, err := s.open("ping.test", 0.5)
+			c, err := v.open("ping.test", 0.5)
 			s.dialing.Add(-1)
 			if err != nil {
 				s.hellosFailed.Add(1)
 				return
 			}
 			s.hellosBegun.Add(1)
+			defer context.AfterFunc(ctx, func() { abort(c) })()
 			c.Read(make([]byte, 1))
 			s.hellosEnded.Add(1)
 			abort(c)

@@ -11,6 +11,7 @@
 //	bare.go      a connection that is in no poller
 //	position.go  where a connection's two streams are
 //	memory.go    what all sockets of the machine hold, and may
+//	diag.go      which sockets there are, what each holds, and their end
 package tcpsock
 
 import (

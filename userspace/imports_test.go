@@ -92,6 +92,9 @@ var floors = []struct {
 	{"what tests do with any datapath", []string{
 		"userspace/relay/relaytest",
 	}},
+	{"what flows hold, kept within what there is: it knows flows, and asks whoever carries them by an interface; its tests carry them", []string{
+		"userspace/memory",
+	}},
 	{"what serves: all of the above at work", []string{
 		"userspace/server",
 	}},

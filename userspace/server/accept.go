@@ -34,9 +34,7 @@ func (srv *Server) takeIn(l *listener, s accepted, peer netip.AddrPort) *conn {
 		s.Reset()                                       // so that nothing lingers
 		return nil
 	}
-	if srv.memoryRests.Load() && srv.memoryRests.CompareAndSwap(true, false) {
-		srv.memoryWake.wake()
-	}
+	srv.memory.Connected()
 	in := &conn{server: srv, listener: l, service: svc, peer: peer, client: peer, lease: lease, accepted: time.Now(), stopCancel: func() bool { return true }}
 	srv.conns.Add(1)
 	if l.http != nil {

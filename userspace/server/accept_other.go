@@ -116,8 +116,3 @@ func portOwner(uint16) string { return "" }
 
 // followInterfaces does nothing here: a reload looks at the interfaces again.
 func (srv *Server) followInterfaces(context.Context) {}
-
-// watchMemory and memoryStatus are for Linux: see memory_linux.go.
-func (srv *Server) watchMemory() {}
-
-func (srv *Server) memoryStatus(proc, cgroups string) *MemoryStatus { return nil }

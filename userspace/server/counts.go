@@ -7,6 +7,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/acme"
 	"github.com/tailsplice/tailsplice/userspace/flow"
+	"github.com/tailsplice/tailsplice/userspace/memory"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
@@ -66,9 +67,9 @@ func (srv *Server) state() metrics.State {
 		s.Traffic = append(s.Traffic, metrics.Traffic(t))
 	}
 	s.Targets = srv.targetStates()
-	if m := srv.memoryStatus("/proc", "/sys/fs/cgroup"); m != nil {
-		s.Memory = []metrics.Memory{{Budget: overMemory, Used: m.Used, Total: m.Budget, Saving: m.Saving},
-			{Budget: overTCPMemory, Used: m.TCPUsed, Total: m.TCPBudget, Saving: m.TCPSaving}}
+	if m := srv.memory.Status(); m != nil {
+		s.Memory = []metrics.Memory{{Budget: memory.OfBudget, Used: m.Used, Total: m.Budget, Saving: m.Saving},
+			{Budget: memory.OfTCP, Used: m.TCPUsed, Total: m.TCPBudget, Saving: m.TCPSaving}}
 	}
 	for target := range srv.disabled.Since() {
 		s.Disabled = append(s.Disabled, target)

@@ -2,9 +2,12 @@ package server
 
 import (
 	"math"
+	"net/netip"
 
 	"github.com/tailsplice/tailsplice/userspace/config"
+	"github.com/tailsplice/tailsplice/userspace/memory"
 	"github.com/tailsplice/tailsplice/userspace/plan"
+	"github.com/tailsplice/tailsplice/userspace/tailnet"
 )
 
 const (
@@ -62,12 +65,8 @@ func filesOf(n plan.Needs) (perConnection, perRequest int) {
 }
 
 const (
-	// A connection takes so many bytes of the kernel's while it does nothing, and so many in all, an upstream
-	// one included: see docs/configuration.md.
-	connectionKernel = 4 << 10
-	connectionBytes  = 12 << 10
-
-	leastMemory = 16 << 20 // bytes of a budget, however little there is
+	// A connection takes so many bytes in all, an upstream one included: see docs/configuration.md.
+	connectionBytes = 12 << 10
 
 	// A connection that waits for a hello takes so many bytes of the machine's memory, kernel included.
 	waitingCost = 8 << 10
@@ -76,26 +75,25 @@ const (
 // mostWaiting is how many connections may wait for a hello: they get an eighth of what this machine, or its
 // cgroup, has.
 func mostWaiting() int64 {
-	if n := memoryHere(); n > 0 {
+	if n := memory.Available(); n > 0 {
 		return n / 8 / waitingCost
 	}
 	return math.MaxInt64
 }
 
-// memoryHere is what this process may have at most, in bytes; 0: it is not known.
-func memoryHere() int64 { return machineMemory("/proc", "/sys/fs/cgroup") }
-
-// memoryOf is the budget of cfg, in bytes: 5/8 of what this machine, or its cgroup, has where the
-// configuration does not say it. 0: there is none, since nothing is known.
-func memoryOf(cfg *config.Config) int64 {
-	if cfg.Limits.Memory > 0 {
-		return cfg.Limits.Memory
-	}
-	if n := memoryHere(); n > 0 {
-		return max(leastMemory, n/8*5)
-	}
-	return 0
+// newMemory is what keeps the flows of srv within limits.memory.
+func (srv *Server) newMemory() *memory.Watch {
+	return memory.New(memory.Options{Log: srv.log, Limited: srv.limited, Relay: srv.opts.Relay, Flows: srv.flows,
+		Connections:   srv.limiter.Total,
+		Ports:         func() map[uint16]bool { return *srv.ports.Load() },
+		IsListeningAt: srv.isListeningAt,
+		MayBeMany:     srv.mayBeMany,
+		// which a container may, in a network namespace of its own
+		MayBeHere: func(a netip.Addr) bool { return a.IsPrivate() && !tailnet.Contains(a) },
+		GiveUp:    srv.keeping.giveBack,
+		Ended:     func(what string, n int) { srv.metrics.Cut.WithLabelValues(what).Add(float64(n)) },
+	})
 }
 
 // Memory is the budget in force, in bytes; 0: none.
-func (srv *Server) Memory() int64 { return srv.memory.Load() }
+func (srv *Server) Memory() int64 { return srv.memory.Budget() }

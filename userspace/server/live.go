@@ -157,9 +157,7 @@ func (srv *Server) AdoptFlow(r *handover.Flow) (begin, forget func(), err error)
 		return nil, nil, handover.ErrLeft
 	}
 	in := &conn{server: srv, lease: srv.limiter.Adopt(source), accepted: r.Started, stopCancel: func() bool { return true }}
-	if srv.memoryRests.Load() && srv.memoryRests.CompareAndSwap(true, false) {
-		srv.memoryWake.wake()
-	}
+	srv.memory.Connected()
 	srv.notePort(tcpsock.AddrPortOf(r.Down.Conn.LocalAddr()).Port())
 	s := srv.splice(in, flow.Flow{ID: r.ID, Listener: r.Listener, Route: r.Route, Name: r.Name, Client: r.Client,
 		Shared: r.Shared, Downstream: r.Downstream, Upstream: r.Upstream, Target: r.Target, Started: r.Started,

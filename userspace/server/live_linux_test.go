@@ -382,9 +382,9 @@ func TestForgetFlow(t *testing.T) {
 		}
 		return forget
 	}
-	eventually(t, "nobody is connected, and memory is not watched", d.memoryRests.Load)
+	eventually(t, "nobody is connected, and memory is not watched", d.memory.IsIdle)
 	forget := come()
-	eventually(t, "memory is watched", func() bool { return !d.memoryRests.Load() })
+	eventually(t, "memory is watched", func() bool { return !d.memory.IsIdle() })
 	if d.Flows().Len() != 1 || d.limiter.Total() != 1 {
 		t.Error("it is not counted")
 	}

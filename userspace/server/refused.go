@@ -10,6 +10,7 @@ import (
 
 	"github.com/tailsplice/tailsplice/tcpsock"
 	"github.com/tailsplice/tailsplice/userspace/limit"
+	"github.com/tailsplice/tailsplice/userspace/memory"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/proxyheader"
 	"github.com/tailsplice/tailsplice/userspace/sni"
@@ -22,7 +23,7 @@ const (
 	denied            = "denied"
 	overRate          = "over_rate"
 	overLimit         = "over_limit"
-	overMemory        = "memory"         // also of what is ended to save memory
+	overMemory        = memory.OfBudget
 	notByTailnet      = "not_by_tailnet" // it came to a tailnet listener by another network
 	outOfFiles        = "out_of_files"
 	proxyFromStranger = "proxy_from_stranger"
@@ -200,7 +201,7 @@ func refusal(err error) string {
 		return overRate
 	case is[*deniedError](err):
 		return denied
-	case is[*greedyError](err):
+	case is[*memory.GreedyError](err):
 		return overMemory
 	case errors.Is(err, plan.ErrRejected):
 		return rejected

@@ -10,6 +10,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/accesslog"
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/deny"
+	"github.com/tailsplice/tailsplice/userspace/memory"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
 )
@@ -109,7 +110,7 @@ func (srv *Server) prepare(c *change, cfg *config.Config) (err error) {
 		labels = srv.plan.Labels
 	}
 	c.plan = p.WithLabels(labels, p.ListLabelled(srv.ctx))
-	c.memory = memoryOf(cfg)
+	c.memory = memory.BudgetOf(cfg.Limits.Memory)
 	c.connections, c.requests = srv.fitLimits(cfg, p.Needs, c.memory)
 	var tailnetErr error
 	if len(p.Needs.Listens) > 0 {
@@ -151,7 +152,7 @@ func (srv *Server) swap(c *change) {
 	closeFiles(srv.denyFiles)
 	srv.denyFiles = c.denyFiles
 	srv.watchNeeded(needs)
-	srv.memory.Store(c.memory)
+	srv.memory.SetBudget(c.memory)
 	srv.limiter.SetLimits(c.connections, cfg.Limits.ConnectionsPerSource)
 	srv.requests.SetLimits(c.requests, cfg.Limits.RequestsPerSource)
 	if r := cfg.Limits.NewConnectionsPerSource; r != nil {

@@ -9,7 +9,6 @@ import (
 
 	"github.com/tailsplice/tailsplice/userspace/config"
 	"github.com/tailsplice/tailsplice/userspace/deny"
-	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/vhost"
 )
 
@@ -73,7 +72,7 @@ func (srv *Server) screen(s *service, addr, source netip.Addr) error {
 	if err := s.deny.refuse(addr); err != nil {
 		return err
 	}
-	if err := srv.greedy(source); err != nil {
+	if err := srv.memory.Refuse(source); err != nil {
 		return err
 	}
 	return srv.newRate.Take(source, time.Now())
@@ -161,24 +160,4 @@ func closeFiles(files []*deny.File) {
 	for _, file := range files {
 		file.Close()
 	}
-}
-
-// greedyError says that a source holds much of the memory, while that is short.
-type greedyError struct{ source netip.Prefix }
-
-func (e *greedyError) Error() string {
-	return fmt.Sprintf("memory is short (limits.memory, net.ipv4.tcp_mem), and readers of %s that have stopped hold much of it", e.source)
-}
-
-// greedy is an error where source holds much of the memory while that is short.
-func (srv *Server) greedy(source netip.Addr) error {
-	sources := srv.greedySources.Load()
-	if sources == nil || !source.IsValid() {
-		return nil
-	}
-	p := limit.PrefixOf(source)
-	if _, ok := (*sources)[p]; ok {
-		return &greedyError{p}
-	}
-	return nil
 }

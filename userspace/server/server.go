@@ -44,17 +44,15 @@
 //
 // What is watched, and shown:
 //
-//	memory.go          how much memory there is, and what is done when it, or the kernel's for TCP, is short
-//	sockdiag_linux.go  what the kernel says of all TCP sockets
-//	counts.go          what the metrics show of all this
-//	problems.go        what of the configuration does not work now, while the rest does
-//	hang.go            whether the daemon goes on
-//	health.go          whether connections move, and who may ask
-//	status.go          what can be seen from outside
-//	kill.go            flows are ended at an operator's word
-//	disabled.go        targets get no new connections at an operator's word
-//	checks.go          targets are checked, and what is shown of that
-//	here.go            what a configuration needs of a machine, for `check --here`
+//	counts.go    what the metrics show of all this
+//	problems.go  what of the configuration does not work now, while the rest does
+//	hang.go      whether the daemon goes on
+//	health.go    whether connections move, and who may ask
+//	status.go    what can be seen from outside
+//	kill.go      flows are ended at an operator's word
+//	disabled.go  targets get no new connections at an operator's word
+//	checks.go    targets are checked, and what is shown of that
+//	here.go      what a configuration needs of a machine, for `check --here`
 //
 // Locks are taken in this order: a gate's, Server.mu, and then those of the parts that a Server has, under
 // which nothing of this package is locked. A loop calls with none of its locks held.
@@ -86,6 +84,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/health"
 	"github.com/tailsplice/tailsplice/userspace/limit"
 	"github.com/tailsplice/tailsplice/userspace/loop"
+	"github.com/tailsplice/tailsplice/userspace/memory"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/relay"
@@ -158,10 +157,8 @@ type Server struct {
 	adoption adoption
 	keeping  keeping
 
-	memory atomic.Int64 // the budget in bytes; 0: none
-	// sources that open no connections while memory is short, and what they hold
-	greedySources atomic.Pointer[map[netip.Prefix]int64]
-	hops          atomic.Pointer[plan.Peers] // whom accept_proxy.from names, on any listener
+	memory *memory.Watch
+	hops   atomic.Pointer[plan.Peers] // whom accept_proxy.from names, on any listener
 	// that connections were accepted at since the start: flows outlive listeners
 	ports atomic.Pointer[map[uint16]bool]
 
@@ -177,13 +174,6 @@ type Server struct {
 	addressesMoved  wakeup        // wakes followAddresses
 	labelsMoved     wakeup        // wakes followLabels
 	looking         chan struct{} // has a value while Serves looks
-	saves           atomic.Bool   // as saveMemory has said last
-	savesMemory     atomic.Bool   // and that it is limits.memory that is short
-	savesTCP        atomic.Bool   // or TCP's
-	sparesTCP       atomic.Bool   // as spareTCP has said last
-	socketsFound    atomic.Int64  // bytes that our sockets held at the last look that listed them, else 0
-	memoryRests     atomic.Bool   // watchMemory waits for memoryWake
-	memoryWake      wakeup        // somebody has connected
 
 	auto     atomic.Pointer[[]datapath.Returner] // that Offer gave
 	nodeName atomic.Pointer[string]
@@ -238,8 +228,8 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv := &Server{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
 		present: present{listeners: map[string]*listener{}, sockets: map[string]*listenerSocket{}, missing: map[string]string{},
 			isHeld: opts.Held, wereOpen: map[string]bool{}, healthSockets: map[string]*net.TCPListener{}},
-		limited: &rateLimited{log: opts.Log, last: map[string]*lines{}}, addressesMoved: make(wakeup, 1), memoryWake: make(wakeup, 1),
-		labelsMoved: make(wakeup, 1), looking: make(chan struct{}, 1), keeping: keeping{woken: make(wakeup, 1)}}
+		limited: &rateLimited{log: opts.Log, last: map[string]*lines{}}, addressesMoved: make(wakeup, 1), labelsMoved: make(wakeup, 1),
+		looking: make(chan struct{}, 1), keeping: keeping{woken: make(wakeup, 1)}}
 	srv.ctx, srv.cancel = context.WithCancel(context.Background())
 	srv.metrics = metrics.New(opts.Version, srv.state)
 	srv.targets.Most, srv.targets.Took = metrics.MostNames, srv.metrics.DialTime.Observe
@@ -266,6 +256,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv.hops.Store(plan.NewPeers(nil))
 	srv.ports.Store(&map[uint16]bool{})
 	srv.bound.Store(&map[netip.AddrPort]bool{})
+	srv.memory = srv.newMemory()
 	srv.mostWaiting.Store(mostWaiting())
 
 	srv.tailnet.OnChange(srv.addressesMoved.wake)
@@ -292,7 +283,7 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	}
 	go srv.followAddresses(srv.ctx)
 	go srv.followLabels(srv.ctx)
-	go srv.watchMemory()
+	srv.memory.Start()
 	return srv, nil
 }
 
@@ -362,6 +353,7 @@ func (srv *Server) Close() {
 	srv.endAnnouncements()
 	srv.stopAccepting()
 	srv.cancel()
+	srv.memory.Close()
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
 	for _, l := range srv.listeners {

@@ -14,6 +14,7 @@ import (
 	"github.com/tailsplice/tailsplice/userspace/dial"
 	"github.com/tailsplice/tailsplice/userspace/flow"
 	"github.com/tailsplice/tailsplice/userspace/handover"
+	"github.com/tailsplice/tailsplice/userspace/memory"
 	"github.com/tailsplice/tailsplice/userspace/metrics"
 	"github.com/tailsplice/tailsplice/userspace/plan"
 	"github.com/tailsplice/tailsplice/userspace/tlsterm"
@@ -42,7 +43,7 @@ type Status struct {
 	// lines that the daemon's log could not write
 	LogLost int64 `json:"log_lost,omitempty"`
 	// nil: it is not measured here
-	Memory *MemoryStatus `json:"memory_use,omitempty"`
+	Memory *memory.Status `json:"memory_use,omitempty"`
 	// processes that this one has taken over from, while they have flows
 	Older []handover.Remains `json:"older,omitempty"`
 
@@ -144,7 +145,7 @@ func (srv *Server) Status() Status {
 	if srv.opts.LogLost != nil {
 		s.LogLost = srv.opts.LogLost()
 	}
-	s.Memory = srv.memoryStatus("/proc", "/sys/fs/cgroup")
+	s.Memory = srv.memory.Status()
 	s.Problems, s.Disabled = srv.problems(), srv.disabledTargets()
 	for _, addr := range srv.opts.Control {
 		if addr != "" {

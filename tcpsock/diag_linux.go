@@ -1,4 +1,4 @@
-package server
+package tcpsock
 
 import (
 	"encoding/binary"
@@ -6,20 +6,41 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
-// A tcpSocket is one of a connection that this host has accepted.
-type tcpSocket struct {
+// A Socket is one of this network namespace, whichever process has it.
+type Socket struct {
 	family uint8
 	// a struct inet_diag_sockid, as the kernel gave it: its cookie is no other socket's
 	id       [diagIDSize]byte
-	local    netip.AddrPort // its own end
-	held     int64          // bytes of memory that it is charged with, and those in also
-	isEmpty  bool           // it has nothing to be read, nor to be sent
-	isOrphan bool           // it was closed, and the kernel goes on sending what its reader has not taken
-	also     *tcpSocket     // another one with the same peer, at another of the ports
+	Local    netip.AddrPort // its own end
+	Held     int64          // bytes of memory that it is charged with, and those in also
+	IsEmpty  bool           // it has nothing to be read, nor to be sent
+	IsOrphan bool           // it was closed, and the kernel goes on sending what its reader has not taken
+	also     *Socket        // another one with the same peer, at another of the ports
+}
+
+// Sockets are those of connections, by the peer's address.
+type Sockets map[netip.AddrPort]Socket
+
+// Add adds s, whose peer has that address, and may have another socket there.
+func (all Sockets) Add(s Socket, peer netip.AddrPort) {
+	if other, ok := all[peer]; ok {
+		s.also = &other
+		s.Held, s.IsEmpty, s.IsOrphan = s.Held+other.Held, s.IsEmpty && other.IsEmpty, s.IsOrphan && other.IsOrphan
+	}
+	all[peer] = s
+}
+
+// Held is what they hold together, in bytes.
+func (all Sockets) Held() (sum int64) {
+	for _, s := range all {
+		sum += s.Held
+	}
+	return sum
 }
 
 // Sizes and places in linux/inet_diag.h and linux/sock_diag.h.
@@ -44,41 +65,35 @@ const (
 	diagEnded  = 1<<unix.BPF_TCP_FIN_WAIT1 | 1<<unix.BPF_TCP_FIN_WAIT2 | 1<<unix.BPF_TCP_LAST_ACK | 1<<unix.BPF_TCP_CLOSING
 )
 
-// A sockDiag asks the kernel about sockets. It is closed with Close.
-type sockDiag struct {
+// A Diag asks the kernel about sockets: see sock_diag(7). Make it with OpenDiag, end it with Close.
+type Diag struct {
 	fd  int
 	buf []byte
 }
 
-func newSockDiag() (*sockDiag, error) {
+// OpenDiag returns a Diag for the network namespace of the calling thread.
+func OpenDiag() (*Diag, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
-	return &sockDiag{fd: fd, buf: make([]byte, 64<<10)}, nil
+	return &Diag{fd: fd, buf: make([]byte, 64<<10)}, nil
 }
 
-func (d *sockDiag) Close() { _ = unix.Close(d.fd) }
+// Close ends it.
+func (d *Diag) Close() { _ = unix.Close(d.fd) }
 
-// tcpSockets are those at these ports, by the peer's address. A socket at another port is somebody else's,
-// though its peer may be the same.
-func (d *sockDiag) tcpSockets(ports map[uint16]bool) (map[netip.AddrPort]tcpSocket, error) {
-	all := map[netip.AddrPort]tcpSocket{}
-	err := d.each(ports, func(s tcpSocket, peer netip.AddrPort) { addSocket(all, s, peer) })
+// At are the sockets at these ports. A socket at another port is somebody else's, though its peer may be the
+// same.
+func (d *Diag) At(ports map[uint16]bool) (Sockets, error) {
+	all := Sockets{}
+	err := d.Each(ports, all.Add)
 	return all, err
 }
 
-func addSocket(all map[netip.AddrPort]tcpSocket, s tcpSocket, peer netip.AddrPort) {
-	if other, ok := all[peer]; ok {
-		s.also = new(tcpSocket)
-		*s.also = other
-		s.held, s.isEmpty, s.isOrphan = s.held+other.held, s.isEmpty && other.isEmpty, s.isOrphan && other.isOrphan
-	}
-	all[peer] = s
-}
-
-// each gives f the sockets at these ports, or all of this network namespace where ports is nil.
-func (d *sockDiag) each(ports map[uint16]bool, f func(s tcpSocket, peer netip.AddrPort)) error {
+// Each gives f the sockets at these ports that may hold bytes, or all of the network namespace where ports is
+// nil.
+func (d *Diag) Each(ports map[uint16]bool, f func(s Socket, peer netip.AddrPort)) error {
 	var id [diagIDSize]byte
 	if len(ports) == 1 { // then the kernel leaves out the others
 		for port := range ports {
@@ -90,9 +105,9 @@ func (d *sockDiag) each(ports map[uint16]bool, f func(s tcpSocket, peer netip.Ad
 			if len(m) < diagMsgSize || ports != nil && !ports[binary.BigEndian.Uint16(m[diagMsgID:])] {
 				return
 			}
-			s := tcpSocket{family: family, local: addressIn(m[diagMsgID:], 0, family)}
-			s.held, s.isEmpty = heldOf(m[diagMsgSize:])
-			s.isOrphan = 1<<m[diagMsgState]&diagEnded != 0 && binary.NativeEndian.Uint32(m[diagMsgInode:]) == 0
+			s := Socket{family: family, Local: addressIn(m[diagMsgID:], 0, family)}
+			s.Held, s.IsEmpty = heldOf(m[diagMsgSize:])
+			s.IsOrphan = 1<<m[diagMsgState]&diagEnded != 0 && binary.NativeEndian.Uint32(m[diagMsgInode:]) == 0
 			copy(s.id[:], m[diagMsgID:])
 			f(s, addressIn(m[diagMsgID:], 1, family))
 		})
@@ -134,9 +149,9 @@ func heldOf(attrs []byte) (n int64, isEmpty bool) {
 	return n, isEmpty
 }
 
-// destroy resets both ends of a connection of this host, and those in also. It needs CAP_NET_ADMIN, and Linux
+// Destroy resets both ends of a connection of this host, and those in also. It needs CAP_NET_ADMIN, and Linux
 // 4.5 with CONFIG_INET_DIAG_DESTROY. A socket that has gone by itself is no error.
-func (d *sockDiag) destroy(s tcpSocket) error {
+func (d *Diag) Destroy(s Socket) error {
 	for s := &s; s != nil; s = s.also {
 		err := d.ask(sockDestroy, unix.NLM_F_ACK, s.family, s.id, func([]byte) {})
 		if err != nil && !errors.Is(err, unix.ENOENT) {
@@ -146,8 +161,18 @@ func (d *sockDiag) destroy(s tcpSocket) error {
 	return nil
 }
 
+// CanEndOrphans reports whether Destroy ends an orphan: before Linux 6.12 one whose reader takes nothing stays
+// for ever afterwards (bac76cf89816, "tcp: fix forever orphan socket caused by tcp_abort").
+var CanEndOrphans = sync.OnceValue(func() bool {
+	var u unix.Utsname
+	var major, minor int
+	_ = unix.Uname(&u)
+	_, _ = fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	return major > 6 || major == 6 && minor >= 12
+})
+
 // ask sends a request for id, and gives answer each message that comes, until the last.
-func (d *sockDiag) ask(kind, flags uint16, family uint8, id [diagIDSize]byte, answer func([]byte)) error {
+func (d *Diag) ask(kind, flags uint16, family uint8, id [diagIDSize]byte, answer func([]byte)) error {
 	req := make([]byte, unix.NLMSG_HDRLEN+diagReqSize)
 	binary.NativeEndian.PutUint32(req, uint32(len(req)))
 	binary.NativeEndian.PutUint16(req[4:], kind)

@@ -1,17 +1,13 @@
-package server
+package memory
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
-
-	"github.com/tailsplice/tailsplice/userspace/config"
-	"github.com/tailsplice/tailsplice/userspace/plan"
 )
 
-// TestMachineMemory: the least that the machine, or a cgroup on the way to ours, may have.
-func TestMachineMemory(t *testing.T) {
+// TestAvailable: the least that the machine, or a cgroup on the way to ours, may have.
+func TestAvailable(t *testing.T) {
 	for _, v := range []struct {
 		name, groups string
 		files        map[string]string
@@ -43,7 +39,7 @@ func TestMachineMemory(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if n := machineMemory(filepath.Join(dir, "proc"), filepath.Join(dir, "cgroup")); n != v.want {
+			if n := available(filepath.Join(dir, "proc"), filepath.Join(dir, "cgroup")); n != v.want {
 				t.Errorf("%d bytes, want %d", n, v.want)
 			}
 		})
@@ -84,26 +80,6 @@ func TestCgroupSockets(t *testing.T) {
 		n, ok := cgroupSockets(filepath.Join(dir, "proc"), filepath.Join(dir, "cgroup"))
 		if n != v.want || ok != v.ok {
 			t.Errorf("%s: %d, %v, want %d, %v", v.name, n, ok, v.want, v.ok)
-		}
-	}
-}
-
-// TestConnectionsFitMemory: limits.connections is lowered to what limits.memory holds, and the budget is what the
-// configuration says.
-func TestConnectionsFitMemory(t *testing.T) {
-	d := start(t, fmt.Sprintf(`
-listeners: [ { listen: [%q], mode: tcp, default: { reject: true } } ]
-limits: { memory: 16MiB, connections: 5000 }`, freeAddr(t)))
-	if n := d.Memory(); n != 16<<20 {
-		t.Errorf("the budget is %d bytes", n)
-	}
-	cfg := new(config.Config)
-	for _, v := range []struct {
-		connections, want int
-	}{{5000, 1024}, {100, 100}} {
-		cfg.Limits.Connections = v.connections
-		if n, _ := d.fitLimits(cfg, plan.NeedsOf(cfg), 16<<20); n != v.want {
-			t.Errorf("%d connections are allowed of %d, want %d", n, v.connections, v.want)
 		}
 	}
 }

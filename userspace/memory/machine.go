@@ -1,4 +1,4 @@
-package server
+package memory
 
 import (
 	"fmt"
@@ -9,24 +9,30 @@ import (
 	"strings"
 )
 
-// overTCPMemory is why flows are ended where it is TCP's memory that is short.
-const overTCPMemory = "tcp_memory"
+const least = 16 << 20 // bytes of a budget, however little there is
 
-// MemoryStatus is what is taken of the memory that flows may take, in bytes. Saving says that so much is that
-// less is buffered for each flow.
-type MemoryStatus struct {
-	Used   int64 `json:"used"`   // by this process, its pipes and TCP sockets
-	Budget int64 `json:"budget"` // limits.memory; 0: it is not known
-	Saving bool  `json:"saving"`
+const (
+	procfs   = "/proc"
+	cgroupfs = "/sys/fs/cgroup"
+)
 
-	TCPUsed   int64 `json:"tcp_used"`   // by all TCP sockets of the machine
-	TCPBudget int64 `json:"tcp_budget"` // the middle number of net.ipv4.tcp_mem; 0: it is not known
-	TCPSaving bool  `json:"tcp_saving"`
+// Available is how much this process may have at most, in bytes; 0: it is not known.
+func Available() int64 { return available(procfs, cgroupfs) }
+
+// BudgetOf is the budget for flows where the configuration says that it is limit bytes: 5/8 of what is
+// available where that is 0. 0: there is none, since nothing is known.
+func BudgetOf(limit int64) int64 {
+	if limit > 0 {
+		return limit
+	}
+	if n := Available(); n > 0 {
+		return max(least, n/8*5)
+	}
+	return 0
 }
 
-// machineMemory is how much this process may have at most, in bytes: what the machine has, or one of the
-// cgroups that it is in may have. 0: it is not known.
-func machineMemory(proc, cgroups string) int64 {
+// available is Available: what the machine has, or one of the cgroups that the process is in may have.
+func available(proc, cgroups string) int64 {
 	least := int64(0)
 	lower := func(n int64) {
 		if n > 0 && (least == 0 || n < least) {

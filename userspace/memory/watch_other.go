@@ -1,0 +1,11 @@
+//go:build !linux
+
+package memory
+
+// state is for Linux: see watch_linux.go.
+type state struct{ proc, cgroups string }
+
+func (w *Watch) run() {}
+
+// Status is nil: nothing is measured here.
+func (w *Watch) Status() *Status { return nil }

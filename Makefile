@@ -172,7 +172,7 @@ fly-files:
 			was=$$copied why="you have edited it"; [ -e $$was ] || { was=$$theirs; why="$$why, or it is of an older tree"; }; \
 			echo "make fly: $$theirs is kept: $$why. But $$tree has changed since:"; \
 			diff -u $$was $$tree || :; \
-			echo "make fly: once $$theirs has what it needs of that: cp $(CURDIR)/$$tree $(CURDIR)/$$copied"; \
+			echo "make fly: once $$theirs has what it needs of that: cp '$(CURDIR)/$$tree' '$(CURDIR)/$$copied'"; \
 		fi; \
 	done
 

@@ -93,7 +93,7 @@ func TestKept(t *testing.T) {
 	made := func(want files, says ...string) string {
 		t.Helper()
 		c := exec.Command("make", "--no-print-directory", "-f", makefile, "fly-files", "VERSION=v1.0.0")
-		c.Dir = tree
+		c.Dir, c.Env = tree, append(os.Environ(), "MAKEFLAGS=")
 		out, err := c.CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v\n%s", err, out)

@@ -40,8 +40,9 @@ const (
 	leastBulk      = 0.8                    // of the throughput without load
 
 	// The line of the good client, in bytes a second: 1 Gbit/s, about what one processor here carries over
-	// tailscale0. It is divided as the load is. Without a line all that others cost the processor is taken
-	// from the throughput: 5,000 connections a second are more than one processor accepts in any program.
+	// tailscale0. It is divided by how much slower the machine is. Without a line all that others cost the
+	// processor is taken from the throughput: 5,000 connections a second are more than one processor accepts in
+	// any program.
 	goodLine = 125e6
 )
 

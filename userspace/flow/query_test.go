@@ -154,7 +154,7 @@ func TestManyFlows(t *testing.T) {
 	}
 }
 
-func BenchmarkLook(b *testing.B) {
+func BenchmarkSample(b *testing.B) {
 	r, _ := crowd(20_000)
 	w := r.Watch(Query{Limit: 100})
 	for b.Loop() {

@@ -69,9 +69,6 @@ func (w *Watch) run() {
 		select {
 		case <-w.ctx.Done():
 			timer.Stop()
-			w.opts.Relay.SaveMemory(false)
-			w.opts.Relay.SaveSockets(false)
-			w.opts.Relay.SpareTCP(false)
 			return
 		case <-w.wake:
 		case <-timer.C:

@@ -161,8 +161,8 @@ func (d *Diag) Destroy(s Socket) error {
 	return nil
 }
 
-// CanEndOrphans reports whether Destroy ends an orphan: before Linux 6.12 one whose reader takes nothing stays
-// for ever afterwards (bac76cf89816, "tcp: fix forever orphan socket caused by tcp_abort").
+// CanEndOrphans reports whether Destroy ends an orphan: before Linux 6.12 one whose reader takes nothing
+// stays for ever afterwards (bac76cf89816, "tcp: fix forever orphan socket caused by tcp_abort").
 var CanEndOrphans = sync.OnceValue(func() bool {
 	var u unix.Utsname
 	var major, minor int

@@ -49,7 +49,7 @@ type state struct {
 
 	savesMemory, savesTCP atomic.Bool  // less is buffered for want of OfBudget, or of OfTCP
 	sparesTCP             atomic.Bool  // as spareTCP has said last
-	socketsFound          atomic.Int64 // bytes that our sockets held at the last look that listed them, else 0
+	socketsFound          atomic.Int64 // bytes that our sockets held when they were listed last, else 0
 }
 
 // A calm is the time after a look that had nothing to refuse and nothing to end. It is over at once where

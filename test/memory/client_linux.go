@@ -152,16 +152,26 @@ func metrics() (string, error) {
 	return string(text), err
 }
 
-// accepted is how many connections the daemon has accepted.
-func accepted() (n float64, err error) {
+// accounts are what the daemon says of itself.
+type accounts struct {
+	accepted float64 // connections
+	used     float64 // of limits.memory, in bytes
+}
+
+func readAccounts() (a accounts, err error) {
 	text, err := metrics()
-	for line := range strings.Lines(text) {
-		if value, ok := strings.CutPrefix(line, `tailsplice_connections_accepted_total{listener="web"} `); ok {
-			_, err = fmt.Sscan(value, &n)
-			return n, err
+	found := 0
+	for name, to := range map[string]*float64{`tailsplice_connections_accepted_total{listener="web"} `: &a.accepted,
+		`tailsplice_memory_used_bytes{budget="memory"} `: &a.used} {
+		if _, rest, ok := strings.Cut(text, "\n"+name); ok {
+			fmt.Sscan(rest, to)
+			found++
 		}
 	}
-	return 0, errors.Join(errors.New("the daemon does not say how many connections it has accepted"), err)
+	if found < 2 {
+		return a, errors.Join(errors.New("the daemon does not say what it has accepted and used"), err)
+	}
+	return a, nil
 }
 
 // refusals are what the daemon says that it has refused and ended.

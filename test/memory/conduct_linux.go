@@ -98,6 +98,7 @@ type phase struct {
 	// of the time: the kernel was short of memory for TCP; more than 1 if that began before the phase
 	short float64
 	got   float64 // of this machine's processors: what the other one's was given of what it could have used
+	used  int64   // of the budget, as the daemon says at the end
 	spare float64 // of the machine's processor: what the connections of others leave, by what it takes of them
 }
 
@@ -333,23 +334,23 @@ func (c *conductor) takes(hellos group, d time.Duration) (float64, error) {
 	hellos.tell("hellos %g", float64(c.hellos)/sources)
 	defer hellos.tell("hellos 0")
 	time.Sleep(2 * time.Second)
-	before, err := accepted()
+	before, err := readAccounts()
 	if err != nil {
 		return 0, err
 	}
 	began := time.Now()
 	time.Sleep(d)
-	after, err := accepted()
-	if err == nil && after == before {
+	after, err := readAccounts()
+	if err == nil && after.accepted == before.accepted {
 		err = errors.New("the machine takes no halves of hellos")
 	}
-	return (after - before) / time.Since(began).Seconds(), err
+	return (after.accepted - before.accepted) / time.Since(began).Seconds(), err
 }
 
 // phase measures, and notes what took memory meanwhile.
 func (c *conductor) phase(name string, each time.Duration) error {
 	c.machine.mostSince(true)
-	before, err := accepted()
+	before, err := readAccounts()
 	if err != nil {
 		return err
 	}
@@ -357,12 +358,13 @@ func (c *conductor) phase(name string, each time.Duration) error {
 	p := phase{name: name, probe: c.client.measure(each)}
 	took := time.Since(began)
 	p.got = 1 - float64(c.machine.waited()-waited)/float64(took)
-	after, err := accepted()
+	after, err := readAccounts()
 	if err != nil {
 		return err
 	}
+	p.used = int64(after.used)
 	if p.spare = 1; c.able > 0 {
-		p.spare = max(0, 1-(after-before-float64(p.probe.opened))/time.Since(began).Seconds()/c.able)
+		p.spare = max(0, 1-(after.accepted-before.accepted-float64(p.probe.opened))/time.Since(began).Seconds()/c.able)
 	}
 	last := c.machine.last()
 	p.cpu = float64(last.CPU-first.CPU) / float64(took.Milliseconds())
@@ -371,7 +373,8 @@ func (c *conductor) phase(name string, each time.Duration) error {
 	p.most.Taken -= c.before.Taken
 	p.most.Slab -= c.before.Slab
 	c.phases = append(c.phases, p)
-	fmt.Printf("%-12s %s; %s MB taken: RSS %s, TCP %s, slab %s\n", p.name, p.probe, mb(p.most.Taken), mb(p.most.RSS), mb(p.most.TCP), mb(p.most.Slab))
+	fmt.Printf("%-12s %s; %s MB taken: RSS %s, TCP %s, slab %s; %s by the daemon's account\n", p.name, p.probe,
+		mb(p.most.Taken), mb(p.most.RSS), mb(p.most.TCP), mb(p.most.Slab), mb(p.used))
 	return nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 )
@@ -55,6 +56,10 @@ func (o *outcome) judge(w io.Writer) error {
 	if n := o.seen; o.wanted.idle > 0 {
 		say(n.Idle+n.IdleRefused >= int64(o.wanted.idle) && n.Idle >= int64(o.mostIdle)*95/100,
 			"idle: of %d that were to be tried %d were let in and %d refused; limits let in %d", o.wanted.idle, n.Idle, n.IdleRefused, o.mostIdle)
+		if at := slices.IndexFunc(o.phases, func(p phase) bool { return p.name == "idle" }); at >= 0 {
+			p := o.phases[at]
+			say(p.used >= p.most.Taken/5*4, "idle: %s of %s MB that are taken are in the daemon's account", mb(p.used), mb(p.most.Taken))
+		}
 		say(n.IdleAlive == n.Idle, "idle: %d of %d that were let in are open at the end", n.IdleAlive, n.Idle)
 	}
 	if n := o.seen; o.wanted.stopped > 0 {

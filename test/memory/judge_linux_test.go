@@ -20,6 +20,7 @@ func TestJudge(t *testing.T) {
 			p.name = name
 			o.phases = append(o.phases, p)
 		}
+		o.phases[1].used, o.phases[1].most.Taken = 85, 100
 		o.phases[3].spare, o.phases[3].probe.bulk = 0.5, 9
 		o.phases[4].probe = result{p99: time.Minute, tried: 1, failed: 1}
 		return o
@@ -34,6 +35,7 @@ func TestJudge(t *testing.T) {
 		"parts":                 {func(o *outcome) { o.most.RSS = 71 }, "within the budget"},
 		"refused idle":          {func(o *outcome) { o.seen.Idle, o.seen.IdleRefused, o.seen.IdleAlive = 39, 19961, 39 }, "idle"},
 		"idle not tried":        {func(o *outcome) { o.seen.IdleRefused = 11000 }, "idle"},
+		"not in the account":    {func(o *outcome) { o.phases[1].used = 79 }, "idle"},
 		"idle ended":            {func(o *outcome) { o.seen.IdleAlive-- }, "idle"},
 		"stopped refused":       {func(o *outcome) { o.seen.Stopped, o.seen.StoppedReset = 9, 90 }, "stopped"},
 		"stopped not tried":     {func(o *outcome) { o.seen.StoppedRefuse = 100 }, "stopped"},

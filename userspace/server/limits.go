@@ -23,7 +23,7 @@ func (srv *Server) fitLimits(cfg *config.Config, needs plan.Needs, memory int64)
 	connections, requests = cfg.Limits.Connections, cfg.Limits.Requests
 	if most := memory / 4 * 3 / connectionBytes; memory > 0 && int64(connections) > most {
 		connections = int(most)
-		srv.log.Info("limits.connections is lowered to what limits.memory allows, at 12 KiB for each in three quarters of it",
+		srv.log.Info("limits.connections is lowered to what limits.memory allows, at 14 KiB for each in three quarters of it",
 			"connections", cfg.Limits.Connections, "connections_lowered_to", connections, "memory", memory)
 	}
 	perConnection, perRequest := filesOf(needs)
@@ -66,7 +66,7 @@ func filesOf(n plan.Needs) (perConnection, perRequest int) {
 
 const (
 	// A connection takes so many bytes in all, an upstream one included: see docs/configuration.md.
-	connectionBytes = 12 << 10
+	connectionBytes = 14 << 10
 
 	// A connection that waits for a hello takes so many bytes of the machine's memory, kernel included.
 	waitingCost = 8 << 10

@@ -20,7 +20,7 @@ limits: { memory: 16MiB, connections: 5000 }`, freeAddr(t)))
 	cfg := new(config.Config)
 	for _, v := range []struct {
 		connections, want int
-	}{{5000, 1024}, {100, 100}} {
+	}{{5000, 877}, {100, 100}} {
 		cfg.Limits.Connections = v.connections
 		if n, _ := d.fitLimits(cfg, plan.NeedsOf(cfg), 16<<20); n != v.want {
 			t.Errorf("%d connections are allowed of %d, want %d", n, v.connections, v.want)

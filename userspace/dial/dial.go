@@ -24,6 +24,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/tailsplice/tailsplice/tcpsock"
@@ -123,8 +124,9 @@ type Dialer struct {
 // All addresses of the target are tried: the next as soon as one fails, or beside those that are slow to
 // answer. First come those on networks of this host, and of equals those of prefer's family (that of the
 // downstream; an invalid prefer has none); last come those that failed lately. If that was quick and none
-// answered, the name is resolved anew and tried once more, for the upstream may just be restarting. Every
-// error is an [*Error]; one whose Reason is [Canceled] says that ctx ended and nothing about the target.
+// answered, the name is resolved anew and tried once more, a container twice, for the upstream may just be
+// restarting. Every error is an [*Error]; one whose Reason is [Canceled] says that ctx ended and nothing about
+// the target.
 func (d *Dialer) Dial(ctx context.Context, t Target, prefer netip.Addr) (net.Conn, error) {
 	if err := d.Disabled.Check(t, t.String()); err != nil {
 		return nil, err
@@ -134,10 +136,18 @@ func (d *Dialer) Dial(ctx context.Context, t Target, prefer netip.Addr) (net.Con
 	defer cancel()
 
 	conn, failure := d.once(call, t, prefer, false)
-	if failure != nil && failure.again && !d.Once && time.Since(began) < quick && call.Err() == nil {
+	pauses := []time.Duration{retryDelay}
+	if t.Scheme == Docker && failure != nil && errors.Is(failure, syscall.ECONNREFUSED) {
+		// Most likely it was started just now, and listens in a moment.
+		pauses = []time.Duration{retryDelay / 5, retryDelay - retryDelay/5}
+	}
+	for _, pause := range pauses {
+		if failure == nil || !failure.again || d.Once || time.Since(began) >= quick {
+			break
+		}
 		select {
 		case <-call.Done():
-		case <-time.After(retryDelay):
+		case <-time.After(pause):
 			conn, failure = d.once(call, t, prefer, true)
 		}
 	}

@@ -295,6 +295,22 @@ func testTemporary(t *testing.T) {
 	}
 }
 
+// TestRefusedAgain: a container that refuses, since it may just have been started, is tried once more than others.
+func TestRefusedAgain(t *testing.T) {
+	refuses := netip.MustParseAddrPort(freeaddr.Get(t))
+	for scheme, want := range map[string]int32{Docker: 3, Tailnet: 2} {
+		var asked atomic.Int32
+		r := resolverFunc(func() ([]netip.Addr, error) {
+			asked.Add(1)
+			return []netip.Addr{refuses.Addr()}, nil
+		})
+		fails(t, &Dialer{Container: r, Tailnet: r}, Target{Scheme: scheme, Host: "blog", Port: refuses.Port()}, Refused, "refused")
+		if asked.Load() != want {
+			t.Errorf("%s: tried %d times, want %d", scheme, asked.Load(), want)
+		}
+	}
+}
+
 type resolverFunc func() ([]netip.Addr, error)
 
 func (f resolverFunc) Resolve(context.Context, string) ([]netip.Addr, error) { return f() }

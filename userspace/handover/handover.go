@@ -47,7 +47,7 @@
 //
 // A message has the version of who sends it. Fields, steps and kinds of sockets that a process does not
 // know are ignored, so that a newer one can say more: a step that must not be ignored gets another name.
-// Fields of a flow's record that a process does not know go on to the next one, which may.
+// Fields of a flow's record, and of its sides, that a process does not know go on to the next one, which may.
 //
 // The files:
 //

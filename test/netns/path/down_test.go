@@ -169,7 +169,9 @@ func (s *story) losesTailnet(t *testing.T, addr string) {
 		{"packets vanish", func() error { return s.EdgeA.Node.Process().Signal(syscall.SIGSTOP) },
 			func() error { return s.EdgeA.Node.Process().Signal(syscall.SIGCONT) }, true},
 	} {
-		t.Run(c.name, func(t *testing.T) {
+		// once says how long it took until edge B served.
+		once := func(t *testing.T) (served time.Duration) {
+			t.Helper()
 			by(s.edgeA)
 			kept := browser(true)
 			defer kept.CloseIdleConnections()
@@ -186,7 +188,8 @@ func (s *story) losesTailnet(t *testing.T, addr string) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			t.Logf("a new connection was served %v after it began, %v after the tailnet was lost", took, time.Since(lost).Round(time.Millisecond))
+			served = time.Since(lost)
+			t.Logf("a new connection was served %v after it began, %v after the tailnet was lost", took, served.Round(time.Millisecond))
 			flowOf(t, s.edgeB, f.Path)
 			out, err := s.edgeA.CLI(t.Context(), "status")
 			if err != nil || !strings.Contains(string(out), "closed, until a target of default answers") ||
@@ -198,16 +201,28 @@ func (s *story) losesTailnet(t *testing.T, addr string) {
 			}
 			by(s.edgeA)
 			if !c.flows {
-				return
+				return served
 			}
 			reused := false
 			ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { reused = i.Reused }})
 			if _, err := get(ctx, kept); err != nil || !reused {
 				t.Errorf("the connection from before: reused %t, %v", reused, err)
 			}
+			return served
+		}
+		t.Run(c.name, func(t *testing.T) {
+			// It takes up to 2.5 s, and a machine that is busy at that moment may be late for once.
+			for tries := 1; once(t) > takeover; tries++ {
+				if tries == 3 {
+					t.Fatalf("edge B serves later than %v each time", takeover)
+				}
+			}
 		})
 	}
 }
+
+// takeover is within what time edge B serves new connections in place of an edge A that can't.
+const takeover = 3 * time.Second
 
 // logged is an error while the daemon's log has no flow of a path id.
 func logged(d *lab.Daemon, id string) error {

@@ -136,7 +136,11 @@ func TestTwoEdges(t *testing.T) {
 		}
 		_ = s.edgeA.Wait()
 		s.takesOver(t, s.edgeB)
-		t.Logf("edge B served %v after edge A was killed", time.Since(killed).Round(time.Millisecond))
+		served := time.Since(killed)
+		t.Logf("edge B served %v after edge A was killed", served.Round(time.Millisecond))
+		if served > takeover {
+			t.Errorf("edge B served %v after edge A was killed, want %v at most", served, takeover)
+		}
 		if err := s.edgeA.Start(t.Context()); err != nil {
 			t.Fatal(err)
 		}

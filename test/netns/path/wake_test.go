@@ -37,30 +37,39 @@ func TestWake(t *testing.T) {
 	w := newWoken(t, s)
 	w.run("sleepy")
 	w.stop("sleepy")
-	// How long it takes by itself.
-	own := time.Now()
-	if _, err := w.api.ContainerStart(t.Context(), "sleepy", client.ContainerStartOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	addr, err := s.Docker.Addr(t.Context(), "sleepy")
-	if err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "it answers", func() error {
-		c, err := s.Laptop.Dial(t.Context(), "tcp", net.JoinHostPort(addr.String(), "8080"))
-		if err == nil {
-			c.Close()
+	// The first request is answered within the time that it takes to start by itself, and 300 ms. The best of each counts.
+	ownStart, answered := patience, patience
+	for range 3 {
+		began := time.Now()
+		if _, err := w.api.ContainerStart(t.Context(), "sleepy", client.ContainerStartOptions{}); err != nil {
+			t.Fatal(err)
 		}
-		return err
-	})
-	took := time.Since(own)
-	w.stop("sleepy")
-	before := w.starts("sleepy")
-	own = time.Now()
-	w.wants("sleepy.example", "/headers", "200 sleepy")
-	t.Logf("it takes %v to start by itself, %v until the first request is answered (the issue allows 300 ms more)", took, time.Since(own))
-	if n := w.starts("sleepy") - before; n != 1 {
-		t.Errorf("it was started %d times", n)
+		addr, err := s.Docker.Addr(t.Context(), "sleepy")
+		if err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "it answers", func() error {
+			c, err := s.Laptop.Dial(t.Context(), "tcp", net.JoinHostPort(addr.String(), "8080"))
+			if err == nil {
+				c.Close()
+			}
+			return err
+		})
+		ownStart = min(ownStart, time.Since(began))
+		w.stop("sleepy")
+		before := w.starts("sleepy")
+		began = time.Now()
+		w.wants("sleepy.example", "/headers", "200 sleepy")
+		answered = min(answered, time.Since(began))
+		if n := w.starts("sleepy") - before; n != 1 {
+			t.Errorf("it was started %d times", n)
+		}
+		w.sleeps("sleepy") // one that somebody else has stopped is not started again at once
+	}
+	t.Logf("it takes %v to start by itself, %v until the first request is answered", ownStart, answered)
+	// It starts within 1.2 s, unless the machine is so busy that all else is slower, too.
+	if answered > ownStart+max(300*time.Millisecond, ownStart/4) {
+		t.Errorf("the first request is answered after %v, and it starts in %v by itself", answered, ownStart)
 	}
 	// A request that takes longer than idle is not cut.
 	w.wants("sleepy.example", "/sleep?for=5s", "200")
@@ -69,7 +78,7 @@ func TestWake(t *testing.T) {
 	// Many at once start it once.
 	w.run("gone")
 	w.stop("gone")
-	before = w.starts("gone")
+	before := w.starts("gone")
 	var all sync.WaitGroup
 	for range 10 {
 		all.Go(func() { w.wants("gone.example", "/headers", "200 gone") })

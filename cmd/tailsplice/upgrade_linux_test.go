@@ -911,6 +911,73 @@ func TestUpgradeAtOnce(t *testing.T) {
 	check(t, echo(f))
 }
 
+// TestUpgradeDeadline: what an older process can't hand over is cut when its --drain-timeout is over, and not sooner.
+// The log says how many that were, the process is gone, and the flow that had gone over lives on.
+func TestUpgradeDeadline(t *testing.T) {
+	t.Parallel() // it waits for leastDrain
+	d := startUpgradable(t)
+	endless := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		check(t, http.NewResponseController(w).Flush())
+		<-r.Context().Done()
+	}))
+	t.Cleanup(endless.Close)
+	requests := freeaddr.Of(t, "127.0.0.77")
+	text, err := os.ReadFile(d.config)
+	check(t, err)
+	check(t, os.WriteFile(d.config, []byte(strings.Replace(string(text), "listeners:\n", fmt.Sprintf(`listeners:
+  - { listen: [%q], mode: http, default: { forward: %q } }
+`, requests, endless.Listener.Addr()), 1)), 0o600))
+	// The first process stays for the others, so it is the second that has to go.
+	_, err = d.ask("upgrade")
+	check(t, err)
+	second := d.newest()
+	client := http.Client{Timeout: time.Minute, Transport: &http.Transport{}}
+	t.Cleanup(client.CloseIdleConnections)
+	res, err := client.Get("http://" + requests)
+	check(t, err)
+	defer res.Body.Close()
+	moved, err := net.Dial("tcp", d.edge)
+	check(t, err)
+	defer moved.Close()
+	check(t, echo(moved))
+
+	_, err = d.ask("upgrade", "--drain-timeout", "1s") // which is less than leastDrain
+	check(t, err)
+	after := time.Now()
+	var remains handover.Remains
+	wait(t, "only the request is left", func() error {
+		older := d.status().Older
+		if len(older) != 1 || older[0].PID != second || older[0].Connections != 1 || older[0].Flows != 1 {
+			return fmt.Errorf("status has %+v, want process %d", older, second)
+		}
+		remains = older[0]
+		return nil
+	})
+	if most := after.Add(leastDrain); remains.Deadline.After(most) {
+		t.Errorf("it may go on until %v, want %v at most", remains.Deadline, most)
+	}
+	check(t, echo(moved))
+	_, err = io.ReadAll(res.Body)
+	if late := time.Since(remains.Deadline); err == nil || late < 0 || late > 5*time.Second {
+		t.Errorf("the request ends %v after the deadline: %v", late, err)
+	}
+	wait(t, "the process is gone", func() error {
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d", second)); err == nil {
+			return errors.New("it is there")
+		}
+		if s := d.status(); len(s.Older) > 0 {
+			return fmt.Errorf("status has %+v", s.Older)
+		}
+		return nil
+	})
+	log, err := os.ReadFile(filepath.Join(d.dir, "log"))
+	check(t, err)
+	if want := "connections cut before their end: 1"; !strings.Contains(string(log), want) {
+		t.Errorf("the log does not say %q", want)
+	}
+	check(t, echo(moved))
+}
+
 // TestUpgradeEnds: TERM to the first process, which a supervisor knows, ends the newest and all in between
 // within --drain-timeout, and the first with the status of the newest.
 func TestUpgradeEnds(t *testing.T) {

@@ -139,6 +139,58 @@ limits: { connections_per_source: 500 }`, addr, mode, a.addr, b, quickChecks))
 	}
 }
 
+// TestFlapsUnderLoad: while a target dies and comes back 100 times connections do not follow each time, and none of them
+// fails but what it had itself.
+func TestFlapsUnderLoad(t *testing.T) {
+	t.Parallel() // it waits for checks
+	a := newMortal(t)
+	var n atomic.Int64
+	b, addr := backend(t, named("B", &n)), freeAddr(t)
+	d := start(t, fmt.Sprintf(`listeners: [ { listen: [%q], mode: tcp, default: { forward: [ %q, { to: %q, backup: true } ], health: { every: 100ms, timeout: 5s, rise: 1, fall: 1, slow_start: 0s } } } ]`,
+		addr, a.addr, b))
+	stop, ended := make(chan struct{}), make(chan struct{})
+	moves := 0 // from one target to the other
+	go func() {
+		defer close(ended)
+		last := "A"
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(10 * time.Millisecond):
+			}
+			died := a.died.Load()
+			got, err := exchange(addr, []byte("x"))
+			if err != nil && a.dying.Load() > died { // it had the connection when it died
+				continue
+			}
+			if err != nil || len(got) != 2 {
+				t.Errorf("%q comes back: %v", got, err)
+				return
+			}
+			if by := string(got[:1]); by != last {
+				last, moves = by, moves+1
+			}
+		}
+	}()
+	downs := func() int { return strings.Count(d.log.String(), "a target is down") }
+	eventually(t, "it gets connections", func() bool { return a.n.Load() > 0 })
+	for range 100 {
+		// So long that a check sees each, where it is not kept down.
+		a.die()
+		time.Sleep(120 * time.Millisecond)
+		a.live()
+		time.Sleep(120 * time.Millisecond)
+	}
+	close(stop)
+	<-ended
+	// It is kept down for 0.2 s the second time, then for 0.4 s and so on: 8 times make 25 s, which is all.
+	t.Logf("it was down %d times, and connections moved %d times", downs(), moves)
+	if n := downs(); n < 3 || n > 10 || moves > 2*n+2 {
+		t.Errorf("it was down %d times, and connections moved %d times", n, moves)
+	}
+}
+
 // A peeked connection has its first bytes again.
 type peeked struct {
 	net.Conn

@@ -2,6 +2,7 @@ package fly
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -16,7 +17,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -24,6 +27,7 @@ import (
 	"github.com/moby/moby/api/pkg/stdcopy"
 	"github.com/moby/moby/api/types/build"
 	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
 
 	"github.com/tailsplice/tailsplice/test/netns/lab"
@@ -31,6 +35,7 @@ import (
 
 const (
 	image    = "tailsplice-lab/fly"
+	authKey  = "tskey-auth-lab" // no node joins without
 	patience = time.Minute
 	tun      = "/dev/net/tun"
 )
@@ -41,6 +46,7 @@ var homeConfig = strings.Replace(lab.HomeConfig, "tailnet://laptop:8080", "127.0
 func TestEdge(t *testing.T) {
 	lab.Require(t, lab.Options{}, "haproxy", "make", "docker")
 	w := lab.Start(t, lab.Options{})
+	w.Tailnet.Control.RequireAuthKey = authKey
 	if w.Docker == nil {
 		t.Fatal("no dockerd")
 	}
@@ -58,7 +64,8 @@ func TestEdge(t *testing.T) {
 	t.Cleanup(func() { srv.Close() })
 	w.Home.Tailsplice(t, homeConfig)
 
-	e := &edge{World: w}
+	e := &edge{World: w, region: "waw", drain: 301 * time.Second, login: w.Tailnet.Control.ExplicitBaseURL,
+		env: []string{"TS_AUTHKEY=" + authKey}}
 	e.build(t)
 	remove, err := w.Docker.Network(t.Context(), "fly", netip.MustParsePrefix("172.19.0.0/16"),
 		netip.MustParsePrefix("fdaa:0:1::/64"))
@@ -71,6 +78,7 @@ func TestEdge(t *testing.T) {
 		}
 	})
 	e.start(t)
+	e.says(t, "warning: DRAIN_TIMEOUT is 5m1s")
 	e.proxy(t)
 
 	for name, port := range map[string]int{"private IPv4": 4, "private IPv6": 6} {
@@ -126,6 +134,7 @@ func TestEdge(t *testing.T) {
 		e.says(t, "has left its sockets")
 	})
 	t.Run("image of make packages", func(t *testing.T) { packagedImage(t, w) })
+	t.Run("new version beside another machine", func(t *testing.T) { newVersion(t, e) })
 	t.Run("drain", func(t *testing.T) {
 		b := e.browser(t, 4)
 		e.page(t, b) // keeps its connection
@@ -144,6 +153,7 @@ func TestEdge(t *testing.T) {
 		}
 	})
 	t.Run("tailscaled dies", func(t *testing.T) {
+		e.ip4 = ""
 		e.start(t)
 		e.killProgram(t, "/usr/bin/tailscaled")
 		if code := e.wait(t); code != 1 {
@@ -151,6 +161,301 @@ func TestEdge(t *testing.T) {
 		}
 		e.says(t, "tailscaled ended")
 	})
+}
+
+// newVersion replaces a machine beside one that stays, while connections come: each of them gets its page. Flows
+// of the machine that stays go on, and those of the other one until they or its drain end.
+//
+// The first machine joins by what fly.io says of it, and the next one by an OAuth client: stand-ins for both APIs
+// give them the key.
+func newVersion(t *testing.T, stays *edge) {
+	w := stays.World
+	login := tailscaleAPI(t, w)
+	api := filepath.Join(w.Laptop.Dir, "fly-api")
+	flyAPI(t, api)
+	const drain = 10 * time.Second
+	old := &edge{World: w, region: "ams", login: login, drain: drain, ip4: "172.19.0.20",
+		env: []string{"TS_CLIENT_ID=" + clientID}, binds: []string{api + ":/.fly/api"}}
+	next := &edge{World: w, region: "ams", login: login, drain: drain, ip4: "172.19.0.21",
+		env: []string{"TS_AUTHKEY=" + clientSecret + appended(t) + "&baseURL=" + login}}
+	old.start(t)
+
+	admin := filepath.Join(w.Laptop.Dir, "haproxy.admin")
+	server := " send-proxy-v2 check inter 200ms\n"
+	stays.haproxy(t, "global\n stats socket "+admin+" level admin\n"+haproxyDefaults+
+		"listen web\n bind "+w.Laptop.IP4.String()+":450\n option redispatch 1\n"+
+		" server stays "+stays.ip4+":443"+server+" server old "+old.ip4+":443"+server+
+		" server next "+next.ip4+":443 disabled"+server+
+		"listen next\n bind "+w.Laptop.IP4.String()+":451\n server next "+next.ip4+":443 send-proxy-v2\n")
+	stays.page(t, stays.browserAt(t, 450)) // home may not know the new node yet
+	stays.page(t, stays.browserAt(t, 450))
+
+	var onStays, onOld []*liveFlow
+	for deadline := time.Now().Add(patience); len(onStays) < 2 || len(onOld) < 2; {
+		f, err := stays.flow(t, 450)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case stays.has(t, f):
+			onStays = append(onStays, f)
+		case old.has(t, f):
+			onOld = append(onOld, f)
+		default:
+			t.Fatal("neither machine has the flow")
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d flows at the one machine, %d at the other", len(onStays), len(onOld))
+		}
+	}
+
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	var came atomic.Int64
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if f, err := stays.flow(t, 450); err != nil {
+				t.Errorf("connection %d: %v", came.Load(), err)
+				return
+			} else {
+				f.Close()
+			}
+			came.Add(1)
+		}
+	}()
+	defer func() { close(stop); <-stopped }()
+	hasCome := func(what string) {
+		t.Helper()
+		before := came.Load()
+		for deadline := time.Now().Add(patience); came.Load() < before+10; time.Sleep(10 * time.Millisecond) {
+			if t.Failed() || time.Now().After(deadline) {
+				t.Fatalf("%s: %d connections have come, %d before", what, came.Load(), before)
+			}
+		}
+	}
+	hasCome("before")
+	next.start(t)
+	stays.page(t, stays.browserAt(t, 451)) // as fly.io's check, it is waited for
+	say, err := net.Dial("unix", admin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintln(say, "enable server web/next")
+	if answer, err := io.ReadAll(say); err != nil || strings.TrimSpace(string(answer)) != "" {
+		t.Fatalf("%v: %s", err, answer)
+	}
+	say.Close()
+
+	told := time.Now()
+	ended := make(chan error, 1)
+	go func() { // as fly.io: kill_signal, and after kill_timeout KILL
+		after := int(patience.Seconds())
+		_, err := w.Docker.Client.ContainerStop(t.Context(), old.id, client.ContainerStopOptions{Signal: "SIGTERM",
+			Timeout: &after})
+		ended <- err
+	}()
+	old.says(t, `"draining`)
+	old.kill(t, "SIGINT")
+	old.says(t, `"still draining`)
+	hasCome("while it drains")
+	for _, f := range append(onOld, onStays...) {
+		if err := f.ask(); err != nil {
+			t.Errorf("a flow has ended %v after the signal: %v", time.Since(told), err)
+		}
+	}
+	onOld[0].Close()
+	for ; onOld[1].ask() == nil; time.Sleep(20 * time.Millisecond) {
+		if time.Since(told) > patience {
+			t.Fatal("a flow goes on after the drain's end")
+		}
+	}
+	if took := time.Since(told); took < drain {
+		t.Errorf("a flow was cut %v after the signal, want %v at least", took, drain)
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if code := old.wait(t); code != 0 {
+		t.Errorf("it ended with status %d, want 0", code)
+	}
+	hasCome("after")
+	for _, f := range onStays {
+		if err := f.ask(); err != nil {
+			t.Errorf("a flow of the other machine has ended: %v", err)
+		}
+	}
+	for deadline := time.Now().Add(patience); ; {
+		f, err := stays.flow(t, 450)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if next.has(t, f) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("no flow comes to the new machine")
+		}
+	}
+	t.Logf("%d connections came", came.Load())
+}
+
+// liveFlow is a connection to the site that stays open.
+type liveFlow struct {
+	*tls.Conn
+	r *bufio.Reader
+}
+
+// flow opens one by the proxy's port, and has got the page when it returns.
+func (e *edge) flow(t *testing.T, port int) (*liveFlow, error) {
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	c, err := e.Client.Dial(ctx, "tcp4", fmt.Sprintf("%s:%d", e.Laptop.IP4, port))
+	if err != nil {
+		return nil, err
+	}
+	f := &liveFlow{Conn: tls.Client(c, &tls.Config{RootCAs: e.CA.Pool, ServerName: lab.Site})}
+	f.r = bufio.NewReader(f.Conn)
+	t.Cleanup(func() { f.Close() })
+	return f, f.ask()
+}
+
+// ask gets the page.
+func (f *liveFlow) ask() error {
+	f.SetDeadline(time.Now().Add(patience))
+	fmt.Fprintf(f, "GET / HTTP/1.1\r\nHost: %s\r\n\r\n", lab.Site)
+	res, err := http.ReadResponse(f.r, nil)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != 200 {
+		return fmt.Errorf("%s", res.Status)
+	}
+	_, err = io.Copy(io.Discard, res.Body)
+	return err
+}
+
+// has says whether a flow goes through this machine.
+func (e *edge) has(t *testing.T, f *liveFlow) bool {
+	t.Helper()
+	var flows []struct{ Client string }
+	out := e.exec(t, "tailsplice", "flows", "--json")
+	if err := json.Unmarshal([]byte(out), &flows); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for _, had := range flows {
+		if had.Client == f.LocalAddr().String() {
+			return true
+		}
+	}
+	return false
+}
+
+const (
+	clientID     = "lab-client"
+	clientSecret = "tskey-client-lab"
+	audience     = "api.tailscale.com/" + clientID // as docs/fly.md has it by default
+	accessToken  = "lab-access"
+)
+
+// appended is what docs/fly.md has people append to a client's secret.
+func appended(t *testing.T) string {
+	t.Helper()
+	root, err := lab.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := os.ReadFile(filepath.Join(root, "docs/fly.md"))
+	m := regexp.MustCompile("`([?]ephemeral[^`]*)`").FindSubmatch(page)
+	if err != nil || m == nil {
+		t.Fatalf("docs/fly.md appends nothing (%v)", err)
+	}
+	return string(m[1])
+}
+
+// flyAPI is the stand-in for the API in each machine, at a unix socket: it signs nothing.
+func flyAPI(t *testing.T, socket string) {
+	t.Helper()
+	ln, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var asked struct{ Aud string }
+		if err := json.NewDecoder(r.Body).Decode(&asked); err != nil || r.Method+r.URL.Path != "POST/v1/tokens/oidc" {
+			http.Error(w, "unknown", http.StatusBadRequest)
+			return
+		}
+		io.WriteString(w, "token for "+asked.Aud)
+	})}
+	go srv.Serve(ln)
+	t.Cleanup(func() { srv.Close() })
+}
+
+// tailscaleAPI is the tailnet's control server with a stand-in for Tailscale's API beside it, which gives an
+// auth key to who has a token of flyAPI or the client's secret, for an ephemeral, approved node of tag:edge
+// alone. The result is its URL.
+func tailscaleAPI(t *testing.T, w *lab.World) string {
+	t.Helper()
+	addr := lab.Control4.String() + ":8090"
+	ln, err := w.Inet.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refuse := func(w http.ResponseWriter, r *http.Request) {
+		t.Errorf("%s %s: %v", r.Method, r.URL, r.Form)
+		http.Error(w, "no", http.StatusForbidden)
+	}
+	token := func(allowed func(r *http.Request) bool) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if r.ParseForm(); !allowed(r) {
+				refuse(w, r)
+				return
+			}
+			w.Header().Set("Content-Type", "application/json")
+			fmt.Fprintf(w, `{"access_token": %q, "token_type": "Bearer", "expires_in": 3600}`, accessToken)
+		}
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /api/v2/oauth/token-exchange", token(func(r *http.Request) bool {
+		return r.Form.Get("client_id") == clientID && r.Form.Get("jwt") == "token for "+audience
+	}))
+	mux.HandleFunc("POST /api/v2/oauth/token", token(func(r *http.Request) bool {
+		_, secret, _ := r.BasicAuth()
+		return secret == clientSecret || r.Form.Get("client_secret") == clientSecret
+	}))
+	mux.HandleFunc("POST /api/v2/tailnet/-/keys", func(w http.ResponseWriter, r *http.Request) {
+		var asked struct {
+			Capabilities struct {
+				Devices struct {
+					Create struct {
+						Reusable, Ephemeral, Preauthorized bool
+						Tags                               []string
+					}
+				}
+			}
+		}
+		err := json.NewDecoder(r.Body).Decode(&asked)
+		user, _, _ := r.BasicAuth()
+		c := asked.Capabilities.Devices.Create
+		if err != nil || user != accessToken && r.Header.Get("Authorization") != "Bearer "+accessToken ||
+			c.Reusable || !c.Ephemeral || !c.Preauthorized || !slices.Equal(c.Tags, []string{"tag:edge"}) {
+			t.Errorf("a key is asked for with %+v (%v)", c, err)
+			refuse(w, r)
+			return
+		}
+		fmt.Fprintf(w, `{"id": "k", "key": %q}`, authKey)
+	})
+	mux.Handle("/", w.Tailnet.Control)
+	srv := &http.Server{Handler: mux}
+	go srv.Serve(ln)
+	t.Cleanup(func() { srv.Close() })
+	return "http://" + addr
 }
 
 // program is the number of the process that runs a program in the container, as dockerd sees it.
@@ -251,9 +556,13 @@ func packagedImage(t *testing.T, w *lab.World) {
 // edge is the container.
 type edge struct {
 	*lab.World
+	region      string
+	login       string // server
+	drain       time.Duration
+	env, binds  []string
 	id          string
-	ip4, ip6    string
-	connections int // that browsers have made
+	ip4, ip6    string // ip4 is given, or Docker's choice
+	connections int    // that browsers have made
 }
 
 // build does what `make fly` and `fly deploy` do.
@@ -321,14 +630,19 @@ func block(t *testing.T, page, text string) string {
 // start runs a machine, and waits until it serves.
 func (e *edge) start(t *testing.T) {
 	t.Helper()
+	env := append([]string{"FLY_REGION=" + e.region, "DRAIN_TIMEOUT=" + e.drain.String(), "TS_LOGIN_SERVER=" + e.login,
+		"TS_PANIC_IF_HIT_MAIN_CONTROL=1", "TS_NO_LOGS_NO_SUPPORT=true", "TS_DISABLE_PORTMAPPER=1"}, e.env...)
+	var at *network.EndpointIPAMConfig
+	if e.ip4 != "" {
+		at = &network.EndpointIPAMConfig{IPv4Address: netip.MustParseAddr(e.ip4)}
+	}
 	created, err := e.Docker.Client.ContainerCreate(t.Context(), client.ContainerCreateOptions{
-		Config: &container.Config{Image: image, Env: []string{
-			"FLY_REGION=waw", "TS_AUTHKEY=tskey-auth-lab", "DRAIN_TIMEOUT=301s",
-			"TS_LOGIN_SERVER=" + e.Tailnet.Control.ExplicitBaseURL,
-			"TS_PANIC_IF_HIT_MAIN_CONTROL=1", "TS_NO_LOGS_NO_SUPPORT=true", "TS_DISABLE_PORTMAPPER=1"}},
-		HostConfig: &container.HostConfig{NetworkMode: "fly", CapAdd: []string{"NET_ADMIN"},
+		Config: &container.Config{Image: image, Env: env},
+		HostConfig: &container.HostConfig{NetworkMode: "fly", CapAdd: []string{"NET_ADMIN"}, Binds: e.binds,
 			Resources: container.Resources{Memory: 256 << 20, Devices: []container.DeviceMapping{
 				{PathOnHost: tun, PathInContainer: tun, CgroupPermissions: "rwm"}}}},
+		NetworkingConfig: &network.NetworkingConfig{EndpointsConfig: map[string]*network.EndpointSettings{
+			"fly": {IPAMConfig: at}}},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -352,19 +666,26 @@ func (e *edge) start(t *testing.T) {
 	n := res.Container.NetworkSettings.Networks["fly"]
 	e.ip4, e.ip6 = n.IPAddress.String(), n.GlobalIPv6Address.String()
 	e.says(t, `"tailsplice runs"`)
-	e.says(t, "warning: DRAIN_TIMEOUT is 5m1s")
 }
 
 // proxy is the stand-in for fly.io's: it checks the port, and adds a PROXY header. The container's addresses
 // stay.
 func (e *edge) proxy(t *testing.T) {
 	t.Helper()
-	config := "defaults\n mode tcp\n timeout connect 5s\n timeout client 10m\n timeout server 10m\n"
+	config := haproxyDefaults
 	for family, ip := range map[int]string{4: e.ip4, 6: e.ip6} {
 		config += fmt.Sprintf("listen web%d\n bind %s:44%d\n server edge %s send-proxy-v2 check inter 500ms\n", family,
 			e.Laptop.IP4, family, net.JoinHostPort(ip, "443"))
 	}
-	file := filepath.Join(e.Laptop.Dir, "haproxy.cfg")
+	e.haproxy(t, config)
+}
+
+const haproxyDefaults = "defaults\n mode tcp\n timeout connect 5s\n timeout client 10m\n timeout server 10m\n"
+
+// haproxy runs one until the world ends.
+func (e *edge) haproxy(t *testing.T, config string) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "haproxy.cfg")
 	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -374,11 +695,14 @@ func (e *edge) proxy(t *testing.T) {
 }
 
 // browser opens the site by the proxy.
-func (e *edge) browser(t *testing.T, family int) *http.Client {
+func (e *edge) browser(t *testing.T, family int) *http.Client { return e.browserAt(t, 440+family) }
+
+// browserAt is browser for a port of the proxy.
+func (e *edge) browserAt(t *testing.T, port int) *http.Client {
 	tr := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			e.connections++
-			return e.Client.Dial(ctx, "tcp4", fmt.Sprintf("%s:44%d", e.Laptop.IP4, family))
+			return e.Client.Dial(ctx, "tcp4", fmt.Sprintf("%s:%d", e.Laptop.IP4, port))
 		},
 		TLSClientConfig: &tls.Config{RootCAs: e.CA.Pool},
 	}

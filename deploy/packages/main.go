@@ -86,6 +86,9 @@ func run(ctx context.Context, o options) error {
 			return fmt.Errorf("%s: %w", arch, err)
 		}
 	}
+	if err := forget(r.out); err != nil {
+		return err
+	}
 	var sums strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(made)) {
 		fmt.Fprintf(&sums, "%x  %s\n", sha256.Sum256(made[name]), name)
@@ -95,6 +98,25 @@ func run(ctx context.Context, o options) error {
 	}
 	fmt.Print(sums.String())
 	return os.WriteFile(filepath.Join(r.out, "SHA256SUMS"), []byte(sums.String()), 0o644)
+}
+
+// forget removes what an earlier run has made, of another version as a rule: patterns such as those of
+// docs/install.md are to find one package.
+func forget(out string) error {
+	sums, err := os.ReadFile(filepath.Join(out, "SHA256SUMS"))
+	if err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	for line := range strings.Lines(string(sums)) {
+		_, name, _ := strings.Cut(strings.TrimSpace(line), "  ")
+		if name != filepath.Base(name) {
+			return fmt.Errorf("%s: %q is not a file there", filepath.Join(out, "SHA256SUMS"), name)
+		}
+		if err := os.Remove(filepath.Join(out, name)); err != nil && !os.IsNotExist(err) {
+			return err
+		}
+	}
+	return nil
 }
 
 // commitTime is SOURCE_DATE_EPOCH, or the time of the commit.

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"os"
 	"os/exec"
+	"path/filepath"
 	"testing"
 	"time"
 )
@@ -32,5 +34,30 @@ func TestDebianVersion(t *testing.T) {
 			}
 		}
 		last = had
+	}
+}
+
+// TestForget: what SHA256SUMS names goes before the next packages come, and nothing else does.
+func TestForget(t *testing.T) {
+	dir := t.TempDir()
+	if err := forget(dir); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"old.deb": "", "other": "", "SHA256SUMS": "00  old.deb\n00  gone.deb\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := forget(dir); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(left) != 2 {
+		t.Errorf("%v are left (%v), want other and SHA256SUMS", left, err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "SHA256SUMS"), []byte("00  ../x\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := forget(dir); err == nil {
+		t.Error("a file of another folder would be removed")
 	}
 }

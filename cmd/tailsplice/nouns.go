@@ -154,14 +154,15 @@ func whyDown(h *server.TargetHealth) string {
 func downTargets(listeners []server.ListenerStatus) (all []string) {
 	for _, l := range listeners {
 		for _, r := range l.Routes {
+			on := fmt.Sprintf("route %s of listener %s: ", r.Match, l.Name)
 			for _, to := range r.Targets {
 				if h := to.Health; h != nil && !h.Up {
-					all = append(all, fmt.Sprintf("route %s of listener %s: %s is down by its health checks since %s: %s",
-						r.Match, l.Name, to.Target, moment(h.Since), whyDown(h)))
+					all = append(all, on+fmt.Sprintf("%s is down by its health checks since %s: %s",
+						to.Target, moment(h.Since), whyDown(h)))
 				}
 			}
 			for _, d := range r.Down {
-				all = append(all, fmt.Sprintf("route %s of listener %s: the last try failed: %s", r.Match, l.Name, d))
+				all = append(all, on+"the last try failed: "+d)
 			}
 		}
 	}

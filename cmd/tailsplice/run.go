@@ -240,7 +240,8 @@ func (s *starting) begin(ctx context.Context, signals chan os.Signal) error {
 		}()
 	}
 	s.control.serve(ctx, s.process)
-	s.log.Info("tailsplice runs", "version", version(), "node", s.cfg.Node, "pid", os.Getpid(), "config", s.options.config)
+	s.log.Info("tailsplice runs", "version", version(), "node", s.cfg.Node, "pid", os.Getpid(),
+		"config", s.options.config)
 	if s.old == nil { // else the old process, which is the main one still, says it
 		s.beMain(ctx)
 		daemon.SdNotify(false, daemon.SdNotifyReady)

@@ -425,7 +425,8 @@ func (d *recalled) put() (n int, err error) {
 // leave takes both sockets out of the sockmaps, if nothing more was passed meanwhile.
 func (r *recall) leave() (hasLeft bool, err error) {
 	for i := range r.directions {
-		r.directions[i].source.hold() // under the socket's lock: whatever was on its way to the verdict has come
+		// Under the socket's lock: whatever was on its way to the verdict has come.
+		r.directions[i].source.hold()
 	}
 	defer func() {
 		for _, s := range r.sockets {

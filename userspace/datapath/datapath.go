@@ -53,7 +53,8 @@ type Returner interface {
 	// forget may be called when the datapath has been closed.
 	Record(down, up int, h Handoff) (forget func(), err error)
 
-	// Active is how many of its flows moved something lately. Cheap. ok is false where it takes no flow at all.
+	// Active is how many of its flows moved something lately. Cheap. ok is false where it takes no flow at
+	// all.
 	Active() (flows int, ok bool)
 }
 

@@ -211,7 +211,8 @@ func (srv *Server) noAuthServer(listener, address string, v *vhost.Visit, err er
 	srv.limited.Warn("auth_server "+address, "the forward_auth server gave no usable answer",
 		"id", v.ID, "listener", listener, "address", address, "err", err)
 	no := &vhost.Refusal{Status: http.StatusBadGateway, Title: "The sign-in service sent no valid answer",
-		Text: srv.node() + " could not find out whether you have access.", Hint: "Try again in a few minutes.", Err: err}
+		Text: srv.node() + " could not find out whether you have access.",
+		Hint: "Try again in a few minutes.", Err: err}
 	if errors.Is(err, auth.ErrNoAnswer) {
 		no.Status, no.Title = http.StatusServiceUnavailable, "The sign-in service is not answering"
 		no.Header = http.Header{"Retry-After": {"10"}}

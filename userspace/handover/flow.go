@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 )
@@ -20,7 +21,8 @@ const mostRest = 64 << 10
 const mostIdle = 100 * 366 * 24 * time.Hour
 
 // Flow is the record of a flow: what another process needs to go on with it, and to show it as before. Fields
-// that this program does not know stay with it.
+// that this program does not know stay with it, and with each of its sides. Those of Kept do not: each process
+// counts anew, so that the zero value of a field that is added there has to stand for what was done before.
 type Flow struct {
 	Version int    `json:"version"`
 	Number  uint64 `json:"number"` // between two processes; its id may be that of several
@@ -55,8 +57,8 @@ type Flow struct {
 	// ended. nil: it never is.
 	IsKilled func() bool `json:"-"`
 
-	unknown map[string]json.RawMessage
-	encoded []byte // what MarshalJSON returns; nil: it is not known yet
+	unknown map[string]json.RawMessage // those of a side are an object by the side's name
+	encoded []byte                     // what MarshalJSON returns; nil: it is not known yet
 }
 
 // Side is one of a flow's two connections.
@@ -90,39 +92,61 @@ type Adopt func(f *Flow) (begin, forget func(), err error)
 // ErrLeft is an error of [Adopt]: none of those that come later is taken either.
 var ErrLeft = errors.New("another process has taken over")
 
-// flowFields are the names of the fields that this program knows.
-var flowFields = func() (names []string) {
-	for t, i := reflect.TypeFor[Flow](), 0; i < t.NumField(); i++ {
+// The fields that this program knows.
+var flowFields, sideFields = fieldsOf[Flow](), fieldsOf[Side]()
+
+func fieldsOf[T any]() (names []string) {
+	for t, i := reflect.TypeFor[T](), 0; i < t.NumField(); i++ {
 		if name, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ","); name != "" {
 			names = append(names, name)
 		}
 	}
 	return names
-}()
+}
+
+// unknownOf are the fields of the object b that are none of known; nil: there are none.
+func unknownOf(b []byte, known []string) (all map[string]json.RawMessage, err error) {
+	if err := json.Unmarshal(b, &all); err != nil {
+		return nil, err
+	}
+	for name := range all {
+		if slices.ContainsFunc(known, func(k string) bool { return strings.EqualFold(k, name) }) { // as encoding/json does
+			delete(all, name)
+		}
+	}
+	if len(all) == 0 {
+		return nil, nil
+	}
+	return all, nil
+}
 
 // knownFlow is a Flow without fields that this program does not know.
 type knownFlow Flow
 
 // UnmarshalJSON reads a record.
 func (f *Flow) UnmarshalJSON(b []byte) error {
-	var all map[string]json.RawMessage
 	if err := json.Unmarshal(b, (*knownFlow)(f)); err != nil {
 		return err
 	}
-	if err := json.Unmarshal(b, &all); err != nil {
-		return err
+	var sides struct{ Down, Up json.RawMessage }
+	err := json.Unmarshal(b, &sides)
+	if err == nil {
+		f.unknown, err = unknownOf(b, flowFields)
 	}
-	for name := range all {
-		for _, k := range flowFields {
-			if strings.EqualFold(name, k) { // as encoding/json does
-				delete(all, name)
-			}
+	for name, side := range map[string]json.RawMessage{"down": sides.Down, "up": sides.Up} {
+		if err != nil || side == nil {
+			continue
 		}
+		var more map[string]json.RawMessage
+		if more, err = unknownOf(side, sideFields); more == nil {
+			continue
+		}
+		if f.unknown == nil {
+			f.unknown = map[string]json.RawMessage{}
+		}
+		f.unknown[name], err = json.Marshal(more)
 	}
-	if f.unknown = nil; len(all) > 0 {
-		f.unknown = all
-	}
-	return nil
+	return err
 }
 
 // MarshalJSON writes a record.
@@ -134,12 +158,17 @@ func (f *Flow) MarshalJSON() ([]byte, error) {
 	if err != nil || len(f.unknown) == 0 {
 		return b, err
 	}
-	more, err := json.Marshal(f.unknown)
-	if err != nil {
+	var all map[string]json.RawMessage
+	if err := json.Unmarshal(b, &all); err != nil {
 		return nil, err
 	}
-	b[len(b)-1] = ','
-	return append(b, more[1:]...), nil
+	for name, more := range f.unknown {
+		if side := all[name]; len(side) > len("{}") {
+			more = append(append(side[:len(side)-1:len(side)-1], ','), more[1:]...)
+		}
+		all[name] = more
+	}
+	return json.Marshal(all)
 }
 
 // checkFlows says what of the flows of m can't be, or does not fit the sockets that it names.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -67,20 +68,23 @@ func flowMessage(flows string) string {
 func TestRecordIsKept(t *testing.T) {
 	const text = `{"version":3,"number":7,"id":"a","listener":"web","route":"default","client":"192.0.2.1:5","downstream":"","upstream":"",` +
 		`"target":"t","started":"2026-01-02T03:04:05Z","bytes_up":1,"bytes_down":2,"idle_since":"2026-01-02T03:04:05Z",` +
-		`"datapath":"auto","buffer":3,"down":{"rest":"AAE=","ended":true},"up":{"shut":true},"new":{"with":["parts",1.50]},"old":null}`
+		`"datapath":"auto","buffer":3,"down":{"rest":"AAE=","ended":true,"later":{"n":1.0}},"UP":{"shut":true,"marks":[1]},"new":{"with":["parts",1.50]},"old":null}`
 	var f Flow
 	if err := json.Unmarshal([]byte(text), &f); err != nil {
 		t.Fatal(err)
 	}
-	if f.ID != "a" || f.BytesDown != 2 || !bytes.Equal(f.Down.Rest, []byte{0, 1}) || !f.Down.IsEnded || !f.Up.IsShut || len(f.Unknown()) != 2 {
+	if f.ID != "a" || f.BytesDown != 2 || !bytes.Equal(f.Down.Rest, []byte{0, 1}) || !f.Down.IsEnded || !f.Up.IsShut || len(f.Unknown()) != 4 {
 		t.Errorf("it is read as %+v", f)
 	}
-	again := Flow{Number: 8, Version: FlowVersion}
+	again := Flow{Number: 8, Version: FlowVersion, Down: Side{IsEnded: true}}
 	again.SetUnknown(f.Unknown())
 	for _, c := range []struct {
 		f    *Flow
 		want []string
-	}{{&f, []string{`"new":{"with":["parts",1.50]}`, `"old":null`, `"rest":"AAE="`}}, {&again, []string{`"new":{"with":["parts",1.50]}`, `"number":8`}}} {
+	}{
+		{&f, []string{`"new":{"with":["parts",1.50]}`, `"old":null`, `"down":{"rest":"AAE=","ended":true,"later":{"n":1.0}}`, `"up":{"shut":true,"marks":[1]}`}},
+		{&again, []string{`"new":{"with":["parts",1.50]}`, `"number":8`, `"down":{"ended":true,"later":{"n":1.0}}`, `"up":{"marks":[1]}`}},
+	} {
 		b, err := json.Marshal(c.f)
 		if err != nil || !json.Valid(b) {
 			t.Fatalf("%s: %v", b, err)
@@ -89,6 +93,12 @@ func TestRecordIsKept(t *testing.T) {
 			if !bytes.Contains(b, []byte(want)) {
 				t.Errorf("%s: %s is missing", b, want)
 			}
+		}
+		// A newer program reads it as it was.
+		var next Flow
+		if err := json.Unmarshal(b, &next); err != nil || !reflect.DeepEqual(next.Unknown(), f.Unknown()) ||
+			!reflect.DeepEqual(next.Down, c.f.Down) || !reflect.DeepEqual(next.Up, c.f.Up) {
+			t.Errorf("%s is read as %+v: %v", b, next, err)
 		}
 	}
 }
@@ -102,6 +112,7 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(`{"version":1,"step":"newest","pid":12,"takes_flows":true}`), 0)
 	f.Add([]byte(`{"version":1,"step":"refused","numbers":[1,2],"reason":"no"}`), 0)
 	f.Add([]byte(flowMessage(`{"version":1,"number":7,"id":"a","bytes_up":5,"idle_timeout":1000,"down":{"rest":"AAE=","ended":true},"up":{"shut":true},"new":1}`)), 2)
+	f.Add([]byte(flowMessage(`{"version":1,"number":7,"down":{"later":{"n":1}},"UP":{"shut":true,"marks":null}}`)), 2)
 	f.Add([]byte(`{"version":1,"step":"flow","sockets":[{"kind":"downstream","flow":7},{"kind":"upstream","flow":7},{"kind":"upstream_rest","flow":7}],"flows":[{"version":1,"number":7}]}`), 3)
 	f.Add([]byte(`{"version":1,"step":"kept","sockets":[{"kind":"downstream","flow":7},{"kind":"upstream","flow":7}],"flows":[{"version":1,"number":7,"kept":{"up":-3,"down":0,"up_from":1,"down_from":2}}]}`), 2)
 	f.Fuzz(func(t *testing.T, b []byte, files int) {

@@ -36,7 +36,8 @@ func certificate(t *testing.T, w *lab.World, m *machine) string {
 }
 
 // answerAlike serves HTTP at a port, and answers with what comes, piece by piece: a WebSocket, or a request's body.
-func answerAlike(t *testing.T, h *lab.Host, port string) {
+// It ends with the test, or by what it returns.
+func answerAlike(t *testing.T, h *lab.Host, port string) (end func() error) {
 	t.Helper()
 	ln, err := h.Listen("tcp", net.JoinHostPort(h.IP4.String(), port))
 	if err != nil {
@@ -67,6 +68,7 @@ func answerAlike(t *testing.T, h *lab.Host, port string) {
 	s.Protocols.SetUnencryptedHTTP2(true)
 	t.Cleanup(func() { s.Close() })
 	go s.Serve(ln)
+	return s.Close
 }
 
 // requester makes requests of the daemon, as one client by as few connections as there may be.
@@ -82,6 +84,7 @@ func (n *neverDown) requester(w way) *requester {
 	if w == webSocket {
 		r.url = strings.Replace(r.url, "https:", "http:", 1)
 	}
+	n.requesters.Store(r, nil)
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(w != http2)
 	protocols.SetHTTP2(w == http2)

@@ -115,9 +115,9 @@ func tests(maxFlows int, quick bool) []*test {
 		bulk("loss1_up", agent.Up, bulkFlows, test{duration: time.Second, loss: 0.01}),
 		bulk("delay60_down", agent.Down, bulkFlows, test{duration: 2 * time.Second, far: true}),
 		bulk("delay60_up", agent.Up, bulkFlows, test{duration: 2 * time.Second, far: true}),
-		stopped("stopped", agent.Stall, min(1000, maxFlows), test{rounds: 3,
+		stopped("stopped", "stopped_bytes", "stopped_cpu", agent.Stall, min(1000, maxFlows), test{rounds: 3,
 			only: []string{system.Direct, system.HAProxy + "$", "nginx", "goproxy", "tailsplice/", "baseline/"}}),
-		stopped("stopped_target", agent.Fill, min(1000, maxFlows), test{rounds: 2,
+		stopped("stopped_target", "stopped_target_bytes", "stopped_target_cpu", agent.Fill, min(1000, maxFlows), test{rounds: 2,
 			only: []string{system.Direct, system.HAProxy + "$", "tailsplice/", "baseline/"}}),
 		// As many flows take too long for all systems and rounds.
 		idle("idle_bytes_50k", 50_000, (50_000+maxFlows-1)/maxFlows, test{fixed: 16 * time.Second, rounds: 2,
@@ -348,10 +348,11 @@ func idle(name string, flows, copies int, t test) *test {
 
 // stopped is what flows cost whose client (agent.Stall) or target (agent.Fill) has stopped reading: memory
 // once all buffers are full, and time, both beyond what direct takes. The client's and the server's own
-// buffers are small. It takes too long for all systems and rounds.
-func stopped(name string, kind agent.Kind, flows int, t test) *test {
+// buffers are small. It takes too long for all systems and rounds. memory and cpu name what
+// is measured.
+func stopped(name, memory, cpu string, kind agent.Kind, flows int, t test) *test {
 	t.name, t.fixed, t.flows, t.fresh = name, 12*time.Second, flows, true
-	t.beyond = [][2]string{{"all_" + name + "_bytes", name + "_bytes"}, {"all_" + name + "_cpu", name + "_cpu"}}
+	t.beyond = [][2]string{{"all_" + name + "_bytes", memory}, {"all_" + name + "_cpu", cpu}}
 	t.run = func(ctx context.Context, c *cellRun) error {
 		a := c.conductor.agents
 		j := c.job(kind, flows, 0)

@@ -35,14 +35,14 @@ const (
 	sources        = 4 // that do the same; what one does is not charged to those that do something else
 	helloTimeout   = 5 * time.Second
 	hellosFor      = 60 * time.Second
-	helloShare     = 0.5                    // of the halves of hellos that the machine takes at most: beyond that no client has its due
+	helloShare     = 0.5                    // of the halves of hellos that the machine takes at most
 	firstByteBound = 100 * time.Millisecond // of 99 of 100
 	leastBulk      = 0.8                    // of the throughput without load
 
 	// The line of the good client, in bytes a second: 1 Gbit/s, about what one processor here carries over
 	// tailscale0. It is divided by how much slower the machine is. Without a line all that others cost the
-	// processor is taken from the throughput: 5,000 connections a second are more than one processor accepts in
-	// any program.
+	// processor is taken from the throughput: 5,000 connections a second are more than one processor accepts
+	// in any program.
 	goodLine = 125e6
 )
 
@@ -99,7 +99,7 @@ type phase struct {
 	short float64
 	got   float64 // of this machine's processors: what the other one's was given of what it could have used
 	used  int64   // of the budget, as the daemon says at the end
-	spare float64 // of the machine's processor: what the connections of others leave, by what it takes of them
+	spare float64 // of the machine's processor: what others leave, by what it takes of them
 }
 
 func conduct(args []string) error {

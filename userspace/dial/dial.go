@@ -125,8 +125,8 @@ type Dialer struct {
 // answer. First come those on networks of this host, and of equals those of prefer's family (that of the
 // downstream; an invalid prefer has none); last come those that failed lately. If that was quick and none
 // answered, the name is resolved anew and tried once more, a container twice, for the upstream may just be
-// restarting. Every error is an [*Error]; one whose Reason is [Canceled] says that ctx ended and nothing about
-// the target.
+// restarting. Every error is an [*Error]; one whose Reason is [Canceled] says that ctx ended and nothing
+// about the target.
 func (d *Dialer) Dial(ctx context.Context, t Target, prefer netip.Addr) (net.Conn, error) {
 	if err := d.Disabled.Check(t, t.String()); err != nil {
 		return nil, err

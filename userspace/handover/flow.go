@@ -21,8 +21,9 @@ const mostRest = 64 << 10
 const mostIdle = 100 * 366 * 24 * time.Hour
 
 // Flow is the record of a flow: what another process needs to go on with it, and to show it as before. Fields
-// that this program does not know stay with it, and with each of its sides. Those of Kept do not: each process
-// counts anew, so that the zero value of a field that is added there has to stand for what was done before.
+// that this program does not know stay with it, and with each of its sides. Those of Kept do not: each
+// process counts anew, so that the zero value of a field that is added there has to stand for what was done
+// before.
 type Flow struct {
 	Version int    `json:"version"`
 	Number  uint64 `json:"number"` // between two processes; its id may be that of several
@@ -110,7 +111,8 @@ func unknownOf(b []byte, known []string) (all map[string]json.RawMessage, err er
 		return nil, err
 	}
 	for name := range all {
-		if slices.ContainsFunc(known, func(k string) bool { return strings.EqualFold(k, name) }) { // as encoding/json does
+		// Names are compared as encoding/json does it.
+		if slices.ContainsFunc(known, func(k string) bool { return strings.EqualFold(k, name) }) {
 			delete(all, name)
 		}
 	}

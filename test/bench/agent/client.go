@@ -36,7 +36,7 @@ const (
 	Connects Kind = "connects" // a flow is one request of Size; when it has ended the next one begins
 	Hold     Kind = "hold"     // each flow has one request, and then waits for [Client.Resume]
 	Stall    Kind = "stall"    // each flow receives a little, and then does not read until [Client.Resume]
-	Fill     Kind = "fill"     // each flow sends what it can to a server that does not read until [Server.Stop]
+	Fill     Kind = "fill"     // each flow sends what it can, which nobody reads until [Server.Stop]
 )
 
 // stallLimit is how long flows of a Stall or a Fill may take to end.

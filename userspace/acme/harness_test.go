@@ -99,14 +99,20 @@ func run(t testing.TB, log io.Writer, addr, bin string, args ...string) *exec.Cm
 	done := make(chan struct{})
 	go func() { cmd.Wait(); close(done) }()
 	t.Cleanup(func() { cmd.Process.Kill(); <-done })
-	eventually(t, bin+" accepts", func() error {
+	accepts(t, bin, addr)
+	return cmd
+}
+
+// accepts waits until connections are accepted at addr, by what.
+func accepts(t testing.TB, what, addr string) {
+	t.Helper()
+	eventually(t, what+" accepts at "+addr, func() error {
 		c, err := net.Dial("tcp", addr)
 		if err == nil {
 			c.Close()
 		}
 		return err
 	})
-	return cmd
 }
 
 // nameServer starts a DNS server that answers with 127.0.0.1, or with nothing.
@@ -153,6 +159,7 @@ func newAuthority(t testing.TB, h *host, c acmetest.Config) *authority {
 func (a *authority) start() {
 	a.t.Helper()
 	a.cmd = run(a.t, a.log, fmt.Sprintf("127.0.0.1:%d", a.Port), a.bin, a.args...)
+	accepts(a.t, "its management", fmt.Sprintf("127.0.0.1:%d", a.Port+1))
 }
 
 // stop kills it, and returns when nothing listens any more.

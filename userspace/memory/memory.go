@@ -110,9 +110,7 @@ func (w *Watch) Start() { w.looks.Go(w.run) }
 func (w *Watch) Close() {
 	w.cancel()
 	w.looks.Wait()
-	w.opts.Relay.SaveMemory(false)
-	w.opts.Relay.SaveSockets(false)
-	w.opts.Relay.SpareTCP(false)
+	w.saveNothing()
 }
 
 // SetBudget says how much may be taken, in bytes; 0: that is not known.

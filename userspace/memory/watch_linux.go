@@ -135,6 +135,17 @@ func (w *Watch) save(u Use) {
 	}
 }
 
+// saveNothing has the relay save nothing any more, if it does.
+func (w *Watch) saveNothing() {
+	if w.savesMemory.Load() || w.savesTCP.Load() {
+		w.opts.Relay.SaveMemory(false)
+		w.opts.Relay.SaveSockets(false)
+	}
+	if w.sparesTCP.Load() {
+		w.opts.Relay.SpareTCP(false)
+	}
+}
+
 // spareTCP is save for what all sockets of the machine have of the kernel's memory for TCP, in bytes.
 func (w *Watch) spareTCP(isScarce bool, used, total int64) {
 	w.opts.Relay.SpareTCP(isScarce)

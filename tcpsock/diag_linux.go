@@ -30,7 +30,8 @@ type Sockets map[netip.AddrPort]Socket
 func (all Sockets) Add(s Socket, peer netip.AddrPort) {
 	if other, ok := all[peer]; ok {
 		s.also = &other
-		s.Held, s.IsEmpty, s.IsOrphan = s.Held+other.Held, s.IsEmpty && other.IsEmpty, s.IsOrphan && other.IsOrphan
+		s.Held += other.Held
+		s.IsEmpty, s.IsOrphan = s.IsEmpty && other.IsEmpty, s.IsOrphan && other.IsOrphan
 	}
 	all[peer] = s
 }
@@ -107,7 +108,8 @@ func (d *Diag) Each(ports map[uint16]bool, f func(s Socket, peer netip.AddrPort)
 			}
 			s := Socket{family: family, Local: addressIn(m[diagMsgID:], 0, family)}
 			s.Held, s.IsEmpty = heldOf(m[diagMsgSize:])
-			s.IsOrphan = 1<<m[diagMsgState]&diagEnded != 0 && binary.NativeEndian.Uint32(m[diagMsgInode:]) == 0
+			hasEnded := 1<<m[diagMsgState]&diagEnded != 0
+			s.IsOrphan = hasEnded && binary.NativeEndian.Uint32(m[diagMsgInode:]) == 0
 			copy(s.id[:], m[diagMsgID:])
 			f(s, addressIn(m[diagMsgID:], 1, family))
 		})

@@ -25,7 +25,9 @@ func victims(all []stalled, until time.Time) []stalled {
 			sum[s.owner] += s.held
 		}
 	}
-	slices.SortFunc(order, func(a, b victim) int { return cmp.Or(a.since.Compare(b.since), a.peer.Compare(b.peer)) })
+	slices.SortFunc(order, func(a, b victim) int {
+		return cmp.Or(a.since.Compare(b.since), a.peer.Compare(b.peer))
+	})
 	for i := range order {
 		v := &order[i]
 		v.most = sum[v.owner]
@@ -46,7 +48,8 @@ var errShort = errors.New("memory is short (limits.memory, net.ipv4.tcp_mem), an
 // is given back that u is over no more. Both sides of their flows are reset at once, since what is held for
 // the one is in the socket of the other as well. The error is the last one of sockets that the kernel did not
 // reset: without CAP_NET_ADMIN those are left alone that no flow has.
-func (w *Watch) end(now time.Time, u Use, all []stalled, sockets tcpsock.Sockets, diag *tcpsock.Diag) (err error) {
+func (w *Watch) end(now time.Time, u Use, all []stalled, sockets tcpsock.Sockets,
+	diag *tcpsock.Diag) (err error) {
 	until, enough, least := now.Add(-stoppedFor), u.Total/4*3, int64(stoppedMin)
 	if u.What != OfBudget {
 		least = stoppedLeast

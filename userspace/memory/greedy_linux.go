@@ -32,7 +32,8 @@ func (g greed) isOver(now time.Time) bool { return now.Sub(g.last) >= g.refused 
 // noteGreedy notes the sources of connections that have stood still for a while and hold much: who takes a
 // lot at a time has much held for a moment.
 func (w *Watch) noteGreedy(now time.Time, all []stalled) {
-	standing := slices.DeleteFunc(slices.Clone(all), func(s stalled) bool { return now.Sub(s.since) < stoppedForShort })
+	isRecent := func(s stalled) bool { return now.Sub(s.since) < stoppedForShort }
+	standing := slices.DeleteFunc(slices.Clone(all), isRecent)
 	for source, held := range greedySources(standing, greedyMin) {
 		if w.greedy == nil {
 			w.greedy = map[netip.Prefix]greed{}
@@ -62,7 +63,8 @@ func (w *Watch) refuse(now time.Time, u Use) {
 	if w.refused.Swap(&greedy) == nil {
 		most, held := greediest(greedy)
 		w.limited.Warn("memory_greedy", "memory is short: sources that hold much of it for readers that have stopped "+
-			"may open no more connections", "sources", len(greedy), "source", most, "held", held, "what", u.What,
+			"may open no more connections",
+			"sources", len(greedy), "source", most, "held", held, "what", u.What,
 			"used", u.Used, "total", u.Total)
 	}
 }

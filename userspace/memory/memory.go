@@ -150,7 +150,8 @@ func (w *Watch) Refuse(source netip.Addr) error {
 type GreedyError struct{ Source netip.Prefix }
 
 func (e *GreedyError) Error() string {
-	return fmt.Sprintf("memory is short (limits.memory, net.ipv4.tcp_mem), and readers of %s that have stopped hold much of it", e.Source)
+	return fmt.Sprintf("memory is short (limits.memory, net.ipv4.tcp_mem), "+
+		"and readers of %s that have stopped hold much of it", e.Source)
 }
 
 // Status is what is taken of the memory that flows may take, in bytes. Saving says that so much is that less

@@ -156,12 +156,14 @@ func tcpSendMost(proc string) (bytes int64) {
 // ownMemory is what this process has, its pipes, and the kernel for its connections beside what sockets hold,
 // in bytes.
 func (w *Watch) ownMemory() int64 {
-	return processMemory() + w.opts.Relay.Piped() + int64(w.opts.Connections()+w.opts.Flows.Len())*socketKernel
+	sockets := w.opts.Connections() + w.opts.Flows.Len()
+	return processMemory() + w.opts.Relay.Piped() + int64(sockets)*socketKernel
 }
 
 // processMemory is what Go has of the kernel for this process, in bytes.
 func processMemory() int64 {
-	m := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	m := []metrics.Sample{{Name: "/memory/classes/total:bytes"},
+		{Name: "/memory/classes/heap/released:bytes"}}
 	metrics.Read(m)
 	return int64(m[0].Value.Uint64() - m[1].Value.Uint64())
 }

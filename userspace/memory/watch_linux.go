@@ -128,7 +128,8 @@ func (w *Watch) save(u Use) {
 	switch {
 	case isShort && !wasShort:
 		w.limited.Warn("memory_saving", "half of the memory is taken (limits.memory, net.ipv4.tcp_mem): "+
-			"buffers of flows grow no more until it is less", "what", u.What, "used", u.Used, "total", u.Total)
+			"buffers of flows grow no more until it is less",
+			"what", u.What, "used", u.Used, "total", u.Total)
 	case wasShort && !isShort:
 		w.limited.Info("memory_saved", "less than half of the memory is taken again: "+
 			"buffers of flows grow as they need", "what", u.What, "used", u.Used, "total", u.Total)
@@ -235,6 +236,7 @@ func (w *Watch) Look(now time.Time, u Use) {
 				"that needs CAP_NET_ADMIN, and a kernel with CONFIG_INET_DIAG_DESTROY", "err", err)
 		}
 	case err != nil:
-		w.limited.Warn("memory_err", "memory is short, and flows that make no progress can't be ended", "err", err)
+		w.limited.Warn("memory_err",
+			"memory is short, and flows that make no progress can't be ended", "err", err)
 	}
 }

@@ -68,7 +68,8 @@ func (srv *Server) state() metrics.State {
 	}
 	s.Targets = srv.targetStates()
 	if m := srv.memory.Status(); m != nil {
-		s.Memory = []metrics.Memory{{Budget: memory.OfBudget, Used: m.Used, Total: m.Budget, Saving: m.Saving},
+		s.Memory = []metrics.Memory{
+			{Budget: memory.OfBudget, Used: m.Used, Total: m.Budget, Saving: m.Saving},
 			{Budget: memory.OfTCP, Used: m.TCPUsed, Total: m.TCPBudget, Saving: m.TCPSaving}}
 	}
 	for target := range srv.disabled.Since() {

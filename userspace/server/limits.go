@@ -83,7 +83,8 @@ func mostWaiting() int64 {
 
 // newMemory is what keeps the flows of srv within limits.memory.
 func (srv *Server) newMemory() *memory.Watch {
-	return memory.New(memory.Options{Log: srv.log, Limited: srv.limited, Relay: srv.opts.Relay, Flows: srv.flows,
+	return memory.New(memory.Options{
+		Log: srv.log, Limited: srv.limited, Relay: srv.opts.Relay, Flows: srv.flows,
 		Connections:   srv.limiter.Total,
 		Ports:         func() map[uint16]bool { return *srv.ports.Load() },
 		IsListeningAt: srv.isListeningAt,

@@ -228,7 +228,8 @@ func New(cfg *config.Config, opts Options) (*Server, error) {
 	srv := &Server{opts: opts, log: opts.Log, flows: flow.NewRegistry(), started: time.Now(),
 		present: present{listeners: map[string]*listener{}, sockets: map[string]*listenerSocket{}, missing: map[string]string{},
 			isHeld: opts.Held, wereOpen: map[string]bool{}, healthSockets: map[string]*net.TCPListener{}},
-		limited: &rateLimited{log: opts.Log, last: map[string]*lines{}}, addressesMoved: make(wakeup, 1), labelsMoved: make(wakeup, 1),
+		limited:        &rateLimited{log: opts.Log, last: map[string]*lines{}},
+		addressesMoved: make(wakeup, 1), labelsMoved: make(wakeup, 1),
 		looking: make(chan struct{}, 1), keeping: keeping{woken: make(wakeup, 1)}}
 	srv.ctx, srv.cancel = context.WithCancel(context.Background())
 	srv.metrics = metrics.New(opts.Version, srv.state)

@@ -95,8 +95,10 @@ func readURI(r *http.Request) (URI, error) {
 func splitTarget(r *http.Request) (authority, target string, isAbsolute bool, err error) {
 	if r.ProtoMajor >= 2 {
 		// net/http takes Host out of the header in HTTP/1 only.
-		if hosts := r.Header["Host"]; len(hosts) > 1 || len(hosts) == 1 && !strings.EqualFold(hosts[0], r.Host) {
-			return "", "", false, &BadRequest{HostMismatch, "The header Host names another host than :authority: send one of them, or the same in both."}
+		hosts := r.Header["Host"]
+		if len(hosts) > 1 || len(hosts) == 1 && !strings.EqualFold(hosts[0], r.Host) {
+			return "", "", false, &BadRequest{HostMismatch,
+				"The header Host names another host than :authority: send one of them, or the same in both."}
 		}
 		delete(r.Header, "Host")
 		return r.Host, r.RequestURI, false, nil
@@ -121,15 +123,18 @@ func splitTarget(r *http.Request) (authority, target string, isAbsolute bool, er
 func readPath(path, target string) (plain string, err error) {
 	switch {
 	case target == "" || target[0] != '/':
-		return "", &BadRequest{BadTarget, "The request-target has no form that is served: send a path such as /x?y, or the whole http:// or https:// address."}
+		return "", &BadRequest{BadTarget,
+			"The request-target has no form that is served: send a path such as /x?y, or the whole http:// or https:// address."}
 	case strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == '#' || c == 0x7f }):
-		return "", &BadRequest{BadTarget, "The request-target has a space, a # or a control character: send it percent-encoded."}
+		return "", &BadRequest{BadTarget,
+			"The request-target has a space, a # or a control character: send it percent-encoded."}
 	case strings.IndexByte(path, '%') < 0:
 		return path, nil
 	}
 	plain, err = url.PathUnescape(path)
 	if err != nil || strings.IndexByte(plain, 0) >= 0 {
-		return "", &BadRequest{BadTarget, "The path has a % that is no escape, or an escaped NUL: send a % as %25."}
+		return "", &BadRequest{BadTarget,
+			"The path has a % that is no escape, or an escaped NUL: send a % as %25."}
 	}
 	return plain, nil
 }
